@@ -1,0 +1,2258 @@
+"""codebot from outside: its commands, its HTTP, its files, and what git and GitHub see.
+
+Nothing is mocked, things are stood up (see Stand): repositories by git, keys by openssl,
+a GitHub on loopback, a `claude` that obeys a small plan, and codebot as its own process.
+
+    python -m pytest            needs pytest only; -n 4 and any order will do
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import concurrent.futures
+import contextlib
+import email.utils
+import http.client
+import http.server
+import inspect
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import codebot
+
+HERE = Path(__file__).resolve().parent
+PROGRAM = HERE / "codebot.py"
+KEY, MODEL_KEY, HOOK_SECRET = "the-key-of-a-client", "sk-ant-of-the-model", "secret-of-the-hook"
+NAME = "acme/widget"
+GIT = {
+    "GIT_CONFIG_GLOBAL": "/dev/null",
+    "GIT_CONFIG_NOSYSTEM": "1",
+    **{f"GIT_{who}_NAME": "Ada" for who in ("AUTHOR", "COMMITTER")},
+    **{f"GIT_{who}_EMAIL": "ada@example.com" for who in ("AUTHOR", "COMMITTER")},
+}
+
+
+# ---- The stand --------------------------------------------------------------------
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 20) -> Any:
+    """What CONDITION gives, once it is true; it has some seconds for that."""
+    until, tick = time.monotonic() + seconds, threading.Event()
+    while not (value := condition()):
+        assert time.monotonic() < until, "it did not come about in time"
+        tick.wait(0.01)
+    return value
+
+
+def sh(*argv: str, cwd: Path | None = None, check: bool = True, **env: str) -> str:
+    """The output of a program that has to succeed."""
+    env = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "LC_ALL": "C.UTF-8", **GIT, **env}
+    done = subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 or not check, f"{argv}: {done.stdout}{done.stderr}"
+    return done.stdout.strip()
+
+
+def bwrap_runs() -> bool:
+    argv = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--unshare-pid"]
+    with contextlib.suppress(FileNotFoundError):
+        return subprocess.run([*argv, "true"], capture_output=True, check=False).returncode == 0
+    return False
+
+
+needs_bwrap = pytest.mark.skipif(not bwrap_runs(), reason="bwrap does not run here")
+as_user = pytest.mark.skipif(os.getuid() == 0, reason="root may read and write everything")
+
+
+class Refused(Exception):
+    """The stand-in GitHub says no."""
+
+
+class Hold:
+    """A place where the stand-in GitHub waits until the test lets it go on."""
+
+    def __init__(self) -> None:
+        self.reached, self.go = threading.Event(), threading.Event()
+
+    def __call__(self) -> None:
+        self.reached.set()
+        self.go.wait(30)
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """GitHub on loopback: an App's REST API, and git's smart HTTP by `git http-backend`."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, top: Path, public_key: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Answerer)
+        self.top, self.public_key = top, public_key
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.calls: list[str] = []  # "GET /app", git's too
+        self.minted: list[Any] = []  # bodies of requests for tokens
+        self.tokens: dict[str, list[str] | None] = {}  # token: names, or all
+        self.jwts: dict[str, Any] = {}
+        self.pulls: list[dict[str, Any]] = []
+        self.renamed: dict[str, str] = {}
+        self.permissions = dict.fromkeys(("contents", "pull_requests", "issues"), "write")
+        self.faults: list[tuple[str, str, Any]] = []  # pattern, when, what
+        self.holds: list[Hold] = []
+        self.skew, self.sent = 0.0, 0  # our clock's; bytes of git answered
+        self.lock = threading.Lock()
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.02,))
+        self.thread.start()
+
+    def close(self) -> None:
+        self.release()
+        self.shutdown()
+        self.thread.join()
+        self.server_close()
+
+    def fault(self, pattern: str, *whats: Any, when: str = "before") -> None:
+        """For each of WHATS, one call that matches meets it: a call, or (status, body, headers)."""
+        self.faults.extend((pattern, when, what) for what in whats)
+
+    def hold(self, pattern: str, when: str = "before") -> Hold:
+        hold = Hold()
+        self.holds.append(hold)
+        self.fault(pattern, hold, when=when)
+        return hold
+
+    def release(self) -> None:
+        for hold in self.holds:
+            hold.go.set()
+
+    def count(self, pattern: str) -> int:
+        return sum(bool(re.match(pattern, call)) for call in self.calls)
+
+    def repositories(self) -> list[str]:
+        found = self.top.glob("*/*.git")
+        return [str(path.relative_to(self.top))[:-4] for path in found]
+
+    def check_jwt(self, jwt: str) -> None:
+        if jwt not in self.jwts:
+            signed, _, signature = jwt.rpartition(".")
+            file = self.top / f"signature-{len(self.jwts)}"
+            file.write_bytes(base64.urlsafe_b64decode(signature + "=="))
+            argv = ["openssl", "dgst", "-sha256", "-verify", str(self.public_key)]
+            argv += ["-signature", str(file)]
+            good = subprocess.run(argv, input=signed.encode(), capture_output=True, check=False)
+            if good.returncode:
+                raise Refused(401, "A JSON web token could not be decoded")
+            self.jwts[jwt] = json.loads(base64.urlsafe_b64decode(signed.split(".")[1] + "=="))
+        claims, now = self.jwts[jwt], time.time() + self.skew
+        if not claims["iat"] <= now < claims["exp"] <= now + 600 or claims["iss"] != "12345":
+            raise Refused(401, "'Expiration time' claim ('exp') is too far in the future")
+
+    def check_token(self, token: str, name: str) -> None:
+        if token not in self.tokens:
+            raise Refused(401, "Bad credentials")
+        names = self.tokens[token]
+        if names is not None and name.split("/")[1] not in names:
+            raise Refused(404, "Not Found")
+
+    def rest(self, method: str, path: str, query: str, token: str, body: Any) -> Any:
+        """Status, value and headers of one call of the API."""
+        if path == "/app":
+            self.check_jwt(token)
+            return 200, {"slug": "acme-bot", "name": "Acme Bot"}
+        if path.startswith("/app/installations/"):
+            self.check_jwt(token)
+            if method == "GET":
+                return 200, {"account": {"login": "acme"}, "permissions": self.permissions}
+            self.minted.append(body)
+            names = body.get("repositories")
+            known = [name.split("/")[1] for name in self.repositories() if name not in self.renamed]
+            if not set(names or ()) <= set(known):
+                raise Refused(422, "There is at least one repository that does not exist")
+            token = f"ghs_12345_{os.urandom(30).hex()}"
+            self.tokens[token] = names
+            return 201, {"token": token, "expires_at": "2099-01-01T00:00:00Z"}
+        if path == "/users/acme-bot%5Bbot%5D":
+            return 200, {"login": "acme-bot[bot]", "id": 77}
+        if path == "/repositories/1":
+            return 200, {"full_name": next(iter(self.renamed.values()))}
+        name, _, rest = path[len("/repos/") :].partition("/pulls")
+        if name in self.renamed:
+            return 301, {"message": "Moved Permanently"}, {"Location": f"{self.url}/repositories/1"}
+        self.check_token(token, name)
+        if name not in self.repositories():
+            raise Refused(404, "Not Found")
+        if not path.endswith("/pulls"):
+            return 200, {"full_name": name}
+        assert not rest
+        return self.pull(name, body) if method == "POST" else self.found(name, query)
+
+    def found(self, name: str, query: str) -> Any:
+        wanted = dict(urllib.parse.parse_qsl(query)).get("head", "").partition(":")[2]
+        mine = [pull for pull in self.pulls if pull["name"] == name]
+        return 200, [pull for pull in mine if wanted in ("", pull["head"]["ref"])]
+
+    def pull(self, name: str, body: Any) -> Any:
+        for ref in (body["head"], body["base"]):
+            argv = ("git", "-C", str(self.top / f"{name}.git"), "rev-parse", f"refs/heads/{ref}")
+            sh(*argv)
+        with self.lock:
+            if any(p["head"]["ref"] == body["head"] and p["name"] == name for p in self.pulls):
+                errors = [{"message": f"A pull request already exists for acme:{body['head']}."}]
+                return 422, {"message": "Validation Failed", "errors": errors}
+            number = len(self.pulls) + 1
+            pull = {**body, "name": name, "number": number, "state": "open"}
+            pull |= {"head": {"ref": body["head"]}, "base": {"ref": body["base"]}}
+            pull["html_url"] = f"{self.url}/{name}/pull/{number}"
+            self.pulls.append(pull)
+        return 201, pull
+
+    def git(self, method: str, path: str, query: str, headers: Any, body: bytes) -> Any:
+        """One request of git's smart HTTP protocol."""
+        name = path[1:].partition(".git/")[0]
+        if name in self.renamed:
+            return 301, "", {"Location": f"{self.url}/{self.renamed[name]}.git/info/refs?{query}"}
+        scheme, _, coded = headers.get("Authorization", "").partition(" ")
+        user, _, token = base64.b64decode(coded).decode().partition(":")
+        if scheme != "Basic" or user != "x-access-token" or token not in self.tokens:
+            return 401, "Invalid username or token.", {"WWW-Authenticate": 'Basic realm="GitHub"'}
+        self.check_token(token, name)
+        env = {"PATH": os.environ["PATH"], "GIT_PROJECT_ROOT": str(self.top), **GIT}
+        env |= {"GIT_HTTP_EXPORT_ALL": "1", "REMOTE_USER": user, "REMOTE_ADDR": "127.0.0.1"}
+        env |= {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query}
+        env |= {"CONTENT_TYPE": headers.get("Content-Type", "")}
+        env |= {"HTTP_CONTENT_ENCODING": headers.get("Content-Encoding", "")}
+        env |= {"GIT_PROTOCOL": headers.get("Git-Protocol", "")}
+        argv = ["git", "http-backend"]
+        done = subprocess.run(argv, env=env, input=body, capture_output=True, check=True)
+        head, _, data = done.stdout.partition(b"\r\n\r\n")
+        given = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))
+        self.sent += len(data)
+        return int(given.pop("Status", "200").split()[0]), data, given
+
+
+class Answerer(http.server.BaseHTTPRequestHandler):
+    """One connection to the Hub."""
+
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path, _, query = self.path.partition("?")
+        call = f"{self.command} {self.path}"
+        self.server.calls.append(call)
+        after, answer = None, None
+        for fault in list(self.server.faults):
+            pattern, when, what = fault
+            if re.match(pattern, call):
+                self.server.faults.remove(fault)
+                if when == "after":
+                    after = what
+                elif isinstance(what, tuple):
+                    answer = what
+                else:
+                    what()
+                break
+        try:
+            answer = answer or self.ask(path, query, body)
+        except Refused as error:
+            status, message = error.args
+            answer = status, {"message": message}
+        if after is not None:
+            after()
+            self.close_connection = True  # the answer is lost
+            return
+        status, value, *more = answer
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        for name, text in {**dict(*more), "Content-Length": len(data)}.items():
+            self.send_header(name, str(text))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(data)
+
+    do_POST = do_GET
+
+    def ask(self, path: str, query: str, body: bytes) -> Any:
+        if ".git/" in path:
+            return self.server.git(self.command, path, query, self.headers, body)
+        token = self.headers.get("Authorization", "").partition("Bearer ")[2]
+        return self.server.rest(self.command, path, query, token, json.loads(body or "{}"))
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return email.utils.formatdate((timestamp or time.time()) + self.server.skew, usegmt=True)
+
+
+CLAUDE = r"""#!/bin/sh
+[ "$1" = --version ] && exec echo "2.1.0 (Claude Code, a stand-in)"
+seen='@TOP@/seen'; top='@TOP@'
+[ -w "$seen" ] || seen=$HOME
+here=$(mktemp -d "$seen/run.XXXXXX")
+printf '%s\n' "$@" >"$here/argv"; env >"$here/env"; cat >"$here/stdin"
+say() { printf '{"type":"assistant","message":{"content":[{"type":"text","text":"%s"}]}}\n' "$1"; }
+result() {
+    printf '{"type":"result","subtype":"%s","is_error":%s,"num_turns":%s,"result":"%s",' \
+        "${2:-success}" "${3:-false}" "${4:-3}" "${1:-Done.}"
+    echo '"total_cost_usd":0.25,"session_id":"x"}'
+}
+block() { : >"$top/reached"; while [ ! -e "$top/go" ]; do sleep 0.02; done; }
+"""
+HELLO = "echo hello >hello.txt; result 'Wrote hello.txt.'"
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: Any
+    text: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+
+class Stand:
+    """Repositories, a GitHub, an agent and codebot's server in one temporary directory.
+
+    The server starts with the first request, if it was not started with settings before.
+    """
+
+    def __init__(self, top: Path, keys: Path) -> None:
+        self.top, self.work, self.here = top, top / "work", top / "here"
+        for name in ("here", "home", "keys", "seen", "hub", "tmp"):
+            (top / name).mkdir()
+        self.key = top / "keys" / "app.pem"
+        shutil.copy(keys / "app.pem", self.key)
+        self.key.chmod(0o600)
+        self.hub = Hub(top / "hub", keys / "app.pub")
+        self.server: subprocess.Popen[bytes] | None = None
+        self.log_file, self.port, self.codes = top / "log", 0, (0,)
+        self.repository()
+        self.agent(HELLO)
+
+    # -- what codebot works with
+
+    def repository(self, name: str = NAME, **files: str) -> None:
+        bare, seed = self.top / "hub" / f"{name}.git", self.top / "seed" / name
+        sh("git", "init", "-q", "--bare", "-b", "main", str(bare))
+        sh("git", "init", "-q", "-b", "main", str(seed))
+        self.commit(name, **{"README.md": "widget\n", **files})
+
+    def commit(self, name: str = NAME, branch: str = "main", **files: str) -> str:
+        seed = self.top / "seed" / name
+        sh("git", "checkout", "-q", "-B", branch, cwd=seed)
+        for path, text in files.items():
+            (seed / path).write_text(text)
+        sh("git", "add", "-A", cwd=seed)
+        sh("git", "commit", "-q", "-m", f"Change {', '.join(files)}", cwd=seed)
+        sh("git", "push", "-q", str(self.top / "hub" / f"{name}.git"), branch, cwd=seed)
+        return sh("git", "rev-parse", "HEAD", cwd=seed)
+
+    def git(self, *args: str, name: str = NAME) -> str:
+        return sh("git", "-C", str(self.top / "hub" / f"{name}.git"), *args)
+
+    def branches(self, name: str = NAME) -> list[str]:
+        return self.git("for-each-ref", "--format=%(refname:short)", name=name).split()
+
+    def url(self, name: str = NAME) -> str:
+        return f"{self.hub.url}/{name}"
+
+    def agent(self, plan: str) -> None:
+        """The agent does PLAN, in sh; say, result and block are there for it."""
+        script = self.top / "claude"
+        fresh = self.top / "claude.new"
+        fresh.write_text(CLAUDE.replace("@TOP@", str(self.top)) + plan + "\n")
+        fresh.chmod(0o755)
+        fresh.rename(script)
+
+    def seen(self, what: str) -> list[str]:
+        """What the agent was given, run by run: its argv, env or stdin."""
+        runs = sorted((self.top / "seen").glob("run.*"), key=lambda p: p.stat().st_mtime_ns)
+        return [(run / what).read_text() for run in runs]
+
+    def secrets(self) -> list[str]:
+        plain = [KEY, HOOK_SECRET, *self.hub.tokens, *self.hub.jwts]
+        plain += self.key.read_text().splitlines()[1:-1]
+        coded = [f"x-access-token:{token}" for token in self.hub.tokens]
+        return plain + [base64.b64encode(text.encode()).decode() for text in plain + coded]
+
+    # -- codebot's process
+
+    def environment(self, **more: str | None) -> dict[str, str]:
+        given = {k: v for k, v in os.environ.items() if k.startswith("COVERAGE_")}
+        given |= {"PATH": os.environ["PATH"], "HOME": str(self.top / "home"), "LC_ALL": "C.UTF-8"}
+        given |= {"TMPDIR": str(self.top / "tmp"), "CODEBOT_SANDBOX": "none"}
+        given |= {"CODEBOT_API_KEYS": KEY, "ANTHROPIC_API_KEY": MODEL_KEY}
+        given |= {"CODEBOT_CLAUDE_COMMAND": str(self.top / "claude")}
+        given |= {"GITHUB_APP_ID": "12345", "GITHUB_APP_INSTALLATION_ID": "678"}
+        given |= {"GITHUB_APP_PRIVATE_KEY_PATH": str(self.key), "GITHUB_API_URL": self.hub.url}
+        given |= {"GITHUB_WEBHOOK_SECRET": HOOK_SECRET}
+        return {name: text for name, text in {**given, **more}.items() if text is not None}
+
+    def words(self, limits: dict[str, Any]) -> list[str]:
+        """The words that start codebot, with some of its limits made smaller."""
+        if not limits:
+            return [sys.executable, str(PROGRAM)]
+        assert all(hasattr(codebot, name) for name in limits)
+        code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import codebot\n"
+        code += "".join(f"codebot.{name} = {value!r}\n" for name, value in limits.items())
+        return [sys.executable, "-c", f"{code}sys.exit(codebot.main())"]
+
+    def start(self, *args: str, limits: dict[str, Any] = {}, **env: str | None) -> None:  # noqa: B006
+        argv = [*self.words(limits), "serve", "--port", "0", "--work-dir", str(self.work), *args]
+        size = len(self.log())
+        how: dict[str, Any] = {"cwd": self.here, "env": self.environment(**env)}
+        with open(self.log_file, "ab") as out:
+            self.server = subprocess.Popen(argv, stdout=out, stderr=out, **how)
+        self.ready(size)
+
+    def address(self) -> tuple[str, int]:
+        if self.server is None:
+            self.start()
+        return "127.0.0.1", self.port
+
+    def ready(self, size: int = 0) -> None:
+        def found() -> Any:
+            assert self.server is not None
+            assert self.server.poll() is None, self.log()
+            return re.search(r"port (\d+)\.\.\.(.|\n)*Taken up again.*\n", self.log()[size:])
+
+        self.port = int(wait_for(found)[1])
+
+    def log(self) -> str:
+        return self.log_file.read_text() if self.log_file.exists() else ""
+
+    def end(self, number: int) -> int:
+        assert self.server is not None
+        self.server.send_signal(number)
+        code = self.server.wait(15)
+        self.server = None
+        return code
+
+    def kill(self) -> None:
+        self.end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        assert self.end(signal.SIGTERM) in self.codes, self.log()
+        wait_for(lambda: not self.strays())
+
+    def close(self) -> None:
+        (self.top / "go").touch()
+        if self.server is not None and self.server.poll() is None:
+            self.stop()
+        self.hub.close()
+        wait_for(lambda: not self.strays())
+
+    def strays(self) -> list[str]:
+        """Processes that have to do with this stand."""
+        found, mine = [], str(self.top).encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            told = b""
+            for name in ("cmdline", "environ") if process.name != str(os.getpid()) else ():
+                with contextlib.suppress(OSError):
+                    told += (process / name).read_bytes() + os.fsencode(
+                        os.readlink(process / "cwd")
+                    )
+            if mine in told:
+                found.append(f"{process.name} {told!r}")
+        return found
+
+    def only_the_server_is_left(self) -> bool:
+        return len(self.strays()) <= 2  # its watch is a process of its own
+
+    def run(self, *args: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+        """One of codebot's commands, to its end."""
+        how: dict[str, Any] = {"cwd": self.here, "env": self.environment(**env), "timeout": 60}
+        argv = [sys.executable, str(PROGRAM), *args]
+        how |= {"input": stdin, "capture_output": True, "text": True}
+        return subprocess.run(argv, check=False, **how)
+
+    # -- its API
+
+    def ask(self, method: str, path: str, body: Any = None, key: str = KEY, **more: str) -> Answer:
+        """One request; a header's name may have _ for -."""
+        headers = {name.replace("_", "-"): text for name, text in more.items()}
+        headers |= {"Authorization": f"Bearer {key}"} if key else {}
+        data = body if body is None or isinstance(body, (bytes, str)) else json.dumps(body)
+        web = http.client.HTTPConnection(*self.address(), timeout=30)
+        with contextlib.closing(web):
+            web.request(method, path, data, headers)
+            got = web.getresponse()
+            return Answer(got.status, got.headers, got.read().decode())
+
+    def raw(self, data: bytes) -> bytes:
+        """All that comes back for these bytes until the server hangs up."""
+        with socket.create_connection(self.address(), timeout=30) as sock:
+            sock.sendall(data)
+            return b"".join(iter(lambda: sock.recv(65536), b""))
+
+    def slow_reader(self, head: str) -> socket.socket:
+        """A connection that has sent HEAD, and whose kernel takes little of the answer."""
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(30)
+        sock.connect(self.address())
+        sock.sendall(head.encode())
+        return sock
+
+    def task(self, description: str = "Say hello", **fields: Any) -> dict[str, Any]:
+        return {"repository_url": self.url(), "description": description, **fields}
+
+    def submit(self, description: str = "Say hello", **fields: Any) -> str:
+        answer = self.ask("POST", "/api/tasks/submit", self.task(description, **fields))
+        assert answer.status == 202, answer.text
+        task_id: str = answer.json["task_id"]
+        return task_id
+
+    def status(self, task_id: str) -> dict[str, Any]:
+        answer = self.ask("GET", f"/api/tasks/{task_id}/status")
+        assert answer.status == 200, answer.text
+        status: dict[str, Any] = answer.json
+        return status
+
+    def ended(self, task_id: str, seconds: float = 20) -> dict[str, Any]:
+        over = ("completed", "failed")
+        return wait_for(lambda: (s := self.status(task_id))["status"] in over and s, seconds)
+
+    def done(self, task_id: str) -> dict[str, Any]:
+        status = self.ended(task_id)
+        assert status["status"] == "completed", status
+        result: dict[str, Any] = status["result"]
+        return result
+
+    def failed(self, task_id: str, reason: str) -> str:
+        """The sentence that a failed task leaves."""
+        status = self.ended(task_id)
+        assert status.get("reason") == reason, status
+        return str(status["error"])
+
+    def events(self, task_id: str) -> list[str]:
+        events = self.ask("GET", f"/api/tasks/{task_id}/logs").json["events"]
+        return [f"{event['source']}: {event['message']}" for event in events]
+
+    def stream(self, task_id: str, **headers: str) -> http.client.HTTPResponse:
+        web = http.client.HTTPConnection(*self.address(), timeout=30)
+        headers |= {"Authorization": f"Bearer {KEY}", "Accept": "text/event-stream"}
+        web.request("GET", f"/api/tasks/{task_id}/logs", headers=headers)
+        return web.getresponse()
+
+    def reached(self) -> bool:
+        return (self.top / "reached").exists()
+
+    def shown(self, result: dict[str, Any], path: str, name: str = NAME) -> str:
+        return self.git("show", f"{result['branch_name']}:{path}", name=name)
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    top = tmp_path_factory.mktemp("keys")
+    sh("openssl", "genrsa", "-out", str(top / "app.pem"), "2048")
+    sh("openssl", "rsa", "-in", str(top / "app.pem"), "-pubout", "-out", str(top / "app.pub"))
+    return top
+
+
+@pytest.fixture
+def stand(tmp_path: Path, keys: Path) -> Any:
+    stand = Stand(tmp_path, keys)
+    try:
+        yield stand
+    finally:
+        stand.close()
+
+
+# ---- A task, from the request to the pull request ---------------------------------
+
+
+def test_a_task_becomes_a_pull_request(stand: Stand) -> None:
+    task = stand.submit("Say hello\n\nPlease.", ticket_id="AB-7", ticket_summary="Greet people")
+    result = stand.done(task)
+    assert re.fullmatch(r"u/codebot/AB-7/[0-9a-f]{7}/greet-people", result["branch_name"])
+    assert stand.shown(result, "hello.txt") == "hello"
+    [pull] = stand.hub.pulls
+    assert (pull["title"], pull["base"]["ref"]) == ("AB-7: Greet people", "main")
+    assert pull["head"]["ref"] == result["branch_name"]
+    for part in ("Wrote hello.txt.", "> Please.", "hello.txt | 1 +", "No test", f"task {task}"):
+        assert part in pull["body"]
+    assert result["pr_url"] == pull["html_url"]
+    assert (result["pr_number"], result["pr_state"]) == (1, "open")
+    assert result["commit"] == stand.git("rev-parse", result["branch_name"])
+    assert (result["cost_usd"], result["num_turns"], result["session_id"]) == (0.25, 3, task)
+    assert (result["summary"], result["tests"]) == ("Wrote hello.txt.", None)
+    assert Path(result["work_dir"], "hello.txt").exists()
+    assert re.fullmatch(
+        "task_AB-7_[0-9a-f]{7}/repo", os.path.relpath(result["work_dir"], stand.work)
+    )
+
+
+def test_the_commit_carries_the_apps_name_and_nobody_elses(stand: Stand) -> None:
+    branch = stand.done(stand.submit())["branch_name"]
+    said = stand.git("log", "-1", "--format=%an|%ae|%cn|%ce|%B", branch)
+    who = "acme-bot[bot]|77+acme-bot[bot]@users.noreply.127.0.0.1|"
+    assert said == f"{who * 2}Say hello"
+    assert json.loads(stand.seen("argv")[0].split("--settings\n")[1].split("\n")[0]) == {
+        "includeCoAuthoredBy": False
+    }
+
+
+def test_the_agents_own_commits_are_pushed_with_what_it_left(stand: Stand) -> None:
+    stand.agent("echo 1 >one; git add one; git commit -qm 'Add one'; echo 2 >two; result")
+    result = stand.done(stand.submit())
+    log = stand.git("log", "--format=%s", f"main..{result['branch_name']}")
+    assert log.split("\n") == ["Say hello", "Add one"]
+
+
+def test_the_prompt_goes_by_stdin_and_the_limits_by_flags(stand: Stand) -> None:
+    env: dict[str, Any] = {"CODEBOT_MAX_TURNS": "9", "CODEBOT_MAX_BUDGET_USD": "2.5"}
+    stand.start(CODEBOT_CLAUDE_ARGS="--model 'my model'", **env)
+    task = stand.submit("--help; say $(hello) …", ticket_summary="-x")
+    stand.done(task)
+    argv = stand.seen("argv")[0].split("\n")
+    assert "--help; say $(hello) …" in stand.seen("stdin")[0]
+    assert not any("hello" in word for word in argv)
+    for pair in (("--session-id", task), ("--max-turns", "9"), ("--model", "my model")):
+        assert argv[argv.index(pair[0]) + 1] == pair[1]
+    assert float(argv[argv.index("--max-budget-usd") + 1]) == 2.5
+    assert argv[argv.index("--setting-sources") + 1] == ""
+    assert "--strict-mcp-config" in argv
+
+
+def test_no_secret_reaches_agent_test_log_events_or_pull_request(stand: Stand) -> None:
+    stand.agent(f"say 'my key is {MODEL_KEY}'; echo hello >hello.txt; result 'I have {MODEL_KEY}'")
+    stand.start("--debug", HTTPS_PROXY_NOT="x", CODEBOT_AGENT_ENV="EXTRA", EXTRA="e", OTHER="o")
+    task = stand.submit(test_command=f"env >{stand.top}/test-env; echo the-key'-of-a-client'")
+    result = stand.done(task)
+    [env] = stand.seen("env")
+    tested = (stand.top / "test-env").read_text()
+    public = "\n".join([stand.log(), *stand.events(task), json.dumps(result), str(stand.hub.pulls)])
+    for secret in stand.secrets():
+        assert secret not in env + tested + stand.seen("argv")[0] + public
+    assert MODEL_KEY not in tested + public
+    assert "agent: my key is ***" in public
+    assert "test: ***" in public
+    assert f"ANTHROPIC_API_KEY={MODEL_KEY}\n" in env
+    assert "EXTRA=e\n" in env
+    assert "EXTRA=" not in tested
+    assert "OTHER=" not in env
+    assert not re.search("^(CODEBOT_API|GITHUB_)", env, re.MULTILINE)
+
+
+def test_no_secret_is_on_a_command_line(stand: Stand) -> None:
+    for pattern in ("GET /acme/widget.git/info/refs", "POST /acme/widget.git/git-receive-pack"):
+        stand.hub.hold(pattern)
+    task = stand.submit()
+    for hold in stand.hub.holds:
+        assert hold.reached.wait(20)
+        lines = sh("ps", "-e", "-ww", "-o", "args")
+        assert f"{stand.url()}.git" in lines
+        assert not [secret for secret in stand.secrets() if secret in lines]
+        hold.go.set()
+    stand.done(task)
+
+
+def test_no_secret_is_in_a_file_of_the_work_dir(stand: Stand) -> None:
+    stand.done(stand.submit())
+    stand.stop()
+    files = [path.read_bytes() for path in stand.work.rglob("*") if path.is_file()]
+    assert files
+    for secret in stand.secrets():
+        assert not [True for data in files if secret.encode() in data]
+
+
+def test_without_github_a_branch_is_pushed_and_nothing_else_asked(stand: Stand) -> None:
+    stand.start("--no-github", GITHUB_APP_ID="", GITHUB_APP_PRIVATE_KEY_PATH="")
+    remote = str(stand.top / "hub" / f"{NAME}.git")
+    result = stand.done(stand.submit(repository_url=remote))
+    assert stand.shown(result, "hello.txt") == "hello"
+    assert (result["pr_url"], stand.hub.calls) == (None, [])
+    missing = stand.submit(repository_url=str(stand.top / "nothing.git"))
+    assert "Failed to clone repository" in stand.failed(missing, "clone_failed")
+
+
+def test_the_base_branch_is_used_for_the_work_and_the_pull_request(stand: Stand) -> None:
+    stand.commit(branch="release/1", only="here\n")
+    result = stand.done(stand.submit(base_branch="release/1"))
+    assert stand.shown(result, "only") == "here"
+    assert stand.hub.pulls[0]["base"]["ref"] == "release/1"
+
+
+def test_a_base_that_is_no_branch_is_not_found(stand: Stand) -> None:
+    sha = stand.git("rev-parse", "main")
+    stand.git("tag", "v1", "main")
+    stand.git("update-ref", "refs/pull/1/head", "main")
+    bare = stand.top / "hub" / "acme" / "empty.git"
+    sh("git", "init", "-q", "--bare", str(bare))
+    for base in ("v1", sha, "nothing", "refs/heads/main", "tags/v1", "pull/1/head"):
+        task = stand.submit(base_branch=base)
+        assert repr(base) in stand.failed(task, "base_branch_not_found")
+    stand.failed(stand.submit(repository_url=stand.url("acme/empty")), "base_branch_not_found")
+    assert stand.seen("argv") == []
+
+
+def test_a_second_task_fetches_only_what_is_new(stand: Stand) -> None:
+    noise = base64.b64encode(os.urandom(300_000)).decode()
+    stand.commit(noise=noise)
+    stand.done(stand.submit())
+    first, stand.hub.sent = stand.hub.sent, 0
+    stand.commit(small="news\n")
+    result = stand.done(stand.submit("And again"))
+    assert stand.shown(result, "small") == "news"
+    assert first > 200_000
+    assert stand.hub.sent < 20_000
+    assert len(list((stand.work / "mirrors").rglob("*.git"))) == 1
+
+
+def test_many_tasks_at_once_all_become_pull_requests(stand: Stand) -> None:
+    stand.start("--workers", "4")
+    tasks = [stand.submit(f"Task {n}") for n in range(12)]
+    branches = {stand.done(task)["branch_name"] for task in tasks}
+    assert len(branches) == len(stand.hub.pulls) == 12
+    assert branches <= set(stand.branches())
+
+
+@pytest.mark.parametrize(
+    ("ticket", "summary", "pattern"),
+    [
+        ("../../etc", "..", r"etc/[0-9a-f]{7}/task"),
+        ("Ünï cødé/1", "Fix: the *best* ~bug^?", r"Uni-cde-1/[0-9a-f]{7}/fix-the-best-bug"),
+        ("-x.lock", "a" * 400, r"x-lock/[0-9a-f]{7}/a{40}"),
+    ],
+)
+def test_ticket_and_summary_are_made_safe(
+    stand: Stand, ticket: str, summary: str, pattern: str
+) -> None:
+    result = stand.done(stand.submit(ticket_id=ticket, ticket_summary=summary))
+    assert re.fullmatch(f"u/codebot/{pattern}", result["branch_name"])
+    assert Path(result["work_dir"]).parent.parent == stand.work
+    assert len(stand.hub.pulls[0]["title"]) <= 250
+
+
+def test_a_description_of_the_greatest_length_just_works(stand: Stand) -> None:
+    stand.done(stand.submit("é " * 50_000))
+    assert stand.seen("stdin")[0].count("é") == 50_000
+    assert len(stand.hub.pulls[0]["body"]) < 65_000
+
+
+# ---- What the agent may do wrong --------------------------------------------------
+
+SESSION_OVER = "Not logged in · Please run /login"
+RETRY = '{"type":"system","subtype":"api_retry","error_status":401,"error":"authentication_failed"}'
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason", "words"),
+    [
+        ("echo oops >&2; exit 3", "agent_failed", "without a result, code 3: oops"),
+        ("result 'It broke' success true", "agent_failed", "It broke"),
+        ("result 'It broke' error_during_execution true", "agent_failed", "It broke"),
+        ("result 'Nothing done' success false 0", "agent_failed", "Nothing done"),
+        (f"result '{SESSION_OVER}' success true", "agent_login", "/login"),
+        (f"echo '{RETRY}'; sleep 100", "agent_login", "login failed"),
+        ("result 'Too dear' error_max_budget_usd true", "budget", "Too dear"),
+        ("result 'Too long' error_max_turns true", "budget", "Too long"),
+        ("result 'Nothing to do here'", "no_changes", "Nothing to do here"),
+        ("rm -rf .git; echo x >x; result", "agent_failed", "git"),
+        ("git checkout -q --orphan o; git commit -qm o; result", "agent_failed", "base commit"),
+        ("echo x >.git/HEAD; echo x >x; result", "agent_failed", "commit what was left"),
+        ("mkdir sub; git -C sub init -q; result", "agent_failed", "sub"),
+    ],
+)
+def test_an_agent_that_goes_wrong_fails_its_task(
+    stand: Stand, plan: str, reason: str, words: str
+) -> None:
+    stand.agent(plan)
+    stand.start(CODEBOT_TASK_TIMEOUT="30")
+    task = stand.submit()
+    assert words in stand.failed(task, reason)
+    assert (stand.hub.pulls, stand.branches()) == ([], ["main"])
+    assert len(list(stand.work.glob("task_*/repo"))) == 1
+
+
+def test_an_agent_that_is_not_there_fails_its_task(stand: Stand) -> None:
+    stand.start(CODEBOT_CLAUDE_COMMAND="/nonexistent/claude")
+    assert "Cannot start the agent" in stand.failed(stand.submit(), "agent_failed")
+
+
+@pytest.mark.parametrize("reason", ["timeout", "stalled"])
+def test_an_agent_that_hangs_is_ended(stand: Stand, reason: str) -> None:
+    stand.agent("trap '' TERM; say hm; setsid sleep 300 & while :; do sleep 300; done")
+    limit = {"timeout": "CODEBOT_TASK_TIMEOUT", "stalled": "CODEBOT_STALL_TIMEOUT"}[reason]
+    stand.start(limits={"KILL_GRACE": 0.2}, **{limit: "1"})
+    assert limit in stand.failed(stand.submit(), reason)
+    assert not [stray for stray in stand.strays() if "sleep" in stray]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        f"{HELLO}; exit 9",
+        f"{HELLO}; sleep 300",
+        f"setsid sleep 300 & {HELLO}",
+        f"{HELLO}; trap '' TERM; while :; do sleep 300; done",
+        f"echo 'no json'; echo '[]'; echo '{{\"type\":3}}'; {HELLO}",
+        f"head -c 9000000 /dev/zero | tr '\\0' x; echo; {HELLO}",
+        f"seq 1 2000; {HELLO}",
+    ],
+)
+def test_a_good_result_counts_whatever_else_the_agent_does(stand: Stand, plan: str) -> None:
+    stand.agent(plan)
+    stand.start(limits={"RESULT_GRACE": 0.3})
+    result = stand.done(stand.submit())
+    assert stand.shown(result, "hello.txt") == "hello"
+    assert not [stray for stray in stand.strays() if "sleep" in stray]
+
+
+def test_events_are_for_people_and_what_is_long_is_cut(stand: Stand) -> None:
+    use = '{"type":"tool_use","name":"Bash","input":{"command":"ls -l"}}'
+    other = '{"type":"tool_use","name":"TaskList","input":{"a":1}}'
+    broken = '{"type":"tool_result","is_error":true,"content":"no such file"}'
+    lines = [f'{{"type":"assistant","message":{{"content":[{use},{other}]}}}}']
+    lines.append(f'{{"type":"user","message":{{"content":[{broken}]}}}}')
+    plan = f"say 'one\\ntwo'; say {'x' * 5000}; " + "; ".join(f"echo '{x}'" for x in lines)
+    stand.agent(f"{plan}; {HELLO}")
+    task = stand.submit()
+    result = stand.done(task)
+    events = stand.events(task)
+    for event in ("agent: one ⏎ two", "tool: Bash: ls -l", 'tool: TaskList: {"a": 1}'):
+        assert event in events
+    assert "tool: failed: no such file" in events
+    assert any(e.endswith("(3000 characters cut)") for e in events)
+    assert any(e.startswith("git: Pushed ") and result["branch_name"] in e for e in events)
+    phases = [e.split(": ")[2] for e in events if ": Phase: " in e]
+    assert phases == ["clone", "agent", "commit", "push", "pull_request"]
+
+
+def test_only_so_many_events_are_kept(stand: Stand) -> None:
+    stand.agent(f"seq 1 300; {HELLO}")
+    stand.start(limits={"EVENTS": 50})
+    task = stand.submit()
+    stand.done(task)
+    events = stand.events(task)
+    assert len([event for event in events if event.startswith("agent: ")]) == 49
+    assert any("not kept" in event for event in events)
+    assert events[-1] == "codebot: Completed"  # what codebot says is kept all the same
+
+
+# ---- The test command -------------------------------------------------------------
+
+
+def test_a_failing_test_is_shown_to_the_agent_in_the_same_session(stand: Stand) -> None:
+    stand.agent('case "$*" in *--resume*) echo good >state;; *) echo bad >state;; esac; result')
+    task = stand.submit(test_command="cat state; grep -q good state")
+    result = stand.done(task)
+    command = {"command": "cat state; grep -q good state", "passed": True, "attempts": 2}
+    assert result["tests"] == command
+    assert (result["cost_usd"], result["num_turns"]) == (0.5, 6)
+    first, second = (argv.split("\n") for argv in stand.seen("argv"))
+    assert first[first.index("--session-id") + 1] == second[second.index("--resume") + 1] == task
+    assert "ended with code 1" in stand.seen("stdin")[1]
+    assert "<output>\nbad\n" in stand.seen("stdin")[1]
+    assert "`cat state; grep -q good state` passed" in stand.hub.pulls[0]["body"]
+    assert "test: bad" in stand.events(task)
+
+
+def test_tests_that_fail_to_the_end_fail_the_task(stand: Stand) -> None:
+    stand.start(CODEBOT_TEST_ATTEMPTS="1")
+    task = stand.submit(test_command="echo it is broken; exit 7")
+    assert "with code 7: it is broken" in stand.failed(task, "tests_failed")
+    assert (len(stand.seen("argv")), stand.branches()) == (2, ["main"])
+
+
+def test_a_budget_holds_for_all_attempts_together(stand: Stand) -> None:
+    stand.start(CODEBOT_MAX_BUDGET_USD="0.25")
+    assert "budget" in stand.failed(stand.submit(test_command="exit 1"), "budget")
+    assert len(stand.seen("argv")) == 1
+
+
+def test_a_test_that_hangs_is_ended(stand: Stand) -> None:
+    stand.start(CODEBOT_STALL_TIMEOUT="1", limits={"KILL_GRACE": 0.2})
+    stand.failed(stand.submit(test_command="setsid sleep 300 & sleep 300"), "stalled")
+    assert not [stray for stray in stand.strays() if "sleep" in stray]
+
+
+# ---- GitHub and the remote --------------------------------------------------------
+
+
+def test_tokens_are_asked_for_one_repository_and_few_permissions(stand: Stand) -> None:
+    stand.done(stand.submit())
+    rights = {"contents": "write", "pull_requests": "write", "issues": "write"}
+    assert stand.hub.minted == [{"repositories": ["widget"], "permissions": rights}]
+    [claims] = stand.hub.jwts.values()
+    assert claims["exp"] - claims["iat"] == 600
+
+
+def test_a_pull_request_is_opened_once_though_the_answer_was_lost(stand: Stand) -> None:
+    stand.hub.fault("POST /repos/acme/widget/pulls", lambda: None, when="after")
+    result = stand.done(stand.submit())
+    assert (len(stand.hub.pulls), result["pr_number"]) == (1, 1)
+    assert stand.hub.count("POST /repos/acme/widget/pulls") == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (500, b"<html>", {}),
+        (502, {"message": "Bad Gateway"}),
+        (429, {"message": "slow down"}, {"Retry-After": "1"}),
+        (403, {"message": "You have exceeded a secondary rate limit"}, {"Retry-After": "1"}),
+        (403, {"message": "no more"}, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "1"}),
+        (401, {"message": "Bad credentials"}),
+        (307, {}, {"Location": "/repos/acme/widget/pulls"}),
+        (200, b"{not json", {}),
+    ],
+)
+def test_what_github_asks_to_try_again_is_tried_again(stand: Stand, answer: Any) -> None:
+    stand.hub.fault("POST /repos/acme/widget/pulls", answer)
+    assert stand.done(stand.submit())["pr_number"] == 1
+    assert stand.hub.count("POST /repos/acme/widget/pulls") == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (422, {"message": "Validation Failed", "errors": [{"field": "base", "code": "invalid"}]}),
+        (403, {"message": "Resource not accessible by integration"}),
+        (404, b"<html>no", {}),
+        (429, {"message": "tomorrow"}, {"Retry-After": "90000"}),
+        (307, {}, {"Location": "http://localhost:1/elsewhere"}),
+        (422, {"message": "Validation Failed", "errors": ["plainly no"]}),
+    ],
+)
+def test_what_github_refuses_is_told_and_not_tried_again(stand: Stand, answer: Any) -> None:
+    stand.hub.fault("POST /repos/acme/widget/pulls", answer)
+    error = stand.failed(stand.submit(), "pull_request_failed")
+    assert "was pushed, but not the pull request opened" in error
+    assert str(answer[0]) in error
+    assert stand.hub.count("POST /repos/acme/widget/pulls") == 1
+    assert len(stand.branches()) == 2
+
+
+def test_a_jwt_that_is_refused_is_signed_anew(stand: Stand) -> None:
+    stand.hub.fault("POST /app/installations", (401, {"message": "no"}))
+    stand.done(stand.submit())
+    assert stand.hub.count("POST /app/installations") == 2
+
+
+def test_a_clock_that_is_wrong_is_corrected_by_githubs(stand: Stand) -> None:
+    stand.hub.skew = 5000
+    stand.done(stand.submit())
+    assert all(claims["iat"] > time.time() + 4000 for claims in [*stand.hub.jwts.values()][1:])
+
+
+def test_a_key_that_is_not_the_apps_fails_the_clone(stand: Stand) -> None:
+    sh("openssl", "genrsa", "-out", str(stand.key), "2048")
+    assert "could not be decoded" in stand.failed(stand.submit(), "clone_failed")
+    stand.key.write_text("no key")
+    stand.stop()
+    stand.start()
+    assert "cannot sign" in stand.failed(stand.submit(), "clone_failed")
+
+
+def test_a_token_that_git_is_refused_with_is_renewed_once(stand: Stand) -> None:
+    refusal = (401, b"Invalid username or token.", {"WWW-Authenticate": 'Basic realm="GitHub"'})
+    stand.hub.fault("GET /acme/widget.git/info/refs", refusal)
+    stand.done(stand.submit())
+    assert len(stand.hub.minted) == 2
+    stand.hub.fault("GET /acme/widget.git/info/refs", refusal, refusal)
+    assert "authentication failed" in stand.failed(stand.submit(), "clone_failed")
+
+
+def test_a_remote_that_fails_for_a_moment_is_tried_again(stand: Stand) -> None:
+    stand.hub.fault("GET /acme/widget.git/info/refs", (503, b"busy", {}))
+    task = stand.submit()
+    stand.done(task)
+    assert any("trying again" in event for event in stand.events(task))
+
+
+def test_a_repository_that_is_not_there_cannot_be_cloned(stand: Stand) -> None:
+    task = stand.submit(repository_url=stand.url("acme/nothing"))
+    error = stand.failed(task, "clone_failed")
+    assert error.startswith("Failed to clone repository: 422 There is at least one repository")
+    stand.hub.fault("GET /acme/widget.git/info/refs", (404, b"Repository not found.", {}))
+    assert "not found" in stand.failed(stand.submit(), "clone_failed")
+
+
+def test_a_push_that_the_remote_rejects_is_told_in_its_words(stand: Stand) -> None:
+    hook = stand.top / "hub" / f"{NAME}.git" / "hooks" / "pre-receive"
+    hook.write_text("#!/bin/sh\necho 'GH013: no pushes on a Friday' >&2; exit 1\n")
+    hook.chmod(0o755)
+    assert "GH013: no pushes on a Friday" in stand.failed(stand.submit(), "push_rejected")
+    assert stand.hub.pulls == []
+
+
+def rename(stand: Stand) -> None:
+    stand.hub.renamed[NAME] = "acme/gadget"
+    (stand.top / "hub" / f"{NAME}.git").rename(stand.top / "hub" / "acme" / "gadget.git")
+
+
+def test_a_renamed_repository_is_followed(stand: Stand) -> None:
+    stand.done(stand.submit())
+    rename(stand)
+    result = stand.done(stand.submit("Again"))
+    assert "/acme/gadget/pull/" in result["pr_url"]
+    assert stand.shown(result, "hello.txt", "acme/gadget") == "hello"
+
+
+def test_a_repository_renamed_to_one_that_is_not_allowed_is_refused(stand: Stand) -> None:
+    stand.start(CODEBOT_ALLOWED_REPOSITORIES="acme/w*")
+    rename(stand)
+    assert "acme/gadget now, which is not allowed" in stand.failed(stand.submit(), "clone_failed")
+
+
+def test_github_is_asked_by_its_own_name_on_enterprise_and_ghe_com() -> None:
+    def base(**named: Any) -> str:
+        return codebot.Config(**named).git_base
+
+    assert base() == "https://github.com"
+    assert base(enterprise_url="https://ghe.acme.com") == "https://ghe.acme.com"
+    assert base(api_url="https://api.acme.ghe.com") == "https://acme.ghe.com"
+    assert base(api_url="https://ghe.acme.com:8443/api/v3") == "https://ghe.acme.com:8443"
+    config = codebot.Config(enterprise_url="https://ghe.acme.com")
+    assert config.github_api == "https://ghe.acme.com/api/v3"
+    assert (
+        codebot.parse_url(config, "git@ghe.acme.com:a/b.git").url == "https://ghe.acme.com/a/b.git"
+    )
+
+
+def test_a_github_that_is_not_there_fails_the_clone_in_plain_words(stand: Stand) -> None:
+    stand.start(GITHUB_API_URL="http://127.0.0.1:9", limits={"GITHUB_WAIT": 0.5})
+    task = stand.submit(repository_url="http://127.0.0.1:9/acme/widget")
+    assert "GitHub cannot be reached" in stand.failed(task, "clone_failed")
+
+
+# ---- Stop, crash, cancel, retry ---------------------------------------------------
+
+BLOCK = "touch {0}/reached; while [ ! -e {0}/go ]; do sleep 0.02; done"
+
+
+def block(stand: Stand, step: str) -> tuple[Callable[[], Any], dict[str, str]]:
+    """Let a task wait in a step; give what tells that it does, and the fields of the task."""
+    waits = BLOCK.format(stand.top)
+    places = {
+        "base": ("GET /acme/widget.git/info/refs.*upload", "before"),
+        "fetch": ("POST /acme/widget.git/git-upload-pack", "after"),
+        "push": ("POST /acme/widget.git/git-receive-pack", "before"),
+        "pushed": ("POST /acme/widget.git/git-receive-pack", "after"),
+        "pull": ("POST /repos/acme/widget/pulls", "before"),
+        "pulled": ("POST /repos/acme/widget/pulls", "after"),
+    }
+    if step in places:
+        return stand.hub.hold(*places[step]).reached.is_set, {}
+    if step == "submitted":
+        return lambda: True, {}
+    filtered = "git config filter.f.clean 'sh $top/filter'; echo '* filter=f' >.gitattributes"
+    (stand.top / "filter").write_text(f"{waits}; exec cat")
+    plan = {"agent": f"block; {HELLO}", "result": f"{HELLO}; block"}
+    plan["commit"] = f"{filtered.replace('$top', str(stand.top))}; {HELLO}"
+    stand.agent(plan.get(step, HELLO))
+    return stand.reached, {"test_command": waits} if step == "test" else {}
+
+
+STEPS = ["submitted", "base", "fetch", "agent", "result", "test", "commit", "push", "pushed"]
+STEPS += ["pull", "pulled"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_at_any_step_a_task_has_one_pull_request_in_the_end(stand: Stand, step: str) -> None:
+    reached, fields = block(stand, step)
+    stand.start(limits={"RESULT_GRACE": 30} if step == "result" else {})
+    task = stand.submit(**fields)
+    wait_for(reached)
+    stand.kill()
+    (stand.top / "go").touch()
+    stand.hub.release()
+    stand.start()
+    result = stand.done(task)
+    assert [pull["html_url"] for pull in stand.hub.pulls] == [result["pr_url"]]
+    assert stand.branches() == ["main", result["branch_name"]]
+    assert len(list(stand.work.glob("task_*"))) == 1
+
+
+def test_the_third_crash_in_a_row_ends_a_task(stand: Stand) -> None:
+    stand.agent("block")
+    task = stand.submit()
+    for _ in range(3):
+        wait_for(stand.reached)
+        (stand.top / "reached").unlink()
+        stand.kill()
+        stand.start()
+    assert "3 times" in stand.failed(task, "interrupted")
+    wait_for(stand.only_the_server_is_left)
+
+
+def test_a_stop_puts_the_task_back_and_leaves_no_process(stand: Stand) -> None:
+    stand.agent("setsid sleep 300 & block")
+    task = stand.submit()
+    waiting = stand.submit("Another")
+    wait_for(stand.reached)
+    stream = stand.stream(task)
+    with socket.create_connection(stand.address()) as slow:
+        slow.sendall(b"GET / HTTP/1.1\r\n")
+        stand.stop()
+        assert b"event: end" not in stream.read()
+    with contextlib.closing(sqlite3.connect(stand.work / "codebot.db")) as db:
+        assert db.execute("SELECT status FROM tasks").fetchall() == [("pending",)] * 2
+    stand.agent(HELLO)
+    stand.start()
+    assert "Taken up again: 2" in stand.log()
+    assert stand.done(task) != stand.done(waiting)
+
+
+def test_stopping_it_takes_no_work_and_says_so(stand: Stand) -> None:
+    stand.agent("trap '' TERM; block")
+    stand.submit()
+    wait_for(stand.reached)
+    assert stand.server is not None
+    stand.server.send_signal(signal.SIGINT)
+    wait_for(lambda: stand.ask("GET", "/health").json["status"] == "stopping")
+    assert stand.ask("GET", "/health").status == 503
+    refused = stand.ask("POST", "/api/tasks/submit", stand.task())
+    assert (refused.status, refused.headers["Retry-After"]) == (503, "30")
+    assert stand.server.wait(15) == 0
+    stand.server = None
+
+
+def test_a_second_signal_ends_it_at_once_and_its_agents_too(stand: Stand) -> None:
+    stand.agent("trap '' TERM; block")
+    stand.start(limits={"KILL_GRACE": 60})
+    stand.submit()
+    wait_for(stand.reached)
+    assert stand.server is not None
+    stand.server.send_signal(signal.SIGTERM)
+    wait_for(lambda: "stopping" in stand.log())
+    assert stand.end(signal.SIGTERM) == 1
+    wait_for(lambda: not stand.strays())
+
+
+@pytest.mark.parametrize("step", ["base", "agent", "test", "push", "pull"])
+def test_a_running_task_is_cancelled_in_any_step(stand: Stand, step: str) -> None:
+    reached, fields = block(stand, step)
+    stand.start(limits={"KILL_GRACE": 0.2})
+    task = stand.submit(**fields)
+    wait_for(reached)
+    assert stand.ask("POST", f"/api/tasks/{task}/cancel", "").status == 202
+    if step == "pull":
+        stand.hub.release()
+    assert "Cancelled" in stand.failed(task, "cancelled")
+    wait_for(stand.only_the_server_is_left)
+    assert stand.ask("POST", f"/api/tasks/{task}/cancel", "").status == 409
+
+
+def test_a_pending_task_that_is_cancelled_never_starts(stand: Stand) -> None:
+    stand.agent("block; " + HELLO)
+    first, second = stand.submit(), stand.submit("Another")
+    wait_for(stand.reached)
+    assert stand.ask("POST", f"/api/tasks/{second}/cancel", "").status == 202
+    assert "before it started" in stand.failed(second, "cancelled")
+    (stand.top / "go").touch()
+    stand.done(first)
+    last = stand.submit("The last")
+    stand.done(last)
+    assert len(stand.seen("argv")) == 2
+    assert stand.status(second)["started_at"] is None
+
+
+def test_cancelled_while_the_server_was_killed_it_is_cancelled(stand: Stand) -> None:
+    hold = stand.hub.hold("POST /repos/acme/widget/pulls")
+    task = stand.submit()
+    assert hold.reached.wait(20)
+    stand.ask("POST", f"/api/tasks/{task}/cancel", "")
+    stand.kill()
+    hold.go.set()
+    stand.start()
+    stand.failed(task, "cancelled")
+
+
+def test_a_failed_task_is_retried_as_a_new_one(stand: Stand) -> None:
+    stand.agent("exit 1")
+    task = stand.submit(ticket_id="AB-1")
+    stand.failed(task, "agent_failed")
+    stand.agent(HELLO)
+    again = stand.ask("POST", f"/api/tasks/{task}/retry", "")
+    assert (again.status, again.json["status"]) == (202, "pending")
+    result = stand.done(again.json["task_id"])
+    assert "/AB-1/" in result["branch_name"]
+    assert stand.seen("stdin")[0] == stand.seen("stdin")[1]
+    assert stand.ask("POST", f"/api/tasks/{again.json['task_id']}/retry", "").status == 409
+
+
+def test_a_second_server_on_the_work_dir_is_refused(stand: Stand) -> None:
+    stand.start()
+    assert stand.server is not None
+    args = ("--port", "0", "--work-dir", str(stand.work))
+    second = stand.run("serve", *args)
+    assert second.returncode == 2
+    assert f"in use by another codebot, process {stand.server.pid}" in second.stderr
+
+
+def test_what_is_past_its_time_is_removed(stand: Stand) -> None:
+    orphan = stand.work / "task_0000000"
+    (orphan / "repo").mkdir(parents=True)
+    os.utime(orphan, (1, 1))
+    stand.agent(f"mkdir stiff; touch stiff/file; chmod 500 stiff; {HELLO}")
+    stand.start(CODEBOT_TASK_RETENTION="1", limits={"MIRROR_KEPT": 2})
+    task = stand.submit()
+    result = stand.done(task)
+    stand.agent("block; exit 1")
+    other = stand.submit("Another")
+    wait_for(lambda: stand.ask("GET", f"/api/tasks/{task}/status").status == 404)
+    assert not Path(result["work_dir"]).exists()
+    assert not orphan.exists()
+    wait_for(stand.reached)
+    assert stand.status(other)["status"] == "running"
+    mirrors = stand.work / "mirrors"
+    [mirror] = mirrors.rglob("*.git")
+    assert sh("git", "for-each-ref", "refs/codebot", cwd=mirror).count("\n") == 0  # the other's
+    (stand.top / "go").touch()
+    wait_for(lambda: not list(mirrors.rglob("*.git")))
+    assert stand.ask("GET", f"/api/tasks/{other}/logs").status == 404
+
+
+def test_a_disk_that_runs_low_is_told_in_health_and_log(stand: Stand) -> None:
+    stand.start(CODEBOT_TASK_RETENTION="1", limits={"DISK_LOW": 1 << 60})
+    answer = stand.ask("GET", "/health")
+    assert (answer.status, "MiB of disk left" in answer.json["warning"]) == (200, True)
+    wait_for(lambda: "MiB of disk left" in stand.log())
+
+
+# ---- The database -----------------------------------------------------------------
+
+MOVERS: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {  # and what they may move
+    "claim": (lambda store, task: store.claim(task), {"pending": "running"}),
+    "complete": (lambda store, task: store.end(task, "completed", 1, 0), {"running": "completed"}),
+    "fail": (lambda store, task: store.end(task, "failed", 1, 0), {"running": "failed"}),
+    "put back": (lambda store, task: store.put_back(task), {"running": "pending"}),
+    "cancel": (  # of a running one it makes a note, for its worker
+        lambda store, task: store.cancel(task),
+        {"pending": "failed", "running": "running"},
+    ),
+}
+WAYS = {"pending": (), "running": ("claim",), "completed": ("claim", "complete")}
+WAYS |= {"failed": ("claim", "fail")}
+
+
+@pytest.mark.parametrize("state", codebot.MOVES)
+def test_a_state_moves_only_as_moves_has_it(tmp_path: Path, state: str) -> None:
+    store = codebot.Store(str(tmp_path / "db"))
+    fields = {**dict.fromkeys(codebot.FIELDS), "repository_url": "u", "description": "d"}
+    for move, moves in MOVERS.values():
+        task, _ = store.add(fields, None, None, 9)
+        for step in WAYS[state]:
+            MOVERS[step][0](store, task)
+        assert store.get(task)["status"] == state
+        with contextlib.nullcontext() if state in moves else pytest.raises(codebot.WrongState):
+            move(store, task)
+        found = store.get(task)["status"]
+        assert found == moves.get(state, state)
+        assert found == state or found in codebot.MOVES[state]
+
+
+def test_a_database_that_goes_away_makes_it_unhealthy_and_nothing_is_taken(stand: Stand) -> None:
+    assert stand.ask("GET", "/health").status == 200
+    for path in stand.work.glob("codebot.db*"):
+        path.unlink()
+    answer = wait_for(lambda: (a := stand.ask("GET", "/health")).status == 503 and a)
+    assert answer.json["status"] == "unhealthy"
+    refused = stand.ask("POST", "/api/tasks/submit", stand.task())
+    assert (refused.status, refused.headers["Retry-After"]) == (503, "10")
+
+
+def test_a_database_that_is_locked_refuses_work_and_takes_it_later(stand: Stand) -> None:
+    stand.start()
+    with contextlib.closing(sqlite3.connect(stand.work / "codebot.db")) as other:
+        other.isolation_level = None
+        other.execute("BEGIN IMMEDIATE")
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            refused = pool.submit(stand.ask, "POST", "/api/tasks/submit", stand.task())
+            assert stand.ask("GET", "/api/tasks").json["count"] == 0
+            assert refused.result().status == 503
+            assert "Retry-After" in refused.result().headers
+        other.execute("ROLLBACK")
+    stand.done(stand.submit())
+
+
+@pytest.mark.parametrize("statement", ["PRAGMA user_version=99", "CREATE TABLE tasks(id)"])
+def test_a_database_of_another_schema_is_refused(stand: Stand, statement: str) -> None:
+    stand.work.mkdir()
+    with contextlib.closing(sqlite3.connect(stand.work / "codebot.db")) as db:
+        db.execute(statement)
+    done = stand.run("serve", "--port", "0", "--work-dir", str(stand.work))
+    assert done.returncode == 2
+    assert "has schema" in done.stderr
+    (stand.work / "codebot.db").write_bytes(b"no database" * 100)
+    done = stand.run("serve", "--port", "0", "--work-dir", str(stand.work))
+    assert (done.returncode, "cannot be used" in done.stderr) == (2, True)
+
+
+# ---- The API ----------------------------------------------------------------------
+
+
+def test_every_api_route_needs_a_key(stand: Stand) -> None:
+    stand.start(CODEBOT_API_KEYS=f"other-key, {KEY}")
+    guarded = 0
+    for verb, pattern, *_ in codebot.routes():
+        path = re.sub(r"\(\?P<\w+>[^)]*\)", "x", pattern)
+        if path.startswith("/api/") or path == "/metrics":
+            guarded += 1
+            for key in ("", "wrong-key", KEY[:-1], KEY + "x", "é"):
+                answer = stand.ask(
+                    verb, path, "" if verb == "POST" else None, key="", X_API_Key=key
+                )
+                assert (answer.status, answer.json["error"]) == (401, "Unauthorized")
+                assert "Bearer" in answer.headers["WWW-Authenticate"]
+            assert stand.ask(verb, path, "", key="").status == 401
+            assert stand.ask(verb, path, "", key="", Authorization=f"Basic {KEY}").status == 401
+            assert stand.ask(verb, path, "", key="", X_API_Key=KEY).status != 401
+            assert stand.ask(verb, path, "", key="other-key").status != 401
+    assert guarded == 7
+    assert stand.ask("GET", "/health", key="").status == 200
+
+
+BAD_BODIES = [
+    (b"", "not JSON"),
+    (b"{", "not JSON"),
+    (b"\xff\xfe", "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    (b"[]", "array"),
+    (b'"text"', "string"),
+    (b"null", "null"),
+    (b"7", "number"),
+    (b"true", "boolean"),
+]
+BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
+    ({"repository_url": None}, "repository_url: is missing"),
+    ({"description": None}, "description: is missing"),
+    ({"description": ""}, "description: is empty"),
+    ({"description": " \n\t"}, "description: is empty"),
+    ({"description": 7}, "description: is a JSON number"),
+    ({"description": ["a"]}, "description: is a JSON array"),
+    ({"ticket_id": False}, "ticket_id: is a JSON boolean"),
+    ({"test_command": {}}, "test_command: is a JSON object"),
+    *[
+        ({name: "x" * (most + 1)}, f"{name}: has {most + 1}")
+        for name, most in codebot.FIELDS.items()
+    ],
+    ({"description": "a\0b"}, "description: has the character U+0000"),
+    ({"ticket_id": "a\nb"}, "ticket_id: has the character U+000A"),
+    ({"ticket_summary": "a\x7f"}, "ticket_summary: has the character U+007F"),
+    ({"test_command": "a\x1b[0m"}, "test_command: has the character U+001B"),
+    ({"description": "\ud800"}, "description: has the character U+D800"),
+    ({"descripton": "x"}, "Unknown field 'descripton'; did you mean 'description'"),
+    ({"zzz": "x"}, "Unknown field 'zzz'; known are repository_url"),
+    *[
+        ({"base_branch": name}, "base_branch: ")
+        for name in ("a b", "-x", "a..b", "/a", "a/", "a.lock", "a~1", "@", "HEAD", "a//b", "x@{1}")
+    ],
+]
+BAD_URLS = [
+    "acme/widget", "/etc", "file:///etc", "../x", "ext::sh -c id", "--upload-pack=x", "-x",
+    "ssh://git@github.com/acme/widget", "https://github.com/acme/widget",
+    "git@github.com:acme/widget.git", "HUB/acme", "HUB/acme/widget/tree/main",
+    "HUB/acme/widget?x=1", "HUB/acme/widget#x", "HUB/acme/..", "HUB/../widget", "HUB/acme/.git",
+    "HUB/-acme/widget", "HUB/acme/wid get", "HUB/acme/widget%2e", "HUB:1/acme/widget",
+    "HUB//acme/widget", "AT/acme/widget",
+]  # fmt: skip
+
+
+def test_bad_input_is_refused_naming_the_field_and_nothing_is_stored(stand: Stand) -> None:
+    stand.start()
+    at = stand.hub.url.replace("//", "//user:word@")
+    urls = [url.replace("HUB", stand.hub.url).replace("AT", at) for url in BAD_URLS]
+    cases: list[tuple[Any, str]] = [*BAD_BODIES]
+    cases += [(stand.task(**fields), words) for fields, words in BAD_FIELDS]
+    cases += [(stand.task(repository_url=url), "repository_url: expected") for url in urls]
+    for body, words in cases:
+        answer = stand.ask("POST", "/api/tasks/submit", body)
+        assert answer.status == 400, (body, answer)
+        assert words in answer.json["message"], body
+        assert answer.json["error"] == "Bad Request"
+    assert stand.ask("GET", "/api/tasks").json == {"tasks": [], "count": 0}
+
+
+def test_a_url_is_taken_in_each_of_its_forms(stand: Stand) -> None:
+    stand.start()
+    host = stand.hub.url.partition("//")[2]
+    urls = [f"{stand.url()}.git", f"{stand.url()}/", stand.url("ACME/Widget")]
+    assert (
+        len({codebot.parse_url(codebot.Config(api_url=stand.hub.url), u).name for u in urls}) == 2
+    )
+    for url in (f"{stand.url()}.git", f"{stand.url()}/"):
+        stand.done(stand.submit(repository_url=url))
+    assert stand.ask("POST", "/api/tasks/submit", stand.task(repository_url=f"git@{host}:a/b"))
+
+
+def test_without_github_any_remote_is_taken_but_no_helper_or_option() -> None:
+    config = codebot.Config(no_github=True)
+    remotes = (
+        "https://host/a/b",
+        "ssh://git@host/a/b.git",
+        "git@host:a/b.git",
+        "file:///a",
+        "/a/b",
+    )
+    for url in remotes:
+        assert codebot.parse_url(config, url).url == url
+    for url in ("https://user:word@host/a/b", "ext::sh", "-x", "--upload-pack=x", "a/b", ""):
+        with pytest.raises(ValueError, match="expected"):
+            codebot.parse_url(config, url)
+
+
+def test_branch_names_are_judged_as_git_judges_them() -> None:
+    parts = ["a", "/", ".", "..", "-", "@", "{", "~", "^", ":", "?", "*", "[", "\\", " ", ".lock"]
+    for name in map("".join, itertools.product(parts, repeat=2)):
+        done = subprocess.run(["git", "check-ref-format", "--branch", name], capture_output=True)  # noqa: PLW1510
+        assert codebot.is_branch_name(name) <= (done.returncode == 0), name
+    for name in ("main", "release/1.2", "a-b_c", "übung", "a@b", "x.y"):
+        assert codebot.is_branch_name(name)
+
+
+def test_a_repository_that_is_not_allowed_is_403(stand: Stand) -> None:
+    stand.start(CODEBOT_ALLOWED_REPOSITORIES="acme/g*, other/widget")
+    answer = stand.ask("POST", "/api/tasks/submit", stand.task())
+    assert (answer.status, answer.json["error"]) == (403, "Forbidden")
+    assert "acme/widget" in answer.json["message"]
+    allowed = stand.task(repository_url=stand.url("Acme/Gadget"))
+    assert stand.ask("POST", "/api/tasks/submit", allowed).status == 202
+
+
+def test_what_is_submitted_is_answered_with_its_address(stand: Stand) -> None:
+    stand.agent("block; " + HELLO)
+    answer = stand.ask("POST", "/api/tasks/submit", stand.task(ticket_id=None))
+    task = answer.json["task_id"]
+    assert answer.json == {
+        "task_id": task,
+        "status": "pending",
+        "message": "Task queued successfully",
+    }
+    assert answer.headers["Location"] == f"/api/tasks/{task}/status"
+    wait_for(stand.reached)
+    status = stand.status(task)
+    assert (status["status"], status["phase"], status["completed_at"]) == ("running", "agent", None)
+    (stand.top / "go").touch()
+    status = stand.ended(task)
+    for name in ("submitted_at", "started_at", "completed_at"):
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", status[name])
+    assert "phase" not in status
+    assert stand.ask("GET", "/api/tasks/nothing/status").status == 404
+
+
+def test_an_idempotency_key_gives_the_same_task_also_at_once(stand: Stand) -> None:
+    stand.start()
+    path, body = "/api/tasks/submit", json.dumps(stand.task())
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        asks = [pool.submit(stand.ask, "POST", path, body, Idempotency_Key="k1") for _ in range(16)]
+    assert len({ask.result().json["task_id"] for ask in asks}) == 1
+    other = stand.ask("POST", path, stand.task("Other"), Idempotency_Key="k1")
+    assert (other.status, other.json["error"]) == (409, "Conflict")
+    assert stand.ask("POST", path, body, Idempotency_Key="k2").status == 202
+    assert stand.ask("POST", path, body, Idempotency_Key="").status == 400
+    assert stand.ask("POST", path, body, Idempotency_Key="x" * 256).status == 400
+    assert stand.ask("GET", "/api/tasks").json["count"] == 2
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_again(stand: Stand) -> None:
+    stand.agent("block; " + HELLO)
+    stand.start(CODEBOT_MAX_QUEUE_SIZE="2")
+    first = stand.submit()
+    wait_for(stand.reached)
+    tasks = [first, stand.submit(), stand.submit()]
+    assert stand.ask("GET", "/health").json["task_queue_size"] == 2
+    answer = stand.ask("POST", "/api/tasks/submit", stand.task())
+    assert (answer.status, answer.headers["Retry-After"]) == (503, "60")
+    (stand.top / "go").touch()
+    for task in tasks:
+        stand.done(task)
+
+
+def test_tasks_are_listed_newest_first_in_pages(stand: Stand) -> None:
+    stand.agent('case $(cat "$here/stdin") in *bad*) exit 1;; esac; ' + HELLO)
+    tasks = [stand.submit(text) for text in ("one", "a bad one", "x" * 5000)]
+    for task in tasks:
+        stand.ended(task)
+
+    def ids(query: str) -> list[str]:
+        answer = stand.ask("GET", f"/api/tasks{query}").json
+        assert answer["count"] == len(answer["tasks"])
+        return [task["task_id"] for task in answer["tasks"]]
+
+    assert ids("") == ids("?limit=1000&status=") == tasks[::-1]
+    assert ids("?limit=2") == tasks[:0:-1]
+    assert ids(f"?before={tasks[1]}") == [tasks[0]]
+    assert ids("?status=failed") == [tasks[1]]
+    assert ids("?status=running") == []
+    names = "task_id status submitted_at started_at completed_at repository_url description"
+    [shown] = stand.ask("GET", "/api/tasks?limit=1").json["tasks"]
+    assert list(shown) == names.split()
+    for query in (
+        "limit=0",
+        "limit=1001",
+        "limit=x",
+        "limit=-1",
+        "status=done",
+        "x=1",
+        "limit=1&limit=2",
+    ):
+        answer = stand.ask("GET", f"/api/tasks?{query}")
+        assert (
+            answer.status,
+            query.partition("=")[0] in answer.json["message"] or "x=1" == query,
+        ) == (
+            400,
+            True,
+        )
+    assert stand.ask("GET", "/api/tasks?before=nothing").status in (400, 404)
+
+
+def test_logs_are_read_from_where_one_was(stand: Stand) -> None:
+    task = stand.submit()
+    stand.done(task)
+    wait_for(lambda: stand.events(task)[-1] == "codebot: Completed")
+    answer = stand.ask("GET", f"/api/tasks/{task}/logs").json
+    assert answer["count"] == len(answer["events"]) > 5
+    seqs = [event["seq"] for event in answer["events"]]
+    assert seqs == sorted(set(seqs))
+    rest = stand.ask("GET", f"/api/tasks/{task}/logs?after={seqs[2]}").json["events"]
+    assert rest == answer["events"][3:]
+    assert stand.ask("GET", f"/api/tasks/{task}/logs?after=x").status == 400
+
+
+def test_a_stream_gives_events_live_and_ends_with_the_task(stand: Stand) -> None:
+    stand.agent(f"say first; block; say second; {HELLO}")
+    task = stand.submit()
+    with stand.stream(task) as stream:
+        assert stream.headers["Content-Type"] == "text/event-stream"
+        text = ""
+        while "first" not in text:
+            text += stream.readline().decode()
+        assert not (stand.top / "go").exists()
+        (stand.top / "go").touch()
+        text += stream.read().decode()
+    assert text.endswith("event: end\ndata: {}\n\n")
+    ids = re.findall(r"^id: (\d+)$", text, re.MULTILINE)
+    events = [json.loads(line[6:]) for line in text.split("\n") if line.startswith('data: {"')]
+    assert [str(event["seq"]) for event in events] == ids
+    assert {"first", "second"} <= {event["message"] for event in events}
+    with stand.stream(task, **{"Last-Event-ID": ids[-3]}) as stream:
+        again = stream.read().decode()
+    assert re.findall(r"^id: (\d+)$", again, re.MULTILINE) == ids[-2:]
+
+
+def test_streams_are_limited_and_one_that_is_not_read_is_dropped(stand: Stand) -> None:
+    stand.agent(f"block; for n in $(seq 4000); do say {'x' * 1900}; done; {HELLO}")
+    stand.start(limits={"STREAMS": 1, "ARRIVE": 1})
+    task = stand.submit()
+    wait_for(stand.reached)
+    head = f"GET /api/tasks/{task}/logs HTTP/1.1\r\nAccept: text/event-stream\r\nX-API-Key: {KEY}"
+    with stand.slow_reader(f"{head}\r\n\r\n") as deaf:
+        deaf.recv(10)
+        refused = stand.stream(task)
+        assert (refused.status, refused.headers["Retry-After"]) == (503, "30")
+        (stand.top / "go").touch()
+        stand.done(task)
+        wait_for(lambda: stand.stream(task).status == 200)
+        with contextlib.suppress(ConnectionError):
+            assert b"event: end" not in b"".join(iter(lambda: deaf.recv(1 << 16), b""))
+
+
+def test_metrics_are_in_prometheus_format(stand: Stand) -> None:
+    stand.agent('case $(cat "$here/stdin") in *bad*) exit 1;; esac; ' + HELLO)
+    stand.done(stand.submit())
+    stand.failed(stand.submit("bad"), "agent_failed")
+    answer = stand.ask("GET", "/metrics")
+    assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    kinds: dict[str, str] = {}
+    values: dict[str, float] = {}
+    for line in answer.text.splitlines():
+        if line.startswith("# "):
+            kinds |= dict([line.split()[2:4]]) if line.startswith("# TYPE") else {}
+        else:
+            match = re.fullmatch(r'([a-z_]+)(\{(?:[a-z_]+="[^"]*",?)*\})? ([0-9.e+-]+)', line)
+            assert match, line
+            assert match[1] in kinds, line
+            values[match[1] + (match[2] or "")] = float(match[3])
+    assert values['codebot_tasks{status="completed",reason=""}'] == 1
+    assert values['codebot_tasks{status="failed",reason="agent_failed"}'] == 1
+    assert values["codebot_agent_dollars_total"] == 0.25
+    assert values["codebot_task_seconds_total"] > 0
+    assert values["codebot_github_requests_total"] >= 4
+    assert all((kind == "counter") == name.endswith("_total") for name, kind in kinds.items())
+
+
+# ---- HTTP -------------------------------------------------------------------------
+
+
+def test_unknown_paths_are_404_and_wrong_methods_405(stand: Stand) -> None:
+    stand.start()
+    for path in ("/", "/api", "/api/tasks/", "/api/tasks/a/b/status", "/health/", "//health"):
+        if path != "/":
+            assert stand.ask("GET", path).status == 404, path
+    for method, path, allow in (
+        ("POST", "/health", "GET"),
+        ("GET", "/api/tasks/submit", "POST"),
+        ("DELETE", "/api/tasks/x/cancel", "POST"),
+        ("PUT", "/api/tasks", "GET"),
+    ):
+        answer = stand.ask(method, path, "")
+        assert (answer.status, answer.headers["Allow"]) == (405, allow)
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET /health\r\n\r\n", 400),
+        (b"get /health HTTP/1.1\r\n\r\n", 400),
+        (b"GET health HTTP/1.1\r\n\r\n", 400),
+        (b"GET /health HTTP/2.0\r\n\r\n", 400),
+        (b"GET /h\xc3\xa9 HTTP/1.1\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nbad line\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nHost : x\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400),
+        (b"POST /x HTTP/1.1\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nab", 400),
+        (b"POST /x HTTP/1.1\r\nContent-Length: -2\r\n\r\n", 400),
+        (b"POST /x HTTP/1.1\r\nContent-Length: two\r\n\r\n", 400),
+        (b"POST /x HTTP/1.1\r\nX: a\nb\r\n\r\n", 400),
+        (b"POST /x HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
+        (b"POST /x HTTP/1.1\r\nContent-Length: 1048577\r\n\r\nab", 413),
+        (b"POST /x HTTP/1.1\r\nContent-Length: 99999999999999999\r\n\r\nab", 413),
+        (b"GET /health HTTP/1.1\r\nX: " + b"x" * 40_000 + b"\r\n\r\n", 431),
+        (b"x" * 40_000, 431),
+        (b"GET /health HTTP/1.0\r\n\r\n", 200),
+        (b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n", 200),
+    ],
+)
+def test_heads_of_all_kinds_get_the_right_answer(stand: Stand, data: bytes, status: int) -> None:
+    stand.start(limits={"LINGER": 0.3})
+    answer = stand.raw(data)
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    assert b"Connection: close" in answer
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert json.loads(body)
+    assert f"Content-Length: {len(body)}".encode() in head
+
+
+def test_a_body_of_the_greatest_length_is_taken(stand: Stand) -> None:
+    stand.start()
+    body = json.dumps(stand.task()).ljust(1 << 20)
+    assert stand.ask("POST", "/api/tasks/submit", body).status == 202
+    assert stand.ask("POST", "/api/tasks/submit", body + " ").status == 413
+
+
+def test_head_is_get_without_the_body(stand: Stand) -> None:
+    got, head = stand.ask("GET", "/health"), stand.ask("HEAD", "/health")
+    assert (head.status, head.text) == (200, "")
+    assert head.headers["Content-Length"] == str(len(got.text))
+    assert head.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_a_connection_is_kept_and_requests_may_be_sent_ahead(stand: Stand) -> None:
+    stand.start()
+    one = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    post = f"POST /api/tasks/x/cancel HTTP/1.1\r\nX-API-Key: {KEY}\r\nContent-Length: 2\r\n\r\n{{}}"
+    last = b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n"
+    answer = stand.raw(one * 3 + post.encode() + last)
+    assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"200", b"200", b"200", b"404", b"200"]
+    old = b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
+    assert stand.raw(old + last).count(b"HTTP/1.1 200") == 2
+
+
+def test_a_client_that_expects_100_continue_gets_it(stand: Stand) -> None:
+    stand.start()
+    body = json.dumps(stand.task()).encode()
+    head = f"POST /api/tasks/submit HTTP/1.1\r\nX-API-Key: {KEY}\r\nExpect: 100-continue\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(stand.address(), timeout=30) as sock:
+        sock.sendall(head.encode())
+        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(body)
+        assert sock.recv(1000).startswith(b"HTTP/1.1 202")
+
+
+def test_a_request_that_drips_is_dropped_and_one_that_is_idle_too(stand: Stand) -> None:
+    stand.start(limits={"ARRIVE": 1, "IDLE": 1})
+    with socket.create_connection(stand.address(), timeout=30) as drip:
+        began, tick = time.monotonic(), threading.Event()
+        with contextlib.suppress(ConnectionError):
+            for letter in b"GET /health HTTP/1.1\r\nX: " + b"x" * 1000:
+                drip.sendall(bytes([letter]))
+                tick.wait(0.05)
+        assert 0.5 < time.monotonic() - began < 10
+    with socket.create_connection(stand.address(), timeout=30) as idle:
+        idle.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        answers = b"".join(iter(lambda: idle.recv(1000), b""))
+        assert answers.count(b"HTTP/1.1") == 1
+
+
+def test_of_too_many_connections_the_longest_idle_is_dropped(stand: Stand) -> None:
+    stand.start(limits={"CONNECTIONS": 32})
+    with contextlib.ExitStack() as stack:
+        at = ("127.0.0.1", stand.port)
+        idle = [stack.enter_context(socket.create_connection(at, timeout=10)) for _ in range(40)]
+        assert stand.ask("GET", "/health").status == 200
+        for sock in idle[:8]:
+            assert sock.recv(1) == b""
+        idle[-1].sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        assert idle[-1].recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_of_too_many_bytes_unfinished_the_most_are_dropped(stand: Stand) -> None:
+    stand.start(limits={"BUFFERED": 300_000})
+    head = b"POST /api/tasks/submit HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n"
+    with socket.create_connection(stand.address(), timeout=30) as big:
+        big.sendall(head + b"x" * 200_000)
+        with socket.create_connection(stand.address(), timeout=30) as small:
+            small.sendall(head + b"x" * 150_000)
+            with contextlib.suppress(ConnectionError):
+                assert big.recv(1) == b""
+            assert stand.ask("GET", "/health").status == 200
+            small.settimeout(0.2)
+            with pytest.raises(socket.timeout):
+                small.recv(1)
+
+
+def test_an_answer_that_is_long_reaches_a_slow_reader_whole(stand: Stand) -> None:
+    stand.start(limits={"MESSAGE": 10**6}, CODEBOT_ALLOWED_REPOSITORIES="*")
+    stand.agent(f"exec 3<&1; for n in $(seq 9); do say $(printf %0100000d 7); done; {HELLO}")
+    task = stand.submit()
+    stand.done(task)
+    head = f"GET /api/tasks/{task}/logs HTTP/1.1\r\nX-API-Key: {KEY}\r\nConnection: close\r\n\r\n"
+    with stand.slow_reader(head) as slow:
+        answer = b"".join(iter(lambda: slow.recv(3000), b""))
+    body = answer.partition(b"\r\n\r\n")[2]
+    assert len(body) > 900_000
+    assert json.loads(body)["task_id"] == task
+
+
+def test_https_is_spoken_when_a_certificate_is_given(stand: Stand) -> None:
+    cert, key = str(stand.top / "keys" / "cert.pem"), str(stand.top / "keys" / "tls.pem")
+    argv = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-keyout",
+        key,
+        "-out",
+        cert,
+    ]
+    sh(*argv, "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost")
+    stand.start("--tls-cert", cert, "--tls-key", key)
+    assert "https://localhost" in stand.log()
+    context = ssl.create_default_context(cafile=cert)
+    with socket.create_connection(stand.address(), timeout=30) as plain:
+        plain.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        web = http.client.HTTPSConnection("localhost", stand.port, timeout=30, context=context)
+        for _ in range(2):
+            web.request("GET", "/health")
+            assert json.loads(web.getresponse().read())["status"] == "healthy"
+        web.close()
+
+
+def test_an_error_inside_is_500_and_tells_nothing(stand: Stand) -> None:
+    stand.start(limits={"EVENTS": 10, "FIELDS": {"repository_url": "no number"}})
+    answer = stand.ask("POST", "/api/tasks/submit", {"repository_url": "x"})
+    assert answer.json == {"error": "Internal Server Error", "message": "internal error"}
+    assert answer.status == 500
+    assert "Traceback" in stand.log()
+
+
+# ---- Settings ---------------------------------------------------------------------
+
+BAD_SETTINGS = {
+    "CODEBOT_MAX_WORKERS": "0",
+    "CODEBOT_MAX_QUEUE_SIZE": "many",
+    "CODEBOT_TASK_RETENTION": "-1",
+    "GITHUB_APP_INSTALLATION_ID": "x1",
+    "GITHUB_API_URL": "http://github.com",
+    "GITHUB_ENTERPRISE_URL": "https://user@ghe",
+    "CODEBOT_CLAUDE_COMMAND": "claude 'x",
+    "CODEBOT_TASK_TIMEOUT": "1.5",
+    "CODEBOT_STALL_TIMEOUT": "9" * 20,
+    "CODEBOT_MAX_BUDGET_USD": "0",
+    "CODEBOT_MAX_TURNS": "0",
+    "CODEBOT_TEST_ATTEMPTS": "101",
+    "CODEBOT_AGENT_ENV": "CODEBOT_API_KEYS",
+}
+
+
+def test_all_bad_settings_are_told_at_once(stand: Stand) -> None:
+    args = ("--tls-cert", "x", "--work-dir", str(stand.work))
+    env = {**BAD_SETTINGS, "GITHUB_APP_ID": "", "GITHUB_APP_PRIVATE_KEY_PATH": "/nonexistent"}
+    done = stand.run("serve", *args, CODEBOT_API_KEYS=" , ", **env)
+    assert (done.returncode, done.stdout) == (2, "")
+    for name, value in BAD_SETTINGS.items():
+        assert f"codebot: {name}: {value!r} is not " in done.stderr, name
+    assert "GITHUB_APP_ID: is not set" in done.stderr
+    assert "'/nonexistent' is not a file that can be read" in done.stderr
+    assert "CODEBOT_API_KEYS: is not set" in done.stderr
+    assert "--tls-cert, --tls-key: one is given" in done.stderr
+    assert not stand.work.exists()
+
+
+def test_flags_beat_the_environment_which_beats_the_env_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = ["CODEBOT_MAX_WORKERS=2", "CODEBOT_MAX_QUEUE_SIZE=2", "CODEBOT_TASK_TIMEOUT=2"]
+    (tmp_path / ".env").write_text("\n".join([*lines, "CODEBOT_API_KEYS=a-key,b-key"]))
+    monkeypatch.setenv("CODEBOT_MAX_WORKERS", "3")
+    monkeypatch.setenv("CODEBOT_MAX_QUEUE_SIZE", "3")
+    monkeypatch.setenv("CODEBOT_SANDBOX", "none")
+    config = codebot.load_config({"workers": 4, "no_github": True, "port": None})
+    found = (config.workers, config.queue_size, config.task_timeout, config.port)
+    assert found == (4, 3, 2, 5000)
+    assert config.api_keys == ("a-key", "b-key")
+
+
+def test_the_env_file_is_read_as_people_write_it(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text(
+        "# a comment\n\nA=1\nexport B = two words # and why\nC='single # quoted'\n"
+        'D="double"\nE=\n  F=x#y\n'
+    )
+    found = {"A": "1", "B": "two words", "C": "single # quoted", "D": "double", "E": "", "F": "x#y"}
+    assert codebot.read_env_file(str(file)) == found
+    assert codebot.read_env_file(str(tmp_path / "nothing")) == {}
+    for bad in ("no equals sign", "1A=2", "A='x' y"):
+        file.write_text(f"A=1\n{bad}\n")
+        if bad != "A='x' y":
+            with pytest.raises(codebot.Unusable, match="line 2"):
+                codebot.read_env_file(str(file))
+    file.write_bytes(b"A=\xff\n")
+    with pytest.raises(codebot.Unusable, match="cannot be read"):
+        codebot.read_env_file(str(file))
+
+
+def test_the_repr_of_the_settings_has_no_secret() -> None:
+    config = codebot.Config(api_keys=(KEY,), variables={"ANTHROPIC_API_KEY": MODEL_KEY})
+    assert KEY not in repr(config)
+    assert MODEL_KEY not in repr(config)
+
+
+def test_settings_are_the_same_in_the_code_the_readme_and_the_example() -> None:
+    named = re.compile(r"(?:CODEBOT|GITHUB)_[A-Z_]+")
+    code = {*re.findall('"((?:CODEBOT|GITHUB)_[A-Z_]+)"', inspect.getsource(codebot.Config))}
+    example = re.findall(r"^#? ?([A-Z_]+)=", (HERE / ".env.example").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\|([^|]*`[^|]*)\|", (HERE / "README.md").read_text(), re.MULTILINE)
+    readme = {name for row in rows for name in named.findall(row)}
+    assert {name for name in example if named.fullmatch(name)} == code
+    assert readme == code
+
+
+# ---- Commands ---------------------------------------------------------------------
+
+
+def test_the_banner_tells_where_things_are(stand: Stand) -> None:
+    stand.start(CODEBOT_API_KEYS="first-key,second-key")
+    at = f"http://localhost:{stand.port}"
+    banner = (
+        "HTTP API enabled with 2 API key(s)\n"
+        f"Starting server on port {stand.port}...\n"
+        f"API endpoints: {at}/api/tasks/submit\n"
+        f"               {at}/api/tasks/{{task_id}}/status\n"
+        f"               {at}/api/tasks\n"
+    )
+    assert banner in stand.log()
+    assert re.search(r"^Sandbox: +none", stand.log(), re.MULTILINE)
+    taken = stand.run("serve", "--port", str(stand.port), "--work-dir", str(stand.top / "w2"))
+    assert (taken.returncode, "Address already in use" in taken.stderr) == (2, True)
+
+
+def test_with_debug_it_starts_again_when_the_env_file_changes(stand: Stand) -> None:
+    env_file = stand.here / ".env"
+    env_file.write_text("CODEBOT_API_KEYS=the-first-key\n")
+    stand.start("--debug", CODEBOT_API_KEYS=None)
+    size = len(stand.log())
+    env_file.write_text("CODEBOT_API_KEYS=the-second-key\n")
+    os.utime(env_file, (1, 1))
+    stand.ready(size)
+    assert stand.ask("GET", "/api/tasks", key="the-first-key").status == 401
+    assert stand.ask("GET", "/api/tasks", key="the-second-key").status == 200
+
+
+def test_run_does_one_task_and_prints_its_result(stand: Stand) -> None:
+    args = ("--repository-url", stand.url(), "--description", "Say hello")
+    done = stand.run("run", *args)
+    status = json.loads(done.stdout)
+    assert (done.returncode, status["status"]) == (0, "completed")
+    assert stand.hub.pulls[0]["html_url"] == status["result"]["pr_url"]
+    assert re.search(r"^ +\d+\.\d s  codebot +Phase: agent$", done.stderr, re.MULTILINE)
+    assert status["result"]["work_dir"].startswith(str(stand.top / "tmp"))
+
+
+def test_run_takes_its_task_from_a_file_or_stdin(stand: Stand) -> None:
+    file = stand.top / "task.json"
+    file.write_text(json.dumps(stand.task("From a file")))
+    assert stand.run("run", "--task", str(file), "--ticket-id", "X-1").returncode == 0
+    done = stand.run("run", "--task", "-", stdin=json.dumps(stand.task("From stdin")))
+    assert done.returncode == 0
+    assert [pull["title"] for pull in stand.hub.pulls] == ["X-1: From a file", "From stdin"]
+
+
+def test_run_tells_failure_by_1_and_bad_input_by_2(stand: Stand) -> None:
+    stand.agent("exit 1")
+    done = stand.run("run", "--task", "-", stdin=json.dumps(stand.task()))
+    assert (done.returncode, json.loads(done.stdout)["reason"]) == (1, "agent_failed")
+    for args, stdin, words in (
+        (("--task", "-"), "{", "Expecting"),
+        (("--task", "-"), "[]", "the task: "),
+        (("--task", "/nonexistent"), "", "No such file"),
+        (("--description", "x"), "", "repository_url: is missing"),
+        (("--repository-url", "/etc", "--description", "x"), "", "repository_url: expected"),
+    ):
+        done = stand.run("run", *args, stdin=stdin)
+        assert (done.returncode, done.stdout) == (2, ""), done
+        assert words in done.stderr
+
+
+def test_check_finds_all_in_order(stand: Stand) -> None:
+    done = stand.run("check", "--work-dir", str(stand.work))
+    assert done.returncode == 0, done.stdout
+    for words in ("git: git version", "openssl: OpenSSL", "2.1.0 (Claude Code", "claude's login"):
+        assert re.search(f"^ok   .*{re.escape(words)}", done.stdout, re.MULTILINE), done.stdout
+    for words in ("the App is Acme Bot", "installation 678 of acme", "permission contents: write"):
+        assert re.search(f"^ok   .*{words}", done.stdout, re.MULTILINE), done.stdout
+    assert "FAIL" not in done.stdout
+    assert re.search("^warn .*sandbox: none", done.stdout, re.MULTILINE)
+
+
+def test_check_tells_what_is_wrong_and_the_remedy(stand: Stand) -> None:
+    stand.hub.permissions["issues"] = "read"
+    stand.key.chmod(0o644)
+    env = {"CODEBOT_CLAUDE_COMMAND": "/nonexistent/claude", "ANTHROPIC_API_KEY": ""}
+    done = stand.run("check", "--work-dir", str(stand.work), **env)
+    assert done.returncode == 1
+    for line in (
+        r"FAIL .*claude.*: 2\.0 or newer is needed",
+        "warn .*login: set one of ANTHROPIC_API_KEY",
+        f"warn .*others can read it: chmod .* {stand.key}",
+        "FAIL .*permission issues: read: write is needed",
+    ):
+        assert re.search(f"^{line}", done.stdout, re.MULTILINE), done.stdout
+    stand.key.write_text("no key")
+    assert "FAIL  GitHub: openssl cannot sign" in stand.run("check").stdout
+    done = stand.run("check", CODEBOT_MAX_WORKERS="x", GITHUB_APP_ID="")
+    assert (done.returncode, done.stdout.count("FAIL  settings")) == (1, 2)
+
+
+def test_demo_does_the_main_job_and_leaves_nothing(stand: Stand) -> None:
+    before = sorted(stand.top.rglob("*"))
+    done = stand.run("demo", GITHUB_APP_ID="", CODEBOT_API_KEYS="", CODEBOT_SANDBOX="")
+    assert done.returncode == 0, done.stderr
+    assert "stand-in" in done.stdout
+    assert '+print("Hello from codebot")' in done.stdout
+    states = re.findall(r"^The task: +(\w+)", done.stdout, re.MULTILINE)
+    assert (states[0] in ("pending", "running"), states[-1]) == (True, "completed")
+    assert sorted(stand.top.rglob("*")) == before
+
+
+# ---- The sandbox ------------------------------------------------------------------
+
+OWNED = """mkdir -p .git/hooks
+echo 'touch @TOP@/owned; env >>"$HOME/hook-env"; cat' >"$HOME/evil"; chmod +x "$HOME/evil"
+for hook in pre-commit commit-msg post-commit post-checkout pre-push reference-transaction; do
+    printf '#!/bin/sh\\nsh "%s"' "$HOME/evil" >.git/hooks/$hook; chmod +x .git/hooks/$hook; done
+git config core.hooksPath .git/hooks
+git config filter.f.clean "sh $HOME/evil"; git config filter.f.smudge "sh $HOME/evil"
+git config diff.f.textconv "sh $HOME/evil"; git config diff.external "sh $HOME/evil"
+git config core.fsmonitor "$HOME/evil"; git config uploadpack.packObjectsHook "$HOME/evil"
+git config core.sshCommand "$HOME/evil"; git config gpg.program "$HOME/evil"
+git config commit.gpgSign true; git config core.pager "$HOME/evil"
+git config remote.origin.url 'ext::sh @TOP@/evil'
+echo '* filter=f diff=f' >.gitattributes
+"""
+
+
+@needs_bwrap
+def test_what_the_agent_plants_runs_in_the_sandbox_with_nothing_to_steal(stand: Stand) -> None:
+    stand.agent(OWNED.replace("@TOP@", str(stand.top)) + HELLO)
+    stand.start(CODEBOT_SANDBOX="bwrap")
+    result = stand.done(stand.submit())
+    assert not (stand.top / "owned").exists()
+    home = Path(result["work_dir"]).parent / "home"
+    env = (home / "hook-env").read_text()  # the filter did run, inside
+    for secret in (*stand.secrets(), MODEL_KEY):
+        assert secret not in env
+    assert ".gitattributes" in stand.git("ls-tree", "--name-only", result["branch_name"])
+
+
+def test_without_a_sandbox_planted_hooks_see_no_secret_either(stand: Stand) -> None:
+    stand.agent(OWNED.replace("@TOP@", str(stand.top)) + HELLO)
+    task = stand.submit()
+    stand.ended(task)
+    for path in stand.work.glob("task_*/home/hook-env"):
+        env = path.read_text()
+        assert not [secret for secret in (*stand.secrets(), MODEL_KEY) if secret in env]
+
+
+PROBE = r"""
+look() { printf '%s: ' "$1"; shift; "$@" >"$HOME/out" 2>&1 && cat "$HOME/out" || echo no; }
+{
+    look env-file cat @TOP@/here/.env
+    look app-key cat @TOP@/keys/app.pem
+    look database cat @WORK@/codebot.db
+    look work-dir ls -A @WORK@
+    look home ls -A @TOP@/home
+    look write touch @TOP@/keys/x /usr/x /etc/x
+    look environs sh -c 'cat /proc/[0-9]*/environ | tr "\0" "\n"'
+    look processes sh -c 'cat /proc/[0-9]*/cmdline | tr "\0" " "'
+    look mirror-write touch @WORK@/mirrors/127.0.0.1_*/acme/widget.git/objects/x
+    look setns sh -c 'ls /run/* 2>/dev/null'
+} >report.txt
+"""
+
+
+@needs_bwrap
+def test_in_bwrap_the_agent_sees_its_task_and_nothing_else_of_ours(stand: Stand) -> None:
+    (stand.here / ".env").write_text("CODEBOT_API_KEYS=key-in-the-env-file\n")
+    (stand.top / "home" / "private").write_text("private")
+    stand.start(CODEBOT_SANDBOX="auto", CODEBOT_API_KEYS=None)
+    assert re.search(r"^Sandbox: +bwrap", stand.log(), re.MULTILINE)
+
+    def ask(body: dict[str, Any]) -> dict[str, Any]:
+        path, key = "/api/tasks/submit", "key-in-the-env-file"
+        task = stand.ask("POST", path, body, key=key).json["task_id"]
+        at = f"/api/tasks/{task}/status"
+        over = ("completed", "failed")
+        status = wait_for(lambda: (s := stand.ask("GET", at, key=key).json)["status"] in over and s)
+        assert status["status"] == "completed", status
+        result: dict[str, Any] = status["result"]
+        return result
+
+    first = ask(stand.task())
+    probe = PROBE.replace("@TOP@", str(stand.top)).replace("@WORK@", str(stand.work))
+    stand.agent(probe + "result")
+    result = ask(stand.task("Look around", test_command="test ! -e /proc/1/root/root/x"))
+    report = stand.shown(result, "report.txt")
+    for secret in (*stand.secrets(), "key-in-the-env-file", "PRIVATE KEY", "private"):
+        assert secret not in report
+    for look in ("env-file", "app-key", "database", "write", "mirror-write"):
+        assert f"{look}: no\n" in f"{report}\n", report
+    own, other = (Path(r["work_dir"]).parent.name for r in (result, first))
+    assert own in report
+    assert other not in report
+    assert "serve --port" not in report
+    assert MODEL_KEY in report  # its own
+
+
+@needs_bwrap
+def test_in_bwrap_all_that_the_agent_started_ends_with_it(stand: Stand) -> None:
+    stand.agent(f"env -i setsid sleep 3117 & {HELLO}")
+    stand.start(CODEBOT_SANDBOX="bwrap")
+    stand.done(stand.submit())
+    wait_for(lambda: "sleep 3117" not in sh("ps", "-e", "-o", "args"))
+
+
+@needs_bwrap
+def test_objects_of_another_repository_cannot_be_taken(stand: Stand) -> None:
+    stand.repository("acme/private", secret="the plans\n")
+    stand.start(CODEBOT_SANDBOX="bwrap")
+    stand.done(stand.submit(repository_url=stand.url("acme/private")))
+    [mirror] = stand.work.glob("mirrors/*/acme/private.git")
+    sha = stand.git("rev-parse", "main", name="acme/private")
+    stand.agent(
+        f"echo {mirror}/objects >>.git/objects/info/alternates\n"
+        f"echo {sha} >$(git rev-parse --git-path $(git symbolic-ref HEAD)); result"
+    )
+    stand.failed(stand.submit(), "agent_failed")
+    assert stand.branches() == ["main"]
+
+
+def test_a_command_line_may_be_the_sandbox(stand: Stand) -> None:
+    wrapper = stand.top / "wrapper"
+    wrapper.write_text(
+        f'#!/bin/sh\necho "$1 $2 $3 $4 $5" >>{stand.top}/wrapped\nshift 3\nexec "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    stand.start(CODEBOT_SANDBOX=f"{wrapper} {{task}} {{objects}} {{other}}")
+    result = stand.done(stand.submit())
+    [mirror] = stand.work.glob("mirrors/*/acme/widget.git")
+    wrapped = (stand.top / "wrapped").read_text().splitlines()
+    start = f"{Path(result['work_dir']).parent} {mirror}/objects {{other}} "
+    assert all(line.startswith(start) for line in wrapped)
+    assert any(line.startswith(f"{start}{stand.top}/claude -p") for line in wrapped)
+    assert f"{start}git upload-pack" in wrapped
+
+
+def test_a_sandbox_that_does_not_run_is_told(stand: Stand) -> None:
+    tools = stand.top / "tools"
+    tools.mkdir()
+    (tools / "bwrap").write_text("#!/bin/sh\necho 'no namespaces here' >&2; exit 1\n")
+    (tools / "bwrap").chmod(0o755)
+    path = f"{tools}:{os.environ['PATH']}"
+    done = stand.run("serve", "--work-dir", str(stand.work), CODEBOT_SANDBOX="bwrap", PATH=path)
+    assert (done.returncode, "no namespaces here" in done.stderr) == (2, True)
+    stand.start(CODEBOT_SANDBOX="", PATH=path)
+    assert re.search(r"^Sandbox: +NONE.*no namespaces here", stand.log(), re.MULTILINE)
+    stand.done(stand.submit())
+
+
+@needs_bwrap
+def test_a_key_in_a_folder_that_cannot_be_covered_is_refused(stand: Stand) -> None:
+    env = {"GITHUB_APP_PRIVATE_KEY_PATH": "/etc/passwd", "CODEBOT_SANDBOX": "auto"}
+    done = stand.run("serve", "--work-dir", str(stand.work), **env)
+    assert done.returncode == 2
+    assert "/etc: holds .env or a key, and the sandbox cannot cover it" in done.stderr
+
+
+@as_user
+def test_a_work_dir_that_cannot_be_written_is_refused(stand: Stand) -> None:
+    stand.work.mkdir(mode=0o500)
+    done = stand.run("serve", "--work-dir", str(stand.work / "sub"))
+    assert (done.returncode, "cannot be the work-dir" in done.stderr) == (2, True)
+
+
+# ---- What the auditor is promised -------------------------------------------------
+
+
+def test_the_file_runs_programs_asks_github_and_moves_states_in_one_place() -> None:
+    source = PROGRAM.read_text()
+    code = source.replace(ast.get_docstring(ast.parse(source), clean=False) or "", "")
+    for promise in ("Popen(", "urlopen(", "SET status"):
+        assert code.count(promise) == 1, promise
+    assert not re.search(r"\b(os\.system|os\.popen|shell=True|eval\(|exec\(|pickle)", code)
+
+
+def test_the_file_needs_the_standard_library_only() -> None:
+    known = getattr(sys, "stdlib_module_names", None)
+    for node in ast.walk(ast.parse(PROGRAM.read_text())):
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and known:
+            names = (
+                [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            )
+            assert all(str(name).split(".")[0] in known for name in names)
+
+
+# ---- What went wrong once ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "echo x >x; result 'Added the /login route.'",
+        r"echo x >x; result 'half a letter: \ud800'",
+        "echo x >x; result | sed 's/0.25/NaN/'",
+        "echo x >x; result | sed 's/0.25/-1e300/'",
+    ],
+)
+def test_no_word_of_the_agents_about_a_success_makes_it_a_failure(stand: Stand, plan: str) -> None:
+    stand.agent(plan)
+    assert stand.done(stand.submit())["cost_usd"] in (0.25, 0.0)
+
+
+def test_what_moves_a_cursor_does_not_reach_the_log(stand: Stand) -> None:
+    stand.agent(rf"say 'red \u001b[31m alert'; {HELLO}")
+    stand.done(task := stand.submit())
+    assert "agent: red \ufffd[31m alert" in stand.events(task)
+
+
+def test_a_request_hidden_behind_a_refused_one_is_not_taken(stand: Stand) -> None:
+    stand.start(limits={"LINGER": 0.3})
+    body = json.dumps(stand.task()).encode()
+    hidden = b"POST /api/tasks/submit HTTP/1.1\r\nX-API-Key: %s\r\nContent-Length: %d\r\n\r\n%s"
+    inner = hidden % (KEY.encode(), len(body), body)
+    answer = stand.raw(b"POST /x HTTP/1.1\r\nContent-Length: 1048577\r\n\r\n" + inner)
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert stand.ask("GET", "/api/tasks").json["count"] == 0
+
+
+def test_a_length_is_asked_for_only_where_a_body_is_read(stand: Stand) -> None:
+    head = f"HTTP/1.1\r\nX-API-Key: {KEY}\r\nConnection: close\r\n\r\n".encode()
+    assert b" 411 " in stand.raw(b"POST /api/tasks/submit " + head)
+    assert b" 405 " in stand.raw(b"PATCH /health " + head)
+    assert b" 404 " in stand.raw(b"POST /api/tasks/none/cancel " + head)
+
+
+def test_a_push_whose_answer_was_lost_is_found_to_have_worked(stand: Stand) -> None:
+    stand.hub.fault("POST .*git-receive-pack", lambda: None, when="after")
+    result = stand.done(stand.submit())
+    assert stand.git("rev-parse", result["branch_name"]) == result["commit"]
+
+
+def test_a_mirror_that_was_cut_off_while_it_was_made_is_made_whole(stand: Stand) -> None:
+    mirror = stand.work / "mirrors" / stand.hub.url[7:].replace(":", "_") / f"{NAME}.git"
+    (mirror / "refs").mkdir(parents=True)
+    (mirror / "HEAD").write_text("ref: refs/heads/main\n")
+    (mirror / "config.lock").touch()
+    stand.done(stand.submit())
+
+
+def test_a_branch_with_a_mirrors_name_does_not_confuse_the_keeper(stand: Stand) -> None:
+    stand.start(CODEBOT_TASK_RETENTION="1")
+    stand.commit(branch="odd.git", a="1")
+    stand.done(first := stand.submit())
+    wait_for(lambda: stand.ask("GET", f"/api/tasks/{first}/status").status == 404)
+    stand.commit(branch="odd.git", a="2")
+    stand.done(stand.submit())
+    assert not list(stand.work.glob("mirrors/**/odd.git.lock"))
+
+
+def test_a_tree_that_is_closed_or_very_deep_goes_with_its_task(stand: Stand) -> None:
+    stand.start(CODEBOT_TASK_RETENTION="1")
+    deep = "for i in $(seq 1 1500); do mkdir d; cd d; done"
+    stand.agent(f"(cd $HOME; mkdir -p c/e; chmod 0 c; {deep}) 2>/dev/null; {HELLO}")
+    stand.done(task := stand.submit())
+    wait_for(lambda: stand.ask("GET", f"/api/tasks/{task}/status").status == 404)
+    assert not list(stand.work.glob("task_*"))
+
+
+def test_a_workspace_is_no_remote_for_its_hooks_would_run(stand: Stand) -> None:
+    stand.start("--no-github")
+    for url in (
+        f"{stand.work}/task_x/repo",
+        f"file://{stand.work}/%74ask_x",
+        f"/x/../{stand.work}",
+    ):
+        answer = stand.ask("POST", "/api/tasks/submit", stand.task(repository_url=url))
+        assert (answer.status, "work-dir" in answer.text) == (400, True)
+
+
+def test_without_github_the_whole_url_is_held_against_the_allowed_list(stand: Stand) -> None:
+    stand.start("--no-github", CODEBOT_ALLOWED_REPOSITORIES="https://git.acme.com/acme/*")
+    for url, status in (("https://evil.com/acme/x", 403), ("https://git.acme.com/acme/x", 202)):
+        task = stand.task(repository_url=url)
+        assert stand.ask("POST", "/api/tasks/submit", task).status == status
+
+
+def test_a_locked_database_delays_neither_readers_nor_a_stop(stand: Stand) -> None:
+    stand.start()
+    with contextlib.closing(sqlite3.connect(stand.work / "codebot.db")) as other:
+        other.isolation_level = None
+        other.execute("BEGIN IMMEDIATE")
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            asked = [
+                pool.submit(stand.ask, "POST", "/api/tasks/submit", stand.task()) for _ in range(6)
+            ]
+            assert {answer.result().status for answer in asked} == {503}
+        assert stand.end(signal.SIGTERM) == 0
+
+
+def test_an_agent_that_dies_with_the_stop_is_put_back(stand: Stand) -> None:
+    stand.agent("block; exit 3")
+    task = stand.submit()
+    wait_for(stand.reached)
+    assert stand.server is not None
+    stand.server.send_signal(signal.SIGTERM)
+    (stand.top / "go").touch()  # both at once, as an init system may do it
+    stand.server.wait(15)
+    stand.agent(HELLO)
+    stand.start()
+    stand.done(task)
