@@ -216,7 +216,10 @@ class Hub(http.server.ThreadingHTTPServer):
                 return 422, {"message": "Validation Failed", "errors": errors}
             number = len(self.pulls) + 1
             pull = {**body, "name": name, "number": number, "state": "open"}
-            pull |= {"head": {"ref": body["head"]}, "base": {"ref": body["base"]}}
+            repository = {"id": 1, "full_name": name}
+            pull |= {"head": {"ref": body["head"], "repo": repository}, "locked": False}
+            pull |= {"base": {"ref": body["base"], "repo": repository}, "merged": False}
+            pull |= {"created_at": "2026-01-01T00:00:00Z"}
             pull["html_url"] = f"{self.url}/{name}/pull/{number}"
             self.pulls.append(pull)
         return 201, pull
@@ -1235,8 +1238,11 @@ def test_a_disk_that_runs_low_is_told_in_health_and_log(stand: Stand) -> None:
 
 MOVERS: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {  # and what they may move
     "claim": (lambda store, task: store.claim(task), {"pending": "running"}),
-    "complete": (lambda store, task: store.end(task, "completed", 1, 0), {"running": "completed"}),
-    "fail": (lambda store, task: store.end(task, "failed", 1, 0), {"running": "failed"}),
+    "complete": (
+        lambda store, task: store.end(("tasks", task), "completed", 1, 0),
+        {"running": "completed"},
+    ),
+    "fail": (lambda store, task: store.end(("tasks", task), "failed", 1, 0), {"running": "failed"}),
     "put back": (lambda store, task: store.put_back(task), {"running": "pending"}),
     "cancel": (  # of a running one it makes a note, for its worker
         lambda store, task: store.cancel(task),
@@ -2211,7 +2217,7 @@ def test_a_tree_that_is_closed_or_very_deep_goes_with_its_task(stand: Stand) -> 
     stand.agent(f"(cd $HOME; mkdir -p c/e; chmod 0 c; {deep}) 2>/dev/null; {HELLO}")
     stand.done(task := stand.submit())
     wait_for(lambda: stand.ask("GET", f"/api/tasks/{task}/status").status == 404)
-    assert not list(stand.work.glob("task_*"))
+    wait_for(lambda: not list(stand.work.glob("task_*")))
 
 
 def test_a_workspace_is_no_remote_for_its_hooks_would_run(stand: Stand) -> None:
