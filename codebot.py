@@ -2797,11 +2797,11 @@ def run_program(
 
 
 class GitHubError(Exception):
-    """GitHub refused, or could not be reached (status 0)."""
+    """GitHub refused, or could not be reached (status 0); AGAIN: it may be another day."""
 
     def __init__(self, status: int, message: str, again: bool = False) -> None:
         super().__init__(message)
-        self.status, self.again = status, again or status == 0 or status >= 500  # may work later
+        self.status, self.again = status, again or status in (0, 401) or status >= 500
 
 
 class Quick:
@@ -2895,11 +2895,12 @@ class GitHub:
                 url, hops = moved, hops + 1
                 continue
             young = bearer != self.jwt and time.time() < self._born + 5  # not known everywhere yet
-            if status == 401 and refused < 3 and (young or not refused):
+            if status == 401 and refused < (4 if young else 1):
                 refused += 1
-                if not young:
+                if young and refused != 2:
+                    self.pause(1.0, job)
+                else:
                     self.forget_token(job)
-                self.pause(1.0 if young else 0.0, job)
                 continue
             spent = got.get("x-ratelimit-remaining") == "0"
             asked = spent or "retry-after" in got or "rate limit" in message
