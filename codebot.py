@@ -2,8 +2,8 @@
 """codebot: a coding-agent server in one file.
 
 It takes coding tasks over HTTP, lets Claude Code do each in a clone of its repository,
-runs the tests, pushes a branch and opens a pull request.  Python's standard library
-only; it runs `git`, `claude`, `openssl` and, where present, `bwrap`.
+runs the tests, pushes a branch, opens a pull request and answers those who review it.
+Python's standard library only; it runs `git`, `claude`, `openssl` and, if there, `bwrap`.
 
     python codebot.py demo     the main job on this machine, with nothing set up
     python codebot.py check    what the server needs, a line each, with the remedy
@@ -12,9 +12,12 @@ only; it runs `git`, `claude`, `openssl` and, where present, `bwrap`.
 WHO IS TRUSTED WITH WHAT
   The operator  everything: the settings, the App's key, the work-dir.
   A client      with an API key may submit tasks, and read, cancel and retry them all.
-  GitHub        is believed through TLS; a token is asked for one repository at a time
-                (and, to learn a new name, one that reads nothing but metadata).
-  The agent     is not trusted, nor is what it reads: the repository and the task.  It
+  A reviewer    on a pull request that codebot opened is obeyed if GitHub says, when it is
+                acted on, that he may write to the repository.  Others are not heard.
+  GitHub        is believed through TLS, and by the webhook's secret; a token is asked for
+                one repository at a time (and, to learn a new name, one that reads
+                nothing but metadata).
+  The agent     is not trusted, nor is what it reads: repository, task and reviews.  It
                 gets the model's key, listed variables, its task's folder and the
                 network (loopback too).  In bwrap it sees no other file of codebot's and
                 no other process, and all of it ends with bwrap.
@@ -35,12 +38,20 @@ THE LIFE OF A TASK
                  +-----------------------------> failed <-----------+
   The row is on disk before 202 is sent.  The commit is in the row before it is pushed.
 
+THE LIFE OF A REVIEW
+  webhook or poll --> a round, pending --> running: look, agent, test, commit, push, answer
+  A round is a review with its comments, or one comment.  It is of the same states, and the
+  rounds of one pull request follow each other.  Answers are in the row before they are
+  posted; each carries a mark, by which a second try sees what the first has done.
+
 THREADS
   main       starts all, waits for `stop`, then ends all in order
   http       the serving loop: owns every connection that waits, and does nothing else
   answer-N   one whole request at a time     stream   one event stream, at most STREAMS
   task-N     one task at a time, from the queue of ids that the database fills
-  keeper     retention, the mirrors' gc, the disk's room    reload   with --debug
+  review-N   one round of one pull request at a time, from the other queue
+  poll       asks GitHub at the start, or on a clock, for what no webhook told
+  keeper     retention, the mirrors' gc, what GitHub failed at    reload   with --debug
   Shared: the writing connection (Store._lock), the newest events (Store.news), known
   secrets (Mask._lock), tokens (GitHub._lock: held while one is fetched, so that one
   fetch serves all).  A forked copy of this process waits for our end, and then kills
