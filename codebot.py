@@ -962,7 +962,7 @@ def webhook(app: App, request: Request) -> Reply:
     payload = request.json()
     try:
         ignored = hear(app, event, guid, payload)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise HTTPError(400, f"This is no payload of {event[:100]!r}: {error!r}"[:300]) from None
     if ignored:
         log.info("delivery %s of %s %s: %s", guid, event, payload.get("action"), ignored)
@@ -1035,7 +1035,7 @@ CREATE UNIQUE INDEX IF NOT EXISTS tasks_by_key ON tasks(idempotency_key)
 CREATE INDEX IF NOT EXISTS events_by_task ON events(task_id, seq);
 CREATE TABLE IF NOT EXISTS totals(name TEXT PRIMARY KEY, value REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS pulls(  -- those that we opened; they outlive their task's row
-    id INTEGER PRIMARY KEY, repo_id INTEGER NOT NULL, number INTEGER NOT NULL,
+    id INTEGER PRIMARY KEY, repo_id INTEGER NOT NULL, number INTEGER NOT NULL, url TEXT NOT NULL,
     repository TEXT NOT NULL, task_id TEXT NOT NULL, task TEXT NOT NULL, session TEXT NOT NULL,
     folder TEXT NOT NULL, mirror TEXT NOT NULL, state TEXT NOT NULL, since TEXT NOT NULL, closed_at TEXT, UNIQUE(repo_id, number));
 CREATE INDEX IF NOT EXISTS pulls_by_task ON pulls(task_id);
@@ -1296,6 +1296,7 @@ class Store:
         repository, kept = pull["base"]["repo"], (*FIELDS, "id", "branch", "base_name")
         row = {"repo_id": repository["id"], "repository": repository["full_name"]}
         row |= {"number": pull["number"], "state": pull["state"], "since": pull["created_at"]}
+        row["url"] = pull["html_url"]
         row |= {"task_id": task["id"], "session": task["id"], "folder": task["folder"]}
         row |= {"mirror": task["mirror"], "task": json.dumps({name: task[name] for name in kept})}
         sql = f"INSERT OR IGNORE INTO pulls({', '.join(row)}) VALUES(:{', :'.join(row)})"
@@ -1382,6 +1383,7 @@ class Store:
         """A round that turned out to be none.  Its comments stay known."""
         with self._writing() as db:
             db.execute("DELETE FROM reviews WHERE id = ? AND status = 'running'", (review,))
+            db.execute("UPDATE comments SET given = NULL WHERE review = ?", (review,))
 
     def waiting_reviews(self) -> int:
         sql = "SELECT COUNT(*) FROM reviews WHERE status = 'pending'"
@@ -1543,9 +1545,7 @@ def keep_house(app: App) -> None:
                 if row["folder"]:
                     if not store.set_aside(row["id"], os.path.join(work_dir, row["folder"])):
                         continue  # a review is at work in it
-                    for end in ("base", "head") if os.path.isdir(row["mirror"]) else ():
-                        ref = f"refs/codebot/{row['folder'][-7:]}/{end}"
-                        git_local(app, row["mirror"], "update-ref", "-d", ref)
+                    remove_refs(app, row["folder"], row["mirror"])
                 store.forget(row["id"])
             store.forget_pulls(now_text(ago=retention))
             for path in glob.glob(f"{work_dir}/task_*"):  # set aside; or its row never knew of it
@@ -1561,6 +1561,12 @@ def keep_house(app: App) -> None:
                         git_local(app, mirror, *auto)
         except (OSError, sqlite3.Error, Stopped) as error:
             log.warning("keeper: %s", error)
+
+
+def remove_refs(app: App, folder: str, mirror: str) -> None:
+    """Let the mirror forget what it kept for the workspace in FOLDER."""
+    for end in ("base", "head") if os.path.isdir(mirror) else ():
+        git_local(app, mirror, "update-ref", "-d", f"refs/codebot/{folder[-7:]}/{end}")
 
 
 def remove(app: App, path: str) -> None:
@@ -1605,14 +1611,16 @@ def carry_out(job: Job) -> dict[str, Any]:
         told = json.dumps({**job.told, "tests": tests, "files": files})
         job.note(head_commit=head, base_name=base_name, outcome=told)  # before the push
     outcome = json.loads(job.row["outcome"])
-    job.phase("push")
-    job.push()
-    pull: dict[str, Any] = {}
-    if job.app.github:
-        pull = job.open_pull(job.app.github, outcome)
-        job.app.surely(job.app.store.add_pull, job.row, pull)
-    result = {f"pr_{key}": pull.get(key) for key in ("number", "state")}
-    result |= {"pr_url": pull.get("html_url"), "branch_name": job.row["branch"]}
+    store, hub = job.app.store, job.app.github
+    if (pull := store.pull("task_id = ?", job.id)) is None:  # else its reviews may have pushed too
+        job.phase("push")
+        job.push()
+        if hub:
+            job.app.surely(store.add_pull, job.row, job.open_pull(hub, outcome))
+            pull = store.pull("task_id = ?", job.id)
+    known = {"pr_number": "number", "pr_state": "state", "pr_url": "url"}
+    result = {name: pull and pull[column] for name, column in known.items()}
+    result["branch_name"] = job.row["branch"]
     result |= {"work_dir": f"{job.folder}/repo", "commit": job.row["head_commit"]}
     return {**result, **{key: value for key, value in outcome.items() if key != "files"}}
 
@@ -2185,7 +2193,7 @@ class Round:
             if str(error) == "stopped":
                 raise
             outcome = self.failed(in_words(self.app, error))
-        job.note(outcome=json.dumps(outcome))
+        job.note(outcome=json.dumps(outcome), head_commit=outcome.get("commit"))
         job.phase("answer")
         for thread, text in outcome["answers"].items():
             self.post(thread, text, outcome, look=bool(again))
@@ -2203,6 +2211,7 @@ class Round:
             )
         if state != "open":
             remove(self.app, self.job.folder)
+            remove_refs(self.app, self.job.folder, self.job.mirror)
             raise Dropped(f"the pull request is {state}")
         own = head["repo"] and head["repo"]["id"] == pull["base"]["repo"]["id"]
         if not own or head["ref"] != self.branch:
@@ -2301,7 +2310,6 @@ class Round:
         """What is told when it could not be done."""
         text = self.app.mask(str(error))[:10_000]
         self.job.say("codebot", f"Failed ({error.reason}): {text}")
-        self.job.note(head_commit=None)
         answers = dict.fromkeys(self.threads(), f"I could not do this: {text}")
         return {"answers": answers, "error": text, "reason": error.reason}
 
@@ -2310,7 +2318,7 @@ class Round:
         mark, lines = uuid.uuid4().hex[:12], []
         for one in [*self.earlier(), *self.said]:
             kind = "comment" if one in self.said else "earlier"
-            place = f' path="{one["path"]}" line="{one["line"]}"' if one["path"] else ""
+            place = f' path="{one["path"]}" line="{one["line"] or "?"}"' if one["path"] else ""
             lines.append(f'<{kind}-{mark} id="{one["id"]}" by="{one["user"]}"{place}>')
             if one["hunk"]:
                 lines.append(f"On this part of the diff:\n{one['hunk'][-5000:]}\nit says:")
