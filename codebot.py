@@ -962,7 +962,7 @@ def webhook(app: App, request: Request) -> Reply:
     payload = request.json()
     try:
         ignored = hear(app, event, guid, payload)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise HTTPError(400, f"This is no payload of {event[:100]!r}: {error!r}"[:300]) from None
     if ignored:
         log.info("delivery %s of %s %s: %s", guid, event, payload.get("action"), ignored)
@@ -976,16 +976,16 @@ def hear(app: App, event: str, guid: str, payload: Mapping[str, Any]) -> str:
     if (action := payload.get("action")) not in HEARD.get(event, ()):
         return "Not an event that codebot acts on"
     on, kind = payload.get("pull_request") or payload["issue"], KINDS.get(event, "")
-    where = (payload["repository"]["id"], on["number"])
+    where = (int(payload["repository"]["id"]), int(on["number"]))
     if (pull := app.store.pull("repo_id = ? AND number = ?", *where)) is None:
         return "Not a pull request that codebot opened"
     if action == "deleted":
-        app.store.take_back(kind, payload["comment"]["id"])
+        app.store.take_back(kind, int(payload["comment"]["id"]))
         return ""
     said = read_comment(kind, payload.get("comment") or payload["review"]) if kind else {}
     if said is None:
         return "Said by a program or by nobody, or nothing was said"
-    if (now := payload["repository"]["full_name"]) != pull["repository"]:
+    if (now := payload["repository"]["full_name"]).lower() != pull["repository"].lower():
         app.store.note(("pulls", pull["id"]), repository=now)
     if not app.store.take(pull["id"], [said], guid):
         return "Taken before"
@@ -1009,7 +1009,7 @@ def read_comment(kind: str, raw: Mapping[str, Any]) -> dict[str, Any] | None:
     review = number if kind == "review" else review
     said = {"kind": kind, "id": number, "user": login, "text": text[:65_536]}
     said["source"] = f"review {review}" if review else f"{kind} {number}"
-    said["thread"] = raw.get("in_reply_to_id") or number
+    said["thread"] = int(raw.get("in_reply_to_id") or number)
     said["time"] = raw.get("created_at") or raw.get("submitted_at") or ""
     said["line"] = raw.get("line") or raw.get("original_line")  # null once outdated
     return {**said, "path": raw.get("path"), "hunk": raw.get("diff_hunk")}
