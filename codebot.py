@@ -2383,12 +2383,14 @@ class Round:
         rest = reader.text
         if isinstance(given, dict):
             rest = str(given.get("summary") or "")
-            for one in given.get("answers") or ():
-                bodies[one["comment_id"]].append(str(one["body"]))
+            each = given.get("answers")
+            for one in each if isinstance(each, list) else ():  # the schema is the CLI's word
+                if isinstance(one, dict) and one.get("body"):
+                    bodies[str(one.get("comment_id"))].append(str(one["body"]))
         found = {}
         for thread, said in self.threads().items():
             ids = {one["id"] for one in said} | {int(thread.split()[1])}
-            text = "\n\n".join(body for n in sorted(ids) for body in bodies[n])
+            text = "\n\n".join(body for n in sorted(ids) for body in bodies[str(n)])
             found[thread] = self.app.mask(text or rest or "Done.")
         return found
 
