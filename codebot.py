@@ -2405,6 +2405,8 @@ class Round:
                 break
             except TaskFailed:
                 tip = job.fetch_base(branch)[1]
+                if job.is_ancestor(job.row["head_commit"], tip):
+                    break  # it worked, and others pushed on top before we asked
                 if not left or job.is_ancestor(tip, job.row["head_commit"]):
                     raise  # nobody was there before us: it is refused for another reason
                 self.rebase(tip)
