@@ -13,6 +13,8 @@ import base64
 import concurrent.futures
 import contextlib
 import email.utils
+import hashlib
+import hmac
 import http.client
 import http.server
 import inspect
@@ -30,6 +32,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +45,9 @@ HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "codebot.py"
 KEY, MODEL_KEY, HOOK_SECRET = "the-key-of-a-client", "sk-ant-of-the-model", "secret-of-the-hook"
 NAME = "acme/widget"
+BOT = {"login": "acme-bot[bot]", "id": 77, "type": "Bot"}
+EVENTS = {"issue": "issue_comment", "inline": "pull_request_review_comment"}
+EVENTS |= {"review": "pull_request_review"}  # what GitHub calls what was said
 GIT = {
     "GIT_CONFIG_GLOBAL": "/dev/null",
     "GIT_CONFIG_NOSYSTEM": "1",
@@ -111,6 +117,13 @@ class Hub(http.server.ThreadingHTTPServer):
         self.tokens: dict[str, list[str] | None] = {}  # token: names, or all
         self.jwts: dict[str, Any] = {}
         self.pulls: list[dict[str, Any]] = []
+        self.said: list[dict[str, Any]] = []  # on pull requests: comments of both kinds, reviews
+        self.ids = {kind: itertools.count(101) for kind in EVENTS}  # the same ones, as on GitHub
+        self.eyes: list[tuple[str, int]] = []
+        self.rights = {"alice": "write", "bob": "admin", "carol": "read"}
+        self.events = [*EVENTS.values(), "pull_request"]
+        self.deliveries: list[dict[str, Any]] = []
+        self.page, self.unchanged = 100, 0  # entries of one page at most; answers 304
         self.renamed: dict[str, str] = {}
         self.permissions = dict.fromkeys(("contents", "pull_requests", "issues"), "write")
         self.faults: list[tuple[str, str, Any]] = []  # pattern, when, what
@@ -174,10 +187,14 @@ class Hub(http.server.ThreadingHTTPServer):
         if path == "/app":
             self.check_jwt(token)
             return 200, {"slug": "acme-bot", "name": "Acme Bot"}
+        if path.startswith("/app/hook/deliveries"):
+            self.check_jwt(token)
+            return (202, {}) if method == "POST" else (200, self.deliveries)
         if path.startswith("/app/installations/"):
             self.check_jwt(token)
             if method == "GET":
-                return 200, {"account": {"login": "acme"}, "permissions": self.permissions}
+                given = {"permissions": self.permissions, "events": self.events}
+                return 200, {"account": {"login": "acme"}, **given}
             self.minted.append(body)
             names = body.get("repositories")
             known = [name.split("/")[1] for name in self.repositories() if name not in self.renamed]
@@ -187,19 +204,71 @@ class Hub(http.server.ThreadingHTTPServer):
             self.tokens[token] = names
             return 201, {"token": token, "expires_at": "2099-01-01T00:00:00Z"}
         if path == "/users/acme-bot%5Bbot%5D":
-            return 200, {"login": "acme-bot[bot]", "id": 77}
+            return 200, BOT
         if path == "/repositories/1":
             return 200, {"full_name": next(iter(self.renamed.values()))}
-        name, _, rest = path[len("/repos/") :].partition("/pulls")
+        name = "/".join(path.split("/")[2:4])
+        rest = path[len(f"/repos/{name}") :]
         if name in self.renamed:
             return 301, {"message": "Moved Permanently"}, {"Location": f"{self.url}/repositories/1"}
         self.check_token(token, name)
         if name not in self.repositories():
             raise Refused(404, "Not Found")
-        if not path.endswith("/pulls"):
+        if not rest:
             return 200, {"full_name": name}
-        assert not rest
+        if rest != "/pulls":
+            return self.conversation(method, path, rest[1:].split("/"), query, body)
         return self.pull(name, body) if method == "POST" else self.found(name, query)
+
+    def say(self, kind: str, on: int, user: Any, text: str, **more: Any) -> dict[str, Any]:
+        """Keep what a person, or codebot, said on a pull request."""
+        user = {"login": user, "id": 5, "type": "User"} if isinstance(user, str) else user
+        said = {"kind": kind, "on": on, "id": next(self.ids[kind]), "user": user, "body": text}
+        times = ("submitted_at",) if kind == "review" else ("created_at", "updated_at")
+        said |= {**dict.fromkeys(times, codebot.now_text()), **more}
+        self.said.append(said)
+        return said
+
+    def heard(self, kind: str, number: str) -> dict[str, Any]:
+        for said in self.said:
+            if (said["kind"], said["id"]) == (kind, int(number)):
+                return said
+        raise Refused(404, "Not Found")
+
+    def conversation(self, method: str, path: str, at: list[str], query: str, body: Any) -> Any:
+        """One pull request, what is said on it, and what those who say it may do."""
+        kind = {"issues": "issue", "pulls": "review" if "reviews" in at else "inline"}.get(at[0])
+        if at[0] == "collaborators":
+            if at[1] not in self.rights:
+                raise Refused(404, "Not Found")
+            return 200, {"permission": self.rights[at[1]]}
+        if at[-1] == "reactions":
+            said = self.heard(str(kind), at[2])
+            self.eyes.append((said["kind"], said["id"]))
+            return 201, {}
+        pull = self.pulls[int(at[1]) - 1]
+        if len(at) == 2:
+            pull.update(body)
+            return 200, pull
+        if at[-1] == "replies":
+            top = self.heard("inline", at[3])
+            if "in_reply_to_id" in top:
+                raise Refused(404, "Not Found")
+            return 201, self.say("inline", int(at[1]), BOT, body["body"], in_reply_to_id=top["id"])
+        if method == "POST":
+            return 201, self.say(str(kind), int(at[1]), BOT, body["body"])
+        if len(at) == 4:
+            return 200, self.heard("review", at[3])
+        given = dict(urllib.parse.parse_qsl(query))
+        found = [s for s in self.said if (s["kind"], s["on"]) == (kind, int(at[1]))]
+        if len(at) == 5:
+            found = [s for s in self.said if s.get("pull_request_review_id") == int(at[3])]
+        elif kind != "review":
+            found = [s for s in found if s["updated_at"] >= given.get("since", "")]
+        number, size = int(given.get("page", 1)), min(self.page, int(given.get("per_page", 30)))
+        following = f'<{self.url}{path}?{query}&page={number + 1}>; rel="next"'
+        headers = {"Link": following} if len(found) > number * size else {}
+        return 200, found[(number - 1) * size : number * size], headers
 
     def found(self, name: str, query: str) -> Any:
         wanted = dict(urllib.parse.parse_qsl(query)).get("head", "").partition(":")[2]
@@ -292,13 +361,19 @@ class Answerer(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.wfile.write(data)
 
-    do_POST = do_GET
+    do_POST = do_PATCH = do_GET
 
     def ask(self, path: str, query: str, body: bytes) -> Any:
         if ".git/" in path:
             return self.server.git(self.command, path, query, self.headers, body)
         token = self.headers.get("Authorization", "").partition("Bearer ")[2]
-        return self.server.rest(self.command, path, query, token, json.loads(body or "{}"))
+        given = json.loads(body or "{}")
+        status, value, *more = self.server.rest(self.command, path, query, token, given)
+        etag = f'"{hash(json.dumps(value))}"'
+        if self.headers.get("If-None-Match") == etag:
+            self.server.unchanged += 1
+            return 304, b""
+        return status, value, {**dict(*more), "ETag": etag}
 
     def date_time_string(self, timestamp: float | None = None) -> str:
         return email.utils.formatdate((timestamp or time.time()) + self.server.skew, usegmt=True)
@@ -314,7 +389,17 @@ say() { printf '{"type":"assistant","message":{"content":[{"type":"text","text":
 result() {
     printf '{"type":"result","subtype":"%s","is_error":%s,"num_turns":%s,"result":"%s",' \
         "${2:-success}" "${3:-false}" "${4:-3}" "${1:-Done.}"
-    echo '"total_cost_usd":0.25,"session_id":"x"}'
+    printf '%s"total_cost_usd":0.25,"session_id":"x"}\n' "$more"
+}
+asked=$(head -n 1 "$here/stdin") more=
+kind() {
+    [ "$asked" = Comment: ] || return 0
+    more="\"structured_output\":{\"kind\":\"$1\",\"ask\":\"$2\"},"; result; exit
+}
+answer() {
+    pattern='s/^<comment-[^ ]* id="\([0-9]*\)".*/,{"comment_id":\1,"body":"'$1' \1."}/p'
+    each=$(sed -n "$pattern" "$here/stdin" | tr -d '\n')
+    more="\"structured_output\":{\"answers\":[${each#,}],\"summary\":\"$1.\"},"; result "$1"
 }
 block() { : >"$top/reached"; while [ ! -e "$top/go" ]; do sleep 0.02; done; }
 """
@@ -378,7 +463,8 @@ class Stand:
         return f"{self.hub.url}/{name}"
 
     def agent(self, plan: str) -> None:
-        """The agent does PLAN, in sh; say, result and block are there for it."""
+        """The agent does PLAN, in sh; say, result and block are there for it, and for reviews
+        kind, which ends the run that sorts what was said, and answer, for each thread."""
         script = self.top / "claude"
         fresh = self.top / "claude.new"
         fresh.write_text(CLAUDE.replace("@TOP@", str(self.top)) + plan + "\n")
@@ -389,6 +475,12 @@ class Stand:
         """What the agent was given, run by run: its argv, env or stdin."""
         runs = sorted((self.top / "seen").glob("run.*"), key=lambda p: p.stat().st_mtime_ns)
         return [(run / what).read_text() for run in runs]
+
+    def asked(self, what: str) -> list[tuple[list[str], str]]:
+        """The agent's runs that were asked for a Task, to sort a Comment, a Question and so on:
+        their arguments and their stdin."""
+        runs = zip(self.seen("argv"), self.seen("stdin"))
+        return [(argv.split("\n"), told) for argv, told in runs if told.startswith(f"{what}:\n")]
 
     def secrets(self) -> list[str]:
         plain = [KEY, HOOK_SECRET, *self.hub.tokens, *self.hub.jwts]
@@ -555,6 +647,76 @@ class Stand:
         headers |= {"Authorization": f"Bearer {KEY}", "Accept": "text/event-stream"}
         web.request("GET", f"/api/tasks/{task_id}/logs", headers=headers)
         return web.getresponse()
+
+    # -- people on GitHub, and what GitHub tells of them
+
+    def deliver(self, event: str, body: Any, guid: str = "", **headers: str) -> Answer:
+        """One webhook, signed."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        signature = hmac.new(HOOK_SECRET.encode(), data, hashlib.sha256).hexdigest()
+        headers = {"X_Hub_Signature_256": f"sha256={signature}", **headers}
+        headers |= {"X_GitHub_Event": event, "X_GitHub_Delivery": guid or str(uuid.uuid4())}
+        headers = {"Content_Type": "application/json", **headers}
+        return self.ask("POST", "/webhook", data, "", **headers)
+
+    def event(self, action: str, on: int = 1, **more: Any) -> dict[str, Any]:
+        repository = {"id": 1, "full_name": NAME}
+        return {"action": action, "repository": repository, "pull_request": {"number": on}, **more}
+
+    def tell(self, said: dict[str, Any], action: str = "", guid: str = "") -> Answer:
+        """The webhook about what was said."""
+        kind, body = said["kind"], {**said, "body": said["body"] or None}
+        action = action or ("submitted" if kind == "review" else "created")
+        body |= {"state": str(said.get("state")).lower()}  # which REST has in upper case
+        value = self.event(
+            action, said["on"], **{"review" if kind == "review" else "comment": body}
+        )
+        if kind == "issue":
+            value["issue"] = {**value.pop("pull_request"), "pull_request": {}}
+        return self.deliver(EVENTS[kind], value, guid)
+
+    def comment(self, user: Any, text: str, on: int = 1, tell: bool = True) -> dict[str, Any]:
+        """Someone speaks in the conversation."""
+        said = self.hub.say("issue", on, user, text)
+        if tell:
+            assert self.tell(said).status == 202
+        return said
+
+    def review(
+        self, user: str, text: str, *inline: str, on: int = 1, tell: bool = True, **more: Any
+    ) -> list[dict[str, Any]]:
+        """Someone's review, and its comments on a line of the diff."""
+        review = self.hub.say("review", on, user, text, state="COMMENTED")
+        more |= {"pull_request_review_id": review["id"], "path": "hello.txt", "line": None}
+        more |= {"original_line": 1, "diff_hunk": "@@ -0,0 +1 @@\n+hello"}
+        said = [review, *(self.hub.say("inline", on, user, words, **more) for words in inline)]
+        for one in reversed(said if tell else []):
+            self.tell(one)
+        return said
+
+    def inline(self, user: str, text: str, to: int = 0, **how: Any) -> dict[str, Any]:
+        """Someone speaks on a line, or in its thread: with a review that says nothing itself."""
+        how |= {"in_reply_to_id": to} if to else {}
+        return self.review(user, "", text, **how)[1]
+
+    def answers(self, on: int = 1) -> list[str]:
+        """What codebot said on a pull request."""
+        return [s["body"] for s in self.hub.said if s["user"] == BOT and s["on"] == on]
+
+    def rounds(self, task_id: str, count: int) -> list[dict[str, Any]]:
+        """The rounds of reviews of a task's pull request, once so many are over."""
+
+        def over() -> Any:
+            found = self.status(task_id)["reviews"]
+            states = {one["state"] for one in found} - {"completed", "failed"}
+            return len(found) >= count and not states and found
+
+        found: list[dict[str, Any]] = wait_for(over)
+        assert len(found) == count, found
+        return found
+
+    def logged(self, text: str, times: int = 1) -> None:
+        wait_for(lambda: self.log().count(text) >= times)
 
     def reached(self) -> bool:
         return (self.top / "reached").exists()
@@ -2145,6 +2307,484 @@ def test_the_file_needs_the_standard_library_only() -> None:
                 [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
             )
             assert all(str(name).split(".")[0] in known for name in names)
+
+
+# ---- Reviews ----------------------------------------------------------------------
+
+CHANGE = "kind change; echo more >>hello.txt; answer Done"
+QUESTION = "kind question; answer Because"
+
+
+def opened(stand: Stand, plan: str, **fields: Any) -> tuple[str, dict[str, Any]]:
+    """A task that has its pull request; whoever speaks there meets an agent that does PLAN."""
+    result = stand.done(task := stand.submit(**fields))
+    stand.agent(plan)
+    return task, result
+
+
+def push_beside(stand: Stand, branch: str, **files: str) -> str:
+    """Someone else pushes a commit on top of the branch."""
+    seed = stand.top / "seed" / NAME
+    sh("git", "fetch", "-q", str(stand.top / "hub" / f"{NAME}.git"), branch, cwd=seed)
+    sh("git", "checkout", "-q", "-f", "--detach", "FETCH_HEAD", cwd=seed)
+    return stand.commit(branch=branch, **files)
+
+
+def test_a_webhook_has_to_be_signed_over_its_raw_bytes(stand: Stand) -> None:
+    body = '{ "zen":  "Für alle Fälle" }'.encode()
+    for signature in ("", "sha256=", "sha256=" + "0" * 64, "sha1=0", "sha256=ü"):
+        answer = stand.deliver("ping", body, X_Hub_Signature_256=signature)
+        assert (answer.status, "X-Hub-Signature-256" in answer.text) == (401, True), signature
+    assert stand.ask("POST", "/webhook", body, key="", X_GitHub_Event="ping").status == 401
+    good = {"ping": 200, "push": 200, "installation": 200, "": 200}
+    assert {event: stand.deliver(event, body).status for event in good} == good
+    refused = stand.deliver(
+        "ping", b"payload=%7B%7D", Content_Type="application/x-www-form-urlencoded"
+    )
+    assert (refused.status, "application/json" in refused.json["message"]) == (415, True)
+    assert stand.deliver("ping", b'{"zen": "%s"}' % (b"x" * (3 << 19))).status == 200
+    head = b"POST /webhook HTTP/1.1\r\nContent-Length: %d\r\n\r\n"
+    assert b" 413 " in stand.raw(head % ((25 << 20) + 1))
+
+
+def test_the_signature_is_githubs_and_without_a_secret_there_is_no_webhook() -> None:
+    def ask(secret: str, given: str, **more: Any) -> None:
+        app = codebot.App(codebot.Config(webhook_secret=secret, **more))
+        headers = {"x-hub-signature-256": f"sha256={given}"}
+        request = codebot.Request("POST", "/webhook", "", headers, b"Hello, World!", True)
+        codebot.signed_by_github(app, request)
+
+    documented = "757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"
+    ask("It's a Secret to Everybody", documented)
+    of_nothing = hmac.new(b"", b"Hello, World!", hashlib.sha256).hexdigest()
+    for secret, more in (("", {}), ("It's a Secret to Everybody", {"no_github": True})):
+        with pytest.raises(codebot.HTTPError, match="Webhooks are off") as refused:
+            ask(secret, of_nothing, **more)
+        assert refused.value.status == 404
+
+
+ODD = [("repository", None), ("repository", "x"), ("repository.id", {}), ("repository.id", 10**30)]
+ODD += [("repository.full_name", {}), ("issue", []), ("issue", None), ("issue.number", [1])]
+ODD += [("comment", None), ("comment", 5), ("comment.id", "x"), ("comment.id", None)]
+ODD += [("comment.id", 10**30), ("comment.id", float("inf")), ("comment.id", float("nan"))]
+ODD += [("comment.user", "alice"), ("comment.body", 7), ("comment.body", ["x"])]
+ODD += [("comment.in_reply_to_id", ["x"])]
+
+
+def test_a_payload_of_an_odd_shape_is_refused_and_harms_nothing(stand: Stand) -> None:
+    task, _ = opened(stand, QUESTION)
+    said = {"id": 1, "body": "Why?", "user": {"login": "alice", "type": "User"}}
+    plain = {**stand.event("created", comment=said), "issue": {"number": 1}}
+    del plain["pull_request"]
+    for path, value in ODD:
+        payload = json.loads(json.dumps(plain))
+        at, _, name = path.rpartition(".")
+        (payload[at] if at else payload)[name] = value
+        answer = stand.deliver("issue_comment", payload)
+        assert (answer.status, "payload" in answer.text) == (400, True), (path, value, answer)
+    for body in (b"[]", b"{", b"\xff", b""):
+        assert stand.deliver("issue_comment", body).status == 400
+    stand.comment("alice", "Why?")
+    stand.rounds(task, 1)
+    assert stand.log().count("Traceback") == 0
+
+
+def test_what_is_not_for_codebot_is_ignored(stand: Stand) -> None:
+    task, _ = opened(stand, QUESTION)
+    said = stand.comment("alice", "Why?", tell=False)
+    own, other = BOT, {"login": "robot", "id": 9, "type": "Bot"}
+    for more in ({"user": own}, {"user": other}, {"user": None}, {"body": None}, {"body": " \n"}):
+        assert stand.tell({**said, **more}).status == 200, more
+    assert stand.tell(said, "edited").status == 200
+    assert stand.tell({**said, "on": 7}).status == 200  # no pull request of ours
+    foreign = {**stand.event("closed"), "repository": {"id": 2, "full_name": "acme/other"}}
+    assert stand.deliver("pull_request", foreign).status == 200
+    assert stand.deliver("pull_request", stand.event("synchronize")).status == 200
+    review = stand.review("alice", "", "Inline", tell=False)
+    assert [stand.tell(review[0]).status, stand.tell(review[0], "dismissed").status] == [200] * 2
+    assert stand.status(task)["reviews"] == []
+    assert [stand.tell(said, guid=guid).status for guid in "112"] == [202, 200, 200]
+    stand.rounds(task, 1)
+    assert (len(stand.answers()), len(stand.asked("Comment"))) == (1, 1)
+
+
+def test_a_question_is_answered_and_what_it_changed_is_thrown_away(stand: Stand) -> None:
+    spoil = f"echo bad >hello.txt; touch new; git commit -qam bad; answer 'Key {MODEL_KEY}'"
+    task, result = opened(stand, f"kind question; {spoil}")
+    said = stand.comment("alice", "Why --hello?\nIn <!-- short -->.")
+    [done] = stand.rounds(task, 1)
+    assert (done["number"], done["state"], done["kind"]) == (1, "completed", "question")
+    assert (done["commit"], done["error"]) == (None, None)
+    [answer] = stand.answers()
+    mark = f"<!-- codebot answer 1 issue {said['id']} -->"
+    assert answer == f"> Why --hello?\n\nKey *** {said['id']}.\n\n{mark}"
+    assert stand.git("rev-parse", result["branch_name"]) == result["commit"]
+    assert sh("git", "status", "-sb", cwd=Path(result["work_dir"])) == f"## {result['branch_name']}"
+    assert stand.hub.eyes == [("issue", said["id"])]
+    assert stand.hub.pulls[0]["body"].count("- Round 1, alice: answered\n") == 1
+    [(look, shown)], [(argv, told)] = stand.asked("Comment"), stand.asked("Question")
+    assert look[look.index("--tools") + 1] == ""
+    assert argv[argv.index("--tools") + 1] == "Read,Glob,Grep"
+    assert argv[argv.index("--resume") + 1] == task
+    for words, prompt in ((look, shown), (argv, told)):
+        assert words[words.index("--permission-mode") + 1] == "dontAsk"
+        assert "--no-session-persistence" in words
+        assert words[words.index("--json-schema") + 1].startswith('{"type": "object", ')
+        assert "--hello" not in " ".join(words)
+        assert re.search(rf'<(comment-\w{{12}}) id="{said["id"]}" by="alice">\nWhy --hello', prompt)
+    for secret in [*stand.secrets(), MODEL_KEY]:
+        assert secret not in stand.log() + answer + str(stand.events(task))
+
+
+def test_a_change_is_pushed_and_told_in_its_thread(stand: Stand) -> None:
+    task, result = opened(stand, CHANGE)
+    branch, before = result["branch_name"], stand.hub.pulls[0]["body"]
+    top = stand.inline("alice", "Say more")
+    [first] = stand.rounds(task, 1)
+    assert stand.shown(result, "hello.txt") == "hello\nmore"
+    assert (first["kind"], first["commit"]) == ("change", stand.git("rev-parse", branch))
+    assert stand.git("rev-parse", f"{branch}^") == result["commit"]
+    [reply] = [said for said in stand.hub.said if said["user"] == BOT]
+    assert (reply["kind"], reply["in_reply_to_id"]) == ("inline", top["id"])
+    assert reply["body"].startswith(f"Done {top['id']}.\n\nThe change is in {first['commit']}.\n")
+    assert stand.hub.eyes == [("inline", top["id"])]
+    line = f"- Round 1, alice: changed in {first['commit']}\n"
+    assert stand.hub.pulls[0]["body"].startswith(before + "\n\n### Reviews")
+    stand.hub.pulls[0]["body"] = f"Ours.\n{stand.hub.pulls[0]['body']}\nTheirs."
+    stand.inline("bob", "Rather less, says Bob", to=top["id"], tell=False)
+    last = stand.inline("alice", "And more still", to=top["id"])
+    second = stand.rounds(task, 2)[1]
+    told = stand.asked("Review comment")[1][1]
+    for words in ('line="1">\nOn this part of the diff:\n@@ -0,0', "\nAnd more still\n"):
+        assert words in told
+    assert re.search(rf'<earlier-\w+ id="{top["id"]}" by="alice" (.|\n)*\nSay more\n', told)
+    assert re.search(rf'<earlier-\w+ id="{reply["id"]}" by="codebot itself"', told)
+    assert "says Bob" not in told
+    assert f"Done {last['id']}." in stand.answers()[1]
+    assert stand.hub.said[-1]["in_reply_to_id"] == top["id"]
+    body = stand.hub.pulls[0]["body"]
+    assert f"{line}- Round 2, alice: changed in {second['commit']}\n" in body
+    assert (body[:6], body[-8:], body.count("Round 1,")) == ("Ours.\n", "\nTheirs.", 1)
+
+
+def test_a_review_is_one_round_in_whatever_order_it_is_told(stand: Stand) -> None:
+    task, _ = opened(stand, CHANGE)
+    for number, order in enumerate(((1, 0, 2), (0, 2, 1), (2, 1, 0)), 1):
+        review = stand.review("bob", "All in all: more", "More here", "And there", tell=False)
+        for one in order:
+            stand.tell(review[one])
+        assert len(stand.rounds(task, number)) == number
+        assert len(stand.asked("Review comment")) == len(stand.asked("Comment")) == number
+        answers = stand.answers()[-3:]
+        for said in review:
+            [own] = [a for a in answers if f" {said['kind']} {said['id']} -->" in a]
+            assert f"Done {said['id']}." in own
+        assert sum("> All in all: more" in answer for answer in answers) == 1
+    assert len(stand.answers()) == 9
+    assert len(set(stand.hub.eyes)) == 6  # a review takes none
+
+
+def test_whatever_the_agent_says_of_a_review_someone_is_answered(stand: Stand) -> None:
+    task, _ = opened(stand, "")
+    bad = '"structured_output":{"answers":%s,"summary":"In short."},'
+    for number, (plan, words) in enumerate(
+        [
+            ("result yes", codebot.UNCLEAR),
+            ("kind anything", codebot.UNCLEAR),
+            ("kind unclear 'Which one?'", "Which one?"),
+            ("kind question; result 'In plain words'", "In plain words"),
+            (f"kind question; more='{bad % '[]'}'; result x", "In short."),
+            (f"kind question; more='{bad % 7}'; result x", "In short."),
+            (f"kind question; more='{bad % [5]}'; result x", "In short."),
+            (f"kind question; more='{bad % '[{}]'}'; result x", "In short."),
+            ("kind change; result 'I would rather not'", "rather not\n\nNo file was changed."),
+            ("kind change; exit 3", "I could not do this: The agent ended without a result"),
+        ],
+        1,
+    ):
+        stand.agent(plan)
+        stand.comment("alice", "Hm")
+        state = "failed" if "exit" in plan else "completed"
+        assert stand.rounds(task, number)[-1]["state"] == state, plan
+        assert (len(stand.answers()), words in stand.answers()[-1]) == (number, True), plan
+    stand.agent("kind none")
+    stand.comment("alice", "Thanks!")
+    assert stand.rounds(task, number + 1)[-1]["kind"] == "none"
+    assert len(stand.answers()) == number
+    assert "Round 11" not in stand.hub.pulls[0]["body"]
+
+
+def test_who_may_not_write_and_what_is_not_open_to_us_is_dropped(stand: Stand) -> None:
+    task, _ = opened(stand, QUESTION)
+    [pull], rights = stand.hub.pulls, stand.hub.rights
+    plain, head = json.loads(json.dumps(pull)), pull["head"]
+
+    def lose() -> None:
+        del rights["alice"]
+
+    for count, (user, change, words) in enumerate(
+        [
+            ("carol", lambda: None, "carol may not write to the repository, but read"),
+            ("mallory", lambda: None, "mallory may not write to the repository, but none"),
+            ("alice", lose, "alice may not write to the repository, but none"),
+            ("bob", lambda: pull.update(locked=True), "the conversation is locked"),
+            ("bob", lambda: head.update(repo=None), "not of our branch in this repository"),
+            ("bob", lambda: head.update(repo={"id": 2}), "not of our branch in this repository"),
+            ("bob", lambda: head.update(ref="main"), "not of our branch in this repository"),
+            ("bob", stand.hub.said.clear, "what was said was deleted"),
+        ],
+        1,
+    ):
+        hold = stand.hub.hold("GET /repos/acme/widget/pulls/1$")
+        stand.inline(user, "Delete it all")
+        assert hold.reached.wait(20)  # it was taken when all was well
+        change()
+        hold.go.set()
+        stand.logged("is dropped", count)
+        assert words in stand.log().rsplit("is dropped", 1)[1], words
+        head.update(plain["head"])
+        pull["locked"] = False
+    assert (stand.hub.eyes, stand.answers(), len(stand.seen("argv"))) == ([], [], 1)
+    stand.comment("bob", "Why?")
+    assert len(stand.rounds(task, 1)) == 1
+
+
+def test_who_may_write_is_not_guessed_and_a_round_outlives_its_tasks_row(stand: Stand) -> None:
+    stand.start(CODEBOT_TASK_RETENTION="1", limits={"GITHUB_WAIT": 0.5})
+    task, result = opened(stand, CHANGE)
+    wait_for(lambda: stand.ask("GET", f"/api/tasks/{task}/status").status == 404)
+    path = "/repos/acme/widget/collaborators/alice/permission"
+    stand.hub.fault(f"GET {path}", (500, b"", {}))
+    said = stand.inline("alice", "Say more")
+    wait_for(lambda: stand.answers())
+    assert (stand.hub.count(f"GET {path}"), len(stand.asked("Comment"))) == (2, 1)
+    assert f"Done {said['id']}." in stand.answers()[0]
+    assert stand.shown(result, "hello.txt") == "hello\nmore"
+    stand.hub.pulls[0]["state"] = "closed"
+    stand.deliver("pull_request", stand.event("closed"))
+    ours = "Not a pull request that codebot opened"
+    wait_for(lambda: stand.tell(said).json["message"] == ours)
+    wait_for(lambda: not list(stand.work.glob("task_*")))
+
+
+def test_rounds_of_one_pull_request_wait_for_each_other_and_for_nothing_else(stand: Stand) -> None:
+    stand.start(CODEBOT_REVIEW_WORKERS="2")
+    first, _ = opened(stand, HELLO)
+    second, _ = opened(
+        stand,
+        f'[ "$asked" = Task: ] && {{ {HELLO}; exit; }}; kind question\n'
+        'grep -q "^Slowly$" "$here/stdin" && block; answer Because',
+    )
+    stand.comment("alice", "Slowly")
+    wait_for(stand.reached)
+    stand.comment("bob", "And then?")
+    dropped = stand.comment("alice", "Never mind")
+    stand.comment("alice", "And then?")
+    assert stand.tell(dropped, "deleted").status == 202
+    assert stand.tell({**dropped, "body": "Mind!"}).status == 200
+    stand.comment("bob", "Why?", on=2)
+    assert len(stand.rounds(second, 1)) == 1
+    stand.done(stand.submit("Another"))
+    assert stand.ask("GET", "/health").json["review_queue_size"] == 3
+    assert "\ncodebot_review_queue_size 3\n" in stand.ask("GET", "/metrics").text
+    assert [r["state"] for r in stand.status(first)["reviews"]] == ["running", *["pending"] * 3]
+    (stand.top / "go").touch()
+    wait_for(lambda: len(stand.answers()) == 3)
+    assert [answer.split("\n")[0] for answer in stand.answers()] == [
+        "> Slowly",
+        *["> And then?"] * 2,
+    ]
+    assert len(stand.rounds(first, 3)) == 3
+    bobs, alices = (told for _, told in stand.asked("Question")[-2:])
+    assert ("Slowly" in bobs, "Slowly" in alices) == (False, True)
+    assert "was deleted" in stand.log()
+
+
+def test_closed_and_opened_again_it_is_gone_on_with_from_nothing(stand: Stand) -> None:
+    task, result = opened(stand, CHANGE)
+    folder, [pull] = Path(result["work_dir"]).parent, stand.hub.pulls
+
+    def becomes(action: str, **state: Any) -> None:
+        pull.update(state)
+        wanted = "merged" if pull["merged"] else pull["state"]
+        assert stand.deliver("pull_request", stand.event(action)).status == 202
+        wait_for(lambda: stand.status(task)["result"]["pr_state"] == wanted)
+
+    becomes("closed", state="closed")
+    wait_for(lambda: not folder.exists())
+    stand.comment("alice", "Too late")
+    stand.logged("the pull request is closed", 2)
+    becomes("reopened", state="open")
+    lost = (
+        'case "$*" in *"--resume $old"*) echo "No conversation found with session ID"; exit 1; esac'
+    )
+    stand.agent(f"kind change; old={task}; {lost}; echo more >>hello.txt; answer Done")
+    for number in (1, 2):
+        stand.comment("alice", "Say more")
+        assert stand.rounds(task, number)[-1]["state"] == "completed"
+    assert stand.shown(result, "hello.txt") == "hello\nmore\nmore"
+    (lost_argv, _), (fresh, told), (resumed, _) = stand.asked("Review comment")
+    assert lost_argv[lost_argv.index("--resume") + 1] == task
+    session = fresh[fresh.index("--session-id") + 1]
+    assert session == resumed[resumed.index("--resume") + 1] != task
+    assert "<task>\nSay hello\n</task>\nIts diff:\ndiff --git a/hello.txt" in told
+    becomes("closed", state="closed", merged=True)
+    wait_for(lambda: not folder.exists())
+    assert len(stand.answers()) == 2
+
+
+def test_a_change_is_tested_and_pushed_only_when_it_passes(stand: Stand) -> None:
+    stand.start(CODEBOT_TEST_ATTEMPTS="1")
+    task, result = opened(
+        stand, "", test_command="echo it is $(cat hello.txt); grep -q hello hello.txt"
+    )
+    mended = '[ "$asked" = "Test failure:" ] && { echo hello you >hello.txt; result; exit; }'
+    stand.agent(f"kind change; {mended}; echo bad >hello.txt; answer Done")
+    stand.inline("alice", "Say you")
+    assert stand.rounds(task, 1)[0]["commit"] == stand.git("rev-parse", result["branch_name"])
+    assert stand.shown(result, "hello.txt") == "hello you"
+    [(argv, told)] = stand.asked("Test failure")
+    assert argv[argv.index("--resume") + 1] == task
+    assert "<output>\nit is bad\n" in told
+    stand.agent("kind change; echo bad >hello.txt; answer Done")
+    stand.inline("alice", "Say bad")
+    failed = stand.rounds(task, 2)[1]
+    assert (failed["state"], failed["commit"]) == ("failed", None)
+    assert failed["error"] == "The tests still fail, with code 1: it is bad"
+    assert f"I could not do this: {failed['error']}" in stand.answers()[1]
+    assert "The change is in" not in stand.answers()[1]
+    assert stand.shown(result, "hello.txt") == "hello you"
+    assert "- Round 2, alice: failed (tests_failed)\n" in stand.hub.pulls[0]["body"]
+
+
+def test_what_others_pushed_meanwhile_is_built_upon(stand: Stand) -> None:
+    task, result = opened(
+        stand, CHANGE.replace(";", "; block;", 1), test_command="cat hello.txt theirs; true"
+    )
+    branch = result["branch_name"]
+    stand.inline("alice", "Say more")
+    wait_for(stand.reached)
+    theirs = push_beside(stand, branch, theirs="Bob was here\n")
+    (stand.top / "go").touch()
+    [done] = stand.rounds(task, 1)
+    assert done["commit"] == stand.git("rev-parse", branch)
+    assert stand.git("rev-parse", f"{branch}^") == theirs
+    assert stand.shown(result, "hello.txt") == "hello\nmore"
+    assert stand.events(task).count("test: Bob was here") == 1  # it was tested as it is pushed
+    assert f"The change is in {done['commit']}." in stand.answers()[0]
+    for name in ("go", "reached"):
+        (stand.top / name).unlink()
+    stand.inline("alice", "Say still more")
+    wait_for(stand.reached)
+    theirs = push_beside(stand, branch, **{"hello.txt": "goodbye\n"})
+    (stand.top / "go").touch()
+    failed = stand.rounds(task, 2)[1]
+    assert failed["commit"] is None
+    assert "conflicts with theirs in hello.txt. It is kept as kept-2 in" in stand.answers()[1]
+    assert stand.git("rev-parse", branch) == theirs
+    assert (
+        sh("git", "show", "kept-2:hello.txt", cwd=Path(result["work_dir"])) == "hello\nmore\nmore"
+    )
+
+
+def test_a_push_that_worked_is_none_that_others_undid_by_pushing_on_top(stand: Stand) -> None:
+    stand.start(CODEBOT_SANDBOX="auto")
+    task, result = opened(stand, CHANGE)
+
+    def on_top() -> None:
+        push_beside(stand, result["branch_name"], theirs="Bob was here\n")
+
+    stand.hub.fault("POST .*/git-receive-pack", on_top, when="after")
+    stand.inline("alice", "Say more")
+    [done] = stand.rounds(task, 1)
+    assert done["commit"] == stand.git("rev-parse", f"{result['branch_name']}^")
+    assert f"The change is in {done['commit']}." in stand.answers()[0]
+
+
+CUTS = {  # where a review is cut off
+    "taken": ("GET /repos/acme/widget/pulls/1$", "before"),
+    "push": ("POST .*/git-receive-pack", "before"),
+    "pushed": ("POST .*/git-receive-pack", "after"),
+    "answer": ("POST .*/replies", "before"),
+    "answered": ("POST .*/replies", "after"),
+    "told": ("PATCH .*/pulls/1", "after"),
+}
+
+
+def test_killed_at_any_step_a_review_has_one_push_and_one_answer(stand: Stand) -> None:
+    task, result = opened(stand, CHANGE)
+    steps = [*CUTS, "look", "agent"]
+    for number, step in enumerate(steps, 1):
+        for name in ("go", "reached"):
+            (stand.top / name).unlink(missing_ok=True)
+        plan = {"look": f"block; {CHANGE}", "agent": CHANGE.replace(";", "; block;", 1)}
+        stand.agent(plan.get(step, CHANGE))
+        reached = stand.hub.hold(*CUTS[step]).reached.is_set if step in CUTS else stand.reached
+        said = stand.inline("alice", "Say more")
+        wait_for(reached)
+        stand.kill()
+        (stand.top / "go").touch()
+        stand.hub.release()
+        stand.start()
+        assert stand.rounds(task, number)[-1]["state"] == "completed", step
+        assert len(stand.answers()) == number, step
+        assert f"Done {said['id']}." in stand.answers()[-1], step
+        assert stand.shown(result, "hello.txt").count("more") == number, step
+        assert stand.hub.pulls[0]["body"].count("- Round ") == number, step
+    assert stand.git("rev-list", "--count", f"main..{result['branch_name']}") == str(len(steps) + 1)
+
+
+def test_an_answer_is_posted_once_though_githubs_word_of_it_was_lost(stand: Stand) -> None:
+    task, _ = opened(stand, QUESTION)
+    stand.hub.fault("POST .*/issues/1/comments", lambda: None, when="after")
+    stand.review("alice", "Why?")
+    assert stand.rounds(task, 1)[0]["state"] == "completed"
+    assert (len(stand.answers()), stand.hub.count("POST .*/issues/1/comments")) == (1, 1)
+
+
+def test_what_was_said_while_it_was_down_is_found_at_the_start(stand: Stand) -> None:
+    task, _ = opened(stand, QUESTION)
+    stand.comment("alice", "Known")
+    stand.rounds(task, 1)
+    stand.kill()
+    stand.hub.page = 2
+    said = [stand.comment("alice", f"Number {n}", tell=False) for n in range(3)]
+    said += [stand.inline("bob", f"Number {n}", tell=False) for n in range(3)]
+    said += stand.review("alice", "All in all", "and here", tell=False)
+    failed = {"event": "issue_comment", "status_code": 502}
+    for number, more in enumerate(({}, {}, {"event": "push"}, {"status_code": 200}), 1):
+        stand.hub.deliveries.append({"id": number, "guid": f"guid-{number // 2}", **failed, **more})
+    stand.start()
+    stand.rounds(task, 8)
+    for one in said:
+        [answer] = [a for a in stand.answers() if f"{one['kind']} {one['id']} -->" in a]
+        assert f"Because {one['id']}." in answer
+    assert len(stand.answers()) == len(said) + 1
+    assert stand.hub.count("POST /app/hook/deliveries/1/attempts") == 1
+    assert stand.hub.count("POST /app/hook/deliveries/2/attempts") == 1
+    assert stand.hub.count("POST /app/hook/deliveries/.*/attempts") == 2
+    assert stand.tell(said[0]).status == 200
+
+
+def test_polling_finds_what_no_webhook_tells(stand: Stand) -> None:
+    stand.start(
+        "--enable-polling",
+        "--poll-interval",
+        "1",
+        GITHUB_WEBHOOK_SECRET=None,
+        limits={"GITHUB_WAIT": 0.5},
+    )
+    task, _ = opened(stand, QUESTION)
+    comments = "GET /repos/acme/widget/issues/1/comments"
+    wait_for(lambda: stand.hub.unchanged >= 3)
+    assert stand.deliver("ping", {}).status == 404
+    stand.hub.fault(comments, (503, b"", {}))
+    stand.comment("alice", "Why?", tell=False)
+    stand.logged("poll of acme/widget#1: 503")
+    stand.rounds(task, 1)
+    stand.hub.pulls[0]["state"] = "closed"
+    wait_for(lambda: stand.status(task)["result"]["pr_state"] == "closed")
+    assert len(stand.answers()) == len(stand.status(task)["reviews"]) == 1
 
 
 # ---- What went wrong once ---------------------------------------------------------
