@@ -1946,6 +1946,8 @@ def test_an_error_inside_is_500_and_tells_nothing(stand: Stand) -> None:
 
 BAD_SETTINGS = {
     "CODEBOT_MAX_WORKERS": "0",
+    "CODEBOT_REVIEW_WORKERS": "0",
+    "CODEBOT_POLL_INTERVAL": "0",
     "CODEBOT_MAX_QUEUE_SIZE": "many",
     "CODEBOT_TASK_RETENTION": "-1",
     "GITHUB_APP_INSTALLATION_ID": "x1",
@@ -1984,10 +1986,13 @@ def test_flags_beat_the_environment_which_beats_the_env_file(
     monkeypatch.setenv("CODEBOT_MAX_WORKERS", "3")
     monkeypatch.setenv("CODEBOT_MAX_QUEUE_SIZE", "3")
     monkeypatch.setenv("CODEBOT_SANDBOX", "none")
-    config = codebot.load_config({"workers": 4, "no_github": True, "port": None})
+    flags = {"workers": 4, "no_github": True, "port": None}
+    config = codebot.load_config(flags)
     found = (config.workers, config.queue_size, config.task_timeout, config.port)
     assert found == (4, 3, 2, 5000)
     assert config.api_keys == ("a-key", "b-key")
+    with pytest.raises(codebot.Unusable, match="--enable-polling: is given with --no-github"):
+        codebot.load_config({**flags, "enable_polling": True})
 
 
 def test_the_env_file_is_read_as_people_write_it(tmp_path: Path) -> None:
@@ -2104,6 +2109,7 @@ def test_check_finds_all_in_order(stand: Stand) -> None:
 
 def test_check_tells_what_is_wrong_and_the_remedy(stand: Stand) -> None:
     stand.hub.permissions["issues"] = "read"
+    stand.hub.events.remove("issue_comment")
     stand.key.chmod(0o644)
     env = {"CODEBOT_CLAUDE_COMMAND": "/nonexistent/claude", "ANTHROPIC_API_KEY": ""}
     done = stand.run("check", "--work-dir", str(stand.work), **env)
@@ -2113,6 +2119,8 @@ def test_check_tells_what_is_wrong_and_the_remedy(stand: Stand) -> None:
         "warn .*login: set one of ANTHROPIC_API_KEY",
         f"warn .*others can read it: chmod .* {stand.key}",
         "FAIL .*permission issues: read: write is needed",
+        "ok .*webhook event pull_request$",
+        "warn .*webhook event issue_comment: subscribe the App to it, or poll",
     ):
         assert re.search(f"^{line}", done.stdout, re.MULTILINE), done.stdout
     stand.key.write_text("no key")
@@ -2658,32 +2666,39 @@ def test_a_change_is_tested_and_pushed_only_when_it_passes(stand: Stand) -> None
 
 
 def test_what_others_pushed_meanwhile_is_built_upon(stand: Stand) -> None:
-    task, result = opened(
-        stand, CHANGE.replace(";", "; block;", 1), test_command="cat hello.txt theirs; true"
-    )
-    branch = result["branch_name"]
+    task, result = opened(stand, CHANGE, test_command="cat hello.txt theirs; true")
+    branch, bobs = result["branch_name"], itertools.count(1)
+
+    def push() -> None:
+        push_beside(stand, branch, theirs=f"Bob was here {next(bobs)}\n")
+
+    stand.hub.fault("GET .*service=git-receive-pack", push, push, push)
     stand.inline("alice", "Say more")
-    wait_for(stand.reached)
-    theirs = push_beside(stand, branch, theirs="Bob was here\n")
-    (stand.top / "go").touch()
     [done] = stand.rounds(task, 1)
     assert done["commit"] == stand.git("rev-parse", branch)
-    assert stand.git("rev-parse", f"{branch}^") == theirs
+    said = stand.git("log", "-4", "--format=%s", branch).split("\n")
+    assert said == ["Answer the review of Say hello", *["Change theirs"] * 3]
     assert stand.shown(result, "hello.txt") == "hello\nmore"
-    assert stand.events(task).count("test: Bob was here") == 1  # it was tested as it is pushed
+    assert stand.events(task).count("test: Bob was here 3") == 1  # it was tested as it is pushed
     assert f"The change is in {done['commit']}." in stand.answers()[0]
-    for name in ("go", "reached"):
-        (stand.top / name).unlink()
+
+    stand.hub.fault("POST .*/git-receive-pack", push, push, push, push)
     stand.inline("alice", "Say still more")
-    wait_for(stand.reached)
-    theirs = push_beside(stand, branch, **{"hello.txt": "goodbye\n"})
-    (stand.top / "go").touch()
     failed = stand.rounds(task, 2)[1]
-    assert failed["commit"] is None
-    assert "conflicts with theirs in hello.txt. It is kept as kept-2 in" in stand.answers()[1]
-    assert stand.git("rev-parse", branch) == theirs
+    assert (failed["state"], failed["commit"]) == ("failed", None)
+    assert "I could not do this: Failed to push" in stand.answers()[1]
+    assert stand.shown(result, "theirs") == "Bob was here 7"
+
+    conflict = {"hello.txt": "goodbye\n"}
+    stand.hub.fault(
+        "GET .*service=git-receive-pack", lambda: push_beside(stand, branch, **conflict)
+    )
+    stand.inline("alice", "Say still more")
+    assert stand.rounds(task, 3)[2]["commit"] is None
+    assert "conflicts with theirs in hello.txt. It is kept as kept-3 in" in stand.answers()[2]
+    assert stand.shown(result, "hello.txt") == "goodbye"
     assert (
-        sh("git", "show", "kept-2:hello.txt", cwd=Path(result["work_dir"])) == "hello\nmore\nmore"
+        sh("git", "show", "kept-3:hello.txt", cwd=Path(result["work_dir"])) == "hello\nmore\nmore"
     )
 
 
@@ -2785,6 +2800,38 @@ def test_polling_finds_what_no_webhook_tells(stand: Stand) -> None:
     stand.hub.pulls[0]["state"] = "closed"
     wait_for(lambda: stand.status(task)["result"]["pr_state"] == "closed")
     assert len(stand.answers()) == len(stand.status(task)["reviews"]) == 1
+
+
+FIRST_SCHEMA = """CREATE TABLE tasks(
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, status TEXT NOT NULL,
+    submitted_at TEXT NOT NULL, started_at TEXT, completed_at TEXT, repository_url TEXT NOT NULL,
+    description TEXT NOT NULL, ticket_id TEXT, ticket_summary TEXT, test_command TEXT,
+    base_branch TEXT, idempotency_key TEXT, body_hash TEXT, phase TEXT,
+    interruptions INTEGER NOT NULL DEFAULT 0, cancelled INTEGER NOT NULL DEFAULT 0,
+    folder TEXT, mirror TEXT, branch TEXT, base_name TEXT, head_commit TEXT, outcome TEXT,
+    result TEXT, error TEXT, reason TEXT);
+CREATE TABLE events(seq INTEGER PRIMARY KEY AUTOINCREMENT, task_id TEXT NOT NULL,
+    time TEXT NOT NULL, source TEXT NOT NULL, message TEXT NOT NULL);
+CREATE INDEX tasks_by_status ON tasks(status, seq);
+CREATE UNIQUE INDEX tasks_by_key ON tasks(idempotency_key) WHERE idempotency_key IS NOT NULL;
+CREATE INDEX events_by_task ON events(task_id, seq);
+CREATE TABLE totals(name TEXT PRIMARY KEY, value REAL NOT NULL);
+PRAGMA user_version=1;"""
+
+
+def test_a_database_from_before_reviews_is_taken_over(stand: Stand) -> None:
+    stand.work.mkdir(mode=0o700)
+    old = ("id, status, submitted_at, repository_url, description", codebot.now_text())
+    with contextlib.closing(sqlite3.connect(stand.work / "codebot.db")) as db, db:
+        db.executescript(FIRST_SCHEMA)
+        for task, status in (("a", "pending"), ("b", "failed")):
+            row = (task, status, old[1], stand.url(), "Say hello")
+            db.execute(f"INSERT INTO tasks({old[0]}) VALUES(?, ?, ?, ?, ?)", row)
+    stand.done("a")
+    assert stand.status("b")["status"] == "failed"
+    stand.agent(QUESTION)
+    stand.comment("alice", "Why?")
+    assert len(stand.rounds("a", 1)) == 1
 
 
 # ---- What went wrong once ---------------------------------------------------------
