@@ -1011,7 +1011,8 @@ def test_only_so_many_events_are_kept(stand: Stand) -> None:
     events = stand.events(task)
     assert len([event for event in events if event.startswith("agent: ")]) == 49
     assert any("not kept" in event for event in events)
-    assert events[-1] == "codebot: Completed"  # what codebot says is kept all the same
+    # what codebot says is kept all the same, this a moment after the status
+    wait_for(lambda: stand.events(task)[-1] == "codebot: Completed")
 
 
 # ---- The test command -------------------------------------------------------------
@@ -1431,6 +1432,20 @@ def test_a_state_moves_only_as_moves_has_it(tmp_path: Path, state: str) -> None:
         assert found == state or found in codebot.MOVES[state]
 
 
+def test_adds_that_meet_share_a_transaction_and_no_answer(tmp_path: Path) -> None:
+    store = codebot.Store(str(tmp_path / "db"))
+    fields = {**dict.fromkeys(codebot.FIELDS), "repository_url": "u", "description": "d"}
+    old, _ = store.add(fields, "key", "a", 9)
+    with concurrent.futures.ThreadPoolExecutor(24) as pool, store._lock:  # till all wait
+        known = [pool.submit(store.add, fields, "key", body, 9) for body in "aab"]
+        asks = [pool.submit(store.add, fields, None, None, 9) for _ in range(20)]
+    assert [ask.result() for ask in known[:2]] == [(old, False)] * 2
+    added = {ask.result()[0] for ask in asks if not ask.exception()}
+    errors = [error for ask in [*known, *asks] if (error := ask.exception())]
+    assert sorted(getattr(error, "status", 500) for error in errors) == [409] + [503] * 12
+    assert store.pending - 1 == len(added) == len(store.read("SELECT 1 FROM tasks")) - 1 == 8
+
+
 def test_a_database_that_goes_away_makes_it_unhealthy_and_nothing_is_taken(stand: Stand) -> None:
     assert stand.ask("GET", "/health").status == 200
     for path in stand.work.glob("codebot.db*"):
@@ -1838,6 +1853,26 @@ def test_a_connection_is_kept_and_requests_may_be_sent_ahead(stand: Stand) -> No
     assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"200", b"200", b"200", b"404", b"200"]
     old = b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
     assert stand.raw(old + last).count(b"HTTP/1.1 200") == 2
+
+
+def test_polls_sent_ahead_without_end_hold_up_nobody(stand: Stand) -> None:
+    stand.start()
+    polls = b"GET /api/tasks/x/status HTTP/1.1\r\n\r\n" * 1000
+    with socket.create_connection(stand.address(), timeout=30) as sock:
+        ways = (lambda: sock.sendall(polls) or True, lambda: sock.recv(1 << 16))
+
+        def repeat(way: Callable[[], Any]) -> None:
+            with contextlib.suppress(OSError):
+                while way():
+                    pass
+
+        threads = [threading.Thread(target=repeat, args=(way,)) for way in ways]
+        for thread in threads:
+            thread.start()
+        assert [stand.ask("GET", "/health").status for _ in range(9)] == [200] * 9
+        sock.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join()
 
 
 def test_a_client_that_expects_100_continue_gets_it(stand: Stand) -> None:
