@@ -28,7 +28,8 @@ WHO IS TRUSTED WITH WHAT
                 what uid 0 may read outside of the covered folders.  In bwrap it sees the
                 folders of HOME that PATH leads into (~/.local, ~/.cargo), whole.  Nothing
                 limits its memory and disk but the host.  What it says of itself (events,
-                cost) is its word, and what it commits is pushed as it is, unread.
+                cost) is its word, and what it commits is pushed as it is, unread: the
+                repository's own CI runs it with what secrets it gives to branches.
 
 THE LIFE OF A TASK
                  +---------- a stop or a crash cut it off ----------+
@@ -112,11 +113,12 @@ class HTTPError(Exception):
 
 
 class TaskFailed(Exception):
-    """End a task: a reason that programs know, and the sentence that its submitter reads."""
+    """End a task: a reason that programs know, and the sentence that its submitter reads.
+    AGAIN: the network is at fault, and another day it may work."""
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: str, message: str, again: bool = False) -> None:
         super().__init__(message)
-        self.reason = reason
+        self.reason, self.again = reason, again
 
 
 class Stopped(Exception):
@@ -458,7 +460,7 @@ def parse_request(raw: bytes) -> Request:
     return Request(match[1], path, query, headers, body, keep)
 
 
-def most_of(raw: bytes) -> int:
+def most_of(raw: bytes | bytearray) -> int:
     """The bytes that the body of this request may have."""
     return DELIVERY if raw.startswith(b"POST /webhook ") else BODY
 
@@ -473,7 +475,7 @@ class Client:
 
     def __init__(self, sock: socket.socket, shaken: bool) -> None:
         self.sock, self.shaken, self.told, self.until = sock, shaken, False, 0.0
-        self.data, self.out = b"", b""  # not yet a whole request; not yet sent
+        self.data, self.out = bytearray(), b""  # not yet a whole request; not yet sent
         self.then = "keep"  # what follows once `out` is sent: keep, close or linger
 
 
@@ -584,7 +586,7 @@ class Server(http.server.ThreadingHTTPServer):
             client = self.back.popleft()
             self.given.discard(client)
             if client.then == "linger" and not client.out:
-                client.data = b""  # what follows a refused request is no request
+                client.data.clear()  # what follows a refused request is no request
                 with contextlib.suppress(OSError):
                     client.sock.shutdown(socket.SHUT_WR)
                 self.wait_for(client, LINGER)
@@ -655,9 +657,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.given.add(client)
         client.data, client.told = data[whole:], False
         if POLL.match(data):  # reads one row by its key: in WAL mode no writer holds that up
-            self.answer_all((client, data[:whole]))
+            self.answer_all((client, bytes(data[:whole])))
         else:
-            self.todo.put((client, data[:whole]))
+            self.todo.put((client, bytes(data[:whole])))
         return True
 
     # -- the answering threads
@@ -807,14 +809,16 @@ def read_task(config: Config, given: Mapping[str, Any]) -> dict[str, str | None]
 
 
 def submit_task(app: App, request: Request) -> Reply:
+    return enqueue(app, request, request.json(), request.body)
+
+
+def enqueue(app: App, request: Request, given: Mapping[str, Any], body: bytes) -> Reply:
+    """Queue a task, or give the one that the same Idempotency-Key and BODY have queued."""
     key = request.headers.get("idempotency-key")
     if key is not None and not re.fullmatch(r"[!-~]{1,255}", key):
         raise HTTPError(400, "Idempotency-Key: expected 1 to 255 printable characters, no space")
-    return enqueue(app, request.json(), key, hashlib.sha256(request.body).hexdigest())
-
-
-def enqueue(app: App, given: Mapping[str, Any], key: Any = None, body_hash: Any = None) -> Reply:
-    task_id = app.submit(read_task(app.config, given), key, body_hash)
+    task = read_task(app.config, given)
+    task_id = app.submit(task, key, hashlib.sha256(body).hexdigest())
     value = {"task_id": task_id, "status": "pending", "message": "Task queued successfully"}
     return 202, value, {"Location": f"/api/tasks/{task_id}/status"}
 
@@ -907,7 +911,7 @@ def retry_task(app: App, request: Request, task_id: str) -> Reply:
     row = app.store.get(task_id)
     if row["status"] != "failed":
         raise HTTPError(409, f"Task {task_id} is {row['status']}; only a failed one is retried")
-    return enqueue(app, {name: row[name] for name in FIELDS})
+    return enqueue(app, request, {name: row[name] for name in FIELDS}, task_id.encode())
 
 
 def health(app: App, request: Request) -> Reply:
@@ -993,6 +997,8 @@ def hear(app: App, event: str, guid: str, payload: Mapping[str, Any]) -> str:
         app.store.note(("pulls", pull["id"]), repository=now)
     if not app.store.take(pull["id"], [said], guid):
         return "Taken before"
+    if action == "closed" and (work := app.reviewing.get(pull["id"])):
+        work.set()
     app.reviews.put(pull["id"])
     return ""
 
@@ -1056,6 +1062,7 @@ CREATE TABLE IF NOT EXISTS deliveries(guid TEXT PRIMARY KEY, time TEXT NOT NULL)
 """
 Event = collections.namedtuple("Event", "seq time source message")
 UNFINISHED = "reviews WHERE status IN ('pending', 'running')"
+WAITING = "SELECT id FROM reviews WHERE pull = ? AND source = ? AND status = 'pending'"
 Of = tuple[str, Any]  # a row that has a state: its table, tasks or reviews, and its id
 
 
@@ -1216,15 +1223,16 @@ class Store:
                 how = {"reason": "cancelled", "error": "Cancelled before it started"}
                 self._move(db, ("tasks", task_id), "pending", "failed", **how)
 
-    def put_back(self, task_id: str, crashes: int = 0) -> None:
-        """Queue a running task again, unless it was cancelled or has seen too many crashes."""
-        sql = "SELECT cancelled, interruptions + ? FROM tasks WHERE id = ?"
+    def put_back(self, of: Of, crashes: int = 0) -> None:
+        """Queue again what runs, unless it was cancelled or is a task that saw too many crashes."""
+        cancelled = "cancelled" if of[0] == "tasks" else "0"
+        sql = f"SELECT {cancelled}, interruptions + ? FROM {of[0]} WHERE id = ?"
         with self._writing() as db:
-            cancelled, times = db.execute(sql, (crashes, task_id)).fetchone()
-            move = (db, ("tasks", task_id), "running")
-            if cancelled:
+            over, times = db.execute(sql, (crashes, of[1])).fetchone()
+            move = (db, of, "running")
+            if over:
                 self._move(*move, "failed", reason="cancelled", error="Cancelled while it ran")
-            elif times >= INTERRUPTIONS:
+            elif times >= INTERRUPTIONS and of[0] == "tasks":  # a review has people to tell first
                 error = f"The server died {times} times while this task ran; given up"
                 self._move(*move, "failed", reason="interrupted", error=error)
             else:
@@ -1232,12 +1240,17 @@ class Store:
 
     def take_up(self) -> list[str]:
         """Queue again what a crash cut off; all pending ids, oldest first.  Before any worker."""
-        for row in self.read("SELECT id FROM tasks WHERE status = 'running'"):
-            self.put_back(row["id"], crashes=1)
-        for row in self.read("SELECT id FROM reviews WHERE status = 'running'"):
-            self.put_back_review(row["id"], crashes=1)
+        for of in self.at_work():
+            self.put_back(of, crashes=1)
         rows = self.read("SELECT id FROM tasks WHERE status = 'pending' ORDER BY seq")
         return [row["id"] for row in rows]
+
+    def at_work(self) -> list[Of]:
+        """All that runs, tasks and reviews."""
+        sql = "SELECT '{0}', id FROM {0} WHERE status = 'running'"
+        return [
+            (of[0], of[1]) for table in ("tasks", "reviews") for of in self.read(sql.format(table))
+        ]
 
     def get(self, task_id: str, columns: str = "*") -> Any:
         if rows := self.read(f"SELECT {columns} FROM tasks WHERE id = ?", task_id):
@@ -1288,13 +1301,14 @@ class Store:
             AND id NOT IN ({at_work})"""
         return self.read(sql, when)
 
-    def set_aside(self, task_id: str, folder: str) -> bool:
+    def set_aside(self, path: str) -> bool:
         """Rename a task's folder, for its removal, unless a review is at work in it."""
         sql = """SELECT 1 FROM pulls JOIN reviews ON pull = pulls.id
-            WHERE task_id = ? AND status = 'running'"""
+            WHERE folder = ? AND status = 'running'"""
         with self._writing() as db:  # no review can be claimed meanwhile
-            if (free := not db.execute(sql, (task_id,)).fetchone()) and os.path.isdir(folder):
-                os.rename(folder, f"{folder}.{uuid.uuid4().hex[:7]}{GONE}")
+            free = not db.execute(sql, (os.path.basename(path),)).fetchone()
+            if free and os.path.isdir(path):
+                os.rename(path, f"{path}.{uuid.uuid4().hex[:7]}{GONE}")
         return free
 
     def forget(self, task_id: str) -> None:
@@ -1318,12 +1332,19 @@ class Store:
         repository, kept = pull["base"]["repo"], (*FIELDS, "id", "branch", "base_name")
         row = {"repo_id": repository["id"], "repository": repository["full_name"]}
         row |= {"number": pull["number"], "state": pull["state"], "since": pull["created_at"]}
-        row["url"] = pull["html_url"]
+        row |= {
+            "url": pull["html_url"],
+            "closed_at": None if pull["state"] == "open" else now_text(),
+        }
         row |= {"task_id": task["id"], "session": task["id"], "folder": task["folder"]}
         row |= {"mirror": task["mirror"], "task": json.dumps({name: task[name] for name in kept})}
-        sql = f"INSERT OR IGNORE INTO pulls({', '.join(row)}) VALUES(:{', :'.join(row)})"
+        sql = f"INSERT INTO pulls({', '.join(row)}) VALUES(:{', :'.join(row)})"
         with self._writing() as db:
-            db.execute(sql, row)
+            if not db.execute(f"{sql} ON CONFLICT DO NOTHING", row).rowcount:
+                return
+            sql = "INSERT INTO reviews(pull, source, status, submitted_at) SELECT id, 'state', "
+            sql += "'pending', ? FROM pulls WHERE task_id = ?"  # what was said before we knew it
+            db.execute(sql, (now_text(), task["id"]))
 
     def pull(self, where: str, *values: Any) -> Any:
         """The pull that the condition WHERE is true of, or None."""
@@ -1337,7 +1358,6 @@ class Store:
         A review's comments go to one round.  GUID is the delivery, which is taken once; SINCE
         is what the next catch-up need not ask again.
         """
-        waiting = "SELECT id FROM reviews WHERE pull = ? AND source = ? AND status = 'pending'"
         add = """INSERT INTO reviews(pull, source, status, submitted_at)
             VALUES(?, ?, 'pending', ?)"""
         keep = "INSERT OR IGNORE INTO comments(kind, id, pull, given) VALUES(?, ?, ?, ?)"
@@ -1352,7 +1372,7 @@ class Store:
                 named, source = (one.get("kind"), one.get("id")), one.get("source", "state")
                 if named[1] and not db.execute(keep, (*named, pull, json.dumps(one))).rowcount:
                     continue  # it was taken before
-                row = db.execute(waiting, (pull, source)).fetchone()
+                row = db.execute(WAITING, (pull, source)).fetchone()
                 review = row["id"] if row else db.execute(add, (pull, source, now_text())).lastrowid
                 db.execute(tell, (review, *named))
                 new = True
@@ -1388,18 +1408,10 @@ class Store:
 
     def gather(self, pull: int, review: int, source: str) -> None:
         """Take into a running round what else of its review was queued meanwhile."""
-        waiting = "SELECT id FROM reviews WHERE pull = ? AND source = ? AND status = 'pending'"
         with self._writing() as db:
-            for row in db.execute(waiting, (pull, source)).fetchall():
+            for row in db.execute(WAITING, (pull, source)).fetchall():
                 db.execute("UPDATE comments SET review = ? WHERE review = ?", (review, row["id"]))
                 db.execute("DELETE FROM reviews WHERE id = ?", (row["id"],))
-
-    def put_back_review(self, review: int, crashes: int = 0) -> None:
-        with self._writing() as db:
-            sql = "SELECT interruptions + ? FROM reviews WHERE id = ?"
-            times = db.execute(sql, (crashes, review)).fetchone()[0]
-            of = ("reviews", review)
-            self._move(db, of, "running", "pending", interruptions=times, phase=None)
 
     def drop(self, review: int) -> None:
         """A round that turned out to be none.  Its comments stay known."""
@@ -1443,6 +1455,7 @@ class App:
         self.server: Server | None = None
         self.tasks: queue.Queue[str | None] = queue.Queue()
         self.reviews: queue.Queue[int | None] = queue.Queue()  # ids of pulls
+        self.reviewing: dict[int, threading.Event] = {}  # by pull; set: it was closed
         self.running: dict[str, threading.Event] = {}  # set: the task is to be cancelled
 
     def open(self) -> None:
@@ -1534,7 +1547,7 @@ def run_one(app: App, task_id: str) -> None:
             failed = TaskFailed("cancelled", "Cancelled while it ran")
         elif app.stop.is_set():  # which may have ended the agent before we did
             log.info("task %s was cut off: %s", task_id, failed)
-            app.surely(app.store.put_back, task_id)
+            app.surely(app.store.put_back, ("tasks", task_id))
             return
         text = app.mask(str(failed))[:10_000]
         if job is not None:
@@ -1565,15 +1578,17 @@ def keep_house(app: App) -> None:
                 log.warning("the work-dir has only %d MiB of disk left", free >> 20)
             for row in store.ended_before(now_text(ago=retention)):
                 if row["folder"]:
-                    if not store.set_aside(row["id"], os.path.join(work_dir, row["folder"])):
-                        continue  # a review is at work in it
+                    if not store.set_aside(os.path.join(work_dir, row["folder"])):
+                        continue
                     remove_refs(app, row["folder"], row["mirror"])
                 store.forget(row["id"])
             store.forget_pulls(now_text(ago=retention))
-            for path in glob.glob(f"{work_dir}/task_*"):  # set aside; or its row never knew of it
-                old = os.lstat(path).st_mtime < time.time() - retention or path.endswith(GONE)
-                if old and os.path.basename(path) not in store.in_use():
+            for path in glob.glob(f"{work_dir}/task_*"):
+                old = os.lstat(path).st_mtime < time.time() - retention
+                if path.endswith(GONE):
                     remove(app, path)
+                elif old and os.path.basename(path) not in store.in_use():
+                    store.set_aside(path)  # no row knows of it; the next round removes it
             for mirror in app.mirrors():
                 with held(app, mirror, wait=False) as lock:
                     old = lock is not None and os.fstat(lock).st_mtime < time.time() - MIRROR_KEPT
@@ -1639,6 +1654,7 @@ def carry_out(job: Job) -> dict[str, Any]:
         job.push()
         if hub:
             job.app.surely(store.add_pull, job.row, job.open_pull(hub, outcome))
+            job.app.queue_reviews()
             pull = store.pull("task_id = ?", job.id)
     known = {"pr_number": "number", "pr_state": "state", "pr_url": "url"}
     result = {name: pull and pull[column] for name, column in known.items()}
@@ -1849,8 +1865,7 @@ class Job:
             raise TaskFailed("agent_failed", f"The agent left no usable repository: {last(lines)}")
         if not self.is_ancestor(base, head):
             raise TaskFailed("agent_failed", "The agent's branch no longer holds its base commit")
-        diff = ("diff", "--no-ext-diff", "--no-textconv", "--no-color", "--stat=100", base, head)
-        if not (stat := self.git(*diff)):
+        if not (stat := self.git(*DIFF, "--stat=100", base, head)):
             said = self.told.get("summary", "").strip()[:2000] or "nothing"
             raise TaskFailed("no_changes", f"The agent changed nothing. It said: {said}")
         self.say("git", f"Commit {head[:10]}", *stat)
@@ -1935,7 +1950,7 @@ class Job:
             except GitHubError as error:  # no token for this repository: perhaps it has moved
                 if error.status in (404, 422) and self.renamed():
                     continue
-                raise TaskFailed(reason, f"{failed}: {error}") from None
+                raise TaskFailed(reason, f"{failed}: {error}", error.again) from None
             argv = [self.repository.url if word == "URL" else word for word in args]
             how: dict[str, Any] = {"pass_fds": pass_fds, "timeout": GIT_TIMEOUT}
             code, lines = self.program((*GIT, "--git-dir", self.mirror, *argv), env, **how)
@@ -1955,7 +1970,8 @@ class Job:
                     why = r"remote: .*\w|!|fatal:|error:|.*(denied|verification failed|resolve|timed out)"
                     said = [x for x in lines if re.match(why, x)]
                     why = " / ".join(" ".join(x.split()) for x in (said or lines)[:8])[:1500]
-                    raise TaskFailed(reason, f"{failed}: {why}")
+                    again = not re.search(FINAL, text)
+                    raise TaskFailed(reason, f"{failed}: {why}", again)
                 self.say("git", f"{args[0]} failed, trying again: {last(lines)}")
                 self.check(wait)
                 wait *= 2
@@ -2066,6 +2082,7 @@ LOOKING += ("--model", "haiku", "--max-turns", "4")
 READING: Words = (*READ_ONLY, "Read,Glob,Grep", "--append-system-prompt", REPLY)
 READING += ("--json-schema", REPLY_SCHEMA, "--max-turns", "20")
 CHANGING = (*WORKING[:-1], f"{RULES}\n{REPLY}", "--json-schema", REPLY_SCHEMA)
+ROUNDS_A_DAY = 200  # of one pull request: a program with a person's account may answer us
 PUSHES = 4  # tries: others push too
 UNCLEAR = "I cannot tell whether you ask something or want a change. What should I do?"
 ROUNDS, ROUNDS_END = "<!-- codebot rounds -->", "<!-- codebot rounds end -->"
@@ -2086,69 +2103,78 @@ def run_review(app: App, hub: GitHub, pull: int) -> None:
     """Take the oldest round of a pull request from pending to its end, if none is running."""
     if (row := app.surely(app.store.claim_review, pull)) is None:
         return
-    store, this, number = app.store, Round(app, hub, row), row["review"]
-    what = f"review {number} of {row['repository']}#{row['number']}"
+    store, this, crashes = app.store, Round(app, hub, row), 0
+    of, what = this.job.of, f"review {row['review']} of {row['repository']}#{row['number']}"
+    app.reviewing[pull] = this.job.cancel
     try:
         end = this.carry_out()
-    except Dropped as error:
+        status = "failed" if end["error"] else "completed"
+        app.surely(store.end, of, status, *this.job.spent(), **end)
+        return app.reviews.put(pull)  # for the round after this one
+    except (Dropped, TaskFailed) as error:
         log.info("%s is dropped: %s", what, error)
-        app.surely(store.drop, number)
-        app.reviews.put(pull)
-        return
+        app.surely(store.drop, row["review"])
+        return app.reviews.put(pull)
     except (Stopped, GitHubError, sqlite3.Error) as error:
         log.warning("%s: %s", what, error)
-        if not isinstance(error, GitHubError) or error.again:
-            app.surely(store.put_back_review, number)  # the keeper hands it on again
-            return
-        end = {"error": app.mask(str(error)), "reason": "pull_request_failed"}
+        gone = isinstance(error, GitHubError) and not error.again
     except Exception:
         log.exception(what)
-        end = {"error": "internal error", "reason": "internal"}
-    status = "failed" if end["error"] else "completed"
-    app.surely(store.end, this.job.of, status, *this.job.spent(), **end)
-    app.reviews.put(pull)  # for the round after this one
+        gone, crashes = row["interruptions"] >= 2 * INTERRUPTIONS, 1  # it has been told by then
+    finally:
+        del app.reviewing[pull]
+    if gone:
+        how = {"reason": "internal", "error": "GitHub refused, or codebot failed: see its log"}
+        app.surely(store.end, of, "failed", *this.job.spent(), **how)
+    else:
+        app.surely(store.put_back, of, crashes)  # the keeper hands it to the lane again
+    if gone or this.job.cancel.is_set():
+        app.reviews.put(pull)
 
 
 def watch_pulls(app: App, hub: GitHub) -> None:
     """The thread that asks for what no webhook told: at the start, and on a clock if wanted."""
-    missed = True
+    missed, asked = True, collections.Counter[str]()
     with contextlib.suppress(Stopped):
-        if app.config.webhook_secret:
-            deliver_again(app, hub)
         while not app.stop.is_set():
+            if app.config.webhook_secret:
+                deliver_again(app, hub, asked)
             if missed or app.config.enable_polling:
                 missed = not catch_up(app, hub)
             app.stop.wait(app.config.poll_interval)
 
 
-def deliver_again(app: App, hub: GitHub) -> None:
+def deliver_again(app: App, hub: GitHub, asked: collections.Counter[str]) -> None:
     """Have GitHub deliver again what failed, if it lets us (docs: "Handling failed deliveries")."""
-    asked: set[str] = set()
     try:
-        for failed in hub.pages(None, "/app/hook/deliveries?status=failure&per_page=100"):
-            known = app.store.read("SELECT 1 FROM deliveries WHERE guid = ?", failed["guid"])
-            wanted = failed["event"] in HEARD and not 200 <= failed["status_code"] < 300
-            if wanted and not known and failed["guid"] not in asked:
-                asked.add(failed["guid"])
-                hub._call("POST", f"/app/hook/deliveries/{failed['id']}/attempts", hub.jwt)
-    except (GitHubError, sqlite3.Error) as error:
+        failed = list(hub.pages(None, "/app/hook/deliveries?status=failure&per_page=100"))
+        for one in reversed(failed):  # the oldest first
+            known = app.store.read("SELECT 1 FROM deliveries WHERE guid = ?", one["guid"])
+            bad = one["event"] in HEARD and not 200 <= one["status_code"] < 300
+            if bad and not known and asked[one["guid"]] < 3:
+                asked[one["guid"]] += 1
+                hub._call("POST", f"/app/hook/deliveries/{one['id']}/attempts", hub.jwt)
+                log.info("GitHub is asked to deliver %s again", one["guid"])
+    except (GitHubError, sqlite3.Error, LookupError, TypeError) as error:
         log.info("failed deliveries are not asked for again: %s", error)
-    log.info("GitHub was asked for %d deliveries again", len(asked))
 
 
 def catch_up(app: App, hub: GitHub) -> bool:
     """Ask GitHub what was said on our open pull requests.  Gives whether all of it is known."""
     known = True
     try:
-        for pull in app.store.read("SELECT * FROM pulls WHERE state = 'open' ORDER BY id"):
+        pulls = app.store.read("SELECT * FROM pulls WHERE state = 'open' ORDER BY id")
+        for pull in pulls:
             try:
                 ask_pull(app, hub, pull)
             except (GitHubError, TaskFailed) as error:
-                known = False
+                known = known and not error.again  # else it will be no better next time
                 log.warning("poll of %s#%d: %s", pull["repository"], pull["number"], error)
-    except sqlite3.Error as error:
-        known = False
-        log.error("poll: %s", error)
+    except Stopped:
+        raise
+    except Exception:  # this thread has to live
+        log.exception("poll")
+        return False
     return known
 
 
@@ -2156,7 +2182,10 @@ def ask_pull(app: App, hub: GitHub, pull: Any) -> None:
     """Queue what is new on a pull request; only then it counts as seen."""
     job, path, since = pull_job(app, pull), f"/pulls/{pull['number']}", pull["since"]
     job.take(f"{app.config.git_base}/{pull['repository']}")
-    found: list[Any] = [{}] if hub.ask(job, "GET", path)["state"] != "open" else []
+    start = now_text(ago=10 - hub.skew)  # what is said from now on may be in one list only
+    live = hub.ask(job, "GET", path)
+    keep_name(app, pull, live)
+    found: list[Any] = [{}] if live["state"] != "open" else []
     etags: dict[str, str] = {}
     for kind, query in (
         ("review", f"{path}/reviews?per_page=100"),  # which takes no `since`
@@ -2167,11 +2196,18 @@ def ask_pull(app: App, hub: GitHub, pull: Any) -> None:
             since = max(since, raw.get("updated_at") or "")
             found.append(read_comment(kind, raw))
     said = sorted((one for one in found if one is not None), key=lambda one: one.get("time", ""))
-    if app.store.take(pull["id"], said, since=since):
+    if app.store.take(pull["id"], said, since=min(since, start)):
         app.reviews.put(pull["id"])
     if len(hub.etags) > 10_000:
         hub.etags.clear()
     hub.etags.update(etags)
+
+
+def keep_name(app: App, pull: Any, live: Mapping[str, Any]) -> None:
+    """Keep the name that the repository has by now."""
+    name = live["base"]["repo"]["full_name"]
+    if name.lower() != pull["repository"].lower():
+        app.surely(app.store.note, ("pulls", pull["id"]), repository=name)
 
 
 def pull_job(app: App, pull: Any, **more: Any) -> Job:
@@ -2194,26 +2230,27 @@ class Round:
     def carry_out(self) -> dict[str, Any]:
         """All the steps, each safe to do again after a crash.  Gives the row's last columns."""
         job, again = self.job, self.row["outcome"]
-        try:
-            job.take(f"{self.app.config.git_base}/{self.row['repository']}")
-        except TaskFailed as error:
-            raise Dropped(str(error)) from None
+        self.pull = self.app.store.pull("id = ?", self.row["pull"])
+        job.take(f"{self.app.config.git_base}/{self.pull['repository']}")
         self.look()
         if self.row["source"] == "state":
+            ask_pull(self.app, self.hub, self.pull)
             raise Dropped("its state is noted")
         self.said = self.app.store.comments(self.row["review"])
         if not again:
             self.gather()
             self.see()
         try:
-            if self.row["interruptions"] >= INTERRUPTIONS and not again:
-                raise TaskFailed("interrupted", "The server died again and again over this")
-            outcome = json.loads(again) if again else self.work()
+            outcome = json.loads(again) if again else {}
+            to_push = job.row["head_commit"] and not outcome.get("commit")
+            if self.row["interruptions"] >= INTERRUPTIONS and (to_push or not again):
+                raise TaskFailed("interrupted", "The server failed again and again over this")
+            outcome = outcome or self.work()
             if job.row["head_commit"] and not outcome.get("commit"):
                 outcome["commit"] = self.publish()
         except (TaskFailed, Stopped) as error:
-            if str(error) == "stopped":
-                raise
+            if str(error) == "stopped" or getattr(error, "again", False):
+                raise GitHubError(0, str(error)) from None  # what is done by now is kept
             outcome = self.failed(in_words(self.app, error))
         job.note(outcome=json.dumps(outcome), head_commit=outcome.get("commit"))
         job.phase("answer")
@@ -2226,11 +2263,10 @@ class Round:
         """The pull request as it is now.  Raises Dropped unless it is open, and ours to work on."""
         pull = self.hub.ask(self.job, "GET", self.path)
         state, head = "merged" if pull["merged"] else pull["state"], pull["head"]
-        if state != self.row["state"]:
-            ended = None if state == "open" else now_text()
-            self.app.surely(
-                self.app.store.note, ("pulls", self.row["pull"]), state=state, closed_at=ended
-            )
+        keep_name(self.app, self.pull, pull)
+        if state != self.pull["state"]:
+            how = {"state": state, "closed_at": None if state == "open" else now_text()}
+            self.app.surely(self.app.store.note, ("pulls", self.pull["id"]), **how)
         if state != "open":
             remove(self.app, self.job.folder)
             remove_refs(self.app, self.job.folder, self.job.mirror)
@@ -2244,7 +2280,7 @@ class Round:
 
     def gather(self) -> None:
         """Let all that was said in one review be one round, whatever came first."""
-        source, review, where = self.row["source"], self.row["review"], self.row["pull"]
+        source, review, where = self.row["source"], self.row["review"], self.pull["id"]
         if source.startswith("review "):
             path, found = f"{self.path}/reviews/{source[7:]}", []
             try:
@@ -2261,6 +2297,10 @@ class Round:
     def see(self) -> None:
         """Put eyes on what is taken.  Raises Dropped if nothing is left that we may act on."""
         user = self.said[0]["user"] if self.said else None
+        self.said = [one for one in self.said if one["user"] == user]
+        today = "SELECT COUNT(*) FROM reviews WHERE pull = ? AND submitted_at > ?"
+        if self.app.store.read(today, self.pull["id"], now_text(ago=86400))[0][0] > ROUNDS_A_DAY:
+            raise Dropped(f"{ROUNDS_A_DAY} rounds a day are enough: is it a program that answers?")
         path = f"/collaborators/{urllib.parse.quote(str(user), safe='')}/permission"
         try:
             may = user and self.hub.ask(self.job, "GET", path)["permission"]
@@ -2378,25 +2418,21 @@ class Round:
         except TaskFailed as error:
             if "No conversation found" not in str(error):
                 raise
-        diff: list[str] = []
         span = f"refs/heads/{job.row['base_name']}...{job.ref('base')}"
-        argv = (
-            *GIT,
-            "-C",
-            job.mirror,
-            "diff",
-            "--no-ext-diff",
-            "--no-textconv",
-            "--no-color",
-            span,
-        )
-        run_program(argv, base_env(self.app), GIT_TIMEOUT, on_lines=lambda x: diff.extend(x))
+        argv, room = (*GIT, "-C", job.mirror, *DIFF, span), 200_000
+        diff: list[str] = []
+
+        def collect(lines: list[str]) -> None:
+            if len(diff) < room:
+                diff.extend(line[:room] for line in lines[:room])
+
+        job.program(argv, base_env(self.app, job.id), timeout=GIT_TIMEOUT, on_lines=collect)
         prompt += f"The pull request was opened for this task:\n<task>\n{job.text}\n</task>\n"
-        prompt += "Its diff:\n" + "\n".join(diff)[:200_000] + "\n"
+        prompt += "Its diff:\n" + "\n".join(diff)[:room] + "\n"
         job.session = str(uuid.uuid4())
         reader = job.ask_claude(prompt, "--session-id", job.session, *how)
         if how is CHANGING:  # the others keep nothing of what was said
-            self.app.surely(self.app.store.note, ("pulls", self.row["pull"]), session=job.session)
+            self.app.surely(self.app.store.note, ("pulls", self.pull["id"]), session=job.session)
         return reader
 
     def answers(self, reader: ClaudeReader) -> dict[str, str]:
@@ -2446,9 +2482,10 @@ class Round:
         self.prepare(job.row["head_commit"])
         code, lines = job.boxed("sh", "-c", REBASE, "sh", tip, kept)
         if code:
-            files = ", ".join(lines[lines.index("IN") + 1 :]) if "IN" in lines else last(lines)
-            what = f"Others pushed meanwhile, and the change conflicts with theirs in {files}. "
-            raise TaskFailed("push_rejected", f"{what}It is kept as {kept} in {job.folder}/repo")
+            files = ", ".join(lines[lines.index("IN") + 1 :]) if "IN" in lines else ""
+            what = f"Others pushed meanwhile, and the change conflicts with theirs: {files}. "
+            what += f"It is kept as branch {kept} in the task's workspace"
+            raise TaskFailed("push_rejected", what if files else f"Rebase failed: {last(lines)}")
         job.run_tests()
         job.phase("commit")
         job.note(head_commit=job.collect(tip, f"Answer the review of {job.title}"[:250])[0])
@@ -2456,10 +2493,12 @@ class Round:
     def post(self, thread: str, text: str, outcome: Mapping[str, Any], look: bool) -> None:
         """Answer in a thread, once: LOOK first if an earlier try may have done so."""
         kind, _, number = thread.partition(" ")
+        if (said := self.threads().get(thread)) is None:
+            return  # it was deleted meanwhile
         inline, mark = kind == "inline", f"<!-- codebot answer {self.row['review']} {thread} -->"
         path = f"{self.path if inline else self.issue}/comments"
         if not inline:  # nothing else shows what is answered
-            words = self.threads()[thread][0]["text"].strip().splitlines()[0][:200]
+            words = said[0]["text"].strip().splitlines()[0][:200]
             text = f"> {words}\n\n{text}"
         text = text.replace("<!--", "&lt;!--")[:60_000]
         if commit := outcome.get("commit"):
@@ -2489,7 +2528,7 @@ class Round:
         if self.kind == "none":
             return
         sql = "SELECT COUNT(*) FROM reviews WHERE pull = ? AND source != 'state' AND id <= ?"
-        number = self.app.store.read(sql, self.row["pull"], self.row["review"])[0][0]
+        number = self.app.store.read(sql, self.pull["id"], self.row["review"])[0][0]
         what = {"question": "answered", "unclear": "asked back"}.get(
             str(self.kind), "changed nothing"
         )
@@ -2515,6 +2554,7 @@ class Round:
 
 # ---- Repositories and git ---------------------------------------------------------
 
+DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color")
 GIT = ("git", "-c", "gc.auto=0", "-c", "maintenance.auto=false")  # gc would take what tasks read
 FETCH = ("fetch", "-q", "--no-tags", "--no-recurse-submodules", "--no-write-fetch-head")
 # What runs in a workspace, in the sandbox.  A git that was killed leaves locks.
@@ -2522,7 +2562,7 @@ ALONE = """rm -rf .git/index.lock .git/HEAD.lock .git/rebase-merge .git/rebase-a
 g() { git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c commit.gpgSign=false "$@"; }
 """
 COMMIT = ALONE + """g add -A && { g diff --cached --quiet || g commit -q --no-verify -m "$1"; }"""
-RESET = ALONE + """g checkout -q -f -B "$1" "$2" && g clean -q -f -d"""
+RESET = ALONE + """g checkout -q -f -B "$1" "$2" && g clean -q -ff -d"""
 REBASE = (
     ALONE
     + """g rebase -q "$1" && exit; echo IN; g diff --name-only --diff-filter=U
@@ -2889,6 +2929,7 @@ class GitHub:
         self.app, self.config = app, app.config
         self.calls, self.skew = 0, 0.0  # seconds that GitHub's clock is ahead of ours
         self.remaining: int | None = None
+        self._quiet = 0.0  # until then nothing is asked
         self.etags: dict[str, str] = {}  # the poll's: of what it has seen and kept
         self._lock = threading.RLock()  # guards what follows, while it is fetched too
         self._jwt, self._jwt_until, self._born = "", 0.0, 0.0
@@ -2913,6 +2954,8 @@ class GitHub:
         """
         api, tries, hops, refused = self.config.github_api, 0, 0, 0
         url = path if path.startswith(f"{api}/") else f"{api}{path}"
+        if (left := self._quiet - time.monotonic()) > 0:
+            raise GitHubError(429, f"GitHub's rate limit is reached, for {left:.0f} s", again=True)
         data = None if body is None else self.app.mask(json.dumps(body)).encode()
         while True:
             headers = {"Accept": "application/vnd.github+json", "User-Agent": "codebot"}
@@ -2954,6 +2997,8 @@ class GitHub:
                 reset = float(got.get("x-ratelimit-reset", 0)) - time.time() - self.skew + 1
                 told = got.get("retry-after", "")
                 wait = float(told) if told.isdigit() else reset if spent else 60 * wait
+            if limited and wait > GITHUB_WAIT:
+                self._quiet = time.monotonic() + wait  # who asks on regardless may be banned
             if not (limited or status >= 500 or status < 300) or tries == 4 or wait > GITHUB_WAIT:
                 raise GitHubError(status, self.app.mask(message), again=limited)
             tries += 1
@@ -3017,7 +3062,10 @@ class GitHub:
             parts = [json.dumps(part).encode() for part in ({"alg": "RS256", "typ": "JWT"}, claims)]
             signed = b".".join(map(base64url, parts)).decode()
             argv = ("openssl", "dgst", "-sha256", "-hex", "-sign", self.config.key_file)
-            code, lines = run_program(argv, base_env(self.app), 30, stdin=signed)
+            try:
+                code, lines = run_program(argv, base_env(self.app), 30, stdin=signed)
+            except (OSError, Stopped) as error:
+                raise GitHubError(0, f"openssl cannot sign: {error}") from None
             signature = re.fullmatch(r".*= *([0-9a-f]+)", last(lines[-1:]))
             if code or not signature:
                 raise GitHubError(0, f"openssl cannot sign with the App's key: {last(lines)}")
@@ -3027,10 +3075,12 @@ class GitHub:
 
     def token(self, job: Job) -> str:
         """An installation token for the job's repository, good for 5 minutes at the least."""
-        name = job.repository.name
+        name, soon = job.repository.name, time.time() + self.skew + 300
+        if (known := self._tokens.get(name)) and known[1] > soon:
+            return known[0]  # without the lock, which may be held for long
         wish = {"contents": "write", "pull_requests": "write", "issues": "write"}
         with self._turn(job):
-            if name not in self._tokens or self._tokens[name][1] < time.time() + self.skew + 300:
+            if name not in self._tokens or self._tokens[name][1] <= soon:
                 wanted = {"repositories": [name.split("/")[1]], "permissions": wish}
                 self._tokens[name] = self._mint(wanted, job)
             return self._tokens[name][0]
@@ -3059,6 +3109,8 @@ class GitHub:
 
     def bot(self, job: Job) -> tuple[str, int]:
         """The App's login and user id, which its commits carry."""
+        if self._bot is not None:
+            return self._bot
         with self._turn(job):
             if self._bot is None:
                 login = f"{self._call('GET', '/app', self.jwt, job=job)[0]['slug']}[bot]"
@@ -3094,7 +3146,7 @@ def github_words(error: urllib.error.HTTPError) -> str:
             e if isinstance(e, str) else e.get("message") or str(e) for e in body.get("errors", ())
         ]
         return f"{error.code} {': '.join([body['message'], *more])}"[:1000]
-    except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, http.client.HTTPException):
         return f"{error.code} without a reason"
 
 
@@ -3187,12 +3239,9 @@ def serve(flags: dict[str, Any]) -> int:
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))
     server.finish(until + 2)
-    for task_id in list(app.running):  # of a thread that still waits for GitHub
-        with contextlib.suppress(sqlite3.Error, WrongState):
-            app.store.put_back(task_id)
-    for row in app.store.read("SELECT id FROM reviews WHERE status = 'running'"):
-        with contextlib.suppress(sqlite3.Error, WrongState):
-            app.store.put_back_review(row["id"])
+    with contextlib.suppress(sqlite3.Error, WrongState):
+        for of in app.store.at_work():  # of a thread that still waits for GitHub
+            app.store.put_back(of)
     if again.is_set():
         os.execv(sys.executable, [sys.executable, *sys.argv])
     if any(thread.is_alive() for thread in (*threads, *server.threads)):

@@ -1407,7 +1407,7 @@ MOVERS: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {  # and what the
         {"running": "completed"},
     ),
     "fail": (lambda store, task: store.end(("tasks", task), "failed", 1, 0), {"running": "failed"}),
-    "put back": (lambda store, task: store.put_back(task), {"running": "pending"}),
+    "put back": (lambda store, task: store.put_back(("tasks", task)), {"running": "pending"}),
     "cancel": (  # of a running one it makes a note, for its worker
         lambda store, task: store.cancel(task),
         {"pending": "failed", "running": "running"},
