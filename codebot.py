@@ -358,6 +358,7 @@ Reply = tuple[Any, ...]  # status, value (a dict, text, or an iterator: a stream
 def routes() -> list[tuple[str, str, Callable[..., Reply], Callable[..., None]]]:
     """Everything that can be asked of the server, and who may ask."""
     return [
+        ("GET", r"/", page, anyone),
         ("GET", r"/health", health, anyone),
         ("GET", r"/metrics", metrics, api_key),
         ("POST", r"/webhook", webhook, signed_by_github),
@@ -3154,6 +3155,181 @@ def base64url(data: bytes) -> bytes:
     return base64.urlsafe_b64encode(data).rstrip(b"=")
 
 
+# ---- The page ---------------------------------------------------------------------
+
+PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>codebot</title>
+<meta name="viewport" content="width=device-width"><style>
+:root { color-scheme: light dark; --page: light-dark(#f3f4f6, #101317);
+  --blue: light-dark(#0a55b5, #7cb7ff); --card: light-dark(#fff, #1a1e24); }
+* { box-sizing: border-box; margin: 0; padding: 0; font: inherit; color: inherit; }
+body { font: 1rem/1.5 system-ui; background: var(--page); color: light-dark(#1c2128, #e4e8ed);
+  height: 100vh; display: flex; flex-direction: column; overflow-wrap: anywhere; }
+header, .bar { display: flex; gap: .5rem 1rem; align-items: center; flex-wrap: wrap; }
+header { padding: .5rem 2.25rem; } #said { flex: 1; } h1, h2, b { font-weight: 600; }
+main { flex: 1; min-height: 0; display: flex; gap: 1rem; padding: 0 1rem 1rem; }
+section { flex: 1; overflow: auto; padding: 1rem 1.25rem; background: var(--card); }
+#list { flex: 0 0 24rem; } section > * + *, form > * + * { margin-top: .6rem; }
+input, textarea, select, button { padding: .4rem .7rem; border: 1px solid #888; background:
+  var(--card); } form label > * { width: 100%; } a, button, .running { color: var(--blue); }
+section, .key nav, .key #forget, [hidden] { display: none; } .key #key, .task #task,
+  body:not(.key) #list, .list #new, .new #new, form label, li, li span, li a { display: block; }
+li { border-top: 1px solid #8884; } li a { padding: .5rem; color: inherit;
+  text-decoration: none; } [aria-current=true], #log { background: var(--page); }
+.completed { color: light-dark(#146c2e, #6fd08a); } .failed { color: light-dark(#b3141d, #f99); }
+dl { display: grid; grid-template-columns: auto 1fr; gap: 0 1rem; } #log, dd { white-space:
+  pre-wrap; } #log { height: 24rem; overflow: auto; padding: .5rem; font: .85rem/1.5 monospace; }
+i, dt { color: light-dark(#57606a, #a3adb8); } @media (max-width: 50rem) { body { height: auto; }
+  #list { flex: 1; } .list #new, .new #list, .task #list { display: none !important; } }
+</style><body class="key"><header><h1>codebot</h1><nav><a href="#">Tasks</a> <a href="#new">New
+task</a></nav><p id="said" role="status"></p><button id="forget">Forget key</button></header>
+<main><section id="key"><form id="enter"><h2 tabindex="-1">API key</h2><p>Ask whoever runs this
+server for one. It is kept in this tab only, until you close it.</p><label>Key<input id="secret"
+type="password" autocomplete="off" aria-describedby="refused"></label><p id="refused" role="alert"
+class="failed"></p><button>Open</button></form></section><section id="list"><h2 tabindex="-1">Tasks
+</h2><p class="bar"><label>Show <select id="filter"><option value="">all<option>pending<option>
+running<option>completed<option>failed</select></label> <i id="count"></i></p><ul id="rows"></ul>
+<template id="row"><li><a><b></b> <i></i> <span></span></a></template></section><section id="new">
+<form id="form"><h2 tabindex="-1">New task</h2><p>An agent makes a pull request of it.</p>
+<label>Repository, as https://HOST/OWNER/NAME<input name="repository_url"></label>
+<label>What is to be different<textarea name="description" rows="6"></textarea></label>
+<label>Test command (optional): must pass before a push<input name="test_command"></label>
+<label>Base branch (optional)<input name="base_branch"></label>
+<label>Ticket id (optional)<input name="ticket_id"></label>
+<label>Ticket summary (optional): titles the pull request<input name="ticket_summary"></label>
+<p id="wrong" class="failed" role="alert"></p><button>Submit</button></form></section>
+<section id="task"><h2 id="name" tabindex="-1"></h2><p class="bar"><b id="state"></b>
+<i id="phase"></i><button id="cancel">Cancel</button><button id="retry">Retry</button>
+<a id="pull" target="_blank" rel="noopener noreferrer">Open the pull request</a></p><p id="error"
+class="failed"></p><p id="remedy"></p><dl id="facts"></dl><h2>Log</h2><p id="cut"></p><div
+id="log" role="log" aria-live="off" aria-label="Log" tabindex="0"></div></section></main><script>
+const REMEDY = { timeout: 'Ask for less.', budget: 'Ask for less.', cancelled: 'Retry at will.',
+  clone_failed: 'Check the address; may this server read it?', tests_failed: 'See the log.',
+  base_branch_not_found: 'Name a branch that has a commit.', stalled: 'See the log: it hung.',
+  agent_failed: 'See the log; a retry may do.', no_changes: 'Say more exactly what is to be done.',
+  push_rejected: 'Let this server push it.', pull_request_failed: 'Open it by hand, or retry.' };
+const the = Object.fromEntries([...document.querySelectorAll('[id]')].map((e) => [e.id, e]));
+const clock = new Intl.DateTimeFormat([], { timeStyle: 'medium' }), rows = new Map();
+let key = sessionStorage.apiKey, tasks = [], shown, stop, timer, round = 0, failures = 0;
+const make = (tag, textContent) => Object.assign(document.createElement(tag), { textContent });
+const put = (element, text = '') => element.textContent === text || (element.textContent = text);
+const idOf = (task) => task.task_id, firstLine = (text) => text.trim().split('\n')[0];
+const spell = (from, to, s = (Date.parse(to || Date()) - Date.parse(from)) / 1000 | 0) =>
+  s < 60 ? `${Math.max(0, s)} s` : s < 3600 ? `${s / 60 | 0} min` : `${s / 3600 | 0} h`;
+async function ask(path, options = {}) {  // the answer, or an error in the server's words
+  const headers = { Authorization: `Bearer ${key}`, ...options.headers };
+  const answer = await fetch(`/api/tasks${path}`, { ...options, headers }).catch(() => ({}));
+  if (answer.ok) return headers.Accept ? answer.body.getReader() : answer.json();
+  const told = answer.status ? await answer.json().catch(() => ({})) : {};
+  if (answer.status === 401) forget(told.message = 'The server refuses this key');
+  throw new Error(told.message || answer.statusText || 'The server does not answer'); }
+function forget(why) {
+  delete sessionStorage.apiKey; key = ''; tasks = []; show(why); put(the.refused, why); }
+function show(moved) {  // what the address says
+  const id = key && new URLSearchParams(location.hash.slice(1)).get('task');
+  const view = !key ? 'key' : id ? 'task' : location.hash === '#new' ? 'new' : 'list';
+  shown = { id, now: {}, last: '' }; document.body.className = view; the.log.replaceChildren();
+  restart(); if (moved) the[view].querySelector('h2').focus(); }
+function restart() {  // a hidden tab holds no connection: browsers allow six to one server
+  stop?.abort(); clearTimeout(timer); stop = new AbortController(); draw();
+  if (key && !document.hidden) { refresh(); if (shown.id) follow(shown, stop.signal, 1); } }
+async function refresh() { try {
+  const task = shown, limit = round++ % 20 ? 100 : 1000;  // what changes is mostly on top
+  const fresh = (await ask(`?limit=${limit}`)).tasks, ids = new Set(fresh.map(idOf));
+  tasks = key ? fresh.concat(tasks.filter((old) => limit < 1000 && !ids.has(old.task_id))) : [];
+  if (task.id && !(task.now.completed_at && round % 5))  // reviews may come after its end
+    task.now = await ask(`/${encodeURIComponent(task.id)}/status`);
+  if (failures) put(the.said, 'The server answers again'); failures = 0;
+  } catch (error) { put(the.said, key && `${error.message}; it is asked again`); failures += 1; }
+  draw(); clearTimeout(timer);
+  if (key && !document.hidden) timer = setTimeout(refresh, 3000 * 2 ** Math.min(failures, 4)); }
+function draw() {  // also each second: ages need no server.  Rows are kept, and so is the focus
+  const ids = new Set(tasks.map(idOf)); let place = the.rows.firstChild, count = 0;
+  for (const [id, row] of rows) if (!ids.has(id) && rows.delete(id)) row.remove();
+  for (const { task_id: id, status, submitted_at, repository_url, description } of tasks) {
+    const row = rows.get(id) || the.row.content.firstChild.cloneNode(true), link = row.firstChild;
+    if (row === place) place = row.nextSibling; else the.rows.insertBefore(row, place);
+    const [state, where, what] = link.children; rows.set(id, row); state.className = status;
+    put(state, status); put(what, firstLine(description));
+    put(where, `${spell(submitted_at)}, ${repository_url.split(/[/:]/).slice(-2).join('/')}`);
+    link.href = `#task=${encodeURIComponent(id)}`; link.ariaCurrent = id === shown.id;
+    row.hidden = the.filter.value && the.filter.value !== status; count += !row.hidden; }
+  put(the.count, `${count} of ${tasks.length}`); drawTask(shown.now); }
+function drawTask({ status, phase, reason, error, submitted_at, started_at, ...now }) {
+  const task = tasks.find((one) => one.task_id === shown.id) || {}, over = now.completed_at;
+  const { pr_url: url, session_id: _, ...result } = now.result || {};
+  put(the.name, firstLine(task.description || `Task ${shown.id}`)); the.state.className = status;
+  if (put(the.state, status) !== true && status) put(the.said, `Task ${status}`);
+  put(the.phase, status && `${phase || ''} ${spell(started_at || submitted_at, over)}`);
+  put(the.error, error && `${reason}: ${error}`); document.title = `codebot ${status || ''}`;
+  put(the.remedy, reason && (REMEDY[reason] || 'Tell whoever runs this server.'));
+  the.cancel.hidden = !status || Boolean(over); the.retry.hidden = status !== 'failed';
+  the.pull.hidden = !/^https?:\/\//.test(url); the.pull.href = the.pull.hidden ? '' : url;
+  if (document.activeElement.hidden) the.name.focus();
+  const facts = { repository: task.repository_url, description: task.description, ...result };
+  for (const { number, state, kind, commit, error: why } of now.reviews || [])
+    facts[`review ${number}`] = [state, kind, commit, why].filter(Boolean).join(', ');
+  if (shown.facts === (shown.facts = JSON.stringify(facts))) return;  // a selection stays
+  the.facts.replaceChildren(...Object.entries(facts).filter((fact) => fact[1]).flatMap(
+    ([name, text]) => [make('dt', name.replace('_', ' ')), make('dd', text.command || text)])); }
+async function follow(task, signal, wait) { try {
+  const headers = { Accept: 'text/event-stream', 'Last-Event-ID': task.last };
+  const reader = await ask(`/${encodeURIComponent(task.id)}/logs`, { headers, signal });
+  const decoder = new TextDecoder(); put(the.cut);
+  for (let text = '', part; !(part = await reader.read()).done && !signal.aborted; wait = 1) {
+    text += decoder.decode(part.value, { stream: true });
+    const whole = text.slice(0, text.lastIndexOf('\n\n') + 1);  // the rest is still to come
+    addEvents(task, whole); text = text.slice(whole.length); }
+  } catch (error) { if (!signal.aborted) put(the.cut, `${error.message}; it is asked again`); }
+  if (!task.over) setTimeout(follow, wait * 1000, task, signal, Math.min(2 * wait, 60)); }
+function addEvents(task, text, lines = []) {
+  const { scrollTop, clientHeight, scrollHeight } = the.log;
+  for (const [, id, data] of text.matchAll(/^id: (.+)\ndata: (.+)$/gm)) {
+    const { time, source, message } = JSON.parse(data), line = make('p', ` ${message}`);
+    line.prepend(make('i', clock.format(new Date(time))), ' ', make('b', source));
+    task.last = id; lines.push(line); }
+  the.log.append(...lines); if (/^event: end/m.test(text)) { task.over = true; refresh(); }
+  if (scrollTop + clientHeight > scrollHeight - 40) the.log.scrollTop = the.log.scrollHeight; }
+function when(element, type, told, act, busy) {  // a second click is no second task
+  element[type] = async (event) => { event.preventDefault(); if (busy) return; busy = true;
+    put(told); await act().catch((error) => put(told, error.message)); busy = false; }; }
+when(the.enter, 'onsubmit', the.refused, async () => {  // a header takes no other letters
+  key = the.secret.value.trim().replace(/[^!-~]/g, '?'); the.secret.value = '';
+  await ask('?limit=1'); sessionStorage.apiKey = key; show(true); });
+when(the.form, 'onsubmit', the.wrong, async () => {
+  for (const field of the.form.elements) field.removeAttribute('aria-invalid');
+  const body = JSON.stringify(Object.fromEntries(new FormData(the.form)), (_, v) => v || null);
+  const task = await ask('/submit', { method: 'POST', body }).catch((error) => {
+    const field = the.form.elements.namedItem(error.message.split(':')[0]);
+    if (field) { field.parentNode.after(the.wrong); field.ariaInvalid = 'true'; field.focus(); }
+    throw error; }); the.form.reset(); location.hash = `task=${task.task_id}`; });
+for (const verb of ['cancel', 'retry']) when(the[verb], 'onclick', the.said, async () => {
+  const { task_id } = await ask(`/${encodeURIComponent(shown.id)}/${verb}`, { method: 'POST' });
+  if (task_id === shown.id) refresh(); else location.hash = `task=${task_id}`; });
+the.forget.onclick = () => forget('Forgotten'); the.filter.onchange = draw; onhashchange = show;
+document.onvisibilitychange = restart; setInterval(draw, 1000); show();</script>
+"""
+
+
+def hash_of(tag: str) -> str:
+    """The page's one script or style, as its Content-Security-Policy names it."""
+    text = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+
+PAGE_HEADERS = {
+    "Content-Type": "text/html; charset=utf-8",
+    "Content-Security-Policy": f"default-src 'none'; script-src {hash_of('script')}; "
+    f"style-src {hash_of('style')}; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+def page(app: App, request: Request) -> Reply:
+    return 200, PAGE, PAGE_HEADERS
+
+
 # ---- Commands ---------------------------------------------------------------------
 
 
@@ -3225,6 +3401,7 @@ def serve(flags: dict[str, Any]) -> int:
     print(f"               {url}/api/tasks\nHealth:        {url}/health")
     on = config.webhook_secret and app.github
     print(f"Webhook:       {f'{url}/webhook' if on else 'off: GITHUB_WEBHOOK_SECRET is not set'}")
+    print(f"Page:          {url}/")
     print(f"Sandbox:       {app.sandbox_told}")
     print(f"Taken up again: {app.store.pending} task(s)", flush=True)
     for thread in [*server.threads, *threads]:
