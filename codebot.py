@@ -12,6 +12,7 @@ Python's standard library only; it runs `git`, `claude`, `openssl` and, if there
 WHO IS TRUSTED WITH WHAT
   The operator  everything: the settings, the App's key, the work-dir.
   A client      with an API key may submit tasks, and read, cancel and retry them all.
+                The page is one: it has no key but the one it is given, for its tab.
   A reviewer    on a pull request that codebot opened is obeyed if GitHub says, when it is
                 acted on, that he may write to the repository.  Others are not heard.
   GitHub        is believed through TLS, and by the webhook's secret; a token is asked for
@@ -63,7 +64,8 @@ FILES in the work-dir
   mirrors/      bare, one a repository       task_*/       repo, home and tmp of a task
 
 GREP FOR  Popen( (run_program), urlopen( (GitHub._call), SET status (Store._move),
-  def routes (all that the network can reach), def box (what the agent can see).
+  def routes (all that the network can reach), def box (what the agent can see), PAGE
+  (what runs in a browser).
 """
 
 from __future__ import annotations
@@ -3231,17 +3233,16 @@ function show(moved) {  // what the address says
   restart(); if (moved) the[view].querySelector('h2').focus(); }
 function restart() {  // a hidden tab holds no connection: browsers allow six to one server
   stop?.abort(); clearTimeout(timer); stop = new AbortController(); draw();
-  if (key && !document.hidden) { refresh(); if (shown.id) follow(shown, stop.signal, 1); } }
-async function refresh() { try {
+  if (shown.id && !document.hidden) follow(shown, stop.signal, 1); refresh(); }
+async function refresh() { if (!key || document.hidden) return; try {
   const task = shown, limit = round++ % 20 ? 100 : 1000;  // what changes is mostly on top
   const fresh = (await ask(`?limit=${limit}`)).tasks, ids = new Set(fresh.map(idOf));
   tasks = key ? fresh.concat(tasks.filter((old) => limit < 1000 && !ids.has(old.task_id))) : [];
   if (task.id && !(task.now.completed_at && round % 5))  // reviews may come after its end
     task.now = await ask(`/${encodeURIComponent(task.id)}/status`);
-  if (failures) put(the.said, 'The server answers again'); failures = 0;
+  if (failures) put(the.said, 'The server answers again'); failures = 0; draw();
   } catch (error) { put(the.said, key && `${error.message}; it is asked again`); failures += 1; }
-  draw(); clearTimeout(timer);
-  if (key && !document.hidden) timer = setTimeout(refresh, 3000 * 2 ** Math.min(failures, 4)); }
+  clearTimeout(timer); timer = setTimeout(refresh, 3000 * 2 ** Math.min(failures, 4)); }
 function draw() {  // also each second: ages need no server.  Rows are kept, and so is the focus
   const ids = new Set(tasks.map(idOf)); let place = the.rows.firstChild, count = 0;
   for (const [id, row] of rows) if (!ids.has(id) && rows.delete(id)) row.remove();
@@ -3295,12 +3296,13 @@ function when(element, type, told, act, busy) {  // a second click is no second 
 when(the.enter, 'onsubmit', the.refused, async () => {  // a header takes no other letters
   key = the.secret.value.trim().replace(/[^!-~]/g, '?'); the.secret.value = '';
   await ask('?limit=1'); sessionStorage.apiKey = key; show(true); });
-when(the.form, 'onsubmit', the.wrong, async () => {
-  for (const field of the.form.elements) field.removeAttribute('aria-invalid');
+when(the.form, 'onsubmit', the.wrong, async () => { the.form.append(the.wrong);
+  for (const f of the.form) { f.ariaInvalid = null; f.removeAttribute('aria-describedby'); }
   const body = JSON.stringify(Object.fromEntries(new FormData(the.form)), (_, v) => v || null);
   const task = await ask('/submit', { method: 'POST', body }).catch((error) => {
     const field = the.form.elements.namedItem(error.message.split(':')[0]);
-    if (field) { field.parentNode.after(the.wrong); field.ariaInvalid = 'true'; field.focus(); }
+    if (field) { field.parentNode.after(the.wrong); field.ariaInvalid = 'true'; field.focus();
+      field.setAttribute('aria-describedby', 'wrong'); }
     throw error; }); the.form.reset(); location.hash = `task=${task.task_id}`; });
 for (const verb of ['cancel', 'retry']) when(the[verb], 'onclick', the.said, async () => {
   const { task_id } = await ask(`/${encodeURIComponent(shown.id)}/${verb}`, { method: 'POST' });

@@ -16,6 +16,7 @@ import email.utils
 import glob
 import hashlib
 import hmac
+import hashlib
 import http.client
 import http.server
 import inspect
@@ -23,6 +24,7 @@ import itertools
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -49,6 +51,7 @@ NAME = "acme/widget"
 BOT = {"login": "acme-bot[bot]", "id": 77, "type": "Bot"}
 EVENTS = {"issue": "issue_comment", "inline": "pull_request_review_comment"}
 EVENTS |= {"review": "pull_request_review"}  # what GitHub calls what was said
+CSP = "Content-Security-Policy"
 GIT = {
     "GIT_CONFIG_GLOBAL": "/dev/null",
     "GIT_CONFIG_NOSYSTEM": "1",
@@ -2080,6 +2083,7 @@ def test_the_banner_tells_where_things_are(stand: Stand) -> None:
         f"               {at}/api/tasks\n"
     )
     assert banner in stand.log()
+    assert f"Page:          {at}/\n" in stand.log()
     assert re.search(r"^Sandbox: +none", stand.log(), re.MULTILINE)
     taken = stand.run("serve", "--port", str(stand.port), "--work-dir", str(stand.top / "w2"))
     assert (taken.returncode, "Address already in use" in taken.stderr) == (2, True)
@@ -2868,6 +2872,443 @@ def test_a_database_from_before_reviews_is_taken_over(stand: Stand) -> None:
     stand.agent(QUESTION)
     stand.comment("alice", "Why?")
     assert len(stand.rounds("a", 1)) == 1
+# ---- The page ---------------------------------------------------------------------
+
+
+def test_the_page_is_one_answer_that_allows_only_its_own_script_and_style(stand: Stand) -> None:
+    answer = stand.ask("GET", "/", key="")
+    assert (answer.status, answer.text) == (200, codebot.PAGE)
+    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    policy = dict(part.split(" ", 1) for part in answer.headers[CSP].split("; "))
+    for tag in ("script", "style"):
+        [text] = re.findall(f"<{tag}>(.*?)</{tag}>", answer.text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert policy.pop(f"{tag}-src") == f"'sha256-{digest}'"
+    assert policy.pop("connect-src") == "'self'"
+    assert policy.pop("require-trusted-types-for") == "'script'"
+    names = {"default-src", "base-uri", "form-action", "frame-ancestors", "trusted-types"}
+    assert policy == dict.fromkeys(names, "'none'")
+    wanted = {"X-Frame-Options": "DENY", "X-Content-Type-Options": "nosniff"}
+    for name, text in {**wanted, "Referrer-Policy": "no-referrer"}.items():
+        assert answer.headers[name] == text
+    head = stand.ask("HEAD", "/", key="")
+    assert (head.status, head.text, head.headers[CSP]) == (200, "", answer.headers[CSP])
+
+
+def test_the_page_is_short_and_has_nothing_that_runs_text() -> None:
+    lines = codebot.PAGE.splitlines()
+    assert len(lines) <= 150
+    assert max(map(len, lines)) < 100
+    assert not re.search(r"\ssrc=|url\(|@import|//[a-z]+\.[a-z]", codebot.PAGE)
+    assert not re.search(r"<[^>]*\s(on[a-z]+|style)\s*=", codebot.PAGE.partition("<script>")[0])
+    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval"):
+        assert word not in codebot.PAGE
+    assert not re.search(
+        r"\bFunction\(|localStorage|cookie|set(Timeout|Interval)\(['\"`]", codebot.PAGE
+    )
+
+
+class Browser:
+    """Chromium without a window, told what to do through a pipe: the DevTools protocol, which
+    is JSON with a NUL after each message.  `open` gives a page of its own, with fresh storage."""
+
+    def __init__(self, program: str, top: Path) -> None:
+        take, self.out = os.pipe()
+        self.into, give = os.pipe()
+        move = "import fcntl, os, sys; ends = [fcntl.fcntl(int(n), 0, 10) for n in sys.argv[1:3]]; "
+        move += "os.dup2(ends[0], 3); os.dup2(ends[1], 4); os.execvp(sys.argv[3], sys.argv[3:])"
+        argv = [sys.executable, "-c", move, str(take), str(give), program, "--headless=new"]
+        argv += ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+        argv += [
+            "--remote-debugging-pipe",
+            f"--user-data-dir={top}",
+            "--disable-background-networking",
+        ]
+        quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        env = {"PATH": os.environ["PATH"], "HOME": str(top), "LC_ALL": "C.UTF-8", "TZ": "UTC"}
+        self.process = subprocess.Popen(
+            argv, pass_fds=(take, give), env=env, start_new_session=True, **quiet
+        )
+        for fd in (take, give):
+            os.close(fd)
+        self.data, self.number, self.page = b"", 0, {}
+        self.events: list[dict[str, Any]] = []
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError, AssertionError):
+            self.call("Browser.close")
+            self.process.wait(5)
+        with contextlib.suppress(OSError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        os.close(self.out)
+        os.close(self.into)
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        self.number += 1
+        scope = self.page if not method.startswith(("Target.", "Browser.")) else {}
+        message = {"id": self.number, "method": method, "params": params, **scope}
+        os.write(self.out, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self.read()
+            if answer.get("id") == self.number:
+                assert "error" not in answer, answer
+                result: dict[str, Any] = answer["result"]
+                return result
+            self.events.append(answer)
+
+    def read(self) -> Any:
+        while b"\0" not in self.data:
+            assert select.select([self.into], [], [], 20)[0], "the browser says nothing"
+            more = os.read(self.into, 1 << 20)
+            assert more, "the browser has ended"
+            self.data += more
+        message, _, self.data = self.data.partition(b"\0")
+        return json.loads(message)
+
+    def shut(self) -> None:
+        self.call("Page.close")
+        self.page, self.events = {}, []
+
+    def open(self, url: str) -> None:
+        context = self.call("Target.createBrowserContext", disposeOnDetach=True)
+        target = self.call("Target.createTarget", url="about:blank", **context)
+        attached = self.call("Target.attachToTarget", flatten=True, targetId=target["targetId"])
+        self.page = {"sessionId": attached["sessionId"]}
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+        self.resize(1280, 900)
+        self.go(url)
+
+    def go(self, url: str) -> None:
+        self.call("Page.navigate", url=url)
+        wait_for(
+            lambda: self.js("document.readyState === 'complete' && location.href !== 'about:blank'")
+        )
+
+    def resize(self, width: int, height: int) -> None:
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+
+    def colours(self, scheme: str) -> None:
+        wish = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.call("Emulation.setEmulatedMedia", features=wish)
+
+    def js(self, expression: str) -> Any:
+        how = {"returnByValue": True, "awaitPromise": True, "userGesture": True}
+        answer = self.call("Runtime.evaluate", expression=expression, **how)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def sees(self, text: str, seconds: float = 20) -> None:
+        """Wait until TEXT is among what a person sees."""
+        shown = f"document.body.innerText.replace(/\\s+/g, ' ').includes({json.dumps(text)})"
+        try:
+            wait_for(lambda: self.js(shown), seconds)
+        except AssertionError:
+            raise AssertionError(
+                f"{text!r} is not in {self.js('document.body.innerText')}"
+            ) from None
+
+    def look_up(self) -> None:
+        """What happens when a person comes back to the tab."""
+        self.js("document.dispatchEvent(new Event('visibilitychange'))")
+
+    def press(self, key: str, shift: bool = False) -> None:
+        codes = {"Tab": 9, "Enter": 13, "End": 35, "ArrowDown": 40, "PageUp": 33}
+        how = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key], "modifiers": 8 * shift}
+        text = {"text": "\r"} if key == "Enter" else {}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **how, **text)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **how)
+
+    def write(self, text: str) -> None:
+        self.call("Input.insertText", text=text)
+
+    def named(self, role: str, name: str) -> str:
+        """An expression for the visible element of a role and name, as a person finds it."""
+        kinds = {"button": "button", "link": "a", "field": "input, textarea, select"}
+        return (
+            f"[...document.querySelectorAll({json.dumps(kinds[role])})].find((e) => "
+            f"e.checkVisibility() && (e.labels && e.labels[0] || e).innerText.trim()"
+            f".includes({json.dumps(name)}))"
+        )
+
+    def click(self, role: str, name: str) -> None:
+        found = self.named(role, name)
+        wait_for(lambda: self.js(f"Boolean({found})"))
+        x, y = self.js(
+            f"(() => {{ const e = {found}; e.scrollIntoView({{block: 'center'}}); "
+            "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def fill(self, name: str, text: str) -> None:
+        self.click("field", name)
+        self.js("document.activeElement.select && document.activeElement.select()")
+        self.write(text)
+
+    def enter(self, key: str) -> None:
+        self.fill("Key", key)
+        self.press("Enter")
+
+    def focused(self) -> str:
+        """The name of what has the keyboard's focus."""
+        name = "(e => (e.labels && e.labels[0] || e).innerText.trim())(document.activeElement)"
+        return str(self.js(name))
+
+    def tab_to(self, name: str) -> None:
+        for _ in range(40):
+            self.press("Tab")
+            if name in self.focused():
+                return
+        raise AssertionError(f"no Tab leads to {name!r}")
+
+    def picture(self, path: str) -> None:
+        shot = self.call("Page.captureScreenshot", format="png")
+        Path(path).write_bytes(base64.b64decode(shot["data"]))
+
+    def errors(self) -> list[Any]:
+        """What the browser complained of: scripts that failed, a policy that was broken."""
+        bad = ("Runtime.exceptionThrown", "Log.entryAdded")
+        found = [event["params"] for event in self.events if event["method"] in bad]
+        return [e for e in found if e.get("entry", {}).get("source") != "network"]
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip("there is no chromium on PATH")
+    browser = Browser(program, tmp_path_factory.mktemp("chromium"))
+    try:
+        try:
+            browser.call("Browser.getVersion")
+        except (AssertionError, OSError) as error:
+            pytest.skip(f"chromium does not start here: {error}")
+        yield browser
+    finally:
+        browser.close()
+
+
+@pytest.fixture
+def browser(stand: Stand, chromium: Browser) -> Any:
+    """A page of the stand's server, before a key was given."""
+    stand.agent(PAGE_AGENT)
+    chromium.open("http://{}:{}/".format(*stand.address()))
+    yield chromium
+    chromium.shut()
+
+
+MARKUP = "<img src=x onerror=alert(1)>"
+PAGE_AGENT = rf"""case $(cat "$here/stdin") in
+*wait*) say 'I read {MARKUP}'; block;;
+*fail*) say 'I give up.'; exit 1;;
+esac
+say 'I wrote it.'; {HELLO}"""
+
+
+def test_a_wrong_key_is_told_by_the_page_and_a_right_one_stays_in_the_tab(
+    stand: Stand, browser: Browser
+) -> None:
+    browser.go(f"{browser.js('location.origin')}/#task=none")
+    for wrong in ("no such key", "schlüssel"):
+        browser.enter(wrong)
+        browser.sees("The server refuses this key")
+        assert browser.js("sessionStorage.length") == 0
+    browser.enter(KEY)
+    browser.sees("There is no task 'none'")
+    browser.call("Page.reload")
+    browser.sees("There is no task 'none'")
+    assert browser.js("Object.values(sessionStorage)") == [KEY]
+    assert browser.js("localStorage.length + document.cookie.length") == 0
+    assert KEY not in browser.js("location.href + document.documentElement.outerHTML")
+    asked = [e["params"]["request"] for e in browser.events if e["method"].endswith("BeSent")]
+    assert not any(KEY in request["url"] for request in asked)
+    browser.click("button", "Forget key")
+    browser.sees("API key")
+    assert browser.js("sessionStorage.length") == 0
+    assert browser.errors() == []
+
+
+def test_a_task_is_submitted_watched_and_opened_on_the_page(stand: Stand, browser: Browser) -> None:
+    browser.enter(KEY)
+    browser.click("button", "Submit")
+    browser.sees("repository_url: is missing")
+    assert browser.focused().startswith("Repository")
+    assert browser.js("document.activeElement.getAttribute('aria-invalid')") == "true"
+    describes = "document.getElementById(document.activeElement.getAttribute('aria-describedby'))"
+    assert browser.js(f"{describes}.innerText") == "repository_url: is missing"
+    browser.fill("Repository", stand.url())
+    browser.fill("What is to be different", f"Say {MARKUP}, then wait")
+    browser.fill("Base branch", "no branch")
+    browser.click("button", "Submit")
+    browser.sees("base_branch: 'no branch' is no name of a branch")
+    browser.fill("Base branch", "main")
+    browser.click("button", "Submit")
+    browser.sees(f"agent I read {MARKUP}")  # while it runs
+    browser.sees("running agent")
+    assert not (stand.top / "go").exists()
+    assert browser.focused() == f"Say {MARKUP}, then wait"
+    (stand.top / "go").touch()
+    browser.sees("codebot Completed")
+    browser.sees("Open the pull request")
+    [pull] = stand.hub.pulls
+    browser.sees(pull["head"]["ref"])
+    link = browser.named("link", "Open the pull request")
+    assert browser.js(f"[{link}.href, {link}.rel]") == [pull["html_url"], "noopener noreferrer"]
+    assert browser.js("document.images.length") == 0
+    review = {"number": 1, "state": "answered", "kind": "change", "commit": None, "more": MARKUP}
+    browser.js(f"shown.now.reviews = [{json.dumps(review)}]; draw()")
+    browser.sees("review 1 answered, change")
+    browser.call("Page.reload")
+    browser.sees("codebot Completed")
+    assert browser.errors() == []
+
+
+def test_a_task_is_cancelled_retried_and_filtered_on_the_page(
+    stand: Stand, browser: Browser
+) -> None:
+    stand.done(stand.submit("The good one"))
+    failed = stand.submit("The one to fail")
+    stand.failed(failed, "agent_failed")
+    task = stand.submit("The one to wait")
+    wait_for(stand.reached)
+    browser.enter(KEY)
+    browser.click("link", "The one to wait")
+    browser.click("button", "Cancel")
+    browser.sees("cancelled: ")
+    browser.sees("Retry at will.")
+    assert stand.status(task)["reason"] == "cancelled"
+    (stand.top / "go").touch()
+    browser.click("button", "Retry")
+    wait_for(lambda: browser.js("location.hash") != f"#task={task}")
+    browser.sees("codebot Completed")
+    browser.js(f"location.hash = 'task={failed}'")
+    browser.sees("agent_failed: The agent ended without a result")
+    browser.sees("See the log; a retry may do.")
+    assert "The good one" in browser.js("document.getElementById('list').innerText")
+    browser.click("field", "Show")
+    browser.js("document.activeElement.value = 'failed'")
+    browser.js("document.activeElement.dispatchEvent(new Event('change'))")
+    browser.sees("2 of 4")
+    assert "The good one" not in browser.js("document.getElementById('list').innerText")
+    assert browser.errors() == []
+
+
+def test_the_page_holds_a_thousand_tasks_and_ten_thousand_events(
+    stand: Stand, browser: Browser
+) -> None:
+    stand.done(task := stand.submit("The last one"))
+    fill_database(stand, task, tasks=1200, events=10_000)
+    browser.enter(KEY)
+    browser.sees("1000 of 1000")
+    assert browser.js("document.querySelectorAll('#rows li').length") == 1000
+    browser.js("window.first = document.querySelector('#rows li'); first.firstChild.focus()")
+    stand.submit("A new one")
+    browser.look_up()
+    browser.sees("A new one")
+    assert browser.js("document.activeElement === first.firstChild")
+    clock = "(() => { const t = performance.now(); draw(); return performance.now() - t; })()"
+    assert min(browser.js(clock) for _ in range(3)) < 100  # milliseconds
+    browser.js(f"location.hash = 'task={task}'")
+    browser.sees("event 9999")
+    at_end = "the.log.scrollTop + the.log.clientHeight > the.log.scrollHeight - 5"
+    assert browser.js(at_end)
+    assert browser.js("the.log.children.length") > 10_000
+    asked = [
+        e["params"]["request"]["url"] for e in browser.events if e["method"].endswith("BeSent")
+    ]
+    assert sum("limit=1000" in url for url in asked) == 1
+    assert browser.errors() == []
+
+
+def fill_database(stand: Stand, task: str, tasks: int, events: int) -> None:
+    """Put failed tasks below TASK, and more events behind its own."""
+    with contextlib.closing(sqlite3.connect(stand.work / "codebot.db")) as db, db:
+        db.execute("UPDATE tasks SET seq = 5000")
+        add = "INSERT INTO tasks(seq, id, status, submitted_at, completed_at, repository_url, "
+        add += "description, error, reason) VALUES(?, ?, 'failed', ?, ?, ?, ?, 'x', 'internal')"
+        now = codebot.now_text()
+        rows = [(n + 1, f"old-{n}", now, now, stand.url(), f"Old {n}") for n in range(tasks)]
+        db.executemany(add, rows)
+        more = "INSERT INTO events(task_id, time, source, message) VALUES(?, ?, 'agent', ?)"
+        db.executemany(more, [(task, now, f"event {n}") for n in range(events)])
+
+
+def test_the_page_tells_that_the_server_is_gone_and_goes_on_where_it_was(
+    stand: Stand, browser: Browser
+) -> None:
+    task = stand.submit("wait")
+    wait_for(stand.reached)
+    browser.enter(KEY)
+    browser.js(f"location.hash = 'task={task}'")
+    browser.sees("agent I read")
+    stand.stop()
+    browser.sees("The server does not answer; it is asked again")
+    (stand.top / "go").touch()
+    stand.start("--port", str(stand.port))
+    browser.look_up()
+    browser.sees("codebot Completed")
+    assert browser.js("the.log.children.length") == len(stand.events(task))
+    assert browser.errors() == []
+
+
+def test_the_page_is_used_by_keyboard_alone(stand: Stand, browser: Browser) -> None:
+    for name, text in (("Key", KEY), ("Open", "")):
+        browser.tab_to(name)
+        browser.write(text)
+    browser.press("Enter")
+    browser.sees("0 of 0")
+    browser.tab_to("New task")
+    browser.press("Enter")
+    for name, text in (("Repository", stand.url()), ("What is", "Let it fail"), ("Submit", "")):
+        browser.tab_to(name)
+        browser.write(text)
+    browser.press("Enter")
+    browser.sees("agent_failed: ")
+    browser.sees("codebot Failed")
+    assert browser.focused() == "Let it fail"
+    browser.tab_to("Retry")
+    browser.press("Enter")
+    wait_for(lambda: stand.ask("GET", "/api/tasks").json["count"] == 2)
+    browser.sees("2 of 2")
+
+
+def test_axe_finds_nothing_to_mend_on_the_page(stand: Stand, browser: Browser) -> None:
+    axe = os.environ.get("CODEBOT_AXE")
+    if not axe:
+        pytest.skip("CODEBOT_AXE names no axe.min.js (npm install axe-core)")
+
+    def look(where: str) -> None:
+        for scheme, width in itertools.product(("light", "dark"), (1280, 360)):
+            browser.colours(scheme)
+            browser.resize(width, 800)
+            browser.js(Path(axe).read_text() + ";0")
+            told = "[r.violations.map((v) => `${v.id}: ${v.nodes[0].html}`), r.passes.length]"
+            found, passed = browser.js(f"axe.run().then((r) => {told})")
+            assert (found, passed > 10) == ([], True), (where, scheme, width)
+            assert browser.js("document.documentElement.scrollWidth <= innerWidth"), (where, width)
+        browser.resize(1280, 900)
+
+    look("key")
+    browser.enter("wrong")
+    browser.sees("refuses")
+    look("wrong key")
+    stand.done(done := stand.submit("The good one", test_command="true"))
+    stand.failed(failed := stand.submit("fail"), "agent_failed")
+    waits = stand.submit("wait")
+    wait_for(stand.reached)
+    browser.enter(KEY)
+    browser.sees("The good one")
+    browser.click("button", "Submit")
+    browser.sees("is missing")
+    look("list and form")
+    for task, words in ((done, "codebot Completed"), (failed, "Failed (agent"), (waits, "I read")):
+        browser.js(f"location.hash = 'task={task}'")
+        browser.sees(words)
+        look(words)
 
 
 # ---- What went wrong once ---------------------------------------------------------
