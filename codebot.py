@@ -12,7 +12,7 @@ Python's standard library only; it runs `git`, `claude`, `openssl` and, if there
 WHO IS TRUSTED WITH WHAT
   The operator  everything: the settings, the App's key, the work-dir.
   A client      with an API key may submit tasks, and read, cancel and retry them all.
-                The page is one: it has no key but the one it is given, for its tab.
+                The page is such a client, with the key that a person gives it.
   A reviewer    on a pull request that codebot opened is obeyed if GitHub says, when it is
                 acted on, that he may write to the repository.  Others are not heard.
   GitHub        is believed through TLS, and by the webhook's secret; a token is asked for
@@ -3193,7 +3193,7 @@ running<option>completed<option>failed</select></label> <i id="count"></i></p><u
 <template id="row"><li><a><b></b> <i></i> <span></span></a></template></section><section id="new">
 <form id="form"><h2 tabindex="-1">New task</h2><p>An agent makes a pull request of it.</p>
 <label>Repository, as https://HOST/OWNER/NAME<input name="repository_url"></label>
-<label>What is to be different<textarea name="description" rows="6"></textarea></label>
+<label>Description: what is to change<textarea name="description" rows="6"></textarea></label>
 <label>Test command (optional): must pass before a push<input name="test_command"></label>
 <label>Base branch (optional)<input name="base_branch"></label>
 <label>Ticket id (optional)<input name="ticket_id"></label>
@@ -3208,7 +3208,7 @@ const REMEDY = { timeout: 'Ask for less.', budget: 'Ask for less.', cancelled: '
   clone_failed: 'Check the address; may this server read it?', tests_failed: 'See the log.',
   base_branch_not_found: 'Name a branch that has a commit.', stalled: 'See the log: it hung.',
   agent_failed: 'See the log; a retry may do.', no_changes: 'Say more exactly what is to be done.',
-  push_rejected: 'Let this server push it.', pull_request_failed: 'Open it by hand, or retry.' };
+  push_rejected: 'Allow this server to push.', pull_request_failed: 'Open it by hand, or retry.' };
 const the = Object.fromEntries([...document.querySelectorAll('[id]')].map((e) => [e.id, e]));
 const clock = new Intl.DateTimeFormat([], { timeStyle: 'medium' }), rows = new Map();
 let key = sessionStorage.apiKey, tasks = [], shown, stop, timer, round = 0, failures = 0;
@@ -3266,13 +3266,13 @@ function drawTask({ status, phase, reason, error, submitted_at, started_at, ...n
   the.cancel.hidden = !status || Boolean(over); the.retry.hidden = status !== 'failed';
   the.pull.hidden = !/^https?:\/\//.test(url); the.pull.href = the.pull.hidden ? '' : url;
   if (document.activeElement.hidden) the.name.focus();
-  const facts = { repository: task.repository_url, description: task.description, ...result };
+  const facts = { ...task, status: '', ...result };
   for (const { number, state, kind, commit, error: why } of now.reviews || [])
     facts[`review ${number}`] = [state, kind, commit, why].filter(Boolean).join(', ');
   if (shown.facts === (shown.facts = JSON.stringify(facts))) return;  // a selection stays
   the.facts.replaceChildren(...Object.entries(facts).filter((fact) => fact[1]).flatMap(
     ([name, text]) => [make('dt', name.replace('_', ' ')), make('dd', text.command || text)])); }
-async function follow(task, signal, wait) { try {
+async function follow(task, signal, wait) { if (signal.aborted) return; try {
   const headers = { Accept: 'text/event-stream', 'Last-Event-ID': task.last };
   const reader = await ask(`/${encodeURIComponent(task.id)}/logs`, { headers, signal });
   const decoder = new TextDecoder(); put(the.cut);

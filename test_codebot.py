@@ -3141,7 +3141,7 @@ def test_a_task_is_submitted_watched_and_opened_on_the_page(stand: Stand, browse
     describes = "document.getElementById(document.activeElement.getAttribute('aria-describedby'))"
     assert browser.js(f"{describes}.innerText") == "repository_url: is missing"
     browser.fill("Repository", stand.url())
-    browser.fill("What is to be different", f"Say {MARKUP}, then wait")
+    browser.fill("Description", f"Say {MARKUP}, then wait")
     browser.fill("Base branch", "no branch")
     browser.click("button", "Submit")
     browser.sees("base_branch: 'no branch' is no name of a branch")
@@ -3217,6 +3217,11 @@ def test_the_page_holds_a_thousand_tasks_and_ten_thousand_events(
     at_end = "the.log.scrollTop + the.log.clientHeight > the.log.scrollHeight - 5"
     assert browser.js(at_end)
     assert browser.js("the.log.children.length") > 10_000
+    browser.js("the.log.scrollTop = 50")
+    browser.js(
+        r"addEvents(shown, 'id: 1\ndata: {\"time\": \"2025-01-01\", \"message\": \"more\"}\n\n')"
+    )
+    assert browser.js("[the.log.scrollTop, the.log.lastChild.innerText.slice(-4)]") == [50, "more"]
     asked = [
         e["params"]["request"]["url"] for e in browser.events if e["method"].endswith("BeSent")
     ]
@@ -3263,7 +3268,7 @@ def test_the_page_is_used_by_keyboard_alone(stand: Stand, browser: Browser) -> N
     browser.sees("0 of 0")
     browser.tab_to("New task")
     browser.press("Enter")
-    for name, text in (("Repository", stand.url()), ("What is", "Let it fail"), ("Submit", "")):
+    for name, text in (("Repository", stand.url()), ("Description", "Let it fail"), ("Submit", "")):
         browser.tab_to(name)
         browser.write(text)
     browser.press("Enter")
