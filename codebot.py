@@ -3179,7 +3179,7 @@ li { border-top: 1px solid #8884; } li a { padding: .5rem; color: inherit;
   text-decoration: none; } [aria-current=true], #log { background: var(--page); }
 .completed { color: light-dark(#146c2e, #6fd08a); } .failed { color: light-dark(#b3141d, #f99); }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 0 1rem; } #log, dd { white-space:
-  pre-wrap; } #log { height: 24rem; overflow: auto; padding: .5rem; font: .85rem/1.5 monospace; }
+  pre-wrap; } #log { height: 22rem; overflow: auto; padding: .5rem; font: .85rem/1.5 monospace; }
 i, dt { color: light-dark(#57606a, #a3adb8); } @media (max-width: 50rem) { body { height: auto; }
   #list { flex: 1; } .list #new, .new #list, .task #list { display: none !important; } }
 </style><body class="key"><header><h1>codebot</h1><nav><a href="#">Tasks</a> <a href="#new">New
@@ -3202,8 +3202,8 @@ running<option>completed<option>failed</select></label> <i id="count"></i></p><u
 <section id="task"><h2 id="name" tabindex="-1"></h2><p class="bar"><b id="state"></b>
 <i id="phase"></i><button id="cancel">Cancel</button><button id="retry">Retry</button>
 <a id="pull" target="_blank" rel="noopener noreferrer">Open the pull request</a></p><p id="error"
-class="failed"></p><p id="remedy"></p><dl id="facts"></dl><h2>Log</h2><p id="cut"></p><div
-id="log" role="log" aria-live="off" aria-label="Log" tabindex="0"></div></section></main><script>
+class="failed"></p><p id="remedy"></p><h2>Log</h2><p id="cut"></p><div id="log" role="log"
+aria-live="off" aria-label="Log" tabindex="0"></div><dl id="facts"></dl></section></main><script>
 const REMEDY = { timeout: 'Ask for less.', budget: 'Ask for less.', cancelled: 'Retry at will.',
   clone_failed: 'Check the address; may this server read it?', tests_failed: 'See the log.',
   base_branch_not_found: 'Name a branch that has a commit.', stalled: 'See the log: it hung.',
