@@ -16,7 +16,6 @@ import email.utils
 import glob
 import hashlib
 import hmac
-import hashlib
 import http.client
 import http.server
 import inspect
@@ -2872,6 +2871,8 @@ def test_a_database_from_before_reviews_is_taken_over(stand: Stand) -> None:
     stand.agent(QUESTION)
     stand.comment("alice", "Why?")
     assert len(stand.rounds("a", 1)) == 1
+
+
 # ---- The page ---------------------------------------------------------------------
 
 
