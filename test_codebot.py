@@ -2365,6 +2365,7 @@ QUESTION = "kind question; answer Because"
 def opened(stand: Stand, plan: str, **fields: Any) -> tuple[str, dict[str, Any]]:
     """A task that has its pull request; whoever speaks there meets an agent that does PLAN."""
     result = stand.done(task := stand.submit(**fields))
+    stand.logged("its state is noted", 1)  # the first look at a new pull request
     stand.agent(plan)
     return task, result
 
@@ -2463,7 +2464,7 @@ def test_a_question_is_answered_and_what_it_changed_is_thrown_away(stand: Stand)
     assert (done["number"], done["state"], done["kind"]) == (1, "completed", "question")
     assert (done["commit"], done["error"]) == (None, None)
     [answer] = stand.answers()
-    mark = f"<!-- codebot answer 1 issue {said['id']} -->"
+    mark = f"<!-- codebot answer 2 issue {said['id']} -->"
     assert answer == f"> Why --hello?\n\nKey *** {said['id']}.\n\n{mark}"
     assert stand.git("rev-parse", result["branch_name"]) == result["commit"]
     assert sh("git", "status", "-sb", cwd=Path(result["work_dir"])) == f"## {result['branch_name']}"
@@ -2580,7 +2581,7 @@ def test_who_may_not_write_and_what_is_not_open_to_us_is_dropped(stand: Stand) -
             ("bob", lambda: head.update(ref="main"), "not of our branch in this repository"),
             ("bob", stand.hub.said.clear, "what was said was deleted"),
         ],
-        1,
+        2,
     ):
         hold = stand.hub.hold("GET /repos/acme/widget/pulls/1$")
         stand.inline(user, "Delete it all")
@@ -2734,10 +2735,10 @@ def test_what_others_pushed_meanwhile_is_built_upon(stand: Stand) -> None:
     )
     stand.inline("alice", "Say still more")
     assert stand.rounds(task, 3)[2]["commit"] is None
-    assert "conflicts with theirs in hello.txt. It is kept as kept-3 in" in stand.answers()[2]
+    assert "conflicts with theirs: hello.txt. It is kept as branch kept-4" in stand.answers()[2]
     assert stand.shown(result, "hello.txt") == "goodbye"
     assert (
-        sh("git", "show", "kept-3:hello.txt", cwd=Path(result["work_dir"])) == "hello\nmore\nmore"
+        sh("git", "show", "kept-4:hello.txt", cwd=Path(result["work_dir"])) == "hello\nmore\nmore"
     )
 
 
