@@ -3004,13 +3004,12 @@ class Browser:
 
     def sees(self, text: str, seconds: float = 20) -> None:
         """Wait until TEXT is among what a person sees."""
-        shown = f"document.body.innerText.replace(/\\s+/g, ' ').includes({json.dumps(text)})"
+        body = "(document.body || {innerText: ''}).innerText"  # none while it is loaded
+        shown = f"{body}.replace(/\\s+/g, ' ').includes({json.dumps(text)})"
         try:
             wait_for(lambda: self.js(shown), seconds)
         except AssertionError:
-            raise AssertionError(
-                f"{text!r} is not in {self.js('document.body.innerText')}"
-            ) from None
+            raise AssertionError(f"{text!r} is not in {self.js(body)}") from None
 
     def look_up(self) -> None:
         """What happens when a person comes back to the tab."""
