@@ -13,7 +13,6 @@ import base64
 import concurrent.futures
 import contextlib
 import email.utils
-import glob
 import hashlib
 import hmac
 import http.client
@@ -923,33 +922,30 @@ SESSION_OVER = "Not logged in · Please run /login"
 RETRY = '{"type":"system","subtype":"api_retry","error_status":401,"error":"authentication_failed"}'
 
 
-@pytest.mark.parametrize(
-    ("plan", "reason", "words"),
-    [
-        ("echo oops >&2; exit 3", "agent_failed", "without a result, code 3: oops"),
-        ("result 'It broke' success true", "agent_failed", "It broke"),
-        ("result 'It broke' error_during_execution true", "agent_failed", "It broke"),
-        ("result 'Nothing done' success false 0", "agent_failed", "Nothing done"),
-        (f"result '{SESSION_OVER}' success true", "agent_login", "/login"),
-        (f"echo '{RETRY}'; sleep 100", "agent_login", "login failed"),
-        ("result 'Too dear' error_max_budget_usd true", "budget", "Too dear"),
-        ("result 'Too long' error_max_turns true", "budget", "Too long"),
-        ("result 'Nothing to do here'", "no_changes", "Nothing to do here"),
-        ("rm -rf .git; echo x >x; result", "agent_failed", "git"),
-        ("git checkout -q --orphan o; git commit -qm o; result", "agent_failed", "base commit"),
-        ("echo x >.git/HEAD; echo x >x; result", "agent_failed", "commit what was left"),
-        ("mkdir sub; git -C sub init -q; result", "agent_failed", "sub"),
-    ],
-)
-def test_an_agent_that_goes_wrong_fails_its_task(
-    stand: Stand, plan: str, reason: str, words: str
-) -> None:
-    stand.agent(plan)
+WRONG = [
+    ("echo oops >&2; exit 3", "agent_failed", "without a result, code 3: oops"),
+    ("result 'It broke' success true", "agent_failed", "It broke"),
+    ("result 'It broke' error_during_execution true", "agent_failed", "It broke"),
+    ("result 'Nothing done' success false 0", "agent_failed", "Nothing done"),
+    (f"result '{SESSION_OVER}' success true", "agent_login", "/login"),
+    (f"echo '{RETRY}'; sleep 100", "agent_login", "login failed"),
+    ("result 'Too dear' error_max_budget_usd true", "budget", "Too dear"),
+    ("result 'Too long' error_max_turns true", "budget", "Too long"),
+    ("result 'Nothing to do here'", "no_changes", "Nothing to do here"),
+    ("rm -rf .git; echo x >x; result", "agent_failed", "git"),
+    ("git checkout -q --orphan o; git commit -qm o; result", "agent_failed", "base commit"),
+    ("echo x >.git/HEAD; echo x >x; result", "agent_failed", "commit what was left"),
+    ("mkdir sub; git -C sub init -q; result", "agent_failed", "sub"),
+]
+
+
+def test_an_agent_that_goes_wrong_fails_its_task(stand: Stand) -> None:
     stand.start(CODEBOT_TASK_TIMEOUT="30")
-    task = stand.submit()
-    assert words in stand.failed(task, reason)
-    assert (stand.hub.pulls, stand.branches()) == ([], ["main"])
-    assert len(list(stand.work.glob("task_*/repo"))) == 1
+    for count, (plan, reason, words) in enumerate(WRONG, 1):
+        stand.agent(plan)
+        assert words in stand.failed(stand.submit(), reason), plan
+        assert (stand.hub.pulls, stand.branches()) == ([], ["main"]), plan
+        assert len(list(stand.work.glob("task_*/repo"))) == count
 
 
 def test_an_agent_that_is_not_there_fails_its_task(stand: Stand) -> None:
@@ -1073,43 +1069,42 @@ def test_a_pull_request_is_opened_once_though_the_answer_was_lost(stand: Stand) 
     assert stand.hub.count("POST /repos/acme/widget/pulls") == 2
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        (500, b"<html>", {}),
-        (502, {"message": "Bad Gateway"}),
-        (429, {"message": "slow down"}, {"Retry-After": "1"}),
-        (403, {"message": "You have exceeded a secondary rate limit"}, {"Retry-After": "1"}),
-        (403, {"message": "no more"}, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "1"}),
-        (401, {"message": "Bad credentials"}),
-        (307, {}, {"Location": "/repos/acme/widget/pulls"}),
-        (200, b"{not json", {}),
-    ],
-)
-def test_what_github_asks_to_try_again_is_tried_again(stand: Stand, answer: Any) -> None:
-    stand.hub.fault("POST /repos/acme/widget/pulls", answer)
-    assert stand.done(stand.submit())["pr_number"] == 1
-    assert stand.hub.count("POST /repos/acme/widget/pulls") == 2
+LATER: list[Any] = [
+    (500, b"<html>", {}),
+    (502, {"message": "Bad Gateway"}),
+    (429, {"message": "slow down"}, {"Retry-After": "1"}),
+    (403, {"message": "You have exceeded a secondary rate limit"}, {"Retry-After": "1"}),
+    (403, {"message": "no more"}, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "1"}),
+    (401, {"message": "Bad credentials"}),
+    (307, {}, {"Location": "/repos/acme/widget/pulls"}),
+    (200, b"{not json", {}),
+]
+REFUSALS: list[Any] = [
+    (422, {"message": "Validation Failed", "errors": [{"field": "base", "code": "invalid"}]}),
+    (403, {"message": "Resource not accessible by integration"}),
+    (404, b"<html>no", {}),
+    (429, {"message": "tomorrow"}, {"Retry-After": "90000"}),
+    (307, {}, {"Location": "http://localhost:1/elsewhere"}),
+    (422, {"message": "Validation Failed", "errors": ["plainly no"]}),
+]
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        (422, {"message": "Validation Failed", "errors": [{"field": "base", "code": "invalid"}]}),
-        (403, {"message": "Resource not accessible by integration"}),
-        (404, b"<html>no", {}),
-        (429, {"message": "tomorrow"}, {"Retry-After": "90000"}),
-        (307, {}, {"Location": "http://localhost:1/elsewhere"}),
-        (422, {"message": "Validation Failed", "errors": ["plainly no"]}),
-    ],
-)
-def test_what_github_refuses_is_told_and_not_tried_again(stand: Stand, answer: Any) -> None:
-    stand.hub.fault("POST /repos/acme/widget/pulls", answer)
-    error = stand.failed(stand.submit(), "pull_request_failed")
-    assert "was pushed, but not the pull request opened" in error
-    assert str(answer[0]) in error
-    assert stand.hub.count("POST /repos/acme/widget/pulls") == 1
-    assert len(stand.branches()) == 2
+def test_what_github_asks_to_try_again_is_tried_again(stand: Stand) -> None:
+    stand.start(CODEBOT_MAX_WORKERS=str(len(LATER)))
+    stand.hub.fault("POST /repos/acme/widget/pulls", *LATER)
+    for task in [stand.submit() for _ in LATER]:
+        assert stand.done(task)["pr_url"]
+    assert stand.hub.count("POST /repos/acme/widget/pulls") == 2 * len(LATER)
+
+
+def test_what_github_refuses_is_told_and_not_tried_again(stand: Stand) -> None:
+    for count, answer in enumerate(REFUSALS, 1):
+        stand.hub.fault("POST /repos/acme/widget/pulls", answer)
+        error = stand.failed(stand.submit(), "pull_request_failed")
+        assert "was pushed, but not the pull request opened" in error
+        assert str(answer[0]) in error
+        assert stand.hub.count("POST /repos/acme/widget/pulls") == count, answer
+        assert len(stand.branches()) == count + 1
 
 
 def test_a_jwt_that_is_refused_is_signed_anew(stand: Stand) -> None:
@@ -1389,7 +1384,7 @@ def test_what_is_past_its_time_is_removed(stand: Stand) -> None:
     [mirror] = mirrors.rglob("*.git")
     assert sh("git", "for-each-ref", "refs/codebot", cwd=mirror).count("\n") == 0  # the other's
     (stand.top / "go").touch()
-    wait_for(lambda: not glob.glob(f"{mirrors}/**/*.git", recursive=True))  # rglob would race
+    wait_for(lambda: not mirror.exists())
     assert stand.ask("GET", f"/api/tasks/{other}/logs").status == 404
 
 
@@ -2459,13 +2454,13 @@ def test_what_is_not_for_codebot_is_ignored(stand: Stand) -> None:
 def test_a_question_is_answered_and_what_it_changed_is_thrown_away(stand: Stand) -> None:
     spoil = f"echo bad >hello.txt; touch new; git commit -qam bad; answer 'Key {MODEL_KEY}'"
     task, result = opened(stand, f"kind question; {spoil}")
-    said = stand.comment("alice", "Why --hello?\nIn <!-- short -->.")
+    said = stand.comment("alice", "Why --hello <!-- codebot -->?\nIn short.")
     [done] = stand.rounds(task, 1)
     assert (done["number"], done["state"], done["kind"]) == (1, "completed", "question")
     assert (done["commit"], done["error"]) == (None, None)
     [answer] = stand.answers()
     mark = f"<!-- codebot answer 2 issue {said['id']} -->"
-    assert answer == f"> Why --hello?\n\nKey *** {said['id']}.\n\n{mark}"
+    assert answer == f"> Why --hello &lt;!-- codebot -->?\n\nKey *** {said['id']}.\n\n{mark}"
     assert stand.git("rev-parse", result["branch_name"]) == result["commit"]
     assert sh("git", "status", "-sb", cwd=Path(result["work_dir"])) == f"## {result['branch_name']}"
     assert stand.hub.eyes == [("issue", said["id"])]
@@ -2517,7 +2512,7 @@ def test_a_change_is_pushed_and_told_in_its_thread(stand: Stand) -> None:
 
 def test_a_review_is_one_round_in_whatever_order_it_is_told(stand: Stand) -> None:
     task, _ = opened(stand, CHANGE)
-    for number, order in enumerate(((1, 0, 2), (0, 2, 1), (2, 1, 0)), 1):
+    for number, order in enumerate(((1, 0, 2), (0, 2, 1)), 1):
         review = stand.review("bob", "All in all: more", "More here", "And there", tell=False)
         for one in order:
             stand.tell(review[one])
@@ -2528,8 +2523,8 @@ def test_a_review_is_one_round_in_whatever_order_it_is_told(stand: Stand) -> Non
             [own] = [a for a in answers if f" {said['kind']} {said['id']} -->" in a]
             assert f"Done {said['id']}." in own
         assert sum("> All in all: more" in answer for answer in answers) == 1
-    assert len(stand.answers()) == 9
-    assert len(set(stand.hub.eyes)) == 6  # a review takes none
+    assert len(stand.answers()) == 6
+    assert len(set(stand.hub.eyes)) == 4  # a review takes none
 
 
 def test_whatever_the_agent_says_of_a_review_someone_is_answered(stand: Stand) -> None:
@@ -2599,15 +2594,22 @@ def test_who_may_not_write_and_what_is_not_open_to_us_is_dropped(stand: Stand) -
 
 def test_who_may_write_is_not_guessed_and_a_round_outlives_its_tasks_row(stand: Stand) -> None:
     stand.start(CODEBOT_TASK_RETENTION="1", limits={"GITHUB_WAIT": 0.5})
-    task, result = opened(stand, CHANGE)
+    plan = f'[ "$asked" = Task: ] && {{ {HELLO}; exit; }}; {CHANGE.replace(";", "; block;", 1)}'
+    task, result = opened(stand, plan)
+    stand.inline("alice", "Say more")
+    wait_for(stand.reached)
+    stand.done(other := stand.submit("Another"))
+    wait_for(lambda: stand.ask("GET", f"/api/tasks/{other}/status").status == 404)
+    assert (stand.status(task)["status"], Path(result["work_dir"]).exists()) == ("completed", True)
+    (stand.top / "go").touch()
     wait_for(lambda: stand.ask("GET", f"/api/tasks/{task}/status").status == 404)
     path = "/repos/acme/widget/collaborators/alice/permission"
     stand.hub.fault(f"GET {path}", (500, b"", {}))
-    said = stand.inline("alice", "Say more")
-    wait_for(lambda: stand.answers())
-    assert (stand.hub.count(f"GET {path}"), len(stand.asked("Comment"))) == (2, 1)
-    assert f"Done {said['id']}." in stand.answers()[0]
-    assert stand.shown(result, "hello.txt") == "hello\nmore"
+    said = stand.inline("alice", "And more still")
+    wait_for(lambda: len(stand.answers()) == 2)
+    assert (stand.hub.count(f"GET {path}"), len(stand.asked("Comment"))) == (3, 2)
+    assert f"Done {said['id']}." in stand.answers()[1]
+    assert stand.shown(result, "hello.txt") == "hello\nmore\nmore"
     stand.hub.pulls[0]["state"] = "closed"
     stand.deliver("pull_request", stand.event("closed"))
     ours = "Not a pull request that codebot opened"
@@ -2706,28 +2708,29 @@ def test_a_change_is_tested_and_pushed_only_when_it_passes(stand: Stand) -> None
 
 
 def test_what_others_pushed_meanwhile_is_built_upon(stand: Stand) -> None:
+    stand.start(limits={"PUSHES": 2})
     task, result = opened(stand, CHANGE, test_command="cat hello.txt theirs; true")
     branch, bobs = result["branch_name"], itertools.count(1)
 
     def push() -> None:
         push_beside(stand, branch, theirs=f"Bob was here {next(bobs)}\n")
 
-    stand.hub.fault("GET .*service=git-receive-pack", push, push, push)
+    stand.hub.fault("GET .*service=git-receive-pack", push)
     stand.inline("alice", "Say more")
     [done] = stand.rounds(task, 1)
     assert done["commit"] == stand.git("rev-parse", branch)
-    said = stand.git("log", "-4", "--format=%s", branch).split("\n")
-    assert said == ["Answer the review of Say hello", *["Change theirs"] * 3]
+    said = stand.git("log", "-2", "--format=%s", branch).split("\n")
+    assert said == ["Answer the review of Say hello", "Change theirs"]
     assert stand.shown(result, "hello.txt") == "hello\nmore"
-    assert stand.events(task).count("test: Bob was here 3") == 1  # it was tested as it is pushed
+    assert stand.events(task).count("test: Bob was here 1") == 1  # it was tested as it is pushed
     assert f"The change is in {done['commit']}." in stand.answers()[0]
 
-    stand.hub.fault("POST .*/git-receive-pack", push, push, push, push)
+    stand.hub.fault("POST .*/git-receive-pack", push, push)
     stand.inline("alice", "Say still more")
     failed = stand.rounds(task, 2)[1]
     assert (failed["state"], failed["commit"]) == ("failed", None)
     assert "I could not do this: Failed to push" in stand.answers()[1]
-    assert stand.shown(result, "theirs") == "Bob was here 7"
+    assert stand.shown(result, "theirs") == "Bob was here 3"
 
     conflict = {"hello.txt": "goodbye\n"}
     stand.hub.fault(
@@ -2762,7 +2765,6 @@ CUTS = {  # where a review is cut off
     "pushed": ("POST .*/git-receive-pack", "after"),
     "answer": ("POST .*/replies", "before"),
     "answered": ("POST .*/replies", "after"),
-    "told": ("PATCH .*/pulls/1", "after"),
 }
 
 
@@ -2831,13 +2833,13 @@ def test_polling_finds_what_no_webhook_tells(stand: Stand) -> None:
     )
     task, _ = opened(stand, QUESTION)
     comments = "GET /repos/acme/widget/issues/1/comments"
-    wait_for(lambda: stand.hub.unchanged >= 3)
     assert stand.deliver("ping", {}).status == 404
     stand.hub.fault(comments, (503, b"", {}))
-    stand.comment("alice", "Why?", tell=False)
-    stand.logged("poll of acme/widget#1: 503")
+    stand.review("alice", "Why?", tell=False)
+    stand.logged("poll of acme/widget#1: 503")  # the reviews were read then, but not kept
     stand.rounds(task, 1)
     stand.hub.pulls[0]["state"] = "closed"
+    wait_for(lambda: stand.hub.unchanged)  # nobody said anything on a line
     wait_for(lambda: stand.status(task)["result"]["pr_state"] == "closed")
     assert len(stand.answers()) == len(stand.status(task)["reviews"]) == 1
 
