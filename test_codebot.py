@@ -662,7 +662,7 @@ class Stand:
         return self.ask("POST", "/webhook", data, "", **headers)
 
     def event(self, action: str, on: int = 1, **more: Any) -> dict[str, Any]:
-        repository = {"id": 1, "full_name": NAME}
+        repository = {"id": 1, "full_name": self.hub.renamed.get(NAME, NAME)}
         return {"action": action, "repository": repository, "pull_request": {"number": on}, **more}
 
     def tell(self, said: dict[str, Any], action: str = "", guid: str = "") -> Answer:
@@ -2812,6 +2812,51 @@ def test_an_answer_is_posted_once_though_githubs_word_of_it_was_lost(stand: Stan
     stand.review("alice", "Why?")
     assert stand.rounds(task, 1)[0]["state"] == "completed"
     assert (len(stand.answers()), stand.hub.count("POST .*/issues/1/comments")) == (1, 1)
+
+
+def test_what_goes_wrong_in_a_round_is_told_and_harms_no_other(stand: Stand) -> None:
+    task, result = opened(stand, QUESTION)
+    no = (403, {"message": "Resource not accessible by integration"})
+    stand.hub.fault("PATCH .*/pulls/1", no)
+    stand.inline("alice", "Why?")
+    assert stand.rounds(task, 1)[0]["state"] == "completed"
+    assert "is left as it is: 403 Resource not" in stand.log()
+    stand.hub.fault("GET .*/permission", no)
+    stand.inline("alice", "Why?")
+    failed = stand.rounds(task, 2)[1]
+    assert (failed["state"], failed["error"]) == ("failed", f"403 {no[1]['message']}")
+    stand.agent("kind change; rm -rf .git; echo x >x; answer Done")
+    stand.inline("alice", "Say more")
+    assert f"I could not do this: {stand.rounds(task, 3)[2]['error']}" in stand.answers()[1]
+    stand.agent(CHANGE)
+
+    def undo() -> None:
+        stand.git("update-ref", f"refs/heads/{result['branch_name']}", result["commit"])
+
+    stand.hub.fault("GET .*service=git-upload-pack", lambda: None, undo)  # after the push
+    stand.inline("alice", "Say more")
+    assert stand.rounds(task, 4)[3]["commit"] is None
+    assert "was pushed, but it is not on the branch any more" in stand.answers()[2]
+    stand.hub.fault("POST .*/git-receive-pack", stand.hub.said.clear)
+    stand.inline("alice", "Say more")
+    done = stand.rounds(task, 5)[4]
+    assert (done["state"], done["commit"]) == ("completed", stand.git("rev-parse", done["commit"]))
+    assert (stand.answers(), "no answer to inline" in stand.log()) == ([], True)
+
+
+def test_reviews_follow_a_renamed_repository_if_it_is_allowed(stand: Stand) -> None:
+    task, _ = opened(stand, CHANGE)
+    rename(stand)
+    stand.inline("alice", "Say more")
+    [done] = stand.rounds(task, 1)
+    assert done["commit"] in stand.git("branch", "-v", "--no-abbrev", name="acme/gadget")
+    stand.kill()
+    stand.hub.fault("GET /app/hook/deliveries", (403, {"message": "no"}))
+    stand.start(CODEBOT_ALLOWED_REPOSITORIES="acme/w*")
+    stand.inline("alice", "Say more")
+    stand.logged("The repository is acme/gadget, which is not allowed")
+    stand.logged("failed deliveries are not asked for again: 403 no")
+    assert len(stand.rounds(task, 1)) == 1
 
 
 def test_what_was_said_while_it_was_down_is_found_at_the_start(stand: Stand) -> None:
