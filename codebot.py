@@ -2120,14 +2120,15 @@ def run_review(app: App, hub: GitHub, pull: int) -> None:
         return app.reviews.put(pull)
     except (Stopped, GitHubError, sqlite3.Error) as error:
         log.warning("%s: %s", what, error)
-        gone = isinstance(error, GitHubError) and not error.again
+        gone, why = isinstance(error, GitHubError) and not error.again, app.mask(str(error))
     except Exception:
         log.exception(what)
         gone, crashes = row["interruptions"] >= 2 * INTERRUPTIONS, 1  # it has been told by then
+        why = "internal error"
     finally:
         del app.reviewing[pull]
     if gone:
-        how = {"reason": "internal", "error": "GitHub refused, or codebot failed: see its log"}
+        how = {"reason": "internal", "error": why}
         app.surely(store.end, of, "failed", *this.job.spent(), **how)
     else:
         app.surely(store.put_back, of, crashes)  # the keeper hands it to the lane again
@@ -2150,8 +2151,8 @@ def watch_pulls(app: App, hub: GitHub) -> None:
 def deliver_again(app: App, hub: GitHub, asked: collections.Counter[str]) -> None:
     """Have GitHub deliver again what failed, if it lets us (docs: "Handling failed deliveries")."""
     try:
-        failed = list(hub.pages(None, "/app/hook/deliveries?status=failure&per_page=100"))
-        for one in reversed(failed):  # the oldest first
+        failed = list(hub.pages(None, "/app/hook/deliveries?status=failure&per_page=100"))[::-1]
+        for one in {one["guid"]: one for one in failed}.values():
             known = app.store.read("SELECT 1 FROM deliveries WHERE guid = ?", one["guid"])
             bad = one["event"] in HEARD and not 200 <= one["status_code"] < 300
             if bad and not known and asked[one["guid"]] < 3:

@@ -1083,9 +1083,9 @@ REFUSALS: list[Any] = [
     (422, {"message": "Validation Failed", "errors": [{"field": "base", "code": "invalid"}]}),
     (403, {"message": "Resource not accessible by integration"}),
     (404, b"<html>no", {}),
-    (429, {"message": "tomorrow"}, {"Retry-After": "90000"}),
     (307, {}, {"Location": "http://localhost:1/elsewhere"}),
     (422, {"message": "Validation Failed", "errors": ["plainly no"]}),
+    (429, {"message": "tomorrow"}, {"Retry-After": "90000"}),
 ]
 
 
@@ -1105,6 +1105,9 @@ def test_what_github_refuses_is_told_and_not_tried_again(stand: Stand) -> None:
         assert str(answer[0]) in error
         assert stand.hub.count("POST /repos/acme/widget/pulls") == count, answer
         assert len(stand.branches()) == count + 1
+    calls = stand.hub.count(".*/repos/acme/widget/pulls")
+    assert "rate limit is reached" in stand.failed(stand.submit(), "pull_request_failed")
+    assert stand.hub.count(".*/repos/acme/widget/pulls") == calls  # nothing is asked until then
 
 
 def test_a_jwt_that_is_refused_is_signed_anew(stand: Stand) -> None:
@@ -2594,7 +2597,8 @@ def test_who_may_not_write_and_what_is_not_open_to_us_is_dropped(stand: Stand) -
 
 
 def test_who_may_write_is_not_guessed_and_a_round_outlives_its_tasks_row(stand: Stand) -> None:
-    stand.start(CODEBOT_TASK_RETENTION="1", limits={"GITHUB_WAIT": 0.5})
+    limits = {"GITHUB_WAIT": 0.5}
+    stand.start(CODEBOT_TASK_RETENTION="1", CODEBOT_REVIEW_WORKERS="2", limits=limits)
     plan = f'[ "$asked" = Task: ] && {{ {HELLO}; exit; }}; {CHANGE.replace(";", "; block;", 1)}'
     task, result = opened(stand, plan)
     stand.inline("alice", "Say more")
@@ -2682,6 +2686,37 @@ def test_closed_and_opened_again_it_is_gone_on_with_from_nothing(stand: Stand) -
     becomes("closed", state="closed", merged=True)
     wait_for(lambda: not folder.exists())
     assert len(stand.answers()) == 2
+
+
+def test_closing_ends_the_round_that_is_at_work(stand: Stand) -> None:
+    task, result = opened(stand, CHANGE.replace(";", "; block;", 1))
+    stand.comment("alice", "Say more")
+    wait_for(stand.reached)
+    stand.hub.pulls[0]["state"] = "closed"
+    stand.deliver("pull_request", stand.event("closed"))
+    wait_for(lambda: not Path(result["work_dir"]).parent.exists())
+    wait_for(lambda: not stand.status(task)["reviews"])
+    wait_for(stand.only_the_server_is_left)
+    assert (stand.answers(), stand.git("rev-parse", result["branch_name"])) == (
+        [],
+        result["commit"],
+    )
+
+
+def test_what_is_done_waits_for_a_github_that_is_down_at_the_push(stand: Stand) -> None:
+    stand.start(CODEBOT_TASK_RETENTION="1", limits={"GITHUB_WAIT": 0.5})
+    task, result = opened(stand, CHANGE)
+    hold = stand.hub.hold("GET .*git-receive-pack")
+    stand.comment("alice", "Say more")
+    assert hold.reached.wait(20)
+    stand.hub.tokens.clear()
+    stand.hub.fault("POST /app/installations", (503, {}))
+    hold.go.set()
+    stand.logged("running -> pending")
+    wait_for(lambda: stand.answers())
+    head = stand.git("rev-parse", result["branch_name"])
+    assert f"The change is in {head}." in stand.answers()[0]
+    assert len(stand.asked("Review comment")) == 1
 
 
 def test_a_change_is_tested_and_pushed_only_when_it_passes(stand: Stand) -> None:
@@ -2803,7 +2838,7 @@ def test_a_review_that_the_server_dies_of_is_given_up_and_told(stand: Stand) -> 
     stand.start(limits={"INTERRUPTIONS": 1})
     [failed] = stand.rounds(task, 1)
     assert (failed["state"], failed["error"] in stand.answers()[0]) == ("failed", True)
-    assert "The server died" in failed["error"]
+    assert "failed again and again" in failed["error"]
 
 
 def test_an_answer_is_posted_once_though_githubs_word_of_it_was_lost(stand: Stand) -> None:
@@ -2888,7 +2923,7 @@ def test_what_was_said_while_it_was_down_is_found_at_the_start(stand: Stand) -> 
         assert f"Because {one['id']}." in answer
     assert len(stand.answers()) == len(said) + 1
     again = [call for call in stand.hub.calls if call.startswith("POST /app/hook")]
-    assert again == [f"POST /app/hook/deliveries/{number}/attempts" for number in (0, 2)]
+    assert again == [f"POST /app/hook/deliveries/{number}/attempts" for number in (2, 0)]
     assert stand.tell(said[0]).status == 200
 
 
