@@ -2640,7 +2640,7 @@ def test_rounds_of_one_pull_request_wait_for_each_other_and_for_nothing_else(sta
     stand.comment("bob", "Why?", on=2)
     assert len(stand.rounds(second, 1)) == 1
     stand.done(stand.submit("Another"))
-    assert stand.ask("GET", "/health").json["review_queue_size"] == 3
+    wait_for(lambda: stand.ask("GET", "/health").json["review_queue_size"] == 3)
     assert "\ncodebot_review_queue_size 3\n" in stand.ask("GET", "/metrics").text
     assert [r["state"] for r in stand.status(first)["reviews"]] == ["running", *["pending"] * 3]
     (stand.top / "go").touch()
@@ -2705,7 +2705,7 @@ def test_closing_ends_the_round_that_is_at_work(stand: Stand) -> None:
 
 def test_what_is_done_waits_for_a_github_that_is_down_at_the_push(stand: Stand) -> None:
     stand.start(CODEBOT_TASK_RETENTION="1", limits={"GITHUB_WAIT": 0.5})
-    task, result = opened(stand, CHANGE)
+    _, result = opened(stand, CHANGE)
     hold = stand.hub.hold("GET .*git-receive-pack")
     stand.comment("alice", "Say more")
     assert hold.reached.wait(20)
