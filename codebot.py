@@ -330,10 +330,8 @@ class Mask:
         self._lock = threading.Lock()  # guards both
         secret = [name for name in config.agent_names if re.search("TOKEN|KEY|SECRET|PASS", name)]
         given = [config.variables.get(name, "") for name in (*SECRET_NAMES, *secret)]
-        proxies = [config.variables.get(name, "") for name in NETWORK_NAMES]
-        self.add(
-            *config.api_keys, *given, *(urllib.parse.urlsplit(p).password or "" for p in proxies)
-        )
+        proxies = [urllib.parse.urlsplit(config.variables.get(n, "")) for n in NETWORK_NAMES]
+        self.add(*config.api_keys, *given, *(proxy.password or "" for proxy in proxies))
 
     def add(self, *secrets: str, token: bool = False) -> None:
         keep = self._tokens.append if token else self._found.add
@@ -389,9 +387,7 @@ def api_key(app: App, request: Request) -> None:
 def signed_by_github(app: App, request: Request) -> None:
     """The guard of webhooks: an HMAC of the raw body (docs: "Validating webhook deliveries")."""
     if not (secret := app.config.webhook_secret) or app.github is None:
-        raise HTTPError(
-            404, "Webhooks are off: GITHUB_WEBHOOK_SECRET is not set, or --no-github is"
-        )
+        raise HTTPError(404, "Webhooks are off: no GITHUB_WEBHOOK_SECRET is set, or --no-github is")
     right = "sha256=" + hmac.new(secret.encode(), request.body, "sha256").hexdigest()
     given = request.headers.get("x-hub-signature-256", "").encode("latin-1")
     if not hmac.compare_digest(given, right.encode()):
@@ -440,9 +436,7 @@ def parse_request(raw: bytes) -> Request:
     if not (match := re.fullmatch(r"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])", first)):
         raise HTTPError(400, "The first line is no HTTP/1.1 request line")
     if re.search(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n)", head):
-        raise HTTPError(
-            400, "The headers have a control character, or a line end that is not CR LF"
-        )
+        raise HTTPError(400, "The headers have a control character, or a line end but CR LF")
     headers: dict[str, str] = {}
     for line in lines:
         name, colon, value = line.partition(":")
@@ -567,9 +561,7 @@ class Server(http.server.ThreadingHTTPServer):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setblocking(False)
                 if self.tls:  # the handshake is part of the waiting
-                    sock = self.tls.wrap_socket(
-                        sock, server_side=True, do_handshake_on_connect=False
-                    )
+                    sock = self.tls.wrap_socket(sock, True, do_handshake_on_connect=False)
             except OSError as error:  # gone already; or no descriptor is left
                 if not isinstance(error, (BlockingIOError, ConnectionError)):
                     self.make_room()
@@ -832,9 +824,7 @@ SHOWN["failed"] = (*TIMES, "error", "reason")
 
 
 def task_status(app: App, request: Request, task_id: str) -> Reply:
-    row = app.store.get(
-        task_id, "status, submitted_at, started_at, completed_at, phase, result, error, reason"
-    )
+    row = app.store.get(task_id, f"{', '.join(TIMES)}, phase, result, error, reason")
     value = {"task_id": task_id, **{name: row[name] for name in SHOWN[row["status"]]}}
     if row["status"] == "completed":
         pull = app.store.pull("task_id = ?", task_id)
@@ -1404,10 +1394,8 @@ class Store:
 
     def comments(self, review: int) -> list[dict[str, Any]]:
         """What a round is about, as it was when it was queued."""
-        rows = self.read(
-            "SELECT given FROM comments WHERE review = ? ORDER BY kind DESC, id", review
-        )
-        return [json.loads(row["given"]) for row in rows]
+        sql = "SELECT given FROM comments WHERE review = ? ORDER BY kind DESC, id"
+        return [json.loads(row["given"]) for row in self.read(sql, review)]
 
     def gather(self, pull: int, review: int, source: str) -> None:
         """Take into a running round what else of its review was queued meanwhile."""
@@ -1924,12 +1912,8 @@ class Job:
         tmp = "/tmp" if app.sandbox == ("bwrap",) else f"{task}/tmp"
         env = {**base_env(app, self.id), **agent_env(app, self, model)}
         env |= {"HOME": f"{task}/home", "TMPDIR": tmp}
-        how = {
-            "timeout": GIT_TIMEOUT,
-            "cwd": f"{task}/repo",
-            "stall": app.config.stall_timeout,
-            **how,
-        }
+        how = {"timeout": GIT_TIMEOUT, "stall": app.config.stall_timeout, **how}
+        how["cwd"] = f"{task}/repo"
         return self.program(box(app, task, folder or self.mirror, argv), env, **how)
 
     def left(self) -> float:
@@ -2035,14 +2019,10 @@ class ClaudeReader:
         """Raise TaskFailed unless the agent told of a success.  Its exit code is not asked."""
         get, errors = self.result.get, self.result.get("errors") or [""]
         said = (self.text or str(errors[0]) or self.heard or last(lines))[:1000]
-        if (
-            self.login_failed
-            or get("api_error_status") == 401
-            or (get("is_error") and "/login" in said)
-        ):
-            raise TaskFailed(
-                "agent_login", f"The agent's login failed, see {MODEL_NAMES[0]}: {said}"
-            )
+        refused = self.login_failed or get("api_error_status") == 401
+        if refused or (get("is_error") and "/login" in said):
+            what = f"The agent's login failed, see {MODEL_NAMES[0]}: {said}"
+            raise TaskFailed("agent_login", what)
         if get("subtype") in ("error_max_budget_usd", "error_max_turns"):
             raise TaskFailed("budget", f"The agent reached its limit: {said}")
         if get("is_error") or get("subtype") != "success" or get("num_turns") == 0:
@@ -2315,13 +2295,10 @@ class Round:
         if user and may not in ("admin", "write"):
             raise Dropped(f"{user} may not write to the repository, but {may}")
         for one in list(self.said):
-            on = {
-                "inline": f"/pulls/comments/{one['id']}",
-                "issue": f"/issues/comments/{one['id']}",
-            }
+            on = {"inline": "pulls", "issue": "issues"}.get(one["kind"])
             try:
-                if one["kind"] in on:  # a review takes no reactions
-                    path = f"{on[one['kind']]}/reactions"
+                if on:  # a review takes no reactions
+                    path = f"/{on}/comments/{one['id']}/reactions"
                     self.hub.ask(self.job, "POST", path, {"content": "eyes"})
             except GitHubError as error:
                 log.info("no eyes on %s %s: %s", one["kind"], one["id"], error)
@@ -2589,9 +2566,7 @@ def parse_url(config: Config, url: str) -> Repository:
     if config.no_github:
         kinds = r"((https?|ssh|file)://|/|[A-Za-z0-9._-]+@[A-Za-z0-9.-]+:)[^-].*"
         if not re.fullmatch(kinds, url) or "::" in url or re.match(r"https?://[^/]*@", url):
-            raise ValueError(
-                "expected https:// (without a user), ssh://, file://, user@host:path or /path"
-            )
+            raise ValueError("expected https:// without a user, ssh://, file://, user@host: or /")
         local = urllib.parse.unquote(re.sub("^file://[^/]*", "", url))
         if f"{os.path.realpath(local)}/".startswith(f"{config.work_dir}/"):  # the agents' own hooks
             raise ValueError("lies in the work-dir")
@@ -2600,9 +2575,8 @@ def parse_url(config: Config, url: str) -> Repository:
     base = config.git_base
     scheme, _, host = base.partition("://")
     url = re.sub(r"^git@([^:/]+):", lambda match: f"{scheme}://{match[1].lower()}/", url)
-    found = re.fullmatch(
-        r"(.+?)/([A-Za-z0-9][\w.-]{0,99})/([\w.-]{1,100}?)(\.git)?/?", url, re.ASCII
-    )
+    parts = r"(.+?)/([A-Za-z0-9][\w.-]{0,99})/([\w.-]{1,100}?)(\.git)?/?"
+    found = re.fullmatch(parts, url, re.ASCII)
     if not found or found[1].lower() != base or found[3] in (".", "..", ".git"):
         raise ValueError(f"expected {base}/OWNER/NAME")
     name = f"{found[2]}/{found[3]}"
@@ -2622,13 +2596,9 @@ def is_branch_name(name: str) -> bool:
 
 def base_env(app: App, task_id: str = "") -> dict[str, str]:
     """The whole environment of a program that needs no more.  Nothing is inherited."""
-    alone = {
-        "GIT_TERMINAL_PROMPT": "0",
-        "GIT_CONFIG_NOSYSTEM": "1",
-        "GIT_CONFIG_GLOBAL": "/dev/null",
-    }
-    base = {"PATH": app.config.path, "HOME": "/nonexistent", "LC_ALL": "C.UTF-8"}
-    return {**base, **alone, "CODEBOT_RUN": f"{app.mark}{task_id}"}
+    env = {"PATH": app.config.path, "HOME": "/nonexistent", "LC_ALL": "C.UTF-8"}
+    env |= {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": "/dev/null"}
+    return {**env, "GIT_TERMINAL_PROMPT": "0", "CODEBOT_RUN": f"{app.mark}{task_id}"}
 
 
 def network_env(app: App, job: Job) -> dict[str, str]:
@@ -2721,10 +2691,8 @@ def box(app: App, task: str, mirror: str, argv: Sequence[str]) -> tuple[str, ...
         return tuple(argv)
     if app.sandbox != ("bwrap",):
         fill = {"{task}": task, "{objects}": f"{mirror}/objects"}
-        return (
-            *(re.sub(r"\{\w+\}", lambda m: fill.get(m[0], m[0]), w) for w in app.sandbox),
-            *argv,
-        )
+        words = [re.sub(r"\{\w+\}", lambda m: fill.get(m[0], m[0]), w) for w in app.sandbox]
+        return (*words, *argv)
     config, home = app.config, os.path.realpath(os.path.expanduser("~"))
     path = [os.path.realpath(p) for p in config.path.split(":")]
     under_home = [p for p in path if p.startswith(f"{home}/")]
@@ -3146,9 +3114,8 @@ def github_words(error: urllib.error.HTTPError) -> str:
     """What an error's body says, in one line."""
     try:
         body = json.loads(error.read(1 << 20))
-        more = [
-            e if isinstance(e, str) else e.get("message") or str(e) for e in body.get("errors", ())
-        ]
+        all_of = body.get("errors", ())
+        more = [e if isinstance(e, str) else e.get("message") or str(e) for e in all_of]
         return f"{error.code} {': '.join([body['message'], *more])}"[:1000]
     except (ValueError, LookupError, TypeError, AttributeError, OSError, http.client.HTTPException):
         return f"{error.code} without a reason"
@@ -3398,10 +3365,9 @@ def serve(flags: dict[str, Any]) -> int:
     url = f"{'https' if config.tls_cert else 'http'}://localhost:{server.server_port}"
     print(f"HTTP API enabled with {len(config.api_keys)} API key(s)")
     print(f"Starting server on port {server.server_port}...")
-    print(
-        f"API endpoints: {url}/api/tasks/submit\n               {url}/api/tasks/{{task_id}}/status"
-    )
-    print(f"               {url}/api/tasks\nHealth:        {url}/health")
+    print(f"API endpoints: {url}/api/tasks/submit")
+    print(f"               {url}/api/tasks/{{task_id}}/status\n               {url}/api/tasks")
+    print(f"Health:        {url}/health")
     on = config.webhook_secret and app.github
     print(f"Webhook:       {f'{url}/webhook' if on else 'off: GITHUB_WEBHOOK_SECRET is not set'}")
     print(f"Page:          {url}/")
@@ -3448,9 +3414,8 @@ def run(flags: dict[str, Any]) -> int:
     given = {name: value for name, value in given.items() if value is not None}
     config = load_config(flags)
     if not flags["work_dir"]:
-        config = dataclasses.replace(
-            config, work_dir=os.path.realpath(tempfile.mkdtemp(prefix="codebot-"))
-        )
+        work_dir = os.path.realpath(tempfile.mkdtemp(prefix="codebot-"))
+        config = dataclasses.replace(config, work_dir=work_dir)
     app = App(config)
     try:
         if source:
@@ -3521,12 +3486,8 @@ def check(flags: dict[str, Any]) -> int:
             tell(hub.jwt(), "the App's key signs")
             about = hub._call("GET", "/app", hub.jwt)[0]
             tell(True, f"GitHub answers at {config.github_api}; the App is {about['name']}")
-            tell(
-                abs(hub.skew) < 30,
-                f"clock: {hub.skew:+.0f} s to GitHub's",
-                "set the host's",
-                "warn",
-            )
+            told = f"clock: {hub.skew:+.0f} s to GitHub's"
+            tell(abs(hub.skew) < 30, told, "set the host's", "warn")
             given = hub._call("GET", f"/app/installations/{config.installation_id}", hub.jwt)[0]
             tell(True, f"installation {config.installation_id} of {given['account']['login']}")
             for right in ("contents", "pull_requests", "issues"):
@@ -3645,25 +3606,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sub.set_defaults(function=command)
         if command is demo:
             continue
-        sub.add_argument("--work-dir", metavar="DIR", help="default ./codebot_workspace")
-        sub.add_argument(
-            "--no-github", action="store_true", help="any git remote, no pull requests"
-        )
+        add, on = sub.add_argument, dict[str, Any](action="store_true")
+        add("--work-dir", metavar="DIR", help="default ./codebot_workspace")
+        add("--no-github", **on, help="any git remote, no pull requests")
         if command is run:
-            sub.add_argument("--task", metavar="FILE", help="the task as JSON; - is stdin")
+            add("--task", metavar="FILE", help="the task as JSON; - is stdin")
             for name in FIELDS:
-                sub.add_argument(f"--{name.replace('_', '-')}", metavar="TEXT")
+                add(f"--{name.replace('_', '-')}", metavar="TEXT")
             continue
-        sub.add_argument("--host", help="address to listen on; default 127.0.0.1")
-        sub.add_argument("--port", type=flag(whole(0, 65535)), help="default 5000; 0: a free one")
-        sub.add_argument("--workers", type=flag(whole(1, 1000)), help="tasks at once")
-        sub.add_argument(
-            "--enable-polling", action="store_true", help="ask GitHub for reviews on a clock"
-        )
-        sub.add_argument("--poll-interval", type=flag(whole(1)), help="seconds; default 300")
-        sub.add_argument("--tls-cert", metavar="FILE", help="PEM; with --tls-key: HTTPS")
-        sub.add_argument("--tls-key", metavar="FILE")
-        sub.add_argument("--debug", action="store_true", help="say more; restart on a change")
+        add("--host", help="address to listen on; default 127.0.0.1")
+        add("--port", type=flag(whole(0, 65535)), help="default 5000; 0: a free one")
+        add("--workers", type=flag(whole(1, 1000)), help="tasks at once")
+        add("--enable-polling", **on, help="ask GitHub for reviews on a clock")
+        add("--poll-interval", type=flag(whole(1)), help="seconds; default 300")
+        add("--tls-cert", metavar="FILE", help="PEM; with --tls-key: HTTPS")
+        add("--tls-key", metavar="FILE")
+        add("--debug", **on, help="say more; restart on a change")
     given = vars(parser.parse_args(arguments))
     function = given.pop("function")
     del given["command"]
