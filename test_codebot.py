@@ -893,21 +893,19 @@ def test_many_tasks_at_once_all_become_pull_requests(stand: Stand) -> None:
     assert branches <= set(stand.branches())
 
 
-@pytest.mark.parametrize(
-    ("ticket", "summary", "pattern"),
-    [
-        ("../../etc", "..", r"etc/[0-9a-f]{7}/task"),
-        ("Ünï cødé/1", "Fix: the *best* ~bug^?", r"Uni-cde-1/[0-9a-f]{7}/fix-the-best-bug"),
-        ("-x.lock", "a" * 400, r"x-lock/[0-9a-f]{7}/a{40}"),
-    ],
-)
-def test_ticket_and_summary_are_made_safe(
-    stand: Stand, ticket: str, summary: str, pattern: str
-) -> None:
-    result = stand.done(stand.submit(ticket_id=ticket, ticket_summary=summary))
-    assert re.fullmatch(f"u/codebot/{pattern}", result["branch_name"])
-    assert Path(result["work_dir"]).parent.parent == stand.work
-    assert len(stand.hub.pulls[0]["title"]) <= 250
+TICKETS = [
+    ("../../etc", "..", r"etc/[0-9a-f]{7}/task"),
+    ("Ünï cødé/1", "Fix: the *best* ~bug^?", r"Uni-cde-1/[0-9a-f]{7}/fix-the-best-bug"),
+    ("-x.lock", "a" * 400, r"x-lock/[0-9a-f]{7}/a{40}"),
+]
+
+
+def test_ticket_and_summary_are_made_safe(stand: Stand) -> None:
+    for ticket, summary, pattern in TICKETS:
+        result = stand.done(stand.submit(ticket_id=ticket, ticket_summary=summary))
+        assert re.fullmatch(f"u/codebot/{pattern}", result["branch_name"])
+        assert Path(result["work_dir"]).parent.parent == stand.work
+    assert all(len(pull["title"]) <= 250 for pull in stand.hub.pulls)
 
 
 def test_a_description_of_the_greatest_length_just_works(stand: Stand) -> None:
@@ -962,24 +960,23 @@ def test_an_agent_that_hangs_is_ended(stand: Stand, reason: str) -> None:
     assert not [stray for stray in stand.strays() if "sleep" in stray]
 
 
-@pytest.mark.parametrize(
-    "plan",
-    [
-        f"{HELLO}; exit 9",
-        f"{HELLO}; sleep 300",
-        f"setsid sleep 300 & {HELLO}",
-        f"{HELLO}; trap '' TERM; while :; do sleep 300; done",
-        f"echo 'no json'; echo '[]'; echo '{{\"type\":3}}'; {HELLO}",
-        f"head -c 9000000 /dev/zero | tr '\\0' x; echo; {HELLO}",
-        f"seq 1 2000; {HELLO}",
-    ],
-)
-def test_a_good_result_counts_whatever_else_the_agent_does(stand: Stand, plan: str) -> None:
-    stand.agent(plan)
+GOOD = [
+    f"{HELLO}; exit 9",
+    f"{HELLO}; sleep 300",
+    f"setsid sleep 300 & {HELLO}",
+    f"{HELLO}; trap '' TERM; while :; do sleep 300; done",
+    f"echo 'no json'; echo '[]'; echo '{{\"type\":3}}'; {HELLO}",
+    f"head -c 9000000 /dev/zero | tr '\\0' x; echo; {HELLO}",
+    f"seq 1 2000; {HELLO}",
+]
+
+
+def test_a_good_result_counts_whatever_else_the_agent_does(stand: Stand) -> None:
     stand.start(limits={"RESULT_GRACE": 0.3})
-    result = stand.done(stand.submit())
-    assert stand.shown(result, "hello.txt") == "hello"
-    assert not [stray for stray in stand.strays() if "sleep" in stray]
+    for plan in GOOD:
+        stand.agent(plan)
+        assert stand.shown(stand.done(stand.submit()), "hello.txt") == "hello", plan
+        assert not [stray for stray in stand.strays() if "sleep" in stray], plan
 
 
 def test_events_are_for_people_and_what_is_long_is_cut(stand: Stand) -> None:
@@ -1796,39 +1793,39 @@ def test_unknown_paths_are_404_and_wrong_methods_405(stand: Stand) -> None:
         assert (answer.status, answer.headers["Allow"]) == (405, allow)
 
 
-@pytest.mark.parametrize(
-    ("data", "status"),
-    [
-        (b"nonsense\r\n\r\n", 400),
-        (b"GET /health\r\n\r\n", 400),
-        (b"get /health HTTP/1.1\r\n\r\n", 400),
-        (b"GET health HTTP/1.1\r\n\r\n", 400),
-        (b"GET /health HTTP/2.0\r\n\r\n", 400),
-        (b"GET /h\xc3\xa9 HTTP/1.1\r\n\r\n", 400),
-        (b"GET /health HTTP/1.1\r\nbad line\r\n\r\n", 400),
-        (b"GET /health HTTP/1.1\r\nHost : x\r\n\r\n", 400),
-        (b"GET /health HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400),
-        (b"POST /x HTTP/1.1\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nab", 400),
-        (b"POST /x HTTP/1.1\r\nContent-Length: -2\r\n\r\n", 400),
-        (b"POST /x HTTP/1.1\r\nContent-Length: two\r\n\r\n", 400),
-        (b"POST /x HTTP/1.1\r\nX: a\nb\r\n\r\n", 400),
-        (b"POST /x HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
-        (b"POST /x HTTP/1.1\r\nContent-Length: 1048577\r\n\r\nab", 413),
-        (b"POST /x HTTP/1.1\r\nContent-Length: 99999999999999999\r\n\r\nab", 413),
-        (b"GET /health HTTP/1.1\r\nX: " + b"x" * 40_000 + b"\r\n\r\n", 431),
-        (b"x" * 40_000, 431),
-        (b"GET /health HTTP/1.0\r\n\r\n", 200),
-        (b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n", 200),
-    ],
-)
-def test_heads_of_all_kinds_get_the_right_answer(stand: Stand, data: bytes, status: int) -> None:
+HEADS = [
+    (b"nonsense\r\n\r\n", 400),
+    (b"GET /health\r\n\r\n", 400),
+    (b"get /health HTTP/1.1\r\n\r\n", 400),
+    (b"GET health HTTP/1.1\r\n\r\n", 400),
+    (b"GET /health HTTP/2.0\r\n\r\n", 400),
+    (b"GET /h\xc3\xa9 HTTP/1.1\r\n\r\n", 400),
+    (b"GET /health HTTP/1.1\r\nbad line\r\n\r\n", 400),
+    (b"GET /health HTTP/1.1\r\nHost : x\r\n\r\n", 400),
+    (b"GET /health HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400),
+    (b"POST /x HTTP/1.1\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nab", 400),
+    (b"POST /x HTTP/1.1\r\nContent-Length: -2\r\n\r\n", 400),
+    (b"POST /x HTTP/1.1\r\nContent-Length: two\r\n\r\n", 400),
+    (b"POST /x HTTP/1.1\r\nX: a\nb\r\n\r\n", 400),
+    (b"POST /x HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
+    (b"POST /x HTTP/1.1\r\nContent-Length: 1048577\r\n\r\nab", 413),
+    (b"POST /x HTTP/1.1\r\nContent-Length: 99999999999999999\r\n\r\nab", 413),
+    (b"GET /health HTTP/1.1\r\nX: " + b"x" * 40_000 + b"\r\n\r\n", 431),
+    (b"x" * 40_000, 431),
+    (b"GET /health HTTP/1.0\r\n\r\n", 200),
+    (b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n", 200),
+]
+
+
+def test_heads_of_all_kinds_get_the_right_answer(stand: Stand) -> None:
     stand.start(limits={"LINGER": 0.3})
-    answer = stand.raw(data)
-    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
-    assert b"Connection: close" in answer
-    head, _, body = answer.partition(b"\r\n\r\n")
-    assert json.loads(body)
-    assert f"Content-Length: {len(body)}".encode() in head
+    for data, status in HEADS:
+        answer = stand.raw(data)
+        assert answer.startswith(f"HTTP/1.1 {status} ".encode()), data[:100]
+        assert b"Connection: close" in answer
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert json.loads(body)
+        assert f"Content-Length: {len(body)}".encode() in head
 
 
 def test_a_body_of_the_greatest_length_is_taken(stand: Stand) -> None:
@@ -3426,18 +3423,18 @@ def test_axe_finds_nothing_to_mend_on_the_page(stand: Stand, browser: Browser) -
 # ---- What went wrong once ---------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "plan",
-    [
-        "echo x >x; result 'Added the /login route.'",
-        r"echo x >x; result 'half a letter: \ud800'",
-        "echo x >x; result | sed 's/0.25/NaN/'",
-        "echo x >x; result | sed 's/0.25/-1e300/'",
-    ],
-)
-def test_no_word_of_the_agents_about_a_success_makes_it_a_failure(stand: Stand, plan: str) -> None:
-    stand.agent(plan)
-    assert stand.done(stand.submit())["cost_usd"] in (0.25, 0.0)
+WORDS = [
+    "echo x >x; result 'Added the /login route.'",
+    r"echo x >x; result 'half a letter: \ud800'",
+    "echo x >x; result | sed 's/0.25/NaN/'",
+    "echo x >x; result | sed 's/0.25/-1e300/'",
+]
+
+
+def test_no_word_of_the_agents_about_a_success_makes_it_a_failure(stand: Stand) -> None:
+    for plan in WORDS:
+        stand.agent(plan)
+        assert stand.done(stand.submit())["cost_usd"] in (0.25, 0.0), plan
 
 
 def test_what_moves_a_cursor_does_not_reach_the_log(stand: Stand) -> None:
