@@ -3135,7 +3135,7 @@ PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>codebot</
 body { font: 1rem/1.5 system-ui; background: var(--page); color: light-dark(#1c2128, #e4e8ed);
   height: 100vh; display: flex; flex-direction: column; overflow-wrap: anywhere; }
 header, .bar { display: flex; gap: .5rem 1rem; align-items: center; flex-wrap: wrap; }
-header { padding: .5rem 2.25rem; } #said { flex: 1; } h1, h2, b { font-weight: 600; }
+header { padding: .5rem 2.25rem; } #said { flex: 1 9rem; } h1, h2, b { font-weight: 600; }
 main { flex: 1; min-height: 0; display: flex; gap: 1rem; padding: 0 1rem 1rem; }
 section { flex: 1; overflow: auto; padding: 1rem 1.25rem; background: var(--card); }
 #list { flex: 0 0 24rem; } section > * + *, form > * + * { margin-top: .6rem; }
