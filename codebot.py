@@ -249,24 +249,21 @@ class Config:
         return self.variables.get("PATH", os.defpath)
 
 
-ENV_LINE = r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:'([^']*)'|"([^"]*)"|(.*?))\s*(?:\s#.*)?"""
-
-
 def read_env_file(path: str) -> dict[str, str]:
     """NAME=value lines; quotes round a value go, " #" begins a comment.  Raises Unusable."""
+    form = r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:'([^']*)'|"([^"]*)"|(.*?))\s*(?:\s#.*)?"""
     found = {}
     try:
         with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file.read().splitlines()]
+            for number, line in enumerate(map(str.strip, file), 1):
+                if match := re.fullmatch(form, line):
+                    found[match[1]] = match[2] or match[3] or match[4] or ""
+                elif line and not line.startswith("#"):
+                    raise Unusable(f"{path}, line {number}: expected NAME=value")
     except FileNotFoundError:
-        return {}
+        pass
     except (OSError, UnicodeDecodeError) as error:
         raise Unusable(f"{path}: cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if line and not line.startswith("#"):
-            if not (match := re.fullmatch(ENV_LINE, line)):
-                raise Unusable(f"{path}, line {number}: expected NAME=value")
-            found[match[1]] = next(filter(None, match.groups()[1:]), "")
     return found
 
 
@@ -283,7 +280,6 @@ def load_config(flags: Mapping[str, Any], needs_keys: bool = False) -> Config:
                 values[field.name] = read(text) if text else field.default
             except ValueError as error:
                 wrong.append(f"{name}: {text!r} is not {error}")
-                values[field.name] = text
             if name.startswith("GITHUB_APP_") and not text and not values.get("no_github"):
                 wrong.append(f"{name}: is not set; expected it, or --no-github for another remote")
     values["work_dir"] = os.path.realpath(values.get("work_dir", Config.work_dir))
@@ -314,11 +310,7 @@ def can_cover(folder: str, config: Config) -> bool:
     home = os.path.realpath(os.path.expanduser("~"))
     needed = [p for p in config.path.split(":") if p and not f"{p}/".startswith(f"{home}/")]
     needed += ["/etc", "/usr/lib", "/usr/bin", "/bin", "/lib", "/dev", "/proc", "/sys"]
-    inside = folder.rstrip("/") + "/"
-    return not any(f"{os.path.realpath(path)}/".startswith(inside) for path in needed)
-
-
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+    return all(os.path.commonpath((folder, os.path.realpath(p))) != folder for p in needed)
 
 
 class Mask:
@@ -340,14 +332,13 @@ class Mask:
                 coded = base64.b64encode(secret.encode()).decode().rstrip("=")
                 for form in {secret, coded, coded.replace("+", "-").replace("/", "_")}:
                     keep(form)
-            found = sorted({*self._found, *self._tokens}, key=len, reverse=True)
-            known = map(re.escape, found)
+            known = map(re.escape, sorted({*self._found, *self._tokens}, key=len, reverse=True))
             self._pattern = re.compile("|".join([*known, r"gh[a-z]_[A-Za-z0-9._-]{36,}"]))
 
     def __call__(self, text: str) -> str:
-        """TEXT without secrets, half characters (no database takes them), and what moves a cursor."""
+        """TEXT less secrets, half characters (no database takes them), and what moves a cursor."""
         text = self._pattern.sub("***", text).encode("utf-8", "replace").decode()
-        return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+        return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 # ---- HTTP: what the network can reach ---------------------------------------------
@@ -410,7 +401,7 @@ class Request(NamedTuple):
         except (ValueError, RecursionError):
             raise HTTPError(400, "The body is not JSON in UTF-8") from None
         if not isinstance(value, dict):
-            raise HTTPError(400, f"The body is a JSON {kind_of(value)}; expected an object")
+            raise HTTPError(400, f"The body is a JSON {KIND[type(value)]}; expected an object")
         return value
 
     def parameters(self, *known: str) -> dict[str, str]:
@@ -421,28 +412,31 @@ class Request(NamedTuple):
         return {name: value for name, value in pairs if value}
 
 
+KIND = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+KIND |= {int: "number", float: "number"}
+ALWAYS = {"Server": "codebot", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+ALWAYS |= {"Content-Type": "application/json"}  # unless the handler says another
+FORM = re.compile(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])((?:\r\n[!-9;-~]+:[\t -~\x80-\xff]*)*)")
 ONCE = ("content-length", "authorization", "host")
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,9})[ \t]*\r", re.IGNORECASE)
 POLL = re.compile(rb"GET /api/tasks/[^/ ]+/status ")
 EXPECTS = re.compile(rb"\r\nexpect:[ \t]*100-continue[ \t]*\r", re.IGNORECASE)
+http_date = functools.lru_cache(1)(email.utils.formatdate)
 
 
 def parse_request(raw: bytes) -> Request:
     """One whole request (RFC 9112, less chunked bodies).  Raises HTTPError for what is none."""
     head, _, body = raw.partition(b"\r\n\r\n")
-    first, *lines = head.decode("latin-1").split("\r\n")
     if len(head) >= HEAD:
         raise HTTPError(431, f"The headers are longer than {HEAD} bytes")
-    if not (match := re.fullmatch(r"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])", first)):
-        raise HTTPError(400, "The first line is no HTTP/1.1 request line")
-    if re.search(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n)", head):
-        raise HTTPError(400, "The headers have a control character, or a line end but CR LF")
+    if not (match := FORM.fullmatch(head)):
+        raise HTTPError(400, "This is no HTTP/1.1 request line and headers, with CR LF between")
+    method, target, minor, lines = (part.decode("latin-1") for part in match.groups())
     headers: dict[str, str] = {}
-    for line in lines:
-        name, colon, value = line.partition(":")
-        name = name.lower()
-        if not colon or name.strip() != name or not name or (name in ONCE and name in headers):
-            raise HTTPError(400, "A header line is malformed or doubled")
+    for line in lines.split("\r\n")[1:]:
+        name, _, value = line.partition(":")
+        if (name := name.lower()) in ONCE and name in headers:
+            raise HTTPError(400, f"The header {name} is doubled")
         headers[name] = value.strip()
     if "transfer-encoding" in headers:
         raise HTTPError(411, "A body needs a Content-Length; chunked ones are not taken")
@@ -452,9 +446,9 @@ def parse_request(raw: bytes) -> Request:
     if length.lstrip("0") != str(len(body) or ""):  # it was not read, since it is too long
         raise HTTPError(413, f"The body is longer than {most_of(raw)} bytes")
     wish = headers.get("connection", "").lower()
-    keep = "close" not in wish if match[3] == "1" else "keep-alive" in wish
-    path, _, query = match[2].partition("?")
-    return Request(match[1], path, query, headers, body, keep)
+    keep = "close" not in wish if minor == "1" else "keep-alive" in wish
+    path, _, query = target.partition("?")
+    return Request(method, path, query, headers, body, keep)
 
 
 def most_of(raw: bytes | bytearray) -> int:
@@ -462,16 +456,11 @@ def most_of(raw: bytes | bytearray) -> int:
     return DELIVERY if raw.startswith(b"POST /webhook ") else BODY
 
 
-@functools.lru_cache(maxsize=1)
-def http_date(now: int) -> str:
-    return email.utils.formatdate(now, usegmt=True)
-
-
 class Client:
     """One connection: the loop's while it waits, else that of the thread that answers it."""
 
-    def __init__(self, sock: socket.socket, shaken: bool) -> None:
-        self.sock, self.shaken, self.told, self.until = sock, shaken, False, 0.0
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock, self.told, self.until = sock, False, 0.0
         self.data, self.out = bytearray(), b""  # not yet a whole request; not yet sent
         self.then = "keep"  # what follows once `out` is sent: keep, close or linger
 
@@ -560,7 +549,7 @@ class Server(http.server.ThreadingHTTPServer):
                 sock = self.socket.accept()[0]
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setblocking(False)
-                if self.tls:  # the handshake is part of the waiting
+                if self.tls:  # the handshake is part of the waiting: the first recv begins it
                     sock = self.tls.wrap_socket(sock, True, do_handshake_on_connect=False)
             except OSError as error:  # gone already; or no descriptor is left
                 if not isinstance(error, (BlockingIOError, ConnectionError)):
@@ -568,7 +557,7 @@ class Server(http.server.ThreadingHTTPServer):
                 return
             if len(self.waiting) + len(self.given) >= self.room:
                 self.make_room()
-            self.wait_for(Client(sock, shaken=self.tls is None), ARRIVE)
+            self.wait_for(Client(sock), ARRIVE)
 
     def make_room(self) -> None:
         for client in list(self.waiting)[:1]:  # the one that has waited longest
@@ -611,9 +600,6 @@ class Server(http.server.ThreadingHTTPServer):
     def step(self, client: Client) -> None:
         """Go on with a client that can be read or written.  Never waits."""
         try:
-            if not client.shaken:
-                client.sock.do_handshake()  # type: ignore[attr-defined]
-                client.shaken = True
             if client.out:
                 client.out = client.out[client.sock.send(client.out) :]
                 if not client.out:
@@ -694,7 +680,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def answer(self, client: Client, raw: bytes) -> Iterator[bytes] | None:
         """Put the answer into CLIENT.out; give what comes after it, for a stream."""
-        request, value = None, None
+        value: Any = None
         headers: dict[str, str] = {}
         client.then = "linger"  # until the request is known to have been read whole
         try:
@@ -712,24 +698,23 @@ class Server(http.server.ThreadingHTTPServer):
             status, message = 500, "internal error"
         if value is None:
             value = {"error": http.client.responses[status], "message": message}
-        stream, body, bare = None, b"", request is not None and request.method == "HEAD"
-        if isinstance(value, (dict, str)):
-            body = (json.dumps(value) if isinstance(value, dict) else value).encode()
-            headers = {"Content-Type": "application/json", **headers}
+        headers = {**ALWAYS, "Date": http_date(int(time.time()), usegmt=True), **headers}
+        text = json.dumps(value) if isinstance(value, dict) else value
+        body, stream = (text.encode(), None) if isinstance(text, str) else (b"", text)
+        if stream is None:
             headers["Content-Length"] = str(len(body))
         else:
-            headers["Content-Type"], client.then = "text/event-stream", "close"
-            if not bare:
-                stream = value
-                self.streams.add(client)
+            client.then = "close"
         if client.then != "keep":
             headers["Connection"] = "close"
         lines = "".join(f"{name}: {text}\r\n" for name, text in headers.items())
-        client.out = (
-            f"HTTP/1.1 {status} {http.client.responses[status]}\r\nServer: codebot\r\n"
-            f"Date: {http_date(int(time.time()))}\r\nCache-Control: no-store\r\n"
-            f"X-Content-Type-Options: nosniff\r\n{lines}\r\n"
-        ).encode("latin-1") + (b"" if bare else body)
+        head = f"HTTP/1.1 {status} {http.client.responses[status]}\r\n{lines}\r\n"
+        client.out = head.encode("latin-1")
+        if raw.startswith(b"HEAD "):
+            return None
+        client.out += body
+        if stream is not None:
+            self.streams.add(client)
         return stream
 
     def route(self, request: Request) -> Reply:
@@ -765,11 +750,6 @@ class Server(http.server.ThreadingHTTPServer):
 # ---- The API ----------------------------------------------------------------------
 
 
-def kind_of(value: Any) -> str:
-    kinds = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
-    return kinds.get(type(value), "number")
-
-
 def read_task(config: Config, given: Mapping[str, Any]) -> dict[str, str | None]:
     """The fields of a task as they may be stored.  Raises HTTPError naming the field."""
     for name in given:
@@ -784,7 +764,7 @@ def read_task(config: Config, given: Mapping[str, Any]) -> dict[str, str | None]
                 raise HTTPError(400, f"{name}: is missing")
             continue
         if not isinstance(value, str):
-            raise HTTPError(400, f"{name}: is a JSON {kind_of(value)}; expected a string")
+            raise HTTPError(400, f"{name}: is a JSON {KIND[type(value)]}; expected a string")
         if not value.strip():
             raise HTTPError(400, f"{name}: is empty")
         if len(value) > (most := FIELDS[name]):
@@ -803,33 +783,28 @@ def read_task(config: Config, given: Mapping[str, Any]) -> dict[str, str | None]
     return task
 
 
-def submit_task(app: App, request: Request) -> Reply:
-    return enqueue(app, request, request.json(), request.body)
-
-
-def enqueue(app: App, request: Request, given: Mapping[str, Any], body: bytes) -> Reply:
-    """Queue a task, or give the one that the same Idempotency-Key and BODY have queued."""
+def submit_task(app: App, request: Request, given: Any = None, body: bytes = b"") -> Reply:
+    """Queue a task, or give the one that the same Idempotency-Key and body have queued."""
     key = request.headers.get("idempotency-key")
     if key is not None and not re.fullmatch(r"[!-~]{1,255}", key):
         raise HTTPError(400, "Idempotency-Key: expected 1 to 255 printable characters, no space")
-    task = read_task(app.config, given)
-    task_id = app.submit(task, key, hashlib.sha256(body).hexdigest())
+    task = read_task(app.config, given or request.json())
+    task_id = app.submit(task, key, hashlib.sha256(body or request.body).hexdigest())
     value = {"task_id": task_id, "status": "pending", "message": "Task queued successfully"}
     return 202, value, {"Location": f"/api/tasks/{task_id}/status"}
 
 
 TIMES = ("status", "submitted_at", "started_at", "completed_at")
-SHOWN = {"pending": TIMES, "running": (*TIMES, "phase"), "completed": TIMES}
-SHOWN["failed"] = (*TIMES, "error", "reason")
+ALSO = {"pending": (), "running": ("phase",), "completed": (), "failed": ("error", "reason")}
 
 
 def task_status(app: App, request: Request, task_id: str) -> Reply:
     row = app.store.get(task_id, f"{', '.join(TIMES)}, phase, result, error, reason")
-    value = {"task_id": task_id, **{name: row[name] for name in SHOWN[row["status"]]}}
+    value = {"task_id": task_id, **{name: row[name] for name in (*TIMES, *ALSO[row["status"]])}}
     if row["status"] == "completed":
-        pull = app.store.pull("task_id = ?", task_id)
-        state = {"pr_state": pull["state"]} if pull else {}
-        value |= {"result": {**json.loads(row["result"]), **state}}
+        value["result"] = json.loads(row["result"])
+        if pull := app.store.pull("task_id = ?", task_id):
+            value["result"]["pr_state"] = pull["state"]
         value["reviews"] = app.store.rounds(task_id)
     return 200, value
 
@@ -843,7 +818,7 @@ def list_tasks(app: App, request: Request) -> Reply:
     except HTTPError as error:
         raise HTTPError(400, f"before: {error}") from None
     values = ([status] if status else []) + [before, number(given, "limit", 100, 1, 1000)]
-    sql = f"""SELECT id AS task_id, status, submitted_at, started_at, completed_at, repository_url,
+    sql = f"""SELECT id AS task_id, {", ".join(TIMES)}, repository_url,
         substr(description, 1, 200) AS description FROM tasks
         WHERE {"status = ? AND" if status else ""} seq < ? ORDER BY seq DESC LIMIT ?"""
     tasks = [dict(row) for row in app.store.read(sql, *values)]
@@ -870,7 +845,7 @@ def task_logs(app: App, request: Request, task_id: str) -> Reply:
         return 200, {"task_id": task_id, "events": events, "count": len(events)}
     if app.server and len(app.server.streams) >= (most := app.server.most_streams):
         raise HTTPError(503, f"{most} streams are open already", {"Retry-After": "30"})
-    return 200, follow(app, task_id, after)
+    return 200, follow(app, task_id, after), {"Content-Type": "text/event-stream"}
 
 
 def follow(app: App, task_id: str, after: int) -> Iterator[bytes]:
@@ -904,7 +879,7 @@ def retry_task(app: App, request: Request, task_id: str) -> Reply:
     row = app.store.get(task_id)
     if row["status"] != "failed":
         raise HTTPError(409, f"Task {task_id} is {row['status']}; only a failed one is retried")
-    return enqueue(app, request, {name: row[name] for name in FIELDS}, task_id.encode())
+    return submit_task(app, request, {name: row[name] for name in FIELDS}, task_id.encode())
 
 
 def health(app: App, request: Request) -> Reply:
@@ -945,14 +920,13 @@ def metrics(app: App, request: Request) -> Reply:
 
 # ---- Webhooks: what GitHub tells --------------------------------------------------
 
-# The events that are taken (docs: "Webhook events and payloads"), with their actions
+# The events that are taken (docs: "Webhook events and payloads"): our name, and their actions
 HEARD = {
-    "pull_request_review_comment": ("created", "deleted"),
-    "pull_request_review": ("submitted",),
+    "pull_request_review_comment": ("inline", "created", "deleted"),
+    "pull_request_review": ("review", "submitted"),
+    "issue_comment": ("issue", "created", "deleted"),
+    "pull_request": ("", "closed", "reopened"),
 }
-HEARD |= {"issue_comment": ("created", "deleted"), "pull_request": ("closed", "reopened")}
-KINDS = {"pull_request_review_comment": "inline", "issue_comment": "issue"}
-KINDS |= {"pull_request_review": "review"}
 
 
 def webhook(app: App, request: Request) -> Reply:
@@ -974,9 +948,10 @@ def hear(app: App, event: str, guid: str, payload: Mapping[str, Any]) -> str:
     """Queue what a delivery tells; or give the reason why it is ignored."""
     if event == "ping":
         return "The webhook works"
-    if (action := payload.get("action")) not in HEARD.get(event, ()):
+    kind, *actions = HEARD.get(event, ("",))
+    if (action := payload.get("action")) not in actions:
         return "Not an event that codebot acts on"
-    on, kind = payload.get("pull_request") or payload["issue"], KINDS.get(event, "")
+    on = payload.get("pull_request") or payload["issue"]
     where = (int(payload["repository"]["id"]), int(on["number"]))
     if (pull := app.store.pull("repo_id = ? AND number = ?", *where)) is None:
         return "Not a pull request that codebot opened"
@@ -997,19 +972,14 @@ def hear(app: App, event: str, guid: str, payload: Mapping[str, Any]) -> str:
 
 
 def read_comment(kind: str, raw: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a person said, of a webhook or a list; None for programs, ghosts and empty words.
-
-    A lone inline comment comes with a review that is empty; and it has the review's number,
-    so that all comments of one review are one round.
-    """
+    """What a person said, of a webhook or a list; None for programs, ghosts and empty words."""
     user, text, review = raw["user"] or {}, raw["body"] or "", raw.get("pull_request_review_id")
     login, number = str(user.get("login", "")), int(raw["id"])
-    pending = str(raw.get("state", "")).lower() == "pending"
-    if user.get("type") == "Bot" or not login or login.endswith("[bot]") or pending:
+    program = user.get("type") == "Bot" or login.endswith("[bot]")
+    if program or not login or not text.strip() or str(raw.get("state")).lower() == "pending":
         return None
-    if not text.strip():
-        return None
-    review = number if kind == "review" else review
+    if kind == "review":  # its comments name it, so that all of them are one round
+        review = number
     said = {"kind": kind, "id": number, "user": login, "text": text[:65_536]}
     said["source"] = f"review {review}" if review else f"{kind} {number}"
     said["thread"] = int(raw.get("in_reply_to_id") or number)
