@@ -321,7 +321,7 @@ class Mask:
         self._tokens: collections.deque[str] = collections.deque(maxlen=500)  # they live an hour
         self._lock = threading.Lock()  # guards both
         secret = [name for name in config.agent_names if re.search("TOKEN|KEY|SECRET|PASS", name)]
-        given = [config.variables.get(name, "") for name in (*SECRET_NAMES, *secret)]
+        given = [config.variables.get(n, "").strip() for n in (*SECRET_NAMES, *secret)]
         proxies = [urllib.parse.urlsplit(config.variables.get(n, "")) for n in NETWORK_NAMES]
         self.add(*config.api_keys, *given, *(proxy.password or "" for proxy in proxies))
 

@@ -3535,3 +3535,9 @@ def test_an_agent_that_dies_with_the_stop_is_put_back(stand: Stand) -> None:
     stand.agent(HELLO)
     stand.start()
     stand.done(task)
+
+
+def test_a_secret_is_masked_that_a_line_end_follows_in_its_variable() -> None:
+    variables = {"ANTHROPIC_API_KEY": "model-key-1\n", "GITHUB_WEBHOOK_SECRET": " hook-secret-1 "}
+    mask = codebot.Mask(codebot.Config(variables=variables))
+    assert mask("a model-key-1, a hook-secret-1.") == "a ***, a ***."
