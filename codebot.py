@@ -552,7 +552,7 @@ class Server(http.server.ThreadingHTTPServer):
                 if self.tls:  # the handshake is part of the waiting: the first recv begins it
                     sock = self.tls.wrap_socket(sock, True, do_handshake_on_connect=False)
             except OSError as error:  # gone already; or no descriptor is left
-                if not isinstance(error, (BlockingIOError, ConnectionError)):
+                if not isinstance(error, (BlockingIOError, ConnectionError, ssl.SSLError)):
                     self.make_room()
                 return
             if len(self.waiting) + len(self.given) >= self.room:

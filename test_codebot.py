@@ -28,6 +28,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -1940,24 +1941,17 @@ def test_an_answer_that_is_long_reaches_a_slow_reader_whole(stand: Stand) -> Non
     assert json.loads(body)["task_id"] == task
 
 
-def test_https_is_spoken_when_a_certificate_is_given(stand: Stand) -> None:
+def start_tls(stand: Stand) -> ssl.SSLContext:
     cert, key = str(stand.top / "keys" / "cert.pem"), str(stand.top / "keys" / "tls.pem")
-    argv = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-keyout",
-        key,
-        "-out",
-        cert,
-    ]
-    sh(*argv, "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost")
+    argv = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out")
+    sh(*argv, cert, "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost")
     stand.start("--tls-cert", cert, "--tls-key", key)
+    return ssl.create_default_context(cafile=cert)
+
+
+def test_https_is_spoken_when_a_certificate_is_given(stand: Stand) -> None:
+    context = start_tls(stand)
     assert "https://localhost" in stand.log()
-    context = ssl.create_default_context(cafile=cert)
     with socket.create_connection(stand.address(), timeout=30) as plain:
         plain.sendall(b"GET /health HTTP/1.1\r\n\r\n")
         web = http.client.HTTPSConnection("localhost", stand.port, timeout=30, context=context)
@@ -3541,3 +3535,14 @@ def test_a_secret_is_masked_that_a_line_end_follows_in_its_variable() -> None:
     variables = {"ANTHROPIC_API_KEY": "model-key-1\n", "GITHUB_WEBHOOK_SECRET": " hook-secret-1 "}
     mask = codebot.Mask(codebot.Config(variables=variables))
     assert mask("a model-key-1, a hook-secret-1.") == "a ***, a ***."
+
+
+def test_a_tls_client_that_resets_at_once_costs_nobody_else_a_connection(stand: Stand) -> None:
+    start_tls(stand)
+    with socket.create_connection(stand.address(), timeout=0.5) as idle:
+        for _ in range(200):
+            with socket.create_connection(stand.address()) as one:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                one.sendall(b"x")
+        with pytest.raises(socket.timeout):
+            idle.recv(1)
