@@ -492,8 +492,8 @@ class Server(http.server.ThreadingHTTPServer):
         if 0 <= soft < files:
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
         self.most_streams = min(STREAMS, files // 8)  # each has two descriptors of the database
-        own = 256 + 8 * config.workers + 3 * self.most_streams
-        self.room = max(32, min(CONNECTIONS, files - own))
+        files -= 256 + 8 * config.workers + 3 * self.most_streams
+        self.room = max(32, min(CONNECTIONS, files))
         self.waiting: dict[Client, None] = {}  # a dict keeps their order: the longest first
         self.given: set[Client] = set()  # to the threads that answer and stream
         self.streams: set[Client] = set()
@@ -627,7 +627,7 @@ class Server(http.server.ThreadingHTTPServer):
         data, end = client.data, client.data.find(b"\r\n\r\n") + 4
         if end < 4 and len(data) < HEAD:
             return False
-        found = CONTENT_LENGTH.search(data, 0, end - 2) if end >= 4 else None
+        found = CONTENT_LENGTH.search(data, 0, end - 2)  # none, if the head has no end
         length = int(found[1]) if found and int(found[1]) <= most_of(data) else 0
         if len(data) < end + length:
             if not client.told and EXPECTS.search(data, 0, end - 2):
@@ -752,16 +752,12 @@ class Server(http.server.ThreadingHTTPServer):
 
 def read_task(config: Config, given: Mapping[str, Any]) -> dict[str, str | None]:
     """The fields of a task as they may be stored.  Raises HTTPError naming the field."""
-    for name in given:
+    for name, value in given.items():
         if name not in FIELDS:
             near = difflib.get_close_matches(name, FIELDS, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FIELDS)}"
             raise HTTPError(400, f"Unknown field {name[:100]!r}; {hint}")
-    task = {name: given.get(name) for name in FIELDS}
-    for name, value in task.items():
         if value is None:
-            if name in ("repository_url", "description"):
-                raise HTTPError(400, f"{name}: is missing")
             continue
         if not isinstance(value, str):
             raise HTTPError(400, f"{name}: is a JSON {KIND[type(value)]}; expected a string")
@@ -774,13 +770,16 @@ def read_task(config: Config, given: Mapping[str, Any]) -> dict[str, str | None]
             raise HTTPError(400, f"{name}: has the character U+{ord(sign):04X}")
         if name == "base_branch" and not is_branch_name(value):
             raise HTTPError(400, f"base_branch: {value!r} is no name of a branch")
+    for name in ("repository_url", "description"):
+        if given.get(name) is None:
+            raise HTTPError(400, f"{name}: is missing")
     try:
-        repository = parse_url(config, str(task["repository_url"]))
+        repository = parse_url(config, given["repository_url"])
     except ValueError as error:
         raise HTTPError(400, f"repository_url: {error}") from None
     if not repository.allowed(config):
         raise HTTPError(403, f"repository_url: {repository.name} is not an allowed repository")
-    return task
+    return {name: given.get(name) for name in FIELDS}
 
 
 def submit_task(app: App, request: Request, given: Any = None, body: bytes = b"") -> Reply:
@@ -836,9 +835,8 @@ def task_logs(app: App, request: Request, task_id: str) -> Reply:
     """A task's events after a SEQ, 1,000 an answer; or all of them, live, as server-sent events."""
     app.store.get(task_id)
     given, headers = request.parameters("after"), request.headers
-    live = "text/event-stream" in headers.get("accept", "")
-    if live and headers.get("last-event-id"):
-        given["after"] = headers["last-event-id"]
+    if live := "text/event-stream" in headers.get("accept", ""):
+        given["after"] = headers.get("last-event-id") or given.get("after", "0")
     after = number(given, "after", 0, 0, 10**15)
     if not live:
         events = [event._asdict() for event in app.store.events(task_id, after)]
