@@ -1022,7 +1022,8 @@ CREATE TABLE IF NOT EXISTS comments(  -- all that were ever taken, so that none 
 CREATE TABLE IF NOT EXISTS deliveries(guid TEXT PRIMARY KEY, time TEXT NOT NULL);
 """
 Event = collections.namedtuple("Event", "seq time source message")
-UNFINISHED = "reviews WHERE status IN ('pending', 'running')"
+BUSY = "pulls WHERE id IN (SELECT pull FROM reviews WHERE completed_at IS NULL)"
+ADD_ROUND = "INSERT INTO reviews(pull, source, status, submitted_at) VALUES(?, ?, 'pending', ?)"
 WAITING = "SELECT id FROM reviews WHERE pull = ? AND source = ? AND status = 'pending'"
 Of = tuple[str, Any]  # a row that has a state: its table, tasks or reviews, and its id
 
@@ -1069,23 +1070,20 @@ class Store:
     def _writing(self) -> Iterator[sqlite3.Connection]:
         if not self._lock.acquire(timeout=4):  # others wait for the disk, or for another program
             raise sqlite3.OperationalError("the database is busy")
+        before, there = self.pending, False
         try:
-            try:
+            with contextlib.suppress(OSError):
                 there = os.stat(self.path).st_ino == self._inode
-            except OSError:
-                there = False
             if not there:  # writes would go on "successfully", into nothing
                 raise sqlite3.OperationalError(f"{self.path} was removed or replaced")
-            before = self.pending
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                self.pending = before
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+            self._db.execute("BEGIN IMMEDIATE")
+            yield self._db
+            self._db.execute("COMMIT")
+        except BaseException:
+            self.pending = before
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
         finally:
             self._lock.release()
 
@@ -1108,8 +1106,9 @@ class Store:
         (table, row_id), what = of, f"{of[0][:-1]} {of[1]}"
         if new not in MOVES[old]:  # not assert: that is gone under -O
             raise ValueError(f"no move from {old} to {new}")
-        if not MOVES[new]:
-            also = {**also, "completed_at": now_text(), "phase": None}
+        also["phase"] = "start" if new == "running" else None
+        if new != "pending":
+            also["started_at" if new == "running" else "completed_at"] = now_text()
         columns = "".join(f", {name} = ?" for name in also)
         sql = f"UPDATE {table} SET status = ?{columns} WHERE id = ? AND status = ?"
         if db.execute(sql, (new, *also.values(), row_id, old)).rowcount == 0:
@@ -1153,8 +1152,7 @@ class Store:
 
     def claim(self, task_id: str) -> Any:
         with self._writing() as db:
-            of = ("tasks", task_id)
-            self._move(db, of, "pending", "running", started_at=now_text(), phase="start")
+            self._move(db, ("tasks", task_id), "pending", "running")
             return db.execute("SELECT * FROM tasks WHERE id = ?", (task_id,)).fetchone()
 
     def note(self, of: tuple[str, Any], **columns: Any) -> None:
@@ -1164,14 +1162,12 @@ class Store:
             db.execute(f"UPDATE {of[0]} SET {sets} WHERE id = ?", (*columns.values(), of[1]))
 
     def end(self, of: Of, status: str, seconds: float, cost: float, **columns: Any) -> None:
-        """Complete or fail it.  Raises WrongState for a task that is to be cancelled and not fail."""
-        cancelled = "SELECT 1 FROM tasks WHERE id = ? AND cancelled"
+        """Complete or fail it.  Raises WrongState if it is to be cancelled, and did not fail."""
+        cancelled = "SELECT 1 FROM tasks WHERE id = ? AND cancelled"  # no review has a task's id
         add = """INSERT INTO totals VALUES(?, ?)
             ON CONFLICT(name) DO UPDATE SET value = value + excluded.value"""
         with self._writing() as db:
-            if (of[0], status) == ("tasks", "completed") and db.execute(
-                cancelled, of[1:]
-            ).fetchone():
+            if status == "completed" and db.execute(cancelled, of[1:]).fetchone():
                 raise WrongState(f"task {of[1]} is to be cancelled")
             self._move(db, of, "running", status, **columns)
             db.executemany(add, (("seconds", seconds), ("dollars", cost)))
@@ -1185,33 +1181,26 @@ class Store:
                 self._move(db, ("tasks", task_id), "pending", "failed", **how)
 
     def put_back(self, of: Of, crashes: int = 0) -> None:
-        """Queue again what runs, unless it was cancelled or is a task that saw too many crashes."""
-        cancelled = "cancelled" if of[0] == "tasks" else "0"
-        sql = f"SELECT {cancelled}, interruptions + ? FROM {of[0]} WHERE id = ?"
+        """Queue again what runs, unless it is a task that was cancelled or saw too many crashes."""
         with self._writing() as db:
-            over, times = db.execute(sql, (crashes, of[1])).fetchone()
+            row = db.execute(f"SELECT * FROM {of[0]} WHERE id = ?", of[1:]).fetchone()
+            times, is_task = row["interruptions"] + crashes, of[0] == "tasks"
             move = (db, of, "running")
-            if over:
+            if is_task and row["cancelled"]:
                 self._move(*move, "failed", reason="cancelled", error="Cancelled while it ran")
-            elif times >= INTERRUPTIONS and of[0] == "tasks":  # a review has people to tell first
+            elif is_task and times >= INTERRUPTIONS:  # a review has people to tell first
                 error = f"The server died {times} times while this task ran; given up"
                 self._move(*move, "failed", reason="interrupted", error=error)
             else:
-                self._move(*move, "pending", interruptions=times, phase=None)
+                self._move(*move, "pending", interruptions=times)
 
-    def take_up(self) -> list[str]:
-        """Queue again what a crash cut off; all pending ids, oldest first.  Before any worker."""
-        for of in self.at_work():
-            self.put_back(of, crashes=1)
+    def take_up(self, crashes: int = 1) -> list[str]:
+        """Queue again all that a crash (or a stop) cut off; all pending tasks, oldest first."""
+        runs = "SELECT '{0}', id FROM {0} WHERE status = 'running'"
+        for of in self.read(f"{runs.format('tasks')} UNION ALL {runs.format('reviews')}"):
+            self.put_back((of[0], of[1]), crashes)
         rows = self.read("SELECT id FROM tasks WHERE status = 'pending' ORDER BY seq")
         return [row["id"] for row in rows]
-
-    def at_work(self) -> list[Of]:
-        """All that runs, tasks and reviews."""
-        sql = "SELECT '{0}', id FROM {0} WHERE status = 'running'"
-        return [
-            (of[0], of[1]) for table in ("tasks", "reviews") for of in self.read(sql.format(table))
-        ]
 
     def get(self, task_id: str, columns: str = "*") -> Any:
         if rows := self.read(f"SELECT {columns} FROM tasks WHERE id = ?", task_id):
@@ -1257,10 +1246,8 @@ class Store:
 
     def ended_before(self, when: str) -> list[sqlite3.Row]:
         """Tasks whose time is over, but those whose pull request is being worked on."""
-        at_work = f"SELECT task_id FROM pulls WHERE id IN (SELECT pull FROM {UNFINISHED})"
-        sql = f"""SELECT * FROM tasks WHERE status IN ('completed', 'failed') AND completed_at < ?
-            AND id NOT IN ({at_work})"""
-        return self.read(sql, when)
+        sql = "SELECT * FROM tasks WHERE completed_at < ? AND id NOT IN "
+        return self.read(f"{sql} (SELECT task_id FROM {BUSY})", when)
 
     def set_aside(self, path: str) -> bool:
         """Rename a task's folder, for its removal, unless a review is at work in it."""
@@ -1282,8 +1269,8 @@ class Store:
 
     def in_use(self) -> set[str]:
         """The folders and mirrors that rows name: these are still needed."""
-        at_work = f"SELECT folder, mirror FROM pulls WHERE id IN (SELECT pull FROM {UNFINISHED})"
-        rows = self.read(f"SELECT folder, mirror FROM tasks UNION {at_work}")
+        names = "SELECT folder, mirror FROM"
+        rows = self.read(f"{names} tasks UNION {names} {BUSY}")
         return {name for row in rows for name in row}
 
     # -- pull requests and their reviews
@@ -1293,34 +1280,24 @@ class Store:
         repository, kept = pull["base"]["repo"], (*FIELDS, "id", "branch", "base_name")
         row = {"repo_id": repository["id"], "repository": repository["full_name"]}
         row |= {"number": pull["number"], "state": pull["state"], "since": pull["created_at"]}
-        row |= {
-            "url": pull["html_url"],
-            "closed_at": None if pull["state"] == "open" else now_text(),
-        }
-        row |= {"task_id": task["id"], "session": task["id"], "folder": task["folder"]}
-        row |= {"mirror": task["mirror"], "task": json.dumps({name: task[name] for name in kept})}
+        row |= {"url": pull["html_url"], "folder": task["folder"], "mirror": task["mirror"]}
+        row |= {"closed_at": None if pull["state"] == "open" else now_text()}
+        row |= {"task_id": task["id"], "session": task["id"]}
+        row |= {"task": json.dumps({name: task[name] for name in kept})}
         sql = f"INSERT INTO pulls({', '.join(row)}) VALUES(:{', :'.join(row)})"
         with self._writing() as db:
-            if not db.execute(f"{sql} ON CONFLICT DO NOTHING", row).rowcount:
-                return
-            sql = "INSERT INTO reviews(pull, source, status, submitted_at) SELECT id, 'state', "
-            sql += "'pending', ? FROM pulls WHERE task_id = ?"  # what was said before we knew it
-            db.execute(sql, (now_text(), task["id"]))
+            done = db.execute(f"{sql} ON CONFLICT DO NOTHING", row)
+            if done.rowcount:  # what was said before we knew it is to be asked for
+                db.execute(ADD_ROUND, (done.lastrowid, "state", now_text()))
 
     def pull(self, where: str, *values: Any) -> Any:
         """The pull that the condition WHERE is true of, or None."""
         return next(iter(self.read(f"SELECT * FROM pulls WHERE {where}", *values)), None)
 
-    def take(
-        self, pull: int, found: Sequence[Mapping[str, Any]], guid: str = "", since: str = ""
-    ) -> bool:
+    def take(self, pull: int, found: list[Any], guid: str = "", since: str = "") -> bool:
         """Queue what FOUND has that is new, all or nothing; an empty one asks to look at the pull.
-
-        A review's comments go to one round.  GUID is the delivery, which is taken once; SINCE
-        is what the next catch-up need not ask again.
-        """
-        add = """INSERT INTO reviews(pull, source, status, submitted_at)
-            VALUES(?, ?, 'pending', ?)"""
+        A review's comments go to one round.  The delivery GUID is taken once; what is older than
+        SINCE the next catch-up need not ask for."""
         keep = "INSERT OR IGNORE INTO comments(kind, id, pull, given) VALUES(?, ?, ?, ?)"
         tell = "UPDATE comments SET review = ? WHERE kind = ? AND id = ?"
         new = False
@@ -1334,8 +1311,9 @@ class Store:
                 if named[1] and not db.execute(keep, (*named, pull, json.dumps(one))).rowcount:
                     continue  # it was taken before
                 row = db.execute(WAITING, (pull, source)).fetchone()
-                review = row["id"] if row else db.execute(add, (pull, source, now_text())).lastrowid
-                db.execute(tell, (review, *named))
+                if row is None:
+                    row = {"id": db.execute(ADD_ROUND, (pull, source, now_text())).lastrowid}
+                db.execute(tell, (row["id"], *named))
                 new = True
             if since:
                 db.execute("UPDATE pulls SET since = max(since, ?) WHERE id = ?", (since, pull))
@@ -1350,15 +1328,14 @@ class Store:
 
     def claim_review(self, pull: int) -> Any:
         """The oldest round that waits, with its pull, running now; None if one runs already."""
-        sql = f"SELECT id, status FROM {UNFINISHED} AND pull = ? ORDER BY status DESC, id LIMIT 1"
-        whole = "SELECT *, reviews.id AS review FROM reviews JOIN pulls ON pulls.id = pull"
+        sql = """SELECT *, reviews.id AS review FROM reviews JOIN pulls ON pulls.id = pull
+            WHERE pull = ? AND completed_at IS NULL ORDER BY status DESC, reviews.id LIMIT 1"""
         with self._writing() as db:
             row = db.execute(sql, (pull,)).fetchone()
             if row is None or row["status"] == "running":
                 return None
-            of = ("reviews", row["id"])
-            self._move(db, of, "pending", "running", started_at=now_text(), phase="start")
-            return db.execute(f"{whole} WHERE reviews.id = ?", of[1:]).fetchone()
+            self._move(db, ("reviews", row["review"]), "pending", "running")
+        return row
 
     def comments(self, review: int) -> list[dict[str, Any]]:
         """What a round is about, as it was when it was queued."""
@@ -1379,8 +1356,7 @@ class Store:
             db.execute("UPDATE comments SET given = NULL WHERE review = ?", (review,))
 
     def waiting_reviews(self) -> int:
-        sql = "SELECT COUNT(*) FROM reviews WHERE status = 'pending'"
-        return int(self.read(sql)[0][0])
+        return int(self.read("SELECT COUNT(*) FROM reviews WHERE status = 'pending'")[0][0])
 
     def rounds(self, task_id: str) -> list[dict[str, Any]]:
         sql = """SELECT status AS state, ifnull(completed_at, submitted_at) AS time, kind,
@@ -1390,14 +1366,12 @@ class Store:
 
     def forget_pulls(self, when: str) -> None:
         """Forget pulls that were closed before WHEN, and deliveries that GitHub forgets too."""
-        old = f"closed_at < ? AND id NOT IN (SELECT pull FROM {UNFINISHED})"
-        gone = f"(SELECT id FROM pulls WHERE {old})"
-        events = f"(SELECT task_id FROM pulls WHERE {old})"
+        old = f"pulls WHERE closed_at < ? AND id NOT IN (SELECT id FROM {BUSY})"
         with self._writing() as db:
-            db.execute(f"DELETE FROM events WHERE task_id IN {events}", (when,))
-            db.execute(f"DELETE FROM comments WHERE pull IN {gone}", (when,))
-            db.execute(f"DELETE FROM reviews WHERE pull IN {gone}", (when,))
-            db.execute(f"DELETE FROM pulls WHERE {old}", (when,))
+            db.execute(f"DELETE FROM events WHERE task_id IN (SELECT task_id FROM {old})", (when,))
+            for table in ("comments", "reviews"):
+                db.execute(f"DELETE FROM {table} WHERE pull IN (SELECT id FROM {old})", (when,))
+            db.execute(f"DELETE FROM {old}", (when,))
             db.execute("DELETE FROM deliveries WHERE time < ?", (now_text(ago=8 * 86400),))
 
 
@@ -3354,8 +3328,7 @@ def serve(flags: dict[str, Any]) -> int:
         thread.join(max(0.0, until - time.monotonic()))
     server.finish(until + 2)
     with contextlib.suppress(sqlite3.Error, WrongState):
-        for of in app.store.at_work():  # of a thread that still waits for GitHub
-            app.store.put_back(of)
+        app.store.take_up(crashes=0)  # of a thread that still waits for GitHub
     if again.is_set():
         os.execv(sys.executable, [sys.executable, *sys.argv])
     if any(thread.is_alive() for thread in (*threads, *server.threads)):
