@@ -1517,7 +1517,8 @@ def keep_house(app: App) -> None:
                 store.forget(row["id"])
             store.forget_pulls(now_text(ago=retention))
             for path in glob.glob(f"{work_dir}/task_*"):
-                old = os.lstat(path).st_mtime < time.time() - retention
+                most = retention + app.config.task_timeout  # which a look without a row may take
+                old = os.lstat(path).st_mtime < time.time() - most
                 if path.endswith(GONE):
                     remove(app, path)
                 elif old and os.path.basename(path) not in store.in_use():

@@ -3546,3 +3546,15 @@ def test_a_tls_client_that_resets_at_once_costs_nobody_else_a_connection(stand: 
                 one.sendall(b"x")
         with pytest.raises(socket.timeout):
             idle.recv(1)
+def test_a_look_that_takes_longer_than_the_retention_keeps_its_folder(stand: Stand) -> None:
+    stand.start(CODEBOT_TASK_RETENTION="1", CODEBOT_REVIEW_WORKERS="2")
+    look = '[ "$asked" = Comment: ] && block; kind question; '
+    opened(stand, f'[ "$asked" = Task: ] && {{ {HELLO}; exit; }}; {look}answer Because')
+    stand.inline("alice", "Why?")
+    wait_for(stand.reached)
+    for _ in range(2):  # rounds of the keeper: one renames, the next removes
+        path = f"/api/tasks/{stand.submit('Another')}/status"
+        wait_for(lambda path=path: stand.ask("GET", path).status == 404)
+    assert [path.parent.suffix for path in stand.work.glob("task_*/objects")] == [""]
+    (stand.top / "go").touch()
+    wait_for(stand.answers)
