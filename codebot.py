@@ -1039,9 +1039,9 @@ class Store:
 
     def __init__(self, path: str) -> None:
         self.path, self._lock, self._local = path, threading.Lock(), threading.local()
-        self.news = threading.Condition()  # guards _newest and _chunks
+        self.news = threading.Condition()  # guards _newest and _chunk
         self._newest: dict[str, int] = {}
-        self._chunks: dict[str, tuple[int, int, bytes]] = {}
+        self._chunk = functools.lru_cache(16)(self._make_chunk)
         self._checked = 0.0
         self._adding = threading.Lock()
         self._adds: collections.deque[list[Any]] = collections.deque()  # what waits to be added
@@ -1226,27 +1226,18 @@ class Store:
         return [Event(*row) for row in self.read(sql, task_id, after, most)]
 
     def chunk(self, task_id: str, after: int) -> tuple[int, bytes]:
-        """The last seq, and the events after AFTER as a stream has them.  The newest answer
-        is kept, since hundreds of streams on one task ask for the same."""
+        """The last seq, and what a stream sends of the events after AFTER.  Made once for all."""
         with self.news:
-            kept = self._chunks.get(task_id, (-1, -1, b""))
-            if kept[:2] != (after, self._newest.get(task_id)):
-                if not (events := self.events(task_id, after, 100)):
-                    return after, b""
-                data = "".join(f"id: {e.seq}\ndata: {json.dumps(e._asdict())}\n\n" for e in events)
-                if len(self._chunks) > 16:
-                    self._chunks.clear()
-                kept = self._chunks[task_id] = (after, events[-1].seq, data.encode())
-            return kept[1:]
+            return self._chunk(task_id, after, self._newest.get(task_id))
+
+    def _make_chunk(self, task_id: str, after: int, newest: int | None) -> tuple[int, bytes]:
+        events = self.events(task_id, after, 100)
+        data = "".join(f"id: {e.seq}\ndata: {json.dumps(e._asdict())}\n\n" for e in events)
+        return (events[-1].seq if events else after), data.encode()
 
     def wait_for_news(self, task_id: str, after: int) -> None:
         with self.news:
             self.news.wait_for(lambda: self._newest.get(task_id, 0) > after, 1.0)
-
-    def ended_before(self, when: str) -> list[sqlite3.Row]:
-        """Tasks whose time is over, but those whose pull request is being worked on."""
-        sql = "SELECT * FROM tasks WHERE completed_at < ? AND id NOT IN "
-        return self.read(f"{sql} (SELECT task_id FROM {BUSY})", when)
 
     def set_aside(self, path: str) -> bool:
         """Rename a task's folder, for its removal, unless a review is at work in it."""
@@ -1264,7 +1255,6 @@ class Store:
             db.execute("DELETE FROM tasks WHERE id = ?", (task_id,))
         with self.news:
             self._newest.pop(task_id, None)
-            self._chunks.pop(task_id, None)
 
     def in_use(self) -> set[str]:
         """The folders and mirrors that rows name: these are still needed."""
@@ -1344,9 +1334,9 @@ class Store:
     def gather(self, pull: int, review: int, source: str) -> None:
         """Take into a running round what else of its review was queued meanwhile."""
         with self._writing() as db:
-            for row in db.execute(WAITING, (pull, source)).fetchall():
-                db.execute("UPDATE comments SET review = ? WHERE review = ?", (review, row["id"]))
-                db.execute("DELETE FROM reviews WHERE id = ?", (row["id"],))
+            take = f"UPDATE comments SET review = ? WHERE review IN ({WAITING})"
+            db.execute(take, (review, pull, source))
+            db.execute(f"DELETE FROM reviews WHERE id IN ({WAITING})", (pull, source))
 
     def drop(self, review: int) -> None:
         """A round that turned out to be none.  Its comments stay known."""
@@ -1500,19 +1490,21 @@ def keep_house(app: App) -> None:
     """The keeper's thread: the disk's room, and removal of what no task has or may need."""
     work_dir, retention, store = app.config.work_dir, app.config.retention, app.store
     auto = words("-c gc.auto=6700 -c gc.autoDetach=false -c gc.pruneExpire=never gc --auto -q")
+    over = "SELECT id, folder, mirror FROM tasks WHERE completed_at < ?"
+    over += f" AND id NOT IN (SELECT task_id FROM {BUSY})"
     while not app.stop.wait(min(60, retention)):
         try:
             if app.reviews.empty():  # what GitHub kept us from doing is tried again
                 app.queue_reviews()
             if (free := shutil.disk_usage(work_dir).free) < DISK_LOW:
                 log.warning("the work-dir has only %d MiB of disk left", free >> 20)
-            for row in store.ended_before(now_text(ago=retention)):
-                if row["folder"]:
-                    if not store.set_aside(os.path.join(work_dir, row["folder"])):
-                        continue
-                    remove_refs(app, row["folder"], row["mirror"])
-                store.forget(row["id"])
-            store.forget_pulls(now_text(ago=retention))
+            when = now_text(ago=retention)
+            for task_id, folder, mirror in store.read(over, when):
+                if folder and not store.set_aside(f"{work_dir}/{folder}"):
+                    continue  # a review is at work in it
+                remove_refs(app, folder or "", mirror)
+                store.forget(task_id)
+            store.forget_pulls(when)
             for path in glob.glob(f"{work_dir}/task_*"):
                 most = retention + app.config.task_timeout  # which a look without a row may take
                 old = os.lstat(path).st_mtime < time.time() - most
@@ -1532,8 +1524,8 @@ def keep_house(app: App) -> None:
 
 
 def remove_refs(app: App, folder: str, mirror: str) -> None:
-    """Let the mirror forget what it kept for the workspace in FOLDER."""
-    for end in ("base", "head") if os.path.isdir(mirror) else ():
+    """Let the mirror forget what it kept for the workspace in FOLDER, if there was one."""
+    for end in ("base", "head") if folder and os.path.isdir(mirror) else ():
         git_local(app, mirror, "update-ref", "-d", f"refs/codebot/{folder[-7:]}/{end}")
 
 
@@ -1844,8 +1836,7 @@ class Job:
                 sweep(f"{self.app.mark}{self.id}")
 
     def boxed(self, *argv: str, model: bool = False, folder: str = "", **how: Any) -> Ended:
-        """Run in the workspace (or another FOLDER like it), in the sandbox: no secret but, with
-        MODEL, the model's."""
+        """Run in the workspace (or a FOLDER like it), in the sandbox.  MODEL: with its secrets."""
         app, task = self.app, folder or self.folder
         tmp = "/tmp" if app.sandbox == ("bwrap",) else f"{task}/tmp"
         env = {**base_env(app, self.id), **agent_env(app, self, model)}
