@@ -1786,7 +1786,7 @@ class Job:
             raise TaskFailed("agent_failed", f"The agent left no usable repository: {last(lines)}")
         if not self.is_ancestor(base, head):
             raise TaskFailed("agent_failed", "The agent's branch no longer holds its base commit")
-        if not (stat := self.git(*DIFF, "--stat=100", base, head)):
+        if not (stat := self.git(*DIFF, "--stat=100", "--stat-count=50", base, head)):
             said = self.told.get("summary", "").strip()[:2000] or "nothing"
             raise TaskFailed("no_changes", f"The agent changed nothing. It said: {said}")
         self.say("git", f"Commit {head[:10]}", *stat)
@@ -1807,13 +1807,11 @@ class Job:
     def open_pull(self, hub: GitHub, outcome: Mapping[str, Any]) -> dict[str, Any]:
         """The pull request for the branch: the one that is there, else a new one."""
         self.phase("pull_request")
-        files, tests, cost = outcome["files"].splitlines(), outcome["tests"], outcome["cost_usd"]
-        if len(files) > 51:
-            files = [*files[:49], f" … {len(files) - 50} more", files[-1]]
+        tests, cost = outcome["tests"], outcome["cost_usd"]
         tested = f"`{tests['command'][:1000]}` passed" if tests else "No test command was given"
         spent = f", {cost:.2f} US dollars by the agent's word" if cost is not None else ""
         quoted = "\n> ".join(self.text[:10_000].splitlines())
-        shown = "\n".join(files)[:10_000].replace("```", "'''")
+        shown = outcome["files"][:10_000].replace("```", "'''")
         body = (
             f"{outcome['summary'][:20_000]}\n\n### Task\n\n> {quoted}\n\n### Files\n\n"
             f"```\n{shown}\n```\n\n### Test\n\n{tested}.\n\n"

@@ -3558,3 +3558,11 @@ def test_a_look_that_takes_longer_than_the_retention_keeps_its_folder(stand: Sta
     assert [path.parent.suffix for path in stand.work.glob("task_*/objects")] == [""]
     (stand.top / "go").touch()
     wait_for(stand.answers)
+
+
+def test_of_many_files_the_first_are_named_and_all_are_counted(stand: Stand) -> None:
+    stand.agent("for i in $(seq -w 300); do echo $i >f$i; done; result Many")
+    stand.done(stand.submit())
+    body = stand.hub.pulls[0]["body"]
+    assert (" f001 " in body, body.count(" | 1 +\n")) == (True, 50)
+    assert " ...\n 300 files changed, 300 insertions(+)\n" in body
