@@ -53,7 +53,7 @@ THREADS
   task-N     one task at a time, from the queue of ids that the database fills
   review-N   one round of one pull request at a time, from the other queue
   poll       asks GitHub at the start, or on a clock, for what no webhook told
-  keeper     retention, the mirrors' gc, what GitHub failed at    reload   with --debug
+  keeper     retention, the mirrors' gc, what GitHub failed at
   Shared: the writing connection (Store._lock), the submits that wait for one fsync
   (Store._adding), the newest events (Store.news), known secrets (Mask._lock), tokens
   (GitHub._lock: held while one is fetched, so that one fetch serves all).  A forked copy
@@ -3266,7 +3266,7 @@ def begin(app: App) -> None:
 def serve(flags: dict[str, Any]) -> int:
     """The server, until SIGTERM or SIGINT."""
     app = App(load_config(flags, needs_keys=True))
-    config, again, seen = app.config, threading.Event(), file_times(app.config)
+    config, hub, seen, again = app.config, app.github, file_times(app.config), False
     begin(app)
     for task_id in app.store.take_up():
         app.tasks.put(task_id)
@@ -3275,31 +3275,28 @@ def serve(flags: dict[str, Any]) -> int:
         app.server = server = Server(app)
     except OSError as error:
         raise Unusable(f"--host {config.host} --port {config.port}, or TLS: {error}") from None
-    threads = [threading.Thread(target=keep_house, args=(app,), name="keeper")]
-    for n in range(config.workers):
-        threads.append(threading.Thread(target=work, args=(app,), name=f"task-{n}"))
-    for n in range(config.review_workers if app.github else 0):
-        threads.append(threading.Thread(target=review, args=(app, app.github), name=f"review-{n}"))
-    if app.github:
-        threads.append(threading.Thread(target=watch_pulls, args=(app, app.github), name="poll"))
-    if config.debug:
-        how = (app, again, seen)
-        threads.append(threading.Thread(target=watch_files, args=how, name="reload"))
+    jobs: list[tuple[str, Callable[..., None], Any]] = [("keeper", keep_house, (app,))]
+    jobs += [(f"task-{n}", work, (app,)) for n in range(config.workers)]
+    if hub:
+        jobs += [(f"review-{n}", review, (app, hub)) for n in range(config.review_workers)]
+        jobs.append(("poll", watch_pulls, (app, hub)))
+    threads = [threading.Thread(target=act, args=given, name=name) for name, act, given in jobs]
     url = f"{'https' if config.tls_cert else 'http'}://localhost:{server.server_port}"
+    on = config.webhook_secret and hub
     print(f"HTTP API enabled with {len(config.api_keys)} API key(s)")
     print(f"Starting server on port {server.server_port}...")
     print(f"API endpoints: {url}/api/tasks/submit")
     print(f"               {url}/api/tasks/{{task_id}}/status\n               {url}/api/tasks")
     print(f"Health:        {url}/health")
-    on = config.webhook_secret and app.github
     print(f"Webhook:       {f'{url}/webhook' if on else 'off: GITHUB_WEBHOOK_SECRET is not set'}")
-    print(f"Page:          {url}/")
-    print(f"Sandbox:       {app.sandbox_told}")
+    print(f"Page:          {url}/\nSandbox:       {app.sandbox_told}")
     print(f"Taken up again: {app.store.pending} task(s)", flush=True)
     for thread in [*server.threads, *threads]:
         thread.start()
     while not app.stop.wait(0.5):  # without a limit it can miss a signal for ever
-        pass
+        if config.debug and file_times(config) != seen:
+            again = True
+            app.stop.set()
     log.info("stopping")
     for _ in threads:
         app.tasks.put(None)
@@ -3310,7 +3307,7 @@ def serve(flags: dict[str, Any]) -> int:
     server.finish(until + 2)
     with contextlib.suppress(sqlite3.Error, WrongState):
         app.store.take_up(crashes=0)  # of a thread that still waits for GitHub
-    if again.is_set():
+    if again:
         os.execv(sys.executable, [sys.executable, *sys.argv])
     if any(thread.is_alive() for thread in (*threads, *server.threads)):
         os._exit(0)
@@ -3322,18 +3319,10 @@ def file_times(config: Config) -> list[float]:
     return [os.stat(path).st_mtime if os.path.exists(path) else 0.0 for path in paths]
 
 
-def watch_files(app: App, again: threading.Event, seen: list[float]) -> None:
-    """The thread of --debug: stop, and start again, when codebot.py or .env has changed."""
-    while not app.stop.wait(0.5):
-        if file_times(app.config) != seen:
-            again.set()
-            app.stop.set()
-
-
 def run(flags: dict[str, Any]) -> int:
     """One task in the foreground.  The result goes to stdout as JSON; 0 completed, 1 failed."""
     source, given = flags.pop("task"), {name: flags.pop(name) for name in FIELDS}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: text for name, text in given.items() if text is not None}
     config = load_config(flags)
     if not flags["work_dir"]:
         work_dir = os.path.realpath(tempfile.mkdtemp(prefix="codebot-"))
@@ -3354,14 +3343,11 @@ def run(flags: dict[str, Any]) -> int:
         raise Unusable(f"the task: {error}") from None
     worker = threading.Thread(target=run_one, args=(app, task_id), name="task")
     worker.start()
-    alive = True
-    while alive:
-        alive = worker.is_alive()
-        for event in app.store.events(task_id, after):
+    while worker.is_alive():
+        worker.join(0.2)  # what it said is shown after it, so the last words are too
+        for event in app.store.events(task_id, after, most=EVENTS):
             after, spent = event.seq, time.monotonic() - start
             print(f"{spent:7.1f} s  {event.source:8}{event.message}", file=sys.stderr)
-        if alive:
-            app.store.wait_for_news(task_id, after)
     value = task_status(app, Request("GET", "", "", {}, b"", False), task_id)[1]
     print(json.dumps(value, indent=2))
     return 0 if value["status"] == "completed" else 1
@@ -3391,10 +3377,11 @@ def check(flags: dict[str, Any]) -> int:
         tell(free > DISK_LOW, f"disk: {free >> 20} MiB free", "make room", "warn")
         tempfile.tempdir, app.sandbox = config.work_dir, ("none",)
         for argv, least in ((("git", "--version"), "2.31"), (("openssl", "version"), "1.1.1")):
-            tell_version(tell, least, argv[0], *try_box(app, *argv))
+            tell(*version(argv[0], least, try_box(app, *argv)))
         app.sandbox, told = choose_sandbox(app)
         tell(app.sandbox != ("none",), f"sandbox: {told}", "see README, Security", "warn")
-        tell_version(tell, "2.0", config.claude[0], *try_box(app, *config.claude, "--version"))
+        ended = try_box(app, *config.claude, "--version")
+        tell(*version(config.claude[0], "2.0", ended))
     except (OSError, Unusable) as error:
         tell(False, "work-dir and sandbox", str(error))
     login = any(config.variables.get(name) for name in MODEL_NAMES)
@@ -3424,13 +3411,13 @@ def check(flags: dict[str, Any]) -> int:
     return 1 if failed else 0
 
 
-def tell_version(
-    tell: Callable[..., None], least: str, name: str, code: int, lines: list[str]
-) -> None:
-    found = re.search(r"[0-9]+(\.[0-9]+)+", last(lines))
+def version(name: str, least: str, ended: Ended) -> tuple[Any, str, str]:
+    """Whether a program is new enough, what it said of itself, and the remedy."""
+    said = last(ended[1])
+    found = re.search(r"[0-9]+(\.[0-9]+)+", said)
     new = found and [*map(int, found[0].split("."))] >= [*map(int, least.split("."))]
     remedy = f"{least} or newer is needed, on PATH and in the sandbox"
-    tell(new and code == 0, f"{name}: {last(lines)[:100]}", remedy)
+    return new and not ended[0], f"{name}: {said[:100]}", remedy
 
 
 DEMO_AGENT = """#!/bin/sh
@@ -3449,7 +3436,7 @@ def demo(flags: dict[str, Any]) -> int:
     """The main job, with a local repository and a stand-in for the agent.  Leaves nothing."""
     with tempfile.TemporaryDirectory(prefix="codebot-demo-") as folder:
         top = os.path.realpath(folder)
-        agent, remote, stop = f"{top}/stand-in-agent", f"{top}/hello.git", threading.Event()
+        agent, remote, branches = f"{top}/stand-in-agent", f"{top}/hello.git", list[str]()
         env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": top, "LC_ALL": "C.UTF-8"}
         env |= {"CODEBOT_API_KEYS": "demo-key", "CODEBOT_CLAUDE_COMMAND": agent}
         for who in ("AUTHOR", "COMMITTER"):
@@ -3461,51 +3448,47 @@ def demo(flags: dict[str, Any]) -> int:
         code, lines = run_program(("sh", "-c", DEMO_REPOSITORY), env, 30, cwd=top)
         if code:
             raise Unusable(f"the demo's repository: {last(lines)}")
-        said: queue.Queue[str] = queue.Queue()
 
-        def server() -> None:
-            serving = (sys.executable, os.path.abspath(__file__), "serve", "--port", "0")
-            argv = (*serving, "--no-github", "--work-dir", f"{top}/work")
-            with contextlib.suppress(Stopped):
-                run_program(argv, env, 60, (stop,), top, on_lines=lambda x: said.put("\n".join(x)))
-            said.put("Taken up again, or ended")
+        def on_lines(lines: list[str]) -> float | None:
+            if not (port := re.search(r"Starting server on port (\d+)", "\n".join(lines))):
+                return None
+            branches.append(demo_task(int(port[1]), remote))
+            return 0.0  # the server has done its work
 
-        thread = threading.Thread(target=server)
-        thread.start()
-        try:
-            banner = ""
-            while "Taken up again" not in banner:
-                banner += said.get(timeout=30)
-            if not (port := re.search(r"Starting server on port (\d+)", banner)):
-                raise Unusable(f"the server did not start: {banner}")
-            print(f"The server:    http://localhost:{port[1]}")
-            web = http.client.HTTPConnection("127.0.0.1", int(port[1]), timeout=30)
-
-            def ask(method: str, path: str, body: Any = None) -> Any:
-                web.request(method, path, body and json.dumps(body), {"X-API-Key": "demo-key"})
-                return json.loads(web.getresponse().read())
-
-            task = {"repository_url": remote, "description": "Add a program that says hello"}
-            task_id = ask("POST", "/api/tasks/submit", {**task, "test_command": "test -s hello.py"})
-            status: Any = {"status": ""}
-            shown = ""
-            while status["status"] not in ("completed", "failed"):
-                status = ask("GET", f"/api/tasks/{task_id['task_id']}/status")
-                now = f"{status['status']} {status.get('phase', '')}"
-                if now != shown:
-                    print(f"The task:      {now}", flush=True)
-                shown = now
-                time.sleep(0.02)
-            if status["status"] == "failed":
-                raise Unusable(status["error"])
-            branch = status["result"]["branch_name"]
-            print(f"The branch:    {branch}\n")
-            argv = ("git", "-C", remote, "diff", "main", branch)
-            print("\n".join(run_program(argv, env, 30)[1]))
-        finally:
-            stop.set()
-            thread.join()
+        serving = (sys.executable, os.path.abspath(__file__), "serve", "--port", "0")
+        argv = (*serving, "--no-github", "--work-dir", f"{top}/work")
+        with contextlib.suppress(Stopped):
+            lines = run_program(argv, env, 60, cwd=top, on_lines=on_lines)[1]
+        if not branches:
+            raise Unusable(f"the server did not start: {last(lines)}")
+        diff = ("git", "-C", remote, "diff", "main", *branches)
+        print("\n".join(run_program(diff, env, 30)[1]))
     return 0
+
+
+def demo_task(port: int, remote: str) -> str:
+    """Submit a task as any client does, and show its states.  Gives the branch it ended in."""
+    print(f"The server:    http://localhost:{port}")
+    web = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+
+    def ask(method: str, path: str, body: Any = None) -> Any:
+        web.request(method, path, body and json.dumps(body), {"X-API-Key": "demo-key"})
+        return json.loads(web.getresponse().read())
+
+    task = {"repository_url": remote, "description": "Add a program that says hello"}
+    task_id = ask("POST", "/api/tasks/submit", {**task, "test_command": "test -s hello.py"})
+    status: Any = {"status": ""}
+    shown, until = "", time.monotonic() + 60
+    while status["status"] not in ("completed", "failed") and time.monotonic() < until:
+        status = ask("GET", f"/api/tasks/{task_id['task_id']}/status")
+        if (now := f"{status['status']} {status.get('phase', '')}") != shown:
+            print(f"The task:      {now}", flush=True)
+        shown = now
+        time.sleep(0.02)
+    if status["status"] != "completed":
+        raise Unusable(status.get("error") or "the task has not ended within 60 s")
+    print(f"The branch:    {status['result']['branch_name']}\n")
+    return str(status["result"]["branch_name"])
 
 
 def flag(read: Callable[[str], int]) -> Callable[[str], int]:

@@ -3546,6 +3546,8 @@ def test_a_tls_client_that_resets_at_once_costs_nobody_else_a_connection(stand: 
                 one.sendall(b"x")
         with pytest.raises(socket.timeout):
             idle.recv(1)
+
+
 def test_a_look_that_takes_longer_than_the_retention_keeps_its_folder(stand: Stand) -> None:
     stand.start(CODEBOT_TASK_RETENTION="1", CODEBOT_REVIEW_WORKERS="2")
     look = '[ "$asked" = Comment: ] && block; kind question; '
