@@ -2192,8 +2192,8 @@ class Round:
             path, found = f"{self.path}/reviews/{source[7:]}", []
             try:
                 found = [read_comment("review", self.hub.ask(self.job, "GET", path))]
-                for raw in self.hub.pages(self.job, f"{path}/comments?per_page=100"):
-                    found.append(read_comment("inline", raw))
+                inline = self.hub.pages(self.job, f"{path}/comments?per_page=100")
+                found += [read_comment("inline", raw) for raw in inline]
             except GitHubError as error:
                 if error.status != 404:  # it is gone; what is queued of it may still be there
                     raise
@@ -2323,14 +2323,9 @@ class Round:
             if "No conversation found" not in str(error):
                 raise
         span = f"refs/heads/{job.row['base_name']}...{job.ref('base')}"
-        argv, room = (*GIT, "-C", job.mirror, *DIFF, span), 200_000
-        diff: list[str] = []
-
-        def collect(lines: list[str]) -> None:
-            if len(diff) < room:
-                diff.extend(line[:room] for line in lines[:room])
-
-        job.program(argv, base_env(self.app, job.id), timeout=GIT_TIMEOUT, on_lines=collect)
+        argv, diff, room = (*GIT, "-C", job.mirror, *DIFF, span), list[str](), 200_000
+        keep = {"on_lines": lambda x: diff.extend(line[:room] for line in x[: room - len(diff)])}
+        job.program(argv, base_env(self.app, job.id), timeout=GIT_TIMEOUT, **keep)
         prompt += f"The pull request was opened for this task:\n<task>\n{job.text}\n</task>\n"
         prompt += "Its diff:\n" + "\n".join(diff)[:room] + "\n"
         job.session = str(uuid.uuid4())
@@ -2411,11 +2406,9 @@ class Round:
             text += "\n\nNo file was changed."
 
         def there() -> Any:
-            me = self.hub.bot(self.job)[1]
-            for one in self.hub.pages(self.job, f"{path}?per_page=100"):
-                if mark in (one["body"] or "") and (one["user"] or {}).get("id") == me:
-                    return one
-            return None
+            me, every = self.hub.bot(self.job)[1], self.hub.pages(self.job, f"{path}?per_page=100")
+            ours = (one for one in every if (one["user"] or {}).get("id") == me)
+            return next((one for one in ours if mark in (one["body"] or "")), None)
 
         if look and there():
             return
@@ -2433,9 +2426,8 @@ class Round:
             return
         sql = "SELECT COUNT(*) FROM reviews WHERE pull = ? AND source != 'state' AND id <= ?"
         number = self.app.store.read(sql, self.pull["id"], self.row["review"])[0][0]
-        what = {"question": "answered", "unclear": "asked back"}.get(
-            str(self.kind), "changed nothing"
-        )
+        told = {"question": "answered", "unclear": "asked back"}
+        what = told.get(str(self.kind), "changed nothing")
         if outcome.get("error"):
             what = f"failed ({outcome['reason']})"
         elif outcome.get("commit"):
@@ -2467,11 +2459,8 @@ g() { git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c commit.gpgSign=
 """
 COMMIT = ALONE + """g add -A && { g diff --cached --quiet || g commit -q --no-verify -m "$1"; }"""
 RESET = ALONE + """g checkout -q -f -B "$1" "$2" && g clean -q -ff -d"""
-REBASE = (
-    ALONE
-    + """g rebase -q "$1" && exit; echo IN; g diff --name-only --diff-filter=U
+REBASE = f"""{ALONE}g rebase -q "$1" && exit; echo IN; g diff --name-only --diff-filter=U
 g rebase --abort; g branch -f "$2"; exit 1"""
-)
 
 
 class Repository(NamedTuple):
@@ -2560,19 +2549,18 @@ def held(
     """
     lock, delay = os.open(f"{mirror}.lock", os.O_RDWR | os.O_CREAT, 0o600), 0.002
     try:
-        while not lock_file(lock) and wait:
+        while not (got := lock_file(lock)) and wait:
             if app.stop.wait(delay) or (cancel and cancel.is_set()):
                 raise Stopped("stopped")
             delay = min(delay * 1.5, 0.1)
         if wait:
             os.utime(lock)  # the keeper asks when the mirror was used
-        yield lock if wait or lock_file(lock) else None
+        yield lock if got else None
     finally:
         os.close(lock)
 
 
 def lock_file(lock: int) -> bool:
-    """Take the lock, or have it already."""
     with contextlib.suppress(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -2784,28 +2772,16 @@ class GitHubError(Exception):
         self.status, self.again = status, again or status in (0, 401) or status >= 500
 
 
-class Quick:
-    """Mixed into a connection: the timeout given is for connecting, then 30 s for answers."""
-
-    def connect(self) -> None:
-        super().connect()  # type: ignore[misc]
-        self.sock.settimeout(30)  # type: ignore[attr-defined]
-
-
-class QuickHTTP(Quick, http.client.HTTPConnection):
-    pass
-
-
-class QuickHTTPS(Quick, http.client.HTTPSConnection):
-    pass
-
-
 class Opening(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
-    def http_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(QuickHTTP, request)
+    """The timeout that is given is for connecting; an answer has 30 s."""
 
-    def https_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(QuickHTTPS, request, context=ssl.create_default_context())
+    def do_open(self, http_class: Any, req: urllib.request.Request, **how: Any) -> Any:
+        class Quick(http_class):  # type: ignore[misc]
+            def connect(self) -> None:
+                super().connect()
+                self.sock.settimeout(30)
+
+        return super().do_open(Quick, req, **how)
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -2851,12 +2827,12 @@ class GitHub:
         url = path if path.startswith(f"{api}/") else f"{api}{path}"
         if (left := self._quiet - time.monotonic()) > 0:
             raise GitHubError(429, f"GitHub's rate limit is reached, for {left:.0f} s", again=True)
+        headers = {"Accept": "application/vnd.github+json", "User-Agent": "codebot"}
+        headers |= {"X-GitHub-Api-Version": "2022-11-28", "Content-Type": "application/json"}
+        headers |= {"If-None-Match": etag} if etag else {}
         data = None if body is None else self.app.mask(json.dumps(body)).encode()
         while True:
-            headers = {"Accept": "application/vnd.github+json", "User-Agent": "codebot"}
-            headers |= {"X-GitHub-Api-Version": "2022-11-28", "Authorization": f"Bearer {bearer()}"}
-            headers |= {"Content-Type": "application/json"} if data else {}
-            headers |= {"If-None-Match": etag} if etag else {}
+            headers["Authorization"] = f"Bearer {bearer()}"
             request = urllib.request.Request(url, data, headers, method=method)
             self.calls += 1
             status, got, wait = 0, email.message.Message(), 2.0**tries
@@ -2887,13 +2863,12 @@ class GitHub:
                 continue
             spent = got.get("x-ratelimit-remaining") == "0"
             asked = spent or "retry-after" in got or "rate limit" in message
-            limited = status == 429 or (status == 403 and asked)
-            if limited:
+            if limited := status == 429 or (status == 403 and asked):
                 reset = float(got.get("x-ratelimit-reset", 0)) - time.time() - self.skew + 1
                 told = got.get("retry-after", "")
                 wait = float(told) if told.isdigit() else reset if spent else 60 * wait
-            if limited and wait > GITHUB_WAIT:
-                self._quiet = time.monotonic() + wait  # who asks on regardless may be banned
+                if wait > GITHUB_WAIT:
+                    self._quiet = time.monotonic() + wait  # who asks on regardless may be banned
             if not (limited or status >= 500 or status < 300) or tries == 4 or wait > GITHUB_WAIT:
                 raise GitHubError(status, self.app.mask(message), again=limited)
             tries += 1
@@ -2996,7 +2971,7 @@ class GitHub:
 
     def current_name(self, job: Job) -> str | None:
         """The name the repository has now, if GitHub knows; asked with a token for no writing."""
-        with contextlib.suppress(GitHubError), self._turn(job):
+        with contextlib.suppress(GitHubError):
             token = self._mint({"permissions": {"metadata": "read"}}, job)[0]
             path = f"/repos/{job.repository.name}"
             return str(self._call("GET", path, lambda: token, job=job)[0]["full_name"])
@@ -3004,15 +2979,12 @@ class GitHub:
 
     def bot(self, job: Job) -> tuple[str, int]:
         """The App's login and user id, which its commits carry."""
-        if self._bot is not None:
-            return self._bot
-        with self._turn(job):
-            if self._bot is None:
-                login = f"{self._call('GET', '/app', self.jwt, job=job)[0]['slug']}[bot]"
-                path = f"/users/{urllib.parse.quote(login)}"
-                user = self._call("GET", path, lambda: self.token(job), job=job)[0]
-                self._bot = (login, user["id"])
-            return self._bot
+        if self._bot is None:  # two that ask at once hear the same
+            login = f"{self._call('GET', '/app', self.jwt, job=job)[0]['slug']}[bot]"
+            path = f"/users/{urllib.parse.quote(login)}"
+            user = self._call("GET", path, lambda: self.token(job), job=job)[0]
+            self._bot = (login, user["id"])
+        return self._bot
 
     def open_pull(self, job: Job, wish: Mapping[str, str]) -> Any:
         """Open a pull request, or give the one that the branch has, open or not."""
@@ -3420,15 +3392,14 @@ def version(name: str, least: str, ended: Ended) -> tuple[Any, str, str]:
     return new and not ended[0], f"{name}: {said[:100]}", remedy
 
 
-DEMO_AGENT = """#!/bin/sh
-# A stand-in for Claude Code: it reads the task and writes one file.
+DEMO_AGENT = """# A stand-in for Claude Code: it reads the task and writes one file.
 cat >/dev/null
 echo '{"type":"assistant","message":{"content":[{"type":"text","text":"I am a stand-in."}]}}'
 echo 'print("Hello from codebot")' >hello.py
 echo '{"type":"result","subtype":"success","is_error":false,"num_turns":1,"result":"Added hello.py."}'
 """
 DEMO_REPOSITORY = """git init -q --bare hello.git && git init -q seed && cd seed &&
-git commit -q --allow-empty -m First && git push -q ../hello.git HEAD:refs/heads/main &&
+git -c user.name=demo -c user.email= commit -q --allow-empty -m First && git push -q ../hello.git HEAD:refs/heads/main &&
 git -C ../hello.git symbolic-ref HEAD refs/heads/main"""
 
 
@@ -3438,12 +3409,9 @@ def demo(flags: dict[str, Any]) -> int:
         top = os.path.realpath(folder)
         agent, remote, branches = f"{top}/stand-in-agent", f"{top}/hello.git", list[str]()
         env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": top, "LC_ALL": "C.UTF-8"}
-        env |= {"CODEBOT_API_KEYS": "demo-key", "CODEBOT_CLAUDE_COMMAND": agent}
-        for who in ("AUTHOR", "COMMITTER"):
-            env |= {f"GIT_{who}_NAME": "demo", f"GIT_{who}_EMAIL": "demo@localhost"}
+        env |= {"CODEBOT_API_KEYS": "demo-key", "CODEBOT_CLAUDE_COMMAND": f"sh {agent}"}
         with open(agent, "w") as file:
             file.write(DEMO_AGENT)
-        os.chmod(agent, 0o755)
         print(f"A repository:  {remote}\nThe agent:     a stand-in, {agent}; not Claude")
         code, lines = run_program(("sh", "-c", DEMO_REPOSITORY), env, 30, cwd=top)
         if code:
@@ -3476,11 +3444,10 @@ def demo_task(port: int, remote: str) -> str:
         return json.loads(web.getresponse().read())
 
     task = {"repository_url": remote, "description": "Add a program that says hello"}
-    task_id = ask("POST", "/api/tasks/submit", {**task, "test_command": "test -s hello.py"})
-    status: Any = {"status": ""}
-    shown, until = "", time.monotonic() + 60
+    status = ask("POST", "/api/tasks/submit", {**task, "test_command": "test -s hello.py"})
+    path, shown, until = f"/api/tasks/{status['task_id']}/status", "", time.monotonic() + 60
     while status["status"] not in ("completed", "failed") and time.monotonic() < until:
-        status = ask("GET", f"/api/tasks/{task_id['task_id']}/status")
+        status = ask("GET", path)
         if (now := f"{status['status']} {status.get('phase', '')}") != shown:
             print(f"The task:      {now}", flush=True)
         shown = now
