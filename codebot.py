@@ -1513,7 +1513,7 @@ def keep_house(app: App) -> None:
                 elif old and os.path.basename(path) not in store.in_use():
                     store.set_aside(path)  # no row knows of it; the next round removes it
             for mirror in app.mirrors():
-                with held(app, mirror, wait=False) as lock:
+                with held(app, mirror) as lock:
                     old = lock is not None and os.fstat(lock).st_mtime < time.time() - MIRROR_KEPT
                     if old and mirror not in store.in_use():
                         remove(app, mirror)
@@ -2166,7 +2166,7 @@ class Round:
         self.tell_round(outcome)
         return {"error": outcome.get("error"), "reason": outcome.get("reason")}
 
-    def look(self) -> Any:
+    def look(self) -> None:
         """The pull request as it is now.  Raises Dropped unless it is open, and ours to work on."""
         pull = self.hub.ask(self.job, "GET", self.path)
         state, head = "merged" if pull["merged"] else pull["state"], pull["head"]
@@ -2183,7 +2183,6 @@ class Round:
             raise Dropped("the pull request is not of our branch in this repository")
         if pull["locked"]:
             raise Dropped("the conversation is locked")
-        return pull
 
     def gather(self) -> None:
         """Let all that was said in one review be one round, whatever came first."""
@@ -2368,9 +2367,7 @@ class Round:
                     raise  # nobody was there before us: it is refused for another reason
                 self.rebase(tip)
         head: str = job.row["head_commit"]
-        there = job.network("push_rejected", "ls-remote", "--", "URL", f"refs/heads/{branch}")
-        seen = f"{head}\trefs/heads/{branch}" in there
-        if not seen and not job.is_ancestor(head, job.fetch_base(branch)[1]):
+        if not job.is_ancestor(head, job.fetch_base(branch)[1]):
             what = f"Commit {head} was pushed, but it is not on the branch any more"
             raise TaskFailed("push_rejected", what)
         return head
@@ -2540,20 +2537,16 @@ def git_local(app: App, where: str, *args: str) -> tuple[int, list[str]]:
 
 
 @contextlib.contextmanager
-def held(
-    app: App, mirror: str, cancel: threading.Event | None = None, wait: bool = True
-) -> Iterator[int | None]:
-    """The mirror's lock, as a descriptor; None if another has it and WAIT is false.
-
-    The git that runs under it is given it, so it outlives a crash of ours as long as git does.
-    """
+def held(app: App, mirror: str, cancel: threading.Event | None = None) -> Iterator[int | None]:
+    """The mirror's lock, as a descriptor; waited for until CANCEL, without one not at all (None).
+    The git that runs under it is given it, so it outlives a crash of ours as long as git does."""
     lock, delay = os.open(f"{mirror}.lock", os.O_RDWR | os.O_CREAT, 0o600), 0.002
     try:
-        while not (got := lock_file(lock)) and wait:
-            if app.stop.wait(delay) or (cancel and cancel.is_set()):
+        while not (got := lock_file(lock)) and cancel:
+            if app.stop.wait(delay) or cancel.is_set():
                 raise Stopped("stopped")
             delay = min(delay * 1.5, 0.1)
-        if wait:
+        if cancel:
             os.utime(lock)  # the keeper asks when the mirror was used
         yield lock if got else None
     finally:
@@ -2593,11 +2586,9 @@ def agent_env(app: App, job: Job, model: bool) -> dict[str, str]:
 
 
 def box(app: App, task: str, mirror: str, argv: Sequence[str]) -> tuple[str, ...]:
-    """The words that put ARGV into the sandbox of the task's folder.
-
-    bwrap: everything read-only, covered where it is private (home, /run, the folders of .env
-    and keys, the work-dir), and of the work-dir the task's own repo, home and tmp put back.
-    """
+    """The words that put ARGV into the sandbox of the task's folder.  In bwrap all is read-only,
+    covered where it is private (home, /run, the folders of .env and keys, the work-dir), and of
+    the work-dir the task's own repo, home and tmp are put back."""
     if app.sandbox == ("none",):
         return tuple(argv)
     if app.sandbox != ("bwrap",):
@@ -2711,12 +2702,10 @@ def run_program(
     stdin: str = "",
     pass_fds: Sequence[int] = (),
 ) -> tuple[int, list[str]]:
-    """Exit code and last lines of ARGV, of whose process group nothing is left then.
-
-    Output goes to a nameless file that is tailed: of a pipe that is not drained at once the
-    CLI drops the rest.  ON_LINES may give the seconds that the program may still run.
-    Raises Stopped; FileNotFoundError for a program that is not there.
-    """
+    """Exit code and last lines of ARGV, of whose process group nothing is left then.  Output
+    goes to a nameless file that is tailed: of a pipe that is not drained at once the CLI drops
+    the rest.  ON_LINES may give the seconds that the program may still run.  Raises Stopped;
+    FileNotFoundError for a program that is not there."""
     heard = time.monotonic()
     until, rest, offset, delay, why, final = heard + timeout, b"", 0, 0.0005, "", False
     kept: collections.deque[str] = collections.deque(maxlen=200)
@@ -2772,8 +2761,13 @@ class GitHubError(Exception):
         self.status, self.again = status, again or status in (0, 401) or status >= 500
 
 
-class Opening(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
-    """The timeout that is given is for connecting; an answer has 30 s."""
+class Opening(
+    urllib.request.HTTPSHandler, urllib.request.HTTPHandler, urllib.request.HTTPRedirectHandler
+):
+    """Opens GitHub's URLs: the timeout that is given is for connecting; an answer has 30 s."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """urllib's own would carry the token to another host, and make a POST a GET."""
 
     def do_open(self, http_class: Any, req: urllib.request.Request, **how: Any) -> Any:
         class Quick(http_class):  # type: ignore[misc]
@@ -2784,17 +2778,10 @@ class Opening(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         return super().do_open(Quick, req, **how)
 
 
-class NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        """urllib's own would carry the token to another host, and make a POST a GET."""
-
-
 class GitHub:
-    """GitHub's REST API: as the App, by a JWT, and as its installation, by a token.
-
-    A token is for one repository and three permissions.  Methods raise GitHubError, and
-    Stopped when the job for which they ask is to end.
-    """
+    """GitHub's REST API: as the App, by a JWT, and as its installation, by a token, which is for
+    one repository and three permissions.  Methods raise GitHubError, and Stopped when the job
+    for which they ask is to end."""
 
     def __init__(self, app: App) -> None:
         self.app, self.config = app, app.config
@@ -2806,7 +2793,7 @@ class GitHub:
         self._jwt, self._jwt_until, self._born = "", 0.0, 0.0
         self._tokens: dict[str, tuple[str, float]] = {}  # name: token, when it expires
         self._bot: tuple[str, int] | None = None
-        urllib.request.install_opener(urllib.request.build_opener(Opening(), NoRedirects()))
+        urllib.request.install_opener(urllib.request.build_opener(Opening()))
 
     def _call(
         self,
@@ -2819,10 +2806,8 @@ class GitHub:
         there: Callable[[], Any] | None = None,
     ) -> tuple[Any, Any]:
         """The one place that asks GitHub.  Gives the value (None: as ETAG has it) and headers.
-
         Retries what GitHub asks to retry (docs: "Best practices for using the REST API"), but
-        looks first whether it is THERE: an answer may be lost of what was done.
-        """
+        looks first whether it is THERE: an answer may be lost of what was done."""
         api, tries, hops, refused = self.config.github_api, 0, 0, 0
         url = path if path.startswith(f"{api}/") else f"{api}{path}"
         if (left := self._quiet - time.monotonic()) > 0:
@@ -2929,8 +2914,8 @@ class GitHub:
         if time.monotonic() > self._jwt_until:
             now = int(time.time() + self.skew)
             claims = {"iat": now - 60, "exp": now + 540, "iss": self.config.app_id}
-            parts = [json.dumps(part).encode() for part in ({"alg": "RS256", "typ": "JWT"}, claims)]
-            signed = b".".join(map(base64url, parts)).decode()
+            parts = ({"alg": "RS256", "typ": "JWT"}, claims)
+            signed = ".".join(base64url(json.dumps(part).encode()) for part in parts)
             argv = ("openssl", "dgst", "-sha256", "-hex", "-sign", self.config.key_file)
             try:
                 code, lines = run_program(argv, base_env(self.app), 30, stdin=signed)
@@ -2939,7 +2924,7 @@ class GitHub:
             signature = re.fullmatch(r".*= *([0-9a-f]+)", last(lines[-1:]))
             if code or not signature:
                 raise GitHubError(0, f"openssl cannot sign with the App's key: {last(lines)}")
-            self._jwt = f"{signed}.{base64url(bytes.fromhex(signature[1])).decode()}"
+            self._jwt = f"{signed}.{base64url(bytes.fromhex(signature[1]))}"
             self._jwt_until = time.monotonic() + 480
         return self._jwt
 
@@ -3016,8 +3001,8 @@ def github_words(error: urllib.error.HTTPError) -> str:
         return f"{error.code} without a reason"
 
 
-def base64url(data: bytes) -> bytes:
-    return base64.urlsafe_b64encode(data).rstrip(b"=")
+def base64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
 # ---- The page ---------------------------------------------------------------------
@@ -3305,14 +3290,11 @@ def run(flags: dict[str, Any]) -> int:
             with sys.stdin if source == "-" else open(source, encoding="utf-8") as file:
                 given = {**json.load(file), **given}
         task = read_task(app.config, given)
-    except (OSError, ValueError, TypeError, HTTPError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise Unusable(f"the task: {error}") from None
     begin(app)
     app.store.take_up()
-    try:
-        task_id, start, after = app.submit(task), time.monotonic(), 0
-    except HTTPError as error:
-        raise Unusable(f"the task: {error}") from None
+    task_id, start, after = app.submit(task), time.monotonic(), 0
     worker = threading.Thread(target=run_one, args=(app, task_id), name="task")
     worker.start()
     while worker.is_alive():
@@ -3499,7 +3481,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     del given["command"]
     try:
         return int(function(given))
-    except Unusable as error:
+    except (Unusable, HTTPError) as error:  # the latter of a task that `run` was given
         for line in str(error).splitlines():
             print(f"codebot: {line}", file=sys.stderr)
         return 2
