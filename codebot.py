@@ -3341,7 +3341,7 @@ def check(flags: dict[str, Any]) -> int:
     login = any(config.variables.get(name) for name in MODEL_NAMES)
     tell(login, "claude's login", f"set one of {', '.join(MODEL_NAMES)}", "warn")
     tell(os.getuid(), f"user {os.getuid()}", "is root: give codebot a user of its own", "warn")
-    for path in (*config.secret_files, config.work_dir):
+    for path in filter(os.path.exists, (*config.secret_files, config.work_dir)):
         private = not os.stat(path).st_mode & 0o077
         tell(private, f"{path} is private", f"others can read it: chmod go= {path}", "warn")
     if hub := app.github:
