@@ -2009,34 +2009,33 @@ def run_review(app: App, hub: GitHub, pull: int) -> None:
     """Take the oldest round of a pull request from pending to its end, if none is running."""
     if (row := app.surely(app.store.claim_review, pull)) is None:
         return
-    store, this, crashes = app.store, Round(app, hub, row), 0
+    store, this, over, crashes = app.store, Round(app, hub, row), True, 0
     of, what = this.job.of, f"review {row['review']} of {row['repository']}#{row['number']}"
+    end: dict[str, Any] | None = None
     app.reviewing[pull] = this.job.cancel
     try:
         end = this.carry_out()
-        status = "failed" if end["error"] else "completed"
-        app.surely(store.end, of, status, *this.job.spent(), **end)
-        return app.reviews.put(pull)  # for the round after this one
     except (Dropped, TaskFailed) as error:
         log.info("%s is dropped: %s", what, error)
-        app.surely(store.drop, row["review"])
-        return app.reviews.put(pull)
     except (Stopped, GitHubError, sqlite3.Error) as error:
         log.warning("%s: %s", what, error)
-        gone, why = isinstance(error, GitHubError) and not error.again, app.mask(str(error))
+        over = isinstance(error, GitHubError) and not error.again
+        end = {"reason": "internal", "error": app.mask(str(error))}
     except Exception:
         log.exception(what)
-        gone, crashes = row["interruptions"] >= 2 * INTERRUPTIONS, 1  # it has been told by then
-        why = "internal error"
+        over, crashes = row["interruptions"] >= 2 * INTERRUPTIONS, 1  # it has been told by then
+        end = {"reason": "internal", "error": "internal error"}
     finally:
-        del app.reviewing[pull]
-    if gone:
-        how = {"reason": "internal", "error": why}
-        app.surely(store.end, of, "failed", *this.job.spent(), **how)
-    else:
+        del app.reviewing[pull]  # while the row still keeps others from the next round
+    if not over:
         app.surely(store.put_back, of, crashes)  # the keeper hands it to the lane again
-    if gone or this.job.cancel.is_set():
-        app.reviews.put(pull)
+    elif end is None:
+        app.surely(store.drop, row["review"])
+    else:
+        status = "failed" if end["error"] else "completed"
+        app.surely(store.end, of, status, *this.job.spent(), **end)
+    if over or this.job.cancel.is_set():
+        app.reviews.put(pull)  # for the round after this one
 
 
 def watch_pulls(app: App, hub: GitHub) -> None:

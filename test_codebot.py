@@ -3574,3 +3574,28 @@ def test_check_goes_on_where_the_work_dir_cannot_be_made(stand: Stand) -> None:
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     assert re.search("^FAIL .*work-dir and sandbox: ", done.stdout, re.MULTILINE), done.stdout
     assert re.search("^ok .*GitHub answers", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_a_round_has_left_before_the_next_can_begin(stand: Stand) -> None:
+    """Else its end took away what cancels the next one, whose worker then died of that."""
+    app = codebot.App(codebot.load_config({"no_github": True, "work_dir": str(stand.top)}))
+    left: list[bool] = []
+
+    class Watched(codebot.Store):
+        def drop(self, review: int) -> None:
+            left.append(not app.reviewing)
+            super().drop(review)
+
+    class Gone:
+        def ask(self, *_: Any) -> None:
+            raise codebot.Dropped("it is closed")
+
+    app.store = Watched(str(stand.top / "codebot.db"))
+    task = {**dict.fromkeys((*codebot.FIELDS, "branch", "base_name"), "x"), "id": "1"}
+    pull = {"number": 1, "state": "open", "created_at": "", "html_url": ""}
+    repository = {"id": 1, "full_name": "acme/widget"}
+    app.store.add_pull(
+        {**task, "folder": "task_1", "mirror": "m"}, {**pull, "base": {"repo": repository}}
+    )
+    codebot.run_review(app, Gone(), 1)
+    assert left == [True]
