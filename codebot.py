@@ -1513,7 +1513,7 @@ def keep_house(app: App) -> None:
                 elif old and os.path.basename(path) not in store.in_use():
                     store.set_aside(path)  # no row knows of it; the next round removes it
             for mirror in app.mirrors():
-                with held(app, mirror) as lock:
+                with held(mirror) as lock:
                     old = lock is not None and os.fstat(lock).st_mtime < time.time() - MIRROR_KEPT
                     if old and mirror not in store.in_use():
                         remove(app, mirror)
@@ -1686,7 +1686,7 @@ class Job:
         if not there or name is None:
             what = f"no branch {wanted!r}" if wanted else "no commit on a default branch"
             raise TaskFailed("base_branch_not_found", f"Base branch not found: there is {what}")
-        with held(self.app, self.mirror, self.cancel) as lock:
+        with held(self.mirror, self) as lock:
             if self.tip(f"refs/heads/{name}") != there[1]:
                 spec = ("--prune", "--", "URL", "+refs/heads/*:refs/heads/*")
                 self.network("clone_failed", *FETCH, *spec, pass_fds=(lock or 0,))
@@ -2069,8 +2069,7 @@ def catch_up(app: App, hub: GitHub) -> bool:
     """Ask GitHub what was said on our open pull requests.  Gives whether all of it is known."""
     known = True
     try:
-        pulls = app.store.read("SELECT * FROM pulls WHERE state = 'open' ORDER BY id")
-        for pull in pulls:
+        for pull in app.store.read("SELECT * FROM pulls WHERE state = 'open' ORDER BY id"):
             try:
                 ask_pull(app, hub, pull)
             except (GitHubError, TaskFailed) as error:
@@ -2080,7 +2079,7 @@ def catch_up(app: App, hub: GitHub) -> bool:
         raise
     except Exception:  # this thread has to live
         log.exception("poll")
-        return False
+        known = False
     return known
 
 
@@ -2157,11 +2156,15 @@ class Round:
         except (TaskFailed, Stopped) as error:
             if str(error) == "stopped" or getattr(error, "again", False):
                 raise GitHubError(0, str(error)) from None  # what is done by now is kept
-            outcome = self.failed(in_words(self.app, error))
+            failed = in_words(self.app, error)
+            text = self.app.mask(str(failed))[:10_000]
+            job.say("codebot", f"Failed ({failed.reason}): {text}")
+            answers = dict.fromkeys(self.threads(), f"I could not do this: {text}")
+            outcome = {"answers": answers, "error": text, "reason": failed.reason}
         job.note(outcome=json.dumps(outcome), head_commit=outcome.get("commit"))
         job.phase("answer")
         for thread, text in outcome["answers"].items():
-            self.post(thread, text, outcome, look=bool(again))
+            self.post(thread, text, outcome)
         self.tell_round(outcome)
         return {"error": outcome.get("error"), "reason": outcome.get("reason")}
 
@@ -2215,12 +2218,11 @@ class Round:
             may = "none"
         if user and may not in ("admin", "write"):
             raise Dropped(f"{user} may not write to the repository, but {may}")
-        for one in list(self.said):
-            on = {"inline": "pulls", "issue": "issues"}.get(one["kind"])
+        for one in [one for one in self.said if one["kind"] != "review"]:  # that takes no reactions
+            on = "pulls" if one["kind"] == "inline" else "issues"
             try:
-                if on:  # a review takes no reactions
-                    path = f"/{on}/comments/{one['id']}/reactions"
-                    self.hub.ask(self.job, "POST", path, {"content": "eyes"})
+                path = f"/{on}/comments/{one['id']}/reactions"
+                self.hub.ask(self.job, "POST", path, {"content": "eyes"})
             except GitHubError as error:
                 log.info("no eyes on %s %s: %s", one["kind"], one["id"], error)
                 if error.status == 404:
@@ -2269,13 +2271,6 @@ class Round:
             if error.reason != "no_changes":
                 raise
         return outcome
-
-    def failed(self, error: TaskFailed) -> dict[str, Any]:
-        """What is told when it could not be done."""
-        text = self.app.mask(str(error))[:10_000]
-        self.job.say("codebot", f"Failed ({error.reason}): {text}")
-        answers = dict.fromkeys(self.threads(), f"I could not do this: {text}")
-        return {"answers": answers, "error": text, "reason": error.reason}
 
     def marked(self) -> str:
         """What was said, and before it in its thread, between marks that nobody can know."""
@@ -2385,8 +2380,8 @@ class Round:
         job.phase("commit")
         job.note(head_commit=job.collect(tip, f"Answer the review of {job.title}"[:250])[0])
 
-    def post(self, thread: str, text: str, outcome: Mapping[str, Any], look: bool) -> None:
-        """Answer in a thread, once: LOOK first if an earlier try may have done so."""
+    def post(self, thread: str, text: str, outcome: Mapping[str, Any]) -> None:
+        """Answer in a thread, once: look first if an earlier try may have done so."""
         kind, _, number = thread.partition(" ")
         if (said := self.threads().get(thread)) is None:
             return  # it was deleted meanwhile
@@ -2406,7 +2401,7 @@ class Round:
             ours = (one for one in every if (one["user"] or {}).get("id") == me)
             return next((one for one in ours if mark in (one["body"] or "")), None)
 
-        if look and there():
+        if self.row["outcome"] and there():
             return
         to, body = f"{path}/{number}/replies" if inline else path, {"body": f"{text}\n\n{mark}"}
         try:
@@ -2536,16 +2531,15 @@ def git_local(app: App, where: str, *args: str) -> tuple[int, list[str]]:
 
 
 @contextlib.contextmanager
-def held(app: App, mirror: str, cancel: threading.Event | None = None) -> Iterator[int | None]:
-    """The mirror's lock, as a descriptor; waited for until CANCEL, without one not at all (None).
+def held(mirror: str, job: Job | None = None) -> Iterator[int | None]:
+    """The mirror's lock, as a descriptor; without a JOB it is not waited for (None).
     The git that runs under it is given it, so it outlives a crash of ours as long as git does."""
     lock, delay = os.open(f"{mirror}.lock", os.O_RDWR | os.O_CREAT, 0o600), 0.002
     try:
-        while not (got := lock_file(lock)) and cancel:
-            if app.stop.wait(delay) or cancel.is_set():
-                raise Stopped("stopped")
+        while not (got := lock_file(lock)) and job:
+            job.check(delay)
             delay = min(delay * 1.5, 0.1)
-        if cancel:
+        if job:
             os.utime(lock)  # the keeper asks when the mirror was used
         yield lock if got else None
     finally:
