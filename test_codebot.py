@@ -3568,6 +3568,8 @@ def test_of_many_files_the_first_are_named_and_all_are_counted(stand: Stand) -> 
     body = stand.hub.pulls[0]["body"]
     assert (" f001 " in body, body.count(" | 1 +\n")) == (True, 50)
     assert " ...\n 300 files changed, 300 insertions(+)\n" in body
+
+
 def test_check_goes_on_where_the_work_dir_cannot_be_made(stand: Stand) -> None:
     (stand.top / "file").touch()
     done = stand.run("check", "--work-dir", str(stand.top / "file" / "work"))
