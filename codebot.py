@@ -1555,9 +1555,11 @@ WORKING += ("--append-system-prompt", RULES)
 
 def carry_out(job: Job) -> dict[str, Any]:
     """All the steps of a task, each safe to do again after a crash.  Gives the result."""
+    store, hub, done = job.app.store, job.app.github, job.row["head_commit"]
     job.take(job.row["repository_url"])
-    if job.row["head_commit"] and job.tip(job.ref("head")) == job.row["head_commit"]:
-        job.say("codebot", f"Taken up again after commit {job.row['head_commit'][:10]}")
+    pull = store.pull("task_id = ?", job.id)  # once it is open, its reviews go on from there
+    if pull or (done and job.tip(job.ref("head")) == done):
+        job.say("codebot", f"Taken up again after commit {done[:10]}")
     else:
         job.phase("clone")
         job.make_folder()
@@ -1571,8 +1573,7 @@ def carry_out(job: Job) -> dict[str, Any]:
         told = json.dumps({**job.told, "tests": tests, "files": files})
         job.note(head_commit=head, base_name=base_name, outcome=told)  # before the push
     outcome = json.loads(job.row["outcome"])
-    store, hub = job.app.store, job.app.github
-    if (pull := store.pull("task_id = ?", job.id)) is None:  # else its reviews may have pushed too
+    if not pull:
         job.phase("push")
         job.push()
         if hub:

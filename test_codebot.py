@@ -2966,6 +2966,7 @@ def test_a_database_from_before_reviews_is_taken_over(stand: Stand) -> None:
             db.execute(f"INSERT INTO tasks({old[0]}) VALUES(?, ?, ?, ?, ?)", row)
     stand.done("a")
     assert stand.status("b")["status"] == "failed"
+    stand.logged("its state is noted")
     stand.agent(QUESTION)
     stand.comment("alice", "Why?")
     assert len(stand.rounds("a", 1)) == 1
