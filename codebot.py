@@ -950,8 +950,10 @@ def hear(app: App, event: str, guid: str, payload: Mapping[str, Any]) -> str:
     if (action := payload.get("action")) not in actions:
         return "Not an event that codebot acts on"
     on = payload.get("pull_request") or payload["issue"]
-    where = (int(payload["repository"]["id"]), int(on["number"]))
-    if (pull := app.store.pull("repo_id = ? AND number = ?", *where)) is None:
+    home, number = payload["repository"], int(on["number"])
+    where = "number = ? AND ifnull(repo_id = ?, lower(repository) = ?)"  # an id outlives a name
+    names = (number, int(home["id"]), home["full_name"].lower())
+    if (pull := app.store.pull(where, *names)) is None:
         return "Not a pull request that codebot opened"
     if action == "deleted":
         app.store.take_back(kind, int(payload["comment"]["id"]))
@@ -1006,9 +1008,10 @@ CREATE UNIQUE INDEX IF NOT EXISTS tasks_by_key ON tasks(idempotency_key)
 CREATE INDEX IF NOT EXISTS events_by_task ON events(task_id, seq);
 CREATE TABLE IF NOT EXISTS totals(name TEXT PRIMARY KEY, value REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS pulls(  -- those that we opened; they outlive their task's row
-    id INTEGER PRIMARY KEY, repo_id INTEGER NOT NULL, number INTEGER NOT NULL, url TEXT NOT NULL,
+    id INTEGER PRIMARY KEY, repo_id INTEGER, number INTEGER NOT NULL, url TEXT NOT NULL,
     repository TEXT NOT NULL, task_id TEXT NOT NULL, task TEXT NOT NULL, session TEXT NOT NULL,
-    folder TEXT NOT NULL, mirror TEXT NOT NULL, state TEXT NOT NULL, since TEXT NOT NULL, closed_at TEXT, UNIQUE(repo_id, number));
+    folder TEXT NOT NULL, mirror TEXT NOT NULL, state TEXT NOT NULL, since TEXT NOT NULL,
+    closed_at TEXT, UNIQUE(repo_id, number));
 CREATE INDEX IF NOT EXISTS pulls_by_task ON pulls(task_id);
 CREATE TABLE IF NOT EXISTS reviews(  -- a round of work on a pull
     id INTEGER PRIMARY KEY AUTOINCREMENT, pull INTEGER NOT NULL, source TEXT NOT NULL,
@@ -1030,6 +1033,11 @@ Of = tuple[str, Any]  # a row that has a state: its table, tasks or reviews, and
 
 def now_text(ago: float = 0) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - ago))
+
+
+def base_of(pull: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The repository that GitHub's PULL is in; empty if it does not tell."""
+    return (pull.get("base") or {}).get("repo") or {}
 
 
 class Store:
@@ -1264,13 +1272,16 @@ class Store:
 
     # -- pull requests and their reviews
 
-    def add_pull(self, task: Mapping[str, Any], pull: Mapping[str, Any]) -> None:
+    def add_pull(self, task: Mapping[str, Any], pull: Mapping[str, Any], name: str) -> None:
         """Keep a pull request of ours, with what a later review has to know of its task."""
-        repository, kept = pull["base"]["repo"], (*FIELDS, "id", "branch", "base_name")
-        row = {"repo_id": repository["id"], "repository": repository["full_name"]}
-        row |= {"number": pull["number"], "state": pull["state"], "since": pull["created_at"]}
+        kept, home = (*FIELDS, "id", "branch", "base_name"), base_of(pull)
+        row = {"repo_id": home.get("id"), "repository": home.get("full_name") or name}
+        row |= {"number": pull["number"], "since": pull.get("created_at") or now_text(ago=60)}
         row |= {"url": pull["html_url"], "folder": task["folder"], "mirror": task["mirror"]}
-        row |= {"closed_at": None if pull["state"] == "open" else now_text()}
+        row |= {
+            "state": pull["state"],
+            "closed_at": None if pull["state"] == "open" else now_text(),
+        }
         row |= {"task_id": task["id"], "session": task["id"]}
         row |= {"task": json.dumps({name: task[name] for name in kept})}
         sql = f"INSERT INTO pulls({', '.join(row)}) VALUES(:{', :'.join(row)})"
@@ -1577,7 +1588,8 @@ def carry_out(job: Job) -> dict[str, Any]:
         job.phase("push")
         job.push()
         if hub:
-            job.app.surely(store.add_pull, job.row, job.open_pull(hub, outcome))
+            opened = job.open_pull(hub, outcome)
+            job.app.surely(store.add_pull, job.row, opened, job.repository.name)
             job.app.queue_reviews()
             pull = store.pull("task_id = ?", job.id)
     del outcome["files"]
@@ -2111,7 +2123,7 @@ def ask_pull(app: App, hub: GitHub, pull: Any) -> None:
 
 def keep_name(app: App, pull: Any, live: Mapping[str, Any]) -> None:
     """Keep the name that the repository has by now."""
-    name = live["base"]["repo"]["full_name"]
+    name = base_of(live).get("full_name") or pull["repository"]
     if name.lower() != pull["repository"].lower():
         app.surely(app.store.note, ("pulls", pull["id"]), repository=name)
 
@@ -2172,7 +2184,7 @@ class Round:
     def look(self) -> None:
         """The pull request as it is now.  Raises Dropped unless it is open, and ours to work on."""
         pull = self.hub.ask(self.job, "GET", self.path)
-        state, head = "merged" if pull["merged"] else pull["state"], pull["head"]
+        state, head = "merged" if pull.get("merged") else pull["state"], pull["head"]
         keep_name(self.app, self.pull, pull)
         if state != self.pull["state"]:
             how = {"state": state, "closed_at": None if state == "open" else now_text()}
@@ -2181,10 +2193,10 @@ class Round:
             remove(self.app, self.job.folder)
             remove_refs(self.app, self.job.folder, self.job.mirror)
             raise Dropped(f"the pull request is {state}")
-        own = head["repo"] and head["repo"]["id"] == pull["base"]["repo"]["id"]
+        own = head.get("repo") and head["repo"].get("id") == base_of(pull).get("id")
         if not own or head["ref"] != self.branch:
             raise Dropped("the pull request is not of our branch in this repository")
-        if pull["locked"]:
+        if pull.get("locked"):
             raise Dropped("the conversation is locked")
 
     def gather(self) -> None:

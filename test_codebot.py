@@ -3597,8 +3597,13 @@ def test_a_round_has_left_before_the_next_can_begin(stand: Stand) -> None:
     task = {**dict.fromkeys((*codebot.FIELDS, "branch", "base_name"), "x"), "id": "1"}
     pull = {"number": 1, "state": "open", "created_at": "", "html_url": ""}
     repository = {"id": 1, "full_name": "acme/widget"}
-    app.store.add_pull(
-        {**task, "folder": "task_1", "mirror": "m"}, {**pull, "base": {"repo": repository}}
-    )
+    task |= {"folder": "task_1", "mirror": "m"}
+    app.store.add_pull(task, {**pull, "base": {"repo": repository}}, NAME)
     codebot.run_review(app, Gone(), 1)
     assert left == [True]
+
+
+def test_a_pull_request_that_github_tells_little_of_completes_its_task(stand: Stand) -> None:
+    few = {"number": 1, "html_url": f"{stand.url()}/pull/1", "state": "open"}
+    stand.hub.fault("POST /repos/acme/widget/pulls$", (201, few, {}))
+    assert stand.done(stand.submit())["pr_url"] == few["html_url"]
