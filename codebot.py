@@ -961,8 +961,8 @@ def hear(app: App, event: str, guid: str, payload: Mapping[str, Any]) -> str:
     said = read_comment(kind, payload.get("comment") or payload["review"]) if kind else {}
     if said is None:
         return "Said by a program or by nobody, or nothing was said"
-    if (now := payload["repository"]["full_name"]).lower() != pull["repository"].lower():
-        app.store.note(("pulls", pull["id"]), repository=now)
+    if names[2] != pull["repository"].lower():
+        app.store.note(("pulls", pull["id"]), repository=home["full_name"])
     if not app.store.take(pull["id"], [said], guid):
         return "Taken before"
     if action == "closed" and (work := app.reviewing.get(pull["id"])):
@@ -1205,7 +1205,8 @@ class Store:
         """Queue again all that a crash (or a stop) cut off; all pending tasks, oldest first."""
         runs = "SELECT '{0}', id FROM {0} WHERE status = 'running'"
         for of in self.read(f"{runs.format('tasks')} UNION ALL {runs.format('reviews')}"):
-            self.put_back((of[0], of[1]), crashes)
+            with contextlib.suppress(WrongState):  # at a stop a worker may end it just now
+                self.put_back((of[0], of[1]), crashes)
         rows = self.read("SELECT id FROM tasks WHERE status = 'pending' ORDER BY seq")
         return [row["id"] for row in rows]
 
@@ -1278,10 +1279,8 @@ class Store:
         row = {"repo_id": home.get("id"), "repository": home.get("full_name") or name}
         row |= {"number": pull["number"], "since": pull.get("created_at") or now_text(ago=60)}
         row |= {"url": pull["html_url"], "folder": task["folder"], "mirror": task["mirror"]}
-        row |= {
-            "state": pull["state"],
-            "closed_at": None if pull["state"] == "open" else now_text(),
-        }
+        closed = None if pull["state"] == "open" else now_text()
+        row |= {"state": pull["state"], "closed_at": closed}
         row |= {"task_id": task["id"], "session": task["id"]}
         row |= {"task": json.dumps({name: task[name] for name in kept})}
         sql = f"INSERT INTO pulls({', '.join(row)}) VALUES(:{', :'.join(row)})"
@@ -3268,7 +3267,7 @@ def serve(flags: dict[str, Any]) -> int:
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))
     server.finish(until + 2)
-    with contextlib.suppress(sqlite3.Error, WrongState):
+    with contextlib.suppress(sqlite3.Error):
         app.store.take_up(crashes=0)  # of a thread that still waits for GitHub
     if again:
         os.execv(sys.executable, [sys.executable, *sys.argv])
