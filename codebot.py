@@ -71,7 +71,7 @@ GREP FOR  Popen( (run_program), urlopen( (GitHub._call), SET status (Store._move
 from __future__ import annotations
 
 import argparse, base64, calendar, collections, contextlib, ctypes, dataclasses, difflib
-import email.message, email.utils, fcntl, fnmatch, functools, glob, hashlib, hmac, http.client, http.server, json, logging, os, queue
+import email.message, email.utils, fcntl, fnmatch, functools, glob, hashlib, hmac, http.client, http.server, itertools, json, logging, os, queue
 import re, resource, selectors, shlex, shutil, signal, socket, socketserver, sqlite3, ssl
 import subprocess, sys, tempfile, threading, time, unicodedata, urllib.error, urllib.parse
 import urllib.request, uuid
@@ -417,11 +417,15 @@ KIND |= {int: "number", float: "number"}
 ALWAYS = {"Server": "codebot", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 ALWAYS |= {"Content-Type": "application/json"}  # unless the handler says another
 FORM = re.compile(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])((?:\r\n[!-9;-~]+:[\t -~\x80-\xff]*)*)")
-ONCE = ("content-length", "authorization", "host")
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,9})[ \t]*\r", re.IGNORECASE)
-POLL = re.compile(rb"GET /api/tasks/[^/ ]+/status ")
 EXPECTS = re.compile(rb"\r\nexpect:[ \t]*100-continue[ \t]*\r", re.IGNORECASE)
+POLL = re.compile(rb"GET /api/tasks/[^/ ]+/status ")
 http_date = functools.lru_cache(1)(email.utils.formatdate)
+
+
+def most_of(raw: bytes | bytearray) -> int:
+    """The bytes that the body of this request may have."""
+    return DELIVERY if raw.startswith(b"POST /webhook ") else BODY
 
 
 def parse_request(raw: bytes) -> Request:
@@ -435,12 +439,16 @@ def parse_request(raw: bytes) -> Request:
     headers: dict[str, str] = {}
     for line in lines.split("\r\n")[1:]:
         name, _, value = line.partition(":")
-        if (name := name.lower()) in ONCE and name in headers:
+        if (name := name.lower()) in headers and name in (
+            "content-length",
+            "authorization",
+            "host",
+        ):
             raise HTTPError(400, f"The header {name} is doubled")
         headers[name] = value.strip()
+    length = headers.get("content-length", "0")
     if "transfer-encoding" in headers:
         raise HTTPError(411, "A body needs a Content-Length; chunked ones are not taken")
-    length = headers.get("content-length", "0")
     if not re.fullmatch("[0-9]+", length):
         raise HTTPError(400, "Content-Length is not a number")
     if length.lstrip("0") != str(len(body) or ""):  # it was not read, since it is too long
@@ -451,28 +459,26 @@ def parse_request(raw: bytes) -> Request:
     return Request(method, path, query, headers, body, keep)
 
 
-def most_of(raw: bytes | bytearray) -> int:
-    """The bytes that the body of this request may have."""
-    return DELIVERY if raw.startswith(b"POST /webhook ") else BODY
-
-
 class Client:
-    """One connection: the loop's while it waits, else that of the thread that answers it."""
+    """One connection.  It belongs to the thread that looks while it waits, else to the one that
+    answers it."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self.sock, self.told, self.until = sock, False, 0.0
+        self.sock, self.told, self.until, self.held = sock, False, 0.0, 0
         self.data, self.out = bytearray(), b""  # not yet a whole request; not yet sent
         self.then = "keep"  # what follows once `out` is sent: keep, close or linger
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Connections wait in one loop until a whole request is in; then ANSWERS threads answer.
+    """Connections wait in one selector until a whole request is in; ANSWERS threads share the work.
 
-        accept -> waiting -> a whole request -> todo -> answer-N -> back -> waiting
+        accept -> waiting -> a whole request -> ready -> an answer -> waiting
                      \\-> late, or the longest idle one when there are too many: dropped
 
-    So a connection that is idle, or drips, costs a descriptor and no thread.  What cannot block,
-    a task's status, the loop answers itself: handing it on would cost three times as much.
+    One thread at a time looks what the selector has; when it finds a request it goes to answer
+    it, and another looks on.  So a connection that is idle, or drips, costs a descriptor and no
+    thread, and no answer waits for a hand-over.  The last one that is free does not leave; it
+    answers what cannot block, a task's status, while it looks.
     """
 
     request_queue_size = 1024
@@ -487,61 +493,63 @@ class Server(http.server.ThreadingHTTPServer):
             self.tls.load_cert_chain(str(config.tls_cert), config.tls_key)
         super().__init__((config.host, config.port), http.server.BaseHTTPRequestHandler)
         self.server_port = self.server_address[1]
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a negative one is no limit
-        files = max(soft, 2 * CONNECTIONS if hard < 0 else min(hard, 2 * CONNECTIONS))
-        if 0 <= soft < files:
+        soft, hard = (limit & sys.maxsize for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+        files = max(soft, min(hard, 2 * CONNECTIONS))  # no limit is -1, and so the greatest now
+        if soft < files:
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
         self.most_streams = min(STREAMS, files // 8)  # each has two descriptors of the database
-        files -= 256 + 8 * config.workers + 3 * self.most_streams
-        self.room = max(32, min(CONNECTIONS, files))
+        self.room = files - 256 - 8 * config.workers - 3 * self.most_streams
+        self.room = max(32, min(CONNECTIONS, self.room))
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self.socket, selectors.EVENT_READ)
+        self.socket.setblocking(False)
         self.waiting: dict[Client, None] = {}  # a dict keeps their order: the longest first
         self.given: set[Client] = set()  # to the threads that answer and stream
         self.streams: set[Client] = set()
-        self.held, self.closing = 0, False  # bytes of unfinished requests
-        self.todo: queue.SimpleQueue[tuple[Client, bytes] | None] = queue.SimpleQueue()
-        self.back: collections.deque[Client] = collections.deque()
-        self.bell, self.ring = os.pipe()
-        self.selector = selectors.DefaultSelector()
-        for fd in (self.socket.fileno(), self.bell, self.ring):
-            os.set_blocking(fd, False)
-        self.selector.register(self.socket, selectors.EVENT_READ)
-        self.selector.register(self.bell, selectors.EVENT_READ)
-        self.threads = [threading.Thread(target=self.serve_forever, name="http")]
-        for n in range(ANSWERS):
-            self.threads.append(threading.Thread(target=self.answer_all, name=f"answer-{n}"))
+        self.ready: collections.deque[tuple[Client, bytes]] = collections.deque()
+        self.turn = threading.Lock()  # held by the one that looks
+        self.free = threading.Semaphore(ANSWERS - 1)  # those that may leave it
+        self.held, self.swept, self.closing = 0, 0.0, False  # bytes of unfinished requests; …
+        names = [f"http-{n}" for n in range(ANSWERS)]
+        self.threads = [threading.Thread(target=self.work, name=name) for name in names]
 
     def finish(self, until: float) -> None:
         """Close every connection and end the server's threads, but wait no longer than UNTIL."""
         self.closing = True
-        self.wake()
-        self.threads[0].join()
-        for client in list(self.given):
+        for sock in (self.socket, *(client.sock for client in list(self.given))):
             with contextlib.suppress(OSError):
-                socket.socket.shutdown(client.sock, socket.SHUT_RDWR)
-        for _ in self.threads[1:]:
-            self.todo.put(None)
-        for thread in self.threads[1:]:
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # wakes who waits for it
+        for thread in self.threads:
             thread.join(max(0.0, until - time.monotonic()))
         for client in list(self.waiting):
-            self.drop(client)
+            client.sock.close()
         self.server_close()
 
-    # -- the loop
-
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
-        swept = 0.0
+    def work(self) -> None:
+        """A thread's work: look, in turn with the others, and answer what is found."""
         while not self.closing:
-            for key, _ in self.selector.select(poll_interval):
-                if key.fileobj is self.socket:
-                    self.take_new()
-                elif key.fileobj == self.bell:
-                    self.take_back()
-                elif key.data in self.waiting:  # not if dropped in this very round
-                    self.step(key.data)
-            if (now := time.monotonic()) > swept + 1:
-                swept = now
-                for client in [c for c in list(self.waiting) if c.until < now]:
-                    self.drop(client)
+            with self.turn:
+                while not (self.ready and self.free.acquire(blocking=False)):
+                    if self.closing:
+                        return
+                    self.look()
+                client, raw = self.ready.popleft()
+            self.answer(client, raw)
+            self.free.release()
+
+    # -- for the thread whose turn it is
+
+    def look(self) -> None:
+        """Take what the selector has.  Waits for no client."""
+        for key, events in self.selector.select(0.01 if self.ready else 0.5):
+            if key.fileobj is self.socket:
+                self.take_new()
+            elif key.data in self.waiting:  # not if dropped in this very round
+                self.step(key.data, events)
+        if (now := time.monotonic()) > self.swept + 1:
+            self.swept = now
+            for client in [c for c in list(self.waiting) if c.until < now]:
+                self.drop(client)
 
     def take_new(self) -> None:
         for _ in range(64):
@@ -551,61 +559,38 @@ class Server(http.server.ThreadingHTTPServer):
                 sock.setblocking(False)
                 if self.tls:  # the handshake is part of the waiting: the first recv begins it
                     sock = self.tls.wrap_socket(sock, True, do_handshake_on_connect=False)
-            except OSError as error:  # gone already; or no descriptor is left
-                if not isinstance(error, (BlockingIOError, ConnectionError, ssl.SSLError)):
-                    self.make_room()
-                return
+            except (BlockingIOError, ConnectionError, ssl.SSLError):
+                return  # no more for now, or gone already
+            except OSError:  # no descriptor is left
+                return self.make_room()
             if len(self.waiting) + len(self.given) >= self.room:
                 self.make_room()
-            self.wait_for(Client(sock), ARRIVE)
+            self.let_wait(Client(sock), ARRIVE)
 
     def make_room(self) -> None:
         for client in list(self.waiting)[:1]:  # the one that has waited longest
             self.drop(client)
 
-    def take_back(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.bell, 4096)
-        for _ in range(len(self.back)):  # what comes back meanwhile has its turn after the others
-            client = self.back.popleft()
-            self.given.discard(client)
-            if client.then == "linger" and not client.out:
-                client.data.clear()  # what follows a refused request is no request
-                with contextlib.suppress(OSError):
-                    client.sock.shutdown(socket.SHUT_WR)
-                self.wait_for(client, LINGER)
-                continue
-            self.wait_for(client, ARRIVE if client.out or client.data else IDLE)
-            if client.data or self.tls:  # the next request may be here already
-                self.step(client)
-
-    def wait_for(self, client: Client, seconds: float) -> None:
-        """Called by the loop; and by a thread that has answered, of a client with no data yet."""
-        client.until = time.monotonic() + seconds
-        if client.data:
-            self.held += len(client.data)
-        event = selectors.EVENT_WRITE if client.out else selectors.EVENT_READ
-        self.selector.register(client.sock, event, client)
-        self.waiting[client] = None  # last: what is in there can be dropped
-
-    def leave(self, client: Client) -> None:
-        self.held -= len(client.data)
-        del self.waiting[client]
-        self.selector.unregister(client.sock)
-
     def drop(self, client: Client) -> None:
         self.leave(client)
         client.sock.close()
 
-    def step(self, client: Client) -> None:
-        """Go on with a client that can be read or written.  Never waits."""
+    def leave(self, client: Client) -> None:
+        self.held, client.held = self.held - client.held, 0
+        del self.waiting[client]
+        self.selector.unregister(client.sock)
+
+    def step(self, client: Client, events: int) -> None:
+        """Go on with a client that can be read or written."""
         try:
             if client.out:
                 client.out = client.out[client.sock.send(client.out) :]
                 if not client.out:
                     self.leave(client)
-                    self.answered(client)
+                    self.let_wait(client)
                 return
+            if events & selectors.EVENT_WRITE:  # it was here to be looked at once
+                self.selector.modify(client.sock, selectors.EVENT_READ, client)
             while not (client.data and self.is_whole(client)):
                 if not (data := client.sock.recv(65536)):
                     return self.drop(client)
@@ -614,9 +599,12 @@ class Server(http.server.ThreadingHTTPServer):
                 if not client.data:
                     client.until = time.monotonic() + ARRIVE
                 client.data += data
-                self.held += len(data)
+                self.held, client.held = (
+                    self.held - client.held + len(client.data),
+                    len(client.data),
+                )
                 if self.held > BUFFERED:
-                    return self.drop(max(list(self.waiting), key=lambda c: len(c.data)))
+                    return self.drop(max(list(self.waiting), key=lambda c: c.held))
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             pass  # nothing more for now: the selector tells
         except (OSError, ValueError):
@@ -636,50 +624,33 @@ class Server(http.server.ThreadingHTTPServer):
         whole = end + length if end >= 4 else len(data)
         self.leave(client)
         self.given.add(client)
-        client.data, client.told = data[whole:], False
-        if POLL.match(data):  # reads one row by its key: in WAL mode no writer holds that up
-            self.answer_all((client, bytes(data[:whole])))
+        raw, client.data, client.told = bytes(data[:whole]), data[whole:], False
+        if POLL.match(raw):  # reads by key: in WAL mode no writer holds that up
+            self.answer(client, raw)
         else:
-            self.todo.put((client, bytes(data[:whole])))
+            self.ready.append((client, raw))
         return True
 
-    # -- the answering threads
+    # -- for the thread that answers
 
-    def answer_all(self, *these: tuple[Client, bytes]) -> None:
-        for client, raw in these or iter(self.todo.get, None):
-            if (stream := self.answer(client, raw)) is not None:
-                thread = threading.Thread(target=self.send_stream, args=(client, stream))
-                try:
-                    thread.start()
-                except RuntimeError as error:  # no thread is left
-                    log.error("stream: %s", error)
-                    self.send_stream(client, iter(()))
-                continue
-            try:
-                client.out = client.out[client.sock.send(client.out) :]
-            except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
-                pass  # the loop sends the rest
-            except OSError:
-                client.then, client.out = "close", b""
-            self.answered(client)
-
-    def answered(self, client: Client) -> None:
+    def let_wait(self, client: Client, seconds: float = 0) -> None:
+        """What follows an answer: the rest of it, or what `then` says."""
+        self.given.discard(client)
         if client.then == "close" and not client.out:
-            self.given.discard(client)
-            client.sock.close()
-        elif client.out or client.data or client.then == "linger" or self.tls:
-            self.back.append(client)
-            self.wake()
-        else:  # nothing for the loop to do at once, so it need not be woken
-            self.given.discard(client)
-            self.wait_for(client, IDLE)
+            return client.sock.close()
+        if client.then == "linger" and not client.out:
+            client.data.clear()  # what follows a refused request is no request
+            seconds = LINGER
+            with contextlib.suppress(OSError):
+                client.sock.shutdown(socket.SHUT_WR)
+        pending = client.out or client.data or self.tls  # TLS may have read the next request
+        client.until = time.monotonic() + (ARRIVE if pending else seconds or IDLE)
+        events = selectors.EVENT_WRITE if pending else selectors.EVENT_READ
+        self.selector.register(client.sock, events, client)
+        self.waiting[client] = None  # last: what is in there can be dropped
 
-    def wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.write(self.ring, b"x")
-
-    def answer(self, client: Client, raw: bytes) -> Iterator[bytes] | None:
-        """Put the answer into CLIENT.out; give what comes after it, for a stream."""
+    def answer(self, client: Client, raw: bytes) -> None:
+        """Answer a whole request.  Waits for no reader: what is not sent now is sent later."""
         value: Any = None
         headers: dict[str, str] = {}
         client.then = "linger"  # until the request is known to have been read whole
@@ -698,24 +669,29 @@ class Server(http.server.ThreadingHTTPServer):
             status, message = 500, "internal error"
         if value is None:
             value = {"error": http.client.responses[status], "message": message}
-        headers = {**ALWAYS, "Date": http_date(int(time.time()), usegmt=True), **headers}
         text = json.dumps(value) if isinstance(value, dict) else value
-        body, stream = (text.encode(), None) if isinstance(text, str) else (b"", text)
-        if stream is None:
-            headers["Content-Length"] = str(len(body))
-        else:
+        body = text.encode() if isinstance(text, str) else None  # None: a stream
+        headers = {**ALWAYS, "Date": http_date(int(time.time()), usegmt=True), **headers}
+        if body is None:
             client.then = "close"
+        else:
+            headers["Content-Length"] = str(len(body))
         if client.then != "keep":
             headers["Connection"] = "close"
         lines = "".join(f"{name}: {text}\r\n" for name, text in headers.items())
         head = f"HTTP/1.1 {status} {http.client.responses[status]}\r\n{lines}\r\n"
         client.out = head.encode("latin-1")
-        if raw.startswith(b"HEAD "):
-            return None
-        client.out += body
-        if stream is not None:
-            self.streams.add(client)
-        return stream
+        if not raw.startswith(b"HEAD "):
+            if body is None:
+                return self.stream(client, value)
+            client.out += body
+        try:
+            client.out = client.out[client.sock.send(client.out) :]
+        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+            pass  # whoever looks sends the rest
+        except OSError:
+            client.then, client.out = "close", b""
+        self.let_wait(client)
 
     def route(self, request: Request) -> Reply:
         allow, method = [], "GET" if request.method == "HEAD" else request.method
@@ -730,21 +706,28 @@ class Server(http.server.ThreadingHTTPServer):
             raise HTTPError(405, f"{what} takes {can}", {"Allow": can})
         raise HTTPError(404, f"There is nothing at {what}")
 
-    def send_stream(self, client: Client, stream: Iterator[bytes]) -> None:
-        """A thread's work: send what STREAM gives until it ends or nobody reads."""
+    def stream(self, client: Client, events: Iterator[bytes]) -> None:
+        """Send what EVENTS gives until it ends or nobody reads, in a thread of its own."""
+
+        def send(*events: Iterator[bytes]) -> None:
+            try:
+                client.sock.settimeout(ARRIVE)
+                client.sock.sendall(client.out)
+                for data in itertools.chain(*events):
+                    client.sock.sendall(data)
+            except (OSError, sqlite3.Error) as error:
+                log.info("stream: %s", error)  # gone, or it reads nothing
+            finally:
+                self.streams.discard(client)
+                self.given.discard(client)
+                client.sock.close()
+
+        self.streams.add(client)
         try:
-            client.sock.settimeout(ARRIVE)
-            client.sock.sendall(client.out)
-            for data in stream:
-                client.sock.sendall(data)
-        except OSError:
-            pass  # gone, or it reads nothing
-        except sqlite3.Error as error:
-            log.error("database: %s", error)
-        finally:
-            self.streams.discard(client)
-            self.given.discard(client)
-            client.sock.close()
+            threading.Thread(target=send, args=(events,), name="stream").start()
+        except RuntimeError as error:  # no thread is left
+            log.error("stream: %s", error)
+            send()
 
 
 # ---- The API ----------------------------------------------------------------------
