@@ -48,16 +48,17 @@ THE LIFE OF A REVIEW
 
 THREADS
   main       starts all, waits for `stop`, then ends all in order
-  http       the serving loop: owns every connection that waits; answers status polls itself
-  answer-N   one whole request at a time     stream   one event stream, at most STREAMS
+  http-N     in turn each looks for a whole request among all connections, and answers it
+  stream     one event stream, at most STREAMS
   task-N     one task at a time, from the queue of ids that the database fills
   review-N   one round of one pull request at a time, from the other queue
   poll       asks GitHub at the start, or on a clock, for what no webhook told
   keeper     retention, the mirrors' gc, what GitHub failed at
-  Shared: the writing connection (Store._lock), the submits that wait for one fsync
-  (Store._adding), the newest events (Store.news), known secrets (Mask._lock), tokens
-  (GitHub._lock: held while one is fetched, so that one fetch serves all).  A forked copy
-  of this process waits for our end, and then kills what we left behind.
+  Shared: the connections that wait (Server.turn), the writing connection (Store._lock), the
+  submits that wait for one fsync (Store._adding), the newest events (Store.news), known
+  secrets (Mask._lock), tokens (GitHub._lock: held while one is fetched, so that one fetch
+  serves all).  A forked copy of this process waits for our end, and then kills what we left
+  behind.
 
 FILES in the work-dir
   codebot.db    the record of truth          codebot.lock  held by the one codebot here
