@@ -72,10 +72,10 @@ GREP FOR  Popen( (run_program), urlopen( (GitHub._call), SET status (Store._move
 from __future__ import annotations
 
 import argparse, base64, calendar, collections, contextlib, ctypes, dataclasses, difflib
-import email.message, email.utils, fcntl, fnmatch, functools, glob, hashlib, hmac, http.client, http.server, itertools, json, logging, os, queue
-import re, resource, selectors, shlex, shutil, signal, socket, socketserver, sqlite3, ssl
-import subprocess, sys, tempfile, threading, time, unicodedata, urllib.error, urllib.parse
-import urllib.request, uuid
+import email.message, email.utils, fcntl, fnmatch, functools, glob, hashlib, hmac
+import http.client, http.server, itertools, json, logging, os, pathlib, queue, re, resource
+import selectors, shlex, shutil, signal, socket, socketserver, sqlite3, ssl, subprocess, sys
+import tempfile, threading, time, unicodedata, urllib.error, urllib.parse, urllib.request, uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -139,45 +139,29 @@ class Unusable(Exception):
 # ---- Configuration ----------------------------------------------------------------
 
 
-def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,16}", text) or not least <= int(text) <= most:
-            raise ValueError(f"a whole number from {least} to {most}")
-        return int(text)
-
-    return read
-
-
-def dollars(text: str) -> float:
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or float(text) <= 0:
-        raise ValueError("a number of US dollars above 0, such as 2.50")
-    return float(text)
-
-
-def listed(text: str) -> tuple[str, ...]:
+def listed(text: str = "") -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def words(text: str) -> tuple[str, ...]:
-    try:
-        return tuple(shlex.split(text))
-    except ValueError as error:
-        raise ValueError(f"words as a shell would read them ({error})") from None
+def words(text: str = "") -> tuple[str, ...]:
+    return tuple(shlex.split(text))
 
 
-def names(text: str) -> tuple[str, ...]:
-    if re.search(r"(^|,)\s*(CODEBOT_|GITHUB_(APP|WEBHOOK)_)|=", text):
-        raise ValueError("names of variables, none of them codebot's own")
-    return listed(text)
-
-
-def address(text: str) -> str:
-    url = urllib.parse.urlsplit(text)
-    schemes = ("https", "http") if url.hostname in ("localhost", "127.0.0.1", "::1") else ("https",)
-    if url.scheme not in schemes or not url.hostname or url.query or "@" in url.netloc:
-        raise ValueError("an https:// address without user or query (http:// on loopback only)")
-    return text.rstrip("/")
-
+# What a setting may be: what makes its value of its text, what the text matches, and that in words
+TEXT, LIST, FOLDER, SWITCH = ((make, ".*", "") for make in (str, listed, os.path.realpath, bool))
+COUNT = (int, "[1-9][0-9]{0,8}", "a whole number from 1 to 999999999")
+THREADS = (int, "[1-9][0-9]{0,2}", "a whole number from 1 to 999")
+TRIES = (int, "[0-9]{1,2}", "a whole number from 0 to 99")
+PORT = (int, "[0-9]{1,5}", "a whole number from 0 to 65535")  # beyond it bind() refuses
+NUMBER = (str, "[0-9]+", "a number")
+AMOUNT = r"(?=.*[1-9])[0-9]{1,9}(\.[0-9]{1,9})?"
+DOLLARS = (float, AMOUNT, "a number of US dollars above 0, such as 2.50")
+QUOTED = r"""([^\\'"]|\\.|'[^']*'|"([^\\"]|\\.)*")*"""
+WORDS = (words, QUOTED, "words as a shell would read them")
+OTHERS = r"(\s*(?!CODEBOT_|GITHUB_(APP|WEBHOOK)_)\w*\s*(,|$))*"
+NAMES = (listed, OTHERS, "names of variables, none of them codebot's own")
+URL = r"(?i:https://[^/?#@\s]+|http://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?)(/[^?#\s]*)?"
+ADDRESS = (str, URL, "an https:// address without user or query (http:// on loopback only)")
 
 # What the agent is given besides PATH: the model's credentials, and the network's ways.
 MODEL_NAMES = ["ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN"]
@@ -186,107 +170,99 @@ NETWORK_NAMES = words("""HTTPS_PROXY HTTP_PROXY NO_PROXY https_proxy http_proxy 
 SECRET_NAMES = (*MODEL_NAMES, "CODEBOT_API_KEYS", "GITHUB_WEBHOOK_SECRET")
 
 
-def setting(name: str, read: Callable[[str], Any] = str, default: str = "", empty: Any = "") -> Any:
-    known = {"setting": (name, read, default)}
-    return dataclasses.field(default=empty, metadata=known, repr=name not in SECRET_NAMES)
+def setting(name: str, kind: Any = TEXT, default: str = "", flag: str = "") -> Any:
+    """A field that the variable NAME sets; and a flag, if FLAG says what that is for."""
+    known = {"setting": (name, kind, default), "flag": flag}
+    value = kind[0](default) if default else kind[0]()
+    return dataclasses.field(default=value, metadata=known, repr=name not in SECRET_NAMES)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """All settings, read once.  Its repr shows no secret."""
 
-    api_keys: tuple[str, ...] = setting("CODEBOT_API_KEYS", listed, empty=())
-    workers: int = setting("CODEBOT_MAX_WORKERS", whole(1, 1000), "1")
-    review_workers: int = setting("CODEBOT_REVIEW_WORKERS", whole(1, 1000), "1")
-    queue_size: int = setting("CODEBOT_MAX_QUEUE_SIZE", whole(1), "100")
-    retention: int = setting("CODEBOT_TASK_RETENTION", whole(1), "86400")
+    api_keys: tuple[str, ...] = setting("CODEBOT_API_KEYS", LIST)
+    workers: int = setting("CODEBOT_MAX_WORKERS", THREADS, "1", "tasks at once")
+    review_workers: int = setting("CODEBOT_REVIEW_WORKERS", THREADS, "1")
+    queue_size: int = setting("CODEBOT_MAX_QUEUE_SIZE", COUNT, "100")
+    retention: int = setting("CODEBOT_TASK_RETENTION", COUNT, "86400")
     app_id: str = setting("GITHUB_APP_ID")
-    key_file: str = setting("GITHUB_APP_PRIVATE_KEY_PATH", os.path.abspath)
-    installation_id: str = setting("GITHUB_APP_INSTALLATION_ID", lambda text: str(whole(1)(text)))
+    key_file: str = setting("GITHUB_APP_PRIVATE_KEY_PATH")
+    installation_id: str = setting("GITHUB_APP_INSTALLATION_ID", NUMBER)
     webhook_secret: str = setting("GITHUB_WEBHOOK_SECRET")
-    poll_interval: int = setting("CODEBOT_POLL_INTERVAL", whole(1), "300")
-    api_url: str = setting("GITHUB_API_URL", address)
-    enterprise_url: str = setting("GITHUB_ENTERPRISE_URL", address)
-    allowed: tuple[str, ...] = setting("CODEBOT_ALLOWED_REPOSITORIES", listed, "*")
-    claude: tuple[str, ...] = setting("CODEBOT_CLAUDE_COMMAND", words, "claude")
-    claude_args: tuple[str, ...] = setting("CODEBOT_CLAUDE_ARGS", words, empty=())
-    task_timeout: int = setting("CODEBOT_TASK_TIMEOUT", whole(1), "3600")
-    stall_timeout: int = setting("CODEBOT_STALL_TIMEOUT", whole(1), "1200")
-    budget: float | None = setting("CODEBOT_MAX_BUDGET_USD", dollars, empty=None)
-    turns: int | None = setting("CODEBOT_MAX_TURNS", whole(1), empty=None)
-    test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", whole(0, 100), "2")
-    sandbox: tuple[str, ...] = setting("CODEBOT_SANDBOX", words, "auto")
-    agent_names: tuple[str, ...] = setting("CODEBOT_AGENT_ENV", names, empty=())
-    host: str = "127.0.0.1"
-    port: int = 5000
-    work_dir: str = "./codebot_workspace"
-    debug: bool = False
-    no_github: bool = False
-    enable_polling: bool = False
-    tls_cert: str | None = None
-    tls_key: str | None = None
+    poll_interval: int = setting("CODEBOT_POLL_INTERVAL", COUNT, "300", "seconds; default 300")
+    api_url: str = setting("GITHUB_API_URL", ADDRESS)
+    enterprise_url: str = setting("GITHUB_ENTERPRISE_URL", ADDRESS)
+    allowed: tuple[str, ...] = setting("CODEBOT_ALLOWED_REPOSITORIES", LIST, "*")
+    claude: tuple[str, ...] = setting("CODEBOT_CLAUDE_COMMAND", WORDS, "claude")
+    claude_args: tuple[str, ...] = setting("CODEBOT_CLAUDE_ARGS", WORDS)
+    task_timeout: int = setting("CODEBOT_TASK_TIMEOUT", COUNT, "3600")
+    stall_timeout: int = setting("CODEBOT_STALL_TIMEOUT", COUNT, "1200")
+    budget: float = setting("CODEBOT_MAX_BUDGET_USD", DOLLARS)  # 0: no limit; and of turns
+    turns: int = setting("CODEBOT_MAX_TURNS", COUNT)
+    test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", TRIES, "2")
+    sandbox: tuple[str, ...] = setting("CODEBOT_SANDBOX", WORDS, "auto")
+    agent_names: tuple[str, ...] = setting("CODEBOT_AGENT_ENV", NAMES)
+    path: str = setting("PATH", default=os.defpath)
+    host: str = setting("", TEXT, "127.0.0.1", "address to listen on; default 127.0.0.1")
+    port: int = setting("", PORT, "5000", "default 5000; 0: a free one")
+    work_dir: str = setting("", FOLDER, "codebot_workspace", "default ./codebot_workspace")
+    no_github: bool = setting("", SWITCH, flag="any git remote, no pull requests")
+    enable_polling: bool = setting("", SWITCH, flag="ask GitHub for reviews on a clock")
+    tls_cert: str = setting("", flag="PEM file; with --tls-key: HTTPS")
+    tls_key: str = setting("", flag="PEM file")
+    debug: bool = setting("", SWITCH, flag="say more; restart on a change")
     env_file: str = ""
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def github_api(self) -> str:
-        ghes = self.enterprise_url and f"{self.enterprise_url}/api/v3"
-        return self.api_url or ghes or "https://api.github.com"
+        ghes = self.enterprise_url and f"{self.enterprise_url.rstrip('/')}/api/v3"
+        return (self.api_url or ghes or "https://api.github.com").rstrip("/")
 
     @property
     def git_base(self) -> str:
         """Where git is, which follows from where the API is: GHES, GHE.com or github.com."""
-        url = urllib.parse.urlsplit(self.github_api)
-        host, path = re.sub(r"^api\.", "", url.netloc.lower()), re.sub("/api/v3$", "", url.path)
-        return f"{url.scheme}://{host}{path}"
+        return re.sub(r"^(https?://)(api\.)?(.+?)(/api/v3)?$", r"\1\3", self.github_api.lower())
 
     @property
     def secret_files(self) -> list[str]:
-        paths = (self.env_file, "" if self.no_github else self.key_file, self.tls_key)
-        return [os.path.realpath(path) for path in paths if path and os.path.exists(path)]
-
-    @property
-    def path(self) -> str:
-        return self.variables.get("PATH", os.defpath)
+        paths = (self.env_file, self.key_file, self.tls_key)
+        return [os.path.realpath(path) for path in paths if os.path.exists(path)]
 
 
 def read_env_file(path: str) -> dict[str, str]:
     """NAME=value lines; quotes round a value go, " #" begins a comment.  Raises Unusable."""
-    form = r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:'([^']*)'|"([^"]*)"|(.*?))\s*(?:\s#.*)?"""
-    found = {}
+    form, found = r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(['"]?)(.*?)\2\s*(?:\s#.*)?""", {}
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(map(str.strip, file), 1):
-                if match := re.fullmatch(form, line):
-                    found[match[1]] = match[2] or match[3] or match[4] or ""
-                elif line and not line.startswith("#"):
-                    raise Unusable(f"{path}, line {number}: expected NAME=value")
-    except FileNotFoundError:
-        pass
+        text = pathlib.Path(path).read_text("utf-8") if os.path.exists(path) else ""
     except (OSError, UnicodeDecodeError) as error:
         raise Unusable(f"{path}: cannot be read: {error}") from None
+    for number, line in enumerate(map(str.strip, text.split("\n")), 1):
+        if match := re.fullmatch(form, line):
+            found[match[1]] = match[3]
+        elif line and not line.startswith("#"):
+            raise Unusable(f"{path}, line {number}: expected NAME=value")
     return found
 
 
 def load_config(flags: Mapping[str, Any], needs_keys: bool = False) -> Config:
     """Flags, then the environment, then .env here.  Raises Unusable with all that is wrong."""
-    env_file = os.path.abspath(".env")
+    env_file, wrong, values = os.path.abspath(".env"), [], dict[str, Any]()
     variables = {**read_env_file(env_file), **os.environ}
-    wrong, values = [], {name: value for name, value in flags.items() if value is not None}
-    for field in dataclasses.fields(Config):
-        if field.metadata and field.name not in values:
-            name, read, default = field.metadata["setting"]
-            text = variables.get(name, "").strip() or default
-            try:
-                values[field.name] = read(text) if text else field.default
-            except ValueError as error:
-                wrong.append(f"{name}: {text!r} is not {error}")
-            if name.startswith("GITHUB_APP_") and not text and not values.get("no_github"):
-                wrong.append(f"{name}: is not set; expected it, or --no-github for another remote")
-    values["work_dir"] = os.path.realpath(values.get("work_dir", Config.work_dir))
+    for field in (field for field in dataclasses.fields(Config) if field.metadata):
+        name, (make, form, expected), default = field.metadata["setting"]
+        text = variables.get(name, "").strip() or default
+        if name.startswith("GITHUB_APP_") and not (text or flags.get("no_github")):
+            wrong.append(f"{name}: is not set; expected it, or --no-github for another remote")
+        if flags.get(field.name):
+            name, text = f"--{field.name.replace('_', '-')}", str(flags[field.name])
+        if text and not re.fullmatch(form, text, re.DOTALL):
+            wrong.append(f"{name}: {text!r} is not {expected}")
+        else:
+            values[field.name] = make(text) if text else make()
     config = Config(**values, env_file=env_file, variables=variables)
-    key = "" if config.no_github else config.key_file
-    if key and not os.access(key, os.R_OK):
+    if (key := config.key_file) and not (config.no_github or os.access(key, os.R_OK)):
         wrong.append(f"GITHUB_APP_PRIVATE_KEY_PATH: {key!r} is not a file that can be read")
     if needs_keys and not config.api_keys:
         wrong.append("CODEBOT_API_KEYS: is not set; expected one or more keys, comma-separated")
@@ -295,9 +271,13 @@ def load_config(flags: Mapping[str, Any], needs_keys: bool = False) -> Config:
     if bool(config.tls_cert) != bool(config.tls_key):
         wrong.append("--tls-cert, --tls-key: one is given; expected both or neither")
     if config.sandbox in (("auto",), ("bwrap",)) and shutil.which("bwrap"):
-        bare = {os.path.dirname(path) for path in config.secret_files}
-        remedy = "and the sandbox cannot cover it; expected them in a folder of their own"
-        wrong += [f"{f}: holds .env or a key, {remedy}" for f in bare if not can_cover(f, config)]
+        home = f"{os.path.realpath(os.path.expanduser('~'))}/"  # what of it is on PATH is put back
+        needed = ["/etc", "/usr/lib", "/usr/bin", "/bin", "/lib", "/dev", "/proc", "/sys"]
+        needed += [p for p in config.path.split(":") if p and not f"{p}/".startswith(home)]
+        for folder in {os.path.dirname(path) for path in config.secret_files}:
+            if any(os.path.commonpath((folder, os.path.realpath(p))) == folder for p in needed):
+                remedy = "and the sandbox cannot cover it; expected them in a folder of their own"
+                wrong.append(f"{folder}: holds .env or a key, {remedy}")
     if wrong:
         raise Unusable("\n".join(wrong))
     for name in NETWORK_NAMES:  # urllib and ssl look in the environment only
@@ -306,40 +286,37 @@ def load_config(flags: Mapping[str, Any], needs_keys: bool = False) -> Config:
     return config
 
 
-def can_cover(folder: str, config: Config) -> bool:
-    """Whether an empty folder can lie over FOLDER and programs still run."""
-    home = os.path.realpath(os.path.expanduser("~"))
-    needed = [p for p in config.path.split(":") if p and not f"{p}/".startswith(f"{home}/")]
-    needed += ["/etc", "/usr/lib", "/usr/bin", "/bin", "/lib", "/dev", "/proc", "/sys"]
-    return all(os.path.commonpath((folder, os.path.realpath(p))) != folder for p in needed)
-
-
-class Mask:
-    """Takes secrets out of text on every way out: the log, errors, events, GitHub."""
+class Mask(logging.Handler):
+    """Takes secrets out of text on every way out: events, GitHub, and the log, which it writes."""
 
     def __init__(self, config: Config) -> None:
-        self._found: set[str] = set()
-        self._tokens: collections.deque[str] = collections.deque(maxlen=500)  # they live an hour
-        self._lock = threading.Lock()  # guards both
-        secret = [name for name in config.agent_names if re.search("TOKEN|KEY|SECRET|PASS", name)]
-        given = [config.variables.get(n, "").strip() for n in (*SECRET_NAMES, *secret)]
-        proxies = [urllib.parse.urlsplit(config.variables.get(n, "")) for n in NETWORK_NAMES]
-        self.add(*config.api_keys, *given, *(proxy.password or "" for proxy in proxies))
+        super().__init__()
+        self._tokens: collections.deque[str] = collections.deque(maxlen=100)  # they live an hour
+        self._lock = threading.Lock()  # guards them
+        names = [n for n in config.agent_names if re.search("TOKEN|KEY|SECRET|PASS", n)]
+        value = {name: text.strip() for name, text in config.variables.items()}
+        self._own = [*config.api_keys, *(value.get(name, "") for name in (*SECRET_NAMES, *names))]
+        self._own += [urllib.parse.urlsplit(value.get(n, "")).password or "" for n in NETWORK_NAMES]
+        self.add()
 
-    def add(self, *secrets: str, token: bool = False) -> None:
-        keep = self._tokens.append if token else self._found.add
+    def add(self, *tokens: str) -> None:
+        """Mask these as well.  In base64 they end that of "x-access-token:TOKEN", too."""
         with self._lock:
-            for secret in filter(lambda s: len(s) >= 6, secrets):
-                coded = base64.b64encode(secret.encode()).decode().rstrip("=")
-                for form in {secret, coded, coded.replace("+", "-").replace("/", "_")}:
-                    keep(form)
-            known = map(re.escape, sorted({*self._found, *self._tokens}, key=len, reverse=True))
+            self._tokens.extend(tokens)
+            plain = [secret for secret in (*self._own, *self._tokens) if len(secret) >= 6]
+            coded = [base64.b64encode(secret.encode()).decode().rstrip("=") for secret in plain]
+            coded += [secret.replace("+", "-").replace("/", "_") for secret in coded]
+            known = map(re.escape, sorted({*plain, *coded}, key=len, reverse=True))
             self._pattern = re.compile("|".join([*known, r"gh[a-z]_[A-Za-z0-9._-]{36,}"]))
 
     def __call__(self, text: str) -> str:
         """TEXT less secrets, half characters (no database takes them), and what moves a cursor."""
         text = self._pattern.sub("***", text).encode("utf-8", "replace").decode()
         return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            print(self(self.format(record)), file=sys.stderr, flush=True)
 
 
 # ---- HTTP: what the network can reach ---------------------------------------------
@@ -809,10 +786,11 @@ def list_tasks(app: App, request: Request) -> Reply:
 
 
 def number(given: Mapping[str, str], name: str, default: int, least: int, most: int) -> int:
-    try:
-        return whole(least, most)(given.get(name, str(default)))
-    except ValueError as error:
-        raise HTTPError(400, f"{name}: {given[name][:100]!r} is not {error}") from None
+    text = given.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,16}", text) or not least <= int(text) <= most:
+        what = f"a whole number from {least} to {most}"
+        raise HTTPError(400, f"{name}: {text[:100]!r} is not {what}")
+    return int(text)
 
 
 def task_logs(app: App, request: Request, task_id: str) -> Reply:
@@ -2932,7 +2910,7 @@ class GitHub:
     def _mint(self, wanted: Mapping[str, Any], job: Job) -> tuple[str, float]:
         path = f"/app/installations/{self.config.installation_id}/access_tokens"
         got = self._call("POST", path, self.jwt, wanted, job)[0]
-        self.app.mask.add(got["token"], f"x-access-token:{got['token']}", token=True)
+        self.app.mask.add(got["token"])
         self._born = time.time()
         until = time.strptime(got["expires_at"], "%Y-%m-%dT%H:%M:%SZ")
         return got["token"], float(calendar.timegm(until))
@@ -3172,28 +3150,17 @@ def page(app: App, request: Request) -> Reply:
 # ---- Commands ---------------------------------------------------------------------
 
 
-def set_up_log(app: App) -> None:
-    class Masked(logging.Formatter):
-        def format(self, record: logging.LogRecord) -> str:
-            return app.mask(super().format(record))
-
-    handler = logging.StreamHandler()
-    handler.setFormatter(Masked("%(asctime)s %(threadName)s %(levelname)s %(message)s"))
-    level = logging.DEBUG if app.config.debug else logging.INFO
-    logging.basicConfig(level=level, handlers=[handler], force=True)
-
-
 def begin(app: App) -> None:
     """What serve and run do first, before any thread is there."""
-    set_up_log(app)
+    level, form = logging.INFO, "%(asctime)s %(threadName)s %(levelname)s %(message)s"
+    level = logging.DEBUG if app.config.debug else level
+    logging.basicConfig(level=level, format=form, handlers=[app.mask], force=True)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: closes /proc/self to our own uid
     end, ours = os.pipe()  # ours is open as long as we are
     if os.fork() == 0:
         os.close(ours)
-        os.setsid()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
+        os.setsid()  # so that no ^C and no hangup reaches it
         os.read(end, 1)
         sweep(app.mark)
         os._exit(0)
@@ -3207,22 +3174,24 @@ def begin(app: App) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     app.open()
+    for task_id in app.store.take_up():
+        app.tasks.put(task_id)
 
 
-def serve(flags: dict[str, Any]) -> int:
-    """The server, until SIGTERM or SIGINT."""
+def serve(flags: dict[str, Any], client: Callable[[App, int], None] | None = None) -> int:
+    """The server, until SIGTERM or SIGINT; with a CLIENT in a thread of its own."""
     app = App(load_config(flags, needs_keys=True))
     config, hub, seen, again = app.config, app.github, file_times(app.config), False
     begin(app)
-    for task_id in app.store.take_up():
-        app.tasks.put(task_id)
     app.queue_reviews()
     try:
         app.server = server = Server(app)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise Unusable(f"--host {config.host} --port {config.port}, or TLS: {error}") from None
     jobs: list[tuple[str, Callable[..., None], Any]] = [("keeper", keep_house, (app,))]
     jobs += [(f"task-{n}", work, (app,)) for n in range(config.workers)]
+    if client:
+        jobs.append(("client", client, (app, server.server_port)))
     if hub:
         jobs += [(f"review-{n}", review, (app, hub)) for n in range(config.review_workers)]
         jobs.append(("poll", watch_pulls, (app, hub)))
@@ -3233,16 +3202,14 @@ def serve(flags: dict[str, Any]) -> int:
     print(f"Starting server on port {server.server_port}...")
     print(f"API endpoints: {url}/api/tasks/submit")
     print(f"               {url}/api/tasks/{{task_id}}/status\n               {url}/api/tasks")
-    print(f"Health:        {url}/health")
     print(f"Webhook:       {f'{url}/webhook' if on else 'off: GITHUB_WEBHOOK_SECRET is not set'}")
-    print(f"Page:          {url}/\nSandbox:       {app.sandbox_told}")
+    print(f"Page:          {url}/\nHealth:        {url}/health\nSandbox:       {app.sandbox_told}")
     print(f"Taken up again: {app.store.pending} task(s)", flush=True)
     for thread in [*server.threads, *threads]:
         thread.start()
-    while not app.stop.wait(0.5):  # without a limit it can miss a signal for ever
-        if config.debug and file_times(config) != seen:
-            again = True
-            app.stop.set()
+    while not (again or app.stop.wait(0.5)):  # without a limit it can miss a signal for ever
+        again = config.debug and file_times(config) != seen
+    app.stop.set()
     log.info("stopping")
     for _ in threads:
         app.tasks.put(None)
@@ -3262,27 +3229,24 @@ def serve(flags: dict[str, Any]) -> int:
 
 def file_times(config: Config) -> list[float]:
     paths = (os.path.abspath(__file__), config.env_file)
-    return [os.stat(path).st_mtime if os.path.exists(path) else 0.0 for path in paths]
+    return [os.stat(path).st_mtime for path in paths if os.path.exists(path)]
 
 
 def run(flags: dict[str, Any]) -> int:
     """One task in the foreground.  The result goes to stdout as JSON; 0 completed, 1 failed."""
-    source, given = flags.pop("task"), {name: flags.pop(name) for name in FIELDS}
-    given = {name: text for name, text in given.items() if text is not None}
-    config = load_config(flags)
+    config, source = load_config(flags), flags["task"]
     if not flags["work_dir"]:
         work_dir = os.path.realpath(tempfile.mkdtemp(prefix="codebot-"))
         config = dataclasses.replace(config, work_dir=work_dir)
-    app = App(config)
+    app, given = App(config), {name: flags[name] for name in FIELDS if flags[name] is not None}
     try:
         if source:
             with sys.stdin if source == "-" else open(source, encoding="utf-8") as file:
                 given = {**json.load(file), **given}
-        task = read_task(app.config, given)
+        task = read_task(config, given)
     except (OSError, ValueError, TypeError) as error:
         raise Unusable(f"the task: {error}") from None
     begin(app)
-    app.store.take_up()
     task_id, start, after = app.submit(task), time.monotonic(), 0
     worker = threading.Thread(target=run_one, args=(app, task_id), name="task")
     worker.start()
@@ -3298,11 +3262,17 @@ def run(flags: dict[str, Any]) -> int:
 
 def check(flags: dict[str, Any]) -> int:
     """Look at everything the server needs; a line each, and the remedy."""
-    failed = []
+    levels = []
 
     def tell(good: Any, what: str, remedy: str = "", level: str = "FAIL") -> None:
-        failed.extend([what] if not good and level == "FAIL" else [])
-        print("ok   " if good else f"{level:5}", what if good else f"{what}: {remedy}", flush=True)
+        levels.append("ok" if good else level)
+        print(f"{levels[-1]:6}{what if good else f'{what}: {remedy}'}", flush=True)
+
+    def tell_version(least: str, *argv: str) -> None:
+        code, lines = try_box(app, *argv)
+        new = [*map(int, re.findall("[0-9]+", last(lines)))] >= [*map(int, least.split("."))]
+        remedy = f"{least} or newer is needed, on PATH and in the sandbox"
+        tell(new and not code, f"{argv[0]}: {last(lines)[:100]}", remedy)
 
     try:
         app = App(load_config(flags, needs_keys=True))
@@ -3310,169 +3280,122 @@ def check(flags: dict[str, Any]) -> int:
         for line in str(error).splitlines():
             tell(False, "settings", line)
         return 1
-    set_up_log(app)
-    config = app.config
+    logging.basicConfig(handlers=[app.mask])
+    config, work_dir = app.config, app.config.work_dir
     tell(True, f"Python {sys.version.split()[0]}")
     try:
-        os.makedirs(config.work_dir, mode=0o700, exist_ok=True)
-        tell(os.access(config.work_dir, os.W_OK), f"work-dir {config.work_dir}", "is not writable")
-        free = shutil.disk_usage(config.work_dir).free
+        os.makedirs(work_dir, mode=0o700, exist_ok=True)
+        tell(os.access(work_dir, os.W_OK), f"work-dir {work_dir}", "is not writable")
+        free = shutil.disk_usage(work_dir).free
         tell(free > DISK_LOW, f"disk: {free >> 20} MiB free", "make room", "warn")
-        tempfile.tempdir, app.sandbox = config.work_dir, ("none",)
-        for argv, least in ((("git", "--version"), "2.31"), (("openssl", "version"), "1.1.1")):
-            tell(*version(argv[0], least, try_box(app, *argv)))
+        tempfile.tempdir, app.sandbox = work_dir, ("none",)
+        tell_version("2.31", "git", "--version")
+        tell_version("1.1.1", "openssl", "version")
         app.sandbox, told = choose_sandbox(app)
-        tell(app.sandbox != ("none",), f"sandbox: {told}", "see README, Security", "warn")
-        ended = try_box(app, *config.claude, "--version")
-        tell(*version(config.claude[0], "2.0", ended))
+        safe = app.sandbox != ("none",) and os.getuid() != 0
+        tell(safe, f"sandbox: {told}", "see README, Security", "warn")
+        tell_version("2.0", *config.claude, "--version")
     except (OSError, Unusable) as error:
         tell(False, "work-dir and sandbox", str(error))
-    login = any(config.variables.get(name) for name in MODEL_NAMES)
+    login = any(map(config.variables.get, MODEL_NAMES))
     tell(login, "claude's login", f"set one of {', '.join(MODEL_NAMES)}", "warn")
-    tell(os.getuid(), f"user {os.getuid()}", "is root: give codebot a user of its own", "warn")
-    for path in filter(os.path.exists, (*config.secret_files, config.work_dir)):
+    for path in filter(os.path.exists, (*config.secret_files, work_dir)):
         private = not os.stat(path).st_mode & 0o077
         tell(private, f"{path} is private", f"others can read it: chmod go= {path}", "warn")
-    if hub := app.github:
-        try:
+    try:
+        if hub := app.github:
             tell(hub.jwt(), "the App's key signs")
-            about = hub._call("GET", "/app", hub.jwt)[0]
-            tell(True, f"GitHub answers at {config.github_api}; the App is {about['name']}")
-            told = f"clock: {hub.skew:+.0f} s to GitHub's"
-            tell(abs(hub.skew) < 30, told, "set the host's", "warn")
+            about = hub._call("GET", "/app", hub.jwt)[0]["name"]
+            tell(True, f"GitHub answers at {config.github_api}; the App is {about}")
+            off = hub.skew
+            tell(abs(off) < 30, f"clock: {off:+.0f} s to GitHub's", "set the host's", "warn")
             given = hub._call("GET", f"/app/installations/{config.installation_id}", hub.jwt)[0]
             tell(True, f"installation {config.installation_id} of {given['account']['login']}")
             for right in ("contents", "pull_requests", "issues"):
-                has = given.get("permissions", {}).get(right, "none")
+                has = given["permissions"].get(right, "none")
                 tell(has == "write", f"permission {right}: {has}", "write is needed; grant it")
             tell(config.webhook_secret, "webhook secret", "set GITHUB_WEBHOOK_SECRET", "warn")
             for event in HEARD:
-                has = event in given.get("events", ())
-                tell(has, f"webhook event {event}", "subscribe the App to it, or poll", "warn")
-        except (GitHubError, OSError, KeyError) as error:
-            tell(False, "GitHub", f"{error}; look at GITHUB_APP_* and GITHUB_API_URL")
-    return 1 if failed else 0
+                what, remedy = f"webhook event {event}", "subscribe the App to it, or poll"
+                tell(event in given["events"], what, remedy, "warn")
+    except (GitHubError, OSError, KeyError) as error:
+        tell(False, "GitHub", f"{error}; look at GITHUB_APP_* and GITHUB_API_URL")
+    return int("FAIL" in levels)
 
 
-def version(name: str, least: str, ended: Ended) -> tuple[Any, str, str]:
-    """Whether a program is new enough, what it said of itself, and the remedy."""
-    said = last(ended[1])
-    found = re.search(r"[0-9]+(\.[0-9]+)+", said)
-    new = found and [*map(int, found[0].split("."))] >= [*map(int, least.split("."))]
-    remedy = f"{least} or newer is needed, on PATH and in the sandbox"
-    return new and not ended[0], f"{name}: {said[:100]}", remedy
-
-
-DEMO_AGENT = """# A stand-in for Claude Code: it reads the task and writes one file.
-cat >/dev/null
-echo '{"type":"assistant","message":{"content":[{"type":"text","text":"I am a stand-in."}]}}'
+DEMO = """git init -q --bare hello.git && git init -q seed && git -C seed -c user.name=demo \\
+    -c user.email= commit -q --allow-empty -m First && git -C seed push -q ../hello.git HEAD:main &&
+git -C hello.git symbolic-ref HEAD refs/heads/main && cat >stand-in-agent <<'END'
+cat >/dev/null  # the task
 echo 'print("Hello from codebot")' >hello.py
 echo '{"type":"result","subtype":"success","is_error":false,"num_turns":1,"result":"Added hello.py."}'
-"""
-DEMO_REPOSITORY = """git init -q --bare hello.git && git init -q seed && cd seed &&
-git -c user.name=demo -c user.email= commit -q --allow-empty -m First && git push -q ../hello.git HEAD:refs/heads/main &&
-git -C ../hello.git symbolic-ref HEAD refs/heads/main"""
+END"""
 
 
 def demo(flags: dict[str, Any]) -> int:
     """The main job, with a local repository and a stand-in for the agent.  Leaves nothing."""
     with tempfile.TemporaryDirectory(prefix="codebot-demo-") as folder:
         top = os.path.realpath(folder)
-        agent, remote, branches = f"{top}/stand-in-agent", f"{top}/hello.git", list[str]()
-        env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": top, "LC_ALL": "C.UTF-8"}
-        env |= {"CODEBOT_API_KEYS": "demo-key", "CODEBOT_CLAUDE_COMMAND": f"sh {agent}"}
-        with open(agent, "w") as file:
-            file.write(DEMO_AGENT)
-        print(f"A repository:  {remote}\nThe agent:     a stand-in, {agent}; not Claude")
-        code, lines = run_program(("sh", "-c", DEMO_REPOSITORY), env, 30, cwd=top)
+        env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": top}
+        env |= {
+            "CODEBOT_CLAUDE_COMMAND": f"sh {top}/stand-in-agent",
+            "CODEBOT_API_KEYS": "demo-key",
+        }
+        code, lines = run_program(("sh", "-c", DEMO), env, 30, cwd=top)
         if code:
             raise Unusable(f"the demo's repository: {last(lines)}")
-
-        def on_lines(lines: list[str]) -> float | None:
-            if not (port := re.search(r"Starting server on port (\d+)", "\n".join(lines))):
-                return None
-            branches.append(demo_task(int(port[1]), remote))
-            return 0.0  # the server has done its work
-
-        serving = (sys.executable, os.path.abspath(__file__), "serve", "--port", "0")
-        argv = (*serving, "--no-github", "--work-dir", f"{top}/work")
-        with contextlib.suppress(Stopped):
-            lines = run_program(argv, env, 60, cwd=top, on_lines=on_lines)[1]
-        if not branches:
-            raise Unusable(f"the server did not start: {last(lines)}")
-        diff = ("git", "-C", remote, "diff", "main", *branches)
-        print("\n".join(run_program(diff, env, 30)[1]))
-    return 0
+        print(f"A repository:  {top}/hello.git\nThe agent:     {top}/stand-in-agent, not Claude")
+        os.chdir(top)  # no other .env and no other variable counts
+        os.environ.clear()
+        os.environ.update(env)
+        logging.disable(logging.INFO)
+        serve({"port": "0", "no_github": True, "work_dir": f"{top}/work"}, demo_client)
+        diff = words("git log -p --format=%D --branches=u/* --not main")
+        lines = run_program(diff, env, 30, cwd=f"{top}/hello.git")[1]
+        print("\n".join(lines))
+    return 0 if lines else 1
 
 
-def demo_task(port: int, remote: str) -> str:
-    """Submit a task as any client does, and show its states.  Gives the branch it ended in."""
-    print(f"The server:    http://localhost:{port}")
-    web = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-
-    def ask(method: str, path: str, body: Any = None) -> Any:
-        web.request(method, path, body and json.dumps(body), {"X-API-Key": "demo-key"})
-        return json.loads(web.getresponse().read())
-
-    task = {"repository_url": remote, "description": "Add a program that says hello"}
-    status = ask("POST", "/api/tasks/submit", {**task, "test_command": "test -s hello.py"})
-    path, shown, until = f"/api/tasks/{status['task_id']}/status", "", time.monotonic() + 60
-    while status["status"] not in ("completed", "failed") and time.monotonic() < until:
-        status = ask("GET", path)
-        if (now := f"{status['status']} {status.get('phase', '')}") != shown:
-            print(f"The task:      {now}", flush=True)
-        shown = now
-        time.sleep(0.02)
-    if status["status"] != "completed":
-        raise Unusable(status.get("error") or "the task has not ended within 60 s")
-    print(f"The branch:    {status['result']['branch_name']}\n")
-    return str(status["result"]["branch_name"])
-
-
-def flag(read: Callable[[str], int]) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            return read(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {error}") from None
-
-    return parse
+def demo_client(app: App, port: int) -> None:
+    """Submit a task as any client does, show its states until it has ended, and stop the server."""
+    try:
+        web = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        task = {"repository_url": os.path.abspath("hello.git"), "test_command": "test -s hello.py"}
+        task["description"] = "Add a program that says hello"
+        ask, shown = ("POST", "/api/tasks/submit", json.dumps(task)), ""
+        while not shown.startswith(("completed", "failed")):
+            web.request(*ask, {"X-API-Key": "demo-key"})
+            status = json.loads(web.getresponse().read())
+            ask = ("GET", f"/api/tasks/{status['task_id']}/status", "")
+            now = f"{status['status']} {status.get('phase') or status.get('error', '')}"
+            if now != shown:
+                print(f"The task:      {now}", flush=True)
+            shown = now
+            time.sleep(0.02)
+    finally:
+        app.stop.set()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     about = "A coding-agent server in one file.  The README says how to set it up."
     parser = argparse.ArgumentParser(prog="codebot.py", description=about)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (serve, run, check, demo):
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    told = {field.name: field.metadata.get("flag") for field in dataclasses.fields(Config)}
+    told = {**dict.fromkeys(FIELDS), "task": "a file with all of these as JSON; - is stdin", **told}
+    of_run = (*FIELDS, "task", "work_dir", "no_github")
+    of_serve = [name for name in told if told[name] and name != "task"]
+    for command, names in ((serve, of_serve), (run, of_run), (check, of_serve), (demo, ())):
         does = (command.__doc__ or "").split(".")[0]
         sub = commands.add_parser(command.__name__, help=does, description=command.__doc__)
         sub.set_defaults(function=command)
-        if command is demo:
-            continue
-        add, on = sub.add_argument, dict[str, Any](action="store_true")
-        add("--work-dir", metavar="DIR", help="default ./codebot_workspace")
-        add("--no-github", **on, help="any git remote, no pull requests")
-        if command is run:
-            add("--task", metavar="FILE", help="the task as JSON; - is stdin")
-            for name in FIELDS:
-                add(f"--{name.replace('_', '-')}", metavar="TEXT")
-            continue
-        add("--host", help="address to listen on; default 127.0.0.1")
-        add("--port", type=flag(whole(0, 65535)), help="default 5000; 0: a free one")
-        add("--workers", type=flag(whole(1, 1000)), help="tasks at once")
-        add("--enable-polling", **on, help="ask GitHub for reviews on a clock")
-        add("--poll-interval", type=flag(whole(1)), help="seconds; default 300")
-        add("--tls-cert", metavar="FILE", help="PEM; with --tls-key: HTTPS")
-        add("--tls-key", metavar="FILE")
-        add("--debug", **on, help="say more; restart on a change")
+        for name in names:
+            how = "store_true" if getattr(Config, name, None) is False else "store"
+            sub.add_argument(f"--{name.replace('_', '-')}", action=how, help=told[name])
     given = vars(parser.parse_args(arguments))
-    function = given.pop("function")
-    del given["command"]
     try:
-        return int(function(given))
+        return int(given.pop("function")(given))
     except (Unusable, HTTPError) as error:  # the latter of a task that `run` was given
-        for line in str(error).splitlines():
-            print(f"codebot: {line}", file=sys.stderr)
+        print("\n".join(f"codebot: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
 
 
