@@ -152,12 +152,9 @@ TEXT, LIST, FOLDER, SWITCH = ((make, ".*", "") for make in (str, listed, os.path
 COUNT = (int, "[1-9][0-9]{0,8}", "a whole number from 1 to 999999999")
 THREADS = (int, "[1-9][0-9]{0,2}", "a whole number from 1 to 999")
 TRIES = (int, "[0-9]{1,2}", "a whole number from 0 to 99")
-PORT = (int, "[0-9]{1,5}", "a whole number from 0 to 65535")  # beyond it bind() refuses
-NUMBER = (str, "[0-9]+", "a number")
-AMOUNT = r"(?=.*[1-9])[0-9]{1,9}(\.[0-9]{1,9})?"
-DOLLARS = (float, AMOUNT, "a number of US dollars above 0, such as 2.50")
-QUOTED = r"""([^\\'"]|\\.|'[^']*'|"([^\\"]|\\.)*")*"""
-WORDS = (words, QUOTED, "words as a shell would read them")
+NUMBER = (int, "[0-9]{1,16}", "a whole number")
+DOLLARS = (float, r"(?=.*[1-9])[0-9]{1,9}(\.[0-9]{1,9})?", "US dollars above 0, such as 2.50")
+WORDS = (words, r"""([^\\'"]|\\.|'[^']*'|"([^\\"]|\\.)*")*""", "words as a shell reads them")
 OTHERS = r"(\s*(?!CODEBOT_|GITHUB_(APP|WEBHOOK)_)\w*\s*(,|$))*"
 NAMES = (listed, OTHERS, "names of variables, none of them codebot's own")
 URL = r"(?i:https://[^/?#@\s]+|http://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?)(/[^?#\s]*)?"
@@ -188,7 +185,7 @@ class Config:
     retention: int = setting("CODEBOT_TASK_RETENTION", COUNT, "86400")
     app_id: str = setting("GITHUB_APP_ID")
     key_file: str = setting("GITHUB_APP_PRIVATE_KEY_PATH")
-    installation_id: str = setting("GITHUB_APP_INSTALLATION_ID", NUMBER)
+    installation_id: int = setting("GITHUB_APP_INSTALLATION_ID", NUMBER)
     webhook_secret: str = setting("GITHUB_WEBHOOK_SECRET")
     poll_interval: int = setting("CODEBOT_POLL_INTERVAL", COUNT, "300", "seconds; default 300")
     api_url: str = setting("GITHUB_API_URL", ADDRESS)
@@ -205,7 +202,7 @@ class Config:
     agent_names: tuple[str, ...] = setting("CODEBOT_AGENT_ENV", NAMES)
     path: str = setting("PATH", default=os.defpath)
     host: str = setting("", TEXT, "127.0.0.1", "address to listen on; default 127.0.0.1")
-    port: int = setting("", PORT, "5000", "default 5000; 0: a free one")
+    port: int = setting("", NUMBER, "5000", "default 5000; 0: a free one")
     work_dir: str = setting("", FOLDER, "codebot_workspace", "default ./codebot_workspace")
     no_github: bool = setting("", SWITCH, flag="any git remote, no pull requests")
     enable_polling: bool = setting("", SWITCH, flag="ask GitHub for reviews on a clock")
@@ -3152,8 +3149,8 @@ def page(app: App, request: Request) -> Reply:
 
 def begin(app: App) -> None:
     """What serve and run do first, before any thread is there."""
-    level, form = logging.INFO, "%(asctime)s %(threadName)s %(levelname)s %(message)s"
-    level = logging.DEBUG if app.config.debug else level
+    level = logging.DEBUG if app.config.debug else logging.INFO
+    form = "%(asctime)s %(threadName)s %(levelname)s %(message)s"
     logging.basicConfig(level=level, format=form, handlers=[app.mask], force=True)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: closes /proc/self to our own uid
@@ -3164,22 +3161,15 @@ def begin(app: App) -> None:
         os.read(end, 1)
         sweep(app.mark)
         os._exit(0)
-    os.close(end)
-
-    def on_signal(*_: Any) -> None:
-        if app.stop.is_set():
-            os._exit(1)  # a second one: at once
-        app.stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a second one ends it at once
+        signal.signal(number, lambda *_: os._exit(1) if app.stop.is_set() else app.stop.set())
     app.open()
     for task_id in app.store.take_up():
         app.tasks.put(task_id)
 
 
 def serve(flags: dict[str, Any], client: Callable[[App, int], None] | None = None) -> int:
-    """The server, until SIGTERM or SIGINT; with a CLIENT in a thread of its own."""
+    """The server, until SIGTERM or SIGINT."""
     app = App(load_config(flags, needs_keys=True))
     config, hub, seen, again = app.config, app.github, file_times(app.config), False
     begin(app)
@@ -3190,8 +3180,7 @@ def serve(flags: dict[str, Any], client: Callable[[App, int], None] | None = Non
         raise Unusable(f"--host {config.host} --port {config.port}, or TLS: {error}") from None
     jobs: list[tuple[str, Callable[..., None], Any]] = [("keeper", keep_house, (app,))]
     jobs += [(f"task-{n}", work, (app,)) for n in range(config.workers)]
-    if client:
-        jobs.append(("client", client, (app, server.server_port)))
+    jobs += [("client", client, (app, server.server_port))] if client else []
     if hub:
         jobs += [(f"review-{n}", review, (app, hub)) for n in range(config.review_workers)]
         jobs.append(("poll", watch_pulls, (app, hub)))
@@ -3233,11 +3222,11 @@ def file_times(config: Config) -> list[float]:
 
 
 def run(flags: dict[str, Any]) -> int:
-    """One task in the foreground.  The result goes to stdout as JSON; 0 completed, 1 failed."""
+    """One task in the foreground, of flags, or of a file with the fields as JSON (- is stdin).
+    The result goes to stdout as JSON.  Exit code 0: completed, 1: failed, 2: bad input."""
     config, source = load_config(flags), flags["task"]
     if not flags["work_dir"]:
-        work_dir = os.path.realpath(tempfile.mkdtemp(prefix="codebot-"))
-        config = dataclasses.replace(config, work_dir=work_dir)
+        config = load_config({**flags, "work_dir": tempfile.mkdtemp(prefix="codebot-")})
     app, given = App(config), {name: flags[name] for name in FIELDS if flags[name] is not None}
     try:
         if source:
@@ -3307,8 +3296,8 @@ def check(flags: dict[str, Any]) -> int:
             tell(hub.jwt(), "the App's key signs")
             about = hub._call("GET", "/app", hub.jwt)[0]["name"]
             tell(True, f"GitHub answers at {config.github_api}; the App is {about}")
-            off = hub.skew
-            tell(abs(off) < 30, f"clock: {off:+.0f} s to GitHub's", "set the host's", "warn")
+            told = f"clock: {hub.skew:+.0f} s to GitHub's"
+            tell(abs(hub.skew) < 30, told, "set the host's", "warn")
             given = hub._call("GET", f"/app/installations/{config.installation_id}", hub.jwt)[0]
             tell(True, f"installation {config.installation_id} of {given['account']['login']}")
             for right in ("contents", "pull_requests", "issues"):
@@ -3323,9 +3312,9 @@ def check(flags: dict[str, Any]) -> int:
     return int("FAIL" in levels)
 
 
-DEMO = """git init -q --bare hello.git && git init -q seed && git -C seed -c user.name=demo \\
-    -c user.email= commit -q --allow-empty -m First && git -C seed push -q ../hello.git HEAD:main &&
-git -C hello.git symbolic-ref HEAD refs/heads/main && cat >stand-in-agent <<'END'
+DEMO = """git init -q --bare -b main hello.git && cd hello.git && git update-ref HEAD $(
+    git -c user.name=demo -c user.email= commit-tree -m First $(git mktree </dev/null)) &&
+cat >../stand-in-agent <<'END'
 cat >/dev/null  # the task
 echo 'print("Hello from codebot")' >hello.py
 echo '{"type":"result","subtype":"success","is_error":false,"num_turns":1,"result":"Added hello.py."}'
@@ -3377,20 +3366,18 @@ def demo_client(app: App, port: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    about = "A coding-agent server in one file.  The README says how to set it up."
-    parser = argparse.ArgumentParser(prog="codebot.py", description=about)
+    parser = argparse.ArgumentParser(description="A coding-agent server in one file; see README.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    told = {field.name: field.metadata.get("flag") for field in dataclasses.fields(Config)}
-    told = {**dict.fromkeys(FIELDS), "task": "a file with all of these as JSON; - is stdin", **told}
-    of_run = (*FIELDS, "task", "work_dir", "no_github")
-    of_serve = [name for name in told if told[name] and name != "task"]
+    about = {field.name: field.metadata.get("flag") for field in dataclasses.fields(Config)}
+    of_serve = [name for name in about if about[name]]
+    of_run = ("task", *FIELDS, "work_dir", "no_github")
     for command, names in ((serve, of_serve), (run, of_run), (check, of_serve), (demo, ())):
         does = (command.__doc__ or "").split(".")[0]
         sub = commands.add_parser(command.__name__, help=does, description=command.__doc__)
         sub.set_defaults(function=command)
         for name in names:
             how = "store_true" if getattr(Config, name, None) is False else "store"
-            sub.add_argument(f"--{name.replace('_', '-')}", action=how, help=told[name])
+            sub.add_argument(f"--{name.replace('_', '-')}", action=how, help=about.get(name))
     given = vars(parser.parse_args(arguments))
     try:
         return int(given.pop("function")(given))
