@@ -3263,6 +3263,7 @@ def check(flags: dict[str, Any]) -> int:
         remedy = f"{least} or newer is needed, on PATH and in the sandbox"
         tell(new and not code, f"{argv[0]}: {last(lines)[:100]}", remedy)
 
+    warn = functools.partial(tell, level="warn")
     try:
         app = App(load_config(flags, needs_keys=True))
     except Unusable as error:
@@ -3276,37 +3277,35 @@ def check(flags: dict[str, Any]) -> int:
         os.makedirs(work_dir, mode=0o700, exist_ok=True)
         tell(os.access(work_dir, os.W_OK), f"work-dir {work_dir}", "is not writable")
         free = shutil.disk_usage(work_dir).free
-        tell(free > DISK_LOW, f"disk: {free >> 20} MiB free", "make room", "warn")
+        warn(free > DISK_LOW, f"disk: {free >> 20} MiB free", "make room")
         tempfile.tempdir, app.sandbox = work_dir, ("none",)
         tell_version("2.31", "git", "--version")
         tell_version("1.1.1", "openssl", "version")
         app.sandbox, told = choose_sandbox(app)
-        safe = app.sandbox != ("none",) and os.getuid() != 0
-        tell(safe, f"sandbox: {told}", "see README, Security", "warn")
+        warn(app.sandbox != ("none",) and os.getuid(), f"sandbox: {told}", "see README, Security")
         tell_version("2.0", *config.claude, "--version")
     except (OSError, Unusable) as error:
         tell(False, "work-dir and sandbox", str(error))
     login = any(map(config.variables.get, MODEL_NAMES))
-    tell(login, "claude's login", f"set one of {', '.join(MODEL_NAMES)}", "warn")
+    warn(login, "claude's login", f"set one of {', '.join(MODEL_NAMES)}")
     for path in filter(os.path.exists, (*config.secret_files, work_dir)):
         private = not os.stat(path).st_mode & 0o077
-        tell(private, f"{path} is private", f"others can read it: chmod go= {path}", "warn")
+        warn(private, f"{path} is private", f"others can read it: chmod go= {path}")
     try:
         if hub := app.github:
             tell(hub.jwt(), "the App's key signs")
             about = hub._call("GET", "/app", hub.jwt)[0]["name"]
             tell(True, f"GitHub answers at {config.github_api}; the App is {about}")
-            told = f"clock: {hub.skew:+.0f} s to GitHub's"
-            tell(abs(hub.skew) < 30, told, "set the host's", "warn")
+            warn(abs(hub.skew) < 30, f"clock: {hub.skew:+.0f} s to GitHub's", "set the host's")
             given = hub._call("GET", f"/app/installations/{config.installation_id}", hub.jwt)[0]
             tell(True, f"installation {config.installation_id} of {given['account']['login']}")
             for right in ("contents", "pull_requests", "issues"):
                 has = given["permissions"].get(right, "none")
                 tell(has == "write", f"permission {right}: {has}", "write is needed; grant it")
-            tell(config.webhook_secret, "webhook secret", "set GITHUB_WEBHOOK_SECRET", "warn")
-            for event in HEARD:
-                what, remedy = f"webhook event {event}", "subscribe the App to it, or poll"
-                tell(event in given["events"], what, remedy, "warn")
+            warn(config.webhook_secret, "webhook secret", "set GITHUB_WEBHOOK_SECRET")
+            for kind in HEARD:
+                has = kind in given["events"]
+                warn(has, f"webhook event {kind}", "subscribe the App to it, or poll")
     except (GitHubError, OSError, KeyError) as error:
         tell(False, "GitHub", f"{error}; look at GITHUB_APP_* and GITHUB_API_URL")
     return int("FAIL" in levels)
