@@ -102,7 +102,6 @@ RESULT_GRACE = 5  # seconds an agent may live on after its result
 LINE, OUTPUT = 8 << 20, 1 << 30  # bytes: a line, longer ones are dropped and told; all output
 MESSAGE, EVENTS = 2000, 10_000  # characters of one event; events of one task
 DISK_LOW = 1 << 30  # bytes
-GONE = ".gone"  # the end of the name of a folder that is to be removed
 MIRROR_KEPT = 30 * 86400  # seconds without use
 GITHUB_WAIT = 900  # seconds: a rate limit that asks for more is an error
 
@@ -949,45 +948,39 @@ def read_comment(kind: str, raw: Mapping[str, Any]) -> dict[str, Any] | None:
 
 # ---- Store ------------------------------------------------------------------------
 
-SCHEMA = 2
+SCHEMA = 3  # an older one gets what it lacks
 TABLES = """
 CREATE TABLE IF NOT EXISTS tasks(
-    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, status TEXT NOT NULL,
-    submitted_at TEXT NOT NULL, started_at TEXT, completed_at TEXT, repository_url TEXT NOT NULL,
-    description TEXT NOT NULL, ticket_id TEXT, ticket_summary TEXT, test_command TEXT,
-    base_branch TEXT, idempotency_key TEXT, body_hash TEXT, phase TEXT,
-    interruptions INTEGER NOT NULL DEFAULT 0, cancelled INTEGER NOT NULL DEFAULT 0,
-    folder TEXT, mirror TEXT, branch TEXT, base_name TEXT, head_commit TEXT, outcome TEXT,
-    result TEXT, error TEXT, reason TEXT);
-CREATE TABLE IF NOT EXISTS events(seq INTEGER PRIMARY KEY AUTOINCREMENT, task_id TEXT NOT NULL,
-    time TEXT NOT NULL, source TEXT NOT NULL, message TEXT NOT NULL);
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, idempotency_key TEXT UNIQUE, body_hash,
+    status, phase, submitted_at, started_at, completed_at, interruptions DEFAULT 0,
+    cancelled DEFAULT 0, repository_url, description, ticket_id, ticket_summary, test_command,
+    base_branch, folder, mirror, branch, base_name, head_commit, outcome, result, error, reason);
 CREATE INDEX IF NOT EXISTS tasks_by_status ON tasks(status, seq);
-CREATE UNIQUE INDEX IF NOT EXISTS tasks_by_key ON tasks(idempotency_key)
-    WHERE idempotency_key IS NOT NULL;
+CREATE TABLE IF NOT EXISTS events(
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, task_id, time, source, message);
 CREATE INDEX IF NOT EXISTS events_by_task ON events(task_id, seq);
-CREATE TABLE IF NOT EXISTS totals(name TEXT PRIMARY KEY, value REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS totals(name TEXT PRIMARY KEY, value);
 CREATE TABLE IF NOT EXISTS pulls(  -- those that we opened; they outlive their task's row
-    id INTEGER PRIMARY KEY, repo_id INTEGER, number INTEGER NOT NULL, url TEXT NOT NULL,
-    repository TEXT NOT NULL, task_id TEXT NOT NULL, task TEXT NOT NULL, session TEXT NOT NULL,
-    folder TEXT NOT NULL, mirror TEXT NOT NULL, state TEXT NOT NULL, since TEXT NOT NULL,
-    closed_at TEXT, UNIQUE(repo_id, number));
-CREATE INDEX IF NOT EXISTS pulls_by_task ON pulls(task_id);
+    id INTEGER PRIMARY KEY, repo_id, number, url, repository, task_id UNIQUE, task, session,
+    folder, mirror, state, since, closed_at, UNIQUE(repo_id, number));
 CREATE TABLE IF NOT EXISTS reviews(  -- a round of work on a pull
-    id INTEGER PRIMARY KEY AUTOINCREMENT, pull INTEGER NOT NULL, source TEXT NOT NULL,
-    status TEXT NOT NULL, submitted_at TEXT NOT NULL, started_at TEXT, completed_at TEXT,
-    phase TEXT, interruptions INTEGER NOT NULL DEFAULT 0, kind TEXT, head_commit TEXT,
-    outcome TEXT, error TEXT, reason TEXT);
+    id INTEGER PRIMARY KEY AUTOINCREMENT, pull, source, status, phase, submitted_at, started_at,
+    completed_at, interruptions DEFAULT 0, kind, head_commit, outcome, error, reason);
 CREATE INDEX IF NOT EXISTS reviews_by_pull ON reviews(pull, status, id);
-CREATE TABLE IF NOT EXISTS comments(  -- all that were ever taken, so that none is taken twice
-    kind TEXT, id INTEGER, pull INTEGER NOT NULL, review INTEGER, given TEXT,
-    PRIMARY KEY(kind, id));
-CREATE TABLE IF NOT EXISTS deliveries(guid TEXT PRIMARY KEY, time TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS comments(  -- and deliveries: all that was taken is not taken again
+    kind, id, pull, review, given, PRIMARY KEY(kind, id));
+CREATE TRIGGER IF NOT EXISTS task_goes AFTER DELETE ON tasks BEGIN
+    DELETE FROM events WHERE task_id = old.id; END;
+CREATE TRIGGER IF NOT EXISTS pull_goes AFTER DELETE ON pulls BEGIN
+    DELETE FROM reviews WHERE pull = old.id; DELETE FROM comments WHERE pull = old.id; END;
 """
-Event = collections.namedtuple("Event", "seq time source message")
-BUSY = "pulls WHERE id IN (SELECT pull FROM reviews WHERE completed_at IS NULL)"
-ADD_ROUND = "INSERT INTO reviews(pull, source, status, submitted_at) VALUES(?, ?, 'pending', ?)"
 WAITING = "SELECT id FROM reviews WHERE pull = ? AND source = ? AND status = 'pending'"
-Of = tuple[str, Any]  # a row that has a state: its table, tasks or reviews, and its id
+# Tasks that were not over at some time, or had a round of review that was not
+KEPT = """(SELECT id, folder, mirror FROM tasks WHERE completed_at IS NULL OR completed_at >= ?
+    UNION SELECT task_id, folder, mirror FROM pulls JOIN reviews ON pull = pulls.id
+    WHERE completed_at IS NULL OR completed_at >= ?)"""
+Event = collections.namedtuple("Event", "seq time source message")
+Of = tuple[str, Any]  # a row: its table, and its id
 
 
 def now_text(ago: float = 0) -> str:
@@ -999,6 +992,14 @@ def base_of(pull: Mapping[str, Any]) -> Mapping[str, Any]:
     return (pull.get("base") or {}).get("repo") or {}
 
 
+def insert(db: sqlite3.Connection, table: str, row: Mapping[str, Any]) -> int:
+    """Add a row and give its number; 0 if one with such a key is there."""
+    names = ", ".join(row), ", :".join(row)
+    sql = "INSERT INTO {}({}) VALUES(:{}) ON CONFLICT DO NOTHING"
+    done = db.execute(sql.format(table, *names), row)
+    return done.lastrowid or 0 if done.rowcount else 0
+
+
 class Store:
     """The record of truth.  What a method returned for is on disk (synchronous=FULL).  One
     connection writes, behind one lock that covers the whole transaction; each thread that
@@ -1007,22 +1008,19 @@ class Store:
     def __init__(self, path: str) -> None:
         self.path, self._lock, self._local = path, threading.Lock(), threading.local()
         self.news = threading.Condition()  # guards _newest and _chunk
-        self._newest: dict[str, int] = {}
+        self._newest: dict[str, int] = {}  # events, by task
         self._chunk = functools.lru_cache(16)(self._make_chunk)
-        self._checked = 0.0
-        self._adding = threading.Lock()
+        self._checked, self._adding = 0.0, threading.Lock()
         self._adds: collections.deque[list[Any]] = collections.deque()  # what waits to be added
         try:
             self._db = self._connect()
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            filled = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
-            if version > SCHEMA or (not version and filled):
+            [[version]] = self.read("PRAGMA user_version")
+            if version > SCHEMA or (not version and self.read("SELECT 1 FROM sqlite_master")):
                 raise Unusable(f"{path}: has schema {version}; this codebot knows 1 to {SCHEMA}")
             self._db.execute("PRAGMA journal_mode=WAL")
             if version < SCHEMA:
                 self._db.executescript(f"BEGIN;{TABLES}PRAGMA user_version={SCHEMA};COMMIT;")
-            count = "SELECT COUNT(*) FROM tasks WHERE status = 'pending'"
-            self.pending: int = self._db.execute(count).fetchone()[0]
+            [[self.pending]] = self.read("SELECT COUNT(*) FROM tasks WHERE status = 'pending'")
         except sqlite3.Error as error:
             raise Unusable(f"{path}: the database cannot be used: {error}") from None
         self._inode = os.stat(path).st_ino
@@ -1037,11 +1035,9 @@ class Store:
     def _writing(self) -> Iterator[sqlite3.Connection]:
         if not self._lock.acquire(timeout=4):  # others wait for the disk, or for another program
             raise sqlite3.OperationalError("the database is busy")
-        before, there = self.pending, False
-        try:
-            with contextlib.suppress(OSError):
-                there = os.stat(self.path).st_ino == self._inode
-            if not there:  # writes would go on "successfully", into nothing
+        before = self.pending
+        try:  # into a file that was removed all writes would be "successful"
+            if not os.path.exists(self.path) or os.stat(self.path).st_ino != self._inode:
                 raise sqlite3.OperationalError(f"{self.path} was removed or replaced")
             self._db.execute("BEGIN IMMEDIATE")
             yield self._db
@@ -1069,59 +1065,52 @@ class Store:
 
     def _move(self, db: sqlite3.Connection, of: Of, old: str, new: str, **also: Any) -> None:
         """The one place where a state changes.  Raises WrongState if the row is not OLD."""
-        (table, row_id), what = of, f"{of[0][:-1]} {of[1]}"
         if new not in MOVES[old]:  # not assert: that is gone under -O
             raise ValueError(f"no move from {old} to {new}")
-        also["phase"] = "start" if new == "running" else None
         if new != "pending":
             also["started_at" if new == "running" else "completed_at"] = now_text()
         columns = "".join(f", {name} = ?" for name in also)
-        sql = f"UPDATE {table} SET status = ?{columns} WHERE id = ? AND status = ?"
-        if db.execute(sql, (new, *also.values(), row_id, old)).rowcount == 0:
-            raise WrongState(f"{what} is not {old}")
-        if table == "tasks":
+        sql = f"UPDATE {of[0]} SET status = ?{columns} WHERE id = ? AND status = ?"
+        if db.execute(sql, (new, *also.values(), of[1], old)).rowcount == 0:
+            raise WrongState(f"{of} is not {old}")
+        if of[0] == "tasks":
             self.pending += (new == "pending") - (old == "pending")
-        log.info("%s: %s -> %s %s", what, old, new, also.get("reason") or "")
+        log.info("%s %s: %s -> %s %s", *of, old, new, also.get("reason") or "")
 
     def add(self, task: Mapping[str, Any], key: Any, body: Any, most: int) -> tuple[str, bool]:
         """The new task's id and True; or that of the same key and body, and False."""
-        row = {**task, "status": "pending", "id": str(uuid.uuid4()), "submitted_at": now_text()}
-        row |= {"idempotency_key": key, "body_hash": body}
-
-        def insert(db: sqlite3.Connection) -> Any:
-            known = "SELECT id, body_hash FROM tasks WHERE idempotency_key = ?"
-            if key and (old := db.execute(known, (key,)).fetchone()):
-                if old["body_hash"] != body:
-                    return HTTPError(409, "Idempotency-Key: was used with another body")
-                return old["id"], False
-            if self.pending >= most:
-                return HTTPError(503, f"{most} tasks wait already", {"Retry-After": "60"})
-            db.execute(f"INSERT INTO tasks({', '.join(row)}) VALUES(:{', :'.join(row)})", row)
-            self.pending += 1
-            return row["id"], True
-
-        mine: list[Any] = [insert]  # and then what came of it
+        row = {**task, "id": str(uuid.uuid4()), "idempotency_key": key, "body_hash": body}
+        row |= {"status": "pending", "submitted_at": now_text()}
+        mine: list[Any] = [row, None]  # and what went wrong with it
         self._adds.append(mine)
-        with self._adding:  # the first one in writes for all that wait: they share one fsync
-            if len(mine) == 1:
+        with self._adding:
+            if (
+                mine in self._adds
+            ):  # whoever is first writes for all that wait: they share one fsync
                 group = [self._adds.popleft() for _ in range(len(self._adds))]
                 try:
                     with self._writing() as db:
-                        ends = [one[0](db) for one in group]
+                        for one in group:
+                            if self.pending < most and insert(db, "tasks", one[0]):
+                                self.pending += 1
                 except sqlite3.Error as error:
-                    ends = [error] * len(group)
-                for one, end in zip(group, ends):  # only now: before, it might be rolled back
-                    one.append(end)
-        if isinstance(mine[1], Exception):
+                    for one in group:
+                        one[1] = error
+        if mine[1]:
             raise mine[1]
-        return mine[1][0], mine[1][1]
+        same = "SELECT id, body_hash FROM tasks WHERE id = ? OR idempotency_key = ?"
+        for found in self.read(same, row["id"], key):
+            if found["body_hash"] != body:
+                raise HTTPError(409, "Idempotency-Key: was used with another body")
+            return found["id"], found["id"] == row["id"]
+        raise HTTPError(503, f"{most} tasks wait already", {"Retry-After": "60"})
 
     def claim(self, task_id: str) -> Any:
         with self._writing() as db:
-            self._move(db, ("tasks", task_id), "pending", "running")
-            return db.execute("SELECT * FROM tasks WHERE id = ?", (task_id,)).fetchone()
+            self._move(db, ("tasks", task_id), "pending", "running", phase="start")
+        return self.get(task_id)
 
-    def note(self, of: tuple[str, Any], **columns: Any) -> None:
+    def note(self, of: Of, **columns: Any) -> None:
         """Keep what a restart has to know of a running task, a review or a pull."""
         sets = ", ".join(f"{name} = ?" for name in columns)
         with self._writing() as db:
@@ -1134,7 +1123,7 @@ class Store:
             ON CONFLICT(name) DO UPDATE SET value = value + excluded.value"""
         with self._writing() as db:
             if status == "completed" and db.execute(cancelled, of[1:]).fetchone():
-                raise WrongState(f"task {of[1]} is to be cancelled")
+                raise WrongState(f"{of} is to be cancelled")
             self._move(db, of, "running", status, **columns)
             db.executemany(add, (("seconds", seconds), ("dollars", cost)))
 
@@ -1147,27 +1136,26 @@ class Store:
                 self._move(db, ("tasks", task_id), "pending", "failed", **how)
 
     def put_back(self, of: Of, crashes: int = 0) -> None:
-        """Queue again what runs, unless it is a task that was cancelled or saw too many crashes."""
+        """Queue again what runs.  Whoever claims it next looks at how often it was interrupted."""
+        sql = f"UPDATE {of[0]} SET interruptions = interruptions + ? WHERE id = ?"
         with self._writing() as db:
-            row = db.execute(f"SELECT * FROM {of[0]} WHERE id = ?", of[1:]).fetchone()
-            times, is_task = row["interruptions"] + crashes, of[0] == "tasks"
-            move = (db, of, "running")
-            if is_task and row["cancelled"]:
-                self._move(*move, "failed", reason="cancelled", error="Cancelled while it ran")
-            elif is_task and times >= INTERRUPTIONS:  # a review has people to tell first
-                error = f"The server died {times} times while this task ran; given up"
-                self._move(*move, "failed", reason="interrupted", error=error)
-            else:
-                self._move(*move, "pending", interruptions=times)
+            self._move(db, of, "running", "pending")
+            db.execute(sql, (crashes, of[1]))
 
     def take_up(self, crashes: int = 1) -> list[str]:
         """Queue again all that a crash (or a stop) cut off; all pending tasks, oldest first."""
-        runs = "SELECT '{0}', id FROM {0} WHERE status = 'running'"
-        for of in self.read(f"{runs.format('tasks')} UNION ALL {runs.format('reviews')}"):
-            with contextlib.suppress(WrongState):  # at a stop a worker may end it just now
-                self.put_back((of[0], of[1]), crashes)
+        for table in ("tasks", "reviews"):
+            for row in self.read(f"SELECT id FROM {table} WHERE status = 'running'"):
+                with contextlib.suppress(WrongState):  # at a stop a worker may end it just now
+                    self.put_back((table, row["id"]), crashes)
         rows = self.read("SELECT id FROM tasks WHERE status = 'pending' ORDER BY seq")
         return [row["id"] for row in rows]
+
+    def forget(self, of: Of) -> None:
+        """Delete a row, and all that depends on it."""
+        with self._writing() as db, self.news:
+            db.execute(f"DELETE FROM {of[0]} WHERE id = ?", of[1:])
+            self._newest.pop(of[1], None)
 
     def get(self, task_id: str, columns: str = "*") -> Any:
         if rows := self.read(f"SELECT {columns} FROM tasks WHERE id = ?", task_id):
@@ -1176,16 +1164,17 @@ class Store:
 
     def say(self, task_id: str, events: Sequence[tuple[str, str]]) -> None:
         """Add (source, message) pairs.  A full disk loses events, never a task."""
-        last, now = None, now_text()
-        sql = "INSERT INTO events(task_id, time, source, message) VALUES(?, ?, ?, ?)"
+        newest: Any = 0
+        sql = """INSERT INTO events(task_id, time, source, message)
+            SELECT id, ?, ?, ? FROM tasks WHERE id = ?"""  # which its reviews may outlive
         try:
             with self._writing() as db:
                 for event in events:
-                    last = db.execute(sql, (task_id, now, *event)).lastrowid
+                    newest = db.execute(sql, (now_text(), *event, task_id)).lastrowid
         except sqlite3.Error as error:
             return log.error("task %s: events lost: %s", task_id, error)
         with self.news:
-            self._newest[task_id] = last or self._newest.get(task_id, 0)
+            self._newest[task_id] = max(newest, self._newest.get(task_id, 0))
             self.news.notify_all()
 
     def events(self, task_id: str, after: int, most: int = 1000) -> list[Event]:
@@ -1207,46 +1196,17 @@ class Store:
         with self.news:
             self.news.wait_for(lambda: self._newest.get(task_id, 0) > after, 1.0)
 
-    def set_aside(self, path: str) -> bool:
-        """Rename a task's folder, for its removal, unless a review is at work in it."""
-        sql = """SELECT 1 FROM pulls JOIN reviews ON pull = pulls.id
-            WHERE folder = ? AND status = 'running'"""
-        with self._writing() as db:  # no review can be claimed meanwhile
-            free = not db.execute(sql, (os.path.basename(path),)).fetchone()
-            if free and os.path.isdir(path):
-                os.rename(path, f"{path}.{uuid.uuid4().hex[:7]}{GONE}")
-        return free
-
-    def forget(self, task_id: str) -> None:
-        with self._writing() as db:
-            db.execute("DELETE FROM events WHERE task_id = ?", (task_id,))
-            db.execute("DELETE FROM tasks WHERE id = ?", (task_id,))
-        with self.news:
-            self._newest.pop(task_id, None)
-
-    def in_use(self) -> set[str]:
-        """The folders and mirrors that rows name: these are still needed."""
-        names = "SELECT folder, mirror FROM"
-        rows = self.read(f"{names} tasks UNION {names} {BUSY}")
-        return {name for row in rows for name in row}
-
-    # -- pull requests and their reviews
-
     def add_pull(self, task: Mapping[str, Any], pull: Mapping[str, Any], name: str) -> None:
         """Keep a pull request of ours, with what a later review has to know of its task."""
         kept, home = (*FIELDS, "id", "branch", "base_name"), base_of(pull)
         row = {"repo_id": home.get("id"), "repository": home.get("full_name") or name}
         row |= {"number": pull["number"], "since": pull.get("created_at") or now_text(ago=60)}
         row |= {"url": pull["html_url"], "folder": task["folder"], "mirror": task["mirror"]}
-        closed = None if pull["state"] == "open" else now_text()
-        row |= {"state": pull["state"], "closed_at": closed}
-        row |= {"task_id": task["id"], "session": task["id"]}
+        row |= {"state": "open", "task_id": task["id"], "session": task["id"]}
         row |= {"task": json.dumps({name: task[name] for name in kept})}
-        sql = f"INSERT INTO pulls({', '.join(row)}) VALUES(:{', :'.join(row)})"
         with self._writing() as db:
-            done = db.execute(f"{sql} ON CONFLICT DO NOTHING", row)
-            if done.rowcount:  # what was said before we knew it is to be asked for
-                db.execute(ADD_ROUND, (done.lastrowid, "state", now_text()))
+            insert(db, "pulls", row)
+        self.take(self.pull("task_id = ?", task["id"])["id"], [{}])  # what was said by now
 
     def pull(self, where: str, *values: Any) -> Any:
         """The pull that the condition WHERE is true of, or None."""
@@ -1256,31 +1216,26 @@ class Store:
         """Queue what FOUND has that is new, all or nothing; an empty one asks to look at the pull.
         A review's comments go to one round.  The delivery GUID is taken once; what is older than
         SINCE the next catch-up need not ask for."""
-        keep = "INSERT OR IGNORE INTO comments(kind, id, pull, given) VALUES(?, ?, ?, ?)"
-        tell = "UPDATE comments SET review = ? WHERE kind = ? AND id = ?"
-        new = False
+        new, tell = False, f"UPDATE comments SET review = ({WAITING}) WHERE rowid = ?"
         with self._writing() as db:
-            if guid:
-                sql = "INSERT OR IGNORE INTO deliveries VALUES(?, ?)"
-                if db.execute(sql, (guid, now_text())).rowcount == 0:
-                    return False
+            delivery = {"kind": "delivery", "id": guid, "pull": pull}
+            if guid and not insert(db, "comments", delivery):
+                return False
             for one in found:
-                named, source = (one.get("kind"), one.get("id")), one.get("source", "state")
-                if named[1] and not db.execute(keep, (*named, pull, json.dumps(one))).rowcount:
-                    continue  # it was taken before
-                row = db.execute(WAITING, (pull, source)).fetchone()
-                if row is None:
-                    row = {"id": db.execute(ADD_ROUND, (pull, source, now_text())).lastrowid}
-                db.execute(tell, (row["id"], *named))
-                new = True
-            if since:
-                db.execute("UPDATE pulls SET since = max(since, ?) WHERE id = ?", (since, pull))
+                row = {"kind": one.get("kind"), "id": one.get("id"), "given": json.dumps(one)}
+                if number := insert(db, "comments", {**row, "pull": pull}):  # it is not known
+                    row = {"pull": pull, "source": one.get("source", "state")}
+                    if not db.execute(WAITING, (*row.values(),)).fetchone():
+                        more = {"status": "pending", "submitted_at": now_text()}
+                        insert(db, "reviews", {**row, **more})
+                    db.execute(tell, (*row.values(), number))
+                    new = True
+            db.execute("UPDATE pulls SET since = max(since, ?) WHERE id = ?", (since, pull))
         return new
 
     def take_back(self, kind: str, comment: int) -> None:
-        """A comment was deleted: nobody acts on it who has not begun.  It is not taken again."""
-        sql = """UPDATE comments SET review = NULL WHERE kind = ? AND id = ? AND review IN
-            (SELECT id FROM reviews WHERE status = 'pending')"""
+        """A comment was deleted: who has not begun does not act on it.  It is not taken again."""
+        sql = "UPDATE comments SET review = NULL WHERE kind = ? AND id = ?"
         with self._writing() as db:
             db.execute(sql, (kind, comment))
 
@@ -1292,7 +1247,7 @@ class Store:
             row = db.execute(sql, (pull,)).fetchone()
             if row is None or row["status"] == "running":
                 return None
-            self._move(db, ("reviews", row["review"]), "pending", "running")
+            self._move(db, ("reviews", row["review"]), "pending", "running", phase="start")
         return row
 
     def comments(self, review: int) -> list[dict[str, Any]]:
@@ -1307,12 +1262,6 @@ class Store:
             db.execute(take, (review, pull, source))
             db.execute(f"DELETE FROM reviews WHERE id IN ({WAITING})", (pull, source))
 
-    def drop(self, review: int) -> None:
-        """A round that turned out to be none.  Its comments stay known."""
-        with self._writing() as db:
-            db.execute("DELETE FROM reviews WHERE id = ? AND status = 'running'", (review,))
-            db.execute("UPDATE comments SET given = NULL WHERE review = ?", (review,))
-
     def waiting_reviews(self) -> int:
         return int(self.read("SELECT COUNT(*) FROM reviews WHERE status = 'pending'")[0][0])
 
@@ -1322,18 +1271,10 @@ class Store:
             WHERE task_id = ? AND source != 'state' ORDER BY reviews.id"""
         return [{"number": n, **row} for n, row in enumerate(self.read(sql, task_id), 1)]
 
-    def forget_pulls(self, when: str) -> None:
-        """Forget pulls that were closed before WHEN, and deliveries that GitHub forgets too."""
-        old = f"pulls WHERE closed_at < ? AND id NOT IN (SELECT id FROM {BUSY})"
-        with self._writing() as db:
-            db.execute(f"DELETE FROM events WHERE task_id IN (SELECT task_id FROM {old})", (when,))
-            for table in ("comments", "reviews"):
-                db.execute(f"DELETE FROM {table} WHERE pull IN (SELECT id FROM {old})", (when,))
-            db.execute(f"DELETE FROM {old}", (when,))
-            db.execute("DELETE FROM deliveries WHERE time < ?", (now_text(ago=8 * 86400),))
-
 
 # ---- Workers ----------------------------------------------------------------------
+
+MIRRORS = "mirrors/*/*/*.git"  # HOST/OWNER/NAME, or other/-/HASH
 
 
 class App:
@@ -1354,27 +1295,24 @@ class App:
         work_dir = self.config.work_dir
         try:
             os.makedirs(work_dir, mode=0o700, exist_ok=True)
-            self.lock = os.open(f"{work_dir}/codebot.lock", os.O_RDWR | os.O_CREAT, 0o600)
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
-            os.truncate(self.lock, 0)
-            os.pwrite(self.lock, f"{os.getpid()}\n".encode(), 0)
-        except BlockingIOError:
-            holder = os.read(self.lock, 20).decode(errors="replace").strip()
-            raise Unusable(f"{work_dir}: is in use by another codebot, process {holder}") from None
+            lock = os.open(f"{work_dir}/codebot.lock", os.O_RDWR | os.O_CREAT, 0o600)
+            if not lock_file(lock):  # it is held until this process ends
+                holder = os.read(lock, 20).decode(errors="replace").strip()
+                raise OSError(f"it is in use by another codebot, process {holder}")
+            os.truncate(lock, 0)
+            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         except OSError as error:
             raise Unusable(f"{work_dir}: cannot be the work-dir: {error}") from None
         tempfile.tempdir = work_dir  # where run_program's nameless files are
         sweep(self.mark[:12])
-        for mirror in self.mirrors():  # what a git that was killed left behind
+        for mirror in glob.glob(f"{work_dir}/{MIRRORS}"):  # what a git that was killed left behind
             for pattern in ("*.lock", "refs/**/*.lock", "objects/pack/tmp_*"):
                 for path in glob.glob(f"{mirror}/{pattern}", recursive=True):
                     os.unlink(path)
+        for path in glob.glob(f"{work_dir}/look_*"):
+            remove(self, path)
         self.store = Store(os.path.join(work_dir, "codebot.db"))
         self.sandbox, self.sandbox_told = choose_sandbox(self)
-
-    def mirrors(self) -> list[str]:
-        top = f"{self.config.work_dir}/mirrors"  # HOST/OWNER/NAME.git, and those of other remotes
-        return [*glob.glob(f"{top}/*/*/*.git"), *glob.glob(f"{top}/other/*.git")]
 
     def submit(self, task: Mapping[str, Any], key: Any = None, body: Any = None) -> str:
         if self.stop.is_set():
@@ -1408,47 +1346,51 @@ class App:
 def work(app: App) -> None:
     """A worker's thread: one task after another, until the stop."""
     while (task_id := app.tasks.get()) is not None and not app.stop.is_set():
-        run_one(app, task_id)
+        with contextlib.suppress(WrongState, Stopped):  # it was cancelled before; no disk at a stop
+            run_one(app, task_id)
 
 
 def run_one(app: App, task_id: str) -> None:
     """Take a task from pending to its end, whatever happens in between."""
-    job, cancel = None, app.running.setdefault(task_id, threading.Event())
+    job, store = None, app.store
+    app.running[task_id] = cancel = threading.Event()  # before the claim, so that none is missed
     try:
-        job = Job(app, dict(app.surely(app.store.claim, task_id)), cancel)
+        job = Job(app, dict(app.surely(store.claim, task_id)), cancel)
+        if job.row["cancelled"]:  # before a crash
+            cancel.set()
+        elif (crashes := job.row["interruptions"]) >= INTERRUPTIONS:
+            what = f"The server died {crashes} times while this task ran; given up"
+            raise TaskFailed("interrupted", what)
         result = json.dumps(carry_out(job))
-        app.surely(app.store.end, job.of, "completed", *job.spent(), result=result)
+        app.surely(store.end, job.of, "completed", *job.spent(), result=result)
         return job.say("codebot", "Completed")
-    except (TaskFailed, Stopped) as error:
+    except (TaskFailed, Stopped, GitHubError) as error:
         failed = in_words(app, error)
-    except GitHubError as error:  # asked, before the first checkout, who the App's bot is
-        failed = TaskFailed("clone_failed", f"Failed to clone repository: {error}")
-    except WrongState as error:  # cancelled: before it was claimed, or when all was done
-        failed = TaskFailed("cancelled", f"Cancelled at its very end ({error})")
+    except WrongState:  # cancelled: before it was claimed, or when all was done
+        failed = TaskFailed("cancelled", "Cancelled at its very end")
     except Exception as error:
         log.exception("task %s", task_id)
         told = str(error) if isinstance(error, OSError) else type(error).__name__
         failed = TaskFailed("internal", f"internal error: {told}")
     finally:
         del app.running[task_id]
-    with contextlib.suppress(Stopped, WrongState):
+    if job and app.stop.is_set() and not cancel.is_set():  # it may have ended the agent before us
+        log.info("task %s was cut off: %s", task_id, failed)
+        app.surely(store.put_back, job.of)
+    elif job:
         if cancel.is_set():
             failed = TaskFailed("cancelled", "Cancelled while it ran")
-        elif app.stop.is_set():  # which may have ended the agent before we did
-            log.info("task %s was cut off: %s", task_id, failed)
-            app.surely(app.store.put_back, ("tasks", task_id))
-            return
         text = app.mask(str(failed))[:10_000]
-        if job is not None:
-            job.say("codebot", f"Failed ({failed.reason}): {text}")
-        spent, how = job.spent() if job else (0.0, 0.0), {"reason": failed.reason, "error": text}
-        app.surely(app.store.end, ("tasks", task_id), "failed", *spent, **how)
+        job.say("codebot", f"Failed ({failed.reason}): {text}")
+        app.surely(store.end, job.of, "failed", *job.spent(), reason=failed.reason, error=text)
 
 
 def in_words(app: App, error: Exception) -> TaskFailed:
-    """The failure that a program's early end is."""
+    """The failure that a program's early end is, or a GitHub that does not answer."""
     if isinstance(error, TaskFailed):
         return error
+    if isinstance(error, GitHubError):  # asked, before the first checkout, who the App's bot is
+        return TaskFailed("clone_failed", f"Failed to clone repository: {error}")
     limit = f"{app.config.task_timeout} s (CODEBOT_TASK_TIMEOUT; {GIT_TIMEOUT} s for one git)"
     stall = f"No output for {app.config.stall_timeout} s (CODEBOT_STALL_TIMEOUT)"
     why = {"timeout": f"Not done within {limit}", "stalled": stall}
@@ -1457,10 +1399,10 @@ def in_words(app: App, error: Exception) -> TaskFailed:
 
 def keep_house(app: App) -> None:
     """The keeper's thread: the disk's room, and removal of what no task has or may need."""
-    work_dir, retention, store = app.config.work_dir, app.config.retention, app.store
+    store, work_dir, retention = app.store, app.config.work_dir, app.config.retention
     auto = words("-c gc.auto=6700 -c gc.autoDetach=false -c gc.pruneExpire=never gc --auto -q")
-    over = "SELECT id, folder, mirror FROM tasks WHERE completed_at < ?"
-    over += f" AND id NOT IN (SELECT task_id FROM {BUSY})"
+    tasks = f"SELECT id, folder, mirror FROM tasks WHERE id NOT IN (SELECT id FROM {KEPT})"
+    pulls = f"SELECT id FROM pulls WHERE closed_at < ? AND task_id NOT IN (SELECT id FROM {KEPT})"
     while not app.stop.wait(min(60, retention)):
         try:
             if app.reviews.empty():  # what GitHub kept us from doing is tried again
@@ -1468,23 +1410,22 @@ def keep_house(app: App) -> None:
             if (free := shutil.disk_usage(work_dir).free) < DISK_LOW:
                 log.warning("the work-dir has only %d MiB of disk left", free >> 20)
             when = now_text(ago=retention)
-            for task_id, folder, mirror in store.read(over, when):
-                if folder and not store.set_aside(f"{work_dir}/{folder}"):
-                    continue  # a review is at work in it
-                remove_refs(app, folder or "", mirror)
-                store.forget(task_id)
-            store.forget_pulls(when)
+            kept = {name for row in store.read(f"SELECT * FROM {KEPT}", when, when) for name in row}
             for path in glob.glob(f"{work_dir}/task_*"):
-                most = retention + app.config.task_timeout  # which a look without a row may take
-                old = os.lstat(path).st_mtime < time.time() - most
-                if path.endswith(GONE):
-                    remove(app, path)
-                elif old and os.path.basename(path) not in store.in_use():
-                    store.set_aside(path)  # no row knows of it; the next round removes it
-            for mirror in app.mirrors():
+                if os.path.basename(path) not in kept:  # who claims a review now has far to go yet
+                    os.rename(path, f"{work_dir}/old_{uuid.uuid4().hex}")
+            for task_id, folder, mirror in store.read(tasks, when, when):
+                if folder:
+                    remove_refs(app, folder, mirror)
+                store.forget(("tasks", task_id))
+            for row in store.read(pulls, when, when, when):
+                store.forget(("pulls", row["id"]))
+            for path in glob.glob(f"{work_dir}/old_*"):
+                remove(app, path)
+            for mirror in glob.glob(f"{work_dir}/{MIRRORS}"):
                 with held(mirror) as lock:
                     old = lock is not None and os.fstat(lock).st_mtime < time.time() - MIRROR_KEPT
-                    if old and mirror not in store.in_use():
+                    if old and mirror not in kept:
                         remove(app, mirror)
                     elif lock is not None:
                         git_local(app, mirror, *auto)
@@ -1493,8 +1434,8 @@ def keep_house(app: App) -> None:
 
 
 def remove_refs(app: App, folder: str, mirror: str) -> None:
-    """Let the mirror forget what it kept for the workspace in FOLDER, if there was one."""
-    for end in ("base", "head") if folder and os.path.isdir(mirror) else ():
+    """Let the mirror forget what it kept for the workspace in FOLDER."""
+    for end in ("base", "head"):
         git_local(app, mirror, "update-ref", "-d", f"refs/codebot/{folder[-7:]}/{end}")
 
 
@@ -2001,7 +1942,7 @@ def run_review(app: App, hub: GitHub, pull: int) -> None:
     if not over:
         app.surely(store.put_back, of, crashes)  # the keeper hands it to the lane again
     elif end is None:
-        app.surely(store.drop, row["review"])
+        app.surely(store.forget, of)
     else:
         status = "failed" if end["error"] else "completed"
         app.surely(store.end, of, status, *this.job.spent(), **end)
@@ -2026,7 +1967,9 @@ def deliver_again(app: App, hub: GitHub, asked: collections.Counter[str]) -> Non
     try:
         failed = list(hub.pages(None, "/app/hook/deliveries?status=failure&per_page=100"))[::-1]
         for one in {one["guid"]: one for one in failed}.values():
-            known = app.store.read("SELECT 1 FROM deliveries WHERE guid = ?", one["guid"])
+            known = app.store.read(
+                "SELECT 1 FROM comments WHERE kind = 'delivery' AND id = ?", one["guid"]
+            )
             bad = one["event"] in HEARD and not 200 <= one["status_code"] < 300
             if bad and not known and asked[one["guid"]] < 3:
                 asked[one["guid"]] += 1
@@ -2445,7 +2388,7 @@ def parse_url(config: Config, url: str) -> Repository:
         if f"{os.path.realpath(local)}/".startswith(f"{config.work_dir}/"):  # the agents' own hooks
             raise ValueError("lies in the work-dir")
         # by this name it is held against the allowed list: whole, since any host may be meant
-        return Repository(url, url, f"{mirrors}/other/{digest(url)[:20]}.git")
+        return Repository(url, url, f"{mirrors}/other/-/{digest(url)[:20]}.git")
     base = config.git_base
     scheme, _, host = base.partition("://")
     url = re.sub(r"^git@([^:/]+):", lambda match: f"{scheme}://{match[1].lower()}/", url)
@@ -2606,8 +2549,8 @@ def choose_sandbox(app: App) -> tuple[tuple[str, ...], str]:
 
 @contextlib.contextmanager
 def empty_task() -> Iterator[str]:
-    """A folder like a task's, with nothing in it; the keeper removes one that a crash left."""
-    with tempfile.TemporaryDirectory(prefix="task_") as folder:
+    """A folder like a task's, with nothing in it; the next start removes one that a crash left."""
+    with tempfile.TemporaryDirectory(prefix="look_") as folder:
         for part in ("repo", "home", "tmp", "objects"):
             os.mkdir(os.path.join(folder, part))
         yield folder
