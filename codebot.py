@@ -1053,7 +1053,6 @@ class Store:
     def read(self, sql: str, *values: Any) -> list[Any]:
         if not hasattr(self._local, "db"):
             self._local.db = self._connect()
-            self._local.db.execute("PRAGMA query_only=1")
         return list(self._local.db.execute(sql, values))
 
     def check(self) -> None:
@@ -1064,15 +1063,18 @@ class Store:
             self._checked = time.monotonic()
 
     def _move(self, db: sqlite3.Connection, of: Of, old: str, new: str, **also: Any) -> None:
-        """The one place where a state changes.  Raises WrongState if the row is not OLD."""
+        """The one place where a state changes.  Raises WrongState if the row is not OLD, or is to
+        be cancelled and would complete."""
         if new not in MOVES[old]:  # not assert: that is gone under -O
             raise ValueError(f"no move from {old} to {new}")
         if new != "pending":
             also["started_at" if new == "running" else "completed_at"] = now_text()
         columns = "".join(f", {name} = ?" for name in also)
         sql = f"UPDATE {of[0]} SET status = ?{columns} WHERE id = ? AND status = ?"
+        if of[0] == "tasks" and new == "completed":
+            sql += " AND NOT cancelled"
         if db.execute(sql, (new, *also.values(), of[1], old)).rowcount == 0:
-            raise WrongState(f"{of} is not {old}")
+            raise WrongState(f"{of} is not {old}, or is cancelled")
         if of[0] == "tasks":
             self.pending += (new == "pending") - (old == "pending")
         log.info("%s %s: %s -> %s %s", *of, old, new, also.get("reason") or "")
@@ -1083,10 +1085,8 @@ class Store:
         row |= {"status": "pending", "submitted_at": now_text()}
         mine: list[Any] = [row, None]  # and what went wrong with it
         self._adds.append(mine)
-        with self._adding:
-            if (
-                mine in self._adds
-            ):  # whoever is first writes for all that wait: they share one fsync
+        with self._adding:  # the first one in writes for all that wait: they share one fsync
+            if mine in self._adds:
                 group = [self._adds.popleft() for _ in range(len(self._adds))]
                 try:
                     with self._writing() as db:
@@ -1108,7 +1108,7 @@ class Store:
     def claim(self, task_id: str) -> Any:
         with self._writing() as db:
             self._move(db, ("tasks", task_id), "pending", "running", phase="start")
-        return self.get(task_id)
+            return db.execute("SELECT * FROM tasks WHERE id = ?", (task_id,)).fetchone()
 
     def note(self, of: Of, **columns: Any) -> None:
         """Keep what a restart has to know of a running task, a review or a pull."""
@@ -1118,12 +1118,9 @@ class Store:
 
     def end(self, of: Of, status: str, seconds: float, cost: float, **columns: Any) -> None:
         """Complete or fail it.  Raises WrongState if it is to be cancelled, and did not fail."""
-        cancelled = "SELECT 1 FROM tasks WHERE id = ? AND cancelled"  # no review has a task's id
         add = """INSERT INTO totals VALUES(?, ?)
             ON CONFLICT(name) DO UPDATE SET value = value + excluded.value"""
         with self._writing() as db:
-            if status == "completed" and db.execute(cancelled, of[1:]).fetchone():
-                raise WrongState(f"{of} is to be cancelled")
             self._move(db, of, "running", status, **columns)
             db.executemany(add, (("seconds", seconds), ("dollars", cost)))
 
@@ -1216,19 +1213,18 @@ class Store:
         """Queue what FOUND has that is new, all or nothing; an empty one asks to look at the pull.
         A review's comments go to one round.  The delivery GUID is taken once; what is older than
         SINCE the next catch-up need not ask for."""
-        new, tell = False, f"UPDATE comments SET review = ({WAITING}) WHERE rowid = ?"
+        ask = f"""INSERT INTO reviews(pull, source, status, submitted_at)
+            SELECT ?, ?, 'pending', ? WHERE NOT EXISTS ({WAITING})"""
+        tell, new = f"UPDATE comments SET review = ({WAITING}) WHERE rowid = ?", False
         with self._writing() as db:
-            delivery = {"kind": "delivery", "id": guid, "pull": pull}
-            if guid and not insert(db, "comments", delivery):
+            if guid and not insert(db, "comments", {"kind": "delivery", "id": guid, "pull": pull}):
                 return False
             for one in found:
                 row = {"kind": one.get("kind"), "id": one.get("id"), "given": json.dumps(one)}
                 if number := insert(db, "comments", {**row, "pull": pull}):  # it is not known
-                    row = {"pull": pull, "source": one.get("source", "state")}
-                    if not db.execute(WAITING, (*row.values(),)).fetchone():
-                        more = {"status": "pending", "submitted_at": now_text()}
-                        insert(db, "reviews", {**row, **more})
-                    db.execute(tell, (*row.values(), number))
+                    which = (pull, one.get("source", "state"))
+                    db.execute(ask, (*which, now_text(), *which))
+                    db.execute(tell, (*which, number))
                     new = True
             db.execute("UPDATE pulls SET since = max(since, ?) WHERE id = ?", (since, pull))
         return new
@@ -1275,6 +1271,7 @@ class Store:
 # ---- Workers ----------------------------------------------------------------------
 
 MIRRORS = "mirrors/*/*/*.git"  # HOST/OWNER/NAME, or other/-/HASH
+STALE = ("*.lock", "refs/**/*.lock", "objects/pack/tmp_*")  # what a git that was killed leaves
 
 
 class App:
@@ -1305,12 +1302,9 @@ class App:
             raise Unusable(f"{work_dir}: cannot be the work-dir: {error}") from None
         tempfile.tempdir = work_dir  # where run_program's nameless files are
         sweep(self.mark[:12])
-        for mirror in glob.glob(f"{work_dir}/{MIRRORS}"):  # what a git that was killed left behind
-            for pattern in ("*.lock", "refs/**/*.lock", "objects/pack/tmp_*"):
-                for path in glob.glob(f"{mirror}/{pattern}", recursive=True):
-                    os.unlink(path)
-        for path in glob.glob(f"{work_dir}/look_*"):
-            remove(self, path)
+        for left in ("look_*", *(f"{MIRRORS}/{end}" for end in STALE)):
+            for path in glob.glob(f"{work_dir}/{left}", recursive=True):
+                remove(self, path)
         self.store = Store(os.path.join(work_dir, "codebot.db"))
         self.sandbox, self.sandbox_told = choose_sandbox(self)
 
@@ -1401,6 +1395,7 @@ def keep_house(app: App) -> None:
     """The keeper's thread: the disk's room, and removal of what no task has or may need."""
     store, work_dir, retention = app.store, app.config.work_dir, app.config.retention
     auto = words("-c gc.auto=6700 -c gc.autoDetach=false -c gc.pruneExpire=never gc --auto -q")
+    needs = f"SELECT 1 FROM {KEPT} WHERE mirror = ?"
     tasks = f"SELECT id, folder, mirror FROM tasks WHERE id NOT IN (SELECT id FROM {KEPT})"
     pulls = f"SELECT id FROM pulls WHERE closed_at < ? AND task_id NOT IN (SELECT id FROM {KEPT})"
     while not app.stop.wait(min(60, retention)):
@@ -1410,9 +1405,10 @@ def keep_house(app: App) -> None:
             if (free := shutil.disk_usage(work_dir).free) < DISK_LOW:
                 log.warning("the work-dir has only %d MiB of disk left", free >> 20)
             when = now_text(ago=retention)
-            kept = {name for row in store.read(f"SELECT * FROM {KEPT}", when, when) for name in row}
-            for path in glob.glob(f"{work_dir}/task_*"):
-                if os.path.basename(path) not in kept:  # who claims a review now has far to go yet
+            paths = glob.glob(f"{work_dir}/task_*")  # first: a row is there before its folder
+            kept = {row["folder"] for row in store.read(f"SELECT * FROM {KEPT}", when, when)}
+            for path in paths:  # a review that is claimed by now is long in getting there
+                if os.path.basename(path) not in kept:
                     os.rename(path, f"{work_dir}/old_{uuid.uuid4().hex}")
             for task_id, folder, mirror in store.read(tasks, when, when):
                 if folder:
@@ -1424,10 +1420,12 @@ def keep_house(app: App) -> None:
                 remove(app, path)
             for mirror in glob.glob(f"{work_dir}/{MIRRORS}"):
                 with held(mirror) as lock:
-                    old = lock is not None and os.fstat(lock).st_mtime < time.time() - MIRROR_KEPT
-                    if old and mirror not in kept:
+                    if lock is None:
+                        continue
+                    unused = os.fstat(lock).st_mtime < time.time() - MIRROR_KEPT
+                    if unused and not store.read(needs, when, when, mirror):
                         remove(app, mirror)
-                    elif lock is not None:
+                    else:
                         git_local(app, mirror, *auto)
         except (OSError, sqlite3.Error, Stopped) as error:
             log.warning("keeper: %s", error)
@@ -1441,9 +1439,8 @@ def remove_refs(app: App, folder: str, mirror: str) -> None:
 
 def remove(app: App, path: str) -> None:
     """Remove a tree that an agent may have made unwritable, or very deep.  Follows no link."""
-    for argv in (("chmod", "-R", "u+rwX", "--", path), ("rm", "-rf", "--", path)):
-        if os.path.lexists(path):
-            run_program(argv, base_env(app), GIT_TIMEOUT, (app.stop,))
+    argv = ("sh", "-c", 'chmod -R u+rwX -- "$1"; rm -rf -- "$1"', "sh", path)
+    run_program(argv, base_env(app), GIT_TIMEOUT, (app.stop,))
 
 
 # ---- A task: from the clone to the pull request -----------------------------------
