@@ -63,6 +63,7 @@ THREADS
 FILES in the work-dir
   codebot.db    the record of truth          codebot.lock  held by the one codebot here
   mirrors/      bare, one a repository       task_*/       repo, home and tmp of a task
+  look_*/       as empty, for one look       old_*/        what is being removed
 
 GREP FOR  Popen( (run_program), urlopen( (GitHub._call), SET status (Store._move),
   def routes (all that the network can reach), def box (what the agent can see), PAGE
@@ -1229,11 +1230,12 @@ class Store:
             db.execute("UPDATE pulls SET since = max(since, ?) WHERE id = ?", (since, pull))
         return new
 
-    def take_back(self, kind: str, comment: int) -> None:
+    def take_back(self, kind: str, number: int) -> None:
         """A comment was deleted: who has not begun does not act on it.  It is not taken again."""
-        sql = "UPDATE comments SET review = NULL WHERE kind = ? AND id = ?"
         with self._writing() as db:
-            db.execute(sql, (kind, comment))
+            db.execute(
+                "UPDATE comments SET review = NULL WHERE kind = ? AND id = ?", (kind, number)
+            )
 
     def claim_review(self, pull: int) -> Any:
         """The oldest round that waits, with its pull, running now; None if one runs already."""
@@ -1420,12 +1422,10 @@ def keep_house(app: App) -> None:
                 remove(app, path)
             for mirror in glob.glob(f"{work_dir}/{MIRRORS}"):
                 with held(mirror) as lock:
-                    if lock is None:
-                        continue
-                    unused = os.fstat(lock).st_mtime < time.time() - MIRROR_KEPT
-                    if unused and not store.read(needs, when, when, mirror):
+                    old = lock is not None and os.fstat(lock).st_mtime < time.time() - MIRROR_KEPT
+                    if old and not store.read(needs, when, when, mirror):
                         remove(app, mirror)
-                    else:
+                    elif lock is not None:
                         git_local(app, mirror, *auto)
         except (OSError, sqlite3.Error, Stopped) as error:
             log.warning("keeper: %s", error)
