@@ -1465,7 +1465,7 @@ def carry_out(job: Job) -> dict[str, Any]:
     store, hub, done = job.app.store, job.app.github, job.row["head_commit"]
     job.take(job.row["repository_url"])
     pull = store.pull("task_id = ?", job.id)  # once it is open, its reviews go on from there
-    if pull or (done and job.tip(job.ref("head")) == done):
+    if pull or (done and job.is_ancestor(done, job.ref("head"))):
         job.say("codebot", f"Taken up again after commit {done[:10]}")
     else:
         job.phase("clone")
@@ -1538,10 +1538,10 @@ class Job:
         for source, text in said:
             if source in ("agent", "tool", "test"):  # what these say is bounded; ours is kept
                 self.room -= 1
+                if self.room < 0:
+                    continue
                 if self.room == 0:
                     source, text = "codebot", "what follows of the agent and the tests is not kept"
-                elif self.room < 0:
-                    continue
             text = self.app.mask(text)
             cut = f" … ({len(text) - MESSAGE} characters cut)" if len(text) > MESSAGE else ""
             events.append((source, text[:MESSAGE] + cut))
@@ -1565,6 +1565,8 @@ class Job:
         if self.app.stop.wait(wait) or self.cancel.is_set():
             raise Stopped("stopped")
 
+    # -- the steps
+
     def make_folder(self) -> None:
         """A fresh folder and branch name; those of the last run, if one was cut off."""
         if self.row["folder"]:
@@ -1581,49 +1583,49 @@ class Job:
         for part in ("", "repo", "home", "tmp"):
             os.mkdir(os.path.join(self.folder, part), mode=0o700)
 
-    def fetch_base(self, wanted: str | None) -> tuple[str, str]:
-        """Bring the mirror up to date with the base branch; give its name and commit."""
-        asked = f"refs/heads/{wanted}" if wanted else "HEAD"
-        parts = [f"{self.mirror}/{part}" for part in ("HEAD", "config", "objects/pack")]
-        if not all(map(os.path.exists, parts)):
-            git_local(self.app, "/", "init", "--quiet", "--bare", "--template=", self.mirror)
-        ask = ("ls-remote", "--symref", "--", "URL", asked)
-        text = "\n".join(self.network("clone_failed", *ask))
-        default = re.search(r"(?m)^ref: refs/heads/(\S+)\tHEAD$", text)
-        name = wanted or (default[1] if default else None)
-        there = re.search(rf"(?m)^([0-9a-f]{{40,64}})\t{re.escape(asked)}$", text)
-        if not there or name is None:
-            what = f"no branch {wanted!r}" if wanted else "no commit on a default branch"
-            raise TaskFailed("base_branch_not_found", f"Base branch not found: there is {what}")
-        with held(self.mirror, self) as lock:
-            if self.tip(f"refs/heads/{name}") != there[1]:
-                spec = ("--prune", "--", "URL", "+refs/heads/*:refs/heads/*")
-                self.network("clone_failed", *FETCH, *spec, pass_fds=(lock or 0,))
-            base = self.tip(f"refs/heads/{name}")
-        if base is None:
-            raise TaskFailed("base_branch_not_found", f"Base branch not found: {name!r} is gone")
-        self.git("update-ref", self.ref("base"), base)  # a gc must not take it
-        return name, base
-
     def ref(self, end: str) -> str:
         return f"refs/codebot/{self.folder[-7:]}/{end}"
-
-    def tip(self, ref: str) -> str | None:
-        code, lines = git_local(self.app, self.mirror, "show-ref", "--verify", "--hash", "--", ref)
-        return lines[-1] if code == 0 else None
 
     def is_ancestor(self, old: str, new: str) -> bool:
         return not git_local(self.app, self.mirror, "merge-base", "--is-ancestor", old, new)[0]
 
+    def fetch_base(self, wanted: str | None) -> tuple[str, str]:
+        """Bring the mirror up to date with the base branch, and keep its tip there (a gc must
+        not take it) in place of what was collected last.  Gives its name and commit."""
+        os.makedirs(self.mirror, exist_ok=True)
+        with held(self.mirror, self):
+            if fresh := not os.path.isdir(f"{self.mirror}/objects"):
+                make_repository(self.mirror, {"config": "[core]\n\tbare = true\n"})
+        asked = f"refs/heads/{wanted}" if wanted else "HEAD"
+        ask, every = ("ls-remote", "--symref", "--", "URL", asked), "+refs/heads/*:refs/heads/*"
+        for _ in range(3):  # for the branch may move before it is fetched
+            text = "\n".join(self.network("clone_failed", *ask))
+            default = re.search(r"(?m)^ref: refs/heads/(\S+)\tHEAD$", text)
+            name = wanted or (default[1] if default else None)
+            there = re.search(rf"(?m)^([0-9a-f]{{40,64}})\t{re.escape(asked)}$", text)
+            if not there or name is None:
+                what = f"no branch {wanted!r}" if wanted else "no commit on a default branch"
+                raise TaskFailed("base_branch_not_found", f"Base branch not found: there is {what}")
+            # a branch, and not only its commit: what a fetch that was cut off left is not whole
+            keep = f"verify refs/heads/{name} {there[1]}\nupdate {self.ref('base')} {there[1]}\n"
+            keep += f"delete {self.ref('head')}\n"
+            with held(self.mirror, self) as lock:
+                for fetch in (fresh, True):
+                    if fetch:
+                        argv, fds = (*FETCH, "--prune", "--", "URL", every), (lock or 0,)
+                        self.network("clone_failed", *argv, pass_fds=fds)
+                    update = ("update-ref", "--stdin")
+                    if git_local(self.app, self.mirror, *update, stdin=keep)[0] == 0:
+                        return name, there[1]
+        raise TaskFailed("clone_failed", f"Failed to clone repository: {name} did not stand still")
+
     def make_workspace(self, base_name: str, base: str) -> None:
         """A repository of its own that reads the mirror's objects; the branch checked out."""
-        repo, branch = f"{self.folder}/repo", self.row["branch"]
-        git_local(self.app, repo, "init", "--quiet", "--template=")
-        os.makedirs(f"{repo}/.git/objects/info", exist_ok=True)
-        with open(f"{repo}/.git/objects/info/alternates", "w") as file:
-            file.write(f"{self.mirror}/objects\n")
-        git_local(self.app, repo, "update-ref", f"refs/remotes/origin/{base_name}", base)
-        git_local(self.app, repo, "config", "remote.origin.url", self.repository.url)
+        url, branch = json.dumps(self.repository.url, ensure_ascii=False), self.row["branch"]
+        files = {"config": f'[core]\n\tbare = false\n[remote "origin"]\n\turl = {url}\n'}
+        files |= {f"refs/remotes/origin/{base_name}": f"{base}\n"}
+        files |= {"objects/info/alternates": f"{self.mirror}/objects\n"}
+        make_repository(f"{self.folder}/repo/.git", files)
         argv = ("git", "-c", "checkout.workers=2", "checkout", "-q", "--no-track", "-b")
         code, lines = self.boxed(*argv, branch, base)
         if code:
@@ -1636,7 +1638,7 @@ class Job:
         reader = self.ask_claude(prompt, *session, *WORKING)
         cost = round(self.cost, 6) if "total_cost_usd" in reader.result else None
         self.told.update(summary=self.app.mask(reader.text)[:100_000], cost_usd=cost)
-        self.told["num_turns"] += reader.turns
+        self.told["num_turns"] += int(reader.number("num_turns"))
 
     def ask_claude(self, prompt: str, *how: str, **where: Any) -> ClaudeReader:
         """One run of the agent.  Raises TaskFailed unless it tells of a success."""
@@ -1653,7 +1655,7 @@ class Job:
         except FileNotFoundError as error:
             raise TaskFailed("agent_failed", f"Cannot start the agent: {error}") from None
         finally:
-            self.cost += reader.cost
+            self.cost += reader.number("total_cost_usd")
         reader.judge(code, lines)
         return reader
 
@@ -1684,22 +1686,26 @@ class Job:
         code, lines = self.boxed("sh", "-c", COMMIT, "sh", message)
         if code:
             raise TaskFailed("agent_failed", f"git could not commit what was left: {last(lines)}")
-        self.git("update-ref", "-d", self.ref("head"))  # a refused fetch would leave the old one
         pack = shlex.join(box(self.app, self.folder, self.mirror, ("git", "upload-pack")))
         env = {**base_env(self.app, self.id), "GIT_ALLOW_PROTOCOL": "file"}
-        argv = (*GIT, "-c", "fetch.fsckObjects=true", "-C", self.mirror, *FETCH, "--upload-pack")
-        spec = (pack, "--", f"{self.folder}/repo", f"+HEAD:{self.ref('head')}")
+        argv = (*GIT, "-c", "fetch.fsckObjects=true", "--git-dir", self.mirror, *FETCH)
+        spec = ("--upload-pack", pack, "--", f"{self.folder}/repo", f"+HEAD:{self.ref('head')}")
         code, lines = self.program((*argv, *spec), env, timeout=300)
-        head = self.tip(self.ref("head"))
-        if code or head is None:
+        if code:
             raise TaskFailed("agent_failed", f"The agent left no usable repository: {last(lines)}")
-        if not self.is_ancestor(base, head):
+        told = ("for-each-ref", "--format=%(objectname)", "--contains", base, self.ref("head"))
+        code, found = git_local(self.app, self.mirror, *told)
+        if code or not found:  # or a shallow one, of which git wrote nothing
             raise TaskFailed("agent_failed", "The agent's branch no longer holds its base commit")
-        if not (stat := self.git(*DIFF, "--stat=100", "--stat-count=50", base, head)):
+        diff = (*DIFF, "--stat=100", "--stat-count=50", base, found[0])
+        code, stat = git_local(self.app, self.mirror, *diff)
+        if code:
+            raise RuntimeError(f"git diff in the mirror: code {code}: {last(stat)}")
+        if not stat:
             said = self.told.get("summary", "").strip()[:2000] or "nothing"
             raise TaskFailed("no_changes", f"The agent changed nothing. It said: {said}")
-        self.say("git", f"Commit {head[:10]}", *stat)
-        return head, "\n".join(stat)
+        self.say("git", f"Commit {found[0][:10]}", *stat)
+        return found[0], "\n".join(stat)
 
     def push(self) -> None:
         """Push the stored commit.  To push it again is a no-op for git."""
@@ -1735,6 +1741,13 @@ class Job:
         self.say("codebot", f"Pull request {pull['number']}: {pull['html_url']}")
         return pull
 
+    # -- programs for them
+
+    def left(self) -> float:
+        """The seconds that the agent and the tests still have, all attempts together."""
+        self.until = self.until or time.monotonic() + self.app.config.task_timeout
+        return max(0.1, self.until - time.monotonic())
+
     def program(self, argv: Sequence[str], env: Mapping[str, str], **how: Any) -> Ended:
         try:
             return run_program(argv, env, stops=(self.app.stop, self.cancel), **how)
@@ -1746,27 +1759,16 @@ class Job:
         """Run in the workspace (or a FOLDER like it), in the sandbox.  MODEL: with its secrets."""
         app, task = self.app, folder or self.folder
         tmp = "/tmp" if app.sandbox == ("bwrap",) else f"{task}/tmp"
-        env = {**base_env(app, self.id), **agent_env(app, self, model)}
-        env |= {"HOME": f"{task}/home", "TMPDIR": tmp}
+        env = {**agent_env(app, self, model), "HOME": f"{task}/home", "TMPDIR": tmp}
         how = {"timeout": GIT_TIMEOUT, "stall": app.config.stall_timeout, **how}
         how["cwd"] = f"{task}/repo"
         return self.program(box(app, task, folder or self.mirror, argv), env, **how)
-
-    def left(self) -> float:
-        """The seconds that the agent and the tests still have, all attempts together."""
-        self.until = self.until or time.monotonic() + self.app.config.task_timeout
-        return max(0.1, self.until - time.monotonic())
-
-    def git(self, *args: str) -> list[str]:
-        code, lines = git_local(self.app, self.mirror, *args)
-        if code:
-            raise RuntimeError(f"git {args[0]} in the mirror: code {code}: {last(lines)}")
-        return lines
 
     def network(self, reason: str, *args: str, pass_fds: Sequence[int] = ()) -> list[str]:
         """git against the remote (URL in ARGS), in the mirror.  The one place with a credential."""
         failed = f"Failed to {'push' if reason == 'push_rejected' else 'clone repository'}"
         hub, wait, renewed = self.app.github, 1.0, False
+        how: dict[str, Any] = {"stops": (self.app.stop, self.cancel), "pass_fds": pass_fds}
         while True:
             try:
                 env = network_env(self.app, self)
@@ -1774,9 +1776,9 @@ class Job:
                 if error.status in (404, 422) and self.renamed():
                     continue
                 raise TaskFailed(reason, f"{failed}: {error}", error.again) from None
-            argv = [self.repository.url if word == "URL" else word for word in args]
-            argv = [*GIT, "--git-dir", self.mirror, *argv]
-            code, lines = self.program(argv, env, timeout=GIT_TIMEOUT, pass_fds=pass_fds)
+            words = [self.repository.url if word == "URL" else word for word in args]
+            argv = (*GIT, "--git-dir", self.mirror, *words)
+            code, lines = run_program(argv, env, GIT_TIMEOUT, **how)
             text = "\n".join(lines)
             if code == 0:
                 return lines
@@ -1809,29 +1811,36 @@ class ClaudeReader:
     """Makes events for people of the CLI's stream-json, and keeps its last result."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.login_failed, self.cost, self.turns, self.text = job, False, 0.0, 0, ""
+        self.job, self.login_failed, self.heard = job, False, ""  # what was said last
         self.result: dict[str, Any] = {}
-        self.heard = ""  # what was said last
+
+    @property
+    def text(self) -> str:
+        return str(self.result.get("result") or "")
+
+    def number(self, name: str) -> float:
+        """A number of the result: the agent's word, and the database takes no NaN."""
+        value = self.result.get(name)
+        return value if isinstance(value, (int, float)) and 0 <= value < 1e9 else 0.0
 
     def read(self, lines: Sequence[str]) -> float | None:
         """Take lines; once the result is there, give the seconds the agent may live on."""
         said: list[tuple[str, str]] = []
         for line in lines:
             try:
-                for source, text in self.event(json.loads(line)):
-                    said.append((source, " ⏎ ".join(text.strip().splitlines())))
-            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+                said += self.event(json.loads(line))
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 said.append(("agent", line))
         if said:
             self.heard = said[-1][1]
-            self.job.say_all(said)
+            self.job.say_all([(who, " ⏎ ".join(text.strip().splitlines())) for who, text in said])
         return 0.0 if self.login_failed else RESULT_GRACE if self.result else None
 
     def event(self, event: dict[str, Any]) -> Iterator[tuple[str, str]]:
         content = event.get("message", {}).get("content")
         for block in content if isinstance(content, list) else ():
             if block["type"] == "text" and event["type"] == "assistant":
-                yield "agent", block["text"]
+                yield "agent", str(block["text"])
             elif block["type"] == "tool_use":
                 given = block["input"]
                 main = given.get("command") or given.get("file_path") or given.get("pattern")
@@ -1839,9 +1848,6 @@ class ClaudeReader:
             elif block["type"] == "tool_result" and block.get("is_error"):
                 yield "tool", f"failed: {block['content']}"
         if event["type"] == "result":
-            self.turns, self.text = int(event.get("num_turns") or 0), str(event.get("result") or "")
-            cost = float(event.get("total_cost_usd") or 0)
-            self.cost = cost if 0 <= cost < 1e9 else 0.0  # the database takes no NaN
             self.result = event
         elif event.get("subtype") == "api_retry":
             self.login_failed = event.get("error_status") == 401
@@ -2436,32 +2442,42 @@ def network_env(app: App, job: Job) -> dict[str, str]:
     return {**run, **{name: variables[name] for name in NETWORK_NAMES if name in variables}, **env}
 
 
-def git_local(app: App, where: str, *args: str) -> tuple[int, list[str]]:
-    """git in a mirror, or in a workspace before the agent was in it.  No network, no secret."""
-    return run_program((*GIT, "-C", where, *args), base_env(app), GIT_TIMEOUT, (app.stop,))
+def make_repository(git_dir: str, files: Mapping[str, str]) -> None:
+    """What git-init(1) makes, by gitrepository-layout(5), with FILES.  `objects` is made last."""
+    for path, text in {"HEAD": "ref: refs/heads/main\n", **files}.items():
+        os.makedirs(os.path.dirname(f"{git_dir}/{path}"), exist_ok=True)
+        with open(f"{git_dir}/{path}", "w") as file:
+            file.write(text)
+    for folder in ("refs", "objects"):
+        os.makedirs(f"{git_dir}/{folder}", exist_ok=True)
+
+
+def git_local(app: App, mirror: str, *args: str, stdin: str = "") -> Ended:
+    """git in a mirror.  No network, no secret."""
+    argv = (*GIT, "--git-dir", mirror, *args)
+    return run_program(argv, base_env(app), GIT_TIMEOUT, (app.stop,), stdin=stdin)
 
 
 @contextlib.contextmanager
 def held(mirror: str, job: Job | None = None) -> Iterator[int | None]:
     """The mirror's lock, as a descriptor; without a JOB it is not waited for (None).
     The git that runs under it is given it, so it outlives a crash of ours as long as git does."""
-    lock, delay = os.open(f"{mirror}.lock", os.O_RDWR | os.O_CREAT, 0o600), 0.002
+    lock, delay, got = os.open(f"{mirror}.lock", os.O_RDWR | os.O_CREAT, 0o600), 0.002, False
     try:
-        while not (got := lock_file(lock)) and job:
-            job.check(delay)
-            delay = min(delay * 1.5, 0.1)
+        while not got:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                got = True
+            except BlockingIOError:
+                if job is None:
+                    break
+                job.check(delay)
+                delay = min(delay * 1.5, 0.1)
         if job:
             os.utime(lock)  # the keeper asks when the mirror was used
         yield lock if got else None
     finally:
         os.close(lock)
-
-
-def lock_file(lock: int) -> bool:
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
 
 
 # ---- Programs and the sandbox -----------------------------------------------------
@@ -2476,58 +2492,54 @@ def agent_env(app: App, job: Job, model: bool) -> dict[str, str]:
     variables, given = app.config.variables, [*NETWORK_NAMES, "LANG", "TZ"]
     if model:
         given += [*MODEL_NAMES, "ANTHROPIC_BASE_URL", *app.config.agent_names]
-    env = {name: variables[name] for name in given if name in variables}
-    login, email_address = "codebot", "codebot@localhost"
+    env = base_env(app, job.id) | {name: variables[name] for name in given if name in variables}
+    login, mail = "codebot", "codebot@localhost"
     if app.github is not None:
         login, number = app.github.bot(job)
         host = urllib.parse.urlsplit(app.config.git_base).hostname
-        email_address = f"{number}+{login}@users.noreply.{host}"
+        mail = f"{number}+{login}@users.noreply.{host}"
     for who in ("AUTHOR", "COMMITTER"):
-        env |= {f"GIT_{who}_NAME": login, f"GIT_{who}_EMAIL": email_address}
+        env |= {f"GIT_{who}_NAME": login, f"GIT_{who}_EMAIL": mail}
     if os.getuid() == 0:
         env["IS_SANDBOX"] = "1"  # else the CLI refuses bypassPermissions
-    return {**env, **dict.fromkeys(QUIET, "1")}
+    return env | dict.fromkeys(QUIET, "1")
 
 
-def box(app: App, task: str, mirror: str, argv: Sequence[str]) -> tuple[str, ...]:
+def box(app: App, task: str, mirror: str, argv: Sequence[str]) -> Words:
     """The words that put ARGV into the sandbox of the task's folder.  In bwrap all is read-only,
     covered where it is private (home, /run, the folders of .env and keys, the work-dir), and of
     the work-dir the task's own repo, home and tmp are put back."""
+    config, objects = app.config, f"{mirror}/objects"
     if app.sandbox == ("none",):
         return tuple(argv)
     if app.sandbox != ("bwrap",):
-        fill = {"{task}": task, "{objects}": f"{mirror}/objects"}
-        words = [re.sub(r"\{\w+\}", lambda m: fill.get(m[0], m[0]), w) for w in app.sandbox]
+        words = (w.replace("{task}", task).replace("{objects}", objects) for w in app.sandbox)
         return (*words, *argv)
-    config, home = app.config, os.path.realpath(os.path.expanduser("~"))
-    path = [os.path.realpath(p) for p in config.path.split(":")]
-    under_home = [p for p in path if p.startswith(f"{home}/")]
-    tools = {f"{p}/"[: f"{p}/".index("/", len(home) + 1)] for p in under_home}  # as ~/.local
+    home = os.path.realpath(os.path.expanduser("~"))
+    path = [p for p in map(os.path.realpath, config.path.split(":")) if p.startswith(f"{home}/")]
+    tools = {"/".join(p.split("/")[: home.count("/") + 2]) for p in path}  # as ~/.local
     covers = {"/run", home, config.work_dir, *map(os.path.dirname, config.secret_files)}
     covers = {c for c in covers if os.path.isdir(c) and c not in ("/", "/tmp")}
-    outer = {c for c in covers if f"{home}/".startswith(f"{c}/")}
-    shown = [os.path.realpath("/etc/resolv.conf"), f"{mirror}/objects"]
-    gone, there = (*(f"{c}/" for c in {*covers, "/tmp"}),), tuple(tools)
+    shown = [os.path.realpath("/etc/resolv.conf"), objects]
+    gone, there = (*(f"{c}/" for c in {*covers, "/tmp"}),), (*(f"{t}/" for t in tools),)
     for word in (shutil.which(config.claude[0], path=config.path) or "", *config.claude[1:]):
         place = os.path.join(os.path.realpath(os.path.dirname(word)), os.path.basename(word))
         if word.startswith("/") and place.startswith(gone) and not place.startswith(there):
             shown.append(place)
+    # sorted, so that what lies in another comes after it, and of one place the cover is last
+    mounts = sorted([(c, "--tmpfs") for c in covers] + [(t, "--ro-bind") for t in tools])
+    mounts += [(place, "--ro-bind") for place in shown]
+    mounts += [(f"{task}/{part}", "--bind") for part in ("repo", "home")]
     line = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
     line += ["--remount-ro", "/proc", "--bind", f"{task}/tmp", "/tmp"]
-    for how, places in (
-        ("--tmpfs", sorted(outer)),
-        ("--ro-bind", sorted(tools)),
-        ("--tmpfs", sorted(covers - outer)),  # after the tools, which may hold one of them
-        ("--ro-bind", shown),
-        ("--bind", [f"{task}/repo", f"{task}/home"]),
-    ):
-        for place in filter(os.path.exists, places):
+    for place, how in mounts:
+        if os.path.exists(place):
             line += [how, place] if how == "--tmpfs" else [how, place, place]
     line += ["--unshare-pid", "--unshare-ipc", "--cap-drop", "ALL", "--die-with-parent"]
     return (*line, "--chdir", f"{task}/repo", "--", *argv)
 
 
-def choose_sandbox(app: App) -> tuple[tuple[str, ...], str]:
+def choose_sandbox(app: App) -> tuple[Words, str]:
     """The sandbox in force, and what to tell of it.  Raises Unusable if one was demanded."""
     wanted = app.config.sandbox
     root = "; runs as root: give codebot a user of its own" if os.getuid() == 0 else ""
@@ -2576,23 +2588,20 @@ def sweep(mark: str) -> None:
                     found = True
 
 
-def has_ended(child: subprocess.Popen[bytes]) -> bool:
-    if not hasattr(os, "waitid"):  # macOS
+def has_ended(child: subprocess.Popen[bytes], within: float) -> bool:
+    """Whether the child ends within these seconds.  It is not waited for, and so keeps its
+    number, for killpg; but on macOS, and on Linux before 5.3, it is."""
+    try:
+        pidfd = os.pidfd_open(child.pid)
+    except (AttributeError, OSError):
+        time.sleep(within)
         return child.poll() is not None
-    flags = os.WEXITED | os.WNOHANG | os.WNOWAIT  # a zombie keeps its number, for killpg
-    return os.waitid(os.P_PID, child.pid, flags) is not None
-
-
-def end_group(child: subprocess.Popen[bytes], gently: bool) -> None:
-    """Kill the child's process group, after a time to tidy up if it still runs."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        until = time.monotonic() + KILL_GRACE
-        if gently:
-            os.killpg(child.pid, signal.SIGTERM)
-        while gently and not has_ended(child) and time.monotonic() < until:
-            time.sleep(0.01)
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    try:
+        end = select.poll()
+        end.register(pidfd, select.POLLIN)
+        return bool(end.poll(within * 1000))
+    finally:
+        os.close(pidfd)
 
 
 def run_program(
@@ -2605,13 +2614,13 @@ def run_program(
     on_lines: Callable[[list[str]], float | None] | None = None,
     stdin: str = "",
     pass_fds: Sequence[int] = (),
-) -> tuple[int, list[str]]:
+) -> Ended:
     """Exit code and last lines of ARGV, of whose process group nothing is left then.  Output
     goes to a nameless file that is tailed: of a pipe that is not drained at once the CLI drops
     the rest.  ON_LINES may give the seconds that the program may still run.  Raises Stopped;
     FileNotFoundError for a program that is not there."""
     heard = time.monotonic()
-    until, rest, offset, delay, why, final = heard + timeout, b"", 0, 0.0005, "", False
+    until, rest, offset, delay, why, final = heard + timeout, b"", 0, 0.0, "", False
     kept: collections.deque[str] = collections.deque(maxlen=200)
     with tempfile.TemporaryFile("ab+", buffering=0) as out, tempfile.TemporaryFile() as source:
         source.write(stdin.encode("utf-8", "replace"))
@@ -2620,10 +2629,10 @@ def run_program(
         child = subprocess.Popen(argv, cwd=cwd, env=env, start_new_session=True, **how)
         try:
             while not why:
-                done = has_ended(child)  # asked before the read, so that nothing is missed
+                done = has_ended(child, delay)  # before the read, so that nothing is missed
                 data = os.pread(out.fileno(), 1 << 20, offset)
                 offset, now = offset + len(data), time.monotonic()
-                heard = now if data else heard
+                delay, heard = (0.0, now) if data else (min(delay * 1.5 + 0.001, 0.05), heard)
                 *pieces, rest = (rest + data).split(b"\n")
                 if len(rest) > LINE:
                     rest = b"(a line too long to be read)"
@@ -2644,11 +2653,13 @@ def run_program(
                     why = "stalled"
                 elif offset > OUTPUT:
                     raise TaskFailed("agent_failed", f"{argv[0]} printed over {OUTPUT >> 30} GiB")
-                elif not data:
-                    time.sleep(delay)
-                    delay = min(delay * 1.3, 0.05)
         finally:
-            end_group(child, gently=bool(why))
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if why:  # it has a time to tidy up
+                    os.killpg(child.pid, signal.SIGTERM)
+                    has_ended(child, KILL_GRACE)
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
     if why:
         raise Stopped(why)
     return child.returncode, list(kept)
