@@ -1473,7 +1473,8 @@ def carry_out(job: Job) -> dict[str, Any]:
         base_name, base = job.fetch_base(job.row["base_branch"])
         job.make_workspace(base_name, base)
         job.phase("agent")
-        job.run_claude(f"Task:\n<task>\n{job.text}\n</task>\n")
+        prompt = f"Task:\n<task>\n{job.text}\n</task>\n"
+        job.ask_claude(prompt, "--session-id", job.session, *WORKING)
         tests = job.run_tests()
         job.phase("commit")
         head, files = job.collect(base, job.title)
@@ -1530,18 +1531,17 @@ class Job:
         self.mirror: str = self.row["mirror"] or self.repository.mirror
 
     def say(self, source: str, *texts: str) -> None:
-        """Keep events for people: secrets out, and what is too long cut, with the cut told."""
         self.say_all([(source, text) for text in texts])
 
     def say_all(self, said: Sequence[tuple[str, str]]) -> None:
+        """Keep events for people: secrets out, and what is too long cut, with the cut told."""
         events = []
         for source, text in said:
-            if source in ("agent", "tool", "test"):  # what these say is bounded; ours is kept
-                self.room -= 1
+            self.room -= source in ("agent", "tool", "test")  # what these say is bounded
+            if self.room <= 0 and source in ("agent", "tool", "test"):
                 if self.room < 0:
                     continue
-                if self.room == 0:
-                    source, text = "codebot", "what follows of the agent and the tests is not kept"
+                source, text = "codebot", "what follows of the agent and the tests is not kept"
             text = self.app.mask(text)
             cut = f" … ({len(text) - MESSAGE} characters cut)" if len(text) > MESSAGE else ""
             events.append((source, text[:MESSAGE] + cut))
@@ -1564,8 +1564,6 @@ class Job:
         """Raise Stopped if this job is to end, now or within WAIT seconds."""
         if self.app.stop.wait(wait) or self.cancel.is_set():
             raise Stopped("stopped")
-
-    # -- the steps
 
     def make_folder(self) -> None:
         """A fresh folder and branch name; those of the last run, if one was cut off."""
@@ -1592,31 +1590,32 @@ class Job:
     def fetch_base(self, wanted: str | None) -> tuple[str, str]:
         """Bring the mirror up to date with the base branch, and keep its tip there (a gc must
         not take it) in place of what was collected last.  Gives its name and commit."""
-        os.makedirs(self.mirror, exist_ok=True)
-        with held(self.mirror, self):
-            if fresh := not os.path.isdir(f"{self.mirror}/objects"):
-                make_repository(self.mirror, {"config": "[core]\n\tbare = true\n"})
-        asked = f"refs/heads/{wanted}" if wanted else "HEAD"
-        ask, every = ("ls-remote", "--symref", "--", "URL", asked), "+refs/heads/*:refs/heads/*"
+        asked, fetch = (
+            f"refs/heads/{wanted}" if wanted else "HEAD",
+            (*FETCH, "--prune", "--", "URL"),
+        )
         for _ in range(3):  # for the branch may move before it is fetched
+            ask = ("ls-remote", "--symref", "--", "URL", asked)
             text = "\n".join(self.network("clone_failed", *ask))
-            default = re.search(r"(?m)^ref: refs/heads/(\S+)\tHEAD$", text)
-            name = wanted or (default[1] if default else None)
-            there = re.search(rf"(?m)^([0-9a-f]{{40,64}})\t{re.escape(asked)}$", text)
-            if not there or name is None:
+            line = (
+                rf"(?m)^(?:ref: refs/heads/(\S+)\t\S+\n)?([0-9a-f]{{40,64}})\t{re.escape(asked)}$"
+            )
+            found = re.search(line, text)
+            if not found or not (name := wanted or found[1]):
                 what = f"no branch {wanted!r}" if wanted else "no commit on a default branch"
                 raise TaskFailed("base_branch_not_found", f"Base branch not found: there is {what}")
-            # a branch, and not only its commit: what a fetch that was cut off left is not whole
-            keep = f"verify refs/heads/{name} {there[1]}\nupdate {self.ref('base')} {there[1]}\n"
+            # of a fetch that was cut off a commit may be there, but no branch
+            keep = f"verify refs/heads/{name} {found[2]}\nupdate {self.ref('base')} {found[2]}\n"
             keep += f"delete {self.ref('head')}\n"
             with held(self.mirror, self) as lock:
-                for fetch in (fresh, True):
-                    if fetch:
-                        argv, fds = (*FETCH, "--prune", "--", "URL", every), (lock or 0,)
+                if fresh := not os.path.isdir(f"{self.mirror}/objects"):
+                    make_repository(self.mirror, {"config": "[core]\n\tbare = true\n"})
+                for outdated in (fresh, True):
+                    if outdated:
+                        argv, fds = (*fetch, "+refs/heads/*:refs/heads/*"), (lock or 0,)
                         self.network("clone_failed", *argv, pass_fds=fds)
-                    update = ("update-ref", "--stdin")
-                    if git_local(self.app, self.mirror, *update, stdin=keep)[0] == 0:
-                        return name, there[1]
+                    if not git_local(self.app, self.mirror, "update-ref", "--stdin", stdin=keep)[0]:
+                        return name, found[2]
         raise TaskFailed("clone_failed", f"Failed to clone repository: {name} did not stand still")
 
     def make_workspace(self, base_name: str, base: str) -> None:
@@ -1631,14 +1630,6 @@ class Job:
         if code:
             raise TaskFailed("clone_failed", f"Failed to check out {base_name}: {last(lines)}")
         self.say("git", f"Branch {branch} off {base_name} at {base[:10]}")
-
-    def run_claude(self, prompt: str, resume: bool = False) -> None:
-        """Let the agent work; its events become the task's.  Raises TaskFailed, Stopped."""
-        session = ("--resume" if resume else "--session-id", self.session)
-        reader = self.ask_claude(prompt, *session, *WORKING)
-        cost = round(self.cost, 6) if "total_cost_usd" in reader.result else None
-        self.told.update(summary=self.app.mask(reader.text)[:100_000], cost_usd=cost)
-        self.told["num_turns"] += int(reader.number("num_turns"))
 
     def ask_claude(self, prompt: str, *how: str, **where: Any) -> ClaudeReader:
         """One run of the agent.  Raises TaskFailed unless it tells of a success."""
@@ -1657,6 +1648,9 @@ class Job:
         finally:
             self.cost += reader.number("total_cost_usd")
         reader.judge(code, lines)
+        cost = round(self.cost, 6) if "total_cost_usd" in reader.result else None
+        self.told.update(summary=self.app.mask(reader.text)[:100_000], cost_usd=cost)
+        self.told["num_turns"] += int(reader.number("num_turns"))
         return reader
 
     def run_tests(self) -> dict[str, Any] | None:
@@ -1677,7 +1671,7 @@ class Job:
             output = self.app.mask("\n".join(lines))[-20_000:]
             ask = f"Test failure:\nThe test command {command!r} ended with code {code}. Mend the"
             ask += f" code so that it passes. Its last output:\n<output>\n{output}\n</output>\n"
-            self.run_claude(ask, resume=True)
+            self.ask_claude(ask, "--resume", self.session, *WORKING)
         return None
 
     def collect(self, base: str, message: str) -> tuple[str, str]:
@@ -1741,8 +1735,6 @@ class Job:
         self.say("codebot", f"Pull request {pull['number']}: {pull['html_url']}")
         return pull
 
-    # -- programs for them
-
     def left(self) -> float:
         """The seconds that the agent and the tests still have, all attempts together."""
         self.until = self.until or time.monotonic() + self.app.config.task_timeout
@@ -1756,12 +1748,27 @@ class Job:
                 sweep(f"{self.app.mark}{self.id}")
 
     def boxed(self, *argv: str, model: bool = False, folder: str = "", **how: Any) -> Ended:
-        """Run in the workspace (or a FOLDER like it), in the sandbox.  MODEL: with its secrets."""
-        app, task = self.app, folder or self.folder
-        tmp = "/tmp" if app.sandbox == ("bwrap",) else f"{task}/tmp"
-        env = {**agent_env(app, self, model), "HOME": f"{task}/home", "TMPDIR": tmp}
-        how = {"timeout": GIT_TIMEOUT, "stall": app.config.stall_timeout, **how}
-        how["cwd"] = f"{task}/repo"
+        """Run in the workspace (or a FOLDER like it), in the sandbox, with what is listed here
+        for its environment.  MODEL: with the agent's own secrets."""
+        app, config, task = self.app, self.app.config, folder or self.folder
+        names, login, mail = [*NETWORK_NAMES, "LANG", "TZ"], "codebot", "codebot@localhost"
+        if model:
+            names += [*MODEL_NAMES, "ANTHROPIC_BASE_URL", *config.agent_names]
+        if app.github is not None:
+            login, number = app.github.bot(self)
+            mail = (
+                f"{number}+{login}@users.noreply.{urllib.parse.urlsplit(config.git_base).hostname}"
+            )
+        env = {**base_env(app, self.id), **dict.fromkeys(QUIET, "1")}
+        env |= {name: config.variables[name] for name in names if name in config.variables}
+        for who in ("AUTHOR", "COMMITTER"):
+            env |= {f"GIT_{who}_NAME": login, f"GIT_{who}_EMAIL": mail}
+        env |= {"HOME": f"{task}/home", "TMPDIR": f"{task}/tmp"}
+        if app.sandbox == ("bwrap",):
+            env["TMPDIR"] = "/tmp"
+        if os.getuid() == 0:
+            env["IS_SANDBOX"] = "1"  # else the CLI refuses bypassPermissions
+        how = {"timeout": GIT_TIMEOUT, "stall": config.stall_timeout, **how, "cwd": f"{task}/repo"}
         return self.program(box(app, task, folder or self.mirror, argv), env, **how)
 
     def network(self, reason: str, *args: str, pass_fds: Sequence[int] = ()) -> list[str]:
@@ -1776,7 +1783,7 @@ class Job:
                 if error.status in (404, 422) and self.renamed():
                     continue
                 raise TaskFailed(reason, f"{failed}: {error}", error.again) from None
-            words = [self.repository.url if word == "URL" else word for word in args]
+            words = (self.repository.url if word == "URL" else word for word in args)
             argv = (*GIT, "--git-dir", self.mirror, *words)
             code, lines = run_program(argv, env, GIT_TIMEOUT, **how)
             text = "\n".join(lines)
@@ -1811,15 +1818,11 @@ class ClaudeReader:
     """Makes events for people of the CLI's stream-json, and keeps its last result."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.login_failed, self.heard = job, False, ""  # what was said last
+        self.job, self.login_failed, self.heard, self.text = job, False, "", ""
         self.result: dict[str, Any] = {}
 
-    @property
-    def text(self) -> str:
-        return str(self.result.get("result") or "")
-
     def number(self, name: str) -> float:
-        """A number of the result: the agent's word, and the database takes no NaN."""
+        """A number of the result's: the agent's word, and the database takes no NaN."""
         value = self.result.get(name)
         return value if isinstance(value, (int, float)) and 0 <= value < 1e9 else 0.0
 
@@ -1831,9 +1834,10 @@ class ClaudeReader:
                 said += self.event(json.loads(line))
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 said.append(("agent", line))
+        said = [(source, " ⏎ ".join(text.strip().splitlines())) for source, text in said]
         if said:
             self.heard = said[-1][1]
-            self.job.say_all([(who, " ⏎ ".join(text.strip().splitlines())) for who, text in said])
+            self.job.say_all(said)
         return 0.0 if self.login_failed else RESULT_GRACE if self.result else None
 
     def event(self, event: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -1848,7 +1852,7 @@ class ClaudeReader:
             elif block["type"] == "tool_result" and block.get("is_error"):
                 yield "tool", f"failed: {block['content']}"
         if event["type"] == "result":
-            self.result = event
+            self.result, self.text = event, str(event.get("result") or "")
         elif event.get("subtype") == "api_retry":
             self.login_failed = event.get("error_status") == 401
             yield "agent", f"The model's API failed ({event.get('error')}); it is asked again"
@@ -2462,22 +2466,20 @@ def git_local(app: App, mirror: str, *args: str, stdin: str = "") -> Ended:
 def held(mirror: str, job: Job | None = None) -> Iterator[int | None]:
     """The mirror's lock, as a descriptor; without a JOB it is not waited for (None).
     The git that runs under it is given it, so it outlives a crash of ours as long as git does."""
-    lock, delay, got = os.open(f"{mirror}.lock", os.O_RDWR | os.O_CREAT, 0o600), 0.002, False
-    try:
-        while not got:
+    os.makedirs(os.path.dirname(mirror), exist_ok=True)
+    with open(f"{mirror}.lock", "ab") as file:
+        lock: int | None = None
+        while lock is None:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                got = True
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock = file.fileno()
             except BlockingIOError:
                 if job is None:
                     break
-                job.check(delay)
-                delay = min(delay * 1.5, 0.1)
+                job.check(0.01)
         if job:
-            os.utime(lock)  # the keeper asks when the mirror was used
-        yield lock if got else None
-    finally:
-        os.close(lock)
+            os.utime(file.fileno())  # the keeper asks when the mirror was used
+        yield lock
 
 
 # ---- Programs and the sandbox -----------------------------------------------------
@@ -2485,24 +2487,6 @@ def held(mirror: str, job: Job | None = None) -> Iterator[int | None]:
 QUIET = words("""CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC DISABLE_AUTOUPDATER DISABLE_TELEMETRY
     DISABLE_ERROR_REPORTING CLAUDE_CODE_DISABLE_BACKGROUND_TASKS CLAUDE_CODE_DISABLE_AUTO_MEMORY
     CLAUDE_CODE_DISABLE_ATTACHMENTS""")  # the last: "@/path" in a prompt would read that file
-
-
-def agent_env(app: App, job: Job, model: bool) -> dict[str, str]:
-    """What the agent is given, and less the model's names what tests and git are.  No more."""
-    variables, given = app.config.variables, [*NETWORK_NAMES, "LANG", "TZ"]
-    if model:
-        given += [*MODEL_NAMES, "ANTHROPIC_BASE_URL", *app.config.agent_names]
-    env = base_env(app, job.id) | {name: variables[name] for name in given if name in variables}
-    login, mail = "codebot", "codebot@localhost"
-    if app.github is not None:
-        login, number = app.github.bot(job)
-        host = urllib.parse.urlsplit(app.config.git_base).hostname
-        mail = f"{number}+{login}@users.noreply.{host}"
-    for who in ("AUTHOR", "COMMITTER"):
-        env |= {f"GIT_{who}_NAME": login, f"GIT_{who}_EMAIL": mail}
-    if os.getuid() == 0:
-        env["IS_SANDBOX"] = "1"  # else the CLI refuses bypassPermissions
-    return env | dict.fromkeys(QUIET, "1")
 
 
 def box(app: App, task: str, mirror: str, argv: Sequence[str]) -> Words:
@@ -2541,19 +2525,19 @@ def box(app: App, task: str, mirror: str, argv: Sequence[str]) -> Words:
 
 def choose_sandbox(app: App) -> tuple[Words, str]:
     """The sandbox in force, and what to tell of it.  Raises Unusable if one was demanded."""
-    wanted = app.config.sandbox
+    wanted, code, lines = app.config.sandbox, 0, list[str]()
     root = "; runs as root: give codebot a user of its own" if os.getuid() == 0 else ""
-    if wanted not in (("auto",), ("bwrap",)):
-        if wanted != ("none",) and not shutil.which(wanted[0], path=app.config.path):
-            raise Unusable(f"CODEBOT_SANDBOX: {wanted[0]!r} is not a program on PATH")
-        return wanted, shlex.join(wanted) + root
-    app.sandbox = ("bwrap",)
-    code, lines = try_box(app, "true")
-    if code and wanted == ("bwrap",):
-        raise Unusable(f"CODEBOT_SANDBOX: 'bwrap' does not run here: {last(lines)}")
+    if wanted in (("auto",), ("bwrap",)):
+        app.sandbox = ("bwrap",)
+        code, lines = try_box(app, "true")
+        if code and wanted == ("auto",):
+            return ("none",), f"NONE: the agent can read codebot's files ({last(lines)}){root}"
+        wanted = app.sandbox
+    elif wanted != ("none",) and not shutil.which(wanted[0], path=app.config.path):
+        code, lines = 127, ["it is not a program on PATH"]
     if code:
-        return ("none",), f"NONE: the agent can read codebot's files ({last(lines)}){root}"
-    return ("bwrap",), f"bwrap{root}"
+        raise Unusable(f"CODEBOT_SANDBOX: {wanted[0]!r} does not run here: {last(lines)}")
+    return wanted, shlex.join(wanted) + root
 
 
 @contextlib.contextmanager
@@ -2577,31 +2561,15 @@ def try_box(app: App, *argv: str) -> Ended:
 
 def sweep(mark: str) -> None:
     """Kill every process whose environment has CODEBOT_RUN beginning with MARK."""
-    mine, found = f"CODEBOT_RUN={mark}".encode(), os.path.isdir("/proc")
     for _ in range(50):  # until a look finds none, for one may have forked meanwhile
-        pids = filter(str.isdigit, os.listdir("/proc")) if found else ()
         found = False
-        for pid in pids:
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
-                if any(entry.startswith(mine) for entry in file.read().split(b"\0")):
-                    os.kill(int(pid), signal.SIGKILL)
+        for path in glob.glob("/proc/[0-9]*/environ"):  # macOS has none
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                if f"\0CODEBOT_RUN={mark}".encode() in b"\0" + file.read():
+                    os.kill(int(path.split("/")[2]), signal.SIGKILL)
                     found = True
-
-
-def has_ended(child: subprocess.Popen[bytes], within: float) -> bool:
-    """Whether the child ends within these seconds.  It is not waited for, and so keeps its
-    number, for killpg; but on macOS, and on Linux before 5.3, it is."""
-    try:
-        pidfd = os.pidfd_open(child.pid)
-    except (AttributeError, OSError):
-        time.sleep(within)
-        return child.poll() is not None
-    try:
-        end = select.poll()
-        end.register(pidfd, select.POLLIN)
-        return bool(end.poll(within * 1000))
-    finally:
-        os.close(pidfd)
+        if not found:
+            return
 
 
 def run_program(
@@ -2627,9 +2595,15 @@ def run_program(
         source.seek(0)
         how: dict[str, Any] = {"stdin": source, "stdout": out, "stderr": out, "pass_fds": pass_fds}
         child = subprocess.Popen(argv, cwd=cwd, env=env, start_new_session=True, **how)
+        wait: Callable[[], Any] = child.wait
+        if sys.platform == "linux":  # a zombie keeps its number, for killpg
+            wait = functools.partial(os.waitid, os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        end = threading.Thread(target=wait, name="end", daemon=True)
+        end.start()
         try:
             while not why:
-                done = has_ended(child, delay)  # before the read, so that nothing is missed
+                end.join(delay)
+                done = not end.is_alive()  # before the read, so that nothing is missed
                 data = os.pread(out.fileno(), 1 << 20, offset)
                 offset, now = offset + len(data), time.monotonic()
                 delay, heard = (0.0, now) if data else (min(delay * 1.5 + 0.001, 0.05), heard)
@@ -2657,7 +2631,7 @@ def run_program(
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 if why:  # it has a time to tidy up
                     os.killpg(child.pid, signal.SIGTERM)
-                    has_ended(child, KILL_GRACE)
+                    end.join(KILL_GRACE)
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
     if why:
