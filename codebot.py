@@ -54,6 +54,7 @@ THREADS
   review-N   one round of one pull request at a time, from the other queue
   poll       asks GitHub at the start, or on a clock, for what no webhook told
   keeper     retention, the mirrors' gc, what GitHub failed at
+  end        waits for the end of one program, for the thread that started it
   Shared: the connections that wait (Server.turn), the writing connection (Store._lock), the
   submits that wait for one fsync (Store._adding), the newest events (Store.news), known
   secrets (Mask._lock), tokens (GitHub._lock: held while one is fetched, so that one fetch
@@ -1496,10 +1497,9 @@ def carry_out(job: Job) -> dict[str, Any]:
 
 
 Ended = tuple[int, list[str]]  # a program's exit code and last lines
-# What git prints: no second try would help; the token is not taken; the lines that say why
+# What git prints: no second try would help; the token is not taken
 FINAL = r"\[(remote )?rejected\]|not found|denied|does not (appear|exist)|error: [34]"
 STRANGER = r"could not read Username|Invalid username or token|Authentication failed"
-WHY = r"remote: .*\w|!|fatal:|error:|.*(denied|verification failed|resolve|timed out)"
 
 
 class Job:
@@ -1537,11 +1537,12 @@ class Job:
         """Keep events for people: secrets out, and what is too long cut, with the cut told."""
         events = []
         for source, text in said:
-            self.room -= source in ("agent", "tool", "test")  # what these say is bounded
-            if self.room <= 0 and source in ("agent", "tool", "test"):
+            if source in ("agent", "tool", "test"):  # what these say is bounded; ours is kept
+                self.room -= 1
                 if self.room < 0:
                     continue
-                source, text = "codebot", "what follows of the agent and the tests is not kept"
+                if self.room == 0:
+                    source, text = "codebot", "what follows of the agent and the tests is not kept"
             text = self.app.mask(text)
             cut = f" … ({len(text) - MESSAGE} characters cut)" if len(text) > MESSAGE else ""
             events.append((source, text[:MESSAGE] + cut))
@@ -1574,7 +1575,7 @@ class Job:
             slug = plain((self.row["ticket_summary"] or self.row["description"]).lower()) or "task"
             while os.path.lexists(self.folder):  # which is the work-dir itself at first
                 name = uuid.uuid4().hex[:7]
-                folder = "_".join(filter(None, ("task", ticket, name)))
+                folder = f"task_{ticket}_{name}" if ticket else f"task_{name}"
                 self.folder = os.path.join(self.app.config.work_dir, folder)
             branch = "/".join(filter(None, ("u/codebot", ticket, name, slug)))
             self.note(folder=folder, branch=branch, mirror=self.mirror)
@@ -1590,17 +1591,12 @@ class Job:
     def fetch_base(self, wanted: str | None) -> tuple[str, str]:
         """Bring the mirror up to date with the base branch, and keep its tip there (a gc must
         not take it) in place of what was collected last.  Gives its name and commit."""
-        asked, fetch = (
-            f"refs/heads/{wanted}" if wanted else "HEAD",
-            (*FETCH, "--prune", "--", "URL"),
-        )
+        asked = f"refs/heads/{wanted}" if wanted else "HEAD"
+        line = r"(?m)^(?:ref: refs/heads/(\S+)\t\S+\n)?([0-9a-f]{40,64})\t" + re.escape(asked) + "$"
+        fetch = (*FETCH, "--prune", "--", "URL", "+refs/heads/*:refs/heads/*")
         for _ in range(3):  # for the branch may move before it is fetched
-            ask = ("ls-remote", "--symref", "--", "URL", asked)
-            text = "\n".join(self.network("clone_failed", *ask))
-            line = (
-                rf"(?m)^(?:ref: refs/heads/(\S+)\t\S+\n)?([0-9a-f]{{40,64}})\t{re.escape(asked)}$"
-            )
-            found = re.search(line, text)
+            told = self.network("clone_failed", "ls-remote", "--symref", "--", "URL", asked)
+            found = re.search(line, "\n".join(told))
             if not found or not (name := wanted or found[1]):
                 what = f"no branch {wanted!r}" if wanted else "no commit on a default branch"
                 raise TaskFailed("base_branch_not_found", f"Base branch not found: there is {what}")
@@ -1612,8 +1608,7 @@ class Job:
                     make_repository(self.mirror, {"config": "[core]\n\tbare = true\n"})
                 for outdated in (fresh, True):
                     if outdated:
-                        argv, fds = (*fetch, "+refs/heads/*:refs/heads/*"), (lock or 0,)
-                        self.network("clone_failed", *argv, pass_fds=fds)
+                        self.network("clone_failed", *fetch, pass_fds=(lock or 0,))
                     if not git_local(self.app, self.mirror, "update-ref", "--stdin", stdin=keep)[0]:
                         return name, found[2]
         raise TaskFailed("clone_failed", f"Failed to clone repository: {name} did not stand still")
@@ -1756,16 +1751,14 @@ class Job:
             names += [*MODEL_NAMES, "ANTHROPIC_BASE_URL", *config.agent_names]
         if app.github is not None:
             login, number = app.github.bot(self)
-            mail = (
-                f"{number}+{login}@users.noreply.{urllib.parse.urlsplit(config.git_base).hostname}"
-            )
+            host = urllib.parse.urlsplit(config.git_base).hostname
+            mail = f"{number}+{login}@users.noreply.{host}"
         env = {**base_env(app, self.id), **dict.fromkeys(QUIET, "1")}
         env |= {name: config.variables[name] for name in names if name in config.variables}
         for who in ("AUTHOR", "COMMITTER"):
             env |= {f"GIT_{who}_NAME": login, f"GIT_{who}_EMAIL": mail}
-        env |= {"HOME": f"{task}/home", "TMPDIR": f"{task}/tmp"}
-        if app.sandbox == ("bwrap",):
-            env["TMPDIR"] = "/tmp"
+        tmp = "/tmp" if app.sandbox == ("bwrap",) else f"{task}/tmp"
+        env |= {"HOME": f"{task}/home", "TMPDIR": tmp}
         if os.getuid() == 0:
             env["IS_SANDBOX"] = "1"  # else the CLI refuses bypassPermissions
         how = {"timeout": GIT_TIMEOUT, "stall": config.stall_timeout, **how, "cwd": f"{task}/repo"}
@@ -1795,11 +1788,8 @@ class Job:
                 renewed = True
                 hub.forget_token(self)
             elif "returned error: 301" not in text or not self.renamed():
-                final = re.search(FINAL, text)
-                if final or wait > 4:
-                    said = [line for line in lines if re.match(WHY, line)] or lines
-                    why = " / ".join(" ".join(line.split()) for line in said[:8])[:1500]
-                    raise TaskFailed(reason, f"{failed}: {why}", again=not final)
+                if (final := re.search(FINAL, text)) or wait > 4:
+                    raise TaskFailed(reason, f"{failed}: {last(lines, 20)}", again=not final)
                 self.say("git", f"{args[0]} failed, trying again: {last(lines)}")
                 self.check(wait)
                 wait *= 2
@@ -1878,9 +1868,10 @@ def plain(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", letters).strip("-")[:40].strip("-")
 
 
-def last(lines: Sequence[str]) -> str:
+def last(lines: Sequence[str], most: int = 4) -> str:
     """What a program said in the end, for the sentence that tells of its failure."""
-    return " / ".join(line.strip() for line in lines[-4:] if line.strip())[-1500:] or "no output"
+    said = (line.strip() for line in lines[-most:])
+    return " / ".join(filter(None, said))[-1500:] or "no output"
 
 
 # ---- Reviews: from what was said to the answers -----------------------------------
@@ -2599,8 +2590,8 @@ def run_program(
         if sys.platform == "linux":  # a zombie keeps its number, for killpg
             wait = functools.partial(os.waitid, os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         end = threading.Thread(target=wait, name="end", daemon=True)
-        end.start()
         try:
+            end.start()
             while not why:
                 end.join(delay)
                 done = not end.is_alive()  # before the read, so that nothing is missed
@@ -2633,6 +2624,7 @@ def run_program(
                     os.killpg(child.pid, signal.SIGTERM)
                     end.join(KILL_GRACE)
                 os.killpg(child.pid, signal.SIGKILL)
+            end.join()  # which would find no child
             child.wait()
     if why:
         raise Stopped(why)
