@@ -3616,3 +3616,10 @@ def test_a_bad_flag_is_told_by_its_name_together_with_bad_settings(stand: Stand)
         assert f"codebot: {words} a whole number" in done.stderr
     done = stand.run("serve", "--port", "65536", "--work-dir", str(stand.work))
     assert (done.returncode, "--port 65536" in done.stderr) == (2, True)
+
+
+def test_a_base_that_moves_before_it_is_fetched_is_asked_for_again(stand: Stand) -> None:
+    refs = "GET /acme/widget.git/info/refs.*upload"
+    stand.hub.fault(refs, lambda: None, lambda: stand.commit(late="news\n"))
+    result = stand.done(stand.submit())
+    assert stand.shown(result, "late") == "news"
