@@ -1296,11 +1296,12 @@ class App:
         try:
             os.makedirs(work_dir, mode=0o700, exist_ok=True)
             lock = os.open(f"{work_dir}/codebot.lock", os.O_RDWR | os.O_CREAT, 0o600)
-            if not lock_file(lock):  # it is held until this process ends
-                holder = os.read(lock, 20).decode(errors="replace").strip()
-                raise OSError(f"it is in use by another codebot, process {holder}")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
             os.truncate(lock, 0)
             os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        except BlockingIOError:
+            holder = os.read(lock, 20).decode(errors="replace").strip()
+            raise Unusable(f"{work_dir}: is in use by another codebot, process {holder}") from None
         except OSError as error:
             raise Unusable(f"{work_dir}: cannot be the work-dir: {error}") from None
         tempfile.tempdir = work_dir  # where run_program's nameless files are

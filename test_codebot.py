@@ -3612,8 +3612,8 @@ def test_a_pull_request_that_github_tells_little_of_completes_its_task(stand: St
 def test_a_bad_flag_is_told_by_its_name_together_with_bad_settings(stand: Stand) -> None:
     done = stand.run("serve", "--port", "many", "--workers", "0", CODEBOT_MAX_TURNS="x")
     assert done.returncode == 2
-    for words in ("--port: 'many' is not", "--workers: '0' is not", "CODEBOT_MAX_TURNS: 'x' is not"):
-        assert f"codebot: {words} a whole number" in done.stderr
+    for words in ("--port: 'many'", "--workers: '0'", "CODEBOT_MAX_TURNS: 'x'"):
+        assert f"codebot: {words} is not a whole number" in done.stderr
     done = stand.run("serve", "--port", "65536", "--work-dir", str(stand.work))
     assert (done.returncode, "--port 65536" in done.stderr) == (2, True)
 
