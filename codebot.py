@@ -57,7 +57,7 @@ THREADS
   end        waits for the end of one program, for the thread that started it
   Shared: the connections that wait (Server.turn), the writing connection (Store._lock), the
   submits that wait for one fsync (Store._adding), the newest events (Store.news), known
-  secrets (Mask._lock), tokens (GitHub._lock: held while one is fetched, so that one fetch
+  secrets (Mask._lock), tokens (GitHub._minting: held while one is fetched, so that one fetch
   serves all).  A forked copy of this process waits for our end, and then kills what we left
   behind.
 
@@ -66,7 +66,7 @@ FILES in the work-dir
   mirrors/      bare, one a repository       task_*/       repo, home and tmp of a task
   look_*/       as empty, for one look       old_*/        what is being removed
 
-GREP FOR  Popen( (run_program), urlopen( (GitHub._call), SET status (Store._move),
+GREP FOR  Popen( (run_program), urlopen( (GitHub._once), SET status (Store._move),
   def routes (all that the network can reach), def box (what the agent can see), PAGE
   (what runs in a browser).
 """
@@ -1773,9 +1773,7 @@ class Job:
         while True:
             try:
                 env = network_env(self.app, self)
-            except GitHubError as error:  # no token for this repository: perhaps it has moved
-                if error.status in (404, 422) and self.renamed():
-                    continue
+            except GitHubError as error:
                 raise TaskFailed(reason, f"{failed}: {error}", error.again) from None
             words = (self.repository.url if word == "URL" else word for word in args)
             argv = (*GIT, "--git-dir", self.mirror, *words)
@@ -1899,14 +1897,15 @@ LOOKING += ("--model", "haiku", "--max-turns", "4")
 READING: Words = (*READ_ONLY, "Read,Glob,Grep", "--append-system-prompt", REPLY)
 READING += ("--json-schema", REPLY_SCHEMA, "--max-turns", "20")
 CHANGING = (*WORKING[:-1], f"{RULES}\n{REPLY}", "--json-schema", REPLY_SCHEMA)
-ROUNDS_A_DAY = 200  # of one pull request: a program with a person's account may answer us
 PUSHES = 4  # tries: others push too
 UNCLEAR = "I cannot tell whether you ask something or want a change. What should I do?"
-ROUNDS, ROUNDS_END = "<!-- codebot rounds -->", "<!-- codebot rounds end -->"
+ROUNDS_END = "<!-- codebot rounds end -->"  # in a pull request's body, below our lines
 
 
 class Dropped(Exception):
     """What was said is not to be acted on; the log hears why."""
+
+    again = False
 
 
 def review(app: App, hub: GitHub) -> None:
@@ -1920,235 +1919,204 @@ def run_review(app: App, hub: GitHub, pull: int) -> None:
     """Take the oldest round of a pull request from pending to its end, if none is running."""
     if (row := app.surely(app.store.claim_review, pull)) is None:
         return
-    store, this, over, crashes = app.store, Round(app, hub, row), True, 0
+    store, this, again, crashes = app.store, Round(app, hub, row), False, 0
     of, what = this.job.of, f"review {row['review']} of {row['repository']}#{row['number']}"
     end: dict[str, Any] | None = None
     app.reviewing[pull] = this.job.cancel
     try:
         end = this.carry_out()
-    except (Dropped, TaskFailed) as error:
-        log.info("%s is dropped: %s", what, error)
-    except (Stopped, GitHubError, sqlite3.Error) as error:
-        log.warning("%s: %s", what, error)
-        over = isinstance(error, GitHubError) and not error.again
-        end = {"reason": "internal", "error": app.mask(str(error))}
+    except (Dropped, TaskFailed, GitHubError, Stopped, sqlite3.Error) as error:
+        again = getattr(error, "again", True)  # the last two are of the day, not of the round
+        log.info("%s is %s: %s", what, "put back" if again else "dropped", error)
     except Exception:
         log.exception(what)
-        over, crashes = row["interruptions"] >= 2 * INTERRUPTIONS, 1  # it has been told by then
+        again, crashes = row["interruptions"] < 2 * INTERRUPTIONS, 1  # it has been told by then
         end = {"reason": "internal", "error": "internal error"}
     finally:
         del app.reviewing[pull]  # while the row still keeps others from the next round
-    if not over:
+    if again:
         app.surely(store.put_back, of, crashes)  # the keeper hands it to the lane again
     elif end is None:
         app.surely(store.forget, of)
     else:
         status = "failed" if end["error"] else "completed"
         app.surely(store.end, of, status, *this.job.spent(), **end)
-    if over or this.job.cancel.is_set():
+    if not again or this.job.cancel.is_set():
         app.reviews.put(pull)  # for the round after this one
 
 
 def watch_pulls(app: App, hub: GitHub) -> None:
     """The thread that asks for what no webhook told: at the start, and on a clock if wanted."""
     missed, asked = True, collections.Counter[str]()
-    with contextlib.suppress(Stopped):
-        while not app.stop.is_set():
+    while not app.stop.is_set():
+        try:
             if app.config.webhook_secret:
                 deliver_again(app, hub, asked)
             if missed or app.config.enable_polling:
-                missed = not catch_up(app, hub)
-            app.stop.wait(app.config.poll_interval)
+                for pull in app.store.read("SELECT id FROM pulls WHERE state = 'open'"):
+                    app.store.take(pull["id"], [{}])  # a round that looks at it, and asks
+                    app.reviews.put(pull["id"])
+                missed = False
+        except sqlite3.Error as error:
+            log.warning("poll: %s", error)
+        app.stop.wait(app.config.poll_interval)
 
 
 def deliver_again(app: App, hub: GitHub, asked: collections.Counter[str]) -> None:
     """Have GitHub deliver again what failed, if it lets us (docs: "Handling failed deliveries")."""
     try:
         failed = list(hub.pages(None, "/app/hook/deliveries?status=failure&per_page=100"))[::-1]
-        for one in {one["guid"]: one for one in failed}.values():
+        for guid, one in {one["guid"]: one for one in failed}.items():
             known = app.store.read(
-                "SELECT 1 FROM comments WHERE kind = 'delivery' AND id = ?", one["guid"]
+                "SELECT 1 FROM comments WHERE kind = 'delivery' AND id = ?", guid
             )
             bad = one["event"] in HEARD and not 200 <= one["status_code"] < 300
-            if bad and not known and asked[one["guid"]] < 3:
-                asked[one["guid"]] += 1
-                hub._call("POST", f"/app/hook/deliveries/{one['id']}/attempts", hub.jwt)
-                log.info("GitHub is asked to deliver %s again", one["guid"])
-    except (GitHubError, sqlite3.Error, LookupError, TypeError) as error:
+            if bad and not known and asked[guid] < 3:
+                asked[guid] += 1
+                hub._call("POST", f"/app/hook/deliveries/{one['id']}/attempts")
+                log.info("GitHub is asked to deliver %s again", guid)
+    except (GitHubError, Stopped, LookupError, TypeError) as error:
         log.info("failed deliveries are not asked for again: %s", error)
 
 
-def catch_up(app: App, hub: GitHub) -> bool:
-    """Ask GitHub what was said on our open pull requests.  Gives whether all of it is known."""
-    known = True
-    try:
-        for pull in app.store.read("SELECT * FROM pulls WHERE state = 'open' ORDER BY id"):
-            try:
-                ask_pull(app, hub, pull)
-            except (GitHubError, TaskFailed) as error:
-                known = known and not error.again  # else it will be no better next time
-                log.warning("poll of %s#%d: %s", pull["repository"], pull["number"], error)
-    except Stopped:
-        raise
-    except Exception:  # this thread has to live
-        log.exception("poll")
-        known = False
-    return known
-
-
-def ask_pull(app: App, hub: GitHub, pull: Any) -> None:
-    """Queue what is new on a pull request; only then it counts as seen."""
-    job, path, since = pull_job(app, pull), f"/pulls/{pull['number']}", pull["since"]
-    job.take(f"{app.config.git_base}/{pull['repository']}")
-    start = now_text(ago=10 - hub.skew)  # what is said from now on may be in one list only
-    live = hub.ask(job, "GET", path)
-    keep_name(app, pull, live)
-    found: list[Any] = [{}] if live["state"] != "open" else []
-    etags: dict[str, str] = {}
-    for kind, query in (
-        ("review", f"{path}/reviews?per_page=100"),  # which takes no `since`
-        ("inline", f"{path}/comments?since={since}&per_page=100"),
-        ("issue", f"/issues/{pull['number']}/comments?since={since}&per_page=100"),
-    ):
-        for raw in hub.pages(job, query, etags):
-            since = max(since, raw.get("updated_at") or "")
-            found.append(read_comment(kind, raw))
-    said = sorted((one for one in found if one is not None), key=lambda one: one.get("time", ""))
-    if app.store.take(pull["id"], said, since=min(since, start)):
-        app.reviews.put(pull["id"])
-    if len(hub.etags) > 10_000:
-        hub.etags.clear()
-    hub.etags.update(etags)
-
-
-def keep_name(app: App, pull: Any, live: Mapping[str, Any]) -> None:
-    """Keep the name that the repository has by now."""
-    name = base_of(live).get("full_name") or pull["repository"]
-    if name.lower() != pull["repository"].lower():
-        app.surely(app.store.note, ("pulls", pull["id"]), repository=name)
-
-
-def pull_job(app: App, pull: Any, **more: Any) -> Job:
-    """A job on the workspace, the conversation and the branch of a pull request's task."""
-    kept = {name: pull[name] for name in ("session", "folder", "mirror")}
-    return Job(app, {**json.loads(pull["task"]), **kept, **more}, threading.Event())
-
-
 class Round:
-    """One round: what was said on a pull request, from its row to its answers."""
+    """One round: what was said on a pull request, from its row to its answers.  Its job goes on
+    with the workspace, the conversation and the branch of the pull request's task."""
 
     def __init__(self, app: App, hub: GitHub, row: Any) -> None:
-        self.app, self.hub, self.row = app, hub, row
+        self.app, self.hub, self.row, self.said = app, hub, row, list[dict[str, Any]]()
         self.path, self.issue = f"/pulls/{row['number']}", f"/issues/{row['number']}"
-        known = {name: row[name] for name in ("review", "interruptions", "head_commit", "outcome")}
-        self.job, self.said = pull_job(app, row, **known), list[dict[str, Any]]()
-        self.kind: str | None = row["kind"]
-        self.branch = self.job.row["branch"]
+        kept = (
+            "session",
+            "folder",
+            "mirror",
+            "review",
+            "interruptions",
+            "kind",
+            "head_commit",
+            "outcome",
+        )
+        known = {**json.loads(row["task"]), **{name: row[name] for name in kept}}
+        self.job = Job(app, known, threading.Event())
+        self.branch, self.of_pull = self.job.row["branch"], ("pulls", row["pull"])
 
     def carry_out(self) -> dict[str, Any]:
         """All the steps, each safe to do again after a crash.  Gives the row's last columns."""
-        job, again = self.job, self.row["outcome"]
-        self.pull = self.app.store.pull("id = ?", self.row["pull"])
-        job.take(f"{self.app.config.git_base}/{self.pull['repository']}")
+        job, row, outcome = self.job, self.row, json.loads(self.row["outcome"] or "{}")
+        job.take(f"{self.app.config.git_base}/{row['repository']}")
         self.look()
-        if self.row["source"] == "state":
-            ask_pull(self.app, self.hub, self.pull)
+        if row["source"] == "state":
+            self.ask_what_was_said()
             raise Dropped("its state is noted")
-        self.said = self.app.store.comments(self.row["review"])
-        if not again:
-            self.gather()
-            self.see()
+        if outcome:
+            self.said = self.app.store.comments(row["review"])
+        else:
+            self.listen()
         try:
-            outcome = json.loads(again) if again else {}
-            to_push = job.row["head_commit"] and not outcome.get("commit")
-            if self.row["interruptions"] >= INTERRUPTIONS and (to_push or not again):
+            to_do = not outcome or job.row["head_commit"] != outcome.get("commit")
+            if to_do and row["interruptions"] >= INTERRUPTIONS:
                 raise TaskFailed("interrupted", "The server failed again and again over this")
             outcome = outcome or self.work()
-            if job.row["head_commit"] and not outcome.get("commit"):
+            if job.row["head_commit"] != outcome.get("commit"):
                 outcome["commit"] = self.publish()
-        except (TaskFailed, Stopped) as error:
-            if str(error) == "stopped" or getattr(error, "again", False):
-                raise GitHubError(0, str(error)) from None  # what is done by now is kept
-            failed = in_words(self.app, error)
+        except (TaskFailed, GitHubError, Stopped) as error:
+            if getattr(error, "again", str(error) == "stopped"):
+                raise  # what is done by now is kept
+            refused = isinstance(error, GitHubError)
+            failed = TaskFailed("internal", str(error)) if refused else in_words(self.app, error)
             text = self.app.mask(str(failed))[:10_000]
             job.say("codebot", f"Failed ({failed.reason}): {text}")
             answers = dict.fromkeys(self.threads(), f"I could not do this: {text}")
             outcome = {"answers": answers, "error": text, "reason": failed.reason}
         job.note(outcome=json.dumps(outcome), head_commit=outcome.get("commit"))
         job.phase("answer")
-        for thread, text in outcome["answers"].items():
-            self.post(thread, text, outcome)
+        for thread, said in self.threads().items():  # less what was deleted meanwhile
+            if thread in outcome["answers"]:
+                self.post(thread, said[0]["text"], outcome)
         self.tell_round(outcome)
         return {"error": outcome.get("error"), "reason": outcome.get("reason")}
 
     def look(self) -> None:
         """The pull request as it is now.  Raises Dropped unless it is open, and ours to work on."""
-        pull = self.hub.ask(self.job, "GET", self.path)
-        state, head = "merged" if pull.get("merged") else pull["state"], pull["head"]
-        keep_name(self.app, self.pull, pull)
-        if state != self.pull["state"]:
-            how = {"state": state, "closed_at": None if state == "open" else now_text()}
-            self.app.surely(self.app.store.note, ("pulls", self.pull["id"]), **how)
+        row, pull = self.row, self.hub.ask(self.job, "GET", self.path)
+        state, head, base = pull["state"], pull["head"], base_of(pull)
+        now = {"state": "merged" if pull.get("merged") else state}
+        now["repository"] = base.get("full_name") or row["repository"]
+        if any(row[column] != value for column, value in now.items()):
+            closed = None if state == "open" else now_text()
+            self.app.surely(self.app.store.note, self.of_pull, closed_at=closed, **now)
         if state != "open":
             remove(self.app, self.job.folder)
             remove_refs(self.app, self.job.folder, self.job.mirror)
-            raise Dropped(f"the pull request is {state}")
-        own = head.get("repo") and head["repo"].get("id") == base_of(pull).get("id")
+            raise Dropped(f"the pull request is {now['state']}")
+        own = head.get("repo") and head["repo"].get("id") == base.get("id")
         if not own or head["ref"] != self.branch:
             raise Dropped("the pull request is not of our branch in this repository")
         if pull.get("locked"):
             raise Dropped("the conversation is locked")
 
-    def gather(self) -> None:
-        """Let all that was said in one review be one round, whatever came first."""
-        source, review, where = self.row["source"], self.row["review"], self.pull["id"]
+    def ask_what_was_said(self) -> None:
+        """Queue what is new on the pull request; only then it counts as seen."""
+        since, found = self.row["since"], list[dict[str, Any]]()
+        latest, start = (
+            since,
+            now_text(ago=10 - self.hub.skew),
+        )  # later words may be in one list only
+        for kind, path in (
+            ("review", f"{self.path}/reviews?per_page=100"),  # which takes no `since`
+            ("inline", f"{self.path}/comments?since={since}&per_page=100"),
+            ("issue", f"{self.issue}/comments?since={since}&per_page=100"),
+        ):
+            for raw in self.hub.pages(self.job, path):
+                latest = max(latest, raw.get("updated_at") or "")
+                if one := read_comment(kind, raw):
+                    found.append(one)
+        found.sort(key=lambda one: str(one["time"]))
+        self.app.store.take(self.row["pull"], found, since=min(latest, start))
+
+    def listen(self) -> None:
+        """Take all that was said in one review into this round, whatever came first, and put eyes
+        on it.  Raises Dropped if nothing is left that we may act on."""
+        hub, job, store, source = self.hub, self.job, self.app.store, self.row["source"]
         if source.startswith("review "):
-            path, found = f"{self.path}/reviews/{source[7:]}", []
+            path = f"{self.path}/reviews/{source[7:]}"
             try:
-                found = [read_comment("review", self.hub.ask(self.job, "GET", path))]
-                inline = self.hub.pages(self.job, f"{path}/comments?per_page=100")
+                found = [read_comment("review", hub.ask(job, "GET", path))]
+                inline = hub.pages(job, f"{path}/comments?per_page=100")
                 found += [read_comment("inline", raw) for raw in inline]
+                store.take(self.row["pull"], [one for one in found if one is not None])
             except GitHubError as error:
                 if error.status != 404:  # it is gone; what is queued of it may still be there
                     raise
-            self.app.store.take(where, [one for one in found if one is not None])
-            self.app.store.gather(where, review, source)
-            self.said = self.app.store.comments(review)
-
-    def see(self) -> None:
-        """Put eyes on what is taken.  Raises Dropped if nothing is left that we may act on."""
-        user = self.said[0]["user"] if self.said else None
-        self.said = [one for one in self.said if one["user"] == user]
-        today = "SELECT COUNT(*) FROM reviews WHERE pull = ? AND submitted_at > ?"
-        if self.app.store.read(today, self.pull["id"], now_text(ago=86400))[0][0] > ROUNDS_A_DAY:
-            raise Dropped(f"{ROUNDS_A_DAY} rounds a day are enough: is it a program that answers?")
-        path = f"/collaborators/{urllib.parse.quote(str(user), safe='')}/permission"
+            store.gather(self.row["pull"], self.row["review"], source)
+        said = store.comments(self.row["review"])
+        user = said[0]["user"] if said else ""
+        path = f"/collaborators/{urllib.parse.quote(user, safe='')}/permission"
         try:
-            may = user and self.hub.ask(self.job, "GET", path)["permission"]
+            may = user and hub.ask(job, "GET", path)["permission"]
         except GitHubError as error:
-            if error.status != 404:
+            if error.again:
                 raise
-            may = "none"
+            may = "none" if error.status == 404 else str(error)
         if user and may not in ("admin", "write"):
             raise Dropped(f"{user} may not write to the repository, but {may}")
-        for one in [one for one in self.said if one["kind"] != "review"]:  # that takes no reactions
+        self.said = said = [one for one in said if one["user"] == user]
+        for one in [one for one in said if one["kind"] != "review"]:  # that takes no reactions
             on = "pulls" if one["kind"] == "inline" else "issues"
             try:
-                path = f"/{on}/comments/{one['id']}/reactions"
-                self.hub.ask(self.job, "POST", path, {"content": "eyes"})
+                hub.ask(job, "POST", f"/{on}/comments/{one['id']}/reactions", {"content": "eyes"})
             except GitHubError as error:
                 log.info("no eyes on %s %s: %s", one["kind"], one["id"], error)
                 if error.status == 404:
-                    self.said.remove(one)
-        if not self.said:
+                    said.remove(one)
+        if not said:
             raise Dropped("what was said was deleted")
 
     def threads(self) -> dict[str, list[dict[str, Any]]]:
         """What was said, by the place that an answer goes to."""
         found: dict[str, list[dict[str, Any]]] = {}
         for one in self.said:
-            place = one["thread"] if one["kind"] == "inline" else one["id"]
-            found.setdefault(f"{one['kind']} {place}", []).append(one)
+            found.setdefault(f"{one['kind']} {one['thread']}", []).append(one)
         return found
 
     def work(self) -> dict[str, Any]:
@@ -2159,31 +2127,34 @@ class Round:
         with empty_task() as folder:
             reader = job.ask_claude(f"Comment:\n{said}", *LOOKING, folder=folder)
         seen = reader.result.get("structured_output")
-        seen = seen if isinstance(seen, dict) else {}
-        self.kind = kind = seen["kind"] if seen.get("kind") in ASKS else "unclear"
-        job.note(kind=kind)
-        if kind == "none":
+        seen = seen if isinstance(seen, dict) and seen.get("kind") in ASKS else {"kind": "unclear"}
+        job.note(kind=seen["kind"])
+        if seen["kind"] == "none":
             return {"answers": {}}
-        if kind == "unclear":
+        if seen["kind"] == "unclear":
             ask = self.app.mask(str(seen.get("ask") or UNCLEAR))
             return {"answers": dict.fromkeys(self.threads(), ask)}
         base = job.fetch_base(self.branch)[1]
         self.prepare(base)
         job.phase("agent")
-        if kind == "question":
+        if seen["kind"] == "question":
             outcome = {"answers": self.answers(self.converse(f"Question:\n{said}", READING))}
             self.prepare(base)  # what it changed anyway is thrown away
             return outcome
         outcome = {"answers": self.answers(self.converse(f"Review comment:\n{said}", CHANGING))}
-        job.run_tests()
-        job.phase("commit")
         try:
-            head = job.collect(base, f"Answer the review of {job.title}"[:250])[0]
-            job.note(head_commit=head, outcome=json.dumps(outcome))  # before the push
+            self.commit(base, outcome=json.dumps(outcome))
         except TaskFailed as error:
             if error.reason != "no_changes":
                 raise
         return outcome
+
+    def commit(self, base: str, **also: str) -> None:
+        """Test and commit what is in the workspace, on top of BASE.  It is noted before the push."""
+        self.job.run_tests()
+        self.job.phase("commit")
+        head = self.job.collect(base, f"Answer the review of {self.job.title}"[:250])[0]
+        self.job.note(head_commit=head, **also)
 
     def marked(self) -> str:
         """What was said, and before it in its thread, between marks that nobody can know."""
@@ -2199,18 +2170,20 @@ class Round:
 
     def earlier(self) -> list[dict[str, Any]]:
         """What the same person and we said before in these threads; nobody else is listened to."""
-        kind, ours = ("issue" if self.said[0]["kind"] == "issue" else "inline"), "codebot itself"
-        said = [one for one in self.said if one["kind"] == kind]
-        threads = {one["thread"] for one in said if kind == "issue" or one["thread"] != one["id"]}
-        found, me = [], self.hub.bot(self.job)[1]
-        where = f"{self.issue if kind == 'issue' else self.path}/comments?per_page=100"
-        for raw in self.hub.pages(self.job, where) if threads else ():
+        found, ours, user = list[dict[str, Any]](), "codebot itself", self.said[0]["user"]
+        me = self.hub.bot(self.job)[1]
+        talk = [one for one in self.said if one["kind"] == "issue"]  # then it is all that was said
+        replies = talk or [one for one in self.said if one["thread"] != one["id"]]
+        where, kind = (self.issue, "issue") if talk else (self.path, "inline")
+        for raw in self.hub.pages(self.job, f"{where}/comments?per_page=100") if replies else ():
             if (raw["user"] or {}).get("id") == me:
                 raw = {**raw, "user": {"login": ours}}
             one = read_comment(kind, raw)
-            if one and one["id"] < said[0]["id"] and one["user"] in (ours, said[0]["user"]):
+            if one and one["id"] < replies[0]["id"] and one["user"] in (ours, user):
                 found.append(one)
-        return [one for one in found if kind == "issue" or one["thread"] in threads][-20:]
+        threads = [reply["thread"] for reply in replies]
+        found = [one for one in found if talk or one["thread"] in threads]
+        return found[-20:]
 
     def prepare(self, base: str) -> None:
         """The workspace, as the branch is at BASE: the task's own, or a new one if it is gone."""
@@ -2229,55 +2202,49 @@ class Round:
             if "No conversation found" not in str(error):
                 raise
         span = f"refs/heads/{job.row['base_name']}...{job.ref('base')}"
-        argv, diff, room = (*GIT, "-C", job.mirror, *DIFF, span), list[str](), 200_000
-        keep = {"on_lines": lambda x: diff.extend(line[:room] for line in x[: room - len(diff)])}
-        job.program(argv, base_env(self.app, job.id), timeout=GIT_TIMEOUT, **keep)
+        diff = "\n".join(git_local(self.app, job.mirror, *DIFF, span)[1])[-200_000:]
         prompt += f"The pull request was opened for this task:\n<task>\n{job.text}\n</task>\n"
-        prompt += "Its diff:\n" + "\n".join(diff)[:room] + "\n"
+        prompt += f"Its diff:\n{diff}\n(of a long one these are the last lines)\n"
         job.session = str(uuid.uuid4())
         reader = job.ask_claude(prompt, "--session-id", job.session, *how)
         if how is CHANGING:  # the others keep nothing of what was said
-            self.app.surely(self.app.store.note, ("pulls", self.pull["id"]), session=job.session)
+            self.app.surely(self.app.store.note, self.of_pull, session=job.session)
         return reader
 
     def answers(self, reader: ClaudeReader) -> dict[str, str]:
         """An answer for each thread: its own, else what the agent said of all."""
-        given, bodies = reader.result.get("structured_output"), collections.defaultdict(list)
-        rest = reader.text
-        if isinstance(given, dict):
-            rest = str(given.get("summary") or "")
-            each = given.get("answers")
-            for one in each if isinstance(each, list) else ():  # the schema is the CLI's word
-                if isinstance(one, dict) and one.get("body"):
-                    bodies[str(one.get("comment_id"))].append(str(one["body"]))
-        found = {}
+        given = reader.result.get("structured_output")
+        given = given if isinstance(given, dict) else {"summary": reader.text}
+        each, found = given.get("answers"), {}
+        each = each if isinstance(each, list) else []  # the schema is the CLI's word
+        each = [one for one in each if isinstance(one, dict) and one.get("body")]
         for thread, said in self.threads().items():
-            ids = {one["id"] for one in said} | {int(thread.split()[1])}
-            text = "\n\n".join(body for n in sorted(ids) for body in bodies[str(n)])
-            found[thread] = self.app.mask(text or rest or "Done.")
+            ids = {thread.split()[1], *(str(one["id"]) for one in said)}
+            own = [str(one["body"]) for one in each if str(one.get("comment_id")) in ids]
+            found[thread] = self.app.mask("\n\n".join(own) or str(given.get("summary") or "Done."))
         return found
 
     def publish(self) -> str:
         """Push the commit, on top of what others pushed meanwhile; give it as the remote has it."""
-        job, branch = self.job, self.branch
-        for left in reversed(range(PUSHES)):
+        job, tries, refused = self.job, 0, None
+        while True:
             self.look()  # nothing is pushed to one that was closed meanwhile
             job.phase("push")
+            head: str = job.row["head_commit"]
+            refused, tries = None, tries + 1
             try:
                 job.push()
-                break
-            except TaskFailed:
-                tip = job.fetch_base(branch)[1]
-                if job.is_ancestor(job.row["head_commit"], tip):
-                    break  # it worked, and others pushed on top before we asked
-                if not left or job.is_ancestor(tip, job.row["head_commit"]):
-                    raise  # nobody was there before us: it is refused for another reason
-                self.rebase(tip)
-        head: str = job.row["head_commit"]
-        if not job.is_ancestor(head, job.fetch_base(branch)[1]):
-            what = f"Commit {head} was pushed, but it is not on the branch any more"
-            raise TaskFailed("push_rejected", what)
-        return head
+            except TaskFailed as error:
+                refused = error
+            tip = job.fetch_base(self.branch)[1]
+            if job.is_ancestor(head, tip):
+                return head  # also if it worked, and others pushed on top before we asked
+            if refused is None:
+                what = f"Commit {head} was pushed, but it is not on the branch any more"
+                raise TaskFailed("push_rejected", what)
+            if tries == PUSHES or job.is_ancestor(tip, head):
+                raise refused  # for another reason, where nobody was there before us
+            self.rebase(tip)
 
     def rebase(self, tip: str) -> None:
         """Put our commit on TIP, and test it there.  In a conflict it stays in the workspace."""
@@ -2289,67 +2256,62 @@ class Round:
             what = f"Others pushed meanwhile, and the change conflicts with theirs: {files}. "
             what += f"It is kept as branch {kept} in the task's workspace"
             raise TaskFailed("push_rejected", what if files else f"Rebase failed: {last(lines)}")
-        job.run_tests()
-        job.phase("commit")
-        job.note(head_commit=job.collect(tip, f"Answer the review of {job.title}"[:250])[0])
+        self.commit(tip)
 
-    def post(self, thread: str, text: str, outcome: Mapping[str, Any]) -> None:
-        """Answer in a thread, once: look first if an earlier try may have done so."""
-        kind, _, number = thread.partition(" ")
-        if (said := self.threads().get(thread)) is None:
-            return  # it was deleted meanwhile
-        inline, mark = kind == "inline", f"<!-- codebot answer {self.row['review']} {thread} -->"
-        path = f"{self.path if inline else self.issue}/comments"
-        if not inline:  # nothing else shows what is answered
-            words = said[0]["text"].strip().splitlines()[0][:200]
-            text = f"> {words}\n\n{text}"
+    def post(self, thread: str, first: str, outcome: dict[str, Any]) -> None:
+        """Answer in the thread that FIRST is said in, once: an earlier try may have done so."""
+        kind, number = thread.split()
+        path = f"{self.path if kind == 'inline' else self.issue}/comments"
+        text, commit = outcome["answers"][thread], outcome.get("commit")
+        if kind != "inline":  # nothing else shows what is answered
+            text = f"> {first.strip().splitlines()[0][:200]}\n\n{text}"
         text = text.replace("<!--", "&lt;!--")[:60_000]
-        if commit := outcome.get("commit"):
+        if commit:
             text += f"\n\nThe change is in {commit}."
-        elif self.kind == "change" and "error" not in outcome:
+        elif self.job.row["kind"] == "change" and "error" not in outcome:
             text += "\n\nNo file was changed."
+        mark = f"<!-- codebot answer {self.row['review']} {thread} -->"
 
         def there() -> Any:
             me, every = self.hub.bot(self.job)[1], self.hub.pages(self.job, f"{path}?per_page=100")
             ours = (one for one in every if (one["user"] or {}).get("id") == me)
             return next((one for one in ours if mark in (one["body"] or "")), None)
 
-        if self.row["outcome"] and there():
-            return
-        to, body = f"{path}/{number}/replies" if inline else path, {"body": f"{text}\n\n{mark}"}
+        to, body = f"{path}/{number}/replies" if kind == "inline" else path, f"{text}\n\n{mark}"
         try:
-            self.hub.ask(self.job, "POST", to, body, there=there)
+            if not (self.row["outcome"] and there()):
+                self.hub.ask(self.job, "POST", to, {"body": body}, there=there)
         except GitHubError as error:
-            if error.status != 404:
+            if error.again:
                 raise
-            log.info("no answer to %s: %s", thread, error)  # it was deleted meanwhile
+            log.warning("no answer to %s: %s", thread, error)
+            if error.status != 404:  # else it was deleted meanwhile
+                outcome.update(error=f"No answer to {thread}: {error}", reason="internal")
 
     def tell_round(self, outcome: Mapping[str, Any]) -> None:
         """Add a line to our part of the pull request's body; what people wrote there stays."""
-        if self.kind == "none":
+        if (kind := self.job.row["kind"]) == "none":
             return
         sql = "SELECT COUNT(*) FROM reviews WHERE pull = ? AND source != 'state' AND id <= ?"
-        number = self.app.store.read(sql, self.pull["id"], self.row["review"])[0][0]
-        told = {"question": "answered", "unclear": "asked back"}
-        what = told.get(str(self.kind), "changed nothing")
-        if outcome.get("error"):
-            what = f"failed ({outcome['reason']})"
-        elif outcome.get("commit"):
+        number = self.app.store.read(sql, self.row["pull"], self.row["review"])[0][0]
+        what = {"question": "answered", "unclear": "asked back"}.get(kind, "changed nothing")
+        if outcome.get("commit"):
             what = f"changed in {outcome['commit']}"
-        line = f"- Round {number}, {self.said[0]['user'] if self.said else 'deleted'}: {what}"
-        body = self.hub.ask(self.job, "GET", self.path)["body"] or ""
-        above, _, rest = body.partition(ROUNDS)
-        ours, end, below = rest.partition(ROUNDS_END)
-        if not end:  # not there yet, or people took a mark away
-            above, ours, below = f"{body}\n\n### Reviews\n\n", "\n", ""
-        if f"- Round {number}, " not in ours:
-            body = f"{above}{ROUNDS}{ours}{line}\n{ROUNDS_END}{below}"
-            try:
-                self.hub.ask(self.job, "PATCH", self.path, {"body": body})
-            except GitHubError as error:
-                if error.again:
-                    raise
-                log.warning("the body of %s is left as it is: %s", self.path, error)
+        elif outcome.get("error"):
+            what = f"failed ({outcome['reason']})"
+        line = f"- Round {number}, {self.said[0]['user'] if self.said else 'deleted'}: {what}\n"
+        try:
+            body = self.hub.ask(self.job, "GET", self.path)["body"] or ""
+            ours, end, below = body.partition(ROUNDS_END)
+            if not end:  # not there yet, or people took it away
+                ours, below = f"{body}\n\n### Reviews\n\n", ""
+            if line not in ours:
+                wish = {"body": f"{ours}{line}{ROUNDS_END}{below}"}
+                self.hub.ask(self.job, "PATCH", self.path, wish)
+        except GitHubError as error:
+            if error.again:
+                raise
+            log.warning("the body of %s is left as it is: %s", self.path, error)
 
 
 # ---- Repositories and git ---------------------------------------------------------
@@ -2634,22 +2596,28 @@ def run_program(
 
 # ---- GitHub -----------------------------------------------------------------------
 
+TRIES = 5  # requests for one call
+RIGHTS = {"contents": "write", "pull_requests": "write", "issues": "write"}
+
 
 class GitHubError(Exception):
     """GitHub refused, or could not be reached (status 0); AGAIN: it may be another day."""
 
     def __init__(self, status: int, message: str, again: bool = False) -> None:
         super().__init__(message)
-        self.status, self.again = status, again or status in (0, 401) or status >= 500
+        self.status, self.again = status, again or status in (0, 401)
 
 
 class Opening(
-    urllib.request.HTTPSHandler, urllib.request.HTTPHandler, urllib.request.HTTPRedirectHandler
+    urllib.request.HTTPSHandler, urllib.request.HTTPHandler, urllib.request.HTTPErrorProcessor
 ):
-    """Opens GitHub's URLs: the timeout that is given is for connecting; an answer has 30 s."""
+    """Opens GitHub's URLs.  The timeout that is given is for connecting; an answer has 30 s."""
 
-    def redirect_request(self, *_: Any) -> None:
-        """urllib's own would carry the token to another host, and make a POST a GET."""
+    def http_response(self, request: Any, response: Any) -> Any:
+        """Any status is an answer: urllib would follow a redirect to other hosts, token and all."""
+        return response
+
+    https_response = http_response
 
     def do_open(self, http_class: Any, req: urllib.request.Request, **how: Any) -> Any:
         class Quick(http_class):  # type: ignore[misc]
@@ -2669,102 +2637,102 @@ class GitHub:
         self.app, self.config = app, app.config
         self.calls, self.skew = 0, 0.0  # seconds that GitHub's clock is ahead of ours
         self.remaining: int | None = None
-        self._quiet = 0.0  # until then nothing is asked
-        self.etags: dict[str, str] = {}  # the poll's: of what it has seen and kept
-        self._lock = threading.RLock()  # guards what follows, while it is fetched too
-        self._jwt, self._jwt_until, self._born = "", 0.0, 0.0
+        self._quiet, self._born = 0.0, 0.0  # until when nothing is asked; the newest token's birth
+        self._lists: dict[str, tuple[Any, Any]] = {}  # URL: a short list and its headers
         self._tokens: dict[str, tuple[str, float]] = {}  # name: token, when it expires
+        self._minting = threading.RLock()  # so that one token serves all who ask at once
         self._bot: tuple[str, int] | None = None
         urllib.request.install_opener(urllib.request.build_opener(Opening()))
 
     def _call(
-        self,
-        method: str,
-        path: str,
-        bearer: Callable[[], str],
-        body: Any = None,
-        job: Any = None,
-        etag: str = "",
-        there: Callable[[], Any] | None = None,
+        self, method: str, path: str, job: Any = None, body: Any = None, there: Any = None
     ) -> tuple[Any, Any]:
-        """The one place that asks GitHub.  Gives the value (None: as ETAG has it) and headers.
-        Retries what GitHub asks to retry (docs: "Best practices for using the REST API"), but
-        looks first whether it is THERE: an answer may be lost of what was done."""
-        api, tries, hops, refused = self.config.github_api, 0, 0, 0
-        url = path if path.startswith(f"{api}/") else f"{api}{path}"
+        """Ask (below /app as the App), and again as GitHub wants it (docs: "Best practices for
+        using the REST API"), but look first whether it is THERE: an answer may be lost of what
+        was done.  Gives the value and the headers."""
         if (left := self._quiet - time.monotonic()) > 0:
             raise GitHubError(429, f"GitHub's rate limit is reached, for {left:.0f} s", again=True)
+        api, renewed = self.config.github_api, False
+        url = path if path.startswith(f"{api}/") else f"{api}{path}"
+        data = None if body is None else self.app.mask(json.dumps(body)).encode()
+        for tries in range(TRIES):
+            bearer = self.jwt() if url.startswith(f"{api}/app") else self.token(job)
+            status, value, got = self._once(method, url, bearer, data)
+            if 0 < status < 300:
+                return value, got
+            wait = self._wait(status, value, got, 2.0**tries)
+            moved = urllib.parse.urljoin(url, got.get("Location", ""))
+            if 300 < status < 400 and moved.startswith(f"{api}/"):
+                url = moved
+            elif status == 401 and not renewed:
+                self.forget_token(job)
+                renewed = True
+            elif status == 401 and time.monotonic() < self._born + 5:
+                self.pause(1.0, job)  # a new token is not known everywhere at once
+            elif wait is None or wait > GITHUB_WAIT or tries == TRIES - 1:
+                break
+            else:
+                log.warning("GitHub: %s %s: %s; again in %.0f s", method, path, value, wait)
+                self.pause(wait, job)
+                if there and (found := there()) is not None:
+                    return found, got
+        raise GitHubError(status, self.app.mask(value), again=wait is not None)
+
+    def _once(self, method: str, url: str, bearer: str, data: bytes | None) -> tuple[int, Any, Any]:
+        """The one place that asks GitHub.  Gives the status (0: there is no answer), the value or
+        what is wrong, and the headers.  To ask for a list that is as it was costs nothing."""
         headers = {"Accept": "application/vnd.github+json", "User-Agent": "codebot"}
         headers |= {"X-GitHub-Api-Version": "2022-11-28", "Content-Type": "application/json"}
-        headers |= {"If-None-Match": etag} if etag else {}
-        data = None if body is None else self.app.mask(json.dumps(body)).encode()
-        while True:
-            headers["Authorization"] = f"Bearer {bearer()}"
+        headers["Authorization"] = f"Bearer {bearer}"
+        if known := self._lists.get(url) if method == "GET" else None:
+            headers["If-None-Match"] = known[1]["ETag"]
+        self.calls += 1
+        try:
             request = urllib.request.Request(url, data, headers, method=method)
-            self.calls += 1
-            status, got, wait = 0, email.message.Message(), 2.0**tries
-            try:
-                with urllib.request.urlopen(request, timeout=10) as answer:
-                    status, got, raw = answer.status, answer.headers, answer.read()
-                    return (json.loads(raw) if raw else None), got
-            except urllib.error.HTTPError as error:
-                status, got, message = error.code, error.headers, github_words(error)
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                message = f"GitHub cannot be reached: {getattr(error, 'reason', error)}"
-            finally:
-                self.learn(got)
-            if status == 304:
-                return None, got
-            moved = urllib.parse.urljoin(url, got.get("Location", ""))
-            same_host = urllib.parse.urlsplit(moved)[:2] == urllib.parse.urlsplit(url)[:2]
-            if status in (301, 302, 307, 308) and hops < 5 and same_host:
-                url, hops = moved, hops + 1
-                continue
-            young = bearer != self.jwt and time.time() < self._born + 5  # not known everywhere yet
-            if status == 401 and refused < (4 if young else 1):
-                refused += 1
-                if young and refused != 2:
-                    self.pause(1.0, job)
-                else:
-                    self.forget_token(job)
-                continue
-            spent = got.get("x-ratelimit-remaining") == "0"
-            asked = spent or "retry-after" in got or "rate limit" in message
-            if limited := status == 429 or (status == 403 and asked):
-                reset = float(got.get("x-ratelimit-reset", 0)) - time.time() - self.skew + 1
-                told = got.get("retry-after", "")
-                wait = float(told) if told.isdigit() else reset if spent else 60 * wait
-                if wait > GITHUB_WAIT:
-                    self._quiet = time.monotonic() + wait  # who asks on regardless may be banned
-            if not (limited or status >= 500 or status < 300) or tries == 4 or wait > GITHUB_WAIT:
-                raise GitHubError(status, self.app.mask(message), again=limited)
-            tries += 1
-            log.warning("GitHub: %s %s: %s; again in %.0f s", method, path, message, wait)
-            self.pause(max(1.0, wait), job)
-            if there and not limited and (found := there()) is not None:
-                return found, got
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                status, got, raw = answer.status, answer.headers, answer.read()
+            value = json.loads(raw or "null") if status < 300 else github_words(status, raw)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            why = f"GitHub cannot be reached: {getattr(error, 'reason', error)}"
+            return 0, why, email.message.Message()
+        with contextlib.suppress(TypeError, ValueError):
+            ahead = email.utils.parsedate_to_datetime(got["Date"]).timestamp() - time.time()
+            self.skew = ahead if abs(ahead) > 5 else 0.0
+        if (left := got.get("x-ratelimit-remaining", "")).isdigit():
+            self.remaining = int(left)
+        if known and status == 304:
+            return 200, *known
+        # a full page is longer; its next one could change while it is as it was
+        if isinstance(value, list) and len(raw) < 1 << 16 and "ETag" in got:
+            if len(self._lists) >= 500:
+                self._lists.clear()
+            self._lists[url] = value, got
+        return status, value, got
+
+    def _wait(self, status: int, words: str, got: Any, wait: float) -> float | None:
+        """The seconds until it may be asked again, WAIT if GitHub gives none; None: it is final."""
+        spent, told = got.get("x-ratelimit-remaining") == "0", got.get("retry-after", "")
+        if status == 429 or (status == 403 and (spent or told or "rate limit" in words)):
+            reset = float(got.get("x-ratelimit-reset", 0)) - time.time() - self.skew + 1
+            wait = max(1.0, float(told) if told.isdigit() else reset if spent else 60 * wait)
+            if wait > GITHUB_WAIT:
+                self._quiet = time.monotonic() + wait  # who asks on regardless may be banned
+        elif 0 < status < 500:
+            return None
+        return wait
 
     def ask(self, job: Job, method: str, path: str, body: Any = None, there: Any = None) -> Any:
-        """One call on the job's repository, whose name PATH follows; its new name if it has one."""
-        try:
-            self.token(job)
-        except GitHubError as error:
-            if error.status not in (404, 422) or not job.renamed():
-                raise
-        path = f"/repos/{job.repository.name}{path}"
-        return self._call(method, path, lambda: self.token(job), body, job, there=there)[0]
+        """One call on the job's repository, whose name PATH follows."""
+        self.token(job)  # which may have the job take the repository's new name
+        return self._call(method, f"/repos/{job.repository.name}{path}", job, body, there)[0]
 
-    def pages(self, job: Any, path: str, etags: dict[str, str] | None = None) -> Iterator[Any]:
-        """All entries of a list; none if, by ETAGS, it is as it was.  Without JOB as the App."""
-        bearer = (lambda: self.token(job)) if job else self.jwt
-        first = url = f"/repos/{job.repository.name}{path}" if job else path
+    def pages(self, job: Any, path: str) -> Iterator[Any]:
+        """All entries of a list, to its last page.  Without JOB as the App."""
+        url = f"/repos/{job.repository.name}{path}" if job else path
         while url:
-            etag = "" if etags is None else self.etags.get(url, "")
-            value, got = self._call("GET", url, bearer, job=job, etag=etag)
+            value, got = self._call("GET", url, job)
+            yield from value
             link = re.search(r'<([^>]+)>; *rel="next"', got.get("Link", ""))
-            if etags is not None and value is not None and url == first and not link:
-                etags[url] = got.get("ETag", "")  # of a longer list only the first page is the same
-            yield from value or ()
             url = link[1] if link else ""
 
     def pause(self, seconds: float, job: Any) -> None:
@@ -2773,83 +2741,63 @@ class GitHub:
             if self.app.stop.wait(min(left, 0.5)) or (job and job.cancel.is_set()):
                 raise Stopped("stopped")
 
-    def learn(self, headers: Any) -> None:
-        """Take GitHub's clock and our rate limit from an answer's headers."""
-        with contextlib.suppress(TypeError, ValueError):
-            ahead = email.utils.parsedate_to_datetime(headers["Date"]).timestamp() - time.time()
-            self.skew = ahead if abs(ahead) > 5 else 0.0
-        if (left := headers.get("x-ratelimit-remaining", "")).isdigit():
-            self.remaining = int(left)
-
-    @contextlib.contextmanager
-    def _turn(self, job: Any) -> Iterator[None]:
-        """The lock, but not for a job that is to end while it waits."""
-        while not self._lock.acquire(timeout=0.5):
-            self.pause(0.001, job)
-        try:
-            yield
-        finally:
-            self._lock.release()
-
     def jwt(self) -> str:
         """GitHub docs: "Generating a JSON Web Token (JWT) for a GitHub App"."""
-        if time.monotonic() > self._jwt_until:
-            now = int(time.time() + self.skew)
-            claims = {"iat": now - 60, "exp": now + 540, "iss": self.config.app_id}
-            parts = ({"alg": "RS256", "typ": "JWT"}, claims)
-            signed = ".".join(base64url(json.dumps(part).encode()) for part in parts)
-            argv = ("openssl", "dgst", "-sha256", "-hex", "-sign", self.config.key_file)
-            try:
-                code, lines = run_program(argv, base_env(self.app), 30, stdin=signed)
-            except (OSError, Stopped) as error:
-                raise GitHubError(0, f"openssl cannot sign: {error}") from None
-            signature = re.fullmatch(r".*= *([0-9a-f]+)", last(lines[-1:]))
-            if code or not signature:
-                raise GitHubError(0, f"openssl cannot sign with the App's key: {last(lines)}")
-            self._jwt = f"{signed}.{base64url(bytes.fromhex(signature[1]))}"
-            self._jwt_until = time.monotonic() + 480
-        return self._jwt
+        now = int(time.time() + self.skew)
+        claims = {"iat": now - 60, "exp": now + 540, "iss": self.config.app_id}
+        parts = ({"alg": "RS256", "typ": "JWT"}, claims)
+        signed = ".".join(base64url(json.dumps(part).encode()) for part in parts)
+        argv = ("openssl", "dgst", "-sha256", "-hex", "-sign", self.config.key_file)
+        try:
+            code, lines = run_program(argv, base_env(self.app), 30, stdin=signed)
+        except (OSError, Stopped) as error:
+            code, lines = 1, [str(error)]
+        signature = re.search("= *([0-9a-f]+)$", "".join(lines[-1:]))
+        if code or not signature:
+            raise GitHubError(0, f"openssl cannot sign with the App's key: {last(lines)}")
+        return f"{signed}.{base64url(bytes.fromhex(signature[1]))}"
 
-    def token(self, job: Job) -> str:
-        """An installation token for the job's repository, good for 5 minutes at the least."""
-        name, soon = job.repository.name, time.time() + self.skew + 300
+    def token(self, job: Job | None) -> str:
+        """An installation token for the job's repository, good for 5 minutes at the least; without
+        JOB one that only reads metadata.  Where GitHub has no repository of that name, the job
+        takes the name that it has by now."""
+        name, soon = job.repository.name if job else "", time.time() + self.skew + 300
         if (known := self._tokens.get(name)) and known[1] > soon:
-            return known[0]  # without the lock, which may be held for long
-        wish = {"contents": "write", "pull_requests": "write", "issues": "write"}
-        with self._turn(job):
-            if name not in self._tokens or self._tokens[name][1] <= soon:
-                wanted = {"repositories": [name.split("/")[1]], "permissions": wish}
-                self._tokens[name] = self._mint(wanted, job)
-            return self._tokens[name][0]
-
-    def _mint(self, wanted: Mapping[str, Any], job: Job) -> tuple[str, float]:
+            return known[0]
+        wish = {"repositories": [name.split("/")[-1]], "permissions": RIGHTS}
+        wish = wish if job else {"permissions": {"metadata": "read"}}
         path = f"/app/installations/{self.config.installation_id}/access_tokens"
-        got = self._call("POST", path, self.jwt, wanted, job)[0]
-        self.app.mask.add(got["token"])
-        self._born = time.time()
-        until = time.strptime(got["expires_at"], "%Y-%m-%dT%H:%M:%SZ")
-        return got["token"], float(calendar.timegm(until))
+        alone = self._minting.acquire(timeout=5)  # no longer: its holder may wait for GitHub
+        try:
+            if (known := self._tokens.get(name)) is None or known[1] <= soon:
+                got = self._call("POST", path, job, wish)[0]
+                self.app.mask.add(got["token"])
+                until = calendar.timegm(time.strptime(got["expires_at"], "%Y-%m-%dT%H:%M:%SZ"))
+                known = self._tokens[name] = (got["token"], float(until))
+                self._born = time.monotonic()
+            return known[0]
+        except GitHubError as error:
+            if job is None or error.status not in (404, 422) or not job.renamed():
+                raise
+        finally:
+            if alone:
+                self._minting.release()
+        return self.token(job)
 
     def forget_token(self, job: Job | None) -> None:
-        with self._turn(job):
-            self._jwt_until = 0.0
-            if job:
-                self._tokens.pop(job.repository.name, None)
+        self._tokens.pop(job.repository.name if job else "", None)
 
     def current_name(self, job: Job) -> str | None:
-        """The name the repository has now, if GitHub knows; asked with a token for no writing."""
+        """The name that the repository has now, if GitHub knows."""
         with contextlib.suppress(GitHubError):
-            token = self._mint({"permissions": {"metadata": "read"}}, job)[0]
-            path = f"/repos/{job.repository.name}"
-            return str(self._call("GET", path, lambda: token, job=job)[0]["full_name"])
+            return str(self._call("GET", f"/repos/{job.repository.name}")[0]["full_name"])
         return None
 
     def bot(self, job: Job) -> tuple[str, int]:
         """The App's login and user id, which its commits carry."""
         if self._bot is None:  # two that ask at once hear the same
-            login = f"{self._call('GET', '/app', self.jwt, job=job)[0]['slug']}[bot]"
-            path = f"/users/{urllib.parse.quote(login)}"
-            user = self._call("GET", path, lambda: self.token(job), job=job)[0]
+            login = f"{self._call('GET', '/app', job)[0]['slug']}[bot]"
+            user = self._call("GET", f"/users/{urllib.parse.quote(login)}", job)[0]
             self._bot = (login, user["id"])
         return self._bot
 
@@ -2872,15 +2820,16 @@ class GitHub:
             raise
 
 
-def github_words(error: urllib.error.HTTPError) -> str:
+def github_words(status: int, raw: bytes) -> str:
     """What an error's body says, in one line."""
     try:
-        body = json.loads(error.read(1 << 20))
-        all_of = body.get("errors", ())
-        more = [e if isinstance(e, str) else e.get("message") or str(e) for e in all_of]
-        return f"{error.code} {': '.join([body['message'], *more])}"[:1000]
-    except (ValueError, LookupError, TypeError, AttributeError, OSError, http.client.HTTPException):
-        return f"{error.code} without a reason"
+        body = json.loads(raw)
+        errors = [
+            e if isinstance(e, str) else e.get("message") or e for e in body.get("errors", ())
+        ]
+        return f"{status} {': '.join(map(str, [body['message'], *errors]))}"[:1000]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return f"{status} without a reason"
 
 
 def base64url(data: bytes) -> str:
@@ -3212,10 +3161,10 @@ def check(flags: dict[str, Any]) -> int:
     try:
         if hub := app.github:
             tell(hub.jwt(), "the App's key signs")
-            about = hub._call("GET", "/app", hub.jwt)[0]["name"]
+            about = hub._call("GET", "/app")[0]["name"]
             tell(True, f"GitHub answers at {config.github_api}; the App is {about}")
             warn(abs(hub.skew) < 30, f"clock: {hub.skew:+.0f} s to GitHub's", "set the host's")
-            given = hub._call("GET", f"/app/installations/{config.installation_id}", hub.jwt)[0]
+            given = hub._call("GET", f"/app/installations/{config.installation_id}")[0]
             tell(True, f"installation {config.installation_id} of {given['account']['login']}")
             for right in ("contents", "pull_requests", "issues"):
                 has = given["permissions"].get(right, "none")
