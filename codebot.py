@@ -1986,18 +1986,11 @@ class Round:
     def __init__(self, app: App, hub: GitHub, row: Any) -> None:
         self.app, self.hub, self.row, self.said = app, hub, row, list[dict[str, Any]]()
         self.path, self.issue = f"/pulls/{row['number']}", f"/issues/{row['number']}"
-        kept = (
-            "session",
-            "folder",
-            "mirror",
-            "review",
-            "interruptions",
-            "kind",
-            "head_commit",
-            "outcome",
-        )
+        kept = ("session", "folder", "review", "interruptions", "kind", "head_commit", "outcome")
+        # of a mirror's path only what follows the work-dir, which may have been moved
+        mirror = os.path.join(app.config.work_dir, "mirrors", *row["mirror"].split("/")[-3:])
         known = {**json.loads(row["task"]), **{name: row[name] for name in kept}}
-        self.job = Job(app, known, threading.Event())
+        self.job = Job(app, {**known, "mirror": mirror}, threading.Event())
         self.branch, self.of_pull = self.job.row["branch"], ("pulls", row["pull"])
 
     def carry_out(self) -> dict[str, Any]:
@@ -2188,7 +2181,8 @@ class Round:
     def prepare(self, base: str) -> None:
         """The workspace, as the branch is at BASE: the task's own, or a new one if it is gone."""
         job = self.job
-        argv = ("sh", "-c", RESET, "sh", self.branch, base)
+        objects = 'echo "$3" >.git/objects/info/alternates\n'  # the work-dir may have been moved
+        argv = ("sh", "-c", objects + RESET, "sh", self.branch, base, f"{job.mirror}/objects")
         if not os.path.isdir(f"{job.folder}/repo/.git") or job.boxed(*argv)[0]:
             job.make_folder()
             job.make_workspace(self.branch, base)

@@ -3627,3 +3627,14 @@ def test_a_base_that_moves_before_it_is_fetched_is_asked_for_again(stand: Stand)
     stand.hub.fault(refs, lambda: None, lambda: stand.commit(late="news\n"))
     result = stand.done(stand.submit())
     assert stand.shown(result, "late") == "news"
+
+
+def test_a_pull_request_goes_on_in_a_work_dir_that_was_moved(stand: Stand) -> None:
+    task, result = opened(stand, CHANGE)
+    stand.stop()
+    old, stand.work = stand.work, stand.top / "moved"
+    old.rename(stand.work)
+    stand.start()
+    stand.inline("alice", "Say more")
+    assert stand.rounds(task, 1)[0]["error"] is None
+    assert (stand.shown(result, "hello.txt"), old.exists()) == ("hello\nmore", False)
