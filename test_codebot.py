@@ -1056,8 +1056,7 @@ def test_tokens_are_asked_for_one_repository_and_few_permissions(stand: Stand) -
     stand.done(stand.submit())
     rights = {"contents": "write", "pull_requests": "write", "issues": "write"}
     assert stand.hub.minted == [{"repositories": ["widget"], "permissions": rights}]
-    [claims] = stand.hub.jwts.values()
-    assert claims["exp"] - claims["iat"] == 600
+    assert {claims["exp"] - claims["iat"] for claims in stand.hub.jwts.values()} == {600}
 
 
 def test_a_pull_request_is_opened_once_though_the_answer_was_lost(stand: Stand) -> None:
