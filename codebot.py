@@ -152,7 +152,7 @@ def words(text: str = "") -> tuple[str, ...]:
 TEXT, LIST, FOLDER, SWITCH = ((make, ".*", "") for make in (str, listed, os.path.realpath, bool))
 COUNT = (int, "[1-9][0-9]{0,8}", "a whole number from 1 to 999999999")
 THREADS = (int, "[1-9][0-9]{0,2}", "a whole number from 1 to 999")
-TRIES = (int, "[0-9]{1,2}", "a whole number from 0 to 99")
+ATTEMPTS = (int, "[0-9]{1,2}", "a whole number from 0 to 99")
 NUMBER = (int, "[0-9]{1,16}", "a whole number")
 DOLLARS = (float, r"(?=.*[1-9])[0-9]{1,9}(\.[0-9]{1,9})?", "US dollars above 0, such as 2.50")
 WORDS = (words, r"""([^\\'"]|\\.|'[^']*'|"([^\\"]|\\.)*")*""", "words as a shell reads them")
@@ -198,7 +198,7 @@ class Config:
     stall_timeout: int = setting("CODEBOT_STALL_TIMEOUT", COUNT, "1200")
     budget: float = setting("CODEBOT_MAX_BUDGET_USD", DOLLARS)  # 0: no limit; and of turns
     turns: int = setting("CODEBOT_MAX_TURNS", COUNT)
-    test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", TRIES, "2")
+    test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", ATTEMPTS, "2")
     sandbox: tuple[str, ...] = setting("CODEBOT_SANDBOX", WORDS, "auto")
     agent_names: tuple[str, ...] = setting("CODEBOT_AGENT_ENV", NAMES)
     path: str = setting("PATH", default=os.defpath)
