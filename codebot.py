@@ -1223,7 +1223,8 @@ class Store:
                 return False
             for one in found:
                 row = {"kind": one.get("kind"), "id": one.get("id"), "given": json.dumps(one)}
-                if number := insert(db, "comments", {**row, "pull": pull}):  # it is not known
+                number = insert(db, "comments", {**row, "pull": pull}) if one else None
+                if number != 0:  # it is not known
                     which = (pull, one.get("source", "state"))
                     db.execute(ask, (*which, now_text(), *which))
                     db.execute(tell, (*which, number))
@@ -1470,6 +1471,8 @@ def carry_out(job: Job) -> dict[str, Any]:
     if pull or (done and job.is_ancestor(done, job.ref("head"))):
         job.say("codebot", f"Taken up again after commit {done[:10]}")
     else:
+        if job.row["folder"]:
+            job.say("codebot", "Begun anew: the last run was cut off")
         job.phase("clone")
         job.make_folder()
         base_name, base = job.fetch_base(job.row["base_branch"])
@@ -1499,7 +1502,7 @@ def carry_out(job: Job) -> dict[str, Any]:
 
 Ended = tuple[int, list[str]]  # a program's exit code and last lines
 # What git prints: no second try would help; the token is not taken
-FINAL = r"\[(remote )?rejected\]|not found|denied|does not (appear|exist)|error: [34]"
+FINAL = r"\[(remote )?rejected\]|not found|denied|does not (appear|exist)|error: (?!429)[34]"
 STRANGER = r"could not read Username|Invalid username or token|Authentication failed"
 
 
@@ -1650,13 +1653,14 @@ class Job:
         return reader
 
     def run_tests(self) -> dict[str, Any] | None:
-        """Run the test command; show the agent what fails.  Raises TaskFailed in the end."""
+        """Run the test command; show the agent what fails.  Raises TaskFailed in the end.  What the
+        tests leave behind, less what the repository ignores, is thrown away."""
         command, tries = self.row["test_command"], self.app.config.test_attempts
         for attempt in range(tries + 1) if command else ():
             self.phase("test")
             self.say("test", f"$ {command}")
             how: dict[str, Any] = {"on_lines": lambda lines: self.say("test", *lines)}
-            code, lines = self.boxed("sh", "-c", command, timeout=self.left(), **how)
+            code, lines = self.boxed("sh", "-c", TEST, "sh", command, timeout=self.left(), **how)
             self.say("test", f"Exit code {code}")
             if code == 0:
                 return {"command": command, "passed": True, "attempts": attempt + 1}
@@ -1834,7 +1838,7 @@ class ClaudeReader:
         for block in content if isinstance(content, list) else ():
             if block["type"] == "text" and event["type"] == "assistant":
                 yield "agent", str(block["text"])
-            elif block["type"] == "tool_use":
+            elif block["type"] == "tool_use" and block["name"] != "StructuredOutput":
                 given = block["input"]
                 main = given.get("command") or given.get("file_path") or given.get("pattern")
                 yield "tool", f"{block['name']}: {main or json.dumps(given)}"
@@ -1844,7 +1848,8 @@ class ClaudeReader:
             self.result, self.text = event, str(event.get("result") or "")
         elif event.get("subtype") == "api_retry":
             self.login_failed = event.get("error_status") == 401
-            yield "agent", f"The model's API failed ({event.get('error')}); it is asked again"
+            then = "refused the login" if self.login_failed else "failed, and is asked again"
+            yield "agent", f"The model's API {then} ({event.get('error')})"
 
     def judge(self, code: int, lines: Sequence[str]) -> None:
         """Raise TaskFailed unless the agent told of a success.  Its exit code is not asked."""
@@ -2276,13 +2281,14 @@ class Round:
     def tell_round(self, outcome: Mapping[str, Any]) -> None:
         """Add a line to our part of the pull request's body; what people wrote there stays."""
         if (kind := self.job.row["kind"]) == "none":
-            return
+            return self.job.say("codebot", "Nothing was asked for")
         sql = "SELECT COUNT(*) FROM reviews WHERE pull = ? AND source != 'state' AND id <= ?"
         number = self.app.store.read(sql, self.row["pull"], self.row["review"])[0][0]
         what = {"question": "answered", "unclear": "asked back"}.get(kind, "changed nothing")
         what = f"failed ({outcome['reason']})" if outcome.get("error") else what
         what = f"changed in {outcome['commit']}" if outcome.get("commit") else what
         line = f"- Round {number}, {self.said[0]['user'] if self.said else 'deleted'}: {what}\n"
+        self.job.say("codebot", line.strip("- \n"))
         try:
             body = self.hub.ask(self.job, "GET", self.path)["body"] or ""
             ours, end, below = body.partition(ROUNDS_END)
@@ -2299,13 +2305,18 @@ class Round:
 
 # ---- Repositories and git ---------------------------------------------------------
 
-DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color")
+DIFF = ("-c", "core.quotePath=false", "diff", "--no-ext-diff", "--no-textconv", "--no-color")
 GIT = ("git", "-c", "gc.auto=0", "-c", "maintenance.auto=false")  # gc would take what tasks read
 FETCH = ("fetch", "-q", "--no-tags", "--no-recurse-submodules", "--no-write-fetch-head")
 # What runs in a workspace, in the sandbox.  A git that was killed leaves locks.
 ALONE = """rm -rf .git/index.lock .git/HEAD.lock .git/rebase-merge .git/rebase-apply
 g() { git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c commit.gpgSign=false "$@"; }
 """
+TEST = (
+    ALONE
+    + """kept=; g add -A && kept=yes; sh -c "$1"; code=$?
+[ "$kept" ] && g checkout-index -q -f -a && g clean -q -ff -d; exit $code"""
+)
 COMMIT = ALONE + """g add -A && { g diff --cached --quiet || g commit -q --no-verify -m "$1"; }"""
 RESET = ALONE + """g checkout -q -f -B "$1" "$2" && g clean -q -ff -d"""
 REBASE = f"""{ALONE}g rebase -q "$1" && exit; echo IN; g diff --name-only --diff-filter=U

@@ -3637,3 +3637,30 @@ def test_a_pull_request_goes_on_in_a_work_dir_that_was_moved(stand: Stand) -> No
     stand.inline("alice", "Say more")
     assert stand.rounds(task, 1)[0]["error"] is None
     assert (stand.shown(result, "hello.txt"), old.exists()) == ("hello\nmore", False)
+
+
+def test_a_remote_that_says_429_to_git_is_asked_again(stand: Stand) -> None:
+    stand.hub.fault("GET /acme/widget.git/info/refs", (429, b"slow down", {}))
+    stand.done(stand.submit())
+
+
+def test_what_the_tests_leave_behind_is_not_committed(stand: Stand) -> None:
+    litter = "echo >report.xml; mkdir -p cache && echo >cache/x; echo no >hello.txt; rm README.md"
+    task = stand.submit(test_command=f"grep -q hello hello.txt && {litter}")
+    result = stand.done(task)
+    assert stand.shown(result, "hello.txt") == "hello"
+    assert stand.git("diff", "--name-only", "main", result["branch_name"]) == "hello.txt"
+
+
+def test_files_are_named_as_people_name_them(stand: Stand) -> None:
+    stand.agent("echo x >'gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n 1.txt'; result Done")
+    stand.done(stand.submit())
+    assert "gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n 1.txt" in stand.hub.pulls[0]["body"]
+
+
+def test_looks_at_a_pull_request_leave_no_rows(tmp_path: Path) -> None:
+    store = codebot.Store(str(tmp_path / "db"))
+    for _ in range(3):
+        assert store.take(1, [{}])
+    assert len(store.read("SELECT 1 FROM reviews")) == 1
+    assert not store.read("SELECT 1 FROM comments")
