@@ -1547,9 +1547,7 @@ class Job:
                     continue
                 if self.room == 0:
                     source, text = "codebot", "what follows of the agent and the tests is not kept"
-            text = self.app.mask(text)
-            cut = f" … ({len(text) - MESSAGE} characters cut)" if len(text) > MESSAGE else ""
-            events.append((source, text[:MESSAGE] + cut))
+            events.append((source, cut(self.app.mask(text), MESSAGE)))
         self.app.store.say(self.id, events)
 
     def note(self, **columns: Any) -> None:
@@ -1719,10 +1717,10 @@ class Job:
         tests, cost = outcome["tests"], outcome["cost_usd"]
         tested = f"`{tests['command'][:1000]}` passed" if tests else "No test command was given"
         spent = f", {cost:.2f} US dollars by the agent's word" if cost is not None else ""
-        quoted = "\n> ".join(self.text[:10_000].splitlines())
+        quoted = "\n> ".join(cut(self.text, 10_000).splitlines())
         shown = outcome["files"][:10_000].replace("```", "'''")
         body = (
-            f"{outcome['summary'][:20_000]}\n\n### Task\n\n> {quoted}\n\n### Files\n\n"
+            f"{cut(outcome['summary'], 20_000)}\n\n### Task\n\n> {quoted}\n\n### Files\n\n"
             f"```\n{shown}\n```\n\n### Test\n\n{tested}.\n\n"
             f"Done in {time.monotonic() - self.began:.0f} s{spent}.\n"
         ).replace("<!--", "&lt;!--")[:65_000] + f"\n<!-- codebot task {self.id} -->\n"
@@ -1864,6 +1862,11 @@ class ClaudeReader:
         if get("is_error") or get("subtype") != "success" or get("num_turns") == 0:
             why = "failed" if self.result else f"ended without a result, code {code}"
             raise TaskFailed("agent_failed", f"The agent {why}: {said}")
+
+
+def cut(text: str, most: int) -> str:
+    """The first MOST characters, and a word on what is missing."""
+    return text[:most] + (f" … ({len(text) - most} characters cut)" if len(text) > most else "")
 
 
 def plain(text: str) -> str:
@@ -2255,7 +2258,7 @@ class Round:
         path = f"{self.path if kind == 'inline' else self.issue}/comments"
         quote = f"> {first.strip().splitlines()[0][:200]}\n\n" if kind != "inline" else ""
         text = f"{quote}{outcome['answers'][thread]}"  # without it nothing shows what is answered
-        text = text.replace("<!--", "&lt;!--")[:60_000]
+        text = cut(text.replace("<!--", "&lt;!--"), 60_000)
         if outcome.get("commit"):
             text += f"\n\nThe change is in {outcome['commit']}."
         elif self.job.row["kind"] == "change" and "error" not in outcome:
