@@ -1085,7 +1085,7 @@ class Store:
         """The new task's id and True; or that of the same key and body, and False."""
         row = {**task, "id": str(uuid.uuid4()), "idempotency_key": key, "body_hash": body}
         row |= {"status": "pending", "submitted_at": now_text()}
-        mine: list[Any] = [row, None]  # and what went wrong with it
+        mine: list[Any] = [row, 0]  # its number then, or what went wrong
         self._adds.append(mine)
         with self._adding:  # the first one in writes for all that wait: they share one fsync
             if mine in self._adds:
@@ -1093,18 +1093,19 @@ class Store:
                 try:
                     with self._writing() as db:
                         for one in group:
-                            if self.pending < most and insert(db, "tasks", one[0]):
-                                self.pending += 1
+                            if self.pending < most and (number := insert(db, "tasks", one[0])):
+                                self.pending, one[1] = self.pending + 1, number
                 except sqlite3.Error as error:
                     for one in group:
                         one[1] = error
-        if mine[1]:
+        if isinstance(mine[1], Exception):
             raise mine[1]
-        same = "SELECT id, body_hash FROM tasks WHERE id = ? OR idempotency_key = ?"
-        for found in self.read(same, row["id"], key):
-            if found["body_hash"] != body:
+        if mine[1]:
+            return row["id"], True
+        for known in self.read("SELECT * FROM tasks WHERE idempotency_key = ?", key):
+            if known["body_hash"] != body:
                 raise HTTPError(409, "Idempotency-Key: was used with another body")
-            return found["id"], found["id"] == row["id"]
+            return known["id"], False
         raise HTTPError(503, f"{most} tasks wait already", {"Retry-After": "60"})
 
     def claim(self, task_id: str) -> Any:
