@@ -1079,7 +1079,8 @@ class Store:
             raise WrongState(f"{of} is not {old}, or is cancelled")
         if of[0] == "tasks":
             self.pending += (new == "pending") - (old == "pending")
-        log.info("%s %s: %s -> %s %s", *of, old, new, also.get("reason") or "")
+        what = (of[0][:-1], of[1], old, new, also.get("reason") or "")
+        log.info("%s %s: %s -> %s %s", *what)
 
     def add(self, task: Mapping[str, Any], key: Any, body: Any, most: int) -> tuple[str, bool]:
         """The new task's id and True; or that of the same key and body, and False."""

@@ -2,6 +2,8 @@
 
 Nothing is mocked, things are stood up (see Stand): repositories by git, keys by openssl,
 a GitHub on loopback, a `claude` that obeys a small plan, and codebot as its own process.
+A test that needs settings or a restart has a stand of its own (stand); all others share a
+server, with a repository of their own there (shared).
 
     python -m pytest            needs pytest only; -n 4 and any order will do
 """
@@ -35,7 +37,7 @@ import threading
 import time
 import urllib.parse
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +52,7 @@ NAME = "acme/widget"
 BOT = {"login": "acme-bot[bot]", "id": 77, "type": "Bot"}
 EVENTS = {"issue": "issue_comment", "inline": "pull_request_review_comment"}
 EVENTS |= {"review": "pull_request_review"}  # what GitHub calls what was said
+RIGHTS = {"alice": "write", "bob": "admin", "carol": "read"}  # of people on GitHub
 CSP = "Content-Security-Policy"
 GIT = {
     "GIT_CONFIG_GLOBAL": "/dev/null",
@@ -64,10 +67,11 @@ GIT = {
 
 def wait_for(condition: Callable[[], Any], seconds: float = 20) -> Any:
     """What CONDITION gives, once it is true; it has some seconds for that."""
-    until, tick = time.monotonic() + seconds, threading.Event()
+    until, tick, pause = time.monotonic() + seconds, threading.Event(), 0.005
     while not (value := condition()):
         assert time.monotonic() < until, "it did not come about in time"
-        tick.wait(0.01)
+        tick.wait(pause)
+        pause = min(pause * 1.1, 0.03)  # each look takes time from those that are waited for
     return value
 
 
@@ -77,6 +81,9 @@ def sh(*argv: str, cwd: Path | None = None, check: bool = True, **env: str) -> s
     done = subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0 or not check, f"{argv}: {done.stdout}{done.stderr}"
     return done.stdout.strip()
+
+
+BACKEND = f"{sh('git', '--exec-path')}/git-http-backend"
 
 
 def bwrap_runs() -> bool:
@@ -123,7 +130,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.said: list[dict[str, Any]] = []  # on pull requests: comments of both kinds, reviews
         self.ids = {kind: itertools.count(101) for kind in EVENTS}  # the same ones, as on GitHub
         self.eyes: list[tuple[str, int]] = []
-        self.rights = {"alice": "write", "bob": "admin", "carol": "read"}
+        self.rights = dict(RIGHTS)
         self.events = [*EVENTS.values(), "pull_request"]
         self.deliveries: list[dict[str, Any]] = []
         self.page, self.unchanged = 100, 0  # entries of one page at most; answers 304
@@ -155,6 +162,13 @@ class Hub(http.server.ThreadingHTTPServer):
     def release(self) -> None:
         for hold in self.holds:
             hold.go.set()
+
+    def forget(self) -> None:
+        self.release()
+        self.rights = dict(RIGHTS)
+        past: list[list[Any]] = [self.calls, self.minted, self.said, self.eyes, self.faults]
+        for told in past:
+            told.clear()
 
     def count(self, pattern: str) -> int:
         return sum(bool(re.match(pattern, call)) for call in self.calls)
@@ -279,9 +293,8 @@ class Hub(http.server.ThreadingHTTPServer):
         return 200, [pull for pull in mine if wanted in ("", pull["head"]["ref"])]
 
     def pull(self, name: str, body: Any) -> Any:
-        for ref in (body["head"], body["base"]):
-            argv = ("git", "-C", str(self.top / f"{name}.git"), "rev-parse", f"refs/heads/{ref}")
-            sh(*argv)
+        refs = (f"refs/heads/{body[end]}" for end in ("head", "base"))
+        sh("git", "-C", str(self.top / f"{name}.git"), "rev-parse", *refs)
         with self.lock:
             if any(p["head"]["ref"] == body["head"] and p["name"] == name for p in self.pulls):
                 errors = [{"message": f"A pull request already exists for acme:{body['head']}."}]
@@ -312,8 +325,7 @@ class Hub(http.server.ThreadingHTTPServer):
         env |= {"CONTENT_TYPE": headers.get("Content-Type", "")}
         env |= {"HTTP_CONTENT_ENCODING": headers.get("Content-Encoding", "")}
         env |= {"GIT_PROTOCOL": headers.get("Git-Protocol", "")}
-        argv = ["git", "http-backend"]
-        done = subprocess.run(argv, env=env, input=body, capture_output=True, check=True)
+        done = subprocess.run([BACKEND], env=env, input=body, capture_output=True, check=True)
         head, _, data = done.stdout.partition(b"\r\n\r\n")
         given = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))
         self.sent += len(data)
@@ -394,7 +406,7 @@ result() {
         "${2:-success}" "${3:-false}" "${4:-3}" "${1:-Done.}"
     printf '%s"total_cost_usd":0.25,"session_id":"x"}\n' "$more"
 }
-asked=$(head -n 1 "$here/stdin") more=
+more= asked=; read -r asked <"$here/stdin"
 kind() {
     [ "$asked" = Comment: ] || return 0
     more="\"structured_output\":{\"kind\":\"$1\",\"ask\":\"$2\"},"; result; exit
@@ -425,28 +437,55 @@ class Stand:
     The server starts with the first request, if it was not started with settings before.
     """
 
-    def __init__(self, top: Path, keys: Path) -> None:
-        self.top, self.work, self.here = top, top / "work", top / "here"
-        for name in ("here", "home", "keys", "seen", "hub", "tmp"):
+    def __init__(self, top: Path, kit: Path) -> None:
+        self.top, self.kit, self.work, self.here = top, kit, top / "work", top / "here"
+        for name in ("here", "home", "seen", "hub", "tmp"):
             (top / name).mkdir()
+        shutil.copytree(kit / "keys", top / "keys")
         self.key = top / "keys" / "app.pem"
-        shutil.copy(keys / "app.pem", self.key)
-        self.key.chmod(0o600)
-        self.hub = Hub(top / "hub", keys / "app.pub")
+        self.hub = Hub(top / "hub", top / "keys" / "app.pub")
         self.server: subprocess.Popen[bytes] | None = None
         self.log_file, self.port, self.codes = top / "log", 0, (0,)
+        self.name, self.others = NAME, itertools.count(1)
+        self.first, self.heard = 1, 0  # our first pull request, and the length of the log before
         self.repository()
         self.agent(HELLO)
+
+    def renew(self) -> None:
+        """As good as new, for the next test with the same server: a repository of its own, and
+        nothing asked of the agent and of GitHub yet."""
+        self.first, self.heard = len(self.hub.pulls) + 1, self.heard + len(self.log())
+        self.name = f"{NAME}-{next(self.others)}"
+        self.repository(self.name)
+        self.agent(HELLO)
+        self.hub.forget()
+        for run in (self.top / "seen").iterdir():
+            shutil.rmtree(run)
+        self.fresh()
+
+    def fresh(self) -> None:
+        """Let the agent block again."""
+        for name in ("go", "reached"):
+            (self.top / name).unlink(missing_ok=True)
+
+    def go(self) -> None:
+        (self.top / "go").touch()
+
+    @property
+    def pulls(self) -> list[dict[str, Any]]:
+        """The pull requests that codebot opened here."""
+        return self.hub.pulls[self.first - 1 :]
 
     # -- what codebot works with
 
     def repository(self, name: str = NAME, **files: str) -> None:
-        bare, seed = self.top / "hub" / f"{name}.git", self.top / "seed" / name
-        sh("git", "init", "-q", "--bare", "-b", "main", str(bare))
-        sh("git", "init", "-q", "-b", "main", str(seed))
-        self.commit(name, **{"README.md": "widget\n", **files})
+        shutil.copytree(self.kit / "bare", self.top / "hub" / f"{name}.git")
+        shutil.copytree(self.kit / "seed", self.top / "seed" / name)
+        if files:
+            self.commit(name, **files)
 
-    def commit(self, name: str = NAME, branch: str = "main", **files: str) -> str:
+    def commit(self, name: str = "", branch: str = "main", **files: str) -> str:
+        name = name or self.name
         seed = self.top / "seed" / name
         sh("git", "checkout", "-q", "-B", branch, cwd=seed)
         for path, text in files.items():
@@ -456,14 +495,14 @@ class Stand:
         sh("git", "push", "-q", str(self.top / "hub" / f"{name}.git"), branch, cwd=seed)
         return sh("git", "rev-parse", "HEAD", cwd=seed)
 
-    def git(self, *args: str, name: str = NAME) -> str:
-        return sh("git", "-C", str(self.top / "hub" / f"{name}.git"), *args)
+    def git(self, *args: str, name: str = "") -> str:
+        return sh("git", "-C", str(self.top / "hub" / f"{name or self.name}.git"), *args)
 
-    def branches(self, name: str = NAME) -> list[str]:
+    def branches(self, name: str = "") -> list[str]:
         return self.git("for-each-ref", "--format=%(refname:short)", name=name).split()
 
-    def url(self, name: str = NAME) -> str:
-        return f"{self.hub.url}/{name}"
+    def url(self, name: str = "") -> str:
+        return f"{self.hub.url}/{name or self.name}"
 
     def agent(self, plan: str) -> None:
         """The agent does PLAN, in sh; say, result and block are there for it, and for reviews
@@ -535,14 +574,22 @@ class Stand:
         self.port = int(wait_for(found)[1])
 
     def log(self) -> str:
-        return self.log_file.read_text() if self.log_file.exists() else ""
+        return self.log_file.read_text()[self.heard :] if self.log_file.exists() else ""
 
-    def end(self, number: int) -> int:
+    def signal(self, number: int) -> None:
         assert self.server is not None
         self.server.send_signal(number)
+
+    def gone(self) -> int:
+        """The server's exit code."""
+        assert self.server is not None
         code = self.server.wait(15)
         self.server = None
         return code
+
+    def end(self, number: int) -> int:
+        self.signal(number)
+        return self.gone()
 
     def kill(self) -> None:
         self.end(signal.SIGKILL)
@@ -552,9 +599,9 @@ class Stand:
         wait_for(lambda: not self.strays())
 
     def close(self) -> None:
-        (self.top / "go").touch()
+        self.go()
         if self.server is not None and self.server.poll() is None:
-            self.stop()
+            assert self.end(signal.SIGTERM) in self.codes, self.log()
         self.hub.close()
         wait_for(lambda: not self.strays())
 
@@ -578,7 +625,7 @@ class Stand:
     def run(self, *args: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
         """One of codebot's commands, to its end."""
         how: dict[str, Any] = {"cwd": self.here, "env": self.environment(**env), "timeout": 60}
-        argv = [sys.executable, str(PROGRAM), *args]
+        argv = [*self.words({}), *args]
         how |= {"input": stdin, "capture_output": True, "text": True}
         return subprocess.run(argv, check=False, **how)
 
@@ -595,9 +642,12 @@ class Stand:
             got = web.getresponse()
             return Answer(got.status, got.headers, got.read().decode())
 
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.address(), timeout=30)
+
     def raw(self, data: bytes) -> bytes:
         """All that comes back for these bytes until the server hangs up."""
-        with socket.create_connection(self.address(), timeout=30) as sock:
+        with self.connect() as sock:
             sock.sendall(data)
             return b"".join(iter(lambda: sock.recv(65536), b""))
 
@@ -613,11 +663,30 @@ class Stand:
     def task(self, description: str = "Say hello", **fields: Any) -> dict[str, Any]:
         return {"repository_url": self.url(), "description": description, **fields}
 
+    def post(self, body: Any = None, **headers: str) -> Answer:
+        body = self.task() if body is None else body
+        return self.ask("POST", "/api/tasks/submit", body, **headers)
+
+    def cancel(self, task_id: str) -> int:
+        return self.ask("POST", f"/api/tasks/{task_id}/cancel", "").status
+
     def submit(self, description: str = "Say hello", **fields: Any) -> str:
-        answer = self.ask("POST", "/api/tasks/submit", self.task(description, **fields))
+        answer = self.post(self.task(description, **fields))
         assert answer.status == 202, answer.text
         task_id: str = answer.json["task_id"]
         return task_id
+
+    def plans(self, plans: dict[str, str]) -> None:
+        """The agent does the plan of the words that its prompt has."""
+        each = [*((f"*'{words}'*", plan) for words, plan in plans.items()), ("*", HELLO)]
+        cases = "".join(f"{words})\n{plan}\n;;\n" for words, plan in each)
+        self.agent(f'case $(cat "$here/stdin") in\n{cases}esac')
+
+    def submit_each(self, plans: Iterable[str], **fields: Any) -> list[str]:
+        """Tasks whose agents do these plans, all at once."""
+        named = {f"Number {n}.": plan for n, plan in enumerate(plans)}
+        self.plans(named)
+        return [self.submit(words, **fields) for words in named]
 
     def status(self, task_id: str) -> dict[str, Any]:
         answer = self.ask("GET", f"/api/tasks/{task_id}/status")
@@ -625,9 +694,13 @@ class Stand:
         status: dict[str, Any] = answer.json
         return status
 
-    def ended(self, task_id: str, seconds: float = 20) -> dict[str, Any]:
-        over = ("completed", "failed")
-        return wait_for(lambda: (s := self.status(task_id))["status"] in over and s, seconds)
+    def ended(self, task_id: str) -> dict[str, Any]:
+        end, over = re.compile(rf"task {task_id}: \w+ -> [cf]"), ("completed", "failed")
+        wait_for(lambda: end.search(self.log()))  # which costs the server less than to be asked
+        status: dict[str, Any] = wait_for(
+            lambda: (s := self.status(task_id))["status"] in over and s
+        )
+        return status
 
     def done(self, task_id: str) -> dict[str, Any]:
         status = self.ended(task_id)
@@ -640,6 +713,27 @@ class Stand:
         status = self.ended(task_id)
         assert status.get("reason") == reason, status
         return str(status["error"])
+
+    def folders(self) -> set[str]:
+        """Those of tasks in the work-dir, whatever their names."""
+        return {path.name for path in self.work.iterdir() if path.is_dir()} - {"mirrors"}
+
+    @contextlib.contextmanager
+    def database(self) -> Iterator[sqlite3.Connection]:
+        with contextlib.closing(sqlite3.connect(self.work / "codebot.db")) as db, db:
+            yield db
+
+    def age(self, task_id: str) -> None:
+        """Let a task have ended long ago, and its pull request if that is closed."""
+        past = "= '2026-01-01' WHERE"
+        with self.database() as db:
+            db.execute(f"UPDATE tasks SET completed_at {past} id = ?", (task_id,))
+            db.execute(f"UPDATE pulls SET closed_at {past} task_id = ? AND closed_at", (task_id,))
+
+    def forgotten(self, task_id: str) -> None:
+        """Wait until the keeper has removed a task, which ended long ago."""
+        self.age(task_id)
+        wait_for(lambda: self.ask("GET", f"/api/tasks/{task_id}/status").status == 404)
 
     def events(self, task_id: str) -> list[str]:
         events = self.ask("GET", f"/api/tasks/{task_id}/logs").json["events"]
@@ -662,9 +756,10 @@ class Stand:
         headers = {"Content_Type": "application/json", **headers}
         return self.ask("POST", "/webhook", data, "", **headers)
 
-    def event(self, action: str, on: int = 1, **more: Any) -> dict[str, Any]:
-        repository = {"id": 1, "full_name": self.hub.renamed.get(NAME, NAME)}
-        return {"action": action, "repository": repository, "pull_request": {"number": on}, **more}
+    def event(self, action: str, on: int = 0, **more: Any) -> dict[str, Any]:
+        repository = {"id": 1, "full_name": self.hub.renamed.get(self.name, self.name)}
+        number = {"number": on or self.first}
+        return {"action": action, "repository": repository, "pull_request": number, **more}
 
     def tell(self, said: dict[str, Any], action: str = "", guid: str = "") -> Answer:
         """The webhook about what was said."""
@@ -678,17 +773,18 @@ class Stand:
             value["issue"] = {**value.pop("pull_request"), "pull_request": {}}
         return self.deliver(EVENTS[kind], value, guid)
 
-    def comment(self, user: Any, text: str, on: int = 1, tell: bool = True) -> dict[str, Any]:
+    def comment(self, user: Any, text: str, on: int = 0, tell: bool = True) -> dict[str, Any]:
         """Someone speaks in the conversation."""
-        said = self.hub.say("issue", on, user, text)
+        said = self.hub.say("issue", on or self.first, user, text)
         if tell:
             assert self.tell(said).status == 202
         return said
 
     def review(
-        self, user: str, text: str, *inline: str, on: int = 1, tell: bool = True, **more: Any
+        self, user: str, text: str, *inline: str, on: int = 0, tell: bool = True, **more: Any
     ) -> list[dict[str, Any]]:
         """Someone's review, and its comments on a line of the diff."""
+        on = on or self.first
         review = self.hub.say("review", on, user, text, state="COMMENTED")
         more |= {"pull_request_review_id": review["id"], "path": "hello.txt", "line": None}
         more |= {"original_line": 1, "diff_hunk": "@@ -0,0 +1 @@\n+hello"}
@@ -702,9 +798,9 @@ class Stand:
         how |= {"in_reply_to_id": to} if to else {}
         return self.review(user, "", text, **how)[1]
 
-    def answers(self, on: int = 1) -> list[str]:
-        """What codebot said on a pull request."""
-        return [s["body"] for s in self.hub.said if s["user"] == BOT and s["on"] == on]
+    def answers(self) -> list[str]:
+        """What codebot said on the first pull request."""
+        return [s["body"] for s in self.hub.said if s["user"] == BOT and s["on"] == self.first]
 
     def rounds(self, task_id: str, count: int) -> list[dict[str, Any]]:
         """The rounds of reviews of a task's pull request, once so many are over."""
@@ -724,65 +820,99 @@ class Stand:
     def reached(self) -> bool:
         return (self.top / "reached").exists()
 
-    def shown(self, result: dict[str, Any], path: str, name: str = NAME) -> str:
+    def shown(self, result: dict[str, Any], path: str, name: str = "") -> str:
         return self.git("show", f"{result['branch_name']}:{path}", name=name)
 
 
 @pytest.fixture(scope="session")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    top = tmp_path_factory.mktemp("keys")
-    sh("openssl", "genrsa", "-out", str(top / "app.pem"), "2048")
-    sh("openssl", "rsa", "-in", str(top / "app.pem"), "-pubout", "-out", str(top / "app.pub"))
-    return top
+def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each stand has a copy of, made once: a key, a certificate, a repository."""
+    kit = tmp_path_factory.mktemp("kit")
+    (kit / "keys").mkdir()
+    how: dict[str, Any] = {"cwd": kit / "keys"}
+    sh("openssl", "genrsa", "-out", "app.pem", "2048", **how)
+    sh("openssl", "rsa", "-in", "app.pem", "-pubout", "-out", "app.pub", **how)
+    argv = ("openssl", "req", "-x509", "-new", "-key", "app.pem", "-out", "cert.pem", "-subj")
+    sh(*argv, "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", **how)
+    (kit / "keys" / "app.pem").chmod(0o600)
+    for words in (("--bare", "bare"), ("seed",)):
+        sh("git", "init", "-q", "--template=", "-b", "main", *words, cwd=kit)
+    sh("git", "config", "receive.autogc", "false", cwd=kit / "bare")
+    (kit / "seed" / "README.md").write_text("widget\n")
+    for line in ("add -A", "commit -qm Begin", "push -q ../bare main"):
+        sh("git", *line.split(), cwd=kit / "seed")
+    return kit
 
 
 @pytest.fixture
-def stand(tmp_path: Path, keys: Path) -> Any:
-    stand = Stand(tmp_path, keys)
+def stand(tmp_path: Path, kit: Path) -> Any:
+    stand = Stand(tmp_path, kit)
     try:
         yield stand
     finally:
         stand.close()
 
 
+@pytest.fixture(scope="module")
+def common(tmp_path_factory: pytest.TempPathFactory, kit: Path) -> Any:
+    stand = Stand(tmp_path_factory.mktemp("common"), kit)
+    try:
+        env = {"CODEBOT_REVIEW_WORKERS": "2", "CODEBOT_TEST_ATTEMPTS": "1"}
+        env["CODEBOT_API_KEYS"] = f"other-key, {KEY}"  # these, as some tests want them
+        limits = {"LINGER": 0.3, "RESULT_GRACE": 0.3, "PUSHES": 2}
+        stand.start("--workers", "8", limits=limits, **env)
+        yield stand
+    finally:
+        stand.close()
+
+
+@pytest.fixture
+def shared(common: Stand) -> Any:
+    """A stand whose server other tests use too: to start one takes longer than most tests."""
+    common.renew()
+    yield common
+    common.go()
+    wait_for(common.only_the_server_is_left)
+
+
 # ---- A task, from the request to the pull request ---------------------------------
 
 
-def test_a_task_becomes_a_pull_request(stand: Stand) -> None:
-    task = stand.submit("Say hello\n\nPlease.", ticket_id="AB-7", ticket_summary="Greet people")
-    result = stand.done(task)
+def test_a_task_becomes_a_pull_request(shared: Stand) -> None:
+    task = shared.submit("Say hello\n\nPlease.", ticket_id="AB-7", ticket_summary="Greet people")
+    result = shared.done(task)
     assert re.fullmatch(r"u/codebot/AB-7/[0-9a-f]{7}/greet-people", result["branch_name"])
-    assert stand.shown(result, "hello.txt") == "hello"
-    [pull] = stand.hub.pulls
+    assert shared.shown(result, "hello.txt") == "hello"
+    [pull] = shared.pulls
     assert (pull["title"], pull["base"]["ref"]) == ("AB-7: Greet people", "main")
     assert pull["head"]["ref"] == result["branch_name"]
     for part in ("Wrote hello.txt.", "> Please.", "hello.txt | 1 +", "No test", f"task {task}"):
         assert part in pull["body"]
     assert result["pr_url"] == pull["html_url"]
-    assert (result["pr_number"], result["pr_state"]) == (1, "open")
-    assert result["commit"] == stand.git("rev-parse", result["branch_name"])
+    assert (result["pr_number"], result["pr_state"]) == (pull["number"], "open")
+    assert result["commit"] == shared.git("rev-parse", result["branch_name"])
     assert (result["cost_usd"], result["num_turns"], result["session_id"]) == (0.25, 3, task)
     assert (result["summary"], result["tests"]) == ("Wrote hello.txt.", None)
     assert Path(result["work_dir"], "hello.txt").exists()
     assert re.fullmatch(
-        "task_AB-7_[0-9a-f]{7}/repo", os.path.relpath(result["work_dir"], stand.work)
+        "task_AB-7_[0-9a-f]{7}/repo", os.path.relpath(result["work_dir"], shared.work)
     )
 
 
-def test_the_commit_carries_the_apps_name_and_nobody_elses(stand: Stand) -> None:
-    branch = stand.done(stand.submit())["branch_name"]
-    said = stand.git("log", "-1", "--format=%an|%ae|%cn|%ce|%B", branch)
+def test_the_commit_carries_the_apps_name_and_nobody_elses(shared: Stand) -> None:
+    branch = shared.done(shared.submit())["branch_name"]
+    said = shared.git("log", "-1", "--format=%an|%ae|%cn|%ce|%B", branch)
     who = "acme-bot[bot]|77+acme-bot[bot]@users.noreply.127.0.0.1|"
     assert said == f"{who * 2}Say hello"
-    assert json.loads(stand.seen("argv")[0].split("--settings\n")[1].split("\n")[0]) == {
+    assert json.loads(shared.seen("argv")[0].split("--settings\n")[1].split("\n")[0]) == {
         "includeCoAuthoredBy": False
     }
 
 
-def test_the_agents_own_commits_are_pushed_with_what_it_left(stand: Stand) -> None:
-    stand.agent("echo 1 >one; git add one; git commit -qm 'Add one'; echo 2 >two; result")
-    result = stand.done(stand.submit())
-    log = stand.git("log", "--format=%s", f"main..{result['branch_name']}")
+def test_the_agents_own_commits_are_pushed_with_what_it_left(shared: Stand) -> None:
+    shared.agent("echo 1 >one; git add one; git commit -qm 'Add one'; echo 2 >two; result")
+    result = shared.done(shared.submit())
+    log = shared.git("log", "--format=%s", f"main..{result['branch_name']}")
     assert log.split("\n") == ["Say hello", "Add one"]
 
 
@@ -801,14 +931,14 @@ def test_the_prompt_goes_by_stdin_and_the_limits_by_flags(stand: Stand) -> None:
     assert "--strict-mcp-config" in argv
 
 
-def test_no_secret_reaches_agent_test_log_events_or_pull_request(stand: Stand) -> None:
+def test_no_secret_reaches_agent_test_log_events_pull_request_or_file(stand: Stand) -> None:
     stand.agent(f"say 'my key is {MODEL_KEY}'; echo hello >hello.txt; result 'I have {MODEL_KEY}'")
     stand.start("--debug", HTTPS_PROXY_NOT="x", CODEBOT_AGENT_ENV="EXTRA", EXTRA="e", OTHER="o")
     task = stand.submit(test_command=f"env >{stand.top}/test-env; echo the-key'-of-a-client'")
     result = stand.done(task)
     [env] = stand.seen("env")
     tested = (stand.top / "test-env").read_text()
-    public = "\n".join([stand.log(), *stand.events(task), json.dumps(result), str(stand.hub.pulls)])
+    public = "\n".join([stand.log(), *stand.events(task), json.dumps(result), str(stand.pulls)])
     for secret in stand.secrets():
         assert secret not in env + tested + stand.seen("argv")[0] + public
     assert MODEL_KEY not in tested + public
@@ -819,28 +949,23 @@ def test_no_secret_reaches_agent_test_log_events_or_pull_request(stand: Stand) -
     assert "EXTRA=" not in tested
     assert "OTHER=" not in env
     assert not re.search("^(CODEBOT_API|GITHUB_)", env, re.MULTILINE)
-
-
-def test_no_secret_is_on_a_command_line(stand: Stand) -> None:
-    for pattern in ("GET /acme/widget.git/info/refs", "POST /acme/widget.git/git-receive-pack"):
-        stand.hub.hold(pattern)
-    task = stand.submit()
-    for hold in stand.hub.holds:
-        assert hold.reached.wait(20)
-        lines = sh("ps", "-e", "-ww", "-o", "args")
-        assert f"{stand.url()}.git" in lines
-        assert not [secret for secret in stand.secrets() if secret in lines]
-        hold.go.set()
-    stand.done(task)
-
-
-def test_no_secret_is_in_a_file_of_the_work_dir(stand: Stand) -> None:
-    stand.done(stand.submit())
     stand.stop()
     files = [path.read_bytes() for path in stand.work.rglob("*") if path.is_file()]
     assert files
     for secret in stand.secrets():
         assert not [True for data in files if secret.encode() in data]
+
+
+def test_no_secret_is_on_a_command_line(shared: Stand) -> None:
+    holds = [shared.hub.hold(call) for call in ("GET .*/info/refs", "POST .*/git-receive-pack")]
+    task = shared.submit()
+    for hold in holds:
+        assert hold.reached.wait(20)
+        lines = sh("ps", "-e", "-ww", "-o", "args")
+        assert f"{shared.url()}.git" in lines
+        assert not [secret for secret in shared.secrets() if secret in lines]
+        hold.go.set()
+    shared.done(task)
 
 
 def test_without_github_a_branch_is_pushed_and_nothing_else_asked(stand: Stand) -> None:
@@ -853,45 +978,46 @@ def test_without_github_a_branch_is_pushed_and_nothing_else_asked(stand: Stand) 
     assert "Failed to clone repository" in stand.failed(missing, "clone_failed")
 
 
-def test_the_base_branch_is_used_for_the_work_and_the_pull_request(stand: Stand) -> None:
-    stand.commit(branch="release/1", only="here\n")
-    result = stand.done(stand.submit(base_branch="release/1"))
-    assert stand.shown(result, "only") == "here"
-    assert stand.hub.pulls[0]["base"]["ref"] == "release/1"
+def test_the_base_branch_is_used_for_the_work_and_the_pull_request(shared: Stand) -> None:
+    shared.commit(branch="release/1", only="here\n")
+    result = shared.done(shared.submit(base_branch="release/1"))
+    assert shared.shown(result, "only") == "here"
+    assert shared.pulls[0]["base"]["ref"] == "release/1"
 
 
-def test_a_base_that_is_no_branch_is_not_found(stand: Stand) -> None:
-    sha = stand.git("rev-parse", "main")
-    stand.git("tag", "v1", "main")
-    stand.git("update-ref", "refs/pull/1/head", "main")
-    bare = stand.top / "hub" / "acme" / "empty.git"
+def test_a_base_that_is_no_branch_is_not_found(shared: Stand) -> None:
+    sha = shared.git("rev-parse", "main")
+    shared.git("tag", "v1", "main")
+    shared.git("update-ref", "refs/pull/1/head", "main")
+    bare = shared.top / "hub" / "acme" / "empty.git"
     sh("git", "init", "-q", "--bare", str(bare))
-    for base in ("v1", sha, "nothing", "refs/heads/main", "tags/v1", "pull/1/head"):
-        task = stand.submit(base_branch=base)
-        assert repr(base) in stand.failed(task, "base_branch_not_found")
-    stand.failed(stand.submit(repository_url=stand.url("acme/empty")), "base_branch_not_found")
-    assert stand.seen("argv") == []
+    bases = ("v1", sha, "nothing", "refs/heads/main", "tags/v1", "pull/1/head")
+    tasks = [shared.submit(base_branch=base) for base in bases]
+    empty = shared.submit(repository_url=shared.url("acme/empty"))
+    for base, task in zip(bases, tasks):
+        assert repr(base) in shared.failed(task, "base_branch_not_found")
+    shared.failed(empty, "base_branch_not_found")
+    assert shared.seen("argv") == []
 
 
-def test_a_second_task_fetches_only_what_is_new(stand: Stand) -> None:
+def test_a_second_task_fetches_only_what_is_new(shared: Stand) -> None:
     noise = base64.b64encode(os.urandom(300_000)).decode()
-    stand.commit(noise=noise)
-    stand.done(stand.submit())
-    first, stand.hub.sent = stand.hub.sent, 0
-    stand.commit(small="news\n")
-    result = stand.done(stand.submit("And again"))
-    assert stand.shown(result, "small") == "news"
+    shared.commit(noise=noise)
+    shared.done(shared.submit())
+    first, shared.hub.sent = shared.hub.sent, 0
+    shared.commit(small="news\n")
+    result = shared.done(shared.submit("And again"))
+    assert shared.shown(result, "small") == "news"
     assert first > 200_000
-    assert stand.hub.sent < 20_000
-    assert len(list((stand.work / "mirrors").rglob("*.git"))) == 1
+    assert shared.hub.sent < 20_000
+    assert len(list((shared.work / "mirrors").rglob(f"{Path(shared.name).name}.git"))) == 1
 
 
-def test_many_tasks_at_once_all_become_pull_requests(stand: Stand) -> None:
-    stand.start("--workers", "4")
-    tasks = [stand.submit(f"Task {n}") for n in range(12)]
-    branches = {stand.done(task)["branch_name"] for task in tasks}
-    assert len(branches) == len(stand.hub.pulls) == 12
-    assert branches <= set(stand.branches())
+def test_many_tasks_at_once_all_become_pull_requests(shared: Stand) -> None:
+    tasks = [shared.submit(f"Task {n}") for n in range(12)]
+    branches = {shared.done(task)["branch_name"] for task in tasks}
+    assert len(branches) == len(shared.pulls) == 12
+    assert branches <= set(shared.branches())
 
 
 TICKETS = [
@@ -901,18 +1027,19 @@ TICKETS = [
 ]
 
 
-def test_ticket_and_summary_are_made_safe(stand: Stand) -> None:
-    for ticket, summary, pattern in TICKETS:
-        result = stand.done(stand.submit(ticket_id=ticket, ticket_summary=summary))
+def test_ticket_and_summary_are_made_safe(shared: Stand) -> None:
+    tasks = [shared.submit(ticket_id=ticket, ticket_summary=text) for ticket, text, _ in TICKETS]
+    for task, (_, _, pattern) in zip(tasks, TICKETS):
+        result = shared.done(task)
         assert re.fullmatch(f"u/codebot/{pattern}", result["branch_name"])
-        assert Path(result["work_dir"]).parent.parent == stand.work
-    assert all(len(pull["title"]) <= 250 for pull in stand.hub.pulls)
+        assert Path(result["work_dir"]).parent.parent == shared.work
+    assert all(len(pull["title"]) <= 250 for pull in shared.pulls)
 
 
-def test_a_description_of_the_greatest_length_just_works(stand: Stand) -> None:
-    stand.done(stand.submit("é " * 50_000))
-    assert stand.seen("stdin")[0].count("é") == 50_000
-    assert len(stand.hub.pulls[0]["body"]) < 65_000
+def test_a_description_of_the_greatest_length_just_works(shared: Stand) -> None:
+    shared.done(shared.submit("é " * 50_000))
+    assert shared.seen("stdin")[0].count("é") == 50_000
+    assert len(shared.pulls[0]["body"]) < 65_000
 
 
 # ---- What the agent may do wrong --------------------------------------------------
@@ -938,13 +1065,12 @@ WRONG = [
 ]
 
 
-def test_an_agent_that_goes_wrong_fails_its_task(stand: Stand) -> None:
-    stand.start(CODEBOT_TASK_TIMEOUT="30")
-    for count, (plan, reason, words) in enumerate(WRONG, 1):
-        stand.agent(plan)
-        assert words in stand.failed(stand.submit(), reason), plan
-        assert (stand.hub.pulls, stand.branches()) == ([], ["main"]), plan
-        assert len(list(stand.work.glob("task_*/repo"))) == count
+def test_an_agent_that_goes_wrong_fails_its_task(shared: Stand) -> None:
+    before = {*shared.work.glob("task_*/repo")}
+    for task, (plan, reason, words) in zip(shared.submit_each(p for p, *_ in WRONG), WRONG):
+        assert words in shared.failed(task, reason), plan
+    assert (shared.pulls, shared.branches()) == ([], ["main"])
+    assert len({*shared.work.glob("task_*/repo")} - before) == len(WRONG)
 
 
 def test_an_agent_that_is_not_there_fails_its_task(stand: Stand) -> None:
@@ -952,12 +1078,15 @@ def test_an_agent_that_is_not_there_fails_its_task(stand: Stand) -> None:
     assert "Cannot start the agent" in stand.failed(stand.submit(), "agent_failed")
 
 
-@pytest.mark.parametrize("reason", ["timeout", "stalled"])
-def test_an_agent_that_hangs_is_ended(stand: Stand, reason: str) -> None:
-    stand.agent("trap '' TERM; say hm; setsid sleep 300 & while :; do sleep 300; done")
-    limit = {"timeout": "CODEBOT_TASK_TIMEOUT", "stalled": "CODEBOT_STALL_TIMEOUT"}[reason]
-    stand.start(limits={"KILL_GRACE": 0.2}, **{limit: "1"})
-    assert limit in stand.failed(stand.submit(), reason)
+def test_agents_and_tests_that_hang_are_ended(stand: Stand) -> None:
+    limits = {"CODEBOT_TASK_TIMEOUT": "2", "CODEBOT_STALL_TIMEOUT": "1"}
+    stand.start("--workers", "3", limits={"KILL_GRACE": 0.2}, **limits)
+    hang = "trap '' TERM; setsid sleep 300 & while :; do {}; done"
+    plans = [hang.format("sleep 300"), hang.format("say hm; sleep 0.1"), HELLO]
+    silent, talking, testing = stand.submit_each(plans, test_command=hang.format("sleep 300"))
+    assert "CODEBOT_STALL_TIMEOUT" in stand.failed(silent, "stalled")
+    assert "CODEBOT_TASK_TIMEOUT" in stand.failed(talking, "timeout")
+    stand.failed(testing, "stalled")
     assert not [stray for stray in stand.strays() if "sleep" in stray]
 
 
@@ -972,26 +1101,30 @@ GOOD = [
 ]
 
 
-def test_a_good_result_counts_whatever_else_the_agent_does(stand: Stand) -> None:
-    stand.start(limits={"RESULT_GRACE": 0.3})
-    for plan in GOOD:
-        stand.agent(plan)
-        assert stand.shown(stand.done(stand.submit()), "hello.txt") == "hello", plan
-        assert not [stray for stray in stand.strays() if "sleep" in stray], plan
+def test_a_good_result_counts_whatever_else_the_agent_does(shared: Stand) -> None:
+    for task, plan in zip(shared.submit_each(GOOD), GOOD):
+        assert shared.shown(shared.done(task), "hello.txt") == "hello", plan
+    assert not [stray for stray in shared.strays() if "sleep" in stray]
 
 
-def test_events_are_for_people_and_what_is_long_is_cut(stand: Stand) -> None:
+def test_events_are_for_people_and_what_is_long_is_cut(shared: Stand) -> None:
     use = '{"type":"tool_use","name":"Bash","input":{"command":"ls -l"}}'
     other = '{"type":"tool_use","name":"TaskList","input":{"a":1}}'
     broken = '{"type":"tool_result","is_error":true,"content":"no such file"}'
     lines = [f'{{"type":"assistant","message":{{"content":[{use},{other}]}}}}']
     lines.append(f'{{"type":"user","message":{{"content":[{broken}]}}}}')
-    plan = f"say 'one\\ntwo'; say {'x' * 5000}; " + "; ".join(f"echo '{x}'" for x in lines)
-    stand.agent(f"{plan}; {HELLO}")
-    task = stand.submit()
-    result = stand.done(task)
-    events = stand.events(task)
-    for event in ("agent: one ⏎ two", "tool: Bash: ls -l", 'tool: TaskList: {"a": 1}'):
+    plan = f"say 'one\\ntwo'; say 'red \\u001b[31m'; say {'x' * 5000}; "
+    plan += "; ".join(f"echo '{x}'" for x in lines)
+    shared.agent(f"{plan}; {HELLO}")
+    task = shared.submit()
+    result = shared.done(task)
+    events = shared.events(task)
+    for event in (
+        "agent: one ⏎ two",
+        "agent: red \ufffd[31m",
+        "tool: Bash: ls -l",
+        'tool: TaskList: {"a": 1}',
+    ):
         assert event in events
     assert "tool: failed: no such file" in events
     assert any(e.endswith("(3000 characters cut)") for e in events)
@@ -1015,26 +1148,25 @@ def test_only_so_many_events_are_kept(stand: Stand) -> None:
 # ---- The test command -------------------------------------------------------------
 
 
-def test_a_failing_test_is_shown_to_the_agent_in_the_same_session(stand: Stand) -> None:
-    stand.agent('case "$*" in *--resume*) echo good >state;; *) echo bad >state;; esac; result')
-    task = stand.submit(test_command="cat state; grep -q good state")
-    result = stand.done(task)
+def test_a_failing_test_is_shown_to_the_agent_in_the_same_session(shared: Stand) -> None:
+    shared.agent('case "$*" in *--resume*) echo good >state;; *) echo bad >state;; esac; result')
+    task = shared.submit(test_command="cat state; grep -q good state")
+    result = shared.done(task)
     command = {"command": "cat state; grep -q good state", "passed": True, "attempts": 2}
     assert result["tests"] == command
     assert (result["cost_usd"], result["num_turns"]) == (0.5, 6)
-    first, second = (argv.split("\n") for argv in stand.seen("argv"))
+    first, second = (argv.split("\n") for argv in shared.seen("argv"))
     assert first[first.index("--session-id") + 1] == second[second.index("--resume") + 1] == task
-    assert "ended with code 1" in stand.seen("stdin")[1]
-    assert "<output>\nbad\n" in stand.seen("stdin")[1]
-    assert "`cat state; grep -q good state` passed" in stand.hub.pulls[0]["body"]
-    assert "test: bad" in stand.events(task)
+    assert "ended with code 1" in shared.seen("stdin")[1]
+    assert "<output>\nbad\n" in shared.seen("stdin")[1]
+    assert "`cat state; grep -q good state` passed" in shared.pulls[0]["body"]
+    assert "test: bad" in shared.events(task)
 
 
-def test_tests_that_fail_to_the_end_fail_the_task(stand: Stand) -> None:
-    stand.start(CODEBOT_TEST_ATTEMPTS="1")
-    task = stand.submit(test_command="echo it is broken; exit 7")
-    assert "with code 7: it is broken" in stand.failed(task, "tests_failed")
-    assert (len(stand.seen("argv")), stand.branches()) == (2, ["main"])
+def test_tests_that_fail_to_the_end_fail_the_task(shared: Stand) -> None:
+    task = shared.submit(test_command="echo it is broken; exit 7")
+    assert "with code 7: it is broken" in shared.failed(task, "tests_failed")
+    assert (len(shared.seen("argv")), shared.branches()) == (2, ["main"])
 
 
 def test_a_budget_holds_for_all_attempts_together(stand: Stand) -> None:
@@ -1043,27 +1175,26 @@ def test_a_budget_holds_for_all_attempts_together(stand: Stand) -> None:
     assert len(stand.seen("argv")) == 1
 
 
-def test_a_test_that_hangs_is_ended(stand: Stand) -> None:
-    stand.start(CODEBOT_STALL_TIMEOUT="1", limits={"KILL_GRACE": 0.2})
-    stand.failed(stand.submit(test_command="setsid sleep 300 & sleep 300"), "stalled")
-    assert not [stray for stray in stand.strays() if "sleep" in stray]
-
-
 # ---- GitHub and the remote --------------------------------------------------------
 
 
-def test_tokens_are_asked_for_one_repository_and_few_permissions(stand: Stand) -> None:
-    stand.done(stand.submit())
+def test_tokens_are_asked_for_one_repository_and_few_permissions(shared: Stand) -> None:
+    shared.done(shared.submit())
     rights = {"contents": "write", "pull_requests": "write", "issues": "write"}
-    assert stand.hub.minted == [{"repositories": ["widget"], "permissions": rights}]
-    assert {claims["exp"] - claims["iat"] for claims in stand.hub.jwts.values()} == {600}
+    names = [Path(shared.name).name]
+    assert shared.hub.minted == [{"repositories": names, "permissions": rights}]
+    assert {claims["exp"] - claims["iat"] for claims in shared.hub.jwts.values()} == {600}
 
 
-def test_a_pull_request_is_opened_once_though_the_answer_was_lost(stand: Stand) -> None:
-    stand.hub.fault("POST /repos/acme/widget/pulls", lambda: None, when="after")
-    result = stand.done(stand.submit())
-    assert (len(stand.hub.pulls), result["pr_number"]) == (1, 1)
-    assert stand.hub.count("POST /repos/acme/widget/pulls") == 2
+def test_what_is_lost_on_the_way_is_asked_for_again_and_done_once(shared: Stand) -> None:
+    shared.hub.fault("GET .*/info/refs", (503, b"busy", {}))
+    shared.hub.fault("POST .*/git-receive-pack", lambda: None, when="after")
+    shared.hub.fault("POST .*/pulls$", lambda: None, when="after")
+    result = shared.done(task := shared.submit())
+    assert any("ls-remote failed, trying again" in event for event in shared.events(task))
+    assert shared.git("rev-parse", result["branch_name"]) == result["commit"]
+    assert [pull["number"] for pull in shared.pulls] == [result["pr_number"]]
+    assert shared.hub.count("POST .*/pulls$") == 2
 
 
 LATER: list[Any] = [
@@ -1073,7 +1204,6 @@ LATER: list[Any] = [
     (403, {"message": "You have exceeded a secondary rate limit"}, {"Retry-After": "1"}),
     (403, {"message": "no more"}, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "1"}),
     (401, {"message": "Bad credentials"}),
-    (307, {}, {"Location": "/repos/acme/widget/pulls"}),
     (200, b"{not json", {}),
 ]
 REFUSALS: list[Any] = [
@@ -1082,41 +1212,40 @@ REFUSALS: list[Any] = [
     (404, b"<html>no", {}),
     (307, {}, {"Location": "http://localhost:1/elsewhere"}),
     (422, {"message": "Validation Failed", "errors": ["plainly no"]}),
-    (429, {"message": "tomorrow"}, {"Retry-After": "90000"}),
 ]
+LAST: list[Any] = [(429, {"message": "tomorrow"}, {"Retry-After": "90000"})]
 
 
-def test_what_github_asks_to_try_again_is_tried_again(stand: Stand) -> None:
-    stand.start(CODEBOT_MAX_WORKERS=str(len(LATER)))
-    stand.hub.fault("POST /repos/acme/widget/pulls", *LATER)
-    for task in [stand.submit() for _ in LATER]:
-        assert stand.done(task)["pr_url"]
-    assert stand.hub.count("POST /repos/acme/widget/pulls") == 2 * len(LATER)
+def test_what_github_asks_to_try_again_is_tried_again(shared: Stand) -> None:
+    moved: Any = (307, {}, {"Location": f"/repos/{shared.name}/pulls"})
+    shared.hub.fault("POST .*/pulls$", moved, *LATER)
+    for task in [shared.submit() for _ in (moved, *LATER)]:
+        assert shared.done(task)["pr_url"]
+    assert shared.hub.count("POST .*/pulls$") == 2 + 2 * len(LATER)
 
 
 def test_what_github_refuses_is_told_and_not_tried_again(stand: Stand) -> None:
-    for count, answer in enumerate(REFUSALS, 1):
-        stand.hub.fault("POST /repos/acme/widget/pulls", answer)
-        error = stand.failed(stand.submit(), "pull_request_failed")
-        assert "was pushed, but not the pull request opened" in error
-        assert str(answer[0]) in error
-        assert stand.hub.count("POST /repos/acme/widget/pulls") == count, answer
-        assert len(stand.branches()) == count + 1
+    stand.start("--workers", "3")
+    told = []
+    for answers in (REFUSALS, LAST):
+        stand.hub.fault("POST .*/pulls$", *answers)
+        for task in [stand.submit() for _ in answers]:
+            error = stand.failed(task, "pull_request_failed")
+            assert "was pushed, but not the pull request opened" in error
+            told.append(error.split("opened: ")[1][:3])
+    statuses = sorted(str(answer[0]) for answer in REFUSALS + LAST)
+    assert (sorted(told), stand.hub.count("POST .*/pulls$")) == (statuses, len(statuses))
+    assert len(stand.branches()) == len(statuses) + 1
     calls = stand.hub.count(".*/repos/acme/widget/pulls")
     assert "rate limit is reached" in stand.failed(stand.submit(), "pull_request_failed")
     assert stand.hub.count(".*/repos/acme/widget/pulls") == calls  # nothing is asked until then
 
 
-def test_a_jwt_that_is_refused_is_signed_anew(stand: Stand) -> None:
-    stand.hub.fault("POST /app/installations", (401, {"message": "no"}))
-    stand.done(stand.submit())
-    assert stand.hub.count("POST /app/installations") == 2
-
-
-def test_a_clock_that_is_wrong_is_corrected_by_githubs(stand: Stand) -> None:
+def test_a_jwt_of_a_wrong_clock_is_refused_and_signed_anew_by_githubs(stand: Stand) -> None:
     stand.hub.skew = 5000
     stand.done(stand.submit())
-    assert all(claims["iat"] > time.time() + 4000 for claims in [*stand.hub.jwts.values()][1:])
+    old, *new = (claims["iat"] for claims in stand.hub.jwts.values())
+    assert old < time.time() < time.time() + 4000 < min(new)
 
 
 def test_a_key_that_is_not_the_apps_fails_the_clone(stand: Stand) -> None:
@@ -1128,36 +1257,30 @@ def test_a_key_that_is_not_the_apps_fails_the_clone(stand: Stand) -> None:
     assert "cannot sign" in stand.failed(stand.submit(), "clone_failed")
 
 
-def test_a_token_that_git_is_refused_with_is_renewed_once(stand: Stand) -> None:
+def test_a_token_that_git_is_refused_with_is_renewed_once(shared: Stand) -> None:
     refusal = (401, b"Invalid username or token.", {"WWW-Authenticate": 'Basic realm="GitHub"'})
-    stand.hub.fault("GET /acme/widget.git/info/refs", refusal)
-    stand.done(stand.submit())
-    assert len(stand.hub.minted) == 2
-    stand.hub.fault("GET /acme/widget.git/info/refs", refusal, refusal)
-    assert "authentication failed" in stand.failed(stand.submit(), "clone_failed")
+    shared.hub.fault("GET .*/info/refs", refusal)
+    shared.done(shared.submit())
+    assert len(shared.hub.minted) == 2
+    shared.hub.fault("GET .*/info/refs", refusal, refusal)
+    assert "authentication failed" in shared.failed(shared.submit(), "clone_failed")
 
 
-def test_a_remote_that_fails_for_a_moment_is_tried_again(stand: Stand) -> None:
-    stand.hub.fault("GET /acme/widget.git/info/refs", (503, b"busy", {}))
-    task = stand.submit()
-    stand.done(task)
-    assert any("trying again" in event for event in stand.events(task))
-
-
-def test_a_repository_that_is_not_there_cannot_be_cloned(stand: Stand) -> None:
-    task = stand.submit(repository_url=stand.url("acme/nothing"))
-    error = stand.failed(task, "clone_failed")
+def test_a_repository_that_is_not_there_cannot_be_cloned(shared: Stand) -> None:
+    task = shared.submit(repository_url=shared.url("acme/nothing"))
+    error = shared.failed(task, "clone_failed")
     assert error.startswith("Failed to clone repository: 422 There is at least one repository")
-    stand.hub.fault("GET /acme/widget.git/info/refs", (404, b"Repository not found.", {}))
-    assert "not found" in stand.failed(stand.submit(), "clone_failed")
+    shared.hub.fault("GET .*/info/refs", (404, b"Repository not found.", {}))
+    assert "not found" in shared.failed(shared.submit(), "clone_failed")
 
 
-def test_a_push_that_the_remote_rejects_is_told_in_its_words(stand: Stand) -> None:
-    hook = stand.top / "hub" / f"{NAME}.git" / "hooks" / "pre-receive"
+def test_a_push_that_the_remote_rejects_is_told_in_its_words(shared: Stand) -> None:
+    hook = shared.top / "hub" / f"{shared.name}.git" / "hooks" / "pre-receive"
+    hook.parent.mkdir()
     hook.write_text("#!/bin/sh\necho 'GH013: no pushes on a Friday' >&2; exit 1\n")
     hook.chmod(0o755)
-    assert "GH013: no pushes on a Friday" in stand.failed(stand.submit(), "push_rejected")
-    assert stand.hub.pulls == []
+    assert "GH013: no pushes on a Friday" in shared.failed(shared.submit(), "push_rejected")
+    assert shared.pulls == []
 
 
 def rename(stand: Stand) -> None:
@@ -1202,50 +1325,57 @@ def test_a_github_that_is_not_there_fails_the_clone_in_plain_words(stand: Stand)
 
 # ---- Stop, crash, cancel, retry ---------------------------------------------------
 
-BLOCK = "touch {0}/reached; while [ ! -e {0}/go ]; do sleep 0.02; done"
+CALLS = {  # of GitHub, by which a task waits in a step
+    "base": ("GET /acme/base.git/info/refs.*upload", "before"),
+    "fetch": ("POST /acme/fetch.git/git-upload-pack", "after"),
+    "push": ("POST /acme/push.git/git-receive-pack", "before"),
+    "pushed": ("POST /acme/pushed.git/git-receive-pack", "after"),
+    "pull": ("POST /repos/acme/pull/pulls", "before"),
+    "pulled": ("POST /repos/acme/pulled/pulls", "after"),
+    "cancelled": ("POST /repos/acme/cancelled/pulls", "before"),
+}
+WAIT = "touch {0}/reached-{1}; while [ ! -e {0}/go ]; do sleep 0.05; done"
 
 
-def block(stand: Stand, step: str) -> tuple[Callable[[], Any], dict[str, str]]:
-    """Let a task wait in a step; give what tells that it does, and the fields of the task."""
-    waits = BLOCK.format(stand.top)
-    places = {
-        "base": ("GET /acme/widget.git/info/refs.*upload", "before"),
-        "fetch": ("POST /acme/widget.git/git-upload-pack", "after"),
-        "push": ("POST /acme/widget.git/git-receive-pack", "before"),
-        "pushed": ("POST /acme/widget.git/git-receive-pack", "after"),
-        "pull": ("POST /repos/acme/widget/pulls", "before"),
-        "pulled": ("POST /repos/acme/widget/pulls", "after"),
-    }
-    if step in places:
-        return stand.hub.hold(*places[step]).reached.is_set, {}
-    if step == "submitted":
-        return lambda: True, {}
-    filtered = "git config filter.f.clean 'sh $top/filter'; echo '* filter=f' >.gitattributes"
-    (stand.top / "filter").write_text(f"{waits}; exec cat")
-    plan = {"agent": f"block; {HELLO}", "result": f"{HELLO}; block"}
-    plan["commit"] = f"{filtered.replace('$top', str(stand.top))}; {HELLO}"
-    stand.agent(plan.get(step, HELLO))
-    return stand.reached, {"test_command": waits} if step == "test" else {}
+def submit_blocked(stand: Stand, *steps: str) -> dict[str, str]:
+    """A task for each of these steps, of a repository with its name, that waits there now."""
+    waits = {step: WAIT.format(stand.top, step) for step in steps}
+    plans = {"agent": f"{waits.get('agent')}; {HELLO}", "result": f"{HELLO}; {waits.get('result')}"}
+    filtered = (
+        f"git config filter.f.clean 'sh {stand.top}/filter'; echo '* filter=f' >.gitattributes"
+    )
+    plans["commit"] = f"{filtered}; {HELLO}"
+    (stand.top / "filter").write_text(f"{waits.get('commit')}; exec cat")
+    stand.plans({f"Stop at {step}.": plans.get(step, HELLO) for step in steps})
+    tasks, reached = {}, []
+    for step in steps:
+        stand.repository(f"acme/{step}")
+        there = (stand.top / f"reached-{step}").exists
+        reached.append(stand.hub.hold(*CALLS[step]).reached.is_set if step in CALLS else there)
+        fields = {"test_command": waits[step]} if step == "test" else {}
+        fields["repository_url"] = stand.url(f"acme/{step}")
+        tasks[step] = stand.submit(f"Stop at {step}.", **fields)
+    wait_for(lambda: all(look() for look in reached))
+    return tasks
 
 
-STEPS = ["submitted", "base", "fetch", "agent", "result", "test", "commit", "push", "pushed"]
-STEPS += ["pull", "pulled"]
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_killed_at_any_step_a_task_has_one_pull_request_in_the_end(stand: Stand, step: str) -> None:
-    reached, fields = block(stand, step)
-    stand.start(limits={"RESULT_GRACE": 30} if step == "result" else {})
-    task = stand.submit(**fields)
-    wait_for(reached)
+def test_killed_at_any_step_a_task_has_one_pull_request_in_the_end(stand: Stand) -> None:
+    steps = [*CALLS, "agent", "result", "test", "commit"]
+    stand.start("--workers", str(len(steps)), limits={"RESULT_GRACE": 30})
+    tasks = submit_blocked(stand, *steps)
+    tasks["widget"] = stand.submit("No worker is left for it")
+    cancelled = tasks.pop("cancelled")
+    assert stand.cancel(cancelled) == 202
     stand.kill()
-    (stand.top / "go").touch()
+    stand.go()
     stand.hub.release()
-    stand.start()
-    result = stand.done(task)
-    assert [pull["html_url"] for pull in stand.hub.pulls] == [result["pr_url"]]
-    assert stand.branches() == ["main", result["branch_name"]]
-    assert len(list(stand.work.glob("task_*"))) == 1
+    stand.start("--workers", "4")
+    for step, task in tasks.items():
+        result, name = stand.done(task), f"acme/{step}"
+        assert [p["html_url"] for p in stand.pulls if p["name"] == name] == [result["pr_url"]], step
+        assert stand.branches(name) == ["main", result["branch_name"]], step
+    stand.failed(cancelled, "cancelled")
+    assert len(list(stand.work.glob("task_*"))) == len(tasks) + 1
 
 
 def test_the_third_crash_in_a_row_ends_a_task(stand: Stand) -> None:
@@ -1253,7 +1383,7 @@ def test_the_third_crash_in_a_row_ends_a_task(stand: Stand) -> None:
     task = stand.submit()
     for _ in range(3):
         wait_for(stand.reached)
-        (stand.top / "reached").unlink()
+        stand.fresh()
         stand.kill()
         stand.start()
     assert "3 times" in stand.failed(task, "interrupted")
@@ -1270,7 +1400,7 @@ def test_a_stop_puts_the_task_back_and_leaves_no_process(stand: Stand) -> None:
         slow.sendall(b"GET / HTTP/1.1\r\n")
         stand.stop()
         assert b"event: end" not in stream.read()
-    with contextlib.closing(sqlite3.connect(stand.work / "codebot.db")) as db:
+    with stand.database() as db:
         assert db.execute("SELECT status FROM tasks").fetchall() == [("pending",)] * 2
     stand.agent(HELLO)
     stand.start()
@@ -1280,16 +1410,15 @@ def test_a_stop_puts_the_task_back_and_leaves_no_process(stand: Stand) -> None:
 
 def test_stopping_it_takes_no_work_and_says_so(stand: Stand) -> None:
     stand.agent("trap '' TERM; block")
+    stand.start(limits={"KILL_GRACE": 1})
     stand.submit()
     wait_for(stand.reached)
-    assert stand.server is not None
-    stand.server.send_signal(signal.SIGINT)
+    stand.signal(signal.SIGINT)
     wait_for(lambda: stand.ask("GET", "/health").json["status"] == "stopping")
     assert stand.ask("GET", "/health").status == 503
-    refused = stand.ask("POST", "/api/tasks/submit", stand.task())
+    refused = stand.post()
     assert (refused.status, refused.headers["Retry-After"]) == (503, "30")
-    assert stand.server.wait(15) == 0
-    stand.server = None
+    assert stand.gone() == 0
 
 
 def test_a_second_signal_ends_it_at_once_and_its_agents_too(stand: Stand) -> None:
@@ -1297,102 +1426,69 @@ def test_a_second_signal_ends_it_at_once_and_its_agents_too(stand: Stand) -> Non
     stand.start(limits={"KILL_GRACE": 60})
     stand.submit()
     wait_for(stand.reached)
-    assert stand.server is not None
-    stand.server.send_signal(signal.SIGTERM)
+    stand.signal(signal.SIGTERM)
     wait_for(lambda: "stopping" in stand.log())
     assert stand.end(signal.SIGTERM) == 1
     wait_for(lambda: not stand.strays())
 
 
-@pytest.mark.parametrize("step", ["base", "agent", "test", "push", "pull"])
-def test_a_running_task_is_cancelled_in_any_step(stand: Stand, step: str) -> None:
-    reached, fields = block(stand, step)
-    stand.start(limits={"KILL_GRACE": 0.2})
-    task = stand.submit(**fields)
-    wait_for(reached)
-    assert stand.ask("POST", f"/api/tasks/{task}/cancel", "").status == 202
-    if step == "pull":
-        stand.hub.release()
-    assert "Cancelled" in stand.failed(task, "cancelled")
-    wait_for(stand.only_the_server_is_left)
-    assert stand.ask("POST", f"/api/tasks/{task}/cancel", "").status == 409
+def test_a_running_task_is_cancelled_in_any_step(shared: Stand) -> None:
+    tasks = submit_blocked(shared, "base", "agent", "test", "push", "pull")
+    for task in tasks.values():
+        assert shared.cancel(task) == 202
+    for step, task in tasks.items():
+        if step == "pull":
+            shared.hub.release()
+        assert "Cancelled" in shared.failed(task, "cancelled"), step
+        assert shared.cancel(task) == 409
+    wait_for(shared.only_the_server_is_left)
 
 
-def test_a_pending_task_that_is_cancelled_never_starts(stand: Stand) -> None:
-    stand.agent("block; " + HELLO)
-    first, second = stand.submit(), stand.submit("Another")
-    wait_for(stand.reached)
-    assert stand.ask("POST", f"/api/tasks/{second}/cancel", "").status == 202
-    assert "before it started" in stand.failed(second, "cancelled")
-    (stand.top / "go").touch()
-    stand.done(first)
-    last = stand.submit("The last")
-    stand.done(last)
-    assert len(stand.seen("argv")) == 2
-    assert stand.status(second)["started_at"] is None
-
-
-def test_cancelled_while_the_server_was_killed_it_is_cancelled(stand: Stand) -> None:
-    hold = stand.hub.hold("POST /repos/acme/widget/pulls")
-    task = stand.submit()
-    assert hold.reached.wait(20)
-    stand.ask("POST", f"/api/tasks/{task}/cancel", "")
-    stand.kill()
-    hold.go.set()
-    stand.start()
-    stand.failed(task, "cancelled")
-
-
-def test_a_failed_task_is_retried_as_a_new_one(stand: Stand) -> None:
-    stand.agent("exit 1")
-    task = stand.submit(ticket_id="AB-1")
-    stand.failed(task, "agent_failed")
-    stand.agent(HELLO)
-    again = stand.ask("POST", f"/api/tasks/{task}/retry", "")
+def test_a_failed_task_is_retried_as_a_new_one(shared: Stand) -> None:
+    shared.agent("exit 1")
+    task = shared.submit(ticket_id="AB-1")
+    shared.failed(task, "agent_failed")
+    shared.agent(HELLO)
+    again = shared.ask("POST", f"/api/tasks/{task}/retry", "")
     assert (again.status, again.json["status"]) == (202, "pending")
-    result = stand.done(again.json["task_id"])
+    result = shared.done(again.json["task_id"])
     assert "/AB-1/" in result["branch_name"]
-    assert stand.seen("stdin")[0] == stand.seen("stdin")[1]
-    assert stand.ask("POST", f"/api/tasks/{again.json['task_id']}/retry", "").status == 409
+    assert shared.seen("stdin")[0] == shared.seen("stdin")[1]
+    assert shared.ask("POST", f"/api/tasks/{again.json['task_id']}/retry", "").status == 409
 
 
-def test_a_second_server_on_the_work_dir_is_refused(stand: Stand) -> None:
-    stand.start()
-    assert stand.server is not None
-    args = ("--port", "0", "--work-dir", str(stand.work))
-    second = stand.run("serve", *args)
-    assert second.returncode == 2
-    assert f"in use by another codebot, process {stand.server.pid}" in second.stderr
-
-
-def test_what_is_past_its_time_is_removed(stand: Stand) -> None:
+def test_the_keeper_tells_of_a_low_disk_and_removes_what_is_past_its_time(stand: Stand) -> None:
     orphan = stand.work / "task_0000000"
     (orphan / "repo").mkdir(parents=True)
     os.utime(orphan, (1, 1))
-    stand.agent(f"mkdir stiff; touch stiff/file; chmod 500 stiff; {HELLO}")
-    stand.start(CODEBOT_TASK_RETENTION="1", limits={"MIRROR_KEPT": 2})
-    task = stand.submit()
-    result = stand.done(task)
-    stand.agent("block; exit 1")
-    other = stand.submit("Another")
-    wait_for(lambda: stand.ask("GET", f"/api/tasks/{task}/status").status == 404)
-    assert not Path(result["work_dir"]).exists()
-    assert not orphan.exists()
-    wait_for(stand.reached)
-    assert stand.status(other)["status"] == "running"
-    mirrors = stand.work / "mirrors"
-    [mirror] = mirrors.rglob("*.git")
-    assert sh("git", "for-each-ref", "refs/codebot", cwd=mirror).count("\n") == 0  # the other's
-    (stand.top / "go").touch()
-    wait_for(lambda: not mirror.exists())
-    assert stand.ask("GET", f"/api/tasks/{other}/logs").status == 404
-
-
-def test_a_disk_that_runs_low_is_told_in_health_and_log(stand: Stand) -> None:
-    stand.start(CODEBOT_TASK_RETENTION="1", limits={"DISK_LOW": 1 << 60})
+    plans = [f"mkdir stiff; touch stiff/file; chmod 500 stiff; {HELLO}", "block; exit 1"]
+    plans.append(f"(cd $HOME; mkdir -p c/e {'d/' * 1500}; chmod 0 c); {HELLO}")
+    stand.commit(branch="odd.git", a="1")  # has a mirror's name, and must not confuse the keeper
+    stand.start("--workers", "3", CODEBOT_TASK_RETENTION="1", limits={"DISK_LOW": 1 << 60})
     answer = stand.ask("GET", "/health")
     assert (answer.status, "MiB of disk left" in answer.json["warning"]) == (200, True)
-    wait_for(lambda: "MiB of disk left" in stand.log())
+    stiff, waits, deep = stand.submit_each(plans)
+    for task in (stiff, deep):
+        stand.done(task)
+        stand.age(task)
+    wait_for(stand.reached)
+    stand.forgotten(stiff)
+    stand.forgotten(deep)
+    stand.logged("MiB of disk left")
+    wait_for(lambda: len(stand.folders()) == 1)  # the others are not there by another name either
+    assert stand.status(waits)["status"] == "running"
+    [mirror] = (stand.work / "mirrors").rglob("widget.git")
+    assert sh("git", "for-each-ref", "refs/codebot", cwd=mirror).count("\n") == 0  # its own
+    stand.commit(branch="odd.git", a="2")
+    stand.done(last := stand.submit())
+    assert not list(stand.work.glob("mirrors/**/odd.git.lock"))
+    stand.go()
+    stand.ended(waits)
+    os.utime(f"{mirror}.lock", (1, 1))  # when the mirror was used
+    stand.age(last)
+    stand.forgotten(waits)
+    wait_for(lambda: not mirror.exists())
+    assert stand.ask("GET", f"/api/tasks/{waits}/logs").status == 404
 
 
 # ---- The database -----------------------------------------------------------------
@@ -1450,59 +1546,64 @@ def test_a_database_that_goes_away_makes_it_unhealthy_and_nothing_is_taken(stand
         path.unlink()
     answer = wait_for(lambda: (a := stand.ask("GET", "/health")).status == 503 and a)
     assert answer.json["status"] == "unhealthy"
-    refused = stand.ask("POST", "/api/tasks/submit", stand.task())
+    refused = stand.post()
     assert (refused.status, refused.headers["Retry-After"]) == (503, "10")
 
 
-def test_a_database_that_is_locked_refuses_work_and_takes_it_later(stand: Stand) -> None:
+def test_a_locked_database_refuses_work_but_delays_neither_readers_nor_a_stop(stand: Stand) -> None:
     stand.start()
-    with contextlib.closing(sqlite3.connect(stand.work / "codebot.db")) as other:
+    with stand.database() as other:
         other.isolation_level = None
         other.execute("BEGIN IMMEDIATE")
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            refused = pool.submit(stand.ask, "POST", "/api/tasks/submit", stand.task())
+            asked = [pool.submit(stand.post) for _ in range(6)]
             assert stand.ask("GET", "/api/tasks").json["count"] == 0
-            assert refused.result().status == 503
-            assert "Retry-After" in refused.result().headers
+            assert not any(answer.done() for answer in asked)
+            for answer in asked:
+                assert answer.result().status == 503
+                assert "Retry-After" in answer.result().headers
         other.execute("ROLLBACK")
-    stand.done(stand.submit())
+        stand.done(stand.submit())
+        other.execute("BEGIN IMMEDIATE")
+        assert stand.end(signal.SIGTERM) == 0
 
 
-@pytest.mark.parametrize("statement", ["PRAGMA user_version=99", "CREATE TABLE tasks(id)"])
-def test_a_database_of_another_schema_is_refused(stand: Stand, statement: str) -> None:
+def test_a_database_of_another_schema_is_refused(stand: Stand) -> None:
+    args = ("serve", "--port", "0", "--work-dir", str(stand.work))
     stand.work.mkdir()
-    with contextlib.closing(sqlite3.connect(stand.work / "codebot.db")) as db:
-        db.execute(statement)
-    done = stand.run("serve", "--port", "0", "--work-dir", str(stand.work))
-    assert done.returncode == 2
-    assert "has schema" in done.stderr
-    (stand.work / "codebot.db").write_bytes(b"no database" * 100)
-    done = stand.run("serve", "--port", "0", "--work-dir", str(stand.work))
+    file = stand.work / "codebot.db"
+    for statement in ("PRAGMA user_version=99", "CREATE TABLE tasks(id)"):
+        with stand.database() as db:
+            db.execute(statement)
+        done = stand.run(*args)
+        assert (done.returncode, "has schema" in done.stderr) == (2, True), statement
+        file.unlink()
+    file.write_bytes(b"no database" * 100)
+    done = stand.run(*args)
     assert (done.returncode, "cannot be used" in done.stderr) == (2, True)
 
 
 # ---- The API ----------------------------------------------------------------------
 
 
-def test_every_api_route_needs_a_key(stand: Stand) -> None:
-    stand.start(CODEBOT_API_KEYS=f"other-key, {KEY}")
+def test_every_api_route_needs_a_key(shared: Stand) -> None:
     guarded = 0
     for verb, pattern, *_ in codebot.routes():
         path = re.sub(r"\(\?P<\w+>[^)]*\)", "x", pattern)
         if path.startswith("/api/") or path == "/metrics":
             guarded += 1
             for key in ("", "wrong-key", KEY[:-1], KEY + "x", "é"):
-                answer = stand.ask(
+                answer = shared.ask(
                     verb, path, "" if verb == "POST" else None, key="", X_API_Key=key
                 )
                 assert (answer.status, answer.json["error"]) == (401, "Unauthorized")
                 assert "Bearer" in answer.headers["WWW-Authenticate"]
-            assert stand.ask(verb, path, "", key="").status == 401
-            assert stand.ask(verb, path, "", key="", Authorization=f"Basic {KEY}").status == 401
-            assert stand.ask(verb, path, "", key="", X_API_Key=KEY).status != 401
-            assert stand.ask(verb, path, "", key="other-key").status != 401
+            assert shared.ask(verb, path, "", key="").status == 401
+            assert shared.ask(verb, path, "", key="", Authorization=f"Basic {KEY}").status == 401
+            assert shared.ask(verb, path, "", key="", X_API_Key=KEY).status != 401
+            assert shared.ask(verb, path, "", key="other-key").status != 401
     assert guarded == 7
-    assert stand.ask("GET", "/health", key="").status == 200
+    assert shared.ask("GET", "/health", key="").status == 200
 
 
 BAD_BODIES = [
@@ -1551,31 +1652,30 @@ BAD_URLS = [
 ]  # fmt: skip
 
 
-def test_bad_input_is_refused_naming_the_field_and_nothing_is_stored(stand: Stand) -> None:
-    stand.start()
-    at = stand.hub.url.replace("//", "//user:word@")
-    urls = [url.replace("HUB", stand.hub.url).replace("AT", at) for url in BAD_URLS]
+def test_bad_input_is_refused_naming_the_field_and_nothing_is_stored(shared: Stand) -> None:
+    at = shared.hub.url.replace("//", "//user:word@")
+    urls = [url.replace("HUB", shared.hub.url).replace("AT", at) for url in BAD_URLS]
     cases: list[tuple[Any, str]] = [*BAD_BODIES]
-    cases += [(stand.task(**fields), words) for fields, words in BAD_FIELDS]
-    cases += [(stand.task(repository_url=url), "repository_url: expected") for url in urls]
+    cases += [(shared.task(**fields), words) for fields, words in BAD_FIELDS]
+    cases += [(shared.task(repository_url=url), "repository_url: expected") for url in urls]
+    before = shared.ask("GET", "/api/tasks").json
     for body, words in cases:
-        answer = stand.ask("POST", "/api/tasks/submit", body)
+        answer = shared.post(body)
         assert answer.status == 400, (body, answer)
         assert words in answer.json["message"], body
         assert answer.json["error"] == "Bad Request"
-    assert stand.ask("GET", "/api/tasks").json == {"tasks": [], "count": 0}
+    assert shared.ask("GET", "/api/tasks").json == before
 
 
-def test_a_url_is_taken_in_each_of_its_forms(stand: Stand) -> None:
-    stand.start()
-    host = stand.hub.url.partition("//")[2]
-    urls = [f"{stand.url()}.git", f"{stand.url()}/", stand.url("ACME/Widget")]
-    assert (
-        len({codebot.parse_url(codebot.Config(api_url=stand.hub.url), u).name for u in urls}) == 2
+def test_a_url_is_taken_in_each_of_its_forms(shared: Stand) -> None:
+    urls, config = (
+        [f"{shared.url()}.git", f"{shared.url()}/"],
+        codebot.Config(api_url=shared.hub.url),
     )
-    for url in (f"{stand.url()}.git", f"{stand.url()}/"):
-        stand.done(stand.submit(repository_url=url))
-    assert stand.ask("POST", "/api/tasks/submit", stand.task(repository_url=f"git@{host}:a/b"))
+    names = {codebot.parse_url(config, url).name for url in (*urls, shared.url("ACME/Widget"))}
+    assert names == {shared.name, "ACME/Widget"}
+    for task in [shared.submit(repository_url=url) for url in urls]:
+        shared.done(task)
 
 
 def test_without_github_any_remote_is_taken_but_no_helper_or_option() -> None:
@@ -1605,16 +1705,16 @@ def test_branch_names_are_judged_as_git_judges_them() -> None:
 
 def test_a_repository_that_is_not_allowed_is_403(stand: Stand) -> None:
     stand.start(CODEBOT_ALLOWED_REPOSITORIES="acme/g*, other/widget")
-    answer = stand.ask("POST", "/api/tasks/submit", stand.task())
+    answer = stand.post()
     assert (answer.status, answer.json["error"]) == (403, "Forbidden")
     assert "acme/widget" in answer.json["message"]
     allowed = stand.task(repository_url=stand.url("Acme/Gadget"))
-    assert stand.ask("POST", "/api/tasks/submit", allowed).status == 202
+    assert stand.post(allowed).status == 202
 
 
-def test_what_is_submitted_is_answered_with_its_address(stand: Stand) -> None:
-    stand.agent("block; " + HELLO)
-    answer = stand.ask("POST", "/api/tasks/submit", stand.task(ticket_id=None))
+def test_what_is_submitted_is_answered_with_its_address(shared: Stand) -> None:
+    shared.agent("block; " + HELLO)
+    answer = shared.post(shared.task(ticket_id=None))
     task = answer.json["task_id"]
     assert answer.json == {
         "task_id": task,
@@ -1622,63 +1722,67 @@ def test_what_is_submitted_is_answered_with_its_address(stand: Stand) -> None:
         "message": "Task queued successfully",
     }
     assert answer.headers["Location"] == f"/api/tasks/{task}/status"
-    wait_for(stand.reached)
-    status = stand.status(task)
+    wait_for(shared.reached)
+    status = shared.status(task)
     assert (status["status"], status["phase"], status["completed_at"]) == ("running", "agent", None)
-    (stand.top / "go").touch()
-    status = stand.ended(task)
+    shared.go()
+    status = shared.ended(task)
     for name in ("submitted_at", "started_at", "completed_at"):
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", status[name])
     assert "phase" not in status
-    assert stand.ask("GET", "/api/tasks/nothing/status").status == 404
+    assert shared.ask("GET", "/api/tasks/nothing/status").status == 404
 
 
-def test_an_idempotency_key_gives_the_same_task_also_at_once(stand: Stand) -> None:
-    stand.start()
-    path, body = "/api/tasks/submit", json.dumps(stand.task())
+def test_an_idempotency_key_gives_the_same_task_also_at_once(shared: Stand) -> None:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        asks = [pool.submit(stand.ask, "POST", path, body, Idempotency_Key="k1") for _ in range(16)]
-    assert len({ask.result().json["task_id"] for ask in asks}) == 1
-    other = stand.ask("POST", path, stand.task("Other"), Idempotency_Key="k1")
+        asks = [pool.submit(shared.post, Idempotency_Key="k1") for _ in range(16)]
+    [task] = {ask.result().json["task_id"] for ask in asks}
+    other = shared.post(shared.task("Other"), Idempotency_Key="k1")
     assert (other.status, other.json["error"]) == (409, "Conflict")
-    assert stand.ask("POST", path, body, Idempotency_Key="k2").status == 202
-    assert stand.ask("POST", path, body, Idempotency_Key="").status == 400
-    assert stand.ask("POST", path, body, Idempotency_Key="x" * 256).status == 400
-    assert stand.ask("GET", "/api/tasks").json["count"] == 2
+    second = shared.post(Idempotency_Key="k2").json["task_id"]
+    assert shared.post(Idempotency_Key="").status == 400
+    assert shared.post(Idempotency_Key="x" * 256).status == 400
+    newest = shared.ask("GET", "/api/tasks?limit=2").json["tasks"]
+    assert [one["task_id"] for one in newest] == [second, task]
+    assert shared.done(task) != shared.done(second)
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_again(stand: Stand) -> None:
+def test_a_full_queue_refuses_and_what_is_cancelled_in_it_never_starts(stand: Stand) -> None:
     stand.agent("block; " + HELLO)
     stand.start(CODEBOT_MAX_QUEUE_SIZE="2")
     first = stand.submit()
     wait_for(stand.reached)
-    tasks = [first, stand.submit(), stand.submit()]
+    second, third = stand.submit("Another"), stand.submit("The last")
     assert stand.ask("GET", "/health").json["task_queue_size"] == 2
-    answer = stand.ask("POST", "/api/tasks/submit", stand.task())
+    answer = stand.post()
     assert (answer.status, answer.headers["Retry-After"]) == (503, "60")
-    (stand.top / "go").touch()
-    for task in tasks:
-        stand.done(task)
+    assert stand.cancel(second) == 202
+    assert "before it started" in stand.failed(second, "cancelled")
+    stand.go()
+    assert stand.done(first) != stand.done(third)
+    assert (len(stand.seen("argv")), stand.status(second)["started_at"]) == (2, None)
 
 
-def test_tasks_are_listed_newest_first_in_pages(stand: Stand) -> None:
-    stand.agent('case $(cat "$here/stdin") in *bad*) exit 1;; esac; ' + HELLO)
-    tasks = [stand.submit(text) for text in ("one", "a bad one", "x" * 5000)]
+def test_tasks_are_listed_newest_first_in_pages(shared: Stand) -> None:
+    shared.agent('case $(cat "$here/stdin") in *bad*) exit 1;; esac; ' + HELLO)
+    tasks = [shared.submit(text) for text in ("one", "a bad one", "x" * 5000)]
     for task in tasks:
-        stand.ended(task)
+        shared.ended(task)
 
     def ids(query: str) -> list[str]:
-        answer = stand.ask("GET", f"/api/tasks{query}").json
+        answer = shared.ask("GET", f"/api/tasks{query}").json
         assert answer["count"] == len(answer["tasks"])
         return [task["task_id"] for task in answer["tasks"]]
 
-    assert ids("") == ids("?limit=1000&status=") == tasks[::-1]
+    every = ids("")
+    assert (every[:3], every[3:]) == (tasks[::-1], ids(f"?limit=97&before={tasks[0]}"))
+    assert ids("?limit=1000&status=")[:100] == every
     assert ids("?limit=2") == tasks[:0:-1]
-    assert ids(f"?before={tasks[1]}") == [tasks[0]]
-    assert ids("?status=failed") == [tasks[1]]
+    assert ids(f"?limit=1&before={tasks[1]}") == [tasks[0]]
+    assert ids("?limit=1&status=failed") == [tasks[1]]
     assert ids("?status=running") == []
     names = "task_id status submitted_at started_at completed_at repository_url description"
-    [shown] = stand.ask("GET", "/api/tasks?limit=1").json["tasks"]
+    [shown] = shared.ask("GET", "/api/tasks?limit=1").json["tasks"]
     assert list(shown) == names.split()
     for query in (
         "limit=0",
@@ -1689,47 +1793,44 @@ def test_tasks_are_listed_newest_first_in_pages(stand: Stand) -> None:
         "x=1",
         "limit=1&limit=2",
     ):
-        answer = stand.ask("GET", f"/api/tasks?{query}")
+        answer = shared.ask("GET", f"/api/tasks?{query}")
         assert (
             answer.status,
             query.partition("=")[0] in answer.json["message"] or "x=1" == query,
-        ) == (
-            400,
-            True,
-        )
-    assert stand.ask("GET", "/api/tasks?before=nothing").status in (400, 404)
+        ) == (400, True)
+    assert shared.ask("GET", "/api/tasks?before=nothing").status in (400, 404)
 
 
-def test_logs_are_read_from_where_one_was(stand: Stand) -> None:
-    task = stand.submit()
-    stand.done(task)
-    wait_for(lambda: stand.events(task)[-1] == "codebot: Completed")
-    answer = stand.ask("GET", f"/api/tasks/{task}/logs").json
+def test_logs_are_read_from_where_one_was(shared: Stand) -> None:
+    task = shared.submit()
+    shared.done(task)
+    wait_for(lambda: shared.events(task)[-1] == "codebot: Completed")
+    answer = shared.ask("GET", f"/api/tasks/{task}/logs").json
     assert answer["count"] == len(answer["events"]) > 5
     seqs = [event["seq"] for event in answer["events"]]
     assert seqs == sorted(set(seqs))
-    rest = stand.ask("GET", f"/api/tasks/{task}/logs?after={seqs[2]}").json["events"]
+    rest = shared.ask("GET", f"/api/tasks/{task}/logs?after={seqs[2]}").json["events"]
     assert rest == answer["events"][3:]
-    assert stand.ask("GET", f"/api/tasks/{task}/logs?after=x").status == 400
+    assert shared.ask("GET", f"/api/tasks/{task}/logs?after=x").status == 400
 
 
-def test_a_stream_gives_events_live_and_ends_with_the_task(stand: Stand) -> None:
-    stand.agent(f"say first; block; say second; {HELLO}")
-    task = stand.submit()
-    with stand.stream(task) as stream:
+def test_a_stream_gives_events_live_and_ends_with_the_task(shared: Stand) -> None:
+    shared.agent(f"say first; block; say second; {HELLO}")
+    task = shared.submit()
+    with shared.stream(task) as stream:
         assert stream.headers["Content-Type"] == "text/event-stream"
         text = ""
         while "first" not in text:
             text += stream.readline().decode()
-        assert not (stand.top / "go").exists()
-        (stand.top / "go").touch()
+        assert not (shared.top / "go").exists()
+        shared.go()
         text += stream.read().decode()
     assert text.endswith("event: end\ndata: {}\n\n")
     ids = re.findall(r"^id: (\d+)$", text, re.MULTILINE)
     events = [json.loads(line[6:]) for line in text.split("\n") if line.startswith('data: {"')]
     assert [str(event["seq"]) for event in events] == ids
     assert {"first", "second"} <= {event["message"] for event in events}
-    with stand.stream(task, **{"Last-Event-ID": ids[-3]}) as stream:
+    with shared.stream(task, **{"Last-Event-ID": ids[-3]}) as stream:
         again = stream.read().decode()
     assert re.findall(r"^id: (\d+)$", again, re.MULTILINE) == ids[-2:]
 
@@ -1744,17 +1845,28 @@ def test_streams_are_limited_and_one_that_is_not_read_is_dropped(stand: Stand) -
         deaf.recv(10)
         refused = stand.stream(task)
         assert (refused.status, refused.headers["Retry-After"]) == (503, "30")
-        (stand.top / "go").touch()
+        stand.go()
         stand.done(task)
         wait_for(lambda: stand.stream(task).status == 200)
         with contextlib.suppress(ConnectionError):
             assert b"event: end" not in b"".join(iter(lambda: deaf.recv(1 << 16), b""))
 
 
-def test_metrics_are_in_prometheus_format(stand: Stand) -> None:
-    stand.agent('case $(cat "$here/stdin") in *bad*) exit 1;; esac; ' + HELLO)
-    stand.done(stand.submit())
-    stand.failed(stand.submit("bad"), "agent_failed")
+def test_metrics_are_in_prometheus_format(shared: Stand) -> None:
+    before = read_metrics(shared)
+    good, bad = shared.submit_each([HELLO, "exit 1"])
+    shared.done(good)
+    shared.failed(bad, "agent_failed")
+    now = read_metrics(shared)
+    change = {name: round(value - before.get(name, 0), 3) for name, value in now.items()}
+    assert change['codebot_tasks{status="completed",reason=""}'] == 1
+    assert change['codebot_tasks{status="failed",reason="agent_failed"}'] == 1
+    assert change["codebot_agent_dollars_total"] == 0.25
+    assert change["codebot_task_seconds_total"] > 0
+    assert change["codebot_github_requests_total"] >= 2
+
+
+def read_metrics(stand: Stand) -> dict[str, float]:
     answer = stand.ask("GET", "/metrics")
     assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
     kinds: dict[str, str] = {}
@@ -1767,29 +1879,24 @@ def test_metrics_are_in_prometheus_format(stand: Stand) -> None:
             assert match, line
             assert match[1] in kinds, line
             values[match[1] + (match[2] or "")] = float(match[3])
-    assert values['codebot_tasks{status="completed",reason=""}'] == 1
-    assert values['codebot_tasks{status="failed",reason="agent_failed"}'] == 1
-    assert values["codebot_agent_dollars_total"] == 0.25
-    assert values["codebot_task_seconds_total"] > 0
-    assert values["codebot_github_requests_total"] >= 4
     assert all((kind == "counter") == name.endswith("_total") for name, kind in kinds.items())
+    return values
 
 
 # ---- HTTP -------------------------------------------------------------------------
 
 
-def test_unknown_paths_are_404_and_wrong_methods_405(stand: Stand) -> None:
-    stand.start()
+def test_unknown_paths_are_404_and_wrong_methods_405(shared: Stand) -> None:
     for path in ("/", "/api", "/api/tasks/", "/api/tasks/a/b/status", "/health/", "//health"):
         if path != "/":
-            assert stand.ask("GET", path).status == 404, path
+            assert shared.ask("GET", path).status == 404, path
     for method, path, allow in (
         ("POST", "/health", "GET"),
         ("GET", "/api/tasks/submit", "POST"),
         ("DELETE", "/api/tasks/x/cancel", "POST"),
         ("PUT", "/api/tasks", "GET"),
     ):
-        answer = stand.ask(method, path, "")
+        answer = shared.ask(method, path, "")
         assert (answer.status, answer.headers["Allow"]) == (405, allow)
 
 
@@ -1817,10 +1924,9 @@ HEADS = [
 ]
 
 
-def test_heads_of_all_kinds_get_the_right_answer(stand: Stand) -> None:
-    stand.start(limits={"LINGER": 0.3})
+def test_heads_of_all_kinds_get_the_right_answer(shared: Stand) -> None:
     for data, status in HEADS:
-        answer = stand.raw(data)
+        answer = shared.raw(data)
         assert answer.startswith(f"HTTP/1.1 {status} ".encode()), data[:100]
         assert b"Connection: close" in answer
         head, _, body = answer.partition(b"\r\n\r\n")
@@ -1828,35 +1934,32 @@ def test_heads_of_all_kinds_get_the_right_answer(stand: Stand) -> None:
         assert f"Content-Length: {len(body)}".encode() in head
 
 
-def test_a_body_of_the_greatest_length_is_taken(stand: Stand) -> None:
-    stand.start()
-    body = json.dumps(stand.task()).ljust(1 << 20)
-    assert stand.ask("POST", "/api/tasks/submit", body).status == 202
-    assert stand.ask("POST", "/api/tasks/submit", body + " ").status == 413
+def test_a_body_of_the_greatest_length_is_taken(shared: Stand) -> None:
+    body = json.dumps(shared.task()).ljust(1 << 20)
+    assert shared.post(body + " ").status == 413
+    shared.done(shared.post(body).json["task_id"])
 
 
-def test_head_is_get_without_the_body(stand: Stand) -> None:
-    got, head = stand.ask("GET", "/health"), stand.ask("HEAD", "/health")
+def test_head_is_get_without_the_body(shared: Stand) -> None:
+    got, head = shared.ask("GET", "/health"), shared.ask("HEAD", "/health")
     assert (head.status, head.text) == (200, "")
     assert head.headers["Content-Length"] == str(len(got.text))
     assert head.headers["X-Content-Type-Options"] == "nosniff"
 
 
-def test_a_connection_is_kept_and_requests_may_be_sent_ahead(stand: Stand) -> None:
-    stand.start()
+def test_a_connection_is_kept_and_requests_may_be_sent_ahead(shared: Stand) -> None:
     one = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
     post = f"POST /api/tasks/x/cancel HTTP/1.1\r\nX-API-Key: {KEY}\r\nContent-Length: 2\r\n\r\n{{}}"
     last = b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n"
-    answer = stand.raw(one * 3 + post.encode() + last)
+    answer = shared.raw(one * 3 + post.encode() + last)
     assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"200", b"200", b"200", b"404", b"200"]
     old = b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
-    assert stand.raw(old + last).count(b"HTTP/1.1 200") == 2
+    assert shared.raw(old + last).count(b"HTTP/1.1 200") == 2
 
 
-def test_polls_sent_ahead_without_end_hold_up_nobody(stand: Stand) -> None:
-    stand.start()
+def test_polls_sent_ahead_without_end_hold_up_nobody(shared: Stand) -> None:
     polls = b"GET /api/tasks/x/status HTTP/1.1\r\n\r\n" * 1000
-    with socket.create_connection(stand.address(), timeout=30) as sock:
+    with shared.connect() as sock:
         ways = (lambda: sock.sendall(polls) or True, lambda: sock.recv(1 << 16))
 
         def repeat(way: Callable[[], Any]) -> None:
@@ -1867,35 +1970,36 @@ def test_polls_sent_ahead_without_end_hold_up_nobody(stand: Stand) -> None:
         threads = [threading.Thread(target=repeat, args=(way,)) for way in ways]
         for thread in threads:
             thread.start()
-        assert [stand.ask("GET", "/health").status for _ in range(9)] == [200] * 9
+        assert [shared.ask("GET", "/health").status for _ in range(9)] == [200] * 9
         sock.shutdown(socket.SHUT_RDWR)
         for thread in threads:
             thread.join()
 
 
-def test_a_client_that_expects_100_continue_gets_it(stand: Stand) -> None:
-    stand.start()
-    body = json.dumps(stand.task()).encode()
+def test_a_client_that_expects_100_continue_gets_it(shared: Stand) -> None:
+    body = json.dumps(shared.task()).encode()
     head = f"POST /api/tasks/submit HTTP/1.1\r\nX-API-Key: {KEY}\r\nExpect: 100-continue\r\n"
     head += f"Content-Length: {len(body)}\r\n\r\n"
-    with socket.create_connection(stand.address(), timeout=30) as sock:
+    with shared.connect() as sock:
         sock.sendall(head.encode())
         assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         sock.sendall(body)
-        assert sock.recv(1000).startswith(b"HTTP/1.1 202")
+        answer = sock.recv(1000)
+    assert answer.startswith(b"HTTP/1.1 202")
+    shared.done(json.loads(answer.partition(b"\r\n\r\n")[2])["task_id"])
 
 
 def test_a_request_that_drips_is_dropped_and_one_that_is_idle_too(stand: Stand) -> None:
     stand.start(limits={"ARRIVE": 1, "IDLE": 1})
-    with socket.create_connection(stand.address(), timeout=30) as drip:
+    drip, idle = (stand.connect() for _ in range(2))
+    with drip, idle:
+        idle.sendall(b"GET /health HTTP/1.1\r\n\r\n")
         began, tick = time.monotonic(), threading.Event()
         with contextlib.suppress(ConnectionError):
             for letter in b"GET /health HTTP/1.1\r\nX: " + b"x" * 1000:
                 drip.sendall(bytes([letter]))
                 tick.wait(0.05)
         assert 0.5 < time.monotonic() - began < 10
-    with socket.create_connection(stand.address(), timeout=30) as idle:
-        idle.sendall(b"GET /health HTTP/1.1\r\n\r\n")
         answers = b"".join(iter(lambda: idle.recv(1000), b""))
         assert answers.count(b"HTTP/1.1") == 1
 
@@ -1915,9 +2019,9 @@ def test_of_too_many_connections_the_longest_idle_is_dropped(stand: Stand) -> No
 def test_of_too_many_bytes_unfinished_the_most_are_dropped(stand: Stand) -> None:
     stand.start(limits={"BUFFERED": 300_000})
     head = b"POST /api/tasks/submit HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n"
-    with socket.create_connection(stand.address(), timeout=30) as big:
+    with stand.connect() as big:
         big.sendall(head + b"x" * 200_000)
-        with socket.create_connection(stand.address(), timeout=30) as small:
+        with stand.connect() as small:
             small.sendall(head + b"x" * 150_000)
             with contextlib.suppress(ConnectionError):
                 assert big.recv(1) == b""
@@ -1941,17 +2045,15 @@ def test_an_answer_that_is_long_reaches_a_slow_reader_whole(stand: Stand) -> Non
 
 
 def start_tls(stand: Stand) -> ssl.SSLContext:
-    cert, key = str(stand.top / "keys" / "cert.pem"), str(stand.top / "keys" / "tls.pem")
-    argv = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out")
-    sh(*argv, cert, "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost")
-    stand.start("--tls-cert", cert, "--tls-key", key)
+    cert = str(stand.top / "keys" / "cert.pem")
+    stand.start("--tls-cert", cert, "--tls-key", str(stand.key))
     return ssl.create_default_context(cafile=cert)
 
 
 def test_https_is_spoken_when_a_certificate_is_given(stand: Stand) -> None:
     context = start_tls(stand)
     assert "https://localhost" in stand.log()
-    with socket.create_connection(stand.address(), timeout=30) as plain:
+    with stand.connect() as plain:
         plain.sendall(b"GET /health HTTP/1.1\r\n\r\n")
         web = http.client.HTTPSConnection("localhost", stand.port, timeout=30, context=context)
         for _ in range(2):
@@ -1962,7 +2064,7 @@ def test_https_is_spoken_when_a_certificate_is_given(stand: Stand) -> None:
 
 def test_an_error_inside_is_500_and_tells_nothing(stand: Stand) -> None:
     stand.start(limits={"EVENTS": 10, "FIELDS": {"repository_url": "no number"}})
-    answer = stand.ask("POST", "/api/tasks/submit", {"repository_url": "x"})
+    answer = stand.post({"repository_url": "x"})
     assert answer.json == {"error": "Internal Server Error", "message": "internal error"}
     assert answer.status == 500
     assert "Traceback" in stand.log()
@@ -2072,8 +2174,15 @@ def test_the_banner_tells_where_things_are(stand: Stand) -> None:
     assert banner in stand.log()
     assert f"Page:          {at}/\n" in stand.log()
     assert re.search(r"^Sandbox: +none", stand.log(), re.MULTILINE)
-    taken = stand.run("serve", "--port", str(stand.port), "--work-dir", str(stand.top / "w2"))
-    assert (taken.returncode, "Address already in use" in taken.stderr) == (2, True)
+
+
+def test_a_second_server_on_the_port_or_the_work_dir_is_refused(shared: Stand) -> None:
+    second = shared.run("serve", "--port", str(shared.port), "--work-dir", str(shared.top / "w2"))
+    assert (second.returncode, "Address already in use" in second.stderr) == (2, True)
+    second = shared.run("serve", "--port", "0", "--work-dir", str(shared.work))
+    assert shared.server is not None
+    assert f"in use by another codebot, process {shared.server.pid}" in second.stderr
+    assert second.returncode == 2
 
 
 def test_with_debug_it_starts_again_when_the_env_file_changes(stand: Stand) -> None:
@@ -2093,7 +2202,7 @@ def test_run_does_one_task_and_prints_its_result(stand: Stand) -> None:
     done = stand.run("run", *args)
     status = json.loads(done.stdout)
     assert (done.returncode, status["status"]) == (0, "completed")
-    assert stand.hub.pulls[0]["html_url"] == status["result"]["pr_url"]
+    assert stand.pulls[0]["html_url"] == status["result"]["pr_url"]
     assert re.search(r"^ +\d+\.\d s  codebot +Phase: agent$", done.stderr, re.MULTILINE)
     assert status["result"]["work_dir"].startswith(str(stand.top / "tmp"))
 
@@ -2104,7 +2213,7 @@ def test_run_takes_its_task_from_a_file_or_stdin(stand: Stand) -> None:
     assert stand.run("run", "--task", str(file), "--ticket-id", "X-1").returncode == 0
     done = stand.run("run", "--task", "-", stdin=json.dumps(stand.task("From stdin")))
     assert done.returncode == 0
-    assert [pull["title"] for pull in stand.hub.pulls] == ["X-1: From a file", "From stdin"]
+    assert [pull["title"] for pull in stand.pulls] == ["X-1: From a file", "From stdin"]
 
 
 def test_run_tells_failure_by_1_and_bad_input_by_2(stand: Stand) -> None:
@@ -2185,8 +2294,11 @@ echo '* filter=f diff=f' >.gitattributes
 
 
 @needs_bwrap
-def test_what_the_agent_plants_runs_in_the_sandbox_with_nothing_to_steal(stand: Stand) -> None:
-    stand.agent(OWNED.replace("@TOP@", str(stand.top)) + HELLO)
+def test_what_the_agent_plants_runs_in_the_sandbox_and_what_it_starts_ends_with_it(
+    stand: Stand,
+) -> None:
+    left = "env -i setsid sleep 3117 &\n"
+    stand.agent(left + OWNED.replace("@TOP@", str(stand.top)) + HELLO)
     stand.start(CODEBOT_SANDBOX="bwrap")
     result = stand.done(stand.submit())
     assert not (stand.top / "owned").exists()
@@ -2195,15 +2307,16 @@ def test_what_the_agent_plants_runs_in_the_sandbox_with_nothing_to_steal(stand: 
     for secret in (*stand.secrets(), MODEL_KEY):
         assert secret not in env
     assert ".gitattributes" in stand.git("ls-tree", "--name-only", result["branch_name"])
+    wait_for(lambda: "sleep 3117" not in sh("ps", "-e", "-o", "args"))
 
 
-def test_without_a_sandbox_planted_hooks_see_no_secret_either(stand: Stand) -> None:
-    stand.agent(OWNED.replace("@TOP@", str(stand.top)) + HELLO)
-    task = stand.submit()
-    stand.ended(task)
-    for path in stand.work.glob("task_*/home/hook-env"):
+def test_without_a_sandbox_planted_hooks_see_no_secret_either(shared: Stand) -> None:
+    shared.agent(OWNED.replace("@TOP@", str(shared.top)) + HELLO)
+    task = shared.submit()
+    shared.ended(task)
+    for path in shared.work.glob("task_*/home/hook-env"):
         env = path.read_text()
-        assert not [secret for secret in (*stand.secrets(), MODEL_KEY) if secret in env]
+        assert not [secret for secret in (*shared.secrets(), MODEL_KEY) if secret in env]
 
 
 PROBE = r"""
@@ -2254,14 +2367,6 @@ def test_in_bwrap_the_agent_sees_its_task_and_nothing_else_of_ours(stand: Stand)
     assert other not in report
     assert "serve --port" not in report
     assert MODEL_KEY in report  # its own
-
-
-@needs_bwrap
-def test_in_bwrap_all_that_the_agent_started_ends_with_it(stand: Stand) -> None:
-    stand.agent(f"env -i setsid sleep 3117 & {HELLO}")
-    stand.start(CODEBOT_SANDBOX="bwrap")
-    stand.done(stand.submit())
-    wait_for(lambda: "sleep 3117" not in sh("ps", "-e", "-o", "args"))
 
 
 @needs_bwrap
@@ -2360,27 +2465,27 @@ def opened(stand: Stand, plan: str, **fields: Any) -> tuple[str, dict[str, Any]]
 
 def push_beside(stand: Stand, branch: str, **files: str) -> str:
     """Someone else pushes a commit on top of the branch."""
-    seed = stand.top / "seed" / NAME
-    sh("git", "fetch", "-q", str(stand.top / "hub" / f"{NAME}.git"), branch, cwd=seed)
+    seed = stand.top / "seed" / stand.name
+    sh("git", "fetch", "-q", str(stand.top / "hub" / f"{stand.name}.git"), branch, cwd=seed)
     sh("git", "checkout", "-q", "-f", "--detach", "FETCH_HEAD", cwd=seed)
     return stand.commit(branch=branch, **files)
 
 
-def test_a_webhook_has_to_be_signed_over_its_raw_bytes(stand: Stand) -> None:
+def test_a_webhook_has_to_be_signed_over_its_raw_bytes(shared: Stand) -> None:
     body = '{ "zen":  "Für alle Fälle" }'.encode()
     for signature in ("", "sha256=", "sha256=" + "0" * 64, "sha1=0", "sha256=ü"):
-        answer = stand.deliver("ping", body, X_Hub_Signature_256=signature)
+        answer = shared.deliver("ping", body, X_Hub_Signature_256=signature)
         assert (answer.status, "X-Hub-Signature-256" in answer.text) == (401, True), signature
-    assert stand.ask("POST", "/webhook", body, key="", X_GitHub_Event="ping").status == 401
+    assert shared.ask("POST", "/webhook", body, key="", X_GitHub_Event="ping").status == 401
     good = {"ping": 200, "push": 200, "installation": 200, "": 200}
-    assert {event: stand.deliver(event, body).status for event in good} == good
-    refused = stand.deliver(
+    assert {event: shared.deliver(event, body).status for event in good} == good
+    refused = shared.deliver(
         "ping", b"payload=%7B%7D", Content_Type="application/x-www-form-urlencoded"
     )
     assert (refused.status, "application/json" in refused.json["message"]) == (415, True)
-    assert stand.deliver("ping", b'{"zen": "%s"}' % (b"x" * (3 << 19))).status == 200
+    assert shared.deliver("ping", b'{"zen": "%s"}' % (b"x" * (3 << 19))).status == 200
     head = b"POST /webhook HTTP/1.1\r\nContent-Length: %d\r\n\r\n"
-    assert b" 413 " in stand.raw(head % ((25 << 20) + 1))
+    assert b" 413 " in shared.raw(head % ((25 << 20) + 1))
 
 
 def test_the_signature_is_githubs_and_without_a_secret_there_is_no_webhook() -> None:
@@ -2407,58 +2512,59 @@ ODD += [("comment.user", "alice"), ("comment.body", 7), ("comment.body", ["x"])]
 ODD += [("comment.in_reply_to_id", ["x"])]
 
 
-def test_a_payload_of_an_odd_shape_is_refused_and_harms_nothing(stand: Stand) -> None:
-    task, _ = opened(stand, QUESTION)
+def test_a_payload_of_an_odd_shape_is_refused_and_harms_nothing(shared: Stand) -> None:
+    task, _ = opened(shared, QUESTION)
     said = {"id": 1, "body": "Why?", "user": {"login": "alice", "type": "User"}}
-    plain = {**stand.event("created", comment=said), "issue": {"number": 1}}
+    plain = {**shared.event("created", comment=said), "issue": {"number": shared.first}}
     del plain["pull_request"]
     for path, value in ODD:
         payload = json.loads(json.dumps(plain))
         at, _, name = path.rpartition(".")
         (payload[at] if at else payload)[name] = value
-        answer = stand.deliver("issue_comment", payload)
+        answer = shared.deliver("issue_comment", payload)
         assert (answer.status, "payload" in answer.text) == (400, True), (path, value, answer)
     for body in (b"[]", b"{", b"\xff", b""):
-        assert stand.deliver("issue_comment", body).status == 400
-    stand.comment("alice", "Why?")
-    stand.rounds(task, 1)
-    assert stand.log().count("Traceback") == 0
+        assert shared.deliver("issue_comment", body).status == 400
+    shared.comment("alice", "Why?")
+    shared.rounds(task, 1)
+    assert shared.log().count("Traceback") == 0
 
 
-def test_what_is_not_for_codebot_is_ignored(stand: Stand) -> None:
-    task, _ = opened(stand, QUESTION)
-    said = stand.comment("alice", "Why?", tell=False)
+def test_what_is_not_for_codebot_is_ignored(shared: Stand) -> None:
+    task, _ = opened(shared, QUESTION)
+    said = shared.comment("alice", "Why?", tell=False)
     own, other = BOT, {"login": "robot", "id": 9, "type": "Bot"}
     for more in ({"user": own}, {"user": other}, {"user": None}, {"body": None}, {"body": " \n"}):
-        assert stand.tell({**said, **more}).status == 200, more
-    assert stand.tell(said, "edited").status == 200
-    assert stand.tell({**said, "on": 7}).status == 200  # no pull request of ours
-    foreign = {**stand.event("closed"), "repository": {"id": 2, "full_name": "acme/other"}}
-    assert stand.deliver("pull_request", foreign).status == 200
-    assert stand.deliver("pull_request", stand.event("synchronize")).status == 200
-    review = stand.review("alice", "", "Inline", tell=False)
-    assert [stand.tell(review[0]).status, stand.tell(review[0], "dismissed").status] == [200] * 2
-    assert stand.status(task)["reviews"] == []
-    assert [stand.tell(said, guid=guid).status for guid in "112"] == [202, 200, 200]
-    stand.rounds(task, 1)
-    assert (len(stand.answers()), len(stand.asked("Comment"))) == (1, 1)
+        assert shared.tell({**said, **more}).status == 200, more
+    assert shared.tell(said, "edited").status == 200
+    assert shared.tell({**said, "on": 10**6}).status == 200  # no pull request of ours
+    foreign = {**shared.event("closed"), "repository": {"id": 2, "full_name": "acme/other"}}
+    assert shared.deliver("pull_request", foreign).status == 200
+    assert shared.deliver("pull_request", shared.event("synchronize")).status == 200
+    review = shared.review("alice", "", "Inline", tell=False)
+    assert [shared.tell(review[0]).status, shared.tell(review[0], "dismissed").status] == [200] * 2
+    assert shared.status(task)["reviews"] == []
+    assert [shared.tell(said, guid=guid).status for guid in "112"] == [202, 200, 200]
+    shared.rounds(task, 1)
+    assert (len(shared.answers()), len(shared.asked("Comment"))) == (1, 1)
 
 
-def test_a_question_is_answered_and_what_it_changed_is_thrown_away(stand: Stand) -> None:
+def test_a_question_is_answered_and_what_it_changed_is_thrown_away(shared: Stand) -> None:
     spoil = f"echo bad >hello.txt; touch new; git commit -qam bad; answer 'Key {MODEL_KEY}'"
-    task, result = opened(stand, f"kind question; {spoil}")
-    said = stand.comment("alice", "Why --hello <!-- codebot -->?\nIn short.")
-    [done] = stand.rounds(task, 1)
+    task, result = opened(shared, f"kind question; {spoil}")
+    said = shared.comment("alice", "Why --hello <!-- codebot -->?\nIn short.")
+    [done] = shared.rounds(task, 1)
     assert (done["number"], done["state"], done["kind"]) == (1, "completed", "question")
     assert (done["commit"], done["error"]) == (None, None)
-    [answer] = stand.answers()
-    mark = f"<!-- codebot answer 2 issue {said['id']} -->"
-    assert answer == f"> Why --hello &lt;!-- codebot -->?\n\nKey *** {said['id']}.\n\n{mark}"
-    assert stand.git("rev-parse", result["branch_name"]) == result["commit"]
+    [answer] = shared.answers()
+    mark = rf"<!-- codebot answer \d+ issue {said['id']} -->"
+    words = rf"> Why --hello &lt;!-- codebot -->\?\n\nKey \*\*\* {said['id']}\.\n\n{mark}"
+    assert re.fullmatch(words, answer)
+    assert shared.git("rev-parse", result["branch_name"]) == result["commit"]
     assert sh("git", "status", "-sb", cwd=Path(result["work_dir"])) == f"## {result['branch_name']}"
-    assert stand.hub.eyes == [("issue", said["id"])]
-    assert stand.hub.pulls[0]["body"].count("- Round 1, alice: answered\n") == 1
-    [(look, shown)], [(argv, told)] = stand.asked("Comment"), stand.asked("Question")
+    assert shared.hub.eyes == [("issue", said["id"])]
+    assert shared.pulls[0]["body"].count("- Round 1, alice: answered\n") == 1
+    [(look, shown)], [(argv, told)] = shared.asked("Comment"), shared.asked("Question")
     assert look[look.index("--tools") + 1] == ""
     assert argv[argv.index("--tools") + 1] == "Read,Glob,Grep"
     assert argv[argv.index("--resume") + 1] == task
@@ -2468,61 +2574,61 @@ def test_a_question_is_answered_and_what_it_changed_is_thrown_away(stand: Stand)
         assert words[words.index("--json-schema") + 1].startswith('{"type": "object", ')
         assert "--hello" not in " ".join(words)
         assert re.search(rf'<(comment-\w{{12}}) id="{said["id"]}" by="alice">\nWhy --hello', prompt)
-    for secret in [*stand.secrets(), MODEL_KEY]:
-        assert secret not in stand.log() + answer + str(stand.events(task))
+    for secret in [*shared.secrets(), MODEL_KEY]:
+        assert secret not in shared.log() + answer + str(shared.events(task))
 
 
-def test_a_change_is_pushed_and_told_in_its_thread(stand: Stand) -> None:
-    task, result = opened(stand, CHANGE)
-    branch, before = result["branch_name"], stand.hub.pulls[0]["body"]
-    top = stand.inline("alice", "Say more")
-    [first] = stand.rounds(task, 1)
-    assert stand.shown(result, "hello.txt") == "hello\nmore"
-    assert (first["kind"], first["commit"]) == ("change", stand.git("rev-parse", branch))
-    assert stand.git("rev-parse", f"{branch}^") == result["commit"]
-    [reply] = [said for said in stand.hub.said if said["user"] == BOT]
+def test_a_change_is_pushed_and_told_in_its_thread(shared: Stand) -> None:
+    task, result = opened(shared, CHANGE)
+    branch, before = result["branch_name"], shared.pulls[0]["body"]
+    top = shared.inline("alice", "Say more")
+    [first] = shared.rounds(task, 1)
+    assert shared.shown(result, "hello.txt") == "hello\nmore"
+    assert (first["kind"], first["commit"]) == ("change", shared.git("rev-parse", branch))
+    assert shared.git("rev-parse", f"{branch}^") == result["commit"]
+    [reply] = [said for said in shared.hub.said if said["user"] == BOT]
     assert (reply["kind"], reply["in_reply_to_id"]) == ("inline", top["id"])
     assert reply["body"].startswith(f"Done {top['id']}.\n\nThe change is in {first['commit']}.\n")
-    assert stand.hub.eyes == [("inline", top["id"])]
+    assert shared.hub.eyes == [("inline", top["id"])]
     line = f"- Round 1, alice: changed in {first['commit']}\n"
-    assert stand.hub.pulls[0]["body"].startswith(before + "\n\n### Reviews")
-    stand.hub.pulls[0]["body"] = f"Ours.\n{stand.hub.pulls[0]['body']}\nTheirs."
-    stand.inline("bob", "Rather less, says Bob", to=top["id"], tell=False)
-    last = stand.inline("alice", "And more still", to=top["id"])
-    second = stand.rounds(task, 2)[1]
-    told = stand.asked("Review comment")[1][1]
+    assert shared.pulls[0]["body"].startswith(before + "\n\n### Reviews")
+    shared.pulls[0]["body"] = f"Ours.\n{shared.pulls[0]['body']}\nTheirs."
+    shared.inline("bob", "Rather less, says Bob", to=top["id"], tell=False)
+    last = shared.inline("alice", "And more still", to=top["id"])
+    second = shared.rounds(task, 2)[1]
+    told = shared.asked("Review comment")[1][1]
     for words in ('line="1">\nOn this part of the diff:\n@@ -0,0', "\nAnd more still\n"):
         assert words in told
     assert re.search(rf'<earlier-\w+ id="{top["id"]}" by="alice" (.|\n)*\nSay more\n', told)
     assert re.search(rf'<earlier-\w+ id="{reply["id"]}" by="codebot itself"', told)
     assert "says Bob" not in told
-    assert f"Done {last['id']}." in stand.answers()[1]
-    assert stand.hub.said[-1]["in_reply_to_id"] == top["id"]
-    body = stand.hub.pulls[0]["body"]
+    assert f"Done {last['id']}." in shared.answers()[1]
+    assert shared.hub.said[-1]["in_reply_to_id"] == top["id"]
+    body = shared.pulls[0]["body"]
     assert f"{line}- Round 2, alice: changed in {second['commit']}\n" in body
     assert (body[:6], body[-8:], body.count("Round 1,")) == ("Ours.\n", "\nTheirs.", 1)
 
 
-def test_a_review_is_one_round_in_whatever_order_it_is_told(stand: Stand) -> None:
-    task, _ = opened(stand, CHANGE)
+def test_a_review_is_one_round_in_whatever_order_it_is_told(shared: Stand) -> None:
+    task, _ = opened(shared, CHANGE)
     for number, (order, late) in enumerate((((1, 0, 2), ()), ((2,), (0, 1))), 1):
-        review = stand.review("bob", "All in all: more", "More here", "And there", tell=False)
+        review = shared.review("bob", "All in all: more", "More here", "And there", tell=False)
         for one in order:
-            stand.tell(review[one])
-        assert len(stand.rounds(task, number)) == number
-        assert [stand.tell(review[one]).status for one in late] == [200] * len(late)
-        assert len(stand.asked("Review comment")) == len(stand.asked("Comment")) == number
-        answers = stand.answers()[-3:]
+            shared.tell(review[one])
+        assert len(shared.rounds(task, number)) == number
+        assert [shared.tell(review[one]).status for one in late] == [200] * len(late)
+        assert len(shared.asked("Review comment")) == len(shared.asked("Comment")) == number
+        answers = shared.answers()[-3:]
         for said in review:
             [own] = [a for a in answers if f" {said['kind']} {said['id']} -->" in a]
             assert f"Done {said['id']}." in own
         assert sum("> All in all: more" in answer for answer in answers) == 1
-    assert len(stand.answers()) == 6
-    assert len(set(stand.hub.eyes)) == 4  # a review takes none
+    assert len(shared.answers()) == 6
+    assert len(set(shared.hub.eyes)) == 4  # a review takes none
 
 
-def test_whatever_the_agent_says_of_a_review_someone_is_answered(stand: Stand) -> None:
-    task, _ = opened(stand, "")
+def test_whatever_the_agent_says_of_a_review_someone_is_answered(shared: Stand) -> None:
+    task, _ = opened(shared, "")
     bad = '"structured_output":{"answers":%s,"summary":"In short."},'
     for number, (plan, words) in enumerate(
         [
@@ -2539,21 +2645,21 @@ def test_whatever_the_agent_says_of_a_review_someone_is_answered(stand: Stand) -
         ],
         1,
     ):
-        stand.agent(plan)
-        stand.comment("alice", "Hm")
+        shared.agent(plan)
+        shared.comment("alice", "Hm")
         state = "failed" if "exit" in plan else "completed"
-        assert stand.rounds(task, number)[-1]["state"] == state, plan
-        assert (len(stand.answers()), words in stand.answers()[-1]) == (number, True), plan
-    stand.agent("kind none")
-    stand.comment("alice", "Thanks!")
-    assert stand.rounds(task, number + 1)[-1]["kind"] == "none"
-    assert len(stand.answers()) == number
-    assert "Round 11" not in stand.hub.pulls[0]["body"]
+        assert shared.rounds(task, number)[-1]["state"] == state, plan
+        assert (len(shared.answers()), words in shared.answers()[-1]) == (number, True), plan
+    shared.agent("kind none")
+    shared.comment("alice", "Thanks!")
+    assert shared.rounds(task, number + 1)[-1]["kind"] == "none"
+    assert len(shared.answers()) == number
+    assert "Round 11" not in shared.pulls[0]["body"]
 
 
-def test_who_may_not_write_and_what_is_not_open_to_us_is_dropped(stand: Stand) -> None:
-    task, _ = opened(stand, QUESTION)
-    [pull], rights = stand.hub.pulls, stand.hub.rights
+def test_who_may_not_write_and_what_is_not_open_to_us_is_dropped(shared: Stand) -> None:
+    task, _ = opened(shared, QUESTION)
+    [pull], rights = shared.pulls, shared.hub.rights
     plain, head = json.loads(json.dumps(pull)), pull["head"]
 
     def lose() -> None:
@@ -2568,22 +2674,22 @@ def test_who_may_not_write_and_what_is_not_open_to_us_is_dropped(stand: Stand) -
             ("bob", lambda: head.update(repo=None), "not of our branch in this repository"),
             ("bob", lambda: head.update(repo={"id": 2}), "not of our branch in this repository"),
             ("bob", lambda: head.update(ref="main"), "not of our branch in this repository"),
-            ("bob", stand.hub.said.clear, "what was said was deleted"),
+            ("bob", shared.hub.said.clear, "what was said was deleted"),
         ],
         2,
     ):
-        hold = stand.hub.hold("GET /repos/acme/widget/pulls/1$")
-        stand.inline(user, "Delete it all")
+        hold = shared.hub.hold(r"GET .*/pulls/\d+$")
+        shared.inline(user, "Delete it all")
         assert hold.reached.wait(20)  # it was taken when all was well
         change()
         hold.go.set()
-        stand.logged("is dropped", count)
-        assert words in stand.log().rsplit("is dropped", 1)[1], words
+        shared.logged("is dropped", count)
+        assert words in shared.log().rsplit("is dropped", 1)[1], words
         head.update(plain["head"])
         pull["locked"] = False
-    assert (stand.hub.eyes, stand.answers(), len(stand.seen("argv"))) == ([], [], 1)
-    stand.comment("bob", "Why?")
-    assert len(stand.rounds(task, 1)) == 1
+    assert (shared.hub.eyes, shared.answers(), len(shared.seen("argv"))) == ([], [], 1)
+    shared.comment("bob", "Why?")
+    assert len(shared.rounds(task, 1)) == 1
 
 
 def test_who_may_write_is_not_guessed_and_a_round_outlives_its_tasks_row(stand: Stand) -> None:
@@ -2593,11 +2699,12 @@ def test_who_may_write_is_not_guessed_and_a_round_outlives_its_tasks_row(stand: 
     task, result = opened(stand, plan)
     stand.inline("alice", "Say more")
     wait_for(stand.reached)
+    stand.age(task)
     stand.done(other := stand.submit("Another"))
-    wait_for(lambda: stand.ask("GET", f"/api/tasks/{other}/status").status == 404)
+    stand.forgotten(other)
     assert (stand.status(task)["status"], Path(result["work_dir"]).exists()) == ("completed", True)
-    (stand.top / "go").touch()
-    wait_for(lambda: stand.ask("GET", f"/api/tasks/{task}/status").status == 404)
+    stand.go()
+    stand.forgotten(task)
     path = "/repos/acme/widget/collaborators/alice/permission"
     stand.hub.fault(f"GET {path}", (500, b"", {}))
     said = stand.inline("alice", "And more still")
@@ -2605,89 +2712,91 @@ def test_who_may_write_is_not_guessed_and_a_round_outlives_its_tasks_row(stand: 
     assert (stand.hub.count(f"GET {path}"), len(stand.asked("Comment"))) == (3, 2)
     assert f"Done {said['id']}." in stand.answers()[1]
     assert stand.shown(result, "hello.txt") == "hello\nmore\nmore"
-    stand.hub.pulls[0]["state"] = "closed"
+    stand.pulls[0]["state"] = "closed"
     stand.deliver("pull_request", stand.event("closed"))
+    wait_for(lambda: not stand.folders())
+    stand.logged("the pull request is closed")
+    stand.age(task)
     ours = "Not a pull request that codebot opened"
     wait_for(lambda: stand.tell(said).json["message"] == ours)
-    wait_for(lambda: not list(stand.work.glob("task_*")))
 
 
-def test_rounds_of_one_pull_request_wait_for_each_other_and_for_nothing_else(stand: Stand) -> None:
-    stand.start(CODEBOT_REVIEW_WORKERS="2")
-    first, _ = opened(stand, HELLO)
+def test_rounds_of_one_pull_request_wait_for_each_other_and_for_nothing_else(shared: Stand) -> None:
+    first, _ = opened(shared, HELLO)
     second, _ = opened(
-        stand,
+        shared,
         f'[ "$asked" = Task: ] && {{ {HELLO}; exit; }}; kind question\n'
         'grep -q "^Slowly$" "$here/stdin" && block; answer Because',
     )
-    stand.comment("alice", "Slowly")
-    wait_for(stand.reached)
-    stand.comment("bob", "And then?")
-    dropped = stand.comment("alice", "Never mind")
-    stand.comment("alice", "And then?")
-    assert stand.tell(dropped, "deleted").status == 202
-    assert stand.tell({**dropped, "body": "Mind!"}).status == 200
-    stand.comment("bob", "Why?", on=2)
-    assert len(stand.rounds(second, 1)) == 1
-    stand.done(stand.submit("Another"))
-    wait_for(lambda: stand.ask("GET", "/health").json["review_queue_size"] == 3)
-    assert "\ncodebot_review_queue_size 3\n" in stand.ask("GET", "/metrics").text
-    assert [r["state"] for r in stand.status(first)["reviews"]] == ["running", *["pending"] * 3]
-    (stand.top / "go").touch()
-    wait_for(lambda: len(stand.answers()) == 3)
-    assert [answer.split("\n")[0] for answer in stand.answers()] == [
+    shared.comment("alice", "Slowly")
+    wait_for(shared.reached)
+    shared.comment("bob", "And then?")
+    dropped = shared.comment("alice", "Never mind")
+    shared.comment("alice", "And then?")
+    assert shared.tell(dropped, "deleted").status == 202
+    assert shared.tell({**dropped, "body": "Mind!"}).status == 200
+    shared.comment("bob", "Why?", on=shared.first + 1)
+    assert len(shared.rounds(second, 1)) == 1
+    shared.done(shared.submit("Another"))
+    wait_for(lambda: shared.ask("GET", "/health").json["review_queue_size"] == 3)
+    assert "\ncodebot_review_queue_size 3\n" in shared.ask("GET", "/metrics").text
+    assert [r["state"] for r in shared.status(first)["reviews"]] == ["running", *["pending"] * 3]
+    shared.go()
+    wait_for(lambda: len(shared.answers()) == 3)
+    assert [answer.split("\n")[0] for answer in shared.answers()] == [
         "> Slowly",
         *["> And then?"] * 2,
     ]
-    assert len(stand.rounds(first, 3)) == 3
-    bobs, alices = (told for _, told in stand.asked("Question")[-2:])
+    assert len(shared.rounds(first, 3)) == 3
+    bobs, alices = (told for _, told in shared.asked("Question")[-2:])
     assert ("Slowly" in bobs, "Slowly" in alices) == (False, True)
-    assert "was deleted" in stand.log()
+    assert "was deleted" in shared.log()
 
 
-def test_closed_and_opened_again_it_is_gone_on_with_from_nothing(stand: Stand) -> None:
-    task, result = opened(stand, CHANGE)
-    folder, [pull] = Path(result["work_dir"]).parent, stand.hub.pulls
+def test_closed_and_opened_again_it_is_gone_on_with_from_nothing(shared: Stand) -> None:
+    task, result = opened(shared, CHANGE)
+    folder, [pull] = Path(result["work_dir"]).parent, shared.pulls
 
     def becomes(action: str, **state: Any) -> None:
         pull.update(state)
         wanted = "merged" if pull["merged"] else pull["state"]
-        assert stand.deliver("pull_request", stand.event(action)).status == 202
-        wait_for(lambda: stand.status(task)["result"]["pr_state"] == wanted)
+        assert shared.deliver("pull_request", shared.event(action)).status == 202
+        wait_for(lambda: shared.status(task)["result"]["pr_state"] == wanted)
 
     becomes("closed", state="closed")
     wait_for(lambda: not folder.exists())
-    stand.comment("alice", "Too late")
-    stand.logged("the pull request is closed", 2)
+    shared.comment("alice", "Too late")
+    shared.logged("the pull request is closed", 2)
     becomes("reopened", state="open")
+    shared.logged("its state is noted", 2)  # by then it was asked what was said meanwhile
     lost = (
         'case "$*" in *"--resume $old"*) echo "No conversation found with session ID"; exit 1; esac'
     )
-    stand.agent(f"kind change; old={task}; {lost}; echo more >>hello.txt; answer Done")
+    shared.agent(f"kind change; old={task}; {lost}; echo more >>hello.txt; answer Done")
     for number in (1, 2):
-        stand.comment("alice", "Say more")
-        assert stand.rounds(task, number)[-1]["state"] == "completed"
-    assert stand.shown(result, "hello.txt") == "hello\nmore\nmore"
-    (lost_argv, _), (fresh, told), (resumed, _) = stand.asked("Review comment")
+        shared.comment("alice", "Say more")
+        assert shared.rounds(task, number)[-1]["state"] == "completed"
+    assert shared.shown(result, "hello.txt") == "hello\nmore\nmore"
+    (lost_argv, _), (fresh, told), (resumed, _) = shared.asked("Review comment")
     assert lost_argv[lost_argv.index("--resume") + 1] == task
     session = fresh[fresh.index("--session-id") + 1]
     assert session == resumed[resumed.index("--resume") + 1] != task
     assert "<task>\nSay hello\n</task>\nIts diff:\ndiff --git a/hello.txt" in told
     becomes("closed", state="closed", merged=True)
     wait_for(lambda: not folder.exists())
-    assert len(stand.answers()) == 2
+    assert len(shared.answers()) == 2
 
 
-def test_closing_ends_the_round_that_is_at_work(stand: Stand) -> None:
-    task, result = opened(stand, CHANGE.replace(";", "; block;", 1))
-    stand.comment("alice", "Say more")
-    wait_for(stand.reached)
-    stand.hub.pulls[0]["state"] = "closed"
-    stand.deliver("pull_request", stand.event("closed"))
+def test_closing_ends_the_round_that_is_at_work(shared: Stand) -> None:
+    task, result = opened(shared, CHANGE.replace(";", "; block;", 1))
+    shared.comment("alice", "Say more")
+    wait_for(shared.reached)
+    shared.pulls[0]["state"] = "closed"
+    shared.deliver("pull_request", shared.event("closed"))
     wait_for(lambda: not Path(result["work_dir"]).parent.exists())
-    wait_for(lambda: not stand.status(task)["reviews"])
-    wait_for(stand.only_the_server_is_left)
-    assert (stand.answers(), stand.git("rev-parse", result["branch_name"])) == (
+    wait_for(lambda: not shared.status(task)["reviews"])
+    wait_for(shared.only_the_server_is_left)
+    assert (shared.answers(), shared.git("rev-parse", result["branch_name"])) == (
         [],
         result["commit"],
     )
@@ -2709,66 +2818,66 @@ def test_what_is_done_waits_for_a_github_that_is_down_at_the_push(stand: Stand) 
     assert len(stand.asked("Review comment")) == 1
 
 
-def test_a_change_is_tested_and_pushed_only_when_it_passes(stand: Stand) -> None:
-    stand.start(CODEBOT_TEST_ATTEMPTS="1")
+def test_a_change_is_tested_and_pushed_only_when_it_passes(shared: Stand) -> None:
     task, result = opened(
-        stand, "", test_command="echo it is $(cat hello.txt); grep -q hello hello.txt"
+        shared, "", test_command="echo it is $(cat hello.txt); grep -q hello hello.txt"
     )
     mended = '[ "$asked" = "Test failure:" ] && { echo hello you >hello.txt; result; exit; }'
-    stand.agent(f"kind change; {mended}; echo bad >hello.txt; answer Done")
-    stand.inline("alice", "Say you")
-    assert stand.rounds(task, 1)[0]["commit"] == stand.git("rev-parse", result["branch_name"])
-    assert stand.shown(result, "hello.txt") == "hello you"
-    [(argv, told)] = stand.asked("Test failure")
+    shared.agent(f"kind change; {mended}; echo bad >hello.txt; answer Done")
+    shared.inline("alice", "Say you")
+    assert shared.rounds(task, 1)[0]["commit"] == shared.git("rev-parse", result["branch_name"])
+    assert shared.shown(result, "hello.txt") == "hello you"
+    [(argv, told)] = shared.asked("Test failure")
     assert argv[argv.index("--resume") + 1] == task
     assert "<output>\nit is bad\n" in told
-    stand.agent("kind change; echo bad >hello.txt; answer Done")
-    stand.inline("alice", "Say bad")
-    failed = stand.rounds(task, 2)[1]
+    shared.agent("kind change; echo bad >hello.txt; answer Done")
+    shared.inline("alice", "Say bad")
+    failed = shared.rounds(task, 2)[1]
     assert (failed["state"], failed["commit"]) == ("failed", None)
     assert failed["error"] == "The tests still fail, with code 1: it is bad"
-    assert f"I could not do this: {failed['error']}" in stand.answers()[1]
-    assert "The change is in" not in stand.answers()[1]
-    assert stand.shown(result, "hello.txt") == "hello you"
-    assert "- Round 2, alice: failed (tests_failed)\n" in stand.hub.pulls[0]["body"]
+    assert f"I could not do this: {failed['error']}" in shared.answers()[1]
+    assert "The change is in" not in shared.answers()[1]
+    assert shared.shown(result, "hello.txt") == "hello you"
+    assert "- Round 2, alice: failed (tests_failed)\n" in shared.pulls[0]["body"]
 
 
-def test_what_others_pushed_meanwhile_is_built_upon(stand: Stand) -> None:
-    stand.start(limits={"PUSHES": 2})
-    task, result = opened(stand, CHANGE, test_command="cat hello.txt theirs; true")
+def test_what_others_pushed_meanwhile_is_built_upon(shared: Stand) -> None:
+    task, result = opened(shared, CHANGE, test_command="cat hello.txt theirs; true")
     branch, bobs = result["branch_name"], itertools.count(1)
 
     def push() -> None:
-        push_beside(stand, branch, theirs=f"Bob was here {next(bobs)}\n")
+        push_beside(shared, branch, theirs=f"Bob was here {next(bobs)}\n")
 
-    stand.hub.fault("GET .*service=git-receive-pack", push)
-    stand.inline("alice", "Say more")
-    [done] = stand.rounds(task, 1)
-    assert done["commit"] == stand.git("rev-parse", branch)
-    said = stand.git("log", "-2", "--format=%s", branch).split("\n")
+    shared.hub.fault("GET .*service=git-receive-pack", push)
+    shared.inline("alice", "Say more")
+    [done] = shared.rounds(task, 1)
+    assert done["commit"] == shared.git("rev-parse", branch)
+    said = shared.git("log", "-2", "--format=%s", branch).split("\n")
     assert said == ["Answer the review of Say hello", "Change theirs"]
-    assert stand.shown(result, "hello.txt") == "hello\nmore"
-    assert stand.events(task).count("test: Bob was here 1") == 1  # it was tested as it is pushed
-    assert f"The change is in {done['commit']}." in stand.answers()[0]
+    assert shared.shown(result, "hello.txt") == "hello\nmore"
+    assert shared.events(task).count("test: Bob was here 1") == 1  # it was tested as it is pushed
+    assert f"The change is in {done['commit']}." in shared.answers()[0]
 
-    stand.hub.fault("POST .*/git-receive-pack", push, push)
-    stand.inline("alice", "Say still more")
-    failed = stand.rounds(task, 2)[1]
+    shared.hub.fault("POST .*/git-receive-pack", push, push)
+    shared.inline("alice", "Say still more")
+    failed = shared.rounds(task, 2)[1]
     assert (failed["state"], failed["commit"]) == ("failed", None)
-    assert "I could not do this: Failed to push" in stand.answers()[1]
-    assert stand.shown(result, "theirs") == "Bob was here 3"
+    assert "I could not do this: Failed to push" in shared.answers()[1]
+    assert shared.shown(result, "theirs") == "Bob was here 3"
 
     conflict = {"hello.txt": "goodbye\n"}
-    stand.hub.fault(
-        "GET .*service=git-receive-pack", lambda: push_beside(stand, branch, **conflict)
+    shared.hub.fault(
+        "GET .*service=git-receive-pack", lambda: push_beside(shared, branch, **conflict)
     )
-    stand.inline("alice", "Say still more")
-    assert stand.rounds(task, 3)[2]["commit"] is None
-    assert "conflicts with theirs: hello.txt. It is kept as branch kept-4" in stand.answers()[2]
-    assert stand.shown(result, "hello.txt") == "goodbye"
-    assert (
-        sh("git", "show", "kept-4:hello.txt", cwd=Path(result["work_dir"])) == "hello\nmore\nmore"
+    shared.inline("alice", "Say still more")
+    assert shared.rounds(task, 3)[2]["commit"] is None
+    told = re.search(
+        r"conflicts with theirs: hello.txt. It is kept as branch (\S+)", shared.answers()[2]
     )
+    assert told
+    assert shared.shown(result, "hello.txt") == "goodbye"
+    kept = sh("git", "show", f"{told[1]}:hello.txt", cwd=Path(result["work_dir"]))
+    assert kept == "hello\nmore\nmore"
 
 
 def test_a_push_that_worked_is_none_that_others_undid_by_pushing_on_top(stand: Stand) -> None:
@@ -2801,20 +2910,19 @@ def test_killed_at_any_step_a_review_has_one_push_and_one_answer(stand: Stand) -
     plans = dict.fromkeys(steps, CHANGE) | {"look": f"block; {CHANGE}", "question": QUESTION}
     plans["agent"] = CHANGE.replace(";", "; block;", 1)
     for number, step in enumerate(steps, 1):
-        for name in ("go", "reached"):
-            (stand.top / name).unlink(missing_ok=True)
+        stand.fresh()
         stand.agent(plans[step])
         reached = stand.hub.hold(*CUTS[step]).reached.is_set if step in CUTS else stand.reached
         said = stand.inline("alice", "Say more")
         wait_for(reached)
         stand.stop() if step == "look" else stand.kill()
-        (stand.top / "go").touch()
+        stand.go()
         stand.hub.release()
         stand.start()
         assert stand.rounds(task, number)[-1]["state"] == "completed", step
         assert len(stand.answers()) == number, step
         assert f" {said['id']}." in stand.answers()[-1], step
-        assert stand.hub.pulls[0]["body"].count("- Round ") == number, step
+        assert stand.pulls[0]["body"].count("- Round ") == number, step
     changes = stand.git("log", "--format=%s", f"main..{result['branch_name']}").split("\n")
     assert changes == ["Answer the review of Say hello"] * (len(steps) - 1) + ["Say hello"]
     assert stand.shown(result, "hello.txt").count("more") == len(steps) - 1
@@ -2831,46 +2939,46 @@ def test_a_review_that_the_server_dies_of_is_given_up_and_told(stand: Stand) -> 
     assert "failed again and again" in failed["error"]
 
 
-def test_an_answer_is_posted_once_though_githubs_word_of_it_was_lost(stand: Stand) -> None:
-    task, _ = opened(stand, QUESTION)
-    stand.hub.fault("POST .*/issues/1/comments", lambda: None, when="after")
-    stand.review("alice", "Why?")
-    assert stand.rounds(task, 1)[0]["state"] == "completed"
-    assert (len(stand.answers()), stand.hub.count("POST .*/issues/1/comments")) == (1, 1)
+def test_an_answer_is_posted_once_though_githubs_word_of_it_was_lost(shared: Stand) -> None:
+    task, _ = opened(shared, QUESTION)
+    shared.hub.fault(r"POST .*/issues/\d+/comments", lambda: None, when="after")
+    shared.review("alice", "Why?")
+    assert shared.rounds(task, 1)[0]["state"] == "completed"
+    assert (len(shared.answers()), shared.hub.count(r"POST .*/issues/\d+/comments")) == (1, 1)
 
 
-def test_what_goes_wrong_in_a_round_is_told_and_harms_no_other(stand: Stand) -> None:
-    task, result = opened(stand, QUESTION)
+def test_what_goes_wrong_in_a_round_is_told_and_harms_no_other(shared: Stand) -> None:
+    task, result = opened(shared, QUESTION)
     no = (403, {"message": "Resource not accessible by integration"})
-    stand.hub.fault("PATCH .*/pulls/1", no)
-    stand.inline("alice", "Why?")
-    assert stand.rounds(task, 1)[0]["state"] == "completed"
-    assert "is left as it is: 403 Resource not" in stand.log()
-    stand.hub.fault("GET .*/permission", no)  # for good: who may write is not guessed
-    stand.inline("alice", "Why?")
-    stand.logged("is dropped: alice may not write to the repository, but 403 Resource not")
-    assert (len(stand.rounds(task, 1)), len(stand.answers())) == (1, 1)
-    stand.hub.fault("POST .*/replies", no)
-    stand.inline("alice", "Why?")
-    failed = stand.rounds(task, 2)[1]
+    shared.hub.fault(r"PATCH .*/pulls/\d+$", no)
+    shared.inline("alice", "Why?")
+    assert shared.rounds(task, 1)[0]["state"] == "completed"
+    assert "is left as it is: 403 Resource not" in shared.log()
+    shared.hub.fault("GET .*/permission", no)  # for good: who may write is not guessed
+    shared.inline("alice", "Why?")
+    shared.logged("is dropped: alice may not write to the repository, but 403 Resource not")
+    assert (len(shared.rounds(task, 1)), len(shared.answers())) == (1, 1)
+    shared.hub.fault("POST .*/replies", no)
+    shared.inline("alice", "Why?")
+    failed = shared.rounds(task, 2)[1]
     assert (failed["state"], failed["error"][-13:]) == ("failed", "y integration")
-    stand.agent("kind change; rm -rf .git; echo x >x; answer Done")
-    stand.inline("alice", "Say more")
-    assert f"I could not do this: {stand.rounds(task, 3)[2]['error']}" in stand.answers()[1]
-    stand.agent(CHANGE)
+    shared.agent("kind change; rm -rf .git; echo x >x; answer Done")
+    shared.inline("alice", "Say more")
+    assert f"I could not do this: {shared.rounds(task, 3)[2]['error']}" in shared.answers()[1]
+    shared.agent(CHANGE)
 
     def undo() -> None:
-        stand.git("update-ref", f"refs/heads/{result['branch_name']}", result["commit"])
+        shared.git("update-ref", f"refs/heads/{result['branch_name']}", result["commit"])
 
-    stand.hub.fault("GET .*service=git-upload-pack", lambda: None, undo)  # after the push
-    stand.inline("alice", "Say more")
-    assert stand.rounds(task, 4)[3]["commit"] is None
-    assert "was pushed, but it is not on the branch any more" in stand.answers()[2]
-    stand.hub.fault("POST .*/git-receive-pack", stand.hub.said.clear)
-    stand.inline("alice", "Say more")
-    done = stand.rounds(task, 5)[4]
-    assert (done["state"], done["commit"]) == ("completed", stand.git("rev-parse", done["commit"]))
-    assert (stand.answers(), "no answer to inline" in stand.log()) == ([], True)
+    shared.hub.fault("GET .*service=git-upload-pack", lambda: None, undo)  # after the push
+    shared.inline("alice", "Say more")
+    assert shared.rounds(task, 4)[3]["commit"] is None
+    assert "was pushed, but it is not on the branch any more" in shared.answers()[2]
+    shared.hub.fault("POST .*/git-receive-pack", shared.hub.said.clear)
+    shared.inline("alice", "Say more")
+    done = shared.rounds(task, 5)[4]
+    assert (done["state"], done["commit"]) == ("completed", shared.git("rev-parse", done["commit"]))
+    assert (shared.answers(), "no answer to inline" in shared.log()) == ([], True)
 
 
 def test_reviews_follow_a_renamed_repository_if_it_is_allowed(stand: Stand) -> None:
@@ -2936,7 +3044,7 @@ def test_polling_finds_what_no_webhook_tells(stand: Stand) -> None:
     stand.review("alice", "Why?", tell=False)
     stand.logged("of acme/widget#1 is put back: 503")  # the reviews were read then, but not kept
     stand.rounds(task, 1)
-    stand.hub.pulls[0]["state"] = "closed"
+    stand.pulls[0]["state"] = "closed"
     wait_for(lambda: stand.hub.unchanged)  # nobody said anything on a line
     wait_for(lambda: stand.status(task)["result"]["pr_state"] == "closed")
     assert len(stand.answers()) == len(stand.status(task)["reviews"]) == 1
@@ -2962,11 +3070,12 @@ PRAGMA user_version=1;"""
 def test_a_database_from_before_reviews_is_taken_over(stand: Stand) -> None:
     stand.work.mkdir(mode=0o700)
     old = ("id, status, submitted_at, repository_url, description", codebot.now_text())
-    with contextlib.closing(sqlite3.connect(stand.work / "codebot.db")) as db, db:
+    with stand.database() as db:
         db.executescript(FIRST_SCHEMA)
         for task, status in (("a", "pending"), ("b", "failed")):
             row = (task, status, old[1], stand.url(), "Say hello")
             db.execute(f"INSERT INTO tasks({old[0]}) VALUES(?, ?, ?, ?, ?)", row)
+    stand.start()
     stand.done("a")
     assert stand.status("b")["status"] == "failed"
     stand.logged("its state is noted")
@@ -2978,8 +3087,8 @@ def test_a_database_from_before_reviews_is_taken_over(stand: Stand) -> None:
 # ---- The page ---------------------------------------------------------------------
 
 
-def test_the_page_is_one_answer_that_allows_only_its_own_script_and_style(stand: Stand) -> None:
-    answer = stand.ask("GET", "/", key="")
+def test_the_page_is_one_answer_that_allows_only_its_own_script_and_style(shared: Stand) -> None:
+    answer = shared.ask("GET", "/", key="")
     assert (answer.status, answer.text) == (200, codebot.PAGE)
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
     policy = dict(part.split(" ", 1) for part in answer.headers[CSP].split("; "))
@@ -2994,7 +3103,7 @@ def test_the_page_is_one_answer_that_allows_only_its_own_script_and_style(stand:
     wanted = {"X-Frame-Options": "DENY", "X-Content-Type-Options": "nosniff"}
     for name, text in {**wanted, "Referrer-Policy": "no-referrer"}.items():
         assert answer.headers[name] == text
-    head = stand.ask("HEAD", "/", key="")
+    head = shared.ask("HEAD", "/", key="")
     assert (head.status, head.text, head.headers[CSP]) == (200, "", answer.headers[CSP])
 
 
@@ -3080,6 +3189,9 @@ class Browser:
         self.page = {"sessionId": attached["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        hurry = "{ const wait = setTimeout; setTimeout = (act, ms, ...more) => "
+        hurry += "wait(act, ms / 10, ...more); }"  # the page asks ten times as often
+        self.call("Page.addScriptToEvaluateOnNewDocument", source=hurry)
         self.resize(1280, 900)
         self.go(url)
 
@@ -3253,10 +3365,10 @@ def test_a_task_is_submitted_watched_and_opened_on_the_page(stand: Stand, browse
     browser.sees("running agent")
     assert not (stand.top / "go").exists()
     assert browser.focused() == f"Say {MARKUP}, then wait"
-    (stand.top / "go").touch()
+    stand.go()
     browser.sees("codebot Completed")
     browser.sees("Open the pull request")
-    [pull] = stand.hub.pulls
+    [pull] = stand.pulls
     browser.sees(pull["head"]["ref"])
     link = browser.named("link", "Open the pull request")
     assert browser.js(f"[{link}.href, {link}.rel]") == [pull["html_url"], "noopener noreferrer"]
@@ -3283,7 +3395,7 @@ def test_a_task_is_cancelled_retried_and_filtered_on_the_page(
     browser.sees("cancelled: ")
     browser.sees("Retry at will.")
     assert stand.status(task)["reason"] == "cancelled"
-    (stand.top / "go").touch()
+    stand.go()
     browser.click("button", "Retry")
     wait_for(lambda: browser.js("location.hash") != f"#task={task}")
     browser.sees("codebot Completed")
@@ -3333,7 +3445,7 @@ def test_the_page_holds_a_thousand_tasks_and_ten_thousand_events(
 
 def fill_database(stand: Stand, task: str, tasks: int, events: int) -> None:
     """Put failed tasks below TASK, and more events behind its own."""
-    with contextlib.closing(sqlite3.connect(stand.work / "codebot.db")) as db, db:
+    with stand.database() as db:
         db.execute("UPDATE tasks SET seq = 5000")
         add = "INSERT INTO tasks(seq, id, status, submitted_at, completed_at, repository_url, "
         add += "description, error, reason) VALUES(?, ?, 'failed', ?, ?, ?, ?, 'x', 'internal')"
@@ -3354,7 +3466,7 @@ def test_the_page_tells_that_the_server_is_gone_and_goes_on_where_it_was(
     browser.sees("agent I read")
     stand.stop()
     browser.sees("The server does not answer; it is asked again")
-    (stand.top / "go").touch()
+    stand.go()
     stand.start("--port", str(stand.port))
     browser.look_up()
     browser.sees("codebot Completed")
@@ -3383,16 +3495,15 @@ def test_the_page_is_used_by_keyboard_alone(stand: Stand, browser: Browser) -> N
     browser.sees("2 of 2")
 
 
+@pytest.mark.skipif("CODEBOT_AXE" not in os.environ, reason="it names axe.min.js of npm's axe-core")
 def test_axe_finds_nothing_to_mend_on_the_page(stand: Stand, browser: Browser) -> None:
-    axe = os.environ.get("CODEBOT_AXE")
-    if not axe:
-        pytest.skip("CODEBOT_AXE names no axe.min.js (npm install axe-core)")
+    axe = Path(os.environ["CODEBOT_AXE"]).read_text()
 
     def look(where: str) -> None:
         for scheme, width in itertools.product(("light", "dark"), (1280, 360)):
             browser.colours(scheme)
             browser.resize(width, 800)
-            browser.js(Path(axe).read_text() + ";0")
+            browser.js(f"{axe};0")
             told = "[r.violations.map((v) => `${v.id}: ${v.nodes[0].html}`), r.passes.length]"
             found, passed = browser.js(f"axe.run().then((r) => {told})")
             assert (found, passed > 10) == ([], True), (where, scheme, width)
@@ -3429,107 +3540,56 @@ WORDS = [
 ]
 
 
-def test_no_word_of_the_agents_about_a_success_makes_it_a_failure(stand: Stand) -> None:
-    for plan in WORDS:
-        stand.agent(plan)
-        assert stand.done(stand.submit())["cost_usd"] in (0.25, 0.0), plan
+def test_no_word_of_the_agents_about_a_success_makes_it_a_failure(shared: Stand) -> None:
+    for task, plan in zip(shared.submit_each(WORDS), WORDS):
+        assert shared.done(task)["cost_usd"] in (0.25, 0.0), plan
 
 
-def test_what_moves_a_cursor_does_not_reach_the_log(stand: Stand) -> None:
-    stand.agent(rf"say 'red \u001b[31m alert'; {HELLO}")
-    stand.done(task := stand.submit())
-    assert "agent: red \ufffd[31m alert" in stand.events(task)
-
-
-def test_a_request_hidden_behind_a_refused_one_is_not_taken(stand: Stand) -> None:
-    stand.start(limits={"LINGER": 0.3})
-    body = json.dumps(stand.task()).encode()
+def test_a_request_hidden_behind_a_refused_one_is_not_taken(shared: Stand) -> None:
+    before = shared.ask("GET", "/api/tasks").json
+    body = json.dumps(shared.task()).encode()
     hidden = b"POST /api/tasks/submit HTTP/1.1\r\nX-API-Key: %s\r\nContent-Length: %d\r\n\r\n%s"
     inner = hidden % (KEY.encode(), len(body), body)
-    answer = stand.raw(b"POST /x HTTP/1.1\r\nContent-Length: 1048577\r\n\r\n" + inner)
+    answer = shared.raw(b"POST /x HTTP/1.1\r\nContent-Length: 1048577\r\n\r\n" + inner)
     assert answer.count(b"HTTP/1.1 ") == 1
-    assert stand.ask("GET", "/api/tasks").json["count"] == 0
+    assert shared.ask("GET", "/api/tasks").json == before
 
 
-def test_a_length_is_asked_for_only_where_a_body_is_read(stand: Stand) -> None:
+def test_a_length_is_asked_for_only_where_a_body_is_read(shared: Stand) -> None:
     head = f"HTTP/1.1\r\nX-API-Key: {KEY}\r\nConnection: close\r\n\r\n".encode()
-    assert b" 411 " in stand.raw(b"POST /api/tasks/submit " + head)
-    assert b" 405 " in stand.raw(b"PATCH /health " + head)
-    assert b" 404 " in stand.raw(b"POST /api/tasks/none/cancel " + head)
-
-
-def test_a_push_whose_answer_was_lost_is_found_to_have_worked(stand: Stand) -> None:
-    stand.hub.fault("POST .*git-receive-pack", lambda: None, when="after")
-    result = stand.done(stand.submit())
-    assert stand.git("rev-parse", result["branch_name"]) == result["commit"]
+    assert b" 411 " in shared.raw(b"POST /api/tasks/submit " + head)
+    assert b" 405 " in shared.raw(b"PATCH /health " + head)
+    assert b" 404 " in shared.raw(b"POST /api/tasks/none/cancel " + head)
 
 
 def test_a_mirror_that_was_cut_off_while_it_was_made_is_made_whole(stand: Stand) -> None:
-    mirror = stand.work / "mirrors" / stand.hub.url[7:].replace(":", "_") / f"{NAME}.git"
+    mirror = stand.work / "mirrors" / stand.hub.url[7:].replace(":", "_") / f"{stand.name}.git"
     (mirror / "refs").mkdir(parents=True)
     (mirror / "HEAD").write_text("ref: refs/heads/main\n")
     (mirror / "config.lock").touch()
     stand.done(stand.submit())
 
 
-def test_a_branch_with_a_mirrors_name_does_not_confuse_the_keeper(stand: Stand) -> None:
-    stand.start(CODEBOT_TASK_RETENTION="1")
-    stand.commit(branch="odd.git", a="1")
-    stand.done(first := stand.submit())
-    wait_for(lambda: stand.ask("GET", f"/api/tasks/{first}/status").status == 404)
-    stand.commit(branch="odd.git", a="2")
-    stand.done(stand.submit())
-    assert not list(stand.work.glob("mirrors/**/odd.git.lock"))
-
-
-def test_a_tree_that_is_closed_or_very_deep_goes_with_its_task(stand: Stand) -> None:
-    stand.start(CODEBOT_TASK_RETENTION="1")
-    deep = "for i in $(seq 1 1500); do mkdir d; cd d; done"
-    stand.agent(f"(cd $HOME; mkdir -p c/e; chmod 0 c; {deep}) 2>/dev/null; {HELLO}")
-    stand.done(task := stand.submit())
-    wait_for(lambda: stand.ask("GET", f"/api/tasks/{task}/status").status == 404)
-    wait_for(lambda: not list(stand.work.glob("task_*")))
-
-
-def test_a_workspace_is_no_remote_for_its_hooks_would_run(stand: Stand) -> None:
-    stand.start("--no-github")
-    for url in (
-        f"{stand.work}/task_x/repo",
-        f"file://{stand.work}/%74ask_x",
-        f"/x/../{stand.work}",
-    ):
-        answer = stand.ask("POST", "/api/tasks/submit", stand.task(repository_url=url))
-        assert (answer.status, "work-dir" in answer.text) == (400, True)
-
-
-def test_without_github_the_whole_url_is_held_against_the_allowed_list(stand: Stand) -> None:
+def test_without_github_urls_are_held_against_the_work_dir_and_the_allowed_list(
+    stand: Stand,
+) -> None:
     stand.start("--no-github", CODEBOT_ALLOWED_REPOSITORIES="https://git.acme.com/acme/*")
-    for url, status in (("https://evil.com/acme/x", 403), ("https://git.acme.com/acme/x", 202)):
-        task = stand.task(repository_url=url)
-        assert stand.ask("POST", "/api/tasks/submit", task).status == status
-
-
-def test_a_locked_database_delays_neither_readers_nor_a_stop(stand: Stand) -> None:
-    stand.start()
-    with contextlib.closing(sqlite3.connect(stand.work / "codebot.db")) as other:
-        other.isolation_level = None
-        other.execute("BEGIN IMMEDIATE")
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            asked = [
-                pool.submit(stand.ask, "POST", "/api/tasks/submit", stand.task()) for _ in range(6)
-            ]
-            assert {answer.result().status for answer in asked} == {503}
-        assert stand.end(signal.SIGTERM) == 0
+    paths = (f"{stand.work}/task_x/repo", f"file://{stand.work}/%74ask_x", f"/x/../{stand.work}")
+    cases = [(path, 400, "work-dir") for path in paths]  # the hooks of a workspace would run
+    cases.append(("https://evil.com/acme/x", 403, "not an allowed repository"))
+    cases.append(("https://git.acme.com/acme/x", 202, ""))
+    for url, status, words in cases:
+        answer = stand.post(stand.task(repository_url=url))
+        assert (answer.status, words in answer.text) == (status, True), url
 
 
 def test_an_agent_that_dies_with_the_stop_is_put_back(stand: Stand) -> None:
     stand.agent("block; exit 3")
     task = stand.submit()
     wait_for(stand.reached)
-    assert stand.server is not None
-    stand.server.send_signal(signal.SIGTERM)
-    (stand.top / "go").touch()  # both at once, as an init system may do it
-    stand.server.wait(15)
+    stand.signal(signal.SIGTERM)
+    stand.go()  # both at once, as an init system may do it
+    stand.gone()
     stand.agent(HELLO)
     stand.start()
     stand.done(task)
@@ -3558,18 +3618,21 @@ def test_a_look_that_takes_longer_than_the_retention_keeps_its_folder(stand: Sta
     opened(stand, f'[ "$asked" = Task: ] && {{ {HELLO}; exit; }}; {look}answer Because')
     stand.inline("alice", "Why?")
     wait_for(stand.reached)
-    for _ in range(2):  # rounds of the keeper
-        path = f"/api/tasks/{stand.submit('Another')}/status"
-        wait_for(lambda path=path: stand.ask("GET", path).status == 404)
-    assert len(list(stand.work.glob("look_*/objects"))) == 1
-    (stand.top / "go").touch()
+    [objects] = stand.work.glob("look_*/objects")
+    before = stand.folders()
+    orphan = stand.work / "task_0000000"
+    orphan.mkdir()
+    os.utime(orphan, (1, 1))
+    wait_for(lambda: stand.folders() == before)  # the orphan is renamed, then removed
+    assert objects.exists()
+    stand.go()
     wait_for(stand.answers)
 
 
-def test_of_many_files_the_first_are_named_and_all_are_counted(stand: Stand) -> None:
-    stand.agent("for i in $(seq -w 300); do echo $i >f$i; done; result Many")
-    stand.done(stand.submit())
-    body = stand.hub.pulls[0]["body"]
+def test_of_many_files_the_first_are_named_and_all_are_counted(shared: Stand) -> None:
+    shared.agent("for i in $(seq -w 300); do echo $i >f$i; done; result Many")
+    shared.done(shared.submit())
+    body = shared.pulls[0]["body"]
     assert (" f001 " in body, body.count(" | 1 +\n")) == (True, 50)
     assert " ...\n 300 files changed, 300 insertions(+)\n" in body
 
@@ -3606,10 +3669,10 @@ def test_a_round_has_left_before_the_next_can_begin(stand: Stand) -> None:
     assert left == [True]
 
 
-def test_a_pull_request_that_github_tells_little_of_completes_its_task(stand: Stand) -> None:
-    few = {"number": 1, "html_url": f"{stand.url()}/pull/1", "state": "open"}
-    stand.hub.fault("POST /repos/acme/widget/pulls$", (201, few, {}))
-    assert stand.done(stand.submit())["pr_url"] == few["html_url"]
+def test_a_pull_request_that_github_tells_little_of_completes_its_task(shared: Stand) -> None:
+    few = {"number": 10**6, "html_url": f"{shared.url()}/pull/{10**6}", "state": "open"}
+    shared.hub.fault("POST .*/pulls$", (201, few, {}))
+    assert shared.done(shared.submit())["pr_url"] == few["html_url"]
 
 
 def test_a_bad_flag_is_told_by_its_name_together_with_bad_settings(stand: Stand) -> None:
