@@ -48,18 +48,17 @@ THE LIFE OF A REVIEW
 
 THREADS
   main       starts all, waits for `stop`, then ends all in order
-  http-N     in turn each looks for a whole request among all connections, and answers it
-  stream     one event stream, at most STREAMS
+  http       looks for whole requests among all connections; answers status polls itself
+  answer-N   one whole request at a time     stream   one event stream, at most STREAMS
   task-N     one task at a time, from the queue of ids that the database fills
   review-N   one round of one pull request at a time, from the other queue
   poll       asks GitHub at the start, or on a clock, for what no webhook told
   keeper     retention, the mirrors' gc, what GitHub failed at
   end        waits for the end of one program, for the thread that started it
-  Shared: the connections that wait (Server.turn), the writing connection (Store._lock), the
-  submits that wait for one fsync (Store._adding), the newest events (Store.news), known
-  secrets (Mask._lock), tokens (GitHub._minting: held while one is fetched, so that one fetch
-  serves all).  A forked copy of this process waits for our end, and then kills what we left
-  behind.
+  Shared: the writing connection (Store._lock), the submits that wait for one fsync
+  (Store._adding), the newest events (Store.news), known secrets (Mask._lock), tokens
+  (GitHub._minting: held while one is fetched, so that one fetch serves all).  A forked copy
+  of this process waits for our end, and then kills what we left behind.
 
 FILES in the work-dir
   codebot.db    the record of truth          codebot.lock  held by the one codebot here
@@ -75,7 +74,7 @@ from __future__ import annotations
 
 import argparse, base64, calendar, collections, contextlib, ctypes, dataclasses, difflib
 import email.message, email.utils, fcntl, fnmatch, functools, glob, hashlib, hmac
-import http.client, http.server, itertools, json, logging, os, pathlib, queue, re, resource
+import http.client, http.server, json, logging, os, pathlib, queue, re, resource
 import selectors, shlex, shutil, signal, socket, socketserver, sqlite3, ssl, subprocess, sys
 import tempfile, threading, time, unicodedata, urllib.error, urllib.parse, urllib.request, uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -257,8 +256,8 @@ def load_config(flags: Mapping[str, Any], needs_keys: bool = False) -> Config:
             name, text = f"--{field.name.replace('_', '-')}", str(flags[field.name])
         if text and not re.fullmatch(form, text, re.DOTALL):
             wrong.append(f"{name}: {text!r} is not {expected}")
-        else:
-            values[field.name] = make(text) if text else make()
+        elif text:
+            values[field.name] = make(text)
     config = Config(**values, env_file=env_file, variables=variables)
     if (key := config.key_file) and not (config.no_github or os.access(key, os.R_OK)):
         wrong.append(f"GITHUB_APP_PRIVATE_KEY_PATH: {key!r} is not a file that can be read")
@@ -396,7 +395,6 @@ FORM = re.compile(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])((?:\r\n[!-9;-~]+:[\t
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,9})[ \t]*\r", re.IGNORECASE)
 EXPECTS = re.compile(rb"\r\nexpect:[ \t]*100-continue[ \t]*\r", re.IGNORECASE)
 POLL = re.compile(rb"GET /api/tasks/[^/ ]+/status ")
-http_date = functools.lru_cache(1)(email.utils.formatdate)
 
 
 def most_of(raw: bytes | bytearray) -> int:
@@ -415,11 +413,8 @@ def parse_request(raw: bytes) -> Request:
     headers: dict[str, str] = {}
     for line in lines.split("\r\n")[1:]:
         name, _, value = line.partition(":")
-        if (name := name.lower()) in headers and name in (
-            "content-length",
-            "authorization",
-            "host",
-        ):
+        name = name.lower()
+        if name in headers and name in ("content-length", "authorization", "host"):
             raise HTTPError(400, f"The header {name} is doubled")
         headers[name] = value.strip()
     length = headers.get("content-length", "0")
@@ -427,7 +422,7 @@ def parse_request(raw: bytes) -> Request:
         raise HTTPError(411, "A body needs a Content-Length; chunked ones are not taken")
     if not re.fullmatch("[0-9]+", length):
         raise HTTPError(400, "Content-Length is not a number")
-    if length.lstrip("0") != str(len(body) or ""):  # it was not read, since it is too long
+    if len(length) > 9 or int(length) != len(body):  # it was not read, since it is too long
         raise HTTPError(413, f"The body is longer than {most_of(raw)} bytes")
     wish = headers.get("connection", "").lower()
     keep = "close" not in wish if minor == "1" else "keep-alive" in wish
@@ -440,21 +435,19 @@ class Client:
     answers it."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self.sock, self.told, self.until, self.held = sock, False, 0.0, 0
+        self.sock, self.until, self.told = sock, 0.0, False  # TOLD to continue (Expect:)
         self.data, self.out = bytearray(), b""  # not yet a whole request; not yet sent
         self.then = "keep"  # what follows once `out` is sent: keep, close or linger
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Connections wait in one selector until a whole request is in; ANSWERS threads share the work.
+    """Connections wait in one selector until a whole request is in; ANSWERS threads answer it.
 
         accept -> waiting -> a whole request -> ready -> an answer -> waiting
                      \\-> late, or the longest idle one when there are too many: dropped
 
-    One thread at a time looks what the selector has; when it finds a request it goes to answer
-    it, and another looks on.  So a connection that is idle, or drips, costs a descriptor and no
-    thread, and no answer waits for a hand-over.  The last one that is free does not leave; it
-    answers what cannot block, a task's status, while it looks.
+    One thread looks what the selector has, and answers itself what cannot block: a task's
+    status.  So a connection that is idle, or drips, costs a descriptor and no thread.
     """
 
     request_queue_size = 1024
@@ -463,10 +456,9 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, app: App) -> None:
         self.app, config = app, app.config
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        self.table = [(verb, re.compile(path), act, guard) for verb, path, act, guard in routes()]
         self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if config.tls_cert else None
         if self.tls:
-            self.tls.load_cert_chain(str(config.tls_cert), config.tls_key)
+            self.tls.load_cert_chain(config.tls_cert, config.tls_key)
         super().__init__((config.host, config.port), http.server.BaseHTTPRequestHandler)
         self.server_port = self.server_address[1]
         soft, hard = (limit & sys.maxsize for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
@@ -482,16 +474,19 @@ class Server(http.server.ThreadingHTTPServer):
         self.waiting: dict[Client, None] = {}  # a dict keeps their order: the longest first
         self.given: set[Client] = set()  # to the threads that answer and stream
         self.streams: set[Client] = set()
-        self.ready: collections.deque[tuple[Client, bytes]] = collections.deque()
-        self.turn = threading.Lock()  # held by the one that looks
-        self.free = threading.Semaphore(ANSWERS - 1)  # those that may leave it
-        self.held, self.swept, self.closing = 0, 0.0, False  # bytes of unfinished requests; …
-        names = [f"http-{n}" for n in range(ANSWERS)]
-        self.threads = [threading.Thread(target=self.work, name=name) for name in names]
+        self.ready: queue.SimpleQueue[tuple[Client, bytes] | None] = queue.SimpleQueue()
+        self.held = 0  # bytes of requests that are unfinished, or not yet answered
+        self.freed: collections.deque[int] = collections.deque()  # is to be taken off it
+        self.closing = False
+        self.threads = [threading.Thread(target=self.look, name="http")]
+        for n in range(ANSWERS):
+            self.threads.append(threading.Thread(target=self.answer_all, name=f"answer-{n}"))
 
     def finish(self, until: float) -> None:
         """Close every connection and end the server's threads, but wait no longer than UNTIL."""
         self.closing = True
+        for _ in self.threads:
+            self.ready.put(None)
         for sock in (self.socket, *(client.sock for client in list(self.given))):
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)  # wakes who waits for it
@@ -501,31 +496,29 @@ class Server(http.server.ThreadingHTTPServer):
             client.sock.close()
         self.server_close()
 
-    def work(self) -> None:
-        """A thread's work: look, in turn with the others, and answer what is found."""
-        while not self.closing:
-            with self.turn:
-                while not (self.ready and self.free.acquire(blocking=False)):
-                    if self.closing:
-                        return
-                    self.look()
-                client, raw = self.ready.popleft()
-            self.answer(client, raw)
-            self.free.release()
+    def answer_all(self) -> None:
+        """An answering thread's work."""
+        while (found := self.ready.get()) is not None:
+            self.answer(*found)
+            self.freed.append(len(found[1]))
 
-    # -- for the thread whose turn it is
+    # -- for the thread that looks
 
     def look(self) -> None:
-        """Take what the selector has.  Waits for no client."""
-        for key, events in self.selector.select(0.01 if self.ready else 0.5):
-            if key.fileobj is self.socket:
-                self.take_new()
-            elif key.data in self.waiting:  # not if dropped in this very round
-                self.step(key.data, events)
-        if (now := time.monotonic()) > self.swept + 1:
-            self.swept = now
-            for client in [c for c in list(self.waiting) if c.until < now]:
-                self.drop(client)
+        """Take what the selector has, until the end.  Waits for no client."""
+        swept = 0.0
+        while not self.closing:
+            for key, events in self.selector.select(0.5):
+                if key.fileobj is self.socket:
+                    self.take_new()
+                elif key.data in self.waiting:  # not if dropped in this very round
+                    self.step(key.data, events)
+            while self.freed:
+                self.held -= self.freed.popleft()
+            if (now := time.monotonic()) > swept + 1:
+                swept = now
+                for client in [c for c in list(self.waiting) if c.until < now]:
+                    self.drop(client)
 
     def take_new(self) -> None:
         for _ in range(64):
@@ -549,10 +542,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def drop(self, client: Client) -> None:
         self.leave(client)
-        client.sock.close()
+        self.close(client)
 
     def leave(self, client: Client) -> None:
-        self.held, client.held = self.held - client.held, 0
         del self.waiting[client]
         self.selector.unregister(client.sock)
 
@@ -575,12 +567,9 @@ class Server(http.server.ThreadingHTTPServer):
                 if not client.data:
                     client.until = time.monotonic() + ARRIVE
                 client.data += data
-                self.held, client.held = (
-                    self.held - client.held + len(client.data),
-                    len(client.data),
-                )
+                self.held += len(data)
                 if self.held > BUFFERED:
-                    return self.drop(max(list(self.waiting), key=lambda c: c.held))
+                    return self.drop(max(list(self.waiting), key=lambda c: len(c.data)))
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             pass  # nothing more for now: the selector tells
         except (OSError, ValueError):
@@ -591,7 +580,7 @@ class Server(http.server.ThreadingHTTPServer):
         data, end = client.data, client.data.find(b"\r\n\r\n") + 4
         if end < 4 and len(data) < HEAD:
             return False
-        found = CONTENT_LENGTH.search(data, 0, end - 2)  # none, if the head has no end
+        found = CONTENT_LENGTH.search(data, 0, end - 2) if 4 <= end < HEAD + 4 else None
         length = int(found[1]) if found and int(found[1]) <= most_of(data) else 0
         if len(data) < end + length:
             if not client.told and EXPECTS.search(data, 0, end - 2):
@@ -603,27 +592,38 @@ class Server(http.server.ThreadingHTTPServer):
         raw, client.data, client.told = bytes(data[:whole]), data[whole:], False
         if POLL.match(raw):  # reads by key: in WAL mode no writer holds that up
             self.answer(client, raw)
+            self.freed.append(len(raw))
         else:
-            self.ready.append((client, raw))
+            self.ready.put((client, raw))
         return True
 
-    # -- for the thread that answers
+    # -- for whichever thread has a client
 
     def let_wait(self, client: Client, seconds: float = 0) -> None:
-        """What follows an answer: the rest of it, or what `then` says."""
+        """Begin to wait; after an answer to send the rest of it, and then what `then` says."""
         self.given.discard(client)
         if client.then == "close" and not client.out:
-            return client.sock.close()
+            return self.close(client)
         if client.then == "linger" and not client.out:
+            self.freed.append(len(client.data))
             client.data.clear()  # what follows a refused request is no request
             seconds = LINGER
             with contextlib.suppress(OSError):
                 client.sock.shutdown(socket.SHUT_WR)
-        pending = client.out or client.data or self.tls  # TLS may have read the next request
-        client.until = time.monotonic() + (ARRIVE if pending else seconds or IDLE)
-        events = selectors.EVENT_WRITE if pending else selectors.EVENT_READ
-        self.selector.register(client.sock, events, client)
+        busy = client.out or client.data
+        client.until = time.monotonic() + (ARRIVE if busy else seconds or IDLE)
+        # it can be written, so it is looked at at once: TLS may have read the next request
+        events = selectors.EVENT_WRITE if busy or self.tls else selectors.EVENT_READ
+        try:
+            self.selector.register(client.sock, events, client)
+        except (OSError, ValueError) as error:  # the kernel watches no more; or it is closed
+            log.error("connection: %s", error)
+            return self.close(client)
         self.waiting[client] = None  # last: what is in there can be dropped
+
+    def close(self, client: Client) -> None:
+        self.freed.append(len(client.data))
+        client.sock.close()
 
     def answer(self, client: Client, raw: bytes) -> None:
         """Answer a whole request.  Waits for no reader: what is not sent now is sent later."""
@@ -647,7 +647,7 @@ class Server(http.server.ThreadingHTTPServer):
             value = {"error": http.client.responses[status], "message": message}
         text = json.dumps(value) if isinstance(value, dict) else value
         body = text.encode() if isinstance(text, str) else None  # None: a stream
-        headers = {**ALWAYS, "Date": http_date(int(time.time()), usegmt=True), **headers}
+        headers = {**ALWAYS, "Date": email.utils.formatdate(usegmt=True), **headers}
         if body is None:
             client.then = "close"
         else:
@@ -671,8 +671,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def route(self, request: Request) -> Reply:
         allow, method = [], "GET" if request.method == "HEAD" else request.method
-        for verb, path, act, guard in self.table:
-            if match := path.fullmatch(request.path):
+        for verb, path, act, guard in routes():
+            if match := re.fullmatch(path, request.path):
                 if verb == method:
                     guard(self.app, request)
                     return act(self.app, request, **match.groupdict())
@@ -685,25 +685,25 @@ class Server(http.server.ThreadingHTTPServer):
     def stream(self, client: Client, events: Iterator[bytes]) -> None:
         """Send what EVENTS gives until it ends or nobody reads, in a thread of its own."""
 
-        def send(*events: Iterator[bytes]) -> None:
+        def send(events: Iterator[bytes]) -> None:
             try:
                 client.sock.settimeout(ARRIVE)
                 client.sock.sendall(client.out)
-                for data in itertools.chain(*events):
+                for data in events:
                     client.sock.sendall(data)
             except (OSError, sqlite3.Error) as error:
                 log.info("stream: %s", error)  # gone, or it reads nothing
             finally:
                 self.streams.discard(client)
                 self.given.discard(client)
-                client.sock.close()
+                self.close(client)
 
         self.streams.add(client)
         try:
             threading.Thread(target=send, args=(events,), name="stream").start()
         except RuntimeError as error:  # no thread is left
             log.error("stream: %s", error)
-            send()
+            send(iter(()))  # the head, and the end
 
 
 # ---- The API ----------------------------------------------------------------------
@@ -799,7 +799,7 @@ def task_logs(app: App, request: Request, task_id: str) -> Reply:
         given["after"] = headers.get("last-event-id") or given.get("after", "0")
     after = number(given, "after", 0, 0, 10**15)
     if not live:
-        events = [event._asdict() for event in app.store.events(task_id, after)]
+        events = app.store.events(task_id, after)
         return 200, {"task_id": task_id, "events": events, "count": len(events)}
     if app.server and len(app.server.streams) >= (most := app.server.most_streams):
         raise HTTPError(503, f"{most} streams are open already", {"Retry-After": "30"})
@@ -841,9 +841,10 @@ def retry_task(app: App, request: Request, task_id: str) -> Reply:
 
 
 def health(app: App, request: Request) -> Reply:
-    value = {"status": "healthy", "review_queue_size": 0, "task_queue_size": app.store.pending}
+    value: dict[str, Any] = {"status": "healthy", "task_queue_size": 0, "review_queue_size": 0}
     try:
-        value["review_queue_size"] = app.store.waiting_reviews()
+        for kind in ("task", "review"):
+            value[f"{kind}_queue_size"] = app.store.waiting(f"{kind}s")
         if (free := shutil.disk_usage(app.config.work_dir).free) < DISK_LOW:
             value["warning"] = f"the work-dir has only {free >> 20} MiB of disk left"
         app.store.check()
@@ -862,8 +863,8 @@ def metrics(app: App, request: Request) -> Reply:
     tasks = {f'{{status="{status}",reason="{why}"}}': count for status, why, count in counts}
     for name, kind, about, samples in (
         ("tasks", "gauge", "Tasks kept, by status and reason.", tasks),
-        ("queue_size", "gauge", "Tasks that wait.", {"": store.pending}),
-        ("review_queue_size", "gauge", "Reviews that wait.", {"": store.waiting_reviews()}),
+        ("queue_size", "gauge", "Tasks that wait.", {"": store.waiting("tasks")}),
+        ("review_queue_size", "gauge", "Reviews that wait.", {"": store.waiting("reviews")}),
         ("running", "gauge", "Tasks that run.", {"": len(app.running)}),
         ("task_seconds_total", "counter", "Seconds spent.", {"": totals.get("seconds", 0)}),
         ("agent_dollars_total", "counter", "Known US dollars.", {"": totals.get("dollars", 0)}),
@@ -981,7 +982,6 @@ WAITING = "SELECT id FROM reviews WHERE pull = ? AND source = ? AND status = 'pe
 KEPT = """(SELECT id, folder, mirror FROM tasks WHERE completed_at IS NULL OR completed_at >= ?
     UNION SELECT task_id, folder, mirror FROM pulls JOIN reviews ON pull = pulls.id
     WHERE completed_at IS NULL OR completed_at >= ?)"""
-Event = collections.namedtuple("Event", "seq time source message")
 Of = tuple[str, Any]  # a row: its table, and its id
 
 
@@ -996,10 +996,9 @@ def base_of(pull: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def insert(db: sqlite3.Connection, table: str, row: Mapping[str, Any]) -> int:
     """Add a row and give its number; 0 if one with such a key is there."""
-    names = ", ".join(row), ", :".join(row)
-    sql = "INSERT INTO {}({}) VALUES(:{}) ON CONFLICT DO NOTHING"
-    done = db.execute(sql.format(table, *names), row)
-    return done.lastrowid or 0 if done.rowcount else 0
+    sql = f"INSERT INTO {table}({', '.join(row)}) VALUES(:{', :'.join(row)}) ON CONFLICT DO NOTHING"
+    done = db.execute(sql, row)
+    return (done.lastrowid or 0) if done.rowcount else 0
 
 
 class Store:
@@ -1022,7 +1021,7 @@ class Store:
             self._db.execute("PRAGMA journal_mode=WAL")
             if version < SCHEMA:
                 self._db.executescript(f"BEGIN;{TABLES}PRAGMA user_version={SCHEMA};COMMIT;")
-            [[self.pending]] = self.read("SELECT COUNT(*) FROM tasks WHERE status = 'pending'")
+            self.pending = self.waiting("tasks")  # counted on, for a queue may be long
         except sqlite3.Error as error:
             raise Unusable(f"{path}: the database cannot be used: {error}") from None
         self._inode = os.stat(path).st_ino
@@ -1178,10 +1177,10 @@ class Store:
             self._newest[task_id] = max(newest, self._newest.get(task_id, 0))
             self.news.notify_all()
 
-    def events(self, task_id: str, after: int, most: int = 1000) -> list[Event]:
+    def events(self, task_id: str, after: int, most: int = 1000) -> list[dict[str, Any]]:
         sql = """SELECT seq, time, source, message FROM events WHERE task_id = ? AND seq > ?
             ORDER BY seq LIMIT ?"""
-        return [Event(*row) for row in self.read(sql, task_id, after, most)]
+        return [dict(row) for row in self.read(sql, task_id, after, most)]
 
     def chunk(self, task_id: str, after: int) -> tuple[int, bytes]:
         """The last seq, and what a stream sends of the events after AFTER.  Made once for all."""
@@ -1190,8 +1189,8 @@ class Store:
 
     def _make_chunk(self, task_id: str, after: int, newest: int | None) -> tuple[int, bytes]:
         events = self.events(task_id, after, 100)
-        data = "".join(f"id: {e.seq}\ndata: {json.dumps(e._asdict())}\n\n" for e in events)
-        return (events[-1].seq if events else after), data.encode()
+        data = "".join(f"id: {e['seq']}\ndata: {json.dumps(e)}\n\n" for e in events)
+        return (events[-1]["seq"] if events else after), data.encode()
 
     def wait_for_news(self, task_id: str, after: int) -> None:
         with self.news:
@@ -1236,10 +1235,9 @@ class Store:
 
     def take_back(self, kind: str, number: int) -> None:
         """A comment was deleted: who has not begun does not act on it.  It is not taken again."""
+        sql = "UPDATE comments SET review = NULL WHERE kind = ? AND id = ?"
         with self._writing() as db:
-            db.execute(
-                "UPDATE comments SET review = NULL WHERE kind = ? AND id = ?", (kind, number)
-            )
+            db.execute(sql, (kind, number))
 
     def claim_review(self, pull: int) -> Any:
         """The oldest round that waits, with its pull, running now; None if one runs already."""
@@ -1264,8 +1262,8 @@ class Store:
             db.execute(take, (review, pull, source))
             db.execute(f"DELETE FROM reviews WHERE id IN ({WAITING})", (pull, source))
 
-    def waiting_reviews(self) -> int:
-        return int(self.read("SELECT COUNT(*) FROM reviews WHERE status = 'pending'")[0][0])
+    def waiting(self, table: str) -> int:
+        return int(self.read(f"SELECT COUNT(*) FROM {table} WHERE status = 'pending'")[0][0])
 
     def rounds(self, task_id: str) -> list[dict[str, Any]]:
         sql = """SELECT status AS state, ifnull(completed_at, submitted_at) AS time, kind,
@@ -1344,11 +1342,11 @@ class App:
                     raise Stopped("stopped") from None
 
 
-def work(app: App) -> None:
-    """A worker's thread: one task after another, until the stop."""
-    while (task_id := app.tasks.get()) is not None and not app.stop.is_set():
-        with contextlib.suppress(WrongState, Stopped):  # it was cancelled before; no disk at a stop
-            run_one(app, task_id)
+def work(app: App, ids: queue.Queue[Any], carry: Callable[[App, Any], None]) -> None:
+    """A worker's thread: one task (or pull with a round) after another, until the stop."""
+    while (one := ids.get()) is not None and not app.stop.is_set():
+        with contextlib.suppress(WrongState, Stopped):  # the stop put it back; or has no disk
+            carry(app, one)
 
 
 def run_one(app: App, task_id: str) -> None:
@@ -1426,11 +1424,11 @@ def keep_house(app: App) -> None:
             for path in glob.glob(f"{work_dir}/old_*"):
                 remove(app, path)
             for mirror in glob.glob(f"{work_dir}/{MIRRORS}"):
-                with held(mirror) as lock:
-                    old = lock is not None and os.fstat(lock).st_mtime < time.time() - MIRROR_KEPT
+                with contextlib.suppress(BlockingIOError), held(mirror) as lock:
+                    old = os.fstat(lock).st_mtime < time.time() - MIRROR_KEPT
                     if old and not store.read(needs, when, when, mirror):
                         remove(app, mirror)
-                    elif lock is not None:
+                    else:
                         git_local(app, mirror, *auto)
         except (OSError, sqlite3.Error, Stopped) as error:
             log.warning("keeper: %s", error)
@@ -1473,7 +1471,7 @@ def carry_out(job: Job) -> dict[str, Any]:
     if pull or (done and job.is_ancestor(done, job.ref("head"))):
         job.say("codebot", f"Taken up again after commit {done[:10]}")
     else:
-        if job.row["folder"]:
+        if job.resumed:
             job.say("codebot", "Begun anew: the last run was cut off")
         job.phase("clone")
         job.make_folder()
@@ -1512,12 +1510,13 @@ class Job:
     """One run of a task: its row, folder and limits, and the steps of carry_out."""
 
     def __init__(self, app: App, row: dict[str, Any], cancel: threading.Event) -> None:
-        self.app, self.row, self.cancel = app, row, cancel
+        self.app, self.row, self.cancel, self.stops = app, row, cancel, (app.stop, cancel)
         self.id: str = row["id"]  # the task's, in a review of its pull request too
         self.of: Of = ("reviews", row["review"]) if "review" in row else ("tasks", self.id)
         self.session = row.get("session") or self.id  # the agent's conversation
         self.began, self.until, self.cost, self.room = time.monotonic(), 0.0, 0.0, EVENTS
         self.folder = os.path.join(app.config.work_dir, row["folder"] or "")
+        self.resumed = bool(row["folder"])  # after a stop or a crash
         self.told: dict[str, Any] = {"session_id": self.id, "num_turns": 0}
         head = (row["ticket_summary"] or row["description"]).strip().splitlines()[0]
         ticket = f"{row['ticket_id']}: " if row["ticket_id"] else ""
@@ -1612,7 +1611,7 @@ class Job:
                     make_repository(self.mirror, {"config": "[core]\n\tbare = true\n"})
                 for outdated in (fresh, True):
                     if outdated:
-                        self.network("clone_failed", *fetch, pass_fds=(lock or 0,))
+                        self.network("clone_failed", *fetch, pass_fds=(lock,))
                     if not git_local(self.app, self.mirror, "update-ref", "--stdin", stdin=keep)[0]:
                         return name, found[2]
         raise TaskFailed("clone_failed", f"Failed to clone repository: {name} did not stand still")
@@ -1742,7 +1741,7 @@ class Job:
 
     def program(self, argv: Sequence[str], env: Mapping[str, str], **how: Any) -> Ended:
         try:
-            return run_program(argv, env, stops=(self.app.stop, self.cancel), **how)
+            return run_program(argv, env, stops=self.stops, **how)
         finally:
             if self.app.sandbox != ("bwrap",):  # which ends all that was begun in it
                 sweep(f"{self.app.mark}{self.id}")
@@ -1773,7 +1772,6 @@ class Job:
         """git against the remote (URL in ARGS), in the mirror.  The one place with a credential."""
         failed = f"Failed to {'push' if reason == 'push_rejected' else 'clone repository'}"
         hub, wait, renewed = self.app.github, 1.0, False
-        how: dict[str, Any] = {"stops": (self.app.stop, self.cancel), "pass_fds": pass_fds}
         while True:
             try:
                 env = network_env(self.app, self)
@@ -1781,7 +1779,7 @@ class Job:
                 raise TaskFailed(reason, f"{failed}: {error}", error.again) from None
             words = (self.repository.url if word == "URL" else word for word in args)
             argv = (*GIT, "--git-dir", self.mirror, *words)
-            code, lines = run_program(argv, env, GIT_TIMEOUT, **how)
+            code, lines = run_program(argv, env, GIT_TIMEOUT, self.stops, pass_fds=pass_fds)
             text = "\n".join(lines)
             if code == 0:
                 return lines
@@ -1917,14 +1915,7 @@ class Dropped(Exception):
     again = False
 
 
-def review(app: App, hub: GitHub) -> None:
-    """A review worker's thread: one round after another, never two of one pull request."""
-    while (pull := app.reviews.get()) is not None and not app.stop.is_set():
-        with contextlib.suppress(Stopped):
-            run_review(app, hub, pull)
-
-
-def run_review(app: App, hub: GitHub, pull: int) -> None:
+def run_review(hub: GitHub, app: App, pull: int) -> None:
     """Take the oldest round of a pull request from pending to its end, if none is running."""
     if (row := app.surely(app.store.claim_review, pull)) is None:
         return
@@ -1973,14 +1964,12 @@ def watch_pulls(app: App, hub: GitHub) -> None:
 
 def deliver_again(app: App, hub: GitHub, asked: collections.Counter[str]) -> None:
     """Have GitHub deliver again what failed, if it lets us (docs: "Handling failed deliveries")."""
+    taken = "SELECT 1 FROM comments WHERE kind = 'delivery' AND id = ?"
     try:
         failed = list(hub.pages(None, "/app/hook/deliveries?status=failure&per_page=100"))[::-1]
         for guid, one in {one["guid"]: one for one in failed}.items():
-            known = app.store.read(
-                "SELECT 1 FROM comments WHERE kind = 'delivery' AND id = ?", guid
-            )
             bad = one["event"] in HEARD and not 200 <= one["status_code"] < 300
-            if bad and not known and asked[guid] < 3:
+            if bad and asked[guid] < 3 and not app.store.read(taken, guid):
                 asked[guid] += 1
                 hub._call("POST", f"/app/hook/deliveries/{one['id']}/attempts")
                 log.info("GitHub is asked to deliver %s again", guid)
@@ -2229,17 +2218,20 @@ class Round:
             self.look()  # nothing is pushed to one that was closed meanwhile
             job.phase("push")
             head: str = job.row["head_commit"]
-            undone = f"Commit {head} was pushed, but it is not on the branch any more"
-            pushed, error, tries = True, TaskFailed("push_rejected", undone), tries + 1
+            tries += 1
+            refused: TaskFailed | None = None
             try:
                 job.push()
-            except TaskFailed as refused:
-                pushed, error = False, refused
+            except TaskFailed as error:
+                refused = error
             tip = job.fetch_base(self.branch)[1]
             if job.is_ancestor(head, tip):
                 return head  # also if it worked, and others pushed on top before we asked
-            if pushed or tries == PUSHES or job.is_ancestor(tip, head):
-                raise error  # in the last case nobody was there before us
+            if refused is None:
+                what = f"Commit {head} was pushed, but it is not on the branch any more"
+                raise TaskFailed("push_rejected", what)
+            if tries == PUSHES or job.is_ancestor(tip, head):
+                raise refused  # in the last case nobody was there before us
             self.rebase(tip)
 
     def rebase(self, tip: str) -> None:
@@ -2416,23 +2408,22 @@ def git_local(app: App, mirror: str, *args: str, stdin: str = "") -> Ended:
 
 
 @contextlib.contextmanager
-def held(mirror: str, job: Job | None = None) -> Iterator[int | None]:
-    """The mirror's lock, as a descriptor; without a JOB it is not waited for (None).
-    The git that runs under it is given it, so it outlives a crash of ours as long as git does."""
+def held(mirror: str, job: Job | None = None) -> Iterator[int]:
+    """The mirror's lock, as a descriptor; BlockingIOError without a JOB, that can wait for it.
+    The fetch that runs under it is given it, so it outlives a crash of ours as long as git does."""
     os.makedirs(os.path.dirname(mirror), exist_ok=True)
     with open(f"{mirror}.lock", "ab") as file:
-        lock: int | None = None
-        while lock is None:
+        while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                lock = file.fileno()
+                break
             except BlockingIOError:
                 if job is None:
-                    break
+                    raise
                 job.check(0.01)
         if job:
             os.utime(file.fileno())  # the keeper asks when the mirror was used
-        yield lock
+        yield file.fileno()
 
 
 # ---- Programs and the sandbox -----------------------------------------------------
@@ -2806,11 +2797,11 @@ class GitHub:
             pulls = self.ask(job, "GET", f"/pulls?head={head}&state=all&per_page=100")
             return next((pull for pull in pulls if pull["head"]["ref"] == branch), None)
 
-        if job.row["interruptions"] and (pull := mine()):
+        if job.resumed and (pull := mine()):
             return pull
         try:
-            return self.ask(job, "POST", "/pulls", wish)
-        except GitHubError as error:  # the answer to an earlier POST of ours may have been lost
+            return self.ask(job, "POST", "/pulls", wish, there=mine)
+        except GitHubError as error:  # the list may not have had what an earlier POST of ours made
             if error.status == 422 and "already exists" in str(error) and (pull := mine()):
                 return pull
             raise
@@ -2820,10 +2811,9 @@ def github_words(status: int, raw: bytes) -> str:
     """What an error's body says, in one line."""
     try:
         body = json.loads(raw)
-        errors = [
-            e if isinstance(e, str) else e.get("message") or e for e in body.get("errors", ())
-        ]
-        return f"{status} {': '.join(map(str, [body['message'], *errors]))}"[:1000]
+        errors = body.get("errors", ())
+        told = [e if isinstance(e, str) else e.get("message") or e for e in errors]
+        return f"{status} {': '.join(map(str, [body['message'], *told]))}"[:1000]
     except (ValueError, LookupError, TypeError, AttributeError):
         return f"{status} without a reason"
 
@@ -3042,12 +3032,13 @@ def serve(flags: dict[str, Any], client: Callable[[App, int], None] | None = Non
     except (OSError, OverflowError) as error:
         raise Unusable(f"--host {config.host} --port {config.port}, or TLS: {error}") from None
     jobs: list[tuple[str, Callable[..., None], Any]] = [("keeper", keep_house, (app,))]
-    jobs += [(f"task-{n}", work, (app,)) for n in range(config.workers)]
+    jobs += [(f"task-{n}", work, (app, app.tasks, run_one)) for n in range(config.workers)]
     jobs += [("client", client, (app, server.server_port))] if client else []
     if hub:
-        jobs += [(f"review-{n}", review, (app, hub)) for n in range(config.review_workers)]
+        given = (app, app.reviews, functools.partial(run_review, hub))
+        jobs += [(f"review-{n}", work, given) for n in range(config.review_workers)]
         jobs.append(("poll", watch_pulls, (app, hub)))
-    threads = [threading.Thread(target=act, args=given, name=name) for name, act, given in jobs]
+    threads = [threading.Thread(target=act, args=args, name=name) for name, act, args in jobs]
     url = f"{'https' if config.tls_cert else 'http'}://localhost:{server.server_port}"
     on = config.webhook_secret and hub
     print(f"HTTP API enabled with {len(config.api_keys)} API key(s)")
@@ -3056,7 +3047,7 @@ def serve(flags: dict[str, Any], client: Callable[[App, int], None] | None = Non
     print(f"               {url}/api/tasks/{{task_id}}/status\n               {url}/api/tasks")
     print(f"Webhook:       {f'{url}/webhook' if on else 'off: GITHUB_WEBHOOK_SECRET is not set'}")
     print(f"Page:          {url}/\nHealth:        {url}/health\nSandbox:       {app.sandbox_told}")
-    print(f"Taken up again: {app.store.pending} task(s)", flush=True)
+    print(f"Taken up again: {app.store.waiting('tasks')} task(s)", flush=True)
     for thread in [*server.threads, *threads]:
         thread.start()
     while not (again or app.stop.wait(0.5)):  # without a limit it can miss a signal for ever
@@ -3105,8 +3096,8 @@ def run(flags: dict[str, Any]) -> int:
     while worker.is_alive():
         worker.join(0.2)  # what it said is shown after it, so the last words are too
         for event in app.store.events(task_id, after, most=EVENTS):
-            after, spent = event.seq, time.monotonic() - start
-            print(f"{spent:7.1f} s  {event.source:8}{event.message}", file=sys.stderr)
+            after, spent = event["seq"], time.monotonic() - start
+            print(f"{spent:7.1f} s  {event['source']:8}{event['message']}", file=sys.stderr)
     value = task_status(app, Request("GET", "", "", {}, b"", False), task_id)[1]
     print(json.dumps(value, indent=2))
     return 0 if value["status"] == "completed" else 1
@@ -3162,9 +3153,9 @@ def check(flags: dict[str, Any]) -> int:
             warn(abs(hub.skew) < 30, f"clock: {hub.skew:+.0f} s to GitHub's", "set the host's")
             given = hub._call("GET", f"/app/installations/{config.installation_id}")[0]
             tell(True, f"installation {config.installation_id} of {given['account']['login']}")
-            for right in ("contents", "pull_requests", "issues"):
+            for right, needed in RIGHTS.items():
                 has = given["permissions"].get(right, "none")
-                tell(has == "write", f"permission {right}: {has}", "write is needed; grant it")
+                tell(has == needed, f"permission {right}: {has}", f"{needed} is needed; grant it")
             warn(config.webhook_secret, "webhook secret", "set GITHUB_WEBHOOK_SECRET")
             for kind in HEARD:
                 has = kind in given["events"]
@@ -3188,10 +3179,8 @@ def demo(flags: dict[str, Any]) -> int:
     with tempfile.TemporaryDirectory(prefix="codebot-demo-") as folder:
         top = os.path.realpath(folder)
         env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": top}
-        env |= {
-            "CODEBOT_CLAUDE_COMMAND": f"sh {top}/stand-in-agent",
-            "CODEBOT_API_KEYS": "demo-key",
-        }
+        agent = f"sh {top}/stand-in-agent"
+        env |= {"CODEBOT_CLAUDE_COMMAND": agent, "CODEBOT_API_KEYS": "demo-key"}
         code, lines = run_program(("sh", "-c", DEMO), env, 30, cwd=top)
         if code:
             raise Unusable(f"the demo's repository: {last(lines)}")
