@@ -72,9 +72,9 @@ GREP FOR  Popen( (run_program), urlopen( (GitHub._once), SET status (Store._move
 
 from __future__ import annotations
 
-import argparse, base64, calendar, collections, contextlib, ctypes, dataclasses, difflib
-import email.message, email.utils, fcntl, fnmatch, functools, glob, hashlib, hmac
-import http.client, http.server, json, logging, os, pathlib, queue, re, resource
+import _thread, argparse, base64, calendar, collections, contextlib, ctypes, dataclasses, difflib
+import email.message, email.utils, errno, fcntl, fnmatch, functools, glob, hashlib
+import hmac, http.client, http.server, json, logging, os, pathlib, queue, re, resource
 import selectors, shlex, shutil, signal, socket, socketserver, sqlite3, ssl, subprocess, sys
 import tempfile, threading, time, unicodedata, urllib.error, urllib.parse, urllib.request, uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -290,10 +290,15 @@ class Mask(logging.Handler):
         super().__init__()
         self._tokens: collections.deque[str] = collections.deque(maxlen=100)  # they live an hour
         self._lock = threading.Lock()  # guards them
-        names = [n for n in config.agent_names if re.search("TOKEN|KEY|SECRET|PASS", n)]
+        secret = "(?i)token|key|secret|pass|pwd|cred|dsn|url|header"
+        names = [name for name in config.agent_names if re.search(secret, name)]
         value = {name: text.strip() for name, text in config.variables.items()}
         self._own = [*config.api_keys, *(value.get(name, "") for name in (*SECRET_NAMES, *names))]
-        self._own += [urllib.parse.urlsplit(value.get(n, "")).password or "" for n in NETWORK_NAMES]
+        for name in (*NETWORK_NAMES, "ANTHROPIC_BASE_URL"):
+            self._own.append(urllib.parse.urlsplit(value.get(name, "")).password or "")
+        self._own += [
+            line for secret in self._own for line in secret.splitlines()
+        ]  # of a key's file
         self.add()
 
     def add(self, *tokens: str) -> None:
@@ -734,7 +739,7 @@ def read_task(config: Config, given: Mapping[str, Any]) -> dict[str, str | None]
             raise HTTPError(400, f"{name}: is missing")
     try:
         repository = parse_url(config, given["repository_url"])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise HTTPError(400, f"repository_url: {error}") from None
     if not repository.allowed(config):
         raise HTTPError(403, f"repository_url: {repository.name} is not an allowed repository")
@@ -972,6 +977,7 @@ CREATE TABLE IF NOT EXISTS reviews(  -- a round of work on a pull
 CREATE INDEX IF NOT EXISTS reviews_by_pull ON reviews(pull, status, id);
 CREATE TABLE IF NOT EXISTS comments(  -- and deliveries: all that was taken is not taken again
     kind, id, pull, review, given, PRIMARY KEY(kind, id));
+CREATE INDEX IF NOT EXISTS comments_by_review ON comments(review);
 CREATE TRIGGER IF NOT EXISTS task_goes AFTER DELETE ON tasks BEGIN
     DELETE FROM events WHERE task_id = old.id; END;
 CREATE TRIGGER IF NOT EXISTS pull_goes AFTER DELETE ON pulls BEGIN
@@ -1384,6 +1390,14 @@ def run_one(app: App, task_id: str) -> None:
         app.surely(store.end, job.of, "failed", *job.spent(), reason=failed.reason, error=text)
 
 
+def passes(error: Exception) -> bool:
+    """Whether it is of the day and not of the work: a stop, the network, no room."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EAGAIN)
+    stop = isinstance(error, Stopped) and str(error) == "stopped"
+    return stop or isinstance(error, sqlite3.Error) or getattr(error, "again", False)
+
+
 def in_words(app: App, error: Exception) -> TaskFailed:
     """The failure that a program's early end is, or a GitHub that does not answer."""
     if isinstance(error, TaskFailed):
@@ -1399,7 +1413,6 @@ def in_words(app: App, error: Exception) -> TaskFailed:
 def keep_house(app: App) -> None:
     """The keeper's thread: the disk's room, and removal of what no task has or may need."""
     store, work_dir, retention = app.store, app.config.work_dir, app.config.retention
-    auto = words("-c gc.auto=6700 -c gc.autoDetach=false -c gc.pruneExpire=never gc --auto -q")
     needs = f"SELECT 1 FROM {KEPT} WHERE mirror = ?"
     tasks = f"SELECT id, folder, mirror FROM tasks WHERE id NOT IN (SELECT id FROM {KEPT})"
     pulls = f"SELECT id FROM pulls WHERE closed_at < ? AND task_id NOT IN (SELECT id FROM {KEPT})"
@@ -1417,7 +1430,7 @@ def keep_house(app: App) -> None:
                     os.rename(path, f"{work_dir}/old_{uuid.uuid4().hex}")
             for task_id, folder, mirror in store.read(tasks, when, when):
                 if folder:
-                    remove_refs(app, folder, mirror)
+                    remove_refs(app, folder, os.path.join(work_dir, mirror))
                 store.forget(("tasks", task_id))
             for row in store.read(pulls, when, when, when):
                 store.forget(("pulls", row["id"]))
@@ -1426,12 +1439,24 @@ def keep_house(app: App) -> None:
             for mirror in glob.glob(f"{work_dir}/{MIRRORS}"):
                 with contextlib.suppress(BlockingIOError), held(mirror) as lock:
                     old = os.fstat(lock).st_mtime < time.time() - MIRROR_KEPT
-                    if old and not store.read(needs, when, when, mirror):
+                    name = os.path.relpath(mirror, work_dir)
+                    if old and not store.read(needs, when, when, name):
                         remove(app, mirror)
                     else:
-                        git_local(app, mirror, *auto)
+                        tidy(app, mirror)
         except (OSError, sqlite3.Error, Stopped) as error:
             log.warning("keeper: %s", error)
+
+
+def tidy(app: App, mirror: str) -> None:
+    """Pack what many tasks have left in a mirror.  Nothing is pruned: a workspace may read it."""
+    for end in STALE:
+        for path in glob.glob(f"{mirror}/{end}", recursive=True):
+            if os.lstat(path).st_mtime < time.time() - GIT_TIMEOUT:  # of a git that was killed
+                os.unlink(path)
+    loose, packs = glob.glob(f"{mirror}/objects/17/*"), glob.glob(f"{mirror}/objects/pack/*.pack")
+    if len(loose) > 26 or len(packs) > 50:  # as `git gc --auto` guesses and counts them
+        git_local(app, mirror, "repack", "-a", "-d", "--keep-unreachable", "-q")
 
 
 def remove_refs(app: App, folder: str, mirror: str) -> None:
@@ -1533,7 +1558,8 @@ class Job:
         if not self.repository.allowed(self.app.config):
             what = f"The repository is {self.repository.name}{now}, which is not allowed"
             raise TaskFailed("clone_failed", what)
-        self.mirror: str = self.row["mirror"] or self.repository.mirror
+        self.row["mirror"] = self.row["mirror"] or self.repository.mirror
+        self.mirror = os.path.join(self.app.config.work_dir, self.row["mirror"])
 
     def say(self, source: str, *texts: str) -> None:
         self.say_all([(source, text) for text in texts])
@@ -1548,7 +1574,10 @@ class Job:
                     continue
                 if self.room == 0:
                     source, text = "codebot", "what follows of the agent and the tests is not kept"
-            events.append((source, cut(self.app.mask(text), MESSAGE)))
+            short = self.app.mask(
+                text[: MESSAGE + 65_536]
+            )  # a longer one would hold up all threads
+            events.append((source, cut(short, MESSAGE, len(text))))
         self.app.store.say(self.id, events)
 
     def note(self, **columns: Any) -> None:
@@ -1581,7 +1610,7 @@ class Job:
                 folder = f"task_{ticket}_{name}" if ticket else f"task_{name}"
                 self.folder = os.path.join(self.app.config.work_dir, folder)
             branch = "/".join(filter(None, ("u/codebot", ticket, name, slug)))
-            self.note(folder=folder, branch=branch, mirror=self.mirror)
+            self.note(folder=folder, branch=branch, mirror=self.row["mirror"])
         for part in ("", "repo", "home", "tmp"):
             os.mkdir(os.path.join(self.folder, part), mode=0o700)
 
@@ -1864,9 +1893,10 @@ class ClaudeReader:
             raise TaskFailed("agent_failed", f"The agent {why}: {said}")
 
 
-def cut(text: str, most: int) -> str:
-    """The first MOST characters, and a word on what is missing."""
-    return text[:most] + (f" … ({len(text) - most} characters cut)" if len(text) > most else "")
+def cut(text: str, most: int, length: int = 0) -> str:
+    """The first MOST characters, and a word on what is missing of the whole LENGTH."""
+    missing = max(length, len(text)) - most
+    return text[:most] + (f" … ({missing} characters cut)" if missing > 0 else "")
 
 
 def plain(text: str) -> str:
@@ -1910,9 +1940,7 @@ ROUNDS_END = "<!-- codebot rounds end -->"  # in a pull request's body, below ou
 
 
 class Dropped(Exception):
-    """What was said is not to be acted on; the log hears why."""
-
-    again = False
+    """There is nothing, or nothing more, to be done of a round; the log hears why."""
 
 
 def run_review(hub: GitHub, app: App, pull: int) -> None:
@@ -1925,13 +1953,16 @@ def run_review(hub: GitHub, app: App, pull: int) -> None:
     app.reviewing[pull] = this.job.cancel
     try:
         end = this.carry_out()
-    except (Dropped, TaskFailed, GitHubError, Stopped, sqlite3.Error) as error:
-        again = getattr(error, "again", True)  # the last two are of the day, not of the round
-        log.info("%s is %s: %s", what, "put back" if again else "dropped", error)
-    except Exception:
-        log.exception(what)
-        again, crashes = row["interruptions"] < 2 * INTERRUPTIONS, 1  # it has been told by then
-        end = {"reason": "internal", "error": "internal error"}
+    except Exception as error:
+        day = passes(error)
+        known = day or isinstance(error, (Dropped, TaskFailed, GitHubError))  # no bug of ours
+        drop = isinstance(error, (Dropped, TaskFailed)) and not day
+        again = not drop and (day or row["interruptions"] < 2 * INTERRUPTIONS)
+        crashes = int(again and not day)  # at half of them it was told, or that failed too
+        text = app.mask(str(error)) if known else "internal error"
+        end = None if drop else {"reason": "internal", "error": text}
+        done = "dropped" if drop else "put back" if again else "given up"
+        log.info("%s is %s: %s", what, done, error, exc_info=not known)
     finally:
         del app.reviewing[pull]  # while the row still keeps others from the next round
     if again:
@@ -1984,11 +2015,9 @@ class Round:
     def __init__(self, app: App, hub: GitHub, row: Any) -> None:
         self.app, self.hub, self.row, self.said = app, hub, row, list[dict[str, Any]]()
         self.path, self.issue = f"/pulls/{row['number']}", f"/issues/{row['number']}"
-        kept = ("session", "folder", "review", "interruptions", "kind", "head_commit", "outcome")
-        # of a mirror's path only what follows the work-dir, which may have been moved
-        mirror = os.path.join(app.config.work_dir, "mirrors", *row["mirror"].split("/")[-3:])
+        kept = words("session folder mirror review interruptions kind head_commit outcome")
         known = {**json.loads(row["task"]), **{name: row[name] for name in kept}}
-        self.job = Job(app, {**known, "mirror": mirror}, threading.Event())
+        self.job = Job(app, known, threading.Event())
         self.branch, self.of_pull = self.job.row["branch"], ("pulls", row["pull"])
 
     def carry_out(self) -> dict[str, Any]:
@@ -2010,7 +2039,7 @@ class Round:
             if job.row["head_commit"] != outcome.get("commit"):
                 outcome["commit"] = self.publish()
         except (TaskFailed, GitHubError, Stopped) as error:
-            if getattr(error, "again", str(error) == "stopped"):
+            if passes(error):
                 raise  # what is done by now is kept
             refused = isinstance(error, GitHubError)
             failed = TaskFailed("internal", str(error)) if refused else in_words(self.app, error)
@@ -2110,18 +2139,20 @@ class Round:
         """Sort what was said, and do what it asks for.  Gives the answers."""
         job, said = self.job, self.marked()
         job.say("codebot", f"Review by {self.said[0]['user']}: {self.said[0]['text']}")
-        job.phase("look")
-        with empty_task() as folder:
-            reader = job.ask_claude(f"Comment:\n{said}", *LOOKING, folder=folder)
-        seen = reader.result.get("structured_output")
-        seen = seen if isinstance(seen, dict) else {}
-        kind = seen.get("kind") if seen.get("kind") in ("question", "change", "none") else "unclear"
-        job.note(kind=kind)
-        if kind == "none":
-            return {"answers": {}}
-        if kind == "unclear":
-            ask = self.app.mask(str(seen.get("ask") or UNCLEAR))
-            return {"answers": dict.fromkeys(self.threads(), ask)}
+        if (kind := job.row["kind"]) not in ("question", "change"):  # else it was seen before
+            job.phase("look")
+            with empty_task() as folder:
+                reader = job.ask_claude(f"Comment:\n{said}", *LOOKING, folder=folder)
+            seen = reader.result.get("structured_output")
+            seen = seen if isinstance(seen, dict) else {}
+            known = ("question", "change", "none")
+            kind = seen["kind"] if seen.get("kind") in known else "unclear"
+            job.note(kind=kind)
+            if kind == "none":
+                return {"answers": {}}
+            if kind == "unclear":
+                ask = self.app.mask(str(seen.get("ask") or UNCLEAR))
+                return {"answers": dict.fromkeys(self.threads(), ask)}
         base = job.fetch_base(self.branch)[1]
         self.prepare(base)
         job.phase("agent")
@@ -2323,7 +2354,7 @@ g rebase --abort; g branch -f "$2"; exit 1"""
 class Repository(NamedTuple):
     url: str
     name: str  # owner/name; the whole URL where it is not GitHub's
-    mirror: str
+    mirror: str  # where in the work-dir, which may be moved
 
     def allowed(self, config: Config) -> bool:
         return any(fnmatch.fnmatchcase(self.name.lower(), p.lower()) for p in config.allowed)
@@ -2331,16 +2362,19 @@ class Repository(NamedTuple):
 
 def parse_url(config: Config, url: str) -> Repository:
     """The repository that URL names.  Raises ValueError saying what was expected."""
-    mirrors = f"{config.work_dir}/mirrors"
     if config.no_github:
         kinds = r"((https?|ssh|file)://|/|[A-Za-z0-9._-]+@[A-Za-z0-9.-]+:)[^-].*"
         if not re.fullmatch(kinds, url) or "::" in url or re.match(r"https?://[^/]*@", url):
             raise ValueError("expected https:// without a user, ssh://, file://, user@host: or /")
-        local = urllib.parse.unquote(re.sub("^file://[^/]*", "", url))
-        if f"{os.path.realpath(local)}/".startswith(f"{config.work_dir}/"):  # the agents' own hooks
-            raise ValueError("lies in the work-dir")
+        plain = urllib.parse.unquote(url)
+        if re.search(r"[/:]\.\.?(/|$)", plain):  # it would pass by the allowed list
+            raise ValueError("has . or .. in its path")
+        local = re.sub("^file://[^/]*", "", plain) if url.startswith("file:") else url
+        for real in (os.path.abspath, os.path.realpath):
+            if f"{real(local)}/".startswith((f"{config.work_dir}/", "/proc/", "/dev/")):
+                raise ValueError("lies in the work-dir")  # where agents may plant hooks
         # by this name it is held against the allowed list: whole, since any host may be meant
-        return Repository(url, url, f"{mirrors}/other/-/{digest(url)[:20]}.git")
+        return Repository(url, url, f"mirrors/other/-/{digest(url)[:20]}.git")
     base = config.git_base
     scheme, _, host = base.partition("://")
     url = re.sub(r"^git@([^:/]+):", lambda match: f"{scheme}://{match[1].lower()}/", url)
@@ -2349,7 +2383,7 @@ def parse_url(config: Config, url: str) -> Repository:
     if not found or found[1].lower() != base or found[3] in (".", "..", ".git"):
         raise ValueError(f"expected {base}/OWNER/NAME")
     name = f"{found[2]}/{found[3]}"
-    mirror = f"{mirrors}/{host.replace(':', '_')}/{name.lower()}.git"
+    mirror = f"mirrors/{host.replace(':', '_')}/{name.lower()}.git"
     return Repository(f"{base}/{name}.git", name, mirror)
 
 
@@ -2571,13 +2605,16 @@ def run_program(
                     why = "stalled"
                 elif offset > OUTPUT:
                     raise TaskFailed("agent_failed", f"{argv[0]} printed over {OUTPUT >> 30} GiB")
+        except RuntimeError as error:  # no thread is left
+            raise OSError(errno.EAGAIN, str(error)) from None
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 if why:  # it has a time to tidy up
                     os.killpg(child.pid, signal.SIGTERM)
                     end.join(KILL_GRACE)
                 os.killpg(child.pid, signal.SIGKILL)
-            end.join()  # which would find no child
+            if end.ident:
+                end.join()  # before the child is reaped, for which it waits
             child.wait()
     if why:
         raise Stopped(why)
@@ -3014,8 +3051,14 @@ def begin(app: App) -> None:
         os.read(end, 1)
         sweep(app.mark)
         os._exit(0)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a second one ends it at once
-        signal.signal(number, lambda *_: os._exit(1) if app.stop.is_set() else app.stop.set())
+
+    def on_signal(*_: Any) -> None:
+        if app.stop.is_set():
+            os._exit(1)  # a second one: at once
+        _thread.start_new_thread(app.stop.set, ())  # for whom it interrupts may hold its lock
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     app.open()
     for task_id in app.store.take_up():
         app.tasks.put(task_id)
