@@ -3730,3 +3730,65 @@ def test_looks_at_a_pull_request_leave_no_rows(tmp_path: Path) -> None:
         assert store.take(1, [{}])
     assert len(store.read("SELECT 1 FROM reviews")) == 1
     assert not store.read("SELECT 1 FROM comments")
+
+
+def test_a_round_outlives_a_github_that_refuses_for_a_moment(stand: Stand) -> None:
+    stand.start(CODEBOT_TASK_RETENTION="1")
+    opened(stand, QUESTION)
+    stand.hub.fault(r"GET .*/pulls/\d+$", (403, {"message": "This installation is suspended"}))
+    stand.comment("alice", "Why?")
+    stand.logged("is put back: 403 This installation is suspended")
+    wait_for(stand.answers)
+
+
+def test_a_look_that_was_paid_for_is_not_paid_for_again(stand: Stand) -> None:
+    stand.start(CODEBOT_TASK_RETENTION="1", limits={"GITHUB_WAIT": 0.5})
+    opened(stand, QUESTION)
+    stand.hub.tokens.clear()
+    refs = "GET /acme/widget.git/info/refs"
+    stand.hub.fault(refs, *[(503, b"", {})] * 4)
+    stand.comment("alice", "Why?")
+    stand.logged("is put back: ")
+    wait_for(stand.answers)
+    assert len(stand.asked("Comment")) == 1
+
+
+def test_a_task_goes_on_in_a_work_dir_that_was_moved(stand: Stand) -> None:
+    hold = stand.hub.hold("POST /repos/acme/widget/pulls$")
+    task = stand.submit()
+    assert hold.reached.wait(20)
+    stand.kill()
+    hold.go.set()
+    old, stand.work = stand.work, stand.top / "moved"
+    old.rename(stand.work)
+    stand.start()
+    assert stand.done(task)["pr_number"] == 1
+    assert (len(stand.seen("argv")), old.exists()) == (1, False)
+
+
+def test_secrets_of_the_agent_are_masked_line_by_line() -> None:
+    given = ("MYSQL_PWD", "npm_token", "DATABASE_URL", "DEPLOY_KEY", "STAGE")
+    values = ("pass-word", "token-1", "db://user:word@host", "first-line\nsecond-line", "staging")
+    variables = dict(zip(given, values), ANTHROPIC_BASE_URL="https://me:pass-phrase@proxy")
+    mask = codebot.Mask(codebot.Config(variables=variables, agent_names=given))
+    for secret in (*values[:3], "first-line", "second-line", "pass-phrase"):
+        assert mask(f"it is {secret}.") == "it is ***."
+    assert mask("staging") == "staging"
+
+
+def test_a_mirror_is_packed_and_keeps_what_no_branch_has(stand: Stand) -> None:
+    mirror = str(stand.top / "mirror")
+    sh("git", "init", "-q", "--bare", mirror)
+    where = ("git", "-C", mirror, "-c", "fastimport.unpackLimit=0")
+    for number in range(51):
+        text = f"blob\nmark :1\ndata <<X\n{number}\nX\n"
+        subprocess.run([*where, "fast-import", "--quiet"], input=text.encode(), check=True)
+    lost = sh(*where, "hash-object", "-w", "HEAD", cwd=stand.top / "mirror").strip()
+    lock = Path(mirror, "objects", "pack", "tmp_pack_x")
+    lock.touch()
+    os.utime(lock, (1, 1))
+    app = codebot.App(codebot.Config(no_github=True, variables={}, work_dir=str(stand.top)))
+    codebot.tidy(app, mirror)
+    assert sh(*where, "cat-file", "-t", lost).strip() == "blob"
+    assert not lock.exists()
+    assert len(list(lock.parent.glob("*.pack"))) == 1
