@@ -3,7 +3,7 @@
 
 It takes coding tasks over HTTP, lets Claude Code do each in a clone of its repository,
 runs the tests, pushes a branch, opens a pull request and answers those who review it.
-Python's standard library only; it runs `git`, `claude`, `openssl` and, if there, `bwrap`.
+Python's standard library only; it runs `git`, `claude`, `openssl`, `sh` and, if there, `bwrap`.
 
     python codebot.py demo     the main job on this machine, with nothing set up
     python codebot.py check    what the server needs, a line each, with the remedy
@@ -20,17 +20,18 @@ WHO IS TRUSTED WITH WHAT
                 nothing but metadata).
   The agent     is not trusted, nor is what it reads: repository, task and reviews.  It
                 gets the model's key, listed variables, its task's folder and the
-                network (loopback too).  In bwrap it sees no other file of codebot's and
-                no other process, and all of it ends with bwrap.
+                network (loopback too).  In bwrap it sees no other file of codebot's but
+                its repository's objects, and no other process; all of it ends with bwrap.
   Left over     Without bwrap the agent can read and write whatever codebot's user can
                 (.env, the App's key, the database, git's token while git runs), and a
                 command that sheds CODEBOT_RUN from its environment outlives its run; on
                 macOS any that leaves its process group does.  In bwrap as root it reads
                 what uid 0 may read outside of the covered folders.  In bwrap it sees the
-                folders of HOME that PATH leads into (~/.local, ~/.cargo), whole.  Nothing
-                limits its memory and disk but the host.  What it says of itself (events,
-                cost) is its word, and what it commits is pushed as it is, unread: the
-                repository's own CI runs it with what secrets it gives to branches.
+                folders of HOME that PATH leads into (~/.local, ~/.cargo), whole; a home
+                that HOME does not name is not covered.  Nothing limits its memory
+                and disk but the host.  What it says of itself (events, cost) is its word, and
+                what it commits is pushed as it is, unread: the repository's own CI runs it
+                with what secrets it gives to branches.
 
 THE LIFE OF A TASK
                  +---------- a stop or a crash cut it off ----------+
@@ -42,15 +43,16 @@ THE LIFE OF A TASK
 
 THE LIFE OF A REVIEW
   webhook or poll --> a round, pending --> running: look, agent, test, commit, push, answer
-  A round is a review with its comments, or one comment.  It is of the same states, and the
-  rounds of one pull request follow each other.  Answers are in the row before they are
-  posted; each carries a mark, by which a second try sees what the first has done.
+  A round is a review with its comments, one comment, or a look at what was said while nobody
+  told us.  It is of the same states, and the rounds of one pull request follow each other.
+  Answers are in the row before they are posted; each carries a mark, by which a second try
+  sees what the first has done.
 
 THREADS
   main       starts all, waits for `stop`, then ends all in order
   http       looks for whole requests among all connections; answers status polls itself
   answer-N   one whole request at a time     stream   one event stream, at most STREAMS
-  task-N     one task at a time, from the queue of ids that the database fills
+  task-N     one task at a time, from a queue of ids that the database fills at the start
   review-N   one round of one pull request at a time, from the other queue
   poll       asks GitHub at the start, or on a clock, for what no webhook told
   keeper     retention, the mirrors' gc, what GitHub failed at
@@ -100,8 +102,8 @@ GIT_TIMEOUT = 1800  # seconds for one git command
 STOP = 10  # seconds for the workers to end
 KILL_GRACE = 2  # seconds between SIGTERM and SIGKILL: git removes its lock files in them
 RESULT_GRACE = 5  # seconds an agent may live on after its result
-LINE, OUTPUT = 8 << 20, 1 << 30  # bytes: a line, longer ones are dropped and told; all output
-MESSAGE, EVENTS = 2000, 10_000  # characters of one event; events of one task
+LINE, OUTPUT = 8 << 20, 1 << 30  # bytes: a line, of longer ones the end is read; all output
+MESSAGE, EVENTS = 2000, 10_000  # characters of one event; of agent and tests in one run
 DISK_LOW = 1 << 30  # bytes
 MIRROR_KEPT = 30 * 86400  # seconds without use
 GITHUB_WAIT = 900  # seconds: a rate limit that asks for more is an error
@@ -125,7 +127,7 @@ class TaskFailed(Exception):
 
 
 class Stopped(Exception):
-    """A program was ended early: "timeout", "stalled", or "stopped" (by an event)."""
+    """A program, or a wait, was ended early: "timeout", "stalled", or "stopped" (by an event)."""
 
 
 class WrongState(Exception):
@@ -160,7 +162,7 @@ NAMES = (listed, OTHERS, "names of variables, none of them codebot's own")
 URL = r"(?i:https://[^/?#@\s]+|http://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?)(/[^?#\s]*)?"
 ADDRESS = (str, URL, "an https:// address without user or query (http:// on loopback only)")
 
-# What the agent is given besides PATH: the model's credentials, and the network's ways.
+# What the agent is given by itself: the model's credentials, and the network's ways
 MODEL_NAMES = ["ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN"]
 NETWORK_NAMES = words("""HTTPS_PROXY HTTP_PROXY NO_PROXY https_proxy http_proxy no_proxy
     SSL_CERT_FILE GIT_SSL_CAINFO NODE_EXTRA_CA_CERTS""")
@@ -347,7 +349,7 @@ def anyone(app: App, request: Request) -> None:
 
 
 def api_key(app: App, request: Request) -> None:
-    """The guard of all else.  Compares in constant time with every key."""
+    """The guard of the API.  Compares in constant time with every key."""
     scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
     given = bearer if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
     sent, wanted = given.strip().encode("latin-1"), {"WWW-Authenticate": 'Bearer realm="codebot"'}
@@ -1010,7 +1012,7 @@ def insert(db: sqlite3.Connection, table: str, row: Mapping[str, Any]) -> int:
 class Store:
     """The record of truth.  What a method returned for is on disk (synchronous=FULL).  One
     connection writes, behind one lock that covers the whole transaction; each thread that
-    reads has a connection of its own.  Methods raise sqlite3.Error."""
+    reads has a connection of its own.  Methods raise sqlite3.Error, and HTTPError for a client."""
 
     def __init__(self, path: str) -> None:
         self.path, self._lock, self._local = path, threading.Lock(), threading.local()
@@ -1219,7 +1221,7 @@ class Store:
         return next(iter(self.read(f"SELECT * FROM pulls WHERE {where}", *values)), None)
 
     def take(self, pull: int, found: list[Any], guid: str = "", since: str = "") -> bool:
-        """Queue what FOUND has that is new, all or nothing; an empty one asks to look at the pull.
+        """Queue what FOUND has that is new, all or nothing; an empty element asks for a look.
         A review's comments go to one round.  The delivery GUID is taken once; what is older than
         SINCE the next catch-up need not ask for."""
         ask = f"""INSERT INTO reviews(pull, source, status, submitted_at)
@@ -1285,7 +1287,7 @@ STALE = ("*.lock", "refs/**/*.lock", "objects/pack/tmp_*")  # what a git that wa
 
 
 class App:
-    """What the parts share: settings, store, GitHub, the queue, the events that end things."""
+    """What the parts share: settings, store, GitHub, the queues, the events that end things."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.mask, self.stop = config, Mask(config), threading.Event()
@@ -1532,7 +1534,7 @@ STRANGER = r"could not read Username|Invalid username or token|Authentication fa
 
 
 class Job:
-    """One run of a task: its row, folder and limits, and the steps of carry_out."""
+    """One run of a task or a round: its row, folder and limits, and the steps of carry_out."""
 
     def __init__(self, app: App, row: dict[str, Any], cancel: threading.Event) -> None:
         self.app, self.row, self.cancel, self.stops = app, row, cancel, (app.stop, cancel)
@@ -1638,7 +1640,7 @@ class Job:
             with held(self.mirror, self) as lock:
                 if fresh := not os.path.isdir(f"{self.mirror}/objects"):
                     make_repository(self.mirror, {"config": "[core]\n\tbare = true\n"})
-                for outdated in (fresh, True):
+                for outdated in (fresh, True):  # a mirror that is not new may have it already
                     if outdated:
                         self.network("clone_failed", *fetch, pass_fds=(lock,))
                     if not git_local(self.app, self.mirror, "update-ref", "--stdin", stdin=keep)[0]:
@@ -1997,6 +1999,7 @@ def deliver_again(app: App, hub: GitHub, asked: collections.Counter[str]) -> Non
     """Have GitHub deliver again what failed, if it lets us (docs: "Handling failed deliveries")."""
     taken = "SELECT 1 FROM comments WHERE kind = 'delivery' AND id = ?"
     try:
+        # newest first: turned round, the newest attempt of each GUID counts
         failed = list(hub.pages(None, "/app/hook/deliveries?status=failure&per_page=100"))[::-1]
         for guid, one in {one["guid"]: one for one in failed}.items():
             bad = one["event"] in HEARD and not 200 <= one["status_code"] < 300
@@ -2024,7 +2027,7 @@ class Round:
         """All the steps, each safe to do again after a crash.  Gives the row's last columns."""
         job, row, outcome = self.job, self.row, json.loads(self.row["outcome"] or "{}")
         job.take(f"{self.app.config.git_base}/{row['repository']}")
-        self.look()
+        self.check_open()
         if row["source"] == "state":
             self.ask_what_was_said()
             raise Dropped("its state is noted")
@@ -2055,8 +2058,8 @@ class Round:
         self.tell_round(outcome)
         return {"error": outcome.get("error"), "reason": outcome.get("reason")}
 
-    def look(self) -> None:
-        """The pull request as it is now.  Raises Dropped unless it is open, and ours to work on."""
+    def check_open(self) -> None:
+        """Note what became of the pull request.  Raises Dropped unless it is open, and ours."""
         row, pull = self.row, self.hub.ask(self.job, "GET", self.path)
         state, head, base = pull["state"], pull["head"], base_of(pull)
         now = {"state": "merged" if pull.get("merged") else state}
@@ -2246,7 +2249,7 @@ class Round:
         """Push the commit, on top of what others pushed meanwhile; give it as the remote has it."""
         job, tries = self.job, 0
         while True:
-            self.look()  # nothing is pushed to one that was closed meanwhile
+            self.check_open()  # nothing is pushed to one that was closed meanwhile
             job.phase("push")
             head: str = job.row["head_commit"]
             tries += 1
@@ -2595,7 +2598,7 @@ def run_program(
                 grace = on_lines(lines) if lines and on_lines else None
                 if grace is not None:
                     until, final = min(until, now + grace), True
-                if done and not data or final and now > until:
+                if (done and not data) or (final and now > until):
                     break
                 if not final and any(stop.is_set() for stop in stops):
                     why = "stopped"
@@ -2657,8 +2660,8 @@ class Opening(
 
 class GitHub:
     """GitHub's REST API: as the App, by a JWT, and as its installation, by a token, which is for
-    one repository and three permissions.  Methods raise GitHubError, and Stopped when the job
-    for which they ask is to end."""
+    one repository and three permissions (or, to learn a new name, reads metadata).  Methods raise
+    GitHubError, and Stopped when the job for which they ask is to end."""
 
     def __init__(self, app: App) -> None:
         self.app, self.config = app, app.config
