@@ -2669,6 +2669,7 @@ class GitHub:
         self.remaining: int | None = None
         self._quiet = 0.0  # until then nothing is asked
         self._lists: dict[str, tuple[Any, Any]] = {}  # URL: a short list and its headers
+        self._jwt = "", 0.0  # and until when, by the monotonic clock
         self._tokens: dict[str, tuple[str, float]] = {}  # name: token, when it expires
         self._minting = threading.RLock()  # so that one token serves all who ask at once
         self._bot: tuple[str, int] | None = None
@@ -2770,7 +2771,10 @@ class GitHub:
                 raise Stopped("stopped")
 
     def jwt(self) -> str:
-        """GitHub docs: "Generating a JSON Web Token (JWT) for a GitHub App"."""
+        """GitHub docs: "Generating a JSON Web Token (JWT) for a GitHub App".  Kept 8 minutes."""
+        jwt, until = self._jwt
+        if time.monotonic() < until:
+            return jwt
         now = int(time.time() + self.skew)
         claims = {"iat": now - 60, "exp": now + 540, "iss": self.config.app_id}
         parts = ({"alg": "RS256", "typ": "JWT"}, claims)
@@ -2783,7 +2787,9 @@ class GitHub:
         signature = re.search("= *([0-9a-f]+)$", "".join(lines[-1:]))
         if code or not signature:
             raise GitHubError(0, f"openssl cannot sign with the App's key: {last(lines)}")
-        return f"{signed}.{base64url(bytes.fromhex(signature[1]))}"
+        jwt = f"{signed}.{base64url(bytes.fromhex(signature[1]))}"
+        self._jwt = jwt, time.monotonic() + 480
+        return jwt
 
     def token(self, job: Job | None) -> str:
         """An installation token for the job's repository, good for 5 minutes at the least; without
@@ -2812,6 +2818,7 @@ class GitHub:
         return self.token(job)
 
     def forget_token(self, job: Job | None) -> None:
+        self._jwt = "", 0.0
         self._tokens.pop(job.repository.name if job else "", None)
 
     def current_name(self, job: Job) -> str | None:
