@@ -149,6 +149,11 @@ def words(text: str = "") -> tuple[str, ...]:
     return tuple(shlex.split(text))
 
 
+def places(text: str = "") -> str:
+    """PATH less what is relative: in a workspace the agent would choose the programs."""
+    return ":".join(place for place in text.split(":") if place.startswith("/"))
+
+
 # What a setting may be: what makes its value of its text, what the text matches, and that in words
 TEXT, LIST, FOLDER, SWITCH = ((make, ".*", "") for make in (str, listed, os.path.realpath, bool))
 COUNT = (int, "[1-9][0-9]{0,8}", "a whole number from 1 to 999999999")
@@ -202,7 +207,7 @@ class Config:
     test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", ATTEMPTS, "2")
     sandbox: tuple[str, ...] = setting("CODEBOT_SANDBOX", WORDS, "auto")
     agent_names: tuple[str, ...] = setting("CODEBOT_AGENT_ENV", NAMES)
-    path: str = setting("PATH", default=os.defpath)
+    path: str = setting("PATH", (places, ".*", ""), os.defpath)
     host: str = setting("", TEXT, "127.0.0.1", "address to listen on; default 127.0.0.1")
     port: int = setting("", NUMBER, "5000", "default 5000; 0: a free one")
     work_dir: str = setting("", FOLDER, "codebot_workspace", "default ./codebot_workspace")
@@ -549,6 +554,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def drop(self, client: Client) -> None:
         self.leave(client)
+        self.held -= len(client.data)
+        client.data.clear()
         self.close(client)
 
     def leave(self, client: Client) -> None:
@@ -560,6 +567,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             if client.out:
                 client.out = client.out[client.sock.send(client.out) :]
+                client.until = time.monotonic() + ARRIVE  # it reads
                 if not client.out:
                     self.leave(client)
                     self.let_wait(client)
@@ -576,7 +584,9 @@ class Server(http.server.ThreadingHTTPServer):
                 client.data += data
                 self.held += len(data)
                 if self.held > BUFFERED:
-                    return self.drop(max(list(self.waiting), key=lambda c: len(c.data)))
+                    self.drop(max(list(self.waiting), key=lambda c: len(c.data)))
+                    if client not in self.waiting:
+                        return
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             pass  # nothing more for now: the selector tells
         except (OSError, ValueError):
@@ -1369,13 +1379,19 @@ def run_one(app: App, task_id: str) -> None:
             what = f"The server died {crashes} times while this task ran; given up"
             raise TaskFailed("interrupted", what)
         result = json.dumps(carry_out(job))
+        job.say("codebot", "Completed")  # while it runs, so that whoever follows it hears it
         app.surely(store.end, job.of, "completed", *job.spent(), result=result)
-        return job.say("codebot", "Completed")
+        return
     except (TaskFailed, Stopped, GitHubError) as error:
         failed = in_words(app, error)
     except WrongState:  # cancelled: before it was claimed, or when all was done
         failed = TaskFailed("cancelled", "Cancelled at its very end")
     except Exception as error:
+        if job and passes(error) and not cancel.is_set():
+            log.error("task %s is put back: %s", task_id, error)
+            app.surely(store.put_back, job.of)
+            app.stop.wait(60)  # the next one would lack the same
+            return app.tasks.put(task_id)
         log.exception("task %s", task_id)
         told = str(error) if isinstance(error, OSError) else type(error).__name__
         failed = TaskFailed("internal", f"internal error: {told}")
@@ -1678,7 +1694,7 @@ class Job:
             self.cost += reader.number("total_cost_usd")
         reader.judge(code, lines)
         cost = round(self.cost, 6) if "total_cost_usd" in reader.result else None
-        self.told.update(summary=self.app.mask(reader.text)[:100_000], cost_usd=cost)
+        self.told.update(summary=self.app.mask(reader.text[:200_000])[:100_000], cost_usd=cost)
         self.told["num_turns"] += int(reader.number("num_turns"))
         return reader
 
@@ -1718,11 +1734,11 @@ class Job:
         if code:
             raise TaskFailed("agent_failed", f"The agent left no usable repository: {last(lines)}")
         told = ("for-each-ref", "--format=%(objectname)", "--contains", base, self.ref("head"))
-        code, found = git_local(self.app, self.mirror, *told)
+        code, found = git_local(self.app, self.mirror, *told, cancel=self.cancel)
         if code or not found:  # or a shallow one, of which git wrote nothing
             raise TaskFailed("agent_failed", "The agent's branch no longer holds its base commit")
         diff = (*DIFF, "--stat=100", "--stat-count=50", base, found[0])
-        code, stat = git_local(self.app, self.mirror, *diff)
+        code, stat = git_local(self.app, self.mirror, *diff, cancel=self.cancel)
         if code:
             raise RuntimeError(f"git diff in the mirror: code {code}: {last(stat)}")
         if not stat:
@@ -2242,7 +2258,7 @@ class Round:
             ids = {thread.split()[1], *(str(one["id"]) for one in said)}
             own = [str(one.get("body") or "") for one in each if str(one.get("comment_id")) in ids]
             text = "\n\n".join(own).strip() or str(given.get("summary") or "Done.")
-            found[thread] = self.app.mask(text)
+            found[thread] = cut(self.app.mask(text[:131_072]), 60_000, len(text))
         return found
 
     def publish(self) -> str:
@@ -2438,10 +2454,10 @@ def make_repository(git_dir: str, files: Mapping[str, str]) -> None:
         os.makedirs(f"{git_dir}/{folder}", exist_ok=True)
 
 
-def git_local(app: App, mirror: str, *args: str, stdin: str = "") -> Ended:
+def git_local(app: App, mirror: str, *args: str, stdin: str = "", cancel: Any = None) -> Ended:
     """git in a mirror.  No network, no secret."""
-    argv = (*GIT, "--git-dir", mirror, *args)
-    return run_program(argv, base_env(app), GIT_TIMEOUT, (app.stop,), stdin=stdin)
+    argv, stops = (*GIT, "--git-dir", mirror, *args), (app.stop, cancel or app.stop)
+    return run_program(argv, base_env(app), GIT_TIMEOUT, stops, stdin=stdin)
 
 
 @contextlib.contextmanager

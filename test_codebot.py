@@ -15,6 +15,7 @@ import base64
 import concurrent.futures
 import contextlib
 import email.utils
+import errno
 import hashlib
 import hmac
 import http.client
@@ -2029,6 +2030,11 @@ def test_of_too_many_bytes_unfinished_the_most_are_dropped(stand: Stand) -> None
             small.settimeout(0.2)
             with pytest.raises(socket.timeout):
                 small.recv(1)
+            with stand.connect() as third:
+                third.sendall(head + b"x" * 140_000)
+                assert stand.ask("GET", "/health").status == 200
+                whole = b"GET /health HTTP/1.1\r\nConnection: close\r\nX: " + b"x" * 30_000
+                assert b" 200 OK" in stand.raw(whole + b"\r\n\r\n")  # though it fills the rest
 
 
 def test_an_answer_that_is_long_reaches_a_slow_reader_whole(stand: Stand) -> None:
@@ -3792,3 +3798,31 @@ def test_a_mirror_is_packed_and_keeps_what_no_branch_has(stand: Stand) -> None:
     assert sh(*where, "cat-file", "-t", lost).strip() == "blob"
     assert not lock.exists()
     assert len(list(lock.parent.glob("*.pack"))) == 1
+
+
+def test_a_relative_place_on_path_is_none_for_codebot() -> None:
+    given = f"node_modules/.bin::./bin:{os.defpath}:"
+    path = codebot.Config(path=codebot.places(given)).path
+    assert path == os.defpath.lstrip(":")
+    variables = {"PATH": given, "CODEBOT_API_KEYS": "a-key-of-some-length", "HOME": "/"}
+    argv = (
+        sys.executable,
+        "-c",
+        "import codebot; print(codebot.load_config({'no_github': 1}).path)",
+    )
+    assert sh(*argv, cwd=Path(codebot.__file__).parent, **variables).strip() == path
+
+
+def test_a_task_that_finds_no_room_waits(stand: Stand) -> None:
+    app = codebot.App(codebot.load_config({"no_github": True, "work_dir": str(stand.top)}))
+
+    class Full(codebot.Store):
+        def pull(self, *_: Any) -> None:
+            app.stop.set()  # that it does not wait its minute
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    app.store = Full(str(stand.top / "codebot.db"))
+    fields = {"repository_url": "/srv/git/x", "description": "x"}
+    task, _ = app.store.add({**dict.fromkeys(codebot.FIELDS), **fields}, None, None, 9)
+    codebot.run_one(app, task)
+    assert (app.store.get(task)["status"], app.tasks.get_nowait()) == ("pending", task)
