@@ -2703,11 +2703,14 @@ class GitHub:
         url = path if path.startswith(f"{api}/") else f"{api}{path}"
         data = None if body is None else self.app.mask(json.dumps(body)).encode()
         for tries in range(TRIES):
-            bearer = self.jwt() if url.startswith(f"{api}/app") else self.token(job)
+            as_app = url.startswith(f"{api}/app")
+            bearer = self.jwt() if as_app else self.token(job)
             status, value, got = self._once(method, url, bearer, data)
             if 0 < status < 300:
                 return value, got
             wait = self._wait(status, value, got, 2.0**tries)
+            if status == 401 and renewed and (as_app or tries > 2):
+                wait = None  # else a new token may not be known everywhere yet
             moved = urllib.parse.urljoin(url, got.get("Location", ""))
             if 300 < status < 400 and moved.startswith(f"{api}/"):
                 url = moved
@@ -2762,7 +2765,7 @@ class GitHub:
             wait = max(1.0, float(told) if told.isdigit() else reset if spent else 60 * wait)
             if wait > GITHUB_WAIT:
                 self._quiet = time.monotonic() + wait  # who asks on regardless may be banned
-        elif 0 < status < 500 and status != 401:  # a new token is not known everywhere at once
+        elif 0 < status < 500 and status != 401:
             return None
         return wait
 
