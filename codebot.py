@@ -3117,7 +3117,9 @@ def serve(flags: dict[str, Any], client: Callable[[App, int], None] | None = Non
     print(f"Starting server on port {server.server_port}...")
     print(f"API endpoints: {url}/api/tasks/submit")
     print(f"               {url}/api/tasks/{{task_id}}/status\n               {url}/api/tasks")
-    print(f"Webhook:       {f'{url}/webhook' if on else 'off: GITHUB_WEBHOOK_SECRET is not set'}")
+    print(
+        f"Webhook:       {f'{url}/webhook' if on else 'off: no GITHUB_WEBHOOK_SECRET, or no GitHub'}"
+    )
     print(f"Page:          {url}/\nHealth:        {url}/health\nSandbox:       {app.sandbox_told}")
     print(f"Taken up again: {app.store.waiting('tasks')} task(s)", flush=True)
     for thread in [*server.threads, *threads]:
@@ -3270,8 +3272,8 @@ def demo(flags: dict[str, Any]) -> int:
 
 def demo_client(app: App, port: int) -> None:
     """Submit a task as any client does, show its states until it has ended, and stop the server."""
+    web = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
-        web = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         task = {"repository_url": os.path.abspath("hello.git"), "test_command": "test -s hello.py"}
         task["description"] = "Add a program that says hello"
         ask, shown = ("POST", "/api/tasks/submit", json.dumps(task)), ""
@@ -3285,6 +3287,7 @@ def demo_client(app: App, port: int) -> None:
             shown = now
             time.sleep(0.02)
     finally:
+        web.close()
         app.stop.set()
 
 
