@@ -406,6 +406,7 @@ ALWAYS |= {"Content-Type": "application/json"}  # unless the handler says anothe
 FORM = re.compile(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])((?:\r\n[!-9;-~]+:[\t -~\x80-\xff]*)*)")
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,9})[ \t]*\r", re.IGNORECASE)
 EXPECTS = re.compile(rb"\r\nexpect:[ \t]*100-continue[ \t]*\r", re.IGNORECASE)
+http_date = functools.lru_cache(1)(email.utils.formatdate)  # one a second
 POLL = re.compile(rb"GET /api/tasks/[^/ ]+/status ")
 
 
@@ -468,6 +469,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, app: App) -> None:
         self.app, config = app, app.config
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        self.table = [(verb, re.compile(path), act, guard) for verb, path, act, guard in routes()]
         self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if config.tls_cert else None
         if self.tls:
             self.tls.load_cert_chain(config.tls_cert, config.tls_key)
@@ -664,7 +666,7 @@ class Server(http.server.ThreadingHTTPServer):
             value = {"error": http.client.responses[status], "message": message}
         text = json.dumps(value) if isinstance(value, dict) else value
         body = text.encode() if isinstance(text, str) else None  # None: a stream
-        headers = {**ALWAYS, "Date": email.utils.formatdate(usegmt=True), **headers}
+        headers = {**ALWAYS, "Date": http_date(int(time.time()), usegmt=True), **headers}
         if body is None:
             client.then = "close"
         else:
@@ -688,8 +690,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def route(self, request: Request) -> Reply:
         allow, method = [], "GET" if request.method == "HEAD" else request.method
-        for verb, path, act, guard in routes():
-            if match := re.fullmatch(path, request.path):
+        for verb, path, act, guard in self.table:
+            if match := path.fullmatch(request.path):
                 if verb == method:
                     guard(self.app, request)
                     return act(self.app, request, **match.groupdict())
