@@ -2637,6 +2637,9 @@ def run_program(
             if end.ident:
                 end.join()  # before the child is reaped, for which it waits
             child.wait()
+    killed = child.returncode in (-signal.SIGKILL, -signal.SIGTERM, 137, 143) and not final
+    if not why and killed and stops and stops[0].wait(0.3):  # who killed it may mean us too
+        why = "stopped"
     if why:
         raise Stopped(why)
     return child.returncode, list(kept)
