@@ -1974,7 +1974,8 @@ def run_review(hub: GitHub, app: App, pull: int) -> None:
     try:
         end = this.carry_out()
     except Exception as error:
-        day = passes(error)
+        refused = isinstance(error, GitHubError) and row["submitted_at"] > now_text(ago=3600)
+        day = refused or passes(error)  # an App may be suspended for a while
         known = day or isinstance(error, (Dropped, TaskFailed, GitHubError))  # no bug of ours
         drop = isinstance(error, (Dropped, TaskFailed)) and not day
         again = not drop and (day or row["interruptions"] < 2 * INTERRUPTIONS)
@@ -3122,9 +3123,8 @@ def serve(flags: dict[str, Any], client: Callable[[App, int], None] | None = Non
     print(f"Starting server on port {server.server_port}...")
     print(f"API endpoints: {url}/api/tasks/submit")
     print(f"               {url}/api/tasks/{{task_id}}/status\n               {url}/api/tasks")
-    print(
-        f"Webhook:       {f'{url}/webhook' if on else 'off: no GITHUB_WEBHOOK_SECRET, or no GitHub'}"
-    )
+    hook = f"{url}/webhook" if on else "off: no GITHUB_WEBHOOK_SECRET, or no GitHub"
+    print(f"Webhook:       {hook}")
     print(f"Page:          {url}/\nHealth:        {url}/health\nSandbox:       {app.sandbox_told}")
     print(f"Taken up again: {app.store.waiting('tasks')} task(s)", flush=True)
     for thread in [*server.threads, *threads]:

@@ -3741,10 +3741,11 @@ def test_looks_at_a_pull_request_leave_no_rows(tmp_path: Path) -> None:
 def test_a_round_outlives_a_github_that_refuses_for_a_moment(stand: Stand) -> None:
     stand.start(CODEBOT_TASK_RETENTION="1")
     opened(stand, QUESTION)
-    stand.hub.fault(r"GET .*/pulls/\d+$", (403, {"message": "This installation is suspended"}))
+    suspended = (403, {"message": "This installation is suspended"})
+    stand.hub.fault(r"GET .*/pulls/\d+$", *[suspended] * (codebot.INTERRUPTIONS + 1))
     stand.comment("alice", "Why?")
-    stand.logged("is put back: 403 This installation is suspended")
-    wait_for(stand.answers)
+    stand.logged("is put back: 403 This installation is suspended", codebot.INTERRUPTIONS + 1)
+    assert "Because" in wait_for(stand.answers)[0]
 
 
 def test_a_look_that_was_paid_for_is_not_paid_for_again(stand: Stand) -> None:
