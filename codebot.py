@@ -2928,8 +2928,8 @@ class="failed"></p><button>Open</button></form></section><section id="list"><h2 
 </h2><p class="bar"><label>Show <select id="filter"><option value="">all<option>pending<option>
 running<option>completed<option>failed</select></label> <i id="count"></i></p><ul id="rows"></ul>
 <template id="row"><li><a><b></b> <i></i> <span></span></a></template></section><section id="new">
-<form id="form"><h2 tabindex="-1">New task</h2><p>An agent makes a pull request of it.</p>
-<label>Repository, as https://HOST/OWNER/NAME<input name="repository_url"></label>
+<form id="form"><h2 tabindex="-1">New task</h2><p>An agent does it, in a branch of its own.</p>
+<label>Repository: its address<input name="repository_url"></label>
 <label>Description: what is to change<textarea name="description" rows="6"></textarea></label>
 <label>Test command (optional): must pass before a push<input name="test_command"></label>
 <label>Base branch (optional)<input name="base_branch"></label>
@@ -2942,9 +2942,9 @@ running<option>completed<option>failed</select></label> <i id="count"></i></p><u
 class="failed"></p><p id="remedy"></p><h2>Log</h2><p id="cut"></p><div id="log" role="log"
 aria-live="off" aria-label="Log" tabindex="0"></div><dl id="facts"></dl></section></main><script>
 const REMEDY = { timeout: 'Ask for less.', budget: 'Ask for less.', cancelled: 'Retry at will.',
-  clone_failed: 'Check the address; may this server read it?', tests_failed: 'See the log.',
-  base_branch_not_found: 'Name a branch that has a commit.', stalled: 'See the log: it hung.',
-  agent_failed: 'See the log; a retry may do.', no_changes: 'Say more exactly what is to be done.',
+  clone_failed: 'Check the address; may this server read it?', stalled: 'See the log: it hung.',
+  base_branch_not_found: 'Name a branch with a commit.', tests_failed: 'See the log.',
+  agent_failed: 'See the log; a retry may do.', no_changes: 'Say more exactly what to do.',
   push_rejected: 'Allow this server to push.', pull_request_failed: 'Open it by hand, or retry.' };
 const the = Object.fromEntries([...document.querySelectorAll('[id]')].map((e) => [e.id, e]));
 const clock = new Intl.DateTimeFormat([], { timeStyle: 'medium' }), rows = new Map();
@@ -2961,13 +2961,13 @@ async function ask(path, options = {}) {  // the answer, or an error in the serv
   const told = answer.status ? await answer.json().catch(() => ({})) : {};
   if (answer.status === 401) forget(told.message = 'The server refuses this key');
   throw new Error(told.message || answer.statusText || 'The server does not answer'); }
-function forget(why) {
-  delete sessionStorage.apiKey; key = ''; tasks = []; show(why); put(the.refused, why); }
+function forget(why) { delete sessionStorage.apiKey;
+  key = the.secret.value = ''; tasks = []; show(true); put(the.refused, why); }
 function show(moved) {  // what the address says
   const id = key && new URLSearchParams(location.hash.slice(1)).get('task');
   const view = !key ? 'key' : id ? 'task' : location.hash === '#new' ? 'new' : 'list';
   shown = { id, now: {}, last: '' }; document.body.className = view; the.log.replaceChildren();
-  restart(); if (moved) the[view].querySelector('h2').focus(); }
+  put(the.said); put(the.wrong); restart(); moved && the[view].querySelector('h2').focus(); }
 function restart() {  // a hidden tab holds no connection: browsers allow six to one server
   stop?.abort(); clearTimeout(timer); stop = new AbortController(); draw();
   if (shown.id && !document.hidden) follow(shown, stop.signal, 1); refresh(); }
@@ -2980,7 +2980,7 @@ async function refresh() { if (!key || document.hidden) return; try {
   if (failures) put(the.said, 'The server answers again'); failures = 0; draw();
   } catch (error) { put(the.said, key && `${error.message}; it is asked again`); failures += 1; }
   clearTimeout(timer); timer = setTimeout(refresh, 3000 * 2 ** Math.min(failures, 4)); }
-function draw() {  // also each second: ages need no server.  Rows are kept, and so is the focus
+function draw(event, focused = document.activeElement) {  // each second, and keeps rows and focus
   const ids = new Set(tasks.map(idOf)); let place = the.rows.firstChild, count = 0;
   for (const [id, row] of rows) if (!ids.has(id) && rows.delete(id)) row.remove();
   for (const { task_id: id, status, submitted_at, repository_url, description } of tasks) {
@@ -2991,7 +2991,8 @@ function draw() {  // also each second: ages need no server.  Rows are kept, and
     put(where, `${spell(submitted_at)}, ${repository_url.split(/[/:]/).slice(-2).join('/')}`);
     link.href = `#task=${encodeURIComponent(id)}`; link.ariaCurrent = id === shown.id;
     row.hidden = the.filter.value && the.filter.value !== status; count += !row.hidden; }
-  put(the.count, `${count} of ${tasks.length}`); drawTask(shown.now); }
+  put(the.count, `${count} of ${tasks.length}`); drawTask(shown.now);
+  if (!focused.checkVisibility()) (shown.id ? the.name : the.filter).focus(); }
 function drawTask({ status, phase, reason, error, submitted_at, started_at, ...now }) {
   const task = tasks.find((one) => one.task_id === shown.id) || {}, over = now.completed_at;
   const { pr_url: url, session_id: _, ...result } = now.result || {};
@@ -3002,7 +3003,6 @@ function drawTask({ status, phase, reason, error, submitted_at, started_at, ...n
   put(the.remedy, reason && (REMEDY[reason] || 'Tell whoever runs this server.'));
   the.cancel.hidden = !status || Boolean(over); the.retry.hidden = status !== 'failed';
   the.pull.hidden = !/^https?:\/\//.test(url); the.pull.href = the.pull.hidden ? '' : url;
-  if (document.activeElement.hidden) the.name.focus();
   const facts = { ...task, status: '', ...result };
   for (const { number, state, kind, commit, error: why } of now.reviews || [])
     facts[`review ${number}`] = [state, kind, commit, why].filter(Boolean).join(', ');
@@ -3031,8 +3031,8 @@ function when(element, type, told, act, busy) {  // a second click is no second 
   element[type] = async (event) => { event.preventDefault(); if (busy) return; busy = true;
     put(told); await act().catch((error) => put(told, error.message)); busy = false; }; }
 when(the.enter, 'onsubmit', the.refused, async () => {  // a header takes no other letters
-  key = the.secret.value.trim().replace(/[^!-~]/g, '?'); the.secret.value = '';
-  await ask('?limit=1'); sessionStorage.apiKey = key; show(true); });
+  key = the.secret.value.trim().replace(/[^!-~]/g, '?'); await ask('?limit=1');
+  the.secret.value = ''; sessionStorage.apiKey = key; show(true); });
 when(the.form, 'onsubmit', the.wrong, async () => { the.form.append(the.wrong);
   for (const f of the.form) { f.ariaInvalid = null; f.removeAttribute('aria-describedby'); }
   const body = JSON.stringify(Object.fromEntries(new FormData(the.form)), (_, v) => v || null);
@@ -3044,7 +3044,7 @@ when(the.form, 'onsubmit', the.wrong, async () => { the.form.append(the.wrong);
 for (const verb of ['cancel', 'retry']) when(the[verb], 'onclick', the.said, async () => {
   const { task_id } = await ask(`/${encodeURIComponent(shown.id)}/${verb}`, { method: 'POST' });
   if (task_id === shown.id) refresh(); else location.hash = `task=${task_id}`; });
-the.forget.onclick = () => forget('Forgotten'); the.filter.onchange = draw; onhashchange = show;
+the.forget.onclick = () => forget(); the.filter.onchange = draw; onhashchange = show;
 document.onvisibilitychange = restart; setInterval(draw, 1000); show();</script>
 """
 

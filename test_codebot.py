@@ -3400,6 +3400,7 @@ def test_a_task_is_cancelled_retried_and_filtered_on_the_page(
     browser.click("button", "Cancel")
     browser.sees("cancelled: ")
     browser.sees("Retry at will.")
+    assert browser.js("document.activeElement.id") == "name"  # its button is hidden now
     assert stand.status(task)["reason"] == "cancelled"
     stand.go()
     browser.click("button", "Retry")
