@@ -20,8 +20,9 @@ WHO IS TRUSTED WITH WHAT
                 nothing but metadata).
   The agent     is not trusted, nor is what it reads: repository, task and reviews.  It
                 gets the model's key, listed variables, its task's folder and the
-                network (loopback too).  In bwrap it sees no other file of codebot's but
-                its repository's objects, and no other process; all of it ends with bwrap.
+                network (loopback and unix sockets too).  In bwrap it sees no process but
+                its own, and of the work-dir only its task and its repository's objects; all
+                of it ends with bwrap.  A client's test command runs as the agent does.
   Left over     Without bwrap the agent can read and write whatever codebot's user can
                 (.env, the App's key, the database, git's token while git runs), and a
                 command that sheds CODEBOT_RUN from its environment outlives its run; on
@@ -104,7 +105,8 @@ KILL_GRACE = 2  # seconds between SIGTERM and SIGKILL: git removes its lock file
 RESULT_GRACE = 5  # seconds an agent may live on after its result
 LINE, OUTPUT = 8 << 20, 1 << 30  # bytes: a line, of longer ones the end is read; all output
 MESSAGE, EVENTS = 2000, 10_000  # characters of one event; of agent and tests in one run
-DISK_LOW = 1 << 30  # bytes
+INDEX = 1 << 14  # bytes of an index of git, some 150 files: of so many it should be right
+DISK_LOW, DISK_KEPT = 1 << 30, 16 << 20  # bytes: to warn of; that a task may not use
 MIRROR_KEPT = 30 * 86400  # seconds without use
 GITHUB_WAIT = 900  # seconds: a rate limit that asks for more is an error
 
@@ -210,7 +212,7 @@ class Config:
     path: str = setting("PATH", (places, ".*", ""), os.defpath)
     host: str = setting("", TEXT, "127.0.0.1", "address to listen on; default 127.0.0.1")
     port: int = setting("", NUMBER, "5000", "default 5000; 0: a free one")
-    work_dir: str = setting("", FOLDER, "codebot_workspace", "default ./codebot_workspace")
+    work_dir: str = setting("", FOLDER, "codebot_workspace", "./codebot_workspace; run: a new one")
     no_github: bool = setting("", SWITCH, flag="any git remote, no pull requests")
     enable_polling: bool = setting("", SWITCH, flag="ask GitHub for reviews on a clock")
     tls_cert: str = setting("", flag="PEM file; with --tls-key: HTTPS")
@@ -237,9 +239,9 @@ class Config:
 
 def read_env_file(path: str) -> dict[str, str]:
     """NAME=value lines; quotes round a value go, " #" begins a comment.  Raises Unusable."""
-    form, found = r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(['"]?)(.*?)\2\s*(?:\s#.*)?""", {}
+    form, found = r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(['"]?)(.*?)\2\s*(?:(?<=\s)#.*)?""", {}
     try:
-        text = pathlib.Path(path).read_text("utf-8") if os.path.exists(path) else ""
+        text = pathlib.Path(path).read_text("utf-8-sig") if os.path.exists(path) else ""
     except (OSError, UnicodeDecodeError) as error:
         raise Unusable(f"{path}: cannot be read: {error}") from None
     for number, line in enumerate(map(str.strip, text.split("\n")), 1):
@@ -266,8 +268,11 @@ def load_config(flags: Mapping[str, Any], needs_keys: bool = False) -> Config:
         elif text:
             values[field.name] = make(text)
     config = Config(**values, env_file=env_file, variables=variables)
-    if (key := config.key_file) and not (config.no_github or os.access(key, os.R_OK)):
-        wrong.append(f"GITHUB_APP_PRIVATE_KEY_PATH: {key!r} is not a file that can be read")
+    files = {"--tls-cert": config.tls_cert, "--tls-key": config.tls_key}
+    files["GITHUB_APP_PRIVATE_KEY_PATH"] = "" if config.no_github else config.key_file
+    for name, path in files.items():
+        if path and not (os.path.isfile(path) and os.access(path, os.R_OK)):
+            wrong.append(f"{name}: {path!r} is not a file that can be read")
     if needs_keys and not config.api_keys:
         wrong.append("CODEBOT_API_KEYS: is not set; expected one or more keys, comma-separated")
     if config.enable_polling and config.no_github:
@@ -280,8 +285,8 @@ def load_config(flags: Mapping[str, Any], needs_keys: bool = False) -> Config:
         needed += [p for p in config.path.split(":") if p and not f"{p}/".startswith(home)]
         for folder in {os.path.dirname(path) for path in config.secret_files}:
             if any(os.path.commonpath((folder, os.path.realpath(p))) == folder for p in needed):
-                remedy = "and the sandbox cannot cover it; expected them in a folder of their own"
-                wrong.append(f"{folder}: holds .env or a key, {remedy}")
+                remedy = "and the sandbox cannot cover it: PATH leads there, or programs need it"
+                wrong.append(f"{folder}: holds .env or a key, {remedy}; expected another folder")
     if wrong:
         raise Unusable("\n".join(wrong))
     for name in NETWORK_NAMES:  # urllib and ssl look in the environment only
@@ -297,15 +302,14 @@ class Mask(logging.Handler):
         super().__init__()
         self._tokens: collections.deque[str] = collections.deque(maxlen=100)  # they live an hour
         self._lock = threading.Lock()  # guards them
-        secret = "(?i)token|key|secret|pass|pwd|cred|dsn|url|header"
+        secret = "(?i)token|key|secret|pass|pwd|cred|auth|bearer|dsn|url|header"
         names = [name for name in config.agent_names if re.search(secret, name)]
         value = {name: text.strip() for name, text in config.variables.items()}
         self._own = [*config.api_keys, *(value.get(name, "") for name in (*SECRET_NAMES, *names))]
         for name in (*NETWORK_NAMES, "ANTHROPIC_BASE_URL"):
             self._own.append(urllib.parse.urlsplit(value.get(name, "")).password or "")
-        self._own += [
-            line for secret in self._own for line in secret.splitlines()
-        ]  # of a key's file
+        # of a key's file: each line
+        self._own += [line for secret in self._own for line in secret.splitlines()]
         self.add()
 
     def add(self, *tokens: str) -> None:
@@ -320,6 +324,7 @@ class Mask(logging.Handler):
 
     def __call__(self, text: str) -> str:
         """TEXT less secrets, half characters (no database takes them), and what moves a cursor."""
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)  # colours, which could part a secret
         text = self._pattern.sub("***", text).encode("utf-8", "replace").decode()
         return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
 
@@ -438,7 +443,7 @@ def parse_request(raw: bytes) -> Request:
     if len(length) > 9 or int(length) != len(body):  # it was not read, since it is too long
         raise HTTPError(413, f"The body is longer than {most_of(raw)} bytes")
     wish = headers.get("connection", "").lower()
-    keep = "close" not in wish if minor == "1" else "keep-alive" in wish
+    keep = minor == "1" and "close" not in wish
     path, _, query = target.partition("?")
     return Request(method, path, query, headers, body, keep)
 
@@ -448,8 +453,9 @@ class Client:
     answers it."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self.sock, self.until, self.told = sock, 0.0, False  # TOLD to continue (Expect:)
+        self.sock, self.until = sock, 0.0
         self.data, self.out = bytearray(), b""  # not yet a whole request; not yet sent
+        self.needs = 0  # bytes of a whole request, once its headers tell
         self.then = "keep"  # what follows once `out` is sent: keep, close or linger
 
 
@@ -596,19 +602,22 @@ class Server(http.server.ThreadingHTTPServer):
 
     def is_whole(self, client: Client) -> bool:
         """Hand on a request that is whole, or that can only be refused."""
+        if len(client.data) < client.needs:
+            return False
         data, end = client.data, client.data.find(b"\r\n\r\n") + 4
         if end < 4 and len(data) < HEAD:
             return False
         found = CONTENT_LENGTH.search(data, 0, end - 2) if 4 <= end < HEAD + 4 else None
         length = int(found[1]) if found and int(found[1]) <= most_of(data) else 0
         if len(data) < end + length:
-            if not client.told and EXPECTS.search(data, 0, end - 2):
-                client.told = client.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n") > 0
+            client.needs = end + length
+            if EXPECTS.search(data, 0, end - 2):
+                client.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             return False
         whole = end + length if end >= 4 else len(data)
         self.leave(client)
         self.given.add(client)
-        raw, client.data, client.told = bytes(data[:whole]), data[whole:], False
+        raw, client.data, client.needs = bytes(data[:whole]), data[whole:], 0
         if POLL.match(raw):  # reads by key: in WAL mode no writer holds that up
             self.answer(client, raw)
             self.freed.append(len(raw))
@@ -1315,7 +1324,8 @@ class App:
         """Take the work-dir, end what outlived the last server.  Raises Unusable."""
         work_dir = self.config.work_dir
         try:
-            os.makedirs(work_dir, mode=0o700, exist_ok=True)
+            os.makedirs(work_dir, exist_ok=True)
+            os.chmod(work_dir, 0o700)  # nobody else reads what is in it, whoever made it
             lock = os.open(f"{work_dir}/codebot.lock", os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
             os.truncate(lock, 0)
@@ -1331,7 +1341,14 @@ class App:
             for path in glob.glob(f"{work_dir}/{left}", recursive=True):
                 remove(self, path)
         self.store = Store(os.path.join(work_dir, "codebot.db"))
-        self.sandbox, self.sandbox_told = choose_sandbox(self)
+        try:
+            self.sandbox, self.sandbox_told = choose_sandbox(self)
+            if self.github:
+                self.github.jwt()  # a key that does not sign is found now
+        except (OSError, Stopped) as error:
+            raise Unusable(f"CODEBOT_SANDBOX: {error}") from None
+        except GitHubError as error:
+            raise Unusable(f"GITHUB_APP_PRIVATE_KEY_PATH: {error}") from None
 
     def submit(self, task: Mapping[str, Any], key: Any = None, body: Any = None) -> str:
         if self.stop.is_set():
@@ -1365,20 +1382,24 @@ class App:
 def work(app: App, ids: queue.Queue[Any], carry: Callable[[App, Any], None]) -> None:
     """A worker's thread: one task (or pull with a round) after another, until the stop."""
     while (one := ids.get()) is not None and not app.stop.is_set():
-        with contextlib.suppress(WrongState, Stopped):  # the stop put it back; or has no disk
+        try:
             carry(app, one)
+        except (WrongState, Stopped):
+            pass  # the stop put it back; or has no disk
+        except Exception:
+            log.exception("worker")  # the others of its lane go on
 
 
 def run_one(app: App, task_id: str) -> None:
     """Take a task from pending to its end, whatever happens in between."""
-    job, store = None, app.store
+    job, store, failed = None, app.store, None
     app.running[task_id] = cancel = threading.Event()  # before the claim, so that none is missed
     try:
         job = Job(app, dict(app.surely(store.claim, task_id)), cancel)
         if job.row["cancelled"]:  # before a crash
             cancel.set()
         elif (crashes := job.row["interruptions"]) >= INTERRUPTIONS:
-            what = f"The server died {crashes} times while this task ran; given up"
+            what = f"The server died, or its disk was full, {crashes} times meanwhile; given up"
             raise TaskFailed("interrupted", what)
         result = json.dumps(carry_out(job))
         job.say("codebot", "Completed")  # while it runs, so that whoever follows it hears it
@@ -1391,20 +1412,26 @@ def run_one(app: App, task_id: str) -> None:
     except Exception as error:
         if job and passes(error) and not cancel.is_set():
             log.error("task %s is put back: %s", task_id, error)
-            app.surely(store.put_back, job.of)
+            if job.row["folder"]:
+                remove(app, job.folder)  # it may be what fills the disk
+            app.surely(store.put_back, job.of, job.crashes(error))
             app.stop.wait(60)  # the next one would lack the same
-            return app.tasks.put(task_id)
-        log.exception("task %s", task_id)
-        told = str(error) if isinstance(error, OSError) else type(error).__name__
-        failed = TaskFailed("internal", f"internal error: {told}")
+            failed = None
+        else:
+            log.exception("task %s", task_id)
+            told = str(error) if isinstance(error, OSError) else type(error).__name__
+            failed = TaskFailed("internal", f"internal error: {told}")
     finally:
         del app.running[task_id]
-    if job and app.stop.is_set() and not cancel.is_set():  # it may have ended the agent before us
+    if failed is None:
+        app.tasks.put(task_id)  # only now: another thread may take it at once
+    elif job and app.stop.is_set() and not cancel.is_set():  # it may have ended the agent before us
         log.info("task %s was cut off: %s", task_id, failed)
         app.surely(store.put_back, job.of)
     elif job:
         if cancel.is_set():
-            failed = TaskFailed("cancelled", "Cancelled while it ran")
+            late = f"; look for branch {job.row['branch']}" if job.row["head_commit"] else ""
+            failed = TaskFailed("cancelled", f"Cancelled while it ran{late}")
         text = app.mask(str(failed))[:10_000]
         job.say("codebot", f"Failed ({failed.reason}): {text}")
         app.surely(store.end, job.of, "failed", *job.spent(), reason=failed.reason, error=text)
@@ -1564,7 +1591,7 @@ class Job:
         self.resumed = bool(row["folder"])  # after a stop or a crash
         self.told: dict[str, Any] = {"session_id": self.id, "num_turns": 0}
         head = (row["ticket_summary"] or row["description"]).strip().splitlines()[0]
-        ticket = f"{row['ticket_id']}: " if row["ticket_id"] else ""
+        ticket = f"{row['ticket_id'].strip()}: " if row["ticket_id"] else ""
         self.title = app.mask(f"{ticket}{head.strip()}")[:250]
         above = f"{self.title}\n\n" if row["ticket_summary"] else ""
         self.text = f"{above}{row['description']}"
@@ -1594,9 +1621,7 @@ class Job:
                     continue
                 if self.room == 0:
                     source, text = "codebot", "what follows of the agent and the tests is not kept"
-            short = self.app.mask(
-                text[: MESSAGE + 65_536]
-            )  # a longer one would hold up all threads
+            short = self.app.mask(text[: MESSAGE + 65_536])  # all of a long one holds up the others
             events.append((source, cut(short, MESSAGE, len(text))))
         self.app.store.say(self.id, events)
 
@@ -1623,8 +1648,9 @@ class Job:
         if self.row["folder"]:
             remove(self.app, self.folder)
         else:
-            ticket = plain(self.row["ticket_id"] or "")
-            slug = plain((self.row["ticket_summary"] or self.row["description"]).lower()) or "task"
+            mask, about = self.app.mask, self.row["ticket_summary"] or self.row["description"]
+            ticket = plain(mask(self.row["ticket_id"] or ""))
+            slug = plain(mask(about).lower()) or "task"
             while os.path.lexists(self.folder):  # which is the work-dir itself at first
                 name = uuid.uuid4().hex[:7]
                 folder = f"task_{ticket}_{name}" if ticket else f"task_{name}"
@@ -1676,6 +1702,10 @@ class Job:
         code, lines = self.boxed(*argv, branch, base)
         if code:
             raise TaskFailed("clone_failed", f"Failed to check out {base_name}: {last(lines)}")
+        index = f"{self.folder}/repo/.git/index"
+        if os.path.getsize(index) > INDEX:  # git takes what is as young as its index for changed,
+            self.check(1.01 - time.time() % 1)  # reads it, and stores it once more
+            os.utime(index)
         self.say("git", f"Branch {branch} off {base_name} at {base[:10]}")
 
     def ask_claude(self, prompt: str, *how: str, **where: Any) -> ClaudeReader:
@@ -1690,7 +1720,7 @@ class Job:
         where |= {"on_lines": reader.read, "stdin": prompt, "timeout": self.left()}
         try:
             code, lines = self.boxed(*argv, model=True, **where)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, PermissionError) as error:
             raise TaskFailed("agent_failed", f"Cannot start the agent: {error}") from None
         finally:
             self.cost += reader.number("total_cost_usd")
@@ -1765,16 +1795,17 @@ class Job:
         """The pull request for the branch: the one that is there, else a new one."""
         self.phase("pull_request")
         tests, cost = outcome["tests"], outcome["cost_usd"]
-        tested = f"`{tests['command'][:1000]}` passed" if tests else "No test command was given"
+        command = tests and tests["command"][:1000].replace("```", "'''")
+        tested = f"```\n{command}\n```\n\nPassed." if tests else "No test command was given."
         spent = f", {cost:.2f} US dollars by the agent's word" if cost is not None else ""
-        quoted = "\n> ".join(cut(self.text, 10_000).splitlines())
+        quoted = "\n> ".join(cut(self.text.strip(), 10_000).splitlines())
         shown = outcome["files"][:10_000].replace("```", "'''")
         body = (
             f"{cut(outcome['summary'], 20_000)}\n\n### Task\n\n> {quoted}\n\n### Files\n\n"
-            f"```\n{shown}\n```\n\n### Test\n\n{tested}.\n\n"
+            f"```\n{shown}\n```\n\n### Test\n\n{tested}\n\n"
             f"Done in {time.monotonic() - self.began:.0f} s{spent}.\n"
         ).replace("<!--", "&lt;!--")[:65_000] + f"\n<!-- codebot task {self.id} -->\n"
-        wish = {"title": self.title, "body": body, "head": self.row["branch"]}
+        wish = {"title": self.title, "body": self.app.mask(body), "head": self.row["branch"]}
         try:
             pull: dict[str, Any] = hub.open_pull(self, {**wish, "base": self.row["base_name"]})
         except GitHubError as error:
@@ -1783,6 +1814,10 @@ class Job:
         self.say("codebot", f"Pull request {pull['number']}: {pull['html_url']}")
         return pull
 
+    def crashes(self, error: Exception) -> int:
+        """1 if ERROR cut off what the agent was paid for, and may be its own doing: a full disk."""
+        return int(isinstance(error, OSError) and self.until > 0)
+
     def left(self) -> float:
         """The seconds that the agent and the tests still have, all attempts together."""
         self.until = self.until or time.monotonic() + self.app.config.task_timeout
@@ -1790,7 +1825,7 @@ class Job:
 
     def program(self, argv: Sequence[str], env: Mapping[str, str], **how: Any) -> Ended:
         try:
-            return run_program(argv, env, stops=self.stops, **how)
+            return run_program(argv, env, stops=self.stops, room=DISK_KEPT, **how)
         finally:
             if self.app.sandbox != ("bwrap",):  # which ends all that was begun in it
                 sweep(f"{self.app.mark}{self.id}")
@@ -1828,7 +1863,8 @@ class Job:
                 raise TaskFailed(reason, f"{failed}: {error}", error.again) from None
             words = (self.repository.url if word == "URL" else word for word in args)
             argv = (*GIT, "--git-dir", self.mirror, *words)
-            code, lines = run_program(argv, env, GIT_TIMEOUT, self.stops, pass_fds=pass_fds)
+            how: dict[str, Any] = {"pass_fds": pass_fds, "room": DISK_KEPT}
+            code, lines = run_program(argv, env, GIT_TIMEOUT, self.stops, **how)
             text = "\n".join(lines)
             if code == 0:
                 return lines
@@ -1847,7 +1883,7 @@ class Job:
     def renamed(self) -> bool:
         """Take the repository's new name, if it has one that is allowed."""
         name = hub.current_name(self) if (hub := self.app.github) else None
-        if name is None or name.lower() == self.repository.name.lower():
+        if name is None or name == self.repository.name:
             return False
         self.take(f"{self.app.config.git_base}/{name}", " now")
         self.say("codebot", f"The repository is {name} now")
@@ -1900,14 +1936,16 @@ class ClaudeReader:
 
     def judge(self, code: int, lines: Sequence[str]) -> None:
         """Raise TaskFailed unless the agent told of a success.  Its exit code is not asked."""
-        get, errors = self.result.get, self.result.get("errors") or [""]
-        said = (self.text or str(errors[0]) or self.heard or last(lines))[:1000]
-        refused = self.login_failed or get("api_error_status") == 401
+        get, errors = self.result.get, self.result.get("errors") or ""
+        first = errors[0] if isinstance(errors, list) else errors
+        said = (self.text or str(first) or self.heard or last(lines))[:1000]
+        refused = self.login_failed or get("api_error_status") in (401, 403)
         if refused or (get("is_error") and "/login" in said):
             what = f"The agent's login failed, see {MODEL_NAMES[0]}: {said}"
             raise TaskFailed("agent_login", what)
         if get("subtype") in ("error_max_budget_usd", "error_max_turns"):
-            raise TaskFailed("budget", f"The agent reached its limit: {said}")
+            what = "CODEBOT_MAX_BUDGET_USD or CODEBOT_MAX_TURNS"
+            raise TaskFailed("budget", f"The agent reached its limit ({what}): {said}")
         if get("is_error") or get("subtype") != "success" or get("num_turns") == 0:
             why = "failed" if self.result else f"ended without a result, code {code}"
             raise TaskFailed("agent_failed", f"The agent {why}: {said}")
@@ -1927,7 +1965,8 @@ def plain(text: str) -> str:
 
 def last(lines: Sequence[str], most: int = 4) -> str:
     """What a program said in the end, for the sentence that tells of its failure."""
-    said = (line.strip() for line in lines[-most:])
+    told = [line for line in lines if not re.match("hint:|To http|Done$", line)]
+    said = (line.strip() for line in told[-most:])
     return " / ".join(filter(None, said))[-1500:] or "no output"
 
 
@@ -1979,7 +2018,8 @@ def run_review(hub: GitHub, app: App, pull: int) -> None:
         known = day or isinstance(error, (Dropped, TaskFailed, GitHubError))  # no bug of ours
         drop = isinstance(error, (Dropped, TaskFailed)) and not day
         again = not drop and (day or row["interruptions"] < 2 * INTERRUPTIONS)
-        crashes = int(again and not day)  # at half of them it was told, or that failed too
+        # at half of them it was told, or that failed too
+        crashes = int(again and not day) or this.job.crashes(error)
         text = app.mask(str(error)) if known else "internal error"
         end = None if drop else {"reason": "internal", "error": text}
         done = "dropped" if drop else "put back" if again else "given up"
@@ -2081,6 +2121,8 @@ class Round:
         """Note what became of the pull request.  Raises Dropped unless it is open, and ours."""
         row, pull = self.row, self.hub.ask(self.job, "GET", self.path)
         state, head, base = pull["state"], pull["head"], base_of(pull)
+        if row["repo_id"] not in (None, base.get("id")):
+            raise Dropped("another repository has the name by now")
         now = {"state": "merged" if pull.get("merged") else state}
         now["repository"] = base.get("full_name") or row["repository"]
         if any(row[column] != value for column, value in now.items()):
@@ -2304,7 +2346,8 @@ class Round:
         kind, number = thread.split()
         path = f"{self.path if kind == 'inline' else self.issue}/comments"
         quote = f"> {first.strip().splitlines()[0][:200]}\n\n" if kind != "inline" else ""
-        text = f"{quote}{outcome['answers'][thread]}"  # without it nothing shows what is answered
+        # without the quote nothing shows what is answered
+        text = self.app.mask(f"{quote}{outcome['answers'][thread]}")
         text = cut(text.replace("<!--", "&lt;!--"), 60_000)
         if outcome.get("commit"):
             text += f"\n\nThe change is in {outcome['commit']}."
@@ -2362,12 +2405,12 @@ FETCH = ("fetch", "-q", "--no-tags", "--no-recurse-submodules", "--no-write-fetc
 ALONE = """rm -rf .git/index.lock .git/HEAD.lock .git/rebase-merge .git/rebase-apply
 g() { git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c commit.gpgSign=false "$@"; }
 """
-TEST = (
-    ALONE
-    + """kept=; g add -A && kept=yes; sh -c "$1"; code=$?
+TEST = f"""{ALONE}kept=; g add -A && kept=yes; sh -c "$1"; code=$?
 [ "$kept" ] && g checkout-index -q -f -a && g clean -q -ff -d; exit $code"""
-)
-COMMIT = ALONE + """g add -A && { g diff --cached --quiet || g commit -q --no-verify -m "$1"; }"""
+COMMIT = f"""{ALONE}g add -A || exit
+new=$(g diff --cached --raw | sed -n 's/^:000000 160000 [^\t]*\t//p')
+[ -z "$new" ] || [ -e .gitmodules ] || {{ echo "$new is a git repository of its own"; exit 1; }}
+g diff --cached --quiet || g commit -q --no-verify -m "$1\""""
 RESET = ALONE + """g checkout -q -f -B "$1" "$2" && g clean -q -ff -d"""
 REBASE = f"""{ALONE}g rebase -q "$1" && exit; echo IN; g diff --name-only --diff-filter=U
 g rebase --abort; g branch -f "$2"; exit 1"""
@@ -2379,7 +2422,8 @@ class Repository(NamedTuple):
     mirror: str  # where in the work-dir, which may be moved
 
     def allowed(self, config: Config) -> bool:
-        return any(fnmatch.fnmatchcase(self.name.lower(), p.lower()) for p in config.allowed)
+        same = str if config.no_github else str.lower  # GitHub's names are the same in any case
+        return any(fnmatch.fnmatchcase(same(self.name), same(p)) for p in config.allowed)
 
 
 def parse_url(config: Config, url: str) -> Repository:
@@ -2393,8 +2437,9 @@ def parse_url(config: Config, url: str) -> Repository:
             raise ValueError("has . or .. in its path")
         local = re.sub("^file://[^/]*", "", plain) if url.startswith("file:") else url
         for real in (os.path.abspath, os.path.realpath):
-            if f"{real(local)}/".startswith((f"{config.work_dir}/", "/proc/", "/dev/")):
-                raise ValueError("lies in the work-dir")  # where agents may plant hooks
+            place = f"/{real(local).lstrip('/')}/"  # abspath leaves two slashes in front
+            if place.startswith((f"{config.work_dir}/", "/proc/", "/dev/")):  # agents plant hooks
+                raise ValueError("lies in the work-dir, /proc or /dev")
         # by this name it is held against the allowed list: whole, since any host may be meant
         return Repository(url, url, f"mirrors/other/-/{digest(url)[:20]}.git")
     base = config.git_base
@@ -2582,11 +2627,12 @@ def run_program(
     on_lines: Callable[[list[str]], float | None] | None = None,
     stdin: str = "",
     pass_fds: Sequence[int] = (),
+    room: int = 0,
 ) -> Ended:
     """Exit code and last lines of ARGV, of whose process group nothing is left then.  Output
     goes to a nameless file that is tailed: of a pipe that is not drained at once the CLI drops
     the rest.  ON_LINES may give the seconds that the program may still run.  Raises Stopped;
-    FileNotFoundError for a program that is not there."""
+    FileNotFoundError for a program that is not there; OSError when the work-dir has not ROOM."""
     heard = time.monotonic()
     until, rest, offset, delay, why, final = heard + timeout, b"", 0, 0.0, "", False
     kept: collections.deque[str] = collections.deque(maxlen=200)
@@ -2612,7 +2658,7 @@ def run_program(
                     rest = b"(a line too long to be read)"
                 if done and not data and rest:
                     pieces = [rest]
-                lines = [piece.decode("utf-8", "replace") for piece in pieces]
+                lines = [piece.decode("utf-8", "replace").rstrip("\r") for piece in pieces]
                 kept.extend(line[:10_000] for line in lines)
                 grace = on_lines(lines) if lines and on_lines else None
                 if grace is not None:
@@ -2625,6 +2671,8 @@ def run_program(
                     why = "timeout"
                 elif now > heard + stall:
                     why = "stalled"
+                elif room and shutil.disk_usage(tempfile.gettempdir()).free < room:
+                    raise OSError(errno.ENOSPC, "The work-dir's disk is full")
                 elif offset > OUTPUT:
                     raise TaskFailed("agent_failed", f"{argv[0]} printed over {OUTPUT >> 30} GiB")
         except RuntimeError as error:  # no thread is left
@@ -2707,7 +2755,7 @@ class GitHub:
             raise GitHubError(429, f"GitHub's rate limit is reached, for {left:.0f} s")
         api, renewed = self.config.github_api, False
         url = path if path.startswith(f"{api}/") else f"{api}{path}"
-        data = None if body is None else self.app.mask(json.dumps(body)).encode()
+        data = None if body is None else json.dumps(body).encode()
         for tries in range(TRIES):
             as_app = url.startswith(f"{api}/app")
             bearer = self.jwt() if as_app else self.token(job)
@@ -2884,7 +2932,7 @@ def github_words(status: int, raw: bytes) -> str:
     try:
         body = json.loads(raw)
         errors = body.get("errors", ())
-        told = [e if isinstance(e, str) else e.get("message") or e for e in errors]
+        told = [e if isinstance(e, str) else e.get("message") or [*e.values()] for e in errors]
         return f"{status} {': '.join(map(str, [body['message'], *told]))}"[:1000]
     except (ValueError, LookupError, TypeError, AttributeError):
         return f"{status} without a reason"
@@ -3095,12 +3143,16 @@ def begin(app: App) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     app.open()
-    for task_id in app.store.take_up():
-        app.tasks.put(task_id)
+    try:
+        for task_id in app.store.take_up():
+            app.tasks.put(task_id)
+    except sqlite3.Error as error:
+        raise Unusable(f"{app.store.path}: {error}") from None
 
 
 def serve(flags: dict[str, Any], client: Callable[[App, int], None] | None = None) -> int:
     """The server, until SIGTERM or SIGINT."""
+    environment = dict(os.environ)  # before the network's variables of .env are put in
     app = App(load_config(flags, needs_keys=True))
     config, hub, seen, again = app.config, app.github, file_times(app.config), False
     begin(app)
@@ -3108,7 +3160,8 @@ def serve(flags: dict[str, Any], client: Callable[[App, int], None] | None = Non
     try:
         app.server = server = Server(app)
     except (OSError, OverflowError) as error:
-        raise Unusable(f"--host {config.host} --port {config.port}, or TLS: {error}") from None
+        tls = f", or {config.tls_cert} and {config.tls_key}" if config.tls_cert else ""
+        raise Unusable(f"--host {config.host} --port {config.port}{tls}: {error}") from None
     jobs: list[tuple[str, Callable[..., None], Any]] = [("keeper", keep_house, (app,))]
     jobs += [(f"task-{n}", work, (app, app.tasks, run_one)) for n in range(config.workers)]
     jobs += [("client", client, (app, server.server_port))] if client else []
@@ -3143,7 +3196,7 @@ def serve(flags: dict[str, Any], client: Callable[[App, int], None] | None = Non
     with contextlib.suppress(sqlite3.Error):
         app.store.take_up(crashes=0)  # of a thread that still waits for GitHub
     if again:
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     if any(thread.is_alive() for thread in (*threads, *server.threads)):
         os._exit(0)
     return 0
@@ -3158,16 +3211,16 @@ def run(flags: dict[str, Any]) -> int:
     """One task in the foreground, of flags, or of a file with the fields as JSON (- is stdin).
     The result goes to stdout as JSON.  Exit code 0: completed, 1: failed, 2: bad input."""
     config, source = load_config(flags), flags["task"]
-    if not flags["work_dir"]:
-        config = load_config({**flags, "work_dir": tempfile.mkdtemp(prefix="codebot-")})
-    app, given = App(config), {name: flags[name] for name in FIELDS if flags[name] is not None}
+    given = {name: flags[name] for name in FIELDS if flags[name] is not None}
     try:
         if source:
             with sys.stdin if source == "-" else open(source, encoding="utf-8") as file:
                 given = {**json.load(file), **given}
         task = read_task(config, given)
     except (OSError, ValueError, TypeError) as error:
-        raise Unusable(f"the task: {error}") from None
+        raise Unusable(f"the task, expected as a JSON object: {error}") from None
+    work_dir = flags["work_dir"] or tempfile.mkdtemp(prefix="codebot-")
+    app = App(dataclasses.replace(config, work_dir=os.path.realpath(work_dir)))
     begin(app)
     task_id, start, after = app.submit(task), time.monotonic(), 0
     worker = threading.Thread(target=run_one, args=(app, task_id), name="task")
@@ -3193,7 +3246,7 @@ def check(flags: dict[str, Any]) -> int:
     def tell_version(least: str, *argv: str) -> None:
         code, lines = try_box(app, *argv)
         new = [*map(int, re.findall("[0-9]+", last(lines)))] >= [*map(int, least.split("."))]
-        remedy = f"{least} or newer is needed, on PATH and in the sandbox"
+        remedy = f"{least} or newer is needed, on PATH (or see CODEBOT_CLAUDE_COMMAND)"
         tell(new and not code, f"{argv[0]}: {last(lines)[:100]}", remedy)
 
     warn = functools.partial(tell, level="warn")
@@ -3218,12 +3271,16 @@ def check(flags: dict[str, Any]) -> int:
         warn(app.sandbox != ("none",) and os.getuid(), f"sandbox: {told}", "see README, Security")
         tell_version("2.0", *config.claude, "--version")
     except (OSError, Unusable) as error:
-        tell(False, "work-dir and sandbox", str(error))
+        tell(False, "work-dir and sandbox", f"{error}; give a --work-dir that we can write")
+    known = {field.metadata["setting"][0] for field in dataclasses.fields(Config) if field.metadata}
+    for name in sorted(config.variables.keys() - known - {"CODEBOT_RUN"}):
+        if name.startswith("CODEBOT_"):
+            warn(False, name, "is no setting: is it misspelt?")
     login = any(map(config.variables.get, MODEL_NAMES))
     warn(login, "claude's login", f"set one of {', '.join(MODEL_NAMES)}")
     for path in filter(os.path.exists, (*config.secret_files, work_dir)):
         private = not os.stat(path).st_mode & 0o077
-        warn(private, f"{path} is private", f"others can read it: chmod go= {path}")
+        warn(private, f"mode of {path}", f"others can read it: chmod go= {path}")
     try:
         if hub := app.github:
             tell(hub.jwt(), "the App's key signs")
@@ -3231,16 +3288,19 @@ def check(flags: dict[str, Any]) -> int:
             tell(True, f"GitHub answers at {config.github_api}; the App is {about}")
             warn(abs(hub.skew) < 30, f"clock: {hub.skew:+.0f} s to GitHub's", "set the host's")
             given = hub._call("GET", f"/app/installations/{config.installation_id}")[0]
-            tell(True, f"installation {config.installation_id} of {given['account']['login']}")
+            what = f"installation {config.installation_id} of {given['account']['login']}"
+            tell(not given.get("suspended_at"), what, "is suspended: unsuspend it at GitHub")
             for right, needed in RIGHTS.items():
                 has = given["permissions"].get(right, "none")
                 tell(has == needed, f"permission {right}: {has}", f"{needed} is needed; grant it")
-            warn(config.webhook_secret, "webhook secret", "set GITHUB_WEBHOOK_SECRET")
+            polls = config.enable_polling
+            warn(config.webhook_secret or polls, "webhook secret", "set it, or poll")
             for kind in HEARD:
-                has = kind in given["events"]
+                has = kind in given["events"] or polls
                 warn(has, f"webhook event {kind}", "subscribe the App to it, or poll")
     except (GitHubError, OSError, KeyError) as error:
-        tell(False, "GitHub", f"{error}; look at GITHUB_APP_* and GITHUB_API_URL")
+        remedy = "look at GITHUB_*, or at the network, HTTPS_PROXY and SSL_CERT_FILE"
+        tell(False, "GitHub", f"{error}; {remedy}")
     return int("FAIL" in levels)
 
 
@@ -3258,7 +3318,7 @@ def demo(flags: dict[str, Any]) -> int:
     with tempfile.TemporaryDirectory(prefix="codebot-demo-") as folder:
         top = os.path.realpath(folder)
         env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": top}
-        agent = f"sh {top}/stand-in-agent"
+        agent = f"sh {shlex.quote(top)}/stand-in-agent"
         env |= {"CODEBOT_CLAUDE_COMMAND": agent, "CODEBOT_API_KEYS": "demo-key"}
         code, lines = run_program(("sh", "-c", DEMO), env, 30, cwd=top)
         if code:
