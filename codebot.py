@@ -78,7 +78,7 @@ from __future__ import annotations
 import _thread, argparse, base64, calendar, collections, contextlib, ctypes, dataclasses, difflib
 import email.message, email.utils, errno, fcntl, fnmatch, functools, glob, hashlib
 import hmac, http.client, http.server, json, logging, os, pathlib, queue, re, resource
-import selectors, shlex, shutil, signal, socket, socketserver, sqlite3, ssl, subprocess, sys
+import select, selectors, shlex, shutil, signal, socket, socketserver, sqlite3, ssl, subprocess, sys
 import tempfile, threading, time, unicodedata, urllib.error, urllib.parse, urllib.request, uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -157,7 +157,9 @@ def places(text: str = "") -> str:
 
 
 # What a setting may be: what makes its value of its text, what the text matches, and that in words
-TEXT, LIST, FOLDER, SWITCH = ((make, ".*", "") for make in (str, listed, os.path.realpath, bool))
+TEXT, LIST, SWITCH = ((make, ".*", "") for make in (str, listed, bool))
+PLAIN = r"[^\n*?\[\ud800-\udfff]*"  # neither git's files nor glob take others
+FOLDER = (os.path.realpath, PLAIN, "a path in UTF-8 without *, ? and [")
 COUNT = (int, "[1-9][0-9]{0,8}", "a whole number from 1 to 999999999")
 THREADS = (int, "[1-9][0-9]{0,2}", "a whole number from 1 to 999")
 ATTEMPTS = (int, "[0-9]{1,2}", "a whole number from 0 to 99")
@@ -329,8 +331,9 @@ class Mask(logging.Handler):
         return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            print(self(self.format(record)), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            if select.select((), (sys.stderr,), (), 0.1)[1]:  # else nobody reads: none waits for it
+                print(self(self.format(record)), file=sys.stderr, flush=True)
 
 
 # ---- HTTP: what the network can reach ---------------------------------------------
@@ -1398,7 +1401,7 @@ def run_one(app: App, task_id: str) -> None:
         job = Job(app, dict(app.surely(store.claim, task_id)), cancel)
         if job.row["cancelled"]:  # before a crash
             cancel.set()
-        elif (crashes := job.row["interruptions"]) >= INTERRUPTIONS:
+        elif (crashes := job.row["interruptions"]) >= job.most_crashes:
             what = f"The server died, or its disk was full, {crashes} times meanwhile; given up"
             raise TaskFailed("interrupted", what)
         result = json.dumps(carry_out(job))
@@ -1412,8 +1415,9 @@ def run_one(app: App, task_id: str) -> None:
     except Exception as error:
         if job and passes(error) and not cancel.is_set():
             log.error("task %s is put back: %s", task_id, error)
-            if job.row["folder"]:
-                remove(app, job.folder)  # it may be what fills the disk
+            with contextlib.suppress(OSError, Stopped):
+                if job.row["folder"]:  # which may be what fills the disk
+                    remove(app, job.folder)
             app.surely(store.put_back, job.of, job.crashes(error))
             app.stop.wait(60)  # the next one would lack the same
             failed = None
@@ -1475,14 +1479,14 @@ def keep_house(app: App) -> None:
             for path in paths:  # a review that is claimed by now is long in getting there
                 if os.path.basename(path) not in kept:
                     os.rename(path, f"{work_dir}/old_{uuid.uuid4().hex}")
+            for path in glob.glob(f"{work_dir}/old_*"):  # first: to forget them takes some room
+                remove(app, path)
             for task_id, folder, mirror in store.read(tasks, when, when):
                 if folder:
                     remove_refs(app, folder, os.path.join(work_dir, mirror))
                 store.forget(("tasks", task_id))
             for row in store.read(pulls, when, when, when):
                 store.forget(("pulls", row["id"]))
-            for path in glob.glob(f"{work_dir}/old_*"):
-                remove(app, path)
             for mirror in glob.glob(f"{work_dir}/{MIRRORS}"):
                 with contextlib.suppress(BlockingIOError), held(mirror) as lock:
                     old = os.fstat(lock).st_mtime < time.time() - MIRROR_KEPT
@@ -1514,8 +1518,11 @@ def remove_refs(app: App, folder: str, mirror: str) -> None:
 
 def remove(app: App, path: str) -> None:
     """Remove a tree that an agent may have made unwritable, or very deep.  Follows no link."""
-    argv = ("sh", "-c", 'chmod -R u+rwX -- "$1"; rm -rf -- "$1"', "sh", path)
-    run_program(argv, base_env(app), GIT_TIMEOUT, (app.stop,))
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(path, ignore_errors=True)  # for a program there may be no room
+    if os.path.lexists(path):
+        argv = ("sh", "-c", 'chmod -R u+rwX -- "$1"; rm -rf -- "$1"', "sh", path)
+        run_program(argv, base_env(app), GIT_TIMEOUT, (app.stop,))
 
 
 # ---- A task: from the clone to the pull request -----------------------------------
@@ -1672,6 +1679,7 @@ class Job:
         asked = f"refs/heads/{wanted}" if wanted else "HEAD"
         line = r"(?m)^(?:ref: refs/heads/(\S+)\t\S+\n)?([0-9a-f]{40,64})\t" + re.escape(asked) + "$"
         fetch = (*FETCH, "--prune", "--", "URL", "+refs/heads/*:refs/heads/*")
+        update = ("update-ref", "--stdin")
         for _ in range(3):  # for the branch may move before it is fetched
             told = self.network("clone_failed", "ls-remote", "--symref", "--", "URL", asked)
             found = re.search(line, "\n".join(told))
@@ -1684,11 +1692,20 @@ class Job:
             with held(self.mirror, self) as lock:
                 if fresh := not os.path.isdir(f"{self.mirror}/objects"):
                     make_repository(self.mirror, {"config": "[core]\n\tbare = true\n"})
-                for outdated in (fresh, True):  # a mirror that is not new may have it already
-                    if outdated:
-                        self.network("clone_failed", *fetch, pass_fds=(lock,))
-                    if not git_local(self.app, self.mirror, "update-ref", "--stdin", stdin=keep)[0]:
-                        return name, found[2]
+                failed = None
+                try:
+                    for outdated in (fresh, True):  # a mirror that is not new may have it already
+                        if outdated:
+                            self.network("clone_failed", *fetch, pass_fds=(lock,))
+                        if not git_local(self.app, self.mirror, *update, stdin=keep)[0]:
+                            return name, found[2]
+                except TaskFailed as error:
+                    failed = error
+                if git_local(self.app, self.mirror, "fsck", "--no-dangling", "--no-progress")[0]:
+                    self.say("git", "The mirror is damaged: it is thrown away, and made anew")
+                    os.rename(self.mirror, f"{self.app.config.work_dir}/old_{uuid.uuid4().hex}")
+                elif failed:
+                    raise failed
         raise TaskFailed("clone_failed", f"Failed to clone repository: {name} did not stand still")
 
     def make_workspace(self, base_name: str, base: str) -> None:
@@ -1814,6 +1831,11 @@ class Job:
         self.say("codebot", f"Pull request {pull['number']}: {pull['html_url']}")
         return pull
 
+    @property
+    def most_crashes(self) -> int:
+        """The next one ends it; later if it may be pushed by now, which is not to be denied."""
+        return INTERRUPTIONS * 2 if self.row["head_commit"] else INTERRUPTIONS
+
     def crashes(self, error: Exception) -> int:
         """1 if ERROR cut off what the agent was paid for, and may be its own doing: a full disk."""
         return int(isinstance(error, OSError) and self.until > 0)
@@ -1860,7 +1882,7 @@ class Job:
             try:
                 env = network_env(self.app, self)
             except GitHubError as error:
-                raise TaskFailed(reason, f"{failed}: {error}", error.again) from None
+                raise TaskFailed(reason, f"{failed}: {error}", again=True) from None
             words = (self.repository.url if word == "URL" else word for word in args)
             argv = (*GIT, "--git-dir", self.mirror, *words)
             how: dict[str, Any] = {"pass_fds": pass_fds, "room": DISK_KEPT}
@@ -2039,13 +2061,13 @@ def run_review(hub: GitHub, app: App, pull: int) -> None:
 
 def watch_pulls(app: App, hub: GitHub) -> None:
     """The thread that asks for what no webhook told: at the start, and on a clock if wanted."""
-    missed, asked = True, collections.Counter[str]()
+    missed, asked = True, set[int]()
     while not app.stop.is_set():
         try:
             if app.config.webhook_secret:
                 deliver_again(app, hub, asked)
             if missed or app.config.enable_polling:
-                for pull in app.store.read("SELECT id FROM pulls WHERE state = 'open'"):
+                for pull in app.store.read("SELECT id FROM pulls WHERE state != 'merged'"):
                     app.store.take(pull["id"], [{}])  # a round that looks at it, and asks
                     app.reviews.put(pull["id"])
                 missed = False
@@ -2054,16 +2076,18 @@ def watch_pulls(app: App, hub: GitHub) -> None:
         app.stop.wait(app.config.poll_interval)
 
 
-def deliver_again(app: App, hub: GitHub, asked: collections.Counter[str]) -> None:
+def deliver_again(app: App, hub: GitHub, asked: set[int]) -> None:
     """Have GitHub deliver again what failed, if it lets us (docs: "Handling failed deliveries")."""
     taken = "SELECT 1 FROM comments WHERE kind = 'delivery' AND id = ?"
     try:
         # newest first: turned round, the newest attempt of each GUID counts
         failed = list(hub.pages(None, "/app/hook/deliveries?status=failure&per_page=100"))[::-1]
+        tries = collections.Counter(one["guid"] for one in failed)
         for guid, one in {one["guid"]: one for one in failed}.items():
             bad = one["event"] in HEARD and not 200 <= one["status_code"] < 300
-            if bad and asked[guid] < 3 and not app.store.read(taken, guid):
-                asked[guid] += 1
+            few = tries[guid] < 4 and one["id"] not in asked
+            if bad and few and not app.store.read(taken, guid):
+                asked.add(one["id"])  # if it fails again that is another attempt, with its own id
                 hub._call("POST", f"/app/hook/deliveries/{one['id']}/attempts")
                 log.info("GitHub is asked to deliver %s again", guid)
     except (GitHubError, Stopped, LookupError, TypeError) as error:
@@ -2095,16 +2119,15 @@ class Round:
             self.listen()
         try:
             to_do = not outcome or job.row["head_commit"] != outcome.get("commit")
-            if to_do and row["interruptions"] >= INTERRUPTIONS:
+            if to_do and row["interruptions"] >= job.most_crashes:
                 raise TaskFailed("interrupted", "The server failed again and again over this")
             outcome = outcome or self.work()
             if job.row["head_commit"] != outcome.get("commit"):
                 outcome["commit"] = self.publish()
         except (TaskFailed, GitHubError, Stopped) as error:
-            if passes(error):
+            if passes(error) or isinstance(error, GitHubError):
                 raise  # what is done by now is kept
-            refused = isinstance(error, GitHubError)
-            failed = TaskFailed("internal", str(error)) if refused else in_words(self.app, error)
+            failed = in_words(self.app, error)
             text = self.app.mask(str(failed))[:10_000]
             job.say("codebot", f"Failed ({failed.reason}): {text}")
             answers = dict.fromkeys(self.threads(), f"I could not do this: {text}")
@@ -2365,7 +2388,7 @@ class Round:
             if not (self.row["outcome"] and there()):
                 self.hub.ask(self.job, "POST", to, {"body": body}, there=there)
         except GitHubError as error:
-            if error.again:
+            if error.again or error.status == 401 or "suspended" in str(error):
                 raise
             log.warning("no answer to %s: %s", thread, error)
             if error.status != 404:  # else it was deleted meanwhile
@@ -2399,7 +2422,8 @@ class Round:
 # ---- Repositories and git ---------------------------------------------------------
 
 DIFF = ("-c", "core.quotePath=false", "diff", "--no-ext-diff", "--no-textconv", "--no-color")
-GIT = ("git", "-c", "gc.auto=0", "-c", "maintenance.auto=false")  # gc would take what tasks read
+# gc would take what tasks read; and a power cut must not leave what is empty
+GIT = ("git", "-c", "gc.auto=0", "-c", "maintenance.auto=false", "-c", "core.fsync=all")
 FETCH = ("fetch", "-q", "--no-tags", "--no-recurse-submodules", "--no-write-fetch-head")
 # What runs in a workspace, in the sandbox.  A git that was killed leaves locks.
 ALONE = """rm -rf .git/index.lock .git/HEAD.lock .git/rebase-merge .git/rebase-apply
@@ -3136,9 +3160,12 @@ def begin(app: App) -> None:
         os._exit(0)
 
     def on_signal(*_: Any) -> None:
-        if app.stop.is_set():
-            os._exit(1)  # a second one: at once
-        _thread.start_new_thread(app.stop.set, ())  # for whom it interrupts may hold its lock
+        try:
+            if app.stop.is_set():
+                os._exit(1)  # a second one: at once
+            _thread.start_new_thread(app.stop.set, ())  # for whom it interrupts may hold its lock
+        except RuntimeError:  # no thread is left
+            os._exit(1)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
@@ -3180,8 +3207,12 @@ def serve(flags: dict[str, Any], client: Callable[[App, int], None] | None = Non
     print(f"Webhook:       {hook}")
     print(f"Page:          {url}/\nHealth:        {url}/health\nSandbox:       {app.sandbox_told}")
     print(f"Taken up again: {app.store.waiting('tasks')} task(s)", flush=True)
-    for thread in [*server.threads, *threads]:
-        thread.start()
+    try:
+        for thread in [*server.threads, *threads]:
+            thread.start()
+    except RuntimeError as error:  # the host lets us have no more; those that run would go on
+        log.error("%s", error)
+        os._exit(1)
     while not (again or app.stop.wait(0.5)):  # without a limit it can miss a signal for ever
         again = config.debug and file_times(config) != seen
     app.stop.set()

@@ -23,6 +23,7 @@ import http.server
 import inspect
 import itertools
 import json
+import logging
 import os
 import re
 import select
@@ -2113,6 +2114,8 @@ def test_all_bad_settings_are_told_at_once(stand: Stand) -> None:
     assert "--tls-cert, --tls-key: one is given" in done.stderr
     assert "--tls-cert: 'x' is not a file that can be read" in done.stderr
     assert not stand.work.exists()
+    done = stand.run("serve", "--work-dir", "w[1]", GITHUB_API_URL=None)
+    assert (done.returncode, "w[1]' is not a path in UTF-8 without" in done.stderr) == (2, True)
 
 
 def test_flags_beat_the_environment_which_beats_the_env_file(
@@ -3027,6 +3030,7 @@ def test_what_was_said_while_it_was_down_is_found_at_the_start(stand: Stand) -> 
             ("c", {"event": "push"}),
             ("d", {"status_code": 202}),
             ("known", {}),
+            *[("e", {})] * 4,  # it was asked for three times already
         ]
     ):
         stand.hub.deliveries.append({"id": number, "guid": guid, **failed, **more})
@@ -3060,6 +3064,9 @@ def test_polling_finds_what_no_webhook_tells(stand: Stand) -> None:
     wait_for(lambda: stand.hub.unchanged)  # nobody said anything on a line
     wait_for(lambda: stand.status(task)["result"]["pr_state"] == "closed")
     assert len(stand.answers()) == len(stand.status(task)["reviews"]) == 1
+    stand.pulls[0]["state"] = "open"
+    stand.comment("alice", "And now?", tell=False)
+    stand.rounds(task, 2)
 
 
 FIRST_SCHEMA = """CREATE TABLE tasks(
@@ -3755,6 +3762,10 @@ def test_a_round_outlives_a_github_that_refuses_for_a_moment(stand: Stand) -> No
     stand.comment("alice", "Why?")
     stand.logged("is put back: 403 This installation is suspended", codebot.INTERRUPTIONS + 1)
     assert "Because" in wait_for(stand.answers)[0]
+    stand.hub.fault(r"POST .*/comments$", suspended)
+    stand.comment("alice", "And why else?")
+    wait_for(lambda: len(stand.answers()) == 2)
+    assert len(stand.asked("Question")) == 2  # the answer was kept meanwhile
 
 
 def test_a_look_that_was_paid_for_is_not_paid_for_again(stand: Stand) -> None:
@@ -3800,6 +3811,28 @@ def test_no_secret_gets_into_a_branch_or_past_json_into_a_pull_request(stand: St
     said = json.dumps(stand.pulls)
     assert (KEY in branch + said, "quoted" in branch + said) == (False, False)
     assert stand.pulls[0]["title"] == "***: Say ***"
+
+
+def test_a_damaged_mirror_is_made_anew(stand: Stand) -> None:
+    stand.done(stand.submit())
+    [mirror] = stand.work.glob("mirrors/*/acme/widget.git")
+    for broken in ("refs/heads/main", "HEAD"):  # as a power cut may leave them
+        (mirror / broken).write_text("")
+        stand.done(task := stand.submit())
+        assert any("The mirror is damaged" in event for event in stand.events(task))
+
+
+def test_a_log_that_nobody_reads_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    end, full = os.pipe()
+    os.set_blocking(full, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(full, bytes(65_536))
+    os.set_blocking(full, True)
+    with os.fdopen(end, "rb"), os.fdopen(full, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        record = logging.LogRecord("codebot", logging.INFO, "", 0, "hello", None, None)
+        codebot.Mask(codebot.Config()).emit(record)
 
 
 @needs_bwrap
