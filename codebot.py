@@ -99,7 +99,7 @@ HEAD, BODY, DELIVERY = 32 << 10, 1 << 20, 25 << 20  # bytes: headers; a body; a 
 BUFFERED = 64 << 20  # bytes of unfinished requests, all together
 CONNECTIONS = 4096  # or what the descriptor limit allows
 ANSWERS, STREAMS = 8, 512  # threads; no answer waits for its reader, so few will do
-GIT_TIMEOUT = 1800  # seconds for one git command
+GIT_TIMEOUT, GIT_WAIT = 1800, 4  # seconds for one git command; the longest wait between tries
 STOP = 10  # seconds for the workers to end
 KILL_GRACE = 2  # seconds between SIGTERM and SIGKILL: git removes its lock files in them
 RESULT_GRACE = 5  # seconds an agent may live on after its result
@@ -1896,7 +1896,7 @@ class Job:
                 renewed = True
                 hub.forget_token(self)
             elif "returned error: 301" not in text or not self.renamed():
-                if (final := re.search(FINAL, text)) or wait > 4:
+                if (final := re.search(FINAL, text)) or wait > GIT_WAIT:
                     raise TaskFailed(reason, f"{failed}: {last(lines, 20)}", again=not final)
                 self.say("git", f"{args[0]} failed, trying again: {last(lines)}")
                 self.check(wait)
