@@ -58,10 +58,10 @@ THREADS
   poll       asks GitHub at the start, or on a clock, for what no webhook told
   keeper     retention, the mirrors' gc, what GitHub failed at
   end        waits for the end of one program, for the thread that started it
-  Shared: the writing connection (Store._lock), the submits that wait for one fsync
-  (Store._adding), the newest events (Store.news), known secrets (Mask._lock), tokens
-  (GitHub._minting: held while one is fetched, so that one fetch serves all).  A forked copy
-  of this process waits for our end, and then kills what we left behind.
+  Guarded by locks: the writing connection (Store._lock), the submits that wait for one fsync
+  (Store._adding), known secrets (Mask._lock), tokens (GitHub._minting: held while one is
+  fetched, so that one fetch serves all).  A forked copy of this process waits for our end,
+  and then kills what we left behind.
 
 FILES in the work-dir
   codebot.db    the record of truth          codebot.lock  held by the one codebot here
@@ -841,26 +841,27 @@ def follow(app: App, task_id: str, after: int) -> Iterator[bytes]:
     """Server-sent events (WHATWG HTML, section 9.2) until the task has ended."""
     unended = "SELECT 1 FROM tasks WHERE id = ? AND completed_at IS NULL"
     spoke = time.monotonic()
-    while not app.stop.is_set():
+    while not app.stop.wait(0.2):
         lives = app.store.read(unended, task_id)  # asked first, so that its last event is sent
-        while (chunk := app.store.chunk(task_id, after))[1]:
-            after, spoke = chunk[0], time.monotonic()
-            yield chunk[1]
+        while events := app.store.events(task_id, after):
+            after, spoke = events[-1]["seq"], time.monotonic()
+            yield "".join(f"id: {e['seq']}\ndata: {json.dumps(e)}\n\n" for e in events).encode()
         if not lives:
             yield b"event: end\ndata: {}\n\n"
             return
         if time.monotonic() > spoke + 15:
             spoke = time.monotonic()
             yield b": still here\n\n"
-        app.store.wait_for_news(task_id, after)
 
 
 def cancel_task(app: App, request: Request, task_id: str) -> Reply:
     app.store.get(task_id)
     try:
-        app.cancel(task_id)
+        app.store.cancel(task_id)
     except WrongState:
         raise HTTPError(409, f"Task {task_id} has ended already") from None
+    if event := app.running.get(task_id):
+        event.set()
     return 202, {"task_id": task_id, "message": "Task is being cancelled"}
 
 
@@ -912,9 +913,9 @@ def metrics(app: App, request: Request) -> Reply:
 
 # The events that are taken (docs: "Webhook events and payloads"): our name, and their actions
 HEARD = {
-    "pull_request_review_comment": ("inline", "created", "deleted"),
+    "pull_request_review_comment": ("inline", "created"),
     "pull_request_review": ("review", "submitted"),
-    "issue_comment": ("issue", "created", "deleted"),
+    "issue_comment": ("issue", "created"),
     "pull_request": ("", "closed", "reopened"),
 }
 
@@ -947,9 +948,6 @@ def hear(app: App, event: str, guid: str, payload: Mapping[str, Any]) -> str:
     names = (number, int(home["id"]), home["full_name"].lower())
     if (pull := app.store.pull(where, *names)) is None:
         return "Not a pull request that codebot opened"
-    if action == "deleted":
-        app.store.take_back(kind, int(payload["comment"]["id"]))
-        return ""
     said = read_comment(kind, payload.get("comment") or payload["review"]) if kind else {}
     if said is None:
         return "Said by a program or by nobody, or nothing was said"
@@ -1040,9 +1038,6 @@ class Store:
 
     def __init__(self, path: str) -> None:
         self.path, self._lock, self._local = path, threading.Lock(), threading.local()
-        self.news = threading.Condition()  # guards _newest and _chunk
-        self._newest: dict[str, int] = {}  # events, by task
-        self._chunk = functools.lru_cache(16)(self._make_chunk)
         self._checked, self._adding = 0.0, threading.Lock()
         self._adds: collections.deque[list[Any]] = collections.deque()  # what waits to be added
         try:
@@ -1185,9 +1180,8 @@ class Store:
 
     def forget(self, of: Of) -> None:
         """Delete a row, and all that depends on it."""
-        with self._writing() as db, self.news:
+        with self._writing() as db:
             db.execute(f"DELETE FROM {of[0]} WHERE id = ?", of[1:])
-            self._newest.pop(of[1], None)
 
     def get(self, task_id: str, columns: str = "*") -> Any:
         if rows := self.read(f"SELECT {columns} FROM tasks WHERE id = ?", task_id):
@@ -1196,37 +1190,19 @@ class Store:
 
     def say(self, task_id: str, events: Sequence[tuple[str, str]]) -> None:
         """Add (source, message) pairs.  A full disk loses events, never a task."""
-        newest: Any = 0
         sql = """INSERT INTO events(task_id, time, source, message)
             SELECT id, ?, ?, ? FROM tasks WHERE id = ?"""  # which its reviews may outlive
         try:
             with self._writing() as db:
                 for event in events:
-                    newest = db.execute(sql, (now_text(), *event, task_id)).lastrowid
+                    db.execute(sql, (now_text(), *event, task_id))
         except sqlite3.Error as error:
-            return log.error("task %s: events lost: %s", task_id, error)
-        with self.news:
-            self._newest[task_id] = max(newest, self._newest.get(task_id, 0))
-            self.news.notify_all()
+            log.error("task %s: events lost: %s", task_id, error)
 
     def events(self, task_id: str, after: int, most: int = 1000) -> list[dict[str, Any]]:
         sql = """SELECT seq, time, source, message FROM events WHERE task_id = ? AND seq > ?
             ORDER BY seq LIMIT ?"""
         return [dict(row) for row in self.read(sql, task_id, after, most)]
-
-    def chunk(self, task_id: str, after: int) -> tuple[int, bytes]:
-        """The last seq, and what a stream sends of the events after AFTER.  Made once for all."""
-        with self.news:
-            return self._chunk(task_id, after, self._newest.get(task_id))
-
-    def _make_chunk(self, task_id: str, after: int, newest: int | None) -> tuple[int, bytes]:
-        events = self.events(task_id, after, 100)
-        data = "".join(f"id: {e['seq']}\ndata: {json.dumps(e)}\n\n" for e in events)
-        return (events[-1]["seq"] if events else after), data.encode()
-
-    def wait_for_news(self, task_id: str, after: int) -> None:
-        with self.news:
-            self.news.wait_for(lambda: self._newest.get(task_id, 0) > after, 1.0)
 
     def add_pull(self, task: Mapping[str, Any], pull: Mapping[str, Any], name: str) -> None:
         """Keep a pull request of ours, with what a later review has to know of its task."""
@@ -1264,12 +1240,6 @@ class Store:
                     new = True
             db.execute("UPDATE pulls SET since = max(since, ?) WHERE id = ?", (since, pull))
         return new
-
-    def take_back(self, kind: str, number: int) -> None:
-        """A comment was deleted: who has not begun does not act on it.  It is not taken again."""
-        sql = "UPDATE comments SET review = NULL WHERE kind = ? AND id = ?"
-        with self._writing() as db:
-            db.execute(sql, (kind, number))
 
     def claim_review(self, pull: int) -> Any:
         """The oldest round that waits, with its pull, running now; None if one runs already."""
@@ -1366,11 +1336,6 @@ class App:
         for row in self.store.read("SELECT DISTINCT pull FROM reviews WHERE status = 'pending'"):
             self.reviews.put(row["pull"])
 
-    def cancel(self, task_id: str) -> None:
-        self.store.cancel(task_id)
-        if event := self.running.get(task_id):
-            event.set()
-
     def surely(self, write: Callable[..., Any], *values: Any, **named: Any) -> Any:
         """Write until it is written: a task's end is not lost to a full disk."""
         while True:
@@ -1465,7 +1430,7 @@ def keep_house(app: App) -> None:
     """The keeper's thread: the disk's room, and removal of what no task has or may need."""
     store, work_dir, retention = app.store, app.config.work_dir, app.config.retention
     needs = f"SELECT 1 FROM {KEPT} WHERE mirror = ?"
-    tasks = f"SELECT id, folder, mirror FROM tasks WHERE id NOT IN (SELECT id FROM {KEPT})"
+    tasks = f"SELECT id FROM tasks WHERE id NOT IN (SELECT id FROM {KEPT})"
     pulls = f"SELECT id FROM pulls WHERE closed_at < ? AND task_id NOT IN (SELECT id FROM {KEPT})"
     while not app.stop.wait(min(60, retention)):
         try:
@@ -1481,10 +1446,8 @@ def keep_house(app: App) -> None:
                     os.rename(path, f"{work_dir}/old_{uuid.uuid4().hex}")
             for path in glob.glob(f"{work_dir}/old_*"):  # first: to forget them takes some room
                 remove(app, path)
-            for task_id, folder, mirror in store.read(tasks, when, when):
-                if folder:
-                    remove_refs(app, folder, os.path.join(work_dir, mirror))
-                store.forget(("tasks", task_id))
+            for row in store.read(tasks, when, when):
+                store.forget(("tasks", row["id"]))
             for row in store.read(pulls, when, when, when):
                 store.forget(("pulls", row["id"]))
             for mirror in glob.glob(f"{work_dir}/{MIRRORS}"):
@@ -1508,12 +1471,6 @@ def tidy(app: App, mirror: str) -> None:
     loose, packs = glob.glob(f"{mirror}/objects/17/*"), glob.glob(f"{mirror}/objects/pack/*.pack")
     if len(loose) > 26 or len(packs) > 50:  # as `git gc --auto` guesses and counts them
         git_local(app, mirror, "repack", "-a", "-d", "--keep-unreachable", "-q")
-
-
-def remove_refs(app: App, folder: str, mirror: str) -> None:
-    """Let the mirror forget what it kept for the workspace in FOLDER."""
-    for end in ("base", "head"):
-        git_local(app, mirror, "update-ref", "-d", f"refs/codebot/{folder[-7:]}/{end}")
 
 
 def remove(app: App, path: str) -> None:
@@ -1547,7 +1504,10 @@ def carry_out(job: Job) -> dict[str, Any]:
     store, hub, done = job.app.store, job.app.github, job.row["head_commit"]
     job.take(job.row["repository_url"])
     pull = store.pull("task_id = ?", job.id)  # once it is open, its reviews go on from there
-    if pull or (done and job.is_ancestor(done, job.ref("head"))):
+    if done and not (pull or job.has(done)):  # the mirror was lost; it may be pushed by now
+        with contextlib.suppress(TaskFailed):
+            job.fetch_base(job.row["branch"])
+    if pull or (done and job.has(done)):
         job.say("codebot", f"Taken up again after commit {done[:10]}")
     else:
         if job.resumed:
@@ -1667,37 +1627,32 @@ class Job:
         for part in ("", "repo", "home", "tmp"):
             os.mkdir(os.path.join(self.folder, part), mode=0o700)
 
-    def ref(self, end: str) -> str:
-        return f"refs/codebot/{self.folder[-7:]}/{end}"
+    def has(self, commit: str) -> bool:
+        return self.is_ancestor(commit, commit)
 
     def is_ancestor(self, old: str, new: str) -> bool:
         return not git_local(self.app, self.mirror, "merge-base", "--is-ancestor", old, new)[0]
 
     def fetch_base(self, wanted: str | None) -> tuple[str, str]:
-        """Bring the mirror up to date with the base branch, and keep its tip there (a gc must
-        not take it) in place of what was collected last.  Gives its name and commit."""
+        """Bring the mirror up to date with the base branch.  Gives its name and commit."""
         asked = f"refs/heads/{wanted}" if wanted else "HEAD"
         line = r"(?m)^(?:ref: refs/heads/(\S+)\t\S+\n)?([0-9a-f]{40,64})\t" + re.escape(asked) + "$"
         fetch = (*FETCH, "--prune", "--", "URL", "+refs/heads/*:refs/heads/*")
-        update = ("update-ref", "--stdin")
         for _ in range(3):  # for the branch may move before it is fetched
             told = self.network("clone_failed", "ls-remote", "--symref", "--", "URL", asked)
             found = re.search(line, "\n".join(told))
             if not found or not (name := wanted or found[1]):
                 what = f"no branch {wanted!r}" if wanted else "no commit on a default branch"
                 raise TaskFailed("base_branch_not_found", f"Base branch not found: there is {what}")
-            # of a fetch that was cut off a commit may be there, but no branch
-            keep = f"verify refs/heads/{name} {found[2]}\nupdate {self.ref('base')} {found[2]}\n"
-            keep += f"delete {self.ref('head')}\n"
             with held(self.mirror, self) as lock:
-                if fresh := not os.path.isdir(f"{self.mirror}/objects"):
-                    make_repository(self.mirror, {"config": "[core]\n\tbare = true\n"})
+                if fresh := not os.path.isdir(f"{self.mirror}/objects"):  # git makes that last
+                    git_local(self.app, self.mirror, "init", "-q", "--bare", "--template=")
                 failed = None
                 try:
                     for outdated in (fresh, True):  # a mirror that is not new may have it already
                         if outdated:
                             self.network("clone_failed", *fetch, pass_fds=(lock,))
-                        if not git_local(self.app, self.mirror, *update, stdin=keep)[0]:
+                        if self.is_ancestor(found[2], f"refs/heads/{name}"):
                             return name, found[2]
                 except TaskFailed as error:
                     failed = error
@@ -1710,19 +1665,14 @@ class Job:
 
     def make_workspace(self, base_name: str, base: str) -> None:
         """A repository of its own that reads the mirror's objects; the branch checked out."""
-        url, branch = json.dumps(self.repository.url, ensure_ascii=False), self.row["branch"]
-        files = {"config": f'[core]\n\tbare = false\n[remote "origin"]\n\turl = {url}\n'}
-        files |= {f"refs/remotes/origin/{base_name}": f"{base}\n"}
-        files |= {"objects/info/alternates": f"{self.mirror}/objects\n"}
-        make_repository(f"{self.folder}/repo/.git", files)
-        argv = ("git", "-c", "checkout.workers=2", "checkout", "-q", "--no-track", "-b")
-        code, lines = self.boxed(*argv, branch, base)
+        objects, url, branch = f"{self.mirror}/objects", self.repository.url, self.row["branch"]
+        code, lines = self.boxed("sh", "-c", START, "sh", objects, url, base_name, base, branch)
         if code:
             raise TaskFailed("clone_failed", f"Failed to check out {base_name}: {last(lines)}")
         index = f"{self.folder}/repo/.git/index"
-        if os.path.getsize(index) > INDEX:  # git takes what is as young as its index for changed,
-            self.check(1.01 - time.time() % 1)  # reads it, and stores it once more
-            os.utime(index)
+        if self.app.sandbox != ("none",) and os.path.getsize(index) > INDEX:
+            self.check(1.01 - time.time() % 1)  # git takes what is as young as its index for
+            os.utime(index)  # changed, and cannot see in there that the mirror has its object
         self.say("git", f"Branch {branch} off {base_name} at {base[:10]}")
 
     def ask_claude(self, prompt: str, *how: str, **where: Any) -> ClaudeReader:
@@ -1778,12 +1728,14 @@ class Job:
         pack = shlex.join(box(self.app, self.folder, self.mirror, ("git", "upload-pack")))
         env = {**base_env(self.app, self.id), "GIT_ALLOW_PROTOCOL": "file"}
         argv = (*GIT, "-c", "fetch.fsckObjects=true", "--git-dir", self.mirror, *FETCH)
-        spec = ("--upload-pack", pack, "--", f"{self.folder}/repo", f"+HEAD:{self.ref('head')}")
+        ref = f"refs/codebot/{self.folder[-7:]}"  # while it is read: no object is ever pruned
+        spec = ("--upload-pack", pack, "--", f"{self.folder}/repo", f"+HEAD:{ref}")
         code, lines = self.program((*argv, *spec), env, timeout=300)
         if code:
             raise TaskFailed("agent_failed", f"The agent left no usable repository: {last(lines)}")
-        told = ("for-each-ref", "--format=%(objectname)", "--contains", base, self.ref("head"))
+        told = ("for-each-ref", "--format=%(objectname)", "--contains", base, ref)
         code, found = git_local(self.app, self.mirror, *told, cancel=self.cancel)
+        git_local(self.app, self.mirror, "update-ref", "-d", ref)
         if code or not found:  # or a shallow one, of which git wrote nothing
             raise TaskFailed("agent_failed", "The agent's branch no longer holds its base commit")
         diff = (*DIFF, "--stat=100", "--stat-count=50", base, found[0])
@@ -2134,7 +2086,7 @@ class Round:
             outcome = {"answers": answers, "error": text, "reason": failed.reason}
         job.note(outcome=json.dumps(outcome), head_commit=outcome.get("commit"))
         job.phase("answer")
-        for thread, said in self.threads().items():  # less what was deleted meanwhile
+        for thread, said in self.threads().items():
             if thread in outcome["answers"]:
                 self.post(thread, said[0]["text"], outcome)
         self.tell_round(outcome)
@@ -2153,7 +2105,6 @@ class Round:
             self.app.surely(self.app.store.note, self.of_pull, closed_at=closed, **now)
         if state != "open":
             remove(self.app, self.job.folder)
-            remove_refs(self.app, self.job.folder, self.job.mirror)
             raise Dropped(f"the pull request is {now['state']}")
         own = head.get("repo") and head["repo"].get("id") == base.get("id")
         if not own or head["ref"] != self.branch:
@@ -2193,15 +2144,15 @@ class Round:
                     raise
             store.gather(self.row["pull"], self.row["review"], source)
         said = store.comments(self.row["review"])
-        user = said[0]["user"] if said else ""
+        user = said[0]["user"]
         path = f"/collaborators/{urllib.parse.quote(user, safe='')}/permission"
         try:
-            may = user and hub.ask(job, "GET", path)["permission"]
+            may = hub.ask(job, "GET", path)["permission"]
         except GitHubError as error:
             if error.again:
                 raise
             may = "none" if error.status == 404 else str(error)
-        if user and may not in ("admin", "write"):
+        if may not in ("admin", "write"):
             raise Dropped(f"{user} may not write to the repository, but {may}")
         self.said = said = [one for one in said if one["user"] == user]
         for one in [one for one in said if one["kind"] != "review"]:  # that takes no reactions
@@ -2244,7 +2195,7 @@ class Round:
         self.prepare(base)
         job.phase("agent")
         asked, how = ("Question", READING) if kind == "question" else ("Review comment", CHANGING)
-        outcome = {"answers": self.answers(self.converse(f"{asked}:\n{said}", how))}
+        outcome = {"answers": self.answers(self.converse(f"{asked}:\n{said}", base, how))}
         try:
             if kind == "question":
                 self.prepare(base)  # what it changed anyway is thrown away
@@ -2298,7 +2249,7 @@ class Round:
             job.make_folder()
             job.make_workspace(self.branch, base)
 
-    def converse(self, prompt: str, how: Sequence[str]) -> ClaudeReader:
+    def converse(self, prompt: str, base: str, how: Sequence[str]) -> ClaudeReader:
         """Go on with the task's conversation; or, where it is lost, begin one that knows as much."""
         job = self.job
         try:
@@ -2306,7 +2257,7 @@ class Round:
         except TaskFailed as error:
             if "No conversation found" not in str(error):
                 raise
-        span = f"refs/heads/{job.row['base_name']}...{job.ref('base')}"
+        span = f"refs/heads/{job.row['base_name']}...{base}"
         diff = "\n".join(git_local(self.app, job.mirror, *DIFF, span)[1])[-200_000:]
         prompt += f"The pull request was opened for this task:\n<task>\n{job.text}\n</task>\n"
         prompt += f"Its diff:\n{diff}\n(of a long one these are the last lines)\n"
@@ -2403,7 +2354,7 @@ class Round:
         what = {"question": "answered", "unclear": "asked back"}.get(kind, "changed nothing")
         what = f"failed ({outcome['reason']})" if outcome.get("error") else what
         what = f"changed in {outcome['commit']}" if outcome.get("commit") else what
-        line = f"- Round {number}, {self.said[0]['user'] if self.said else 'deleted'}: {what}\n"
+        line = f"- Round {number}, {self.said[0]['user']}: {what}\n"
         self.job.say("codebot", line.strip("- \n"))
         try:
             body = self.hub.ask(self.job, "GET", self.path)["body"] or ""
@@ -2426,6 +2377,10 @@ DIFF = ("-c", "core.quotePath=false", "diff", "--no-ext-diff", "--no-textconv", 
 GIT = ("git", "-c", "gc.auto=0", "-c", "maintenance.auto=false", "-c", "core.fsync=all")
 FETCH = ("fetch", "-q", "--no-tags", "--no-recurse-submodules", "--no-write-fetch-head")
 # What runs in a workspace, in the sandbox.  A git that was killed leaves locks.
+START = """git init -q --template= && mkdir -p .git/objects/info &&
+echo "$1" >.git/objects/info/alternates && git config remote.origin.url "$2" &&
+git update-ref "refs/remotes/origin/$3" "$4" &&
+git -c checkout.workers=2 checkout -q --no-track -b "$5" "$4\""""
 ALONE = """rm -rf .git/index.lock .git/HEAD.lock .git/rebase-merge .git/rebase-apply
 g() { git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c commit.gpgSign=false "$@"; }
 """
@@ -2516,20 +2471,10 @@ def network_env(app: App, job: Job) -> dict[str, str]:
     return {**run, **{name: variables[name] for name in NETWORK_NAMES if name in variables}, **env}
 
 
-def make_repository(git_dir: str, files: Mapping[str, str]) -> None:
-    """What git-init(1) makes, by gitrepository-layout(5), with FILES.  `objects` is made last."""
-    for path, text in {"HEAD": "ref: refs/heads/main\n", **files}.items():
-        os.makedirs(os.path.dirname(f"{git_dir}/{path}"), exist_ok=True)
-        with open(f"{git_dir}/{path}", "w") as file:
-            file.write(text)
-    for folder in ("refs", "objects"):
-        os.makedirs(f"{git_dir}/{folder}", exist_ok=True)
-
-
-def git_local(app: App, mirror: str, *args: str, stdin: str = "", cancel: Any = None) -> Ended:
+def git_local(app: App, mirror: str, *args: str, cancel: Any = None) -> Ended:
     """git in a mirror.  No network, no secret."""
     argv, stops = (*GIT, "--git-dir", mirror, *args), (app.stop, cancel or app.stop)
-    return run_program(argv, base_env(app), GIT_TIMEOUT, stops, stdin=stdin)
+    return run_program(argv, base_env(app), GIT_TIMEOUT, stops)
 
 
 @contextlib.contextmanager

@@ -2748,7 +2748,7 @@ def test_rounds_of_one_pull_request_wait_for_each_other_and_for_nothing_else(sha
     shared.comment("bob", "And then?")
     dropped = shared.comment("alice", "Never mind")
     shared.comment("alice", "And then?")
-    assert shared.tell(dropped, "deleted").status == 202
+    shared.hub.said.remove(dropped)
     assert shared.tell({**dropped, "body": "Mind!"}).status == 200
     shared.comment("bob", "Why?", on=shared.first + 1)
     assert len(shared.rounds(second, 1)) == 1
@@ -3711,9 +3711,15 @@ def test_a_bad_flag_is_told_by_its_name_together_with_bad_settings(stand: Stand)
 
 def test_a_base_that_moves_before_it_is_fetched_is_asked_for_again(stand: Stand) -> None:
     refs = "GET /acme/widget.git/info/refs.*upload"
-    stand.hub.fault(refs, lambda: None, lambda: stand.commit(late="news\n"))
+    who = ("-c", "user.name=x", "-c", "user.email=x@x")
+
+    def force() -> None:
+        new = stand.git(*who, "commit-tree", "-m", "Begun anew", "main^{tree}").strip()
+        stand.git("update-ref", "refs/heads/main", new)
+
+    stand.hub.fault(refs, lambda: None, force)
     result = stand.done(stand.submit())
-    assert stand.shown(result, "late") == "news"
+    assert stand.git("rev-parse", f"{result['commit']}^") == stand.git("rev-parse", "main")
 
 
 def test_a_pull_request_goes_on_in_a_work_dir_that_was_moved(stand: Stand) -> None:
@@ -3811,6 +3817,18 @@ def test_no_secret_gets_into_a_branch_or_past_json_into_a_pull_request(stand: St
     said = json.dumps(stand.pulls)
     assert (KEY in branch + said, "quoted" in branch + said) == (False, False)
     assert stand.pulls[0]["title"] == "***: Say ***"
+
+
+def test_a_push_is_known_again_though_its_mirror_was_lost(stand: Stand) -> None:
+    hold = stand.hub.hold("POST /repos/acme/widget/pulls$")
+    task = stand.submit()
+    assert hold.reached.wait(20)
+    stand.kill()
+    hold.go.set()
+    shutil.rmtree(stand.work / "mirrors")
+    stand.start()
+    assert stand.done(task)["pr_number"] == 1
+    assert len(stand.seen("argv")) == 1  # the agent is not asked again
 
 
 def test_a_damaged_mirror_is_made_anew(stand: Stand) -> None:
