@@ -1656,19 +1656,30 @@ class Job:
                             return name, found[2]
                 except TaskFailed as error:
                     failed = error
-                if git_local(self.app, self.mirror, "fsck", "--no-dangling", "--no-progress")[0]:
-                    self.say("git", "The mirror is damaged: it is thrown away, and made anew")
-                    os.rename(self.mirror, f"{self.app.config.work_dir}/old_{uuid.uuid4().hex}")
-                elif failed:
+                if not self.throw_away_damaged() and failed:
                     raise failed
         raise TaskFailed("clone_failed", f"Failed to clone repository: {name} did not stand still")
+
+    def throw_away_damaged(self) -> bool:
+        """Look for what a power cut leaves in the mirror, of which the lock is held; if it lacks
+        something give True, and the next task makes it anew."""
+        code, lines = git_local(self.app, self.mirror, "fsck", "--no-dangling", "--no-progress")
+        # of what is there, and was made wrong long ago, git says "error in commit"
+        if not code or all(re.match("(error|warning) in ", line) for line in lines):
+            return False
+        self.say("git", f"The mirror is damaged, and thrown away: {last(lines)}")
+        os.rename(self.mirror, f"{self.app.config.work_dir}/old_{uuid.uuid4().hex}")
+        return True
 
     def make_workspace(self, base_name: str, base: str) -> None:
         """A repository of its own that reads the mirror's objects; the branch checked out."""
         objects, url, branch = f"{self.mirror}/objects", self.repository.url, self.row["branch"]
         code, lines = self.boxed("sh", "-c", START, "sh", objects, url, base_name, base, branch)
         if code:
-            raise TaskFailed("clone_failed", f"Failed to check out {base_name}: {last(lines)}")
+            with held(self.mirror, self):
+                more = "; try again with a new mirror" if self.throw_away_damaged() else ""
+            what = f"Failed to check out {base_name}: {last(lines)}{more}"
+            raise TaskFailed("clone_failed", what)
         index = f"{self.folder}/repo/.git/index"
         if self.app.sandbox != ("none",) and os.path.getsize(index) > INDEX:
             self.check(1.01 - time.time() % 1)  # git takes what is as young as its index for

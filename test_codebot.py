@@ -3838,7 +3838,7 @@ def test_a_damaged_mirror_is_made_anew(stand: Stand) -> None:
     for broken in ("refs/heads/main", "HEAD"):  # as a power cut may leave them
         (mirror / broken).write_text("")
         stand.done(task := stand.submit())
-        assert any("The mirror is damaged" in event for event in stand.events(task))
+        assert any("The mirror is damaged, and" in event for event in stand.events(task))
 
 
 def test_a_log_that_nobody_reads_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
