@@ -105,7 +105,7 @@ KILL_GRACE = 2  # seconds between SIGTERM and SIGKILL: git removes its lock file
 RESULT_GRACE = 5  # seconds an agent may live on after its result
 LINE, OUTPUT = 8 << 20, 1 << 30  # bytes: a line, of longer ones the end is read; all output
 MESSAGE, EVENTS = 2000, 10_000  # characters of one event; of agent and tests in one run
-INDEX = 1 << 14  # bytes of an index of git, some 150 files: of so many it should be right
+LARGE = 1 << 20  # bytes: a repository of which no copy should be made
 DISK_LOW, DISK_KEPT = 1 << 30, 16 << 20  # bytes: to warn of; that a task may not use
 MIRROR_KEPT = 30 * 86400  # seconds without use
 GITHUB_WAIT = 900  # seconds: a rate limit that asks for more is an error
@@ -1680,10 +1680,12 @@ class Job:
                 more = "; try again with a new mirror" if self.throw_away_damaged() else ""
             what = f"Failed to check out {base_name}: {last(lines)}{more}"
             raise TaskFailed("clone_failed", what)
-        index = f"{self.folder}/repo/.git/index"
-        if self.app.sandbox != ("none",) and os.path.getsize(index) > INDEX:
-            self.check(1.01 - time.time() % 1)  # git takes what is as young as its index for
-            os.utime(index)  # changed, and cannot see in there that the mirror has its object
+        packs = glob.glob(f"{self.mirror}/objects/pack/*.pack")
+        if self.app.sandbox != ("none",) and sum(map(os.path.getsize, packs)) > LARGE:
+            # git takes what is as young as its index for changed, and in a sandbox it stores a
+            # copy of it, since it cannot touch the one that the mirror has
+            self.check(1.01 - time.time() % 1)
+            os.utime(f"{self.folder}/repo/.git/index")
         self.say("git", f"Branch {branch} off {base_name} at {base[:10]}")
 
     def ask_claude(self, prompt: str, *how: str, **where: Any) -> ClaudeReader:
@@ -2639,6 +2641,7 @@ def run_program(
                 if done and not data and rest:
                     pieces = [rest]
                 lines = [piece.decode("utf-8", "replace").rstrip("\r") for piece in pieces]
+                lines = [line.rpartition("\r")[2] for line in lines]  # as a terminal shows it
                 kept.extend(line[:10_000] for line in lines)
                 grace = on_lines(lines) if lines and on_lines else None
                 if grace is not None:

@@ -3856,7 +3856,7 @@ def test_a_log_that_nobody_reads_stops_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 @needs_bwrap
 def test_what_is_as_young_as_the_index_is_not_stored_again(stand: Stand) -> None:
-    stand.start(CODEBOT_SANDBOX="bwrap", limits={"INDEX": 0})
+    stand.start(CODEBOT_SANDBOX="bwrap", limits={"LARGE": -1})
     result = stand.done(stand.submit(test_command="true"))
     blob = sh("git", "rev-parse", "HEAD:README.md", cwd=Path(result["work_dir"])).strip()
     loose = Path(result["work_dir"], ".git", "objects", blob[:2], blob[2:])
