@@ -1298,7 +1298,8 @@ class App:
         work_dir = self.config.work_dir
         try:
             os.makedirs(work_dir, exist_ok=True)
-            os.chmod(work_dir, 0o700)  # nobody else reads what is in it, whoever made it
+            with contextlib.suppress(PermissionError):  # it is another's, and we may write there
+                os.chmod(work_dir, 0o700)  # nobody else reads what is in it
             lock = os.open(f"{work_dir}/codebot.lock", os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
             os.truncate(lock, 0)
