@@ -304,7 +304,7 @@ class Mask(logging.Handler):
         super().__init__()
         self._tokens: collections.deque[str] = collections.deque(maxlen=100)  # they live an hour
         self._lock = threading.Lock()  # guards them
-        secret = "(?i)token|key|secret|pass|pwd|cred|auth|bearer|dsn|url|header"
+        secret = "(?i)token|key|secret|pass|pwd|cred|auth(?!or)|bearer|dsn|url|header"
         names = [name for name in config.agent_names if re.search(secret, name)]
         value = {name: text.strip() for name, text in config.variables.items()}
         self._own = [*config.api_keys, *(value.get(name, "") for name in (*SECRET_NAMES, *names))]
@@ -843,7 +843,7 @@ def follow(app: App, task_id: str, after: int) -> Iterator[bytes]:
     spoke = time.monotonic()
     while not app.stop.wait(0.2):
         lives = app.store.read(unended, task_id)  # asked first, so that its last event is sent
-        while events := app.store.events(task_id, after):
+        while events := app.store.events(task_id, after, 100):
             after, spoke = events[-1]["seq"], time.monotonic()
             yield "".join(f"id: {e['seq']}\ndata: {json.dumps(e)}\n\n" for e in events).encode()
         if not lives:
@@ -1277,7 +1277,7 @@ class Store:
 # ---- Workers ----------------------------------------------------------------------
 
 MIRRORS = "mirrors/*/*/*.git"  # HOST/OWNER/NAME, or other/-/HASH
-STALE = ("*.lock", "refs/**/*.lock", "objects/pack/tmp_*")  # what a git that was killed leaves
+STALE = ("*.lock", "refs/**/*.lock", "objects/*/tmp_*")  # what a git that was killed leaves
 
 
 class App:
@@ -1298,8 +1298,6 @@ class App:
         work_dir = self.config.work_dir
         try:
             os.makedirs(work_dir, exist_ok=True)
-            with contextlib.suppress(PermissionError):  # it is another's, and we may write there
-                os.chmod(work_dir, 0o700)  # nobody else reads what is in it
             lock = os.open(f"{work_dir}/codebot.lock", os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
             os.truncate(lock, 0)
@@ -1382,7 +1380,7 @@ def run_one(app: App, task_id: str) -> None:
         if job and passes(error) and not cancel.is_set():
             log.error("task %s is put back: %s", task_id, error)
             with contextlib.suppress(OSError, Stopped):
-                if job.row["folder"]:  # which may be what fills the disk
+                if job.row["folder"] and isinstance(error, OSError):  # it may fill the disk
                     remove(app, job.folder)
             app.surely(store.put_back, job.of, job.crashes(error))
             app.stop.wait(60)  # the next one would lack the same
@@ -1506,8 +1504,11 @@ def carry_out(job: Job) -> dict[str, Any]:
     job.take(job.row["repository_url"])
     pull = store.pull("task_id = ?", job.id)  # once it is open, its reviews go on from there
     if done and not (pull or job.has(done)):  # the mirror was lost; it may be pushed by now
-        with contextlib.suppress(TaskFailed):
+        try:
             job.fetch_base(job.row["branch"])
+        except TaskFailed as error:
+            if error.again:
+                raise
     if pull or (done and job.has(done)):
         job.say("codebot", f"Taken up again after commit {done[:10]}")
     else:
@@ -1557,6 +1558,7 @@ class Job:
         self.began, self.until, self.cost, self.room = time.monotonic(), 0.0, 0.0, EVENTS
         self.folder = os.path.join(app.config.work_dir, row["folder"] or "")
         self.resumed = bool(row["folder"])  # after a stop or a crash
+        self.fills = False  # the disk: with what it fetches, then with what the agent does
         self.told: dict[str, Any] = {"session_id": self.id, "num_turns": 0}
         head = (row["ticket_summary"] or row["description"]).strip().splitlines()[0]
         ticket = f"{row['ticket_id'].strip()}: " if row["ticket_id"] else ""
@@ -1645,6 +1647,7 @@ class Job:
             if not found or not (name := wanted or found[1]):
                 what = f"no branch {wanted!r}" if wanted else "no commit on a default branch"
                 raise TaskFailed("base_branch_not_found", f"Base branch not found: there is {what}")
+            self.fills = True
             with held(self.mirror, self) as lock:
                 if fresh := not os.path.isdir(f"{self.mirror}/objects"):  # git makes that last
                     git_local(self.app, self.mirror, "init", "-q", "--bare", "--template=")
@@ -1663,10 +1666,11 @@ class Job:
 
     def throw_away_damaged(self) -> bool:
         """Look for what a power cut leaves in the mirror, of which the lock is held; if it lacks
-        something give True, and the next task makes it anew."""
-        code, lines = git_local(self.app, self.mirror, "fsck", "--no-dangling", "--no-progress")
+        something give True, and it is made anew."""
+        how = ("fsck", "--no-dangling", "--no-progress")
+        code, lines = git_local(self.app, self.mirror, *how, cancel=self.cancel)
         # of what is there, and was made wrong long ago, git says "error in commit"
-        if not code or all(re.match("(error|warning) in ", line) for line in lines):
+        if not code or all(re.match("(error|warning) in |notice: ", line) for line in lines):
             return False
         self.say("git", f"The mirror is damaged, and thrown away: {last(lines)}")
         os.rename(self.mirror, f"{self.app.config.work_dir}/old_{uuid.uuid4().hex}")
@@ -1682,7 +1686,8 @@ class Job:
             what = f"Failed to check out {base_name}: {last(lines)}{more}"
             raise TaskFailed("clone_failed", what)
         packs = glob.glob(f"{self.mirror}/objects/pack/*.pack")
-        if self.app.sandbox != ("none",) and sum(map(os.path.getsize, packs)) > LARGE:
+        sizes = [os.path.getsize(pack) for pack in packs if os.path.exists(pack)]
+        if self.app.sandbox != ("none",) and sum(sizes) > LARGE:
             # git takes what is as young as its index for changed, and in a sandbox it stores a
             # copy of it, since it cannot touch the one that the mirror has
             self.check(1.01 - time.time() % 1)
@@ -1742,7 +1747,8 @@ class Job:
         pack = shlex.join(box(self.app, self.folder, self.mirror, ("git", "upload-pack")))
         env = {**base_env(self.app, self.id), "GIT_ALLOW_PROTOCOL": "file"}
         argv = (*GIT, "-c", "fetch.fsckObjects=true", "--git-dir", self.mirror, *FETCH)
-        ref = f"refs/codebot/{self.folder[-7:]}"  # while it is read: no object is ever pruned
+        # while it is read: no object is ever pruned
+        ref = f"refs/codebot/{self.folder[-7:]}/head"
         spec = ("--upload-pack", pack, "--", f"{self.folder}/repo", f"+HEAD:{ref}")
         code, lines = self.program((*argv, *spec), env, timeout=300)
         if code:
@@ -1803,8 +1809,8 @@ class Job:
         return INTERRUPTIONS * 2 if self.row["head_commit"] else INTERRUPTIONS
 
     def crashes(self, error: Exception) -> int:
-        """1 if ERROR cut off what the agent was paid for, and may be its own doing: a full disk."""
-        return int(isinstance(error, OSError) and self.until > 0)
+        """1 if ERROR may be of this run's own doing: a full disk, once something was written."""
+        return int(isinstance(error, OSError) and self.fills)
 
     def left(self) -> float:
         """The seconds that the agent and the tests still have, all attempts together."""
@@ -2157,7 +2163,8 @@ class Round:
                 if error.status != 404:  # it is gone; what is queued of it may still be there
                     raise
             store.gather(self.row["pull"], self.row["review"], source)
-        said = store.comments(self.row["review"])
+        if not (said := store.comments(self.row["review"])):
+            raise Dropped("what was said was deleted")
         user = said[0]["user"]
         path = f"/collaborators/{urllib.parse.quote(user, safe='')}/permission"
         try:
@@ -2392,7 +2399,7 @@ GIT = ("git", "-c", "gc.auto=0", "-c", "maintenance.auto=false", "-c", "core.fsy
 FETCH = ("fetch", "-q", "--no-tags", "--no-recurse-submodules", "--no-write-fetch-head")
 # What runs in a workspace, in the sandbox.  A git that was killed leaves locks.
 START = """git init -q --template= && mkdir -p .git/objects/info &&
-echo "$1" >.git/objects/info/alternates && git config remote.origin.url "$2" &&
+printf '%s\n' "$1" >.git/objects/info/alternates && git config remote.origin.url "$2" &&
 git update-ref "refs/remotes/origin/$3" "$4" &&
 git -c checkout.workers=2 checkout -q --no-track -b "$5" "$4\""""
 ALONE = """rm -rf .git/index.lock .git/HEAD.lock .git/rebase-merge .git/rebase-apply
@@ -3024,7 +3031,7 @@ function draw(event, focused = document.activeElement) {  // each second, and ke
     link.href = `#task=${encodeURIComponent(id)}`; link.ariaCurrent = id === shown.id;
     row.hidden = the.filter.value && the.filter.value !== status; count += !row.hidden; }
   put(the.count, `${count} of ${tasks.length}`); drawTask(shown.now);
-  if (!focused.checkVisibility()) (shown.id ? the.name : the.filter).focus(); }
+  if (focused.checkVisibility?.() === false) (shown.id ? the.name : the.filter).focus(); }
 function drawTask({ status, phase, reason, error, submitted_at, started_at, ...now }) {
   const task = tasks.find((one) => one.task_id === shown.id) || {}, over = now.completed_at;
   const { pr_url: url, session_id: _, ...result } = now.result || {};
@@ -3111,6 +3118,7 @@ def begin(app: App) -> None:
     logging.basicConfig(level=level, format=form, handlers=[app.mask], force=True)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: closes /proc/self to our own uid
+    os.umask(0o077)  # what we make nobody else reads, whoever made the work-dir
     end, ours = os.pipe()  # ours is open as long as we are
     if os.fork() == 0:
         os.close(ours)
