@@ -332,7 +332,7 @@ class Mask(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError, ValueError, TypeError):
-            if select.select((), (sys.stderr,), (), 0.1)[1]:  # else nobody reads: none waits for it
+            if select.select((), (sys.stderr,), (), 0.1)[1]:  # else nobody reads it
                 print(self(self.format(record)), file=sys.stderr, flush=True)
 
 
@@ -1673,7 +1673,8 @@ class Job:
         if not code or all(re.match("(error|warning) in |notice: ", line) for line in lines):
             return False
         self.say("git", f"The mirror is damaged, and thrown away: {last(lines)}")
-        os.rename(self.mirror, f"{self.app.config.work_dir}/old_{uuid.uuid4().hex}")
+        with contextlib.suppress(FileNotFoundError):  # git could not even begin to make it
+            os.rename(self.mirror, f"{self.app.config.work_dir}/old_{uuid.uuid4().hex}")
         return True
 
     def make_workspace(self, base_name: str, base: str) -> None:
@@ -2011,7 +2012,7 @@ def run_review(hub: GitHub, app: App, pull: int) -> None:
         day = refused or passes(error)  # an App may be suspended for a while
         known = day or isinstance(error, (Dropped, TaskFailed, GitHubError))  # no bug of ours
         drop = isinstance(error, (Dropped, TaskFailed)) and not day
-        again = not drop and (day or row["interruptions"] < 2 * INTERRUPTIONS)
+        again = not drop and (day or row["interruptions"] < 2 * this.job.most_crashes)
         # at half of them it was told, or that failed too
         crashes = int(again and not day) or this.job.crashes(error)
         text = app.mask(str(error)) if known else "internal error"
@@ -2394,7 +2395,7 @@ class Round:
 # ---- Repositories and git ---------------------------------------------------------
 
 DIFF = ("-c", "core.quotePath=false", "diff", "--no-ext-diff", "--no-textconv", "--no-color")
-# gc would take what tasks read; and a power cut must not leave what is empty
+# gc would take what tasks read; and of a power cut nothing empty is left (from git 2.36 on)
 GIT = ("git", "-c", "gc.auto=0", "-c", "maintenance.auto=false", "-c", "core.fsync=all")
 FETCH = ("fetch", "-q", "--no-tags", "--no-recurse-submodules", "--no-write-fetch-head")
 # What runs in a workspace, in the sandbox.  A git that was killed leaves locks.
