@@ -1679,15 +1679,15 @@ class Job:
 
     def make_workspace(self, base_name: str, base: str) -> None:
         """A repository of its own that reads the mirror's objects; the branch checked out."""
-        objects, url, branch = f"{self.mirror}/objects", self.repository.url, self.row["branch"]
-        code, lines = self.boxed("sh", "-c", START, "sh", objects, url, base_name, base, branch)
+        mirror, url, branch = f"{self.mirror}/objects", self.repository.url, self.row["branch"]
+        code, lines = self.boxed("sh", "-c", START, "sh", mirror, url, base_name, base, branch)
         if code:
             with held(self.mirror, self):
                 more = "; try again with a new mirror" if self.throw_away_damaged() else ""
             what = f"Failed to check out {base_name}: {last(lines)}{more}"
             raise TaskFailed("clone_failed", what)
-        packs = glob.glob(f"{self.mirror}/objects/pack/*.pack")
-        sizes = [os.path.getsize(pack) for pack in packs if os.path.exists(pack)]
+        objects = glob.glob(f"{self.mirror}/objects/*/*")  # loose ones too
+        sizes = [os.path.getsize(path) for path in objects if os.path.exists(path)]
         if self.app.sandbox != ("none",) and sum(sizes) > LARGE:
             # git takes what is as young as its index for changed, and in a sandbox it stores a
             # copy of it, since it cannot touch the one that the mirror has
