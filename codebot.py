@@ -164,6 +164,8 @@ COUNT = (int, "[1-9][0-9]{0,8}", "a whole number from 1 to 999999999")
 THREADS = (int, "[1-9][0-9]{0,2}", "a whole number from 1 to 999")
 ATTEMPTS = (int, "[0-9]{1,2}", "a whole number from 0 to 99")
 NUMBER = (int, "[0-9]{1,16}", "a whole number")
+PORTS = "[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+PORT = (int, PORTS, "a number from 0 to 65535")
 DOLLARS = (float, r"(?=.*[1-9])[0-9]{1,9}(\.[0-9]{1,9})?", "US dollars above 0, such as 2.50")
 WORDS = (words, r"""([^\\'"]|\\.|'[^']*'|"([^\\"]|\\.)*")*""", "words as a shell reads them")
 OTHERS = r"(\s*(?!CODEBOT_|GITHUB_(APP|WEBHOOK)_)\w*\s*(,|$))*"
@@ -213,7 +215,7 @@ class Config:
     agent_names: tuple[str, ...] = setting("CODEBOT_AGENT_ENV", NAMES)
     path: str = setting("PATH", (places, ".*", ""), os.defpath)
     host: str = setting("", TEXT, "127.0.0.1", "address to listen on; default 127.0.0.1")
-    port: int = setting("", NUMBER, "5000", "default 5000; 0: a free one")
+    port: int = setting("", PORT, "5000", "default 5000; 0: a free one")
     work_dir: str = setting("", FOLDER, "codebot_workspace", "./codebot_workspace; run: a new one")
     no_github: bool = setting("", SWITCH, flag="any git remote, no pull requests")
     enable_polling: bool = setting("", SWITCH, flag="ask GitHub for reviews on a clock")
@@ -239,25 +241,28 @@ class Config:
         return [os.path.realpath(path) for path in paths if os.path.exists(path)]
 
 
-def read_env_file(path: str) -> dict[str, str]:
-    """NAME=value lines; quotes round a value go, " #" begins a comment.  Raises Unusable."""
-    form, found = r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(['"]?)(.*?)\2\s*(?:(?<=\s)#.*)?""", {}
+def read_env_file(path: str, wrong: list[str]) -> dict[str, str]:
+    """NAME=value lines; quotes round a value go, " #" begins a comment.  Tells what is WRONG."""
+    form = r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(['"]?)(.*?)\2\s*(?:(?<=\s)#.*)?"""
+    text, found = "", dict[str, str]()
     try:
-        text = pathlib.Path(path).read_text("utf-8-sig") if os.path.exists(path) else ""
+        text = pathlib.Path(path).read_text("utf-8-sig")
+    except FileNotFoundError:
+        pass
     except (OSError, UnicodeDecodeError) as error:
-        raise Unusable(f"{path}: cannot be read: {error}") from None
+        wrong.append(f"{path}: cannot be read: {error}")
     for number, line in enumerate(map(str.strip, text.split("\n")), 1):
         if match := re.fullmatch(form, line):
             found[match[1]] = match[3]
         elif line and not line.startswith("#"):
-            raise Unusable(f"{path}, line {number}: expected NAME=value")
+            wrong.append(f"{path}, line {number}: expected NAME=value")
     return found
 
 
 def load_config(flags: Mapping[str, Any], needs_keys: bool = False) -> Config:
     """Flags, then the environment, then .env here.  Raises Unusable with all that is wrong."""
-    env_file, wrong, values = os.path.abspath(".env"), [], dict[str, Any]()
-    variables = {**read_env_file(env_file), **os.environ}
+    env_file, wrong, values = os.path.abspath(".env"), list[str](), dict[str, Any]()
+    variables = {**read_env_file(env_file, wrong), **os.environ}
     for field in (field for field in dataclasses.fields(Config) if field.metadata):
         name, (make, form, expected), default = field.metadata["setting"]
         text = variables.get(name, "").strip() or default
@@ -3155,8 +3160,8 @@ def serve(flags: dict[str, Any], client: Callable[[App, int], None] | None = Non
     app.queue_reviews()
     try:
         app.server = server = Server(app)
-    except (OSError, OverflowError) as error:
-        tls = f", or {config.tls_cert} and {config.tls_key}" if config.tls_cert else ""
+    except OSError as error:
+        tls = config.tls_cert and f" --tls-cert {config.tls_cert} --tls-key {config.tls_key}"
         raise Unusable(f"--host {config.host} --port {config.port}{tls}: {error}") from None
     jobs: list[tuple[str, Callable[..., None], Any]] = [("keeper", keep_house, (app,))]
     jobs += [(f"task-{n}", work, (app, app.tasks, run_one)) for n in range(config.workers)]
