@@ -314,7 +314,10 @@ class Mask(logging.Handler):
         value = {name: text.strip() for name, text in config.variables.items()}
         self._own = [*config.api_keys, *(value.get(name, "") for name in (*SECRET_NAMES, *names))]
         for name in (*NETWORK_NAMES, "ANTHROPIC_BASE_URL"):
-            self._own.append(urllib.parse.urlsplit(value.get(name, "")).password or "")
+            self._own += re.findall("://[^/@]*?:([^/@]*)@", value.get(name, ""))  # a password
+        for path in (config.key_file, config.tls_key):
+            with contextlib.suppress(OSError, ValueError):
+                self._own.append(pathlib.Path(path).read_text())
         # of a key's file: each line
         self._own += [line for secret in self._own for line in secret.splitlines()]
         self.add()
@@ -337,8 +340,10 @@ class Mask(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError, ValueError, TypeError):
-            if select.select((), (sys.stderr,), (), 0.1)[1]:  # else nobody reads it
-                print(self(self.format(record)), file=sys.stderr, flush=True)
+            text = f"{self(self.format(record))}\n"
+            while text and select.select((), (sys.stderr,), (), 0.1)[1]:  # else nobody reads it
+                print(text[:1000], end="", file=sys.stderr, flush=True)  # a pipe takes 4,096 bytes
+                text = text[1000:]
 
 
 # ---- HTTP: what the network can reach ---------------------------------------------
