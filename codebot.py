@@ -684,6 +684,7 @@ class Server(http.server.ThreadingHTTPServer):
         except Exception:
             log.exception("internal error")
             status, message = 500, "internal error"
+        log.debug("%s: %s", raw[:200].partition(b"\r")[0], status)
         if value is None:
             value = {"error": http.client.responses[status], "message": message}
         text = json.dumps(value) if isinstance(value, dict) else value
@@ -2641,6 +2642,7 @@ def run_program(
         source.write(stdin.encode("utf-8", "replace"))
         source.seek(0)
         how: dict[str, Any] = {"stdin": source, "stdout": out, "stderr": out, "pass_fds": pass_fds}
+        log.debug("runs %s", argv)
         child = subprocess.Popen(argv, cwd=cwd, env=env, start_new_session=True, **how)
         wait: Callable[[], Any] = child.wait
         if sys.platform == "linux":  # a zombie keeps its number, for killpg
@@ -2799,6 +2801,7 @@ class GitHub:
         except (OSError, http.client.HTTPException, ValueError) as error:
             why = f"GitHub cannot be reached: {getattr(error, 'reason', error)}"
             return 0, why, email.message.Message()
+        log.debug("GitHub: %s %s: %s", method, url, status)
         with contextlib.suppress(TypeError, ValueError):
             ahead = email.utils.parsedate_to_datetime(got["Date"]).timestamp() - time.time()
             self.skew = ahead if abs(ahead) > 5 else 0.0
