@@ -1370,15 +1370,14 @@ def work(app: App, ids: queue.Queue[Any], carry: Callable[[App, Any], None]) -> 
 
 def run_one(app: App, task_id: str) -> None:
     """Take a task from pending to its end, whatever happens in between."""
-    job, store, failed = None, app.store, None
+    job, store, full = None, app.store, False
     app.running[task_id] = cancel = threading.Event()  # before the claim, so that none is missed
     try:
         job = Job(app, dict(app.surely(store.claim, task_id)), cancel)
         if job.row["cancelled"]:  # before a crash
             cancel.set()
-        elif (crashes := job.row["interruptions"]) >= job.most_crashes:
-            what = f"The server died, or its disk was full, {crashes} times meanwhile; given up"
-            raise TaskFailed("interrupted", what)
+        elif job.row["interruptions"] >= INTERRUPTIONS:
+            raise TaskFailed("interrupted", f"The server died {INTERRUPTIONS} times meanwhile")
         result = json.dumps(carry_out(job))
         job.say("codebot", "Completed")  # while it runs, so that whoever follows it hears it
         app.surely(store.end, job.of, "completed", *job.spent(), result=result)
@@ -1388,38 +1387,32 @@ def run_one(app: App, task_id: str) -> None:
     except WrongState:  # cancelled: before it was claimed, or when all was done
         failed = TaskFailed("cancelled", "Cancelled at its very end")
     except Exception as error:
-        if job and passes(error) and not cancel.is_set():
-            log.error("task %s is put back: %s", task_id, error)
-            with contextlib.suppress(OSError, Stopped):
-                if job.row["folder"] and isinstance(error, OSError):  # it may fill the disk
-                    remove(app, job.folder)
-            app.surely(store.put_back, job.of, job.crashes(error))
-            app.stop.wait(60)  # the next one would lack the same
-            failed = None
-        else:
-            log.exception("task %s", task_id)
-            told = str(error) if isinstance(error, OSError) else type(error).__name__
-            failed = TaskFailed("internal", f"internal error: {told}")
+        log.exception("task %s", task_id)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        told = str(error) if isinstance(error, OSError) else type(error).__name__
+        failed = TaskFailed("internal", f"internal error: {told}")
     finally:
         del app.running[task_id]
-    if failed is None:
-        app.tasks.put(task_id)  # only now: another thread may take it at once
-    elif job and app.stop.is_set() and not cancel.is_set():  # it may have ended the agent before us
+    if job and full and job.row["folder"]:  # it may be what fills the disk
+        with contextlib.suppress(OSError, Stopped):
+            remove(app, job.folder)
+    if job and app.stop.is_set() and not cancel.is_set():  # it may have ended the agent before us
         log.info("task %s was cut off: %s", task_id, failed)
         app.surely(store.put_back, job.of)
     elif job:
         if cancel.is_set():
-            late = f"; look for branch {job.row['branch']}" if job.row["head_commit"] else ""
-            failed = TaskFailed("cancelled", f"Cancelled while it ran{late}")
-        text = app.mask(str(failed))[:10_000]
+            failed = TaskFailed("cancelled", "Cancelled while it ran")
+        known = failed.reason in ("cancelled", "interrupted") and job.row["head_commit"]
+        late = f"; look for branch {job.row['branch']}" if known else ""  # it may be pushed
+        text = app.mask(f"{failed}{late}")[:10_000]
         job.say("codebot", f"Failed ({failed.reason}): {text}")
         app.surely(store.end, job.of, "failed", *job.spent(), reason=failed.reason, error=text)
+    if full:
+        app.stop.wait(60)  # the next one would lack the same
 
 
 def passes(error: Exception) -> bool:
-    """Whether it is of the day and not of the work: a stop, the network, no room."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EAGAIN)
+    """Whether it is of the day and not of the work: a stop, the network, the database."""
     stop = isinstance(error, Stopped) and str(error) == "stopped"
     return stop or isinstance(error, sqlite3.Error) or getattr(error, "again", False)
 
@@ -1569,7 +1562,6 @@ class Job:
         self.began, self.until, self.cost, self.room = time.monotonic(), 0.0, 0.0, EVENTS
         self.folder = os.path.join(app.config.work_dir, row["folder"] or "")
         self.resumed = bool(row["folder"])  # after a stop or a crash
-        self.fills = False  # the disk: with what it fetches, then with what the agent does
         self.told: dict[str, Any] = {"session_id": self.id, "num_turns": 0}
         head = (row["ticket_summary"] or row["description"]).strip().splitlines()[0]
         ticket = f"{row['ticket_id'].strip()}: " if row["ticket_id"] else ""
@@ -1658,7 +1650,6 @@ class Job:
             if not found or not (name := wanted or found[1]):
                 what = f"no branch {wanted!r}" if wanted else "no commit on a default branch"
                 raise TaskFailed("base_branch_not_found", f"Base branch not found: there is {what}")
-            self.fills = True
             with held(self.mirror, self) as lock:
                 if fresh := not os.path.isdir(f"{self.mirror}/objects"):  # git makes that last
                     git_local(self.app, self.mirror, "init", "-q", "--bare", "--template=")
@@ -1715,9 +1706,9 @@ class Job:
                 raise TaskFailed("budget", f"The budget of {config.budget} US dollars is spent")
             limits += ["--max-budget-usd", f"{left:.6f}"]
         argv = (*config.claude, *HEADLESS, *how, *limits, *config.claude_args)
-        where |= {"on_lines": reader.read, "stdin": prompt, "timeout": self.left()}
+        where |= {"on_lines": reader.read, "stdin": prompt, "model": True}
         try:
-            code, lines = self.boxed(*argv, model=True, **where)
+            code, lines = self.boxed(*argv, **self.limits(), **where)
         except (FileNotFoundError, PermissionError) as error:
             raise TaskFailed("agent_failed", f"Cannot start the agent: {error}") from None
         finally:
@@ -1735,8 +1726,8 @@ class Job:
         for attempt in range(tries + 1) if command else ():
             self.phase("test")
             self.say("test", f"$ {command}")
-            how: dict[str, Any] = {"on_lines": lambda lines: self.say("test", *lines)}
-            code, lines = self.boxed("sh", "-c", TEST, "sh", command, timeout=self.left(), **how)
+            how = {"on_lines": lambda lines: self.say("test", *lines), **self.limits()}
+            code, lines = self.boxed("sh", "-c", TEST, "sh", command, **how)
             self.say("test", f"Exit code {code}")
             if code == 0:
                 return {"command": command, "passed": True, "attempts": attempt + 1}
@@ -1762,7 +1753,7 @@ class Job:
         # while it is read: no object is ever pruned
         ref = f"refs/codebot/{self.folder[-7:]}/head"
         spec = ("--upload-pack", pack, "--", f"{self.folder}/repo", f"+HEAD:{ref}")
-        code, lines = self.program((*argv, *spec), env, timeout=300)
+        code, lines = self.program((*argv, *spec), env, timeout=GIT_TIMEOUT)
         if code:
             raise TaskFailed("agent_failed", f"The agent left no usable repository: {last(lines)}")
         told = ("for-each-ref", "--format=%(objectname)", "--contains", base, ref)
@@ -1815,19 +1806,12 @@ class Job:
         self.say("codebot", f"Pull request {pull['number']}: {pull['html_url']}")
         return pull
 
-    @property
-    def most_crashes(self) -> int:
-        """The next one ends it; later if it may be pushed by now, which is not to be denied."""
-        return INTERRUPTIONS * 2 if self.row["head_commit"] else INTERRUPTIONS
-
-    def crashes(self, error: Exception) -> int:
-        """1 if ERROR may be of this run's own doing: a full disk, once something was written."""
-        return int(isinstance(error, OSError) and self.fills)
-
-    def left(self) -> float:
-        """The seconds that the agent and the tests still have, all attempts together."""
+    def limits(self) -> dict[str, Any]:
+        """The seconds that the agent and the tests still have, all attempts together; and those
+        that they may be silent for."""
         self.until = self.until or time.monotonic() + self.app.config.task_timeout
-        return max(0.1, self.until - time.monotonic())
+        left = max(0.1, self.until - time.monotonic())
+        return {"timeout": left, "stall": self.app.config.stall_timeout}
 
     def program(self, argv: Sequence[str], env: Mapping[str, str], **how: Any) -> Ended:
         try:
@@ -1855,7 +1839,7 @@ class Job:
         env |= {"HOME": f"{task}/home", "TMPDIR": tmp}
         if os.getuid() == 0:
             env["IS_SANDBOX"] = "1"  # else the CLI refuses bypassPermissions
-        how = {"timeout": GIT_TIMEOUT, "stall": config.stall_timeout, **how, "cwd": f"{task}/repo"}
+        how = {"timeout": GIT_TIMEOUT, **how, "cwd": f"{task}/repo"}
         return self.program(box(app, task, folder or self.mirror, argv), env, **how)
 
     def network(self, reason: str, *args: str, pass_fds: Sequence[int] = ()) -> list[str]:
@@ -2012,7 +1996,7 @@ def run_review(hub: GitHub, app: App, pull: int) -> None:
     """Take the oldest round of a pull request from pending to its end, if none is running."""
     if (row := app.surely(app.store.claim_review, pull)) is None:
         return
-    store, this, again, crashes = app.store, Round(app, hub, row), False, 0
+    store, this, again, day = app.store, Round(app, hub, row), False, False
     of, what = this.job.of, f"review {row['review']} of {row['repository']}#{row['number']}"
     end: dict[str, Any] | None = None
     app.reviewing[pull] = this.job.cancel
@@ -2033,7 +2017,7 @@ def run_review(hub: GitHub, app: App, pull: int) -> None:
     finally:
         del app.reviewing[pull]  # while the row still keeps others from the next round
     if again:
-        app.surely(store.put_back, of, crashes)  # the keeper hands it to the lane again
+        app.surely(store.put_back, of, int(not day))  # the keeper hands it to the lane again
     elif end is None:
         app.surely(store.forget, of)
     else:
@@ -2103,8 +2087,10 @@ class Round:
             self.listen()
         try:
             to_do = not outcome or job.row["head_commit"] != outcome.get("commit")
-            if to_do and row["interruptions"] >= job.most_crashes:
-                raise TaskFailed("interrupted", "The server failed again and again over this")
+            if to_do and row["interruptions"] >= INTERRUPTIONS:
+                late = f"; look for commit {head}" if (head := job.row["head_commit"]) else ""
+                what = f"The server failed again and again over this{late}"
+                raise TaskFailed("interrupted", what)
             outcome = outcome or self.work()
             if job.row["head_commit"] != outcome.get("commit"):
                 outcome["commit"] = self.publish()
@@ -2673,7 +2659,7 @@ def run_program(
                     why = "stopped"
                 elif now > until:
                     why = "timeout"
-                elif now > heard + stall:
+                elif not final and now > heard + stall:
                     why = "stalled"
                 elif room and shutil.disk_usage(tempfile.gettempdir()).free < room:
                     raise OSError(errno.ENOSPC, "The work-dir's disk is full")
