@@ -2007,9 +2007,11 @@ def run_review(hub: GitHub, app: App, pull: int) -> None:
         day = refused or passes(error)  # an App may be suspended for a while
         known = day or isinstance(error, (Dropped, TaskFailed, GitHubError))  # no bug of ours
         drop = isinstance(error, (Dropped, TaskFailed)) and not day
-        again = not drop and (day or row["interruptions"] < 2 * this.job.most_crashes)
-        # at half of them it was told, or that failed too
-        crashes = int(again and not day) or this.job.crashes(error)
+        if not day and row["source"] == "state" and getattr(error, "status", 0) in (404, 422):
+            drop = True  # the repository was deleted, or is not ours to see any more
+            app.surely(store.note, this.of_pull, state="closed", closed_at=now_text())
+        # at half of these it was told, or that failed too
+        again = not drop and (day or row["interruptions"] < 2 * INTERRUPTIONS)
         text = app.mask(str(error)) if known else "internal error"
         end = None if drop else {"reason": "internal", "error": text}
         done = "dropped" if drop else "put back" if again else "given up"
