@@ -1288,7 +1288,8 @@ class Store:
 # ---- Workers ----------------------------------------------------------------------
 
 MIRRORS = "mirrors/*/*/*.git"  # HOST/OWNER/NAME, or other/-/HASH
-STALE = ("*.lock", "refs/**/*.lock", "objects/*/tmp_*")  # what a git that was killed leaves
+# What a git that was killed leaves
+STALE = ("*.lock", "refs/**/*.lock", "objects/*/tmp_*", "objects/pack/.tmp-*")
 
 
 class App:
@@ -1455,25 +1456,26 @@ def keep_house(app: App) -> None:
                 store.forget(("pulls", row["id"]))
             for mirror in glob.glob(f"{work_dir}/{MIRRORS}"):
                 with contextlib.suppress(BlockingIOError), held(mirror) as lock:
-                    old = os.fstat(lock).st_mtime < time.time() - MIRROR_KEPT
                     name = os.path.relpath(mirror, work_dir)
-                    if old and not store.read(needs, when, when, name):
+                    needed = bool(store.read(needs, when, when, name))
+                    if not needed and os.fstat(lock).st_mtime < time.time() - MIRROR_KEPT:
                         remove(app, mirror)
                     else:
-                        tidy(app, mirror)
+                        tidy(app, mirror, needed)
         except (OSError, sqlite3.Error, Stopped) as error:
             log.warning("keeper: %s", error)
 
 
-def tidy(app: App, mirror: str) -> None:
-    """Pack what many tasks have left in a mirror.  Nothing is pruned: a workspace may read it."""
+def tidy(app: App, mirror: str, needed: bool) -> None:
+    """Pack what many tasks have left in a mirror; of one that a workspace may read drop nothing."""
     for end in STALE:
         for path in glob.glob(f"{mirror}/{end}", recursive=True):
             if os.lstat(path).st_mtime < time.time() - GIT_TIMEOUT:  # of a git that was killed
                 os.unlink(path)
     loose, packs = glob.glob(f"{mirror}/objects/17/*"), glob.glob(f"{mirror}/objects/pack/*.pack")
     if len(loose) > 26 or len(packs) > 50:  # as `git gc --auto` guesses and counts them
-        git_local(app, mirror, "repack", "-a", "-d", "--keep-unreachable", "-q")
+        keeping = ("repack", "-a", "-d", "--keep-unreachable", "-q")
+        git_local(app, mirror, *(keeping if needed else ("gc", "--prune=now", "-q")))
 
 
 def remove(app: App, path: str) -> None:
@@ -1688,9 +1690,10 @@ class Job:
                 more = "; try again with a new mirror" if self.throw_away_damaged() else ""
             what = f"Failed to check out {base_name}: {last(lines)}{more}"
             raise TaskFailed("clone_failed", what)
-        objects = glob.glob(f"{self.mirror}/objects/*/*")  # loose ones too
-        sizes = [os.path.getsize(path) for path in objects if os.path.exists(path)]
-        if self.app.sandbox != ("none",) and sum(sizes) > LARGE:
+        size = 0
+        with contextlib.suppress(FileNotFoundError):  # one was packed just now
+            size = sum(map(os.path.getsize, glob.glob(f"{self.mirror}/objects/*/*")))
+        if self.app.sandbox != ("none",) and size > LARGE:
             # git takes what is as young as its index for changed, and in a sandbox it stores a
             # copy of it, since it cannot touch the one that the mirror has
             self.check(1.01 - time.time() % 1)

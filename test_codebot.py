@@ -3899,11 +3899,18 @@ def test_a_mirror_is_packed_and_keeps_what_no_branch_has(stand: Stand) -> None:
     lock = Path(mirror, "objects", "pack", "tmp_pack_x")
     lock.touch()
     os.utime(lock, (1, 1))
+    killed = lock.with_name(".tmp-1-pack-x.pack")  # a repack was
+    killed.touch()
+    os.utime(killed, (1, 1))
     app = codebot.App(codebot.Config(no_github=True, variables={}, work_dir=str(stand.top)))
-    codebot.tidy(app, mirror)
+    codebot.tidy(app, mirror, needed=True)
     assert sh(*where, "cat-file", "-t", lost).strip() == "blob"
-    assert not lock.exists()
+    assert not (lock.exists() or killed.exists())
     assert len(list(lock.parent.glob("*.pack"))) == 1
+    for number in range(51):
+        shutil.copy(next(lock.parent.glob("pack-*.pack")), lock.parent / f"more-{number}.pack")
+    codebot.tidy(app, mirror, needed=False)
+    assert subprocess.run([*where, "cat-file", "-e", lost], check=False).returncode
 
 
 def test_a_relative_place_on_path_is_none_for_codebot() -> None:
