@@ -2032,13 +2032,11 @@ def run_review(hub: GitHub, app: App, pull: int) -> None:
         app.reviews.put(pull)  # for the round after this one
 
 
-def watch_pulls(app: App, hub: GitHub) -> None:
+def watch_pulls(app: App) -> None:
     """The thread that asks for what no webhook told: at the start, and on a clock if wanted."""
-    missed, asked = True, set[int]()
+    missed = True
     while not app.stop.is_set():
         try:
-            if app.config.webhook_secret:
-                deliver_again(app, hub, asked)
             if missed or app.config.enable_polling:
                 for pull in app.store.read("SELECT id FROM pulls WHERE state != 'merged'"):
                     app.store.take(pull["id"], [{}])  # a round that looks at it, and asks
@@ -2047,24 +2045,6 @@ def watch_pulls(app: App, hub: GitHub) -> None:
         except sqlite3.Error as error:
             log.warning("poll: %s", error)
         app.stop.wait(app.config.poll_interval)
-
-
-def deliver_again(app: App, hub: GitHub, asked: set[int]) -> None:
-    """Have GitHub deliver again what failed, if it lets us (docs: "Handling failed deliveries")."""
-    taken = "SELECT 1 FROM comments WHERE kind = 'delivery' AND id = ?"
-    try:
-        # newest first: turned round, the newest attempt of each GUID counts
-        failed = list(hub.pages(None, "/app/hook/deliveries?status=failure&per_page=100"))[::-1]
-        tries = collections.Counter(one["guid"] for one in failed)
-        for guid, one in {one["guid"]: one for one in failed}.items():
-            bad = one["event"] in HEARD and not 200 <= one["status_code"] < 300
-            few = tries[guid] < 4 and one["id"] not in asked
-            if bad and few and not app.store.read(taken, guid):
-                asked.add(one["id"])  # if it fails again that is another attempt, with its own id
-                hub._call("POST", f"/app/hook/deliveries/{one['id']}/attempts")
-                log.info("GitHub is asked to deliver %s again", guid)
-    except (GitHubError, Stopped, LookupError, TypeError) as error:
-        log.info("failed deliveries are not asked for again: %s", error)
 
 
 class Round:
@@ -2824,9 +2804,9 @@ class GitHub:
         self.token(job)  # which may have the job take the repository's new name
         return self._call(method, f"/repos/{job.repository.name}{path}", job, body, there)[0]
 
-    def pages(self, job: Any, path: str) -> Iterator[Any]:
-        """All entries of a list, to its last page.  Without JOB as the App."""
-        url = f"/repos/{job.repository.name}{path}" if job else path
+    def pages(self, job: Job, path: str) -> Iterator[Any]:
+        """All entries of a list of the job's repository, to its last page."""
+        url = f"/repos/{job.repository.name}{path}"
         while url:
             value, got = self._call("GET", url, job)
             yield from value
@@ -3168,7 +3148,7 @@ def serve(flags: dict[str, Any], client: Callable[[App, int], None] | None = Non
     if hub:
         given = (app, app.reviews, functools.partial(run_review, hub))
         jobs += [(f"review-{n}", work, given) for n in range(config.review_workers)]
-        jobs.append(("poll", watch_pulls, (app, hub)))
+        jobs.append(("poll", watch_pulls, (app,)))
     threads = [threading.Thread(target=act, args=args, name=name) for name, act, args in jobs]
     url = f"{'https' if config.tls_cert else 'http'}://localhost:{server.server_port}"
     on = config.webhook_secret and hub

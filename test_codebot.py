@@ -133,7 +133,6 @@ class Hub(http.server.ThreadingHTTPServer):
         self.eyes: list[tuple[str, int]] = []
         self.rights = dict(RIGHTS)
         self.events = [*EVENTS.values(), "pull_request"]
-        self.deliveries: list[dict[str, Any]] = []
         self.page, self.unchanged = 100, 0  # entries of one page at most; answers 304
         self.renamed: dict[str, str] = {}
         self.permissions = dict.fromkeys(("contents", "pull_requests", "issues"), "write")
@@ -205,9 +204,6 @@ class Hub(http.server.ThreadingHTTPServer):
         if path == "/app":
             self.check_jwt(token)
             return 200, {"slug": "acme-bot", "name": "Acme Bot"}
-        if path.startswith("/app/hook/deliveries"):
-            self.check_jwt(token)
-            return (202, {}) if method == "POST" else (200, self.deliveries)
         if path.startswith("/app/installations/"):
             self.check_jwt(token)
             if method == "GET":
@@ -3002,17 +2998,15 @@ def test_reviews_follow_a_renamed_repository_if_it_is_allowed(stand: Stand) -> N
     [done] = stand.rounds(task, 1)
     assert done["commit"] in stand.git("branch", "-v", "--no-abbrev", name="acme/gadget")
     stand.kill()
-    stand.hub.fault("GET /app/hook/deliveries", (403, {"message": "no"}))
     stand.start(CODEBOT_ALLOWED_REPOSITORIES="acme/w*")
     stand.inline("alice", "Say more")
     stand.logged("The repository is acme/gadget, which is not allowed")
-    stand.logged("failed deliveries are not asked for again: 403 no")
     assert len(stand.rounds(task, 1)) == 1
 
 
 def test_what_was_said_while_it_was_down_is_found_at_the_start(stand: Stand) -> None:
     task, _ = opened(stand, QUESTION)
-    stand.tell(stand.comment("alice", "Known", tell=False), guid="known")
+    stand.comment("alice", "Known")
     stand.rounds(task, 1)
     stand.kill()
     stand.hub.page = 2
@@ -3020,27 +3014,12 @@ def test_what_was_said_while_it_was_down_is_found_at_the_start(stand: Stand) -> 
     said += [stand.inline("bob", f"Number {n}", tell=False) for n in range(3)]
     said += stand.review("alice", "All in all", "and here", tell=False)
     said += stand.review("bob", "Only this", tell=False)
-    failed: dict[str, Any] = {"event": "issue_comment", "status_code": 502}
-    for number, (guid, more) in enumerate(
-        [
-            ("a", {}),
-            ("a", {}),
-            ("b", {}),
-            ("c", {"event": "push"}),
-            ("d", {"status_code": 202}),
-            ("known", {}),
-            *[("e", {})] * 4,  # it was asked for three times already
-        ]
-    ):
-        stand.hub.deliveries.append({"id": number, "guid": guid, **failed, **more})
     stand.start()
     stand.rounds(task, 9)
     for one in said:
         [answer] = [a for a in stand.answers() if f"{one['kind']} {one['id']} -->" in a]
         assert f"Because {one['id']}." in answer
     assert len(stand.answers()) == len(said) + 1
-    again = [call for call in stand.hub.calls if call.startswith("POST /app/hook")]
-    assert again == [f"POST /app/hook/deliveries/{number}/attempts" for number in (2, 0)]
     assert stand.tell(said[0]).status == 200
 
 
