@@ -1980,7 +1980,8 @@ REPLY_SCHEMA = """{"type": "object", "required": ["answers", "summary"], "proper
     "answers": {"type": "array", "items": {"type": "object", "required": ["comment_id", "body"],
     "properties": {"comment_id": {"type": "integer"}, "body": {"type": "string"}}}},
     "summary": {"type": "string"}}}"""
-READ_ONLY = ("--permission-mode", "dontAsk", "--no-session-persistence", "--tools")
+READ_ONLY = words("""--settings '{"env":{"CLAUDE_CODE_MAX_RETRIES":"4"}}'
+    --permission-mode dontAsk --no-session-persistence --tools""")
 LOOKING: Words = (*READ_ONLY, "", "--system-prompt", LOOK, "--json-schema", LOOK_SCHEMA)
 LOOKING += ("--model", "haiku", "--max-turns", "4")
 READING: Words = (*READ_ONLY, "Read,Glob,Grep", "--append-system-prompt", REPLY)
@@ -2078,7 +2079,7 @@ class Round:
                 raise TaskFailed("interrupted", what)
             outcome = outcome or self.work()
             if job.row["head_commit"] != outcome.get("commit"):
-                outcome["commit"] = self.publish()
+                outcome["commit"] = self.publish(outcome["base"])
         except (TaskFailed, GitHubError, Stopped) as error:
             if passes(error) or isinstance(error, GitHubError):
                 raise  # what is done by now is kept
@@ -2199,7 +2200,8 @@ class Round:
         self.prepare(base)
         job.phase("agent")
         asked, how = ("Question", READING) if kind == "question" else ("Review comment", CHANGING)
-        outcome = {"answers": self.answers(self.converse(f"{asked}:\n{said}", base, how))}
+        answers = self.answers(self.converse(f"{asked}:\n{said}", base, how))
+        outcome = {"answers": answers, "base": base}
         try:
             if kind == "question":
                 self.prepare(base)  # what it changed anyway is thrown away
@@ -2284,10 +2286,14 @@ class Round:
             found[thread] = cut(self.app.mask(text[:131_072]), 60_000, len(text))
         return found
 
-    def publish(self) -> str:
-        """Push the commit, on top of what others pushed meanwhile; give it as the remote has it."""
+    def publish(self, base: str) -> str:
+        """Push the commit, made on BASE, on top of what others pushed meanwhile; give it as the
+        remote has it."""
         job, tries = self.job, 0
+        tip = job.fetch_base(self.branch)[1]
         while True:
+            if not job.is_ancestor(base, tip):  # with our push it would come back
+                raise TaskFailed("push_rejected", "Commits were taken off the branch meanwhile")
             self.check_open()  # nothing is pushed to one that was closed meanwhile
             job.phase("push")
             head: str = job.row["head_commit"]
@@ -2305,7 +2311,13 @@ class Round:
                 raise TaskFailed("push_rejected", what)
             if tries == PUSHES or job.is_ancestor(tip, head):
                 raise refused  # in the last case nobody was there before us
-            self.rebase(tip)
+            try:
+                self.rebase(tip)
+            except TaskFailed as error:
+                if error.reason != "no_changes":
+                    raise
+                return tip  # somebody made the same change
+            base = tip
 
     def rebase(self, tip: str) -> None:
         """Put our commit on TIP, and test it there.  In a conflict it stays in the workspace."""
@@ -2351,11 +2363,10 @@ class Round:
 
     def tell_round(self, outcome: Mapping[str, Any]) -> None:
         """Add a line to our part of the pull request's body; what people wrote there stays."""
-        if (kind := self.job.row["kind"]) == "none":
-            return self.job.say("codebot", "Nothing was asked for")
         sql = "SELECT COUNT(*) FROM reviews WHERE pull = ? AND source != 'state' AND id <= ?"
         number = self.app.store.read(sql, self.row["pull"], self.row["review"])[0][0]
-        what = {"question": "answered", "unclear": "asked back"}.get(kind, "changed nothing")
+        done = {"question": "answered", "unclear": "asked back", "none": "nothing was asked for"}
+        what = done.get(self.job.row["kind"], "changed nothing")
         what = f"failed ({outcome['reason']})" if outcome.get("error") else what
         what = f"changed in {outcome['commit']}" if outcome.get("commit") else what
         line = f"- Round {number}, {self.said[0]['user']}: {what}\n"

@@ -2664,7 +2664,7 @@ def test_whatever_the_agent_says_of_a_review_someone_is_answered(shared: Stand) 
     shared.comment("alice", "Thanks!")
     assert shared.rounds(task, number + 1)[-1]["kind"] == "none"
     assert len(shared.answers()) == number
-    assert "Round 11" not in shared.pulls[0]["body"]
+    assert "Round 11, alice: nothing was asked for" in shared.pulls[0]["body"]
 
 
 def test_who_may_not_write_and_what_is_not_open_to_us_is_dropped(shared: Stand) -> None:
@@ -2980,7 +2980,8 @@ def test_what_goes_wrong_in_a_round_is_told_and_harms_no_other(shared: Stand) ->
     def undo() -> None:
         shared.git("update-ref", f"refs/heads/{result['branch_name']}", result["commit"])
 
-    shared.hub.fault("GET .*service=git-upload-pack", lambda: None, undo)  # after the push
+    asked = dict.fromkeys(("for the work", "before the push"), lambda: None).values()
+    shared.hub.fault("GET .*service=git-upload-pack", *asked, undo)  # after the push
     shared.inline("alice", "Say more")
     assert shared.rounds(task, 4)[3]["commit"] is None
     assert "was pushed, but it is not on the branch any more" in shared.answers()[2]
