@@ -1839,7 +1839,8 @@ class Job:
         for who in ("AUTHOR", "COMMITTER"):
             env |= {f"GIT_{who}_NAME": login, f"GIT_{who}_EMAIL": mail}
         tmp = "/tmp" if app.sandbox == ("bwrap",) else f"{task}/tmp"
-        env |= {"HOME": f"{task}/home", "TMPDIR": tmp}
+        # without the last, git would go up to a repository that the work-dir lies in
+        env |= {"HOME": f"{task}/home", "TMPDIR": tmp, "GIT_CEILING_DIRECTORIES": task}
         if os.getuid() == 0:
             env["IS_SANDBOX"] = "1"  # else the CLI refuses bypassPermissions
         how = {"timeout": GIT_TIMEOUT, **how, "cwd": f"{task}/repo"}
@@ -2389,7 +2390,9 @@ class Round:
 
 DIFF = ("-c", "core.quotePath=false", "diff", "--no-ext-diff", "--no-textconv", "--no-color")
 # gc would take what tasks read; and of a power cut nothing empty is left (from git 2.36 on)
-GIT = ("git", "-c", "gc.auto=0", "-c", "maintenance.auto=false", "-c", "core.fsync=all")
+GIT: Words = ("git", "-c", "gc.auto=0", "-c", "maintenance.auto=false", "-c", "core.fsync=all")
+# after a redirect the next request would carry the header, and pass by the allowed list
+GIT += ("-c", "http.followRedirects=false")
 FETCH = ("fetch", "-q", "--no-tags", "--no-recurse-submodules", "--no-write-fetch-head")
 # What runs in a workspace, in the sandbox.  A git that was killed leaves locks.
 START = """git init -q --template= && mkdir -p .git/objects/info &&
@@ -2423,8 +2426,12 @@ class Repository(NamedTuple):
 def parse_url(config: Config, url: str) -> Repository:
     """The repository that URL names.  Raises ValueError saying what was expected."""
     if config.no_github:
-        kinds = r"((https?|ssh|file)://|/|[A-Za-z0-9._-]+@[A-Za-z0-9.-]+:)[^-].*"
-        if not re.fullmatch(kinds, url) or "::" in url or re.match(r"https?://[^/]*@", url):
+        kinds = r"((https?|ssh|file)://|/|\w[\w.-]*@\w[\w.-]*:)[^-].*"
+        if (
+            not re.fullmatch(kinds, url, re.ASCII)
+            or "::" in url
+            or re.match(r"https?://[^/]*@", url)
+        ):
             raise ValueError("expected https:// without a user, ssh://, file://, user@host: or /")
         plain = urllib.parse.unquote(url)
         if re.search(r"[/:]\.\.?(/|$)", plain):  # it would pass by the allowed list
@@ -2476,7 +2483,6 @@ def network_env(app: App, job: Job) -> dict[str, str]:
     settings = {
         f"http.{base}/.extraHeader": f"Authorization: Basic {coded}",
         "credential.helper": "",
-        "http.followRedirects": "false",  # the POST after a redirect would carry the header
         "http.lowSpeedLimit": "1",
         "http.lowSpeedTime": "60",
     }

@@ -1689,7 +1689,7 @@ def test_without_github_any_remote_is_taken_but_no_helper_or_option() -> None:
     )
     for url in remotes:
         assert codebot.parse_url(config, url).url == url
-    for url in ("https://user:word@host/a/b", "ext::sh", "-x", "--upload-pack=x", "a/b", ""):
+    for url in ("https://user:word@host/a/b", "ext::sh", "-x", "-x@h:p", "a@-x:p", "a/b", ""):
         with pytest.raises(ValueError, match="expected"):
             codebot.parse_url(config, url)
 
