@@ -525,8 +525,6 @@ class Server(http.server.ThreadingHTTPServer):
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)  # wakes who waits for it
         for thread in self.threads:
             thread.join(max(0.0, until - time.monotonic()))
-        for client in list(self.waiting):
-            client.sock.close()
         self.server_close()
 
     def answer_all(self) -> None:
@@ -1106,8 +1104,8 @@ class Store:
         be cancelled and would complete."""
         if new not in MOVES[old]:  # not assert: that is gone under -O
             raise ValueError(f"no move from {old} to {new}")
-        if new != "pending":
-            also["started_at" if new == "running" else "completed_at"] = now_text()
+        column = "started_at" if MOVES[new] else "completed_at"
+        also[column] = None if new == "pending" else now_text()
         columns = "".join(f", {name} = ?" for name in also)
         sql = f"UPDATE {of[0]} SET status = ?{columns} WHERE id = ? AND status = ?"
         if of[0] == "tasks" and new == "completed":
@@ -2561,18 +2559,21 @@ def box(app: App, task: str, mirror: str, argv: Sequence[str]) -> Words:
 def choose_sandbox(app: App) -> tuple[Words, str]:
     """The sandbox in force, and what to tell of it.  Raises Unusable if one was demanded."""
     wanted, code, lines = app.config.sandbox, 0, list[str]()
-    root = "; runs as root: give codebot a user of its own" if os.getuid() == 0 else ""
+    root = "; as root it can read yet more: give codebot a user of its own"
+    root = "" if os.getuid() else root
     if wanted in (("auto",), ("bwrap",)):
         app.sandbox = ("bwrap",)
         code, lines = try_box(app, "true")
         if code and wanted == ("auto",):
-            return ("none",), f"NONE: the agent can read codebot's files ({last(lines)}){root}"
-        wanted = app.sandbox
+            wanted, code, root = ("none",), 0, f" ({last(lines)}){root}"
+        else:
+            wanted = app.sandbox
     elif wanted != ("none",) and not shutil.which(wanted[0], path=app.config.path):
         code, lines = 127, ["it is not a program on PATH"]
     if code:
         raise Unusable(f"CODEBOT_SANDBOX: {wanted[0]!r} does not run here: {last(lines)}")
-    return wanted, shlex.join(wanted) + root
+    none = "NONE: the agent can read codebot's files"
+    return wanted, (none if wanted == ("none",) else shlex.join(wanted)) + root
 
 
 @contextlib.contextmanager
@@ -2814,7 +2815,7 @@ class GitHub:
                 self._quiet = time.monotonic() + wait  # who asks on regardless may be banned
         elif 0 < status < 500 and status != 401:
             return None
-        return wait
+        return max(wait, float(told)) if told.isdigit() else wait
 
     def ask(self, job: Job, method: str, path: str, body: Any = None, there: Any = None) -> Any:
         """One call on the job's repository, whose name PATH follows."""
@@ -3218,11 +3219,12 @@ def run(flags: dict[str, Any]) -> int:
             with sys.stdin if source == "-" else open(source, encoding="utf-8") as file:
                 given = {**json.load(file), **given}
         task = read_task(config, given)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise Unusable(f"the task, expected as a JSON object: {error}") from None
     work_dir = flags["work_dir"] or tempfile.mkdtemp(prefix="codebot-")
     app = App(dataclasses.replace(config, work_dir=os.path.realpath(work_dir)))
     begin(app)
+    print(f"Sandbox: {app.sandbox_told}", file=sys.stderr)
     task_id, start, after = app.submit(task), time.monotonic(), 0
     worker = threading.Thread(target=run_one, args=(app, task_id), name="task")
     worker.start()
@@ -3231,6 +3233,8 @@ def run(flags: dict[str, Any]) -> int:
         for event in app.store.events(task_id, after, most=EVENTS):
             after, spent = event["seq"], time.monotonic() - start
             print(f"{spent:7.1f} s  {event['source']:8}{event['message']}", file=sys.stderr)
+    with contextlib.suppress(WrongState):  # a stop put it back, but nobody would take it up
+        app.store.cancel(task_id)
     value = task_status(app, Request("GET", "", "", {}, b"", False), task_id)[1]
     print(json.dumps(value, indent=2))
     return 0 if value["status"] == "completed" else 1

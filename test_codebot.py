@@ -2183,7 +2183,7 @@ def test_the_banner_tells_where_things_are(stand: Stand) -> None:
     )
     assert banner in stand.log()
     assert f"Page:          {at}/\n" in stand.log()
-    assert re.search(r"^Sandbox: +none", stand.log(), re.MULTILINE)
+    assert re.search(r"^Sandbox: +NONE: the agent can read codebot's", stand.log(), re.MULTILINE)
 
 
 def test_a_second_server_on_the_port_or_the_work_dir_is_refused(shared: Stand) -> None:
@@ -2250,7 +2250,7 @@ def test_check_finds_all_in_order(stand: Stand) -> None:
     for words in ("the App is Acme Bot", "installation 678 of acme", "permission contents: write"):
         assert re.search(f"^ok   .*{words}", done.stdout, re.MULTILINE), done.stdout
     assert "FAIL" not in done.stdout
-    assert re.search("^warn .*sandbox: none", done.stdout, re.MULTILINE)
+    assert re.search("^warn .*sandbox: NONE", done.stdout, re.MULTILINE)
 
 
 def test_check_tells_what_is_wrong_and_the_remedy(stand: Stand) -> None:
