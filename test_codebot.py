@@ -3915,3 +3915,148 @@ def test_a_task_may_not_use_the_last_of_the_disk(stand: Stand) -> None:
     assert stand.status(stand.submit())["status"] == "pending"  # it would meet the same
     [mode] = {path.stat().st_mode & 0o077 for path in stand.work.iterdir()}
     assert mode == 0  # whoever made the folder
+
+
+def test_what_someone_took_off_the_branch_does_not_come_back(stand: Stand) -> None:
+    task, result = opened(stand, "kind change; block; echo more >>hello.txt; answer Done")
+    push_beside(stand, result["branch_name"], secret="not for all\n")
+    stand.inline("alice", "Say more")
+    wait_for(stand.reached)
+    stand.git("update-ref", f"refs/heads/{result['branch_name']}", result["commit"])
+    stand.go()
+    [failed] = stand.rounds(task, 1)
+    assert failed["error"] == "Commits were taken off the branch meanwhile"
+    assert stand.git("rev-parse", result["branch_name"]) == result["commit"]
+
+
+def test_a_change_that_a_reviewer_made_himself_meanwhile_is_his(stand: Stand) -> None:
+    task, result = opened(stand, CHANGE)
+    same = {"hello.txt": "hello\nmore\n"}
+    stand.hub.fault(
+        "GET .*service=git-receive-pack",
+        lambda: push_beside(stand, result["branch_name"], **same),
+    )
+    stand.inline("alice", "Say more")
+    [done] = stand.rounds(task, 1)
+    tip = stand.git("rev-parse", result["branch_name"])
+    assert (done["state"], done["commit"]) == ("completed", tip)
+    assert "Done 1" in stand.answers()[0]
+    assert f"The change is in {tip}." in stand.answers()[0]
+
+
+def test_git_stays_out_of_a_checkout_that_the_work_dir_lies_in(stand: Stand) -> None:
+    sh("git", "init", "-q", str(stand.top))
+    (stand.top / "staged").write_text("the operator's\n")
+    sh("git", "add", "staged", cwd=stand.top)
+    stand.agent("rm -rf .git; result Done")
+    assert "not a git repository" in stand.failed(stand.submit(), "agent_failed")
+    assert sh("git", "status", "--short", "staged", cwd=stand.top).strip() == "A  staged"
+
+
+def test_a_repository_that_is_gone_is_looked_at_no_more(stand: Stand) -> None:
+    task, _ = opened(stand, "")
+    stand.hub.fault("GET .*/pulls/1$", *[(404, {"message": "Not Found"})] * 9)
+    stand.kill()
+    stand.start()
+    stand.logged("is put back: 404 Not Found")  # for an hour it may come back
+    with stand.database() as db:
+        db.execute("UPDATE reviews SET submitted_at = '2026-01-01'")
+    stand.kill()
+    stand.start()
+    stand.logged("is dropped: 404 Not Found")
+    assert stand.status(task)["result"]["pr_state"] == "closed"
+    with stand.database() as db:
+        assert list(db.execute("SELECT * FROM reviews WHERE status = 'failed'")) == []
+
+
+def test_silence_is_the_agents_and_the_tests_alone(stand: Stand) -> None:
+    stand.start(CODEBOT_STALL_TIMEOUT="1", limits={"RESULT_GRACE": 1.5})
+    # a filter makes git slow; and an agent is not waited for when it has told its result
+    slow = "git config filter.slow.clean 'sleep 1.5; cat'; echo '* filter=slow' >.gitattributes"
+    assert stand.done(stand.submit_each([f"{slow}; {HELLO}; sleep 9"])[0])["commit"]
+
+
+def test_a_redirect_does_not_lead_past_the_allowed_list(stand: Stand) -> None:
+    class Elsewhere(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", f"{hub.url}{self.path}")
+            self.end_headers()
+
+    hub = stand.hub
+    with http.server.HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        allowed = f"http://127.0.0.1:{server.server_port}"
+        stand.start("--no-github", CODEBOT_ALLOWED_REPOSITORIES=f"{allowed}/*")
+        url = f"{allowed}/{NAME}.git"
+        assert "302" in stand.failed(stand.submit(repository_url=url), "clone_failed")
+        server.shutdown()
+        thread.join()
+    assert hub.calls == []
+
+
+def test_debug_says_more_but_no_secret(stand: Stand) -> None:
+    stand.start("--debug")
+    stand.done(stand.submit())
+    for words in ("POST /api/tasks/submit HTTP/1.1': 202", "runs ('git', ", "GitHub: POST http"):
+        assert words in stand.log()
+    assert not [secret for secret in stand.secrets() if secret in stand.log()]
+
+
+def test_the_apps_key_is_masked(stand: Stand) -> None:
+    stand.agent(f"cat '{stand.key}'; {HELLO}")  # which without a sandbox it can read
+    task = stand.submit()
+    stand.done(task)
+    events = "".join(stand.events(task))
+    assert "agent: ***" in events
+    assert not [line for line in stand.key.read_text().splitlines()[:-2] if line in events]
+
+
+def test_a_server_error_that_asks_for_patience_gets_it() -> None:
+    hub = codebot.GitHub(codebot.App(codebot.Config(no_github=True)))
+    assert hub._wait(503, "", {"retry-after": "7"}, 2.0) == 7
+    assert hub._wait(503, "", {"retry-after": "1"}, 2.0) == 2
+    assert hub._wait(503, "", {}, 2.0) == 2
+    assert hub._wait(404, "", {"retry-after": "7"}, 2.0) is None
+
+
+def test_an_odd_proxy_stops_nothing_and_its_password_is_masked() -> None:
+    variables = {"HTTPS_PROXY": "http://me:pass-phrase@[x", "HTTP_PROXY": "http://[x"}
+    assert codebot.Mask(codebot.Config(variables=variables))("a pass-phrase") == "a ***"
+
+
+def test_a_long_record_waits_for_no_reader_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    end, pipe = os.pipe()
+    with os.fdopen(pipe, "w") as stderr, os.fdopen(end, "rb"):  # closed first: nobody hangs
+        monkeypatch.setattr(sys, "stderr", stderr)
+        record = logging.LogRecord("codebot", logging.INFO, "", 0, "h" * 200_000, None, None)
+        writer = threading.Thread(
+            target=codebot.Mask(codebot.Config()).emit, args=(record,), daemon=True
+        )
+        writer.start()
+        writer.join(10)
+        assert not writer.is_alive()
+
+
+def test_run_tells_its_sandbox_and_cancels_what_is_stopped(stand: Stand) -> None:
+    done = stand.run("run", "--task", "-", stdin="[" * 100_000)
+    assert (done.returncode, "expected as a JSON object" in done.stderr) == (2, True)
+    stand.agent("block")
+    argv = [*stand.words({}), "run", "--work-dir", str(stand.work), "--task", "-"]
+    how: dict[str, Any] = {"cwd": stand.here, "env": stand.environment(), "text": True}
+    how |= dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(argv, **how) as run:
+        assert run.stdin
+        run.stdin.write(json.dumps(stand.task()))
+        run.stdin.close()
+        wait_for(stand.reached)
+        run.send_signal(signal.SIGINT)
+        assert run.stdout and run.stderr
+        assert json.load(run.stdout)["reason"] == "cancelled"
+        assert "Sandbox: NONE: the agent can read codebot's files" in run.stderr.read()
+    assert run.returncode == 1
+    stand.go()
