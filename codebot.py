@@ -57,7 +57,6 @@ THREADS
   review-N   one round of one pull request at a time, from the other queue
   poll       asks GitHub at the start, or on a clock, for what no webhook told
   keeper     retention, the mirrors' gc, what GitHub failed at
-  end        waits for the end of one program, for the thread that started it
   Guarded by locks: the writing connection (Store._lock), the submits that wait for one fsync
   (Store._adding), known secrets (Mask._lock), tokens (GitHub._minting: held while one is
   fetched, so that one fetch serves all).  A forked copy of this process waits for our end,
@@ -2633,15 +2632,18 @@ def run_program(
         how: dict[str, Any] = {"stdin": source, "stdout": out, "stderr": out, "pass_fds": pass_fds}
         log.debug("runs %s", argv)
         child = subprocess.Popen(argv, cwd=cwd, env=env, start_new_session=True, **how)
-        wait: Callable[[], Any] = child.wait
+        over: Callable[[], Any] = child.poll
         if sys.platform == "linux":  # a zombie keeps its number, for killpg
-            wait = functools.partial(os.waitid, os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        end = threading.Thread(target=wait, name="end", daemon=True)
+            which = os.WEXITED | os.WNOWAIT | os.WNOHANG
+            over = functools.partial(os.waitid, os.P_PID, child.pid, which)
+        end, pidfd = select.poll(), -1
         try:
-            end.start()
+            with contextlib.suppress(AttributeError, OSError):  # macOS, and Linux before 5.3
+                pidfd = os.pidfd_open(child.pid)
+                end.register(pidfd)
             while not why:
-                end.join(delay)
-                done = not end.is_alive()  # before the read, so that nothing is missed
+                end.poll(delay * 1000)
+                done = over() is not None  # before the read, so that nothing is missed
                 data = os.pread(out.fileno(), 1 << 20, offset)
                 offset, now = offset + len(data), time.monotonic()
                 delay, heard = (0.0, now) if data else (min(delay * 1.5 + 0.001, 0.05), heard)
@@ -2668,16 +2670,14 @@ def run_program(
                     raise OSError(errno.ENOSPC, "The work-dir's disk is full")
                 elif offset > OUTPUT:
                     raise TaskFailed("agent_failed", f"{argv[0]} printed over {OUTPUT >> 30} GiB")
-        except RuntimeError as error:  # no thread is left
-            raise OSError(errno.EAGAIN, str(error)) from None
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 if why:  # it has a time to tidy up
                     os.killpg(child.pid, signal.SIGTERM)
-                    end.join(KILL_GRACE)
+                    end.poll(KILL_GRACE * 1000)
                 os.killpg(child.pid, signal.SIGKILL)
-            if end.ident:
-                end.join()  # before the child is reaped, for which it waits
+            if pidfd >= 0:
+                os.close(pidfd)
             child.wait()
     killed = child.returncode in (-signal.SIGKILL, -signal.SIGTERM, 137, 143) and not final
     if not why and killed and stops and stops[0].wait(0.3):  # who killed it may mean us too
