@@ -1386,27 +1386,37 @@ def run_one(app: App, task_id: str) -> None:
         failed = TaskFailed("cancelled", "Cancelled at its very end")
     except Exception as error:
         log.exception("task %s", task_id)
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = bool(job and make_room(app, job, error))
         told = str(error) if isinstance(error, OSError) else type(error).__name__
         failed = TaskFailed("internal", f"internal error: {told}")
     finally:
         del app.running[task_id]
-    if job and full and job.row["folder"]:  # it may be what fills the disk
-        with contextlib.suppress(OSError, Stopped):
-            remove(app, job.folder)
     if job and app.stop.is_set() and not cancel.is_set():  # it may have ended the agent before us
         log.info("task %s was cut off: %s", task_id, failed)
         app.surely(store.put_back, job.of)
     elif job:
         if cancel.is_set():
             failed = TaskFailed("cancelled", "Cancelled while it ran")
-        known = failed.reason in ("cancelled", "interrupted") and job.row["head_commit"]
+        known = failed.reason in ("cancelled", "interrupted", "internal") and job.row["head_commit"]
         late = f"; look for branch {job.row['branch']}" if known else ""  # it may be pushed
         text = app.mask(f"{failed}{late}")[:10_000]
         job.say("codebot", f"Failed ({failed.reason}): {text}")
         app.surely(store.end, job.of, "failed", *job.spent(), reason=failed.reason, error=text)
     if full:
         app.stop.wait(60)  # the next one would lack the same
+
+
+def make_room(app: App, job: Job, error: Exception) -> bool:
+    """Whether ERROR is a full disk.  What the job may have filled it with is removed then."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return False
+    with contextlib.suppress(OSError, Stopped):
+        if job.row["folder"]:
+            remove(app, job.folder)
+        with held(job.mirror):  # else another task is at work there, perhaps on these
+            for path in glob.glob(f"{job.mirror}/objects/*/tmp_*"):
+                os.unlink(path)
+    return True
 
 
 def passes(error: Exception) -> bool:
@@ -1421,6 +1431,8 @@ def in_words(app: App, error: Exception) -> TaskFailed:
         return error
     if isinstance(error, GitHubError):  # asked, before the first checkout, who the App's bot is
         return TaskFailed("clone_failed", f"Failed to clone repository: {error}")
+    if isinstance(error, OSError):
+        return TaskFailed("internal", f"internal error: {error}")
     limit = f"{app.config.task_timeout} s (CODEBOT_TASK_TIMEOUT; {GIT_TIMEOUT} s for one git)"
     stall = f"No output for {app.config.stall_timeout} s (CODEBOT_STALL_TIMEOUT)"
     why = {"timeout": f"Not done within {limit}", "stalled": stall}

@@ -15,6 +15,7 @@ import base64
 import concurrent.futures
 import contextlib
 import email.utils
+import errno
 import hashlib
 import hmac
 import http.client
@@ -3913,8 +3914,30 @@ def test_a_task_may_not_use_the_last_of_the_disk(stand: Stand) -> None:
     assert "The work-dir's disk is full" in stand.failed(task, "internal")
     assert not stand.folders()  # it could be what fills the disk
     assert stand.status(stand.submit())["status"] == "pending"  # it would meet the same
+    mirror = stand.work / "mirrors" / "host" / "acme" / "widget.git"
+    left = mirror / "objects" / "pack" / "tmp_pack_x"
+    left.parent.mkdir(parents=True)
+    left.write_text("of a fetch that was ended")
+    app = codebot.App(codebot.load_config({"no_github": True, "work_dir": str(stand.work)}))
+    row = codebot.Store(str(stand.work / "codebot.db")).get(task)
+    job = codebot.Job(app, dict(row), threading.Event())
+    job.mirror = str(mirror)
+    assert not codebot.make_room(app, job, OSError(errno.EMFILE, "x"))
+    assert left.exists()
+    assert codebot.make_room(app, job, OSError(errno.ENOSPC, "x"))
+    assert not left.exists()
     [mode] = {path.stat().st_mode & 0o077 for path in stand.work.iterdir()}
     assert mode == 0  # whoever made the folder
+
+
+def test_a_round_that_finds_no_room_says_so(stand: Stand) -> None:
+    task, _ = opened(stand, QUESTION)
+    stand.kill()
+    stand.start(limits={"DISK_KEPT": 1 << 60})
+    stand.inline("alice", "Why?")
+    assert "The work-dir's disk is full" in stand.rounds(task, 1)[0]["error"]
+    assert "I could not do this: internal error: [Errno 28] The work-dir" in stand.answers()[0]
+    assert not stand.folders()
 
 
 def test_what_someone_took_off_the_branch_does_not_come_back(stand: Stand) -> None:
