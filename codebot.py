@@ -1483,8 +1483,13 @@ def tidy(app: App, mirror: str, needed: bool) -> None:
                 os.unlink(path)
     loose, packs = glob.glob(f"{mirror}/objects/17/*"), glob.glob(f"{mirror}/objects/pack/*.pack")
     if len(loose) > 26 or len(packs) > 50:  # as `git gc --auto` guesses and counts them
-        keeping = ("repack", "-a", "-d", "--keep-unreachable", "-q")
-        git_local(app, mirror, *(keeping if needed else ("gc", "--prune=now", "-q")))
+        if needed:
+            git_local(app, mirror, "repack", "-a", "-d", "--keep-unreachable", "-q")
+            return
+        left = git_local(app, mirror, "for-each-ref", "--format=%(refname)", "refs/codebot")[1]
+        for ref in left:  # of work that was cut off
+            git_local(app, mirror, "update-ref", "-d", ref)
+        git_local(app, mirror, "gc", "--prune=now", "-q")
 
 
 def remove(app: App, path: str) -> None:
@@ -2018,12 +2023,14 @@ def run_review(hub: GitHub, app: App, pull: int) -> None:
         end = this.carry_out()
     except Exception as error:
         refused = isinstance(error, GitHubError) and row["submitted_at"] > now_text(ago=3600)
+        refused = refused and row["state"] == "open"
         day = refused or passes(error)  # an App may be suspended for a while
         known = day or isinstance(error, (Dropped, TaskFailed, GitHubError))  # no bug of ours
         drop = isinstance(error, (Dropped, TaskFailed)) and not day
-        if not day and row["source"] == "state" and getattr(error, "status", 0) in (404, 422):
+        if not day and "at least one repository" in str(error) and row["source"] == "state":
             drop = True  # the repository was deleted, or is not ours to see any more
-            app.surely(store.note, this.of_pull, state="closed", closed_at=now_text())
+            closed = row["closed_at"] or now_text()
+            app.surely(store.note, this.of_pull, state="closed", closed_at=closed)
         # at half of these it was told, or that failed too
         again = not drop and (day or row["interruptions"] < 2 * INTERRUPTIONS)
         text = app.mask(str(error)) if known else "internal error"

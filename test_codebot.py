@@ -3890,6 +3890,7 @@ def test_a_mirror_is_packed_and_keeps_what_no_branch_has(stand: Stand) -> None:
     assert len(list(lock.parent.glob("*.pack"))) == 1
     for number in range(51):
         shutil.copy(next(lock.parent.glob("pack-*.pack")), lock.parent / f"more-{number}.pack")
+    sh(*where, "update-ref", "refs/codebot/1234567/head", lost)  # of a task that was killed
     codebot.tidy(app, mirror, needed=False)
     assert subprocess.run([*where, "cat-file", "-e", lost], check=False).returncode
 
@@ -3978,18 +3979,40 @@ def test_git_stays_out_of_a_checkout_that_the_work_dir_lies_in(stand: Stand) -> 
 
 def test_a_repository_that_is_gone_is_looked_at_no_more(stand: Stand) -> None:
     task, _ = opened(stand, "")
-    stand.hub.fault("GET .*/pulls/1$", *[(404, {"message": "Not Found"})] * 9)
+    no = {"message": "There is at least one repository that does not exist or is not accessible"}
+    refused = {"message": "The permissions requested are not granted to this installation."}
+
+    def look(times: int, message: Any) -> None:
+        stand.kill()
+        stand.hub.faults.clear()
+        stand.hub.fault("POST .*/access_tokens$", *[(422, message)] * 9)
+        stand.start()
+        stand.logged(f"is put back: 422 {message['message']}", times)
+
+    def past() -> None:
+        with stand.database() as db:
+            db.execute("UPDATE reviews SET submitted_at = '2026-01-01'")
+
+    look(1, no)  # for an hour it may come back
+    past()
+    look(1, refused)  # which is no word on the repository
+    assert stand.status(task)["result"]["pr_state"] == "open"
     stand.kill()
+    past()
+    stand.hub.faults.clear()
+    stand.hub.fault("POST .*/access_tokens$", *[(422, no)] * 9)
     stand.start()
-    stand.logged("is put back: 404 Not Found")  # for an hour it may come back
+    stand.logged("is dropped: 422 There is at least one repository", 1)
+    wait_for(lambda: stand.status(task)["result"]["pr_state"] == "closed")
     with stand.database() as db:
-        db.execute("UPDATE reviews SET submitted_at = '2026-01-01'")
+        [[closed]] = db.execute("SELECT closed_at FROM pulls")
+        db.execute("UPDATE pulls SET closed_at = '2026-01-01'")
+    assert closed
     stand.kill()
-    stand.start()
-    stand.logged("is dropped: 404 Not Found")
-    assert stand.status(task)["result"]["pr_state"] == "closed"
+    stand.start()  # looks again, at once for the last time
+    stand.logged("is dropped: 422 There is at least one repository", 2)
     with stand.database() as db:
-        assert list(db.execute("SELECT * FROM reviews WHERE status = 'failed'")) == []
+        assert list(db.execute("SELECT closed_at FROM pulls")) == [("2026-01-01",)]
 
 
 def test_silence_is_the_agents_and_the_tests_alone(stand: Stand) -> None:
