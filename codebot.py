@@ -2096,9 +2096,10 @@ class Round:
                 raise TaskFailed("interrupted", what)
             outcome = outcome or self.work()
             if job.row["head_commit"] != outcome.get("commit"):
-                outcome["commit"] = self.publish(outcome["base"])
-        except (TaskFailed, GitHubError, Stopped) as error:
-            if passes(error) or isinstance(error, GitHubError):
+                outcome["commit"] = self.publish(outcome)
+        except (TaskFailed, GitHubError, Stopped, OSError) as error:
+            broken = isinstance(error, OSError) and not make_room(self.app, job, error)
+            if passes(error) or isinstance(error, GitHubError) or broken:
                 raise  # what is done by now is kept
             failed = in_words(self.app, error)
             text = self.app.mask(str(failed))[:10_000]
@@ -2303,15 +2304,15 @@ class Round:
             found[thread] = cut(self.app.mask(text[:131_072]), 60_000, len(text))
         return found
 
-    def publish(self, base: str) -> str:
-        """Push the commit, made on BASE, on top of what others pushed meanwhile; give it as the
-        remote has it."""
+    def publish(self, outcome: dict[str, Any]) -> str:
+        """Push the commit, made on the OUTCOME's base, on top of what others pushed meanwhile; give
+        it as the remote has it."""
         job, tries = self.job, 0
-        tip = job.fetch_base(self.branch)[1]
         while True:
-            if not job.is_ancestor(base, tip):  # with our push it would come back
-                raise TaskFailed("push_rejected", "Commits were taken off the branch meanwhile")
             self.check_open()  # nothing is pushed to one that was closed meanwhile
+            tip = job.fetch_base(self.branch)[1]
+            if not job.is_ancestor(outcome["base"], tip):  # with our push it would come back
+                raise TaskFailed("push_rejected", "Commits were taken off the branch meanwhile")
             job.phase("push")
             head: str = job.row["head_commit"]
             tries += 1
@@ -2329,14 +2330,13 @@ class Round:
             if tries == PUSHES or job.is_ancestor(tip, head):
                 raise refused  # in the last case nobody was there before us
             try:
-                self.rebase(tip)
+                self.rebase(tip, outcome)
             except TaskFailed as error:
                 if error.reason != "no_changes":
                     raise
                 return tip  # somebody made the same change
-            base = tip
 
-    def rebase(self, tip: str) -> None:
+    def rebase(self, tip: str, outcome: dict[str, Any]) -> None:
         """Put our commit on TIP, and test it there.  In a conflict it stays in the workspace."""
         job, kept = self.job, f"kept-{self.row['review']}"
         self.prepare(job.row["head_commit"])
@@ -2346,7 +2346,8 @@ class Round:
             what = f"Others pushed meanwhile, and the change conflicts with theirs: {files}. "
             what += f"It is kept as branch {kept} in the task's workspace"
             raise TaskFailed("push_rejected", what if files else f"Rebase failed: {last(lines)}")
-        self.commit(tip)
+        outcome["base"] = tip
+        self.commit(tip, outcome=json.dumps(outcome))
 
     def post(self, thread: str, first: str, outcome: dict[str, Any]) -> None:
         """Answer in the thread that FIRST is said in, once: an earlier try may have done so."""

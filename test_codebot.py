@@ -3953,6 +3953,48 @@ def test_what_someone_took_off_the_branch_does_not_come_back(stand: Stand) -> No
     assert stand.git("rev-parse", result["branch_name"]) == result["commit"]
 
 
+def test_nor_what_is_taken_off_while_the_change_is_tested_on_top_of_it(stand: Stand) -> None:
+    stand.start(limits={"GIT_WAIT": 0})
+    task, result = opened(stand, CHANGE)
+    branch = result["branch_name"]
+
+    def take_off() -> None:
+        stand.git("update-ref", f"refs/heads/{branch}", result["commit"])
+
+    def push() -> None:
+        push_beside(stand, branch, secret="not for all\n")
+
+    receive, upload = (f"GET .*service=git-{what}-pack" for what in ("receive", "upload"))
+    stand.hub.fault(receive, push)
+    # two for the work, one before the push, three after it: then the change is rebased and tested
+    stand.hub.fault(upload, *[lambda: None] * 6, take_off)
+    stand.inline("alice", "Say more")
+    [failed] = stand.rounds(task, 1)
+    assert failed["error"] == "Commits were taken off the branch meanwhile"
+    assert stand.git("rev-parse", branch) == result["commit"]
+
+    stand.hub.fault(receive, push, (503, {"message": "x"}))  # and when it waits for GitHub
+    stand.inline("alice", "Say more")
+    stand.logged("is put back", 1)
+    take_off()
+    stand.kill()
+    stand.start()
+    assert stand.rounds(task, 2)[1]["error"] == "Commits were taken off the branch meanwhile"
+    assert stand.git("rev-parse", branch) == result["commit"]
+
+
+def test_one_that_is_merged_meanwhile_hears_nothing_more(stand: Stand) -> None:
+    task, result = opened(stand, "kind change; block; echo more >>hello.txt; answer Done")
+    stand.inline("alice", "Say more")
+    wait_for(stand.reached)
+    stand.pulls[0].update(state="closed", merged=True)  # of which no webhook tells
+    stand.git("update-ref", "-d", f"refs/heads/{result['branch_name']}")
+    stand.go()
+    stand.logged("is dropped: the pull request is merged")
+    assert stand.answers() == []
+    assert stand.status(task)["result"]["pr_state"] == "merged"
+
+
 def test_a_change_that_a_reviewer_made_himself_meanwhile_is_his(stand: Stand) -> None:
     task, result = opened(stand, CHANGE)
     same = {"hello.txt": "hello\nmore\n"}
