@@ -313,7 +313,7 @@ class Mask(logging.Handler):
         value = {name: text.strip() for name, text in config.variables.items()}
         self._own = [*config.api_keys, *(value.get(name, "") for name in (*SECRET_NAMES, *names))]
         for name in (*NETWORK_NAMES, "ANTHROPIC_BASE_URL"):
-            self._own += re.findall("://[^/@]*?:([^/@]*)@", value.get(name, ""))  # a password
+            self._own += re.findall("://[^/]*?:([^/]*)@", value.get(name, ""))  # a password
         for path in (config.key_file, config.tls_key):
             with contextlib.suppress(OSError, ValueError):
                 self._own.append(pathlib.Path(path).read_text())
@@ -1563,7 +1563,8 @@ def carry_out(job: Job) -> dict[str, Any]:
 
 Ended = tuple[int, list[str]]  # a program's exit code and last lines
 # What git prints: no second try would help; the token is not taken
-FINAL = r"\[(remote )?rejected\]|not found|denied|does not (appear|exist)|error: (?!429)[34]"
+FINAL = r"\[(remote )?rejected\](?!.*(Internal Server Error|commit_refs))|not found|denied"
+FINAL += r"|does not (appear|exist)|returned error: (?!429)[34]\d\d"
 STRANGER = r"could not read Username|Invalid username or token|Authentication failed"
 
 
@@ -1882,7 +1883,7 @@ class Job:
                 renewed = True
                 hub.forget_token(self)
             elif "returned error: 301" not in text or not self.renamed():
-                if (final := re.search(FINAL, text)) or wait > GIT_WAIT:
+                if (final := is_final(text)) or wait > GIT_WAIT:
                     raise TaskFailed(reason, f"{failed}: {last(lines, 20)}", again=not final)
                 self.say("git", f"{args[0]} failed, trying again: {last(lines)}")
                 self.check(wait)
@@ -1969,6 +1970,11 @@ def plain(text: str) -> str:
     """TEXT as a part of the names of a branch and a folder."""
     letters = unicodedata.normalize("NFKD", text[:400]).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9]+", "-", letters).strip("-")[:40].strip("-")
+
+
+def is_final(text: str) -> bool:
+    """Whether git's words say that no second try would help; its addresses may say anything."""
+    return bool(re.search(FINAL, re.sub(r"'[^']*'|https?://\S+", "", text)))
 
 
 def last(lines: Sequence[str], most: int = 4) -> str:
@@ -2789,8 +2795,8 @@ class GitHub:
             else:
                 log.warning("GitHub: %s %s: %s; again in %.0f s", method, path, value, wait)
                 self.pause(wait, job)
-                if there and (found := there()) is not None:
-                    return found, got
+            if there and (found := there()) is not None:
+                return found, got
         raise GitHubError(status, self.app.mask(value), again=wait is not None)
 
     def _once(self, method: str, url: str, bearer: str, data: bytes | None) -> tuple[int, Any, Any]:

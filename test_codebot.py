@@ -4113,8 +4113,8 @@ def test_a_server_error_that_asks_for_patience_gets_it() -> None:
 
 
 def test_an_odd_proxy_stops_nothing_and_its_password_is_masked() -> None:
-    variables = {"HTTPS_PROXY": "http://me:pass-phrase@[x", "HTTP_PROXY": "http://[x"}
-    assert codebot.Mask(codebot.Config(variables=variables))("a pass-phrase") == "a ***"
+    variables = {"HTTPS_PROXY": "http://me:pass@phrase@[x", "HTTP_PROXY": "http://[x"}
+    assert codebot.Mask(codebot.Config(variables=variables))("a pass@phrase") == "a ***"
 
 
 def test_a_long_record_waits_for_no_reader_either(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -4148,3 +4148,36 @@ def test_run_tells_its_sandbox_and_cancels_what_is_stopped(stand: Stand) -> None
         assert "Sandbox: NONE: the agent can read codebot's files" in run.stderr.read()
     assert run.returncode == 1
     stand.go()
+
+
+def test_what_git_says_is_final_only_if_it_is() -> None:
+    at = "fatal: unable to access 'https://github.com/acme/access-denied.git/': "
+    to = "! refs/heads/x:refs/heads/x [remote rejected]"
+    for text, final in (
+        (f"{at}The requested URL returned error: 502", False),
+        (f"{at}The requested URL returned error: 429", False),
+        (f"{at}The requested URL returned error: 403", True),
+        (f"{at}The requested URL returned error: 301", True),
+        ("error: 42 bytes of body are still expected", False),
+        ("To https://github.com/acme/access-denied.git\nfatal: the remote end hung up", False),
+        ("fatal: repository 'https://github.com/acme/x/' not found", True),
+        (f"{to} (Internal Server Error)", False),
+        (f"{to} (fatal error in commit_refs)", False),
+        (f"{to} (protected branch hook declined)", True),
+    ):
+        assert codebot.is_final(text) == final, text
+
+
+def test_what_was_done_in_spite_of_a_401_is_not_done_again() -> None:
+    class Github(codebot.GitHub):
+        def token(self, job: Any) -> str:
+            return "token"
+
+        def _once(self, method: str, *_: Any) -> tuple[int, Any, Any]:
+            asked.append(method)
+            return 401, "Bad credentials", {}
+
+    asked: list[str] = []
+    hub = Github(codebot.App(codebot.Config(no_github=True)))
+    assert hub._call("POST", "/repos/acme/widget/pulls", there=lambda: "it")[0] == "it"
+    assert asked == ["POST"]
