@@ -2758,7 +2758,6 @@ class GitHub:
         self.remaining: int | None = None
         self._quiet = 0.0  # until then nothing is asked
         self._lists: dict[str, tuple[Any, Any]] = {}  # URL: a short list and its headers
-        self._jwt = "", 0.0  # and until when, by the monotonic clock
         self._tokens: dict[str, tuple[str, float]] = {}  # name: token, when it expires
         self._minting = threading.RLock()  # so that one token serves all who ask at once
         self._bot: tuple[str, int] | None = None
@@ -2864,10 +2863,7 @@ class GitHub:
                 raise Stopped("stopped")
 
     def jwt(self) -> str:
-        """GitHub docs: "Generating a JSON Web Token (JWT) for a GitHub App".  Kept 8 minutes."""
-        jwt, until = self._jwt
-        if time.monotonic() < until:
-            return jwt
+        """GitHub docs: "Generating a JSON Web Token (JWT) for a GitHub App".  Good for 9 minutes."""
         now = int(time.time() + self.skew)
         claims = {"iat": now - 60, "exp": now + 540, "iss": self.config.app_id}
         parts = ({"alg": "RS256", "typ": "JWT"}, claims)
@@ -2880,9 +2876,7 @@ class GitHub:
         signature = re.search("= *([0-9a-f]+)$", "".join(lines[-1:]))
         if code or not signature:
             raise GitHubError(0, f"openssl cannot sign with the App's key: {last(lines)}")
-        jwt = f"{signed}.{base64url(bytes.fromhex(signature[1]))}"
-        self._jwt = jwt, time.monotonic() + 480
-        return jwt
+        return f"{signed}.{base64url(bytes.fromhex(signature[1]))}"
 
     def token(self, job: Job | None) -> str:
         """An installation token for the job's repository, good for 5 minutes at the least; without
@@ -2911,7 +2905,6 @@ class GitHub:
         return self.token(job)
 
     def forget_token(self, job: Job | None) -> None:
-        self._jwt = "", 0.0
         self._tokens.pop(job.repository.name if job else "", None)
 
     def current_name(self, job: Job) -> str | None:
