@@ -1406,23 +1406,28 @@ def run_one(app: App, task_id: str) -> None:
         app.stop.wait(60)  # the next one would lack the same
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or our part of it
+
+
 def make_room(app: App, job: Job, error: Exception) -> bool:
     """Whether ERROR is a full disk.  What the job may have filled it with is removed then."""
-    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    if getattr(error, "errno", 0) not in FULL:
         return False
     with contextlib.suppress(OSError, Stopped):
         if job.row["folder"]:
             remove(app, job.folder)
-        with held(job.mirror):  # else another task is at work there, perhaps on these
-            for path in glob.glob(f"{job.mirror}/objects/*/tmp_*"):
-                os.unlink(path)
+        if len(app.running) + len(app.reviewing) <= 1:  # else these may be another's
+            with held(job.mirror):
+                for path in glob.glob(f"{job.mirror}/objects/*/tmp_*"):
+                    os.unlink(path)
     return True
 
 
 def passes(error: Exception) -> bool:
-    """Whether it is of the day and not of the work: a stop, the network, the database."""
+    """Whether it is of the day and not of the work: a stop, the network, the disk."""
     stop = isinstance(error, Stopped) and str(error) == "stopped"
-    return stop or isinstance(error, sqlite3.Error) or getattr(error, "again", False)
+    disk = isinstance(error, sqlite3.Error) or getattr(error, "errno", 0) in FULL
+    return stop or disk or getattr(error, "again", False)
 
 
 def in_words(app: App, error: Exception) -> TaskFailed:
@@ -1974,7 +1979,7 @@ def plain(text: str) -> str:
 
 def is_final(text: str) -> bool:
     """Whether git's words say that no second try would help; its addresses may say anything."""
-    return bool(re.search(FINAL, re.sub(r"'[^']*'|https?://\S+", "", text)))
+    return bool(re.search(FINAL, re.sub(r"(?<!\w)'[^'\n]*'|https?://\S+", "", text)))
 
 
 def last(lines: Sequence[str], most: int = 4) -> str:
@@ -2104,8 +2109,10 @@ class Round:
             if job.row["head_commit"] != outcome.get("commit"):
                 outcome["commit"] = self.publish(outcome)
         except (TaskFailed, GitHubError, Stopped, OSError) as error:
-            broken = isinstance(error, OSError) and not make_room(self.app, job, error)
-            if passes(error) or isinstance(error, GitHubError) or broken:
+            later = passes(error) or isinstance(error, (GitHubError, OSError))
+            if make_room(self.app, job, error):  # a commit is in the mirror
+                later = bool(job.row["head_commit"])
+            if later:
                 raise  # what is done by now is kept
             failed = in_words(self.app, error)
             text = self.app.mask(str(failed))[:10_000]

@@ -3941,6 +3941,22 @@ def test_a_round_that_finds_no_room_says_so(stand: Stand) -> None:
     assert not stand.folders()
 
 
+def test_a_commit_is_not_given_up_for_a_full_disk(stand: Stand) -> None:
+    task, result = opened(stand, CHANGE)
+    hold = stand.hub.hold("POST .*/git-receive-pack")
+    stand.inline("alice", "Say more")
+    assert hold.reached.wait(20)
+    stand.kill()
+    stand.hub.release()
+    stand.start(limits={"DISK_KEPT": 1 << 60})
+    stand.logged("The work-dir's disk is full")
+    stand.kill()
+    stand.start()
+    [done] = stand.rounds(task, 1)
+    assert done["commit"] == stand.git("rev-parse", result["branch_name"])
+    assert f"The change is in {done['commit']}." in stand.answers()[0]
+
+
 def test_what_someone_took_off_the_branch_does_not_come_back(stand: Stand) -> None:
     task, result = opened(stand, "kind change; block; echo more >>hello.txt; answer Done")
     push_beside(stand, result["branch_name"], secret="not for all\n")
@@ -4164,6 +4180,7 @@ def test_what_git_says_is_final_only_if_it_is() -> None:
         (f"{to} (Internal Server Error)", False),
         (f"{to} (fatal error in commit_refs)", False),
         (f"{to} (protected branch hook declined)", True),
+        (f"remote: You can't do this.\n{to} (hook declined)\nerror: to 'https://x/y'", True),
     ):
         assert codebot.is_final(text) == final, text
 
