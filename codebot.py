@@ -2591,7 +2591,7 @@ def box(app: App, task: str, mirror: str, argv: Sequence[str]) -> Words:
 def choose_sandbox(app: App) -> tuple[Words, str]:
     """The sandbox in force, and what to tell of it.  Raises Unusable if one was demanded."""
     wanted, code, lines = app.config.sandbox, 0, list[str]()
-    root = "; as root it can read yet more: give codebot a user of its own"
+    root = "; as root the agent reads more than a user may: give codebot a user of its own"
     root = "" if os.getuid() else root
     if wanted in (("auto",), ("bwrap",)):
         app.sandbox = ("bwrap",)
