@@ -1387,8 +1387,7 @@ def run_one(app: App, task_id: str) -> None:
     except Exception as error:
         log.exception("task %s", task_id)
         full = bool(job and make_room(app, job, error))
-        told = str(error) if isinstance(error, OSError) else type(error).__name__
-        failed = TaskFailed("internal", f"internal error: {told}")
+        failed = in_words(app, error)
     finally:
         del app.running[task_id]
     if job and app.stop.is_set() and not cancel.is_set():  # it may have ended the agent before us
@@ -1431,13 +1430,14 @@ def passes(error: Exception) -> bool:
 
 
 def in_words(app: App, error: Exception) -> TaskFailed:
-    """The failure that a program's early end is, or a GitHub that does not answer."""
+    """The failure that ERROR is: a program's early end, a GitHub that does not answer, or ours."""
     if isinstance(error, TaskFailed):
         return error
     if isinstance(error, GitHubError):  # asked, before the first checkout, who the App's bot is
         return TaskFailed("clone_failed", f"Failed to clone repository: {error}")
-    if isinstance(error, OSError):
-        return TaskFailed("internal", f"internal error: {error}")
+    if not isinstance(error, Stopped):
+        told = str(error) if isinstance(error, OSError) else type(error).__name__
+        return TaskFailed("internal", f"internal error: {told}")
     limit = f"{app.config.task_timeout} s (CODEBOT_TASK_TIMEOUT; {GIT_TIMEOUT} s for one git)"
     stall = f"No output for {app.config.stall_timeout} s (CODEBOT_STALL_TIMEOUT)"
     why = {"timeout": f"Not done within {limit}", "stalled": stall}
