@@ -1961,6 +1961,8 @@ class ClaudeReader:
             what = "CODEBOT_MAX_BUDGET_USD or CODEBOT_MAX_TURNS"
             raise TaskFailed("budget", f"The agent reached its limit ({what}): {said}")
         if get("is_error") or get("subtype") != "success" or get("num_turns") == 0:
+            if not self.result:
+                self.job.check(0.3)  # who ended it may mean us too
             why = "failed" if self.result else f"ended without a result, code {code}"
             raise TaskFailed("agent_failed", f"The agent {why}: {said}")
 
