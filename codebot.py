@@ -90,7 +90,7 @@ FILES in the work directory
   scratch_*/     one command's workspace       trash_*/       being removed
 
 WHERE THE DANGEROUS THINGS ARE, each in one place
-  Popen( in run_program         urlopen( in GitHub.send       SQL in Store
+  Popen( in run_program         urlopen( in GitHub.open       SQL in Store
   a change of state in Store._transition                      a credential for git in
   GitDirectory.remote_git       what the agent sees in sandbox_mounts
   what the network reaches in routes                          what a browser runs in PAGE
@@ -122,6 +122,7 @@ import http.server
 import io
 import json
 import logging
+import math
 import os
 import pathlib
 import queue
@@ -145,7 +146,7 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Union
+from typing import IO, Any, NamedTuple, Protocol
 
 # === I. The boundary =========================================================
 # Every process, every outgoing request, every use of a credential.
@@ -165,20 +166,20 @@ TRANSITIONS = {
     "failed": (),
 }
 
-MAX_CRASHES = 3  # a job that was interrupted this often is blamed for it and fails
+MAX_INTERRUPTIONS = 3  # a job that was interrupted this often fails
 RETRY_DELAY = 60.0  # seconds until a job is retried after a transient error
-# Seconds after which a transient error is no longer retried. A reviewer can wait.
+# Seconds after which a transient error is no longer retried.
 RETRY_LIMIT = {"task": 3600.0, "review": 86400.0}
 DATABASE_RETRY_DELAY = 5.0  # seconds until a failed write to the database is repeated
 DATABASE_TEST_INTERVAL = 10.0  # seconds between two tests of the database
 
 GIT_TIMEOUT = 1800.0  # seconds for one git command
-MIN_GIT_TIMEOUT = 60.0  # seconds that git in a workspace gets, however late it is
+MIN_GIT_TIMEOUT = 60.0  # seconds for git in a workspace, if the job's time is over
 PROBE_TIMEOUT = 30.0  # seconds for the sandbox, and for a node, when codebot starts
 STOP_TIMEOUT = 10.0  # seconds that the workers have to end
 KILL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL: git removes its lock files
 RESULT_GRACE = 5.0  # seconds that the agent may live on after its result
-MAX_LINE_BYTES = 8 << 20  # a longer line of output is replaced by a remark
+MAX_LINE_BYTES = 8 << 20  # of a longer line of output, the beginning is dropped
 MAX_OUTPUT_BYTES = 1 << 30  # a program that prints more is ended
 KEPT_LINES = 400  # the last lines of a program's output that are kept
 MAX_EVENT_CHARS = 4000  # a longer event is truncated
@@ -193,12 +194,17 @@ GITHUB_ATTEMPTS = 4  # requests for one call, when GitHub fails for a moment
 MAX_INLINE_WAIT = 5.0  # seconds that a request waits for GitHub; longer: the job waits
 
 
+# JSON as it arrives from outside: anything may be in it.
+Json = Any
+JsonObject = Mapping[str, Any]
+
+
 class ConfigError(Exception):
     """The settings or the work directory cannot be used; one sentence per problem."""
 
-    def __init__(self, problems: Sequence[str]) -> None:
+    def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
-        self.problems = list(problems)
+        self.problems = problems
 
 
 class HTTPError(Exception):
@@ -303,6 +309,11 @@ NETWORK_NAMES = (
     "GIT_SSL_CAINFO",
     "NODE_EXTRA_CA_CERTS",
 )
+GITHUB_NAMES = (  # required without --no-github
+    "GITHUB_APP_ID",
+    "GITHUB_APP_PRIVATE_KEY_PATH",
+    "GITHUB_APP_INSTALLATION_ID",
+)
 OWN_SECRET_NAMES = ("CODEBOT_API_KEYS", "GITHUB_WEBHOOK_SECRET")
 SECRET_NAME_RE = re.compile(
     r"token|key|secret|pass|pwd|cred|auth(?!or)|bearer|dsn|url|header", re.IGNORECASE
@@ -387,6 +398,8 @@ def parse_path(text: str) -> str:
 def parse_search_path(text: str) -> str:
     """Drop relative entries: in a workspace the agent could plant programs there."""
     entries = [entry for entry in text.split(":") if entry.startswith("/")]
+    if not entries:
+        raise ValueError("must name an absolute directory")
     return ":".join(entries)
 
 
@@ -403,10 +416,14 @@ def parse_agent_env(text: str) -> tuple[str, ...]:
 
 
 def parse_test_commands(text: str) -> tuple[tuple[str, str], ...]:
-    """Parse one command for all repositories, or lines ``owner/name=command``."""
+    """Parse one command for all repositories, or lines ``owner/name=command``.
+
+    In .env, which has one line per setting, the lines are separated by a literal \\n.
+    """
     rules = []
-    for line in text.replace("\\n", "\n").split("\n"):
-        pattern, equals, command = line.strip().partition("=")
+    for line in re.split(r"\n|\\n(?=\s*[\w.*?\[\]-]+/[\w.*?\[\]-]+\s*=)", text):
+        pattern, equals, command = line.partition("=")
+        pattern = pattern.strip()
         if equals and re.fullmatch(r"[\w.*?\[\]-]+/[\w.*?\[\]-]+", pattern):
             rules.append((pattern, command.strip()))
         elif line.strip():
@@ -415,10 +432,10 @@ def parse_test_commands(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def setting(
-    variable: str, parse: Callable[[str], object], default: object, flag: str = ""
+    variable: str, parse: Callable[[str], object], default: object, about: str = ""
 ) -> Any:
     """Define a field of Config: its variable, parser, default and the flag's help."""
-    metadata = {"variable": variable, "parse": parse, "flag": flag}
+    metadata = {"variable": variable, "parse": parse, "flag": about}
     is_secret = variable in OWN_SECRET_NAMES
     return dataclasses.field(default=default, metadata=metadata, repr=not is_secret)
 
@@ -568,9 +585,8 @@ def missing_settings(config: Config, needs_keys: bool) -> list[str]:
             f"CODEBOT_API_KEYS is not set. Set it {place} to a key that "
             "`openssl rand -hex 32` makes; separate several by commas."
         )
-    for field in ("app_id", "key_file", "installation_id"):
-        if not config.no_github and not getattr(config, field):
-            variable = Config.__dataclass_fields__[field].metadata["variable"]
+    for variable in GITHUB_NAMES:
+        if not config.no_github and not config.variables.get(variable, "").strip():
             problems.append(
                 f"{variable} is not set. Set it {place}, or start with --no-github."
             )
@@ -639,7 +655,7 @@ def load_config(flags: Mapping[str, object], needs_keys: bool = False) -> Config
     """Read the settings. Raises ConfigError with everything that is wrong."""
     config, problems = read_config(flags, needs_keys)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(*problems)
     return config
 
 
@@ -730,8 +746,8 @@ class ProgramResult(NamedTuple):
         return " / ".join(filter(None, lines[-4:]))[-1500:] or "no output"
 
 
-def never_ends() -> None:
-    """The ``check`` of a program that nothing outside ends early."""
+def no_check() -> None:
+    """Do nothing: the ``check`` of a program that no job runs."""
 
 
 class Limits(NamedTuple):
@@ -739,7 +755,7 @@ class Limits(NamedTuple):
 
     timeout: float = GIT_TIMEOUT  # seconds
     stall: float = GIT_TIMEOUT  # seconds without output
-    check: Callable[[], None] = never_ends
+    check: Callable[[], None] = no_check
 
 
 class Launch(NamedTuple):
@@ -758,20 +774,24 @@ class Launch(NamedTuple):
         return ["sh", "-c", 'echo "$0"; "$@"; echo "$0 $?"', self.token, *argv]
 
 
-# Gets new lines of standard output. When it returns a number, the program has done its
-# work and may live on for that many seconds.
-LineHandler = Callable[[list[str]], float | None]
+DEFAULT_LIMITS = Limits()
+
+
+class LineHandler(Protocol):
+    """Gets the new lines of a program's standard output."""
+
+    def __call__(self, lines: list[str]) -> float | None:
+        """Return the seconds that the program may live on, if its work is done."""
 
 
 class OutputFile:
     """A program's output, in an unlinked file that is read while it grows.
 
-    A file, because the CLI loses output when a pipe is full (tried).
+    A file, because the CLI loses output when a pipe is full (seen with 2.1.197).
     """
 
-    def __init__(self) -> None:
-        # Opened for appending: the agent can write here too, but not overwrite.
-        self.file = tempfile.TemporaryFile("ab+", buffering=0)
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
         self.bytes_read = 0
         self._partial_line = b""
 
@@ -821,7 +841,8 @@ class RunningProgram:
     def watch(self, on_lines: LineHandler) -> None:
         """Pass on its output until it ends. Raises what ended it early."""
         while True:
-            has_exited = self.child.poll() is not None  # before reading its last words
+            # Checked first, so that what was printed before the exit is read.
+            has_exited = self.child.poll() is not None
             has_output = self.read_output(has_exited, on_lines)
             if has_exited and not has_output:
                 return
@@ -896,13 +917,15 @@ class RunningProgram:
             self.limits.check()
         result = ProgramResult(code or 0, [*self.last_lines], [*self.last_errors])
         if code is None and self.kill_at is None:
-            event = "The node failed" if self.is_launched else "CODEBOT_LAUNCHER failed"
+            event = "CODEBOT_LAUNCHER failed"
+            if self.is_launched:
+                event = "The cluster ended it"
             raise LaunchFailed(f"{event}: {result.error}")
         return result
 
 
 def signal_group(leader: int, number: int) -> bool:
-    """Signal a process group. Returns whether anybody is in it, if only a zombie."""
+    """Signal a process group. Returns whether it has members; zombies count."""
     try:
         os.killpg(leader, number)
     except (ProcessLookupError, PermissionError):  # macOS: only a zombie is left
@@ -927,7 +950,7 @@ def is_group_running(leader: int) -> bool:
 def end_process_group(child: subprocess.Popen[bytes]) -> None:
     """End all processes of a program's group: SIGTERM, KILL_GRACE, SIGKILL.
 
-    The number of a group that still has members is not used for a new process.
+    A number is not given to a new process while its group has members.
     """
     deadline = time.monotonic() + KILL_GRACE
     signal_group(child.pid, signal.SIGTERM)
@@ -950,7 +973,7 @@ def run_program(
     *,
     cwd: str | None = None,
     stdin: bytes = b"",
-    limits: Limits = Limits(),
+    limits: Limits = DEFAULT_LIMITS,
     on_lines: LineHandler = ignore_lines,
     launch: Launch | None = None,
     pass_fds: Sequence[int] = (),
@@ -960,9 +983,11 @@ def run_program(
     Raises what ended it early (TimedOut, Stalled, TooMuchOutput, StopRequested,
     Cancelled, LaunchFailed), or OSError if it cannot be started.
     """
-    stdout = OutputFile()
-    stderr = OutputFile()
-    with tempfile.TemporaryFile() as stdin_file, stdout.file, stderr.file:
+    with contextlib.ExitStack() as files:
+        stdin_file = files.enter_context(tempfile.TemporaryFile())
+        # Opened for appending: what the agent writes there overwrites nothing.
+        stdout_file = files.enter_context(tempfile.TemporaryFile("ab+", buffering=0))
+        stderr_file = files.enter_context(tempfile.TemporaryFile("ab+", buffering=0))
         stdin_file.write(stdin)
         stdin_file.seek(0)
         log.debug("Running %s", argv)
@@ -971,12 +996,14 @@ def run_program(
             cwd=cwd,
             env=env,
             stdin=stdin_file,
-            stdout=stdout.file,
-            stderr=stderr.file,
+            stdout=stdout_file,
+            stderr=stderr_file,
             start_new_session=True,
             pass_fds=pass_fds,
         )
-        program = RunningProgram(child, stdout, stderr, limits, launch)
+        program = RunningProgram(
+            child, OutputFile(stdout_file), OutputFile(stderr_file), limits, launch
+        )
         try:
             program.watch(on_lines)
         finally:
@@ -998,29 +1025,32 @@ def tagged_processes(run_tag: str) -> list[int]:
     return found
 
 
+def signal_processes(processes: Iterable[int], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(OSError):  # it has ended
+            os.kill(process, number)
+
+
 def end_tagged_processes(run_tag: str) -> None:
     """End processes that left their group: SIGTERM, KILL_GRACE, SIGKILL."""
     deadline = time.monotonic() + KILL_GRACE
-    terminated: set[int] = set()  # a second SIGTERM would interrupt their cleaning up
+    signal_processes(tagged_processes(run_tag), signal.SIGTERM)
     # Until none is found: one may have forked meanwhile.
     for _ in range(1000):
         processes = tagged_processes(run_tag)
         if not processes:
             return
-        number = signal.SIGTERM
         if time.monotonic() > deadline:
-            number = signal.SIGKILL
-            terminated.clear()
-        for process in processes:
-            if process not in terminated:
-                with contextlib.suppress(OSError):
-                    os.kill(process, number)
-        terminated.update(processes)
+            signal_processes(processes, signal.SIGKILL)
         time.sleep(0.02)
 
 
 def base_environment(config: Config, run_tag: str) -> dict[str, str]:
-    """Return all that a program gets in its environment if it needs nothing more."""
+    """Return the minimal environment, which every program of codebot's gets.
+
+    CODEBOT_RUN is WORKDIR-PROCESS-JOB: a hash of the work directory, a random number
+    for this codebot process, and the job's id.
+    """
     return {
         "PATH": config.path,
         "HOME": "/nonexistent",
@@ -1153,7 +1183,9 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     # A directory comes before what lies in it; of the same one the cover is last.
     covers.sort(key=lambda mount: (mount.path, mount.kind is MountKind.HIDDEN))
     shown = [os.path.realpath("/etc/resolv.conf"), objects]  # the first may be in /run
-    shown += agent_program_files(config, [*hidden, "/tmp"])
+    for path in agent_program_files(config, [*hidden, "/tmp"]):
+        if not any(is_inside(path, directory) for directory in tools):
+            shown.append(path)
     mounts = covers + [Mount(path, MountKind.READ_ONLY) for path in shown]
     for part in ("repo", "home"):
         mounts.append(Mount(os.path.join(workspace, part), MountKind.WRITABLE))
@@ -1199,8 +1231,9 @@ def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
 
 
 # What a launcher started may outlive codebot, so it is recorded in a file, which
-# exists until CODEBOT_LAUNCHER_STOP has run: by codebot itself, by its watchdog after
-# a crash, or by the next start.
+# exists until CODEBOT_LAUNCHER_STOP has succeeded: run by codebot itself, by its
+# watchdog after a crash, or by the next start. The file names the run.
+STOP_FAILED = "stop failed"  # in place of the run: Cleanup tries again
 
 
 def launch_record(config: Config, workspace: str) -> pathlib.Path:
@@ -1216,7 +1249,7 @@ def record_launch(config: Config, workspace: str, run_tag: str) -> None:
 def stop_launched(config: Config, workspace: str, run_tag: str) -> bool:
     """End what a launcher left running in a workspace, if anything is recorded.
 
-    Returns whether nothing is left; else it is tried again before the next run there.
+    Returns whether nothing is left.
     """
     record = launch_record(config, workspace)
     if not record.exists():
@@ -1232,13 +1265,14 @@ def stop_launched(config: Config, workspace: str, run_tag: str) -> bool:
         error = str(failure) or "timed out"
     if error:
         log.warning("CODEBOT_LAUNCHER_STOP failed for %s: %s", record.name, error)
+        record.write_text(STOP_FAILED)
         return False
     record.unlink(missing_ok=True)  # an earlier server's watchdog may do the same now
     return True
 
 
 def stop_all_launched(config: Config, run_tag: str, launched_by: str = "") -> None:
-    """End all that was launched; with ``launched_by``, by that process only."""
+    """End all that was launched; with ``launched_by``, by those runs only."""
     for path in find_files(config.work_dir, "launched/*"):
         record = pathlib.Path(path)
         with contextlib.suppress(FileNotFoundError):
@@ -1288,7 +1322,7 @@ class Sandbox:
         if self.is_bwrap:
             problems = uncoverable_directories(self.config)
             if problems:
-                raise ConfigError(problems)
+                raise ConfigError(*problems)
             self.disable_userns = self.bwrap_can_disable_userns(run_tag)
         with scratch_workspace(self.config.work_dir) as workspace:
             return self.run_probe(workspace, run_tag, command)
@@ -1300,19 +1334,15 @@ class Sandbox:
             help_text = run_program(["bwrap", "--help"], env).stdout
         except OSError:
             raise ConfigError(
-                [
-                    "bwrap is not installed, so there is no sandbox for the agent. "
-                    "Install it (apt install bubblewrap), or accept an agent that can "
-                    "read codebot's secrets with CODEBOT_SANDBOX=none."
-                ]
+                "bwrap is not installed, so there is no sandbox for the agent. "
+                "Install it (apt install bubblewrap), or accept an agent that can "
+                "read codebot's secrets with CODEBOT_SANDBOX=none."
             ) from None
         is_supported = any("--disable-userns" in line for line in help_text)
         if not is_supported and os.getuid() == 0:
             raise ConfigError(
-                [
-                    "bwrap is older than 0.8, so an agent run by root could change the "
-                    "host. Install a newer bwrap or run codebot as another user."
-                ]
+                "bwrap is older than 0.8, so an agent run by root could change the "
+                "host. Install a newer bwrap or run codebot as another user."
             )
         return is_supported
 
@@ -1322,7 +1352,8 @@ class Sandbox:
         """Write a file through launcher and sandbox, and read it here."""
         config = self.config
         script = 'echo works >probe && { "$@"; true; }'
-        argv = self.wrap(["sh", "-c", script, "sh", *command], workspace, workspace)
+        objects = os.path.join(workspace, "objects")
+        argv = self.wrap(["sh", "-c", script, "sh", *command], workspace, objects)
         has_started = threading.Event()
         launch = None
         if config.launcher:
@@ -1335,26 +1366,24 @@ class Sandbox:
         try:
             result = run_program(argv, env, cwd=repo, limits=limits, launch=launch)
         except LaunchFailed as error:
-            raise ConfigError([f"{error}."]) from None
+            raise ConfigError(f"{error}.") from None
         except TimedOut:
             if launch is not None and not has_started.is_set():
                 raise LaunchFailed("no node was free") from None
-            raise ConfigError([self.failure("it timed out")]) from None
+            raise ConfigError(self.failure("it timed out")) from None
         except OSError as error:
             problem = f"cannot start {argv[0]}: {os_error_text(error)}"
             if config.launcher:
-                raise ConfigError([f"CODEBOT_LAUNCHER: {problem}."]) from None
-            raise ConfigError([self.failure(problem)]) from None
+                raise ConfigError(f"CODEBOT_LAUNCHER: {problem}.") from None
+            raise ConfigError(self.failure(problem)) from None
         finally:
             stop_launched(config, workspace, run_tag)
         if result.code != 0:
-            raise ConfigError([self.failure(result.error)])
+            raise ConfigError(self.failure(result.error))
         if not os.path.exists(os.path.join(repo, "probe")):
             raise ConfigError(
-                [
-                    f"A file that was written to {workspace} in the sandbox or on the "
-                    "node is not there on this host: both must see the same directory."
-                ]
+                f"A file that was written to {workspace} in the sandbox or on the "
+                "node is not there on this host: both must see the same directory."
             )
         return result
 
@@ -1385,9 +1414,13 @@ INVISIBLE_RE = re.compile(
     "<!--.*?(?:-->|$)"  # HTML comments
     "|[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]"  # zero width, bidi
     "|[\U000e0000-\U000e007f]"  # tags, which spell invisible ASCII
+    "|[\ufe00-\ufe0f\U000e0100-\U000e01ef]"  # variation selectors
     "|[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]",  # control characters
     re.DOTALL,
 )
+
+
+GONE_STATUSES = (404, 410, 422)  # what was asked for is not there (any more)
 
 
 class GitHubError(Exception):
@@ -1400,7 +1433,7 @@ class GitHubError(Exception):
 
 class Reply(NamedTuple):
     status: int  # 0: there was no response
-    value: Any  # the JSON; of an error, what is wrong as a text
+    value: Json  # the JSON; of an error, what is wrong as a text
     headers: email.message.Message
 
 
@@ -1423,7 +1456,7 @@ class Comment:
     review_id: int  # 0: not part of a review
     created_at: str
     path: str = ""
-    line: int = 0  # 0: unknown, or the comment is outdated
+    line: int = 0  # 0: unknown
     diff_hunk: str = ""
 
 
@@ -1441,7 +1474,6 @@ class RemotePullRequest(NamedTuple):
 class NewPullRequest(NamedTuple):
     number: int
     url: str
-    state: str
     created_at: str
 
 
@@ -1471,7 +1503,9 @@ class IssueHistory(NamedTuple):
     """What an issue's events say about the label and the text."""
 
     label_event: LabelEvent | None
-    title_then: str  # the title before it was changed after the label; "" if it was not
+    title_when_labelled: (
+        str  # the title before it was changed after the label; "" if it was not
+    )
     last_event_at: str
 
 
@@ -1487,7 +1521,7 @@ def visible_text(text: str) -> str:
     return INVISIBLE_RE.sub("", text)
 
 
-def person_login(user: Any) -> str:
+def person_login(user: Json) -> str:
     """Return the login of a person; "" for a bot or a deleted user."""
     user = user or {}
     login = str(user.get("login") or "")
@@ -1496,7 +1530,7 @@ def person_login(user: Any) -> str:
     return login
 
 
-def parse_comment(kind: str, payload: Mapping[str, Any]) -> Comment | None:
+def parse_comment(kind: str, payload: JsonObject) -> Comment | None:
     """Read a comment or review from the API or a webhook.
 
     Returns None for bots, deleted users and empty texts. Raises KeyError, TypeError or
@@ -1510,9 +1544,7 @@ def parse_comment(kind: str, payload: Mapping[str, Any]) -> Comment | None:
     return make_comment(kind, payload, user, text)
 
 
-def make_comment(
-    kind: str, payload: Mapping[str, Any], user: str, text: str
-) -> Comment:
+def make_comment(kind: str, payload: JsonObject, user: str, text: str) -> Comment:
     comment_id = int(payload["id"])
     review_id = int(payload.get("pull_request_review_id") or 0)
     if kind == "review":
@@ -1597,21 +1629,24 @@ class GitHub:
         claims = {"iat": now - 60, "exp": now + 540, "iss": self.config.app_id}
         parts = [base64url(json.dumps(part).encode()) for part in (header, claims)]
         signed = ".".join(parts)
-        with tempfile.NamedTemporaryFile() as signature:
+        with tempfile.NamedTemporaryFile(prefix="scratch_") as signature:
             argv = ["openssl", "dgst", "-sha256", "-sign", self.config.key_file]
-            result = run_program(
-                [*argv, "-out", signature.name],
-                base_environment(self.config, self.run_tag),
-                stdin=signed.encode(),
-                limits=Limits(timeout=30.0),
-            )
+            try:
+                result = run_program(
+                    [*argv, "-out", signature.name],
+                    base_environment(self.config, self.run_tag),
+                    stdin=signed.encode(),
+                    limits=Limits(timeout=30.0),
+                )
+            except TimedOut:
+                raise GitHubError(0, "openssl hangs") from None
             data = pathlib.Path(signature.name).read_bytes()
         if result.code != 0 or not data:
             raise GitHubError(
                 0,
-                f"{self.config.key_file} is not a private key that openssl can sign "
-                "with. Download it again: the App's settings, \"Generate a private "
-                f'key". (openssl: {result.error})',
+                f"GITHUB_APP_PRIVATE_KEY_PATH: {self.config.key_file} is not a private "
+                'key. Download it again: the App\'s settings, "Generate a private key" '
+                f"(openssl: {result.error})",
             )
         return f"{signed}.{base64url(data)}"
 
@@ -1621,7 +1656,7 @@ class GitHub:
         token, expiry = self._tokens.get(repository_id, ("", 0.0))
         if expiry > needed_until:
             return token
-        body: dict[str, Any] = {"permissions": {"metadata": "read"}}
+        body: dict[str, Json] = {"permissions": {"metadata": "read"}}
         if repository_id != LOOKUP:
             body = {
                 "repository_ids": [repository_id],
@@ -1631,7 +1666,7 @@ class GitHub:
         try:
             reply = self.call("POST", f"{installation}/access_tokens", AS_APP, body)
         except GitHubError as error:
-            # Not its status: 404 would mean that the subject of a request is gone.
+            # Not its status: 404 would mean that what is asked for does not exist.
             raise GitHubError(0, self.token_error_text(error)) from None
         token = str(reply.value["token"])
         self.redact.add(token)
@@ -1665,8 +1700,8 @@ class GitHub:
         method: str,
         path: str,
         repository_id: int,
-        body: Any = None,
-        find_existing: Callable[[], Any] | None = None,
+        body: Json = None,
+        find_existing: Callable[[], Json] | None = None,
     ) -> Reply:
         """Send a request, and again as GitHub's documentation asks.
 
@@ -1689,7 +1724,7 @@ class GitHub:
                     return Reply(200, existing, reply.headers)
         raise TransientError(f"GitHub does not answer: {reply.value}")
 
-    def send(self, method: str, url: str, repository_id: int, body: Any) -> Reply:
+    def send(self, method: str, url: str, repository_id: int, body: Json) -> Reply:
         """Send one request. The only place that does."""
         if self.silent_until > time.time():
             raise TransientError(
@@ -1712,11 +1747,8 @@ class GitHub:
         request = urllib.request.Request(url, data, headers, method=method)
         self.requests_made += 1
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            with self.open(request) as response:
                 reply = self.read_reply(response)
-        except urllib.error.HTTPError as error:  # any status that is not 2xx
-            with error:
-                reply = self.read_reply(error)
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, OSError):
@@ -1728,6 +1760,13 @@ class GitHub:
         if method == "GET":
             self.remember_list(url, reply)
         return reply
+
+    def open(self, request: urllib.request.Request) -> Any:
+        """Return the response, whatever its status is."""
+        try:
+            return urllib.request.urlopen(request, timeout=self.timeout)
+        except urllib.error.HTTPError as error:  # a response that is not 2xx
+            return error
 
     def read_reply(self, response: Any) -> Reply:
         """Read a response within the timeout, however slowly it arrives."""
@@ -1834,18 +1873,23 @@ class GitHub:
         if self.stop.wait(seconds):
             raise StopRequested()
 
-    def pages(self, path: str, repository_id: int, key: str = "") -> Iterator[Any]:
-        """Yield all entries of a list (or of the list ``key``), to its last page."""
+    def pages(
+        self, path: str, repository_id: int, list_field: str = ""
+    ) -> Iterator[Json]:
+        """Yield all entries of a list, to its last page.
+
+        ``list_field``: the list is this field of the response.
+        """
         url = path
         while url:
             reply = self.call("GET", url, repository_id)
-            yield from reply.value[key] if key else reply.value
+            yield from reply.value[list_field] if list_field else reply.value
             link = re.search(r'<([^>]+)>; *rel="next"', reply.headers.get("Link", ""))
             url = self.checked_url(link[1]) if link else ""
 
     # The App, its installation and its repositories
 
-    def app(self) -> Any:
+    def app(self) -> Json:
         try:
             return self.call("GET", "/app", AS_APP).value
         except GitHubError as error:
@@ -1858,7 +1902,7 @@ class GitHub:
                 f"Server set GITHUB_ENTERPRISE_URL ({self.api}/app answered {error})",
             ) from None
 
-    def installation(self) -> Any:
+    def installation(self) -> Json:
         path = f"/app/installations/{self.config.installation_id}"
         try:
             return self.call("GET", path, AS_APP).value
@@ -1889,7 +1933,7 @@ class GitHub:
         payload = self.call("GET", f"/repositories/{repository_id}", LOOKUP).value
         return self.make_repository(payload)
 
-    def make_repository(self, payload: Any) -> GitHubRepository:
+    def make_repository(self, payload: Json) -> GitHubRepository:
         # Without an id there is only the token that cannot write.
         repository_id = int(payload.get("id") or LOOKUP)
         return GitHubRepository(self, repository_id, payload["full_name"])
@@ -1904,16 +1948,16 @@ class GitHubRepository:
         self.full_name = full_name
         self.path = f"/repos/{full_name}"
 
-    def get(self, path: str) -> Any:
+    def get(self, path: str) -> Json:
         return self.github.call("GET", f"{self.path}{path}", self.id).value
 
     def post(
-        self, path: str, body: Any, find_existing: Callable[[], Any] | None = None
-    ) -> Any:
+        self, path: str, body: Json, find_existing: Callable[[], Json] | None = None
+    ) -> Json:
         path = f"{self.path}{path}"
         return self.github.call("POST", path, self.id, body, find_existing).value
 
-    def pages(self, path: str) -> Iterator[Any]:
+    def pages(self, path: str) -> Iterator[Json]:
         separator = "&" if "?" in path else "?"
         return self.github.pages(f"{self.path}{path}{separator}per_page=100", self.id)
 
@@ -1945,7 +1989,7 @@ class GitHubRepository:
 
     # Pull requests
 
-    def find_pull_request(self, branch: str) -> Any:
+    def find_pull_request(self, branch: str) -> Json:
         """Return GitHub's entry for the branch's pull request, or None."""
         owner = self.full_name.split("/")[0]
         head = urllib.parse.quote(f"{owner}:{branch}")
@@ -1960,7 +2004,7 @@ class GitHubRepository:
         """Open the branch's pull request, unless it has one already."""
         fields = {"title": title, "body": body, "head": branch, "base": base}
 
-        def find_existing() -> Any:
+        def find_existing() -> Json:
             return self.find_pull_request(branch)
 
         payload = find_existing()
@@ -1969,7 +2013,6 @@ class GitHubRepository:
         return NewPullRequest(
             number=int(payload["number"]),
             url=str(payload["html_url"]),
-            state=str(payload["state"]),
             created_at=str(payload.get("created_at") or now_text(seconds_ago=60)),
         )
 
@@ -2004,6 +2047,20 @@ class GitHubRepository:
                     updated_at = payload.get("updated_at") or comment.created_at
                     yield str(updated_at), comment
 
+    def reload_comment(self, number: int, comment: Comment) -> Comment | None:
+        """Return a comment as GitHub has it now; None if it was deleted."""
+        paths = {
+            "review": f"/pulls/{number}/reviews/{comment.id}",
+            "inline": f"/pulls/comments/{comment.id}",
+            "conversation": f"/issues/comments/{comment.id}",
+        }
+        try:
+            return parse_comment(comment.kind, self.get(paths[comment.kind]))
+        except GitHubError as error:
+            if error.status != 404:
+                raise
+            return None
+
     def review_with_comments(self, number: int, review_id: int) -> list[Comment]:
         """Return a review and all its inline comments; [] if it was deleted."""
         path = f"/pulls/{number}/reviews/{review_id}"
@@ -2035,7 +2092,7 @@ class GitHubRepository:
         """
         bot = self.github.bot()
 
-        def find_existing() -> Any:
+        def find_existing() -> Json:
             for payload in self.pages(list_path):
                 is_ours = (payload["user"] or {}).get("id") == bot.id
                 if is_ours and marker in (payload["body"] or ""):
@@ -2073,23 +2130,25 @@ class GitHubRepository:
     def issue_history(self, number: int, label: str) -> IssueHistory:
         """Read who put the label on an issue, or took it off, and when."""
         label_event = None
-        title_then = ""
+        title_when_labelled = ""
         last_event_at = ""
         for payload in self.pages(f"/issues/{number}/events"):  # oldest first
             kind = payload["event"]
             last_event_at = max(last_event_at, str(payload["created_at"]))
-            if kind == "renamed" and not title_then:
-                title_then = str(payload["rename"]["from"])
+            if kind == "renamed" and not title_when_labelled:
+                title_when_labelled = str(payload["rename"]["from"])
             is_label_event = kind in ("labeled", "unlabeled")
             if is_label_event and payload["label"]["name"].lower() == label.lower():
-                title_then = ""
+                title_when_labelled = ""
                 label_event = LabelEvent(
                     id=int(payload["id"]),
                     actor=person_login(payload["actor"]),
                     created_at=str(payload["created_at"]),
                     is_labeled=kind == "labeled",
                 )
-        return IssueHistory(label_event, visible_text(title_then), last_event_at)
+        return IssueHistory(
+            label_event, visible_text(title_when_labelled), last_event_at
+        )
 
     def issue_comments(self, number: int) -> list[tuple[str, Comment]]:
         """Return an issue's comments, each with the time of its last change."""
@@ -2141,6 +2200,8 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     r"|hung up|unexpected disconnect|Empty reply|SSL|TLS|commit_refs|No space left"
     r"|bytes of body are still expected|Broken pipe|Recv failure|Send failure"
 )
+# A push that the remote refused, except for a fault of its own.
+REJECTED_RE = re.compile(r"rejected\](?!.*(Internal Server Error|commit_refs))")
 STALE_FILES = ("*.lock", "refs/**/*.lock", "objects/*/tmp_*", "objects/pack/.tmp-*")
 PLAIN_REMOTE_RE = re.compile(
     r"((https?|ssh|file)://|/|\w[\w.-]*@\w[\w.-]*:)[^-].*", re.ASCII
@@ -2253,7 +2314,8 @@ def remote_environment(config: Config, run_tag: str, token: str) -> dict[str, st
     env = base_environment(config, run_tag)
     if config.no_github:
         # The host's own git configuration and ssh agent are the credentials.
-        own = {k: v for k, v in os.environ.items() if k not in OWN_SECRET_NAMES}
+        not_for_git = (*OWN_SECRET_NAMES, *MODEL_KEY_NAMES)
+        own = {k: v for k, v in os.environ.items() if k not in not_for_git}
         for name in ("CODEBOT_RUN", "GIT_TERMINAL_PROMPT", "LC_ALL"):
             own[name] = env[name]
         own["GIT_ALLOW_PROTOCOL"] = "https:http:ssh:file"
@@ -2294,13 +2356,24 @@ class GitDirectory:
 
     def git(self, *args: str, stdin: bytes = b"", **env: str) -> ProgramResult:
         """Run git without network and credential."""
-        result = run_program(
-            [*GIT, "--git-dir", self.path, *args],
-            {**base_environment(self.config, self.run_tag), **env},
-            stdin=stdin,
-            limits=self.limits,
-        )
-        return check_disk(result)
+        env = {**base_environment(self.config, self.run_tag), **env}
+        return check_disk(self.run_git(args, env, stdin))
+
+    def run_git(
+        self,
+        args: Sequence[str],
+        env: Mapping[str, str],
+        stdin: bytes = b"",
+        pass_fds: Sequence[int] = (),
+    ) -> ProgramResult:
+        argv = [*GIT, "--git-dir", self.path, *args]
+        try:
+            return run_program(
+                argv, env, stdin=stdin, limits=self.limits, pass_fds=pass_fds
+            )
+        except (TimedOut, Stalled):
+            limit = f"{self.limits.timeout:.0f} s"
+            raise GitFailed(f"git {args[0]} took more than {limit}") from None
 
     def output(self, *args: str, stdin: bytes = b"", **env: str) -> list[str]:
         """Run git and return what it printed. Raises GitFailed if it fails."""
@@ -2322,12 +2395,8 @@ class GitDirectory:
         git a credential.
         """
         args = tuple(repository.url if arg == "URL" else arg for arg in args)
-        result = run_program(
-            [*GIT, "--git-dir", self.path, *args],
-            remote_environment(self.config, self.run_tag, token),
-            limits=self.limits,
-            pass_fds=pass_fds,
-        )
+        env = remote_environment(self.config, self.run_tag, token)
+        result = self.run_git(args, env, pass_fds=pass_fds)
         if result.code == 0:
             return result
         text = "\n".join([*result.stdout, *result.stderr])
@@ -2335,7 +2404,7 @@ class GitDirectory:
             raise GitAuthFailed("authentication failed")
         # An address or a branch's name may say anything.
         words = re.sub(r"(?<!\w)'[^'\n]*'|https?://\S+", "", text)
-        if TRANSIENT_GIT_ERROR_RE.search(words) and "[rejected]" not in words:
+        if TRANSIENT_GIT_ERROR_RE.search(words) and not REJECTED_RE.search(words):
             raise TransientError(result.error)
         raise GitFailed(result.error)
 
@@ -2344,6 +2413,10 @@ class GitDirectory:
 
     def is_ancestor(self, old: str, new: str) -> bool:
         return self.git("merge-base", "--is-ancestor", old, new).code == 0
+
+
+# Seconds before a new token is used: it may not be known everywhere at once.
+TOKEN_RETRY_DELAYS = (0.0, 3.0)
 
 
 class RemoteAccess:
@@ -2356,17 +2429,19 @@ class RemoteAccess:
     def git(
         self, directory: GitDirectory, *args: str, pass_fds: Sequence[int] = ()
     ) -> ProgramResult:
-        """Run git against the remote; if its token was refused, once more."""
+        """Run git against the remote; if its token is refused, with a new one."""
         if self.remote is None:
             return directory.remote_git(self.repository, "", *args, pass_fds=pass_fds)
         github = self.remote.github
-        try:
-            token = github.token(self.remote.id)
-            return directory.remote_git(
-                self.repository, token, *args, pass_fds=pass_fds
-            )
-        except GitAuthFailed:
-            github.forget_token(self.remote.id)
+        for delay in TOKEN_RETRY_DELAYS:
+            try:
+                token = github.token(self.remote.id)
+                return directory.remote_git(
+                    self.repository, token, *args, pass_fds=pass_fds
+                )
+            except GitAuthFailed:
+                github.forget_token(self.remote.id)
+                time.sleep(delay)
         token = github.token(self.remote.id)
         return directory.remote_git(self.repository, token, *args, pass_fds=pass_fds)
 
@@ -2425,32 +2500,32 @@ class Mirror(GitDirectory):
             name, commit = self.resolve_branch(access, branch)
             with self.lock() as descriptor:
                 os.utime(descriptor)  # cleanup looks at when the mirror was last used
-                if not self.has_branch(name, commit):
+                if not self.branch_contains(name, commit):
                     self.fetch_all(access, descriptor)
-                if self.has_branch(name, commit):
+                if self.branch_contains(name, commit):
                     return name, commit
         raise TransientError(f"Branch {name} kept moving while it was fetched")
 
-    def has_branch(self, name: str, commit: str) -> bool:
+    def branch_contains(self, name: str, commit: str) -> bool:
         return self.is_ancestor(commit, f"refs/heads/{name}")
 
     def fetch_all(self, access: RemoteAccess, lock: int) -> None:
-        """Fetch all branches. The lock must be held; git keeps it."""
+        """Fetch all branches. The lock must be held; git inherits it."""
         refspec = "+refs/heads/*:refs/heads/*"
         access.git(self, *GIT_FETCH, "--prune", "--", "URL", refspec, pass_fds=[lock])
 
     def check_objects(self, commit: str) -> None:
         """Raise GitFailed if the commit's directories do not pass git's fsck.
 
-        What an agent left is fetched with fsck. If its repository has old faults,
-        that would fail, after the agent was paid, and through no fault of its own.
+        What an agent leaves is checked by fsck later. If the repository had such
+        faults before, the job fails now, before the agent is paid.
         """
         script = (
             'git -C "$1" rev-list --objects --no-object-names --filter=blob:none '
             '--no-walk "$2" | git -C "$1" pack-objects -q --stdout | '
             'git -C "$1" index-pack --fsck-objects --stdin -o "$3/x.idx" "$3/x.pack"'
         )
-        with tempfile.TemporaryDirectory(dir=self.config.work_dir) as directory:
+        with tempfile.TemporaryDirectory(prefix="scratch_") as directory:
             result = run_program(
                 ["sh", "-c", script, "sh", self.path, commit, directory],
                 base_environment(self.config, self.run_tag),
@@ -2467,13 +2542,13 @@ class Mirror(GitDirectory):
                     if os.lstat(path).st_mtime <= time.time() - older_than:
                         os.unlink(path)
 
-    def repack(self, is_needed: bool) -> None:
-        """Pack what many tasks have left. ``is_needed``: a workspace reads objects."""
+    def repack(self, keep_unreachable: bool) -> None:
+        """Pack what many tasks have left. A workspace may need unreachable objects."""
         loose = os.path.join(self.objects, "17")  # git gc --auto estimates by this one
         loose_count = len(os.listdir(loose)) if os.path.isdir(loose) else 0
         if loose_count <= 26 and len(find_files(self.objects, "pack/*.pack")) <= 50:
             return
-        if is_needed:
+        if keep_unreachable:
             self.git("repack", "-a", "-d", "--keep-unreachable", "-q")
         else:
             self.git("gc", "--prune=now", "-q")
@@ -2526,7 +2601,7 @@ CREATE TABLE jobs (
     reviewer TEXT NOT NULL DEFAULT '',
     request_kind TEXT NOT NULL DEFAULT '',
     -- Interruptions and retries.
-    crashes INTEGER NOT NULL DEFAULT 0,
+    interruptions INTEGER NOT NULL DEFAULT 0,
     not_before REAL NOT NULL DEFAULT 0,
     transient_since REAL NOT NULL DEFAULT 0,
     cancel_requested INTEGER NOT NULL DEFAULT 0,
@@ -2546,6 +2621,7 @@ CREATE TABLE jobs (
     CHECK ((kind = 'review') = (pull_request_id IS NOT NULL)),
     CHECK ((status IN ('completed', 'failed')) = (completed_at IS NOT NULL))
 );
+CREATE INDEX jobs_by_kind ON jobs (kind, seq);
 CREATE INDEX jobs_by_status ON jobs (kind, status, seq);
 CREATE INDEX jobs_by_pull_request ON jobs (pull_request_id, status, seq);
 CREATE INDEX jobs_by_directory ON jobs (directory);
@@ -2588,6 +2664,8 @@ CREATE TABLE comments (
 );
 CREATE INDEX comments_by_job ON comments (job_id);
 CREATE INDEX comments_by_pull_request ON comments (pull_request_id);
+-- The label events that have become tasks. They outlive the tasks.
+CREATE TABLE label_events (id INTEGER PRIMARY KEY);
 CREATE TABLE deliveries (guid TEXT PRIMARY KEY, received_at TEXT NOT NULL);
 CREATE TABLE totals (name TEXT PRIMARY KEY, value REAL NOT NULL);
 -- What the API's list shows.
@@ -2716,7 +2794,7 @@ class Job:
     pull_request_id: int
     reviewer: str
     request_kind: str  # of a review: "question", "change", "unclear", "none", "limit"
-    crashes: int
+    interruptions: int
     transient_since: float
     cancel_requested: bool
     is_pushing: bool
@@ -2784,18 +2862,19 @@ class Event(NamedTuple):
     message: str
 
 
+REQUEST_COLUMNS = [field.name for field in dataclasses.fields(TaskRequest)]
+JOB_FIELDS = [field.name for field in dataclasses.fields(Job)]
+
+
 def make_job(row: sqlite3.Row) -> Job:
-    request = {f.name: row[f.name] for f in dataclasses.fields(TaskRequest)}
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(Job):
-        if field.name not in ("request", "outcome"):
-            values[field.name] = row[field.name]
-    for name in ("started_at", "completed_at"):
-        values[name] = row[name] or ""
-    values["pull_request_id"] = row["pull_request_id"] or 0
-    values["request"] = TaskRequest(**request)
-    values["outcome"] = Outcome.from_json(row["outcome"])
-    return Job(**values)
+    columns = dict(zip(row.keys(), row))
+    columns["started_at"] = columns["started_at"] or ""
+    columns["completed_at"] = columns["completed_at"] or ""
+    columns["pull_request_id"] = columns["pull_request_id"] or 0
+    columns["outcome"] = Outcome.from_json(columns["outcome"])
+    request = TaskRequest(**{name: columns[name] for name in REQUEST_COLUMNS})
+    columns["request"] = request
+    return Job(**{name: columns[name] for name in JOB_FIELDS})
 
 
 def make_pull_request(row: sqlite3.Row) -> PullRequest:
@@ -2825,7 +2904,7 @@ class Store:
             self._reader = self._connect()
         except sqlite3.Error as error:
             raise ConfigError(
-                [f"The database {path} cannot be used: {error}. Use a new --work-dir."]
+                f"The database {path} cannot be used: {error}. Use a new --work-dir."
             ) from None
         self._inode = os.stat(path).st_ino
 
@@ -2852,11 +2931,9 @@ class Store:
             )
         elif version != SCHEMA_VERSION or "jobs" not in names:
             raise ConfigError(
-                [
-                    f"The database {self.path} has schema {version} of another version "
-                    f"of codebot; this one needs schema {SCHEMA_VERSION}. Use a new "
-                    "--work-dir."
-                ]
+                f"The database {self.path} has schema {version} of another version "
+                f"of codebot; this one needs schema {SCHEMA_VERSION}. Use a new "
+                "--work-dir."
             )
 
     @contextlib.contextmanager
@@ -2874,9 +2951,11 @@ class Store:
             self.writable = False
             raise
         finally:
-            if self._writer.in_transaction:
-                self._writer.execute("ROLLBACK")
-            self._write_lock.release()
+            try:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+            finally:
+                self._write_lock.release()
 
     def _check_file(self) -> None:
         # Writes into a deleted file would all seem to succeed.
@@ -2915,7 +2994,7 @@ class Store:
             completed_at = CASE WHEN :new IN ('completed', 'failed') THEN :now END,
             reason = :reason,
             error = :error,
-            crashes = crashes + :crashes,
+            interruptions = interruptions + :interruptions,
             not_before = :not_before
         WHERE id = :id AND status = :old
     """
@@ -2928,7 +3007,7 @@ class Store:
         new: str,
         reason: str = "",
         error: str = "",
-        crashes: int = 0,
+        interruptions: int = 0,
         not_before: float = 0.0,
     ) -> None:
         """Change the state of a job. The only statement that does.
@@ -2944,7 +3023,7 @@ class Store:
             "now": now_text(),
             "reason": reason,
             "error": error,
-            "crashes": crashes,
+            "interruptions": interruptions,
             "not_before": not_before,
         }
         if db.execute(self._TRANSITION, values).rowcount == 0:
@@ -3030,16 +3109,23 @@ class Store:
                     {"name": name, "value": value},
                 )
 
-    def requeue(self, job_id: str, crashes: int = 0) -> None:
-        """Put a running job back; ``crashes`` is 1 if it was interrupted by one."""
+    def requeue(self, job_id: str, interruptions: int = 0) -> None:
+        """Put a running job back; ``interruptions`` is 1 if it was interrupted by one."""
         with self._transaction() as db:
-            self._transition(db, job_id, "running", "pending", crashes=crashes)
+            self._transition(
+                db, job_id, "running", "pending", interruptions=interruptions
+            )
 
-    def retry_later(self, job_id: str, not_before: float, crashes: int) -> None:
+    def retry_later(self, job_id: str, not_before: float, interruptions: int) -> None:
         """Put a running job back after a transient error."""
         with self._transaction() as db:
             self._transition(
-                db, job_id, "running", "pending", crashes=crashes, not_before=not_before
+                db,
+                job_id,
+                "running",
+                "pending",
+                interruptions=interruptions,
+                not_before=not_before,
             )
             db.execute(
                 """
@@ -3049,11 +3135,11 @@ class Store:
                 {"id": job_id, "now": time.time()},
             )
 
-    def requeue_interrupted(self, crashes: int) -> None:
+    def requeue_interrupted(self, interruptions: int) -> None:
         """Put back all running jobs, after a crash (1) or at a stop (0)."""
         for row in self._read("SELECT id FROM jobs WHERE status = 'running'"):
             with contextlib.suppress(WrongState):  # it has just ended
-                self.requeue(row["id"], crashes)
+                self.requeue(row["id"], interruptions)
 
     def request_cancel(self, job_id: str) -> None:
         """Fail a pending task, or ask a running one to end.
@@ -3094,7 +3180,6 @@ class Store:
         """Store what a restart has to know of a running job."""
         values = dataclasses.asdict(job)
         values["outcome"] = job.outcome.to_json()
-        del values["request"]
         with self._transaction() as db:
             db.execute(
                 """
@@ -3110,6 +3195,7 @@ class Store:
                     base_name = :base_name,
                     base_commit = :base_commit,
                     commit_id = :commit_id,
+                    transient_since = :transient_since,
                     outcome = :outcome
                 WHERE id = :id
                 """,
@@ -3466,9 +3552,7 @@ class Store:
         return [row["id"] for row in rows]
 
     def is_label_event_known(self, event_id: int) -> bool:
-        row = self._read_one(
-            "SELECT 1 FROM jobs WHERE label_event_id = :id", id=event_id
-        )
+        row = self._read_one("SELECT 1 FROM label_events WHERE id = :id", id=event_id)
         return row is not None
 
     def unfinished_issues(self) -> list[tuple[int, int]]:
@@ -3530,25 +3614,20 @@ class Store:
         )
         return row is not None
 
-    def has_unfinished_job(self, directory: str) -> bool:
-        row = self._read_one(
-            """
-            SELECT 1 FROM task_activity
-            WHERE directory = :directory AND active_until IS NULL
-            """,
-            directory=directory,
-        )
-        return row is not None
-
     def delete_expired(self, cutoff: str, delivery_cutoff: str) -> None:
-        """Delete what retention allows: logs; tasks without an open pull request."""
+        """Delete what is past its retention: logs; tasks without an open pull request.
+
+        Only so much at a time, since others wait while this writes.
+        """
         values = {"cutoff": cutoff, "delivery_cutoff": delivery_cutoff}
         with self._transaction() as db:
             db.execute(
                 """
-                DELETE FROM events WHERE task_id IN (
-                    SELECT task_id FROM task_activity
+                DELETE FROM events WHERE seq IN (
+                    SELECT events.seq FROM task_activity
+                    JOIN events ON events.task_id = task_activity.task_id
                     WHERE completed_at < :cutoff AND active_until < :cutoff
+                    LIMIT 20000
                 )
                 """,
                 values,
@@ -3638,6 +3717,9 @@ def insert_task(
         """,
         values,
     )
+    db.execute(
+        "INSERT INTO label_events SELECT :event_id WHERE :event_id IS NOT NULL", values
+    )
 
 
 def insert_delivery(db: sqlite3.Connection, guid: str) -> bool:
@@ -3725,30 +3807,35 @@ def insert_review(
 # --- Running jobs ------------------------------------------------------------
 
 
-class PullRequestChanged(NamedTuple):
+class SyncRequest:
+    """Asks the sync thread to look at something."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PullRequestChanged(SyncRequest):
     """Asks the sync thread to look at one of codebot's pull requests."""
 
     pull_request_id: int
 
 
-class IssueChanged(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class IssueChanged(SyncRequest):
     """Asks the sync thread to look at an issue's label."""
 
     repository_id: int
     number: int
 
 
-class TaskEnded(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class TaskEnded(SyncRequest):
     """Asks the sync thread to report a task's end on the issue that it comes from."""
 
     task_id: str
 
 
-class PollDue(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class PollDue(SyncRequest):
     """Asks the sync thread to look at all pull requests and labelled issues."""
-
-
-SyncRequest = Union[PullRequestChanged, IssueChanged, TaskEnded, PollDue]
 
 
 class App:
@@ -3787,8 +3874,11 @@ class App:
         for path in find_files(work_dir, "scratch_*"):
             remove_tree(self.config, path, self.run_tag)
         for path in all_mirrors(work_dir):
-            self.mirror(path, self.run_tag, never_ends).remove_stale_files()
-        self.store = Store(self.config.database_file)
+            self.mirror(path, self.run_tag, no_check).remove_stale_files()
+        database = self.config.database_file
+        if self.config.database:  # it may be that of another work directory
+            hold_lock(f"{database}.lock", database)
+        self.store = Store(database)
         try:
             self.sandbox.probe(self.run_tag)
         except LaunchFailed as error:
@@ -3797,7 +3887,7 @@ class App:
             try:
                 self.github.sign_jwt()
             except (GitHubError, OSError) as error:
-                raise ConfigError([f"GITHUB_APP_PRIVATE_KEY_PATH: {error}"]) from None
+                raise ConfigError(f"{error}.") from None
 
     def mirror(self, path: str, run_tag: str, check: Callable[[], None]) -> Mirror:
         """Return the mirror at a path that may be relative to the work directory."""
@@ -3851,29 +3941,30 @@ class App:
 
 
 def lock_work_dir(work_dir: str) -> None:
-    """Lock the work directory until this process ends. Raises ConfigError."""
+    """Make the work directory, and lock it. Raises ConfigError."""
     try:
         os.makedirs(work_dir, mode=0o700, exist_ok=True)
-        lock = os.open(f"{work_dir}/codebot.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        hold_lock(f"{work_dir}/codebot.lock", work_dir)
     except FileExistsError:
-        raise ConfigError([f"{work_dir} is a file, not a directory."]) from None
+        raise ConfigError(f"{work_dir} is a file, not a directory.") from None
     except OSError as error:
         raise ConfigError(
-            [
-                f"Cannot use {work_dir} as the work directory: {os_error_text(error)} "
-                f"for user {os.getuid()}. Use another --work-dir."
-            ]
+            f"Cannot use {work_dir} as the work directory: {os_error_text(error)} "
+            f"for user {os.getuid()}. Use another --work-dir."
         ) from None
+
+
+def hold_lock(path: str, subject: str) -> None:
+    """Hold a lock file until this process ends. Raises ConfigError if it is held."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.read(lock, 20).decode(errors="replace").strip()
         os.close(lock)
         raise ConfigError(
-            [
-                f"{work_dir} is in use by another codebot (process {holder}). Stop it, "
-                "or use another --work-dir."
-            ]
+            f"{subject} is in use by another codebot (process {holder}). Stop it, "
+            "or use another --work-dir."
         ) from None
     os.truncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
@@ -3966,6 +4057,20 @@ class JobRun:
         if self.deadline is not None:
             self.deadline += seconds
 
+    def limit_reached(self, error: Exception) -> JobFailed:
+        """Return what a program that took too long, or was silent, means for the job."""
+        if isinstance(error, Stalled):
+            limit = self.config.stall_timeout
+            return JobFailed(
+                "stalled", f"No output for {limit} s (CODEBOT_STALL_TIMEOUT)"
+            )
+        if self.job.phase == "queued":
+            limit = self.config.launch_timeout
+            message = f"No node became free within {limit} s (CODEBOT_LAUNCH_TIMEOUT)"
+            return JobFailed("timeout", message)
+        limit = self.config.task_timeout
+        return JobFailed("timeout", f"Timed out after {limit} s (CODEBOT_TASK_TIMEOUT)")
+
     def agent_limits(self) -> Limits:
         return Limits(self.time_left(), self.config.stall_timeout, self.check)
 
@@ -3981,10 +4086,13 @@ class JobRun:
 # sandbox. codebot takes one thing from there: the tree that the agent left. It makes
 # the commit itself, in a bare repository that no sandbox shows, the outbox.
 
-# Hooks, fsmonitor and signing are off; a killed git leaves lock files.
+# Hooks, fsmonitor, signing and gc are off; a killed git leaves lock files.
 GIT_FUNCTION = """
 rm -f .git/index.lock .git/HEAD.lock
-g() { git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c commit.gpgSign=false "$@"; }
+g() {
+    git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c commit.gpgSign=false \\
+        -c gc.auto=0 -c maintenance.auto=false "$@"
+}
 """
 CHECKOUT_SCRIPT = """
 objects=$1 url=$2 base_name=$3 base_commit=$4 branch=$5
@@ -3997,12 +4105,13 @@ git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 # A repository in the repository would become a link to a commit that nobody has.
 COMMIT_SCRIPT = f"""{GIT_FUNCTION}
 g add -A || exit
+g diff --cached --quiet && exit
 new=$(g diff --cached --raw | sed -n 's/^:000000 160000 [^\\t]*\\t//p')
 if [ -n "$new" ] && [ ! -e .gitmodules ]; then
     echo "$new is a git repository of its own" >&2
     exit 1
 fi
-g diff --cached --quiet || g commit -q --no-verify -m "What the agent left"
+g commit -q --no-verify -m "What the agent left"
 """
 # What the test leaves behind is discarded, except what .gitignore names.
 TEST_SCRIPT = f"""{GIT_FUNCTION}
@@ -4076,7 +4185,7 @@ class Workspace:
 
     def check_out(self, base_name: str, base_commit: str, keep_home: bool) -> None:
         """Make fresh directories and a repository with the branch checked out."""
-        self.stop_launched()
+        self.stop_earlier_launch()
         if keep_home:
             self.remove(self.repo)
             self.remove(os.path.join(self.path, "tmp"))
@@ -4096,8 +4205,6 @@ class Workspace:
             raise JobFailed(
                 "clone_failed", f"Failed to check out {base_name}: {result.error}"
             )
-        # What the agent left is fetched relative to it.
-        self.outbox.output("update-ref", "refs/codebot/base", base_commit)
         self.run.log("git", f"Branch {self.branch} from {base_name} at {base_commit}")
 
     # Programs in the sandbox
@@ -4127,7 +4234,12 @@ class Workspace:
         """Run a shell script of codebot's in the sandbox, on this host."""
         argv = ["sh", "-c", script, "sh", *arguments]
         argv = self.app.sandbox.wrap(argv, self.path, self.mirror.objects)
-        return check_disk(self.supervise(argv, self.run.git_limits(), stdin=stdin))
+        try:
+            result = self.supervise(argv, self.run.git_limits(), stdin=stdin)
+        except TooMuchOutput:
+            message = "git in the workspace printed more than 1 GiB"
+            raise JobFailed("agent_failed", message) from None
+        return check_disk(result)
 
     def launch(
         self,
@@ -4156,14 +4268,14 @@ class Workspace:
         words = launcher_words(self.config.launcher, self.path)
         argv = [*words, *launch.wrap(argv)]
         self.run.set_phase("queued")
-        self.stop_launched()
+        self.stop_earlier_launch()
         record_launch(self.config, self.path, self.run.run_tag)
         try:
             return self.supervise(argv, limits, for_agent, stdin, on_lines, launch)
         finally:
             stop_launched(self.config, self.path, self.run.run_tag)
 
-    def stop_launched(self) -> None:
+    def stop_earlier_launch(self) -> None:
         """End what an earlier run left on a node. Raises LaunchFailed if it cannot."""
         if not stop_launched(self.config, self.path, self.run.run_tag):
             raise LaunchFailed(
@@ -4190,6 +4302,8 @@ class Workspace:
                 on_lines=on_lines,
                 launch=launch,
             )
+        except (TimedOut, Stalled) as error:
+            raise self.run.limit_reached(error) from None
         finally:
             if launch is not None or not self.app.sandbox.is_bwrap:
                 # Without a launcher, bwrap ends all by itself.
@@ -4213,20 +4327,28 @@ class Workspace:
         )
         argv = [*GIT, "-c", "fetch.fsckObjects=true", "--git-dir", self.outbox.path]
         argv += [*GIT_FETCH, "--upload-pack", shlex.join(upload_pack), "--"]
-        argv += [self.repo, "+HEAD:refs/codebot/agent"]
+        ref = (
+            f"refs/codebot/{uuid.uuid4().hex}"  # what was collected before is not used
+        )
+        argv += [self.repo, f"+HEAD:{ref}"]
         env = base_environment(self.config, self.run.run_tag)
         env["GIT_ALLOW_PROTOCOL"] = "file"
-        result = check_disk(run_program(argv, env, limits=self.run.git_limits()))
+        try:
+            result = check_disk(run_program(argv, env, limits=self.run.git_limits()))
+        except (TimedOut, Stalled) as error:
+            raise self.run.limit_reached(error) from None
         # Of a shallow repository git fetches nothing, and exits with 0.
-        tree = self.outbox.git("rev-parse", "--verify", "refs/codebot/agent^{tree}")
-        if result.code != 0 or tree.code != 0:
+        trees = self.outbox.git(
+            "rev-parse", f"{ref}^{{tree}}", f"{base_commit}^{{tree}}"
+        )
+        if result.code != 0 or trees.code != 0:
             raise JobFailed(
                 "agent_failed", f"The agent left no usable repository: {result.error}"
             )
-        base_tree = self.outbox.output("rev-parse", f"{base_commit}^{{tree}}")
-        if tree.stdout == base_tree:
+        tree, base_tree = trees.stdout
+        if tree == base_tree:
             raise JobFailed("no_changes", "The agent changed nothing")
-        return tree.stdout[0]
+        return tree
 
     def commit(self, tree: str, parent: str, message: str) -> str:
         """Make the job's one commit, in the App's name. Returns its id."""
@@ -4279,14 +4401,14 @@ class Workspace:
         """Return the commit of the branch at the remote; "" if it is not there."""
         try:
             return self.mirror.resolve_branch(self.access, self.branch)[1]
-        except (BranchNotFound, GitFailed):
+        except (BranchNotFound, GitFailed, GitHubError):
             return ""
 
     # Changes on top of what others pushed
 
     def patch(self, base_commit: str, commit: str) -> bytes:
         """Return the change of a commit in the outbox, to be applied elsewhere."""
-        with tempfile.NamedTemporaryFile() as file:
+        with tempfile.NamedTemporaryFile(prefix="scratch_") as file:
             options = ("--binary", "--full-index", f"--output={file.name}")
             self.outbox.output(*GIT_DIFF, *options, base_commit, commit)
             return pathlib.Path(file.name).read_bytes()
@@ -4452,7 +4574,7 @@ class AgentResult:
     """The end of a successful run, in the agent's own words."""
 
     text: str
-    structured: Any  # what a JSON schema asked for, if the agent gave it
+    structured: Json  # what a JSON schema asked for, if the agent gave it
 
 
 def delimited(name: str, text: str) -> str:
@@ -4461,7 +4583,7 @@ def delimited(name: str, text: str) -> str:
     return f"<{delimiter}>\n{text}\n</{delimiter}>\n"
 
 
-def claim_number(result: Mapping[str, Any], name: str) -> float | None:
+def claim_number(result: JsonObject, name: str) -> float | None:
     """Return a number of the agent's result, if it is a sensible one."""
     value = result.get(name)
     if isinstance(value, (int, float)) and 0 <= value < 1e9:
@@ -4474,9 +4596,10 @@ class AgentStream:
 
     def __init__(self, run: JobRun) -> None:
         self.run = run
-        self.result: dict[str, Any] = {}
+        self.result: dict[str, Json] = {}
         self.login_failed = False
         self.last_message = ""
+        self.schema_calls: set[str] = set()  # ids; their answer is in the result
 
     def read(self, lines: list[str]) -> float | None:
         """Handle lines. Returns the seconds that the agent may live on, if it is done."""
@@ -4494,7 +4617,7 @@ class AgentStream:
             self.last_message = message.strip()
             self.run.log(source, message.strip())
 
-    def read_event(self, event: dict[str, Any]) -> None:
+    def read_event(self, event: dict[str, Json]) -> None:
         if event["type"] == "result":
             self.result = event  # the last one counts
         elif event.get("subtype") == "api_retry":
@@ -4505,18 +4628,22 @@ class AgentStream:
             for block in blocks:
                 self.read_block(event["type"], block)
 
-    def read_api_retry(self, event: dict[str, Any]) -> None:
+    def read_api_retry(self, event: dict[str, Json]) -> None:
         self.login_failed = event.get("error_status") == 401
         self.log("agent", f"The model's API failed: {event.get('error')}")
 
-    def read_block(self, speaker: str, block: dict[str, Any]) -> None:
+    def read_block(self, speaker: str, block: dict[str, Json]) -> None:
         if block["type"] == "text" and speaker == "assistant":
             self.log("agent", str(block["text"]))
-        elif block["type"] == "tool_use" and block["name"] != "StructuredOutput":
+        elif block["type"] == "tool_use" and block["name"] == "StructuredOutput":
+            self.schema_calls.add(str(block.get("id")))
+        elif block["type"] == "tool_use":
             self.log("tool", tool_call_text(block["name"], block["input"]))
         elif block["type"] == "tool_result":
-            source = "error" if block.get("is_error") else "output"
-            self.log(source, tool_result_text(block["content"]))
+            if str(block.get("tool_use_id")) not in self.schema_calls:
+                source = "error" if block.get("is_error") else "output"
+                text = tool_result_text(block["content"])
+                self.log(source, text if text.strip() else "(no output)")
 
     def error_text(self, result: ProgramResult) -> str:
         """Return the agent's own words about what went wrong."""
@@ -4561,7 +4688,7 @@ class AgentStream:
         return self.login_failed or status in (401, 403) or says_login
 
 
-def tool_call_text(name: str, inputs: Any) -> str:
+def tool_call_text(name: str, inputs: Json) -> str:
     """Return a tool call: its name and main input in one line, then the others."""
     if not isinstance(inputs, dict):
         return f"{name}: {inputs}"
@@ -4575,7 +4702,7 @@ def tool_call_text(name: str, inputs: Any) -> str:
     return "\n".join(lines)
 
 
-def tool_result_text(content: Any) -> str:
+def tool_result_text(content: Json) -> str:
     if not isinstance(content, list):
         return str(content)
     texts = [str(block.get("text", "")) for block in content]
@@ -4667,7 +4794,7 @@ class Agent:
             )
         return left
 
-    def add_up(self, result: Mapping[str, Any]) -> None:
+    def add_up(self, result: JsonObject) -> None:
         """Add what a run claims to have cost, also one that failed."""
         outcome = self.run.job.outcome
         cost = claim_number(result, "total_cost_usd")
@@ -4685,6 +4812,7 @@ class Agent:
 
 def run_task(run: JobRun) -> None:
     """Do a task, from the clone to the pull request. Each step can be repeated."""
+    run.set_phase("clone")
     access = find_remote(run)
     workspace = task_workspace(run, access)
     if not can_resume(run, workspace):
@@ -4768,14 +4896,13 @@ def can_resume(run: JobRun, workspace: Workspace) -> bool:
     if job.commit_id and (job.is_pushing or workspace.outbox.has_commit(job.commit_id)):
         run.log("codebot", f"Continued after commit {job.commit_id}")
         return True
-    if job.crashes or job.base_commit:
+    if job.interruptions or job.base_commit:
         run.log("codebot", "Restarted after an interruption")
     return False
 
 
 def clone(run: JobRun, workspace: Workspace) -> str:
     """Bring the mirror up to date and make the workspace. Returns the base commit."""
-    run.set_phase("clone")
     base_name, base_commit = fetch_branch(
         run, workspace, run.job.request.base_branch, "base_branch_not_found"
     )
@@ -4789,7 +4916,9 @@ def clone(run: JobRun, workspace: Workspace) -> str:
         ) from None
     workspace.make_outbox()
     workspace.check_out(base_name, base_commit, keep_home=False)
-    run.update(base_name=base_name, base_commit=base_commit, commit_id="")
+    run.update(
+        base_name=base_name, base_commit=base_commit, commit_id="", transient_since=0.0
+    )
     return base_commit
 
 
@@ -4820,7 +4949,7 @@ def task_text(request: TaskRequest) -> str:
 def do_task(run: JobRun, workspace: Workspace) -> None:
     prompt = f"Task:\n{delimited('task', task_text(run.job.request))}"
     agent = Agent(run, workspace, run.job.session_id)
-    on_start = functools.partial(run.set_phase, "agent")
+    on_start = functools.partial(run.set_phase, "agent", 1)
     agent.ask(prompt, CODING, Conversation.BEGIN, on_start)
 
 
@@ -4859,8 +4988,9 @@ def run_test_command(
         run.set_phase("test", attempt, attempts)
         run.log("test", f"$ {command}")
 
-    def log_lines(lines: list[str]) -> None:
+    def log_lines(lines: list[str]) -> float | None:
         run.log("test", "\n".join(lines))
+        return None
 
     try:
         result = workspace.launch(
@@ -4891,7 +5021,10 @@ def repair(
     )
     agent = Agent(run, workspace, run.job.session_id)
     on_start = functools.partial(run.set_phase, "agent", attempt, attempts)
-    agent.ask(prompt, CODING, Conversation.CONTINUE, on_start)
+    try:
+        agent.ask(prompt, CODING, Conversation.CONTINUE, on_start)
+    except ConversationLost:
+        raise JobFailed("agent_failed", "The agent lost its conversation") from None
 
 
 def make_commit(
@@ -4915,7 +5048,7 @@ def make_commit(
     outcome = dataclasses.replace(
         run.job.outcome, tests=tests, files=tuple(files), seconds=run.seconds()
     )
-    run.update(commit_id=commit_id, outcome=outcome)
+    run.update(commit_id=commit_id, outcome=outcome, transient_since=0.0)
 
 
 def push(run: JobRun, workspace: Workspace) -> None:
@@ -4940,6 +5073,7 @@ def code_block(text: str) -> str:
     fence = "```"
     while fence in text:
         fence += "`"
+    text = text.replace("<!--", "<! --")  # it is no marker of codebot's
     return f"{fence}\n{text}\n{fence}\n"
 
 
@@ -5038,11 +5172,14 @@ def run_review(run: JobRun) -> None:
             decide_and_do(run, context, comments)
         if run.job.commit_id:
             publish(run, context)
-    except JobFailed as error:
+    except (JobFailed, GitFailed, GitHubError) as error:
+        reason = getattr(error, "reason", "internal")
         message = run.app.redact(str(error))
-        run.log("codebot", f"Failed ({error.reason}): {message}")
-        run.update(commit_id="")
-        run.update_outcome(reason=error.reason, error=message, answers={})
+        run.log("codebot", f"Failed ({reason}): {message}")
+        outcome = dataclasses.replace(
+            run.job.outcome, reason=reason, error=message, answers={}
+        )
+        run.update(commit_id="", outcome=outcome)
     answer_threads(run, context, threads)
     outcome = run.job.outcome
     if outcome.error:
@@ -5061,7 +5198,7 @@ def load_review(run: JobRun) -> ReviewContext:
     try:
         remote = github.repository_by_id(pull_request.repository_id)
     except GitHubError as error:
-        raise ReviewSkipped(f"its repository cannot be reached: {error}") from None
+        raise skipped_or_later(error) from None
     url = f"{run.config.git_base}/{remote.full_name}"
     repository = parse_repository_url(run.config, url)
     if not repository.is_allowed(run.config):
@@ -5072,12 +5209,19 @@ def load_review(run: JobRun) -> ReviewContext:
     return ReviewContext(pull_request, task, remote, workspace)
 
 
+def skipped_or_later(error: GitHubError) -> Exception:
+    """Return what a refusal means: it is gone, or the App may be suspended for a while."""
+    if error.status in GONE_STATUSES:
+        return ReviewSkipped(f"it is not codebot's any more: {error}")
+    return TransientError(f"GitHub refuses the App: {error}")
+
+
 def check_pull_request(run: JobRun, context: ReviewContext) -> None:
     """Raise ReviewSkipped unless the pull request is open, and of our branch."""
     try:
         now = context.remote.pull_request(context.number)
     except GitHubError as error:
-        raise ReviewSkipped(f"its pull request cannot be read: {error}") from None
+        raise skipped_or_later(error) from None
     if now.state != "open":
         run.app.sync_queue.put(PullRequestChanged(context.pull_request.id))
         raise ReviewSkipped(f"the pull request is {now.state}")
@@ -5104,9 +5248,14 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
         add_github_reviews(run, context)
         store.absorb_waiting_reviews(run.job)  # what was delivered meanwhile
     comments = []
-    for comment in store.comments(run.job.id):
-        if comment.kind == "review" or context.remote.react(comment_path(comment)):
-            comments.append(comment)  # a review takes no reactions
+    for stored in store.comments(run.job.id):
+        # What a delivery said is not believed: GitHub says who wrote what.
+        comment = context.remote.reload_comment(context.number, stored)
+        if comment is None or comment.user != reviewer:
+            continue
+        comments.append(comment)
+        if comment.kind != "review":  # which takes no reactions
+            context.remote.react(comment_path(comment))
     return comments
 
 
@@ -5141,9 +5290,9 @@ def has_outcome(run: JobRun, context: ReviewContext) -> bool:
     if not job.commit_id:
         return bool(job.outcome.answers)
     workspace = context.workspace
-    return workspace.outbox.has_commit(job.commit_id) or workspace.mirror.has_branch(
-        workspace.branch, job.commit_id
-    )
+    return workspace.outbox.has_commit(
+        job.commit_id
+    ) or workspace.mirror.branch_contains(workspace.branch, job.commit_id)
 
 
 # From the comments to a commit
@@ -5153,9 +5302,9 @@ def decide_and_do(
     run: JobRun, context: ReviewContext, comments: Sequence[Comment]
 ) -> None:
     """Classify what the reviewer wants, do it, and store the answers."""
-    if run.job.crashes >= MAX_CRASHES:
+    if run.job.interruptions >= MAX_INTERRUPTIONS:
         raise JobFailed(
-            "interrupted", f"The server was interrupted {run.job.crashes} times"
+            "interrupted", f"The server was interrupted {run.job.interruptions} times"
         )
     first = comments[0]
     run.log("codebot", f"Review by {first.user}: {first.text}")
@@ -5447,7 +5596,8 @@ def answer_body(run: JobRun, thread: str, comments: Sequence[Comment]) -> str:
         first_line = comments[0].text.strip().splitlines()[0][:200]
         parts.append(quoted(f"@{comments[0].user}", first_line))
     if job.outcome.error:
-        parts.append(f"codebot could not do this: {job.outcome.error}")
+        error = code_block(truncate(job.outcome.error, 5000))
+        parts.append(f"codebot could not do this ({job.outcome.reason}):\n\n{error}")
     elif job.request_kind == "limit":
         parts.append(LIMIT_TEXT)
     elif job.commit_id:
@@ -5468,7 +5618,7 @@ def answer_body(run: JobRun, thread: str, comments: Sequence[Comment]) -> str:
 # later. Webhooks and polling share one memory: the store.
 
 SYNC_INTERVAL = 1.0  # seconds between looks at what is due and at tasks that ended
-EDIT_TOLERANCE = 10.0  # seconds between an event and the issue's own time
+EDIT_TOLERANCE = 3.0  # seconds between a label's event and the issue's own time
 
 
 class Sync:
@@ -5496,14 +5646,20 @@ class Sync:
         del self.waiting[request]
         try:
             self.look(request)
-        except (TransientError, sqlite3.Error) as error:
-            log.warning("GitHub cannot be asked now: %s", error)
-            retry_at = getattr(error, "retry_at", 0.0)
-            self.waiting[request] = max(time.time() + RETRY_DELAY, retry_at)
+        except (TransientError, sqlite3.Error, OSError) as error:
+            self.ask_later(request, error)
         except GitHubError as error:
-            log.warning("%s is ignored: %s", request, error)
+            if error.status not in GONE_STATUSES:  # the App may be suspended
+                self.ask_later(request, error)
+            else:
+                log.warning("%s is ignored: %s", request, error)
         except (LookupError, TypeError, ValueError):
             log.exception("%s: GitHub's response has an unknown shape", request)
+
+    def ask_later(self, request: SyncRequest, error: Exception) -> None:
+        log.warning("GitHub cannot be asked now: %s", error)
+        retry_at = getattr(error, "retry_at", 0.0)
+        self.waiting[request] = max(time.time() + RETRY_DELAY, retry_at)
 
     def look(self, request: SyncRequest) -> None:
         if isinstance(request, PullRequestChanged):
@@ -5593,25 +5749,25 @@ class Sync:
     def look_at_issue(self, request: IssueChanged) -> None:
         """Make a task of an issue with the label; end it if the label was removed."""
         remote = self.github.repository_by_id(request.repository_id)
-        issue = remote.issue(request.number)
         history = remote.issue_history(request.number, self.config.issue_label)
         event = history.label_event
         if event is None:
-            log.info("Issue %s: nobody put the label on it", issue.url)
+            name = f"{remote.full_name}#{request.number}"
+            log.info("Issue %s is ignored: nobody put the label on it", name)
             return
         kept_event = event.id if event.is_labeled else 0
         self.cancel_superseded(request, kept_event)
         if not event.is_labeled or self.app.store.is_label_event_known(event.id):
             return
+        issue = remote.issue(request.number)
         obstacle = self.obstacle(remote, issue, event)
         if obstacle:
             log.info("Issue %s is ignored: %s", issue.url, obstacle)
             return
-        comments = remote.issue_comments(issue.number)
-        if self.was_edited(remote, issue, history, comments):
+        if self.was_changed(remote, issue, event):
             self.ask_for_label(remote, issue, event)
             return
-        self.submit_issue(remote, issue, history, comments)
+        self.submit_issue(remote, issue, event, history.title_when_labelled)
 
     def cancel_superseded(self, request: IssueChanged, event_id: int) -> None:
         """Cancel the issue's tasks whose label was removed, while that is possible."""
@@ -5643,31 +5799,26 @@ class Sync:
             return f"{event.actor} has no write access"
         return ""
 
-    def was_edited(
-        self,
-        remote: GitHubRepository,
-        issue: Issue,
-        history: IssueHistory,
-        comments: Sequence[tuple[str, Comment | None]],
+    def was_changed(
+        self, remote: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> bool:
-        """Return whether its text may have been changed after it was labelled.
+        """Return whether its text may have been edited after it was labelled.
 
-        GitHub does not tell when a text was edited, only when the issue last changed.
+        GitHub does not report when a text was edited, only when the issue last changed.
+        An edit can be hidden behind a comment or a new title, so every change counts.
         An author with write access may edit it.
         """
         if issue.author and remote.has_write_access(issue.author):
             return False
-        known = [history.last_event_at]
-        known += [updated_at for updated_at, _ in comments]
-        unexplained = seconds_of(issue.updated_at) - seconds_of(max(known))
-        return unexplained > EDIT_TOLERANCE
+        age = seconds_of(issue.updated_at) - seconds_of(event.created_at)
+        return age > EDIT_TOLERANCE
 
     def ask_for_label(
         self, remote: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> None:
         path = f"/issues/{issue.number}/comments"
         text = (
-            f"This issue was edited after @{event.actor} labelled it. Please read it "
+            f"This issue was changed after @{event.actor} labelled it. Please read it "
             "again, remove the label and add it again."
         )
         remote.post_once(path, path, text, f"<!-- codebot label {event.id} -->")
@@ -5676,18 +5827,15 @@ class Sync:
         self,
         remote: GitHubRepository,
         issue: Issue,
-        history: IssueHistory,
-        comments: Sequence[tuple[str, Comment | None]],
+        event: LabelEvent,
+        title_when_labelled: str,
     ) -> None:
         """Submit the task: the issue's text at the moment when it was labelled."""
-        event = history.label_event
-        assert event is not None
-        title = history.title_then or issue.title
+        title = title_when_labelled or issue.title
         parts = [issue.body.strip() or title]
-        for updated_at, comment in comments:
-            if comment is None or updated_at > event.created_at:
-                continue
-            if remote.has_write_access(comment.user):
+        for updated_at, comment in remote.issue_comments(issue.number):
+            is_in_time = updated_at <= event.created_at
+            if is_in_time and remote.has_write_access(comment.user):
                 parts.append(f"Comment by {comment.user}:\n{comment.text}")
         repository = self.repository(remote)
         request = TaskRequest(
@@ -5723,9 +5871,9 @@ class Sync:
         pull_request = self.app.store.pull_request_of_task(task.id)
         if task.status == "completed" and pull_request is not None:
             return f"The pull request is {pull_request.url}."
-        error = quoted("codebot", truncate(task.error, 5000))
+        error = code_block(truncate(task.error, 5000))
         return (
-            f"The task failed ({task.reason}).\n\n{error}\n"
+            f"The task failed ({task.reason}):\n\n{error}\n"
             "To try again, remove the label and add it again."
         )
 
@@ -5745,6 +5893,7 @@ REASON_BY_PHASE = {
     "push": "push_rejected",
     "pull_request": "pull_request_failed",
 }
+CANCELLED_TEXT = "The task was cancelled while it ran"
 
 
 def repeat_until_stopped(app: App, step: Callable[[], None], seconds: float) -> None:
@@ -5789,21 +5938,15 @@ def run_job(app: App, job: Job) -> None:
     except StopRequested:
         app.write_until_committed(app.store.requeue, job.id)
     except Cancelled:
-        finish(run, "failed", "cancelled", "The task was cancelled while it ran")
+        finish(run, "failed", "cancelled", CANCELLED_TEXT)
     except (TransientError, LaunchFailed, sqlite3.OperationalError) as error:
         retry(run, error)
     except OSError as error:
         handle_os_error(run, error)
-    except TimedOut:
-        finish(run, "failed", "timeout", timeout_text(run))
-    except Stalled:
-        limit = run.config.stall_timeout
-        stalled_text = f"No output for {limit} s (CODEBOT_STALL_TIMEOUT)"
-        finish(run, "failed", "stalled", stalled_text)
-    except TooMuchOutput:
-        finish(run, "failed", "agent_failed", "git in the workspace printed over 1 GiB")
     except JobFailed as error:
         finish(run, "failed", error.reason, str(error))
+    except (GitFailed, GitHubError) as error:
+        finish(run, "failed", "internal", str(error))
     except Exception:
         log.exception("Job %s", job.id)
         finish(run, "failed", "internal", "Internal error; see the server's log")
@@ -5820,31 +5963,25 @@ def do_job(run: JobRun) -> None:
     if stored is None or stored.cancel_requested:
         raise Cancelled()
     if job.kind == "review":
-        # After MAX_CRASHES it tells the reviewer. If that fails too, it is given up.
-        if job.crashes >= 2 * MAX_CRASHES:
+        # After MAX_INTERRUPTIONS it tells the reviewer. If that fails too, it is given up.
+        if job.interruptions >= 2 * MAX_INTERRUPTIONS:
             raise JobFailed("interrupted", "The review was interrupted too often")
         run_review(run)
         return
-    if job.crashes >= MAX_CRASHES:
+    if job.interruptions >= MAX_INTERRUPTIONS:
         raise JobFailed(
-            "interrupted", f"The server was interrupted {job.crashes} times during this"
+            "interrupted",
+            f"The server was interrupted {job.interruptions} times during this",
         )
     run_task(run)
-
-
-def timeout_text(run: JobRun) -> str:
-    if run.job.phase == "queued":
-        limit = run.config.launch_timeout
-        return f"No node became free within {limit} s (CODEBOT_LAUNCH_TIMEOUT)"
-    if run.job.phase in ("agent", "test", "commit", "classify"):
-        limit = run.config.task_timeout
-        return f"Timed out after {limit} s (CODEBOT_TASK_TIMEOUT)"
-    return f"Timed out: git took more than {GIT_TIMEOUT:.0f} s in phase {run.job.phase}"
 
 
 def finish(run: JobRun, status: str, reason: str = "", error: str = "") -> None:
     """End a job. Its last event is written first, so that a stream has it."""
     job = run.job
+    if status == "failed" and run.cancel.is_set():
+        reason = "cancelled"  # whatever else went wrong meanwhile
+        error = CANCELLED_TEXT
     if reason in ("cancelled", "interrupted", "internal") and job.commit_id:
         error = f"{error}. Its branch {job.branch} may have been pushed"
     error = run.app.redact(error)[:10_000]
@@ -5854,7 +5991,15 @@ def finish(run: JobRun, status: str, reason: str = "", error: str = "") -> None:
     if not job.outcome.seconds:
         outcome = dataclasses.replace(job.outcome, seconds=run.seconds())
         run.job = dataclasses.replace(job, outcome=outcome)
+    remove_outbox(run)
     run.app.write_until_committed(run.app.store.finish, run.job, status, reason, error)
+
+
+def remove_outbox(run: JobRun) -> None:
+    """Remove the job's outbox, before another job of the task can make one."""
+    path = outbox_path(run.config, run.job.directory)
+    if run.job.directory and os.path.lexists(path):
+        remove_tree(run.config, path, run.run_tag)
 
 
 def retry(run: JobRun, error: Exception) -> None:
@@ -5864,15 +6009,20 @@ def retry(run: JobRun, error: Exception) -> None:
     """
     job = run.job
     app = run.app
+    if run.cancel.is_set():
+        finish(run, "failed", "cancelled", CANCELLED_TEXT)
+        return
     now = time.time()
-    crashes = 1 if run.has_cost and not job.commit_id else 0
+    interruptions = 1 if run.has_cost and not job.commit_id else 0
     not_before = max(now + RETRY_DELAY, getattr(error, "retry_at", 0.0))
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     message = app.redact(str(error))
-    if not_before <= give_up_at and job.crashes + crashes < MAX_CRASHES:
+    if now <= give_up_at and job.interruptions + interruptions < MAX_INTERRUPTIONS:
         run.log("codebot", f"{message}. Trying again later")
         log.warning("Job %s: %s; retrying later", job.id, message)
-        app.write_until_committed(app.store.retry_later, job.id, not_before, crashes)
+        app.write_until_committed(
+            app.store.retry_later, job.id, not_before, interruptions
+        )
         if not_before <= time.time():  # the write took so long that Timer missed it
             app.queues[job.kind].put(job.id)
         return
@@ -5888,20 +6038,14 @@ def retry(run: JobRun, error: Exception) -> None:
 
 def handle_os_error(run: JobRun, error: OSError) -> None:
     if error.errno in DISK_FULL_ERRNOS:
-        retry(run, error)
+        retry(run, TransientError(f"The disk is full: {os_error_text(error)}"))
         return
     log.exception("Job %s", run.job.id)
     finish(run, "failed", "internal", f"Internal error: {os_error_text(error)}")
 
 
 def after_job(run: JobRun) -> None:
-    """Free what the job held, and start the next review of its pull request."""
-    job = run.app.store.job(run.job.id)
-    is_finished = job is None or job.completed_at
-    if is_finished and run.job.directory:
-        path = outbox_path(run.config, run.job.directory)
-        if os.path.lexists(path):
-            remove_tree(run.config, path, run.run_tag)
+    """Start the next review of the job's pull request."""
     if run.job.kind == "review":
         if run.cancel.is_set():
             run.app.cleanup_wanted.set()
@@ -5945,11 +6089,12 @@ class Cleanup:
         if self.app.stop.is_set():
             return
         try:
+            stop_all_launched(self.config, self.run_tag, launched_by=STOP_FAILED)
             self.warn_of_low_disk()
-            self.remove_workspaces()
             self.app.store.delete_expired(
                 now_text(self.config.retention), now_text(DELIVERY_RETENTION)
             )
+            self.remove_workspaces()
             for path in all_mirrors(self.config.work_dir):
                 self.maintain_mirror(path)
         except (OSError, sqlite3.Error, TimedOut) as error:
@@ -5991,7 +6136,7 @@ class Cleanup:
                 self.discard(path)
                 return
             mirror.remove_stale_files(older_than=GIT_TIMEOUT)
-            mirror.repack(is_needed)
+            mirror.repack(keep_unreachable=is_needed)
 
     def check(self) -> None:
         if self.app.stop.is_set():
@@ -6080,7 +6225,7 @@ class Request:
             self._body = self._read_body(length)
         return self._body
 
-    def json(self, content: str) -> dict[str, Any]:
+    def json(self, content: str) -> dict[str, Json]:
         """Return the body, a JSON object; ``content`` is what it is, for the errors."""
         if not self.body():
             status = 400 if "content-length" in self.headers else 411
@@ -6377,23 +6522,27 @@ def task_status(app: App, request: Request, task_id: str) -> Response:
 
 
 def task_result(app: App, job: Job) -> dict[str, object]:
-    result: dict[str, object] = {"pr_url": None, "pr_number": None, "pr_state": None}
+    outcome = job.outcome
+    result: dict[str, object] = {
+        "pr_url": None,
+        "pr_number": None,
+        "pr_state": None,
+        "branch_name": job.branch,
+        "work_dir": os.path.join(app.config.work_dir, job.directory, "repo"),
+        "commit": job.commit_id,
+        "summary": outcome.summary,
+        "tests": vars(outcome.tests) if outcome.tests else None,
+        "cost_usd": outcome.cost_usd,
+        "num_turns": outcome.num_turns,
+        "session_id": outcome.session_id,
+        "files": outcome.files,
+        "seconds": outcome.seconds,
+    }
     pull_request = app.store.pull_request_of_task(job.id)
     if pull_request:
         result["pr_url"] = pull_request.url
         result["pr_number"] = pull_request.number
         result["pr_state"] = pull_request.state
-    outcome = job.outcome
-    result["branch_name"] = job.branch
-    result["work_dir"] = os.path.join(app.config.work_dir, job.directory, "repo")
-    result["commit"] = job.commit_id
-    result["summary"] = outcome.summary
-    result["tests"] = vars(outcome.tests) if outcome.tests else None
-    result["cost_usd"] = outcome.cost_usd
-    result["num_turns"] = outcome.num_turns
-    result["session_id"] = outcome.session_id
-    result["files"] = outcome.files
-    result["seconds"] = outcome.seconds
     return result
 
 
@@ -6484,54 +6633,39 @@ def health(app: App, request: Request) -> Response:
 
 def metrics(app: App, request: Request) -> Response:
     """Return what Prometheus collects (prometheus.io: "Exposition formats", 0.0.4)."""
-    store = app.store
-    totals = store.totals()
+    tasks = app.store.count_pending("task")
+    reviews = app.store.count_pending("review")
+    totals = app.store.totals()
+    seconds = totals.get("seconds", 0.0)
+    dollars = totals.get("dollars", 0.0)
+    samples: list[tuple[str, str, str, float | None]] = [
+        ("queue_size", "gauge", "Pending tasks.", tasks),
+        ("review_queue_size", "gauge", "Pending reviews.", reviews),
+        ("running", "gauge", "Running tasks and reviews.", len(app.running)),
+        ("task_seconds_total", "counter", "Seconds that jobs took.", seconds),
+        ("agent_dollars_total", "counter", "Known cost in US dollars.", dollars),
+    ]
+    if app.github:
+        requests = app.github.requests_made
+        remaining = app.github.rate_limit_remaining
+        samples += [
+            ("github_requests_total", "counter", "Requests to GitHub.", requests),
+            ("github_rate_remaining", "gauge", "Requests GitHub allows.", remaining),
+        ]
     lines = [
         "# HELP codebot_tasks Tasks by status and reason.",
         "# TYPE codebot_tasks gauge",
     ]
-    for status, reason, count in store.task_counts():
+    for status, reason, count in app.store.task_counts():
         lines.append(f'codebot_tasks{{status="{status}",reason="{reason}"}} {count}')
-    samples: list[tuple[str, str, str, float | None]] = [
-        ("queue_size", "gauge", "Pending tasks.", store.count_pending("task")),
-        (
-            "review_queue_size",
-            "gauge",
-            "Pending reviews.",
-            store.count_pending("review"),
-        ),
-        ("running", "gauge", "Running tasks and reviews.", len(app.running)),
-        (
-            "task_seconds_total",
-            "counter",
-            "Seconds that jobs took.",
-            totals.get("seconds", 0),
-        ),
-        (
-            "agent_dollars_total",
-            "counter",
-            "Known cost in US dollars.",
-            totals.get("dollars", 0),
-        ),
-    ]
-    if app.github:
-        about = "Requests left before GitHub's rate limit."
-        samples += [
-            (
-                "github_requests_total",
-                "counter",
-                "Requests to GitHub's API.",
-                app.github.requests_made,
-            ),
-            ("github_rate_remaining", "gauge", about, app.github.rate_limit_remaining),
-        ]
     for name, kind, about, value in samples:
-        if value is not None:
+        if value is not None:  # GitHub has not been asked yet
             lines.append(f"# HELP codebot_{name} {about}")
             lines.append(f"# TYPE codebot_{name} {kind}")
             lines.append(f"codebot_{name} {value:.15g}")
+    text = "\n".join(lines) + "\n"
     headers = {"Content-Type": "text/plain; version=0.0.4"}
-    return Response(200, "\n".join([*lines, ""]).encode(), headers)
+    return Response(200, text.encode(), headers)
 
 
 # --- Webhooks ----------------------------------------------------------------
@@ -6551,9 +6685,9 @@ class Ignored(Exception):
     """A delivery that codebot does not act on; the message is the reason."""
 
 
-def payload_field(payload: Mapping[str, Any], path: str, kind: type) -> Any:
+def payload_field(payload: JsonObject, path: str, kind: type) -> Json:
     """Return a field, such as "issue.number". Raises HTTPError if it is not there."""
-    value: Any = payload
+    value: Json = payload
     for name in path.split("."):
         value = value.get(name) if isinstance(value, dict) else None
     is_valid = type(value) is kind
@@ -6584,7 +6718,7 @@ def webhook(app: App, request: Request) -> Response:
     return json_response({"message": message}, status)
 
 
-def receive_event(app: App, event: str, guid: str, payload: Mapping[str, Any]) -> None:
+def receive_event(app: App, event: str, guid: str, payload: JsonObject) -> None:
     action = payload.get("action")
     if event in COMMENT_EVENTS and action == COMMENT_EVENTS[event][0]:
         receive_comment(app, event, guid, payload)
@@ -6605,9 +6739,7 @@ def remember_delivery(app: App, guid: str) -> None:
         raise Ignored("Duplicate delivery")
 
 
-def find_pull_request(
-    app: App, payload: Mapping[str, Any], subject: str
-) -> PullRequest:
+def find_pull_request(app: App, payload: JsonObject, subject: str) -> PullRequest:
     repository_id = payload_field(payload, "repository.id", int)
     number = payload_field(payload, f"{subject}.number", int)
     pull_request = app.store.pull_request_by_number(repository_id, number)
@@ -6616,9 +6748,7 @@ def find_pull_request(
     return pull_request
 
 
-def receive_comment(
-    app: App, event: str, guid: str, payload: Mapping[str, Any]
-) -> None:
+def receive_comment(app: App, event: str, guid: str, payload: JsonObject) -> None:
     _, kind, place = COMMENT_EVENTS[event]
     subject = "pull_request"
     if event == "issue_comment":
@@ -6642,7 +6772,7 @@ def receive_comment(
         app.queues["review"].put(job_id)
 
 
-def receive_label(app: App, guid: str, payload: Mapping[str, Any]) -> None:
+def receive_label(app: App, guid: str, payload: JsonObject) -> None:
     label = payload_field(payload, "label.name", str)
     if not app.config.issue_label or label.lower() != app.config.issue_label.lower():
         raise Ignored("Not the label that makes an issue a task")
@@ -6709,6 +6839,7 @@ header a { text-decoration: none; }
 nav a { padding: .25rem .65rem; border-radius: .4rem; color: inherit; }
 nav a[aria-current] { background: var(--page); font-weight: 600; }
 #banner { padding: .5rem 1.25rem; background: var(--red); color: var(--card); }
+#banner { position: sticky; top: 0; z-index: 1; }
 main { flex: 1; display: flex; padding: 1.25rem; }
 main { width: 100%; max-width: 76rem; margin: auto; }
 section, .card, #reviewList, #reviewList li { display: flex; flex-direction: column; }
@@ -7931,6 +8062,7 @@ STREAM_INTERVAL = 0.25  # seconds between two searches for new events
 NO_DEADLINE = float("inf")
 CHUNK_BYTES = 64 << 10
 DEFAULT_HEADERS = {
+    "Server": "codebot",
     "Content-Type": "application/json",
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -8012,19 +8144,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     wbufsize = -1  # buffered: headers and a short body leave in one packet
-    # http.server sets these when it parses; an earlier error needs them too.
-    requestline = ""
-    request_version = "HTTP/1.1"
+    requestline = ""  # until http.server has parsed the first one
     has_begun = False  # the next request: a TLS handshake is part of the first one
-
-    def version_string(self) -> str:
-        return "codebot"
-
-    def date_time_string(self, timestamp: float | None = None) -> str:
-        return http_date(int(time.time()), usegmt=True)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        log.debug("%s: " + format, self.client_address[0], *args)
 
     def handle(self) -> None:
         try:
@@ -8033,7 +8154,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.has_begun = True
             super().handle()
         except OSError as error:  # the client left, or does not read
-            self.log_message("connection lost: %s", error)
+            log.debug("%s: connection lost: %s", self.client_address[0], error)
             hang_up(self.connection)  # or finish() would wait to send the rest
 
     def handle_one_request(self) -> None:
@@ -8041,7 +8162,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.rfile.peek(1):
             return
         if not self.has_begun:
-            self.server.begin_request(self.connection)
+            self.server.set_deadline(self.connection, REQUEST_TIMEOUT)
         self.has_begun = False
         self.command = ""
         self.expects_continue = False
@@ -8053,7 +8174,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send(answer)
         if not self.is_read:
             self.linger()
-        self.server.begin_wait(self.connection, IDLE_TIMEOUT)
+        self.server.expect_request(self.connection, IDLE_TIMEOUT)
 
     def answer(self) -> Response | EventStream:
         """Return the answer to the next request; most errors are answers, too."""
@@ -8130,12 +8251,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         app = self.server.app
         route.guard(app, request)
         request.body()
-        self.server.begin_answer(self.connection)
+        self.server.clear_deadline(self.connection)
         return route.handler(app, request, **parameters)
 
     def receive_body(self, length: int) -> bytes:
         if self.expects_continue:
-            super().handle_expect_100()
+            super().handle_expect_100()  # sends 100 Continue
             self.wfile.flush()
         body = bytearray()
         while len(body) < length:
@@ -8157,19 +8278,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.write(b"" if self.command == "HEAD" else response.body)
 
     def send_head(self, status: int, headers: Mapping[str, str]) -> None:
-        self.send_response(status)
+        log.debug("%s: %s: %d", self.client_address[0], self.requestline, status)
+        lines = [
+            f"{self.protocol_version} {status} {http.client.responses[status]}",
+            f"Date: {http_date(int(time.time()), usegmt=True)}",
+        ]
         for name, value in {**DEFAULT_HEADERS, **headers}.items():
-            self.send_header(name, value)
+            lines.append(f"{name}: {value}")
         if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
+            lines.append("Connection: close")
+        self.wfile.write("\r\n".join([*lines, "", ""]).encode("latin-1"))
 
     def write(self, data: bytes) -> None:
         """Send what is in the buffer, and ``data``, as fast as the client reads."""
-        self.server.begin_wait(self.connection, SEND_TIMEOUT)
+        self.server.set_deadline(self.connection, SEND_TIMEOUT)
         for start in range(0, len(data), CHUNK_BYTES):
             self.wfile.write(data[start : start + CHUNK_BYTES])
-            self.server.begin_wait(self.connection, SEND_TIMEOUT)
+            self.server.set_deadline(self.connection, SEND_TIMEOUT)
         self.wfile.flush()
 
     def send_stream(self, stream: EventStream) -> None:
@@ -8193,7 +8318,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         client.register(self.connection, CLOSED_BY_CLIENT)
         for messages in events:
             self.write(messages)
-            self.server.begin_answer(self.connection)
+            self.server.clear_deadline(self.connection)
             seconds = 0.0 if messages else STREAM_INTERVAL
             if client.poll(seconds * 1000):
                 return
@@ -8204,7 +8329,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         If it were left unread, the system would reset the connection, and the client
         might lose the answer.
         """
-        self.server.begin_wait(self.connection, LINGER_TIMEOUT)
+        self.server.set_deadline(self.connection, LINGER_TIMEOUT)
         self.connection.shutdown(socket.SHUT_WR)
         while self.connection.recv(CHUNK_BYTES):
             pass
@@ -8228,9 +8353,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.app = app
         self.routes = routes()
         self.streams = threading.BoundedSemaphore(MAX_STREAMS)
-        self._lock = threading.Lock()  # guards the two tables
+        self._lock = threading.Lock()  # guards the three tables
         # All connections, the longest waiting first; NO_DEADLINE: waits for nobody.
         self._deadlines: dict[socket.socket, float] = {}
+        self._answering: set[socket.socket] = set()  # those with a complete request
         self._body_bytes: dict[socket.socket, int] = {}  # the oldest body first
         self._next_sweep = 0.0
         self._pool = concurrent.futures.ThreadPoolExecutor(POOL_THREADS, "http")
@@ -8283,7 +8409,8 @@ class Server(http.server.ThreadingHTTPServer):
         with self._lock:
             has_room = len(self._deadlines) < MAX_CONNECTIONS or self._evict()
         if has_room:
-            self.begin_wait(request, REQUEST_TIMEOUT if self._tls else IDLE_TIMEOUT)
+            seconds = REQUEST_TIMEOUT if self._tls else IDLE_TIMEOUT
+            self.expect_request(request, seconds)
             self._pool.submit(self.process_request_thread, request, client_address)
         else:
             self.shutdown_request(request)
@@ -8308,22 +8435,25 @@ class Server(http.server.ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:
         with self._lock:
-            self._deadlines.pop(request, None)
-            self._body_bytes.pop(request, None)
+            self._forget(request)
+        if self._tls:
+            with contextlib.suppress(OSError, ValueError):
+                request.setblocking(False)
+                request.unwrap()  # tells the client that nothing was cut off
         super().shutdown_request(request)
 
-    def begin_wait(self, connection: socket.socket, seconds: float) -> None:
-        """From now on its thread waits for the client, for so many seconds."""
+    def expect_request(self, connection: socket.socket, seconds: float) -> None:
+        """Wait for a request. The connection goes to the end of the order."""
         with self._lock:
-            self._body_bytes.pop(connection, None)
-            self._deadlines.pop(connection, None)  # it moves to the end
+            self._forget(connection)
             self._deadlines[connection] = time.monotonic() + seconds
 
-    def begin_request(self, connection: socket.socket) -> None:
-        """The first byte of a request has arrived."""
+    def set_deadline(self, connection: socket.socket, seconds: float) -> None:
+        """Wait for the rest of a request, or for the client to read the answer."""
         with self._lock:
+            self._body_bytes.pop(connection, None)
             if connection in self._deadlines:  # it keeps its place
-                self._deadlines[connection] = time.monotonic() + REQUEST_TIMEOUT
+                self._deadlines[connection] = time.monotonic() + seconds
 
     def count_body(self, connection: socket.socket, size: int) -> None:
         """More of a body has arrived. The oldest unfinished ones make way for it.
@@ -8340,10 +8470,11 @@ class Server(http.server.ThreadingHTTPServer):
                 if self._deadlines.get(oldest) != NO_DEADLINE:
                     self._drop(oldest)
 
-    def begin_answer(self, connection: socket.socket) -> None:
-        """Its thread does not wait for the client. Raises OSError if it was closed."""
+    def clear_deadline(self, connection: socket.socket) -> None:
+        """Wait for nothing from the client. Raises OSError if it was closed."""
         with self._lock:
             self._check_open(connection)
+            self._answering.add(connection)
             self._deadlines[connection] = NO_DEADLINE
 
     # With the lock held; shutdown() does not wait for anything
@@ -8353,17 +8484,26 @@ class Server(http.server.ThreadingHTTPServer):
             raise ConnectionAbortedError("closed to make room")
 
     def _evict(self) -> bool:
-        """Close the connection that has waited longest; False if none waits."""
-        for connection, deadline in self._deadlines.items():
-            if deadline != NO_DEADLINE:
-                self._drop(connection)
-                return True
+        """Close the connection that has waited longest; False if none waits.
+
+        One that is being answered is only closed if all are.
+        """
+        for is_answered in (False, True):
+            for connection, deadline in self._deadlines.items():
+                is_chosen = (connection in self._answering) == is_answered
+                if is_chosen and deadline != NO_DEADLINE:
+                    self._drop(connection)
+                    return True
         return False
 
     def _drop(self, connection: socket.socket) -> None:
-        self._deadlines.pop(connection, None)
-        self._body_bytes.pop(connection, None)
+        self._forget(connection)
         hang_up(connection)
+
+    def _forget(self, connection: socket.socket) -> None:
+        self._deadlines.pop(connection, None)
+        self._answering.discard(connection)
+        self._body_bytes.pop(connection, None)
 
 
 # === IV. Commands ============================================================
@@ -8495,9 +8635,12 @@ def check_server(app: App) -> Iterator[Finding]:
         try:
             tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             tls.load_cert_chain(config.tls_cert, config.tls_key)
-        except OSError as error:
-            message = f"{config.tls_key} is not the key of {config.tls_cert}: {error}"
-            yield Finding("FAIL", message)
+        except OSError:
+            yield Finding(
+                "FAIL",
+                f"{config.tls_key} is not the private key of {config.tls_cert}, or one "
+                "of them is not a PEM file.",
+            )
 
 
 HOST_CHECKS: tuple[Check, ...] = (check_programs, check_settings, check_safety)
@@ -8570,12 +8713,12 @@ def open_app(config: Config, checks: Sequence[Check], level: int) -> App:
     findings = [finding for check in checks for finding in check(app)]
     problems = [finding.message for finding in findings if finding.level == "FAIL"]
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(*problems)
+    app.open()
     for finding in findings:
         if finding.level == "warn":
             log.warning("%s", finding.message)
-    app.open()
-    app.store.requeue_interrupted(crashes=1)
+    app.store.requeue_interrupted(interruptions=1)
     return app
 
 
@@ -8604,7 +8747,7 @@ def stop_workers(app: App, workers: Sequence[threading.Thread]) -> None:
     for worker in workers:
         worker.join(max(0.0, deadline - time.monotonic()))
     with contextlib.suppress(sqlite3.Error):
-        app.store.requeue_interrupted(crashes=0)  # of a worker that did not end
+        app.store.requeue_interrupted(interruptions=0)  # of a worker that did not end
 
 
 def listen(app: App) -> Server:
@@ -8615,7 +8758,7 @@ def listen(app: App) -> Server:
     except OSError as error:
         problem = f"cannot be used: {os_error_text(error)}"
         problem = LISTEN_ERRORS.get(error.errno or 0, problem)
-        raise ConfigError([f"Port {config.port} on {config.host} {problem}."]) from None
+        raise ConfigError(f"Port {config.port} on {config.host} {problem}.") from None
 
 
 @contextlib.contextmanager
@@ -8698,14 +8841,15 @@ def read_task_flags(flags: Flags) -> dict[str, object]:
             fields = json.loads(pathlib.Path(path).read_text("utf-8"))
         fields.update({name: flags[name] for name in TASK_FIELDS if flags[name]})
     except OSError as error:
-        raise ConfigError([f"Cannot read {path}: {os_error_text(error)}."]) from None
+        raise ConfigError(f"Cannot read {path}: {os_error_text(error)}.") from None
     except (ValueError, AttributeError) as error:
-        raise ConfigError([f"{path} is not a JSON object: {error}."]) from None
+        raise ConfigError(f"{path} is not a JSON object: {error}.") from None
     missing = [name for name in REQUIRED_FIELDS if name not in fields]
     if missing:
-        raise ConfigError(
-            [f"{flag_name(name)} is required (or --task FILE)." for name in missing]
-        )
+        problems = [
+            f"{flag_name(name)} is required (or --task FILE)." for name in missing
+        ]
+        raise ConfigError(*problems)
     return fields
 
 
@@ -8730,7 +8874,9 @@ def run(flags: Flags) -> int:
     request = read_task_request(config, read_task_flags(flags))
     if not flags["work_dir"]:
         work_dir = tempfile.mkdtemp(prefix="codebot-")
-        config = dataclasses.replace(config, work_dir=os.path.realpath(work_dir))
+        work_dir = os.path.realpath(work_dir)
+        # The server's database is not for a work directory of our own.
+        config = dataclasses.replace(config, work_dir=work_dir, database="")
     print(f"Work directory: {config.work_dir} (it is kept)", file=sys.stderr)
     app = open_app(config, HOST_CHECKS, logging.WARNING)
     print(f"Sandbox: {app.sandbox.describe()}", file=sys.stderr)
@@ -8753,7 +8899,6 @@ def run(flags: Flags) -> int:
 
 CHECK_TIMEOUT = 1.5  # seconds for GitHub to answer; with a retry at most 5 in all
 MAX_CLOCK_SKEW = 30.0  # seconds
-MAX_LISTED = 20  # repositories that are listed
 
 
 def check_work_dir(app: App) -> Iterator[Finding]:
@@ -8775,7 +8920,7 @@ def check_work_dir(app: App) -> Iterator[Finding]:
 def check_sandbox(app: App) -> Iterator[Finding]:
     """Run the agent's program in the sandbox, as a task would."""
     config = app.config
-    if not os.access(config.work_dir, os.W_OK):
+    if not os.access(f"{config.work_dir}/", os.W_OK):
         return  # which has been said
     command = [*config.claude, "--version"]
     try:
@@ -8797,8 +8942,8 @@ def check_github(app: App) -> Iterator[Finding]:
     """Ask GitHub for the App, its installation and its repositories."""
     config = app.config
     github = app.github
-    if github is None or not (config.app_id and config.key_file):
-        return
+    if github is None or not config.installation_id:
+        return  # with --no-github, or if .env cannot be read
     github.timeout = CHECK_TIMEOUT
     github.attempts = 2
     # resolv.conf(5): without this a DNS server that does not answer takes 20 s.
@@ -8807,9 +8952,8 @@ def check_github(app: App) -> Iterator[Finding]:
         github.sign_jwt()
         yield Finding("ok", f"The App's key {config.key_file} can sign")
         yield from check_app(github)
-        if config.installation_id:
-            yield from check_installation(app, github)
-            yield from check_repositories(config, github)
+        yield from check_installation(config, github)
+        yield from check_repositories(config, github)
     except GitHubError as error:
         yield Finding("FAIL", f"{error}.")
     except TransientError as error:
@@ -8835,8 +8979,7 @@ def check_app(github: GitHub) -> Iterator[Finding]:
         )
 
 
-def check_installation(app: App, github: GitHub) -> Iterator[Finding]:
-    config = app.config
+def check_installation(config: Config, github: GitHub) -> Iterator[Finding]:
     installation = github.installation()
     owner = installation["account"]["login"]
     yield Finding("ok", f"Installation {config.installation_id} of {owner}")
@@ -8869,11 +9012,8 @@ def check_repositories(config: Config, github: GitHub) -> Iterator[Finding]:
         url = f"{config.git_base}/{remote.full_name}"
         if parse_repository_url(config, url).is_allowed(config):
             names.append(remote.full_name)
-    listed = ", ".join(names[:MAX_LISTED])
-    if len(names) > MAX_LISTED:
-        listed = f"{listed} and {len(names) - MAX_LISTED} more"
     if names:
-        yield Finding("ok", f"Repositories: {listed}")
+        yield Finding("ok", f"Repositories: {', '.join(names)}")
     else:
         yield Finding(
             "FAIL",
@@ -8890,15 +9030,18 @@ def all_findings(app: App, problems: Sequence[str]) -> Iterator[Finding]:
     yield Finding("ok", f"Python {sys.version.split()[0]}; settings from {source}")
     for problem in problems:
         yield Finding("FAIL", problem)
-    checks = [*HOST_CHECKS, check_server, check_work_dir, check_sandbox, check_github]
+    checks = [*HOST_CHECKS, check_server, check_work_dir, check_sandbox]
+    if not any(problem.startswith("GITHUB_") for problem in problems):
+        checks.append(check_github)
     for check in checks:
         yield from check(app)
 
 
 def check(flags: Flags) -> int:
-    """Check everything that the server needs, and say what to do."""
+    """Check everything that the server needs. Takes the flags of serve."""
     config, problems = read_config(flags, needs_keys=True)
     app = App(config)
+    logging.disable()  # what is wrong is said once, as a finding
     counts = {"ok": 0, "warn": 0, "FAIL": 0}
     for finding in all_findings(app, problems):
         counts[finding.level] += 1
@@ -8941,7 +9084,7 @@ def demo_git(app: App, script: str, *arguments: str) -> list[str]:
     argv = ["sh", "-c", script, "sh", *arguments]
     result = run_program(argv, base_environment(app.config, app.run_tag))
     if result.code != 0:
-        raise ConfigError([f"The demo's repository cannot be made: {result.error}"])
+        raise ConfigError(f"The demo's repository cannot be made: {result.error}")
     return result.stdout
 
 
@@ -8959,7 +9102,7 @@ class DemoClient:
         self.connection.request(method, f"/api/tasks/{path}", body, headers)
         return self.connection.getresponse()
 
-    def show_task(self, fields: Mapping[str, str]) -> Any:
+    def show_task(self, fields: Mapping[str, str]) -> Json:
         """Submit a task and print its states and phases. Returns its last status."""
         task = json.load(self.request("POST", "submit", json.dumps(fields)))
         print(f"Task:        {task['status']}", flush=True)
@@ -8979,10 +9122,11 @@ class DemoClient:
 def demo(flags: Flags) -> int:
     """Show one task, with a stand-in for Claude, and leave nothing behind."""
     if shutil.which("git") is None:
-        raise ConfigError(["The demo needs git on PATH. Install git."])
+        raise ConfigError("The demo needs git on PATH. Install git.")
     with tempfile.TemporaryDirectory(prefix="codebot-demo-") as directory:
         directory = os.path.realpath(directory)
-        os.environ["HOME"] = directory  # the user's git configuration does not count
+        # The user's own git configuration does not count.
+        os.environ.update(HOME=directory, XDG_CONFIG_HOME=directory)
         pathlib.Path(directory, "agent").write_text(DEMO_AGENT_SCRIPT)
         app = App(demo_config(directory))
         begin(app, logging.WARNING)
