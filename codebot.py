@@ -122,7 +122,6 @@ import http.server
 import io
 import json
 import logging
-import math
 import os
 import pathlib
 import queue
@@ -4639,11 +4638,11 @@ class AgentStream:
             self.schema_calls.add(str(block.get("id")))
         elif block["type"] == "tool_use":
             self.log("tool", tool_call_text(block["name"], block["input"]))
+        elif str(block.get("tool_use_id")) in self.schema_calls:
+            return
         elif block["type"] == "tool_result":
-            if str(block.get("tool_use_id")) not in self.schema_calls:
-                source = "error" if block.get("is_error") else "output"
-                text = tool_result_text(block["content"])
-                self.log(source, text if text.strip() else "(no output)")
+            source = "error" if block.get("is_error") else "output"
+            self.log(source, tool_result_text(block["content"]) or "(no output)")
 
     def error_text(self, result: ProgramResult) -> str:
         """Return the agent's own words about what went wrong."""

