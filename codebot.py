@@ -16,11 +16,13 @@ bwrap and claude.
 
 HOW TO READ THIS FILE
   From the top, once. A section uses only itself and the sections above it.
-    I.   The boundary   every process, every outgoing request, every credential
+    I.   The boundary   how codebot runs programs, asks GitHub, and uses git
     II.  The work       every state, what an agent receives, what happens to its work
     III. The network    everything that can be requested from outside, and by whom
     IV.  Commands       how it is started and stopped
-  If you have an hour, read part I, and `routes` in part III.
+  If you have only an hour, read `run_program`, `sandbox_mounts`, `GitHub.send`,
+  `GitDirectory.remote_git`, `run_task` and `routes`, with what stands around them.
+  Of the page, the style can be skipped; the script shows text as text only.
 
 GLOSSARY
   job            a unit of work in the store: a task or a review
@@ -31,12 +33,20 @@ GLOSSARY
   outbox         the bare repository in which codebot makes the commit and from which it
                  pushes; no sandbox shows it
   agent          the Claude CLI process
+  session        the agent's conversation with the model, kept in the workspace's home
   base           the branch, and the commit on it, that the agent's branch starts from
   installation token   the GitHub credential for one repository, valid for one hour
   delivery       one webhook request, with its GUID
   marker         the hidden comment by which a retry sees that something was posted
   event          an entry of a task's log
   redact         replace secrets in text with ***
+  One repository appears as
+    Repository         its URL and name, as a task gives them
+    GitHubRepository   the same at GitHub, found by its id and asked with its own token
+    RemoteAccess       both, and git with a credential
+    Mirror             the local copy, written from the remote only
+    Workspace.repo     the agent's clone, which borrows the mirror's objects
+    Workspace.outbox   codebot's own, to which the agent's tree is fetched
 
 WHO IS TRUSTED WITH WHAT
   The operator   with everything: the settings, the App's key, the work directory.
@@ -44,13 +54,17 @@ WHO IS TRUSTED WITH WHAT
   A reviewer, or who labels an issue: acted on only if GitHub reports, at that moment,
                  that they have write access to the repository. Everyone else is ignored.
   GitHub         is believed over TLS. A webhook's signature is checked, and even then a
-                 delivery only makes codebot ask GitHub itself.
+                 delivery only makes codebot ask GitHub: who wrote what, who may write,
+                 what is open.
   The agent      is not trusted, and neither is what it reads: the repository, the task,
-                 comments. It gets the model's key, the variables that the operator
-                 lists, its workspace, and the network, loopback included. In bwrap it
-                 cannot see codebot's processes, keys, database and other workspaces,
-                 and cannot change anything but its workspace. Its tree is the one thing
-                 that is taken from it. A test command runs the same way, without keys.
+                 comments. It gets the model's key, proxy and certificate settings, the
+                 variables that the operator lists, its workspace, and the host's
+                 network: services on this machine, the local network, a cloud's
+                 metadata address. In bwrap it cannot see codebot's processes, keys,
+                 database and other workspaces, and can change no file outside its own
+                 workspace. codebot takes from it a tree of files, and words that are
+                 quoted as the agent's. A test command runs the same way, without the
+                 model's key and the listed variables.
 
 KNOWN LIMITATIONS
   Without a sandbox (CODEBOT_SANDBOX=none) the agent can read and write whatever codebot's
@@ -63,21 +77,22 @@ KNOWN LIMITATIONS
   pushed without a person having read it, and the repository's own CI runs it.
 
 LIFE OF A JOB
-               +------- stop, crash, or a transient error -------+
-               v                                                 |
-  submit -> pending -> running: clone, agent, test, commit,     -+-> completed
-               |                push, pull request
-               +-----------------------> failed <----------------+
+  pending   -> running      a worker starts it
+  pending   -> failed       it is cancelled
+  running   -> pending      a stop, a crash, or a transient error interrupts it
+  running   -> completed, failed
 
-  A task is on disk before the client gets its 202. The commit is in the store before it
-  is pushed, and an answer before it is posted, so a retry does neither twice. A review is
-  the same with the phases classify, clone, agent, test, commit, push, answer.
+  A task's phases are clone, agent, test, commit, push, pull_request; a review's are
+  classify, clone, agent, test, commit, push, answer. Both wait as queued for a node, if
+  there is a launcher. A task is on disk before the client gets its 202. A commit is in
+  the store before it is pushed, and an answer before it is posted; each carries a marker
+  or an id by which a retry finds it, so neither is done twice.
 
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
   http           one per connection, from a pool; its table of deadlines has a lock (Server)
   task-N, review-N   one job at a time, from one queue each
-  sync           asks GitHub what has changed
+  sync           asks GitHub what has changed; waits for nobody else
   timer          queues due retries, tests the database
   cleanup        removes what is past its retention, packs mirrors
   Store has a lock for its writing and one for its reading connection, Redactor one for
@@ -87,13 +102,18 @@ FILES in the work directory
   codebot.db     the record of all jobs        codebot.lock   held by the one codebot here
   mirrors/       HOST/OWNER/NAME.git           task_*/        a task's workspace
   outbox_*.git   a job's outbox                launched/      runs on a cluster
-  scratch_*/     one command's workspace       trash_*/       being removed
+  scratch_*      for one command               trash_*/       being removed
+  A mirror, and a database elsewhere, has a .lock file beside it.
 
 WHERE THE DANGEROUS THINGS ARE, each in one place
-  Popen( in run_program         urlopen( in GitHub.open       SQL in Store
-  a change of state in Store._transition                      a credential for git in
-  GitDirectory.remote_git       what the agent sees in sandbox_mounts
-  what the network reaches in routes                          what a browser runs in PAGE
+  Popen                     run_program
+  urlopen                   GitHub.open, called by GitHub.send
+  git with a credential     GitDirectory.remote_git
+  what the agent sees       bwrap_command, and Workspace.environment
+  SQL                       Store, and the steps of its transactions below it
+  a change of state         Store._transition
+  what the network reaches  routes
+  what a browser runs       PAGE
 """
 
 from __future__ import annotations
@@ -148,7 +168,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple, Protocol
 
 # === I. The boundary =========================================================
-# Every process, every outgoing request, every use of a credential.
+# How codebot runs programs, asks GitHub, and uses git; and with which credentials.
 
 # --- Limits and errors -------------------------------------------------------
 
@@ -1173,7 +1193,15 @@ def agent_program_files(config: Config, hidden: Iterable[str]) -> list[str]:
 
 
 def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
-    """Return what bwrap mounts over the read-only file system, in this order."""
+    """Return what bwrap mounts over the read-only file system, in this order.
+
+    For HOME=/home/bot, ~/.local/bin on PATH and .env in /home/bot/run, for example:
+        hidden     /home/bot
+        read-only  /home/bot/.local
+        hidden     /home/bot/run, /run, the work directory
+        read-only  the mirror's objects
+        writable   repo and home of the workspace
+    """
     hidden = {"/run", home_directory(), *private_directories(config)}
     hidden -= {"/", "/tmp"}  # /tmp is the workspace's own
     tools = tool_directories(config)
@@ -1280,7 +1308,7 @@ def stop_all_launched(config: Config, run_tag: str, launched_by: str = "") -> No
 
 
 class Sandbox:
-    """Runs commands in a workspace so that they see and change nothing else."""
+    """Runs commands in a workspace: they see nothing private, and change nothing else."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -1505,7 +1533,6 @@ class IssueHistory(NamedTuple):
     title_when_labelled: (
         str  # the title before it was changed after the label; "" if it was not
     )
-    last_event_at: str
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -1977,6 +2004,8 @@ class GitHubRepository:
             quoted = urllib.parse.quote(login, safe="")
             permission = self.get(f"/collaborators/{quoted}/permission")["permission"]
         except GitHubError as error:
+            if error.status in (0, 401):  # the App itself was refused
+                raise TransientError(f"GitHub refuses the App: {error}") from None
             log.info("GitHub does not tell the access of %s: %s", login, error)
             permission = "none"
         if permission in ("admin", "write"):
@@ -1993,7 +2022,10 @@ class GitHubRepository:
         owner = self.full_name.split("/")[0]
         head = urllib.parse.quote(f"{owner}:{branch}")
         for payload in self.pages(f"/pulls?head={head}&state=all"):
-            if payload["head"]["ref"] == branch:  # the filter has let others through
+            head_repository = payload["head"].get("repo") or {}
+            is_ours = head_repository.get("id", self.id) == self.id
+            # GitHub's filter has returned other branches, too.
+            if is_ours and payload["head"]["ref"] == branch:
                 return payload
         return None
 
@@ -2054,11 +2086,16 @@ class GitHubRepository:
             "conversation": f"/issues/comments/{comment.id}",
         }
         try:
-            return parse_comment(comment.kind, self.get(paths[comment.kind]))
+            payload = self.get(paths[comment.kind])
         except GitHubError as error:
             if error.status != 404:
                 raise
             return None
+        # The id alone could be that of a comment elsewhere in the repository.
+        parent = payload.get("pull_request_url") or payload.get("issue_url") or ""
+        if not str(parent).endswith(f"/{number}"):
+            return None
+        return parse_comment(comment.kind, payload)
 
     def review_with_comments(self, number: int, review_id: int) -> list[Comment]:
         """Return a review and all its inline comments; [] if it was deleted."""
@@ -2130,10 +2167,8 @@ class GitHubRepository:
         """Read who put the label on an issue, or took it off, and when."""
         label_event = None
         title_when_labelled = ""
-        last_event_at = ""
         for payload in self.pages(f"/issues/{number}/events"):  # oldest first
             kind = payload["event"]
-            last_event_at = max(last_event_at, str(payload["created_at"]))
             if kind == "renamed" and not title_when_labelled:
                 title_when_labelled = str(payload["rename"]["from"])
             is_label_event = kind in ("labeled", "unlabeled")
@@ -2145,9 +2180,7 @@ class GitHubRepository:
                     created_at=str(payload["created_at"]),
                     is_labeled=kind == "labeled",
                 )
-        return IssueHistory(
-            label_event, visible_text(title_when_labelled), last_event_at
-        )
+        return IssueHistory(label_event, visible_text(title_when_labelled))
 
     def issue_comments(self, number: int) -> list[tuple[str, Comment]]:
         """Return an issue's comments, each with the time of its last change."""
@@ -2525,11 +2558,14 @@ class Mirror(GitDirectory):
             'git -C "$1" index-pack --fsck-objects --stdin -o "$3/x.idx" "$3/x.pack"'
         )
         with tempfile.TemporaryDirectory(prefix="scratch_") as directory:
-            result = run_program(
-                ["sh", "-c", script, "sh", self.path, commit, directory],
-                base_environment(self.config, self.run_tag),
-                limits=self.limits,
-            )
+            try:
+                result = run_program(
+                    ["sh", "-c", script, "sh", self.path, commit, directory],
+                    base_environment(self.config, self.run_tag),
+                    limits=self.limits,
+                )
+            except (TimedOut, Stalled, TooMuchOutput):
+                raise GitFailed("git fsck took too long") from None
         if result.code != 0:
             raise GitFailed(result.error)
 
@@ -2599,13 +2635,15 @@ CREATE TABLE jobs (
     pull_request_id INTEGER REFERENCES pull_requests(id) ON DELETE CASCADE,
     reviewer TEXT NOT NULL DEFAULT '',
     request_kind TEXT NOT NULL DEFAULT '',
-    -- Interruptions and retries.
+    -- Interruptions and retries: `interruptions` counts crashes, and retries that ran
+    -- the agent again; `transient_since` is the first of a row of transient errors.
     interruptions INTEGER NOT NULL DEFAULT 0,
     not_before REAL NOT NULL DEFAULT 0,
     transient_since REAL NOT NULL DEFAULT 0,
     cancel_requested INTEGER NOT NULL DEFAULT 0,
     is_pushing INTEGER NOT NULL DEFAULT 0,
-    -- Progress, from which a job goes on after a crash.
+    -- Progress, from which a job goes on after a crash. Of a review, directory and
+    -- branch are its task's. The commit, once there is one, has base_commit as parent.
     repository_id INTEGER NOT NULL DEFAULT 0,
     mirror TEXT NOT NULL DEFAULT '',
     directory TEXT NOT NULL DEFAULT '',
@@ -2684,7 +2722,8 @@ CREATE VIEW task_list AS
     FROM jobs AS job
     LEFT JOIN pull_requests ON pull_requests.task_id = job.id
     WHERE job.kind = 'task';
--- Tasks with the time until which they or their last review were active; NULL: still.
+-- Tasks with the time of their last activity, reviews included. It is NULL while a job
+-- of the task is unfinished.
 CREATE VIEW task_activity AS
     SELECT task.id AS task_id, task.directory, task.mirror, task.completed_at,
         IFNULL(pull_requests.state, '') AS pr_state,
@@ -2699,7 +2738,7 @@ CREATE VIEW task_activity AS
     WHERE task.kind = 'task'
     GROUP BY task.id;
 """
-LOCK_TIMEOUT = 2.0  # seconds to wait for other writers; and for another program
+LOCK_TIMEOUT = 2.0  # seconds to wait for codebot's other writers, and for others'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3202,7 +3241,7 @@ class Store:
             )
 
     def save_session(self, task_id: str, session_id: str) -> None:
-        """Store the agent's conversation in which a task's reviews go on."""
+        """Store the agent's session, in which a task's reviews go on."""
         with self._transaction() as db:
             db.execute(
                 "UPDATE jobs SET session_id = :session_id WHERE id = :id",
@@ -3348,7 +3387,7 @@ class Store:
         return [make_review_summary(row) for row in rows]
 
     def is_followed(self, task_id: str) -> bool:
-        """Return whether a task's log may still grow: it or a review is unfinished."""
+        """Return whether a task's log may still grow: a job of it is unfinished."""
         row = self._read_one(
             """
             SELECT EXISTS (
@@ -3514,7 +3553,7 @@ class Store:
             db.execute("DELETE FROM jobs WHERE id = :waiting_id", values)
 
     def drop_review(self, job_id: str) -> None:
-        """Delete a running review of which nothing is to be done."""
+        """Delete a running review that codebot must not, or cannot, act on."""
         with self._transaction() as db:
             db.execute(
                 "DELETE FROM jobs WHERE id = :id AND kind = 'review'", {"id": job_id}
@@ -3680,7 +3719,7 @@ def job_by_id(db: sqlite3.Connection, job_id: str) -> Job:
 def existing_task(
     db: sqlite3.Connection, values: Mapping[str, str | int | None]
 ) -> sqlite3.Row | None:
-    """Return the task with the same idempotency key or label event; NULL has none."""
+    """Return the task with the same idempotency key or label event, if it has one."""
     rows = db.execute(
         "SELECT * FROM jobs WHERE idempotency_key = :key OR label_event_id = :event_id",
         values,
@@ -3771,7 +3810,10 @@ def waiting_review(
 def insert_review(
     db: sqlite3.Connection, pull_request_id: int, reviewer: str
 ) -> str | None:
-    """Create a review. The one after the daily limit only says so; then: None."""
+    """Create a review job. Returns its id, or None if there are too many today.
+
+    The first one above the daily limit is created, to say so once.
+    """
     row = db.execute(
         """
         SELECT COUNT(*) AS n FROM jobs
@@ -3980,6 +4022,9 @@ def remove_tree(config: Config, path: str, run_tag: str) -> None:
     )
     if not re.fullmatch(removable, name) or ".." in name.split("/"):
         raise ValueError(f"{path} is not a directory that codebot may remove")
+    if os.path.islink(path):
+        os.unlink(path)
+        return
     with contextlib.suppress(RecursionError):
         shutil.rmtree(path, ignore_errors=True)
     if os.path.lexists(path):
@@ -4101,7 +4146,7 @@ git config remote.origin.url "$url" &&
 git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
 git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
-# A repository in the repository would become a link to a commit that nobody has.
+# A repository in the repository would become a submodule without a URL.
 COMMIT_SCRIPT = f"""{GIT_FUNCTION}
 g add -A || exit
 g diff --cached --quiet && exit
@@ -4141,8 +4186,8 @@ AGENT_SWITCHES = (
 class Workspace:
     """The directory in which a job's agent works, and the outbox beside it.
 
-    Its path is the same for all jobs of a task: the agent's conversation is found by
-    it. The home directory, which holds the conversation, is kept between jobs; the
+    Its path is the same for all jobs of a task: the agent's session is found by it.
+    The home directory, which holds the session, is kept between jobs; the
     rest is made anew, so that nothing an agent left in .git is there in the next job.
     """
 
@@ -4336,7 +4381,8 @@ class Workspace:
             result = check_disk(run_program(argv, env, limits=self.run.git_limits()))
         except (TimedOut, Stalled) as error:
             raise self.run.limit_reached(error) from None
-        # Of a shallow repository git fetches nothing, and exits with 0.
+        # From a shallow repository git fetches nothing, and exits with 0: then there
+        # is no such ref.
         trees = self.outbox.git(
             "rev-parse", f"{ref}^{{tree}}", f"{base_commit}^{{tree}}"
         )
@@ -4494,8 +4540,8 @@ READING_TOOLS = "Read,Glob,Grep"
 MAIN_INPUTS = ("command", "file_path", "pattern", "notebook_path", "subject")
 
 
-class Conversation(enum.Enum):
-    """What a run of the agent does with the task's conversation."""
+class Session(enum.Enum):
+    """What a run of the agent does with the task's session."""
 
     BEGIN = "--session-id"
     CONTINUE = "--resume"
@@ -4564,8 +4610,8 @@ CLASSIFYING = AgentMode(
 )
 
 
-class ConversationLost(Exception):
-    """The agent cannot continue: its home directory no longer has the conversation."""
+class SessionLost(Exception):
+    """The agent cannot continue: its home directory no longer has the session."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4646,12 +4692,13 @@ class AgentStream:
 
     def error_text(self, result: ProgramResult) -> str:
         """Return the agent's own words about what went wrong."""
-        errors = self.result.get("errors") or []
+        errors = self.result.get("errors")
+        errors = errors if isinstance(errors, list) else []
         candidates = [self.result.get("result"), *errors, self.last_message]
         words = [str(text) for text in candidates if text]
         return (words[0] if words else result.error)[:1000]
 
-    def verdict(self, result: ProgramResult) -> AgentResult:
+    def verdict(self, result: ProgramResult, session: Session) -> AgentResult:
         """Return what the agent achieved. Raises JobFailed unless it succeeded.
 
         The exit code alone says nothing: an interrupted CLI exits with 0 (tried).
@@ -4659,8 +4706,9 @@ class AgentStream:
         error = self.error_text(result)
         subtype = self.result.get("subtype")
         is_error = bool(self.result.get("is_error"))
-        if "No conversation found" in error and (is_error or not self.result):
-            raise ConversationLost()
+        is_lost = "No conversation found" in error and (is_error or not self.result)
+        if is_lost and session is Session.CONTINUE:
+            raise SessionLost()
         if self.was_login_rejected(error):
             raise JobFailed(
                 "agent_login",
@@ -4721,12 +4769,13 @@ class Agent:
         self,
         prompt: str,
         mode: AgentMode,
-        conversation: Conversation,
+        session: Session,
         on_start: Callable[[], None],
     ) -> AgentResult:
-        """Run the agent once. The prompt's first line must be codebot's own.
+        """Run the agent once. The prompt's first line must be codebot's own: the CLI
+        takes one that begins with a slash for a command.
 
-        Raises JobFailed unless the agent reports success, ConversationLost if there is
+        Raises JobFailed unless the agent reports success, SessionLost if there is
         nothing to continue.
         """
         stream = AgentStream(self.run)
@@ -4737,7 +4786,7 @@ class Agent:
 
         try:
             result = self.workspace.launch(
-                self.command(mode, conversation),
+                self.command(mode, session),
                 start,
                 for_agent=True,
                 stdin=prompt.encode("utf-8", "replace"),
@@ -4759,12 +4808,12 @@ class Agent:
             # Whoever ended the agent may be stopping codebot, too.
             self.run.app.stop.wait(0.3)
             self.run.check()
-        answer = stream.verdict(result)
-        summary = self.run.app.redact(answer.text[:100_000])
+        answer = stream.verdict(result, session)
+        summary = self.run.app.redact(answer.text[:200_000])[:100_000]
         self.run.update_outcome(summary=summary, session_id=self.session_id)
         return answer
 
-    def command(self, mode: AgentMode, conversation: Conversation) -> list[str]:
+    def command(self, mode: AgentMode, session: Session) -> list[str]:
         """Return the CLI's command line."""
         settings = {
             "includeCoAuthoredBy": False,
@@ -4775,8 +4824,8 @@ class Agent:
         words += ["--settings", json.dumps(settings), *mode.arguments]
         if mode is CLASSIFYING and "--model" not in self.config.claude_args:
             words += ["--model", "haiku"]
-        if conversation is not Conversation.NONE:
-            words += [conversation.value, self.session_id]
+        if session is not Session.NONE:
+            words += [session.value, self.session_id]
         turns = [limit for limit in (mode.max_turns, self.config.max_turns) if limit]
         if turns:
             words += ["--max-turns", str(min(turns))]
@@ -4949,7 +4998,7 @@ def do_task(run: JobRun, workspace: Workspace) -> None:
     prompt = f"Task:\n{delimited('task', task_text(run.job.request))}"
     agent = Agent(run, workspace, run.job.session_id)
     on_start = functools.partial(run.set_phase, "agent", 1)
-    agent.ask(prompt, CODING, Conversation.BEGIN, on_start)
+    agent.ask(prompt, CODING, Session.BEGIN, on_start)
 
 
 def run_tests(
@@ -5011,7 +5060,7 @@ def repair(
     attempt: int,
     attempts: int,
 ) -> None:
-    """Show the agent the end of a failing test's output, in the same conversation."""
+    """Show the agent the end of a failing test's output, in the same session."""
     output = run.app.redact("\n".join(result.stdout))[-20_000:]
     prompt = (
         f"The tests failed with exit code {result.code}. Change the code so that they "
@@ -5021,9 +5070,9 @@ def repair(
     agent = Agent(run, workspace, run.job.session_id)
     on_start = functools.partial(run.set_phase, "agent", attempt, attempts)
     try:
-        agent.ask(prompt, CODING, Conversation.CONTINUE, on_start)
-    except ConversationLost:
-        raise JobFailed("agent_failed", "The agent lost its conversation") from None
+        agent.ask(prompt, CODING, Session.CONTINUE, on_start)
+    except SessionLost:
+        raise JobFailed("agent_failed", "The agent lost its session") from None
 
 
 def make_commit(
@@ -5089,7 +5138,9 @@ def pull_request_body(run: JobRun) -> str:
         facts.append(f"The agent reports a cost of {outcome.cost_usd:.2f} US dollars.")
     if job.issue_number:
         facts.append(f"Closes #{job.issue_number}")
-    task = quoted("The submitter", truncate(task_text(job.request), 10_000))
+    redact = run.app.redact  # before truncating, which could cut a secret
+    task_words = truncate(redact(task_text(job.request)), 10_000)
+    task = quoted("The submitter", task_words)
     files = code_block(truncate("\n".join(outcome.files), 10_000))
     summary = quoted("The agent", truncate(outcome.summary, 20_000))
     body = (
@@ -5098,7 +5149,7 @@ def pull_request_body(run: JobRun) -> str:
         + f"\n\n### Summary\n\n{summary}"
     )
     marker = f"<!-- codebot task {job.id} -->"
-    return f"{run.app.redact(body)[:65_000]}\n{marker}\n"
+    return f"{redact(body)[:65_000]}\n{marker}\n"
 
 
 def open_pull_request(run: JobRun, remote: GitHubRepository) -> None:
@@ -5154,6 +5205,12 @@ class ReviewContext(NamedTuple):
 
 def run_review(run: JobRun) -> None:
     """Do a review, from the comments to the answers. Each step can be repeated.
+
+    What an earlier run has stored decides what is left to do:
+      outcome.error                  only to tell the reviewer
+      outcome.answers, commit_id     to push the commit, then to answer
+      outcome.answers alone          only to answer
+      request_kind alone             to work; it need not be classified again
 
     Raises ReviewSkipped if nothing is to be done. A failure is told in the comments'
     threads, and then raised.
@@ -5384,7 +5441,7 @@ def classify(run: JobRun, context: ReviewContext, text: str) -> str:
         agent = Agent(run, scratch, run.job.session_id)
         on_start = functools.partial(run.set_phase, "classify")
         prompt = f"Comments:\n{text}"
-        answer = agent.ask(prompt, CLASSIFYING, Conversation.NONE, on_start)
+        answer = agent.ask(prompt, CLASSIFYING, Session.NONE, on_start)
     structured = answer.structured if isinstance(answer.structured, dict) else {}
     kind = structured.get("kind")
     if kind not in ("question", "change", "none"):
@@ -5429,14 +5486,14 @@ def converse(
     prompt: str,
     mode: AgentMode,
 ) -> AgentResult:
-    """Continue the task's conversation; if it is lost, begin one that knows as much."""
+    """Continue the task's session; if it is lost, begin one with the task and the diff."""
     on_start = functools.partial(run.set_phase, "agent")
     workspace = context.workspace
     agent = Agent(run, workspace, run.job.session_id)
     try:
-        return agent.ask(prompt, mode, Conversation.CONTINUE, on_start)
-    except ConversationLost:
-        run.log("codebot", "The conversation is lost; a new one begins")
+        return agent.ask(prompt, mode, Session.CONTINUE, on_start)
+    except SessionLost:
+        run.log("codebot", "The agent's session is lost; a new one begins")
     span = f"refs/heads/{context.task.base_name}...{base_commit}"
     diff = workspace.mirror.git(*GIT_DIFF, span).stdout
     task = delimited("task", task_text(context.task.request))
@@ -5447,8 +5504,8 @@ def converse(
     )
     run.update(session_id=str(uuid.uuid4()))
     agent = Agent(run, workspace, run.job.session_id)
-    answer = agent.ask(prompt, mode, Conversation.BEGIN, on_start)
-    if mode is CHANGING:  # the others save no conversation
+    answer = agent.ask(prompt, mode, Session.BEGIN, on_start)
+    if mode is CHANGING:  # the others save no session
         run.app.store.save_session(context.task.id, run.job.session_id)
     return answer
 
@@ -5829,7 +5886,10 @@ class Sync:
         event: LabelEvent,
         title_when_labelled: str,
     ) -> None:
-        """Submit the task: the issue's text at the moment when it was labelled."""
+        """Submit the task: the issue's text, which has not changed since it was labelled.
+
+        An author with write access may have changed it.
+        """
         title = title_when_labelled or issue.title
         parts = [issue.body.strip() or title]
         for updated_at, comment in remote.issue_comments(issue.number):
@@ -5915,7 +5975,7 @@ def worker_step(app: App, kind: str) -> None:
         return  # the server stops
     try:
         job = app.store.claim(job_id)
-    except sqlite3.OperationalError as error:
+    except sqlite3.Error as error:
         log.error("Database: %s; retrying", error)
         app.stop.wait(DATABASE_RETRY_DELAY)
         app.queues[kind].put(job_id)
@@ -5925,7 +5985,17 @@ def worker_step(app: App, kind: str) -> None:
 
 
 def run_job(app: App, job: Job) -> None:
-    """Run a job, and turn whatever happens into an end, a retry or a requeue."""
+    """Run a job, and turn whatever happens into an end, a retry or a requeue.
+
+    What ends a run:                       What becomes of the job:
+      nothing                                completed
+      JobFailed, and errors that are final   failed, with a reason
+      TransientError, a busy database,       pending, after a minute; failed if that
+      a full disk, a failed node             goes on for too long, or costs too much
+      StopRequested                          pending, at the next start
+      Cancelled                              failed, as cancelled
+      ReviewSkipped                          the review is deleted
+    """
     run = JobRun(app, job)
     app.running[job.id] = run
     try:
@@ -5998,13 +6068,16 @@ def remove_outbox(run: JobRun) -> None:
     """Remove the job's outbox, before another job of the task can make one."""
     path = outbox_path(run.config, run.job.directory)
     if run.job.directory and os.path.lexists(path):
-        remove_tree(run.config, path, run.run_tag)
+        with contextlib.suppress(
+            OSError, TimedOut, Stalled
+        ):  # the next one replaces it
+            remove_tree(run.config, path, run.run_tag)
 
 
 def retry(run: JobRun, error: Exception) -> None:
     """Retry a job later, unless that has been tried for too long or too often.
 
-    A retry that would run the agent again costs money, so it counts like a crash.
+    A retry that would run the agent again costs money, so it counts as an interruption.
     """
     job = run.job
     app = run.app
@@ -6096,7 +6169,7 @@ class Cleanup:
             self.remove_workspaces()
             for path in all_mirrors(self.config.work_dir):
                 self.maintain_mirror(path)
-        except (OSError, sqlite3.Error, TimedOut) as error:
+        except (OSError, sqlite3.Error, TimedOut, GitFailed, TransientError) as error:
             log.warning("Cleanup: %s", error or "timeout")
 
     def warn_of_low_disk(self) -> None:
@@ -6668,7 +6741,7 @@ def metrics(app: App, request: Request) -> Response:
 
 
 # --- Webhooks ----------------------------------------------------------------
-# A delivery only leaves a note in the store; the review lane acts on it later, on
+# A delivery only leaves a note; a review or the sync thread acts on it later, on
 # what GitHub itself says then (docs: "Webhook events and payloads").
 
 MAX_DELIVERY_BYTES = 25 << 20  # GitHub sends no more
@@ -6698,7 +6771,10 @@ def payload_field(payload: JsonObject, path: str, kind: type) -> Json:
 
 
 def webhook(app: App, request: Request) -> Response:
-    """Take a delivery of GitHub's. What it asks for is on disk before the answer."""
+    """Take a delivery of GitHub's. A comment is on disk before the answer.
+
+    For other events the sync thread looks at GitHub, as it does at every start.
+    """
     if "form" in request.headers.get("content-type", ""):
         message = "Set the content type of the App's webhook to application/json"
         raise HTTPError(415, message)
@@ -8358,6 +8434,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._answering: set[socket.socket] = set()  # those with a complete request
         self._body_bytes: dict[socket.socket, int] = {}  # the oldest body first
         self._next_sweep = 0.0
+        self.has_failed = False  # it has ended by itself
         self._pool = concurrent.futures.ThreadPoolExecutor(POOL_THREADS, "http")
         self._tls: ssl.SSLContext | None = None
         if config.tls_cert:
@@ -8376,6 +8453,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             self.serve_forever(SWEEP_INTERVAL)
         finally:
+            self.has_failed = not self.app.stop.is_set()
             self.app.stop.set()  # codebot does not run on without its server
 
     def close(self, deadline: float) -> None:
@@ -8692,6 +8770,9 @@ def fork_watchdog(app: App) -> None:
         return
     try:
         os.close(write_end)
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):  # a reader of our output must not wait for this
+            os.dup2(nowhere, descriptor)
         os.setsid()  # a hangup or ^C in the terminal does not reach it
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
@@ -8823,7 +8904,7 @@ def serve(flags: Flags) -> int:
     if is_changed:
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     # Do not wait for a thread that waits for GitHub: its job is pending again.
-    os._exit(0)
+    os._exit(1 if server.has_failed else 0)
 
 
 # --- run ---------------------------------------------------------------------
