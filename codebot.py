@@ -833,6 +833,23 @@ class OutputFile:
         return os.fstat(self.file.fileno()).st_size > MAX_OUTPUT_BYTES
 
 
+def wait_for_exit(child: subprocess.Popen[bytes], seconds: float) -> None:
+    """Wait until a program ends, ``seconds`` at most.
+
+    Popen.wait() sleeps in steps that grow: half of the time of a short git command.
+    """
+    try:
+        descriptor = os.pidfd_open(child.pid)
+    except (AttributeError, OSError):  # macOS, Linux before 5.3, or it is reaped
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(seconds)
+        return
+    waiter = select.poll()
+    waiter.register(descriptor, select.POLLIN)
+    waiter.poll(seconds * 1000)
+    os.close(descriptor)
+
+
 class RunningProgram:
     """One program from its start to its end, and the limits that it is held to."""
 
@@ -869,8 +886,7 @@ class RunningProgram:
                 return
             self.check_limits(time.monotonic())
             if not has_output:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.child.wait(0.1)
+                wait_for_exit(self.child, 0.1)
 
     def read_output(self, has_exited: bool, on_lines: LineHandler) -> bool:
         """Pass on what is new. Returns whether there was anything."""
@@ -5476,7 +5492,12 @@ def make_change(
     answers = parse_answers(run, answer, comments)
     commit_id = commit_change(run, context, base_commit)
     outcome = dataclasses.replace(run.job.outcome, answers=answers)
-    run.update(base_commit=base_commit, commit_id=commit_id, outcome=outcome)
+    run.update(
+        base_commit=base_commit,
+        commit_id=commit_id,
+        outcome=outcome,
+        transient_since=0.0,
+    )
 
 
 def converse(
@@ -6013,12 +6034,12 @@ def run_job(app: App, job: Job) -> None:
     except OSError as error:
         handle_os_error(run, error)
     except JobFailed as error:
-        finish(run, "failed", error.reason, str(error))
+        fail(run, error.reason, str(error))
     except (GitFailed, GitHubError) as error:
-        finish(run, "failed", "internal", str(error))
+        fail(run, "internal", str(error))
     except Exception:
         log.exception("Job %s", job.id)
-        finish(run, "failed", "internal", "Internal error; see the server's log")
+        fail(run, "internal", "Internal error; see the server's log")
     finally:
         del app.running[job.id]
         after_job(run)
@@ -6074,6 +6095,18 @@ def remove_outbox(run: JobRun) -> None:
             remove_tree(run.config, path, run.run_tag)
 
 
+def fail(run: JobRun, reason: str, error: str) -> None:
+    """Fail a job. A review first runs once more, only to tell the reviewer."""
+    job = run.job
+    if job.kind == "review" and not job.outcome.error and not run.cancel.is_set():
+        message = run.app.redact(error)
+        run.update_outcome(reason=reason, error=message, answers={})
+        run.app.write_until_committed(run.app.store.requeue, job.id)
+        run.app.queues["review"].put(job.id)
+        return
+    finish(run, "failed", reason, error)
+
+
 def retry(run: JobRun, error: Exception) -> None:
     """Retry a job later, unless that has been tried for too long or too often.
 
@@ -6099,13 +6132,7 @@ def retry(run: JobRun, error: Exception) -> None:
             app.queues[job.kind].put(job.id)
         return
     reason = REASON_BY_PHASE.get(job.phase, "internal")
-    if job.kind == "review" and not job.outcome.error:
-        # The next run only tells the reviewer.
-        run.update_outcome(reason=reason, error=message, answers={})
-        app.write_until_committed(app.store.requeue, job.id)
-        app.queues["review"].put(job.id)
-        return
-    finish(run, "failed", reason, message)
+    fail(run, reason, message)
 
 
 def handle_os_error(run: JobRun, error: OSError) -> None:
@@ -6113,7 +6140,7 @@ def handle_os_error(run: JobRun, error: OSError) -> None:
         retry(run, TransientError(f"The disk is full: {os_error_text(error)}"))
         return
     log.exception("Job %s", run.job.id)
-    finish(run, "failed", "internal", f"Internal error: {os_error_text(error)}")
+    fail(run, "internal", f"Internal error: {os_error_text(error)}")
 
 
 def after_job(run: JobRun) -> None:
