@@ -2147,7 +2147,7 @@ def test_settings_show_no_secret() -> None:
 )
 def test_line_of_env_file(tmp_path: Path, line: str, value: str) -> None:
     problems: list[str] = []
-    (tmp_path / ".env").write_text(f"{line}\n# NAME=comment\n\n", newline="")
+    (tmp_path / ".env").write_bytes(f"{line}\n# NAME=comment\n\n".encode())
     variables = codebot.read_env_file(str(tmp_path / ".env"), problems)
     assert problems == []
     assert variables == {"NAME": value}
@@ -2679,6 +2679,360 @@ def test_first_matching_test_command_is_used(name: str, command: str) -> None:
     config = codebot.Config(test_commands=rules)
     repository = codebot.parse_repository_url(config, f"https://github.com/{name}")
     assert codebot.default_test_command(config, repository) == command
+
+
+# --- The sandbox: what the agent sees ----------------------------------------
+
+ENV_FILE_KEY = "key-in-the-env-file"
+DENIED = "DENIED"
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """What the agent tries in bwrap, and what has to come of it."""
+
+    command: str  # KEYS, START, WORK, HOST_HOME and MIRROR stand for paths of the host
+    expected: str = DENIED  # a regular expression
+
+
+PROBES = {
+    "read env file": Probe("cat START/.env"),
+    "read App key": Probe("cat KEYS/app.pem"),
+    "read database": Probe("cat WORK/codebot.db"),
+    "read outbox": Probe("ls -d WORK/outbox*"),
+    "read home directory": Probe("cat HOST_HOME/private"),
+    "list work directory": Probe("ls -A WORK", r"mirrors\ntask_[0-9a-f]{7}"),
+    "list own task": Probe("ls -A WORK/task_*", r"home\nrepo"),
+    "list mirrors": Probe("ls -A WORK/mirrors/*/acme", r"widget\.git"),
+    "list own mirror": Probe("ls -A MIRROR", "objects"),
+    "list keys": Probe("ls -A KEYS", ""),
+    "list sockets": Probe("find /run -type s", ""),
+    "list processes": Probe("cat /proc/[0-9]*/cmdline | tr '\\0' ' '", "(?!.*serve).*"),
+    "read environments": Probe(
+        "cat /proc/[0-9]*/environ | tr '\\0' '\\n'", ".*ANTHROPIC_API_KEY=.*"
+    ),
+    "write mirror": Probe("touch MIRROR/objects/planted"),
+    "write system": Probe("touch /usr/planted || touch /etc/planted"),
+    "write cgroup": Probe("mkdir /sys/fs/cgroup/planted"),
+    "write core pattern": Probe("echo x >/proc/sys/kernel/core_pattern"),
+    "write keys": Probe("touch KEYS/planted; true", ""),
+    "write work directory": Probe("touch WORK/planted; true", ""),
+    "write own directories": Probe("touch x $HOME/x /tmp/x && echo fine", "fine"),
+    "open terminal": Probe(": </dev/tty"),
+    "unmount cover": Probe("umount START"),
+    "remount writable": Probe("mount -o remount,rw /"),
+    "new user namespace": Probe("unshare --user true"),
+    "new mount namespace": Probe("unshare --user --map-root-user --mount true"),
+    "new cgroup namespace": Probe("unshare --user --mount --cgroup true"),
+    "capabilities": Probe(
+        "grep CapEff /proc/self/status | tr -d '\\t'", "CapEff:0000000000000000"
+    ),
+}
+PROBE_FUNCTION = """
+probe() {  # NAME COMMAND
+    if sh -c "$2" >"$HOME/probe" 2>&1 </dev/null; then
+        cat "$HOME/probe" >"report/$1"
+    else
+        echo DENIED >"report/$1"
+    fi
+}
+mkdir report
+"""
+
+
+class SandboxReport(NamedTuple):
+    """What came of the probes, and the site in which they ran."""
+
+    site: Site
+    results: dict[str, str]
+    result: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def sandboxed(templates: Path) -> Iterator[Site]:
+    """A running server that uses bwrap. It is not in /tmp, which bwrap replaces."""
+    with tempfile.TemporaryDirectory(prefix="codebot-test-", dir="/var/tmp") as name:
+        site = create_site(Path(name).resolve(), templates)
+        keys = f"{ENV_FILE_KEY}, {API_KEY}"
+        (site.server.start_dir / ".env").write_text(f"CODEBOT_API_KEYS={keys}\n")
+        (site.server.home / "private").write_text("private")
+        try:
+            site.server.start(
+                "--workers",
+                "2",
+                limits={"RESULT_GRACE": 0.3, "KILL_GRACE": 0.5},
+                CODEBOT_SANDBOX="bwrap",
+                CODEBOT_API_KEYS=None,
+            )
+            yield site
+        finally:
+            close_site(site)
+
+
+@pytest.fixture(scope="session")
+def report(sandboxed: Site) -> SandboxReport:
+    site = sandboxed
+    other = site.github.create_repository("acme/private")
+    site.api.completed(site.api.submit(repository_url=other.url))
+    paths = {
+        "START": site.server.start_dir,
+        "KEYS": site.server.key_file.parent,
+        "WORK": site.server.work_dir,
+        "HOST_HOME": site.server.home,
+        "MIRROR": mirror_of(site, site.repository.name),
+    }
+    plan = PROBE_FUNCTION
+    for name, probe in PROBES.items():
+        command = probe.command
+        for word, path in paths.items():
+            command = re.sub(rf"\b{word}\b", str(path), command)
+        plan += f"probe {shlex.quote(name)} {shlex.quote(command)}\n"
+    site.agent.follow(f"{plan}result Probed")
+    result = site.api.completed(site.api.submit("Look around"))
+    site.agent.follow(SAY_HELLO)
+    branch = result["branch_name"]
+    results = {n: site.repository.show(branch, f"report/{n}") for n in PROBES}
+    return SandboxReport(site, results, result)
+
+
+@needs_bwrap
+@pytest.mark.parametrize("name", PROBES)
+def test_agent_in_bwrap_cannot_leave_its_workspace(
+    report: SandboxReport, name: str
+) -> None:
+    assert re.fullmatch(PROBES[name].expected, report.results[name], re.DOTALL)
+
+
+@needs_bwrap
+def test_agent_in_bwrap_sees_no_secret_but_its_own(report: SandboxReport) -> None:
+    texts = "\n".join(report.results.values())
+    for secret in [*report.site.server.secrets(), ENV_FILE_KEY, "PRIVATE KEY"]:
+        assert secret not in texts
+    assert MODEL_KEY in report.results["read environments"]
+
+
+@needs_bwrap
+def test_agent_in_bwrap_writes_nothing_outside(report: SandboxReport) -> None:
+    server = report.site.server
+    mirror = mirror_of(report.site, report.site.repository.name)
+    directories = [server.work_dir, server.key_file.parent, mirror / "objects"]
+    directories += [Path("/usr"), Path("/etc"), Path("/sys/fs/cgroup")]
+    assert [path for path in directories if (path / "planted").exists()] == []
+
+
+@needs_bwrap
+def test_tests_run_in_bwrap_too(sandboxed: Site) -> None:
+    key = sandboxed.server.key_file
+    command = f"test ! -e {key} && ! unshare --user true"
+    task = sandboxed.api.submit(test_command=command)
+    assert sandboxed.api.completed(task)["tests"]["passed"] is True
+
+
+@needs_bwrap
+def test_replaced_env_file_stays_hidden(sandboxed: Site) -> None:
+    env_file = sandboxed.server.start_dir / ".env"
+    sandboxed.agent.follow(f"block; cat {env_file} >seen; {SAY_HELLO}")
+    task = sandboxed.api.submit("Read .env")
+    sandboxed.agent.wait_until_blocked()
+    # An editor writes a new file and renames it.
+    new = env_file.with_suffix(".new")
+    new.write_text(env_file.read_text())
+    new.rename(env_file)
+    sandboxed.agent.release()
+    result = sandboxed.api.completed(task)
+    sandboxed.agent.follow(SAY_HELLO)
+    assert sandboxed.repository.show(result["branch_name"], "seen") == ""
+
+
+PLANT_EVERYTHING = r"""
+mkdir -p .git/hooks
+echo 'touch TRACE; env >>"$HOME/planted-env"; cat' >"$HOME/planted"
+chmod +x "$HOME/planted"
+for hook in pre-commit commit-msg post-commit post-checkout pre-push \
+        reference-transaction post-index-change; do
+    printf '#!/bin/sh\nsh "%s"' "$HOME/planted" >.git/hooks/$hook
+    chmod +x .git/hooks/$hook
+done
+git config core.hooksPath .git/hooks
+git config filter.f.clean "sh $HOME/planted"
+git config filter.f.smudge "sh $HOME/planted"
+git config diff.f.textconv "sh $HOME/planted"
+git config diff.external "sh $HOME/planted"
+git config core.fsmonitor "$HOME/planted"
+git config uploadpack.packObjectsHook "$HOME/planted"
+git config core.sshCommand "$HOME/planted"
+git config core.alternateRefsCommand "$HOME/planted"
+git config gpg.program "$HOME/planted"
+git config commit.gpgSign true
+git config core.pager "$HOME/planted"
+git config remote.origin.url 'ext::sh $HOME/planted'
+echo '* filter=f diff=f' >.gitattributes
+"""
+
+
+@needs_bwrap
+def test_planted_hooks_run_in_bwrap_only(sandboxed: Site) -> None:
+    trace = sandboxed.directory / "trace"
+    plan = PLANT_EVERYTHING.replace("TRACE", str(trace))
+    sandboxed.agent.follow(f"{plan}\n{SAY_HELLO}")
+    result = sandboxed.api.completed(sandboxed.api.submit("Plant hooks"))
+    sandboxed.agent.follow(SAY_HELLO)
+    assert not trace.exists()
+    home = Path(result["work_dir"]).parent / "home"
+    environment = (home / "planted-env").read_text()  # the filter did run
+    for secret in [*sandboxed.server.secrets(), MODEL_KEY, ENV_FILE_KEY]:
+        assert secret not in environment
+    files = sandboxed.repository.git("ls-tree", "--name-only", result["branch_name"])
+    assert ".gitattributes" in files
+
+
+@needs_bwrap
+def test_processes_that_agent_leaves_in_bwrap_are_ended(sandboxed: Site) -> None:
+    sandboxed.agent.follow(f"env -i setsid sleep 3117 & {SAY_HELLO}")
+    sandboxed.api.completed(sandboxed.api.submit("Leave a process"))
+    sandboxed.agent.follow(SAY_HELLO)
+    wait_for(lambda: "sleep 3117" not in run_command("ps", "-e", "-o", "args"))
+
+
+@needs_bwrap
+def test_objects_of_another_repository_cannot_be_borrowed(sandboxed: Site) -> None:
+    number = len(sandboxed.github.repositories)
+    secret = sandboxed.github.create_repository(
+        f"acme/secret-{number}", {"plans": "the plans\n"}
+    )
+    sandboxed.api.completed(sandboxed.api.submit(repository_url=secret.url))
+    objects = mirror_of(sandboxed, secret.name) / "objects"
+    commit = secret.git("rev-parse", "main")
+    sandboxed.agent.follow(
+        f"echo {objects} >>.git/objects/info/alternates\n"
+        f"echo {commit} >$(git rev-parse --git-path $(git symbolic-ref HEAD))\n"
+        "result"
+    )
+    sandboxed.api.failed(sandboxed.api.submit("Borrow"), "agent_failed")
+    sandboxed.agent.follow(SAY_HELLO)
+
+
+@needs_bwrap
+def test_agent_in_bwrap_is_told_that_it_is_in_a_sandbox(sandboxed: Site) -> None:
+    sandboxed.agent.reset()
+    sandboxed.api.completed(sandboxed.api.submit("Look at the environment"))
+    run = sandboxed.agent.runs()[-1]
+    assert run.env["IS_SANDBOX"] == "1"
+
+
+def test_agent_without_sandbox_is_not_told_that_it_is_in_one(shared: Site) -> None:
+    shared.api.completed(shared.api.submit())
+    [run] = shared.agent.runs()
+    assert "IS_SANDBOX" not in run.env
+
+
+def test_planted_hooks_without_sandbox_see_no_secret(shared: Site) -> None:
+    trace = shared.directory / "trace"
+    plan = PLANT_EVERYTHING.replace("TRACE", str(trace))
+    shared.agent.follow(f"{plan}\n{SAY_HELLO}")
+    task = shared.api.submit()
+    shared.api.wait_end(task)
+    [home] = shared.server.work_dir.glob(f"task_{task[:7]}/home")
+    environment = (home / "planted-env").read_text()
+    for secret in [*shared.server.secrets(), MODEL_KEY]:
+        assert secret not in environment
+
+
+# --- The sandbox: how it is started ------------------------------------------
+
+
+def test_command_line_can_be_the_sandbox(fresh: Site) -> None:
+    calls = fresh.directory / "calls"
+    wrapper = fresh.directory / "wrapper"
+    log = f"echo \"$*\" | tr '\\n' ' ' >>{calls}; echo >>{calls}"
+    wrapper.write_text(f'#!/bin/sh\n{log}\nshift 3\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    fresh.server.start(CODEBOT_SANDBOX=f"{wrapper} {{task}} {{objects}} {{other}}")
+    result = fresh.api.completed(fresh.api.submit(test_command="true"))
+    workspace = Path(result["work_dir"]).parent
+    objects = mirror_of(fresh, fresh.repository.name) / "objects"
+    lines = calls.read_text().splitlines()
+    prefix = f"{workspace} {objects} {{other}} "
+    commands = [line[len(prefix) :] for line in lines if line.startswith(prefix)]
+    assert any(command.startswith(f"{fresh.agent.path} -p") for command in commands)
+    assert "git upload-pack" in "\n".join(commands)
+    assert any("true" in command for command in commands)
+    [run] = fresh.agent.runs()
+    assert run.env["IS_SANDBOX"] == "1"
+
+
+def serve_arguments(site: Site) -> list[str]:
+    return ["serve", "--port", "0", "--work-dir", str(site.server.work_dir)]
+
+
+def write_bwrap(site: Site, script: str) -> str:
+    """Put a `bwrap` of its own first on PATH, and return PATH."""
+    tools = site.directory / "tools"
+    tools.mkdir()
+    (tools / "bwrap").write_text(f"#!/bin/sh\n{script}\n")
+    (tools / "bwrap").chmod(0o755)
+    return f"{tools}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize("command", ["serve", "run"])
+def test_sandbox_that_does_not_start_is_refused(fresh: Site, command: str) -> None:
+    help_text = "[ $1 = --help ] && exec echo '--disable-userns'"
+    path = write_bwrap(fresh, f"{help_text}\necho 'no namespaces here' >&2; exit 1")
+    args = serve_arguments(fresh)
+    if command == "run":
+        args = ["run", "--repository-url", fresh.repository.url, "--description", "Hi"]
+    done = fresh.server.run(*args, CODEBOT_SANDBOX=None, PATH=path)
+    assert done.returncode == 2
+    assert "no namespaces here" in done.stderr
+    assert "CODEBOT_SANDBOX=none" in done.stderr
+
+
+def test_missing_bwrap_is_refused(fresh: Site) -> None:
+    tools = fresh.directory / "tools"
+    tools.mkdir()
+    for name in ("git", "openssl", "sh"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    args = serve_arguments(fresh)
+    done = fresh.server.run(*args, CODEBOT_SANDBOX=None, PATH=str(tools))
+    assert done.returncode == 2
+    assert "bwrap is not installed" in done.stderr
+    assert "CODEBOT_SANDBOX=none" in done.stderr
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="an old bwrap is refused for root only")
+def test_old_bwrap_is_refused_for_root(fresh: Site) -> None:
+    path = write_bwrap(fresh, "[ $1 = --help ] && exec echo '--unshare-user'\nexit 0")
+    args = serve_arguments(fresh)
+    done = fresh.server.run(*args, CODEBOT_SANDBOX=None, PATH=path)
+    assert done.returncode == 2
+    assert "bwrap" in done.stderr
+    assert "0.8" in done.stderr
+
+
+@needs_bwrap
+@pytest.mark.parametrize("key_file", ["/etc/hosts", "/usr/bin/env"])
+def test_key_in_directory_that_cannot_be_hidden_is_refused(
+    fresh: Site, key_file: str
+) -> None:
+    done = fresh.server.run(
+        *serve_arguments(fresh),
+        CODEBOT_SANDBOX=None,
+        GITHUB_APP_PRIVATE_KEY_PATH=key_file,
+    )
+    assert done.returncode == 2
+    assert os.path.dirname(os.path.realpath(key_file)) in done.stderr
+
+
+def test_server_warns_that_there_is_no_sandbox(shared_site: Site) -> None:
+    log = shared_site.server.log_file.read_text()
+    assert "CODEBOT_SANDBOX=none" in log
+    assert "NO SANDBOX" in log
+
+
+@needs_bwrap
+def test_server_names_its_sandbox(sandboxed: Site) -> None:
+    log = sandboxed.server.log_file.read_text()
+    assert re.search("^Sandbox: +bwrap", log, re.MULTILINE)
 
 
 # --- Store -------------------------------------------------------------------
@@ -4754,360 +5108,6 @@ def test_database_can_be_outside_work_directory(fresh: Site) -> None:
     fresh.api.completed(fresh.api.submit())
     assert (directory / "jobs.db").exists()
     assert not (fresh.server.work_dir / "codebot.db").exists()
-
-
-# --- The sandbox: what the agent sees ----------------------------------------
-
-ENV_FILE_KEY = "key-in-the-env-file"
-DENIED = "DENIED"
-
-
-@dataclasses.dataclass(frozen=True)
-class Probe:
-    """What the agent tries in bwrap, and what has to come of it."""
-
-    command: str  # KEYS, START, WORK, HOST_HOME and MIRROR stand for paths of the host
-    expected: str = DENIED  # a regular expression
-
-
-PROBES = {
-    "read env file": Probe("cat START/.env"),
-    "read App key": Probe("cat KEYS/app.pem"),
-    "read database": Probe("cat WORK/codebot.db"),
-    "read outbox": Probe("ls -d WORK/outbox*"),
-    "read home directory": Probe("cat HOST_HOME/private"),
-    "list work directory": Probe("ls -A WORK", r"mirrors\ntask_[0-9a-f]{7}"),
-    "list own task": Probe("ls -A WORK/task_*", r"home\nrepo"),
-    "list mirrors": Probe("ls -A WORK/mirrors/*/acme", r"widget\.git"),
-    "list own mirror": Probe("ls -A MIRROR", "objects"),
-    "list keys": Probe("ls -A KEYS", ""),
-    "list sockets": Probe("find /run -type s", ""),
-    "list processes": Probe("cat /proc/[0-9]*/cmdline | tr '\\0' ' '", "(?!.*serve).*"),
-    "read environments": Probe(
-        "cat /proc/[0-9]*/environ | tr '\\0' '\\n'", ".*ANTHROPIC_API_KEY=.*"
-    ),
-    "write mirror": Probe("touch MIRROR/objects/planted"),
-    "write system": Probe("touch /usr/planted || touch /etc/planted"),
-    "write cgroup": Probe("mkdir /sys/fs/cgroup/planted"),
-    "write core pattern": Probe("echo x >/proc/sys/kernel/core_pattern"),
-    "write keys": Probe("touch KEYS/planted; true", ""),
-    "write work directory": Probe("touch WORK/planted; true", ""),
-    "write own directories": Probe("touch x $HOME/x /tmp/x && echo fine", "fine"),
-    "open terminal": Probe(": </dev/tty"),
-    "unmount cover": Probe("umount START"),
-    "remount writable": Probe("mount -o remount,rw /"),
-    "new user namespace": Probe("unshare --user true"),
-    "new mount namespace": Probe("unshare --user --map-root-user --mount true"),
-    "new cgroup namespace": Probe("unshare --user --mount --cgroup true"),
-    "capabilities": Probe(
-        "grep CapEff /proc/self/status | tr -d '\\t'", "CapEff:0000000000000000"
-    ),
-}
-PROBE_FUNCTION = """
-probe() {  # NAME COMMAND
-    if sh -c "$2" >"$HOME/probe" 2>&1 </dev/null; then
-        cat "$HOME/probe" >"report/$1"
-    else
-        echo DENIED >"report/$1"
-    fi
-}
-mkdir report
-"""
-
-
-class SandboxReport(NamedTuple):
-    """What came of the probes, and the site in which they ran."""
-
-    site: Site
-    results: dict[str, str]
-    result: dict[str, Any]
-
-
-@pytest.fixture(scope="session")
-def sandboxed(templates: Path) -> Iterator[Site]:
-    """A running server that uses bwrap. It is not in /tmp, which bwrap replaces."""
-    with tempfile.TemporaryDirectory(prefix="codebot-test-", dir="/var/tmp") as name:
-        site = create_site(Path(name).resolve(), templates)
-        keys = f"{ENV_FILE_KEY}, {API_KEY}"
-        (site.server.start_dir / ".env").write_text(f"CODEBOT_API_KEYS={keys}\n")
-        (site.server.home / "private").write_text("private")
-        try:
-            site.server.start(
-                "--workers",
-                "2",
-                limits={"RESULT_GRACE": 0.3, "KILL_GRACE": 0.5},
-                CODEBOT_SANDBOX="bwrap",
-                CODEBOT_API_KEYS=None,
-            )
-            yield site
-        finally:
-            close_site(site)
-
-
-@pytest.fixture(scope="session")
-def report(sandboxed: Site) -> SandboxReport:
-    site = sandboxed
-    other = site.github.create_repository("acme/private")
-    site.api.completed(site.api.submit(repository_url=other.url))
-    paths = {
-        "START": site.server.start_dir,
-        "KEYS": site.server.key_file.parent,
-        "WORK": site.server.work_dir,
-        "HOST_HOME": site.server.home,
-        "MIRROR": mirror_of(site, site.repository.name),
-    }
-    plan = PROBE_FUNCTION
-    for name, probe in PROBES.items():
-        command = probe.command
-        for word, path in paths.items():
-            command = re.sub(rf"\b{word}\b", str(path), command)
-        plan += f"probe {shlex.quote(name)} {shlex.quote(command)}\n"
-    site.agent.follow(f"{plan}result Probed")
-    result = site.api.completed(site.api.submit("Look around"))
-    site.agent.follow(SAY_HELLO)
-    branch = result["branch_name"]
-    results = {n: site.repository.show(branch, f"report/{n}") for n in PROBES}
-    return SandboxReport(site, results, result)
-
-
-@needs_bwrap
-@pytest.mark.parametrize("name", PROBES)
-def test_agent_in_bwrap_cannot_leave_its_workspace(
-    report: SandboxReport, name: str
-) -> None:
-    assert re.fullmatch(PROBES[name].expected, report.results[name], re.DOTALL)
-
-
-@needs_bwrap
-def test_agent_in_bwrap_sees_no_secret_but_its_own(report: SandboxReport) -> None:
-    texts = "\n".join(report.results.values())
-    for secret in [*report.site.server.secrets(), ENV_FILE_KEY, "PRIVATE KEY"]:
-        assert secret not in texts
-    assert MODEL_KEY in report.results["read environments"]
-
-
-@needs_bwrap
-def test_agent_in_bwrap_writes_nothing_outside(report: SandboxReport) -> None:
-    server = report.site.server
-    mirror = mirror_of(report.site, report.site.repository.name)
-    directories = [server.work_dir, server.key_file.parent, mirror / "objects"]
-    directories += [Path("/usr"), Path("/etc"), Path("/sys/fs/cgroup")]
-    assert [path for path in directories if (path / "planted").exists()] == []
-
-
-@needs_bwrap
-def test_tests_run_in_bwrap_too(sandboxed: Site) -> None:
-    key = sandboxed.server.key_file
-    command = f"test ! -e {key} && ! unshare --user true"
-    task = sandboxed.api.submit(test_command=command)
-    assert sandboxed.api.completed(task)["tests"]["passed"] is True
-
-
-@needs_bwrap
-def test_replaced_env_file_stays_hidden(sandboxed: Site) -> None:
-    env_file = sandboxed.server.start_dir / ".env"
-    sandboxed.agent.follow(f"block; cat {env_file} >seen; {SAY_HELLO}")
-    task = sandboxed.api.submit("Read .env")
-    sandboxed.agent.wait_until_blocked()
-    # An editor writes a new file and renames it.
-    new = env_file.with_suffix(".new")
-    new.write_text(env_file.read_text())
-    new.rename(env_file)
-    sandboxed.agent.release()
-    result = sandboxed.api.completed(task)
-    sandboxed.agent.follow(SAY_HELLO)
-    assert sandboxed.repository.show(result["branch_name"], "seen") == ""
-
-
-PLANT_EVERYTHING = r"""
-mkdir -p .git/hooks
-echo 'touch TRACE; env >>"$HOME/planted-env"; cat' >"$HOME/planted"
-chmod +x "$HOME/planted"
-for hook in pre-commit commit-msg post-commit post-checkout pre-push \
-        reference-transaction post-index-change; do
-    printf '#!/bin/sh\nsh "%s"' "$HOME/planted" >.git/hooks/$hook
-    chmod +x .git/hooks/$hook
-done
-git config core.hooksPath .git/hooks
-git config filter.f.clean "sh $HOME/planted"
-git config filter.f.smudge "sh $HOME/planted"
-git config diff.f.textconv "sh $HOME/planted"
-git config diff.external "sh $HOME/planted"
-git config core.fsmonitor "$HOME/planted"
-git config uploadpack.packObjectsHook "$HOME/planted"
-git config core.sshCommand "$HOME/planted"
-git config core.alternateRefsCommand "$HOME/planted"
-git config gpg.program "$HOME/planted"
-git config commit.gpgSign true
-git config core.pager "$HOME/planted"
-git config remote.origin.url 'ext::sh $HOME/planted'
-echo '* filter=f diff=f' >.gitattributes
-"""
-
-
-@needs_bwrap
-def test_planted_hooks_run_in_bwrap_only(sandboxed: Site) -> None:
-    trace = sandboxed.directory / "trace"
-    plan = PLANT_EVERYTHING.replace("TRACE", str(trace))
-    sandboxed.agent.follow(f"{plan}\n{SAY_HELLO}")
-    result = sandboxed.api.completed(sandboxed.api.submit("Plant hooks"))
-    sandboxed.agent.follow(SAY_HELLO)
-    assert not trace.exists()
-    home = Path(result["work_dir"]).parent / "home"
-    environment = (home / "planted-env").read_text()  # the filter did run
-    for secret in [*sandboxed.server.secrets(), MODEL_KEY, ENV_FILE_KEY]:
-        assert secret not in environment
-    files = sandboxed.repository.git("ls-tree", "--name-only", result["branch_name"])
-    assert ".gitattributes" in files
-
-
-@needs_bwrap
-def test_processes_that_agent_leaves_in_bwrap_are_ended(sandboxed: Site) -> None:
-    sandboxed.agent.follow(f"env -i setsid sleep 3117 & {SAY_HELLO}")
-    sandboxed.api.completed(sandboxed.api.submit("Leave a process"))
-    sandboxed.agent.follow(SAY_HELLO)
-    wait_for(lambda: "sleep 3117" not in run_command("ps", "-e", "-o", "args"))
-
-
-@needs_bwrap
-def test_objects_of_another_repository_cannot_be_borrowed(sandboxed: Site) -> None:
-    number = len(sandboxed.github.repositories)
-    secret = sandboxed.github.create_repository(
-        f"acme/secret-{number}", {"plans": "the plans\n"}
-    )
-    sandboxed.api.completed(sandboxed.api.submit(repository_url=secret.url))
-    objects = mirror_of(sandboxed, secret.name) / "objects"
-    commit = secret.git("rev-parse", "main")
-    sandboxed.agent.follow(
-        f"echo {objects} >>.git/objects/info/alternates\n"
-        f"echo {commit} >$(git rev-parse --git-path $(git symbolic-ref HEAD))\n"
-        "result"
-    )
-    sandboxed.api.failed(sandboxed.api.submit("Borrow"), "agent_failed")
-    sandboxed.agent.follow(SAY_HELLO)
-
-
-@needs_bwrap
-def test_agent_in_bwrap_is_told_that_it_is_in_a_sandbox(sandboxed: Site) -> None:
-    sandboxed.agent.reset()
-    sandboxed.api.completed(sandboxed.api.submit("Look at the environment"))
-    run = sandboxed.agent.runs()[-1]
-    assert run.env["IS_SANDBOX"] == "1"
-
-
-def test_agent_without_sandbox_is_not_told_that_it_is_in_one(shared: Site) -> None:
-    shared.api.completed(shared.api.submit())
-    [run] = shared.agent.runs()
-    assert "IS_SANDBOX" not in run.env
-
-
-def test_planted_hooks_without_sandbox_see_no_secret(shared: Site) -> None:
-    trace = shared.directory / "trace"
-    plan = PLANT_EVERYTHING.replace("TRACE", str(trace))
-    shared.agent.follow(f"{plan}\n{SAY_HELLO}")
-    task = shared.api.submit()
-    shared.api.wait_end(task)
-    [home] = shared.server.work_dir.glob(f"task_{task[:7]}/home")
-    environment = (home / "planted-env").read_text()
-    for secret in [*shared.server.secrets(), MODEL_KEY]:
-        assert secret not in environment
-
-
-# --- The sandbox: how it is started ------------------------------------------
-
-
-def test_command_line_can_be_the_sandbox(fresh: Site) -> None:
-    calls = fresh.directory / "calls"
-    wrapper = fresh.directory / "wrapper"
-    log = f"echo \"$*\" | tr '\\n' ' ' >>{calls}; echo >>{calls}"
-    wrapper.write_text(f'#!/bin/sh\n{log}\nshift 3\nexec "$@"\n')
-    wrapper.chmod(0o755)
-    fresh.server.start(CODEBOT_SANDBOX=f"{wrapper} {{task}} {{objects}} {{other}}")
-    result = fresh.api.completed(fresh.api.submit(test_command="true"))
-    workspace = Path(result["work_dir"]).parent
-    objects = mirror_of(fresh, fresh.repository.name) / "objects"
-    lines = calls.read_text().splitlines()
-    prefix = f"{workspace} {objects} {{other}} "
-    commands = [line[len(prefix) :] for line in lines if line.startswith(prefix)]
-    assert any(command.startswith(f"{fresh.agent.path} -p") for command in commands)
-    assert "git upload-pack" in "\n".join(commands)
-    assert any("true" in command for command in commands)
-    [run] = fresh.agent.runs()
-    assert run.env["IS_SANDBOX"] == "1"
-
-
-def serve_arguments(site: Site) -> list[str]:
-    return ["serve", "--port", "0", "--work-dir", str(site.server.work_dir)]
-
-
-def write_bwrap(site: Site, script: str) -> str:
-    """Put a `bwrap` of its own first on PATH, and return PATH."""
-    tools = site.directory / "tools"
-    tools.mkdir()
-    (tools / "bwrap").write_text(f"#!/bin/sh\n{script}\n")
-    (tools / "bwrap").chmod(0o755)
-    return f"{tools}:{os.environ['PATH']}"
-
-
-@pytest.mark.parametrize("command", ["serve", "run"])
-def test_sandbox_that_does_not_start_is_refused(fresh: Site, command: str) -> None:
-    help_text = "[ $1 = --help ] && exec echo '--disable-userns'"
-    path = write_bwrap(fresh, f"{help_text}\necho 'no namespaces here' >&2; exit 1")
-    args = serve_arguments(fresh)
-    if command == "run":
-        args = ["run", "--repository-url", fresh.repository.url, "--description", "Hi"]
-    done = fresh.server.run(*args, CODEBOT_SANDBOX=None, PATH=path)
-    assert done.returncode == 2
-    assert "no namespaces here" in done.stderr
-    assert "CODEBOT_SANDBOX=none" in done.stderr
-
-
-def test_missing_bwrap_is_refused(fresh: Site) -> None:
-    tools = fresh.directory / "tools"
-    tools.mkdir()
-    for name in ("git", "openssl", "sh"):
-        (tools / name).symlink_to(str(shutil.which(name)))
-    args = serve_arguments(fresh)
-    done = fresh.server.run(*args, CODEBOT_SANDBOX=None, PATH=str(tools))
-    assert done.returncode == 2
-    assert "bwrap is not installed" in done.stderr
-    assert "CODEBOT_SANDBOX=none" in done.stderr
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="an old bwrap is refused for root only")
-def test_old_bwrap_is_refused_for_root(fresh: Site) -> None:
-    path = write_bwrap(fresh, "[ $1 = --help ] && exec echo '--unshare-user'\nexit 0")
-    args = serve_arguments(fresh)
-    done = fresh.server.run(*args, CODEBOT_SANDBOX=None, PATH=path)
-    assert done.returncode == 2
-    assert "bwrap" in done.stderr
-    assert "0.8" in done.stderr
-
-
-@needs_bwrap
-@pytest.mark.parametrize("key_file", ["/etc/hosts", "/usr/bin/env"])
-def test_key_in_directory_that_cannot_be_hidden_is_refused(
-    fresh: Site, key_file: str
-) -> None:
-    done = fresh.server.run(
-        *serve_arguments(fresh),
-        CODEBOT_SANDBOX=None,
-        GITHUB_APP_PRIVATE_KEY_PATH=key_file,
-    )
-    assert done.returncode == 2
-    assert os.path.dirname(os.path.realpath(key_file)) in done.stderr
-
-
-def test_server_warns_that_there_is_no_sandbox(shared_site: Site) -> None:
-    log = shared_site.server.log_file.read_text()
-    assert "CODEBOT_SANDBOX=none" in log
-    assert "NO SANDBOX" in log
-
-
-@needs_bwrap
-def test_server_names_its_sandbox(sandboxed: Site) -> None:
-    log = sandboxed.server.log_file.read_text()
-    assert re.search("^Sandbox: +bwrap", log, re.MULTILINE)
 
 
 # --- Reviews: webhook deliveries ---------------------------------------------
