@@ -10,6 +10,7 @@ for each process of pytest (fixture `shared`); the others start one (fixture `fr
 
 from __future__ import annotations
 
+import abc
 import ast
 import base64
 import concurrent.futures
@@ -236,7 +237,7 @@ class Fault:
     always: bool = False
 
 
-class Faulty:
+class Faulty(abc.ABC):
     """What a test may do to requests: to all (FakeGitHub) or to one repository's.
 
     A pattern is a method and a path: the whole path in FakeGitHub, and the path below
@@ -244,8 +245,9 @@ class Faulty:
     for anything. Each fault meets one request, unless it is there ``always``.
     """
 
+    @abc.abstractmethod
     def add_fault(self, fault: Fault) -> None:
-        raise NotImplementedError
+        """Let this happen to the next request that matches."""
 
     def fail(
         self,
@@ -1784,6 +1786,15 @@ def fresh(tmp_path: Path, templates: Path) -> Iterator[Site]:
         close_site(site)
 
 
+# Limits, in seconds: long enough for a busy machine, short enough for many tests.
+SHORT_WAITS = {
+    "RESULT_GRACE": 0.3,
+    "KILL_GRACE": 0.5,
+    "RETRY_DELAY": 0.3,
+    "SYNC_INTERVAL": 0.1,
+}
+
+
 @pytest.fixture(scope="session")
 def shared_site(
     tmp_path_factory: pytest.TempPathFactory, templates: Path
@@ -1791,14 +1802,11 @@ def shared_site(
     site = create_site(tmp_path_factory.mktemp("shared"), templates)
     try:
         limits = {
-            "RESULT_GRACE": 0.3,
-            "KILL_GRACE": 0.5,
-            "RETRY_DELAY": 0.3,
+            **SHORT_WAITS,
             "GITHUB_ATTEMPTS": 2,
             "MAX_INLINE_WAIT": 0.5,
             "DAILY_REVIEW_JOBS": 500,
             "MAX_PUSHES": 2,
-            "SYNC_INTERVAL": 0.1,
         }
         site.server.start(
             "--workers",
@@ -1859,14 +1867,11 @@ def limited_site(
     site = create_site(tmp_path_factory.mktemp("limited"), templates)
     try:
         limits = {
-            "RESULT_GRACE": 0.3,
-            "KILL_GRACE": 0.5,
-            "RETRY_DELAY": 0.3,
+            **SHORT_WAITS,
             "RETRY_LIMIT": {"task": 3600.0, "review": 0.6},
             "GITHUB_ATTEMPTS": 1,
             "DAILY_REVIEW_JOBS": 2,
             "ACCESS_REFUSAL_TTL": 0.3,
-            "SYNC_INTERVAL": 0.1,
         }
         site.server.start(
             limits=limits,
