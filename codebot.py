@@ -1069,14 +1069,15 @@ def signal_processes(processes: Iterable[int], number: int) -> None:
 def end_tagged_processes(run_tag: str) -> None:
     """End processes that left their group: SIGTERM, KILL_GRACE, SIGKILL."""
     deadline = time.monotonic() + KILL_GRACE
-    signal_processes(tagged_processes(run_tag), signal.SIGTERM)
+    number = signal.SIGTERM
     # Until none is found: one may have forked meanwhile.
     for _ in range(1000):
         processes = tagged_processes(run_tag)
         if not processes:
             return
         if time.monotonic() > deadline:
-            signal_processes(processes, signal.SIGKILL)
+            number = signal.SIGKILL
+        signal_processes(processes, number)
         time.sleep(0.02)
 
 
@@ -2463,7 +2464,7 @@ class GitDirectory:
         return self.git("merge-base", "--is-ancestor", old, new).code == 0
 
 
-# Seconds before a new token is used: it may not be known everywhere at once.
+# Seconds until git tries again, with a new token: it may not be known everywhere yet.
 TOKEN_RETRY_DELAYS = (0.0, 3.0)
 
 
@@ -2481,17 +2482,19 @@ class RemoteAccess:
         if self.remote is None:
             return directory.remote_git(self.repository, "", *args, pass_fds=pass_fds)
         github = self.remote.github
-        for delay in TOKEN_RETRY_DELAYS:
+        delays = [*TOKEN_RETRY_DELAYS]
+        while True:
+            token = github.token(self.remote.id)
             try:
-                token = github.token(self.remote.id)
                 return directory.remote_git(
                     self.repository, token, *args, pass_fds=pass_fds
                 )
             except GitAuthFailed:
-                github.forget_token(self.remote.id)
-                time.sleep(delay)
-        token = github.token(self.remote.id)
-        return directory.remote_git(self.repository, token, *args, pass_fds=pass_fds)
+                if not delays:
+                    raise
+            github.forget_token(self.remote.id)
+            if github.stop.wait(delays.pop(0)):
+                raise StopRequested()
 
 
 class Mirror(GitDirectory):
@@ -2548,8 +2551,9 @@ class Mirror(GitDirectory):
             name, commit = self.resolve_branch(access, branch)
             with self.lock() as descriptor:
                 os.utime(descriptor)  # cleanup looks at when the mirror was last used
-                if not self.branch_contains(name, commit):
-                    self.fetch_all(access, descriptor)
+                if self.branch_contains(name, commit):
+                    return name, commit
+                self.fetch_all(access, descriptor)
                 if self.branch_contains(name, commit):
                     return name, commit
         raise TransientError(f"Branch {name} kept moving while it was fetched")
@@ -3915,6 +3919,7 @@ class App:
         }
         self.sync_queue: queue.Queue[SyncRequest] = queue.Queue()
         self.cleanup_wanted = threading.Event()
+        self.checked_commits: set[str] = set()  # git's fsck has accepted their files
         self.running: dict[str, JobRun] = {}  # by job id; each step is atomic
 
     def open(self) -> None:
@@ -4970,14 +4975,16 @@ def clone(run: JobRun, workspace: Workspace) -> str:
     base_name, base_commit = fetch_branch(
         run, workspace, run.job.request.base_branch, "base_branch_not_found"
     )
-    try:
-        workspace.mirror.check_objects(base_commit)
-    except GitFailed as error:
-        raise JobFailed(
-            "clone_failed",
-            f"The repository has objects that git's fsck rejects, so a change to it "
-            f"cannot be checked. Repair it first: {error}",
-        ) from None
+    if base_commit not in run.app.checked_commits:
+        try:
+            workspace.mirror.check_objects(base_commit)
+        except GitFailed as error:
+            raise JobFailed(
+                "clone_failed",
+                f"The repository has objects that git's fsck rejects, so a change to "
+                f"it cannot be checked. Repair it first: {error}",
+            ) from None
+        run.app.checked_commits.add(base_commit)
     workspace.make_outbox()
     workspace.check_out(base_name, base_commit, keep_home=False)
     run.update(
