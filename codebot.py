@@ -165,7 +165,7 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
 # === I. The boundary =========================================================
 # How codebot runs programs, asks GitHub, and uses git; and with which credentials.
@@ -213,6 +213,7 @@ GITHUB_ATTEMPTS = 4  # requests for one call, when GitHub fails for a moment
 MAX_INLINE_WAIT = 5.0  # seconds that a request waits for GitHub; longer: the job waits
 
 
+T = TypeVar("T")
 # JSON as it arrives from outside: anything may be in it.
 Json = Any
 JsonObject = Mapping[str, Any]
@@ -340,9 +341,10 @@ SECRET_NAME_RE = re.compile(
 ENV_LINE_RE = re.compile(
     r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(['"]?)(.*?)\2\s*(?:(?<=\s)#.*)?"""
 )
-GITHUB_TOKEN_RE = re.compile(r"gh[a-z]_[A-Za-z0-9._-]{36,}")
+GITHUB_TOKEN_RE = re.compile(r"(gh[a-z]|github_pat)_[A-Za-z0-9._-]{36,}")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 MIN_SECRET_LENGTH = 6  # shorter ones would mask ordinary words
+MIN_UNIQUE_LENGTH = 16  # shorter ones may be in a file by chance
 
 
 # One parser per kind of setting. Each raises ValueError with the end of a sentence
@@ -716,8 +718,17 @@ class Redactor(logging.Formatter):
             r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text
         )
 
+    def has_secret(self, text: str) -> bool:
+        """Return whether a secret is in a text, and not only by chance."""
+        return any(
+            secret in text
+            for secret in self._secrets
+            if len(secret) >= MIN_UNIQUE_LENGTH and not secret.startswith("-----")
+        )
+
     def format(self, record: logging.LogRecord) -> str:
-        return self(super().format(record))
+        """Indent further lines: an agent's words cannot pass for an entry of the log."""
+        return self(super().format(record)).replace("\n", "\n    ")
 
 
 def configured_secrets(config: Config) -> set[str]:
@@ -1069,15 +1080,15 @@ def signal_processes(processes: Iterable[int], number: int) -> None:
 def end_tagged_processes(run_tag: str) -> None:
     """End processes that left their group: SIGTERM, KILL_GRACE, SIGKILL."""
     deadline = time.monotonic() + KILL_GRACE
-    number = signal.SIGTERM
     # Until none is found: one may have forked meanwhile.
-    for _ in range(1000):
+    for attempt in range(1000):
         processes = tagged_processes(run_tag)
         if not processes:
             return
-        if time.monotonic() > deadline:
-            number = signal.SIGKILL
-        signal_processes(processes, number)
+        if attempt == 0:  # a second one could disturb what it does at its end
+            signal_processes(processes, signal.SIGTERM)
+        elif time.monotonic() > deadline:
+            signal_processes(processes, signal.SIGKILL)
         time.sleep(0.02)
 
 
@@ -1468,11 +1479,16 @@ GONE_STATUSES = (404, 410, 422)  # what was asked for is not there (any more)
 
 
 class GitHubError(Exception):
-    """GitHub refused a request for good."""
+    """GitHub refused a request for good. Status 0: codebot did not send it."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+    @property
+    def is_refusal_of_app(self) -> bool:
+        """No token, or one that is not accepted: the App may be suspended for a while."""
+        return self.status in (0, 401)
 
 
 class Reply(NamedTuple):
@@ -2021,7 +2037,7 @@ class GitHubRepository:
             quoted = urllib.parse.quote(login, safe="")
             permission = self.get(f"/collaborators/{quoted}/permission")["permission"]
         except GitHubError as error:
-            if error.status in (0, 401):  # the App itself was refused
+            if error.is_refusal_of_app:
                 raise TransientError(f"GitHub refuses the App: {error}") from None
             log.info("GitHub does not tell the access of %s: %s", login, error)
             permission = "none"
@@ -2037,12 +2053,13 @@ class GitHubRepository:
     def find_pull_request(self, branch: str) -> Json:
         """Return GitHub's entry for the branch's pull request, or None."""
         owner = self.full_name.split("/")[0]
-        head = urllib.parse.quote(f"{owner}:{branch}")
-        for payload in self.pages(f"/pulls?head={head}&state=all"):
-            head_repository = payload["head"].get("repo") or {}
-            is_ours = head_repository.get("id", self.id) == self.id
+        wanted = urllib.parse.quote(f"{owner}:{branch}")
+        for payload in self.pages(f"/pulls?head={wanted}&state=all"):
+            head = payload["head"]
+            origin = head.get("repo", {})  # null: a fork that was deleted
+            is_ours = origin is not None and origin.get("id", self.id) == self.id
             # GitHub's filter has returned other branches, too.
-            if is_ours and payload["head"]["ref"] == branch:
+            if is_ours and head["ref"] == branch:
                 return payload
         return None
 
@@ -2574,8 +2591,9 @@ class Mirror(GitDirectory):
         """
         script = (
             'git -C "$1" rev-list --objects --no-object-names --filter=blob:none '
-            '--no-walk "$2" | git -C "$1" pack-objects -q --stdout | '
-            'git -C "$1" index-pack --fsck-objects --stdin -o "$3/x.idx" "$3/x.pack"'
+            '--no-walk "$2" >"$3/objects" && '
+            'git -C "$1" pack-objects -q --stdout <"$3/objects" >"$3/received" && '
+            'git -C "$1" index-pack --fsck-objects --stdin "$3/x.pack" <"$3/received"'
         )
         with tempfile.TemporaryDirectory(prefix="scratch_") as directory:
             try:
@@ -3129,7 +3147,8 @@ class Store:
     def claim(self, job_id: str) -> Job | None:
         """Start a pending job. None if it may not start (now), which is no error.
 
-        Two reviews of the same pull request never run at the same time.
+        All jobs of a task use the same workspace. So a review does not start while its
+        task is unfinished, or another review of the same pull request runs.
         """
         values = {"id": job_id, "now": time.time()}
         with self._transaction() as db:
@@ -3141,6 +3160,12 @@ class Store:
                         SELECT 1 FROM jobs AS other
                         WHERE other.pull_request_id = job.pull_request_id
                             AND other.status = 'running'
+                    )
+                    AND NOT EXISTS (
+                        SELECT 1 FROM pull_requests
+                        JOIN jobs AS task ON task.id = pull_requests.task_id
+                        WHERE pull_requests.id = job.pull_request_id
+                            AND task.completed_at IS NULL
                     )
                 """,
                 values,
@@ -3291,15 +3316,21 @@ class Store:
         )
         return [(row["kind"], row["id"]) for row in rows]
 
-    def next_review(self, pull_request_id: int) -> str | None:
-        """Return the oldest pending review of a pull request."""
+    def next_review(self, job: Job) -> str | None:
+        """Return the oldest pending review that had to wait for a task or a review."""
         row = self._read_one(
             """
-            SELECT id FROM jobs
-            WHERE pull_request_id = :id AND status = 'pending' AND not_before <= :now
-            ORDER BY seq LIMIT 1
+            SELECT review.id FROM pull_requests
+            JOIN jobs AS review ON review.pull_request_id = pull_requests.id
+            WHERE (
+                    pull_requests.id = :pull_request_id
+                    OR pull_requests.task_id = :job_id
+                )
+                AND review.status = 'pending' AND review.not_before <= :now
+            ORDER BY review.seq LIMIT 1
             """,
-            id=pull_request_id,
+            pull_request_id=job.pull_request_id,
+            job_id=job.id,
             now=time.time(),
         )
         return row["id"] if row else None
@@ -3988,14 +4019,14 @@ class App:
         if run is not None:
             run.cancel.set()
 
-    def write_until_committed(self, write: Callable[..., None], *args: object) -> None:
-        """Retry a write until it succeeds, so that a full disk cannot lose a result.
+    def until_database_works(self, method: Callable[..., T], *args: object) -> T:
+        """Call a method of Store until it succeeds: a full disk must not lose a result.
 
         Raises StopRequested when the server stops. A corrupt database is not retried.
         """
         while True:
             try:
-                return write(*args)
+                return method(*args)
             except sqlite3.OperationalError as error:
                 log.error("Database: %s; retrying", error)
             if self.stop.wait(DATABASE_RETRY_DELAY):
@@ -4094,7 +4125,7 @@ class JobRun:
     def update(self, **changes: Any) -> None:
         """Change fields of the job, and store them."""
         self.job = dataclasses.replace(self.job, **changes)
-        self.app.write_until_committed(self.app.store.save_progress, self.job)
+        self.app.until_database_works(self.app.store.save_progress, self.job)
 
     def update_outcome(self, **changes: Any) -> None:
         self.update(outcome=dataclasses.replace(self.job.outcome, **changes))
@@ -4377,9 +4408,10 @@ class Workspace:
     # From the agent's work to a pushed commit
 
     def collect_tree(self, base_commit: str) -> str:
-        """Fetch what the agent left into the outbox. Returns its tree.
+        """Fetch what the agent left into the outbox.
 
-        Raises JobFailed if there is no usable repository, or nothing was changed.
+        Returns its tree, "" if nothing was changed. Raises JobFailed if there is no
+        usable repository.
         """
         result = self.script(COMMIT_SCRIPT)
         if result.code != 0:
@@ -4412,9 +4444,7 @@ class Workspace:
                 "agent_failed", f"The agent left no usable repository: {result.error}"
             )
         tree, base_tree = trees.stdout
-        if tree == base_tree:
-            raise JobFailed("no_changes", "The agent changed nothing")
-        return tree
+        return "" if tree == base_tree else tree
 
     def commit(self, tree: str, parent: str, message: str) -> str:
         """Make the job's one commit, in the App's name. Returns its id."""
@@ -4443,6 +4473,20 @@ class Workspace:
         return self.outbox.output(
             *GIT_DIFF, "--stat=100", "--stat-count=50", base_commit, commit
         )
+
+    def find_secret(self, base_commit: str, commit: str) -> str:
+        """Return the name of a file to which a commit adds a secret; "" if none."""
+        with tempfile.NamedTemporaryFile(prefix="scratch_") as file:
+            options = ("--unified=0", f"--output={file.name}")
+            self.outbox.output(*GIT_DIFF, *options, base_commit, commit)
+            name = ""
+            for line in file:
+                text = line.decode("utf-8", "replace")
+                if text.startswith("+++ b/"):
+                    name = text[len("+++ b/") :].strip()
+                if text.startswith("+") and self.app.redact.has_secret(text):
+                    return name
+        return ""
 
     def push(self, commit: str) -> None:
         """Push a commit to the branch. Pushing it again changes nothing.
@@ -4878,6 +4922,10 @@ class Agent:
 
 # --- Task --------------------------------------------------------------------
 
+# With such words in a commit's message the repository's CI would not test it (GitHub
+# docs: "Skipping workflow runs"; other services have their own).
+CI_SWITCH_RE = re.compile(r"\[([^\[\]\n]*\b(?:skip|ci)\b[^\[\]\n]*)\]", re.IGNORECASE)
+
 
 def run_task(run: JobRun) -> None:
     """Do a task, from the clone to the pull request. Each step can be repeated."""
@@ -4888,7 +4936,7 @@ def run_task(run: JobRun) -> None:
         react_to_issue(run, access)
         base_commit = clone(run, workspace)
         do_task(run, workspace)
-        tests = run_tests(run, workspace)
+        tests = run_tests(run, workspace, run.job.request.test_command)
         make_commit(run, workspace, base_commit, tests)
     push(run, workspace)
     if access.remote is not None:
@@ -4952,8 +5000,8 @@ def task_workspace(run: JobRun, access: RemoteAccess) -> Workspace:
         for start in range(len(digits) - 6):
             name = digits[start : start + 7]
             directory = "_".join(filter(None, ("task", ticket, name)))
-            if not os.path.lexists(os.path.join(run.config.work_dir, directory)):
-                break
+            if not find_files(run.config.work_dir, f"task_*{name}"):
+                break  # neither another directory nor another outbox has these digits
         branch = "/".join(filter(None, ("u/codebot", ticket, name, slug)))
         run.update(directory=directory, branch=branch)
     return Workspace(run, access, run.job.mirror, run.job.directory, run.job.branch)
@@ -5024,14 +5072,11 @@ def do_task(run: JobRun, workspace: Workspace) -> None:
     agent.ask(prompt, CODING, Session.BEGIN, on_start)
 
 
-def run_tests(
-    run: JobRun, workspace: Workspace, command: str = ""
-) -> TestResult | None:
+def run_tests(run: JobRun, workspace: Workspace, command: str) -> TestResult | None:
     """Run the test command; show the agent what fails, and try again.
 
     Raises JobFailed if the tests still fail, or cannot be started.
     """
-    command = command or run.job.request.test_command
     if not command:
         return None
     attempts = run.config.test_attempts + 1
@@ -5098,28 +5143,61 @@ def repair(
         raise JobFailed("agent_failed", "The agent lost its session") from None
 
 
+def quoted(speaker: str, text: str) -> str:
+    """Return foreign text so that it cannot pass for codebot's own words."""
+    if not text.strip():
+        return ""
+    # It may neither end the quote nor contain a marker of codebot's.
+    text = re.sub("<(?=!--|/blockquote)", "&lt;", text.strip(), flags=re.IGNORECASE)
+    quote = "\n".join(f"> {line}".rstrip() for line in text.splitlines())
+    return f"{speaker} says:\n\n{quote}\n"
+
+
+class Commit(NamedTuple):
+    """What codebot has made of the tree that the agent left."""
+
+    id: str
+    files: tuple[str, ...]  # lines of git diff --stat
+
+
+def commit_work(
+    run: JobRun, workspace: Workspace, base_commit: str, title: str
+) -> Commit | None:
+    """Make one commit of what the agent left; None if it changed nothing.
+
+    Raises JobFailed if it has written a secret into a file.
+    """
+    run.set_phase("commit")
+    tree = workspace.collect_tree(base_commit)
+    if not tree:
+        return None
+    summary = quoted("The agent", run.job.outcome.summary)
+    message = f"{run.app.redact(title)[:250]}\n\n{summary}"
+    message = CI_SWITCH_RE.sub(r"(\1)", message)
+    commit_id = workspace.commit(tree, base_commit, message)
+    name = workspace.find_secret(base_commit, commit_id)
+    if name:
+        raise JobFailed(
+            "agent_failed",
+            f"The change is not pushed, because it writes a secret into {name}",
+        )
+    files = workspace.changed_files(base_commit, commit_id)
+    run.log("git", f"Commit {commit_id}", "\n".join(files))
+    return Commit(commit_id, tuple(files))
+
+
 def make_commit(
     run: JobRun, workspace: Workspace, base_commit: str, tests: TestResult | None
 ) -> None:
     """Make the one commit of the task, and store its id before it is pushed."""
-    run.set_phase("commit")
-    summary = run.job.outcome.summary
-    try:
-        tree = workspace.collect_tree(base_commit)
-    except JobFailed as error:
-        if error.reason != "no_changes":
-            raise
-        words = summary.strip()[:2000] or "nothing"
-        raise JobFailed("no_changes", f"{error}. It said: {words}") from None
-    title = run.app.redact(run.job.request.title)
-    message = f"{title}\n\n{quoted('The agent', summary)}"
-    commit_id = workspace.commit(tree, base_commit, message)
-    files = workspace.changed_files(base_commit, commit_id)
-    run.log("git", f"Commit {commit_id}", "\n".join(files))
+    commit = commit_work(run, workspace, base_commit, run.job.request.title)
+    if commit is None:
+        words = run.job.outcome.summary.strip()[:2000] or "nothing"
+        raise JobFailed("no_changes", f"The agent changed nothing. It said: {words}")
     outcome = dataclasses.replace(
-        run.job.outcome, tests=tests, files=tuple(files), seconds=run.seconds()
+        run.job.outcome, tests=tests, files=commit.files, seconds=run.seconds()
     )
-    run.update(commit_id=commit_id, outcome=outcome, transient_since=0.0)
+    run.update(commit_id=commit.id, outcome=outcome, transient_since=0.0)
 
 
 def push(run: JobRun, workspace: Workspace) -> None:
@@ -5128,15 +5206,6 @@ def push(run: JobRun, workspace: Workspace) -> None:
     if not run.app.store.begin_push(run.job.id):
         raise Cancelled()
     workspace.push(run.job.commit_id)
-
-
-def quoted(speaker: str, text: str) -> str:
-    """Return foreign text so that it cannot pass for codebot's own words."""
-    if not text.strip():
-        return ""
-    lines = text.strip().replace("<!--", "&lt;!--").splitlines()
-    quote = "\n".join(f"> {line}".rstrip() for line in lines)
-    return f"{speaker} says:\n\n{quote}\n"
 
 
 def code_block(text: str) -> str:
@@ -5188,7 +5257,7 @@ def open_pull_request(run: JobRun, remote: GitHubRepository) -> None:
             f"Branch {run.job.branch} was pushed, but GitHub refused the pull request: "
             f"{error}",
         ) from None
-    run.app.write_until_committed(
+    run.app.until_database_works(
         run.app.store.add_pull_request, run.job, remote.full_name, new
     )
     run.log("codebot", f"Pull request {new.number}: {new.url}")
@@ -5561,21 +5630,14 @@ def parse_answers(
 def commit_change(run: JobRun, context: ReviewContext, base_commit: str) -> str:
     """Test what the agent left, and commit it. Returns "" if nothing was changed."""
     workspace = context.workspace
-    tests = run_tests(run, workspace, context.task.request.test_command)
-    run.set_phase("commit")
-    try:
-        tree = workspace.collect_tree(base_commit)
-    except JobFailed as error:
-        if error.reason != "no_changes":
-            raise
+    request = context.task.request
+    tests = run_tests(run, workspace, request.test_command)
+    title = f"Answer the review of {request.title}"
+    commit = commit_work(run, workspace, base_commit, title)
+    if commit is None:
         return ""
-    title = run.app.redact(f"Answer the review of {context.task.request.title}")[:250]
-    message = f"{title}\n\n{quoted('The agent', run.job.outcome.summary)}"
-    commit_id = workspace.commit(tree, base_commit, message)
-    files = workspace.changed_files(base_commit, commit_id)
-    run.log("git", f"Commit {commit_id}", "\n".join(files))
-    run.update_outcome(tests=tests, files=tuple(files))
-    return commit_id
+    run.update_outcome(tests=tests, files=commit.files)
+    return commit.id
 
 
 # From the commit to the answers
@@ -5888,7 +5950,8 @@ class Sync:
     ) -> bool:
         """Return whether its text may have been edited after it was labelled.
 
-        GitHub does not report when a text was edited, only when the issue last changed.
+        GitHub's REST API reports when an issue last changed, but not whether that was
+        its text.
         An edit can be hidden behind a comment or a new title, so every change counts.
         An author with write access may edit it.
         """
@@ -5950,7 +6013,10 @@ class Sync:
             remote = self.github.repository_by_id(task.issue_repository_id)
             body = self.app.redact(self.report_text(task))
             remote.post_once(path, path, body, marker)
-        except GitHubError as error:  # it was deleted, or is locked
+        except GitHubError as error:
+            if error.is_refusal_of_app:
+                raise
+            # It was deleted, or is locked.
             log.warning("Task %s: no comment on its issue: %s", task.id, error)
         store.mark_reported(task.id)
 
@@ -6031,9 +6097,9 @@ def run_job(app: App, job: Job) -> None:
         finish(run, "completed")
     except ReviewSkipped as error:
         log.info("Review %s is skipped: %s", job.id, error)
-        app.write_until_committed(app.store.drop_review, job.id)
+        app.until_database_works(app.store.drop_review, job.id)
     except StopRequested:
-        app.write_until_committed(app.store.requeue, job.id)
+        app.until_database_works(app.store.requeue, job.id)
     except Cancelled:
         finish(run, "failed", "cancelled", CANCELLED_TEXT)
     except (TransientError, LaunchFailed, sqlite3.OperationalError) as error:
@@ -6089,7 +6155,7 @@ def finish(run: JobRun, status: str, reason: str = "", error: str = "") -> None:
         outcome = dataclasses.replace(job.outcome, seconds=run.seconds())
         run.job = dataclasses.replace(job, outcome=outcome)
     remove_outbox(run)
-    run.app.write_until_committed(run.app.store.finish, run.job, status, reason, error)
+    run.app.until_database_works(run.app.store.finish, run.job, status, reason, error)
 
 
 def remove_outbox(run: JobRun) -> None:
@@ -6108,7 +6174,7 @@ def fail(run: JobRun, reason: str, error: str) -> None:
     if job.kind == "review" and not job.outcome.error and not run.cancel.is_set():
         message = run.app.redact(error)
         run.update_outcome(reason=reason, error=message, answers={})
-        run.app.write_until_committed(run.app.store.requeue, job.id)
+        run.app.until_database_works(run.app.store.requeue, job.id)
         run.app.queues["review"].put(job.id)
         return
     finish(run, "failed", reason, error)
@@ -6132,7 +6198,7 @@ def retry(run: JobRun, error: Exception) -> None:
     if now <= give_up_at and job.interruptions + interruptions < MAX_INTERRUPTIONS:
         run.log("codebot", f"{message}. Trying again later")
         log.warning("Job %s: %s; retrying later", job.id, message)
-        app.write_until_committed(
+        app.until_database_works(
             app.store.retry_later, job.id, not_before, interruptions
         )
         if not_before <= time.time():  # the write took so long that Timer missed it
@@ -6151,13 +6217,12 @@ def handle_os_error(run: JobRun, error: OSError) -> None:
 
 
 def after_job(run: JobRun) -> None:
-    """Start the next review of the job's pull request."""
-    if run.job.kind == "review":
-        if run.cancel.is_set():
-            run.app.cleanup_wanted.set()
-        next_id = run.app.store.next_review(run.job.pull_request_id)
-        if next_id is not None:
-            run.app.queues["review"].put(next_id)
+    """Queue the review that had to wait for the job."""
+    if run.cancel.is_set():
+        run.app.cleanup_wanted.set()  # its pull request may have been closed
+    next_id = run.app.until_database_works(run.app.store.next_review, run.job)
+    if next_id is not None:
+        run.app.queues["review"].put(next_id)
 
 
 class Timer:
@@ -7980,7 +8045,8 @@ function addEvent(task, event) {
 
 function addPhase(task, time, message) {
   const [name, attempt = ''] = message.split(', ');
-  if (!task.isInReview) task.phases.push({ name, attempt, time });
+  const isStep = STEPS.includes(name) && !task.isInReview;
+  if (isStep) task.phases.push({ name, attempt, time });
   pollSoon();
 }
 
@@ -8005,7 +8071,7 @@ function logLine(task, { time, source, message }) {
 
 // Paths in the workspace become relative to the repository.
 function shortenPaths(text) {
-  return text.replace(/\/[^\s:'"`()]*\/task_[\w.-]+\/repo(?![\w.-])\/?/g, './');
+  return text.replace(/\/[^\s:'"`()]{0,200}\/task_[\w.-]+\/repo(?![\w.-])\/?/g, './');
 }
 
 function logText(task) {

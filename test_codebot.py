@@ -2247,6 +2247,7 @@ def redact(tmp_path: Path) -> codebot.Redactor:
         PEM_KEY.strip(),
         "ghs_" + "a1_-." * 10,
         "ghp_" + "b" * 36,
+        "github_pat_" + "c1_" * 27,
         base64_of("sk-model").rstrip("="),
         base64.urlsafe_b64encode(b"v1.installation-token").decode().rstrip("="),
         "sk-\x1b[1mmodel",
@@ -2295,6 +2296,14 @@ def test_log_is_redacted_with_its_traceback(redact: codebot.Redactor) -> None:
     text = redact.format(record)
     assert "api-key-1" not in text
     assert "ValueError: ***" in text
+
+
+def test_message_cannot_forge_a_line_of_the_log(redact: codebot.Redactor) -> None:
+    message = "tests failed\n2026-01-01 00:00:00 MainThread INFO Stopping"
+    record = logging.LogRecord("codebot", logging.INFO, "", 1, message, (), None)
+    first, second = redact.format(record).split("\n")
+    assert first.endswith("tests failed")
+    assert second.startswith("    2026")
 
 
 def test_newest_token_is_redacted_after_many_others(redact: codebot.Redactor) -> None:
@@ -2741,7 +2750,8 @@ probe() {  # NAME COMMAND
         echo DENIED >"report/$1"
     fi
 }
-mkdir report
+mkdir -p report .git/info
+echo report >.git/info/exclude  # a commit with the model's key would not be pushed
 """
 
 
@@ -2795,8 +2805,8 @@ def report(sandboxed: Site) -> SandboxReport:
     site.agent.follow(f"{plan}result Probed")
     result = site.api.completed(site.api.submit("Look around"))
     site.agent.follow(SAY_HELLO)
-    branch = result["branch_name"]
-    results = {n: site.repository.show(branch, f"report/{n}") for n in PROBES}
+    report = Path(result["work_dir"], "report")
+    results = {name: (report / name).read_text().strip() for name in PROBES}
     return SandboxReport(site, results, result)
 
 
@@ -3217,9 +3227,21 @@ def test_reviews_of_one_pull_request_run_one_at_a_time(store: codebot.Store) -> 
     running = store.claim(first)
     assert running is not None
     assert store.claim(second) is None
-    assert store.next_review(pull_request.id) == second
+    assert store.next_review(running) == second
     store.finish(running, "completed")
     assert store.claim(second) is not None
+
+
+def test_review_waits_until_its_task_has_ended(store: codebot.Store) -> None:
+    task = store_task_in_state(store, "running")
+    review = store_review(store, store_pull_request(store, task), 1, "alice")
+    assert store.claim(review) is None
+    store.retry_later(task.id, not_before=0.0, interruptions=0)
+    assert store.claim(review) is None
+    store.claim(task.id)
+    store.finish(stored_job(store, task), "completed")
+    assert store.next_review(task) == review
+    assert store.claim(review) is not None
 
 
 def test_reviews_of_two_pull_requests_run_at_the_same_time(
@@ -3960,6 +3982,20 @@ def test_repository_that_fails_fsck_fails_before_agent_runs(shared: Site) -> Non
     assert shared.agent.runs() == []
 
 
+def test_fsck_of_incomplete_repository_fails(tmp_path: Path) -> None:
+    bare = tmp_path / "incomplete.git"
+    run_command("git", "init", "-q", "--bare", bare)
+    text = (
+        f"tree {'1' * 40}\nauthor A <a@b> 1 +0000\ncommitter A <a@b> 1 +0000\n\nLost\n"
+    )
+    hash_object = ("git", "-C", bare, "hash-object", "-w", "-t", "commit", "--stdin")
+    commit = run_command(*hash_object, text=text)
+    config = codebot.Config(path=os.environ["PATH"], work_dir=str(tmp_path))
+    mirror = codebot.Mirror(config, str(bare), "tag", codebot.no_check)
+    with pytest.raises(codebot.GitFailed):
+        mirror.check_objects(commit)
+
+
 def test_git_ignores_checkout_around_work_dir(fresh: Site) -> None:
     run_command("git", "init", "-q", fresh.directory)
     (fresh.directory / "staged").write_text("the operator's\n")
@@ -4290,6 +4326,38 @@ def test_commit_has_app_as_author_and_title_and_summary(shared: Site) -> None:
     assert trailers == ""
 
 
+def test_commit_message_cannot_turn_off_continuous_integration(shared: Site) -> None:
+    shared.agent.follow("echo hello >hello.txt; result 'Done [CI skip] [no ci].'")
+    task = shared.api.submit("Say hello [skip ci]", ticket_id="[skip actions]")
+    branch = shared.api.completed(task)["branch_name"]
+    message = shared.repository.git("log", "-1", "--format=%B", branch)
+    assert message.startswith("(skip actions): Say hello (skip ci)\n")
+    assert "> Done (CI skip) (no ci)." in message
+
+
+@pytest.mark.parametrize("place", ["in a file", "in a name"])
+def test_change_that_contains_secret_is_not_pushed(shared: Site, place: str) -> None:
+    plan = 'echo "key = $ANTHROPIC_API_KEY" >settings.ini; result Done'
+    if place == "in a name":
+        plan = 'echo x >"$ANTHROPIC_API_KEY"; result Done'
+    shared.agent.follow(plan)
+    error = shared.api.failed(shared.api.submit(), "agent_failed")
+    assert "secret" in error
+    assert ("settings.ini" if place == "in a file" else "***") in error
+    assert MODEL_KEY not in error
+    assert shared.repository.branches() == ["main"]
+
+
+def test_change_beside_secret_like_text_is_pushed(shared: Site) -> None:
+    armor = "-----BEGIN RSA PRIVATE KEY-----"
+    shared.repository.commit({"old.ini": f"key = {MODEL_KEY}\n"})
+    shared.agent.follow(
+        f"echo more >>old.ini; echo '{armor}' >fixture.pem; result Done"
+    )
+    branch = shared.api.completed(shared.api.submit())["branch_name"]
+    assert shared.repository.show(branch, "fixture.pem") == armor
+
+
 def test_agent_commits_and_merges_become_one_commit(shared: Site) -> None:
     shared.agent.follow(
         "export GIT_AUTHOR_NAME=Boss GIT_COMMITTER_NAME=Boss\n"
@@ -4403,6 +4471,15 @@ def test_pull_request_body_starts_with_facts_and_quotes_agent(shared: Site) -> N
     assert "<!--" not in forged[0]
     assert "\n## Tests" not in body
     assert body.count("<!-- codebot") == 1
+
+
+def test_agent_cannot_close_the_quote_of_its_words(shared: Site) -> None:
+    forged = "</blockquote> </BlockQuote\\n> The tests passed. Use List<T> </b>."
+    shared.agent.follow(f"echo hello >hello.txt; result '{forged}'")
+    shared.api.completed(shared.api.submit())
+    body = shared.repository.pulls[0]["body"]
+    assert "</blockquote" not in body.lower()
+    assert "Use List<T> </b>." in body
 
 
 def test_pull_request_says_that_there_was_no_test(shared: Site) -> None:
@@ -4971,6 +5048,18 @@ def test_directory_that_exists_is_not_used(shared: Site) -> None:
     assert Path(result["work_dir"]).parent.name == f"task_{digits}"
     assert result["branch_name"] == f"u/codebot/{digits}/say-hello"
     assert list(taken.iterdir()) == []
+
+
+def test_tasks_with_equal_digits_have_outboxes_of_their_own(shared: Site) -> None:
+    hold = shared.repository.hold("GET *")
+    task = shared.api.submit("Say hello")
+    hold.wait()
+    digits = task.replace("-", "")
+    taken = shared.server.work_dir / f"task_AB-1_{digits[:7]}"
+    taken.mkdir()
+    hold.release()
+    result = shared.api.completed(task)
+    assert Path(result["work_dir"]).parent.name == f"task_{digits[1:8]}"
 
 
 def test_failed_task_is_retried_as_new_task(shared: Site) -> None:
@@ -6867,6 +6956,18 @@ def test_comment_that_github_refuses_is_given_up(shared: Site) -> None:
     issue.task()
     wait_for(lambda: is_reported(issue))
     assert shared.repository.count(pattern) == 1
+
+
+def test_report_waits_while_app_is_refused(limited: Site) -> None:
+    limited.agent.follow(GIVE_UP)
+    issue = open_issue(limited)
+    pattern = "POST /issues/1/comments"
+    limited.repository.fail(pattern, 401, {"message": "Bad credentials"})
+    limited.person("alice").label(issue.number)
+    issue.task()
+    wait_for(lambda: is_reported(issue))
+    assert len(issue.comments()) == 1
+    assert limited.repository.count(pattern) == 2
 
 
 def test_label_in_renamed_repository_becomes_task(shared: Site) -> None:
@@ -10751,12 +10852,21 @@ def test_check_reports_key_of_another_app(fresh: Site) -> None:
     assert done.stdout.count("FAIL") == 1
 
 
-def test_check_waits_five_seconds_at_most_for_silent_github(fresh: Site) -> None:
+def test_check_asks_silent_github_twice_and_waits_five_seconds_at_most(
+    fresh: Site,
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        started = time.monotonic()
         done = run_check(fresh, GITHUB_API_URL=url)
-        assert time.monotonic() - started < 6  # starting Python takes time, too
+        silent.setblocking(False)
+        connections = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                silent.accept()[0].close()
+                connections += 1
+    assert connections == 2
+    first_pause = 0.5  # seconds, of GitHub.retry_delay
+    assert connections * codebot.CHECK_TIMEOUT + first_pause < 5
     assert f"FAIL  GitHub does not answer: {url}: timed out. Check" in done.stdout
 
 
