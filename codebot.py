@@ -146,6 +146,7 @@ import os
 import pathlib
 import queue
 import re
+import resource
 import select
 import shlex
 import shutil
@@ -200,10 +201,12 @@ KILL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL: git removes its lock fi
 RESULT_GRACE = 5.0  # seconds that the agent may live on after its result
 MAX_LINE_BYTES = 8 << 20  # of a longer line of output, the beginning is dropped
 MAX_OUTPUT_BYTES = 1 << 30  # a program that prints more is ended
+READ_BYTES = 64 << 10  # of a program's output between two looks at its limits
 KEPT_LINES = 400  # the last lines of a program's output that are kept
 MAX_EVENT_CHARS = 4000  # a longer event is truncated
 MAX_AGENT_EVENTS = 10_000  # events of the agent and the tests that one job may log
 LOW_DISK_BYTES = 1 << 30  # warn below this much free space
+FULL_DISK_BYTES = 1 << 20  # with less free space, that is why a program failed
 MIRROR_RETENTION = 30 * 86400.0  # seconds that an unused mirror is kept
 DELIVERY_RETENTION = 7 * 86400.0  # GitHub redelivers for at most 3 days (GHES: 7)
 DAILY_REVIEW_JOBS = 50  # jobs on one pull request in a day
@@ -211,6 +214,7 @@ MAX_PUSHES = 3  # pushes of a review's change, when others push at the same time
 GITHUB_TIMEOUT = 30.0  # seconds for GitHub to answer
 GITHUB_ATTEMPTS = 4  # requests for one call, when GitHub fails for a moment
 MAX_INLINE_WAIT = 5.0  # seconds that a request waits for GitHub; longer: the job waits
+MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, whatever GitHub asks for
 
 
 T = TypeVar("T")
@@ -827,7 +831,7 @@ class OutputFile:
 
     def read_lines(self, at_end: bool) -> list[str]:
         """Return the lines that are new. ``at_end``: also one without a line end."""
-        data = os.pread(self.file.fileno(), 1 << 20, self.bytes_read)
+        data = os.pread(self.file.fileno(), READ_BYTES, self.bytes_read)
         self.bytes_read += len(data)
         *pieces, rest = (self._partial_line + data).split(b"\n")
         if len(rest) > MAX_LINE_BYTES:
@@ -962,6 +966,9 @@ class RunningProgram:
             time.sleep(0.3)
             self.limits.check()
         result = ProgramResult(code or 0, [*self.last_lines], [*self.last_errors])
+        if code and shutil.disk_usage(tempfile.gettempdir()).free < FULL_DISK_BYTES:
+            # What it said of it is lost: its output goes to the same disk.
+            raise TransientError(f"The disk is full: {result.error}")
         if code is None and self.kill_at is None:
             event = "CODEBOT_LAUNCHER failed"
             if self.is_launched:
@@ -1027,7 +1034,8 @@ def run_program(
     """Run a program to its end; afterwards nobody of its process group is left.
 
     Raises what ended it early (TimedOut, Stalled, TooMuchOutput, StopRequested,
-    Cancelled, LaunchFailed), or OSError if it cannot be started.
+    Cancelled, LaunchFailed), TransientError if it failed and the disk is full, or
+    OSError if it cannot be started.
     """
     with contextlib.ExitStack() as files:
         stdin_file = files.enter_context(tempfile.TemporaryFile())
@@ -1420,7 +1428,7 @@ class Sandbox:
         limits = Limits(timeout=PROBE_TIMEOUT)
         try:
             result = run_program(argv, env, cwd=repo, limits=limits, launch=launch)
-        except LaunchFailed as error:
+        except (LaunchFailed, TransientError) as error:
             raise ConfigError(f"{error}.") from None
         except TimedOut:
             if launch is not None and not has_started.is_set():
@@ -1464,9 +1472,9 @@ AS_APP = -1  # in place of a repository's id: the App's own JWT
 TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_GITHUB_BYTES = 32 << 20  # of one response
-MAX_CACHED_LISTS = 500
+MAX_CACHED_REPLIES = 500
 INVISIBLE_RE = re.compile(
-    "<!--.*?(?:-->|$)"  # HTML comments
+    "<!--.*?-->|(?:^|(?<=\n)) {0,3}<!--(?!.*-->).*"  # HTML comments, also without an end
     "|[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]"  # zero width, bidi
     "|[\U000e0000-\U000e007f]"  # tags, which spell invisible ASCII
     "|[\ufe00-\ufe0f\U000e0100-\U000e01ef]"  # variation selectors
@@ -1671,7 +1679,7 @@ class GitHub:
         # These are shared by threads without a lock: each use is one atomic step, and
         # two threads that fetch the same token at once do no harm.
         self._tokens: dict[int, tuple[str, float]] = {}  # repository: token, expiry
-        self._lists: dict[str, tuple[str, Reply]] = {}  # URL: ETag, response
+        self._replies: dict[str, tuple[str, Reply]] = {}  # URL: ETag, response
         # Repository and login: until when (monotonic) a refusal is remembered.
         self.access_refusals: dict[tuple[int, str], float] = {}
         urllib.request.install_opener(urllib.request.build_opener(NoRedirects))
@@ -1695,7 +1703,7 @@ class GitHub:
                     [*argv, "-out", signature.name],
                     base_environment(self.config, self.run_tag),
                     stdin=signed.encode(),
-                    limits=Limits(timeout=30.0),
+                    limits=Limits(timeout=30.0, check=self.check_stop),
                 )
             except TimedOut:
                 raise GitHubError(0, "openssl hangs") from None
@@ -1708,6 +1716,10 @@ class GitHub:
                 f"(openssl: {result.error})",
             )
         return f"{signed}.{base64url(data)}"
+
+    def check_stop(self) -> None:
+        if self.stop.is_set():
+            raise StopRequested()
 
     def token(self, repository_id: int) -> str:
         """Return an installation token that is valid for 5 minutes at least."""
@@ -1799,7 +1811,7 @@ class GitHub:
             "User-Agent": "codebot",
             "X-GitHub-Api-Version": "2022-11-28",
         }
-        etag, cached = self._lists.get(url, ("", None))
+        etag, cached = self._replies.get(url, ("", None))
         if method == "GET" and cached is not None:
             headers["If-None-Match"] = etag
         data = None if body is None else json.dumps(body).encode()
@@ -1817,7 +1829,7 @@ class GitHub:
         if reply.status == 304 and cached is not None:
             return cached
         if method == "GET":
-            self.remember_list(url, reply)
+            self.remember_reply(url, reply)
         return reply
 
     def open(self, request: urllib.request.Request) -> Any:
@@ -1858,14 +1870,17 @@ class GitHub:
             # The header has whole seconds, and the response took some time.
             self.clock_skew = skew if abs(skew) > 5 else 0.0
 
-    def remember_list(self, url: str, reply: Reply) -> None:
-        """Keep a list, so that asking again costs nothing while it is unchanged."""
+    def remember_reply(self, url: str, reply: Reply) -> None:
+        """Keep a reply: GitHub does not count a request if it is unchanged (304)."""
+        entries = reply.value
+        if isinstance(entries, dict):
+            entries = entries.get("repositories", [])
         # A full page is not kept: its next page could change while it does not.
-        is_short = isinstance(reply.value, list) and len(reply.value) < 100
-        if is_short and "ETag" in reply.headers:
-            if len(self._lists) >= MAX_CACHED_LISTS:
-                self._lists.clear()
-            self._lists[url] = (reply.headers["ETag"], reply)
+        is_full = isinstance(entries, list) and len(entries) >= 100
+        if "ETag" in reply.headers and not is_full:
+            if len(self._replies) >= MAX_CACHED_REPLIES:
+                self._replies.clear()
+            self._replies[url] = (reply.headers["ETag"], reply)
 
     def checked_url(self, url: str) -> str:
         """Return an address that GitHub gave. A token is sent to no other host."""
@@ -1890,6 +1905,8 @@ class GitHub:
         if status == 0 or status >= 500:
             delay = 0.5 * (1 << attempt)
             return max(delay, float(retry_after)) if retry_after.isdigit() else delay
+        if status == 403 and "suspended" in str(reply.value):
+            raise TransientError(f"GitHub refuses the App: {reply.value}")
         raise GitHubError(status, str(reply.value))
 
     def unauthorized_delay(
@@ -1922,6 +1939,7 @@ class GitHub:
 
     def pause(self, seconds: float, reply: Reply) -> None:
         """Wait before a retry. Raises TransientError if a job should not wait here."""
+        seconds = min(seconds, MAX_RATE_LIMIT_WAIT)
         if seconds > MAX_INLINE_WAIT:
             retry_at = time.time() + seconds
             if 0 < reply.status < 500:
@@ -2259,11 +2277,13 @@ GIT_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color")
 AUTH_FAILED_RE = re.compile(
     "could not read Username|Invalid username or token|Authentication failed"
 )
+DISK_FULL_RE = re.compile("No space left on device|Disk quota exceeded")
 TRANSIENT_GIT_ERROR_RE = re.compile(
     r"Could not resolve|Couldn't resolve|[Ff]ailed to connect|Couldn't connect"
     r"|Connection (refused|reset|timed out|closed)|[Tt]imed out|Operation too slow"
     r"|returned error: (429|5\d\d)|Internal Server Error|RPC failed|early EOF"
-    r"|hung up|unexpected disconnect|Empty reply|SSL|TLS|commit_refs|No space left"
+    r"|hung up|unexpected disconnect|Empty reply|SSL|TLS|commit_refs"
+    r"|No space left|Disk quota exceeded"
     r"|bytes of body are still expected|Broken pipe|Recv failure|Send failure"
 )
 # A push that the remote refused, except for a fault of its own.
@@ -2404,7 +2424,7 @@ def remote_environment(config: Config, run_tag: str, token: str) -> dict[str, st
 
 def check_disk(result: ProgramResult) -> ProgramResult:
     """Return git's result. Raises TransientError if it failed for want of space."""
-    if result.code != 0 and "No space left on device" in "\n".join(result.stderr):
+    if result.code != 0 and DISK_FULL_RE.search("\n".join(result.stderr)):
         raise TransientError(f"The disk is full: {result.error}")
     return result
 
@@ -2604,7 +2624,7 @@ class Mirror(GitDirectory):
                 )
             except (TimedOut, Stalled, TooMuchOutput):
                 raise GitFailed("git fsck took too long") from None
-        if result.code != 0:
+        if check_disk(result).code != 0:
             raise GitFailed(result.error)
 
     def remove_stale_files(self, older_than: float = 0.0) -> None:
@@ -2739,7 +2759,7 @@ CREATE TABLE comments (
 );
 CREATE INDEX comments_by_job ON comments (job_id);
 CREATE INDEX comments_by_pull_request ON comments (pull_request_id);
--- The label events that have become tasks. They outlive the tasks.
+-- The label events that codebot has handled. They outlive the tasks.
 CREATE TABLE label_events (id INTEGER PRIMARY KEY);
 CREATE TABLE deliveries (guid TEXT PRIMARY KEY, received_at TEXT NOT NULL);
 CREATE TABLE totals (name TEXT PRIMARY KEY, value REAL NOT NULL);
@@ -2826,6 +2846,8 @@ class Outcome:
     error: str = ""
 
     def to_json(self) -> str:
+        if self == Outcome():
+            return "{}"  # by this Store sees that a review has done nothing yet
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
@@ -3391,6 +3413,8 @@ class Store:
 
         An event that cannot be written is lost; the task is not.
         """
+        if not events:
+            return
         now = now_text()
         values = [
             {"id": task_id, "now": now, "source": source, "message": message}
@@ -3644,6 +3668,14 @@ class Store:
         row = self._read_one("SELECT 1 FROM label_events WHERE id = :id", id=event_id)
         return row is not None
 
+    def add_label_event(self, event_id: int) -> None:
+        """Remember a label event that becomes no task."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO label_events VALUES (:id) ON CONFLICT DO NOTHING",
+                {"id": event_id},
+            )
+
     def unfinished_issues(self) -> list[tuple[int, int]]:
         """Return repository id and number of the issues whose tasks are unfinished."""
         rows = self._read(
@@ -3807,7 +3839,11 @@ def insert_task(
         values,
     )
     db.execute(
-        "INSERT INTO label_events SELECT :event_id WHERE :event_id IS NOT NULL", values
+        """
+        INSERT INTO label_events SELECT :event_id WHERE :event_id IS NOT NULL
+        ON CONFLICT DO NOTHING
+        """,
+        values,
     )
 
 
@@ -3863,16 +3899,20 @@ def insert_review(
 ) -> str | None:
     """Create a review job. Returns its id, or None if there are too many today.
 
-    The first one above the daily limit is created, to say so once.
+    The first one above the daily limit is created, to say so once a day.
     """
     row = db.execute(
         """
-        SELECT COUNT(*) AS n FROM jobs
+        SELECT
+            COUNT(*) FILTER (WHERE request_kind != 'limit') AS jobs,
+            COUNT(*) FILTER (WHERE request_kind = 'limit') AS notices
+        FROM jobs
         WHERE pull_request_id = :id AND submitted_at > :yesterday
         """,
         {"id": pull_request_id, "yesterday": now_text(seconds_ago=86400)},
     ).fetchone()
-    if row["n"] > DAILY_REVIEW_JOBS:
+    is_limit = row["jobs"] >= DAILY_REVIEW_JOBS
+    if is_limit and row["notices"]:
         return None
     job_id = str(uuid.uuid4())
     db.execute(
@@ -3890,7 +3930,7 @@ def insert_review(
             "now": now_text(),
             "pull_request_id": pull_request_id,
             "reviewer": reviewer,
-            "request_kind": "limit" if row["n"] == DAILY_REVIEW_JOBS else "",
+            "request_kind": "limit" if is_limit else "",
         },
     )
     return job_id
@@ -3979,7 +4019,7 @@ class App:
         if self.github is not None:
             try:
                 self.github.sign_jwt()
-            except (GitHubError, OSError) as error:
+            except (GitHubError, TransientError, OSError) as error:
                 raise ConfigError(f"{error}.") from None
 
     def mirror(self, path: str, run_tag: str, check: Callable[[], None]) -> Mirror:
@@ -4108,9 +4148,12 @@ class JobRun:
             raise StopRequested()
 
     def log(self, source: str, *messages: str) -> None:
-        """Add events to the task's log, without secrets and not too long."""
+        self.log_all([(source, message) for message in messages])
+
+    def log_all(self, entries: Sequence[tuple[str, str]]) -> None:
+        """Add (source, message) pairs to the task's log, without secrets, truncated."""
         events = []
-        for message in messages:
+        for source, message in entries:
             if source in ("agent", "tool", "output", "error", "test"):
                 self.events_left -= 1
                 if self.events_left < 0:
@@ -4184,7 +4227,7 @@ class JobRun:
 
 # Hooks, fsmonitor, signing and gc are off; a killed git leaves lock files.
 GIT_FUNCTION = """
-rm -f .git/index.lock .git/HEAD.lock
+rm -rf .git/index.lock .git/HEAD.lock
 g() {
     git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c commit.gpgSign=false \\
         -c gc.auto=0 -c maintenance.auto=false "$@"
@@ -4198,24 +4241,37 @@ git config remote.origin.url "$url" &&
 git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
 git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
-# A repository in the repository would become a submodule without a URL.
-COMMIT_SCRIPT = f"""{GIT_FUNCTION}
-g add -A || exit
-g diff --cached --quiet && exit
-new=$(g diff --cached --raw | sed -n 's/^:000000 160000 [^\\t]*\\t//p')
-if [ -n "$new" ] && [ ! -e .gitmodules ]; then
-    echo "$new is a git repository of its own" >&2
-    exit 1
-fi
-g commit -q --no-verify -m "What the agent left"
-"""
-# What the test leaves behind is discarded, except what .gitignore names.
+# The tree that the agent left is written before the test runs. What the test leaves
+# behind is removed, except what .gitignore names; what cannot be removed is not in the
+# tree. That of a test that passed is stored, for COMMIT_SCRIPT.
 TEST_SCRIPT = f"""{GIT_FUNCTION}
+rm -f .git/codebot-tested
 tree=$(g add -A && g write-tree)
 sh -c "$1" 2>&1
 code=$?
+rm -rf .git/index.lock
 [ "$tree" ] && g read-tree "$tree" && g checkout-index -q -f -a && g clean -q -ff -d
+[ "$tree" ] && [ $code = 0 ] && echo "$tree" >.git/codebot-tested
 exit $code
+"""
+# A repository in the repository would become a submodule without an address.
+COMMIT_SCRIPT = f"""{GIT_FUNCTION}
+base=$1
+tree=$(cat .git/codebot-tested 2>/dev/null || {{ g add -A && g write-tree; }}) || exit
+nested=$(
+    g diff-tree -r "$base" "$tree" |
+    sed -n '/^:160000/d; s/^:[0-9]* 160000 [^\t]*\t//p' |
+    while IFS= read -r path; do
+        g config --blob "$tree:.gitmodules" --fixed-value \\
+            --get-regexp '[.]path$' "$path" >/dev/null 2>&1 || echo "$path"
+    done
+)
+if [ "$nested" ]; then
+    echo "$nested is a git repository of its own" >&2
+    exit 1
+fi
+commit=$(g commit-tree -p "$base" -m "What the agent left" "$tree") &&
+g update-ref HEAD "$commit"
 """
 # Prints the files in conflict, if there are any.
 APPLY_SCRIPT = f"""{GIT_FUNCTION}
@@ -4413,7 +4469,7 @@ class Workspace:
         Returns its tree, "" if nothing was changed. Raises JobFailed if there is no
         usable repository.
         """
-        result = self.script(COMMIT_SCRIPT)
+        result = self.script(COMMIT_SCRIPT, base_commit)
         if result.code != 0:
             raise JobFailed(
                 "agent_failed",
@@ -4710,6 +4766,7 @@ class AgentStream:
         self.login_failed = False
         self.last_message = ""
         self.schema_calls: set[str] = set()  # ids; their answer is in the result
+        self.entries: list[tuple[str, str]] = []  # for the task's log
 
     def read(self, lines: list[str]) -> float | None:
         """Handle lines. Returns the seconds that the agent may live on, if it is done."""
@@ -4718,6 +4775,8 @@ class AgentStream:
                 self.read_event(json.loads(line))
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 self.log("agent", line)  # no event, or of an unknown shape
+        self.run.log_all(self.entries)  # in one transaction
+        self.entries = []
         if self.login_failed:
             return 0.0  # it would retry for three minutes
         return RESULT_GRACE if self.result else None
@@ -4725,7 +4784,7 @@ class AgentStream:
     def log(self, source: str, message: str) -> None:
         if message.strip():
             self.last_message = message.strip()
-            self.run.log(source, message.strip())
+            self.entries.append((source, message.strip()))
 
     def read_event(self, event: dict[str, Json]) -> None:
         if event["type"] == "result":
@@ -4976,6 +5035,7 @@ def find_remote(run: JobRun) -> RemoteAccess:
             f"Failed to clone repository: {repository.full_name} is now named "
             f"{remote.full_name}. Submit the task again with that name.",
         )
+    github.bot()  # for the commit: asked for now, before the agent costs anything
     run.update(mirror=repository.mirror, repository_id=remote.id)
     return RemoteAccess(repository, remote)
 
@@ -5309,7 +5369,12 @@ def run_review(run: JobRun) -> None:
     """
     context = load_review(run)
     check_pull_request(run, context)
-    comments = load_comments(run, context)
+    try:
+        comments = load_comments(run, context)
+    except GitHubError as error:
+        if error.is_refusal_of_app:
+            raise skipped_or_later(error) from None
+        raise
     if not comments:
         raise ReviewSkipped("the comments were deleted")
     threads = group_by_thread(comments)
@@ -5351,6 +5416,7 @@ def load_review(run: JobRun) -> ReviewContext:
     repository = parse_repository_url(run.config, url)
     if not repository.is_allowed(run.config):
         raise ReviewSkipped(f"{remote.full_name} is not an allowed repository")
+    github.bot()  # for the commit and the answers
     access = RemoteAccess(repository, remote)
     run.update(session_id=task.session_id, directory=task.directory, branch=task.branch)
     workspace = Workspace(run, access, task.mirror, task.directory, task.branch)
@@ -5728,6 +5794,8 @@ def answer_threads(
         try:
             context.remote.post_once(list_path, post_path, body, marker)
         except GitHubError as error:
+            if error.is_refusal_of_app:
+                raise skipped_or_later(error) from None
             if error.status != 404:
                 message = f"GitHub refused the answer: {error}"
                 raise JobFailed("internal", message) from None
@@ -5764,7 +5832,7 @@ def answer_body(run: JobRun, thread: str, comments: Sequence[Comment]) -> str:
 # later. Webhooks and polling share one memory: the store.
 
 SYNC_INTERVAL = 1.0  # seconds between looks at what is due and at tasks that ended
-EDIT_TOLERANCE = 3.0  # seconds between a label's event and the issue's own time
+EDIT_TOLERANCE = 1.0  # seconds between a label's event and the issue's own time
 
 
 class Sync:
@@ -5799,8 +5867,9 @@ class Sync:
                 self.ask_later(request, error)
             else:
                 log.warning("%s is ignored: %s", request, error)
-        except (LookupError, TypeError, ValueError):
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             log.exception("%s: GitHub's response has an unknown shape", request)
+            self.ask_later(request, error)
 
     def ask_later(self, request: SyncRequest, error: Exception) -> None:
         log.warning("GitHub cannot be asked now: %s", error)
@@ -5835,7 +5904,10 @@ class Sync:
         """Ask for a look at a repository's open issues with the label."""
         try:
             numbers = remote.issues_with_label(self.config.issue_label)
-        except GitHubError as error:  # its issues may be turned off; others' are not
+        except GitHubError as error:
+            if error.is_refusal_of_app:
+                raise
+            # Its issues may be turned off; those of other repositories are not.
             log.warning("Issues of %s are ignored: %s", remote.full_name, error)
             return
         for number in numbers:
@@ -5909,6 +5981,7 @@ class Sync:
         obstacle = self.obstacle(remote, issue, event)
         if obstacle:
             log.info("Issue %s is ignored: %s", issue.url, obstacle)
+            self.app.store.add_label_event(event.id)  # even if the obstacle goes away
             return
         if self.was_changed(remote, issue, event):
             self.ask_for_label(remote, issue, event)
@@ -6038,7 +6111,15 @@ def seconds_of(timestamp: str) -> int:
 
 # --- Workers and cleanup -----------------------------------------------------
 
-DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+# What the host may lack for a while: disk, descriptors, memory, processes.
+TRANSIENT_ERRNOS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EAGAIN,
+)
 # What a job fails with if a transient error lasts too long, by the phase it is in.
 REASON_BY_PHASE = {
     "": "clone_failed",
@@ -6209,8 +6290,8 @@ def retry(run: JobRun, error: Exception) -> None:
 
 
 def handle_os_error(run: JobRun, error: OSError) -> None:
-    if error.errno in DISK_FULL_ERRNOS:
-        retry(run, TransientError(f"The disk is full: {os_error_text(error)}"))
+    if error.errno in TRANSIENT_ERRNOS:
+        retry(run, TransientError(f"This host cannot go on: {os_error_text(error)}"))
         return
     log.exception("Job %s", run.job.id)
     fail(run, "internal", f"Internal error: {os_error_text(error)}")
@@ -6228,15 +6309,17 @@ def after_job(run: JobRun) -> None:
 class Timer:
     """Queues jobs whose retry is due, and tests the database now and then."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, only: str = "") -> None:
         self.app = app
+        self.only = only  # the id of the one job that is run; "" means all
         self.last_look = time.time()
         self.next_test = 0.0
 
     def step(self) -> None:
         started = time.time()
         for kind, job_id in self.app.store.due_jobs(self.last_look):
-            self.app.queues[kind].put(job_id)
+            if self.only in ("", job_id):
+                self.app.queues[kind].put(job_id)
         self.last_look = started
         if time.monotonic() > self.next_test:
             self.next_test = time.monotonic() + DATABASE_TEST_INTERVAL
@@ -6609,7 +6692,11 @@ def read_task_request(config: Config, fields: Mapping[str, object]) -> TaskReque
 
 
 def queue_task(
-    app: App, request: Request, task: TaskRequest, fingerprint: bytes
+    app: App,
+    request: Request,
+    task: TaskRequest,
+    fingerprint: bytes,
+    issue: IssueLabel = NO_ISSUE,
 ) -> Response:
     """Queue a task, or find the one with the same Idempotency-Key and fingerprint."""
     key = request.headers.get("idempotency-key")
@@ -6617,7 +6704,7 @@ def queue_task(
         message = "Idempotency-Key must be 1 to 255 visible ASCII characters"
         raise HTTPError(400, message)
     body_hash = hashlib.sha256(fingerprint).hexdigest()
-    job = app.submit(task, submitter(request), key, body_hash)
+    job = app.submit(task, submitter(request), key, body_hash, issue)
     value = {
         "task_id": job.id,
         "status": job.status,
@@ -6637,7 +6724,9 @@ def retry_task(app: App, request: Request, task_id: str) -> Response:
         raise HTTPError(409, f"Only a failed task can be retried; this is {job.status}")
     allowed_repository(app.config, job.request.repository_url)  # it may have changed
     log.info("Task %s: retry requested by %s", task_id, submitter(request))
-    return queue_task(app, request, job.request, f"retry {task_id}".encode())
+    # Not the label's event: removing the label does not cancel what a client started.
+    issue = IssueLabel(job.issue_repository_id, job.issue_number, job.issue_url, None)
+    return queue_task(app, request, job.request, f"retry {task_id}".encode(), issue)
 
 
 def cancel_task(app: App, request: Request, task_id: str) -> Response:
@@ -8826,6 +8915,7 @@ HOST_CHECKS: tuple[Check, ...] = (check_programs, check_settings, check_safety)
 # --- serve -------------------------------------------------------------------
 
 PR_SET_DUMPABLE = 4  # of prctl(2)
+MAX_DESCRIPTORS = 65536  # open files at the same time, if the host allows so many
 CLOSE_TIMEOUT = 2.0  # seconds that connections have to end, after the workers
 # What the operating system may say when the server begins to listen.
 LISTEN_ERRORS = {
@@ -8858,6 +8948,10 @@ def begin(app: App, level: int) -> None:
     if sys.platform == "linux":
         # Even without a sandbox the agent cannot read this process's memory.
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    # A connection takes a descriptor, and so does each level of a removed directory.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(soft, min(hard, MAX_DESCRIPTORS))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     fork_watchdog(app)
     stop_on_signals(app)
 
@@ -8945,13 +9039,14 @@ def listen(app: App) -> Server:
 def running_server(app: App) -> Iterator[Server]:
     """Run the server and the threads behind it until the block ends."""
     server = listen(app)
+    timer = Timer(app)  # before the first job runs, whose retry it must not miss
     for kind, job_id in app.store.pending_jobs():
         app.queues[kind].put(job_id)
     workers = start_workers(app, "task", app.config.workers)
     if app.github is not None:
         workers += start_workers(app, "review", app.config.review_workers)
         start_thread(app, "sync", Sync(app, app.github).step)
-    start_thread(app, "timer", Timer(app).step, seconds=1.0)
+    start_thread(app, "timer", timer.step, seconds=1.0)
     start_thread(app, "cleanup", Cleanup(app).step)
     server.start()
     try:
@@ -9061,8 +9156,9 @@ def run(flags: Flags) -> int:
     app = open_app(config, HOST_CHECKS, logging.WARNING)
     print(f"Sandbox: {app.sandbox.describe()}", file=sys.stderr)
     job = app.submit(request, "command line")
+    timer = Timer(app, only=job.id)
     workers = start_workers(app, "task", 1)
-    start_thread(app, "timer", Timer(app).step, seconds=1.0)
+    start_thread(app, "timer", timer.step, seconds=1.0)
     try:
         follow_task(app, job.id)
     finally:

@@ -2917,10 +2917,10 @@ def test_objects_of_another_repository_cannot_be_borrowed(sandboxed: Site) -> No
     )
     sandboxed.api.completed(sandboxed.api.submit(repository_url=secret.url))
     objects = mirror_of(sandboxed, secret.name) / "objects"
-    commit = secret.git("rev-parse", "main")
+    tree = secret.git("rev-parse", "main^{tree}")
     sandboxed.agent.follow(
         f"echo {objects} >>.git/objects/info/alternates\n"
-        f"echo {commit} >$(git rev-parse --git-path $(git symbolic-ref HEAD))\n"
+        f"echo {tree} >.git/codebot-tested\n"
         "result"
     )
     sandboxed.api.failed(sandboxed.api.submit("Borrow"), "agent_failed")
@@ -3110,11 +3110,8 @@ def store_pull_request(
     return pull_request
 
 
-def store_review(
-    store: codebot.Store, pull_request: codebot.PullRequest, comment_id: int, user: str
-) -> str:
-    """Queue a comment that starts a review; return the id of the review."""
-    comment = codebot.Comment(
+def make_comment(comment_id: int, user: str) -> codebot.Comment:
+    return codebot.Comment(
         kind="conversation",
         id=comment_id,
         user=user,
@@ -3123,6 +3120,13 @@ def store_review(
         review_id=0,
         created_at=codebot.now_text(),
     )
+
+
+def store_review(
+    store: codebot.Store, pull_request: codebot.PullRequest, comment_id: int, user: str
+) -> str:
+    """Queue a comment that starts a review; return the id of the review."""
+    comment = make_comment(comment_id, user)
     [job_id] = store.queue_comments(pull_request, [comment])
     return str(job_id)
 
@@ -3252,6 +3256,44 @@ def test_reviews_of_two_pull_requests_run_at_the_same_time(
         pull_request = store_pull_request(store, task, number)
         review = store_review(store, pull_request, number, "alice")
         assert store.claim(review) is not None
+
+
+def test_new_comment_joins_review_that_waits_for_its_retry(
+    store: codebot.Store,
+) -> None:
+    task = store_task_in_state(store, "completed")
+    pull_request = store_pull_request(store, task)
+    review = store.claim(store_review(store, pull_request, 1, "alice"))
+    assert review is not None
+    store.save_progress(review)
+    store.retry_later(review.id, not_before=0.0, interruptions=0)
+    other = dataclasses.replace(store.comments(review.id)[0], id=2)
+    assert store.queue_comments(pull_request, [other]) == []
+    assert [comment.id for comment in store.comments(review.id)] == [1, 2]
+
+
+def test_daily_limit_of_reviews_is_announced_once_a_day(
+    store: codebot.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "DAILY_REVIEW_JOBS", 2)
+    pull_request = store_pull_request(store, store_task_in_state(store, "completed"))
+
+    def kinds_of_a_day(first_comment: int) -> list[str]:
+        kinds = []
+        for number in range(5):
+            comment_id = first_comment + number
+            comment = make_comment(comment_id, f"user-{number}")
+            for job_id in store.queue_comments(pull_request, [comment]):
+                job = store.job(job_id)
+                assert job is not None
+                kinds.append(job.request_kind)
+        return kinds
+
+    assert kinds_of_a_day(1) == ["", "", "limit"]
+    with other_program(store) as database:
+        sql = "UPDATE jobs SET submitted_at = ? WHERE kind = 'review'"
+        database.execute(sql, [LONG_AGO])
+    assert kinds_of_a_day(11) == ["", "", "limit"]
 
 
 def test_review_is_not_shown_as_a_task(store: codebot.Store) -> None:
@@ -4016,7 +4058,7 @@ LOGIN_RETRY = json.dumps(
 PLAN_OF_BAD_TREE = """
 blob=$(git rev-parse HEAD:README.md)
 tree=$(printf '100644 blob %s\\t.git\\n' $blob | git mktree)
-git update-ref HEAD $(git commit-tree -m 'A file named .git' -p HEAD $tree)
+echo $tree >.git/codebot-tested  # as if a test had passed
 result
 """
 FAILING_PLANS = {
@@ -4059,7 +4101,7 @@ FAILING_PLANS = {
     "no .git": ("rm -rf .git; echo x >x; result", "agent_failed", "git"),
     "broken HEAD": ("echo x >.git/HEAD; echo x >x; result", "agent_failed", ""),
     "unborn nested repository": ("git init -q sub; result", "agent_failed", "sub"),
-    "commit that fsck rejects": (PLAN_OF_BAD_TREE, "agent_failed", ""),
+    "tree that fsck rejects": (PLAN_OF_BAD_TREE, "agent_failed", ""),
 }
 
 
@@ -4274,6 +4316,24 @@ def test_what_tests_leave_behind_is_not_committed(shared: Site) -> None:
     assert changed == "hello.txt"
 
 
+STUBBORN_LITTER = {
+    "unwritable": "mkdir -p mod/x; echo >mod/x/f; chmod 555 mod/x mod",
+    "lock file": "touch litter .git/index.lock",
+    "lock directory": "touch litter; mkdir .git/index.lock",
+    "ignored by litter": "mkdir build; echo '*.o' >build/.gitignore; touch build/a.o",
+}
+
+
+@pytest.mark.parametrize("case", STUBBORN_LITTER)
+def test_litter_that_cannot_be_removed_is_not_committed(
+    shared: Site, case: str
+) -> None:
+    task = shared.api.submit(test_command=STUBBORN_LITTER[case])
+    branch = shared.api.completed(task)["branch_name"]
+    changed = shared.repository.git("diff", "--name-only", "main", branch)
+    assert changed == "hello.txt"
+
+
 def test_what_tests_commit_is_not_pushed(shared: Site) -> None:
     command = "echo >litter; git add -A; git commit -qm litter"
     branch = shared.api.completed(shared.api.submit(test_command=command))[
@@ -4374,6 +4434,29 @@ def test_agent_commits_and_merges_become_one_commit(shared: Site) -> None:
     assert parents == shared.repository.git("rev-parse", "main")
     assert shared.repository.show(branch, "one") == "1"
     assert shared.repository.show(branch, "two") == "2"
+
+
+MAKE_NESTED = "git init -q sub; git -C sub commit -q --allow-empty -m Nested"
+NESTED_REPOSITORIES = {
+    "left": MAKE_NESTED,
+    "committed": f"{MAKE_NESTED}; git add -A 2>/dev/null; git commit -qm All",
+    "with empty .gitmodules": f"{MAKE_NESTED}; : >.gitmodules",
+    "beside a submodule": f"{MAKE_NESTED}; git config -f .gitmodules submodule.x.path x",
+}
+
+
+@pytest.mark.parametrize("case", NESTED_REPOSITORIES)
+def test_repository_in_the_repository_is_refused(shared: Site, case: str) -> None:
+    shared.agent.follow(f"{NESTED_REPOSITORIES[case]}; {SAY_HELLO}")
+    error = shared.api.failed(shared.api.submit(), "agent_failed")
+    assert "sub is a git repository of its own" in error
+
+
+def test_submodule_that_is_registered_is_pushed(shared: Site) -> None:
+    register = "git config -f .gitmodules submodule.x.path sub"
+    shared.agent.follow(f"{MAKE_NESTED}; {register}; {SAY_HELLO}")
+    branch = shared.api.completed(shared.api.submit())["branch_name"]
+    assert "160000 commit" in shared.repository.git("ls-tree", branch, "sub")
 
 
 def test_nothing_of_agent_reaches_mirror_before_github(shared: Site) -> None:
@@ -4790,6 +4873,14 @@ def test_error_names_new_address_of_renamed_repository(shared: Site) -> None:
     assert shared.agent.runs() == []
 
 
+def test_outage_during_first_task_costs_no_run_of_the_agent(fresh: Site) -> None:
+    for _ in range(3):
+        fresh.github.fail("GET /users/*", 502, b"")
+    fresh.server.start(limits={"RETRY_DELAY": 0.1, "GITHUB_ATTEMPTS": 1})
+    fresh.api.completed(fresh.api.submit())
+    assert len(fresh.agent.runs()) == 1
+
+
 def test_git_that_is_told_429_is_retried(shared: Site) -> None:
     shared.repository.fail("GET /info/refs*", 429, b"slow down")
     shared.api.completed(shared.api.submit())
@@ -5137,6 +5228,17 @@ def test_third_full_disk_after_agent_fails_task(fresh: Site) -> None:
     error = fresh.api.wait_end(task)["error"]
     assert "No space left" in error
     assert len(fresh.agent.runs()) == 3
+
+
+def test_program_that_fails_while_disk_is_full_is_no_final_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Its own words may be lost: they go to the same disk.
+    monkeypatch.setattr(codebot, "FULL_DISK_BYTES", 1 << 62)
+    env = {"PATH": os.environ["PATH"]}
+    assert codebot.run_program(["true"], env).code == 0
+    with pytest.raises(codebot.TransientError, match="The disk is full: no output"):
+        codebot.run_program(["false"], env)
 
 
 def test_old_task_loses_log_and_workspace_and_row_when_pull_request_is_closed(
@@ -5668,12 +5770,31 @@ def test_agent_can_only_read_for_classification_and_question(pull: Pull) -> None
 
 
 def test_invisible_text_of_comment_does_not_reach_agent(pull: Pull) -> None:
-    text = "Wh<!-- open\nsesame -->y\u200b do\u202e this\u00ad? <!-- and sesame"
+    text = "Wh<!-- open\nsesame -->y\u200b do\u202e this\u00ad? \n  <!-- and sesame"
     pull.site.person("alice").comment(text)
     pull.review()
     for run in pull.site.agent.runs():
         assert "\nWhy do this? \n" in run.stdin
         assert "sesame" not in run.stdin
+
+
+@pytest.mark.parametrize(
+    ("text", "visible"),
+    [
+        ("a <!-- b\n --> c", "a  c"),
+        (
+            "Remove `<!--` from it. Also rename x.",
+            "Remove `<!--` from it. Also rename x.",
+        ),
+        ("a\n<!-- b\nc", "a\n"),
+        ("<!-- b", ""),
+        ("   <!-- b --> c", "    c"),
+    ],
+)
+def test_comment_of_html_is_removed_and_other_text_is_not(
+    text: str, visible: str
+) -> None:
+    assert codebot.visible_text(text) == visible
 
 
 def test_delimiters_of_comments_are_random(pull: Pull) -> None:
@@ -6333,6 +6454,25 @@ def test_rejected_push_of_review_is_reported_in_words_of_remote(pull: Pull) -> N
     assert pull.tip() == before
 
 
+@pytest.mark.parametrize(
+    "pattern", ["GET /pulls/comments/*", "POST /pulls/1/comments/*/replies"]
+)
+def test_review_waits_while_app_is_refused(pull: Pull, pattern: str) -> None:
+    for _ in range(2):
+        pull.site.repository.fail(pattern, 401, {"message": "Bad credentials"})
+    comment = pull.site.person("alice").inline("Why?")
+    assert pull.review()["status"] == "completed"
+    assert pull.answer() == pull.reply(comment)
+    assert len(pull.site.agent.runs("question")) == 1
+
+
+def test_review_waits_while_app_is_suspended(pull: Pull) -> None:
+    message = {"message": "This installation has been suspended"}
+    pull.site.repository.fail("GET /pulls/comments/*", 403, message)
+    pull.site.person("alice").inline("Why?")
+    assert pull.review()["status"] == "completed"
+
+
 def test_answer_that_github_refuses_fails_review(pull: Pull) -> None:
     message = {"message": "Resource not accessible by integration"}
     pattern = "POST /pulls/1/comments/*/replies"
@@ -6681,6 +6821,34 @@ def test_label_is_ignored(shared: Site, case: str) -> None:
     issue.announce()
     issue.assert_ignored(f"{issue.url} is ignored: ")
     assert words in shared.server.log().rpartition("is ignored: ")[2]
+
+
+def test_label_that_was_ignored_becomes_no_task_later(shared: Site) -> None:
+    issue = open_issue(shared)
+    shared.person("carol").label(issue.number)
+    issue.assert_ignored("carol has no write access")
+    shared.repository.permissions["carol"] = "write"
+    shared.agent.follow(GIVE_UP)
+    issue.announce()
+    # What was delivered before this one has been looked at by then.
+    other = open_issue(shared, "Something else")
+    shared.person("alice").label(other.number)
+    other.comments()
+    assert issue.tasks() == []
+
+
+def test_retry_of_an_issues_task_is_reported_too(shared: Site) -> None:
+    shared.agent.follow(GIVE_UP)
+    issue = open_issue(shared)
+    shared.person("alice").label(issue.number)
+    shared.api.failed(issue.task(), "agent_failed")
+    issue.comments()
+    shared.agent.follow(SAY_HELLO)
+    retried = shared.api.retry(issue.task()).json["task_id"]
+    result = shared.api.completed(retried)
+    assert shared.api.status(retried)["issue_url"] == issue.url
+    assert "Closes #1\n" in shared.repository.pulls[0]["body"]
+    assert result["pr_url"] in issue.comments(2)[1]
 
 
 def test_label_of_deleted_user_is_ignored(shared: Site) -> None:
@@ -11011,6 +11179,23 @@ def test_interrupted_run_ends_cleanly(fresh: Site) -> None:
     assert json.loads(stdout)["reason"] == "cancelled"
     assert "Traceback" not in stderr
     wait_for(lambda: fresh.server.strays() == [])
+
+
+def test_run_leaves_other_tasks_of_work_directory_alone(fresh: Site) -> None:
+    fresh.github.fail("GET /repos/*", 502, b"", always=True)
+    fresh.server.start(limits={"RETRY_DELAY": 0.5, "GITHUB_ATTEMPTS": 1})
+    other = fresh.api.submit("Something else")
+    fresh.server.wait_for_log("retrying later")
+    fresh.server.kill()
+    fresh.github.reset_faults()
+    process = start_command(
+        fresh, *run_flags(fresh), "--work-dir", str(fresh.server.work_dir)
+    )
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert not [run for run in fresh.agent.runs() if "Something else" in run.stdin]
+    fresh.server.restart()
+    fresh.api.completed(other)
 
 
 def test_run_retries_like_the_server(fresh: Site) -> None:
