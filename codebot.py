@@ -22,7 +22,7 @@ HOW TO READ THIS FILE
     IV.  Commands       how it is started and stopped
   If you have only an hour, read `run_program`, `sandbox_mounts`, `GitHub.send`,
   `GitDirectory.remote_git`, `run_task` and `routes`, with what stands around them.
-  Of the page, the style can be skipped; the script shows text as text only.
+  Of the page, the style can be skipped; the script never inserts HTML.
 
 GLOSSARY
   job            a unit of work in the store: a task or a review
@@ -34,7 +34,7 @@ GLOSSARY
                  pushes; no sandbox shows it
   agent          the Claude CLI process
   session        the agent's conversation with the model, kept in the workspace's home
-  base           the branch, and the commit on it, that the agent's branch starts from
+  base           the branch that the agent's branch starts from; base commit: its commit
   installation token   the GitHub credential for one repository, valid for one hour
   delivery       one webhook request, with its GUID
   marker         the hidden comment by which a retry sees that something was posted
@@ -71,10 +71,16 @@ KNOWN LIMITATIONS
   user can: the keys, the database, git's token while git runs. A process that removes
   CODEBOT_RUN from its environment outlives it.
   In bwrap the agent can read whatever else codebot's user can read on the host, and the
-  directories of HOME that PATH leads into, such as ~/.local. Nothing but the host limits
+  directories of HOME that PATH leads into, such as ~/.local. It can connect to sockets in
+  the file system, except in the directories that are hidden. Nothing but the host limits
   its memory, processes and disk.
-  What the agent says (its events, summary and cost) is self-reported. What it changes is
-  pushed without a person having read it, and the repository's own CI runs it.
+  What the agent says (its events, summary and cost) is self-reported. "The tests passed"
+  means that the command ended with 0 where an agent had worked, which can change the
+  tests, and what they find in HOME. What it changes is pushed without a person having
+  read it, and the repository's own CI runs it. codebot looks for the secrets that it
+  knows in a change, but only as they are or in base64.
+  HTML comments and invisible characters are taken out of what people write. Other ways
+  to hide text on GitHub, such as the title of a link, are not.
 
 LIFE OF A JOB
   pending   -> running      a worker starts it
@@ -92,24 +98,28 @@ THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
   http           one per connection, from a pool; its table of deadlines has a lock (Server)
   task-N, review-N   one job at a time, from one queue each
-  sync           asks GitHub what has changed; waits for nobody else
+  sync           asks GitHub what has changed
   timer          queues due retries, tests the database
   cleanup        removes what is past its retention, packs mirrors
   Store has a lock for its writing and one for its reading connection, Redactor one for
-  its tokens. A forked watchdog waits until codebot ends, and ends what it left running.
+  its tokens. A forked process, the watchdog, ends what codebot left running when it dies.
 
 FILES in the work directory
   codebot.db     the record of all jobs        codebot.lock   held by the one codebot here
   mirrors/       HOST/OWNER/NAME.git           task_*/        a task's workspace
   outbox_*.git   a job's outbox                launched/      runs on a cluster
   scratch_*      for one command               trash_*/       being removed
+  The temporary files of Python, programs' output among them, are in it as well.
   A mirror, and a database elsewhere, has a .lock file beside it.
 
 WHERE THE DANGEROUS THINGS ARE, each in one place
   Popen                     run_program
-  urlopen                   GitHub.open, called by GitHub.send
+  urlopen                   GitHub.send
   git with a credential     GitDirectory.remote_git
   what the agent sees       bwrap_command, and Workspace.environment
+  git on an agent's objects, outside the sandbox    Workspace.collect_tree
+  removing directories      remove_tree
+  fork and exec             fork_watchdog; serve, with --debug
   SQL                       Store, and the steps of its transactions below it
   a change of state         Store._transition
   what the network reaches  routes
@@ -161,7 +171,6 @@ import tempfile
 import threading
 import time
 import unicodedata
-import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
@@ -205,6 +214,7 @@ READ_BYTES = 64 << 10  # of a program's output between two looks at its limits
 KEPT_LINES = 400  # the last lines of a program's output that are kept
 MAX_EVENT_CHARS = 4000  # a longer event is truncated
 MAX_AGENT_EVENTS = 10_000  # events of the agent and the tests that one job may log
+LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")  # of these events
 LOW_DISK_BYTES = 1 << 30  # warn below this much free space
 FULL_DISK_BYTES = 1 << 20  # with less free space, that is why a program failed
 MIRROR_RETENTION = 30 * 86400.0  # seconds that an unused mirror is kept
@@ -269,15 +279,19 @@ class Cancelled(Exception):
     """A client cancelled the job, or its pull request was closed."""
 
 
-class TimedOut(Exception):
+class LimitReached(Exception):
+    """A program was ended because of one of its limits."""
+
+
+class TimedOut(LimitReached):
     """A program ran for longer than it may."""
 
 
-class Stalled(Exception):
+class Stalled(LimitReached):
     """A program printed nothing for longer than it may."""
 
 
-class TooMuchOutput(Exception):
+class TooMuchOutput(LimitReached):
     """A program printed more than MAX_OUTPUT_BYTES."""
 
 
@@ -780,32 +794,33 @@ class ProgramResult(NamedTuple):
         return " / ".join(filter(None, lines[-4:]))[-1500:] or "no output"
 
 
-def no_check() -> None:
-    """Do nothing: the ``check`` of a program that no job runs."""
+def never_stop() -> None:
+    """The ``check_stop`` of a program that no job runs."""
 
 
 class Limits(NamedTuple):
-    """What ends a program early; ``check`` raises StopRequested or Cancelled."""
+    """What ends a program early; ``check_stop`` raises StopRequested or Cancelled."""
 
     timeout: float = GIT_TIMEOUT  # seconds
     stall: float = GIT_TIMEOUT  # seconds without output
-    check: Callable[[], None] = no_check
+    check_stop: Callable[[], None] = never_stop
 
 
 class Launch(NamedTuple):
     """A program that a launcher starts on a node of a cluster, when one is free.
 
-    On the node, ``token`` is printed when it starts, and again with its exit code when
-    it ends: what the launcher's own exit code means differs from one to the next.
+    On the node, the line ``sentinel`` is printed when it starts, and again with its
+    exit code when it ends: what the launcher's own exit code means differs from one
+    to the next.
     """
 
-    token: str
+    sentinel: str
     timeout: float  # seconds to wait for a node
     on_start: Callable[[], None]
 
     def wrap(self, argv: Sequence[str]) -> list[str]:
-        """Return the command line that runs ``argv`` between the two tokens."""
-        return ["sh", "-c", 'echo "$0"; "$@"; echo "$0 $?"', self.token, *argv]
+        """Return the command line that runs ``argv`` between the two lines."""
+        return ["sh", "-c", 'echo "$0"; "$@"; echo "$0 $?"', self.sentinel, *argv]
 
 
 DEFAULT_LIMITS = Limits()
@@ -923,12 +938,12 @@ class RunningProgram:
         return True
 
     def program_lines(self, lines: list[str], launch: Launch) -> list[str]:
-        """Notice the tokens. Returns the lines that are the program's own."""
+        """Notice the sentinels. Returns the lines that are the program's own."""
         own_lines = []
         for line in lines:
             # The program's last line may have no end.
-            text, separator, code = line.partition(f"{launch.token} ")
-            if line == launch.token and not self.is_launched:
+            text, separator, code = line.partition(f"{launch.sentinel} ")
+            if line == launch.sentinel and not self.is_launched:
                 self.is_launched = True
                 self.started = time.monotonic()
                 self.last_errors.clear()  # what the launcher said
@@ -945,7 +960,7 @@ class RunningProgram:
     def check_limits(self, now: float) -> None:
         if self.kill_at is not None:
             return  # its work is done and counts
-        self.limits.check()
+        self.limits.check_stop()
         if self.launch is not None and not self.is_launched:
             if now > self.started + self.launch.timeout:
                 raise TimedOut()
@@ -962,9 +977,9 @@ class RunningProgram:
         if self.launch is not None:
             code = self.launched_code
         if self.kill_at is None and (code is None or code in SIGNAL_EXIT_CODES):
-            # Whoever ended it may be stopping codebot too: systemd signals everybody.
+            # systemd signals all of the unit's processes: the stop may come a moment later.
             time.sleep(0.3)
-            self.limits.check()
+            self.limits.check_stop()
         result = ProgramResult(code or 0, [*self.last_lines], [*self.last_errors])
         if code and shutil.disk_usage(tempfile.gettempdir()).free < FULL_DISK_BYTES:
             # What it said of it is lost: its output goes to the same disk.
@@ -1003,7 +1018,7 @@ def is_group_running(leader: int) -> bool:
 def end_process_group(child: subprocess.Popen[bytes]) -> None:
     """End all processes of a program's group: SIGTERM, KILL_GRACE, SIGKILL.
 
-    A number is not given to a new process while its group has members.
+    The system gives the number to no new process while the group has members.
     """
     deadline = time.monotonic() + KILL_GRACE
     signal_group(child.pid, signal.SIGTERM)
@@ -1039,7 +1054,8 @@ def run_program(
     """
     with contextlib.ExitStack() as files:
         stdin_file = files.enter_context(tempfile.TemporaryFile())
-        # Opened for appending: what the agent writes there overwrites nothing.
+        # Opened for appending: a program that opens its own output again cannot
+        # overwrite what it has printed.
         stdout_file = files.enter_context(tempfile.TemporaryFile("ab+", buffering=0))
         stderr_file = files.enter_context(tempfile.TemporaryFile("ab+", buffering=0))
         stdin_file.write(stdin)
@@ -1148,20 +1164,15 @@ NO_SANDBOX_WARNING = (
 )
 
 
-class MountKind(enum.Enum):
-    HIDDEN = "--tmpfs"
-    READ_ONLY = "--ro-bind"
-    WRITABLE = "--bind"
+# How bwrap mounts a directory over the read-only file system.
+HIDDEN = "--tmpfs"
+READ_ONLY = "--ro-bind"
+WRITABLE = "--bind"
 
 
 class Mount(NamedTuple):
     path: str
-    kind: MountKind
-
-    def arguments(self) -> list[str]:
-        if self.kind is MountKind.HIDDEN:
-            return [self.kind.value, self.path]
-        return [self.kind.value, self.path, self.path]
+    option: str
 
 
 def find_files(directory: str, pattern: str) -> list[str]:
@@ -1241,17 +1252,17 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     hidden = {"/run", home_directory(), *private_directories(config)}
     hidden -= {"/", "/tmp"}  # /tmp is the workspace's own
     tools = tool_directories(config)
-    covers = [Mount(path, MountKind.HIDDEN) for path in hidden]
-    covers += [Mount(path, MountKind.READ_ONLY) for path in tools]
+    covers = [Mount(path, HIDDEN) for path in hidden]
+    covers += [Mount(path, READ_ONLY) for path in tools]
     # A directory comes before what lies in it; of the same one the cover is last.
-    covers.sort(key=lambda mount: (mount.path, mount.kind is MountKind.HIDDEN))
+    covers.sort(key=lambda mount: (mount.path, mount.option == HIDDEN))
     shown = [os.path.realpath("/etc/resolv.conf"), objects]  # the first may be in /run
     for path in agent_program_files(config, [*hidden, "/tmp"]):
         if not any(is_inside(path, directory) for directory in tools):
             shown.append(path)
-    mounts = covers + [Mount(path, MountKind.READ_ONLY) for path in shown]
+    mounts = covers + [Mount(path, READ_ONLY) for path in shown]
     for part in ("repo", "home"):
-        mounts.append(Mount(os.path.join(workspace, part), MountKind.WRITABLE))
+        mounts.append(Mount(os.path.join(workspace, part), WRITABLE))
     return [mount for mount in mounts if os.path.exists(mount.path)]
 
 
@@ -1263,8 +1274,8 @@ def bwrap_command(
     # Root could write /proc/sys/kernel/core_pattern, which runs a program outside.
     words += ["--remount-ro", "/proc"]
     words += ["--bind", os.path.join(workspace, "tmp"), "/tmp"]
-    for mount in sandbox_mounts(config, workspace, objects):
-        words += mount.arguments()
+    for path, option in sandbox_mounts(config, workspace, objects):
+        words += [option, path] if option == HIDDEN else [option, path, path]
     words += ["--unshare-pid", "--unshare-ipc", "--cap-drop", "ALL"]
     if disable_userns:
         # In a nested user namespace root could mount and write control groups.
@@ -1467,8 +1478,9 @@ class Sandbox:
 # and issues of that repository. A token lives for an hour and is kept in memory only.
 
 TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "write"}
-LOOKUP = 0  # in place of a repository's id: the token that can only look up names
-AS_APP = -1  # in place of a repository's id: the App's own JWT
+# With what a request is sent: a repository's id (its installation token), or
+LOOKUP = 0  # the token that can only look up names
+AS_APP = -1  # the App's own JWT
 TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_GITHUB_BYTES = 32 << 20  # of one response
@@ -1576,11 +1588,17 @@ class IssueHistory(NamedTuple):
     )
 
 
-class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """urllib would follow a redirect to another host, with the token."""
+class AnyResponse(urllib.request.HTTPErrorProcessor):
+    """Returns a response whatever its status is.
 
-    def redirect_request(self, *args: object) -> None:
-        return None
+    urllib would raise an exception, and follow a redirect to another host, with the
+    token.
+    """
+
+    def http_response(self, request: object, response: Any) -> Any:
+        return response
+
+    https_response = http_response
 
 
 def visible_text(text: str) -> str:
@@ -1678,11 +1696,11 @@ class GitHub:
         self._bot: Bot | None = None
         # These are shared by threads without a lock: each use is one atomic step, and
         # two threads that fetch the same token at once do no harm.
-        self._tokens: dict[int, tuple[str, float]] = {}  # repository: token, expiry
+        self._tokens: dict[int, tuple[str, float]] = {}  # credential: token, expiry
         self._replies: dict[str, tuple[str, Reply]] = {}  # URL: ETag, response
         # Repository and login: until when (monotonic) a refusal is remembered.
         self.access_refusals: dict[tuple[int, str], float] = {}
-        urllib.request.install_opener(urllib.request.build_opener(NoRedirects))
+        urllib.request.install_opener(urllib.request.build_opener(AnyResponse))
 
     # Credentials
 
@@ -1696,41 +1714,41 @@ class GitHub:
         claims = {"iat": now - 60, "exp": now + 540, "iss": self.config.app_id}
         parts = [base64url(json.dumps(part).encode()) for part in (header, claims)]
         signed = ".".join(parts)
-        with tempfile.NamedTemporaryFile(prefix="scratch_") as signature:
-            argv = ["openssl", "dgst", "-sha256", "-sign", self.config.key_file]
-            try:
-                result = run_program(
-                    [*argv, "-out", signature.name],
-                    base_environment(self.config, self.run_tag),
-                    stdin=signed.encode(),
-                    limits=Limits(timeout=30.0, check=self.check_stop),
-                )
-            except TimedOut:
-                raise GitHubError(0, "openssl hangs") from None
-            data = pathlib.Path(signature.name).read_bytes()
-        if result.code != 0 or not data:
+        argv = ["openssl", "dgst", "-sha256", "-hex", "-sign", self.config.key_file]
+        try:
+            result = run_program(
+                argv,
+                base_environment(self.config, self.run_tag),
+                stdin=signed.encode(),
+                limits=Limits(timeout=30.0, check_stop=self.check_stop),
+            )
+        except TimedOut:
+            raise GitHubError(0, "openssl hangs") from None
+        if result.code != 0:
             raise GitHubError(
                 0,
                 f"GITHUB_APP_PRIVATE_KEY_PATH: {self.config.key_file} is not a private "
                 'key. Download it again: the App\'s settings, "Generate a private key" '
                 f"(openssl: {result.error})",
             )
-        return f"{signed}.{base64url(data)}"
+        # "RSA-SHA2-256(stdin)= 3E5F…"
+        signature = bytes.fromhex(result.stdout[-1].rpartition("= ")[2])
+        return f"{signed}.{base64url(signature)}"
 
     def check_stop(self) -> None:
         if self.stop.is_set():
             raise StopRequested()
 
-    def token(self, repository_id: int) -> str:
+    def token(self, credential: int) -> str:
         """Return an installation token that is valid for 5 minutes at least."""
         needed_until = time.time() + self.clock_skew + TOKEN_MARGIN
-        token, expiry = self._tokens.get(repository_id, ("", 0.0))
+        token, expiry = self._tokens.get(credential, ("", 0.0))
         if expiry > needed_until:
             return token
         body: dict[str, Json] = {"permissions": {"metadata": "read"}}
-        if repository_id != LOOKUP:
+        if credential != LOOKUP:
             body = {
-                "repository_ids": [repository_id],
+                "repository_ids": [credential],
                 "permissions": TOKEN_PERMISSIONS,
             }
         installation = f"/app/installations/{self.config.installation_id}"
@@ -1742,7 +1760,7 @@ class GitHub:
         token = str(reply.value["token"])
         self.redact.add(token)
         expires_at = time.strptime(reply.value["expires_at"], "%Y-%m-%dT%H:%M:%SZ")
-        self._tokens[repository_id] = (token, float(calendar.timegm(expires_at)))
+        self._tokens[credential] = (token, float(calendar.timegm(expires_at)))
         return token
 
     def token_error_text(self, error: GitHubError) -> str:
@@ -1761,8 +1779,8 @@ class GitHub:
             )
         return str(error)
 
-    def forget_token(self, repository_id: int) -> None:
-        self._tokens.pop(repository_id, None)
+    def forget_token(self, credential: int) -> None:
+        self._tokens.pop(credential, None)
 
     # Requests
 
@@ -1770,7 +1788,7 @@ class GitHub:
         self,
         method: str,
         path: str,
-        repository_id: int,
+        credential: int,
         body: Json = None,
         find_existing: Callable[[], Json] | None = None,
     ) -> Reply:
@@ -1781,29 +1799,27 @@ class GitHub:
         """
         url = path if path.startswith(f"{self.api}/") else f"{self.api}{path}"
         for attempt in range(self.attempts):
-            reply = self.send(method, url, repository_id, body)
+            reply = self.send(method, url, credential, body)
             if 200 <= reply.status < 300:
                 return reply
             if reply.status in (301, 302, 307, 308):
                 target = reply.headers.get("Location", "")
                 url = self.checked_url(urllib.parse.urljoin(url, target))
                 continue
-            self.pause(self.retry_delay(reply, attempt, repository_id), reply)
+            self.pause(self.retry_delay(reply, attempt, credential), reply)
             if find_existing is not None:
                 existing = find_existing()
                 if existing is not None:
                     return Reply(200, existing, reply.headers)
         raise TransientError(f"GitHub does not answer: {reply.value}")
 
-    def send(self, method: str, url: str, repository_id: int, body: Json) -> Reply:
+    def send(self, method: str, url: str, credential: int, body: Json) -> Reply:
         """Send one request. The only place that does."""
         if self.silent_until > time.time():
             raise TransientError(
                 "GitHub's rate limit is used up", retry_at=self.silent_until
             )
-        bearer = (
-            self.sign_jwt() if repository_id == AS_APP else self.token(repository_id)
-        )
+        bearer = self.sign_jwt() if credential == AS_APP else self.token(credential)
         headers = {
             "Accept": "application/vnd.github+json",
             "Authorization": f"Bearer {bearer}",
@@ -1818,7 +1834,7 @@ class GitHub:
         request = urllib.request.Request(url, data, headers, method=method)
         self.requests_made += 1
         try:
-            with self.open(request) as response:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 reply = self.read_reply(response)
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
@@ -1831,13 +1847,6 @@ class GitHub:
         if method == "GET":
             self.remember_reply(url, reply)
         return reply
-
-    def open(self, request: urllib.request.Request) -> Any:
-        """Return the response, whatever its status is."""
-        try:
-            return urllib.request.urlopen(request, timeout=self.timeout)
-        except urllib.error.HTTPError as error:  # a response that is not 2xx
-            return error
 
     def read_reply(self, response: Any) -> Reply:
         """Read a response within the timeout, however slowly it arrives."""
@@ -1888,7 +1897,7 @@ class GitHub:
             raise GitHubError(0, f"GitHub refers to another host: {url}")
         return url
 
-    def retry_delay(self, reply: Reply, attempt: int, repository_id: int) -> float:
+    def retry_delay(self, reply: Reply, attempt: int, credential: int) -> float:
         """Return the seconds until the next attempt. Raises GitHubError if none helps.
 
         GitHub docs: "Rate limits for the REST API", "Best practices".
@@ -1901,7 +1910,7 @@ class GitHub:
         if status == 429 or (status == 403 and is_limited):
             return self.rate_limit_delay(reply, attempt, retry_after, is_used_up)
         if status == 401:
-            return self.unauthorized_delay(reply, attempt, repository_id)
+            return self.unauthorized_delay(reply, attempt, credential)
         if status == 0 or status >= 500:
             delay = 0.5 * (1 << attempt)
             return max(delay, float(retry_after)) if retry_after.isdigit() else delay
@@ -1909,11 +1918,9 @@ class GitHub:
             raise TransientError(f"GitHub refuses the App: {reply.value}")
         raise GitHubError(status, str(reply.value))
 
-    def unauthorized_delay(
-        self, reply: Reply, attempt: int, repository_id: int
-    ) -> float:
+    def unauthorized_delay(self, reply: Reply, attempt: int, credential: int) -> float:
         """Try once more as the App, now by GitHub's clock; or with a new token."""
-        if repository_id == AS_APP and attempt > 0:
+        if credential == AS_APP and attempt > 0:
             raise GitHubError(
                 401,
                 "GitHub rejected the App's key: GITHUB_APP_PRIVATE_KEY_PATH and "
@@ -1923,7 +1930,7 @@ class GitHub:
         if attempt == self.attempts - 1:
             raise GitHubError(401, f"GitHub rejected a new token ({reply.value})")
         if attempt == 0:
-            self.forget_token(repository_id)
+            self.forget_token(credential)
         # A new token may take some seconds until it is known everywhere.
         return float(attempt)
 
@@ -1950,16 +1957,14 @@ class GitHub:
         if self.stop.wait(seconds):
             raise StopRequested()
 
-    def pages(
-        self, path: str, repository_id: int, list_field: str = ""
-    ) -> Iterator[Json]:
+    def pages(self, path: str, credential: int, list_field: str = "") -> Iterator[Json]:
         """Yield all entries of a list, to its last page.
 
         ``list_field``: the list is this field of the response.
         """
         url = path
         while url:
-            reply = self.call("GET", url, repository_id)
+            reply = self.call("GET", url, credential)
             yield from reply.value[list_field] if list_field else reply.value
             link = re.search(r'<([^>]+)>; *rel="next"', reply.headers.get("Link", ""))
             url = self.checked_url(link[1]) if link else ""
@@ -2250,8 +2255,9 @@ class GitHubRepository:
 # agent can write to neither. There the token is in git's environment, never in a URL,
 # an argument or a file. In a workspace git runs only inside the sandbox.
 
-# Never gc on its own: workspaces read the mirror's objects. `core.fsync`: from git 2.36
-# on a power cut leaves no empty file. A redirect would carry the token to another host.
+# No gc of its own: workspaces read the mirror's objects. No redirects: they would carry
+# the token to another host. With `core.fsync` (git 2.36) a power cut leaves no empty
+# file. Without quotePath, file names are printed as they are.
 GIT = (
     "git",
     "-c",
@@ -2273,7 +2279,7 @@ GIT_FETCH = (
     "--no-write-fetch-head",
 )
 GIT_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color")
-# What git and GitHub print. Only here is text turned into a decision.
+# What git prints, and what it means: RemoteAccess and check_disk decide by it.
 AUTH_FAILED_RE = re.compile(
     "could not read Username|Invalid username or token|Authentication failed"
 )
@@ -2331,7 +2337,7 @@ class Repository(NamedTuple):
 
     url: str
     full_name: str  # OWNER/NAME; with --no-github the whole URL
-    mirror: str  # the mirror's path below the work directory
+    mirror_path: str  # below the work directory
 
     def is_allowed(self, config: Config) -> bool:
         name = self.full_name
@@ -2359,7 +2365,7 @@ def parse_repository_url(config: Config, url: str) -> Repository:
     return Repository(
         url=f"{base}/{full_name}.git",
         full_name=full_name,
-        mirror=f"mirrors/{directory}/{full_name.lower()}.git",
+        mirror_path=f"mirrors/{directory}/{full_name.lower()}.git",
     )
 
 
@@ -2433,12 +2439,12 @@ class GitDirectory:
     """A bare repository of codebot's own, a mirror or an outbox."""
 
     def __init__(
-        self, config: Config, path: str, run_tag: str, check: Callable[[], None]
+        self, config: Config, path: str, run_tag: str, check_stop: Callable[[], None]
     ) -> None:
         self.config = config
         self.path = path
         self.run_tag = run_tag
-        self.limits = Limits(check=check)
+        self.limits = Limits(check_stop=check_stop)
 
     def git(self, *args: str, stdin: bytes = b"", **env: str) -> ProgramResult:
         """Run git without network and credential."""
@@ -2457,7 +2463,7 @@ class GitDirectory:
             return run_program(
                 argv, env, stdin=stdin, limits=self.limits, pass_fds=pass_fds
             )
-        except (TimedOut, Stalled):
+        except LimitReached:
             limit = f"{self.limits.timeout:.0f} s"
             raise GitFailed(f"git {args[0]} took more than {limit}") from None
 
@@ -2469,18 +2475,13 @@ class GitDirectory:
         return result.stdout
 
     def remote_git(
-        self,
-        repository: Repository,
-        token: str,
-        *args: str,
-        pass_fds: Sequence[int] = (),
+        self, token: str, *args: str, pass_fds: Sequence[int] = ()
     ) -> ProgramResult:
-        """Run git against the remote, which is URL in ``args``.
+        """Run git against the remote, whose address is in ``args``.
 
         Raises TransientError, GitAuthFailed or GitFailed. The only place that gives
         git a credential.
         """
-        args = tuple(repository.url if arg == "URL" else arg for arg in args)
         env = remote_environment(self.config, self.run_tag, token)
         result = self.run_git(args, env, pass_fds=pass_fds)
         if result.code == 0:
@@ -2517,21 +2518,25 @@ class RemoteAccess:
     ) -> ProgramResult:
         """Run git against the remote; if its token is refused, with a new one."""
         if self.remote is None:
-            return directory.remote_git(self.repository, "", *args, pass_fds=pass_fds)
+            return directory.remote_git("", *args, pass_fds=pass_fds)
         github = self.remote.github
         delays = [*TOKEN_RETRY_DELAYS]
         while True:
             token = github.token(self.remote.id)
             try:
-                return directory.remote_git(
-                    self.repository, token, *args, pass_fds=pass_fds
-                )
+                return directory.remote_git(token, *args, pass_fds=pass_fds)
             except GitAuthFailed:
                 if not delays:
                     raise
             github.forget_token(self.remote.id)
             if github.stop.wait(delays.pop(0)):
                 raise StopRequested()
+
+
+def discard(work_dir: str, path: str) -> None:
+    """Move a directory away in one step; Cleanup removes it later."""
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, f"{work_dir}/trash_{uuid.uuid4().hex}")
 
 
 class Mirror(GitDirectory):
@@ -2557,14 +2562,15 @@ class Mirror(GitDirectory):
                 except BlockingIOError:
                     if not wait:
                         raise
-                self.limits.check()
+                self.limits.check_stop()
                 time.sleep(0.01)
             yield file.fileno()
 
     def resolve_branch(self, access: RemoteAccess, branch: str) -> tuple[str, str]:
         """Return the name and commit of a branch at the remote ("": its default)."""
+        url = access.repository.url
         ref = f"refs/heads/{branch}" if branch else "HEAD"
-        result = access.git(self, "ls-remote", "--symref", "--", "URL", ref)
+        result = access.git(self, "ls-remote", "--symref", "--", url, ref)
         commit = ""
         for line in result.stdout:
             value, _, name = line.partition("\t")
@@ -2581,9 +2587,8 @@ class Mirror(GitDirectory):
 
         Raises BranchNotFound if the remote has no such branch.
         """
-        if not os.path.isdir(self.objects):
-            with self.lock():
-                self.output("init", "--quiet", "--bare", "--template=")
+        with self.lock():
+            self.make_for(access)
         for _ in range(3):  # the branch may move before it is fetched
             name, commit = self.resolve_branch(access, branch)
             with self.lock() as descriptor:
@@ -2595,19 +2600,33 @@ class Mirror(GitDirectory):
                     return name, commit
         raise TransientError(f"Branch {name} kept moving while it was fetched")
 
+    def make_for(self, access: RemoteAccess) -> None:
+        """Make the mirror, and anew if its name belongs to another repository now.
+
+        Else an agent could read what was in the earlier one. The lock must be held.
+        """
+        owner = str(access.remote.id) if access.remote else "any"
+        owner_file = pathlib.Path(self.path, "codebot-repository-id")
+        if owner_file.exists() and owner_file.read_text() == owner:
+            return
+        discard(self.config.work_dir, self.path)
+        self.output("init", "--quiet", "--bare", "--template=")
+        owner_file.write_text(owner)
+
     def branch_contains(self, name: str, commit: str) -> bool:
         return self.is_ancestor(commit, f"refs/heads/{name}")
 
     def fetch_all(self, access: RemoteAccess, lock: int) -> None:
         """Fetch all branches. The lock must be held; git inherits it."""
         refspec = "+refs/heads/*:refs/heads/*"
-        access.git(self, *GIT_FETCH, "--prune", "--", "URL", refspec, pass_fds=[lock])
+        url = access.repository.url
+        access.git(self, *GIT_FETCH, "--prune", "--", url, refspec, pass_fds=[lock])
 
     def check_objects(self, commit: str) -> None:
         """Raise GitFailed if the commit's directories do not pass git's fsck.
 
         What an agent leaves is checked by fsck later. If the repository had such
-        faults before, the job fails now, before the agent is paid.
+        faults before, the job fails now, before an agent has cost anything.
         """
         script = (
             'git -C "$1" rev-list --objects --no-object-names --filter=blob:none '
@@ -2622,7 +2641,7 @@ class Mirror(GitDirectory):
                     base_environment(self.config, self.run_tag),
                     limits=self.limits,
                 )
-            except (TimedOut, Stalled, TooMuchOutput):
+            except LimitReached:
                 raise GitFailed("git fsck took too long") from None
         if check_disk(result).code != 0:
             raise GitFailed(result.error)
@@ -2882,8 +2901,8 @@ class Job:
     phase: str
     attempt: int
     submitted_at: str
-    started_at: str
-    completed_at: str
+    started_at: str | None
+    completed_at: str | None
     submitted_by: str
     request: TaskRequest
     issue_repository_id: int
@@ -2923,36 +2942,6 @@ class PullRequest:
     seen_until: str  # the time until which its comments are known
 
 
-class TaskSummary(NamedTuple):
-    task_id: str
-    status: str
-    submitted_at: str
-    started_at: str | None
-    completed_at: str | None
-    repository_url: str
-    description: str
-    title: str
-    reason: str | None
-    pr_number: int | None
-    issue_url: str | None
-
-
-class ReviewSummary(NamedTuple):
-    id: str
-    status: str
-    phase: str
-    submitted_at: str
-    started_at: str
-    completed_at: str
-    reviewer: str
-    request: str
-    kind: str
-    answer: str
-    commit: str
-    error: str
-    reason: str
-
-
 class Event(NamedTuple):
     seq: int
     time: str
@@ -2960,28 +2949,17 @@ class Event(NamedTuple):
     message: str
 
 
-REQUEST_COLUMNS = [field.name for field in dataclasses.fields(TaskRequest)]
-JOB_FIELDS = [field.name for field in dataclasses.fields(Job)]
+def from_row(kind: type[T], row: Mapping[str, Any]) -> T:
+    """Make a dataclass of the columns that have the names of its fields."""
+    return kind(**{name: row[name] for name in kind.__annotations__})
 
 
 def make_job(row: sqlite3.Row) -> Job:
-    columns = dict(zip(row.keys(), row))
-    columns["started_at"] = columns["started_at"] or ""
-    columns["completed_at"] = columns["completed_at"] or ""
-    columns["pull_request_id"] = columns["pull_request_id"] or 0
+    columns = dict(row)
+    columns["request"] = from_row(TaskRequest, columns)
     columns["outcome"] = Outcome.from_json(columns["outcome"])
-    request = TaskRequest(**{name: columns[name] for name in REQUEST_COLUMNS})
-    columns["request"] = request
-    return Job(**{name: columns[name] for name in JOB_FIELDS})
-
-
-def make_pull_request(row: sqlite3.Row) -> PullRequest:
-    values = {f.name: row[f.name] for f in dataclasses.fields(PullRequest)}
-    return PullRequest(**values)
-
-
-def make_stored_comment(row: sqlite3.Row) -> Comment:
-    return Comment(**{f.name: row[f.name] for f in dataclasses.fields(Comment)})
+    columns["pull_request_id"] = columns["pull_request_id"] or 0
+    return from_row(Job, columns)
 
 
 class Store:
@@ -3072,10 +3050,14 @@ class Store:
         with self._read_lock:
             return self._reader.execute(sql, values).fetchone()
 
+    def _write(self, sql: str, **values: Any) -> int:
+        """Run one statement. Returns the number of rows that it changed."""
+        with self._transaction() as db:
+            return db.execute(sql, values).rowcount
+
     def check_writable(self) -> None:
         """Write something, so that `writable` is up to date."""
-        with self._transaction() as db:
-            db.execute("INSERT OR REPLACE INTO totals VALUES ('checked', 0)")
+        self._write("INSERT OR REPLACE INTO totals VALUES ('checked', 0)")
 
     # States
 
@@ -3158,7 +3140,13 @@ class Store:
             "event_id": issue.event_id,
         }
         with self._transaction() as db:
-            existing = existing_task(db, values)
+            existing = db.execute(
+                """
+                SELECT * FROM jobs
+                WHERE idempotency_key = :key OR label_event_id = :event_id
+                """,
+                values,
+            ).fetchone()
             if existing is None:
                 insert_task(db, values, max_pending)
                 return job_by_id(db, values["id"]), True
@@ -3214,15 +3202,14 @@ class Store:
                     {"name": name, "value": value},
                 )
 
-    def requeue(self, job_id: str, interruptions: int = 0) -> None:
-        """Put a running job back; ``interruptions`` is 1 if it was interrupted by one."""
-        with self._transaction() as db:
-            self._transition(
-                db, job_id, "running", "pending", interruptions=interruptions
-            )
+    def requeue(
+        self, job_id: str, interruptions: int = 0, not_before: float = 0.0
+    ) -> None:
+        """Put a running job back.
 
-    def retry_later(self, job_id: str, not_before: float, interruptions: int) -> None:
-        """Put a running job back after a transient error."""
+        ``interruptions`` is 1 if that was an interruption; ``not_before`` is when it
+        is tried again after a transient error.
+        """
         with self._transaction() as db:
             self._transition(
                 db,
@@ -3232,13 +3219,14 @@ class Store:
                 interruptions=interruptions,
                 not_before=not_before,
             )
-            db.execute(
-                """
-                UPDATE jobs SET transient_since = :now
-                WHERE id = :id AND transient_since = 0
-                """,
-                {"id": job_id, "now": time.time()},
-            )
+            if not_before:
+                db.execute(
+                    """
+                    UPDATE jobs SET transient_since = :now
+                    WHERE id = :id AND transient_since = 0
+                    """,
+                    {"id": job_id, "now": time.time()},
+                )
 
     def requeue_interrupted(self, interruptions: int) -> None:
         """Put back all running jobs, after a crash (1) or at a stop (0)."""
@@ -3271,23 +3259,18 @@ class Store:
 
     def begin_push(self, job_id: str) -> bool:
         """Note that a job's commit is being pushed. False if it is to be cancelled."""
-        with self._transaction() as db:
-            cursor = db.execute(
-                """
-                UPDATE jobs SET is_pushing = 1
-                WHERE id = :id AND cancel_requested = 0
-                """,
-                {"id": job_id},
-            )
-            return cursor.rowcount == 1
+        changed = self._write(
+            "UPDATE jobs SET is_pushing = 1 WHERE id = :id AND cancel_requested = 0",
+            id=job_id,
+        )
+        return changed == 1
 
     def save_progress(self, job: Job) -> None:
         """Store what a restart has to know of a running job."""
         values = dataclasses.asdict(job)
         values["outcome"] = job.outcome.to_json()
-        with self._transaction() as db:
-            db.execute(
-                """
+        self._write(
+            """
                 UPDATE jobs SET
                     phase = :phase,
                     attempt = :attempt,
@@ -3304,16 +3287,16 @@ class Store:
                     outcome = :outcome
                 WHERE id = :id
                 """,
-                values,
-            )
+            **values,
+        )
 
     def save_session(self, task_id: str, session_id: str) -> None:
         """Store the agent's session, in which a task's reviews go on."""
-        with self._transaction() as db:
-            db.execute(
-                "UPDATE jobs SET session_id = :session_id WHERE id = :id",
-                {"id": task_id, "session_id": session_id},
-            )
+        self._write(
+            "UPDATE jobs SET session_id = :session_id WHERE id = :id",
+            id=task_id,
+            session_id=session_id,
+        )
 
     # Queues
 
@@ -3329,7 +3312,8 @@ class Store:
         rows = self._read(
             """
             SELECT kind, id FROM jobs
-            WHERE status = 'pending' AND kind IN ('task', 'review')
+            WHERE status = 'pending'
+                AND kind IN ('task', 'review') -- all, but the index begins with it
                 AND not_before > :since AND not_before <= :now
             ORDER BY seq
             """,
@@ -3385,8 +3369,11 @@ class Store:
         job = self.job(task_id)
         return job if job and job.kind == "task" else None
 
-    def tasks(self, status: str, limit: int, before_seq: int) -> list[TaskSummary]:
-        """Return tasks, newest first; an empty ``status`` means all."""
+    def tasks(self, status: str, limit: int, before_seq: int) -> list[dict[str, Json]]:
+        """Return tasks as the API lists them, newest first.
+
+        An empty ``status`` means all.
+        """
         if status:
             rows = self._read(
                 """
@@ -3406,7 +3393,10 @@ class Store:
                 before=before_seq,
                 limit=limit,
             )
-        return [TaskSummary(*row[:-1]) for row in rows]  # without seq
+        tasks = [dict(row) for row in rows]
+        for task in tasks:
+            del task["seq"]
+        return tasks
 
     def add_events(self, task_id: str, events: Sequence[tuple[str, str]]) -> None:
         """Add (source, message) pairs to a task's log.
@@ -3444,22 +3434,18 @@ class Store:
         )
         return [Event(*row) for row in rows]
 
-    def reviews(self, task_id: str) -> list[ReviewSummary]:
+    def reviews(self, task_id: str) -> list[Job]:
         """Return the reviews of a task's pull request, oldest first."""
         rows = self._read(
             """
-            SELECT job.*, (
-                SELECT text FROM comments WHERE job_id = job.id
-                ORDER BY kind = 'review' DESC, created_at, id LIMIT 1
-            ) AS comment_text
-            FROM jobs AS job
-            JOIN pull_requests ON pull_requests.id = job.pull_request_id
+            SELECT jobs.* FROM jobs
+            JOIN pull_requests ON pull_requests.id = jobs.pull_request_id
             WHERE pull_requests.task_id = :task_id
-            ORDER BY job.seq
+            ORDER BY jobs.seq
             """,
             task_id=task_id,
         )
-        return [make_review_summary(row) for row in rows]
+        return [make_job(row) for row in rows]
 
     def is_followed(self, task_id: str) -> bool:
         """Return whether a task's log may still grow: a job of it is unfinished."""
@@ -3495,37 +3481,32 @@ class Store:
 
     def add_pull_request(self, job: Job, full_name: str, new: NewPullRequest) -> None:
         """Store the pull request of a task, unless it is there."""
-        with self._transaction() as db:
-            db.execute(
-                """
-                INSERT INTO pull_requests (
-                    task_id, repository_id, full_name, number, url, state, seen_until
-                ) VALUES (
-                    :task_id, :repository_id, :full_name, :number, :url, 'open',
-                    :created_at
-                ) ON CONFLICT DO NOTHING
-                """,
-                {
-                    "task_id": job.id,
-                    "repository_id": job.repository_id,
-                    "full_name": full_name,
-                    "number": new.number,
-                    "url": new.url,
-                    "created_at": new.created_at,
-                },
-            )
+        self._write(
+            """
+            INSERT INTO pull_requests (
+                task_id, repository_id, full_name, number, url, state, seen_until
+            ) VALUES (
+                :task_id, :repository_id, :full_name, :number, :url, 'open',
+                :created_at
+            ) ON CONFLICT DO NOTHING
+            """,
+            task_id=job.id,
+            repository_id=job.repository_id,
+            full_name=full_name,
+            **new._asdict(),
+        )
 
     def pull_request(self, pull_request_id: int) -> PullRequest | None:
         row = self._read_one(
             "SELECT * FROM pull_requests WHERE id = :id", id=pull_request_id
         )
-        return make_pull_request(row) if row else None
+        return from_row(PullRequest, row) if row else None
 
     def pull_request_of_task(self, task_id: str) -> PullRequest | None:
         row = self._read_one(
             "SELECT * FROM pull_requests WHERE task_id = :id", id=task_id
         )
-        return make_pull_request(row) if row else None
+        return from_row(PullRequest, row) if row else None
 
     def pull_request_by_number(
         self, repository_id: int, number: int
@@ -3538,36 +3519,33 @@ class Store:
             repository_id=repository_id,
             number=number,
         )
-        return make_pull_request(row) if row else None
+        return from_row(PullRequest, row) if row else None
 
     def unmerged_pull_requests(self) -> list[PullRequest]:
         """Return those that may still get comments, or be reopened."""
         rows = self._read("SELECT * FROM pull_requests WHERE state != 'merged'")
-        return [make_pull_request(row) for row in rows]
+        return [from_row(PullRequest, row) for row in rows]
 
     def save_pull_request_state(
         self, pull_request_id: int, state: str, full_name: str
     ) -> None:
         """Store the state and name that GitHub has confirmed."""
-        with self._transaction() as db:
-            db.execute(
-                """
-                UPDATE pull_requests SET
-                    state = :state,
-                    full_name = :full_name,
-                    closed_at = CASE
-                        WHEN :state = 'open' THEN NULL
-                        ELSE IFNULL(closed_at, :now)
-                    END
-                WHERE id = :id
-                """,
-                {
-                    "id": pull_request_id,
-                    "state": state,
-                    "full_name": full_name,
-                    "now": now_text(),
-                },
-            )
+        self._write(
+            """
+            UPDATE pull_requests SET
+                state = :state,
+                full_name = :full_name,
+                closed_at = CASE
+                    WHEN :state = 'open' THEN NULL
+                    ELSE IFNULL(closed_at, :now)
+                END
+            WHERE id = :id
+            """,
+            id=pull_request_id,
+            state=state,
+            full_name=full_name,
+            now=now_text(),
+        )
 
     def add_delivery(self, guid: str) -> bool:
         """Remember a webhook delivery. False if it was received before."""
@@ -3628,11 +3606,11 @@ class Store:
             db.execute("DELETE FROM jobs WHERE id = :waiting_id", values)
 
     def drop_review(self, job_id: str) -> None:
-        """Delete a running review that codebot must not, or cannot, act on."""
-        with self._transaction() as db:
-            db.execute(
-                "DELETE FROM jobs WHERE id = :id AND kind = 'review'", {"id": job_id}
-            )
+        """Delete a running review that codebot must not, or cannot, act on.
+
+        Its comments stay, without a job, so that they are not queued again.
+        """
+        self._write("DELETE FROM jobs WHERE id = :id AND kind = 'review'", id=job_id)
 
     def comments(self, job_id: str) -> list[Comment]:
         """Return what a review is about, a GitHub review before its inline comments."""
@@ -3643,7 +3621,7 @@ class Store:
             """,
             job_id=job_id,
         )
-        return [make_stored_comment(row) for row in rows]
+        return [from_row(Comment, row) for row in rows]
 
     # Issues
 
@@ -3670,11 +3648,9 @@ class Store:
 
     def add_label_event(self, event_id: int) -> None:
         """Remember a label event that becomes no task."""
-        with self._transaction() as db:
-            db.execute(
-                "INSERT INTO label_events VALUES (:id) ON CONFLICT DO NOTHING",
-                {"id": event_id},
-            )
+        self._write(
+            "INSERT INTO label_events VALUES (:id) ON CONFLICT DO NOTHING", id=event_id
+        )
 
     def unfinished_issues(self) -> list[tuple[int, int]]:
         """Return repository id and number of the issues whose tasks are unfinished."""
@@ -3699,41 +3675,35 @@ class Store:
         return [make_job(row) for row in rows]
 
     def mark_reported(self, task_id: str) -> None:
-        with self._transaction() as db:
-            db.execute(
-                "UPDATE jobs SET is_reported = 1 WHERE id = :id", {"id": task_id}
-            )
+        self._write("UPDATE jobs SET is_reported = 1 WHERE id = :id", id=task_id)
 
     # Retention
 
-    def is_workspace_retained(self, directory: str, cutoff: str) -> bool:
-        """Return whether a task's workspace is needed, or was active since ``cutoff``.
+    def retained_directories(self, cutoff: str) -> set[str]:
+        """Return the workspaces that are needed, or were active since ``cutoff``.
 
         That of a closed pull request is not kept.
         """
-        row = self._read_one(
+        rows = self._read(
             """
-            SELECT 1 FROM task_activity WHERE directory = :directory AND (
-                active_until IS NULL
+            SELECT directory FROM task_activity
+            WHERE active_until IS NULL
                 OR (active_until >= :cutoff AND pr_state NOT IN ('closed', 'merged'))
-            )
             """,
-            directory=directory,
             cutoff=cutoff,
         )
-        return row is not None
+        return {row["directory"] for row in rows}
 
-    def is_mirror_retained(self, mirror: str, cutoff: str) -> bool:
-        """Return whether a workspace may still read the objects of a mirror."""
-        row = self._read_one(
+    def retained_mirrors(self, cutoff: str) -> set[str]:
+        """Return the mirrors whose objects a workspace may still read."""
+        rows = self._read(
             """
-            SELECT 1 FROM task_activity WHERE mirror = :mirror
-                AND (active_until IS NULL OR active_until >= :cutoff)
+            SELECT mirror FROM task_activity
+            WHERE active_until IS NULL OR active_until >= :cutoff
             """,
-            mirror=mirror,
             cutoff=cutoff,
         )
-        return row is not None
+        return {row["mirror"] for row in rows}
 
     def delete_expired(self, cutoff: str, delivery_cutoff: str) -> None:
         """Delete what is past its retention: logs; tasks without an open pull request.
@@ -3771,44 +3741,12 @@ class Store:
             )
 
 
-def make_review_summary(row: sqlite3.Row) -> ReviewSummary:
-    job = make_job(row)
-    answers = [text for text in job.outcome.answers.values() if text]
-    return ReviewSummary(
-        id=job.id,
-        status=job.status,
-        phase=job.phase,
-        submitted_at=job.submitted_at,
-        started_at=job.started_at,
-        completed_at=job.completed_at,
-        reviewer=job.reviewer,
-        request=row["comment_text"] or "",
-        kind=job.request_kind,
-        answer="\n\n".join(answers),
-        commit=job.commit_id,
-        error=job.error,
-        reason=job.reason,
-    )
-
-
 # Steps of Store's transactions
 
 
 def job_by_id(db: sqlite3.Connection, job_id: str) -> Job:
     rows = db.execute("SELECT * FROM jobs WHERE id = :id", {"id": job_id})
     return make_job(rows.fetchone())
-
-
-def existing_task(
-    db: sqlite3.Connection, values: Mapping[str, str | int | None]
-) -> sqlite3.Row | None:
-    """Return the task with the same idempotency key or label event, if it has one."""
-    rows = db.execute(
-        "SELECT * FROM jobs WHERE idempotency_key = :key OR label_event_id = :event_id",
-        values,
-    )
-    row: sqlite3.Row | None = rows.fetchone()
-    return row
 
 
 def insert_task(
@@ -4007,7 +3945,7 @@ class App:
         for path in find_files(work_dir, "scratch_*"):
             remove_tree(self.config, path, self.run_tag)
         for path in all_mirrors(work_dir):
-            self.mirror(path, self.run_tag, no_check).remove_stale_files()
+            self.mirror(path, self.run_tag, never_stop).remove_stale_files()
         database = self.config.database_file
         if self.config.database:  # it may be that of another work directory
             hold_lock(f"{database}.lock", database)
@@ -4022,10 +3960,10 @@ class App:
             except (GitHubError, TransientError, OSError) as error:
                 raise ConfigError(f"{error}.") from None
 
-    def mirror(self, path: str, run_tag: str, check: Callable[[], None]) -> Mirror:
+    def mirror(self, path: str, run_tag: str, check_stop: Callable[[], None]) -> Mirror:
         """Return the mirror at a path that may be relative to the work directory."""
         return Mirror(
-            self.config, os.path.join(self.config.work_dir, path), run_tag, check
+            self.config, os.path.join(self.config.work_dir, path), run_tag, check_stop
         )
 
     def submit(
@@ -4112,7 +4050,7 @@ def remove_tree(config: Config, path: str, run_tag: str) -> None:
     removable = (
         r"(task|trash|scratch)_[^/]+(/(repo|tmp))?|outbox_[^/]+|mirrors/[^/]+/.+"
     )
-    if not re.fullmatch(removable, name) or ".." in name.split("/"):
+    if not re.fullmatch(removable, name):
         raise ValueError(f"{path} is not a directory that codebot may remove")
     if os.path.islink(path):
         os.unlink(path)
@@ -4140,7 +4078,7 @@ class JobRun:
         self.events_left = MAX_AGENT_EVENTS
         self.has_cost = False  # the agent has run
 
-    def check(self) -> None:
+    def check_stop(self) -> None:
         """Raise StopRequested or Cancelled if the run must end."""
         if self.cancel.is_set():
             raise Cancelled()
@@ -4154,7 +4092,7 @@ class JobRun:
         """Add (source, message) pairs to the task's log, without secrets, truncated."""
         events = []
         for source, message in entries:
-            if source in ("agent", "tool", "output", "error", "test"):
+            if source in LIMITED_SOURCES:
                 self.events_left -= 1
                 if self.events_left < 0:
                     continue
@@ -4174,7 +4112,7 @@ class JobRun:
         self.update(outcome=dataclasses.replace(self.job.outcome, **changes))
 
     def set_phase(self, phase: str, attempt: int = 0, attempts: int = 0) -> None:
-        self.check()
+        self.check_stop()
         self.update(phase=phase, attempt=attempt)
         suffix = f", attempt {attempt} of {attempts}" if attempt > 1 else ""
         self.log("phase", f"{phase}{suffix}")
@@ -4191,13 +4129,16 @@ class JobRun:
             self.deadline = time.monotonic() + self.config.task_timeout
         return max(0.1, self.deadline - time.monotonic())
 
-    def add_time(self, seconds: float) -> None:
+    def extend_deadline(self, seconds: float) -> None:
         """Do not count a wait for a node of the cluster."""
         if self.deadline is not None:
             self.deadline += seconds
 
-    def limit_reached(self, error: Exception) -> JobFailed:
-        """Return what a program that took too long, or was silent, means for the job."""
+    def limit_failure(self, error: LimitReached, program: str) -> JobFailed:
+        """Return what a limit that a program has reached means for the job."""
+        if isinstance(error, TooMuchOutput):
+            reason = "tests_failed" if self.job.phase == "test" else "agent_failed"
+            return JobFailed(reason, f"{program} printed more than 1 GiB")
         if isinstance(error, Stalled):
             limit = self.config.stall_timeout
             return JobFailed(
@@ -4211,12 +4152,12 @@ class JobRun:
         return JobFailed("timeout", f"Timed out after {limit} s (CODEBOT_TASK_TIMEOUT)")
 
     def agent_limits(self) -> Limits:
-        return Limits(self.time_left(), self.config.stall_timeout, self.check)
+        return Limits(self.time_left(), self.config.stall_timeout, self.check_stop)
 
     def git_limits(self) -> Limits:
         """Return the limits of git in a workspace, where an agent may slow it down."""
         timeout = max(self.time_left(), MIN_GIT_TIMEOUT)
-        return Limits(timeout, timeout, self.check)
+        return Limits(timeout, timeout, self.check_stop)
 
 
 # --- Workspace ---------------------------------------------------------------
@@ -4303,7 +4244,7 @@ class Workspace:
         self,
         run: JobRun,
         access: RemoteAccess,
-        mirror: str,
+        mirror_path: str,
         directory: str,
         branch: str,
     ) -> None:
@@ -4314,9 +4255,12 @@ class Workspace:
         self.branch = branch
         self.path = os.path.join(self.config.work_dir, directory)
         self.repo = os.path.join(self.path, "repo")
-        self.mirror = self.app.mirror(mirror, run.run_tag, run.check)
+        self.mirror = self.app.mirror(mirror_path, run.run_tag, run.check_stop)
         self.outbox = GitDirectory(
-            self.config, outbox_path(self.config, directory), run.run_tag, run.check
+            self.config,
+            outbox_path(self.config, directory),
+            run.run_tag,
+            run.check_stop,
         )
 
     # Creation
@@ -4386,15 +4330,12 @@ class Workspace:
         """Run a shell script of codebot's in the sandbox, on this host."""
         argv = ["sh", "-c", script, "sh", *arguments]
         argv = self.app.sandbox.wrap(argv, self.path, self.mirror.objects)
-        try:
-            result = self.supervise(argv, self.run.git_limits(), stdin=stdin)
-        except TooMuchOutput:
-            message = "git in the workspace printed more than 1 GiB"
-            raise JobFailed("agent_failed", message) from None
-        return check_disk(result)
+        limits = self.run.git_limits()
+        return check_disk(self.supervise("git", argv, limits, stdin=stdin))
 
     def launch(
         self,
+        name: str,
         argv: Sequence[str],
         on_start: Callable[[], None],
         for_agent: bool = False,
@@ -4403,17 +4344,18 @@ class Workspace:
     ) -> ProgramResult:
         """Run the agent or the tests in the sandbox; on a node, if there is a launcher.
 
-        ``on_start`` is called when it starts, which may be when a node is free.
+        ``name`` is what an error calls it. ``on_start`` is called when it starts,
+        which may be when a node is free.
         """
         argv = self.app.sandbox.wrap(argv, self.path, self.mirror.objects)
         limits = self.run.agent_limits()
         if not self.config.launcher:
             on_start()
-            return self.supervise(argv, limits, for_agent, stdin, on_lines)
+            return self.supervise(name, argv, limits, for_agent, stdin, on_lines)
         queued_at = time.monotonic()
 
         def start() -> None:
-            self.run.add_time(time.monotonic() - queued_at)
+            self.run.extend_deadline(time.monotonic() - queued_at)
             on_start()
 
         launch = Launch(uuid.uuid4().hex, self.config.launch_timeout, start)
@@ -4423,7 +4365,9 @@ class Workspace:
         self.stop_earlier_launch()
         record_launch(self.config, self.path, self.run.run_tag)
         try:
-            return self.supervise(argv, limits, for_agent, stdin, on_lines, launch)
+            return self.supervise(
+                name, argv, limits, for_agent, stdin, on_lines, launch
+            )
         finally:
             stop_launched(self.config, self.path, self.run.run_tag)
 
@@ -4436,6 +4380,7 @@ class Workspace:
 
     def supervise(
         self,
+        name: str,
         argv: Sequence[str],
         limits: Limits,
         for_agent: bool = False,
@@ -4454,8 +4399,8 @@ class Workspace:
                 on_lines=on_lines,
                 launch=launch,
             )
-        except (TimedOut, Stalled) as error:
-            raise self.run.limit_reached(error) from None
+        except LimitReached as error:
+            raise self.run.limit_failure(error, name) from None
         finally:
             if launch is not None or not self.app.sandbox.is_bwrap:
                 # Without a launcher, bwrap ends all by itself.
@@ -4488,8 +4433,8 @@ class Workspace:
         env["GIT_ALLOW_PROTOCOL"] = "file"
         try:
             result = check_disk(run_program(argv, env, limits=self.run.git_limits()))
-        except (TimedOut, Stalled) as error:
-            raise self.run.limit_reached(error) from None
+        except LimitReached as error:
+            raise self.run.limit_failure(error, "git") from None
         # From a shallow repository git fetches nothing, and exits with 0: then there
         # is no such ref.
         trees = self.outbox.git(
@@ -4551,8 +4496,9 @@ class Workspace:
         """
         refspec = f"{commit}:refs/heads/{self.branch}"
         options = ("--quiet", "--porcelain", "--no-verify")
+        url = self.access.repository.url
         try:
-            self.access.git(self.outbox, "push", *options, "--", "URL", refspec)
+            self.access.git(self.outbox, "push", *options, "--", url, refspec)
         except (GitFailed, TransientError) as error:
             # The response to an earlier push, or to this one, may have been lost.
             if self.remote_commit() != commit:
@@ -4657,8 +4603,6 @@ CODING_TOOLS = (
     "Bash,Read,Edit,Write,Glob,Grep,NotebookEdit,TaskCreate,TaskUpdate,TaskList"
 )
 READING_TOOLS = "Read,Glob,Grep"
-# Some tools' inputs have one value that says most; it is shown in the first line.
-MAIN_INPUTS = ("command", "file_path", "pattern", "notebook_path", "subject")
 
 
 class Session(enum.Enum):
@@ -4672,63 +4616,19 @@ class Session(enum.Enum):
 class AgentMode(NamedTuple):
     """What the agent may do in one run, and how it answers."""
 
-    arguments: tuple[str, ...]
+    tools: str
+    rules: str
+    schema: JsonObject | None = None  # of the answer
+    is_writing: bool = False  # it may run commands and change files
     max_turns: int = 0  # 0: only the limit of the settings
-    max_retries: int = 10  # of requests to the model
 
 
-CODING = AgentMode(
-    (
-        "--permission-mode",
-        "bypassPermissions",
-        "--tools",
-        CODING_TOOLS,
-        "--append-system-prompt",
-        CODING_RULES,
-    )
-)
+CODING = AgentMode(CODING_TOOLS, CODING_RULES, is_writing=True)
 CHANGING = AgentMode(
-    (
-        "--permission-mode",
-        "bypassPermissions",
-        "--tools",
-        CODING_TOOLS,
-        "--append-system-prompt",
-        f"{CODING_RULES}\n{ANSWER_RULES}",
-        "--json-schema",
-        json.dumps(ANSWER_SCHEMA),
-    )
+    CODING_TOOLS, f"{CODING_RULES}\n{ANSWER_RULES}", ANSWER_SCHEMA, is_writing=True
 )
-ANSWERING = AgentMode(
-    (
-        "--permission-mode",
-        "dontAsk",
-        "--no-session-persistence",
-        "--tools",
-        READING_TOOLS,
-        "--append-system-prompt",
-        ANSWER_RULES,
-        "--json-schema",
-        json.dumps(ANSWER_SCHEMA),
-    ),
-    max_turns=20,
-    max_retries=4,
-)
-CLASSIFYING = AgentMode(
-    (
-        "--permission-mode",
-        "dontAsk",
-        "--no-session-persistence",
-        "--tools",
-        "",
-        "--system-prompt",
-        CLASSIFY_RULES,
-        "--json-schema",
-        json.dumps(CLASSIFY_SCHEMA),
-    ),
-    max_turns=4,
-    max_retries=4,
-)
+ANSWERING = AgentMode(READING_TOOLS, ANSWER_RULES, ANSWER_SCHEMA, max_turns=20)
+CLASSIFYING = AgentMode("", CLASSIFY_RULES, CLASSIFY_SCHEMA, max_turns=4)
 
 
 class SessionLost(Exception):
@@ -4765,7 +4665,8 @@ class AgentStream:
         self.result: dict[str, Json] = {}
         self.login_failed = False
         self.last_message = ""
-        self.schema_calls: set[str] = set()  # ids; their answer is in the result
+        # Ids of the calls that give the answer, which is in the result: not logged.
+        self.schema_calls: set[str] = set()
         self.entries: list[tuple[str, str]] = []  # for the task's log
 
     def read(self, lines: list[str]) -> float | None:
@@ -4790,16 +4691,13 @@ class AgentStream:
         if event["type"] == "result":
             self.result = event  # the last one counts
         elif event.get("subtype") == "api_retry":
-            self.read_api_retry(event)
+            self.login_failed = event.get("error_status") == 401
+            self.log("agent", f"The model's API failed: {event.get('error')}")
         elif event["type"] in ("assistant", "user"):
             content = event["message"]["content"]
             blocks = content if isinstance(content, list) else []
             for block in blocks:
                 self.read_block(event["type"], block)
-
-    def read_api_retry(self, event: dict[str, Json]) -> None:
-        self.login_failed = event.get("error_status") == 401
-        self.log("agent", f"The model's API failed: {event.get('error')}")
 
     def read_block(self, speaker: str, block: dict[str, Json]) -> None:
         if block["type"] == "text" and speaker == "assistant":
@@ -4860,17 +4758,11 @@ class AgentStream:
 
 
 def tool_call_text(name: str, inputs: Json) -> str:
-    """Return a tool call: its name and main input in one line, then the others."""
+    """Return a tool call: its name and first input in one line, then the others."""
     if not isinstance(inputs, dict):
         return f"{name}: {inputs}"
-    others = dict(inputs)
-    main = ""
-    for key in MAIN_INPUTS:
-        if not main and key in others:
-            main = str(others.pop(key))
-    lines = [f"{name}: {main}"]
-    lines += [f"{key}: {value}" for key, value in others.items()]
-    return "\n".join(lines)
+    text = "\n".join(f"{key}: {value}" for key, value in inputs.items())
+    return f"{name}: {text.partition(': ')[2]}"
 
 
 def tool_result_text(content: Json) -> str:
@@ -4883,18 +4775,18 @@ def tool_result_text(content: Json) -> str:
 class Agent:
     """Runs the agent in a workspace, within the job's time and budget."""
 
-    def __init__(self, run: JobRun, workspace: Workspace, session_id: str) -> None:
+    def __init__(self, run: JobRun, workspace: Workspace) -> None:
         self.run = run
         self.config = run.config
         self.workspace = workspace
-        self.session_id = session_id
 
     def ask(
         self,
         prompt: str,
         mode: AgentMode,
         session: Session,
-        on_start: Callable[[], None],
+        attempt: int = 1,
+        attempts: int = 1,
     ) -> AgentResult:
         """Run the agent once. The prompt's first line must be codebot's own: the CLI
         takes one that begins with a slash for a command.
@@ -4906,10 +4798,12 @@ class Agent:
 
         def start() -> None:
             self.run.has_cost = True
-            on_start()
+            phase = "classify" if mode is CLASSIFYING else "agent"
+            self.run.set_phase(phase, attempt, attempts)
 
         try:
             result = self.workspace.launch(
+                self.config.claude[0],
                 self.command(mode, session),
                 start,
                 for_agent=True,
@@ -4922,34 +4816,41 @@ class Agent:
                 f"The agent cannot be started: {os_error_text(error)}: "
                 f"{error.filename}. The operator must set CODEBOT_CLAUDE_COMMAND.",
             ) from None
-        except TooMuchOutput:
-            raise JobFailed(
-                "agent_failed", f"{self.config.claude[0]} printed more than 1 GiB"
-            ) from None
         finally:
             self.add_up(stream.result)
         if not stream.result:
             # Whoever ended the agent may be stopping codebot, too.
             self.run.app.stop.wait(0.3)
-            self.run.check()
+            self.run.check_stop()
         answer = stream.verdict(result, session)
         summary = self.run.app.redact(answer.text[:200_000])[:100_000]
-        self.run.update_outcome(summary=summary, session_id=self.session_id)
+        self.run.update_outcome(summary=summary, session_id=self.run.job.session_id)
         return answer
 
     def command(self, mode: AgentMode, session: Session) -> list[str]:
         """Return the CLI's command line."""
+        # Nobody waits for the result of a task; a reviewer waits for an answer.
+        retries = 10 if mode.is_writing else 4  # of requests to the model
         settings = {
             "includeCoAuthoredBy": False,
-            "env": {"CLAUDE_CODE_MAX_RETRIES": str(mode.max_retries)},
+            "env": {"CLAUDE_CODE_MAX_RETRIES": str(retries)},
         }
         words = [*self.config.claude, "-p", "--output-format", "stream-json"]
         words += ["--verbose", "--strict-mcp-config", "--setting-sources", ""]
-        words += ["--settings", json.dumps(settings), *mode.arguments]
+        words += ["--settings", json.dumps(settings), "--tools", mode.tools]
+        if mode.is_writing:
+            words += ["--permission-mode", "bypassPermissions"]
+        else:
+            words += ["--permission-mode", "dontAsk", "--no-session-persistence"]
+        # To classify, the agent needs no instructions for coding.
+        option = "--system-prompt" if mode is CLASSIFYING else "--append-system-prompt"
+        words += [option, mode.rules]
+        if mode.schema is not None:
+            words += ["--json-schema", json.dumps(mode.schema)]
         if mode is CLASSIFYING and "--model" not in self.config.claude_args:
             words += ["--model", "haiku"]
         if session is not Session.NONE:
-            words += [session.value, self.session_id]
+            words += [session.value, self.run.job.session_id]
         turns = [limit for limit in (mode.max_turns, self.config.max_turns) if limit]
         if turns:
             words += ["--max-turns", str(min(turns))]
@@ -4997,9 +4898,9 @@ def run_task(run: JobRun) -> None:
         do_task(run, workspace)
         tests = run_tests(run, workspace, run.job.request.test_command)
         make_commit(run, workspace, base_commit, tests)
-    push(run, workspace)
+    push_commit(run, workspace)
     if access.remote is not None:
-        open_pull_request(run, access.remote)
+        create_pull_request(run, access.remote)
     run.log("codebot", "Completed")
 
 
@@ -5013,10 +4914,14 @@ def find_remote(run: JobRun) -> RemoteAccess:
         repository = parse_repository_url(run.config, job.request.repository_url)
     except ValueError as error:
         raise JobFailed("clone_failed", f"The repository's URL {error}") from None
-    check_allowed(run, repository)
+    if not repository.is_allowed(run.config):
+        raise JobFailed(
+            "clone_failed",
+            f"{repository.full_name} is not in CODEBOT_ALLOWED_REPOSITORIES",
+        )
     github = run.app.github
     if github is None:
-        run.update(mirror=repository.mirror)
+        run.update(mirror=repository.mirror_path)
         return RemoteAccess(repository, None)
     try:
         remote = github.repository_by_name(repository.full_name)
@@ -5036,16 +4941,8 @@ def find_remote(run: JobRun) -> RemoteAccess:
             f"{remote.full_name}. Submit the task again with that name.",
         )
     github.bot()  # for the commit: asked for now, before the agent costs anything
-    run.update(mirror=repository.mirror, repository_id=remote.id)
+    run.update(mirror=repository.mirror_path, repository_id=remote.id)
     return RemoteAccess(repository, remote)
-
-
-def check_allowed(run: JobRun, repository: Repository) -> None:
-    if not repository.is_allowed(run.config):
-        raise JobFailed(
-            "clone_failed",
-            f"{repository.full_name} is not in CODEBOT_ALLOWED_REPOSITORIES",
-        )
 
 
 def task_workspace(run: JobRun, access: RemoteAccess) -> Workspace:
@@ -5080,7 +4977,7 @@ def can_resume(run: JobRun, workspace: Workspace) -> bool:
 
 def clone(run: JobRun, workspace: Workspace) -> str:
     """Bring the mirror up to date and make the workspace. Returns the base commit."""
-    base_name, base_commit = fetch_branch(
+    base_name, base_commit = fetch_or_fail(
         run, workspace, run.job.request.base_branch, "base_branch_not_found"
     )
     if base_commit not in run.app.checked_commits:
@@ -5101,7 +4998,7 @@ def clone(run: JobRun, workspace: Workspace) -> str:
     return base_commit
 
 
-def fetch_branch(
+def fetch_or_fail(
     run: JobRun, workspace: Workspace, branch: str, reason: str
 ) -> tuple[str, str]:
     """Fetch a branch into the mirror. Returns its name and commit."""
@@ -5127,9 +5024,7 @@ def task_text(request: TaskRequest) -> str:
 
 def do_task(run: JobRun, workspace: Workspace) -> None:
     prompt = f"Task:\n{delimited('task', task_text(run.job.request))}"
-    agent = Agent(run, workspace, run.job.session_id)
-    on_start = functools.partial(run.set_phase, "agent", 1)
-    agent.ask(prompt, CODING, Session.BEGIN, on_start)
+    Agent(run, workspace).ask(prompt, CODING, Session.BEGIN)
 
 
 def run_tests(run: JobRun, workspace: Workspace, command: str) -> TestResult | None:
@@ -5168,14 +5063,9 @@ def run_test_command(
         run.log("test", "\n".join(lines))
         return None
 
-    try:
-        result = workspace.launch(
-            ["sh", "-c", TEST_SCRIPT, "sh", command], start, on_lines=log_lines
-        )
-    except TooMuchOutput:
-        raise JobFailed(
-            "tests_failed", f"The test command {command!r} printed more than 1 GiB"
-        ) from None
+    argv = ["sh", "-c", TEST_SCRIPT, "sh", command]
+    name = f"The test command {command!r}"
+    result = workspace.launch(name, argv, start, on_lines=log_lines)
     run.log("test", f"Exit code {result.code}")
     return result
 
@@ -5195,10 +5085,9 @@ def repair(
         f"pass. The command:\n{delimited('command', command)}"
         f"The end of its output:\n{delimited('output', output)}"
     )
-    agent = Agent(run, workspace, run.job.session_id)
-    on_start = functools.partial(run.set_phase, "agent", attempt, attempts)
+    agent = Agent(run, workspace)
     try:
-        agent.ask(prompt, CODING, Session.CONTINUE, on_start)
+        agent.ask(prompt, CODING, Session.CONTINUE, attempt, attempts)
     except SessionLost:
         raise JobFailed("agent_failed", "The agent lost its session") from None
 
@@ -5260,7 +5149,7 @@ def make_commit(
     run.update(commit_id=commit.id, outcome=outcome, transient_since=0.0)
 
 
-def push(run: JobRun, workspace: Workspace) -> None:
+def push_commit(run: JobRun, workspace: Workspace) -> None:
     """Push the stored commit. From here on the job cannot be cancelled."""
     run.set_phase("push")
     if not run.app.store.begin_push(run.job.id):
@@ -5304,7 +5193,7 @@ def pull_request_body(run: JobRun) -> str:
     return f"{redact(body)[:65_000]}\n{marker}\n"
 
 
-def open_pull_request(run: JobRun, remote: GitHubRepository) -> None:
+def create_pull_request(run: JobRun, remote: GitHubRepository) -> None:
     """Open the branch's pull request, or find the one that it has, and store it."""
     run.set_phase("pull_request")
     title = run.app.redact(run.job.request.title)
@@ -5373,7 +5262,7 @@ def run_review(run: JobRun) -> None:
         comments = load_comments(run, context)
     except GitHubError as error:
         if error.is_refusal_of_app:
-            raise skipped_or_later(error) from None
+            raise refusal_error(error) from None
         raise
     if not comments:
         raise ReviewSkipped("the comments were deleted")
@@ -5411,7 +5300,7 @@ def load_review(run: JobRun) -> ReviewContext:
     try:
         remote = github.repository_by_id(pull_request.repository_id)
     except GitHubError as error:
-        raise skipped_or_later(error) from None
+        raise refusal_error(error) from None
     url = f"{run.config.git_base}/{remote.full_name}"
     repository = parse_repository_url(run.config, url)
     if not repository.is_allowed(run.config):
@@ -5423,8 +5312,11 @@ def load_review(run: JobRun) -> ReviewContext:
     return ReviewContext(pull_request, task, remote, workspace)
 
 
-def skipped_or_later(error: GitHubError) -> Exception:
-    """Return what a refusal means: it is gone, or the App may be suspended for a while."""
+def refusal_error(error: GitHubError) -> Exception:
+    """Return what a refusal means for a review.
+
+    What it is about is gone, or the App is refused, perhaps only for a while.
+    """
     if error.status in GONE_STATUSES:
         return ReviewSkipped(f"it is not codebot's any more: {error}")
     return TransientError(f"GitHub refuses the App: {error}")
@@ -5435,7 +5327,7 @@ def check_pull_request(run: JobRun, context: ReviewContext) -> None:
     try:
         now = context.remote.pull_request(context.number)
     except GitHubError as error:
-        raise skipped_or_later(error) from None
+        raise refusal_error(error) from None
     if now.state != "open":
         run.app.sync_queue.put(PullRequestChanged(context.pull_request.id))
         raise ReviewSkipped(f"the pull request is {now.state}")
@@ -5595,11 +5487,10 @@ def classify(run: JobRun, context: ReviewContext, text: str) -> str:
     with scratch_workspace(run.config.work_dir) as path:
         name = os.path.basename(path)
         access = context.workspace.access
-        scratch = Workspace(run, access, mirror=name, directory=name, branch="")
-        agent = Agent(run, scratch, run.job.session_id)
-        on_start = functools.partial(run.set_phase, "classify")
+        # It stands in for a mirror, too, of which the sandbox shows `objects`.
+        scratch = Workspace(run, access, mirror_path=name, directory=name, branch="")
         prompt = f"Comments:\n{text}"
-        answer = agent.ask(prompt, CLASSIFYING, Session.NONE, on_start)
+        answer = Agent(run, scratch).ask(prompt, CLASSIFYING, Session.NONE)
     structured = answer.structured if isinstance(answer.structured, dict) else {}
     kind = structured.get("kind")
     if kind not in ("question", "change", "none"):
@@ -5612,7 +5503,7 @@ def check_out_branch(run: JobRun, context: ReviewContext) -> str:
     """Make the workspace from the pull request's branch. Returns its commit."""
     run.set_phase("clone")
     workspace = context.workspace
-    _, commit = fetch_branch(run, workspace, workspace.branch, "push_rejected")
+    _, commit = fetch_or_fail(run, workspace, workspace.branch, "push_rejected")
     workspace.make_outbox()
     workspace.check_out(workspace.branch, commit, keep_home=True)
     return commit
@@ -5650,11 +5541,10 @@ def converse(
     mode: AgentMode,
 ) -> AgentResult:
     """Continue the task's session; if it is lost, begin one with the task and the diff."""
-    on_start = functools.partial(run.set_phase, "agent")
     workspace = context.workspace
-    agent = Agent(run, workspace, run.job.session_id)
+    agent = Agent(run, workspace)
     try:
-        return agent.ask(prompt, mode, Session.CONTINUE, on_start)
+        return agent.ask(prompt, mode, Session.CONTINUE)
     except SessionLost:
         run.log("codebot", "The agent's session is lost; a new one begins")
     span = f"refs/heads/{context.task.base_name}...{base_commit}"
@@ -5666,8 +5556,7 @@ def converse(
         f"Its diff (of a long one, the last lines):\n{changes}"
     )
     run.update(session_id=str(uuid.uuid4()))
-    agent = Agent(run, workspace, run.job.session_id)
-    answer = agent.ask(prompt, mode, Session.BEGIN, on_start)
+    answer = agent.ask(prompt, mode, Session.BEGIN)
     if mode is CHANGING:  # the others save no session
         run.app.store.save_session(context.task.id, run.job.session_id)
     return answer
@@ -5750,7 +5639,7 @@ def publish(run: JobRun, context: ReviewContext) -> None:
 def branch_tip(run: JobRun, context: ReviewContext) -> str:
     """Return the branch's commit at the remote. Raises JobFailed if ours is lost."""
     workspace = context.workspace
-    _, tip = fetch_branch(run, workspace, workspace.branch, "push_rejected")
+    _, tip = fetch_or_fail(run, workspace, workspace.branch, "push_rejected")
     if not workspace.mirror.is_ancestor(run.job.base_commit, tip):
         raise JobFailed(
             "push_rejected", "Commits were removed from the branch meanwhile"
@@ -5795,7 +5684,7 @@ def answer_threads(
             context.remote.post_once(list_path, post_path, body, marker)
         except GitHubError as error:
             if error.is_refusal_of_app:
-                raise skipped_or_later(error) from None
+                raise refusal_error(error) from None
             if error.status != 404:
                 message = f"GitHub refused the answer: {error}"
                 raise JobFailed("internal", message) from None
@@ -6175,16 +6064,16 @@ def run_job(app: App, job: Job) -> None:
     app.running[job.id] = run
     try:
         do_job(run)
-        finish(run, "completed")
+        end_job(run, "completed")
     except ReviewSkipped as error:
         log.info("Review %s is skipped: %s", job.id, error)
         app.until_database_works(app.store.drop_review, job.id)
     except StopRequested:
         app.until_database_works(app.store.requeue, job.id)
     except Cancelled:
-        finish(run, "failed", "cancelled", CANCELLED_TEXT)
+        end_job(run, "failed", "cancelled", CANCELLED_TEXT)
     except (TransientError, LaunchFailed, sqlite3.OperationalError) as error:
-        retry(run, error)
+        retry_later(run, error)
     except OSError as error:
         handle_os_error(run, error)
     except JobFailed as error:
@@ -6200,7 +6089,7 @@ def run_job(app: App, job: Job) -> None:
 
 
 def do_job(run: JobRun) -> None:
-    run.check()
+    run.check_stop()
     job = run.job
     # It may have been cancelled before `running` had it.
     stored = run.app.store.job(job.id)
@@ -6220,7 +6109,7 @@ def do_job(run: JobRun) -> None:
     run_task(run)
 
 
-def finish(run: JobRun, status: str, reason: str = "", error: str = "") -> None:
+def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None:
     """End a job. Its last event is written first, so that a stream has it."""
     job = run.job
     if status == "failed" and run.cancel.is_set():
@@ -6235,17 +6124,16 @@ def finish(run: JobRun, status: str, reason: str = "", error: str = "") -> None:
     if not job.outcome.seconds:
         outcome = dataclasses.replace(job.outcome, seconds=run.seconds())
         run.job = dataclasses.replace(job, outcome=outcome)
-    remove_outbox(run)
+    remove_outbox_of(run)
     run.app.until_database_works(run.app.store.finish, run.job, status, reason, error)
 
 
-def remove_outbox(run: JobRun) -> None:
+def remove_outbox_of(run: JobRun) -> None:
     """Remove the job's outbox, before another job of the task can make one."""
     path = outbox_path(run.config, run.job.directory)
     if run.job.directory and os.path.lexists(path):
-        with contextlib.suppress(
-            OSError, TimedOut, Stalled
-        ):  # the next one replaces it
+        # If it stays, the next one replaces it.
+        with contextlib.suppress(OSError, LimitReached, TransientError):
             remove_tree(run.config, path, run.run_tag)
 
 
@@ -6258,10 +6146,10 @@ def fail(run: JobRun, reason: str, error: str) -> None:
         run.app.until_database_works(run.app.store.requeue, job.id)
         run.app.queues["review"].put(job.id)
         return
-    finish(run, "failed", reason, error)
+    end_job(run, "failed", reason, error)
 
 
-def retry(run: JobRun, error: Exception) -> None:
+def retry_later(run: JobRun, error: Exception) -> None:
     """Retry a job later, unless that has been tried for too long or too often.
 
     A retry that would run the agent again costs money, so it counts as an interruption.
@@ -6269,7 +6157,7 @@ def retry(run: JobRun, error: Exception) -> None:
     job = run.job
     app = run.app
     if run.cancel.is_set():
-        finish(run, "failed", "cancelled", CANCELLED_TEXT)
+        end_job(run, "failed", "cancelled", CANCELLED_TEXT)
         return
     now = time.time()
     interruptions = 1 if run.has_cost and not job.commit_id else 0
@@ -6279,9 +6167,7 @@ def retry(run: JobRun, error: Exception) -> None:
     if now <= give_up_at and job.interruptions + interruptions < MAX_INTERRUPTIONS:
         run.log("codebot", f"{message}. Trying again later")
         log.warning("Job %s: %s; retrying later", job.id, message)
-        app.until_database_works(
-            app.store.retry_later, job.id, not_before, interruptions
-        )
+        app.until_database_works(app.store.requeue, job.id, interruptions, not_before)
         if not_before <= time.time():  # the write took so long that Timer missed it
             app.queues[job.kind].put(job.id)
         return
@@ -6291,7 +6177,9 @@ def retry(run: JobRun, error: Exception) -> None:
 
 def handle_os_error(run: JobRun, error: OSError) -> None:
     if error.errno in TRANSIENT_ERRNOS:
-        retry(run, TransientError(f"This host cannot go on: {os_error_text(error)}"))
+        retry_later(
+            run, TransientError(f"This host cannot go on: {os_error_text(error)}")
+        )
         return
     log.exception("Job %s", run.job.id)
     fail(run, "internal", f"Internal error: {os_error_text(error)}")
@@ -6351,8 +6239,8 @@ class Cleanup:
             self.remove_workspaces()
             for path in all_mirrors(self.config.work_dir):
                 self.maintain_mirror(path)
-        except (OSError, sqlite3.Error, TimedOut, GitFailed, TransientError) as error:
-            log.warning("Cleanup: %s", error or "timeout")
+        except (OSError, sqlite3.Error, LimitReached, GitFailed, TransientError) as e:
+            log.warning("Cleanup: %s", e or "timeout")
 
     def warn_of_low_disk(self) -> None:
         free = shutil.disk_usage(self.config.work_dir).free
@@ -6361,38 +6249,32 @@ class Cleanup:
 
     def remove_workspaces(self) -> None:
         """Remove workspaces and outboxes that no job needs any more."""
-        store = self.app.store
         work_dir = self.config.work_dir
-        cutoff = now_text(self.config.retention)
-        # A directory's name is stored before it is made.
-        for path in find_files(work_dir, "task_*"):
-            if not store.is_workspace_retained(os.path.basename(path), cutoff):
-                self.discard(path)
-                self.discard(outbox_path(self.config, path))
+        # A directory's name is stored before it is made, so these are asked for later.
+        paths = find_files(work_dir, "task_*")
+        retained = self.app.store.retained_directories(now_text(self.config.retention))
+        for path in paths:
+            if os.path.basename(path) not in retained:
+                discard(self.config.work_dir, path)
+                discard(work_dir, outbox_path(self.config, os.path.basename(path)))
         for path in find_files(work_dir, "trash_*"):
             remove_tree(self.config, path, self.run_tag)
 
-    def discard(self, path: str) -> None:
-        """Move a directory away in one step; it is removed afterwards."""
-        trash = os.path.join(self.config.work_dir, f"trash_{uuid.uuid4().hex}")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(path, trash)
-
     def maintain_mirror(self, path: str) -> None:
         """Remove a mirror that nobody has used for long, or pack it."""
-        mirror = self.app.mirror(path, self.run_tag, self.check)
+        mirror = self.app.mirror(path, self.run_tag, self.check_stop)
         name = os.path.relpath(path, self.config.work_dir)
         cutoff = now_text(self.config.retention)
         with contextlib.suppress(BlockingIOError), mirror.lock(wait=False) as lock:
-            is_needed = self.app.store.is_mirror_retained(name, cutoff)
+            is_needed = name in self.app.store.retained_mirrors(cutoff)
             unused_since = time.time() - os.fstat(lock).st_mtime
             if not is_needed and unused_since > MIRROR_RETENTION:
-                self.discard(path)
+                discard(self.config.work_dir, path)
                 return
             mirror.remove_stale_files(older_than=GIT_TIMEOUT)
             mirror.repack(keep_unreachable=is_needed)
 
-    def check(self) -> None:
+    def check_stop(self) -> None:
         if self.app.stop.is_set():
             raise StopRequested()
 
@@ -6753,8 +6635,8 @@ def nulls_for_empty(fields: Mapping[str, object]) -> dict[str, object]:
     return {name: value or None for name, value in fields.items()}
 
 
-def task_status(app: App, request: Request, task_id: str) -> Response:
-    job = find_task(app, task_id)
+def task_fields(app: App, job: Job) -> dict[str, object]:
+    """Return a task as the API shows it."""
     fields = {
         "task_id": job.id,
         "status": job.status,
@@ -6775,10 +6657,36 @@ def task_status(app: App, request: Request, task_id: str) -> Response:
         value["error"] = job.error
         value["reason"] = job.reason
     else:
-        reviews = app.store.reviews(job.id)
         value["result"] = task_result(app, job)
-        value["reviews"] = [nulls_for_empty(review._asdict()) for review in reviews]
-    return json_response(value)
+        value["reviews"] = [review_fields(app, r) for r in app.store.reviews(job.id)]
+    return value
+
+
+def task_status(app: App, request: Request, task_id: str) -> Response:
+    return json_response(task_fields(app, find_task(app, task_id)))
+
+
+def review_fields(app: App, review: Job) -> dict[str, object]:
+    """Return a review as the API shows it."""
+    comments = app.store.comments(review.id)
+    answers = [text for text in review.outcome.answers.values() if text]
+    return nulls_for_empty(
+        {
+            "id": review.id,
+            "status": review.status,
+            "phase": review.phase,
+            "submitted_at": review.submitted_at,
+            "started_at": review.started_at,
+            "completed_at": review.completed_at,
+            "reviewer": review.reviewer,
+            "request": comments[0].text if comments else "",
+            "kind": review.request_kind,
+            "answer": "\n\n".join(answers),
+            "commit": review.commit_id,
+            "error": review.error,
+            "reason": review.reason,
+        }
+    )
 
 
 def task_result(app: App, job: Job) -> dict[str, object]:
@@ -6826,7 +6734,7 @@ def list_tasks(app: App, request: Request) -> Response:
         if task is None:
             raise HTTPError(400, f"before: no such task: {parameters['before'][:100]}")
         before_seq = task.seq
-    tasks = [task._asdict() for task in app.store.tasks(status, limit, before_seq)]
+    tasks = app.store.tasks(status, limit, before_seq)
     return json_response({"tasks": tasks, "count": len(tasks)})
 
 
@@ -9165,10 +9073,9 @@ def run(flags: Flags) -> int:
         stop_workers(app, workers)
     with contextlib.suppress(WrongState):  # it has ended
         app.cancel(job.id)  # after a signal it is pending, and nothing would start it
-    nothing = Request("", {}, "", 0, bytes)
-    status = json.loads(task_status(app, nothing, job.id).body)
-    print(json.dumps(status, indent=2))
-    return 0 if status["status"] == "completed" else 1
+    job = app.store.job(job.id) or job
+    print(json.dumps(task_fields(app, job), indent=2))
+    return 0 if job.status == "completed" else 1
 
 
 # --- check -------------------------------------------------------------------

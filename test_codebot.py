@@ -1955,7 +1955,7 @@ def test_no_section_uses_a_name_of_a_later_section() -> None:
     ("pattern", "function"),
     [
         (r"subprocess\.Popen\(", "run_program"),
-        (r"\burlopen\((?! in)", "open"),
+        (r"\burlopen\((?! in)", "send"),
     ],
 )
 def test_dangerous_thing_is_in_one_place(pattern: str, function: str) -> None:
@@ -2315,6 +2315,12 @@ def test_newest_token_is_redacted_after_many_others(redact: codebot.Redactor) ->
 
 # --- Settings: what the sandbox shows ----------------------------------------
 
+MOUNT_NAMES = {
+    codebot.HIDDEN: "HIDDEN",
+    codebot.READ_ONLY: "READ_ONLY",
+    codebot.WRITABLE: "WRITABLE",
+}
+
 
 class Host:
     """Directories in which a test arranges a home, a work directory and secrets."""
@@ -2351,7 +2357,7 @@ class Host:
         for mount in codebot.sandbox_mounts(config, workspace, objects):
             if codebot.is_inside(mount.path, str(self.root)):
                 path = os.path.relpath(mount.path, self.root)
-                lines.append(f"{mount.kind.name} {path}")
+                lines.append(f"{MOUNT_NAMES[mount.option]} {path}")
         return lines
 
 
@@ -3060,7 +3066,7 @@ STATE_CHANGES = {
     "complete": {"running": "completed"},
     "fail": {"running": "failed"},
     "requeue": {"running": "pending"},
-    "retry_later": {"running": "pending"},
+    "requeue for later": {"running": "pending"},
     "request_cancel": {"pending": "failed", "running": "running"},
 }
 
@@ -3181,7 +3187,7 @@ def test_method_changes_only_the_states_that_it_starts_from(
         "complete": lambda: store.finish(job, "completed"),
         "fail": lambda: store.finish(job, "failed", "timeout", "Timed out"),
         "requeue": lambda: store.requeue(job.id),
-        "retry_later": lambda: store.retry_later(job.id, 0.0, 0),
+        "requeue for later": lambda: store.requeue(job.id, 0, time.time()),
         "request_cancel": lambda: store.request_cancel(job.id),
     }
     if state in STATE_CHANGES[method]:
@@ -3199,13 +3205,13 @@ def test_method_changes_only_the_states_that_it_starts_from(
 def test_times_follow_the_states(store: codebot.Store) -> None:
     pending = store_task(store)
     assert pending.submitted_at
-    assert pending.started_at == ""
-    assert pending.completed_at == ""
+    assert pending.started_at is None
+    assert pending.completed_at is None
     running = store.claim(pending.id)
     assert running is not None
     assert running.started_at >= pending.submitted_at
     store.requeue(pending.id)
-    assert stored_job(store, pending).started_at == ""
+    assert stored_job(store, pending).started_at is None
     store.claim(pending.id)
     store.finish(running, "completed")
     completed = stored_job(store, pending)
@@ -3240,7 +3246,7 @@ def test_review_waits_until_its_task_has_ended(store: codebot.Store) -> None:
     task = store_task_in_state(store, "running")
     review = store_review(store, store_pull_request(store, task), 1, "alice")
     assert store.claim(review) is None
-    store.retry_later(task.id, not_before=0.0, interruptions=0)
+    store.requeue(task.id, not_before=time.time())
     assert store.claim(review) is None
     store.claim(task.id)
     store.finish(stored_job(store, task), "completed")
@@ -3266,7 +3272,7 @@ def test_new_comment_joins_review_that_waits_for_its_retry(
     review = store.claim(store_review(store, pull_request, 1, "alice"))
     assert review is not None
     store.save_progress(review)
-    store.retry_later(review.id, not_before=0.0, interruptions=0)
+    store.requeue(review.id, not_before=time.time())
     other = dataclasses.replace(store.comments(review.id)[0], id=2)
     assert store.queue_comments(pull_request, [other]) == []
     assert [comment.id for comment in store.comments(review.id)] == [1, 2]
@@ -3301,7 +3307,7 @@ def test_review_is_not_shown_as_a_task(store: codebot.Store) -> None:
     review = store_review(store, store_pull_request(store, task), 1, "alice")
     assert store.job(review) is not None
     assert store.task(review) is None
-    assert [summary.task_id for summary in store.tasks("", 10, sys.maxsize)] == [
+    assert [fields["task_id"] for fields in store.tasks("", 10, sys.maxsize)] == [
         task.id
     ]
 
@@ -3335,7 +3341,7 @@ def test_interrupted_jobs_are_requeued_and_others_are_not(
 
 def test_retry_is_not_claimed_before_its_time(store: codebot.Store) -> None:
     job = store_task_in_state(store, "running")
-    store.retry_later(job.id, time.time() + 1000, interruptions=1)
+    store.requeue(job.id, interruptions=1, not_before=time.time() + 1000)
     assert store.claim(job.id) is None
     assert store.due_jobs(0.0) == []
     assert stored_job(store, job).status == "pending"
@@ -3345,7 +3351,7 @@ def test_retry_is_not_claimed_before_its_time(store: codebot.Store) -> None:
 def test_retry_is_claimed_when_it_is_due(store: codebot.Store) -> None:
     job = store_task_in_state(store, "running")
     before = time.time()
-    store.retry_later(job.id, time.time(), interruptions=0)
+    store.requeue(job.id, not_before=time.time())
     assert store.due_jobs(before - 1) == [("task", job.id)]
     assert store.due_jobs(time.time() + 1) == []
     assert store.claim(job.id) is not None
@@ -3353,11 +3359,11 @@ def test_retry_is_claimed_when_it_is_due(store: codebot.Store) -> None:
 
 def test_second_retry_keeps_the_time_of_the_first(store: codebot.Store) -> None:
     job = store_task_in_state(store, "running")
-    store.retry_later(job.id, 0.0, interruptions=0)
+    store.requeue(job.id, not_before=time.time())
     first = stored_job(store, job).transient_since
     assert time.time() - 60 < first <= time.time()
     store.claim(job.id)
-    store.retry_later(job.id, 0.0, interruptions=0)
+    store.requeue(job.id, not_before=time.time())
     assert stored_job(store, job).transient_since == first
 
 
@@ -3706,7 +3712,7 @@ def test_retention_keeps_row_log_and_workspace(
     if case.is_closed_long_ago:
         with other_program(store) as db:
             db.execute("UPDATE pull_requests SET closed_at = ?", (LONG_AGO,))
-    is_retained = store.is_workspace_retained("task_1", codebot.now_text(60))
+    is_retained = "task_1" in store.retained_directories(codebot.now_text(60))
     delete_expired(store)
     assert is_retained == case.keeps_workspace
     assert (store.job(task.id) is not None) == case.keeps_row
@@ -3727,7 +3733,7 @@ def test_expired_task_keeps_its_log_and_workspace_while_it_is_reviewed(
         if review_state != "running":
             store.finish(running, "completed")
     age_task(store, task)
-    assert store.is_workspace_retained("task_1", codebot.now_text(60))
+    assert "task_1" in store.retained_directories(codebot.now_text(60))
     delete_expired(store)
     assert store.job(task.id) is not None
     assert store.events(task.id, 0)
@@ -3949,6 +3955,23 @@ def test_empty_repository_has_no_base_branch(shared: Site) -> None:
     assert shared.agent.runs() == []
 
 
+def test_new_repository_under_old_name_does_not_show_old_objects(shared: Site) -> None:
+    name = shared.repository.name
+    old_readme = shared.repository.git("rev-parse", "main:README.md")
+    shared.repository.commit({"plans": "the plans\n"})
+    plans = shared.repository.git("rev-parse", "main:plans")
+    shared.api.completed(shared.api.submit())
+    shared.repository.rename(f"{name}-private")
+    shared.repository = shared.github.create_repository(name)
+    shared.api.repository = shared.repository
+    list_objects = "git cat-file --batch-all-objects --batch-check >objects"
+    shared.agent.follow(f"{list_objects}; result Done")
+    branch = shared.api.completed(shared.api.submit())["branch_name"]
+    objects = shared.repository.show(branch, "objects")
+    assert old_readme in objects  # which both have
+    assert plans not in objects
+
+
 def test_second_task_fetches_only_what_is_new(shared: Site) -> None:
     noise = base64.b64encode(os.urandom(300_000)).decode()
     shared.repository.commit({"noise": noise})
@@ -4033,7 +4056,7 @@ def test_fsck_of_incomplete_repository_fails(tmp_path: Path) -> None:
     hash_object = ("git", "-C", bare, "hash-object", "-w", "-t", "commit", "--stdin")
     commit = run_command(*hash_object, text=text)
     config = codebot.Config(path=os.environ["PATH"], work_dir=str(tmp_path))
-    mirror = codebot.Mirror(config, str(bare), "tag", codebot.no_check)
+    mirror = codebot.Mirror(config, str(bare), "tag", codebot.never_stop)
     with pytest.raises(codebot.GitFailed):
         mirror.check_objects(commit)
 
@@ -9383,7 +9406,7 @@ def test_program_that_is_ended_may_clean_up(tmp_path: Path, script: str) -> None
             ["sh", "-c", script],
             GIT_ENVIRONMENT,
             cwd=str(tmp_path),
-            limits=codebot.Limits(check=check),
+            limits=codebot.Limits(check_stop=check),
         )
     assert (tmp_path / "cleaned").read_text() == "clean\n"
 
