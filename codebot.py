@@ -1571,21 +1571,12 @@ class Issue(NamedTuple):
 
 
 class LabelEvent(NamedTuple):
-    """The last time that the label was put on an issue, or taken off it."""
+    """The last time that a label was put on an issue, which has it since then."""
 
     id: int
     actor: str  # "" for bots and deleted users
     created_at: str
-    is_labeled: bool
-
-
-class IssueHistory(NamedTuple):
-    """What an issue's events say about the label and the text."""
-
-    label_event: LabelEvent | None
-    title_when_labelled: (
-        str  # the title before it was changed after the label; "" if it was not
-    )
+    old_title: str  # the issue's title then, "" if it has not changed
 
 
 class AnyResponse(urllib.request.HTTPErrorProcessor):
@@ -2220,24 +2211,26 @@ class GitHubRepository:
             int(entry["number"]) for entry in entries if "pull_request" not in entry
         ]
 
-    def issue_history(self, number: int, label: str) -> IssueHistory:
-        """Read who put the label on an issue, or took it off, and when."""
-        label_event = None
-        title_when_labelled = ""
+    def label_event(self, number: int, label: str) -> LabelEvent | None:
+        """Read who put the label on an issue, and when; None if nobody did."""
+        event = None
         for payload in self.pages(f"/issues/{number}/events"):  # oldest first
             kind = payload["event"]
-            if kind == "renamed" and not title_when_labelled:
-                title_when_labelled = str(payload["rename"]["from"])
-            is_label_event = kind in ("labeled", "unlabeled")
-            if is_label_event and payload["label"]["name"].lower() == label.lower():
-                title_when_labelled = ""
-                label_event = LabelEvent(
-                    id=int(payload["id"]),
-                    actor=person_login(payload["actor"]),
-                    created_at=str(payload["created_at"]),
-                    is_labeled=kind == "labeled",
-                )
-        return IssueHistory(label_event, visible_text(title_when_labelled))
+            if kind == "renamed" and event is not None and not event.old_title:
+                old_title = visible_text(str(payload["rename"]["from"]))
+                event = event._replace(old_title=old_title)
+            elif kind not in ("labeled", "unlabeled"):
+                continue
+            elif payload["label"]["name"].lower() == label.lower():
+                event = None
+                if kind == "labeled":
+                    event = LabelEvent(
+                        id=int(payload["id"]),
+                        actor=person_login(payload["actor"]),
+                        created_at=str(payload["created_at"]),
+                        old_title="",
+                    )
+        return event
 
     def issue_comments(self, number: int) -> list[tuple[str, Comment]]:
         """Return an issue's comments, each with the time of its last change."""
@@ -4069,6 +4062,8 @@ class JobRun:
     def __init__(self, app: App, job: Job) -> None:
         self.app = app
         self.config = app.config
+        self.store = app.store
+        self.redact = app.redact
         self.job = job
         self.task_id = job.id  # in whose log and workspace a review goes on
         self.cancel = threading.Event()
@@ -4099,14 +4094,14 @@ class JobRun:
                 if self.events_left == 0:
                     message = "(more events of the agent and the tests are not kept)"
             # Redacting megabytes takes time, and their end is not kept anyway.
-            text = self.app.redact(message[:100_000])
+            text = self.redact(message[:100_000])
             events.append((source, truncate(text, MAX_EVENT_CHARS, len(message))))
-        self.app.store.add_events(self.task_id, events)
+        self.store.add_events(self.task_id, events)
 
     def update(self, **changes: Any) -> None:
         """Change fields of the job, and store them."""
         self.job = dataclasses.replace(self.job, **changes)
-        self.app.until_database_works(self.app.store.save_progress, self.job)
+        self.app.until_database_works(self.store.save_progress, self.job)
 
     def update_outcome(self, **changes: Any) -> None:
         self.update(outcome=dataclasses.replace(self.job.outcome, **changes))
@@ -4823,7 +4818,7 @@ class Agent:
             self.run.app.stop.wait(0.3)
             self.run.check_stop()
         answer = stream.verdict(result, session)
-        summary = self.run.app.redact(answer.text[:200_000])[:100_000]
+        summary = self.run.redact(answer.text[:200_000])[:100_000]
         self.run.update_outcome(summary=summary, session_id=self.run.job.session_id)
         return answer
 
@@ -4949,8 +4944,8 @@ def task_workspace(run: JobRun, access: RemoteAccess) -> Workspace:
     """Return the task's workspace, whose directory and branch are named once."""
     job = run.job
     if not job.directory:
-        ticket = slugify(run.app.redact(job.request.ticket_id))
-        slug = slugify(run.app.redact(job.request.subject).lower()) or "task"
+        ticket = slugify(run.redact(job.request.ticket_id))
+        slug = slugify(run.redact(job.request.subject).lower()) or "task"
         digits = job.id.replace("-", "")
         name = ""
         directory = ""
@@ -5038,7 +5033,7 @@ def run_tests(run: JobRun, workspace: Workspace, command: str) -> TestResult | N
     for attempt in range(1, attempts + 1):
         result = run_test_command(run, workspace, command, attempt, attempts)
         if result.code == 0:
-            return TestResult(run.app.redact(command), True, attempt)
+            return TestResult(run.redact(command), True, attempt)
         if result.code in (126, 127):  # what sh says of a command that it cannot start
             raise JobFailed(
                 "tests_failed",
@@ -5079,7 +5074,7 @@ def repair(
     attempts: int,
 ) -> None:
     """Show the agent the end of a failing test's output, in the same session."""
-    output = run.app.redact("\n".join(result.stdout))[-20_000:]
+    output = run.redact("\n".join(result.stdout))[-20_000:]
     prompt = (
         f"The tests failed with exit code {result.code}. Change the code so that they "
         f"pass. The command:\n{delimited('command', command)}"
@@ -5121,7 +5116,7 @@ def commit_work(
     if not tree:
         return None
     summary = quoted("The agent", run.job.outcome.summary)
-    message = f"{run.app.redact(title)[:250]}\n\n{summary}"
+    message = f"{run.redact(title)[:250]}\n\n{summary}"
     message = CI_SWITCH_RE.sub(r"(\1)", message)
     commit_id = workspace.commit(tree, base_commit, message)
     name = workspace.find_secret(base_commit, commit_id)
@@ -5152,7 +5147,7 @@ def make_commit(
 def push_commit(run: JobRun, workspace: Workspace) -> None:
     """Push the stored commit. From here on the job cannot be cancelled."""
     run.set_phase("push")
-    if not run.app.store.begin_push(run.job.id):
+    if not run.store.begin_push(run.job.id):
         raise Cancelled()
     workspace.push(run.job.commit_id)
 
@@ -5179,7 +5174,7 @@ def pull_request_body(run: JobRun) -> str:
         facts.append(f"The agent reports a cost of {outcome.cost_usd:.2f} US dollars.")
     if job.issue_number:
         facts.append(f"Closes #{job.issue_number}")
-    redact = run.app.redact  # before truncating, which could cut a secret
+    redact = run.redact  # before truncating, which could cut a secret
     task_words = truncate(redact(task_text(job.request)), 10_000)
     task = quoted("The submitter", task_words)
     files = code_block(truncate("\n".join(outcome.files), 10_000))
@@ -5196,7 +5191,7 @@ def pull_request_body(run: JobRun) -> str:
 def create_pull_request(run: JobRun, remote: GitHubRepository) -> None:
     """Open the branch's pull request, or find the one that it has, and store it."""
     run.set_phase("pull_request")
-    title = run.app.redact(run.job.request.title)
+    title = run.redact(run.job.request.title)
     body = pull_request_body(run)
     try:
         new = remote.open_pull_request(run.job.branch, run.job.base_name, title, body)
@@ -5207,11 +5202,11 @@ def create_pull_request(run: JobRun, remote: GitHubRepository) -> None:
             f"{error}",
         ) from None
     run.app.until_database_works(
-        run.app.store.add_pull_request, run.job, remote.full_name, new
+        run.store.add_pull_request, run.job, remote.full_name, new
     )
     run.log("codebot", f"Pull request {new.number}: {new.url}")
     log.info("Task %s: opened %s", run.job.id, new.url)
-    stored = run.app.store.pull_request_of_task(run.job.id)
+    stored = run.store.pull_request_of_task(run.job.id)
     if stored is not None:  # somebody may have commented on it before it was stored
         run.app.sync_queue.put(PullRequestChanged(stored.id))
 
@@ -5276,7 +5271,7 @@ def run_review(run: JobRun) -> None:
             publish(run, context)
     except (JobFailed, GitFailed, GitHubError) as error:
         reason = getattr(error, "reason", "internal")
-        message = run.app.redact(str(error))
+        message = run.redact(str(error))
         run.log("codebot", f"Failed ({reason}): {message}")
         outcome = dataclasses.replace(
             run.job.outcome, reason=reason, error=message, answers={}
@@ -5290,7 +5285,7 @@ def run_review(run: JobRun) -> None:
 
 def load_review(run: JobRun) -> ReviewContext:
     """Find the pull request's repository, under the name that it has now."""
-    store = run.app.store
+    store = run.store
     github = run.app.github
     pull_request = store.pull_request(run.job.pull_request_id)
     task = store.job(pull_request.task_id) if pull_request else None
@@ -5344,7 +5339,7 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
 
     Raises ReviewSkipped unless they may write to the repository, now.
     """
-    store = run.app.store
+    store = run.store
     reviewer = run.job.reviewer
     if not context.remote.has_write_access(reviewer):
         raise ReviewSkipped(f"{reviewer} has no write access")
@@ -5367,7 +5362,7 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
 
 def add_github_reviews(run: JobRun, context: ReviewContext) -> None:
     """Add what belongs to the same GitHub reviews, delivered yet or not."""
-    store = run.app.store
+    store = run.store
     review_ids = {comment.review_id for comment in store.comments(run.job.id)}
     for review_id in sorted(review_ids - {0}):
         found = context.remote.review_with_comments(context.number, review_id)
@@ -5496,7 +5491,7 @@ def classify(run: JobRun, context: ReviewContext, text: str) -> str:
     if kind not in ("question", "change", "none"):
         kind = "unclear"
     run.update(request_kind=kind)
-    return run.app.redact(str(structured.get("ask") or UNCLEAR_TEXT))[:10_000]
+    return run.redact(str(structured.get("ask") or UNCLEAR_TEXT))[:10_000]
 
 
 def check_out_branch(run: JobRun, context: ReviewContext) -> str:
@@ -5558,7 +5553,7 @@ def converse(
     run.update(session_id=str(uuid.uuid4()))
     answer = agent.ask(prompt, mode, Session.BEGIN)
     if mode is CHANGING:  # the others save no session
-        run.app.store.save_session(context.task.id, run.job.session_id)
+        run.store.save_session(context.task.id, run.job.session_id)
     return answer
 
 
@@ -5578,7 +5573,7 @@ def parse_answers(
         ids = [thread.split()[1], *(str(comment.id) for comment in members)]
         texts = [by_comment[i] for i in dict.fromkeys(ids) if i in by_comment]
         text = "\n\n".join(texts) or summary
-        answers[thread] = truncate(run.app.redact(text[:100_000]), 50_000)
+        answers[thread] = truncate(run.redact(text[:100_000]), 50_000)
     return answers
 
 
@@ -5672,7 +5667,7 @@ def answer_threads(
     if run.job.request_kind == "limit":
         threads = dict(list(threads.items())[:1])
     for thread, comments in threads.items():
-        body = run.app.redact(answer_body(run, thread, comments))
+        body = run.redact(answer_body(run, thread, comments))
         marker = f"<!-- codebot answer {run.job.id} {thread} -->"
         kind, _, number = thread.partition(" ")
         list_path = f"/issues/{context.number}/comments"
@@ -5856,15 +5851,13 @@ class Sync:
     def look_at_issue(self, request: IssueChanged) -> None:
         """Make a task of an issue with the label; end it if the label was removed."""
         remote = self.github.repository_by_id(request.repository_id)
-        history = remote.issue_history(request.number, self.config.issue_label)
-        event = history.label_event
+        event = remote.label_event(request.number, self.config.issue_label)
+        self.cancel_superseded(request, event.id if event else 0)
         if event is None:
             name = f"{remote.full_name}#{request.number}"
-            log.info("Issue %s is ignored: nobody put the label on it", name)
+            log.info("Issue %s is ignored: it does not have the label", name)
             return
-        kept_event = event.id if event.is_labeled else 0
-        self.cancel_superseded(request, kept_event)
-        if not event.is_labeled or self.app.store.is_label_event_known(event.id):
+        if self.app.store.is_label_event_known(event.id):
             return
         issue = remote.issue(request.number)
         obstacle = self.obstacle(remote, issue, event)
@@ -5875,7 +5868,7 @@ class Sync:
         if self.was_changed(remote, issue, event):
             self.ask_for_label(remote, issue, event)
             return
-        self.submit_issue(remote, issue, event, history.title_when_labelled)
+        self.submit_issue(remote, issue, event)
 
     def cancel_superseded(self, request: IssueChanged, event_id: int) -> None:
         """Cancel the issue's tasks whose label was removed, while that is possible."""
@@ -5933,17 +5926,13 @@ class Sync:
         remote.post_once(path, path, text, f"<!-- codebot label {event.id} -->")
 
     def submit_issue(
-        self,
-        remote: GitHubRepository,
-        issue: Issue,
-        event: LabelEvent,
-        title_when_labelled: str,
+        self, remote: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> None:
         """Submit the task: the issue's text, which has not changed since it was labelled.
 
         An author with write access may have changed it.
         """
-        title = title_when_labelled or issue.title
+        title = event.old_title or issue.title
         parts = [issue.body.strip() or title]
         for updated_at, comment in remote.issue_comments(issue.number):
             is_in_time = updated_at <= event.created_at
@@ -6092,7 +6081,7 @@ def do_job(run: JobRun) -> None:
     run.check_stop()
     job = run.job
     # It may have been cancelled before `running` had it.
-    stored = run.app.store.job(job.id)
+    stored = run.store.job(job.id)
     if stored is None or stored.cancel_requested:
         raise Cancelled()
     if job.kind == "review":
@@ -6117,7 +6106,7 @@ def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None
         error = CANCELLED_TEXT
     if reason in ("cancelled", "interrupted", "internal") and job.commit_id:
         error = f"{error}. Its branch {job.branch} may have been pushed"
-    error = run.app.redact(error)[:10_000]
+    error = run.redact(error)[:10_000]
     if reason:
         run.log("codebot", f"Failed ({reason}): {error}")
         log.info("Job %s: %s", job.id, error)
@@ -6125,7 +6114,7 @@ def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None
         outcome = dataclasses.replace(job.outcome, seconds=run.seconds())
         run.job = dataclasses.replace(job, outcome=outcome)
     remove_outbox_of(run)
-    run.app.until_database_works(run.app.store.finish, run.job, status, reason, error)
+    run.app.until_database_works(run.store.finish, run.job, status, reason, error)
 
 
 def remove_outbox_of(run: JobRun) -> None:
@@ -6141,9 +6130,9 @@ def fail(run: JobRun, reason: str, error: str) -> None:
     """Fail a job. A review first runs once more, only to tell the reviewer."""
     job = run.job
     if job.kind == "review" and not job.outcome.error and not run.cancel.is_set():
-        message = run.app.redact(error)
+        message = run.redact(error)
         run.update_outcome(reason=reason, error=message, answers={})
-        run.app.until_database_works(run.app.store.requeue, job.id)
+        run.app.until_database_works(run.store.requeue, job.id)
         run.app.queues["review"].put(job.id)
         return
     end_job(run, "failed", reason, error)
@@ -6189,7 +6178,7 @@ def after_job(run: JobRun) -> None:
     """Queue the review that had to wait for the job."""
     if run.cancel.is_set():
         run.app.cleanup_wanted.set()  # its pull request may have been closed
-    next_id = run.app.until_database_works(run.app.store.next_review, run.job)
+    next_id = run.app.until_database_works(run.store.next_review, run.job)
     if next_id is not None:
         run.app.queues["review"].put(next_id)
 
