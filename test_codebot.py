@@ -2521,7 +2521,7 @@ def test_repository_url_on_github_is_accepted(
     repository = codebot.parse_repository_url(config, url)
     assert repository.full_name == full_name
     assert repository.url == f"{config.git_base}/{full_name}.git"
-    assert repository.mirror == f"mirrors/{mirror}/{full_name.lower()}.git"
+    assert repository.mirror_path == f"mirrors/{mirror}/{full_name.lower()}.git"
 
 
 @pytest.mark.parametrize(
@@ -2578,7 +2578,7 @@ def test_any_remote_is_accepted_without_github(url: str) -> None:
     repository = codebot.parse_repository_url(ANY_REMOTE, url)
     assert repository.url == url
     assert repository.full_name == url
-    assert re.fullmatch(r"mirrors/other/remote/[0-9a-f]{20}\.git", repository.mirror)
+    assert re.fullmatch(r"mirrors/other/remote/[0-9a-f]{20}\.git", repository.mirror_path)
 
 
 @pytest.mark.parametrize(
