@@ -150,6 +150,7 @@ import hmac
 import http.client
 import http.server
 import io
+import itertools
 import json
 import logging
 import os
@@ -4163,7 +4164,7 @@ class JobRun:
 
 # Hooks, fsmonitor, signing and gc are off; a killed git leaves lock files.
 GIT_FUNCTION = """
-rm -rf .git/index.lock .git/HEAD.lock
+for lock in .git/index.lock .git/HEAD.lock; do [ ! -e $lock ] || rm -rf $lock; done
 g() {
     git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c commit.gpgSign=false \\
         -c gc.auto=0 -c maintenance.auto=false "$@"
@@ -4171,7 +4172,7 @@ g() {
 """
 CHECKOUT_SCRIPT = """
 objects=$1 url=$2 base_name=$3 base_commit=$4 branch=$5
-git init -q --template= && mkdir -p .git/objects/info &&
+git init -q --template= &&
 printf '%s\\n' "$objects" >.git/objects/info/alternates &&
 git config remote.origin.url "$url" &&
 git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
@@ -4181,7 +4182,7 @@ git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 # behind is removed, except what .gitignore names; what cannot be removed is not in the
 # tree. That of a test that passed is stored, for COMMIT_SCRIPT.
 TEST_SCRIPT = f"""{GIT_FUNCTION}
-rm -f .git/codebot-tested
+[ ! -e .git/codebot-tested ] || rm -rf .git/codebot-tested
 tree=$(g add -A && g write-tree)
 sh -c "$1" 2>&1
 code=$?
@@ -4193,13 +4194,19 @@ exit $code
 # A repository in the repository would become a submodule without an address.
 COMMIT_SCRIPT = f"""{GIT_FUNCTION}
 base=$1
-tree=$(cat .git/codebot-tested 2>/dev/null || {{ g add -A && g write-tree; }}) || exit
+if [ -f .git/codebot-tested ]; then
+    read -r tree <.git/codebot-tested
+else
+    tree=$(g add -A && g write-tree) || exit
+fi
 nested=$(
-    g diff-tree -r "$base" "$tree" |
-    sed -n '/^:160000/d; s/^:[0-9]* 160000 [^\t]*\t//p' |
-    while IFS= read -r path; do
-        g config --blob "$tree:.gitmodules" --fixed-value \\
-            --get-regexp '[.]path$' "$path" >/dev/null 2>&1 || echo "$path"
+    g diff-tree -r --diff-filter=AT "$base" "$tree" |
+    while IFS= read -r entry; do # ":OLD-MODE NEW-MODE OLD-ID NEW-ID STATUS<tab>PATH"
+        case $entry in ":"??????" 160000 "*)
+            path=${{entry#*\t}}
+            g config --blob "$tree:.gitmodules" --fixed-value \\
+                --get-regexp '[.]path$' "$path" >/dev/null 2>&1 || echo "$path"
+        esac
     done
 )
 if [ "$nested" ]; then
@@ -4225,6 +4232,13 @@ AGENT_SWITCHES = (
     "DISABLE_TELEMETRY",
     "DISABLE_ERROR_REPORTING",
 )
+
+
+class Change(NamedTuple):
+    """What a commit changes."""
+
+    files: tuple[str, ...]  # lines of git diff --stat
+    secret_file: str  # a file to which it adds a secret; "" if it adds none
 
 
 class Workspace:
@@ -4464,25 +4478,21 @@ class Workspace:
         )
         return lines[0]
 
-    def changed_files(self, base_commit: str, commit: str) -> list[str]:
-        """Return the lines of git diff --stat."""
-        return self.outbox.output(
-            *GIT_DIFF, "--stat=100", "--stat-count=50", base_commit, commit
-        )
-
-    def find_secret(self, base_commit: str, commit: str) -> str:
-        """Return the name of a file to which a commit adds a secret; "" if none."""
+    def change(self, base_commit: str, commit: str) -> Change:
+        """Return what a commit changes, and whether it adds a secret."""
         with tempfile.NamedTemporaryFile(prefix="scratch_") as file:
-            options = ("--unified=0", f"--output={file.name}")
+            options = ["--stat=100", "--stat-count=50", "--patch", "--unified=0"]
+            options.append(f"--output={file.name}")
             self.outbox.output(*GIT_DIFF, *options, base_commit, commit)
+            lines = (line.decode("utf-8", "replace").rstrip("\n") for line in file)
+            files = tuple(itertools.takewhile(bool, lines))  # to the blank line
             name = ""
-            for line in file:
-                text = line.decode("utf-8", "replace")
-                if text.startswith("+++ b/"):
-                    name = text[len("+++ b/") :].strip()
-                if text.startswith("+") and self.app.redact.has_secret(text):
-                    return name
-        return ""
+            for line in lines:
+                if line.startswith("+++ b/"):
+                    name = line[len("+++ b/") :].strip()
+                if line.startswith("+") and self.app.redact.has_secret(line):
+                    return Change(files, name)
+        return Change(files, "")
 
     def push(self, commit: str) -> None:
         """Push a commit to the branch. Pushing it again changes nothing.
@@ -5119,15 +5129,15 @@ def commit_work(
     message = f"{run.redact(title)[:250]}\n\n{summary}"
     message = CI_SWITCH_RE.sub(r"(\1)", message)
     commit_id = workspace.commit(tree, base_commit, message)
-    name = workspace.find_secret(base_commit, commit_id)
-    if name:
+    change = workspace.change(base_commit, commit_id)
+    if change.secret_file:
         raise JobFailed(
             "agent_failed",
-            f"The change is not pushed, because it writes a secret into {name}",
+            "The change is not pushed, because it writes a secret into "
+            f"{change.secret_file}",
         )
-    files = workspace.changed_files(base_commit, commit_id)
-    run.log("git", f"Commit {commit_id}", "\n".join(files))
-    return Commit(commit_id, tuple(files))
+    run.log("git", f"Commit {commit_id}", "\n".join(change.files))
+    return Commit(commit_id, change.files)
 
 
 def make_commit(

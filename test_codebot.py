@@ -2578,7 +2578,9 @@ def test_any_remote_is_accepted_without_github(url: str) -> None:
     repository = codebot.parse_repository_url(ANY_REMOTE, url)
     assert repository.url == url
     assert repository.full_name == url
-    assert re.fullmatch(r"mirrors/other/remote/[0-9a-f]{20}\.git", repository.mirror_path)
+    assert re.fullmatch(
+        r"mirrors/other/remote/[0-9a-f]{20}\.git", repository.mirror_path
+    )
 
 
 @pytest.mark.parametrize(
