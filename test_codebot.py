@@ -1281,6 +1281,8 @@ class AgentScript:
         self.place = directory / "agent"
         self.work_dir = work_dir
         self.generation = 0
+        self.oldest_generation = 1  # that a run may still follow
+        self.old_homes: set[Path] = set()  # of the runs that are forgotten
         self.place.mkdir()
         self.follow(SAY_HELLO)
 
@@ -1302,7 +1304,8 @@ class AgentScript:
         self.follow(f'case $(cat "$run/stdin") in\n{joined}\nesac')
 
     def places(self) -> list[Path]:
-        return [self.place, *self.work_dir.glob("task_*/home")]
+        homes = self.work_dir.glob("task_*/home")
+        return [self.place, *(home for home in homes if home not in self.old_homes)]
 
     def block_command(self, name: str) -> str:
         """Return a command that blocks as a plan's block does (without a sandbox)."""
@@ -1323,7 +1326,7 @@ class AgentScript:
     def release(self) -> None:
         """Let all runs that block go on."""
         for place in self.places():
-            for generation in range(1, self.generation + 1):
+            for generation in range(self.oldest_generation, self.generation + 1):
                 (place / f"released-{generation}").touch()
 
     def runs(self, purpose: str = "") -> list[AgentRun]:
@@ -1341,13 +1344,15 @@ class AgentScript:
         return AgentRun(argv, env, (directory / "stdin").read_text())
 
     def reset(self) -> None:
-        """Forget the runs so far and say hello from now on."""
+        """Forget the runs so far, which have ended, and say hello from now on."""
         for place in self.places():
             for path in place.glob("run.*"):
                 shutil.rmtree(path, ignore_errors=True)
             for path in place.glob("blocked-*"):
                 path.unlink()
+        self.old_homes.update(self.work_dir.glob("task_*/home"))
         self.follow(SAY_HELLO)
+        self.oldest_generation = self.generation
 
 
 # --- ServerProcess -----------------------------------------------------------
