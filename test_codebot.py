@@ -110,6 +110,12 @@ def run_command(
     return done.stdout.strip()
 
 
+@functools.cache
+def git_programs() -> Path:
+    """Return the directory of git's own programs."""
+    return Path(run_command("git", "--exec-path"))
+
+
 def bwrap_works() -> bool:
     argv = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
     try:
@@ -517,8 +523,9 @@ class Repository(Faulty):
         if pull["base"]["repo"] is not None:
             pull["base"]["repo"].update(full_name=self.name)
         branch = f"refs/heads/{pull['head']['ref']}"
-        with contextlib.suppress(AssertionError):  # the branch was deleted
-            pull["head"]["sha"] = self.git("rev-parse", "-q", "--verify", branch)
+        with contextlib.suppress(FileNotFoundError):  # the branch was deleted
+            # Nothing packs the references, so that git need not be started.
+            pull["head"]["sha"] = (self.bare / branch).read_text().strip()
         return pull
 
     def add_fault(self, fault: Fault) -> None:
@@ -735,14 +742,20 @@ class FakeGitHub(http.server.ThreadingHTTPServer, Faulty):
         self.faults: list[Fault] = []
         self.holds: list[Hold] = []
         self.lock = threading.Lock()  # guards faults and the creation of pull requests
-        backend = Path(run_command("git", "--exec-path")) / "git-http-backend"
-        self.git_backend = str(backend)
-        self.thread = threading.Thread(target=self.serve_forever, args=(0.02,))
+        self.git_backend = str(git_programs() / "git-http-backend")
+        self.is_closing = False
+        self.thread = threading.Thread(target=self.serve_until_closed)
         self.thread.start()
+
+    def serve_until_closed(self) -> None:
+        """Wait for connections, unlike serve_forever without looking 50 times a second."""
+        while not self.is_closing:
+            self.handle_request()
 
     def close(self) -> None:
         self.reset_faults()
-        self.shutdown()
+        self.is_closing = True
+        socket.create_connection(self.server_address).close()  # wakes the thread up
         self.thread.join()
         self.server_close()
 
@@ -1548,6 +1561,8 @@ class ServerProcess:
         text = b""
         with contextlib.suppress(OSError):
             command = (process / "cmdline").read_bytes()
+            if not command:  # a thread of the kernel, or a process that has ended
+                return command, text
             text = command + (process / "environ").read_bytes()
             text += os.fsencode(os.readlink(process / "cwd"))
         return command, text
