@@ -4306,7 +4306,7 @@ def test_agents_and_tests_that_hang_are_ended(fresh: Site) -> None:
         "--workers",
         "4",
         limits={"KILL_GRACE": 0.2, "MIN_GIT_TIMEOUT": 1.0},
-        CODEBOT_TASK_TIMEOUT="3",
+        CODEBOT_TASK_TIMEOUT="6",  # for the agent, git and the tests together
         CODEBOT_STALL_TIMEOUT="2",
     )
     hang = "trap '' TERM; setsid sleep 300 & while :; do sleep 0.1; echo COMMAND; done"
