@@ -6448,7 +6448,7 @@ def anyone(app: App, request: Request) -> None:
 def sent_key(request: Request) -> bytes:
     """Return the API key that the client sent, b"" if it sent none."""
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer":
+    if scheme.lower() != "bearer" or not key:
         key = request.headers.get("x-api-key", "")
     return key.strip(" \t").encode("latin-1")
 

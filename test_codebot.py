@@ -8607,6 +8607,8 @@ def test_message_says_whether_the_key_is_missing_or_not_valid(
         {"X-API-Key": API_KEY},
         {"X-API-Key": OTHER_API_KEY},
         {"Authorization": "Basic Zm9vOmJhcg==", "X-API-Key": API_KEY},
+        {"Authorization": "Bearer", "X-API-Key": API_KEY},
+        {"Authorization": "Bearer ", "X-API-Key": API_KEY},
     ],
 )
 def test_each_key_is_accepted_in_each_form(
