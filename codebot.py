@@ -358,8 +358,11 @@ SECRET_NAME_RE = re.compile(
     r"token|key|secret|pass|pwd|cred|auth(?!or)|bearer|dsn|url|header", re.IGNORECASE
 )
 ENV_LINE_RE = re.compile(
-    r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(['"]?)(.*?)\2\s*(?:(?<=\s)#.*)?"""
+    r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(['"]?)(.*?)\2\s*(?:(?<=\s)#.*)?""",
+    re.ASCII,
 )
+UNCLOSED_QUOTE_RE = re.compile(r"""(['"])(?!.*\1)""")
+BLANKS = " \t\r\n"  # strip() would also remove U+00A0, with which a key may end
 GITHUB_TOKEN_RE = re.compile(r"(gh[a-z]|github_pat)_[A-Za-z0-9._-]{36,}")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 MIN_SECRET_LENGTH = 6  # shorter ones would mask ordinary words
@@ -371,7 +374,7 @@ MIN_UNIQUE_LENGTH = 16  # shorter ones may be in a file by chance
 
 
 def split_commas(text: str) -> tuple[str, ...]:
-    parts = [part.strip() for part in text.split(",")]
+    parts = [part.strip(BLANKS) for part in text.split(",")]
     return tuple(part for part in parts if part)
 
 
@@ -380,6 +383,16 @@ def parse_command(text: str) -> tuple[str, ...]:
         return tuple(shlex.split(text))
     except ValueError:
         raise ValueError("has an unclosed quote or a trailing backslash") from None
+
+
+def parse_agent_command(text: str) -> tuple[str, ...]:
+    """Refuse a relative path: in a workspace it would name a file of the repository."""
+    words = parse_command(text)
+    if "/" in words[0] and not words[0].startswith("/"):
+        raise ValueError(
+            "must begin with the name of a program on PATH or with an absolute path"
+        )
+    return words
 
 
 def parse_int(text: str, least: int, most: int) -> int:
@@ -417,12 +430,17 @@ def parse_dollars(text: str) -> float:
 
 def parse_address(text: str) -> str:
     """Accept https, and http only on loopback; no user, query or fragment."""
-    parts = urllib.parse.urlsplit(text)
+    problem = "must be an address like https://ghe.example.com"
+    try:
+        parts = urllib.parse.urlsplit(text)
+        has_host = parts.hostname and parts.port != 0
+    except ValueError:  # a malformed IPv6 address or port
+        raise ValueError(problem) from None
     is_loopback = parts.hostname in LOOPBACK_NAMES
     is_encrypted = parts.scheme == "https"
     has_extras = "@" in parts.netloc or parts.query or parts.fragment
-    if not parts.hostname or has_extras or re.search(r"\s", text):
-        raise ValueError("must be an address like https://ghe.example.com")
+    if not has_host or has_extras or re.search(r"\s", text):
+        raise ValueError(problem)
     if not is_encrypted and not (parts.scheme == "http" and is_loopback):
         raise ValueError("must begin with https:// (http:// only on this machine)")
     return text.rstrip("/")
@@ -507,7 +525,7 @@ class Config:
         "CODEBOT_ALLOWED_REPOSITORIES", split_commas, ("*",)
     )
     claude: tuple[str, ...] = setting(
-        "CODEBOT_CLAUDE_COMMAND", parse_command, ("claude",)
+        "CODEBOT_CLAUDE_COMMAND", parse_agent_command, ("claude",)
     )
     claude_args: tuple[str, ...] = setting("CODEBOT_CLAUDE_ARGS", parse_command, ())
     task_timeout: int = setting("CODEBOT_TASK_TIMEOUT", parse_count, 3600)
@@ -584,12 +602,19 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
         problems.append(f"Cannot read {path}: {os_error_text(error)}.")
         return variables
     for number, line in enumerate(text.split("\n"), 1):
-        match = ENV_LINE_RE.fullmatch(line.strip())
-        if match:
+        match = ENV_LINE_RE.fullmatch(line.strip(BLANKS))
+        if match and not match[2] and UNCLOSED_QUOTE_RE.match(match[3]):
+            problems.append(f"{path}, line {number}: the quote is not closed.")
+        elif match:
             variables[match[1]] = match[3]
         elif line.strip() and not line.lstrip().startswith("#"):
             problems.append(f"{path}, line {number}: expected NAME=value.")
     return variables
+
+
+def hide_password(text: str) -> str:
+    """Replace USER:PASSWORD in the addresses in a text."""
+    return re.sub(r"(\w+://)?\S*:\S*@", r"\1***@", text)
 
 
 def read_settings(
@@ -599,17 +624,20 @@ def read_settings(
     values: dict[str, Any] = {}
     for field in CONFIG_FIELDS:
         name = field.metadata["variable"]
-        text = variables.get(name, "").strip()
+        text = variables.get(name, "").strip(BLANKS)
         if flags.get(field.name):
             name = flag_name(field.name)
             text = str(flags[field.name])
-        if name == "CODEBOT_ISSUE_LABEL" and name in variables:
+        if re.search("[\ud800-\udfff]", text):  # what Python makes of other bytes
+            problems.append(f"{name} is not text in UTF-8.")
+        elif name == "CODEBOT_ISSUE_LABEL" and name in variables:
             values[field.name] = text  # an empty label turns the feature off
         elif text:
             try:
                 values[field.name] = field.metadata["parse"](text)
             except ValueError as error:
-                problems.append(f"{name} {error} (it is {text!r}).")
+                shown = hide_password(text)
+                problems.append(f"{name} {error} (it is {shown!r}).")
     return values
 
 
@@ -620,7 +648,7 @@ def missing_settings(config: Config, needs_keys: bool) -> list[str]:
         place = f"in {config.env_file}"
     else:
         place = f"in {config.env_file} (not found; copy .env.example)"
-    if needs_keys and not config.api_keys:
+    if needs_keys and not split_commas(config.variables.get("CODEBOT_API_KEYS", "")):
         problems.append(
             f"CODEBOT_API_KEYS is not set. Set it {place} to a key that "
             "`openssl rand -hex 32` makes; separate several by commas."
@@ -630,6 +658,11 @@ def missing_settings(config: Config, needs_keys: bool) -> list[str]:
             problems.append(
                 f"{variable} is not set. Set it {place}, or start with --no-github."
             )
+    if config.launcher and not config.launcher_stop:
+        problems.append(
+            "CODEBOT_LAUNCHER_STOP is not set. Set it to the command that ends what "
+            "CODEBOT_LAUNCHER started, for example scancel --quiet --name={job}."
+        )
     return problems
 
 
@@ -658,11 +691,12 @@ def conflicting_settings(config: Config) -> list[str]:
         problems.append("--enable-polling and --no-github exclude each other.")
     if bool(config.tls_cert) != bool(config.tls_key):
         problems.append("--tls-cert and --tls-key must be used together.")
-    if config.launcher and not config.launcher_stop:
-        problems.append(
-            "CODEBOT_LAUNCHER_STOP is not set. Set it to the command that ends what "
-            "CODEBOT_LAUNCHER started, for example scancel --quiet --name={job}."
-        )
+    for pattern in config.allowed:
+        if not (config.no_github or re.search(r"[/*?\[]", pattern)):
+            problems.append(
+                f"CODEBOT_ALLOWED_REPOSITORIES: {pattern!r} matches nothing; use "
+                "owner/name."
+            )
     return problems
 
 
@@ -683,8 +717,8 @@ def read_config(
     config = Config(**values, env_file=env_file, variables=variables)
     if is_complete:
         problems += missing_settings(config, needs_keys)
-        problems += unreadable_files(config)
-        problems += conflicting_settings(config)
+    problems += unreadable_files(config)
+    problems += conflicting_settings(config)
     for name in NETWORK_NAMES:  # urllib and ssl read the process's environment only
         if name in variables:
             os.environ.setdefault(name, variables[name])
@@ -719,7 +753,8 @@ class Redactor(logging.Formatter):
             for text in list(secrets):
                 # Also the end of base64("x-access-token:TOKEN"): the prefix has 15
                 # bytes, a multiple of 3.
-                encoded = base64.b64encode(text.encode()).decode().rstrip("=")
+                data = text.encode("utf-8", "surrogateescape")
+                encoded = base64.b64encode(data).decode().rstrip("=")
                 secrets.add(encoded)
                 secrets.add(encoded.replace("+", "-").replace("/", "_"))
             # The longest first: one may contain another. (A pattern of them all would

@@ -2160,6 +2160,8 @@ def read_settings(**variables: str) -> tuple[dict[str, Any], list[str]]:
     ("variable", "text", "field", "value"),
     [
         ("CODEBOT_API_KEYS", " a , b,,c ", "api_keys", ("a", "b", "c")),
+        # U+00A0, a byte of which ends the UTF-8 of "à", is not a blank.
+        ("CODEBOT_API_KEYS", "\ta\xa0,b\xa0 ", "api_keys", ("a\xa0", "b\xa0")),
         ("CODEBOT_MAX_WORKERS", "3", "workers", 3),
         ("CODEBOT_TEST_ATTEMPTS", "0", "test_attempts", 0),
         ("CODEBOT_MAX_BUDGET_USD", "2.50", "budget", 2.5),
@@ -2172,6 +2174,7 @@ def read_settings(**variables: str) -> tuple[dict[str, Any], list[str]]:
         ),
         ("GITHUB_API_URL", "http://[::1]:80", "api_url", "http://[::1]:80"),
         ("CODEBOT_CLAUDE_COMMAND", "env 'A=b c' x", "claude", ("env", "A=b c", "x")),
+        ("CODEBOT_CLAUDE_COMMAND", "/opt/c -v a/b", "claude", ("/opt/c", "-v", "a/b")),
         ("CODEBOT_SANDBOX", "none", "sandbox", ("none",)),
         ("CODEBOT_AGENT_ENV", "A_B, c1", "agent_env", ("A_B", "c1")),
         ("CODEBOT_TEST_COMMANDS", "make a=b", "test_commands", (("*", "make a=b"),)),
@@ -2209,7 +2212,11 @@ def test_empty_setting_means_the_default(variable: str) -> None:
         ("GITHUB_APP_INSTALLATION_ID", "abc", "must be a whole number from 1"),
         ("GITHUB_API_URL", "github.com", "must be an address like https://"),
         ("GITHUB_API_URL", "http://github.com", "must begin with https://"),
-        ("GITHUB_API_URL", "https://a:b@github.com", "must be an address like"),
+        ("GITHUB_API_URL", "https://[::1", "must be an address like https://"),
+        ("GITHUB_API_URL", "https://ghe.io:x", "must be an address like https://"),
+        ("GITHUB_API_URL", "https://ghe.io:65536", "must be an address like https://"),
+        ("CODEBOT_CLAUDE_COMMAND", "bin/claude -x", "must begin with the name of a"),
+        ("CODEBOT_CLAUDE_COMMAND", "./claude", "must begin with the name of a program"),
         ("GITHUB_ENTERPRISE_URL", "https://ghe.io/?x", "must be an address like"),
         ("CODEBOT_SANDBOX", '"env X=1 podman run', "has an unclosed quote"),
         (
@@ -2228,6 +2235,45 @@ def test_bad_setting_is_named_with_its_value_and_what_is_allowed(
     assert values == {}
     assert problem.startswith(f"{variable} {advice}")
     assert problem.endswith(f" (it is {text!r}).")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://a:b@github.com", "https://***@github.com"),
+        ("https://a:b/c@d@github.com", "https://***@github.com"),
+        ("https://token@github.com", "***@github.com"),
+        ("a:b@github.com", "***@github.com"),
+    ],
+)
+def test_bad_setting_is_shown_without_its_password(text: str, shown: str) -> None:
+    _, [problem] = read_settings(GITHUB_API_URL=text)
+    assert problem.startswith("GITHUB_API_URL must be an address like")
+    assert problem.endswith(f" (it is {shown!r}).")
+
+
+@pytest.mark.parametrize("variable", ["CODEBOT_API_KEYS", "CODEBOT_MAX_WORKERS"])
+def test_setting_that_is_not_utf_8_is_refused_and_not_shown(variable: str) -> None:
+    values, problems = read_settings(**{variable: "abc\udca0"})
+    assert values == {}
+    assert problems == [f"{variable} is not text in UTF-8."]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_refused"),
+    [("acme", True), ("acme/*", False), ("*", False), ("acme?w[ab]", False)],
+)
+def test_allowed_pattern_that_matches_nothing_at_github_is_refused(
+    pattern: str, is_refused: bool
+) -> None:
+    config = codebot.Config(allowed=("a/b", pattern))
+    problem = (
+        f"CODEBOT_ALLOWED_REPOSITORIES: {pattern!r} matches nothing; use owner/name."
+    )
+    expected = [problem] if is_refused else []
+    assert codebot.conflicting_settings(config) == expected
+    plain = codebot.Config(allowed=(pattern,), no_github=True)
+    assert codebot.conflicting_settings(plain) == []
 
 
 def test_flag_overrides_variable() -> None:
@@ -2261,6 +2307,10 @@ def test_settings_show_no_secret() -> None:
         ("NAME=a#b", "a#b"),
         ("NAME=a=b", "a=b"),
         ("NAME='a\"b'", 'a"b'),
+        ("NAME='\"'", '"'),
+        ("NAME='a b' \"c\"", "'a b' \"c\""),
+        ("NAME=a'b", "a'b"),
+        ("NAME=a\xa0", "a\xa0"),
         ("NAME=value\r", "value"),
         ("\ufeffNAME=value", "value"),
     ],
@@ -2279,6 +2329,8 @@ def test_line_of_env_file(tmp_path: Path, line: str, value: str) -> None:
         (b"A=1\njunk\n", "{path}, line 2: expected NAME=value."),
         (b"A-B=1\n", "{path}, line 1: expected NAME=value."),
         (b"A=\xff\n", "{path} is not a text file in UTF-8."),
+        (b"\nA='b\n", "{path}, line 2: the quote is not closed."),
+        (b'A="b c # d\n', "{path}, line 1: the quote is not closed."),
     ],
 )
 def test_bad_env_file_is_refused(tmp_path: Path, content: bytes, problem: str) -> None:
@@ -2342,6 +2394,7 @@ def redact(tmp_path: Path) -> codebot.Redactor:
             "HTTPS_PROXY": "http://user:proxy-pass@proxy:80",
             "MY_TOKEN": "my-token",
             "MY_COLOR": "my-color",
+            "ANTHROPIC_AUTH_TOKEN": "8-bit-token-\udca0",
         },
     )
     redactor = codebot.Redactor(config)
@@ -2357,6 +2410,7 @@ def redact(tmp_path: Path) -> codebot.Redactor:
         "sk-model",
         "proxy-pass",
         "my-token",
+        "8-bit-token-\udca0",
         "v1.installation-token",
         "qzXJ+/secretline",
         PEM_KEY.strip(),
@@ -10650,6 +10704,16 @@ MISTAKES = {
         flags=("--tls-cert", "DIR/keys/cert.pem", "--tls-key", "DIR/junk"),
         files=JUNK,
     ),
+    "key is not UTF-8": Mistake(
+        "CODEBOT_API_KEYS is not text in UTF-8.", {"CODEBOT_API_KEYS": "abc\udca0"}
+    ),
+    "agent in the workspace": Mistake(
+        "CODEBOT_CLAUDE_COMMAND must begin with the name of a program on PATH or with "
+        "an absolute path (it is 'bin/claude').",
+        {"CODEBOT_CLAUDE_COMMAND": "bin/claude"},
+        files={"tools/claude": "#!/bin/sh\necho 2.1.0\n"},
+        programs=("git", "openssl", "sh", "echo"),
+    ),
     "junk in .env": Mistake(
         "DIR/start/.env, line 2: expected NAME=value.",
         files={"start/.env": "A=1\njunk\n"},
@@ -10806,6 +10870,22 @@ def test_all_bad_settings_are_reported_at_once(fresh: Site) -> None:
     ):
         assert [line for line in lines if line.startswith(f"codebot: {name}")]
     assert len(lines) == 4
+
+
+def test_bad_line_of_env_file_hides_only_what_seems_to_be_missing(fresh: Site) -> None:
+    (fresh.server.start_dir / ".env").write_text("junk\n")
+    done = fresh.server.run(
+        *serve_arguments(fresh),
+        "--tls-cert",
+        "nope.pem",
+        GITHUB_APP_ID=None,
+        CODEBOT_LAUNCHER="env",
+    )
+    assert done.returncode == 2
+    bad_line, file, conflict = done.stderr.splitlines()
+    assert bad_line.endswith("line 1: expected NAME=value.")
+    assert file == "codebot: --tls-cert: nope.pem does not exist."
+    assert conflict == "codebot: --tls-cert and --tls-key must be used together."
 
 
 @pytest.mark.parametrize(
