@@ -196,6 +196,8 @@ TRANSITIONS = {
     "failed": (),
 }
 
+CANCELLED_TEXT = "The task was cancelled"
+
 MAX_INTERRUPTIONS = 3  # a job that was interrupted this often fails
 RETRY_DELAY = 60.0  # seconds until a job is retried after a transient error
 # Seconds after which a transient error is no longer retried.
@@ -3283,7 +3285,7 @@ class Store:
                     "pending",
                     "failed",
                     "cancelled",
-                    "The task was cancelled while it was pending",
+                    CANCELLED_TEXT,
                 )
 
     def begin_push(self, job_id: str) -> bool:
@@ -6050,7 +6052,6 @@ REASON_BY_PHASE = {
     "push": "push_rejected",
     "pull_request": "pull_request_failed",
 }
-CANCELLED_TEXT = "The task was cancelled while it ran"
 
 
 def repeat_until_stopped(app: App, step: Callable[[], None], seconds: float) -> None:

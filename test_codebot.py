@@ -8831,6 +8831,7 @@ def test_full_queue_gets_503_until_there_is_room(limited: Site) -> None:
         assert limited.api.cancel(waiting) == 202
         status = limited.api.status(waiting)
         assert status["reason"] == "cancelled"
+        assert status["error"] == "The task was cancelled"
         assert status["started_at"] is None
         assert limited.api.cancel(waiting) == 409
         assert limited.api.cancel(limited.api.submit()) == 202
@@ -11400,6 +11401,7 @@ def test_interrupted_run_ends_cleanly(fresh: Site) -> None:
     stdout, stderr = process.communicate(timeout=20)
     assert process.returncode == 1
     assert json.loads(stdout)["reason"] == "cancelled"
+    assert json.loads(stdout)["error"] == "The task was cancelled"
     assert "Traceback" not in stderr
     wait_for(lambda: fresh.server.strays() == [])
 
