@@ -328,7 +328,12 @@ def truncate(text: str, limit: int, length: int = 0) -> str:
 
 def os_error_text(error: OSError) -> str:
     """Return what went wrong in words, without the number and the path."""
-    return (error.strerror or str(error)).lower()
+    text = error.strerror or str(error)
+    if isinstance(error, ssl.SSLCertVerificationError):
+        text = error.verify_message
+    elif isinstance(error, ssl.SSLError) and error.reason:
+        text = error.reason.replace("_", " ")
+    return text.lower().rstrip(".")
 
 
 # --- Settings and secrets ----------------------------------------------------

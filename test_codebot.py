@@ -2148,6 +2148,51 @@ def test_readme_table_has_every_setting_with_its_default() -> None:
             assert rows[name] == str(field.default), name
 
 
+# --- Errors ------------------------------------------------------------------
+
+
+def test_error_of_the_system_is_given_in_words() -> None:
+    error = FileNotFoundError(errno.ENOENT, "No such file", "/x")
+    assert codebot.os_error_text(error) == "no such file"
+    assert codebot.os_error_text(OSError("Odd")) == "odd"
+
+
+def refused_handshake(data: bytes) -> ssl.SSLError:
+    """Return the error of a TLS client that gets this from its server."""
+    incoming = ssl.MemoryBIO()
+    incoming.write(data)
+    client = ssl.create_default_context().wrap_bio(
+        incoming, ssl.MemoryBIO(), server_hostname="localhost"
+    )
+    with pytest.raises(ssl.SSLError) as raised:
+        client.do_handshake()
+    return raised.value
+
+
+def test_error_of_tls_is_given_in_words() -> None:
+    text = codebot.os_error_text(refused_handshake(b"HTTP/1.1 400 Bad Request\r\n"))
+    assert re.fullmatch("[a-z ]+", text)
+
+
+def test_error_of_a_certificate_is_given_in_words(templates: Path) -> None:
+    keys = templates / "keys"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(keys / "cert.pem", keys / "app.pem")
+    to_server = ssl.MemoryBIO()
+    to_client = ssl.MemoryBIO()
+    server = context.wrap_bio(to_server, to_client, server_side=True)
+    client = ssl.create_default_context().wrap_bio(
+        to_client, to_server, server_hostname="localhost"
+    )
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    with pytest.raises(ssl.SSLWantReadError):
+        server.do_handshake()
+    with pytest.raises(ssl.SSLCertVerificationError) as raised:
+        client.do_handshake()
+    assert re.fullmatch("self.signed certificate", codebot.os_error_text(raised.value))
+
+
 # --- Settings: parsing -------------------------------------------------------
 
 
