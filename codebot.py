@@ -820,6 +820,8 @@ def configured_secrets(config: Config) -> set[str]:
 
 # SIGTERM and SIGKILL, as Popen and as a shell report them.
 SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
+NOISE_RE = re.compile(r"hint:.*|remote:|")
+CAUSE_RE = re.compile(r"(fatal|error|remote: error):|.*denied")
 
 
 class ProgramResult(NamedTuple):
@@ -831,10 +833,13 @@ class ProgramResult(NamedTuple):
 
     @property
     def error(self) -> str:
-        """The end of its error output (else of its output), for an error message."""
-        lines = self.stderr or self.stdout
-        lines = [line.strip() for line in lines if not line.startswith("hint:")]
-        return " / ".join(filter(None, lines[-4:]))[-1500:] or "no output"
+        """The cause in, and the end of, its error output (else of its output)."""
+        lines = [line.strip() for line in self.stderr or self.stdout]
+        lines = [line for line in lines if not NOISE_RE.fullmatch(line)]
+        if len(lines) > 4:
+            causes = [line for line in lines[:-3] if CAUSE_RE.match(line)]
+            lines = causes[:1] + lines[-3:]
+        return " / ".join(lines)[-1500:] or "no output"
 
 
 def never_stop() -> None:

@@ -9654,6 +9654,61 @@ def test_process_that_left_its_group_may_clean_up(tmp_path: Path) -> None:
     assert (tmp_path / "cleaned").read_text() == "clean\n"
 
 
+SSH_REFUSAL = """\
+Warning: Permanently added 'git.acme.com' (ED25519) to the list of known hosts.
+git@git.acme.com: Permission denied (publickey).
+fatal: Could not read from remote repository.
+
+Please make sure you have the correct access rights
+and the repository exists.
+"""
+# As GitHub's pre-receive hook and git print it.
+SECRET_REFUSAL = """\
+remote: error: GH013: Repository rule violations found for refs/heads/u/codebot/x.        
+remote: 
+remote: - GITHUB PUSH PROTECTION        
+remote:   Push cannot contain secrets        
+remote: 
+remote:     (?) Learn how to resolve a blocked push        
+remote: 
+To https://github.com/acme/widget.git
+ ! [remote rejected] abc -> u/codebot/x (push declined due to repository rule violations)
+error: failed to push some refs to 'https://github.com/acme/widget.git'
+hint: See the "Note about fast-forwards" in 'git push --help' for details.
+"""
+
+
+@pytest.mark.parametrize(
+    ("stderr", "error"),
+    [
+        (
+            SSH_REFUSAL,
+            (
+                "git@git.acme.com: Permission denied (publickey). / fatal: Could not "
+                "read from remote repository. / Please make sure you have the correct "
+                "access rights / and the repository exists."
+            ),
+        ),
+        (
+            SECRET_REFUSAL,
+            (
+                "remote: error: GH013: Repository rule violations found for "
+                "refs/heads/u/codebot/x. / To https://github.com/acme/widget.git / "
+                "! [remote rejected] abc -> u/codebot/x (push declined due to "
+                "repository rule violations) / error: failed to push some refs to "
+                "'https://github.com/acme/widget.git'"
+            ),
+        ),
+        ("a\nb\nfatal: c\nd\n", "a / b / fatal: c / d"),
+        ("a\nb\nc\nfatal: d\ne\n", "c / fatal: d / e"),
+        ("a\nb\nc\nd\ne\n", "c / d / e"),
+        ("  hint: a\nremote: \n\n", "no output"),
+    ],
+)
+def test_error_of_program_has_its_cause_and_its_end(stderr: str, error: str) -> None:
+    assert codebot.ProgramResult(1, [], stderr.split("\n")).error == error
+
+
 # --- The launcher: Slurm -----------------------------------------------------
 #
 # Slurm's own programs on this machine, with a node that has its own PID namespace, and
