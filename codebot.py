@@ -1447,13 +1447,16 @@ class Sandbox:
                 raise ConfigError(*problems)
             self.disable_userns = self.bwrap_can_disable_userns(run_tag)
         with scratch_workspace(self.config.work_dir) as workspace:
-            return self.run_probe(workspace, run_tag, command)
+            return self.run_probe(workspace, run_tag, command or ("true",))
 
     def bwrap_can_disable_userns(self, run_tag: str) -> bool:
         """Return whether bwrap is 0.8 or newer. Raises ConfigError if it must be."""
         env = base_environment(self.config, run_tag)
         try:
-            help_text = run_program(["bwrap", "--help"], env).stdout
+            limits = Limits(timeout=PROBE_TIMEOUT)
+            help_text = run_program(["bwrap", "--help"], env, limits=limits).stdout
+        except TimedOut:
+            raise ConfigError(self.failure("bwrap --help timed out")) from None
         except OSError:
             raise ConfigError(
                 "bwrap is not installed, so there is no sandbox for the agent. "
@@ -1473,7 +1476,7 @@ class Sandbox:
     ) -> ProgramResult:
         """Write a file through launcher and sandbox, and read it here."""
         config = self.config
-        script = 'echo works >probe && { "$@"; true; }'
+        script = 'echo works >probe && "$@"'
         objects = os.path.join(workspace, "objects")
         argv = self.wrap(["sh", "-c", script, "sh", *command], workspace, objects)
         has_started = threading.Event()
@@ -1500,9 +1503,10 @@ class Sandbox:
             raise ConfigError(self.failure(problem)) from None
         finally:
             stop_launched(config, workspace, run_tag)
-        if result.code != 0:
+        has_probe = os.path.exists(os.path.join(repo, "probe"))
+        if not has_probe and result.code != 0:
             raise ConfigError(self.failure(result.error))
-        if not os.path.exists(os.path.join(repo, "probe")):
+        if not has_probe:
             raise ConfigError(
                 f"A file that was written to {workspace} in the sandbox or on the "
                 "node is not there on this host: both must see the same directory."
@@ -1512,8 +1516,8 @@ class Sandbox:
     def failure(self, error: str) -> str:
         """Say that the sandbox does not start, and what to do."""
         return (
-            f'The sandbox does not start: {error}. See README, "Sandbox", for the '
-            "fix on this host, or accept an agent that can read codebot's secrets "
+            f'The sandbox does not start: {error}. See README, "Troubleshooting", for '
+            "the fix on this host, or accept an agent that can read codebot's secrets "
             "with CODEBOT_SANDBOX=none."
         )
 
@@ -8752,6 +8756,9 @@ Check = Callable[[App], Iterator[Finding]]
 
 def version_finding(command: str, result: ProgramResult, least: str) -> Finding:
     """Judge what a program printed when it was asked for its version."""
+    if result.code != 0:
+        problem = f"`{command}` failed (exit code {result.code}): {result.error}"
+        return Finding("FAIL", problem)
     match = re.search(r"[0-9]+(\.[0-9]+)+", " ".join(result.stdout))
     if match is None:
         return Finding("FAIL", f"`{command}` printed no version: {result.error}")

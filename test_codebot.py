@@ -3246,6 +3246,16 @@ def test_old_bwrap_is_refused_for_root(fresh: Site) -> None:
     assert "0.8" in done.stderr
 
 
+def test_bwrap_that_hangs_is_refused(
+    fresh: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "PROBE_TIMEOUT", 0.1)
+    path = write_bwrap(fresh, "exec sleep 60")
+    config = codebot.Config(path=path, work_dir=str(fresh.server.work_dir))
+    with pytest.raises(codebot.ConfigError, match="not start: bwrap --help timed out"):
+        codebot.Sandbox(config).probe("the-tests-")
+
+
 @needs_bwrap
 @pytest.mark.parametrize("key_file", ["/etc/hosts", "/usr/bin/env"])
 def test_key_in_directory_that_cannot_be_hidden_is_refused(
@@ -10845,7 +10855,7 @@ MISTAKES = {
     ),
     "sandbox program missing": Mistake(
         "The sandbox does not start: cannot start nosuch-podman: no such file or "
-        'directory. See README, "Sandbox"',
+        'directory. See README, "Troubleshooting", for the fix',
         {"CODEBOT_SANDBOX": "nosuch-podman run"},
     ),
     "bwrap missing": Mistake(
@@ -10881,6 +10891,10 @@ MISTAKES = {
     "work directory unusable": Mistake(
         "Cannot use /proc/x as the work directory: no such file or directory for user",
         flags=("--work-dir", "/proc/x"),
+    ),
+    "sandbox program fails": Mistake(
+        'The sandbox does not start: no box. See README, "Troubleshooting"',
+        {"CODEBOT_SANDBOX": "sh -c 'echo no box >&2; exit 4' sh"},
     ),
     "database is no database": Mistake(
         "The database DIR/work/codebot.db cannot be used: file is not a database. Use a "
@@ -11237,6 +11251,16 @@ def test_check_goes_on_when_settings_are_missing(fresh: Site) -> None:
     assert "ok    git 2." in done.stdout
     assert done.stdout.endswith("3 problem(s). Fix them, and run check again.\n")
     assert fresh.github.requests == []
+
+
+def test_check_fails_if_the_agent_has_no_version(fresh: Site) -> None:
+    agent = fresh.directory / "broken"
+    agent.write_text("#!/bin/sh\necho 2.1.0; echo no license >&2; exit 3\n")
+    agent.chmod(0o755)
+    done = run_check(fresh, CODEBOT_CLAUDE_COMMAND=str(agent))
+    assert done.returncode == 1
+    line = f"FAIL  `{agent} --version` failed (exit code 3): no license\n"
+    assert line in done.stdout
 
 
 def test_check_changes_nothing_but_work_dir(fresh: Site) -> None:
