@@ -3025,7 +3025,9 @@ class Store:
             self._reader = self._connect()
         except sqlite3.Error as error:
             raise ConfigError(
-                f"The database {path} cannot be used: {error}. Use a new --work-dir."
+                f"The database {path} cannot be used: {error}. End programs that hold "
+                "it, and free space on its disk; if it is damaged, use a new "
+                "--work-dir (or CODEBOT_DATABASE)."
             ) from None
         self._inode = os.stat(path).st_ino
 
@@ -3983,7 +3985,7 @@ class App:
         be used.
         """
         work_dir = self.config.work_dir
-        lock_work_dir(work_dir)
+        lock_files(self.config)
         tempfile.tempdir = work_dir  # programs' output may be large: not in memory
         end_tagged_processes(self.work_dir_tag)
         stop_all_launched(self.config, self.run_tag)
@@ -3991,10 +3993,7 @@ class App:
             remove_tree(self.config, path, self.run_tag)
         for path in all_mirrors(work_dir):
             self.mirror(path, self.run_tag, never_stop).remove_stale_files()
-        database = self.config.database_file
-        if self.config.database:  # it may be that of another work directory
-            hold_lock(f"{database}.lock", database)
-        self.store = Store(database)
+        self.store = Store(self.config.database_file)
         try:
             self.sandbox.probe(self.run_tag)
         except LaunchFailed as error:
@@ -4056,34 +4055,43 @@ class App:
                 raise StopRequested()
 
 
-def lock_work_dir(work_dir: str) -> None:
-    """Make the work directory, and lock it. Raises ConfigError."""
+def lock_files(config: Config) -> None:
+    """Make and lock the work directory; lock the database. Raises ConfigError."""
+    work_dir = config.work_dir
     try:
         os.makedirs(work_dir, mode=0o700, exist_ok=True)
-        hold_lock(f"{work_dir}/codebot.lock", work_dir)
     except FileExistsError:
         raise ConfigError(f"{work_dir} is a file, not a directory.") from None
     except OSError as error:
-        raise ConfigError(
-            f"Cannot use {work_dir} as the work directory: {os_error_text(error)} "
-            f"for user {os.getuid()}. Use another --work-dir."
-        ) from None
+        raise unusable(work_dir, error, "--work-dir") from None
+    hold_lock(f"{work_dir}/codebot.lock", work_dir, "--work-dir")
+    if config.database:  # it may be that of another work directory
+        hold_lock(f"{config.database}.lock", config.database, "CODEBOT_DATABASE")
 
 
-def hold_lock(path: str, subject: str) -> None:
-    """Hold a lock file until this process ends. Raises ConfigError if it is held."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+def hold_lock(path: str, subject: str, setting: str) -> None:
+    """Hold a lock file until this process ends. Raises ConfigError if it cannot."""
     try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.truncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     except BlockingIOError:
         holder = os.read(lock, 20).decode(errors="replace").strip()
         os.close(lock)
         raise ConfigError(
             f"{subject} is in use by another codebot (process {holder}). Stop it, "
-            "or use another --work-dir."
+            f"or use another {setting}."
         ) from None
-    os.truncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    except OSError as error:
+        raise unusable(path, error, setting) from None
+
+
+def unusable(path: str, error: OSError, setting: str) -> ConfigError:
+    reason = os_error_text(error)
+    if isinstance(error, PermissionError):
+        reason += f" for user {os.getuid()}"
+    return ConfigError(f"Cannot use {path}: {reason}. Use another {setting}.")
 
 
 def remove_tree(config: Config, path: str, run_tag: str) -> None:
@@ -9139,7 +9147,7 @@ MAX_CLOCK_SKEW = 30.0  # seconds
 def check_work_dir(app: App) -> Iterator[Finding]:
     config = app.config
     try:
-        lock_work_dir(config.work_dir)
+        lock_files(config)
         if os.path.exists(config.database_file):
             Store(config.database_file)
     except ConfigError as error:
@@ -9150,13 +9158,12 @@ def check_work_dir(app: App) -> Iterator[Finding]:
     free = shutil.disk_usage(config.work_dir).free
     if free < LOW_DISK_BYTES:
         yield Finding("warn", f"Only {free >> 20} MiB of its disk are left. Free some.")
+    yield from check_sandbox(app)
 
 
 def check_sandbox(app: App) -> Iterator[Finding]:
     """Run the agent's program in the sandbox, as a task would."""
     config = app.config
-    if not os.access(f"{config.work_dir}/", os.W_OK):
-        return  # which has been said
     command = [*config.claude, "--version"]
     try:
         result = app.sandbox.probe(app.run_tag, *command)

@@ -10889,16 +10889,22 @@ MISTAKES = {
         files=JUNK,
     ),
     "work directory unusable": Mistake(
-        "Cannot use /proc/x as the work directory: no such file or directory for user",
+        "Cannot use /proc/x: no such file or directory. Use another --work-dir.",
         flags=("--work-dir", "/proc/x"),
+    ),
+    "directory of the database missing": Mistake(
+        "Cannot use DIR/nowhere/x.db.lock: no such file or directory. Use another "
+        "CODEBOT_DATABASE.",
+        {"CODEBOT_DATABASE": "DIR/nowhere/x.db"},
     ),
     "sandbox program fails": Mistake(
         'The sandbox does not start: no box. See README, "Troubleshooting"',
         {"CODEBOT_SANDBOX": "sh -c 'echo no box >&2; exit 4' sh"},
     ),
     "database is no database": Mistake(
-        "The database DIR/work/codebot.db cannot be used: file is not a database. Use a "
-        "new --work-dir.",
+        "The database DIR/work/codebot.db cannot be used: file is not a database. End "
+        "programs that hold it, and free space on its disk; if it is damaged, use a new "
+        "--work-dir (or CODEBOT_DATABASE).",
         files={"work/codebot.db": "junk\n" * 200},
     ),
 }
@@ -11059,6 +11065,31 @@ def test_doubtful_things_are_logged_by_serve_and_listed_by_check(fresh: Site) ->
         assert doubt in log
     assert API_KEY not in done.stdout + log
     assert "Traceback" not in log
+
+
+@not_as_root
+def test_unwritable_work_directory_names_the_user(fresh: Site) -> None:
+    fresh.server.work_dir.mkdir(mode=0o500)
+    done = fresh.server.run(*serve_arguments(fresh))
+    assert done.returncode == 2
+    assert f"permission denied for user {os.getuid()}. Use another" in done.stderr
+
+
+def test_database_of_another_codebot_is_refused(fresh: Site) -> None:
+    database = str(fresh.directory / "shared.db")
+    fresh.server.start(CODEBOT_DATABASE=database)
+    assert fresh.server.process is not None
+    advice = (
+        f"{database} is in use by another codebot (process "
+        f"{fresh.server.process.pid}). Stop it, or use another CODEBOT_DATABASE."
+    )
+    flags = ("--port", "0", "--work-dir", str(fresh.directory / "other"))
+    done = fresh.server.run("serve", *flags, CODEBOT_DATABASE=database)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"codebot: {advice}"
+    done = fresh.server.run("check", *flags, CODEBOT_DATABASE=database)
+    assert done.returncode == 1
+    assert f"FAIL  {advice}" in done.stdout
 
 
 def test_second_codebot_in_same_work_dir_is_refused(fresh: Site) -> None:
