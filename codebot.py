@@ -9144,6 +9144,16 @@ CHECK_TIMEOUT = 1.5  # seconds for GitHub to answer; with a retry at most 5 in a
 MAX_CLOCK_SKEW = 30.0  # seconds
 
 
+def check_port(app: App) -> Iterator[Finding]:
+    config = app.config
+    try:
+        # Without TLS, whose files have a check of their own.
+        listen(App(dataclasses.replace(config, tls_cert=""))).server_close()
+        yield Finding("ok", f"Port {config.port} on {config.host} can be used")
+    except ConfigError as error:
+        yield Finding("FAIL", str(error))
+
+
 def check_work_dir(app: App) -> Iterator[Finding]:
     config = app.config
     try:
@@ -9272,7 +9282,7 @@ def all_findings(app: App, problems: Sequence[str]) -> Iterator[Finding]:
     yield Finding("ok", f"Python {sys.version.split()[0]}; settings from {source}")
     for problem in problems:
         yield Finding("FAIL", problem)
-    checks = [*HOST_CHECKS, check_server, check_work_dir, check_sandbox]
+    checks = [*HOST_CHECKS, check_server, check_port, check_work_dir]
     if not any(problem.startswith("GITHUB_") for problem in problems):
         checks.append(check_github)
     for check in checks:

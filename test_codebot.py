@@ -10738,7 +10738,6 @@ class Mistake:
     flags: tuple[str, ...] = ()
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     programs: tuple[str, ...] = ()  # all that PATH has, if that matters
-    is_checked: bool = True  # `check` finds it, too
 
 
 JUNK = {"junk": "junk\n"}
@@ -10790,13 +10789,11 @@ MISTAKES = {
         "Port PORT on 127.0.0.1 is in use (another codebot?). Stop it, or use another "
         "--port.",
         flags=("--port", "PORT"),
-        is_checked=False,
     ),
     "foreign host": Mistake(
         "Port 0 on 192.0.2.1 cannot be used: this machine has no such address. Use "
         "another --host.",
         flags=("--host", "192.0.2.1"),
-        is_checked=False,
     ),
     "number of workers": Mistake(
         "--workers must be a whole number from 1 to 999 (it is 'zero').",
@@ -10949,12 +10946,11 @@ def test_mistake_ends_start_with_advice(fresh: Site, name: str) -> None:
     assert [line for line in lines if line.startswith(f"codebot: {advice}")] == lines
     assert len(lines) == 1
     assert "Errno" not in done.stderr
-    if mistake.is_checked:
-        done = fresh.server.run_forked("check", *flags, **settings)
-        assert done.returncode == 1
-        assert f"FAIL  {advice}" in done.stdout
-        assert done.stdout.count("FAIL") == 1
-        assert "Errno" not in done.stdout + done.stderr
+    done = fresh.server.run_forked("check", *flags, **settings)
+    assert done.returncode == 1
+    assert f"FAIL  {advice}" in done.stdout
+    assert done.stdout.count("FAIL") == 1
+    assert "Errno" not in done.stdout + done.stderr
 
 
 @not_as_root
@@ -11241,6 +11237,7 @@ def test_check_lists_what_is_fine_and_says_what_is_next(fresh: Site) -> None:
         f"ok    {fresh.agent.path} 2.1.0",
         f"ok    The App's key {fresh.server.key_file} can sign",
         f"ok    GitHub answers at {fresh.github.url}; the App is Acme Bot",
+        "ok    Port 0 on 127.0.0.1 can be used",
         "ok    Installation 678 of acme",
         "ok    Repositories: acme/widget, acme/gadget",
     ):
