@@ -8564,6 +8564,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             pass
 
 
+def tls_context(config: Config) -> ssl.SSLContext:
+    """Return what HTTPS needs. Raises OSError if a TLS file cannot be used."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Without a password, OpenSSL asks for that of an encrypted key in the terminal.
+    context.load_cert_chain(config.tls_cert, config.tls_key, password="")
+    return context
+
+
 class Server(http.server.ThreadingHTTPServer):
     """http.server with a bounded pool of threads and a deadline for every client.
 
@@ -8592,9 +8601,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._pool = concurrent.futures.ThreadPoolExecutor(POOL_THREADS, "http")
         self._tls: ssl.SSLContext | None = None
         if config.tls_cert:
-            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            self._tls.minimum_version = ssl.TLSVersion.TLSv1_2
-            self._tls.load_cert_chain(config.tls_cert, config.tls_key)
+            self._tls = tls_context(config)
         if ":" in config.host:
             self.address_family = socket.AF_INET6
         super().__init__((config.host, config.port), Handler)
@@ -8867,13 +8874,12 @@ def check_server(app: App) -> Iterator[Finding]:
         )
     if config.tls_cert and config.tls_key:
         try:
-            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            tls.load_cert_chain(config.tls_cert, config.tls_key)
+            tls_context(config)
         except OSError:
             yield Finding(
                 "FAIL",
                 f"{config.tls_key} is not the private key of {config.tls_cert}, or one "
-                "of them is not a PEM file.",
+                "of them is not a PEM file, or is encrypted.",
             )
 
 

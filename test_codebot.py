@@ -11063,6 +11063,19 @@ def test_doubtful_things_are_logged_by_serve_and_listed_by_check(fresh: Site) ->
     assert "Traceback" not in log
 
 
+def test_encrypted_tls_key_is_refused_without_a_prompt(fresh: Site) -> None:
+    keys = fresh.server.key_file.parent
+    key = ("openssl", "rsa", "-aes256", "-passout", "pass:secret", "-in", "app.pem")
+    run_command(*key, "-out", "encrypted.pem", cwd=keys)
+    flags = ("--tls-cert", f"{keys}/cert.pem", "--tls-key", f"{keys}/encrypted.pem")
+    for command in ("serve", "check"):
+        done = fresh.server.run(command, *serve_arguments(fresh)[1:], *flags)
+        assert done.returncode != 0
+        advice = "one of them is not a PEM file, or is encrypted."
+        assert advice in done.stdout + done.stderr
+        assert "PEM pass phrase" not in done.stdout + done.stderr
+
+
 @not_as_root
 def test_unwritable_work_directory_names_the_user(fresh: Site) -> None:
     fresh.server.work_dir.mkdir(mode=0o500)
