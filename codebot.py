@@ -8754,6 +8754,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 Flags = Mapping[str, Any]  # of the command line, by name
 
+SETTING_PREFIXES = ("CODEBOT_", "GITHUB_APP_", "GITHUB_WEBHOOK_", "GITHUB_ENTERPRISE_")
 PROGRAM_VERSIONS = {"git --version": "2.31", "openssl version": "1.1.1"}
 MIN_KEY_LENGTH = 20  # characters of an API key; less can be guessed
 MIN_STALL_TIMEOUT = 900  # seconds: the agent waits in silence for its commands
@@ -8815,7 +8816,7 @@ def check_settings(app: App) -> Iterator[Finding]:
     config = app.config
     known = [field.metadata["variable"] for field in CONFIG_FIELDS]
     for name in sorted(config.variables.keys() - {*known, "CODEBOT_RUN"}):
-        if name.startswith(("CODEBOT_", "GITHUB_APP_")):
+        if name.startswith(SETTING_PREFIXES):
             close = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {close[0]}?" if close else ". Remove it."
             yield Finding("warn", f"Unknown setting {name}{hint}")

@@ -11028,6 +11028,8 @@ def test_port_that_cannot_be_used_is_explained(
 
 DOUBTS = {
     "Unknown setting CODEBOT_APIKEYS; did you mean CODEBOT_API_KEYS?",
+    "Unknown setting GITHUB_WEBHOOK_SECRETS; did you mean GITHUB_WEBHOOK_SECRET?",
+    "Unknown setting GITHUB_ENTERPRISE_URI; did you mean GITHUB_ENTERPRISE_URL?",
     "CODEBOT_STALL_TIMEOUT is 60 s, but the agent prints nothing while a command runs",
     "No model key: set ANTHROPIC_API_KEY (or CLAUDE_CODE_OAUTH_TOKEN) in",
     "/.env can be read by other users; run: chmod go-rwx ",
@@ -11049,6 +11051,8 @@ def test_doubtful_things_are_logged_by_serve_and_listed_by_check(fresh: Site) ->
         "CODEBOT_API_KEYS": f"{API_KEY}-which-is-long-enough, short",
         "GITHUB_WEBHOOK_SECRET": None,
         "ANTHROPIC_API_KEY": None,
+        "GITHUB_WEBHOOK_SECRETS": "x",
+        "GITHUB_ENTERPRISE_URI": "x",
     }
     done = fresh.server.run("check", *serve_arguments(fresh)[1:], *flags, **settings)
     assert done.returncode == 0
