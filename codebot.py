@@ -9034,7 +9034,12 @@ def running_server(app: App) -> Iterator[Server]:
 def print_banner(app: App, port: int, pending: int) -> None:
     config = app.config
     scheme = "https" if config.tls_cert else "http"
-    url = f"{scheme}://localhost:{port}"
+    host = config.host
+    if host in (*LOOPBACK_NAMES, "0.0.0.0", "::"):
+        host = "localhost"
+    elif ":" in host:
+        host = f"[{host}]"
+    url = f"{scheme}://{host}:{port}"
     webhook = f"{url}/webhook"
     if app.github is None or not config.webhook_secret:
         webhook = "off (it needs GitHub and GITHUB_WEBHOOK_SECRET)"

@@ -11140,6 +11140,25 @@ def test_start_prints_addresses_and_what_was_requeued(fresh: Site) -> None:
     assert "Requeued:      0 job(s)\n" in fresh.server.log()
 
 
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        ("127.0.0.1", "localhost"),
+        ("0.0.0.0", "localhost"),
+        ("::", "localhost"),
+        ("192.0.2.1", "192.0.2.1"),
+        ("2001:db8::1", "[2001:db8::1]"),
+        ("codebot.acme.com", "codebot.acme.com"),
+    ],
+)
+def test_start_prints_the_host_that_it_listens_on(
+    capsys: pytest.CaptureFixture[str], host: str, shown: str
+) -> None:
+    app = codebot.App(codebot.Config(host=host, no_github=True))
+    codebot.print_banner(app, 5000, 0)
+    assert f"Page:          http://{shown}:5000/\n" in capsys.readouterr().out
+
+
 def test_start_counts_requeued_jobs(fresh: Site) -> None:
     fresh.agent.follow("block")
     fresh.server.start()
