@@ -6344,14 +6344,14 @@ class Cleanup:
 MAX_HEADER_BYTES = 32 << 10  # request line and headers
 MAX_BODY_BYTES = 1 << 20  # a body, except GitHub's deliveries
 
-# A request line and headers, stricter than http.server: no HTTP/0.9, no bare CR or LF,
-# no folded header, no space before a colon (RFC 9112, sections 3 and 5).
-HEAD_RE = re.compile(
-    rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ (?:/|https?://)[!-~]* HTTP/1\.[01]\r\n"
-    rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*"
-    rb"\r\n"
+# A request line, and a header or the blank line at the end, stricter than http.server:
+# no HTTP/0.9, no bare CR or LF, no folded header, no space before a colon (RFC 9112,
+# sections 3 and 5).
+REQUEST_LINE_RE = re.compile(
+    rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ (?:/|(?i:https?)://)[!-~]* HTTP/1\.[01]\r\n"
 )
-ABSOLUTE_FORM_RE = re.compile(r"^https?://[^/?]*")  # sent to proxies
+HEADER_RE = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*)?\r\n")
+ABSOLUTE_FORM_RE = re.compile(r"^https?://[^/?]*", re.IGNORECASE)  # sent to proxies
 HOST_RE = re.compile(r"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", re.ASCII)
 UNIQUE_HEADERS = ("host", "content-length", "authorization")
 JSON_TYPES = {
@@ -6386,7 +6386,7 @@ def strict_headers(version: str, message: email.message.Message) -> dict[str, st
         raise HTTPError(400, "Invalid Host header")
     if "transfer-encoding" in headers:
         raise HTTPError(411, "Chunked bodies are not supported; send Content-Length")
-    if not re.fullmatch("[0-9]{1,4000}", headers.get("content-length", "0")):
+    if not re.fullmatch("[0-9]+", headers.get("content-length", "0")):
         raise HTTPError(400, "Invalid Content-Length header")
     return headers
 
@@ -6412,10 +6412,10 @@ class Request:
     def body(self) -> bytes:
         """Return the whole body. Raises HTTPError if it is too long or incomplete."""
         if self._body is None:
-            length = int(self.headers.get("content-length", "0"))
+            length = float(self.headers.get("content-length", "0"))  # of any length
             if length > self.max_body:
                 raise HTTPError(413, f"The body is over {self.max_body:,} bytes long")
-            self._body = self._read_body(length)
+            self._body = self._read_body(int(length))
         return self._body
 
     def json(self, content: str) -> dict[str, Json]:
@@ -8425,8 +8425,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_headers(self) -> dict[str, str]:
         """Let http.server parse the headers, and refuse what it lets pass."""
         head = self.read_head()
-        if not HEAD_RE.fullmatch(head):
-            raise HTTPError(400, "Malformed HTTP request")
         self.raw_requestline, _, lines = head.partition(b"\n")
         connection_file = self.rfile
         self.rfile = io.BytesIO(lines)  # type: ignore[assignment]
@@ -8450,10 +8448,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if len(head) + len(line) > MAX_HEADER_BYTES:
                 kib = MAX_HEADER_BYTES >> 10
                 raise HTTPError(431, f"The headers are longer than {kib} KiB")
-            if not line.endswith(b"\r\n"):
+            if not head and line == b"\r\n":
+                continue  # blank lines may come first (RFC 9112, 2.2)
+            pattern = HEADER_RE if head else REQUEST_LINE_RE
+            if not pattern.fullmatch(line):
                 raise HTTPError(400, "Malformed HTTP request")
-            if head or line != b"\r\n":  # blank lines may come first (RFC 9112, 2.2)
-                head += line
+            head += line
         return bytes(head)
 
     def send_error(

@@ -7721,6 +7721,15 @@ def test_malformed_request_gets_400_and_the_connection_is_closed(
     assert response.headers["Connection"] == "close"
 
 
+@pytest.mark.parametrize("data", [b"GET /health\r\n", GET_HEALTH[:-2] + b"A\r\n"])
+def test_malformed_line_gets_400_before_more_arrives(
+    shared_site: Site, data: bytes
+) -> None:
+    with shared_site.api.connect() as connection:
+        connection.sendall(data)
+        assert_is_error(receive_response(connection), 400, "Malformed HTTP request")
+
+
 @pytest.mark.parametrize(
     ("headers", "message"),
     [
@@ -7811,12 +7820,13 @@ def test_length_is_needed_only_where_a_body_is_read(shared_site: Site) -> None:
         ("/api/tasks/submit", MIB + 1),
         ("/api/tasks/submit", 10**17),
         ("/api/tasks/submit", 10**3000),
+        ("/api/tasks/submit", "9" * 5000),  # too long for int()
         ("/api/tasks/no-such-task/cancel", MIB + 1),
         ("/webhook", 25 * MIB + 1),
     ],
 )
 def test_too_long_body_gets_413_before_it_is_sent(
-    shared_site: Site, path: str, length: int
+    shared_site: Site, path: str, length: int | str
 ) -> None:
     line = f"POST {path} HTTP/1.1"
     signature = "X-Hub-Signature-256: sha256=0"
@@ -7893,6 +7903,11 @@ def test_too_long_headers_get_431(shared_site: Site, data: bytes) -> None:
             b"GET https://[::1]:8/health?x=1 HTTP/1.1\r\nHost: x\r\n"
             b"Connection: close\r\n\r\n",
             id="absolute form with port and query",
+        ),
+        pytest.param(
+            b"GET HTTP://EXAMPLE.COM/health HTTP/1.1\r\nHost: x\r\n"
+            b"Connection: close\r\n\r\n",
+            id="absolute form in upper case",
         ),
         pytest.param(
             b"GET /health HTTP/1.1\r\nHost: [::1]:5000\r\nConnection: close\r\n\r\n",
