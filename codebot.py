@@ -6391,6 +6391,22 @@ def strict_headers(version: str, message: email.message.Message) -> dict[str, st
     return headers
 
 
+def parse_object(data: bytes) -> dict[str, Json]:
+    """Return a JSON object. Raises ValueError with the end of a sentence."""
+    try:
+        value = json.loads(data.decode())
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"is not JSON ({place})") from None
+    except (ValueError, RecursionError):
+        raise ValueError("is not JSON in UTF-8") from None
+    kind = JSON_TYPES[type(value)]
+    if kind != "an object":
+        raise ValueError(f"is not a JSON object but {kind}")
+    fields: dict[str, Json] = value
+    return fields
+
+
 class Request:
     """A request whose headers have arrived. Its body is read when it is first needed."""
 
@@ -6419,19 +6435,15 @@ class Request:
         return self._body
 
     def json(self, content: str) -> dict[str, Json]:
-        """Return the body, a JSON object; ``content`` is what it is, for the errors."""
+        """Return the body, a JSON object; ``content`` is what it is, for the error."""
         if not self.body():
             status = 400 if "content-length" in self.headers else 411
             message = f"The request has no body; send {content} as JSON"
             raise HTTPError(status, message)
         try:
-            value = json.loads(self.body().decode("utf-8"))
-        except (ValueError, RecursionError):
-            raise HTTPError(400, "The body is not JSON in UTF-8") from None
-        if not isinstance(value, dict):
-            kind = JSON_TYPES[type(value)]
-            raise HTTPError(400, f"The body is {kind}; send {content} as a JSON object")
-        return value
+            return parse_object(self.body())
+        except ValueError as error:
+            raise HTTPError(400, f"The body {error}") from None
 
     def parameters(self, *names: str) -> dict[str, str]:
         """Return the query's parameters. Only ``names`` are accepted, each once."""
@@ -6582,7 +6594,8 @@ def allowed_repository(config: Config, url: str) -> Repository:
     try:
         repository = parse_repository_url(config, url)
     except ValueError as error:
-        raise HTTPError(400, f"repository_url {error}") from None
+        shown = hide_password(url)[:100]
+        raise HTTPError(400, f"repository_url {error} (it is {shown!r})") from None
     if not repository.is_allowed(config):
         message = f"{repository.full_name} is not in CODEBOT_ALLOWED_REPOSITORIES"
         raise HTTPError(403, f"repository_url: {message}")
@@ -6593,7 +6606,9 @@ def field_problem(name: str, value: object) -> str:
     """Return what is wrong with a field of a task, "" if nothing is."""
     if name not in TASK_FIELDS:
         matches = difflib.get_close_matches(name, TASK_FIELDS, 1)
-        hint = f"did you mean {matches[0]!r}?" if matches else f"use {[*TASK_FIELDS]}"
+        hint = f"use {', '.join(TASK_FIELDS)}"
+        if matches:
+            hint = f"did you mean {matches[0]!r}?"
         return f"Unknown field {name[:100]!r}; {hint}"
     if value is None:
         return f"{name} is missing" if name in REQUIRED_FIELDS else ""
@@ -9089,16 +9104,18 @@ def read_task_flags(flags: Flags) -> dict[str, object]:
     """Return the task's fields. Raises ConfigError if they cannot be read."""
     fields: dict[str, object] = {}
     path = flags["task"]
+    subject = path
     try:
         if path == "-":
-            fields = json.load(sys.stdin)
+            subject = "standard input"
+            fields = parse_object(sys.stdin.buffer.read())
         elif path:
-            fields = json.loads(pathlib.Path(path).read_text("utf-8"))
-        fields.update({name: flags[name] for name in TASK_FIELDS if flags[name]})
+            fields = parse_object(pathlib.Path(path).read_bytes())
     except OSError as error:
-        raise ConfigError(f"Cannot read {path}: {os_error_text(error)}.") from None
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{path} is not a JSON object: {error}.") from None
+        raise ConfigError(f"Cannot read {subject}: {os_error_text(error)}.") from None
+    except ValueError as error:
+        raise ConfigError(f"{subject} {error}.") from None
+    fields.update({name: flags[name] for name in TASK_FIELDS if flags[name]})
     missing = [name for name in REQUIRED_FIELDS if name not in fields]
     if missing:
         problems = [

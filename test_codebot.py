@@ -8754,7 +8754,8 @@ def test_key_in_the_query_is_not_accepted(shared_site: Site) -> None:
     ("body", "message"),
     [
         pytest.param(b"", "no body; send the task as JSON", id="empty"),
-        pytest.param(b"{", "not JSON", id="incomplete"),
+        pytest.param(b"{", "not JSON (line 1, column 2)", id="incomplete"),
+        pytest.param(b'{\n "a": 1,}', "not JSON (line 2, column ", id="comma"),
         pytest.param(b"\xff\xfe{}", "not JSON", id="not UTF-8"),
         pytest.param("{}".encode("utf-16"), "not JSON", id="UTF-16"),
         pytest.param(b"[" * 100_000, "not JSON", id="deep"),
@@ -8800,7 +8801,13 @@ INVALID_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"description": "\ud800"}, "description contains the control character U+D800"),
     ({"descripton": "x"}, "Unknown field 'descripton'; did you mean 'description'?"),
     ({"branch": "x"}, "Unknown field 'branch'; did you mean 'base_branch'?"),
-    ({"zzz": None}, "Unknown field 'zzz'"),
+    (
+        {"zzz": None},
+        (
+            "Unknown field 'zzz'; use repository_url, description, ticket_id, "
+            "ticket_summary, test_command, base_branch"
+        ),
+    ),
     ({"base_branch": "-x"}, "base_branch '-x'"),
     ({"base_branch": "a b"}, "base_branch 'a b'"),
     ({"base_branch": "a..b"}, "base_branch 'a..b'"),
@@ -8821,6 +8828,22 @@ def test_invalid_field_gets_400_and_is_named(
 ) -> None:
     response = shared_site.api.post_task(shared_site.api.fields(**fields))
     assert_is_error(response, 400, message)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("acme/widget", "acme/widget"),
+        ("https://a:b@github.com/a/b", "https://***@github.com/a/b"),
+        ("x" * 2000, "x" * 100),
+    ],
+)
+def test_refused_url_is_shown_without_its_password(
+    shared_site: Site, url: str, shown: str
+) -> None:
+    response = shared_site.api.post_task(shared_site.api.fields(repository_url=url))
+    message = f"must look like {shared_site.github.url}/OWNER/NAME (it is '{shown}')"
+    assert_is_error(response, 400, f"repository_url {message}")
 
 
 def test_all_invalid_fields_are_named_at_once(shared_site: Site) -> None:
@@ -11556,9 +11579,9 @@ def test_run_reads_task_from_json(fresh: Site, source: str) -> None:
         (
             ("--task", "-"),
             "not JSON",
-            "- is not a JSON object: Expecting value: line 1",
+            "standard input is not JSON (line 1, column 1).",
         ),
-        (("--task", "-"), "[1]", "- is not a JSON object: "),
+        (("--task", "-"), "[1]", "standard input is not a JSON object but an array."),
         (("--task", "-"), '{"description": "x"}', "--repository-url is required"),
         (
             ("--task", "-"),
@@ -11581,6 +11604,14 @@ def test_run_refuses_bad_task(
     assert done.stderr.startswith(f"codebot: {advice}")
     assert "Errno" not in done.stderr
     assert list((shared.directory / "tmp").iterdir()) == []
+
+
+def test_run_refuses_task_that_is_not_utf_8(shared: Site) -> None:
+    file = shared.directory / "task.json"
+    file.write_bytes(b'{"description": "\xff"}')
+    done = shared.server.run("run", "--task", str(file))
+    assert done.returncode == 2
+    assert done.stderr == f"codebot: {file} is not JSON in UTF-8.\n"
 
 
 def start_command(site: Site, *args: str) -> subprocess.Popen[str]:
