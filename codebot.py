@@ -6532,30 +6532,37 @@ def submitter(request: Request) -> str:
 def api_key(app: App, request: Request) -> None:
     """Needs one of the API keys. Compares with all of them, in constant time."""
     key = sent_key(request)
-    challenge = {"WWW-Authenticate": 'Bearer realm="codebot"'}
-    if not key:
-        refusal_log.warning("Missing API key from %s", request.client_address)
-        message = "The API key is missing; send it as Authorization: Bearer KEY"
-        raise HTTPError(401, message, challenge)
     matches = [
         hmac.compare_digest(key, configured.encode())
         for configured in app.config.api_keys
     ]
-    if not any(matches):
-        refusal_log.warning("Invalid API key from %s", request.client_address)
-        raise HTTPError(401, "This API key is not valid", challenge)
+    if any(matches):
+        return
+    message = "This API key is not valid"
+    if not key:
+        message = "The API key is missing; send it as Authorization: Bearer KEY"
+    refusal_log.warning("Refused API key from %s: %s", request.client_address, message)
+    raise HTTPError(401, message, {"WWW-Authenticate": 'Bearer realm="codebot"'})
 
 
 def github_signature(app: App, request: Request) -> None:
     """Needs GitHub's HMAC of the body (docs: "Validating webhook deliveries")."""
-    secret = app.config.webhook_secret
-    if not secret or app.config.no_github:
+    try:
+        check_signature(app.config, request)
+    except HTTPError as error:
+        address = request.client_address
+        refusal_log.warning("Refused webhook from %s: %s", address, error)
+        raise
+
+
+def check_signature(config: Config, request: Request) -> None:
+    secret = config.webhook_secret
+    if not secret or config.no_github:
         reason = "it runs with --no-github" if secret else "set GITHUB_WEBHOOK_SECRET"
         raise HTTPError(404, f"This server takes no webhooks: {reason}")
     challenge = {"WWW-Authenticate": 'X-Hub-Signature-256 realm="codebot"'}
     signature = request.headers.get("x-hub-signature-256", "").encode("latin-1")
     if not signature:
-        refusal_log.warning("Unsigned webhook from %s", request.client_address)
         message = "X-Hub-Signature-256 is missing; set the webhook's secret at GitHub"
         raise HTTPError(401, message, challenge)
     digest = hmac.new(secret.encode(), request.body(), "sha256").hexdigest()
@@ -6563,9 +6570,6 @@ def github_signature(app: App, request: Request) -> None:
         message = (
             "X-Hub-Signature-256 does not match: the webhook's secret at GitHub "
             "differs from GITHUB_WEBHOOK_SECRET"
-        )
-        refusal_log.warning(
-            "Refused webhook from %s: %s", request.client_address, message
         )
         raise HTTPError(401, message, challenge)
 
@@ -6943,12 +6947,22 @@ def webhook(app: App, request: Request) -> Response:
 
     For other events the sync thread looks at GitHub, as it does at every start.
     """
+    event = request.headers.get("x-github-event", "")
+    guid = request.headers.get("x-github-delivery", "")
+    try:
+        return take_delivery(app, request, event, guid)
+    except HTTPError as error:
+        log.warning("Delivery %.99s (%.99s): refused: %s", guid, event, error)
+        raise
+
+
+def take_delivery(app: App, request: Request, event: str, guid: str) -> Response:
     if "form" in request.headers.get("content-type", ""):
         message = "Set the content type of the App's webhook to application/json"
         raise HTTPError(415, message)
+    if not guid:
+        raise HTTPError(400, "X-GitHub-Delivery is missing")
     payload = request.json("the payload")
-    event = request.headers.get("x-github-event", "")
-    guid = request.headers.get("x-github-delivery", "")
     status = 202
     message = "Accepted"
     try:

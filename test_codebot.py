@@ -9311,20 +9311,19 @@ def test_log_names_refused_keys_once_a_second_and_never_shows_them(
     shared: Site,
 ) -> None:
     wrong = "wrong-key-that-is-not-logged"
-    texts = ("Invalid API key from 127.0.0.1", "Missing API key from 127.0.0.1")
+    prefix = "Refused API key from 127.0.0.1: "
     started = time.monotonic()
 
-    def are_logged() -> bool:
-        for key in (wrong, ""):
-            assert shared.api.request("GET", "/api/tasks", key=key).status == 401
-        return all(text in shared.server.log() for text in texts)
+    def is_logged(key: str, message: str) -> bool:
+        assert shared.api.request("GET", "/api/tasks", key=key).status == 401
+        return f"{prefix}{message}" in shared.server.log()
 
-    wait_for(are_logged)
+    wait_for(lambda: is_logged(wrong, "This API key is not valid"))
+    wait_for(lambda: is_logged("", "The API key is missing; send it as"))
     for key in (wrong, "") * 20:
         shared.api.request("GET", "/api/tasks", key=key)
     seconds = time.monotonic() - started
-    for text in texts:
-        assert shared.server.log().count(text) <= seconds + 1
+    assert shared.server.log().count(prefix) <= seconds + 1
     assert wrong not in shared.server.log()
     assert API_KEY not in shared.server.log()
 
@@ -9340,6 +9339,54 @@ def test_log_has_accepted_and_refused_deliveries(shared: Site) -> None:
         return "Refused webhook from 127.0.0.1" in shared.server.log()
 
     wait_for(is_refusal_logged)
+
+
+@pytest.mark.parametrize(
+    ("payload", "headers", "status", "message"),
+    [
+        ({}, {"Content-Type": "application/x-www-form-urlencoded"}, 415, "Set the "),
+        (b"junk", {}, 400, "The body is not JSON (line 1, column 1)"),
+        ({"action": "closed"}, {}, 400, "The payload lacks repository.id, a number"),
+        ({}, {"X-GitHub-Delivery": ""}, 400, "X-GitHub-Delivery is missing"),
+    ],
+)
+def test_refused_delivery_leaves_one_line_in_the_log(
+    shared: Site, payload: Any, headers: dict[str, str], status: int, message: str
+) -> None:
+    guid = headers.get("X-GitHub-Delivery", uuid.uuid4().hex)
+    answer = shared.github.deliver("pull_request", payload, guid, headers)
+    assert_is_error(answer, status, message)
+    lines = shared.server.log().splitlines()
+    [line] = [line for line in lines if f"Delivery {guid} (pull_request)" in line]
+    assert f" WARNING Delivery {guid} (pull_request): refused: {message}" in line
+
+
+@pytest.mark.parametrize(
+    ("headers", "message"),
+    [
+        ({}, "X-Hub-Signature-256 is missing"),
+        ({"X-Hub-Signature-256": "sha256=0"}, "X-Hub-Signature-256 does not match"),
+        (
+            {"X-Hub-Signature-256": "x", "Content-Length": f"{26 * MIB}"},
+            "The body is over 26,214,400 bytes long",
+        ),
+    ],
+)
+def test_delivery_that_the_guard_refuses_is_logged(
+    shared: Site, headers: dict[str, str], message: str
+) -> None:
+    def is_logged() -> bool:  # unless another was, less than a second ago
+        shared.api.request("POST", "/webhook", b"{}", headers=headers)
+        return f"Refused webhook from 127.0.0.1: {message}" in shared.server.log()
+
+    wait_for(is_logged)
+
+
+def test_delivery_to_a_server_without_webhooks_is_logged(fresh: Site) -> None:
+    fresh.server.start(GITHUB_WEBHOOK_SECRET=None)
+    message = "This server takes no webhooks: set GITHUB_WEBHOOK_SECRET"
+    assert_is_error(fresh.github.deliver("ping", {}), 404, message)
+    assert f"Refused webhook from 127.0.0.1: {message}" in fresh.server.log()
 
 
 # --- The launcher: a stand-in for a cluster ----------------------------------
