@@ -6663,11 +6663,10 @@ def queue_task(
         raise HTTPError(400, message)
     body_hash = hashlib.sha256(fingerprint).hexdigest()
     job = app.submit(task, submitter(request), key, body_hash, issue)
-    value = {
-        "task_id": job.id,
-        "status": job.status,
-        "message": "Task queued successfully",
-    }
+    message = "Task queued successfully"
+    if job.status != "pending":
+        message = f"The task was submitted before; its status is {job.status}"
+    value = {"task_id": job.id, "status": job.status, "message": message}
     return json_response(value, 202, {"Location": f"/api/tasks/{job.id}/status"})
 
 

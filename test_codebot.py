@@ -8902,6 +8902,9 @@ def test_idempotency_key_gives_one_task_and_its_current_status(shared: Site) -> 
     assert again.status == 202
     assert again.json["task_id"] == task
     assert again.json["status"] == "failed"
+    assert (
+        again.json["message"] == "The task was submitted before; its status is failed"
+    )
     assert again.headers["Location"] == f"/api/tasks/{task}/status"
     other = json.dumps({**json.loads(body), "description": "Something else"})
     assert_is_error(shared.api.post_task(other, headers), 409, "Idempotency-Key")
