@@ -6694,7 +6694,11 @@ def cancel_task(app: App, request: Request, task_id: str) -> Response:
         message = "The task has ended, or its commit is being pushed"
         raise HTTPError(409, message) from None
     log.info("Task %s: cancel requested by %s", task_id, submitter(request))
-    value = {"task_id": task_id, "message": "Task is being cancelled"}
+    status = find_task(app, task_id).status
+    message = "Task is being cancelled"
+    if status == "failed":
+        message = "Task cancelled"
+    value = {"task_id": task_id, "status": status, "message": message}
     return json_response(value, 202)
 
 

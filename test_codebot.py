@@ -8924,7 +8924,13 @@ def test_full_queue_gets_503_until_there_is_room(limited: Site) -> None:
         response = limited.api.post_task(limited.api.fields())
         assert_is_error(response, 503, "queue is full")
         assert int(response.headers["Retry-After"]) > 0
-        assert limited.api.cancel(waiting) == 202
+        answer = limited.api.request("POST", f"/api/tasks/{waiting}/cancel")
+        assert answer.status == 202
+        assert answer.json == {
+            "task_id": waiting,
+            "status": "failed",
+            "message": "Task cancelled",
+        }
         status = limited.api.status(waiting)
         assert status["reason"] == "cancelled"
         assert status["error"] == "The task was cancelled"
@@ -9285,8 +9291,14 @@ def test_metrics_count_tasks_seconds_dollars_and_calls(shared: Site) -> None:
 
 def test_log_says_who_submitted_cancelled_and_retried(shared: Site) -> None:
     with running_task(shared) as (task, _):
-        assert shared.api.cancel(task) == 202
-    shared.api.failed(task, "cancelled")
+        answer = shared.api.request("POST", f"/api/tasks/{task}/cancel")
+        assert answer.status == 202
+        assert answer.json == {
+            "task_id": task,
+            "status": "running",
+            "message": "Task is being cancelled",
+        }
+    assert shared.api.failed(task, "cancelled") == "The task was cancelled"
     headers = {"X-API-Key": OTHER_API_KEY}
     path = f"/api/tasks/{task}/retry"
     retried = shared.api.request("POST", path, key="", headers=headers).json["task_id"]
