@@ -6875,7 +6875,9 @@ def health(app: App, request: Request) -> Response:
     value = {"status": status, **sizes}
     if status == "unhealthy":
         value["message"] = "The database cannot be used; see the server's log"
-    return json_response(value, 200 if status == "healthy" else 503)
+    if status == "healthy":
+        return json_response(value)
+    return json_response(value, 503, {"Retry-After": "10"})
 
 
 def metrics(app: App, request: Request) -> Response:

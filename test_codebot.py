@@ -3835,6 +3835,7 @@ def test_removed_database_is_unhealthy_and_refuses_submits(fresh: Site) -> None:
         path.unlink()
     answer = wait_for(lambda: unhealthy_answer(fresh))
     assert answer.json["status"] == "unhealthy"
+    assert int(answer.headers["Retry-After"]) > 0
     assert str(fresh.directory) not in answer.text
     refused = fresh.api.post_task(fresh.api.fields())
     assert refused.status == 503
