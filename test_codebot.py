@@ -2148,6 +2148,13 @@ def test_readme_table_has_every_setting_with_its_default() -> None:
             assert rows[name] == str(field.default), name
 
 
+def test_readme_names_every_field_of_a_status_and_of_the_list() -> None:
+    text = PROGRAM.with_name("README.md").read_text()
+    names = {*TASK_KEYS, *codebot.TaskSummary._fields}
+    names |= {"queue_position", "phase", "attempt", "error", "result", "reviews"}
+    assert [name for name in sorted(names) if f"`{name}`" not in text] == []
+
+
 # --- Errors ------------------------------------------------------------------
 
 
