@@ -187,7 +187,7 @@ log = logging.getLogger("codebot")
 
 __version__ = "1.0.0"
 
-TASK_STATES = ("pending", "running", "completed", "failed")
+JOB_STATES = ("pending", "running", "completed", "failed")
 # What a state may change to. Completed and failed are final.
 TRANSITIONS = {
     "pending": ("running", "failed"),
@@ -500,7 +500,7 @@ def setting(
     variable: str, parse: Callable[[str], object], default: object, about: str = ""
 ) -> Any:
     """Define a field of Config: its variable, parser, default and the flag's help."""
-    metadata = {"variable": variable, "parse": parse, "flag": about}
+    metadata = {"variable": variable, "parse": parse, "help": about}
     is_secret = variable in OWN_SECRET_NAMES
     return dataclasses.field(default=default, metadata=metadata, repr=not is_secret)
 
@@ -550,7 +550,7 @@ class Config:
     launcher_stop: tuple[str, ...] = setting("CODEBOT_LAUNCHER_STOP", parse_command, ())
     launch_timeout: int = setting("CODEBOT_LAUNCH_TIMEOUT", parse_count, 86400)
     database: str = setting("CODEBOT_DATABASE", parse_path, "")
-    path: str = setting("PATH", parse_search_path, os.defpath)
+    search_path: str = setting("PATH", parse_search_path, os.defpath)
     host: str = setting("", str, "127.0.0.1", "address to listen on (127.0.0.1)")
     port: int = setting("", parse_port, 5000, "port to listen on (5000; 0: a free one)")
     work_dir: str = setting(
@@ -580,7 +580,7 @@ class Config:
 
     @property
     def database_file(self) -> str:
-        return self.database or os.path.join(self.work_dir, "codebot.db")
+        return self.database or f"{self.work_dir}/codebot.db"
 
     @property
     def secret_files(self) -> list[str]:
@@ -1171,7 +1171,7 @@ def base_environment(config: Config, run_tag: str) -> dict[str, str]:
     for this codebot process, and the job's id.
     """
     return {
-        "PATH": config.path,
+        "PATH": config.search_path,
         "HOME": "/nonexistent",
         "LC_ALL": "C.UTF-8",
         "GIT_CONFIG_NOSYSTEM": "1",
@@ -1247,7 +1247,7 @@ def private_directories(config: Config) -> set[str]:
 def uncoverable_directories(config: Config) -> list[str]:
     """Return a sentence for each private directory that programs need as well."""
     home = home_directory()
-    needed = [os.path.realpath(path) for path in config.path.split(":") if path]
+    needed = [os.path.realpath(path) for path in config.search_path.split(":") if path]
     # What PATH names below the home directory is shown in spite of the cover.
     needed = [path for path in needed if not is_inside(path, home)]
     needed += [os.path.realpath(path) for path in SYSTEM_DIRECTORIES]
@@ -1266,17 +1266,17 @@ def tool_directories(config: Config) -> set[str]:
     """Return the directories of HOME that PATH leads into, such as ~/.local."""
     home = home_directory()
     directories = set()
-    for path in config.path.split(":"):
+    for path in config.search_path.split(":"):
         path = os.path.realpath(path)
         if is_inside(path, home) and path != home:
             first_part = path[len(home) :].strip("/").split("/")[0]
-            directories.add(os.path.join(home, first_part))
+            directories.add(f"{home}/{first_part}")
     return directories
 
 
 def agent_program_files(config: Config, hidden: Iterable[str]) -> list[str]:
     """Return the files that CODEBOT_CLAUDE_COMMAND names in hidden directories."""
-    program = shutil.which(config.claude[0], path=config.path) or ""
+    program = shutil.which(config.claude[0], path=config.search_path) or ""
     files = []
     for word in (program, *config.claude[1:]):
         # A resolved symlink would break a virtual environment: resolve its parent.
@@ -1310,7 +1310,7 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
             shown.append(path)
     mounts = covers + [Mount(path, READ_ONLY) for path in shown]
     for part in ("repo", "home"):
-        mounts.append(Mount(os.path.join(workspace, part), WRITABLE))
+        mounts.append(Mount(f"{workspace}/{part}", WRITABLE))
     return [mount for mount in mounts if os.path.exists(mount.path)]
 
 
@@ -1321,14 +1321,14 @@ def bwrap_command(
     words = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
     # Root could write /proc/sys/kernel/core_pattern, which runs a program outside.
     words += ["--remount-ro", "/proc"]
-    words += ["--bind", os.path.join(workspace, "tmp"), "/tmp"]
+    words += ["--bind", f"{workspace}/tmp", "/tmp"]
     for path, option in sandbox_mounts(config, workspace, objects):
         words += [option, path] if option == HIDDEN else [option, path, path]
     words += ["--unshare-pid", "--unshare-ipc", "--cap-drop", "ALL"]
     if disable_userns:
         # In a nested user namespace root could mount and write control groups.
         words += ["--unshare-user", "--disable-userns"]
-    words += ["--die-with-parent", "--chdir", os.path.join(workspace, "repo"), "--"]
+    words += ["--die-with-parent", "--chdir", f"{workspace}/repo", "--"]
     return words
 
 
@@ -1337,7 +1337,7 @@ def scratch_workspace(work_dir: str) -> Iterator[str]:
     """Make a workspace without a repository, for one command."""
     with tempfile.TemporaryDirectory(prefix="scratch_", dir=work_dir) as directory:
         for part in (*WORKSPACE_PARTS, "objects"):
-            os.mkdir(os.path.join(directory, part))
+            os.mkdir(f"{directory}/{part}")
         yield directory
 
 
@@ -1477,7 +1477,7 @@ class Sandbox:
         """Write a file through launcher and sandbox, and read it here."""
         config = self.config
         script = 'echo works >probe && "$@"'
-        objects = os.path.join(workspace, "objects")
+        objects = f"{workspace}/objects"
         argv = self.wrap(["sh", "-c", script, "sh", *command], workspace, objects)
         has_started = threading.Event()
         launch = None
@@ -1485,7 +1485,7 @@ class Sandbox:
             launch = Launch(uuid.uuid4().hex, PROBE_TIMEOUT, has_started.set)
             argv = [*launcher_words(config.launcher, workspace), *launch.wrap(argv)]
             record_launch(config, workspace, run_tag)
-        repo = os.path.join(workspace, "repo")
+        repo = f"{workspace}/repo"
         env = {**base_environment(config, run_tag), "HOME": f"{workspace}/home"}
         limits = Limits(timeout=PROBE_TIMEOUT)
         try:
@@ -1503,7 +1503,7 @@ class Sandbox:
             raise ConfigError(self.failure(problem)) from None
         finally:
             stop_launched(config, workspace, run_tag)
-        has_probe = os.path.exists(os.path.join(repo, "probe"))
+        has_probe = os.path.exists(f"{repo}/probe")
         if not has_probe and result.code != 0:
             raise ConfigError(self.failure(result.error))
         if not has_probe:
@@ -2589,7 +2589,7 @@ class Mirror(GitDirectory):
 
     @property
     def objects(self) -> str:
-        return os.path.join(self.path, "objects")
+        return f"{self.path}/objects"
 
     @contextlib.contextmanager
     def lock(self, wait: bool = True) -> Iterator[int]:
@@ -2701,7 +2701,7 @@ class Mirror(GitDirectory):
 
     def repack(self, keep_unreachable: bool) -> None:
         """Pack what many tasks have left. A workspace may need unreachable objects."""
-        loose = os.path.join(self.objects, "17")  # git gc --auto estimates by this one
+        loose = f"{self.objects}/17"  # git gc --auto estimates by this one
         loose_count = len(os.listdir(loose)) if os.path.isdir(loose) else 0
         if loose_count <= 26 and len(find_files(self.objects, "pack/*.pack")) <= 50:
             return
@@ -4321,8 +4321,8 @@ class Workspace:
         self.config = run.config
         self.access = access
         self.branch = branch
-        self.path = os.path.join(self.config.work_dir, directory)
-        self.repo = os.path.join(self.path, "repo")
+        self.path = f"{self.config.work_dir}/{directory}"
+        self.repo = f"{self.path}/repo"
         self.mirror = self.app.mirror(mirror_path, run.run_tag, run.check_stop)
         self.outbox = GitDirectory(
             self.config,
@@ -4352,11 +4352,11 @@ class Workspace:
         self.stop_earlier_launch()
         if keep_home:
             self.remove(self.repo)
-            self.remove(os.path.join(self.path, "tmp"))
+            self.remove(f"{self.path}/tmp")
         else:
             self.remove(self.path)
         for part in WORKSPACE_PARTS:
-            os.makedirs(os.path.join(self.path, part), mode=0o700, exist_ok=True)
+            os.makedirs(f"{self.path}/{part}", mode=0o700, exist_ok=True)
         arguments = [
             self.mirror.objects,
             self.access.repository.url,
@@ -4377,10 +4377,10 @@ class Workspace:
         """Return all that a program in the workspace gets in its environment."""
         env = base_environment(self.config, self.run.run_tag)
         env.update(copy_variables(self.config, [*NETWORK_NAMES, "LANG", "TZ"]))
-        env["HOME"] = os.path.join(self.path, "home")
+        env["HOME"] = f"{self.path}/home"
         env["TMPDIR"] = "/tmp"
         if not self.app.sandbox.is_bwrap:
-            env["TMPDIR"] = os.path.join(self.path, "tmp")
+            env["TMPDIR"] = f"{self.path}/tmp"
         # Without this, git would use a repository that the work directory is in.
         env["GIT_CEILING_DIRECTORIES"] = self.path
         for role in ("AUTHOR", "COMMITTER"):
@@ -4604,7 +4604,7 @@ class Workspace:
 
 def outbox_path(config: Config, directory: str) -> str:
     """Return the path of a task's outbox: the directory ends in 7 hex digits."""
-    return os.path.join(config.work_dir, f"outbox_{directory[-7:]}.git")
+    return f"{config.work_dir}/outbox_{directory[-7:]}.git"
 
 
 # --- Agent -------------------------------------------------------------------
@@ -6775,7 +6775,7 @@ def task_result(app: App, job: Job) -> dict[str, object]:
         "pr_number": None,
         "pr_state": None,
         "branch_name": job.branch,
-        "work_dir": os.path.join(app.config.work_dir, job.directory, "repo"),
+        "work_dir": f"{app.config.work_dir}/{job.directory}/repo",
         "commit": job.commit_id,
         "summary": outcome.summary,
         "tests": vars(outcome.tests) if outcome.tests else None,
@@ -6803,8 +6803,8 @@ def read_number(name: str, text: str, least: int, most: int) -> int:
 def list_tasks(app: App, request: Request) -> Response:
     parameters = request.parameters("status", "limit", "before")
     status = parameters.get("status", "")
-    if status and status not in TASK_STATES:
-        states = ", ".join(TASK_STATES)
+    if status and status not in JOB_STATES:
+        states = ", ".join(JOB_STATES)
         raise HTTPError(400, f"status {status[:100]!r} is not one of {states}")
     limit = read_number("limit", parameters.get("limit") or "100", 1, 1000)
     before_seq = sys.maxsize
@@ -8843,7 +8843,7 @@ def is_agent_missing(app: App) -> bool:
     is_elsewhere = not (app.sandbox.is_bwrap or app.sandbox.is_none)
     if is_elsewhere or app.config.launcher:
         return False  # it is in a container or on a node
-    return shutil.which(app.config.claude[0], path=app.config.path) is None
+    return shutil.which(app.config.claude[0], path=app.config.search_path) is None
 
 
 def check_settings(app: App) -> Iterator[Finding]:
@@ -9373,7 +9373,7 @@ def demo_config(directory: str) -> Config:
         api_keys=(uuid.uuid4().hex,),  # other users of this machine can connect, too
         claude=("sh", f"{directory}/agent"),
         sandbox=("none",),
-        path=parse_search_path(os.environ.get("PATH", os.defpath)),
+        search_path=parse_search_path(os.environ.get("PATH", os.defpath)),
         port=0,
         work_dir=f"{directory}/work",
         no_github=True,
@@ -9472,7 +9472,7 @@ def show_demo(app: App, port: int, repository: str) -> bool:
 def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
     """Add the flags of the settings that have one; with names, only those."""
     for field in CONFIG_FIELDS:
-        about = field.metadata["flag"]
+        about = field.metadata["help"]
         if about and (not names or field.name in names):
             action = "store_true" if field.default is False else "store"
             parser.add_argument(flag_name(field.name), action=action, help=about)

@@ -3258,7 +3258,7 @@ def test_bwrap_that_hangs_is_refused(
 ) -> None:
     monkeypatch.setattr(codebot, "PROBE_TIMEOUT", 0.1)
     path = write_bwrap(fresh, "exec sleep 60")
-    config = codebot.Config(path=path, work_dir=str(fresh.server.work_dir))
+    config = codebot.Config(search_path=path, work_dir=str(fresh.server.work_dir))
     with pytest.raises(codebot.ConfigError, match="not start: bwrap --help timed out"):
         codebot.Sandbox(config).probe("the-tests-")
 
@@ -4289,7 +4289,7 @@ def test_fsck_of_incomplete_repository_fails(tmp_path: Path) -> None:
     )
     hash_object = ("git", "-C", bare, "hash-object", "-w", "-t", "commit", "--stdin")
     commit = run_command(*hash_object, text=text)
-    config = codebot.Config(path=os.environ["PATH"], work_dir=str(tmp_path))
+    config = codebot.Config(search_path=os.environ["PATH"], work_dir=str(tmp_path))
     mirror = codebot.Mirror(config, str(bare), "tag", codebot.never_stop)
     with pytest.raises(codebot.GitFailed):
         mirror.check_objects(commit)
@@ -8338,7 +8338,7 @@ def crowded_site(
             "MAX_CONNECTIONS": 24,
             "MAX_BUFFERED_BYTES": 300_000,
             "MAX_STREAMS": 2,
-            "TASK_STATES": None,  # a defect: list_tasks cannot check a status
+            "JOB_STATES": None,  # a defect: list_tasks cannot check a status
         }
         site.server.start(
             limits=limits,
