@@ -7329,7 +7329,7 @@ li[data-state=next], li[data-state=skipped] { color: var(--muted); }
       </div>
       <p id="formError" class="error text" role="alert"></p>
       <div class="bar">
-        <button id="submit" class="primary">Submit task</button>
+        <button class="primary">Submit task</button>
         <span class="muted small">or press Ctrl+Enter</span>
       </div>
     </form>
@@ -7436,6 +7436,10 @@ function create(tag, attributes, ...children) {
   }
   element.append(...children); // strings become text
   return element;
+}
+
+function randomKey() {
+  return crypto.getRandomValues(new Uint32Array(4)).join('-');
 }
 
 function setText(element, text) {
@@ -7752,85 +7756,61 @@ function searchText(task) {
 
 // --- Form
 
-let draftId = ''; // the server takes the same draft only once
-let isSubmitting = false;
+let draftKey = ''; // the server takes the same draft only once
 
 function saveDraft() {
   const draft = Object.fromEntries(new FormData(ui.taskForm));
   sessionStorage.setItem('draft', JSON.stringify(draft));
-  draftId = crypto.getRandomValues(new Uint32Array(4)).join('-');
+  draftKey = randomKey();
 }
 
 function restoreDraft() {
+  const fields = ui.taskForm.elements;
   ui.taskForm.reset();
-  ui.repository_url.value = localStorage.getItem('repository') || '';
+  fields.repository_url.value = localStorage.getItem('repository') || '';
   const draft = JSON.parse(sessionStorage.getItem('draft') || '{}');
-  for (const [name, value] of Object.entries(draft)) ui[name].value = value;
+  for (const [name, value] of Object.entries(draft)) fields[name].value = value;
   saveDraft();
 }
 
 async function submitTask(event) {
   event.preventDefault();
-  clearErrors();
-  for (const input of ui.taskForm.querySelectorAll('[required]')) {
-    if (input.value.trim() === '') showFieldError(input, 'This field is required.');
-  }
-  if (focusFirstError() || isSubmitting) return;
-  isSubmitting = true;
-  setText(ui.submit, 'Submitting…');
-  try {
-    await sendTask();
-  } catch (error) {
-    showSubmitErrors(error.message);
-  }
-  setText(ui.submit, 'Submit task');
-  isSubmitting = false;
-}
-
-async function sendTask() {
   const fields = [...new FormData(ui.taskForm)];
-  const filled = fields.filter(([, value]) => value.trim() !== '');
-  const body = JSON.stringify(Object.fromEntries(filled));
-  const headers = { 'Content-Type': 'application/json', 'Idempotency-Key': draftId };
-  const response = await request('/submit', { method: 'POST', headers, body });
-  const { task_id: id } = await response.json();
-  localStorage.setItem('repository', ui.repository_url.value.trim());
-  sessionStorage.removeItem('draft');
-  restoreDraft();
-  location.hash = `task=${id}`;
+  const filled = Object.fromEntries(fields.filter(([, value]) => value.trim() !== ''));
+  const headers = { 'Content-Type': 'application/json', 'Idempotency-Key': draftKey };
+  const options = { method: 'POST', headers, body: JSON.stringify(filled) };
+  try {
+    const response = await request('/submit', options);
+    const { task_id: id } = await response.json();
+    localStorage.setItem('repository', filled.repository_url.trim());
+    sessionStorage.removeItem('draft');
+    showErrors('');
+    restoreDraft();
+    location.hash = `task=${id}`;
+  } catch (error) {
+    showErrors(error.message);
+  }
 }
 
 // The message has a line for each problem; it starts with the API's name of the field.
-function showSubmitErrors(message) {
+function showErrors(message) {
   const inputs = [...ui.taskForm.querySelectorAll('[name]')];
-  for (const line of message.split('\n')) {
+  inputs.forEach((input) => input.removeAttribute('aria-invalid'));
+  ui.taskForm.querySelectorAll('.fieldError').forEach((error) => error.remove());
+  setText(ui.formError, '');
+  for (const line of message.split('\n').filter(Boolean)) {
     const input = inputs.find(({ name }) => line.startsWith(name));
     if (input) showFieldError(input, line.replace(input.name, 'This field'));
     else ui.formError.append(`${line}\n`);
   }
-  focusFirstError();
+  ui.taskForm.querySelector('[aria-invalid]')?.focus();
 }
 
 function showFieldError(input, message) {
   const id = `${input.name}Error`;
   input.setAttribute('aria-invalid', 'true');
   input.setAttribute('aria-describedby', id);
-  input.after(create('p', { id, class: 'error small' }, message));
-}
-
-function clearErrors() {
-  setText(ui.formError, '');
-  for (const input of ui.taskForm.querySelectorAll('[aria-invalid]')) {
-    input.removeAttribute('aria-invalid');
-    input.removeAttribute('aria-describedby');
-    input.nextElementSibling.remove();
-  }
-}
-
-function focusFirstError() {
-  const input = ui.taskForm.querySelector('[aria-invalid]');
-  input?.focus();
-  return input !== null;
+  input.parentNode.after(create('p', { id, class: 'fieldError error' }, message));
 }
 
 function submitOnCtrlEnter(event) {

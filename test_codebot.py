@@ -10742,8 +10742,9 @@ def test_page_reports_errors_and_next_steps(fresh: Site, browser: Browser) -> No
     browser.click("link", "New task")
     browser.find("field", "Repository")
     browser.click("button", "Submit task")
+    browser.wait_for_text("This field is missing")
     for name in ("Repository", "What should change"):
-        assert browser.field_error(name) == "This field is required."
+        assert browser.field_error(name) == "This field is missing"
     assert browser.focused().startswith("Repository")
     browser.fill("Repository", fresh.repository.url)
     browser.fill("What should change", "Fail")
