@@ -7077,6 +7077,7 @@ PAGE = r"""<!doctype html>
 }
 * { box-sizing: border-box; margin: 0; padding: 0; font: inherit; color: inherit; }
 [hidden] { display: none !important; }
+.card:empty { display: none; }
 html { background: var(--page); color: var(--text); font: 1rem/1.5 system-ui; }
 body { display: flex; flex-direction: column; min-height: 100dvh; }
 body { overflow-wrap: anywhere; }
@@ -7180,7 +7181,6 @@ input, textarea { border: 1px solid var(--border); border-radius: .4rem; }
 #steps .small { grid-column: 2; }
 li[data-state=next], li[data-state=skipped] { color: var(--muted); }
 #outcome { border-left: 4px solid var(--state); }
-#outcome:empty { display: none; }
 .facts { display: grid; grid-template-columns: auto 1fr; gap: .3rem 1.25rem; }
 .facts dt { color: var(--muted); }
 .facts dd { display: flex; flex-wrap: wrap; gap: .25rem .5rem; align-items: center; }
@@ -7278,15 +7278,7 @@ li[data-state=next], li[data-state=skipped] { color: var(--muted); }
         placeholder="Title, repository, #number …">
     </form>
     <ul id="rows" class="card"></ul>
-    <div id="noTasks" class="card" hidden>
-      <h2>No tasks yet</h2>
-      <p>Describe a change: an agent makes it, and codebot opens a pull request.</p>
-      <div><a class="button" href="#new">Submit the first task</a></div>
-    </div>
-    <div id="noMatches" class="card" hidden>
-      <p>No task matches this filter.</p>
-      <div><button type="reset" form="filter">Clear the filter</button></div>
-    </div>
+    <p id="noRows" class="card"></p>
   </section>
 
   <section id="formView" hidden>
@@ -7381,7 +7373,10 @@ li[data-state=next], li[data-state=skipped] { color: var(--muted); }
 const POLL_INTERVAL = 3000; // milliseconds
 const FULL_LIST_EVERY = 20; // polls; the others ask for the newest tasks only
 const LINES_PER_BLOCK = 50; // of the log
+const STATES = ['all', 'pending', 'running', 'completed', 'failed', 'cancelled'];
 const STEPS = ['clone', 'queued', 'agent', 'test', 'commit', 'push', 'pull_request'];
+const NO_TASKS =
+  'No tasks yet. Describe a change: an agent makes it and opens a pull request.';
 const ADVICE = {
   clone_failed: 'Check the address and whether codebot may read this repository.',
   base_branch_not_found: 'Name an existing branch, or none for the default branch.',
@@ -7676,7 +7671,7 @@ function forgetKey() {
 
 let tasks = []; // newest first
 let listPolls = 0;
-const rows = new Map(); // by task id; a row is kept, and with it the focus
+const rows = new Map(); // by address
 
 async function refreshList() {
   const limit = listPolls % FULL_LIST_EVERY === 0 ? 1000 : 100;
@@ -7690,52 +7685,46 @@ async function refreshList() {
 }
 
 function drawFilter() {
-  for (const state of ['', 'pending', 'running', 'completed', 'failed', 'cancelled']) {
+  for (const state of STATES) {
     const input = create('input', { type: 'radio', name: 'state', value: state });
-    input.defaultChecked = state === '';
-    const label = create('label', { class: 'pill' }, humanize(state || 'all'), input);
+    input.checked = state === 'all';
+    const label = create('label', { class: 'pill' }, input, ` ${humanize(state)} `);
     label.append(create('span', {})); // for the number of tasks
     ui.filter.elements.text.before(label);
   }
 }
 
 function drawList() {
-  const filter = ui.filter.elements;
-  const text = filter.text.value.trim().toLowerCase();
-  const counts = { '': 0 }; // by state; '' is any state
-  let next = ui.rows.firstElementChild;
-  for (const task of tasks) {
-    const row = rowOf(task);
-    if (row === next) next = next.nextElementSibling;
-    else ui.rows.insertBefore(row, next);
-    const state = stateOf(task);
-    const isMatch = searchText(task).includes(text);
-    row.hidden = !isMatch || !['', state].includes(filter.state.value);
-    if (isMatch) counts[''] += 1;
-    if (isMatch) counts[state] = (counts[state] || 0) + 1;
+  const { state, text } = ui.filter.elements;
+  const words = text.value.trim().toLowerCase();
+  const matches = tasks.filter((task) => searchText(task).includes(words));
+  const inState = (name) =>
+    name === 'all' ? matches : matches.filter((task) => stateOf(task) === name);
+  for (const input of state) {
+    setText(input.nextElementSibling, String(inState(input.value).length));
   }
-  while (next) { // the server has removed these tasks
-    const removed = next;
-    next = next.nextElementSibling;
-    removed.remove();
+  drawRows(inState(state.value).map(rowOf));
+  const message = tasks.length > 0 ? 'No task matches this filter.' : NO_TASKS;
+  setText(ui.noRows, ui.rows.hasChildNodes() ? '' : message);
+}
+
+// A row that stays is not touched: it keeps the focus, and the list does not jump.
+function drawRows(shown) {
+  for (const item of [...ui.rows.children]) {
+    if (!shown.includes(item)) item.remove();
   }
-  for (const input of filter.state) {
-    setText(input.nextElementSibling, String(counts[input.value] || 0));
+  for (const [index, item] of shown.entries()) {
+    const present = ui.rows.children[index];
+    if (present !== item) ui.rows.insertBefore(item, present);
   }
-  const hasTasks = tasks.length > 0;
-  const hasMatches = Boolean(counts[filter.state.value]);
-  ui.filter.hidden = !hasTasks;
-  ui.noTasks.hidden = hasTasks;
-  ui.rows.hidden = !hasMatches;
-  ui.noMatches.hidden = !hasTasks || hasMatches;
 }
 
 function rowOf(task) {
   const href = `#task=${encodeURIComponent(task.task_id)}`;
-  const row = rows.get(task.task_id) || create('li', {}, create('a', { href }));
-  rows.set(task.task_id, row);
-  redraw(row.firstChild, task, rowContent);
-  return row;
+  const item = rows.get(href) || create('li', {}, create('a', { href }));
+  rows.set(href, item);
+  redraw(item.firstChild, task, rowContent);
+  return item;
 }
 
 function rowContent(task) {
@@ -8222,7 +8211,6 @@ function showActionError(error) {
 ui.keyForm.onsubmit = saveKey;
 ui.forget.onclick = forgetKey;
 ui.filter.oninput = drawList;
-ui.filter.onreset = () => setTimeout(drawList); // the fields are empty by then
 ui.filter.onsubmit = (event) => event.preventDefault();
 ui.taskForm.oninput = saveDraft;
 ui.taskForm.onsubmit = submitTask;

@@ -10681,7 +10681,7 @@ def test_page_shows_task_from_submit_to_result_and_review(
     browser.enter_key()
     browser.wait_for_text("No tasks yet")
     browser.check()
-    browser.click("button", "Submit the first task")
+    browser.click("button", "New task")
     browser.fill("Repository", fresh.repository.url)
     browser.fill("What should change", "Say hello\n\nTo everybody.")
     browser.fill("Test command", "test -s hello.txt")
