@@ -7193,10 +7193,7 @@ li[data-state=next], li[data-state=skipped] { color: var(--muted); }
 #logCard > .bar { padding: .6rem 1.25rem; border-bottom: 1px solid var(--line); }
 #log { flex: 1 1 20rem; overflow-y: auto; padding: .5rem 0; background: var(--sunken); }
 #log { border-radius: 0 0 .6rem .6rem; outline-offset: -2px; }
-#logLines:empty { padding: 0 1.25rem; color: var(--muted); }
-#logLines:empty::before { content: "Nothing yet, or no longer kept."; }
 #follow { position: absolute; bottom: 1rem; left: 50%; transform: translateX(-50%); }
-.block { content-visibility: auto; contain-intrinsic-size: auto 80em; }
 .event:not(details), .event summary {
   display: grid;
   grid-template-columns: 4.2rem 4.2rem 1fr;
@@ -7352,9 +7349,7 @@ li[data-state=next], li[data-state=skipped] { color: var(--muted); }
         <button type="button" id="copyLog">Copy</button>
         <button type="button" id="downloadLog">Download</button>
       </div>
-      <div id="log" role="log" aria-live="off" aria-label="Log" tabindex="0">
-        <div id="logLines"></div>
-      </div>
+      <div id="log" role="log" aria-live="off" aria-label="Log" tabindex="0"></div>
       <button type="button" id="follow" class="primary" hidden>↓ Follow</button>
     </div>
   </section>
@@ -7372,7 +7367,6 @@ li[data-state=next], li[data-state=skipped] { color: var(--muted); }
 
 const POLL_INTERVAL = 3000; // milliseconds
 const FULL_LIST_EVERY = 20; // polls; the others ask for the newest tasks only
-const LINES_PER_BLOCK = 50; // of the log
 const STATES = ['all', 'pending', 'running', 'completed', 'failed', 'cancelled'];
 const STEPS = ['clone', 'queued', 'agent', 'test', 'commit', 'push', 'pull_request'];
 const NO_TASKS =
@@ -7817,15 +7811,12 @@ function openTask(parameters) {
     retryOf: parameters.get('retry_of'),
     statusText: '',
     status: null,
-    phases: [], // {name, attempt, time}; not those of reviews
-    isInReview: false, // the phases to come are those of a review
     events: [],
-    lastSeq: 0,
     openCalls: [], // lines of tool calls without an output, oldest first
     connection: null, // the AbortController of the event stream
     isLogComplete: false,
   };
-  ui.logLines.replaceChildren();
+  ui.log.replaceChildren();
   ui.actionError.hidden = true;
   setText(ui.cancel, 'Cancel');
   setFollowing(true);
@@ -7894,38 +7885,33 @@ function stateLine(status, retryOf) {
 
 // --- Steps
 
-function drawSteps({ phases, status }) {
-  const steps = stepsOf(phases, status);
-  redraw(ui.steps, steps, () => steps.map(stepItem));
-  ui.steps.hidden = phases.length === 0;
+// Shows the phases so far and the steps to come. After failed tests, the agent and the
+// test run again. Phases after the task's end are those of reviews.
+function drawSteps({ events, status }) {
+  const end = status.completed_at;
+  const isStep = ({ source, message, time }) =>
+    source === 'phase' && STEPS.includes(stepOf(message)) && !(end && time > end);
+  const phases = events.filter(isStep);
+  const last = stepOf(phases.at(-1)?.message || '');
+  const later = end ? [] : STEPS.slice(STEPS.indexOf(last) + 1);
+  const next = later.filter((name) => name !== 'queued'); // only with a launcher
+  redraw(ui.steps, [phases, status], () => [
+    ...phases.map((phase, index) => stepItem(phase, phases[index + 1], status)),
+    ...next.map((name) =>
+      create('li', { 'data-state': 'next' }, stateIcon('next'), humanize(name)),
+    ),
+  ]);
 }
 
-// A step can occur several times: after failed tests, the agent and the test run again.
-function stepsOf(phases, status) {
-  const steps = new Map();
-  for (const name of STEPS) {
-    const state = status.completed_at ? 'skipped' : 'next';
-    steps.set(name, { name, state, seconds: 0 });
-  }
-  for (const [index, { name, attempt, time }] of phases.entries()) {
-    const step = steps.get(name);
-    const next = phases[index + 1];
-    const end = next?.time || status.completed_at;
-    step.attempt = attempt;
-    step.state = name === 'test' && next?.name === 'agent' ? 'failed' : 'completed';
-    if (!next && status.status !== 'completed') step.state = stateOf(status);
-    step.since = end ? '' : addSeconds(time, -step.seconds);
-    if (end) step.seconds += secondsBetween(time, end);
-  }
-  if (steps.get('queued').attempt === undefined) steps.delete('queued'); // no launcher
-  return [...steps.values()];
+function stepOf(message) {
+  return message.split(',')[0]; // without "attempt 2 of 3"
 }
 
-function stepItem({ name, state, attempt, since, seconds }) {
-  const about = muted(attempt ? `${attempt} · ` : '');
-  if (since) about.append(duration(since, ''));
-  else if (attempt !== undefined) about.append(formatDuration(seconds));
-  const title = create('span', {}, humanize(name));
+function stepItem({ message, time }, next, status) {
+  let state = next ? 'completed' : stateOf(status);
+  if (message.startsWith('test') && next?.message.startsWith('agent')) state = 'failed';
+  const about = muted(duration(time, next?.time || status.completed_at));
+  const title = create('span', {}, humanize(message));
   title.append(create('span', { class: 'visually-hidden' }, `: ${state}`));
   return create('li', { 'data-state': state }, stateIcon(state), title, about);
 }
@@ -8032,17 +8018,17 @@ function reviewItem(review) {
 // --- Log
 
 async function readLog(task) {
-  const connection = new AbortController();
-  const headers = { Accept: 'text/event-stream', 'Last-Event-ID': task.lastSeq };
-  task.connection = connection;
+  task.connection = new AbortController();
+  const lastSeq = task.events.at(-1)?.seq || 0;
+  const headers = { Accept: 'text/event-stream', 'Last-Event-ID': lastSeq };
   try {
-    const options = { headers, signal: connection.signal };
+    const options = { headers, signal: task.connection.signal };
     const response = await request(`${task.path}/logs`, options);
     if (response.status === 204) task.isLogComplete = true;
     else await readEvents(task, response.body);
     if (task.isLogComplete) pollSoon();
   } catch {
-    // The next poll reports what is wrong, or reads on from lastSeq.
+    // The next poll reports what is wrong, or reads on.
   }
   task.connection = null;
 }
@@ -8060,51 +8046,29 @@ async function readEvents(task, body) {
 }
 
 function addMessages(task, messages) {
-  const lines = [];
+  const lines = create('div', {}); // a long log of such blocks is laid out faster
   for (const message of messages) {
     const data = /^data: (.*)$/m.exec(message);
     if (/^event: end$/m.test(message)) task.isLogComplete = true;
-    else if (data) lines.push(...addEvent(task, JSON.parse(data[1])));
+    else if (data) lines.append(...addEvent(task, JSON.parse(data[1])));
   }
-  appendLines(lines);
+  ui.log.append(lines);
+  setFollowing(isFollowing);
   drawSteps(task);
-}
-
-// The browser leaves out blocks that are not in view, so that long logs stay smooth.
-function appendLines(lines) {
-  let block = ui.logLines.lastElementChild;
-  for (const line of lines) {
-    if (!block || block.childElementCount === LINES_PER_BLOCK) {
-      block = create('div', { class: 'block' });
-      ui.logLines.append(block);
-    }
-    block.append(line);
-  }
 }
 
 // Returns the event's line, or none: a tool's output is put into the line of the call.
 function addEvent(task, event) {
-  const { seq, time, source, message } = event;
+  const { source, message } = event;
   task.events.push(event);
-  task.lastSeq = seq;
-  if (source === 'phase') addPhase(task, time, message);
+  if (source === 'phase') pollSoon();
   if (source === 'phase' || source === 'agent') task.openCalls = [];
-  if (source === 'codebot' && message.startsWith('Review by ')) task.isInReview = true;
   const isOutput = source === 'output' || source === 'error';
-  if (isOutput && task.openCalls.length > 0) {
-    const call = task.openCalls.shift();
-    call.append(create('pre', {}, ...linkify(shortenPaths(message))));
-    call.classList.toggle('failed', source === 'error');
-    return [];
-  }
-  return [logLine(task, event)];
-}
-
-function addPhase(task, time, message) {
-  const [name, attempt = ''] = message.split(', ');
-  const isStep = STEPS.includes(name) && !task.isInReview;
-  if (isStep) task.phases.push({ name, attempt, time });
-  pollSoon();
+  if (!isOutput || task.openCalls.length === 0) return [logLine(task, event)];
+  const call = task.openCalls.shift();
+  call.append(create('pre', {}, ...linkify(shortenPaths(message))));
+  call.classList.toggle('failed', source === 'error');
+  return [];
 }
 
 const clock = new Intl.DateTimeFormat([], { timeStyle: 'medium', hourCycle: 'h23' });
@@ -8131,17 +8095,13 @@ function shortenPaths(text) {
   return text.replace(/\/[^\s:'"`()]{0,200}\/task_[\w.-]+\/repo(?![\w.-])\/?/g, './');
 }
 
-function logText(task) {
-  const lines = task.events.map(({ time, source, message }) => {
-    const text = message.replaceAll('\n', `\n${' '.repeat(time.length + 10)}`);
-    return `${time} ${source.padEnd(8)} ${text}\n`;
-  });
-  return lines.join('');
+function logText() {
+  const lineOf = ({ time, source, message }) => `${time} ${source} ${message}\n`;
+  return current.events.map(lineOf).join('');
 }
 
 function downloadLog() {
-  const blob = new Blob([logText(current)], { type: 'text/plain' });
-  const href = URL.createObjectURL(blob);
+  const href = URL.createObjectURL(new Blob([logText()], { type: 'text/plain' }));
   create('a', { href, download: `codebot-${current.id}.log` }).click();
   setTimeout(() => URL.revokeObjectURL(href), 1000);
 }
@@ -8149,32 +8109,21 @@ function downloadLog() {
 // --- Following the end of the log, until one scrolls up, selects or opens something
 
 let isFollowing = true;
-let lastScrollTop = 0;
 
 function setFollowing(value) {
   isFollowing = value;
   ui.follow.hidden = value;
-  scrollToEnd();
-}
-
-function scrollToEnd() {
-  if (!isFollowing) return;
-  ui.log.scrollTop = ui.log.scrollHeight;
-  lastScrollTop = ui.log.scrollTop; // onScroll sees no movement
+  if (value) ui.log.scrollTop = ui.log.scrollHeight;
 }
 
 function onScroll() {
   const { scrollTop, clientHeight, scrollHeight } = ui.log;
-  const isAtEnd = scrollTop + clientHeight > scrollHeight - 20;
-  if (isAtEnd && scrollTop > lastScrollTop) setFollowing(true);
-  if (!isAtEnd && scrollTop < lastScrollTop) setFollowing(false);
-  lastScrollTop = scrollTop;
+  setFollowing(scrollTop + clientHeight > scrollHeight - 20);
 }
 
 function onSelectionChange() {
-  const selection = getSelection();
-  if (selection.isCollapsed || !ui.log.contains(selection.anchorNode)) return;
-  setFollowing(false);
+  const { isCollapsed, anchorNode } = getSelection();
+  if (!isCollapsed && ui.log.contains(anchorNode)) setFollowing(false);
 }
 
 // --- Actions
@@ -8217,7 +8166,7 @@ ui.taskForm.onsubmit = submitTask;
 ui.taskForm.onkeydown = submitOnCtrlEnter;
 ui.cancel.onclick = cancelTask;
 ui.retry.onclick = retryTask;
-ui.copyLog.onclick = () => copyText(ui.copyLog, logText(current));
+ui.copyLog.onclick = () => copyText(ui.copyLog, logText());
 ui.downloadLog.onclick = downloadLog;
 ui.follow.onclick = () => setFollowing(true);
 ui.log.onscroll = onScroll;
@@ -8225,9 +8174,6 @@ ui.log.addEventListener('toggle', () => setFollowing(false), true);
 document.onselectionchange = onSelectionChange;
 document.onvisibilitychange = onVisibilityChange;
 window.onhashchange = showView;
-const resizeObserver = new ResizeObserver(scrollToEnd);
-resizeObserver.observe(ui.log);
-resizeObserver.observe(ui.logLines);
 setInterval(updateTimes, 1000);
 drawFilter();
 restoreDraft();
