@@ -7330,7 +7330,7 @@ li[data-state=next], li[data-state=skipped] { color: var(--muted); }
       <button type="button" id="cancel">Cancel</button>
       <button type="button" id="retry">Retry</button>
     </div>
-    <p id="actionError" class="error" role="alert" hidden></p>
+    <p id="actionMessage" role="alert"></p>
     <p id="taskState" class="bar"></p>
     <ol id="steps" class="card" aria-label="Steps"></ol>
     <div id="outcome" class="card"></div>
@@ -7809,6 +7809,7 @@ function openTask(parameters) {
     id,
     path: `/${encodeURIComponent(id)}`,
     retryOf: parameters.get('retry_of'),
+    retryKey: randomKey(), // a second click retries nothing
     statusText: '',
     status: null,
     events: [],
@@ -7817,8 +7818,7 @@ function openTask(parameters) {
     isLogComplete: false,
   };
   ui.log.replaceChildren();
-  ui.actionError.hidden = true;
-  setText(ui.cancel, 'Cancel');
+  setText(ui.actionMessage, '');
   setFollowing(true);
 }
 
@@ -7856,6 +7856,7 @@ function drawTask(task) {
   ui.cancel.hidden = Boolean(status.completed_at);
   ui.retry.hidden = status.status !== 'failed';
   if (isCancelFocused && ui.cancel.hidden) ui.taskTitle.focus();
+  if (ui.cancel.hidden) setText(ui.actionMessage, '');
   ui.outcome.dataset.state = state;
   redraw(ui.taskState, [status, task.retryOf], () => stateLine(status, task.retryOf));
   redraw(ui.outcome, status, outcome);
@@ -8128,33 +8129,18 @@ function onSelectionChange() {
 
 // --- Actions
 
-async function cancelTask() {
-  setText(ui.cancel, 'Cancelling…'); // until the task has ended
+async function act(action) {
+  const { id, path, retryKey } = current;
+  const options = { method: 'POST', headers: { 'Idempotency-Key': retryKey } };
   try {
-    await request(`${current.path}/cancel`, { method: 'POST' });
+    const response = await request(`${path}/${action}`, options);
+    const answer = await response.json();
+    setText(ui.actionMessage, answer.message);
+    if (action === 'retry') location.hash = `task=${answer.task_id}&retry_of=${id}`;
     pollSoon();
   } catch (error) {
-    setText(ui.cancel, 'Cancel');
-    showActionError(error);
+    setText(ui.actionMessage, error.message);
   }
-}
-
-async function retryTask() {
-  const { id, path } = current;
-  ui.retry.disabled = true; // a second click would submit a second task
-  try {
-    const response = await request(`${path}/retry`, { method: 'POST' });
-    const { task_id: newId } = await response.json();
-    location.hash = `task=${newId}&retry_of=${encodeURIComponent(id)}`;
-  } catch (error) {
-    showActionError(error);
-  }
-  ui.retry.disabled = false;
-}
-
-function showActionError(error) {
-  setText(ui.actionError, error.message);
-  ui.actionError.hidden = false;
 }
 
 ui.keyForm.onsubmit = saveKey;
@@ -8164,8 +8150,8 @@ ui.filter.onsubmit = (event) => event.preventDefault();
 ui.taskForm.oninput = saveDraft;
 ui.taskForm.onsubmit = submitTask;
 ui.taskForm.onkeydown = submitOnCtrlEnter;
-ui.cancel.onclick = cancelTask;
-ui.retry.onclick = retryTask;
+ui.cancel.onclick = () => act('cancel');
+ui.retry.onclick = () => act('retry');
 ui.copyLog.onclick = () => copyText(ui.copyLog, logText());
 ui.downloadLog.onclick = downloadLog;
 ui.follow.onclick = () => setFollowing(true);
