@@ -7056,15 +7056,12 @@ PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>codebot</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'
- viewBox='0 0 16 16'%3E%3Crect width='16' height='16' rx='4' fill='%231f5fbf'/%3E%3Cpath
- d='M4 4.5 7.5 8 4 11.500M8.500 11.500H12' fill='none' stroke='white'
- stroke-width='1.600'/%3E%3C/svg%3E">
+ viewBox='0 0 16 16'%3E%3Ctext y='13' font-size='14'%3E🤖%3C/text%3E%3C/svg%3E">
 <style>
 :root {
   color-scheme: light dark;
   --page: light-dark(#f4f5f7, #0f1216);
   --card: light-dark(#ffffff, #181c22);
-  --sunken: light-dark(#f8f9fb, #12161b);
   --line: light-dark(#d5dae1, #2f3741);
   --border: light-dark(#7b8594, #77828f);
   --text: light-dark(#1b2027, #e5e9ee);
@@ -7073,257 +7070,166 @@ PAGE = r"""<!doctype html>
   --green: light-dark(#17712f, #62ce84);
   --red: light-dark(#b4232a, #ff9a94);
   --amber: light-dark(#855300, #e8b45a);
-  --violet: light-dark(#6e40b5, #c5a3ff);
 }
 * { box-sizing: border-box; margin: 0; padding: 0; font: inherit; color: inherit; }
 [hidden] { display: none !important; }
-.card:empty { display: none; }
+p:not(#announcer):empty, pre:empty, .card:empty { display: none; }
 html { background: var(--page); color: var(--text); font: 1rem/1.5 system-ui; }
 body { display: flex; flex-direction: column; min-height: 100dvh; }
 body { overflow-wrap: anywhere; }
-a { color: var(--blue); text-underline-offset: .15em; }
-h1 { font-size: 1.375rem; font-weight: 650; line-height: 1.3; }
-h2, strong, label { font-weight: 650; overflow-wrap: normal; }
+a { color: var(--blue); }
+h1 { font-size: 1.375rem; }
+h1, h2, strong, .brand, .card label { font-weight: 650; }
+h1:focus { outline: none; } /* focused by the script when the view changes */
 code, pre, #log { font: .8125rem/1.6 ui-monospace, Consolas, monospace; }
 pre, .text { white-space: pre-wrap; }
 summary { cursor: pointer; }
 ul, ol { list-style: none; }
 blockquote { padding-left: .75rem; border-left: 3px solid var(--line); }
-:focus-visible { outline: 2px solid var(--blue); outline-offset: 2px; }
-h1:focus { outline: none; } /* focused by the script when the view changes */
-
 header, .bar { display: flex; flex-wrap: wrap; gap: .5rem .75rem; align-items: center; }
-header { padding: .6rem 1.25rem; background: var(--card); }
-header { border-bottom: 1px solid var(--line); }
-header button { margin-left: auto; }
-.brand { display: flex; gap: .5rem; color: inherit; font-weight: 700; }
-.brand svg { width: 1.4rem; fill: var(--blue); stroke: var(--card); }
-header a { text-decoration: none; }
-nav a { padding: .25rem .65rem; border-radius: .4rem; color: inherit; }
-nav a[aria-current] { background: var(--page); font-weight: 600; }
+header { padding: .6rem 1.25rem; border-bottom: 1px solid var(--line); }
+.brand { text-decoration: none; }
 #banner { padding: .5rem 1.25rem; background: var(--red); color: var(--card); }
 #banner { position: sticky; top: 0; z-index: 1; }
-main { flex: 1; display: flex; padding: 1.25rem; }
-main { width: 100%; max-width: 76rem; margin: auto; }
-section, .card, #reviewList, #reviewList li { display: flex; flex-direction: column; }
-section, .card, #reviewList, #reviewList li { gap: .9rem; }
+main { flex: 1; display: flex; width: 100%; max-width: 76rem; margin: auto; }
+main { padding: 1rem; }
+section, .card { display: flex; flex-direction: column; gap: .9rem; }
 section { flex: 1; min-width: 0; }
-.card { padding: 1rem 1.25rem; border: 1px solid var(--line); border-radius: .6rem; }
-.card { background: var(--card); }
+.card { padding: 1rem; border: 1px solid var(--line); border-radius: .5rem; }
+header, .card, button, .button { background: var(--card); }
 details.card { display: block; }
 .narrow { align-self: center; width: 100%; max-width: 44rem; }
 .grow { flex: 1; }
-.muted { color: var(--muted); }
-.small { font-size: .875rem; }
-.text { max-width: 50rem; }
+.muted { color: var(--muted); font-size: .875rem; }
+.error { color: var(--red); }
 .visually-hidden { position: absolute; width: 1px; clip-path: inset(50%); }
-
-button, .button { padding: .35rem .8rem; border: 1px solid; border-radius: .4rem; }
-button, .button { border-color: var(--border); background: var(--card); }
-button, .button { text-decoration: none; cursor: pointer; }
-button:hover, .button:hover { border-color: var(--blue); }
-.primary { border-color: var(--blue); background: var(--blue); color: var(--card); }
-.primary { font-weight: 600; }
+button, .button { padding: .3rem .8rem; text-decoration: none; cursor: pointer; }
+button, .button, input, textarea { border: 1px solid var(--border); }
+button, .button, input, textarea { border-radius: .4rem; }
+.primary { background: var(--blue); color: var(--card); font-weight: 600; }
 .copy { padding: 0 .4rem; font-size: .75rem; }
-input, textarea { width: 100%; padding: .45rem .65rem; background: var(--sunken); }
-input, textarea { border: 1px solid var(--border); border-radius: .4rem; }
+.card label { display: block; }
+input, textarea { width: 100%; padding: .4rem .6rem; background: var(--page); }
+input, textarea { font-weight: 400; }
+[type=radio] { width: auto; }
 ::placeholder { color: var(--muted); opacity: 1; }
 [aria-invalid] { border-color: var(--red); }
-.error, .required { color: var(--red); }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); }
-.columns { gap: .9rem; }
 
-[data-state] { --state: var(--muted); }
-[data-state=completed] { --state: var(--green); }
-[data-state=failed] { --state: var(--red); }
-[data-state=running] { --state: var(--blue); }
-[data-state=pending] { --state: var(--amber); }
-.state { color: var(--state); font-weight: 600; }
-.icon { display: inline-grid; place-items: center; flex: none; color: var(--card); }
-.icon { width: 1.2rem; height: 1.2rem; border: 2px solid var(--state); }
-.icon { border-radius: 50%; font: 700 .75rem/1 system-ui; }
-.icon::before { content: "–"; } /* cancelled, skipped */
-.icon[data-state=completed]::before { content: "✓"; }
-.icon[data-state=failed]::before { content: "×"; }
-.icon:not([data-state=pending], [data-state=running], [data-state=next]) {
-  background: var(--state);
-}
-.icon[data-state=running] { border-top-color: transparent; }
-@keyframes turn { to { transform: rotate(1turn); } }
-@media (prefers-reduced-motion: no-preference) {
-  .icon[data-state=running] { animation: turn 1s linear infinite; }
-}
+[data-state] { color: var(--muted); font-weight: 600; }
+[data-state]::before { content: "– " / ""; } /* cancelled */
+[data-state=completed] { color: var(--green); }
+[data-state=completed]::before { content: "✓ " / ""; }
+[data-state=failed] { color: var(--red); }
+[data-state=failed]::before { content: "✗ " / ""; }
+[data-state=running] { color: var(--blue); }
+[data-state=running]::before { content: "● " / ""; }
+[data-state=pending] { color: var(--amber); }
+[data-state=pending]::before { content: "○ " / ""; }
 
-.pill { padding: .15rem .7rem; border: 1px solid var(--line); border-radius: 1rem; }
-.pill { background: var(--card); font-weight: 400; cursor: pointer; }
-.pill span { margin-left: .4rem; }
-.pill input { position: absolute; width: 1px; opacity: 0; }
-.pill:has(:checked) { border-color: var(--blue); color: var(--blue); font-weight: 600; }
-.pill:has(:focus-visible) { outline: 2px solid var(--blue); outline-offset: 2px; }
-#filter .grow { flex: 1 1 14rem; width: 0; }
-#rows { overflow: hidden; gap: 0; padding: 0; }
+#filter [type=search] { flex: 1 1 14rem; }
+#rows { gap: 0; padding: 0; }
 #rows li { content-visibility: auto; contain-intrinsic-size: auto 4rem; }
 #rows li + li { border-top: 1px solid var(--line); }
-#rows a { display: grid; grid-template-columns: auto 1fr auto; gap: 0 .75rem; }
-#rows a { padding: .6rem 1rem; align-items: center; }
-#rows a { color: inherit; text-decoration: none; }
-#rows a:hover { background: var(--sunken); }
+#rows a { display: block; padding: .6rem 1rem; color: inherit; text-decoration: none; }
+#rows a:hover { background: var(--page); }
 #rows a:focus-visible { outline-offset: -3px; }
-#rows .title { font-weight: 600; }
-#rows .about { grid-column: 2; }
-#rows .times { grid-area: 1 / 3 / 3; text-align: right; }
-#rows .times > * { display: block; }
+#steps { flex-flow: row wrap; gap: .25rem 1.5rem; }
+#outcome strong { min-width: 7rem; }
 
-#steps { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); }
-#steps { gap: .5rem 1rem; align-items: start; }
-#steps li { display: grid; grid-template-columns: auto 1fr; gap: 0 .5rem; }
-#steps li { align-items: center; }
-#steps .small { grid-column: 2; }
-li[data-state=next], li[data-state=skipped] { color: var(--muted); }
-#outcome { border-left: 4px solid var(--state); }
-.facts { display: grid; grid-template-columns: auto 1fr; gap: .3rem 1.25rem; }
-.facts dt { color: var(--muted); }
-.facts dd { display: flex; flex-wrap: wrap; gap: .25rem .5rem; align-items: center; }
-.added { color: var(--green); }
-.removed { color: var(--red); }
-#reviewList > li + li { padding-top: .9rem; border-top: 1px solid var(--line); }
-#requestText { margin: .75rem 0; }
-
-#logCard { flex: 1; gap: 0; padding: 0; position: relative; min-height: 60vh; }
-#logCard > .bar { padding: .6rem 1.25rem; border-bottom: 1px solid var(--line); }
-#log { flex: 1 1 20rem; overflow-y: auto; padding: .5rem 0; background: var(--sunken); }
-#log { border-radius: 0 0 .6rem .6rem; outline-offset: -2px; }
-#follow { position: absolute; bottom: 1rem; left: 50%; transform: translateX(-50%); }
+#logCard { flex: 1; position: relative; min-height: 60vh; }
+#log { flex: 1 1 20rem; overflow-y: auto; background: var(--page); }
+#follow { position: absolute; bottom: 1.5rem; left: 45%; }
 .event:not(details), .event summary {
   display: grid;
   grid-template-columns: 4.2rem 4.2rem 1fr;
   gap: 0 .75rem;
-  padding: .05rem 1.25rem;
+  padding: 0 .5rem;
   white-space: pre-wrap;
 }
-.event time { color: var(--muted); }
-.event .source { color: var(--source, var(--muted)); }
-.event summary .message { overflow: hidden; text-overflow: ellipsis; white-space: pre; }
-.event summary .message::before { content: "▸ "; color: var(--muted); }
-.event[open] summary .message { white-space: pre-wrap; }
-.event[open] summary .message::before { content: "▾ "; }
-.event pre { margin: .3rem 1.25rem .3rem 11.15rem; padding-left: .75rem; }
-.event pre { border-left: 3px solid var(--line); color: var(--muted); }
+.event summary .message::before { content: "▸ " / ""; }
+.event[open] summary .message::before { content: "▾ " / ""; }
+details:not([open]) .message { white-space: pre; }
+details:not([open]) .message { overflow: hidden; text-overflow: ellipsis; }
+.event pre { margin: .3rem .5rem .3rem 2rem; color: var(--muted); }
+.event .time { color: var(--muted); }
 .event[data-source=phase] { margin-top: .6rem; font-weight: 700; }
-.event[data-source=agent] { --source: var(--blue); }
-.event[data-source=tool] { --source: var(--violet); }
-.event[data-source=git] { --source: var(--green); }
-.event[data-source=test] { --source: var(--amber); }
-.event[data-source=error], .event.failed { color: var(--red); --source: var(--red); }
-
+.event[data-source=agent] .source { color: var(--blue); }
+.event[data-source=git] .source { color: var(--green); }
+.event[data-source=tool] .source { color: var(--amber); }
+.event[data-source=test] .source { color: var(--amber); }
+.event[data-source=error], .event.failed { color: var(--red); }
 @media (max-width: 45rem) {
-  main, header { padding: .75rem; }
-  .brand span { position: absolute; clip-path: inset(50%); }
-  .card { padding: .8rem .9rem; }
-  #rows a { grid-template-columns: auto 1fr; }
-  #rows .times { grid-area: auto / 2; text-align: left; }
-  #rows .times > * { display: inline; margin-right: .75rem; }
-  .facts { grid-template-columns: 1fr; gap: 0; }
-  .facts dd { margin-bottom: .4rem; }
-  #logCard > .bar { padding: .5rem .9rem; }
-  .event:not(details), .event summary { padding: .05rem .9rem; }
   .event:not(details), .event summary { grid-template-columns: 3.5rem 1fr; }
-  .event time { display: none; }
-  .event pre { margin-left: .9rem; }
+  .event .time { display: none; }
 }
 </style>
 </head>
 <body>
 <header>
-  <a class="brand" href="#">
-    <svg viewBox="0 0 16 16" aria-hidden="true">
-      <rect width="16" height="16" rx="4" stroke="none" />
-      <path d="M4 4.5 7.5 8 4 11.5M8.5 11.5H12" fill="none" stroke-width="1.6" />
-    </svg>
-    <span>codebot</span>
-  </a>
-  <nav id="nav" aria-label="Views">
-    <a href="#" data-view="listView">Tasks</a>
-    <a href="#new" data-view="formView">New task</a>
-  </nav>
-  <button type="button" id="forget" class="small">Forget key</button>
+  <a class="brand grow" href="#">codebot</a>
+  <button type="button" id="forget">Forget key</button>
 </header>
-<p id="banner" role="alert" hidden></p>
+<p id="banner" role="alert"></p>
 <p id="announcer" role="status" class="visually-hidden"></p>
 <main>
   <section id="keyView" hidden>
     <form id="keyForm" class="card narrow" novalidate>
       <h1>API key</h1>
       <p>Ask the operator of this server for one. It is kept in this tab only.</p>
-      <div>
-        <label for="key">Key</label>
+      <label>Key
         <input type="password" id="key" autocomplete="off" data-focus
           aria-describedby="keyError">
-        <p id="keyError" class="error" role="alert"></p>
-      </div>
+      </label>
+      <p id="keyError" class="error" role="alert"></p>
       <div><button class="primary">Continue</button></div>
     </form>
   </section>
-
   <section id="listView" hidden>
     <div class="bar">
       <h1 class="grow" tabindex="-1" data-focus>Tasks</h1>
       <a class="button primary" href="#new">New task</a>
     </div>
     <form id="filter" class="bar" role="search">
-      <input type="search" name="text" class="grow" aria-label="Filter by text"
+      <input type="search" name="text" aria-label="Filter by text"
         placeholder="Title, repository, #number …">
     </form>
     <ul id="rows" class="card"></ul>
     <p id="noRows" class="card"></p>
   </section>
-
   <section id="formView" hidden>
     <form id="taskForm" class="card narrow" novalidate>
       <h1 tabindex="-1" data-focus>New task</h1>
       <p class="muted">
         An agent makes the change, and codebot opens a pull request with it.
-        Fields marked <span class="required">*</span> are required.
+        Fields marked <span class="error">*</span> are required.
       </p>
-      <div>
-        <label for="repository_url">Repository <span class="required">*</span></label>
-        <input id="repository_url" name="repository_url" required
+      <label>Repository <span class="error">*</span>
+        <input name="repository_url" required
           placeholder="https://github.com/owner/name">
-      </div>
-      <div>
-        <label for="description">
-          What should change? <span class="required">*</span>
-        </label>
-        <textarea id="description" name="description" required rows="8"
+      </label>
+      <label>What should change? <span class="error">*</span>
+        <textarea name="description" required rows="8"
           placeholder="Add a switch for dark mode to the settings page …"></textarea>
-      </div>
-      <div>
-        <label for="test_command">Test command</label>
-        <input id="test_command" name="test_command" placeholder="python -m pytest">
-      </div>
-      <div class="columns">
-        <div>
-          <label for="base_branch">Base branch</label>
-          <input id="base_branch" name="base_branch" placeholder="the default branch">
-        </div>
-        <div>
-          <label for="ticket_id">Ticket</label>
-          <input id="ticket_id" name="ticket_id" placeholder="FEAT-123">
-        </div>
-      </div>
-      <div>
-        <label for="ticket_summary">Title of the pull request</label>
-        <input id="ticket_summary" name="ticket_summary"
-          placeholder="the first line of the description">
-      </div>
+      </label>
+      <label>Test command
+        <input name="test_command" placeholder="python -m pytest">
+      </label>
+      <label>Base branch
+        <input name="base_branch" placeholder="the default branch">
+      </label>
+      <label>Ticket
+        <input name="ticket_id" placeholder="FEAT-123">
+      </label>
+      <label>Title of the pull request
+        <input name="ticket_summary" placeholder="the first line of the description">
+      </label>
       <p id="formError" class="error text" role="alert"></p>
       <div class="bar">
         <button class="primary">Submit task</button>
-        <span class="muted small">or press Ctrl+Enter</span>
+        <span class="muted">or press Ctrl+Enter</span>
       </div>
     </form>
   </section>
-
   <section id="taskView" hidden>
     <div class="bar">
       <h1 id="taskTitle" class="grow" tabindex="-1" data-focus></h1>
@@ -7331,16 +7237,12 @@ li[data-state=next], li[data-state=skipped] { color: var(--muted); }
       <button type="button" id="retry">Retry</button>
     </div>
     <p id="actionMessage" role="alert"></p>
-    <p id="taskState" class="bar"></p>
+    <div id="taskState" class="bar"></div>
     <ol id="steps" class="card" aria-label="Steps"></ol>
     <div id="outcome" class="card"></div>
-    <div id="reviews" class="card">
-      <h2>Reviews</h2>
-      <ol id="reviewList"></ol>
-    </div>
+    <div id="reviews" class="card"></div>
     <details class="card">
       <summary>Request and raw fields</summary>
-      <p id="requestText" class="text"></p>
       <pre id="raw"></pre>
     </details>
     <div id="logCard" class="card">
@@ -7353,12 +7255,11 @@ li[data-state=next], li[data-state=skipped] { color: var(--muted); }
       <button type="button" id="follow" class="primary" hidden>↓ Follow</button>
     </div>
   </section>
-
   <section id="missingView" hidden>
     <div class="card narrow">
       <h1 tabindex="-1" data-focus>No such task</h1>
       <p>It may have been removed: finished tasks are kept for a limited time.</p>
-      <div><a class="button" href="#">All tasks</a></div>
+      <a href="#">All tasks</a>
     </div>
   </section>
 </main>
@@ -7370,7 +7271,7 @@ const FULL_LIST_EVERY = 20; // polls; the others ask for the newest tasks only
 const STATES = ['all', 'pending', 'running', 'completed', 'failed', 'cancelled'];
 const STEPS = ['clone', 'queued', 'agent', 'test', 'commit', 'push', 'pull_request'];
 const NO_TASKS =
-  'No tasks yet. Describe a change: an agent makes it and opens a pull request.';
+  'No tasks yet. Describe a change: an agent makes it, codebot opens a pull request.';
 const ADVICE = {
   clone_failed: 'Check the address and whether codebot may read this repository.',
   base_branch_not_found: 'Name an existing branch, or none for the default branch.',
@@ -7407,8 +7308,7 @@ async function request(path, options = {}) {
   } catch {
     throw new Error('The server does not answer.');
   }
-  const date = response.headers.get('Date');
-  if (date) clockOffset = Date.parse(date) - Date.now();
+  clockOffset = Date.parse(response.headers.get('Date')) - Date.now() || 0;
   if (response.ok) return response;
   const body = await response.json().catch(() => ({}));
   const message = body.message || `The server answered ${response.status}.`;
@@ -7444,17 +7344,20 @@ function redraw(element, data, build) {
 }
 
 function paragraph(text) {
-  return create('p', { class: 'text' }, ...linkify(text));
+  return create('p', { class: 'text' }, ...linkify(text || ''));
 }
 
 function muted(...children) {
-  return create('span', { class: 'muted small' }, ...children);
+  return create('span', { class: 'muted' }, ...children);
 }
 
-function externalLink(url, content, className = '') {
-  if (!/^https?:\/\//i.test(url)) return content;
-  const attributes = { href: url, target: '_blank', rel: 'noopener noreferrer' };
-  return create('a', { ...attributes, class: className }, content);
+function row(name, ...children) {
+  return create('div', { class: 'bar' }, create('strong', {}, name), ...children);
+}
+
+function externalLink(url, text) {
+  if (!/^https?:\/\//i.test(url)) return text;
+  return create('a', { href: url, target: '_blank', rel: 'noopener noreferrer' }, text);
 }
 
 function linkify(text) {
@@ -7462,19 +7365,9 @@ function linkify(text) {
   return parts.map((part, index) => (index % 2 ? externalLink(part, part) : part));
 }
 
-function factList(facts) {
-  const list = create('dl', { class: 'facts' });
-  for (const [name, values] of Object.entries(facts)) {
-    const children = values.filter(Boolean);
-    if (children.length === 0) continue;
-    list.append(create('dt', {}, name), create('dd', {}, ...children));
-  }
-  return list;
-}
-
-function copyButton(name, text) {
-  const button = create('button', { type: 'button', class: 'copy' }, 'Copy');
-  button.ariaLabel = `Copy ${name}`;
+function copyButton(text) {
+  const attributes = { type: 'button', class: 'copy', 'aria-label': `Copy ${text}` };
+  const button = create('button', attributes, 'Copy');
   button.onclick = () => copyText(button, text);
   return button;
 }
@@ -7511,24 +7404,11 @@ function stateOf(job) {
   return job.reason === 'cancelled' ? 'cancelled' : job.status;
 }
 
-function stateIcon(state) {
-  return create('span', { class: 'icon', 'data-state': state, 'aria-hidden': 'true' });
-}
-
 function stateText(job) {
   const state = stateOf(job);
   let text = humanize(state);
   if (state === 'failed' && job.reason) text += `: ${job.reason.replaceAll('_', ' ')}`;
-  return create('span', { class: 'state', 'data-state': state }, humanize(text));
-}
-
-function secondsBetween(from, to) {
-  const end = to ? Date.parse(to) : Date.now() + clockOffset;
-  return Math.max(0, Math.round((end - Date.parse(from)) / 1000));
-}
-
-function addSeconds(time, seconds) {
-  return new Date(Date.parse(time) + seconds * 1000).toISOString();
+  return create('span', { 'data-state': state }, text);
 }
 
 function formatDuration(seconds) {
@@ -7539,44 +7419,36 @@ function formatDuration(seconds) {
 }
 
 function formatAge(seconds) {
-  const minutes = Math.floor(seconds / 60);
-  if (minutes === 0) return seconds < 5 ? 'just now' : `${seconds} s ago`;
-  if (minutes < 60) return `${minutes} min ago`;
-  if (minutes < 48 * 60) return `${Math.floor(minutes / 60)} h ago`;
-  return `${Math.floor(minutes / 1440)} days ago`;
+  if (seconds < 60) return `${seconds} s ago`;
+  if (seconds < 3600) return `${Math.floor(seconds / 60)} min ago`;
+  if (seconds < 48 * 3600) return `${Math.floor(seconds / 3600)} h ago`;
+  return `${Math.floor(seconds / 86400)} days ago`;
 }
 
-function age(from) {
+// Shows the seconds between two times, or since the first one: see updateTimes.
+function timer(format, from, to) {
   const title = new Date(from).toLocaleString();
-  const element = create('time', { datetime: from, title, 'data-from': from });
-  updateTime(element);
-  return element;
-}
-
-function duration(from, to, prefix = '') {
-  const data = { 'data-from': from, 'data-to': to || '', 'data-prefix': prefix };
-  const element = create('span', data);
-  updateTime(element);
+  const element = create('time', { datetime: from, title });
+  element.update = () => {
+    const end = to ? Date.parse(to) : Date.now() + clockOffset;
+    const seconds = Math.max(0, Math.round((end - Date.parse(from)) / 1000));
+    setText(element, format(seconds));
+  };
+  element.update();
   return element;
 }
 
 function runTime(job) {
   if (!job.started_at) return '';
   const prefix = job.completed_at ? 'took ' : 'running for ';
-  return duration(job.started_at, job.completed_at, prefix);
-}
-
-function updateTime(element) {
-  const { from, to, prefix } = element.dataset;
-  const seconds = secondsBetween(from, to);
-  const isAge = to === undefined;
-  setText(element, isAge ? formatAge(seconds) : prefix + formatDuration(seconds));
+  const format = (seconds) => prefix + formatDuration(seconds);
+  return timer(format, job.started_at, job.completed_at);
 }
 
 function updateTimes() {
-  if (!ui.banner.hidden) return; // nobody knows whether it still runs
-  const elements = document.querySelectorAll('section:not([hidden]) [data-from]');
-  elements.forEach(updateTime);
+  if (ui.banner.textContent) return; // nobody knows whether it still runs
+  const elements = document.querySelectorAll('section:not([hidden]) time');
+  elements.forEach((element) => element.update());
 }
 
 // --- Views and polling
@@ -7597,26 +7469,24 @@ function showSection(view) {
   for (const section of document.querySelectorAll('section')) {
     section.hidden = section !== view;
   }
-  for (const link of ui.nav.children) {
-    link.ariaCurrent = link.dataset.view === view.id ? 'page' : null;
-  }
-  ui.nav.hidden = !apiKey;
   ui.forget.hidden = !apiKey;
   view.querySelector('[data-focus]').focus();
 }
 
 async function poll() {
   clearTimeout(pollTimer);
-  if (!apiKey || document.hidden) return;
+  // A hidden tab keeps no connection: browsers allow only six to a server.
+  if (document.hidden) current?.connection?.abort();
+  if (document.hidden || !apiKey) return;
   try {
     if (current) await refreshTask(current);
     else if (!ui.listView.hidden) await refreshList();
-    if (!ui.banner.hidden) setText(ui.announcer, 'The server answers again.');
-    ui.banner.hidden = true;
+    if (ui.banner.textContent) setText(ui.announcer, 'The server answers again.');
+    setText(ui.banner, '');
   } catch (error) {
     current?.connection?.abort();
-    setText(ui.banner, `${error.message} Trying again every few seconds.`);
-    ui.banner.hidden = error.status === 401;
+    const message = `${error.message} Trying again every few seconds.`;
+    setText(ui.banner, apiKey ? message : ''); // without a key, its form says why
   }
   pollSoon(POLL_INTERVAL);
 }
@@ -7624,12 +7494,6 @@ async function poll() {
 function pollSoon(delay = 200) {
   clearTimeout(pollTimer);
   pollTimer = setTimeout(poll, delay);
-}
-
-// A hidden tab keeps no connection: browsers allow only six to a server.
-function onVisibilityChange() {
-  if (document.hidden) current?.connection?.abort();
-  else poll();
 }
 
 // --- API key
@@ -7648,7 +7512,7 @@ async function saveKey(event) {
     if (!/^[!-~]+$/.test(apiKey)) throw new Error('This is not an API key.');
     await request('?limit=1');
     sessionStorage.setItem('apiKey', apiKey);
-    ui.key.value = '';
+    ui.keyForm.reset();
     setText(ui.keyError, '');
     showView();
   } catch (error) {
@@ -7682,7 +7546,7 @@ function drawFilter() {
   for (const state of STATES) {
     const input = create('input', { type: 'radio', name: 'state', value: state });
     input.checked = state === 'all';
-    const label = create('label', { class: 'pill' }, input, ` ${humanize(state)} `);
+    const label = create('label', {}, input, ` ${humanize(state)} `);
     label.append(create('span', {})); // for the number of tasks
     ui.filter.elements.text.before(label);
   }
@@ -7722,19 +7586,17 @@ function rowOf(task) {
 }
 
 function rowContent(task) {
-  const about = create('span', { class: 'about small muted' }, stateText(task));
-  about.append(` · ${repositoryName(task.repository_url)}`);
-  if (task.pr_number) about.append(` · #${task.pr_number}`);
-  const title = create('span', { class: 'title' }, titleOf(task));
-  const times = create('span', { class: 'times small muted' });
-  times.append(age(task.submitted_at), runTime(task));
-  return [stateIcon(stateOf(task)), title, about, times];
+  const about = create('div', { class: 'bar muted' }, stateText(task));
+  about.append(repositoryName(task.repository_url));
+  if (task.pr_number) about.append(`#${task.pr_number}`);
+  about.append(timer(formatAge, task.submitted_at), runTime(task));
+  return [create('strong', {}, titleOf(task)), about];
 }
 
 function searchText(task) {
-  const number = task.pr_number ? `#${task.pr_number}` : '';
-  const reason = task.reason ? humanize(task.reason) : '';
-  return [titleOf(task), task.repository_url, number, reason].join(' ').toLowerCase();
+  const reason = (task.reason || '').replaceAll('_', ' ');
+  const words = [titleOf(task), task.repository_url, `#${task.pr_number}`, reason];
+  return words.join(' ').toLowerCase();
 }
 
 // --- Form
@@ -7847,44 +7709,46 @@ async function refreshTask(task) {
 
 function drawTask(task) {
   const { reviews = [], ...status } = task.status;
-  const state = stateOf(status);
   const title = titleOf(status);
   setText(ui.taskTitle, title);
-  document.title = `${humanize(state)}: ${title}`;
+  document.title = `${humanize(stateOf(status))}: ${title}`;
   setText(ui.announcer, document.title);
   const isCancelFocused = document.activeElement === ui.cancel;
   ui.cancel.hidden = Boolean(status.completed_at);
   ui.retry.hidden = status.status !== 'failed';
   if (isCancelFocused && ui.cancel.hidden) ui.taskTitle.focus();
   if (ui.cancel.hidden) setText(ui.actionMessage, '');
-  ui.outcome.dataset.state = state;
   redraw(ui.taskState, [status, task.retryOf], () => stateLine(status, task.retryOf));
   redraw(ui.outcome, status, outcome);
-  setText(ui.requestText, status.description);
-  redraw(ui.reviewList, reviews, () => reviews.map(reviewItem));
-  ui.reviews.hidden = reviews.length === 0;
-  setText(ui.raw, JSON.stringify(task.status, null, 2));
+  redraw(ui.reviews, reviews, reviewSection);
+  setText(ui.raw, `${status.description}\n\n${JSON.stringify(task.status, null, 2)}`);
   drawSteps(task);
 }
 
 function stateLine(status, retryOf) {
-  const submitted = muted('submitted ', age(status.submitted_at));
+  const submitted = muted('submitted ', timer(formatAge, status.submitted_at));
   submitted.append(` by ${status.submitted_by}`);
-  const line = [stateIcon(stateOf(status)), stateText(status), submitted];
-  if (status.started_at) line.push(muted(runTime(status)));
+  const line = [stateText(status), submitted, muted(runTime(status))];
   line.push(externalLink(status.repository_url, repositoryName(status.repository_url)));
-  if (status.issue_url) {
-    const number = status.issue_url.split('/').pop();
-    line.push(externalLink(status.issue_url, `issue #${number}`));
-  }
-  if (retryOf) {
-    const href = `#task=${encodeURIComponent(retryOf)}`;
-    line.push(create('a', { href }, 'retry of an earlier task'));
-  }
+  if (status.issue_url) line.push(externalLink(status.issue_url, 'GitHub issue'));
+  const href = `#task=${encodeURIComponent(retryOf)}`;
+  if (retryOf) line.push(create('a', { href }, 'retry of an earlier task'));
   return line;
 }
 
-// --- Steps
+async function act(action) {
+  const { id, path, retryKey } = current;
+  const options = { method: 'POST', headers: { 'Idempotency-Key': retryKey } };
+  try {
+    const response = await request(`${path}/${action}`, options);
+    const answer = await response.json();
+    setText(ui.actionMessage, answer.message);
+    if (action === 'retry') location.hash = `task=${answer.task_id}&retry_of=${id}`;
+    pollSoon();
+  } catch (error) {
+    setText(ui.actionMessage, error.message);
+  }
+}
 
 // Shows the phases so far and the steps to come. After failed tests, the agent and the
 // test run again. Phases after the task's end are those of reviews.
@@ -7898,9 +7762,7 @@ function drawSteps({ events, status }) {
   const next = later.filter((name) => name !== 'queued'); // only with a launcher
   redraw(ui.steps, [phases, status], () => [
     ...phases.map((phase, index) => stepItem(phase, phases[index + 1], status)),
-    ...next.map((name) =>
-      create('li', { 'data-state': 'next' }, stateIcon('next'), humanize(name)),
-    ),
+    ...next.map((name) => create('li', { class: 'muted' }, humanize(name))),
   ]);
 }
 
@@ -7911,10 +7773,10 @@ function stepOf(message) {
 function stepItem({ message, time }, next, status) {
   let state = next ? 'completed' : stateOf(status);
   if (message.startsWith('test') && next?.message.startsWith('agent')) state = 'failed';
-  const about = muted(duration(time, next?.time || status.completed_at));
-  const title = create('span', {}, humanize(message));
+  const title = create('span', { 'data-state': state }, humanize(message));
   title.append(create('span', { class: 'visually-hidden' }, `: ${state}`));
-  return create('li', { 'data-state': state }, stateIcon(state), title, about);
+  const duration = timer(formatDuration, time, next?.time || status.completed_at);
+  return create('li', {}, title, ' ', muted(duration));
 }
 
 // --- Outcome
@@ -7922,14 +7784,10 @@ function stepItem({ message, time }, next, status) {
 function outcome(status) {
   if (status.status === 'completed') return resultCard(status.result);
   if (status.status === 'failed') return errorCard(status);
-  if (status.status === 'pending') return [paragraph(waitingText(status))];
+  const position = status.queue_position;
+  if (position) return [paragraph(`Waiting: number ${position} in the queue.`)];
   if (status.phase === 'queued') return [paragraph('Waiting for a free compute node.')];
   return [];
-}
-
-function waitingText({ queue_position: position }) {
-  if (position > 1) return `Number ${position} in the queue.`;
-  return 'Next in the queue: it starts as soon as a worker is free.';
 }
 
 function errorCard({ reason, error }) {
@@ -7939,80 +7797,50 @@ function errorCard({ reason, error }) {
 }
 
 function resultCard(result) {
-  const heading = create('div', { class: 'bar' });
-  heading.append(create('h2', { class: 'grow' }, 'Result'));
-  if (result.pr_url) {
+  const { pr_url: url, branch_name: branch, commit, tests } = result;
+  const files = create('pre', {}, result.files.join('\n'));
+  const card = [create('h2', {}, 'Result'), paragraph(result.summary)];
+  if (url) {
     const text = `Pull request #${result.pr_number} · ${result.pr_state}`;
-    heading.append(externalLink(result.pr_url, text, 'button primary'));
-    heading.append(copyButton('pull request address', result.pr_url));
+    card.push(row('Pull request', externalLink(url, text), copyButton(url)));
   }
-  const facts = factList({
-    Tests: testFact(result.tests),
-    Branch: gitFact('branch', result.branch_name, result.pr_url),
-    Commit: gitFact('commit', result.commit, result.pr_url),
-    Agent: [agentText(result)],
-  });
-  return [heading, paragraph(result.summary), facts, ...changedFiles(result.files)];
-}
-
-function testFact(tests) {
-  if (!tests) return ['No test command'];
-  const state = tests.passed ? 'completed' : 'failed';
-  const verdict = tests.passed ? 'Passed' : 'Failed';
-  const attempts = tests.attempts > 1 ? `in attempt ${tests.attempts}` : '';
-  return [
-    create('span', { class: 'state', 'data-state': state }, verdict),
-    create('code', {}, tests.command),
-    attempts,
-  ];
+  card.push(
+    row('Tests', tests ? `Passed: ${tests.command}` : 'No test command'),
+    row('Branch', ...gitLink(url, 'tree', branch)),
+    row('Commit', ...gitLink(url, 'commit', commit)),
+    row('Agent', agentText(result)),
+    create('details', { open: '' }, create('summary', {}, 'Changed files'), files),
+  );
+  return card;
 }
 
 // GitHub's addresses of branches and commits begin like that of the pull request.
-function gitFact(kind, name, pullRequestUrl) {
-  if (!name) return [];
+function gitLink(pullRequestUrl, kind, name) {
   const repository = (pullRequestUrl || '').replace(/\/pull\/\d+$/, '');
-  const path = kind === 'branch' ? `tree/${name}` : `commit/${name}`;
-  const code = create('code', {}, kind === 'branch' ? name : name.slice(0, 10));
-  return [externalLink(`${repository}/${path}`, code), copyButton(kind, name)];
+  const code = create('code', {}, kind === 'commit' ? name.slice(0, 10) : name);
+  return [externalLink(`${repository}/${kind}/${name}`, code), copyButton(name)];
 }
 
 function agentText({ cost_usd: cost, num_turns: turns, seconds }) {
-  const parts = [];
-  if (turns) parts.push(`${turns} turns`);
-  if (seconds) parts.push(formatDuration(Math.round(seconds)));
-  if (typeof cost === 'number') parts.push(`$${cost.toFixed(2)}`);
+  const parts = [`${turns} turns`, formatDuration(Math.round(seconds))];
+  if (cost !== null) parts.push(`$${cost.toFixed(2)}`);
   return parts.join(' · ');
 }
 
-function changedFiles(lines) {
-  if (lines.length === 0) return [];
-  const files = create('pre', {});
-  for (const line of lines) {
-    const [, name, added, removed] = /^(.*?)(\+*)(-*)$/.exec(line);
-    files.append(name, create('span', { class: 'added' }, added));
-    files.append(create('span', { class: 'removed' }, removed), '\n');
-  }
-  const details = create('details', {}, create('summary', {}, 'Changed files'), files);
-  details.open = lines.length <= 12;
-  return [details];
+function reviewSection(reviews) {
+  if (reviews.length === 0) return [];
+  return [create('h2', {}, 'Reviews'), ...reviews.map(reviewItem)];
 }
 
 function reviewItem(review) {
-  const heading = create('div', { class: 'bar' }, stateIcon(stateOf(review)));
-  heading.append(create('strong', {}, review.reviewer), stateText(review));
-  const phase = review.status === 'running' ? review.phase : '';
-  for (const text of [phase, review.kind]) {
-    if (text) heading.append(muted(text));
-  }
-  heading.append(muted(age(review.submitted_at)), muted(runTime(review)));
-  const item = create('li', {}, heading);
+  const heading = row(review.reviewer, stateText(review), review.kind || '');
+  heading.append(muted(timer(formatAge, review.submitted_at)), muted(runTime(review)));
+  const item = create('div', {}, heading);
   item.append(create('blockquote', {}, paragraph(review.request)));
-  for (const text of [review.answer, review.error]) {
-    if (text) item.append(paragraph(text));
-  }
-  const pullRequestUrl = current.status.result.pr_url;
-  const commit = gitFact('commit', review.commit, pullRequestUrl);
-  if (review.commit) item.append(factList({ Commit: commit }));
+  item.append(paragraph(review.answer), paragraph(review.error));
+  if (!review.commit) return item;
+  const link = gitLink(current.status.result.pr_url, 'commit', review.commit);
+  item.append(row('Commit', ...link));
   return item;
 }
 
@@ -8079,14 +7907,14 @@ function logLine(task, { time, source, message }) {
   const text = source === 'phase' ? humanize(message) : shortenPaths(message);
   const [title, ...input] = isTool ? text.split('\n') : [text];
   const cells = [
-    create('time', { datetime: time }, clock.format(new Date(time))),
+    create('span', { class: 'time' }, clock.format(new Date(time))),
     create('span', { class: 'source' }, source),
     create('span', { class: 'message' }, ...(isTool ? [title] : linkify(title))),
   ];
   const attributes = { class: 'event', 'data-source': source };
   if (!isTool) return create('div', attributes, ...cells);
   const call = create('details', attributes, create('summary', {}, ...cells));
-  if (input.length > 0) call.append(create('pre', {}, ...linkify(input.join('\n'))));
+  call.append(create('pre', {}, ...linkify(input.join('\n'))));
   task.openCalls.push(call);
   return call;
 }
@@ -8127,22 +7955,6 @@ function onSelectionChange() {
   if (!isCollapsed && ui.log.contains(anchorNode)) setFollowing(false);
 }
 
-// --- Actions
-
-async function act(action) {
-  const { id, path, retryKey } = current;
-  const options = { method: 'POST', headers: { 'Idempotency-Key': retryKey } };
-  try {
-    const response = await request(`${path}/${action}`, options);
-    const answer = await response.json();
-    setText(ui.actionMessage, answer.message);
-    if (action === 'retry') location.hash = `task=${answer.task_id}&retry_of=${id}`;
-    pollSoon();
-  } catch (error) {
-    setText(ui.actionMessage, error.message);
-  }
-}
-
 ui.keyForm.onsubmit = saveKey;
 ui.forget.onclick = forgetKey;
 ui.filter.oninput = drawList;
@@ -8158,7 +7970,7 @@ ui.follow.onclick = () => setFollowing(true);
 ui.log.onscroll = onScroll;
 ui.log.addEventListener('toggle', () => setFollowing(false), true);
 document.onselectionchange = onSelectionChange;
-document.onvisibilitychange = onVisibilityChange;
+document.onvisibilitychange = poll;
 window.onhashchange = showView;
 setInterval(updateTimes, 1000);
 drawFilter();

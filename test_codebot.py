@@ -10687,8 +10687,9 @@ def test_page_shows_task_from_submit_to_result_and_review(
     browser.fill("Test command", "test -s hello.txt")
     browser.call("Page.reload")
     browser.find("field", "What should change")
-    assert browser.evaluate("ui.description.value") == "Say hello\n\nTo everybody."
-    browser.evaluate("ui.description.focus()")
+    description = "ui.taskForm.elements.description"
+    assert browser.evaluate(f"{description}.value") == "Say hello\n\nTo everybody."
+    browser.evaluate(f"{description}.focus()")
     browser.press("Enter", with_ctrl=True)
     browser.wait_for_text(f"agent I read {MARKUP}.", "#log")  # while it runs
     browser.wait_for_text("Running", "#taskState")
@@ -10706,7 +10707,7 @@ def test_page_shows_task_from_submit_to_result_and_review(
     [pull] = fresh.repository.pulls
     assert "Wrote hello.txt." in outcome
     assert "Pull request #1 · open" in outcome
-    assert "Passed test -s hello.txt" in outcome
+    assert "Passed: test -s hello.txt" in outcome
     assert pull["head"]["ref"] in outcome
     assert "hello.txt | 1 +" in outcome
     link = browser.find("link", "Pull request #1")
@@ -10723,8 +10724,8 @@ def test_page_shows_task_from_submit_to_result_and_review(
     browser.wait_for_text("alice Completed question", "#reviews")
     browser.wait_for_text("Because", "#reviews")
     browser.check()
-    browser.click("link", "Tasks")
-    browser.wait_for_text("Completed · acme/widget · #1")
+    browser.click("link", "codebot")
+    browser.wait_for_text("Completed acme/widget#1")
     browser.check()
 
 
@@ -10739,7 +10740,8 @@ def test_page_reports_errors_and_next_steps(fresh: Site, browser: Browser) -> No
     browser.wait_for_text("No such task")
     browser.check()
 
-    browser.click("link", "New task")
+    browser.click("link", "All tasks")
+    browser.click("button", "New task")
     browser.find("field", "Repository")
     browser.click("button", "Submit task")
     browser.wait_for_text("This field is missing")
@@ -10771,10 +10773,10 @@ def test_page_reports_errors_and_next_steps(fresh: Site, browser: Browser) -> No
     browser.wait_for_text("Cancelled", "#taskState")
     assert browser.focused() == "Fail"  # the button is gone
 
-    browser.click("link", "Tasks")
+    browser.click("link", "codebot")
     browser.wait_for_text("All 2 Pending 0 Running 0 Completed 0 Failed 1 Cancelled 1")
     browser.click("field", "Cancelled")
-    browser.wait_for_text("Cancelled · acme/widget", "#rows")
+    browser.wait_for_text("Cancelled acme/widget", "#rows")
     assert "Failed: agent failed" not in browser.text("#rows")
     browser.fill("Filter by text", "nothing like this")
     browser.wait_for_text("No task matches this filter.")
