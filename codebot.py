@@ -35,7 +35,8 @@ GLOSSARY
   agent          the Claude CLI process
   session        the agent's conversation with the model, kept in the workspace's home
   base           the branch that the agent's branch starts from; base commit: its commit
-  installation token   the GitHub credential for one repository, valid for one hour
+  installation token   a GitHub credential that is valid for one hour: for one
+                 repository, or only for looking up names
   delivery       one webhook request, with its GUID
   marker         the hidden comment by which a retry sees that something was posted
   event          an entry of a task's log
@@ -51,7 +52,7 @@ GLOSSARY
 WHO IS TRUSTED WITH WHAT
   The operator   with everything: the settings, the App's key, the work directory.
   A client       with an API key may submit tasks, and read, cancel and retry all of them.
-  A reviewer, or who labels an issue: acted on only if GitHub reports, at that moment,
+  A reviewer, or a person who labels an issue: acted on only if GitHub reports, then,
                  that they have write access to the repository. Everyone else is ignored.
   GitHub         is believed over TLS. A webhook's signature is checked, and even then a
                  delivery only makes codebot ask GitHub: who wrote what, who may write,
@@ -75,10 +76,11 @@ KNOWN LIMITATIONS
   the file system, except in the directories that are hidden. Nothing but the host limits
   its memory, processes and disk.
   What the agent says (its events, summary and cost) is self-reported. "The tests passed"
-  means that the command ended with 0 where an agent had worked, which can change the
-  tests, and what they find in HOME. What it changes is pushed without a person having
-  read it, and the repository's own CI runs it. codebot looks for the secrets that it
-  knows in a change, but only as they are or in base64.
+  means that the command exited with 0 in a workspace where the agent could have changed
+  the tests, and files in HOME that they read. What the agent changes is pushed without a
+  person having read it, and the repository's own CI runs it. codebot looks in a change
+  for the secrets of 16 or more characters that it knows, but only as they are or in
+  base64.
   HTML comments and invisible characters are taken out of what people write. Other ways
   to hide text on GitHub, such as the title of a link, are not.
 
@@ -87,6 +89,7 @@ LIFE OF A JOB
   pending   -> failed       it is cancelled
   running   -> pending      a stop, a crash, or a transient error interrupts it
   running   -> completed, failed
+  A review is deleted if nothing may be done for it, or when it joins one that runs.
 
   A task's phases are clone, agent, test, commit, push, pull_request; a review's are
   classify, clone, agent, test, commit, push, answer. Both wait as queued for a node, if
@@ -117,8 +120,9 @@ WHERE THE DANGEROUS THINGS ARE, each in one place
   urlopen                   GitHub.send
   git with a credential     GitDirectory.remote_git
   what the agent sees       bwrap_command, and Workspace.environment
-  git on an agent's objects, outside the sandbox    Workspace.collect_tree
-  removing directories      remove_tree
+  git on an agent's objects, outside the sandbox    Workspace.collect_tree, which lets
+                            fsck check them, then write_commit, inspect_commit, patch, push
+  removing directories      remove_tree; scratch_* by tempfile
   fork and exec             fork_watchdog; serve, with --debug
   SQL                       Store, and the steps of its transactions below it
   a change of state         Store._transition
@@ -198,7 +202,7 @@ TRANSITIONS = {
 
 CANCELLED_TEXT = "The task was cancelled"
 
-MAX_INTERRUPTIONS = 3  # a job that was interrupted this often fails
+MAX_INTERRUPTIONS = 3  # interruptions after which a job fails
 RETRY_DELAY = 60.0  # seconds until a job is retried after a transient error
 # Seconds after which a transient error is no longer retried.
 RETRY_LIMIT = {"task": 3600.0, "review": 86400.0}
@@ -210,16 +214,16 @@ MIN_GIT_TIMEOUT = 60.0  # seconds for git in a workspace, if the job's time is o
 PROBE_TIMEOUT = 30.0  # seconds for the sandbox, and for a node, when codebot starts
 STOP_TIMEOUT = 10.0  # seconds that the workers have to end
 KILL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL: git removes its lock files
-RESULT_GRACE = 5.0  # seconds that the agent may live on after its result
-MAX_LINE_BYTES = 8 << 20  # of a longer line of output, the beginning is dropped
+RESULT_GRACE = 5.0  # seconds that the agent may keep running after its result
+MAX_LINE_BYTES = 8 << 20  # a longer line of output is not kept
 MAX_OUTPUT_BYTES = 1 << 30  # a program that prints more is ended
-READ_BYTES = 64 << 10  # of a program's output between two looks at its limits
+READ_BYTES = 64 << 10  # of output read before the limits are checked again
 KEPT_LINES = 400  # the last lines of a program's output that are kept
 MAX_EVENT_CHARS = 4000  # a longer event is truncated
 MAX_AGENT_EVENTS = 10_000  # events of the agent and the tests that one job may log
-LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")  # of these events
+LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")  # that it counts
 LOW_DISK_BYTES = 1 << 30  # warn below this much free space
-FULL_DISK_BYTES = 1 << 20  # with less free space, that is why a program failed
+FULL_DISK_BYTES = 1 << 20  # a program that fails with less free space failed for it
 MIRROR_RETENTION = 30 * 86400.0  # seconds that an unused mirror is kept
 DELIVERY_RETENTION = 7 * 86400.0  # GitHub redelivers for at most 3 days (GHES: 7)
 DAILY_REVIEW_JOBS = 50  # jobs on one pull request in a day
@@ -287,11 +291,11 @@ class LimitReached(Exception):
 
 
 class TimedOut(LimitReached):
-    """A program ran for longer than it may."""
+    """A program exceeded its time limit."""
 
 
 class Stalled(LimitReached):
-    """A program printed nothing for longer than it may."""
+    """A program printed nothing for too long."""
 
 
 class TooMuchOutput(LimitReached):
@@ -303,7 +307,7 @@ class LaunchFailed(Exception):
 
 
 class ReviewSkipped(Exception):
-    """There is nothing (any more) that codebot may do for this review."""
+    """There is nothing, or nothing any longer, that may be done for this review."""
 
 
 class WrongState(Exception):
@@ -362,7 +366,9 @@ GITHUB_NAMES = (  # required without --no-github
 )
 OWN_SECRET_NAMES = ("CODEBOT_API_KEYS", "GITHUB_WEBHOOK_SECRET")
 SECRET_NAME_RE = re.compile(
-    r"token|key|secret|pass|pwd|cred|auth(?!or)|bearer|dsn|url|header", re.IGNORECASE
+    r"token|key|secret|pass|pwd|cred|auth(?!or(?!iz))|bearer|dsn|url|header|jwt|cookie"
+    r"|session|webhook|_pat$",
+    re.IGNORECASE,
 )
 ENV_LINE_RE = re.compile(
     r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(['"]?)(.*?)\2\s*(?:(?<=\s)#.*)?""",
@@ -377,7 +383,7 @@ MIN_UNIQUE_LENGTH = 16  # shorter ones may be in a file by chance
 
 
 # One parser per kind of setting. Each raises ValueError with the end of a sentence
-# that begins with the setting's name and its value.
+# that begins with the setting's name; the value is appended.
 
 
 def split_commas(text: str) -> tuple[str, ...]:
@@ -537,7 +543,7 @@ class Config:
     claude_args: tuple[str, ...] = setting("CODEBOT_CLAUDE_ARGS", parse_command, ())
     task_timeout: int = setting("CODEBOT_TASK_TIMEOUT", parse_count, 3600)
     stall_timeout: int = setting("CODEBOT_STALL_TIMEOUT", parse_count, 1200)
-    budget: float = setting("CODEBOT_MAX_BUDGET_USD", parse_dollars, 0.0)  # 0: none
+    budget: float = setting("CODEBOT_MAX_BUDGET_USD", parse_dollars, 0.0)  # 0: no limit
     max_turns: int = setting("CODEBOT_MAX_TURNS", parse_count, 0)  # 0: no limit
     test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", parse_attempts, 2)
     sandbox: tuple[str, ...] = setting("CODEBOT_SANDBOX", parse_command, ("bwrap",))
@@ -717,12 +723,13 @@ def read_config(
     problems: list[str] = []
     env_file = os.path.abspath(".env")
     variables = read_env_file(env_file, problems)
-    is_complete = not problems  # else what the file sets would only seem to be missing
+    # If it cannot be read, the settings that it holds are not reported as missing.
+    was_env_file_read = not problems
     variables.update(os.environ)
     values = read_settings(flags, variables, problems)
     values.setdefault("work_dir", os.path.realpath("codebot_workspace"))
     config = Config(**values, env_file=env_file, variables=variables)
-    if is_complete:
+    if was_env_file_read:
         problems += missing_settings(config, needs_keys)
     problems += unreadable_files(config)
     problems += conflicting_settings(config)
@@ -833,7 +840,10 @@ class ProgramResult(NamedTuple):
 
     @property
     def error(self) -> str:
-        """The cause in, and the end of, its error output (else of its output)."""
+        """The first line that names a cause, and the last three, of its error output.
+
+        Of its output, if there is no error output.
+        """
         lines = [line.strip() for line in self.stderr or self.stdout]
         lines = [line for line in lines if not NOISE_RE.fullmatch(line)]
         if len(lines) > 4:
@@ -944,7 +954,7 @@ class RunningProgram:
         self.stderr = stderr
         self.limits = limits
         self.launch = launch
-        self.is_launched = launch is None
+        self.has_started = launch is None  # else when a node is free
         self.launched_code: int | None = None  # as printed on the node
         self.last_lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
         self.last_errors: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
@@ -991,12 +1001,12 @@ class RunningProgram:
         for line in lines:
             # The program's last line may have no end.
             text, separator, code = line.partition(f"{launch.sentinel} ")
-            if line == launch.sentinel and not self.is_launched:
-                self.is_launched = True
+            if line == launch.sentinel and not self.has_started:
+                self.has_started = True
                 self.started = time.monotonic()
                 self.last_errors.clear()  # what the launcher said
                 launch.on_start()
-            elif not self.is_launched:
+            elif not self.has_started:
                 self.last_errors.append(line[:10_000])
             elif separator and code.isdigit():
                 self.launched_code = int(code)
@@ -1009,7 +1019,7 @@ class RunningProgram:
         if self.kill_at is not None:
             return  # its work is done and counts
         self.limits.check_stop()
-        if self.launch is not None and not self.is_launched:
+        if self.launch is not None and not self.has_started:
             if now > self.started + self.launch.timeout:
                 raise TimedOut()
             return  # waiting for a node is neither slow nor silent
@@ -1030,11 +1040,11 @@ class RunningProgram:
             self.limits.check_stop()
         result = ProgramResult(code or 0, [*self.last_lines], [*self.last_errors])
         if code and shutil.disk_usage(tempfile.gettempdir()).free < FULL_DISK_BYTES:
-            # What it said of it is lost: its output goes to the same disk.
+            # It may not say so itself: its output is written to the same disk.
             raise TransientError(f"The disk is full: {result.error}")
         if code is None and self.kill_at is None:
             event = "CODEBOT_LAUNCHER failed"
-            if self.is_launched:
+            if self.has_started:
                 event = "The cluster ended it"
             raise LaunchFailed(f"{event}: {result.error}")
         return result
@@ -1094,7 +1104,7 @@ def run_program(
     launch: Launch | None = None,
     pass_fds: Sequence[int] = (),
 ) -> ProgramResult:
-    """Run a program to its end; afterwards nobody of its process group is left.
+    """Run a program to its end; afterwards no process of its group is left.
 
     Raises what ended it early (TimedOut, Stalled, TooMuchOutput, StopRequested,
     Cancelled, LaunchFailed), TransientError if it failed and the disk is full, or
@@ -1302,7 +1312,7 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     tools = tool_directories(config)
     covers = [Mount(path, HIDDEN) for path in hidden]
     covers += [Mount(path, READ_ONLY) for path in tools]
-    # A directory comes before what lies in it; of the same one the cover is last.
+    # A directory comes before what lies in it. For one path, the cover is last, and wins.
     covers.sort(key=lambda mount: (mount.path, mount.option == HIDDEN))
     shown = [os.path.realpath("/etc/resolv.conf"), objects]  # the first may be in /run
     for path in agent_program_files(config, [*hidden, "/tmp"]):
@@ -1342,9 +1352,10 @@ def scratch_workspace(work_dir: str) -> Iterator[str]:
 
 
 def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
-    """Fill in {task} and {job} in CODEBOT_LAUNCHER or CODEBOT_LAUNCHER_STOP.
+    """Fill in the words of CODEBOT_LAUNCHER or CODEBOT_LAUNCHER_STOP.
 
-    The job's name is the same whenever something is launched in this workspace.
+    {task} is the workspace's path. {job} is a name for the cluster, the same whenever
+    something is launched in this workspace.
     """
     job_name = f"codebot-{os.path.basename(workspace)}"
     return [
@@ -1355,7 +1366,7 @@ def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
 # What a launcher started may outlive codebot, so it is recorded in a file, which
 # exists until CODEBOT_LAUNCHER_STOP has succeeded: run by codebot itself, by its
 # watchdog after a crash, or by the next start. The file names the run.
-STOP_FAILED = "stop failed"  # in place of the run: Cleanup tries again
+STOP_FAILED = "stop failed"  # instead of a tag, in the record: Cleanup tries again
 
 
 def launch_record(config: Config, workspace: str) -> pathlib.Path:
@@ -1376,7 +1387,7 @@ def stop_launched(config: Config, workspace: str, run_tag: str) -> bool:
     record = launch_record(config, workspace)
     if not record.exists():
         return True
-    # Without the setting, which somebody must have removed since, it fails.
+    # If the setting was removed since, `false` fails in its place.
     words = launcher_words(config.launcher_stop, workspace) or ["false"]
     try:
         result = run_program(
@@ -1394,7 +1405,7 @@ def stop_launched(config: Config, workspace: str, run_tag: str) -> bool:
 
 
 def stop_all_launched(config: Config, run_tag: str, launched_by: str = "") -> None:
-    """End all that was launched; with ``launched_by``, by those runs only."""
+    """End what was launched: all, or what processes with the tag ``launched_by`` did."""
     for path in find_files(config.work_dir, "launched/*"):
         record = pathlib.Path(path)
         with contextlib.suppress(FileNotFoundError):
@@ -1403,7 +1414,9 @@ def stop_all_launched(config: Config, run_tag: str, launched_by: str = "") -> No
 
 
 class Sandbox:
-    """Runs commands in a workspace: they see nothing private, and change nothing else."""
+    """Runs commands in a workspace. In bwrap they see no private directory, and can
+    write only to the workspace.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -1436,7 +1449,7 @@ class Sandbox:
         return text
 
     def probe(self, run_tag: str, *command: str) -> ProgramResult:
-        """Run a command (or only the probe) as the agent will run.
+        """Check that a command runs as the agent will run; without one, `true`.
 
         Raises ConfigError if the sandbox or the launcher does not work, LaunchFailed
         if that is not known because no node was free.
@@ -1450,7 +1463,10 @@ class Sandbox:
             return self.run_probe(workspace, run_tag, command or ("true",))
 
     def bwrap_can_disable_userns(self, run_tag: str) -> bool:
-        """Return whether bwrap is 0.8 or newer. Raises ConfigError if it must be."""
+        """Return whether bwrap is 0.8 or newer.
+
+        Raises ConfigError if there is none, or an older one and codebot runs as root.
+        """
         env = base_environment(self.config, run_tag)
         try:
             limits = Limits(timeout=PROBE_TIMEOUT)
@@ -1530,20 +1546,22 @@ class Sandbox:
 # and issues of that repository. A token lives for an hour and is kept in memory only.
 
 TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "write"}
-# With what a request is sent: a repository's id (its installation token), or
+# A request is sent with a credential: the token of a repository, which is named by the
+# repository's id, or one of these two.
 LOOKUP = 0  # the token that can only look up names
 AS_APP = -1  # the App's own JWT
 TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_GITHUB_BYTES = 32 << 20  # of one response
 MAX_CACHED_REPLIES = 500
+HTML_COMMENT_RE = re.compile("<!--.*?-->", re.DOTALL)
+# At the beginning of a line, quote or list item it hides all that follows.
+UNCLOSED_COMMENT_RE = re.compile(r"^[ \t>*+0-9.)-]*<!--.*", re.DOTALL | re.MULTILINE)
 INVISIBLE_RE = re.compile(
-    "<!--.*?-->|(?:^|(?<=\n)) {0,3}<!--(?!.*-->).*"  # HTML comments, also without an end
-    "|[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]"  # zero width, bidi
+    "[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]"  # zero width, bidi
     "|[\U000e0000-\U000e007f]"  # tags, which spell invisible ASCII
     "|[\ufe00-\ufe0f\U000e0100-\U000e01ef]"  # variation selectors
-    "|[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]",  # control characters
-    re.DOTALL,
+    "|[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters
 )
 
 
@@ -1646,7 +1664,11 @@ class AnyResponse(urllib.request.HTTPErrorProcessor):
 
 def visible_text(text: str) -> str:
     """Remove what people on GitHub do not see: comments, zero-width and bidi signs."""
-    return INVISIBLE_RE.sub("", text)
+    # Where no comment ends any more, HTML_COMMENT_RE would search in vain, and slowly.
+    closed, end, rest = text.rpartition("-->")
+    closed = HTML_COMMENT_RE.sub("", closed + end)
+    rest = UNCLOSED_COMMENT_RE.split(rest, 1)[0]
+    return INVISIBLE_RE.sub("", closed + rest)
 
 
 def person_login(user: Json) -> str:
@@ -1665,7 +1687,7 @@ def parse_comment(kind: str, payload: JsonObject) -> Comment | None:
     ValueError if the payload has another shape.
     """
     user = person_login(payload["user"])
-    text = visible_text(payload["body"] or "")[:65_536]
+    text = visible_text((payload["body"] or "")[:65_536])
     is_pending = str(payload.get("state")).lower() == "pending"
     if not user or not text.strip() or is_pending:
         return None
@@ -1927,7 +1949,7 @@ class GitHub:
         entries = reply.value
         if isinstance(entries, dict):
             entries = entries.get("repositories", [])
-        # A full page is not kept: its next page could change while it does not.
+        # A full page is not kept: with an old one the link to a new next page is missing.
         is_full = isinstance(entries, list) and len(entries) >= 100
         if "ETag" in reply.headers and not is_full:
             if len(self._replies) >= MAX_CACHED_REPLIES:
@@ -1962,7 +1984,9 @@ class GitHub:
         raise GitHubError(status, str(reply.value))
 
     def unauthorized_delay(self, reply: Reply, attempt: int, credential: int) -> float:
-        """Try once more as the App, now by GitHub's clock; or with a new token."""
+        """Return the delay until another try: with a new token, or as the App, once, with
+        a JWT by GitHub's clock.
+        """
         if credential == AS_APP and attempt > 0:
             raise GitHubError(
                 401,
@@ -1992,7 +2016,9 @@ class GitHub:
         seconds = min(seconds, MAX_RATE_LIMIT_WAIT)
         if seconds > MAX_INLINE_WAIT:
             retry_at = time.time() + seconds
-            if 0 < reply.status < 500:
+            if (
+                0 < reply.status < 500
+            ):  # a limit, no outage: no thread may ask until then
                 self.silent_until = retry_at
             raise TransientError(
                 f"GitHub asks to wait: {reply.value}", retry_at=retry_at
@@ -2425,9 +2451,14 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
     plain_url = urllib.parse.unquote(url)
     if re.search(r"[/:]\.\.?(/|$)", plain_url):
         raise ValueError("must not have . or .. in its path")
+    if f"{config.work_dir}/" in f"{plain_url}/":
+        raise ValueError("must not be in the work directory")
     path = url
     if url.startswith("file:"):
-        path = re.sub("^file://[^/]*", "", plain_url)
+        # With a host, git and codebot could understand the path differently.
+        if not re.match(r"file:///[^\[\]@]*$", plain_url):
+            raise ValueError("must be file:///path without [ ] and @")
+        path = plain_url[len("file://") :]
     for candidate in (os.path.abspath(path), os.path.realpath(path)):
         candidate = "/" + candidate.lstrip("/")
         # An agent could plant hooks in a repository there.
@@ -2534,7 +2565,7 @@ class GitDirectory:
         text = "\n".join([*result.stdout, *result.stderr])
         if AUTH_FAILED_RE.search(text):
             raise GitAuthFailed("authentication failed")
-        # An address or a branch's name may say anything.
+        # Without addresses and quoted names, which may have any words in them.
         words = re.sub(r"(?<!\w)'[^'\n]*'|https?://\S+", "", text)
         if TRANSIENT_GIT_ERROR_RE.search(words) and not REJECTED_RE.search(words):
             raise TransientError(result.error)
@@ -2646,17 +2677,18 @@ class Mirror(GitDirectory):
         raise TransientError(f"Branch {name} kept moving while it was fetched")
 
     def make_for(self, access: RemoteAccess) -> None:
-        """Make the mirror, and anew if its name belongs to another repository now.
+        """Create the mirror, and again if its name belongs to another repository now.
 
-        Else an agent could read what was in the earlier one. The lock must be held.
+        An agent could otherwise read what was in the earlier repository. The lock must
+        be held.
         """
-        owner = str(access.remote.id) if access.remote else "any"
-        owner_file = pathlib.Path(self.path, "codebot-repository-id")
-        if owner_file.exists() and owner_file.read_text() == owner:
+        repository_id = str(access.remote.id) if access.remote else "unknown"
+        id_file = pathlib.Path(self.path, "codebot-repository-id")
+        if id_file.exists() and id_file.read_text() == repository_id:
             return
         discard(self.config.work_dir, self.path)
         self.output("init", "--quiet", "--bare", "--template=")
-        owner_file.write_text(owner)
+        id_file.write_text(repository_id)
 
     def branch_contains(self, name: str, commit: str) -> bool:
         return self.is_ancestor(commit, f"refs/heads/{name}")
@@ -2668,7 +2700,10 @@ class Mirror(GitDirectory):
         access.git(self, *GIT_FETCH, "--prune", "--", url, refspec, pass_fds=[lock])
 
     def check_objects(self, commit: str) -> None:
-        """Raise GitFailed if the commit's directories do not pass git's fsck.
+        """Raise GitFailed if the commit's trees do not pass git's fsck.
+
+        git checks a part of a repository only while it indexes a pack, so they are
+        packed. The contents of files are left out.
 
         What an agent leaves is checked by fsck later. If the repository had such
         faults before, the job fails now, before an agent has cost anything.
@@ -2692,7 +2727,7 @@ class Mirror(GitDirectory):
             raise GitFailed(result.error)
 
     def remove_stale_files(self, older_than: float = 0.0) -> None:
-        """Remove what a killed git left. The lock must be held, or nobody be running."""
+        """Remove what a killed git left. The lock must be held, or no git be running."""
         for pattern in STALE_FILES:
             for path in find_files(self.path, pattern):
                 with contextlib.suppress(FileNotFoundError):
@@ -2758,7 +2793,7 @@ CREATE TABLE jobs (
     reviewer TEXT NOT NULL DEFAULT '',
     request_kind TEXT NOT NULL DEFAULT '',
     -- Interruptions and retries: `interruptions` counts crashes, and retries that ran
-    -- the agent again; `transient_since` is the first of a row of transient errors.
+    -- the agent again; `transient_since` is when a series of transient errors began.
     interruptions INTEGER NOT NULL DEFAULT 0,
     not_before REAL NOT NULL DEFAULT 0,
     transient_since REAL NOT NULL DEFAULT 0,
@@ -2860,7 +2895,7 @@ CREATE VIEW task_activity AS
     WHERE task.kind = 'task'
     GROUP BY task.id;
 """
-LOCK_TIMEOUT = 2.0  # seconds to wait for codebot's other writers, and for others'
+LOCK_TIMEOUT = 2.0  # seconds to wait for another thread, or process, that writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2884,7 +2919,7 @@ class TaskRequest:
     def title(self) -> str:
         """The title of the commit and the pull request."""
         ticket = f"{self.ticket_id.strip()}: " if self.ticket_id else ""
-        return f"{ticket}{self.subject}"[:250]
+        return f"{ticket}{self.subject}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2911,7 +2946,7 @@ class Outcome:
 
     def to_json(self) -> str:
         if self == Outcome():
-            return "{}"  # by this Store sees that a review has done nothing yet
+            return "{}"  # by which Store knows a review that has done nothing yet
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
@@ -3202,7 +3237,7 @@ class Store:
             return make_job(existing), False
 
     def claim(self, job_id: str) -> Job | None:
-        """Start a pending job. None if it may not start (now), which is no error.
+        """Start a pending job. None if it cannot start now; it is queued again later.
 
         All jobs of a task use the same workspace. So a review does not start while its
         task is unfinished, or another review of the same pull request runs.
@@ -3360,7 +3395,7 @@ class Store:
             """
             SELECT kind, id FROM jobs
             WHERE status = 'pending'
-                AND kind IN ('task', 'review') -- all, but the index begins with it
+                AND kind IN ('task', 'review') -- all rows; SQLite needs it to use jobs_by_status
                 AND not_before > :since AND not_before <= :now
             ORDER BY seq
             """,
@@ -3370,7 +3405,7 @@ class Store:
         return [(row["kind"], row["id"]) for row in rows]
 
     def next_review(self, job: Job) -> str | None:
-        """Return the oldest pending review that had to wait for a task or a review."""
+        """Return the oldest pending review that had to wait until ``job`` has ended."""
         row = self._read_one(
             """
             SELECT review.id FROM pull_requests
@@ -3494,7 +3529,7 @@ class Store:
         )
         return [make_job(row) for row in rows]
 
-    def is_followed(self, task_id: str) -> bool:
+    def has_unfinished_jobs(self, task_id: str) -> bool:
         """Return whether a task's log may still grow: a job of it is unfinished."""
         row = self._read_one(
             """
@@ -3504,11 +3539,11 @@ class Store:
                 SELECT 1 FROM jobs
                 JOIN pull_requests ON pull_requests.id = jobs.pull_request_id
                 WHERE pull_requests.task_id = :id AND jobs.completed_at IS NULL
-            ) AS is_followed
+            ) AS has_unfinished_jobs
             """,
             id=task_id,
         )
-        return bool(row["is_followed"])
+        return bool(row["has_unfinished_jobs"])
 
     def task_counts(self) -> list[tuple[str, str, int]]:
         """Return the number of tasks by status and reason."""
@@ -3623,7 +3658,7 @@ class Store:
                 if job_id is None:
                     job_id = insert_review(db, pull_request.id, comment.user)
                     if job_id is None:
-                        continue  # more than one a day may have
+                        continue  # over the limit of a day
                     created.append(job_id)
                 assign_comment(db, comment, job_id)
             db.execute(
@@ -3817,7 +3852,7 @@ def insert_task(
         ) VALUES (
             :id, 'task', :now, :submitted_by, :repository_url, :description,
             :ticket_id, :ticket_summary, :test_command, :base_branch,
-            :key, :body_hash, :id,
+            :key, :body_hash, :id, -- the session has the task's id
             :event_id, :issue_repository_id, :issue_number, :issue_url
         )
         """,
@@ -3955,7 +3990,7 @@ class PollDue(SyncRequest):
     """Asks the sync thread to look at all pull requests and labelled issues."""
 
 
-class App:
+class Codebot:
     """What the threads share. The queues carry ids; the store is the record."""
 
     def __init__(self, config: Config) -> None:
@@ -4119,7 +4154,7 @@ def remove_tree(config: Config, path: str, run_tag: str) -> None:
 class JobRun:
     """One run of a job: its log, its time, and what ends it early."""
 
-    def __init__(self, app: App, job: Job) -> None:
+    def __init__(self, app: Codebot, job: Job) -> None:
         self.app = app
         self.config = app.config
         self.store = app.store
@@ -4131,7 +4166,7 @@ class JobRun:
         self.started = time.monotonic()
         self.deadline: float | None = None  # of the agent and the tests
         self.events_left = MAX_AGENT_EVENTS
-        self.has_cost = False  # the agent has run
+        self.agent_has_run = False  # which costs money
 
     def check_stop(self) -> None:
         """Raise StopRequested or Cancelled if the run must end."""
@@ -4237,9 +4272,9 @@ git config remote.origin.url "$url" &&
 git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
 git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
-# The tree that the agent left is written before the test runs. What the test leaves
-# behind is removed, except what .gitignore names; what cannot be removed is not in the
-# tree. That of a test that passed is stored, for COMMIT_SCRIPT.
+# Before the test runs, what the agent left is written as a tree. Afterwards the files are
+# reset to it, except those that .gitignore names. If the test passes, COMMIT_SCRIPT
+# commits exactly this tree, whatever could not be removed.
 TEST_SCRIPT = f"""{GIT_FUNCTION}
 [ ! -e .git/codebot-tested ] || rm -rf .git/codebot-tested
 tree=$(g add -A && g write-tree)
@@ -4250,7 +4285,7 @@ rm -rf .git/index.lock
 [ "$tree" ] && [ $code = 0 ] && echo "$tree" >.git/codebot-tested
 exit $code
 """
-# A repository in the repository would become a submodule without an address.
+# git would record a repository in the repository as a submodule without a URL.
 COMMIT_SCRIPT = f"""{GIT_FUNCTION}
 base=$1
 if [ -f .git/codebot-tested ]; then
@@ -4281,7 +4316,7 @@ g apply --3way --index --whitespace=nowarn - && exit
 g diff --name-only --diff-filter=U
 exit 1
 """
-# The CLI: no telemetry, no updates; "@/path" in a prompt must not read that file.
+# The CLI: no telemetry, no updates, and no reading of the file in "@/path" in a prompt.
 AGENT_SWITCHES = (
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
     "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS",
@@ -4297,7 +4332,8 @@ class Change(NamedTuple):
     """What a commit changes."""
 
     files: tuple[str, ...]  # lines of git diff --stat
-    secret_file: str  # a file to which it adds a secret; "" if it adds none
+    has_secret: bool  # it adds one to a file, or in the name of one
+    secret_file: str  # that file, as the diff names it
 
 
 class Workspace:
@@ -4479,6 +4515,10 @@ class Workspace:
     def collect_tree(self, base_commit: str) -> str:
         """Fetch what the agent left into the outbox.
 
+        git fetch runs outside the sandbox, in the outbox. upload-pack, the only process
+        that opens the agent's .git, runs in it. What crosses is a pack, which fsck has
+        checked.
+
         Returns its tree, "" if nothing was changed. Raises JobFailed if there is no
         usable repository.
         """
@@ -4515,7 +4555,7 @@ class Workspace:
         tree, base_tree = trees.stdout
         return "" if tree == base_tree else tree
 
-    def commit(self, tree: str, parent: str, message: str) -> str:
+    def write_commit(self, tree: str, parent: str, message: str) -> str:
         """Make the job's one commit, in the App's name. Returns its id."""
         login = "codebot"
         address = "codebot@localhost"
@@ -4537,21 +4577,23 @@ class Workspace:
         )
         return lines[0]
 
-    def change(self, base_commit: str, commit: str) -> Change:
+    def inspect_commit(self, base_commit: str, commit: str) -> Change:
         """Return what a commit changes, and whether it adds a secret."""
         with tempfile.NamedTemporaryFile(prefix="scratch_") as file:
             options = ["--stat=100", "--stat-count=50", "--patch", "--unified=0"]
-            options.append(f"--output={file.name}")
+            options += ["--no-renames", f"--output={file.name}"]
             self.outbox.output(*GIT_DIFF, *options, base_commit, commit)
             lines = (line.decode("utf-8", "replace").rstrip("\n") for line in file)
             files = tuple(itertools.takewhile(bool, lines))  # to the blank line
             name = ""
-            for line in lines:
-                if line.startswith("+++ b/"):
-                    name = line[len("+++ b/") :].strip()
-                if line.startswith("+") and self.app.redact.has_secret(line):
-                    return Change(files, name)
-        return Change(files, "")
+            for line in lines:  # the patch, after the blank line
+                if line.startswith("diff --git "):
+                    name = line.partition(" b/")[2]
+                # What is removed, or only stands nearby, may have been there before.
+                is_old = line.startswith(("-", "@@"))
+                if not is_old and self.app.redact.has_secret(line):
+                    return Change(files, True, name)
+        return Change(files, False, "")
 
     def push(self, commit: str) -> None:
         """Push a commit to the branch. Pushing it again changes nothing.
@@ -4713,7 +4755,7 @@ def delimited(name: str, text: str) -> str:
     return f"<{delimiter}>\n{text}\n</{delimiter}>\n"
 
 
-def claim_number(result: JsonObject, name: str) -> float | None:
+def reported_number(result: JsonObject, name: str) -> float | None:
     """Return a number of the agent's result, if it is a sensible one."""
     value = result.get(name)
     if isinstance(value, (int, float)) and 0 <= value < 1e9:
@@ -4729,7 +4771,7 @@ class AgentStream:
         self.result: dict[str, Json] = {}
         self.login_failed = False
         self.last_message = ""
-        # Ids of the calls that give the answer, which is in the result: not logged.
+        # Ids of StructuredOutput calls, whose content is in the result: not logged.
         self.schema_calls: set[str] = set()
         self.entries: list[tuple[str, str]] = []  # for the task's log
 
@@ -4861,7 +4903,7 @@ class Agent:
         stream = AgentStream(self.run)
 
         def start() -> None:
-            self.run.has_cost = True
+            self.run.agent_has_run = True
             phase = "classify" if mode is CLASSIFYING else "agent"
             self.run.set_phase(phase, attempt, attempts)
 
@@ -4934,8 +4976,8 @@ class Agent:
     def add_up(self, result: JsonObject) -> None:
         """Add what a run claims to have cost, also one that failed."""
         outcome = self.run.job.outcome
-        cost = claim_number(result, "total_cost_usd")
-        turns = claim_number(result, "num_turns")
+        cost = reported_number(result, "total_cost_usd")
+        turns = reported_number(result, "num_turns")
         total = outcome.cost_usd
         if cost is not None:
             total = round((total or 0.0) + cost, 6)
@@ -4948,7 +4990,9 @@ class Agent:
 
 # With such words in a commit's message the repository's CI would not test it (GitHub
 # docs: "Skipping workflow runs"; other services have their own).
-CI_SWITCH_RE = re.compile(r"\[([^\[\]\n]*\b(?:skip|ci)\b[^\[\]\n]*)\]", re.IGNORECASE)
+CI_SWITCH_RE = re.compile(
+    r"\[([^\[\]\n]{0,50}\b(?:skip|ci)\b[^\[\]\n]{0,50})\]", re.IGNORECASE
+)
 
 
 def run_task(run: JobRun) -> None:
@@ -4959,9 +5003,9 @@ def run_task(run: JobRun) -> None:
     if not can_resume(run, workspace):
         react_to_issue(run, access)
         base_commit = clone(run, workspace)
-        do_task(run, workspace)
+        prompt_agent(run, workspace)
         tests = run_tests(run, workspace, run.job.request.test_command)
-        make_commit(run, workspace, base_commit, tests)
+        commit_task(run, workspace, base_commit, tests)
     push_commit(run, workspace)
     if access.remote is not None:
         create_pull_request(run, access.remote)
@@ -4969,9 +5013,9 @@ def run_task(run: JobRun) -> None:
 
 
 def find_remote(run: JobRun) -> RemoteAccess:
-    """Find the repository, and GitHub's id for it. Raises JobFailed if it may not be.
+    """Find the repository, and GitHub's id for it. Raises JobFailed if it is not allowed.
 
-    The settings may be other ones than when the task was submitted.
+    The settings may have changed since the task was submitted.
     """
     job = run.job
     try:
@@ -5004,6 +5048,10 @@ def find_remote(run: JobRun) -> RemoteAccess:
             f"Failed to clone repository: {repository.full_name} is now named "
             f"{remote.full_name}. Submit the task again with that name.",
         )
+    if job.issue_repository_id not in (0, remote.id):
+        raise JobFailed(
+            "clone_failed", f"{remote.full_name} is not the issue's repository any more"
+        )
     github.bot()  # for the commit: asked for now, before the agent costs anything
     run.update(mirror=repository.mirror_path, repository_id=remote.id)
     return RemoteAccess(repository, remote)
@@ -5031,6 +5079,7 @@ def task_workspace(run: JobRun, access: RemoteAccess) -> Workspace:
 def can_resume(run: JobRun, workspace: Workspace) -> bool:
     """Return whether an earlier run has made the commit already."""
     job = run.job
+    # Once it is being pushed, the remote may have it, and the outbox is not needed.
     if job.commit_id and (job.is_pushing or workspace.outbox.has_commit(job.commit_id)):
         run.log("codebot", f"Continued after commit {job.commit_id}")
         return True
@@ -5086,7 +5135,7 @@ def task_text(request: TaskRequest) -> str:
     return request.description
 
 
-def do_task(run: JobRun, workspace: Workspace) -> None:
+def prompt_agent(run: JobRun, workspace: Workspace) -> None:
     prompt = f"Task:\n{delimited('task', task_text(run.job.request))}"
     Agent(run, workspace).ask(prompt, CODING, Session.BEGIN)
 
@@ -5173,7 +5222,7 @@ class Commit(NamedTuple):
     files: tuple[str, ...]  # lines of git diff --stat
 
 
-def commit_work(
+def commit_agent_tree(
     run: JobRun, workspace: Workspace, base_commit: str, title: str
 ) -> Commit | None:
     """Make one commit of what the agent left; None if it changed nothing.
@@ -5187,9 +5236,9 @@ def commit_work(
     summary = quoted("The agent", run.job.outcome.summary)
     message = f"{run.redact(title)[:250]}\n\n{summary}"
     message = CI_SWITCH_RE.sub(r"(\1)", message)
-    commit_id = workspace.commit(tree, base_commit, message)
-    change = workspace.change(base_commit, commit_id)
-    if change.secret_file:
+    commit_id = workspace.write_commit(tree, base_commit, message)
+    change = workspace.inspect_commit(base_commit, commit_id)
+    if change.has_secret:
         raise JobFailed(
             "agent_failed",
             "The change is not pushed, because it writes a secret into "
@@ -5199,11 +5248,11 @@ def commit_work(
     return Commit(commit_id, change.files)
 
 
-def make_commit(
+def commit_task(
     run: JobRun, workspace: Workspace, base_commit: str, tests: TestResult | None
 ) -> None:
     """Make the one commit of the task, and store its id before it is pushed."""
-    commit = commit_work(run, workspace, base_commit, run.job.request.title)
+    commit = commit_agent_tree(run, workspace, base_commit, run.job.request.title)
     if commit is None:
         words = run.job.outcome.summary.strip()[:2000] or "nothing"
         raise JobFailed("no_changes", f"The agent changed nothing. It said: {words}")
@@ -5260,7 +5309,7 @@ def pull_request_body(run: JobRun) -> str:
 def create_pull_request(run: JobRun, remote: GitHubRepository) -> None:
     """Open the branch's pull request, or find the one that it has, and store it."""
     run.set_phase("pull_request")
-    title = run.redact(run.job.request.title)
+    title = run.redact(run.job.request.title)[:250]
     body = pull_request_body(run)
     try:
         new = remote.open_pull_request(run.job.branch, run.job.base_name, title, body)
@@ -5312,12 +5361,12 @@ def run_review(run: JobRun) -> None:
     """Do a review, from the comments to the answers. Each step can be repeated.
 
     What an earlier run has stored decides what is left to do:
-      outcome.error                  only to tell the reviewer
+      outcome.error                  only to tell the reviewer that it failed
       outcome.answers, commit_id     to push the commit, then to answer
       outcome.answers alone          only to answer
-      request_kind alone             to work; it need not be classified again
+      request_kind alone             to do the work, without classifying again
 
-    Raises ReviewSkipped if nothing is to be done. A failure is told in the comments'
+    Raises ReviewSkipped if nothing is to be done. A failure is posted in the comments'
     threads, and then raised.
     """
     context = load_review(run)
@@ -5332,7 +5381,7 @@ def run_review(run: JobRun) -> None:
         raise ReviewSkipped("the comments were deleted")
     threads = group_by_thread(comments)
     if run.job.outcome.error:
-        run.update(commit_id="")  # what has failed is not published any more
+        run.update(commit_id="")  # a review that has failed publishes only its error
     try:
         if not has_outcome(run, context):
             decide_and_do(run, context, comments)
@@ -5379,7 +5428,8 @@ def load_review(run: JobRun) -> ReviewContext:
 def refusal_error(error: GitHubError) -> Exception:
     """Return what a refusal means for a review.
 
-    What it is about is gone, or the App is refused, perhaps only for a while.
+    If the repository or the pull request is gone, the review is skipped. Everything
+    else may be temporary.
     """
     if error.status in GONE_STATUSES:
         return ReviewSkipped(f"it is not codebot's any more: {error}")
@@ -5389,17 +5439,17 @@ def refusal_error(error: GitHubError) -> Exception:
 def check_pull_request(run: JobRun, context: ReviewContext) -> None:
     """Raise ReviewSkipped unless the pull request is open, and of our branch."""
     try:
-        now = context.remote.pull_request(context.number)
+        current = context.remote.pull_request(context.number)
     except GitHubError as error:
         raise refusal_error(error) from None
-    if now.state != "open":
+    if current.state != "open":
         run.app.sync_queue.put(PullRequestChanged(context.pull_request.id))
-        raise ReviewSkipped(f"the pull request is {now.state}")
-    if now.is_from_fork or now.head_branch != context.task.branch:
+        raise ReviewSkipped(f"the pull request is {current.state}")
+    if current.is_from_fork or current.head_branch != context.task.branch:
         raise ReviewSkipped("the pull request is not of codebot's branch")
-    if now.repository_id != context.pull_request.repository_id:
+    if current.repository_id != context.pull_request.repository_id:
         raise ReviewSkipped("another repository has this name now")
-    if now.is_locked:
+    if current.is_locked:
         raise ReviewSkipped("the conversation is locked")
 
 
@@ -5488,7 +5538,7 @@ def decide_and_do(
     if run.job.request_kind == "question":
         answer_question(run, context, comments, text)
     elif run.job.request_kind == "change":
-        make_change(run, context, comments, text)
+        carry_out_change(run, context, comments, text)
 
 
 def earlier_comments(
@@ -5551,7 +5601,7 @@ def classify(run: JobRun, context: ReviewContext, text: str) -> str:
     with scratch_workspace(run.config.work_dir) as path:
         name = os.path.basename(path)
         access = context.workspace.access
-        # It stands in for a mirror, too, of which the sandbox shows `objects`.
+        # The directory doubles as the mirror: the sandbox shows its `objects`.
         scratch = Workspace(run, access, mirror_path=name, directory=name, branch="")
         prompt = f"Comments:\n{text}"
         answer = Agent(run, scratch).ask(prompt, CLASSIFYING, Session.NONE)
@@ -5581,13 +5631,13 @@ def answer_question(
     run.update_outcome(answers=parse_answers(run, answer, comments))
 
 
-def make_change(
+def carry_out_change(
     run: JobRun, context: ReviewContext, comments: Sequence[Comment], text: str
 ) -> None:
     base_commit = check_out_branch(run, context)
     answer = converse(run, context, base_commit, f"Review comments:\n{text}", CHANGING)
     answers = parse_answers(run, answer, comments)
-    commit_id = commit_change(run, context, base_commit)
+    commit_id = test_and_commit(run, context, base_commit)
     outcome = dataclasses.replace(run.job.outcome, answers=answers)
     run.update(
         base_commit=base_commit,
@@ -5646,13 +5696,13 @@ def parse_answers(
     return answers
 
 
-def commit_change(run: JobRun, context: ReviewContext, base_commit: str) -> str:
+def test_and_commit(run: JobRun, context: ReviewContext, base_commit: str) -> str:
     """Test what the agent left, and commit it. Returns "" if nothing was changed."""
     workspace = context.workspace
     request = context.task.request
     tests = run_tests(run, workspace, request.test_command)
     title = f"Answer the review of {request.title}"
-    commit = commit_work(run, workspace, base_commit, title)
+    commit = commit_agent_tree(run, workspace, base_commit, title)
     if commit is None:
         return ""
     run.update_outcome(tests=tests, files=commit.files)
@@ -5674,7 +5724,7 @@ def publish(run: JobRun, context: ReviewContext) -> None:
         if context.workspace.mirror.is_ancestor(run.job.commit_id, tip):
             return  # an earlier run, or somebody else, has pushed it
         if tip != run.job.base_commit:
-            if not move_change(run, context, tip):
+            if not reapply_change(run, context, tip):
                 return  # somebody made the same change
             if branch_tip(run, context) != tip:
                 continue  # others pushed while it was tested
@@ -5711,7 +5761,7 @@ def branch_tip(run: JobRun, context: ReviewContext) -> str:
     return tip
 
 
-def move_change(run: JobRun, context: ReviewContext, tip: str) -> bool:
+def reapply_change(run: JobRun, context: ReviewContext, tip: str) -> bool:
     """Put the change on top of ``tip``, and test it there.
 
     Returns False if it is there already; the answer then names that commit.
@@ -5721,7 +5771,7 @@ def move_change(run: JobRun, context: ReviewContext, tip: str) -> bool:
     patch = workspace.patch(run.job.base_commit, run.job.commit_id)
     workspace.check_out(workspace.branch, tip, keep_home=True)
     workspace.apply(patch)
-    commit_id = commit_change(run, context, tip)
+    commit_id = test_and_commit(run, context, tip)
     run.update(base_commit=tip, commit_id=commit_id or tip)
     return bool(commit_id)
 
@@ -5791,7 +5841,7 @@ EDIT_TOLERANCE = 1.0  # seconds between a label's event and the issue's own time
 class Sync:
     """The thread that looks at pull requests and at issues with the label."""
 
-    def __init__(self, app: App, github: GitHub) -> None:
+    def __init__(self, app: Codebot, github: GitHub) -> None:
         self.app = app
         self.config = app.config
         self.github = github
@@ -5879,11 +5929,13 @@ class Sync:
         if pull_request is None:
             return
         remote = self.github.repository_by_id(pull_request.repository_id)
-        now = remote.pull_request(pull_request.number)
+        current = remote.pull_request(pull_request.number)
         known = (pull_request.state, pull_request.full_name)
-        if (now.state, now.full_name) != known:
-            store.save_pull_request_state(pull_request.id, now.state, now.full_name)
-        if now.state != "open":
+        if (current.state, current.full_name) != known:
+            store.save_pull_request_state(
+                pull_request.id, current.state, current.full_name
+            )
+        if current.state != "open":
             self.end_reviews(pull_request.id)
         elif self.repository(remote).is_allowed(self.config):
             self.queue_new_comments(pull_request, remote)
@@ -5899,7 +5951,8 @@ class Sync:
     def queue_new_comments(
         self, pull_request: PullRequest, remote: GitHubRepository
     ) -> None:
-        # What is written while the lists are read may be in none of them.
+        # What is written while the lists are read may be missing in them. So the next
+        # look begins 10 s before this one, by GitHub's clock.
         started = now_text(seconds_ago=10 - self.github.clock_skew)
         latest = pull_request.seen_until
         comments = []
@@ -6076,7 +6129,9 @@ REASON_BY_PHASE = {
 }
 
 
-def repeat_until_stopped(app: App, step: Callable[[], None], seconds: float) -> None:
+def repeat_until_stopped(
+    app: Codebot, step: Callable[[], None], seconds: float
+) -> None:
     """Run one of the server's loops."""
     while not app.stop.is_set():
         try:
@@ -6089,7 +6144,7 @@ def repeat_until_stopped(app: App, step: Callable[[], None], seconds: float) -> 
         app.stop.wait(seconds)
 
 
-def worker_step(app: App, kind: str) -> None:
+def worker_step(app: Codebot, kind: str) -> None:
     """Take one job from a queue, and run it to its end."""
     job_id = app.queues[kind].get()
     if job_id is None:
@@ -6105,7 +6160,7 @@ def worker_step(app: App, kind: str) -> None:
         run_job(app, job)
 
 
-def run_job(app: App, job: Job) -> None:
+def run_job(app: Codebot, job: Job) -> None:
     """Run a job, and turn whatever happens into an end, a retry or a requeue.
 
     What ends a run:                       What becomes of the job:
@@ -6120,7 +6175,7 @@ def run_job(app: App, job: Job) -> None:
     run = JobRun(app, job)
     app.running[job.id] = run
     try:
-        do_job(run)
+        dispatch_job(run)
         end_job(run, "completed")
     except ReviewSkipped as error:
         log.info("Review %s is skipped: %s", job.id, error)
@@ -6145,7 +6200,7 @@ def run_job(app: App, job: Job) -> None:
         after_job(run)
 
 
-def do_job(run: JobRun) -> None:
+def dispatch_job(run: JobRun) -> None:
     run.check_stop()
     job = run.job
     # It may have been cancelled before `running` had it.
@@ -6153,7 +6208,7 @@ def do_job(run: JobRun) -> None:
     if stored is None or stored.cancel_requested:
         raise Cancelled()
     if job.kind == "review":
-        # After MAX_INTERRUPTIONS it tells the reviewer. If that fails too, it is given up.
+        # From MAX_INTERRUPTIONS on it tells the reviewer; here it gives that up, too.
         if job.interruptions >= 2 * MAX_INTERRUPTIONS:
             raise JobFailed("interrupted", "The review was interrupted too often")
         run_review(run)
@@ -6167,7 +6222,9 @@ def do_job(run: JobRun) -> None:
 
 
 def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None:
-    """End a job. Its last event is written first, so that a stream has it."""
+    """End a job. Its last event is written before, so that those who follow its log
+    get it before the end.
+    """
     job = run.job
     if status == "failed" and run.cancel.is_set():
         reason = "cancelled"  # whatever else went wrong meanwhile
@@ -6178,7 +6235,7 @@ def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None
     if reason:
         run.log("codebot", f"Failed ({reason}): {error}")
         log.info("Job %s: %s", job.id, error)
-    if not job.outcome.seconds:
+    if not job.outcome.seconds:  # for the totals
         outcome = dataclasses.replace(job.outcome, seconds=run.seconds())
         run.job = dataclasses.replace(job, outcome=outcome)
     remove_outbox_of(run)
@@ -6217,7 +6274,7 @@ def retry_later(run: JobRun, error: Exception) -> None:
         end_job(run, "failed", "cancelled", CANCELLED_TEXT)
         return
     now = time.time()
-    interruptions = 1 if run.has_cost and not job.commit_id else 0
+    interruptions = 1 if run.agent_has_run and not job.commit_id else 0
     not_before = max(now + RETRY_DELAY, getattr(error, "retry_at", 0.0))
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     message = app.redact(str(error))
@@ -6225,7 +6282,7 @@ def retry_later(run: JobRun, error: Exception) -> None:
         run.log("codebot", f"{message}. Trying again later")
         log.warning("Job %s: %s; retrying later", job.id, message)
         app.until_database_works(app.store.requeue, job.id, interruptions, not_before)
-        if not_before <= time.time():  # the write took so long that Timer missed it
+        if not_before <= time.time():  # due already: RetryTimer looks for later ones
             app.queues[job.kind].put(job.id)
         return
     reason = REASON_BY_PHASE.get(job.phase, "internal")
@@ -6251,19 +6308,19 @@ def after_job(run: JobRun) -> None:
         run.app.queues["review"].put(next_id)
 
 
-class Timer:
+class RetryTimer:
     """Queues jobs whose retry is due, and tests the database now and then."""
 
-    def __init__(self, app: App, only: str = "") -> None:
+    def __init__(self, app: Codebot, only_job: str = "") -> None:
         self.app = app
-        self.only = only  # the id of the one job that is run; "" means all
+        self.only_job = only_job  # its id; "" means all jobs
         self.last_look = time.time()
         self.next_test = 0.0
 
     def step(self) -> None:
         started = time.time()
         for kind, job_id in self.app.store.due_jobs(self.last_look):
-            if self.only in ("", job_id):
+            if self.only_job in ("", job_id):
                 self.app.queues[kind].put(job_id)
         self.last_look = started
         if time.monotonic() > self.next_test:
@@ -6277,7 +6334,7 @@ class Timer:
 class Cleanup:
     """Removes what retention allows, and keeps mirrors small."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: Codebot) -> None:
         self.app = app
         self.config = app.config
         self.run_tag = f"{app.run_tag}cleanup"
@@ -6307,7 +6364,7 @@ class Cleanup:
     def remove_workspaces(self) -> None:
         """Remove workspaces and outboxes that no job needs any more."""
         work_dir = self.config.work_dir
-        # A directory's name is stored before it is made, so these are asked for later.
+        # Listed first: the name of a directory is stored before it is made.
         paths = find_files(work_dir, "task_*")
         retained = self.app.store.retained_directories(now_text(self.config.retention))
         for path in paths:
@@ -6373,7 +6430,7 @@ def strict_headers(version: str, message: email.message.Message) -> dict[str, st
     headers: dict[str, str] = {}
     for name, value in message.items():
         key = name.lower()
-        value = value.strip(" \t")  # strip() would remove bytes of UTF-8 as well
+        value = value.strip(" \t")  # strip() would remove 0x85 and 0xA0 as well
         if key not in headers:
             headers[key] = value
         elif key in UNIQUE_HEADERS:
@@ -6428,7 +6485,9 @@ class Request:
     def body(self) -> bytes:
         """Return the whole body. Raises HTTPError if it is too long or incomplete."""
         if self._body is None:
-            length = float(self.headers.get("content-length", "0"))  # of any length
+            length = float(
+                self.headers.get("content-length", "0")
+            )  # int() has a limit of 4,300 digits
             if length > self.max_body:
                 raise HTTPError(413, f"The body is over {self.max_body:,} bytes long")
             self._body = self._read_body(int(length))
@@ -6511,8 +6570,8 @@ refusal_log = log.getChild("refused")
 refusal_log.addFilter(OncePerSecond())
 
 
-def anyone(app: App, request: Request) -> None:
-    """Needs no key."""
+def allow_anyone(app: Codebot, request: Request) -> None:
+    """Let every request pass."""
 
 
 def sent_key(request: Request) -> bytes:
@@ -6529,8 +6588,8 @@ def submitter(request: Request) -> str:
     return f"{fingerprint} {request.client_address}"
 
 
-def api_key(app: App, request: Request) -> None:
-    """Needs one of the API keys. Compares with all of them, in constant time."""
+def require_api_key(app: Codebot, request: Request) -> None:
+    """Require one of the API keys. Compares with all of them, in constant time."""
     key = sent_key(request)
     matches = [
         hmac.compare_digest(key, configured.encode())
@@ -6545,8 +6604,8 @@ def api_key(app: App, request: Request) -> None:
     raise HTTPError(401, message, {"WWW-Authenticate": 'Bearer realm="codebot"'})
 
 
-def github_signature(app: App, request: Request) -> None:
-    """Needs GitHub's HMAC of the body (docs: "Validating webhook deliveries")."""
+def require_signature(app: Codebot, request: Request) -> None:
+    """Require GitHub's HMAC of the body (docs: "Validating webhook deliveries")."""
     try:
         check_signature(app.config, request)
     except HTTPError as error:
@@ -6650,18 +6709,18 @@ def read_task_request(config: Config, fields: Mapping[str, object]) -> TaskReque
 
 
 def queue_task(
-    app: App,
+    app: Codebot,
     request: Request,
     task: TaskRequest,
-    fingerprint: bytes,
+    identity: bytes,
     issue: IssueLabel = NO_ISSUE,
 ) -> Response:
-    """Queue a task, or find the one with the same Idempotency-Key and fingerprint."""
+    """Queue a task, or find the one with the same Idempotency-Key and identity."""
     key = request.headers.get("idempotency-key")
     if key is not None and not re.fullmatch("[!-~]{1,255}", key):
         message = "Idempotency-Key must be 1 to 255 visible ASCII characters"
         raise HTTPError(400, message)
-    body_hash = hashlib.sha256(fingerprint).hexdigest()
+    body_hash = hashlib.sha256(identity).hexdigest()
     job = app.submit(task, submitter(request), key, body_hash, issue)
     message = "Task queued successfully"
     if job.status != "pending":
@@ -6670,12 +6729,12 @@ def queue_task(
     return json_response(value, 202, {"Location": f"/api/tasks/{job.id}/status"})
 
 
-def submit_task(app: App, request: Request) -> Response:
+def submit_task(app: Codebot, request: Request) -> Response:
     task = read_task_request(app.config, request.json("the task"))
     return queue_task(app, request, task, request.body())
 
 
-def retry_task(app: App, request: Request, task_id: str) -> Response:
+def retry_task(app: Codebot, request: Request, task_id: str) -> Response:
     job = find_task(app, task_id)
     if job.status != "failed":
         raise HTTPError(409, f"Only a failed task can be retried; this is {job.status}")
@@ -6686,7 +6745,7 @@ def retry_task(app: App, request: Request, task_id: str) -> Response:
     return queue_task(app, request, job.request, f"retry {task_id}".encode(), issue)
 
 
-def cancel_task(app: App, request: Request, task_id: str) -> Response:
+def cancel_task(app: Codebot, request: Request, task_id: str) -> Response:
     find_task(app, task_id)
     try:
         app.cancel(task_id)
@@ -6702,7 +6761,7 @@ def cancel_task(app: App, request: Request, task_id: str) -> Response:
     return json_response(value, 202)
 
 
-def find_task(app: App, task_id: str) -> Job:
+def find_task(app: Codebot, task_id: str) -> Job:
     job = app.store.task(task_id)
     if job is None:
         raise HTTPError(404, f"No such task: {task_id[:100]}")
@@ -6714,7 +6773,7 @@ def nulls_for_empty(fields: Mapping[str, object]) -> dict[str, object]:
     return {name: value or None for name, value in fields.items()}
 
 
-def task_fields(app: App, job: Job) -> dict[str, object]:
+def task_fields(app: Codebot, job: Job) -> dict[str, object]:
     """Return a task as the API shows it."""
     fields = {
         "task_id": job.id,
@@ -6741,11 +6800,11 @@ def task_fields(app: App, job: Job) -> dict[str, object]:
     return value
 
 
-def task_status(app: App, request: Request, task_id: str) -> Response:
+def task_status(app: Codebot, request: Request, task_id: str) -> Response:
     return json_response(task_fields(app, find_task(app, task_id)))
 
 
-def review_fields(app: App, review: Job) -> dict[str, object]:
+def review_fields(app: Codebot, review: Job) -> dict[str, object]:
     """Return a review as the API shows it."""
     comments = app.store.comments(review.id)
     answers = [text for text in review.outcome.answers.values() if text]
@@ -6768,7 +6827,7 @@ def review_fields(app: App, review: Job) -> dict[str, object]:
     )
 
 
-def task_result(app: App, job: Job) -> dict[str, object]:
+def task_result(app: Codebot, job: Job) -> dict[str, object]:
     outcome = job.outcome
     result: dict[str, object] = {
         "pr_url": None,
@@ -6800,7 +6859,7 @@ def read_number(name: str, text: str, least: int, most: int) -> int:
         raise HTTPError(400, f"{name} {error} (it is {text[:100]!r})") from None
 
 
-def list_tasks(app: App, request: Request) -> Response:
+def list_tasks(app: Codebot, request: Request) -> Response:
     parameters = request.parameters("status", "limit", "before")
     status = parameters.get("status", "")
     if status and status not in JOB_STATES:
@@ -6817,8 +6876,11 @@ def list_tasks(app: App, request: Request) -> Response:
     return json_response({"tasks": tasks, "count": len(tasks)})
 
 
-def task_logs(app: App, request: Request, task_id: str) -> Response | EventStream:
-    """Return a task's events after a sequence number: 1,000 at most, or all, live."""
+def task_logs(app: Codebot, request: Request, task_id: str) -> Response | EventStream:
+    """Return a task's events after a sequence number.
+
+    As JSON at most 1,000; as an event stream all, and those to come.
+    """
     find_task(app, task_id)
     name = "after"
     text = request.parameters("after").get("after") or "0"
@@ -6831,17 +6893,19 @@ def task_logs(app: App, request: Request, task_id: str) -> Response | EventStrea
         events = [event._asdict() for event in app.store.events(task_id, after)]
         value = {"task_id": task_id, "events": events, "count": len(events)}
         return json_response(value)
-    is_live = app.store.is_followed(task_id)
+    is_live = app.store.has_unfinished_jobs(task_id)
     if after and not is_live and not app.store.events(task_id, after, 1):
         return Response(204)  # an EventSource that gets this does not reconnect
     return EventStream(follow_events(app, task_id, after))
 
 
-def follow_events(app: App, task_id: str, after: int) -> Iterator[bytes]:
+def follow_events(app: Codebot, task_id: str, after: int) -> Iterator[bytes]:
     """Yield events as they come, until no work on the task can add any."""
     last_sent = time.monotonic()
     while not app.stop.is_set():
-        is_live = app.store.is_followed(task_id)  # asked first: the last event is sent
+        is_live = app.store.has_unfinished_jobs(
+            task_id
+        )  # asked first: the last event is sent
         events = app.store.events(task_id, after, EVENTS_PER_MESSAGE)
         messages = b""
         if events:
@@ -6861,7 +6925,7 @@ def event_message(event: Event) -> bytes:
     return f"id: {event.seq}\ndata: {json.dumps(event._asdict())}\n\n".encode()
 
 
-def health(app: App, request: Request) -> Response:
+def health(app: Codebot, request: Request) -> Response:
     """Return whether the server takes tasks. Reads the database, but never writes."""
     sizes = {"review_queue_size": 0, "task_queue_size": 0}
     status = "healthy" if app.store.writable else "unhealthy"
@@ -6880,7 +6944,7 @@ def health(app: App, request: Request) -> Response:
     return json_response(value, 503, {"Retry-After": "10"})
 
 
-def metrics(app: App, request: Request) -> Response:
+def metrics(app: Codebot, request: Request) -> Response:
     """Return what Prometheus collects (prometheus.io: "Exposition formats", 0.0.4)."""
     tasks = app.store.count_pending("task")
     reviews = app.store.count_pending("review")
@@ -6947,8 +7011,8 @@ def payload_field(payload: JsonObject, path: str, kind: type) -> Json:
     return value
 
 
-def webhook(app: App, request: Request) -> Response:
-    """Take a delivery of GitHub's. A comment is on disk before the answer.
+def webhook(app: Codebot, request: Request) -> Response:
+    """Accept a delivery of GitHub's. A comment is on disk before the answer.
 
     For other events the sync thread looks at GitHub, as it does at every start.
     """
@@ -6961,7 +7025,7 @@ def webhook(app: App, request: Request) -> Response:
         raise
 
 
-def take_delivery(app: App, request: Request, event: str, guid: str) -> Response:
+def take_delivery(app: Codebot, request: Request, event: str, guid: str) -> Response:
     if "form" in request.headers.get("content-type", ""):
         message = "Set the content type of the App's webhook to application/json"
         raise HTTPError(415, message)
@@ -6980,12 +7044,16 @@ def take_delivery(app: App, request: Request, event: str, guid: str) -> Response
     return json_response({"message": message}, status)
 
 
-def receive_event(app: App, event: str, guid: str, payload: JsonObject) -> None:
+def receive_event(app: Codebot, event: str, guid: str, payload: JsonObject) -> None:
     action = payload.get("action")
+    installation = payload.get("installation")
+    if isinstance(installation, dict):
+        if installation.get("id") != app.config.installation_id:
+            raise Ignored("Another installation of the App")
     if event in COMMENT_EVENTS and action == COMMENT_EVENTS[event][0]:
         receive_comment(app, event, guid, payload)
     elif event == "pull_request" and action in ("closed", "reopened"):
-        pull_request = find_pull_request(app, payload, "pull_request")
+        pull_request = pull_request_of(app, payload, "pull_request")
         remember_delivery(app, guid)
         app.sync_queue.put(PullRequestChanged(pull_request.id))
     elif event == "issues" and action in ("labeled", "unlabeled"):
@@ -6996,12 +7064,12 @@ def receive_event(app: App, event: str, guid: str, payload: JsonObject) -> None:
         raise Ignored("Not an event that codebot acts on")
 
 
-def remember_delivery(app: App, guid: str) -> None:
+def remember_delivery(app: Codebot, guid: str) -> None:
     if not app.store.add_delivery(guid):
         raise Ignored("Duplicate delivery")
 
 
-def find_pull_request(app: App, payload: JsonObject, subject: str) -> PullRequest:
+def pull_request_of(app: Codebot, payload: JsonObject, subject: str) -> PullRequest:
     repository_id = payload_field(payload, "repository.id", int)
     number = payload_field(payload, f"{subject}.number", int)
     pull_request = app.store.pull_request_by_number(repository_id, number)
@@ -7010,15 +7078,15 @@ def find_pull_request(app: App, payload: JsonObject, subject: str) -> PullReques
     return pull_request
 
 
-def receive_comment(app: App, event: str, guid: str, payload: JsonObject) -> None:
+def receive_comment(app: Codebot, event: str, guid: str, payload: JsonObject) -> None:
     _, kind, place = COMMENT_EVENTS[event]
     subject = "pull_request"
     if event == "issue_comment":
         subject = "issue"
         if not payload_field(payload, "issue", dict).get("pull_request"):
             raise Ignored("A comment on an issue")
-    pull_request = find_pull_request(app, payload, subject)
-    payload_field(payload, f"{place}.id", int)
+    pull_request = pull_request_of(app, payload, subject)
+    payload_field(payload, f"{place}.id", int)  # raises if it is no id
     try:
         comment = parse_comment(kind, payload_field(payload, place, dict))
         if comment is None:
@@ -7034,7 +7102,7 @@ def receive_comment(app: App, event: str, guid: str, payload: JsonObject) -> Non
         app.queues["review"].put(job_id)
 
 
-def receive_label(app: App, guid: str, payload: JsonObject) -> None:
+def receive_label(app: Codebot, guid: str, payload: JsonObject) -> None:
     label = payload_field(payload, "label.name", str)
     if not app.config.issue_label or label.lower() != app.config.issue_label.lower():
         raise Ignored("Not the label that makes an issue a task")
@@ -7529,7 +7597,7 @@ function forgetKey() {
 
 let tasks = []; // newest first
 let listPolls = 0;
-const rows = new Map(); // by address
+const rows = new Map(); // by href
 
 async function refreshList() {
   const limit = listPolls % FULL_LIST_EVERY === 0 ? 1000 : 100;
@@ -7671,7 +7739,7 @@ function openTask(parameters) {
     id,
     path: `/${encodeURIComponent(id)}`,
     retryOf: parameters.get('retry_of'),
-    retryKey: randomKey(), // a second click retries nothing
+    retryKey: randomKey(), // Idempotency-Key: a double click retries once
     statusText: '',
     status: null,
     events: [],
@@ -7875,7 +7943,7 @@ async function readEvents(task, body) {
 }
 
 function addMessages(task, messages) {
-  const lines = create('div', {}); // a long log of such blocks is laid out faster
+  const lines = create('div', {}); // a block: the browser lays out many of them faster
   for (const message of messages) {
     const data = /^data: (.*)$/m.exec(message);
     if (/^event: end$/m.test(message)) task.isLogComplete = true;
@@ -8010,7 +8078,7 @@ PAGE_HEADERS = {
 }
 
 
-def page(app: App, request: Request) -> Response:
+def page(app: Codebot, request: Request) -> Response:
     return Response(200, PAGE.encode(), PAGE_HEADERS)
 
 
@@ -8018,13 +8086,14 @@ def page(app: App, request: Request) -> Response:
 #
 #   accept --> waiting for a request --> answering --> waiting ...
 #                      |
-#                      late, or the longest when there are too many: closed
+#                      closed when its deadline passes, or when there are too many and
+#                      it has waited longest
 #
 # serve_forever() accepts. Everything else about a connection, the TLS handshake too,
 # happens in one thread of the pool, which keeps it until it is closed.
 
 MAX_CONNECTIONS = 512
-# One accepts; those of connections that were closed for others need a moment to end.
+# One accepts; those of connections that were closed to make room take a moment to end.
 POOL_THREADS = MAX_CONNECTIONS + 16
 MAX_STREAMS = 128  # event streams that are open at the same time
 MAX_BUFFERED_BYTES = 64 << 20  # of all bodies that are in memory
@@ -8057,7 +8126,7 @@ class Route:
 
     method: str
     path: str
-    guard: Callable[[App, Request], None]
+    guard: Callable[[Codebot, Request], None]
     handler: Callable[..., Response | EventStream]
     max_body: int = MAX_BODY_BYTES
 
@@ -8069,16 +8138,16 @@ class Route:
 def routes() -> list[Route]:
     """Everything that the network can reach, with the guard that must let it pass."""
     return [
-        Route("GET", "/", anyone, page),
-        Route("GET", "/health", anyone, health),
-        Route("GET", "/metrics", api_key, metrics),
-        Route("POST", "/webhook", github_signature, webhook, MAX_DELIVERY_BYTES),
-        Route("POST", "/api/tasks/submit", api_key, submit_task),
-        Route("GET", "/api/tasks", api_key, list_tasks),
-        Route("GET", "/api/tasks/{task_id}/status", api_key, task_status),
-        Route("GET", "/api/tasks/{task_id}/logs", api_key, task_logs),
-        Route("POST", "/api/tasks/{task_id}/cancel", api_key, cancel_task),
-        Route("POST", "/api/tasks/{task_id}/retry", api_key, retry_task),
+        Route("GET", "/", allow_anyone, page),
+        Route("GET", "/health", allow_anyone, health),
+        Route("GET", "/metrics", require_api_key, metrics),
+        Route("POST", "/webhook", require_signature, webhook, MAX_DELIVERY_BYTES),
+        Route("POST", "/api/tasks/submit", require_api_key, submit_task),
+        Route("GET", "/api/tasks", require_api_key, list_tasks),
+        Route("GET", "/api/tasks/{task_id}/status", require_api_key, task_status),
+        Route("GET", "/api/tasks/{task_id}/logs", require_api_key, task_logs),
+        Route("POST", "/api/tasks/{task_id}/cancel", require_api_key, cancel_task),
+        Route("POST", "/api/tasks/{task_id}/retry", require_api_key, retry_task),
     ]
 
 
@@ -8120,13 +8189,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     wbufsize = -1  # buffered: headers and a short body leave in one packet
     requestline = ""  # until http.server has parsed the first one
-    has_begun = False  # the next request: a TLS handshake is part of the first one
+    has_deadline = False  # the next request: a TLS handshake is part of the first one
 
     def handle(self) -> None:
         try:
             if isinstance(self.connection, ssl.SSLSocket):
                 self.connection.do_handshake()
-                self.has_begun = True
+                self.has_deadline = True
             super().handle()
         except OSError as error:  # the client left, or does not read
             log.debug("%s: connection lost: %s", self.client_address[0], error)
@@ -8136,23 +8205,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         if not self.rfile.peek(1):
             return
-        if not self.has_begun:
+        if not self.has_deadline:
             self.server.set_deadline(self.connection, REQUEST_TIMEOUT)
-        self.has_begun = False
+        self.has_deadline = False
         self.command = ""
         self.expects_continue = False
-        self.is_read = False  # whether the request has been read to its end
-        answer = self.answer()
-        if isinstance(answer, EventStream):
-            self.send_stream(answer)
+        self.is_body_read = False  # whether the request has been read to its end
+        response = self.respond()
+        if isinstance(response, EventStream):
+            self.send_stream(response)
         else:
-            self.send(answer)
-        if not self.is_read:
+            self.send(response)
+        if not self.is_body_read:
             self.linger()
         self.server.expect_request(self.connection, IDLE_TIMEOUT)
 
-    def answer(self) -> Response | EventStream:
-        """Return the answer to the next request; most errors are answers, too."""
+    def respond(self) -> Response | EventStream:
+        """Return the response to the next request; most errors are answers, too."""
         try:
             return self.dispatch(self.read_headers())
         except HTTPError as error:
@@ -8183,7 +8252,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # An HTTP/1.0 client may take the end of the connection for the answer's end.
         if "close" in options or self.request_version == "HTTP/1.0":
             self.close_connection = True
-        self.is_read = "content-length" not in headers
+        self.is_body_read = "content-length" not in headers
         return headers
 
     def read_head(self) -> bytes:
@@ -8205,11 +8274,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_error(
         self, code: int, message: str | None = None, explain: str | None = None
     ) -> None:
-        """http.server refuses a request with it, while it parses."""
+        """Called by http.server to refuse a request that it cannot parse."""
         raise HTTPError(code, message or "Malformed HTTP request")
 
     def handle_expect_100(self) -> bool:
-        """http.server would ask for the body here, before the guard."""
+        """Called by http.server, which would ask for the body here, before the guard."""
         self.expects_continue = True
         return True
 
@@ -8240,11 +8309,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise HTTPError(400, "The body is shorter than its Content-Length")
             body += chunk
             self.server.count_body(self.connection, len(chunk))
-        self.is_read = True
+        self.is_body_read = True
         return bytes(body)
 
     def send(self, response: Response) -> None:
-        if not self.is_read or response.status == 401:
+        if not self.is_body_read or response.status == 401:
             self.close_connection = True
         headers = dict(response.headers)
         if response.status != 204:
@@ -8331,7 +8400,7 @@ class Server(http.server.ThreadingHTTPServer):
     # http.server's own method asks DNS for the name of this host.
     server_bind = socketserver.TCPServer.server_bind
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: Codebot) -> None:
         """Listen. Raises OSError if the address or the TLS files cannot be used."""
         config = app.config
         self.app = app
@@ -8433,7 +8502,10 @@ class Server(http.server.ThreadingHTTPServer):
             self._deadlines[connection] = time.monotonic() + seconds
 
     def set_deadline(self, connection: socket.socket, seconds: float) -> None:
-        """Wait for the rest of a request, or for the client to read the answer."""
+        """Give the client time to send the rest of a request, or to read the answer.
+
+        A body that was read no longer counts.
+        """
         with self._lock:
             self._body_bytes.pop(connection, None)
             if connection in self._deadlines:  # it keeps its place
@@ -8442,7 +8514,8 @@ class Server(http.server.ThreadingHTTPServer):
     def count_body(self, connection: socket.socket, size: int) -> None:
         """More of a body has arrived. The oldest unfinished ones make way for it.
 
-        Raises OSError if this one was closed: what has arrived can still be read then.
+        Raises OSError if this connection was closed: else what had arrived before
+        would still be read.
         """
         with self._lock:
             self._check_open(connection)
@@ -8455,7 +8528,10 @@ class Server(http.server.ThreadingHTTPServer):
                     self._drop(oldest)
 
     def clear_deadline(self, connection: socket.socket) -> None:
-        """Wait for nothing from the client. Raises OSError if it was closed."""
+        """Give the handler time, now that the request is complete.
+
+        Raises OSError if the connection was closed.
+        """
         with self._lock:
             self._check_open(connection)
             self._answering.add(connection)
@@ -8513,7 +8589,7 @@ class Finding(NamedTuple):
     message: str
 
 
-Check = Callable[[App], Iterator[Finding]]
+Check = Callable[[Codebot], Iterator[Finding]]
 
 
 def version_finding(command: str, result: ProgramResult, least: str) -> Finding:
@@ -8531,7 +8607,7 @@ def version_finding(command: str, result: ProgramResult, least: str) -> Finding:
     return Finding("ok", f"{name} {match[0]}")
 
 
-def check_programs(app: App) -> Iterator[Finding]:
+def check_programs(app: Codebot) -> Iterator[Finding]:
     env = base_environment(app.config, app.run_tag)
     for command, least in PROGRAM_VERSIONS.items():
         argv = command.split()
@@ -8550,7 +8626,7 @@ def check_programs(app: App) -> Iterator[Finding]:
         )
 
 
-def is_agent_missing(app: App) -> bool:
+def is_agent_missing(app: Codebot) -> bool:
     """Return whether the agent is not on this host, although it is to run here."""
     is_elsewhere = not (app.sandbox.is_bwrap or app.sandbox.is_none)
     if is_elsewhere or app.config.launcher:
@@ -8558,7 +8634,7 @@ def is_agent_missing(app: App) -> bool:
     return shutil.which(app.config.claude[0], path=app.config.search_path) is None
 
 
-def check_settings(app: App) -> Iterator[Finding]:
+def check_settings(app: Codebot) -> Iterator[Finding]:
     config = app.config
     known = [field.metadata["variable"] for field in CONFIG_FIELDS]
     for name in sorted(config.variables.keys() - {*known, "CODEBOT_RUN"}):
@@ -8580,7 +8656,7 @@ def check_settings(app: App) -> Iterator[Finding]:
         )
 
 
-def check_safety(app: App) -> Iterator[Finding]:
+def check_safety(app: Codebot) -> Iterator[Finding]:
     """Look for what lets others, or the agent, reach codebot's secrets."""
     for path in [*app.config.secret_files, app.config.work_dir]:
         if os.path.exists(path) and os.stat(path).st_mode & 0o077:
@@ -8596,7 +8672,7 @@ def check_safety(app: App) -> Iterator[Finding]:
         )
 
 
-def check_server(app: App) -> Iterator[Finding]:
+def check_server(app: Codebot) -> Iterator[Finding]:
     """Look at what only the server needs."""
     config = app.config
     for number, key in enumerate(config.api_keys, 1):
@@ -8647,21 +8723,21 @@ LISTEN_ERRORS = {
 }
 
 
-def stop_on_signals(app: App) -> None:
+def stop_on_signals(app: Codebot) -> None:
     """Stop at the first SIGTERM or SIGINT; end at once at the second."""
 
     def handle(number: int, frame: object) -> None:
         if app.stop.is_set():
             os._exit(1)  # the watchdog ends what is left
-        # This interrupts the main thread, which therefore never waits for app.stop:
-        # it could hold the lock that is needed here.
+        # This interrupts the main thread, which therefore never waits for app.stop: it
+        # would hold the Event's lock, which set() needs.
         app.stop.set()
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
 
 
-def begin(app: App, level: int) -> None:
+def set_up_process(app: Codebot, level: int) -> None:
     """Set up the log, the watchdog and the signals, before any thread starts."""
     handler = logging.StreamHandler()
     handler.setFormatter(app.redact)
@@ -8677,7 +8753,7 @@ def begin(app: App, level: int) -> None:
     stop_on_signals(app)
 
 
-def fork_watchdog(app: App) -> None:
+def fork_watchdog(app: Codebot) -> None:
     """Fork a process that ends what this one leaves running, however it ends."""
     read_end, write_end = os.pipe()  # this process has the second as long as it lives
     if os.fork() != 0:
@@ -8698,13 +8774,13 @@ def fork_watchdog(app: App) -> None:
         os._exit(0)
 
 
-def open_app(config: Config, checks: Sequence[Check], level: int) -> App:
+def start_app(config: Config, checks: Sequence[Check], level: int) -> Codebot:
     """Check the host, take the work directory, and requeue what a crash interrupted.
 
     Raises ConfigError with everything that would make every task fail.
     """
-    app = App(config)
-    begin(app, level)
+    app = Codebot(config)
+    set_up_process(app, level)
     findings = [finding for check in checks for finding in check(app)]
     problems = [finding.message for finding in findings if finding.level == "FAIL"]
     if problems:
@@ -8718,7 +8794,7 @@ def open_app(config: Config, checks: Sequence[Check], level: int) -> App:
 
 
 def start_thread(
-    app: App, name: str, step: Callable[[], None], seconds: float = 0.0
+    app: Codebot, name: str, step: Callable[[], None], seconds: float = 0.0
 ) -> threading.Thread:
     arguments = (app, step, seconds)
     thread = threading.Thread(None, repeat_until_stopped, name, arguments, daemon=True)
@@ -8726,12 +8802,12 @@ def start_thread(
     return thread
 
 
-def start_workers(app: App, kind: str, count: int) -> list[threading.Thread]:
+def start_workers(app: Codebot, kind: str, count: int) -> list[threading.Thread]:
     step = functools.partial(worker_step, app, kind)
     return [start_thread(app, f"{kind}-{number}", step) for number in range(count)]
 
 
-def stop_workers(app: App, workers: Sequence[threading.Thread]) -> None:
+def stop_workers(app: Codebot, workers: Sequence[threading.Thread]) -> None:
     """End what the workers do. Their jobs are pending afterwards."""
     deadline = time.monotonic() + STOP_TIMEOUT
     app.stop.set()
@@ -8745,7 +8821,7 @@ def stop_workers(app: App, workers: Sequence[threading.Thread]) -> None:
         app.store.requeue_interrupted(interruptions=0)  # of a worker that did not end
 
 
-def listen(app: App) -> Server:
+def listen(app: Codebot) -> Server:
     """Open the server's port. Raises ConfigError if that is not possible."""
     config = app.config
     try:
@@ -8757,10 +8833,12 @@ def listen(app: App) -> Server:
 
 
 @contextlib.contextmanager
-def running_server(app: App) -> Iterator[Server]:
+def running_server(app: Codebot) -> Iterator[Server]:
     """Run the server and the threads behind it until the block ends."""
     server = listen(app)
-    timer = Timer(app)  # before the first job runs, whose retry it must not miss
+    timer = RetryTimer(
+        app
+    )  # before the first job runs: it notices all retries from now on
     for kind, job_id in app.store.pending_jobs():
         app.queues[kind].put(job_id)
     workers = start_workers(app, "task", app.config.workers)
@@ -8777,7 +8855,7 @@ def running_server(app: App) -> Iterator[Server]:
         server.close(time.monotonic() + CLOSE_TIMEOUT)
 
 
-def print_banner(app: App, port: int, pending: int) -> None:
+def print_banner(app: Codebot, port: int, pending: int) -> None:
     config = app.config
     scheme = "https" if config.tls_cert else "http"
     host = config.host
@@ -8814,7 +8892,7 @@ def serve(flags: Flags) -> int:
     times = file_times(config)
     is_changed = False
     level = logging.DEBUG if config.debug else logging.INFO
-    app = open_app(config, [*HOST_CHECKS, check_server], level)
+    app = start_app(config, [*HOST_CHECKS, check_server], level)
     pending = len(app.store.pending_jobs())
     with running_server(app) as server:
         print_banner(app, server.server_port, pending)
@@ -8856,14 +8934,16 @@ def read_task_flags(flags: Flags) -> dict[str, object]:
     return fields
 
 
-def follow_task(app: App, task_id: str) -> None:
+def follow_task(app: Codebot, task_id: str) -> None:
     """Print a task's events until it has ended, or codebot is stopped."""
     started = time.monotonic()
     after = 0
     is_live = True
     while is_live and not app.stop.is_set():
         time.sleep(0.1)
-        is_live = app.store.is_followed(task_id)  # asked first: the last event is shown
+        is_live = app.store.has_unfinished_jobs(
+            task_id
+        )  # asked first: the last event is shown
         for event in app.store.events(task_id, after):
             after = event.seq
             seconds = time.monotonic() - started
@@ -8878,13 +8958,13 @@ def run(flags: Flags) -> int:
     if not flags["work_dir"]:
         work_dir = tempfile.mkdtemp(prefix="codebot-")
         work_dir = os.path.realpath(work_dir)
-        # The server's database is not for a work directory of our own.
+        # CODEBOT_DATABASE belongs to another work directory.
         config = dataclasses.replace(config, work_dir=work_dir, database="")
     print(f"Work directory: {config.work_dir} (it is kept)", file=sys.stderr)
-    app = open_app(config, HOST_CHECKS, logging.WARNING)
+    app = start_app(config, HOST_CHECKS, logging.WARNING)
     print(f"Sandbox: {app.sandbox.describe()}", file=sys.stderr)
     job = app.submit(request, "command line")
-    timer = Timer(app, only=job.id)
+    timer = RetryTimer(app, only_job=job.id)
     workers = start_workers(app, "task", 1)
     start_thread(app, "timer", timer.step, seconds=1.0)
     try:
@@ -8904,17 +8984,17 @@ CHECK_TIMEOUT = 1.5  # seconds for GitHub to answer; with a retry at most 5 in a
 MAX_CLOCK_SKEW = 30.0  # seconds
 
 
-def check_port(app: App) -> Iterator[Finding]:
+def check_port(app: Codebot) -> Iterator[Finding]:
     config = app.config
     try:
         # Without TLS, whose files have a check of their own.
-        listen(App(dataclasses.replace(config, tls_cert=""))).server_close()
+        listen(Codebot(dataclasses.replace(config, tls_cert=""))).server_close()
         yield Finding("ok", f"Port {config.port} on {config.host} can be used")
     except ConfigError as error:
         yield Finding("FAIL", str(error))
 
 
-def check_work_dir(app: App) -> Iterator[Finding]:
+def check_work_dir(app: Codebot) -> Iterator[Finding]:
     config = app.config
     try:
         lock_files(config)
@@ -8931,7 +9011,7 @@ def check_work_dir(app: App) -> Iterator[Finding]:
     yield from check_sandbox(app)
 
 
-def check_sandbox(app: App) -> Iterator[Finding]:
+def check_sandbox(app: Codebot) -> Iterator[Finding]:
     """Run the agent's program in the sandbox, as a task would."""
     config = app.config
     command = [*config.claude, "--version"]
@@ -8950,7 +9030,7 @@ def check_sandbox(app: App) -> Iterator[Finding]:
         yield version_finding(shlex.join(command), result, "2.0")
 
 
-def check_github(app: App) -> Iterator[Finding]:
+def check_github(app: Codebot) -> Iterator[Finding]:
     """Ask GitHub for the App, its installation and its repositories."""
     config = app.config
     github = app.github
@@ -9034,7 +9114,7 @@ def check_repositories(config: Config, github: GitHub) -> Iterator[Finding]:
         )
 
 
-def all_findings(app: App, problems: Sequence[str]) -> Iterator[Finding]:
+def all_findings(app: Codebot, problems: Sequence[str]) -> Iterator[Finding]:
     env_file = app.config.env_file
     source = f"{env_file} and the environment"
     if not os.path.exists(env_file):
@@ -9052,7 +9132,7 @@ def all_findings(app: App, problems: Sequence[str]) -> Iterator[Finding]:
 def check(flags: Flags) -> int:
     """Check everything that the server needs. Takes the flags of serve."""
     config, problems = read_config(flags, needs_keys=True)
-    app = App(config)
+    app = Codebot(config)
     logging.disable()  # what is wrong is said once, as a finding
     counts = {"ok": 0, "warn": 0, "FAIL": 0}
     for finding in all_findings(app, problems):
@@ -9092,7 +9172,7 @@ def demo_config(directory: str) -> Config:
     )
 
 
-def demo_git(app: App, script: str, *arguments: str) -> list[str]:
+def demo_git(app: Codebot, script: str, *arguments: str) -> list[str]:
     argv = ["sh", "-c", script, "sh", *arguments]
     result = run_program(argv, base_environment(app.config, app.run_tag))
     if result.code != 0:
@@ -9103,7 +9183,7 @@ def demo_git(app: App, script: str, *arguments: str) -> list[str]:
 class DemoClient:
     """A client of the API, as anybody could write one."""
 
-    def __init__(self, app: App, port: int) -> None:
+    def __init__(self, app: Codebot, port: int) -> None:
         self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         self.key = app.config.api_keys[0]
 
@@ -9140,8 +9220,8 @@ def demo(flags: Flags) -> int:
         # The user's own git configuration does not count.
         os.environ.update(HOME=directory, XDG_CONFIG_HOME=directory)
         pathlib.Path(directory, "agent").write_text(DEMO_AGENT_SCRIPT)
-        app = App(demo_config(directory))
-        begin(app, logging.WARNING)
+        app = Codebot(demo_config(directory))
+        set_up_process(app, logging.WARNING)
         app.open()
         demo_git(app, DEMO_REPOSITORY_SCRIPT, f"{directory}/hello.git")
         with running_server(app) as server:
@@ -9155,7 +9235,7 @@ def demo(flags: Flags) -> int:
     return 0 if is_completed else 1
 
 
-def show_demo(app: App, port: int, repository: str) -> bool:
+def show_demo(app: Codebot, port: int, repository: str) -> bool:
     """Run a task on the repository. Returns whether it was completed."""
     print(f"Repository:  {repository}")
     print("Agent:       a shell script that stands in for Claude, in no sandbox")

@@ -2241,7 +2241,7 @@ def read_settings(**variables: str) -> tuple[dict[str, Any], list[str]]:
             (("acme/*", "make test"), ("acme/x", "true")),
         ),
         ("CODEBOT_ISSUE_LABEL", "", "issue_label", ""),
-        ("PATH", "/a:b::.:/c", "path", "/a:/c"),
+        ("PATH", "/a:b::.:/c", "search_path", "/a:/c"),
     ],
 )
 def test_setting_is_parsed(variable: str, text: str, field: str, value: object) -> None:
@@ -2640,7 +2640,7 @@ def test_key_behind_a_symlink_is_hidden_where_it_really_is(host: Host) -> None:
 
 def test_tools_of_path_in_home_are_shown_read_only(host: Host) -> None:
     path = f"{host.make('home/.local/bin')}:{host.make('home/.nvm/v1/bin')}:/usr/bin"
-    mounts = host.mounts(path=path)
+    mounts = host.mounts(search_path=path)
     assert mounts[:4] == [
         "HIDDEN home",
         "READ_ONLY home/.local",
@@ -2651,7 +2651,8 @@ def test_tools_of_path_in_home_are_shown_read_only(host: Host) -> None:
 
 def test_secret_in_tool_directory_stays_hidden(host: Host) -> None:
     mounts = host.mounts(
-        path=host.make("home/tools/bin"), env_file=host.make_file("home/tools/.env")
+        search_path=host.make("home/tools/bin"),
+        env_file=host.make_file("home/tools/.env"),
     )
     assert mounts.index("HIDDEN home/tools") > mounts.index("READ_ONLY home/tools")
 
@@ -2690,8 +2691,8 @@ def test_home_that_is_root_is_not_hidden(host: Host) -> None:
         ({"work_dir": "/"}, "/"),
         ({"work_dir": "/usr"}, "/usr"),
         ({"database": "/codebot.db"}, "/"),
-        ({"path": "{root}/bin", "key_file": "{root}/bin/app.pem"}, "{root}/bin"),
-        ({"path": "{root}/bin", "env_file": "{root}/.env"}, "{root}"),
+        ({"search_path": "{root}/bin", "key_file": "{root}/bin/app.pem"}, "{root}/bin"),
+        ({"search_path": "{root}/bin", "env_file": "{root}/.env"}, "{root}"),
     ],
 )
 def test_directory_that_programs_need_cannot_be_hidden(
@@ -2711,7 +2712,7 @@ def test_directory_that_programs_need_cannot_be_hidden(
 def test_secret_beside_tools_in_home_can_be_hidden(host: Host) -> None:
     config = codebot.Config(
         work_dir=host.make("work"),
-        path=host.make("home/tools/bin"),
+        search_path=host.make("home/tools/bin"),
         env_file=host.make_file("home/tools/.env"),
     )
     assert codebot.uncoverable_directories(config) == []
@@ -4412,7 +4413,7 @@ def test_good_result_counts_whatever_else_agent_does(shared: Site, case: str) ->
 
 @pytest.mark.parametrize("value", [None, "1", -1, float("nan"), 1e300, [], {}])
 def test_cost_that_is_no_sensible_number_is_ignored(value: Any) -> None:
-    assert codebot.claim_number({"total_cost_usd": value}, "total_cost_usd") is None
+    assert codebot.reported_number({"total_cost_usd": value}, "total_cost_usd") is None
 
 
 def test_missing_agent_program_fails_task(fresh: Site) -> None:
@@ -4656,15 +4657,28 @@ def test_commit_message_cannot_turn_off_continuous_integration(shared: Site) -> 
     assert "> Done (CI skip) (no ci)." in message
 
 
-@pytest.mark.parametrize("place", ["in a file", "in a name"])
+SECRET_PLACES = {
+    "in a file": ('echo "key = $ANTHROPIC_API_KEY" >settings.ini', "settings.ini"),
+    "after a forged header": (
+        'printf "++ b/\\n%s" "$ANTHROPIC_API_KEY" >settings.ini',
+        "settings.ini",
+    ),
+    "in a name": ('echo x >"$ANTHROPIC_API_KEY"', "***"),
+    "in the name of an empty file": (': >"$ANTHROPIC_API_KEY"', "***"),
+    "in a quoted name": (
+        """echo "$ANTHROPIC_API_KEY" >'a"b'""",
+        "writes a secret into",
+    ),
+}
+
+
+@pytest.mark.parametrize("place", SECRET_PLACES)
 def test_change_that_contains_secret_is_not_pushed(shared: Site, place: str) -> None:
-    plan = 'echo "key = $ANTHROPIC_API_KEY" >settings.ini; result Done'
-    if place == "in a name":
-        plan = 'echo x >"$ANTHROPIC_API_KEY"; result Done'
-    shared.agent.follow(plan)
+    plan, words = SECRET_PLACES[place]
+    shared.agent.follow(f"{plan}; result Done")
     error = shared.api.failed(shared.api.submit(), "agent_failed")
     assert "secret" in error
-    assert ("settings.ini" if place == "in a file" else "***") in error
+    assert words in error
     assert MODEL_KEY not in error
     assert shared.repository.branches() == ["main"]
 
@@ -5774,6 +5788,7 @@ IGNORED_DELIVERIES: dict[str, tuple[str, dict[str, Any]]] = {
     "synchronized": ("pull_request", {"action": "synchronize"}),
     "other event": ("push", {}),
     "installation": ("installation", {"action": "created"}),
+    "other installation": ("issue_comment", {"installation.id": 679}),
     "no event": ("", {}),
 }
 
@@ -6049,6 +6064,8 @@ def test_invisible_text_of_comment_does_not_reach_agent(pull: Pull) -> None:
         ),
         ("a\n<!-- b\nc", "a\n"),
         ("<!-- b", ""),
+        ("> a\n> - <!-- b", "> a\n"),
+        ("a" + "<!--" * 3 + " b", "a" + "<!--" * 3 + " b"),
         ("   <!-- b --> c", "    c"),
     ],
 )
@@ -8670,16 +8687,16 @@ GUARDED_ROUTES = [
 def test_routes_and_guards_are_those_of_the_contract() -> None:
     table = [(r.method, r.path, r.guard.__name__) for r in codebot.routes()]
     assert sorted(table) == [
-        ("GET", "/", "anyone"),
-        ("GET", "/api/tasks", "api_key"),
-        ("GET", "/api/tasks/{task_id}/logs", "api_key"),
-        ("GET", "/api/tasks/{task_id}/status", "api_key"),
-        ("GET", "/health", "anyone"),
-        ("GET", "/metrics", "api_key"),
-        ("POST", "/api/tasks/submit", "api_key"),
-        ("POST", "/api/tasks/{task_id}/cancel", "api_key"),
-        ("POST", "/api/tasks/{task_id}/retry", "api_key"),
-        ("POST", "/webhook", "github_signature"),
+        ("GET", "/", "allow_anyone"),
+        ("GET", "/api/tasks", "require_api_key"),
+        ("GET", "/api/tasks/{task_id}/logs", "require_api_key"),
+        ("GET", "/api/tasks/{task_id}/status", "require_api_key"),
+        ("GET", "/health", "allow_anyone"),
+        ("GET", "/metrics", "require_api_key"),
+        ("POST", "/api/tasks/submit", "require_api_key"),
+        ("POST", "/api/tasks/{task_id}/cancel", "require_api_key"),
+        ("POST", "/api/tasks/{task_id}/retry", "require_api_key"),
+        ("POST", "/webhook", "require_signature"),
     ]
 
 
@@ -11131,11 +11148,11 @@ def test_bad_line_of_env_file_hides_only_what_seems_to_be_missing(fresh: Site) -
 def test_port_that_cannot_be_used_is_explained(
     monkeypatch: pytest.MonkeyPatch, number: int, advice: str
 ) -> None:
-    def fail(app: codebot.App) -> None:
+    def fail(app: codebot.Codebot) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(codebot, "Server", fail)
-    app = codebot.App(codebot.Config(no_github=True, port=80))
+    app = codebot.Codebot(codebot.Config(no_github=True, port=80))
     with pytest.raises(codebot.ConfigError, match=re.escape(advice)) as raised:
         codebot.listen(app)
     assert str(raised.value).startswith("Port 80 on 127.0.0.1 ")
@@ -11269,7 +11286,7 @@ def test_start_prints_addresses_and_what_was_requeued(fresh: Site) -> None:
 def test_start_prints_the_host_that_it_listens_on(
     capsys: pytest.CaptureFixture[str], host: str, shown: str
 ) -> None:
-    app = codebot.App(codebot.Config(host=host, no_github=True))
+    app = codebot.Codebot(codebot.Config(host=host, no_github=True))
     codebot.print_banner(app, 5000, 0)
     assert f"Page:          http://{shown}:5000/\n" in capsys.readouterr().out
 
