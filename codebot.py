@@ -753,7 +753,7 @@ class Redactor(logging.Formatter):
     def __init__(self, config: Config) -> None:
         super().__init__("%(asctime)s %(threadName)s %(levelname)s %(message)s")
         self._lock = threading.Lock()  # guards _tokens and _secrets while one is added
-        # Installation tokens live an hour; 500 are more than codebot gets in one.
+        # Installation tokens live an hour; GITHUB_TOKEN_RE knows those of github.com.
         self._tokens: collections.deque[str] = collections.deque(maxlen=500)
         self._configured = configured_secrets(config)
         self.add()
@@ -820,9 +820,9 @@ def configured_secrets(config: Config) -> set[str]:
 
 # --- Programs ----------------------------------------------------------------
 #
-# codebot starts every program here, in a process group of its own. The environment
-# is what the caller lists; nothing is inherited. Each has CODEBOT_RUN in it, by which
-# a process that left its group is found again.
+# codebot starts every program here, in a process group of its own. The environment is
+# what the caller lists; only git with --no-github inherits codebot's. Each has
+# CODEBOT_RUN in it, by which a process that left its group is found again.
 
 
 # SIGTERM and SIGKILL, as Popen and as a shell report them.
@@ -1914,7 +1914,7 @@ class GitHub:
         return reply
 
     def read_reply(self, response: Any) -> Reply:
-        """Read a response within the timeout, however slowly it arrives."""
+        """Read a response, and not for much longer than the timeout."""
         deadline = time.monotonic() + self.timeout
         body = b""
         while True:
@@ -1951,7 +1951,7 @@ class GitHub:
             entries = entries.get("repositories", [])
         # A full page is not kept: with an old one the link to a new next page is missing.
         is_full = isinstance(entries, list) and len(entries) >= 100
-        if "ETag" in reply.headers and not is_full:
+        if reply.status == 200 and "ETag" in reply.headers and not is_full:
             if len(self._replies) >= MAX_CACHED_REPLIES:
                 self._replies.clear()
             self._replies[url] = (reply.headers["ETag"], reply)
@@ -2322,8 +2322,8 @@ class GitHubRepository:
 
 # --- Git ---------------------------------------------------------------------
 #
-# codebot runs git with a credential in two places only, a mirror and an outbox, and an
-# agent can write to neither. There the token is in git's environment, never in a URL,
+# codebot runs git with a credential in two places only, a mirror and an outbox. With a
+# sandbox, an agent can write to neither. There the token is in git's environment, never in a URL,
 # an argument or a file. In a workspace git runs only inside the sandbox.
 
 # No gc of its own: workspaces read the mirror's objects. No redirects: they would carry
@@ -2626,7 +2626,8 @@ class Mirror(GitDirectory):
     def lock(self, wait: bool = True) -> Iterator[int]:
         """Hold the mirror's lock, and yield its descriptor.
 
-        git inherits it, so it is held until git has ended, even if codebot is killed.
+        git fetch inherits it, so it is held until that has ended, even if codebot is
+        killed.
         Without ``wait`` raises BlockingIOError if it is held.
         """
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
@@ -3043,7 +3044,7 @@ def make_job(row: sqlite3.Row) -> Job:
 
 
 class Store:
-    """The database. Every method raises sqlite3.Error if it cannot be used.
+    """The database. Methods raise sqlite3.Error if it cannot be used; add_events logs it.
 
     One connection writes and one reads, each behind its own lock. In WAL mode a
     reader does not wait for a writer.
@@ -4285,27 +4286,12 @@ rm -rf .git/index.lock
 [ "$tree" ] && [ $code = 0 ] && echo "$tree" >.git/codebot-tested
 exit $code
 """
-# git would record a repository in the repository as a submodule without a URL.
 COMMIT_SCRIPT = f"""{GIT_FUNCTION}
 base=$1
 if [ -f .git/codebot-tested ]; then
     read -r tree <.git/codebot-tested
 else
     tree=$(g add -A && g write-tree) || exit
-fi
-nested=$(
-    g diff-tree -r --diff-filter=AT "$base" "$tree" |
-    while IFS= read -r entry; do # ":OLD-MODE NEW-MODE OLD-ID NEW-ID STATUS<tab>PATH"
-        case $entry in ":"??????" 160000 "*)
-            path=${{entry#*\t}}
-            g config --blob "$tree:.gitmodules" --fixed-value \\
-                --get-regexp '[.]path$' "$path" >/dev/null 2>&1 || echo "$path"
-        esac
-    done
-)
-if [ "$nested" ]; then
-    echo "$nested is a git repository of its own" >&2
-    exit 1
 fi
 commit=$(g commit-tree -p "$base" -m "What the agent left" "$tree") &&
 g update-ref HEAD "$commit"
@@ -4332,8 +4318,7 @@ class Change(NamedTuple):
     """What a commit changes."""
 
     files: tuple[str, ...]  # lines of git diff --stat
-    has_secret: bool  # it adds one to a file, or in the name of one
-    secret_file: str  # that file, as the diff names it
+    fault: str  # why it must not be pushed, "" if it may be
 
 
 class Workspace:
@@ -4578,22 +4563,33 @@ class Workspace:
         return lines[0]
 
     def inspect_commit(self, base_commit: str, commit: str) -> Change:
-        """Return what a commit changes, and whether it adds a secret."""
+        """Return what a commit changes, and whether that may be pushed."""
         with tempfile.NamedTemporaryFile(prefix="scratch_") as file:
             options = ["--stat=100", "--stat-count=50", "--patch", "--unified=0"]
             options += ["--no-renames", f"--output={file.name}"]
             self.outbox.output(*GIT_DIFF, *options, base_commit, commit)
-            lines = (line.decode("utf-8", "replace").rstrip("\n") for line in file)
+            pieces = iter(functools.partial(file.readline, MAX_LINE_BYTES), b"")
+            lines = (piece.decode("utf-8", "replace").rstrip("\n") for piece in pieces)
             files = tuple(itertools.takewhile(bool, lines))  # to the blank line
             name = ""
             for line in lines:  # the patch, after the blank line
+                self.run.check_stop()
                 if line.startswith("diff --git "):
                     name = line.partition(" b/")[2]
                 # What is removed, or only stands nearby, may have been there before.
                 is_old = line.startswith(("-", "@@"))
                 if not is_old and self.app.redact.has_secret(line):
-                    return Change(files, True, name)
-        return Change(files, False, "")
+                    return Change(files, f"it writes a secret into {name}")
+                is_repository = line == "new file mode 160000"
+                if is_repository and not self.is_submodule(commit, name):
+                    return Change(files, f"{name} is a git repository of its own")
+        return Change(files, "")
+
+    def is_submodule(self, commit: str, path: str) -> bool:
+        """Return whether .gitmodules has a path; git also records other repositories."""
+        options = ("--blob", f"{commit}:.gitmodules", "--fixed-value")
+        pattern = ("--get-regexp", "[.]path$", path)
+        return self.outbox.git("config", *options, *pattern).code == 0
 
     def push(self, commit: str) -> None:
         """Push a commit to the branch. Pushing it again changes nothing.
@@ -4988,8 +4984,8 @@ class Agent:
 
 # --- Task --------------------------------------------------------------------
 
-# With such words in a commit's message the repository's CI would not test it (GitHub
-# docs: "Skipping workflow runs"; other services have their own).
+# With such words in a commit's message or a pull request's title the repository's CI
+# would not test it (GitHub docs: "Skipping workflow runs"; others have their own).
 CI_SWITCH_RE = re.compile(
     r"\[([^\[\]\n]{0,50}\b(?:skip|ci)\b[^\[\]\n]{0,50})\]", re.IGNORECASE
 )
@@ -5048,9 +5044,10 @@ def find_remote(run: JobRun) -> RemoteAccess:
             f"Failed to clone repository: {repository.full_name} is now named "
             f"{remote.full_name}. Submit the task again with that name.",
         )
-    if job.issue_repository_id not in (0, remote.id):
+    if not {job.repository_id, job.issue_repository_id} <= {0, remote.id}:
         raise JobFailed(
-            "clone_failed", f"{remote.full_name} is not the issue's repository any more"
+            "clone_failed",
+            f"Another repository is named {remote.full_name} now. Submit the task again.",
         )
     github.bot()  # for the commit: asked for now, before the agent costs anything
     run.update(mirror=repository.mirror_path, repository_id=remote.id)
@@ -5215,6 +5212,11 @@ def quoted(speaker: str, text: str) -> str:
     return f"{speaker} says:\n\n{quote}\n"
 
 
+def without_switches(text: str) -> str:
+    """Return foreign text without words that turn off the repository's CI."""
+    return CI_SWITCH_RE.sub(r"(\1)", text)
+
+
 class Commit(NamedTuple):
     """What codebot has made of the tree that the agent left."""
 
@@ -5227,23 +5229,18 @@ def commit_agent_tree(
 ) -> Commit | None:
     """Make one commit of what the agent left; None if it changed nothing.
 
-    Raises JobFailed if it has written a secret into a file.
+    Raises JobFailed if that may not be pushed.
     """
     run.set_phase("commit")
     tree = workspace.collect_tree(base_commit)
     if not tree:
         return None
     summary = quoted("The agent", run.job.outcome.summary)
-    message = f"{run.redact(title)[:250]}\n\n{summary}"
-    message = CI_SWITCH_RE.sub(r"(\1)", message)
+    message = without_switches(f"{run.redact(title)[:250]}\n\n{summary}")
     commit_id = workspace.write_commit(tree, base_commit, message)
     change = workspace.inspect_commit(base_commit, commit_id)
-    if change.has_secret:
-        raise JobFailed(
-            "agent_failed",
-            "The change is not pushed, because it writes a secret into "
-            f"{change.secret_file}",
-        )
+    if change.fault:
+        raise JobFailed("agent_failed", f"The change is not pushed: {change.fault}")
     run.log("git", f"Commit {commit_id}", "\n".join(change.files))
     return Commit(commit_id, change.files)
 
@@ -5309,7 +5306,7 @@ def pull_request_body(run: JobRun) -> str:
 def create_pull_request(run: JobRun, remote: GitHubRepository) -> None:
     """Open the branch's pull request, or find the one that it has, and store it."""
     run.set_phase("pull_request")
-    title = run.redact(run.job.request.title)[:250]
+    title = without_switches(run.redact(run.job.request.title)[:250])
     body = pull_request_body(run)
     try:
         new = remote.open_pull_request(run.job.branch, run.job.base_name, title, body)
@@ -5371,12 +5368,7 @@ def run_review(run: JobRun) -> None:
     """
     context = load_review(run)
     check_pull_request(run, context)
-    try:
-        comments = load_comments(run, context)
-    except GitHubError as error:
-        if error.is_refusal_of_app:
-            raise refusal_error(error) from None
-        raise
+    comments = load_comments(run, context)
     if not comments:
         raise ReviewSkipped("the comments were deleted")
     threads = group_by_thread(comments)
@@ -5388,6 +5380,8 @@ def run_review(run: JobRun) -> None:
         if run.job.commit_id:
             publish(run, context)
     except (JobFailed, GitFailed, GitHubError) as error:
+        if isinstance(error, GitHubError) and error.is_refusal_of_app:
+            raise
         reason = getattr(error, "reason", "internal")
         message = run.redact(str(error))
         run.log("codebot", f"Failed ({reason}): {message}")
@@ -5716,7 +5710,7 @@ def publish(run: JobRun, context: ReviewContext) -> None:
     """Push the change, on top of what others have pushed meanwhile.
 
     Never forces. If commits were removed from the branch, nothing is pushed: that
-    would restore them.
+    would restore them. (In the moment between the look and the push it still can.)
     """
     for attempt in range(1, MAX_PUSHES + 1):
         check_pull_request(run, context)
@@ -5798,7 +5792,7 @@ def answer_threads(
             context.remote.post_once(list_path, post_path, body, marker)
         except GitHubError as error:
             if error.is_refusal_of_app:
-                raise refusal_error(error) from None
+                raise
             if error.status != 404:
                 message = f"GitHub refused the answer: {error}"
                 raise JobFailed("internal", message) from None
@@ -6167,7 +6161,8 @@ def run_job(app: Codebot, job: Job) -> None:
       nothing                                completed
       JobFailed, and errors that are final   failed, with a reason
       TransientError, a busy database,       pending, after a minute; failed if that
-      a full disk, a failed node             goes on for too long, or costs too much
+      a full disk, a failed node, an App     goes on for too long, or costs too much
+      that GitHub refuses
       StopRequested                          pending, at the next start
       Cancelled                              failed, as cancelled
       ReviewSkipped                          the review is deleted
@@ -6190,7 +6185,12 @@ def run_job(app: Codebot, job: Job) -> None:
         handle_os_error(run, error)
     except JobFailed as error:
         fail(run, error.reason, str(error))
-    except (GitFailed, GitHubError) as error:
+    except GitHubError as error:
+        if error.is_refusal_of_app:
+            retry_later(run, error)
+        else:
+            fail(run, "internal", str(error))
+    except GitFailed as error:
         fail(run, "internal", str(error))
     except Exception:
         log.exception("Job %s", job.id)
@@ -7047,9 +7047,9 @@ def take_delivery(app: Codebot, request: Request, event: str, guid: str) -> Resp
 def receive_event(app: Codebot, event: str, guid: str, payload: JsonObject) -> None:
     action = payload.get("action")
     installation = payload.get("installation")
-    if isinstance(installation, dict):
-        if installation.get("id") != app.config.installation_id:
-            raise Ignored("Another installation of the App")
+    installation_id = app.config.installation_id
+    if isinstance(installation, dict) and installation.get("id") != installation_id:
+        raise Ignored("Another installation of the App")
     if event in COMMENT_EVENTS and action == COMMENT_EVENTS[event][0]:
         receive_comment(app, event, guid, payload)
     elif event == "pull_request" and action in ("closed", "reopened"):
@@ -8743,7 +8743,7 @@ def set_up_process(app: Codebot, level: int) -> None:
     handler.setFormatter(app.redact)
     logging.basicConfig(level=level, handlers=[handler], force=True)
     if sys.platform == "linux":
-        # Even without a sandbox the agent cannot read this process's memory.
+        # Even without a sandbox an agent that is not root cannot read codebot's memory.
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     # A connection takes a descriptor, and so does each level of a removed directory.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
