@@ -8388,12 +8388,27 @@ def tls_context(config: Config) -> ssl.SSLContext:
     return context
 
 
+@dataclasses.dataclass
+class Connection:
+    """The state of an open connection.
+
+    It waits for:          deadline                         is_answering
+      a request              IDLE_TIMEOUT                     no
+      the rest of it         REQUEST_TIMEOUT                  no
+      the handler            none                             yes
+      the client to read     SEND_TIMEOUT for each chunk      yes, after a handler
+    """
+
+    deadline: float
+    is_answering: bool = False
+    body_bytes: int = 0  # of the request that arrives
+
+
 class Server(http.server.ThreadingHTTPServer):
     """http.server with a bounded pool of threads and a deadline for every client.
 
-    While a thread waits for its client, to send a request or to read the answer, the
-    connection has a deadline. When there are MAX_CONNECTIONS, the one that has waited
-    longest is closed for a new one.
+    When there are MAX_CONNECTIONS, the one that has waited longest for its client is
+    closed to make room for a new one.
     """
 
     request_queue_size = 1024
@@ -8406,11 +8421,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.app = app
         self.routes = routes()
         self.streams = threading.BoundedSemaphore(MAX_STREAMS)
-        self._lock = threading.Lock()  # guards the three tables
-        # All connections, the longest waiting first; NO_DEADLINE: waits for nobody.
-        self._deadlines: dict[socket.socket, float] = {}
-        self._answering: set[socket.socket] = set()  # those with a complete request
-        self._body_bytes: dict[socket.socket, int] = {}  # the oldest body first
+        self._lock = threading.Lock()  # guards _connections
+        # In the order in which they began to wait for a request.
+        self._connections: dict[socket.socket, Connection] = {}
         self._next_sweep = 0.0
         self.has_failed = False  # it has ended by itself
         self._pool = concurrent.futures.ThreadPoolExecutor(POOL_THREADS, "http")
@@ -8437,10 +8450,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
         with self._lock:
-            for connection in self._deadlines:
+            for connection in self._connections:
                 hang_up(connection)
         self._pool.shutdown(wait=False)
-        while self._deadlines and time.monotonic() < deadline:
+        while self._connections and time.monotonic() < deadline:
             time.sleep(0.01)
 
     # What serve_forever calls, in its thread
@@ -8460,7 +8473,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._lock:
-            has_room = len(self._deadlines) < MAX_CONNECTIONS or self._evict()
+            has_room = len(self._connections) < MAX_CONNECTIONS or self._evict()
         if has_room:
             seconds = REQUEST_TIMEOUT if self._tls else IDLE_TIMEOUT
             self.expect_request(request, seconds)
@@ -8475,7 +8488,7 @@ class Server(http.server.ThreadingHTTPServer):
             return
         self._next_sweep = now + SWEEP_INTERVAL
         with self._lock:
-            late = [c for c, deadline in self._deadlines.items() if deadline < now]
+            late = [c for c, state in self._connections.items() if state.deadline < now]
             for connection in late:
                 self._drop(connection)
 
@@ -8488,7 +8501,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:
         with self._lock:
-            self._forget(request)
+            self._connections.pop(request, None)
         if self._tls:
             with contextlib.suppress(OSError, ValueError):
                 request.setblocking(False)
@@ -8498,8 +8511,8 @@ class Server(http.server.ThreadingHTTPServer):
     def expect_request(self, connection: socket.socket, seconds: float) -> None:
         """Wait for a request. The connection goes to the end of the order."""
         with self._lock:
-            self._forget(connection)
-            self._deadlines[connection] = time.monotonic() + seconds
+            self._connections.pop(connection, None)
+            self._connections[connection] = Connection(time.monotonic() + seconds)
 
     def set_deadline(self, connection: socket.socket, seconds: float) -> None:
         """Give the client time to send the rest of a request, or to read the answer.
@@ -8507,9 +8520,22 @@ class Server(http.server.ThreadingHTTPServer):
         A body that was read no longer counts.
         """
         with self._lock:
-            self._body_bytes.pop(connection, None)
-            if connection in self._deadlines:  # it keeps its place
-                self._deadlines[connection] = time.monotonic() + seconds
+            state = self._connections.get(connection)
+            if (
+                state is not None
+            ):  # else it was closed, which reading or writing notices
+                state.deadline = time.monotonic() + seconds
+                state.body_bytes = 0
+
+    def clear_deadline(self, connection: socket.socket) -> None:
+        """Give the handler time, now that the request is complete.
+
+        Raises OSError if the connection was closed.
+        """
+        with self._lock:
+            state = self._open_connection(connection)
+            state.deadline = NO_DEADLINE
+            state.is_answering = True
 
     def count_body(self, connection: socket.socket, size: int) -> None:
         """More of a body has arrived. The oldest unfinished ones make way for it.
@@ -8518,52 +8544,38 @@ class Server(http.server.ThreadingHTTPServer):
         would still be read.
         """
         with self._lock:
-            self._check_open(connection)
-            self._body_bytes.setdefault(connection, 0)
-            self._body_bytes[connection] += size
-            for oldest in list(self._body_bytes):
-                if sum(self._body_bytes.values()) <= MAX_BUFFERED_BYTES:
+            self._open_connection(connection).body_bytes += size
+            buffered = sum(state.body_bytes for state in self._connections.values())
+            for oldest, state in list(self._connections.items()):
+                if buffered <= MAX_BUFFERED_BYTES:
                     break
-                if self._deadlines.get(oldest) != NO_DEADLINE:
+                if state.body_bytes and not state.is_answering:
+                    buffered -= state.body_bytes
                     self._drop(oldest)
-
-    def clear_deadline(self, connection: socket.socket) -> None:
-        """Give the handler time, now that the request is complete.
-
-        Raises OSError if the connection was closed.
-        """
-        with self._lock:
-            self._check_open(connection)
-            self._answering.add(connection)
-            self._deadlines[connection] = NO_DEADLINE
 
     # With the lock held; shutdown() does not wait for anything
 
-    def _check_open(self, connection: socket.socket) -> None:
-        if connection not in self._deadlines:
+    def _open_connection(self, connection: socket.socket) -> Connection:
+        if connection not in self._connections:
             raise ConnectionAbortedError("closed to make room")
+        return self._connections[connection]
 
     def _evict(self) -> bool:
         """Close the connection that has waited longest; False if none waits.
 
         One that is being answered is only closed if all are.
         """
-        for is_answered in (False, True):
-            for connection, deadline in self._deadlines.items():
-                is_chosen = (connection in self._answering) == is_answered
-                if is_chosen and deadline != NO_DEADLINE:
+        for is_answering in (False, True):
+            for connection, state in self._connections.items():
+                is_waiting = state.deadline != NO_DEADLINE
+                if is_waiting and state.is_answering == is_answering:
                     self._drop(connection)
                     return True
         return False
 
     def _drop(self, connection: socket.socket) -> None:
-        self._forget(connection)
+        self._connections.pop(connection, None)
         hang_up(connection)
-
-    def _forget(self, connection: socket.socket) -> None:
-        self._deadlines.pop(connection, None)
-        self._answering.discard(connection)
-        self._body_bytes.pop(connection, None)
 
 
 # === IV. Commands ============================================================
