@@ -72,17 +72,18 @@ KNOWN LIMITATIONS
   user can: the keys, the database, git's token while git runs. A process that removes
   CODEBOT_RUN from its environment outlives it.
   In bwrap the agent can read whatever else codebot's user can read on the host, and the
-  directories of HOME that PATH leads into, such as ~/.local. It can connect to sockets in
-  the file system, except in the directories that are hidden. Nothing but the host limits
+  directories of HOME that PATH leads into, such as ~/.local. It can connect to abstract
+  sockets, and to those in directories that are not hidden. Nothing but the host limits
   its memory, processes and disk.
   What the agent says (its events, summary and cost) is self-reported. "The tests passed"
   means that the command exited with 0 in a workspace where the agent could have changed
   the tests, and files in HOME that they read. What the agent changes is pushed without a
-  person having read it, and the repository's own CI runs it. codebot looks in a change
-  for the secrets of 16 or more characters that it knows, but only as they are or in
-  base64.
+  person having read it, and the repository's own CI runs it. codebot looks in the
+  text files of a change for the secrets of 16 or more characters that it knows, as they
+  are and as base64 of nothing else.
   HTML comments and invisible characters are taken out of what people write. Other ways
-  to hide text on GitHub, such as the title of a link, are not.
+  to hide text on GitHub, such as the title of a link, are not. An edit of an issue
+  within about a second after it was labelled is not noticed.
 
 LIFE OF A JOB
   pending   -> running      a worker starts it
@@ -92,8 +93,8 @@ LIFE OF A JOB
   A review is deleted if nothing may be done for it, or when it joins one that runs.
 
   A task's phases are clone, agent, test, commit, push, pull_request; a review's are
-  classify, clone, agent, test, commit, push, answer. Both wait as queued for a node, if
-  there is a launcher. A task is on disk before the client gets its 202. A commit is in
+  classify, clone, agent, test, commit, push, answer. With a launcher, both are in the
+  phase queued while they wait for a node. A task is on disk before the client gets its 202. A commit is in
   the store before it is pushed, and an answer before it is posted; each carries a marker
   or an id by which a retry finds it, so neither is done twice.
 
@@ -202,7 +203,7 @@ TRANSITIONS = {
 
 CANCELLED_TEXT = "The task was cancelled"
 
-MAX_INTERRUPTIONS = 3  # interruptions after which a job fails
+MAX_INTERRUPTIONS = 3  # crashes, and retries that cost money, after which a job fails
 RETRY_DELAY = 60.0  # seconds until a job is retried after a transient error
 # Seconds after which a transient error is no longer retried.
 RETRY_LIMIT = {"task": 3600.0, "review": 86400.0}
@@ -221,15 +222,15 @@ READ_BYTES = 64 << 10  # of output read before the limits are checked again
 KEPT_LINES = 400  # the last lines of a program's output that are kept
 MAX_EVENT_CHARS = 4000  # a longer event is truncated
 MAX_AGENT_EVENTS = 10_000  # events of the agent and the tests that one job may log
-LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")  # that it counts
+LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")  # of these events
 LOW_DISK_BYTES = 1 << 30  # warn below this much free space
-FULL_DISK_BYTES = 1 << 20  # a program that fails with less free space failed for it
+FULL_DISK_BYTES = 1 << 20  # if a program fails with less free space, that is the cause
 MIRROR_RETENTION = 30 * 86400.0  # seconds that an unused mirror is kept
 DELIVERY_RETENTION = 7 * 86400.0  # GitHub redelivers for at most 3 days (GHES: 7)
 DAILY_REVIEW_JOBS = 50  # jobs on one pull request in a day
 MAX_PUSHES = 3  # pushes of a review's change, when others push at the same time
 GITHUB_TIMEOUT = 30.0  # seconds for GitHub to answer
-GITHUB_ATTEMPTS = 4  # requests for one call, when GitHub fails for a moment
+GITHUB_ATTEMPTS = 4  # to send a request
 MAX_INLINE_WAIT = 5.0  # seconds that a request waits for GitHub; longer: the job waits
 MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, whatever GitHub asks for
 
@@ -515,7 +516,7 @@ def setting(
 class Config:
     """All settings, read once at the start. Its repr shows no secret.
 
-    A field with a help text has a flag; one without a variable has only the flag.
+    A field with a help text has a flag. One with "" as its variable has only the flag.
     """
 
     api_keys: tuple[str, ...] = setting("CODEBOT_API_KEYS", split_commas, ())
@@ -627,7 +628,7 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
 
 def hide_password(text: str) -> str:
     """Replace USER:PASSWORD in the addresses in a text."""
-    return re.sub(r"(\w+://)?\S*:\S*@", r"\1***@", text)
+    return re.sub(r"(\w+://)?[^\s:@]*:\S*@", r"\1***@", text)
 
 
 def read_settings(
@@ -753,7 +754,8 @@ class Redactor(logging.Formatter):
     def __init__(self, config: Config) -> None:
         super().__init__("%(asctime)s %(threadName)s %(levelname)s %(message)s")
         self._lock = threading.Lock()  # guards _tokens and _secrets while one is added
-        # Installation tokens live an hour; GITHUB_TOKEN_RE knows those of github.com.
+        # Installation tokens live an hour. Older ones of these 500 are still redacted
+        # by GITHUB_TOKEN_RE, if they have the form of github.com's.
         self._tokens: collections.deque[str] = collections.deque(maxlen=500)
         self._configured = configured_secrets(config)
         self.add()
@@ -805,7 +807,7 @@ def configured_secrets(config: Config) -> set[str]:
     names = [*MODEL_KEY_NAMES, *OWN_SECRET_NAMES]
     names += [name for name in config.agent_env if SECRET_NAME_RE.search(name)]
     for name in names:
-        secrets.add(config.variables.get(name, "").strip())
+        secrets.add(config.variables.get(name, "").strip(BLANKS))
     for name in (*NETWORK_NAMES, "ANTHROPIC_BASE_URL"):
         # The password in https://user:password@proxy
         url = config.variables.get(name, "")
@@ -900,19 +902,22 @@ class OutputFile:
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
         self.bytes_read = 0
-        self._partial_line = b""
+        self._partial_line = bytearray()
 
     def read_lines(self, at_end: bool) -> list[str]:
         """Return the lines that are new. ``at_end``: also one without a line end."""
         data = os.pread(self.file.fileno(), READ_BYTES, self.bytes_read)
         self.bytes_read += len(data)
-        *pieces, rest = (self._partial_line + data).split(b"\n")
-        if len(rest) > MAX_LINE_BYTES:
-            rest = b"(a line that is too long to be read)"
-        if at_end and not data and rest:
-            pieces.append(rest)
-            rest = b""
-        self._partial_line = rest
+        *pieces, rest = data.split(b"\n")
+        if pieces:
+            pieces[0] = bytes(self._partial_line) + pieces[0]
+            self._partial_line.clear()
+        self._partial_line += rest
+        if len(self._partial_line) > MAX_LINE_BYTES:
+            self._partial_line[:] = b"(a line that is too long to be read)"
+        if at_end and not data and self._partial_line:
+            pieces.append(bytes(self._partial_line))
+            self._partial_line.clear()
         lines = [piece.decode("utf-8", "replace") for piece in pieces]
         # Of a progress bar, keep what a terminal would show in the end.
         return [line.rstrip("\r").rpartition("\r")[2] for line in lines]
@@ -960,7 +965,7 @@ class RunningProgram:
         self.last_errors: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
         self.started = time.monotonic()
         self.last_output = self.started
-        self.kill_at: float | None = None  # set when its work is done
+        self.grace_ends_at: float | None = None  # set when its work is done
 
     def watch(self, on_lines: LineHandler) -> None:
         """Pass on its output until it ends. Raises what ended it early."""
@@ -970,7 +975,7 @@ class RunningProgram:
             has_output = self.read_output(has_exited, on_lines)
             if has_exited and not has_output:
                 return
-            if self.kill_at is not None and time.monotonic() > self.kill_at:
+            if self.grace_ends_at is not None and time.monotonic() > self.grace_ends_at:
                 return
             self.check_limits(time.monotonic())
             if not has_output:
@@ -991,8 +996,8 @@ class RunningProgram:
         self.last_lines.extend(line[:10_000] for line in lines)
         self.last_errors.extend(line[:10_000] for line in errors)
         grace = on_lines(lines) if lines else None
-        if grace is not None and self.kill_at is None:
-            self.kill_at = now + grace
+        if grace is not None and self.grace_ends_at is None:
+            self.grace_ends_at = now + grace
         return True
 
     def program_lines(self, lines: list[str], launch: Launch) -> list[str]:
@@ -1016,7 +1021,7 @@ class RunningProgram:
         return own_lines
 
     def check_limits(self, now: float) -> None:
-        if self.kill_at is not None:
+        if self.grace_ends_at is not None:
             return  # its work is done and counts
         self.limits.check_stop()
         if self.launch is not None and not self.has_started:
@@ -1034,15 +1039,15 @@ class RunningProgram:
         code: int | None = self.child.wait()
         if self.launch is not None:
             code = self.launched_code
-        if self.kill_at is None and (code is None or code in SIGNAL_EXIT_CODES):
-            # systemd signals all of the unit's processes: the stop may come a moment later.
+        if self.grace_ends_at is None and (code is None or code in SIGNAL_EXIT_CODES):
+            # systemd signals it and codebot together: wait for codebot's own signal.
             time.sleep(0.3)
             self.limits.check_stop()
         result = ProgramResult(code or 0, [*self.last_lines], [*self.last_errors])
         if code and shutil.disk_usage(tempfile.gettempdir()).free < FULL_DISK_BYTES:
             # It may not say so itself: its output is written to the same disk.
             raise TransientError(f"The disk is full: {result.error}")
-        if code is None and self.kill_at is None:
+        if code is None and self.grace_ends_at is None:
             event = "CODEBOT_LAUNCHER failed"
             if self.has_started:
                 event = "The cluster ended it"
@@ -1084,7 +1089,7 @@ def end_process_group(child: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(0.01)
         if child.returncode is not None:
-            time.sleep(0.01)  # only its children are left
+            time.sleep(0.01)  # it is reaped; others of its group still run
     signal_group(child.pid, signal.SIGKILL)
     child.wait()
 
@@ -1366,7 +1371,7 @@ def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
 # What a launcher started may outlive codebot, so it is recorded in a file, which
 # exists until CODEBOT_LAUNCHER_STOP has succeeded: run by codebot itself, by its
 # watchdog after a crash, or by the next start. The file names the run.
-STOP_FAILED = "stop failed"  # instead of a tag, in the record: Cleanup tries again
+STOP_FAILED = "stop failed"  # the record of a stop that failed: Cleanup tries again
 
 
 def launch_record(config: Config, workspace: str) -> pathlib.Path:
@@ -1559,6 +1564,7 @@ HTML_COMMENT_RE = re.compile("<!--.*?-->", re.DOTALL)
 UNCLOSED_COMMENT_RE = re.compile(r"^[ \t>*+0-9.)-]*<!--.*", re.DOTALL | re.MULTILINE)
 INVISIBLE_RE = re.compile(
     "[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]"  # zero width, bidi
+    "|[\u034f\u115f\u1160\u2800\u3164\uffa0]"  # blank
     "|[\U000e0000-\U000e007f]"  # tags, which spell invisible ASCII
     "|[\ufe00-\ufe0f\U000e0100-\U000e01ef]"  # variation selectors
     "|[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters
@@ -1569,7 +1575,10 @@ GONE_STATUSES = (404, 410, 422)  # what was asked for is not there (any more)
 
 
 class GitHubError(Exception):
-    """GitHub refused a request for good. Status 0: codebot did not send it."""
+    """GitHub refused a request for good.
+
+    Status 0: it was not sent, for want of a token or because of its address.
+    """
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -1577,7 +1586,7 @@ class GitHubError(Exception):
 
     @property
     def is_refusal_of_app(self) -> bool:
-        """No token, or one that is not accepted: the App may be suspended for a while."""
+        """No token could be had, or it was not accepted. The App may only be suspended."""
         return self.status in (0, 401)
 
 
@@ -1820,7 +1829,7 @@ class GitHub:
         try:
             reply = self.call("POST", f"{installation}/access_tokens", AS_APP, body)
         except GitHubError as error:
-            # Not its status: 404 would mean that what is asked for does not exist.
+            # Not its status: for the caller 404 means that what it asks for is not there.
             raise GitHubError(0, self.token_error_text(error)) from None
         token = str(reply.value["token"])
         self.redact.add(token)
@@ -1984,22 +1993,21 @@ class GitHub:
         raise GitHubError(status, str(reply.value))
 
     def unauthorized_delay(self, reply: Reply, attempt: int, credential: int) -> float:
-        """Return the delay until another try: with a new token, or as the App, once, with
-        a JWT by GitHub's clock.
+        """Return the delay before the next attempt: with a new token, or a new JWT, which
+        is dated by GitHub's clock.
         """
-        if credential == AS_APP and attempt > 0:
+        if attempt < self.attempts - 1:
+            self.forget_token(credential)
+            # A new token may take some seconds until it is known everywhere.
+            return float(attempt)
+        if credential == AS_APP:
             raise GitHubError(
                 401,
                 "GitHub rejected the App's key: GITHUB_APP_PRIVATE_KEY_PATH and "
                 f"GITHUB_APP_ID {self.config.app_id} do not belong to the same App "
                 f"({reply.value})",
             )
-        if attempt == self.attempts - 1:
-            raise GitHubError(401, f"GitHub rejected a new token ({reply.value})")
-        if attempt == 0:
-            self.forget_token(credential)
-        # A new token may take some seconds until it is known everywhere.
-        return float(attempt)
+        raise GitHubError(401, f"GitHub rejected a new token ({reply.value})")
 
     def rate_limit_delay(
         self, reply: Reply, attempt: int, retry_after: str, is_used_up: bool
@@ -2085,7 +2093,7 @@ class GitHub:
         return self.make_repository(payload)
 
     def make_repository(self, payload: Json) -> GitHubRepository:
-        # Without an id there is only the token that cannot write.
+        # If GitHub sends no id, only the token that looks up names is used.
         repository_id = int(payload.get("id") or LOOKUP)
         return GitHubRepository(self, repository_id, payload["full_name"])
 
@@ -2205,7 +2213,7 @@ class GitHubRepository:
                     yield str(updated_at), comment
 
     def reload_comment(self, number: int, comment: Comment) -> Comment | None:
-        """Return a comment as GitHub has it now; None if it was deleted."""
+        """Return a comment as GitHub has it now; None if it is no longer there."""
         paths = {
             "review": f"/pulls/{number}/reviews/{comment.id}",
             "inline": f"/pulls/comments/{comment.id}",
@@ -2706,8 +2714,9 @@ class Mirror(GitDirectory):
         git checks a part of a repository only while it indexes a pack, so they are
         packed. The contents of files are left out.
 
-        What an agent leaves is checked by fsck later. If the repository had such
-        faults before, the job fails now, before an agent has cost anything.
+        What an agent leaves is checked by fsck later, with the parts that it has not
+        changed. If those have such faults, the job fails now, before an agent has cost
+        anything.
         """
         script = (
             'git -C "$1" rev-list --objects --no-object-names --filter=blob:none '
@@ -2997,7 +3006,7 @@ class Job:
     cancel_requested: bool
     is_pushing: bool
     repository_id: int
-    mirror: str  # path below the work directory, as are all that are stored
+    mirror: str  # relative to the work directory, like every stored path
     directory: str
     branch: str
     session_id: str
@@ -3020,7 +3029,7 @@ class PullRequest:
     number: int
     url: str
     state: str
-    seen_until: str  # the time until which its comments are known
+    seen_until: str  # comments that were changed before this time have been read
 
 
 class Event(NamedTuple):
@@ -3396,7 +3405,7 @@ class Store:
             """
             SELECT kind, id FROM jobs
             WHERE status = 'pending'
-                AND kind IN ('task', 'review') -- all rows; SQLite needs it to use jobs_by_status
+                AND kind IN ('task', 'review') -- always true; without it SQLite does not use jobs_by_status
                 AND not_before > :since AND not_before <= :now
             ORDER BY seq
             """,
@@ -3672,7 +3681,7 @@ class Store:
         return created
 
     def add_comments_to_review(self, job: Job, comments: Sequence[Comment]) -> None:
-        """Add new comments of a GitHub review to the review job that runs."""
+        """Add further comments of a GitHub review to the running review job."""
         with self._transaction() as db:
             for comment in comments:
                 if insert_comment(db, job.pull_request_id, comment):
@@ -3765,7 +3774,7 @@ class Store:
     def retained_directories(self, cutoff: str) -> set[str]:
         """Return the workspaces that are needed, or were active since ``cutoff``.
 
-        That of a closed pull request is not kept.
+        That of a closed pull request is needed only by an unfinished job.
         """
         rows = self._read(
             """
@@ -4257,7 +4266,8 @@ class JobRun:
 # sandbox. codebot takes one thing from there: the tree that the agent left. It makes
 # the commit itself, in a bare repository that no sandbox shows, the outbox.
 
-# Hooks, fsmonitor, signing and gc are off; a killed git leaves lock files.
+# `g` is git without hooks, fsmonitor, signing and gc. Before, the lock files that a
+# killed git has left are removed.
 GIT_FUNCTION = """
 for lock in .git/index.lock .git/HEAD.lock; do [ ! -e $lock ] || rm -rf $lock; done
 g() {
@@ -4281,7 +4291,7 @@ TEST_SCRIPT = f"""{GIT_FUNCTION}
 tree=$(g add -A && g write-tree)
 sh -c "$1" 2>&1
 code=$?
-rm -rf .git/index.lock
+rm -rf .git/index.lock .git/codebot-tested
 [ "$tree" ] && g read-tree "$tree" && g checkout-index -q -f -a && g clean -q -ff -d
 [ "$tree" ] && [ $code = 0 ] && echo "$tree" >.git/codebot-tested
 exit $code
@@ -4302,7 +4312,7 @@ g apply --3way --index --whitespace=nowarn - && exit
 g diff --name-only --diff-filter=U
 exit 1
 """
-# The CLI: no telemetry, no updates, and no reading of the file in "@/path" in a prompt.
+# The CLI: no telemetry and no updates; "@/path" in a prompt does not include that file.
 AGENT_SWITCHES = (
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
     "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS",
@@ -4394,7 +4404,7 @@ class Workspace:
 
     # Programs in the sandbox
 
-    def environment(self, for_agent: bool) -> dict[str, str]:
+    def environment(self, with_model_key: bool) -> dict[str, str]:
         """Return all that a program in the workspace gets in its environment."""
         env = base_environment(self.config, self.run.run_tag)
         env.update(copy_variables(self.config, [*NETWORK_NAMES, "LANG", "TZ"]))
@@ -4402,14 +4412,14 @@ class Workspace:
         env["TMPDIR"] = "/tmp"
         if not self.app.sandbox.is_bwrap:
             env["TMPDIR"] = f"{self.path}/tmp"
-        # Without this, git would use a repository that the work directory is in.
+        # Else, if .git is missing, git would search the directories above for one.
         env["GIT_CEILING_DIRECTORIES"] = self.path
         for role in ("AUTHOR", "COMMITTER"):
             env[f"GIT_{role}_NAME"] = "codebot"
             env[f"GIT_{role}_EMAIL"] = "codebot@localhost"
         if not self.app.sandbox.is_none:
             env["IS_SANDBOX"] = "1"  # else the CLI refuses to work as root
-        if for_agent:
+        if with_model_key:
             env.update(dict.fromkeys(AGENT_SWITCHES, "1"))
             names = [*MODEL_KEY_NAMES, "ANTHROPIC_BASE_URL", *self.config.agent_env]
             env.update(copy_variables(self.config, names))
@@ -4427,7 +4437,7 @@ class Workspace:
         name: str,
         argv: Sequence[str],
         on_start: Callable[[], None],
-        for_agent: bool = False,
+        with_model_key: bool = False,
         stdin: bytes = b"",
         on_lines: LineHandler = ignore_lines,
     ) -> ProgramResult:
@@ -4440,7 +4450,7 @@ class Workspace:
         limits = self.run.agent_limits()
         if not self.config.launcher:
             on_start()
-            return self.supervise(name, argv, limits, for_agent, stdin, on_lines)
+            return self.supervise(name, argv, limits, with_model_key, stdin, on_lines)
         queued_at = time.monotonic()
 
         def start() -> None:
@@ -4455,7 +4465,7 @@ class Workspace:
         record_launch(self.config, self.path, self.run.run_tag)
         try:
             return self.supervise(
-                name, argv, limits, for_agent, stdin, on_lines, launch
+                name, argv, limits, with_model_key, stdin, on_lines, launch
             )
         finally:
             stop_launched(self.config, self.path, self.run.run_tag)
@@ -4472,7 +4482,7 @@ class Workspace:
         name: str,
         argv: Sequence[str],
         limits: Limits,
-        for_agent: bool = False,
+        with_model_key: bool = False,
         stdin: bytes = b"",
         on_lines: LineHandler = ignore_lines,
         launch: Launch | None = None,
@@ -4481,7 +4491,7 @@ class Workspace:
         try:
             return run_program(
                 argv,
-                self.environment(for_agent),
+                self.environment(with_model_key),
                 cwd=self.repo,
                 stdin=stdin,
                 limits=limits,
@@ -4492,7 +4502,7 @@ class Workspace:
             raise self.run.limit_failure(error, name) from None
         finally:
             if launch is not None or not self.app.sandbox.is_bwrap:
-                # Without a launcher, bwrap ends all by itself.
+                # On this host, bwrap's PID namespace ends every process by itself.
                 end_tagged_processes(self.run.run_tag)
 
     # From the agent's work to a pushed commit
@@ -4518,9 +4528,7 @@ class Workspace:
         )
         argv = [*GIT, "-c", "fetch.fsckObjects=true", "--git-dir", self.outbox.path]
         argv += [*GIT_FETCH, "--upload-pack", shlex.join(upload_pack), "--"]
-        ref = (
-            f"refs/codebot/{uuid.uuid4().hex}"  # what was collected before is not used
-        )
+        ref = f"refs/codebot/{uuid.uuid4().hex}"  # a new name, so no ref of an earlier collection is read
         argv += [self.repo, f"+HEAD:{ref}"]
         env = base_environment(self.config, self.run.run_tag)
         env["GIT_ALLOW_PROTOCOL"] = "file"
@@ -4528,8 +4536,8 @@ class Workspace:
             result = check_disk(run_program(argv, env, limits=self.run.git_limits()))
         except LimitReached as error:
             raise self.run.limit_failure(error, "git") from None
-        # From a shallow repository git fetches nothing, and exits with 0: then there
-        # is no such ref.
+        # If the agent made the repository shallow, git fetches nothing and exits with 0.
+        # Then rev-parse fails.
         trees = self.outbox.git(
             "rev-parse", f"{ref}^{{tree}}", f"{base_commit}^{{tree}}"
         )
@@ -4576,7 +4584,7 @@ class Workspace:
                 self.run.check_stop()
                 if line.startswith("diff --git "):
                     name = line.partition(" b/")[2]
-                # What is removed, or only stands nearby, may have been there before.
+                # Removed lines, and the headings of hunks, are not new.
                 is_old = line.startswith(("-", "@@"))
                 if not is_old and self.app.redact.has_secret(line):
                     return Change(files, f"it writes a secret into {name}")
@@ -4587,6 +4595,8 @@ class Workspace:
 
     def is_submodule(self, commit: str, path: str) -> bool:
         """Return whether .gitmodules has a path; git also records other repositories."""
+        if not path:
+            return False
         options = ("--blob", f"{commit}:.gitmodules", "--fixed-value")
         pattern = ("--get-regexp", "[.]path$", path)
         return self.outbox.git("config", *options, *pattern).code == 0
@@ -4649,8 +4659,8 @@ def outbox_path(config: Config, directory: str) -> str:
 #
 # The Claude CLI. It gets a prompt on its standard input, works in the workspace and
 # prints events as JSON lines (stream-json). What they say, the cost included, is its
-# own claim. A repository's settings, hooks and MCP servers would run with the model's
-# key, so none of them is loaded.
+# own claim. A repository's settings, hooks and MCP servers are not loaded. What the
+# agent runs of a repository has the model's key in its environment all the same.
 
 CODING_RULES = """\
 You are codebot, working alone on a task in a clone of a git repository. If there is a
@@ -4820,7 +4830,7 @@ class AgentStream:
         errors = errors if isinstance(errors, list) else []
         candidates = [self.result.get("result"), *errors, self.last_message]
         words = [str(text) for text in candidates if text]
-        return (words[0] if words else result.error)[:1000]
+        return self.run.redact(words[0] if words else result.error)[:1000]
 
     def verdict(self, result: ProgramResult, session: Session) -> AgentResult:
         """Return what the agent achieved. Raises JobFailed unless it succeeded.
@@ -4890,9 +4900,9 @@ class Agent:
         attempt: int = 1,
         attempts: int = 1,
     ) -> AgentResult:
-        """Run the agent once. The prompt's first line must be codebot's own: the CLI
-        takes one that begins with a slash for a command.
+        """Run the agent once.
 
+        The prompt begins with codebot's own words: the CLI takes a slash for a command.
         Raises JobFailed unless the agent reports success, SessionLost if there is
         nothing to continue.
         """
@@ -4908,7 +4918,7 @@ class Agent:
                 self.config.claude[0],
                 self.command(mode, session),
                 start,
-                for_agent=True,
+                with_model_key=True,
                 stdin=prompt.encode("utf-8", "replace"),
                 on_lines=stream.read,
             )
@@ -4921,7 +4931,7 @@ class Agent:
         finally:
             self.add_up(stream.result)
         if not stream.result:
-            # Whoever ended the agent may be stopping codebot, too.
+            # systemd may have signalled the agent first; codebot's own signal follows.
             self.run.app.stop.wait(0.3)
             self.run.check_stop()
         answer = stream.verdict(result, session)
@@ -4931,7 +4941,7 @@ class Agent:
 
     def command(self, mode: AgentMode, session: Session) -> list[str]:
         """Return the CLI's command line."""
-        # Nobody waits for the result of a task; a reviewer waits for an answer.
+        # A change may wait long for the model. A question is answered soon, or not.
         retries = 10 if mode.is_writing else 4  # of requests to the model
         settings = {
             "includeCoAuthoredBy": False,
@@ -5373,7 +5383,7 @@ def run_review(run: JobRun) -> None:
         raise ReviewSkipped("the comments were deleted")
     threads = group_by_thread(comments)
     if run.job.outcome.error:
-        run.update(commit_id="")  # a review that has failed publishes only its error
+        run.update(commit_id="")  # only the error is published
     try:
         if not has_outcome(run, context):
             decide_and_do(run, context, comments)
@@ -5538,7 +5548,9 @@ def decide_and_do(
 def earlier_comments(
     run: JobRun, context: ReviewContext, comments: Sequence[Comment]
 ) -> list[Comment]:
-    """Return what the reviewer and codebot wrote before in these threads."""
+    """Return what the reviewer and codebot wrote before, in these threads or in the
+    conversation.
+    """
     threads = {comment.thread for comment in comments}
     known = {(comment.kind, comment.id) for comment in comments}
     paths = {}
@@ -5595,7 +5607,7 @@ def classify(run: JobRun, context: ReviewContext, text: str) -> str:
     with scratch_workspace(run.config.work_dir) as path:
         name = os.path.basename(path)
         access = context.workspace.access
-        # The directory doubles as the mirror: the sandbox shows its `objects`.
+        # The directory is passed as the mirror, too: the sandbox shows its `objects`.
         scratch = Workspace(run, access, mirror_path=name, directory=name, branch="")
         prompt = f"Comments:\n{text}"
         answer = Agent(run, scratch).ask(prompt, CLASSIFYING, Session.NONE)
@@ -5710,7 +5722,7 @@ def publish(run: JobRun, context: ReviewContext) -> None:
     """Push the change, on top of what others have pushed meanwhile.
 
     Never forces. If commits were removed from the branch, nothing is pushed: that
-    would restore them. (In the moment between the look and the push it still can.)
+    would restore them. (What is removed just before the push is still restored.)
     """
     for attempt in range(1, MAX_PUSHES + 1):
         check_pull_request(run, context)
@@ -5758,7 +5770,7 @@ def branch_tip(run: JobRun, context: ReviewContext) -> str:
 def reapply_change(run: JobRun, context: ReviewContext, tip: str) -> bool:
     """Put the change on top of ``tip``, and test it there.
 
-    Returns False if it is there already; the answer then names that commit.
+    Returns False if ``tip`` has the same change already; the answer then names it.
     """
     run.log("git", f"Others pushed {tip}; the change is put on top of it")
     workspace = context.workspace
@@ -5825,11 +5837,11 @@ def answer_body(run: JobRun, thread: str, comments: Sequence[Comment]) -> str:
 # --- Looking at GitHub -------------------------------------------------------
 #
 # One thread asks GitHub what has changed: at the start, when a webhook says so, and
-# with --enable-polling at a fixed interval. What it cannot ask now it asks a minute
-# later. Webhooks and polling share one memory: the store.
+# with --enable-polling at a fixed interval. A request that fails is repeated after a
+# minute, or when GitHub's rate limit ends. Webhooks and polling share the store.
 
 SYNC_INTERVAL = 1.0  # seconds between looks at what is due and at tasks that ended
-EDIT_TOLERANCE = 1.0  # seconds between a label's event and the issue's own time
+EDIT_TOLERANCE = 1.0  # seconds that an issue may be younger than its label, unedited
 
 
 class Sync:
@@ -5979,7 +5991,8 @@ class Sync:
         obstacle = self.obstacle(remote, issue, event)
         if obstacle:
             log.info("Issue %s is ignored: %s", issue.url, obstacle)
-            self.app.store.add_label_event(event.id)  # even if the obstacle goes away
+            # It stays ignored, until the label is put on again.
+            self.app.store.add_label_event(event.id)
             return
         if self.was_changed(remote, issue, event):
             self.ask_for_label(remote, issue, event)
@@ -6021,8 +6034,8 @@ class Sync:
     ) -> bool:
         """Return whether its text may have been edited after it was labelled.
 
-        GitHub's REST API reports when an issue last changed, but not whether that was
-        its text.
+        GitHub's REST API reports only the latest change of an issue, and not of what. So
+        every later one counts.
         An edit can be hidden behind a comment or a new title, so every change counts.
         An author with write access may edit it.
         """
@@ -6208,7 +6221,8 @@ def dispatch_job(run: JobRun) -> None:
     if stored is None or stored.cancel_requested:
         raise Cancelled()
     if job.kind == "review":
-        # From MAX_INTERRUPTIONS on it tells the reviewer; here it gives that up, too.
+        # After MAX_INTERRUPTIONS, decide_and_do tells the reviewer. After twice as many,
+        # that has failed too often as well.
         if job.interruptions >= 2 * MAX_INTERRUPTIONS:
             raise JobFailed("interrupted", "The review was interrupted too often")
         run_review(run)
@@ -6364,11 +6378,13 @@ class Cleanup:
     def remove_workspaces(self) -> None:
         """Remove workspaces and outboxes that no job needs any more."""
         work_dir = self.config.work_dir
-        # Listed first: the name of a directory is stored before it is made.
+        # Listed before the store is asked: it knows the job of every listed directory.
         paths = find_files(work_dir, "task_*")
         retained = self.app.store.retained_directories(now_text(self.config.retention))
         for path in paths:
-            if os.path.basename(path) not in retained:
+            # A review may have started meanwhile.
+            in_use = {run.job.directory for run in list(self.app.running.values())}
+            if os.path.basename(path) not in retained | in_use:
                 discard(self.config.work_dir, path)
                 discard(work_dir, outbox_path(self.config, os.path.basename(path)))
         for path in find_files(work_dir, "trash_*"):
@@ -7590,7 +7606,7 @@ async function saveKey(event) {
 
 function forgetKey() {
   sessionStorage.clear();
-  location.reload(); // leaves nothing behind in the page
+  location.reload(); // leaves no trace of the key in the page
 }
 
 // --- List
@@ -8093,7 +8109,7 @@ def page(app: Codebot, request: Request) -> Response:
 # happens in one thread of the pool, which keeps it until it is closed.
 
 MAX_CONNECTIONS = 512
-# One accepts; those of connections that were closed to make room take a moment to end.
+# One accepts; the rest are for connections whose threads have not ended yet.
 POOL_THREADS = MAX_CONNECTIONS + 16
 MAX_STREAMS = 128  # event streams that are open at the same time
 MAX_BUFFERED_BYTES = 64 << 20  # of all bodies that are in memory
@@ -8188,8 +8204,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     wbufsize = -1  # buffered: headers and a short body leave in one packet
-    requestline = ""  # until http.server has parsed the first one
-    has_deadline = False  # the next request: a TLS handshake is part of the first one
+    requestline = ""  # for the log, before the first request
+    has_deadline = False  # the next request has that of the TLS handshake before it
 
     def handle(self) -> None:
         try:
@@ -8375,7 +8391,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         self.server.set_deadline(self.connection, LINGER_TIMEOUT)
         self.connection.shutdown(socket.SHUT_WR)
-        while self.connection.recv(CHUNK_BYTES):
+        scrap = bytearray(CHUNK_BYTES)  # one: many would leave the heap full of holes
+        while self.connection.recv_into(scrap):
             pass
 
 
@@ -8540,8 +8557,8 @@ class Server(http.server.ThreadingHTTPServer):
     def count_body(self, connection: socket.socket, size: int) -> None:
         """More of a body has arrived. The oldest unfinished ones make way for it.
 
-        Raises OSError if this connection was closed: else what had arrived before
-        would still be read.
+        Raises OSError if this connection was closed: else its thread would go on
+        reading what had arrived before.
         """
         with self._lock:
             self._open_connection(connection).body_bytes += size
@@ -8741,8 +8758,8 @@ def stop_on_signals(app: Codebot) -> None:
     def handle(number: int, frame: object) -> None:
         if app.stop.is_set():
             os._exit(1)  # the watchdog ends what is left
-        # This interrupts the main thread, which therefore never waits for app.stop: it
-        # would hold the Event's lock, which set() needs.
+        # This interrupts the main thread. If that were in app.stop.wait(), which holds
+        # the Event's lock, set() would wait for ever; so the main thread polls.
         app.stop.set()
 
     signal.signal(signal.SIGTERM, handle)
@@ -9050,7 +9067,7 @@ def check_github(app: Codebot) -> Iterator[Finding]:
         return  # with --no-github, or if .env cannot be read
     github.timeout = CHECK_TIMEOUT
     github.attempts = 2
-    # resolv.conf(5): without this a DNS server that does not answer takes 20 s.
+    # resolv.conf(5): limits the wait for a dead DNS server, which is 20 s otherwise.
     os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
     try:
         github.sign_jwt()
