@@ -34,7 +34,9 @@ GLOSSARY
                  pushes; no sandbox shows it
   agent          the Claude CLI process
   session        the agent's conversation with the model, kept in the workspace's home
-  base           the branch that the agent's branch starts from; base commit: its commit
+  base           the branch that the agent's branch starts from
+  base commit    the parent of the job's commit: the tip of the base, or in a review, of
+                 the pull request's branch
   installation token   a GitHub credential that is valid for one hour: for one
                  repository, or only for looking up names
   delivery       one webhook request, with its GUID
@@ -61,11 +63,12 @@ WHO IS TRUSTED WITH WHAT
                  comments. It gets the model's key, proxy and certificate settings, the
                  variables that the operator lists, its workspace, and the host's
                  network: services on this machine, the local network, a cloud's
-                 metadata address. In bwrap it cannot see codebot's processes, keys,
-                 database and other workspaces, and can change no file outside its own
-                 workspace. codebot takes from it a tree of files, and words that are
-                 quoted as the agent's. A test command runs the same way, without the
-                 model's key and the listed variables.
+                 metadata address. In bwrap it cannot see codebot's processes, database
+                 and other workspaces, nor the directories of .env, of the App's key and
+                 of the TLS key, and can change no file outside its own workspace.
+                 codebot takes from it a tree of files, and words that are quoted as the
+                 agent's. A test command runs the same way, without the model's key and
+                 the listed variables.
 
 KNOWN LIMITATIONS
   Without a sandbox (CODEBOT_SANDBOX=none) the agent can read and write whatever codebot's
@@ -78,12 +81,12 @@ KNOWN LIMITATIONS
   What the agent says (its events, summary and cost) is self-reported. "The tests passed"
   means that the command exited with 0 in a workspace where the agent could have changed
   the tests, and files in HOME that they read. What the agent changes is pushed without a
-  person having read it, and the repository's own CI runs it. codebot looks in the
-  text files of a change for the secrets of 16 or more characters that it knows, as they
-  are and as base64 of nothing else.
+  person having read it, and the repository's own CI runs it.
+  codebot looks in the text files of a change for the secrets of 16 or more characters
+  that it knows, as they are and as base64 of nothing else.
   HTML comments and invisible characters are taken out of what people write. Other ways
-  to hide text on GitHub, such as the title of a link, are not. An edit of an issue
-  within about a second after it was labelled is not noticed.
+  to hide text on GitHub, such as the title of a link, are not. An edit of an issue within
+  about a second after it was labelled is not noticed.
 
 LIFE OF A JOB
   pending   -> running      a worker starts it
@@ -94,16 +97,18 @@ LIFE OF A JOB
 
   A task's phases are clone, agent, test, commit, push, pull_request; a review's are
   classify, clone, agent, test, commit, push, answer. With a launcher, both are in the
-  phase queued while they wait for a node. A task is on disk before the client gets its 202. A commit is in
-  the store before it is pushed, and an answer before it is posted; each carries a marker
-  or an id by which a retry finds it, so neither is done twice.
+  phase queued while they wait for a node.
+
+  A task is on disk before the client gets its 202. A commit is in the store before it is
+  pushed, and an answer before it is posted; each carries a marker or an id by which a
+  retry finds it, so neither is done twice.
 
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
-  http           one per connection, from a pool; its table of deadlines has a lock (Server)
+  http           one per connection, from a pool; Server's table of them has a lock
   task-N, review-N   one job at a time, from one queue each
   sync           asks GitHub what has changed
-  timer          queues due retries, tests the database
+  timer          queues due retries, and writes to the database to see whether it can
   cleanup        removes what is past its retention, packs mirrors
   Store has a lock for its writing and one for its reading connection, Redactor one for
   its tokens. A forked process, the watchdog, ends what codebot left running when it dies.
@@ -121,8 +126,9 @@ WHERE THE DANGEROUS THINGS ARE, each in one place
   urlopen                   GitHub.send
   git with a credential     GitDirectory.remote_git
   what the agent sees       bwrap_command, and Workspace.environment
-  git on an agent's objects, outside the sandbox    Workspace.collect_tree, which lets
-                            fsck check them, then write_commit, inspect_commit, patch, push
+  git on an agent's objects, outside the sandbox
+                            Workspace.collect_tree, which lets fsck check them; then
+                            write_commit, inspect_commit, is_submodule, patch and push
   removing directories      remove_tree; scratch_* by tempfile
   fork and exec             fork_watchdog; serve, with --debug
   SQL                       Store, and the steps of its transactions below it
