@@ -1590,10 +1590,9 @@ class GitHubError(Exception):
         super().__init__(message)
         self.status = status
 
-    @property
-    def is_refusal_of_app(self) -> bool:
-        """No token could be had, or it was not accepted. The App may only be suspended."""
-        return self.status in (0, 401)
+
+class AppRefused(GitHubError):
+    """GitHub gave the App no token, or did not accept it: it may only be suspended."""
 
 
 class Reply(NamedTuple):
@@ -1836,7 +1835,7 @@ class GitHub:
             reply = self.call("POST", f"{installation}/access_tokens", AS_APP, body)
         except GitHubError as error:
             # Not its status: for the caller 404 means that what it asks for is not there.
-            raise GitHubError(0, self.token_error_text(error)) from None
+            raise AppRefused(0, self.token_error_text(error)) from None
         token = str(reply.value["token"])
         self.redact.add(token)
         expires_at = time.strptime(reply.value["expires_at"], "%Y-%m-%dT%H:%M:%SZ")
@@ -1878,6 +1877,7 @@ class GitHub:
         succeeded and only its response was lost.
         """
         url = path if path.startswith(f"{self.api}/") else f"{self.api}{path}"
+        refused = 0  # times that the credential was not accepted
         for attempt in range(self.attempts):
             reply = self.send(method, url, credential, body)
             if 200 <= reply.status < 300:
@@ -1886,6 +1886,10 @@ class GitHub:
                 target = reply.headers.get("Location", "")
                 url = self.checked_url(urllib.parse.urljoin(url, target))
                 continue
+            if reply.status == 401:
+                refused += 1
+                if refused == 1:
+                    self.forget_token(credential)
             self.pause(self.retry_delay(reply, attempt, credential), reply)
             if find_existing is not None:
                 existing = find_existing()
@@ -1939,6 +1943,8 @@ class GitHub:
                 break
             if time.monotonic() > deadline or len(body) > MAX_GITHUB_BYTES:
                 raise TimeoutError("the response is too slow or too long")
+        if response.length:  # read1() does not say that it was cut off
+            raise http.client.IncompleteRead(body, response.length)
         status = response.status
         self.read_headers(response.headers)
         if status >= 300:
@@ -2003,17 +2009,16 @@ class GitHub:
         is dated by GitHub's clock.
         """
         if attempt < self.attempts - 1:
-            self.forget_token(credential)
             # A new token may take some seconds until it is known everywhere.
             return float(attempt)
         if credential == AS_APP:
-            raise GitHubError(
+            raise AppRefused(
                 401,
                 "GitHub rejected the App's key: GITHUB_APP_PRIVATE_KEY_PATH and "
                 f"GITHUB_APP_ID {self.config.app_id} do not belong to the same App "
                 f"({reply.value})",
             )
-        raise GitHubError(401, f"GitHub rejected a new token ({reply.value})")
+        raise AppRefused(401, f"GitHub rejected a new token ({reply.value})")
 
     def rate_limit_delay(
         self, reply: Reply, attempt: int, retry_after: str, is_used_up: bool
@@ -2142,9 +2147,9 @@ class GitHubRepository:
         try:
             quoted = urllib.parse.quote(login, safe="")
             permission = self.get(f"/collaborators/{quoted}/permission")["permission"]
+        except AppRefused as error:
+            raise TransientError(f"GitHub refuses the App: {error}") from None
         except GitHubError as error:
-            if error.is_refusal_of_app:
-                raise TransientError(f"GitHub refuses the App: {error}") from None
             log.info("GitHub does not tell the access of %s: %s", login, error)
             permission = "none"
         if permission in ("admin", "write"):
@@ -2473,7 +2478,10 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
         if not re.match(r"file:///[^\[\]@]*$", plain_url):
             raise ValueError("must be file:///path without [ ] and @")
         path = plain_url[len("file://") :]
-    for candidate in (os.path.abspath(path), os.path.realpath(path)):
+    candidates = []
+    if path.startswith("/"):
+        candidates = [os.path.abspath(path), os.path.realpath(path)]
+    for candidate in candidates:
         candidate = "/" + candidate.lstrip("/")
         # An agent could plant hooks in a repository there.
         if any(is_inside(candidate, d) for d in (config.work_dir, "/proc", "/dev")):
@@ -2536,10 +2544,16 @@ class GitDirectory:
         self.run_tag = run_tag
         self.limits = Limits(check_stop=check_stop)
 
-    def git(self, *args: str, stdin: bytes = b"", **env: str) -> ProgramResult:
+    def git(
+        self,
+        *args: str,
+        stdin: bytes = b"",
+        on_lines: LineHandler = ignore_lines,
+        **env: str,
+    ) -> ProgramResult:
         """Run git without network and credential."""
         env = {**base_environment(self.config, self.run_tag), **env}
-        return check_disk(self.run_git(args, env, stdin))
+        return check_disk(self.run_git(args, env, stdin, on_lines=on_lines))
 
     def run_git(
         self,
@@ -2547,19 +2561,33 @@ class GitDirectory:
         env: Mapping[str, str],
         stdin: bytes = b"",
         pass_fds: Sequence[int] = (),
+        on_lines: LineHandler = ignore_lines,
     ) -> ProgramResult:
         argv = [*GIT, "--git-dir", self.path, *args]
         try:
             return run_program(
-                argv, env, stdin=stdin, limits=self.limits, pass_fds=pass_fds
+                argv,
+                env,
+                stdin=stdin,
+                limits=self.limits,
+                on_lines=on_lines,
+                pass_fds=pass_fds,
             )
+        except TooMuchOutput:
+            raise GitFailed(f"git {args[0]} printed more than 1 GiB") from None
         except LimitReached:
             limit = f"{self.limits.timeout:.0f} s"
             raise GitFailed(f"git {args[0]} took more than {limit}") from None
 
-    def output(self, *args: str, stdin: bytes = b"", **env: str) -> list[str]:
+    def output(
+        self,
+        *args: str,
+        stdin: bytes = b"",
+        on_lines: LineHandler = ignore_lines,
+        **env: str,
+    ) -> list[str]:
         """Run git and return what it printed. Raises GitFailed if it fails."""
-        result = self.git(*args, stdin=stdin, **env)
+        result = self.git(*args, stdin=stdin, on_lines=on_lines, **env)
         if result.code != 0:
             raise GitFailed(f"git {args[0]}: {result.error}")
         return result.stdout
@@ -2678,12 +2706,12 @@ class Mirror(GitDirectory):
 
         Raises BranchNotFound if the remote has no such branch.
         """
-        with self.lock():
+        with self.lock() as descriptor:
+            os.utime(descriptor)  # cleanup looks at when the mirror was last used
             self.make_for(access)
         for _ in range(3):  # the branch may move before it is fetched
             name, commit = self.resolve_branch(access, branch)
             with self.lock() as descriptor:
-                os.utime(descriptor)  # cleanup looks at when the mirror was last used
                 if self.branch_contains(name, commit):
                     return name, commit
                 self.fetch_all(access, descriptor)
@@ -4293,19 +4321,21 @@ git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 # reset to it, except those that .gitignore names. If the test passes, COMMIT_SCRIPT
 # commits exactly this tree, whatever could not be removed.
 TEST_SCRIPT = f"""{GIT_FUNCTION}
-[ ! -e .git/codebot-tested ] || rm -rf .git/codebot-tested
-tree=$(g add -A && g write-tree)
+reset() {{
+    g checkout-index -q -f -a && g clean -q -ff -d
+}}
+g add -A 2>&1 && tree=$(g write-tree) || exit
 sh -c "$1" 2>&1
 code=$?
 rm -rf .git/index.lock .git/codebot-tested
-[ "$tree" ] && g read-tree "$tree" && g checkout-index -q -f -a && g clean -q -ff -d
-[ "$tree" ] && [ $code = 0 ] && echo "$tree" >.git/codebot-tested
+g read-tree "$tree" && {{ reset 2>/dev/null || {{ chmod -R u+rwX .; reset; }}; }}
+[ $code = 0 ] && echo "$tree" >.git/codebot-tested
 exit $code
 """
 COMMIT_SCRIPT = f"""{GIT_FUNCTION}
-base=$1
-if [ -f .git/codebot-tested ]; then
-    read -r tree <.git/codebot-tested
+base=$1 tested=$2
+if [ "$tested" ]; then
+    read -r tree <.git/codebot-tested || exit
 else
     tree=$(g add -A && g write-tree) || exit
 fi
@@ -4335,6 +4365,39 @@ class Change(NamedTuple):
 
     files: tuple[str, ...]  # lines of git diff --stat
     fault: str  # why it must not be pushed, "" if it may be
+
+
+class Inspection:
+    """Reads git diff --stat --patch, of any length."""
+
+    def __init__(self, redact: Redactor) -> None:
+        self.redact = redact
+        self.files: list[str] = []  # lines of --stat
+        self.has_patch_begun = False
+        self.file = ""  # that the next lines are about
+        self.secret_file = ""  # the first one to which a secret is added
+        self.repositories: list[str] = []  # directories that became repositories
+
+    def read(self, lines: list[str]) -> float | None:
+        if not self.has_patch_begun:
+            stat = list(itertools.takewhile(bool, lines))  # a blank line ends it
+            self.files += stat
+            self.has_patch_begun = len(stat) < len(lines)
+            lines = lines[len(stat) :]
+        self.read_patch(lines)
+        return None
+
+    def read_patch(self, lines: list[str]) -> None:
+        # Removed lines, and the headings of hunks, are not new.
+        new = [line for line in lines if not line.startswith(("-", "@@"))]
+        has_secret = self.redact.has_secret("\n".join(new))  # all at once: it is slow
+        for line in new:
+            if line.startswith("diff --git "):
+                self.file = line.partition(" b/")[2] or line[len("diff --git ") :]
+            elif line == "new file mode 160000":
+                self.repositories.append(self.file)
+            if has_secret and not self.secret_file and self.redact.has_secret(line):
+                self.secret_file = self.file
 
 
 class Workspace:
@@ -4513,8 +4576,8 @@ class Workspace:
 
     # From the agent's work to a pushed commit
 
-    def collect_tree(self, base_commit: str) -> str:
-        """Fetch what the agent left into the outbox.
+    def collect_tree(self, base_commit: str, is_tested: bool) -> str:
+        """Fetch what the agent left, or what the tests passed with, into the outbox.
 
         git fetch runs outside the sandbox, in the outbox. upload-pack, the only process
         that opens the agent's .git, runs in it. What crosses is a pack, which fsck has
@@ -4523,7 +4586,7 @@ class Workspace:
         Returns its tree, "" if nothing was changed. Raises JobFailed if there is no
         usable repository.
         """
-        result = self.script(COMMIT_SCRIPT, base_commit)
+        result = self.script(COMMIT_SCRIPT, base_commit, "tested" if is_tested else "")
         if result.code != 0:
             raise JobFailed(
                 "agent_failed",
@@ -4578,26 +4641,22 @@ class Workspace:
 
     def inspect_commit(self, base_commit: str, commit: str) -> Change:
         """Return what a commit changes, and whether that may be pushed."""
-        with tempfile.NamedTemporaryFile(prefix="scratch_") as file:
-            options = ["--stat=100", "--stat-count=50", "--patch", "--unified=0"]
-            options += ["--no-renames", f"--output={file.name}"]
-            self.outbox.output(*GIT_DIFF, *options, base_commit, commit)
-            pieces = iter(functools.partial(file.readline, MAX_LINE_BYTES), b"")
-            lines = (piece.decode("utf-8", "replace").rstrip("\n") for piece in pieces)
-            files = tuple(itertools.takewhile(bool, lines))  # to the blank line
-            name = ""
-            for line in lines:  # the patch, after the blank line
-                self.run.check_stop()
-                if line.startswith("diff --git "):
-                    name = line.partition(" b/")[2]
-                # Removed lines, and the headings of hunks, are not new.
-                is_old = line.startswith(("-", "@@"))
-                if not is_old and self.app.redact.has_secret(line):
-                    return Change(files, f"it writes a secret into {name}")
-                is_repository = line == "new file mode 160000"
-                if is_repository and not self.is_submodule(commit, name):
-                    return Change(files, f"{name} is a git repository of its own")
-        return Change(files, "")
+        inspection = Inspection(self.app.redact)
+        options = ("--stat=100", "--stat-count=50", "--patch", "--unified=0")
+        names = ("--no-renames", base_commit, commit)
+        try:
+            self.outbox.output(*GIT_DIFF, *options, *names, on_lines=inspection.read)
+        except GitFailed as error:
+            raise JobFailed(
+                "agent_failed", f"The change is too large: {error}"
+            ) from None
+        fault = ""
+        if inspection.secret_file:
+            fault = f"it writes a secret into {inspection.secret_file}"
+        for path in inspection.repositories:
+            if not self.is_submodule(commit, path):
+                fault = f"{path} is a git repository of its own"
+        return Change(tuple(inspection.files), fault)
 
     def is_submodule(self, commit: str, path: str) -> bool:
         """Return whether .gitmodules has a path; git also records other repositories."""
@@ -4623,6 +4682,8 @@ class Workspace:
                 if isinstance(error, TransientError):
                     raise
                 raise JobFailed("push_rejected", f"Failed to push: {error}") from None
+        except AppRefused:
+            raise
         except GitHubError as error:
             raise JobFailed("push_rejected", f"Failed to push: {error}") from None
         self.run.log("git", f"Pushed {commit} to {self.branch}")
@@ -5118,9 +5179,7 @@ def clone(run: JobRun, workspace: Workspace) -> str:
         run.app.checked_commits.add(base_commit)
     workspace.make_outbox()
     workspace.check_out(base_name, base_commit, keep_home=False)
-    run.update(
-        base_name=base_name, base_commit=base_commit, commit_id="", transient_since=0.0
-    )
+    run.update(base_name=base_name, base_commit=base_commit, commit_id="")
     return base_commit
 
 
@@ -5241,14 +5300,14 @@ class Commit(NamedTuple):
 
 
 def commit_agent_tree(
-    run: JobRun, workspace: Workspace, base_commit: str, title: str
+    run: JobRun, workspace: Workspace, base_commit: str, title: str, is_tested: bool
 ) -> Commit | None:
     """Make one commit of what the agent left; None if it changed nothing.
 
     Raises JobFailed if that may not be pushed.
     """
     run.set_phase("commit")
-    tree = workspace.collect_tree(base_commit)
+    tree = workspace.collect_tree(base_commit, is_tested)
     if not tree:
         return None
     summary = quoted("The agent", run.job.outcome.summary)
@@ -5265,7 +5324,8 @@ def commit_task(
     run: JobRun, workspace: Workspace, base_commit: str, tests: TestResult | None
 ) -> None:
     """Make the one commit of the task, and store its id before it is pushed."""
-    commit = commit_agent_tree(run, workspace, base_commit, run.job.request.title)
+    title = run.job.request.title
+    commit = commit_agent_tree(run, workspace, base_commit, title, tests is not None)
     if commit is None:
         words = run.job.outcome.summary.strip()[:2000] or "nothing"
         raise JobFailed("no_changes", f"The agent changed nothing. It said: {words}")
@@ -5326,6 +5386,8 @@ def create_pull_request(run: JobRun, remote: GitHubRepository) -> None:
     body = pull_request_body(run)
     try:
         new = remote.open_pull_request(run.job.branch, run.job.base_name, title, body)
+    except AppRefused:
+        raise
     except GitHubError as error:
         raise JobFailed(
             "pull_request_failed",
@@ -5395,9 +5457,9 @@ def run_review(run: JobRun) -> None:
             decide_and_do(run, context, comments)
         if run.job.commit_id:
             publish(run, context)
+    except AppRefused:
+        raise
     except (JobFailed, GitFailed, GitHubError) as error:
-        if isinstance(error, GitHubError) and error.is_refusal_of_app:
-            raise
         reason = getattr(error, "reason", "internal")
         message = run.redact(str(error))
         run.log("codebot", f"Failed ({reason}): {message}")
@@ -5714,7 +5776,8 @@ def test_and_commit(run: JobRun, context: ReviewContext, base_commit: str) -> st
     request = context.task.request
     tests = run_tests(run, workspace, request.test_command)
     title = f"Answer the review of {request.title}"
-    commit = commit_agent_tree(run, workspace, base_commit, title)
+    is_tested = tests is not None
+    commit = commit_agent_tree(run, workspace, base_commit, title, is_tested)
     if commit is None:
         return ""
     run.update_outcome(tests=tests, files=commit.files)
@@ -5808,9 +5871,9 @@ def answer_threads(
             post_path = f"{list_path}/{number}/replies"
         try:
             context.remote.post_once(list_path, post_path, body, marker)
+        except AppRefused:
+            raise
         except GitHubError as error:
-            if error.is_refusal_of_app:
-                raise
             if error.status != 404:
                 message = f"GitHub refused the answer: {error}"
                 raise JobFailed("internal", message) from None
@@ -5919,9 +5982,9 @@ class Sync:
         """Ask for a look at a repository's open issues with the label."""
         try:
             numbers = remote.issues_with_label(self.config.issue_label)
+        except AppRefused:
+            raise
         except GitHubError as error:
-            if error.is_refusal_of_app:
-                raise
             # Its issues may be turned off; those of other repositories are not.
             log.warning("Issues of %s are ignored: %s", remote.full_name, error)
             return
@@ -6099,9 +6162,9 @@ class Sync:
             remote = self.github.repository_by_id(task.issue_repository_id)
             body = self.app.redact(self.report_text(task))
             remote.post_once(path, path, body, marker)
+        except AppRefused:
+            raise
         except GitHubError as error:
-            if error.is_refusal_of_app:
-                raise
             # It was deleted, or is locked.
             log.warning("Task %s: no comment on its issue: %s", task.id, error)
         store.mark_reported(task.id)
@@ -6198,18 +6261,15 @@ def run_job(app: Codebot, job: Job) -> None:
         app.until_database_works(app.store.requeue, job.id)
     except Cancelled:
         end_job(run, "failed", "cancelled", CANCELLED_TEXT)
-    except (TransientError, LaunchFailed, sqlite3.OperationalError) as error:
+    except (TransientError, AppRefused, LaunchFailed) as error:
+        retry_later(run, error)
+    except sqlite3.OperationalError as error:
         retry_later(run, error)
     except OSError as error:
         handle_os_error(run, error)
     except JobFailed as error:
         fail(run, error.reason, str(error))
-    except GitHubError as error:
-        if error.is_refusal_of_app:
-            retry_later(run, error)
-        else:
-            fail(run, "internal", str(error))
-    except GitFailed as error:
+    except (GitFailed, GitHubError) as error:
         fail(run, "internal", str(error))
     except Exception:
         log.exception("Job %s", job.id)
@@ -6298,14 +6358,15 @@ def retry_later(run: JobRun, error: Exception) -> None:
     not_before = max(now + RETRY_DELAY, getattr(error, "retry_at", 0.0))
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     message = app.redact(str(error))
-    if now <= give_up_at and job.interruptions + interruptions < MAX_INTERRUPTIONS:
+    is_free = not interruptions or job.interruptions + 1 < MAX_INTERRUPTIONS
+    if now <= give_up_at and is_free:
         run.log("codebot", f"{message}. Trying again later")
         log.warning("Job %s: %s; retrying later", job.id, message)
         app.until_database_works(app.store.requeue, job.id, interruptions, not_before)
         if not_before <= time.time():  # due already: RetryTimer looks for later ones
             app.queues[job.kind].put(job.id)
         return
-    reason = REASON_BY_PHASE.get(job.phase, "internal")
+    reason = job.outcome.reason or REASON_BY_PHASE.get(job.phase, "internal")
     fail(run, reason, message)
 
 
@@ -8783,7 +8844,8 @@ def set_up_process(app: Codebot, level: int) -> None:
     # A connection takes a descriptor, and so does each level of a removed directory.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max(soft, min(hard, MAX_DESCRIPTORS))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit of its own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     fork_watchdog(app)
     stop_on_signals(app)
 

@@ -3151,13 +3151,14 @@ def test_objects_of_another_repository_cannot_be_borrowed(sandboxed: Site) -> No
     )
     sandboxed.api.completed(sandboxed.api.submit(repository_url=secret.url))
     objects = mirror_of(sandboxed, secret.name) / "objects"
-    tree = secret.git("rev-parse", "main^{tree}")
+    commit = secret.git("rev-parse", "main")
     sandboxed.agent.follow(
         f"echo {objects} >>.git/objects/info/alternates\n"
-        f"echo {tree} >.git/codebot-tested\n"
-        "result"
+        f"git cat-file -e {commit} 2>/dev/null && echo yes >borrowed\n{SAY_HELLO}"
     )
-    sandboxed.api.failed(sandboxed.api.submit("Borrow"), "agent_failed")
+    result = sandboxed.api.completed(sandboxed.api.submit("Borrow"))
+    assert result["files"][0].strip().startswith("hello.txt |")
+    assert len(result["files"]) == 2
     sandboxed.agent.follow(SAY_HELLO)
 
 
@@ -3575,6 +3576,19 @@ def test_interrupted_jobs_are_requeued_and_others_are_not(
     assert stored_job(store, jobs["running"]).interruptions == interruptions
     for state in ("pending", "completed", "failed"):
         assert stored_job(store, jobs[state]) == jobs[state]
+
+
+def test_free_retry_of_interrupted_review_is_not_its_last(store: codebot.Store) -> None:
+    pull_request = store_pull_request(store, store_task_in_state(store, "completed"))
+    review = store.claim(store_review(store, pull_request, 1, "alice"))
+    assert review is not None
+    store.requeue(review.id, interruptions=codebot.MAX_INTERRUPTIONS)
+    review = store.claim(review.id)
+    assert review is not None
+    app = codebot.Codebot(codebot.Config(no_github=True, work_dir=store.path + ".dir"))
+    app.store = store
+    codebot.retry_later(codebot.JobRun(app, review), codebot.TransientError("502"))
+    assert stored_job(store, review).status == "pending"
 
 
 def test_retry_is_not_claimed_before_its_time(store: codebot.Store) -> None:
@@ -4317,12 +4331,7 @@ LOGIN_EXPIRED = "Not logged in · Please run /login"
 LOGIN_RETRY = json.dumps(
     {"type": "system", "subtype": "api_retry", "attempt": 1, "error_status": 401}
 )
-PLAN_OF_BAD_TREE = """
-blob=$(git rev-parse HEAD:README.md)
-tree=$(printf '100644 blob %s\\t.git\\n' $blob | git mktree)
-echo $tree >.git/codebot-tested  # as if a test had passed
-result
-"""
+PLAN_OF_BAD_TREE = "ln -s ../x .gitmodules; result"
 FAILING_PLANS = {
     "no result": ("echo oops >&2; exit 3", "agent_failed", "oops"),
     "is_error": ("result 'It broke' success true", "agent_failed", "It broke"),
@@ -4594,6 +4603,32 @@ def test_litter_that_cannot_be_removed_is_not_committed(
     branch = shared.api.completed(task)["branch_name"]
     changed = shared.repository.git("diff", "--name-only", "main", branch)
     assert changed == "hello.txt"
+
+
+STUBBORN_FAILURES = {
+    "new file": "mkdir ro; echo >ro/j; chmod 555 ro",
+    "changed file": "echo bad >s/b; echo >s/new; chmod 555 s",
+}
+
+
+@pytest.mark.parametrize("case", STUBBORN_FAILURES)
+def test_litter_of_failed_test_is_not_committed_after_next_one(
+    shared: Site, case: str
+) -> None:
+    shared.repository.commit({"s/b": "good\n"})
+    shared.agent.follow("[ $purpose = resume ] && echo >fixed; echo >done; result")
+    command = f"[ -e fixed ] || {{ {STUBBORN_FAILURES[case]}; false; }}"
+    task = shared.api.submit(test_command=command)
+    branch = shared.api.completed(task)["branch_name"]
+    changed = shared.repository.git("diff", "--name-only", "main", branch)
+    assert changed.split() == ["done", "fixed"]
+
+
+def test_tree_that_no_test_has_passed_with_is_not_taken(shared: Site) -> None:
+    plan = f"git rev-parse HEAD^{{tree}} >.git/codebot-tested; {SAY_HELLO}"
+    shared.agent.follow(plan)
+    branch = shared.api.completed(shared.api.submit())["branch_name"]
+    assert shared.repository.show(branch, "hello.txt") == "hello"
 
 
 def test_what_tests_commit_is_not_pushed(shared: Site) -> None:
