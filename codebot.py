@@ -4800,6 +4800,7 @@ class AgentMode(NamedTuple):
     schema: JsonObject | None = None  # of the answer
     is_writing: bool = False  # it may run commands and change files
     max_turns: int = 0  # 0: only the limit of the settings
+    phase: str = "agent"  # of the job
 
 
 CODING = AgentMode(CODING_TOOLS, CODING_RULES, is_writing=True)
@@ -4807,7 +4808,9 @@ CHANGING = AgentMode(
     CODING_TOOLS, f"{CODING_RULES}\n{ANSWER_RULES}", ANSWER_SCHEMA, is_writing=True
 )
 ANSWERING = AgentMode(READING_TOOLS, ANSWER_RULES, ANSWER_SCHEMA, max_turns=20)
-CLASSIFYING = AgentMode("", CLASSIFY_RULES, CLASSIFY_SCHEMA, max_turns=4)
+CLASSIFYING = AgentMode(
+    "", CLASSIFY_RULES, CLASSIFY_SCHEMA, max_turns=4, phase="classify"
+)
 
 
 class SessionLost(Exception):
@@ -4977,8 +4980,7 @@ class Agent:
 
         def start() -> None:
             self.run.agent_has_run = True
-            phase = "classify" if mode is CLASSIFYING else "agent"
-            self.run.set_phase(phase, attempt, attempts)
+            self.run.set_phase(mode.phase, attempt, attempts)
 
         try:
             result = self.workspace.launch(
