@@ -83,7 +83,7 @@ KNOWN LIMITATIONS
   the tests, and files in HOME that they read. What the agent changes is pushed without a
   person having read it, and the repository's own CI runs it.
   codebot looks in the text files of a change for the secrets of 16 or more characters
-  that it knows, as they are and as base64 of nothing else.
+  that it knows, as they are and as base64 of nothing else, in lines of at most 8 MiB.
   HTML comments and invisible characters are taken out of what people write. Other ways
   to hide text on GitHub, such as the title of a link, are not. An edit of an issue within
   about a second after it was labelled is not noticed.
@@ -899,6 +899,11 @@ class LineHandler(Protocol):
         """Return the seconds that the program may live on, if its work is done."""
 
 
+def last_shown(line: str) -> str:
+    """Return what a terminal shows of a line in the end: the last of a progress bar."""
+    return line.rpartition("\r")[2]
+
+
 class OutputFile:
     """A program's output, in an unlinked file that is read while it grows.
 
@@ -924,9 +929,7 @@ class OutputFile:
         if at_end and not data and self._partial_line:
             pieces.append(bytes(self._partial_line))
             self._partial_line.clear()
-        lines = [piece.decode("utf-8", "replace") for piece in pieces]
-        # Of a progress bar, keep what a terminal would show in the end.
-        return [line.rstrip("\r").rpartition("\r")[2] for line in lines]
+        return [piece.decode("utf-8", "replace").rstrip("\r") for piece in pieces]
 
     def is_too_large(self) -> bool:
         return os.fstat(self.file.fileno()).st_size > MAX_OUTPUT_BYTES
@@ -999,8 +1002,8 @@ class RunningProgram:
         self.last_output = now  # also if the line has no end yet
         if self.launch is not None:
             lines = self.program_lines(lines, self.launch)
-        self.last_lines.extend(line[:10_000] for line in lines)
-        self.last_errors.extend(line[:10_000] for line in errors)
+        self.last_lines.extend(last_shown(line)[:10_000] for line in lines)
+        self.last_errors.extend(last_shown(line)[:10_000] for line in errors)
         grace = on_lines(lines) if lines else None
         if grace is not None and self.grace_ends_at is None:
             self.grace_ends_at = now + grace
@@ -1583,7 +1586,7 @@ GONE_STATUSES = (404, 410, 422)  # what was asked for is not there (any more)
 class GitHubError(Exception):
     """GitHub refused a request for good.
 
-    Status 0: it was not sent, for want of a token or because of its address.
+    Status 0: it was not, or must not be, sent.
     """
 
     def __init__(self, status: int, message: str) -> None:
@@ -3439,7 +3442,8 @@ class Store:
             """
             SELECT kind, id FROM jobs
             WHERE status = 'pending'
-                AND kind IN ('task', 'review') -- always true; without it SQLite does not use jobs_by_status
+                -- Always true; without it SQLite does not use jobs_by_status.
+                AND kind IN ('task', 'review')
                 AND not_before > :since AND not_before <= :now
             ORDER BY seq
             """,
@@ -4597,7 +4601,8 @@ class Workspace:
         )
         argv = [*GIT, "-c", "fetch.fsckObjects=true", "--git-dir", self.outbox.path]
         argv += [*GIT_FETCH, "--upload-pack", shlex.join(upload_pack), "--"]
-        ref = f"refs/codebot/{uuid.uuid4().hex}"  # a new name, so no ref of an earlier collection is read
+        # A new name: no ref of an earlier collection can be read by mistake.
+        ref = f"refs/codebot/{uuid.uuid4().hex}"
         argv += [self.repo, f"+HEAD:{ref}"]
         env = base_environment(self.config, self.run.run_tag)
         env["GIT_ALLOW_PROTOCOL"] = "file"
@@ -4643,13 +4648,12 @@ class Workspace:
         """Return what a commit changes, and whether that may be pushed."""
         inspection = Inspection(self.app.redact)
         options = ("--stat=100", "--stat-count=50", "--patch", "--unified=0")
-        names = ("--no-renames", base_commit, commit)
+        argv = (*GIT_DIFF, *options, "--no-renames", base_commit, commit)
         try:
-            self.outbox.output(*GIT_DIFF, *options, *names, on_lines=inspection.read)
+            self.outbox.output(*argv, on_lines=inspection.read)
         except GitFailed as error:
-            raise JobFailed(
-                "agent_failed", f"The change is too large: {error}"
-            ) from None
+            message = f"The change cannot be checked: {error}"
+            raise JobFailed("agent_failed", message) from None
         fault = ""
         if inspection.secret_file:
             fault = f"it writes a secret into {inspection.secret_file}"
@@ -4857,7 +4861,7 @@ class AgentStream:
             try:
                 self.read_event(json.loads(line))
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-                self.log("agent", line)  # no event, or of an unknown shape
+                self.log("agent", last_shown(line))  # no event, or of an unknown shape
         self.run.log_all(self.entries)  # in one transaction
         self.entries = []
         if self.login_failed:
@@ -5247,7 +5251,7 @@ def run_test_command(
         run.log("test", f"$ {command}")
 
     def log_lines(lines: list[str]) -> float | None:
-        run.log("test", "\n".join(lines))
+        run.log("test", "\n".join(last_shown(line) for line in lines))
         return None
 
     argv = ["sh", "-c", TEST_SCRIPT, "sh", command]
@@ -6263,10 +6267,8 @@ def run_job(app: Codebot, job: Job) -> None:
         app.until_database_works(app.store.requeue, job.id)
     except Cancelled:
         end_job(run, "failed", "cancelled", CANCELLED_TEXT)
-    except (TransientError, AppRefused, LaunchFailed) as error:
-        retry_later(run, error)
-    except sqlite3.OperationalError as error:
-        retry_later(run, error)
+    except (TransientError, LaunchFailed, AppRefused, sqlite3.OperationalError) as e:
+        retry_later(run, e)
     except OSError as error:
         handle_os_error(run, error)
     except JobFailed as error:

@@ -4698,6 +4698,10 @@ SECRET_PLACES = {
         'printf "++ b/\\n%s" "$ANTHROPIC_API_KEY" >settings.ini',
         "settings.ini",
     ),
+    "before a carriage return": (
+        """printf 'key=%s\\rx\\n' "$ANTHROPIC_API_KEY" >settings.ini""",
+        "settings.ini",
+    ),
     "in a name": ('echo x >"$ANTHROPIC_API_KEY"', "***"),
     "in the name of an empty file": (': >"$ANTHROPIC_API_KEY"', "***"),
     "in a quoted name": (
