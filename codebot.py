@@ -1594,7 +1594,7 @@ class GitHubError(Exception):
         self.status = status
 
 
-class AppRefused(GitHubError):
+class AppRefused(TransientError):
     """GitHub gave the App no token, or did not accept it: it may only be suspended."""
 
 
@@ -1837,8 +1837,7 @@ class GitHub:
         try:
             reply = self.call("POST", f"{installation}/access_tokens", AS_APP, body)
         except GitHubError as error:
-            # Not its status: for the caller 404 means that what it asks for is not there.
-            raise AppRefused(0, self.token_error_text(error)) from None
+            raise AppRefused(self.token_error_text(error)) from None
         token = str(reply.value["token"])
         self.redact.add(token)
         expires_at = time.strptime(reply.value["expires_at"], "%Y-%m-%dT%H:%M:%SZ")
@@ -2016,12 +2015,11 @@ class GitHub:
             return float(attempt)
         if credential == AS_APP:
             raise AppRefused(
-                401,
                 "GitHub rejected the App's key: GITHUB_APP_PRIVATE_KEY_PATH and "
                 f"GITHUB_APP_ID {self.config.app_id} do not belong to the same App "
                 f"({reply.value})",
             )
-        raise AppRefused(401, f"GitHub rejected a new token ({reply.value})")
+        raise AppRefused(f"GitHub rejected a new token ({reply.value})")
 
     def rate_limit_delay(
         self, reply: Reply, attempt: int, retry_after: str, is_used_up: bool
@@ -2150,8 +2148,6 @@ class GitHubRepository:
         try:
             quoted = urllib.parse.quote(login, safe="")
             permission = self.get(f"/collaborators/{quoted}/permission")["permission"]
-        except AppRefused as error:
-            raise TransientError(f"GitHub refuses the App: {error}") from None
         except GitHubError as error:
             log.info("GitHub does not tell the access of %s: %s", login, error)
             permission = "none"
@@ -4686,8 +4682,6 @@ class Workspace:
                 if isinstance(error, TransientError):
                     raise
                 raise JobFailed("push_rejected", f"Failed to push: {error}") from None
-        except AppRefused:
-            raise
         except GitHubError as error:
             raise JobFailed("push_rejected", f"Failed to push: {error}") from None
         self.run.log("git", f"Pushed {commit} to {self.branch}")
@@ -5112,6 +5106,11 @@ def find_remote(run: JobRun) -> RemoteAccess:
         return RemoteAccess(repository, None)
     try:
         remote = github.repository_by_name(repository.full_name)
+        github.token(remote.id)  # it is refused if the App is not installed there
+    except AppRefused as error:
+        raise JobFailed(
+            "clone_failed", f"Failed to clone repository: {error}"
+        ) from None
     except GitHubError as error:
         message = f"Failed to clone repository: {error}"
         if error.status == 404:
@@ -5392,8 +5391,6 @@ def create_pull_request(run: JobRun, remote: GitHubRepository) -> None:
     body = pull_request_body(run)
     try:
         new = remote.open_pull_request(run.job.branch, run.job.base_name, title, body)
-    except AppRefused:
-        raise
     except GitHubError as error:
         raise JobFailed(
             "pull_request_failed",
@@ -5463,8 +5460,6 @@ def run_review(run: JobRun) -> None:
             decide_and_do(run, context, comments)
         if run.job.commit_id:
             publish(run, context)
-    except AppRefused:
-        raise
     except (JobFailed, GitFailed, GitHubError) as error:
         reason = getattr(error, "reason", "internal")
         message = run.redact(str(error))
@@ -5877,8 +5872,6 @@ def answer_threads(
             post_path = f"{list_path}/{number}/replies"
         try:
             context.remote.post_once(list_path, post_path, body, marker)
-        except AppRefused:
-            raise
         except GitHubError as error:
             if error.status != 404:
                 message = f"GitHub refused the answer: {error}"
@@ -5988,8 +5981,6 @@ class Sync:
         """Ask for a look at a repository's open issues with the label."""
         try:
             numbers = remote.issues_with_label(self.config.issue_label)
-        except AppRefused:
-            raise
         except GitHubError as error:
             # Its issues may be turned off; those of other repositories are not.
             log.warning("Issues of %s are ignored: %s", remote.full_name, error)
@@ -6168,8 +6159,6 @@ class Sync:
             remote = self.github.repository_by_id(task.issue_repository_id)
             body = self.app.redact(self.report_text(task))
             remote.post_once(path, path, body, marker)
-        except AppRefused:
-            raise
         except GitHubError as error:
             # It was deleted, or is locked.
             log.warning("Task %s: no comment on its issue: %s", task.id, error)
@@ -6267,8 +6256,8 @@ def run_job(app: Codebot, job: Job) -> None:
         app.until_database_works(app.store.requeue, job.id)
     except Cancelled:
         end_job(run, "failed", "cancelled", CANCELLED_TEXT)
-    except (TransientError, LaunchFailed, AppRefused, sqlite3.OperationalError) as e:
-        retry_later(run, e)
+    except (TransientError, LaunchFailed, sqlite3.OperationalError) as error:
+        retry_later(run, error)
     except OSError as error:
         handle_os_error(run, error)
     except JobFailed as error:
@@ -9147,7 +9136,7 @@ def check_github(app: Codebot) -> Iterator[Finding]:
         yield from check_app(github)
         yield from check_installation(config, github)
         yield from check_repositories(config, github)
-    except GitHubError as error:
+    except (GitHubError, AppRefused) as error:
         yield Finding("FAIL", f"{error}.")
     except TransientError as error:
         yield Finding(
