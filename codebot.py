@@ -2036,10 +2036,8 @@ class GitHub:
         seconds = min(seconds, MAX_RATE_LIMIT_WAIT)
         if seconds > MAX_INLINE_WAIT:
             retry_at = time.time() + seconds
-            if (
-                0 < reply.status < 500
-            ):  # a limit, no outage: no thread may ask until then
-                self.silent_until = retry_at
+            if 0 < reply.status < 500:  # a limit, no outage
+                self.silent_until = retry_at  # no thread may ask until then
             raise TransientError(
                 f"GitHub asks to wait: {reply.value}", retry_at=retry_at
             )
@@ -2341,8 +2339,8 @@ class GitHubRepository:
 # --- Git ---------------------------------------------------------------------
 #
 # codebot runs git with a credential in two places only, a mirror and an outbox. With a
-# sandbox, an agent can write to neither. There the token is in git's environment, never in a URL,
-# an argument or a file. In a workspace git runs only inside the sandbox.
+# sandbox, an agent can write to neither. The token is in git's environment, never in a
+# URL, an argument or a file. In a workspace git runs only inside the sandbox.
 
 # No gc of its own: workspaces read the mirror's objects. No redirects: they would carry
 # the token to another host. With `core.fsync` (git 2.36) a power cut leaves no empty
@@ -2417,7 +2415,10 @@ def slugify(text: str) -> str:
 
 def is_branch_name(name: str) -> bool:
     """Return whether git-check-ref-format(1) accepts the name of a branch."""
-    forbidden = r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(/|$)|^[./-]|[./]$|[\ud800-\udfff]"
+    forbidden = (
+        r"[\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]"
+        r"|\.\.|@\{|//|/\.|\.lock(/|$)|^[./-]|[./]$"
+    )
     return not re.search(forbidden, name) and name not in ("@", "HEAD")
 
 
@@ -3396,22 +3397,22 @@ class Store:
         values["outcome"] = job.outcome.to_json()
         self._write(
             """
-                UPDATE jobs SET
-                    phase = :phase,
-                    attempt = :attempt,
-                    request_kind = :request_kind,
-                    repository_id = :repository_id,
-                    mirror = :mirror,
-                    directory = :directory,
-                    branch = :branch,
-                    session_id = :session_id,
-                    base_name = :base_name,
-                    base_commit = :base_commit,
-                    commit_id = :commit_id,
-                    transient_since = :transient_since,
-                    outcome = :outcome
-                WHERE id = :id
-                """,
+            UPDATE jobs SET
+                phase = :phase,
+                attempt = :attempt,
+                request_kind = :request_kind,
+                repository_id = :repository_id,
+                mirror = :mirror,
+                directory = :directory,
+                branch = :branch,
+                session_id = :session_id,
+                base_name = :base_name,
+                base_commit = :base_commit,
+                commit_id = :commit_id,
+                transient_since = :transient_since,
+                outcome = :outcome
+            WHERE id = :id
+            """,
             **values,
         )
 
@@ -6100,10 +6101,9 @@ class Sync:
     ) -> bool:
         """Return whether its text may have been edited after it was labelled.
 
-        GitHub's REST API reports only the latest change of an issue, and not of what. So
-        every later one counts.
-        An edit can be hidden behind a comment or a new title, so every change counts.
-        An author with write access may edit it.
+        GitHub's REST API reports only the time of an issue's latest change, not what was
+        changed. An edit could be followed by a comment or a new title, so every change
+        counts. An author with write access may edit the issue.
         """
         if issue.author and remote.has_write_access(issue.author):
             return False
@@ -6561,9 +6561,8 @@ class Request:
     def body(self) -> bytes:
         """Return the whole body. Raises HTTPError if it is too long or incomplete."""
         if self._body is None:
-            length = float(
-                self.headers.get("content-length", "0")
-            )  # int() has a limit of 4,300 digits
+            # int() has a limit of 4,300 digits.
+            length = float(self.headers.get("content-length", "0"))
             if length > self.max_body:
                 raise HTTPError(413, f"The body is over {self.max_body:,} bytes long")
             self._body = self._read_body(int(length))
@@ -6979,9 +6978,8 @@ def follow_events(app: Codebot, task_id: str, after: int) -> Iterator[bytes]:
     """Yield events as they come, until no work on the task can add any."""
     last_sent = time.monotonic()
     while not app.stop.is_set():
-        is_live = app.store.has_unfinished_jobs(
-            task_id
-        )  # asked first: the last event is sent
+        # Asked before the events are read, so that the last one is sent.
+        is_live = app.store.has_unfinished_jobs(task_id)
         events = app.store.events(task_id, after, EVENTS_PER_MESSAGE)
         messages = b""
         if events:
@@ -8598,9 +8596,7 @@ class Server(http.server.ThreadingHTTPServer):
         """
         with self._lock:
             state = self._connections.get(connection)
-            if (
-                state is not None
-            ):  # else it was closed, which reading or writing notices
+            if state is not None:  # else it was closed: reading or writing fails
                 state.deadline = time.monotonic() + seconds
                 state.body_bytes = 0
 
@@ -8926,9 +8922,8 @@ def listen(app: Codebot) -> Server:
 def running_server(app: Codebot) -> Iterator[Server]:
     """Run the server and the threads behind it until the block ends."""
     server = listen(app)
-    timer = RetryTimer(
-        app
-    )  # before the first job runs: it notices all retries from now on
+    # Made before the first job runs: it notices the retries from now on.
+    timer = RetryTimer(app)
     for kind, job_id in app.store.pending_jobs():
         app.queues[kind].put(job_id)
     workers = start_workers(app, "task", app.config.workers)
@@ -9031,9 +9026,8 @@ def follow_task(app: Codebot, task_id: str) -> None:
     is_live = True
     while is_live and not app.stop.is_set():
         time.sleep(0.1)
-        is_live = app.store.has_unfinished_jobs(
-            task_id
-        )  # asked first: the last event is shown
+        # Asked before the events are read, so that the last one is shown.
+        is_live = app.store.has_unfinished_jobs(task_id)
         for event in app.store.events(task_id, after):
             after = event.seq
             seconds = time.monotonic() - started
