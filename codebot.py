@@ -53,9 +53,11 @@ GLOSSARY
 
 WHO IS TRUSTED WITH WHAT
   The operator   with everything: the settings, the App's key, the work directory.
-  A client       with an API key may submit tasks, and read, cancel and retry all of them.
-  A reviewer, or a person who labels an issue: acted on only if GitHub reports, then,
-                 that they have write access to the repository. Everyone else is ignored.
+  A client       with an API key may submit tasks, and read, cancel and retry all of them:
+                 for the repositories that CODEBOT_ALLOWED_REPOSITORIES allows; with
+                 --no-github by default for all that codebot's user can reach.
+  A reviewer, or a person who labels an issue: acted on only if GitHub reports, when the
+                 work on it begins, that they have write access to the repository. Everyone else is ignored.
   GitHub         is believed over TLS. A webhook's signature is checked, and even then a
                  delivery only makes codebot ask GitHub: who wrote what, who may write,
                  what is open.
@@ -74,8 +76,9 @@ KNOWN LIMITATIONS
   Without a sandbox (CODEBOT_SANDBOX=none) the agent can read and write whatever codebot's
   user can: the keys, the database, git's token while git runs. A process that removes
   CODEBOT_RUN from its environment outlives it.
-  In bwrap the agent can read whatever else codebot's user can read on the host, and the
-  directories of HOME that PATH leads into, such as ~/.local. It can connect to abstract
+  In bwrap the agent can read whatever else codebot's user can read on the host, and each
+  directory of HOME that PATH leads into, with all that is in it: for ~/.cargo/bin, also
+  ~/.cargo/credentials.toml. It can connect to abstract
   sockets, and to those in directories that are not hidden. Nothing but the host limits
   its memory, processes and disk.
   What the agent says (its events, summary and cost) is self-reported. "The tests passed"
@@ -83,10 +86,11 @@ KNOWN LIMITATIONS
   the tests, and files in HOME that they read. What the agent changes is pushed without a
   person having read it, and the repository's own CI runs it.
   codebot looks in the text files of a change for the secrets of 16 or more characters
-  that it knows, as they are and as base64 of nothing else, in lines of at most 8 MiB.
+  that it knows: verbatim, and as base64 of the secret alone, in lines of at most 8 MiB.
+  "Fixes #1" and "@name" in an agent's words work at GitHub as if a person wrote them.
   HTML comments and invisible characters are taken out of what people write. Other ways
-  to hide text on GitHub, such as the title of a link, are not. An edit of an issue within
-  about a second after it was labelled is not noticed.
+  to hide text on GitHub, such as the title of a link, are not. An edit of an issue less
+  than about a second after it was labelled is not noticed.
 
 LIFE OF A JOB
   pending   -> running      a worker starts it
@@ -118,7 +122,7 @@ FILES in the work directory
   mirrors/       HOST/OWNER/NAME.git           task_*/        a task's workspace
   outbox_*.git   a job's outbox                launched/      runs on a cluster
   scratch_*      for one command               trash_*/       being removed
-  The temporary files of Python, programs' output among them, are in it as well.
+  While the server runs, Python's temporary files, with programs' output, are there too.
   A mirror, and a database elsewhere, has a .lock file beside it.
 
 WHERE THE DANGEROUS THINGS ARE, each in one place
@@ -222,13 +226,13 @@ PROBE_TIMEOUT = 30.0  # seconds for the sandbox, and for a node, when codebot st
 STOP_TIMEOUT = 10.0  # seconds that the workers have to end
 KILL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL: git removes its lock files
 RESULT_GRACE = 5.0  # seconds that the agent may keep running after its result
-MAX_LINE_BYTES = 8 << 20  # a longer line of output is not kept
+MAX_LINE_BYTES = 8 << 20  # of a longer line of output only the end is kept
 MAX_OUTPUT_BYTES = 1 << 30  # a program that prints more is ended
 READ_BYTES = 64 << 10  # of output read before the limits are checked again
 KEPT_LINES = 400  # the last lines of a program's output that are kept
 MAX_EVENT_CHARS = 4000  # a longer event is truncated
 MAX_AGENT_EVENTS = 10_000  # events of the agent and the tests that one job may log
-LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")  # of these events
+LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")  # of those events
 LOW_DISK_BYTES = 1 << 30  # warn below this much free space
 FULL_DISK_BYTES = 1 << 20  # if a program fails with less free space, that is the cause
 MIRROR_RETENTION = 30 * 86400.0  # seconds that an unused mirror is kept
@@ -236,7 +240,7 @@ DELIVERY_RETENTION = 7 * 86400.0  # GitHub redelivers for at most 3 days (GHES: 
 DAILY_REVIEW_JOBS = 50  # jobs on one pull request in a day
 MAX_PUSHES = 3  # pushes of a review's change, when others push at the same time
 GITHUB_TIMEOUT = 30.0  # seconds for GitHub to answer
-GITHUB_ATTEMPTS = 4  # to send a request
+GITHUB_ATTEMPTS = 4  # times that a request to GitHub is sent
 MAX_INLINE_WAIT = 5.0  # seconds that a request waits for GitHub; longer: the job waits
 MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, whatever GitHub asks for
 
@@ -372,21 +376,24 @@ GITHUB_NAMES = (  # required without --no-github
     "GITHUB_APP_INSTALLATION_ID",
 )
 OWN_SECRET_NAMES = ("CODEBOT_API_KEYS", "GITHUB_WEBHOOK_SECRET")
+# Matches GH_AUTH, AUTHORIZATION and DATABASE_URL, but not GIT_AUTHOR_NAME.
 SECRET_NAME_RE = re.compile(
     r"token|key|secret|pass|pwd|cred|auth(?!or(?!iz))|bearer|dsn|url|header|jwt|cookie"
     r"|session|webhook|_pat$",
     re.IGNORECASE,
 )
+# Matches: export NAME = "value"  # comment
 ENV_LINE_RE = re.compile(
     r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(['"]?)(.*?)\2\s*(?:(?<=\s)#.*)?""",
     re.ASCII,
 )
+# Matches: "value
 UNCLOSED_QUOTE_RE = re.compile(r"""(['"])(?!.*\1)""")
 BLANKS = " \t\r\n"  # strip() would also remove U+00A0, with which a key may end
 GITHUB_TOKEN_RE = re.compile(r"(gh[a-z]|github_pat)_[A-Za-z0-9._-]{36,}")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
-MIN_SECRET_LENGTH = 6  # shorter ones would mask ordinary words
-MIN_UNIQUE_LENGTH = 16  # shorter ones may be in a file by chance
+MIN_REDACTED_LENGTH = 6  # a shorter secret would mask ordinary words
+MIN_SEARCHED_LENGTH = 16  # a shorter secret may be in a change by chance
 
 
 # One parser per kind of setting. Each raises ValueError with the end of a sentence
@@ -467,7 +474,7 @@ def parse_address(text: str) -> str:
 
 
 def parse_path(text: str) -> str:
-    """Return the real path. Git's files and glob patterns allow no special signs."""
+    """Return the real path, without signs that mean something to git or glob()."""
     if re.search(r"[\n*?\[:]", text) or not text.isprintable():
         raise ValueError("must be a path without : * ? [ and control characters")
     return os.path.realpath(text)
@@ -771,7 +778,7 @@ class Redactor(logging.Formatter):
         with self._lock:
             self._tokens.extend(tokens)
             secrets = {*self._configured, *self._tokens}
-            secrets = {text for text in secrets if len(text) >= MIN_SECRET_LENGTH}
+            secrets = {text for text in secrets if len(text) >= MIN_REDACTED_LENGTH}
             for text in list(secrets):
                 # Also the end of base64("x-access-token:TOKEN"): the prefix has 15
                 # bytes, a multiple of 3.
@@ -799,7 +806,7 @@ class Redactor(logging.Formatter):
         return any(
             secret in text
             for secret in self._secrets
-            if len(secret) >= MIN_UNIQUE_LENGTH and not secret.startswith("-----")
+            if len(secret) >= MIN_SEARCHED_LENGTH and not secret.startswith("-----")
         )
 
     def format(self, record: logging.LogRecord) -> str:
@@ -833,7 +840,7 @@ def configured_secrets(config: Config) -> set[str]:
 # CODEBOT_RUN in it, by which a process that left its group is found again.
 
 
-# SIGTERM and SIGKILL, as Popen and as a shell report them.
+# How Popen, and how a shell, report that SIGTERM or SIGKILL ended a program.
 SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
 NOISE_RE = re.compile(r"hint:.*|remote:|")
 CAUSE_RE = re.compile(r"(fatal|error|remote: error):|.*denied")
@@ -885,7 +892,10 @@ class Launch(NamedTuple):
     on_start: Callable[[], None]
 
     def wrap(self, argv: Sequence[str]) -> list[str]:
-        """Return the command line that runs ``argv`` between the two lines."""
+        """Return the command line that runs ``argv`` between the two lines.
+
+        In the script, $0 is the sentinel.
+        """
         return ["sh", "-c", 'echo "$0"; "$@"; echo "$0 $?"', self.sentinel, *argv]
 
 
@@ -938,7 +948,7 @@ class OutputFile:
 def wait_for_exit(child: subprocess.Popen[bytes], seconds: float) -> None:
     """Wait until a program ends, ``seconds`` at most.
 
-    Popen.wait() sleeps in steps that grow: half of the time of a short git command.
+    Popen.wait() sleeps in growing steps, which would double the time of a short git.
     """
     try:
         descriptor = os.pidfd_open(child.pid)
@@ -1077,6 +1087,8 @@ def is_group_running(leader: int) -> bool:
     """Return whether a process of the group still runs; a zombie does not."""
     if not signal_group(leader, 0):
         return False
+    if not os.path.exists("/proc/self/stat"):  # macOS
+        return True
     for path in glob.glob("/proc/[0-9]*/stat"):
         with contextlib.suppress(OSError):
             # "PID (NAME) STATE PARENT GROUP ...", where NAME may have any characters
@@ -1090,7 +1102,8 @@ def is_group_running(leader: int) -> bool:
 def end_process_group(child: subprocess.Popen[bytes]) -> None:
     """End all processes of a program's group: SIGTERM, KILL_GRACE, SIGKILL.
 
-    The system gives the number to no new process while the group has members.
+    While the group has members, the system gives its number to no new process; and when
+    it has none, only after all other numbers.
     """
     deadline = time.monotonic() + KILL_GRACE
     signal_group(child.pid, signal.SIGTERM)
@@ -1486,7 +1499,7 @@ class Sandbox:
             limits = Limits(timeout=PROBE_TIMEOUT)
             help_text = run_program(["bwrap", "--help"], env, limits=limits).stdout
         except TimedOut:
-            raise ConfigError(self.failure("bwrap --help timed out")) from None
+            raise ConfigError(self.failure_text("bwrap --help timed out")) from None
         except OSError:
             raise ConfigError(
                 "bwrap is not installed, so there is no sandbox for the agent. "
@@ -1525,17 +1538,17 @@ class Sandbox:
         except TimedOut:
             if launch is not None and not has_started.is_set():
                 raise LaunchFailed("no node was free") from None
-            raise ConfigError(self.failure("it timed out")) from None
+            raise ConfigError(self.failure_text("it timed out")) from None
         except OSError as error:
             problem = f"cannot start {argv[0]}: {os_error_text(error)}"
             if config.launcher:
                 raise ConfigError(f"CODEBOT_LAUNCHER: {problem}.") from None
-            raise ConfigError(self.failure(problem)) from None
+            raise ConfigError(self.failure_text(problem)) from None
         finally:
             stop_launched(config, workspace, run_tag)
         has_probe = os.path.exists(f"{repo}/probe")
         if not has_probe and result.code != 0:
-            raise ConfigError(self.failure(result.error))
+            raise ConfigError(self.failure_text(result.error))
         if not has_probe:
             raise ConfigError(
                 f"A file that was written to {workspace} in the sandbox or on the "
@@ -1543,7 +1556,7 @@ class Sandbox:
             )
         return result
 
-    def failure(self, error: str) -> str:
+    def failure_text(self, error: str) -> str:
         """Say that the sandbox does not start, and what to do."""
         return (
             f'The sandbox does not start: {error}. See README, "Troubleshooting", for '
@@ -1595,7 +1608,7 @@ class GitHubError(Exception):
 
 
 class AppRefused(TransientError):
-    """GitHub gave the App no token, or did not accept it: it may only be suspended."""
+    """GitHub gave the App no token, or did not accept it; perhaps it is suspended."""
 
 
 class Reply(NamedTuple):
@@ -1666,11 +1679,11 @@ class LabelEvent(NamedTuple):
     old_title: str  # the issue's title then, "" if it has not changed
 
 
-class AnyResponse(urllib.request.HTTPErrorProcessor):
-    """Returns a response whatever its status is.
+class NoRedirects(urllib.request.HTTPErrorProcessor):
+    """Returns every response as it is, redirects and errors too.
 
-    urllib would raise an exception, and follow a redirect to another host, with the
-    token.
+    urllib would follow a redirect to another host, with the token, and raise an
+    exception for an error.
     """
 
     def http_response(self, request: object, response: Any) -> Any:
@@ -1754,7 +1767,8 @@ class GitHub:
     """GitHub's REST API.
 
     Every request raises GitHubError if GitHub refuses it, TransientError if GitHub
-    cannot answer now, and StopRequested when the server stops.
+    cannot answer now, StopRequested when the server stops, and OSError if openssl cannot
+    be started. A response of an unknown shape raises LookupError, TypeError or ValueError.
     """
 
     def __init__(
@@ -1782,7 +1796,7 @@ class GitHub:
         self._replies: dict[str, tuple[str, Reply]] = {}  # URL: ETag, response
         # Repository and login: until when (monotonic) a refusal is remembered.
         self.access_refusals: dict[tuple[int, str], float] = {}
-        urllib.request.install_opener(urllib.request.build_opener(AnyResponse))
+        urllib.request.install_opener(urllib.request.build_opener(NoRedirects))
 
     # Credentials
 
@@ -2037,7 +2051,8 @@ class GitHub:
         if seconds > MAX_INLINE_WAIT:
             retry_at = time.time() + seconds
             if 0 < reply.status < 500:  # a limit, no outage
-                self.silent_until = retry_at  # no thread may ask until then
+                # No thread may ask until then.
+                self.silent_until = max(self.silent_until, retry_at)
             raise TransientError(
                 f"GitHub asks to wait: {reply.value}", retry_at=retry_at
             )
@@ -2366,7 +2381,7 @@ GIT_FETCH = (
     "--no-write-fetch-head",
 )
 GIT_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color")
-# What git prints, and what it means: RemoteAccess and check_disk decide by it.
+# What git prints, and what it means: remote_git and check_disk decide by it.
 AUTH_FAILED_RE = re.compile(
     "could not read Username|Invalid username or token|Authentication failed"
 )
@@ -2376,11 +2391,13 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     r"|Connection (refused|reset|timed out|closed)|[Tt]imed out|Operation too slow"
     r"|returned error: (429|5\d\d)|Internal Server Error|RPC failed|early EOF"
     r"|hung up|unexpected disconnect|Empty reply|SSL|TLS|commit_refs"
-    r"|No space left|Disk quota exceeded"
     r"|bytes of body are still expected|Broken pipe|Recv failure|Send failure"
 )
 # A push that the remote refused, except for a fault of its own.
 REJECTED_RE = re.compile(r"rejected\](?!.*(Internal Server Error|commit_refs))")
+# A mirror with more is packed; these are git's own limits.
+MAX_LOOSE_OBJECTS = 6700
+MAX_PACKS = 50
 STALE_FILES = ("*.lock", "refs/**/*.lock", "objects/*/tmp_*", "objects/pack/.tmp-*")
 PLAIN_REMOTE_RE = re.compile(
     r"((https?|ssh|file)://|/|\w[\w.-]*@\w[\w.-]*:)[^-].*", re.ASCII
@@ -2514,8 +2531,9 @@ def remote_environment(config: Config, run_tag: str, token: str) -> dict[str, st
     options = {
         f"http.{config.git_base}/.extraHeader": f"Authorization: Basic {login}",
         "credential.helper": "",
-        "http.lowSpeedLimit": "1",  # bytes a second, for
-        "http.lowSpeedTime": "60",  # seconds: a silent server
+        # A server that sends less than a byte a second for 60 seconds is given up.
+        "http.lowSpeedLimit": "1",
+        "http.lowSpeedTime": "60",
     }
     env["GIT_CONFIG_COUNT"] = str(len(options))
     for number, (name, value) in enumerate(options.items()):
@@ -2553,7 +2571,7 @@ class GitDirectory:
     ) -> ProgramResult:
         """Run git without network and credential."""
         env = {**base_environment(self.config, self.run_tag), **env}
-        return check_disk(self.run_git(args, env, stdin, on_lines=on_lines))
+        return self.run_git(args, env, stdin, on_lines=on_lines)
 
     def run_git(
         self,
@@ -2565,16 +2583,19 @@ class GitDirectory:
     ) -> ProgramResult:
         argv = [*GIT, "--git-dir", self.path, *args]
         try:
-            return run_program(
-                argv,
-                env,
-                stdin=stdin,
-                limits=self.limits,
-                on_lines=on_lines,
-                pass_fds=pass_fds,
+            return check_disk(
+                run_program(
+                    argv,
+                    env,
+                    stdin=stdin,
+                    limits=self.limits,
+                    on_lines=on_lines,
+                    pass_fds=pass_fds,
+                )
             )
         except TooMuchOutput:
-            raise GitFailed(f"git {args[0]} printed more than 1 GiB") from None
+            limit = f"{MAX_OUTPUT_BYTES >> 30} GiB"
+            raise GitFailed(f"git {args[0]} printed more than {limit}") from None
         except LimitReached:
             limit = f"{self.limits.timeout:.0f} s"
             raise GitFailed(f"git {args[0]} took more than {limit}") from None
@@ -2745,12 +2766,10 @@ class Mirror(GitDirectory):
     def check_objects(self, commit: str) -> None:
         """Raise GitFailed if the commit's trees do not pass git's fsck.
 
-        git checks a part of a repository only while it indexes a pack, so they are
-        packed. The contents of files are left out.
-
-        What an agent leaves is checked by fsck later, with the parts that it has not
-        changed. If those have such faults, the job fails now, before an agent has cost
-        anything.
+        Later, fsck checks what the agent leaves, and with it what was there before. A
+        fault in that would make every change fail after the agent has cost something.
+        So it fails now. git checks a part of a repository only while it indexes a pack,
+        so the trees are packed, without the contents of files.
         """
         script = (
             'git -C "$1" rev-list --objects --no-object-names --filter=blob:none '
@@ -2780,9 +2799,10 @@ class Mirror(GitDirectory):
 
     def repack(self, keep_unreachable: bool) -> None:
         """Pack what many tasks have left. A workspace may need unreachable objects."""
-        loose = f"{self.objects}/17"  # git gc --auto estimates by this one
-        loose_count = len(os.listdir(loose)) if os.path.isdir(loose) else 0
-        if loose_count <= 26 and len(find_files(self.objects, "pack/*.pack")) <= 50:
+        # Like git gc --auto, which estimates by one of the 256 directories.
+        loose = find_files(self.objects, "17/*")
+        packs = find_files(self.objects, "pack/*.pack")
+        if len(loose) <= MAX_LOOSE_OBJECTS / 256 and len(packs) <= MAX_PACKS:
             return
         if keep_unreachable:
             self.git("repack", "-a", "-d", "--keep-unreachable", "-q")
@@ -3073,9 +3093,9 @@ class Event(NamedTuple):
     message: str
 
 
-def from_row(kind: type[T], row: Mapping[str, Any]) -> T:
+def from_row(row_type: type[T], row: Mapping[str, Any]) -> T:
     """Make a dataclass of the columns that have the names of its fields."""
-    return kind(**{name: row[name] for name in kind.__annotations__})
+    return row_type(**{name: row[name] for name in row_type.__annotations__})
 
 
 def make_job(row: sqlite3.Row) -> Job:
@@ -3725,8 +3745,10 @@ class Store:
     def absorb_waiting_reviews(self, job: Job) -> None:
         """Add what the same reviewer has waiting to the review job that runs."""
         with self._transaction() as db:
-            job_id = waiting_review(db, job.pull_request_id, job.reviewer)
-            values = {"id": job.id, "waiting_id": job_id}
+            waiting_id = waiting_review(db, job.pull_request_id, job.reviewer)
+            if waiting_id is None:
+                return
+            values = {"id": job.id, "waiting_id": waiting_id}
             db.execute(
                 "UPDATE comments SET job_id = :id WHERE job_id = :waiting_id", values
             )
@@ -4055,7 +4077,7 @@ class Codebot:
         }
         self.sync_queue: queue.Queue[SyncRequest] = queue.Queue()
         self.cleanup_wanted = threading.Event()
-        self.checked_commits: set[str] = set()  # git's fsck has accepted their files
+        self.checked_commits: set[str] = set()  # git's fsck has accepted their trees
         self.running: dict[str, JobRun] = {}  # by job id; each step is atomic
 
     def open(self) -> None:
@@ -4143,7 +4165,7 @@ def lock_files(config: Config) -> None:
     except FileExistsError:
         raise ConfigError(f"{work_dir} is a file, not a directory.") from None
     except OSError as error:
-        raise unusable(work_dir, error, "--work-dir") from None
+        raise unusable_error(work_dir, error, "--work-dir") from None
     hold_lock(f"{work_dir}/codebot.lock", work_dir, "--work-dir")
     if config.database:  # it may be that of another work directory
         hold_lock(f"{config.database}.lock", config.database, "CODEBOT_DATABASE")
@@ -4164,10 +4186,10 @@ def hold_lock(path: str, subject: str, setting: str) -> None:
             f"or use another {setting}."
         ) from None
     except OSError as error:
-        raise unusable(path, error, setting) from None
+        raise unusable_error(path, error, setting) from None
 
 
-def unusable(path: str, error: OSError, setting: str) -> ConfigError:
+def unusable_error(path: str, error: OSError, setting: str) -> ConfigError:
     reason = os_error_text(error)
     if isinstance(error, PermissionError):
         reason += f" for user {os.getuid()}"
@@ -4273,7 +4295,8 @@ class JobRun:
         """Return what a limit that a program has reached means for the job."""
         if isinstance(error, TooMuchOutput):
             reason = "tests_failed" if self.job.phase == "test" else "agent_failed"
-            return JobFailed(reason, f"{program} printed more than 1 GiB")
+            size = f"{MAX_OUTPUT_BYTES >> 30} GiB"
+            return JobFailed(reason, f"{program} printed more than {size}")
         if isinstance(error, Stalled):
             limit = self.config.stall_timeout
             return JobFailed(
@@ -4319,8 +4342,10 @@ git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
 git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
 # Before the test runs, what the agent left is written as a tree. Afterwards the files are
-# reset to it, except those that .gitignore names. If the test passes, COMMIT_SCRIPT
-# commits exactly this tree, whatever could not be removed.
+# reset to it, so that nothing which the test wrote is seen by the agent or committed;
+# ignored files, such as installed packages, stay. If the test passes, COMMIT_SCRIPT
+# commits this tree, whatever could not be removed. (A hostile test could name another
+# tree, as it could pass without testing anything.)
 TEST_SCRIPT = f"""{GIT_FUNCTION}
 reset() {{
     g checkout-index -q -f -a && g clean -q -ff -d
@@ -4784,7 +4809,7 @@ READING_TOOLS = "Read,Glob,Grep"
 
 
 class Session(enum.Enum):
-    """What a run of the agent does with the task's session."""
+    """What a run of the agent does with the task's session, as an option of the CLI."""
 
     BEGIN = "--session-id"
     CONTINUE = "--resume"
@@ -4994,7 +5019,8 @@ class Agent:
             raise JobFailed(
                 "agent_failed",
                 f"The agent cannot be started: {os_error_text(error)}: "
-                f"{error.filename}. The operator must set CODEBOT_CLAUDE_COMMAND.",
+                f"{error.filename}. The operator must install it, or change "
+                "CODEBOT_CLAUDE_COMMAND, CODEBOT_SANDBOX or CODEBOT_LAUNCHER.",
             ) from None
         finally:
             self.add_up(stream.result)
@@ -5127,7 +5153,8 @@ def find_remote(run: JobRun) -> RemoteAccess:
             f"Failed to clone repository: {repository.full_name} is now named "
             f"{remote.full_name}. Submit the task again with that name.",
         )
-    if not {job.repository_id, job.issue_repository_id} <= {0, remote.id}:
+    known_ids = (job.repository_id, job.issue_repository_id)  # 0: not known
+    if any(known not in (0, remote.id) for known in known_ids):
         raise JobFailed(
             "clone_failed",
             f"Another repository is named {remote.full_name} now. Submit the task again.",
@@ -6351,8 +6378,8 @@ def retry_later(run: JobRun, error: Exception) -> None:
     not_before = max(now + RETRY_DELAY, getattr(error, "retry_at", 0.0))
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     message = app.redact(str(error))
-    is_free = not interruptions or job.interruptions + 1 < MAX_INTERRUPTIONS
-    if now <= give_up_at and is_free:
+    may_run_again = not interruptions or job.interruptions + 1 < MAX_INTERRUPTIONS
+    if now <= give_up_at and may_run_again:
         run.log("codebot", f"{message}. Trying again later")
         log.warning("Job %s: %s; retrying later", job.id, message)
         app.until_database_works(app.store.requeue, job.id, interruptions, not_before)
@@ -6787,15 +6814,15 @@ def queue_task(
     app: Codebot,
     request: Request,
     task: TaskRequest,
-    identity: bytes,
+    content: bytes,
     issue: IssueLabel = NO_ISSUE,
 ) -> Response:
-    """Queue a task, or find the one with the same Idempotency-Key and identity."""
+    """Queue a task, or find the one with the same Idempotency-Key and content."""
     key = request.headers.get("idempotency-key")
     if key is not None and not re.fullmatch("[!-~]{1,255}", key):
         message = "Idempotency-Key must be 1 to 255 visible ASCII characters"
         raise HTTPError(400, message)
-    body_hash = hashlib.sha256(identity).hexdigest()
+    body_hash = hashlib.sha256(content).hexdigest()
     job = app.submit(task, submitter(request), key, body_hash, issue)
     message = "Task queued successfully"
     if job.status != "pending":
@@ -6975,7 +7002,10 @@ def task_logs(app: Codebot, request: Request, task_id: str) -> Response | EventS
 
 
 def follow_events(app: Codebot, task_id: str, after: int) -> Iterator[bytes]:
-    """Yield events as they come, until no work on the task can add any."""
+    """Yield events as they come, until no work on the task can add any.
+
+    Yields b"" if there are none now: the caller waits before it asks for more.
+    """
     last_sent = time.monotonic()
     while not app.stop.is_set():
         # Asked before the events are read, so that the last one is sent.
@@ -7068,8 +7098,8 @@ COMMENT_EVENTS = {
 }
 
 
-class Ignored(Exception):
-    """A delivery that codebot does not act on; the message is the reason."""
+class NoAction(Exception):
+    """A delivery needs no action; the message says why."""
 
 
 def payload_field(payload: JsonObject, path: str, kind: type) -> Json:
@@ -7110,7 +7140,7 @@ def take_delivery(app: Codebot, request: Request, event: str, guid: str) -> Resp
     message = "Accepted"
     try:
         receive_event(app, event, guid, payload)
-    except Ignored as reason:
+    except NoAction as reason:
         status = 200
         message = str(reason)
     action = payload.get("action")
@@ -7123,7 +7153,7 @@ def receive_event(app: Codebot, event: str, guid: str, payload: JsonObject) -> N
     installation = payload.get("installation")
     installation_id = app.config.installation_id
     if isinstance(installation, dict) and installation.get("id") != installation_id:
-        raise Ignored("Another installation of the App")
+        raise NoAction("Another installation of the App")
     if event in COMMENT_EVENTS and action == COMMENT_EVENTS[event][0]:
         receive_comment(app, event, guid, payload)
     elif event == "pull_request" and action in ("closed", "reopened"):
@@ -7133,14 +7163,14 @@ def receive_event(app: Codebot, event: str, guid: str, payload: JsonObject) -> N
     elif event == "issues" and action in ("labeled", "unlabeled"):
         receive_label(app, guid, payload)
     elif event == "ping":
-        raise Ignored("The webhook works")
+        raise NoAction("The webhook works")
     else:
-        raise Ignored("Not an event that codebot acts on")
+        raise NoAction("Not an event that codebot acts on")
 
 
 def remember_delivery(app: Codebot, guid: str) -> None:
     if not app.store.add_delivery(guid):
-        raise Ignored("Duplicate delivery")
+        raise NoAction("Duplicate delivery")
 
 
 def pull_request_of(app: Codebot, payload: JsonObject, subject: str) -> PullRequest:
@@ -7148,7 +7178,7 @@ def pull_request_of(app: Codebot, payload: JsonObject, subject: str) -> PullRequ
     number = payload_field(payload, f"{subject}.number", int)
     pull_request = app.store.pull_request_by_number(repository_id, number)
     if pull_request is None:
-        raise Ignored("Not a pull request that codebot opened")
+        raise NoAction("Not a pull request that codebot opened")
     return pull_request
 
 
@@ -7158,13 +7188,13 @@ def receive_comment(app: Codebot, event: str, guid: str, payload: JsonObject) ->
     if event == "issue_comment":
         subject = "issue"
         if not payload_field(payload, "issue", dict).get("pull_request"):
-            raise Ignored("A comment on an issue")
+            raise NoAction("A comment on an issue")
     pull_request = pull_request_of(app, payload, subject)
     payload_field(payload, f"{place}.id", int)  # raises if it is no id
     try:
         comment = parse_comment(kind, payload_field(payload, place, dict))
         if comment is None:
-            raise Ignored("Bot, deleted user or empty comment")
+            raise NoAction("Bot, deleted user or empty comment")
         jobs = app.store.queue_comments(pull_request, [comment], delivery=guid)
     except KeyError as error:
         raise HTTPError(400, f"The payload lacks {place}.{error.args[0]}") from None
@@ -7179,7 +7209,7 @@ def receive_comment(app: Codebot, event: str, guid: str, payload: JsonObject) ->
 def receive_label(app: Codebot, guid: str, payload: JsonObject) -> None:
     label = payload_field(payload, "label.name", str)
     if not app.config.issue_label or label.lower() != app.config.issue_label.lower():
-        raise Ignored("Not the label that makes an issue a task")
+        raise NoAction("Not the label that makes an issue a task")
     repository_id = payload_field(payload, "repository.id", int)
     number = payload_field(payload, "issue.number", int)
     remember_delivery(app, guid)
@@ -8304,7 +8334,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.error("Database error during %r: %s", self.requestline, error)
             message = "The database cannot be used at the moment; retry later"
             return error_response(HTTPError(503, message, {"Retry-After": "10"}))
-        except OSError:  # only the connection can raise it: handlers use no files
+        except OSError:  # of the connection: handlers let none of their own out
             raise
         except Exception:
             log.exception("Error during %r", self.requestline)
@@ -8814,8 +8844,9 @@ def stop_on_signals(app: Codebot) -> None:
     def handle(number: int, frame: object) -> None:
         if app.stop.is_set():
             os._exit(1)  # the watchdog ends what is left
-        # This interrupts the main thread. If that were in app.stop.wait(), which holds
-        # the Event's lock, set() would wait for ever; so the main thread polls.
+        # This function interrupts the main thread. If the main thread were in
+        # app.stop.wait(), it would hold the Event's lock, and set() would wait for ever.
+        # So the main thread sleeps and looks.
         app.stop.set()
 
     signal.signal(signal.SIGTERM, handle)

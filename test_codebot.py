@@ -5133,6 +5133,17 @@ def test_github_is_not_asked_before_its_rate_limit_ends(fresh: Site) -> None:
     assert len(fresh.agent.runs()) == 1
 
 
+def test_short_rate_limit_does_not_end_a_longer_one() -> None:
+    app = codebot.Codebot(codebot.Config())
+    assert app.github is not None
+    reply = codebot.Reply(429, "slow down", email.message.Message())
+    started = time.time()
+    for seconds in (3600, 60):
+        with pytest.raises(codebot.TransientError):
+            app.github.pause(seconds, reply)
+    assert app.github.silent_until >= started + 3600
+
+
 def test_task_fails_when_github_is_away_for_too_long(fresh: Site) -> None:
     limits = {
         "RETRY_DELAY": 0.1,
@@ -10604,7 +10615,8 @@ class Browser:
             self.call(f"{domain}.enable")
         self.call("Page.addScriptToEvaluateOnNewDocument", source=IMPATIENCE)
         self.show_as("light", 1280)
-        self.call("Page.navigate", url=url)
+        answer = self.call("Page.navigate", url=url)
+        assert "errorText" not in answer, answer
         self.wait_for_text("API key")
 
     def shut(self) -> None:
