@@ -879,26 +879,6 @@ class Limits(NamedTuple):
     check_stop: Callable[[], None] = never_stop
 
 
-class Launch(NamedTuple):
-    """A program that a launcher starts on a node of a cluster, when one is free.
-
-    On the node, the line ``sentinel`` is printed when it starts, and again with its
-    exit code when it ends: what the launcher's own exit code means differs from one
-    to the next.
-    """
-
-    sentinel: str
-    timeout: float  # seconds to wait for a node
-    on_start: Callable[[], None]
-
-    def wrap(self, argv: Sequence[str]) -> list[str]:
-        """Return the command line that runs ``argv`` between the two lines.
-
-        In the script, $0 is the sentinel.
-        """
-        return ["sh", "-c", 'echo "$0"; "$@"; echo "$0 $?"', self.sentinel, *argv]
-
-
 DEFAULT_LIMITS = Limits()
 
 
@@ -971,15 +951,11 @@ class RunningProgram:
         stdout: OutputFile,
         stderr: OutputFile,
         limits: Limits,
-        launch: Launch | None,
     ) -> None:
         self.child = child
         self.stdout = stdout
         self.stderr = stderr
         self.limits = limits
-        self.launch = launch
-        self.has_started = launch is None  # else when a node is free
-        self.launched_code: int | None = None  # as printed on the node
         self.last_lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
         self.last_errors: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
         self.started = time.monotonic()
@@ -1010,8 +986,7 @@ class RunningProgram:
             return False
         now = time.monotonic()
         self.last_output = now  # also if the line has no end yet
-        if self.launch is not None:
-            lines = self.program_lines(lines, self.launch)
+        lines = self.own_lines(lines)
         self.last_lines.extend(last_shown(line)[:10_000] for line in lines)
         self.last_errors.extend(last_shown(line)[:10_000] for line in errors)
         grace = on_lines(lines) if lines else None
@@ -1019,34 +994,14 @@ class RunningProgram:
             self.grace_ends_at = now + grace
         return True
 
-    def program_lines(self, lines: list[str], launch: Launch) -> list[str]:
-        """Notice the sentinels. Returns the lines that are the program's own."""
-        own_lines = []
-        for line in lines:
-            # The program's last line may have no end.
-            text, separator, code = line.partition(f"{launch.sentinel} ")
-            if line == launch.sentinel and not self.has_started:
-                self.has_started = True
-                self.started = time.monotonic()
-                self.last_errors.clear()  # what the launcher said
-                launch.on_start()
-            elif not self.has_started:
-                self.last_errors.append(line[:10_000])
-            elif separator and code.isdigit():
-                self.launched_code = int(code)
-                own_lines += [text] if text else []
-            else:
-                own_lines.append(line)
-        return own_lines
+    def own_lines(self, lines: list[str]) -> list[str]:
+        """Return the lines that are the program's own, not a launcher's."""
+        return lines
 
     def check_limits(self, now: float) -> None:
         if self.grace_ends_at is not None:
             return  # its work is done and counts
         self.limits.check_stop()
-        if self.launch is not None and not self.has_started:
-            if now > self.started + self.launch.timeout:
-                raise TimedOut()
-            return  # waiting for a node is neither slow nor silent
         if now > self.started + self.limits.timeout:
             raise TimedOut()
         if now > self.last_output + self.limits.stall:
@@ -1054,23 +1009,20 @@ class RunningProgram:
         if self.stdout.is_too_large() or self.stderr.is_too_large():
             raise TooMuchOutput()
 
+    def exit_code(self) -> int:
+        return self.child.wait()
+
     def result(self) -> ProgramResult:
-        code: int | None = self.child.wait()
-        if self.launch is not None:
-            code = self.launched_code
-        if self.grace_ends_at is None and (code is None or code in SIGNAL_EXIT_CODES):
+        """Return how it ended. Raises TransientError if it failed and the disk is full."""
+        code = self.exit_code()
+        if self.grace_ends_at is None and code in SIGNAL_EXIT_CODES:
             # systemd signals it and codebot together: wait for codebot's own signal.
             time.sleep(0.3)
             self.limits.check_stop()
-        result = ProgramResult(code or 0, [*self.last_lines], [*self.last_errors])
+        result = ProgramResult(code, [*self.last_lines], [*self.last_errors])
         if code and shutil.disk_usage(tempfile.gettempdir()).free < FULL_DISK_BYTES:
             # It may not say so itself: its output is written to the same disk.
             raise TransientError(f"The disk is full: {result.error}")
-        if code is None and self.grace_ends_at is None:
-            event = "CODEBOT_LAUNCHER failed"
-            if self.has_started:
-                event = "The cluster ended it"
-            raise LaunchFailed(f"{event}: {result.error}")
         return result
 
 
@@ -1128,11 +1080,12 @@ def run_program(
     stdin: bytes = b"",
     limits: Limits = DEFAULT_LIMITS,
     on_lines: LineHandler = ignore_lines,
-    launch: Launch | None = None,
     pass_fds: Sequence[int] = (),
+    make_program: Callable[..., RunningProgram] = RunningProgram,
 ) -> ProgramResult:
     """Run a program to its end; afterwards no process of its group is left.
 
+    ``make_program`` returns what watches it; a launcher has its own.
     Raises what ended it early (TimedOut, Stalled, TooMuchOutput, StopRequested,
     Cancelled, LaunchFailed), TransientError if it failed and the disk is full, or
     OSError if it cannot be started.
@@ -1156,8 +1109,8 @@ def run_program(
             start_new_session=True,
             pass_fds=pass_fds,
         )
-        program = RunningProgram(
-            child, OutputFile(stdout_file), OutputFile(stderr_file), limits, launch
+        program = make_program(
+            child, OutputFile(stdout_file), OutputFile(stderr_file), limits
         )
         try:
             program.watch(on_lines)
@@ -1222,6 +1175,162 @@ def copy_variables(config: Config, names: Iterable[str]) -> dict[str, str]:
     """Return those of the named variables that are set."""
     variables = config.variables
     return {name: variables[name] for name in names if name in variables}
+
+
+# --- Launcher ----------------------------------------------------------------
+#
+# Only with CODEBOT_LAUNCHER, such as `srun`: it starts the agent and the tests on a node
+# of a cluster, when one is free. The node sees the work directory at the same path.
+
+
+class Launch(NamedTuple):
+    """One use of the launcher.
+
+    On the node, the line ``sentinel`` is printed when the program starts, and again with
+    its exit code when it ends: what the launcher's own exit code means differs from one
+    launcher to the next.
+    """
+
+    sentinel: str
+    timeout: float  # seconds to wait for a node
+    on_start: Callable[[], None]
+
+    def wrap(self, argv: Sequence[str]) -> list[str]:
+        """Return the command line that runs ``argv`` between the two lines.
+
+        In the script, $0 is the sentinel.
+        """
+        return ["sh", "-c", 'echo "$0"; "$@"; echo "$0 $?"', self.sentinel, *argv]
+
+    def make_program(
+        self,
+        child: subprocess.Popen[bytes],
+        stdout: OutputFile,
+        stderr: OutputFile,
+        limits: Limits,
+    ) -> RunningProgram:
+        return LaunchedProgram(child, stdout, stderr, limits, self)
+
+
+class LaunchedProgram(RunningProgram):
+    """A program on a node: its limits begin when it starts there."""
+
+    def __init__(
+        self,
+        child: subprocess.Popen[bytes],
+        stdout: OutputFile,
+        stderr: OutputFile,
+        limits: Limits,
+        launch: Launch,
+    ) -> None:
+        super().__init__(child, stdout, stderr, limits)
+        self.launch = launch
+        self.has_started = False
+        self.node_code: int | None = None  # as printed on the node
+
+    def own_lines(self, lines: list[str]) -> list[str]:
+        """Notice the sentinels, and leave out what the launcher says."""
+        own_lines = []
+        for line in lines:
+            # The program's last line may have no end.
+            text, separator, code = line.partition(f"{self.launch.sentinel} ")
+            if line == self.launch.sentinel and not self.has_started:
+                self.has_started = True
+                self.started = time.monotonic()
+                self.last_errors.clear()  # what the launcher said
+                self.launch.on_start()
+            elif not self.has_started:
+                self.last_errors.append(line[:10_000])
+            elif separator and code.isdigit():
+                self.node_code = int(code)
+                own_lines += [text] if text else []
+            else:
+                own_lines.append(line)
+        return own_lines
+
+    def check_limits(self, now: float) -> None:
+        if self.has_started:
+            super().check_limits(now)
+            return
+        self.limits.check_stop()
+        if now > self.started + self.launch.timeout:
+            raise TimedOut()
+
+    def exit_code(self) -> int:
+        self.child.wait()
+        # Without the second sentinel, something has ended it.
+        return -signal.SIGTERM if self.node_code is None else self.node_code
+
+    def result(self) -> ProgramResult:
+        result = super().result()
+        if self.node_code is None and self.grace_ends_at is None:
+            event = "CODEBOT_LAUNCHER failed"
+            if self.has_started:
+                event = "The cluster ended it"
+            raise LaunchFailed(f"{event}: {result.error}")
+        return result
+
+
+def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
+    """Fill in the words of CODEBOT_LAUNCHER or CODEBOT_LAUNCHER_STOP.
+
+    {task} is the workspace's path. {job} is a name for the cluster, the same whenever
+    something is launched in this workspace.
+    """
+    job_name = f"codebot-{os.path.basename(workspace)}"
+    return [
+        word.replace("{task}", workspace).replace("{job}", job_name) for word in command
+    ]
+
+
+# What a launcher started may outlive codebot, so it is recorded in a file, which
+# exists until CODEBOT_LAUNCHER_STOP has succeeded: run by codebot itself, by its
+# watchdog after a crash, or by the next start. The file names the run.
+STOP_FAILED = "stop failed"  # the record of a stop that failed: Cleanup tries again
+
+
+def launch_record(config: Config, workspace: str) -> pathlib.Path:
+    return pathlib.Path(config.work_dir, "launched", os.path.basename(workspace))
+
+
+def record_launch(config: Config, workspace: str, run_tag: str) -> None:
+    record = launch_record(config, workspace)
+    record.parent.mkdir(exist_ok=True)
+    record.write_text(run_tag)
+
+
+def stop_launched(config: Config, workspace: str, run_tag: str) -> bool:
+    """End what a launcher left running in a workspace, if anything is recorded.
+
+    Returns whether nothing is left.
+    """
+    record = launch_record(config, workspace)
+    if not record.exists():
+        return True
+    # If the setting was removed since, `false` fails in its place.
+    words = launcher_words(config.launcher_stop, workspace) or ["false"]
+    try:
+        result = run_program(
+            words, base_environment(config, run_tag), limits=Limits(timeout=60.0)
+        )
+        error = "" if result.code == 0 else result.error
+    except (OSError, TimedOut) as failure:
+        error = str(failure) or "timed out"
+    if error:
+        log.warning("CODEBOT_LAUNCHER_STOP failed for %s: %s", record.name, error)
+        record.write_text(STOP_FAILED)
+        return False
+    record.unlink(missing_ok=True)  # an earlier server's watchdog may do the same now
+    return True
+
+
+def stop_all_launched(config: Config, run_tag: str, launched_by: str = "") -> None:
+    """End what was launched: all, or what processes with the tag ``launched_by`` did."""
+    for path in find_files(config.work_dir, "launched/*"):
+        record = pathlib.Path(path)
+        with contextlib.suppress(FileNotFoundError):
+            if record.read_text().startswith(launched_by):
+                stop_launched(config, f"{config.work_dir}/{record.name}", run_tag)
 
 
 # --- Sandbox -----------------------------------------------------------------
@@ -1378,68 +1487,6 @@ def scratch_workspace(work_dir: str) -> Iterator[str]:
         yield directory
 
 
-def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
-    """Fill in the words of CODEBOT_LAUNCHER or CODEBOT_LAUNCHER_STOP.
-
-    {task} is the workspace's path. {job} is a name for the cluster, the same whenever
-    something is launched in this workspace.
-    """
-    job_name = f"codebot-{os.path.basename(workspace)}"
-    return [
-        word.replace("{task}", workspace).replace("{job}", job_name) for word in command
-    ]
-
-
-# What a launcher started may outlive codebot, so it is recorded in a file, which
-# exists until CODEBOT_LAUNCHER_STOP has succeeded: run by codebot itself, by its
-# watchdog after a crash, or by the next start. The file names the run.
-STOP_FAILED = "stop failed"  # the record of a stop that failed: Cleanup tries again
-
-
-def launch_record(config: Config, workspace: str) -> pathlib.Path:
-    return pathlib.Path(config.work_dir, "launched", os.path.basename(workspace))
-
-
-def record_launch(config: Config, workspace: str, run_tag: str) -> None:
-    record = launch_record(config, workspace)
-    record.parent.mkdir(exist_ok=True)
-    record.write_text(run_tag)
-
-
-def stop_launched(config: Config, workspace: str, run_tag: str) -> bool:
-    """End what a launcher left running in a workspace, if anything is recorded.
-
-    Returns whether nothing is left.
-    """
-    record = launch_record(config, workspace)
-    if not record.exists():
-        return True
-    # If the setting was removed since, `false` fails in its place.
-    words = launcher_words(config.launcher_stop, workspace) or ["false"]
-    try:
-        result = run_program(
-            words, base_environment(config, run_tag), limits=Limits(timeout=60.0)
-        )
-        error = "" if result.code == 0 else result.error
-    except (OSError, TimedOut) as failure:
-        error = str(failure) or "timed out"
-    if error:
-        log.warning("CODEBOT_LAUNCHER_STOP failed for %s: %s", record.name, error)
-        record.write_text(STOP_FAILED)
-        return False
-    record.unlink(missing_ok=True)  # an earlier server's watchdog may do the same now
-    return True
-
-
-def stop_all_launched(config: Config, run_tag: str, launched_by: str = "") -> None:
-    """End what was launched: all, or what processes with the tag ``launched_by`` did."""
-    for path in find_files(config.work_dir, "launched/*"):
-        record = pathlib.Path(path)
-        with contextlib.suppress(FileNotFoundError):
-            if record.read_text().startswith(launched_by):
-                stop_launched(config, f"{config.work_dir}/{record.name}", run_tag)
-
-
 class Sandbox:
     """Runs commands in a workspace. In bwrap they see no private directory, and can
     write only to the workspace.
@@ -1523,20 +1570,23 @@ class Sandbox:
         objects = f"{workspace}/objects"
         argv = self.wrap(["sh", "-c", script, "sh", *command], workspace, objects)
         has_started = threading.Event()
-        launch = None
+        make_program: Callable[..., RunningProgram] = RunningProgram
         if config.launcher:
             launch = Launch(uuid.uuid4().hex, PROBE_TIMEOUT, has_started.set)
             argv = [*launcher_words(config.launcher, workspace), *launch.wrap(argv)]
             record_launch(config, workspace, run_tag)
+            make_program = launch.make_program
         repo = f"{workspace}/repo"
         env = {**base_environment(config, run_tag), "HOME": f"{workspace}/home"}
         limits = Limits(timeout=PROBE_TIMEOUT)
         try:
-            result = run_program(argv, env, cwd=repo, limits=limits, launch=launch)
+            result = run_program(
+                argv, env, cwd=repo, limits=limits, make_program=make_program
+            )
         except (LaunchFailed, TransientError) as error:
             raise ConfigError(f"{error}.") from None
         except TimedOut:
-            if launch is not None and not has_started.is_set():
+            if config.launcher and not has_started.is_set():
                 raise LaunchFailed("no node was free") from None
             raise ConfigError(self.failure_text("it timed out")) from None
         except OSError as error:
@@ -4386,6 +4436,16 @@ AGENT_SWITCHES = (
 )
 
 
+class SandboxedCommand(NamedTuple):
+    """A command to run in a workspace."""
+
+    name: str  # what an error calls it
+    argv: Sequence[str]
+    with_model_key: bool = False
+    stdin: bytes = b""
+    on_lines: LineHandler = ignore_lines
+
+
 class Change(NamedTuple):
     """What a commit changes."""
 
@@ -4522,30 +4582,27 @@ class Workspace:
 
     def script(self, script: str, *arguments: str, stdin: bytes = b"") -> ProgramResult:
         """Run a shell script of codebot's in the sandbox, on this host."""
-        argv = ["sh", "-c", script, "sh", *arguments]
-        argv = self.app.sandbox.wrap(argv, self.path, self.mirror.objects)
-        limits = self.run.git_limits()
-        return check_disk(self.supervise("git", argv, limits, stdin=stdin))
+        command = SandboxedCommand(
+            name="git", argv=["sh", "-c", script, "sh", *arguments], stdin=stdin
+        )
+        argv = self.sandboxed(command.argv)
+        return check_disk(self.supervise(command, argv, self.run.git_limits()))
+
+    def sandboxed(self, argv: Sequence[str]) -> list[str]:
+        return self.app.sandbox.wrap(argv, self.path, self.mirror.objects)
 
     def launch(
-        self,
-        name: str,
-        argv: Sequence[str],
-        on_start: Callable[[], None],
-        with_model_key: bool = False,
-        stdin: bytes = b"",
-        on_lines: LineHandler = ignore_lines,
+        self, command: SandboxedCommand, on_start: Callable[[], None]
     ) -> ProgramResult:
         """Run the agent or the tests in the sandbox; on a node, if there is a launcher.
 
-        ``name`` is what an error calls it. ``on_start`` is called when it starts,
-        which may be when a node is free.
+        ``on_start`` is called when it starts, which may be when a node is free.
         """
-        argv = self.app.sandbox.wrap(argv, self.path, self.mirror.objects)
+        argv = self.sandboxed(command.argv)
         limits = self.run.agent_limits()
         if not self.config.launcher:
             on_start()
-            return self.supervise(name, argv, limits, with_model_key, stdin, on_lines)
+            return self.supervise(command, argv, limits)
         queued_at = time.monotonic()
 
         def start() -> None:
@@ -4559,9 +4616,7 @@ class Workspace:
         self.stop_earlier_launch()
         record_launch(self.config, self.path, self.run.run_tag)
         try:
-            return self.supervise(
-                name, argv, limits, with_model_key, stdin, on_lines, launch
-            )
+            return self.supervise(command, argv, limits, launch)
         finally:
             stop_launched(self.config, self.path, self.run.run_tag)
 
@@ -4574,27 +4629,27 @@ class Workspace:
 
     def supervise(
         self,
-        name: str,
+        command: SandboxedCommand,
         argv: Sequence[str],
         limits: Limits,
-        with_model_key: bool = False,
-        stdin: bytes = b"",
-        on_lines: LineHandler = ignore_lines,
         launch: Launch | None = None,
     ) -> ProgramResult:
-        """Run a command line of the sandbox. Nothing that it started is left."""
+        """Run a command by ``argv``, its command line with the sandbox before it.
+
+        Nothing that it started is left.
+        """
         try:
             return run_program(
                 argv,
-                self.environment(with_model_key),
+                self.environment(command.with_model_key),
                 cwd=self.repo,
-                stdin=stdin,
+                stdin=command.stdin,
                 limits=limits,
-                on_lines=on_lines,
-                launch=launch,
+                on_lines=command.on_lines,
+                make_program=launch.make_program if launch else RunningProgram,
             )
         except LimitReached as error:
-            raise self.run.limit_failure(error, name) from None
+            raise self.run.limit_failure(error, command.name) from None
         finally:
             if launch is not None or not self.app.sandbox.is_bwrap:
                 # On this host, bwrap's PID namespace ends every process by itself.
@@ -4618,9 +4673,7 @@ class Workspace:
                 "agent_failed",
                 f"What the agent left cannot be committed: {result.error}",
             )
-        upload_pack = self.app.sandbox.wrap(
-            ["git", "upload-pack"], self.path, self.mirror.objects
-        )
+        upload_pack = self.sandboxed(["git", "upload-pack"])
         argv = [*GIT, "-c", "fetch.fsckObjects=true", "--git-dir", self.outbox.path]
         argv += [*GIT_FETCH, "--upload-pack", shlex.join(upload_pack), "--"]
         # A new name: no ref of an earlier collection can be read by mistake.
@@ -5007,14 +5060,14 @@ class Agent:
             self.run.set_phase(mode.phase, attempt, attempts)
 
         try:
-            result = self.workspace.launch(
-                self.config.claude[0],
-                self.command(mode, session),
-                start,
+            command = SandboxedCommand(
+                name=self.config.claude[0],
+                argv=self.command_line(mode, session),
                 with_model_key=True,
                 stdin=prompt.encode("utf-8", "replace"),
                 on_lines=stream.read,
             )
+            result = self.workspace.launch(command, start)
         except (FileNotFoundError, PermissionError) as error:
             raise JobFailed(
                 "agent_failed",
@@ -5033,7 +5086,7 @@ class Agent:
         self.run.update_outcome(summary=summary, session_id=self.run.job.session_id)
         return answer
 
-    def command(self, mode: AgentMode, session: Session) -> list[str]:
+    def command_line(self, mode: AgentMode, session: Session) -> list[str]:
         """Return the CLI's command line."""
         # A change may wait long for the model. A question is answered soon, or not.
         retries = 10 if mode.is_writing else 4  # of requests to the model
@@ -5281,9 +5334,12 @@ def run_test_command(
         run.log("test", "\n".join(last_shown(line) for line in lines))
         return None
 
-    argv = ["sh", "-c", TEST_SCRIPT, "sh", command]
-    name = f"The test command {command!r}"
-    result = workspace.launch(name, argv, start, on_lines=log_lines)
+    test = SandboxedCommand(
+        name=f"The test command {command!r}",
+        argv=["sh", "-c", TEST_SCRIPT, "sh", command],
+        on_lines=log_lines,
+    )
+    result = workspace.launch(test, start)
     run.log("test", f"Exit code {result.code}")
     return result
 
