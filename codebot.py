@@ -22,7 +22,8 @@ HOW TO READ THIS FILE
     IV.  Commands       how it is started and stopped
   If you have only an hour, read `run_program`, `sandbox_mounts`, `GitHub.send`,
   `GitDirectory.remote_git`, `run_task` and `routes`, with what stands around them.
-  Of the page, the style can be skipped; the script never inserts HTML.
+  The page stands before the rest of part III, which does not need it. Its style can be
+  skipped; its script never inserts HTML.
 
 GLOSSARY
   job            a unit of work in the store: a task or a review
@@ -6555,723 +6556,6 @@ class Cleanup:
 # === III. The network ========================================================
 # Everything that can be requested from outside, and by whom.
 
-# --- Requests and responses --------------------------------------------------
-
-MAX_HEADER_BYTES = 32 << 10  # request line and headers
-MAX_BODY_BYTES = 1 << 20  # a body, except GitHub's deliveries
-
-# A request line, and a header or the blank line at the end, stricter than http.server:
-# no HTTP/0.9, no bare CR or LF, no folded header, no space before a colon (RFC 9112,
-# sections 3 and 5).
-REQUEST_LINE_RE = re.compile(
-    rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ (?:/|(?i:https?)://)[!-~]* HTTP/1\.[01]\r\n"
-)
-HEADER_RE = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*)?\r\n")
-ABSOLUTE_FORM_RE = re.compile(r"^https?://[^/?]*", re.IGNORECASE)  # sent to proxies
-HOST_RE = re.compile(r"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", re.ASCII)
-UNIQUE_HEADERS = ("host", "content-length", "authorization")
-JSON_TYPES = {
-    dict: "an object",
-    list: "an array",
-    str: "a string",
-    int: "a number",
-    float: "a number",
-    bool: "a boolean",
-    type(None): "null",
-}
-
-
-def strict_headers(version: str, message: email.message.Message) -> dict[str, str]:
-    """Return the headers by their names in lower case.
-
-    Refuses what codebot and a proxy in front of it might understand differently.
-    """
-    headers: dict[str, str] = {}
-    for name, value in message.items():
-        key = name.lower()
-        value = value.strip(" \t")  # strip() would remove 0x85 and 0xA0 as well
-        if key not in headers:
-            headers[key] = value
-        elif key in UNIQUE_HEADERS:
-            raise HTTPError(400, f"Duplicate {name} header")
-        else:
-            headers[key] += f", {value}"
-    if "host" not in headers and version == "HTTP/1.1":
-        raise HTTPError(400, "Missing Host header")
-    if not HOST_RE.fullmatch(headers.get("host", "")):
-        raise HTTPError(400, "Invalid Host header")
-    if "transfer-encoding" in headers:
-        raise HTTPError(411, "Chunked bodies are not supported; send Content-Length")
-    if not re.fullmatch("[0-9]+", headers.get("content-length", "0")):
-        raise HTTPError(400, "Invalid Content-Length header")
-    return headers
-
-
-def parse_object(data: bytes) -> dict[str, Json]:
-    """Return a JSON object. Raises ValueError with the end of a sentence."""
-    try:
-        value = json.loads(data.decode())
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"is not JSON ({place})") from None
-    except (ValueError, RecursionError):
-        raise ValueError("is not JSON in UTF-8") from None
-    kind = JSON_TYPES[type(value)]
-    if kind != "an object":
-        raise ValueError(f"is not a JSON object but {kind}")
-    fields: dict[str, Json] = value
-    return fields
-
-
-class Request:
-    """A request whose headers have arrived. Its body is read when it is first needed."""
-
-    def __init__(
-        self,
-        target: str,
-        headers: Mapping[str, str],
-        client_address: str,
-        max_body: int,
-        read_body: Callable[[int], bytes],
-    ) -> None:
-        self.path, _, self.query = target.partition("?")
-        self.headers = headers  # names in lower case
-        self.client_address = client_address
-        self.max_body = max_body
-        self._read_body = read_body
-        self._body: bytes | None = None
-
-    def body(self) -> bytes:
-        """Return the whole body. Raises HTTPError if it is too long or incomplete."""
-        if self._body is None:
-            # int() has a limit of 4,300 digits.
-            length = float(self.headers.get("content-length", "0"))
-            if length > self.max_body:
-                raise HTTPError(413, f"The body is over {self.max_body:,} bytes long")
-            self._body = self._read_body(int(length))
-        return self._body
-
-    def json(self, content: str) -> dict[str, Json]:
-        """Return the body, a JSON object; ``content`` is what it is, for the error."""
-        if not self.body():
-            status = 400 if "content-length" in self.headers else 411
-            message = f"The request has no body; send {content} as JSON"
-            raise HTTPError(status, message)
-        try:
-            return parse_object(self.body())
-        except ValueError as error:
-            raise HTTPError(400, f"The body {error}") from None
-
-    def parameters(self, *names: str) -> dict[str, str]:
-        """Return the query's parameters. Only ``names`` are accepted, each once."""
-        parameters: dict[str, str] = {}
-        for name, value in urllib.parse.parse_qsl(self.query, keep_blank_values=True):
-            if name not in names:
-                known = ", ".join(names)
-                raise HTTPError(400, f"Unknown parameter {name[:100]!r}; use {known}")
-            if name in parameters:
-                raise HTTPError(400, f"Duplicate parameter {name!r}")
-            parameters[name] = value
-        return parameters
-
-
-@dataclasses.dataclass(frozen=True)
-class Response:
-    """A complete answer. It is JSON unless the headers name another Content-Type."""
-
-    status: int = 200
-    body: bytes = b""
-    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class EventStream:
-    """Server-sent events (WHATWG HTML, section 9.2), sent as they come.
-
-    ``events`` yields b"" when there is nothing to send at the moment.
-    """
-
-    events: Iterator[bytes]
-
-
-def json_response(
-    value: Mapping[str, object], status: int = 200, headers: Mapping[str, str] = {}
-) -> Response:
-    return Response(status, json.dumps(value).encode() + b"\n", headers)
-
-
-def error_response(error: HTTPError) -> Response:
-    value = {"error": http.client.responses[error.status], "message": str(error)}
-    return json_response(value, error.status, error.headers)
-
-
-# --- Guards ------------------------------------------------------------------
-# A guard lets a request pass or raises HTTPError. It runs before the handler.
-
-
-class OncePerSecond(logging.Filter):
-    """Drops what was logged less than a second ago, so that a flood fills no disk."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._last_logged: dict[str, float] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        now = time.monotonic()
-        if now < self._last_logged.get(record.msg, -1.0) + 1.0:
-            return False
-        self._last_logged[record.msg] = now  # two threads at once: two lines, accepted
-        return True
-
-
-refusal_log = log.getChild("refused")
-refusal_log.addFilter(OncePerSecond())
-
-
-def allow_anyone(app: Codebot, request: Request) -> None:
-    """Let every request pass."""
-
-
-def sent_key(request: Request) -> bytes:
-    """Return the API key that the client sent, b"" if it sent none."""
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not key:
-        key = request.headers.get("x-api-key", "")
-    return key.strip(" \t").encode("latin-1")
-
-
-def submitter(request: Request) -> str:
-    """Return who sent the request: the fingerprint of the key, and the address."""
-    fingerprint = hashlib.sha256(sent_key(request)).hexdigest()[:8]
-    return f"{fingerprint} {request.client_address}"
-
-
-def require_api_key(app: Codebot, request: Request) -> None:
-    """Require one of the API keys. Compares with all of them, in constant time."""
-    key = sent_key(request)
-    matches = [
-        hmac.compare_digest(key, configured.encode())
-        for configured in app.config.api_keys
-    ]
-    if any(matches):
-        return
-    message = "This API key is not valid"
-    if not key:
-        message = "The API key is missing; send it as Authorization: Bearer KEY"
-    refusal_log.warning("Refused API key from %s: %s", request.client_address, message)
-    raise HTTPError(401, message, {"WWW-Authenticate": 'Bearer realm="codebot"'})
-
-
-def require_signature(app: Codebot, request: Request) -> None:
-    """Require GitHub's HMAC of the body (docs: "Validating webhook deliveries")."""
-    try:
-        check_signature(app.config, request)
-    except HTTPError as error:
-        address = request.client_address
-        refusal_log.warning("Refused webhook from %s: %s", address, error)
-        raise
-
-
-def check_signature(config: Config, request: Request) -> None:
-    secret = config.webhook_secret
-    if not secret or config.no_github:
-        reason = "it runs with --no-github" if secret else "set GITHUB_WEBHOOK_SECRET"
-        raise HTTPError(404, f"This server takes no webhooks: {reason}")
-    challenge = {"WWW-Authenticate": 'X-Hub-Signature-256 realm="codebot"'}
-    signature = request.headers.get("x-hub-signature-256", "").encode("latin-1")
-    if not signature:
-        message = "X-Hub-Signature-256 is missing; set the webhook's secret at GitHub"
-        raise HTTPError(401, message, challenge)
-    digest = hmac.new(secret.encode(), request.body(), "sha256").hexdigest()
-    if not hmac.compare_digest(signature, f"sha256={digest}".encode()):
-        message = (
-            "X-Hub-Signature-256 does not match: the webhook's secret at GitHub "
-            "differs from GITHUB_WEBHOOK_SECRET"
-        )
-        raise HTTPError(401, message, challenge)
-
-
-# --- API ---------------------------------------------------------------------
-# A handler returns its answer, or raises HTTPError.
-
-# The fields of a task and the most characters that each may have.
-TASK_FIELDS = {
-    "repository_url": 2000,
-    "description": 100_000,
-    "ticket_id": 100,
-    "ticket_summary": 500,
-    "test_command": 10_000,
-    "base_branch": 250,
-}
-REQUIRED_FIELDS = ("repository_url", "description")
-MULTILINE_FIELDS = ("description", "test_command")
-CONTROL_CHARACTER_RE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-KEEPALIVE_INTERVAL = 15.0  # seconds after which a silent event stream sends a comment
-EVENTS_PER_MESSAGE = 100  # events that a stream reads and sends at once
-
-
-def allowed_repository(config: Config, url: str) -> Repository:
-    """Return the repository of a task. Raises HTTPError if codebot may not use it."""
-    try:
-        repository = parse_repository_url(config, url)
-    except ValueError as error:
-        shown = hide_password(url)[:100]
-        raise HTTPError(400, f"repository_url {error} (it is {shown!r})") from None
-    if not repository.is_allowed(config):
-        message = f"{repository.full_name} is not in CODEBOT_ALLOWED_REPOSITORIES"
-        raise HTTPError(403, f"repository_url: {message}")
-    return repository
-
-
-def field_problem(name: str, value: object) -> str:
-    """Return what is wrong with a field of a task, "" if nothing is."""
-    if name not in TASK_FIELDS:
-        matches = difflib.get_close_matches(name, TASK_FIELDS, 1)
-        hint = f"use {', '.join(TASK_FIELDS)}"
-        if matches:
-            hint = f"did you mean {matches[0]!r}?"
-        return f"Unknown field {name[:100]!r}; {hint}"
-    if value is None:
-        return f"{name} is missing" if name in REQUIRED_FIELDS else ""
-    if not isinstance(value, str):
-        return f"{name} must be a string, not {JSON_TYPES[type(value)]}"
-    if not value.strip():
-        return f"{name} is empty"
-    if len(value) > TASK_FIELDS[name]:
-        limit = TASK_FIELDS[name]
-        return f"{name} has {len(value):,} characters; at most {limit:,} are allowed"
-    if name == "base_branch" and not is_branch_name(value):
-        return f"base_branch {value!r} is not a valid name of a branch"
-    if name in MULTILINE_FIELDS:
-        value = re.sub("[\t\r\n]", "", value)
-    match = CONTROL_CHARACTER_RE.search(value)
-    if match:
-        return f"{name} contains the control character U+{ord(match[0]):04X}; remove it"
-    return ""
-
-
-def read_task_request(config: Config, fields: Mapping[str, object]) -> TaskRequest:
-    """Return a task as it may be stored. Raises HTTPError with a line per bad field."""
-    values = {**dict.fromkeys(REQUIRED_FIELDS), **fields}
-    problems = [field_problem(name, value) for name, value in values.items()]
-    problems = [problem for problem in problems if problem]
-    if problems:
-        raise HTTPError(400, "\n".join(problems))
-    texts = {name: str(value) for name, value in values.items() if value is not None}
-    request = TaskRequest(**texts)
-    repository = allowed_repository(config, request.repository_url)
-    if request.test_command:
-        return request
-    command = default_test_command(config, repository)
-    return dataclasses.replace(request, test_command=command)
-
-
-def queue_task(
-    app: Codebot,
-    request: Request,
-    task: TaskRequest,
-    content: bytes,
-    issue: IssueLabel = NO_ISSUE,
-) -> Response:
-    """Queue a task, or find the one with the same Idempotency-Key and content."""
-    key = request.headers.get("idempotency-key")
-    if key is not None and not re.fullmatch("[!-~]{1,255}", key):
-        message = "Idempotency-Key must be 1 to 255 visible ASCII characters"
-        raise HTTPError(400, message)
-    body_hash = hashlib.sha256(content).hexdigest()
-    job = app.submit(task, submitter(request), key, body_hash, issue)
-    message = "Task queued successfully"
-    if job.status != "pending":
-        message = f"The task was submitted before; its status is {job.status}"
-    value = {"task_id": job.id, "status": job.status, "message": message}
-    return json_response(value, 202, {"Location": f"/api/tasks/{job.id}/status"})
-
-
-def submit_task(app: Codebot, request: Request) -> Response:
-    task = read_task_request(app.config, request.json("the task"))
-    return queue_task(app, request, task, request.body())
-
-
-def retry_task(app: Codebot, request: Request, task_id: str) -> Response:
-    job = find_task(app, task_id)
-    if job.status != "failed":
-        raise HTTPError(409, f"Only a failed task can be retried; this is {job.status}")
-    allowed_repository(app.config, job.request.repository_url)  # it may have changed
-    log.info("Task %s: retry requested by %s", task_id, submitter(request))
-    # Not the label's event: removing the label does not cancel what a client started.
-    issue = IssueLabel(job.issue_repository_id, job.issue_number, job.issue_url, None)
-    return queue_task(app, request, job.request, f"retry {task_id}".encode(), issue)
-
-
-def cancel_task(app: Codebot, request: Request, task_id: str) -> Response:
-    find_task(app, task_id)
-    try:
-        app.cancel(task_id)
-    except WrongState:
-        message = "The task has ended, or its commit is being pushed"
-        raise HTTPError(409, message) from None
-    log.info("Task %s: cancel requested by %s", task_id, submitter(request))
-    status = find_task(app, task_id).status
-    message = "Task is being cancelled"
-    if status == "failed":
-        message = "Task cancelled"
-    value = {"task_id": task_id, "status": status, "message": message}
-    return json_response(value, 202)
-
-
-def find_task(app: Codebot, task_id: str) -> Job:
-    job = app.store.task(task_id)
-    if job is None:
-        raise HTTPError(404, f"No such task: {task_id[:100]}")
-    return job
-
-
-def nulls_for_empty(fields: Mapping[str, object]) -> dict[str, object]:
-    """Return the fields as the API shows them: null for what is not known."""
-    return {name: value or None for name, value in fields.items()}
-
-
-def task_fields(app: Codebot, job: Job) -> dict[str, object]:
-    """Return a task as the API shows it."""
-    fields = {
-        "task_id": job.id,
-        "status": job.status,
-        "submitted_at": job.submitted_at,
-        "started_at": job.started_at,
-        "completed_at": job.completed_at,
-        **vars(job.request),
-        "submitted_by": job.submitted_by,
-        "issue_url": job.issue_url,
-    }
-    value = nulls_for_empty(fields)
-    if job.status == "pending":
-        value["queue_position"] = app.store.queue_position(job)
-    elif job.status == "running":
-        value["phase"] = job.phase
-        value["attempt"] = job.attempt
-    elif job.status == "failed":
-        value["error"] = job.error
-        value["reason"] = job.reason
-    else:
-        value["result"] = task_result(app, job)
-        value["reviews"] = [review_fields(app, r) for r in app.store.reviews(job.id)]
-    return value
-
-
-def task_status(app: Codebot, request: Request, task_id: str) -> Response:
-    return json_response(task_fields(app, find_task(app, task_id)))
-
-
-def review_fields(app: Codebot, review: Job) -> dict[str, object]:
-    """Return a review as the API shows it."""
-    comments = app.store.comments(review.id)
-    answers = [text for text in review.outcome.answers.values() if text]
-    return nulls_for_empty(
-        {
-            "id": review.id,
-            "status": review.status,
-            "phase": review.phase,
-            "submitted_at": review.submitted_at,
-            "started_at": review.started_at,
-            "completed_at": review.completed_at,
-            "reviewer": review.reviewer,
-            "request": comments[0].text if comments else "",
-            "kind": review.request_kind,
-            "answer": "\n\n".join(answers),
-            "commit": review.commit_id,
-            "error": review.error,
-            "reason": review.reason,
-        }
-    )
-
-
-def task_result(app: Codebot, job: Job) -> dict[str, object]:
-    outcome = job.outcome
-    result: dict[str, object] = {
-        "pr_url": None,
-        "pr_number": None,
-        "pr_state": None,
-        "branch_name": job.branch,
-        "work_dir": f"{app.config.work_dir}/{job.directory}/repo",
-        "commit": job.commit_id,
-        "summary": outcome.summary,
-        "tests": vars(outcome.tests) if outcome.tests else None,
-        "cost_usd": outcome.cost_usd,
-        "num_turns": outcome.num_turns,
-        "session_id": outcome.session_id,
-        "files": outcome.files,
-        "seconds": outcome.seconds,
-    }
-    pull_request = app.store.pull_request_of_task(job.id)
-    if pull_request:
-        result["pr_url"] = pull_request.url
-        result["pr_number"] = pull_request.number
-        result["pr_state"] = pull_request.state
-    return result
-
-
-def read_number(name: str, text: str, least: int, most: int) -> int:
-    try:
-        return parse_int(text, least, most)
-    except ValueError as error:
-        raise HTTPError(400, f"{name} {error} (it is {text[:100]!r})") from None
-
-
-def list_tasks(app: Codebot, request: Request) -> Response:
-    parameters = request.parameters("status", "limit", "before")
-    status = parameters.get("status", "")
-    if status and status not in JOB_STATES:
-        states = ", ".join(JOB_STATES)
-        raise HTTPError(400, f"status {status[:100]!r} is not one of {states}")
-    limit = read_number("limit", parameters.get("limit") or "100", 1, 1000)
-    before_seq = sys.maxsize
-    if parameters.get("before"):
-        task = app.store.task(parameters["before"])
-        if task is None:
-            raise HTTPError(400, f"before: no such task: {parameters['before'][:100]}")
-        before_seq = task.seq
-    tasks = app.store.tasks(status, limit, before_seq)
-    return json_response({"tasks": tasks, "count": len(tasks)})
-
-
-def task_logs(app: Codebot, request: Request, task_id: str) -> Response | EventStream:
-    """Return a task's events after a sequence number.
-
-    As JSON at most 1,000; as an event stream all, and those to come.
-    """
-    find_task(app, task_id)
-    name = "after"
-    text = request.parameters("after").get("after") or "0"
-    is_stream = "text/event-stream" in request.headers.get("accept", "")
-    if is_stream and request.headers.get("last-event-id"):
-        name = "Last-Event-ID"
-        text = request.headers["last-event-id"]
-    after = read_number(name, text, 0, 10**15)
-    if not is_stream:
-        events = [event._asdict() for event in app.store.events(task_id, after)]
-        value = {"task_id": task_id, "events": events, "count": len(events)}
-        return json_response(value)
-    is_live = app.store.has_unfinished_jobs(task_id)
-    if after and not is_live and not app.store.events(task_id, after, 1):
-        return Response(204)  # an EventSource that gets this does not reconnect
-    return EventStream(follow_events(app, task_id, after))
-
-
-def follow_events(app: Codebot, task_id: str, after: int) -> Iterator[bytes]:
-    """Yield events as they come, until no work on the task can add any.
-
-    Yields b"" if there are none now: the caller waits before it asks for more.
-    """
-    last_sent = time.monotonic()
-    while not app.stop.is_set():
-        # Asked before the events are read, so that the last one is sent.
-        is_live = app.store.has_unfinished_jobs(task_id)
-        events = app.store.events(task_id, after, EVENTS_PER_MESSAGE)
-        messages = b""
-        if events:
-            after = events[-1].seq
-            messages = b"".join([event_message(event) for event in events])
-        elif not is_live:
-            yield b"event: end\ndata: {}\n\n"
-            return
-        elif time.monotonic() > last_sent + KEEPALIVE_INTERVAL:
-            messages = b": still here\n\n"
-        if messages:
-            last_sent = time.monotonic()
-        yield messages
-
-
-def event_message(event: Event) -> bytes:
-    return f"id: {event.seq}\ndata: {json.dumps(event._asdict())}\n\n".encode()
-
-
-def health(app: Codebot, request: Request) -> Response:
-    """Return whether the server takes tasks. Reads the database, but never writes."""
-    sizes = {"review_queue_size": 0, "task_queue_size": 0}
-    status = "healthy" if app.store.writable else "unhealthy"
-    try:
-        for kind in ("review", "task"):
-            sizes[f"{kind}_queue_size"] = app.store.count_pending(kind)
-    except sqlite3.Error:
-        status = "unhealthy"
-    if app.stop.is_set():
-        status = "stopping"
-    value = {"status": status, **sizes}
-    if status == "unhealthy":
-        value["message"] = "The database cannot be used; see the server's log"
-    if status == "healthy":
-        return json_response(value)
-    return json_response(value, 503, {"Retry-After": "10"})
-
-
-def metrics(app: Codebot, request: Request) -> Response:
-    """Return what Prometheus collects (prometheus.io: "Exposition formats", 0.0.4)."""
-    tasks = app.store.count_pending("task")
-    reviews = app.store.count_pending("review")
-    totals = app.store.totals()
-    seconds = totals.get("seconds", 0.0)
-    dollars = totals.get("dollars", 0.0)
-    samples: list[tuple[str, str, str, float | None]] = [
-        ("queue_size", "gauge", "Pending tasks.", tasks),
-        ("review_queue_size", "gauge", "Pending reviews.", reviews),
-        ("running", "gauge", "Running tasks and reviews.", len(app.running)),
-        ("task_seconds_total", "counter", "Seconds that jobs took.", seconds),
-        ("agent_dollars_total", "counter", "Known cost in US dollars.", dollars),
-    ]
-    if app.github:
-        requests = app.github.requests_made
-        remaining = app.github.rate_limit_remaining
-        samples += [
-            ("github_requests_total", "counter", "Requests to GitHub.", requests),
-            ("github_rate_remaining", "gauge", "Requests GitHub allows.", remaining),
-        ]
-    lines = [
-        "# HELP codebot_tasks Tasks by status and reason.",
-        "# TYPE codebot_tasks gauge",
-    ]
-    for status, reason, count in app.store.task_counts():
-        lines.append(f'codebot_tasks{{status="{status}",reason="{reason}"}} {count}')
-    for name, kind, about, value in samples:
-        if value is not None:  # GitHub has not been asked yet
-            lines.append(f"# HELP codebot_{name} {about}")
-            lines.append(f"# TYPE codebot_{name} {kind}")
-            lines.append(f"codebot_{name} {value:.15g}")
-    text = "\n".join(lines) + "\n"
-    headers = {"Content-Type": "text/plain; version=0.0.4"}
-    return Response(200, text.encode(), headers)
-
-
-# --- Webhooks ----------------------------------------------------------------
-# A delivery only leaves a note; a review or the sync thread acts on it later, on
-# what GitHub itself says then (docs: "Webhook events and payloads").
-
-MAX_DELIVERY_BYTES = 25 << 20  # GitHub sends no more
-# Events about a comment: its action, our kind of comment, and where it is.
-COMMENT_EVENTS = {
-    "issue_comment": ("created", "conversation", "comment"),
-    "pull_request_review": ("submitted", "review", "review"),
-    "pull_request_review_comment": ("created", "inline", "comment"),
-}
-
-
-class NoAction(Exception):
-    """A delivery needs no action; the message says why."""
-
-
-def payload_field(payload: JsonObject, path: str, kind: type) -> Json:
-    """Return a field, such as "issue.number". Raises HTTPError if it is not there."""
-    value: Json = payload
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    is_valid = type(value) is kind
-    if kind is int:
-        is_valid = is_valid and 0 < value < 2**63  # as SQLite stores it
-    if not is_valid:
-        raise HTTPError(400, f"The payload lacks {path}, {JSON_TYPES[kind]}")
-    return value
-
-
-def webhook(app: Codebot, request: Request) -> Response:
-    """Accept a delivery of GitHub's. A comment is on disk before the answer.
-
-    For other events the sync thread looks at GitHub, as it does at every start.
-    """
-    event = request.headers.get("x-github-event", "")
-    guid = request.headers.get("x-github-delivery", "")
-    try:
-        return take_delivery(app, request, event, guid)
-    except HTTPError as error:
-        log.warning("Delivery %.99s (%.99s): refused: %s", guid, event, error)
-        raise
-
-
-def take_delivery(app: Codebot, request: Request, event: str, guid: str) -> Response:
-    if "form" in request.headers.get("content-type", ""):
-        message = "Set the content type of the App's webhook to application/json"
-        raise HTTPError(415, message)
-    if not guid:
-        raise HTTPError(400, "X-GitHub-Delivery is missing")
-    payload = request.json("the payload")
-    status = 202
-    message = "Accepted"
-    try:
-        receive_event(app, event, guid, payload)
-    except NoAction as reason:
-        status = 200
-        message = str(reason)
-    action = payload.get("action")
-    log.info("Delivery %.99s (%.99s %.99s): %s", guid, event, action, message)
-    return json_response({"message": message}, status)
-
-
-def receive_event(app: Codebot, event: str, guid: str, payload: JsonObject) -> None:
-    action = payload.get("action")
-    installation = payload.get("installation")
-    installation_id = app.config.installation_id
-    if isinstance(installation, dict) and installation.get("id") != installation_id:
-        raise NoAction("Another installation of the App")
-    if event in COMMENT_EVENTS and action == COMMENT_EVENTS[event][0]:
-        receive_comment(app, event, guid, payload)
-    elif event == "pull_request" and action in ("closed", "reopened"):
-        pull_request = pull_request_of(app, payload, "pull_request")
-        remember_delivery(app, guid)
-        app.sync_queue.put(PullRequestChanged(pull_request.id))
-    elif event == "issues" and action in ("labeled", "unlabeled"):
-        receive_label(app, guid, payload)
-    elif event == "ping":
-        raise NoAction("The webhook works")
-    else:
-        raise NoAction("Not an event that codebot acts on")
-
-
-def remember_delivery(app: Codebot, guid: str) -> None:
-    if not app.store.add_delivery(guid):
-        raise NoAction("Duplicate delivery")
-
-
-def pull_request_of(app: Codebot, payload: JsonObject, subject: str) -> PullRequest:
-    repository_id = payload_field(payload, "repository.id", int)
-    number = payload_field(payload, f"{subject}.number", int)
-    pull_request = app.store.pull_request_by_number(repository_id, number)
-    if pull_request is None:
-        raise NoAction("Not a pull request that codebot opened")
-    return pull_request
-
-
-def receive_comment(app: Codebot, event: str, guid: str, payload: JsonObject) -> None:
-    _, kind, place = COMMENT_EVENTS[event]
-    subject = "pull_request"
-    if event == "issue_comment":
-        subject = "issue"
-        if not payload_field(payload, "issue", dict).get("pull_request"):
-            raise NoAction("A comment on an issue")
-    pull_request = pull_request_of(app, payload, subject)
-    payload_field(payload, f"{place}.id", int)  # raises if it is no id
-    try:
-        comment = parse_comment(kind, payload_field(payload, place, dict))
-        if comment is None:
-            raise NoAction("Bot, deleted user or empty comment")
-        jobs = app.store.queue_comments(pull_request, [comment], delivery=guid)
-    except KeyError as error:
-        raise HTTPError(400, f"The payload lacks {place}.{error.args[0]}") from None
-    # ValueError, OverflowError: also half a surrogate pair or a number over 64 bits,
-    # which SQLite cannot store.
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise HTTPError(400, f"The payload has a malformed {place}: {error}") from None
-    for job_id in jobs:
-        app.queues["review"].put(job_id)
-
-
-def receive_label(app: Codebot, guid: str, payload: JsonObject) -> None:
-    label = payload_field(payload, "label.name", str)
-    if not app.config.issue_label or label.lower() != app.config.issue_label.lower():
-        raise NoAction("Not the label that makes an issue a task")
-    repository_id = payload_field(payload, "repository.id", int)
-    number = payload_field(payload, "issue.number", int)
-    remember_delivery(app, guid)
-    app.sync_queue.put(IssueChanged(repository_id, number))
-
-
 # --- Page --------------------------------------------------------------------
 
 # The page asks for the API key once and keeps it in the tab's sessionStorage. Whatever
@@ -8238,8 +7522,725 @@ PAGE_HEADERS = {
 }
 
 
+# --- Requests and responses --------------------------------------------------
+
+MAX_HEADER_BYTES = 32 << 10  # request line and headers
+MAX_BODY_BYTES = 1 << 20  # a body, except GitHub's deliveries
+
+# A request line, and a header or the blank line at the end, stricter than http.server:
+# no HTTP/0.9, no bare CR or LF, no folded header, no space before a colon (RFC 9112,
+# sections 3 and 5).
+REQUEST_LINE_RE = re.compile(
+    rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ (?:/|(?i:https?)://)[!-~]* HTTP/1\.[01]\r\n"
+)
+HEADER_RE = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*)?\r\n")
+ABSOLUTE_FORM_RE = re.compile(r"^https?://[^/?]*", re.IGNORECASE)  # sent to proxies
+HOST_RE = re.compile(r"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", re.ASCII)
+UNIQUE_HEADERS = ("host", "content-length", "authorization")
+JSON_TYPES = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "a boolean",
+    type(None): "null",
+}
+
+
+def strict_headers(version: str, message: email.message.Message) -> dict[str, str]:
+    """Return the headers by their names in lower case.
+
+    Refuses what codebot and a proxy in front of it might understand differently.
+    """
+    headers: dict[str, str] = {}
+    for name, value in message.items():
+        key = name.lower()
+        value = value.strip(" \t")  # strip() would remove 0x85 and 0xA0 as well
+        if key not in headers:
+            headers[key] = value
+        elif key in UNIQUE_HEADERS:
+            raise HTTPError(400, f"Duplicate {name} header")
+        else:
+            headers[key] += f", {value}"
+    if "host" not in headers and version == "HTTP/1.1":
+        raise HTTPError(400, "Missing Host header")
+    if not HOST_RE.fullmatch(headers.get("host", "")):
+        raise HTTPError(400, "Invalid Host header")
+    if "transfer-encoding" in headers:
+        raise HTTPError(411, "Chunked bodies are not supported; send Content-Length")
+    if not re.fullmatch("[0-9]+", headers.get("content-length", "0")):
+        raise HTTPError(400, "Invalid Content-Length header")
+    return headers
+
+
+def parse_object(data: bytes) -> dict[str, Json]:
+    """Return a JSON object. Raises ValueError with the end of a sentence."""
+    try:
+        value = json.loads(data.decode())
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"is not JSON ({place})") from None
+    except (ValueError, RecursionError):
+        raise ValueError("is not JSON in UTF-8") from None
+    kind = JSON_TYPES[type(value)]
+    if kind != "an object":
+        raise ValueError(f"is not a JSON object but {kind}")
+    fields: dict[str, Json] = value
+    return fields
+
+
+class Request:
+    """A request whose headers have arrived. Its body is read when it is first needed."""
+
+    def __init__(
+        self,
+        target: str,
+        headers: Mapping[str, str],
+        client_address: str,
+        max_body: int,
+        read_body: Callable[[int], bytes],
+    ) -> None:
+        self.path, _, self.query = target.partition("?")
+        self.headers = headers  # names in lower case
+        self.client_address = client_address
+        self.max_body = max_body
+        self._read_body = read_body
+        self._body: bytes | None = None
+
+    def body(self) -> bytes:
+        """Return the whole body. Raises HTTPError if it is too long or incomplete."""
+        if self._body is None:
+            # int() has a limit of 4,300 digits.
+            length = float(self.headers.get("content-length", "0"))
+            if length > self.max_body:
+                raise HTTPError(413, f"The body is over {self.max_body:,} bytes long")
+            self._body = self._read_body(int(length))
+        return self._body
+
+    def json(self, content: str) -> dict[str, Json]:
+        """Return the body, a JSON object; ``content`` is what it is, for the error."""
+        if not self.body():
+            status = 400 if "content-length" in self.headers else 411
+            message = f"The request has no body; send {content} as JSON"
+            raise HTTPError(status, message)
+        try:
+            return parse_object(self.body())
+        except ValueError as error:
+            raise HTTPError(400, f"The body {error}") from None
+
+    def parameters(self, *names: str) -> dict[str, str]:
+        """Return the query's parameters. Only ``names`` are accepted, each once."""
+        parameters: dict[str, str] = {}
+        for name, value in urllib.parse.parse_qsl(self.query, keep_blank_values=True):
+            if name not in names:
+                known = ", ".join(names)
+                raise HTTPError(400, f"Unknown parameter {name[:100]!r}; use {known}")
+            if name in parameters:
+                raise HTTPError(400, f"Duplicate parameter {name!r}")
+            parameters[name] = value
+        return parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """A complete answer. It is JSON unless the headers name another Content-Type."""
+
+    status: int = 200
+    body: bytes = b""
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class EventStream:
+    """Server-sent events (WHATWG HTML, section 9.2), sent as they come.
+
+    ``events`` yields b"" when there is nothing to send at the moment.
+    """
+
+    events: Iterator[bytes]
+
+
+def json_response(
+    value: Mapping[str, object], status: int = 200, headers: Mapping[str, str] = {}
+) -> Response:
+    return Response(status, json.dumps(value).encode() + b"\n", headers)
+
+
+def error_response(error: HTTPError) -> Response:
+    value = {"error": http.client.responses[error.status], "message": str(error)}
+    return json_response(value, error.status, error.headers)
+
+
+# --- Guards ------------------------------------------------------------------
+# A guard lets a request pass or raises HTTPError. It runs before the handler.
+
+
+class OncePerSecond(logging.Filter):
+    """Drops what was logged less than a second ago, so that a flood fills no disk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last_logged: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = time.monotonic()
+        if now < self._last_logged.get(record.msg, -1.0) + 1.0:
+            return False
+        self._last_logged[record.msg] = now  # two threads at once: two lines, accepted
+        return True
+
+
+refusal_log = log.getChild("refused")
+refusal_log.addFilter(OncePerSecond())
+
+
+def allow_anyone(app: Codebot, request: Request) -> None:
+    """Let every request pass."""
+
+
+def sent_key(request: Request) -> bytes:
+    """Return the API key that the client sent, b"" if it sent none."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not key:
+        key = request.headers.get("x-api-key", "")
+    return key.strip(" \t").encode("latin-1")
+
+
+def submitter(request: Request) -> str:
+    """Return who sent the request: the fingerprint of the key, and the address."""
+    fingerprint = hashlib.sha256(sent_key(request)).hexdigest()[:8]
+    return f"{fingerprint} {request.client_address}"
+
+
+def require_api_key(app: Codebot, request: Request) -> None:
+    """Require one of the API keys. Compares with all of them, in constant time."""
+    key = sent_key(request)
+    matches = [
+        hmac.compare_digest(key, configured.encode())
+        for configured in app.config.api_keys
+    ]
+    if any(matches):
+        return
+    message = "This API key is not valid"
+    if not key:
+        message = "The API key is missing; send it as Authorization: Bearer KEY"
+    refusal_log.warning("Refused API key from %s: %s", request.client_address, message)
+    raise HTTPError(401, message, {"WWW-Authenticate": 'Bearer realm="codebot"'})
+
+
+def require_signature(app: Codebot, request: Request) -> None:
+    """Require GitHub's HMAC of the body (docs: "Validating webhook deliveries")."""
+    try:
+        check_signature(app.config, request)
+    except HTTPError as error:
+        address = request.client_address
+        refusal_log.warning("Refused webhook from %s: %s", address, error)
+        raise
+
+
+def check_signature(config: Config, request: Request) -> None:
+    secret = config.webhook_secret
+    if not secret or config.no_github:
+        reason = "it runs with --no-github" if secret else "set GITHUB_WEBHOOK_SECRET"
+        raise HTTPError(404, f"This server takes no webhooks: {reason}")
+    challenge = {"WWW-Authenticate": 'X-Hub-Signature-256 realm="codebot"'}
+    signature = request.headers.get("x-hub-signature-256", "").encode("latin-1")
+    if not signature:
+        message = "X-Hub-Signature-256 is missing; set the webhook's secret at GitHub"
+        raise HTTPError(401, message, challenge)
+    digest = hmac.new(secret.encode(), request.body(), "sha256").hexdigest()
+    if not hmac.compare_digest(signature, f"sha256={digest}".encode()):
+        message = (
+            "X-Hub-Signature-256 does not match: the webhook's secret at GitHub "
+            "differs from GITHUB_WEBHOOK_SECRET"
+        )
+        raise HTTPError(401, message, challenge)
+
+
+# --- API ---------------------------------------------------------------------
+# A handler returns its answer, or raises HTTPError.
+
+# The fields of a task and the most characters that each may have.
+TASK_FIELDS = {
+    "repository_url": 2000,
+    "description": 100_000,
+    "ticket_id": 100,
+    "ticket_summary": 500,
+    "test_command": 10_000,
+    "base_branch": 250,
+}
+REQUIRED_FIELDS = ("repository_url", "description")
+MULTILINE_FIELDS = ("description", "test_command")
+CONTROL_CHARACTER_RE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+KEEPALIVE_INTERVAL = 15.0  # seconds after which a silent event stream sends a comment
+EVENTS_PER_MESSAGE = 100  # events that a stream reads and sends at once
+
+
 def page(app: Codebot, request: Request) -> Response:
     return Response(200, PAGE.encode(), PAGE_HEADERS)
+
+
+def allowed_repository(config: Config, url: str) -> Repository:
+    """Return the repository of a task. Raises HTTPError if codebot may not use it."""
+    try:
+        repository = parse_repository_url(config, url)
+    except ValueError as error:
+        shown = hide_password(url)[:100]
+        raise HTTPError(400, f"repository_url {error} (it is {shown!r})") from None
+    if not repository.is_allowed(config):
+        message = f"{repository.full_name} is not in CODEBOT_ALLOWED_REPOSITORIES"
+        raise HTTPError(403, f"repository_url: {message}")
+    return repository
+
+
+def field_problem(name: str, value: object) -> str:
+    """Return what is wrong with a field of a task, "" if nothing is."""
+    if name not in TASK_FIELDS:
+        matches = difflib.get_close_matches(name, TASK_FIELDS, 1)
+        hint = f"use {', '.join(TASK_FIELDS)}"
+        if matches:
+            hint = f"did you mean {matches[0]!r}?"
+        return f"Unknown field {name[:100]!r}; {hint}"
+    if value is None:
+        return f"{name} is missing" if name in REQUIRED_FIELDS else ""
+    if not isinstance(value, str):
+        return f"{name} must be a string, not {JSON_TYPES[type(value)]}"
+    if not value.strip():
+        return f"{name} is empty"
+    if len(value) > TASK_FIELDS[name]:
+        limit = TASK_FIELDS[name]
+        return f"{name} has {len(value):,} characters; at most {limit:,} are allowed"
+    if name == "base_branch" and not is_branch_name(value):
+        return f"base_branch {value!r} is not a valid name of a branch"
+    if name in MULTILINE_FIELDS:
+        value = re.sub("[\t\r\n]", "", value)
+    match = CONTROL_CHARACTER_RE.search(value)
+    if match:
+        return f"{name} contains the control character U+{ord(match[0]):04X}; remove it"
+    return ""
+
+
+def read_task_request(config: Config, fields: Mapping[str, object]) -> TaskRequest:
+    """Return a task as it may be stored. Raises HTTPError with a line per bad field."""
+    values = {**dict.fromkeys(REQUIRED_FIELDS), **fields}
+    problems = [field_problem(name, value) for name, value in values.items()]
+    problems = [problem for problem in problems if problem]
+    if problems:
+        raise HTTPError(400, "\n".join(problems))
+    texts = {name: str(value) for name, value in values.items() if value is not None}
+    request = TaskRequest(**texts)
+    repository = allowed_repository(config, request.repository_url)
+    if request.test_command:
+        return request
+    command = default_test_command(config, repository)
+    return dataclasses.replace(request, test_command=command)
+
+
+def queue_task(
+    app: Codebot,
+    request: Request,
+    task: TaskRequest,
+    content: bytes,
+    issue: IssueLabel = NO_ISSUE,
+) -> Response:
+    """Queue a task, or find the one with the same Idempotency-Key and content."""
+    key = request.headers.get("idempotency-key")
+    if key is not None and not re.fullmatch("[!-~]{1,255}", key):
+        message = "Idempotency-Key must be 1 to 255 visible ASCII characters"
+        raise HTTPError(400, message)
+    body_hash = hashlib.sha256(content).hexdigest()
+    job = app.submit(task, submitter(request), key, body_hash, issue)
+    message = "Task queued successfully"
+    if job.status != "pending":
+        message = f"The task was submitted before; its status is {job.status}"
+    value = {"task_id": job.id, "status": job.status, "message": message}
+    return json_response(value, 202, {"Location": f"/api/tasks/{job.id}/status"})
+
+
+def submit_task(app: Codebot, request: Request) -> Response:
+    task = read_task_request(app.config, request.json("the task"))
+    return queue_task(app, request, task, request.body())
+
+
+def retry_task(app: Codebot, request: Request, task_id: str) -> Response:
+    job = find_task(app, task_id)
+    if job.status != "failed":
+        raise HTTPError(409, f"Only a failed task can be retried; this is {job.status}")
+    allowed_repository(app.config, job.request.repository_url)  # it may have changed
+    log.info("Task %s: retry requested by %s", task_id, submitter(request))
+    # Not the label's event: removing the label does not cancel what a client started.
+    issue = IssueLabel(job.issue_repository_id, job.issue_number, job.issue_url, None)
+    return queue_task(app, request, job.request, f"retry {task_id}".encode(), issue)
+
+
+def cancel_task(app: Codebot, request: Request, task_id: str) -> Response:
+    find_task(app, task_id)
+    try:
+        app.cancel(task_id)
+    except WrongState:
+        message = "The task has ended, or its commit is being pushed"
+        raise HTTPError(409, message) from None
+    log.info("Task %s: cancel requested by %s", task_id, submitter(request))
+    status = find_task(app, task_id).status
+    message = "Task is being cancelled"
+    if status == "failed":
+        message = "Task cancelled"
+    value = {"task_id": task_id, "status": status, "message": message}
+    return json_response(value, 202)
+
+
+def find_task(app: Codebot, task_id: str) -> Job:
+    job = app.store.task(task_id)
+    if job is None:
+        raise HTTPError(404, f"No such task: {task_id[:100]}")
+    return job
+
+
+def nulls_for_empty(fields: Mapping[str, object]) -> dict[str, object]:
+    """Return the fields as the API shows them: null for what is not known."""
+    return {name: value or None for name, value in fields.items()}
+
+
+def task_fields(app: Codebot, job: Job) -> dict[str, object]:
+    """Return a task as the API shows it."""
+    fields = {
+        "task_id": job.id,
+        "status": job.status,
+        "submitted_at": job.submitted_at,
+        "started_at": job.started_at,
+        "completed_at": job.completed_at,
+        **vars(job.request),
+        "submitted_by": job.submitted_by,
+        "issue_url": job.issue_url,
+    }
+    value = nulls_for_empty(fields)
+    if job.status == "pending":
+        value["queue_position"] = app.store.queue_position(job)
+    elif job.status == "running":
+        value["phase"] = job.phase
+        value["attempt"] = job.attempt
+    elif job.status == "failed":
+        value["error"] = job.error
+        value["reason"] = job.reason
+    else:
+        value["result"] = task_result(app, job)
+        value["reviews"] = [review_fields(app, r) for r in app.store.reviews(job.id)]
+    return value
+
+
+def task_status(app: Codebot, request: Request, task_id: str) -> Response:
+    return json_response(task_fields(app, find_task(app, task_id)))
+
+
+def review_fields(app: Codebot, review: Job) -> dict[str, object]:
+    """Return a review as the API shows it."""
+    comments = app.store.comments(review.id)
+    answers = [text for text in review.outcome.answers.values() if text]
+    return nulls_for_empty(
+        {
+            "id": review.id,
+            "status": review.status,
+            "phase": review.phase,
+            "submitted_at": review.submitted_at,
+            "started_at": review.started_at,
+            "completed_at": review.completed_at,
+            "reviewer": review.reviewer,
+            "request": comments[0].text if comments else "",
+            "kind": review.request_kind,
+            "answer": "\n\n".join(answers),
+            "commit": review.commit_id,
+            "error": review.error,
+            "reason": review.reason,
+        }
+    )
+
+
+def task_result(app: Codebot, job: Job) -> dict[str, object]:
+    outcome = job.outcome
+    result: dict[str, object] = {
+        "pr_url": None,
+        "pr_number": None,
+        "pr_state": None,
+        "branch_name": job.branch,
+        "work_dir": f"{app.config.work_dir}/{job.directory}/repo",
+        "commit": job.commit_id,
+        "summary": outcome.summary,
+        "tests": vars(outcome.tests) if outcome.tests else None,
+        "cost_usd": outcome.cost_usd,
+        "num_turns": outcome.num_turns,
+        "session_id": outcome.session_id,
+        "files": outcome.files,
+        "seconds": outcome.seconds,
+    }
+    pull_request = app.store.pull_request_of_task(job.id)
+    if pull_request:
+        result["pr_url"] = pull_request.url
+        result["pr_number"] = pull_request.number
+        result["pr_state"] = pull_request.state
+    return result
+
+
+def read_number(name: str, text: str, least: int, most: int) -> int:
+    try:
+        return parse_int(text, least, most)
+    except ValueError as error:
+        raise HTTPError(400, f"{name} {error} (it is {text[:100]!r})") from None
+
+
+def list_tasks(app: Codebot, request: Request) -> Response:
+    parameters = request.parameters("status", "limit", "before")
+    status = parameters.get("status", "")
+    if status and status not in JOB_STATES:
+        states = ", ".join(JOB_STATES)
+        raise HTTPError(400, f"status {status[:100]!r} is not one of {states}")
+    limit = read_number("limit", parameters.get("limit") or "100", 1, 1000)
+    before_seq = sys.maxsize
+    if parameters.get("before"):
+        task = app.store.task(parameters["before"])
+        if task is None:
+            raise HTTPError(400, f"before: no such task: {parameters['before'][:100]}")
+        before_seq = task.seq
+    tasks = app.store.tasks(status, limit, before_seq)
+    return json_response({"tasks": tasks, "count": len(tasks)})
+
+
+def task_logs(app: Codebot, request: Request, task_id: str) -> Response | EventStream:
+    """Return a task's events after a sequence number.
+
+    As JSON at most 1,000; as an event stream all, and those to come.
+    """
+    find_task(app, task_id)
+    name = "after"
+    text = request.parameters("after").get("after") or "0"
+    is_stream = "text/event-stream" in request.headers.get("accept", "")
+    if is_stream and request.headers.get("last-event-id"):
+        name = "Last-Event-ID"
+        text = request.headers["last-event-id"]
+    after = read_number(name, text, 0, 10**15)
+    if not is_stream:
+        events = [event._asdict() for event in app.store.events(task_id, after)]
+        value = {"task_id": task_id, "events": events, "count": len(events)}
+        return json_response(value)
+    is_live = app.store.has_unfinished_jobs(task_id)
+    if after and not is_live and not app.store.events(task_id, after, 1):
+        return Response(204)  # an EventSource that gets this does not reconnect
+    return EventStream(follow_events(app, task_id, after))
+
+
+def follow_events(app: Codebot, task_id: str, after: int) -> Iterator[bytes]:
+    """Yield events as they come, until no work on the task can add any.
+
+    Yields b"" if there are none now: the caller waits before it asks for more.
+    """
+    last_sent = time.monotonic()
+    while not app.stop.is_set():
+        # Asked before the events are read, so that the last one is sent.
+        is_live = app.store.has_unfinished_jobs(task_id)
+        events = app.store.events(task_id, after, EVENTS_PER_MESSAGE)
+        messages = b""
+        if events:
+            after = events[-1].seq
+            messages = b"".join([event_message(event) for event in events])
+        elif not is_live:
+            yield b"event: end\ndata: {}\n\n"
+            return
+        elif time.monotonic() > last_sent + KEEPALIVE_INTERVAL:
+            messages = b": still here\n\n"
+        if messages:
+            last_sent = time.monotonic()
+        yield messages
+
+
+def event_message(event: Event) -> bytes:
+    return f"id: {event.seq}\ndata: {json.dumps(event._asdict())}\n\n".encode()
+
+
+def health(app: Codebot, request: Request) -> Response:
+    """Return whether the server takes tasks. Reads the database, but never writes."""
+    sizes = {"review_queue_size": 0, "task_queue_size": 0}
+    status = "healthy" if app.store.writable else "unhealthy"
+    try:
+        for kind in ("review", "task"):
+            sizes[f"{kind}_queue_size"] = app.store.count_pending(kind)
+    except sqlite3.Error:
+        status = "unhealthy"
+    if app.stop.is_set():
+        status = "stopping"
+    value = {"status": status, **sizes}
+    if status == "unhealthy":
+        value["message"] = "The database cannot be used; see the server's log"
+    if status == "healthy":
+        return json_response(value)
+    return json_response(value, 503, {"Retry-After": "10"})
+
+
+def metrics(app: Codebot, request: Request) -> Response:
+    """Return what Prometheus collects (prometheus.io: "Exposition formats", 0.0.4)."""
+    tasks = app.store.count_pending("task")
+    reviews = app.store.count_pending("review")
+    totals = app.store.totals()
+    seconds = totals.get("seconds", 0.0)
+    dollars = totals.get("dollars", 0.0)
+    samples: list[tuple[str, str, str, float | None]] = [
+        ("queue_size", "gauge", "Pending tasks.", tasks),
+        ("review_queue_size", "gauge", "Pending reviews.", reviews),
+        ("running", "gauge", "Running tasks and reviews.", len(app.running)),
+        ("task_seconds_total", "counter", "Seconds that jobs took.", seconds),
+        ("agent_dollars_total", "counter", "Known cost in US dollars.", dollars),
+    ]
+    if app.github:
+        requests = app.github.requests_made
+        remaining = app.github.rate_limit_remaining
+        samples += [
+            ("github_requests_total", "counter", "Requests to GitHub.", requests),
+            ("github_rate_remaining", "gauge", "Requests GitHub allows.", remaining),
+        ]
+    lines = [
+        "# HELP codebot_tasks Tasks by status and reason.",
+        "# TYPE codebot_tasks gauge",
+    ]
+    for status, reason, count in app.store.task_counts():
+        lines.append(f'codebot_tasks{{status="{status}",reason="{reason}"}} {count}')
+    for name, kind, about, value in samples:
+        if value is not None:  # GitHub has not been asked yet
+            lines.append(f"# HELP codebot_{name} {about}")
+            lines.append(f"# TYPE codebot_{name} {kind}")
+            lines.append(f"codebot_{name} {value:.15g}")
+    text = "\n".join(lines) + "\n"
+    headers = {"Content-Type": "text/plain; version=0.0.4"}
+    return Response(200, text.encode(), headers)
+
+
+# --- Webhooks ----------------------------------------------------------------
+# A delivery only leaves a note; a review or the sync thread acts on it later, on
+# what GitHub itself says then (docs: "Webhook events and payloads").
+
+MAX_DELIVERY_BYTES = 25 << 20  # GitHub sends no more
+# Events about a comment: its action, our kind of comment, and where it is.
+COMMENT_EVENTS = {
+    "issue_comment": ("created", "conversation", "comment"),
+    "pull_request_review": ("submitted", "review", "review"),
+    "pull_request_review_comment": ("created", "inline", "comment"),
+}
+
+
+class NoAction(Exception):
+    """A delivery needs no action; the message says why."""
+
+
+def payload_field(payload: JsonObject, path: str, kind: type) -> Json:
+    """Return a field, such as "issue.number". Raises HTTPError if it is not there."""
+    value: Json = payload
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    is_valid = type(value) is kind
+    if kind is int:
+        is_valid = is_valid and 0 < value < 2**63  # as SQLite stores it
+    if not is_valid:
+        raise HTTPError(400, f"The payload lacks {path}, {JSON_TYPES[kind]}")
+    return value
+
+
+def webhook(app: Codebot, request: Request) -> Response:
+    """Accept a delivery of GitHub's. A comment is on disk before the answer.
+
+    For other events the sync thread looks at GitHub, as it does at every start.
+    """
+    event = request.headers.get("x-github-event", "")
+    guid = request.headers.get("x-github-delivery", "")
+    try:
+        return take_delivery(app, request, event, guid)
+    except HTTPError as error:
+        log.warning("Delivery %.99s (%.99s): refused: %s", guid, event, error)
+        raise
+
+
+def take_delivery(app: Codebot, request: Request, event: str, guid: str) -> Response:
+    if "form" in request.headers.get("content-type", ""):
+        message = "Set the content type of the App's webhook to application/json"
+        raise HTTPError(415, message)
+    if not guid:
+        raise HTTPError(400, "X-GitHub-Delivery is missing")
+    payload = request.json("the payload")
+    status = 202
+    message = "Accepted"
+    try:
+        receive_event(app, event, guid, payload)
+    except NoAction as reason:
+        status = 200
+        message = str(reason)
+    action = payload.get("action")
+    log.info("Delivery %.99s (%.99s %.99s): %s", guid, event, action, message)
+    return json_response({"message": message}, status)
+
+
+def receive_event(app: Codebot, event: str, guid: str, payload: JsonObject) -> None:
+    action = payload.get("action")
+    installation = payload.get("installation")
+    installation_id = app.config.installation_id
+    if isinstance(installation, dict) and installation.get("id") != installation_id:
+        raise NoAction("Another installation of the App")
+    if event in COMMENT_EVENTS and action == COMMENT_EVENTS[event][0]:
+        receive_comment(app, event, guid, payload)
+    elif event == "pull_request" and action in ("closed", "reopened"):
+        pull_request = pull_request_of(app, payload, "pull_request")
+        remember_delivery(app, guid)
+        app.sync_queue.put(PullRequestChanged(pull_request.id))
+    elif event == "issues" and action in ("labeled", "unlabeled"):
+        receive_label(app, guid, payload)
+    elif event == "ping":
+        raise NoAction("The webhook works")
+    else:
+        raise NoAction("Not an event that codebot acts on")
+
+
+def remember_delivery(app: Codebot, guid: str) -> None:
+    if not app.store.add_delivery(guid):
+        raise NoAction("Duplicate delivery")
+
+
+def pull_request_of(app: Codebot, payload: JsonObject, subject: str) -> PullRequest:
+    repository_id = payload_field(payload, "repository.id", int)
+    number = payload_field(payload, f"{subject}.number", int)
+    pull_request = app.store.pull_request_by_number(repository_id, number)
+    if pull_request is None:
+        raise NoAction("Not a pull request that codebot opened")
+    return pull_request
+
+
+def receive_comment(app: Codebot, event: str, guid: str, payload: JsonObject) -> None:
+    _, kind, place = COMMENT_EVENTS[event]
+    subject = "pull_request"
+    if event == "issue_comment":
+        subject = "issue"
+        if not payload_field(payload, "issue", dict).get("pull_request"):
+            raise NoAction("A comment on an issue")
+    pull_request = pull_request_of(app, payload, subject)
+    payload_field(payload, f"{place}.id", int)  # raises if it is no id
+    try:
+        comment = parse_comment(kind, payload_field(payload, place, dict))
+        if comment is None:
+            raise NoAction("Bot, deleted user or empty comment")
+        jobs = app.store.queue_comments(pull_request, [comment], delivery=guid)
+    except KeyError as error:
+        raise HTTPError(400, f"The payload lacks {place}.{error.args[0]}") from None
+    # ValueError, OverflowError: also half a surrogate pair or a number over 64 bits,
+    # which SQLite cannot store.
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise HTTPError(400, f"The payload has a malformed {place}: {error}") from None
+    for job_id in jobs:
+        app.queues["review"].put(job_id)
+
+
+def receive_label(app: Codebot, guid: str, payload: JsonObject) -> None:
+    label = payload_field(payload, "label.name", str)
+    if not app.config.issue_label or label.lower() != app.config.issue_label.lower():
+        raise NoAction("Not the label that makes an issue a task")
+    repository_id = payload_field(payload, "repository.id", int)
+    number = payload_field(payload, "issue.number", int)
+    remember_delivery(app, guid)
+    app.sync_queue.put(IssueChanged(repository_id, number))
 
 
 # --- Routes and server -------------------------------------------------------
