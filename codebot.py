@@ -2914,8 +2914,8 @@ CREATE TABLE jobs (
     transient_since REAL NOT NULL DEFAULT 0,
     cancel_requested INTEGER NOT NULL DEFAULT 0,
     is_pushing INTEGER NOT NULL DEFAULT 0,
-    -- Progress, from which a job goes on after a crash. Of a review, directory and
-    -- branch are its task's. The commit, once there is one, has base_commit as parent.
+    -- Progress, from which a job goes on after a crash. Once a review has run, it has
+    -- its task's directory and branch. The commit has base_commit as parent.
     repository_id INTEGER NOT NULL DEFAULT 0,
     mirror TEXT NOT NULL DEFAULT '',
     directory TEXT NOT NULL DEFAULT '',
@@ -3060,8 +3060,6 @@ class Outcome:
     error: str = ""
 
     def to_json(self) -> str:
-        if self == Outcome():
-            return "{}"  # by which Store knows a review that has done nothing yet
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
@@ -3354,8 +3352,9 @@ class Store:
     def claim(self, job_id: str) -> Job | None:
         """Start a pending job. None if it cannot start now; it is queued again later.
 
-        All jobs of a task use the same workspace. So a review does not start while its
-        task is unfinished, or another review of the same pull request runs.
+        All jobs of a task use the same workspace. So a review gets its task's directory,
+        branch and session, and does not start while its task is unfinished, or another
+        review of the same pull request runs.
         """
         values = {"id": job_id, "now": time.time()}
         with self._transaction() as db:
@@ -3380,6 +3379,18 @@ class Store:
             if row is None:
                 return None
             self._transition(db, job_id, "pending", "running")
+            db.execute(
+                """
+                UPDATE jobs SET (directory, branch, session_id) = (
+                    SELECT task.directory, task.branch, task.session_id
+                    FROM pull_requests
+                    JOIN jobs AS task ON task.id = pull_requests.task_id
+                    WHERE pull_requests.id = jobs.pull_request_id
+                )
+                WHERE id = :id AND kind = 'review'
+                """,
+                values,
+            )
             return job_by_id(db, job_id)
 
     def finish(self, job: Job, status: str, reason: str = "", error: str = "") -> None:
@@ -4024,7 +4035,8 @@ def waiting_review(
         """
         SELECT id FROM jobs
         WHERE pull_request_id = :pull_request_id AND reviewer = :reviewer
-            AND status = 'pending' AND request_kind = '' AND outcome = '{}'
+            AND status = 'pending' AND request_kind = ''
+            AND directory = '' -- it is set when the review first runs
         ORDER BY seq DESC LIMIT 1
         """,
         {"pull_request_id": pull_request_id, "reviewer": reviewer},
@@ -5537,26 +5549,28 @@ def run_review(run: JobRun) -> None:
     comments = load_comments(run, context)
     if not comments:
         raise ReviewSkipped("the comments were deleted")
-    threads = group_by_thread(comments)
-    if run.job.outcome.error:
-        run.update(commit_id="")  # only the error is published
-    try:
-        if not has_outcome(run, context):
-            decide_and_do(run, context, comments)
-        if run.job.commit_id:
-            publish(run, context)
-    except (JobFailed, GitFailed, GitHubError) as error:
-        reason = getattr(error, "reason", "internal")
-        message = run.redact(str(error))
-        run.log("codebot", f"Failed ({reason}): {message}")
-        outcome = dataclasses.replace(
-            run.job.outcome, reason=reason, error=message, answers={}
-        )
-        run.update(commit_id="", outcome=outcome)
-    answer_threads(run, context, threads)
+    if not run.job.outcome.error:
+        try:
+            if not is_work_stored(run, context):
+                decide_and_do(run, context, comments)
+            if run.job.commit_id:
+                publish(run, context)
+        except JobFailed as error:
+            store_failure(run, error.reason, str(error))
+        except (GitFailed, GitHubError) as error:
+            store_failure(run, "internal", str(error))
+    answer_threads(run, context, group_by_thread(comments))
     outcome = run.job.outcome
     if outcome.error:
         raise JobFailed(outcome.reason, outcome.error)
+
+
+def store_failure(run: JobRun, reason: str, error: str) -> None:
+    """Store why a review has failed. All that is left is to tell the reviewer."""
+    outcome = dataclasses.replace(
+        run.job.outcome, reason=reason, error=run.redact(error), answers={}
+    )
+    run.update(commit_id="", outcome=outcome)
 
 
 def load_review(run: JobRun) -> ReviewContext:
@@ -5578,7 +5592,6 @@ def load_review(run: JobRun) -> ReviewContext:
         raise ReviewSkipped(f"{remote.full_name} is not an allowed repository")
     github.bot()  # for the commit and the answers
     access = RemoteAccess(repository, remote)
-    run.update(session_id=task.session_id, directory=task.directory, branch=task.branch)
     workspace = Workspace(run, access, task.mirror, task.directory, task.branch)
     return ReviewContext(pull_request, task, remote, workspace)
 
@@ -5660,11 +5673,9 @@ def group_by_thread(comments: Sequence[Comment]) -> dict[str, list[Comment]]:
     return threads
 
 
-def has_outcome(run: JobRun, context: ReviewContext) -> bool:
+def is_work_stored(run: JobRun, context: ReviewContext) -> bool:
     """Return whether an earlier run has done the work, and what it made is there."""
     job = run.job
-    if job.outcome.error:
-        return True
     if not job.commit_id:
         return bool(job.outcome.answers)
     workspace = context.workspace
@@ -5680,10 +5691,6 @@ def decide_and_do(
     run: JobRun, context: ReviewContext, comments: Sequence[Comment]
 ) -> None:
     """Classify what the reviewer wants, do it, and store the answers."""
-    if run.job.interruptions >= MAX_INTERRUPTIONS:
-        raise JobFailed(
-            "interrupted", f"The server was interrupted {run.job.interruptions} times"
-        )
     first = comments[0]
     run.log("codebot", f"Review by {first.user}: {first.text}")
     earlier = earlier_comments(run, context, comments)
@@ -5882,33 +5889,43 @@ def publish(run: JobRun, context: ReviewContext) -> None:
     for attempt in range(1, MAX_PUSHES + 1):
         check_pull_request(run, context)
         tip = branch_tip(run, context)
-        if context.workspace.mirror.is_ancestor(run.job.commit_id, tip):
-            return  # an earlier run, or somebody else, has pushed it
-        if tip != run.job.base_commit:
-            if not reapply_change(run, context, tip):
-                return  # somebody made the same change
-            if branch_tip(run, context) != tip:
-                continue  # others pushed while it was tested
-        run.set_phase("push", attempt, MAX_PUSHES)
-        try:
-            context.workspace.push(run.job.commit_id)
-        except JobFailed:
-            if branch_tip(run, context) == tip:
-                raise  # nobody else pushed: the remote does not want it
-            continue
-        if context.workspace.mirror.is_ancestor(
-            run.job.commit_id, branch_tip(run, context)
-        ):
+        if not is_pushed(run, context, tip) and tip != run.job.base_commit:
+            reapply_change(run, context, tip)
+            tip = branch_tip(run, context)
+        if is_pushed(run, context, tip):
+            return  # by an earlier run; or somebody has made the same change
+        if tip == run.job.base_commit and push_change(run, context, attempt):
             return
-        raise JobFailed(
-            "push_rejected",
-            f"Commit {run.job.commit_id} was pushed, but it was removed again",
-        )
     raise JobFailed(
         "push_rejected",
         f"Others pushed each of the {MAX_PUSHES} times that the change was ready. "
         "Comment again to have it made on top of the current branch.",
     )
+
+
+def is_pushed(run: JobRun, context: ReviewContext, tip: str) -> bool:
+    """Return whether the branch has the job's commit.
+
+    A commit that the mirror has not fetched is not on the branch.
+    """
+    return context.workspace.mirror.is_ancestor(run.job.commit_id, tip)
+
+
+def push_change(run: JobRun, context: ReviewContext, attempt: int) -> bool:
+    """Push the commit. Returns False if others have pushed first."""
+    run.set_phase("push", attempt, MAX_PUSHES)
+    try:
+        context.workspace.push(run.job.commit_id)
+    except JobFailed:
+        if branch_tip(run, context) == run.job.base_commit:
+            raise  # nobody has pushed: the remote does not want it
+        return False
+    if not is_pushed(run, context, branch_tip(run, context)):
+        raise JobFailed(
+            "push_rejected",
+            f"Commit {run.job.commit_id} was pushed, but it was removed again",
+        )
+    return True
 
 
 def branch_tip(run: JobRun, context: ReviewContext) -> str:
@@ -5922,10 +5939,11 @@ def branch_tip(run: JobRun, context: ReviewContext) -> str:
     return tip
 
 
-def reapply_change(run: JobRun, context: ReviewContext, tip: str) -> bool:
+def reapply_change(run: JobRun, context: ReviewContext, tip: str) -> None:
     """Put the change on top of ``tip``, and test it there.
 
-    Returns False if ``tip`` has the same change already; the answer then names it.
+    If ``tip`` has the same change already, it becomes the job's commit, which the
+    answer names.
     """
     run.log("git", f"Others pushed {tip}; the change is put on top of it")
     workspace = context.workspace
@@ -5934,7 +5952,6 @@ def reapply_change(run: JobRun, context: ReviewContext, tip: str) -> bool:
     workspace.apply(patch)
     commit_id = test_and_commit(run, context, tip)
     run.update(base_commit=tip, commit_id=commit_id or tip)
-    return bool(commit_id)
 
 
 def answer_threads(
@@ -6363,19 +6380,18 @@ def dispatch_job(run: JobRun) -> None:
     stored = run.store.job(job.id)
     if stored is None or stored.cancel_requested:
         raise Cancelled()
-    if job.kind == "review":
-        # After MAX_INTERRUPTIONS, decide_and_do tells the reviewer. After twice as many,
-        # that has failed too often as well.
-        if job.interruptions >= 2 * MAX_INTERRUPTIONS:
-            raise JobFailed("interrupted", "The review was interrupted too often")
-        run_review(run)
-        return
-    if job.interruptions >= MAX_INTERRUPTIONS:
+    limit = MAX_INTERRUPTIONS
+    if job.outcome.error:
+        limit *= 2  # a review that has failed, and has only to tell the reviewer
+    if job.interruptions >= limit:
         raise JobFailed(
             "interrupted",
             f"The server was interrupted {job.interruptions} times during this",
         )
-    run_task(run)
+    if job.kind == "review":
+        run_review(run)
+    else:
+        run_task(run)
 
 
 def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None:
@@ -6412,8 +6428,7 @@ def fail(run: JobRun, reason: str, error: str) -> None:
     """Fail a job. A review first runs once more, only to tell the reviewer."""
     job = run.job
     if job.kind == "review" and not job.outcome.error and not run.cancel.is_set():
-        message = run.redact(error)
-        run.update_outcome(reason=reason, error=message, answers={})
+        store_failure(run, reason, error)
         run.app.until_database_works(run.store.requeue, job.id)
         run.app.queues["review"].put(job.id)
         return
