@@ -124,7 +124,7 @@ FILES in the work directory
   outbox_*.git   a job's outbox                launched/      runs on a cluster
   scratch_*      for one command               trash_*/       being removed
   While the server runs, Python's temporary files, with programs' output, are there too.
-  A mirror, and a database elsewhere, has a .lock file beside it.
+  A mirror and the database each have a .lock file beside them.
 
 WHERE THE DANGEROUS THINGS ARE, each in one place
   Popen                     run_program
@@ -237,6 +237,7 @@ LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")  # of those event
 LOW_DISK_BYTES = 1 << 30  # warn below this much free space
 FULL_DISK_BYTES = 1 << 20  # if a program fails with less free space, that is the cause
 MIRROR_RETENTION = 30 * 86400.0  # seconds that an unused mirror is kept
+REPACK_RETRY_DELAY = 6 * 3600.0  # seconds until a mirror is packed after a failure
 DELIVERY_RETENTION = 7 * 86400.0  # GitHub redelivers for at most 3 days (GHES: 7)
 DAILY_REVIEW_JOBS = 50  # jobs on one pull request in a day
 MAX_PUSHES = 3  # pushes of a review's change, when others push at the same time
@@ -350,6 +351,11 @@ def os_error_text(error: OSError) -> str:
     elif isinstance(error, ssl.SSLError) and error.reason:
         text = error.reason.replace("_", " ")
     return text.lower().rstrip(".")
+
+
+def find_files(directory: str, pattern: str) -> list[str]:
+    """Return the files below a directory that match, also those in dot directories."""
+    return [str(path) for path in pathlib.Path(directory).glob(pattern)]
 
 
 # --- Settings and secrets ----------------------------------------------------
@@ -471,7 +477,8 @@ def parse_address(text: str) -> str:
         raise ValueError(problem)
     if not is_encrypted and not (parts.scheme == "http" and is_loopback):
         raise ValueError("must begin with https:// (http:// only on this machine)")
-    return text.rstrip("/")
+    # Lower case, as GitHub's links to further pages are compared with it.
+    return parts._replace(netloc=parts.netloc.lower()).geturl().rstrip("/")
 
 
 def parse_path(text: str) -> str:
@@ -815,6 +822,17 @@ class Redactor(logging.Formatter):
         return self(super().format(record)).replace("\n", "\n    ")
 
 
+def url_passwords(url: str) -> set[str]:
+    """Return the password, as written and as meant, of https://user:password@host.
+
+    The scheme may be missing, and a token may stand in place of user and password.
+    """
+    address = url.rpartition("://")[2].partition("/")[0]
+    login = address.rpartition("@")[0]
+    password = login.partition(":")[2] or login
+    return {password, urllib.parse.unquote(password)}
+
+
 def configured_secrets(config: Config) -> set[str]:
     """Return all secrets in the settings; of a multi-line one, each line as well."""
     secrets = set(config.api_keys)
@@ -822,10 +840,8 @@ def configured_secrets(config: Config) -> set[str]:
     names += [name for name in config.agent_env if SECRET_NAME_RE.search(name)]
     for name in names:
         secrets.add(config.variables.get(name, "").strip(BLANKS))
-    for name in (*NETWORK_NAMES, "ANTHROPIC_BASE_URL"):
-        # The password in https://user:password@proxy
-        url = config.variables.get(name, "")
-        secrets.update(re.findall(r"://[^/]*?:([^/]*)@", url))
+    for name in (*names, *NETWORK_NAMES, "ANTHROPIC_BASE_URL"):
+        secrets.update(url_passwords(config.variables.get(name, "")))
     for path in (config.key_file, config.tls_key):
         with contextlib.suppress(OSError, ValueError):
             secrets.add(pathlib.Path(path).read_text())
@@ -1242,7 +1258,7 @@ class LaunchedProgram(RunningProgram):
                 self.launch.on_start()
             elif not self.has_started:
                 self.last_errors.append(line[:10_000])
-            elif separator and code.isdigit():
+            elif separator and code.isascii() and code.isdigit():
                 self.node_code = int(code)
                 own_lines += [text] if text else []
             else:
@@ -1286,52 +1302,78 @@ def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
 
 # What a launcher started may outlive codebot, so it is recorded in a file, which
 # exists until CODEBOT_LAUNCHER_STOP has succeeded: run by codebot itself, by its
-# watchdog after a crash, or by the next start. The file names the run.
-STOP_FAILED = "stop failed"  # the record of a stop that failed: Cleanup tries again
+# watchdog after a crash, or by the next start. The file contains the tag of the run; it
+# is empty if a stop failed, which Cleanup repeats.
 
 
 def launch_record(config: Config, workspace: str) -> pathlib.Path:
     return pathlib.Path(config.work_dir, "launched", os.path.basename(workspace))
 
 
+@contextlib.contextmanager
+def launch_records_lock(config: Config) -> Iterator[None]:
+    """Hold the lock of the records: a late stop must not end a new launch."""
+    with open(f"{config.work_dir}/launched.lock", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def record_launch(config: Config, workspace: str, run_tag: str) -> None:
     record = launch_record(config, workspace)
     record.parent.mkdir(exist_ok=True)
-    record.write_text(run_tag)
+    with launch_records_lock(config):
+        record.write_text(run_tag)
 
 
-def stop_launched(config: Config, workspace: str, run_tag: str) -> bool:
-    """End what a launcher left running in a workspace, if anything is recorded.
+def any_record(record: str) -> bool:
+    return True
+
+
+def stop_launched(
+    config: Config,
+    workspace: str,
+    run_tag: str,
+    applies_to: Callable[[str], bool] = any_record,
+) -> bool:
+    """End what a launcher left running in a workspace, if a record applies.
 
     Returns whether nothing is left.
     """
     record = launch_record(config, workspace)
     if not record.exists():
         return True
-    # If the setting was removed since, `false` fails in its place.
+    with launch_records_lock(config):
+        if not record.exists() or not applies_to(record.read_text()):
+            return True
+        error = run_stop_command(config, workspace, run_tag)
+        if error:
+            log.warning("CODEBOT_LAUNCHER_STOP failed for %s: %s", record.name, error)
+            os.truncate(record, 0)
+            return False
+        record.unlink()
+    return True
+
+
+def run_stop_command(config: Config, workspace: str, run_tag: str) -> str:
+    """Run CODEBOT_LAUNCHER_STOP. Returns what went wrong, "" if nothing did."""
+    # If the setting was removed since the launch, `false` fails in its place.
     words = launcher_words(config.launcher_stop, workspace) or ["false"]
     try:
         result = run_program(
             words, base_environment(config, run_tag), limits=Limits(timeout=60.0)
         )
-        error = "" if result.code == 0 else result.error
-    except (OSError, TimedOut) as failure:
-        error = str(failure) or "timed out"
-    if error:
-        log.warning("CODEBOT_LAUNCHER_STOP failed for %s: %s", record.name, error)
-        record.write_text(STOP_FAILED)
-        return False
-    record.unlink(missing_ok=True)  # an earlier server's watchdog may do the same now
-    return True
+    except (OSError, LimitReached, TransientError) as error:
+        return str(error) or "timed out"
+    return "" if result.code == 0 else result.error
 
 
-def stop_all_launched(config: Config, run_tag: str, launched_by: str = "") -> None:
-    """End what was launched: all, or what processes with the tag ``launched_by`` did."""
+def stop_all_launched(
+    config: Config, run_tag: str, applies_to: Callable[[str], bool] = any_record
+) -> None:
+    """End everything that was launched and whose record applies."""
     for path in find_files(config.work_dir, "launched/*"):
-        record = pathlib.Path(path)
-        with contextlib.suppress(FileNotFoundError):
-            if record.read_text().startswith(launched_by):
-                stop_launched(config, f"{config.work_dir}/{record.name}", run_tag)
+        workspace = f"{config.work_dir}/{os.path.basename(path)}"
+        stop_launched(config, workspace, run_tag, applies_to)
 
 
 # --- Sandbox -----------------------------------------------------------------
@@ -1368,11 +1410,6 @@ WRITABLE = "--bind"
 class Mount(NamedTuple):
     path: str
     option: str
-
-
-def find_files(directory: str, pattern: str) -> list[str]:
-    """Return the files below a directory that match, also those in dot directories."""
-    return [str(path) for path in pathlib.Path(directory).glob(pattern)]
 
 
 def is_inside(path: str, directory: str) -> bool:
@@ -1879,7 +1916,10 @@ class GitHub:
                 f"(openssl: {result.error})",
             )
         # "RSA-SHA2-256(stdin)= 3E5F…"
-        signature = bytes.fromhex(result.stdout[-1].rpartition("= ")[2])
+        try:
+            signature = bytes.fromhex(result.stdout[-1].rpartition("= ")[2])
+        except (LookupError, ValueError):
+            raise GitHubError(0, "openssl printed no signature") from None
         return f"{signed}.{base64url(signature)}"
 
     def check_stop(self) -> None:
@@ -2533,7 +2573,7 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
     has_user = re.match(r"https?://[^/]*@", url)
     if not is_remote or "::" in url or has_user:
         raise ValueError(
-            "must be https:// without a user, ssh://, file://, user@host:path or /path"
+            "must be http(s):// without a user, ssh://, file://, user@host:path or /path"
         )
     plain_url = urllib.parse.unquote(url)
     if re.search(r"[/:]\.\.?(/|$)", plain_url):
@@ -3445,7 +3485,7 @@ class Store:
     def request_cancel(self, job_id: str) -> None:
         """Fail a pending task, or ask a running one to end.
 
-        Raises WrongState if it has ended, or its commit is being pushed.
+        Raises WrongState if it has ended, or its commit may have been pushed.
         """
         values = {"id": job_id}
         with self._transaction() as db:
@@ -3943,6 +3983,8 @@ class Store:
                     SELECT 1 FROM pull_requests
                     WHERE pull_requests.task_id = jobs.id
                         AND (closed_at IS NULL OR closed_at >= :cutoff)
+                ) AND NOT EXISTS (
+                    SELECT 1 FROM events WHERE events.task_id = jobs.id
                 ) AND (issue_number = 0 OR is_reported = 1)
                 """,
                 values,
@@ -4157,7 +4199,10 @@ class Codebot:
         for path in find_files(work_dir, "scratch_*"):
             remove_tree(self.config, path, self.run_tag)
         for path in all_mirrors(work_dir):
-            self.mirror(path, self.run_tag, never_stop).remove_stale_files()
+            mirror = self.mirror(path, self.run_tag, never_stop)
+            # Else a git fetch of the earlier server still runs, where there is no /proc.
+            with contextlib.suppress(BlockingIOError), mirror.lock(wait=False):
+                mirror.remove_stale_files()
         self.store = Store(self.config.database_file)
         try:
             self.sandbox.probe(self.run_tag)
@@ -4230,8 +4275,9 @@ def lock_files(config: Config) -> None:
     except OSError as error:
         raise unusable_error(work_dir, error, "--work-dir") from None
     hold_lock(f"{work_dir}/codebot.lock", work_dir, "--work-dir")
-    if config.database:  # it may be that of another work directory
-        hold_lock(f"{config.database}.lock", config.database, "CODEBOT_DATABASE")
+    # CODEBOT_DATABASE of one codebot may be in the work directory of another.
+    database = config.database_file
+    hold_lock(f"{database}.lock", database, "CODEBOT_DATABASE")
 
 
 def hold_lock(path: str, subject: str, setting: str) -> None:
@@ -4764,7 +4810,7 @@ class Workspace:
         Raises JobFailed if the remote rejects it.
         """
         refspec = f"{commit}:refs/heads/{self.branch}"
-        options = ("--quiet", "--porcelain", "--no-verify")
+        options = ("--quiet", "--no-verify")
         url = self.access.repository.url
         try:
             self.access.git(self.outbox, "push", *options, "--", url, refspec)
@@ -5157,7 +5203,8 @@ class Agent:
 # With such words in a commit's message or a pull request's title the repository's CI
 # would not test it (GitHub docs: "Skipping workflow runs"; others have their own).
 CI_SWITCH_RE = re.compile(
-    r"\[([^\[\]\n]{0,50}\b(?:skip|ci)\b[^\[\]\n]{0,50})\]", re.IGNORECASE
+    r"\[([^\[\]\n]{0,50}\b(?:skip|ci)\b[^\[\]\n]{0,50})\]|\*\*\*(NO_CI)\*\*\*",
+    re.IGNORECASE,
 )
 
 
@@ -5391,7 +5438,7 @@ def quoted(speaker: str, text: str) -> str:
 
 def without_switches(text: str) -> str:
     """Return foreign text without words that turn off the repository's CI."""
-    return CI_SWITCH_RE.sub(r"(\1)", text)
+    return CI_SWITCH_RE.sub(lambda match: f"({match[1] or match[2]})", text)
 
 
 class Commit(NamedTuple):
@@ -5442,7 +5489,21 @@ def push_commit(run: JobRun, workspace: Workspace) -> None:
     run.set_phase("push")
     if not run.store.begin_push(run.job.id):
         raise Cancelled()
-    workspace.push(run.job.commit_id)
+    # An earlier run may have pushed it, before it was interrupted.
+    if not (run.job.is_pushing and was_pushed(run, workspace)):
+        workspace.push(run.job.commit_id)
+
+
+def was_pushed(run: JobRun, workspace: Workspace) -> bool:
+    """Return whether the remote has the commit, whatever others have done since."""
+    remote = workspace.access.remote
+    if remote is not None and remote.find_pull_request(run.job.branch) is not None:
+        return True  # its branch may have been deleted, after a merge
+    try:
+        _, tip = workspace.mirror.fetch_branch(workspace.access, run.job.branch)
+    except BranchNotFound:
+        return False
+    return workspace.mirror.is_ancestor(run.job.commit_id, tip)
 
 
 def code_block(text: str) -> str:
@@ -6102,8 +6163,15 @@ class Sync:
         pull_request = store.pull_request(pull_request_id)
         if pull_request is None:
             return
-        remote = self.github.repository_by_id(pull_request.repository_id)
-        current = remote.pull_request(pull_request.number)
+        try:
+            remote = self.github.repository_by_id(pull_request.repository_id)
+            current = remote.pull_request(pull_request.number)
+        except GitHubError as error:
+            if error.status in GONE_STATUSES:  # as long as that is so, it is closed
+                store.save_pull_request_state(
+                    pull_request.id, "closed", pull_request.full_name
+                )
+            raise
         known = (pull_request.state, pull_request.full_name)
         if (current.state, current.full_name) != known:
             store.save_pull_request_state(
@@ -6340,10 +6408,12 @@ def run_job(app: Codebot, job: Job) -> None:
       JobFailed, and errors that are final   failed, with a reason
       TransientError, a busy database,       pending, after a minute; failed if that
       a full disk, a failed node, an App     goes on for too long, or costs too much
-      that GitHub refuses
+      that GitHub refuses (but find_remote
+      fails a task at once)
       StopRequested                          pending, at the next start
       Cancelled                              failed, as cancelled
-      ReviewSkipped                          the review is deleted
+      ReviewSkipped                          the review is deleted; failed, as
+                                             cancelled, if its agent has cost something
     """
     run = JobRun(app, job)
     app.running[job.id] = run
@@ -6351,8 +6421,7 @@ def run_job(app: Codebot, job: Job) -> None:
         dispatch_job(run)
         end_job(run, "completed")
     except ReviewSkipped as error:
-        log.info("Review %s is skipped: %s", job.id, error)
-        app.until_database_works(app.store.drop_review, job.id)
+        skip_review(run, error)
     except StopRequested:
         app.until_database_works(app.store.requeue, job.id)
     except Cancelled:
@@ -6415,6 +6484,15 @@ def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None
     run.app.until_database_works(run.store.finish, run.job, status, reason, error)
 
 
+def skip_review(run: JobRun, reason: ReviewSkipped) -> None:
+    """Delete a review for which nothing may be done; keep one that cost something."""
+    log.info("Review %s is skipped: %s", run.job.id, reason)
+    if run.job.outcome.cost_usd is None:
+        run.app.until_database_works(run.store.drop_review, run.job.id)
+    else:
+        end_job(run, "failed", "cancelled", f"The review was skipped: {reason}")
+
+
 def remove_outbox_of(run: JobRun) -> None:
     """Remove the job's outbox, before another job of the task can make one."""
     path = outbox_path(run.config, run.job.directory)
@@ -6446,7 +6524,8 @@ def retry_later(run: JobRun, error: Exception) -> None:
         end_job(run, "failed", "cancelled", CANCELLED_TEXT)
         return
     now = time.time()
-    interruptions = 1 if run.agent_has_run and not job.commit_id else 0
+    is_work_done = bool(job.commit_id or job.outcome.answers)
+    interruptions = 1 if run.agent_has_run and not is_work_done else 0
     not_before = max(now + RETRY_DELAY, getattr(error, "retry_at", 0.0))
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     message = app.redact(str(error))
@@ -6511,23 +6590,39 @@ class Cleanup:
         self.app = app
         self.config = app.config
         self.run_tag = f"{app.run_tag}cleanup"
+        self.retry_repack_at: dict[str, float] = {}  # by mirror, after a failure
 
     def step(self) -> None:
         self.app.cleanup_wanted.wait(min(60.0, self.config.retention))
         self.app.cleanup_wanted.clear()
         if self.app.stop.is_set():
             return
+        # What frees the disk comes first: a full one may be why the database fails.
+        self.attempt(self.warn_of_low_disk)
+        self.attempt(self.remove_workspaces)
+        self.attempt(self.delete_expired)
+        self.attempt(self.repeat_failed_stops)
+        for path in all_mirrors(self.config.work_dir):
+            is_due = self.retry_repack_at.get(path, 0.0) <= time.monotonic()
+            if is_due and not self.attempt(self.maintain_mirror, path):
+                self.retry_repack_at[path] = time.monotonic() + REPACK_RETRY_DELAY
+
+    def attempt(self, part: Callable[..., None], *args: str) -> bool:
+        """Do a part of the work. The others are done even if it fails."""
         try:
-            stop_all_launched(self.config, self.run_tag, launched_by=STOP_FAILED)
-            self.warn_of_low_disk()
-            self.app.store.delete_expired(
-                now_text(self.config.retention), now_text(DELIVERY_RETENTION)
-            )
-            self.remove_workspaces()
-            for path in all_mirrors(self.config.work_dir):
-                self.maintain_mirror(path)
+            part(*args)
         except (OSError, sqlite3.Error, LimitReached, GitFailed, TransientError) as e:
             log.warning("Cleanup: %s", e or "timeout")
+            return False
+        return True
+
+    def delete_expired(self) -> None:
+        self.app.store.delete_expired(
+            now_text(self.config.retention), now_text(DELIVERY_RETENTION)
+        )
+
+    def repeat_failed_stops(self) -> None:
+        stop_all_launched(self.config, self.run_tag, lambda record: record == "")
 
     def warn_of_low_disk(self) -> None:
         free = shutil.disk_usage(self.config.work_dir).free
@@ -7894,7 +7989,7 @@ def cancel_task(app: Codebot, request: Request, task_id: str) -> Response:
     try:
         app.cancel(task_id)
     except WrongState:
-        message = "The task has ended, or its commit is being pushed"
+        message = "The task has ended, or its commit may have been pushed"
         raise HTTPError(409, message) from None
     log.info("Task %s: cancel requested by %s", task_id, submitter(request))
     status = find_task(app, task_id).status
@@ -8800,9 +8895,11 @@ def check_programs(app: Codebot) -> Iterator[Finding]:
         argv = command.split()
         try:
             result = run_program(argv, env, limits=Limits(timeout=30.0))
-        except (OSError, TimedOut):
+        except OSError:
             message = f"{argv[0]} is not on PATH. Install it, {least} or newer."
             yield Finding("FAIL", message)
+        except TimedOut:
+            yield Finding("FAIL", f"`{command}` does not end.")
         else:
             yield version_finding(command, result, least)
     if is_agent_missing(app):
@@ -8958,7 +9055,9 @@ def fork_watchdog(app: Codebot) -> None:
             signal.signal(number, signal.SIG_IGN)
         os.read(read_end, 1)
         end_tagged_processes(app.run_tag)
-        stop_all_launched(app.config, app.run_tag, launched_by=app.run_tag)
+        stop_all_launched(
+            app.config, app.run_tag, lambda record: record.startswith(app.run_tag)
+        )
     finally:
         os._exit(0)
 
@@ -9496,7 +9595,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"codebot: {line}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StopRequested):  # a signal during the start
         return 130
     except BrokenPipeError:
         # Python's documentation, "Note on SIGPIPE": else it complains at the exit.

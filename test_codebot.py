@@ -2228,6 +2228,8 @@ def read_settings(**variables: str) -> tuple[dict[str, Any], list[str]]:
             "api_url",
             "https://ghe.io/api/v3",
         ),
+        # GitHub's links to further pages are compared with it.
+        ("GITHUB_API_URL", "https://GHE.io/Api", "api_url", "https://ghe.io/Api"),
         ("GITHUB_API_URL", "http://[::1]:80", "api_url", "http://[::1]:80"),
         ("CODEBOT_CLAUDE_COMMAND", "env 'A=b c' x", "claude", ("env", "A=b c", "x")),
         ("CODEBOT_CLAUDE_COMMAND", "/opt/c -v a/b", "claude", ("/opt/c", "-v", "a/b")),
@@ -2448,6 +2450,9 @@ def redact(tmp_path: Path) -> codebot.Redactor:
             "GITHUB_WEBHOOK_SECRET": "hook-secret",
             "ANTHROPIC_API_KEY": "sk-model",
             "HTTPS_PROXY": "http://user:proxy-pass@proxy:80",
+            "HTTP_PROXY": "user:other-pass@proxy:80",
+            "https_proxy": "http://proxy-token@proxy",
+            "http_proxy": "http://user:p%40ss%2Fword@proxy",
             "MY_TOKEN": "my-token",
             "MY_COLOR": "my-color",
             "ANTHROPIC_AUTH_TOKEN": "8-bit-token-\udca0",
@@ -2465,6 +2470,10 @@ def redact(tmp_path: Path) -> codebot.Redactor:
         "hook-secret",
         "sk-model",
         "proxy-pass",
+        "other-pass",
+        "proxy-token",
+        "p%40ss%2Fword",
+        "p@ss/word",
         "my-token",
         "8-bit-token-\udca0",
         "v1.installation-token",
@@ -3591,6 +3600,22 @@ def test_free_retry_of_interrupted_review_is_not_its_last(store: codebot.Store) 
     assert stored_job(store, review).status == "pending"
 
 
+def test_finished_answer_is_posted_again_without_counting_interruptions(
+    store: codebot.Store,
+) -> None:
+    pull_request = store_pull_request(store, store_task_in_state(store, "completed"))
+    review = store.claim(store_review(store, pull_request, 1, "alice"))
+    assert review is not None
+    app = codebot.Codebot(codebot.Config(no_github=True, work_dir=store.path + ".dir"))
+    app.store = store
+    run = codebot.JobRun(app, review)
+    run.agent_has_run = True
+    run.update_outcome(answers={"conversation 1": "Because."})
+    codebot.retry_later(run, codebot.TransientError("502"))
+    assert stored_job(store, review).status == "pending"
+    assert stored_job(store, review).interruptions == 0
+
+
 def test_retry_is_not_claimed_before_its_time(store: codebot.Store) -> None:
     job = store_task_in_state(store, "running")
     store.requeue(job.id, interruptions=1, not_before=time.time() + 1000)
@@ -4022,6 +4047,17 @@ def test_expired_task_takes_its_pull_request_reviews_and_comments_along(
         delete_expired(store)
         for table in ("jobs", "pull_requests", "comments"):
             assert db.execute(f"SELECT COUNT(*) FROM {table}").fetchone() == (0,), table
+
+
+def test_long_log_of_expired_task_is_deleted_in_parts(store: codebot.Store) -> None:
+    task = store_task_in_state(store, "completed")
+    store.add_events(task.id, [("codebot", "Hello")] * 20_001)
+    age_task(store, task)
+    delete_expired(store)
+    assert len(store.events(task.id, 0)) == 1
+    assert store.job(task.id) is not None
+    delete_expired(store)
+    assert store.job(task.id) is None
 
 
 def test_delivery_is_known_until_it_expires(store: codebot.Store) -> None:
@@ -4685,10 +4721,11 @@ def test_commit_has_app_as_author_and_title_and_summary(shared: Site) -> None:
 
 def test_commit_message_cannot_turn_off_continuous_integration(shared: Site) -> None:
     shared.agent.follow("echo hello >hello.txt; result 'Done [CI skip] [no ci].'")
-    task = shared.api.submit("Say hello [skip ci]", ticket_id="[skip actions]")
+    text = "Say hello [skip ci] ***NO_CI***"
+    task = shared.api.submit(text, ticket_id="[skip actions]")
     branch = shared.api.completed(task)["branch_name"]
     message = shared.repository.git("log", "-1", "--format=%B", branch)
-    assert message.startswith("(skip actions): Say hello (skip ci)\n")
+    assert message.startswith("(skip actions): Say hello (skip ci) (NO_CI)\n")
     assert "> Done (CI skip) (no ci)." in message
 
 
@@ -4842,6 +4879,15 @@ def test_rejected_push_is_reported_in_words_of_remote(
     error = shared.api.failed(shared.api.submit(), "push_rejected")
     assert message in error
     assert shared.repository.pulls == []
+
+
+def test_push_that_remote_rejects_without_a_message_has_its_reason(
+    shared: Site,
+) -> None:
+    shared.repository.git("config", "receive.hideRefs", "refs/heads/u")
+    error = shared.api.failed(shared.api.submit(), "push_rejected")
+    assert "remote rejected" in error
+    assert "hidden ref" in error
 
 
 # --- The pull request --------------------------------------------------------
@@ -5118,6 +5164,39 @@ def test_task_waits_for_github_and_continues_where_it_stopped(
     shared.api.completed(task)
     assert len(shared.agent.runs()) == 1
     assert len(shared.repository.pulls) == 1
+
+
+def test_waiting_task_completes_although_others_pushed_to_its_branch(
+    shared: Site,
+) -> None:
+    shared.repository.fail("POST /pulls", 503, b"", always=True)
+    task = shared.api.submit()
+    wait_for(lambda: f"{task}: running -> pending" in shared.server.log())
+    [branch] = set(shared.repository.branches()) - {"main"}
+    tip = shared.repository.commit({"more": "More\n"}, branch)
+    shared.github.reset_faults()
+    result = shared.api.completed(task)
+    assert len(shared.repository.pulls) == 1
+    assert shared.repository.git("rev-parse", branch) == tip
+    assert shared.repository.git("rev-parse", f"{branch}^") == result["commit"]
+    assert len(shared.agent.runs()) == 1
+
+
+def test_branch_that_was_merged_and_deleted_meanwhile_is_not_pushed_again(
+    fresh: Site,
+) -> None:
+    fresh.server.start()
+    hold = fresh.repository.hold_answer("POST /pulls")
+    task = fresh.api.submit()
+    hold.wait()
+    fresh.server.kill()
+    fresh.github.reset_faults()
+    [branch] = set(fresh.repository.branches()) - {"main"}
+    fresh.repository.pulls[0].update(state="closed", merged=True)
+    fresh.repository.git("update-ref", "-d", f"refs/heads/{branch}")
+    fresh.server.restart()
+    assert fresh.api.completed(task)["pr_number"] == 1
+    assert fresh.repository.branches() == ["main"]
 
 
 def test_github_is_not_asked_before_its_rate_limit_ends(fresh: Site) -> None:
@@ -5620,6 +5699,20 @@ def test_only_directories_of_jobs_may_be_removed(tmp_path: Path, path: str) -> N
     config = codebot.Config(work_dir=str(tmp_path))
     with pytest.raises(ValueError, match="may remove"):
         codebot.remove_tree(config, os.path.join(tmp_path, path), "tag")
+
+
+def test_workspaces_are_removed_although_database_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "LOCK_TIMEOUT", 0.1)
+    app = codebot.Codebot(codebot.Config(no_github=True, work_dir=str(tmp_path)))
+    app.store = codebot.Store(str(tmp_path / "codebot.db"))
+    (tmp_path / "task_1234567").mkdir()
+    app.cleanup_wanted.set()
+    with other_program(app.store) as db:
+        db.execute("BEGIN IMMEDIATE")
+        codebot.Cleanup(app).step()
+    assert [path.name for path in tmp_path.glob("t*")] == []
 
 
 def test_database_can_be_outside_work_directory(fresh: Site) -> None:
@@ -6566,6 +6659,14 @@ def pull_state(pull: Pull) -> str:
     return str(pull.site.api.status(pull.task)["result"]["pr_state"])
 
 
+def test_pull_request_of_deleted_repository_counts_as_closed(shared: Site) -> None:
+    pull = open_pull(shared)
+    not_found = {"message": "Not Found"}
+    shared.repository.fail("GET *", 404, not_found, always=True)
+    shared.person("alice").close()
+    wait_for(lambda: pull_state(pull) == "closed")
+
+
 def test_closed_delivery_alone_ends_nothing(pull: Pull) -> None:
     pull.site.agent.follow("block; classify none")
     pull.site.person("alice").comment("Thanks!")
@@ -6596,6 +6697,19 @@ def test_closing_ends_running_review_and_removes_workspace(shared: Site) -> None
     outboxes = f"outbox_{pull.task[:7]}*"
     wait_for(lambda: not list(shared.server.work_dir.glob(outboxes)))
     wait_for(lambda: not list(shared.server.work_dir.glob("trash_*")))
+
+
+def test_review_of_closed_pull_request_that_has_cost_something_is_kept(
+    shared: Site,
+) -> None:
+    pull = open_pull(shared, f"classify change; block; {MAKE_CHANGE}")
+    shared.person("alice").inline("Say more")
+    shared.agent.wait_until_blocked()
+    shared.person("alice").close(webhook=False)
+    shared.agent.release()
+    assert pull.review()["reason"] == "cancelled"
+    assert pull.answers() == []
+    assert pull.tip() == pull.commit
 
 
 # The agent cannot resume a conversation that its home directory does not have.
@@ -11271,6 +11385,29 @@ def test_unwritable_work_directory_names_the_user(fresh: Site) -> None:
     assert f"permission denied for user {os.getuid()}. Use another" in done.stderr
 
 
+def test_signal_during_start_ends_codebot_without_traceback(fresh: Site) -> None:
+    directory = fresh.directory / "bin"
+    directory.mkdir()
+    openssl = directory / "openssl"
+    openssl.write_text(
+        '#!/bin/sh\n[ "$1" = version ] && { echo OpenSSL 3.0.0; exit; }\n'
+        'touch "$0.started"; exec sleep 30\n'
+    )
+    openssl.chmod(0o755)
+    process = subprocess.Popen(
+        [*fresh.server.program(), *serve_arguments(fresh)],
+        cwd=fresh.server.start_dir,
+        env=fresh.server.environment({"PATH": f"{directory}:{os.environ['PATH']}"}),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for((directory / "openssl.started").exists)
+    process.terminate()
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+
+
 def test_database_of_another_codebot_is_refused(fresh: Site) -> None:
     database = str(fresh.directory / "shared.db")
     fresh.server.start(CODEBOT_DATABASE=database)
@@ -11286,6 +11423,15 @@ def test_database_of_another_codebot_is_refused(fresh: Site) -> None:
     done = fresh.server.run("check", *flags, CODEBOT_DATABASE=database)
     assert done.returncode == 1
     assert f"FAIL  {advice}" in done.stdout
+
+
+def test_database_in_work_directory_of_another_codebot_is_refused(fresh: Site) -> None:
+    fresh.server.start()
+    database = str(fresh.server.work_dir / "codebot.db")
+    flags = ("--port", "0", "--work-dir", str(fresh.directory / "other"))
+    done = fresh.server.run("serve", *flags, CODEBOT_DATABASE=database)
+    assert done.returncode == 2
+    assert f"{database} is in use by another codebot" in done.stderr
 
 
 def test_second_codebot_in_same_work_dir_is_refused(fresh: Site) -> None:
@@ -11512,7 +11658,8 @@ def test_check_fails_if_the_agent_has_no_version(fresh: Site) -> None:
 
 def test_check_changes_nothing_but_work_dir(fresh: Site) -> None:
     run_check(fresh)
-    assert {path.name for path in fresh.server.work_dir.iterdir()} == {"codebot.lock"}
+    names = {path.name for path in fresh.server.work_dir.iterdir()}
+    assert names == {"codebot.lock", "codebot.db.lock"}
     assert list((fresh.directory / "tmp").iterdir()) == []
 
 
