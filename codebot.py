@@ -15,7 +15,8 @@ bwrap and claude.
     python3 codebot.py run     run one task in the foreground
 
 HOW TO READ THIS FILE
-  From the top, once. A section uses only itself and the sections above it.
+  From the top, once. A section uses only itself and the sections above it. In a section
+  helpers come first; but `run_task` and `run_review` come before their steps.
     I.   The boundary   how codebot runs programs, asks GitHub, and uses git
     II.  The work       every state, what an agent receives, what happens to its work
     III. The network    everything that can be requested from outside, and by whom
@@ -769,17 +770,17 @@ def load_config(flags: Mapping[str, object], needs_keys: bool = False) -> Config
     return config
 
 
-class Redactor(logging.Formatter):
+class Redactor:
     """Replaces secrets by ``***`` in events, in what goes to GitHub, and in the log."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__("%(asctime)s %(threadName)s %(levelname)s %(message)s")
         self._lock = threading.Lock()  # guards _tokens and _secrets while one is added
         # Installation tokens live an hour. Older ones of these 500 are still redacted
         # by GITHUB_TOKEN_RE, if they have the form of github.com's.
         self._tokens: collections.deque[str] = collections.deque(maxlen=500)
         self._configured = configured_secrets(config)
-        self.add()
+        self._secrets: list[str] = []
+        self.add()  # no token yet, but the configured secrets
 
     def add(self, *tokens: str) -> None:
         """Redact these as well, and their base64."""
@@ -817,9 +818,17 @@ class Redactor(logging.Formatter):
             if len(secret) >= MIN_SEARCHED_LENGTH and not secret.startswith("-----")
         )
 
+
+class LogFormatter(logging.Formatter):
+    """Writes the log without secrets."""
+
+    def __init__(self, redact: Redactor) -> None:
+        super().__init__("%(asctime)s %(threadName)s %(levelname)s %(message)s")
+        self._redact = redact
+
     def format(self, record: logging.LogRecord) -> str:
         """Indent further lines: an agent's words cannot pass for an entry of the log."""
-        return self(super().format(record)).replace("\n", "\n    ")
+        return self._redact(super().format(record)).replace("\n", "\n    ")
 
 
 def url_passwords(url: str) -> set[str]:
@@ -903,7 +912,10 @@ class LineHandler(Protocol):
     """Gets the new lines of a program's standard output."""
 
     def __call__(self, lines: list[str]) -> float | None:
-        """Return the seconds that the program may live on, if its work is done."""
+        """Return the seconds that the program may live on, if its work is done.
+
+        The agent, for example, may hang after its result. Such an end is a success.
+        """
 
 
 def last_shown(line: str) -> str:
@@ -1508,6 +1520,8 @@ def bwrap_command(
     words += ["--bind", f"{workspace}/tmp", "/tmp"]
     for path, option in sandbox_mounts(config, workspace, objects):
         words += [option, path] if option == HIDDEN else [option, path, path]
+    # The network is the host's: the agent has to reach the model. run_program makes a new
+    # session, so there is no terminal to write to.
     words += ["--unshare-pid", "--unshare-ipc", "--cap-drop", "ALL"]
     if disable_userns:
         # In a nested user namespace root could mount and write control groups.
@@ -1661,8 +1675,9 @@ class Sandbox:
 # and issues of that repository. A token lives for an hour and is kept in memory only.
 
 TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "write"}
-# A request is sent with a credential: the token of a repository, which is named by the
+# What a request is sent with: the token of a repository, which is named by the
 # repository's id, or one of these two.
+Credential = int
 LOOKUP = 0  # the token that can only look up names
 AS_APP = -1  # the App's own JWT
 TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
@@ -1880,7 +1895,7 @@ class GitHub:
         self._bot: Bot | None = None
         # These are shared by threads without a lock: each use is one atomic step, and
         # two threads that fetch the same token at once do no harm.
-        self._tokens: dict[int, tuple[str, float]] = {}  # credential: token, expiry
+        self._tokens: dict[Credential, tuple[str, float]] = {}  # and when it expires
         self._replies: dict[str, tuple[str, Reply]] = {}  # URL: ETag, response
         # Repository and login: until when (monotonic) a refusal is remembered.
         self.access_refusals: dict[tuple[int, str], float] = {}
@@ -1926,7 +1941,7 @@ class GitHub:
         if self.stop.is_set():
             raise StopRequested()
 
-    def token(self, credential: int) -> str:
+    def token(self, credential: Credential) -> str:
         """Return an installation token that is valid for 5 minutes at least."""
         needed_until = time.time() + self.clock_skew + TOKEN_MARGIN
         token, expiry = self._tokens.get(credential, ("", 0.0))
@@ -1965,7 +1980,7 @@ class GitHub:
             )
         return str(error)
 
-    def forget_token(self, credential: int) -> None:
+    def forget_token(self, credential: Credential) -> None:
         self._tokens.pop(credential, None)
 
     # Requests
@@ -1974,12 +1989,13 @@ class GitHub:
         self,
         method: str,
         path: str,
-        credential: int,
+        credential: Credential,
         body: Json = None,
         find_existing: Callable[[], Json] | None = None,
     ) -> Reply:
         """Send a request, and again as GitHub's documentation asks.
 
+        It may call itself once, as the App: send() asks token() for a new token.
         Before each retry ``find_existing`` is called: the first request may have
         succeeded and only its response was lost.
         """
@@ -1997,14 +2013,15 @@ class GitHub:
                 refused += 1
                 if refused == 1:
                     self.forget_token(credential)
-            self.pause(self.retry_delay(reply, attempt, credential), reply)
+            seconds = self.retry_delay(reply, attempt, credential)  # raises if final
+            self.pause(seconds, reply)
             if find_existing is not None:
                 existing = find_existing()
                 if existing is not None:
                     return Reply(200, existing, reply.headers)
         raise TransientError(f"GitHub does not answer: {reply.value}")
 
-    def send(self, method: str, url: str, credential: int, body: Json) -> Reply:
+    def send(self, method: str, url: str, credential: Credential, body: Json) -> Reply:
         """Send one request. The only place that does."""
         if self.silent_until > time.time():
             raise TransientError(
@@ -2090,7 +2107,7 @@ class GitHub:
             raise GitHubError(0, f"GitHub refers to another host: {url}")
         return url
 
-    def retry_delay(self, reply: Reply, attempt: int, credential: int) -> float:
+    def retry_delay(self, reply: Reply, attempt: int, credential: Credential) -> float:
         """Return the seconds until the next attempt. Raises GitHubError if none helps.
 
         GitHub docs: "Rate limits for the REST API", "Best practices".
@@ -2111,7 +2128,9 @@ class GitHub:
             raise TransientError(f"GitHub refuses the App: {reply.value}")
         raise GitHubError(status, str(reply.value))
 
-    def unauthorized_delay(self, reply: Reply, attempt: int, credential: int) -> float:
+    def unauthorized_delay(
+        self, reply: Reply, attempt: int, credential: Credential
+    ) -> float:
         """Return the delay before the next attempt: with a new token, or a new JWT, which
         is dated by GitHub's clock.
         """
@@ -2150,7 +2169,9 @@ class GitHub:
         if self.stop.wait(seconds):
             raise StopRequested()
 
-    def pages(self, path: str, credential: int, list_field: str = "") -> Iterator[Json]:
+    def pages(
+        self, path: str, credential: Credential, list_field: str = ""
+    ) -> Iterator[Json]:
         """Yield all entries of a list, to its last page.
 
         ``list_field``: the list is this field of the response.
@@ -2653,15 +2674,15 @@ class GitDirectory:
         self.run_tag = run_tag
         self.limits = Limits(check_stop=check_stop)
 
-    def git(
+    def local_git(
         self,
         *args: str,
         stdin: bytes = b"",
         on_lines: LineHandler = ignore_lines,
-        **env: str,
+        more_env: Mapping[str, str] = {},
     ) -> ProgramResult:
-        """Run git without network and credential."""
-        env = {**base_environment(self.config, self.run_tag), **env}
+        """Run git without a credential, on this host only."""
+        env = {**base_environment(self.config, self.run_tag), **more_env}
         return self.run_git(args, env, stdin, on_lines=on_lines)
 
     def run_git(
@@ -2691,15 +2712,17 @@ class GitDirectory:
             limit = f"{self.limits.timeout:.0f} s"
             raise GitFailed(f"git {args[0]} took more than {limit}") from None
 
-    def output(
+    def local_output(
         self,
         *args: str,
         stdin: bytes = b"",
         on_lines: LineHandler = ignore_lines,
-        **env: str,
+        more_env: Mapping[str, str] = {},
     ) -> list[str]:
         """Run git and return what it printed. Raises GitFailed if it fails."""
-        result = self.git(*args, stdin=stdin, on_lines=on_lines, **env)
+        result = self.local_git(
+            *args, stdin=stdin, on_lines=on_lines, more_env=more_env
+        )
         if result.code != 0:
             raise GitFailed(f"git {args[0]}: {result.error}")
         return result.stdout
@@ -2726,10 +2749,10 @@ class GitDirectory:
         raise GitFailed(result.error)
 
     def has_commit(self, commit: str) -> bool:
-        return self.git("cat-file", "-e", f"{commit}^{{commit}}").code == 0
+        return self.local_git("cat-file", "-e", f"{commit}^{{commit}}").code == 0
 
     def is_ancestor(self, old: str, new: str) -> bool:
-        return self.git("merge-base", "--is-ancestor", old, new).code == 0
+        return self.local_git("merge-base", "--is-ancestor", old, new).code == 0
 
 
 # Seconds until git tries again, with a new token: it may not be known everywhere yet.
@@ -2824,6 +2847,7 @@ class Mirror(GitDirectory):
         for _ in range(3):  # the branch may move before it is fetched
             name, commit = self.resolve_branch(access, branch)
             with self.lock() as descriptor:
+                # It need not be the tip: the branch may have been reset to it.
                 if self.branch_contains(name, commit):
                     return name, commit
                 self.fetch_all(access, descriptor)
@@ -2842,7 +2866,7 @@ class Mirror(GitDirectory):
         if id_file.exists() and id_file.read_text() == repository_id:
             return
         discard(self.config.work_dir, self.path)
-        self.output("init", "--quiet", "--bare", "--template=")
+        self.local_output("init", "--quiet", "--bare", "--template=")
         id_file.write_text(repository_id)
 
     def branch_contains(self, name: str, commit: str) -> bool:
@@ -2896,9 +2920,9 @@ class Mirror(GitDirectory):
         if len(loose) <= MAX_LOOSE_OBJECTS / 256 and len(packs) <= MAX_PACKS:
             return
         if keep_unreachable:
-            self.git("repack", "-a", "-d", "--keep-unreachable", "-q")
+            self.local_git("repack", "-a", "-d", "--keep-unreachable", "-q")
         else:
-            self.git("gc", "--prune=now", "-q")
+            self.local_git("gc", "--prune=now", "-q")
 
 
 def all_mirrors(work_dir: str) -> list[str]:
@@ -3137,17 +3161,21 @@ class Job:
     started_at: str | None
     completed_at: str | None
     submitted_by: str
+    # Only of a task
     request: TaskRequest
     issue_repository_id: int
     issue_number: int
     issue_url: str
+    # Only of a review
     pull_request_id: int
     reviewer: str
-    request_kind: str  # of a review: "question", "change", "unclear", "none", "limit"
+    request_kind: str  # "question", "change", "unclear", "none" or "limit"
+    # Interruptions and retries
     interruptions: int
     transient_since: float
     cancel_requested: bool
     is_pushing: bool
+    # Progress
     repository_id: int
     mirror: str  # relative to the work directory, like every stored path
     directory: str
@@ -3390,7 +3418,8 @@ class Store:
             return make_job(existing), False
 
     def claim(self, job_id: str) -> Job | None:
-        """Start a pending job. None if it cannot start now; it is queued again later.
+        """Start a pending job. None if it cannot start now: then RetryTimer queues it
+        when its retry is due, or after_job when the job before it has ended.
 
         All jobs of a task use the same workspace. So a review gets its task's directory,
         branch and session, and does not start while its task is unfinished, or another
@@ -4184,6 +4213,7 @@ class Codebot:
         self.cleanup_wanted = threading.Event()
         self.checked_commits: set[str] = set()  # git's fsck has accepted their trees
         self.running: dict[str, JobRun] = {}  # by job id; each step is atomic
+        self.store: Store  # from open() on
 
     def open(self) -> None:
         """Take the work directory and end what an earlier server left running.
@@ -4581,7 +4611,7 @@ class Workspace:
     def make_outbox(self) -> None:
         """Make an empty outbox that borrows the mirror's objects."""
         self.remove_outbox()
-        self.outbox.output("init", "--quiet", "--bare", "--template=")
+        self.outbox.local_output("init", "--quiet", "--bare", "--template=")
         alternates = pathlib.Path(self.outbox.path, "objects", "info", "alternates")
         alternates.write_text(f"{self.mirror.objects}\n")
 
@@ -4719,9 +4749,11 @@ class Workspace:
     def collect_tree(self, base_commit: str, is_tested: bool) -> str:
         """Fetch what the agent left, or what the tests passed with, into the outbox.
 
-        git fetch runs outside the sandbox, in the outbox. upload-pack, the only process
-        that opens the agent's .git, runs in it. What crosses is a pack, which fsck has
-        checked.
+            in the sandbox                        outside of it
+            agent's .git -> git upload-pack  -->  git fetch, with fsck -> outbox
+
+        upload-pack is the only process that opens the agent's .git. What crosses is a
+        pack.
 
         Returns its tree, "" if nothing was changed. Raises JobFailed if there is no
         usable repository.
@@ -4746,7 +4778,7 @@ class Workspace:
             raise self.run.limit_failure(error, "git") from None
         # If the agent made the repository shallow, git fetches nothing and exits with 0.
         # Then rev-parse fails.
-        trees = self.outbox.git(
+        trees = self.outbox.local_git(
             "rev-parse", f"{ref}^{{tree}}", f"{base_commit}^{{tree}}"
         )
         if result.code != 0 or trees.code != 0:
@@ -4765,16 +4797,18 @@ class Workspace:
             host = urllib.parse.urlsplit(self.config.git_base).hostname
             login = bot.login
             address = f"{bot.id}+{bot.login}@users.noreply.{host}"
-        lines = self.outbox.output(
+        lines = self.outbox.local_output(
             "commit-tree",
             tree,
             "-p",
             parent,
             stdin=message.encode(),
-            GIT_AUTHOR_NAME=login,
-            GIT_AUTHOR_EMAIL=address,
-            GIT_COMMITTER_NAME=login,
-            GIT_COMMITTER_EMAIL=address,
+            more_env={
+                "GIT_AUTHOR_NAME": login,
+                "GIT_AUTHOR_EMAIL": address,
+                "GIT_COMMITTER_NAME": login,
+                "GIT_COMMITTER_EMAIL": address,
+            },
         )
         return lines[0]
 
@@ -4784,7 +4818,7 @@ class Workspace:
         options = ("--stat=100", "--stat-count=50", "--patch", "--unified=0")
         argv = (*GIT_DIFF, *options, "--no-renames", base_commit, commit)
         try:
-            self.outbox.output(*argv, on_lines=inspection.read)
+            self.outbox.local_output(*argv, on_lines=inspection.read)
         except GitFailed as error:
             message = f"The change cannot be checked: {error}"
             raise JobFailed("agent_failed", message) from None
@@ -4802,7 +4836,7 @@ class Workspace:
             return False
         options = ("--blob", f"{commit}:.gitmodules", "--fixed-value")
         pattern = ("--get-regexp", "[.]path$", path)
-        return self.outbox.git("config", *options, *pattern).code == 0
+        return self.outbox.local_git("config", *options, *pattern).code == 0
 
     def push(self, commit: str) -> None:
         """Push a commit to the branch. Pushing it again changes nothing.
@@ -4837,7 +4871,7 @@ class Workspace:
         """Return the change of a commit in the outbox, to be applied elsewhere."""
         with tempfile.NamedTemporaryFile(prefix="scratch_") as file:
             options = ("--binary", "--full-index", f"--output={file.name}")
-            self.outbox.output(*GIT_DIFF, *options, base_commit, commit)
+            self.outbox.local_output(*GIT_DIFF, *options, base_commit, commit)
             return pathlib.Path(file.name).read_bytes()
 
     def apply(self, patch: bytes) -> None:
@@ -5573,6 +5607,11 @@ def react_to_issue(run: JobRun, access: RemoteAccess) -> None:
 
 # --- Review ------------------------------------------------------------------
 
+# Who has written a comment? The sender and the text of a delivery are only a claim, which
+# is stored. When the review runs, load_comments asks GitHub whether that person may write
+# to the repository, and for each comment again: it counts only if GitHub names the same
+# person, and then with the text that it has now.
+
 LIMIT_TEXT = (
     f"This pull request has had {DAILY_REVIEW_JOBS} requests to codebot in a day. "
     "Further comments are not handled; comment again tomorrow."
@@ -5890,7 +5929,7 @@ def converse(
     except SessionLost:
         run.log("codebot", "The agent's session is lost; a new one begins")
     span = f"refs/heads/{context.task.base_name}...{base_commit}"
-    diff = workspace.mirror.git(*GIT_DIFF, span).stdout
+    diff = workspace.mirror.local_git(*GIT_DIFF, span).stdout
     task = delimited("task", task_text(context.task.request))
     changes = delimited("diff", "\n".join(diff)[-200_000:])
     prompt += (
@@ -6087,9 +6126,10 @@ class Sync:
     def step(self) -> None:
         """Wait a moment for requests, and handle those that are due."""
         with contextlib.suppress(queue.Empty):
-            self.waiting[self.app.sync_queue.get(timeout=SYNC_INTERVAL)] = 0.0
-            while True:
-                self.waiting[self.app.sync_queue.get_nowait()] = 0.0
+            request = self.app.sync_queue.get(timeout=SYNC_INTERVAL)
+            while True:  # until the queue is empty
+                self.waiting[request] = 0.0
+                request = self.app.sync_queue.get_nowait()
         for task in self.app.store.unreported_tasks():
             self.waiting.setdefault(TaskEnded(task.id), 0.0)
         for request, due in list(self.waiting.items()):
@@ -8452,7 +8492,12 @@ def hang_up(connection: socket.socket) -> None:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers the requests of one connection, in a thread of the pool."""
+    """Answers the requests of one connection, in a thread of the pool.
+
+    Of http.server are setup() and finish(), which open and close rfile and wfile;
+    handle(), which calls handle_one_request() until close_connection is set; and
+    parse_request(), which sets command, requestline, request_version and headers.
+    """
 
     server: Server
     rfile: io.BufferedReader
@@ -9025,7 +9070,7 @@ def stop_on_signals(app: Codebot) -> None:
 def set_up_process(app: Codebot, level: int) -> None:
     """Set up the log, the watchdog and the signals, before any thread starts."""
     handler = logging.StreamHandler()
-    handler.setFormatter(app.redact)
+    handler.setFormatter(LogFormatter(app.redact))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     if sys.platform == "linux":
         # Even without a sandbox an agent that is not root cannot read codebot's memory.

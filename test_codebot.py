@@ -2527,7 +2527,7 @@ def test_log_is_redacted_with_its_traceback(redact: codebot.Redactor) -> None:
     record = logging.LogRecord(
         "codebot", logging.ERROR, "", 1, "%s", ("api-key-1",), error
     )
-    text = redact.format(record)
+    text = codebot.LogFormatter(redact).format(record)
     assert "api-key-1" not in text
     assert "ValueError: ***" in text
 
@@ -2535,7 +2535,7 @@ def test_log_is_redacted_with_its_traceback(redact: codebot.Redactor) -> None:
 def test_message_cannot_forge_a_line_of_the_log(redact: codebot.Redactor) -> None:
     message = "tests failed\n2026-01-01 00:00:00 MainThread INFO Stopping"
     record = logging.LogRecord("codebot", logging.INFO, "", 1, message, (), None)
-    first, second = redact.format(record).split("\n")
+    first, second = codebot.LogFormatter(redact).format(record).split("\n")
     assert first.endswith("tests failed")
     assert second.startswith("    2026")
 
