@@ -48,7 +48,7 @@ GLOSSARY
   One repository appears as
     Repository         its URL and name, as a task gives them
     GitHubRepository   the same at GitHub, found by its id and asked with its own token
-    RemoteAccess       both, and git with a credential
+    GitAccess          both, and git with a credential
     Mirror             the local copy, written from the remote only
     Workspace.repo     the agent's clone, which borrows the mirror's objects
     Workspace.outbox   codebot's own, to which the agent's tree is fetched
@@ -2185,7 +2185,7 @@ class GitHub:
 
     # The App, its installation and its repositories
 
-    def app(self) -> Json:
+    def fetch_app(self) -> Json:
         try:
             return self.call("GET", "/app", AS_APP).value
         except GitHubError as error:
@@ -2207,7 +2207,7 @@ class GitHub:
 
     def bot(self) -> Bot:
         if self._bot is None:
-            login = f"{self.app()['slug']}[bot]"
+            login = f"{self.fetch_app()['slug']}[bot]"
             path = f"/users/{urllib.parse.quote(login)}"
             user = self.call("GET", path, LOOKUP).value
             self._bot = Bot(login, int(user["id"]))
@@ -2759,29 +2759,31 @@ class GitDirectory:
 TOKEN_RETRY_DELAYS = (0.0, 3.0)
 
 
-class RemoteAccess:
+class GitAccess:
     """A remote repository together with the way to get a token for it."""
 
-    def __init__(self, repository: Repository, remote: GitHubRepository | None) -> None:
+    def __init__(
+        self, repository: Repository, github_repository: GitHubRepository | None
+    ) -> None:
         self.repository = repository
-        self.remote = remote  # None with --no-github
+        self.github_repository = github_repository  # None with --no-github
 
     def git(
         self, directory: GitDirectory, *args: str, pass_fds: Sequence[int] = ()
     ) -> ProgramResult:
         """Run git against the remote; if its token is refused, with a new one."""
-        if self.remote is None:
+        if self.github_repository is None:
             return directory.remote_git("", *args, pass_fds=pass_fds)
-        github = self.remote.github
+        github = self.github_repository.github
         delays = [*TOKEN_RETRY_DELAYS]
         while True:
-            token = github.token(self.remote.id)
+            token = github.token(self.github_repository.id)
             try:
                 return directory.remote_git(token, *args, pass_fds=pass_fds)
             except GitAuthFailed:
                 if not delays:
                     raise
-            github.forget_token(self.remote.id)
+            github.forget_token(self.github_repository.id)
             if github.stop.wait(delays.pop(0)):
                 raise StopRequested()
 
@@ -2820,7 +2822,7 @@ class Mirror(GitDirectory):
                 time.sleep(0.01)
             yield file.fileno()
 
-    def resolve_branch(self, access: RemoteAccess, branch: str) -> tuple[str, str]:
+    def resolve_branch(self, access: GitAccess, branch: str) -> tuple[str, str]:
         """Return the name and commit of a branch at the remote ("": its default)."""
         url = access.repository.url
         ref = f"refs/heads/{branch}" if branch else "HEAD"
@@ -2836,7 +2838,7 @@ class Mirror(GitDirectory):
             raise BranchNotFound(branch)
         return branch, commit
 
-    def fetch_branch(self, access: RemoteAccess, branch: str) -> tuple[str, str]:
+    def fetch_branch(self, access: GitAccess, branch: str) -> tuple[str, str]:
         """Bring the mirror up to date. Returns the name and commit of the branch.
 
         Raises BranchNotFound if the remote has no such branch.
@@ -2855,13 +2857,15 @@ class Mirror(GitDirectory):
                     return name, commit
         raise TransientError(f"Branch {name} kept moving while it was fetched")
 
-    def make_for(self, access: RemoteAccess) -> None:
+    def make_for(self, access: GitAccess) -> None:
         """Create the mirror, and again if its name belongs to another repository now.
 
         An agent could otherwise read what was in the earlier repository. The lock must
         be held.
         """
-        repository_id = str(access.remote.id) if access.remote else "unknown"
+        repository_id = (
+            str(access.github_repository.id) if access.github_repository else "unknown"
+        )
         id_file = pathlib.Path(self.path, "codebot-repository-id")
         if id_file.exists() and id_file.read_text() == repository_id:
             return
@@ -2872,7 +2876,7 @@ class Mirror(GitDirectory):
     def branch_contains(self, name: str, commit: str) -> bool:
         return self.is_ancestor(commit, f"refs/heads/{name}")
 
-    def fetch_all(self, access: RemoteAccess, lock: int) -> None:
+    def fetch_all(self, access: GitAccess, lock: int) -> None:
         """Fetch all branches. The lock must be held; git inherits it."""
         refspec = "+refs/heads/*:refs/heads/*"
         url = access.repository.url
@@ -4360,15 +4364,15 @@ def remove_tree(config: Config, path: str, run_tag: str) -> None:
 class JobRun:
     """One run of a job: its log, its time, and what ends it early."""
 
-    def __init__(self, app: Codebot, job: Job) -> None:
-        self.app = app
-        self.config = app.config
-        self.store = app.store
-        self.redact = app.redact
+    def __init__(self, codebot: Codebot, job: Job) -> None:
+        self.codebot = codebot
+        self.config = codebot.config
+        self.store = codebot.store
+        self.redact = codebot.redact
         self.job = job
         self.task_id = job.id  # in whose log and workspace a review goes on
         self.cancel = threading.Event()
-        self.run_tag = f"{app.run_tag}{job.id}"
+        self.run_tag = f"{codebot.run_tag}{job.id}"
         self.started = time.monotonic()
         self.deadline: float | None = None  # of the agent and the tests
         self.events_left = MAX_AGENT_EVENTS
@@ -4378,13 +4382,13 @@ class JobRun:
         """Raise StopRequested or Cancelled if the run must end."""
         if self.cancel.is_set():
             raise Cancelled()
-        if self.app.stop.is_set():
+        if self.codebot.stop.is_set():
             raise StopRequested()
 
-    def log(self, source: str, *messages: str) -> None:
-        self.log_all([(source, message) for message in messages])
+    def log_event(self, source: str, *messages: str) -> None:
+        self.log_events([(source, message) for message in messages])
 
-    def log_all(self, entries: Sequence[tuple[str, str]]) -> None:
+    def log_events(self, entries: Sequence[tuple[str, str]]) -> None:
         """Add (source, message) pairs to the task's log, without secrets, truncated."""
         events = []
         for source, message in entries:
@@ -4402,7 +4406,7 @@ class JobRun:
     def update(self, **changes: Any) -> None:
         """Change fields of the job, and store them."""
         self.job = dataclasses.replace(self.job, **changes)
-        self.app.until_database_works(self.store.save_progress, self.job)
+        self.codebot.until_database_works(self.store.save_progress, self.job)
 
     def update_outcome(self, **changes: Any) -> None:
         self.update(outcome=dataclasses.replace(self.job.outcome, **changes))
@@ -4411,7 +4415,7 @@ class JobRun:
         self.check_stop()
         self.update(phase=phase, attempt=attempt)
         suffix = f", attempt {attempt} of {attempts}" if attempt > 1 else ""
-        self.log("phase", f"{phase}{suffix}")
+        self.log_event("phase", f"{phase}{suffix}")
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
@@ -4586,19 +4590,19 @@ class Workspace:
     def __init__(
         self,
         run: JobRun,
-        access: RemoteAccess,
+        access: GitAccess,
         mirror_path: str,
         directory: str,
         branch: str,
     ) -> None:
         self.run = run
-        self.app = run.app
+        self.codebot = run.codebot
         self.config = run.config
         self.access = access
         self.branch = branch
         self.path = f"{self.config.work_dir}/{directory}"
         self.repo = f"{self.path}/repo"
-        self.mirror = self.app.mirror(mirror_path, run.run_tag, run.check_stop)
+        self.mirror = self.codebot.mirror(mirror_path, run.run_tag, run.check_stop)
         self.outbox = GitDirectory(
             self.config,
             outbox_path(self.config, directory),
@@ -4644,7 +4648,9 @@ class Workspace:
             raise JobFailed(
                 "clone_failed", f"Failed to check out {base_name}: {result.error}"
             )
-        self.run.log("git", f"Branch {self.branch} from {base_name} at {base_commit}")
+        self.run.log_event(
+            "git", f"Branch {self.branch} from {base_name} at {base_commit}"
+        )
 
     # Programs in the sandbox
 
@@ -4654,14 +4660,14 @@ class Workspace:
         env.update(copy_variables(self.config, [*NETWORK_NAMES, "LANG", "TZ"]))
         env["HOME"] = f"{self.path}/home"
         env["TMPDIR"] = "/tmp"
-        if not self.app.sandbox.is_bwrap:
+        if not self.codebot.sandbox.is_bwrap:
             env["TMPDIR"] = f"{self.path}/tmp"
         # Else, if .git is missing, git would search the directories above for one.
         env["GIT_CEILING_DIRECTORIES"] = self.path
         for role in ("AUTHOR", "COMMITTER"):
             env[f"GIT_{role}_NAME"] = "codebot"
             env[f"GIT_{role}_EMAIL"] = "codebot@localhost"
-        if not self.app.sandbox.is_none:
+        if not self.codebot.sandbox.is_none:
             env["IS_SANDBOX"] = "1"  # else the CLI refuses to work as root
         if with_model_key:
             env.update(dict.fromkeys(AGENT_SWITCHES, "1"))
@@ -4678,7 +4684,7 @@ class Workspace:
         return check_disk(self.supervise(command, argv, self.run.git_limits()))
 
     def sandboxed(self, argv: Sequence[str]) -> list[str]:
-        return self.app.sandbox.wrap(argv, self.path, self.mirror.objects)
+        return self.codebot.sandbox.wrap(argv, self.path, self.mirror.objects)
 
     def launch(
         self, command: SandboxedCommand, on_start: Callable[[], None]
@@ -4740,7 +4746,7 @@ class Workspace:
         except LimitReached as error:
             raise self.run.limit_failure(error, command.name) from None
         finally:
-            if launch is not None or not self.app.sandbox.is_bwrap:
+            if launch is not None or not self.codebot.sandbox.is_bwrap:
                 # On this host, bwrap's PID namespace ends every process by itself.
                 end_tagged_processes(self.run.run_tag)
 
@@ -4792,8 +4798,8 @@ class Workspace:
         """Make the job's one commit, in the App's name. Returns its id."""
         login = "codebot"
         address = "codebot@localhost"
-        if self.app.github is not None:
-            bot = self.app.github.bot()
+        if self.codebot.github is not None:
+            bot = self.codebot.github.bot()
             host = urllib.parse.urlsplit(self.config.git_base).hostname
             login = bot.login
             address = f"{bot.id}+{bot.login}@users.noreply.{host}"
@@ -4814,7 +4820,7 @@ class Workspace:
 
     def inspect_commit(self, base_commit: str, commit: str) -> Change:
         """Return what a commit changes, and whether that may be pushed."""
-        inspection = Inspection(self.app.redact)
+        inspection = Inspection(self.codebot.redact)
         options = ("--stat=100", "--stat-count=50", "--patch", "--unified=0")
         argv = (*GIT_DIFF, *options, "--no-renames", base_commit, commit)
         try:
@@ -4856,7 +4862,7 @@ class Workspace:
                 raise JobFailed("push_rejected", f"Failed to push: {error}") from None
         except GitHubError as error:
             raise JobFailed("push_rejected", f"Failed to push: {error}") from None
-        self.run.log("git", f"Pushed {commit} to {self.branch}")
+        self.run.log_event("git", f"Pushed {commit} to {self.branch}")
 
     def remote_commit(self) -> str:
         """Return the commit of the branch at the remote; "" if it is not there."""
@@ -5028,7 +5034,7 @@ class AgentStream:
                 self.read_event(json.loads(line))
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 self.log("agent", last_shown(line))  # no event, or of an unknown shape
-        self.run.log_all(self.entries)  # in one transaction
+        self.run.log_events(self.entries)  # in one transaction
         self.entries = []
         if self.login_failed:
             return 0.0  # it would retry for three minutes
@@ -5172,7 +5178,7 @@ class Agent:
             self.add_up(stream.result)
         if not stream.result:
             # systemd may have signalled the agent first; codebot's own signal follows.
-            self.run.app.stop.wait(0.3)
+            self.run.codebot.stop.wait(0.3)
             self.run.check_stop()
         answer = stream.verdict(result, session)
         summary = self.run.redact(answer.text[:200_000])[:100_000]
@@ -5254,12 +5260,12 @@ def run_task(run: JobRun) -> None:
         tests = run_tests(run, workspace, run.job.request.test_command)
         commit_task(run, workspace, base_commit, tests)
     push_commit(run, workspace)
-    if access.remote is not None:
-        create_pull_request(run, access.remote)
-    run.log("codebot", "Completed")
+    if access.github_repository is not None:
+        create_pull_request(run, access.github_repository)
+    run.log_event("codebot", "Completed")
 
 
-def find_remote(run: JobRun) -> RemoteAccess:
+def find_remote(run: JobRun) -> GitAccess:
     """Find the repository, and GitHub's id for it. Raises JobFailed if it is not allowed.
 
     The settings may have changed since the task was submitted.
@@ -5274,13 +5280,15 @@ def find_remote(run: JobRun) -> RemoteAccess:
             "clone_failed",
             f"{repository.full_name} is not in CODEBOT_ALLOWED_REPOSITORIES",
         )
-    github = run.app.github
+    github = run.codebot.github
     if github is None:
         run.update(mirror=repository.mirror_path)
-        return RemoteAccess(repository, None)
+        return GitAccess(repository, None)
     try:
-        remote = github.repository_by_name(repository.full_name)
-        github.token(remote.id)  # it is refused if the App is not installed there
+        github_repository = github.repository_by_name(repository.full_name)
+        github.token(
+            github_repository.id
+        )  # it is refused if the App is not installed there
     except AppRefused as error:
         raise JobFailed(
             "clone_failed", f"Failed to clone repository: {error}"
@@ -5294,24 +5302,24 @@ def find_remote(run: JobRun) -> RemoteAccess:
                 f"{run.config.installation_id} ({error})"
             )
         raise JobFailed("clone_failed", message) from None
-    if remote.full_name.lower() != repository.full_name.lower():
+    if github_repository.full_name.lower() != repository.full_name.lower():
         raise JobFailed(
             "clone_failed",
             f"Failed to clone repository: {repository.full_name} is now named "
-            f"{remote.full_name}. Submit the task again with that name.",
+            f"{github_repository.full_name}. Submit the task again with that name.",
         )
     known_ids = (job.repository_id, job.issue_repository_id)  # 0: not known
-    if any(known not in (0, remote.id) for known in known_ids):
+    if any(known not in (0, github_repository.id) for known in known_ids):
         raise JobFailed(
             "clone_failed",
-            f"Another repository is named {remote.full_name} now. Submit the task again.",
+            f"Another repository is named {github_repository.full_name} now. Submit the task again.",
         )
     github.bot()  # for the commit: asked for now, before the agent costs anything
-    run.update(mirror=repository.mirror_path, repository_id=remote.id)
-    return RemoteAccess(repository, remote)
+    run.update(mirror=repository.mirror_path, repository_id=github_repository.id)
+    return GitAccess(repository, github_repository)
 
 
-def task_workspace(run: JobRun, access: RemoteAccess) -> Workspace:
+def task_workspace(run: JobRun, access: GitAccess) -> Workspace:
     """Return the task's workspace, whose directory and branch are named once."""
     job = run.job
     if not job.directory:
@@ -5335,10 +5343,10 @@ def can_resume(run: JobRun, workspace: Workspace) -> bool:
     job = run.job
     # Once it is being pushed, the remote may have it, and the outbox is not needed.
     if job.commit_id and (job.is_pushing or workspace.outbox.has_commit(job.commit_id)):
-        run.log("codebot", f"Continued after commit {job.commit_id}")
+        run.log_event("codebot", f"Continued after commit {job.commit_id}")
         return True
     if job.interruptions or job.base_commit:
-        run.log("codebot", "Restarted after an interruption")
+        run.log_event("codebot", "Restarted after an interruption")
     return False
 
 
@@ -5347,7 +5355,7 @@ def clone(run: JobRun, workspace: Workspace) -> str:
     base_name, base_commit = fetch_or_fail(
         run, workspace, run.job.request.base_branch, "base_branch_not_found"
     )
-    if base_commit not in run.app.checked_commits:
+    if base_commit not in run.codebot.checked_commits:
         try:
             workspace.mirror.check_objects(base_commit)
         except GitFailed as error:
@@ -5356,7 +5364,7 @@ def clone(run: JobRun, workspace: Workspace) -> str:
                 f"The repository has objects that git's fsck rejects, so a change to "
                 f"it cannot be checked. Repair it first: {error}",
             ) from None
-        run.app.checked_commits.add(base_commit)
+        run.codebot.checked_commits.add(base_commit)
     workspace.make_outbox()
     workspace.check_out(base_name, base_commit, keep_home=False)
     run.update(base_name=base_name, base_commit=base_commit, commit_id="")
@@ -5422,10 +5430,10 @@ def run_test_command(
 ) -> ProgramResult:
     def start() -> None:
         run.set_phase("test", attempt, attempts)
-        run.log("test", f"$ {command}")
+        run.log_event("test", f"$ {command}")
 
     def log_lines(lines: list[str]) -> float | None:
-        run.log("test", "\n".join(last_shown(line) for line in lines))
+        run.log_event("test", "\n".join(last_shown(line) for line in lines))
         return None
 
     test = SandboxedCommand(
@@ -5434,7 +5442,7 @@ def run_test_command(
         on_lines=log_lines,
     )
     result = workspace.launch(test, start)
-    run.log("test", f"Exit code {result.code}")
+    run.log_event("test", f"Exit code {result.code}")
     return result
 
 
@@ -5499,7 +5507,7 @@ def commit_agent_tree(
     change = workspace.inspect_commit(base_commit, commit_id)
     if change.fault:
         raise JobFailed("agent_failed", f"The change is not pushed: {change.fault}")
-    run.log("git", f"Commit {commit_id}", "\n".join(change.files))
+    run.log_event("git", f"Commit {commit_id}", "\n".join(change.files))
     return Commit(commit_id, change.files)
 
 
@@ -5530,8 +5538,11 @@ def push_commit(run: JobRun, workspace: Workspace) -> None:
 
 def was_pushed(run: JobRun, workspace: Workspace) -> bool:
     """Return whether the remote has the commit, whatever others have done since."""
-    remote = workspace.access.remote
-    if remote is not None and remote.find_pull_request(run.job.branch) is not None:
+    github_repository = workspace.access.github_repository
+    if (
+        github_repository is not None
+        and github_repository.find_pull_request(run.job.branch) is not None
+    ):
         return True  # its branch may have been deleted, after a merge
     try:
         _, tip = workspace.mirror.fetch_branch(workspace.access, run.job.branch)
@@ -5576,33 +5587,35 @@ def pull_request_body(run: JobRun) -> str:
     return f"{redact(body)[:65_000]}\n{marker}\n"
 
 
-def create_pull_request(run: JobRun, remote: GitHubRepository) -> None:
+def create_pull_request(run: JobRun, github_repository: GitHubRepository) -> None:
     """Open the branch's pull request, or find the one that it has, and store it."""
     run.set_phase("pull_request")
     title = without_switches(run.redact(run.job.request.title)[:250])
     body = pull_request_body(run)
     try:
-        new = remote.open_pull_request(run.job.branch, run.job.base_name, title, body)
+        new = github_repository.open_pull_request(
+            run.job.branch, run.job.base_name, title, body
+        )
     except GitHubError as error:
         raise JobFailed(
             "pull_request_failed",
             f"Branch {run.job.branch} was pushed, but GitHub refused the pull request: "
             f"{error}",
         ) from None
-    run.app.until_database_works(
-        run.store.add_pull_request, run.job, remote.full_name, new
+    run.codebot.until_database_works(
+        run.store.add_pull_request, run.job, github_repository.full_name, new
     )
-    run.log("codebot", f"Pull request {new.number}: {new.url}")
+    run.log_event("codebot", f"Pull request {new.number}: {new.url}")
     log.info("Task %s: opened %s", run.job.id, new.url)
     stored = run.store.pull_request_of_task(run.job.id)
     if stored is not None:  # somebody may have commented on it before it was stored
-        run.app.sync_queue.put(PullRequestChanged(stored.id))
+        run.codebot.sync_queue.put(PullRequestChanged(stored.id))
 
 
-def react_to_issue(run: JobRun, access: RemoteAccess) -> None:
+def react_to_issue(run: JobRun, access: GitAccess) -> None:
     """Show on the issue that its task has been picked up."""
-    if access.remote is not None and run.job.issue_number:
-        access.remote.react(f"/issues/{run.job.issue_number}")
+    if access.github_repository is not None and run.job.issue_number:
+        access.github_repository.react(f"/issues/{run.job.issue_number}")
 
 
 # --- Review ------------------------------------------------------------------
@@ -5624,7 +5637,7 @@ class ReviewContext(NamedTuple):
 
     pull_request: PullRequest
     task: Job
-    remote: GitHubRepository
+    github_repository: GitHubRepository
     workspace: Workspace
 
     @property
@@ -5676,24 +5689,26 @@ def store_failure(run: JobRun, reason: str, error: str) -> None:
 def load_review(run: JobRun) -> ReviewContext:
     """Find the pull request's repository, under the name that it has now."""
     store = run.store
-    github = run.app.github
+    github = run.codebot.github
     pull_request = store.pull_request(run.job.pull_request_id)
     task = store.job(pull_request.task_id) if pull_request else None
     if pull_request is None or task is None or github is None:
         raise ReviewSkipped("its pull request is not codebot's any more")
     run.task_id = task.id
     try:
-        remote = github.repository_by_id(pull_request.repository_id)
+        github_repository = github.repository_by_id(pull_request.repository_id)
     except GitHubError as error:
         raise refusal_error(error) from None
-    url = f"{run.config.git_base}/{remote.full_name}"
+    url = f"{run.config.git_base}/{github_repository.full_name}"
     repository = parse_repository_url(run.config, url)
     if not repository.is_allowed(run.config):
-        raise ReviewSkipped(f"{remote.full_name} is not an allowed repository")
+        raise ReviewSkipped(
+            f"{github_repository.full_name} is not an allowed repository"
+        )
     github.bot()  # for the commit and the answers
-    access = RemoteAccess(repository, remote)
+    access = GitAccess(repository, github_repository)
     workspace = Workspace(run, access, task.mirror, task.directory, task.branch)
-    return ReviewContext(pull_request, task, remote, workspace)
+    return ReviewContext(pull_request, task, github_repository, workspace)
 
 
 def refusal_error(error: GitHubError) -> Exception:
@@ -5710,11 +5725,11 @@ def refusal_error(error: GitHubError) -> Exception:
 def check_pull_request(run: JobRun, context: ReviewContext) -> None:
     """Raise ReviewSkipped unless the pull request is open, and of our branch."""
     try:
-        current = context.remote.pull_request(context.number)
+        current = context.github_repository.pull_request(context.number)
     except GitHubError as error:
         raise refusal_error(error) from None
     if current.state != "open":
-        run.app.sync_queue.put(PullRequestChanged(context.pull_request.id))
+        run.codebot.sync_queue.put(PullRequestChanged(context.pull_request.id))
         raise ReviewSkipped(f"the pull request is {current.state}")
     if current.is_from_fork or current.head_branch != context.task.branch:
         raise ReviewSkipped("the pull request is not of codebot's branch")
@@ -5731,7 +5746,7 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
     """
     store = run.store
     reviewer = run.job.reviewer
-    if not context.remote.has_write_access(reviewer):
+    if not context.github_repository.has_write_access(reviewer):
         raise ReviewSkipped(f"{reviewer} has no write access")
     is_new = not run.job.request_kind and not run.job.outcome.error
     if is_new:
@@ -5741,12 +5756,12 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
     comments = []
     for stored in store.comments(run.job.id):
         # What a delivery said is not believed: GitHub says who wrote what.
-        comment = context.remote.reload_comment(context.number, stored)
+        comment = context.github_repository.reload_comment(context.number, stored)
         if comment is None or comment.user != reviewer:
             continue
         comments.append(comment)
         if comment.kind != "review":  # which takes no reactions
-            context.remote.react(comment_path(comment))
+            context.github_repository.react(comment_path(comment))
     return comments
 
 
@@ -5755,7 +5770,9 @@ def add_github_reviews(run: JobRun, context: ReviewContext) -> None:
     store = run.store
     review_ids = {comment.review_id for comment in store.comments(run.job.id)}
     for review_id in sorted(review_ids - {0}):
-        found = context.remote.review_with_comments(context.number, review_id)
+        found = context.github_repository.review_with_comments(
+            context.number, review_id
+        )
         own = [comment for comment in found if comment.user == run.job.reviewer]
         store.add_comments_to_review(run.job, own)
 
@@ -5792,7 +5809,7 @@ def decide_and_do(
 ) -> None:
     """Classify what the reviewer wants, do it, and store the answers."""
     first = comments[0]
-    run.log("codebot", f"Review by {first.user}: {first.text}")
+    run.log_event("codebot", f"Review by {first.user}: {first.text}")
     earlier = earlier_comments(run, context, comments)
     text = format_comments(comments, earlier)
     if run.job.request_kind not in ("question", "change", "none", "limit"):
@@ -5832,8 +5849,8 @@ def dialogue(
     run: JobRun, context: ReviewContext, kind: str, path: str
 ) -> Iterator[Comment]:
     """Yield what the reviewer and codebot wrote; nobody else is listened to."""
-    bot = context.remote.github.bot()
-    for payload in context.remote.pages(path):
+    bot = context.github_repository.github.bot()
+    for payload in context.github_repository.pages(path):
         is_ours = (payload["user"] or {}).get("id") == bot.id
         if is_ours:
             payload = {**payload, "user": {"login": "codebot (you)"}}
@@ -5927,7 +5944,7 @@ def converse(
     try:
         return agent.ask(prompt, mode, Session.CONTINUE)
     except SessionLost:
-        run.log("codebot", "The agent's session is lost; a new one begins")
+        run.log_event("codebot", "The agent's session is lost; a new one begins")
     span = f"refs/heads/{context.task.base_name}...{base_commit}"
     diff = workspace.mirror.local_git(*GIT_DIFF, span).stdout
     task = delimited("task", task_text(context.task.request))
@@ -6045,7 +6062,7 @@ def reapply_change(run: JobRun, context: ReviewContext, tip: str) -> None:
     If ``tip`` has the same change already, it becomes the job's commit, which the
     answer names.
     """
-    run.log("git", f"Others pushed {tip}; the change is put on top of it")
+    run.log_event("git", f"Others pushed {tip}; the change is put on top of it")
     workspace = context.workspace
     patch = workspace.patch(run.job.base_commit, run.job.commit_id)
     workspace.check_out(workspace.branch, tip, keep_home=True)
@@ -6073,7 +6090,7 @@ def answer_threads(
             list_path = f"/pulls/{context.number}/comments"
             post_path = f"{list_path}/{number}/replies"
         try:
-            context.remote.post_once(list_path, post_path, body, marker)
+            context.github_repository.post_once(list_path, post_path, body, marker)
         except GitHubError as error:
             if error.status != 404:
                 message = f"GitHub refused the answer: {error}"
@@ -6117,20 +6134,20 @@ EDIT_TOLERANCE = 1.0  # seconds that an issue may be younger than its label, une
 class Sync:
     """The thread that looks at pull requests and at issues with the label."""
 
-    def __init__(self, app: Codebot, github: GitHub) -> None:
-        self.app = app
-        self.config = app.config
+    def __init__(self, codebot: Codebot, github: GitHub) -> None:
+        self.codebot = codebot
+        self.config = codebot.config
         self.github = github
         self.waiting: dict[SyncRequest, float] = {PollDue(): 0.0}  # when to look
 
     def step(self) -> None:
         """Wait a moment for requests, and handle those that are due."""
         with contextlib.suppress(queue.Empty):
-            request = self.app.sync_queue.get(timeout=SYNC_INTERVAL)
+            request = self.codebot.sync_queue.get(timeout=SYNC_INTERVAL)
             while True:  # until the queue is empty
                 self.waiting[request] = 0.0
-                request = self.app.sync_queue.get_nowait()
-        for task in self.app.store.unreported_tasks():
+                request = self.codebot.sync_queue.get_nowait()
+        for task in self.codebot.store.unreported_tasks():
             self.waiting.setdefault(TaskEnded(task.id), 0.0)
         for request, due in list(self.waiting.items()):
             if due <= time.time():
@@ -6170,42 +6187,44 @@ class Sync:
         """Ask for a look at everything that may have changed."""
         if self.config.enable_polling:
             self.waiting[PollDue()] = time.time() + self.config.poll_interval
-        for pull_request in self.app.store.unmerged_pull_requests():
+        for pull_request in self.codebot.store.unmerged_pull_requests():
             self.waiting[PullRequestChanged(pull_request.id)] = 0.0
         if not self.config.issue_label:
             return
-        for repository_id, number in self.app.store.unfinished_issues():
+        for repository_id, number in self.codebot.store.unfinished_issues():
             self.waiting[IssueChanged(repository_id, number)] = 0.0
-        for remote in self.github.repositories():
-            if self.repository(remote).is_allowed(self.config):
-                self.find_labelled_issues(remote)
+        for github_repository in self.github.repositories():
+            if self.repository(github_repository).is_allowed(self.config):
+                self.find_labelled_issues(github_repository)
 
-    def find_labelled_issues(self, remote: GitHubRepository) -> None:
+    def find_labelled_issues(self, github_repository: GitHubRepository) -> None:
         """Ask for a look at a repository's open issues with the label."""
         try:
-            numbers = remote.issues_with_label(self.config.issue_label)
+            numbers = github_repository.issues_with_label(self.config.issue_label)
         except GitHubError as error:
             # Its issues may be turned off; those of other repositories are not.
-            log.warning("Issues of %s are ignored: %s", remote.full_name, error)
+            log.warning(
+                "Issues of %s are ignored: %s", github_repository.full_name, error
+            )
             return
         for number in numbers:
-            self.waiting[IssueChanged(remote.id, number)] = 0.0
+            self.waiting[IssueChanged(github_repository.id, number)] = 0.0
 
-    def repository(self, remote: GitHubRepository) -> Repository:
-        url = f"{self.config.git_base}/{remote.full_name}"
+    def repository(self, github_repository: GitHubRepository) -> Repository:
+        url = f"{self.config.git_base}/{github_repository.full_name}"
         return parse_repository_url(self.config, url)
 
     # Pull requests
 
     def look_at_pull_request(self, pull_request_id: int) -> None:
         """Store a pull request's state, and queue what people wrote on it."""
-        store = self.app.store
+        store = self.codebot.store
         pull_request = store.pull_request(pull_request_id)
         if pull_request is None:
             return
         try:
-            remote = self.github.repository_by_id(pull_request.repository_id)
-            current = remote.pull_request(pull_request.number)
+            github_repository = self.github.repository_by_id(pull_request.repository_id)
+            current = github_repository.pull_request(pull_request.number)
         except GitHubError as error:
             if error.status in GONE_STATUSES:  # as long as that is so, it is closed
                 store.save_pull_request_state(
@@ -6219,78 +6238,78 @@ class Sync:
             )
         if current.state != "open":
             self.end_reviews(pull_request.id)
-        elif self.repository(remote).is_allowed(self.config):
-            self.queue_new_comments(pull_request, remote)
+        elif self.repository(github_repository).is_allowed(self.config):
+            self.queue_new_comments(pull_request, github_repository)
 
     def end_reviews(self, pull_request_id: int) -> None:
         """End the review that runs on a closed pull request. Those that wait are
         skipped when they start."""
-        for run in list(self.app.running.values()):
+        for run in list(self.codebot.running.values()):
             if run.job.pull_request_id == pull_request_id:
                 run.cancel.set()
-        self.app.cleanup_wanted.set()
+        self.codebot.cleanup_wanted.set()
 
     def queue_new_comments(
-        self, pull_request: PullRequest, remote: GitHubRepository
+        self, pull_request: PullRequest, github_repository: GitHubRepository
     ) -> None:
         # What is written while the lists are read may be missing in them. So the next
         # look begins 10 s before this one, by GitHub's clock.
         started = now_text(seconds_ago=10 - self.github.clock_skew)
         latest = pull_request.seen_until
         comments = []
-        found = remote.comments(pull_request.number, pull_request.seen_until)
+        found = github_repository.comments(pull_request.number, pull_request.seen_until)
         for updated_at, comment in found:
             latest = max(latest, updated_at)
             comments.append(comment)
         comments.sort(key=lambda comment: comment.created_at)
         seen_until = min(latest, started)
-        jobs = self.app.store.queue_comments(
+        jobs = self.codebot.store.queue_comments(
             pull_request, comments, seen_until=seen_until
         )
         for job_id in jobs:
-            self.app.queues["review"].put(job_id)
+            self.codebot.queues["review"].put(job_id)
 
     # Issues
 
     def look_at_issue(self, request: IssueChanged) -> None:
         """Make a task of an issue with the label; end it if the label was removed."""
-        remote = self.github.repository_by_id(request.repository_id)
-        event = remote.label_event(request.number, self.config.issue_label)
+        github_repository = self.github.repository_by_id(request.repository_id)
+        event = github_repository.label_event(request.number, self.config.issue_label)
         self.cancel_superseded(request, event.id if event else 0)
         if event is None:
-            name = f"{remote.full_name}#{request.number}"
+            name = f"{github_repository.full_name}#{request.number}"
             log.info("Issue %s is ignored: it does not have the label", name)
             return
-        if self.app.store.is_label_event_known(event.id):
+        if self.codebot.store.is_label_event_known(event.id):
             return
-        issue = remote.issue(request.number)
-        obstacle = self.obstacle(remote, issue, event)
+        issue = github_repository.issue(request.number)
+        obstacle = self.obstacle(github_repository, issue, event)
         if obstacle:
             log.info("Issue %s is ignored: %s", issue.url, obstacle)
             # It stays ignored, until the label is put on again.
-            self.app.store.add_label_event(event.id)
+            self.codebot.store.add_label_event(event.id)
             return
-        if self.was_changed(remote, issue, event):
-            self.ask_for_label(remote, issue, event)
+        if self.was_changed(github_repository, issue, event):
+            self.ask_for_label(github_repository, issue, event)
             return
-        self.submit_issue(remote, issue, event)
+        self.submit_issue(github_repository, issue, event)
 
     def cancel_superseded(self, request: IssueChanged, event_id: int) -> None:
         """Cancel the issue's tasks whose label was removed, while that is possible."""
-        tasks = self.app.store.superseded_tasks(
+        tasks = self.codebot.store.superseded_tasks(
             request.repository_id, request.number, event_id
         )
         for task_id in tasks:
             with contextlib.suppress(WrongState):
-                self.app.cancel(task_id)
+                self.codebot.cancel(task_id)
                 log.info("Task %s: cancelled, its issue's label was removed", task_id)
 
     def obstacle(
-        self, remote: GitHubRepository, issue: Issue, event: LabelEvent
+        self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> str:
         """Return why an issue becomes no task; "" if it may."""
-        if not self.repository(remote).is_allowed(self.config):
-            return f"{remote.full_name} is not an allowed repository"
+        if not self.repository(github_repository).is_allowed(self.config):
+            return f"{github_repository.full_name} is not an allowed repository"
         if issue.is_pull_request:
             return "it is a pull request"
         if not issue.is_open:
@@ -6301,12 +6320,12 @@ class Sync:
             return "it does not have the label"
         if not event.actor:
             return "a bot or a deleted user put the label on it"
-        if not remote.has_write_access(event.actor):
+        if not github_repository.has_write_access(event.actor):
             return f"{event.actor} has no write access"
         return ""
 
     def was_changed(
-        self, remote: GitHubRepository, issue: Issue, event: LabelEvent
+        self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> bool:
         """Return whether its text may have been edited after it was labelled.
 
@@ -6314,23 +6333,25 @@ class Sync:
         changed. An edit could be followed by a comment or a new title, so every change
         counts. An author with write access may edit the issue.
         """
-        if issue.author and remote.has_write_access(issue.author):
+        if issue.author and github_repository.has_write_access(issue.author):
             return False
         age = seconds_of(issue.updated_at) - seconds_of(event.created_at)
         return age > EDIT_TOLERANCE
 
     def ask_for_label(
-        self, remote: GitHubRepository, issue: Issue, event: LabelEvent
+        self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> None:
         path = f"/issues/{issue.number}/comments"
         text = (
             f"This issue was changed after @{event.actor} labelled it. Please read it "
             "again, remove the label and add it again."
         )
-        remote.post_once(path, path, text, f"<!-- codebot label {event.id} -->")
+        github_repository.post_once(
+            path, path, text, f"<!-- codebot label {event.id} -->"
+        )
 
     def submit_issue(
-        self, remote: GitHubRepository, issue: Issue, event: LabelEvent
+        self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> None:
         """Submit the task: the issue's text, which has not changed since it was labelled.
 
@@ -6338,43 +6359,43 @@ class Sync:
         """
         title = event.old_title or issue.title
         parts = [issue.body.strip() or title]
-        for updated_at, comment in remote.issue_comments(issue.number):
+        for updated_at, comment in github_repository.issue_comments(issue.number):
             is_in_time = updated_at <= event.created_at
-            if is_in_time and remote.has_write_access(comment.user):
+            if is_in_time and github_repository.has_write_access(comment.user):
                 parts.append(f"Comment by {comment.user}:\n{comment.text}")
-        repository = self.repository(remote)
+        repository = self.repository(github_repository)
         request = TaskRequest(
-            repository_url=f"{self.config.git_base}/{remote.full_name}",
+            repository_url=f"{self.config.git_base}/{github_repository.full_name}",
             description="\n\n".join(parts)[:100_000],
             ticket_id=str(issue.number),
             ticket_summary=title.strip()[:500] or f"Issue {issue.number}",
             test_command=default_test_command(self.config, repository),
         )
-        label = IssueLabel(remote.id, issue.number, issue.url, event.id)
+        label = IssueLabel(github_repository.id, issue.number, issue.url, event.id)
         try:
-            self.app.submit(request, f"github:{event.actor}", issue=label)
+            self.codebot.submit(request, f"github:{event.actor}", issue=label)
         except HTTPError as error:  # the queue is full, or the server stops
             raise TransientError(f"Issue {issue.url} waits: {error}") from None
 
     def report_task(self, task_id: str) -> None:
         """Comment once on the issue that a task comes from, now that it has ended."""
-        store = self.app.store
+        store = self.codebot.store
         task = store.job(task_id)
         if task is None:
             return
         marker = f"<!-- codebot task {task.id} -->"
         path = f"/issues/{task.issue_number}/comments"
         try:
-            remote = self.github.repository_by_id(task.issue_repository_id)
-            body = self.app.redact(self.report_text(task))
-            remote.post_once(path, path, body, marker)
+            github_repository = self.github.repository_by_id(task.issue_repository_id)
+            body = self.codebot.redact(self.report_text(task))
+            github_repository.post_once(path, path, body, marker)
         except GitHubError as error:
             # It was deleted, or is locked.
             log.warning("Task %s: no comment on its issue: %s", task.id, error)
         store.mark_reported(task.id)
 
     def report_text(self, task: Job) -> str:
-        pull_request = self.app.store.pull_request_of_task(task.id)
+        pull_request = self.codebot.store.pull_request_of_task(task.id)
         if task.status == "completed" and pull_request is not None:
             return f"The pull request is {pull_request.url}."
         error = code_block(truncate(task.error, 5000))
@@ -6410,37 +6431,37 @@ REASON_BY_PHASE = {
 
 
 def repeat_until_stopped(
-    app: Codebot, step: Callable[[], None], seconds: float
+    codebot: Codebot, step: Callable[[], None], seconds: float
 ) -> None:
     """Run one of the server's loops."""
-    while not app.stop.is_set():
+    while not codebot.stop.is_set():
         try:
             step()
         except StopRequested:
             return
         except Exception:  # else the loop would end, and the server go on without it
             log.exception("Unexpected error; the thread goes on")
-            app.stop.wait(1.0)
-        app.stop.wait(seconds)
+            codebot.stop.wait(1.0)
+        codebot.stop.wait(seconds)
 
 
-def worker_step(app: Codebot, kind: str) -> None:
+def worker_step(codebot: Codebot, kind: str) -> None:
     """Take one job from a queue, and run it to its end."""
-    job_id = app.queues[kind].get()
+    job_id = codebot.queues[kind].get()
     if job_id is None:
         return  # the server stops
     try:
-        job = app.store.claim(job_id)
+        job = codebot.store.claim(job_id)
     except sqlite3.Error as error:
         log.error("Database: %s; retrying", error)
-        app.stop.wait(DATABASE_RETRY_DELAY)
-        app.queues[kind].put(job_id)
+        codebot.stop.wait(DATABASE_RETRY_DELAY)
+        codebot.queues[kind].put(job_id)
         return
     if job is not None:
-        run_job(app, job)
+        run_job(codebot, job)
 
 
-def run_job(app: Codebot, job: Job) -> None:
+def run_job(codebot: Codebot, job: Job) -> None:
     """Run a job, and turn whatever happens into an end, a retry or a requeue.
 
     What ends a run:                       What becomes of the job:
@@ -6455,15 +6476,15 @@ def run_job(app: Codebot, job: Job) -> None:
       ReviewSkipped                          the review is deleted; failed, as
                                              cancelled, if its agent has cost something
     """
-    run = JobRun(app, job)
-    app.running[job.id] = run
+    run = JobRun(codebot, job)
+    codebot.running[job.id] = run
     try:
         dispatch_job(run)
         end_job(run, "completed")
     except ReviewSkipped as error:
         skip_review(run, error)
     except StopRequested:
-        app.until_database_works(app.store.requeue, job.id)
+        codebot.until_database_works(codebot.store.requeue, job.id)
     except Cancelled:
         end_job(run, "failed", "cancelled", CANCELLED_TEXT)
     except (TransientError, LaunchFailed, sqlite3.OperationalError) as error:
@@ -6478,7 +6499,7 @@ def run_job(app: Codebot, job: Job) -> None:
         log.exception("Job %s", job.id)
         fail(run, "internal", "Internal error; see the server's log")
     finally:
-        del app.running[job.id]
+        del codebot.running[job.id]
         after_job(run)
 
 
@@ -6515,20 +6536,20 @@ def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None
         error = f"{error}. Its branch {job.branch} may have been pushed"
     error = run.redact(error)[:10_000]
     if reason:
-        run.log("codebot", f"Failed ({reason}): {error}")
+        run.log_event("codebot", f"Failed ({reason}): {error}")
         log.info("Job %s: %s", job.id, error)
     if not job.outcome.seconds:  # for the totals
         outcome = dataclasses.replace(job.outcome, seconds=run.seconds())
         run.job = dataclasses.replace(job, outcome=outcome)
     remove_outbox_of(run)
-    run.app.until_database_works(run.store.finish, run.job, status, reason, error)
+    run.codebot.until_database_works(run.store.finish, run.job, status, reason, error)
 
 
 def skip_review(run: JobRun, reason: ReviewSkipped) -> None:
     """Delete a review for which nothing may be done; keep one that cost something."""
     log.info("Review %s is skipped: %s", run.job.id, reason)
     if run.job.outcome.cost_usd is None:
-        run.app.until_database_works(run.store.drop_review, run.job.id)
+        run.codebot.until_database_works(run.store.drop_review, run.job.id)
     else:
         end_job(run, "failed", "cancelled", f"The review was skipped: {reason}")
 
@@ -6547,8 +6568,8 @@ def fail(run: JobRun, reason: str, error: str) -> None:
     job = run.job
     if job.kind == "review" and not job.outcome.error and not run.cancel.is_set():
         store_failure(run, reason, error)
-        run.app.until_database_works(run.store.requeue, job.id)
-        run.app.queues["review"].put(job.id)
+        run.codebot.until_database_works(run.store.requeue, job.id)
+        run.codebot.queues["review"].put(job.id)
         return
     end_job(run, "failed", reason, error)
 
@@ -6559,7 +6580,7 @@ def retry_later(run: JobRun, error: Exception) -> None:
     A retry that would run the agent again costs money, so it counts as an interruption.
     """
     job = run.job
-    app = run.app
+    codebot = run.codebot
     if run.cancel.is_set():
         end_job(run, "failed", "cancelled", CANCELLED_TEXT)
         return
@@ -6568,14 +6589,16 @@ def retry_later(run: JobRun, error: Exception) -> None:
     interruptions = 1 if run.agent_has_run and not is_work_done else 0
     not_before = max(now + RETRY_DELAY, getattr(error, "retry_at", 0.0))
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
-    message = app.redact(str(error))
+    message = codebot.redact(str(error))
     may_run_again = not interruptions or job.interruptions + 1 < MAX_INTERRUPTIONS
     if now <= give_up_at and may_run_again:
-        run.log("codebot", f"{message}. Trying again later")
+        run.log_event("codebot", f"{message}. Trying again later")
         log.warning("Job %s: %s; retrying later", job.id, message)
-        app.until_database_works(app.store.requeue, job.id, interruptions, not_before)
+        codebot.until_database_works(
+            codebot.store.requeue, job.id, interruptions, not_before
+        )
         if not_before <= time.time():  # due already: RetryTimer looks for later ones
-            app.queues[job.kind].put(job.id)
+            codebot.queues[job.kind].put(job.id)
         return
     reason = job.outcome.reason or REASON_BY_PHASE.get(job.phase, "internal")
     fail(run, reason, message)
@@ -6594,31 +6617,31 @@ def handle_os_error(run: JobRun, error: OSError) -> None:
 def after_job(run: JobRun) -> None:
     """Queue the review that had to wait for the job."""
     if run.cancel.is_set():
-        run.app.cleanup_wanted.set()  # its pull request may have been closed
-    next_id = run.app.until_database_works(run.store.next_review, run.job)
+        run.codebot.cleanup_wanted.set()  # its pull request may have been closed
+    next_id = run.codebot.until_database_works(run.store.next_review, run.job)
     if next_id is not None:
-        run.app.queues["review"].put(next_id)
+        run.codebot.queues["review"].put(next_id)
 
 
 class RetryTimer:
     """Queues jobs whose retry is due, and tests the database now and then."""
 
-    def __init__(self, app: Codebot, only_job: str = "") -> None:
-        self.app = app
+    def __init__(self, codebot: Codebot, only_job: str = "") -> None:
+        self.codebot = codebot
         self.only_job = only_job  # its id; "" means all jobs
         self.last_look = time.time()
         self.next_test = 0.0
 
     def step(self) -> None:
         started = time.time()
-        for kind, job_id in self.app.store.due_jobs(self.last_look):
+        for kind, job_id in self.codebot.store.due_jobs(self.last_look):
             if self.only_job in ("", job_id):
-                self.app.queues[kind].put(job_id)
+                self.codebot.queues[kind].put(job_id)
         self.last_look = started
         if time.monotonic() > self.next_test:
             self.next_test = time.monotonic() + DATABASE_TEST_INTERVAL
             try:
-                self.app.store.check_writable()
+                self.codebot.store.check_writable()
             except sqlite3.Error as error:
                 log.error("The database cannot be written: %s", error)
 
@@ -6626,16 +6649,16 @@ class RetryTimer:
 class Cleanup:
     """Removes what retention allows, and keeps mirrors small."""
 
-    def __init__(self, app: Codebot) -> None:
-        self.app = app
-        self.config = app.config
-        self.run_tag = f"{app.run_tag}cleanup"
+    def __init__(self, codebot: Codebot) -> None:
+        self.codebot = codebot
+        self.config = codebot.config
+        self.run_tag = f"{codebot.run_tag}cleanup"
         self.retry_repack_at: dict[str, float] = {}  # by mirror, after a failure
 
     def step(self) -> None:
-        self.app.cleanup_wanted.wait(min(60.0, self.config.retention))
-        self.app.cleanup_wanted.clear()
-        if self.app.stop.is_set():
+        self.codebot.cleanup_wanted.wait(min(60.0, self.config.retention))
+        self.codebot.cleanup_wanted.clear()
+        if self.codebot.stop.is_set():
             return
         # What frees the disk comes first: a full one may be why the database fails.
         self.attempt(self.warn_of_low_disk)
@@ -6657,7 +6680,7 @@ class Cleanup:
         return True
 
     def delete_expired(self) -> None:
-        self.app.store.delete_expired(
+        self.codebot.store.delete_expired(
             now_text(self.config.retention), now_text(DELIVERY_RETENTION)
         )
 
@@ -6674,10 +6697,12 @@ class Cleanup:
         work_dir = self.config.work_dir
         # Listed before the store is asked: it knows the job of every listed directory.
         paths = find_files(work_dir, "task_*")
-        retained = self.app.store.retained_directories(now_text(self.config.retention))
+        retained = self.codebot.store.retained_directories(
+            now_text(self.config.retention)
+        )
         for path in paths:
             # A review may have started meanwhile.
-            in_use = {run.job.directory for run in list(self.app.running.values())}
+            in_use = {run.job.directory for run in list(self.codebot.running.values())}
             if os.path.basename(path) not in retained | in_use:
                 discard(self.config.work_dir, path)
                 discard(work_dir, outbox_path(self.config, os.path.basename(path)))
@@ -6686,11 +6711,11 @@ class Cleanup:
 
     def maintain_mirror(self, path: str) -> None:
         """Remove a mirror that nobody has used for long, or pack it."""
-        mirror = self.app.mirror(path, self.run_tag, self.check_stop)
+        mirror = self.codebot.mirror(path, self.run_tag, self.check_stop)
         name = os.path.relpath(path, self.config.work_dir)
         cutoff = now_text(self.config.retention)
         with contextlib.suppress(BlockingIOError), mirror.lock(wait=False) as lock:
-            is_needed = name in self.app.store.retained_mirrors(cutoff)
+            is_needed = name in self.codebot.store.retained_mirrors(cutoff)
             unused_since = time.time() - os.fstat(lock).st_mtime
             if not is_needed and unused_since > MIRROR_RETENTION:
                 discard(self.config.work_dir, path)
@@ -6699,7 +6724,7 @@ class Cleanup:
             mirror.repack(keep_unreachable=is_needed)
 
     def check_stop(self) -> None:
-        if self.app.stop.is_set():
+        if self.codebot.stop.is_set():
             raise StopRequested()
 
 
@@ -7845,7 +7870,7 @@ refusal_log = log.getChild("refused")
 refusal_log.addFilter(OncePerSecond())
 
 
-def allow_anyone(app: Codebot, request: Request) -> None:
+def allow_anyone(codebot: Codebot, request: Request) -> None:
     """Let every request pass."""
 
 
@@ -7863,12 +7888,12 @@ def submitter(request: Request) -> str:
     return f"{fingerprint} {request.client_address}"
 
 
-def require_api_key(app: Codebot, request: Request) -> None:
+def require_api_key(codebot: Codebot, request: Request) -> None:
     """Require one of the API keys. Compares with all of them, in constant time."""
     key = sent_key(request)
     matches = [
         hmac.compare_digest(key, configured.encode())
-        for configured in app.config.api_keys
+        for configured in codebot.config.api_keys
     ]
     if any(matches):
         return
@@ -7879,10 +7904,10 @@ def require_api_key(app: Codebot, request: Request) -> None:
     raise HTTPError(401, message, {"WWW-Authenticate": 'Bearer realm="codebot"'})
 
 
-def require_signature(app: Codebot, request: Request) -> None:
+def require_signature(codebot: Codebot, request: Request) -> None:
     """Require GitHub's HMAC of the body (docs: "Validating webhook deliveries")."""
     try:
-        check_signature(app.config, request)
+        check_signature(codebot.config, request)
     except HTTPError as error:
         address = request.client_address
         refusal_log.warning("Refused webhook from %s: %s", address, error)
@@ -7927,7 +7952,7 @@ KEEPALIVE_INTERVAL = 15.0  # seconds after which a silent event stream sends a c
 EVENTS_PER_MESSAGE = 100  # events that a stream reads and sends at once
 
 
-def page(app: Codebot, request: Request) -> Response:
+def page(codebot: Codebot, request: Request) -> Response:
     return Response(200, PAGE.encode(), PAGE_HEADERS)
 
 
@@ -7988,7 +8013,7 @@ def read_task_request(config: Config, fields: Mapping[str, object]) -> TaskReque
 
 
 def queue_task(
-    app: Codebot,
+    codebot: Codebot,
     request: Request,
     task: TaskRequest,
     content: bytes,
@@ -8000,7 +8025,7 @@ def queue_task(
         message = "Idempotency-Key must be 1 to 255 visible ASCII characters"
         raise HTTPError(400, message)
     body_hash = hashlib.sha256(content).hexdigest()
-    job = app.submit(task, submitter(request), key, body_hash, issue)
+    job = codebot.submit(task, submitter(request), key, body_hash, issue)
     message = "Task queued successfully"
     if job.status != "pending":
         message = f"The task was submitted before; its status is {job.status}"
@@ -8008,31 +8033,33 @@ def queue_task(
     return json_response(value, 202, {"Location": f"/api/tasks/{job.id}/status"})
 
 
-def submit_task(app: Codebot, request: Request) -> Response:
-    task = read_task_request(app.config, request.json("the task"))
-    return queue_task(app, request, task, request.body())
+def submit_task(codebot: Codebot, request: Request) -> Response:
+    task = read_task_request(codebot.config, request.json("the task"))
+    return queue_task(codebot, request, task, request.body())
 
 
-def retry_task(app: Codebot, request: Request, task_id: str) -> Response:
-    job = find_task(app, task_id)
+def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
+    job = find_task(codebot, task_id)
     if job.status != "failed":
         raise HTTPError(409, f"Only a failed task can be retried; this is {job.status}")
-    allowed_repository(app.config, job.request.repository_url)  # it may have changed
+    allowed_repository(
+        codebot.config, job.request.repository_url
+    )  # it may have changed
     log.info("Task %s: retry requested by %s", task_id, submitter(request))
     # Not the label's event: removing the label does not cancel what a client started.
     issue = IssueLabel(job.issue_repository_id, job.issue_number, job.issue_url, None)
-    return queue_task(app, request, job.request, f"retry {task_id}".encode(), issue)
+    return queue_task(codebot, request, job.request, f"retry {task_id}".encode(), issue)
 
 
-def cancel_task(app: Codebot, request: Request, task_id: str) -> Response:
-    find_task(app, task_id)
+def cancel_task(codebot: Codebot, request: Request, task_id: str) -> Response:
+    find_task(codebot, task_id)
     try:
-        app.cancel(task_id)
+        codebot.cancel(task_id)
     except WrongState:
         message = "The task has ended, or its commit may have been pushed"
         raise HTTPError(409, message) from None
     log.info("Task %s: cancel requested by %s", task_id, submitter(request))
-    status = find_task(app, task_id).status
+    status = find_task(codebot, task_id).status
     message = "Task is being cancelled"
     if status == "failed":
         message = "Task cancelled"
@@ -8040,8 +8067,8 @@ def cancel_task(app: Codebot, request: Request, task_id: str) -> Response:
     return json_response(value, 202)
 
 
-def find_task(app: Codebot, task_id: str) -> Job:
-    job = app.store.task(task_id)
+def find_task(codebot: Codebot, task_id: str) -> Job:
+    job = codebot.store.task(task_id)
     if job is None:
         raise HTTPError(404, f"No such task: {task_id[:100]}")
     return job
@@ -8052,7 +8079,7 @@ def nulls_for_empty(fields: Mapping[str, object]) -> dict[str, object]:
     return {name: value or None for name, value in fields.items()}
 
 
-def task_fields(app: Codebot, job: Job) -> dict[str, object]:
+def task_fields(codebot: Codebot, job: Job) -> dict[str, object]:
     """Return a task as the API shows it."""
     fields = {
         "task_id": job.id,
@@ -8066,7 +8093,7 @@ def task_fields(app: Codebot, job: Job) -> dict[str, object]:
     }
     value = nulls_for_empty(fields)
     if job.status == "pending":
-        value["queue_position"] = app.store.queue_position(job)
+        value["queue_position"] = codebot.store.queue_position(job)
     elif job.status == "running":
         value["phase"] = job.phase
         value["attempt"] = job.attempt
@@ -8074,18 +8101,20 @@ def task_fields(app: Codebot, job: Job) -> dict[str, object]:
         value["error"] = job.error
         value["reason"] = job.reason
     else:
-        value["result"] = task_result(app, job)
-        value["reviews"] = [review_fields(app, r) for r in app.store.reviews(job.id)]
+        value["result"] = task_result(codebot, job)
+        value["reviews"] = [
+            review_fields(codebot, r) for r in codebot.store.reviews(job.id)
+        ]
     return value
 
 
-def task_status(app: Codebot, request: Request, task_id: str) -> Response:
-    return json_response(task_fields(app, find_task(app, task_id)))
+def task_status(codebot: Codebot, request: Request, task_id: str) -> Response:
+    return json_response(task_fields(codebot, find_task(codebot, task_id)))
 
 
-def review_fields(app: Codebot, review: Job) -> dict[str, object]:
+def review_fields(codebot: Codebot, review: Job) -> dict[str, object]:
     """Return a review as the API shows it."""
-    comments = app.store.comments(review.id)
+    comments = codebot.store.comments(review.id)
     answers = [text for text in review.outcome.answers.values() if text]
     return nulls_for_empty(
         {
@@ -8106,14 +8135,14 @@ def review_fields(app: Codebot, review: Job) -> dict[str, object]:
     )
 
 
-def task_result(app: Codebot, job: Job) -> dict[str, object]:
+def task_result(codebot: Codebot, job: Job) -> dict[str, object]:
     outcome = job.outcome
     result: dict[str, object] = {
         "pr_url": None,
         "pr_number": None,
         "pr_state": None,
         "branch_name": job.branch,
-        "work_dir": f"{app.config.work_dir}/{job.directory}/repo",
+        "work_dir": f"{codebot.config.work_dir}/{job.directory}/repo",
         "commit": job.commit_id,
         "summary": outcome.summary,
         "tests": vars(outcome.tests) if outcome.tests else None,
@@ -8123,7 +8152,7 @@ def task_result(app: Codebot, job: Job) -> dict[str, object]:
         "files": outcome.files,
         "seconds": outcome.seconds,
     }
-    pull_request = app.store.pull_request_of_task(job.id)
+    pull_request = codebot.store.pull_request_of_task(job.id)
     if pull_request:
         result["pr_url"] = pull_request.url
         result["pr_number"] = pull_request.number
@@ -8138,7 +8167,7 @@ def read_number(name: str, text: str, least: int, most: int) -> int:
         raise HTTPError(400, f"{name} {error} (it is {text[:100]!r})") from None
 
 
-def list_tasks(app: Codebot, request: Request) -> Response:
+def list_tasks(codebot: Codebot, request: Request) -> Response:
     parameters = request.parameters("status", "limit", "before")
     status = parameters.get("status", "")
     if status and status not in JOB_STATES:
@@ -8147,20 +8176,22 @@ def list_tasks(app: Codebot, request: Request) -> Response:
     limit = read_number("limit", parameters.get("limit") or "100", 1, 1000)
     before_seq = sys.maxsize
     if parameters.get("before"):
-        task = app.store.task(parameters["before"])
+        task = codebot.store.task(parameters["before"])
         if task is None:
             raise HTTPError(400, f"before: no such task: {parameters['before'][:100]}")
         before_seq = task.seq
-    tasks = app.store.tasks(status, limit, before_seq)
+    tasks = codebot.store.tasks(status, limit, before_seq)
     return json_response({"tasks": tasks, "count": len(tasks)})
 
 
-def task_logs(app: Codebot, request: Request, task_id: str) -> Response | EventStream:
+def task_logs(
+    codebot: Codebot, request: Request, task_id: str
+) -> Response | EventStream:
     """Return a task's events after a sequence number.
 
     As JSON at most 1,000; as an event stream all, and those to come.
     """
-    find_task(app, task_id)
+    find_task(codebot, task_id)
     name = "after"
     text = request.parameters("after").get("after") or "0"
     is_stream = "text/event-stream" in request.headers.get("accept", "")
@@ -8169,25 +8200,25 @@ def task_logs(app: Codebot, request: Request, task_id: str) -> Response | EventS
         text = request.headers["last-event-id"]
     after = read_number(name, text, 0, 10**15)
     if not is_stream:
-        events = [event._asdict() for event in app.store.events(task_id, after)]
+        events = [event._asdict() for event in codebot.store.events(task_id, after)]
         value = {"task_id": task_id, "events": events, "count": len(events)}
         return json_response(value)
-    is_live = app.store.has_unfinished_jobs(task_id)
-    if after and not is_live and not app.store.events(task_id, after, 1):
+    is_live = codebot.store.has_unfinished_jobs(task_id)
+    if after and not is_live and not codebot.store.events(task_id, after, 1):
         return Response(204)  # an EventSource that gets this does not reconnect
-    return EventStream(follow_events(app, task_id, after))
+    return EventStream(follow_events(codebot, task_id, after))
 
 
-def follow_events(app: Codebot, task_id: str, after: int) -> Iterator[bytes]:
+def follow_events(codebot: Codebot, task_id: str, after: int) -> Iterator[bytes]:
     """Yield events as they come, until no work on the task can add any.
 
     Yields b"" if there are none now: the caller waits before it asks for more.
     """
     last_sent = time.monotonic()
-    while not app.stop.is_set():
+    while not codebot.stop.is_set():
         # Asked before the events are read, so that the last one is sent.
-        is_live = app.store.has_unfinished_jobs(task_id)
-        events = app.store.events(task_id, after, EVENTS_PER_MESSAGE)
+        is_live = codebot.store.has_unfinished_jobs(task_id)
+        events = codebot.store.events(task_id, after, EVENTS_PER_MESSAGE)
         messages = b""
         if events:
             after = events[-1].seq
@@ -8206,16 +8237,16 @@ def event_message(event: Event) -> bytes:
     return f"id: {event.seq}\ndata: {json.dumps(event._asdict())}\n\n".encode()
 
 
-def health(app: Codebot, request: Request) -> Response:
+def health(codebot: Codebot, request: Request) -> Response:
     """Return whether the server takes tasks. Reads the database, but never writes."""
     sizes = {"review_queue_size": 0, "task_queue_size": 0}
-    status = "healthy" if app.store.writable else "unhealthy"
+    status = "healthy" if codebot.store.writable else "unhealthy"
     try:
         for kind in ("review", "task"):
-            sizes[f"{kind}_queue_size"] = app.store.count_pending(kind)
+            sizes[f"{kind}_queue_size"] = codebot.store.count_pending(kind)
     except sqlite3.Error:
         status = "unhealthy"
-    if app.stop.is_set():
+    if codebot.stop.is_set():
         status = "stopping"
     value = {"status": status, **sizes}
     if status == "unhealthy":
@@ -8225,23 +8256,23 @@ def health(app: Codebot, request: Request) -> Response:
     return json_response(value, 503, {"Retry-After": "10"})
 
 
-def metrics(app: Codebot, request: Request) -> Response:
+def metrics(codebot: Codebot, request: Request) -> Response:
     """Return what Prometheus collects (prometheus.io: "Exposition formats", 0.0.4)."""
-    tasks = app.store.count_pending("task")
-    reviews = app.store.count_pending("review")
-    totals = app.store.totals()
+    tasks = codebot.store.count_pending("task")
+    reviews = codebot.store.count_pending("review")
+    totals = codebot.store.totals()
     seconds = totals.get("seconds", 0.0)
     dollars = totals.get("dollars", 0.0)
     samples: list[tuple[str, str, str, float | None]] = [
         ("queue_size", "gauge", "Pending tasks.", tasks),
         ("review_queue_size", "gauge", "Pending reviews.", reviews),
-        ("running", "gauge", "Running tasks and reviews.", len(app.running)),
+        ("running", "gauge", "Running tasks and reviews.", len(codebot.running)),
         ("task_seconds_total", "counter", "Seconds that jobs took.", seconds),
         ("agent_dollars_total", "counter", "Known cost in US dollars.", dollars),
     ]
-    if app.github:
-        requests = app.github.requests_made
-        remaining = app.github.rate_limit_remaining
+    if codebot.github:
+        requests = codebot.github.requests_made
+        remaining = codebot.github.rate_limit_remaining
         samples += [
             ("github_requests_total", "counter", "Requests to GitHub.", requests),
             ("github_rate_remaining", "gauge", "Requests GitHub allows.", remaining),
@@ -8250,7 +8281,7 @@ def metrics(app: Codebot, request: Request) -> Response:
         "# HELP codebot_tasks Tasks by status and reason.",
         "# TYPE codebot_tasks gauge",
     ]
-    for status, reason, count in app.store.task_counts():
+    for status, reason, count in codebot.store.task_counts():
         lines.append(f'codebot_tasks{{status="{status}",reason="{reason}"}} {count}')
     for name, kind, about, value in samples:
         if value is not None:  # GitHub has not been asked yet
@@ -8292,7 +8323,7 @@ def payload_field(payload: JsonObject, path: str, kind: type) -> Json:
     return value
 
 
-def webhook(app: Codebot, request: Request) -> Response:
+def webhook(codebot: Codebot, request: Request) -> Response:
     """Accept a delivery of GitHub's. A comment is on disk before the answer.
 
     For other events the sync thread looks at GitHub, as it does at every start.
@@ -8300,13 +8331,15 @@ def webhook(app: Codebot, request: Request) -> Response:
     event = request.headers.get("x-github-event", "")
     guid = request.headers.get("x-github-delivery", "")
     try:
-        return take_delivery(app, request, event, guid)
+        return take_delivery(codebot, request, event, guid)
     except HTTPError as error:
         log.warning("Delivery %.99s (%.99s): refused: %s", guid, event, error)
         raise
 
 
-def take_delivery(app: Codebot, request: Request, event: str, guid: str) -> Response:
+def take_delivery(
+    codebot: Codebot, request: Request, event: str, guid: str
+) -> Response:
     if "form" in request.headers.get("content-type", ""):
         message = "Set the content type of the App's webhook to application/json"
         raise HTTPError(415, message)
@@ -8316,7 +8349,7 @@ def take_delivery(app: Codebot, request: Request, event: str, guid: str) -> Resp
     status = 202
     message = "Accepted"
     try:
-        receive_event(app, event, guid, payload)
+        receive_event(codebot, event, guid, payload)
     except NoAction as reason:
         status = 200
         message = str(reason)
@@ -8325,54 +8358,56 @@ def take_delivery(app: Codebot, request: Request, event: str, guid: str) -> Resp
     return json_response({"message": message}, status)
 
 
-def receive_event(app: Codebot, event: str, guid: str, payload: JsonObject) -> None:
+def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) -> None:
     action = payload.get("action")
     installation = payload.get("installation")
-    installation_id = app.config.installation_id
+    installation_id = codebot.config.installation_id
     if isinstance(installation, dict) and installation.get("id") != installation_id:
         raise NoAction("Another installation of the App")
     if event in COMMENT_EVENTS and action == COMMENT_EVENTS[event][0]:
-        receive_comment(app, event, guid, payload)
+        receive_comment(codebot, event, guid, payload)
     elif event == "pull_request" and action in ("closed", "reopened"):
-        pull_request = pull_request_of(app, payload, "pull_request")
-        remember_delivery(app, guid)
-        app.sync_queue.put(PullRequestChanged(pull_request.id))
+        pull_request = pull_request_of(codebot, payload, "pull_request")
+        remember_delivery(codebot, guid)
+        codebot.sync_queue.put(PullRequestChanged(pull_request.id))
     elif event == "issues" and action in ("labeled", "unlabeled"):
-        receive_label(app, guid, payload)
+        receive_label(codebot, guid, payload)
     elif event == "ping":
         raise NoAction("The webhook works")
     else:
         raise NoAction("Not an event that codebot acts on")
 
 
-def remember_delivery(app: Codebot, guid: str) -> None:
-    if not app.store.add_delivery(guid):
+def remember_delivery(codebot: Codebot, guid: str) -> None:
+    if not codebot.store.add_delivery(guid):
         raise NoAction("Duplicate delivery")
 
 
-def pull_request_of(app: Codebot, payload: JsonObject, subject: str) -> PullRequest:
+def pull_request_of(codebot: Codebot, payload: JsonObject, subject: str) -> PullRequest:
     repository_id = payload_field(payload, "repository.id", int)
     number = payload_field(payload, f"{subject}.number", int)
-    pull_request = app.store.pull_request_by_number(repository_id, number)
+    pull_request = codebot.store.pull_request_by_number(repository_id, number)
     if pull_request is None:
         raise NoAction("Not a pull request that codebot opened")
     return pull_request
 
 
-def receive_comment(app: Codebot, event: str, guid: str, payload: JsonObject) -> None:
+def receive_comment(
+    codebot: Codebot, event: str, guid: str, payload: JsonObject
+) -> None:
     _, kind, place = COMMENT_EVENTS[event]
     subject = "pull_request"
     if event == "issue_comment":
         subject = "issue"
         if not payload_field(payload, "issue", dict).get("pull_request"):
             raise NoAction("A comment on an issue")
-    pull_request = pull_request_of(app, payload, subject)
+    pull_request = pull_request_of(codebot, payload, subject)
     payload_field(payload, f"{place}.id", int)  # raises if it is no id
     try:
         comment = parse_comment(kind, payload_field(payload, place, dict))
         if comment is None:
             raise NoAction("Bot, deleted user or empty comment")
-        jobs = app.store.queue_comments(pull_request, [comment], delivery=guid)
+        jobs = codebot.store.queue_comments(pull_request, [comment], delivery=guid)
     except KeyError as error:
         raise HTTPError(400, f"The payload lacks {place}.{error.args[0]}") from None
     # ValueError, OverflowError: also half a surrogate pair or a number over 64 bits,
@@ -8380,17 +8415,20 @@ def receive_comment(app: Codebot, event: str, guid: str, payload: JsonObject) ->
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise HTTPError(400, f"The payload has a malformed {place}: {error}") from None
     for job_id in jobs:
-        app.queues["review"].put(job_id)
+        codebot.queues["review"].put(job_id)
 
 
-def receive_label(app: Codebot, guid: str, payload: JsonObject) -> None:
+def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
     label = payload_field(payload, "label.name", str)
-    if not app.config.issue_label or label.lower() != app.config.issue_label.lower():
+    if (
+        not codebot.config.issue_label
+        or label.lower() != codebot.config.issue_label.lower()
+    ):
         raise NoAction("Not the label that makes an issue a task")
     repository_id = payload_field(payload, "repository.id", int)
     number = payload_field(payload, "issue.number", int)
-    remember_delivery(app, guid)
-    app.sync_queue.put(IssueChanged(repository_id, number))
+    remember_delivery(codebot, guid)
+    codebot.sync_queue.put(IssueChanged(repository_id, number))
 
 
 # --- Routes and server -------------------------------------------------------
@@ -8608,11 +8646,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         route, parameters = find_route(self.server.routes, self.command, path)
         address = self.client_address[0]
         request = Request(target, headers, address, route.max_body, self.receive_body)
-        app = self.server.app
-        route.guard(app, request)
+        codebot = self.server.codebot
+        route.guard(codebot, request)
         request.body()
         self.server.clear_deadline(self.connection)
-        return route.handler(app, request, **parameters)
+        return route.handler(codebot, request, **parameters)
 
     def receive_body(self, length: int) -> bytes:
         if self.expects_continue:
@@ -8732,10 +8770,10 @@ class Server(http.server.ThreadingHTTPServer):
     # http.server's own method asks DNS for the name of this host.
     server_bind = socketserver.TCPServer.server_bind
 
-    def __init__(self, app: Codebot) -> None:
+    def __init__(self, codebot: Codebot) -> None:
         """Listen. Raises OSError if the address or the TLS files cannot be used."""
-        config = app.config
-        self.app = app
+        config = codebot.config
+        self.codebot = codebot
         self.routes = routes()
         self.streams = threading.BoundedSemaphore(MAX_STREAMS)
         self._lock = threading.Lock()  # guards _connections
@@ -8759,8 +8797,8 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             self.serve_forever(SWEEP_INTERVAL)
         finally:
-            self.has_failed = not self.app.stop.is_set()
-            self.app.stop.set()  # codebot does not run on without its server
+            self.has_failed = not self.codebot.stop.is_set()
+            self.codebot.stop.set()  # codebot does not run on without its server
 
     def close(self, deadline: float) -> None:
         """Close all connections; wait for their threads until ``deadline`` at most."""
@@ -8934,8 +8972,8 @@ def version_finding(command: str, result: ProgramResult, least: str) -> Finding:
     return Finding("ok", f"{name} {match[0]}")
 
 
-def check_programs(app: Codebot) -> Iterator[Finding]:
-    env = base_environment(app.config, app.run_tag)
+def check_programs(codebot: Codebot) -> Iterator[Finding]:
+    env = base_environment(codebot.config, codebot.run_tag)
     for command, least in PROGRAM_VERSIONS.items():
         argv = command.split()
         try:
@@ -8947,24 +8985,26 @@ def check_programs(app: Codebot) -> Iterator[Finding]:
             yield Finding("FAIL", f"`{command}` does not end.")
         else:
             yield version_finding(command, result, least)
-    if is_agent_missing(app):
+    if is_agent_missing(codebot):
         yield Finding(
             "FAIL",
-            f"{app.config.claude[0]} was not found. Install Claude Code (npm install "
+            f"{codebot.config.claude[0]} was not found. Install Claude Code (npm install "
             "-g @anthropic-ai/claude-code), or set CODEBOT_CLAUDE_COMMAND.",
         )
 
 
-def is_agent_missing(app: Codebot) -> bool:
+def is_agent_missing(codebot: Codebot) -> bool:
     """Return whether the agent is not on this host, although it is to run here."""
-    is_elsewhere = not (app.sandbox.is_bwrap or app.sandbox.is_none)
-    if is_elsewhere or app.config.launcher:
+    is_elsewhere = not (codebot.sandbox.is_bwrap or codebot.sandbox.is_none)
+    if is_elsewhere or codebot.config.launcher:
         return False  # it is in a container or on a node
-    return shutil.which(app.config.claude[0], path=app.config.search_path) is None
+    return (
+        shutil.which(codebot.config.claude[0], path=codebot.config.search_path) is None
+    )
 
 
-def check_settings(app: Codebot) -> Iterator[Finding]:
-    config = app.config
+def check_settings(codebot: Codebot) -> Iterator[Finding]:
+    config = codebot.config
     known = [field.metadata["variable"] for field in CONFIG_FIELDS]
     for name in sorted(config.variables.keys() - {*known, "CODEBOT_RUN"}):
         if name.startswith(SETTING_PREFIXES):
@@ -8985,13 +9025,13 @@ def check_settings(app: Codebot) -> Iterator[Finding]:
         )
 
 
-def check_safety(app: Codebot) -> Iterator[Finding]:
+def check_safety(codebot: Codebot) -> Iterator[Finding]:
     """Look for what lets others, or the agent, reach codebot's secrets."""
-    for path in [*app.config.secret_files, app.config.work_dir]:
+    for path in [*codebot.config.secret_files, codebot.config.work_dir]:
         if os.path.exists(path) and os.stat(path).st_mode & 0o077:
             message = f"{path} can be read by other users; run: chmod go-rwx {path}"
             yield Finding("warn", message)
-    if app.sandbox.is_none:
+    if codebot.sandbox.is_none:
         yield Finding("warn", f"{NO_SANDBOX_WARNING}.")
     if os.getuid() == 0:
         yield Finding(
@@ -9001,9 +9041,9 @@ def check_safety(app: Codebot) -> Iterator[Finding]:
         )
 
 
-def check_server(app: Codebot) -> Iterator[Finding]:
+def check_server(codebot: Codebot) -> Iterator[Finding]:
     """Look at what only the server needs."""
-    config = app.config
+    config = codebot.config
     for number, key in enumerate(config.api_keys, 1):
         if len(key) < MIN_KEY_LENGTH:
             yield Finding(
@@ -9052,25 +9092,25 @@ LISTEN_ERRORS = {
 }
 
 
-def stop_on_signals(app: Codebot) -> None:
+def stop_on_signals(codebot: Codebot) -> None:
     """Stop at the first SIGTERM or SIGINT; end at once at the second."""
 
     def handle(number: int, frame: object) -> None:
-        if app.stop.is_set():
+        if codebot.stop.is_set():
             os._exit(1)  # the watchdog ends what is left
         # This function interrupts the main thread. If the main thread were in
         # app.stop.wait(), it would hold the Event's lock, and set() would wait for ever.
         # So the main thread sleeps and looks.
-        app.stop.set()
+        codebot.stop.set()
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
 
 
-def set_up_process(app: Codebot, level: int) -> None:
+def set_up_process(codebot: Codebot, level: int) -> None:
     """Set up the log, the watchdog and the signals, before any thread starts."""
     handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter(app.redact))
+    handler.setFormatter(LogFormatter(codebot.redact))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     if sys.platform == "linux":
         # Even without a sandbox an agent that is not root cannot read codebot's memory.
@@ -9080,11 +9120,11 @@ def set_up_process(app: Codebot, level: int) -> None:
     wanted = max(soft, min(hard, MAX_DESCRIPTORS))
     with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit of its own
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    fork_watchdog(app)
-    stop_on_signals(app)
+    fork_watchdog(codebot)
+    stop_on_signals(codebot)
 
 
-def fork_watchdog(app: Codebot) -> None:
+def fork_watchdog(codebot: Codebot) -> None:
     """Fork a process that ends what this one leaves running, however it ends."""
     read_end, write_end = os.pipe()  # this process has the second as long as it lives
     if os.fork() != 0:
@@ -9099,9 +9139,11 @@ def fork_watchdog(app: Codebot) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         os.read(read_end, 1)
-        end_tagged_processes(app.run_tag)
+        end_tagged_processes(codebot.run_tag)
         stop_all_launched(
-            app.config, app.run_tag, lambda record: record.startswith(app.run_tag)
+            codebot.config,
+            codebot.run_tag,
+            lambda record: record.startswith(codebot.run_tag),
         )
     finally:
         os._exit(0)
@@ -9112,53 +9154,55 @@ def start_app(config: Config, checks: Sequence[Check], level: int) -> Codebot:
 
     Raises ConfigError with everything that would make every task fail.
     """
-    app = Codebot(config)
-    set_up_process(app, level)
-    findings = [finding for check in checks for finding in check(app)]
+    codebot = Codebot(config)
+    set_up_process(codebot, level)
+    findings = [finding for check in checks for finding in check(codebot)]
     problems = [finding.message for finding in findings if finding.level == "FAIL"]
     if problems:
         raise ConfigError(*problems)
-    app.open()
+    codebot.open()
     for finding in findings:
         if finding.level == "warn":
             log.warning("%s", finding.message)
-    app.store.requeue_interrupted(interruptions=1)
-    return app
+    codebot.store.requeue_interrupted(interruptions=1)
+    return codebot
 
 
 def start_thread(
-    app: Codebot, name: str, step: Callable[[], None], seconds: float = 0.0
+    codebot: Codebot, name: str, step: Callable[[], None], seconds: float = 0.0
 ) -> threading.Thread:
-    arguments = (app, step, seconds)
+    arguments = (codebot, step, seconds)
     thread = threading.Thread(None, repeat_until_stopped, name, arguments, daemon=True)
     thread.start()
     return thread
 
 
-def start_workers(app: Codebot, kind: str, count: int) -> list[threading.Thread]:
-    step = functools.partial(worker_step, app, kind)
-    return [start_thread(app, f"{kind}-{number}", step) for number in range(count)]
+def start_workers(codebot: Codebot, kind: str, count: int) -> list[threading.Thread]:
+    step = functools.partial(worker_step, codebot, kind)
+    return [start_thread(codebot, f"{kind}-{number}", step) for number in range(count)]
 
 
-def stop_workers(app: Codebot, workers: Sequence[threading.Thread]) -> None:
+def stop_workers(codebot: Codebot, workers: Sequence[threading.Thread]) -> None:
     """End what the workers do. Their jobs are pending afterwards."""
     deadline = time.monotonic() + STOP_TIMEOUT
-    app.stop.set()
-    app.cleanup_wanted.set()
-    for jobs in app.queues.values():
+    codebot.stop.set()
+    codebot.cleanup_wanted.set()
+    for jobs in codebot.queues.values():
         for _ in workers:
             jobs.put(None)
     for worker in workers:
         worker.join(max(0.0, deadline - time.monotonic()))
     with contextlib.suppress(sqlite3.Error):
-        app.store.requeue_interrupted(interruptions=0)  # of a worker that did not end
+        codebot.store.requeue_interrupted(
+            interruptions=0
+        )  # of a worker that did not end
 
 
-def listen(app: Codebot) -> Server:
+def listen(codebot: Codebot) -> Server:
     """Open the server's port. Raises ConfigError if that is not possible."""
-    config = app.config
+    config = codebot.config
     try:
-        return Server(app)
+        return Server(codebot)
     except OSError as error:
         problem = f"cannot be used: {os_error_text(error)}"
         problem = LISTEN_ERRORS.get(error.errno or 0, problem)
@@ -9166,29 +9210,29 @@ def listen(app: Codebot) -> Server:
 
 
 @contextlib.contextmanager
-def running_server(app: Codebot) -> Iterator[Server]:
+def running_server(codebot: Codebot) -> Iterator[Server]:
     """Run the server and the threads behind it until the block ends."""
-    server = listen(app)
+    server = listen(codebot)
     # Made before the first job runs: it notices the retries from now on.
-    timer = RetryTimer(app)
-    for kind, job_id in app.store.pending_jobs():
-        app.queues[kind].put(job_id)
-    workers = start_workers(app, "task", app.config.workers)
-    if app.github is not None:
-        workers += start_workers(app, "review", app.config.review_workers)
-        start_thread(app, "sync", Sync(app, app.github).step)
-    start_thread(app, "timer", timer.step, seconds=1.0)
-    start_thread(app, "cleanup", Cleanup(app).step)
+    timer = RetryTimer(codebot)
+    for kind, job_id in codebot.store.pending_jobs():
+        codebot.queues[kind].put(job_id)
+    workers = start_workers(codebot, "task", codebot.config.workers)
+    if codebot.github is not None:
+        workers += start_workers(codebot, "review", codebot.config.review_workers)
+        start_thread(codebot, "sync", Sync(codebot, codebot.github).step)
+    start_thread(codebot, "timer", timer.step, seconds=1.0)
+    start_thread(codebot, "cleanup", Cleanup(codebot).step)
     server.start()
     try:
         yield server
     finally:
-        stop_workers(app, workers)
+        stop_workers(codebot, workers)
         server.close(time.monotonic() + CLOSE_TIMEOUT)
 
 
-def print_banner(app: Codebot, port: int, pending: int) -> None:
-    config = app.config
+def print_banner(codebot: Codebot, port: int, pending: int) -> None:
+    config = codebot.config
     scheme = "https" if config.tls_cert else "http"
     host = config.host
     if host in (*LOOPBACK_NAMES, "0.0.0.0", "::"):
@@ -9197,7 +9241,7 @@ def print_banner(app: Codebot, port: int, pending: int) -> None:
         host = f"[{host}]"
     url = f"{scheme}://{host}:{port}"
     webhook = f"{url}/webhook"
-    if app.github is None or not config.webhook_secret:
+    if codebot.github is None or not config.webhook_secret:
         webhook = "off (it needs GitHub and GITHUB_WEBHOOK_SECRET)"
     print(f"HTTP API enabled with {len(config.api_keys)} API key(s)")
     print(f"Starting server on port {port}...")
@@ -9207,7 +9251,7 @@ def print_banner(app: Codebot, port: int, pending: int) -> None:
     print(f"Webhook:       {webhook}")
     print(f"Page:          {url}/")
     print(f"Health:        {url}/health")
-    print(f"Sandbox:       {app.sandbox.describe()}")
+    print(f"Sandbox:       {codebot.sandbox.describe()}")
     print(f"Requeued:      {pending} job(s)", flush=True)
 
 
@@ -9224,11 +9268,11 @@ def serve(flags: Flags) -> int:
     times = file_times(config)
     is_changed = False
     level = logging.DEBUG if config.debug else logging.INFO
-    app = start_app(config, [*HOST_CHECKS, check_server], level)
-    pending = len(app.store.pending_jobs())
-    with running_server(app) as server:
-        print_banner(app, server.server_port, pending)
-        while not (app.stop.is_set() or is_changed):
+    codebot = start_app(config, [*HOST_CHECKS, check_server], level)
+    pending = len(codebot.store.pending_jobs())
+    with running_server(codebot) as server:
+        print_banner(codebot, server.server_port, pending)
+        while not (codebot.stop.is_set() or is_changed):
             time.sleep(0.1)
             is_changed = config.debug and file_times(config) != times
         log.info("Stopping")
@@ -9266,16 +9310,16 @@ def read_task_flags(flags: Flags) -> dict[str, object]:
     return fields
 
 
-def follow_task(app: Codebot, task_id: str) -> None:
+def follow_task(codebot: Codebot, task_id: str) -> None:
     """Print a task's events until it has ended, or codebot is stopped."""
     started = time.monotonic()
     after = 0
     is_live = True
-    while is_live and not app.stop.is_set():
+    while is_live and not codebot.stop.is_set():
         time.sleep(0.1)
         # Asked before the events are read, so that the last one is shown.
-        is_live = app.store.has_unfinished_jobs(task_id)
-        for event in app.store.events(task_id, after):
+        is_live = codebot.store.has_unfinished_jobs(task_id)
+        for event in codebot.store.events(task_id, after):
             after = event.seq
             seconds = time.monotonic() - started
             message = event.message.replace("\n", f"\n{'':20}")
@@ -9292,20 +9336,22 @@ def run(flags: Flags) -> int:
         # CODEBOT_DATABASE belongs to another work directory.
         config = dataclasses.replace(config, work_dir=work_dir, database="")
     print(f"Work directory: {config.work_dir} (it is kept)", file=sys.stderr)
-    app = start_app(config, HOST_CHECKS, logging.WARNING)
-    print(f"Sandbox: {app.sandbox.describe()}", file=sys.stderr)
-    job = app.submit(request, "command line")
-    timer = RetryTimer(app, only_job=job.id)
-    workers = start_workers(app, "task", 1)
-    start_thread(app, "timer", timer.step, seconds=1.0)
+    codebot = start_app(config, HOST_CHECKS, logging.WARNING)
+    print(f"Sandbox: {codebot.sandbox.describe()}", file=sys.stderr)
+    job = codebot.submit(request, "command line")
+    timer = RetryTimer(codebot, only_job=job.id)
+    workers = start_workers(codebot, "task", 1)
+    start_thread(codebot, "timer", timer.step, seconds=1.0)
     try:
-        follow_task(app, job.id)
+        follow_task(codebot, job.id)
     finally:
-        stop_workers(app, workers)
+        stop_workers(codebot, workers)
     with contextlib.suppress(WrongState):  # it has ended
-        app.cancel(job.id)  # after a signal it is pending, and nothing would start it
-    job = app.store.job(job.id) or job
-    print(json.dumps(task_fields(app, job), indent=2))
+        codebot.cancel(
+            job.id
+        )  # after a signal it is pending, and nothing would start it
+    job = codebot.store.job(job.id) or job
+    print(json.dumps(task_fields(codebot, job), indent=2))
     return 0 if job.status == "completed" else 1
 
 
@@ -9315,8 +9361,8 @@ CHECK_TIMEOUT = 1.5  # seconds for GitHub to answer; with a retry at most 5 in a
 MAX_CLOCK_SKEW = 30.0  # seconds
 
 
-def check_port(app: Codebot) -> Iterator[Finding]:
-    config = app.config
+def check_port(codebot: Codebot) -> Iterator[Finding]:
+    config = codebot.config
     try:
         # Without TLS, whose files have a check of their own.
         listen(Codebot(dataclasses.replace(config, tls_cert=""))).server_close()
@@ -9325,8 +9371,8 @@ def check_port(app: Codebot) -> Iterator[Finding]:
         yield Finding("FAIL", str(error))
 
 
-def check_work_dir(app: Codebot) -> Iterator[Finding]:
-    config = app.config
+def check_work_dir(codebot: Codebot) -> Iterator[Finding]:
+    config = codebot.config
     try:
         lock_files(config)
         if os.path.exists(config.database_file):
@@ -9339,15 +9385,15 @@ def check_work_dir(app: Codebot) -> Iterator[Finding]:
     free = shutil.disk_usage(config.work_dir).free
     if free < LOW_DISK_BYTES:
         yield Finding("warn", f"Only {free >> 20} MiB of its disk are left. Free some.")
-    yield from check_sandbox(app)
+    yield from check_sandbox(codebot)
 
 
-def check_sandbox(app: Codebot) -> Iterator[Finding]:
+def check_sandbox(codebot: Codebot) -> Iterator[Finding]:
     """Run the agent's program in the sandbox, as a task would."""
-    config = app.config
+    config = codebot.config
     command = [*config.claude, "--version"]
     try:
-        result = app.sandbox.probe(app.run_tag, *command)
+        result = codebot.sandbox.probe(codebot.run_tag, *command)
     except ConfigError as error:
         for problem in error.problems:
             yield Finding("FAIL", problem)
@@ -9355,16 +9401,16 @@ def check_sandbox(app: Codebot) -> Iterator[Finding]:
     except LaunchFailed as error:
         yield Finding("warn", f"Launcher and sandbox were not tried: {error}.")
         return
-    if not app.sandbox.is_none:
-        yield Finding("ok", f"Sandbox: {app.sandbox.describe()}")
-    if not is_agent_missing(app):
+    if not codebot.sandbox.is_none:
+        yield Finding("ok", f"Sandbox: {codebot.sandbox.describe()}")
+    if not is_agent_missing(codebot):
         yield version_finding(shlex.join(command), result, "2.0")
 
 
-def check_github(app: Codebot) -> Iterator[Finding]:
+def check_github(codebot: Codebot) -> Iterator[Finding]:
     """Ask GitHub for the App, its installation and its repositories."""
-    config = app.config
-    github = app.github
+    config = codebot.config
+    github = codebot.github
     if github is None or not config.installation_id:
         return  # with --no-github, or if .env cannot be read
     github.timeout = CHECK_TIMEOUT
@@ -9392,7 +9438,7 @@ def check_github(app: Codebot) -> Iterator[Finding]:
 
 
 def check_app(github: GitHub) -> Iterator[Finding]:
-    name = github.app()["name"]
+    name = github.fetch_app()["name"]
     yield Finding("ok", f"GitHub answers at {github.api}; the App is {name}")
     if abs(github.clock_skew) > MAX_CLOCK_SKEW:
         yield Finding(
@@ -9431,10 +9477,10 @@ def check_installation(config: Config, github: GitHub) -> Iterator[Finding]:
 def check_repositories(config: Config, github: GitHub) -> Iterator[Finding]:
     """List the repositories that tasks may name."""
     names = []
-    for remote in github.repositories():
-        url = f"{config.git_base}/{remote.full_name}"
+    for github_repository in github.repositories():
+        url = f"{config.git_base}/{github_repository.full_name}"
         if parse_repository_url(config, url).is_allowed(config):
-            names.append(remote.full_name)
+            names.append(github_repository.full_name)
     if names:
         yield Finding("ok", f"Repositories: {', '.join(names)}")
     else:
@@ -9445,8 +9491,8 @@ def check_repositories(config: Config, github: GitHub) -> Iterator[Finding]:
         )
 
 
-def all_findings(app: Codebot, problems: Sequence[str]) -> Iterator[Finding]:
-    env_file = app.config.env_file
+def all_findings(codebot: Codebot, problems: Sequence[str]) -> Iterator[Finding]:
+    env_file = codebot.config.env_file
     source = f"{env_file} and the environment"
     if not os.path.exists(env_file):
         source = f"the environment; there is no {env_file}"
@@ -9457,18 +9503,18 @@ def all_findings(app: Codebot, problems: Sequence[str]) -> Iterator[Finding]:
     if not any(problem.startswith("GITHUB_") for problem in problems):
         checks.append(check_github)
     for check in checks:
-        yield from check(app)
+        yield from check(codebot)
 
 
 def check(flags: Flags) -> int:
     """Check everything that the server needs. Takes the flags of serve."""
     config, problems = read_config(flags, needs_keys=True)
-    app = Codebot(config)
+    codebot = Codebot(config)
     logging.disable()  # what is wrong is said once, as a finding
     counts = {"ok": 0, "warn": 0, "FAIL": 0}
-    for finding in all_findings(app, problems):
+    for finding in all_findings(codebot, problems):
         counts[finding.level] += 1
-        print(f"{finding.level:5} {app.redact(finding.message)}", flush=True)
+        print(f"{finding.level:5} {codebot.redact(finding.message)}", flush=True)
     if counts["FAIL"]:
         print(f"{counts['FAIL']} problem(s). Fix them, and run check again.")
         return 1
@@ -9503,9 +9549,9 @@ def demo_config(directory: str) -> Config:
     )
 
 
-def demo_git(app: Codebot, script: str, *arguments: str) -> list[str]:
+def demo_git(codebot: Codebot, script: str, *arguments: str) -> list[str]:
     argv = ["sh", "-c", script, "sh", *arguments]
-    result = run_program(argv, base_environment(app.config, app.run_tag))
+    result = run_program(argv, base_environment(codebot.config, codebot.run_tag))
     if result.code != 0:
         raise ConfigError(f"The demo's repository cannot be made: {result.error}")
     return result.stdout
@@ -9514,9 +9560,9 @@ def demo_git(app: Codebot, script: str, *arguments: str) -> list[str]:
 class DemoClient:
     """A client of the API, as anybody could write one."""
 
-    def __init__(self, app: Codebot, port: int) -> None:
+    def __init__(self, codebot: Codebot, port: int) -> None:
         self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        self.key = app.config.api_keys[0]
+        self.key = codebot.config.api_keys[0]
 
     def request(
         self, method: str, path: str, body: str = "", accept: str = "application/json"
@@ -9551,27 +9597,29 @@ def demo(flags: Flags) -> int:
         # The user's own git configuration does not count.
         os.environ.update(HOME=directory, XDG_CONFIG_HOME=directory)
         pathlib.Path(directory, "agent").write_text(DEMO_AGENT_SCRIPT)
-        app = Codebot(demo_config(directory))
-        set_up_process(app, logging.WARNING)
-        app.open()
-        demo_git(app, DEMO_REPOSITORY_SCRIPT, f"{directory}/hello.git")
-        with running_server(app) as server:
-            is_completed = show_demo(app, server.server_port, f"{directory}/hello.git")
+        codebot = Codebot(demo_config(directory))
+        set_up_process(codebot, logging.WARNING)
+        codebot.open()
+        demo_git(codebot, DEMO_REPOSITORY_SCRIPT, f"{directory}/hello.git")
+        with running_server(codebot) as server:
+            is_completed = show_demo(
+                codebot, server.server_port, f"{directory}/hello.git"
+            )
             if flags["keep"]:
                 print(f"\nPage:        http://localhost:{server.server_port}/")
-                print(f"API key:     {app.config.api_keys[0]}")
+                print(f"API key:     {codebot.config.api_keys[0]}")
                 print("Press Ctrl-C to end.", flush=True)
-            while flags["keep"] and not app.stop.is_set():
+            while flags["keep"] and not codebot.stop.is_set():
                 time.sleep(0.1)
     return 0 if is_completed else 1
 
 
-def show_demo(app: Codebot, port: int, repository: str) -> bool:
+def show_demo(codebot: Codebot, port: int, repository: str) -> bool:
     """Run a task on the repository. Returns whether it was completed."""
     print(f"Repository:  {repository}")
     print("Agent:       a shell script that stands in for Claude, in no sandbox")
     print(f"Server:      http://localhost:{port}/")
-    task = DemoClient(app, port).show_task(
+    task = DemoClient(codebot, port).show_task(
         {
             "repository_url": repository,
             "description": "Add a program that says hello",
@@ -9584,7 +9632,7 @@ def show_demo(app: Codebot, port: int, repository: str) -> bool:
     branch = task["result"]["branch_name"]
     print(f"The diff of {branch}, which was pushed to the repository:\n")
     script = 'git -C "$1" show --format= "$2"'
-    print("\n".join(demo_git(app, script, repository, branch)))
+    print("\n".join(demo_git(codebot, script, repository, branch)))
     print('\nDone. Next: a repository of your own; see README, "Quick start".')
     return True
 
