@@ -15,8 +15,8 @@ bwrap and claude.
     python3 codebot.py run     run one task in the foreground
 
 HOW TO READ THIS FILE
-  From the top, once. A section uses only itself and the sections above it. In a section
-  helpers come first; but `run_task` and `run_review` come before their steps.
+  From the top, once. A section uses only itself and the sections above it. Within a
+  section, what it is about often comes before its steps: `run_task`, `run_review`.
     I.   The boundary   how codebot runs programs, asks GitHub, and uses git
     II.  The work       every state, what an agent receives, what happens to its work
     III. The network    everything that can be requested from outside, and by whom
@@ -58,8 +58,9 @@ WHO IS TRUSTED WITH WHAT
   A client       with an API key may submit tasks, and read, cancel and retry all of them:
                  for the repositories that CODEBOT_ALLOWED_REPOSITORIES allows; with
                  --no-github by default for all that codebot's user can reach.
-  A reviewer, or a person who labels an issue: acted on only if GitHub reports, when the
-                 work on it begins, that they have write access to the repository. Everyone else is ignored.
+  A reviewer     is acted on only if GitHub reports that they have write access to the
+                 repository, when the review starts. A person who labels an issue, when
+                 the task is submitted. Everyone else is ignored.
   GitHub         is believed over TLS. A webhook's signature is checked, and even then a
                  delivery only makes codebot ask GitHub: who wrote what, who may write,
                  what is open.
@@ -92,7 +93,7 @@ KNOWN LIMITATIONS
   "Fixes #1" and "@name" in an agent's words work at GitHub as if a person wrote them.
   HTML comments and invisible characters are taken out of what people write. Other ways
   to hide text on GitHub, such as the title of a link, are not. An edit of an issue less
-  than about a second after it was labelled is not noticed.
+  than two seconds after it was labelled may not be noticed.
 
 LIFE OF A JOB
   pending   -> running      a worker starts it
@@ -134,7 +135,8 @@ WHERE THE DANGEROUS THINGS ARE, each in one place
   what the agent sees       bwrap_command, and Workspace.environment
   git on an agent's objects, outside the sandbox
                             Workspace.collect_tree, which lets fsck check them; then
-                            write_commit, inspect_commit, is_submodule, patch and push
+                            write_commit, inspect_commit, is_submodule, patch and push;
+                            once they are pushed, what git does in the mirror
   removing directories      remove_tree; scratch_* by tempfile
   fork and exec             fork_watchdog; serve, with --debug
   SQL                       Store, and the steps of its transactions below it
@@ -228,7 +230,7 @@ PROBE_TIMEOUT = 30.0  # seconds for the sandbox, and for a node, when codebot st
 STOP_TIMEOUT = 10.0  # seconds that the workers have to end
 KILL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL: git removes its lock files
 RESULT_GRACE = 5.0  # seconds that the agent may keep running after its result
-MAX_LINE_BYTES = 8 << 20  # of a longer line of output only the end is kept
+MAX_LINE_BYTES = 8 << 20  # the beginning of a longer line is replaced by a note
 MAX_OUTPUT_BYTES = 1 << 30  # a program that prints more is ended
 READ_BYTES = 64 << 10  # of output read before the limits are checked again
 KEPT_LINES = 400  # the last lines of a program's output that are kept
@@ -397,7 +399,7 @@ ENV_LINE_RE = re.compile(
 )
 # Matches: "value
 UNCLOSED_QUOTE_RE = re.compile(r"""(['"])(?!.*\1)""")
-BLANKS = " \t\r\n"  # strip() would also remove U+00A0, with which a key may end
+BLANKS = " \t\r\n"  # strip() would remove more, such as U+00A0
 GITHUB_TOKEN_RE = re.compile(r"(gh[a-z]|github_pat)_[A-Za-z0-9._-]{36,}")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 MIN_REDACTED_LENGTH = 6  # a shorter secret would mask ordinary words
@@ -512,7 +514,8 @@ def parse_agent_env(text: str) -> tuple[str, ...]:
 def parse_test_commands(text: str) -> tuple[tuple[str, str], ...]:
     """Parse one command for all repositories, or lines ``owner/name=command``.
 
-    In .env, which has one line per setting, the lines are separated by a literal \\n.
+    In .env, which has one line per setting, a literal \\n separates the lines:
+    acme/a=make test\\nacme/b=tox
     """
     rules = []
     for line in re.split(r"\n|\\n(?=\s*[\w.*?\[\]-]+/[\w.*?\[\]-]+\s*=)", text):
@@ -831,15 +834,11 @@ class LogFormatter(logging.Formatter):
         return self._redact(super().format(record)).replace("\n", "\n    ")
 
 
-def url_passwords(url: str) -> set[str]:
-    """Return the password, as written and as meant, of https://user:password@host.
-
-    The scheme may be missing, and a token may stand in place of user and password.
-    """
-    address = url.rpartition("://")[2].partition("/")[0]
-    login = address.rpartition("@")[0]
-    password = login.partition(":")[2] or login
-    return {password, urllib.parse.unquote(password)}
+def url_login(url: str) -> tuple[str, str]:
+    """Return user and password of https://user:password@host, with or without https://."""
+    address = re.sub("^[^/]*://", "", url).partition("/")[0]
+    user, _, password = address.rpartition("@")[0].partition(":")
+    return user, password
 
 
 def configured_secrets(config: Config) -> set[str]:
@@ -850,7 +849,10 @@ def configured_secrets(config: Config) -> set[str]:
     for name in names:
         secrets.add(config.variables.get(name, "").strip(BLANKS))
     for name in (*names, *NETWORK_NAMES, "ANTHROPIC_BASE_URL"):
-        secrets.update(url_passwords(config.variables.get(name, "")))
+        user, password = url_login(config.variables.get(name, ""))
+        if name not in names:  # of a proxy, a user without a password may be a token
+            password = password or user
+        secrets.update({password, urllib.parse.unquote(password)})
     for path in (config.key_file, config.tls_key):
         with contextlib.suppress(OSError, ValueError):
             secrets.add(pathlib.Path(path).read_text())
@@ -944,7 +946,7 @@ class OutputFile:
             self._partial_line.clear()
         self._partial_line += rest
         if len(self._partial_line) > MAX_LINE_BYTES:
-            self._partial_line[:] = b"(a line that is too long to be read)"
+            self._partial_line[:] = b"(the beginning of a long line is not kept) "
         if at_end and not data and self._partial_line:
             pieces.append(bytes(self._partial_line))
             self._partial_line.clear()
@@ -969,6 +971,12 @@ def wait_for_exit(child: subprocess.Popen[bytes], seconds: float) -> None:
     waiter.register(descriptor, select.POLLIN)
     waiter.poll(seconds * 1000)
     os.close(descriptor)
+
+
+def wait_for_own_signal(check_stop: Callable[[], None]) -> None:
+    """Let codebot's signal arrive: systemd signals it and what it runs together."""
+    time.sleep(0.3)
+    check_stop()
 
 
 class RunningProgram:
@@ -1015,7 +1023,7 @@ class RunningProgram:
             return False
         now = time.monotonic()
         self.last_output = now  # also if the line has no end yet
-        lines = self.own_lines(lines)
+        lines = self.take_lines(lines)
         self.last_lines.extend(last_shown(line)[:10_000] for line in lines)
         self.last_errors.extend(last_shown(line)[:10_000] for line in errors)
         grace = on_lines(lines) if lines else None
@@ -1023,8 +1031,8 @@ class RunningProgram:
             self.grace_ends_at = now + grace
         return True
 
-    def own_lines(self, lines: list[str]) -> list[str]:
-        """Return the lines that are the program's own, not a launcher's."""
+    def take_lines(self, lines: list[str]) -> list[str]:
+        """Return the lines that are the program's own; handle those of a launcher."""
         return lines
 
     def check_limits(self, now: float) -> None:
@@ -1045,9 +1053,7 @@ class RunningProgram:
         """Return how it ended. Raises TransientError if it failed and the disk is full."""
         code = self.exit_code()
         if self.grace_ends_at is None and code in SIGNAL_EXIT_CODES:
-            # systemd signals it and codebot together: wait for codebot's own signal.
-            time.sleep(0.3)
-            self.limits.check_stop()
+            wait_for_own_signal(self.limits.check_stop)
         result = ProgramResult(code, [*self.last_lines], [*self.last_errors])
         if code and shutil.disk_usage(tempfile.gettempdir()).free < FULL_DISK_BYTES:
             # It may not say so itself: its output is written to the same disk.
@@ -1083,8 +1089,8 @@ def is_group_running(leader: int) -> bool:
 def end_process_group(child: subprocess.Popen[bytes]) -> None:
     """End all processes of a program's group: SIGTERM, KILL_GRACE, SIGKILL.
 
-    While the group has members, the system gives its number to no new process; and when
-    it has none, only after all other numbers.
+    The system gives its number to no new process while the group has members, and later
+    only after all other numbers. So no stranger is signalled.
     """
     deadline = time.monotonic() + KILL_GRACE
     signal_group(child.pid, signal.SIGTERM)
@@ -1257,8 +1263,8 @@ class LaunchedProgram(RunningProgram):
         self.has_started = False
         self.node_code: int | None = None  # as printed on the node
 
-    def own_lines(self, lines: list[str]) -> list[str]:
-        """Notice the sentinels, and leave out what the launcher says."""
+    def take_lines(self, lines: list[str]) -> list[str]:
+        """Handle the sentinels and what the launcher says; return the other lines."""
         own_lines = []
         for line in lines:
             # The program's last line may have no end.
@@ -1322,22 +1328,13 @@ def launch_record(config: Config, workspace: str) -> pathlib.Path:
     return pathlib.Path(config.work_dir, "launched", os.path.basename(workspace))
 
 
-@contextlib.contextmanager
-def launch_records_lock(config: Config) -> Iterator[None]:
-    """Hold the lock of the records: a late stop must not end a new launch."""
-    with open(f"{config.work_dir}/launched.lock", "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def record_launch(config: Config, workspace: str, run_tag: str) -> None:
     record = launch_record(config, workspace)
     record.parent.mkdir(exist_ok=True)
-    with launch_records_lock(config):
-        record.write_text(run_tag)
+    record.write_text(run_tag)
 
 
-def any_record(record: str) -> bool:
+def every_record(record: str) -> bool:
     return True
 
 
@@ -1345,17 +1342,18 @@ def stop_launched(
     config: Config,
     workspace: str,
     run_tag: str,
-    applies_to: Callable[[str], bool] = any_record,
+    applies_to: Callable[[str], bool] = every_record,
 ) -> bool:
-    """End what a launcher left running in a workspace, if a record applies.
+    """End what a launcher left running in a workspace, if its record applies.
 
-    Returns whether nothing is left.
+    Returns False if that has failed.
     """
     record = launch_record(config, workspace)
-    if not record.exists():
-        return True
-    with launch_records_lock(config):
-        if not record.exists() or not applies_to(record.read_text()):
+    with contextlib.suppress(FileNotFoundError), open(record, "rb") as lock:
+        # Another thread, or an earlier server's watchdog, may be stopping it: a late
+        # stop must not end the next launch in this workspace.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not applies_to(record.read_text()):
             return True
         error = run_stop_command(config, workspace, run_tag)
         if error:
@@ -1380,7 +1378,7 @@ def run_stop_command(config: Config, workspace: str, run_tag: str) -> str:
 
 
 def stop_all_launched(
-    config: Config, run_tag: str, applies_to: Callable[[str], bool] = any_record
+    config: Config, run_tag: str, applies_to: Callable[[str], bool] = every_record
 ) -> None:
     """End everything that was launched and whose record applies."""
     for path in find_files(config.work_dir, "launched/*"):
@@ -1444,7 +1442,7 @@ def uncoverable_directories(config: Config) -> list[str]:
     """Return a sentence for each private directory that programs need as well."""
     home = home_directory()
     needed = [os.path.realpath(path) for path in config.search_path.split(":") if path]
-    # What PATH names below the home directory is shown in spite of the cover.
+    # Below the home directory, what PATH names is shown in spite of most covers.
     needed = [path for path in needed if not is_inside(path, home)]
     needed += [os.path.realpath(path) for path in SYSTEM_DIRECTORIES]
     problems = []
@@ -1494,7 +1492,7 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
         writable   repo and home of the workspace
     """
     hidden = {"/run", home_directory(), *private_directories(config)}
-    hidden -= {"/", "/tmp"}  # /tmp is the workspace's own
+    hidden -= {"/", "/tmp"}  # "/" cannot be covered; /tmp is the workspace's own
     tools = tool_directories(config)
     covers = [Mount(path, HIDDEN) for path in hidden]
     covers += [Mount(path, READ_ONLY) for path in tools]
@@ -1502,7 +1500,7 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     covers.sort(key=lambda mount: (mount.path, mount.option == HIDDEN))
     shown = [os.path.realpath("/etc/resolv.conf"), objects]  # the first may be in /run
     for path in agent_program_files(config, [*hidden, "/tmp"]):
-        if not any(is_inside(path, directory) for directory in tools):
+        if not any(is_inside(path, directory) for directory in tools - hidden):
             shown.append(path)
     mounts = covers + [Mount(path, READ_ONLY) for path in shown]
     for part in ("repo", "home"):
@@ -1711,7 +1709,11 @@ class GitHubError(Exception):
 
 
 class AppRefused(TransientError):
-    """GitHub gave the App no token, or did not accept it; perhaps it is suspended."""
+    """GitHub gave the App no token, or did not accept it.
+
+    It may be suspended for a while. find_remote fails a new task at once all the same:
+    more often the App is not installed on the repository.
+    """
 
 
 class Reply(NamedTuple):
@@ -1797,7 +1799,7 @@ class NoRedirects(urllib.request.HTTPErrorProcessor):
 
 def visible_text(text: str) -> str:
     """Remove what people on GitHub do not see: comments, zero-width and bidi signs."""
-    # Where no comment ends any more, HTML_COMMENT_RE would search in vain, and slowly.
+    # After the last "-->" no comment ends; HTML_COMMENT_RE would search there for long.
     closed, end, rest = text.rpartition("-->")
     closed = HTML_COMMENT_RE.sub("", closed + end)
     rest = UNCLOSED_COMMENT_RE.split(rest, 1)[0]
@@ -1995,7 +1997,7 @@ class GitHub:
     ) -> Reply:
         """Send a request, and again as GitHub's documentation asks.
 
-        It may call itself once, as the App: send() asks token() for a new token.
+        send() may need a new token, which token() gets by another call().
         Before each retry ``find_existing`` is called: the first request may have
         succeeded and only its response was lost.
         """
@@ -2497,13 +2499,15 @@ GIT_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color")
 AUTH_FAILED_RE = re.compile(
     "could not read Username|Invalid username or token|Authentication failed"
 )
-DISK_FULL_RE = re.compile("No space left on device|Disk quota exceeded")
+DISK_FULL = "No space left on device|Disk quota exceeded"
+DISK_FULL_RE = re.compile(DISK_FULL)
 TRANSIENT_GIT_ERROR_RE = re.compile(
     r"Could not resolve|Couldn't resolve|[Ff]ailed to connect|Couldn't connect"
     r"|Connection (refused|reset|timed out|closed)|[Tt]imed out|Operation too slow"
     r"|returned error: (429|5\d\d)|Internal Server Error|RPC failed|early EOF"
     r"|hung up|unexpected disconnect|Empty reply|SSL|TLS|commit_refs"
     r"|bytes of body are still expected|Broken pipe|Recv failure|Send failure"
+    f"|{DISK_FULL}"
 )
 # A push that the remote refused, except for a fault of its own.
 REJECTED_RE = re.compile(r"rejected\](?!.*(Internal Server Error|commit_refs))")
@@ -2683,7 +2687,7 @@ class GitDirectory:
     ) -> ProgramResult:
         """Run git without a credential, on this host only."""
         env = {**base_environment(self.config, self.run_tag), **more_env}
-        return self.run_git(args, env, stdin, on_lines=on_lines)
+        return check_disk(self.run_git(args, env, stdin, on_lines=on_lines))
 
     def run_git(
         self,
@@ -2695,15 +2699,13 @@ class GitDirectory:
     ) -> ProgramResult:
         argv = [*GIT, "--git-dir", self.path, *args]
         try:
-            return check_disk(
-                run_program(
-                    argv,
-                    env,
-                    stdin=stdin,
-                    limits=self.limits,
-                    on_lines=on_lines,
-                    pass_fds=pass_fds,
-                )
+            return run_program(
+                argv,
+                env,
+                stdin=stdin,
+                limits=self.limits,
+                on_lines=on_lines,
+                pass_fds=pass_fds,
             )
         except TooMuchOutput:
             limit = f"{MAX_OUTPUT_BYTES >> 30} GiB"
@@ -2885,10 +2887,10 @@ class Mirror(GitDirectory):
     def check_objects(self, commit: str) -> None:
         """Raise GitFailed if the commit's trees do not pass git's fsck.
 
-        Later, fsck checks what the agent leaves, and with it what was there before. A
-        fault in that would make every change fail after the agent has cost something.
-        So it fails now. git checks a part of a repository only while it indexes a pack,
-        so the trees are packed, without the contents of files.
+        A changed directory keeps its other entries. If git's fsck rejects one of them,
+        collect_tree rejects every change, after the agent has cost something. So the
+        base is checked before. git checks a part of a repository only while it indexes
+        a pack, so the trees are packed, without the contents of files.
         """
         script = (
             'git -C "$1" rev-list --objects --no-object-names --filter=blob:none '
@@ -2924,9 +2926,9 @@ class Mirror(GitDirectory):
         if len(loose) <= MAX_LOOSE_OBJECTS / 256 and len(packs) <= MAX_PACKS:
             return
         if keep_unreachable:
-            self.local_git("repack", "-a", "-d", "--keep-unreachable", "-q")
+            self.local_output("repack", "-a", "-d", "--keep-unreachable", "-q")
         else:
-            self.local_git("gc", "--prune=now", "-q")
+            self.local_output("gc", "--prune=now", "-q")
 
 
 def all_mirrors(work_dir: str) -> list[str]:
@@ -3128,6 +3130,8 @@ class Outcome:
     error: str = ""
 
     def to_json(self) -> str:
+        if self == Outcome():
+            return "{}"  # by which waiting_review knows that nothing is done yet
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
@@ -3422,12 +3426,11 @@ class Store:
             return make_job(existing), False
 
     def claim(self, job_id: str) -> Job | None:
-        """Start a pending job. None if it cannot start now: then RetryTimer queues it
-        when its retry is due, or after_job when the job before it has ended.
+        """Start a pending job. None if it cannot start now; it is queued again when it
+        can.
 
-        All jobs of a task use the same workspace. So a review gets its task's directory,
-        branch and session, and does not start while its task is unfinished, or another
-        review of the same pull request runs.
+        All jobs of a task use the same workspace and outbox. So a review gets its task's
+        directory, branch and session, and waits until no other job uses them.
         """
         values = {"id": job_id, "now": time.time()}
         with self._transaction() as db:
@@ -3435,11 +3438,18 @@ class Store:
                 """
                 SELECT * FROM jobs AS job
                 WHERE id = :id AND status = 'pending' AND not_before <= :now
+                    -- No other review of the pull request runs, or has a commit in the
+                    -- outbox that is still to be pushed.
                     AND NOT EXISTS (
                         SELECT 1 FROM jobs AS other
                         WHERE other.pull_request_id = job.pull_request_id
-                            AND other.status = 'running'
+                            AND (
+                                other.status = 'running'
+                                OR other.status = 'pending'
+                                AND other.commit_id != '' AND other.id != job.id
+                            )
                     )
+                    -- Its task has ended.
                     AND NOT EXISTS (
                         SELECT 1 FROM pull_requests
                         JOIN jobs AS task ON task.id = pull_requests.task_id
@@ -4105,13 +4115,12 @@ def assign_comment(db: sqlite3.Connection, comment: Comment, job_id: str) -> Non
 def waiting_review(
     db: sqlite3.Connection, pull_request_id: int, reviewer: str
 ) -> str | None:
-    """Return the job of a reviewer that waits and has never run."""
+    """Return the job of a reviewer that waits and has done nothing yet."""
     row = db.execute(
         """
         SELECT id FROM jobs
         WHERE pull_request_id = :pull_request_id AND reviewer = :reviewer
-            AND status = 'pending' AND request_kind = ''
-            AND directory = '' -- it is set when the review first runs
+            AND status = 'pending' AND request_kind = '' AND outcome = '{}'
         ORDER BY seq DESC LIMIT 1
         """,
         {"pull_request_id": pull_request_id, "reviewer": reviewer},
@@ -4423,7 +4432,7 @@ class JobRun:
     def time_left(self) -> float:
         """Return the seconds left for the agent and the tests, all attempts together.
 
-        The clock starts when this is first asked for.
+        The clock starts when this is first asked for: at the checkout.
         """
         if self.deadline is None:
             self.deadline = time.monotonic() + self.config.task_timeout
@@ -4860,15 +4869,13 @@ class Workspace:
                 if isinstance(error, TransientError):
                     raise
                 raise JobFailed("push_rejected", f"Failed to push: {error}") from None
-        except GitHubError as error:
-            raise JobFailed("push_rejected", f"Failed to push: {error}") from None
         self.run.log_event("git", f"Pushed {commit} to {self.branch}")
 
     def remote_commit(self) -> str:
         """Return the commit of the branch at the remote; "" if it is not there."""
         try:
             return self.mirror.resolve_branch(self.access, self.branch)[1]
-        except (BranchNotFound, GitFailed, GitHubError):
+        except (BranchNotFound, GitFailed):
             return ""
 
     # Changes on top of what others pushed
@@ -5177,9 +5184,7 @@ class Agent:
         finally:
             self.add_up(stream.result)
         if not stream.result:
-            # systemd may have signalled the agent first; codebot's own signal follows.
-            self.run.codebot.stop.wait(0.3)
-            self.run.check_stop()
+            wait_for_own_signal(self.run.check_stop)
         answer = stream.verdict(result, session)
         summary = self.run.redact(answer.text[:200_000])[:100_000]
         self.run.update_outcome(summary=summary, session_id=self.run.job.session_id)
@@ -5243,8 +5248,7 @@ class Agent:
 # With such words in a commit's message or a pull request's title the repository's CI
 # would not test it (GitHub docs: "Skipping workflow runs"; others have their own).
 CI_SWITCH_RE = re.compile(
-    r"\[([^\[\]\n]{0,50}\b(?:skip|ci)\b[^\[\]\n]{0,50})\]|\*\*\*(NO_CI)\*\*\*",
-    re.IGNORECASE,
+    r"\[([^\[\]\n]{0,50}\b(?:skip|ci)\b[^\[\]\n]{0,50})\]", re.IGNORECASE
 )
 
 
@@ -5290,6 +5294,8 @@ def find_remote(run: JobRun) -> GitAccess:
             github_repository.id
         )  # it is refused if the App is not installed there
     except AppRefused as error:
+        if job.commit_id:
+            raise  # finished work waits for better times
         raise JobFailed(
             "clone_failed", f"Failed to clone repository: {error}"
         ) from None
@@ -5355,20 +5361,26 @@ def clone(run: JobRun, workspace: Workspace) -> str:
     base_name, base_commit = fetch_or_fail(
         run, workspace, run.job.request.base_branch, "base_branch_not_found"
     )
-    if base_commit not in run.codebot.checked_commits:
-        try:
-            workspace.mirror.check_objects(base_commit)
-        except GitFailed as error:
-            raise JobFailed(
-                "clone_failed",
-                f"The repository has objects that git's fsck rejects, so a change to "
-                f"it cannot be checked. Repair it first: {error}",
-            ) from None
-        run.codebot.checked_commits.add(base_commit)
+    check_base(run, workspace, base_commit)
     workspace.make_outbox()
     workspace.check_out(base_name, base_commit, keep_home=False)
     run.update(base_name=base_name, base_commit=base_commit, commit_id="")
     return base_commit
+
+
+def check_base(run: JobRun, workspace: Workspace, commit: str) -> None:
+    """Let git's fsck check the base commit, once. Raises JobFailed."""
+    if commit in run.codebot.checked_commits:
+        return
+    try:
+        workspace.mirror.check_objects(commit)
+    except GitFailed as error:
+        raise JobFailed(
+            "clone_failed",
+            f"The repository has objects that git's fsck rejects, so a change to "
+            f"it cannot be checked. Repair it first: {error}",
+        ) from None
+    run.codebot.checked_commits.add(commit)
 
 
 def fetch_or_fail(
@@ -5382,7 +5394,7 @@ def fetch_or_fail(
         if not branch:
             message = "The repository is empty or has no default branch"
         raise JobFailed(reason, message) from None
-    except (GitFailed, GitHubError) as error:
+    except GitFailed as error:
         raise JobFailed(
             "clone_failed", f"Failed to clone repository: {error}"
         ) from None
@@ -5480,7 +5492,8 @@ def quoted(speaker: str, text: str) -> str:
 
 def without_switches(text: str) -> str:
     """Return foreign text without words that turn off the repository's CI."""
-    return CI_SWITCH_RE.sub(lambda match: f"({match[1] or match[2]})", text)
+    text = text.replace("***NO_CI***", "(NO_CI)")
+    return CI_SWITCH_RE.sub(r"(\1)", text)
 
 
 class Commit(NamedTuple):
@@ -5507,6 +5520,7 @@ def commit_agent_tree(
     change = workspace.inspect_commit(base_commit, commit_id)
     if change.fault:
         raise JobFailed("agent_failed", f"The change is not pushed: {change.fault}")
+    run.codebot.checked_commits.add(commit_id)  # collect_tree has let fsck check it
     run.log_event("git", f"Commit {commit_id}", "\n".join(change.files))
     return Commit(commit_id, change.files)
 
@@ -5539,15 +5553,15 @@ def push_commit(run: JobRun, workspace: Workspace) -> None:
 def was_pushed(run: JobRun, workspace: Workspace) -> bool:
     """Return whether the remote has the commit, whatever others have done since."""
     github_repository = workspace.access.github_repository
-    if (
-        github_repository is not None
-        and github_repository.find_pull_request(run.job.branch) is not None
-    ):
-        return True  # its branch may have been deleted, after a merge
+    branch = run.job.branch
     try:
-        _, tip = workspace.mirror.fetch_branch(workspace.access, run.job.branch)
-    except BranchNotFound:
-        return False
+        if github_repository is not None and github_repository.find_pull_request(
+            branch
+        ):
+            return True  # its branch may have been deleted, after a merge
+        _, tip = workspace.mirror.fetch_branch(workspace.access, branch)
+    except (BranchNotFound, GitFailed, GitHubError):
+        return False  # what is wrong is reported by the push
     return workspace.mirror.is_ancestor(run.job.commit_id, tip)
 
 
@@ -5665,6 +5679,7 @@ def run_review(run: JobRun) -> None:
     if not run.job.outcome.error:
         try:
             if not is_work_stored(run, context):
+                forget_lost_commit(run)
                 decide_and_do(run, context, comments)
             if run.job.commit_id:
                 publish(run, context)
@@ -5680,8 +5695,10 @@ def run_review(run: JobRun) -> None:
 
 def store_failure(run: JobRun, reason: str, error: str) -> None:
     """Store why a review has failed. All that is left is to tell the reviewer."""
+    message = run.redact(error)
+    run.log_event("codebot", f"Failed ({reason}): {message}")
     outcome = dataclasses.replace(
-        run.job.outcome, reason=reason, error=run.redact(error), answers={}
+        run.job.outcome, reason=reason, error=message, answers={}
     )
     run.update(commit_id="", outcome=outcome)
 
@@ -5804,6 +5821,13 @@ def is_work_stored(run: JobRun, context: ReviewContext) -> bool:
 # From the comments to a commit
 
 
+def forget_lost_commit(run: JobRun) -> None:
+    """Begin anew if the commit of an earlier run is gone with the outbox."""
+    if run.job.commit_id:
+        outcome = dataclasses.replace(run.job.outcome, answers={})
+        run.update(commit_id="", outcome=outcome)
+
+
 def decide_and_do(
     run: JobRun, context: ReviewContext, comments: Sequence[Comment]
 ) -> None:
@@ -5812,11 +5836,8 @@ def decide_and_do(
     run.log_event("codebot", f"Review by {first.user}: {first.text}")
     earlier = earlier_comments(run, context, comments)
     text = format_comments(comments, earlier)
-    if run.job.request_kind not in ("question", "change", "none", "limit"):
-        ask = classify(run, context, text)
-        if run.job.request_kind == "unclear":
-            threads = group_by_thread(comments)
-            run.update_outcome(answers=dict.fromkeys(threads, ask))
+    if not run.job.request_kind:
+        classify(run, context, comments, text)
     if run.job.request_kind == "question":
         answer_question(run, context, comments, text)
     elif run.job.request_kind == "change":
@@ -5877,8 +5898,10 @@ def format_comments(comments: Sequence[Comment], earlier: Sequence[Comment]) -> 
     return "\n".join(lines) + "\n"
 
 
-def classify(run: JobRun, context: ReviewContext, text: str) -> str:
-    """Find out what the reviewer wants, and store it. Returns what to ask back.
+def classify(
+    run: JobRun, context: ReviewContext, comments: Sequence[Comment], text: str
+) -> None:
+    """Find out what the reviewer wants, and store it; if it is unclear, with a question.
 
     The agent has no tools and sees no repository.
     """
@@ -5891,10 +5914,13 @@ def classify(run: JobRun, context: ReviewContext, text: str) -> str:
         answer = Agent(run, scratch).ask(prompt, CLASSIFYING, Session.NONE)
     structured = answer.structured if isinstance(answer.structured, dict) else {}
     kind = structured.get("kind")
+    outcome = run.job.outcome
     if kind not in ("question", "change", "none"):
         kind = "unclear"
-    run.update(request_kind=kind)
-    return run.redact(str(structured.get("ask") or UNCLEAR_TEXT))[:10_000]
+        ask = run.redact(str(structured.get("ask") or UNCLEAR_TEXT))[:10_000]
+        answers = dict.fromkeys(group_by_thread(comments), ask)
+        outcome = dataclasses.replace(outcome, answers=answers)
+    run.update(request_kind=kind, outcome=outcome)
 
 
 def check_out_branch(run: JobRun, context: ReviewContext) -> str:
@@ -5902,6 +5928,7 @@ def check_out_branch(run: JobRun, context: ReviewContext) -> str:
     run.set_phase("clone")
     workspace = context.workspace
     _, commit = fetch_or_fail(run, workspace, workspace.branch, "push_rejected")
+    check_base(run, workspace, commit)
     workspace.make_outbox()
     workspace.check_out(workspace.branch, commit, keep_home=True)
     return commit
@@ -6003,20 +6030,22 @@ def publish(run: JobRun, context: ReviewContext) -> None:
     Never forces. If commits were removed from the branch, nothing is pushed: that
     would restore them. (What is removed just before the push is still restored.)
     """
-    for attempt in range(1, MAX_PUSHES + 1):
+    pushes = 0
+    for _ in range(2 * MAX_PUSHES):  # before each push others may have pushed
         check_pull_request(run, context)
         tip = branch_tip(run, context)
-        if not is_pushed(run, context, tip) and tip != run.job.base_commit:
-            reapply_change(run, context, tip)
-            tip = branch_tip(run, context)
         if is_pushed(run, context, tip):
             return  # by an earlier run; or somebody has made the same change
-        if tip == run.job.base_commit and push_change(run, context, attempt):
+        if tip != run.job.base_commit:
+            reapply_change(run, context, tip)
+            continue  # others may have pushed again while it was tested
+        pushes += 1
+        if push_change(run, context, pushes):
             return
     raise JobFailed(
         "push_rejected",
-        f"Others pushed each of the {MAX_PUSHES} times that the change was ready. "
-        "Comment again to have it made on top of the current branch.",
+        "Others pushed each time that the change was ready. Comment again to have it "
+        "made on top of the current branch.",
     )
 
 
@@ -6128,7 +6157,9 @@ def answer_body(run: JobRun, thread: str, comments: Sequence[Comment]) -> str:
 # minute, or when GitHub's rate limit ends. Webhooks and polling share the store.
 
 SYNC_INTERVAL = 1.0  # seconds between looks at what is due and at tasks that ended
-EDIT_TOLERANCE = 1.0  # seconds that an issue may be younger than its label, unedited
+# An issue that changed at most this many seconds after it was labelled counts as
+# unedited: the label is a change itself, and GitHub's times are whole seconds.
+EDIT_TOLERANCE = 1.0
 
 
 class Sync:
@@ -6222,15 +6253,8 @@ class Sync:
         pull_request = store.pull_request(pull_request_id)
         if pull_request is None:
             return
-        try:
-            github_repository = self.github.repository_by_id(pull_request.repository_id)
-            current = github_repository.pull_request(pull_request.number)
-        except GitHubError as error:
-            if error.status in GONE_STATUSES:  # as long as that is so, it is closed
-                store.save_pull_request_state(
-                    pull_request.id, "closed", pull_request.full_name
-                )
-            raise
+        github_repository = self.github.repository_by_id(pull_request.repository_id)
+        current = github_repository.pull_request(pull_request.number)
         known = (pull_request.state, pull_request.full_name)
         if (current.state, current.full_name) != known:
             store.save_pull_request_state(
@@ -6488,16 +6512,16 @@ def run_job(codebot: Codebot, job: Job) -> None:
     except Cancelled:
         end_job(run, "failed", "cancelled", CANCELLED_TEXT)
     except (TransientError, LaunchFailed, sqlite3.OperationalError) as error:
-        retry_later(run, error)
+        retry_or_fail(run, error)
     except OSError as error:
         handle_os_error(run, error)
     except JobFailed as error:
-        fail(run, error.reason, str(error))
+        fail_or_tell_reviewer(run, error.reason, str(error))
     except (GitFailed, GitHubError) as error:
-        fail(run, "internal", str(error))
+        fail_or_tell_reviewer(run, "internal", str(error))
     except Exception:
         log.exception("Job %s", job.id)
-        fail(run, "internal", "Internal error; see the server's log")
+        fail_or_tell_reviewer(run, "internal", "Internal error; see the server's log")
     finally:
         del codebot.running[job.id]
         after_job(run)
@@ -6511,8 +6535,9 @@ def dispatch_job(run: JobRun) -> None:
     if stored is None or stored.cancel_requested:
         raise Cancelled()
     limit = MAX_INTERRUPTIONS
-    if job.outcome.error:
-        limit *= 2  # a review that has failed, and has only to tell the reviewer
+    is_done = job.commit_id or job.outcome.answers or job.outcome.error
+    if job.kind == "review" and is_done:
+        limit *= 2  # it has only to push, and to answer the reviewer
     if job.interruptions >= limit:
         raise JobFailed(
             "interrupted",
@@ -6563,7 +6588,7 @@ def remove_outbox_of(run: JobRun) -> None:
             remove_tree(run.config, path, run.run_tag)
 
 
-def fail(run: JobRun, reason: str, error: str) -> None:
+def fail_or_tell_reviewer(run: JobRun, reason: str, error: str) -> None:
     """Fail a job. A review first runs once more, only to tell the reviewer."""
     job = run.job
     if job.kind == "review" and not job.outcome.error and not run.cancel.is_set():
@@ -6574,7 +6599,7 @@ def fail(run: JobRun, reason: str, error: str) -> None:
     end_job(run, "failed", reason, error)
 
 
-def retry_later(run: JobRun, error: Exception) -> None:
+def retry_or_fail(run: JobRun, error: Exception) -> None:
     """Retry a job later, unless that has been tried for too long or too often.
 
     A retry that would run the agent again costs money, so it counts as an interruption.
@@ -6601,17 +6626,17 @@ def retry_later(run: JobRun, error: Exception) -> None:
             codebot.queues[job.kind].put(job.id)
         return
     reason = job.outcome.reason or REASON_BY_PHASE.get(job.phase, "internal")
-    fail(run, reason, message)
+    fail_or_tell_reviewer(run, reason, message)
 
 
 def handle_os_error(run: JobRun, error: OSError) -> None:
     if error.errno in TRANSIENT_ERRNOS:
-        retry_later(
+        retry_or_fail(
             run, TransientError(f"This host cannot go on: {os_error_text(error)}")
         )
         return
     log.exception("Job %s", run.job.id)
-    fail(run, "internal", f"Internal error: {os_error_text(error)}")
+    fail_or_tell_reviewer(run, "internal", f"Internal error: {os_error_text(error)}")
 
 
 def after_job(run: JobRun) -> None:
@@ -6666,18 +6691,14 @@ class Cleanup:
         self.attempt(self.delete_expired)
         self.attempt(self.repeat_failed_stops)
         for path in all_mirrors(self.config.work_dir):
-            is_due = self.retry_repack_at.get(path, 0.0) <= time.monotonic()
-            if is_due and not self.attempt(self.maintain_mirror, path):
-                self.retry_repack_at[path] = time.monotonic() + REPACK_RETRY_DELAY
+            self.attempt(self.maintain_mirror, path)
 
-    def attempt(self, part: Callable[..., None], *args: str) -> bool:
+    def attempt(self, part: Callable[..., None], *args: str) -> None:
         """Do a part of the work. The others are done even if it fails."""
         try:
             part(*args)
         except (OSError, sqlite3.Error, LimitReached, GitFailed, TransientError) as e:
             log.warning("Cleanup: %s", e or "timeout")
-            return False
-        return True
 
     def delete_expired(self) -> None:
         self.codebot.store.delete_expired(
@@ -6721,7 +6742,10 @@ class Cleanup:
                 discard(self.config.work_dir, path)
                 return
             mirror.remove_stale_files(older_than=GIT_TIMEOUT)
-            mirror.repack(keep_unreachable=is_needed)
+            if self.retry_repack_at.get(path, 0.0) <= time.monotonic():
+                self.retry_repack_at[path] = time.monotonic() + REPACK_RETRY_DELAY
+                mirror.repack(keep_unreachable=is_needed)
+                del self.retry_repack_at[path]  # it has succeeded
 
     def check_stop(self) -> None:
         if self.codebot.stop.is_set():
@@ -7852,17 +7876,27 @@ def error_response(error: HTTPError) -> Response:
 
 
 class OncePerSecond(logging.Filter):
-    """Drops what was logged less than a second ago, so that a flood fills no disk."""
+    """Drops what was logged less than a second ago, so that a flood fills no disk.
+
+    The next line says how many were dropped, from whichever client.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        # By message, without a lock: two threads at once write two lines, at worst.
         self._last_logged: dict[str, float] = {}
+        self._dropped: collections.Counter[str] = collections.Counter()
 
     def filter(self, record: logging.LogRecord) -> bool:
+        message = record.msg
         now = time.monotonic()
-        if now < self._last_logged.get(record.msg, -1.0) + 1.0:
+        if now < self._last_logged.get(message, -1.0) + 1.0:
+            self._dropped[message] += 1
             return False
-        self._last_logged[record.msg] = now  # two threads at once: two lines, accepted
+        self._last_logged[message] = now
+        dropped = self._dropped.pop(message, 0)
+        if dropped:
+            record.msg = f"{message} (and {dropped} more since the last such line)"
         return True
 
 
@@ -8452,7 +8486,6 @@ SEND_TIMEOUT = 20.0  # seconds in which a client must read CHUNK_BYTES
 LINGER_TIMEOUT = 2.0  # seconds for which the rest of a refused request is read
 SWEEP_INTERVAL = 0.5  # seconds between two searches for late connections
 STREAM_INTERVAL = 0.25  # seconds between two searches for new events
-NO_DEADLINE = float("inf")
 CHUNK_BYTES = 64 << 10
 DEFAULT_HEADERS = {
     "Server": "codebot",
@@ -8529,6 +8562,39 @@ def hang_up(connection: socket.socket) -> None:
         socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
+class ConnectionState(enum.IntEnum):
+    """What a connection waits for."""
+
+    SHAKING_HANDS = 1  # the client's TLS handshake, and the start of its first request
+    WAITING = 2  # a request
+    RECEIVING = 3  # the rest of the request
+    HANDLING = 4  # codebot's own handler
+    SENDING = 5  # the client, to read a part of the answer
+    LINGERING = 6  # the client, to read an error before the connection is closed
+
+
+def time_allowed(state: ConnectionState) -> float:
+    """Return the seconds that a connection may be in a state."""
+    seconds = {
+        ConnectionState.SHAKING_HANDS: REQUEST_TIMEOUT,
+        ConnectionState.WAITING: IDLE_TIMEOUT,
+        ConnectionState.RECEIVING: REQUEST_TIMEOUT,
+        ConnectionState.HANDLING: float("inf"),
+        ConnectionState.SENDING: SEND_TIMEOUT,  # each part of an answer begins anew
+        ConnectionState.LINGERING: LINGER_TIMEOUT,
+    }
+    return seconds[state]
+
+
+@dataclasses.dataclass
+class Connection:
+    """The state of an open connection."""
+
+    state: ConnectionState
+    deadline: float  # by time.monotonic()
+    body_bytes: int = 0  # of its request's body that are in memory
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """Answers the requests of one connection, in a thread of the pool.
 
@@ -8543,13 +8609,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     wbufsize = -1  # buffered: headers and a short body leave in one packet
     requestline = ""  # for the log, before the first request
-    has_deadline = False  # the next request has that of the TLS handshake before it
 
     def handle(self) -> None:
         try:
             if isinstance(self.connection, ssl.SSLSocket):
                 self.connection.do_handshake()
-                self.has_deadline = True
             super().handle()
         except OSError as error:  # the client left, or does not read
             log.debug("%s: connection lost: %s", self.client_address[0], error)
@@ -8559,9 +8623,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         if not self.rfile.peek(1):
             return
-        if not self.has_deadline:
-            self.server.set_deadline(self.connection, REQUEST_TIMEOUT)
-        self.has_deadline = False
+        self.enter(ConnectionState.RECEIVING)
         self.command = ""
         self.expects_continue = False
         self.is_body_read = False  # whether the request has been read to its end
@@ -8572,7 +8634,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send(response)
         if not self.is_body_read:
             self.linger()
-        self.server.expect_request(self.connection, IDLE_TIMEOUT)
+        self.enter(ConnectionState.WAITING)
+
+    def enter(self, state: ConnectionState) -> None:
+        self.server.enter(self.connection, state)
 
     def respond(self) -> Response | EventStream:
         """Return the response to the next request; most errors are answers, too."""
@@ -8596,6 +8661,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head = self.read_head()
         self.raw_requestline, _, lines = head.partition(b"\n")
         connection_file = self.rfile
+        # parse_request() reads the headers from rfile: those that are checked already.
         self.rfile = io.BytesIO(lines)  # type: ignore[assignment]
         try:
             self.parse_request()
@@ -8649,7 +8715,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         codebot = self.server.codebot
         route.guard(codebot, request)
         request.body()
-        self.server.clear_deadline(self.connection)
+        self.enter(ConnectionState.HANDLING)
         return route.handler(codebot, request, **parameters)
 
     def receive_body(self, length: int) -> bytes:
@@ -8689,10 +8755,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def write(self, data: bytes) -> None:
         """Send what is in the buffer, and ``data``, as fast as the client reads."""
-        self.server.set_deadline(self.connection, SEND_TIMEOUT)
+        self.enter(ConnectionState.SENDING)
         for start in range(0, len(data), CHUNK_BYTES):
             self.wfile.write(data[start : start + CHUNK_BYTES])
-            self.server.set_deadline(self.connection, SEND_TIMEOUT)
+            self.enter(ConnectionState.SENDING)
         self.wfile.flush()
 
     def send_stream(self, stream: EventStream) -> None:
@@ -8716,7 +8782,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         client.register(self.connection, CLOSED_BY_CLIENT)
         for messages in events:
             self.write(messages)
-            self.server.clear_deadline(self.connection)
+            self.enter(ConnectionState.HANDLING)
             seconds = 0.0 if messages else STREAM_INTERVAL
             if client.poll(seconds * 1000):
                 return
@@ -8727,7 +8793,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         If it were left unread, the system would reset the connection, and the client
         might lose the answer.
         """
-        self.server.set_deadline(self.connection, LINGER_TIMEOUT)
+        self.enter(ConnectionState.LINGERING)
         self.connection.shutdown(socket.SHUT_WR)
         scrap = bytearray(CHUNK_BYTES)  # one: many would leave the heap full of holes
         while self.connection.recv_into(scrap):
@@ -8741,22 +8807,6 @@ def tls_context(config: Config) -> ssl.SSLContext:
     # Without a password, OpenSSL asks for that of an encrypted key in the terminal.
     context.load_cert_chain(config.tls_cert, config.tls_key, password="")
     return context
-
-
-@dataclasses.dataclass
-class Connection:
-    """The state of an open connection.
-
-    It waits for:          deadline                         is_answering
-      a request              IDLE_TIMEOUT                     no
-      the rest of it         REQUEST_TIMEOUT                  no
-      the handler            none                             yes
-      the client to read     SEND_TIMEOUT for each chunk      yes, after a handler
-    """
-
-    deadline: float
-    is_answering: bool = False
-    body_bytes: int = 0  # of the request that arrives
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -8830,8 +8880,7 @@ class Server(http.server.ThreadingHTTPServer):
         with self._lock:
             has_room = len(self._connections) < MAX_CONNECTIONS or self._evict()
         if has_room:
-            seconds = REQUEST_TIMEOUT if self._tls else IDLE_TIMEOUT
-            self.expect_request(request, seconds)
+            self.add_connection(request)
             self._pool.submit(self.process_request_thread, request, client_address)
         else:
             self.shutdown_request(request)
@@ -8843,7 +8892,7 @@ class Server(http.server.ThreadingHTTPServer):
             return
         self._next_sweep = now + SWEEP_INTERVAL
         with self._lock:
-            late = [c for c, state in self._connections.items() if state.deadline < now]
+            late = [c for c, entry in self._connections.items() if entry.deadline < now]
             for connection in late:
                 self._drop(connection)
 
@@ -8863,32 +8912,27 @@ class Server(http.server.ThreadingHTTPServer):
                 request.unwrap()  # tells the client that nothing was cut off
         super().shutdown_request(request)
 
-    def expect_request(self, connection: socket.socket, seconds: float) -> None:
-        """Wait for a request. The connection goes to the end of the order."""
+    def add_connection(self, connection: socket.socket) -> None:
+        state = ConnectionState.WAITING
+        if self._tls:
+            state = ConnectionState.SHAKING_HANDS
+        deadline = time.monotonic() + time_allowed(state)
         with self._lock:
-            self._connections.pop(connection, None)
-            self._connections[connection] = Connection(time.monotonic() + seconds)
+            self._connections[connection] = Connection(state, deadline)
 
-    def set_deadline(self, connection: socket.socket, seconds: float) -> None:
-        """Give the client time to send the rest of a request, or to read the answer.
+    def enter(self, connection: socket.socket, state: ConnectionState) -> None:
+        """Note what a connection waits for from now on, and for how long it may.
 
-        A body that was read no longer counts.
+        Raises OSError if it was closed.
         """
         with self._lock:
-            state = self._connections.get(connection)
-            if state is not None:  # else it was closed: reading or writing fails
-                state.deadline = time.monotonic() + seconds
-                state.body_bytes = 0
-
-    def clear_deadline(self, connection: socket.socket) -> None:
-        """Give the handler time, now that the request is complete.
-
-        Raises OSError if the connection was closed.
-        """
-        with self._lock:
-            state = self._open_connection(connection)
-            state.deadline = NO_DEADLINE
-            state.is_answering = True
+            entry = self._open_connection(connection)
+            entry.state = state
+            entry.deadline = time.monotonic() + time_allowed(state)
+            if state is not ConnectionState.HANDLING:
+                entry.body_bytes = 0  # of a new request, or of one that is answered
+            if state is ConnectionState.WAITING:  # it goes to the end of the order
+                self._connections[connection] = self._connections.pop(connection)
 
     def count_body(self, connection: socket.socket, size: int) -> None:
         """More of a body has arrived. The oldest unfinished ones make way for it.
@@ -8898,12 +8942,12 @@ class Server(http.server.ThreadingHTTPServer):
         """
         with self._lock:
             self._open_connection(connection).body_bytes += size
-            buffered = sum(state.body_bytes for state in self._connections.values())
-            for oldest, state in list(self._connections.items()):
+            buffered = sum(entry.body_bytes for entry in self._connections.values())
+            for oldest, entry in list(self._connections.items()):
                 if buffered <= MAX_BUFFERED_BYTES:
                     break
-                if state.body_bytes and not state.is_answering:
-                    buffered -= state.body_bytes
+                if entry.body_bytes and entry.state is ConnectionState.RECEIVING:
+                    buffered -= entry.body_bytes
                     self._drop(oldest)
 
     # With the lock held; shutdown() does not wait for anything
@@ -8914,17 +8958,18 @@ class Server(http.server.ThreadingHTTPServer):
         return self._connections[connection]
 
     def _evict(self) -> bool:
-        """Close the connection that has waited longest; False if none waits.
+        """Close the connection that has waited longest for its client; False if none is.
 
-        One that is being answered is only closed if all are.
+        One that reads an answer is only closed if all others are with a handler.
         """
-        for is_answering in (False, True):
-            for connection, state in self._connections.items():
-                is_waiting = state.deadline != NO_DEADLINE
-                if is_waiting and state.is_answering == is_answering:
-                    self._drop(connection)
-                    return True
-        return False
+        handling = ConnectionState.HANDLING
+        sending = ConnectionState.SENDING
+        waiting = [c for c, e in self._connections.items() if e.state is not handling]
+        if not waiting:
+            return False
+        unanswered = [c for c in waiting if self._connections[c].state is not sending]
+        self._drop([*unanswered, *waiting][0])
+        return True
 
     def _drop(self, connection: socket.socket) -> None:
         self._connections.pop(connection, None)

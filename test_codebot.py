@@ -2445,7 +2445,7 @@ def redact(tmp_path: Path) -> codebot.Redactor:
         api_keys=("api-key-1", "short"),
         webhook_secret="hook-secret",
         key_file=str(key_file),
-        agent_env=("MY_TOKEN", "MY_COLOR"),
+        agent_env=("MY_TOKEN", "MY_COLOR", "MY_DATABASE_URL"),
         variables={
             "GITHUB_WEBHOOK_SECRET": "hook-secret",
             "ANTHROPIC_API_KEY": "sk-model",
@@ -2453,6 +2453,8 @@ def redact(tmp_path: Path) -> codebot.Redactor:
             "HTTP_PROXY": "user:other-pass@proxy:80",
             "https_proxy": "http://proxy-token@proxy",
             "http_proxy": "http://user:p%40ss%2Fword@proxy",
+            "ANTHROPIC_BASE_URL": "https://user:gateway-pass@gw/https://api.claude.com",
+            "MY_DATABASE_URL": "postgres://dbowner@localhost/app",
             "MY_TOKEN": "my-token",
             "MY_COLOR": "my-color",
             "ANTHROPIC_AUTH_TOKEN": "8-bit-token-\udca0",
@@ -2474,6 +2476,7 @@ def redact(tmp_path: Path) -> codebot.Redactor:
         "proxy-token",
         "p%40ss%2Fword",
         "p@ss/word",
+        "gateway-pass",
         "my-token",
         "8-bit-token-\udca0",
         "v1.installation-token",
@@ -2506,6 +2509,7 @@ def test_git_credential_is_redacted(redact: codebot.Redactor) -> None:
     ("text", "expected"),
     [
         ("short my-color http://user@proxy", "short my-color http://user@proxy"),
+        ("createdb dbowner", "createdb dbowner"),
         ("a\tb\nc", "a\tb\nc"),
         ("a\x00b\x07c\x9bd", "a\ufffdb\ufffdc\ufffdd"),
         ("\x1b[31mred\x1b[0m", "red"),
@@ -2672,6 +2676,16 @@ def test_agent_in_hidden_directory_is_shown_alone(host: Host) -> None:
     mounts = host.mounts(claude=(agent, "--flag"))
     assert "READ_ONLY home/claude/claude" in mounts
     assert "credentials" not in "\n".join(mounts)
+
+
+def test_agent_in_tool_directory_that_is_hidden_is_shown_alone(host: Host) -> None:
+    agent = host.make_file("home/tools/bin/claude")
+    mounts = host.mounts(
+        search_path=host.make("home/tools/bin"),
+        env_file=host.make_file("home/tools/.env"),
+        claude=(agent,),
+    )
+    assert "READ_ONLY home/tools/bin/claude" in mounts
 
 
 def test_script_that_agent_command_names_is_shown(host: Host) -> None:
@@ -3596,7 +3610,7 @@ def test_free_retry_of_interrupted_review_is_not_its_last(store: codebot.Store) 
     assert review is not None
     app = codebot.Codebot(codebot.Config(no_github=True, work_dir=store.path + ".dir"))
     app.store = store
-    codebot.retry_later(codebot.JobRun(app, review), codebot.TransientError("502"))
+    codebot.retry_or_fail(codebot.JobRun(app, review), codebot.TransientError("502"))
     assert stored_job(store, review).status == "pending"
 
 
@@ -3611,7 +3625,7 @@ def test_finished_answer_is_posted_again_without_counting_interruptions(
     run = codebot.JobRun(app, review)
     run.agent_has_run = True
     run.update_outcome(answers={"conversation 1": "Because."})
-    codebot.retry_later(run, codebot.TransientError("502"))
+    codebot.retry_or_fail(run, codebot.TransientError("502"))
     assert stored_job(store, review).status == "pending"
     assert stored_job(store, review).interruptions == 0
 
@@ -5182,6 +5196,22 @@ def test_waiting_task_completes_although_others_pushed_to_its_branch(
     assert len(shared.agent.runs()) == 1
 
 
+def test_pushed_task_waits_until_app_may_open_its_pull_request(fresh: Site) -> None:
+    fresh.server.start(limits={"RETRY_DELAY": 0.2, "GITHUB_ATTEMPTS": 1})
+    fresh.repository.fail("POST /pulls", 503, b"", always=True)
+    task = fresh.api.submit()
+    wait_for(lambda: f"{task}: running -> pending" in fresh.server.log())
+    fresh.server.stop()
+    refusal = {"message": "Unprocessable"}
+    tokens = "POST /app/installations/*/access_tokens"
+    fresh.github.fail(tokens, 422, refusal, always=True)
+    fresh.server.restart()
+    wait_for(lambda: fresh.server.log().count(f"{task}: running -> pending") > 1)
+    fresh.github.reset_faults()
+    assert fresh.api.completed(task)["pr_number"] == 1
+    assert len(fresh.agent.runs()) == 1
+
+
 def test_branch_that_was_merged_and_deleted_meanwhile_is_not_pushed_again(
     fresh: Site,
 ) -> None:
@@ -6659,14 +6689,6 @@ def pull_state(pull: Pull) -> str:
     return str(pull.site.api.status(pull.task)["result"]["pr_state"])
 
 
-def test_pull_request_of_deleted_repository_counts_as_closed(shared: Site) -> None:
-    pull = open_pull(shared)
-    not_found = {"message": "Not Found"}
-    shared.repository.fail("GET *", 404, not_found, always=True)
-    shared.person("alice").close()
-    wait_for(lambda: pull_state(pull) == "closed")
-
-
 def test_closed_delivery_alone_ends_nothing(pull: Pull) -> None:
     pull.site.agent.follow("block; classify none")
     pull.site.person("alice").comment("Thanks!")
@@ -6833,6 +6855,56 @@ def test_review_waits_for_github_and_continues_where_it_stopped(pull: Pull) -> N
     # Each time that it started it has asked whether alice may write.
     asked = pull.site.repository.count("GET /collaborators/alice/permission")
     assert asked >= len(REVIEW_OUTAGES)
+
+
+def test_what_is_written_while_a_review_waits_for_github_joins_it(pull: Pull) -> None:
+    pull.site.repository.fail("GET /pulls/1", 503, b"", always=True)
+    alice = pull.site.person("alice")
+    alice.comment("Why?")
+    wait_for(lambda: "running -> pending" in pull.site.server.log())
+    alice.comment("And why?")
+    alice.review("All in all", "and here", "and there")
+    pull.site.github.reset_faults()
+    assert pull.review()["status"] == "completed"
+    assert len(pull.answers()) == 5
+    assert len(pull.site.agent.runs("classify")) == 1
+
+
+def test_commit_that_waits_for_the_remote_is_not_lost_to_another_review(
+    pull: Pull,
+) -> None:
+    pull.site.agent.follow(MAKE_CHANGE)
+    pull.site.repository.fail("POST /git-receive-pack", 503, b"", always=True)
+    pull.site.person("alice").inline("Say more")
+    wait_for(lambda: "running -> pending" in pull.site.server.log())
+    pull.site.agent.follow(ANSWER_QUESTION)
+    pull.site.person("bob").comment("Why?")
+    pull.site.server.wait_for_log("running -> pending", 3)
+    pull.site.github.reset_faults()
+    reviews = pull.reviews(2)
+    assert [review["status"] for review in reviews] == ["completed"] * 2
+    assert len(pull.site.agent.runs("change")) == 1
+    assert len(pull.answers()) == 2
+
+
+def test_finished_review_is_published_in_spite_of_interruptions(fresh: Site) -> None:
+    limits = {"RETRY_DELAY": 0.2, "GITHUB_ATTEMPTS": 1}
+    fresh.server.start(limits=limits)
+    pull = open_pull(fresh, MAKE_CHANGE)
+    replies = "POST /pulls/1/comments/*/replies"
+    fresh.repository.fail(replies, 503, b"", always=True)
+    fresh.person("alice").inline("Say more")
+    wait_for(lambda: fresh.repository.count(replies))
+    fresh.server.kill()
+    with contextlib.closing(
+        sqlite3.connect(fresh.server.work_dir / "codebot.db")
+    ) as db:
+        db.execute("UPDATE jobs SET interruptions = 3 WHERE kind = 'review'")
+        db.commit()
+    fresh.github.reset_faults()
+    fresh.server.restart()
+    assert pull.review()["status"] == "completed"
+    assert pull.tip() in pull.answer()
 
 
 def test_review_that_waited_too_long_is_reported_and_not_pushed(
@@ -9902,6 +9974,33 @@ def test_launched_sandbox_that_does_not_work_is_refused(
     assert done.returncode == 2
     assert message in done.stderr
     cluster.assert_empty()
+
+
+def test_stop_waits_for_another_stop_of_the_same_launch(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    config = codebot.Config(
+        work_dir=str(tmp_path),
+        search_path=os.environ["PATH"],
+        launcher_stop=("sh", "-c", f"echo stop >>{tmp_path}/stops; read x <{fifo}"),
+    )
+    workspace = str(tmp_path / "task_1234567")
+    codebot.record_launch(config, workspace, "tag")
+    inode = codebot.launch_record(config, workspace).stat().st_ino
+
+    def is_second_waiting() -> bool:
+        locks = Path("/proc/locks").read_text().splitlines()
+        return any("->" in line and f":{inode} " in line for line in locks)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(codebot.stop_launched, config, workspace, "tag")
+        wait_for((tmp_path / "stops").exists)
+        second = pool.submit(codebot.stop_launched, config, workspace, "tag")
+        wait_for(is_second_waiting)
+        fifo.write_text("go on\n")
+        assert first.result()
+        assert second.result()
+    assert (tmp_path / "stops").read_text() == "stop\n"
 
 
 # --- Ending programs ---------------------------------------------------------
