@@ -134,7 +134,7 @@ WHERE THE DANGEROUS THINGS ARE, each in one place
   git with a credential     GitDirectory.remote_git
   what the agent sees       bwrap_command, and Workspace.environment
   git on an agent's objects, outside the sandbox
-                            Workspace.collect_tree, which lets fsck check them; then
+                            fetch_into_outbox, which lets fsck check them; then
                             write_commit, inspect_commit, is_submodule, patch and push;
                             once they are pushed, what git does in the mirror
   removing directories      remove_tree; scratch_* by tempfile
@@ -2888,7 +2888,7 @@ class Mirror(GitDirectory):
         """Raise GitFailed if the commit's trees do not pass git's fsck.
 
         A changed directory keeps its other entries. If git's fsck rejects one of them,
-        collect_tree rejects every change, after the agent has cost something. So the
+        fetch_into_outbox rejects every change, after the agent has cost something. So the
         base is checked before. git checks a part of a repository only while it indexes
         a pack, so the trees are packed, without the contents of files.
         """
@@ -3462,18 +3462,7 @@ class Store:
             if row is None:
                 return None
             self._transition(db, job_id, "pending", "running")
-            db.execute(
-                """
-                UPDATE jobs SET (directory, branch, session_id) = (
-                    SELECT task.directory, task.branch, task.session_id
-                    FROM pull_requests
-                    JOIN jobs AS task ON task.id = pull_requests.task_id
-                    WHERE pull_requests.id = jobs.pull_request_id
-                )
-                WHERE id = :id AND kind = 'review'
-                """,
-                values,
-            )
+            copy_workspace_of_task(db, job_id)
             return job_by_id(db, job_id)
 
     def finish(self, job: Job, status: str, reason: str = "", error: str = "") -> None:
@@ -4112,6 +4101,22 @@ def assign_comment(db: sqlite3.Connection, comment: Comment, job_id: str) -> Non
     )
 
 
+def copy_workspace_of_task(db: sqlite3.Connection, review_id: str) -> None:
+    """Give a review its task's directory, branch and session; a task has its own."""
+    db.execute(
+        """
+        UPDATE jobs SET (directory, branch, session_id) = (
+            SELECT task.directory, task.branch, task.session_id
+            FROM pull_requests
+            JOIN jobs AS task ON task.id = pull_requests.task_id
+            WHERE pull_requests.id = jobs.pull_request_id
+        )
+        WHERE id = :id AND kind = 'review'
+        """,
+        {"id": review_id},
+    )
+
+
 def waiting_review(
     db: sqlite3.Connection, pull_request_id: int, reviewer: str
 ) -> str | None:
@@ -4493,20 +4498,22 @@ git config remote.origin.url "$url" &&
 git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
 git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
-# Before the test runs, what the agent left is written as a tree. Afterwards the files are
-# reset to it, so that nothing which the test wrote is seen by the agent or committed;
-# ignored files, such as installed packages, stay. If the test passes, COMMIT_SCRIPT
-# commits this tree, whatever could not be removed. (A hostile test could name another
-# tree, as it could pass without testing anything.)
+# Nothing that the test writes is seen by the agent or committed. (A hostile test could
+# name another tree in step 4, as it could pass without testing anything.)
 TEST_SCRIPT = f"""{GIT_FUNCTION}
 reset() {{
     g checkout-index -q -f -a && g clean -q -ff -d
 }}
+# 1. Record what the agent left as a tree.
 g add -A 2>&1 && tree=$(g write-tree) || exit
+# 2. Run the test.
 sh -c "$1" 2>&1
 code=$?
+# 3. Put the files back, but not ignored ones, such as installed packages.
 rm -rf .git/index.lock .git/codebot-tested
 g read-tree "$tree" && {{ reset 2>/dev/null || {{ chmod -R u+rwX .; reset; }}; }}
+# 4. If the test passed, note the tree: COMMIT_SCRIPT commits this one, whatever could not
+# be removed.
 [ $code = 0 ] && echo "$tree" >.git/codebot-tested
 exit $code
 """
@@ -4761,16 +4768,10 @@ class Workspace:
 
     # From the agent's work to a pushed commit
 
-    def collect_tree(self, base_commit: str, is_tested: bool) -> str:
-        """Fetch what the agent left, or what the tests passed with, into the outbox.
+    def collect_tree(self, base_commit: str, is_tested: bool) -> str | None:
+        """Bring what the agent left, or what the tests passed with, into the outbox.
 
-            in the sandbox                        outside of it
-            agent's .git -> git upload-pack  -->  git fetch, with fsck -> outbox
-
-        upload-pack is the only process that opens the agent's .git. What crosses is a
-        pack.
-
-        Returns its tree, "" if nothing was changed. Raises JobFailed if there is no
+        Returns its tree, None if nothing was changed. Raises JobFailed if there is no
         usable repository.
         """
         result = self.script(COMMIT_SCRIPT, base_commit, "tested" if is_tested else "")
@@ -4779,18 +4780,9 @@ class Workspace:
                 "agent_failed",
                 f"What the agent left cannot be committed: {result.error}",
             )
-        upload_pack = self.sandboxed(["git", "upload-pack"])
-        argv = [*GIT, "-c", "fetch.fsckObjects=true", "--git-dir", self.outbox.path]
-        argv += [*GIT_FETCH, "--upload-pack", shlex.join(upload_pack), "--"]
         # A new name: no ref of an earlier collection can be read by mistake.
         ref = f"refs/codebot/{uuid.uuid4().hex}"
-        argv += [self.repo, f"+HEAD:{ref}"]
-        env = base_environment(self.config, self.run.run_tag)
-        env["GIT_ALLOW_PROTOCOL"] = "file"
-        try:
-            result = check_disk(run_program(argv, env, limits=self.run.git_limits()))
-        except LimitReached as error:
-            raise self.run.limit_failure(error, "git") from None
+        result = self.fetch_into_outbox(ref)
         # If the agent made the repository shallow, git fetches nothing and exits with 0.
         # Then rev-parse fails.
         trees = self.outbox.local_git(
@@ -4801,7 +4793,27 @@ class Workspace:
                 "agent_failed", f"The agent left no usable repository: {result.error}"
             )
         tree, base_tree = trees.stdout
-        return "" if tree == base_tree else tree
+        return None if tree == base_tree else tree
+
+    def fetch_into_outbox(self, ref: str) -> ProgramResult:
+        """Fetch HEAD of the workspace's repository.
+
+            in the sandbox                        outside of it
+            agent's .git -> git upload-pack  -->  git fetch, with fsck -> outbox
+
+        upload-pack is the only process that opens the agent's .git. What crosses is a
+        pack.
+        """
+        upload_pack = self.sandboxed(["git", "upload-pack"])
+        argv = [*GIT, "-c", "fetch.fsckObjects=true", "--git-dir", self.outbox.path]
+        argv += [*GIT_FETCH, "--upload-pack", shlex.join(upload_pack), "--"]
+        argv += [self.repo, f"+HEAD:{ref}"]
+        env = base_environment(self.config, self.run.run_tag)
+        env["GIT_ALLOW_PROTOCOL"] = "file"
+        try:
+            return check_disk(run_program(argv, env, limits=self.run.git_limits()))
+        except LimitReached as error:
+            raise self.run.limit_failure(error, "git") from None
 
     def write_commit(self, tree: str, parent: str, message: str) -> str:
         """Make the job's one commit, in the App's name. Returns its id."""
@@ -5290,9 +5302,8 @@ def find_remote(run: JobRun) -> GitAccess:
         return GitAccess(repository, None)
     try:
         github_repository = github.repository_by_name(repository.full_name)
-        github.token(
-            github_repository.id
-        )  # it is refused if the App is not installed there
+        # Its token is refused if the App is not installed there.
+        github.token(github_repository.id)
     except AppRefused as error:
         if job.commit_id:
             raise  # finished work waits for better times
@@ -5308,6 +5319,16 @@ def find_remote(run: JobRun) -> GitAccess:
                 f"{run.config.installation_id} ({error})"
             )
         raise JobFailed("clone_failed", message) from None
+    check_identity(job, repository, github_repository)
+    github.bot()  # for the commit: asked for now, before the agent costs anything
+    run.update(mirror=repository.mirror_path, repository_id=github_repository.id)
+    return GitAccess(repository, github_repository)
+
+
+def check_identity(
+    job: Job, repository: Repository, github_repository: GitHubRepository
+) -> None:
+    """Raise JobFailed unless GitHub means the same repository as the task."""
     if github_repository.full_name.lower() != repository.full_name.lower():
         raise JobFailed(
             "clone_failed",
@@ -5318,11 +5339,9 @@ def find_remote(run: JobRun) -> GitAccess:
     if any(known not in (0, github_repository.id) for known in known_ids):
         raise JobFailed(
             "clone_failed",
-            f"Another repository is named {github_repository.full_name} now. Submit the task again.",
+            f"Another repository is named {github_repository.full_name} now. Submit the "
+            "task again.",
         )
-    github.bot()  # for the commit: asked for now, before the agent costs anything
-    run.update(mirror=repository.mirror_path, repository_id=github_repository.id)
-    return GitAccess(repository, github_repository)
 
 
 def task_workspace(run: JobRun, access: GitAccess) -> Workspace:
@@ -5512,7 +5531,7 @@ def commit_agent_tree(
     """
     run.set_phase("commit")
     tree = workspace.collect_tree(base_commit, is_tested)
-    if not tree:
+    if tree is None:
         return None
     summary = quoted("The agent", run.job.outcome.summary)
     message = without_switches(f"{run.redact(title)[:250]}\n\n{summary}")
@@ -5520,7 +5539,7 @@ def commit_agent_tree(
     change = workspace.inspect_commit(base_commit, commit_id)
     if change.fault:
         raise JobFailed("agent_failed", f"The change is not pushed: {change.fault}")
-    run.codebot.checked_commits.add(commit_id)  # collect_tree has let fsck check it
+    run.codebot.checked_commits.add(commit_id)  # git's fsck has checked it
     run.log_event("git", f"Commit {commit_id}", "\n".join(change.files))
     return Commit(commit_id, change.files)
 
@@ -5813,9 +5832,9 @@ def is_work_stored(run: JobRun, context: ReviewContext) -> bool:
     if not job.commit_id:
         return bool(job.outcome.answers)
     workspace = context.workspace
-    return workspace.outbox.has_commit(
-        job.commit_id
-    ) or workspace.mirror.branch_contains(workspace.branch, job.commit_id)
+    if workspace.outbox.has_commit(job.commit_id):
+        return True
+    return workspace.mirror.branch_contains(workspace.branch, job.commit_id)
 
 
 # From the comments to a commit
@@ -8076,9 +8095,8 @@ def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
     job = find_task(codebot, task_id)
     if job.status != "failed":
         raise HTTPError(409, f"Only a failed task can be retried; this is {job.status}")
-    allowed_repository(
-        codebot.config, job.request.repository_url
-    )  # it may have changed
+    # The settings may have changed since.
+    allowed_repository(codebot.config, job.request.repository_url)
     log.info("Task %s: retry requested by %s", task_id, submitter(request))
     # Not the label's event: removing the label does not cancel what a client started.
     issue = IssueLabel(job.issue_repository_id, job.issue_number, job.issue_url, None)
@@ -9237,10 +9255,8 @@ def stop_workers(codebot: Codebot, workers: Sequence[threading.Thread]) -> None:
             jobs.put(None)
     for worker in workers:
         worker.join(max(0.0, deadline - time.monotonic()))
-    with contextlib.suppress(sqlite3.Error):
-        codebot.store.requeue_interrupted(
-            interruptions=0
-        )  # of a worker that did not end
+    with contextlib.suppress(sqlite3.Error):  # jobs of workers that did not end
+        codebot.store.requeue_interrupted(interruptions=0)
 
 
 def listen(codebot: Codebot) -> Server:
@@ -9391,10 +9407,9 @@ def run(flags: Flags) -> int:
         follow_task(codebot, job.id)
     finally:
         stop_workers(codebot, workers)
+    # After a signal it is pending, and nothing would start it.
     with contextlib.suppress(WrongState):  # it has ended
-        codebot.cancel(
-            job.id
-        )  # after a signal it is pending, and nothing would start it
+        codebot.cancel(job.id)
     job = codebot.store.job(job.id) or job
     print(json.dumps(task_fields(codebot, job), indent=2))
     return 0 if job.status == "completed" else 1
