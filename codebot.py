@@ -79,6 +79,8 @@ KNOWN LIMITATIONS
   Without a sandbox (CODEBOT_SANDBOX=none) the agent can read and write whatever codebot's
   user can: the keys, the database, git's token while git runs. A process that removes
   CODEBOT_RUN from its environment outlives it.
+  A program that CODEBOT_SANDBOX or CODEBOT_LAUNCHER names is started in the workspace and
+  with its HOME, which the agent writes: it must not read its own settings there.
   In bwrap the agent can read whatever else codebot's user can read on the host, and each
   directory of HOME that PATH leads into, with all that is in it: for ~/.cargo/bin, also
   ~/.cargo/credentials.toml. It can connect to abstract
@@ -486,9 +488,13 @@ def parse_address(text: str) -> str:
 
 def parse_path(text: str) -> str:
     """Return the real path, without signs that mean something to git or glob()."""
-    if re.search(r"[\n*?\[:]", text) or not text.isprintable():
-        raise ValueError("must be a path without : * ? [ and control characters")
-    return os.path.realpath(text)
+    path = os.path.realpath(text)
+    if re.search(r"[\n*?\[:]", path) or not path.isprintable():
+        raise ValueError(
+            "must be a path without : * ? [ and control characters, also in the "
+            f"directories above it, and leads to {path!r}"
+        )
+    return path
 
 
 def parse_search_path(text: str) -> str:
@@ -752,8 +758,10 @@ def read_config(
     # If it cannot be read, the settings that it holds are not reported as missing.
     was_env_file_read = not problems
     variables.update(os.environ)
+    if not flags.get("work_dir"):
+        flags = {**flags, "work_dir": Config.work_dir}  # its path is checked, too
     values = read_settings(flags, variables, problems)
-    values.setdefault("work_dir", os.path.realpath("codebot_workspace"))
+    values.setdefault("work_dir", os.path.realpath(Config.work_dir))
     config = Config(**values, env_file=env_file, variables=variables)
     if was_env_file_read:
         problems += missing_settings(config, needs_keys)
@@ -933,13 +941,21 @@ class OutputFile:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
-        self.bytes_read = 0
+        # With O_APPEND the program cannot overwrite what it has printed, even if it
+        # opens its own output again: `>/dev/stdout`.
+        flags = fcntl.fcntl(file, fcntl.F_GETFL)
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_APPEND)
+        self.has_new_bytes = False  # whether the last read found any
+        self._position = 0
         self._partial_line = bytearray()
 
     def read_lines(self, at_end: bool) -> list[str]:
         """Return the lines that are new. ``at_end``: also one without a line end."""
-        data = os.pread(self.file.fileno(), READ_BYTES, self.bytes_read)
-        self.bytes_read += len(data)
+        if self._size() < self._position:  # `>/dev/stdout` has emptied it
+            self._position = 0
+        data = os.pread(self.file.fileno(), READ_BYTES, self._position)
+        self._position += len(data)
+        self.has_new_bytes = bool(data)
         *pieces, rest = data.split(b"\n")
         if pieces:
             pieces[0] = bytes(self._partial_line) + pieces[0]
@@ -953,7 +969,10 @@ class OutputFile:
         return [piece.decode("utf-8", "replace").rstrip("\r") for piece in pieces]
 
     def is_too_large(self) -> bool:
-        return os.fstat(self.file.fileno()).st_size > MAX_OUTPUT_BYTES
+        return self._size() > MAX_OUTPUT_BYTES
+
+    def _size(self) -> int:
+        return os.fstat(self.file.fileno()).st_size
 
 
 def wait_for_exit(child: subprocess.Popen[bytes], seconds: float) -> None:
@@ -974,7 +993,9 @@ def wait_for_exit(child: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def wait_for_own_signal(check_stop: Callable[[], None]) -> None:
-    """Let codebot's signal arrive: systemd signals it and what it runs together."""
+    """A program was ended by a signal. If systemd sent it to codebot as well, let that
+    arrive: then it is a stop, not a failure.
+    """
     time.sleep(0.3)
     check_stop()
 
@@ -1015,10 +1036,9 @@ class RunningProgram:
 
     def read_output(self, has_exited: bool, on_lines: LineHandler) -> bool:
         """Pass on what is new. Returns whether there was anything."""
-        bytes_before = self.stdout.bytes_read + self.stderr.bytes_read
         lines = self.stdout.read_lines(has_exited)
         errors = self.stderr.read_lines(has_exited)
-        has_bytes = self.stdout.bytes_read + self.stderr.bytes_read > bytes_before
+        has_bytes = self.stdout.has_new_bytes or self.stderr.has_new_bytes
         if not has_bytes and not lines and not errors:
             return False
         now = time.monotonic()
@@ -1043,6 +1063,9 @@ class RunningProgram:
             raise TimedOut()
         if now > self.last_output + self.limits.stall:
             raise Stalled()
+        self.check_size()
+
+    def check_size(self) -> None:
         if self.stdout.is_too_large() or self.stderr.is_too_large():
             raise TooMuchOutput()
 
@@ -1089,8 +1112,8 @@ def is_group_running(leader: int) -> bool:
 def end_process_group(child: subprocess.Popen[bytes]) -> None:
     """End all processes of a program's group: SIGTERM, KILL_GRACE, SIGKILL.
 
-    The system gives its number to no new process while the group has members, and later
-    only after all other numbers. So no stranger is signalled.
+    A process number is not used again while its group has members, and after that only
+    when all others were. So no stranger is signalled.
     """
     deadline = time.monotonic() + KILL_GRACE
     signal_group(child.pid, signal.SIGTERM)
@@ -1127,10 +1150,10 @@ def run_program(
     """
     with contextlib.ExitStack() as files:
         stdin_file = files.enter_context(tempfile.TemporaryFile())
-        # Opened for appending: a program that opens its own output again cannot
-        # overwrite what it has printed.
-        stdout_file = files.enter_context(tempfile.TemporaryFile("ab+", buffering=0))
-        stderr_file = files.enter_context(tempfile.TemporaryFile("ab+", buffering=0))
+        stdout_file = files.enter_context(tempfile.TemporaryFile())
+        stderr_file = files.enter_context(tempfile.TemporaryFile())
+        stdout = OutputFile(stdout_file)
+        stderr = OutputFile(stderr_file)
         stdin_file.write(stdin)
         stdin_file.seek(0)
         log.debug("Running %s", argv)
@@ -1144,9 +1167,7 @@ def run_program(
             start_new_session=True,
             pass_fds=pass_fds,
         )
-        program = make_program(
-            child, OutputFile(stdout_file), OutputFile(stderr_file), limits
-        )
+        program = make_program(child, stdout, stderr, limits)
         try:
             program.watch(on_lines)
         finally:
@@ -1216,6 +1237,11 @@ def copy_variables(config: Config, names: Iterable[str]) -> dict[str, str]:
 #
 # Only with CODEBOT_LAUNCHER, such as `srun`: it starts the agent and the tests on a node
 # of a cluster, when one is free. The node sees the work directory at the same path.
+#
+#   started -> waits for a node -> first sentinel -> output -> second sentinel
+#                                  limits begin                exit code
+#
+# Without the second sentinel, the node or the cluster has failed.
 
 
 class Launch(NamedTuple):
@@ -1288,6 +1314,7 @@ class LaunchedProgram(RunningProgram):
             super().check_limits(now)
             return
         self.limits.check_stop()
+        self.check_size()
         if now > self.started + self.launch.timeout:
             raise TimedOut()
 
@@ -1331,7 +1358,10 @@ def launch_record(config: Config, workspace: str) -> pathlib.Path:
 def record_launch(config: Config, workspace: str, run_tag: str) -> None:
     record = launch_record(config, workspace)
     record.parent.mkdir(exist_ok=True)
-    record.write_text(run_tag)
+    # Renamed, because an empty record has a meaning.
+    new_record = pathlib.Path(config.work_dir, f"scratch_{uuid.uuid4().hex}")
+    new_record.write_text(run_tag)
+    new_record.rename(record)
 
 
 def every_record(record: str) -> bool:
@@ -1351,7 +1381,8 @@ def stop_launched(
     record = launch_record(config, workspace)
     with contextlib.suppress(FileNotFoundError), open(record, "rb") as lock:
         # Another thread, or an earlier server's watchdog, may be stopping it: a late
-        # stop must not end the next launch in this workspace.
+        # stop must not end the next launch in this workspace. After the wait there may
+        # be another record, or none; so it is read by its name.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not applies_to(record.read_text()):
             return True
@@ -1496,7 +1527,8 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     tools = tool_directories(config)
     covers = [Mount(path, HIDDEN) for path in hidden]
     covers += [Mount(path, READ_ONLY) for path in tools]
-    # A directory comes before what lies in it. For one path, the cover is last, and wins.
+    # A directory comes before what lies in it. If one is both a tool directory and
+    # private, the cover comes last: it is hidden.
     covers.sort(key=lambda mount: (mount.path, mount.option == HIDDEN))
     shown = [os.path.realpath("/etc/resolv.conf"), objects]  # the first may be in /run
     for path in agent_program_files(config, [*hidden, "/tmp"]):
@@ -2232,9 +2264,7 @@ class GitHub:
         return self.make_repository(payload)
 
     def make_repository(self, payload: Json) -> GitHubRepository:
-        # If GitHub sends no id, only the token that looks up names is used.
-        repository_id = int(payload.get("id") or LOOKUP)
-        return GitHubRepository(self, repository_id, payload["full_name"])
+        return GitHubRepository(self, int(payload["id"]), str(payload["full_name"]))
 
 
 class GitHubRepository:
@@ -2293,10 +2323,9 @@ class GitHubRepository:
         wanted = urllib.parse.quote(f"{owner}:{branch}")
         for payload in self.pages(f"/pulls?head={wanted}&state=all"):
             head = payload["head"]
-            origin = head.get("repo", {})  # null: a fork that was deleted
-            is_ours = origin is not None and origin.get("id", self.id) == self.id
+            origin = head["repo"] or {}  # null: a fork that was deleted
             # GitHub's filter has returned other branches, too.
-            if is_ours and head["ref"] == branch:
+            if origin.get("id") == self.id and head["ref"] == branch:
                 return payload
         return None
 
@@ -2851,7 +2880,7 @@ class Mirror(GitDirectory):
         for _ in range(3):  # the branch may move before it is fetched
             name, commit = self.resolve_branch(access, branch)
             with self.lock() as descriptor:
-                # It need not be the tip: the branch may have been reset to it.
+                # The mirror has it already; not as its tip, if the branch was reset.
                 if self.branch_contains(name, commit):
                     return name, commit
                 self.fetch_all(access, descriptor)
@@ -2887,10 +2916,11 @@ class Mirror(GitDirectory):
     def check_objects(self, commit: str) -> None:
         """Raise GitFailed if the commit's trees do not pass git's fsck.
 
-        A changed directory keeps its other entries. If git's fsck rejects one of them,
-        fetch_into_outbox rejects every change, after the agent has cost something. So the
-        base is checked before. git checks a part of a repository only while it indexes
-        a pack, so the trees are packed, without the contents of files.
+        git sends the whole list of each directory that the agent changes, with entries
+        that it does not touch. If fsck rejects one of those, fetch_into_outbox fails,
+        after the agent has cost something. So the lists are checked before. git checks a
+        part of a repository only while it indexes a pack, so they are packed, without
+        the contents of files.
         """
         script = (
             'git -C "$1" rev-list --objects --no-object-names --filter=blob:none '
@@ -3426,8 +3456,8 @@ class Store:
             return make_job(existing), False
 
     def claim(self, job_id: str) -> Job | None:
-        """Start a pending job. None if it cannot start now; it is queued again when it
-        can.
+        """Start a pending job. None if it must wait: after_job, or RetryTimer when its
+        retry is due, queues it again.
 
         All jobs of a task use the same workspace and outbox. So a review gets its task's
         directory, branch and session, and waits until no other job uses them.
@@ -3445,8 +3475,10 @@ class Store:
                         WHERE other.pull_request_id = job.pull_request_id
                             AND (
                                 other.status = 'running'
-                                OR other.status = 'pending'
-                                AND other.commit_id != '' AND other.id != job.id
+                                OR (
+                                    other.status = 'pending'
+                                    AND other.commit_id != '' AND other.id != job.id
+                                )
                             )
                     )
                     -- Its task has ended.
@@ -4390,7 +4422,7 @@ class JobRun:
         self.started = time.monotonic()
         self.deadline: float | None = None  # of the agent and the tests
         self.events_left = MAX_AGENT_EVENTS
-        self.agent_has_run = False  # which costs money
+        self.agent_has_run = False  # since its work was stored; a retry costs money
 
     def check_stop(self) -> None:
         """Raise StopRequested or Cancelled if the run must end."""
@@ -4422,6 +4454,11 @@ class JobRun:
         self.job = dataclasses.replace(self.job, **changes)
         self.codebot.until_database_works(self.store.save_progress, self.job)
 
+    def save_work(self, **changes: Any) -> None:
+        """Store what the agent has done, which a retry does not repeat."""
+        self.update(transient_since=0.0, **changes)
+        self.agent_has_run = False
+
     def update_outcome(self, **changes: Any) -> None:
         self.update(outcome=dataclasses.replace(self.job.outcome, **changes))
 
@@ -4437,7 +4474,8 @@ class JobRun:
     def time_left(self) -> float:
         """Return the seconds left for the agent and the tests, all attempts together.
 
-        The clock starts when this is first asked for: at the checkout.
+        The clock starts when this is first asked for: at the checkout, or when a review
+        is classified.
         """
         if self.deadline is None:
             self.deadline = time.monotonic() + self.config.task_timeout
@@ -5275,7 +5313,7 @@ def run_task(run: JobRun) -> None:
         prompt_agent(run, workspace)
         tests = run_tests(run, workspace, run.job.request.test_command)
         commit_task(run, workspace, base_commit, tests)
-    push_commit(run, workspace)
+    push_task_commit(run, workspace)
     if access.github_repository is not None:
         create_pull_request(run, access.github_repository)
     run.log_event("codebot", "Completed")
@@ -5556,21 +5594,24 @@ def commit_task(
     outcome = dataclasses.replace(
         run.job.outcome, tests=tests, files=commit.files, seconds=run.seconds()
     )
-    run.update(commit_id=commit.id, outcome=outcome, transient_since=0.0)
+    run.save_work(commit_id=commit.id, outcome=outcome)
 
 
-def push_commit(run: JobRun, workspace: Workspace) -> None:
+def push_task_commit(run: JobRun, workspace: Workspace) -> None:
     """Push the stored commit. From here on the job cannot be cancelled."""
     run.set_phase("push")
     if not run.store.begin_push(run.job.id):
         raise Cancelled()
     # An earlier run may have pushed it, before it was interrupted.
-    if not (run.job.is_pushing and was_pushed(run, workspace)):
+    if not (run.job.is_pushing and earlier_push_arrived(run, workspace)):
         workspace.push(run.job.commit_id)
 
 
-def was_pushed(run: JobRun, workspace: Workspace) -> bool:
-    """Return whether the remote has the commit, whatever others have done since."""
+def earlier_push_arrived(run: JobRun, workspace: Workspace) -> bool:
+    """Return whether the remote has the commit, or had it.
+
+    Others may have pushed on top, or merged it and deleted the branch.
+    """
     github_repository = workspace.access.github_repository
     branch = run.job.branch
     try:
@@ -5687,8 +5728,9 @@ def run_review(run: JobRun) -> None:
       outcome.answers alone          only to answer
       request_kind alone             to do the work, without classifying again
 
-    Raises ReviewSkipped if nothing is to be done. A failure is posted in the comments'
-    threads, and then raised.
+    Raises ReviewSkipped if nothing is to be done. A failure is stored, posted in the
+    comments' threads, and then raised as JobFailed. Of one that ends the run before that,
+    fail_or_tell_reviewer makes a second run, which only posts it.
     """
     context = load_review(run)
     check_pull_request(run, context)
@@ -5701,7 +5743,7 @@ def run_review(run: JobRun) -> None:
                 forget_lost_commit(run)
                 decide_and_do(run, context, comments)
             if run.job.commit_id:
-                publish(run, context)
+                push_review_commit(run, context)
         except JobFailed as error:
             store_failure(run, error.reason, str(error))
         except (GitFailed, GitHubError) as error:
@@ -5730,7 +5772,6 @@ def load_review(run: JobRun) -> ReviewContext:
     task = store.job(pull_request.task_id) if pull_request else None
     if pull_request is None or task is None or github is None:
         raise ReviewSkipped("its pull request is not codebot's any more")
-    run.task_id = task.id
     try:
         github_repository = github.repository_by_id(pull_request.repository_id)
     except GitHubError as error:
@@ -5784,8 +5825,8 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
     reviewer = run.job.reviewer
     if not context.github_repository.has_write_access(reviewer):
         raise ReviewSkipped(f"{reviewer} has no write access")
-    is_new = not run.job.request_kind and not run.job.outcome.error
-    if is_new:
+    is_begun = run.job.request_kind or run.job.outcome.error
+    if not is_begun:
         store.absorb_waiting_reviews(run.job)
         add_github_reviews(run, context)
         store.absorb_waiting_reviews(run.job)  # what was delivered meanwhile
@@ -5939,7 +5980,7 @@ def classify(
         ask = run.redact(str(structured.get("ask") or UNCLEAR_TEXT))[:10_000]
         answers = dict.fromkeys(group_by_thread(comments), ask)
         outcome = dataclasses.replace(outcome, answers=answers)
-    run.update(request_kind=kind, outcome=outcome)
+    run.save_work(request_kind=kind, outcome=outcome)
 
 
 def check_out_branch(run: JobRun, context: ReviewContext) -> str:
@@ -5958,7 +5999,8 @@ def answer_question(
 ) -> None:
     base_commit = check_out_branch(run, context)
     answer = converse(run, context, base_commit, f"Questions:\n{text}", ANSWERING)
-    run.update_outcome(answers=parse_answers(run, answer, comments))
+    answers = parse_answers(run, answer, comments)
+    run.save_work(outcome=dataclasses.replace(run.job.outcome, answers=answers))
 
 
 def carry_out_change(
@@ -5969,12 +6011,7 @@ def carry_out_change(
     answers = parse_answers(run, answer, comments)
     commit_id = test_and_commit(run, context, base_commit)
     outcome = dataclasses.replace(run.job.outcome, answers=answers)
-    run.update(
-        base_commit=base_commit,
-        commit_id=commit_id,
-        outcome=outcome,
-        transient_since=0.0,
-    )
+    run.save_work(base_commit=base_commit, commit_id=commit_id, outcome=outcome)
 
 
 def converse(
@@ -6043,7 +6080,7 @@ def test_and_commit(run: JobRun, context: ReviewContext, base_commit: str) -> st
 # From the commit to the answers
 
 
-def publish(run: JobRun, context: ReviewContext) -> None:
+def push_review_commit(run: JobRun, context: ReviewContext) -> None:
     """Push the change, on top of what others have pushed meanwhile.
 
     Never forces. If commits were removed from the branch, nothing is pushed: that
@@ -6053,8 +6090,8 @@ def publish(run: JobRun, context: ReviewContext) -> None:
     for _ in range(2 * MAX_PUSHES):  # before each push others may have pushed
         check_pull_request(run, context)
         tip = branch_tip(run, context)
-        if is_pushed(run, context, tip):
-            return  # by an earlier run; or somebody has made the same change
+        if branch_has_commit(run, context, tip):
+            return  # by an earlier run; or reapply_change found it made by others
         if tip != run.job.base_commit:
             reapply_change(run, context, tip)
             continue  # others may have pushed again while it was tested
@@ -6068,7 +6105,7 @@ def publish(run: JobRun, context: ReviewContext) -> None:
     )
 
 
-def is_pushed(run: JobRun, context: ReviewContext, tip: str) -> bool:
+def branch_has_commit(run: JobRun, context: ReviewContext, tip: str) -> bool:
     """Return whether the branch has the job's commit.
 
     A commit that the mirror has not fetched is not on the branch.
@@ -6085,7 +6122,7 @@ def push_change(run: JobRun, context: ReviewContext, attempt: int) -> bool:
         if branch_tip(run, context) == run.job.base_commit:
             raise  # nobody has pushed: the remote does not want it
         return False
-    if not is_pushed(run, context, branch_tip(run, context)):
+    if not branch_has_commit(run, context, branch_tip(run, context)):
         raise JobFailed(
             "push_rejected",
             f"Commit {run.job.commit_id} was pushed, but it was removed again",
@@ -6113,10 +6150,11 @@ def reapply_change(run: JobRun, context: ReviewContext, tip: str) -> None:
     run.log_event("git", f"Others pushed {tip}; the change is put on top of it")
     workspace = context.workspace
     patch = workspace.patch(run.job.base_commit, run.job.commit_id)
+    check_base(run, workspace, tip)
     workspace.check_out(workspace.branch, tip, keep_home=True)
     workspace.apply(patch)
     commit_id = test_and_commit(run, context, tip)
-    run.update(base_commit=tip, commit_id=commit_id or tip)
+    run.save_work(base_commit=tip, commit_id=commit_id or tip)
 
 
 def answer_threads(
@@ -6305,7 +6343,7 @@ class Sync:
             latest = max(latest, updated_at)
             comments.append(comment)
         comments.sort(key=lambda comment: comment.created_at)
-        seen_until = min(latest, started)
+        seen_until = min(latest, started)  # the latest change, or 10 s ago
         jobs = self.codebot.store.queue_comments(
             pull_request, comments, seen_until=seen_until
         )
@@ -6553,6 +6591,9 @@ def dispatch_job(run: JobRun) -> None:
     stored = run.store.job(job.id)
     if stored is None or stored.cancel_requested:
         raise Cancelled()
+    pull_request = run.store.pull_request(job.pull_request_id)
+    if pull_request is not None:
+        run.task_id = pull_request.task_id
     limit = MAX_INTERRUPTIONS
     is_done = job.commit_id or job.outcome.answers or job.outcome.error
     if job.kind == "review" and is_done:
@@ -6592,7 +6633,7 @@ def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None
 def skip_review(run: JobRun, reason: ReviewSkipped) -> None:
     """Delete a review for which nothing may be done; keep one that cost something."""
     log.info("Review %s is skipped: %s", run.job.id, reason)
-    if run.job.outcome.cost_usd is None:
+    if run.job.outcome.cost_usd is None and not run.agent_has_run:
         run.codebot.until_database_works(run.store.drop_review, run.job.id)
     else:
         end_job(run, "failed", "cancelled", f"The review was skipped: {reason}")
@@ -6608,9 +6649,13 @@ def remove_outbox_of(run: JobRun) -> None:
 
 
 def fail_or_tell_reviewer(run: JobRun, reason: str, error: str) -> None:
-    """Fail a job. A review first runs once more, only to tell the reviewer."""
+    """Fail a job. A review first runs once more, only to tell the reviewer.
+
+    If what has failed was to post the answers, there is nobody to tell.
+    """
     job = run.job
-    if job.kind == "review" and not job.outcome.error and not run.cancel.is_set():
+    is_told = bool(job.outcome.error) or job.phase == "answer"
+    if job.kind == "review" and not is_told and not run.cancel.is_set():
         store_failure(run, reason, error)
         run.codebot.until_database_works(run.store.requeue, job.id)
         run.codebot.queues["review"].put(job.id)
@@ -6629,8 +6674,7 @@ def retry_or_fail(run: JobRun, error: Exception) -> None:
         end_job(run, "failed", "cancelled", CANCELLED_TEXT)
         return
     now = time.time()
-    is_work_done = bool(job.commit_id or job.outcome.answers)
-    interruptions = 1 if run.agent_has_run and not is_work_done else 0
+    interruptions = 1 if run.agent_has_run else 0
     not_before = max(now + RETRY_DELAY, getattr(error, "retry_at", 0.0))
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     message = codebot.redact(str(error))
@@ -6735,17 +6779,19 @@ class Cleanup:
     def remove_workspaces(self) -> None:
         """Remove workspaces and outboxes that no job needs any more."""
         work_dir = self.config.work_dir
-        # Listed before the store is asked: it knows the job of every listed directory.
-        paths = find_files(work_dir, "task_*")
-        retained = self.codebot.store.retained_directories(
-            now_text(self.config.retention)
-        )
+        # Listed before the store is asked: it knows the job of everything listed.
+        paths = [*find_files(work_dir, "task_*"), *find_files(work_dir, "outbox_*")]
+        cutoff = now_text(self.config.retention)
+        retained = self.codebot.store.retained_directories(cutoff)
         for path in paths:
             # A review may have started meanwhile.
             in_use = {run.job.directory for run in list(self.codebot.running.values())}
-            if os.path.basename(path) not in retained | in_use:
-                discard(self.config.work_dir, path)
-                discard(work_dir, outbox_path(self.config, os.path.basename(path)))
+            needed = set()
+            for directory in retained | in_use:
+                needed.add(f"{work_dir}/{directory}")
+                needed.add(outbox_path(self.config, directory))
+            if path not in needed:
+                discard(work_dir, path)
         for path in find_files(work_dir, "trash_*"):
             remove_tree(self.config, path, self.run_tag)
 
@@ -8485,10 +8531,12 @@ def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
 
 # --- Routes and server -------------------------------------------------------
 #
-#   accept --> waiting for a request --> answering --> waiting ...
-#                      |
-#                      closed when its deadline passes, or when there are too many and
-#                      it has waited longest
+# The states of a connection:
+#   SHAKING_HANDS or WAITING -> RECEIVING -> HANDLING -> SENDING -> WAITING ...
+#   an event stream:            HANDLING -> SENDING -> HANDLING ... -> closed
+#   a body that is not read:    SENDING -> LINGERING -> closed
+# It is closed when it has been in one for too long, or when there are too many
+# connections and it has waited longest for its client.
 #
 # serve_forever() accepts. Everything else about a connection, the TLS handshake too,
 # happens in one thread of the pool, which keeps it until it is closed.
@@ -8972,7 +9020,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _open_connection(self, connection: socket.socket) -> Connection:
         if connection not in self._connections:
-            raise ConnectionAbortedError("closed to make room")
+            raise ConnectionAbortedError("it was late, or closed to make room")
         return self._connections[connection]
 
     def _evict(self) -> bool:
@@ -9162,7 +9210,7 @@ def stop_on_signals(codebot: Codebot) -> None:
         if codebot.stop.is_set():
             os._exit(1)  # the watchdog ends what is left
         # This function interrupts the main thread. If the main thread were in
-        # app.stop.wait(), it would hold the Event's lock, and set() would wait for ever.
+        # codebot.stop.wait(), it would hold the Event's lock, and set() would wait for ever.
         # So the main thread sleeps and looks.
         codebot.stop.set()
 

@@ -3624,7 +3624,8 @@ def test_finished_answer_is_posted_again_without_counting_interruptions(
     app.store = store
     run = codebot.JobRun(app, review)
     run.agent_has_run = True
-    run.update_outcome(answers={"conversation 1": "Because."})
+    outcome = dataclasses.replace(review.outcome, answers={"conversation 1": "Yes."})
+    run.save_work(outcome=outcome)
     codebot.retry_or_fail(run, codebot.TransientError("502"))
     assert stored_job(store, review).status == "pending"
     assert stored_job(store, review).interruptions == 0
@@ -6998,6 +6999,20 @@ def test_answer_that_github_refuses_fails_review(pull: Pull) -> None:
     assert "Traceback" not in pull.site.server.log()
 
 
+def test_change_that_was_pushed_is_not_disowned_when_an_answer_is_refused(
+    pull: Pull,
+) -> None:
+    pull.site.agent.follow(MAKE_CHANGE)
+    message = {"message": "Resource not accessible by integration"}
+    pattern = "POST /pulls/1/comments/*/replies"
+    pull.site.repository.fail(pattern, 403, message, always=True)
+    pull.site.person("alice").review("Say more", "Here")
+    review = pull.review()
+    assert review["status"] == "failed"
+    assert review["commit"] == pull.tip()
+    assert pull.tip() in pull.answer()
+
+
 def test_refusal_of_github_is_reported_in_the_thread(pull: Pull) -> None:
     alice = pull.site.person("alice")
     top = alice.inline("I wonder", webhook=False)
@@ -10111,6 +10126,19 @@ def test_error_of_program_has_its_cause_and_its_end(stderr: str, error: str) -> 
     assert codebot.ProgramResult(1, [], stderr.split("\n")).error == error
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_output_is_kept_although_program_opens_it_again(stream: str) -> None:
+    script = (
+        f"echo one >&2; echo two; : >/dev/{stream}; sleep 0.3; echo a >/dev/{stream}"
+    )
+    env = {"PATH": os.environ["PATH"]}
+    result = codebot.run_program(["sh", "-c", f"{script}; echo b; echo c >&2"], env)
+    both = {"stdout": ["b"], "stderr": ["c"]}
+    both[stream].insert(0, "a")
+    assert result.stdout[-len(both["stdout"]) :] == both["stdout"]
+    assert result.stderr[-len(both["stderr"]) :] == both["stderr"]
+
+
 # --- The launcher: Slurm -----------------------------------------------------
 #
 # Slurm's own programs on this machine, with a node that has its own PID namespace, and
@@ -11474,6 +11502,14 @@ def test_encrypted_tls_key_is_refused_without_a_prompt(fresh: Site) -> None:
         advice = "one of them is not a PEM file, or is encrypted."
         assert advice in done.stdout + done.stderr
         assert "PEM pass phrase" not in done.stdout + done.stderr
+
+
+def test_default_work_directory_may_not_have_a_colon_above_it(fresh: Site) -> None:
+    fresh.server.start_dir = fresh.directory / "a:b"
+    fresh.server.start_dir.mkdir()
+    done = fresh.server.run("serve", "--port", "0", "--no-github")
+    assert done.returncode == 2
+    assert "--work-dir must be a path without : * ? [" in done.stderr
 
 
 @not_as_root
