@@ -758,7 +758,7 @@ def read_config(
     # If it cannot be read, the settings that it holds are not reported as missing.
     was_env_file_read = not problems
     variables.update(os.environ)
-    if not flags.get("work_dir"):
+    if needs_keys and not flags.get("work_dir"):  # `run` makes another one
         flags = {**flags, "work_dir": Config.work_dir}  # its path is checked, too
     values = read_settings(flags, variables, problems)
     values.setdefault("work_dir", os.path.realpath(Config.work_dir))
@@ -858,7 +858,8 @@ def configured_secrets(config: Config) -> set[str]:
         secrets.add(config.variables.get(name, "").strip(BLANKS))
     for name in (*names, *NETWORK_NAMES, "ANTHROPIC_BASE_URL"):
         user, password = url_login(config.variables.get(name, ""))
-        if name not in names:  # of a proxy, a user without a password may be a token
+        # A user without a password may be a token.
+        if name not in names or len(user) >= MIN_SEARCHED_LENGTH:
             password = password or user
         secrets.update({password, urllib.parse.unquote(password)})
     for path in (config.key_file, config.tls_key):
@@ -947,13 +948,21 @@ class OutputFile:
         fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_APPEND)
         self.has_new_bytes = False  # whether the last read found any
         self._position = 0
+        self._modified = 0
         self._partial_line = bytearray()
 
     def read_lines(self, at_end: bool) -> list[str]:
         """Return the lines that are new. ``at_end``: also one without a line end."""
-        if self._size() < self._position:  # `>/dev/stdout` has emptied it
+        stat = os.fstat(self.file.fileno())
+        unread = stat.st_size - self._position
+        if unread < 0 or (unread == 0 and stat.st_mtime_ns != self._modified):
+            # `>/dev/stdout` has emptied it, and perhaps written to it again.
+            unread = stat.st_size
             self._position = 0
-        data = os.pread(self.file.fileno(), READ_BYTES, self._position)
+            self._partial_line.clear()
+        self._modified = stat.st_mtime_ns
+        size = min(READ_BYTES, unread)
+        data = os.pread(self.file.fileno(), size, self._position)
         self._position += len(data)
         self.has_new_bytes = bool(data)
         *pieces, rest = data.split(b"\n")
@@ -969,10 +978,7 @@ class OutputFile:
         return [piece.decode("utf-8", "replace").rstrip("\r") for piece in pieces]
 
     def is_too_large(self) -> bool:
-        return self._size() > MAX_OUTPUT_BYTES
-
-    def _size(self) -> int:
-        return os.fstat(self.file.fileno()).st_size
+        return os.fstat(self.file.fileno()).st_size > MAX_OUTPUT_BYTES
 
 
 def wait_for_exit(child: subprocess.Popen[bytes], seconds: float) -> None:
@@ -1379,7 +1385,8 @@ def stop_launched(
     Returns False if that has failed.
     """
     record = launch_record(config, workspace)
-    with contextlib.suppress(FileNotFoundError), open(record, "rb") as lock:
+    # For writing: NFS wants that of an exclusive lock.
+    with contextlib.suppress(FileNotFoundError), open(record, "r+b") as lock:
         # Another thread, or an earlier server's watchdog, may be stopping it: a late
         # stop must not end the next launch in this workspace. After the wait there may
         # be another record, or none; so it is read by its name.
@@ -2264,7 +2271,9 @@ class GitHub:
         return self.make_repository(payload)
 
     def make_repository(self, payload: Json) -> GitHubRepository:
-        return GitHubRepository(self, int(payload["id"]), str(payload["full_name"]))
+        # If GitHub sends no id, only the token that looks up names is used.
+        repository_id = int(payload.get("id") or LOOKUP)
+        return GitHubRepository(self, repository_id, payload["full_name"])
 
 
 class GitHubRepository:
@@ -2323,9 +2332,10 @@ class GitHubRepository:
         wanted = urllib.parse.quote(f"{owner}:{branch}")
         for payload in self.pages(f"/pulls?head={wanted}&state=all"):
             head = payload["head"]
-            origin = head["repo"] or {}  # null: a fork that was deleted
+            origin = head.get("repo", {})  # null: a fork that was deleted
+            is_ours = origin is not None and origin.get("id", self.id) == self.id
             # GitHub's filter has returned other branches, too.
-            if origin.get("id") == self.id and head["ref"] == branch:
+            if is_ours and head["ref"] == branch:
                 return payload
         return None
 
@@ -2928,10 +2938,11 @@ class Mirror(GitDirectory):
             'git -C "$1" pack-objects -q --stdout <"$3/objects" >"$3/received" && '
             'git -C "$1" index-pack --fsck-objects --stdin "$3/x.pack" <"$3/received"'
         )
+        tree = f"{commit}^{{tree}}"
         with tempfile.TemporaryDirectory(prefix="scratch_") as directory:
             try:
                 result = run_program(
-                    ["sh", "-c", script, "sh", self.path, commit, directory],
+                    ["sh", "-c", script, "sh", self.path, tree, directory],
                     base_environment(self.config, self.run_tag),
                     limits=self.limits,
                 )
@@ -3478,6 +3489,7 @@ class Store:
                                 OR (
                                     other.status = 'pending'
                                     AND other.commit_id != '' AND other.id != job.id
+                                    AND (job.commit_id = '' OR other.seq < job.seq)
                                 )
                             )
                     )
@@ -5549,7 +5561,7 @@ def quoted(speaker: str, text: str) -> str:
 
 def without_switches(text: str) -> str:
     """Return foreign text without words that turn off the repository's CI."""
-    text = text.replace("***NO_CI***", "(NO_CI)")
+    text = re.sub(r"\*\*\*(NO_CI)\*\*\*", r"(\1)", text, flags=re.IGNORECASE)
     return CI_SWITCH_RE.sub(r"(\1)", text)
 
 
@@ -5988,7 +6000,6 @@ def check_out_branch(run: JobRun, context: ReviewContext) -> str:
     run.set_phase("clone")
     workspace = context.workspace
     _, commit = fetch_or_fail(run, workspace, workspace.branch, "push_rejected")
-    check_base(run, workspace, commit)
     workspace.make_outbox()
     workspace.check_out(workspace.branch, commit, keep_home=True)
     return commit
@@ -6007,6 +6018,7 @@ def carry_out_change(
     run: JobRun, context: ReviewContext, comments: Sequence[Comment], text: str
 ) -> None:
     base_commit = check_out_branch(run, context)
+    check_base(run, context.workspace, base_commit)
     answer = converse(run, context, base_commit, f"Review comments:\n{text}", CHANGING)
     answers = parse_answers(run, answer, comments)
     commit_id = test_and_commit(run, context, base_commit)
@@ -6086,17 +6098,15 @@ def push_review_commit(run: JobRun, context: ReviewContext) -> None:
     Never forces. If commits were removed from the branch, nothing is pushed: that
     would restore them. (What is removed just before the push is still restored.)
     """
-    pushes = 0
-    for _ in range(2 * MAX_PUSHES):  # before each push others may have pushed
+    for attempt in range(1, MAX_PUSHES + 1):
         check_pull_request(run, context)
         tip = branch_tip(run, context)
+        if not branch_has_commit(run, context, tip) and tip != run.job.base_commit:
+            reapply_change(run, context, tip)
+            tip = branch_tip(run, context)  # others may have pushed again meanwhile
         if branch_has_commit(run, context, tip):
             return  # by an earlier run; or reapply_change found it made by others
-        if tip != run.job.base_commit:
-            reapply_change(run, context, tip)
-            continue  # others may have pushed again while it was tested
-        pushes += 1
-        if push_change(run, context, pushes):
+        if tip == run.job.base_commit and push_change(run, context, attempt):
             return
     raise JobFailed(
         "push_rejected",
@@ -6595,8 +6605,10 @@ def dispatch_job(run: JobRun) -> None:
     if pull_request is not None:
         run.task_id = pull_request.task_id
     limit = MAX_INTERRUPTIONS
-    is_done = job.commit_id or job.outcome.answers or job.outcome.error
-    if job.kind == "review" and is_done:
+    is_done = job.commit_id or job.outcome.answers
+    if job.kind == "review" and job.outcome.error:
+        limit *= 3  # it has only to say so to the reviewer
+    elif job.kind == "review" and is_done:
         limit *= 2  # it has only to push, and to answer the reviewer
     if job.interruptions >= limit:
         raise JobFailed(
@@ -6617,11 +6629,12 @@ def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None
     if status == "failed" and run.cancel.is_set():
         reason = "cancelled"  # whatever else went wrong meanwhile
         error = CANCELLED_TEXT
-    if reason in ("cancelled", "interrupted", "internal") and job.commit_id:
+    if job.commit_id and reason not in ("", "push_rejected", "pull_request_failed"):
         error = f"{error}. Its branch {job.branch} may have been pushed"
     error = run.redact(error)[:10_000]
     if reason:
-        run.log_event("codebot", f"Failed ({reason}): {error}")
+        if not job.outcome.error:  # else store_failure has logged it
+            run.log_event("codebot", f"Failed ({reason}): {error}")
         log.info("Job %s: %s", job.id, error)
     if not job.outcome.seconds:  # for the totals
         outcome = dataclasses.replace(job.outcome, seconds=run.seconds())

@@ -2445,7 +2445,7 @@ def redact(tmp_path: Path) -> codebot.Redactor:
         api_keys=("api-key-1", "short"),
         webhook_secret="hook-secret",
         key_file=str(key_file),
-        agent_env=("MY_TOKEN", "MY_COLOR", "MY_DATABASE_URL"),
+        agent_env=("MY_TOKEN", "MY_COLOR", "MY_DATABASE_URL", "MY_FEED_URL"),
         variables={
             "GITHUB_WEBHOOK_SECRET": "hook-secret",
             "ANTHROPIC_API_KEY": "sk-model",
@@ -2455,6 +2455,7 @@ def redact(tmp_path: Path) -> codebot.Redactor:
             "http_proxy": "http://user:p%40ss%2Fword@proxy",
             "ANTHROPIC_BASE_URL": "https://user:gateway-pass@gw/https://api.claude.com",
             "MY_DATABASE_URL": "postgres://dbowner@localhost/app",
+            "MY_FEED_URL": "https://token-of-a-feed-1@feed.example.com/simple",
             "MY_TOKEN": "my-token",
             "MY_COLOR": "my-color",
             "ANTHROPIC_AUTH_TOKEN": "8-bit-token-\udca0",
@@ -2477,6 +2478,7 @@ def redact(tmp_path: Path) -> codebot.Redactor:
         "p%40ss%2Fword",
         "p@ss/word",
         "gateway-pass",
+        "token-of-a-feed-1",
         "my-token",
         "8-bit-token-\udca0",
         "v1.installation-token",
@@ -4736,11 +4738,11 @@ def test_commit_has_app_as_author_and_title_and_summary(shared: Site) -> None:
 
 def test_commit_message_cannot_turn_off_continuous_integration(shared: Site) -> None:
     shared.agent.follow("echo hello >hello.txt; result 'Done [CI skip] [no ci].'")
-    text = "Say hello [skip ci] ***NO_CI***"
+    text = "Say hello [skip ci] ***no_ci***"
     task = shared.api.submit(text, ticket_id="[skip actions]")
     branch = shared.api.completed(task)["branch_name"]
     message = shared.repository.git("log", "-1", "--format=%B", branch)
-    assert message.startswith("(skip actions): Say hello (skip ci) (NO_CI)\n")
+    assert message.startswith("(skip actions): Say hello (skip ci) (no_ci)\n")
     assert "> Done (CI skip) (no ci)." in message
 
 
@@ -10124,6 +10126,12 @@ hint: See the "Note about fast-forwards" in 'git push --help' for details.
 )
 def test_error_of_program_has_its_cause_and_its_end(stderr: str, error: str) -> None:
     assert codebot.ProgramResult(1, [], stderr.split("\n")).error == error
+
+
+def test_every_text_is_read_that_replaces_the_output() -> None:
+    script = "for i in 1 2 3; do echo step $i >/dev/stdout; sleep 0.3; done"
+    result = codebot.run_program(["sh", "-c", script], {"PATH": os.environ["PATH"]})
+    assert result.stdout == ["step 1", "step 2", "step 3"]
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
