@@ -2984,6 +2984,18 @@ def all_mirrors(work_dir: str) -> list[str]:
 #
 # All SQL. One table of jobs is the record of the work: what a method of Store has
 # written when it returns survives a power cut (synchronous=FULL).
+#
+# These methods create jobs, end them, or change their state:
+#   add_task                       -> pending
+#   queue_comments                 -> pending     a review; or the comment joins one
+#   claim                  pending -> running
+#   finish                 running -> completed, failed
+#   requeue                running -> pending     after a stop, a crash, for a retry
+#   request_cancel         pending -> failed      a running task is only asked to end
+#   drop_review            deletes a running review
+#   absorb_waiting_reviews deletes a waiting one, whose comments join a running one
+#   delete_expired         deletes tasks, with their reviews
+# The others read, or note something about a job.
 
 SCHEMA_VERSION = 1
 SCHEMA = """
@@ -8679,7 +8691,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     Of http.server are setup() and finish(), which open and close rfile and wfile;
     handle(), which calls handle_one_request() until close_connection is set; and
-    parse_request(), which sets command, requestline, request_version and headers.
+    parse_request(), which sets command, requestline, request_version and headers, and
+    clears close_connection for HTTP/1.1.
     """
 
     server: Server
