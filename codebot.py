@@ -126,7 +126,7 @@ FILES in the work directory
   codebot.db     the record of all jobs        codebot.lock   held by the one codebot here
   mirrors/       HOST/OWNER/NAME.git           task_*/        a task's workspace
   outbox_*.git   a job's outbox                launched/      runs on a cluster
-  scratch_*      for one command               trash_*/       being removed
+  scratch_*      for a moment                  trash_*/       being removed
   While the server runs, Python's temporary files, with programs' output, are there too.
   A mirror and the database each have a .lock file beside them.
 
@@ -858,9 +858,8 @@ def configured_secrets(config: Config) -> set[str]:
         secrets.add(config.variables.get(name, "").strip(BLANKS))
     for name in (*names, *NETWORK_NAMES, "ANTHROPIC_BASE_URL"):
         user, password = url_login(config.variables.get(name, ""))
-        # A user without a password may be a token.
-        if name not in names or len(user) >= MIN_SEARCHED_LENGTH:
-            password = password or user
+        if len(user) >= MIN_SEARCHED_LENGTH:
+            password = password or user  # a token in place of both
         secrets.update({password, urllib.parse.unquote(password)})
     for path in (config.key_file, config.tls_key):
         with contextlib.suppress(OSError, ValueError):
@@ -942,27 +941,22 @@ class OutputFile:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
-        # With O_APPEND the program cannot overwrite what it has printed, even if it
-        # opens its own output again: `>/dev/stdout`.
+        # With O_APPEND a program that opens its own output again, with `>/dev/stdout`,
+        # cannot overwrite what is printed afterwards.
         flags = fcntl.fcntl(file, fcntl.F_GETFL)
         fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_APPEND)
         self.has_new_bytes = False  # whether the last read found any
         self._position = 0
-        self._modified = 0
         self._partial_line = bytearray()
 
     def read_lines(self, at_end: bool) -> list[str]:
         """Return the lines that are new. ``at_end``: also one without a line end."""
-        stat = os.fstat(self.file.fileno())
-        unread = stat.st_size - self._position
-        if unread < 0 or (unread == 0 and stat.st_mtime_ns != self._modified):
-            # `>/dev/stdout` has emptied it, and perhaps written to it again.
-            unread = stat.st_size
+        if self._size() < self._position:
+            # `>/dev/stdout` has emptied it. What was written since the last read is lost,
+            # and if as much has been written again, this is not noticed.
             self._position = 0
             self._partial_line.clear()
-        self._modified = stat.st_mtime_ns
-        size = min(READ_BYTES, unread)
-        data = os.pread(self.file.fileno(), size, self._position)
+        data = os.pread(self.file.fileno(), READ_BYTES, self._position)
         self._position += len(data)
         self.has_new_bytes = bool(data)
         *pieces, rest = data.split(b"\n")
@@ -978,7 +972,10 @@ class OutputFile:
         return [piece.decode("utf-8", "replace").rstrip("\r") for piece in pieces]
 
     def is_too_large(self) -> bool:
-        return os.fstat(self.file.fileno()).st_size > MAX_OUTPUT_BYTES
+        return self._size() > MAX_OUTPUT_BYTES
+
+    def _size(self) -> int:
+        return os.fstat(self.file.fileno()).st_size
 
 
 def wait_for_exit(child: subprocess.Popen[bytes], seconds: float) -> None:
@@ -1389,7 +1386,8 @@ def stop_launched(
     with contextlib.suppress(FileNotFoundError), open(record, "r+b") as lock:
         # Another thread, or an earlier server's watchdog, may be stopping it: a late
         # stop must not end the next launch in this workspace. After the wait there may
-        # be another record, or none; so it is read by its name.
+        # be another record, or none; so it is read by its name. A newer run's does not
+        # apply; and a worker makes none in its workspace while it stops.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not applies_to(record.read_text()):
             return True
@@ -1539,7 +1537,8 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     covers.sort(key=lambda mount: (mount.path, mount.option == HIDDEN))
     shown = [os.path.realpath("/etc/resolv.conf"), objects]  # the first may be in /run
     for path in agent_program_files(config, [*hidden, "/tmp"]):
-        if not any(is_inside(path, directory) for directory in tools - hidden):
+        visible_tools = tools - hidden
+        if not any(is_inside(path, directory) for directory in visible_tools):
             shown.append(path)
     mounts = covers + [Mount(path, READ_ONLY) for path in shown]
     for part in ("repo", "home"):
@@ -3124,7 +3123,7 @@ CREATE VIEW task_activity AS
         IFNULL(pull_requests.state, '') AS pr_state,
         CASE
             WHEN task.completed_at IS NULL THEN NULL
-            WHEN COUNT(review.id) > COUNT(review.completed_at) THEN NULL
+            WHEN COUNT(review.id) > COUNT(review.completed_at) THEN NULL -- one has no end
             ELSE MAX(task.completed_at, IFNULL(MAX(review.completed_at), ''))
         END AS active_until
     FROM jobs AS task
@@ -3479,8 +3478,8 @@ class Store:
             return make_job(existing), False
 
     def claim(self, job_id: str) -> Job | None:
-        """Start a pending job. None if it must wait: after_job, or RetryTimer when its
-        retry is due, queues it again.
+        """Start a job. None if it is not pending any more, or must wait: after_job, or
+        RetryTimer when its retry is due, queues it again.
 
         All jobs of a task use the same workspace and outbox. So a review gets its task's
         directory, branch and session, and waits until no other job uses them.
@@ -3492,7 +3491,7 @@ class Store:
                 SELECT * FROM jobs AS job
                 WHERE id = :id AND status = 'pending' AND not_before <= :now
                     -- No other review of the pull request runs, or has a commit in the
-                    -- outbox that is still to be pushed.
+                    -- outbox that is still to be pushed. (Of two, the older goes first.)
                     AND NOT EXISTS (
                         SELECT 1 FROM jobs AS other
                         WHERE other.pull_request_id = job.pull_request_id
@@ -4440,7 +4439,7 @@ class JobRun:
         self.store = codebot.store
         self.redact = codebot.redact
         self.job = job
-        self.task_id = job.id  # in whose log and workspace a review goes on
+        self.task_id = job.id  # in whose log events go; dispatch_job knows a review's
         self.cancel = threading.Event()
         self.run_tag = f"{codebot.run_tag}{job.id}"
         self.started = time.monotonic()
@@ -4560,7 +4559,8 @@ git config remote.origin.url "$url" &&
 git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
 git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
-# Nothing that the test writes is seen by the agent or committed. (A hostile test could
+# The tree is recorded before the test and committed after it, so that nothing which the
+# test writes is seen by the agent or committed. (A hostile test could
 # name another tree in step 4, as it could pass without testing anything.)
 TEST_SCRIPT = f"""{GIT_FUNCTION}
 reset() {{
@@ -4975,7 +4975,7 @@ class Workspace:
 
 
 def outbox_path(config: Config, directory: str) -> str:
-    """Return the path of a task's outbox: the directory ends in 7 hex digits."""
+    """Return the path of a task's outbox: its directory ends in 7 hex digits."""
     return f"{config.work_dir}/outbox_{directory[-7:]}.git"
 
 
@@ -5445,7 +5445,9 @@ def clone(run: JobRun, workspace: Workspace) -> str:
     check_base(run, workspace, base_commit)
     workspace.make_outbox()
     workspace.check_out(base_name, base_commit, keep_home=False)
-    run.update(base_name=base_name, base_commit=base_commit, commit_id="")
+    run.update(
+        base_name=base_name, base_commit=base_commit, commit_id="", transient_since=0.0
+    )
     return base_commit
 
 
@@ -5624,10 +5626,11 @@ def commit_task(
 def push_task_commit(run: JobRun, workspace: Workspace) -> None:
     """Push the stored commit. From here on the job cannot be cancelled."""
     run.set_phase("push")
+    was_pushing = run.job.is_pushing  # an earlier run, before it was interrupted
     if not run.store.begin_push(run.job.id):
         raise Cancelled()
-    # An earlier run may have pushed it, before it was interrupted.
-    if not (run.job.is_pushing and earlier_push_arrived(run, workspace)):
+    run.job = dataclasses.replace(run.job, is_pushing=True)
+    if not (was_pushing and earlier_push_arrived(run, workspace)):
         workspace.push(run.job.commit_id)
 
 
@@ -5642,7 +5645,8 @@ def earlier_push_arrived(run: JobRun, workspace: Workspace) -> bool:
         if github_repository is not None and github_repository.find_pull_request(
             branch
         ):
-            return True  # its branch may have been deleted, after a merge
+            # It is opened after the push. Its branch may be deleted since, after a merge.
+            return True
         _, tip = workspace.mirror.fetch_branch(workspace.access, branch)
     except (BranchNotFound, GitFailed, GitHubError):
         return False  # what is wrong is reported by the push
@@ -6641,7 +6645,8 @@ def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None
     if status == "failed" and run.cancel.is_set():
         reason = "cancelled"  # whatever else went wrong meanwhile
         error = CANCELLED_TEXT
-    if job.commit_id and reason not in ("", "push_rejected", "pull_request_failed"):
+    may_be_pushed = job.commit_id and (job.is_pushing or job.kind == "review")
+    if may_be_pushed and reason not in ("", "push_rejected", "pull_request_failed"):
         error = f"{error}. Its branch {job.branch} may have been pushed"
     error = run.redact(error)[:10_000]
     if reason:
@@ -6679,8 +6684,9 @@ def fail_or_tell_reviewer(run: JobRun, reason: str, error: str) -> None:
     If what has failed was to post the answers, there is nobody to tell.
     """
     job = run.job
-    is_told = bool(job.outcome.error) or job.phase == "answer"
-    if job.kind == "review" and not is_told and not run.cancel.is_set():
+    # Each run begins with phase "".
+    has_tried_to_tell = bool(job.outcome.error) or job.phase == "answer"
+    if job.kind == "review" and not has_tried_to_tell and not run.cancel.is_set():
         store_failure(run, reason, error)
         run.codebot.until_database_works(run.store.requeue, job.id)
         run.codebot.queues["review"].put(job.id)
@@ -8128,6 +8134,8 @@ def read_task_request(config: Config, fields: Mapping[str, object]) -> TaskReque
     if problems:
         raise HTTPError(400, "\n".join(problems))
     texts = {name: str(value) for name, value in values.items() if value is not None}
+    for name in MULTILINE_FIELDS:  # sh knows no CR LF
+        texts[name] = texts.get(name, "").replace("\r\n", "\n")
     request = TaskRequest(**texts)
     repository = allowed_repository(config, request.repository_url)
     if request.test_command:
@@ -9080,6 +9088,7 @@ Flags = Mapping[str, Any]  # of the command line, by name
 
 SETTING_PREFIXES = ("CODEBOT_", "GITHUB_APP_", "GITHUB_WEBHOOK_", "GITHUB_ENTERPRISE_")
 PROGRAM_VERSIONS = {"git --version": "2.31", "openssl version": "1.1.1"}
+MIN_SQLITE_VERSION = (3, 31)
 MIN_KEY_LENGTH = 20  # characters of an API key; less can be guessed
 MIN_STALL_TIMEOUT = 900  # seconds: the agent waits in silence for its commands
 
@@ -9122,6 +9131,12 @@ def check_programs(codebot: Codebot) -> Iterator[Finding]:
             yield Finding("FAIL", f"`{command}` does not end.")
         else:
             yield version_finding(command, result, least)
+    if sqlite3.sqlite_version_info < MIN_SQLITE_VERSION:
+        yield Finding(
+            "FAIL",
+            f"This Python has SQLite {sqlite3.sqlite_version}. Use one with "
+            f"{'.'.join(map(str, MIN_SQLITE_VERSION))} or newer.",
+        )
     if is_agent_missing(codebot):
         yield Finding(
             "FAIL",

@@ -2451,7 +2451,7 @@ def redact(tmp_path: Path) -> codebot.Redactor:
             "ANTHROPIC_API_KEY": "sk-model",
             "HTTPS_PROXY": "http://user:proxy-pass@proxy:80",
             "HTTP_PROXY": "user:other-pass@proxy:80",
-            "https_proxy": "http://proxy-token@proxy",
+            "https_proxy": "http://token-of-a-proxy-1@proxy",
             "http_proxy": "http://user:p%40ss%2Fword@proxy",
             "ANTHROPIC_BASE_URL": "https://user:gateway-pass@gw/https://api.claude.com",
             "MY_DATABASE_URL": "postgres://dbowner@localhost/app",
@@ -2474,7 +2474,7 @@ def redact(tmp_path: Path) -> codebot.Redactor:
         "sk-model",
         "proxy-pass",
         "other-pass",
-        "proxy-token",
+        "token-of-a-proxy-1",
         "p%40ss%2Fword",
         "p@ss/word",
         "gateway-pass",
@@ -2511,7 +2511,7 @@ def test_git_credential_is_redacted(redact: codebot.Redactor) -> None:
     ("text", "expected"),
     [
         ("short my-color http://user@proxy", "short my-color http://user@proxy"),
-        ("createdb dbowner", "createdb dbowner"),
+        ("createdb dbowner codebot", "createdb dbowner codebot"),
         ("a\tb\nc", "a\tb\nc"),
         ("a\x00b\x07c\x9bd", "a\ufffdb\ufffdc\ufffdd"),
         ("\x1b[31mred\x1b[0m", "red"),
@@ -4945,6 +4945,15 @@ def test_agent_cannot_close_the_quote_of_its_words(shared: Site) -> None:
 def test_pull_request_says_that_there_was_no_test(shared: Site) -> None:
     shared.api.completed(shared.api.submit())
     assert "no test" in shared.repository.pulls[0]["body"].lower()
+
+
+def test_task_with_line_ends_of_windows_is_done(shared: Site) -> None:
+    command = "test -e hello.txt &&\r\ntest 1 = 1"
+    task = shared.api.submit("Say hello\r\n\r\nPlease.", test_command=command)
+    shared.api.completed(task)
+    body = shared.repository.pulls[0]["body"]
+    assert "> Please.\n" in body
+    assert "test -e hello.txt &&\ntest 1 = 1\n" in body
 
 
 def test_description_cannot_add_marker_or_heading_to_pull_request(
@@ -10128,12 +10137,6 @@ def test_error_of_program_has_its_cause_and_its_end(stderr: str, error: str) -> 
     assert codebot.ProgramResult(1, [], stderr.split("\n")).error == error
 
 
-def test_every_text_is_read_that_replaces_the_output() -> None:
-    script = "for i in 1 2 3; do echo step $i >/dev/stdout; sleep 0.3; done"
-    result = codebot.run_program(["sh", "-c", script], {"PATH": os.environ["PATH"]})
-    assert result.stdout == ["step 1", "step 2", "step 3"]
-
-
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_output_is_kept_although_program_opens_it_again(stream: str) -> None:
     script = (
@@ -11797,6 +11800,14 @@ def test_check_fails_if_the_agent_has_no_version(fresh: Site) -> None:
     assert done.returncode == 1
     line = f"FAIL  `{agent} --version` failed (exit code 3): no license\n"
     assert line in done.stdout
+
+
+def test_check_refuses_old_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
+    codebot_app = codebot.Codebot(codebot.Config(no_github=True, claude=("sh",)))
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 26, 0))
+    findings = [f for f in codebot.check_programs(codebot_app) if f.level == "FAIL"]
+    assert len(findings) == 1
+    assert "Use one with 3.31 or newer" in findings[0].message
 
 
 def test_check_changes_nothing_but_work_dir(fresh: Site) -> None:
