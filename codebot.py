@@ -5747,14 +5747,29 @@ class ReviewContext(NamedTuple):
         return self.pull_request.number
 
 
+class ReviewStep(enum.Enum):
+    CLASSIFY = "find out what the reviewer wants"
+    WORK = "answer the question, or make the change"
+    PUSH = "push the commit"
+    ANSWER = "answer in the threads"
+    TELL_FAILURE = "say in the threads what went wrong"
+
+
+def next_step(review: Job) -> ReviewStep:
+    """Return what is to be done next, by what earlier runs have stored."""
+    if review.outcome.error:
+        return ReviewStep.TELL_FAILURE
+    if review.commit_id:
+        return ReviewStep.PUSH
+    if review.outcome.answers or review.request_kind in ("none", "limit"):
+        return ReviewStep.ANSWER
+    if review.request_kind:
+        return ReviewStep.WORK
+    return ReviewStep.CLASSIFY
+
+
 def run_review(run: JobRun) -> None:
     """Do a review, from the comments to the answers. Each step can be repeated.
-
-    What an earlier run has stored decides what is left to do:
-      outcome.error                  only to tell the reviewer that it failed
-      outcome.answers, commit_id     to push the commit, then to answer
-      outcome.answers alone          only to answer
-      request_kind alone             to do the work, without classifying again
 
     Raises ReviewSkipped if nothing is to be done. A failure is stored, posted in the
     comments' threads, and then raised as JobFailed. Of one that ends the run before that,
@@ -5765,21 +5780,28 @@ def run_review(run: JobRun) -> None:
     comments = load_comments(run, context)
     if not comments:
         raise ReviewSkipped("the comments were deleted")
-    if not run.job.outcome.error:
-        try:
-            if not is_work_stored(run, context):
-                forget_lost_commit(run)
-                decide_and_do(run, context, comments)
-            if run.job.commit_id:
-                push_review_commit(run, context)
-        except JobFailed as error:
-            store_failure(run, error.reason, str(error))
-        except (GitFailed, GitHubError) as error:
-            store_failure(run, "internal", str(error))
+    try:
+        take_steps(run, context, comments)
+    except JobFailed as error:
+        store_failure(run, error.reason, str(error))
+    except (GitFailed, GitHubError) as error:
+        store_failure(run, "internal", str(error))
     answer_threads(run, context, group_by_thread(comments))
     outcome = run.job.outcome
     if outcome.error:
         raise JobFailed(outcome.reason, outcome.error)
+
+
+def take_steps(
+    run: JobRun, context: ReviewContext, comments: Sequence[Comment]
+) -> None:
+    """Do what is left to do before the answers."""
+    if next_step(run.job) is ReviewStep.PUSH and not is_commit_there(run, context):
+        forget_commit(run)
+    if next_step(run.job) in (ReviewStep.CLASSIFY, ReviewStep.WORK):
+        do_work(run, context, comments)
+    if next_step(run.job) is ReviewStep.PUSH:
+        push_review_commit(run, context)
 
 
 def store_failure(run: JobRun, reason: str, error: str) -> None:
@@ -5853,8 +5875,7 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
     reviewer = run.job.reviewer
     if not context.github_repository.has_write_access(reviewer):
         raise ReviewSkipped(f"{reviewer} has no write access")
-    is_begun = run.job.request_kind or run.job.outcome.error
-    if not is_begun:
+    if next_step(run.job) is ReviewStep.CLASSIFY:
         store.absorb_waiting_reviews(run.job)
         add_github_reviews(run, context)
         store.absorb_waiting_reviews(run.job)  # what was delivered meanwhile
@@ -5895,36 +5916,31 @@ def group_by_thread(comments: Sequence[Comment]) -> dict[str, list[Comment]]:
     return threads
 
 
-def is_work_stored(run: JobRun, context: ReviewContext) -> bool:
-    """Return whether an earlier run has done the work, and what it made is there."""
+def is_commit_there(run: JobRun, context: ReviewContext) -> bool:
+    """Return whether the commit of an earlier run is in the outbox, or was pushed."""
     job = run.job
-    if not job.commit_id:
-        return bool(job.outcome.answers)
     workspace = context.workspace
     if workspace.outbox.has_commit(job.commit_id):
         return True
     return workspace.mirror.branch_contains(workspace.branch, job.commit_id)
 
 
+def forget_commit(run: JobRun) -> None:
+    """Begin anew: the outbox was lost with the commit."""
+    outcome = dataclasses.replace(run.job.outcome, answers={})
+    run.update(commit_id="", outcome=outcome)
+
+
 # From the comments to a commit
 
 
-def forget_lost_commit(run: JobRun) -> None:
-    """Begin anew if the commit of an earlier run is gone with the outbox."""
-    if run.job.commit_id:
-        outcome = dataclasses.replace(run.job.outcome, answers={})
-        run.update(commit_id="", outcome=outcome)
-
-
-def decide_and_do(
-    run: JobRun, context: ReviewContext, comments: Sequence[Comment]
-) -> None:
+def do_work(run: JobRun, context: ReviewContext, comments: Sequence[Comment]) -> None:
     """Classify what the reviewer wants, do it, and store the answers."""
     first = comments[0]
     run.log_event("codebot", f"Review by {first.user}: {first.text}")
     earlier = earlier_comments(run, context, comments)
     text = format_comments(comments, earlier)
-    if not run.job.request_kind:
+    if next_step(run.job) is ReviewStep.CLASSIFY:
         classify(run, context, comments, text)
     if run.job.request_kind == "question":
         answer_question(run, context, comments, text)
@@ -6621,11 +6637,10 @@ def dispatch_job(run: JobRun) -> None:
     if pull_request is not None:
         run.task_id = pull_request.task_id
     limit = MAX_INTERRUPTIONS
-    is_done = job.commit_id or job.outcome.answers
-    if job.kind == "review" and job.outcome.error:
-        limit *= 3  # it has only to say so to the reviewer
-    elif job.kind == "review" and is_done:
-        limit *= 2  # it has only to push, and to answer the reviewer
+    if job.kind == "review" and next_step(job) in (ReviewStep.PUSH, ReviewStep.ANSWER):
+        limit *= 2  # the paid work is done
+    elif job.kind == "review" and next_step(job) is ReviewStep.TELL_FAILURE:
+        limit *= 3  # the reviewer should hear of it
     if job.interruptions >= limit:
         raise JobFailed(
             "interrupted",
@@ -9307,6 +9322,7 @@ def start_app(config: Config, checks: Sequence[Check], level: int) -> Codebot:
     Raises ConfigError with everything that would make every task fail.
     """
     codebot = Codebot(config)
+    # It forks the watchdog, which must inherit neither the locks nor the database.
     set_up_process(codebot, level)
     findings = [finding for check in checks for finding in check(codebot)]
     problems = [finding.message for finding in findings if finding.level == "FAIL"]
