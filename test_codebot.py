@@ -10903,7 +10903,9 @@ class Browser:
         try:
             wait_for(lambda: text in self.text(selector))
         except AssertionError:
-            raise AssertionError(f"{text!r} is not in {self.text(selector)}") from None
+            state = self.evaluate("`${document.readyState} ${location.href}`")
+            shown = self.text(selector)
+            raise AssertionError(f"{text!r} is not in {shown!r} ({state})") from None
 
     def find(self, kind: str, name: str) -> str:
         """Wait for an element; return an expression for it."""
