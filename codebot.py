@@ -3669,7 +3669,8 @@ class Store:
                     OR pull_requests.task_id = :job_id
                 )
                 AND review.status = 'pending' AND review.not_before <= :now
-            ORDER BY review.seq LIMIT 1
+            -- One with a commit goes first: the others have to wait for it.
+            ORDER BY review.commit_id = '', review.seq LIMIT 1
             """,
             pull_request_id=job.pull_request_id,
             job_id=job.id,
@@ -5445,9 +5446,7 @@ def clone(run: JobRun, workspace: Workspace) -> str:
     check_base(run, workspace, base_commit)
     workspace.make_outbox()
     workspace.check_out(base_name, base_commit, keep_home=False)
-    run.update(
-        base_name=base_name, base_commit=base_commit, commit_id="", transient_since=0.0
-    )
+    run.update(base_name=base_name, base_commit=base_commit, commit_id="")
     return base_commit
 
 
@@ -6665,7 +6664,7 @@ def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None
         error = f"{error}. Its branch {job.branch} may have been pushed"
     error = run.redact(error)[:10_000]
     if reason:
-        if not job.outcome.error:  # else store_failure has logged it
+        if error != job.outcome.error:  # else store_failure has logged it
             run.log_event("codebot", f"Failed ({reason}): {error}")
         log.info("Job %s: %s", job.id, error)
     if not job.outcome.seconds:  # for the totals

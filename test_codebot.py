@@ -9747,9 +9747,13 @@ class StandInCluster:
         }
 
     def start_server(self, *flags: str, **settings: str) -> None:
-        self.site.server.start(
-            *flags, limits=LAUNCH_LIMITS, **{**self.settings(), **settings}
-        )
+        self.start_server_with(LAUNCH_LIMITS, *flags, **settings)
+
+    def start_server_with(
+        self, limits: Mapping[str, Any], *flags: str, **settings: str
+    ) -> None:
+        settings = {**self.settings(), **settings}
+        self.site.server.start(*flags, limits=limits, **settings)
 
     def jobs(self) -> list[int]:
         """Return the jobs that run; what nobody has waited for yet does not."""
@@ -9948,6 +9952,17 @@ def test_stop_that_fails_is_tried_again(cluster: StandInCluster) -> None:
     assert cluster.jobs()
     cluster.unreachable.unlink()
     cluster.assert_empty()
+
+
+def test_launcher_that_never_works_is_not_tried_for_ever(
+    cluster: StandInCluster,
+) -> None:
+    retries = {"RETRY_DELAY": 0.1, "RETRY_LIMIT": {"task": 1.0, "review": 1.0}}
+    cluster.start_server_with({**LAUNCH_LIMITS, **retries})
+    cluster.broken.touch()
+    task = cluster.site.api.submit()
+    error = cluster.site.api.failed(task, "internal")
+    assert "CODEBOT_LAUNCHER failed" in error
 
 
 def test_wait_for_a_node_costs_neither_task_nor_test_time(
