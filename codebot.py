@@ -843,7 +843,7 @@ class LogFormatter(logging.Formatter):
 
 
 def url_login(url: str) -> tuple[str, str]:
-    """Return user and password of https://user:password@host, with or without https://."""
+    """Return user and password of https://user:password@host; https:// may be missing."""
     address = re.sub("^[^/]*://", "", url).partition("/")[0]
     user, _, password = address.rpartition("@")[0].partition(":")
     return user, password
@@ -1266,28 +1266,13 @@ class Launch(NamedTuple):
         """
         return ["sh", "-c", 'echo "$0"; "$@"; echo "$0 $?"', self.sentinel, *argv]
 
-    def make_program(
-        self,
-        child: subprocess.Popen[bytes],
-        stdout: OutputFile,
-        stderr: OutputFile,
-        limits: Limits,
-    ) -> RunningProgram:
-        return LaunchedProgram(child, stdout, stderr, limits, self)
-
 
 class LaunchedProgram(RunningProgram):
     """A program on a node: its limits begin when it starts there."""
 
-    def __init__(
-        self,
-        child: subprocess.Popen[bytes],
-        stdout: OutputFile,
-        stderr: OutputFile,
-        limits: Limits,
-        launch: Launch,
-    ) -> None:
-        super().__init__(child, stdout, stderr, limits)
+    def __init__(self, launch: Launch, *program: Any) -> None:
+        """Take what RunningProgram takes, after the launch."""
+        super().__init__(*program)
         self.launch = launch
         self.has_started = False
         self.node_code: int | None = None  # as printed on the node
@@ -1663,7 +1648,7 @@ class Sandbox:
             launch = Launch(uuid.uuid4().hex, PROBE_TIMEOUT, has_started.set)
             argv = [*launcher_words(config.launcher, workspace), *launch.wrap(argv)]
             record_launch(config, workspace, run_tag)
-            make_program = launch.make_program
+            make_program = functools.partial(LaunchedProgram, launch)
         repo = f"{workspace}/repo"
         env = {**base_environment(config, run_tag), "HOME": f"{workspace}/home"}
         limits = Limits(timeout=PROBE_TIMEOUT)
@@ -4812,6 +4797,9 @@ class Workspace:
 
         Nothing that it started is left.
         """
+        make_program: Callable[..., RunningProgram] = RunningProgram
+        if launch is not None:
+            make_program = functools.partial(LaunchedProgram, launch)
         try:
             return run_program(
                 argv,
@@ -4820,7 +4808,7 @@ class Workspace:
                 stdin=command.stdin,
                 limits=limits,
                 on_lines=command.on_lines,
-                make_program=launch.make_program if launch else RunningProgram,
+                make_program=make_program,
             )
         except LimitReached as error:
             raise self.run.limit_failure(error, command.name) from None
