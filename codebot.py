@@ -513,7 +513,7 @@ def parse_agent_env(text: str) -> tuple[str, ...]:
                 f"may not contain {name}: the agent must not see codebot's own settings"
             )
         if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-            raise ValueError(f"must be names of environment variables; {name!r} is not")
+            raise ValueError("must be names of environment variables")
     return names
 
 
@@ -658,8 +658,9 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
 
 
 def hide_password(text: str) -> str:
-    """Replace USER:PASSWORD in the addresses in a text."""
-    return re.sub(r"(\w+://)?[^\s:@]*:\S*@", r"\1***@", text)
+    """Replace USER:PASSWORD in addresses, and values in a list of variables."""
+    text = re.sub(r"(\w+://)?[^\s:@]*:\S*@", r"\1***@", text)
+    return re.sub(r"(^|,)(\s*\w+)=[^,]+", r"\1\2=***", text)
 
 
 def read_settings(
@@ -826,7 +827,7 @@ class Redactor:
         return any(
             secret in text
             for secret in self._secrets
-            if len(secret) >= MIN_SEARCHED_LENGTH and not secret.startswith("-----")
+            if len(secret) >= MIN_SEARCHED_LENGTH
         )
 
 
@@ -850,7 +851,10 @@ def url_login(url: str) -> tuple[str, str]:
 
 
 def configured_secrets(config: Config) -> set[str]:
-    """Return all secrets in the settings; of a multi-line one, each line as well."""
+    """Return all secrets in the settings.
+
+    Of a multi-line one, such as a key, each line as well, but not "-----BEGIN ...".
+    """
     secrets = set(config.api_keys)
     names = [*MODEL_KEY_NAMES, *OWN_SECRET_NAMES]
     names += [name for name in config.agent_env if SECRET_NAME_RE.search(name)]
@@ -863,9 +867,11 @@ def configured_secrets(config: Config) -> set[str]:
         secrets.update({password, urllib.parse.unquote(password)})
     for path in (config.key_file, config.tls_key):
         with contextlib.suppress(OSError, ValueError):
-            secrets.add(pathlib.Path(path).read_text())
+            text = pathlib.Path(path).read_text()
+            secrets.update({text, text.strip()})
     for text in list(secrets):
-        secrets.update(line.strip() for line in text.splitlines())
+        lines = [line.strip() for line in text.splitlines()]
+        secrets.update(line for line in lines if not line.startswith("-----"))
     return secrets
 
 

@@ -2310,6 +2310,14 @@ def test_bad_setting_is_shown_without_its_password(text: str, shown: str) -> Non
     assert problem.endswith(f" (it is {shown!r}).")
 
 
+def test_value_in_list_of_variables_for_agent_is_not_shown() -> None:
+    _, [problem] = read_settings(CODEBOT_AGENT_ENV="COLOR, TOKEN=ghp_x, B=two words")
+    assert problem == (
+        "CODEBOT_AGENT_ENV must be names of environment variables "
+        "(it is 'COLOR, TOKEN=***, B=***')."
+    )
+
+
 @pytest.mark.parametrize("variable", ["CODEBOT_API_KEYS", "CODEBOT_MAX_WORKERS"])
 def test_setting_that_is_not_utf_8_is_refused_and_not_shown(variable: str) -> None:
     values, problems = read_settings(**{variable: "abc\udca0"})
@@ -2505,6 +2513,18 @@ def test_git_credential_is_redacted(redact: codebot.Redactor) -> None:
     redacted = redact(f"Authorization: Basic {login}")
     prefix = base64_of("x-access-token:")
     assert redacted.rstrip("=") == f"Authorization: Basic {prefix}***"
+
+
+def test_only_the_secret_part_of_key_file_is_searched_for(
+    redact: codebot.Redactor,
+) -> None:
+    armor = PEM_KEY.splitlines()[0]
+    other_key = f"{armor}\nMIIthisIsAnotherKey\n"
+    for text in (other_key, base64_of(other_key)):
+        assert not redact.has_secret(text)
+        assert redact(text) == text
+    for text in (PEM_KEY, base64_of(PEM_KEY), base64_of("MIIEowIBAAKCAQEA")):
+        assert redact.has_secret(text)
 
 
 @pytest.mark.parametrize(
