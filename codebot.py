@@ -5513,6 +5513,17 @@ def run_tests(run: JobRun, workspace: Workspace, command: str) -> TestResult | N
     )
 
 
+def join_lines(lines: Iterable[str]) -> list[str]:
+    """Join lines to texts that an event can hold. A longer line stays alone."""
+    texts: list[str] = []
+    for line in lines:
+        if texts and len(texts[-1]) + 1 + len(line) <= MAX_EVENT_CHARS:
+            texts[-1] += f"\n{line}"
+        else:
+            texts.append(line)
+    return texts
+
+
 def run_test_command(
     run: JobRun, workspace: Workspace, command: str, attempt: int, attempts: int
 ) -> ProgramResult:
@@ -5521,7 +5532,8 @@ def run_test_command(
         run.log_event("test", f"$ {command}")
 
     def log_lines(lines: list[str]) -> float | None:
-        run.log_event("test", "\n".join(last_shown(line) for line in lines))
+        shown = [last_shown(line) for line in lines]
+        run.log_events([("test", text) for text in join_lines(shown)])
         return None
 
     test = SandboxedCommand(
@@ -5542,7 +5554,11 @@ def repair(
     attempt: int,
     attempts: int,
 ) -> None:
-    """Show the agent the end of a failing test's output, in the same session."""
+    """Show the agent the end of a failing test's output, in the same session.
+
+    The summary then tells of both, as the change does.
+    """
+    summary = run.job.outcome.summary
     output = run.redact("\n".join(result.stdout))[-20_000:]
     prompt = (
         f"The tests failed with exit code {result.code}. Change the code so that they "
@@ -5554,6 +5570,7 @@ def repair(
         agent.ask(prompt, CODING, Session.CONTINUE, attempt, attempts)
     except SessionLost:
         raise JobFailed("agent_failed", "The agent lost its session") from None
+    run.update_outcome(summary=f"{summary}\n\n{run.job.outcome.summary}")
 
 
 def quoted(speaker: str, text: str) -> str:

@@ -4631,6 +4631,35 @@ def test_delimiters_of_test_output_are_random(shared: Site) -> None:
     assert len(delimiters) == 2
 
 
+def test_summary_says_what_was_done_before_and_after_failed_tests(
+    shared: Site,
+) -> None:
+    shared.agent.follow_each(
+        {
+            "The tests failed": "touch fixed; result 'Made the tests pass.'",
+            "Task:": "echo hello >hello.txt; result 'Said hello.'",
+        }
+    )
+    task = shared.api.submit(test_command="test -e fixed")
+    result = shared.api.completed(task)
+    assert result["summary"] == "Said hello.\n\nMade the tests pass."
+    body = shared.repository.pulls[0]["body"]
+    assert "> Said hello.\n>\n> Made the tests pass." in body
+
+
+def test_long_output_of_tests_is_logged_to_its_end(shared: Site) -> None:
+    task = shared.api.submit(test_command="seq 10000 14000")
+    shared.api.completed(task)
+    output = []
+    for message in shared.api.messages(task):
+        source, _, text = message.partition(": ")
+        if source == "test":
+            assert len(text) <= codebot.MAX_EVENT_CHARS
+            output += text.split("\n")
+    numbers = [str(number) for number in range(10000, 14001)]
+    assert output == ["$ seq 10000 14000", *numbers, "Exit code 0"]
+
+
 def test_tests_that_keep_failing_fail_task_and_nothing_is_pushed(shared: Site) -> None:
     task = shared.api.submit(test_command="echo it is broken; exit 7")
     error = shared.api.failed(task, "tests_failed")
