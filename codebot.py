@@ -321,7 +321,10 @@ class TooMuchOutput(LimitReached):
 
 
 class LaunchFailed(Exception):
-    """The launcher could not start a program on a node, or the node failed."""
+    """The launcher could not start a program on a node, or the node failed.
+
+    Or no node was free, or what ran there before cannot be ended. The job is retried.
+    """
 
 
 class ReviewSkipped(Exception):
@@ -338,7 +341,7 @@ def now_text(seconds_ago: float = 0.0) -> str:
 
 
 def truncate(text: str, limit: int, length: int = 0) -> str:
-    """Return at most ``limit`` characters of a text, and say how many are missing.
+    """Return the first ``limit`` characters of a text, and say how many more it has.
 
     ``length`` is that of the whole text, if ``text`` is only its beginning.
     """
@@ -399,7 +402,7 @@ ENV_LINE_RE = re.compile(
     r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(['"]?)(.*?)\2\s*(?:(?<=\s)#.*)?""",
     re.ASCII,
 )
-# Matches: "value
+# A quote at the beginning of a value, without another one after it.
 UNCLOSED_QUOTE_RE = re.compile(r"""(['"])(?!.*\1)""")
 BLANKS = " \t\r\n"  # strip() would remove more, such as U+00A0
 GITHUB_TOKEN_RE = re.compile(r"(gh[a-z]|github_pat)_[A-Za-z0-9._-]{36,}")
@@ -487,7 +490,7 @@ def parse_address(text: str) -> str:
 
 
 def parse_path(text: str) -> str:
-    """Return the real path, without signs that mean something to git or glob()."""
+    """Return the real path. Refuses signs that mean something to git or glob()."""
     path = os.path.realpath(text)
     if re.search(r"[\n*?\[:]", path) or not path.isprintable():
         raise ValueError(
@@ -687,14 +690,14 @@ def read_settings(
     return values
 
 
-def missing_settings(config: Config, needs_keys: bool) -> list[str]:
+def missing_settings(config: Config, is_server: bool) -> list[str]:
     """Return a sentence for each required setting that is not set."""
     problems = []
     if os.path.exists(config.env_file):
         place = f"in {config.env_file}"
     else:
         place = f"in {config.env_file} (not found; copy .env.example)"
-    if needs_keys and not split_commas(config.variables.get("CODEBOT_API_KEYS", "")):
+    if is_server and not split_commas(config.variables.get("CODEBOT_API_KEYS", "")):
         problems.append(
             f"CODEBOT_API_KEYS is not set. Set it {place} to a key that "
             "`openssl rand -hex 32` makes; separate several by commas."
@@ -747,7 +750,7 @@ def conflicting_settings(config: Config) -> list[str]:
 
 
 def read_config(
-    flags: Mapping[str, object], needs_keys: bool
+    flags: Mapping[str, object], is_server: bool
 ) -> tuple[Config, list[str]]:
     """Read flags, the environment and ``.env`` in the current directory.
 
@@ -759,13 +762,13 @@ def read_config(
     # If it cannot be read, the settings that it holds are not reported as missing.
     was_env_file_read = not problems
     variables.update(os.environ)
-    if needs_keys and not flags.get("work_dir"):  # `run` makes another one
+    if is_server and not flags.get("work_dir"):  # `run` has one of its own
         flags = {**flags, "work_dir": Config.work_dir}  # its path is checked, too
     values = read_settings(flags, variables, problems)
     values.setdefault("work_dir", os.path.realpath(Config.work_dir))
     config = Config(**values, env_file=env_file, variables=variables)
     if was_env_file_read:
-        problems += missing_settings(config, needs_keys)
+        problems += missing_settings(config, is_server)
     problems += unreadable_files(config)
     problems += conflicting_settings(config)
     for name in NETWORK_NAMES:  # urllib and ssl read the process's environment only
@@ -774,9 +777,9 @@ def read_config(
     return config, problems
 
 
-def load_config(flags: Mapping[str, object], needs_keys: bool = False) -> Config:
+def load_config(flags: Mapping[str, object], is_server: bool = False) -> Config:
     """Read the settings. Raises ConfigError with everything that is wrong."""
-    config, problems = read_config(flags, needs_keys)
+    config, problems = read_config(flags, is_server)
     if problems:
         raise ConfigError(*problems)
     return config
@@ -801,8 +804,8 @@ class Redactor:
             secrets = {*self._configured, *self._tokens}
             secrets = {text for text in secrets if len(text) >= MIN_REDACTED_LENGTH}
             for text in list(secrets):
-                # Also the end of base64("x-access-token:TOKEN"): the prefix has 15
-                # bytes, a multiple of 3.
+                # This is also how base64("x-access-token:TOKEN") ends, which git sends:
+                # 15 bytes come before the token, and base64 encodes 3 at a time.
                 data = text.encode("utf-8", "surrogateescape")
                 encoded = base64.b64encode(data).decode().rstrip("=")
                 secrets.add(encoded)
@@ -891,15 +894,15 @@ CAUSE_RE = re.compile(r"(fatal|error|remote: error):|.*denied")
 class ProgramResult(NamedTuple):
     """The exit code of a program, and the last lines of its output."""
 
-    code: int
+    code: int  # if LineHandler said that its work was done, it means nothing
     stdout: list[str]
     stderr: list[str]
 
     @property
     def error(self) -> str:
-        """The first line that names a cause, and the last three, of its error output.
+        """What went wrong: the first line that names a cause, and the last three.
 
-        Of its output, if there is no error output.
+        They are from standard error; if it is empty, from standard output.
         """
         lines = [line.strip() for line in self.stderr or self.stdout]
         lines = [line for line in lines if not NOISE_RE.fullmatch(line)]
@@ -928,9 +931,10 @@ class LineHandler(Protocol):
     """Gets the new lines of a program's standard output."""
 
     def __call__(self, lines: list[str]) -> float | None:
-        """Return the seconds that the program may live on, if its work is done.
+        """Return None, or if its work is done, the seconds that it may live on.
 
-        The agent, for example, may hang after its result. Such an end is a success.
+        The agent, for example, may hang after its result. It is then ended, and that is
+        no failure.
         """
 
 
@@ -1341,8 +1345,9 @@ def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
 
 # What a launcher started may outlive codebot, so it is recorded in a file, which
 # exists until CODEBOT_LAUNCHER_STOP has succeeded: run by codebot itself, by its
-# watchdog after a crash, or by the next start. The file contains the tag of the run; it
-# is empty if a stop failed, which Cleanup repeats.
+# watchdog after a crash, or by the next start. Its content:
+#   the tag of a run   something was launched, and may still run
+#   nothing            a stop has failed; Cleanup repeats it
 
 
 def launch_record(config: Config, workspace: str) -> pathlib.Path:
@@ -1370,15 +1375,14 @@ def stop_launched(
 ) -> bool:
     """End what a launcher left running in a workspace, if its record applies.
 
-    Returns False if that has failed.
+    ``applies_to`` gets the record's content. Returns False if the stop has failed.
     """
     record = launch_record(config, workspace)
     # For writing: NFS wants that of an exclusive lock.
     with contextlib.suppress(FileNotFoundError), open(record, "r+b") as lock:
-        # Another thread, or an earlier server's watchdog, may be stopping it: a late
-        # stop must not end the next launch in this workspace. After the wait there may
-        # be another record, or none; so it is read by its name. A newer run's does not
-        # apply; and a worker makes none in its workspace while it stops.
+        # Another thread, or an earlier server's watchdog, may be stopping it already.
+        # When it is done, the record may be gone, or there may be a new one, of the next
+        # launch here, which must not be ended: so the record is now read by its name.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not applies_to(record.read_text()):
             return True
@@ -1626,12 +1630,15 @@ class Sandbox:
             help_text = run_program(["bwrap", "--help"], env, limits=limits).stdout
         except TimedOut:
             raise ConfigError(self.failure_text("bwrap --help timed out")) from None
-        except OSError:
+        except FileNotFoundError:
             raise ConfigError(
                 "bwrap is not installed, so there is no sandbox for the agent. "
                 "Install it (apt install bubblewrap), or accept an agent that can "
                 "read codebot's secrets with CODEBOT_SANDBOX=none."
             ) from None
+        except OSError as error:
+            problem = f"cannot start bwrap: {os_error_text(error)}"
+            raise ConfigError(self.failure_text(problem)) from None
         is_supported = any("--disable-userns" in line for line in help_text)
         if not is_supported and os.getuid() == 0:
             raise ConfigError(
@@ -1740,8 +1747,8 @@ class GitHubError(Exception):
 class AppRefused(TransientError):
     """GitHub gave the App no token, or did not accept it.
 
-    It may be suspended for a while. find_remote fails a new task at once all the same:
-    more often the App is not installed on the repository.
+    The App may be suspended for a while, so the job is retried. Only a new task fails
+    at once, in find_remote: more often the App is not installed on its repository.
     """
 
 
@@ -1760,7 +1767,10 @@ class Bot(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Comment:
-    """What a person wrote on a pull request: a review, or a comment of either kind."""
+    """What a person wrote on a pull request.
+
+    Kind "review" is the text of a GitHub review, not of its inline comments.
+    """
 
     kind: str  # "review", "inline" (on a line) or "conversation"
     id: int
@@ -2042,7 +2052,7 @@ class GitHub:
                 continue
             if reply.status == 401:
                 refused += 1
-                if refused == 1:
+                if refused == 1:  # a new token that is refused, too, needs only time
                     self.forget_token(credential)
             seconds = self.retry_delay(reply, attempt, credential)  # raises if final
             self.pause(seconds, reply)
@@ -2880,7 +2890,7 @@ class Mirror(GitDirectory):
         for _ in range(3):  # the branch may move before it is fetched
             name, commit = self.resolve_branch(access, branch)
             with self.lock() as descriptor:
-                # The mirror has it already; not as its tip, if the branch was reset.
+                # It may be there, but not as the tip: the branch has been reset since.
                 if self.branch_contains(name, commit):
                     return name, commit
                 self.fetch_all(access, descriptor)
@@ -2916,11 +2926,11 @@ class Mirror(GitDirectory):
     def check_objects(self, commit: str) -> None:
         """Raise GitFailed if the commit's trees do not pass git's fsck.
 
-        git sends the whole list of each directory that the agent changes, with entries
-        that it does not touch. If fsck rejects one of those, fetch_into_outbox fails,
-        after the agent has cost something. So the lists are checked before. git checks a
-        part of a repository only while it indexes a pack, so they are packed, without
-        the contents of files.
+        A directory in which the agent changes one file becomes a new tree, which still
+        has all old entries. If one of those is malformed, fetch_into_outbox refuses the
+        agent's work, after it has cost something. So the trees are checked before. git
+        checks a part of a repository only while it indexes a pack, so they are packed,
+        without the contents of files.
         """
         script = (
             'git -C "$1" rev-list --objects --no-object-names --filter=blob:none '
@@ -3469,8 +3479,11 @@ class Store:
             return make_job(existing), False
 
     def claim(self, job_id: str) -> Job | None:
-        """Start a job. None if it is not pending any more, or must wait: after_job, or
-        RetryTimer when its retry is due, queues it again.
+        """Start a job. Returns None if it must not start.
+
+        It is then in no queue. If another job of its task stands in its way, after_job
+        queues it again; if it was retried too early, RetryTimer does. It may also have
+        ended already.
 
         All jobs of a task use the same workspace and outbox. So a review gets its task's
         directory, branch and session, and waits until no other job uses them.
@@ -3533,8 +3546,8 @@ class Store:
     ) -> None:
         """Put a running job back.
 
-        ``interruptions`` is 1 if that was an interruption; ``not_before`` is when it
-        is tried again after a transient error.
+        ``interruptions`` is 1 after a crash, or if the retry costs money; it is added
+        up. ``not_before`` is when it is tried again after a transient error.
         """
         with self._transaction() as db:
             self._transition(
@@ -4231,14 +4244,14 @@ class SyncRequest:
 
 @dataclasses.dataclass(frozen=True)
 class PullRequestChanged(SyncRequest):
-    """Asks the sync thread to look at one of codebot's pull requests."""
+    """One of codebot's pull requests, or what people wrote on it."""
 
     pull_request_id: int
 
 
 @dataclasses.dataclass(frozen=True)
 class IssueChanged(SyncRequest):
-    """Asks the sync thread to look at an issue's label."""
+    """An issue that has, or had, the label."""
 
     repository_id: int
     number: int
@@ -4246,7 +4259,7 @@ class IssueChanged(SyncRequest):
 
 @dataclasses.dataclass(frozen=True)
 class TaskEnded(SyncRequest):
-    """Asks the sync thread to report a task's end on the issue that it comes from."""
+    """A task that comes from an issue, on which its end is to be reported."""
 
     task_id: str
 
@@ -4435,7 +4448,7 @@ class JobRun:
         self.cancel = threading.Event()
         self.run_tag = f"{codebot.run_tag}{job.id}"
         self.started = time.monotonic()
-        self.deadline: float | None = None  # of the agent and the tests
+        self.deadline: float | None = None  # of the agent and the tests; see time_left
         self.events_left = MAX_AGENT_EVENTS
         self.agent_has_run = False  # since its work was stored; a retry costs money
 
@@ -4551,8 +4564,8 @@ git config remote.origin.url "$url" &&
 git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
 git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
-# The tree is recorded before the test and committed after it, so that nothing which the
-# test writes is seen by the agent or committed. (A hostile test could
+# The tree is recorded before the test and committed after it, so nothing that the test
+# writes is committed, and the agent sees only ignored files of it. (A hostile test could
 # name another tree in step 4, as it could pass without testing anything.)
 TEST_SCRIPT = f"""{GIT_FUNCTION}
 reset() {{
@@ -4625,7 +4638,7 @@ class Inspection:
         self.has_patch_begun = False
         self.file = ""  # that the next lines are about
         self.secret_file = ""  # the first one to which a secret is added
-        self.repositories: list[str] = []  # directories that became repositories
+        self.gitlinks: list[str] = []  # paths that became a repository or a submodule
 
     def read(self, lines: list[str]) -> float | None:
         if not self.has_patch_begun:
@@ -4644,7 +4657,7 @@ class Inspection:
             if line.startswith("diff --git "):
                 self.file = line.partition(" b/")[2] or line[len("diff --git ") :]
             elif line == "new file mode 160000":
-                self.repositories.append(self.file)
+                self.gitlinks.append(self.file)
             if has_secret and not self.secret_file and self.redact.has_secret(line):
                 self.secret_file = self.file
 
@@ -4756,7 +4769,7 @@ class Workspace:
     def sandboxed(self, argv: Sequence[str]) -> list[str]:
         return self.codebot.sandbox.wrap(argv, self.path, self.mirror.objects)
 
-    def launch(
+    def run_work(
         self, command: SandboxedCommand, on_start: Callable[[], None]
     ) -> ProgramResult:
         """Run the agent or the tests in the sandbox; on a node, if there is a launcher.
@@ -4909,7 +4922,7 @@ class Workspace:
         fault = ""
         if inspection.secret_file:
             fault = f"it writes a secret into {inspection.secret_file}"
-        for path in inspection.repositories:
+        for path in inspection.gitlinks:
             if not self.is_submodule(commit, path):
                 fault = f"{path} is a git repository of its own"
         return Change(tuple(inspection.files), fault)
@@ -5242,7 +5255,7 @@ class Agent:
                 stdin=prompt.encode("utf-8", "replace"),
                 on_lines=stream.read,
             )
-            result = self.workspace.launch(command, start)
+            result = self.workspace.run_work(command, start)
         except (FileNotFoundError, PermissionError) as error:
             raise JobFailed(
                 "agent_failed",
@@ -5541,7 +5554,7 @@ def run_test_command(
         argv=["sh", "-c", TEST_SCRIPT, "sh", command],
         on_lines=log_lines,
     )
-    result = workspace.launch(test, start)
+    result = workspace.run_work(test, start)
     run.log_event("test", f"Exit code {result.code}")
     return result
 
@@ -5887,7 +5900,7 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
         raise ReviewSkipped(f"{reviewer} has no write access")
     if next_step(run.job) is ReviewStep.CLASSIFY:
         store.absorb_waiting_reviews(run.job)
-        add_github_reviews(run, context)
+        add_rest_of_github_reviews(run, context)
         store.absorb_waiting_reviews(run.job)  # what was delivered meanwhile
     comments = []
     for stored in store.comments(run.job.id):
@@ -5901,8 +5914,8 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
     return comments
 
 
-def add_github_reviews(run: JobRun, context: ReviewContext) -> None:
-    """Add what belongs to the same GitHub reviews, delivered yet or not."""
+def add_rest_of_github_reviews(run: JobRun, context: ReviewContext) -> None:
+    """Add the other comments of the GitHub reviews, which may not be delivered yet."""
     store = run.store
     review_ids = {comment.review_id for comment in store.comments(run.job.id)}
     for review_id in sorted(review_ids - {0}):
@@ -6144,10 +6157,12 @@ def push_review_commit(run: JobRun, context: ReviewContext) -> None:
         check_pull_request(run, context)
         tip = branch_tip(run, context)
         if not branch_has_commit(run, context, tip) and tip != run.job.base_commit:
+            # Others have pushed something else. They may do so again while it is tested.
             reapply_change(run, context, tip)
-            tip = branch_tip(run, context)  # others may have pushed again meanwhile
+            tip = branch_tip(run, context)
         if branch_has_commit(run, context, tip):
-            return  # by an earlier run; or reapply_change found it made by others
+            # An earlier run has pushed it, or others have made the same change.
+            return
         if tip == run.job.base_commit and push_change(run, context, attempt):
             return
     raise JobFailed(
@@ -6206,7 +6221,9 @@ def reapply_change(run: JobRun, context: ReviewContext, tip: str) -> None:
     workspace.check_out(workspace.branch, tip, keep_home=True)
     workspace.apply(patch)
     commit_id = test_and_commit(run, context, tip)
-    run.save_work(base_commit=tip, commit_id=commit_id or tip)
+    if not commit_id:  # nothing is left to change
+        commit_id = tip
+    run.save_work(base_commit=tip, commit_id=commit_id)
 
 
 def answer_threads(
@@ -6334,7 +6351,7 @@ class Sync:
         for repository_id, number in self.codebot.store.unfinished_issues():
             self.waiting[IssueChanged(repository_id, number)] = 0.0
         for github_repository in self.github.repositories():
-            if self.repository(github_repository).is_allowed(self.config):
+            if self.as_task_names_it(github_repository).is_allowed(self.config):
                 self.find_labelled_issues(github_repository)
 
     def find_labelled_issues(self, github_repository: GitHubRepository) -> None:
@@ -6350,7 +6367,7 @@ class Sync:
         for number in numbers:
             self.waiting[IssueChanged(github_repository.id, number)] = 0.0
 
-    def repository(self, github_repository: GitHubRepository) -> Repository:
+    def as_task_names_it(self, github_repository: GitHubRepository) -> Repository:
         url = f"{self.config.git_base}/{github_repository.full_name}"
         return parse_repository_url(self.config, url)
 
@@ -6371,7 +6388,7 @@ class Sync:
             )
         if current.state != "open":
             self.end_reviews(pull_request.id)
-        elif self.repository(github_repository).is_allowed(self.config):
+        elif self.as_task_names_it(github_repository).is_allowed(self.config):
             self.queue_new_comments(pull_request, github_repository)
 
     def end_reviews(self, pull_request_id: int) -> None:
@@ -6441,7 +6458,7 @@ class Sync:
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> str:
         """Return why an issue becomes no task; "" if it may."""
-        if not self.repository(github_repository).is_allowed(self.config):
+        if not self.as_task_names_it(github_repository).is_allowed(self.config):
             return f"{github_repository.full_name} is not an allowed repository"
         if issue.is_pull_request:
             return "it is a pull request"
@@ -6496,7 +6513,7 @@ class Sync:
             is_in_time = updated_at <= event.created_at
             if is_in_time and github_repository.has_write_access(comment.user):
                 parts.append(f"Comment by {comment.user}:\n{comment.text}")
-        repository = self.repository(github_repository)
+        repository = self.as_task_names_it(github_repository)
         request = TaskRequest(
             repository_url=f"{self.config.git_base}/{github_repository.full_name}",
             description="\n\n".join(parts)[:100_000],
@@ -6709,7 +6726,7 @@ def fail_or_tell_reviewer(run: JobRun, reason: str, error: str) -> None:
     If what has failed was to post the answers, there is nobody to tell.
     """
     job = run.job
-    # Each run begins with phase "".
+    # Each run begins with phase "", so "answer" is this run's.
     has_tried_to_tell = bool(job.outcome.error) or job.phase == "answer"
     if job.kind == "review" and not has_tried_to_tell and not run.cancel.is_set():
         store_failure(run, reason, error)
@@ -8751,13 +8768,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.enter(ConnectionState.RECEIVING)
         self.command = ""
         self.expects_continue = False
-        self.is_body_read = False  # whether the request has been read to its end
+        self.is_request_read = False  # to its end: the headers, and the body if any
         response = self.respond()
         if isinstance(response, EventStream):
             self.send_stream(response)
         else:
             self.send(response)
-        if not self.is_body_read:
+        if not self.is_request_read:
             self.linger()
         self.enter(ConnectionState.WAITING)
 
@@ -8797,7 +8814,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # An HTTP/1.0 client may take the end of the connection for the answer's end.
         if "close" in options or self.request_version == "HTTP/1.0":
             self.close_connection = True
-        self.is_body_read = "content-length" not in headers
+        self.is_request_read = "content-length" not in headers
         return headers
 
     def read_head(self) -> bytes:
@@ -8854,11 +8871,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise HTTPError(400, "The body is shorter than its Content-Length")
             body += chunk
             self.server.count_body(self.connection, len(chunk))
-        self.is_body_read = True
+        self.is_request_read = True
         return bytes(body)
 
     def send(self, response: Response) -> None:
-        if not self.is_body_read or response.status == 401:
+        if not self.is_request_read or response.status == 401:
             self.close_connection = True
         headers = dict(response.headers)
         if response.status != 204:
@@ -8952,7 +8969,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.routes = routes()
         self.streams = threading.BoundedSemaphore(MAX_STREAMS)
         self._lock = threading.Lock()  # guards _connections
-        # In the order in which they began to wait for a request.
+        # In the order in which they began to wait for a request: enter() keeps it so.
         self._connections: dict[socket.socket, Connection] = {}
         self._next_sweep = 0.0
         self.has_failed = False  # it has ended by itself
@@ -9093,7 +9110,8 @@ class Server(http.server.ThreadingHTTPServer):
         if not waiting:
             return False
         unanswered = [c for c in waiting if self._connections[c].state is not sending]
-        self._drop([*unanswered, *waiting][0])
+        longest_waiting = [*unanswered, *waiting][0]
+        self._drop(longest_waiting)
         return True
 
     def _drop(self, connection: socket.socket) -> None:
@@ -9440,7 +9458,7 @@ def file_times(config: Config) -> list[float]:
 def serve(flags: Flags) -> int:
     """Run the server until SIGTERM or SIGINT."""
     environment = dict(os.environ)  # before .env adds to it
-    config = load_config(flags, needs_keys=True)
+    config = load_config(flags, is_server=True)
     times = file_times(config)
     is_changed = False
     level = logging.DEBUG if config.debug else logging.INFO
@@ -9683,7 +9701,7 @@ def all_findings(codebot: Codebot, problems: Sequence[str]) -> Iterator[Finding]
 
 def check(flags: Flags) -> int:
     """Check everything that the server needs. Takes the flags of serve."""
-    config, problems = read_config(flags, needs_keys=True)
+    config, problems = read_config(flags, is_server=True)
     codebot = Codebot(config)
     logging.disable()  # what is wrong is said once, as a finding
     counts = {"ok": 0, "warn": 0, "FAIL": 0}
