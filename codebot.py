@@ -4622,13 +4622,6 @@ class SandboxedCommand(NamedTuple):
     on_lines: LineHandler = ignore_lines
 
 
-class Change(NamedTuple):
-    """What a commit changes."""
-
-    files: tuple[str, ...]  # lines of git diff --stat
-    fault: str  # why it must not be pushed, "" if it may be
-
-
 class Inspection:
     """Reads git diff --stat --patch, of any length."""
 
@@ -4909,8 +4902,11 @@ class Workspace:
         )
         return lines[0]
 
-    def inspect_commit(self, base_commit: str, commit: str) -> Change:
-        """Return what a commit changes, and whether that may be pushed."""
+    def inspect_commit(self, base_commit: str, commit: str) -> tuple[str, ...]:
+        """Return what a commit changes, as lines of git diff --stat.
+
+        Raises JobFailed if that may not be pushed.
+        """
         inspection = Inspection(self.codebot.redact)
         options = ("--stat=100", "--stat-count=50", "--patch", "--unified=0")
         argv = (*GIT_DIFF, *options, "--no-renames", base_commit, commit)
@@ -4925,7 +4921,9 @@ class Workspace:
         for path in inspection.gitlinks:
             if not self.is_submodule(commit, path):
                 fault = f"{path} is a git repository of its own"
-        return Change(tuple(inspection.files), fault)
+        if fault:
+            raise JobFailed("agent_failed", f"The change is not pushed: {fault}")
+        return tuple(inspection.files)
 
     def is_submodule(self, commit: str, path: str) -> bool:
         """Return whether .gitmodules has a path; git also records other repositories."""
@@ -5602,33 +5600,29 @@ def without_switches(text: str) -> str:
     return CI_SWITCH_RE.sub(r"(\1)", text)
 
 
-class Commit(NamedTuple):
-    """What codebot has made of the tree that the agent left."""
-
-    id: str
-    files: tuple[str, ...]  # lines of git diff --stat
-
-
 def commit_agent_tree(
-    run: JobRun, workspace: Workspace, base_commit: str, title: str, is_tested: bool
-) -> Commit | None:
-    """Make one commit of what the agent left; None if it changed nothing.
+    run: JobRun,
+    workspace: Workspace,
+    base_commit: str,
+    title: str,
+    tests: TestResult | None,
+) -> str:
+    """Make one commit of what the agent left. Returns its id, "" if nothing changed.
 
     Raises JobFailed if that may not be pushed.
     """
     run.set_phase("commit")
-    tree = workspace.collect_tree(base_commit, is_tested)
+    tree = workspace.collect_tree(base_commit, is_tested=tests is not None)
     if tree is None:
-        return None
+        return ""
     summary = quoted("The agent", run.job.outcome.summary)
     message = without_switches(f"{run.redact(title)[:250]}\n\n{summary}")
     commit_id = workspace.write_commit(tree, base_commit, message)
-    change = workspace.inspect_commit(base_commit, commit_id)
-    if change.fault:
-        raise JobFailed("agent_failed", f"The change is not pushed: {change.fault}")
+    files = workspace.inspect_commit(base_commit, commit_id)
     run.codebot.checked_commits.add(commit_id)  # git's fsck has checked it
-    run.log_event("git", f"Commit {commit_id}", "\n".join(change.files))
-    return Commit(commit_id, change.files)
+    run.log_event("git", f"Commit {commit_id}", "\n".join(files))
+    run.update_outcome(tests=tests, files=files)
+    return commit_id
 
 
 def commit_task(
@@ -5636,14 +5630,12 @@ def commit_task(
 ) -> None:
     """Make the one commit of the task, and store its id before it is pushed."""
     title = run.job.request.title
-    commit = commit_agent_tree(run, workspace, base_commit, title, tests is not None)
-    if commit is None:
+    commit_id = commit_agent_tree(run, workspace, base_commit, title, tests)
+    if not commit_id:
         words = run.job.outcome.summary.strip()[:2000] or "nothing"
         raise JobFailed("no_changes", f"The agent changed nothing. It said: {words}")
-    outcome = dataclasses.replace(
-        run.job.outcome, tests=tests, files=commit.files, seconds=run.seconds()
-    )
-    run.save_work(commit_id=commit.id, outcome=outcome)
+    outcome = dataclasses.replace(run.job.outcome, seconds=run.seconds())
+    run.save_work(commit_id=commit_id, outcome=outcome)
 
 
 def push_task_commit(run: JobRun, workspace: Workspace) -> None:
@@ -6136,12 +6128,7 @@ def test_and_commit(run: JobRun, context: ReviewContext, base_commit: str) -> st
     request = context.task.request
     tests = run_tests(run, workspace, request.test_command)
     title = f"Answer the review of {request.title}"
-    is_tested = tests is not None
-    commit = commit_agent_tree(run, workspace, base_commit, title, is_tested)
-    if commit is None:
-        return ""
-    run.update_outcome(tests=tests, files=commit.files)
-    return commit.id
+    return commit_agent_tree(run, workspace, base_commit, title, tests)
 
 
 # From the commit to the answers
