@@ -46,9 +46,8 @@ GLOSSARY
   event          an entry of a task's log
   redact         replace secrets in text with ***
   One repository appears as
-    Repository         its URL and name, as a task gives them
+    Repository         its URL and name, as a task gives them, and git with a credential
     GitHubRepository   the same at GitHub, found by its id and asked with its own token
-    GitAccess          both, and git with a credential
     Mirror             the local copy, written from the remote only
     Workspace.repo     the agent's clone, which borrows the mirror's objects
     Workspace.outbox   codebot's own, to which the agent's tree is fetched
@@ -2594,12 +2593,18 @@ def is_branch_name(name: str) -> bool:
     return not re.search(forbidden, name) and name not in ("@", "HEAD")
 
 
+# Seconds until git tries again, with a new token: it may not be known everywhere yet.
+TOKEN_RETRY_DELAYS = (0.0, 3.0)
+
+
 class Repository(NamedTuple):
     """A remote repository, as a task names it."""
 
     url: str
     full_name: str  # OWNER/NAME; with --no-github the whole URL
     mirror_path: str  # below the work directory
+    # Set when a job has found it; None with --no-github.
+    github_repository: GitHubRepository | None = None
 
     def is_allowed(self, config: Config) -> bool:
         name = self.full_name
@@ -2608,6 +2613,25 @@ class Repository(NamedTuple):
             name = name.lower()
             patterns = tuple(pattern.lower() for pattern in patterns)
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    def git(
+        self, directory: GitDirectory, *args: str, pass_fds: Sequence[int] = ()
+    ) -> ProgramResult:
+        """Run git against the remote; if its token is refused, with a new one."""
+        if self.github_repository is None:
+            return directory.remote_git("", *args, pass_fds=pass_fds)
+        github = self.github_repository.github
+        delays = [*TOKEN_RETRY_DELAYS]
+        while True:
+            token = github.token(self.github_repository.id)
+            try:
+                return directory.remote_git(token, *args, pass_fds=pass_fds)
+            except GitAuthFailed:
+                if not delays:
+                    raise
+            github.forget_token(self.github_repository.id)
+            if github.stop.wait(delays.pop(0)):
+                raise StopRequested()
 
 
 def parse_repository_url(config: Config, url: str) -> Repository:
@@ -2796,39 +2820,6 @@ class GitDirectory:
         return self.local_git("merge-base", "--is-ancestor", old, new).code == 0
 
 
-# Seconds until git tries again, with a new token: it may not be known everywhere yet.
-TOKEN_RETRY_DELAYS = (0.0, 3.0)
-
-
-class GitAccess:
-    """A remote repository together with the way to get a token for it."""
-
-    def __init__(
-        self, repository: Repository, github_repository: GitHubRepository | None
-    ) -> None:
-        self.repository = repository
-        self.github_repository = github_repository  # None with --no-github
-
-    def git(
-        self, directory: GitDirectory, *args: str, pass_fds: Sequence[int] = ()
-    ) -> ProgramResult:
-        """Run git against the remote; if its token is refused, with a new one."""
-        if self.github_repository is None:
-            return directory.remote_git("", *args, pass_fds=pass_fds)
-        github = self.github_repository.github
-        delays = [*TOKEN_RETRY_DELAYS]
-        while True:
-            token = github.token(self.github_repository.id)
-            try:
-                return directory.remote_git(token, *args, pass_fds=pass_fds)
-            except GitAuthFailed:
-                if not delays:
-                    raise
-            github.forget_token(self.github_repository.id)
-            if github.stop.wait(delays.pop(0)):
-                raise StopRequested()
-
-
 def discard(work_dir: str, path: str) -> None:
     """Move a directory away in one step; Cleanup removes it later."""
     with contextlib.suppress(FileNotFoundError):
@@ -2863,11 +2854,11 @@ class Mirror(GitDirectory):
                 time.sleep(0.01)
             yield file.fileno()
 
-    def resolve_branch(self, access: GitAccess, branch: str) -> tuple[str, str]:
+    def resolve_branch(self, repository: Repository, branch: str) -> tuple[str, str]:
         """Return the name and commit of a branch at the remote ("": its default)."""
-        url = access.repository.url
+        url = repository.url
         ref = f"refs/heads/{branch}" if branch else "HEAD"
-        result = access.git(self, "ls-remote", "--symref", "--", url, ref)
+        result = repository.git(self, "ls-remote", "--symref", "--", url, ref)
         commit = ""
         for line in result.stdout:
             value, _, name = line.partition("\t")
@@ -2879,34 +2870,34 @@ class Mirror(GitDirectory):
             raise BranchNotFound(branch)
         return branch, commit
 
-    def fetch_branch(self, access: GitAccess, branch: str) -> tuple[str, str]:
+    def fetch_branch(self, repository: Repository, branch: str) -> tuple[str, str]:
         """Bring the mirror up to date. Returns the name and commit of the branch.
 
         Raises BranchNotFound if the remote has no such branch.
         """
         with self.lock() as descriptor:
             os.utime(descriptor)  # cleanup looks at when the mirror was last used
-            self.make_for(access)
+            self.make_for(repository)
         for _ in range(3):  # the branch may move before it is fetched
-            name, commit = self.resolve_branch(access, branch)
+            name, commit = self.resolve_branch(repository, branch)
             with self.lock() as descriptor:
                 # It may be there, but not as the tip: the branch has been reset since.
                 if self.branch_contains(name, commit):
                     return name, commit
-                self.fetch_all(access, descriptor)
+                self.fetch_all(repository, descriptor)
                 if self.branch_contains(name, commit):
                     return name, commit
         raise TransientError(f"Branch {name} kept moving while it was fetched")
 
-    def make_for(self, access: GitAccess) -> None:
+    def make_for(self, repository: Repository) -> None:
         """Create the mirror, and again if its name belongs to another repository now.
 
         An agent could otherwise read what was in the earlier repository. The lock must
         be held.
         """
-        repository_id = (
-            str(access.github_repository.id) if access.github_repository else "unknown"
-        )
+        repository_id = "unknown"
+        if repository.github_repository is not None:
+            repository_id = str(repository.github_repository.id)
         id_file = pathlib.Path(self.path, "codebot-repository-id")
         if id_file.exists() and id_file.read_text() == repository_id:
             return
@@ -2917,11 +2908,11 @@ class Mirror(GitDirectory):
     def branch_contains(self, name: str, commit: str) -> bool:
         return self.is_ancestor(commit, f"refs/heads/{name}")
 
-    def fetch_all(self, access: GitAccess, lock: int) -> None:
+    def fetch_all(self, repository: Repository, lock: int) -> None:
         """Fetch all branches. The lock must be held; git inherits it."""
+        options = (*GIT_FETCH, "--prune")
         refspec = "+refs/heads/*:refs/heads/*"
-        url = access.repository.url
-        access.git(self, *GIT_FETCH, "--prune", "--", url, refspec, pass_fds=[lock])
+        repository.git(self, *options, "--", repository.url, refspec, pass_fds=[lock])
 
     def check_objects(self, commit: str) -> None:
         """Raise GitFailed if the commit's trees do not pass git's fsck.
@@ -4666,7 +4657,7 @@ class Workspace:
     def __init__(
         self,
         run: JobRun,
-        access: GitAccess,
+        repository: Repository,
         mirror_path: str,
         directory: str,
         branch: str,
@@ -4674,7 +4665,7 @@ class Workspace:
         self.run = run
         self.codebot = run.codebot
         self.config = run.config
-        self.access = access
+        self.repository = repository
         self.branch = branch
         self.path = f"{self.config.work_dir}/{directory}"
         self.repo = f"{self.path}/repo"
@@ -4714,7 +4705,7 @@ class Workspace:
             os.makedirs(f"{self.path}/{part}", mode=0o700, exist_ok=True)
         arguments = [
             self.mirror.objects,
-            self.access.repository.url,
+            self.repository.url,
             base_name,
             base_commit,
             self.branch,
@@ -4940,9 +4931,9 @@ class Workspace:
         """
         refspec = f"{commit}:refs/heads/{self.branch}"
         options = ("--quiet", "--no-verify")
-        url = self.access.repository.url
+        url = self.repository.url
         try:
-            self.access.git(self.outbox, "push", *options, "--", url, refspec)
+            self.repository.git(self.outbox, "push", *options, "--", url, refspec)
         except (GitFailed, TransientError) as error:
             # The response to an earlier push, or to this one, may have been lost.
             if self.remote_commit() != commit:
@@ -4954,7 +4945,7 @@ class Workspace:
     def remote_commit(self) -> str:
         """Return the commit of the branch at the remote; "" if it is not there."""
         try:
-            return self.mirror.resolve_branch(self.access, self.branch)[1]
+            return self.mirror.resolve_branch(self.repository, self.branch)[1]
         except (BranchNotFound, GitFailed):
             return ""
 
@@ -5335,21 +5326,21 @@ CI_SWITCH_RE = re.compile(
 def run_task(run: JobRun) -> None:
     """Do a task, from the clone to the pull request. Each step can be repeated."""
     run.set_phase("clone")
-    access = find_remote(run)
-    workspace = task_workspace(run, access)
+    repository = find_remote(run)
+    workspace = task_workspace(run, repository)
     if not can_resume(run, workspace):
-        react_to_issue(run, access)
+        react_to_issue(run, repository)
         base_commit = clone(run, workspace)
         prompt_agent(run, workspace)
         tests = run_tests(run, workspace, run.job.request.test_command)
         commit_task(run, workspace, base_commit, tests)
     push_task_commit(run, workspace)
-    if access.github_repository is not None:
-        create_pull_request(run, access.github_repository)
+    if repository.github_repository is not None:
+        create_pull_request(run, repository.github_repository)
     run.log_event("codebot", "Completed")
 
 
-def find_remote(run: JobRun) -> GitAccess:
+def find_remote(run: JobRun) -> Repository:
     """Find the repository, and GitHub's id for it. Raises JobFailed if it is not allowed.
 
     The settings may have changed since the task was submitted.
@@ -5367,7 +5358,7 @@ def find_remote(run: JobRun) -> GitAccess:
     github = run.codebot.github
     if github is None:
         run.update(mirror=repository.mirror_path)
-        return GitAccess(repository, None)
+        return repository
     try:
         github_repository = github.repository_by_name(repository.full_name)
         # Its token is refused if the App is not installed there.
@@ -5390,7 +5381,7 @@ def find_remote(run: JobRun) -> GitAccess:
     check_identity(job, repository, github_repository)
     github.bot()  # for the commit: asked for now, before the agent costs anything
     run.update(mirror=repository.mirror_path, repository_id=github_repository.id)
-    return GitAccess(repository, github_repository)
+    return repository._replace(github_repository=github_repository)
 
 
 def check_identity(
@@ -5412,7 +5403,7 @@ def check_identity(
         )
 
 
-def task_workspace(run: JobRun, access: GitAccess) -> Workspace:
+def task_workspace(run: JobRun, repository: Repository) -> Workspace:
     """Return the task's workspace, whose directory and branch are named once."""
     job = run.job
     if not job.directory:
@@ -5428,7 +5419,7 @@ def task_workspace(run: JobRun, access: GitAccess) -> Workspace:
                 break  # neither another directory nor another outbox has these digits
         branch = "/".join(filter(None, ("u/codebot", ticket, name, slug)))
         run.update(directory=directory, branch=branch)
-    return Workspace(run, access, run.job.mirror, run.job.directory, run.job.branch)
+    return Workspace(run, repository, run.job.mirror, run.job.directory, run.job.branch)
 
 
 def can_resume(run: JobRun, workspace: Workspace) -> bool:
@@ -5475,7 +5466,7 @@ def fetch_or_fail(
 ) -> tuple[str, str]:
     """Fetch a branch into the mirror. Returns its name and commit."""
     try:
-        return workspace.mirror.fetch_branch(workspace.access, branch)
+        return workspace.mirror.fetch_branch(workspace.repository, branch)
     except BranchNotFound:
         message = f"There is no branch {branch!r}"
         if not branch:
@@ -5654,7 +5645,7 @@ def earlier_push_arrived(run: JobRun, workspace: Workspace) -> bool:
 
     Others may have pushed on top, or merged it and deleted the branch.
     """
-    github_repository = workspace.access.github_repository
+    github_repository = workspace.repository.github_repository
     branch = run.job.branch
     try:
         if github_repository is not None and github_repository.find_pull_request(
@@ -5662,7 +5653,7 @@ def earlier_push_arrived(run: JobRun, workspace: Workspace) -> bool:
         ):
             # It is opened after the push. Its branch may be deleted since, after a merge.
             return True
-        _, tip = workspace.mirror.fetch_branch(workspace.access, branch)
+        _, tip = workspace.mirror.fetch_branch(workspace.repository, branch)
     except (BranchNotFound, GitFailed, GitHubError):
         return False  # what is wrong is reported by the push
     return workspace.mirror.is_ancestor(run.job.commit_id, tip)
@@ -5729,10 +5720,10 @@ def create_pull_request(run: JobRun, github_repository: GitHubRepository) -> Non
         run.codebot.sync_queue.put(PullRequestChanged(stored.id))
 
 
-def react_to_issue(run: JobRun, access: GitAccess) -> None:
+def react_to_issue(run: JobRun, repository: Repository) -> None:
     """Show on the issue that its task has been picked up."""
-    if access.github_repository is not None and run.job.issue_number:
-        access.github_repository.react(f"/issues/{run.job.issue_number}")
+    if repository.github_repository is not None and run.job.issue_number:
+        repository.github_repository.react(f"/issues/{run.job.issue_number}")
 
 
 # --- Review ------------------------------------------------------------------
@@ -5848,8 +5839,8 @@ def load_review(run: JobRun) -> ReviewContext:
             f"{github_repository.full_name} is not an allowed repository"
         )
     github.bot()  # for the commit and the answers
-    access = GitAccess(repository, github_repository)
-    workspace = Workspace(run, access, task.mirror, task.directory, task.branch)
+    repository = repository._replace(github_repository=github_repository)
+    workspace = Workspace(run, repository, task.mirror, task.directory, task.branch)
     return ReviewContext(pull_request, task, github_repository, workspace)
 
 
@@ -6026,9 +6017,11 @@ def classify(
     """
     with scratch_workspace(run.config.work_dir) as path:
         name = os.path.basename(path)
-        access = context.workspace.access
+        repository = context.workspace.repository
         # The directory is passed as the mirror, too: the sandbox shows its `objects`.
-        scratch = Workspace(run, access, mirror_path=name, directory=name, branch="")
+        scratch = Workspace(
+            run, repository, mirror_path=name, directory=name, branch=""
+        )
         prompt = f"Comments:\n{text}"
         answer = Agent(run, scratch).ask(prompt, CLASSIFYING, Session.NONE)
     structured = answer.structured if isinstance(answer.structured, dict) else {}
