@@ -1256,6 +1256,18 @@ def copy_variables(config: Config, names: Iterable[str]) -> dict[str, str]:
 # Without the second sentinel, the node or the cluster has failed.
 
 
+def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
+    """Fill in the words of CODEBOT_LAUNCHER or CODEBOT_LAUNCHER_STOP.
+
+    {task} is the workspace's path. {job} is a name for the cluster, the same whenever
+    something is launched in this workspace.
+    """
+    job_name = f"codebot-{os.path.basename(workspace)}"
+    return [
+        word.replace("{task}", workspace).replace("{job}", job_name) for word in command
+    ]
+
+
 class Launch(NamedTuple):
     """One use of the launcher.
 
@@ -1268,12 +1280,13 @@ class Launch(NamedTuple):
     timeout: float  # seconds to wait for a node
     on_start: Callable[[], None]
 
-    def wrap(self, argv: Sequence[str]) -> list[str]:
-        """Return the command line that runs ``argv`` between the two lines.
+    def wrap(self, config: Config, workspace: str, argv: Sequence[str]) -> list[str]:
+        """Return the command line that launches ``argv`` between the two lines.
 
         In the script, $0 is the sentinel.
         """
-        return ["sh", "-c", 'echo "$0"; "$@"; echo "$0 $?"', self.sentinel, *argv]
+        script = ["sh", "-c", 'echo "$0"; "$@"; echo "$0 $?"', self.sentinel]
+        return [*launcher_words(config.launcher, workspace), *script, *argv]
 
 
 class LaunchedProgram(RunningProgram):
@@ -1328,18 +1341,6 @@ class LaunchedProgram(RunningProgram):
                 event = "The cluster ended it"
             raise LaunchFailed(f"{event}: {result.error}")
         return result
-
-
-def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
-    """Fill in the words of CODEBOT_LAUNCHER or CODEBOT_LAUNCHER_STOP.
-
-    {task} is the workspace's path. {job} is a name for the cluster, the same whenever
-    something is launched in this workspace.
-    """
-    job_name = f"codebot-{os.path.basename(workspace)}"
-    return [
-        word.replace("{task}", workspace).replace("{job}", job_name) for word in command
-    ]
 
 
 # What a launcher started may outlive codebot, so it is recorded in a file, which
@@ -1658,7 +1659,7 @@ class Sandbox:
         make_program: Callable[..., RunningProgram] = RunningProgram
         if config.launcher:
             launch = Launch(uuid.uuid4().hex, PROBE_TIMEOUT, has_started.set)
-            argv = [*launcher_words(config.launcher, workspace), *launch.wrap(argv)]
+            argv = launch.wrap(config, workspace, argv)
             record_launch(config, workspace, run_tag)
             make_program = functools.partial(LaunchedProgram, launch)
         repo = f"{workspace}/repo"
@@ -4744,11 +4745,9 @@ class Workspace:
 
     def script(self, script: str, *arguments: str, stdin: bytes = b"") -> ProgramResult:
         """Run a shell script of codebot's in the sandbox, on this host."""
-        command = SandboxedCommand(
-            name="git", argv=["sh", "-c", script, "sh", *arguments], stdin=stdin
-        )
-        argv = self.sandboxed(command.argv)
-        return check_disk(self.supervise(command, argv, self.run.git_limits()))
+        argv = ["sh", "-c", script, "sh", *arguments]
+        command = SandboxedCommand(name="git", argv=argv, stdin=stdin)
+        return check_disk(self.supervise(command, self.run.git_limits()))
 
     def sandboxed(self, argv: Sequence[str]) -> list[str]:
         return self.codebot.sandbox.wrap(argv, self.path, self.mirror.objects)
@@ -4760,11 +4759,10 @@ class Workspace:
 
         ``on_start`` is called when it starts, which may be when a node is free.
         """
-        argv = self.sandboxed(command.argv)
         limits = self.run.agent_limits()
         if not self.config.launcher:
             on_start()
-            return self.supervise(command, argv, limits)
+            return self.supervise(command, limits)
         queued_at = time.monotonic()
 
         def start() -> None:
@@ -4772,13 +4770,11 @@ class Workspace:
             on_start()
 
         launch = Launch(uuid.uuid4().hex, self.config.launch_timeout, start)
-        words = launcher_words(self.config.launcher, self.path)
-        argv = [*words, *launch.wrap(argv)]
         self.run.set_phase("queued")
         self.stop_earlier_launch()
         record_launch(self.config, self.path, self.run.run_tag)
         try:
-            return self.supervise(command, argv, limits, launch)
+            return self.supervise(command, limits, launch)
         finally:
             stop_launched(self.config, self.path, self.run.run_tag)
 
@@ -4792,16 +4788,14 @@ class Workspace:
     def supervise(
         self,
         command: SandboxedCommand,
-        argv: Sequence[str],
         limits: Limits,
         launch: Launch | None = None,
     ) -> ProgramResult:
-        """Run a command by ``argv``, its command line with the sandbox before it.
-
-        Nothing that it started is left.
-        """
+        """Run a command in the sandbox, until nothing that it started is left."""
+        argv = self.sandboxed(command.argv)
         make_program: Callable[..., RunningProgram] = RunningProgram
         if launch is not None:
+            argv = launch.wrap(self.config, self.path, argv)
             make_program = functools.partial(LaunchedProgram, launch)
         try:
             return run_program(
