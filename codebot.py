@@ -1345,9 +1345,9 @@ class LaunchedProgram(RunningProgram):
 
 # What a launcher started may outlive codebot, so it is recorded in a file, which
 # exists until CODEBOT_LAUNCHER_STOP has succeeded: run by codebot itself, by its
-# watchdog after a crash, or by the next start. Its content:
-#   the tag of a run   something was launched, and may still run
-#   nothing            a stop has failed; Cleanup repeats it
+# watchdog after a crash, or by the next start. Its content is the tag of the run; after
+# a stop that failed it begins with STOP_FAILED, and Cleanup repeats the stop.
+STOP_FAILED = "stop failed"
 
 
 def launch_record(config: Config, workspace: str) -> pathlib.Path:
@@ -1357,25 +1357,18 @@ def launch_record(config: Config, workspace: str) -> pathlib.Path:
 def record_launch(config: Config, workspace: str, run_tag: str) -> None:
     record = launch_record(config, workspace)
     record.parent.mkdir(exist_ok=True)
-    # Renamed, because an empty record has a meaning.
+    # Renamed, so that nobody reads the beginning of a record.
     new_record = pathlib.Path(config.work_dir, f"scratch_{uuid.uuid4().hex}")
     new_record.write_text(run_tag)
     new_record.rename(record)
 
 
-def every_record(record: str) -> bool:
-    return True
-
-
 def stop_launched(
-    config: Config,
-    workspace: str,
-    run_tag: str,
-    applies_to: Callable[[str], bool] = every_record,
+    config: Config, workspace: str, run_tag: str, prefix: str = ""
 ) -> bool:
-    """End what a launcher left running in a workspace, if its record applies.
+    """End what a launcher left running in a workspace, if its record has the prefix.
 
-    ``applies_to`` gets the record's content. Returns False if the stop has failed.
+    Returns False if the stop has failed.
     """
     record = launch_record(config, workspace)
     # For writing: NFS wants that of an exclusive lock.
@@ -1384,12 +1377,13 @@ def stop_launched(
         # When it is done, the record may be gone, or there may be a new one, of the next
         # launch here, which must not be ended: so the record is now read by its name.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not applies_to(record.read_text()):
+        if not record.read_text().startswith(prefix):
             return True
         error = run_stop_command(config, workspace, run_tag)
         if error:
             log.warning("CODEBOT_LAUNCHER_STOP failed for %s: %s", record.name, error)
-            os.truncate(record, 0)
+            with open(record, "r+b") as file:
+                file.write(STOP_FAILED.encode())  # in place: the disk may be full
             return False
         record.unlink()
     return True
@@ -1408,13 +1402,11 @@ def run_stop_command(config: Config, workspace: str, run_tag: str) -> str:
     return "" if result.code == 0 else result.error
 
 
-def stop_all_launched(
-    config: Config, run_tag: str, applies_to: Callable[[str], bool] = every_record
-) -> None:
-    """End everything that was launched and whose record applies."""
+def stop_all_launched(config: Config, run_tag: str, prefix: str = "") -> None:
+    """End everything that was launched and whose record has the prefix."""
     for path in find_files(config.work_dir, "launched/*"):
         workspace = f"{config.work_dir}/{os.path.basename(path)}"
-        stop_launched(config, workspace, run_tag, applies_to)
+        stop_launched(config, workspace, run_tag, prefix)
 
 
 # --- Sandbox -----------------------------------------------------------------
@@ -6816,7 +6808,7 @@ class Cleanup:
         )
 
     def repeat_failed_stops(self) -> None:
-        stop_all_launched(self.config, self.run_tag, lambda record: record == "")
+        stop_all_launched(self.config, self.run_tag, STOP_FAILED)
 
     def warn_of_low_disk(self) -> None:
         free = shutil.disk_usage(self.config.work_dir).free
@@ -9309,11 +9301,7 @@ def fork_watchdog(codebot: Codebot) -> None:
             signal.signal(number, signal.SIG_IGN)
         os.read(read_end, 1)
         end_tagged_processes(codebot.run_tag)
-        stop_all_launched(
-            codebot.config,
-            codebot.run_tag,
-            lambda record: record.startswith(codebot.run_tag),
-        )
+        stop_all_launched(codebot.config, codebot.run_tag, codebot.run_tag)
     finally:
         os._exit(0)
 
