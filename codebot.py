@@ -5934,10 +5934,8 @@ def do_work(run: JobRun, context: ReviewContext, comments: Sequence[Comment]) ->
     text = format_comments(comments, earlier)
     if next_step(run.job) is ReviewStep.CLASSIFY:
         classify(run, context, comments, text)
-    if run.job.request_kind == "question":
-        answer_question(run, context, comments, text)
-    elif run.job.request_kind == "change":
-        carry_out_change(run, context, comments, text)
+    if run.job.request_kind in ("question", "change"):
+        carry_out(run, context, comments, text)
 
 
 def earlier_comments(
@@ -6031,23 +6029,20 @@ def check_out_branch(run: JobRun, context: ReviewContext) -> str:
     return commit
 
 
-def answer_question(
+def carry_out(
     run: JobRun, context: ReviewContext, comments: Sequence[Comment], text: str
 ) -> None:
+    """Answer the questions, or make the change and the commit."""
     base_commit = check_out_branch(run, context)
-    answer = converse(run, context, base_commit, f"Questions:\n{text}", ANSWERING)
+    commit_id = ""
+    if run.job.request_kind == "question":
+        answer = converse(run, context, base_commit, f"Questions:\n{text}", ANSWERING)
+    else:
+        check_base(run, context.workspace, base_commit)
+        prompt = f"Review comments:\n{text}"
+        answer = converse(run, context, base_commit, prompt, CHANGING)
+        commit_id = test_and_commit(run, context, base_commit)
     answers = parse_answers(run, answer, comments)
-    run.save_work(outcome=dataclasses.replace(run.job.outcome, answers=answers))
-
-
-def carry_out_change(
-    run: JobRun, context: ReviewContext, comments: Sequence[Comment], text: str
-) -> None:
-    base_commit = check_out_branch(run, context)
-    check_base(run, context.workspace, base_commit)
-    answer = converse(run, context, base_commit, f"Review comments:\n{text}", CHANGING)
-    answers = parse_answers(run, answer, comments)
-    commit_id = test_and_commit(run, context, base_commit)
     outcome = dataclasses.replace(run.job.outcome, answers=answers)
     run.save_work(base_commit=base_commit, commit_id=commit_id, outcome=outcome)
 
