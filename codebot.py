@@ -2414,14 +2414,12 @@ class GitHubRepository:
 
     # Reactions and answers
 
-    def react(self, path: str) -> bool:
-        """Add an "eyes" reaction. Returns whether its subject still exists."""
+    def react(self, path: str) -> None:
+        """Add an "eyes" reaction, if its subject still exists."""
         try:
             self.post(f"{path}/reactions", {"content": "eyes"})
         except GitHubError as error:
             log.info("No reaction to %s: %s", path, error)
-            return error.status != 404
-        return True
 
     def post_once(self, list_path: str, post_path: str, body: str, marker: str) -> None:
         """Post a comment unless the bot has posted one with this marker.
@@ -5423,7 +5421,7 @@ def can_resume(run: JobRun, workspace: Workspace) -> bool:
 def clone(run: JobRun, workspace: Workspace) -> str:
     """Bring the mirror up to date and make the workspace. Returns the base commit."""
     base_name, base_commit = fetch_or_fail(
-        run, workspace, run.job.request.base_branch, "base_branch_not_found"
+        workspace, run.job.request.base_branch, "base_branch_not_found"
     )
     check_base(run, workspace, base_commit)
     workspace.make_outbox()
@@ -5447,9 +5445,7 @@ def check_base(run: JobRun, workspace: Workspace, commit: str) -> None:
     run.codebot.checked_commits.add(commit)
 
 
-def fetch_or_fail(
-    run: JobRun, workspace: Workspace, branch: str, reason: str
-) -> tuple[str, str]:
+def fetch_or_fail(workspace: Workspace, branch: str, reason: str) -> tuple[str, str]:
     """Fetch a branch into the mirror. Returns its name and commit."""
     try:
         return workspace.mirror.fetch_branch(workspace.repository, branch)
@@ -6023,7 +6019,7 @@ def check_out_branch(run: JobRun, context: ReviewContext) -> str:
     """Make the workspace from the pull request's branch. Returns its commit."""
     run.set_phase("clone")
     workspace = context.workspace
-    _, commit = fetch_or_fail(run, workspace, workspace.branch, "push_rejected")
+    _, commit = fetch_or_fail(workspace, workspace.branch, "push_rejected")
     workspace.make_outbox()
     workspace.check_out(workspace.branch, commit, keep_home=True)
     return commit
@@ -6161,7 +6157,7 @@ def push_change(run: JobRun, context: ReviewContext, attempt: int) -> bool:
 def branch_tip(run: JobRun, context: ReviewContext) -> str:
     """Return the branch's commit at the remote. Raises JobFailed if ours is lost."""
     workspace = context.workspace
-    _, tip = fetch_or_fail(run, workspace, workspace.branch, "push_rejected")
+    _, tip = fetch_or_fail(workspace, workspace.branch, "push_rejected")
     if not workspace.mirror.is_ancestor(run.job.base_commit, tip):
         raise JobFailed(
             "push_rejected", "Commits were removed from the branch meanwhile"
@@ -7899,7 +7895,7 @@ class Request:
         max_body: int,
         read_body: Callable[[int], bytes],
     ) -> None:
-        self.path, _, self.query = target.partition("?")
+        self.query = target.partition("?")[2]
         self.headers = headers  # names in lower case
         self.client_address = client_address
         self.max_body = max_body
