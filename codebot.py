@@ -339,6 +339,11 @@ def now_text(seconds_ago: float = 0.0) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - seconds_ago))
 
 
+def seconds_of(timestamp: str) -> int:
+    """Return a time of GitHub's in seconds since 1970."""
+    return calendar.timegm(time.strptime(timestamp, "%Y-%m-%dT%H:%M:%SZ"))
+
+
 def truncate(text: str, limit: int, length: int = 0) -> str:
     """Return the first ``limit`` characters of a text, and say how many more it has.
 
@@ -1993,8 +1998,7 @@ class GitHub:
             raise AppRefused(self.token_error_text(error)) from None
         token = str(reply.value["token"])
         self.redact.add(token)
-        expires_at = time.strptime(reply.value["expires_at"], "%Y-%m-%dT%H:%M:%SZ")
-        self._tokens[credential] = (token, float(calendar.timegm(expires_at)))
+        self._tokens[credential] = (token, seconds_of(reply.value["expires_at"]))
         return token
 
     def token_error_text(self, error: GitHubError) -> str:
@@ -6510,11 +6514,6 @@ class Sync:
             f"The task failed ({task.reason}):\n\n{error}\n"
             "To try again, remove the label and add it again."
         )
-
-
-def seconds_of(timestamp: str) -> int:
-    """Return a time of GitHub's in seconds since 1970."""
-    return calendar.timegm(time.strptime(timestamp, "%Y-%m-%dT%H:%M:%SZ"))
 
 
 # --- Workers and cleanup -----------------------------------------------------
