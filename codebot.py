@@ -2681,6 +2681,14 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
     return Repository(url, url, mirror)
 
 
+def repository_at(github_repository: GitHubRepository) -> Repository:
+    """Return a repository at GitHub, as a task would name it."""
+    config = github_repository.github.config
+    url = f"{config.git_base}/{github_repository.full_name}"
+    repository = parse_repository_url(config, url)
+    return repository._replace(github_repository=github_repository)
+
+
 def default_test_command(config: Config, repository: Repository) -> str:
     """Return the command of CODEBOT_TEST_COMMANDS for a repository, or ""."""
     name = repository.full_name.lower()
@@ -5818,14 +5826,10 @@ def load_review(run: JobRun) -> ReviewContext:
         github_repository = github.repository_by_id(pull_request.repository_id)
     except GitHubError as error:
         raise refusal_error(error) from None
-    url = f"{run.config.git_base}/{github_repository.full_name}"
-    repository = parse_repository_url(run.config, url)
+    repository = repository_at(github_repository)
     if not repository.is_allowed(run.config):
-        raise ReviewSkipped(
-            f"{github_repository.full_name} is not an allowed repository"
-        )
+        raise ReviewSkipped(f"{repository.full_name} is not an allowed repository")
     github.bot()  # for the commit and the answers
-    repository = repository._replace(github_repository=github_repository)
     workspace = Workspace(run, repository, task.mirror, task.directory, task.branch)
     return ReviewContext(pull_request, task, github_repository, workspace)
 
@@ -6312,7 +6316,7 @@ class Sync:
         for repository_id, number in self.codebot.store.unfinished_issues():
             self.waiting[IssueChanged(repository_id, number)] = 0.0
         for github_repository in self.github.repositories():
-            if self.as_task_names_it(github_repository).is_allowed(self.config):
+            if repository_at(github_repository).is_allowed(self.config):
                 self.find_labelled_issues(github_repository)
 
     def find_labelled_issues(self, github_repository: GitHubRepository) -> None:
@@ -6327,10 +6331,6 @@ class Sync:
             return
         for number in numbers:
             self.waiting[IssueChanged(github_repository.id, number)] = 0.0
-
-    def as_task_names_it(self, github_repository: GitHubRepository) -> Repository:
-        url = f"{self.config.git_base}/{github_repository.full_name}"
-        return parse_repository_url(self.config, url)
 
     # Pull requests
 
@@ -6349,7 +6349,7 @@ class Sync:
             )
         if current.state != "open":
             self.end_reviews(pull_request.id)
-        elif self.as_task_names_it(github_repository).is_allowed(self.config):
+        elif repository_at(github_repository).is_allowed(self.config):
             self.queue_new_comments(pull_request, github_repository)
 
     def end_reviews(self, pull_request_id: int) -> None:
@@ -6419,7 +6419,7 @@ class Sync:
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> str:
         """Return why an issue becomes no task; "" if it may."""
-        if not self.as_task_names_it(github_repository).is_allowed(self.config):
+        if not repository_at(github_repository).is_allowed(self.config):
             return f"{github_repository.full_name} is not an allowed repository"
         if issue.is_pull_request:
             return "it is a pull request"
@@ -6474,7 +6474,7 @@ class Sync:
             is_in_time = updated_at <= event.created_at
             if is_in_time and github_repository.has_write_access(comment.user):
                 parts.append(f"Comment by {comment.user}:\n{comment.text}")
-        repository = self.as_task_names_it(github_repository)
+        repository = repository_at(github_repository)
         request = TaskRequest(
             repository_url=f"{self.config.git_base}/{github_repository.full_name}",
             description="\n\n".join(parts)[:100_000],
@@ -9623,8 +9623,7 @@ def check_repositories(config: Config, github: GitHub) -> Iterator[Finding]:
     """List the repositories that tasks may name."""
     names = []
     for github_repository in github.repositories():
-        url = f"{config.git_base}/{github_repository.full_name}"
-        if parse_repository_url(config, url).is_allowed(config):
+        if repository_at(github_repository).is_allowed(config):
             names.append(github_repository.full_name)
     if names:
         yield Finding("ok", f"Repositories: {', '.join(names)}")
