@@ -2378,11 +2378,15 @@ class GitHubRepository:
             "conversation": f"/issues/{number}/comments?since={since}",
         }
         for kind, path in paths.items():
-            for payload in self.pages(path):
-                comment = parse_comment(kind, payload)
-                if comment is not None:
-                    updated_at = payload.get("updated_at") or comment.created_at
-                    yield str(updated_at), comment
+            yield from self.comment_list(kind, path)
+
+    def comment_list(self, kind: str, path: str) -> Iterator[tuple[str, Comment]]:
+        """Yield the comments of a list, each with the time of its last change."""
+        for payload in self.pages(path):
+            comment = parse_comment(kind, payload)
+            if comment is not None:
+                updated_at = payload.get("updated_at") or comment.created_at
+                yield str(updated_at), comment
 
     def reload_comment(self, number: int, comment: Comment) -> Comment | None:
         """Return a comment as GitHub has it now; None if it is no longer there."""
@@ -2487,15 +2491,6 @@ class GitHubRepository:
                         old_title="",
                     )
         return event
-
-    def issue_comments(self, number: int) -> list[tuple[str, Comment]]:
-        """Return an issue's comments, each with the time of its last change."""
-        comments = []
-        for payload in self.pages(f"/issues/{number}/comments"):
-            comment = parse_comment("conversation", payload)
-            if comment is not None:
-                comments.append((str(payload["updated_at"]), comment))
-        return comments
 
 
 # --- Git ---------------------------------------------------------------------
@@ -6470,7 +6465,8 @@ class Sync:
         """
         title = event.old_title or issue.title
         parts = [issue.body.strip() or title]
-        for updated_at, comment in github_repository.issue_comments(issue.number):
+        path = f"/issues/{issue.number}/comments"
+        for updated_at, comment in github_repository.comment_list("conversation", path):
             is_in_time = updated_at <= event.created_at
             if is_in_time and github_repository.has_write_access(comment.user):
                 parts.append(f"Comment by {comment.user}:\n{comment.text}")
