@@ -2033,12 +2033,16 @@ class GitHub:
         """Send a request, and again as GitHub's documentation asks.
 
         send() may need a new token, which token() gets by another call().
-        Before each retry ``find_existing`` is called: the first request may have
+        Before each attempt ``find_existing`` is called: an earlier one may have
         succeeded and only its response was lost.
         """
         url = path if path.startswith(f"{self.api}/") else f"{self.api}{path}"
         refused = 0  # times that the credential was not accepted
         for attempt in range(self.attempts):
+            if find_existing is not None:
+                existing = find_existing()
+                if existing is not None:
+                    return Reply(200, existing, email.message.Message())
             reply = self.send(method, url, credential, body)
             if 200 <= reply.status < 300:
                 return reply
@@ -2052,10 +2056,6 @@ class GitHub:
                     self.forget_token(credential)
             seconds = self.retry_delay(reply, attempt, credential)  # raises if final
             self.pause(seconds, reply)
-            if find_existing is not None:
-                existing = find_existing()
-                if existing is not None:
-                    return Reply(200, existing, reply.headers)
         raise TransientError(f"GitHub does not answer: {reply.value}")
 
     def send(self, method: str, url: str, credential: Credential, body: Json) -> Reply:
@@ -2340,13 +2340,8 @@ class GitHubRepository:
     ) -> NewPullRequest:
         """Open the branch's pull request, unless it has one already."""
         fields = {"title": title, "body": body, "head": branch, "base": base}
-
-        def find_existing() -> Json:
-            return self.find_pull_request(branch)
-
-        payload = find_existing()
-        if payload is None:
-            payload = self.post("/pulls", fields, find_existing)
+        find_existing = functools.partial(self.find_pull_request, branch)
+        payload = self.post("/pulls", fields, find_existing)
         return NewPullRequest(
             number=int(payload["number"]),
             url=str(payload["html_url"]),
@@ -2443,8 +2438,7 @@ class GitHubRepository:
                     return payload
             return None
 
-        if find_existing() is None:
-            self.post(post_path, {"body": f"{body}\n\n{marker}"}, find_existing)
+        self.post(post_path, {"body": f"{body}\n\n{marker}"}, find_existing)
 
     # Issues
 
