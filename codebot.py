@@ -1741,6 +1741,10 @@ class GitHubError(Exception):
         self.status = status
 
 
+class NotFound(GitHubError):
+    """GitHub has no such thing (any more), or does not show it."""
+
+
 class AppRefused(TransientError):
     """GitHub gave the App no token, or did not accept it.
 
@@ -2163,6 +2167,8 @@ class GitHub:
             return max(delay, float(retry_after)) if retry_after.isdigit() else delay
         if status == 403 and "suspended" in str(reply.value):
             raise TransientError(f"GitHub refuses the App: {reply.value}")
+        if status == 404:
+            raise NotFound(status, str(reply.value))
         raise GitHubError(status, str(reply.value))
 
     def unauthorized_delay(
@@ -2225,9 +2231,7 @@ class GitHub:
     def fetch_app(self) -> Json:
         try:
             return self.call("GET", "/app", AS_APP).value
-        except GitHubError as error:
-            if error.status != 404:
-                raise
+        except NotFound as error:
             raise GitHubError(
                 404,
                 f"There is no App with id {self.config.app_id} at {self.api}. "
@@ -2392,9 +2396,7 @@ class GitHubRepository:
         }
         try:
             payload = self.get(paths[comment.kind])
-        except GitHubError as error:
-            if error.status != 404:
-                raise
+        except NotFound:
             return None
         # The id alone could be that of a comment elsewhere in the repository.
         parent = payload.get("pull_request_url") or payload.get("issue_url") or ""
@@ -2409,9 +2411,7 @@ class GitHubRepository:
             found = [parse_comment("review", self.get(path))]
             for payload in self.pages(f"{path}/comments"):
                 found.append(parse_comment("inline", payload))
-        except GitHubError as error:
-            if error.status != 404:
-                raise
+        except NotFound:
             return []
         return [comment for comment in found if comment is not None]
 
@@ -2427,7 +2427,7 @@ class GitHubRepository:
     def post_once(self, list_path: str, post_path: str, body: str, marker: str) -> None:
         """Post a comment unless the bot has posted one with this marker.
 
-        Raises GitHubError, with status 404 if what it answers was deleted.
+        Raises NotFound if what it answers was deleted.
         """
         bot = self.github.bot()
 
@@ -6200,11 +6200,11 @@ def answer_threads(
             post_path = f"{list_path}/{number}/replies"
         try:
             context.github_repository.post_once(list_path, post_path, body, marker)
-        except GitHubError as error:
-            if error.status != 404:
-                message = f"GitHub refused the answer: {error}"
-                raise JobFailed("internal", message) from None
+        except NotFound as error:
             log.info("No answer to %s, which was deleted: %s", thread, error)
+        except GitHubError as error:
+            message = f"GitHub refused the answer: {error}"
+            raise JobFailed("internal", message) from None
 
 
 def answer_body(run: JobRun, thread: str, comments: Sequence[Comment]) -> str:
