@@ -3622,15 +3622,11 @@ class Store:
 
     # Queues
 
-    def pending_jobs(self) -> list[tuple[str, str]]:
-        """Return kind and id of all pending jobs, oldest first."""
-        rows = self._read(
-            "SELECT kind, id FROM jobs WHERE status = 'pending' ORDER BY seq"
-        )
-        return [(row["kind"], row["id"]) for row in rows]
-
     def due_jobs(self, since: float) -> list[tuple[str, str]]:
-        """Return kind and id of the pending jobs that became due after ``since``."""
+        """Return kind and id of the pending jobs that became due after ``since``.
+
+        Oldest first. Jobs that never had to wait became due at 0.
+        """
         rows = self._read(
             """
             SELECT kind, id FROM jobs
@@ -6731,12 +6727,12 @@ def after_job(run: JobRun) -> None:
 
 
 class RetryTimer:
-    """Queues jobs whose retry is due, and tests the database now and then."""
+    """Queues jobs that are due, at first all of them; tests the database now and then."""
 
     def __init__(self, codebot: Codebot, only_job: str = "") -> None:
         self.codebot = codebot
         self.only_job = only_job  # its id; "" means all jobs
-        self.last_look = time.time()
+        self.last_look = -1.0
         self.next_test = 0.0
 
     def step(self) -> None:
@@ -9349,10 +9345,8 @@ def listen(codebot: Codebot) -> Server:
 def running_server(codebot: Codebot) -> Iterator[Server]:
     """Run the server and the threads behind it until the block ends."""
     server = listen(codebot)
-    # Made before the first job runs: it notices the retries from now on.
     timer = RetryTimer(codebot)
-    for kind, job_id in codebot.store.pending_jobs():
-        codebot.queues[kind].put(job_id)
+    timer.step()  # before there are newer jobs
     workers = start_workers(codebot, "task", codebot.config.workers)
     if codebot.github is not None:
         workers += start_workers(codebot, "review", codebot.config.review_workers)
@@ -9405,7 +9399,9 @@ def serve(flags: Flags) -> int:
     is_changed = False
     level = logging.DEBUG if config.debug else logging.INFO
     codebot = start_app(config, [*HOST_CHECKS, check_server], level)
-    pending = len(codebot.store.pending_jobs())
+    pending = codebot.store.count_pending("task") + codebot.store.count_pending(
+        "review"
+    )
     with running_server(codebot) as server:
         print_banner(codebot, server.server_port, pending)
         while not (codebot.stop.is_set() or is_changed):
