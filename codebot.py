@@ -6542,13 +6542,7 @@ def worker_step(codebot: Codebot, kind: str) -> None:
     job_id = codebot.queues[kind].get()
     if job_id is None:
         return  # the server stops
-    try:
-        job = codebot.store.claim(job_id)
-    except sqlite3.Error as error:
-        log.error("Database: %s; retrying", error)
-        codebot.stop.wait(DATABASE_RETRY_DELAY)
-        codebot.queues[kind].put(job_id)
-        return
+    job = codebot.until_database_works(codebot.store.claim, job_id)
     if job is not None:
         run_job(codebot, job)
 
@@ -6685,16 +6679,13 @@ def retry_or_fail(run: JobRun, error: Exception) -> None:
     """
     job = run.job
     codebot = run.codebot
-    if run.cancel.is_set():
-        end_job(run, "failed", "cancelled", CANCELLED_TEXT)
-        return
     now = time.time()
     interruptions = 1 if run.agent_has_run else 0
     not_before = max(now + RETRY_DELAY, getattr(error, "retry_at", 0.0))
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     message = codebot.redact(str(error))
     may_run_again = not interruptions or job.interruptions + 1 < MAX_INTERRUPTIONS
-    if now <= give_up_at and may_run_again:
+    if now <= give_up_at and may_run_again and not run.cancel.is_set():
         run.log_event("codebot", f"{message}. Trying again later")
         log.warning("Job %s: %s; retrying later", job.id, message)
         codebot.until_database_works(
