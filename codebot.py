@@ -2736,13 +2736,20 @@ class GitDirectory:
     def local_git(
         self,
         *args: str,
+        check: bool = True,
         stdin: bytes = b"",
         on_lines: LineHandler = ignore_lines,
         more_env: Mapping[str, str] = {},
     ) -> ProgramResult:
-        """Run git without a credential, on this host only."""
+        """Run git without a credential, on this host only.
+
+        With ``check`` it raises GitFailed if git fails.
+        """
         env = {**base_environment(self.config, self.run_tag), **more_env}
-        return check_disk(self.run_git(args, env, stdin, on_lines=on_lines))
+        result = check_disk(self.run_git(args, env, stdin, on_lines=on_lines))
+        if check and result.code != 0:
+            raise GitFailed(f"git {args[0]}: {result.error}")
+        return result
 
     def run_git(
         self,
@@ -2769,21 +2776,6 @@ class GitDirectory:
             limit = f"{self.limits.timeout:.0f} s"
             raise GitFailed(f"git {args[0]} took more than {limit}") from None
 
-    def local_output(
-        self,
-        *args: str,
-        stdin: bytes = b"",
-        on_lines: LineHandler = ignore_lines,
-        more_env: Mapping[str, str] = {},
-    ) -> list[str]:
-        """Run git and return what it printed. Raises GitFailed if it fails."""
-        result = self.local_git(
-            *args, stdin=stdin, on_lines=on_lines, more_env=more_env
-        )
-        if result.code != 0:
-            raise GitFailed(f"git {args[0]}: {result.error}")
-        return result.stdout
-
     def remote_git(
         self, token: str, *args: str, pass_fds: Sequence[int] = ()
     ) -> ProgramResult:
@@ -2806,10 +2798,12 @@ class GitDirectory:
         raise GitFailed(result.error)
 
     def has_commit(self, commit: str) -> bool:
-        return self.local_git("cat-file", "-e", f"{commit}^{{commit}}").code == 0
+        ref = f"{commit}^{{commit}}"
+        return self.local_git("cat-file", "-e", ref, check=False).code == 0
 
     def is_ancestor(self, old: str, new: str) -> bool:
-        return self.local_git("merge-base", "--is-ancestor", old, new).code == 0
+        options = ("--is-ancestor", old, new)
+        return self.local_git("merge-base", *options, check=False).code == 0
 
 
 def discard(work_dir: str, path: str) -> None:
@@ -2894,7 +2888,7 @@ class Mirror(GitDirectory):
         if id_file.exists() and id_file.read_text() == repository_id:
             return
         discard(self.config.work_dir, self.path)
-        self.local_output("init", "--quiet", "--bare", "--template=")
+        self.local_git("init", "--quiet", "--bare", "--template=")
         id_file.write_text(repository_id)
 
     def branch_contains(self, name: str, commit: str) -> bool:
@@ -2950,9 +2944,9 @@ class Mirror(GitDirectory):
         if len(loose) <= MAX_LOOSE_OBJECTS / 256 and len(packs) <= MAX_PACKS:
             return
         if keep_unreachable:
-            self.local_output("repack", "-a", "-d", "--keep-unreachable", "-q")
+            self.local_git("repack", "-a", "-d", "--keep-unreachable", "-q")
         else:
-            self.local_output("gc", "--prune=now", "-q")
+            self.local_git("gc", "--prune=now", "-q")
 
 
 def all_mirrors(work_dir: str) -> list[str]:
@@ -4670,7 +4664,7 @@ class Workspace:
     def make_outbox(self) -> None:
         """Make an empty outbox that borrows the mirror's objects."""
         self.remove_outbox()
-        self.outbox.local_output("init", "--quiet", "--bare", "--template=")
+        self.outbox.local_git("init", "--quiet", "--bare", "--template=")
         alternates = pathlib.Path(self.outbox.path, "objects", "info", "alternates")
         alternates.write_text(f"{self.mirror.objects}\n")
 
@@ -4821,7 +4815,7 @@ class Workspace:
         # If the agent made the repository shallow, git fetches nothing and exits with 0.
         # Then rev-parse fails.
         trees = self.outbox.local_git(
-            "rev-parse", f"{ref}^{{tree}}", f"{base_commit}^{{tree}}"
+            "rev-parse", f"{ref}^{{tree}}", f"{base_commit}^{{tree}}", check=False
         )
         if result.code != 0 or trees.code != 0:
             raise JobFailed(
@@ -4859,7 +4853,7 @@ class Workspace:
             host = urllib.parse.urlsplit(self.config.git_base).hostname
             login = bot.login
             address = f"{bot.id}+{bot.login}@users.noreply.{host}"
-        lines = self.outbox.local_output(
+        result = self.outbox.local_git(
             "commit-tree",
             tree,
             "-p",
@@ -4872,7 +4866,7 @@ class Workspace:
                 "GIT_COMMITTER_EMAIL": address,
             },
         )
-        return lines[0]
+        return result.stdout[0]
 
     def inspect_commit(self, base_commit: str, commit: str) -> tuple[str, ...]:
         """Return what a commit changes, as lines of git diff --stat.
@@ -4883,7 +4877,7 @@ class Workspace:
         options = ("--stat=100", "--stat-count=50", "--patch", "--unified=0")
         argv = (*GIT_DIFF, *options, "--no-renames", base_commit, commit)
         try:
-            self.outbox.local_output(*argv, on_lines=inspection.read)
+            self.outbox.local_git(*argv, on_lines=inspection.read)
         except GitFailed as error:
             message = f"The change cannot be checked: {error}"
             raise JobFailed("agent_failed", message) from None
@@ -4903,7 +4897,8 @@ class Workspace:
             return False
         options = ("--blob", f"{commit}:.gitmodules", "--fixed-value")
         pattern = ("--get-regexp", "[.]path$", path)
-        return self.outbox.local_git("config", *options, *pattern).code == 0
+        found = self.outbox.local_git("config", *options, *pattern, check=False)
+        return found.code == 0
 
     def push(self, commit: str) -> None:
         """Push a commit to the branch. Pushing it again changes nothing.
@@ -4936,7 +4931,7 @@ class Workspace:
         """Return the change of a commit in the outbox, to be applied elsewhere."""
         with tempfile.NamedTemporaryFile(prefix="scratch_") as file:
             options = ("--binary", "--full-index", f"--output={file.name}")
-            self.outbox.local_output(*GIT_DIFF, *options, base_commit, commit)
+            self.outbox.local_git(*GIT_DIFF, *options, base_commit, commit)
             return pathlib.Path(file.name).read_bytes()
 
     def apply(self, patch: bytes) -> None:
@@ -6051,7 +6046,7 @@ def converse(
     except SessionLost:
         run.log_event("codebot", "The agent's session is lost; a new one begins")
     span = f"refs/heads/{context.task.base_name}...{base_commit}"
-    diff = workspace.mirror.local_git(*GIT_DIFF, span).stdout
+    diff = workspace.mirror.local_git(*GIT_DIFF, span, check=False).stdout
     task = delimited("task", task_text(context.task.request))
     changes = delimited("diff", "\n".join(diff)[-200_000:])
     prompt += (
