@@ -9053,7 +9053,7 @@ class Server(http.server.ThreadingHTTPServer):
 # --- Local checks ------------------------------------------------------------
 #
 # `serve` and `run` do not start if one of these fails, and log what is doubtful.
-# `check` shows all that they find.
+# `check` shows all that they find; a ConfigError of one of its own, too.
 
 Flags = Mapping[str, Any]  # of the command line, by name
 
@@ -9480,24 +9480,16 @@ MAX_CLOCK_SKEW = 30.0  # seconds
 
 def check_port(codebot: Codebot) -> Iterator[Finding]:
     config = codebot.config
-    try:
-        # Without TLS, whose files have a check of their own.
-        listen(Codebot(dataclasses.replace(config, tls_cert=""))).server_close()
-        yield Finding("ok", f"Port {config.port} on {config.host} can be used")
-    except ConfigError as error:
-        yield Finding("FAIL", str(error))
+    # Without TLS, whose files have a check of their own.
+    listen(Codebot(dataclasses.replace(config, tls_cert=""))).server_close()
+    yield Finding("ok", f"Port {config.port} on {config.host} can be used")
 
 
 def check_work_dir(codebot: Codebot) -> Iterator[Finding]:
     config = codebot.config
-    try:
-        lock_files(config)
-        if os.path.exists(config.database_file):
-            Store(config.database_file)
-    except ConfigError as error:
-        for problem in error.problems:
-            yield Finding("FAIL", problem)
-        return
+    lock_files(config)
+    if os.path.exists(config.database_file):
+        Store(config.database_file)
     yield Finding("ok", f"Work directory {config.work_dir}")
     free = shutil.disk_usage(config.work_dir).free
     if free < LOW_DISK_BYTES:
@@ -9511,10 +9503,6 @@ def check_sandbox(codebot: Codebot) -> Iterator[Finding]:
     command = [*config.claude, "--version"]
     try:
         result = codebot.sandbox.probe(codebot.run_tag, *command)
-    except ConfigError as error:
-        for problem in error.problems:
-            yield Finding("FAIL", problem)
-        return
     except LaunchFailed as error:
         yield Finding("warn", f"Launcher and sandbox were not tried: {error}.")
         return
@@ -9619,7 +9607,11 @@ def all_findings(codebot: Codebot, problems: Sequence[str]) -> Iterator[Finding]
     if not any(problem.startswith("GITHUB_") for problem in problems):
         checks.append(check_github)
     for check in checks:
-        yield from check(codebot)
+        try:
+            yield from check(codebot)
+        except ConfigError as error:
+            for problem in error.problems:
+                yield Finding("FAIL", problem)
 
 
 def check(flags: Flags) -> int:
