@@ -448,24 +448,11 @@ def parse_int(text: str, least: int, most: int) -> int:
     return int(text)
 
 
-def parse_count(text: str) -> int:
-    return parse_int(text, 1, 999_999_999)
-
-
-def parse_threads(text: str) -> int:
-    return parse_int(text, 1, 999)
-
-
-def parse_attempts(text: str) -> int:
-    return parse_int(text, 0, 99)
-
-
-def parse_port(text: str) -> int:
-    return parse_int(text, 0, 65535)
-
-
-def parse_id(text: str) -> int:
-    return parse_int(text, 1, 10**15)
+parse_count = functools.partial(parse_int, least=1, most=999_999_999)
+parse_threads = functools.partial(parse_int, least=1, most=999)
+parse_attempts = functools.partial(parse_int, least=0, most=99)
+parse_port = functools.partial(parse_int, least=0, most=65535)
+parse_id = functools.partial(parse_int, least=1, most=10**15)
 
 
 def parse_dollars(text: str) -> float:
