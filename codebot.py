@@ -1554,6 +1554,15 @@ def scratch_workspace(work_dir: str) -> Iterator[str]:
         yield directory
 
 
+def sandbox_error(problem: str) -> ConfigError:
+    """Return an error that says that the sandbox does not start, and what to do."""
+    return ConfigError(
+        f'The sandbox does not start: {problem}. See README, "Troubleshooting", for '
+        "the fix on this host, or accept an agent that can read codebot's secrets "
+        "with CODEBOT_SANDBOX=none."
+    )
+
+
 class Sandbox:
     """Runs commands in a workspace. In bwrap they see no private directory, and can
     write only to the workspace.
@@ -1613,7 +1622,7 @@ class Sandbox:
             limits = Limits(timeout=PROBE_TIMEOUT)
             help_text = run_program(["bwrap", "--help"], env, limits=limits).stdout
         except TimedOut:
-            raise ConfigError(self.failure_text("bwrap --help timed out")) from None
+            raise sandbox_error("bwrap --help timed out") from None
         except FileNotFoundError:
             raise ConfigError(
                 "bwrap is not installed, so there is no sandbox for the agent. "
@@ -1622,7 +1631,7 @@ class Sandbox:
             ) from None
         except OSError as error:
             problem = f"cannot start bwrap: {os_error_text(error)}"
-            raise ConfigError(self.failure_text(problem)) from None
+            raise sandbox_error(problem) from None
         is_supported = any("--disable-userns" in line for line in help_text)
         if not is_supported and os.getuid() == 0:
             raise ConfigError(
@@ -1658,31 +1667,23 @@ class Sandbox:
         except TimedOut:
             if config.launcher and not has_started.is_set():
                 raise LaunchFailed("no node was free") from None
-            raise ConfigError(self.failure_text("it timed out")) from None
+            raise sandbox_error("it timed out") from None
         except OSError as error:
             problem = f"cannot start {argv[0]}: {os_error_text(error)}"
             if config.launcher:
                 raise ConfigError(f"CODEBOT_LAUNCHER: {problem}.") from None
-            raise ConfigError(self.failure_text(problem)) from None
+            raise sandbox_error(problem) from None
         finally:
             stop_launched(config, workspace, run_tag)
         has_probe = os.path.exists(f"{repo}/probe")
         if not has_probe and result.code != 0:
-            raise ConfigError(self.failure_text(result.error))
+            raise sandbox_error(result.error)
         if not has_probe:
             raise ConfigError(
                 f"A file that was written to {workspace} in the sandbox or on the "
                 "node is not there on this host: both must see the same directory."
             )
         return result
-
-    def failure_text(self, error: str) -> str:
-        """Say that the sandbox does not start, and what to do."""
-        return (
-            f'The sandbox does not start: {error}. See README, "Troubleshooting", for '
-            "the fix on this host, or accept an agent that can read codebot's secrets "
-            "with CODEBOT_SANDBOX=none."
-        )
 
 
 # --- GitHub ------------------------------------------------------------------
