@@ -5040,7 +5040,7 @@ class AgentResult:
     """The end of a successful run, in the agent's own words."""
 
     text: str
-    structured: Json  # what a JSON schema asked for, if the agent gave it
+    structured: JsonObject  # what a JSON schema asked for; empty if it was not given
 
 
 def delimited(name: str, text: str) -> str:
@@ -5149,7 +5149,10 @@ class AgentStream:
         if is_error or subtype != "success" or self.result.get("num_turns") == 0:
             raise JobFailed("agent_failed", f"The agent failed: {error}")
         text = str(self.result.get("result") or "")
-        return AgentResult(text, self.result.get("structured_output"))
+        structured = self.result.get("structured_output")
+        if not isinstance(structured, dict):
+            structured = {}
+        return AgentResult(text, structured)
 
     def was_login_rejected(self, error: str) -> bool:
         status = self.result.get("api_error_status")
@@ -5980,12 +5983,11 @@ def classify(
         )
         prompt = f"Comments:\n{text}"
         answer = Agent(run, scratch).ask(prompt, CLASSIFYING, Session.NONE)
-    structured = answer.structured if isinstance(answer.structured, dict) else {}
-    kind = structured.get("kind")
+    kind = answer.structured.get("kind")
     outcome = run.job.outcome
     if kind not in ("question", "change", "none"):
         kind = "unclear"
-        ask = run.redact(str(structured.get("ask") or UNCLEAR_TEXT))[:10_000]
+        ask = run.redact(str(answer.structured.get("ask") or UNCLEAR_TEXT))[:10_000]
         answers = dict.fromkeys(group_by_thread(comments), ask)
         outcome = dataclasses.replace(outcome, answers=answers)
     run.save_work(request_kind=kind, outcome=outcome)
@@ -6052,9 +6054,8 @@ def parse_answers(
     run: JobRun, answer: AgentResult, comments: Sequence[Comment]
 ) -> dict[str, str]:
     """Return an answer for each thread: its own, else the summary of all."""
-    structured = answer.structured if isinstance(answer.structured, dict) else {}
-    summary = str(structured.get("summary") or answer.text or "Done.")
-    entries = structured.get("answers")
+    summary = str(answer.structured.get("summary") or answer.text or "Done.")
+    entries = answer.structured.get("answers")
     by_comment: dict[str, str] = {}
     for entry in entries if isinstance(entries, list) else []:
         if isinstance(entry, dict) and entry.get("body"):
