@@ -4651,13 +4651,10 @@ class Workspace:
 
     def make_outbox(self) -> None:
         """Make an empty outbox that borrows the mirror's objects."""
-        self.remove_outbox()
+        self.remove(self.outbox.path)
         self.outbox.local_git("init", "--quiet", "--bare", "--template=")
         alternates = pathlib.Path(self.outbox.path, "objects", "info", "alternates")
         alternates.write_text(f"{self.mirror.objects}\n")
-
-    def remove_outbox(self) -> None:
-        self.remove(self.outbox.path)
 
     def remove(self, path: str) -> None:
         if os.path.lexists(path):
@@ -5178,9 +5175,9 @@ def tool_result_text(content: Json) -> str:
 class Agent:
     """Runs the agent in a workspace, within the job's time and budget."""
 
-    def __init__(self, run: JobRun, workspace: Workspace) -> None:
-        self.run = run
-        self.config = run.config
+    def __init__(self, workspace: Workspace) -> None:
+        self.run = workspace.run
+        self.config = workspace.config
         self.workspace = workspace
 
     def ask(
@@ -5406,16 +5403,16 @@ def clone(run: JobRun, workspace: Workspace) -> str:
     base_name, base_commit = fetch_or_fail(
         workspace, run.job.request.base_branch, "base_branch_not_found"
     )
-    check_base(run, workspace, base_commit)
+    check_base(workspace, base_commit)
     workspace.make_outbox()
     workspace.check_out(base_name, base_commit, keep_home=False)
     run.update(base_name=base_name, base_commit=base_commit, commit_id="")
     return base_commit
 
 
-def check_base(run: JobRun, workspace: Workspace, commit: str) -> None:
+def check_base(workspace: Workspace, commit: str) -> None:
     """Let git's fsck check the base commit, once. Raises JobFailed."""
-    if commit in run.codebot.checked_commits:
+    if commit in workspace.codebot.checked_commits:
         return
     try:
         workspace.mirror.check_objects(commit)
@@ -5425,7 +5422,7 @@ def check_base(run: JobRun, workspace: Workspace, commit: str) -> None:
             f"The repository has objects that git's fsck rejects, so a change to "
             f"it cannot be checked. Repair it first: {error}",
         ) from None
-    run.codebot.checked_commits.add(commit)
+    workspace.codebot.checked_commits.add(commit)
 
 
 def fetch_or_fail(workspace: Workspace, branch: str, reason: str) -> tuple[str, str]:
@@ -5452,7 +5449,7 @@ def task_text(request: TaskRequest) -> str:
 
 def prompt_agent(run: JobRun, workspace: Workspace) -> None:
     prompt = f"Task:\n{delimited('task', task_text(run.job.request))}"
-    Agent(run, workspace).ask(prompt, CODING, Session.BEGIN)
+    Agent(workspace).ask(prompt, CODING, Session.BEGIN)
 
 
 def run_tests(run: JobRun, workspace: Workspace, command: str) -> TestResult | None:
@@ -5532,7 +5529,7 @@ def repair(
         f"pass. The command:\n{delimited('command', command)}"
         f"The end of its output:\n{delimited('output', output)}"
     )
-    agent = Agent(run, workspace)
+    agent = Agent(workspace)
     try:
         agent.ask(prompt, CODING, Session.CONTINUE, attempt, attempts)
     except SessionLost:
@@ -5982,7 +5979,7 @@ def classify(
             run, repository, mirror_path=name, directory=name, branch=""
         )
         prompt = f"Comments:\n{text}"
-        answer = Agent(run, scratch).ask(prompt, CLASSIFYING, Session.NONE)
+        answer = Agent(scratch).ask(prompt, CLASSIFYING, Session.NONE)
     kind = answer.structured.get("kind")
     outcome = run.job.outcome
     if kind not in ("question", "change", "none"):
@@ -6012,7 +6009,7 @@ def carry_out(
     if run.job.request_kind == "question":
         answer = converse(run, context, base_commit, f"Questions:\n{text}", ANSWERING)
     else:
-        check_base(run, context.workspace, base_commit)
+        check_base(context.workspace, base_commit)
         prompt = f"Review comments:\n{text}"
         answer = converse(run, context, base_commit, prompt, CHANGING)
         commit_id = test_and_commit(run, context, base_commit)
@@ -6030,7 +6027,7 @@ def converse(
 ) -> AgentResult:
     """Continue the task's session; if it is lost, begin one with the task and the diff."""
     workspace = context.workspace
-    agent = Agent(run, workspace)
+    agent = Agent(workspace)
     try:
         return agent.ask(prompt, mode, Session.CONTINUE)
     except SessionLost:
@@ -6151,7 +6148,7 @@ def reapply_change(run: JobRun, context: ReviewContext, tip: str) -> None:
     run.log_event("git", f"Others pushed {tip}; the change is put on top of it")
     workspace = context.workspace
     patch = workspace.patch(run.job.base_commit, run.job.commit_id)
-    check_base(run, workspace, tip)
+    check_base(workspace, tip)
     workspace.check_out(workspace.branch, tip, keep_home=True)
     workspace.apply(patch)
     commit_id = test_and_commit(run, context, tip)
