@@ -4624,28 +4624,17 @@ class Workspace:
     rest is made anew, so that nothing an agent left in .git is there in the next job.
     """
 
-    def __init__(
-        self,
-        run: JobRun,
-        repository: Repository,
-        mirror_path: str,
-        directory: str,
-        branch: str,
-    ) -> None:
+    def __init__(self, run: JobRun, repository: Repository, task: Job) -> None:
         self.run = run
         self.codebot = run.codebot
         self.config = run.config
         self.repository = repository
-        self.branch = branch
-        self.path = f"{self.config.work_dir}/{directory}"
+        self.branch = task.branch
+        self.path = f"{self.config.work_dir}/{task.directory}"
         self.repo = f"{self.path}/repo"
-        self.mirror = self.codebot.mirror(mirror_path, run.run_tag, run.check_stop)
-        self.outbox = GitDirectory(
-            self.config,
-            outbox_path(self.config, directory),
-            run.run_tag,
-            run.check_stop,
-        )
+        self.mirror = self.codebot.mirror(task.mirror, run.run_tag, run.check_stop)
+        outbox = outbox_path(self.config, task.directory)
+        self.outbox = GitDirectory(self.config, outbox, run.run_tag, run.check_stop)
 
     # Creation
 
@@ -5383,7 +5372,7 @@ def task_workspace(run: JobRun, repository: Repository) -> Workspace:
                 break  # neither another directory nor another outbox has these digits
         branch = "/".join(filter(None, ("u/codebot", ticket, name, slug)))
         run.update(directory=directory, branch=branch)
-    return Workspace(run, repository, run.job.mirror, run.job.directory, run.job.branch)
+    return Workspace(run, repository, run.job)
 
 
 def can_resume(run: JobRun, workspace: Workspace) -> bool:
@@ -5798,7 +5787,7 @@ def load_review(run: JobRun) -> ReviewContext:
     if not repository.is_allowed(run.config):
         raise ReviewSkipped(f"{repository.full_name} is not an allowed repository")
     github.bot()  # for the commit and the answers
-    workspace = Workspace(run, repository, task.mirror, task.directory, task.branch)
+    workspace = Workspace(run, repository, task)
     return ReviewContext(pull_request, task, github_repository, workspace)
 
 
@@ -5975,9 +5964,8 @@ def classify(
         name = os.path.basename(path)
         repository = context.workspace.repository
         # The directory is passed as the mirror, too: the sandbox shows its `objects`.
-        scratch = Workspace(
-            run, repository, mirror_path=name, directory=name, branch=""
-        )
+        task = dataclasses.replace(context.task, mirror=name, directory=name)
+        scratch = Workspace(run, repository, task)
         prompt = f"Comments:\n{text}"
         answer = Agent(scratch).ask(prompt, CLASSIFYING, Session.NONE)
     kind = answer.structured.get("kind")
