@@ -2586,18 +2586,16 @@ class Repository(NamedTuple):
             patterns = tuple(pattern.lower() for pattern in patterns)
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
-    def git(
-        self, directory: GitDirectory, *args: str, pass_fds: Sequence[int] = ()
-    ) -> ProgramResult:
+    def git(self, directory: GitDirectory, *args: str) -> ProgramResult:
         """Run git against the remote; if its token is refused, with a new one."""
         if self.github_repository is None:
-            return directory.remote_git("", *args, pass_fds=pass_fds)
+            return directory.remote_git("", *args)
         github = self.github_repository.github
         delays = [*TOKEN_RETRY_DELAYS]
         while True:
             token = github.token(self.github_repository.id)
             try:
-                return directory.remote_git(token, *args, pass_fds=pass_fds)
+                return directory.remote_git(token, *args)
             except GitAuthFailed:
                 if not delays:
                     raise
@@ -2720,6 +2718,7 @@ class GitDirectory:
         self.path = path
         self.run_tag = run_tag
         self.limits = Limits(check_stop=check_stop)
+        self.inherited: tuple[int, ...] = ()  # a descriptor that keeps a lock held
 
     def local_git(
         self,
@@ -2744,7 +2743,6 @@ class GitDirectory:
         args: Sequence[str],
         env: Mapping[str, str],
         stdin: bytes = b"",
-        pass_fds: Sequence[int] = (),
         on_lines: LineHandler = ignore_lines,
     ) -> ProgramResult:
         argv = [*GIT, "--git-dir", self.path, *args]
@@ -2755,7 +2753,7 @@ class GitDirectory:
                 stdin=stdin,
                 limits=self.limits,
                 on_lines=on_lines,
-                pass_fds=pass_fds,
+                pass_fds=self.inherited,
             )
         except TooMuchOutput:
             limit = f"{MAX_OUTPUT_BYTES >> 30} GiB"
@@ -2764,16 +2762,14 @@ class GitDirectory:
             limit = f"{self.limits.timeout:.0f} s"
             raise GitFailed(f"git {args[0]} took more than {limit}") from None
 
-    def remote_git(
-        self, token: str, *args: str, pass_fds: Sequence[int] = ()
-    ) -> ProgramResult:
+    def remote_git(self, token: str, *args: str) -> ProgramResult:
         """Run git against the remote, whose address is in ``args``.
 
         Raises TransientError, GitAuthFailed or GitFailed. The only place that gives
         git a credential.
         """
         env = remote_environment(self.config, self.run_tag, token)
-        result = self.run_git(args, env, pass_fds=pass_fds)
+        result = self.run_git(args, env)
         if result.code == 0:
             return result
         text = "\n".join([*result.stdout, *result.stderr])
@@ -2811,8 +2807,7 @@ class Mirror(GitDirectory):
     def lock(self, wait: bool = True) -> Iterator[int]:
         """Hold the mirror's lock, and yield its descriptor.
 
-        git fetch inherits it, so it is held until that has ended, even if codebot is
-        killed.
+        git inherits it, so it is held until git has ended, even if codebot is killed.
         Without ``wait`` raises BlockingIOError if it is held.
         """
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
@@ -2826,7 +2821,11 @@ class Mirror(GitDirectory):
                         raise
                 self.limits.check_stop()
                 time.sleep(0.01)
-            yield file.fileno()
+            self.inherited = (file.fileno(),)
+            try:
+                yield file.fileno()
+            finally:
+                self.inherited = ()
 
     def resolve_branch(self, repository: Repository, branch: str) -> tuple[str, str]:
         """Return the name and commit of a branch at the remote ("": its default)."""
@@ -2854,11 +2853,11 @@ class Mirror(GitDirectory):
             self.make_for(repository)
         for _ in range(3):  # the branch may move before it is fetched
             name, commit = self.resolve_branch(repository, branch)
-            with self.lock() as descriptor:
+            with self.lock():
                 # It may be there, but not as the tip: the branch has been reset since.
                 if self.branch_contains(name, commit):
                     return name, commit
-                self.fetch_all(repository, descriptor)
+                self.fetch_all(repository)
                 if self.branch_contains(name, commit):
                     return name, commit
         raise TransientError(f"Branch {name} kept moving while it was fetched")
@@ -2882,11 +2881,10 @@ class Mirror(GitDirectory):
     def branch_contains(self, name: str, commit: str) -> bool:
         return self.is_ancestor(commit, f"refs/heads/{name}")
 
-    def fetch_all(self, repository: Repository, lock: int) -> None:
-        """Fetch all branches. The lock must be held; git inherits it."""
-        options = (*GIT_FETCH, "--prune")
+    def fetch_all(self, repository: Repository) -> None:
+        """Fetch all branches. The lock must be held."""
         refspec = "+refs/heads/*:refs/heads/*"
-        repository.git(self, *options, "--", repository.url, refspec, pass_fds=[lock])
+        repository.git(self, *GIT_FETCH, "--prune", "--", repository.url, refspec)
 
     def check_objects(self, commit: str) -> None:
         """Raise GitFailed if the commit's trees do not pass git's fsck.
