@@ -207,7 +207,6 @@ log = logging.getLogger("codebot")
 
 __version__ = "1.0.0"
 
-JOB_STATES = ("pending", "running", "completed", "failed")
 # What a state may change to. Completed and failed are final.
 TRANSITIONS = {
     "pending": ("running", "failed"),
@@ -215,6 +214,7 @@ TRANSITIONS = {
     "completed": (),
     "failed": (),
 }
+JOB_STATES = tuple(TRANSITIONS)
 
 CANCELLED_TEXT = "The task was cancelled"
 
@@ -2510,7 +2510,6 @@ AUTH_FAILED_RE = re.compile(
     "could not read Username|Invalid username or token|Authentication failed"
 )
 DISK_FULL = "No space left on device|Disk quota exceeded"
-DISK_FULL_RE = re.compile(DISK_FULL)
 TRANSIENT_GIT_ERROR_RE = re.compile(
     r"Could not resolve|Couldn't resolve|[Ff]ailed to connect|Couldn't connect"
     r"|Connection (refused|reset|timed out|closed)|[Tt]imed out|Operation too slow"
@@ -2703,7 +2702,7 @@ def remote_environment(config: Config, run_tag: str, token: str) -> dict[str, st
 
 def check_disk(result: ProgramResult) -> ProgramResult:
     """Return git's result. Raises TransientError if it failed for want of space."""
-    if result.code != 0 and DISK_FULL_RE.search("\n".join(result.stderr)):
+    if result.code != 0 and re.search(DISK_FULL, "\n".join(result.stderr)):
         raise TransientError(f"The disk is full: {result.error}")
     return result
 
