@@ -319,10 +319,14 @@ class TooMuchOutput(LimitReached):
     """A program printed more than MAX_OUTPUT_BYTES."""
 
 
+class NoFreeNode(LimitReached):
+    """No node of the cluster became free in time."""
+
+
 class LaunchFailed(Exception):
     """The launcher could not start a program on a node, or the node failed.
 
-    Or no node was free, or what ran there before cannot be ended. The job is retried.
+    Or what ran there before cannot be ended. The job is retried.
     """
 
 
@@ -1148,8 +1152,8 @@ def run_program(
     """Run a program to its end; afterwards no process of its group is left.
 
     ``make_program`` returns what watches it; a launcher has its own.
-    Raises what ended it early (TimedOut, Stalled, TooMuchOutput, StopRequested,
-    Cancelled, LaunchFailed), TransientError if it failed and the disk is full, or
+    Raises what ended it early (LimitReached, StopRequested, Cancelled,
+    LaunchFailed), TransientError if it failed and the disk is full, or
     OSError if it cannot be started.
     """
     with contextlib.ExitStack() as files:
@@ -1318,7 +1322,7 @@ class LaunchedProgram(RunningProgram):
         self.limits.check_stop()
         self.check_size()
         if now > self.started + self.launch.timeout:
-            raise TimedOut()
+            raise NoFreeNode("no node was free")
 
     def exit_code(self) -> int:
         self.child.wait()
@@ -1601,8 +1605,8 @@ class Sandbox:
     def probe(self, run_tag: str, *command: str) -> ProgramResult:
         """Check that a command runs as the agent will run; without one, `true`.
 
-        Raises ConfigError if the sandbox or the launcher does not work, LaunchFailed
-        if that is not known because no node was free.
+        Raises ConfigError if the sandbox or the launcher does not work, NoFreeNode if
+        that is not known.
         """
         if self.is_bwrap:
             problems = uncoverable_directories(self.config)
@@ -1648,10 +1652,9 @@ class Sandbox:
         script = 'echo works >probe && "$@"'
         objects = f"{workspace}/objects"
         argv = self.wrap(["sh", "-c", script, "sh", *command], workspace, objects)
-        has_started = threading.Event()
         make_program: Callable[..., RunningProgram] = RunningProgram
         if config.launcher:
-            launch = Launch(uuid.uuid4().hex, PROBE_TIMEOUT, has_started.set)
+            launch = Launch(uuid.uuid4().hex, PROBE_TIMEOUT, on_start=lambda: None)
             argv = launch.wrap(config, workspace, argv)
             record_launch(config, workspace, run_tag)
             make_program = functools.partial(LaunchedProgram, launch)
@@ -1665,8 +1668,6 @@ class Sandbox:
         except (LaunchFailed, TransientError) as error:
             raise ConfigError(f"{error}.") from None
         except TimedOut:
-            if config.launcher and not has_started.is_set():
-                raise LaunchFailed("no node was free") from None
             raise sandbox_error("it timed out") from None
         except OSError as error:
             problem = f"cannot start {argv[0]}: {os_error_text(error)}"
@@ -4272,7 +4273,7 @@ class Codebot:
         self.store = Store(self.config.database_file)
         try:
             self.sandbox.probe(self.run_tag)
-        except LaunchFailed as error:
+        except NoFreeNode as error:
             log.warning("Launcher and sandbox were not tried: %s", error)
         if self.github is not None:
             try:
@@ -4483,7 +4484,7 @@ class JobRun:
             return JobFailed(
                 "stalled", f"No output for {limit} s (CODEBOT_STALL_TIMEOUT)"
             )
-        if self.job.phase == "queued":
+        if isinstance(error, NoFreeNode):
             limit = self.config.launch_timeout
             message = f"No node became free within {limit} s (CODEBOT_LAUNCH_TIMEOUT)"
             return JobFailed("timeout", message)
@@ -9474,7 +9475,7 @@ def check_sandbox(codebot: Codebot) -> Iterator[Finding]:
     command = [*config.claude, "--version"]
     try:
         result = codebot.sandbox.probe(codebot.run_tag, *command)
-    except LaunchFailed as error:
+    except NoFreeNode as error:
         yield Finding("warn", f"Launcher and sandbox were not tried: {error}.")
         return
     if not codebot.sandbox.is_none:
