@@ -6211,6 +6211,7 @@ class Sync:
     def __init__(self, codebot: Codebot, github: GitHub) -> None:
         self.codebot = codebot
         self.config = codebot.config
+        self.store = codebot.store
         self.github = github
         self.waiting: dict[SyncRequest, float] = {PollDue(): 0.0}  # when to look
 
@@ -6221,7 +6222,7 @@ class Sync:
             while True:  # until the queue is empty
                 self.waiting[request] = 0.0
                 request = self.codebot.sync_queue.get_nowait()
-        for task in self.codebot.store.unreported_tasks():
+        for task in self.store.unreported_tasks():
             self.waiting.setdefault(TaskEnded(task.id), 0.0)
         for request, due in list(self.waiting.items()):
             if due <= time.time():
@@ -6261,11 +6262,11 @@ class Sync:
         """Ask for a look at everything that may have changed."""
         if self.config.enable_polling:
             self.waiting[PollDue()] = time.time() + self.config.poll_interval
-        for pull_request in self.codebot.store.unmerged_pull_requests():
+        for pull_request in self.store.unmerged_pull_requests():
             self.waiting[PullRequestChanged(pull_request.id)] = 0.0
         if not self.config.issue_label:
             return
-        for repository_id, number in self.codebot.store.unfinished_issues():
+        for repository_id, number in self.store.unfinished_issues():
             self.waiting[IssueChanged(repository_id, number)] = 0.0
         for github_repository in self.github.repositories():
             if repository_at(github_repository).is_allowed(self.config):
@@ -6288,15 +6289,14 @@ class Sync:
 
     def look_at_pull_request(self, pull_request_id: int) -> None:
         """Store a pull request's state, and queue what people wrote on it."""
-        store = self.codebot.store
-        pull_request = store.pull_request(pull_request_id)
+        pull_request = self.store.pull_request(pull_request_id)
         if pull_request is None:
             return
         github_repository = self.github.repository_by_id(pull_request.repository_id)
         current = github_repository.pull_request(pull_request.number)
         known = (pull_request.state, pull_request.full_name)
         if (current.state, current.full_name) != known:
-            store.save_pull_request_state(
+            self.store.save_pull_request_state(
                 pull_request.id, current.state, current.full_name
             )
         if current.state != "open":
@@ -6326,9 +6326,7 @@ class Sync:
             comments.append(comment)
         comments.sort(key=lambda comment: comment.created_at)
         seen_until = min(latest, started)  # the latest change, or 10 s ago
-        jobs = self.codebot.store.queue_comments(
-            pull_request, comments, seen_until=seen_until
-        )
+        jobs = self.store.queue_comments(pull_request, comments, seen_until=seen_until)
         for job_id in jobs:
             self.codebot.queues["review"].put(job_id)
 
@@ -6343,14 +6341,14 @@ class Sync:
             name = f"{github_repository.full_name}#{request.number}"
             log.info("Issue %s is ignored: it does not have the label", name)
             return
-        if self.codebot.store.is_label_event_known(event.id):
+        if self.store.is_label_event_known(event.id):
             return
         issue = github_repository.issue(request.number)
         obstacle = self.obstacle(github_repository, issue, event)
         if obstacle:
             log.info("Issue %s is ignored: %s", issue.url, obstacle)
             # It stays ignored, until the label is put on again.
-            self.codebot.store.add_label_event(event.id)
+            self.store.add_label_event(event.id)
             return
         if self.was_changed(github_repository, issue, event):
             self.ask_for_label(github_repository, issue, event)
@@ -6359,7 +6357,7 @@ class Sync:
 
     def cancel_superseded(self, request: IssueChanged, event_id: int) -> None:
         """Cancel the issue's tasks whose label was removed, while that is possible."""
-        tasks = self.codebot.store.superseded_tasks(
+        tasks = self.store.superseded_tasks(
             request.repository_id, request.number, event_id
         )
         for task_id in tasks:
@@ -6443,8 +6441,7 @@ class Sync:
 
     def report_task(self, task_id: str) -> None:
         """Comment once on the issue that a task comes from, now that it has ended."""
-        store = self.codebot.store
-        task = store.job(task_id)
+        task = self.store.job(task_id)
         if task is None:
             return
         marker = f"<!-- codebot task {task.id} -->"
@@ -6456,10 +6453,10 @@ class Sync:
         except GitHubError as error:
             # It was deleted, or is locked.
             log.warning("Task %s: no comment on its issue: %s", task.id, error)
-        store.mark_reported(task.id)
+        self.store.mark_reported(task.id)
 
     def report_text(self, task: Job) -> str:
-        pull_request = self.codebot.store.pull_request_of_task(task.id)
+        pull_request = self.store.pull_request_of_task(task.id)
         if task.status == "completed" and pull_request is not None:
             return f"The pull request is {pull_request.url}."
         error = code_block(truncate(task.error, 5000))
