@@ -1897,6 +1897,15 @@ def github_error_text(status: int, body: bytes) -> str:
     return " ".join(words)[:1000]
 
 
+def final_error(status: int, message: str) -> Exception:
+    """Return the error for a response after which asking again does not help."""
+    if status == 403 and "suspended" in message:
+        return TransientError(f"GitHub refuses the App: {message}")
+    if status == 404:
+        return NotFound(status, message)
+    return GitHubError(status, message)
+
+
 class GitHub:
     """GitHub's REST API.
 
@@ -2154,11 +2163,7 @@ class GitHub:
         if status == 0 or status >= 500:
             delay = 0.5 * (1 << attempt)
             return max(delay, float(retry_after)) if retry_after.isdigit() else delay
-        if status == 403 and "suspended" in str(reply.value):
-            raise TransientError(f"GitHub refuses the App: {reply.value}")
-        if status == 404:
-            raise NotFound(status, str(reply.value))
-        raise GitHubError(status, str(reply.value))
+        raise final_error(status, str(reply.value))
 
     def unauthorized_delay(
         self, reply: Reply, attempt: int, credential: Credential
@@ -5041,6 +5046,13 @@ def reported_number(result: JsonObject, name: str) -> float | None:
     return None
 
 
+def make_agent_result(result: JsonObject) -> AgentResult:
+    structured = result.get("structured_output")
+    if not isinstance(structured, dict):
+        structured = {}
+    return AgentResult(str(result.get("result") or ""), structured)
+
+
 class AgentStream:
     """Reads the agent's events: into the task's log, and the last result."""
 
@@ -5132,11 +5144,7 @@ class AgentStream:
             )
         if is_error or subtype != "success" or self.result.get("num_turns") == 0:
             raise JobFailed("agent_failed", f"The agent failed: {error}")
-        text = str(self.result.get("result") or "")
-        structured = self.result.get("structured_output")
-        if not isinstance(structured, dict):
-            structured = {}
-        return AgentResult(text, structured)
+        return make_agent_result(self.result)
 
     def was_login_rejected(self, error: str) -> bool:
         status = self.result.get("api_error_status")
