@@ -3755,18 +3755,10 @@ class Store:
     def has_unfinished_jobs(self, task_id: str) -> bool:
         """Return whether a task's log may still grow: a job of it is unfinished."""
         row = self._read_one(
-            """
-            SELECT EXISTS (
-                SELECT 1 FROM jobs WHERE id = :id AND completed_at IS NULL
-            ) OR EXISTS (
-                SELECT 1 FROM jobs
-                JOIN pull_requests ON pull_requests.id = jobs.pull_request_id
-                WHERE pull_requests.task_id = :id AND jobs.completed_at IS NULL
-            ) AS has_unfinished_jobs
-            """,
+            "SELECT 1 FROM task_activity WHERE task_id = :id AND active_until IS NULL",
             id=task_id,
         )
-        return bool(row["has_unfinished_jobs"])
+        return row is not None
 
     def task_counts(self) -> list[tuple[str, str, int]]:
         """Return the number of tasks by status and reason."""
@@ -4024,8 +4016,7 @@ class Store:
                 DELETE FROM events WHERE seq IN (
                     SELECT events.seq FROM task_activity
                     JOIN events ON events.task_id = task_activity.task_id
-                    WHERE completed_at < :cutoff AND active_until < :cutoff
-                    LIMIT 20000
+                    WHERE active_until < :cutoff LIMIT 20000
                 )
                 """,
                 values,
@@ -4033,8 +4024,7 @@ class Store:
             db.execute(
                 """
                 DELETE FROM jobs WHERE id IN (
-                    SELECT task_id FROM task_activity
-                    WHERE completed_at < :cutoff AND active_until < :cutoff
+                    SELECT task_id FROM task_activity WHERE active_until < :cutoff
                 ) AND NOT EXISTS (
                     SELECT 1 FROM pull_requests
                     WHERE pull_requests.task_id = jobs.id
