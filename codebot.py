@@ -5037,10 +5037,15 @@ def reported_number(result: JsonObject, name: str) -> float | None:
 
 
 def make_agent_result(result: JsonObject) -> AgentResult:
+    """Read the result of a successful run.
+
+    With a schema, "result" is the JSON of "structured_output" as a text, or plain words
+    if the agent ignored the schema.
+    """
     structured = result.get("structured_output")
-    if not isinstance(structured, dict):
-        structured = {}
-    return AgentResult(str(result.get("result") or ""), structured)
+    if isinstance(structured, dict):
+        return AgentResult(str(structured.get("summary") or ""), structured)
+    return AgentResult(str(result.get("result") or ""), {})
 
 
 class AgentStream:
@@ -5143,10 +5148,14 @@ class AgentStream:
 
 
 def tool_call_text(name: str, inputs: Json) -> str:
-    """Return a tool call: its name and first input in one line, then the others."""
+    """Return a tool call: its name and first input in one line, then the others.
+
+    Texts come first, such as a path: the CLI begins with `replace_all`.
+    """
     if not isinstance(inputs, dict):
         return f"{name}: {inputs}"
-    text = "\n".join(f"{key}: {value}" for key, value in inputs.items())
+    entries = sorted(inputs.items(), key=lambda item: not isinstance(item[1], str))
+    text = "\n".join(f"{key}: {value}" for key, value in entries)
     return f"{name}: {text.partition(': ')[2]}"
 
 
@@ -6035,7 +6044,7 @@ def parse_answers(
     run: JobRun, answer: AgentResult, comments: Sequence[Comment]
 ) -> dict[str, str]:
     """Return an answer for each thread: its own, else the summary of all."""
-    summary = str(answer.structured.get("summary") or answer.text or "Done.")
+    summary = answer.text or "Done."
     entries = answer.structured.get("answers")
     by_comment: dict[str, str] = {}
     for entry in entries if isinstance(entries, list) else []:

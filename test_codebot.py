@@ -1231,10 +1231,13 @@ result() {  # [TEXT [SUBTYPE [IS_ERROR [TURNS]]]]: the last event of a run
     printf '"result":"%s",%s"total_cost_usd":%s,"session_id":"x"}\n' \
         "${1:-Done.}" "$extra" "$cost"
 }
+structured() {  # JSON: ends a run with a schema; like the CLI it prints the JSON twice
+    extra="\"structured_output\":$1,"
+    result "$(printf '%s' "$1" | sed 's/\\/\\\\/g; s/"/\\"/g')"
+}
 classify() {  # KIND [QUESTION]: ends the run that classifies; does nothing in others
     [ "$purpose" = classify ] || return 0
-    extra="\"structured_output\":{\"kind\":\"$1\",\"ask\":\"$2\"},"
-    result
+    structured "{\"kind\":\"$1\",\"ask\":\"$2\"}"
     exit
 }
 comment_ids() {
@@ -1245,8 +1248,7 @@ answer() {  # TEXT: answers each comment with "TEXT ID."
     for id in $(comment_ids); do
         answers="$answers,{\"comment_id\":$id,\"body\":\"$1 $id.\"}"
     done
-    extra="\"structured_output\":{\"answers\":[${answers#,}],\"summary\":\"$1.\"},"
-    result "$1"
+    structured "{\"answers\":[${answers#,}],\"summary\":\"$1.\"}"
 }
 block() {  # [NAME]: waits until the test releases it
     : >"$place/blocked-$1"
@@ -4548,12 +4550,14 @@ def test_output_without_end_is_stopped_and_command_named(fresh: Site) -> None:
 def test_events_keep_line_breaks_and_long_ones_are_truncated(shared: Site) -> None:
     call = {"type": "tool_use", "name": "Bash", "input": {"command": "ls -l"}}
     other = {"type": "tool_use", "name": "TaskList", "input": {"a": 1}}
+    inputs = {"replace_all": False, "file_path": "a.py", "old_string": "x"}
+    edit = {"type": "tool_use", "name": "Edit", "input": inputs}
     good = {"type": "tool_result", "content": "total 0\nhello.txt"}
     bad = {"type": "tool_result", "is_error": True, "content": "no such file"}
     lines = [
         {"type": "assistant", "message": {"content": [call]}},
         {"type": "user", "message": {"content": [good]}},
-        {"type": "assistant", "message": {"content": [other]}},
+        {"type": "assistant", "message": {"content": [other, edit]}},
         {"type": "user", "message": {"content": [bad]}},
     ]
     plan = r"say 'first\nsecond'; say 'red \u001b[31m\u0007'; say " + "x" * 5000
@@ -4569,6 +4573,7 @@ def test_events_keep_line_breaks_and_long_ones_are_truncated(shared: Site) -> No
     assert "output: total 0\nhello.txt" in messages
     assert "error: no such file" in messages
     assert any(m.startswith("tool: TaskList") for m in messages)
+    assert "tool: Edit: a.py\nold_string: x\nreplace_all: False" in messages
     [long] = [m for m in messages if m.startswith("agent: xxx")]
     assert long.count("x") == 4000
     assert "1000" in long
@@ -6433,6 +6438,8 @@ def test_change_is_pushed_and_answered_in_its_thread(pull: Pull) -> None:
     assert pull.site.repository.show(pull.branch, "hello.txt").endswith("more")
     people = pull.site.repository.git("log", "-1", "--format=%an|%cn", pull.branch)
     assert people == "acme-bot[bot]|acme-bot[bot]"
+    message = pull.site.repository.git("log", "-1", "--format=%B", pull.branch)
+    assert message.endswith("\n\nThe agent says:\n\n> Done.")
     assert pull.answer() == pull.reply(comment)
     facts, _, words = pull.answer().partition("\n> ")
     assert pull.tip() in facts
