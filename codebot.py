@@ -236,8 +236,9 @@ MAX_OUTPUT_BYTES = 1 << 30  # a program that prints more is ended
 READ_BYTES = 64 << 10  # of output read before the limits are checked again
 KEPT_LINES = 400  # the last lines of a program's output that are kept
 MAX_EVENT_CHARS = 4000  # a longer event is truncated
-MAX_AGENT_EVENTS = 10_000  # events of the agent and the tests that one job may log
-LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")  # of those events
+MAX_AGENT_EVENTS = 10_000  # events of the agent that one job may log
+LIMITED_SOURCES = ("agent", "tool", "output", "error")  # of those events
+MAX_TEST_EVENTS = 250  # events with output of one run of the tests
 LOW_DISK_BYTES = 1 << 30  # warn below this much free space
 FULL_DISK_BYTES = 1 << 20  # if a program fails with less free space, that is the cause
 MIRROR_RETENTION = 30 * 86400.0  # seconds that an unused mirror is kept
@@ -4425,7 +4426,7 @@ class JobRun:
                 if self.events_left < 0:
                     continue
                 if self.events_left == 0:
-                    message = "(more events of the agent and the tests are not kept)"
+                    message = "(more events of the agent are not kept)"
             # Redacting megabytes takes time, and their end is not kept anyway.
             text = self.redact(message[:100_000])
             events.append((source, truncate(text, MAX_EVENT_CHARS, len(message))))
@@ -5482,6 +5483,32 @@ def join_lines(lines: Iterable[str]) -> list[str]:
     return texts
 
 
+class TestOutput:
+    """Logs what one run of the tests prints; of very much, the beginning and the end."""
+
+    def __init__(self, run: JobRun) -> None:
+        self.run = run
+        self.events_left = MAX_TEST_EVENTS
+        self.is_complete = True
+
+    def read(self, lines: list[str]) -> float | None:
+        texts = join_lines(last_shown(line) for line in lines)
+        kept = texts[: self.events_left]
+        self.events_left -= len(kept)
+        if len(kept) < len(texts):
+            self.is_complete = False
+        self.run.log_events([("test", text) for text in kept])
+        return None
+
+    def log_end(self, result: ProgramResult) -> None:
+        if not self.is_complete:
+            end = self.run.redact("\n".join(result.stdout))[-3000:]
+            self.run.log_event(
+                "test", f"(more output is not kept; it ends with:)\n{end}"
+            )
+        self.run.log_event("test", f"Exit code {result.code}")
+
+
 def run_test_command(
     run: JobRun, workspace: Workspace, command: str, attempt: int, attempts: int
 ) -> ProgramResult:
@@ -5489,18 +5516,14 @@ def run_test_command(
         run.set_phase("test", attempt, attempts)
         run.log_event("test", f"$ {command}")
 
-    def log_lines(lines: list[str]) -> float | None:
-        shown = [last_shown(line) for line in lines]
-        run.log_events([("test", text) for text in join_lines(shown)])
-        return None
-
+    output = TestOutput(run)
     test = SandboxedCommand(
         name=f"The test command {command!r}",
         argv=["sh", "-c", TEST_SCRIPT, "sh", command],
-        on_lines=log_lines,
+        on_lines=output.read,
     )
     result = workspace.run_work(test, start)
-    run.log_event("test", f"Exit code {result.code}")
+    output.log_end(result)
     return result
 
 
@@ -5528,7 +5551,8 @@ def repair(
         agent.ask(prompt, CODING, Session.CONTINUE, attempt, attempts)
     except SessionLost:
         raise JobFailed("agent_failed", "The agent lost its session") from None
-    run.update_outcome(summary=f"{summary}\n\n{run.job.outcome.summary}")
+    both = f"{summary}\n\n{run.job.outcome.summary}".strip()
+    run.update_outcome(summary=both[:100_000])
 
 
 def quoted(speaker: str, text: str) -> str:

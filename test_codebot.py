@@ -4665,6 +4665,25 @@ def test_long_output_of_tests_is_logged_to_its_end(shared: Site) -> None:
     assert output == ["$ seq 10000 14000", *numbers, "Exit code 0"]
 
 
+def test_flood_of_output_of_tests_is_logged_with_its_beginning_and_end(
+    fresh: Site,
+) -> None:
+    limits = {"MAX_TEST_EVENTS": 3, "MAX_AGENT_EVENTS": 3}
+    fresh.server.start(limits=limits, CODEBOT_TEST_ATTEMPTS="1")
+    fresh.agent.follow_each({"The tests failed": "touch fixed; result Fixed"})
+    command = "seq 10000 30000; test -e fixed"
+    task = fresh.api.submit(test_command=command)
+    fresh.api.completed(task)
+    tests = [m for m in fresh.api.messages(task) if m.startswith("test: ")]
+    assert len(tests) == 2 * 6
+    for attempt, code in [(tests[:6], 1), (tests[6:], 0)]:
+        assert attempt[0] == f"test: $ {command}"
+        assert attempt[1].startswith("test: 10000\n10001\n")
+        assert "not kept" in attempt[4]
+        assert attempt[4].endswith("\n29999\n30000")
+        assert attempt[5] == f"test: Exit code {code}"
+
+
 def test_tests_that_keep_failing_fail_task_and_nothing_is_pushed(shared: Site) -> None:
     task = shared.api.submit(test_command="echo it is broken; exit 7")
     error = shared.api.failed(task, "tests_failed")
