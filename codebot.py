@@ -508,6 +508,7 @@ def parse_agent_env(text: str) -> tuple[str, ...]:
     names = split_commas(text)
     for name in names:
         if name.startswith(("CODEBOT_", "GITHUB_APP_", "GITHUB_WEBHOOK_")):
+            name = name.partition("=")[0]
             raise ValueError(
                 f"may not contain {name}: the agent must not see codebot's own settings"
             )
@@ -657,9 +658,8 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
 
 
 def hide_password(text: str) -> str:
-    """Replace USER:PASSWORD in addresses, and values in a list of variables."""
-    text = re.sub(r"(\w+://)?[^\s:@]*:\S*@", r"\1***@", text)
-    return re.sub(r"(^|,)(\s*\w+)=[^,]+", r"\1\2=***", text)
+    """Replace USER:PASSWORD in the addresses in a text."""
+    return re.sub(r"(\w+://)?[^\s:@]*:\S*@", r"\1***@", text)
 
 
 def read_settings(
@@ -682,6 +682,8 @@ def read_settings(
                 values[field.name] = field.metadata["parse"](text)
             except ValueError as error:
                 shown = hide_password(text)
+                if name == "CODEBOT_AGENT_ENV":  # with the values by mistake?
+                    shown = re.sub("(?s)=.*", "=***", shown)
                 problems.append(f"{name} {error} (it is {shown!r}).")
     return values
 

@@ -2312,12 +2312,22 @@ def test_bad_setting_is_shown_without_its_password(text: str, shown: str) -> Non
     assert problem.endswith(f" (it is {shown!r}).")
 
 
-def test_value_in_list_of_variables_for_agent_is_not_shown() -> None:
-    _, [problem] = read_settings(CODEBOT_AGENT_ENV="COLOR, TOKEN=ghp_x, B=two words")
-    assert problem == (
-        "CODEBOT_AGENT_ENV must be names of environment variables "
-        "(it is 'COLOR, TOKEN=***, B=***')."
-    )
+@pytest.mark.parametrize(
+    "text",
+    [
+        "COLOR,TOKEN=ghp_x,y",
+        "COLOR TOKEN=ghp_x",
+        "MY-TOKEN=ghp_x",
+        "T = ghp_x",
+        "COLOR\nTOKEN=ghp_x\nghp_y",
+        "CODEBOT_API_KEYS=ghp_x",
+    ],
+)
+def test_value_in_list_of_variables_for_agent_is_not_shown(text: str) -> None:
+    _, [problem] = read_settings(CODEBOT_AGENT_ENV=text)
+    assert text.partition("=")[0].strip() in problem.replace("\\n", "\n")
+    assert "ghp" not in problem
+    assert problem.endswith("=***').")
 
 
 @pytest.mark.parametrize("variable", ["CODEBOT_API_KEYS", "CODEBOT_MAX_WORKERS"])
