@@ -116,7 +116,7 @@ THREADS AND THEIR LOCKS
   http           one per connection, from a pool; Server's table of them has a lock
   task-N, review-N   one job at a time, from one queue each
   sync           asks GitHub what has changed
-  timer          queues due retries, and writes to the database to see whether it can
+  timer          queues jobs that are due, and writes to the database to see if it can
   cleanup        removes what is past its retention, packs mirrors
   Store has a lock for its writing and one for its reading connection, Redactor one for
   its tokens. A forked process, the watchdog, ends what codebot left running when it dies.
@@ -1381,8 +1381,10 @@ def stop_launched(
         error = run_stop_command(config, workspace, run_tag)
         if error:
             log.warning("CODEBOT_LAUNCHER_STOP failed for %s: %s", record.name, error)
-            with open(record, "r+b") as file:
-                file.write(STOP_FAILED.encode())  # in place: the disk may be full
+            # In place, which needs no space on the disk. If it fails all the same, the
+            # next launch here, or the next start, repeats the stop.
+            with contextlib.suppress(OSError), open(record, "r+b") as file:
+                file.write(STOP_FAILED.encode())
             return False
         record.unlink()
     return True
@@ -1630,15 +1632,12 @@ class Sandbox:
             help_text = run_program(["bwrap", "--help"], env, limits=limits).stdout
         except TimedOut:
             raise sandbox_error("bwrap --help timed out") from None
-        except FileNotFoundError:
+        except OSError:
             raise ConfigError(
                 "bwrap is not installed, so there is no sandbox for the agent. "
                 "Install it (apt install bubblewrap), or accept an agent that can "
                 "read codebot's secrets with CODEBOT_SANDBOX=none."
             ) from None
-        except OSError as error:
-            problem = f"cannot start bwrap: {os_error_text(error)}"
-            raise sandbox_error(problem) from None
         is_supported = any("--disable-userns" in line for line in help_text)
         if not is_supported and os.getuid() == 0:
             raise ConfigError(
@@ -1734,7 +1733,7 @@ class GitHubError(Exception):
 
 
 class NotFound(GitHubError):
-    """GitHub has no such thing (any more), or does not show it."""
+    """GitHub answered with 404: it has no such thing (any more), or does not show it."""
 
 
 class AppRefused(TransientError):
@@ -2038,16 +2037,12 @@ class GitHub:
         """Send a request, and again as GitHub's documentation asks.
 
         send() may need a new token, which token() gets by another call().
-        Before each attempt ``find_existing`` is called: an earlier one may have
+        Before each retry ``find_existing`` is called: the first request may have
         succeeded and only its response was lost.
         """
         url = path if path.startswith(f"{self.api}/") else f"{self.api}{path}"
         refused = 0  # times that the credential was not accepted
         for attempt in range(self.attempts):
-            if find_existing is not None:
-                existing = find_existing()
-                if existing is not None:
-                    return Reply(200, existing, email.message.Message())
             reply = self.send(method, url, credential, body)
             if 200 <= reply.status < 300:
                 return reply
@@ -2061,6 +2056,10 @@ class GitHub:
                     self.forget_token(credential)
             seconds = self.retry_delay(reply, attempt, credential)  # raises if final
             self.pause(seconds, reply)
+            if find_existing is not None:
+                existing = find_existing()
+                if existing is not None:
+                    return Reply(200, existing, reply.headers)
         raise TransientError(f"GitHub does not answer: {reply.value}")
 
     def send(self, method: str, url: str, credential: Credential, body: Json) -> Reply:
@@ -2341,8 +2340,13 @@ class GitHubRepository:
     ) -> NewPullRequest:
         """Open the branch's pull request, unless it has one already."""
         fields = {"title": title, "body": body, "head": branch, "base": base}
-        find_existing = functools.partial(self.find_pull_request, branch)
-        payload = self.post("/pulls", fields, find_existing)
+
+        def find_existing() -> Json:
+            return self.find_pull_request(branch)
+
+        payload = find_existing()
+        if payload is None:
+            payload = self.post("/pulls", fields, find_existing)
         return NewPullRequest(
             number=int(payload["number"]),
             url=str(payload["html_url"]),
@@ -2415,7 +2419,7 @@ class GitHubRepository:
     # Reactions and answers
 
     def react(self, path: str) -> None:
-        """Add an "eyes" reaction, if its subject still exists."""
+        """Add an "eyes" reaction, if GitHub lets us."""
         try:
             self.post(f"{path}/reactions", {"content": "eyes"})
         except GitHubError as error:
@@ -2435,7 +2439,8 @@ class GitHubRepository:
                     return payload
             return None
 
-        self.post(post_path, {"body": f"{body}\n\n{marker}"}, find_existing)
+        if find_existing() is None:
+            self.post(post_path, {"body": f"{body}\n\n{marker}"}, find_existing)
 
     # Issues
 
@@ -2578,12 +2583,12 @@ TOKEN_RETRY_DELAYS = (0.0, 3.0)
 
 
 class Repository(NamedTuple):
-    """A remote repository, as a task names it."""
+    """A remote repository, as a task names it, and git with a token for it."""
 
     url: str
     full_name: str  # OWNER/NAME; with --no-github the whole URL
     mirror_path: str  # below the work directory
-    # Set when a job has found it; None with --no-github.
+    # None if it was not looked up yet, and with --no-github.
     github_repository: GitHubRepository | None = None
 
     def is_allowed(self, config: Config) -> bool:
@@ -2726,7 +2731,8 @@ class GitDirectory:
         self.path = path
         self.run_tag = run_tag
         self.limits = Limits(check_stop=check_stop)
-        self.inherited: tuple[int, ...] = ()  # a descriptor that keeps a lock held
+        # Descriptors that git inherits: that of a mirror's lock, while it is held.
+        self.inherited: tuple[int, ...] = ()
 
     def local_git(
         self,
@@ -4265,7 +4271,7 @@ class Codebot:
             remove_tree(self.config, path, self.run_tag)
         for path in all_mirrors(work_dir):
             mirror = self.mirror(path, self.run_tag, never_stop)
-            # Else a git fetch of the earlier server still runs, where there is no /proc.
+            # Else git of the earlier server still runs, where there is no /proc.
             with contextlib.suppress(BlockingIOError), mirror.lock(wait=False):
                 mirror.remove_stale_files()
         self.store = Store(self.config.database_file)
@@ -6539,7 +6545,13 @@ def worker_step(codebot: Codebot, kind: str) -> None:
     job_id = codebot.queues[kind].get()
     if job_id is None:
         return  # the server stops
-    job = codebot.until_database_works(codebot.store.claim, job_id)
+    try:
+        job = codebot.store.claim(job_id)
+    except sqlite3.Error as error:
+        log.error("Database: %s; retrying", error)
+        codebot.stop.wait(DATABASE_RETRY_DELAY)
+        codebot.queues[kind].put(job_id)
+        return
     if job is not None:
         run_job(codebot, job)
 
@@ -6673,6 +6685,7 @@ def retry_or_fail(run: JobRun, error: Exception) -> None:
     """Retry a job later, unless that has been tried for too long or too often.
 
     A retry that would run the agent again costs money, so it counts as an interruption.
+    A cancelled job is not retried.
     """
     job = run.job
     codebot = run.codebot
@@ -6715,13 +6728,16 @@ def after_job(run: JobRun) -> None:
 
 
 class RetryTimer:
-    """Queues jobs that are due, at first all of them; tests the database now and then."""
+    """Queues jobs that are due; tests the database now and then.
+
+    The first step, when the server starts, queues everything that is pending.
+    """
 
     def __init__(self, codebot: Codebot, only_job: str = "") -> None:
         self.codebot = codebot
         self.only_job = only_job  # its id; "" means all jobs
         self.last_look = -1.0
-        self.next_test = 0.0
+        self.next_test = time.monotonic() + DATABASE_TEST_INTERVAL
 
     def step(self) -> None:
         started = time.time()
@@ -9055,7 +9071,7 @@ class Server(http.server.ThreadingHTTPServer):
 # --- Local checks ------------------------------------------------------------
 #
 # `serve` and `run` do not start if one of these fails, and log what is doubtful.
-# `check` shows all that they find; a ConfigError of one of its own, too.
+# `check` shows all that they find. It has more checks, which may raise ConfigError.
 
 Flags = Mapping[str, Any]  # of the command line, by name
 
