@@ -5283,8 +5283,9 @@ class Agent:
 
 # --- Task --------------------------------------------------------------------
 
-# With such words in a commit's message or a pull request's title the repository's CI
-# would not test it (GitHub docs: "Skipping workflow runs"; others have their own).
+# With such words in a commit's message, which a pull request's title and body may become,
+# the repository's CI would not test it (GitHub docs: "Skipping workflow runs"; others
+# have their own).
 CI_SWITCH_RE = re.compile(
     r"\[([^\[\]\n]{0,50}\b(?:skip|ci)\b[^\[\]\n]{0,50})\]", re.IGNORECASE
 )
@@ -5563,20 +5564,21 @@ def repair(
     run.update_outcome(summary=both[:100_000])
 
 
-def quoted(speaker: str, text: str) -> str:
-    """Return foreign text so that it cannot pass for codebot's own words."""
-    if not text.strip():
-        return ""
-    # It may neither end the quote nor contain a marker of codebot's.
-    text = re.sub("<(?=!--|/blockquote)", "&lt;", text.strip(), flags=re.IGNORECASE)
-    quote = "\n".join(f"> {line}".rstrip() for line in text.splitlines())
-    return f"{speaker} says:\n\n{quote}\n"
-
-
 def without_switches(text: str) -> str:
     """Return foreign text without words that turn off the repository's CI."""
     text = re.sub(r"\*\*\*(NO_CI)\*\*\*", r"(\1)", text, flags=re.IGNORECASE)
     return CI_SWITCH_RE.sub(r"(\1)", text)
+
+
+def quoted(speaker: str, text: str) -> str:
+    """Return foreign text so that it cannot pass for codebot's own words."""
+    text = without_switches(text.strip())
+    if not text:
+        return ""
+    # It may neither end the quote nor contain a marker of codebot's.
+    text = re.sub("<(?=!--|/blockquote)", "&lt;", text, flags=re.IGNORECASE)
+    quote = "\n".join(f"> {line}".rstrip() for line in text.splitlines())
+    return f"{speaker} says:\n\n{quote}\n"
 
 
 def commit_agent_tree(
@@ -5595,7 +5597,7 @@ def commit_agent_tree(
     if tree is None:
         return ""
     summary = quoted("The agent", run.job.outcome.summary)
-    message = without_switches(f"{run.redact(title)[:250]}\n\n{summary}")
+    message = f"{without_switches(run.redact(title)[:250])}\n\n{summary}"
     commit_id = workspace.write_commit(tree, base_commit, message)
     files = workspace.inspect_commit(base_commit, commit_id)
     run.codebot.checked_commits.add(commit_id)  # git's fsck has checked it

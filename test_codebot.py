@@ -4827,6 +4827,10 @@ def test_commit_message_cannot_turn_off_continuous_integration(shared: Site) -> 
     message = shared.repository.git("log", "-1", "--format=%B", branch)
     assert message.startswith("(skip actions): Say hello (skip ci) (no_ci)\n")
     assert "> Done (CI skip) (no ci)." in message
+    # A squash merge may make a commit's message of it.
+    body = shared.repository.pulls[0]["body"]
+    assert "> Say hello (skip ci) (no_ci)\n" in body
+    assert "> Done (CI skip) (no ci)." in body
 
 
 SECRET_PLACES = {
