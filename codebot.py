@@ -222,6 +222,7 @@ MAX_INTERRUPTIONS = 3  # crashes, and retries that cost money, after which a job
 RETRY_DELAY = 60.0  # seconds until a job is retried after a transient error
 # Seconds after which a transient error is no longer retried.
 RETRY_LIMIT = {"task": 3600.0, "review": 86400.0}
+TIMER_INTERVAL = 1.0  # seconds between looks at which retries are due
 DATABASE_RETRY_DELAY = 5.0  # seconds until a failed write to the database is repeated
 DATABASE_TEST_INTERVAL = 10.0  # seconds between two tests of the database
 
@@ -248,6 +249,7 @@ DAILY_REVIEW_JOBS = 50  # jobs on one pull request in a day
 MAX_PUSHES = 3  # pushes of a review's change, when others push at the same time
 GITHUB_TIMEOUT = 30.0  # seconds for GitHub to answer
 GITHUB_ATTEMPTS = 4  # times that a request to GitHub is sent
+GITHUB_RETRY_DELAY = 0.5  # seconds before the second time; it doubles each time
 MAX_INLINE_WAIT = 5.0  # seconds that a request waits for GitHub; longer: the job waits
 MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, whatever GitHub asks for
 
@@ -1945,14 +1947,34 @@ class GitHub:
 
     # Credentials
 
-    def sign_jwt(self) -> str:
-        """Return a JWT of the App, valid for 9 minutes.
+    def token(self, credential: Credential) -> str:
+        """Return a token for requests that is valid for 5 minutes at least."""
+        token, expiry = self._tokens.get(credential, ("", 0.0))
+        if expiry < self.github_time() + TOKEN_MARGIN:
+            if credential == AS_APP:
+                token, expiry = self.sign_jwt()
+            else:
+                token, expiry = self.request_token(credential)
+            self.redact.add(token)
+            self._tokens[credential] = (token, expiry)
+        return token
+
+    def forget_token(self, credential: Credential) -> None:
+        self._tokens.pop(credential, None)
+
+    def github_time(self) -> float:
+        """Return the time by GitHub's clock, in seconds since 1970."""
+        return time.time() + self.clock_skew
+
+    def sign_jwt(self) -> tuple[str, float]:
+        """Return a JWT of the App, and when it expires: in 9 minutes.
 
         GitHub docs: "Generating a JSON Web Token (JWT) for a GitHub App".
         """
-        now = int(time.time() + self.clock_skew)
+        now = int(self.github_time())
+        expiry = now + 540
         header = {"alg": "RS256", "typ": "JWT"}
-        claims = {"iat": now - 60, "exp": now + 540, "iss": self.config.app_id}
+        claims = {"iat": now - 60, "exp": expiry, "iss": self.config.app_id}
         parts = [base64url(json.dumps(part).encode()) for part in (header, claims)]
         signed = ".".join(parts)
         argv = ["openssl", "dgst", "-sha256", "-hex", "-sign", self.config.key_file]
@@ -1977,18 +1999,14 @@ class GitHub:
             signature = bytes.fromhex(result.stdout[-1].rpartition("= ")[2])
         except (LookupError, ValueError):
             raise GitHubError(0, "openssl printed no signature") from None
-        return f"{signed}.{base64url(signature)}"
+        return f"{signed}.{base64url(signature)}", expiry
 
     def check_stop(self) -> None:
         if self.stop.is_set():
             raise StopRequested()
 
-    def token(self, credential: Credential) -> str:
-        """Return an installation token that is valid for 5 minutes at least."""
-        needed_until = time.time() + self.clock_skew + TOKEN_MARGIN
-        token, expiry = self._tokens.get(credential, ("", 0.0))
-        if expiry > needed_until:
-            return token
+    def request_token(self, credential: Credential) -> tuple[str, float]:
+        """Ask for an installation token. Returns it, and when it expires."""
         body: dict[str, Json] = {"permissions": {"metadata": "read"}}
         if credential != LOOKUP:
             body = {
@@ -2000,10 +2018,7 @@ class GitHub:
             reply = self.call("POST", f"{installation}/access_tokens", AS_APP, body)
         except GitHubError as error:
             raise AppRefused(self.token_error_text(error)) from None
-        token = str(reply.value["token"])
-        self.redact.add(token)
-        self._tokens[credential] = (token, seconds_of(reply.value["expires_at"]))
-        return token
+        return str(reply.value["token"]), seconds_of(reply.value["expires_at"])
 
     def token_error_text(self, error: GitHubError) -> str:
         installation = self.config.installation_id
@@ -2020,9 +2035,6 @@ class GitHub:
                 f"({error})"
             )
         return str(error)
-
-    def forget_token(self, credential: Credential) -> None:
-        self._tokens.pop(credential, None)
 
     # Requests
 
@@ -2068,10 +2080,9 @@ class GitHub:
             raise TransientError(
                 "GitHub's rate limit is used up", retry_at=self.silent_until
             )
-        bearer = self.sign_jwt() if credential == AS_APP else self.token(credential)
         headers = {
             "Accept": "application/vnd.github+json",
-            "Authorization": f"Bearer {bearer}",
+            "Authorization": f"Bearer {self.token(credential)}",
             "Content-Type": "application/json",
             "User-Agent": "codebot",
             "X-GitHub-Api-Version": "2022-11-28",
@@ -2163,7 +2174,7 @@ class GitHub:
         if status == 401:
             return self.unauthorized_delay(reply, attempt, credential)
         if status == 0 or status >= 500:
-            delay = 0.5 * (1 << attempt)
+            delay = GITHUB_RETRY_DELAY * (1 << attempt)
             return max(delay, float(retry_after)) if retry_after.isdigit() else delay
         raise final_error(status, str(reply.value))
 
@@ -2191,7 +2202,7 @@ class GitHub:
             return float(retry_after)
         reset = reply.headers.get("x-ratelimit-reset", "")
         if is_used_up and reset.isdigit():
-            return max(1.0, float(reset) - time.time() - self.clock_skew + 1)
+            return max(1.0, float(reset) - self.github_time() + 1)
         return 60.0 * (1 << attempt)
 
     def pause(self, seconds: float, reply: Reply) -> None:
@@ -9357,7 +9368,7 @@ def running_server(codebot: Codebot) -> Iterator[Server]:
     if codebot.github is not None:
         workers += start_workers(codebot, "review", codebot.config.review_workers)
         start_thread(codebot, "sync", Sync(codebot, codebot.github).step)
-    start_thread(codebot, "timer", timer.step, seconds=1.0)
+    start_thread(codebot, "timer", timer.step, TIMER_INTERVAL)
     start_thread(codebot, "cleanup", Cleanup(codebot).step)
     server.start()
     try:
@@ -9479,7 +9490,7 @@ def run(flags: Flags) -> int:
     job = codebot.submit(request, "command line")
     timer = RetryTimer(codebot, only_job=job.id)
     workers = start_workers(codebot, "task", 1)
-    start_thread(codebot, "timer", timer.step, seconds=1.0)
+    start_thread(codebot, "timer", timer.step, TIMER_INTERVAL)
     try:
         follow_task(codebot, job.id)
     finally:

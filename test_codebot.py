@@ -1374,6 +1374,10 @@ class AgentScript:
 # --- ServerProcess -----------------------------------------------------------
 
 
+# Limits of every server of the tests: what it waits for without a reason to.
+SHORT_PAUSES = {"SYNC_INTERVAL": 0.1, "TIMER_INTERVAL": 0.1, "GITHUB_RETRY_DELAY": 0.1}
+
+
 class ServerProcess:
     """`codebot.py serve` as a process, in a directory of its own."""
 
@@ -1423,7 +1427,7 @@ class ServerProcess:
         """Return the command line that runs codebot.py, with smaller limits."""
         lines = [f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r})"]
         lines.append("import codebot")
-        for name, value in limits.items():
+        for name, value in {**SHORT_PAUSES, **limits}.items():
             assert hasattr(codebot, name), f"codebot has no limit {name}"
             lines.append(f"codebot.{name} = {value!r}")
         lines.append("sys.exit(codebot.main())")
@@ -1908,7 +1912,7 @@ SHORT_WAITS = {
     "RESULT_GRACE": 0.3,
     "KILL_GRACE": 0.5,
     "RETRY_DELAY": 0.3,
-    "SYNC_INTERVAL": 0.1,
+    "TOKEN_RETRY_DELAYS": (0.0, 0.3),
 }
 
 
