@@ -4524,7 +4524,7 @@ def test_missing_agent_program_fails_task(fresh: Site) -> None:
 def test_agents_and_tests_that_hang_are_ended(fresh: Site) -> None:
     fresh.server.start(
         "--workers",
-        "4",
+        "5",
         limits={"KILL_GRACE": 0.2, "MIN_GIT_TIMEOUT": 1.0},
         CODEBOT_TASK_TIMEOUT="6",  # for the agent, git and the tests together
         CODEBOT_STALL_TIMEOUT="2",
@@ -4536,16 +4536,16 @@ def test_agents_and_tests_that_hang_are_ended(fresh: Site) -> None:
         f"git config filter.slow.clean '{silent}'; "
         f"mkdir .git/info; echo '* filter=slow' >.git/info/attributes; {SAY_HELLO}"
     )
-    silent_agent, talking_agent, silent_test, slow_git = fresh.api.submit_each(
+    silent_agent, talking_agent, good, slow_git = fresh.api.submit_each(
         [silent, talking, SAY_HELLO, slow_filter]
-    )[:4]
+    )
+    silent_test = fresh.api.submit(test_command=silent)
     error = fresh.api.failed(silent_agent, "stalled")
     assert "CODEBOT_STALL_TIMEOUT" in error
     error = fresh.api.failed(talking_agent, "timeout")
     assert "CODEBOT_TASK_TIMEOUT" in error
-    fresh.api.completed(silent_test)
+    fresh.api.completed(good)
     fresh.api.failed(slow_git, "timeout")
-    silent_test = fresh.api.submit(test_command=silent)
     fresh.api.failed(silent_test, "stalled")
     assert [stray for stray in fresh.server.strays() if "sleep" in stray] == []
 
@@ -5335,13 +5335,13 @@ def test_branch_that_was_merged_and_deleted_meanwhile_is_not_pushed_again(
 def test_github_is_not_asked_before_its_rate_limit_ends(fresh: Site) -> None:
     fresh.server.start(limits={"RETRY_DELAY": 0.1, "MAX_INLINE_WAIT": 0.5})
     body = {"message": "API rate limit exceeded"}
-    fresh.repository.fail("POST /pulls", 429, body, {"Retry-After": "3"})
+    fresh.repository.fail("POST /pulls", 429, body, {"Retry-After": "2"})
     task = fresh.api.submit()
     fresh.api.completed(task)
     requests = list(fresh.github.requests)
     [refused, _] = [r for r in requests if r.matches("POST /pulls", fresh.repository)]
     after = [r for r in requests if r.received > refused.received]
-    assert after[0].received - refused.received > 2.5
+    assert after[0].received - refused.received > 1.5
     assert len(fresh.agent.runs()) == 1
 
 
@@ -5378,7 +5378,7 @@ def test_jwt_follows_clock_of_github(fresh: Site) -> None:
 
 def test_key_of_another_app_fails_task(fresh: Site) -> None:
     run_command("openssl", "genrsa", "-out", fresh.server.key_file, "2048")
-    fresh.server.start()
+    fresh.server.start(limits={"GITHUB_ATTEMPTS": 2})
     error = fresh.api.failed(fresh.api.submit(), "clone_failed")
     assert "GITHUB_APP_PRIVATE_KEY_PATH" in error
 
