@@ -431,16 +431,16 @@ def split_commas(text: str) -> tuple[str, ...]:
     return tuple(part for part in parts if part)
 
 
-def parse_command(text: str) -> tuple[str, ...]:
+def split_words(text: str) -> tuple[str, ...]:
     try:
         return tuple(shlex.split(text))
     except ValueError:
         raise ValueError("has an unclosed quote or a trailing backslash") from None
 
 
-def parse_agent_command(text: str) -> tuple[str, ...]:
+def parse_command(text: str) -> tuple[str, ...]:
     """Refuse a relative path: in a workspace it would name a file of the repository."""
-    words = parse_command(text)
+    words = split_words(text)
     if "/" in words[0] and not words[0].startswith("/"):
         raise ValueError(
             "must begin with the name of a program on PATH or with an absolute path"
@@ -572,9 +572,9 @@ class Config:
         "CODEBOT_ALLOWED_REPOSITORIES", split_commas, ("*",)
     )
     claude: tuple[str, ...] = setting(
-        "CODEBOT_CLAUDE_COMMAND", parse_agent_command, ("claude",)
+        "CODEBOT_CLAUDE_COMMAND", parse_command, ("claude",)
     )
-    claude_args: tuple[str, ...] = setting("CODEBOT_CLAUDE_ARGS", parse_command, ())
+    claude_args: tuple[str, ...] = setting("CODEBOT_CLAUDE_ARGS", split_words, ())
     task_timeout: int = setting("CODEBOT_TASK_TIMEOUT", parse_count, 3600)
     stall_timeout: int = setting("CODEBOT_STALL_TIMEOUT", parse_count, 1200)
     budget: float = setting("CODEBOT_MAX_BUDGET_USD", parse_dollars, 0.0)  # 0: no limit

@@ -2281,6 +2281,9 @@ def test_empty_setting_means_the_default(variable: str) -> None:
         ("GITHUB_API_URL", "https://ghe.io:65536", "must be an address like https://"),
         ("CODEBOT_CLAUDE_COMMAND", "bin/claude -x", "must begin with the name of a"),
         ("CODEBOT_CLAUDE_COMMAND", "./claude", "must begin with the name of a program"),
+        ("CODEBOT_SANDBOX", "bin/box {task}", "must begin with the name of a program"),
+        ("CODEBOT_LAUNCHER", "bin/run --wait", "must begin with the name of a program"),
+        ("CODEBOT_LAUNCHER_STOP", "bin/stop {job}", "must begin with the name of a"),
         ("GITHUB_ENTERPRISE_URL", "https://ghe.io/?x", "must be an address like"),
         ("CODEBOT_SANDBOX", '"env X=1 podman run', "has an unclosed quote"),
         (
