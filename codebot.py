@@ -1709,13 +1709,18 @@ ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembere
 MAX_GITHUB_BYTES = 32 << 20  # of one response
 MAX_CACHED_REPLIES = 500
 HTML_COMMENT_RE = re.compile("<!--.*?-->", re.DOTALL)
-# At the beginning of a line, quote or list item it hides all that follows.
-UNCLOSED_COMMENT_RE = re.compile(r"^[ \t>*+0-9.)-]*<!--.*", re.DOTALL | re.MULTILINE)
+# The beginning of a block of HTML, which may be in a quote or list (CommonMark, 4.6). In
+# it, and only there, a comment without an end hides all that follows.
+LIST_SIGNS = " \t>*+0123456789.)-"
+HTML_BLOCK_RE = re.compile(
+    rf"^[{re.escape(LIST_SIGNS)}]*<(!--|[A-Za-z/])", re.MULTILINE
+)
 INVISIBLE_RE = re.compile(
     "[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]"  # zero width, bidi
     "|[\u034f\u115f\u1160\u2800\u3164\uffa0]"  # blank
-    "|[\U000e0000-\U000e007f]"  # tags, which spell invisible ASCII
-    "|[\ufe00-\ufe0f\U000e0100-\U000e01ef]"  # variation selectors
+    "|[\U000e0000-\U000e0fff]"  # tags, which spell invisible ASCII, and selectors
+    "|[\ufe00-\ufe0f]"  # variation selectors
+    "|[\ufff9-\ufffb\U0001d173-\U0001d17a]"  # annotations, musical formatting
     "|[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters
 )
 
@@ -1834,9 +1839,13 @@ def visible_text(text: str) -> str:
     """Remove what people on GitHub do not see: comments, zero-width and bidi signs."""
     # After the last "-->" no comment ends; HTML_COMMENT_RE would search there for long.
     closed, end, rest = text.rpartition("-->")
-    closed = HTML_COMMENT_RE.sub("", closed + end)
-    rest = UNCLOSED_COMMENT_RE.split(rest, 1)[0]
-    return INVISIBLE_RE.sub("", closed + rest)
+    text = HTML_COMMENT_RE.sub("", closed + end) + rest
+    block = HTML_BLOCK_RE.search(text)
+    if block:
+        shown, unclosed, _ = text[block.start() :].partition("<!--")
+        if unclosed:
+            text = text[: block.start()] + shown.lstrip(LIST_SIGNS)
+    return INVISIBLE_RE.sub("", text)
 
 
 def person_login(user: Json) -> str:

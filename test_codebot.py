@@ -6346,6 +6346,12 @@ def test_invisible_text_of_comment_does_not_reach_agent(pull: Pull) -> None:
         ("> a\n> - <!-- b", "> a\n"),
         ("a" + "<!--" * 3 + " b", "a" + "<!--" * 3 + " b"),
         ("   <!-- b --> c", "    c"),
+        # In a block of HTML it hides what follows wherever it begins.
+        ("a\n<div>b <!-- c\n\nd", "a\n<div>b "),
+        ("a\n> <div>\n> b <!-- c --!> d", "a\n<div>\n> b "),
+        ("<div>\na <!-- b --> c <!-- d", "<div>\na  c "),
+        ("a < b and <i>c</i> `<!--` d", "a < b and <i>c</i> `<!--` d"),
+        ("a\ufff9b\U000e0080c\U0001d173d", "abcd"),
     ],
 )
 def test_comment_of_html_is_removed_and_other_text_is_not(
