@@ -761,7 +761,9 @@ def read_config(
     variables = read_env_file(env_file, problems)
     # If it cannot be read, the settings that it holds are not reported as missing.
     was_env_file_read = not problems
-    variables.update(os.environ)
+    for name, value in os.environ.items():
+        if value or name not in variables:  # an empty one does not undo a restriction
+            variables[name] = value
     if is_server and not flags.get("work_dir"):  # `run` has one of its own
         flags = {**flags, "work_dir": Config.work_dir}  # its path is checked, too
     values = read_settings(flags, variables, problems)

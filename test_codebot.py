@@ -2361,6 +2361,19 @@ def test_allowed_pattern_that_matches_nothing_at_github_is_refused(
     assert codebot.conflicting_settings(plain) == []
 
 
+def test_empty_variable_does_not_override_env_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("CODEBOT_ALLOWED_REPOSITORIES=acme/a\n")
+    monkeypatch.setenv("CODEBOT_ALLOWED_REPOSITORIES", "")
+    config, _ = codebot.read_config({}, is_server=False)
+    assert config.allowed == ("acme/a",)
+    monkeypatch.setenv("CODEBOT_ALLOWED_REPOSITORIES", "acme/b")
+    config, _ = codebot.read_config({}, is_server=False)
+    assert config.allowed == ("acme/b",)
+
+
 def test_flag_overrides_variable() -> None:
     problems: list[str] = []
     variables = {"CODEBOT_MAX_WORKERS": "2"}
