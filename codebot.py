@@ -5594,11 +5594,10 @@ def without_switches(text: str) -> str:
 
 def quoted(speaker: str, text: str) -> str:
     """Return foreign text so that it cannot pass for codebot's own words."""
-    text = without_switches(text.strip())
-    if not text:
+    if not text.strip():
         return ""
     # It may neither end the quote nor contain a marker of codebot's.
-    text = re.sub("<(?=!--|/blockquote)", "&lt;", text, flags=re.IGNORECASE)
+    text = re.sub("<(?=!--|/blockquote)", "&lt;", text.strip(), flags=re.IGNORECASE)
     quote = "\n".join(f"> {line}".rstrip() for line in text.splitlines())
     return f"{speaker} says:\n\n{quote}\n"
 
@@ -5619,7 +5618,7 @@ def commit_agent_tree(
     if tree is None:
         return ""
     summary = quoted("The agent", run.job.outcome.summary)
-    message = f"{without_switches(run.redact(title)[:250])}\n\n{summary}"
+    message = without_switches(f"{run.redact(title)[:250]}\n\n{summary}")
     commit_id = workspace.write_commit(tree, base_commit, message)
     files = workspace.inspect_commit(base_commit, commit_id)
     run.codebot.checked_commits.add(commit_id)  # git's fsck has checked it
@@ -5704,7 +5703,7 @@ def pull_request_body(run: JobRun) -> str:
         + f"\n\n### Summary\n\n{summary}"
     )
     marker = f"<!-- codebot task {job.id} -->"
-    return f"{redact(body)[:65_000]}\n{marker}\n"
+    return f"{without_switches(redact(body))[:65_000]}\n{marker}\n"
 
 
 def create_pull_request(run: JobRun, github_repository: GitHubRepository) -> None:

@@ -4840,7 +4840,7 @@ def test_commit_has_app_as_author_and_title_and_summary(shared: Site) -> None:
 
 
 def test_commit_message_cannot_turn_off_continuous_integration(shared: Site) -> None:
-    shared.agent.follow("echo hello >hello.txt; result 'Done [CI skip] [no ci].'")
+    shared.agent.follow("echo hello >'[ci skip]'; result 'Done [CI skip] [no ci].'")
     text = "Say hello [skip ci] ***no_ci***"
     task = shared.api.submit(text, ticket_id="[skip actions]")
     branch = shared.api.completed(task)["branch_name"]
@@ -4851,6 +4851,7 @@ def test_commit_message_cannot_turn_off_continuous_integration(shared: Site) -> 
     body = shared.repository.pulls[0]["body"]
     assert "> Say hello (skip ci) (no_ci)\n" in body
     assert "> Done (CI skip) (no ci)." in body
+    assert " (ci skip) | 1 +" in body
 
 
 SECRET_PLACES = {
