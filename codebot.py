@@ -246,6 +246,7 @@ MIRROR_RETENTION = 30 * 86400.0  # seconds that an unused mirror is kept
 REPACK_RETRY_DELAY = 6 * 3600.0  # seconds until a mirror is packed after a failure
 DELIVERY_RETENTION = 7 * 86400.0  # GitHub redelivers for at most 3 days (GHES: 7)
 DAILY_REVIEW_JOBS = 50  # jobs on one pull request in a day
+MAX_PATCH_BYTES = 256 << 20  # of a change that is put on top of others' pushes
 MAX_PUSHES = 3  # pushes of a review's change, when others push at the same time
 GITHUB_TIMEOUT = 30.0  # seconds for GitHub to answer
 GITHUB_ATTEMPTS = 4  # times that a request to GitHub is sent
@@ -4926,10 +4927,19 @@ class Workspace:
     # Changes on top of what others pushed
 
     def patch(self, base_commit: str, commit: str) -> bytes:
-        """Return the change of a commit in the outbox, to be applied elsewhere."""
+        """Return the change of a commit in the outbox, to be applied elsewhere.
+
+        Raises JobFailed if it is too large for the memory.
+        """
         with tempfile.NamedTemporaryFile(prefix="scratch_") as file:
             options = ("--binary", "--full-index", f"--output={file.name}")
             self.outbox.local_git(*GIT_DIFF, *options, base_commit, commit)
+            if os.path.getsize(file.name) > MAX_PATCH_BYTES:
+                raise JobFailed(
+                    "push_rejected",
+                    "Others pushed meanwhile, and the change is too large to be put on "
+                    "top of theirs. Comment again to have it made anew.",
+                )
             return pathlib.Path(file.name).read_bytes()
 
     def apply(self, patch: bytes) -> None:

@@ -1928,6 +1928,7 @@ def shared_site(
             "MAX_INLINE_WAIT": 0.5,
             "DAILY_REVIEW_JOBS": 500,
             "MAX_PUSHES": 2,
+            "MAX_PATCH_BYTES": 100_000,
         }
         site.server.start(
             "--workers",
@@ -6681,6 +6682,22 @@ def test_change_is_put_on_top_of_what_others_pushed_and_never_forced(
     assert theirs == "Change theirs"
     assert pull.site.repository.show(pull.branch, "hello.txt").endswith("more")
     assert len(pull.site.agent.runs("change")) == 1
+
+
+def test_huge_change_is_not_put_on_top_of_what_others_pushed(pull: Pull) -> None:
+    noise = "head -c 200000 /dev/urandom >noise"
+    pull.site.agent.follow(f"classify change; {noise}; answer Done")
+    text = f"{uuid.uuid4()}\n"
+
+    def push() -> None:
+        pull.site.repository.commit({"theirs": text}, pull.branch)
+
+    pull.site.repository.before(PUSH_BEGINS, push)
+    pull.site.person("alice").inline("Add noise")
+    review = pull.review()
+    assert review["reason"] == "push_rejected"
+    assert "too large" in pull.answer()
+    assert pull.log(1) == ["Change theirs"]
 
 
 def test_change_that_conflicts_with_others_is_not_pushed(pull: Pull) -> None:
