@@ -15,8 +15,8 @@ bwrap and claude.
     python3 codebot.py run     run one task in the foreground
 
 HOW TO READ THIS FILE
-  From the top, once. A section uses only itself and the sections above it. Within a
-  section, what it is about often comes before its steps: `run_task`, `run_review`.
+  From the top, once. A section uses only itself and the sections above it. In the
+  sections Task and Review the list of steps comes first: `run_task`, `run_review`.
     I.   The boundary   how codebot runs programs, asks GitHub, and uses git
     II.  The work       every state, what an agent receives, what happens to its work
     III. The network    everything that can be requested from outside, and by whom
@@ -79,7 +79,8 @@ KNOWN LIMITATIONS
   user can: the keys, the database, git's token while git runs. A process that removes
   CODEBOT_RUN from its environment outlives it.
   A program that CODEBOT_SANDBOX or CODEBOT_LAUNCHER names is started in the workspace and
-  with its HOME, which the agent writes: it must not read its own settings there.
+  with its HOME, which the agent writes. It must not read settings of its own from there,
+  such as ~/.docker.
   In bwrap the agent can read whatever else codebot's user can read on the host, and each
   directory of HOME that PATH leads into, with all that is in it: for ~/.cargo/bin, also
   ~/.cargo/credentials.toml. It can connect to abstract
@@ -92,6 +93,8 @@ KNOWN LIMITATIONS
   codebot looks in the text files of a change for the secrets of 16 or more characters
   that it knows: verbatim, and as base64 of the secret alone, in lines of at most 8 MiB.
   "Fixes #1" and "@name" in an agent's words work at GitHub as if a person wrote them.
+  With --no-github a client can name a repository in the work directory by ssh to this
+  host, if codebot's user may log in here.
   HTML comments and invisible characters are taken out of what people write. Other ways
   to hide text on GitHub, such as the title of a link, are not. An edit of an issue less
   than two seconds after it was labelled may not be noticed.
@@ -101,7 +104,8 @@ LIFE OF A JOB
   pending   -> failed       it is cancelled
   running   -> pending      a stop, a crash, or a transient error interrupts it
   running   -> completed, failed
-  A review is deleted if nothing may be done for it, or when it joins one that runs.
+  A review is deleted when it joins one that runs, or if nothing may be done for it; but
+  if its agent has cost something, it fails.
 
   A task's phases are clone, agent, test, commit, push, pull_request; a review's are
   classify, clone, agent, test, commit, push, answer. With a launcher, both are in the
@@ -136,9 +140,10 @@ WHERE THE DANGEROUS THINGS ARE, each in one place
   what the agent sees       bwrap_command, and Workspace.environment
   git on an agent's objects, outside the sandbox
                             fetch_into_outbox, which lets fsck check them; then
-                            write_commit, inspect_commit, is_submodule, patch and push;
+                            collect_tree, write_commit, inspect_commit, is_submodule,
+                            has_commit, patch and push;
                             once they are pushed, what git does in the mirror
-  removing directories      remove_tree; scratch_* by tempfile
+  removing directories      remove_tree; scratch_* and the demo's by tempfile
   fork and exec             fork_watchdog; serve, with --debug
   SQL                       Store, and the steps of its transactions below it
   a change of state         Store._transition
@@ -403,7 +408,8 @@ GITHUB_NAMES = (  # required without --no-github
     "GITHUB_APP_INSTALLATION_ID",
 )
 OWN_SECRET_NAMES = ("CODEBOT_API_KEYS", "GITHUB_WEBHOOK_SECRET")
-# Matches GH_AUTH, AUTHORIZATION and DATABASE_URL, but not GIT_AUTHOR_NAME.
+# Matches GH_AUTH, AUTHORIZATION and DATABASE_URL, but not GIT_AUTHOR_NAME: "auth", but
+# not before "or", unless that goes on with "iz".
 SECRET_NAME_RE = re.compile(
     r"token|key|secret|pass|pwd|cred|auth(?!or(?!iz))|bearer|dsn|url|header|jwt|cookie"
     r"|session|webhook|_pat$",
@@ -550,7 +556,8 @@ def setting(
 class Config:
     """All settings, read once at the start. Its repr shows no secret.
 
-    A field with a help text has a flag. One with "" as its variable has only the flag.
+    A field with a help text has a flag. One with "" as its variable has only the flag,
+    whose value is parsed as a text, too: "True" for a switch.
     """
 
     api_keys: tuple[str, ...] = setting("CODEBOT_API_KEYS", split_commas, ())
@@ -934,10 +941,10 @@ class LineHandler(Protocol):
     """Gets the new lines of a program's standard output."""
 
     def __call__(self, lines: list[str]) -> float | None:
-        """Return None, or if its work is done, the seconds that it may live on.
+        """Return None, or if its work is done, a grace: the seconds that it may live on.
 
-        The agent, for example, may hang after its result. It is then ended, and that is
-        no failure.
+        The agent, for example, may hang after its result. After the grace it is ended,
+        which is no failure. Limits do not apply during the grace.
         """
 
 
@@ -1128,8 +1135,8 @@ def is_group_running(leader: int) -> bool:
 def end_process_group(child: subprocess.Popen[bytes]) -> None:
     """End all processes of a program's group: SIGTERM, KILL_GRACE, SIGKILL.
 
-    A process number is not used again while its group has members, and after that only
-    when all others were. So no stranger is signalled.
+    The number is not given to a stranger meanwhile: not while the group has members, and
+    then only after Linux has given out all other numbers.
     """
     deadline = time.monotonic() + KILL_GRACE
     signal_group(child.pid, signal.SIGTERM)
@@ -1157,7 +1164,7 @@ def run_program(
     pass_fds: Sequence[int] = (),
     make_program: Callable[..., RunningProgram] = RunningProgram,
 ) -> ProgramResult:
-    """Run a program to its end; afterwards no process of its group is left.
+    """Run a program to its end, and end what it leaves running in its group.
 
     ``make_program`` returns what watches it; a launcher has its own.
     Raises what ended it early (LimitReached, StopRequested, Cancelled,
@@ -1307,7 +1314,8 @@ class LaunchedProgram(RunningProgram):
         """Handle the sentinels and what the launcher says; return the other lines."""
         own_lines = []
         for line in lines:
-            # The program's last line may have no end.
+            # One of: SENTINEL; SENTINEL 0; and after a last line without an end,
+            # "textSENTINEL 0". The program cannot know the sentinel in bwrap.
             text, separator, code = line.partition(f"{self.launch.sentinel} ")
             if line == self.launch.sentinel and not self.has_started:
                 self.has_started = True
@@ -1379,7 +1387,8 @@ def stop_launched(
     with contextlib.suppress(FileNotFoundError), open(record, "r+b") as lock:
         # Another thread, or an earlier server's watchdog, may be stopping it already.
         # When it is done, the record may be gone, or there may be a new one, of the next
-        # launch here, which must not be ended: so the record is now read by its name.
+        # launch here, which must not be ended. So the lock of the old file is only waited
+        # for, and what the name leads to now decides.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not record.read_text().startswith(prefix):
             return True
@@ -1417,10 +1426,10 @@ def stop_all_launched(config: Config, run_tag: str, prefix: str = "") -> None:
 
 # --- Sandbox -----------------------------------------------------------------
 #
-# What runs in a workspace (the agent, the tests, git) runs in a sandbox: bwrap, or the
-# command line that CODEBOT_SANDBOX is. In bwrap the whole file system is read-only,
-# private directories are covered by empty ones, and of the work directory only the
-# job's own directories and its repository's objects are put back.
+# What runs in a workspace (the agent, the tests, git) runs in a sandbox: bwrap, the
+# command line that CODEBOT_SANDBOX is, or with "none", nothing. In bwrap the whole file
+# system is read-only, private directories are covered by empty ones, and of the work
+# directory only the job's own directories and its repository's objects are put back.
 
 # Directories that programs need, so they cannot be covered.
 SYSTEM_DIRECTORIES = (
@@ -1513,12 +1522,14 @@ def agent_program_files(config: Config, hidden: Iterable[str]) -> list[str]:
 def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     """Return what bwrap mounts over the read-only file system, in this order.
 
-    For HOME=/home/bot, ~/.local/bin on PATH and .env in /home/bot/run, for example:
+    For HOME=/home/bot, ~/.local/bin on PATH, .env in /home/bot/run and the App's key in
+    ~/.local/keys, for example:
         hidden     /home/bot
         read-only  /home/bot/.local
-        hidden     /home/bot/run, /run, the work directory
+        hidden     /home/bot/.local/keys, /home/bot/run, /run, the work directory
         read-only  the mirror's objects
         writable   repo and home of the workspace
+    With the key in ~/.local itself, all of ~/.local is hidden.
     """
     hidden = {"/run", home_directory(), *private_directories(config)}
     hidden -= {"/", "/tmp"}  # "/" cannot be covered; /tmp is the workspace's own
@@ -1701,6 +1712,7 @@ class Sandbox:
 # names, and one for each repository, which can read and write contents, pull requests
 # and issues of that repository. A token lives for an hour and is kept in memory only.
 
+# Not "workflows": so GitHub refuses a push that changes .github/workflows.
 TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "write"}
 # What a request is sent with: the token of a repository, which is named by the
 # repository's id, or one of these two.
@@ -2060,7 +2072,8 @@ class GitHub:
     ) -> Reply:
         """Send a request, and again as GitHub's documentation asks.
 
-        send() may need a new token, which token() gets by another call().
+        send() may need a new token, which token() gets by another call(): that one is
+        sent AS_APP, which needs no request for its token.
         Before each retry ``find_existing`` is called: the first request may have
         succeeded and only its response was lost.
         """
@@ -2555,7 +2568,8 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     r"|bytes of body are still expected|Broken pipe|Recv failure|Send failure"
     f"|{DISK_FULL}"
 )
-# A push that the remote refused, except for a fault of its own.
+# A push that the remote refused, "! [remote rejected] main -> main (protected)", but
+# not for a fault of its own.
 REJECTED_RE = re.compile(r"rejected\](?!.*(Internal Server Error|commit_refs))")
 # A mirror with more is packed; these are git's own limits.
 MAX_LOOSE_OBJECTS = 6700
@@ -3077,6 +3091,7 @@ CREATE TABLE pull_requests (
     state TEXT NOT NULL CHECK (state IN ('open', 'closed', 'merged')),
     seen_until TEXT NOT NULL,
     closed_at TEXT,
+    -- With full_name, because repository_id is 0 if GitHub sends none.
     UNIQUE (repository_id, full_name, number)
 );
 CREATE TABLE comments (
@@ -3479,11 +3494,11 @@ class Store:
             return make_job(existing), False
 
     def claim(self, job_id: str) -> Job | None:
-        """Start a job. Returns None if it must not start.
+        """Start a job. Returns None if it must not start; then it is in no queue.
 
-        It is then in no queue. If another job of its task stands in its way, after_job
-        queues it again; if it was retried too early, RetryTimer does. It may also have
-        ended already.
+        So a pending job is in a queue, or it waits until ``not_before``, when RetryTimer
+        queues it, or another job of its task stands in its way, after which after_job
+        does. (To queue it twice does no harm: it is claimed once.)
 
         All jobs of a task use the same workspace and outbox. So a review gets its task's
         directory, branch and session, and waits until no other job uses them.
@@ -4436,7 +4451,7 @@ class JobRun:
         self.started = time.monotonic()
         self.deadline: float | None = None  # of the agent and the tests; see time_left
         self.events_left = MAX_AGENT_EVENTS
-        self.agent_has_run = False  # since its work was stored; a retry costs money
+        self.agent_has_run = False  # and a retry would have to pay for it again
 
     def check_stop(self) -> None:
         """Raise StopRequested or Cancelled if the run must end."""
@@ -4557,12 +4572,13 @@ TEST_SCRIPT = f"""{GIT_FUNCTION}
 reset() {{
     g checkout-index -q -f -a && g clean -q -ff -d
 }}
-# 1. Record what the agent left as a tree.
+# 1. Record what the agent left as a tree, and in the index.
 g add -A 2>&1 && tree=$(g write-tree) || exit
 # 2. Run the test.
 sh -c "$1" 2>&1
 code=$?
-# 3. Put the files back, but not ignored ones, such as installed packages.
+# 3. Put index and files back to that tree. What it does not have is removed, but ignored
+# files, such as installed packages, stay. (Directories may have been made unwritable.)
 rm -rf .git/index.lock .git/codebot-tested
 g read-tree "$tree" && {{ reset 2>/dev/null || {{ chmod -R u+rwX .; reset; }}; }}
 # 4. If the test passed, note the tree: COMMIT_SCRIPT commits this one, whatever could not
@@ -4830,7 +4846,8 @@ class Workspace:
             agent's .git -> git upload-pack  -->  git fetch, with fsck -> outbox
 
         upload-pack is the only process that opens the agent's .git. What crosses is a
-        pack.
+        pack. (git fetch itself would read a bundle, if self.repo were a file. The agent
+        cannot replace the directory: in bwrap it is a mount point.)
         """
         upload_pack = self.sandboxed(["git", "upload-pack"])
         argv = [*GIT, "-c", "fetch.fsckObjects=true", "--git-dir", self.outbox.path]
@@ -4870,6 +4887,8 @@ class Workspace:
     def inspect_commit(self, base_commit: str, commit: str) -> tuple[str, ...]:
         """Return what a commit changes, as lines of git diff --stat.
 
+        The outbox is bare and has no HEAD, so git diff takes no attributes from the
+        agent's files.
         Raises JobFailed if that may not be pushed.
         """
         inspection = Inspection(self.codebot.redact)
@@ -4891,7 +4910,9 @@ class Workspace:
         return tuple(inspection.files)
 
     def is_submodule(self, commit: str, path: str) -> bool:
-        """Return whether .gitmodules has a path; git also records other repositories."""
+        """Return whether .gitmodules has a path. If not, it is a clone that the agent
+        left in the directory: `git add` records it in the same way.
+        """
         if not path:
             return False
         options = ("--blob", f"{commit}:.gitmodules", "--fixed-value")
@@ -5798,9 +5819,9 @@ def next_step(review: Job) -> ReviewStep:
 def run_review(run: JobRun) -> None:
     """Do a review, from the comments to the answers. Each step can be repeated.
 
-    Raises ReviewSkipped if nothing is to be done. A failure is stored, posted in the
-    comments' threads, and then raised as JobFailed. Of one that ends the run before that,
-    fail_or_tell_reviewer makes a second run, which only posts it.
+    Raises ReviewSkipped if nothing is to be done. A failure of a step is stored, posted
+    in the comments' threads, and then raised as JobFailed. After any other failure
+    fail_or_tell_reviewer stores it and queues the review again, only to post it.
     """
     context = load_review(run)
     check_pull_request(run, context)
@@ -6033,7 +6054,7 @@ def classify(
     with scratch_workspace(run.config.work_dir) as path:
         name = os.path.basename(path)
         repository = context.workspace.repository
-        # The directory is passed as the mirror, too: the sandbox shows its `objects`.
+        # It is the mirror, too: the sandbox shows its `objects`. There is no outbox.
         task = dataclasses.replace(context.task, mirror=name, directory=name)
         scratch = Workspace(run, repository, task)
         prompt = f"Comments:\n{text}"
@@ -6141,6 +6162,11 @@ def push_review_commit(run: JobRun, context: ReviewContext) -> None:
 
     Never forces. If commits were removed from the branch, nothing is pushed: that
     would restore them. (What is removed just before the push is still restored.)
+
+    The branch's tip             What is done
+      has the job's commit         nothing: it is pushed
+      is the commit's parent       push
+      is anything else             put the change on top of it, and look again
     """
     for attempt in range(1, MAX_PUSHES + 1):
         check_pull_request(run, context)
@@ -6523,7 +6549,7 @@ class Sync:
             body = self.codebot.redact(self.report_text(task))
             github_repository.post_once(path, path, body, marker)
         except GitHubError as error:
-            # It was deleted, or is locked.
+            # It was deleted, or is locked, or GitHub has another reason: not tried again.
             log.warning("Task %s: no comment on its issue: %s", task.id, error)
         self.store.mark_reported(task.id)
 
@@ -6874,9 +6900,10 @@ class Cleanup:
 
 # --- Page --------------------------------------------------------------------
 
-# The page asks for the API key once and keeps it in the tab's sessionStorage. Whatever
-# an agent, a reviewer or GitHub has written is shown as text, never parsed as HTML.
-# The policy in PAGE_HEADERS allows this style, this script and requests to this server.
+# The page asks for the API key once and keeps it, like the draft of a task, in the tab's
+# sessionStorage; in localStorage is the last repository. Whatever an agent, a reviewer or
+# GitHub has written is shown as text, never parsed as HTML. The policy in PAGE_HEADERS
+# allows this style, this script and requests to this server.
 PAGE = r"""<!doctype html>
 <html lang="en">
 <head>
