@@ -6366,6 +6366,12 @@ def test_invisible_text_of_comment_does_not_reach_agent(pull: Pull) -> None:
         ("a\n> <div>\n> b <!-- c --!> d", "a\n<div>\n> b "),
         ("<div>\na <!-- b --> c <!-- d", "<div>\na  c "),
         ("a < b and <i>c</i> `<!--` d", "a < b and <i>c</i> `<!--` d"),
+        ("<https://a.example> and `<!--` b", "<https://a.example> and `<!--` b"),
+        ("<!-- a --> b <!-- c --> <!-- d", " b  "),
+        ("a\r<!-- b", "a\n"),
+        ("\ufeff<!-- b", ""),
+        ("<?a?><!-- b", "<?a?>"),
+        ("<!A><!-- b", "<!A>"),
         ("a\ufff9b\U000e0080c\U0001d173d", "abcd"),
     ],
 )
