@@ -244,7 +244,7 @@ KEPT_LINES = 400  # the last lines of a program's output that are kept
 MAX_EVENT_CHARS = 4000  # a longer event is truncated
 MAX_AGENT_EVENTS = 10_000  # events of the agent that one job may log
 LIMITED_SOURCES = ("agent", "tool", "output", "error")  # of those events
-MAX_TEST_EVENTS = 250  # events with output of one run of the tests
+MAX_TEST_EVENTS = 5000  # events with output of one run of the tests
 LOW_DISK_BYTES = 1 << 30  # warn below this much free space
 FULL_DISK_BYTES = 1 << 20  # if a program fails with less free space, that is the cause
 MIRROR_RETENTION = 30 * 86400.0  # seconds that an unused mirror is kept
@@ -5550,15 +5550,18 @@ def join_lines(lines: Iterable[str]) -> list[str]:
 
 
 class TestOutput:
-    """Logs what one run of the tests prints; of very much, the beginning and the end."""
+    """Logs what one run of the tests prints; of a flood, the beginning and the end."""
 
     def __init__(self, run: JobRun) -> None:
         self.run = run
         self.events_left = MAX_TEST_EVENTS
         self.is_complete = True
+        self.last_lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
 
     def read(self, lines: list[str]) -> float | None:
-        texts = join_lines(last_shown(line) for line in lines)
+        shown = [last_shown(line) for line in lines]
+        self.last_lines.extend(line[:10_000] for line in shown)
+        texts = join_lines(shown)
         kept = texts[: self.events_left]
         self.events_left -= len(kept)
         if len(kept) < len(texts):
@@ -5566,9 +5569,9 @@ class TestOutput:
         self.run.log_events([("test", text) for text in kept])
         return None
 
-    def log_end(self, result: ProgramResult) -> None:
+    def log_end(self) -> None:
         if not self.is_complete:
-            end = self.run.redact("\n".join(result.stdout))[-3000:]
+            end = self.run.redact("\n".join(self.last_lines))[-3000:]
             self.run.log_event(
                 "test", f"(more output is not kept; it ends with:)\n{end}"
             )
@@ -5588,8 +5591,11 @@ def run_test_command(
         argv=["sh", "-c", TEST_SCRIPT, "sh", command],
         on_lines=output.read,
     )
-    result = workspace.run_work(test, start)
-    output.log_end(result)
+    try:
+        result = workspace.run_work(test, start)
+    finally:
+        output.log_end()
+    run.log_event("test", f"Exit code {result.code}")
     return result
 
 

@@ -4696,6 +4696,17 @@ def test_long_output_of_tests_is_logged_to_its_end(shared: Site) -> None:
     assert output == ["$ seq 10000 14000", *numbers, "Exit code 0"]
 
 
+def test_end_of_flood_is_logged_of_tests_that_are_stopped(fresh: Site) -> None:
+    fresh.server.start(limits={"MAX_TEST_EVENTS": 3}, CODEBOT_STALL_TIMEOUT="2")
+    command = "seq 10000 30000; echo The end; sleep 60"
+    task = fresh.api.submit(test_command=command)
+    fresh.api.failed(task, "stalled")
+    tests = [m for m in fresh.api.messages(task) if m.startswith("test: ")]
+    assert len(tests) == 5
+    assert "not kept" in tests[-1]
+    assert tests[-1].endswith("\n30000\nThe end")
+
+
 def test_flood_of_output_of_tests_is_logged_with_its_beginning_and_end(
     fresh: Site,
 ) -> None:
