@@ -5344,7 +5344,7 @@ class Agent:
 # the repository's CI would not test it (GitHub docs: "Skipping workflow runs"; others
 # have their own).
 CI_SWITCH_RE = re.compile(
-    r"\[([^\[\]\n]{0,50}\b(?:skip|ci)\b[^\[\]\n]{0,50})\]", re.IGNORECASE
+    r"\[(skip[ -][^\[\]\n]{1,50}|[^\[\]\n]{1,50}[ -]skip|no[ -]ci)\]", re.IGNORECASE
 )
 
 
