@@ -595,7 +595,7 @@ class Config:
         "CODEBOT_TEST_COMMANDS", parse_test_commands, ()
     )
     launcher: tuple[str, ...] = setting("CODEBOT_LAUNCHER", parse_command, ())
-    launcher_stop: tuple[str, ...] = setting("CODEBOT_LAUNCHER_STOP", parse_command, ())
+    launcher_stop: tuple[str, ...] = setting("CODEBOT_LAUNCHER_STOP", split_words, ())
     launch_timeout: int = setting("CODEBOT_LAUNCH_TIMEOUT", parse_count, 86400)
     database: str = setting("CODEBOT_DATABASE", parse_path, "")
     search_path: str = setting("PATH", parse_search_path, os.defpath)
@@ -744,6 +744,11 @@ def unreadable_files(config: Config) -> list[str]:
 
 def conflicting_settings(config: Config) -> list[str]:
     problems = []
+    if config.variables.get("CODEBOT_ALLOWED_REPOSITORIES", "*").strip() == "":
+        problems.append(
+            "CODEBOT_ALLOWED_REPOSITORIES is empty. Name repositories, or use * to "
+            "allow all."
+        )
     if config.enable_polling and config.no_github:
         problems.append("--enable-polling and --no-github exclude each other.")
     if bool(config.tls_cert) != bool(config.tls_key):
@@ -769,9 +774,7 @@ def read_config(
     variables = read_env_file(env_file, problems)
     # If it cannot be read, the settings that it holds are not reported as missing.
     was_env_file_read = not problems
-    for name, value in os.environ.items():
-        if value or name not in variables:  # an empty one does not undo a restriction
-            variables[name] = value
+    variables.update(os.environ)
     if is_server and not flags.get("work_dir"):  # `run` has one of its own
         flags = {**flags, "work_dir": Config.work_dir}  # its path is checked, too
     values = read_settings(flags, variables, problems)
@@ -800,8 +803,8 @@ class Redactor:
 
     def __init__(self, config: Config) -> None:
         self._lock = threading.Lock()  # guards _tokens and _secrets while one is added
-        # Installation tokens live an hour. Older ones of these 500 are still redacted
-        # by GITHUB_TOKEN_RE, if they have the form of github.com's.
+        # Installation tokens live an hour, JWTs 9 minutes. Tokens older than these 500
+        # are still redacted by GITHUB_TOKEN_RE, if they have the form of github.com's.
         self._tokens: collections.deque[str] = collections.deque(maxlen=500)
         self._configured = configured_secrets(config)
         self._secrets: list[str] = []
@@ -3498,11 +3501,11 @@ class Store:
             return make_job(existing), False
 
     def claim(self, job_id: str) -> Job | None:
-        """Start a job. Returns None if it must not start; then it is in no queue.
+        """Start a job. Returns None if it must not start, or has started already.
 
-        So a pending job is in a queue, or it waits until ``not_before``, when RetryTimer
-        queues it, or another job of its task stands in its way, after which after_job
-        does. (To queue it twice does no harm: it is claimed once.)
+        A pending job is in a queue; or it waits until ``not_before``, when RetryTimer
+        queues it; or another job of its task stands in its way, and after_job queues it
+        afterwards. So it need not be put back. To queue it twice does no harm.
 
         All jobs of a task use the same workspace and outbox. So a review gets its task's
         directory, branch and session, and waits until no other job uses them.
@@ -4891,8 +4894,8 @@ class Workspace:
     def inspect_commit(self, base_commit: str, commit: str) -> tuple[str, ...]:
         """Return what a commit changes, as lines of git diff --stat.
 
-        The outbox is bare and has no HEAD, so git diff takes no attributes from the
-        agent's files.
+        The outbox is bare, and its HEAD names no commit, so git diff takes no attributes
+        from the agent's files.
         Raises JobFailed if that may not be pushed.
         """
         inspection = Inspection(self.codebot.redact)
@@ -5575,7 +5578,6 @@ class TestOutput:
             self.run.log_event(
                 "test", f"(more output is not kept; it ends with:)\n{end}"
             )
-        self.run.log_event("test", f"Exit code {result.code}")
 
 
 def run_test_command(
@@ -6799,7 +6801,7 @@ def after_job(run: JobRun) -> None:
 class RetryTimer:
     """Queues jobs that are due; tests the database now and then.
 
-    The first step, when the server starts, queues everything that is pending.
+    The first step, when the server starts, queues every pending job that is due.
     """
 
     def __init__(self, codebot: Codebot, only_job: str = "") -> None:

@@ -2284,7 +2284,6 @@ def test_empty_setting_means_the_default(variable: str) -> None:
         ("CODEBOT_CLAUDE_COMMAND", "./claude", "must begin with the name of a program"),
         ("CODEBOT_SANDBOX", "bin/box {task}", "must begin with the name of a program"),
         ("CODEBOT_LAUNCHER", "bin/run --wait", "must begin with the name of a program"),
-        ("CODEBOT_LAUNCHER_STOP", "bin/stop {job}", "must begin with the name of a"),
         ("GITHUB_ENTERPRISE_URL", "https://ghe.io/?x", "must be an address like"),
         ("CODEBOT_SANDBOX", '"env X=1 podman run', "has an unclosed quote"),
         (
@@ -2362,17 +2361,13 @@ def test_allowed_pattern_that_matches_nothing_at_github_is_refused(
     assert codebot.conflicting_settings(plain) == []
 
 
-def test_empty_variable_does_not_override_env_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / ".env").write_text("CODEBOT_ALLOWED_REPOSITORIES=acme/a\n")
-    monkeypatch.setenv("CODEBOT_ALLOWED_REPOSITORIES", "")
-    config, _ = codebot.read_config({}, is_server=False)
-    assert config.allowed == ("acme/a",)
-    monkeypatch.setenv("CODEBOT_ALLOWED_REPOSITORIES", "acme/b")
-    config, _ = codebot.read_config({}, is_server=False)
-    assert config.allowed == ("acme/b",)
+def test_empty_list_of_allowed_repositories_is_refused() -> None:
+    """As templates of systemd or compose make it: it must not allow all of them."""
+    config = codebot.Config(variables={"CODEBOT_ALLOWED_REPOSITORIES": " "})
+    [problem] = codebot.conflicting_settings(config)
+    assert problem.startswith("CODEBOT_ALLOWED_REPOSITORIES is empty.")
+    config = codebot.Config(variables={"CODEBOT_ALLOWED_REPOSITORIES": "*"})
+    assert codebot.conflicting_settings(config) == []
 
 
 def test_flag_overrides_variable() -> None:
