@@ -9124,11 +9124,12 @@ class Server(http.server.ThreadingHTTPServer):
         """
         handling = ConnectionState.HANDLING
         sending = ConnectionState.SENDING
-        waiting = [c for c, e in self._connections.items() if e.state is not handling]
-        if not waiting:
+        entries = self._connections.items()
+        waiting = (c for c, e in entries if e.state not in (handling, sending))
+        reading = (c for c, e in entries if e.state is sending)
+        longest_waiting = next(itertools.chain(waiting, reading), None)
+        if longest_waiting is None:
             return False
-        unanswered = [c for c in waiting if self._connections[c].state is not sending]
-        longest_waiting = [*unanswered, *waiting][0]
         self._drop(longest_waiting)
         return True
 
