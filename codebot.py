@@ -6300,7 +6300,7 @@ def answer_body(run: JobRun, thread: str, comments: Sequence[Comment]) -> str:
         parts.append("No file was changed.")
     answer = job.outcome.answers.get(thread, "")
     parts.append(quoted("The agent", answer))
-    return truncate("\n\n".join(filter(None, parts)), 60_000)
+    return truncate("\n\n".join(part.strip() for part in parts if part), 60_000)
 
 
 # --- Looking at GitHub -------------------------------------------------------

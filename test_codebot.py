@@ -6515,6 +6515,7 @@ def test_change_is_pushed_and_answered_in_its_thread(pull: Pull) -> None:
     message = pull.site.repository.git("log", "-1", "--format=%B", pull.branch)
     assert message.endswith("\n\nThe agent says:\n\n> Done.")
     assert pull.answer() == pull.reply(comment)
+    assert "\n\n\n" not in pull.answer()
     facts, _, words = pull.answer().partition("\n> ")
     assert pull.tip() in facts
     assert f"Done {comment.id}." in words
