@@ -4601,7 +4601,7 @@ else
     tree=$(g add -A && g write-tree) || exit
 fi
 commit=$(g commit-tree -p "$base" -m "What the agent left" "$tree") &&
-g update-ref HEAD "$commit"
+g update-ref --no-deref HEAD "$commit" # the agent's branch may be locked
 """
 # Prints the files in conflict, if there are any.
 APPLY_SCRIPT = f"""{GIT_FUNCTION}

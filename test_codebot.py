@@ -4505,6 +4505,7 @@ GOOD_PLANS = {
     "unrelated history": f"git checkout -q --orphan other; {SAY_HELLO}; git add -A; "
     "git commit -qm other",
     "index lock left": f"{SAY_HELLO}; touch .git/index.lock",
+    "branch lock left": f"{SAY_HELLO}; touch .git/$(git symbolic-ref HEAD).lock",
     "unfinished merge": (
         "git checkout -q -b other; echo 1 >README.md; git commit -qam 1; "
         "git checkout -q -; echo 2 >README.md; git commit -qam 2; "
