@@ -221,7 +221,10 @@ TRANSITIONS = {
 }
 JOB_STATES = tuple(TRANSITIONS)
 
-CANCELLED_TEXT = "The task was cancelled"
+CANCELLED_TEXT = {
+    "task": "The task was cancelled",
+    "review": "The pull request was closed",
+}
 
 MAX_INTERRUPTIONS = 3  # crashes, and retries that cost money, after which a job fails
 RETRY_DELAY = 60.0  # seconds until a job is retried after a transient error
@@ -1234,6 +1237,7 @@ def end_tagged_processes(run_tag: str) -> None:
         elif time.monotonic() > deadline:
             signal_processes(processes, signal.SIGKILL)
         time.sleep(0.02)
+    log.error("Processes cannot be ended: %s", tagged_processes(run_tag))
 
 
 def base_environment(config: Config, run_tag: str) -> dict[str, str]:
@@ -3615,7 +3619,7 @@ class Store:
                     "pending",
                     "failed",
                     "cancelled",
-                    CANCELLED_TEXT,
+                    CANCELLED_TEXT["task"],
                 )
 
     def begin_push(self, job_id: str) -> bool:
@@ -4482,7 +4486,8 @@ class JobRun:
                     message = "(more events of the agent are not kept)"
             # Redacting megabytes takes time, and their end is not kept anyway.
             text = self.redact(message[:100_000])
-            events.append((source, truncate(text, MAX_EVENT_CHARS, len(message))))
+            length = len(text) + len(message[100_000:])
+            events.append((source, truncate(text, MAX_EVENT_CHARS, length)))
         self.store.add_events(self.task_id, events)
 
     def update(self, **changes: Any) -> None:
@@ -6652,7 +6657,7 @@ def run_job(codebot: Codebot, job: Job) -> None:
     except StopRequested:
         codebot.until_database_works(codebot.store.requeue, job.id)
     except Cancelled:
-        end_job(run, "failed", "cancelled", CANCELLED_TEXT)
+        end_job(run, "failed", "cancelled", CANCELLED_TEXT[job.kind])
     except (TransientError, LaunchFailed, sqlite3.OperationalError) as error:
         retry_or_fail(run, error)
     except OSError as error:
@@ -6702,7 +6707,7 @@ def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None
     job = run.job
     if status == "failed" and run.cancel.is_set():
         reason = "cancelled"  # whatever else went wrong meanwhile
-        error = CANCELLED_TEXT
+        error = CANCELLED_TEXT[job.kind]
     may_be_pushed = job.commit_id and (job.is_pushing or job.kind == "review")
     if may_be_pushed and reason not in ("", "push_rejected", "pull_request_failed"):
         error = f"{error}. Its branch {job.branch} may have been pushed"

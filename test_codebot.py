@@ -4588,6 +4588,7 @@ def test_events_keep_line_breaks_and_long_ones_are_truncated(shared: Site) -> No
         {"type": "user", "message": {"content": [bad]}},
     ]
     plan = r"say 'first\nsecond'; say 'red \u001b[31m\u0007'; say " + "x" * 5000
+    plan += "; say " + "y" * 3990 + "$ANTHROPIC_API_KEY"
     for line in lines:
         plan += f"; printf '%s\\n' {shlex.quote(json.dumps(line))}"
     shared.agent.follow(f"{plan}; {SAY_HELLO}")
@@ -4604,6 +4605,8 @@ def test_events_keep_line_breaks_and_long_ones_are_truncated(shared: Site) -> No
     [long] = [m for m in messages if m.startswith("agent: xxx")]
     assert long.count("x") == 4000
     assert "1000" in long
+    # What was redacted is not counted as missing.
+    assert "agent: " + "y" * 3990 + "***" in messages
     pushed = [m for m in messages if m.startswith("git: ")]
     assert any(result["branch_name"] in m for m in pushed)
 
@@ -6874,6 +6877,8 @@ def test_closing_ends_running_review_and_removes_workspace(shared: Site) -> None
     wait_for(lambda: not pull.workspace.exists())
     wait_for(lambda: not {"pending", "running"} & {*pull.states()})
     assert pull_state(pull) == "closed"
+    ended = shared.api.status(pull.task)["reviews"]
+    assert {review["error"] for review in ended} == {"The pull request was closed"}
     assert pull.answers() == []
     assert pull.tip() == pull.commit
     outboxes = f"outbox_{pull.task[:7]}*"
