@@ -1395,7 +1395,8 @@ def stop_launched(
         # Another thread, or an earlier server's watchdog, may be stopping it already.
         # When it is done, the record may be gone, or there may be a new one, of the next
         # launch here, which must not be ended. So the lock of the old file is only waited
-        # for, and what the name leads to now decides.
+        # for, and what the name leads to now decides. (A new record is renamed to the
+        # name: it is another file, which this lock does not hold.)
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not record.read_text().startswith(prefix):
             return True
@@ -1859,7 +1860,11 @@ class NoRedirects(urllib.request.HTTPErrorProcessor):
 
 
 def visible_text(text: str) -> str:
-    """Remove what people on GitHub do not see: comments, zero-width and bidi signs."""
+    """Remove what people on GitHub do not see: comments, zero-width and bidi signs.
+
+    For example: "a <!-- b --> c" becomes "a  c". "a <!-- b" stays, as GitHub shows it;
+    "<p>a <!-- b" becomes "<p>a ".
+    """
     text = re.sub("\r\n?", "\n", text.lstrip("\ufeff"))
     # After the last "-->" no comment ends; HTML_COMMENT_RE would search there for long.
     closed, end, rest = text.rpartition("-->")
@@ -2182,7 +2187,8 @@ class GitHub:
         entries = reply.value
         if isinstance(entries, dict):
             entries = entries.get("repositories", [])
-        # A full page is not kept: with an old one the link to a new next page is missing.
+        # A full page is not kept: at 304 the old headers count, and they would lack the
+        # link to a next page that there is now.
         is_full = isinstance(entries, list) and len(entries) >= 100
         if reply.status == 200 and "ETag" in reply.headers and not is_full:
             if len(self._replies) >= MAX_CACHED_REPLIES:
@@ -3144,7 +3150,7 @@ CREATE VIEW task_list AS
     LEFT JOIN pull_requests ON pull_requests.task_id = job.id
     WHERE job.kind = 'task';
 -- Tasks with the time of their last activity, reviews included. It is NULL while a job
--- of the task is unfinished.
+-- of the task is unfinished: then nothing of it may be removed, and its log may grow.
 CREATE VIEW task_activity AS
     SELECT task.id AS task_id, task.directory, task.mirror, task.completed_at,
         IFNULL(pull_requests.state, '') AS pr_state,
@@ -4861,6 +4867,7 @@ class Workspace:
         pack. (git fetch itself would read a bundle, if self.repo were a file. The agent
         cannot replace the directory: in bwrap it is a mount point.)
         """
+        # git adds the path, and sh runs: bwrap … -- git upload-pack '/…/repo'
         upload_pack = self.sandboxed(["git", "upload-pack"])
         argv = [*GIT, "-c", "fetch.fsckObjects=true", "--git-dir", self.outbox.path]
         argv += [*GIT_FETCH, "--upload-pack", shlex.join(upload_pack), "--"]
