@@ -7701,7 +7701,7 @@ function gitLink(pullRequestUrl, kind, name) {
 }
 
 function agentText({ cost_usd: cost, num_turns: turns, seconds }) {
-  const parts = [`${turns} turns`, formatDuration(Math.round(seconds))];
+  const parts = [`Turns: ${turns}`, formatDuration(Math.round(seconds))];
   if (cost !== null) parts.push(`$${cost.toFixed(2)}`);
   return parts.join(' · ');
 }
