@@ -2438,8 +2438,10 @@ class GitHubRepository:
         for payload in self.pages(path):
             comment = parse_comment(kind, payload)
             if comment is not None:
-                updated_at = payload.get("updated_at") or comment.created_at
-                yield str(updated_at), comment
+                updated_at = comment.created_at  # GitHub reviews have no such time
+                if kind != "review":
+                    updated_at = str(payload["updated_at"])
+                yield updated_at, comment
 
     def reload_comment(self, number: int, comment: Comment) -> Comment | None:
         """Return a comment as GitHub has it now; None if it is no longer there."""
