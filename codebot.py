@@ -5361,7 +5361,8 @@ class Agent:
 # the repository's CI would not test it (GitHub docs: "Skipping workflow runs"; others
 # have their own).
 CI_SWITCH_RE = re.compile(
-    r"\[(skip[ -][^\[\]\n]{1,50}|[^\[\]\n]{1,50}[ -]skip|no[ -]ci)\]", re.IGNORECASE
+    r"\[( *skip[ _-][^\[\]\n]{1,50}|[^\[\]\n]{1,50}[ _-]skip *| *no[ _-]ci *)\]",
+    re.IGNORECASE,
 )
 
 

@@ -4851,18 +4851,24 @@ def test_commit_has_app_as_author_and_title_and_summary(shared: Site) -> None:
 
 
 def test_commit_message_cannot_turn_off_continuous_integration(shared: Site) -> None:
-    done = "[CI skip] [no ci] [the CI run](x) cells[ci] [skip]"
+    done = "[CI skip] [no ci] [skip_ci] [ ci-skip ] [the CI run](x) cells[ci] [skip]"
     shared.agent.follow(f"echo hello >'[ci skip]'; result 'Done {done}.'")
     text = "Say hello [skip ci] ***no_ci***"
     task = shared.api.submit(text, ticket_id="[skip actions]")
     branch = shared.api.completed(task)["branch_name"]
     message = shared.repository.git("log", "-1", "--format=%B", branch)
     assert message.startswith("(skip actions): Say hello (skip ci) (no_ci)\n")
-    assert "> Done (CI skip) (no ci) [the CI run](x) cells[ci] [skip]." in message
+    assert (
+        "> Done (CI skip) (no ci) (skip_ci) ( ci-skip ) [the CI run](x) cells[ci] [skip]."
+        in message
+    )
     # A squash merge may make a commit's message of it.
     body = shared.repository.pulls[0]["body"]
     assert "> Say hello (skip ci) (no_ci)\n" in body
-    assert "> Done (CI skip) (no ci) [the CI run](x) cells[ci] [skip]." in body
+    assert (
+        "> Done (CI skip) (no ci) (skip_ci) ( ci-skip ) [the CI run](x) cells[ci] [skip]."
+        in body
+    )
     assert " (ci skip) | 1 +" in body
 
 
