@@ -695,7 +695,7 @@ def read_settings(
                 values[field.name] = field.metadata["parse"](text)
             except ValueError as error:
                 shown = hide_password(text)
-                if name == "CODEBOT_AGENT_ENV":  # with the values by mistake?
+                if name == "CODEBOT_AGENT_ENV":  # the values may have been given, too
                     shown = re.sub("(?s)=.*", "=***", shown)
                 problems.append(f"{name} {error} (it is {shown!r}).")
     return values
