@@ -6686,16 +6686,20 @@ def test_reviews_of_one_pull_request_run_one_after_the_other(
 PUSH_BEGINS = "GET /info/refs?service=git-receive-pack"
 
 
+def let_others_push_first(pull: Pull, files: Mapping[str, str]) -> None:
+    """Let others push in the moment in which codebot's push begins."""
+
+    def push() -> None:
+        pull.site.repository.commit(files, pull.branch)
+
+    pull.site.repository.before(PUSH_BEGINS, push)
+
+
 def test_change_is_put_on_top_of_what_others_pushed_and_never_forced(
     pull: Pull,
 ) -> None:
     pull.site.agent.follow(MAKE_CHANGE)
-    text = f"{uuid.uuid4()}\n"
-
-    def push() -> None:
-        pull.site.repository.commit({"theirs": text}, pull.branch)
-
-    pull.site.repository.before(PUSH_BEGINS, push)
+    let_others_push_first(pull, {"theirs": f"{uuid.uuid4()}\n"})
     pull.site.person("alice").inline("Say more")
     review = pull.review()
     assert review["status"] == "completed"
@@ -6711,12 +6715,7 @@ def test_change_is_put_on_top_of_what_others_pushed_and_never_forced(
 def test_huge_change_is_not_put_on_top_of_what_others_pushed(pull: Pull) -> None:
     noise = "head -c 200000 /dev/urandom >noise"
     pull.site.agent.follow(f"classify change; {noise}; answer Done")
-    text = f"{uuid.uuid4()}\n"
-
-    def push() -> None:
-        pull.site.repository.commit({"theirs": text}, pull.branch)
-
-    pull.site.repository.before(PUSH_BEGINS, push)
+    let_others_push_first(pull, {"theirs": f"{uuid.uuid4()}\n"})
     pull.site.person("alice").inline("Add noise")
     review = pull.review()
     assert review["reason"] == "push_rejected"
@@ -6727,11 +6726,7 @@ def test_huge_change_is_not_put_on_top_of_what_others_pushed(pull: Pull) -> None
 def test_change_that_conflicts_with_others_is_not_pushed(pull: Pull) -> None:
     pull.site.agent.follow(MAKE_CHANGE)
     before = pull.site.repository.show(pull.branch, "hello.txt")
-
-    def push() -> None:
-        pull.site.repository.commit({"hello.txt": "goodbye\n"}, pull.branch)
-
-    pull.site.repository.before(PUSH_BEGINS, push)
+    let_others_push_first(pull, {"hello.txt": "goodbye\n"})
     pull.site.person("alice").inline("Say more")
     review = pull.review()
     assert review["status"] == "failed"
@@ -6745,12 +6740,7 @@ def test_change_that_conflicts_with_others_is_not_pushed(pull: Pull) -> None:
 def test_same_change_by_reviewer_is_named_as_the_change(pull: Pull) -> None:
     pull.site.agent.follow(MAKE_CHANGE)
     text = pull.site.repository.show(pull.branch, "hello.txt")
-
-    def push() -> None:
-        files = {"hello.txt": f"{text}\nmore\n"}
-        pull.site.repository.commit(files, pull.branch)
-
-    pull.site.repository.before(PUSH_BEGINS, push)
+    let_others_push_first(pull, {"hello.txt": f"{text}\nmore\n"})
     pull.site.person("alice").inline("Say more")
     review = pull.review()
     assert review["status"] == "completed"
