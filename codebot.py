@@ -3217,8 +3217,6 @@ class Outcome:
     error: str = ""
 
     def to_json(self) -> str:
-        if self == Outcome():
-            return "{}"  # by which waiting_review knows that nothing is done yet
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
@@ -4200,12 +4198,12 @@ def copy_workspace_of_task(db: sqlite3.Connection, review_id: str) -> None:
 def waiting_review(
     db: sqlite3.Connection, pull_request_id: int, reviewer: str
 ) -> str | None:
-    """Return the job of a reviewer that waits and has done nothing yet."""
+    """Return the job of a reviewer that waits and is not classified yet."""
     row = db.execute(
         """
         SELECT id FROM jobs
         WHERE pull_request_id = :pull_request_id AND reviewer = :reviewer
-            AND status = 'pending' AND request_kind = '' AND outcome = '{}'
+            AND status = 'pending' AND request_kind = ''
         ORDER BY seq DESC LIMIT 1
         """,
         {"pull_request_id": pull_request_id, "reviewer": reviewer},
@@ -5886,7 +5884,8 @@ def store_failure(run: JobRun, reason: str, error: str) -> None:
     outcome = dataclasses.replace(
         run.job.outcome, reason=reason, error=message, answers={}
     )
-    run.update(commit_id="", outcome=outcome)
+    kind = run.job.request_kind or "unclear"  # so that no further comment joins it
+    run.update(commit_id="", request_kind=kind, outcome=outcome)
 
 
 def load_review(run: JobRun) -> ReviewContext:
