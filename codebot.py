@@ -3936,8 +3936,6 @@ class Store:
                 job_id = waiting_review(db, pull_request.id, comment.user)
                 if job_id is None:
                     job_id = insert_review(db, pull_request.id, comment.user)
-                    if job_id is None:
-                        continue  # over the limit of a day
                     created.append(job_id)
                 assign_comment(db, comment, job_id)
             db.execute(
@@ -3985,6 +3983,22 @@ class Store:
             job_id=job_id,
         )
         return [from_row(Comment, row) for row in rows]
+
+    def reviews_of_last_day(self, pull_request_id: int) -> list[str]:
+        """Return the request kinds of a pull request's reviews that were started.
+
+        So a stranger's do not count: they wait, or they were dropped.
+        """
+        rows = self._read(
+            """
+            SELECT request_kind FROM jobs
+            WHERE pull_request_id = :id AND submitted_at > :yesterday
+                AND (status != 'pending' OR request_kind != '')
+            """,
+            id=pull_request_id,
+            yesterday=now_text(seconds_ago=86400),
+        )
+        return [row["request_kind"] for row in rows]
 
     # Issues
 
@@ -4211,35 +4225,15 @@ def waiting_review(
     return row["id"] if row else None
 
 
-def insert_review(
-    db: sqlite3.Connection, pull_request_id: int, reviewer: str
-) -> str | None:
-    """Create a review job. Returns its id, or None if there are too many today.
-
-    The first one above the daily limit is created, to say so once a day.
-    """
-    row = db.execute(
-        """
-        SELECT
-            COUNT(*) FILTER (WHERE request_kind != 'limit') AS jobs,
-            COUNT(*) FILTER (WHERE request_kind = 'limit') AS notices
-        FROM jobs
-        WHERE pull_request_id = :id AND submitted_at > :yesterday
-        """,
-        {"id": pull_request_id, "yesterday": now_text(seconds_ago=86400)},
-    ).fetchone()
-    is_limit = row["jobs"] >= DAILY_REVIEW_JOBS
-    if is_limit and row["notices"]:
-        return None
+def insert_review(db: sqlite3.Connection, pull_request_id: int, reviewer: str) -> str:
+    """Create a review job. Returns its id."""
     job_id = str(uuid.uuid4())
     db.execute(
         """
         INSERT INTO jobs (
-            id, kind, submitted_at, submitted_by, pull_request_id, reviewer,
-            request_kind
+            id, kind, submitted_at, submitted_by, pull_request_id, reviewer
         ) VALUES (
-            :id, 'review', :now, 'github:' || :reviewer, :pull_request_id, :reviewer,
-            :request_kind
+            :id, 'review', :now, 'github:' || :reviewer, :pull_request_id, :reviewer
         )
         """,
         {
@@ -4247,7 +4241,6 @@ def insert_review(
             "now": now_text(),
             "pull_request_id": pull_request_id,
             "reviewer": reviewer,
-            "request_kind": "limit" if is_limit else "",
         },
     )
     return job_id
@@ -5853,6 +5846,7 @@ def run_review(run: JobRun) -> None:
     comments = load_comments(run, context)
     if not comments:
         raise ReviewSkipped("the comments were deleted")
+    check_daily_limit(run)
     try:
         take_steps(run, context, comments)
     except JobFailed as error:
@@ -5959,6 +5953,18 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
         if comment.kind != "review":  # which takes no reactions
             context.github_repository.react(comment_path(comment))
     return comments
+
+
+def check_daily_limit(run: JobRun) -> None:
+    """Skip a review above the daily limit; only the first one of a day says so."""
+    if next_step(run.job) is not ReviewStep.CLASSIFY:
+        return
+    kinds = run.store.reviews_of_last_day(run.job.pull_request_id)
+    if len(kinds) - kinds.count("limit") <= DAILY_REVIEW_JOBS:
+        return
+    if "limit" in kinds:
+        raise ReviewSkipped("its pull request has had too many reviews today")
+    run.update(request_kind="limit")
 
 
 def add_rest_of_github_reviews(run: JobRun, context: ReviewContext) -> None:

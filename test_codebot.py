@@ -3590,28 +3590,20 @@ def test_new_comment_joins_review_that_waits_for_its_retry(
     assert [comment.id for comment in store.comments(review.id)] == [1, 2]
 
 
-def test_daily_limit_of_reviews_is_announced_once_a_day(
-    store: codebot.Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(codebot, "DAILY_REVIEW_JOBS", 2)
+def test_daily_limit_counts_reviews_that_were_started(store: codebot.Store) -> None:
     pull_request = store_pull_request(store, store_task_in_state(store, "completed"))
-
-    def kinds_of_a_day(first_comment: int) -> list[str]:
-        kinds = []
-        for number in range(5):
-            comment_id = first_comment + number
-            comment = make_comment(comment_id, f"user-{number}")
-            for job_id in store.queue_comments(pull_request, [comment]):
-                job = store.job(job_id)
-                assert job is not None
-                kinds.append(job.request_kind)
-        return kinds
-
-    assert kinds_of_a_day(1) == ["", "", "limit"]
+    store_review(store, pull_request, 1, "a-stranger")
+    assert store.reviews_of_last_day(pull_request.id) == []
+    review = store.claim(store_review(store, pull_request, 2, "alice"))
+    assert review is not None
+    store.save_progress(dataclasses.replace(review, request_kind="limit"))
+    assert store.reviews_of_last_day(pull_request.id) == ["limit"]
+    store.requeue(review.id)
+    assert store.reviews_of_last_day(pull_request.id) == ["limit"]
     with other_program(store) as database:
         sql = "UPDATE jobs SET submitted_at = ? WHERE kind = 'review'"
         database.execute(sql, [LONG_AGO])
-    assert kinds_of_a_day(11) == ["", "", "limit"]
+    assert store.reviews_of_last_day(pull_request.id) == []
 
 
 def test_review_is_not_shown_as_a_task(store: codebot.Store) -> None:
@@ -6660,6 +6652,20 @@ def test_daily_limit_is_announced_once(limited: Site) -> None:
     assert len(limited.api.reviews(other.task, 1)) == 1
     assert len(pull.reviews(3)) == 3
     assert len(pull.answers()) == 1
+
+
+def test_comments_of_strangers_do_not_use_up_daily_limit(limited: Site) -> None:
+    pull = open_pull(limited, "block; classify none")
+    limited.person("alice").comment("Thanks!")
+    limited.agent.wait_until_blocked()
+    for number in range(3):
+        limited.person(f"stranger-{number}").comment("Hello")
+    limited.person("bob").comment("Thanks!")
+    limited.agent.follow("classify none")
+    limited.agent.release()
+    kinds = [(review["reviewer"], review["kind"]) for review in pull.reviews(2)]
+    assert kinds == [("alice", "none"), ("bob", "none")]
+    assert pull.answers() == []
 
 
 def test_reviews_of_one_pull_request_run_one_after_the_other(
