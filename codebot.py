@@ -1771,7 +1771,7 @@ class AppRefused(TransientError):
     """GitHub gave the App no token, or did not accept it.
 
     The App may be suspended for a while, so the job is retried. Only a new task fails
-    at once, in find_remote: more often the App is not installed on its repository.
+    at once: more often the App is not installed on its repository.
     """
 
 
@@ -2960,10 +2960,10 @@ class Mirror(GitDirectory):
         """Raise GitFailed if the commit's trees do not pass git's fsck.
 
         A directory in which the agent changes one file becomes a new tree, which still
-        has all old entries. If one of those is malformed, fetch_into_outbox refuses the
-        agent's work, after it has cost something. So the trees are checked before. git
-        checks a part of a repository only while it indexes a pack, so they are packed,
-        without the contents of files.
+        has all old entries. If one of those is malformed, the agent's work is refused
+        later, after it has cost something. So the trees are checked before. git checks
+        a part of a repository only while it indexes a pack, so they are packed, without
+        the contents of files.
         """
         script = (
             'git -C "$1" rev-list --objects --no-object-names --filter=blob:none '
@@ -3513,9 +3513,9 @@ class Store:
     def claim(self, job_id: str) -> Job | None:
         """Start a job. Returns None if it must not start, or has started already.
 
-        A pending job is in a queue; or it waits until ``not_before``, when RetryTimer
-        queues it; or another job of its task stands in its way, and after_job queues it
-        afterwards. So it need not be put back. To queue it twice does no harm.
+        A job that must not start yet need not be put back into the queue: it is queued
+        again at its ``not_before``, and whenever another job that stands in its way
+        ends. To queue it twice does no harm.
 
         All jobs of a task use the same workspace and outbox. So a review gets its task's
         directory, branch and session, and waits until no other job uses them.
@@ -4455,7 +4455,7 @@ class JobRun:
         self.store = codebot.store
         self.redact = codebot.redact
         self.job = job
-        self.task_id = job.id  # in whose log events go; dispatch_job knows a review's
+        self.task_id = job.id  # in whose log events go; of a review, set by its worker
         self.cancel = threading.Event()
         self.run_tag = f"{codebot.run_tag}{job.id}"
         self.started = time.monotonic()
@@ -5838,8 +5838,8 @@ def run_review(run: JobRun) -> None:
     """Do a review, from the comments to the answers. Each step can be repeated.
 
     Raises ReviewSkipped if nothing is to be done. A failure of a step is stored, posted
-    in the comments' threads, and then raised as JobFailed. After any other failure
-    fail_or_tell_reviewer stores it and queues the review again, only to post it.
+    in the comments' threads, and then raised as JobFailed. After any other failure the
+    worker stores it and queues the review again, only to post it.
     """
     context = load_review(run)
     check_pull_request(run, context)
