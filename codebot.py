@@ -451,7 +451,8 @@ def split_words(text: str) -> tuple[str, ...]:
 def parse_command(text: str) -> tuple[str, ...]:
     """Refuse a relative path: in a workspace it would name a file of the repository."""
     words = split_words(text)
-    if "/" in words[0] and not words[0].startswith("/"):
+    is_relative = "/" in words[0] and not words[0].startswith("/")
+    if is_relative or not words[0]:
         raise ValueError(
             "must begin with the name of a program on PATH or with an absolute path"
         )
@@ -757,10 +758,10 @@ def conflicting_settings(config: Config) -> list[str]:
     if bool(config.tls_cert) != bool(config.tls_key):
         problems.append("--tls-cert and --tls-key must be used together.")
     for pattern in config.allowed:
-        if not (config.no_github or re.search(r"[/*?\[]", pattern)):
+        if not config.no_github and pattern != "*" and "/" not in pattern:
             problems.append(
-                f"CODEBOT_ALLOWED_REPOSITORIES: {pattern!r} matches nothing; use "
-                "owner/name."
+                f"CODEBOT_ALLOWED_REPOSITORIES: {pattern!r} is not owner/name; to "
+                "allow all repositories of an owner, write owner/*."
             )
     return problems
 

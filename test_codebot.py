@@ -2282,6 +2282,7 @@ def test_empty_setting_means_the_default(variable: str) -> None:
         ("GITHUB_API_URL", "https://ghe.io:65536", "must be an address like https://"),
         ("CODEBOT_CLAUDE_COMMAND", "bin/claude -x", "must begin with the name of a"),
         ("CODEBOT_CLAUDE_COMMAND", "./claude", "must begin with the name of a program"),
+        ("CODEBOT_CLAUDE_COMMAND", "'' -x", "must begin with the name of a program on"),
         ("CODEBOT_SANDBOX", "bin/box {task}", "must begin with the name of a program"),
         ("CODEBOT_LAUNCHER", "bin/run --wait", "must begin with the name of a program"),
         ("GITHUB_ENTERPRISE_URL", "https://ghe.io/?x", "must be an address like"),
@@ -2346,14 +2347,15 @@ def test_setting_that_is_not_utf_8_is_refused_and_not_shown(variable: str) -> No
 
 @pytest.mark.parametrize(
     ("pattern", "is_refused"),
-    [("acme", True), ("acme/*", False), ("*", False), ("acme?w[ab]", False)],
+    [("acme", True), ("acme*", True), ("acme/*", False), ("*", False), ("*/w?", False)],
 )
-def test_allowed_pattern_that_matches_nothing_at_github_is_refused(
+def test_allowed_pattern_without_owner_or_name_is_refused(
     pattern: str, is_refused: bool
 ) -> None:
     config = codebot.Config(allowed=("a/b", pattern))
     problem = (
-        f"CODEBOT_ALLOWED_REPOSITORIES: {pattern!r} matches nothing; use owner/name."
+        f"CODEBOT_ALLOWED_REPOSITORIES: {pattern!r} is not owner/name; to allow all "
+        "repositories of an owner, write owner/*."
     )
     expected = [problem] if is_refused else []
     assert codebot.conflicting_settings(config) == expected
