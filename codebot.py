@@ -3088,7 +3088,7 @@ CREATE TABLE jobs (
     CHECK ((status IN ('completed', 'failed')) = (completed_at IS NOT NULL))
 );
 CREATE INDEX jobs_by_kind ON jobs (kind, seq);
-CREATE INDEX jobs_by_status ON jobs (kind, status, seq);
+CREATE INDEX jobs_by_status ON jobs (status, kind, seq);
 CREATE INDEX jobs_by_pull_request ON jobs (pull_request_id, status, seq);
 CREATE INDEX jobs_by_directory ON jobs (directory);
 CREATE INDEX unreported_jobs ON jobs (is_reported)
@@ -3681,8 +3681,6 @@ class Store:
             """
             SELECT kind, id FROM jobs
             WHERE status = 'pending'
-                -- Always true; without it SQLite does not use jobs_by_status.
-                AND kind IN ('task', 'review')
                 AND not_before > :since AND not_before <= :now
             ORDER BY seq
             """,
