@@ -4612,12 +4612,14 @@ g apply --3way --index --whitespace=nowarn - && exit
 g diff --name-only --diff-filter=U
 exit 1
 """
-# The CLI: no telemetry and no updates; "@/path" in a prompt does not include that file.
+# The CLI: no telemetry and no updates; "@/path" in a prompt does not include that file;
+# the titles of commits, which anybody may have written, are not in the system prompt.
 AGENT_SWITCHES = (
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
     "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS",
     "CLAUDE_CODE_DISABLE_AUTO_MEMORY",
     "CLAUDE_CODE_DISABLE_ATTACHMENTS",
+    "CLAUDE_CODE_DISABLE_GIT_INSTRUCTIONS",
     "DISABLE_AUTOUPDATER",
     "DISABLE_TELEMETRY",
     "DISABLE_ERROR_REPORTING",
@@ -5296,10 +5298,7 @@ class Agent:
         """Return the CLI's command line."""
         # A change may wait long for the model. A question is answered soon, or not.
         retries = 10 if mode.is_writing else 4  # of requests to the model
-        settings = {
-            "includeCoAuthoredBy": False,
-            "env": {"CLAUDE_CODE_MAX_RETRIES": str(retries)},
-        }
+        settings = {"env": {"CLAUDE_CODE_MAX_RETRIES": str(retries)}}
         words = [*self.config.claude, "-p", "--output-format", "stream-json"]
         words += ["--verbose", "--strict-mcp-config", "--setting-sources", ""]
         words += ["--settings", json.dumps(settings), "--tools", mode.tools]
