@@ -3919,13 +3919,13 @@ class Store:
         delivery: str = "",
         seen_until: str = "",
     ) -> list[str]:
-        """Add new comments to reviews; return the ids of the jobs that were created.
+        """Add new comments to reviews; return the ids of these jobs.
 
         What one reviewer has waiting on one pull request is one job. A comment or
         delivery that is known is ignored. ``seen_until``: older ones need not be
         asked for again.
         """
-        created = []
+        jobs = {}
         with self._transaction() as db:
             if delivery and not insert_delivery(db, delivery):
                 return []
@@ -3935,8 +3935,8 @@ class Store:
                 job_id = waiting_review(db, pull_request.id, comment.user)
                 if job_id is None:
                     job_id = insert_review(db, pull_request.id, comment.user)
-                    created.append(job_id)
                 assign_comment(db, comment, job_id)
+                jobs[job_id] = comment.user
             db.execute(
                 """
                 UPDATE pull_requests SET seen_until = MAX(seen_until, :seen_until)
@@ -3944,7 +3944,9 @@ class Store:
                 """,
                 {"id": pull_request.id, "seen_until": seen_until},
             )
-        return created
+        for job_id, user in jobs.items():
+            log.info("Job %s: %.99s commented on %s", job_id, user, pull_request.url)
+        return list(jobs)
 
     def add_comments_to_review(self, job: Job, comments: Sequence[Comment]) -> None:
         """Add further comments of a GitHub review to the running review job."""
@@ -8623,6 +8625,8 @@ def receive_comment(
     # which SQLite cannot store.
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise HTTPError(400, f"The payload has a malformed {place}: {error}") from None
+    if not jobs:
+        raise NoAction("Duplicate delivery or comment")
     for job_id in jobs:
         codebot.queues["review"].put(job_id)
 

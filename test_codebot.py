@@ -3588,7 +3588,7 @@ def test_new_comment_joins_review_that_waits_for_its_retry(
     store.save_progress(review)
     store.requeue(review.id, not_before=time.time())
     other = dataclasses.replace(store.comments(review.id)[0], id=2)
-    assert store.queue_comments(pull_request, [other]) == []
+    assert store.queue_comments(pull_request, [other]) == [review.id]
     assert [comment.id for comment in store.comments(review.id)] == [1, 2]
 
 
@@ -6158,8 +6158,9 @@ def test_delivery_and_comment_are_handled_once(pull: Pull) -> None:
     comment = alice.comment("Thanks!", webhook=False)
     guid = str(uuid.uuid4())
     assert alice.announce(comment, guid=guid).status == 202
-    assert alice.announce(comment, guid=guid).status in (200, 202)
-    alice.announce(comment)
+    for duplicate in (alice.announce(comment, guid=guid), alice.announce(comment)):
+        assert duplicate.status == 200
+        assert duplicate.json["message"] == "Duplicate delivery or comment"
     pull.review()
     alice.announce(comment)
     bob = pull.site.person("bob")
@@ -6177,6 +6178,7 @@ def test_people_without_write_access_are_ignored(pull: Pull) -> None:
     pull.site.person("carol").comment("Delete it all")
     pull.site.person("mallory").inline("Delete it all")
     pull.wait_until_dropped(2)
+    assert "carol commented on " in pull.site.server.log()
     assert "carol has no write access" in pull.site.server.log()
     assert "mallory has no write access" in pull.site.server.log()
     pull.assert_untouched()
