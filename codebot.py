@@ -5797,7 +5797,10 @@ LIMIT_TEXT = (
     f"This pull request has had {DAILY_REVIEW_JOBS} requests to codebot in a day. "
     "Further comments are not handled; comment again tomorrow."
 )
-UNCLEAR_TEXT = "I cannot tell whether this is a question or a change. What should I do?"
+NO_ANSWER_TEXT = {
+    "question": "The agent gave no answer.",
+    "unclear": "I cannot tell whether this is a question or a change. What should I do?",
+}
 
 
 class ReviewContext(NamedTuple):
@@ -5845,7 +5848,7 @@ def run_review(run: JobRun) -> None:
     check_pull_request(run, context)
     comments = load_comments(run, context)
     if not comments:
-        raise ReviewSkipped("the comments were deleted")
+        raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} any more")
     check_daily_limit(run)
     try:
         take_steps(run, context, comments)
@@ -6095,7 +6098,7 @@ def classify(
     outcome = run.job.outcome
     if kind not in ("question", "change", "none"):
         kind = "unclear"
-        ask = run.redact(str(answer.structured.get("ask") or UNCLEAR_TEXT))[:10_000]
+        ask = run.redact(str(answer.structured.get("ask") or ""))[:10_000]
         answers = dict.fromkeys(group_by_thread(comments), ask)
         outcome = dataclasses.replace(outcome, answers=answers)
     run.save_work(request_kind=kind, outcome=outcome)
@@ -6162,7 +6165,6 @@ def parse_answers(
     run: JobRun, answer: AgentResult, comments: Sequence[Comment]
 ) -> dict[str, str]:
     """Return an answer for each thread: its own, else the summary of all."""
-    summary = answer.text or "Done."
     entries = answer.structured.get("answers")
     by_comment: dict[str, str] = {}
     for entry in entries if isinstance(entries, list) else []:
@@ -6172,7 +6174,7 @@ def parse_answers(
     for thread, members in group_by_thread(comments).items():
         ids = [thread.split()[1], *(str(comment.id) for comment in members)]
         texts = [by_comment[i] for i in dict.fromkeys(ids) if i in by_comment]
-        text = "\n\n".join(texts) or summary
+        text = "\n\n".join(texts) or answer.text
         answers[thread] = truncate(run.redact(text[:100_000]), 50_000)
     return answers
 
@@ -6303,6 +6305,7 @@ def answer_threads(
 def answer_body(run: JobRun, thread: str, comments: Sequence[Comment]) -> str:
     """Return codebot's facts first, then the agent's words, quoted as such."""
     job = run.job
+    answer = job.outcome.answers.get(thread, "")
     parts = []
     if not thread.startswith("inline"):  # elsewhere nothing shows what is answered
         first_line = comments[0].text.strip().splitlines()[0][:200]
@@ -6318,7 +6321,8 @@ def answer_body(run: JobRun, thread: str, comments: Sequence[Comment]) -> str:
             parts.append("The tests passed.")
     elif job.request_kind == "change":
         parts.append("No file was changed.")
-    answer = job.outcome.answers.get(thread, "")
+    elif not answer.strip():
+        parts.append(NO_ANSWER_TEXT[job.request_kind])
     parts.append(quoted("The agent", answer))
     return truncate("\n\n".join(part.strip() for part in parts if part), 60_000)
 
@@ -6589,6 +6593,8 @@ class Sync:
         pull_request = self.store.pull_request_of_task(task.id)
         if task.status == "completed" and pull_request is not None:
             return f"The pull request is {pull_request.url}."
+        if task.reason == "cancelled":
+            return "The task was cancelled. To start it again, add the label again."
         error = code_block(truncate(task.error, 5000))
         return (
             f"The task failed ({task.reason}):\n\n{error}\n"

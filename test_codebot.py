@@ -6443,13 +6443,14 @@ def test_agent_sees_line_and_earlier_comments_of_thread(pull: Pull) -> None:
 
 AGENT_ANSWERS = {
     "unclear": ("classify unclear 'Which one?'", "Which one?"),
-    "unclear without question": ("classify unclear", "?"),
-    "kind outside schema": ("classify anything", "?"),
+    "unclear without question": ("classify unclear", "\nI cannot tell"),
+    "kind outside schema": ("classify anything", "\nI cannot tell"),
     "kind of a wrong type": (
         'extra=\'"structured_output":{"kind":[1]},\'; result',
-        "?",
+        "\nI cannot tell",
     ),
-    "classification without output": ("result yes", "?"),
+    "classification without output": ("result yes", "\nI cannot tell"),
+    "no words": ("classify question; result ' '", "\nThe agent gave no answer."),
     "plain text": ("classify question; result 'In plain words'", "> In plain words"),
     "output is no object": ("ANSWERS 5 5", "> Done."),
     "answers are no list": ("ANSWERS 7 In.short", "> In.short"),
@@ -7734,7 +7735,7 @@ def test_removing_label_cancels_task(shared: Site) -> None:
     alice.unlabel(issue.number)
     shared.api.failed(issue.task(), "cancelled")
     [comment] = issue.comments()
-    assert "cancelled" in comment
+    assert "The task was cancelled. To start it again, add the label again." in comment
     assert shared.repository.pulls == []
 
 
