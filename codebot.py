@@ -226,7 +226,7 @@ CANCELLED_TEXT = {
     "review": "The pull request was closed",
 }
 
-MAX_INTERRUPTIONS = 3  # crashes, and retries that cost money, after which a job fails
+MAX_INTERRUPTIONS = 3  # crashes, and retries that cost money, until a job fails
 RETRY_DELAY = 60.0  # seconds until a job is retried after a transient error
 # Seconds after which a transient error is no longer retried.
 RETRY_LIMIT = {"task": 3600.0, "review": 86400.0}
@@ -3064,8 +3064,9 @@ CREATE TABLE jobs (
     pull_request_id INTEGER REFERENCES pull_requests(id) ON DELETE CASCADE,
     reviewer TEXT NOT NULL DEFAULT '',
     request_kind TEXT NOT NULL DEFAULT '',
-    -- Interruptions and retries: `interruptions` counts crashes, and retries that ran
-    -- the agent again; `transient_since` is when a series of transient errors began.
+    -- Interruptions and retries, since the job has last stored finished work:
+    -- `interruptions` counts crashes, and retries that ran the agent again;
+    -- `transient_since` is when a series of transient errors began.
     interruptions INTEGER NOT NULL DEFAULT 0,
     not_before REAL NOT NULL DEFAULT 0,
     transient_since REAL NOT NULL DEFAULT 0,
@@ -3655,6 +3656,7 @@ class Store:
                 base_name = :base_name,
                 base_commit = :base_commit,
                 commit_id = :commit_id,
+                interruptions = :interruptions,
                 transient_since = :transient_since,
                 outcome = :outcome
             WHERE id = :id
@@ -4496,8 +4498,8 @@ class JobRun:
         self.codebot.until_database_works(self.store.save_progress, self.job)
 
     def save_work(self, **changes: Any) -> None:
-        """Store what the agent has done, which a retry does not repeat."""
-        self.update(transient_since=0.0, **changes)
+        """Store finished work, which a retry does not repeat, and count retries anew."""
+        self.update(interruptions=0, transient_since=0.0, **changes)
         self.agent_has_run = False
 
     def update_outcome(self, **changes: Any) -> None:
@@ -5882,7 +5884,7 @@ def store_failure(run: JobRun, reason: str, error: str) -> None:
         run.job.outcome, reason=reason, error=message, answers={}
     )
     kind = run.job.request_kind or "unclear"  # so that no further comment joins it
-    run.update(commit_id="", request_kind=kind, outcome=outcome)
+    run.save_work(commit_id="", request_kind=kind, outcome=outcome)
 
 
 def load_review(run: JobRun) -> ReviewContext:
@@ -6705,12 +6707,7 @@ def dispatch_job(run: JobRun) -> None:
     pull_request = run.store.pull_request(job.pull_request_id)
     if pull_request is not None:
         run.task_id = pull_request.task_id
-    limit = MAX_INTERRUPTIONS
-    if job.kind == "review" and next_step(job) in (ReviewStep.PUSH, ReviewStep.ANSWER):
-        limit *= 2  # the paid work is done
-    elif job.kind == "review" and next_step(job) is ReviewStep.TELL_FAILURE:
-        limit *= 3  # the reviewer should hear of it
-    if job.interruptions >= limit:
+    if job.interruptions >= MAX_INTERRUPTIONS:
         raise JobFailed(
             "interrupted",
             f"The server was interrupted {job.interruptions} times during this",

@@ -7060,19 +7060,18 @@ def test_commit_that_waits_for_the_remote_is_not_lost_to_another_review(
 
 
 def test_finished_review_is_published_in_spite_of_interruptions(fresh: Site) -> None:
-    limits = {"RETRY_DELAY": 0.2, "GITHUB_ATTEMPTS": 1}
+    limits = {"RETRY_DELAY": 0.2, "GITHUB_ATTEMPTS": 1, "MAX_INTERRUPTIONS": 2}
     fresh.server.start(limits=limits)
-    pull = open_pull(fresh, MAKE_CHANGE)
+    pull = open_pull(fresh, f"block; {MAKE_CHANGE}")
     replies = "POST /pulls/1/comments/*/replies"
     fresh.repository.fail(replies, 503, b"", always=True)
     fresh.person("alice").inline("Say more")
+    fresh.agent.wait_until_blocked()
+    fresh.server.kill()
+    fresh.server.restart()
+    fresh.agent.release()
     wait_for(lambda: fresh.repository.count(replies))
     fresh.server.kill()
-    with contextlib.closing(
-        sqlite3.connect(fresh.server.work_dir / "codebot.db")
-    ) as db:
-        db.execute("UPDATE jobs SET interruptions = 3 WHERE kind = 'review'")
-        db.commit()
     fresh.github.reset_faults()
     fresh.server.restart()
     assert pull.review()["status"] == "completed"
