@@ -5543,9 +5543,11 @@ def run_tests(run: JobRun, workspace: Workspace, command: str) -> TestResult | N
             )
         if attempt < attempts:
             repair(run, workspace, command, result, attempt + 1, attempts)
+    end = "\n".join(result.stdout)[-1500:].strip()
     raise JobFailed(
         "tests_failed",
-        f"The tests still fail (exit code {result.code}): {result.error}",
+        f"The tests still fail (exit code {result.code}). "
+        f"Their output ends with:\n{end}",
     )
 
 
@@ -6435,6 +6437,7 @@ class Sync:
             self.store.save_pull_request_state(
                 pull_request.id, current.state, current.full_name
             )
+            log.info("Pull request %s is %s now", pull_request.url, current.state)
         if current.state != "open":
             self.end_reviews(pull_request.id)
         elif repository_at(github_repository).is_allowed(self.config):
@@ -8364,7 +8367,7 @@ def task_result(codebot: Codebot, job: Job) -> dict[str, object]:
         "num_turns": outcome.num_turns,
         "session_id": outcome.session_id,
         "files": outcome.files,
-        "seconds": outcome.seconds,
+        "seconds": round(outcome.seconds, 3),
     }
     pull_request = codebot.store.pull_request_of_task(job.id)
     if pull_request:
@@ -8567,8 +8570,8 @@ def take_delivery(
     except NoAction as reason:
         status = 200
         message = str(reason)
-    action = payload.get("action")
-    log.info("Delivery %.99s (%.99s %.99s): %s", guid, event, action, message)
+    action = payload.get("action", "no action")
+    log.info("Delivery %.99s (%.99s, %.99s): %s", guid, event, action, message)
     return json_response({"message": message}, status)
 
 

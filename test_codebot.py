@@ -4720,9 +4720,12 @@ def test_flood_of_output_of_tests_is_logged_with_its_beginning_and_end(
 
 
 def test_tests_that_keep_failing_fail_task_and_nothing_is_pushed(shared: Site) -> None:
-    task = shared.api.submit(test_command="echo it is broken; exit 7")
+    task = shared.api.submit(test_command="echo it is broken; seq 6; exit 7")
     error = shared.api.failed(task, "tests_failed")
-    assert "it is broken" in error
+    assert error == (
+        "The tests still fail (exit code 7). Their output ends with:\n"
+        "it is broken\n1\n2\n3\n4\n5\n6"
+    )
     assert len(shared.agent.runs()) == 2
     assert shared.repository.branches() == ["main"]
     [workspace] = shared.server.work_dir.glob(f"task_{task[:7]}/repo")
