@@ -5733,9 +5733,10 @@ def code_block(text: str) -> str:
 
 
 def pull_request_body(run: JobRun) -> str:
-    """Return codebot's facts first, then the submitter's and the agent's words."""
+    """Return the task, codebot's facts, and the agent's words."""
     job = run.job
     outcome = job.outcome
+    speaker = f"Issue #{job.issue_number}" if job.issue_number else "The submitter"
     tests = "No test command was given.\n"
     if outcome.tests is not None:
         command = code_block(truncate(outcome.tests.command, 1000))
@@ -5747,7 +5748,7 @@ def pull_request_body(run: JobRun) -> str:
         facts.append(f"Closes #{job.issue_number}")
     redact = run.redact  # before truncating, which could cut a secret
     task_words = truncate(redact(task_text(job.request)), 10_000)
-    task = quoted("The submitter", task_words)
+    task = quoted(speaker, task_words)
     files = code_block(truncate("\n".join(outcome.files), 10_000))
     summary = quoted("The agent", truncate(outcome.summary, 20_000))
     body = (
@@ -5864,6 +5865,7 @@ def run_review(run: JobRun) -> None:
     outcome = run.job.outcome
     if outcome.error:
         raise JobFailed(outcome.reason, outcome.error)
+    run.log_event("codebot", f"Review completed ({run.job.request_kind})")
 
 
 def take_steps(

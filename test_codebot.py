@@ -6501,6 +6501,7 @@ def test_thanks_get_no_answer(pull: Pull) -> None:
     assert review["kind"] == "none"
     assert review["answer"] is None
     assert pull.answers() == []
+    assert pull.site.api.messages(pull.task)[-1] == "codebot: Review completed (none)"
     assert len(pull.site.agent.runs()) == 1
 
 
@@ -7421,6 +7422,7 @@ def test_labelled_issue_becomes_task_and_pull_request(shared: Site) -> None:
     [pull] = shared.repository.pulls
     assert pull["title"] == "1: Greet people"
     assert "Closes #1\n" in pull["body"]
+    assert "Issue #1 says:\n\n> 1: Greet people\n>\n> In a file.\n" in pull["body"]
     assert "Greet people" in issue.prompt()
     assert "In a file." in issue.prompt()
     status = shared.api.status(task)
