@@ -8789,8 +8789,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     Of http.server are setup() and finish(), which open and close rfile and wfile;
     handle(), which calls handle_one_request() until close_connection is set; and
-    parse_request(), which sets command, requestline, request_version and headers, and
-    clears close_connection for HTTP/1.1.
+    handle_expect_100(), which sends 100 Continue.
     """
 
     server: Server
@@ -8815,7 +8814,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.enter(ConnectionState.RECEIVING)
         self.command = ""
-        self.expects_continue = False
         self.is_request_read = False  # to its end: the headers, and the body if any
         response = self.respond()
         if isinstance(response, EventStream):
@@ -8847,21 +8845,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return error_response(HTTPError(500, message))
 
     def read_headers(self) -> dict[str, str]:
-        """Let http.server parse the headers, and refuse what it lets pass."""
-        head = self.read_head()
-        self.raw_requestline, _, lines = head.partition(b"\n")
-        connection_file = self.rfile
-        # parse_request() reads the headers from rfile: those that are checked already.
-        self.rfile = io.BytesIO(lines)  # type: ignore[assignment]
+        """Read the request line and the headers."""
+        request_line, _, lines = self.read_head().partition(b"\r\n")
+        self.requestline = request_line.decode()
+        self.command, self.path, self.request_version = self.requestline.split(" ")
         try:
-            self.parse_request()
-        finally:
-            self.rfile = connection_file
-        headers = strict_headers(self.request_version, self.headers)
+            message = http.client.parse_headers(io.BytesIO(lines))
+        except http.client.HTTPException:
+            raise HTTPError(431, "There are more than 100 headers") from None
+        headers = strict_headers(self.request_version, message)
+        is_http_1_1 = self.request_version == "HTTP/1.1"
         options = headers.get("connection", "").lower().replace(",", " ").split()
         # An HTTP/1.0 client may take the end of the connection for the answer's end.
-        if "close" in options or self.request_version == "HTTP/1.0":
-            self.close_connection = True
+        self.close_connection = "close" in options or not is_http_1_1
+        expectation = headers.get("expect", "").lower()
+        self.expects_continue = is_http_1_1 and expectation == "100-continue"
         self.is_request_read = "content-length" not in headers
         return headers
 
@@ -8881,21 +8879,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             head += line
         return bytes(head)
 
-    def send_error(
-        self, code: int, message: str | None = None, explain: str | None = None
-    ) -> None:
-        """Called by http.server to refuse a request that it cannot parse."""
-        raise HTTPError(code, message or "Malformed HTTP request")
-
-    def handle_expect_100(self) -> bool:
-        """Called by http.server, which would ask for the body here, before the guard."""
-        self.expects_continue = True
-        return True
-
     def dispatch(self, headers: Mapping[str, str]) -> Response | EventStream:
         """Find the route, ask its guard, read the body, and call the handler."""
-        # Not self.path, in which http.server has made // into /.
-        target = ABSOLUTE_FORM_RE.sub("", self.requestline.split(" ")[1])
+        target = ABSOLUTE_FORM_RE.sub("", self.path)
         if not target.startswith("/"):
             target = f"/{target}"
         path = target.partition("?")[0]
@@ -8910,7 +8896,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def receive_body(self, length: int) -> bytes:
         if self.expects_continue:
-            super().handle_expect_100()  # sends 100 Continue
+            self.handle_expect_100()
             self.wfile.flush()
         body = bytearray()
         while len(body) < length:
