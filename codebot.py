@@ -8477,37 +8477,41 @@ def health(codebot: Codebot, request: Request) -> Response:
 
 def metrics(codebot: Codebot, request: Request) -> Response:
     """Return what Prometheus collects (prometheus.io: "Exposition formats", 0.0.4)."""
-    tasks = codebot.store.count_pending("task")
-    reviews = codebot.store.count_pending("review")
     totals = codebot.store.totals()
-    seconds = totals.get("seconds", 0.0)
-    dollars = totals.get("dollars", 0.0)
-    samples: list[tuple[str, str, str, float | None]] = [
-        ("queue_size", "gauge", "Pending tasks.", tasks),
-        ("review_queue_size", "gauge", "Pending reviews.", reviews),
-        ("running", "gauge", "Running tasks and reviews.", len(codebot.running)),
-        ("task_seconds_total", "counter", "Seconds that jobs took.", seconds),
-        ("agent_dollars_total", "counter", "Known cost in US dollars.", dollars),
-    ]
-    if codebot.github:
-        requests = codebot.github.requests_made
-        remaining = codebot.github.rate_limit_remaining
-        samples += [
-            ("github_requests_total", "counter", "Requests to GitHub.", requests),
-            ("github_rate_remaining", "gauge", "Requests GitHub allows.", remaining),
-        ]
-    lines = [
-        "# HELP codebot_tasks Tasks by status and reason.",
-        "# TYPE codebot_tasks gauge",
-    ]
+    text = f"""\
+# HELP codebot_queue_size Pending tasks.
+# TYPE codebot_queue_size gauge
+codebot_queue_size {codebot.store.count_pending("task")}
+# HELP codebot_review_queue_size Pending reviews.
+# TYPE codebot_review_queue_size gauge
+codebot_review_queue_size {codebot.store.count_pending("review")}
+# HELP codebot_running Running tasks and reviews.
+# TYPE codebot_running gauge
+codebot_running {len(codebot.running)}
+# HELP codebot_task_seconds_total Seconds that jobs took.
+# TYPE codebot_task_seconds_total counter
+codebot_task_seconds_total {totals.get("seconds", 0.0):.15g}
+# HELP codebot_agent_dollars_total Known cost in US dollars.
+# TYPE codebot_agent_dollars_total counter
+codebot_agent_dollars_total {totals.get("dollars", 0.0):.15g}
+# HELP codebot_tasks Tasks by status and reason.
+# TYPE codebot_tasks gauge
+"""
     for status, reason, count in codebot.store.task_counts():
-        lines.append(f'codebot_tasks{{status="{status}",reason="{reason}"}} {count}')
-    for name, kind, about, value in samples:
-        if value is not None:  # GitHub has not been asked yet
-            lines.append(f"# HELP codebot_{name} {about}")
-            lines.append(f"# TYPE codebot_{name} {kind}")
-            lines.append(f"codebot_{name} {value:.15g}")
-    text = "\n".join(lines) + "\n"
+        text += f'codebot_tasks{{status="{status}",reason="{reason}"}} {count}\n'
+    github = codebot.github
+    if github:
+        text += f"""\
+# HELP codebot_github_requests_total Requests to GitHub.
+# TYPE codebot_github_requests_total counter
+codebot_github_requests_total {github.requests_made}
+"""
+    if github and github.rate_limit_remaining is not None:  # GitHub has said it
+        text += f"""\
+# HELP codebot_github_rate_remaining Requests GitHub allows.
+# TYPE codebot_github_rate_remaining gauge
+codebot_github_rate_remaining {github.rate_limit_remaining}
+"""
     headers = {"Content-Type": "text/plain; version=0.0.4"}
     return Response(200, text.encode(), headers)
 
