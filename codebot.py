@@ -7973,33 +7973,26 @@ def parse_object(data: bytes) -> dict[str, Json]:
     return fields
 
 
+@dataclasses.dataclass
 class Request:
     """A request whose headers have arrived. Its body is read when it is first needed."""
 
-    def __init__(
-        self,
-        target: str,
-        headers: Mapping[str, str],
-        client_address: str,
-        max_body: int,
-        read_body: Callable[[int], bytes],
-    ) -> None:
-        self.query = target.partition("?")[2]
-        self.headers = headers  # names in lower case
-        self.client_address = client_address
-        self.max_body = max_body
-        self._read_body = read_body
-        self._body: bytes | None = None
+    query: str
+    headers: Mapping[str, str]  # names in lower case
+    client_address: str
+    max_body: int
+    read_body: Callable[[int], bytes]
+    body_if_read: bytes | None = None
 
     def body(self) -> bytes:
         """Return the whole body. Raises HTTPError if it is too long or incomplete."""
-        if self._body is None:
+        if self.body_if_read is None:
             # int() has a limit of 4,300 digits.
             length = float(self.headers.get("content-length", "0"))
             if length > self.max_body:
                 raise HTTPError(413, f"The body is over {self.max_body:,} bytes long")
-            self._body = self._read_body(int(length))
-        return self._body
+            self.body_if_read = self.read_body(int(length))
+        return self.body_if_read
 
     def json(self, content: str) -> dict[str, Json]:
         """Return the body, a JSON object; ``content`` is what it is, for the error."""
@@ -8885,13 +8878,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def dispatch(self, headers: Mapping[str, str]) -> Response | EventStream:
         """Find the route, ask its guard, read the body, and call the handler."""
-        target = ABSOLUTE_FORM_RE.sub("", self.path)
-        if not target.startswith("/"):
-            target = f"/{target}"
-        path = target.partition("?")[0]
-        route, parameters = find_route(self.server.routes, self.command, path)
+        path, _, query = ABSOLUTE_FORM_RE.sub("", self.path).partition("?")
+        route, parameters = find_route(self.server.routes, self.command, path or "/")
         address = self.client_address[0]
-        request = Request(target, headers, address, route.max_body, self.receive_body)
+        request = Request(query, headers, address, route.max_body, self.receive_body)
         codebot = self.server.codebot
         route.guard(codebot, request)
         request.body()
