@@ -22,7 +22,7 @@ HOW TO READ THIS FILE
     III. The network    everything that can be requested from outside, and by whom
     IV.  Commands       how it is started and stopped
   If you have only an hour, read `run_program`, `sandbox_mounts`, `GitHub.send`,
-  `GitDirectory.remote_git`, `run_task` and `routes`, with what stands around them.
+  `GitDirectory.remote_git`, `run_task` and `ROUTES`, with what stands around them.
   The page stands before the rest of part III, which does not need it. Its style can be
   skipped; its script never inserts HTML.
 
@@ -147,7 +147,7 @@ WHERE THE DANGEROUS THINGS ARE, each in one place
   fork and exec             fork_watchdog; serve, with --debug
   SQL                       Store, and the steps of its transactions below it
   a change of state         Store._transition
-  what the network reaches  routes
+  what the network reaches  ROUTES
   what a browser runs       PAGE
 """
 
@@ -8690,41 +8690,39 @@ CLOSED_BY_CLIENT = getattr(select, "POLLRDHUP", select.POLLHUP)
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """A path that can be requested; ``{name}`` in it is a parameter of the handler."""
+    """A path that can be requested; its named groups are parameters of the handler."""
 
     method: str
-    path: str
+    path: str  # a regular expression
     guard: Callable[[Codebot, Request], None]
     handler: Callable[..., Response | EventStream]
     max_body: int = MAX_BODY_BYTES
 
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
-        return re.compile(re.sub(r"{(\w+)}", r"(?P<\1>[^/]+)", self.path))
+        return re.compile(self.path)
 
 
-def routes() -> list[Route]:
-    """Everything that the network can reach, with the guard that must let it pass."""
-    return [
-        Route("GET", "/", allow_anyone, page),
-        Route("GET", "/health", allow_anyone, health),
-        Route("GET", "/metrics", require_api_key, metrics),
-        Route("POST", "/webhook", require_signature, webhook, MAX_DELIVERY_BYTES),
-        Route("POST", "/api/tasks/submit", require_api_key, submit_task),
-        Route("GET", "/api/tasks", require_api_key, list_tasks),
-        Route("GET", "/api/tasks/{task_id}/status", require_api_key, task_status),
-        Route("GET", "/api/tasks/{task_id}/logs", require_api_key, task_logs),
-        Route("POST", "/api/tasks/{task_id}/cancel", require_api_key, cancel_task),
-        Route("POST", "/api/tasks/{task_id}/retry", require_api_key, retry_task),
-    ]
+TASK_PATH = "/api/tasks/(?P<task_id>[^/]+)"
+# Everything that the network can reach, with the guard that must let it pass.
+ROUTES = (
+    Route("GET", "/", allow_anyone, page),
+    Route("GET", "/health", allow_anyone, health),
+    Route("GET", "/metrics", require_api_key, metrics),
+    Route("POST", "/webhook", require_signature, webhook, MAX_DELIVERY_BYTES),
+    Route("POST", "/api/tasks/submit", require_api_key, submit_task),
+    Route("GET", "/api/tasks", require_api_key, list_tasks),
+    Route("GET", f"{TASK_PATH}/status", require_api_key, task_status),
+    Route("GET", f"{TASK_PATH}/logs", require_api_key, task_logs),
+    Route("POST", f"{TASK_PATH}/cancel", require_api_key, cancel_task),
+    Route("POST", f"{TASK_PATH}/retry", require_api_key, retry_task),
+)
 
 
-def find_route(
-    table: Sequence[Route], method: str, path: str
-) -> tuple[Route, dict[str, str]]:
+def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
     """Return the route and its parameters. Raises HTTPError 404 or 405."""
     allowed = []
-    for route in table:
+    for route in ROUTES:
         match = route.pattern.fullmatch(path)
         if match:
             methods = ["GET", "HEAD"] if route.method == "GET" else [route.method]
@@ -8736,7 +8734,7 @@ def find_route(
         message = f"Method not allowed; use {listed}"
         raise HTTPError(405, message, {"Allow": listed})
     message = f"No such path: {path[:100]}"
-    if any(route.pattern.fullmatch(f"{path}/status") for route in table):
+    if re.fullmatch(TASK_PATH, path):
         message += f"; did you mean {path[:100]}/status?"
     raise HTTPError(404, message)
 
@@ -8879,7 +8877,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def dispatch(self, headers: Mapping[str, str]) -> Response | EventStream:
         """Find the route, ask its guard, read the body, and call the handler."""
         path, _, query = ABSOLUTE_FORM_RE.sub("", self.path).partition("?")
-        route, parameters = find_route(self.server.routes, self.command, path or "/")
+        route, parameters = find_route(self.command, path or "/")
         address = self.client_address[0]
         request = Request(query, headers, address, route.max_body, self.receive_body)
         codebot = self.server.codebot
@@ -8994,7 +8992,6 @@ class Server(http.server.ThreadingHTTPServer):
         """Listen. Raises OSError if the address or the TLS files cannot be used."""
         config = codebot.config
         self.codebot = codebot
-        self.routes = routes()
         self.streams = threading.BoundedSemaphore(MAX_STREAMS)
         self._lock = threading.Lock()  # guards _connections
         # In the order in which they began to wait for a request: enter() keeps it so.
