@@ -8652,9 +8652,9 @@ def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
 # --- Routes and server -------------------------------------------------------
 #
 # The states of a connection:
-#   SHAKING_HANDS or WAITING -> RECEIVING -> HANDLING -> SENDING -> WAITING ...
-#   an event stream:            HANDLING -> SENDING -> HANDLING ... -> closed
-#   a body that is not read:    SENDING -> LINGERING -> closed
+#   WAITING -> RECEIVING -> HANDLING -> SENDING -> WAITING ...
+#   an event stream:        HANDLING -> SENDING -> HANDLING ... -> closed
+#   a body that is not read:            SENDING -> RECEIVING -> closed
 # It is closed when it has been in one for too long, or when there are too many
 # connections and it has waited longest for its client.
 #
@@ -8746,36 +8746,21 @@ def hang_up(connection: socket.socket) -> None:
         socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
-class ConnectionState(enum.IntEnum):
+class ConnectionState(enum.Enum):
     """What a connection waits for."""
 
-    SHAKING_HANDS = 1  # the client's TLS handshake, and the start of its first request
-    WAITING = 2  # a request
-    RECEIVING = 3  # the rest of the request
-    HANDLING = 4  # codebot's own handler
-    SENDING = 5  # the client, to read a part of the answer
-    LINGERING = 6  # the client, to read an error before the connection is closed
-
-
-def time_allowed(state: ConnectionState) -> float:
-    """Return the seconds that a connection may be in a state."""
-    seconds = {
-        ConnectionState.SHAKING_HANDS: REQUEST_TIMEOUT,
-        ConnectionState.WAITING: IDLE_TIMEOUT,
-        ConnectionState.RECEIVING: REQUEST_TIMEOUT,
-        ConnectionState.HANDLING: float("inf"),
-        ConnectionState.SENDING: SEND_TIMEOUT,  # each part of an answer begins anew
-        ConnectionState.LINGERING: LINGER_TIMEOUT,
-    }
-    return seconds[state]
+    WAITING = enum.auto()  # a request
+    RECEIVING = enum.auto()  # the TLS handshake, or the rest of a request
+    HANDLING = enum.auto()  # codebot's own handler
+    SENDING = enum.auto()  # the client, to read a part of the answer
 
 
 @dataclasses.dataclass
 class Connection:
     """The state of an open connection."""
 
-    state: ConnectionState
     deadline: float  # by time.monotonic()
+    state: ConnectionState = ConnectionState.WAITING
     body_bytes: int = 0  # of its request's body that are in memory
 
 
@@ -8797,17 +8782,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def handle(self) -> None:
         try:
             if isinstance(self.connection, ssl.SSLSocket):
+                self.enter(ConnectionState.RECEIVING, REQUEST_TIMEOUT)
                 self.connection.do_handshake()
             super().handle()
-        except OSError as error:  # the client left, or does not read
-            log.debug("%s: connection lost: %s", self.client_address[0], error)
+        except OSError:  # the client left, or does not read
             hang_up(self.connection)  # or finish() would wait to send the rest
+            raise
 
     def handle_one_request(self) -> None:
         self.close_connection = True
         if not self.rfile.peek(1):
             return
-        self.enter(ConnectionState.RECEIVING)
+        self.enter(ConnectionState.RECEIVING, REQUEST_TIMEOUT)
         self.command = ""
         self.is_request_read = False  # to its end: the headers, and the body if any
         response = self.respond()
@@ -8817,10 +8803,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send(response)
         if not self.is_request_read:
             self.linger()
-        self.enter(ConnectionState.WAITING)
+        self.enter(ConnectionState.WAITING, IDLE_TIMEOUT)
 
-    def enter(self, state: ConnectionState) -> None:
-        self.server.enter(self.connection, state)
+    def enter(self, state: ConnectionState, seconds: float) -> None:
+        self.server.enter(self.connection, state, seconds)
 
     def respond(self) -> Response | EventStream:
         """Return the response to the next request; most errors are answers, too."""
@@ -8883,7 +8869,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         codebot = self.server.codebot
         route.guard(codebot, request)
         request.body()
-        self.enter(ConnectionState.HANDLING)
+        self.enter(ConnectionState.HANDLING, float("inf"))
         return route.handler(codebot, request, **parameters)
 
     def receive_body(self, length: int) -> bytes:
@@ -8923,10 +8909,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def write(self, data: bytes) -> None:
         """Send what is in the buffer, and ``data``, as fast as the client reads."""
-        self.enter(ConnectionState.SENDING)
+        self.enter(ConnectionState.SENDING, SEND_TIMEOUT)
         for start in range(0, len(data), CHUNK_BYTES):
             self.wfile.write(data[start : start + CHUNK_BYTES])
-            self.enter(ConnectionState.SENDING)
+            self.enter(ConnectionState.SENDING, SEND_TIMEOUT)
         self.wfile.flush()
 
     def send_stream(self, stream: EventStream) -> None:
@@ -8950,7 +8936,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         client.register(self.connection, CLOSED_BY_CLIENT)
         for messages in events:
             self.write(messages)
-            self.enter(ConnectionState.HANDLING)
+            self.enter(ConnectionState.HANDLING, float("inf"))
             seconds = 0.0 if messages else STREAM_INTERVAL
             if client.poll(seconds * 1000):
                 return
@@ -8961,7 +8947,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         If it were left unread, the system would reset the connection, and the client
         might lose the answer.
         """
-        self.enter(ConnectionState.LINGERING)
+        self.enter(ConnectionState.RECEIVING, LINGER_TIMEOUT)
         self.connection.shutdown(socket.SHUT_WR)
         scrap = bytearray(CHUNK_BYTES)  # one: many would leave the heap full of holes
         while self.connection.recv_into(scrap):
@@ -9046,8 +9032,10 @@ class Server(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._lock:
             has_room = len(self._connections) < MAX_CONNECTIONS or self._evict()
+            if has_room:
+                deadline = time.monotonic() + IDLE_TIMEOUT
+                self._connections[request] = Connection(deadline)
         if has_room:
-            self.add_connection(request)
             self._pool.submit(self.process_request_thread, request, client_address)
         else:
             self.shutdown_request(request)
@@ -9067,8 +9055,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]
-        level = logging.DEBUG if isinstance(error, OSError) else logging.ERROR
-        log.log(level, "%s: connection lost", client_address[0], exc_info=True)
+        if isinstance(error, OSError):
+            log.debug("%s: connection lost: %s", client_address[0], error)
+        else:
+            log.exception("%s: connection lost", client_address[0])
 
     def shutdown_request(self, request: Any) -> None:
         with self._lock:
@@ -9079,15 +9069,9 @@ class Server(http.server.ThreadingHTTPServer):
                 request.unwrap()  # tells the client that nothing was cut off
         super().shutdown_request(request)
 
-    def add_connection(self, connection: socket.socket) -> None:
-        state = ConnectionState.WAITING
-        if self._tls:
-            state = ConnectionState.SHAKING_HANDS
-        deadline = time.monotonic() + time_allowed(state)
-        with self._lock:
-            self._connections[connection] = Connection(state, deadline)
-
-    def enter(self, connection: socket.socket, state: ConnectionState) -> None:
+    def enter(
+        self, connection: socket.socket, state: ConnectionState, seconds: float
+    ) -> None:
         """Note what a connection waits for from now on, and for how long it may.
 
         Raises OSError if it was closed.
@@ -9095,7 +9079,7 @@ class Server(http.server.ThreadingHTTPServer):
         with self._lock:
             entry = self._open_connection(connection)
             entry.state = state
-            entry.deadline = time.monotonic() + time_allowed(state)
+            entry.deadline = time.monotonic() + seconds
             if state is not ConnectionState.HANDLING:
                 entry.body_bytes = 0  # of a new request, or of one that is answered
             if state is ConnectionState.WAITING:  # it goes to the end of the order
@@ -9129,16 +9113,13 @@ class Server(http.server.ThreadingHTTPServer):
 
         One that reads an answer is only closed if all others are with a handler.
         """
-        handling = ConnectionState.HANDLING
-        sending = ConnectionState.SENDING
-        entries = self._connections.items()
-        waiting = (c for c, e in entries if e.state not in (handling, sending))
-        reading = (c for c, e in entries if e.state is sending)
-        longest_waiting = next(itertools.chain(waiting, reading), None)
-        if longest_waiting is None:
-            return False
-        self._drop(longest_waiting)
-        return True
+        waiting = (ConnectionState.WAITING, ConnectionState.RECEIVING)
+        for states in (waiting, (ConnectionState.SENDING,)):
+            for connection, entry in self._connections.items():
+                if entry.state in states:
+                    self._drop(connection)
+                    return True
+        return False
 
     def _drop(self, connection: socket.socket) -> None:
         self._connections.pop(connection, None)
