@@ -8053,27 +8053,18 @@ def error_response(error: HTTPError) -> Response:
 
 
 class OncePerSecond(logging.Filter):
-    """Drops what was logged less than a second ago, so that a flood fills no disk.
-
-    The next line says how many were dropped, from whichever client.
-    """
+    """Drops what was logged less than a second ago, so that a flood fills no disk."""
 
     def __init__(self) -> None:
         super().__init__()
         # By message, without a lock: two threads at once write two lines, at worst.
-        self._last_logged: dict[str, float] = {}
-        self._dropped: collections.Counter[str] = collections.Counter()
+        self._next_time: dict[str, float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        message = record.msg
         now = time.monotonic()
-        if now < self._last_logged.get(message, -1.0) + 1.0:
-            self._dropped[message] += 1
+        if now < self._next_time.get(record.msg, 0.0):
             return False
-        self._last_logged[message] = now
-        dropped = self._dropped.pop(message, 0)
-        if dropped:
-            record.msg = f"{message} (and {dropped} more since the last such line)"
+        self._next_time[record.msg] = now + 1.0
         return True
 
 
