@@ -8517,19 +8517,6 @@ class NoAction(Exception):
     """A delivery needs no action; the message says why."""
 
 
-def payload_field(payload: JsonObject, path: str, kind: type) -> Json:
-    """Return a field, such as "issue.number". Raises HTTPError if it is not there."""
-    value: Json = payload
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    is_valid = type(value) is kind
-    if kind is int:
-        is_valid = is_valid and 0 < value < 2**63  # as SQLite stores it
-    if not is_valid:
-        raise HTTPError(400, f"The payload lacks {path}, {JSON_TYPES[kind]}")
-    return value
-
-
 def webhook(codebot: Codebot, request: Request) -> Response:
     """Accept a delivery of GitHub's. A comment is on disk before the answer.
 
@@ -8560,12 +8547,18 @@ def take_delivery(
     except NoAction as reason:
         status = 200
         message = str(reason)
+    except KeyError as error:
+        raise HTTPError(400, f"The payload of {event} lacks {error}") from None
+    # OverflowError, and a ValueError of half a surrogate pair: SQLite cannot store it.
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        raise HTTPError(400, f"The payload of {event} is malformed") from None
     action = payload.get("action", "no action")
     log.info("Delivery %.99s (%.99s, %.99s): %s", guid, event, action, message)
     return json_response({"message": message}, status)
 
 
 def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) -> None:
+    """Note what a delivery is about. If it is malformed, raises what that leads to."""
     action = payload.get("action")
     installation = payload.get("installation")
     installation_id = codebot.config.installation_id
@@ -8591,8 +8584,8 @@ def remember_delivery(codebot: Codebot, guid: str) -> None:
 
 
 def pull_request_of(codebot: Codebot, payload: JsonObject, subject: str) -> PullRequest:
-    repository_id = payload_field(payload, "repository.id", int)
-    number = payload_field(payload, f"{subject}.number", int)
+    repository_id = int(payload["repository"]["id"])
+    number = int(payload[subject]["number"])
     pull_request = codebot.store.pull_request_by_number(repository_id, number)
     if pull_request is None:
         raise NoAction("Not a pull request that codebot opened")
@@ -8606,21 +8599,13 @@ def receive_comment(
     subject = "pull_request"
     if event == "issue_comment":
         subject = "issue"
-        if not payload_field(payload, "issue", dict).get("pull_request"):
+        if not payload["issue"].get("pull_request"):
             raise NoAction("A comment on an issue")
     pull_request = pull_request_of(codebot, payload, subject)
-    payload_field(payload, f"{place}.id", int)  # raises if it is no id
-    try:
-        comment = parse_comment(kind, payload_field(payload, place, dict))
-        if comment is None:
-            raise NoAction("Bot, deleted user or empty comment")
-        jobs = codebot.store.queue_comments(pull_request, [comment], delivery=guid)
-    except KeyError as error:
-        raise HTTPError(400, f"The payload lacks {place}.{error.args[0]}") from None
-    # ValueError, OverflowError: also half a surrogate pair or a number over 64 bits,
-    # which SQLite cannot store.
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise HTTPError(400, f"The payload has a malformed {place}: {error}") from None
+    comment = parse_comment(kind, payload[place])
+    if comment is None:
+        raise NoAction("Bot, deleted user or empty comment")
+    jobs = codebot.store.queue_comments(pull_request, [comment], delivery=guid)
     if not jobs:
         raise NoAction("Duplicate delivery or comment")
     for job_id in jobs:
@@ -8628,14 +8613,11 @@ def receive_comment(
 
 
 def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
-    label = payload_field(payload, "label.name", str)
-    if (
-        not codebot.config.issue_label
-        or label.lower() != codebot.config.issue_label.lower()
-    ):
+    label = payload["label"]["name"].lower()
+    if not label or label != codebot.config.issue_label.lower():
         raise NoAction("Not the label that makes an issue a task")
-    repository_id = payload_field(payload, "repository.id", int)
-    number = payload_field(payload, "issue.number", int)
+    repository_id = int(payload["repository"]["id"])
+    number = int(payload["issue"]["number"])
     remember_delivery(codebot, guid)
     codebot.sync_queue.put(IssueChanged(repository_id, number))
 
