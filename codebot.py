@@ -9709,43 +9709,39 @@ def demo_config(directory: str) -> Config:
     )
 
 
-def demo_git(codebot: Codebot, script: str, *arguments: str) -> list[str]:
-    argv = ["sh", "-c", script, "sh", *arguments]
-    result = run_program(argv, base_environment(codebot.config, codebot.run_tag))
+def run_for_demo(codebot: Codebot, *command: str) -> list[str]:
+    result = run_program(command, base_environment(codebot.config, codebot.run_tag))
     if result.code != 0:
-        raise ConfigError(f"The demo's repository cannot be made: {result.error}")
+        raise ConfigError(f"The demo's repository cannot be used: {result.error}")
     return result.stdout
 
 
-class DemoClient:
-    """A client of the API, as anybody could write one."""
+def show_task(codebot: Codebot, port: int, fields: Mapping[str, str]) -> Json:
+    """Submit a task, as any client could, and print its states and phases.
 
-    def __init__(self, codebot: Codebot, port: int) -> None:
-        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        self.key = codebot.config.api_keys[0]
-
-    def request(
-        self, method: str, path: str, body: str = "", accept: str = "application/json"
-    ) -> http.client.HTTPResponse:
-        headers = {"Authorization": f"Bearer {self.key}", "Accept": accept}
-        self.connection.request(method, f"/api/tasks/{path}", body, headers)
-        return self.connection.getresponse()
-
-    def show_task(self, fields: Mapping[str, str]) -> Json:
-        """Submit a task and print its states and phases. Returns its last status."""
-        task = json.load(self.request("POST", "submit", json.dumps(fields)))
-        print(f"Task:        {task['status']}", flush=True)
-        path = f"{task['task_id']}/logs"
-        is_running = False
-        for line in self.request("GET", path, accept="text/event-stream"):
-            if line.startswith(b"data:") and b'"source": "phase"' in line:
-                if not is_running:
-                    print("Task:        running")
-                is_running = True
-                print(f"             {json.loads(line[5:])['message']}", flush=True)
-        task = json.load(self.request("GET", f"{task['task_id']}/status"))
-        print(f"Task:        {task['status']}\n")
-        return task
+    Returns its last status.
+    """
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    headers = {
+        "Authorization": f"Bearer {codebot.config.api_keys[0]}",
+        "Accept": "text/event-stream",  # for the log
+    }
+    client.request("POST", "/api/tasks/submit", json.dumps(fields), headers)
+    task = json.load(client.getresponse())
+    print(f"Task:        {task['status']}", flush=True)
+    path = f"/api/tasks/{task['task_id']}"
+    client.request("GET", f"{path}/logs", headers=headers)
+    is_running = False
+    for line in client.getresponse():
+        if line.startswith(b"data:") and b'"source": "phase"' in line:
+            if not is_running:
+                print("Task:        running")
+            is_running = True
+            print(f"             {json.loads(line[5:])['message']}", flush=True)
+    client.request("GET", f"{path}/status", headers=headers)
+    task = json.load(client.getresponse())
+    print(f"Task:        {task['status']}\n")
+    return task
 
 
 def demo(flags: Flags) -> int:
@@ -9760,11 +9756,10 @@ def demo(flags: Flags) -> int:
         codebot = Codebot(demo_config(directory))
         set_up_process(codebot, logging.WARNING)
         codebot.open()
-        demo_git(codebot, DEMO_REPOSITORY_SCRIPT, f"{directory}/hello.git")
+        repository = f"{directory}/hello.git"
+        run_for_demo(codebot, "sh", "-c", DEMO_REPOSITORY_SCRIPT, "sh", repository)
         with running_server(codebot) as server:
-            is_completed = show_demo(
-                codebot, server.server_port, f"{directory}/hello.git"
-            )
+            is_completed = show_demo(codebot, server.server_port, repository)
             if flags["keep"]:
                 print(f"\nPage:        http://localhost:{server.server_port}/")
                 print(f"API key:     {codebot.config.api_keys[0]}")
@@ -9779,20 +9774,19 @@ def show_demo(codebot: Codebot, port: int, repository: str) -> bool:
     print(f"Repository:  {repository}")
     print("Agent:       a shell script that stands in for Claude, in no sandbox")
     print(f"Server:      http://localhost:{port}/")
-    task = DemoClient(codebot, port).show_task(
-        {
-            "repository_url": repository,
-            "description": "Add a program that says hello",
-            "test_command": "grep Hello hello.py",
-        }
-    )
+    fields = {
+        "repository_url": repository,
+        "description": "Add a program that says hello",
+        "test_command": "grep Hello hello.py",
+    }
+    task = show_task(codebot, port, fields)
     if task["status"] != "completed":
         print(task.get("error", "The demo was interrupted."))
         return False
     branch = task["result"]["branch_name"]
     print(f"The diff of {branch}, which was pushed to the repository:\n")
-    script = 'git -C "$1" show --format= "$2"'
-    print("\n".join(demo_git(codebot, script, repository, branch)))
+    command = ("git", "-C", repository, "show", "--format=", branch)
+    print("\n".join(run_for_demo(codebot, *command)))
     print('\nDone. Next: a repository of your own; see README, "Quick start".')
     return True
 
