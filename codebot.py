@@ -9411,16 +9411,18 @@ def print_banner(codebot: Codebot, port: int, pending: int) -> None:
     webhook = f"{url}/webhook"
     if codebot.github is None or not config.webhook_secret:
         webhook = "off (it needs GitHub and GITHUB_WEBHOOK_SECRET)"
-    print(f"HTTP API enabled with {len(config.api_keys)} API key(s)")
-    print(f"Starting server on port {port}...")
-    print(f"API endpoints: {url}/api/tasks/submit")
-    print(f"               {url}/api/tasks/{{task_id}}/status")
-    print(f"               {url}/api/tasks")
-    print(f"Webhook:       {webhook}")
-    print(f"Page:          {url}/")
-    print(f"Health:        {url}/health")
-    print(f"Sandbox:       {codebot.sandbox.describe()}")
-    print(f"Requeued:      {pending} job(s)", flush=True)
+    banner = f"""\
+HTTP API enabled with {len(config.api_keys)} API key(s)
+Starting server on port {port}...
+API endpoints: {url}/api/tasks/submit
+               {url}/api/tasks/{{task_id}}/status
+               {url}/api/tasks
+Webhook:       {webhook}
+Page:          {url}/
+Health:        {url}/health
+Sandbox:       {codebot.sandbox.describe()}
+Requeued:      {pending} job(s)"""
+    print(banner, flush=True)
 
 
 def file_times(config: Config) -> list[float]:
