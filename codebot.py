@@ -8452,8 +8452,6 @@ def health(codebot: Codebot, request: Request) -> Response:
     if codebot.stop.is_set():
         status = "stopping"
     value = {"status": status, **sizes}
-    if status == "unhealthy":
-        value["message"] = "The database cannot be used; see the server's log"
     if status == "healthy":
         return json_response(value)
     return json_response(value, 503, {"Retry-After": "10"})
