@@ -7983,17 +7983,6 @@ class Request:
             self.body_if_read = self.read_body(int(length))
         return self.body_if_read
 
-    def json(self, content: str) -> dict[str, Json]:
-        """Return the body, a JSON object; ``content`` is what it is, for the error."""
-        if not self.body():
-            status = 400 if "content-length" in self.headers else 411
-            message = f"The request has no body; send {content} as JSON"
-            raise HTTPError(status, message)
-        try:
-            return parse_object(self.body())
-        except ValueError as error:
-            raise HTTPError(400, f"The body {error}") from None
-
     def parameters(self, *names: str) -> dict[str, str]:
         """Return the query's parameters. Only ``names`` are accepted, each once."""
         parameters: dict[str, str] = {}
@@ -8108,8 +8097,8 @@ def require_signature(codebot: Codebot, request: Request) -> None:
 def check_signature(config: Config, request: Request) -> None:
     secret = config.webhook_secret
     if not secret or config.no_github:
-        reason = "it runs with --no-github" if secret else "set GITHUB_WEBHOOK_SECRET"
-        raise HTTPError(404, f"This server takes no webhooks: {reason}")
+        message = "Webhooks are off; they need GitHub and GITHUB_WEBHOOK_SECRET"
+        raise HTTPError(404, message)
     challenge = {"WWW-Authenticate": 'X-Hub-Signature-256 realm="codebot"'}
     signature = request.headers.get("x-hub-signature-256", "").encode("latin-1")
     if not signature:
@@ -8227,8 +8216,16 @@ def queue_task(
 
 
 def submit_task(codebot: Codebot, request: Request) -> Response:
-    task = read_task_request(codebot.config, request.json("the task"))
-    return queue_task(codebot, request, task, request.body())
+    body = request.body()
+    if not body:
+        status = 400 if "content-length" in request.headers else 411
+        raise HTTPError(status, "The request has no body; send the task as JSON")
+    try:
+        fields = parse_object(body)
+    except ValueError as error:
+        raise HTTPError(400, f"The body {error}") from None
+    task = read_task_request(codebot.config, fields)
+    return queue_task(codebot, request, task, body)
 
 
 def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
@@ -8526,10 +8523,10 @@ def take_delivery(
         raise HTTPError(415, message)
     if not guid:
         raise HTTPError(400, "X-GitHub-Delivery is missing")
-    payload = request.json("the payload")
     status = 202
     message = "Accepted"
     try:
+        payload = parse_object(request.body())
         receive_event(codebot, event, guid, payload)
     except NoAction as reason:
         status = 200
