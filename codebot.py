@@ -8960,16 +8960,13 @@ class Server(http.server.ThreadingHTTPServer):
             self.has_failed = not self.codebot.stop.is_set()
             self.codebot.stop.set()  # codebot does not run on without its server
 
-    def close(self, deadline: float) -> None:
-        """Close all connections; wait for their threads until ``deadline`` at most."""
+    def close(self) -> None:
+        """Close all connections, which ends their threads."""
         self.shutdown()
         self.server_close()
         with self._lock:
             for connection in self._connections:
                 hang_up(connection)
-        self._pool.shutdown(wait=False)
-        while self._connections and time.monotonic() < deadline:
-            time.sleep(0.01)
 
     # What serve_forever calls, in its thread
 
@@ -9241,7 +9238,6 @@ HOST_CHECKS: tuple[Check, ...] = (check_programs, check_settings, check_safety)
 
 PR_SET_DUMPABLE = 4  # of prctl(2)
 MAX_DESCRIPTORS = 65536  # open files at the same time, if the host allows so many
-CLOSE_TIMEOUT = 2.0  # seconds that connections have to end, after the workers
 # What the operating system may say when the server begins to listen.
 LISTEN_ERRORS = {
     errno.EADDRINUSE: "is in use (another codebot?). Stop it, or use another --port",
@@ -9380,7 +9376,7 @@ def running_server(codebot: Codebot) -> Iterator[Server]:
         yield server
     finally:
         stop_workers(codebot, workers)
-        server.close(time.monotonic() + CLOSE_TIMEOUT)
+        server.close()
 
 
 def print_banner(codebot: Codebot, port: int, pending: int) -> None:
