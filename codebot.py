@@ -8841,7 +8841,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return bytes(body)
 
     def send(self, response: Response) -> None:
-        if not self.is_request_read or response.status == 401:
+        if not self.is_request_read:
             self.close_connection = True
         headers = dict(response.headers)
         if response.status != 204:
