@@ -8646,7 +8646,7 @@ CLOSED_BY_CLIENT = getattr(select, "POLLRDHUP", select.POLLHUP)
 class Route:
     """A path that can be requested; its named groups are parameters of the handler."""
 
-    method: str
+    methods: Sequence[str]
     path: str  # a regular expression
     guard: Callable[[Codebot, Request], None]
     handler: Callable[..., Response | EventStream]
@@ -8657,36 +8657,34 @@ class Route:
         return re.compile(self.path)
 
 
+GET = ("GET", "HEAD")
+POST = ("POST",)
 TASK_PATH = "/api/tasks/(?P<task_id>[^/]+)"
 # Everything that the network can reach, with the guard that must let it pass.
 ROUTES = (
-    Route("GET", "/", allow_anyone, page),
-    Route("GET", "/health", allow_anyone, health),
-    Route("GET", "/metrics", require_api_key, metrics),
-    Route("POST", "/webhook", require_signature, webhook, MAX_DELIVERY_BYTES),
-    Route("POST", "/api/tasks/submit", require_api_key, submit_task),
-    Route("GET", "/api/tasks", require_api_key, list_tasks),
-    Route("GET", f"{TASK_PATH}/status", require_api_key, task_status),
-    Route("GET", f"{TASK_PATH}/logs", require_api_key, task_logs),
-    Route("POST", f"{TASK_PATH}/cancel", require_api_key, cancel_task),
-    Route("POST", f"{TASK_PATH}/retry", require_api_key, retry_task),
+    Route(GET, "/", allow_anyone, page),
+    Route(GET, "/health", allow_anyone, health),
+    Route(GET, "/metrics", require_api_key, metrics),
+    Route(POST, "/webhook", require_signature, webhook, MAX_DELIVERY_BYTES),
+    Route(POST, "/api/tasks/submit", require_api_key, submit_task),
+    Route(GET, "/api/tasks", require_api_key, list_tasks),
+    Route(GET, f"{TASK_PATH}/status", require_api_key, task_status),
+    Route(GET, f"{TASK_PATH}/logs", require_api_key, task_logs),
+    Route(POST, f"{TASK_PATH}/cancel", require_api_key, cancel_task),
+    Route(POST, f"{TASK_PATH}/retry", require_api_key, retry_task),
 )
 
 
 def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
     """Return the route and its parameters. Raises HTTPError 404 or 405."""
-    allowed = []
     for route in ROUTES:
         match = route.pattern.fullmatch(path)
+        if match and method in route.methods:
+            return route, match.groupdict()
         if match:
-            methods = ["GET", "HEAD"] if route.method == "GET" else [route.method]
-            if method in methods:
-                return route, match.groupdict()
-            allowed += methods
-    if allowed:
-        listed = ", ".join(allowed)
-        message = f"Method not allowed; use {listed}"
-        raise HTTPError(405, message, {"Allow": listed})
+            listed = ", ".join(route.methods)
+            message = f"Method not allowed; use {listed}"
+            raise HTTPError(405, message, {"Allow": listed})
     message = f"No such path: {path[:100]}"
     if re.fullmatch(TASK_PATH, path):
         message += f"; did you mean {path[:100]}/status?"
