@@ -8030,24 +8030,22 @@ def error_response(error: HTTPError) -> Response:
 # A guard lets a request pass or raises HTTPError. It runs before the handler.
 
 
-class OncePerSecond(logging.Filter):
-    """Drops what was logged less than a second ago, so that a flood fills no disk."""
+# When a message may be logged again, by its text. Without a lock: two threads at once
+# write two lines, at worst.
+next_log_time: dict[str, float] = {}
 
-    def __init__(self) -> None:
-        super().__init__()
-        # By message, without a lock: two threads at once write two lines, at worst.
-        self._next_time: dict[str, float] = {}
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        now = time.monotonic()
-        if now < self._next_time.get(record.msg, 0.0):
-            return False
-        self._next_time[record.msg] = now + 1.0
-        return True
+def is_log_due(record: logging.LogRecord) -> bool:
+    """Drop what was logged less than a second ago, so that a flood fills no disk."""
+    now = time.monotonic()
+    if now < next_log_time.get(record.msg, 0.0):
+        return False
+    next_log_time[record.msg] = now + 1.0
+    return True
 
 
 refusal_log = log.getChild("refused")
-refusal_log.addFilter(OncePerSecond())
+refusal_log.addFilter(is_log_due)
 
 
 def allow_anyone(codebot: Codebot, request: Request) -> None:
