@@ -9498,7 +9498,6 @@ def run(flags: Flags) -> int:
 # --- check -------------------------------------------------------------------
 
 CHECK_TIMEOUT = 1.5  # seconds for GitHub to answer; with a retry at most 5 in all
-MAX_CLOCK_SKEW = 30.0  # seconds
 
 
 def check_port(codebot: Codebot) -> Iterator[Finding]:
@@ -9548,7 +9547,8 @@ def check_github(codebot: Codebot) -> Iterator[Finding]:
     try:
         github.sign_jwt()
         yield Finding("ok", f"The App's key {config.key_file} can sign")
-        yield from check_app(github)
+        name = github.fetch_app()["name"]
+        yield Finding("ok", f"GitHub answers at {github.api}; the App is {name}")
         yield from check_installation(config, github)
         yield from check_repositories(config, github)
     except (GitHubError, AppRefused) as error:
@@ -9563,17 +9563,6 @@ def check_github(codebot: Codebot) -> Iterator[Finding]:
         yield Finding("FAIL", message)
     except OSError:
         return  # openssl is missing, which has been said
-
-
-def check_app(github: GitHub) -> Iterator[Finding]:
-    name = github.fetch_app()["name"]
-    yield Finding("ok", f"GitHub answers at {github.api}; the App is {name}")
-    if abs(github.clock_skew) > MAX_CLOCK_SKEW:
-        yield Finding(
-            "warn",
-            f"GitHub's clock is {github.clock_skew:+.0f} s from this host's. Set this "
-            "host's clock; until then codebot corrects it.",
-        )
 
 
 def check_installation(config: Config, github: GitHub) -> Iterator[Finding]:

@@ -12072,10 +12072,6 @@ GITHUB_PROBLEMS = {
             ["issue_comment", "pull_request_review", "pull_request_review_comment"],
         ),
     ),
-    "clock": GitHubProblem(
-        "warn  GitHub's clock is +",
-        arrange=lambda github: setattr(github, "clock_skew", 100.0),
-    ),
     "repositories": GitHubProblem(
         "FAIL  No repository can be used. Add one to the installation at GitHub, or "
         "correct CODEBOT_ALLOWED_REPOSITORIES.",
