@@ -8976,14 +8976,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._lock:
-            has_room = len(self._connections) < MAX_CONNECTIONS or self._evict()
-            if has_room:
-                deadline = time.monotonic() + IDLE_TIMEOUT
-                self._connections[request] = Connection(deadline)
-        if has_room:
-            self._pool.submit(self.process_request_thread, request, client_address)
-        else:
-            self.shutdown_request(request)
+            if len(self._connections) >= MAX_CONNECTIONS:
+                self._evict()
+            self._connections[request] = Connection(time.monotonic() + IDLE_TIMEOUT)
+        self._pool.submit(self.process_request_thread, request, client_address)
 
     def service_actions(self) -> None:
         """Close the connections that are late."""
@@ -8992,9 +8988,9 @@ class Server(http.server.ThreadingHTTPServer):
             return
         self._next_sweep = now + SWEEP_INTERVAL
         with self._lock:
-            late = [c for c, entry in self._connections.items() if entry.deadline < now]
-            for connection in late:
-                self._drop(connection)
+            for connection, entry in list(self._connections.items()):
+                if entry.deadline < now:
+                    self._drop(connection)
 
     # What the connections' threads call
 
@@ -9053,18 +9049,19 @@ class Server(http.server.ThreadingHTTPServer):
             raise ConnectionAbortedError("it was late, or closed to make room")
         return self._connections[connection]
 
-    def _evict(self) -> bool:
-        """Close the connection that has waited longest for its client; False if none is.
+    def _evict(self) -> None:
+        """Close the connection that has waited longest for its client.
 
         One that reads an answer is only closed if all others are with a handler.
+        Raises OSError, which refuses the new connection, if all are.
         """
         waiting = (ConnectionState.WAITING, ConnectionState.RECEIVING)
         for states in (waiting, (ConnectionState.SENDING,)):
             for connection, entry in self._connections.items():
                 if entry.state in states:
                     self._drop(connection)
-                    return True
-        return False
+                    return
+        raise ConnectionRefusedError("all connections are with a handler")
 
     def _drop(self, connection: socket.socket) -> None:
         self._connections.pop(connection, None)
