@@ -8178,9 +8178,8 @@ def read_task_request(config: Config, fields: Mapping[str, object]) -> TaskReque
     """Return a task as it may be stored. Raises HTTPError with a line per bad field."""
     values = {**dict.fromkeys(REQUIRED_FIELDS), **fields}
     problems = [field_problem(name, value) for name, value in values.items()]
-    problems = [problem for problem in problems if problem]
-    if problems:
-        raise HTTPError(400, "\n".join(problems))
+    if any(problems):
+        raise HTTPError(400, "\n".join(filter(None, problems)))
     texts = {name: str(value) for name, value in values.items() if value is not None}
     for name in MULTILINE_FIELDS:  # sh knows no CR LF
         texts[name] = texts.get(name, "").replace("\r\n", "\n")
@@ -8244,10 +8243,7 @@ def cancel_task(codebot: Codebot, request: Request, task_id: str) -> Response:
         raise HTTPError(409, message) from None
     log.info("Task %s: cancel requested by %s", task_id, submitter(request))
     status = find_task(codebot, task_id).status
-    message = "Task is being cancelled"
-    if status == "failed":
-        message = "Task cancelled"
-    value = {"task_id": task_id, "status": status, "message": message}
+    value = {"task_id": task_id, "status": status, "message": "Cancellation requested"}
     return json_response(value, 202)
 
 

@@ -9393,7 +9393,7 @@ def test_full_queue_gets_503_until_there_is_room(limited: Site) -> None:
         assert answer.json == {
             "task_id": waiting,
             "status": "failed",
-            "message": "Task cancelled",
+            "message": "Cancellation requested",
         }
         status = limited.api.status(waiting)
         assert status["reason"] == "cancelled"
@@ -9760,7 +9760,7 @@ def test_log_says_who_submitted_cancelled_and_retried(shared: Site) -> None:
         assert answer.json == {
             "task_id": task,
             "status": "running",
-            "message": "Task is being cancelled",
+            "message": "Cancellation requested",
         }
     assert shared.api.failed(task, "cancelled") == "The task was cancelled"
     headers = {"X-API-Key": OTHER_API_KEY}
