@@ -117,6 +117,7 @@ LIFE OF A JOB
 
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
+  accept         accepts connections, and closes those that are late
   http           one per connection, from a pool; Server's table of them has a lock
   task-N, review-N   one job at a time, from one queue each
   sync           asks GitHub what has changed
@@ -8610,7 +8611,7 @@ def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
 # happens in one thread of the pool, which keeps it until it is closed.
 
 MAX_CONNECTIONS = 512
-# One accepts; the rest are for connections whose threads have not ended yet.
+# The 16 are for connections that are closed and whose threads have not ended yet.
 POOL_THREADS = MAX_CONNECTIONS + 16
 MAX_STREAMS = 128  # event streams that are open at the same time
 MAX_BUFFERED_BYTES = 64 << 20  # of all bodies that are in memory
@@ -8927,7 +8928,7 @@ class Server(http.server.ThreadingHTTPServer):
         # In the order in which they began to wait for a request: enter() keeps it so.
         self._connections: dict[socket.socket, Connection] = {}
         self._next_sweep = 0.0
-        self.has_failed = False  # it has ended by itself
+        self.is_closed = False
         self._pool = concurrent.futures.ThreadPoolExecutor(POOL_THREADS, "http")
         self._tls: ssl.SSLContext | None = None
         if config.tls_cert:
@@ -8937,19 +8938,9 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__((config.host, config.port), Handler)
         self.server_port = self.server_address[1]
 
-    def start(self) -> None:
-        self._pool.submit(self._accept_connections)
-
-    def _accept_connections(self) -> None:
-        try:
-            self.serve_forever(SWEEP_INTERVAL)
-        finally:
-            self.has_failed = not self.codebot.stop.is_set()
-            self.codebot.stop.set()  # codebot does not run on without its server
-
     def close(self) -> None:
         """Close all connections, which ends their threads."""
-        self.shutdown()
+        self.is_closed = True
         self.server_close()
         with self._lock:
             for connection in self._connections:
@@ -8978,7 +8969,9 @@ class Server(http.server.ThreadingHTTPServer):
         self._pool.submit(self.process_request_thread, request, client_address)
 
     def service_actions(self) -> None:
-        """Close the connections that are late."""
+        """Close the connections that are late. Raises StopRequested after close()."""
+        if self.is_closed:
+            raise StopRequested()
         now = time.monotonic()
         if now < self._next_sweep:
             return
@@ -9353,7 +9346,8 @@ def running_server(codebot: Codebot) -> Iterator[Server]:
         start_thread(codebot, "sync", Sync(codebot, codebot.github).step)
     start_thread(codebot, "timer", timer.step, TIMER_INTERVAL)
     start_thread(codebot, "cleanup", Cleanup(codebot).step)
-    server.start()
+    accept = functools.partial(server.serve_forever, SWEEP_INTERVAL)
+    start_thread(codebot, "accept", accept)
     try:
         yield server
     finally:
@@ -9413,7 +9407,7 @@ def serve(flags: Flags) -> int:
     if is_changed:
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     # Do not wait for a thread that waits for GitHub: its job is pending again.
-    os._exit(1 if server.has_failed else 0)
+    os._exit(0)
 
 
 # --- run ---------------------------------------------------------------------
