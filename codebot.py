@@ -9700,9 +9700,7 @@ def demo(flags: Flags) -> int:
         # The user's own git configuration does not count.
         os.environ.update(HOME=directory, XDG_CONFIG_HOME=directory)
         pathlib.Path(directory, "agent").write_text(DEMO_AGENT_SCRIPT)
-        codebot = Codebot(demo_config(directory))
-        set_up_process(codebot, logging.WARNING)
-        codebot.open()
+        codebot = start_app(demo_config(directory), (), logging.WARNING)
         repository = f"{directory}/hello.git"
         run_for_demo(codebot, "sh", "-c", DEMO_REPOSITORY_SCRIPT, "sh", repository)
         with running_server(codebot) as server:
