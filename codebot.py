@@ -123,6 +123,7 @@ THREADS AND THEIR LOCKS
   sync           asks GitHub what has changed
   timer          queues jobs that are due, and writes to the database to see if it can
   cleanup        removes what is past its retention, packs mirrors
+  one for each running program, which waits for its end
   Store has a lock for its writing and one for its reading connection, Redactor one for
   its tokens. A forked process, the watchdog, ends what codebot left running when it dies.
 
@@ -1006,23 +1007,6 @@ class OutputFile:
         return os.fstat(self.file.fileno()).st_size
 
 
-def wait_for_exit(child: subprocess.Popen[bytes], seconds: float) -> None:
-    """Wait until a program ends, ``seconds`` at most.
-
-    Popen.wait() sleeps in growing steps, which would double the time of a short git.
-    """
-    try:
-        descriptor = os.pidfd_open(child.pid)
-    except (AttributeError, OSError):  # macOS, Linux before 5.3, or it is reaped
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(seconds)
-        return
-    waiter = select.poll()
-    waiter.register(descriptor, select.POLLIN)
-    waiter.poll(seconds * 1000)
-    os.close(descriptor)
-
-
 def wait_for_own_signal(check_stop: Callable[[], None]) -> None:
     """A program was ended by a signal. If systemd sent it to codebot as well, let that
     arrive: then it is a stop, not a failure.
@@ -1053,9 +1037,13 @@ class RunningProgram:
 
     def watch(self, on_lines: LineHandler) -> None:
         """Pass on its output until it ends. Raises what ended it early."""
+        # Popen.wait() with a timeout sleeps in growing steps, which would double the time
+        # of a short git. Without one it returns at once when the program ends.
+        waiter = threading.Thread(target=self.child.wait, daemon=True)
+        waiter.start()
         while True:
             # Checked first, so that what was printed before the exit is read.
-            has_exited = self.child.poll() is not None
+            has_exited = not waiter.is_alive()
             has_output = self.read_output(has_exited, on_lines)
             if has_exited and not has_output:
                 return
@@ -1063,7 +1051,7 @@ class RunningProgram:
                 return
             self.check_limits(time.monotonic())
             if not has_output:
-                wait_for_exit(self.child, 0.1)
+                waiter.join(0.1)
 
     def read_output(self, has_exited: bool, on_lines: LineHandler) -> bool:
         """Pass on what is new. Returns whether there was anything."""
@@ -1124,35 +1112,19 @@ def signal_group(leader: int, number: int) -> bool:
     return True
 
 
-def is_group_running(leader: int) -> bool:
-    """Return whether a process of the group still runs; a zombie does not."""
-    if not signal_group(leader, 0):
-        return False
-    if not os.path.exists("/proc/self/stat"):  # macOS
-        return True
-    for path in glob.glob("/proc/[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            # "PID (NAME) STATE PARENT GROUP ...", where NAME may have any characters
-            text = pathlib.Path(path).read_text(errors="replace")
-            state, _, group = text.rpartition(")")[2].split()[:3]
-            if int(group) == leader and state != "Z":
-                return True
-    return False
-
-
 def end_process_group(child: subprocess.Popen[bytes]) -> None:
     """End all processes of a program's group: SIGTERM, KILL_GRACE, SIGKILL.
+
+    A zombie counts until its parent, or the host's init, has read its exit code.
 
     The number is not given to a stranger meanwhile: not while the group has members, and
     then only after Linux has given out all other numbers.
     """
     deadline = time.monotonic() + KILL_GRACE
-    signal_group(child.pid, signal.SIGTERM)
-    while is_group_running(child.pid) and time.monotonic() < deadline:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(0.01)
-        if child.returncode is not None:
-            time.sleep(0.01)  # it is reaped; others of its group still run
+    is_running = signal_group(child.pid, signal.SIGTERM)
+    while is_running and time.monotonic() < deadline:
+        time.sleep(0.01)
+        is_running = signal_group(child.pid, 0)
     signal_group(child.pid, signal.SIGKILL)
     child.wait()
 
