@@ -337,13 +337,6 @@ class NoFreeNode(LimitReached):
     """No node of the cluster became free in time."""
 
 
-class LaunchFailed(Exception):
-    """The launcher could not start a program on a node, or the node failed.
-
-    Or what ran there before cannot be ended. The job is retried.
-    """
-
-
 class ReviewSkipped(Exception):
     """There is nothing, or nothing any longer, that may be done for this review."""
 
@@ -962,6 +955,26 @@ def last_shown(line: str) -> str:
     return line.rpartition("\r")[2]
 
 
+class Launch(NamedTuple):
+    """One use of CODEBOT_LAUNCHER: it runs a program on a node, when one is free.
+
+    On the node, the line ``sentinel`` is printed when the program starts, and again with
+    its exit code when it ends: what the launcher's own exit code means differs from one
+    launcher to the next.
+    """
+
+    command: Sequence[str]
+    sentinel: str
+    timeout: float  # seconds to wait for a node
+    on_start: Callable[[], None]
+
+    def wrap(self, argv: Sequence[str]) -> list[str]:
+        """Return the command line that launches ``argv`` between the two lines."""
+        # In the script, $0 is the sentinel.
+        script = ["sh", "-c", 'echo "$0"; "$@"; echo "$0 $?"', self.sentinel]
+        return [*self.command, *script, *argv]
+
+
 class OutputFile:
     """A program's output, in an unlinked file that is read while it grows.
 
@@ -1016,7 +1029,10 @@ def wait_for_own_signal(check_stop: Callable[[], None]) -> None:
 
 
 class RunningProgram:
-    """One program from its start to its end, and the limits that it is held to."""
+    """One program from its start to its end, and the limits that it is held to.
+
+    If it is launched, they begin when it starts on a node.
+    """
 
     def __init__(
         self,
@@ -1024,11 +1040,15 @@ class RunningProgram:
         stdout: OutputFile,
         stderr: OutputFile,
         limits: Limits,
+        launch: Launch | None,
     ) -> None:
         self.child = child
         self.stdout = stdout
         self.stderr = stderr
         self.limits = limits
+        self.launch = launch
+        self.is_queued = launch is not None  # it waits for a node
+        self.node_code: int | None = None  # the exit code, as printed on the node
         self.last_lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
         self.last_errors: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
         self.started = time.monotonic()
@@ -1062,7 +1082,8 @@ class RunningProgram:
             return False
         now = time.monotonic()
         self.last_output = now  # also if the line has no end yet
-        lines = self.take_lines(lines)
+        if self.launch is not None:
+            lines = self.own_lines(lines, self.launch)
         self.last_lines.extend(last_shown(line)[:10_000] for line in lines)
         self.last_errors.extend(last_shown(line)[:10_000] for line in errors)
         grace = on_lines(lines) if lines else None
@@ -1070,36 +1091,64 @@ class RunningProgram:
             self.grace_ends_at = now + grace
         return True
 
-    def take_lines(self, lines: list[str]) -> list[str]:
-        """Return the lines that are the program's own; handle those of a launcher."""
-        return lines
+    def own_lines(self, lines: list[str], launch: Launch) -> list[str]:
+        """Handle the sentinels and what the launcher says; return the other lines."""
+        own_lines = []
+        for line in lines:
+            # One of: SENTINEL; SENTINEL 0; and after a last line without an end,
+            # "textSENTINEL 0". The program cannot know the sentinel in bwrap.
+            text, separator, code = line.partition(f"{launch.sentinel} ")
+            if line == launch.sentinel and self.is_queued:
+                self.is_queued = False
+                self.started = time.monotonic()
+                self.last_errors.clear()  # what the launcher said
+                launch.on_start()
+            elif self.is_queued:
+                self.last_errors.append(line[:10_000])
+            elif separator and code.isascii() and code.isdigit():
+                self.node_code = int(code)
+                own_lines += [text] if text else []
+            else:
+                own_lines.append(line)
+        return own_lines
 
     def check_limits(self, now: float) -> None:
         if self.grace_ends_at is not None:
             return  # its work is done and counts
         self.limits.check_stop()
+        if self.stdout.is_too_large() or self.stderr.is_too_large():
+            raise TooMuchOutput()
+        if self.launch is not None and self.is_queued:
+            if now > self.started + self.launch.timeout:
+                raise NoFreeNode("no node was free")
+            return
         if now > self.started + self.limits.timeout:
             raise TimedOut()
         if now > self.last_output + self.limits.stall:
             raise Stalled()
-        self.check_size()
-
-    def check_size(self) -> None:
-        if self.stdout.is_too_large() or self.stderr.is_too_large():
-            raise TooMuchOutput()
-
-    def exit_code(self) -> int:
-        return self.child.wait()
 
     def result(self) -> ProgramResult:
-        """Return how it ended. Raises TransientError if it failed and the disk is full."""
-        code = self.exit_code()
+        """Return how it ended.
+
+        Raises TransientError if it failed and the disk is full, or if the launcher or
+        the node has failed.
+        """
+        code = self.child.wait()
+        if self.launch is not None:
+            # Without the second sentinel, something has ended it.
+            code = -signal.SIGTERM if self.node_code is None else self.node_code
         if self.grace_ends_at is None and code in SIGNAL_EXIT_CODES:
             wait_for_own_signal(self.limits.check_stop)
         result = ProgramResult(code, [*self.last_lines], [*self.last_errors])
         if code and shutil.disk_usage(tempfile.gettempdir()).free < FULL_DISK_BYTES:
             # It may not say so itself: its output is written to the same disk.
             raise TransientError(f"The disk is full: {result.error}")
+        is_launched = self.launch is not None and self.grace_ends_at is None
+        if is_launched and self.node_code is None:
+            event = "The cluster ended it"
+            if self.is_queued:
+                event = "CODEBOT_LAUNCHER failed"
+            raise TransientError(f"{event}: {result.error}")
         return result
 
 
@@ -1142,15 +1191,16 @@ def run_program(
     limits: Limits = DEFAULT_LIMITS,
     on_lines: LineHandler = ignore_lines,
     pass_fds: Sequence[int] = (),
-    make_program: Callable[..., RunningProgram] = RunningProgram,
+    launch: Launch | None = None,
 ) -> ProgramResult:
     """Run a program to its end, and end what it leaves running in its group.
 
-    ``make_program`` returns what watches it; a launcher has its own.
-    Raises what ended it early (LimitReached, StopRequested, Cancelled,
-    LaunchFailed), TransientError if it failed and the disk is full, or
-    OSError if it cannot be started.
+    Raises what ended it early (LimitReached, StopRequested, Cancelled), TransientError
+    if it failed and the disk is full, or the launcher or the node has failed, or OSError
+    if it cannot be started.
     """
+    if launch is not None:
+        argv = launch.wrap(argv)
     with contextlib.ExitStack() as files:
         stdin_file = files.enter_context(tempfile.TemporaryFile())
         stdout_file = files.enter_context(tempfile.TemporaryFile())
@@ -1170,7 +1220,7 @@ def run_program(
             start_new_session=True,
             pass_fds=pass_fds,
         )
-        program = make_program(child, stdout, stderr, limits)
+        program = RunningProgram(child, stdout, stderr, limits, launch)
         try:
             program.watch(on_lines)
         finally:
@@ -1260,82 +1310,6 @@ def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
     ]
 
 
-class Launch(NamedTuple):
-    """One use of the launcher.
-
-    On the node, the line ``sentinel`` is printed when the program starts, and again with
-    its exit code when it ends: what the launcher's own exit code means differs from one
-    launcher to the next.
-    """
-
-    sentinel: str
-    timeout: float  # seconds to wait for a node
-    on_start: Callable[[], None]
-
-    def wrap(self, config: Config, workspace: str, argv: Sequence[str]) -> list[str]:
-        """Return the command line that launches ``argv`` between the two lines.
-
-        In the script, $0 is the sentinel.
-        """
-        script = ["sh", "-c", 'echo "$0"; "$@"; echo "$0 $?"', self.sentinel]
-        return [*launcher_words(config.launcher, workspace), *script, *argv]
-
-
-class LaunchedProgram(RunningProgram):
-    """A program on a node: its limits begin when it starts there."""
-
-    def __init__(self, launch: Launch, *program: Any) -> None:
-        """Take what RunningProgram takes, after the launch."""
-        super().__init__(*program)
-        self.launch = launch
-        self.has_started = False
-        self.node_code: int | None = None  # as printed on the node
-
-    def take_lines(self, lines: list[str]) -> list[str]:
-        """Handle the sentinels and what the launcher says; return the other lines."""
-        own_lines = []
-        for line in lines:
-            # One of: SENTINEL; SENTINEL 0; and after a last line without an end,
-            # "textSENTINEL 0". The program cannot know the sentinel in bwrap.
-            text, separator, code = line.partition(f"{self.launch.sentinel} ")
-            if line == self.launch.sentinel and not self.has_started:
-                self.has_started = True
-                self.started = time.monotonic()
-                self.last_errors.clear()  # what the launcher said
-                self.launch.on_start()
-            elif not self.has_started:
-                self.last_errors.append(line[:10_000])
-            elif separator and code.isascii() and code.isdigit():
-                self.node_code = int(code)
-                own_lines += [text] if text else []
-            else:
-                own_lines.append(line)
-        return own_lines
-
-    def check_limits(self, now: float) -> None:
-        if self.has_started:
-            super().check_limits(now)
-            return
-        self.limits.check_stop()
-        self.check_size()
-        if now > self.started + self.launch.timeout:
-            raise NoFreeNode("no node was free")
-
-    def exit_code(self) -> int:
-        self.child.wait()
-        # Without the second sentinel, something has ended it.
-        return -signal.SIGTERM if self.node_code is None else self.node_code
-
-    def result(self) -> ProgramResult:
-        result = super().result()
-        if self.node_code is None and self.grace_ends_at is None:
-            event = "CODEBOT_LAUNCHER failed"
-            if self.has_started:
-                event = "The cluster ended it"
-            raise LaunchFailed(f"{event}: {result.error}")
-        return result
-
-
 # What a launcher started may outlive codebot, so it is recorded in a file, which
 # exists until CODEBOT_LAUNCHER_STOP has succeeded: run by codebot itself, by its
 # watchdog after a crash, or by the next start. Its content is the tag of the run; after
@@ -1345,15 +1319,6 @@ STOP_FAILED = "stop failed"
 
 def launch_record(config: Config, workspace: str) -> pathlib.Path:
     return pathlib.Path(config.work_dir, "launched", os.path.basename(workspace))
-
-
-def record_launch(config: Config, workspace: str, run_tag: str) -> None:
-    record = launch_record(config, workspace)
-    record.parent.mkdir(exist_ok=True)
-    # Renamed, so that nobody reads the beginning of a record.
-    new_record = pathlib.Path(config.work_dir, f"scratch_{uuid.uuid4().hex}")
-    new_record.write_text(run_tag)
-    new_record.rename(record)
 
 
 def stop_launched(
@@ -1369,18 +1334,16 @@ def stop_launched(
         # Another thread, or an earlier server's watchdog, may be stopping it already.
         # When it is done, the record may be gone, or there may be a new one, of the next
         # launch here, which must not be ended. So the lock of the old file is only waited
-        # for, and what the name leads to now decides. (A new record is renamed to the
-        # name: it is another file, which this lock does not hold.)
+        # for, and what the name leads to now decides.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not record.read_text().startswith(prefix):
             return True
         error = run_stop_command(config, workspace, run_tag)
         if error:
             log.warning("CODEBOT_LAUNCHER_STOP failed for %s: %s", record.name, error)
-            # In place, which needs no space on the disk. If it fails all the same, the
-            # next launch here, or the next start, repeats the stop.
-            with contextlib.suppress(OSError), open(record, "r+b") as file:
-                file.write(STOP_FAILED.encode())
+            # If the disk is full, the next launch here, or the next start, repeats it.
+            with contextlib.suppress(OSError):
+                record.write_text(STOP_FAILED)
             return False
         record.unlink()
     return True
@@ -1397,6 +1360,29 @@ def run_stop_command(config: Config, workspace: str, run_tag: str) -> str:
     except (OSError, LimitReached, TransientError) as error:
         return str(error) or "timed out"
     return "" if result.code == 0 else result.error
+
+
+@contextlib.contextmanager
+def launching(
+    config: Config,
+    workspace: str,
+    run_tag: str,
+    timeout: float,
+    on_start: Callable[[], None],
+) -> Iterator[Launch | None]:
+    """Record a launch, and at its end stop what is left. None without a launcher."""
+    if not config.launcher:
+        on_start()
+        yield None
+        return
+    record = launch_record(config, workspace)
+    record.parent.mkdir(exist_ok=True)
+    record.write_text(run_tag)
+    command = launcher_words(config.launcher, workspace)
+    try:
+        yield Launch(command, uuid.uuid4().hex, timeout, on_start)
+    finally:
+        stop_launched(config, workspace, run_tag)
 
 
 def stop_all_launched(config: Config, run_tag: str, prefix: str = "") -> None:
@@ -1652,30 +1638,22 @@ class Sandbox:
         script = 'echo works >probe && "$@"'
         objects = f"{workspace}/objects"
         argv = self.wrap(["sh", "-c", script, "sh", *command], workspace, objects)
-        make_program: Callable[..., RunningProgram] = RunningProgram
-        if config.launcher:
-            launch = Launch(uuid.uuid4().hex, PROBE_TIMEOUT, on_start=lambda: None)
-            argv = launch.wrap(config, workspace, argv)
-            record_launch(config, workspace, run_tag)
-            make_program = functools.partial(LaunchedProgram, launch)
         repo = f"{workspace}/repo"
         env = {**base_environment(config, run_tag), "HOME": f"{workspace}/home"}
-        limits = Limits(timeout=PROBE_TIMEOUT)
+        timeout = PROBE_TIMEOUT
+        limits = Limits(timeout)
         try:
-            result = run_program(
-                argv, env, cwd=repo, limits=limits, make_program=make_program
-            )
-        except (LaunchFailed, TransientError) as error:
+            with launching(config, workspace, run_tag, timeout, never_stop) as launch:
+                result = run_program(argv, env, cwd=repo, limits=limits, launch=launch)
+        except TransientError as error:
             raise ConfigError(f"{error}.") from None
         except TimedOut:
             raise sandbox_error("it timed out") from None
         except OSError as error:
-            problem = f"cannot start {argv[0]}: {os_error_text(error)}"
+            problem = f"cannot start {error.filename}: {os_error_text(error)}"
             if config.launcher:
                 raise ConfigError(f"CODEBOT_LAUNCHER: {problem}.") from None
             raise sandbox_error(problem) from None
-        finally:
-            stop_launched(config, workspace, run_tag)
         has_probe = os.path.exists(f"{repo}/probe")
         if not has_probe and result.code != 0:
             raise sandbox_error(result.error)
@@ -4745,28 +4723,24 @@ class Workspace:
         ``on_start`` is called when it starts, which may be when a node is free.
         """
         limits = self.run.agent_limits()
-        if not self.config.launcher:
-            on_start()
-            return self.supervise(command, limits)
+        timeout = self.config.launch_timeout
+        run_tag = self.run.run_tag
         queued_at = time.monotonic()
 
         def start() -> None:
             self.run.extend_deadline(time.monotonic() - queued_at)
             on_start()
 
-        launch = Launch(uuid.uuid4().hex, self.config.launch_timeout, start)
-        self.run.set_phase("queued")
+        if self.config.launcher:
+            self.run.set_phase("queued")
         self.stop_earlier_launch()
-        record_launch(self.config, self.path, self.run.run_tag)
-        try:
+        with launching(self.config, self.path, run_tag, timeout, start) as launch:
             return self.supervise(command, limits, launch)
-        finally:
-            stop_launched(self.config, self.path, self.run.run_tag)
 
     def stop_earlier_launch(self) -> None:
-        """End what an earlier run left on a node. Raises LaunchFailed if it cannot."""
+        """End what an earlier run left on a node. Raises TransientError if it cannot."""
         if not stop_launched(self.config, self.path, self.run.run_tag):
-            raise LaunchFailed(
+            raise TransientError(
                 "What an earlier run left on a node cannot be ended; see the server's log"
             )
 
@@ -4777,20 +4751,15 @@ class Workspace:
         launch: Launch | None = None,
     ) -> ProgramResult:
         """Run a command in the sandbox, until nothing that it started is left."""
-        argv = self.sandboxed(command.argv)
-        make_program: Callable[..., RunningProgram] = RunningProgram
-        if launch is not None:
-            argv = launch.wrap(self.config, self.path, argv)
-            make_program = functools.partial(LaunchedProgram, launch)
         try:
             return run_program(
-                argv,
+                self.sandboxed(command.argv),
                 self.environment(command.with_model_key),
                 cwd=self.repo,
                 stdin=command.stdin,
                 limits=limits,
                 on_lines=command.on_lines,
-                make_program=make_program,
+                launch=launch,
             )
         except LimitReached as error:
             raise self.run.limit_failure(error, command.name) from None
@@ -6659,7 +6628,7 @@ def run_job(codebot: Codebot, job: Job) -> None:
         codebot.until_database_works(codebot.store.requeue, job.id)
     except Cancelled:
         end_job(run, "failed", "cancelled", CANCELLED_TEXT[job.kind])
-    except (TransientError, LaunchFailed, sqlite3.OperationalError) as error:
+    except (TransientError, sqlite3.OperationalError) as error:
         retry_or_fail(run, error)
     except OSError as error:
         handle_os_error(run, error)

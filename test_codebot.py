@@ -10204,8 +10204,10 @@ def test_stop_waits_for_another_stop_of_the_same_launch(tmp_path: Path) -> None:
         launcher_stop=("sh", "-c", f"echo stop >>{tmp_path}/stops; read x <{fifo}"),
     )
     workspace = str(tmp_path / "task_1234567")
-    codebot.record_launch(config, workspace, "tag")
-    inode = codebot.launch_record(config, workspace).stat().st_ino
+    record = codebot.launch_record(config, workspace)
+    record.parent.mkdir()
+    record.write_text("tag")
+    inode = record.stat().st_ino
 
     def is_second_waiting() -> bool:
         locks = Path("/proc/locks").read_text().splitlines()
