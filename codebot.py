@@ -2046,7 +2046,7 @@ class GitHub:
         succeeded and only its response was lost.
         """
         url = path if path.startswith(f"{self.api}/") else f"{self.api}{path}"
-        refused = 0  # times that the credential was not accepted
+        has_new_token = False
         for attempt in range(self.attempts):
             reply = self.send(method, url, credential, body)
             if 200 <= reply.status < 300:
@@ -2055,17 +2055,23 @@ class GitHub:
                 target = reply.headers.get("Location", "")
                 url = self.checked_url(urllib.parse.urljoin(url, target))
                 continue
-            if reply.status == 401:
-                refused += 1
-                if refused == 1:  # a new token that is refused, too, needs only time
-                    self.forget_token(credential)
-            seconds = self.retry_delay(reply, attempt, credential)  # raises if final
-            self.pause(seconds, reply)
+            if reply.status == 401 and not has_new_token:
+                self.forget_token(credential)
+                has_new_token = True  # if it is refused, too, it needs only time
+            self.pause(self.retry_delay(reply, attempt), reply)  # raises if it is final
             if find_existing is not None:
                 existing = find_existing()
                 if existing is not None:
                     return Reply(200, existing, reply.headers)
-        raise TransientError(f"GitHub does not answer: {reply.value}")
+        if reply.status != 401:
+            raise TransientError(f"GitHub does not answer: {reply.value}")
+        if credential != AS_APP:
+            raise AppRefused(f"GitHub rejected a new token ({reply.value})")
+        raise AppRefused(
+            "GitHub rejected the App's key: GITHUB_APP_PRIVATE_KEY_PATH and "
+            f"GITHUB_APP_ID {self.config.app_id} do not belong to the same App "
+            f"({reply.value})",
+        )
 
     def send(self, method: str, url: str, credential: Credential, body: Json) -> Reply:
         """Send one request. The only place that does."""
@@ -2153,7 +2159,7 @@ class GitHub:
             raise GitHubError(0, f"GitHub refers to another host: {url}")
         return url
 
-    def retry_delay(self, reply: Reply, attempt: int, credential: Credential) -> float:
+    def retry_delay(self, reply: Reply, attempt: int) -> float:
         """Return the seconds until the next attempt. Raises GitHubError if none helps.
 
         GitHub docs: "Rate limits for the REST API", "Best practices".
@@ -2161,43 +2167,23 @@ class GitHub:
         status = reply.status
         retry_after = reply.headers.get("retry-after", "")
         is_used_up = reply.headers.get("x-ratelimit-remaining") == "0"
-        is_secondary = "secondary rate limit" in str(reply.value).lower()
-        is_limited = bool(retry_after) or is_used_up or is_secondary
-        if status == 429 or (status == 403 and is_limited):
-            return self.rate_limit_delay(reply, attempt, retry_after, is_used_up)
+        is_limited = status == 429
+        if status == 403:
+            is_secondary = "secondary rate limit" in str(reply.value).lower()
+            is_limited = bool(retry_after) or is_used_up or is_secondary
         if status == 401:
-            return self.unauthorized_delay(reply, attempt, credential)
-        if status == 0 or status >= 500:
-            delay = GITHUB_RETRY_DELAY * (1 << attempt)
-            return max(delay, float(retry_after)) if retry_after.isdigit() else delay
-        raise final_error(status, str(reply.value))
-
-    def unauthorized_delay(
-        self, reply: Reply, attempt: int, credential: Credential
-    ) -> float:
-        """Return the delay before the next attempt: with a new token, or a new JWT, which
-        is dated by GitHub's clock.
-        """
-        if attempt < self.attempts - 1:
             # A new token may take some seconds until it is known everywhere.
             return float(attempt)
-        if credential == AS_APP:
-            raise AppRefused(
-                "GitHub rejected the App's key: GITHUB_APP_PRIVATE_KEY_PATH and "
-                f"GITHUB_APP_ID {self.config.app_id} do not belong to the same App "
-                f"({reply.value})",
-            )
-        raise AppRefused(f"GitHub rejected a new token ({reply.value})")
-
-    def rate_limit_delay(
-        self, reply: Reply, attempt: int, retry_after: str, is_used_up: bool
-    ) -> float:
+        if 0 < status < 500 and not is_limited:
+            raise final_error(status, str(reply.value))
         if retry_after.isdigit():
             return float(retry_after)
+        if not is_limited:
+            return GITHUB_RETRY_DELAY * (1 << attempt)
         reset = reply.headers.get("x-ratelimit-reset", "")
         if is_used_up and reset.isdigit():
             return max(1.0, float(reset) - self.github_time() + 1)
-        return 60.0 * (1 << attempt)
+        return 60.0
 
     def pause(self, seconds: float, reply: Reply) -> None:
         """Wait before a retry. Raises TransientError if a job should not wait here."""
