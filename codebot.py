@@ -1683,14 +1683,7 @@ TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_GITHUB_BYTES = 32 << 20  # of one response
 MAX_CACHED_REPLIES = 500
-HTML_COMMENT_RE = re.compile("<!--.*?-->", re.DOTALL)
-# A line with which a block of HTML may begin, also in a quote or list (CommonMark, 4.6).
-# In a block a comment without an end hides all that follows; in a paragraph it is text.
-LIST_SIGNS = " \t>*+0123456789.)-"
-HTML_BLOCK_RE = re.compile(
-    rf"^[{re.escape(LIST_SIGNS)}]*<([!?]|/?[A-Za-z][A-Za-z0-9-]*(?=[\s/>]|$))",
-    re.MULTILINE,
-)
+HTML_COMMENT_RE = re.compile(r"<!--.*?(-->|\Z)", re.DOTALL)
 INVISIBLE_RE = re.compile(
     "[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]"  # zero width, bidi
     "|[\u034f\u115f\u1160\u2800\u3164\uffa0]"  # blank
@@ -1814,21 +1807,10 @@ class NoRedirects(urllib.request.HTTPErrorProcessor):
 def visible_text(text: str) -> str:
     """Remove what people on GitHub do not see: comments, zero-width and bidi signs.
 
-    For example: "a <!-- b --> c" becomes "a  c". "a <!-- b" stays, as GitHub shows it;
-    "<p>a <!-- b" becomes "<p>a ".
+    For example: "a <!-- b --> c" becomes "a  c". A comment without an end hides all that
+    follows if it is in a block of HTML; it is cut elsewhere, too.
     """
-    text = re.sub("\r\n?", "\n", text.lstrip("\ufeff"))
-    # After the last "-->" no comment ends; HTML_COMMENT_RE would search there for long.
-    closed, end, rest = text.rpartition("-->")
-    # A closed comment leaves a sign until later: it makes its line a block of HTML.
-    text = HTML_COMMENT_RE.sub("<!\0>", closed + end) + rest
-    block = HTML_BLOCK_RE.search(text)
-    if block:
-        # The block may have ended before: in doubt too much is cut.
-        shown, unclosed, _ = text[block.start() :].partition("<!--")
-        if unclosed:
-            text = text[: block.start()] + shown.lstrip(LIST_SIGNS)
-    return INVISIBLE_RE.sub("", text.replace("<!\0>", ""))
+    return INVISIBLE_RE.sub("", HTML_COMMENT_RE.sub("", text))
 
 
 def person_login(user: Json) -> str:
