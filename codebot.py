@@ -2873,6 +2873,7 @@ class Mirror(GitDirectory):
 
     def fetch_all(self, repository: Repository) -> None:
         """Fetch all branches. The lock must be held."""
+        self.remove_stale_files()
         refspec = "+refs/heads/*:refs/heads/*"
         repository.git(self, *GIT_FETCH, "--prune", "--", repository.url, refspec)
 
@@ -2904,16 +2905,18 @@ class Mirror(GitDirectory):
         if check_disk(result).code != 0:
             raise GitFailed(result.error)
 
-    def remove_stale_files(self, older_than: float = 0.0) -> None:
-        """Remove what a killed git left. The lock must be held, or no git be running."""
+    def remove_stale_files(self) -> None:
+        """Remove what a killed git left. With the lock held, no other git writes here."""
         for pattern in STALE_FILES:
             for path in find_files(self.path, pattern):
-                with contextlib.suppress(FileNotFoundError):
-                    if os.lstat(path).st_mtime <= time.time() - older_than:
-                        os.unlink(path)
+                os.unlink(path)
 
     def repack(self, keep_unreachable: bool) -> None:
-        """Pack what many tasks have left. A workspace may need unreachable objects."""
+        """Pack what many tasks have left. A workspace may need unreachable objects.
+
+        The lock must be held.
+        """
+        self.remove_stale_files()
         # Like git gc --auto, which estimates by one of the 256 directories.
         loose = find_files(self.objects, "17/*")
         packs = find_files(self.objects, "pack/*.pack")
@@ -4239,11 +4242,6 @@ class Codebot:
         stop_all_launched(self.config, self.run_tag)
         for path in find_files(work_dir, "scratch_*"):
             remove_tree(self.config, path, self.run_tag)
-        for path in all_mirrors(work_dir):
-            mirror = self.mirror(path, self.run_tag, never_stop)
-            # Else git of the earlier server still runs, where there is no /proc.
-            with contextlib.suppress(BlockingIOError), mirror.lock(wait=False):
-                mirror.remove_stale_files()
         self.store = Store(self.config.database_file)
         try:
             self.sandbox.probe(self.run_tag)
@@ -6834,7 +6832,6 @@ class Cleanup:
             if not is_needed and unused_since > MIRROR_RETENTION:
                 discard(self.config.work_dir, path)
                 return
-            mirror.remove_stale_files(older_than=GIT_TIMEOUT)
             if self.retry_repack_at.get(path, 0.0) <= time.monotonic():
                 self.retry_repack_at[path] = time.monotonic() + REPACK_RETRY_DELAY
                 mirror.repack(keep_unreachable=is_needed)
