@@ -422,6 +422,11 @@ ENV_LINE_RE = re.compile(
 UNCLOSED_QUOTE_RE = re.compile(r"""(['"])(?!.*\1)""")
 BLANKS = " \t\r\n"  # strip() would remove more, such as U+00A0
 GITHUB_TOKEN_RE = re.compile(r"(gh[a-z]|github_pat)_[A-Za-z0-9._-]{36,}")
+# Matches https://HOST:PORT/PATH, with [HOST] for IPv6.
+ADDRESS_RE = re.compile(
+    r"(https?://([\w.-]+|\[[0-9a-f:]+\])(?::\d{1,5})?)((?:/[\w.~-]+)*)",
+    re.ASCII | re.IGNORECASE,
+)
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 MIN_REDACTED_LENGTH = 6  # a shorter secret would mask ordinary words
 MIN_SEARCHED_LENGTH = 16  # a shorter secret may be in a change by chance
@@ -476,21 +481,14 @@ def parse_dollars(text: str) -> float:
 
 def parse_address(text: str) -> str:
     """Accept https, and http only on loopback; no user, query or fragment."""
-    problem = "must be an address like https://ghe.example.com"
-    try:
-        parts = urllib.parse.urlsplit(text)
-        has_host = parts.hostname and parts.port != 0
-    except ValueError:  # a malformed IPv6 address or port
-        raise ValueError(problem) from None
-    is_loopback = parts.hostname in LOOPBACK_NAMES
-    is_encrypted = parts.scheme == "https"
-    has_extras = "@" in parts.netloc or parts.query or parts.fragment
-    if not has_host or has_extras or re.search(r"\s", text):
-        raise ValueError(problem)
-    if not is_encrypted and not (parts.scheme == "http" and is_loopback):
+    match = ADDRESS_RE.fullmatch(text.rstrip("/"))
+    if not match:
+        raise ValueError("must be an address like https://ghe.example.com")
+    origin = match[1].lower()  # as GitHub's links to further pages are compared with it
+    is_loopback = match[2].lower().strip("[]") in LOOPBACK_NAMES
+    if origin.startswith("http:") and not is_loopback:
         raise ValueError("must begin with https:// (http:// only on this machine)")
-    # Lower case, as GitHub's links to further pages are compared with it.
-    return parts._replace(netloc=parts.netloc.lower()).geturl().rstrip("/")
+    return origin + match[3]
 
 
 def parse_path(text: str) -> str:

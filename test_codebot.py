@@ -2238,6 +2238,7 @@ def read_settings(**variables: str) -> tuple[dict[str, Any], list[str]]:
         # GitHub's links to further pages are compared with it.
         ("GITHUB_API_URL", "https://GHE.io/Api", "api_url", "https://ghe.io/Api"),
         ("GITHUB_API_URL", "http://[::1]:80", "api_url", "http://[::1]:80"),
+        ("GITHUB_API_URL", "HTTP://Localhost:80/", "api_url", "http://localhost:80"),
         ("CODEBOT_CLAUDE_COMMAND", "env 'A=b c' x", "claude", ("env", "A=b c", "x")),
         ("CODEBOT_CLAUDE_COMMAND", "/opt/c -v a/b", "claude", ("/opt/c", "-v", "a/b")),
         ("CODEBOT_SANDBOX", "none", "sandbox", ("none",)),
@@ -2279,7 +2280,9 @@ def test_empty_setting_means_the_default(variable: str) -> None:
         ("GITHUB_API_URL", "http://github.com", "must begin with https://"),
         ("GITHUB_API_URL", "https://[::1", "must be an address like https://"),
         ("GITHUB_API_URL", "https://ghe.io:x", "must be an address like https://"),
-        ("GITHUB_API_URL", "https://ghe.io:65536", "must be an address like https://"),
+        ("GITHUB_API_URL", "https://ghe.io/a b", "must be an address like https://"),
+        ("GITHUB_API_URL", "https://ghe.io/#a", "must be an address like https://"),
+        ("GITHUB_API_URL", "http://localhost.com", "must begin with https://"),
         ("CODEBOT_CLAUDE_COMMAND", "bin/claude -x", "must begin with the name of a"),
         ("CODEBOT_CLAUDE_COMMAND", "./claude", "must begin with the name of a program"),
         ("CODEBOT_CLAUDE_COMMAND", "'' -x", "must begin with the name of a program on"),
