@@ -727,14 +727,13 @@ def unreadable_files(config: Config) -> list[str]:
     if not config.no_github:
         files["GITHUB_APP_PRIVATE_KEY_PATH"] = config.key_file
     for name, path in files.items():
-        if path and not os.path.exists(path):
-            problems.append(f"{name}: {path} does not exist.")
-        elif path and not os.path.isfile(path):
-            problems.append(f"{name}: {path} is not a file.")
-        elif path and not os.access(path, os.R_OK):
+        try:
+            if path:
+                open(path, "rb").close()
+        except OSError as error:
             problems.append(
-                f"{name}: {path} cannot be read by user {os.getuid()}; "
-                "change its owner or mode."
+                f"{name}: user {os.getuid()} cannot read {path}: "
+                f"{os_error_text(error)}. Correct the path, or change its owner or mode."
             )
     return problems
 

@@ -11389,11 +11389,13 @@ MISTAKES = {
         files={"start/.env": ""},
     ),
     "key file missing": Mistake(
-        "GITHUB_APP_PRIVATE_KEY_PATH: DIR/nope.pem does not exist.",
+        f"GITHUB_APP_PRIVATE_KEY_PATH: user {os.getuid()} cannot read DIR/nope.pem: no "
+        "such file or directory. Correct the path",
         {"GITHUB_APP_PRIVATE_KEY_PATH": "DIR/nope.pem"},
     ),
     "key file is a directory": Mistake(
-        "GITHUB_APP_PRIVATE_KEY_PATH: DIR/keys is not a file.",
+        f"GITHUB_APP_PRIVATE_KEY_PATH: user {os.getuid()} cannot read DIR/keys: is a "
+        "directory. Correct the path",
         {"GITHUB_APP_PRIVATE_KEY_PATH": "DIR/keys"},
     ),
     "key file is no key": Mistake(
@@ -11595,7 +11597,8 @@ def test_file_that_cannot_be_read_is_reported(fresh: Site) -> None:
     fresh.server.key_file.chmod(0)
     done = fresh.server.run(*serve_arguments(fresh))
     assert done.returncode == 2
-    assert f"cannot be read by user {os.getuid()}; change its owner" in done.stderr
+    assert f"user {os.getuid()} cannot read" in done.stderr
+    assert "permission denied. Correct the path, or change its owner" in done.stderr
 
 
 def test_all_bad_settings_are_reported_at_once(fresh: Site) -> None:
@@ -11631,7 +11634,8 @@ def test_bad_line_of_env_file_hides_only_what_seems_to_be_missing(fresh: Site) -
     assert done.returncode == 2
     bad_line, file, conflict = done.stderr.splitlines()
     assert bad_line.endswith("line 1: expected NAME=value.")
-    assert file == "codebot: --tls-cert: nope.pem does not exist."
+    assert "--tls-cert: " in file
+    assert "cannot read nope.pem: no such file or directory." in file
     assert conflict == "codebot: --tls-cert and --tls-key must be used together."
 
 
