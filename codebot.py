@@ -318,7 +318,7 @@ class Cancelled(Exception):
 
 
 class LimitReached(Exception):
-    """A program was ended because of one of its limits."""
+    """A program was ended by a limit. The message says what it did: "took more ..."."""
 
 
 class TimedOut(LimitReached):
@@ -855,13 +855,6 @@ class LogFormatter(logging.Formatter):
         return self._redact(super().format(record)).replace("\n", "\n    ")
 
 
-def url_login(url: str) -> tuple[str, str]:
-    """Return user and password of https://user:password@host; https:// may be missing."""
-    address = re.sub("^[^/]*://", "", url).partition("/")[0]
-    user, _, password = address.rpartition("@")[0].partition(":")
-    return user, password
-
-
 def configured_secrets(config: Config) -> set[str]:
     """Return all secrets in the settings.
 
@@ -873,7 +866,10 @@ def configured_secrets(config: Config) -> set[str]:
     for name in names:
         secrets.add(config.variables.get(name, "").strip(BLANKS))
     for name in (*names, *NETWORK_NAMES, "ANTHROPIC_BASE_URL"):
-        user, password = url_login(config.variables.get(name, ""))
+        # https://user:password@host; https:// may be missing.
+        address = re.sub("^[^/]*://", "", config.variables.get(name, ""))
+        login = address.partition("/")[0].rpartition("@")[0]
+        user, _, password = login.partition(":")
         if len(user) >= MIN_SEARCHED_LENGTH:
             password = password or user  # a token in place of both
         secrets.update({password, urllib.parse.unquote(password)})
@@ -1114,15 +1110,15 @@ class RunningProgram:
             return  # its work is done and counts
         self.limits.check_stop()
         if self.stdout.is_too_large() or self.stderr.is_too_large():
-            raise TooMuchOutput()
+            raise TooMuchOutput(f"printed more than {MAX_OUTPUT_BYTES >> 30} GiB")
         if self.launch is not None and self.is_queued:
             if now > self.started + self.launch.timeout:
                 raise NoFreeNode("no node was free")
             return
         if now > self.started + self.limits.timeout:
-            raise TimedOut()
+            raise TimedOut(f"took more than {self.limits.timeout:.0f} s")
         if now > self.last_output + self.limits.stall:
-            raise Stalled()
+            raise Stalled("printed nothing for too long")
 
     def result(self) -> ProgramResult:
         """Return how it ended.
@@ -1355,7 +1351,7 @@ def run_stop_command(config: Config, workspace: str, run_tag: str) -> str:
             words, base_environment(config, run_tag), limits=Limits(timeout=60.0)
         )
     except (OSError, LimitReached, TransientError) as error:
-        return str(error) or "timed out"
+        return str(error)
     return "" if result.code == 0 else result.error
 
 
@@ -1611,8 +1607,8 @@ class Sandbox:
         try:
             limits = Limits(timeout=PROBE_TIMEOUT)
             help_text = run_program(["bwrap", "--help"], env, limits=limits).stdout
-        except TimedOut:
-            raise sandbox_error("bwrap --help timed out") from None
+        except LimitReached as error:
+            raise sandbox_error(f"bwrap --help {error}") from None
         except OSError:
             raise ConfigError(
                 "bwrap is not installed, so there is no sandbox for the agent. "
@@ -1644,8 +1640,8 @@ class Sandbox:
                 result = run_program(argv, env, cwd=repo, limits=limits, launch=launch)
         except TransientError as error:
             raise ConfigError(f"{error}.") from None
-        except TimedOut:
-            raise sandbox_error("it timed out") from None
+        except TimedOut as error:
+            raise sandbox_error(f"it {error}") from None
         except OSError as error:
             problem = f"cannot start {error.filename}: {os_error_text(error)}"
             if config.launcher:
@@ -1911,7 +1907,7 @@ class GitHub:
         # These are shared by threads without a lock: each use is one atomic step, and
         # two threads that fetch the same token at once do no harm.
         self._tokens: dict[Credential, tuple[str, float]] = {}  # and when it expires
-        self._replies: dict[str, tuple[str, Reply]] = {}  # URL: ETag, response
+        self._replies: dict[str, Reply] = {}  # by URL
         # Repository and login: until when (monotonic) a refusal is remembered.
         self.access_refusals: dict[tuple[int, str], float] = {}
         urllib.request.install_opener(urllib.request.build_opener(NoRedirects))
@@ -1956,8 +1952,8 @@ class GitHub:
                 stdin=signed.encode(),
                 limits=Limits(timeout=30.0, check_stop=self.check_stop),
             )
-        except TimedOut:
-            raise GitHubError(0, "openssl hangs") from None
+        except LimitReached as error:
+            raise GitHubError(0, f"openssl {error}") from None
         if result.code != 0:
             raise GitHubError(
                 0,
@@ -2065,9 +2061,9 @@ class GitHub:
             "User-Agent": "codebot",
             "X-GitHub-Api-Version": "2022-11-28",
         }
-        etag, cached = self._replies.get(url, ("", None))
+        cached = self._replies.get(url)
         if method == "GET" and cached is not None:
-            headers["If-None-Match"] = etag
+            headers["If-None-Match"] = cached.headers["ETag"]
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url, data, headers, method=method)
         self.requests_made += 1
@@ -2130,7 +2126,7 @@ class GitHub:
         if reply.status == 200 and "ETag" in reply.headers and not is_full:
             if len(self._replies) >= MAX_CACHED_REPLIES:
                 self._replies.clear()
-            self._replies[url] = (reply.headers["ETag"], reply)
+            self._replies[url] = reply
 
     def checked_url(self, url: str) -> str:
         """Return an address that GitHub gave. A token is sent to no other host."""
@@ -2742,12 +2738,8 @@ class GitDirectory:
                 on_lines=on_lines,
                 pass_fds=self.inherited,
             )
-        except TooMuchOutput:
-            limit = f"{MAX_OUTPUT_BYTES >> 30} GiB"
-            raise GitFailed(f"git {args[0]} printed more than {limit}") from None
-        except LimitReached:
-            limit = f"{self.limits.timeout:.0f} s"
-            raise GitFailed(f"git {args[0]} took more than {limit}") from None
+        except LimitReached as error:
+            raise GitFailed(f"git {args[0]} {error}") from None
 
     def remote_git(self, token: str, *args: str) -> ProgramResult:
         """Run git against the remote, whose address is in ``args``.
@@ -2897,8 +2889,8 @@ class Mirror(GitDirectory):
                     base_environment(self.config, self.run_tag),
                     limits=self.limits,
                 )
-            except LimitReached:
-                raise GitFailed("git fsck took too long") from None
+            except LimitReached as error:
+                raise GitFailed(f"git fsck {error}") from None
         if check_disk(result).code != 0:
             raise GitFailed(result.error)
 
@@ -4447,8 +4439,7 @@ class JobRun:
         """Return what a limit that a program has reached means for the job."""
         if isinstance(error, TooMuchOutput):
             reason = "tests_failed" if self.job.phase == "test" else "agent_failed"
-            size = f"{MAX_OUTPUT_BYTES >> 30} GiB"
-            return JobFailed(reason, f"{program} printed more than {size}")
+            return JobFailed(reason, f"{program} {error}")
         if isinstance(error, Stalled):
             limit = self.config.stall_timeout
             return JobFailed(
@@ -6784,7 +6775,7 @@ class Cleanup:
         try:
             part(*args)
         except (OSError, sqlite3.Error, LimitReached, GitFailed, TransientError) as e:
-            log.warning("Cleanup: %s", e or "timeout")
+            log.warning("Cleanup: %s", e)
 
     def delete_expired(self) -> None:
         self.codebot.store.delete_expired(
