@@ -1962,10 +1962,7 @@ class GitHub:
                 f"(openssl: {result.error})",
             )
         # "RSA-SHA2-256(stdin)= 3E5F…"
-        try:
-            signature = bytes.fromhex(result.stdout[-1].rpartition("= ")[2])
-        except (LookupError, ValueError):
-            raise GitHubError(0, "openssl printed no signature") from None
+        signature = bytes.fromhex(result.stdout[-1].rpartition("= ")[2])
         return f"{signed}.{base64url(signature)}", expiry
 
     def check_stop(self) -> None:
@@ -2093,15 +2090,13 @@ class GitHub:
                 break
             if time.monotonic() > deadline or len(body) > MAX_GITHUB_BYTES:
                 raise TimeoutError("the response is too slow or too long")
-        if response.length:  # read1() does not say that it was cut off
-            raise http.client.IncompleteRead(body, response.length)
         status = response.status
         self.read_headers(response.headers)
         if status >= 300:
             return Reply(status, github_error_text(status, body), response.headers)
         try:
-            return Reply(status, json.loads(body or b"null"), response.headers)
-        except ValueError:
+            return Reply(status, json.loads(body), response.headers)
+        except ValueError:  # it may have been cut off
             return Reply(0, "the response is not JSON", response.headers)
 
     def read_headers(self, headers: email.message.Message) -> None:
@@ -2547,8 +2542,8 @@ def is_branch_name(name: str) -> bool:
     return not re.search(forbidden, name) and name not in ("@", "HEAD")
 
 
-# Seconds until git tries again, with a new token: it may not be known everywhere yet.
-TOKEN_RETRY_DELAYS = (0.0, 3.0)
+# Seconds until git tries again with a new token: it may not be known everywhere yet.
+TOKEN_RETRY_DELAY = 3.0
 
 
 class Repository(NamedTuple):
@@ -2573,17 +2568,15 @@ class Repository(NamedTuple):
         if self.github_repository is None:
             return directory.remote_git("", *args)
         github = self.github_repository.github
-        delays = [*TOKEN_RETRY_DELAYS]
-        while True:
-            token = github.token(self.github_repository.id)
-            try:
-                return directory.remote_git(token, *args)
-            except GitAuthFailed:
-                if not delays:
-                    raise
-            github.forget_token(self.github_repository.id)
-            if github.stop.wait(delays.pop(0)):
-                raise StopRequested()
+        repository_id = self.github_repository.id
+        try:
+            return directory.remote_git(github.token(repository_id), *args)
+        except GitAuthFailed:
+            github.forget_token(repository_id)
+        token = github.token(repository_id)
+        if github.stop.wait(TOKEN_RETRY_DELAY):
+            raise StopRequested()
+        return directory.remote_git(token, *args)
 
 
 def parse_repository_url(config: Config, url: str) -> Repository:

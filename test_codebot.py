@@ -1912,7 +1912,7 @@ SHORT_WAITS = {
     "RESULT_GRACE": 0.3,
     "KILL_GRACE": 0.5,
     "RETRY_DELAY": 0.3,
-    "TOKEN_RETRY_DELAYS": (0.0, 0.3),
+    "TOKEN_RETRY_DELAY": 0.3,
 }
 
 
