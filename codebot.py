@@ -355,24 +355,18 @@ def seconds_of(timestamp: str) -> int:
     return calendar.timegm(time.strptime(timestamp, "%Y-%m-%dT%H:%M:%SZ"))
 
 
-def truncate(text: str, limit: int, length: int = 0) -> str:
-    """Return the first ``limit`` characters of a text, and say how many more it has.
-
-    ``length`` is that of the whole text, if ``text`` is only its beginning.
-    """
-    length = max(length, len(text))
-    if length <= limit:
+def truncate(text: str, limit: int) -> str:
+    """Return the first ``limit`` characters of a text, and say so if it has more."""
+    if len(text) <= limit:
         return text
-    return f"{text[:limit]} … ({length - limit} characters truncated)"
+    return f"{text[:limit]} … (truncated)"
 
 
 def os_error_text(error: OSError) -> str:
     """Return what went wrong in words, without the number and the path."""
     text = error.strerror or str(error)
-    if isinstance(error, ssl.SSLCertVerificationError):
-        text = error.verify_message
-    elif isinstance(error, ssl.SSLError) and error.reason:
-        text = error.reason.replace("_", " ")
+    # "[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1129)"
+    text = re.sub(r"^\[.*?\] | \(_ssl\.c:\d+\)$", "", text)
     return text.lower().rstrip(".")
 
 
@@ -460,8 +454,7 @@ def parse_command(text: str) -> tuple[str, ...]:
 
 
 def parse_int(text: str, least: int, most: int) -> int:
-    is_number = text.isascii() and text.isdigit() and len(text) <= 16
-    if not is_number or not least <= int(text) <= most:
+    if not re.fullmatch("[0-9]{1,16}", text) or not least <= int(text) <= most:
         raise ValueError(f"must be a whole number from {least} to {most}")
     return int(text)
 
@@ -2302,9 +2295,7 @@ class GitHubRepository:
         """Open the branch's pull request, unless it has one already."""
         fields = {"title": title, "body": body, "head": branch, "base": base}
 
-        def find_existing() -> Json:
-            return self.find_pull_request(branch)
-
+        find_existing = functools.partial(self.find_pull_request, branch)
         payload = find_existing()
         if payload is None:
             payload = self.post("/pulls", fields, find_existing)
@@ -4387,8 +4378,7 @@ class JobRun:
                     message = "(more events of the agent are not kept)"
             # Redacting megabytes takes time, and their end is not kept anyway.
             text = self.redact(message[:100_000])
-            length = len(text) + len(message[100_000:])
-            events.append((source, truncate(text, MAX_EVENT_CHARS, length)))
+            events.append((source, truncate(text, MAX_EVENT_CHARS)))
         self.store.add_events(self.task_id, events)
 
     def update(self, **changes: Any) -> None:
