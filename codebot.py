@@ -262,7 +262,6 @@ GITHUB_TIMEOUT = 30.0  # seconds for GitHub to answer
 GITHUB_ATTEMPTS = 4  # times that a request to GitHub is sent
 GITHUB_RETRY_DELAY = 0.5  # seconds before the second time; it doubles each time
 MAX_INLINE_WAIT = 5.0  # seconds that a request waits for GitHub; longer: the job waits
-MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, whatever GitHub asks for
 
 
 T = TypeVar("T")
@@ -1222,8 +1221,8 @@ def tagged_processes(run_tag: str) -> list[int]:
     needle = f"\0CODEBOT_RUN={run_tag}".encode()
     found = []
     for path in glob.glob("/proc/[0-9]*/environ"):  # macOS has none
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            if needle in b"\0" + file.read():
+        with contextlib.suppress(OSError):
+            if needle in b"\0" + pathlib.Path(path).read_bytes():
                 found.append(int(path.split("/")[2]))
     return found
 
@@ -2150,7 +2149,6 @@ class GitHub:
 
     def pause(self, seconds: float, reply: Reply) -> None:
         """Wait before a retry. Raises TransientError if a job should not wait here."""
-        seconds = min(seconds, MAX_RATE_LIMIT_WAIT)
         if seconds > MAX_INLINE_WAIT:
             retry_at = time.time() + seconds
             if 0 < reply.status < 500:  # a limit, no outage
@@ -2899,11 +2897,6 @@ class Mirror(GitDirectory):
             self.local_git("repack", "-a", "-d", "--keep-unreachable", "-q")
         else:
             self.local_git("gc", "--prune=now", "-q")
-
-
-def all_mirrors(work_dir: str) -> list[str]:
-    """Return the paths of all mirrors: mirrors/HOST/OWNER/NAME.git."""
-    return find_files(work_dir, "mirrors/*/*/*.git")
 
 
 # === II. The work ============================================================
@@ -6750,7 +6743,7 @@ class Cleanup:
         self.attempt(self.remove_workspaces)
         self.attempt(self.delete_expired)
         self.attempt(self.repeat_failed_stops)
-        for path in all_mirrors(self.config.work_dir):
+        for path in find_files(self.config.work_dir, "mirrors/*/*/*.git"):
             self.attempt(self.maintain_mirror, path)
 
     def attempt(self, part: Callable[..., None], *args: str) -> None:
