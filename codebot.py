@@ -808,9 +808,8 @@ class Redactor:
                 # This is also how base64("x-access-token:TOKEN") ends, which git sends:
                 # 15 bytes come before the token, and base64 encodes 3 at a time.
                 data = text.encode("utf-8", "surrogateescape")
-                encoded = base64.b64encode(data).decode().rstrip("=")
-                secrets.add(encoded)
-                secrets.add(encoded.replace("+", "-").replace("/", "_"))
+                for encode in (base64.b64encode, base64.urlsafe_b64encode):
+                    secrets.add(encode(data).decode().rstrip("="))
             # The longest first: one may contain another. (A pattern of them all would
             # take a third of a second to compile.)
             self._secrets = sorted(secrets, key=len, reverse=True)
@@ -952,12 +951,6 @@ class Launch(NamedTuple):
     sentinel: str
     timeout: float  # seconds to wait for a node
     on_start: Callable[[], None]
-
-    def wrap(self, argv: Sequence[str]) -> list[str]:
-        """Return the command line that launches ``argv`` between the two lines."""
-        # In the script, $0 is the sentinel.
-        script = ["sh", "-c", 'echo "$0"; "$@"; echo "$0 $?"', self.sentinel]
-        return [*self.command, *script, *argv]
 
 
 class OutputFile:
@@ -1185,13 +1178,13 @@ def run_program(
     if it cannot be started.
     """
     if launch is not None:
-        argv = launch.wrap(argv)
+        # In the script, $0 is the sentinel.
+        script = ["sh", "-c", 'echo "$0"; "$@"; echo "$0 $?"', launch.sentinel]
+        argv = [*launch.command, *script, *argv]
     with contextlib.ExitStack() as files:
         stdin_file = files.enter_context(tempfile.TemporaryFile())
-        stdout_file = files.enter_context(tempfile.TemporaryFile())
-        stderr_file = files.enter_context(tempfile.TemporaryFile())
-        stdout = OutputFile(stdout_file)
-        stderr = OutputFile(stderr_file)
+        stdout = OutputFile(files.enter_context(tempfile.TemporaryFile()))
+        stderr = OutputFile(files.enter_context(tempfile.TemporaryFile()))
         stdin_file.write(stdin)
         stdin_file.seek(0)
         log.debug("Running %s", argv)
@@ -1200,8 +1193,8 @@ def run_program(
             cwd=cwd,
             env=env,
             stdin=stdin_file,
-            stdout=stdout_file,
-            stderr=stderr_file,
+            stdout=stdout.file,
+            stderr=stderr.file,
             start_new_session=True,
             pass_fds=pass_fds,
         )
@@ -2573,10 +2566,10 @@ def parse_repository_url(config: Config, url: str) -> Repository:
     if config.no_github:
         return parse_plain_remote(config, url)
     base = config.git_base
-    scheme, _, host = base.partition("://")
-    ssh = re.fullmatch(r"git@([^:/]+):(.+)", url)
-    if ssh:
-        url = f"{scheme}://{ssh[1].lower()}/{ssh[2]}"
+    host = base.partition("://")[2]
+    ssh_base = f"git@{host}:"
+    if url.lower().startswith(ssh_base):
+        url = f"{base}/{url[len(ssh_base) :]}"
     match = GITHUB_REMOTE_RE.fullmatch(url)
     if not match or match[1].lower() != base or match[3] in (".", "..", ".git"):
         raise ValueError(f"must look like {base}/OWNER/NAME")
