@@ -940,11 +940,14 @@ def last_shown(line: str) -> str:
 
 
 class Launch(NamedTuple):
-    """One use of CODEBOT_LAUNCHER: it runs a program on a node, when one is free.
+    """One use of CODEBOT_LAUNCHER, which runs a program on a node of a cluster.
 
-    On the node, the line ``sentinel`` is printed when the program starts, and again with
-    its exit code when it ends: what the launcher's own exit code means differs from one
-    launcher to the next.
+        started -> waits for a node -> first sentinel -> output -> second sentinel
+                                       limits begin                exit code
+
+    The sentinel is a line that is printed on the node: what the launcher's own exit code
+    means differs from one launcher to the next. Without the second one, the node or the
+    cluster has failed.
     """
 
     command: Sequence[str]
@@ -1269,11 +1272,6 @@ def copy_variables(config: Config, names: Iterable[str]) -> dict[str, str]:
 #
 # Only with CODEBOT_LAUNCHER, such as `srun`: it starts the agent and the tests on a node
 # of a cluster, when one is free. The node sees the work directory at the same path.
-#
-#   started -> waits for a node -> first sentinel -> output -> second sentinel
-#                                  limits begin                exit code
-#
-# Without the second sentinel, the node or the cluster has failed.
 
 
 def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
