@@ -95,9 +95,10 @@ KNOWN LIMITATIONS
   "Fixes #1" and "@name" in an agent's words work at GitHub as if a person wrote them.
   With --no-github a client can name a repository in the work directory by ssh to this
   host, if codebot's user may log in here.
-  HTML comments and invisible characters are taken out of what people write. Other ways
-  to hide text on GitHub, such as the title of a link, are not. An edit of an issue less
-  than two seconds after it was labelled may not be noticed.
+  HTML comments and invisible characters are taken out of what people write; after a
+  <!-- without an end, all the rest. Other ways to hide text on GitHub, such as the title
+  of a link, are not. An edit of an issue less than two seconds after it was labelled may
+  not be noticed.
 
 LIFE OF A JOB
   pending   -> running      a worker starts it
@@ -885,6 +886,7 @@ def configured_secrets(config: Config) -> set[str]:
 SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
 NOISE_RE = re.compile(r"hint:.*|remote:|")
 CAUSE_RE = re.compile(r"(fatal|error|remote: error):|.*denied")
+DISK_FULL_RE = re.compile("No space left on device|Disk quota exceeded")
 
 
 class ProgramResult(NamedTuple):
@@ -1118,14 +1120,16 @@ class RunningProgram:
         if self.launch is not None:
             # Without the second sentinel, something has ended it.
             code = -signal.SIGTERM if self.node_code is None else self.node_code
-        if self.grace_ends_at is None and code in SIGNAL_EXIT_CODES:
-            wait_for_own_signal(self.limits.check_stop)
         result = ProgramResult(code, [*self.last_lines], [*self.last_errors])
-        if code and shutil.disk_usage(tempfile.gettempdir()).free < FULL_DISK_BYTES:
-            # It may not say so itself: its output is written to the same disk.
+        if code == 0 or self.grace_ends_at is not None:
+            return result
+        if code in SIGNAL_EXIT_CODES:
+            wait_for_own_signal(self.limits.check_stop)
+        # It may not say so itself: its output is written to the same disk.
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        if free < FULL_DISK_BYTES or DISK_FULL_RE.search("\n".join(result.stderr)):
             raise TransientError(f"The disk is full: {result.error}")
-        is_launched = self.launch is not None and self.grace_ends_at is None
-        if is_launched and self.node_code is None:
+        if self.launch is not None and self.node_code is None:
             event = "The cluster ended it"
             if self.is_queued:
                 event = "CODEBOT_LAUNCHER failed"
@@ -2462,18 +2466,16 @@ GIT_FETCH = (
     "--no-write-fetch-head",
 )
 GIT_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color")
-# What git prints, and what it means: remote_git and check_disk decide by it.
+# What git prints, and what it means: remote_git decides by it.
 AUTH_FAILED_RE = re.compile(
     "could not read Username|Invalid username or token|Authentication failed"
 )
-DISK_FULL = "No space left on device|Disk quota exceeded"
 TRANSIENT_GIT_ERROR_RE = re.compile(
     r"Could not resolve|Couldn't resolve|[Ff]ailed to connect|Couldn't connect"
     r"|Connection (refused|reset|timed out|closed)|[Tt]imed out|Operation too slow"
     r"|returned error: (429|5\d\d)|Internal Server Error|RPC failed|early EOF"
     r"|hung up|unexpected disconnect|Empty reply|SSL|TLS|commit_refs"
     r"|bytes of body are still expected|Broken pipe|Recv failure|Send failure"
-    f"|{DISK_FULL}"
 )
 # A push that the remote refused, "! [remote rejected] main -> main (protected)", but
 # not for a fault of its own.
@@ -2656,13 +2658,6 @@ def remote_environment(config: Config, run_tag: str, token: str) -> dict[str, st
     return env
 
 
-def check_disk(result: ProgramResult) -> ProgramResult:
-    """Return git's result. Raises TransientError if it failed for want of space."""
-    if result.code != 0 and re.search(DISK_FULL, "\n".join(result.stderr)):
-        raise TransientError(f"The disk is full: {result.error}")
-    return result
-
-
 class GitDirectory:
     """A bare repository of codebot's own, a mirror or an outbox."""
 
@@ -2689,7 +2684,7 @@ class GitDirectory:
         With ``check`` it raises GitFailed if git fails.
         """
         env = {**base_environment(self.config, self.run_tag), **more_env}
-        result = check_disk(self.run_git(args, env, stdin, on_lines=on_lines))
+        result = self.run_git(args, env, stdin, on_lines=on_lines)
         if check and result.code != 0:
             raise GitFailed(f"git {args[0]}: {result.error}")
         return result
@@ -2864,7 +2859,7 @@ class Mirror(GitDirectory):
                 )
             except LimitReached as error:
                 raise GitFailed(f"git fsck {error}") from None
-        if check_disk(result).code != 0:
+        if result.code != 0:
             raise GitFailed(result.error)
 
     def remove_stale_files(self) -> None:
@@ -4631,7 +4626,7 @@ class Workspace:
         """Run a shell script of codebot's in the sandbox, on this host."""
         argv = ["sh", "-c", script, "sh", *arguments]
         command = SandboxedCommand(name="git", argv=argv, stdin=stdin)
-        return check_disk(self.supervise(command, self.run.git_limits()))
+        return self.supervise(command, self.run.git_limits())
 
     def sandboxed(self, argv: Sequence[str]) -> list[str]:
         return self.codebot.sandbox.wrap(argv, self.path, self.mirror.objects)
@@ -4736,7 +4731,7 @@ class Workspace:
         env = base_environment(self.config, self.run.run_tag)
         env["GIT_ALLOW_PROTOCOL"] = "file"
         try:
-            return check_disk(run_program(argv, env, limits=self.run.git_limits()))
+            return run_program(argv, env, limits=self.run.git_limits())
         except LimitReached as error:
             raise self.run.limit_failure(error, "git") from None
 
