@@ -976,7 +976,7 @@ class OutputFile:
 
     def read_lines(self, at_end: bool) -> list[str]:
         """Return the lines that are new. ``at_end``: also one without a line end."""
-        if self._size() < self._position:
+        if self.size() < self._position:
             # `>/dev/stdout` has emptied it. What was written since the last read is lost,
             # and if as much has been written again, this is not noticed.
             self._position = 0
@@ -996,10 +996,7 @@ class OutputFile:
             self._partial_line.clear()
         return [piece.decode("utf-8", "replace").rstrip("\r") for piece in pieces]
 
-    def is_too_large(self) -> bool:
-        return self._size() > MAX_OUTPUT_BYTES
-
-    def _size(self) -> int:
+    def size(self) -> int:
         return os.fstat(self.file.fileno()).st_size
 
 
@@ -1099,7 +1096,7 @@ class RunningProgram:
         if self.grace_ends_at is not None:
             return  # its work is done and counts
         self.limits.check_stop()
-        if self.stdout.is_too_large() or self.stderr.is_too_large():
+        if max(self.stdout.size(), self.stderr.size()) > MAX_OUTPUT_BYTES:
             raise TooMuchOutput(f"printed more than {MAX_OUTPUT_BYTES >> 30} GiB")
         if self.launch is not None and self.is_queued:
             if now > self.started + self.launch.timeout:
@@ -1227,12 +1224,6 @@ def tagged_processes(run_tag: str) -> list[int]:
     return found
 
 
-def signal_processes(processes: Iterable[int], number: int) -> None:
-    for process in processes:
-        with contextlib.suppress(OSError):  # it has ended
-            os.kill(process, number)
-
-
 def end_tagged_processes(run_tag: str) -> None:
     """End processes that left their group: SIGTERM, KILL_GRACE, SIGKILL."""
     deadline = time.monotonic() + KILL_GRACE
@@ -1241,10 +1232,14 @@ def end_tagged_processes(run_tag: str) -> None:
         processes = tagged_processes(run_tag)
         if not processes:
             return
-        if attempt == 0:  # a second one could disturb what it does at its end
-            signal_processes(processes, signal.SIGTERM)
+        number = 0  # no signal: a second SIGTERM could disturb what it does at its end
+        if attempt == 0:
+            number = signal.SIGTERM
         elif time.monotonic() > deadline:
-            signal_processes(processes, signal.SIGKILL)
+            number = signal.SIGKILL
+        for process in processes:
+            with contextlib.suppress(OSError):  # it has ended
+                os.kill(process, number)
         time.sleep(0.02)
     log.error("Processes cannot be ended: %s", tagged_processes(run_tag))
 
