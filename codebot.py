@@ -253,7 +253,7 @@ LIMITED_SOURCES = ("agent", "tool", "output", "error")  # of those events
 MAX_TEST_EVENTS = 5000  # events with output of one run of the tests
 LOW_DISK_BYTES = 1 << 30  # warn below this much free space
 FULL_DISK_BYTES = 1 << 20  # if a program fails with less free space, that is the cause
-MIRROR_RETENTION = 30 * 86400.0  # seconds that an unused mirror is kept
+MIRROR_RETENTION = 30 * 86400.0  # seconds that an unused mirror outlives workspaces
 REPACK_RETRY_DELAY = 6 * 3600.0  # seconds until a mirror is packed after a failure
 DELIVERY_RETENTION = 7 * 86400.0  # GitHub redelivers for at most 3 days (GHES: 7)
 DAILY_REVIEW_JOBS = 50  # jobs on one pull request in a day
@@ -2863,8 +2863,8 @@ class Mirror(GitDirectory):
             for path in find_files(self.path, pattern):
                 os.unlink(path)
 
-    def repack(self, keep_unreachable: bool) -> None:
-        """Pack what many tasks have left. A workspace may need unreachable objects.
+    def repack(self) -> None:
+        """Pack what many fetches have left. Workspaces may need unreachable objects.
 
         The lock must be held.
         """
@@ -2872,12 +2872,8 @@ class Mirror(GitDirectory):
         # Like git gc --auto, which estimates by one of the 256 directories.
         loose = find_files(self.objects, "17/*")
         packs = find_files(self.objects, "pack/*.pack")
-        if len(loose) <= MAX_LOOSE_OBJECTS / 256 and len(packs) <= MAX_PACKS:
-            return
-        if keep_unreachable:
+        if len(loose) > MAX_LOOSE_OBJECTS / 256 or len(packs) > MAX_PACKS:
             self.local_git("repack", "-a", "-d", "--keep-unreachable", "-q")
-        else:
-            self.local_git("gc", "--prune=now", "-q")
 
 
 # === II. The work ============================================================
@@ -2944,7 +2940,6 @@ CREATE TABLE jobs (
     -- Progress, from which a job goes on after a crash. Once a review has run, it has
     -- its task's directory and branch. The commit has base_commit as parent.
     repository_id INTEGER NOT NULL DEFAULT 0,
-    mirror TEXT NOT NULL DEFAULT '',
     directory TEXT NOT NULL DEFAULT '',
     branch TEXT NOT NULL DEFAULT '',
     session_id TEXT NOT NULL DEFAULT '',
@@ -3025,7 +3020,7 @@ CREATE VIEW task_list AS
 -- Tasks with the time of their last activity, reviews included. It is NULL while a job
 -- of the task is unfinished: then nothing of it may be removed, and its log may grow.
 CREATE VIEW task_activity AS
-    SELECT task.id AS task_id, task.directory, task.mirror, task.completed_at,
+    SELECT task.id AS task_id, task.directory, task.completed_at,
         IFNULL(pull_requests.state, '') AS pr_state,
         CASE
             WHEN task.completed_at IS NULL THEN NULL
@@ -3141,8 +3136,7 @@ class Job:
     is_pushing: bool
     # Progress
     repository_id: int
-    mirror: str  # relative to the work directory, like every stored path
-    directory: str
+    directory: str  # below the work directory
     branch: str
     session_id: str
     base_name: str
@@ -3518,7 +3512,6 @@ class Store:
                 attempt = :attempt,
                 request_kind = :request_kind,
                 repository_id = :repository_id,
-                mirror = :mirror,
                 directory = :directory,
                 branch = :branch,
                 session_id = :session_id,
@@ -3943,17 +3936,6 @@ class Store:
         )
         return {row["directory"] for row in rows}
 
-    def retained_mirrors(self, cutoff: str) -> set[str]:
-        """Return the mirrors whose objects a workspace may still read."""
-        rows = self._read(
-            """
-            SELECT mirror FROM task_activity
-            WHERE active_until IS NULL OR active_until >= :cutoff
-            """,
-            cutoff=cutoff,
-        )
-        return {row["mirror"] for row in rows}
-
     def delete_expired(self, cutoff: str, delivery_cutoff: str) -> None:
         """Delete what is past its retention: logs; tasks without an open pull request.
 
@@ -4199,12 +4181,6 @@ class Codebot:
                 self.github.sign_jwt()
             except (GitHubError, TransientError, OSError) as error:
                 raise ConfigError(f"{error}.") from None
-
-    def mirror(self, path: str, run_tag: str, check_stop: Callable[[], None]) -> Mirror:
-        """Return the mirror at a path that may be relative to the work directory."""
-        return Mirror(
-            self.config, os.path.join(self.config.work_dir, path), run_tag, check_stop
-        )
 
     def submit(
         self,
@@ -4551,7 +4527,8 @@ class Workspace:
         self.branch = task.branch
         self.path = f"{self.config.work_dir}/{task.directory}"
         self.repo = f"{self.path}/repo"
-        self.mirror = self.codebot.mirror(task.mirror, run.run_tag, run.check_stop)
+        mirror = f"{self.config.work_dir}/{repository.mirror_path}"
+        self.mirror = Mirror(self.config, mirror, run.run_tag, run.check_stop)
         outbox = outbox_path(self.config, task.directory)
         self.outbox = GitDirectory(self.config, outbox, run.run_tag, run.check_stop)
 
@@ -5246,7 +5223,6 @@ def find_remote(run: JobRun) -> Repository:
         )
     github = run.codebot.github
     if github is None:
-        run.update(mirror=repository.mirror_path)
         return repository
     try:
         github_repository = github.repository_by_name(repository.full_name)
@@ -5269,7 +5245,7 @@ def find_remote(run: JobRun) -> Repository:
         raise JobFailed("clone_failed", message) from None
     check_identity(job, repository, github_repository)
     github.bot()  # for the commit: asked for now, before the agent costs anything
-    run.update(mirror=repository.mirror_path, repository_id=github_repository.id)
+    run.update(repository_id=github_repository.id)
     return repository._replace(github_repository=github_repository)
 
 
@@ -5947,9 +5923,9 @@ def classify(
     """
     with scratch_workspace(run.config.work_dir) as path:
         name = os.path.basename(path)
-        repository = context.workspace.repository
         # It is the mirror, too: the sandbox shows its `objects`. There is no outbox.
-        task = dataclasses.replace(context.task, mirror=name, directory=name)
+        repository = context.workspace.repository._replace(mirror_path=name)
+        task = dataclasses.replace(context.task, directory=name)
         scratch = Workspace(run, repository, task)
         prompt = f"Comments:\n{text}"
         answer = Agent(scratch).ask(prompt, CLASSIFYING, Session.NONE)
@@ -6768,18 +6744,16 @@ class Cleanup:
 
     def maintain_mirror(self, path: str) -> None:
         """Remove a mirror that nobody has used for long, or pack it."""
-        mirror = self.codebot.mirror(path, self.run_tag, self.check_stop)
-        name = os.path.relpath(path, self.config.work_dir)
-        cutoff = now_text(self.config.retention)
+        mirror = Mirror(self.config, path, self.run_tag, self.check_stop)
+        # A workspace, which is kept for the retention, may still read from it.
+        retention = MIRROR_RETENTION + self.config.retention
         with contextlib.suppress(BlockingIOError), mirror.lock(wait=False) as lock:
-            is_needed = name in self.codebot.store.retained_mirrors(cutoff)
-            unused_since = time.time() - os.fstat(lock).st_mtime
-            if not is_needed and unused_since > MIRROR_RETENTION:
+            if os.fstat(lock).st_mtime < time.time() - retention:
                 discard(self.config.work_dir, path)
                 return
             if self.retry_repack_at.get(path, 0.0) <= time.monotonic():
                 self.retry_repack_at[path] = time.monotonic() + REPACK_RETRY_DELAY
-                mirror.repack(keep_unreachable=is_needed)
+                mirror.repack()
                 del self.retry_repack_at[path]  # it has succeeded
 
     def check_stop(self) -> None:
