@@ -2942,7 +2942,6 @@ CREATE TABLE jobs (
     repository_id INTEGER NOT NULL DEFAULT 0,
     directory TEXT NOT NULL DEFAULT '',
     branch TEXT NOT NULL DEFAULT '',
-    session_id TEXT NOT NULL DEFAULT '',
     base_name TEXT NOT NULL DEFAULT '',
     base_commit TEXT NOT NULL DEFAULT '',
     commit_id TEXT NOT NULL DEFAULT '',
@@ -3075,7 +3074,6 @@ class Outcome:
     tests: TestResult | None = None
     cost_usd: float | None = None  # by the agent's count; None: unknown
     num_turns: int = 0
-    session_id: str = ""
     files: tuple[str, ...] = ()  # lines of git diff --stat
     seconds: float = 0.0
     answers: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by thread
@@ -3138,7 +3136,6 @@ class Job:
     repository_id: int
     directory: str  # below the work directory
     branch: str
-    session_id: str
     base_name: str
     base_commit: str
     commit_id: str
@@ -3383,7 +3380,7 @@ class Store:
         ends. To queue it twice does no harm.
 
         All jobs of a task use the same workspace and outbox. So a review gets its task's
-        directory, branch and session, and waits until no other job uses them.
+        directory and branch, and waits until no other job uses them.
         """
         values = {"id": job_id, "now": time.time()}
         with self._transaction() as db:
@@ -3514,7 +3511,6 @@ class Store:
                 repository_id = :repository_id,
                 directory = :directory,
                 branch = :branch,
-                session_id = :session_id,
                 base_name = :base_name,
                 base_commit = :base_commit,
                 commit_id = :commit_id,
@@ -3524,14 +3520,6 @@ class Store:
             WHERE id = :id
             """,
             **values,
-        )
-
-    def save_session(self, task_id: str, session_id: str) -> None:
-        """Store the agent's session, in which a task's reviews go on."""
-        self._write(
-            "UPDATE jobs SET session_id = :session_id WHERE id = :id",
-            id=task_id,
-            session_id=session_id,
         )
 
     # Queues
@@ -3996,12 +3984,12 @@ def insert_task(
         INSERT INTO jobs (
             id, kind, submitted_at, submitted_by, repository_url, description,
             ticket_id, ticket_summary, test_command, base_branch,
-            idempotency_key, body_hash, session_id,
+            idempotency_key, body_hash,
             label_event_id, issue_repository_id, issue_number, issue_url
         ) VALUES (
             :id, 'task', :now, :submitted_by, :repository_url, :description,
             :ticket_id, :ticket_summary, :test_command, :base_branch,
-            :key, :body_hash, :id, -- the session has the task's id
+            :key, :body_hash,
             :event_id, :issue_repository_id, :issue_number, :issue_url
         )
         """,
@@ -4048,11 +4036,11 @@ def assign_comment(db: sqlite3.Connection, comment: Comment, job_id: str) -> Non
 
 
 def copy_workspace_of_task(db: sqlite3.Connection, review_id: str) -> None:
-    """Give a review its task's directory, branch and session; a task has its own."""
+    """Give a review its task's directory and branch; a task has its own."""
     db.execute(
         """
-        UPDATE jobs SET (directory, branch, session_id) = (
-            SELECT task.directory, task.branch, task.session_id
+        UPDATE jobs SET (directory, branch) = (
+            SELECT task.directory, task.branch
             FROM pull_requests
             JOIN jobs AS task ON task.id = pull_requests.task_id
             WHERE pull_requests.id = jobs.pull_request_id
@@ -4298,7 +4286,8 @@ class JobRun:
         self.store = codebot.store
         self.redact = codebot.redact
         self.job = job
-        self.task_id = job.id  # in whose log events go; of a review, set by its worker
+        # In whose log events go, and the session's id; of a review, set by its worker.
+        self.task_id = job.id
         self.cancel = threading.Event()
         self.run_tag = f"{codebot.run_tag}{job.id}"
         self.started = time.monotonic()
@@ -4891,7 +4880,10 @@ READING_TOOLS = "Read,Glob,Grep"
 
 
 class Session(enum.Enum):
-    """What a run of the agent does with the task's session, as an option of the CLI."""
+    """What a run of the agent does with the task's session, as an option of the CLI.
+
+    The session's id is the task's.
+    """
 
     BEGIN = "--session-id"
     CONTINUE = "--resume"
@@ -5125,7 +5117,7 @@ class Agent:
             wait_for_own_signal(self.run.check_stop)
         answer = stream.verdict(result, session)
         summary = self.run.redact(answer.text[:200_000])[:100_000]
-        self.run.update_outcome(summary=summary, session_id=self.run.job.session_id)
+        self.run.update_outcome(summary=summary)
         return answer
 
     def command_line(self, mode: AgentMode, session: Session) -> list[str]:
@@ -5148,7 +5140,7 @@ class Agent:
         if mode is CLASSIFYING and "--model" not in self.config.claude_args:
             words += ["--model", "haiku"]
         if session is not Session.NONE:
-            words += [session.value, self.run.job.session_id]
+            words += [session.value, self.run.task_id]
         turns = [limit for limit in (mode.max_turns, self.config.max_turns) if limit]
         if turns:
             words += ["--max-turns", str(min(turns))]
@@ -5981,6 +5973,8 @@ def converse(
         return agent.ask(prompt, mode, Session.CONTINUE)
     except SessionLost:
         run.log_event("codebot", "The agent's session is lost; a new one begins")
+    # A broken one would not give up its id (tried).
+    workspace.script('rm -rf "$HOME/.claude/projects"')
     span = f"refs/heads/{context.task.base_name}...{base_commit}"
     diff = workspace.mirror.local_git(*GIT_DIFF, span, check=False).stdout
     task = delimited("task", task_text(context.task.request))
@@ -5989,11 +5983,7 @@ def converse(
         f"The pull request was opened for this task:\n{task}"
         f"Its diff (of a long one, the last lines):\n{changes}"
     )
-    run.update(session_id=str(uuid.uuid4()))
-    answer = agent.ask(prompt, mode, Session.BEGIN)
-    if mode is CHANGING:  # the others save no session
-        run.store.save_session(context.task.id, run.job.session_id)
-    return answer
+    return agent.ask(prompt, mode, Session.BEGIN)
 
 
 def parse_answers(
@@ -8154,7 +8144,7 @@ def task_result(codebot: Codebot, job: Job) -> dict[str, object]:
         "tests": vars(outcome.tests) if outcome.tests else None,
         "cost_usd": outcome.cost_usd,
         "num_turns": outcome.num_turns,
-        "session_id": outcome.session_id,
+        "session_id": job.id,
         "files": outcome.files,
         "seconds": round(outcome.seconds, 3),
     }

@@ -3781,7 +3781,7 @@ def test_label_event_becomes_a_task_once(store: codebot.Store) -> None:
 def test_jobs_survive_a_restart(store: codebot.Store) -> None:
     job = store_task_in_state(store, "running")
     tests = codebot.TestResult("pytest -q", True, 2)
-    outcome = codebot.Outcome("Done.", tests, 0.25, 3, "s", ("a.py | 2 +-",), 1.5)
+    outcome = codebot.Outcome("Done.", tests, 0.25, 3, ("a.py | 2 +-",), 1.5)
     job = dataclasses.replace(job, outcome=outcome)
     store.save_progress(job)
     store.finish(job, "completed")
@@ -6910,14 +6910,17 @@ def test_review_of_closed_pull_request_that_has_cost_something_is_kept(
     assert pull.tip() == pull.commit
 
 
-# The agent cannot resume a conversation that its home directory does not have.
+# The agent cannot resume a conversation that its home directory does not have, or that
+# is broken; nor begin one with the id of one that is there (tried with the real CLI).
 RESUME_IF_BEGUN = """
 classify change
-if [ -e "$HOME/begun" ] || [ "${*#*--resume}" = "$*" ]; then
-    touch "$HOME/begun"
+conversation=$HOME/.claude/projects/conversation
+if [ "${*#*--resume}" != "$*" ]; then
+    [ -s "$conversation" ] || { echo "No conversation found with session ID: x"; exit 1; }
 else
-    echo "No conversation found with session ID: x"
-    exit 1
+    [ ! -e "$conversation" ] || { echo "Session ID x is already in use."; exit 1; }
+    mkdir -p "$HOME/.claude/projects"
+    echo begun >"$conversation"
 fi
 echo more >>hello.txt
 answer Done
@@ -6943,15 +6946,23 @@ def test_reopened_pull_request_begins_with_new_workspace_and_conversation(
     assert shared.repository.show(pull.branch, "hello.txt") == "hello\nmore\nmore"
     lost, begun, resumed = shared.agent.runs("change")
     assert lost.option("--resume") == pull.task
-    session = begun.option("--session-id")
-    assert session not in (None, pull.task)
-    assert resumed.option("--resume") == session
+    assert begun.option("--session-id") == pull.task
+    assert resumed.option("--resume") == pull.task
     # The new conversation knows the task and what has been done.
     assert "Say hello" in begun.stdin
     assert "+hello" in begun.stdin
     alice.merge()
     wait_for(lambda: pull_state(pull) == "merged")
     wait_for(lambda: not pull.workspace.exists())
+
+
+def test_broken_conversation_is_begun_anew(shared: Site) -> None:
+    pull = open_pull(shared, RESUME_IF_BEGUN)
+    conversations = pull.workspace / "home" / ".claude" / "projects"
+    conversations.mkdir(parents=True)
+    (conversations / "conversation").touch()
+    shared.person("alice").inline("Say more")
+    assert pull.review()["commit"] == pull.tip()
 
 
 def test_pull_request_merged_meanwhile_gets_no_push(shared: Site) -> None:
