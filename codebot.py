@@ -2902,6 +2902,8 @@ CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
     kind TEXT NOT NULL CHECK (kind IN ('task', 'review')),
+    -- A task's own id; of a review that of the task whose pull request it is about.
+    task_id TEXT NOT NULL REFERENCES jobs(id) ON DELETE CASCADE,
     status TEXT NOT NULL DEFAULT 'pending'
         CHECK (status IN ('pending', 'running', 'completed', 'failed')),
     phase TEXT NOT NULL DEFAULT '',
@@ -2925,8 +2927,7 @@ CREATE TABLE jobs (
     issue_url TEXT NOT NULL DEFAULT '',
     label_event_id INTEGER UNIQUE,
     is_reported INTEGER NOT NULL DEFAULT 0,
-    -- What a review is about.
-    pull_request_id INTEGER REFERENCES pull_requests(id) ON DELETE CASCADE,
+    -- Who a review answers, and what they want.
     reviewer TEXT NOT NULL DEFAULT '',
     request_kind TEXT NOT NULL DEFAULT '',
     -- Interruptions and retries, since the job has last stored finished work:
@@ -2948,12 +2949,12 @@ CREATE TABLE jobs (
     outcome TEXT NOT NULL DEFAULT '{}',
     reason TEXT NOT NULL DEFAULT '',
     error TEXT NOT NULL DEFAULT '',
-    CHECK ((kind = 'review') = (pull_request_id IS NOT NULL)),
+    CHECK ((kind = 'task') = (task_id = id)),
     CHECK ((status IN ('completed', 'failed')) = (completed_at IS NOT NULL))
 );
 CREATE INDEX jobs_by_kind ON jobs (kind, seq);
 CREATE INDEX jobs_by_status ON jobs (status, kind, seq);
-CREATE INDEX jobs_by_pull_request ON jobs (pull_request_id, status, seq);
+CREATE INDEX jobs_by_task ON jobs (task_id, status, seq);
 CREATE INDEX jobs_by_directory ON jobs (directory);
 CREATE INDEX unreported_jobs ON jobs (is_reported)
     WHERE issue_number > 0 AND is_reported = 0;
@@ -2966,8 +2967,7 @@ CREATE TABLE events (
 );
 CREATE INDEX events_by_task ON events (task_id, seq);
 CREATE TABLE pull_requests (
-    id INTEGER PRIMARY KEY,
-    task_id TEXT NOT NULL UNIQUE REFERENCES jobs(id) ON DELETE CASCADE,
+    task_id TEXT NOT NULL PRIMARY KEY REFERENCES jobs(id) ON DELETE CASCADE,
     repository_id INTEGER NOT NULL,
     full_name TEXT NOT NULL,
     number INTEGER NOT NULL,
@@ -2981,7 +2981,7 @@ CREATE TABLE pull_requests (
 CREATE TABLE comments (
     kind TEXT NOT NULL CHECK (kind IN ('review', 'inline', 'conversation')),
     id INTEGER NOT NULL,
-    pull_request_id INTEGER NOT NULL REFERENCES pull_requests(id) ON DELETE CASCADE,
+    task_id TEXT NOT NULL REFERENCES pull_requests(task_id) ON DELETE CASCADE,
     job_id TEXT REFERENCES jobs(id) ON DELETE SET NULL,
     user TEXT NOT NULL,
     text TEXT NOT NULL,
@@ -2994,7 +2994,7 @@ CREATE TABLE comments (
     PRIMARY KEY (kind, id)
 );
 CREATE INDEX comments_by_job ON comments (job_id);
-CREATE INDEX comments_by_pull_request ON comments (pull_request_id);
+CREATE INDEX comments_by_task ON comments (task_id);
 -- The label events that codebot has handled. They outlive the tasks.
 CREATE TABLE label_events (id INTEGER PRIMARY KEY);
 CREATE TABLE deliveries (guid TEXT PRIMARY KEY, received_at TEXT NOT NULL);
@@ -3019,18 +3019,14 @@ CREATE VIEW task_list AS
 -- Tasks with the time of their last activity, reviews included. It is NULL while a job
 -- of the task is unfinished: then nothing of it may be removed, and its log may grow.
 CREATE VIEW task_activity AS
-    SELECT task.id AS task_id, task.directory, task.completed_at,
+    SELECT jobs.task_id,
+        MAX(jobs.directory) AS directory, -- a review has none, or its task's
         IFNULL(pull_requests.state, '') AS pr_state,
-        CASE
-            WHEN task.completed_at IS NULL THEN NULL
-            WHEN COUNT(review.id) > COUNT(review.completed_at) THEN NULL -- one has no end
-            ELSE MAX(task.completed_at, IFNULL(MAX(review.completed_at), ''))
-        END AS active_until
-    FROM jobs AS task
-    LEFT JOIN pull_requests ON pull_requests.task_id = task.id
-    LEFT JOIN jobs AS review ON review.pull_request_id = pull_requests.id
-    WHERE task.kind = 'task'
-    GROUP BY task.id;
+        CASE COUNT(jobs.completed_at) WHEN COUNT(*) THEN MAX(jobs.completed_at) END
+            AS active_until
+    FROM jobs
+    LEFT JOIN pull_requests ON pull_requests.task_id = jobs.task_id
+    GROUP BY jobs.task_id;
 """
 LOCK_TIMEOUT = 2.0  # seconds to wait for another thread, or process, that writes
 
@@ -3106,11 +3102,12 @@ NO_ISSUE = IssueLabel(0, 0, "", None)
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A row of jobs: a task, or a review (which has a pull request and a reviewer)."""
+    """A row of jobs: a task, or a review of a task's pull request."""
 
     seq: int
     id: str
     kind: str
+    task_id: str  # of a task its own id
     status: str
     phase: str
     attempt: int
@@ -3124,7 +3121,6 @@ class Job:
     issue_number: int
     issue_url: str
     # Only of a review
-    pull_request_id: int
     reviewer: str
     request_kind: str  # "question", "change", "unclear", "none" or "limit"
     # Interruptions and retries
@@ -3148,7 +3144,6 @@ class Job:
 class PullRequest:
     """A pull request that codebot opened."""
 
-    id: int
     task_id: str
     repository_id: int
     full_name: str
@@ -3174,7 +3169,6 @@ def make_job(row: sqlite3.Row) -> Job:
     columns = dict(row)
     columns["request"] = from_row(TaskRequest, columns)
     columns["outcome"] = Outcome.from_json(columns["outcome"])
-    columns["pull_request_id"] = columns["pull_request_id"] or 0
     return from_row(Job, columns)
 
 
@@ -3388,26 +3382,21 @@ class Store:
                 """
                 SELECT * FROM jobs AS job
                 WHERE id = :id AND status = 'pending' AND not_before <= :now
-                    -- No other review of the pull request runs, or has a commit in the
-                    -- outbox that is still to be pushed. (Of two, the older goes first.)
+                    -- No other job of the task runs, or has a commit in the outbox that
+                    -- is still to be pushed (of two reviews, the older goes first); and
+                    -- before a review, the task has ended.
                     AND NOT EXISTS (
                         SELECT 1 FROM jobs AS other
-                        WHERE other.pull_request_id = job.pull_request_id
+                        WHERE other.task_id = job.task_id AND other.id != job.id
                             AND (
                                 other.status = 'running'
+                                OR (other.status = 'pending' AND other.kind = 'task')
                                 OR (
-                                    other.status = 'pending'
-                                    AND other.commit_id != '' AND other.id != job.id
+                                    other.status = 'pending' AND job.kind = 'review'
+                                    AND other.commit_id != ''
                                     AND (job.commit_id = '' OR other.seq < job.seq)
                                 )
                             )
-                    )
-                    -- Its task has ended.
-                    AND NOT EXISTS (
-                        SELECT 1 FROM pull_requests
-                        JOIN jobs AS task ON task.id = pull_requests.task_id
-                        WHERE pull_requests.id = job.pull_request_id
-                            AND task.completed_at IS NULL
                     )
                 """,
                 values,
@@ -3545,18 +3534,13 @@ class Store:
         """Return the oldest pending review that had to wait until ``job`` has ended."""
         row = self._read_one(
             """
-            SELECT review.id FROM pull_requests
-            JOIN jobs AS review ON review.pull_request_id = pull_requests.id
-            WHERE (
-                    pull_requests.id = :pull_request_id
-                    OR pull_requests.task_id = :job_id
-                )
-                AND review.status = 'pending' AND review.not_before <= :now
+            SELECT id FROM jobs
+            WHERE task_id = :task_id AND kind = 'review'
+                AND status = 'pending' AND not_before <= :now
             -- One with a commit goes first: the others have to wait for it.
-            ORDER BY review.commit_id = '', review.seq LIMIT 1
+            ORDER BY commit_id = '', seq LIMIT 1
             """,
-            pull_request_id=job.pull_request_id,
-            job_id=job.id,
+            task_id=job.task_id,
             now=time.time(),
         )
         return row["id"] if row else None
@@ -3658,10 +3642,8 @@ class Store:
         """Return the reviews of a task's pull request, oldest first."""
         rows = self._read(
             """
-            SELECT jobs.* FROM jobs
-            JOIN pull_requests ON pull_requests.id = jobs.pull_request_id
-            WHERE pull_requests.task_id = :task_id
-            ORDER BY jobs.seq
+            SELECT * FROM jobs
+            WHERE task_id = :task_id AND kind = 'review' ORDER BY seq
             """,
             task_id=task_id,
         )
@@ -3708,13 +3690,7 @@ class Store:
             **new._asdict(),
         )
 
-    def pull_request(self, pull_request_id: int) -> PullRequest | None:
-        row = self._read_one(
-            "SELECT * FROM pull_requests WHERE id = :id", id=pull_request_id
-        )
-        return from_row(PullRequest, row) if row else None
-
-    def pull_request_of_task(self, task_id: str) -> PullRequest | None:
+    def pull_request(self, task_id: str) -> PullRequest | None:
         row = self._read_one(
             "SELECT * FROM pull_requests WHERE task_id = :id", id=task_id
         )
@@ -3738,9 +3714,7 @@ class Store:
         rows = self._read("SELECT * FROM pull_requests WHERE state != 'merged'")
         return [from_row(PullRequest, row) for row in rows]
 
-    def save_pull_request_state(
-        self, pull_request_id: int, state: str, full_name: str
-    ) -> None:
+    def save_pull_request_state(self, task_id: str, state: str, full_name: str) -> None:
         """Store the state and name that GitHub has confirmed."""
         self._write(
             """
@@ -3751,9 +3725,9 @@ class Store:
                     WHEN :state = 'open' THEN NULL
                     ELSE IFNULL(closed_at, :now)
                 END
-            WHERE id = :id
+            WHERE task_id = :task_id
             """,
-            id=pull_request_id,
+            task_id=task_id,
             state=state,
             full_name=full_name,
             now=now_text(),
@@ -3782,19 +3756,19 @@ class Store:
             if delivery and not insert_delivery(db, delivery):
                 return []
             for comment in comments:
-                if not insert_comment(db, pull_request.id, comment):
+                if not insert_comment(db, pull_request.task_id, comment):
                     continue
-                job_id = waiting_review(db, pull_request.id, comment.user)
+                job_id = waiting_review(db, pull_request.task_id, comment.user)
                 if job_id is None:
-                    job_id = insert_review(db, pull_request.id, comment.user)
+                    job_id = insert_review(db, pull_request.task_id, comment.user)
                 assign_comment(db, comment, job_id)
                 jobs[job_id] = comment.user
             db.execute(
                 """
                 UPDATE pull_requests SET seen_until = MAX(seen_until, :seen_until)
-                WHERE id = :id
+                WHERE task_id = :task_id
                 """,
-                {"id": pull_request.id, "seen_until": seen_until},
+                {"task_id": pull_request.task_id, "seen_until": seen_until},
             )
         for job_id, user in jobs.items():
             log.info("Job %s: %.99s commented on %s", job_id, user, pull_request.url)
@@ -3804,13 +3778,13 @@ class Store:
         """Add further comments of a GitHub review to the running review job."""
         with self._transaction() as db:
             for comment in comments:
-                if insert_comment(db, job.pull_request_id, comment):
+                if insert_comment(db, job.task_id, comment):
                     assign_comment(db, comment, job.id)
 
     def absorb_waiting_reviews(self, job: Job) -> None:
         """Add what the same reviewer has waiting to the review job that runs."""
         with self._transaction() as db:
-            waiting_id = waiting_review(db, job.pull_request_id, job.reviewer)
+            waiting_id = waiting_review(db, job.task_id, job.reviewer)
             if waiting_id is None:
                 return
             values = {"id": job.id, "waiting_id": waiting_id}
@@ -3837,7 +3811,7 @@ class Store:
         )
         return [from_row(Comment, row) for row in rows]
 
-    def reviews_of_last_day(self, pull_request_id: int) -> list[str]:
+    def reviews_of_last_day(self, task_id: str) -> list[str]:
         """Return the request kinds of a pull request's reviews that were started.
 
         So a stranger's do not count: they wait, or they were dropped.
@@ -3845,10 +3819,10 @@ class Store:
         rows = self._read(
             """
             SELECT request_kind FROM jobs
-            WHERE pull_request_id = :id AND submitted_at > :yesterday
+            WHERE task_id = :task_id AND kind = 'review' AND submitted_at > :yesterday
                 AND (status != 'pending' OR request_kind != '')
             """,
-            id=pull_request_id,
+            task_id=task_id,
             yesterday=now_text(seconds_ago=86400),
         )
         return [row["request_kind"] for row in rows]
@@ -3982,12 +3956,12 @@ def insert_task(
     db.execute(
         """
         INSERT INTO jobs (
-            id, kind, submitted_at, submitted_by, repository_url, description,
+            id, kind, task_id, submitted_at, submitted_by, repository_url, description,
             ticket_id, ticket_summary, test_command, base_branch,
             idempotency_key, body_hash,
             label_event_id, issue_repository_id, issue_number, issue_url
         ) VALUES (
-            :id, 'task', :now, :submitted_by, :repository_url, :description,
+            :id, 'task', :id, :now, :submitted_by, :repository_url, :description,
             :ticket_id, :ticket_summary, :test_command, :base_branch,
             :key, :body_hash,
             :event_id, :issue_repository_id, :issue_number, :issue_url
@@ -4012,18 +3986,16 @@ def insert_delivery(db: sqlite3.Connection, guid: str) -> bool:
     return cursor.rowcount == 1
 
 
-def insert_comment(
-    db: sqlite3.Connection, pull_request_id: int, comment: Comment
-) -> bool:
+def insert_comment(db: sqlite3.Connection, task_id: str, comment: Comment) -> bool:
     """Store a comment that belongs to no job yet. False if it is known."""
     cursor = db.execute(
         """
         INSERT INTO comments VALUES (
-            :kind, :id, :pull_request_id, NULL, :user, :text, :thread, :review_id,
+            :kind, :id, :task_id, NULL, :user, :text, :thread, :review_id,
             :created_at, :path, :line, :diff_hunk
         ) ON CONFLICT DO NOTHING
         """,
-        {**dataclasses.asdict(comment), "pull_request_id": pull_request_id},
+        {**dataclasses.asdict(comment), "task_id": task_id},
     )
     return cursor.rowcount == 1
 
@@ -4040,10 +4012,7 @@ def copy_workspace_of_task(db: sqlite3.Connection, review_id: str) -> None:
     db.execute(
         """
         UPDATE jobs SET (directory, branch) = (
-            SELECT task.directory, task.branch
-            FROM pull_requests
-            JOIN jobs AS task ON task.id = pull_requests.task_id
-            WHERE pull_requests.id = jobs.pull_request_id
+            SELECT directory, branch FROM jobs AS task WHERE task.id = jobs.task_id
         )
         WHERE id = :id AND kind = 'review'
         """,
@@ -4051,37 +4020,35 @@ def copy_workspace_of_task(db: sqlite3.Connection, review_id: str) -> None:
     )
 
 
-def waiting_review(
-    db: sqlite3.Connection, pull_request_id: int, reviewer: str
-) -> str | None:
+def waiting_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str | None:
     """Return the job of a reviewer that waits and is not classified yet."""
     row = db.execute(
         """
         SELECT id FROM jobs
-        WHERE pull_request_id = :pull_request_id AND reviewer = :reviewer
+        WHERE task_id = :task_id AND reviewer = :reviewer
             AND status = 'pending' AND request_kind = ''
         ORDER BY seq DESC LIMIT 1
         """,
-        {"pull_request_id": pull_request_id, "reviewer": reviewer},
+        {"task_id": task_id, "reviewer": reviewer},
     ).fetchone()
     return row["id"] if row else None
 
 
-def insert_review(db: sqlite3.Connection, pull_request_id: int, reviewer: str) -> str:
+def insert_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
     """Create a review job. Returns its id."""
     job_id = str(uuid.uuid4())
     db.execute(
         """
         INSERT INTO jobs (
-            id, kind, submitted_at, submitted_by, pull_request_id, reviewer
+            id, kind, task_id, submitted_at, submitted_by, reviewer
         ) VALUES (
-            :id, 'review', :now, 'github:' || :reviewer, :pull_request_id, :reviewer
+            :id, 'review', :task_id, :now, 'github:' || :reviewer, :reviewer
         )
         """,
         {
             "id": job_id,
             "now": now_text(),
-            "pull_request_id": pull_request_id,
+            "task_id": task_id,
             "reviewer": reviewer,
         },
     )
@@ -4097,9 +4064,9 @@ class SyncRequest:
 
 @dataclasses.dataclass(frozen=True)
 class PullRequestChanged(SyncRequest):
-    """One of codebot's pull requests, or what people wrote on it."""
+    """The pull request of a task, or what people wrote on it."""
 
-    pull_request_id: int
+    task_id: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4286,8 +4253,6 @@ class JobRun:
         self.store = codebot.store
         self.redact = codebot.redact
         self.job = job
-        # In whose log events go, and the session's id; of a review, set by its worker.
-        self.task_id = job.id
         self.cancel = threading.Event()
         self.run_tag = f"{codebot.run_tag}{job.id}"
         self.started = time.monotonic()
@@ -4318,7 +4283,7 @@ class JobRun:
             # Redacting megabytes takes time, and their end is not kept anyway.
             text = self.redact(message[:100_000])
             events.append((source, truncate(text, MAX_EVENT_CHARS)))
-        self.store.add_events(self.task_id, events)
+        self.store.add_events(self.job.task_id, events)
 
     def update(self, **changes: Any) -> None:
         """Change fields of the job, and store them."""
@@ -5140,7 +5105,7 @@ class Agent:
         if mode is CLASSIFYING and "--model" not in self.config.claude_args:
             words += ["--model", "haiku"]
         if session is not Session.NONE:
-            words += [session.value, self.run.task_id]
+            words += [session.value, self.run.job.task_id]
         turns = [limit for limit in (mode.max_turns, self.config.max_turns) if limit]
         if turns:
             words += ["--max-turns", str(min(turns))]
@@ -5601,9 +5566,8 @@ def create_pull_request(run: JobRun, github_repository: GitHubRepository) -> Non
     )
     run.log_event("codebot", f"Pull request {new.number}: {new.url}")
     log.info("Task %s: opened %s", run.job.id, new.url)
-    stored = run.store.pull_request_of_task(run.job.id)
-    if stored is not None:  # somebody may have commented on it before it was stored
-        run.codebot.sync_queue.put(PullRequestChanged(stored.id))
+    # Somebody may have commented on it before it was stored.
+    run.codebot.sync_queue.put(PullRequestChanged(run.job.id))
 
 
 def react_to_issue(run: JobRun, repository: Repository) -> None:
@@ -5716,8 +5680,8 @@ def load_review(run: JobRun) -> ReviewContext:
     """Find the pull request's repository, under the name that it has now."""
     store = run.store
     github = run.codebot.github
-    pull_request = store.pull_request(run.job.pull_request_id)
-    task = store.job(pull_request.task_id) if pull_request else None
+    pull_request = store.pull_request(run.job.task_id)
+    task = store.job(run.job.task_id)
     if pull_request is None or task is None or github is None:
         raise ReviewSkipped("its pull request is not codebot's any more")
     try:
@@ -5750,7 +5714,7 @@ def check_pull_request(run: JobRun, context: ReviewContext) -> None:
     except GitHubError as error:
         raise refusal_error(error) from None
     if current.state != "open":
-        run.codebot.sync_queue.put(PullRequestChanged(context.pull_request.id))
+        run.codebot.sync_queue.put(PullRequestChanged(context.task.id))
         raise ReviewSkipped(f"the pull request is {current.state}")
     if current.is_from_fork or current.head_branch != context.task.branch:
         raise ReviewSkipped("the pull request is not of codebot's branch")
@@ -5789,7 +5753,7 @@ def check_daily_limit(run: JobRun) -> None:
     """Skip a review above the daily limit; only the first one of a day says so."""
     if next_step(run.job) is not ReviewStep.CLASSIFY:
         return
-    kinds = run.store.reviews_of_last_day(run.job.pull_request_id)
+    kinds = run.store.reviews_of_last_day(run.job.task_id)
     if len(kinds) - kinds.count("limit") <= DAILY_REVIEW_JOBS:
         return
     if "limit" in kinds:
@@ -6209,7 +6173,7 @@ class Sync:
 
     def look(self, request: SyncRequest) -> None:
         if isinstance(request, PullRequestChanged):
-            self.look_at_pull_request(request.pull_request_id)
+            self.look_at_pull_request(request.task_id)
         elif isinstance(request, IssueChanged):
             self.look_at_issue(request)
         elif isinstance(request, TaskEnded):
@@ -6222,7 +6186,7 @@ class Sync:
         if self.config.enable_polling:
             self.waiting[PollDue()] = time.time() + self.config.poll_interval
         for pull_request in self.store.unmerged_pull_requests():
-            self.waiting[PullRequestChanged(pull_request.id)] = 0.0
+            self.waiting[PullRequestChanged(pull_request.task_id)] = 0.0
         if not self.config.issue_label:
             return
         for repository_id, number in self.store.unfinished_issues():
@@ -6246,9 +6210,9 @@ class Sync:
 
     # Pull requests
 
-    def look_at_pull_request(self, pull_request_id: int) -> None:
+    def look_at_pull_request(self, task_id: str) -> None:
         """Store a pull request's state, and queue what people wrote on it."""
-        pull_request = self.store.pull_request(pull_request_id)
+        pull_request = self.store.pull_request(task_id)
         if pull_request is None:
             return
         github_repository = self.github.repository_by_id(pull_request.repository_id)
@@ -6256,19 +6220,19 @@ class Sync:
         known = (pull_request.state, pull_request.full_name)
         if (current.state, current.full_name) != known:
             self.store.save_pull_request_state(
-                pull_request.id, current.state, current.full_name
+                task_id, current.state, current.full_name
             )
             log.info("Pull request %s is %s now", pull_request.url, current.state)
         if current.state != "open":
-            self.end_reviews(pull_request.id)
+            self.end_reviews(task_id)
         elif repository_at(github_repository).is_allowed(self.config):
             self.queue_new_comments(pull_request, github_repository)
 
-    def end_reviews(self, pull_request_id: int) -> None:
+    def end_reviews(self, task_id: str) -> None:
         """End the review that runs on a closed pull request. Those that wait are
         skipped when they start."""
         for run in list(self.codebot.running.values()):
-            if run.job.pull_request_id == pull_request_id:
+            if run.job.kind == "review" and run.job.task_id == task_id:
                 run.cancel.set()
         self.codebot.cleanup_wanted.set()
 
@@ -6416,7 +6380,7 @@ class Sync:
         self.store.mark_reported(task.id)
 
     def report_text(self, task: Job) -> str:
-        pull_request = self.store.pull_request_of_task(task.id)
+        pull_request = self.store.pull_request(task.id)
         if task.status == "completed" and pull_request is not None:
             return f"The pull request is {pull_request.url}."
         if task.reason == "cancelled":
@@ -6528,9 +6492,6 @@ def dispatch_job(run: JobRun) -> None:
     stored = run.store.job(job.id)
     if stored is None or stored.cancel_requested:
         raise Cancelled()
-    pull_request = run.store.pull_request(job.pull_request_id)
-    if pull_request is not None:
-        run.task_id = pull_request.task_id
     if job.interruptions >= MAX_INTERRUPTIONS:
         raise JobFailed(
             "interrupted",
@@ -8148,7 +8109,7 @@ def task_result(codebot: Codebot, job: Job) -> dict[str, object]:
         "files": outcome.files,
         "seconds": round(outcome.seconds, 3),
     }
-    pull_request = codebot.store.pull_request_of_task(job.id)
+    pull_request = codebot.store.pull_request(job.id)
     if pull_request:
         result["pr_url"] = pull_request.url
         result["pr_number"] = pull_request.number
@@ -8360,7 +8321,7 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
     elif event == "pull_request" and action in ("closed", "reopened"):
         pull_request = pull_request_of(codebot, payload, "pull_request")
         remember_delivery(codebot, guid)
-        codebot.sync_queue.put(PullRequestChanged(pull_request.id))
+        codebot.sync_queue.put(PullRequestChanged(pull_request.task_id))
     elif event == "issues" and action in ("labeled", "unlabeled"):
         receive_label(codebot, guid, payload)
     elif event == "ping":

@@ -3431,7 +3431,7 @@ def store_pull_request(
     now = codebot.now_text()
     new = codebot.NewPullRequest(number=number, url=url, created_at=now)
     store.add_pull_request(task, "acme/widget", new)
-    pull_request = store.pull_request_of_task(task.id)
+    pull_request = store.pull_request(task.id)
     assert pull_request is not None
     return pull_request
 
@@ -3601,17 +3601,17 @@ def test_new_comment_joins_review_that_waits_for_its_retry(
 def test_daily_limit_counts_reviews_that_were_started(store: codebot.Store) -> None:
     pull_request = store_pull_request(store, store_task_in_state(store, "completed"))
     store_review(store, pull_request, 1, "a-stranger")
-    assert store.reviews_of_last_day(pull_request.id) == []
+    assert store.reviews_of_last_day(pull_request.task_id) == []
     review = store.claim(store_review(store, pull_request, 2, "alice"))
     assert review is not None
     store.save_progress(dataclasses.replace(review, request_kind="limit"))
-    assert store.reviews_of_last_day(pull_request.id) == ["limit"]
+    assert store.reviews_of_last_day(pull_request.task_id) == ["limit"]
     store.requeue(review.id)
-    assert store.reviews_of_last_day(pull_request.id) == ["limit"]
+    assert store.reviews_of_last_day(pull_request.task_id) == ["limit"]
     with other_program(store) as database:
         sql = "UPDATE jobs SET submitted_at = ? WHERE kind = 'review'"
         database.execute(sql, [LONG_AGO])
-    assert store.reviews_of_last_day(pull_request.id) == []
+    assert store.reviews_of_last_day(pull_request.task_id) == []
 
 
 def test_review_is_not_shown_as_a_task(store: codebot.Store) -> None:
@@ -3809,7 +3809,7 @@ def test_a_transaction_is_on_disk_when_it_ends(store: codebot.Store) -> None:
         ("jobs", "status = NULL"),
         ("jobs", "kind = 'poll'"),
         ("jobs", "kind = 'review'"),  # without a pull request
-        ("jobs", "pull_request_id = 1"),  # of a task
+        ("jobs", "task_id = 'x'"),  # of a task
         ("jobs", "status = 'failed'"),  # without a time
         ("jobs", "completed_at = '2025-11-03T12:00:05Z'"),  # while it is pending
         ("jobs", "submitted_at = NULL"),
@@ -4048,8 +4048,8 @@ def test_retention_keeps_row_log_and_workspace(
     store.save_progress(dataclasses.replace(task, directory="task_1"))
     store.add_events(task.id, [("codebot", "Hello")])
     if case.pull_request:
-        pull_request = store_pull_request(store, task)
-        store.save_pull_request_state(pull_request.id, case.pull_request, "acme/widget")
+        store_pull_request(store, task)
+        store.save_pull_request_state(task.id, case.pull_request, "acme/widget")
     if case.is_old:
         age_task(store, task)
     if case.is_closed_long_ago:
@@ -4105,7 +4105,7 @@ def test_expired_task_takes_its_pull_request_reviews_and_comments_along(
     review = store.claim(store_review(store, pull_request, 1, "alice"))
     assert review is not None
     store.finish(review, "completed")
-    store.save_pull_request_state(pull_request.id, "closed", "acme/widget")
+    store.save_pull_request_state(task.id, "closed", "acme/widget")
     with other_program(store) as db:
         db.execute("UPDATE jobs SET completed_at = ?", (LONG_AGO,))
         db.execute("UPDATE pull_requests SET closed_at = ?", (LONG_AGO,))
@@ -9557,13 +9557,13 @@ def test_list_has_pages_and_filters(shared: Site) -> None:
 
 def test_list_shows_100_tasks_unless_a_limit_is_given(shared_site: Site) -> None:
     now = codebot.now_text()
-    rows = [(f"listed-{number}", now, now) for number in range(150)]
+    rows = [{"id": f"listed-{number}", "now": now} for number in range(150)]
     with shared_site.server.database() as db:
         db.executemany(
             """
             INSERT INTO jobs (
-                id, kind, status, submitted_at, completed_at, submitted_by
-            ) VALUES (?, 'task', 'failed', ?, ?, 'the tests')
+                id, kind, task_id, status, submitted_at, completed_at, submitted_by
+            ) VALUES (:id, 'task', :id, 'failed', :now, :now, 'the tests')
             """,
             rows,
         )
