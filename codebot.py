@@ -2998,7 +2998,13 @@ CREATE INDEX comments_by_task ON comments (task_id);
 -- The label events that codebot has handled. They outlive the tasks.
 CREATE TABLE label_events (id INTEGER PRIMARY KEY);
 CREATE TABLE deliveries (guid TEXT PRIMARY KEY, received_at TEXT NOT NULL);
-CREATE TABLE totals (name TEXT PRIMARY KEY, value REAL NOT NULL);
+-- One row: what all jobs took, also those that were deleted.
+CREATE TABLE totals (
+    seconds REAL NOT NULL,
+    dollars REAL NOT NULL,
+    checks INTEGER NOT NULL -- by check_writable: SQLite writes only what changes
+);
+INSERT INTO totals VALUES (0, 0, 0);
 -- What the API's list shows.
 CREATE VIEW task_list AS
     SELECT
@@ -3269,7 +3275,7 @@ class Store:
 
     def check_writable(self) -> None:
         """Write something, so that `writable` is up to date."""
-        self._write("INSERT OR REPLACE INTO totals VALUES ('checked', 0)")
+        self._write("UPDATE totals SET checks = checks + 1")
 
     # States
 
@@ -3409,20 +3415,16 @@ class Store:
 
     def finish(self, job: Job, status: str, reason: str = "", error: str = "") -> None:
         """Complete or fail a running job, and add up what it cost."""
-        totals = {
-            "seconds": job.outcome.seconds,
-            "dollars": job.outcome.cost_usd or 0.0,
-        }
         with self._transaction() as db:
             self._transition(db, job.id, "running", status, reason, error)
-            for name, value in totals.items():
-                db.execute(
-                    """
-                    INSERT INTO totals VALUES (:name, :value)
-                    ON CONFLICT (name) DO UPDATE SET value = value + excluded.value
-                    """,
-                    {"name": name, "value": value},
-                )
+            db.execute(
+                """
+                UPDATE totals SET
+                    seconds = seconds + :seconds,
+                    dollars = dollars + IFNULL(:cost_usd, 0)
+                """,
+                vars(job.outcome),
+            )
 
     def requeue(
         self, job_id: str, interruptions: int = 0, not_before: float = 0.0
@@ -3545,21 +3547,15 @@ class Store:
         )
         return row["id"] if row else None
 
-    def count_pending(self, kind: str) -> int:
-        row = self._read_one(
-            "SELECT COUNT(*) AS n FROM jobs WHERE kind = :kind AND status = 'pending'",
-            kind=kind,
-        )
-        return int(row["n"])
-
-    def queue_position(self, job: Job) -> int:
-        """Return the position of a pending task in the queue; 1 is the next."""
+    def count_pending(self, kind: str, up_to_seq: int = sys.maxsize) -> int:
+        """Return how many jobs wait: with its ``seq``, a job's position, from 1."""
         row = self._read_one(
             """
             SELECT COUNT(*) AS n FROM jobs
-            WHERE kind = 'task' AND status = 'pending' AND seq <= :seq
+            WHERE kind = :kind AND status = 'pending' AND seq <= :up_to_seq
             """,
-            seq=job.seq,
+            kind=kind,
+            up_to_seq=up_to_seq,
         )
         return int(row["n"])
 
@@ -3667,9 +3663,10 @@ class Store:
         )
         return [(row["status"], row["reason"], row["n"]) for row in rows]
 
-    def totals(self) -> dict[str, float]:
-        rows = self._read("SELECT name, value FROM totals")
-        return {row["name"]: row["value"] for row in rows}
+    def totals(self) -> tuple[float, float]:
+        """Return the seconds that jobs took, and the dollars that they cost."""
+        seconds, dollars = self._read_one("SELECT seconds, dollars FROM totals")
+        return seconds, dollars
 
     # Pull requests and comments
 
@@ -8050,7 +8047,7 @@ def task_fields(codebot: Codebot, job: Job) -> dict[str, object]:
     }
     value = nulls_for_empty(fields)
     if job.status == "pending":
-        value["queue_position"] = codebot.store.queue_position(job)
+        value["queue_position"] = codebot.store.count_pending("task", job.seq)
     elif job.status == "running":
         value["phase"] = job.phase
         value["attempt"] = job.attempt
@@ -8213,7 +8210,7 @@ def health(codebot: Codebot, request: Request) -> Response:
 
 def metrics(codebot: Codebot, request: Request) -> Response:
     """Return what Prometheus collects (prometheus.io: "Exposition formats", 0.0.4)."""
-    totals = codebot.store.totals()
+    seconds, dollars = codebot.store.totals()
     text = f"""\
 # HELP codebot_queue_size Pending tasks.
 # TYPE codebot_queue_size gauge
@@ -8226,10 +8223,10 @@ codebot_review_queue_size {codebot.store.count_pending("review")}
 codebot_running {len(codebot.running)}
 # HELP codebot_task_seconds_total Seconds that jobs took.
 # TYPE codebot_task_seconds_total counter
-codebot_task_seconds_total {totals.get("seconds", 0.0):.15g}
+codebot_task_seconds_total {seconds:.15g}
 # HELP codebot_agent_dollars_total Known cost in US dollars.
 # TYPE codebot_agent_dollars_total counter
-codebot_agent_dollars_total {totals.get("dollars", 0.0):.15g}
+codebot_agent_dollars_total {dollars:.15g}
 # HELP codebot_tasks Tasks by status and reason.
 # TYPE codebot_tasks gauge
 """
