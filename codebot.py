@@ -2920,7 +2920,6 @@ CREATE TABLE jobs (
     test_command TEXT NOT NULL DEFAULT '',
     base_branch TEXT NOT NULL DEFAULT '',
     idempotency_key TEXT UNIQUE,
-    body_hash TEXT NOT NULL DEFAULT '',
     -- The issue that a task comes from.
     issue_repository_id INTEGER NOT NULL DEFAULT 0,
     issue_number INTEGER NOT NULL DEFAULT 0,
@@ -3336,14 +3335,13 @@ class Store:
         submitted_by: str,
         max_pending: int,
         idempotency_key: str | None = None,
-        body_hash: str = "",
         issue: IssueLabel = NO_ISSUE,
     ) -> tuple[Job, bool]:
         """Store a new task. Returns the job, and whether it is new.
 
-        The same idempotency key with the same body, or the same label event, returns
-        the job that is there. Raises HTTPError: 409 for the same key with another
-        body, 503 if the queue is full.
+        The same idempotency key with the same fields, or the same label event, returns
+        the job that is there. Raises HTTPError: 409 for the same key with other
+        fields, 503 if the queue is full.
         """
         values = {
             **dataclasses.asdict(request),
@@ -3351,7 +3349,6 @@ class Store:
             "now": now_text(),
             "submitted_by": submitted_by,
             "key": idempotency_key,
-            "body_hash": body_hash,
             "issue_repository_id": issue.repository_id,
             "issue_number": issue.number,
             "issue_url": issue.url,
@@ -3368,9 +3365,10 @@ class Store:
             if existing is None:
                 insert_task(db, values, max_pending)
                 return job_by_id(db, values["id"]), True
-            if existing["body_hash"] != body_hash:
-                raise HTTPError(409, "This Idempotency-Key was used with another body")
-            return make_job(existing), False
+            job = make_job(existing)
+            if job.request != request:
+                raise HTTPError(409, "This Idempotency-Key was used for another task")
+            return job, False
 
     def claim(self, job_id: str) -> Job | None:
         """Start a job. Returns None if it must not start, or has started already.
@@ -3955,12 +3953,12 @@ def insert_task(
         INSERT INTO jobs (
             id, kind, task_id, submitted_at, submitted_by, repository_url, description,
             ticket_id, ticket_summary, test_command, base_branch,
-            idempotency_key, body_hash,
+            idempotency_key,
             label_event_id, issue_repository_id, issue_number, issue_url
         ) VALUES (
             :id, 'task', :id, :now, :submitted_by, :repository_url, :description,
             :ticket_id, :ticket_summary, :test_command, :base_branch,
-            :key, :body_hash,
+            :key,
             :event_id, :issue_repository_id, :issue_number, :issue_url
         )
         """,
@@ -4139,7 +4137,6 @@ class Codebot:
         request: TaskRequest,
         submitted_by: str,
         idempotency_key: str | None = None,
-        body_hash: str = "",
         issue: IssueLabel = NO_ISSUE,
     ) -> Job:
         """Store a task and queue it. Raises HTTPError if it is refused."""
@@ -4150,7 +4147,6 @@ class Codebot:
             submitted_by,
             self.config.queue_size,
             idempotency_key,
-            body_hash,
             issue,
         )
         if is_new:
@@ -7969,13 +7965,11 @@ def queue_task(
     codebot: Codebot,
     request: Request,
     task: TaskRequest,
-    content: bytes,
     issue: IssueLabel = NO_ISSUE,
 ) -> Response:
-    """Queue a task, or find the one with the same Idempotency-Key and content."""
+    """Queue a task, or find the one with the same Idempotency-Key and fields."""
     key = request.headers.get("idempotency-key") or None
-    body_hash = hashlib.sha256(content).hexdigest()
-    job = codebot.submit(task, submitter(request), key, body_hash, issue)
+    job = codebot.submit(task, submitter(request), key, issue)
     message = "Task queued successfully"
     if job.status != "pending":
         message = f"The task was submitted before; its status is {job.status}"
@@ -7993,7 +7987,7 @@ def submit_task(codebot: Codebot, request: Request) -> Response:
     except ValueError as error:
         raise HTTPError(400, f"The body {error}") from None
     task = read_task_request(codebot.config, fields)
-    return queue_task(codebot, request, task, body)
+    return queue_task(codebot, request, task)
 
 
 def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
@@ -8005,7 +7999,7 @@ def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
     log.info("Task %s: retry requested by %s", task_id, submitter(request))
     # Not the label's event: removing the label does not cancel what a client started.
     issue = IssueLabel(job.issue_repository_id, job.issue_number, job.issue_url, None)
-    return queue_task(codebot, request, job.request, f"retry {task_id}".encode(), issue)
+    return queue_task(codebot, request, job.request, issue)
 
 
 def cancel_task(codebot: Codebot, request: Request, task_id: str) -> Response:
