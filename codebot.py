@@ -2921,7 +2921,6 @@ CREATE TABLE jobs (
     base_branch TEXT NOT NULL DEFAULT '',
     idempotency_key TEXT UNIQUE,
     -- The issue that a task comes from.
-    issue_repository_id INTEGER NOT NULL DEFAULT 0,
     issue_number INTEGER NOT NULL DEFAULT 0,
     issue_url TEXT NOT NULL DEFAULT '',
     label_event_id INTEGER UNIQUE,
@@ -3122,7 +3121,6 @@ class Job:
     submitted_by: str
     # Only of a task
     request: TaskRequest
-    issue_repository_id: int
     issue_number: int
     issue_url: str
     # Only of a review
@@ -3349,7 +3347,7 @@ class Store:
             "now": now_text(),
             "submitted_by": submitted_by,
             "key": idempotency_key,
-            "issue_repository_id": issue.repository_id,
+            "repository_id": issue.repository_id,
             "issue_number": issue.number,
             "issue_url": issue.url,
             "event_id": issue.event_id,
@@ -3832,7 +3830,7 @@ class Store:
             """
             SELECT id FROM jobs
             WHERE kind = 'task' AND status IN ('pending', 'running')
-                AND issue_repository_id = :repository_id AND issue_number = :number
+                AND repository_id = :repository_id AND issue_number = :number
                 AND label_event_id != :event_id
             """,
             repository_id=repository_id,
@@ -3855,7 +3853,7 @@ class Store:
         """Return repository id and number of the issues whose tasks are unfinished."""
         rows = self._read(
             """
-            SELECT DISTINCT issue_repository_id, issue_number FROM jobs
+            SELECT DISTINCT repository_id, issue_number FROM jobs
             WHERE kind = 'task' AND status IN ('pending', 'running')
                 AND issue_number > 0
             """
@@ -3954,12 +3952,12 @@ def insert_task(
             id, kind, task_id, submitted_at, submitted_by, repository_url, description,
             ticket_id, ticket_summary, test_command, base_branch,
             idempotency_key,
-            label_event_id, issue_repository_id, issue_number, issue_url
+            label_event_id, repository_id, issue_number, issue_url
         ) VALUES (
             :id, 'task', :id, :now, :submitted_by, :repository_url, :description,
             :ticket_id, :ticket_summary, :test_command, :base_branch,
             :key,
-            :event_id, :issue_repository_id, :issue_number, :issue_url
+            :event_id, :repository_id, :issue_number, :issue_url
         )
         """,
         values,
@@ -5209,8 +5207,7 @@ def check_identity(
             f"Failed to clone repository: {repository.full_name} is now named "
             f"{github_repository.full_name}. Submit the task again with that name.",
         )
-    known_ids = (job.repository_id, job.issue_repository_id)  # 0: not known
-    if any(known not in (0, github_repository.id) for known in known_ids):
+    if job.repository_id not in (0, github_repository.id):  # 0: not known
         raise JobFailed(
             "clone_failed",
             f"Another repository is named {github_repository.full_name} now. Submit the "
@@ -6364,7 +6361,7 @@ class Sync:
         marker = f"<!-- codebot task {task.id} -->"
         path = f"/issues/{task.issue_number}/comments"
         try:
-            github_repository = self.github.repository_by_id(task.issue_repository_id)
+            github_repository = self.github.repository_by_id(task.repository_id)
             body = self.codebot.redact(self.report_text(task))
             github_repository.post_once(path, path, body, marker)
         except GitHubError as error:
@@ -7998,7 +7995,7 @@ def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
     allowed_repository(codebot.config, job.request.repository_url)
     log.info("Task %s: retry requested by %s", task_id, submitter(request))
     # Not the label's event: removing the label does not cancel what a client started.
-    issue = IssueLabel(job.issue_repository_id, job.issue_number, job.issue_url, None)
+    issue = IssueLabel(job.repository_id, job.issue_number, job.issue_url, None)
     return queue_task(codebot, request, job.request, issue)
 
 
