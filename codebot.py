@@ -4424,26 +4424,15 @@ class SandboxedCommand(NamedTuple):
 
 
 class Inspection:
-    """Reads git diff --stat --patch, of any length."""
+    """Reads git diff, of any length."""
 
     def __init__(self, redact: Redactor) -> None:
         self.redact = redact
-        self.files: list[str] = []  # lines of --stat
-        self.has_patch_begun = False
         self.file = ""  # that the next lines are about
         self.secret_file = ""  # the first one to which a secret is added
         self.gitlinks: list[str] = []  # paths that became a repository or a submodule
 
     def read(self, lines: list[str]) -> float | None:
-        if not self.has_patch_begun:
-            stat = list(itertools.takewhile(bool, lines))  # a blank line ends it
-            self.files += stat
-            self.has_patch_begun = len(stat) < len(lines)
-            lines = lines[len(stat) :]
-        self.read_patch(lines)
-        return None
-
-    def read_patch(self, lines: list[str]) -> None:
         # Removed lines, and the headings of hunks, are not new.
         new = [line for line in lines if not line.startswith(("-", "@@"))]
         has_secret = self.redact.has_secret("\n".join(new))  # all at once: it is slow
@@ -4454,6 +4443,7 @@ class Inspection:
                 self.gitlinks.append(self.file)
             if has_secret and not self.secret_file and self.redact.has_secret(line):
                 self.secret_file = self.file
+        return None
 
 
 class Workspace:
@@ -4684,10 +4674,10 @@ class Workspace:
         Raises JobFailed if that may not be pushed.
         """
         inspection = Inspection(self.codebot.redact)
-        options = ("--stat=100", "--stat-count=50", "--patch", "--unified=0")
-        argv = (*GIT_DIFF, *options, "--no-renames", base_commit, commit)
+        diff = (*GIT_DIFF, "--no-renames", base_commit, commit)
         try:
-            self.outbox.local_git(*argv, on_lines=inspection.read)
+            files = self.outbox.local_git(*diff, "--stat=100", "--stat-count=50").stdout
+            self.outbox.local_git(*diff, "--unified=0", on_lines=inspection.read)
         except GitFailed as error:
             message = f"The change cannot be checked: {error}"
             raise JobFailed("agent_failed", message) from None
@@ -4699,14 +4689,12 @@ class Workspace:
                 fault = f"{path} is a git repository of its own"
         if fault:
             raise JobFailed("agent_failed", f"The change is not pushed: {fault}")
-        return tuple(inspection.files)
+        return tuple(files)
 
     def is_submodule(self, commit: str, path: str) -> bool:
         """Return whether .gitmodules has a path. If not, it is a clone that the agent
         left in the directory: `git add` records it in the same way.
         """
-        if not path:
-            return False
         options = ("--blob", f"{commit}:.gitmodules", "--fixed-value")
         pattern = ("--get-regexp", "[.]path$", path)
         found = self.outbox.local_git("config", *options, *pattern, check=False)
