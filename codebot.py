@@ -2672,14 +2672,13 @@ class GitDirectory:
         check: bool = True,
         stdin: bytes = b"",
         on_lines: LineHandler = ignore_lines,
-        more_env: Mapping[str, str] = {},
     ) -> ProgramResult:
         """Run git without a credential, on this host only.
 
         With ``check`` it raises GitFailed if git fails.
         """
-        env = {**base_environment(self.config, self.run_tag), **more_env}
-        result = self.run_git(args, env, stdin, on_lines=on_lines)
+        env = base_environment(self.config, self.run_tag)
+        result = self.run_git(args, env, stdin, on_lines)
         if check and result.code != 0:
             raise GitFailed(f"git {args[0]}: {result.error}")
         return result
@@ -4651,20 +4650,9 @@ class Workspace:
             host = urllib.parse.urlsplit(self.config.git_base).hostname
             login = bot.login
             address = f"{bot.id}+{bot.login}@users.noreply.{host}"
-        result = self.outbox.local_git(
-            "commit-tree",
-            tree,
-            "-p",
-            parent,
-            stdin=message.encode(),
-            more_env={
-                "GIT_AUTHOR_NAME": login,
-                "GIT_AUTHOR_EMAIL": address,
-                "GIT_COMMITTER_NAME": login,
-                "GIT_COMMITTER_EMAIL": address,
-            },
-        )
-        return result.stdout[0]
+        identity = ("-c", f"user.name={login}", "-c", f"user.email={address}")
+        argv = (*identity, "commit-tree", tree, "-p", parent)
+        return self.outbox.local_git(*argv, stdin=message.encode()).stdout[0]
 
     def inspect_commit(self, base_commit: str, commit: str) -> tuple[str, ...]:
         """Return what a commit changes, as lines of git diff --stat.
