@@ -4314,20 +4314,19 @@ class JobRun:
 
     def limit_failure(self, error: LimitReached, program: str) -> JobFailed:
         """Return what a limit that a program has reached means for the job."""
+        config = self.config
+        reason = "timeout"
+        message = f"Timed out after {config.task_timeout} s (CODEBOT_TASK_TIMEOUT)"
         if isinstance(error, TooMuchOutput):
             reason = "tests_failed" if self.job.phase == "test" else "agent_failed"
-            return JobFailed(reason, f"{program} {error}")
-        if isinstance(error, Stalled):
-            limit = self.config.stall_timeout
-            return JobFailed(
-                "stalled", f"No output for {limit} s (CODEBOT_STALL_TIMEOUT)"
-            )
-        if isinstance(error, NoFreeNode):
-            limit = self.config.launch_timeout
-            message = f"No node became free within {limit} s (CODEBOT_LAUNCH_TIMEOUT)"
-            return JobFailed("timeout", message)
-        limit = self.config.task_timeout
-        return JobFailed("timeout", f"Timed out after {limit} s (CODEBOT_TASK_TIMEOUT)")
+            message = f"{program} {error}"
+        elif isinstance(error, Stalled):
+            reason = "stalled"
+            message = f"No output for {config.stall_timeout} s (CODEBOT_STALL_TIMEOUT)"
+        elif isinstance(error, NoFreeNode):
+            limit = f"{config.launch_timeout} s (CODEBOT_LAUNCH_TIMEOUT)"
+            message = f"No node became free within {limit}"
+        return JobFailed(reason, message)
 
     def agent_limits(self) -> Limits:
         return Limits(self.time_left(), self.config.stall_timeout, self.check_stop)
