@@ -4215,7 +4215,8 @@ def unusable_error(path: str, error: OSError, setting: str) -> ConfigError:
 def remove_tree(config: Config, path: str, run_tag: str) -> None:
     """Remove a directory that an agent may have made unwritable, or very deep.
 
-    Follows no link. Refuses everything but what codebot makes in its work directory.
+    Follows no link; it may not exist. Refuses everything but what codebot makes in its
+    work directory.
     """
     name = os.path.relpath(path, config.work_dir)
     removable = (
@@ -4223,13 +4224,11 @@ def remove_tree(config: Config, path: str, run_tag: str) -> None:
     )
     if not re.fullmatch(removable, name):
         raise ValueError(f"{path} is not a directory that codebot may remove")
-    if os.path.islink(path):
-        os.unlink(path)
-        return
     with contextlib.suppress(RecursionError):
         shutil.rmtree(path, ignore_errors=True)
     if os.path.lexists(path):
-        script = 'chmod -R u+rwX -- "$1"; rm -rf -- "$1"'
+        # rm first: chmod would follow a link.
+        script = 'rm -rf -- "$1" || { chmod -R u+rwX -- "$1"; rm -rf -- "$1"; }'
         env = base_environment(config, run_tag)
         run_program(["sh", "-c", script, "sh", path], env)
 
@@ -4469,23 +4468,19 @@ class Workspace:
 
     def make_outbox(self) -> None:
         """Make an empty outbox that borrows the mirror's objects."""
-        self.remove(self.outbox.path)
+        remove_tree(self.config, self.outbox.path, self.run.run_tag)
         self.outbox.local_git("init", "--quiet", "--bare", "--template=")
         alternates = pathlib.Path(self.outbox.path, "objects", "info", "alternates")
         alternates.write_text(f"{self.mirror.objects}\n")
 
-    def remove(self, path: str) -> None:
-        if os.path.lexists(path):
-            remove_tree(self.config, path, self.run.run_tag)
-
     def check_out(self, base_name: str, base_commit: str, keep_home: bool) -> None:
         """Make fresh directories and a repository with the branch checked out."""
         self.stop_earlier_launch()
+        old = [self.path]
         if keep_home:
-            self.remove(self.repo)
-            self.remove(f"{self.path}/tmp")
-        else:
-            self.remove(self.path)
+            old = [self.repo, f"{self.path}/tmp"]
+        for path in old:
+            remove_tree(self.config, path, self.run.run_tag)
         for part in WORKSPACE_PARTS:
             os.makedirs(f"{self.path}/{part}", mode=0o700, exist_ok=True)
         arguments = [
@@ -6502,8 +6497,8 @@ def skip_review(run: JobRun, reason: ReviewSkipped) -> None:
 
 def remove_outbox_of(run: JobRun) -> None:
     """Remove the job's outbox, before another job of the task can make one."""
-    path = outbox_path(run.config, run.job.directory)
-    if run.job.directory and os.path.lexists(path):
+    if run.job.directory:
+        path = outbox_path(run.config, run.job.directory)
         # If it stays, the next one replaces it.
         with contextlib.suppress(OSError, LimitReached, TransientError):
             remove_tree(run.config, path, run.run_tag)

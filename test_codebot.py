@@ -5879,6 +5879,17 @@ def test_only_directories_of_jobs_may_be_removed(tmp_path: Path, path: str) -> N
         codebot.remove_tree(config, os.path.join(tmp_path, path), "tag")
 
 
+def test_removing_a_link_leaves_what_it_leads_to(tmp_path: Path) -> None:
+    config = codebot.Config(work_dir=str(tmp_path), search_path=os.environ["PATH"])
+    target = tmp_path / "target"
+    target.mkdir(mode=0o500)
+    link = tmp_path / "task_1234567"
+    link.symlink_to(target)
+    codebot.remove_tree(config, str(link), "tag")
+    assert not os.path.lexists(link)
+    assert target.stat().st_mode & 0o777 == 0o500
+
+
 def test_workspaces_are_removed_although_database_is_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
