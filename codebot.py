@@ -3289,7 +3289,11 @@ class Store:
             reason = :reason,
             error = :error,
             interruptions = interruptions + :interruptions,
-            not_before = :not_before
+            not_before = :not_before,
+            transient_since = CASE
+                WHEN :not_before > 0 AND transient_since = 0 THEN :timestamp
+                ELSE transient_since
+            END
         WHERE id = :id AND status = :old
     """
 
@@ -3315,6 +3319,7 @@ class Store:
             "old": old,
             "new": new,
             "now": now_text(),
+            "timestamp": time.time(),
             "reason": reason,
             "error": error,
             "interruptions": interruptions,
@@ -3438,14 +3443,6 @@ class Store:
                 interruptions=interruptions,
                 not_before=not_before,
             )
-            if not_before:
-                db.execute(
-                    """
-                    UPDATE jobs SET transient_since = :now
-                    WHERE id = :id AND transient_since = 0
-                    """,
-                    {"id": job_id, "now": time.time()},
-                )
 
     def requeue_interrupted(self, interruptions: int) -> None:
         """Put back all running jobs, after a crash (1) or at a stop (0)."""
