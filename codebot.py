@@ -3455,23 +3455,19 @@ class Store:
 
         Raises WrongState if it has ended, or its commit may have been pushed.
         """
-        values = {"id": job_id}
+        error = CANCELLED_TEXT["task"]
         with self._transaction() as db:
-            row = db.execute(
-                "SELECT status FROM jobs WHERE id = :id AND is_pushing = 0", values
-            ).fetchone()
-            if row is None or row["status"] in ("completed", "failed"):
+            cursor = db.execute(
+                """
+                UPDATE jobs SET cancel_requested = 1
+                WHERE id = :id AND is_pushing = 0 AND completed_at IS NULL
+                """,
+                {"id": job_id},
+            )
+            if cursor.rowcount == 0:
                 raise WrongState(f"job {job_id} can no longer be cancelled")
-            db.execute("UPDATE jobs SET cancel_requested = 1 WHERE id = :id", values)
-            if row["status"] == "pending":
-                self._transition(
-                    db,
-                    job_id,
-                    "pending",
-                    "failed",
-                    "cancelled",
-                    CANCELLED_TEXT["task"],
-                )
+            with contextlib.suppress(WrongState):  # it runs
+                self._transition(db, job_id, "pending", "failed", "cancelled", error)
 
     def begin_push(self, job_id: str) -> bool:
         """Note that a job's commit is being pushed. False if it is to be cancelled."""
