@@ -3213,13 +3213,11 @@ class Store:
 
     def _create_schema(self) -> None:
         version = self._writer.execute("PRAGMA user_version").fetchone()[0]
-        tables = self._writer.execute("SELECT name FROM sqlite_master").fetchall()
-        names = {row["name"] for row in tables}
-        if not names:
+        if self._writer.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
             self._writer.executescript(
                 f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
             )
-        elif version != SCHEMA_VERSION or "jobs" not in names:
+        elif version != SCHEMA_VERSION:
             raise ConfigError(
                 f"The database {self.path} has schema {version} of another version "
                 f"of codebot; this one needs schema {SCHEMA_VERSION}. Use a new "
