@@ -4284,9 +4284,6 @@ class JobRun:
         suffix = f", attempt {attempt} of {attempts}" if attempt > 1 else ""
         self.log_event("phase", f"{phase}{suffix}")
 
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
-
     def time_left(self) -> float:
         """Return the seconds left for the agent and the tests, all attempts together.
 
@@ -4296,11 +4293,6 @@ class JobRun:
         if self.deadline is None:
             self.deadline = time.monotonic() + self.config.task_timeout
         return max(0.1, self.deadline - time.monotonic())
-
-    def extend_deadline(self, seconds: float) -> None:
-        """Do not count a wait for a node of the cluster."""
-        if self.deadline is not None:
-            self.deadline += seconds
 
     def limit_failure(self, error: LimitReached, program: str) -> JobFailed:
         """Return what a limit that a program has reached means for the job."""
@@ -4532,10 +4524,10 @@ class Workspace:
         limits = self.run.agent_limits()
         timeout = self.config.launch_timeout
         run_tag = self.run.run_tag
-        queued_at = time.monotonic()
 
         def start() -> None:
-            self.run.extend_deadline(time.monotonic() - queued_at)
+            # The wait for the node does not count.
+            self.run.deadline = time.monotonic() + limits.timeout
             on_start()
 
         if self.config.launcher:
@@ -5426,7 +5418,9 @@ def commit_task(
     if not commit_id:
         words = run.job.outcome.summary.strip()[:2000] or "nothing"
         raise JobFailed("no_changes", f"The agent changed nothing. It said: {words}")
-    outcome = dataclasses.replace(run.job.outcome, seconds=run.seconds())
+    outcome = dataclasses.replace(
+        run.job.outcome, seconds=time.monotonic() - run.started
+    )
     run.save_work(commit_id=commit_id, outcome=outcome)
 
 
@@ -6471,7 +6465,9 @@ def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None
             run.log_event("codebot", f"Failed ({reason}): {error}")
         log.info("Job %s: %s", job.id, error)
     if not job.outcome.seconds:  # for the totals
-        outcome = dataclasses.replace(job.outcome, seconds=run.seconds())
+        outcome = dataclasses.replace(
+            job.outcome, seconds=time.monotonic() - run.started
+        )
         run.job = dataclasses.replace(job, outcome=outcome)
     remove_outbox_of(run)
     run.codebot.until_database_works(run.store.finish, run.job, status, reason, error)
