@@ -3345,14 +3345,11 @@ class Store:
         """
         values = {
             **dataclasses.asdict(request),
+            **issue._asdict(),
             "id": str(uuid.uuid4()),
             "now": now_text(),
             "submitted_by": submitted_by,
             "key": idempotency_key,
-            "repository_id": issue.repository_id,
-            "issue_number": issue.number,
-            "issue_url": issue.url,
-            "event_id": issue.event_id,
         }
         with self._transaction() as db:
             existing = db.execute(
@@ -3947,7 +3944,7 @@ def insert_task(
             :id, 'task', :id, :now, :submitted_by, :repository_url, :description,
             :ticket_id, :ticket_summary, :test_command, :base_branch,
             :key,
-            :event_id, :repository_id, :issue_number, :issue_url
+            :event_id, :repository_id, :number, :url
         )
         """,
         values,
