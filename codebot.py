@@ -3073,7 +3073,7 @@ class Outcome:
     tests: TestResult | None = None
     cost_usd: float | None = None  # by the agent's count; None: unknown
     num_turns: int = 0
-    files: tuple[str, ...] = ()  # lines of git diff --stat
+    files: str = ""  # as git diff --stat shows them
     seconds: float = 0.0
     answers: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by thread
     reason: str = ""  # of a review that failed and whose reviewer is to be told
@@ -3087,7 +3087,6 @@ class Outcome:
         fields = json.loads(text)
         if fields.get("tests"):
             fields["tests"] = TestResult(**fields["tests"])
-        fields["files"] = tuple(fields.get("files", ()))
         return Outcome(**fields)
 
 
@@ -4651,7 +4650,7 @@ class Workspace:
                 fault = f"{path} is a git repository of its own"
         if fault:
             raise JobFailed("agent_failed", f"The change is not pushed: {fault}")
-        return tuple(files)
+        return "\n".join(files)
 
     def is_submodule(self, commit: str, path: str) -> bool:
         """Return whether .gitmodules has a path. If not, it is a clone that the agent
@@ -5401,7 +5400,7 @@ def commit_agent_tree(
     commit_id = workspace.write_commit(tree, base_commit, message)
     files = workspace.inspect_commit(base_commit, commit_id)
     run.codebot.checked_commits.add(commit_id)  # git's fsck has checked it
-    run.log_event("git", f"Commit {commit_id}", "\n".join(files))
+    run.log_event("git", f"Commit {commit_id}", files)
     run.update_outcome(tests=tests, files=files)
     return commit_id
 
@@ -5477,7 +5476,7 @@ def pull_request_body(run: JobRun) -> str:
     redact = run.redact  # before truncating, which could cut a secret
     task_words = truncate(redact(task_text(job.request)), 10_000)
     task = quoted(speaker, task_words)
-    files = code_block(truncate("\n".join(outcome.files), 10_000))
+    files = code_block(truncate(outcome.files, 10_000))
     summary = quoted("The agent", truncate(outcome.summary, 20_000))
     body = (
         f"### Task\n\n{task}\n### Files\n\n{files}\n### Tests\n\n{tests}\n"
@@ -8048,7 +8047,7 @@ def task_result(codebot: Codebot, job: Job) -> dict[str, object]:
         "cost_usd": outcome.cost_usd,
         "num_turns": outcome.num_turns,
         "session_id": job.id,
-        "files": outcome.files,
+        "files": outcome.files.splitlines(),
         "seconds": round(outcome.seconds, 3),
     }
     pull_request = codebot.store.pull_request(job.id)

@@ -3781,7 +3781,7 @@ def test_label_event_becomes_a_task_once(store: codebot.Store) -> None:
 def test_jobs_survive_a_restart(store: codebot.Store) -> None:
     job = store_task_in_state(store, "running")
     tests = codebot.TestResult("pytest -q", True, 2)
-    outcome = codebot.Outcome("Done.", tests, 0.25, 3, ("a.py | 2 +-",), 1.5)
+    outcome = codebot.Outcome("Done.", tests, 0.25, 3, "a.py | 2 +-", 1.5)
     job = dataclasses.replace(job, outcome=outcome)
     store.save_progress(job)
     store.finish(job, "completed")
