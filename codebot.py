@@ -3512,7 +3512,7 @@ class Store:
             since=since,
             now=time.time(),
         )
-        return [(row["kind"], row["id"]) for row in rows]
+        return [tuple(row) for row in rows]
 
     def next_review(self, job: Job) -> str | None:
         """Return the oldest pending review that had to wait until ``job`` has ended."""
@@ -3639,11 +3639,11 @@ class Store:
         """Return the number of tasks by status and reason."""
         rows = self._read(
             """
-            SELECT status, reason, COUNT(*) AS n FROM jobs
+            SELECT status, reason, COUNT(*) FROM jobs
             WHERE kind = 'task' GROUP BY status, reason
             """
         )
-        return [(row["status"], row["reason"], row["n"]) for row in rows]
+        return [tuple(row) for row in rows]
 
     def totals(self) -> tuple[float, float]:
         """Return the seconds that jobs took, and the dollars that they cost."""
@@ -4306,9 +4306,6 @@ class JobRun:
             message = f"No node became free within {limit}"
         return JobFailed(reason, message)
 
-    def agent_limits(self) -> Limits:
-        return Limits(self.time_left(), self.config.stall_timeout, self.check_stop)
-
     def git_limits(self) -> Limits:
         """Return the limits of git in a workspace, where an agent may slow it down."""
         timeout = max(self.time_left(), MIN_GIT_TIMEOUT)
@@ -4517,8 +4514,10 @@ class Workspace:
 
         ``on_start`` is called when it starts, which may be when a node is free.
         """
-        limits = self.run.agent_limits()
-        timeout = self.config.launch_timeout
+        config = self.config
+        stall_timeout = config.stall_timeout
+        limits = Limits(self.run.time_left(), stall_timeout, self.run.check_stop)
+        timeout = config.launch_timeout
         run_tag = self.run.run_tag
 
         def start() -> None:
@@ -4627,8 +4626,8 @@ class Workspace:
         argv = (*identity, "commit-tree", tree, "-p", parent)
         return self.outbox.local_git(*argv, stdin=message.encode()).stdout[0]
 
-    def inspect_commit(self, base_commit: str, commit: str) -> tuple[str, ...]:
-        """Return what a commit changes, as lines of git diff --stat.
+    def inspect_commit(self, base_commit: str, commit: str) -> str:
+        """Return what a commit changes, as git diff --stat shows it.
 
         The outbox is bare, and its HEAD names no commit, so git diff takes no attributes
         from the agent's files.
