@@ -1731,7 +1731,6 @@ class RemotePullRequest(NamedTuple):
     """A pull request as GitHub reports it now."""
 
     state: str  # "open", "closed" or "merged"
-    full_name: str
     repository_id: int
     head_branch: str
     is_from_fork: bool
@@ -2300,7 +2299,6 @@ class GitHubRepository:
         head_repository = head.get("repo") or {}  # null: the fork was deleted
         return RemotePullRequest(
             state="merged" if payload.get("merged") else str(payload["state"]),
-            full_name=str(base_repository["full_name"]),
             repository_id=int(base_repository["id"]),
             head_branch=str(head["ref"]),
             is_from_fork=head_repository.get("id") != base_repository["id"],
@@ -2966,15 +2964,13 @@ CREATE INDEX events_by_task ON events (task_id, seq);
 CREATE TABLE pull_requests (
     task_id TEXT NOT NULL PRIMARY KEY REFERENCES jobs(id) ON DELETE CASCADE,
     repository_id INTEGER NOT NULL,
-    full_name TEXT NOT NULL,
     number INTEGER NOT NULL,
     url TEXT NOT NULL,
     state TEXT NOT NULL CHECK (state IN ('open', 'closed', 'merged')),
     seen_until TEXT NOT NULL,
-    closed_at TEXT,
-    -- With full_name, because repository_id is 0 if GitHub sends none.
-    UNIQUE (repository_id, full_name, number)
+    closed_at TEXT
 );
+CREATE INDEX pull_requests_by_number ON pull_requests (repository_id, number);
 CREATE TABLE comments (
     kind TEXT NOT NULL CHECK (kind IN ('review', 'inline', 'conversation')),
     id INTEGER NOT NULL,
@@ -3147,7 +3143,6 @@ class PullRequest:
 
     task_id: str
     repository_id: int
-    full_name: str
     number: int
     url: str
     state: str
@@ -3652,20 +3647,18 @@ class Store:
 
     # Pull requests and comments
 
-    def add_pull_request(self, job: Job, full_name: str, new: NewPullRequest) -> None:
+    def add_pull_request(self, job: Job, new: NewPullRequest) -> None:
         """Store the pull request of a task, unless it is there."""
         self._write(
             """
             INSERT INTO pull_requests (
-                task_id, repository_id, full_name, number, url, state, seen_until
+                task_id, repository_id, number, url, state, seen_until
             ) VALUES (
-                :task_id, :repository_id, :full_name, :number, :url, 'open',
-                :created_at
+                :task_id, :repository_id, :number, :url, 'open', :created_at
             ) ON CONFLICT DO NOTHING
             """,
             task_id=job.id,
             repository_id=job.repository_id,
-            full_name=full_name,
             **new._asdict(),
         )
 
@@ -3693,13 +3686,12 @@ class Store:
         rows = self._read("SELECT * FROM pull_requests WHERE state != 'merged'")
         return [from_row(PullRequest, row) for row in rows]
 
-    def save_pull_request_state(self, task_id: str, state: str, full_name: str) -> None:
-        """Store the state and name that GitHub has confirmed."""
+    def save_pull_request_state(self, task_id: str, state: str) -> None:
+        """Store the state that GitHub has confirmed."""
         self._write(
             """
             UPDATE pull_requests SET
                 state = :state,
-                full_name = :full_name,
                 closed_at = CASE
                     WHEN :state = 'open' THEN NULL
                     ELSE IFNULL(closed_at, :now)
@@ -3708,7 +3700,6 @@ class Store:
             """,
             task_id=task_id,
             state=state,
-            full_name=full_name,
             now=now_text(),
         )
 
@@ -5501,9 +5492,7 @@ def create_pull_request(run: JobRun, github_repository: GitHubRepository) -> Non
             f"Branch {run.job.branch} was pushed, but GitHub refused the pull request: "
             f"{error}",
         ) from None
-    run.codebot.until_database_works(
-        run.store.add_pull_request, run.job, github_repository.full_name, new
-    )
+    run.codebot.until_database_works(run.store.add_pull_request, run.job, new)
     run.log_event("codebot", f"Pull request {new.number}: {new.url}")
     log.info("Task %s: opened %s", run.job.id, new.url)
     # Somebody may have commented on it before it was stored.
@@ -6157,11 +6146,8 @@ class Sync:
             return
         github_repository = self.github.repository_by_id(pull_request.repository_id)
         current = github_repository.pull_request(pull_request.number)
-        known = (pull_request.state, pull_request.full_name)
-        if (current.state, current.full_name) != known:
-            self.store.save_pull_request_state(
-                task_id, current.state, current.full_name
-            )
+        if current.state != pull_request.state:
+            self.store.save_pull_request_state(task_id, current.state)
             log.info("Pull request %s is %s now", pull_request.url, current.state)
         if current.state != "open":
             self.end_reviews(task_id)

@@ -3430,7 +3430,7 @@ def store_pull_request(
     url = f"https://github.com/acme/widget/pull/{number}"
     now = codebot.now_text()
     new = codebot.NewPullRequest(number=number, url=url, created_at=now)
-    store.add_pull_request(task, "acme/widget", new)
+    store.add_pull_request(task, new)
     pull_request = store.pull_request(task.id)
     assert pull_request is not None
     return pull_request
@@ -4056,7 +4056,7 @@ def test_retention_keeps_row_log_and_workspace(
     store.add_events(task.id, [("codebot", "Hello")])
     if case.pull_request:
         store_pull_request(store, task)
-        store.save_pull_request_state(task.id, case.pull_request, "acme/widget")
+        store.save_pull_request_state(task.id, case.pull_request)
     if case.is_old:
         age_task(store, task)
     if case.is_closed_long_ago:
@@ -4112,7 +4112,7 @@ def test_expired_task_takes_its_pull_request_reviews_and_comments_along(
     review = store.claim(store_review(store, pull_request, 1, "alice"))
     assert review is not None
     store.finish(review, "completed")
-    store.save_pull_request_state(task.id, "closed", "acme/widget")
+    store.save_pull_request_state(task.id, "closed")
     with other_program(store) as db:
         db.execute("UPDATE jobs SET completed_at = ?", (LONG_AGO,))
         db.execute("UPDATE pull_requests SET closed_at = ?", (LONG_AGO,))
