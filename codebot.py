@@ -233,7 +233,7 @@ MAX_INTERRUPTIONS = 3  # crashes, and retries that cost money, until a job fails
 RETRY_DELAY = 60.0  # seconds until a job is retried after a transient error
 # Seconds after which a transient error is no longer retried.
 RETRY_LIMIT = {"task": 3600.0, "review": 86400.0}
-TIMER_INTERVAL = 1.0  # seconds between looks at which retries are due
+TIMER_INTERVAL = 1.0  # seconds after which the timer looks which jobs are due
 DATABASE_RETRY_DELAY = 5.0  # seconds until a failed write to the database is repeated
 DATABASE_TEST_INTERVAL = 10.0  # seconds between two tests of the database
 
@@ -3364,9 +3364,8 @@ class Store:
     def claim(self, job_id: str) -> Job | None:
         """Start a job. Returns None if it must not start, or has started already.
 
-        A job that must not start yet need not be put back into the queue: it is queued
-        again at its ``not_before``, and whenever another job that stands in its way
-        ends. To queue it twice does no harm.
+        A job that must not start yet is queued again as long as it is pending. To queue
+        it twice does no harm.
 
         All jobs of a task use the same workspace and outbox. So a review gets its task's
         directory and branch, and waits until no other job uses them.
@@ -3492,37 +3491,18 @@ class Store:
 
     # Queues
 
-    def due_jobs(self, since: float) -> list[tuple[str, str]]:
-        """Return kind and id of the pending jobs that became due after ``since``.
-
-        Oldest first. Jobs that never had to wait became due at 0.
-        """
+    def due_jobs(self, kind: str) -> list[str]:
+        """Return the pending jobs that need not wait for a retry, oldest first."""
         rows = self._read(
             """
-            SELECT kind, id FROM jobs
-            WHERE status = 'pending'
-                AND not_before > :since AND not_before <= :now
+            SELECT id FROM jobs
+            WHERE kind = :kind AND status = 'pending' AND not_before <= :now
             ORDER BY seq
             """,
-            since=since,
+            kind=kind,
             now=time.time(),
         )
-        return [tuple(row) for row in rows]
-
-    def next_review(self, job: Job) -> str | None:
-        """Return the oldest pending review that had to wait until ``job`` has ended."""
-        row = self._read_one(
-            """
-            SELECT id FROM jobs
-            WHERE task_id = :task_id AND kind = 'review'
-                AND status = 'pending' AND not_before <= :now
-            -- One with a commit goes first: the others have to wait for it.
-            ORDER BY commit_id = '', seq LIMIT 1
-            """,
-            task_id=job.task_id,
-            now=time.time(),
-        )
-        return row["id"] if row else None
+        return [row["id"] for row in rows]
 
     def count_pending(self, kind: str, up_to_seq: int = sys.maxsize) -> int:
         """Return how many jobs wait: with its ``seq``, a job's position, from 1."""
@@ -4078,6 +4058,7 @@ class Codebot:
             "review": queue.Queue(),
         }
         self.sync_queue: queue.Queue[SyncRequest] = queue.Queue()
+        self.jobs_due = threading.Event()  # wakes the timer: a job may start
         self.cleanup_wanted = threading.Event()
         self.checked_commits: set[str] = set()  # git's fsck has accepted their trees
         self.running: dict[str, JobRun] = {}  # by job id; each step is atomic
@@ -4126,7 +4107,7 @@ class Codebot:
         )
         if is_new:
             log.info("Task %s: submitted by %s", job.id, submitted_by)
-            self.queues["task"].put(job.id)
+            self.jobs_due.set()
         return job
 
     def cancel(self, job_id: str) -> None:
@@ -6177,8 +6158,8 @@ class Sync:
         comments.sort(key=lambda comment: comment.created_at)
         seen_until = min(latest, started)  # the latest change, or 10 s ago
         jobs = self.store.queue_comments(pull_request, comments, seen_until=seen_until)
-        for job_id in jobs:
-            self.codebot.queues["review"].put(job_id)
+        if jobs:
+            self.codebot.jobs_due.set()
 
     # Issues
 
@@ -6363,7 +6344,6 @@ def worker_step(codebot: Codebot, kind: str) -> None:
     except sqlite3.Error as error:
         log.error("Database: %s; retrying", error)
         codebot.stop.wait(DATABASE_RETRY_DELAY)
-        codebot.queues[kind].put(job_id)
         return
     if job is not None:
         run_job(codebot, job)
@@ -6408,7 +6388,9 @@ def run_job(codebot: Codebot, job: Job) -> None:
         fail_or_tell_reviewer(run, "internal", "Internal error; see the server's log")
     finally:
         del codebot.running[job.id]
-        after_job(run)
+        if run.cancel.is_set():
+            codebot.cleanup_wanted.set()  # its pull request may have been closed
+        codebot.jobs_due.set()  # another may have waited for it to end
 
 
 def dispatch_job(run: JobRun) -> None:
@@ -6483,7 +6465,6 @@ def fail_or_tell_reviewer(run: JobRun, reason: str, error: str) -> None:
     if job.kind == "review" and not has_tried_to_tell and not run.cancel.is_set():
         store_failure(run, reason, error)
         run.codebot.until_database_works(run.store.requeue, job.id)
-        run.codebot.queues["review"].put(job.id)
         return
     end_job(run, "failed", reason, error)
 
@@ -6508,8 +6489,6 @@ def retry_or_fail(run: JobRun, error: Exception) -> None:
         codebot.until_database_works(
             codebot.store.requeue, job.id, interruptions, not_before
         )
-        if not_before <= time.time():  # due already: RetryTimer looks for later ones
-            codebot.queues[job.kind].put(job.id)
         return
     reason = job.outcome.reason or REASON_BY_PHASE.get(job.phase, "internal")
     fail_or_tell_reviewer(run, reason, message)
@@ -6525,33 +6504,23 @@ def handle_os_error(run: JobRun, error: OSError) -> None:
     fail_or_tell_reviewer(run, "internal", f"Internal error: {os_error_text(error)}")
 
 
-def after_job(run: JobRun) -> None:
-    """Queue the review that had to wait for the job."""
-    if run.cancel.is_set():
-        run.codebot.cleanup_wanted.set()  # its pull request may have been closed
-    next_id = run.codebot.until_database_works(run.store.next_review, run.job)
-    if next_id is not None:
-        run.codebot.queues["review"].put(next_id)
-
-
-class RetryTimer:
-    """Queues jobs that are due; tests the database now and then.
-
-    The first step, when the server starts, queues every pending job that is due.
-    """
+class Timer:
+    """Gives the workers what is due; tests the database now and then."""
 
     def __init__(self, codebot: Codebot, only_job: str = "") -> None:
         self.codebot = codebot
         self.only_job = only_job  # its id; "" means all jobs
-        self.last_look = -1.0
         self.next_test = time.monotonic() + DATABASE_TEST_INTERVAL
 
     def step(self) -> None:
-        started = time.time()
-        for kind, job_id in self.codebot.store.due_jobs(self.last_look):
-            if self.only_job in ("", job_id):
-                self.codebot.queues[kind].put(job_id)
-        self.last_look = started
+        self.codebot.jobs_due.wait(TIMER_INTERVAL)
+        self.codebot.jobs_due.clear()
+        for kind, jobs in self.codebot.queues.items():
+            if not jobs.empty():
+                continue  # the workers are busy; a job is not queued each second
+            for job_id in self.codebot.store.due_jobs(kind):
+                if self.only_job in ("", job_id):
+                    jobs.put(job_id)
         if time.monotonic() > self.next_test:
             self.next_test = time.monotonic() + DATABASE_TEST_INTERVAL
             try:
@@ -8283,11 +8252,9 @@ def receive_comment(
     comment = parse_comment(kind, payload[place])
     if comment is None:
         raise NoAction("Bot, deleted user or empty comment")
-    jobs = codebot.store.queue_comments(pull_request, [comment], delivery=guid)
-    if not jobs:
+    if not codebot.store.queue_comments(pull_request, [comment], delivery=guid):
         raise NoAction("Duplicate delivery or comment")
-    for job_id in jobs:
-        codebot.queues["review"].put(job_id)
+    codebot.jobs_due.set()
 
 
 def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
@@ -9040,13 +9007,11 @@ def listen(codebot: Codebot) -> Server:
 def running_server(codebot: Codebot) -> Iterator[Server]:
     """Run the server and the threads behind it until the block ends."""
     server = listen(codebot)
-    timer = RetryTimer(codebot)
-    timer.step()  # before there are newer jobs
     workers = start_workers(codebot, "task", codebot.config.workers)
     if codebot.github is not None:
         workers += start_workers(codebot, "review", codebot.config.review_workers)
         start_thread(codebot, "sync", Sync(codebot, codebot.github).step)
-    start_thread(codebot, "timer", timer.step, TIMER_INTERVAL)
+    start_thread(codebot, "timer", Timer(codebot).step)
     start_thread(codebot, "cleanup", Cleanup(codebot).step)
     accept = functools.partial(server.serve_forever, SWEEP_INTERVAL)
     start_thread(codebot, "accept", accept)
@@ -9169,9 +9134,9 @@ def run(flags: Flags) -> int:
     codebot = start_app(config, HOST_CHECKS, logging.WARNING)
     print(f"Sandbox: {codebot.sandbox.describe()}", file=sys.stderr)
     job = codebot.submit(request, "command line")
-    timer = RetryTimer(codebot, only_job=job.id)
+    timer = Timer(codebot, only_job=job.id)
     workers = start_workers(codebot, "task", 1)
-    start_thread(codebot, "timer", timer.step, TIMER_INTERVAL)
+    start_thread(codebot, "timer", timer.step)
     try:
         follow_task(codebot, job.id)
     finally:
