@@ -178,7 +178,6 @@ import hmac
 import http.client
 import http.server
 import io
-import itertools
 import json
 import logging
 import os
