@@ -5515,33 +5515,11 @@ class ReviewContext(NamedTuple):
         return self.pull_request.number
 
 
-class ReviewStep(enum.Enum):
-    CLASSIFY = "find out what the reviewer wants"
-    WORK = "answer the question, or make the change"
-    PUSH = "push the commit"
-    ANSWER = "answer in the threads"
-    TELL_FAILURE = "say in the threads what went wrong"
-
-
-def next_step(review: Job) -> ReviewStep:
-    """Return what is to be done next, by what earlier runs have stored."""
-    if review.outcome.error:
-        return ReviewStep.TELL_FAILURE
-    if review.commit_id:
-        return ReviewStep.PUSH
-    if review.outcome.answers or review.request_kind in ("none", "limit"):
-        return ReviewStep.ANSWER
-    if review.request_kind:
-        return ReviewStep.WORK
-    return ReviewStep.CLASSIFY
-
-
 def run_review(run: JobRun) -> None:
     """Do a review, from the comments to the answers. Each step can be repeated.
 
-    Raises ReviewSkipped if nothing is to be done. A failure of a step is stored, posted
-    in the comments' threads, and then raised as JobFailed. After any other failure the
-    worker stores it and queues the review again, only to post it.
+    Raises ReviewSkipped if nothing is to be done. If a step fails, the worker stores the
+    failure and queues the review again, only to post it.
     """
     context = load_review(run)
     check_pull_request(run, context)
@@ -5549,12 +5527,8 @@ def run_review(run: JobRun) -> None:
     if not comments:
         raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} any more")
     check_daily_limit(run)
-    try:
-        take_steps(run, context, comments)
-    except JobFailed as error:
-        store_failure(run, error.reason, str(error))
-    except (GitFailed, GitHubError) as error:
-        store_failure(run, "internal", str(error))
+    if not run.job.outcome.error:
+        do_work(run, context, comments)
     answer_threads(run, context, group_by_thread(comments))
     outcome = run.job.outcome
     if outcome.error:
@@ -5562,15 +5536,13 @@ def run_review(run: JobRun) -> None:
     run.log_event("codebot", f"Review completed ({run.job.request_kind})")
 
 
-def take_steps(
-    run: JobRun, context: ReviewContext, comments: Sequence[Comment]
-) -> None:
-    """Do what is left to do before the answers."""
-    if next_step(run.job) is ReviewStep.PUSH and not is_commit_there(run, context):
+def do_work(run: JobRun, context: ReviewContext, comments: Sequence[Comment]) -> None:
+    """Do what earlier runs have not done and stored, but for posting the answers."""
+    if run.job.commit_id and not is_commit_there(run, context):
         forget_commit(run)
-    if next_step(run.job) in (ReviewStep.CLASSIFY, ReviewStep.WORK):
-        do_work(run, context, comments)
-    if next_step(run.job) is ReviewStep.PUSH:
+    if not run.job.outcome.answers:
+        find_answers(run, context, comments)
+    if run.job.commit_id:
         push_review_commit(run, context)
 
 
@@ -5579,7 +5551,11 @@ def store_failure(run: JobRun, reason: str, error: str) -> None:
     message = run.redact(error)
     run.log_event("codebot", f"Failed ({reason}): {message}")
     outcome = dataclasses.replace(
-        run.job.outcome, reason=reason, error=message, answers={}
+        run.job.outcome,
+        reason=reason,
+        error=message,
+        answers={},
+        seconds=time.monotonic() - run.started,
     )
     kind = run.job.request_kind or "unclear"  # so that no further comment joins it
     run.save_work(commit_id="", request_kind=kind, outcome=outcome)
@@ -5642,7 +5618,7 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
     reviewer = run.job.reviewer
     if not context.github_repository.has_write_access(reviewer):
         raise ReviewSkipped(f"{reviewer} has no write access")
-    if next_step(run.job) is ReviewStep.CLASSIFY:
+    if not run.job.request_kind:
         store.absorb_waiting_reviews(run.job)
         add_rest_of_github_reviews(run, context)
         store.absorb_waiting_reviews(run.job)  # what was delivered meanwhile
@@ -5660,8 +5636,8 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
 
 def check_daily_limit(run: JobRun) -> None:
     """Skip a review above the daily limit; only the first one of a day says so."""
-    if next_step(run.job) is not ReviewStep.CLASSIFY:
-        return
+    if run.job.request_kind:
+        return  # it is classified already, or has failed
     kinds = run.store.reviews_of_last_day(run.job.task_id)
     if len(kinds) - kinds.count("limit") <= DAILY_REVIEW_JOBS:
         return
@@ -5713,13 +5689,17 @@ def forget_commit(run: JobRun) -> None:
 # From the comments to a commit
 
 
-def do_work(run: JobRun, context: ReviewContext, comments: Sequence[Comment]) -> None:
+def find_answers(
+    run: JobRun, context: ReviewContext, comments: Sequence[Comment]
+) -> None:
     """Classify what the reviewer wants, do it, and store the answers."""
+    if run.job.request_kind in ("none", "limit"):
+        return  # there are none
     first = comments[0]
     run.log_event("codebot", f"Review by {first.user}: {first.text}")
     earlier = earlier_comments(run, context, comments)
     text = format_comments(comments, earlier)
-    if next_step(run.job) is ReviewStep.CLASSIFY:
+    if not run.job.request_kind:
         classify(run, context, comments, text)
     if run.job.request_kind in ("question", "change"):
         carry_out(run, context, comments, text)
