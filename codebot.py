@@ -247,9 +247,8 @@ MAX_OUTPUT_BYTES = 1 << 30  # a program that prints more is ended
 READ_BYTES = 64 << 10  # of output read before the limits are checked again
 KEPT_LINES = 400  # the last lines of a program's output that are kept
 MAX_EVENT_CHARS = 4000  # a longer event is truncated
-MAX_AGENT_EVENTS = 10_000  # events of the agent that one job may log
-LIMITED_SOURCES = ("agent", "tool", "output", "error")  # of those events
-MAX_TEST_EVENTS = 5000  # events with output of one run of the tests
+MAX_OUTPUT_EVENTS = 10_000  # events of one run of the agent, or of the tests
+LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")  # of those events
 LOW_DISK_BYTES = 1 << 30  # warn below this much free space
 FULL_DISK_BYTES = 1 << 20  # if a program fails with less free space, that is the cause
 MIRROR_RETENTION = 30 * 86400.0  # seconds that an unused mirror outlives workspaces
@@ -4204,7 +4203,7 @@ class JobRun:
         self.run_tag = f"{codebot.run_tag}{job.id}"
         self.started = time.monotonic()
         self.deadline: float | None = None  # of the agent and the tests; see time_left
-        self.events_left = MAX_AGENT_EVENTS
+        self.events_left = MAX_OUTPUT_EVENTS  # in this phase
         self.agent_has_run = False  # and a retry would have to pay for it again
 
     def check_stop(self) -> None:
@@ -4226,7 +4225,7 @@ class JobRun:
                 if self.events_left < 0:
                     continue
                 if self.events_left == 0:
-                    message = "(more events of the agent are not kept)"
+                    message = "(more output is not kept)"
             # Redacting megabytes takes time, and their end is not kept anyway.
             text = self.redact(message[:100_000])
             events.append((source, truncate(text, MAX_EVENT_CHARS)))
@@ -4248,6 +4247,7 @@ class JobRun:
     def set_phase(self, phase: str, attempt: int = 0, attempts: int = 0) -> None:
         self.check_stop()
         self.update(phase=phase, attempt=attempt)
+        self.events_left = MAX_OUTPUT_EVENTS
         suffix = f", attempt {attempt} of {attempts}" if attempt > 1 else ""
         self.log_event("phase", f"{phase}{suffix}")
 
@@ -5257,34 +5257,6 @@ def join_lines(lines: Iterable[str]) -> list[str]:
     return texts
 
 
-class TestOutput:
-    """Logs what one run of the tests prints; of a flood, the beginning and the end."""
-
-    def __init__(self, run: JobRun) -> None:
-        self.run = run
-        self.events_left = MAX_TEST_EVENTS
-        self.is_complete = True
-        self.last_lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
-
-    def read(self, lines: list[str]) -> float | None:
-        shown = [last_shown(line) for line in lines]
-        self.last_lines.extend(line[:10_000] for line in shown)
-        texts = join_lines(shown)
-        kept = texts[: self.events_left]
-        self.events_left -= len(kept)
-        if len(kept) < len(texts):
-            self.is_complete = False
-        self.run.log_events([("test", text) for text in kept])
-        return None
-
-    def log_end(self) -> None:
-        if not self.is_complete:
-            end = self.run.redact("\n".join(self.last_lines))[-3000:]
-            self.run.log_event(
-                "test", f"(more output is not kept; it ends with:)\n{end}"
-            )
-
-
 def run_test_command(
     run: JobRun, workspace: Workspace, command: str, attempt: int, attempts: int
 ) -> ProgramResult:
@@ -5292,17 +5264,20 @@ def run_test_command(
         run.set_phase("test", attempt, attempts)
         run.log_event("test", f"$ {command}")
 
-    output = TestOutput(run)
+    def log_output(lines: list[str]) -> None:
+        texts = join_lines(last_shown(line) for line in lines)
+        run.log_events([("test", text) for text in texts])
+
     test = SandboxedCommand(
         name=f"The test command {command!r}",
         argv=["sh", "-c", TEST_SCRIPT, "sh", command],
-        on_lines=output.read,
+        on_lines=log_output,
     )
-    try:
-        result = workspace.run_work(test, start)
-    finally:
-        output.log_end()
-    run.log_event("test", f"Exit code {result.code}")
+    result = workspace.run_work(test, start)
+    if run.events_left <= 0:
+        end = run.redact("\n".join(result.stdout))[-3000:]
+        run.log_event("codebot", f"The tests' output ends with:\n{end}")
+    run.log_event("codebot", f"Exit code {result.code}")
     return result
 
 

@@ -4617,7 +4617,7 @@ def test_events_keep_line_breaks_and_long_ones_are_truncated(shared: Site) -> No
 
 def test_events_of_agent_are_limited(fresh: Site) -> None:
     fresh.agent.follow(f"for i in $(seq 1 300); do say $i; done; {SAY_HELLO}")
-    fresh.server.start(limits={"MAX_AGENT_EVENTS": 50})
+    fresh.server.start(limits={"MAX_OUTPUT_EVENTS": 50})
     task = fresh.api.submit()
     fresh.api.completed(task)
     messages = fresh.api.messages(task)
@@ -4692,41 +4692,32 @@ def test_long_output_of_tests_is_logged_to_its_end(shared: Site) -> None:
     output = []
     for message in shared.api.messages(task):
         source, _, text = message.partition(": ")
-        if source == "test":
+        if source == "test" or text.startswith("Exit code"):
             assert len(text) <= codebot.MAX_EVENT_CHARS
             output += text.split("\n")
     numbers = [str(number) for number in range(10000, 14001)]
     assert output == ["$ seq 10000 14000", *numbers, "Exit code 0"]
 
 
-def test_end_of_flood_is_logged_of_tests_that_are_stopped(fresh: Site) -> None:
-    fresh.server.start(limits={"MAX_TEST_EVENTS": 3}, CODEBOT_STALL_TIMEOUT="2")
-    command = "seq 10000 30000; echo The end; sleep 60"
-    task = fresh.api.submit(test_command=command)
-    fresh.api.failed(task, "stalled")
-    tests = [m for m in fresh.api.messages(task) if m.startswith("test: ")]
-    assert len(tests) == 5
-    assert "not kept" in tests[-1]
-    assert tests[-1].endswith("\n30000\nThe end")
-
-
 def test_flood_of_output_of_tests_is_logged_with_its_beginning_and_end(
     fresh: Site,
 ) -> None:
-    limits = {"MAX_TEST_EVENTS": 3, "MAX_AGENT_EVENTS": 3}
+    limits = {"MAX_OUTPUT_EVENTS": 5}
     fresh.server.start(limits=limits, CODEBOT_TEST_ATTEMPTS="1")
     fresh.agent.follow_each({"The tests failed": "touch fixed; result Fixed"})
     command = "seq 10000 30000; test -e fixed"
     task = fresh.api.submit(test_command=command)
     fresh.api.completed(task)
-    tests = [m for m in fresh.api.messages(task) if m.startswith("test: ")]
-    assert len(tests) == 2 * 6
-    for attempt, code in [(tests[:6], 1), (tests[6:], 0)]:
-        assert attempt[0] == f"test: $ {command}"
+    messages = fresh.api.messages(task)
+    for code in (1, 0):
+        begin = messages.index(f"test: $ {command}")
+        end = messages.index(f"codebot: Exit code {code}")
+        attempt = messages[begin : end + 1]
+        assert len(attempt) == 5 + 2
         assert attempt[1].startswith("test: 10000\n10001\n")
-        assert "not kept" in attempt[4]
-        assert attempt[4].endswith("\n29999\n30000")
-        assert attempt[5] == f"test: Exit code {code}"
+        assert attempt[4] == "test: (more output is not kept)"
+        assert attempt[5].endswith("\n29999\n30000")
+        messages = messages[end + 1 :]
 
 
 def test_tests_that_keep_failing_fail_task_and_nothing_is_pushed(shared: Site) -> None:
@@ -10090,7 +10081,7 @@ def test_exit_code_and_output_are_those_of_the_launched_program(
     messages = site.api.messages(task)
     start = messages.index(f"test: $ {command}")
     output = "\n".join(messages[start + 1 :]).replace("test: ", "")
-    assert output.startswith("one\n\nno line end\nExit code 7\n")
+    assert output.startswith("one\n\nno line end\ncodebot: Exit code 7\n")
 
 
 def test_workspace_is_not_used_again_before_its_job_is_ended(
