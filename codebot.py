@@ -1729,9 +1729,6 @@ class RemotePullRequest(NamedTuple):
     """A pull request as GitHub reports it now."""
 
     state: str  # "open", "closed" or "merged"
-    repository_id: int
-    head_branch: str
-    is_from_fork: bool
     is_locked: bool
 
 
@@ -2292,14 +2289,8 @@ class GitHubRepository:
 
     def pull_request(self, number: int) -> RemotePullRequest:
         payload = self.get(f"/pulls/{number}")
-        head = payload["head"]
-        base_repository = payload["base"]["repo"]
-        head_repository = head.get("repo") or {}  # null: the fork was deleted
         return RemotePullRequest(
             state="merged" if payload.get("merged") else str(payload["state"]),
-            repository_id=int(base_repository["id"]),
-            head_branch=str(head["ref"]),
-            is_from_fork=head_repository.get("id") != base_repository["id"],
             is_locked=bool(payload.get("locked")),
         )
 
@@ -5568,7 +5559,11 @@ def refusal_error(error: GitHubError) -> Exception:
 
 
 def check_pull_request(run: JobRun, context: ReviewContext) -> None:
-    """Raise ReviewSkipped unless the pull request is open, and of our branch."""
+    """Raise ReviewSkipped unless the pull request is open.
+
+    It is of codebot's branch: find_pull_request takes no other, and its head cannot
+    change.
+    """
     try:
         current = context.github_repository.pull_request(context.number)
     except GitHubError as error:
@@ -5576,10 +5571,6 @@ def check_pull_request(run: JobRun, context: ReviewContext) -> None:
     if current.state != "open":
         run.codebot.sync_queue.put(PullRequestChanged(context.task.id))
         raise ReviewSkipped(f"the pull request is {current.state}")
-    if current.is_from_fork or current.head_branch != context.task.branch:
-        raise ReviewSkipped("the pull request is not of codebot's branch")
-    if current.repository_id != context.pull_request.repository_id:
-        raise ReviewSkipped("another repository has this name now")
     if current.is_locked:
         raise ReviewSkipped("the conversation is locked")
 
