@@ -131,7 +131,7 @@ THREADS AND THEIR LOCKS
 FILES in the work directory
   codebot.db     the record of all jobs        codebot.lock   held by the one codebot here
   mirrors/       HOST/OWNER/NAME.git           task_*/        a task's workspace
-  outbox_*.git   a job's outbox                launched/      runs on a cluster
+  outbox_*.git   a task's outbox               launched/      runs on a cluster
   scratch_*      for a moment                  trash_*/       being removed
   While the server runs, Python's temporary files, with programs' output, are there too.
   A mirror and the database each have a .lock file beside them.
@@ -6377,7 +6377,6 @@ def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None
             job.outcome, seconds=time.monotonic() - run.started
         )
         run.job = dataclasses.replace(job, outcome=outcome)
-    remove_outbox_of(run)
     run.codebot.until_database_works(run.store.finish, run.job, status, reason, error)
 
 
@@ -6388,15 +6387,6 @@ def skip_review(run: JobRun, reason: ReviewSkipped) -> None:
         run.codebot.until_database_works(run.store.drop_review, run.job.id)
     else:
         end_job(run, "failed", "cancelled", f"The review was skipped: {reason}")
-
-
-def remove_outbox_of(run: JobRun) -> None:
-    """Remove the job's outbox, before another job of the task can make one."""
-    if run.job.directory:
-        path = outbox_path(run.config, run.job.directory)
-        # If it stays, the next one replaces it.
-        with contextlib.suppress(OSError, LimitReached, TransientError):
-            remove_tree(run.config, path, run.run_tag)
 
 
 def fail_or_tell_reviewer(run: JobRun, reason: str, error: str) -> None:
