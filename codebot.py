@@ -4235,10 +4235,11 @@ class JobRun:
     def update_outcome(self, **changes: Any) -> None:
         self.update(outcome=dataclasses.replace(self.job.outcome, **changes))
 
-    def set_phase(self, phase: str, attempt: int = 0, attempts: int = 0) -> None:
+    def set_phase(self, phase: str, attempt: int = 0) -> None:
         self.check_stop()
         self.update(phase=phase, attempt=attempt)
         self.events_left = MAX_OUTPUT_EVENTS
+        attempts = MAX_PUSHES if phase == "push" else self.config.test_attempts + 1
         suffix = f", attempt {attempt} of {attempts}" if attempt > 1 else ""
         self.log_event("phase", f"{phase}{suffix}")
 
@@ -4947,7 +4948,6 @@ class Agent:
         mode: AgentMode,
         session: Session,
         attempt: int = 1,
-        attempts: int = 1,
     ) -> AgentResult:
         """Run the agent once.
 
@@ -4959,7 +4959,7 @@ class Agent:
 
         def start() -> None:
             self.run.agent_has_run = True
-            self.run.set_phase(mode.phase, attempt, attempts)
+            self.run.set_phase(mode.phase, attempt)
 
         try:
             command = SandboxedCommand(
@@ -5219,7 +5219,7 @@ def run_tests(run: JobRun, workspace: Workspace, command: str) -> TestResult | N
         return None
     attempts = run.config.test_attempts + 1
     for attempt in range(1, attempts + 1):
-        result = run_test_command(run, workspace, command, attempt, attempts)
+        result = run_test_command(run, workspace, command, attempt)
         if result.code == 0:
             return TestResult(run.redact(command), True, attempt)
         if result.code in (126, 127):  # what sh says of a command that it cannot start
@@ -5228,7 +5228,7 @@ def run_tests(run: JobRun, workspace: Workspace, command: str) -> TestResult | N
                 f"The test command {command!r} cannot be started: {result.error}",
             )
         if attempt < attempts:
-            repair(run, workspace, command, result, attempt + 1, attempts)
+            repair(run, workspace, command, result, attempt + 1)
     end = "\n".join(result.stdout)[-1500:].strip()
     raise JobFailed(
         "tests_failed",
@@ -5249,10 +5249,10 @@ def join_lines(lines: Iterable[str]) -> list[str]:
 
 
 def run_test_command(
-    run: JobRun, workspace: Workspace, command: str, attempt: int, attempts: int
+    run: JobRun, workspace: Workspace, command: str, attempt: int
 ) -> ProgramResult:
     def start() -> None:
-        run.set_phase("test", attempt, attempts)
+        run.set_phase("test", attempt)
         run.log_event("test", f"$ {command}")
 
     def log_output(lines: list[str]) -> None:
@@ -5278,7 +5278,6 @@ def repair(
     command: str,
     result: ProgramResult,
     attempt: int,
-    attempts: int,
 ) -> None:
     """Show the agent the end of a failing test's output, in the same session.
 
@@ -5293,7 +5292,7 @@ def repair(
     )
     agent = Agent(workspace)
     try:
-        agent.ask(prompt, CODING, Session.CONTINUE, attempt, attempts)
+        agent.ask(prompt, CODING, Session.CONTINUE, attempt)
     except SessionLost:
         raise JobFailed("agent_failed", "The agent lost its session") from None
     both = f"{summary}\n\n{run.job.outcome.summary}".strip()
@@ -5875,7 +5874,7 @@ def branch_has_commit(run: JobRun, context: ReviewContext, tip: str) -> bool:
 
 def push_change(run: JobRun, context: ReviewContext, attempt: int) -> bool:
     """Push the commit. Returns False if others have pushed first."""
-    run.set_phase("push", attempt, MAX_PUSHES)
+    run.set_phase("push", attempt)
     try:
         context.workspace.push(run.job.commit_id)
     except JobFailed:
