@@ -4816,8 +4816,8 @@ def make_agent_result(result: JsonObject) -> AgentResult:
     return AgentResult(str(result.get("result") or ""), {})
 
 
-class AgentStream:
-    """Reads the agent's events: into the task's log, and the last result."""
+class AgentRun:
+    """One run of the agent: its events, for the task's log, and the last result."""
 
     def __init__(self, run: JobRun) -> None:
         self.run = run
@@ -4914,6 +4914,18 @@ class AgentStream:
         says_login = bool(self.result.get("is_error")) and "/login" in error
         return self.login_failed or status in (401, 403) or says_login
 
+    def add_up(self) -> None:
+        """Add what the run claims to have cost, also if it failed."""
+        outcome = self.run.job.outcome
+        cost = reported_number(self.result, "total_cost_usd")
+        turns = reported_number(self.result, "num_turns")
+        total = outcome.cost_usd
+        if cost is not None:
+            total = round((total or 0.0) + cost, 6)
+        self.run.update_outcome(
+            cost_usd=total, num_turns=outcome.num_turns + int(turns or 0)
+        )
+
 
 def tool_call_text(name: str, inputs: Json) -> str:
     """Return a tool call: its name and first input in one line, then the others.
@@ -4934,106 +4946,90 @@ def tool_result_text(content: Json) -> str:
     return "\n".join(texts)
 
 
-class Agent:
-    """Runs the agent in a workspace, within the job's time and budget."""
+def ask_agent(
+    workspace: Workspace,
+    prompt: str,
+    mode: AgentMode,
+    session: Session,
+    attempt: int = 1,
+) -> AgentResult:
+    """Run the agent once in a workspace, within the job's time and budget.
 
-    def __init__(self, workspace: Workspace) -> None:
-        self.run = workspace.run
-        self.config = workspace.config
-        self.workspace = workspace
+    The prompt begins with codebot's own words: the CLI takes a slash for a command.
+    Raises JobFailed unless the agent reports success, SessionLost if there is
+    nothing to continue.
+    """
+    run = workspace.run
+    agent_run = AgentRun(run)
 
-    def ask(
-        self,
-        prompt: str,
-        mode: AgentMode,
-        session: Session,
-        attempt: int = 1,
-    ) -> AgentResult:
-        """Run the agent once.
+    def start() -> None:
+        run.agent_has_run = True
+        run.set_phase(mode.phase, attempt)
 
-        The prompt begins with codebot's own words: the CLI takes a slash for a command.
-        Raises JobFailed unless the agent reports success, SessionLost if there is
-        nothing to continue.
-        """
-        stream = AgentStream(self.run)
-
-        def start() -> None:
-            self.run.agent_has_run = True
-            self.run.set_phase(mode.phase, attempt)
-
-        try:
-            command = SandboxedCommand(
-                name=self.config.claude[0],
-                argv=self.command_line(mode, session),
-                with_model_key=True,
-                stdin=prompt.encode("utf-8", "replace"),
-                on_lines=stream.read,
-            )
-            result = self.workspace.run_work(command, start)
-        except (FileNotFoundError, PermissionError) as error:
-            raise JobFailed(
-                "agent_failed",
-                f"The agent cannot be started: {os_error_text(error)}: "
-                f"{error.filename}. The operator must install it, or change "
-                "CODEBOT_CLAUDE_COMMAND, CODEBOT_SANDBOX or CODEBOT_LAUNCHER.",
-            ) from None
-        finally:
-            self.add_up(stream.result)
-        if not stream.result:
-            wait_for_own_signal(self.run.check_stop)
-        answer = stream.verdict(result, session)
-        summary = self.run.redact(answer.text[:200_000])[:100_000]
-        self.run.update_outcome(summary=summary)
-        return answer
-
-    def command_line(self, mode: AgentMode, session: Session) -> list[str]:
-        """Return the CLI's command line."""
-        # A change may wait long for the model. A question is answered soon, or not.
-        retries = 10 if mode.is_writing else 4  # of requests to the model
-        settings = {"env": {"CLAUDE_CODE_MAX_RETRIES": str(retries)}}
-        words = [*self.config.claude, "-p", "--output-format", "stream-json"]
-        words += ["--verbose", "--strict-mcp-config", "--setting-sources", ""]
-        words += ["--settings", json.dumps(settings), "--tools", mode.tools]
-        if mode.is_writing:
-            words += ["--permission-mode", "bypassPermissions"]
-        else:
-            words += ["--permission-mode", "dontAsk", "--no-session-persistence"]
-        # To classify, the agent needs no instructions for coding.
-        option = "--system-prompt" if mode is CLASSIFYING else "--append-system-prompt"
-        words += [option, mode.rules]
-        if mode.schema is not None:
-            words += ["--json-schema", json.dumps(mode.schema)]
-        if mode is CLASSIFYING and "--model" not in self.config.claude_args:
-            words += ["--model", "haiku"]
-        if session is not Session.NONE:
-            words += [session.value, self.run.job.task_id]
-        turns = [limit for limit in (mode.max_turns, self.config.max_turns) if limit]
-        if turns:
-            words += ["--max-turns", str(min(turns))]
-        if self.config.budget:
-            words += ["--max-budget-usd", f"{self.budget_left():.6f}"]
-        return [*words, *self.config.claude_args]
-
-    def budget_left(self) -> float:
-        left = self.config.budget - (self.run.job.outcome.cost_usd or 0.0)
-        if left <= 0:
-            raise JobFailed(
-                "budget",
-                f"The agent has used up CODEBOT_MAX_BUDGET_USD ({self.config.budget})",
-            )
-        return left
-
-    def add_up(self, result: JsonObject) -> None:
-        """Add what a run claims to have cost, also one that failed."""
-        outcome = self.run.job.outcome
-        cost = reported_number(result, "total_cost_usd")
-        turns = reported_number(result, "num_turns")
-        total = outcome.cost_usd
-        if cost is not None:
-            total = round((total or 0.0) + cost, 6)
-        self.run.update_outcome(
-            cost_usd=total, num_turns=outcome.num_turns + int(turns or 0)
+    try:
+        command = SandboxedCommand(
+            name=run.config.claude[0],
+            argv=agent_command(run, mode, session),
+            with_model_key=True,
+            stdin=prompt.encode("utf-8", "replace"),
+            on_lines=agent_run.read,
         )
+        result = workspace.run_work(command, start)
+    except (FileNotFoundError, PermissionError) as error:
+        raise JobFailed(
+            "agent_failed",
+            f"The agent cannot be started: {os_error_text(error)}: "
+            f"{error.filename}. The operator must install it, or change "
+            "CODEBOT_CLAUDE_COMMAND, CODEBOT_SANDBOX or CODEBOT_LAUNCHER.",
+        ) from None
+    finally:
+        agent_run.add_up()
+    if not agent_run.result:
+        wait_for_own_signal(run.check_stop)
+    answer = agent_run.verdict(result, session)
+    summary = run.redact(answer.text[:200_000])[:100_000]
+    run.update_outcome(summary=summary)
+    return answer
+
+
+def budget_left(run: JobRun) -> float:
+    budget = run.config.budget
+    left = budget - (run.job.outcome.cost_usd or 0.0)
+    if left <= 0:
+        raise JobFailed(
+            "budget", f"The agent has used up CODEBOT_MAX_BUDGET_USD ({budget})"
+        )
+    return left
+
+
+def agent_command(run: JobRun, mode: AgentMode, session: Session) -> list[str]:
+    """Return the CLI's command line."""
+    config = run.config
+    # A change may wait long for the model. A question is answered soon, or not.
+    retries = 10 if mode.is_writing else 4  # of requests to the model
+    settings = {"env": {"CLAUDE_CODE_MAX_RETRIES": str(retries)}}
+    words = [*config.claude, "-p", "--output-format", "stream-json"]
+    words += ["--verbose", "--strict-mcp-config", "--setting-sources", ""]
+    words += ["--settings", json.dumps(settings), "--tools", mode.tools]
+    if mode.is_writing:
+        words += ["--permission-mode", "bypassPermissions"]
+    else:
+        words += ["--permission-mode", "dontAsk", "--no-session-persistence"]
+    # To classify, the agent needs no instructions for coding.
+    option = "--system-prompt" if mode is CLASSIFYING else "--append-system-prompt"
+    words += [option, mode.rules]
+    if mode.schema is not None:
+        words += ["--json-schema", json.dumps(mode.schema)]
+    if mode is CLASSIFYING and "--model" not in config.claude_args:
+        words += ["--model", "haiku"]
+    if session is not Session.NONE:
+        words += [session.value, run.job.task_id]
+    turns = [limit for limit in (mode.max_turns, config.max_turns) if limit]
+    if turns:
+        words += ["--max-turns", str(min(turns))]
+    if config.budget:
+        words += ["--max-budget-usd", f"{budget_left(run):.6f}"]
+    return [*words, *config.claude_args]
 
 
 # --- Task --------------------------------------------------------------------
@@ -5207,7 +5203,7 @@ def task_text(request: TaskRequest) -> str:
 
 def prompt_agent(run: JobRun, workspace: Workspace) -> None:
     prompt = f"Task:\n{delimited('task', task_text(run.job.request))}"
-    Agent(workspace).ask(prompt, CODING, Session.BEGIN)
+    ask_agent(workspace, prompt, CODING, Session.BEGIN)
 
 
 def run_tests(run: JobRun, workspace: Workspace, command: str) -> TestResult | None:
@@ -5290,9 +5286,8 @@ def repair(
         f"pass. The command:\n{delimited('command', command)}"
         f"The end of its output:\n{delimited('output', output)}"
     )
-    agent = Agent(workspace)
     try:
-        agent.ask(prompt, CODING, Session.CONTINUE, attempt)
+        ask_agent(workspace, prompt, CODING, Session.CONTINUE, attempt)
     except SessionLost:
         raise JobFailed("agent_failed", "The agent lost its session") from None
     both = f"{summary}\n\n{run.job.outcome.summary}".strip()
@@ -5738,7 +5733,7 @@ def classify(
         task = dataclasses.replace(context.task, directory=name)
         scratch = Workspace(run, repository, task)
         prompt = f"Comments:\n{text}"
-        answer = Agent(scratch).ask(prompt, CLASSIFYING, Session.NONE)
+        answer = ask_agent(scratch, prompt, CLASSIFYING, Session.NONE)
     kind = answer.structured.get("kind")
     outcome = run.job.outcome
     if kind not in ("question", "change", "none"):
@@ -5786,9 +5781,8 @@ def converse(
 ) -> AgentResult:
     """Continue the task's session; if it is lost, begin one with the task and the diff."""
     workspace = context.workspace
-    agent = Agent(workspace)
     try:
-        return agent.ask(prompt, mode, Session.CONTINUE)
+        return ask_agent(workspace, prompt, mode, Session.CONTINUE)
     except SessionLost:
         run.log_event("codebot", "The agent's session is lost; a new one begins")
     # A broken one would not give up its id (tried).
@@ -5801,7 +5795,7 @@ def converse(
         f"The pull request was opened for this task:\n{task}"
         f"Its diff (of a long one, the last lines):\n{changes}"
     )
-    return agent.ask(prompt, mode, Session.BEGIN)
+    return ask_agent(workspace, prompt, mode, Session.BEGIN)
 
 
 def parse_answers(
