@@ -6000,24 +6000,20 @@ class Sync:
                 self.handle(request)
 
     def handle(self, request: SyncRequest) -> None:
-        del self.waiting[request]
+        retry_at = time.time() + RETRY_DELAY
+        self.waiting[request] = retry_at  # whatever goes wrong
         try:
             self.look(request)
-        except (TransientError, sqlite3.Error, OSError) as error:
-            self.ask_later(request, error)
-        except GitHubError as error:
-            if error.status not in GONE_STATUSES:  # the App may be suspended
-                self.ask_later(request, error)
-            else:
-                log.warning("%s is ignored: %s", request, error)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            log.exception("%s: GitHub's response has an unknown shape", request)
-            self.ask_later(request, error)
-
-    def ask_later(self, request: SyncRequest, error: Exception) -> None:
-        log.warning("GitHub cannot be asked now: %s", error)
-        retry_at = getattr(error, "retry_at", 0.0)
-        self.waiting[request] = max(time.time() + RETRY_DELAY, retry_at)
+        except (TransientError, GitHubError, sqlite3.Error, OSError) as error:
+            is_gone = isinstance(error, GitHubError) and error.status in GONE_STATUSES
+            if not is_gone:  # the App may be suspended
+                log.warning("GitHub cannot be asked now: %s", error)
+                self.waiting[request] = max(retry_at, getattr(error, "retry_at", 0.0))
+                return
+            log.warning("%s is ignored: %s", request, error)
+        del self.waiting[request]
+        if isinstance(request, PollDue) and self.config.enable_polling:
+            self.waiting[request] = time.time() + self.config.poll_interval
 
     def look(self, request: SyncRequest) -> None:
         if isinstance(request, PullRequestChanged):
@@ -6031,8 +6027,6 @@ class Sync:
 
     def poll(self) -> None:
         """Ask for a look at everything that may have changed."""
-        if self.config.enable_polling:
-            self.waiting[PollDue()] = time.time() + self.config.poll_interval
         for pull_request in self.store.unmerged_pull_requests():
             self.waiting[PullRequestChanged(pull_request.task_id)] = 0.0
         if not self.config.issue_label:
