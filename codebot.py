@@ -6458,25 +6458,18 @@ class Cleanup:
         # What frees the disk comes first: a full one may be why the database fails.
         self.attempt(self.warn_of_low_disk)
         self.attempt(self.remove_workspaces)
-        self.attempt(self.delete_expired)
-        self.attempt(self.repeat_failed_stops)
+        cutoffs = (now_text(self.config.retention), now_text(DELIVERY_RETENTION))
+        self.attempt(self.codebot.store.delete_expired, *cutoffs)
+        self.attempt(stop_all_launched, self.config, self.run_tag, STOP_FAILED)
         for path in find_files(self.config.work_dir, "mirrors/*/*/*.git"):
             self.attempt(self.maintain_mirror, path)
 
-    def attempt(self, part: Callable[..., None], *args: str) -> None:
+    def attempt(self, part: Callable[..., None], *args: object) -> None:
         """Do a part of the work. The others are done even if it fails."""
         try:
             part(*args)
         except (OSError, sqlite3.Error, LimitReached, GitFailed, TransientError) as e:
             log.warning("Cleanup: %s", e)
-
-    def delete_expired(self) -> None:
-        self.codebot.store.delete_expired(
-            now_text(self.config.retention), now_text(DELIVERY_RETENTION)
-        )
-
-    def repeat_failed_stops(self) -> None:
-        stop_all_launched(self.config, self.run_tag, STOP_FAILED)
 
     def warn_of_low_disk(self) -> None:
         free = shutil.disk_usage(self.config.work_dir).free
