@@ -5828,21 +5828,19 @@ def push_review_commit(run: JobRun, context: ReviewContext) -> None:
     would restore them. (What is removed just before the push is still restored.)
 
     The branch's tip             What is done
-      has the job's commit         nothing: it is pushed
+      has the job's commit         nothing: an earlier run has pushed it
       is the commit's parent       push
-      is anything else             put the change on top of it, and look again
+      is anything else             put the change on top of it, and push
     """
     for attempt in range(1, MAX_PUSHES + 1):
         check_pull_request(run, context)
         tip = branch_tip(run, context)
-        if not branch_has_commit(run, context, tip) and tip != run.job.base_commit:
-            # Others have pushed something else. They may do so again while it is tested.
-            reapply_change(run, context, tip)
-            tip = branch_tip(run, context)
-        if branch_has_commit(run, context, tip):
-            # An earlier run has pushed it, or others have made the same change.
+        if context.workspace.mirror.is_ancestor(run.job.commit_id, tip):
             return
-        if tip == run.job.base_commit and push_change(run, context, attempt):
+        if tip != run.job.base_commit:
+            reapply_change(run, context, tip)
+            branch_tip(run, context)  # raises if commits were removed meanwhile
+        if push_change(run, context, attempt):
             return
     raise JobFailed(
         "push_rejected",
@@ -5851,24 +5849,18 @@ def push_review_commit(run: JobRun, context: ReviewContext) -> None:
     )
 
 
-def branch_has_commit(run: JobRun, context: ReviewContext, tip: str) -> bool:
-    """Return whether the branch has the job's commit.
-
-    A commit that the mirror has not fetched is not on the branch.
-    """
-    return context.workspace.mirror.is_ancestor(run.job.commit_id, tip)
-
-
 def push_change(run: JobRun, context: ReviewContext, attempt: int) -> bool:
     """Push the commit. Returns False if others have pushed first."""
     run.set_phase("push", attempt)
+    workspace = context.workspace
     try:
-        context.workspace.push(run.job.commit_id)
+        workspace.push(run.job.commit_id)
     except JobFailed:
         if branch_tip(run, context) == run.job.base_commit:
             raise  # nobody has pushed: the remote does not want it
         return False
-    if not branch_has_commit(run, context, branch_tip(run, context)):
+    tip = branch_tip(run, context)
+    if not workspace.mirror.is_ancestor(run.job.commit_id, tip):
         raise JobFailed(
             "push_rejected",
             f"Commit {run.job.commit_id} was pushed, but it was removed again",
