@@ -5661,37 +5661,29 @@ def find_answers(
 def earlier_comments(
     run: JobRun, context: ReviewContext, comments: Sequence[Comment]
 ) -> list[Comment]:
-    """Return what the reviewer and codebot wrote before, in these threads or in the
-    conversation.
+    """Return what the reviewer and codebot wrote before, in the conversation and in
+    these threads. Nobody else is listened to.
     """
+    bot = context.github_repository.github.bot()
+    own_name = "codebot (you)"  # no login of GitHub's
     threads = {comment.thread for comment in comments}
     known = {(comment.kind, comment.id) for comment in comments}
-    paths = {}
-    if any(comment.thread != comment.id for comment in comments):
-        paths["inline"] = f"/pulls/{context.number}/comments"
-    if any(comment.kind == "conversation" for comment in comments):
-        paths["conversation"] = f"/issues/{context.number}/comments"
+    paths = {
+        "conversation": f"/issues/{context.number}/comments",
+        "inline": f"/pulls/{context.number}/comments",
+    }
     found = []
     for kind, path in paths.items():
-        for earlier in dialogue(run, context, kind, path):
-            is_here = kind == "conversation" or earlier.thread in threads
-            if is_here and (kind, earlier.id) not in known:
-                found.append(earlier)
+        for payload in context.github_repository.pages(path):
+            if (payload["user"] or {}).get("id") == bot.id:
+                payload = {**payload, "user": {"login": own_name}}
+            comment = parse_comment(kind, payload)
+            if comment is None or (kind, comment.id) in known:
+                continue
+            is_here = kind == "conversation" or comment.thread in threads
+            if is_here and comment.user in (own_name, run.job.reviewer):
+                found.append(comment)
     return found[-20:]
-
-
-def dialogue(
-    run: JobRun, context: ReviewContext, kind: str, path: str
-) -> Iterator[Comment]:
-    """Yield what the reviewer and codebot wrote; nobody else is listened to."""
-    bot = context.github_repository.github.bot()
-    for payload in context.github_repository.pages(path):
-        is_ours = (payload["user"] or {}).get("id") == bot.id
-        if is_ours:
-            payload = {**payload, "user": {"login": "codebot (you)"}}
-        comment = parse_comment(kind, payload)
-        if comment and (is_ours or comment.user == run.job.reviewer):
-            yield comment
 
 
 def format_comments(comments: Sequence[Comment], earlier: Sequence[Comment]) -> str:
