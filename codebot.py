@@ -5491,8 +5491,11 @@ def run_review(run: JobRun) -> None:
 
 def do_work(run: JobRun, context: ReviewContext, comments: Sequence[Comment]) -> None:
     """Do what earlier runs have not done and stored, but for posting the answers."""
-    if run.job.commit_id and not is_commit_there(run, context):
-        forget_commit(run)
+    commit = run.job.commit_id
+    if commit and not context.workspace.outbox.has_commit(commit):
+        # The outbox was lost, for example when the host lost power. Begin anew.
+        outcome = dataclasses.replace(run.job.outcome, answers={})
+        run.update(commit_id="", outcome=outcome)
     if not run.job.outcome.answers:
         find_answers(run, context, comments)
     if run.job.commit_id:
@@ -5622,21 +5625,6 @@ def group_by_thread(comments: Sequence[Comment]) -> dict[str, list[Comment]]:
     for comment in comments:
         threads.setdefault(f"{comment.kind} {comment.thread}", []).append(comment)
     return threads
-
-
-def is_commit_there(run: JobRun, context: ReviewContext) -> bool:
-    """Return whether the commit of an earlier run is in the outbox, or was pushed."""
-    job = run.job
-    workspace = context.workspace
-    if workspace.outbox.has_commit(job.commit_id):
-        return True
-    return workspace.mirror.branch_contains(workspace.branch, job.commit_id)
-
-
-def forget_commit(run: JobRun) -> None:
-    """Begin anew: the outbox was lost with the commit."""
-    outcome = dataclasses.replace(run.job.outcome, answers={})
-    run.update(commit_id="", outcome=outcome)
 
 
 # From the comments to a commit

@@ -7063,6 +7063,21 @@ def test_commit_that_waits_for_the_remote_is_not_lost_to_another_review(
     assert len(pull.answers()) == 2
 
 
+def test_review_begins_anew_if_its_commit_was_lost(fresh: Site) -> None:
+    fresh.server.start()
+    pull = open_pull(fresh, MAKE_CHANGE)
+    hold = fresh.repository.hold("POST /git-receive-pack")
+    fresh.person("alice").inline("Say more")
+    hold.wait()
+    fresh.server.kill()
+    fresh.github.reset_faults()
+    shutil.rmtree(fresh.server.work_dir / f"outbox_{pull.task[:7]}.git")
+    fresh.server.restart()
+    assert pull.review()["status"] == "completed"
+    assert len(fresh.agent.runs("change")) == 2
+    assert pull.tip() in pull.answer()
+
+
 def test_finished_review_is_published_in_spite_of_interruptions(fresh: Site) -> None:
     limits = {"RETRY_DELAY": 0.2, "GITHUB_ATTEMPTS": 1, "MAX_INTERRUPTIONS": 2}
     fresh.server.start(limits=limits)
