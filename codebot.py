@@ -4628,18 +4628,19 @@ class Workspace:
             self.repository.git(self.outbox, "push", *options, "--", url, refspec)
         except (GitFailed, TransientError) as error:
             # The response to an earlier push, or to this one, may have been lost.
-            if self.remote_commit() != commit:
+            if not self.is_pushed(commit):
                 if isinstance(error, TransientError):
                     raise
                 raise JobFailed("push_rejected", f"Failed to push: {error}") from None
         self.run.log_event("git", f"Pushed {commit} to {self.branch}")
 
-    def remote_commit(self) -> str:
-        """Return the commit of the branch at the remote; "" if it is not there."""
+    def is_pushed(self, commit: str) -> bool:
+        """Return whether the remote has the commit; others may have pushed on top."""
         try:
-            return self.mirror.resolve_branch(self.repository, self.branch)[1]
+            _, tip = self.mirror.fetch_branch(self.repository, self.branch)
         except (BranchNotFound, GitFailed):
-            return ""
+            return False
+        return self.mirror.is_ancestor(commit, tip)
 
     # Changes on top of what others pushed
 
@@ -5350,27 +5351,12 @@ def push_task_commit(run: JobRun, workspace: Workspace) -> None:
     if not run.store.begin_push(run.job.id):
         raise Cancelled()
     run.job = dataclasses.replace(run.job, is_pushing=True)
-    if not (was_pushing and earlier_push_arrived(run, workspace)):
-        workspace.push(run.job.commit_id)
-
-
-def earlier_push_arrived(run: JobRun, workspace: Workspace) -> bool:
-    """Return whether the remote has the commit, or had it.
-
-    Others may have pushed on top, or merged it and deleted the branch.
-    """
     github_repository = workspace.repository.github_repository
-    branch = run.job.branch
-    try:
-        if github_repository is not None and github_repository.find_pull_request(
-            branch
-        ):
-            # It is opened after the push. Its branch may be deleted since, after a merge.
-            return True
-        _, tip = workspace.mirror.fetch_branch(workspace.repository, branch)
-    except (BranchNotFound, GitFailed, GitHubError):
-        return False  # what is wrong is reported by the push
-    return workspace.mirror.is_ancestor(run.job.commit_id, tip)
+    pull_request = None
+    if was_pushing and github_repository is not None:
+        pull_request = github_repository.find_pull_request(run.job.branch)
+    if pull_request is None:  # else the branch may have been merged and deleted
+        workspace.push(run.job.commit_id)
 
 
 def code_block(text: str) -> str:
