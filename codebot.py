@@ -4818,8 +4818,6 @@ class AgentRun:
         self.result: dict[str, Json] = {}
         self.login_failed = False
         self.last_message = ""
-        # Ids of StructuredOutput calls, whose content is in the result: not logged.
-        self.schema_calls: set[str] = set()
         self.entries: list[tuple[str, str]] = []  # for the task's log
 
     def read(self, lines: list[str]) -> float | None:
@@ -4855,12 +4853,8 @@ class AgentRun:
     def read_block(self, speaker: str, block: dict[str, Json]) -> None:
         if block["type"] == "text" and speaker == "assistant":
             self.log("agent", str(block["text"]))
-        elif block["type"] == "tool_use" and block["name"] == "StructuredOutput":
-            self.schema_calls.add(str(block.get("id")))
         elif block["type"] == "tool_use":
             self.log("tool", tool_call_text(block["name"], block["input"]))
-        elif str(block.get("tool_use_id")) in self.schema_calls:
-            return
         elif block["type"] == "tool_result":
             source = "error" if block.get("is_error") else "output"
             self.log(source, tool_result_text(block["content"]) or "(no output)")
