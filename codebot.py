@@ -5070,21 +5070,19 @@ def find_remote(run: JobRun) -> Repository:
         github_repository = github.repository_by_name(repository.full_name)
         # Its token is refused if the App is not installed there.
         github.token(github_repository.id)
-    except AppRefused as error:
-        if job.commit_id:
+    except NotFound as error:
+        raise JobFailed(
+            "clone_failed",
+            f"Failed to clone repository: {repository.full_name} does not exist, "
+            "or the App is not installed on it. Add it at …/settings/installations/"
+            f"{run.config.installation_id} ({error})",
+        ) from None
+    except (AppRefused, GitHubError) as error:
+        if job.commit_id and isinstance(error, AppRefused):
             raise  # finished work waits for better times
         raise JobFailed(
             "clone_failed", f"Failed to clone repository: {error}"
         ) from None
-    except GitHubError as error:
-        message = f"Failed to clone repository: {error}"
-        if error.status == 404:
-            message = (
-                f"Failed to clone repository: {repository.full_name} does not exist, "
-                "or the App is not installed on it. Add it at …/settings/installations/"
-                f"{run.config.installation_id} ({error})"
-            )
-        raise JobFailed("clone_failed", message) from None
     check_identity(job, repository, github_repository)
     github.bot()  # for the commit: asked for now, before the agent costs anything
     run.update(repository_id=github_repository.id)
@@ -5341,13 +5339,11 @@ def commit_task(
 def push_task_commit(run: JobRun, workspace: Workspace) -> None:
     """Push the stored commit. From here on the job cannot be cancelled."""
     run.set_phase("push")
-    was_pushing = run.job.is_pushing  # an earlier run, before it was interrupted
     if not run.store.begin_push(run.job.id):
         raise Cancelled()
-    run.job = dataclasses.replace(run.job, is_pushing=True)
     github_repository = workspace.repository.github_repository
     pull_request = None
-    if was_pushing and github_repository is not None:
+    if run.job.is_pushing and github_repository is not None:  # since an earlier run
         pull_request = github_repository.find_pull_request(run.job.branch)
     if pull_request is None:  # else the branch may have been merged and deleted
         workspace.push(run.job.commit_id)
