@@ -233,6 +233,7 @@ RETRY_DELAY = 60.0  # seconds until a job is retried after a transient error
 # Seconds after which a transient error is no longer retried.
 RETRY_LIMIT = {"task": 3600.0, "review": 86400.0}
 TIMER_INTERVAL = 1.0  # seconds after which the timer looks which jobs are due
+CLEANUP_INTERVAL = 60.0  # seconds between cleanups, unless the retention is shorter
 DATABASE_RETRY_DELAY = 5.0  # seconds until a failed write to the database is repeated
 DATABASE_TEST_INTERVAL = 10.0  # seconds between two tests of the database
 
@@ -4041,7 +4042,6 @@ class Codebot:
         }
         self.sync_queue: queue.Queue[SyncRequest] = queue.Queue()
         self.jobs_due = threading.Event()  # wakes the timer: a job may start
-        self.cleanup_wanted = threading.Event()
         self.checked_commits: set[str] = set()  # git's fsck has accepted their trees
         self.running: dict[str, JobRun] = {}  # by job id; each step is atomic
         self.store: Store  # from open() on
@@ -6014,7 +6014,6 @@ class Sync:
         for run in list(self.codebot.running.values()):
             if run.job.kind == "review" and run.job.task_id == task_id:
                 run.cancel.set()
-        self.codebot.cleanup_wanted.set()
 
     def queue_new_comments(
         self, pull_request: PullRequest, github_repository: GitHubRepository
@@ -6399,10 +6398,6 @@ class Cleanup:
         self.retry_repack_at: dict[str, float] = {}  # by mirror, after a failure
 
     def step(self) -> None:
-        self.codebot.cleanup_wanted.wait(min(60.0, self.config.retention))
-        self.codebot.cleanup_wanted.clear()
-        if self.codebot.stop.is_set():
-            return
         # What frees the disk comes first: a full one may be why the database fails.
         self.attempt(self.warn_of_low_disk)
         self.attempt(self.remove_workspaces)
@@ -8835,7 +8830,6 @@ def stop_workers(codebot: Codebot, workers: Sequence[threading.Thread]) -> None:
     """End what the workers do. Their jobs are pending afterwards."""
     deadline = time.monotonic() + STOP_TIMEOUT
     codebot.stop.set()
-    codebot.cleanup_wanted.set()
     for jobs in codebot.queues.values():
         for _ in workers:
             jobs.put(None)
@@ -8865,7 +8859,8 @@ def running_server(codebot: Codebot) -> Iterator[Server]:
         workers += start_workers(codebot, "review", codebot.config.review_workers)
         start_thread(codebot, "sync", Sync(codebot, codebot.github).step)
     start_thread(codebot, "timer", Timer(codebot).step)
-    start_thread(codebot, "cleanup", Cleanup(codebot).step)
+    seconds = min(CLEANUP_INTERVAL, codebot.config.retention)
+    start_thread(codebot, "cleanup", Cleanup(codebot).step, seconds)
     accept = functools.partial(server.serve_forever, SWEEP_INTERVAL)
     start_thread(codebot, "accept", accept)
     try:

@@ -5885,7 +5885,6 @@ def test_workspaces_are_removed_although_database_is_locked(
     app = codebot.Codebot(codebot.Config(no_github=True, work_dir=str(tmp_path)))
     app.store = codebot.Store(str(tmp_path / "codebot.db"))
     (tmp_path / "task_1234567").mkdir()
-    app.cleanup_wanted.set()
     with other_program(app.store) as db:
         db.execute("BEGIN IMMEDIATE")
         codebot.Cleanup(app).step()
@@ -6867,23 +6866,24 @@ def test_closed_delivery_alone_ends_nothing(pull: Pull) -> None:
     assert pull.workspace.exists()
 
 
-def test_closing_ends_running_review_and_removes_workspace(shared: Site) -> None:
-    pull = open_pull(shared, f"classify change; block; {MAKE_CHANGE}")
-    shared.person("alice").inline("Say more")
-    shared.agent.wait_until_blocked()
-    shared.person("alice").comment("And more")
-    shared.person("alice").close()
-    wait_for(lambda: not shared.server.strays())
+def test_closing_ends_running_review_and_removes_workspace(fresh: Site) -> None:
+    fresh.server.start(limits={"CLEANUP_INTERVAL": 0.2})
+    pull = open_pull(fresh, f"classify change; block; {MAKE_CHANGE}")
+    fresh.person("alice").inline("Say more")
+    fresh.agent.wait_until_blocked()
+    fresh.person("alice").comment("And more")
+    fresh.person("alice").close()
+    wait_for(lambda: not fresh.server.strays())
     wait_for(lambda: not pull.workspace.exists())
     wait_for(lambda: not {"pending", "running"} & {*pull.states()})
     assert pull_state(pull) == "closed"
-    ended = shared.api.status(pull.task)["reviews"]
+    ended = fresh.api.status(pull.task)["reviews"]
     assert {review["error"] for review in ended} == {"The pull request was closed"}
     assert pull.answers() == []
     assert pull.tip() == pull.commit
     outboxes = f"outbox_{pull.task[:7]}*"
-    wait_for(lambda: not list(shared.server.work_dir.glob(outboxes)))
-    wait_for(lambda: not list(shared.server.work_dir.glob("trash_*")))
+    wait_for(lambda: not list(fresh.server.work_dir.glob(outboxes)))
+    wait_for(lambda: not list(fresh.server.work_dir.glob("trash_*")))
 
 
 def test_review_of_closed_pull_request_that_has_cost_something_is_kept(
@@ -6917,10 +6917,11 @@ answer Done
 
 
 def test_reopened_pull_request_begins_with_new_workspace_and_conversation(
-    shared: Site,
+    fresh: Site,
 ) -> None:
-    pull = open_pull(shared, RESUME_IF_BEGUN)
-    alice = shared.person("alice")
+    fresh.server.start(limits={"CLEANUP_INTERVAL": 0.2})
+    pull = open_pull(fresh, RESUME_IF_BEGUN)
+    alice = fresh.person("alice")
     alice.close()
     wait_for(lambda: pull_state(pull) == "closed")
     wait_for(lambda: not pull.workspace.exists())
@@ -6932,8 +6933,8 @@ def test_reopened_pull_request_begins_with_new_workspace_and_conversation(
         alice.inline("Say more")
         assert pull.reviews(count)[-1]["commit"] == pull.tip()
     assert len(pull.answers()) == 2
-    assert shared.repository.show(pull.branch, "hello.txt") == "hello\nmore\nmore"
-    lost, begun, resumed = shared.agent.runs("change")
+    assert fresh.repository.show(pull.branch, "hello.txt") == "hello\nmore\nmore"
+    lost, begun, resumed = fresh.agent.runs("change")
     assert lost.option("--resume") == pull.task
     assert begun.option("--session-id") == pull.task
     assert resumed.option("--resume") == pull.task
