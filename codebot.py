@@ -4784,10 +4784,10 @@ class AgentResult:
     structured: JsonObject  # what a JSON schema asked for; empty if it was not given
 
 
-def delimited(name: str, text: str) -> str:
+def delimited(name: str, text: str, attributes: str = "") -> str:
     """Put foreign text between delimiters that its author cannot know."""
     delimiter = f"{name}-{uuid.uuid4().hex[:12]}"
-    return f"<{delimiter}>\n{text}\n</{delimiter}>\n"
+    return f"<{delimiter}{attributes}>\n{text}\n</{delimiter}>\n"
 
 
 def reported_number(result: JsonObject, name: str) -> float | None:
@@ -5651,21 +5651,21 @@ def earlier_comments(
 
 
 def format_comments(comments: Sequence[Comment], earlier: Sequence[Comment]) -> str:
-    """Return the comments for a prompt, between delimiters that nobody can know."""
-    token = uuid.uuid4().hex[:12]
-    lines = []
+    """Return the comments for a prompt, each between its delimiters."""
+    text = ""
     for comment in [*earlier, *comments]:
         name = "earlier-comment" if comment in earlier else "comment"
-        place = ""
+        attributes = f' id="{comment.id}" by="{comment.user}"'
         if comment.path:
             # A file's name may have quotes and line breaks.
             path = json.dumps(comment.path, ensure_ascii=False)
-            place = f' path={path} line="{comment.line or "?"}"'
-        lines.append(f'<{name}-{token} id="{comment.id}" by="{comment.user}"{place}>')
+            attributes += f' path={path} line="{comment.line or "?"}"'
+        words = comment.text
         if comment.diff_hunk:
-            lines.append(f"On this part of the diff:\n{comment.diff_hunk[-5000:]}\n")
-        lines += [comment.text, f"</{name}-{token}>"]
-    return "\n".join(lines) + "\n"
+            hunk = comment.diff_hunk[-5000:]
+            words = f"On this part of the diff:\n{hunk}\n\n{words}"
+        text += delimited(name, words, attributes)
+    return text
 
 
 def classify(
