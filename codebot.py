@@ -5480,12 +5480,10 @@ def do_work(run: JobRun, context: ReviewContext, comments: Sequence[Comment]) ->
 
 def store_failure(run: JobRun, reason: str, error: str) -> None:
     """Store why a review has failed. All that is left is to tell the reviewer."""
-    message = run.redact(error)
-    run.log_event("codebot", f"Failed ({reason}): {message}")
     outcome = dataclasses.replace(
         run.job.outcome,
         reason=reason,
-        error=message,
+        error=run.redact(error),
         answers={},
         seconds=time.monotonic() - run.started,
     )
@@ -6288,13 +6286,11 @@ def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None
     if status == "failed" and run.cancel.is_set():
         reason = "cancelled"  # whatever else went wrong meanwhile
         error = CANCELLED_TEXT[job.kind]
-    may_be_pushed = job.commit_id and (job.is_pushing or job.kind == "review")
-    if may_be_pushed and reason not in ("", "push_rejected", "pull_request_failed"):
+    if job.commit_id and reason not in ("", "push_rejected", "pull_request_failed"):
         error = f"{error}. Its branch {job.branch} may have been pushed"
     error = run.redact(error)[:10_000]
     if reason:
-        if error != job.outcome.error:  # else store_failure has logged it
-            run.log_event("codebot", f"Failed ({reason}): {error}")
+        run.log_event("codebot", f"Failed ({reason}): {error}")
         log.info("Job %s: %s", job.id, error)
     if not job.outcome.seconds:  # for the totals
         outcome = dataclasses.replace(
