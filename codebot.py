@@ -4915,13 +4915,11 @@ class AgentRun:
         )
 
 
-def tool_call_text(name: str, inputs: Json) -> str:
+def tool_call_text(name: str, inputs: JsonObject) -> str:
     """Return a tool call: its name and first input in one line, then the others.
 
     Texts come first, such as a path: the CLI begins with `replace_all`.
     """
-    if not isinstance(inputs, dict):
-        return f"{name}: {inputs}"
     entries = sorted(inputs.items(), key=lambda item: not isinstance(item[1], str))
     text = "\n".join(f"{key}: {value}" for key, value in entries)
     return f"{name}: {text.partition(': ')[2]}"
@@ -5560,7 +5558,8 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
             continue
         comments.append(comment)
         if comment.kind != "review":  # which takes no reactions
-            context.github_repository.react(comment_path(comment))
+            subject = "pulls" if comment.kind == "inline" else "issues"
+            context.github_repository.react(f"/{subject}/comments/{comment.id}")
     return comments
 
 
@@ -5586,11 +5585,6 @@ def add_rest_of_github_reviews(run: JobRun, context: ReviewContext) -> None:
         )
         own = [comment for comment in found if comment.user == run.job.reviewer]
         store.add_comments_to_review(run.job, own)
-
-
-def comment_path(comment: Comment) -> str:
-    subject = "pulls" if comment.kind == "inline" else "issues"
-    return f"/{subject}/comments/{comment.id}"
 
 
 def group_by_thread(comments: Sequence[Comment]) -> dict[str, list[Comment]]:
@@ -5691,26 +5685,20 @@ def classify(
     run.save_work(request_kind=kind, outcome=outcome)
 
 
-def check_out_branch(run: JobRun, context: ReviewContext) -> str:
-    """Make the workspace from the pull request's branch. Returns its commit."""
-    run.set_phase("clone")
-    workspace = context.workspace
-    _, commit = fetch_or_fail(workspace, workspace.branch, "push_rejected")
-    workspace.make_outbox()
-    workspace.check_out(workspace.branch, commit, keep_home=True)
-    return commit
-
-
 def carry_out(
     run: JobRun, context: ReviewContext, comments: Sequence[Comment], text: str
 ) -> None:
     """Answer the questions, or make the change and the commit."""
-    base_commit = check_out_branch(run, context)
+    run.set_phase("clone")
+    workspace = context.workspace
+    _, base_commit = fetch_or_fail(workspace, workspace.branch, "push_rejected")
+    workspace.make_outbox()
+    workspace.check_out(workspace.branch, base_commit, keep_home=True)
     commit_id = ""
     if run.job.request_kind == "question":
         answer = converse(run, context, base_commit, f"Questions:\n{text}", ANSWERING)
     else:
-        check_base(context.workspace, base_commit)
+        check_base(workspace, base_commit)
         prompt = f"Review comments:\n{text}"
         answer = converse(run, context, base_commit, prompt, CHANGING)
         commit_id = test_and_commit(run, context, base_commit)
