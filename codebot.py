@@ -5142,8 +5142,8 @@ def clone(run: JobRun, workspace: Workspace) -> str:
         workspace, run.job.request.base_branch, "base_branch_not_found"
     )
     check_base(workspace, base_commit)
-    workspace.make_outbox()
     workspace.check_out(base_name, base_commit, keep_home=False)
+    workspace.make_outbox()
     run.update(base_name=base_name, base_commit=base_commit, commit_id="")
     return base_commit
 
@@ -5692,8 +5692,8 @@ def carry_out(
     run.set_phase("clone")
     workspace = context.workspace
     _, base_commit = fetch_or_fail(workspace, workspace.branch, "push_rejected")
-    workspace.make_outbox()
     workspace.check_out(workspace.branch, base_commit, keep_home=True)
+    workspace.make_outbox()
     commit_id = ""
     if run.job.request_kind == "question":
         answer = converse(run, context, base_commit, f"Questions:\n{text}", ANSWERING)
@@ -6407,17 +6407,15 @@ class Cleanup:
         """Remove workspaces and outboxes that no job needs any more."""
         work_dir = self.config.work_dir
         # Listed before the store is asked: it knows the job of everything listed.
-        paths = [*find_files(work_dir, "task_*"), *find_files(work_dir, "outbox_*")]
+        paths = find_files(work_dir, "task_*")
         cutoff = now_text(self.config.retention)
         retained = self.codebot.store.retained_directories(cutoff)
         for path in paths:
+            directory = os.path.basename(path)
             # A review may have started meanwhile.
             in_use = {run.job.directory for run in list(self.codebot.running.values())}
-            needed = set()
-            for directory in retained | in_use:
-                needed.add(f"{work_dir}/{directory}")
-                needed.add(outbox_path(self.config, directory))
-            if path not in needed:
+            if directory not in retained | in_use:
+                discard(work_dir, outbox_path(self.config, directory))
                 discard(work_dir, path)
         for path in find_files(work_dir, "trash_*"):
             remove_tree(self.config, path, self.run_tag)
