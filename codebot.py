@@ -6243,8 +6243,6 @@ def run_job(codebot: Codebot, job: Job) -> None:
         fail_or_tell_reviewer(run, "internal", "Internal error; see the server's log")
     finally:
         del codebot.running[job.id]
-        if run.cancel.is_set():
-            codebot.cleanup_wanted.set()  # its pull request may have been closed
         codebot.jobs_due.set()  # another may have waited for it to end
 
 
