@@ -1142,19 +1142,35 @@ def signal_group(leader: int, number: int) -> bool:
     return True
 
 
+def is_group_running(leader: int) -> bool:
+    """Return whether a process of the group still runs.
+
+    A zombie does not; the first process of a container may never reap it.
+    """
+    if not signal_group(leader, 0):
+        return False
+    if not os.path.exists("/proc/self/stat"):  # macOS
+        return True
+    for path in glob.glob("/proc/[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # "PID (NAME) STATE PARENT GROUP ...", where NAME may have any characters
+            text = pathlib.Path(path).read_text(errors="replace")
+            state, _, group = text.rpartition(")")[2].split()[:3]
+            if int(group) == leader and state != "Z":
+                return True
+    return False
+
+
 def end_process_group(child: subprocess.Popen[bytes]) -> None:
     """End all processes of a program's group: SIGTERM, KILL_GRACE, SIGKILL.
-
-    A zombie counts until its parent, or the host's init, has read its exit code.
 
     The number is not given to a stranger meanwhile: not while the group has members, and
     then only after Linux has given out all other numbers.
     """
     deadline = time.monotonic() + KILL_GRACE
-    is_running = signal_group(child.pid, signal.SIGTERM)
-    while is_running and time.monotonic() < deadline:
+    signal_group(child.pid, signal.SIGTERM)
+    while is_group_running(child.pid) and time.monotonic() < deadline:
         time.sleep(0.01)
-        is_running = signal_group(child.pid, 0)
     signal_group(child.pid, signal.SIGKILL)
     child.wait()
 
