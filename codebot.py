@@ -1673,7 +1673,8 @@ TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_GITHUB_BYTES = 32 << 20  # of one response
 MAX_CACHED_REPLIES = 500
-HTML_COMMENT_RE = re.compile(r"<!--.*?(-->|\Z)", re.DOTALL)
+HTML_COMMENT_RE = re.compile(r"<!--.*?-->", re.DOTALL)
+CUT_NOTE = "(what follows an HTML comment without an end was cut)"
 INVISIBLE_RE = re.compile(
     "[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]"  # zero width, bidi
     "|[\u034f\u115f\u1160\u2800\u3164\uffa0]"  # blank
@@ -1794,9 +1795,13 @@ def visible_text(text: str) -> str:
     """Remove what people on GitHub do not see: comments, zero-width and bidi signs.
 
     For example: "a <!-- b --> c" becomes "a  c". A comment without an end hides all that
-    follows if it is in a block of HTML; it is cut elsewhere, too.
+    follows if it is in a block of HTML; it is cut elsewhere, too, with a note.
     """
-    return INVISIBLE_RE.sub("", HTML_COMMENT_RE.sub("", text))
+    text, unclosed_comment, _ = HTML_COMMENT_RE.sub("", text).partition("<!--")
+    text = INVISIBLE_RE.sub("", text)
+    if unclosed_comment and text.strip():
+        text += CUT_NOTE
+    return text
 
 
 def person_login(user: Json) -> str:

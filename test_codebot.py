@@ -6359,25 +6359,28 @@ def test_invisible_text_of_comment_does_not_reach_agent(pull: Pull) -> None:
         assert "sesame" not in run.stdin
 
 
+CUT = "(what follows an HTML comment without an end was cut)"
+
+
 @pytest.mark.parametrize(
     ("text", "visible"),
     [
         ("a <!-- b\n --> c", "a  c"),
         ("a < b and <i>c</i> --> d", "a < b and <i>c</i> --> d"),
         # It hides what follows in a block of HTML, and is cut everywhere.
-        ("a\n<!-- b\nc", "a\n"),
+        ("a\n<!-- b\nc", f"a\n{CUT}"),
         ("<!-- b", ""),
-        ("> a\n> - <!-- b", "> a\n> - "),
-        ("a" + "<!--" * 3 + " b", "a"),
+        ("> a\n> - <!-- b", f"> a\n> - {CUT}"),
+        ("a" + "<!--" * 3 + " b", f"a{CUT}"),
         ("   <!-- b --> c", "    c"),
-        ("a\n<div>b <!-- c\n\nd", "a\n<div>b "),
-        ("a\n> <div>\n> b <!-- c --!> d", "a\n> <div>\n> b "),
-        ("<div>\na <!-- b --> c <!-- d", "<div>\na  c "),
-        ("<!-- a --> b <!-- c --> <!-- d", " b  "),
-        ("a\r\n<!-- b", "a\n"),
+        ("a\n<div>b <!-- c\n\nd", f"a\n<div>b {CUT}"),
+        ("a\n> <div>\n> b <!-- c --!> d", f"a\n> <div>\n> b {CUT}"),
+        ("<div>\na <!-- b --> c <!-- d", f"<div>\na  c {CUT}"),
+        ("<!-- a --> b <!-- c --> <!-- d", f" b  {CUT}"),
+        ("a\r\n<!-- b", f"a\n{CUT}"),
         ("\ufeff<!-- b", ""),
-        ("<?a?><!-- b", "<?a?>"),
-        ("<!A><!-- b", "<!A>"),
+        ("<?a?><!-- b", f"<?a?>{CUT}"),
+        ("<!A><!-- b", f"<!A>{CUT}"),
         ("a\ufff9b\U000e0080c\U0001d173d", "abcd"),
     ],
 )
