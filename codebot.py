@@ -44,6 +44,9 @@ GLOSSARY
   delivery       one webhook request, with its GUID
   marker         the hidden comment by which a retry sees that something was posted
   event          an entry of a task's log
+  phase          what a running job is doing, for people
+  launcher       a command line that starts the agent and the tests on a node, which is
+                 another computer of a cluster
   redact         replace secrets in text with ***
   One repository appears as
     Repository         its URL and name, as a task gives them, and git with a credential
@@ -58,8 +61,8 @@ WHO IS TRUSTED WITH WHAT
                  for the repositories that CODEBOT_ALLOWED_REPOSITORIES allows; with
                  --no-github by default for all that codebot's user can reach.
   A reviewer     is acted on only if GitHub reports that they have write access to the
-                 repository, when the review starts. A person who labels an issue, when
-                 the task is submitted. Everyone else is ignored.
+                 repository, when the review starts. So is a person who labels an issue,
+                 when the task is submitted. Everyone else is ignored.
   GitHub         is believed over TLS. A webhook's signature is checked, and even then a
                  delivery only makes codebot ask GitHub: who wrote what, who may write,
                  what is open.
@@ -105,8 +108,8 @@ LIFE OF A JOB
   pending   -> failed       it is cancelled
   running   -> pending      a stop, a crash, or a transient error interrupts it
   running   -> completed, failed
-  A review is deleted when it joins one that runs, or if nothing may be done for it; but
-  if its agent has cost something, it fails.
+  A review is deleted when its comments join one that runs, and when nothing may be done
+  for it. In the second case it fails instead if its agent has cost something.
 
   A task's phases are clone, agent, test, commit, push, pull_request; a review's are
   classify, clone, agent, test, commit, push, answer. With a launcher, both are in the
@@ -134,6 +137,7 @@ FILES in the work directory
   outbox_*.git   a task's outbox               launched/      runs on a cluster
   scratch_*      for a moment                  trash_*/       being removed
   While the server runs, Python's temporary files, with programs' output, are there too.
+  Only codebot's user may read what codebot writes (umask 077).
   A mirror and the database each have a .lock file beside them.
 
 WHERE THE DANGEROUS THINGS ARE, each in one place
@@ -2925,7 +2929,7 @@ CREATE TABLE jobs (
     issue_number INTEGER NOT NULL DEFAULT 0,
     issue_url TEXT NOT NULL DEFAULT '',
     label_event_id INTEGER UNIQUE,
-    is_reported INTEGER NOT NULL DEFAULT 0,
+    is_reported INTEGER NOT NULL DEFAULT 0, -- on the issue, after the task's end
     -- Who a review answers, and what they want.
     reviewer TEXT NOT NULL DEFAULT '',
     request_kind TEXT NOT NULL DEFAULT '',
@@ -2936,7 +2940,7 @@ CREATE TABLE jobs (
     not_before REAL NOT NULL DEFAULT 0,
     transient_since REAL NOT NULL DEFAULT 0,
     cancel_requested INTEGER NOT NULL DEFAULT 0,
-    is_pushing INTEGER NOT NULL DEFAULT 0,
+    is_pushing INTEGER NOT NULL DEFAULT 0, -- or was: it can no longer be cancelled
     -- Progress, from which a job goes on after a crash. Once a review has run, it has
     -- its task's directory and branch. The commit has base_commit as parent.
     repository_id INTEGER NOT NULL DEFAULT 0,
@@ -2945,7 +2949,7 @@ CREATE TABLE jobs (
     base_name TEXT NOT NULL DEFAULT '',
     base_commit TEXT NOT NULL DEFAULT '',
     commit_id TEXT NOT NULL DEFAULT '',
-    outcome TEXT NOT NULL DEFAULT '{}',
+    outcome TEXT NOT NULL DEFAULT '{}', -- see Outcome
     reason TEXT NOT NULL DEFAULT '',
     error TEXT NOT NULL DEFAULT '',
     CHECK ((kind = 'task') = (task_id = id)),
