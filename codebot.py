@@ -5664,6 +5664,7 @@ def earlier_comments(
             is_here = kind == "conversation" or comment.thread in threads
             if is_here and comment.user in (own_name, run.job.reviewer):
                 found.append(comment)
+    found.sort(key=lambda comment: (comment.created_at, comment.id))
     return found[-20:]
 
 

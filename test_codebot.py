@@ -6423,6 +6423,7 @@ def test_agent_sees_line_and_earlier_comments_of_thread(pull: Pull) -> None:
     pull.review()
     pull.site.person("bob").inline("I like it, says Bob", reply_to=top, webhook=False)
     pull.site.person("alice").inline("A thread of its own", webhook=False)
+    pull.site.person("alice").comment("In general", webhook=False)
     pull.site.person("alice").inline("And why more?", reply_to=top)
     pull.reviews(2)
     [_, run] = pull.site.agent.runs("question")
@@ -6433,6 +6434,7 @@ def test_agent_sees_line_and_earlier_comments_of_thread(pull: Pull) -> None:
     # In this thread the reviewer and codebot have written before.
     assert "Why hello?" in run.stdin
     assert f"Because {top.id}." in run.stdin
+    assert run.stdin.index("Why hello?") < run.stdin.index("In general")
     assert "says Bob" not in run.stdin
     assert "of its own" not in run.stdin
 
