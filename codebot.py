@@ -5994,8 +5994,9 @@ class Sync:
         """Ask for a look at a repository's open issues with the label."""
         try:
             numbers = github_repository.issues_with_label(self.config.issue_label)
-        except GitHubError as error:
-            # Its issues may be turned off; those of other repositories are not.
+        except (GitHubError, AppRefused) as error:
+            # Its issues may be turned off, or the App may not read them; so the others
+            # are still looked at.
             log.warning(
                 "Issues of %s are ignored: %s", github_repository.full_name, error
             )

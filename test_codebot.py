@@ -7929,10 +7929,12 @@ def test_empty_label_turns_issues_off(fresh: Site) -> None:
 def test_labels_put_on_while_server_was_down_are_found_at_start(fresh: Site) -> None:
     fresh.github.page_size = 2
     alice = fresh.person("alice")
-    broken = fresh.github.create_repository("acme/broken")
+    disabled = fresh.github.create_repository("acme/disabled")
+    refused = fresh.github.create_repository("acme/refused")
     other = fresh.github.create_repository("acme/other")
     site = dataclasses.replace(fresh, repository=other)
-    broken.fail("GET /issues*", 410, {"message": "Issues are disabled"}, always=True)
+    disabled.fail("GET /issues*", 410, {"message": "Issues are disabled"}, always=True)
+    refused.fail("GET /issues*", 401, {"message": "Bad credentials"}, always=True)
     issues = [open_issue(fresh, f"Number {number}") for number in range(3)]
     issues.append(open_issue(site))
     for issue in issues:
