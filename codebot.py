@@ -8905,8 +8905,11 @@ Requeued:      {pending} job(s)"""
 
 def file_times(config: Config) -> list[float]:
     """Return when codebot.py and .env were last changed."""
-    paths = [os.path.abspath(__file__), config.env_file]
-    return [os.stat(path).st_mtime for path in paths if os.path.exists(path)]
+    times = []
+    for path in (os.path.abspath(__file__), config.env_file):
+        with contextlib.suppress(OSError):  # an editor may be replacing it
+            times.append(os.stat(path).st_mtime)
+    return times
 
 
 def serve(flags: Flags) -> int:
