@@ -57,9 +57,9 @@ GLOSSARY
 
 WHO IS TRUSTED WITH WHAT
   The operator   with everything: the settings, the App's key, the work directory.
-  A client       with an API key may submit tasks, and read, cancel and retry all of them:
-                 for the repositories that CODEBOT_ALLOWED_REPOSITORIES allows; with
-                 --no-github by default for all that codebot's user can reach.
+  A client       with an API key may submit and retry tasks for the repositories that
+                 CODEBOT_ALLOWED_REPOSITORIES allows; with --no-github these are by default
+                 all that codebot's user can reach. It may read and cancel every task.
   A reviewer     is acted on only if GitHub reports that they have write access to the
                  repository, when the review starts. So is a person who labels an issue,
                  when the task is submitted. Everyone else is ignored.
@@ -2837,10 +2837,9 @@ class Mirror(GitDirectory):
     def check_objects(self, commit: str) -> None:
         """Raise GitFailed if the commit's trees do not pass git's fsck.
 
-        A directory in which the agent changes one file becomes a new tree, which still
-        has all old entries. If one of those is malformed, the agent's work is refused
-        later, after it has cost something. So the trees are checked before. git checks
-        a part of a repository only while it indexes a pack, so they are packed, without
+        Otherwise a malformed entry that is old would let the agent's work be refused,
+        after it has cost something: its tree has the old entries, too. git checks a part
+        of a repository only while it indexes a pack; so the trees are packed, without
         the contents of files.
         """
         script = (
@@ -3029,8 +3028,10 @@ CREATE VIEW task_activity AS
     SELECT jobs.task_id,
         MAX(jobs.directory) AS directory, -- a review has none, or its task's
         IFNULL(pull_requests.state, '') AS pr_state,
-        CASE COUNT(jobs.completed_at) WHEN COUNT(*) THEN MAX(jobs.completed_at) END
-            AS active_until
+        CASE
+            WHEN SUM(jobs.completed_at IS NULL) > 0 THEN NULL
+            ELSE MAX(jobs.completed_at)
+        END AS active_until
     FROM jobs
     LEFT JOIN pull_requests ON pull_requests.task_id = jobs.task_id
     GROUP BY jobs.task_id;
@@ -3372,11 +3373,9 @@ class Store:
     def claim(self, job_id: str) -> Job | None:
         """Start a job. Returns None if it must not start, or has started already.
 
-        A job that must not start yet is queued again as long as it is pending. To queue
-        it twice does no harm.
-
-        All jobs of a task use the same workspace and outbox. So a review gets its task's
-        directory and branch, and waits until no other job uses them.
+        All jobs of a task use one workspace and outbox: a review gets its task's, and
+        waits until no other job uses them. A job that must not start yet is queued again
+        as long as it is pending. To queue it twice does no harm.
         """
         values = {"id": job_id, "now": time.time()}
         with self._transaction() as db:
@@ -3384,21 +3383,24 @@ class Store:
                 """
                 SELECT * FROM jobs AS job
                 WHERE id = :id AND status = 'pending' AND not_before <= :now
-                    -- No other job of the task runs, or has a commit in the outbox that
-                    -- is still to be pushed (of two reviews, the older goes first); and
-                    -- before a review, the task has ended.
+                    -- No other job of the task runs.
+                    AND NOT EXISTS (
+                        SELECT 1 FROM jobs AS other
+                        WHERE other.task_id = job.task_id AND other.status = 'running'
+                    )
+                    -- If this is a review, its task has ended.
+                    AND NOT EXISTS (
+                        SELECT 1 FROM jobs AS task
+                        WHERE task.id = job.task_id AND task.id != job.id
+                            AND task.status = 'pending'
+                    )
+                    -- No other review has a commit in the outbox that is still to be
+                    -- pushed. If this one has one too, the older goes first.
                     AND NOT EXISTS (
                         SELECT 1 FROM jobs AS other
                         WHERE other.task_id = job.task_id AND other.id != job.id
-                            AND (
-                                other.status = 'running'
-                                OR (other.status = 'pending' AND other.kind = 'task')
-                                OR (
-                                    other.status = 'pending' AND job.kind = 'review'
-                                    AND other.commit_id != ''
-                                    AND (job.commit_id = '' OR other.seq < job.seq)
-                                )
-                            )
+                            AND other.status = 'pending' AND other.commit_id != ''
+                            AND (job.commit_id = '' OR other.seq < job.seq)
                     )
                 """,
                 values,
@@ -5470,8 +5472,15 @@ class ReviewContext(NamedTuple):
 def run_review(run: JobRun) -> None:
     """Do a review, from the comments to the answers. Each step can be repeated.
 
+    What earlier runs have stored    What is left to do
+      nothing                          classify the request, and what follows
+      request_kind                     answer the question, or make the change
+      answers and commit_id            push the commit, post the answers
+      answers                          post the answers
+      outcome.error                    post the error: the review has failed
+
     Raises ReviewSkipped if nothing is to be done. If a step fails, the worker stores the
-    failure and queues the review again, only to post it.
+    error and queues the review again, only to post it.
     """
     context = load_review(run)
     check_pull_request(run, context)
@@ -5489,7 +5498,7 @@ def run_review(run: JobRun) -> None:
 
 
 def do_work(run: JobRun, context: ReviewContext, comments: Sequence[Comment]) -> None:
-    """Do what earlier runs have not done and stored, but for posting the answers."""
+    """Do what is left to do before the answers are posted."""
     commit = run.job.commit_id
     if commit and not context.workspace.outbox.has_commit(commit):
         # The outbox was lost, for example when the host lost power. Begin anew.
@@ -7559,8 +7568,8 @@ def error_response(error: HTTPError) -> Response:
 # A guard lets a request pass or raises HTTPError. It runs before the handler.
 
 
-# When a message may be logged again, by its text. Without a lock: two threads at once
-# write two lines, at worst.
+# When a refusal may be logged again, by its format string: one line a second for each
+# kind. Without a lock: two threads at once write two lines, at worst.
 next_log_time: dict[str, float] = {}
 
 
