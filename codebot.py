@@ -67,12 +67,13 @@ WHO IS TRUSTED WITH WHAT
                  delivery only makes codebot ask GitHub: who wrote what, who may write,
                  what is open.
   The agent      is not trusted, and neither is what it reads: the repository, the task,
-                 comments. It gets the model's key, proxy and certificate settings, the
-                 variables that the operator lists, its workspace, and the host's
-                 network: services on this machine, the local network, a cloud's
-                 metadata address. In bwrap it cannot see codebot's processes, database
-                 and other workspaces, nor the directories of .env, of the App's key and
-                 of the TLS key, and can change no file outside its own workspace.
+                 comments. It gets the model's key and address, proxy and certificate
+                 settings, language and time zone, the variables that the operator
+                 lists, its workspace, and the host's network: services on this machine,
+                 the local network, a cloud's metadata address. In bwrap it cannot see
+                 codebot's processes, database and other workspaces, nor the directories
+                 of .env, of the App's key and of the TLS key, and can change no file
+                 outside its own workspace.
                  codebot takes from it a tree of files, and words that are quoted as the
                  agent's. A test command runs the same way, without the model's key and
                  the listed variables.
@@ -932,10 +933,10 @@ class LineHandler(Protocol):
     """Gets the new lines of a program's standard output."""
 
     def __call__(self, lines: list[str]) -> float | None:
-        """Return None, or if its work is done, a grace: the seconds that it may live on.
+        """Return None, or in how many seconds to end the program: its work is done.
 
-        The agent, for example, may hang after its result. After the grace it is ended,
-        which is no failure. Limits do not apply during the grace.
+        The agent, for example, may hang after its result. No other limit applies during
+        that time, and to be ended then is no failure.
         """
 
 
@@ -3758,7 +3759,13 @@ class Store:
 
         Its comments stay, without a job, so that they are not queued again.
         """
-        self._write("DELETE FROM jobs WHERE id = :id AND kind = 'review'", id=job_id)
+        self._write(
+            """
+            DELETE FROM jobs
+            WHERE id = :id AND kind = 'review' AND status = 'running'
+            """,
+            id=job_id,
+        )
 
     def comments(self, job_id: str) -> list[Comment]:
         """Return what a review is about, a GitHub review before its inline comments."""
@@ -4614,7 +4621,7 @@ class Workspace:
 
         The outbox is bare, and its HEAD names no commit, so git diff takes no attributes
         from the agent's files.
-        Raises JobFailed if that may not be pushed.
+        Raises JobFailed if the commit may not be pushed.
         """
         inspection = Inspection(self.codebot.redact)
         diff = (*GIT_DIFF, "--no-renames", base_commit, commit)
@@ -5330,7 +5337,7 @@ def commit_agent_tree(
 ) -> str:
     """Make one commit of what the agent left. Returns its id, "" if nothing changed.
 
-    Raises JobFailed if that may not be pushed.
+    Raises JobFailed if the commit may not be pushed.
     """
     run.set_phase("commit")
     tree = workspace.collect_tree(base_commit, is_tested=tests is not None)
@@ -6133,9 +6140,10 @@ class Sync:
     def submit_issue(
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> None:
-        """Submit the task: the issue's text, which has not changed since it was labelled.
+        """Submit the issue's text as a task.
 
-        An author with write access may have changed it.
+        It has not changed since it was labelled, unless its author has write access: then
+        what it says now counts.
         """
         title = event.old_title or issue.title
         parts = [issue.body.strip() or title]
@@ -7205,7 +7213,10 @@ function stepOf(message) {
 
 function stepItem({ message, time }, next, status) {
   let state = next ? 'completed' : stateOf(status);
-  if (message.startsWith('test') && next?.message.startsWith('agent')) state = 'failed';
+  const follows = stepOf(next?.message || '');
+  if (message.startsWith('test') && ['agent', 'queued'].includes(follows)) {
+    state = 'failed'; // a launcher queues the agent that is to repair it
+  }
   const title = create('span', { 'data-state': state }, humanize(message));
   title.append(create('span', { class: 'visually-hidden' }, `: ${state}`));
   const duration = timer(formatDuration, time, next?.time || status.completed_at);
