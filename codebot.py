@@ -7745,9 +7745,12 @@ def queue_task(
     request: Request,
     task: TaskRequest,
     issue: IssueLabel = NO_ISSUE,
+    retry_of: str = "",
 ) -> Response:
     """Queue a task, or find the one with the same Idempotency-Key and fields."""
     key = request.headers.get("idempotency-key") or None
+    if key and retry_of:  # else a key used before could find the failed task itself
+        key = f"retry of {retry_of}: {key}"
     job = codebot.submit(task, submitter(request), key, issue)
     message = "Task queued successfully"
     if job.status != "pending":
@@ -7778,7 +7781,7 @@ def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
     log.info("Task %s: retry requested by %s", task_id, submitter(request))
     # Not the label's event: removing the label does not cancel what a client started.
     issue = IssueLabel(job.repository_id, job.issue_number, job.issue_url, None)
-    return queue_task(codebot, request, job.request, issue)
+    return queue_task(codebot, request, job.request, issue, task_id)
 
 
 def cancel_task(codebot: Codebot, request: Request, task_id: str) -> Response:

@@ -9716,6 +9716,26 @@ def test_retry_makes_one_new_task_with_the_same_fields(shared: Site) -> None:
     assert status["submitted_by"] == f"{fingerprint(OTHER_API_KEY)} 127.0.0.1"
 
 
+def test_retry_with_the_idempotency_key_of_its_task_is_a_new_task(
+    shared: Site,
+) -> None:
+    headers = {"Idempotency-Key": str(uuid.uuid4())}
+    fields = shared.api.fields(repository_url=missing_url(shared))
+    task = shared.api.post_task(fields, headers).json["task_id"]
+    shared.api.failed(task, "clone_failed")
+    path = f"/api/tasks/{task}/retry"
+    retried = shared.api.request("POST", path, headers=headers).json["task_id"]
+    assert retried != task
+    again = shared.api.request("POST", path, headers=headers)
+    assert again.json["task_id"] == retried
+    assert list_ids(shared, "limit=2") == [retried, task]
+    # The retry of the retry is another one, too.
+    shared.api.failed(retried, "clone_failed")
+    path = f"/api/tasks/{retried}/retry"
+    last = shared.api.request("POST", path, headers=headers).json["task_id"]
+    assert last not in (task, retried)
+
+
 # --- API: health, metrics and the audit trail --------------------------------
 
 
