@@ -8510,6 +8510,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._lock:
+            if self.is_closed:  # close() would not find it any more
+                raise ConnectionAbortedError("the server has stopped")
             if len(self._connections) >= MAX_CONNECTIONS:
                 self._evict()
             self._connections[request] = Connection(time.monotonic() + IDLE_TIMEOUT)

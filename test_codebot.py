@@ -9116,6 +9116,26 @@ def test_stop_closes_idle_unfinished_and_streaming_connections(fresh: Site) -> N
         assert b"event: end" not in stream.read()
 
 
+def test_connection_that_is_accepted_during_the_stop_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = codebot.Config(no_github=True, work_dir=str(tmp_path), port=0)
+    server = codebot.listen(codebot.Codebot(config))
+    accept = server.get_request
+
+    def close_meanwhile() -> Any:
+        accepted = accept()
+        server.close()
+        return accepted
+
+    monkeypatch.setattr(server, "get_request", close_meanwhile)
+    with socket.create_connection(server.server_address, timeout=5) as client:
+        with pytest.raises(codebot.StopRequested):
+            server.serve_forever(0.1)
+        with contextlib.suppress(ConnectionError):
+            assert client.recv(1) == b""
+
+
 # --- API: keys ---------------------------------------------------------------
 
 GUARDED_ROUTES = [
