@@ -6245,6 +6245,7 @@ def worker_step(codebot: Codebot, kind: str) -> None:
         codebot.stop.wait(DATABASE_RETRY_DELAY)
         return
     if job is not None:
+        codebot.jobs_due.set()  # others may have waited for the queue to be empty
         run_job(codebot, job)
 
 

@@ -3649,6 +3649,25 @@ def test_interrupted_jobs_are_requeued_and_others_are_not(
         assert stored_job(store, jobs[state]) == jobs[state]
 
 
+def test_task_that_comes_while_another_is_in_the_queue_starts_soon(
+    store: codebot.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "run_job", lambda app, job: None)
+    app = codebot.Codebot(codebot.Config(no_github=True, work_dir=store.path + ".dir"))
+    app.store = store
+    timer = codebot.Timer(app)
+    request = store_task(store).request
+    app.jobs_due.set()
+    timer.step()
+    task = app.submit(request, "the tests")
+    timer.step()  # the queue still has the first
+    codebot.worker_step(app, "task")
+    started = time.monotonic()
+    timer.step()
+    assert time.monotonic() < started + codebot.TIMER_INTERVAL / 2
+    assert app.queues["task"].get_nowait() == task.id
+
+
 def test_free_retry_of_interrupted_review_is_not_its_last(store: codebot.Store) -> None:
     pull_request = store_pull_request(store, store_task_in_state(store, "completed"))
     review = store.claim(store_review(store, pull_request, 1, "alice"))
