@@ -8421,6 +8421,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_head(200, STREAM_HEADERS)
             if self.command != "HEAD":
                 self.send_events(stream.events)
+        except sqlite3.Error as error:
+            log.error("Database error during %r: %s", self.requestline, error)
         finally:
             self.server.streams.release()
 
