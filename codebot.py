@@ -2901,7 +2901,7 @@ class Mirror(GitDirectory):
 #   delete_expired         deletes tasks, with their reviews
 # The others read, or note something about a job.
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = """
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,

@@ -3863,6 +3863,8 @@ def test_database_refuses_impossible_rows(
     ("statement", "message"),
     [
         ("CREATE TABLE tasks (id TEXT)", "schema 0"),
+        # The first schema: reviews named a pull request, not a task.
+        ("CREATE TABLE jobs (id TEXT); PRAGMA user_version = 1", "schema 1"),
         ("CREATE TABLE jobs (id TEXT); PRAGMA user_version = 99", "schema 99"),
     ],
 )
