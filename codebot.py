@@ -5371,11 +5371,13 @@ def commit_task(
 def push_task_commit(run: JobRun, workspace: Workspace) -> None:
     """Push the stored commit. From here on the job cannot be cancelled."""
     run.set_phase("push")
+    was_pushing = run.job.is_pushing  # an earlier run, before it was interrupted
     if not run.store.begin_push(run.job.id):
         raise Cancelled()
+    run.job = dataclasses.replace(run.job, is_pushing=True)
     github_repository = workspace.repository.github_repository
     pull_request = None
-    if run.job.is_pushing and github_repository is not None:  # since an earlier run
+    if was_pushing and github_repository is not None:
         pull_request = github_repository.find_pull_request(run.job.branch)
     if pull_request is None:  # else the branch may have been merged and deleted
         workspace.push(run.job.commit_id)
@@ -6317,7 +6319,8 @@ def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None
     if status == "failed" and run.cancel.is_set():
         reason = "cancelled"  # whatever else went wrong meanwhile
         error = CANCELLED_TEXT[job.kind]
-    if job.commit_id and reason not in ("", "push_rejected", "pull_request_failed"):
+    may_be_pushed = job.commit_id and (job.is_pushing or job.kind == "review")
+    if may_be_pushed and reason not in ("", "push_rejected", "pull_request_failed"):
         error = f"{error}. Its branch {job.branch} may have been pushed"
     error = run.redact(error)[:10_000]
     if reason:

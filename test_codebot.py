@@ -5700,6 +5700,27 @@ def test_cancel_is_refused_once_push_has_begun(shared: Site, step: str) -> None:
     assert len(blocked.repositories[step].pulls) == 1
 
 
+@pytest.mark.parametrize("has_pushed", [False, True])
+def test_error_says_whether_the_branch_may_have_been_pushed(
+    fresh: Site, has_pushed: bool
+) -> None:
+    fresh.server.start()
+    step = "GET /pulls*" if has_pushed else "POST /git-receive-pack"
+    hold = fresh.repository.hold(step)
+    task = fresh.api.submit()
+    hold.wait()
+    fresh.server.kill()
+    fresh.github.reset_faults()
+    if not has_pushed:
+        # As if it had been killed a moment before, when the commit was stored.
+        with fresh.server.database() as db:
+            db.execute("UPDATE jobs SET is_pushing = 0")
+    fresh.repository.fail("GET ", 404, always=True)
+    fresh.server.restart()
+    error = fresh.api.failed(task, "clone_failed")
+    assert ("may have been pushed" in error) == has_pushed
+
+
 def test_cancelled_pending_task_never_starts(fresh: Site) -> None:
     fresh.agent.follow("block; echo x >x; result")
     fresh.server.start()
