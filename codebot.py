@@ -5521,10 +5521,13 @@ def do_work(run: JobRun, context: ReviewContext, comments: Sequence[Comment]) ->
 
 def store_failure(run: JobRun, reason: str, error: str) -> None:
     """Store why a review has failed. All that is left is to tell the reviewer."""
+    message = run.redact(error)
+    # Logged now: perhaps nobody can be told, and then the review ends with that error.
+    run.log_event("codebot", f"Failed ({reason}): {message}")
     outcome = dataclasses.replace(
         run.job.outcome,
         reason=reason,
-        error=run.redact(error),
+        error=message,
         answers={},
         seconds=time.monotonic() - run.started,
     )
@@ -6324,7 +6327,8 @@ def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None
         error = f"{error}. Its branch {job.branch} may have been pushed"
     error = run.redact(error)[:10_000]
     if reason:
-        run.log_event("codebot", f"Failed ({reason}): {error}")
+        if error != job.outcome.error:  # else store_failure has logged it
+            run.log_event("codebot", f"Failed ({reason}): {error}")
         log.info("Job %s: %s", job.id, error)
     if not job.outcome.seconds:  # for the totals
         outcome = dataclasses.replace(

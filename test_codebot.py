@@ -7183,6 +7183,25 @@ def test_failure_is_reported_in_the_thread(pull: Pull, case: str) -> None:
     assert pull.tip() == before
 
 
+@pytest.mark.parametrize("step", ["answer", "locked"])
+def test_log_has_the_failure_also_if_nobody_can_be_told(pull: Pull, step: str) -> None:
+    old = len(pull.site.api.messages(pull.task))
+    locked = {**pull.site.repository.pull_json(1), "locked": True}
+    pull.site.agent.follow("classify change; block; exit 3")
+    pull.site.person("alice").inline("Say more")
+    pull.site.agent.wait_until_blocked()
+    if step == "answer":
+        pull.site.repository.fail("POST /pulls/1/comments/*/replies", 422)
+    else:
+        pull.site.repository.fail("GET /pulls/1", 200, locked)
+    pull.site.agent.release()
+    assert pull.review()["status"] == "failed"
+    log = pull.site.api.messages(pull.task)[old:]
+    failures = [m for m in log if m.startswith("codebot: Failed (")]
+    assert len(failures) == 2  # what went wrong, and why nobody was told
+    assert failures[0].startswith("codebot: Failed (agent_failed): ")
+
+
 def test_hanging_agent_is_reported_in_the_thread(limited: Site) -> None:
     pull = open_pull(limited, "block")
     limited.person("alice").inline("Say more")
