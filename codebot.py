@@ -5974,14 +5974,14 @@ class Sync:
                 self.handle(request)
 
     def handle(self, request: SyncRequest) -> None:
-        retry_at = time.time() + RETRY_DELAY
-        self.waiting[request] = retry_at  # whatever goes wrong
+        self.waiting[request] = time.time() + RETRY_DELAY  # whatever goes wrong
         try:
             self.look(request)
         except (TransientError, GitHubError, sqlite3.Error, OSError) as error:
             is_gone = isinstance(error, GitHubError) and error.status in GONE_STATUSES
             if not is_gone:  # the App may be suspended
                 log.warning("GitHub cannot be asked now: %s", error)
+                retry_at = time.time() + RETRY_DELAY  # the look may have taken longer
                 self.waiting[request] = max(retry_at, getattr(error, "retry_at", 0.0))
                 return
             log.warning("%s is ignored: %s", request, error)

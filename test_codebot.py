@@ -7054,6 +7054,24 @@ def test_lost_answers_of_github_double_nothing(pull: Pull) -> None:
     assert counts in ([2, 1, 1, 1], [2, 2, 1, 1])
 
 
+def test_look_that_fails_slowly_is_repeated_a_minute_after_it_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = codebot.Codebot(codebot.Config(work_dir=str(tmp_path)))
+    app.store = codebot.Store(str(tmp_path / "codebot.db"))
+    assert app.github is not None
+    sync = codebot.Sync(app, app.github)
+    monkeypatch.setattr(codebot, "RETRY_DELAY", 0.5)
+
+    def fail(request: codebot.SyncRequest) -> None:
+        time.sleep(0.5)
+        raise codebot.TransientError("GitHub did not answer")
+
+    monkeypatch.setattr(sync, "look", fail)
+    sync.handle(codebot.PollDue())
+    assert sync.waiting[codebot.PollDue()] > time.time() + 0.4
+
+
 REVIEW_OUTAGES = [
     "GET /collaborators/*",
     "GET /info/refs?service=git-upload-pack",
