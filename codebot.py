@@ -5489,7 +5489,7 @@ def run_review(run: JobRun) -> None:
       outcome.error                    post the error: the review has failed
 
     Raises ReviewSkipped if nothing is to be done. If a step fails, the worker stores the
-    error and queues the review again, only to post it.
+    error and runs the review once more, only to post it.
     """
     context = load_review(run)
     check_pull_request(run, context)
@@ -6292,7 +6292,7 @@ def run_job(codebot: Codebot, job: Job) -> None:
         log.exception("Job %s", job.id)
         fail_or_tell_reviewer(run, "internal", "Internal error; see the server's log")
     finally:
-        del codebot.running[job.id]
+        codebot.running.pop(job.id, None)  # a second run has removed itself
         codebot.jobs_due.set()  # another may have waited for it to end
 
 
@@ -6357,7 +6357,7 @@ def fail_or_tell_reviewer(run: JobRun, reason: str, error: str) -> None:
     has_tried_to_tell = bool(job.outcome.error) or job.phase == "answer"
     if job.kind == "review" and not has_tried_to_tell and not run.cancel.is_set():
         store_failure(run, reason, error)
-        run.codebot.until_database_works(run.store.requeue, job.id)
+        run_job(run.codebot, run.job)  # at once: another review may take an hour
         return
     end_job(run, "failed", reason, error)
 

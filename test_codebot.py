@@ -7220,6 +7220,23 @@ def test_log_has_the_failure_also_if_nobody_can_be_told(pull: Pull, step: str) -
     assert failures[0].startswith("codebot: Failed (agent_failed): ")
 
 
+def test_failure_is_reported_before_the_next_review_runs(fresh: Site) -> None:
+    fresh.server.start(CODEBOT_REVIEW_WORKERS="1")
+    pull = open_pull(fresh, "classify change; block; exit 3")
+    comment = fresh.person("alice").inline("Say more")
+    fresh.agent.wait_until_blocked()
+    fresh.person("bob").inline("Say this")
+    wait_for(lambda: len(pull.states()) == 2)
+    time.sleep(0.5)  # until the timer has filled the queue
+    fresh.agent.follow("classify change; block bob; answer Done")
+    fresh.agent.release()
+    fresh.agent.wait_until_blocked("bob")
+    assert pull.states() == ["failed", "running"]
+    assert "codebot could not do this" in pull.reply(comment)
+    fresh.agent.release()
+    pull.reviews(2)
+
+
 def test_hanging_agent_is_reported_in_the_thread(limited: Site) -> None:
     pull = open_pull(limited, "block")
     limited.person("alice").inline("Say more")
