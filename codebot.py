@@ -5985,6 +5985,9 @@ class Sync:
                 self.waiting[request] = max(retry_at, getattr(error, "retry_at", 0.0))
                 return
             log.warning("%s is ignored: %s", request, error)
+        except (AttributeError, LookupError, TypeError, ValueError):
+            log.exception("%s: GitHub's response has an unknown shape", request)
+            return
         del self.waiting[request]
         if isinstance(request, PollDue) and self.config.enable_polling:
             self.waiting[request] = time.time() + self.config.poll_interval

@@ -7072,6 +7072,29 @@ def test_look_that_fails_slowly_is_repeated_a_minute_after_it_failed(
     assert sync.waiting[codebot.PollDue()] > time.time() + 0.4
 
 
+def test_response_of_unknown_shape_holds_up_no_other_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = codebot.Codebot(codebot.Config(work_dir=str(tmp_path)))
+    app.store = codebot.Store(str(tmp_path / "codebot.db"))
+    assert app.github is not None
+    sync = codebot.Sync(app, app.github)
+    monkeypatch.setattr(codebot, "SYNC_INTERVAL", 0.01)
+    first = codebot.PullRequestChanged("first")
+    second = codebot.PullRequestChanged("second")
+    sync.waiting = {first: 0.0, second: 0.0}
+
+    def look(request: codebot.SyncRequest) -> None:
+        if request == first:
+            raise KeyError("state")
+
+    monkeypatch.setattr(sync, "look", look)
+    sync.step()
+    assert list(sync.waiting) == [first]
+    assert sync.waiting[first] > time.time() + 50
+    assert str(first) in caplog.text
+
+
 REVIEW_OUTAGES = [
     "GET /collaborators/*",
     "GET /info/refs?service=git-upload-pack",
