@@ -6226,9 +6226,7 @@ REASON_BY_PHASE = {
 }
 
 
-def repeat_until_stopped(
-    codebot: Codebot, step: Callable[[], None], seconds: float
-) -> None:
+def repeat_until_stopped(codebot: Codebot, step: Callable[[], None]) -> None:
     """Run one of the server's loops."""
     while not codebot.stop.is_set():
         try:
@@ -6238,7 +6236,6 @@ def repeat_until_stopped(
         except Exception:  # else the loop would end, and the server go on without it
             log.exception("Unexpected error; the thread goes on")
             codebot.stop.wait(1.0)
-        codebot.stop.wait(seconds)
 
 
 def worker_step(codebot: Codebot, kind: str) -> None:
@@ -6435,6 +6432,10 @@ class Cleanup:
         self.retry_repack_at: dict[str, float] = {}  # by mirror, after a failure
 
     def step(self) -> None:
+        # At the start, too: people may have written while the server was down. Once
+        # sync has queued that, the workspaces that it needs are retained.
+        if self.codebot.stop.wait(min(CLEANUP_INTERVAL, self.config.retention)):
+            return
         # What frees the disk comes first: a full one may be why the database fails.
         self.attempt(self.warn_of_low_disk)
         self.attempt(self.remove_workspaces)
@@ -8858,9 +8859,9 @@ def start_app(config: Config, checks: Sequence[Check], level: int) -> Codebot:
 
 
 def start_thread(
-    codebot: Codebot, name: str, step: Callable[[], None], seconds: float = 0.0
+    codebot: Codebot, name: str, step: Callable[[], None]
 ) -> threading.Thread:
-    arguments = (codebot, step, seconds)
+    arguments = (codebot, step)
     thread = threading.Thread(None, repeat_until_stopped, name, arguments, daemon=True)
     thread.start()
     return thread
@@ -8904,8 +8905,7 @@ def running_server(codebot: Codebot) -> Iterator[Server]:
         workers += start_workers(codebot, "review", codebot.config.review_workers)
         start_thread(codebot, "sync", Sync(codebot, codebot.github).step)
     start_thread(codebot, "timer", Timer(codebot).step)
-    seconds = min(CLEANUP_INTERVAL, codebot.config.retention)
-    start_thread(codebot, "cleanup", Cleanup(codebot).step, seconds)
+    start_thread(codebot, "cleanup", Cleanup(codebot).step)
     accept = functools.partial(server.serve_forever, SWEEP_INTERVAL)
     start_thread(codebot, "accept", accept)
     try:

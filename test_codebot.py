@@ -5924,6 +5924,7 @@ def test_workspaces_are_removed_although_database_is_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(codebot, "LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(codebot, "CLEANUP_INTERVAL", 0.1)
     app = codebot.Codebot(codebot.Config(no_github=True, work_dir=str(tmp_path)))
     app.store = codebot.Store(str(tmp_path / "codebot.db"))
     (tmp_path / "task_1234567").mkdir()
@@ -7000,6 +7001,19 @@ def test_broken_conversation_is_begun_anew(shared: Site) -> None:
     (conversations / "conversation").touch()
     shared.person("alice").inline("Say more")
     assert pull.review()["commit"] == pull.tip()
+
+
+def test_start_keeps_the_conversation_of_those_who_wrote_meanwhile(fresh: Site) -> None:
+    fresh.server.start()
+    pull = open_pull(fresh, MAKE_CHANGE)
+    (pull.workspace / "home" / "conversation").touch()
+    fresh.server.stop()
+    with fresh.server.database() as db:  # the server was down for days
+        db.execute("UPDATE jobs SET completed_at = '2020-01-01T00:00:00Z'")
+    fresh.person("alice").inline("Say more", webhook=False)
+    fresh.server.restart()
+    assert pull.review()["commit"] == pull.tip()
+    assert (pull.workspace / "home" / "conversation").exists()
 
 
 def test_pull_request_merged_meanwhile_gets_no_push(shared: Site) -> None:
