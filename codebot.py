@@ -7891,7 +7891,7 @@ def task_result(codebot: Codebot, job: Job) -> dict[str, object]:
         "cost_usd": outcome.cost_usd,
         "num_turns": outcome.num_turns,
         "session_id": job.id,
-        "files": outcome.files.splitlines(),
+        "files": outcome.files.split("\n"),
         "seconds": round(outcome.seconds, 3),
     }
     pull_request = codebot.store.pull_request(job.id)

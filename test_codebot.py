@@ -5721,6 +5721,15 @@ def test_error_says_whether_the_branch_may_have_been_pushed(
     assert ("may have been pushed" in error) == has_pushed
 
 
+def test_name_of_a_file_is_one_line_of_the_result(shared: Site) -> None:
+    # A separator of lines in Unicode, which git does not quote.
+    shared.agent.follow("touch \"$(printf 'a\\342\\200\\250b.py')\"; result")
+    result = shared.api.completed(shared.api.submit())
+    file, total = result["files"]
+    assert file.split(" | ")[0].strip() == "a\u2028b.py"
+    assert total.strip().startswith("1 file changed")
+
+
 def test_cancelled_pending_task_never_starts(fresh: Site) -> None:
     fresh.agent.follow("block; echo x >x; result")
     fresh.server.start()
