@@ -4614,7 +4614,10 @@ class Workspace:
             address = f"{bot.id}+{bot.login}@users.noreply.{host}"
         identity = ("-c", f"user.name={login}", "-c", f"user.email={address}")
         argv = (*identity, "commit-tree", tree, "-p", parent)
-        return self.outbox.local_git(*argv, stdin=message.encode()).stdout[0]
+        result = self.outbox.local_git(*argv, check=False, stdin=message.encode())
+        if result.code != 0:
+            raise GitFailed(f"git commit-tree: {result.error}")
+        return result.stdout[0]
 
     def inspect_commit(self, base_commit: str, commit: str) -> str:
         """Return what a commit changes, as git diff --stat shows it.

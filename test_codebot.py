@@ -5730,6 +5730,19 @@ def test_name_of_a_file_is_one_line_of_the_result(shared: Site) -> None:
     assert total.strip().startswith("1 file changed")
 
 
+def test_failure_to_commit_names_the_command(tmp_path: Path) -> None:
+    config = codebot.Config(work_dir=str(tmp_path), search_path=os.environ["PATH"])
+    app = codebot.Codebot(dataclasses.replace(config, no_github=True))
+    path = str(tmp_path / "outbox.git")
+    outbox = codebot.GitDirectory(config, path, "tag", codebot.never_stop)
+    outbox.local_git("init", "--quiet", "--bare")
+    workspace = codebot.Workspace.__new__(codebot.Workspace)
+    workspace.codebot = app
+    workspace.outbox = outbox
+    with pytest.raises(codebot.GitFailed, match="^git commit-tree: fatal: "):
+        workspace.write_commit("no-tree", "no-parent", "Title")
+
+
 def test_cancelled_pending_task_never_starts(fresh: Site) -> None:
     fresh.agent.follow("block; echo x >x; result")
     fresh.server.start()
