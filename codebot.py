@@ -1044,7 +1044,10 @@ class RunningProgram:
         # Popen.wait() with a timeout sleeps in growing steps, which would double the time
         # of a short git. Without one it returns at once when the program ends.
         waiter = threading.Thread(target=self.child.wait, daemon=True)
-        waiter.start()
+        try:
+            waiter.start()
+        except RuntimeError as error:  # a limit of processes, as when Popen cannot fork
+            raise BlockingIOError(errno.EAGAIN, str(error)) from None
         while True:
             # Checked first, so that what was printed before the exit is read.
             has_exited = not waiter.is_alive()

@@ -5875,6 +5875,16 @@ def test_program_that_fails_while_disk_is_full_is_no_final_failure(
         codebot.run_program(["false"], env)
 
 
+def test_missing_thread_is_no_final_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(OSError) as raised:
+        codebot.run_program(["true"], {"PATH": os.environ["PATH"]})
+    assert raised.value.errno in codebot.TRANSIENT_ERRNOS
+
+
 def test_old_task_loses_log_and_workspace_and_row_when_pull_request_is_closed(
     fresh: Site,
 ) -> None:
