@@ -724,6 +724,10 @@ def unreadable_files(config: Config) -> list[str]:
     if not config.no_github:
         files["GITHUB_APP_PRIVATE_KEY_PATH"] = config.key_file
     for name, path in files.items():
+        if os.path.exists(path) and not os.path.isfile(path):
+            # To open a pipe could take for ever.
+            problems.append(f"{name}: {path} is not a file.")
+            continue
         try:
             if path:
                 open(path, "rb").close()

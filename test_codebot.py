@@ -11625,8 +11625,7 @@ MISTAKES = {
         {"GITHUB_APP_PRIVATE_KEY_PATH": "DIR/nope.pem"},
     ),
     "key file is a directory": Mistake(
-        f"GITHUB_APP_PRIVATE_KEY_PATH: user {os.getuid()} cannot read DIR/keys: is a "
-        "directory. Correct the path",
+        "GITHUB_APP_PRIVATE_KEY_PATH: DIR/keys is not a file.",
         {"GITHUB_APP_PRIVATE_KEY_PATH": "DIR/keys"},
     ),
     "key file is no key": Mistake(
@@ -11830,6 +11829,15 @@ def test_file_that_cannot_be_read_is_reported(fresh: Site) -> None:
     assert done.returncode == 2
     assert f"user {os.getuid()} cannot read" in done.stderr
     assert "permission denied. Correct the path, or change its owner" in done.stderr
+
+
+def test_named_pipe_instead_of_key_is_refused(fresh: Site) -> None:
+    pipe = fresh.directory / "pipe"
+    os.mkfifo(pipe)
+    args = serve_arguments(fresh)
+    done = fresh.server.run(*args, GITHUB_APP_PRIVATE_KEY_PATH=str(pipe))
+    assert done.returncode == 2
+    assert f"GITHUB_APP_PRIVATE_KEY_PATH: {pipe} is not a file." in done.stderr
 
 
 def test_all_bad_settings_are_reported_at_once(fresh: Site) -> None:
