@@ -267,6 +267,7 @@ GITHUB_TIMEOUT = 30.0  # seconds for GitHub to answer
 GITHUB_ATTEMPTS = 4  # times that a request to GitHub is sent
 GITHUB_RETRY_DELAY = 0.5  # seconds before the second time; it doubles each time
 MAX_INLINE_WAIT = 5.0  # seconds that a request waits for GitHub; longer: the job waits
+MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, whatever GitHub, or a proxy, asks for
 
 
 T = TypeVar("T")
@@ -2167,6 +2168,7 @@ class GitHub:
 
     def pause(self, seconds: float, reply: Reply) -> None:
         """Wait before a retry. Raises TransientError if a job should not wait here."""
+        seconds = min(seconds, MAX_RATE_LIMIT_WAIT)
         if seconds > MAX_INLINE_WAIT:
             retry_at = time.time() + seconds
             if 0 < reply.status < 500:  # a limit, no outage

@@ -5410,6 +5410,26 @@ def test_short_rate_limit_does_not_end_a_longer_one() -> None:
     assert app.github.silent_until >= started + 3600
 
 
+@pytest.mark.parametrize(
+    "limit",
+    [
+        {"Retry-After": "9" * 20},
+        {"x-ratelimit-remaining": "0", "x-ratelimit-reset": "1" * 13},  # milliseconds
+    ],
+)
+def test_job_does_not_wait_for_ever(limit: dict[str, str]) -> None:
+    app = codebot.Codebot(codebot.Config())
+    assert app.github is not None
+    headers = email.message.Message()
+    for name, value in limit.items():
+        headers[name] = value
+    reply = codebot.Reply(429, "slow down", headers)
+    with pytest.raises(codebot.TransientError) as raised:
+        app.github.pause(app.github.retry_delay(reply, 0), reply)
+    assert raised.value.retry_at <= time.time() + 86400
+    assert app.github.silent_until <= time.time() + 86400
+
+
 def test_task_fails_when_github_is_away_for_too_long(fresh: Site) -> None:
     limits = {
         "RETRY_DELAY": 0.1,
