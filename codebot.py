@@ -2101,13 +2101,15 @@ class GitHub:
                 break
             if time.monotonic() > deadline or len(body) > MAX_GITHUB_BYTES:
                 raise TimeoutError("the response is too slow or too long")
+        if response.length:  # read1() does not say that it was cut off
+            raise http.client.IncompleteRead(body, response.length)
         status = response.status
         self.read_headers(response.headers)
         if status >= 300:
             return Reply(status, github_error_text(status, body), response.headers)
         try:
             return Reply(status, json.loads(body), response.headers)
-        except ValueError:  # it may have been cut off
+        except ValueError:
             return Reply(0, "the response is not JSON", response.headers)
 
     def read_headers(self, headers: email.message.Message) -> None:

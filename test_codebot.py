@@ -5281,6 +5281,27 @@ def test_temporary_error_of_github_is_retried(
     assert len(shared.agent.runs()) == 1
 
 
+def test_refusal_that_is_cut_off_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = b'{"message": "You have exceeded a secondary rate limit"}'
+    head = f"HTTP/1.1 403 Forbidden\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+
+    def answer() -> None:
+        with listener.accept()[0] as connection:
+            connection.recv(65536)
+            connection.sendall(head + body[:20])
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        github = codebot.Codebot(codebot.Config(api_url=address)).github
+        assert github is not None
+        monkeypatch.setattr(github, "token", lambda credential: "token")
+        reply = github.send("GET", address, codebot.LOOKUP, None)
+        thread.join()
+    assert reply.status == 0
+
+
 @pytest.mark.parametrize(
     ("status", "value", "words"),
     [
