@@ -1973,7 +1973,10 @@ class GitHub:
                 f"(openssl: {result.error})",
             )
         # "RSA-SHA2-256(stdin)= 3E5F…"
-        signature = bytes.fromhex(result.stdout[-1].rpartition("= ")[2])
+        try:
+            signature = bytes.fromhex(result.stdout[-1].rpartition("= ")[2])
+        except (LookupError, ValueError):  # it exits with 0 on a full disk, too
+            raise GitHubError(0, "openssl printed no signature") from None
         return f"{signed}.{base64url(signature)}", expiry
 
     def check_stop(self) -> None:

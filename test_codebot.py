@@ -5478,6 +5478,20 @@ def test_key_of_another_app_fails_task(fresh: Site) -> None:
     assert "GITHUB_APP_PRIVATE_KEY_PATH" in error
 
 
+def test_missing_signature_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openssl = tmp_path / "openssl"
+    openssl.write_text("#!/bin/sh\nexit 0\n")
+    openssl.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    monkeypatch.setenv("PATH", path)  # Popen looks there
+    app = codebot.Codebot(codebot.Config(search_path=path))
+    assert app.github is not None
+    with pytest.raises(codebot.GitHubError, match="openssl printed no signature"):
+        app.github.sign_jwt()
+
+
 def test_token_that_git_refuses_is_renewed_once(shared: Site) -> None:
     refused = (401, b"Invalid username or token.")
     challenge = {"WWW-Authenticate": 'Basic realm="GitHub"'}
