@@ -4213,11 +4213,13 @@ def remove_tree(config: Config, path: str, run_tag: str) -> None:
     )
     if not re.fullmatch(removable, name):
         raise ValueError(f"{path} is not a directory that codebot may remove")
+    if os.path.islink(path):
+        os.unlink(path)  # chmod would follow it
+        return
     with contextlib.suppress(RecursionError):
         shutil.rmtree(path, ignore_errors=True)
     if os.path.lexists(path):
-        # rm first: chmod would follow a link.
-        script = 'rm -rf -- "$1" || { chmod -R u+rwX -- "$1"; rm -rf -- "$1"; }'
+        script = 'chmod -R u+rwX -- "$1"; rm -rf -- "$1"'
         env = base_environment(config, run_tag)
         run_program(["sh", "-c", script, "sh", path], env)
 

@@ -5996,6 +5996,25 @@ def test_only_directories_of_jobs_may_be_removed(tmp_path: Path, path: str) -> N
         codebot.remove_tree(config, os.path.join(tmp_path, path), "tag")
 
 
+@not_as_root
+def test_link_that_cannot_be_removed_is_not_followed(tmp_path: Path) -> None:
+    config = codebot.Config(work_dir=str(tmp_path), search_path=os.environ["PATH"])
+    target = tmp_path / "target"
+    target.mkdir(mode=0o500)
+    workspace = tmp_path / "task_1234567"
+    workspace.mkdir()
+    link = workspace / "repo"
+    link.symlink_to(target)
+    workspace.chmod(0o500)
+    with pytest.raises(PermissionError):
+        codebot.remove_tree(config, str(link), "tag")
+    assert target.stat().st_mode & 0o777 == 0o500
+    workspace.chmod(0o700)
+    codebot.remove_tree(config, str(link), "tag")
+    assert not os.path.lexists(link)
+    assert target.stat().st_mode & 0o777 == 0o500
+
+
 def test_removing_a_link_leaves_what_it_leads_to(tmp_path: Path) -> None:
     config = codebot.Config(work_dir=str(tmp_path), search_path=os.environ["PATH"])
     target = tmp_path / "target"
