@@ -5478,6 +5478,20 @@ def test_key_of_another_app_fails_task(fresh: Site) -> None:
     assert "GITHUB_APP_PRIVATE_KEY_PATH" in error
 
 
+def test_last_refusal_of_a_token_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    github = codebot.Codebot(codebot.Config()).github
+    assert github is not None
+    refusal = codebot.Reply(401, "Bad credentials", email.message.Message())
+    pauses: list[float] = []
+    monkeypatch.setattr(github, "send", lambda *request: refusal)
+    monkeypatch.setattr(github, "pause", lambda seconds, reply: pauses.append(seconds))
+    with pytest.raises(codebot.AppRefused, match="Bad credentials"):
+        github.call("GET", "/app", codebot.AS_APP)
+    assert pauses == [0.0, 1.0, 2.0]
+
+
 def test_missing_signature_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
