@@ -1653,7 +1653,8 @@ class Sandbox:
         except TimedOut as error:
             raise sandbox_error(f"it {error}") from None
         except OSError as error:
-            problem = f"cannot start {error.filename}: {os_error_text(error)}"
+            program = (config.launcher or argv)[0]
+            problem = f"cannot start {program}: {os_error_text(error)}"
             if config.launcher:
                 raise ConfigError(f"CODEBOT_LAUNCHER: {problem}.") from None
             raise sandbox_error(problem) from None

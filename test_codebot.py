@@ -3338,6 +3338,25 @@ def test_old_bwrap_is_refused_for_root(fresh: Site) -> None:
     assert "0.8" in done.stderr
 
 
+@pytest.mark.parametrize("launcher", [(), ("srun", "-Q")])
+def test_program_that_cannot_be_started_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: tuple[str, ...]
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.EAGAIN, "Try again")  # of fork: it names no file
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    config = codebot.Config(
+        work_dir=str(tmp_path),
+        sandbox=("podman", "run"),
+        launcher=launcher,
+        search_path=os.environ["PATH"],
+    )
+    program = (*launcher, "podman")[0]
+    with pytest.raises(codebot.ConfigError, match=f"cannot start {program}: try again"):
+        codebot.Sandbox(config).probe("the-tests-")
+
+
 def test_bwrap_that_hangs_is_refused(
     fresh: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
