@@ -895,7 +895,9 @@ def configured_secrets(config: Config) -> set[str]:
 SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
 NOISE_RE = re.compile(r"hint:.*|remote:|")
 CAUSE_RE = re.compile(r"(fatal|error|remote: error):|.*denied")
-DISK_FULL_RE = re.compile("No space left on device|Disk quota exceeded")
+# Not if a remote repository says so, of its own disk: "remote: fatal: ..."
+DISK_FULL = "No space left on device|Disk quota exceeded"
+DISK_FULL_RE = re.compile(f"^(?!remote:).*({DISK_FULL})", re.MULTILINE)
 
 
 class ProgramResult(NamedTuple):
@@ -2495,6 +2497,7 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     r"|returned error: (429|5\d\d)|Internal Server Error|RPC failed|early EOF"
     r"|hung up|unexpected disconnect|Empty reply|SSL|TLS|commit_refs"
     r"|bytes of body are still expected|Broken pipe|Recv failure|Send failure"
+    f"|{DISK_FULL}"
 )
 # A push that the remote refused, "! [remote rejected] main -> main (protected)", but
 # not for a fault of its own.

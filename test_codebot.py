@@ -5963,6 +5963,28 @@ def test_program_that_fails_while_disk_is_full_is_no_final_failure(
         codebot.run_program(["false"], env)
 
 
+def test_full_disk_of_remote_is_not_taken_for_our_own(tmp_path: Path) -> None:
+    remote, own = tmp_path / "remote.git", tmp_path / "own.git"
+    for path in (remote, own):
+        run_command("git", "init", "-q", "--bare", path)
+    hook = remote / "hooks" / "pre-receive"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text("#!/bin/sh\necho 'Disk quota exceeded for acme' >&2; exit 1\n")
+    hook.chmod(0o755)
+    tree = run_command("git", "-C", own, "hash-object", "-wt", "tree", "/dev/null")
+    commit = run_command("git", "-C", own, "commit-tree", "-m", "New", tree)
+    config = codebot.Config(no_github=True, search_path=os.environ["PATH"])
+    directory = codebot.GitDirectory(config, str(own), "the-tests", lambda: None)
+    refspec = f"{commit}:refs/heads/new"
+    with pytest.raises(codebot.GitFailed, match="^remote: Disk quota exceeded"):
+        directory.remote_git("", "push", "--quiet", "--", str(remote), refspec)
+    # A fault of the remote's own, which is retried.
+    hook.unlink()
+    upload = "echo 'remote: fatal: No space left on device' >&2; exit 1; :"
+    with pytest.raises(codebot.TransientError, match="^remote: fatal: No space"):
+        directory.remote_git("", "fetch", "--upload-pack", upload, "--", str(remote))
+
+
 def test_missing_thread_is_no_final_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
