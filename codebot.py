@@ -2340,8 +2340,8 @@ class GitHubRepository:
             is_locked=bool(payload.get("locked")),
         )
 
-    def comments(self, number: int, since: str) -> Iterator[Comment]:
-        """Yield what people wrote on a pull request, or changed, since a time.
+    def comments(self, number: int, since: str) -> Iterator[tuple[str, Comment]]:
+        """Yield what people wrote on a pull request, with the time of its last change.
 
         Reviews take no ``since``: all are read.
         """
@@ -2351,10 +2351,17 @@ class GitHubRepository:
             "conversation": f"/issues/{number}/comments?since={since}",
         }
         for kind, path in paths.items():
-            for payload in self.pages(path):
-                comment = parse_comment(kind, payload)
-                if comment is not None:
-                    yield comment
+            yield from self.comment_list(kind, path)
+
+    def comment_list(self, kind: str, path: str) -> Iterator[tuple[str, Comment]]:
+        """Yield the comments of a list, each with the time of its last change."""
+        for payload in self.pages(path):
+            comment = parse_comment(kind, payload)
+            if comment is not None:
+                updated_at = comment.created_at  # GitHub reviews have no such time
+                if kind != "review":
+                    updated_at = str(payload["updated_at"])
+                yield updated_at, comment
 
     def reload_comment(self, number: int, comment: Comment) -> Comment | None:
         """Return a comment as GitHub has it now; None if it is no longer there."""
@@ -6081,10 +6088,16 @@ class Sync:
         self, pull_request: PullRequest, github_repository: GitHubRepository
     ) -> None:
         # What is written while the lists are read may be missing in them. So the next
-        # look begins a minute before this one, by GitHub's clock.
-        seen_until = now_text(seconds_ago=60 - self.github.clock_skew)
+        # look begins 10 s before this one, by GitHub's clock.
+        started = now_text(seconds_ago=10 - self.github.clock_skew)
+        latest = pull_request.seen_until
+        comments = []
         found = github_repository.comments(pull_request.number, pull_request.seen_until)
-        comments = sorted(found, key=lambda comment: comment.created_at)
+        for updated_at, comment in found:
+            latest = max(latest, updated_at)
+            comments.append(comment)
+        comments.sort(key=lambda comment: comment.created_at)
+        seen_until = min(latest, started)  # the latest change, or 10 s ago
         jobs = self.store.queue_comments(pull_request, comments, seen_until=seen_until)
         if jobs:
             self.codebot.jobs_due.set()
@@ -6181,12 +6194,9 @@ class Sync:
         title = event.old_title or issue.title
         parts = [issue.body.strip() or title]
         path = f"/issues/{issue.number}/comments"
-        for payload in github_repository.pages(path):
-            comment = parse_comment("conversation", payload)
-            is_in_time = payload["updated_at"] <= event.created_at
-            if not comment or not is_in_time:
-                continue
-            if github_repository.has_write_access(comment.user):
+        for updated_at, comment in github_repository.comment_list("conversation", path):
+            is_in_time = updated_at <= event.created_at
+            if is_in_time and github_repository.has_write_access(comment.user):
                 parts.append(f"Comment by {comment.user}:\n{comment.text}")
         repository = repository_at(github_repository)
         request = TaskRequest(
