@@ -2168,7 +2168,7 @@ class GitHub:
         if 0 < status < 500 and not is_limited:
             raise final_error(status, str(reply.value))
         if retry_after.isdigit():
-            return float(retry_after)
+            return max(GITHUB_RETRY_DELAY, float(retry_after))
         if not is_limited:
             return GITHUB_RETRY_DELAY * (1 << attempt)
         reset = reply.headers.get("x-ratelimit-reset", "")
