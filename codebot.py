@@ -2044,11 +2044,12 @@ class GitHub:
                 target = reply.headers.get("Location", "")
                 url = self.checked_url(urllib.parse.urljoin(url, target))
                 continue
-            if reply.status == 401 and not has_new_token:
-                self.forget_token(credential)
-                has_new_token = True  # if it is refused, too, it needs only time
-            if reply.status == 401 and attempt == self.attempts - 1:
-                break  # it had no effect, so there is nothing to wait or look for
+            if reply.status == 401:
+                if not has_new_token:
+                    self.forget_token(credential)
+                    has_new_token = True  # if it is refused, too, it needs only time
+                if attempt == self.attempts - 1:
+                    break  # it had no effect, so there is nothing to wait or look for
             self.pause(self.retry_delay(reply, attempt), reply)  # raises if it is final
             if find_existing is not None:
                 existing = find_existing()
