@@ -4104,6 +4104,7 @@ class Codebot:
         }
         self.sync_queue: queue.Queue[SyncRequest] = queue.Queue()
         self.jobs_due = threading.Event()  # wakes the timer: a job may start
+        self.cleanup_wanted = threading.Event()  # wakes the cleanup
         self.checked_commits: set[str] = set()  # git's fsck has accepted their trees
         self.running: dict[str, JobRun] = {}  # by job id; each step is atomic
         self.store: Store  # from open() on
@@ -6084,6 +6085,7 @@ class Sync:
         for run in list(self.codebot.running.values()):
             if run.job.kind == "review" and run.job.task_id == task_id:
                 run.cancel.set()
+        self.codebot.cleanup_wanted.set()
 
     def queue_new_comments(
         self, pull_request: PullRequest, github_repository: GitHubRepository
@@ -6330,6 +6332,8 @@ def run_job(codebot: Codebot, job: Job) -> None:
     finally:
         codebot.running.pop(job.id, None)  # a second run has removed itself
         codebot.jobs_due.set()  # another may have waited for it to end
+        if run.cancel.is_set():
+            codebot.cleanup_wanted.set()  # its pull request may have been closed
 
 
 def dispatch_job(run: JobRun) -> None:
@@ -6365,7 +6369,7 @@ def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None
     if reason:
         if error != job.outcome.error:  # else store_failure has logged it
             run.log_event("codebot", f"Failed ({reason}): {error}")
-        log.info("Job %s: %s", job.id, error)
+        log.info("Job %s: %s", job.id, error.partition("\n")[0])
     if not job.outcome.seconds:  # for the totals
         outcome = dataclasses.replace(
             job.outcome, seconds=time.monotonic() - run.started
@@ -6468,9 +6472,11 @@ class Cleanup:
         self.retry_repack_at: dict[str, float] = {}  # by mirror, after a failure
 
     def step(self) -> None:
-        # At the start, too: people may have written while the server was down. Once
-        # sync has queued that, the workspaces that it needs are retained.
-        if self.codebot.stop.wait(min(CLEANUP_INTERVAL, self.config.retention)):
+        # It begins with a pause: sync first queues what people wrote while the server was
+        # down, so that the workspaces are retained which that needs.
+        self.codebot.cleanup_wanted.wait(min(CLEANUP_INTERVAL, self.config.retention))
+        self.codebot.cleanup_wanted.clear()
+        if self.codebot.stop.is_set():
             return
         # What frees the disk comes first: a full one may be why the database fails.
         self.attempt(self.warn_of_low_disk)
@@ -8912,6 +8918,7 @@ def stop_workers(codebot: Codebot, workers: Sequence[threading.Thread]) -> None:
     """End what the workers do. Their jobs are pending afterwards."""
     deadline = time.monotonic() + STOP_TIMEOUT
     codebot.stop.set()
+    codebot.cleanup_wanted.set()
     for jobs in codebot.queues.values():
         for _ in workers:
             jobs.put(None)
