@@ -1317,8 +1317,11 @@ def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
 
 # What a launcher started may outlive codebot, so it is recorded in a file, which
 # exists until CODEBOT_LAUNCHER_STOP has succeeded: run by codebot itself, by its
-# watchdog after a crash, or by the next start. Its content is the tag of the run; after
-# a stop that failed it begins with STOP_FAILED, and Cleanup repeats the stop.
+# watchdog after a crash, or by the next start. Its content is the tag of the run, or
+# after a stop that failed, STOP_FAILED. Who ends what, by how the record begins:
+#   the run itself, a later one here, the next start   anything
+#   the watchdog                                       the tag of its own codebot
+#   the cleanup                                        STOP_FAILED
 STOP_FAILED = "stop failed"
 
 
@@ -1453,7 +1456,7 @@ def uncoverable_directories(config: Config) -> list[str]:
     """Return a sentence for each private directory that programs need as well."""
     home = home_directory()
     needed = [os.path.realpath(path) for path in config.search_path.split(":") if path]
-    # Below the home directory, what PATH names is shown in spite of most covers.
+    # Below the home directory, what PATH names is mounted over the covers.
     needed = [path for path in needed if not is_inside(path, home)]
     needed += [os.path.realpath(path) for path in SYSTEM_DIRECTORIES]
     problems = []
@@ -1493,10 +1496,12 @@ def agent_program_files(config: Config, hidden: Iterable[str]) -> list[str]:
 
 
 def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
-    """Return what bwrap mounts over the read-only file system, in this order.
+    """Return what bwrap mounts over the read-only file system.
 
-    For HOME=/home/bot, ~/.local/bin on PATH, .env in /home/bot/run and the App's key in
-    ~/.local/keys, for example:
+    It mounts them in this order, and a later one covers an earlier one. So hidden
+    directories and those with tools come first, each before what lies in it; then what is
+    needed in spite of them. For HOME=/home/bot, ~/.local/bin on PATH, .env in
+    /home/bot/run and the App's key in ~/.local/keys, for example:
         hidden     /home/bot
         read-only  /home/bot/.local
         hidden     /home/bot/.local/keys, /home/bot/run, /run, the work directory
@@ -1509,8 +1514,8 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     tools = tool_directories(config)
     covers = [Mount(path, HIDDEN) for path in hidden]
     covers += [Mount(path, READ_ONLY) for path in tools]
-    # A directory comes before what lies in it. If one is both a tool directory and
-    # private, the cover comes last: it is hidden.
+    # By path, so a directory comes before what lies in it. If one is both a tool directory
+    # and private, it is hidden.
     covers.sort(key=lambda mount: (mount.path, mount.option == HIDDEN))
     shown = [os.path.realpath("/etc/resolv.conf"), objects]  # the first may be in /run
     for path in agent_program_files(config, [*hidden, "/tmp"]):
@@ -4339,8 +4344,8 @@ class JobRun:
 # sandbox. codebot takes one thing from there: the tree that the agent left. It makes
 # the commit itself, in a bare repository that no sandbox shows, the outbox.
 
-# `g` is git without hooks, fsmonitor, signing and gc. Before, the lock files that a
-# killed git has left are removed.
+# Every script of codebot's begins with this. `g` is git without hooks, fsmonitor, signing
+# and gc. Before, the lock files that a killed git has left are removed.
 GIT_FUNCTION = """
 for lock in .git/index.lock .git/HEAD.lock; do [ ! -e $lock ] || rm -rf $lock; done
 g() {
@@ -4359,10 +4364,10 @@ git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 # The tree is recorded before the test and committed after it, so nothing that the test
 # writes is committed, and the agent sees only ignored files of it. (A hostile test could
 # name another tree in step 4, as it could pass without testing anything.)
-TEST_SCRIPT = f"""{GIT_FUNCTION}
-reset() {{
+TEST_SCRIPT = """
+reset() {
     g checkout-index -q -f -a && g clean -q -ff -d
-}}
+}
 # 1. Record what the agent left as a tree, and in the index.
 g add -A 2>&1 && tree=$(g write-tree) || exit
 # 2. Run the test.
@@ -4371,13 +4376,14 @@ code=$?
 # 3. Put index and files back to that tree. What it does not have is removed, but ignored
 # files, such as installed packages, stay. (Directories may have been made unwritable.)
 rm -rf .git/index.lock .git/codebot-tested
-g read-tree "$tree" && {{ reset 2>/dev/null || {{ chmod -R u+rwX .; reset; }}; }}
+g read-tree "$tree" && { reset 2>/dev/null || { chmod -R u+rwX .; reset; }; }
 # 4. If the test passed, note the tree: COMMIT_SCRIPT commits this one, whatever could not
 # be removed.
 [ $code = 0 ] && echo "$tree" >.git/codebot-tested
 exit $code
 """
-COMMIT_SCRIPT = f"""{GIT_FUNCTION}
+# Commits the tree that a test has recorded ($2 is not empty), or what is there, on $1.
+COMMIT_SCRIPT = """
 base=$1 tested=$2
 if [ "$tested" ]; then
     read -r tree <.git/codebot-tested || exit
@@ -4387,8 +4393,8 @@ fi
 commit=$(g commit-tree -p "$base" -m "What the agent left" "$tree") &&
 g update-ref --no-deref HEAD "$commit" # the agent's branch may be locked
 """
-# Prints the files in conflict, if there are any.
-APPLY_SCRIPT = f"""{GIT_FUNCTION}
+# Applies the patch on standard input. If it fails, prints the files in conflict.
+APPLY_SCRIPT = """
 g apply --3way --index --whitespace=nowarn - && exit
 g diff --name-only --diff-filter=U
 exit 1
@@ -4521,7 +4527,7 @@ class Workspace:
 
     def script(self, script: str, *arguments: str, stdin: bytes = b"") -> ProgramResult:
         """Run a shell script of codebot's in the sandbox, on this host."""
-        argv = ["sh", "-c", script, "sh", *arguments]
+        argv = ["sh", "-c", GIT_FUNCTION + script, "sh", *arguments]
         command = SandboxedCommand(name="git", argv=argv, stdin=stdin)
         return self.supervise(command, self.run.git_limits())
 
@@ -5309,7 +5315,7 @@ def run_test_command(
 
     test = SandboxedCommand(
         name=f"The test command {command!r}",
-        argv=["sh", "-c", TEST_SCRIPT, "sh", command],
+        argv=["sh", "-c", GIT_FUNCTION + TEST_SCRIPT, "sh", command],
         on_lines=log_output,
     )
     result = workspace.run_work(test, start)
