@@ -5283,7 +5283,7 @@ def run_tests(run: JobRun, workspace: Workspace, command: str) -> TestResult | N
             )
         if attempt < attempts:
             repair(run, workspace, command, result, attempt + 1)
-    end = "\n".join(result.stdout)[-1500:].strip()
+    end = run.redact("\n".join(result.stdout))[-1500:].strip()
     raise JobFailed(
         "tests_failed",
         f"The tests still fail (exit code {result.code}). "

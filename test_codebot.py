@@ -4776,6 +4776,14 @@ def test_tests_that_keep_failing_fail_task_and_nothing_is_pushed(shared: Site) -
     assert (workspace / "hello.txt").exists()
 
 
+def test_secret_at_the_cut_of_a_tests_output_is_redacted(shared: Site) -> None:
+    """What the cut leaves of a secret would match none."""
+    command = f"echo {API_KEY}; head -c 1490 /dev/zero | tr '\\0' x; exit 7"
+    error = shared.api.failed(shared.api.submit(test_command=command), "tests_failed")
+    assert "x" * 1490 in error
+    assert "client" not in error
+
+
 @pytest.mark.parametrize("command", ["no-such-program", "./README.md"])
 def test_command_that_cannot_run_is_not_blamed_on_agent(
     shared: Site, command: str
