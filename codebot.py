@@ -918,7 +918,7 @@ class ProgramResult(NamedTuple):
         if len(lines) > 4:
             causes = [line for line in lines[:-3] if CAUSE_RE.match(line)]
             lines = causes[:1] + lines[-3:]
-        return " / ".join(lines)[-1500:] or "no output"
+        return " / ".join(lines) or "no output"  # whole lines, as it is redacted later
 
 
 def never_stop() -> None:
