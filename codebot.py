@@ -3265,6 +3265,7 @@ class Store:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """Write in one transaction, which is on disk when the block ends."""
         if not self._write_lock.acquire(timeout=LOCK_TIMEOUT):
+            self.writable = False
             raise sqlite3.OperationalError("the database is busy")
         try:
             self._check_file()
@@ -6191,6 +6192,7 @@ class Sync:
         github_repository.post_once(
             path, path, text, f"<!-- codebot label {event.id} -->"
         )
+        self.store.add_label_event(event.id)  # all that is left is a new label
 
     def submit_issue(
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent

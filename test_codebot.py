@@ -3656,6 +3656,17 @@ def test_requeue_keeps_progress_and_counts_interruptions(store: codebot.Store) -
     assert requeued.branch == "u/x"
 
 
+def test_write_that_waits_too_long_for_another_is_unhealthy(
+    store: codebot.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "LOCK_TIMEOUT", 0.01)
+    with store._write_lock, pytest.raises(sqlite3.OperationalError, match="busy"):
+        store.check_writable()
+    assert not store.writable
+    store.check_writable()
+    assert store.writable
+
+
 @pytest.mark.parametrize("interruptions", [0, 1])
 def test_interrupted_jobs_are_requeued_and_others_are_not(
     store: codebot.Store, interruptions: int
@@ -7991,6 +8002,13 @@ def test_issue_of_stranger_that_changed_after_label_needs_label_again(
     assert "@alice" in comment
     assert "changed" in comment
     assert issue.tasks() == []
+    # Until there is a new label, a look costs one request.
+    events = f"GET /issues/{issue.number}/events*"
+    issue.announce()
+    wait_for(lambda: shared.repository.count(events) >= 3)
+    issue.announce()
+    wait_for(lambda: shared.repository.count(events) >= 4)
+    assert shared.repository.count(f"GET /issues/{issue.number}/comments*") == 1
 
 
 def test_issue_that_is_labelled_again_after_change_becomes_task(shared: Site) -> None:
