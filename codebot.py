@@ -68,7 +68,7 @@ WHO IS TRUSTED WITH WHAT
                  what is open.
   The agent      is not trusted, and neither is what it reads: the repository, the task,
                  comments. It gets the model's key and address, proxy and certificate
-                 settings, language and time zone, the variables that the operator
+                 settings, the time zone, the variables that the operator
                  lists, its workspace, and the host's network: services on this machine,
                  the local network, a cloud's metadata address. In bwrap it cannot see
                  codebot's processes, database and other workspaces, nor the directories
@@ -82,14 +82,14 @@ KNOWN LIMITATIONS
   Without a sandbox (CODEBOT_SANDBOX=none) the agent can read and write whatever codebot's
   user can: the keys, the database, git's token while git runs. A process that removes
   CODEBOT_RUN from its environment outlives it.
-  A program that CODEBOT_SANDBOX or CODEBOT_LAUNCHER names is started in the workspace and
-  with its HOME, which the agent writes. It must not read settings of its own from there,
-  such as ~/.docker.
-  In bwrap the agent can read whatever else codebot's user can read on the host, and each
-  directory of HOME that PATH leads into, with all that is in it: for ~/.cargo/bin, also
-  ~/.cargo/credentials.toml. It can connect to abstract
-  sockets, and to those in directories that are not hidden. Nothing but the host limits
-  its memory, processes and disk.
+  The agent can write in the directory in which the programs of CODEBOT_SANDBOX and
+  CODEBOT_LAUNCHER start, and in the HOME that they get. So they must not read settings of
+  their own from there, such as ~/.docker.
+  In bwrap the agent can read whatever codebot's user can read outside of the hidden
+  directories. HOME is hidden, but not its directories that PATH leads into: with
+  ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml.
+  In bwrap the agent can connect to abstract sockets, and to sockets in directories that
+  are not hidden. Nothing but the host limits its memory, processes and disk.
   What the agent says (its events, summary and cost) is self-reported. "The tests passed"
   means that the command exited with 0 in a workspace where the agent could have changed
   the tests, and files in HOME that they read. What the agent changes is pushed without a
@@ -1077,7 +1077,7 @@ class RunningProgram:
         now = time.monotonic()
         self.last_output = now  # also if the line has no end yet
         if self.launch is not None:
-            lines = self.own_lines(lines, self.launch)
+            lines = self.program_lines(lines, self.launch)
         self.last_lines.extend(last_shown(line)[:10_000] for line in lines)
         self.last_errors.extend(last_shown(line)[:10_000] for line in errors)
         grace = on_lines(lines) if lines else None
@@ -1085,9 +1085,9 @@ class RunningProgram:
             self.grace_ends_at = now + grace
         return True
 
-    def own_lines(self, lines: list[str], launch: Launch) -> list[str]:
+    def program_lines(self, lines: list[str], launch: Launch) -> list[str]:
         """Handle the sentinels and what the launcher says; return the other lines."""
-        own_lines = []
+        others = []
         for line in lines:
             # One of: SENTINEL; SENTINEL 0; and after a last line without an end,
             # "textSENTINEL 0". The program cannot know the sentinel in bwrap.
@@ -1101,10 +1101,10 @@ class RunningProgram:
                 self.last_errors.append(line[:10_000])
             elif separator and code.isascii() and code.isdigit():
                 self.node_code = int(code)
-                own_lines += [text] if text else []
+                others += [text] if text else []
             else:
-                own_lines.append(line)
-        return own_lines
+                others.append(line)
+        return others
 
     def check_limits(self, now: float) -> None:
         if self.grace_ends_at is not None:
@@ -1179,8 +1179,8 @@ def is_group_running(leader: int) -> bool:
 def end_process_group(child: subprocess.Popen[bytes]) -> None:
     """End all processes of a program's group: SIGTERM, KILL_GRACE, SIGKILL.
 
-    The number is not given to a stranger meanwhile: not while the group has members, and
-    then only after Linux has given out all other numbers.
+    Meanwhile no stranger can get the group's number: not while the group has members, and
+    after that only when Linux has given out all other numbers.
     """
     deadline = time.monotonic() + KILL_GRACE
     signal_group(child.pid, signal.SIGTERM)
@@ -2835,7 +2835,7 @@ class Mirror(GitDirectory):
         for _ in range(3):  # the branch may move before it is fetched
             name, commit = self.resolve_branch(repository, branch)
             with self.lock():
-                # It may be there, but not as the tip: the branch has been reset since.
+                # It need not be the tip here: the remote's branch may have been set back.
                 if self.branch_contains(name, commit):
                     return name, commit
                 self.fetch_all(repository)
@@ -3100,7 +3100,7 @@ class TaskRequest:
 @dataclasses.dataclass(frozen=True)
 class TestResult:
     command: str
-    passed: bool
+    passed: bool  # always True, as nothing else is stored; the API shows it
     attempts: int
 
 
@@ -4508,7 +4508,7 @@ class Workspace:
     def environment(self, with_model_key: bool) -> dict[str, str]:
         """Return all that a program in the workspace gets in its environment."""
         env = base_environment(self.config, self.run.run_tag)
-        env.update(copy_variables(self.config, [*NETWORK_NAMES, "LANG", "TZ"]))
+        env.update(copy_variables(self.config, [*NETWORK_NAMES, "TZ"]))
         env["HOME"] = f"{self.path}/home"
         env["TMPDIR"] = "/tmp"
         if not self.codebot.sandbox.is_bwrap:
@@ -6197,10 +6197,10 @@ class Sync:
     def submit_issue(
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> None:
-        """Submit the issue's text as a task.
+        """Submit the issue as a task, with the title that it had when it was labelled.
 
-        It has not changed since it was labelled, unless its author has write access: then
-        what it says now counts.
+        Its body has not changed since then, unless its author has write access: then what
+        it says now counts.
         """
         title = event.old_title or issue.title
         parts = [issue.body.strip() or title]

@@ -11197,7 +11197,6 @@ def test_container_gets_the_environment_that_codebot_gives(fresh: Site) -> None:
         MY_OWN="of the operator",
         NODE_EXTRA_CA_CERTS="/etc/ca",
         ANTHROPIC_BASE_URL="http://127.0.0.1:9",
-        LANG="C",
     )
     task = fresh.api.submit()
     fresh.api.completed(task)
