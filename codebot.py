@@ -5573,7 +5573,7 @@ def store_failure(run: JobRun, reason: str, error: str) -> None:
         seconds=time.monotonic() - run.started,
     )
     kind = run.job.request_kind or "unclear"  # so that no further comment joins it
-    run.save_work(commit_id="", request_kind=kind, outcome=outcome)
+    run.save_work(phase="", commit_id="", request_kind=kind, outcome=outcome)
 
 
 def load_review(run: JobRun) -> ReviewContext:
@@ -6305,7 +6305,8 @@ def run_job(codebot: Codebot, job: Job) -> None:
 
     What ends a run:                       What becomes of the job:
       nothing                                completed
-      JobFailed, and errors that are final   failed, with a reason
+      JobFailed, and errors that are final   failed, with a reason; a review first runs
+                                             once more, only to tell the reviewer
       TransientError, a busy database,       pending, after a minute; failed if that
       a full disk, a failed node, an App     goes on for too long, or costs too much
       that GitHub refuses (but find_remote
@@ -6401,7 +6402,7 @@ def fail_or_tell_reviewer(run: JobRun, reason: str, error: str) -> None:
     If what has failed was to post the answers, there is nobody to tell.
     """
     job = run.job
-    # Each run begins with phase "", so "answer" is this run's.
+    # Each run begins with phase "", also the second one: "answer" is this run's.
     has_tried_to_tell = bool(job.outcome.error) or job.phase == "answer"
     if job.kind == "review" and not has_tried_to_tell and not run.cancel.is_set():
         store_failure(run, reason, error)
