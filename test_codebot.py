@@ -6649,7 +6649,8 @@ def test_agent_sees_line_and_earlier_comments_of_thread(pull: Pull) -> None:
     pull.review()
     pull.site.person("bob").inline("I like it, says Bob", reply_to=top, webhook=False)
     pull.site.person("alice").inline("A thread of its own", webhook=False)
-    pull.site.person("alice").comment("In general", webhook=False)
+    general = pull.site.person("alice").comment("In general", webhook=False)
+    general.created_at = github_time(5)
     pull.site.person("alice").inline("And why more?", reply_to=top)
     pull.reviews(2)
     [_, run] = pull.site.agent.runs("question")
@@ -7723,6 +7724,13 @@ class LabelledIssue:
         payload = sender.payload(action, issue=issue, label=label)
         return self.site.github.deliver("issues", payload)
 
+    def look(self) -> None:
+        """Announce the label, and wait until codebot asks for the issue's events."""
+        events = f"GET /issues/{self.number}/events*"
+        count = self.site.repository.count(events)
+        self.announce()
+        wait_for(lambda: self.site.repository.count(events) > count)
+
     def change(self, **fields: Any) -> None:
         """Change fields of the issue on GitHub, long after the label."""
         later = github_time(60)
@@ -8003,11 +8011,8 @@ def test_issue_of_stranger_that_changed_after_label_needs_label_again(
     assert "changed" in comment
     assert issue.tasks() == []
     # Until there is a new label, a look costs one request.
-    events = f"GET /issues/{issue.number}/events*"
-    issue.announce()
-    wait_for(lambda: shared.repository.count(events) >= 3)
-    issue.announce()
-    wait_for(lambda: shared.repository.count(events) >= 4)
+    issue.look()
+    issue.look()
     assert shared.repository.count(f"GET /issues/{issue.number}/comments*") == 1
 
 
