@@ -68,15 +68,14 @@ WHO IS TRUSTED WITH WHAT
                  what is open.
   The agent      is not trusted, and neither is what it reads: the repository, the task,
                  comments. It gets the model's key and address, proxy and certificate
-                 settings, the time zone, the variables that the operator
-                 lists, its workspace, and the host's network: services on this machine,
-                 the local network, a cloud's metadata address. In bwrap it cannot see
-                 codebot's processes, database and other workspaces, nor the directories
-                 of .env, of the App's key and of the TLS key, and can change no file
-                 outside its own workspace.
-                 codebot takes from it a tree of files, and words that are quoted as the
-                 agent's. A test command runs the same way, without the model's key and
-                 the listed variables.
+                 settings, the time zone, the variables that the operator lists, its
+                 workspace, and the host's network: services on this machine, the local
+                 network, a cloud's metadata address. In bwrap it cannot see codebot's
+                 processes, database and other workspaces, nor the directories of .env,
+                 of the App's key and of the TLS key, and can change no file outside its
+                 own workspace. codebot takes from it a tree of files, and words that are
+                 quoted as the agent's. A test command runs the same way, without the
+                 model's key and the listed variables.
 
 KNOWN LIMITATIONS
   Without a sandbox (CODEBOT_SANDBOX=none) the agent can read and write whatever codebot's
@@ -128,7 +127,7 @@ THREADS AND THEIR LOCKS
   sync           asks GitHub what has changed
   timer          queues jobs that are due, and writes to the database to see if it can
   cleanup        removes what is past its retention, packs mirrors
-  one for each running program, which waits for its end
+  (no name)      one for each program that runs; it waits for the program's end
   Store has a lock for its writing and one for its reading connection, Redactor one for
   its tokens. A forked process, the watchdog, ends what codebot left running when it dies.
 
@@ -237,7 +236,7 @@ MAX_INTERRUPTIONS = 3  # crashes, and retries that cost money, until a job fails
 RETRY_DELAY = 60.0  # seconds until a job is retried after a transient error
 # Seconds after which a transient error is no longer retried.
 RETRY_LIMIT = {"task": 3600.0, "review": 86400.0}
-TIMER_INTERVAL = 1.0  # seconds after which the timer looks which jobs are due
+TIMER_INTERVAL = 1.0  # seconds between looks at which jobs are due, at most
 CLEANUP_INTERVAL = 60.0  # seconds between cleanups, unless the retention is shorter
 DATABASE_RETRY_DELAY = 5.0  # seconds until a failed write to the database is repeated
 DATABASE_TEST_INTERVAL = 10.0  # seconds between two tests of the database
@@ -6481,8 +6480,8 @@ class Cleanup:
         self.retry_repack_at: dict[str, float] = {}  # by mirror, after a failure
 
     def step(self) -> None:
-        # It begins with a pause: sync first queues what people wrote while the server was
-        # down, so that the workspaces are retained which that needs.
+        # It begins with a pause. Meanwhile sync queues what people wrote while the server
+        # was down, so the workspaces for that are retained.
         self.codebot.cleanup_wanted.wait(min(CLEANUP_INTERVAL, self.config.retention))
         self.codebot.cleanup_wanted.clear()
         if self.codebot.stop.is_set():
