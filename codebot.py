@@ -892,6 +892,7 @@ def configured_secrets(config: Config) -> set[str]:
 
 # How Popen, and how a shell, report that SIGTERM or SIGKILL ended a program.
 SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
+ENDED_ON_NODE = 143  # by SIGTERM
 NOISE_RE = re.compile(r"hint:.*|remote:|")
 CAUSE_RE = re.compile(r"(fatal|error|remote: error):|.*denied")
 # Not if a remote repository says so, of its own disk: "remote: fatal: ..."
@@ -1128,8 +1129,9 @@ class RunningProgram:
         """
         code = self.child.wait()
         if self.launch is not None:
-            # Without the second sentinel, something has ended it.
-            code = -signal.SIGTERM if self.node_code is None else self.node_code
+            # The cluster ends a job with SIGTERM. The shell that would print the second
+            # sentinel gets it too, but sometimes late enough to print "143" first.
+            code = ENDED_ON_NODE if self.node_code is None else self.node_code
         result = ProgramResult(code, [*self.last_lines], [*self.last_errors])
         if code == 0 or self.grace_ends_at is not None:
             return result
@@ -1139,7 +1141,7 @@ class RunningProgram:
         free = shutil.disk_usage(tempfile.gettempdir()).free
         if free < FULL_DISK_BYTES or DISK_FULL_RE.search("\n".join(result.stderr)):
             raise TransientError(f"The disk is full: {result.error}")
-        if self.launch is not None and self.node_code is None:
+        if self.launch is not None and code == ENDED_ON_NODE:
             event = "The cluster ended it"
             if self.is_queued:
                 event = "CODEBOT_LAUNCHER failed"

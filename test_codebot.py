@@ -10440,6 +10440,21 @@ def test_launcher_or_node_that_fails_is_no_failure_of_the_agent(
     assert len(site.agent.runs()) == 2
 
 
+def test_sigterm_on_the_node_is_no_failure_of_the_agent(
+    launching: StandInCluster,
+) -> None:
+    # A cluster may end the program before the shell that reports its exit code.
+    site = launching.site
+    first_run = site.directory / "first run"
+    site.agent.follow(
+        f"mkdir {shlex.quote(str(first_run))} && kill -TERM $$; {SAY_HELLO}"
+    )
+    task = site.api.submit()
+    site.api.completed(task)
+    [message] = [m for m in site.api.messages(task) if "Trying again later" in m]
+    assert message.startswith("codebot: The cluster ended it: ")
+
+
 def test_exit_code_and_output_are_those_of_the_launched_program(
     launching: StandInCluster,
 ) -> None:
