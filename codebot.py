@@ -7523,25 +7523,27 @@ PAGE_HEADERS = {
 MAX_HEADER_BYTES = 32 << 10  # request line and headers
 MAX_BODY_BYTES = 1 << 20  # a body, except GitHub's deliveries
 
-# A request line, and a header or the blank line at the end, stricter than http.server:
+# A request line, and a header, stricter than http.server:
 # no HTTP/0.9, no bare CR or LF, no folded header, no space before a colon (RFC 9112,
 # sections 3 and 5).
 REQUEST_LINE_RE = re.compile(
     rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ (?:/|(?i:https?)://)[!-~]* HTTP/1\.[01]\r\n"
 )
-HEADER_RE = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*)?\r\n")
+HEADER_RE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n")
 ABSOLUTE_FORM_RE = re.compile(r"^https?://[^/?]*", re.IGNORECASE)  # sent to proxies
 HOST_RE = re.compile(r"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", re.ASCII)
 UNIQUE_HEADERS = ("host", "content-length", "authorization")
 
 
-def strict_headers(version: str, message: email.message.Message) -> dict[str, str]:
+def parse_headers(version: str, lines: Sequence[str]) -> dict[str, str]:
     """Return the headers by their names in lower case.
 
-    Refuses what codebot and a proxy in front of it might understand differently.
+    ``lines`` match HEADER_RE. Refuses what codebot and a proxy in front of it might
+    understand differently.
     """
     headers: dict[str, str] = {}
-    for name, value in message.items():
+    for line in lines:
+        name, _, value = line.partition(":")
         key = name.lower()
         value = value.strip(" \t")  # strip() would remove 0x85 and 0xA0 as well
         if key not in headers:
@@ -8385,14 +8387,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def read_headers(self) -> dict[str, str]:
         """Read the request line and the headers."""
-        request_line, _, lines = self.read_head().partition(b"\r\n")
-        self.requestline = request_line.decode()
+        self.requestline, *lines = self.read_head()
         self.command, self.path, self.request_version = self.requestline.split(" ")
-        try:
-            message = http.client.parse_headers(io.BytesIO(lines))
-        except http.client.HTTPException:
-            raise HTTPError(431, "There are more than 100 headers") from None
-        headers = strict_headers(self.request_version, message)
+        headers = parse_headers(self.request_version, lines)
         is_http_1_1 = self.request_version == "HTTP/1.1"
         options = headers.get("connection", "").lower().replace(",", " ").split()
         # An HTTP/1.0 client may take the end of the connection for the answer's end.
@@ -8402,21 +8399,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.is_request_read = "content-length" not in headers
         return headers
 
-    def read_head(self) -> bytes:
-        """Return the request line and the headers, to the blank line after them."""
-        head = bytearray()
-        while not head.endswith(b"\r\n\r\n"):
-            line = self.rfile.readline(MAX_HEADER_BYTES + 1 - len(head))
-            if len(head) + len(line) > MAX_HEADER_BYTES:
+    def read_head(self) -> list[str]:
+        """Return the request line and the headers, without their line ends."""
+        lines: list[str] = []
+        size = 0
+        while True:
+            line = self.rfile.readline(MAX_HEADER_BYTES + 1 - size)
+            size += len(line)
+            if size > MAX_HEADER_BYTES:
                 kib = MAX_HEADER_BYTES >> 10
                 raise HTTPError(431, f"The headers are longer than {kib} KiB")
-            if not head and line == b"\r\n":
+            if line == b"\r\n" and lines:
+                return lines
+            if line == b"\r\n":
                 continue  # blank lines may come first (RFC 9112, 2.2)
-            pattern = HEADER_RE if head else REQUEST_LINE_RE
+            pattern = HEADER_RE if lines else REQUEST_LINE_RE
             if not pattern.fullmatch(line):
                 raise HTTPError(400, "Malformed HTTP request")
-            head += line
-        return bytes(head)
+            lines.append(line[:-2].decode("latin-1"))
 
     def dispatch(self, headers: Mapping[str, str]) -> Response | EventStream:
         """Find the route, ask its guard, read the body, and call the handler."""
