@@ -7185,6 +7185,8 @@ function openTask(parameters) {
     isLogComplete: false,
   };
   ui.log.replaceChildren();
+  ui.cancel.hidden = true; // until its state is known
+  ui.retry.hidden = true;
   setText(ui.actionMessage, '');
   setFollowing(true);
 }

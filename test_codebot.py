@@ -11698,6 +11698,11 @@ def test_page_reports_errors_and_next_steps(fresh: Site, browser: Browser) -> No
     browser.wait_for_text("Cancelled", "#taskState")
     assert browser.focused() == "Fail"  # the button is gone
 
+    # While another task is loaded, the buttons of this one are not for it.
+    browser.find("button", "Retry")
+    open_other = "location.hash = 'task=other', showView()"
+    assert browser.evaluate(f"{open_other}, ui.retry.hidden && ui.cancel.hidden")
+
     browser.click("link", "codebot")
     browser.wait_for_text("All 2 Pending 0 Running 0 Completed 0 Failed 1 Cancelled 1")
     browser.click("field", "Cancelled")
