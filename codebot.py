@@ -374,8 +374,10 @@ def os_error_text(error: OSError) -> str:
     return text.lower().rstrip(".")
 
 
-def find_files(directory: str, pattern: str) -> list[str]:
-    """Return the files below a directory that match, also those in dot directories."""
+def find_paths(directory: str, pattern: str) -> list[str]:
+    """Return what matches below a directory, also in directories whose names begin with
+    a dot, which glob() leaves out.
+    """
     return [str(path) for path in pathlib.Path(directory).glob(pattern)]
 
 
@@ -404,8 +406,8 @@ GITHUB_NAMES = (  # required without --no-github
     "GITHUB_APP_INSTALLATION_ID",
 )
 OWN_SECRET_NAMES = ("CODEBOT_API_KEYS", "GITHUB_WEBHOOK_SECRET")
-# Matches GH_AUTH, AUTHORIZATION and DATABASE_URL, but not GIT_AUTHOR_NAME: "auth", but
-# not before "or", unless that goes on with "iz".
+# Matches GH_AUTH, AUTHORIZATION and DATABASE_URL, but not GIT_AUTHOR_NAME: "auth" counts
+# in "authorization", but not in "author".
 SECRET_NAME_RE = re.compile(
     r"token|key|secret|pass|pwd|cred|auth(?!or(?!iz))|bearer|dsn|url|header|jwt|cookie"
     r"|session|webhook|_pat$",
@@ -1011,9 +1013,11 @@ class OutputFile:
         return os.fstat(self.file.fileno()).st_size
 
 
-def wait_for_own_signal(check_stop: Callable[[], None]) -> None:
-    """A program was ended by a signal. If systemd sent it to codebot as well, let that
-    arrive: then it is a stop, not a failure.
+def let_stop_arrive(check_stop: Callable[[], None]) -> None:
+    """Raise StopRequested if a program was ended because codebot is being stopped.
+
+    systemd signals all processes of a service, and the program may end before codebot
+    has got its own signal.
     """
     time.sleep(0.3)
     check_stop()
@@ -1136,7 +1140,7 @@ class RunningProgram:
         if code == 0 or self.grace_ends_at is not None:
             return result
         if code in SIGNAL_EXIT_CODES:
-            wait_for_own_signal(self.limits.check_stop)
+            let_stop_arrive(self.limits.check_stop)
         # It may not say so itself: its output is written to the same disk.
         free = shutil.disk_usage(tempfile.gettempdir()).free
         if free < FULL_DISK_BYTES or DISK_FULL_RE.search("\n".join(result.stderr)):
@@ -1396,7 +1400,7 @@ def launching(
 
 def stop_all_launched(config: Config, run_tag: str, prefix: str = "") -> None:
     """End everything that was launched and whose record has the prefix."""
-    for path in find_files(config.work_dir, "launched/*"):
+    for path in find_paths(config.work_dir, "launched/*"):
         workspace = f"{config.work_dir}/{os.path.basename(path)}"
         stop_launched(config, workspace, run_tag, prefix)
 
@@ -1605,6 +1609,7 @@ class Sandbox:
     def probe(self, run_tag: str, *command: str) -> ProgramResult:
         """Check that a command runs as the agent will run; without one, `true`.
 
+        Before that it finds out whether bwrap can disable user namespaces.
         Raises ConfigError if the sandbox or the launcher does not work, NoFreeNode if
         that is not known.
         """
@@ -1729,7 +1734,8 @@ class AppRefused(TransientError):
     """GitHub gave the App no token, or did not accept it.
 
     The App may be suspended for a while, so the job is retried. Only a new task fails
-    at once: more often the App is not installed on its repository.
+    at once, in find_remote: there the usual cause is that the App is not installed on
+    the repository.
     """
 
 
@@ -2055,7 +2061,7 @@ class GitHub:
                     self.forget_token(credential)
                     has_new_token = True  # if it is refused, too, it needs only time
                 if attempt == self.attempts - 1:
-                    break  # it had no effect, so there is nothing to wait or look for
+                    break  # a rejected request has changed nothing
             self.pause(self.retry_delay(reply, attempt), reply)  # raises if it is final
             if find_existing is not None:
                 existing = find_existing()
@@ -2872,7 +2878,7 @@ class Mirror(GitDirectory):
     def check_objects(self, commit: str) -> None:
         """Raise GitFailed if the commit's trees do not pass git's fsck.
 
-        Otherwise a malformed entry that is old would let the agent's work be refused,
+        Otherwise an old malformed entry in the base would get the agent's work refused,
         after it has cost something: its tree has the old entries, too. git checks a part
         of a repository only while it indexes a pack; so the trees are packed, without
         the contents of files.
@@ -2884,7 +2890,8 @@ class Mirror(GitDirectory):
             'git -C "$1" index-pack --fsck-objects --stdin "$3/x.pack" <"$3/received"'
         )
         tree = f"{commit}^{{tree}}"
-        with tempfile.TemporaryDirectory(prefix="scratch_") as directory:
+        work_dir = self.config.work_dir
+        with tempfile.TemporaryDirectory(prefix="scratch_", dir=work_dir) as directory:
             try:
                 result = run_program(
                     ["sh", "-c", script, "sh", self.path, tree, directory],
@@ -2899,7 +2906,7 @@ class Mirror(GitDirectory):
     def remove_stale_files(self) -> None:
         """Remove what a killed git left. With the lock held, no other git writes here."""
         for pattern in STALE_FILES:
-            for path in find_files(self.path, pattern):
+            for path in find_paths(self.path, pattern):
                 os.unlink(path)
 
     def repack(self) -> None:
@@ -2909,8 +2916,8 @@ class Mirror(GitDirectory):
         """
         self.remove_stale_files()
         # Like git gc --auto, which estimates by one of the 256 directories.
-        loose = find_files(self.objects, "17/*")
-        packs = find_files(self.objects, "pack/*.pack")
+        loose = find_paths(self.objects, "17/*")
+        packs = find_paths(self.objects, "pack/*.pack")
         if len(loose) > MAX_LOOSE_OBJECTS / 256 or len(packs) > MAX_PACKS:
             self.local_git("repack", "-a", "-d", "--keep-unreachable", "-q")
 
@@ -3037,7 +3044,7 @@ CREATE TABLE deliveries (guid TEXT PRIMARY KEY, received_at TEXT NOT NULL);
 CREATE TABLE totals (
     seconds REAL NOT NULL,
     dollars REAL NOT NULL,
-    checks INTEGER NOT NULL -- by check_writable: SQLite writes only what changes
+    checks INTEGER NOT NULL -- counted up by check_writable, to have something to write
 );
 INSERT INTO totals VALUES (0, 0, 0);
 -- What the API's list shows.
@@ -3834,13 +3841,16 @@ class Store:
     def superseded_tasks(
         self, repository_id: int, number: int, event_id: int
     ) -> list[str]:
-        """Return the unfinished tasks of an issue that another label event created."""
+        """Return the unfinished tasks of an issue that another label event created.
+
+        Not the retries by clients: no label event created them.
+        """
         rows = self._read(
             """
             SELECT id FROM jobs
             WHERE kind = 'task' AND status IN ('pending', 'running')
                 AND repository_id = :repository_id AND issue_number = :number
-                AND label_event_id != :event_id
+                AND label_event_id IS NOT NULL AND label_event_id != :event_id
             """,
             repository_id=repository_id,
             number=number,
@@ -4127,7 +4137,7 @@ class Codebot:
         tempfile.tempdir = work_dir  # programs' output may be large: not in memory
         end_tagged_processes(self.work_dir_tag)
         stop_all_launched(self.config, self.run_tag)
-        for path in find_files(work_dir, "scratch_*"):
+        for path in find_paths(work_dir, "scratch_*"):
             remove_tree(self.config, path, self.run_tag)
         self.store = Store(self.config.database_file)
         try:
@@ -4425,8 +4435,8 @@ class SandboxedCommand(NamedTuple):
     on_lines: LineHandler = ignore_lines
 
 
-class Inspection:
-    """Reads git diff, of any length."""
+class DiffScanner:
+    """Looks in the output of git diff, of any length, for what must not be pushed."""
 
     def __init__(self, redact: Redactor) -> None:
         self.redact = redact
@@ -4665,18 +4675,18 @@ class Workspace:
         from the agent's files.
         Raises JobFailed if the commit may not be pushed.
         """
-        inspection = Inspection(self.codebot.redact)
+        scanner = DiffScanner(self.codebot.redact)
         diff = (*GIT_DIFF, "--no-renames", base_commit, commit)
         try:
             files = self.outbox.local_git(*diff, "--stat=100", "--stat-count=50").stdout
-            self.outbox.local_git(*diff, "--unified=0", on_lines=inspection.read)
+            self.outbox.local_git(*diff, "--unified=0", on_lines=scanner.read)
         except GitFailed as error:
             message = f"The change cannot be checked: {error}"
             raise JobFailed("agent_failed", message) from None
         fault = ""
-        if inspection.secret_file:
-            fault = f"it writes a secret into {inspection.secret_file}"
-        for path in inspection.gitlinks:
+        if scanner.secret_file:
+            fault = f"it writes a secret into {scanner.secret_file}"
+        for path in scanner.gitlinks:
             if not self.is_submodule(commit, path):
                 fault = f"{path} is a git repository of its own"
         if fault:
@@ -4704,14 +4714,14 @@ class Workspace:
             self.repository.git(self.outbox, "push", *options, "--", url, refspec)
         except (GitFailed, TransientError) as error:
             # The response to an earlier push, or to this one, may have been lost.
-            if not self.is_pushed(commit):
+            if not self.remote_has(commit):
                 if isinstance(error, TransientError):
                     raise
                 raise JobFailed("push_rejected", f"Failed to push: {error}") from None
         self.run.log_event("git", f"Pushed {commit} to {self.branch}")
 
-    def is_pushed(self, commit: str) -> bool:
-        """Return whether the remote has the commit; others may have pushed on top."""
+    def remote_has(self, commit: str) -> bool:
+        """Fetch the branch, and return whether it has the commit, under others or not."""
         try:
             _, tip = self.mirror.fetch_branch(self.repository, self.branch)
         except (BranchNotFound, GitFailed):
@@ -4725,7 +4735,8 @@ class Workspace:
 
         Raises JobFailed if it is too large for the memory.
         """
-        with tempfile.NamedTemporaryFile(prefix="scratch_") as file:
+        work_dir = self.config.work_dir
+        with tempfile.NamedTemporaryFile(prefix="scratch_", dir=work_dir) as file:
             options = ("--binary", "--full-index", f"--output={file.name}")
             self.outbox.local_git(*GIT_DIFF, *options, base_commit, commit)
             if os.path.getsize(file.name) > MAX_PATCH_BYTES:
@@ -5047,7 +5058,7 @@ def ask_agent(
     finally:
         agent_run.add_up()
     if not agent_run.result:
-        wait_for_own_signal(run.check_stop)
+        let_stop_arrive(run.check_stop)
     answer = agent_run.verdict(result, session)
     summary = run.redact(answer.text[:200_000])[:100_000]
     run.update_outcome(summary=summary)
@@ -5099,7 +5110,7 @@ def agent_command(run: JobRun, mode: AgentMode, session: Session) -> list[str]:
 # With such words in a commit's message, which a pull request's title and body may become,
 # the repository's CI would not test it (GitHub docs: "Skipping workflow runs"; others
 # have their own).
-CI_SWITCH_RE = re.compile(
+CI_SKIP_RE = re.compile(
     r"\[( *skip[ _-][^\[\]\n]{1,50}|[^\[\]\n]{1,50}[ _-]skip *| *no[ _-]ci *)\]",
     re.IGNORECASE,
 )
@@ -5123,9 +5134,10 @@ def run_task(run: JobRun) -> None:
 
 
 def find_remote(run: JobRun) -> Repository:
-    """Find the repository, and GitHub's id for it. Raises JobFailed if it is not allowed.
+    """Return the repository, once GitHub gives a token for it, and store its id.
 
-    The settings may have changed since the task was submitted.
+    Raises JobFailed if it is not allowed (the settings may have changed since the task
+    was submitted), was renamed, or cannot be used.
     """
     job = run.job
     try:
@@ -5193,7 +5205,7 @@ def task_workspace(run: JobRun, repository: Repository) -> Workspace:
         for start in range(len(digits) - 6):
             name = digits[start : start + 7]
             directory = "_".join(filter(None, ("task", ticket, name)))
-            if not find_files(run.config.work_dir, f"task_*{name}"):
+            if not find_paths(run.config.work_dir, f"task_*{name}"):
                 break  # neither another directory nor another outbox has these digits
         branch = "/".join(filter(None, ("u/codebot", ticket, name, slug)))
         run.update(directory=directory, branch=branch)
@@ -5354,10 +5366,10 @@ def repair(
     run.update_outcome(summary=both[:100_000])
 
 
-def without_switches(text: str) -> str:
+def without_ci_skips(text: str) -> str:
     """Return foreign text without words that turn off the repository's CI."""
     text = re.sub(r"\*\*\*(NO_CI)\*\*\*", r"(\1)", text, flags=re.IGNORECASE)
-    return CI_SWITCH_RE.sub(r"(\1)", text)
+    return CI_SKIP_RE.sub(r"(\1)", text)
 
 
 def quoted(speaker: str, text: str) -> str:
@@ -5386,7 +5398,7 @@ def commit_agent_tree(
     if tree is None:
         return ""
     summary = quoted("The agent", run.job.outcome.summary)
-    message = without_switches(f"{run.redact(title)[:250]}\n\n{summary}")
+    message = without_ci_skips(f"{run.redact(title)[:250]}\n\n{summary}")
     commit_id = workspace.write_commit(tree, base_commit, message)
     files = workspace.inspect_commit(base_commit, commit_id)
     run.codebot.checked_commits.add(commit_id)  # git's fsck has checked it
@@ -5459,13 +5471,13 @@ def pull_request_body(run: JobRun) -> str:
         + f"\n\n### Summary\n\n{summary}"
     )
     marker = f"<!-- codebot task {job.id} -->"
-    return f"{without_switches(redact(body))[:65_000]}\n{marker}\n"
+    return f"{without_ci_skips(redact(body))[:65_000]}\n{marker}\n"
 
 
 def create_pull_request(run: JobRun, github_repository: GitHubRepository) -> None:
     """Open the branch's pull request, or find the one that it has, and store it."""
     run.set_phase("pull_request")
-    title = without_switches(run.redact(run.job.request.title)[:250])
+    title = without_ci_skips(run.redact(run.job.request.title)[:250])
     body = pull_request_body(run)
     try:
         new = github_repository.open_pull_request(
@@ -5611,8 +5623,8 @@ def refusal_error(error: GitHubError) -> Exception:
 def check_pull_request(run: JobRun, context: ReviewContext) -> None:
     """Raise ReviewSkipped unless the pull request is open.
 
-    It is of codebot's branch: find_pull_request takes no other, and its head cannot
-    change.
+    It is of codebot's branch: find_pull_request takes no other, and GitHub lets nobody
+    change the branch that a pull request comes from.
     """
     try:
         current = context.github_repository.pull_request(context.number)
@@ -5626,8 +5638,9 @@ def check_pull_request(run: JobRun, context: ReviewContext) -> None:
 
 
 def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
-    """Return what the reviewer wrote and has not deleted, with "eyes" on each.
+    """Return what the reviewer wrote and has not deleted, and put "eyes" on each.
 
+    Before the request is classified, it takes in what else they have waiting.
     Raises ReviewSkipped unless they may write to the repository, now.
     """
     store = run.store
@@ -5865,12 +5878,12 @@ def push_review_commit(run: JobRun, context: ReviewContext) -> None:
     """
     for attempt in range(1, MAX_PUSHES + 1):
         check_pull_request(run, context)
-        tip = branch_tip(run, context)
+        tip = fetch_tip(run, context)
         if context.workspace.mirror.is_ancestor(run.job.commit_id, tip):
             return
         if tip != run.job.base_commit:
             reapply_change(run, context, tip)
-            branch_tip(run, context)  # raises if commits were removed meanwhile
+            fetch_tip(run, context)  # raises if commits were removed meanwhile
         if push_change(run, context, attempt):
             return
     raise JobFailed(
@@ -5887,10 +5900,10 @@ def push_change(run: JobRun, context: ReviewContext, attempt: int) -> bool:
     try:
         workspace.push(run.job.commit_id)
     except JobFailed:
-        if branch_tip(run, context) == run.job.base_commit:
+        if fetch_tip(run, context) == run.job.base_commit:
             raise  # nobody has pushed: the remote does not want it
         return False
-    tip = branch_tip(run, context)
+    tip = fetch_tip(run, context)
     if not workspace.mirror.is_ancestor(run.job.commit_id, tip):
         raise JobFailed(
             "push_rejected",
@@ -5899,8 +5912,11 @@ def push_change(run: JobRun, context: ReviewContext, attempt: int) -> bool:
     return True
 
 
-def branch_tip(run: JobRun, context: ReviewContext) -> str:
-    """Return the branch's commit at the remote. Raises JobFailed if ours is lost."""
+def fetch_tip(run: JobRun, context: ReviewContext) -> str:
+    """Fetch the branch, and return its commit at the remote.
+
+    Raises JobFailed if the job's base commit is not in the branch any more.
+    """
     workspace = context.workspace
     _, tip = fetch_or_fail(workspace, workspace.branch, "push_rejected")
     if not workspace.mirror.is_ancestor(run.job.base_commit, tip):
@@ -6494,7 +6510,7 @@ class Cleanup:
         cutoffs = (now_text(self.config.retention), now_text(DELIVERY_RETENTION))
         self.attempt(self.codebot.store.delete_expired, *cutoffs)
         self.attempt(stop_all_launched, self.config, self.run_tag, STOP_FAILED)
-        for path in find_files(self.config.work_dir, "mirrors/*/*/*.git"):
+        for path in find_paths(self.config.work_dir, "mirrors/*/*/*.git"):
             self.attempt(self.maintain_mirror, path)
 
     def attempt(self, part: Callable[..., None], *args: object) -> None:
@@ -6513,7 +6529,7 @@ class Cleanup:
         """Remove workspaces and outboxes that no job needs any more."""
         work_dir = self.config.work_dir
         # Listed before the store is asked: it knows the job of everything listed.
-        paths = find_files(work_dir, "task_*")
+        paths = find_paths(work_dir, "task_*")
         cutoff = now_text(self.config.retention)
         retained = self.codebot.store.retained_directories(cutoff)
         for path in paths:
@@ -6523,7 +6539,7 @@ class Cleanup:
             if directory not in retained | in_use:
                 discard(work_dir, outbox_path(self.config, directory))
                 discard(work_dir, path)
-        for path in find_files(work_dir, "trash_*"):
+        for path in find_paths(work_dir, "trash_*"):
             remove_tree(self.config, path, self.run_tag)
 
     def maintain_mirror(self, path: str) -> None:
