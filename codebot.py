@@ -49,7 +49,7 @@ GLOSSARY
                  another computer of a cluster
   redact         replace secrets in text with ***
   One repository appears as
-    Repository         its URL and name, as a task gives them, and git with a credential
+    Repository         its URL and name, as a task gives them
     GitHubRepository   the same at GitHub, found by its id and asked with its own token
     Mirror             the local copy, written from the remote only
     Workspace.repo     the agent's clone, which borrows the mirror's objects
@@ -142,16 +142,18 @@ FILES in the work directory
 
 WHERE THE DANGEROUS THINGS ARE, each in one place
   Popen                     run_program
-  urlopen                   GitHub.send
-  git with a credential     GitDirectory.remote_git
-  what the agent sees       bwrap_command, and Workspace.environment
+  urlopen                   GitHub.send; the demo has a client for its own server
+  git with a credential     GitDirectory.git_with_token
+  what the agent sees       sandbox_mounts, bwrap_command, and Workspace.environment
   git on an agent's objects, outside the sandbox
                             fetch_into_outbox, which lets fsck check them; then
                             collect_tree, write_commit, inspect_commit, is_submodule,
                             has_commit, patch and push;
                             once they are pushed, what git does in the mirror
-  removing directories      remove_tree; scratch_* and the demo's by tempfile
+  removing directories      remove_tree; scratch_* and the demo's by tempfile; in the
+                            sandbox, the scripts of Workspace
   fork and exec             fork_watchdog; serve, with --debug
+  calls of the C library    set_up_process
   SQL                       Store, and the steps of its transactions below it
   a change of state         Store._transition
   what the network reaches  ROUTES
@@ -2507,7 +2509,7 @@ GIT_FETCH = (
     "--no-write-fetch-head",
 )
 GIT_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color")
-# What git prints, and what it means: remote_git decides by it.
+# What git prints, and what it means: git_with_token decides by it.
 AUTH_FAILED_RE = re.compile(
     "could not read Username|Invalid username or token|Authentication failed"
 )
@@ -2566,12 +2568,8 @@ def is_branch_name(name: str) -> bool:
     return not re.search(forbidden, name) and name not in ("@", "HEAD")
 
 
-# Seconds until git tries again with a new token: it may not be known everywhere yet.
-TOKEN_RETRY_DELAY = 3.0
-
-
 class Repository(NamedTuple):
-    """A remote repository, as a task names it, and git with a token for it."""
+    """A remote repository, as a task names it."""
 
     url: str
     full_name: str  # OWNER/NAME; with --no-github the whole URL
@@ -2586,21 +2584,6 @@ class Repository(NamedTuple):
             name = name.lower()
             patterns = tuple(pattern.lower() for pattern in patterns)
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-    def git(self, directory: GitDirectory, *args: str) -> ProgramResult:
-        """Run git against the remote; if its token is refused, with a new one."""
-        if self.github_repository is None:
-            return directory.remote_git("", *args)
-        github = self.github_repository.github
-        repository_id = self.github_repository.id
-        try:
-            return directory.remote_git(github.token(repository_id), *args)
-        except GitAuthFailed:
-            github.forget_token(repository_id)
-        token = github.token(repository_id)
-        if github.stop.wait(TOKEN_RETRY_DELAY):
-            raise StopRequested()
-        return directory.remote_git(token, *args)
 
 
 def parse_repository_url(config: Config, url: str) -> Repository:
@@ -2700,6 +2683,10 @@ def remote_environment(config: Config, run_tag: str, token: str) -> dict[str, st
     return env
 
 
+# Seconds until git tries again with a new token: it may not be known everywhere yet.
+TOKEN_RETRY_DELAY = 3.0
+
+
 class GitDirectory:
     """A bare repository of codebot's own, a mirror or an outbox."""
 
@@ -2750,11 +2737,28 @@ class GitDirectory:
         except LimitReached as error:
             raise GitFailed(f"git {args[0]} {error}") from None
 
-    def remote_git(self, token: str, *args: str) -> ProgramResult:
-        """Run git against the remote, whose address is in ``args``.
+    def remote_git(self, repository: Repository, *args: str) -> ProgramResult:
+        """Run git against the remote; if its token is refused, with a new one.
 
-        Raises TransientError, GitAuthFailed or GitFailed. The only place that gives
-        git a credential.
+        The remote's address is in ``args``. Raises TransientError or GitFailed.
+        """
+        if repository.github_repository is None:
+            return self.git_with_token("", *args)
+        github = repository.github_repository.github
+        repository_id = repository.github_repository.id
+        try:
+            return self.git_with_token(github.token(repository_id), *args)
+        except GitAuthFailed:
+            github.forget_token(repository_id)
+        token = github.token(repository_id)
+        if github.stop.wait(TOKEN_RETRY_DELAY):
+            raise StopRequested()
+        return self.git_with_token(token, *args)
+
+    def git_with_token(self, token: str, *args: str) -> ProgramResult:
+        """Run git against the remote. The only place that gives git a credential.
+
+        Raises TransientError, GitAuthFailed or GitFailed.
         """
         env = remote_environment(self.config, self.run_tag, token)
         result = self.run_git(args, env)
@@ -2819,7 +2823,7 @@ class Mirror(GitDirectory):
         """Return the name and commit of a branch at the remote ("": its default)."""
         url = repository.url
         ref = f"refs/heads/{branch}" if branch else "HEAD"
-        result = repository.git(self, "ls-remote", "--symref", "--", url, ref)
+        result = self.remote_git(repository, "ls-remote", "--symref", "--", url, ref)
         commit = ""
         for line in result.stdout:
             value, _, name = line.partition("\t")
@@ -2873,7 +2877,9 @@ class Mirror(GitDirectory):
         """Fetch all branches. The lock must be held."""
         self.remove_stale_files()
         refspec = "+refs/heads/*:refs/heads/*"
-        repository.git(self, *GIT_FETCH, "--prune", "--", repository.url, refspec)
+        self.remote_git(
+            repository, *GIT_FETCH, "--prune", "--", repository.url, refspec
+        )
 
     def check_objects(self, commit: str) -> None:
         """Raise GitFailed if the commit's trees do not pass git's fsck.
@@ -4711,7 +4717,9 @@ class Workspace:
         options = ("--quiet", "--no-verify")
         url = self.repository.url
         try:
-            self.repository.git(self.outbox, "push", *options, "--", url, refspec)
+            self.outbox.remote_git(
+                self.repository, "push", *options, "--", url, refspec
+            )
         except (GitFailed, TransientError) as error:
             # The response to an earlier push, or to this one, may have been lost.
             if not self.remote_has(commit):
@@ -8335,11 +8343,21 @@ class ConnectionState(enum.Enum):
 
 @dataclasses.dataclass
 class Connection:
-    """The state of an open connection."""
+    """The state of an open connection. Times are those of time.monotonic()."""
 
-    deadline: float  # by time.monotonic()
+    waiting_since: float  # when it began to wait for a request, last time
+    deadline: float
     state: ConnectionState = ConnectionState.WAITING
     body_bytes: int = 0  # of its request's body that are in memory
+
+    def is_waiting(self) -> bool:
+        return self.state in (ConnectionState.WAITING, ConnectionState.RECEIVING)
+
+    def is_sending(self) -> bool:
+        return self.state is ConnectionState.SENDING
+
+    def has_unfinished_body(self) -> bool:
+        return self.state is ConnectionState.RECEIVING and self.body_bytes > 0
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -8556,7 +8574,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.codebot = codebot
         self.streams = threading.BoundedSemaphore(MAX_STREAMS)
         self._lock = threading.Lock()  # guards _connections
-        # In the order in which they began to wait for a request: enter() keeps it so.
         self._connections: dict[socket.socket, Connection] = {}
         self._next_sweep = 0.0
         self.is_closed = False
@@ -8598,7 +8615,8 @@ class Server(http.server.ThreadingHTTPServer):
                 raise ConnectionAbortedError("the server has stopped")
             if len(self._connections) >= MAX_CONNECTIONS:
                 self._evict()
-            self._connections[request] = Connection(time.monotonic() + IDLE_TIMEOUT)
+            now = time.monotonic()
+            self._connections[request] = Connection(now, deadline=now + IDLE_TIMEOUT)
         self._pool.submit(self.process_request_thread, request, client_address)
 
     def service_actions(self) -> None:
@@ -8640,13 +8658,14 @@ class Server(http.server.ThreadingHTTPServer):
         Raises OSError if it was closed.
         """
         with self._lock:
+            now = time.monotonic()
             entry = self._open_connection(connection)
             entry.state = state
-            entry.deadline = time.monotonic() + seconds
+            entry.deadline = now + seconds
             if state is not ConnectionState.HANDLING:
                 entry.body_bytes = 0  # of a new request, or of one that is answered
-            if state is ConnectionState.WAITING:  # it goes to the end of the order
-                self._connections[connection] = self._connections.pop(connection)
+            if state is ConnectionState.WAITING:
+                entry.waiting_since = now
 
     def count_body(self, connection: socket.socket, size: int) -> None:
         """More of a body has arrived. The oldest unfinished ones make way for it.
@@ -8656,13 +8675,9 @@ class Server(http.server.ThreadingHTTPServer):
         """
         with self._lock:
             self._open_connection(connection).body_bytes += size
-            buffered = sum(entry.body_bytes for entry in self._connections.values())
-            for oldest, entry in list(self._connections.items()):
-                if buffered <= MAX_BUFFERED_BYTES:
+            while self._buffered_bytes() > MAX_BUFFERED_BYTES:
+                if not self._drop_oldest(Connection.has_unfinished_body):
                     break
-                if entry.body_bytes and entry.state is ConnectionState.RECEIVING:
-                    buffered -= entry.body_bytes
-                    self._drop(oldest)
 
     # With the lock held; shutdown() does not wait for anything
 
@@ -8671,19 +8686,33 @@ class Server(http.server.ThreadingHTTPServer):
             raise ConnectionAbortedError("it was late, or closed to make room")
         return self._connections[connection]
 
+    def _buffered_bytes(self) -> int:
+        return sum(entry.body_bytes for entry in self._connections.values())
+
+    def _drop_oldest(self, is_candidate: Callable[[Connection], bool]) -> bool:
+        """Close the candidate that began to wait for its request first.
+
+        Returns False if there is none.
+        """
+        candidates = [
+            c for c, entry in self._connections.items() if is_candidate(entry)
+        ]
+        if not candidates:
+            return False
+        self._drop(min(candidates, key=lambda c: self._connections[c].waiting_since))
+        return True
+
     def _evict(self) -> None:
         """Close the connection that has waited longest for its client.
 
         One that reads an answer is only closed if all others are with a handler.
         Raises OSError, which refuses the new connection, if all are.
         """
-        waiting = (ConnectionState.WAITING, ConnectionState.RECEIVING)
-        for states in (waiting, (ConnectionState.SENDING,)):
-            for connection, entry in self._connections.items():
-                if entry.state in states:
-                    self._drop(connection)
-                    return
-        raise ConnectionRefusedError("all connections are with a handler")
+        is_found = self._drop_oldest(Connection.is_waiting) or self._drop_oldest(
+            Connection.is_sending
+        )
+        if not is_found:
+            raise ConnectionRefusedError("all connections are with a handler")
 
     def _drop(self, connection: socket.socket) -> None:
         self._connections.pop(connection, None)

@@ -5998,7 +5998,7 @@ def test_full_disk_of_remote_is_not_taken_for_our_own(tmp_path: Path) -> None:
     directory = codebot.GitDirectory(config, str(own), "the-tests", lambda: None)
     refspec = f"{commit}:refs/heads/new"
     with pytest.raises(codebot.GitFailed, match="^remote: Disk quota exceeded"):
-        directory.remote_git("", "push", "--quiet", "--", str(remote), refspec)
+        directory.git_with_token("", "push", "--quiet", "--", str(remote), refspec)
     # A fault of the remote's own, which is retried.
     hook.unlink()
     upload = "echo 'remote: fatal: No space left on device' >&2; exit 1; :"
