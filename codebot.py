@@ -2459,24 +2459,25 @@ class GitHubRepository:
 
     def label_event(self, number: int, label: str) -> LabelEvent | None:
         """Read who put the label on an issue, and when; None if nobody did."""
-        event = None
+        labelled = None  # the event that put the label on last, if it was not removed
+        old_title = ""  # of the first renaming after that
         for payload in self.pages(f"/issues/{number}/events"):  # oldest first
             kind = payload["event"]
-            if kind == "renamed" and event is not None and not event.old_title:
-                old_title = visible_text(str(payload["rename"]["from"]))
-                event = event._replace(old_title=old_title)
-            elif kind not in ("labeled", "unlabeled"):
+            if kind == "renamed":
+                old_title = old_title or str(payload["rename"]["from"])
+            if kind not in ("labeled", "unlabeled"):
                 continue
-            elif payload["label"]["name"].lower() == label.lower():
-                event = None
-                if kind == "labeled":
-                    event = LabelEvent(
-                        id=int(payload["id"]),
-                        actor=person_login(payload["actor"]),
-                        created_at=str(payload["created_at"]),
-                        old_title="",
-                    )
-        return event
+            if payload["label"]["name"].lower() == label.lower():
+                labelled = payload if kind == "labeled" else None
+                old_title = ""
+        if labelled is None:
+            return None
+        return LabelEvent(
+            id=int(labelled["id"]),
+            actor=person_login(labelled["actor"]),
+            created_at=str(labelled["created_at"]),
+            old_title=visible_text(old_title),
+        )
 
 
 # --- Git ---------------------------------------------------------------------
@@ -4277,6 +4278,7 @@ class JobRun:
         self.deadline: float | None = None  # of the agent and the tests; see time_left
         self.events_left = MAX_OUTPUT_EVENTS  # in this phase
         self.agent_has_run = False  # and a retry would have to pay for it again
+        self.is_reviewer_to_be_told = False  # that the review has failed
 
     def check_stop(self) -> None:
         """Raise StopRequested or Cancelled if the run must end."""
@@ -6326,11 +6328,18 @@ def worker_step(codebot: Codebot, kind: str) -> None:
 
 
 def run_job(codebot: Codebot, job: Job) -> None:
+    """Run a job to its end, or until it is pending again."""
+    run = run_once(codebot, job)
+    if run.is_reviewer_to_be_told:
+        run_once(codebot, run.job)  # at once: another review may take an hour
+
+
+def run_once(codebot: Codebot, job: Job) -> JobRun:
     """Run a job, and turn whatever happens into an end, a retry or a requeue.
 
     What ends a run:                       What becomes of the job:
       nothing                                completed
-      JobFailed, and errors that are final   failed, with a reason; a review first runs
+      JobFailed, and errors that are final   failed, with a reason; a review still runs,
                                              once more, only to tell the reviewer
       TransientError, a busy database,       pending, after a minute; failed if that
       a full disk, a failed node, an App     goes on for too long, or costs too much
@@ -6364,10 +6373,11 @@ def run_job(codebot: Codebot, job: Job) -> None:
         log.exception("Job %s", job.id)
         fail_or_tell_reviewer(run, "internal", "Internal error; see the server's log")
     finally:
-        codebot.running.pop(job.id, None)  # a second run has removed itself
+        del codebot.running[job.id]
         codebot.jobs_due.set()  # another may have waited for it to end
         if run.cancel.is_set():
             codebot.cleanup_wanted.set()  # its pull request may have been closed
+    return run
 
 
 def dispatch_job(run: JobRun) -> None:
@@ -6422,7 +6432,7 @@ def skip_review(run: JobRun, reason: ReviewSkipped) -> None:
 
 
 def fail_or_tell_reviewer(run: JobRun, reason: str, error: str) -> None:
-    """Fail a job. A review first runs once more, only to tell the reviewer.
+    """Fail a job. A review is to run once more before, only to tell the reviewer.
 
     If what has failed was to post the answers, there is nobody to tell.
     """
@@ -6431,9 +6441,9 @@ def fail_or_tell_reviewer(run: JobRun, reason: str, error: str) -> None:
     has_tried_to_tell = bool(job.outcome.error) or job.phase == "answer"
     if job.kind == "review" and not has_tried_to_tell and not run.cancel.is_set():
         store_failure(run, reason, error)
-        run_job(run.codebot, run.job)  # at once: another review may take an hour
-        return
-    end_job(run, "failed", reason, error)
+        run.is_reviewer_to_be_told = True
+    else:
+        end_job(run, "failed", reason, error)
 
 
 def retry_or_fail(run: JobRun, error: Exception) -> None:
@@ -8708,10 +8718,9 @@ class Server(http.server.ThreadingHTTPServer):
         One that reads an answer is only closed if all others are with a handler.
         Raises OSError, which refuses the new connection, if all are.
         """
-        is_found = self._drop_oldest(Connection.is_waiting) or self._drop_oldest(
-            Connection.is_sending
-        )
-        if not is_found:
+        if self._drop_oldest(Connection.is_waiting):
+            return
+        if not self._drop_oldest(Connection.is_sending):
             raise ConnectionRefusedError("all connections are with a handler")
 
     def _drop(self, connection: socket.socket) -> None:
