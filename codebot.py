@@ -620,9 +620,11 @@ class Config:
 
     @property
     def git_base(self) -> str:
-        """Where git is: GHES, GHE.com or github.com, derived from the API's address."""
-        base = re.sub(r"/api/v3$", "", self.github_api.lower())
-        return re.sub(r"^(https?://)api\.", r"\1", base)
+        """Where git is, derived from the API's address: GHES, or github.com or GHE.com."""
+        address = self.github_api.lower()
+        if address.endswith("/api/v3"):
+            return address[: -len("/api/v3")]
+        return re.sub(r"^(https?://)api\.", r"\1", address)
 
     @property
     def database_file(self) -> str:
@@ -877,13 +879,27 @@ def configured_secrets(config: Config) -> set[str]:
         if len(user) >= MIN_SEARCHED_LENGTH:
             password = password or user  # a token in place of both
         secrets.update({password, urllib.parse.unquote(password)})
+    for name in config.agent_env:
+        if "header" in name.lower():
+            secrets.update(header_secrets(config.variables.get(name, "")))
     for path in (config.key_file, config.tls_key):
-        with contextlib.suppress(OSError, ValueError):
-            text = pathlib.Path(path).read_text()
-            secrets.update({text, text.strip()})
+        if os.path.isfile(path):  # to read from a pipe could take for ever
+            with contextlib.suppress(OSError, ValueError):
+                text = pathlib.Path(path).read_text()
+                secrets.update({text, text.strip()})
     for text in list(secrets):
         lines = [line.strip() for line in text.splitlines()]
         secrets.update(line for line in lines if not line.startswith("-----"))
+    return secrets
+
+
+def header_secrets(text: str) -> set[str]:
+    """Return the last words of HTTP headers with keys: "Authorization: Bearer WORD"."""
+    secrets = set()
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if SECRET_NAME_RE.search(name) and value.strip():
+            secrets.add(value.split()[-1])
     return secrets
 
 
@@ -1634,12 +1650,15 @@ class Sandbox:
             help_text = run_program(["bwrap", "--help"], env, limits=limits).stdout
         except LimitReached as error:
             raise sandbox_error(f"bwrap --help {error}") from None
-        except OSError:
+        except FileNotFoundError:
             raise ConfigError(
                 "bwrap is not installed, so there is no sandbox for the agent. "
                 "Install it (apt install bubblewrap), or accept an agent that can "
                 "read codebot's secrets with CODEBOT_SANDBOX=none."
             ) from None
+        except OSError as error:
+            problem = f"cannot start bwrap: {os_error_text(error)}"
+            raise sandbox_error(problem) from None
         is_supported = any("--disable-userns" in line for line in help_text)
         if not is_supported and os.getuid() == 0:
             raise ConfigError(

@@ -2456,6 +2456,11 @@ def test_bad_env_file_is_refused(tmp_path: Path, content: bytes, problem: str) -
             "https://acme.ghe.com",
         ),
         (
+            {"enterprise_url": "https://api.acme.com"},
+            "https://api.acme.com/api/v3",
+            "https://api.acme.com",
+        ),
+        (
             {"api_url": "https://b.c/api/v3", "enterprise_url": "https://a.c"},
             "https://b.c/api/v3",
             "https://b.c",
@@ -2487,7 +2492,13 @@ def redact(tmp_path: Path) -> codebot.Redactor:
         api_keys=("api-key-1", "short"),
         webhook_secret="hook-secret",
         key_file=str(key_file),
-        agent_env=("MY_TOKEN", "MY_COLOR", "MY_DATABASE_URL", "MY_FEED_URL"),
+        agent_env=(
+            "MY_TOKEN",
+            "MY_COLOR",
+            "MY_DATABASE_URL",
+            "MY_FEED_URL",
+            "MY_HEADERS",
+        ),
         variables={
             "GITHUB_WEBHOOK_SECRET": "hook-secret",
             "ANTHROPIC_API_KEY": "sk-model",
@@ -2498,6 +2509,8 @@ def redact(tmp_path: Path) -> codebot.Redactor:
             "ANTHROPIC_BASE_URL": "https://user:gateway-pass@gw/https://api.claude.com",
             "MY_DATABASE_URL": "postgres://dbowner@localhost/app",
             "MY_FEED_URL": "https://token-of-a-feed-1@feed.example.com/simple",
+            "MY_HEADERS": "X-Key: key-of-a-header\nAuthorization: Bearer bearer-word\n"
+            "X-Color: color-of-a-header",
             "MY_TOKEN": "my-token",
             "MY_COLOR": "my-color",
             "ANTHROPIC_AUTH_TOKEN": "8-bit-token-\udca0",
@@ -2521,6 +2534,8 @@ def redact(tmp_path: Path) -> codebot.Redactor:
         "p@ss/word",
         "gateway-pass",
         "token-of-a-feed-1",
+        "key-of-a-header",
+        "bearer-word",
         "my-token",
         "8-bit-token-\udca0",
         "v1.installation-token",
@@ -2566,6 +2581,7 @@ def test_only_the_secret_part_of_key_file_is_searched_for(
     [
         ("short my-color http://user@proxy", "short my-color http://user@proxy"),
         ("createdb dbowner codebot", "createdb dbowner codebot"),
+        ("set color-of-a-header", "set color-of-a-header"),
         ("a\tb\nc", "a\tb\nc"),
         ("a\x00b\x07c\x9bd", "a\ufffdb\ufffdc\ufffdd"),
         ("\x1b[31mred\x1b[0m", "red"),
@@ -3338,9 +3354,20 @@ def test_old_bwrap_is_refused_for_root(fresh: Site) -> None:
     assert "0.8" in done.stderr
 
 
-@pytest.mark.parametrize("launcher", [(), ("srun", "-Q")])
+@pytest.mark.parametrize(
+    ("sandbox", "launcher", "program"),
+    [
+        (("podman", "run"), (), "podman"),
+        (("podman", "run"), ("srun", "-Q"), "srun"),
+        (("bwrap",), (), "bwrap"),
+    ],
+)
 def test_program_that_cannot_be_started_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: tuple[str, ...]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sandbox: tuple[str, ...],
+    launcher: tuple[str, ...],
+    program: str,
 ) -> None:
     def refuse(*args: object, **options: object) -> None:
         raise OSError(errno.EAGAIN, "Try again")  # of fork: it names no file
@@ -3348,11 +3375,10 @@ def test_program_that_cannot_be_started_is_named(
     monkeypatch.setattr(subprocess, "Popen", refuse)
     config = codebot.Config(
         work_dir=str(tmp_path),
-        sandbox=("podman", "run"),
+        sandbox=sandbox,
         launcher=launcher,
         search_path=os.environ["PATH"],
     )
-    program = (*launcher, "podman")[0]
     with pytest.raises(codebot.ConfigError, match=f"cannot start {program}: try again"):
         codebot.Sandbox(config).probe("the-tests-")
 
@@ -12018,6 +12044,8 @@ def test_named_pipe_instead_of_key_is_refused(fresh: Site) -> None:
     done = fresh.server.run(*args, GITHUB_APP_PRIVATE_KEY_PATH=str(pipe))
     assert done.returncode == 2
     assert f"GITHUB_APP_PRIVATE_KEY_PATH: {pipe} is not a file." in done.stderr
+    done = fresh.server.run("check", GITHUB_APP_PRIVATE_KEY_PATH=str(pipe))
+    assert f"GITHUB_APP_PRIVATE_KEY_PATH: {pipe} is not a file." in done.stdout
 
 
 def test_all_bad_settings_are_reported_at_once(fresh: Site) -> None:
