@@ -6029,7 +6029,9 @@ def test_full_disk_of_remote_is_not_taken_for_our_own(tmp_path: Path) -> None:
     hook.unlink()
     upload = "echo 'remote: fatal: No space left on device' >&2; exit 1; :"
     with pytest.raises(codebot.TransientError, match="^remote: fatal: No space"):
-        directory.remote_git("", "fetch", "--upload-pack", upload, "--", str(remote))
+        directory.git_with_token(
+            "", "fetch", "--upload-pack", upload, "--", str(remote)
+        )
 
 
 def test_missing_thread_is_no_final_failure(monkeypatch: pytest.MonkeyPatch) -> None:
