@@ -1777,10 +1777,10 @@ class Bot(NamedTuple):
 class Comment:
     """What a person wrote on a pull request.
 
-    Kind "review" is the text of a GitHub review, not of its inline comments.
+    The text of a GitHub review is one comment, each of its inline comments another.
     """
 
-    kind: str  # "review", "inline" (on a line) or "conversation"
+    place: str  # "review_text", "inline" (on a line) or "conversation"
     id: int
     user: str
     text: str  # without what people on GitHub do not see
@@ -1862,7 +1862,7 @@ def person_login(user: Json) -> str:
     return login
 
 
-def parse_comment(kind: str, payload: JsonObject) -> Comment | None:
+def parse_comment(place: str, payload: JsonObject) -> Comment | None:
     """Read a comment or review from the API or a webhook.
 
     Returns None for bots, deleted users and empty texts. Raises KeyError, TypeError or
@@ -1873,16 +1873,16 @@ def parse_comment(kind: str, payload: JsonObject) -> Comment | None:
     is_pending = str(payload.get("state")).lower() == "pending"
     if not user or not text.strip() or is_pending:
         return None
-    return make_comment(kind, payload, user, text)
+    return make_comment(place, payload, user, text)
 
 
-def make_comment(kind: str, payload: JsonObject, user: str, text: str) -> Comment:
+def make_comment(place: str, payload: JsonObject, user: str, text: str) -> Comment:
     comment_id = int(payload["id"])
     review_id = int(payload.get("pull_request_review_id") or 0)
-    if kind == "review":
+    if place == "review_text":
         review_id = comment_id
     return Comment(
-        kind=kind,
+        place=place,
         id=comment_id,
         user=user,
         text=text,
@@ -2380,45 +2380,45 @@ class GitHubRepository:
         Reviews take no ``since``: all are read.
         """
         paths = {
-            "review": f"/pulls/{number}/reviews",
+            "review_text": f"/pulls/{number}/reviews",
             "inline": f"/pulls/{number}/comments?since={since}",
             "conversation": f"/issues/{number}/comments?since={since}",
         }
-        for kind, path in paths.items():
-            yield from self.comment_list(kind, path)
+        for place, path in paths.items():
+            yield from self.comment_list(place, path)
 
-    def comment_list(self, kind: str, path: str) -> Iterator[tuple[str, Comment]]:
+    def comment_list(self, place: str, path: str) -> Iterator[tuple[str, Comment]]:
         """Yield the comments of a list, each with the time of its last change."""
         for payload in self.pages(path):
-            comment = parse_comment(kind, payload)
+            comment = parse_comment(place, payload)
             if comment is not None:
                 updated_at = comment.created_at  # GitHub reviews have no such time
-                if kind != "review":
+                if place != "review_text":
                     updated_at = str(payload["updated_at"])
                 yield updated_at, comment
 
     def reload_comment(self, number: int, comment: Comment) -> Comment | None:
         """Return a comment as GitHub has it now; None if it is no longer there."""
         paths = {
-            "review": f"/pulls/{number}/reviews/{comment.id}",
+            "review_text": f"/pulls/{number}/reviews/{comment.id}",
             "inline": f"/pulls/comments/{comment.id}",
             "conversation": f"/issues/comments/{comment.id}",
         }
         try:
-            payload = self.get(paths[comment.kind])
+            payload = self.get(paths[comment.place])
         except NotFound:
             return None
         # The id alone could be that of a comment elsewhere in the repository.
         parent = payload.get("pull_request_url") or payload.get("issue_url") or ""
         if not str(parent).endswith(f"/{number}"):
             return None
-        return parse_comment(comment.kind, payload)
+        return parse_comment(comment.place, payload)
 
     def review_with_comments(self, number: int, review_id: int) -> list[Comment]:
         """Return a review and all its inline comments; [] if it was deleted."""
         path = f"/pulls/{number}/reviews/{review_id}"
         try:
-            found = [parse_comment("review", self.get(path))]
+            found = [parse_comment("review_text", self.get(path))]
             for payload in self.pages(f"{path}/comments"):
                 found.append(parse_comment("inline", payload))
         except NotFound:
@@ -3047,7 +3047,7 @@ CREATE TABLE pull_requests (
 );
 CREATE INDEX pull_requests_by_number ON pull_requests (repository_id, number);
 CREATE TABLE comments (
-    kind TEXT NOT NULL CHECK (kind IN ('review', 'inline', 'conversation')),
+    place TEXT NOT NULL CHECK (place IN ('review_text', 'inline', 'conversation')),
     id INTEGER NOT NULL,
     task_id TEXT NOT NULL REFERENCES pull_requests(task_id) ON DELETE CASCADE,
     job_id TEXT REFERENCES jobs(id) ON DELETE SET NULL,
@@ -3059,7 +3059,7 @@ CREATE TABLE comments (
     path TEXT NOT NULL,
     line INTEGER NOT NULL,
     diff_hunk TEXT NOT NULL,
-    PRIMARY KEY (kind, id)
+    PRIMARY KEY (place, id)
 );
 CREATE INDEX comments_by_job ON comments (job_id);
 CREATE INDEX comments_by_task ON comments (task_id);
@@ -3840,7 +3840,7 @@ class Store:
         rows = self._read(
             """
             SELECT * FROM comments WHERE job_id = :job_id
-            ORDER BY kind = 'review' DESC, created_at, id
+            ORDER BY place = 'review_text' DESC, created_at, id
             """,
             job_id=job_id,
         )
@@ -4029,7 +4029,7 @@ def insert_comment(db: sqlite3.Connection, task_id: str, comment: Comment) -> bo
     cursor = db.execute(
         """
         INSERT INTO comments VALUES (
-            :kind, :id, :task_id, NULL, :user, :text, :thread, :review_id,
+            :place, :id, :task_id, NULL, :user, :text, :thread, :review_id,
             :created_at, :path, :line, :diff_hunk
         ) ON CONFLICT DO NOTHING
         """,
@@ -4040,8 +4040,8 @@ def insert_comment(db: sqlite3.Connection, task_id: str, comment: Comment) -> bo
 
 def assign_comment(db: sqlite3.Connection, comment: Comment, job_id: str) -> None:
     db.execute(
-        "UPDATE comments SET job_id = :job_id WHERE kind = :kind AND id = :id",
-        {"job_id": job_id, "kind": comment.kind, "id": comment.id},
+        "UPDATE comments SET job_id = :job_id WHERE place = :place AND id = :id",
+        {"job_id": job_id, "place": comment.place, "id": comment.id},
     )
 
 
@@ -5687,8 +5687,8 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
         if comment is None or comment.user != reviewer:
             continue
         comments.append(comment)
-        if comment.kind != "review":  # which takes no reactions
-            subject = "pulls" if comment.kind == "inline" else "issues"
+        if comment.place != "review_text":  # which takes no reactions
+            subject = "pulls" if comment.place == "inline" else "issues"
             context.github_repository.react(f"/{subject}/comments/{comment.id}")
     return comments
 
@@ -5721,7 +5721,7 @@ def group_by_thread(comments: Sequence[Comment]) -> dict[str, list[Comment]]:
     """Group comments by where their answer goes: "inline 5", "conversation 7" …"""
     threads: dict[str, list[Comment]] = {}
     for comment in comments:
-        threads.setdefault(f"{comment.kind} {comment.thread}", []).append(comment)
+        threads.setdefault(f"{comment.place} {comment.thread}", []).append(comment)
     return threads
 
 
@@ -5753,20 +5753,20 @@ def earlier_comments(
     bot = context.github_repository.github.bot()
     own_name = "codebot (you)"  # no login of GitHub's
     threads = {comment.thread for comment in comments}
-    known = {(comment.kind, comment.id) for comment in comments}
+    known = {(comment.place, comment.id) for comment in comments}
     paths = {
         "conversation": f"/issues/{context.number}/comments",
         "inline": f"/pulls/{context.number}/comments",
     }
     found = []
-    for kind, path in paths.items():
+    for place, path in paths.items():
         for payload in context.github_repository.pages(path):
             if (payload["user"] or {}).get("id") == bot.id:
                 payload = {**payload, "user": {"login": own_name}}
-            comment = parse_comment(kind, payload)
-            if comment is None or (kind, comment.id) in known:
+            comment = parse_comment(place, payload)
+            if comment is None or (place, comment.id) in known:
                 continue
-            is_here = kind == "conversation" or comment.thread in threads
+            is_here = place == "conversation" or comment.thread in threads
             if is_here and comment.user in (own_name, run.job.reviewer):
                 found.append(comment)
     found.sort(key=lambda comment: (comment.created_at, comment.id))
@@ -5985,10 +5985,10 @@ def answer_threads(
     for thread, comments in threads.items():
         body = run.redact(answer_body(run, thread, comments))
         marker = f"<!-- codebot answer {run.job.id} {thread} -->"
-        kind, _, number = thread.partition(" ")
+        place, _, number = thread.partition(" ")
         list_path = f"/issues/{context.number}/comments"
         post_path = list_path
-        if kind == "inline":
+        if place == "inline":
             list_path = f"/pulls/{context.number}/comments"
             post_path = f"{list_path}/{number}/replies"
         try:
@@ -8151,10 +8151,10 @@ codebot_github_rate_remaining {github.rate_limit_remaining}
 # what GitHub itself says then (docs: "Webhook events and payloads").
 
 MAX_DELIVERY_BYTES = 25 << 20  # GitHub sends no more
-# Events about a comment: its action, our kind of comment, and where it is.
+# Events about a comment: its action, its place, and the field that it is in.
 COMMENT_EVENTS = {
     "issue_comment": ("created", "conversation", "comment"),
-    "pull_request_review": ("submitted", "review", "review"),
+    "pull_request_review": ("submitted", "review_text", "review"),
     "pull_request_review_comment": ("created", "inline", "comment"),
 }
 
@@ -8241,14 +8241,14 @@ def pull_request_of(codebot: Codebot, payload: JsonObject, subject: str) -> Pull
 def receive_comment(
     codebot: Codebot, event: str, guid: str, payload: JsonObject
 ) -> None:
-    _, kind, place = COMMENT_EVENTS[event]
+    _, place, field = COMMENT_EVENTS[event]
     subject = "pull_request"
     if event == "issue_comment":
         subject = "issue"
         if not payload["issue"].get("pull_request"):
             raise NoAction("A comment on an issue")
     pull_request = pull_request_of(codebot, payload, subject)
-    comment = parse_comment(kind, payload[place])
+    comment = parse_comment(place, payload[field])
     if comment is None:
         raise NoAction("Bot, deleted user or empty comment")
     if not codebot.store.queue_comments(pull_request, [comment], delivery=guid):

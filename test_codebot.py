@@ -3483,7 +3483,7 @@ def store_pull_request(
 
 def make_comment(comment_id: int, user: str) -> codebot.Comment:
     return codebot.Comment(
-        kind="conversation",
+        place="conversation",
         id=comment_id,
         user=user,
         text="Why?",
@@ -3896,7 +3896,7 @@ def test_check_of_the_database_writes_each_time(store: codebot.Store) -> None:
         ("jobs", "error = NULL"),
         ("pull_requests", "state = 'draft'"),
         ("pull_requests", "task_id = NULL"),
-        ("comments", "kind = 'email'"),
+        ("comments", "place = 'email'"),
         ("comments", "user = NULL"),
         ("events", "message = NULL"),
     ],
