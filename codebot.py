@@ -97,7 +97,8 @@ KNOWN LIMITATIONS
   that it knows: verbatim, and as base64 of the secret alone, in lines of at most 8 MiB.
   "Fixes #1" and "@name" in an agent's words work at GitHub as if a person wrote them.
   With --no-github a client can name a repository in the work directory by ssh to this
-  host, if codebot's user may log in here.
+  host, if codebot's user may log in here. And git before 2.45.1 (2.39.4 in its series)
+  pushes to another user's repository on this host, whose hooks then run as codebot's user.
   HTML comments and invisible characters are taken out of what people write; after a
   <!-- without an end, all the rest. Other ways to hide text on GitHub, such as the title
   of a link, are not. An edit of an issue less than two seconds after it was labelled may
@@ -524,6 +525,10 @@ def parse_agent_env(text: str) -> tuple[str, ...]:
     return names
 
 
+# A name like owner/name, with wildcards.
+NAME_PATTERN = r"[\w.*?\[\]-]+/[\w.*?\[\]-]+"
+
+
 def parse_test_commands(text: str) -> tuple[tuple[str, str], ...]:
     """Parse one command for all repositories, or lines ``owner/name=command``.
 
@@ -531,10 +536,10 @@ def parse_test_commands(text: str) -> tuple[tuple[str, str], ...]:
     acme/a=make test\\nacme/b=tox
     """
     rules = []
-    for line in re.split(r"\n|\\n(?=\s*[\w.*?\[\]-]+/[\w.*?\[\]-]+\s*=)", text):
+    for line in re.split(rf"\n|\\n(?=\s*{NAME_PATTERN}\s*=)", text):
         pattern, equals, command = line.partition("=")
         pattern = pattern.strip()
-        if equals and re.fullmatch(r"[\w.*?\[\]-]+/[\w.*?\[\]-]+", pattern):
+        if equals and re.fullmatch(NAME_PATTERN, pattern):
             rules.append((pattern, command.strip()))
         elif line.strip():
             rules.append(("*", line.strip()))
@@ -554,8 +559,8 @@ def setting(
 class Config:
     """All settings, read once at the start. Its repr shows no secret.
 
-    A field with a help text has a flag. One with "" as its variable has only the flag,
-    whose value is parsed as a text, too: "True" for a switch.
+    A field with a help text has a flag. One with "" as its variable has only the flag.
+    What is given with a flag is parsed like the variable; a switch is the text "True".
     """
 
     api_keys: tuple[str, ...] = setting("CODEBOT_API_KEYS", split_commas, ())
@@ -608,6 +613,7 @@ class Config:
     tls_key: str = setting("", str, "", "private key (PEM)")
     debug: bool = setting("", bool, False, "verbose log; restart on changes")
     env_file: str = ""
+    # .env and the environment, with all their secrets
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -1352,12 +1358,11 @@ def launch_record(config: Config, workspace: str) -> pathlib.Path:
     return pathlib.Path(config.work_dir, "launched", os.path.basename(workspace))
 
 
-def stop_launched(
-    config: Config, workspace: str, run_tag: str, prefix: str = ""
-) -> bool:
-    """End what a launcher left running in a workspace, if its record has the prefix.
+def stop_launched(config: Config, workspace: str, run_tag: str, only: str = "") -> bool:
+    """End what a launcher left running in a workspace.
 
-    Returns False if the stop has failed.
+    ``only``: if its record begins with this, see above. Returns False if the stop has
+    failed.
     """
     record = launch_record(config, workspace)
     # For writing: NFS wants that of an exclusive lock.
@@ -1367,7 +1372,7 @@ def stop_launched(
         # launch here, which must not be ended. So the lock of the old file is only waited
         # for, and what the name leads to now decides.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not record.read_text().startswith(prefix):
+        if not record.read_text().startswith(only):
             return True
         error = run_stop_command(config, workspace, run_tag)
         if error:
@@ -1416,11 +1421,11 @@ def launching(
         stop_launched(config, workspace, run_tag)
 
 
-def stop_all_launched(config: Config, run_tag: str, prefix: str = "") -> None:
-    """End everything that was launched and whose record has the prefix."""
+def stop_all_launched(config: Config, run_tag: str, only: str = "") -> None:
+    """End what a launcher left running in any workspace; ``only`` as above."""
     for path in find_paths(config.work_dir, "launched/*"):
         workspace = f"{config.work_dir}/{os.path.basename(path)}"
-        stop_launched(config, workspace, run_tag, prefix)
+        stop_launched(config, workspace, run_tag, only)
 
 
 # --- Sandbox -----------------------------------------------------------------
@@ -3163,7 +3168,7 @@ class Outcome:
         return Outcome(**fields)
 
 
-class IssueLabel(NamedTuple):
+class SourceIssue(NamedTuple):
     """The issue that a task comes from, and the event that put the label on it."""
 
     repository_id: int
@@ -3172,7 +3177,7 @@ class IssueLabel(NamedTuple):
     event_id: int | None
 
 
-NO_ISSUE = IssueLabel(0, 0, "", None)
+NO_ISSUE = SourceIssue(0, 0, "", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3196,7 +3201,9 @@ class Job:
     issue_url: str
     # Only of a review
     reviewer: str
-    request_kind: str  # "question", "change", "unclear", "none" or "limit"
+    # "question", "change", "unclear", "none" or "limit". "" until it is classified: as
+    # long as that, and the job is pending, further comments join it.
+    request_kind: str
     # Interruptions and retries
     interruptions: int
     transient_since: float
@@ -3407,7 +3414,7 @@ class Store:
         submitted_by: str,
         max_pending: int,
         idempotency_key: str | None = None,
-        issue: IssueLabel = NO_ISSUE,
+        issue: SourceIssue = NO_ISSUE,
     ) -> tuple[Job, bool]:
         """Store a new task. Returns the job, and whether it is new.
 
@@ -3457,7 +3464,7 @@ class Store:
                         SELECT 1 FROM jobs AS other
                         WHERE other.task_id = job.task_id AND other.status = 'running'
                     )
-                    -- If this is a review, its task has ended.
+                    -- If this is a review, its task is not pending (nor running: above).
                     AND NOT EXISTS (
                         SELECT 1 FROM jobs AS task
                         WHERE task.id = job.task_id AND task.id != job.id
@@ -4181,7 +4188,7 @@ class Codebot:
         request: TaskRequest,
         submitted_by: str,
         idempotency_key: str | None = None,
-        issue: IssueLabel = NO_ISSUE,
+        issue: SourceIssue = NO_ISSUE,
     ) -> Job:
         """Store a task and queue it. Raises HTTPError if it is refused."""
         if self.stop.is_set():
@@ -4542,6 +4549,11 @@ class Workspace:
         )
 
     # Programs in the sandbox
+    #
+    #   script              codebot's own scripts; on this host   \
+    #   run_work            the agent and the tests; on a node     supervise -> sandboxed
+    #                       if there is a launcher                /
+    #   fetch_into_outbox   git upload-pack, as git fetch starts it          -> sandboxed
 
     def environment(self, with_model_key: bool) -> dict[str, str]:
         """Return all that a program in the workspace gets in its environment."""
@@ -6263,7 +6275,7 @@ class Sync:
             ticket_summary=title.strip()[:500] or f"Issue {issue.number}",
             test_command=default_test_command(self.config, repository),
         )
-        label = IssueLabel(github_repository.id, issue.number, issue.url, event.id)
+        label = SourceIssue(github_repository.id, issue.number, issue.url, event.id)
         try:
             self.codebot.submit(request, f"github:{event.actor}", issue=label)
         except HTTPError as error:  # the queue is full, or the server stops
@@ -7865,7 +7877,7 @@ def queue_task(
     codebot: Codebot,
     request: Request,
     task: TaskRequest,
-    issue: IssueLabel = NO_ISSUE,
+    issue: SourceIssue = NO_ISSUE,
     retry_of: str = "",
 ) -> Response:
     """Queue a task, or find the one with the same Idempotency-Key and fields."""
@@ -7901,7 +7913,7 @@ def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
     allowed_repository(codebot.config, job.request.repository_url)
     log.info("Task %s: retry requested by %s", task_id, submitter(request))
     # Not the label's event: removing the label does not cancel what a client started.
-    issue = IssueLabel(job.repository_id, job.issue_number, job.issue_url, None)
+    issue = SourceIssue(job.repository_id, job.issue_number, job.issue_url, None)
     return queue_task(codebot, request, job.request, issue, task_id)
 
 

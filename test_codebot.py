@@ -3841,10 +3841,10 @@ def test_idempotency_key_finds_its_task_even_if_the_queue_is_full(
 
 def test_label_event_becomes_a_task_once(store: codebot.Store) -> None:
     url = "https://github.com/acme/widget/issues/3"
-    label = codebot.IssueLabel(repository_id=7, number=3, url=url, event_id=55)
+    label = codebot.SourceIssue(repository_id=7, number=3, url=url, event_id=55)
     job = store_task(store, issue=label)
     assert store_task(store, issue=label) == job
-    other = codebot.IssueLabel(repository_id=7, number=3, url=url, event_id=56)
+    other = codebot.SourceIssue(repository_id=7, number=3, url=url, event_id=56)
     assert store_task(store, issue=other).id != job.id
     assert job.issue_url == url
 
@@ -4165,7 +4165,7 @@ def test_expired_task_keeps_its_log_and_workspace_while_it_is_reviewed(
 def test_expired_task_of_an_issue_stays_until_it_is_reported(
     store: codebot.Store,
 ) -> None:
-    label = codebot.IssueLabel(7, 3, "https://github.com/acme/widget/issues/3", 55)
+    label = codebot.SourceIssue(7, 3, "https://github.com/acme/widget/issues/3", 55)
     task = store_task(store, issue=label)
     store.claim(task.id)
     store.finish(stored_job(store, task), "failed", "timeout", "Timed out")
