@@ -1726,14 +1726,14 @@ TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_GITHUB_BYTES = 32 << 20  # of one response
 MAX_CACHED_REPLIES = 500
-HTML_COMMENT_RE = re.compile(r"<!--.*?-->", re.DOTALL)
 CUT_NOTE = "(what follows an HTML comment without an end was cut)"
 INVISIBLE_RE = re.compile(
-    "[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]"  # zero width, bidi
-    "|[\u034f\u115f\u1160\u2800\u3164\uffa0]"  # blank
+    "[\u00ad\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]"  # zero width, bidi
+    "|[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0]"  # blank
     "|[\U000e0000-\U000e0fff]"  # tags, which spell invisible ASCII, and selectors
     "|[\ufe00-\ufe0f]"  # variation selectors
     "|[\ufff9-\ufffb\U0001d173-\U0001d17a]"  # annotations, musical formatting
+    "|[\U00013430-\U0001343f\U0001bca0-\U0001bca3]"  # hieroglyphs', shorthand formatting
     "|[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters
 )
 
@@ -1851,11 +1851,20 @@ def visible_text(text: str) -> str:
     For example: "a <!-- b --> c" becomes "a  c". A comment without an end hides all that
     follows if it is in a block of HTML; it is cut elsewhere, too, with a note.
     """
-    text, unclosed_comment, _ = HTML_COMMENT_RE.sub("", text).partition("<!--")
-    text = INVISIBLE_RE.sub("", text)
-    if unclosed_comment and text.strip():
-        text += CUT_NOTE
-    return text
+    # Without a pattern: it would look for an end from each of thousands of beginnings.
+    visible = ""
+    rest = text
+    is_unclosed = False
+    while rest and not is_unclosed:
+        part, start, rest = rest.partition("<!--")
+        visible += part
+        if start:
+            _, end, rest = rest.partition("-->")
+            is_unclosed = not end
+    visible = INVISIBLE_RE.sub("", visible)
+    if is_unclosed and visible.strip():
+        visible += CUT_NOTE
+    return visible
 
 
 def person_login(user: Json) -> str:

@@ -6635,12 +6635,20 @@ CUT = "(what follows an HTML comment without an end was cut)"
         ("<?a?><!-- b", f"<?a?>{CUT}"),
         ("<!A><!-- b", f"<!A>{CUT}"),
         ("a\ufff9b\U000e0080c\U0001d173d", "abcd"),
+        ("a\u180bb\u17b4c\U0001343fd\U0001bca0e", "abcde"),
     ],
 )
 def test_comment_of_html_is_removed_and_other_text_is_not(
     text: str, visible: str
 ) -> None:
     assert codebot.visible_text(text) == visible
+
+
+def test_thousands_of_unclosed_comments_are_read_at_once() -> None:
+    # With a pattern it would take minutes, and all threads would stand still.
+    lines = [f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r})"]
+    lines += ["import codebot", "codebot.visible_text('<!--' * 100_000)"]
+    subprocess.run([sys.executable, "-c", "; ".join(lines)], timeout=30, check=True)
 
 
 def test_delimiters_of_comments_are_random(pull: Pull) -> None:
