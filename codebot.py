@@ -2547,6 +2547,7 @@ GIT_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color")
 AUTH_FAILED_RE = re.compile(
     "could not read Username|Invalid username or token|Authentication failed"
 )
+FORBIDDEN = "returned error: 403"
 TRANSIENT_GIT_ERROR_RE = re.compile(
     r"Could not resolve|Couldn't resolve|[Ff]ailed to connect|Couldn't connect"
     r"|Connection (refused|reset|timed out|closed)|[Tt]imed out|Operation too slow"
@@ -2575,7 +2576,7 @@ class GitFailed(Exception):
 
 
 class GitAuthFailed(GitFailed):
-    """The remote did not accept the credential."""
+    """The remote did not accept the credential, or not for this."""
 
 
 class BranchNotFound(Exception):
@@ -2803,6 +2804,8 @@ class GitDirectory:
             raise GitAuthFailed("authentication failed")
         # Without addresses and quoted names, which may have any words in them.
         words = re.sub(r"(?<!\w)'[^'\n]*'|https?://\S+", "", text)
+        if FORBIDDEN in words:
+            raise GitAuthFailed(result.error)
         if TRANSIENT_GIT_ERROR_RE.search(words) and not REJECTED_RE.search(words):
             raise TransientError(result.error)
         raise GitFailed(result.error)
@@ -4753,7 +4756,8 @@ class Workspace:
     def push(self, commit: str) -> None:
         """Push a commit to the branch. Pushing it again changes nothing.
 
-        Raises JobFailed if the remote rejects it.
+        Raises JobFailed if the remote rejects it, TransientError if GitHub refuses the
+        App.
         """
         refspec = f"{commit}:refs/heads/{self.branch}"
         options = ("--quiet", "--no-verify")
@@ -4765,10 +4769,17 @@ class Workspace:
         except (GitFailed, TransientError) as error:
             # The response to an earlier push, or to this one, may have been lost.
             if not self.remote_has(commit):
-                if isinstance(error, TransientError):
-                    raise
-                raise JobFailed("push_rejected", f"Failed to push: {error}") from None
+                raise self.push_failure(error) from None
         self.run.log_event("git", f"Pushed {commit} to {self.branch}")
+
+    def push_failure(self, error: Exception) -> Exception:
+        """Return what a failed push means for the job."""
+        if isinstance(error, TransientError):
+            return error
+        if isinstance(error, GitAuthFailed) and self.codebot.github is not None:
+            # The App may be suspended for a while; the commit has cost something.
+            return TransientError(f"GitHub refuses the push: {error}")
+        return JobFailed("push_rejected", f"Failed to push: {error}")
 
     def remote_has(self, commit: str) -> bool:
         """Fetch the branch, and return whether it has the commit, under others or not."""

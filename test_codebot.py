@@ -5572,6 +5572,9 @@ def test_missing_signature_is_told(
         app.github.sign_jwt()
 
 
+PUSH_BEGINS = "GET /info/refs?service=git-receive-pack"
+
+
 def test_token_that_git_refuses_is_renewed_once(shared: Site) -> None:
     refused = (401, b"Invalid username or token.")
     challenge = {"WWW-Authenticate": 'Basic realm="GitHub"'}
@@ -5580,6 +5583,27 @@ def test_token_that_git_refuses_is_renewed_once(shared: Site) -> None:
     shared.repository.fail("GET /info/refs*", *refused, challenge, always=True)
     error = shared.api.failed(shared.api.submit(), "clone_failed")
     assert error == "Failed to clone repository: authentication failed"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (401, b"Invalid username or token.", "authentication failed"),
+        (403, b"Your account is suspended.", "returned error: 403"),
+    ],
+)
+def test_commit_waits_while_github_refuses_the_push(
+    shared: Site, status: int, body: bytes, message: str
+) -> None:
+    challenge = {"WWW-Authenticate": 'Basic realm="GitHub"'}
+    for _ in range(2):  # the second time with a new token
+        shared.repository.fail(PUSH_BEGINS, status, body, challenge)
+    task = shared.api.submit()
+    shared.api.completed(task)
+    [event] = [m for m in shared.api.messages(task) if "Trying again later" in m]
+    assert event.startswith("codebot: GitHub refuses the push: ")
+    assert message in event
+    assert len(shared.agent.runs()) == 1
 
 
 def test_missing_repository_cannot_be_cloned(shared: Site) -> None:
@@ -6952,8 +6976,6 @@ def test_reviews_of_one_pull_request_run_one_after_the_other(
 
 
 # --- Reviews: others push meanwhile ------------------------------------------
-
-PUSH_BEGINS = "GET /info/refs?service=git-receive-pack"
 
 
 def let_others_push_first(pull: Pull, files: Mapping[str, str]) -> None:
