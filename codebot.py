@@ -6064,6 +6064,8 @@ def answer_body(run: JobRun, thread: str, comments: Sequence[Comment]) -> str:
 # minute, or when GitHub's rate limit ends. Webhooks and polling share the store.
 
 SYNC_INTERVAL = 1.0  # seconds between looks at what is due and at tasks that ended
+# Seconds until GitHub is asked again for what it refuses the App, perhaps for ever.
+APP_REFUSED_DELAY = 900.0
 # An issue that changed at most this many seconds after it was labelled counts as
 # unedited: the label is a change itself, and GitHub's times are whole seconds.
 EDIT_TOLERANCE = 1.0
@@ -6100,7 +6102,10 @@ class Sync:
             is_gone = isinstance(error, GitHubError) and error.status in GONE_STATUSES
             if not is_gone:  # the App may be suspended
                 log.warning("GitHub cannot be asked now: %s", error)
-                retry_at = time.time() + RETRY_DELAY  # the look may have taken longer
+                delay = RETRY_DELAY
+                if isinstance(error, AppRefused):
+                    delay = APP_REFUSED_DELAY
+                retry_at = time.time() + delay  # the look may have taken a while
                 self.waiting[request] = max(retry_at, getattr(error, "retry_at", 0.0))
                 return
             log.warning("%s is ignored: %s", request, error)

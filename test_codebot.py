@@ -1913,6 +1913,7 @@ SHORT_WAITS = {
     "KILL_GRACE": 0.5,
     "RETRY_DELAY": 0.3,
     "TOKEN_RETRY_DELAY": 0.3,
+    "APP_REFUSED_DELAY": 0.3,
 }
 
 
@@ -7315,18 +7316,26 @@ def sync(tmp_path: Path) -> codebot.Sync:
     return codebot.Sync(app, app.github)
 
 
-def test_look_that_fails_slowly_is_repeated_a_minute_after_it_failed(
-    sync: codebot.Sync, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "delay"),
+    [
+        (codebot.TransientError("GitHub did not answer"), codebot.RETRY_DELAY),
+        # Perhaps for ever, for each pull request of a repository that was taken out.
+        (codebot.AppRefused("422"), codebot.APP_REFUSED_DELAY),
+    ],
+)
+def test_look_that_fails_slowly_is_repeated_some_time_after_it_failed(
+    sync: codebot.Sync, monkeypatch: pytest.MonkeyPatch, error: Exception, delay: float
 ) -> None:
     failed_at = time.time() + 120
 
     def fail(request: codebot.SyncRequest) -> None:
         monkeypatch.setattr(time, "time", lambda: failed_at)
-        raise codebot.TransientError("GitHub did not answer")
+        raise error
 
     monkeypatch.setattr(sync, "look", fail)
     sync.handle(codebot.PollDue())
-    assert sync.waiting[codebot.PollDue()] == failed_at + codebot.RETRY_DELAY
+    assert sync.waiting[codebot.PollDue()] == failed_at + delay
 
 
 def test_response_of_unknown_shape_holds_up_no_other_look(
