@@ -3958,7 +3958,7 @@ class Store:
     def delete_expired(self, cutoff: str, delivery_cutoff: str) -> None:
         """Delete what is past its retention: logs; tasks without an open pull request.
 
-        Only so much at a time, since others wait while this writes.
+        Of each only so much at a time, since others wait while this writes.
         """
         values = {"cutoff": cutoff, "delivery_cutoff": delivery_cutoff}
         with self._transaction() as db:
@@ -3967,7 +3967,7 @@ class Store:
                 DELETE FROM events WHERE seq IN (
                     SELECT events.seq FROM task_activity
                     JOIN events ON events.task_id = task_activity.task_id
-                    WHERE active_until < :cutoff LIMIT 20000
+                    WHERE active_until < :cutoff LIMIT 5000
                 )
                 """,
                 values,
@@ -3975,14 +3975,20 @@ class Store:
             db.execute(
                 """
                 DELETE FROM jobs WHERE id IN (
-                    SELECT task_id FROM task_activity WHERE active_until < :cutoff
-                ) AND NOT EXISTS (
-                    SELECT 1 FROM pull_requests
-                    WHERE pull_requests.task_id = jobs.id
-                        AND (closed_at IS NULL OR closed_at >= :cutoff)
-                ) AND NOT EXISTS (
-                    SELECT 1 FROM events WHERE events.task_id = jobs.id
-                ) AND (issue_number = 0 OR is_reported = 1)
+                    SELECT task.id FROM task_activity
+                    JOIN jobs AS task ON task.id = task_activity.task_id
+                    WHERE active_until < :cutoff
+                        AND (task.issue_number = 0 OR task.is_reported = 1)
+                        AND NOT EXISTS (
+                            SELECT 1 FROM pull_requests
+                            WHERE pull_requests.task_id = task.id
+                                AND (closed_at IS NULL OR closed_at >= :cutoff)
+                        )
+                        AND NOT EXISTS (
+                            SELECT 1 FROM events WHERE events.task_id = task.id
+                        )
+                    LIMIT 100
+                )
                 """,
                 values,
             )

@@ -4197,13 +4197,23 @@ def test_expired_task_takes_its_pull_request_reviews_and_comments_along(
 
 def test_long_log_of_expired_task_is_deleted_in_parts(store: codebot.Store) -> None:
     task = store_task_in_state(store, "completed")
-    store.add_events(task.id, [("codebot", "Hello")] * 20_001)
+    store.add_events(task.id, [("codebot", "Hello")] * 5001)
     age_task(store, task)
     delete_expired(store)
     assert len(store.events(task.id, 0)) == 1
     assert store.job(task.id) is not None
     delete_expired(store)
     assert store.job(task.id) is None
+
+
+def test_many_expired_tasks_are_deleted_in_parts(store: codebot.Store) -> None:
+    tasks = [store_task_in_state(store, "completed") for _ in range(101)]
+    for task in tasks:
+        age_task(store, task)
+    delete_expired(store)
+    assert store.task_counts() == [("completed", "", 1)]
+    delete_expired(store)
+    assert store.task_counts() == []
 
 
 def test_delivery_is_known_until_it_expires(store: codebot.Store) -> None:
