@@ -6206,11 +6206,13 @@ class Sync:
     def look_at_issue(self, request: IssueChanged) -> None:
         """Make a task of an issue with the label; end it if the label was removed."""
         github_repository = self.github.repository_by_id(request.repository_id)
-        event = github_repository.label_event(request.number, self.config.issue_label)
+        event = self.label_event(github_repository, request.number)
         self.cancel_superseded(request, event.id if event else 0)
         if event is None:
             name = f"{github_repository.full_name}#{request.number}"
-            log.info("Issue %s is ignored: it does not have the label", name)
+            log.info(
+                "Issue %s is ignored: it does not have the label, or is gone", name
+            )
             return
         if self.store.is_label_event_known(event.id):
             return
@@ -6225,6 +6227,17 @@ class Sync:
             self.ask_for_label(github_repository, issue, event)
             return
         self.submit_issue(github_repository, issue, event)
+
+    def label_event(
+        self, github_repository: GitHubRepository, number: int
+    ) -> LabelEvent | None:
+        """Return who put the label on an issue; None if it does not have it, or is gone."""
+        try:
+            return github_repository.label_event(number, self.config.issue_label)
+        except GitHubError as error:
+            if error.status not in GONE_STATUSES:
+                raise
+            return None  # it was deleted, or moved to another repository
 
     def cancel_superseded(self, request: IssueChanged, event_id: int) -> None:
         """Cancel the issue's tasks whose label was removed, while that is possible."""

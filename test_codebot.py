@@ -8167,6 +8167,17 @@ def test_removing_label_cancels_task(shared: Site) -> None:
     assert shared.repository.pulls == []
 
 
+def test_task_of_an_issue_that_was_deleted_is_cancelled(shared: Site) -> None:
+    shared.agent.follow("block; result")
+    issue = open_issue(shared)
+    shared.person("alice").label(issue.number)
+    shared.agent.wait_until_blocked()
+    gone = {"message": "This issue was deleted"}
+    shared.repository.fail("GET /issues/1/events*", 410, gone, always=True)
+    issue.announce(action="unlabeled")
+    shared.api.failed(issue.task(), "cancelled")
+
+
 def test_label_put_on_again_makes_new_task(shared: Site) -> None:
     shared.agent.follow("block; result")
     issue = open_issue(shared)
