@@ -85,10 +85,12 @@ KNOWN LIMITATIONS
   CODEBOT_LAUNCHER start, and in the HOME that they get. So they must not read settings of
   their own from there, such as ~/.docker.
   In bwrap the agent can read whatever codebot's user can read outside of the hidden
-  directories. HOME is hidden, but not its directories that PATH leads into: with
-  ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml.
+  directories. What HOME names is hidden (no other home of that user), but not its
+  directories that PATH leads into: with ~/.cargo/bin on PATH, the agent can read
+  ~/.cargo/credentials.toml.
   In bwrap the agent can connect to abstract sockets, and to sockets in directories that
-  are not hidden. Nothing but the host limits its memory, processes and disk.
+  are not hidden. Nothing but the host limits its memory, processes and disk: if it fills
+  the disk of the work directory, codebot waits until somebody frees some.
   What the agent says (its events, summary and cost) is self-reported. "The tests passed"
   means that the command exited with 0 in a workspace where the agent could have changed
   the tests, and files in HOME that they read. What the agent changes is pushed without a
@@ -251,7 +253,7 @@ STOP_TIMEOUT = 10.0  # seconds that the workers have to end
 KILL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL: git removes its lock files
 RESULT_GRACE = 5.0  # seconds that the agent may keep running after its result
 MAX_LINE_BYTES = 8 << 20  # the beginning of a longer line is replaced by a note
-MAX_OUTPUT_BYTES = 1 << 30  # a program that prints more is ended
+MAX_OUTPUT_BYTES = 1 << 30  # a program whose output fills more of the disk is ended
 READ_BYTES = 64 << 10  # of output read before the limits are checked again
 KEPT_LINES = 400  # the last lines of a program's output that are kept
 MAX_EVENT_CHARS = 4000  # a longer event is truncated
@@ -2147,7 +2149,7 @@ class GitHub:
         return reply
 
     def read_reply(self, response: Any) -> Reply:
-        """Read a response, and not for much longer than the timeout."""
+        """Read a response's body, and not for much longer than the timeout."""
         deadline = time.monotonic() + self.timeout
         body = b""
         while True:
