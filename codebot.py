@@ -260,7 +260,7 @@ MAX_EVENT_CHARS = 4000  # a longer event is truncated
 MAX_OUTPUT_EVENTS = 10_000  # events of one run of the agent, or of the tests
 LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")  # of those events
 LOW_DISK_BYTES = 1 << 30  # warn below this much free space
-FULL_DISK_BYTES = 1 << 20  # if a program fails with less free space, that is the cause
+FULL_DISK_BYTES = 1 << 20  # with less, codebot does not start, and programs fail by it
 MIRROR_RETENTION = 30 * 86400.0  # seconds that an unused mirror outlives workspaces
 REPACK_RETRY_DELAY = 6 * 3600.0  # seconds until a mirror is packed after a failure
 DELIVERY_RETENTION = 7 * 86400.0  # GitHub redelivers for at most 3 days (GHES: 7)
@@ -4247,7 +4247,10 @@ class Codebot:
 
 
 def lock_files(config: Config) -> None:
-    """Make and lock the work directory; lock the database. Raises ConfigError."""
+    """Make and lock the work directory; lock the database.
+
+    Raises ConfigError if that is not possible, or the disk is full.
+    """
     work_dir = config.work_dir
     try:
         os.makedirs(work_dir, mode=0o700, exist_ok=True)
@@ -4255,6 +4258,11 @@ def lock_files(config: Config) -> None:
         raise ConfigError(f"{work_dir} is a file, not a directory.") from None
     except OSError as error:
         raise unusable_error(work_dir, error, "--work-dir") from None
+    if shutil.disk_usage(work_dir).free < FULL_DISK_BYTES:
+        raise ConfigError(
+            f"The disk of {work_dir} is full. Free some space. As long as codebot does "
+            "not run, task_*/repo and task_*/tmp in it can be removed."
+        )
     hold_lock(f"{work_dir}/codebot.lock", work_dir, "--work-dir")
     # CODEBOT_DATABASE of one codebot may be in the work directory of another.
     database = config.database_file

@@ -6045,6 +6045,15 @@ def test_program_that_fails_while_disk_is_full_is_no_final_failure(
         codebot.run_program(["false"], env)
 
 
+def test_full_disk_at_the_start_is_told(
+    fresh: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = codebot.Config(work_dir=str(fresh.server.work_dir))
+    monkeypatch.setattr(codebot, "FULL_DISK_BYTES", 1 << 62)
+    with pytest.raises(codebot.ConfigError, match="is full. Free some space. As long"):
+        codebot.lock_files(config)
+
+
 def test_full_disk_of_remote_is_not_taken_for_our_own(tmp_path: Path) -> None:
     remote, own = tmp_path / "remote.git", tmp_path / "own.git"
     for path in (remote, own):
