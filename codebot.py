@@ -3498,7 +3498,6 @@ class Store:
             if row is None:
                 return None
             self._transition(db, job_id, "pending", "running")
-            copy_workspace_of_task(db, job_id)
             return job_by_id(db, job_id)
 
     def finish(self, job: Job, status: str, reason: str = "", error: str = "") -> None:
@@ -4072,19 +4071,6 @@ def assign_comment(db: sqlite3.Connection, comment: Comment, job_id: str) -> Non
     )
 
 
-def copy_workspace_of_task(db: sqlite3.Connection, review_id: str) -> None:
-    """Give a review its task's directory and branch; a task has its own."""
-    db.execute(
-        """
-        UPDATE jobs SET (directory, branch) = (
-            SELECT directory, branch FROM jobs AS task WHERE task.id = jobs.task_id
-        )
-        WHERE id = :id AND kind = 'review'
-        """,
-        {"id": review_id},
-    )
-
-
 def waiting_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str | None:
     """Return the job of a reviewer that waits and is not classified yet."""
     row = db.execute(
@@ -4105,10 +4091,11 @@ def insert_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
     db.execute(
         """
         INSERT INTO jobs (
-            id, kind, task_id, submitted_at, submitted_by, reviewer
-        ) VALUES (
-            :id, 'review', :task_id, :now, 'github:' || :reviewer, :reviewer
+            id, kind, task_id, submitted_at, submitted_by, reviewer, directory, branch
         )
+        SELECT
+            :id, 'review', id, :now, 'github:' || :reviewer, :reviewer, directory, branch
+        FROM jobs WHERE id = :task_id
         """,
         {
             "id": job_id,
@@ -4528,17 +4515,17 @@ class Workspace:
     rest is made anew, so that nothing an agent left in .git is there in the next job.
     """
 
-    def __init__(self, run: JobRun, repository: Repository, task: Job) -> None:
+    def __init__(self, run: JobRun, repository: Repository, directory: str) -> None:
         self.run = run
         self.codebot = run.codebot
         self.config = run.config
         self.repository = repository
-        self.branch = task.branch
-        self.path = f"{self.config.work_dir}/{task.directory}"
+        self.branch = run.job.branch
+        self.path = f"{self.config.work_dir}/{directory}"
         self.repo = f"{self.path}/repo"
         mirror = f"{self.config.work_dir}/{repository.mirror_path}"
         self.mirror = Mirror(self.config, mirror, run.run_tag, run.check_stop)
-        outbox = outbox_path(self.config, task.directory)
+        outbox = outbox_path(self.config, directory)
         self.outbox = GitDirectory(self.config, outbox, run.run_tag, run.check_stop)
 
     # Creation
@@ -5277,16 +5264,14 @@ def task_workspace(run: JobRun, repository: Repository) -> Workspace:
         ticket = slugify(run.redact(job.request.ticket_id))
         slug = slugify(run.redact(job.request.subject).lower()) or "task"
         digits = job.id.replace("-", "")
-        name = ""
-        directory = ""
         for start in range(len(digits) - 6):
             name = digits[start : start + 7]
-            directory = "_".join(filter(None, ("task", ticket, name)))
             if not find_paths(run.config.work_dir, f"task_*{name}"):
                 break  # neither another directory nor another outbox has these digits
+        directory = "_".join(filter(None, ("task", ticket, name)))
         branch = "/".join(filter(None, ("u/codebot", ticket, name, slug)))
         run.update(directory=directory, branch=branch)
-    return Workspace(run, repository, run.job)
+    return Workspace(run, repository, run.job.directory)
 
 
 def can_resume(run: JobRun, workspace: Workspace) -> bool:
@@ -5682,8 +5667,8 @@ def load_review(run: JobRun) -> ReviewContext:
     if not repository.is_allowed(run.config):
         raise ReviewSkipped(f"{repository.full_name} is not an allowed repository")
     github.bot()  # for the commit and the answers
-    workspace = Workspace(run, repository, task)
-    return ReviewContext(pull_request, task, github_repository, workspace)
+    workspace = Workspace(run, repository, run.job.directory)
+    return ReviewContext(pull_request.number, task, github_repository, workspace)
 
 
 def refusal_error(error: GitHubError) -> Exception:
@@ -5850,8 +5835,7 @@ def classify(
         name = os.path.basename(path)
         # It is the mirror, too: the sandbox shows its `objects`. There is no outbox.
         repository = context.workspace.repository._replace(mirror_path=name)
-        task = dataclasses.replace(context.task, directory=name)
-        scratch = Workspace(run, repository, task)
+        scratch = Workspace(run, repository, name)
         prompt = f"Comments:\n{text}"
         answer = ask_agent(scratch, prompt, CLASSIFYING, Session.NONE)
     kind = answer.structured.get("kind")
