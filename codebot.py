@@ -4354,10 +4354,13 @@ class JobRun:
     def save_work(self, **changes: Any) -> None:
         """Store finished work, which a retry does not repeat, and count retries anew."""
         self.update(interruptions=0, transient_since=0.0, **changes)
-        self.agent_has_run = False
+        self.retry_costs_money = False
+
+    def outcome_with(self, **changes: Any) -> Outcome:
+        return dataclasses.replace(self.job.outcome, **changes)
 
     def update_outcome(self, **changes: Any) -> None:
-        self.update(outcome=dataclasses.replace(self.job.outcome, **changes))
+        self.update(outcome=self.outcome_with(**changes))
 
     def set_phase(self, phase: str, attempt: int = 0) -> None:
         self.check_stop()
@@ -5478,9 +5481,7 @@ def commit_task(
     if not commit_id:
         words = run.job.outcome.summary.strip()[:2000] or "nothing"
         raise JobFailed("no_changes", f"The agent changed nothing. It said: {words}")
-    outcome = dataclasses.replace(
-        run.job.outcome, seconds=time.monotonic() - run.started
-    )
+    outcome = run.outcome_with(seconds=time.monotonic() - run.started)
     run.save_work(commit_id=commit_id, outcome=outcome)
 
 
@@ -5627,8 +5628,7 @@ def do_work(run: JobRun, context: ReviewContext, comments: Sequence[Comment]) ->
     commit = run.job.commit_id
     if commit and not context.workspace.outbox.has_commit(commit):
         # The outbox was lost, for example when the host lost power. Begin anew.
-        outcome = dataclasses.replace(run.job.outcome, answers={})
-        run.update(commit_id="", outcome=outcome)
+        run.update(commit_id="", outcome=run.outcome_with(answers={}))
     if not run.job.outcome.answers:
         find_answers(run, context, comments)
     if run.job.commit_id:
@@ -5640,8 +5640,7 @@ def store_failure(run: JobRun, reason: str, error: str) -> None:
     message = run.redact(error)
     # Logged now: perhaps nobody can be told, and then the review ends with that error.
     run.log_event("codebot", f"Failed ({reason}): {message}")
-    outcome = dataclasses.replace(
-        run.job.outcome,
+    outcome = run.outcome_with(
         reason=reason,
         error=message,
         answers={},
@@ -5844,7 +5843,7 @@ def classify(
         kind = "unclear"
         ask = run.redact(str(answer.structured.get("ask") or ""))[:10_000]
         answers = dict.fromkeys(group_by_thread(comments), ask)
-        outcome = dataclasses.replace(outcome, answers=answers)
+        outcome = run.outcome_with(answers=answers)
     run.save_work(request_kind=kind, outcome=outcome)
 
 
@@ -5866,7 +5865,7 @@ def carry_out(
         answer = converse(run, context, base_commit, prompt, CHANGING)
         commit_id = test_and_commit(run, context, base_commit)
     answers = parse_answers(run, answer, comments)
-    outcome = dataclasses.replace(run.job.outcome, answers=answers)
+    outcome = run.outcome_with(answers=answers)
     run.save_work(base_commit=base_commit, commit_id=commit_id, outcome=outcome)
 
 
@@ -6484,9 +6483,7 @@ def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None
             run.log_event("codebot", f"Failed ({reason}): {error}")
         log.info("Job %s: %s", job.id, error.partition("\n")[0])
     if not job.outcome.seconds:  # for the totals
-        outcome = dataclasses.replace(
-            job.outcome, seconds=time.monotonic() - run.started
-        )
+        outcome = run.outcome_with(seconds=time.monotonic() - run.started)
         run.job = dataclasses.replace(job, outcome=outcome)
     run.codebot.until_database_works(run.store.finish, run.job, status, reason, error)
 
