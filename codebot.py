@@ -212,7 +212,7 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import IO, Any, NamedTuple, Protocol, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 # === I. The boundary =========================================================
 # How codebot runs programs, asks GitHub, and uses git; and with which credentials.
@@ -964,15 +964,10 @@ class Limits(NamedTuple):
 DEFAULT_LIMITS = Limits()
 
 
-class LineHandler(Protocol):
-    """Gets the new lines of a program's standard output."""
-
-    def __call__(self, lines: list[str]) -> float | None:
-        """Return None, or in how many seconds to end the program: its work is done.
-
-        The agent, for example, may hang after its result. No other limit applies during
-        that time, and to be ended then is no failure.
-        """
+# Gets the new lines of a program's standard output. Returns None, or in how many seconds
+# to end the program because its work is done: the agent, for example, may hang after its
+# result. No other limit applies during that time, and to be ended then is no failure.
+LineHandler = Callable[[list[str]], "float | None"]
 
 
 def last_shown(line: str) -> str:
@@ -8347,7 +8342,6 @@ STREAM_HEADERS = {
     "Content-Type": "text/event-stream",
     "X-Accel-Buffering": "no",  # or nginx would collect the events
 }
-http_date = functools.lru_cache(1)(email.utils.formatdate)  # made once a second
 # What poll() reports when a client closes its connection. macOS lacks POLLRDHUP.
 CLOSED_BY_CLIENT = getattr(select, "POLLRDHUP", select.POLLHUP)
 
@@ -8361,10 +8355,6 @@ class Route:
     guard: Callable[[Codebot, Request], None]
     handler: Callable[..., Response | EventStream]
     max_body: int = MAX_BODY_BYTES
-
-    @functools.cached_property
-    def pattern(self) -> re.Pattern[str]:
-        return re.compile(self.path)
 
 
 GET = ("GET", "HEAD")
@@ -8388,7 +8378,7 @@ ROUTES = (
 def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
     """Return the route and its parameters. Raises HTTPError 404 or 405."""
     for route in ROUTES:
-        match = route.pattern.fullmatch(path)
+        match = re.fullmatch(route.path, path)
         if match and method in route.methods:
             return route, match.groupdict()
         if match:
@@ -8569,7 +8559,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         log.debug("%s: %s: %d", self.client_address[0], self.requestline, status)
         lines = [
             f"{self.protocol_version} {status} {http.client.responses[status]}",
-            f"Date: {http_date(int(time.time()), usegmt=True)}",
+            f"Date: {self.date_time_string()}",
         ]
         for name, value in {**DEFAULT_HEADERS, **headers}.items():
             lines.append(f"{name}: {value}")
