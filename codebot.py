@@ -2314,6 +2314,10 @@ class GitHubRepository:
     def post(
         self, path: str, body: Json, find_existing: Callable[[], Json] | None = None
     ) -> Json:
+        """Post something, unless ``find_existing`` finds what an earlier request made."""
+        existing = find_existing() if find_existing else None
+        if existing is not None:
+            return existing
         path = f"{self.path}{path}"
         return self.github.call("POST", path, self.id, body, find_existing).value
 
@@ -2369,9 +2373,7 @@ class GitHubRepository:
         fields = {"title": title, "body": body, "head": branch, "base": base}
 
         find_existing = functools.partial(self.find_pull_request, branch)
-        payload = find_existing()
-        if payload is None:
-            payload = self.post("/pulls", fields, find_existing)
+        payload = self.post("/pulls", fields, find_existing)
         return NewPullRequest(
             number=int(payload["number"]),
             url=str(payload["html_url"]),
@@ -2459,8 +2461,7 @@ class GitHubRepository:
                     return payload
             return None
 
-        if find_existing() is None:
-            self.post(post_path, {"body": f"{body}\n\n{marker}"}, find_existing)
+        self.post(post_path, {"body": f"{body}\n\n{marker}"}, find_existing)
 
     # Issues
 
