@@ -949,16 +949,16 @@ class ProgramResult(NamedTuple):
         return " / ".join(lines) or "no output"  # whole lines, as it is redacted later
 
 
-def never_stop() -> None:
-    """The ``check_stop`` of a program that no job runs."""
+def do_nothing() -> None:
+    pass
 
 
 class Limits(NamedTuple):
     """What ends a program early; ``check_stop`` raises StopRequested or Cancelled."""
 
     timeout: float = GIT_TIMEOUT  # seconds
-    stall: float = GIT_TIMEOUT  # seconds without output
-    check_stop: Callable[[], None] = never_stop
+    stall: float = float("inf")  # seconds without output
+    check_stop: Callable[[], None] = do_nothing
 
 
 DEFAULT_LIMITS = Limits()
@@ -1682,7 +1682,7 @@ class Sandbox:
         timeout = PROBE_TIMEOUT
         limits = Limits(timeout)
         try:
-            with launching(config, workspace, run_tag, timeout, never_stop) as launch:
+            with launching(config, workspace, run_tag, timeout, do_nothing) as launch:
                 result = run_program(argv, env, cwd=repo, limits=limits, launch=launch)
         except TransientError as error:
             raise ConfigError(f"{error}.") from None
@@ -2339,8 +2339,10 @@ class GitHubRepository:
         if refusals.get(key, 0.0) > time.monotonic():
             return False
         try:
-            quoted = urllib.parse.quote(login, safe="")
-            permission = self.get(f"/collaborators/{quoted}/permission")["permission"]
+            url_login = urllib.parse.quote(login, safe="")
+            permission = self.get(f"/collaborators/{url_login}/permission")[
+                "permission"
+            ]
         except GitHubError as error:
             log.info("GitHub does not tell the access of %s: %s", login, error)
             permission = "none"
@@ -2482,8 +2484,8 @@ class GitHubRepository:
 
     def issues_with_label(self, label: str) -> list[int]:
         """Return the numbers of the open issues (no pull requests) with a label."""
-        quoted = urllib.parse.quote(label, safe="")
-        entries = self.pages(f"/issues?labels={quoted}&state=open")
+        url_label = urllib.parse.quote(label, safe="")
+        entries = self.pages(f"/issues?labels={url_label}&state=open")
         return [
             int(entry["number"]) for entry in entries if "pull_request" not in entry
         ]
@@ -3862,7 +3864,7 @@ class Store:
         )
         return [from_row(Comment, row) for row in rows]
 
-    def reviews_of_last_day(self, task_id: str) -> list[str]:
+    def request_kinds_of_last_day(self, task_id: str) -> list[str]:
         """Return the request kinds of a pull request's reviews that were started.
 
         So a stranger's do not count: they wait, or they were dropped.
@@ -3921,7 +3923,7 @@ class Store:
         )
         return [tuple(row) for row in rows]
 
-    def unreported_tasks(self) -> list[Job]:
+    def unreported_tasks(self) -> list[str]:
         """Return the ended tasks whose issue has no comment about it yet."""
         rows = self._read(
             """
@@ -4252,7 +4254,7 @@ def lock_files(config: Config) -> None:
     hold_lock(f"{database}.lock", database, "CODEBOT_DATABASE")
 
 
-def hold_lock(path: str, subject: str, setting: str) -> None:
+def hold_lock(path: str, subject: str, option: str) -> None:
     """Hold a lock file until this process ends. Raises ConfigError if it cannot."""
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -4264,17 +4266,17 @@ def hold_lock(path: str, subject: str, setting: str) -> None:
         os.close(lock)
         raise ConfigError(
             f"{subject} is in use by another codebot (process {holder}). Stop it, "
-            f"or use another {setting}."
+            f"or use another {option}."
         ) from None
     except OSError as error:
-        raise unusable_error(path, error, setting) from None
+        raise unusable_error(path, error, option) from None
 
 
-def unusable_error(path: str, error: OSError, setting: str) -> ConfigError:
+def unusable_error(path: str, error: OSError, option: str) -> ConfigError:
     reason = os_error_text(error)
     if isinstance(error, PermissionError):
         reason += f" for user {os.getuid()}"
-    return ConfigError(f"Cannot use {path}: {reason}. Use another {setting}.")
+    return ConfigError(f"Cannot use {path}: {reason}. Use another {option}.")
 
 
 def remove_tree(config: Config, path: str, run_tag: str) -> None:
@@ -4314,7 +4316,7 @@ class JobRun:
         self.started = time.monotonic()
         self.deadline: float | None = None  # of the agent and the tests; see time_left
         self.events_left = MAX_OUTPUT_EVENTS  # in this phase
-        self.agent_has_run = False  # and a retry would have to pay for it again
+        self.retry_costs_money = False  # the agent has run since work was last stored
         self.is_reviewer_to_be_told = False  # that the review has failed
 
     def check_stop(self) -> None:
@@ -5099,8 +5101,8 @@ def ask_agent(
     agent_run = AgentRun(run)
 
     def start() -> None:
-        run.agent_has_run = True
-        run.set_phase(mode.phase, attempt)
+        run.retry_costs_money = True
+        run.set_phase("classify" if mode is CLASSIFYING else "agent", attempt)
 
     try:
         command = SandboxedCommand(
@@ -5725,7 +5727,7 @@ def check_daily_limit(run: JobRun) -> None:
     """Skip a review above the daily limit; only the first one of a day says so."""
     if run.job.request_kind:
         return  # it is classified already, or has failed
-    kinds = run.store.reviews_of_last_day(run.job.task_id)
+    kinds = run.store.request_kinds_of_last_day(run.job.task_id)
     if len(kinds) - kinds.count("limit") <= DAILY_REVIEW_JOBS:
         return
     if "limit" in kinds:
@@ -6083,8 +6085,8 @@ class Sync:
             while True:  # until the queue is empty
                 self.waiting[request] = 0.0
                 request = self.codebot.sync_queue.get_nowait()
-        for task in self.store.unreported_tasks():
-            self.waiting.setdefault(TaskEnded(task.id), 0.0)
+        for task_id in self.store.unreported_tasks():
+            self.waiting.setdefault(TaskEnded(task_id), 0.0)
         for request, due in list(self.waiting.items()):
             if due <= time.time():
                 self.handle(request)
@@ -6487,7 +6489,7 @@ def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None
 def skip_review(run: JobRun, reason: ReviewSkipped) -> None:
     """Delete a review for which nothing may be done; keep one that cost something."""
     log.info("Review %s is skipped: %s", run.job.id, reason)
-    if run.job.outcome.cost_usd is None and not run.agent_has_run:
+    if run.job.outcome.cost_usd is None and not run.retry_costs_money:
         run.codebot.until_database_works(run.store.drop_review, run.job.id)
     else:
         end_job(run, "failed", "cancelled", f"The review was skipped: {reason}")
@@ -6517,10 +6519,10 @@ def retry_or_fail(run: JobRun, error: Exception) -> None:
     job = run.job
     codebot = run.codebot
     now = time.time()
-    interruptions = 1 if run.agent_has_run else 0
+    interruptions = 1 if run.retry_costs_money else 0
     not_before = max(now + RETRY_DELAY, getattr(error, "retry_at", 0.0))
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
-    message = codebot.redact(str(error))
+    message = str(error)
     may_run_again = not interruptions or job.interruptions + 1 < MAX_INTERRUPTIONS
     if now <= give_up_at and may_run_again and not run.cancel.is_set():
         run.log_event("codebot", f"{message}. Trying again later")

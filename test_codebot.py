@@ -3645,17 +3645,17 @@ def test_new_comment_joins_review_that_waits_for_its_retry(
 def test_daily_limit_counts_reviews_that_were_started(store: codebot.Store) -> None:
     pull_request = store_pull_request(store, store_task_in_state(store, "completed"))
     store_review(store, pull_request, 1, "a-stranger")
-    assert store.reviews_of_last_day(pull_request.task_id) == []
+    assert store.request_kinds_of_last_day(pull_request.task_id) == []
     review = store.claim(store_review(store, pull_request, 2, "alice"))
     assert review is not None
     store.save_progress(dataclasses.replace(review, request_kind="limit"))
-    assert store.reviews_of_last_day(pull_request.task_id) == ["limit"]
+    assert store.request_kinds_of_last_day(pull_request.task_id) == ["limit"]
     store.requeue(review.id)
-    assert store.reviews_of_last_day(pull_request.task_id) == ["limit"]
+    assert store.request_kinds_of_last_day(pull_request.task_id) == ["limit"]
     with other_program(store) as database:
         sql = "UPDATE jobs SET submitted_at = ? WHERE kind = 'review'"
         database.execute(sql, [LONG_AGO])
-    assert store.reviews_of_last_day(pull_request.task_id) == []
+    assert store.request_kinds_of_last_day(pull_request.task_id) == []
 
 
 def test_review_is_not_shown_as_a_task(store: codebot.Store) -> None:
@@ -3746,7 +3746,7 @@ def test_finished_answer_is_posted_again_without_counting_interruptions(
     app = codebot.Codebot(codebot.Config(no_github=True, work_dir=store.path + ".dir"))
     app.store = store
     run = codebot.JobRun(app, review)
-    run.agent_has_run = True
+    run.retry_costs_money = True
     outcome = dataclasses.replace(review.outcome, answers={"conversation 1": "Yes."})
     run.save_work(outcome=outcome)
     codebot.retry_or_fail(run, codebot.TransientError("502"))
@@ -4172,7 +4172,7 @@ def test_expired_task_of_an_issue_stays_until_it_is_reported(
     store.finish(stored_job(store, task), "failed", "timeout", "Timed out")
     age_task(store, task)
     delete_expired(store)
-    assert [job.id for job in store.unreported_tasks()] == [task.id]
+    assert store.unreported_tasks() == [task.id]
     store.mark_reported(task.id)
     delete_expired(store)
     assert store.job(task.id) is None
@@ -4501,7 +4501,7 @@ def test_fsck_of_incomplete_repository_fails(tmp_path: Path) -> None:
     hash_object = ("git", "-C", bare, "hash-object", "-w", "-t", "commit", "--stdin")
     commit = run_command(*hash_object, text=text)
     config = codebot.Config(search_path=os.environ["PATH"], work_dir=str(tmp_path))
-    mirror = codebot.Mirror(config, str(bare), "tag", codebot.never_stop)
+    mirror = codebot.Mirror(config, str(bare), "tag", codebot.do_nothing)
     with pytest.raises(codebot.GitFailed):
         mirror.check_objects(commit)
 
@@ -5904,7 +5904,7 @@ def test_failure_to_commit_names_the_command(tmp_path: Path) -> None:
     config = codebot.Config(work_dir=str(tmp_path), search_path=os.environ["PATH"])
     app = codebot.Codebot(dataclasses.replace(config, no_github=True))
     path = str(tmp_path / "outbox.git")
-    outbox = codebot.GitDirectory(config, path, "tag", codebot.never_stop)
+    outbox = codebot.GitDirectory(config, path, "tag", codebot.do_nothing)
     outbox.local_git("init", "--quiet", "--bare")
     workspace = codebot.Workspace.__new__(codebot.Workspace)
     workspace.codebot = app
