@@ -738,13 +738,14 @@ def unreadable_files(config: Config) -> list[str]:
     if not config.no_github:
         files["GITHUB_APP_PRIVATE_KEY_PATH"] = config.key_file
     for name, path in files.items():
+        if not path:
+            continue
         if os.path.exists(path) and not os.path.isfile(path):
             # To open a pipe could take for ever.
             problems.append(f"{name}: {path} is not a file.")
             continue
         try:
-            if path:
-                open(path, "rb").close()
+            open(path, "rb").close()
         except OSError as error:
             problems.append(
                 f"{name}: user {os.getuid()} cannot read {path}: "
@@ -1088,7 +1089,7 @@ class RunningProgram:
                 return
             if self.grace_ends_at is not None and time.monotonic() > self.grace_ends_at:
                 return
-            self.check_limits(time.monotonic())
+            self.check_limits()
             if not has_output:
                 waiter.join(0.1)
 
@@ -1131,9 +1132,10 @@ class RunningProgram:
                 others.append(line)
         return others
 
-    def check_limits(self, now: float) -> None:
+    def check_limits(self) -> None:
         if self.grace_ends_at is not None:
             return  # its work is done and counts
+        now = time.monotonic()
         self.limits.check_stop()
         if max(self.stdout.size(), self.stderr.size()) > MAX_OUTPUT_BYTES:
             raise TooMuchOutput(f"printed more than {MAX_OUTPUT_BYTES >> 30} GiB")
@@ -1543,8 +1545,8 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     # and private, it is hidden.
     covers.sort(key=lambda mount: (mount.path, mount.option == HIDDEN))
     shown = [os.path.realpath("/etc/resolv.conf"), objects]  # the first may be in /run
+    visible_tools = tools - hidden
     for path in agent_program_files(config, [*hidden, "/tmp"]):
-        visible_tools = tools - hidden
         if not any(is_inside(path, directory) for directory in visible_tools):
             shown.append(path)
     mounts = covers + [Mount(path, READ_ONLY) for path in shown]
@@ -1592,9 +1594,7 @@ def sandbox_error(problem: str) -> ConfigError:
 
 
 class Sandbox:
-    """Runs commands in a workspace. In bwrap they see no private directory, and can
-    write only to the workspace.
-    """
+    """Runs commands in a workspace."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -1884,10 +1884,6 @@ def parse_comment(place: str, payload: JsonObject) -> Comment | None:
     is_pending = str(payload.get("state")).lower() == "pending"
     if not user or not text.strip() or is_pending:
         return None
-    return make_comment(place, payload, user, text)
-
-
-def make_comment(place: str, payload: JsonObject, user: str, text: str) -> Comment:
     comment_id = int(payload["id"])
     review_id = int(payload.get("pull_request_review_id") or 0)
     if place == "review_text":
@@ -2201,15 +2197,15 @@ class GitHub:
         GitHub docs: "Rate limits for the REST API", "Best practices".
         """
         status = reply.status
+        if status == 401:
+            # A new token may take some seconds until it is known everywhere.
+            return float(attempt)
         retry_after = reply.headers.get("retry-after", "")
         is_used_up = reply.headers.get("x-ratelimit-remaining") == "0"
         is_limited = status == 429
         if status == 403:
             is_secondary = "secondary rate limit" in str(reply.value).lower()
             is_limited = bool(retry_after) or is_used_up or is_secondary
-        if status == 401:
-            # A new token may take some seconds until it is known everywhere.
-            return float(attempt)
         if 0 < status < 500 and not is_limited:
             raise final_error(status, str(reply.value))
         if retry_after.isdigit():
@@ -3042,7 +3038,6 @@ CREATE TABLE jobs (
 CREATE INDEX jobs_by_kind ON jobs (kind, seq);
 CREATE INDEX jobs_by_status ON jobs (status, kind, seq);
 CREATE INDEX jobs_by_task ON jobs (task_id, status, seq);
-CREATE INDEX jobs_by_directory ON jobs (directory);
 CREATE INDEX unreported_jobs ON jobs (is_reported)
     WHERE issue_number > 0 AND is_reported = 0;
 CREATE TABLE events (
@@ -3927,12 +3922,12 @@ class Store:
         """Return the ended tasks whose issue has no comment about it yet."""
         rows = self._read(
             """
-            SELECT * FROM jobs
+            SELECT id FROM jobs
             WHERE kind = 'task' AND status IN ('completed', 'failed')
                 AND issue_number > 0 AND is_reported = 0
             """
         )
-        return [make_job(row) for row in rows]
+        return [row["id"] for row in rows]
 
     def mark_reported(self, task_id: str) -> None:
         self._write("UPDATE jobs SET is_reported = 1 WHERE id = :id", id=task_id)
@@ -4084,7 +4079,7 @@ def waiting_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str |
 
 
 def insert_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
-    """Create a review job. Returns its id."""
+    """Create a review job, with its task's directory and branch. Returns its id."""
     job_id = str(uuid.uuid4())
     db.execute(
         """
@@ -4136,7 +4131,7 @@ class TaskEnded(SyncRequest):
 
 @dataclasses.dataclass(frozen=True)
 class PollDue(SyncRequest):
-    """Asks the sync thread to look at all pull requests and labelled issues."""
+    """All pull requests and labelled issues."""
 
 
 class Codebot:
@@ -4146,7 +4141,6 @@ class Codebot:
         self.config = config
         self.redact = Redactor(config)
         self.stop = threading.Event()
-        # In the environment of every program: the work directory, then this process.
         self.work_dir_tag = sha256_hex(config.work_dir)[:12]
         self.run_tag = f"{self.work_dir_tag}-{uuid.uuid4().hex[:8]}-"
         self.sandbox = Sandbox(config)
@@ -4380,24 +4374,22 @@ class JobRun:
 
     def limit_failure(self, error: LimitReached, program: str) -> JobFailed:
         """Return what a limit that a program has reached means for the job."""
-        config = self.config
-        reason = "timeout"
-        message = f"Timed out after {config.task_timeout} s (CODEBOT_TASK_TIMEOUT)"
         if isinstance(error, TooMuchOutput):
             reason = "tests_failed" if self.job.phase == "test" else "agent_failed"
-            message = f"{program} {error}"
-        elif isinstance(error, Stalled):
-            reason = "stalled"
-            message = f"No output for {config.stall_timeout} s (CODEBOT_STALL_TIMEOUT)"
-        elif isinstance(error, NoFreeNode):
-            limit = f"{config.launch_timeout} s (CODEBOT_LAUNCH_TIMEOUT)"
-            message = f"No node became free within {limit}"
-        return JobFailed(reason, message)
+            return JobFailed(reason, f"{program} {error}")
+        if isinstance(error, Stalled):
+            limit = f"{self.config.stall_timeout} s (CODEBOT_STALL_TIMEOUT)"
+            return JobFailed("stalled", f"No output for {limit}")
+        if isinstance(error, NoFreeNode):
+            limit = f"{self.config.launch_timeout} s (CODEBOT_LAUNCH_TIMEOUT)"
+            return JobFailed("timeout", f"No node became free within {limit}")
+        limit = f"{self.config.task_timeout} s (CODEBOT_TASK_TIMEOUT)"
+        return JobFailed("timeout", f"Timed out after {limit}")
 
     def git_limits(self) -> Limits:
         """Return the limits of git in a workspace, where an agent may slow it down."""
         timeout = max(self.time_left(), MIN_GIT_TIMEOUT)
-        return Limits(timeout, timeout, self.check_stop)
+        return Limits(timeout, check_stop=self.check_stop)
 
 
 # --- Workspace ---------------------------------------------------------------
@@ -4608,21 +4600,20 @@ class Workspace:
 
         ``on_start`` is called when it starts, which may be when a node is free.
         """
+        run = self.run
         config = self.config
-        stall_timeout = config.stall_timeout
-        limits = Limits(self.run.time_left(), stall_timeout, self.run.check_stop)
-        timeout = config.launch_timeout
-        run_tag = self.run.run_tag
+        limits = Limits(run.time_left(), config.stall_timeout, run.check_stop)
 
         def start() -> None:
             # The wait for the node does not count.
-            self.run.deadline = time.monotonic() + limits.timeout
+            run.deadline = time.monotonic() + limits.timeout
             on_start()
 
-        if self.config.launcher:
-            self.run.set_phase("queued")
+        if config.launcher:
+            run.set_phase("queued")
         self.stop_earlier_launch()
-        with launching(self.config, self.path, run_tag, timeout, start) as launch:
+        timeout = config.launch_timeout
+        with launching(config, self.path, run.run_tag, timeout, start) as launch:
             return self.supervise(command, limits, launch)
 
     def stop_earlier_launch(self) -> None:
@@ -4757,12 +4748,13 @@ class Workspace:
         found = self.outbox.local_git("config", *options, *pattern, check=False)
         return found.code == 0
 
-    def push(self, commit: str) -> None:
-        """Push a commit to the branch. Pushing it again changes nothing.
+    def push(self) -> None:
+        """Push the job's commit to the branch. Pushing it again changes nothing.
 
         Raises JobFailed if the remote rejects it, TransientError if GitHub refuses the
         App.
         """
+        commit = self.run.job.commit_id
         refspec = f"{commit}:refs/heads/{self.branch}"
         options = ("--quiet", "--no-verify")
         url = self.repository.url
@@ -4911,7 +4903,6 @@ class AgentMode(NamedTuple):
     schema: JsonObject | None = None  # of the answer
     is_writing: bool = False  # it may run commands and change files
     max_turns: int = 0  # 0: only the limit of the settings
-    phase: str = "agent"  # of the job
 
 
 CODING = AgentMode(CODING_TOOLS, CODING_RULES, is_writing=True)
@@ -4919,9 +4910,7 @@ CHANGING = AgentMode(
     CODING_TOOLS, f"{CODING_RULES}\n{ANSWER_RULES}", ANSWER_SCHEMA, is_writing=True
 )
 ANSWERING = AgentMode(READING_TOOLS, ANSWER_RULES, ANSWER_SCHEMA, max_turns=20)
-CLASSIFYING = AgentMode(
-    "", CLASSIFY_RULES, CLASSIFY_SCHEMA, max_turns=4, phase="classify"
-)
+CLASSIFYING = AgentMode("", CLASSIFY_RULES, CLASSIFY_SCHEMA, max_turns=4)
 
 
 class SessionLost(Exception):
@@ -5188,10 +5177,10 @@ def run_task(run: JobRun) -> None:
     workspace = task_workspace(run, repository)
     if not can_resume(run, workspace):
         react_to_issue(run, repository)
-        base_commit = clone(run, workspace)
+        clone(run, workspace)
         prompt_agent(run, workspace)
         tests = run_tests(run, workspace, run.job.request.test_command)
-        commit_task(run, workspace, base_commit, tests)
+        commit_task(run, workspace, tests)
     push_task_commit(run, workspace)
     if repository.github_repository is not None:
         create_pull_request(run, repository.github_repository)
@@ -5287,8 +5276,8 @@ def can_resume(run: JobRun, workspace: Workspace) -> bool:
     return False
 
 
-def clone(run: JobRun, workspace: Workspace) -> str:
-    """Bring the mirror up to date and make the workspace. Returns the base commit."""
+def clone(run: JobRun, workspace: Workspace) -> None:
+    """Bring the mirror up to date and make the workspace."""
     base_name, base_commit = fetch_or_fail(
         workspace, run.job.request.base_branch, "base_branch_not_found"
     )
@@ -5296,7 +5285,6 @@ def clone(run: JobRun, workspace: Workspace) -> str:
     workspace.check_out(base_name, base_commit, keep_home=False)
     workspace.make_outbox()
     run.update(base_name=base_name, base_commit=base_commit, commit_id="")
-    return base_commit
 
 
 def check_base(workspace: Workspace, commit: str) -> None:
@@ -5388,7 +5376,7 @@ def run_test_command(
 
     def log_output(lines: list[str]) -> None:
         texts = join_lines(last_shown(line) for line in lines)
-        run.log_events([("test", text) for text in texts])
+        run.log_event("test", *texts)
 
     test = SandboxedCommand(
         name=f"The test command {command!r}",
@@ -5470,11 +5458,10 @@ def commit_agent_tree(
     return commit_id
 
 
-def commit_task(
-    run: JobRun, workspace: Workspace, base_commit: str, tests: TestResult | None
-) -> None:
+def commit_task(run: JobRun, workspace: Workspace, tests: TestResult | None) -> None:
     """Make the one commit of the task, and store its id before it is pushed."""
     title = run.job.request.title
+    base_commit = run.job.base_commit
     commit_id = commit_agent_tree(run, workspace, base_commit, title, tests)
     if not commit_id:
         words = run.job.outcome.summary.strip()[:2000] or "nothing"
@@ -5495,7 +5482,7 @@ def push_task_commit(run: JobRun, workspace: Workspace) -> None:
     if was_pushing and github_repository is not None:
         pull_request = github_repository.find_pull_request(run.job.branch)
     if pull_request is None:  # else the branch may have been merged and deleted
-        workspace.push(run.job.commit_id)
+        workspace.push()
 
 
 def code_block(text: str) -> str:
@@ -5565,11 +5552,6 @@ def react_to_issue(run: JobRun, repository: Repository) -> None:
 
 # --- Review ------------------------------------------------------------------
 
-# Who has written a comment? The sender and the text of a delivery are only a claim, which
-# is stored. When the review runs, load_comments asks GitHub whether that person may write
-# to the repository, and for each comment again: it counts only if GitHub names the same
-# person, and then with the text that it has now.
-
 LIMIT_TEXT = (
     f"This pull request has had {DAILY_REVIEW_JOBS} requests to codebot in a day. "
     "Further comments are not handled; comment again tomorrow."
@@ -5583,14 +5565,10 @@ NO_ANSWER_TEXT = {
 class ReviewContext(NamedTuple):
     """What a review is about, as GitHub and the store have it now."""
 
-    pull_request: PullRequest
+    number: int  # of the pull request
     task: Job
     github_repository: GitHubRepository
     workspace: Workspace
-
-    @property
-    def number(self) -> int:
-        return self.pull_request.number
 
 
 def run_review(run: JobRun) -> None:
@@ -5669,11 +5647,7 @@ def load_review(run: JobRun) -> ReviewContext:
 
 
 def refusal_error(error: GitHubError) -> Exception:
-    """Return what a refusal means for a review.
-
-    If the repository or the pull request is gone, the review is skipped. Everything
-    else may be temporary.
-    """
+    """Return what a refusal means for a review: what is gone is skipped, all else waits."""
     if error.status in GONE_STATUSES:
         return ReviewSkipped(f"it is not codebot's any more: {error}")
     return TransientError(f"GitHub refuses the App: {error}")
@@ -5712,7 +5686,7 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
         store.absorb_waiting_reviews(run.job)  # what was delivered meanwhile
     comments = []
     for stored in store.comments(run.job.id):
-        # What a delivery said is not believed: GitHub says who wrote what.
+        # A delivery is only a claim. GitHub says who wrote what, and what it says now.
         comment = context.github_repository.reload_comment(context.number, stored)
         if comment is None or comment.user != reviewer:
             continue
@@ -5904,7 +5878,7 @@ def parse_answers(
             by_comment[str(entry.get("comment_id"))] = str(entry["body"])
     answers = {}
     for thread, members in group_by_thread(comments).items():
-        ids = [thread.split()[1], *(str(comment.id) for comment in members)]
+        ids = [str(members[0].thread), *(str(comment.id) for comment in members)]
         texts = [by_comment[i] for i in dict.fromkeys(ids) if i in by_comment]
         text = "\n\n".join(texts) or answer.text
         answers[thread] = truncate(run.redact(text[:100_000]), 50_000)
@@ -5956,7 +5930,7 @@ def push_change(run: JobRun, context: ReviewContext, attempt: int) -> bool:
     run.set_phase("push", attempt)
     workspace = context.workspace
     try:
-        workspace.push(run.job.commit_id)
+        workspace.push()
     except JobFailed:
         if fetch_tip(run, context) == run.job.base_commit:
             raise  # nobody has pushed: the remote does not want it
@@ -6014,12 +5988,11 @@ def answer_threads(
     for thread, comments in threads.items():
         body = run.redact(answer_body(run, thread, comments))
         marker = f"<!-- codebot answer {run.job.id} {thread} -->"
-        place, _, number = thread.partition(" ")
         list_path = f"/issues/{context.number}/comments"
         post_path = list_path
-        if place == "inline":
+        if comments[0].place == "inline":
             list_path = f"/pulls/{context.number}/comments"
-            post_path = f"{list_path}/{number}/replies"
+            post_path = f"{list_path}/{comments[0].thread}/replies"
         try:
             context.github_repository.post_once(list_path, post_path, body, marker)
         except NotFound as error:
@@ -6034,7 +6007,7 @@ def answer_body(run: JobRun, thread: str, comments: Sequence[Comment]) -> str:
     job = run.job
     answer = job.outcome.answers.get(thread, "")
     parts = []
-    if not thread.startswith("inline"):  # elsewhere nothing shows what is answered
+    if comments[0].place != "inline":  # elsewhere nothing shows what is answered
         first_line = comments[0].text.strip().splitlines()[0][:200]
         parts.append(quoted(f"@{comments[0].user}", first_line))
     if job.outcome.error:
@@ -6409,8 +6382,7 @@ def run_once(codebot: Codebot, job: Job) -> JobRun:
                                              once more, only to tell the reviewer
       TransientError, a busy database,       pending, after a minute; failed if that
       a full disk, a failed node, an App     goes on for too long, or costs too much
-      that GitHub refuses (but find_remote
-      fails a task at once)
+      that GitHub refuses
       StopRequested                          pending, at the next start
       Cancelled                              failed, as cancelled
       ReviewSkipped                          the review is deleted; failed, as
@@ -9028,8 +9000,9 @@ def start_app(config: Config, checks: Sequence[Check], level: int) -> Codebot:
 def start_thread(
     codebot: Codebot, name: str, step: Callable[[], None]
 ) -> threading.Thread:
-    arguments = (codebot, step)
-    thread = threading.Thread(None, repeat_until_stopped, name, arguments, daemon=True)
+    thread = threading.Thread(
+        target=repeat_until_stopped, name=name, args=(codebot, step), daemon=True
+    )
     thread.start()
     return thread
 
