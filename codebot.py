@@ -8746,10 +8746,13 @@ class Server(http.server.ThreadingHTTPServer):
     def _evict(self) -> None:
         """Close the connection that has waited longest for its client.
 
-        One that reads an answer is only closed if all others are with a handler.
-        Raises OSError, which refuses the new connection, if all are.
+        One that reads an answer is only closed if all others are with a handler, or if
+        most are like it: then somebody lets them stand to keep others out.
+        Raises OSError, which refuses the new connection, if all are with a handler.
         """
-        if self._drop_oldest(Connection.is_waiting):
+        sending = [entry for entry in self._connections.values() if entry.is_sending()]
+        are_most_sending = len(sending) > MAX_CONNECTIONS / 2
+        if not are_most_sending and self._drop_oldest(Connection.is_waiting):
             return
         if not self._drop_oldest(Connection.is_sending):
             raise ConnectionRefusedError("all connections are with a handler")

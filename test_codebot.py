@@ -9270,6 +9270,28 @@ def test_flood_of_connections_does_not_refuse_a_request(crowded_site: Site) -> N
             assert crowded_site.api.get("/health").status == 200
 
 
+def test_clients_that_do_not_read_make_way_if_they_are_the_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "MAX_CONNECTIONS", 5)
+    app = codebot.Codebot(codebot.Config(port=0, work_dir=str(tmp_path)))
+    sending = codebot.ConnectionState.SENDING
+    with codebot.Server(app) as server, contextlib.ExitStack() as stack:
+        pairs = [socket.socketpair() for _ in range(4)]
+        own, theirs = zip(*pairs)
+        for end in own + theirs:
+            stack.enter_context(end)
+        # The first two read nothing; the third waits; the fourth reads nothing either.
+        states = [sending, sending, codebot.ConnectionState.RECEIVING, sending]
+        for number, state in enumerate(states):
+            entry = codebot.Connection(number, float("inf"), state)
+            server._connections[own[number]] = entry
+        server._evict()
+        assert [is_closed(end) for end in theirs] == [True, False, False, False]
+        server._evict()  # two of five are not the most
+        assert [is_closed(end) for end in theirs] == [True, False, True, False]
+
+
 @contextlib.contextmanager
 def flood_of_connections(site: Site) -> Iterator[None]:
     """Open connections without end, more at a time than the server keeps."""
