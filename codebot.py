@@ -2314,8 +2314,15 @@ class GitHubRepository:
         existing = find_existing() if find_existing else None
         if existing is not None:
             return existing
-        path = f"{self.path}{path}"
-        return self.github.call("POST", path, self.id, body, find_existing).value
+        url = f"{self.path}{path}"
+        try:
+            return self.github.call("POST", url, self.id, body, find_existing).value
+        except GitHubError:
+            # The first of several requests may have taken effect only now.
+            existing = find_existing() if find_existing else None
+            if existing is None:
+                raise
+            return existing
 
     def pages(self, path: str) -> Iterator[Json]:
         separator = "&" if "?" in path else "?"

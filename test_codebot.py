@@ -5330,6 +5330,21 @@ def test_lost_answer_is_asked_for_again_and_done_once(
     assert len(shared.agent.runs()) == 1
 
 
+def test_pull_request_that_appears_late_is_found(fresh: Site) -> None:
+    # The first request takes effect after the second look for it.
+    fresh.server.start(limits={"GITHUB_TIMEOUT": 1.0})
+    hold = fresh.repository.hold("POST /pulls")
+
+    def let_first_go() -> None:
+        hold.release()
+        wait_for(lambda: fresh.repository.pulls)
+
+    fresh.repository.before("POST /pulls", let_first_go)
+    result = fresh.api.completed(fresh.api.submit())
+    assert result["pr_number"] == 1
+    assert len(fresh.repository.pulls) == 1
+
+
 @pytest.mark.parametrize(
     ("status", "value", "headers"),
     [
