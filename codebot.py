@@ -2416,16 +2416,17 @@ class GitHubRepository:
                 yield updated_at, comment
 
     def reload_comment(self, number: int, comment: Comment) -> Comment | None:
-        """Return a comment as GitHub has it now; None if it is no longer there."""
+        """Return a comment as GitHub has it now.
+
+        None if it is not on this pull request, or no person's, or empty. Raises NotFound
+        if it is not there.
+        """
         paths = {
             "review_text": f"/pulls/{number}/reviews/{comment.id}",
             "inline": f"/pulls/comments/{comment.id}",
             "conversation": f"/issues/comments/{comment.id}",
         }
-        try:
-            payload = self.get(paths[comment.place])
-        except NotFound:
-            return None
+        payload = self.get(paths[comment.place])
         # The id alone could be that of a comment elsewhere in the repository.
         parent = payload.get("pull_request_url") or payload.get("issue_url") or ""
         if not str(parent).endswith(f"/{number}"):
@@ -5559,6 +5560,7 @@ def react_to_issue(run: JobRun, repository: Repository) -> None:
 
 # --- Review ------------------------------------------------------------------
 
+NEW_COMMENT_AGE = 50.0  # seconds in which a comment that is not there may still come
 LIMIT_TEXT = (
     f"This pull request has had {DAILY_REVIEW_JOBS} requests to codebot in a day. "
     "Further comments are not handled; comment again tomorrow."
@@ -5694,7 +5696,7 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
     comments = []
     for stored in store.comments(run.job.id):
         # A delivery is only a claim. GitHub says who wrote what, and what it says now.
-        comment = context.github_repository.reload_comment(context.number, stored)
+        comment = reload_stored_comment(run, context, stored)
         if comment is None or comment.user != reviewer:
             continue
         comments.append(comment)
@@ -5702,6 +5704,23 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
             subject = "pulls" if comment.place == "inline" else "issues"
             context.github_repository.react(f"/{subject}/comments/{comment.id}")
     return comments
+
+
+def reload_stored_comment(
+    run: JobRun, context: ReviewContext, stored: Comment
+) -> Comment | None:
+    """Return a comment as GitHub has it now; None if it was deleted.
+
+    Raises TransientError if it is so new that GitHub may not have it everywhere yet.
+    """
+    try:
+        return context.github_repository.reload_comment(context.number, stored)
+    except NotFound as error:
+        if run.job.submitted_at > now_text(seconds_ago=NEW_COMMENT_AGE):
+            raise TransientError(
+                f"GitHub does not have a comment yet: {error}"
+            ) from None
+        return None
 
 
 def check_daily_limit(run: JobRun) -> None:

@@ -1914,6 +1914,7 @@ SHORT_WAITS = {
     "RETRY_DELAY": 0.3,
     "TOKEN_RETRY_DELAY": 0.3,
     "APP_REFUSED_DELAY": 0.3,
+    "NEW_COMMENT_AGE": 0.0,
 }
 
 
@@ -7707,6 +7708,17 @@ def test_killed_in_any_step_review_has_one_push_and_one_answer(fresh: Site) -> N
         assert text.count("more") == (0 if is_question else 1), step
         runs = [r for r in fresh.agent.runs() if f"Stop at {step}." in r.stdin]
         assert len(runs) == (3 if step == "agent" else 2), step
+
+
+def test_comment_that_github_does_not_have_everywhere_yet_is_answered(
+    fresh: Site,
+) -> None:
+    fresh.server.start(limits={"RETRY_DELAY": 0.1})
+    pull = open_pull(fresh, ANSWER_QUESTION)
+    fresh.repository.fail("GET /issues/comments/*", 404)
+    fresh.person("alice").comment("Why?")
+    assert pull.review()["status"] == "completed"
+    assert "Because" in pull.answer()
 
 
 def test_what_was_written_while_server_was_down_is_found_at_start(fresh: Site) -> None:
