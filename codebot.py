@@ -6130,9 +6130,16 @@ class Sync:
             return
         for repository_id, number in self.store.unfinished_issues():
             self.waiting[IssueChanged(repository_id, number)] = 0.0
+        failure: TransientError | None = None
         for github_repository in self.github.repositories():
-            if repository_at(github_repository).is_allowed(self.config):
+            if not repository_at(github_repository).is_allowed(self.config):
+                continue
+            try:
                 self.find_labelled_issues(github_repository)
+            except TransientError as error:
+                failure = error  # the others are still looked at
+        if failure is not None:
+            raise failure
 
     def find_labelled_issues(self, github_repository: GitHubRepository) -> None:
         """Ask for a look at a repository's open issues with the label."""

@@ -8234,6 +8234,19 @@ def test_label_put_on_again_makes_new_task(shared: Site) -> None:
     assert len(shared.repository.pulls) == 1
 
 
+def test_repository_that_cannot_be_asked_does_not_hide_issues_of_others(
+    fresh: Site,
+) -> None:
+    other = fresh.github.create_repository("acme/other")
+    fresh.repository.fail("GET /issues", 502, always=True)
+    fresh.repository = other
+    fresh.api.repository = other
+    issue = open_issue(fresh)
+    fresh.person("alice").label(issue.number, webhook=False)
+    fresh.server.start(limits={"GITHUB_ATTEMPTS": 1})
+    fresh.api.completed(issue.task())
+
+
 def test_removing_label_during_push_is_too_late(shared: Site) -> None:
     issue = open_issue(shared)
     alice = shared.person("alice")
