@@ -1848,16 +1848,20 @@ def visible_text(text: str) -> str:
     For example: "a <!-- b --> c" becomes "a  c". A comment without an end hides all that
     follows if it is in a block of HTML; it is cut elsewhere, too, with a note.
     """
-    # Without a pattern: it would look for an end from each of thousands of beginnings.
-    visible = ""
-    rest = text
+    # Not with a pattern: it would look for an end from each of thousands of beginnings.
+    parts = []
+    position = 0
     is_unclosed = False
-    while rest and not is_unclosed:
-        part, start, rest = rest.partition("<!--")
-        visible += part
-        if start:
-            _, end, rest = rest.partition("-->")
-            is_unclosed = not end
+    while not is_unclosed:
+        start = text.find("<!--", position)
+        if start < 0:
+            parts.append(text[position:])
+            break
+        parts.append(text[position:start])
+        end = text.find("-->", start + 2)  # "<!-->" is a comment, too
+        position = end + len("-->")
+        is_unclosed = end < 0
+    visible = "".join(parts)
     visible = INVISIBLE_RE.sub("", visible)
     if is_unclosed and visible.strip():
         visible += CUT_NOTE

@@ -6683,6 +6683,7 @@ CUT = "(what follows an HTML comment without an end was cut)"
         # It hides what follows in a block of HTML, and is cut everywhere.
         ("a\n<!-- b\nc", f"a\n{CUT}"),
         ("<!-- b", ""),
+        ("a <!--> b <!-- c --> d <!---> e", "a  b  d  e"),
         ("> a\n> - <!-- b", f"> a\n> - {CUT}"),
         ("a" + "<!--" * 3 + " b", f"a{CUT}"),
         ("   <!-- b --> c", "    c"),
@@ -6704,10 +6705,11 @@ def test_comment_of_html_is_removed_and_other_text_is_not(
     assert codebot.visible_text(text) == visible
 
 
-def test_thousands_of_unclosed_comments_are_read_at_once() -> None:
+def test_thousands_of_comments_of_html_are_read_at_once() -> None:
     # With a pattern it would take minutes, and all threads would stand still.
     lines = [f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r})"]
     lines += ["import codebot", "codebot.visible_text('<!--' * 100_000)"]
+    lines += ["codebot.visible_text('<!---->' * 1_000_000 + '\\U0001f600')"]
     subprocess.run([sys.executable, "-c", "; ".join(lines)], timeout=30, check=True)
 
 
