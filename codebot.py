@@ -120,7 +120,8 @@ LIFE OF A JOB
 
   A task is on disk before the client gets its 202. A commit is in the store before it is
   pushed, and an answer before it is posted; each carries a marker or an id by which a
-  retry finds it, so neither is done twice.
+  retry finds it, so neither is done twice. (If GitHub is slower than GITHUB_TIMEOUT with
+  an answer, it may be there twice.)
 
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
@@ -797,7 +798,7 @@ def read_config(
     problems += unreadable_files(config)
     problems += conflicting_settings(config)
     for name in NETWORK_NAMES:  # urllib and ssl read the process's environment only
-        if name in variables:
+        if variables.get(name):
             os.environ.setdefault(name, variables[name])
     return config, problems
 
@@ -1320,9 +1321,9 @@ def base_environment(config: Config, run_tag: str) -> dict[str, str]:
 
 
 def copy_variables(config: Config, names: Iterable[str]) -> dict[str, str]:
-    """Return those of the named variables that are set."""
+    """Return those of the named variables that are set, and not empty."""
     variables = config.variables
-    return {name: variables[name] for name in names if name in variables}
+    return {name: variables[name] for name in names if variables.get(name)}
 
 
 # --- Launcher ----------------------------------------------------------------
@@ -1721,7 +1722,7 @@ LOOKUP = 0  # the token that can only look up names
 AS_APP = -1  # the App's own JWT
 TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
-MAX_GITHUB_BYTES = 32 << 20  # of one response
+MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take 34 MB
 MAX_CACHED_REPLIES = 500
 CUT_NOTE = "(what follows an HTML comment without an end was cut)"
 INVISIBLE_RE = re.compile(
@@ -1921,9 +1922,9 @@ def github_error_text(status: int, body: bytes) -> str:
             if isinstance(error, dict):
                 error = error.get("message") or error
             words.append(str(error))
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         words.append("without a reason")
-    return " ".join(words)[:1000]
+    return " ".join(" ".join(words).split())[:1000]
 
 
 def final_error(status: int, message: str) -> Exception:
@@ -2081,6 +2082,7 @@ class GitHub:
         url = path if path.startswith(f"{self.api}/") else f"{self.api}{path}"
         has_new_token = False
         for attempt in range(self.attempts):
+            self.check_stop()
             reply = self.send(method, url, credential, body)
             if 200 <= reply.status < 300:
                 return reply
@@ -2146,7 +2148,7 @@ class GitHub:
     def read_reply(self, response: Any) -> Reply:
         """Read a response's body, and not for much longer than the timeout."""
         deadline = time.monotonic() + self.timeout
-        body = b""
+        body = bytearray()
         while True:
             chunk = response.read1(1 << 16)
             body += chunk
@@ -2155,14 +2157,15 @@ class GitHub:
             if time.monotonic() > deadline or len(body) > MAX_GITHUB_BYTES:
                 raise TimeoutError("the response is too slow or too long")
         if response.length:  # read1() does not say that it was cut off
-            raise http.client.IncompleteRead(body, response.length)
+            raise http.client.IncompleteRead(bytes(body), response.length)
         status = response.status
         self.read_headers(response.headers)
         if status >= 300:
-            return Reply(status, github_error_text(status, body), response.headers)
+            text = github_error_text(status, bytes(body))
+            return Reply(status, text, response.headers)
         try:
             return Reply(status, json.loads(body), response.headers)
-        except ValueError:
+        except (ValueError, RecursionError):
             return Reply(0, "the response is not JSON", response.headers)
 
     def read_headers(self, headers: email.message.Message) -> None:
@@ -2170,7 +2173,7 @@ class GitHub:
         remaining = headers.get("x-ratelimit-remaining", "")
         if remaining.isdigit():
             self.rate_limit_remaining = int(remaining)
-        with contextlib.suppress(TypeError, ValueError):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             date = email.utils.parsedate_to_datetime(headers["Date"])
             skew = date.timestamp() - time.time()
             # The header has whole seconds, and the response took some time.
@@ -2654,7 +2657,7 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
     """Return any git remote, for --no-github. Raises ValueError with a sentence."""
     is_remote = PLAIN_REMOTE_RE.fullmatch(url)
     has_user = re.match(r"https?://[^/]*@", url)
-    if not is_remote or "::" in url or has_user:
+    if not is_remote or has_user:
         raise ValueError(
             "must be http(s):// without a user, ssh://, file://, user@host:path or /path"
         )
@@ -6166,8 +6169,13 @@ class Sync:
         pull_request = self.store.pull_request(task_id)
         if pull_request is None:
             return
-        github_repository = self.github.repository_by_id(pull_request.repository_id)
-        current = github_repository.pull_request(pull_request.number)
+        try:
+            github_repository = self.github.repository_by_id(pull_request.repository_id)
+            current = github_repository.pull_request(pull_request.number)
+        except GitHubError as error:
+            if error.status in GONE_STATUSES:  # so that it expires
+                self.store.save_pull_request_state(task_id, "closed")
+            raise
         if current.state != pull_request.state:
             self.store.save_pull_request_state(task_id, current.state)
             log.info("Pull request %s is %s now", pull_request.url, current.state)
@@ -6347,7 +6355,10 @@ class Sync:
         if task.status == "completed" and pull_request is not None:
             return f"The pull request is {pull_request.url}."
         if task.reason == "cancelled":
-            return "The task was cancelled. To start it again, add the label again."
+            return (
+                "The task was cancelled. To start it again, remove the label, if it is "
+                "still there, and add it again."
+            )
         error = code_block(truncate(task.error, 5000))
         return (
             f"The task failed ({task.reason}):\n\n{error}\n"
@@ -7233,13 +7244,14 @@ function restoreDraft() {
 async function submitTask(event) {
   event.preventDefault();
   const fields = [...new FormData(ui.taskForm)];
-  const filled = Object.fromEntries(fields.filter(([, value]) => value.trim() !== ''));
+  const trimmed = fields.map(([name, value]) => [name, value.trim()]);
+  const filled = Object.fromEntries(trimmed.filter(([, value]) => value !== ''));
   const headers = { 'Content-Type': 'application/json', 'Idempotency-Key': draftKey };
   const options = { method: 'POST', headers, body: JSON.stringify(filled) };
   try {
     const response = await request('/submit', options);
     const { task_id: id } = await response.json();
-    localStorage.setItem('repository', filled.repository_url.trim());
+    localStorage.setItem('repository', filled.repository_url);
     sessionStorage.removeItem('draft');
     showErrors('');
     restoreDraft();
@@ -8643,6 +8655,7 @@ class Server(http.server.ThreadingHTTPServer):
     """
 
     request_queue_size = 1024
+    allow_reuse_port = False  # or an agent, as the same user, could share the port
     # http.server's own method asks DNS for the name of this host.
     server_bind = socketserver.TCPServer.server_bind
 

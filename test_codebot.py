@@ -2477,6 +2477,13 @@ def test_address_of_git_follows_from_api(
     assert config.git_base == git
 
 
+def test_empty_variable_counts_as_not_set() -> None:
+    # git and OpenSSL would look for certificates in a file without a name.
+    variables = {"GIT_SSL_CAINFO": "", "ANTHROPIC_API_KEY": "", "TZ": "UTC"}
+    config = codebot.Config(variables=variables)
+    assert codebot.copy_variables(config, variables) == {"TZ": "UTC"}
+
+
 # --- Settings: redaction -----------------------------------------------------
 
 PEM_KEY = "-----BEGIN KEY-----\nMIIEowIBAAKCAQEA\nqzXJ+/secretline\n-----END KEY-----\n"
@@ -2895,6 +2902,8 @@ def test_other_repository_url_on_github_is_refused(url: str) -> None:
         "file:///srv/git/a.git",
         "/srv/git/a.git",
         "/var/lib/codebot2/a.git",
+        "http://[::1]:3000/a.git",
+        "ssh://git@[2001:db8::1]/a.git",
     ],
 )
 def test_any_remote_is_accepted_without_github(url: str) -> None:
@@ -5544,6 +5553,25 @@ def test_job_does_not_wait_for_ever(limit: dict[str, str]) -> None:
     assert app.github.silent_until <= time.time() + 86400
 
 
+@pytest.mark.parametrize("status", [200, 404])
+def test_json_that_is_nested_too_deeply_is_no_crash(fresh: Site, status: int) -> None:
+    fresh.server.start(limits={"RETRY_DELAY": 0.1})
+    fresh.repository.fail("GET /pulls*", status, b"[" * 200_000)
+    task = fresh.api.submit()
+    ends = {200: ("completed", None), 404: ("failed", "pull_request_failed")}
+    end = fresh.api.wait_end(task)
+    assert (end["status"], end.get("reason")) == ends[status]
+
+
+def test_impossible_date_of_github_is_ignored() -> None:
+    app = codebot.Codebot(codebot.Config())
+    assert app.github is not None
+    headers = email.message.Message()
+    headers["Date"] = f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT"
+    app.github.read_headers(headers)
+    assert app.github.clock_skew == 0.0
+
+
 def test_task_fails_when_github_is_away_for_too_long(fresh: Site) -> None:
     limits = {
         "RETRY_DELAY": 0.1,
@@ -7345,6 +7373,16 @@ def test_lost_answers_of_github_double_nothing(pull: Pull) -> None:
     assert counts in ([2, 1, 1, 1], [2, 2, 1, 1])
 
 
+def test_pull_request_of_deleted_repository_is_closed(fresh: Site) -> None:
+    fresh.server.start()
+    pull = open_pull(fresh, SAY_HELLO)
+    path = f"/repositories/{fresh.repository.id}"
+    fresh.github.fail(f"GET {path}", 404, always=True)
+    fresh.server.stop()
+    fresh.server.restart()
+    wait_for(lambda: pull_state(pull) == "closed")
+
+
 @pytest.fixture
 def sync(tmp_path: Path) -> codebot.Sync:
     app = codebot.Codebot(codebot.Config(work_dir=str(tmp_path)))
@@ -8201,7 +8239,7 @@ def test_removing_label_cancels_task(shared: Site) -> None:
     alice.unlabel(issue.number)
     shared.api.failed(issue.task(), "cancelled")
     [comment] = issue.comments()
-    assert "The task was cancelled. To start it again, add the label again." in comment
+    assert "To start it again, remove the label, if it is still there" in comment
     assert shared.repository.pulls == []
 
 
@@ -11768,7 +11806,7 @@ def test_page_shows_task_from_submit_to_result_and_review(
     browser.wait_for_text("No tasks yet")
     browser.check()
     browser.click("button", "New task")
-    browser.fill("Repository", fresh.repository.url)
+    browser.fill("Repository", f" {fresh.repository.url} ")
     browser.fill("What should change", "Say hello\n\nTo everybody.")
     browser.fill("Test command", "test -s hello.txt")
     browser.call("Page.reload")
