@@ -8966,9 +8966,6 @@ HOST_CHECKS: tuple[Check, ...] = (check_programs, check_settings, check_safety)
 
 # --- serve -------------------------------------------------------------------
 
-# What is shown of --host. Not "localhost": an agent, which shares the host's network, could
-# listen on [::1], where a browser may look first, and would get the API key.
-SHOWN_HOSTS = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 PR_SET_DUMPABLE = 4  # of prctl(2)
 MAX_DESCRIPTORS = 65536  # open files at the same time, if the host allows so many
 # What the operating system may say when the server begins to listen.
@@ -9115,8 +9112,10 @@ def running_server(codebot: Codebot) -> Iterator[Server]:
 def print_banner(codebot: Codebot, port: int, pending: int) -> None:
     config = codebot.config
     scheme = "https" if config.tls_cert else "http"
-    host = SHOWN_HOSTS.get(config.host, config.host)
-    if ":" in host:
+    host = config.host
+    if host in (*LOOPBACK_NAMES, "0.0.0.0", "::"):
+        host = "localhost"
+    elif ":" in host:
         host = f"[{host}]"
     url = f"{scheme}://{host}:{port}"
     webhook = f"{url}/webhook"
@@ -9464,7 +9463,7 @@ def demo(flags: Flags) -> int:
         with running_server(codebot) as server:
             is_completed = show_demo(codebot, server.server_port, repository)
             if flags["keep"]:
-                print(f"\nPage:        http://127.0.0.1:{server.server_port}/")
+                print(f"\nPage:        http://localhost:{server.server_port}/")
                 print(f"API key:     {codebot.config.api_keys[0]}")
                 print("Press Ctrl-C to end.", flush=True)
             while flags["keep"] and not codebot.stop.is_set():
@@ -9476,7 +9475,7 @@ def show_demo(codebot: Codebot, port: int, repository: str) -> bool:
     """Run a task on the repository. Returns whether it was completed."""
     print(f"Repository:  {repository}")
     print("Agent:       a shell script that stands in for Claude, in no sandbox")
-    print(f"Server:      http://127.0.0.1:{port}/")
+    print(f"Server:      http://localhost:{port}/")
     fields = {
         "repository_url": repository,
         "description": "Add a program that says hello",

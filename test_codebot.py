@@ -9573,7 +9573,7 @@ def get_over_tls(connection: http.client.HTTPSConnection, path: str) -> Any:
 
 
 def test_https_keeps_connections_and_the_banner_says_so(secure_site: Site) -> None:
-    assert "https://127.0.0.1:" in secure_site.server.log()
+    assert "https://localhost:" in secure_site.server.log()
     with contextlib.closing(connect_tls(secure_site)) as connection:
         assert get_over_tls(connection, "/health")["status"] == "healthy"
         used = connection.sock
@@ -12420,7 +12420,7 @@ def test_second_codebot_in_same_work_dir_is_refused(fresh: Site) -> None:
 
 def test_start_prints_addresses_and_what_was_requeued(fresh: Site) -> None:
     fresh.server.start(CODEBOT_API_KEYS="key-1, key-2")
-    url = f"http://127.0.0.1:{fresh.server.port}"
+    url = f"http://localhost:{fresh.server.port}"
     assert (
         "HTTP API enabled with 2 API key(s)\n"
         f"Starting server on port {fresh.server.port}...\n"
@@ -12437,11 +12437,9 @@ def test_start_prints_addresses_and_what_was_requeued(fresh: Site) -> None:
 @pytest.mark.parametrize(
     ("host", "shown"),
     [
-        ("127.0.0.1", "127.0.0.1"),
-        # There an agent could listen on [::1].
-        ("localhost", "127.0.0.1"),
-        ("0.0.0.0", "127.0.0.1"),
-        ("::", "[::1]"),
+        ("127.0.0.1", "localhost"),
+        ("0.0.0.0", "localhost"),
+        ("::", "localhost"),
         ("192.0.2.1", "192.0.2.1"),
         ("2001:db8::1", "[2001:db8::1]"),
         ("codebot.acme.com", "codebot.acme.com"),
@@ -12474,7 +12472,7 @@ def test_start_with_tls_prints_https(fresh: Site) -> None:
     certificate = ("--tls-cert", f"{keys}/cert.pem", "--tls-key", f"{keys}/app.pem")
     fresh.server.start(*certificate, "--no-github")
     log = fresh.server.log()
-    assert f"Page:          https://127.0.0.1:{fresh.server.port}/\n" in log
+    assert f"Page:          https://localhost:{fresh.server.port}/\n" in log
     assert "Webhook:       off" in log
 
 
@@ -12958,7 +12956,7 @@ def test_demo_shows_task_and_leaves_nothing(fresh: Site) -> None:
     assert done.stderr == ""
     expected = r"""Repository:  /.*/hello\.git
 Agent:       a shell script that stands in for Claude, in no sandbox
-Server:      http://127\.0\.0\.1:\d+/
+Server:      http://localhost:\d+/
 Task:        pending
 Task:        running
              clone
@@ -13000,7 +12998,7 @@ def test_demo_keeps_server_until_it_is_interrupted(fresh: Site) -> None:
         lines.append(process.stdout.readline())
         assert lines[-1], lines
     text = "".join(lines)
-    [port] = re.findall(r"Page: +http://127\.0\.0\.1:(\d+)/", text)
+    [port] = re.findall(r"Page: +http://localhost:(\d+)/", text)
     [key] = re.findall(r"API key: +([0-9a-f]{32})\n", text)
     address = ("127.0.0.1", int(port))
     assert send_request(address, "GET", "/").status == 200
