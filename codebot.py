@@ -8366,6 +8366,13 @@ STREAM_HEADERS = {
     "Content-Type": "text/event-stream",
     "X-Accel-Buffering": "no",  # or nginx would collect the events
 }
+# By --host, what else "localhost" may mean.
+GUARDED_ADDRESSES = {
+    "127.0.0.1": "::1",
+    "localhost": "::1",
+    "0.0.0.0": "::1",
+    "::1": "127.0.0.1",
+}
 # What poll() reports when a client closes its connection. macOS lacks POLLRDHUP.
 CLOSED_BY_CLIENT = getattr(select, "POLLRDHUP", select.POLLHUP)
 
@@ -8647,6 +8654,30 @@ def tls_context(config: Config) -> ssl.SSLContext:
     return context
 
 
+def guard_localhost(host: str, port: int) -> socket.socket | None:
+    """Take the port at the other address that "localhost" may mean.
+
+    An agent, which shares the host's network, could listen there, and clients of
+    localhost would send it the API key. Nothing listens at the guard, so they go on to
+    the right address.
+    """
+    families = {"::1": socket.AF_INET6, "127.0.0.1": socket.AF_INET}
+    address = GUARDED_ADDRESSES.get(host)
+    if address is None:
+        return None
+    try:
+        guard = socket.socket(families[address])
+        guard.bind((address, port))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            return None  # this host has no IPv6
+        raise ConfigError(
+            f"Another program uses port {port} on {address}, where clients of localhost "
+            "may get. Stop it, or use another --port."
+        ) from None
+    return guard
+
+
 class Server(http.server.ThreadingHTTPServer):
     """http.server with a bounded pool of threads and a deadline for every client.
 
@@ -8660,7 +8691,9 @@ class Server(http.server.ThreadingHTTPServer):
     server_bind = socketserver.TCPServer.server_bind
 
     def __init__(self, codebot: Codebot) -> None:
-        """Listen. Raises OSError if the address or the TLS files cannot be used."""
+        """Listen. Raises OSError if the address or the TLS files cannot be used, and
+        ConfigError if somebody else listens at "localhost".
+        """
         config = codebot.config
         self.codebot = codebot
         self.streams = threading.BoundedSemaphore(MAX_STREAMS)
@@ -8674,8 +8707,15 @@ class Server(http.server.ThreadingHTTPServer):
             self._tls = tls_context(config)
         if ":" in config.host:
             self.address_family = socket.AF_INET6
+        self._guard: socket.socket | None = None
         super().__init__((config.host, config.port), Handler)
         self.server_port = self.server_address[1]
+        self._guard = guard_localhost(config.host, self.server_port)
+
+    def server_close(self) -> None:
+        super().server_close()
+        if self._guard is not None:
+            self._guard.close()
 
     def close(self) -> None:
         """Close all connections, which ends their threads."""

@@ -9350,6 +9350,34 @@ def test_flood_of_connections_does_not_refuse_a_request(crowded_site: Site) -> N
             assert crowded_site.api.get("/health").status == 200
 
 
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
+def test_nobody_else_can_listen_at_localhost(tmp_path: Path) -> None:
+    # An agent could, and a browser looks at ::1 first.
+    app = codebot.Codebot(codebot.Config(port=0, work_dir=str(tmp_path)))
+    with socket.socket(socket.AF_INET6) as agent:
+        agent.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        agent.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        with codebot.Server(app) as server:
+            place = ("::1", server.server_port)
+            with pytest.raises(OSError, match="Address already in use"):
+                agent.bind(place)
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(place)
+        agent.bind(place)
+        port = dataclasses.replace(app.config, port=place[1])
+        with pytest.raises(codebot.ConfigError, match="Another program uses port"):
+            codebot.Server(codebot.Codebot(port))
+
+
 def test_clients_that_do_not_read_make_way_if_they_are_the_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
