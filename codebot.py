@@ -151,8 +151,8 @@ WHERE THE DANGEROUS THINGS ARE, each in one place
   what the agent sees       sandbox_mounts, bwrap_command, and Workspace.environment
   git on an agent's objects, outside the sandbox
                             fetch_into_outbox, which lets fsck check them; then
-                            collect_tree, write_commit, inspect_commit, is_submodule,
-                            has_commit, patch and push;
+                            collect_tree, write_commit, inspect_commit,
+                            submodule_paths, has_commit, patch and push;
                             once they are pushed, what git does in the mirror
   removing directories      remove_tree; scratch_* and the demo's by tempfile; in the
                             sandbox, the scripts of Workspace
@@ -4747,21 +4747,32 @@ class Workspace:
         fault = ""
         if scanner.secret_file:
             fault = f"it writes a secret into {scanner.secret_file}"
-        for path in scanner.gitlinks:
-            if not self.is_submodule(commit, path):
-                fault = f"{path} is a git repository of its own"
+        elif scanner.gitlinks:
+            clones = set(scanner.gitlinks) - self.submodule_paths(commit)
+            if clones:
+                fault = f"{min(clones)} is a git repository of its own"
         if fault:
             raise JobFailed("agent_failed", f"The change is not pushed: {fault}")
         return "\n".join(files)
 
-    def is_submodule(self, commit: str, path: str) -> bool:
-        """Return whether .gitmodules has a path. If not, it is a clone that the agent
-        left in the directory: `git add` records it in the same way.
+    def submodule_paths(self, commit: str) -> set[str]:
+        """Return the paths in .gitmodules; not those in files of this host that it names.
+
+        What is not there is a clone that the agent left in the directory: `git add`
+        records it in the same way.
         """
-        options = ("--blob", f"{commit}:.gitmodules", "--fixed-value")
-        pattern = ("--get-regexp", "[.]path$", path)
-        found = self.outbox.local_git("config", *options, *pattern, check=False)
-        return found.code == 0
+        collected: list[str] = []
+
+        def collect(lines: list[str]) -> None:
+            collected.extend(lines)
+
+        options = ("--blob", f"{commit}:.gitmodules", "--no-includes", "--null")
+        pattern = ("--get-regexp", "[.]path$")
+        self.outbox.local_git(
+            "config", *options, *pattern, check=False, on_lines=collect
+        )
+        entries = "\n".join(collected).split("\0")  # "KEY\nVALUE"
+        return {entry.partition("\n")[2] for entry in entries}
 
     def push(self) -> None:
         """Push the job's commit to the branch. Pushing it again changes nothing.

@@ -5059,6 +5059,16 @@ def test_submodule_that_is_registered_is_pushed(shared: Site) -> None:
     assert "160000 commit" in shared.repository.git("ls-tree", branch, "sub")
 
 
+def test_file_that_gitmodules_names_is_not_read(shared: Site) -> None:
+    # It would tell the agent what is in a file that it cannot see.
+    file = shared.directory / "included"
+    file.write_text('[submodule "x"]\npath = sub\n')
+    include = f"git config -f .gitmodules include.path {file}"
+    shared.agent.follow(f"{MAKE_NESTED}; {include}; {SAY_HELLO}")
+    error = shared.api.failed(shared.api.submit(), "agent_failed")
+    assert "sub is a git repository of its own" in error
+
+
 def test_nothing_of_agent_reaches_mirror_before_github(shared: Site) -> None:
     result = shared.api.completed(shared.api.submit())
     mirror = mirror_of(shared, shared.repository.name)
