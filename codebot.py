@@ -141,7 +141,8 @@ FILES in the work directory
   outbox_*.git   a task's outbox               launched/      runs on a cluster
   scratch_*      for a moment                  trash_*/       being removed
   While the server runs, Python's temporary files, with programs' output, are there too.
-  Only codebot's user may read what codebot writes (umask 077).
+  Only codebot's user may read what codebot writes (umask 077; the parents of what other
+  programs write are closed to others, too).
   A mirror and the database each have a .lock file beside them.
 
 WHERE THE DANGEROUS THINGS ARE, each in one place
@@ -4449,6 +4450,8 @@ g read-tree "$tree" && { reset 2>/dev/null || { chmod -R u+rwX .; reset; }; }
 # 4. If the test passed, note the tree: COMMIT_SCRIPT commits this one, whatever could not
 # be removed.
 [ $code = 0 ] && echo "$tree" >.git/codebot-tested
+# To a launcher, 143 means that the cluster has ended the program.
+[ $code = 143 ] && echo "The test ended with exit code 143" && code=1
 exit $code
 """
 # Commits the tree that a test has recorded ($2 is not empty), or what is there, on $1.

@@ -10708,6 +10708,12 @@ def test_exit_code_and_output_are_those_of_the_launched_program(
     assert output.startswith("one\n\nno line end\ncodebot: Exit code 7\n")
 
 
+def test_launched_test_that_ends_with_143_has_failed(launching: StandInCluster) -> None:
+    task = launching.site.api.submit(test_command="exit 143")
+    error = launching.site.api.failed(task, "tests_failed")
+    assert "The test ended with exit code 143" in error
+
+
 def test_workspace_is_not_used_again_before_its_job_is_ended(
     launching: StandInCluster,
 ) -> None:
