@@ -252,10 +252,13 @@ GIT_TIMEOUT = 1800.0  # seconds for one git command
 MIN_GIT_TIMEOUT = 60.0  # seconds for git in a workspace, if the job's time is over
 PROBE_TIMEOUT = 30.0  # seconds for the sandbox, and for a node, when codebot starts
 STOP_TIMEOUT = 10.0  # seconds that the workers have to end
-KILL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL: git removes its lock files
+KILL_GRACE = (
+    2.0  # seconds from SIGTERM to SIGKILL: git removes its locks (not in bwrap)
+)
 RESULT_GRACE = 5.0  # seconds that the agent may keep running after its result
+PRIVATE_UMASK = 0o077  # nobody else may read what codebot makes
 MAX_LINE_BYTES = 8 << 20  # the beginning of a longer line is replaced by a note
-MAX_OUTPUT_BYTES = 1 << 30  # a program whose output fills more of the disk is ended
+MAX_OUTPUT_BYTES = 1 << 30  # a program that prints more is ended
 READ_BYTES = 64 << 10  # of output read before the limits are checked again
 KEPT_LINES = 400  # the last lines of a program's output that are kept
 MAX_EVENT_CHARS = 4000  # a longer event is truncated
@@ -617,6 +620,9 @@ class Config:
     tls_key: str = setting("", str, "", "private key (PEM)")
     debug: bool = setting("", bool, False, "verbose log; restart on changes")
     env_file: str = ""
+    # That of who started codebot: for the files in workspaces, which lie in a private
+    # directory, and at a remote that is a directory of this host.
+    umask: int = PRIVATE_UMASK
     # .env and the environment, with all their secrets
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -793,7 +799,8 @@ def read_config(
         flags = {**flags, "work_dir": Config.work_dir}  # its path is checked, too
     values = read_settings(flags, variables, problems)
     values.setdefault("work_dir", os.path.realpath(Config.work_dir))
-    config = Config(**values, env_file=env_file, variables=variables)
+    umask = int(str(flags.get("umask", PRIVATE_UMASK)))
+    config = Config(**values, env_file=env_file, umask=umask, variables=variables)
     if was_env_file_read:
         problems += missing_settings(config, is_server)
     problems += unreadable_files(config)
@@ -1234,6 +1241,7 @@ def run_program(
     on_lines: LineHandler = ignore_lines,
     pass_fds: Sequence[int] = (),
     launch: Launch | None = None,
+    umask: int = PRIVATE_UMASK,
 ) -> ProgramResult:
     """Run a program to its end, and end what it leaves running in its group.
 
@@ -1261,6 +1269,7 @@ def run_program(
             stderr=stderr.file,
             start_new_session=True,
             pass_fds=pass_fds,
+            umask=umask,
         )
         program = RunningProgram(child, stdout, stderr, limits, launch)
         try:
@@ -2770,6 +2779,7 @@ class GitDirectory:
         env: Mapping[str, str],
         stdin: bytes = b"",
         on_lines: LineHandler = ignore_lines,
+        umask: int = PRIVATE_UMASK,
     ) -> ProgramResult:
         argv = [*GIT, "--git-dir", self.path, *args]
         try:
@@ -2780,6 +2790,7 @@ class GitDirectory:
                 limits=self.limits,
                 on_lines=on_lines,
                 pass_fds=self.inherited,
+                umask=umask,
             )
         except LimitReached as error:
             raise GitFailed(f"git {args[0]} {error}") from None
@@ -2808,7 +2819,7 @@ class GitDirectory:
         Raises TransientError, GitAuthFailed or GitFailed.
         """
         env = remote_environment(self.config, self.run_tag, token)
-        result = self.run_git(args, env)
+        result = self.run_git(args, env, umask=self.config.umask)
         if result.code == 0:
             return result
         text = "\n".join([*result.stdout, *result.stderr])
@@ -4657,6 +4668,7 @@ class Workspace:
                 limits=limits,
                 on_lines=command.on_lines,
                 launch=launch,
+                umask=self.config.umask,
             )
         except LimitReached as error:
             raise self.run.limit_failure(error, command.name) from None
@@ -9588,8 +9600,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 2 for settings or input that are bad."""
-    os.umask(0o077)  # nobody else may read what codebot makes
     flags = vars(make_parser().parse_args(arguments))
+    flags["umask"] = os.umask(PRIVATE_UMASK)
     try:
         code: int = flags["function"](flags)
         sys.stdout.flush()

@@ -38,6 +38,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -4365,6 +4366,28 @@ def test_without_github_branch_is_pushed_and_github_is_not_asked(fresh: Site) ->
     error = fresh.api.failed(missing, "clone_failed")
     assert "Failed to clone repository" in error
     assert fresh.github.requests == []
+
+
+def test_files_of_workspace_and_local_remote_have_the_umask_of_the_operator(
+    fresh: Site,
+) -> None:
+    umask = os.umask(0o022)
+    try:
+        fresh.server.start("--no-github")
+        task = fresh.api.submit(
+            repository_url=str(fresh.repository.bare),
+            test_command='test "$(stat -c %a README.md)" = 644',
+        )
+        branch = fresh.api.completed(task)["branch_name"]
+        ref = fresh.repository.bare / "refs" / "heads" / branch
+        assert stat.S_IMODE(ref.stat().st_mode) == 0o644
+        # Nobody else reaches what codebot itself has made.
+        private = [fresh.server.work_dir / "mirrors", fresh.server.work_dir]
+        private += fresh.server.work_dir.glob("task_*")
+        private += fresh.server.work_dir.glob("outbox_*")
+        assert {stat.S_IMODE(path.stat().st_mode) for path in private} == {0o700}
+    finally:
+        os.umask(umask)
 
 
 def test_many_tasks_on_one_repository_all_complete(shared: Site) -> None:
