@@ -1016,6 +1016,7 @@ class OutputFile:
         fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_APPEND)
         self.has_new_bytes = False  # whether the last read found any
         self._position = 0
+        self._bytes_read = 0
         self._partial_line = bytearray()
 
     def read_lines(self, at_end: bool) -> list[str]:
@@ -1027,6 +1028,7 @@ class OutputFile:
             self._partial_line.clear()
         data = os.pread(self.file.fileno(), READ_BYTES, self._position)
         self._position += len(data)
+        self._bytes_read += len(data)
         self.has_new_bytes = bool(data)
         *pieces, rest = data.split(b"\n")
         if pieces:
@@ -1042,6 +1044,10 @@ class OutputFile:
 
     def size(self) -> int:
         return os.fstat(self.file.fileno()).st_size
+
+    def amount(self) -> int:
+        """Return how much was printed, even if the program has emptied the file since."""
+        return max(self.size(), self._bytes_read)
 
 
 def let_stop_arrive(check_stop: Callable[[], None]) -> None:
@@ -1146,7 +1152,7 @@ class RunningProgram:
             return  # its work is done and counts
         now = time.monotonic()
         self.limits.check_stop()
-        if max(self.stdout.size(), self.stderr.size()) > MAX_OUTPUT_BYTES:
+        if max(self.stdout.amount(), self.stderr.amount()) > MAX_OUTPUT_BYTES:
             raise TooMuchOutput(f"printed more than {MAX_OUTPUT_BYTES >> 30} GiB")
         if self.launch is not None and self.is_queued:
             if now > self.started + self.launch.timeout:
