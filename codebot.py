@@ -8991,6 +8991,12 @@ def check_safety(codebot: Codebot) -> Iterator[Finding]:
             yield Finding("warn", message)
     if codebot.sandbox.is_none:
         yield Finding("warn", f"{NO_SANDBOX_WARNING}.")
+    if os.getpid() == 1:
+        yield Finding(
+            "warn",
+            "codebot is the first process of its container, where ended programs stay as "
+            "zombies until none can start. Start the container with --init.",
+        )
     if os.getuid() == 0:
         yield Finding(
             "warn",
