@@ -5138,6 +5138,7 @@ def ask_agent(
 
     def start() -> None:
         run.retry_costs_money = True
+        run.update(transient_since=0.0)  # what was waited for has come
         run.set_phase("classify" if mode is CLASSIFYING else "agent", attempt)
 
     try:

@@ -5722,6 +5722,22 @@ def test_outage_during_first_task_costs_no_run_of_the_agent(fresh: Site) -> None
     assert len(fresh.agent.runs()) == 1
 
 
+def test_outage_before_the_agent_ran_does_not_shorten_the_next_one(
+    fresh: Site,
+) -> None:
+    fresh.server.start(limits={"RETRY_DELAY": 0.1})
+    fresh.repository.fail("GET /info/refs?service=git-upload-pack", 503, b"")
+    fresh.agent.follow(f"block; {SAY_HELLO}")
+    task = fresh.api.submit()
+    fresh.agent.wait_until_blocked()
+    assert "Trying again later" in str(fresh.api.messages(task))
+    with fresh.server.database() as database:
+        rows = database.execute("SELECT transient_since FROM jobs").fetchall()
+    assert rows == [(0.0,)]
+    fresh.agent.release()
+    fresh.api.completed(task)
+
+
 def test_git_that_is_told_429_is_retried(shared: Site) -> None:
     shared.repository.fail("GET /info/refs*", 429, b"slow down")
     shared.api.completed(shared.api.submit())
