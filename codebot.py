@@ -21,8 +21,9 @@ HOW TO READ THIS FILE
     II.  The work       every state, what an agent receives, what happens to its work
     III. The network    everything that can be requested from outside, and by whom
     IV.  Commands       how it is started and stopped
-  If you have only an hour, read `run_program`, `sandbox_mounts`, `GitHub.send`,
-  `GitDirectory.remote_git`, `run_task` and `ROUTES`, with what stands around them.
+  If you have only an hour, read `Redactor`, `run_program`, `sandbox_mounts`,
+  `GitHub.send`, `has_write_access`, `GitDirectory.remote_git`, `Store.claim`, `run_task`,
+  `load_comments`, `Sync.obstacle` and `ROUTES`.
   The page stands before the rest of part III, which does not need it. Its style can be
   skipped; its script never inserts HTML.
 
@@ -39,8 +40,8 @@ GLOSSARY
   base           the branch that the agent's branch starts from
   base commit    the parent of the job's commit: the tip of the base, or in a review, of
                  the pull request's branch
-  installation token   a GitHub credential that is valid for one hour: for one
-                 repository, or only for looking up names
+  installation token   a GitHub credential that is valid for one hour: to read and write
+                 one repository, or only to look up names in the whole installation
   delivery       one webhook request, with its GUID
   marker         the hidden comment by which a retry sees that something was posted
   event          an entry of a task's log
@@ -62,7 +63,8 @@ WHO IS TRUSTED WITH WHAT
                  all that codebot's user can reach. It may read and cancel every task.
   A reviewer     is acted on only if GitHub reports that they have write access to the
                  repository, when the review starts. So is a person who labels an issue,
-                 when the task is submitted. Everyone else is ignored.
+                 when the task is submitted. Nobody else can start work; but the words
+                 of a labelled issue may be anyone's.
   GitHub         is believed over TLS. A webhook's signature is checked, and even then a
                  delivery only makes codebot ask GitHub: who wrote what, who may write,
                  what is open.
@@ -76,6 +78,30 @@ WHO IS TRUSTED WITH WHAT
                  own workspace. codebot takes from it a tree of files, and words that are
                  quoted as the agent's. A test command runs the same way, without the
                  model's key and the listed variables.
+
+  The model's provider sees all that the agent reads. What CODEBOT_LAUNCHER starts gets
+                 the agent's environment. codebot does not verify what a CODEBOT_SANDBOX
+                 other than bwrap hides.
+
+WHAT LEAVES THE HOST
+  to GitHub      requests of GitHub.send: questions; pull requests, answers and reports,
+                 with words of the task and the agent, names of files, the test command,
+                 and the end of a failing test's output, all redacted
+                 the commit, pushed by git_with_token after fsck and DiffScanner
+  to the model   what the agent sends: its prompt, and whatever it reads
+  to a node      with a launcher: command lines and environments of agent and tests
+  to clients     every task with its log and result, to every API key
+  The agent and the tests can send what they can read to all that the host can reach.
+
+WHERE SECRETS GO
+  API keys, webhook secret   from the settings to nobody; they are compared
+  the App's key              from its file to openssl, by the file's name
+  JWTs                       to GitHub
+  installation tokens        to GitHub; to git, in its environment
+  model key, listed variables   to the agent, in its environment
+  passwords of proxies       to the agent, the tests and git, in their environment
+  With --no-github, git at the remote gets codebot's environment, without codebot's own
+  secrets and the model's key. codebot writes no secret to a file.
 
 KNOWN LIMITATIONS
   Without a sandbox (CODEBOT_SANDBOX=none) the agent can read and write whatever codebot's
@@ -268,7 +294,9 @@ LOW_DISK_BYTES = 1 << 30  # warn below this much free space
 FULL_DISK_BYTES = 1 << 20  # with less, codebot does not start, and programs fail by it
 MIRROR_RETENTION = 30 * 86400.0  # seconds that an unused mirror outlives workspaces
 REPACK_RETRY_DELAY = 6 * 3600.0  # seconds until a mirror is packed after a failure
-DELIVERY_RETENTION = 7 * 86400.0  # GitHub redelivers for at most 3 days (GHES: 7)
+DELIVERY_RETENTION = (
+    7 * 86400.0
+)  # a person can redeliver for 3 days at GitHub (GHES: 7)
 DAILY_REVIEW_JOBS = 50  # jobs on one pull request in a day
 MAX_PATCH_BYTES = 256 << 20  # of a change that is put on top of others' pushes
 MAX_PUSHES = 3  # pushes of a review's change, when others push at the same time
@@ -620,8 +648,8 @@ class Config:
     tls_key: str = setting("", str, "", "private key (PEM)")
     debug: bool = setting("", bool, False, "verbose log; restart on changes")
     env_file: str = ""
-    # That of who started codebot: for the files in workspaces, which lie in a private
-    # directory, and at a remote that is a directory of this host.
+    # The umask with which codebot was started. Programs in workspaces, which lie in a
+    # private directory, and git at the remote run with it; all else with PRIVATE_UMASK.
     umask: int = PRIVATE_UMASK
     # .env and the environment, with all their secrets
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
@@ -924,8 +952,9 @@ def header_secrets(text: str) -> set[str]:
 # --- Programs ----------------------------------------------------------------
 #
 # codebot starts every program here, in a process group of its own. The environment is
-# what the caller lists; only git with --no-github inherits codebot's. Each has
-# CODEBOT_RUN in it, by which a process that left its group is found again.
+# what the caller lists; only git at the remote with --no-github inherits codebot's, without
+# its secrets. Each has CODEBOT_RUN in it, by which a process that left its group is found
+# again.
 
 
 # How Popen, and how a shell, report that SIGTERM or SIGKILL ended a program.
@@ -941,7 +970,7 @@ DISK_FULL_RE = re.compile(f"^(?!remote:).*({DISK_FULL})", re.MULTILINE)
 class ProgramResult(NamedTuple):
     """The exit code of a program, and the last lines of its output."""
 
-    code: int  # if LineHandler said that its work was done, it means nothing
+    code: int  # without a meaning if a LineHandler has asked to end the program early
     stdout: list[str]
     stderr: list[str]
 
@@ -1222,8 +1251,8 @@ def is_group_running(leader: int) -> bool:
 def end_process_group(child: subprocess.Popen[bytes]) -> None:
     """End all processes of a program's group: SIGTERM, KILL_GRACE, SIGKILL.
 
-    Meanwhile no stranger can get the group's number: not while the group has members, and
-    after that only when Linux has given out all other numbers.
+    Meanwhile the kernel gives the group's number to no other process: not while the group
+    has members, and after that only when it has given out all other numbers.
     """
     deadline = time.monotonic() + KILL_GRACE
     signal_group(child.pid, signal.SIGTERM)
@@ -1361,7 +1390,8 @@ def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
 
 
 # What a launcher started may outlive codebot, so it is recorded in a file, which
-# exists until CODEBOT_LAUNCHER_STOP has succeeded: run by codebot itself, by its
+# exists until CODEBOT_LAUNCHER_STOP has succeeded (it must, too, if nothing is left to
+# stop): run by codebot itself, by its
 # watchdog after a crash, or by the next start. Its content is the tag of the run, or
 # after a stop that failed, STOP_FAILED. Who ends what, by how the record begins:
 #   the run itself, a later one here, the next start   anything
@@ -1374,10 +1404,12 @@ def launch_record(config: Config, workspace: str) -> pathlib.Path:
     return pathlib.Path(config.work_dir, "launched", os.path.basename(workspace))
 
 
-def stop_launched(config: Config, workspace: str, run_tag: str, only: str = "") -> bool:
+def stop_launched(
+    config: Config, workspace: str, run_tag: str, if_record_is: str = ""
+) -> bool:
     """End what a launcher left running in a workspace.
 
-    ``only``: if its record begins with this, see above. Returns False if the stop has
+    ``if_record_is``: only if its record begins with this. Returns False if the stop has
     failed.
     """
     record = launch_record(config, workspace)
@@ -1388,7 +1420,7 @@ def stop_launched(config: Config, workspace: str, run_tag: str, only: str = "") 
         # launch here, which must not be ended. So the lock of the old file is only waited
         # for, and what the name leads to now decides.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not record.read_text().startswith(only):
+        if not record.read_text().startswith(if_record_is):
             return True
         error = run_stop_command(config, workspace, run_tag)
         if error:
@@ -1437,11 +1469,11 @@ def launching(
         stop_launched(config, workspace, run_tag)
 
 
-def stop_all_launched(config: Config, run_tag: str, only: str = "") -> None:
-    """End what a launcher left running in any workspace; ``only`` as above."""
+def stop_all_launched(config: Config, run_tag: str, if_record_is: str = "") -> None:
+    """End what a launcher left running in any workspace."""
     for path in find_paths(config.work_dir, "launched/*"):
         workspace = f"{config.work_dir}/{os.path.basename(path)}"
-        stop_launched(config, workspace, run_tag, only)
+        stop_launched(config, workspace, run_tag, if_record_is)
 
 
 # --- Sandbox -----------------------------------------------------------------
@@ -3047,7 +3079,7 @@ CREATE TABLE jobs (
     reviewer TEXT NOT NULL DEFAULT '',
     request_kind TEXT NOT NULL DEFAULT '',
     -- Interruptions and retries, since the job has last stored finished work:
-    -- `interruptions` counts crashes, and retries that ran the agent again;
+    -- `interruptions` counts crashes, and retries that ran the agent again, not stops;
     -- `transient_since` is when a series of transient errors began.
     interruptions INTEGER NOT NULL DEFAULT 0,
     not_before REAL NOT NULL DEFAULT 0,
@@ -3194,8 +3226,9 @@ class Outcome:
     files: str = ""  # as git diff --stat shows them
     seconds: float = 0.0
     answers: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by thread
-    reason: str = ""  # of a review that failed and whose reviewer is to be told
-    error: str = ""
+    # Of a review that has failed and whose reviewer is still to be told:
+    reason_to_tell: str = ""
+    error_to_tell: str = ""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -4448,9 +4481,9 @@ git config remote.origin.url "$url" &&
 git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
 git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
-# The tree is recorded before the test and committed after it, so nothing that the test
-# writes is committed, and the agent sees only ignored files of it. (A hostile test could
-# name another tree in step 4, as it could pass without testing anything.)
+# The tree is recorded before the test and committed after it, so that nothing which a test
+# leaves behind is committed; the agent sees only ignored files of it. This is no defence
+# against a hostile test, which could name another tree in step 4; inspect_commit is.
 TEST_SCRIPT = """
 reset() {
     g checkout-index -q -f -a && g clean -q -ff -d
@@ -5219,7 +5252,14 @@ CI_SKIP_RE = re.compile(
 
 
 def run_task(run: JobRun) -> None:
-    """Do a task, from the clone to the pull request. Each step can be repeated."""
+    """Do a task, from the clone to the pull request. Each step can be repeated.
+
+    What earlier runs have stored    What is left to do
+      nothing, or no commit_id         everything, the agent included
+      commit_id                        push the commit that is in the outbox
+      is_pushing                       push it, unless the branch has a pull request
+      the pull request                 find it, and finish
+    """
     run.set_phase("clone")
     repository = find_remote(run)
     workspace = task_workspace(run, repository)
@@ -5628,7 +5668,7 @@ def run_review(run: JobRun) -> None:
       request_kind                     answer the question, or make the change
       answers and commit_id            push the commit, post the answers
       answers                          post the answers
-      outcome.error                    post the error: the review has failed
+      outcome.error_to_tell                    post the error: the review has failed
 
     Raises ReviewSkipped if nothing is to be done. If a step fails, the worker stores the
     error and runs the review once more, only to post it.
@@ -5639,12 +5679,12 @@ def run_review(run: JobRun) -> None:
     if not comments:
         raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} any more")
     check_daily_limit(run)
-    if not run.job.outcome.error:
+    if not run.job.outcome.error_to_tell:
         do_work(run, context, comments)
     answer_threads(run, context, group_by_thread(comments))
     outcome = run.job.outcome
-    if outcome.error:
-        raise JobFailed(outcome.reason, outcome.error)
+    if outcome.error_to_tell:
+        raise JobFailed(outcome.reason_to_tell, outcome.error_to_tell)
     run.log_event("codebot", f"Review completed ({run.job.request_kind})")
 
 
@@ -5666,8 +5706,8 @@ def store_failure(run: JobRun, reason: str, error: str) -> None:
     # Logged now: perhaps nobody can be told, and then the review ends with that error.
     run.log_event("codebot", f"Failed ({reason}): {message}")
     outcome = run.outcome_with(
-        reason=reason,
-        error=message,
+        reason_to_tell=reason,
+        error_to_tell=message,
         answers={},
         seconds=time.monotonic() - run.started,
     )
@@ -6046,7 +6086,7 @@ def answer_threads(
     run: JobRun, context: ReviewContext, threads: Mapping[str, Sequence[Comment]]
 ) -> None:
     """Post one answer in each thread, unless an earlier run has done so."""
-    if run.job.request_kind == "none" and not run.job.outcome.error:
+    if run.job.request_kind == "none" and not run.job.outcome.error_to_tell:
         return
     run.set_phase("answer")
     if run.job.request_kind == "limit":
@@ -6076,9 +6116,11 @@ def answer_body(run: JobRun, thread: str, comments: Sequence[Comment]) -> str:
     if comments[0].place != "inline":  # elsewhere nothing shows what is answered
         first_line = comments[0].text.strip().splitlines()[0][:200]
         parts.append(quoted(f"@{comments[0].user}", first_line))
-    if job.outcome.error:
-        error = code_block(truncate(job.outcome.error, 5000))
-        parts.append(f"codebot could not do this ({job.outcome.reason}):\n\n{error}")
+    if job.outcome.error_to_tell:
+        error = code_block(truncate(job.outcome.error_to_tell, 5000))
+        parts.append(
+            f"codebot could not do this ({job.outcome.reason_to_tell}):\n\n{error}"
+        )
     elif job.request_kind == "limit":
         parts.append(LIMIT_TEXT)
     elif job.commit_id:
@@ -6530,7 +6572,7 @@ def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None
         error = f"{error}. Its branch {job.branch} may have been pushed"
     error = run.redact(error)[:10_000]
     if reason:
-        if error != job.outcome.error:  # else store_failure has logged it
+        if error != job.outcome.error_to_tell:  # else store_failure has logged it
             run.log_event("codebot", f"Failed ({reason}): {error}")
         log.info("Job %s: %s", job.id, error.partition("\n")[0])
     if not job.outcome.seconds:  # for the totals
@@ -6549,13 +6591,13 @@ def skip_review(run: JobRun, reason: ReviewSkipped) -> None:
 
 
 def fail_or_tell_reviewer(run: JobRun, reason: str, error: str) -> None:
-    """Fail a job. A review is to run once more before, only to tell the reviewer.
+    """Fail a job; of a review, store why, and let it run once more to tell the reviewer.
 
-    If what has failed was to post the answers, there is nobody to tell.
+    If it has failed while it posted its answers, or this failure, it just fails.
     """
     job = run.job
-    # Each run begins with phase "", also the second one: "answer" is this run's.
-    has_tried_to_tell = bool(job.outcome.error) or job.phase == "answer"
+    # The phase is this run's: each run begins with "".
+    has_tried_to_tell = bool(job.outcome.error_to_tell) or job.phase == "answer"
     if job.kind == "review" and not has_tried_to_tell and not run.cancel.is_set():
         store_failure(run, reason, error)
         run.is_reviewer_to_be_told = True
@@ -6584,7 +6626,7 @@ def retry_or_fail(run: JobRun, error: Exception) -> None:
             codebot.store.requeue, job.id, interruptions, not_before
         )
         return
-    reason = job.outcome.reason or REASON_BY_PHASE.get(job.phase, "internal")
+    reason = job.outcome.reason_to_tell or REASON_BY_PHASE.get(job.phase, "internal")
     fail_or_tell_reviewer(run, reason, message)
 
 
