@@ -959,7 +959,6 @@ def header_secrets(text: str) -> set[str]:
 
 # How Popen, and how a shell, report that SIGTERM or SIGKILL ended a program.
 SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
-ENDED_ON_NODE = 143  # by SIGTERM
 NOISE_RE = re.compile(r"hint:.*|remote:|")
 CAUSE_RE = re.compile(r"(fatal|error|remote: error):|.*denied")
 # Not if a remote repository says so, of its own disk: "remote: fatal: ..."
@@ -1200,9 +1199,8 @@ class RunningProgram:
         """
         code = self.child.wait()
         if self.launch is not None:
-            # The cluster ends a job with SIGTERM. The shell that would print the second
-            # sentinel gets it too, but sometimes late enough to print "143" first.
-            code = ENDED_ON_NODE if self.node_code is None else self.node_code
+            # Without the second sentinel, something has ended it.
+            code = -signal.SIGTERM if self.node_code is None else self.node_code
         result = ProgramResult(code, [*self.last_lines], [*self.last_errors])
         if code == 0 or self.grace_ends_at is not None:
             return result
@@ -1212,7 +1210,7 @@ class RunningProgram:
         free = shutil.disk_usage(tempfile.gettempdir()).free
         if free < FULL_DISK_BYTES or DISK_FULL_RE.search("\n".join(result.stderr)):
             raise TransientError(f"The disk is full: {result.error}")
-        if self.launch is not None and code == ENDED_ON_NODE:
+        if self.launch is not None and self.node_code is None:
             event = "The cluster ended it"
             if self.is_queued:
                 event = "CODEBOT_LAUNCHER failed"
@@ -1285,9 +1283,10 @@ def run_program(
     if it cannot be started.
     """
     if launch is not None:
-        # In the script, $0 is the sentinel.
-        script = ["sh", "-c", 'echo "$0"; "$@"; echo "$0 $?"', launch.sentinel]
-        argv = [*launch.command, *script, *argv]
+        # In the script, $0 is the sentinel. If a cluster ends a job, SIGTERM (143) may
+        # reach the program shortly before this shell: then the shell waits for its own.
+        script = 'echo "$0"; "$@"; code=$?; [ $code = 143 ] && sleep 1; echo "$0 $code"'
+        argv = [*launch.command, "sh", "-c", script, launch.sentinel, *argv]
     with contextlib.ExitStack() as files:
         stdin_file = files.enter_context(tempfile.TemporaryFile())
         stdout = OutputFile(files.enter_context(tempfile.TemporaryFile()))
@@ -4500,8 +4499,6 @@ g read-tree "$tree" && { reset 2>/dev/null || { chmod -R u+rwX .; reset; }; }
 # 4. If the test passed, note the tree: COMMIT_SCRIPT commits this one, whatever could not
 # be removed.
 [ $code = 0 ] && echo "$tree" >.git/codebot-tested
-# To a launcher, 143 means that the cluster has ended the program.
-[ $code = 143 ] && echo "The test ended with exit code 143" && code=1
 exit $code
 """
 # Commits the tree that a test has recorded ($2 is not empty), or what is there, on $1.

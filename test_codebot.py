@@ -10724,14 +10724,24 @@ def test_sigterm_on_the_node_is_no_failure_of_the_agent(
 ) -> None:
     # A cluster may end the program before the shell that reports its exit code.
     site = launching.site
-    first_run = site.directory / "first run"
-    site.agent.follow(
-        f"mkdir {shlex.quote(str(first_run))} && kill -TERM $$; {SAY_HELLO}"
-    )
+    place = shlex.quote(str(site.directory / "first run"))
+    end_shell = "{ while kill -0 $$ 2>/dev/null; do :; done; kill -TERM 0; }"
+    end_both = f"mkdir {place} && {{ {end_shell} & kill -TERM $$; }}"
+    site.agent.follow(f"{end_both}; {SAY_HELLO}")
     task = site.api.submit()
     site.api.completed(task)
     [message] = [m for m in site.api.messages(task) if "Trying again later" in m]
     assert message.startswith("codebot: The cluster ended it: ")
+
+
+def test_launched_agent_that_ends_itself_is_not_run_again(
+    launching: StandInCluster,
+) -> None:
+    site = launching.site
+    site.agent.follow("kill -TERM $$")
+    error = site.api.failed(site.api.submit(), "agent_failed")
+    assert "exit code 143" in error
+    assert len(site.agent.runs()) == 1
 
 
 def test_exit_code_and_output_are_those_of_the_launched_program(
@@ -10753,7 +10763,7 @@ def test_exit_code_and_output_are_those_of_the_launched_program(
 def test_launched_test_that_ends_with_143_has_failed(launching: StandInCluster) -> None:
     task = launching.site.api.submit(test_command="exit 143")
     error = launching.site.api.failed(task, "tests_failed")
-    assert "The test ended with exit code 143" in error
+    assert "exit code 143" in error
 
 
 def test_workspace_is_not_used_again_before_its_job_is_ended(
