@@ -6241,13 +6241,8 @@ class Sync:
         pull_request = self.store.pull_request(task_id)
         if pull_request is None:
             return
-        try:
-            github_repository = self.github.repository_by_id(pull_request.repository_id)
-            current = github_repository.pull_request(pull_request.number)
-        except GitHubError as error:
-            if error.status in GONE_STATUSES:  # so that it expires
-                self.store.save_pull_request_state(task_id, "closed")
-            raise
+        github_repository = self.github.repository_by_id(pull_request.repository_id)
+        current = github_repository.pull_request(pull_request.number)
         if current.state != pull_request.state:
             self.store.save_pull_request_state(task_id, current.state)
             log.info("Pull request %s is %s now", pull_request.url, current.state)
@@ -6287,13 +6282,11 @@ class Sync:
     def look_at_issue(self, request: IssueChanged) -> None:
         """Make a task of an issue with the label; end it if the label was removed."""
         github_repository = self.github.repository_by_id(request.repository_id)
-        event = self.label_event(github_repository, request.number)
+        event = github_repository.label_event(request.number, self.config.issue_label)
         self.cancel_superseded(request, event.id if event else 0)
         if event is None:
             name = f"{github_repository.full_name}#{request.number}"
-            log.info(
-                "Issue %s is ignored: it does not have the label, or is gone", name
-            )
+            log.info("Issue %s is ignored: it does not have the label", name)
             return
         if self.store.is_label_event_known(event.id):
             return
@@ -6308,17 +6301,6 @@ class Sync:
             self.ask_for_label(github_repository, issue, event)
             return
         self.submit_issue(github_repository, issue, event)
-
-    def label_event(
-        self, github_repository: GitHubRepository, number: int
-    ) -> LabelEvent | None:
-        """Return who put the label on an issue; None if it does not have it, or is gone."""
-        try:
-            return github_repository.label_event(number, self.config.issue_label)
-        except GitHubError as error:
-            if error.status not in GONE_STATUSES:
-                raise
-            return None  # it was deleted, or moved to another repository
 
     def cancel_superseded(self, request: IssueChanged, event_id: int) -> None:
         """Cancel the issue's tasks whose label was removed, while that is possible."""

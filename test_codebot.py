@@ -7425,16 +7425,6 @@ def test_lost_answers_of_github_double_nothing(pull: Pull) -> None:
     assert counts in ([2, 1, 1, 1], [2, 2, 1, 1])
 
 
-def test_pull_request_of_deleted_repository_is_closed(fresh: Site) -> None:
-    fresh.server.start()
-    pull = open_pull(fresh, SAY_HELLO)
-    path = f"/repositories/{fresh.repository.id}"
-    fresh.github.fail(f"GET {path}", 404, always=True)
-    fresh.server.stop()
-    fresh.server.restart()
-    wait_for(lambda: pull_state(pull) == "closed")
-
-
 @pytest.fixture
 def sync(tmp_path: Path) -> codebot.Sync:
     app = codebot.Codebot(codebot.Config(work_dir=str(tmp_path)))
@@ -8293,17 +8283,6 @@ def test_removing_label_cancels_task(shared: Site) -> None:
     [comment] = issue.comments()
     assert "To start it again, remove the label, if it is still there" in comment
     assert shared.repository.pulls == []
-
-
-def test_task_of_an_issue_that_was_deleted_is_cancelled(shared: Site) -> None:
-    shared.agent.follow("block; result")
-    issue = open_issue(shared)
-    shared.person("alice").label(issue.number)
-    shared.agent.wait_until_blocked()
-    gone = {"message": "This issue was deleted"}
-    shared.repository.fail("GET /issues/1/events*", 410, gone, always=True)
-    issue.announce(action="unlabeled")
-    shared.api.failed(issue.task(), "cancelled")
 
 
 def test_label_put_on_again_makes_new_task(shared: Site) -> None:
