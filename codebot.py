@@ -179,7 +179,7 @@ WHERE THE DANGEROUS THINGS ARE, each in one place
   git on an agent's objects, outside the sandbox
                             fetch_into_outbox, which lets fsck check them; then
                             collect_tree, write_commit, inspect_commit,
-                            submodule_paths, has_commit, patch and push;
+                            find_submodules, has_commit, patch and push;
                             once they are pushed, what git does in the mirror
   removing directories      remove_tree; scratch_* and the demo's by tempfile; in the
                             sandbox, the scripts of Workspace
@@ -4799,31 +4799,32 @@ class Workspace:
         if scanner.secret_file:
             fault = f"it writes a secret into {scanner.secret_file}"
         elif scanner.gitlinks:
-            clones = set(scanner.gitlinks) - self.submodule_paths(commit)
+            gitlinks = set(scanner.gitlinks)
+            clones = gitlinks - self.find_submodules(commit, gitlinks)
             if clones:
                 fault = f"{min(clones)} is a git repository of its own"
         if fault:
             raise JobFailed("agent_failed", f"The change is not pushed: {fault}")
         return "\n".join(files)
 
-    def submodule_paths(self, commit: str) -> set[str]:
-        """Return the paths in .gitmodules; not those in files of this host that it names.
+    def find_submodules(self, commit: str, paths: set[str]) -> set[str]:
+        """Return those paths that .gitmodules has, without files that it includes.
 
         What is not there is a clone that the agent left in the directory: `git add`
         records it in the same way.
         """
-        collected: list[str] = []
+        found: set[str] = set()
 
         def collect(lines: list[str]) -> None:
-            collected.extend(lines)
+            # One entry is "KEY\nPATH\0". All of them could fill the memory.
+            found.update(paths.intersection(line.partition("\0")[0] for line in lines))
 
         options = ("--blob", f"{commit}:.gitmodules", "--no-includes", "--null")
         pattern = ("--get-regexp", "[.]path$")
         self.outbox.local_git(
             "config", *options, *pattern, check=False, on_lines=collect
         )
-        entries = "\n".join(collected).split("\0")  # "KEY\nVALUE"
-        return {entry.partition("\n")[2] for entry in entries}
+        return found
 
     def push(self) -> None:
         """Push the job's commit to the branch. Pushing it again changes nothing.
