@@ -8421,11 +8421,11 @@ STREAM_HEADERS = {
     "Content-Type": "text/event-stream",
     "X-Accel-Buffering": "no",  # or nginx would collect the events
 }
-# By --host, what else "localhost" may mean.
+# By --host, what else "localhost" or this host's name may mean.
 GUARDED_ADDRESSES = {
     "127.0.0.1": "::1",
     "localhost": "::1",
-    "0.0.0.0": "::1",
+    "0.0.0.0": "::",
     "::1": "127.0.0.1",
 }
 # What poll() reports when a client closes its connection. macOS lacks POLLRDHUP.
@@ -8710,25 +8710,29 @@ def tls_context(config: Config) -> ssl.SSLContext:
 
 
 def guard_localhost(host: str, port: int) -> socket.socket | None:
-    """Take the port at the other address that "localhost" may mean.
+    """Take the port at the other address that "localhost", or this host's name, may mean.
 
     An agent, which shares the host's network, could listen there, and clients of
     localhost would send it the API key. Nothing listens at the guard, so they go on to
     the right address.
     """
-    families = {"::1": socket.AF_INET6, "127.0.0.1": socket.AF_INET}
     address = GUARDED_ADDRESSES.get(host)
     if address is None:
         return None
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
-        guard = socket.socket(families[address])
+        guard = socket.socket(family)
+        if family is socket.AF_INET6:
+            guard.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         guard.bind((address, port))
     except OSError as error:
+        if error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+            return None  # this host has no such address
         if error.errno != errno.EADDRINUSE:
-            return None  # this host has no IPv6
+            raise
         raise ConfigError(
-            f"Another program uses port {port} on {address}, where clients of localhost "
-            "may get. Stop it, or use another --port."
+            f"Another program uses, or has just used, port {port} on {address}, where "
+            "clients of localhost may get. Stop it, or use another --port."
         ) from None
     return guard
 
