@@ -4223,15 +4223,21 @@ class Codebot:
         self.running: dict[str, JobRun] = {}  # by job id; each step is atomic
         self.store: Store  # from open() on
 
-    def open(self) -> None:
-        """Take the work directory and end what an earlier server left running.
+    def take_work_dir(self) -> None:
+        """Lock the work directory, and put temporary files into it.
 
-        Raises ConfigError if the work directory, the sandbox or the App's key cannot
-        be used.
+        /tmp may be read-only, or in memory, and the output of programs may be large.
+        Raises ConfigError if the work directory cannot be used.
+        """
+        lock_files(self.config)
+        tempfile.tempdir = self.config.work_dir
+
+    def open(self) -> None:
+        """End what an earlier server left running in the work directory, and open it.
+
+        Raises ConfigError if the database, the sandbox or the App's key cannot be used.
         """
         work_dir = self.config.work_dir
-        lock_files(self.config)
-        tempfile.tempdir = work_dir  # programs' output may be large: not in memory
         end_tagged_processes(self.work_dir_tag)
         stop_all_launched(self.config, self.run_tag)
         for path in find_paths(work_dir, "scratch_*"):
@@ -8959,8 +8965,10 @@ def check_programs(codebot: Codebot) -> Iterator[Finding]:
         argv = command.split()
         try:
             result = run_program(argv, env)
-        except OSError:
-            message = f"{argv[0]} is not on PATH. Install it, {least} or newer."
+        except OSError as error:
+            message = f"`{command}` cannot be run: {os_error_text(error)}."
+            if shutil.which(argv[0], path=codebot.config.search_path) is None:
+                message = f"{argv[0]} is not on PATH. Install it, {least} or newer."
             yield Finding("FAIL", message)
         else:
             yield version_finding(command, result, least)
@@ -9143,6 +9151,7 @@ def start_app(config: Config, checks: Sequence[Check], level: int) -> Codebot:
     codebot = Codebot(config)
     # It forks the watchdog, which must inherit neither the locks nor the database.
     set_up_process(codebot, level)
+    codebot.take_work_dir()
     findings = [finding for check in checks for finding in check(codebot)]
     problems = [finding.message for finding in findings if finding.level == "FAIL"]
     if problems:
