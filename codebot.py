@@ -574,6 +574,8 @@ def parse_test_commands(text: str) -> tuple[tuple[str, str], ...]:
     for line in re.split(rf"\n|\\n(?=\s*{NAME_PATTERN}\s*=)", text):
         pattern, equals, command = line.partition("=")
         pattern = pattern.strip()
+        if equals and re.match(r"\w+://|/", pattern):
+            raise ValueError("must name repositories as owner/name, or as */name")
         if equals and re.fullmatch(NAME_PATTERN, pattern):
             rules.append((pattern, command.strip()))
         elif line.strip():
@@ -802,10 +804,17 @@ def conflicting_settings(config: Config) -> list[str]:
     if bool(config.tls_cert) != bool(config.tls_key):
         problems.append("--tls-cert and --tls-key must be used together.")
     for pattern in config.allowed:
-        if not config.no_github and pattern != "*" and "/" not in pattern:
+        name = f"CODEBOT_ALLOWED_REPOSITORIES: {pattern!r}"
+        is_name = "/" in pattern and ":" not in pattern
+        if not config.no_github and pattern != "*" and not is_name:
             problems.append(
-                f"CODEBOT_ALLOWED_REPOSITORIES: {pattern!r} is not owner/name; to "
-                "allow all repositories of an owner, write owner/*."
+                f"{name} is not owner/name; to allow all repositories of an owner, write "
+                "owner/*."
+            )
+        if config.no_github and re.match(r"[\w.-]+/", pattern):
+            problems.append(
+                f"{name} matches nothing: with --no-github the whole URL is compared. "
+                f"Write '*/{pattern}'."
             )
     return problems
 
@@ -5441,10 +5450,9 @@ def run_tests(run: JobRun, workspace: Workspace, command: str) -> TestResult | N
         if attempt < attempts:
             repair(run, workspace, command, result, attempt + 1)
     end = run.redact("\n".join(result.stdout))[-1500:].strip()
+    printed = f"Their output ends with:\n{end}" if end else "They printed nothing."
     raise JobFailed(
-        "tests_failed",
-        f"The tests still fail (exit code {result.code}). "
-        f"Their output ends with:\n{end}",
+        "tests_failed", f"The tests still fail (exit code {result.code}). {printed}"
     )
 
 
@@ -8931,6 +8939,16 @@ SETTING_PREFIXES = ("CODEBOT_", "GITHUB_APP_", "GITHUB_WEBHOOK_", "GITHUB_ENTERP
 PROGRAM_VERSIONS = {"git --version": "2.31", "openssl version": "1.1.1"}
 MIN_SQLITE_VERSION = (3, 31)
 MIN_KEY_LENGTH = 20  # characters of an API key; less can be guessed
+# How the names of codebot's files in the work directory begin.
+OWN_NAMES = (
+    "codebot.",
+    "mirrors",
+    "task_",
+    "outbox_",
+    "launched",
+    "scratch_",
+    "trash_",
+)
 MIN_STALL_TIMEOUT = 900  # seconds: the agent waits in silence for its commands
 
 
@@ -8999,10 +9017,13 @@ def is_agent_missing(codebot: Codebot) -> bool:
 def check_settings(codebot: Codebot) -> Iterator[Finding]:
     config = codebot.config
     known = [field.metadata["variable"] for field in CONFIG_FIELDS]
+    flags = {f"CODEBOT_{f.name.upper()}": flag_name(f.name) for f in CONFIG_FIELDS}
     for name in sorted(config.variables.keys() - {*known, "CODEBOT_RUN"}):
         if name.startswith(SETTING_PREFIXES):
             close = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {close[0]}?" if close else ". Remove it."
+            if name in flags:
+                hint = f"; use the flag {flags[name]}."
             yield Finding("warn", f"Unknown setting {name}{hint}")
     if config.stall_timeout < MIN_STALL_TIMEOUT:
         yield Finding(
@@ -9010,6 +9031,10 @@ def check_settings(codebot: Codebot) -> Iterator[Finding]:
             f"CODEBOT_STALL_TIMEOUT is {config.stall_timeout} s, but the agent prints "
             "nothing while a command runs, up to 600 s. Set it to 900 or more.",
         )
+    for name in config.agent_env:
+        if not config.variables.get(name):
+            message = f"CODEBOT_AGENT_ENV names {name}, which is not set."
+            yield Finding("warn", message)
     if not copy_variables(config, MODEL_KEY_NAMES) and not config.agent_env:
         yield Finding(
             "warn",
@@ -9018,9 +9043,27 @@ def check_settings(codebot: Codebot) -> Iterator[Finding]:
         )
 
 
+def has_foreign_files(config: Config) -> bool:
+    """Return whether the work directory is not codebot's alone, such as /etc."""
+    own = (*OWN_NAMES, os.path.basename(config.database_file))
+    try:
+        return any(not name.startswith(own) for name in os.listdir(config.work_dir))
+    except OSError:
+        return False  # it has a check of its own
+
+
 def check_safety(codebot: Codebot) -> Iterator[Finding]:
     """Look for what lets others, or the agent, reach codebot's secrets."""
-    for path in [*codebot.config.secret_files, codebot.config.work_dir]:
+    paths = [*codebot.config.secret_files]
+    work_dir = codebot.config.work_dir
+    if has_foreign_files(codebot.config):
+        message = (
+            f"{work_dir} has other files in it. Use a --work-dir for codebot alone."
+        )
+        yield Finding("warn", message)
+    else:
+        paths.append(work_dir)
+    for path in paths:
         if os.path.exists(path) and os.stat(path).st_mode & 0o077:
             message = f"{path} can be read by other users; run: chmod go-rwx {path}"
             yield Finding("warn", message)
@@ -9380,6 +9423,8 @@ def check_work_dir(codebot: Codebot) -> Iterator[Finding]:
 def check_sandbox(codebot: Codebot) -> Iterator[Finding]:
     """Run the agent's program in the sandbox, as a task would."""
     config = codebot.config
+    if config.launcher and not config.launcher_stop:
+        return  # what would be launched could not be ended
     command = [*config.claude, "--version"]
     try:
         result = codebot.sandbox.probe(codebot.run_tag, *command)
@@ -9496,7 +9541,7 @@ def check(flags: Flags) -> int:
     if counts["FAIL"]:
         print(f"{counts['FAIL']} problem(s). Fix them, and run check again.")
         return 1
-    print(f"No problem, {counts['warn']} warning(s). Next: python3 codebot.py serve")
+    print(f"No problem, {counts['warn']} warning(s). Next: serve, with the same flags.")
     return 0
 
 

@@ -2294,6 +2294,7 @@ def test_empty_setting_means_the_default(variable: str) -> None:
         ("CODEBOT_LAUNCHER", "bin/run --wait", "must begin with the name of a program"),
         ("GITHUB_ENTERPRISE_URL", "https://ghe.io/?x", "must be an address like"),
         ("CODEBOT_SANDBOX", '"env X=1 podman run', "has an unclosed quote"),
+        ("CODEBOT_TEST_COMMANDS", "https://a.b/c/*=tox", "must name repositories as"),
         (
             "CODEBOT_AGENT_ENV",
             "GITHUB_WEBHOOK_SECRET",
@@ -2366,8 +2367,18 @@ def test_allowed_pattern_without_owner_or_name_is_refused(
     )
     expected = [problem] if is_refused else []
     assert codebot.conflicting_settings(config) == expected
-    plain = codebot.Config(allowed=(pattern,), no_github=True)
+    plain = codebot.Config(allowed=("git@host:a/b", "https*", "/srv/*"), no_github=True)
     assert codebot.conflicting_settings(plain) == []
+
+
+def test_allowed_pattern_that_matches_nothing_is_refused() -> None:
+    names = codebot.Config(allowed=("acme/*",), no_github=True)
+    [problem] = codebot.conflicting_settings(names)
+    assert "matches nothing" in problem
+    assert problem.endswith("Write '*/acme/*'.")
+    urls = codebot.Config(allowed=("https://github.com/acme/*",))
+    [problem] = codebot.conflicting_settings(urls)
+    assert "is not owner/name" in problem
 
 
 def test_empty_list_of_allowed_repositories_is_refused() -> None:
@@ -12359,6 +12370,8 @@ DOUBTS = {
     "Unknown setting CODEBOT_APIKEYS; did you mean CODEBOT_API_KEYS?",
     "Unknown setting GITHUB_WEBHOOK_SECRETS; did you mean GITHUB_WEBHOOK_SECRET?",
     "Unknown setting GITHUB_ENTERPRISE_URI; did you mean GITHUB_ENTERPRISE_URL?",
+    "Unknown setting CODEBOT_PORT; use the flag --port.",
+    "has other files in it. Use a --work-dir for codebot alone.",
     "CODEBOT_STALL_TIMEOUT is 60 s, but the agent prints nothing while a command runs",
     "No model key: set ANTHROPIC_API_KEY (or CLAUDE_CODE_OAUTH_TOKEN) in",
     "/.env can be read by other users; run: chmod go-rwx ",
@@ -12382,7 +12395,10 @@ def test_doubtful_things_are_logged_by_serve_and_listed_by_check(fresh: Site) ->
         "ANTHROPIC_API_KEY": None,
         "GITHUB_WEBHOOK_SECRETS": "x",
         "GITHUB_ENTERPRISE_URI": "x",
+        "CODEBOT_PORT": "8080",
     }
+    fresh.server.work_dir.mkdir(exist_ok=True)
+    (fresh.server.work_dir / "passwd").touch()
     done = fresh.server.run("check", *serve_arguments(fresh)[1:], *flags, **settings)
     assert done.returncode == 0
     warnings = [line for line in done.stdout.splitlines() if line.startswith("warn  ")]
@@ -12648,7 +12664,7 @@ def test_check_lists_what_is_fine_and_says_what_is_next(fresh: Site) -> None:
     ):
         assert [line for line in lines if line.startswith(text)], text
     assert "FAIL" not in done.stdout
-    assert lines[-1].endswith("warning(s). Next: python3 codebot.py serve")
+    assert lines[-1].endswith("warning(s). Next: serve, with the same flags.")
 
 
 @needs_bwrap
