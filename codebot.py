@@ -451,6 +451,10 @@ SECRET_NAME_RE = re.compile(
     r"|session|webhook|_pat$",
     re.IGNORECASE,
 )
+SECRET_HEADER_RE = re.compile(
+    r"authorization|cookie|(^|-)(api)?(key|token|secret|auth|password)\s*$",
+    re.IGNORECASE,
+)
 # Matches: export NAME = "value"  # comment
 ENV_LINE_RE = re.compile(
     r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(['"]?)(.*?)\2\s*(?:(?<=\s)#.*)?""",
@@ -845,6 +849,8 @@ def read_config(
     for name in NETWORK_NAMES:  # urllib and ssl read the process's environment only
         if variables.get(name):
             os.environ.setdefault(name, variables[name])
+        else:
+            os.environ.pop(name, None)  # empty: no file with certificates
     return config, problems
 
 
@@ -953,7 +959,7 @@ def header_secrets(text: str) -> set[str]:
     secrets = set()
     for line in text.splitlines():
         name, _, value = line.partition(":")
-        if SECRET_NAME_RE.search(name) and value.strip():
+        if SECRET_HEADER_RE.search(name) and value.strip():
             secrets.add(value.split()[-1])
     return secrets
 
@@ -3054,7 +3060,7 @@ class Mirror(GitDirectory):
 #   delete_expired         deletes tasks, with their reviews
 # The others read, or note something about a job.
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SCHEMA = """
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -3094,8 +3100,8 @@ CREATE TABLE jobs (
     transient_since REAL NOT NULL DEFAULT 0,
     cancel_requested INTEGER NOT NULL DEFAULT 0,
     is_pushing INTEGER NOT NULL DEFAULT 0, -- or was: it can no longer be cancelled
-    -- Progress, from which a job goes on after a crash. Once a review has run, it has
-    -- its task's directory and branch. The commit has base_commit as parent.
+    -- Progress, from which a job goes on after a crash. A review has its task's
+    -- directory and branch. The commit has base_commit as parent.
     repository_id INTEGER NOT NULL DEFAULT 0,
     directory TEXT NOT NULL DEFAULT '',
     branch TEXT NOT NULL DEFAULT '',
@@ -3179,7 +3185,7 @@ CREATE VIEW task_list AS
 -- of the task is unfinished: then nothing of it may be removed, and its log may grow.
 CREATE VIEW task_activity AS
     SELECT jobs.task_id,
-        MAX(jobs.directory) AS directory, -- a review has none, or its task's
+        MAX(jobs.directory) AS directory, -- a review has its task's
         IFNULL(pull_requests.state, '') AS pr_state,
         CASE
             WHEN SUM(jobs.completed_at IS NULL) > 0 THEN NULL
@@ -3530,7 +3536,7 @@ class Store:
     def claim(self, job_id: str) -> Job | None:
         """Start a job. Returns None if it must not start, or has started already.
 
-        All jobs of a task use one workspace and outbox: a review gets its task's, and
+        All jobs of a task use one workspace and outbox: a review has its task's, and
         waits until no other job uses them. A job that must not start yet is queued again
         as long as it is pending. To queue it twice does no harm.
         """
@@ -4026,7 +4032,7 @@ class Store:
     def delete_expired(self, cutoff: str, delivery_cutoff: str) -> None:
         """Delete what is past its retention: logs; tasks without an open pull request.
 
-        Of each only so much at a time, since others wait while this writes.
+        Of events and tasks only so many at a time, since others wait while this writes.
         """
         values = {"cutoff": cutoff, "delivery_cutoff": delivery_cutoff}
         with self._transaction() as db:
@@ -4862,7 +4868,7 @@ class Workspace:
         self.run.log_event("git", f"Pushed {commit} to {self.branch}")
 
     def push_failure(self, error: Exception) -> Exception:
-        """Return what a failed push means for the job."""
+        """Return what it means that finished work cannot be pushed."""
         if isinstance(error, TransientError):
             return error
         if isinstance(error, GitAuthFailed) and self.codebot.github is not None:
@@ -5413,6 +5419,8 @@ def fetch_or_fail(workspace: Workspace, branch: str, reason: str) -> tuple[str, 
             message = "The repository is empty or has no default branch"
         raise JobFailed(reason, message) from None
     except GitFailed as error:
+        if isinstance(error, GitAuthFailed) and workspace.run.job.commit_id:
+            raise workspace.push_failure(error) from None
         raise JobFailed(
             "clone_failed", f"Failed to clone repository: {error}"
         ) from None
@@ -5788,7 +5796,7 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
     comments = []
     for stored in store.comments(run.job.id):
         # A delivery is only a claim. GitHub says who wrote what, and what it says now.
-        comment = reload_stored_comment(run, context, stored)
+        comment = reload_stored_comment(context, stored)
         if comment is None or comment.user != reviewer:
             continue
         comments.append(comment)
@@ -5798,9 +5806,7 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
     return comments
 
 
-def reload_stored_comment(
-    run: JobRun, context: ReviewContext, stored: Comment
-) -> Comment | None:
+def reload_stored_comment(context: ReviewContext, stored: Comment) -> Comment | None:
     """Return a comment as GitHub has it now; None if it was deleted.
 
     Raises TransientError if it is so new that GitHub may not have it everywhere yet.
@@ -5808,7 +5814,7 @@ def reload_stored_comment(
     try:
         return context.github_repository.reload_comment(context.number, stored)
     except NotFound as error:
-        if run.job.submitted_at > now_text(seconds_ago=NEW_COMMENT_AGE):
+        if stored.created_at > now_text(seconds_ago=NEW_COMMENT_AGE):
             raise TransientError(
                 f"GitHub does not have a comment yet: {error}"
             ) from None
@@ -6154,7 +6160,7 @@ def answer_body(run: JobRun, thread: str, comments: Sequence[Comment]) -> str:
 # minute, or when GitHub's rate limit ends. Webhooks and polling share the store.
 
 SYNC_INTERVAL = 1.0  # seconds between looks at what is due and at tasks that ended
-# Seconds until GitHub is asked again for what it refuses the App, perhaps for ever.
+# Seconds until GitHub is asked again for what it gives the App no token for.
 APP_REFUSED_DELAY = 900.0
 # An issue that changed at most this many seconds after it was labelled counts as
 # unedited: the label is a change itself, and GitHub's times are whole seconds.
@@ -6219,7 +6225,7 @@ class Sync:
     def poll(self) -> None:
         """Ask for a look at everything that may have changed."""
         for pull_request in self.store.unmerged_pull_requests():
-            self.waiting[PullRequestChanged(pull_request.task_id)] = 0.0
+            self.waiting.setdefault(PullRequestChanged(pull_request.task_id), 0.0)
         if not self.config.issue_label:
             return
         for repository_id, number in self.store.unfinished_issues():
@@ -8914,7 +8920,7 @@ class Server(http.server.ThreadingHTTPServer):
         Raises OSError, which refuses the new connection, if all are with a handler.
         """
         sending = [entry for entry in self._connections.values() if entry.is_sending()]
-        are_most_sending = len(sending) > MAX_CONNECTIONS / 2
+        are_most_sending = len(sending) > len(self._connections) / 2
         if not are_most_sending and self._drop_oldest(Connection.is_waiting):
             return
         if not self._drop_oldest(Connection.is_sending):
@@ -9319,6 +9325,7 @@ def serve(flags: Flags) -> int:
             is_changed = config.debug and file_times(config) != times
         log.info("Stopping")
     if is_changed:
+        os.umask(config.umask)
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     # Do not wait for a thread that waits for GitHub: its job is pending again.
     os._exit(0)

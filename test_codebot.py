@@ -2531,7 +2531,7 @@ def redact(tmp_path: Path) -> codebot.Redactor:
             "MY_DATABASE_URL": "postgres://dbowner@localhost/app",
             "MY_FEED_URL": "https://token-of-a-feed-1@feed.example.com/simple",
             "MY_HEADERS": "X-Key: key-of-a-header\nAuthorization: Bearer bearer-word\n"
-            "X-Color: color-of-a-header",
+            "X-Portkey-Provider: color-of-a-header",
             "MY_TOKEN": "my-token",
             "MY_COLOR": "my-color",
             "ANTHROPIC_AUTH_TOKEN": "8-bit-token-\udca0",
@@ -6945,6 +6945,18 @@ def test_change_is_pushed_and_answered_in_its_thread(pull: Pull) -> None:
     assert run.option("--resume") == pull.task
 
 
+def test_change_waits_while_github_refuses_git(pull: Pull) -> None:
+    pull.site.agent.follow(f"[ $purpose = classify ] || block; {MAKE_CHANGE}")
+    pull.site.person("alice").inline("Say more")
+    pull.site.agent.wait_until_blocked()
+    fetch = "GET /info/refs?service=git-upload-pack"
+    for _ in range(2):  # the second time with a new token
+        pull.site.repository.fail(fetch, 403, b"Your account is suspended.")
+    pull.site.agent.release()
+    assert pull.review()["status"] == "completed"
+    assert len(pull.site.agent.runs("change")) == 1
+
+
 def test_change_is_pushed_only_if_tests_pass(shared: Site) -> None:
     command = "echo it is $(cat hello.txt); grep -q hello hello.txt"
     pull = open_pull(shared, test_command=command)
@@ -9416,30 +9428,29 @@ def test_nobody_else_can_listen_at_localhost(tmp_path: Path) -> None:
                 socket.create_connection(place)
         agent.bind(place)
         port = dataclasses.replace(app.config, port=place[1])
-        with pytest.raises(codebot.ConfigError, match="Another program uses port"):
+        with pytest.raises(codebot.ConfigError, match="Another program uses"):
             codebot.Server(codebot.Codebot(port))
 
 
 def test_clients_that_do_not_read_make_way_if_they_are_the_most(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(codebot, "MAX_CONNECTIONS", 5)
     app = codebot.Codebot(codebot.Config(port=0, work_dir=str(tmp_path)))
     sending = codebot.ConnectionState.SENDING
     with codebot.Server(app) as server, contextlib.ExitStack() as stack:
-        pairs = [socket.socketpair() for _ in range(4)]
+        pairs = [socket.socketpair() for _ in range(5)]
         own, theirs = zip(*pairs)
         for end in own + theirs:
             stack.enter_context(end)
-        # The first two read nothing; the third waits; the fourth reads nothing either.
-        states = [sending, sending, codebot.ConnectionState.RECEIVING, sending]
+        receiving = codebot.ConnectionState.RECEIVING
+        states = [sending, sending, receiving, receiving, sending]
         for number, state in enumerate(states):
             entry = codebot.Connection(number, float("inf"), state)
             server._connections[own[number]] = entry
         server._evict()
-        assert [is_closed(end) for end in theirs] == [True, False, False, False]
-        server._evict()  # two of five are not the most
-        assert [is_closed(end) for end in theirs] == [True, False, True, False]
+        assert [is_closed(end) for end in theirs] == [True, False, False, False, False]
+        server._evict()  # two of four are not the most
+        assert [is_closed(end) for end in theirs] == [True, False, True, False, False]
 
 
 @contextlib.contextmanager
