@@ -5755,9 +5755,14 @@ def load_review(run: JobRun) -> ReviewContext:
     return ReviewContext(pull_request.number, task, github_repository, workspace)
 
 
-def refusal_error(error: GitHubError) -> Exception:
+def is_new(review: Job) -> bool:
+    """Return whether GitHub may not have everywhere yet what a review is about."""
+    return review.submitted_at > now_text(seconds_ago=NEW_COMMENT_AGE)
+
+
+def refusal_error(run: JobRun, error: GitHubError) -> Exception:
     """Return what a refusal means for a review: what is gone is skipped, all else waits."""
-    if error.status in GONE_STATUSES:
+    if error.status in GONE_STATUSES and not is_new(run.job):
         return ReviewSkipped(f"it is not codebot's any more: {error}")
     return TransientError(f"GitHub refuses the App: {error}")
 
@@ -5796,7 +5801,7 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
     comments = []
     for stored in store.comments(run.job.id):
         # A delivery is only a claim. GitHub says who wrote what, and what it says now.
-        comment = reload_stored_comment(context, stored)
+        comment = reload_stored_comment(run, context, stored)
         if comment is None or comment.user != reviewer:
             continue
         comments.append(comment)
@@ -5806,7 +5811,9 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
     return comments
 
 
-def reload_stored_comment(context: ReviewContext, stored: Comment) -> Comment | None:
+def reload_stored_comment(
+    run: JobRun, context: ReviewContext, stored: Comment
+) -> Comment | None:
     """Return a comment as GitHub has it now; None if it was deleted.
 
     Raises TransientError if it is so new that GitHub may not have it everywhere yet.
@@ -5814,7 +5821,9 @@ def reload_stored_comment(context: ReviewContext, stored: Comment) -> Comment | 
     try:
         return context.github_repository.reload_comment(context.number, stored)
     except NotFound as error:
-        if stored.created_at > now_text(seconds_ago=NEW_COMMENT_AGE):
+        skew = context.github_repository.github.clock_skew
+        oldest = now_text(seconds_ago=NEW_COMMENT_AGE - skew)
+        if is_new(run.job) or stored.created_at > oldest:
             raise TransientError(
                 f"GitHub does not have a comment yet: {error}"
             ) from None
