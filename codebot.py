@@ -452,7 +452,7 @@ SECRET_NAME_RE = re.compile(
     re.IGNORECASE,
 )
 SECRET_HEADER_RE = re.compile(
-    r"authorization|cookie|(^|-)(api)?(key|token|secret|auth|password)\s*$",
+    r"authorization|cookie|jwt|(key|token|secret|auth|passw(or)?d|credentials?)\s*$",
     re.IGNORECASE,
 )
 # Matches: export NAME = "value"  # comment

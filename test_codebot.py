@@ -2530,7 +2530,7 @@ def redact(tmp_path: Path) -> codebot.Redactor:
             "ANTHROPIC_BASE_URL": "https://user:gateway-pass@gw/https://api.claude.com",
             "MY_DATABASE_URL": "postgres://dbowner@localhost/app",
             "MY_FEED_URL": "https://token-of-a-feed-1@feed.example.com/simple",
-            "MY_HEADERS": "X-Key: key-of-a-header\nAuthorization: Bearer bearer-word\n"
+            "MY_HEADERS": "X_API_KEY: key-of-a-header\nX-AuthToken: bearer-word\n"
             "X-Portkey-Provider: color-of-a-header",
             "MY_TOKEN": "my-token",
             "MY_COLOR": "my-color",
