@@ -5419,7 +5419,9 @@ def fetch_or_fail(workspace: Workspace, branch: str, reason: str) -> tuple[str, 
             message = "The repository is empty or has no default branch"
         raise JobFailed(reason, message) from None
     except GitFailed as error:
-        if isinstance(error, GitAuthFailed) and workspace.run.job.commit_id:
+        commit = workspace.run.job.commit_id
+        is_paid = commit and workspace.outbox.has_commit(commit)
+        if isinstance(error, GitAuthFailed) and is_paid:
             raise workspace.push_failure(error) from None
         raise JobFailed(
             "clone_failed", f"Failed to clone repository: {error}"
@@ -6238,7 +6240,7 @@ class Sync:
         if not self.config.issue_label:
             return
         for repository_id, number in self.store.unfinished_issues():
-            self.waiting[IssueChanged(repository_id, number)] = 0.0
+            self.waiting.setdefault(IssueChanged(repository_id, number), 0.0)
         failure: TransientError | None = None
         for github_repository in self.github.repositories():
             if not repository_at(github_repository).is_allowed(self.config):
@@ -6262,7 +6264,7 @@ class Sync:
             )
             return
         for number in numbers:
-            self.waiting[IssueChanged(github_repository.id, number)] = 0.0
+            self.waiting.setdefault(IssueChanged(github_repository.id, number), 0.0)
 
     # Pull requests
 
@@ -8963,6 +8965,8 @@ OWN_NAMES = (
     "launched",
     "scratch_",
     "trash_",
+    "lost+found",
+    ".nfs",  # what NFS makes of an unlinked file
 )
 MIN_STALL_TIMEOUT = 900  # seconds: the agent waits in silence for its commands
 
@@ -9032,7 +9036,8 @@ def is_agent_missing(codebot: Codebot) -> bool:
 def check_settings(codebot: Codebot) -> Iterator[Finding]:
     config = codebot.config
     known = [field.metadata["variable"] for field in CONFIG_FIELDS]
-    flags = {f"CODEBOT_{f.name.upper()}": flag_name(f.name) for f in CONFIG_FIELDS}
+    with_flag = [field.name for field in CONFIG_FIELDS if field.metadata["help"]]
+    flags = {f"CODEBOT_{name.upper()}": flag_name(name) for name in with_flag}
     for name in sorted(config.variables.keys() - {*known, "CODEBOT_RUN"}):
         if name.startswith(SETTING_PREFIXES):
             close = difflib.get_close_matches(name, known, 1)
@@ -9194,6 +9199,7 @@ def fork_watchdog(codebot: Codebot) -> None:
         os.setsid()  # a hangup or ^C in the terminal does not reach it
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
+        tempfile.tempdir = codebot.config.work_dir  # as in take_work_dir
         os.read(read_end, 1)
         end_tagged_processes(codebot.run_tag)
         stop_all_launched(codebot.config, codebot.run_tag, codebot.run_tag)

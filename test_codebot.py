@@ -2371,6 +2371,11 @@ def test_allowed_pattern_without_owner_or_name_is_refused(
     assert codebot.conflicting_settings(plain) == []
 
 
+def test_path_of_a_program_is_no_name_of_a_repository() -> None:
+    command = "/opt/venv/bin/pytest --maxfail=1"
+    assert codebot.parse_test_commands(command) == (("*", command),)
+
+
 def test_allowed_pattern_that_matches_nothing_is_refused() -> None:
     names = codebot.Config(allowed=("acme/*",), no_github=True)
     [problem] = codebot.conflicting_settings(names)
