@@ -79,29 +79,36 @@ WHO IS TRUSTED WITH WHAT
                  quoted as the agent's. A test command runs the same way, without the
                  model's key and the listed variables.
 
-  The model's provider sees all that the agent reads. What CODEBOT_LAUNCHER starts gets
-                 the agent's environment. codebot does not verify what a CODEBOT_SANDBOX
-                 other than bwrap hides.
+  The model's provider sees all that the agent reads. CODEBOT_LAUNCHER, and
+                 a CODEBOT_SANDBOX other than bwrap, get the environment of the agent and
+                 the tests. codebot does not verify what such a sandbox hides.
 
 WHAT LEAVES THE HOST
-  to GitHub      requests of GitHub.send: questions; pull requests, answers and reports,
-                 with words of the task and the agent, names of files, the test command,
-                 and the end of a failing test's output, all redacted
-                 the commit, pushed by git_with_token after fsck and DiffScanner
+  to GitHub      requests of GitHub.send: questions, reactions; pull requests, answers and
+                 reports, with words of the task and the agent, names of files, the test
+                 command, and the end of a failing test's output, all redacted
+                 the commit, pushed by git_with_token after fsck and DiffScanner; with
+                 --no-github to the task's remote
   to the model   what the agent sends: its prompt, and whatever it reads
-  to a node      with a launcher: command lines and environments of agent and tests
-  to clients     every task with its log and result, to every API key
+  to a node      with a launcher: command lines, environments and input of the agent and
+                 the tests, and the workspace, which it shares
+  to clients     every task with its log and result, to every API key; to anybody, whether
+                 the server is healthy and how many jobs wait
   The agent and the tests can send what they can read to all that the host can reach.
 
 WHERE SECRETS GO
   API keys, webhook secret   from the settings to nobody; they are compared
-  the App's key              from its file to openssl, by the file's name
+  the App's key              from its file to openssl, by the file's name; codebot reads it
+                             to redact it, as it does the TLS key
+  the TLS key                from its file to Python's ssl
   JWTs                       to GitHub
   installation tokens        to GitHub; to git, in its environment
   model key, listed variables   to the agent, in its environment
-  passwords of proxies       to the agent, the tests and git, in their environment
+  passwords of proxies       to the agent, the tests and git, in their environment; one
+                             in ANTHROPIC_BASE_URL only to the agent
   With --no-github, git at the remote gets codebot's environment, without codebot's own
-  secrets and the model's key. codebot writes no secret to a file.
+  secrets and the model's key. codebot keeps no secret in a file with a name; what programs
+  read and print, a part of a JWT too, is in unlinked files while they run.
 
 KNOWN LIMITATIONS
   Without a sandbox (CODEBOT_SANDBOX=none) the agent can read and write whatever codebot's
@@ -578,7 +585,7 @@ def parse_test_commands(text: str) -> tuple[tuple[str, str], ...]:
     for line in re.split(rf"\n|\\n(?=\s*{NAME_PATTERN}\s*=)", text):
         pattern, equals, command = line.partition("=")
         pattern = pattern.strip()
-        if equals and re.match(r"\w+://|/", pattern):
+        if equals and re.fullmatch(r"(\w+://|/)\S*", pattern) and "*" in pattern:
             raise ValueError("must name repositories as owner/name, or as */name")
         if equals and re.fullmatch(NAME_PATTERN, pattern):
             rules.append((pattern, command.strip()))
@@ -1404,10 +1411,10 @@ def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
 
 
 # What a launcher started may outlive codebot, so it is recorded in a file, which
-# exists until CODEBOT_LAUNCHER_STOP has succeeded (it must, too, if nothing is left to
-# stop): run by codebot itself, by its
-# watchdog after a crash, or by the next start. Its content is the tag of the run, or
-# after a stop that failed, STOP_FAILED. Who ends what, by how the record begins:
+# exists until CODEBOT_LAUNCHER_STOP has succeeded, as it must if nothing is left to stop.
+# That is run by codebot itself, by its watchdog after a crash, or by the next start. The
+# content is the tag of the run, or after a stop that failed, STOP_FAILED. Who ends what,
+# by how the record begins:
 #   the run itself, a later one here, the next start   anything
 #   the watchdog                                       the tag of its own codebot
 #   the cleanup                                        STOP_FAILED
@@ -5275,7 +5282,8 @@ def run_task(run: JobRun) -> None:
 
     What earlier runs have stored    What is left to do
       nothing, or no commit_id         everything, the agent included
-      commit_id                        push the commit that is in the outbox
+      commit_id                        push the commit in the outbox; if that was lost,
+                                       everything
       is_pushing                       push it, unless the branch has a pull request
       the pull request                 find it, and finish
     """
@@ -5690,7 +5698,7 @@ def run_review(run: JobRun) -> None:
       request_kind                     answer the question, or make the change
       answers and commit_id            push the commit, post the answers
       answers                          post the answers
-      outcome.error_to_tell                    post the error: the review has failed
+      outcome.error_to_tell            post the error: the review has failed
 
     Raises ReviewSkipped if nothing is to be done. If a step fails, the worker stores the
     error and runs the review once more, only to post it.
@@ -5748,7 +5756,7 @@ def load_review(run: JobRun) -> ReviewContext:
     try:
         github_repository = github.repository_by_id(pull_request.repository_id)
     except GitHubError as error:
-        raise refusal_error(error) from None
+        raise refusal_error(run, error) from None
     repository = repository_at(github_repository)
     if not repository.is_allowed(run.config):
         raise ReviewSkipped(f"{repository.full_name} is not an allowed repository")
@@ -5778,7 +5786,7 @@ def check_pull_request(run: JobRun, context: ReviewContext) -> None:
     try:
         current = context.github_repository.pull_request(context.number)
     except GitHubError as error:
-        raise refusal_error(error) from None
+        raise refusal_error(run, error) from None
     if current.state != "open":
         run.codebot.sync_queue.put(PullRequestChanged(context.task.id))
         raise ReviewSkipped(f"the pull request is {current.state}")
@@ -8763,7 +8771,8 @@ def guard_localhost(host: str, port: int) -> socket.socket | None:
             raise
         raise ConfigError(
             f"Another program uses, or has just used, port {port} on {address}, where "
-            "clients of localhost may get. Stop it, or use another --port."
+            "clients of localhost, or of this host's name, may get. Stop it, or use "
+            "another --port."
         ) from None
     return guard
 
@@ -9208,7 +9217,7 @@ def fork_watchdog(codebot: Codebot) -> None:
 
 
 def start_app(config: Config, checks: Sequence[Check], level: int) -> Codebot:
-    """Check the host, take the work directory, and requeue what a crash interrupted.
+    """Take the work directory, check the host, and requeue what a crash interrupted.
 
     Raises ConfigError with everything that would make every task fail.
     """
