@@ -8534,21 +8534,11 @@ class ConnectionState(enum.Enum):
 
 @dataclasses.dataclass
 class Connection:
-    """The state of an open connection. Times are those of time.monotonic()."""
+    """The state of an open connection."""
 
-    waiting_since: float  # when it began to wait for a request, last time
-    deadline: float
+    deadline: float  # by time.monotonic()
     state: ConnectionState = ConnectionState.WAITING
     body_bytes: int = 0  # of its request's body that are in memory
-
-    def is_waiting(self) -> bool:
-        return self.state in (ConnectionState.WAITING, ConnectionState.RECEIVING)
-
-    def is_sending(self) -> bool:
-        return self.state is ConnectionState.SENDING
-
-    def has_unfinished_body(self) -> bool:
-        return self.state is ConnectionState.RECEIVING and self.body_bytes > 0
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -8797,6 +8787,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.codebot = codebot
         self.streams = threading.BoundedSemaphore(MAX_STREAMS)
         self._lock = threading.Lock()  # guards _connections
+        # The one that began first to wait for a request is the first: enter() keeps it so.
         self._connections: dict[socket.socket, Connection] = {}
         self._next_sweep = 0.0
         self.is_closed = False
@@ -8845,8 +8836,7 @@ class Server(http.server.ThreadingHTTPServer):
                 raise ConnectionAbortedError("the server has stopped")
             if len(self._connections) >= MAX_CONNECTIONS:
                 self._evict()
-            now = time.monotonic()
-            self._connections[request] = Connection(now, deadline=now + IDLE_TIMEOUT)
+            self._connections[request] = Connection(time.monotonic() + IDLE_TIMEOUT)
         self._pool.submit(self.process_request_thread, request, client_address)
 
     def service_actions(self) -> None:
@@ -8888,14 +8878,13 @@ class Server(http.server.ThreadingHTTPServer):
         Raises OSError if it was closed.
         """
         with self._lock:
-            now = time.monotonic()
             entry = self._open_connection(connection)
             entry.state = state
-            entry.deadline = now + seconds
+            entry.deadline = time.monotonic() + seconds
             if state is not ConnectionState.HANDLING:
                 entry.body_bytes = 0  # of a new request, or of one that is answered
-            if state is ConnectionState.WAITING:
-                entry.waiting_since = now
+            if state is ConnectionState.WAITING:  # it becomes the last
+                self._connections[connection] = self._connections.pop(connection)
 
     def count_body(self, connection: socket.socket, size: int) -> None:
         """More of a body has arrived. The oldest unfinished ones make way for it.
@@ -8905,9 +8894,13 @@ class Server(http.server.ThreadingHTTPServer):
         """
         with self._lock:
             self._open_connection(connection).body_bytes += size
-            while self._buffered_bytes() > MAX_BUFFERED_BYTES:
-                if not self._drop_oldest(Connection.has_unfinished_body):
+            buffered = sum(entry.body_bytes for entry in self._connections.values())
+            for oldest, entry in list(self._connections.items()):
+                if buffered <= MAX_BUFFERED_BYTES:
                     break
+                if entry.body_bytes and entry.state is ConnectionState.RECEIVING:
+                    buffered -= entry.body_bytes
+                    self._drop(oldest)
 
     # With the lock held; shutdown() does not wait for anything
 
@@ -8916,22 +8909,6 @@ class Server(http.server.ThreadingHTTPServer):
             raise ConnectionAbortedError("it was late, or closed to make room")
         return self._connections[connection]
 
-    def _buffered_bytes(self) -> int:
-        return sum(entry.body_bytes for entry in self._connections.values())
-
-    def _drop_oldest(self, is_candidate: Callable[[Connection], bool]) -> bool:
-        """Close the candidate that began to wait for its request first.
-
-        Returns False if there is none.
-        """
-        candidates = [
-            c for c, entry in self._connections.items() if is_candidate(entry)
-        ]
-        if not candidates:
-            return False
-        self._drop(min(candidates, key=lambda c: self._connections[c].waiting_since))
-        return True
-
     def _evict(self) -> None:
         """Close the connection that has waited longest for its client.
 
@@ -8939,12 +8916,18 @@ class Server(http.server.ThreadingHTTPServer):
         most are like it: then somebody lets them stand to keep others out.
         Raises OSError, which refuses the new connection, if all are with a handler.
         """
-        sending = [entry for entry in self._connections.values() if entry.is_sending()]
-        are_most_sending = len(sending) > len(self._connections) / 2
-        if not are_most_sending and self._drop_oldest(Connection.is_waiting):
-            return
-        if not self._drop_oldest(Connection.is_sending):
+        unread = []  # connections with an answer, older than the next one that waits
+        for connection, entry in self._connections.items():
+            if entry.state is ConnectionState.SENDING:
+                unread.append(connection)
+            elif entry.state is not ConnectionState.HANDLING:
+                if len(unread) > len(self._connections) / 2:
+                    break
+                self._drop(connection)
+                return
+        if not unread:
             raise ConnectionRefusedError("all connections are with a handler")
+        self._drop(unread[0])
 
     def _drop(self, connection: socket.socket) -> None:
         self._connections.pop(connection, None)

@@ -9448,14 +9448,14 @@ def test_clients_that_do_not_read_make_way_if_they_are_the_most(
         for end in own + theirs:
             stack.enter_context(end)
         receiving = codebot.ConnectionState.RECEIVING
-        states = [sending, sending, receiving, receiving, sending]
+        states = [sending, sending, sending, receiving, receiving]
         for number, state in enumerate(states):
-            entry = codebot.Connection(number, float("inf"), state)
+            entry = codebot.Connection(float("inf"), state)
             server._connections[own[number]] = entry
         server._evict()
         assert [is_closed(end) for end in theirs] == [True, False, False, False, False]
         server._evict()  # two of four are not the most
-        assert [is_closed(end) for end in theirs] == [True, False, True, False, False]
+        assert [is_closed(end) for end in theirs] == [True, False, False, True, False]
 
 
 @contextlib.contextmanager
