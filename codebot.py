@@ -940,14 +940,7 @@ def configured_secrets(config: Config) -> set[str]:
     for name in names:
         secrets.add(config.variables.get(name, "").strip(BLANKS))
     for name in (*names, *NETWORK_NAMES, "ANTHROPIC_BASE_URL"):
-        # https://user:password@host; https:// may be missing.
-        address = re.sub("^[^/]*://", "", config.variables.get(name, ""))
-        login = address.partition("/")[0].rpartition("@")[0]
-        user, _, password = login.partition(":")
-        if len(user) >= MIN_SEARCHED_LENGTH:
-            password = password or user  # a token in place of both
-        secrets.update({password, urllib.parse.unquote(password)})
-    for name in config.agent_env:
+        secrets.update(login_secrets(config.variables.get(name, "")))
         if "header" in name.lower():
             secrets.update(header_secrets(config.variables.get(name, "")))
     for path in (config.key_file, config.tls_key):
@@ -959,6 +952,16 @@ def configured_secrets(config: Config) -> set[str]:
         lines = [line.strip() for line in text.splitlines()]
         secrets.update(line for line in lines if not line.startswith("-----"))
     return secrets
+
+
+def login_secrets(address: str) -> set[str]:
+    """Return the password in https://user:password@host; https:// may be missing."""
+    address = re.sub("^[^/]*://", "", address)
+    login = address.partition("/")[0].rpartition("@")[0]
+    user, _, password = login.partition(":")
+    if len(user) >= MIN_SEARCHED_LENGTH:
+        password = password or user  # a token in place of both
+    return {password, urllib.parse.unquote(password)}
 
 
 def header_secrets(text: str) -> set[str]:
@@ -1282,6 +1285,17 @@ def end_process_group(child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
+# Runs a program on a node; $0 is the sentinel. If a cluster ends a job, SIGTERM (143) may
+# reach the program shortly before this shell: then the shell waits for its own.
+NODE_SCRIPT = """
+echo "$0"
+"$@"
+code=$?
+[ $code = 143 ] && sleep 1
+echo "$0 $code"
+"""
+
+
 def ignore_lines(lines: list[str]) -> float | None:
     return None
 
@@ -1305,10 +1319,7 @@ def run_program(
     if it cannot be started.
     """
     if launch is not None:
-        # In the script, $0 is the sentinel. If a cluster ends a job, SIGTERM (143) may
-        # reach the program shortly before this shell: then the shell waits for its own.
-        script = 'echo "$0"; "$@"; code=$?; [ $code = 143 ] && sleep 1; echo "$0 $code"'
-        argv = [*launch.command, "sh", "-c", script, launch.sentinel, *argv]
+        argv = [*launch.command, "sh", "-c", NODE_SCRIPT, launch.sentinel, *argv]
     with contextlib.ExitStack() as files:
         stdin_file = files.enter_context(tempfile.TemporaryFile())
         stdout = OutputFile(files.enter_context(tempfile.TemporaryFile()))
@@ -1958,6 +1969,10 @@ def parse_comment(place: str, payload: JsonObject) -> Comment | None:
     is_pending = str(payload.get("state")).lower() == "pending"
     if not user or not text.strip() or is_pending:
         return None
+    return make_comment(place, payload, user, text)
+
+
+def make_comment(place: str, payload: JsonObject, user: str, text: str) -> Comment:
     comment_id = int(payload["id"])
     review_id = int(payload.get("pull_request_review_id") or 0)
     if place == "review_text":
@@ -2143,8 +2158,7 @@ class GitHub:
     ) -> Reply:
         """Send a request, and again as GitHub's documentation asks.
 
-        send() may need a new token, which token() gets by another call(): that one is
-        sent AS_APP, which needs no request for its token.
+        send() may get a new token by another call(), which is AS_APP and needs none.
         Before each retry ``find_existing`` is called: the first request may have
         succeeded and only its response was lost.
         """
@@ -9025,8 +9039,7 @@ def is_agent_missing(codebot: Codebot) -> bool:
     )
 
 
-def check_settings(codebot: Codebot) -> Iterator[Finding]:
-    config = codebot.config
+def unknown_settings(config: Config) -> Iterator[Finding]:
     known = [field.metadata["variable"] for field in CONFIG_FIELDS]
     with_flag = [field.name for field in CONFIG_FIELDS if field.metadata["help"]]
     flags = {f"CODEBOT_{name.upper()}": flag_name(name) for name in with_flag}
@@ -9037,6 +9050,11 @@ def check_settings(codebot: Codebot) -> Iterator[Finding]:
             if name in flags:
                 hint = f"; use the flag {flags[name]}."
             yield Finding("warn", f"Unknown setting {name}{hint}")
+
+
+def check_settings(codebot: Codebot) -> Iterator[Finding]:
+    config = codebot.config
+    yield from unknown_settings(config)
     if config.stall_timeout < MIN_STALL_TIMEOUT:
         yield Finding(
             "warn",
