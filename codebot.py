@@ -285,9 +285,7 @@ GIT_TIMEOUT = 1800.0  # seconds for one git command
 MIN_GIT_TIMEOUT = 60.0  # seconds for git in a workspace, if the job's time is over
 PROBE_TIMEOUT = 30.0  # seconds for the sandbox, and for a node, when codebot starts
 STOP_TIMEOUT = 10.0  # seconds that the workers have to end
-KILL_GRACE = (
-    2.0  # seconds from SIGTERM to SIGKILL: git removes its locks (not in bwrap)
-)
+KILL_GRACE = 2.0  # seconds until SIGKILL: git removes its locks (not in bwrap)
 RESULT_GRACE = 5.0  # seconds that the agent may keep running after its result
 PRIVATE_UMASK = 0o077  # nobody else may read what codebot makes
 MAX_LINE_BYTES = 8 << 20  # the beginning of a longer line is replaced by a note
@@ -301,9 +299,7 @@ LOW_DISK_BYTES = 1 << 30  # warn below this much free space
 FULL_DISK_BYTES = 1 << 20  # with less, codebot does not start, and programs fail by it
 MIRROR_RETENTION = 30 * 86400.0  # seconds that an unused mirror outlives workspaces
 REPACK_RETRY_DELAY = 6 * 3600.0  # seconds until a mirror is packed after a failure
-DELIVERY_RETENTION = (
-    7 * 86400.0
-)  # a person can redeliver for 3 days at GitHub (GHES: 7)
+DELIVERY_RETENTION = 7 * 86400.0  # people can redeliver for 3 days (GHES: 7)
 DAILY_REVIEW_JOBS = 50  # jobs on one pull request in a day
 MAX_PATCH_BYTES = 256 << 20  # of a change that is put on top of others' pushes
 MAX_PUSHES = 3  # pushes of a review's change, when others push at the same time
