@@ -296,7 +296,8 @@ MAX_EVENT_CHARS = 4000  # a longer event is truncated
 MAX_OUTPUT_EVENTS = 10_000  # events of one run of the agent, or of the tests
 LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")  # of those events
 LOW_DISK_BYTES = 1 << 30  # warn below this much free space
-FULL_DISK_BYTES = 1 << 20  # with less, codebot does not start, and programs fail by it
+# With less free space codebot does not start, and if a program fails, that is the cause.
+FULL_DISK_BYTES = 1 << 20
 MIRROR_RETENTION = 30 * 86400.0  # seconds that an unused mirror outlives workspaces
 REPACK_RETRY_DELAY = 6 * 3600.0  # seconds until a mirror is packed after a failure
 DELIVERY_RETENTION = 7 * 86400.0  # people can redeliver for 3 days (GHES: 7)
@@ -4519,8 +4520,9 @@ git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
 git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
 # The tree is recorded before the test and committed after it, so that nothing which a test
-# leaves behind is committed; the agent sees only ignored files of it. This is no defence
-# against a hostile test, which could name another tree in step 4; inspect_commit is.
+# leaves behind is committed; the agent sees only ignored files of it. A hostile test could
+# name another tree in step 4, as it could pass without testing anything; that tree, too,
+# is inspected before it is pushed.
 TEST_SCRIPT = """
 reset() {
     g checkout-index -q -f -a && g clean -q -ff -d
@@ -4846,7 +4848,9 @@ class Workspace:
         return "\n".join(files)
 
     def find_submodules(self, commit: str, paths: set[str]) -> set[str]:
-        """Return those paths that .gitmodules has, without files that it includes.
+        """Return those paths that .gitmodules itself names as submodules.
+
+        Files that it includes are not read: they may be any on this host.
 
         What is not there is a clone that the agent left in the directory: `git add`
         records it in the same way.
