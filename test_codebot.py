@@ -22,6 +22,7 @@ import email.utils
 import errno
 import fnmatch
 import functools
+import glob
 import hashlib
 import hmac
 import http.client
@@ -1348,10 +1349,16 @@ class AgentScript:
 
     def runs(self, purpose: str = "") -> list[AgentRun]:
         """Return the runs so far, in order; with a purpose, only those."""
-        files = [f for place in self.places() for f in place.glob("run.*/stdin")]
-        files.sort(key=lambda file: file.stat().st_mtime_ns)
-        runs = [self._read_run(file.parent) for file in files]
-        return [run for run in runs if purpose in ("", run.purpose)]
+        runs = {}
+        for place in self.places():
+            # glob.glob() bears that codebot removes an agent's home meanwhile; Path's
+            # does not before Python 3.13.
+            for path in glob.glob(f"{place}/run.*/stdin"):
+                with contextlib.suppress(FileNotFoundError):
+                    run = self._read_run(Path(path).parent)
+                    runs[os.stat(path).st_mtime_ns, path] = run
+        in_order = [runs[key] for key in sorted(runs)]
+        return [run for run in in_order if purpose in ("", run.purpose)]
 
     def _read_run(self, directory: Path) -> AgentRun:
         argv = (directory / "argv").read_text().split("\0")[:-1]
