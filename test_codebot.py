@@ -81,7 +81,7 @@ T = TypeVar("T")
 
 
 def wait_for(
-    condition: Callable[[], T | None], seconds: float = 20, pause: float = 0.01
+    condition: Callable[[], T | None], seconds: float = 60, pause: float = 0.01
 ) -> T:
     """Return the first true value of ``condition``; fail after some seconds."""
     deadline = time.monotonic() + seconds
@@ -10861,11 +10861,11 @@ def test_wait_for_a_node_costs_neither_task_nor_test_time(
     cluster: StandInCluster,
 ) -> None:
     api = cluster.site.api
-    cluster.start_server(CODEBOT_STALL_TIMEOUT="2", CODEBOT_TASK_TIMEOUT="2")
+    cluster.start_server(CODEBOT_STALL_TIMEOUT="4", CODEBOT_TASK_TIMEOUT="4")
     cluster.busy.touch()
     task = api.submit(test_command="sleep 0.4")
     api.wait_phase(task, "queued")
-    over = time.monotonic() + 2.2
+    over = time.monotonic() + 4.2
     wait_for(lambda: time.monotonic() > over)
     assert api.status(task)["phase"] == "queued"
     cluster.busy.unlink()
