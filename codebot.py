@@ -6511,12 +6511,7 @@ def worker_step(codebot: Codebot, kind: str) -> None:
     job_id = codebot.queues[kind].get()
     if job_id is None:
         return  # the server stops
-    try:
-        job = codebot.store.claim(job_id)
-    except sqlite3.Error as error:
-        log.error("Database: %s; retrying", error)
-        codebot.stop.wait(DATABASE_RETRY_DELAY)
-        return
+    job = codebot.until_database_works(codebot.store.claim, job_id)
     if job is not None:
         codebot.jobs_due.set()  # others may have waited for the queue to be empty
         run_job(codebot, job)
