@@ -5749,12 +5749,7 @@ def store_failure(run: JobRun, reason: str, error: str) -> None:
     message = run.redact(error)
     # Logged now: perhaps nobody can be told, and then the review ends with that error.
     run.log_event("codebot", f"Failed ({reason}): {message}")
-    outcome = run.outcome_with(
-        reason_to_tell=reason,
-        error_to_tell=message,
-        answers={},
-        seconds=time.monotonic() - run.started,
-    )
+    outcome = run.outcome_with(reason_to_tell=reason, error_to_tell=message, answers={})
     kind = run.job.request_kind or "unclear"  # so that no further comment joins it
     run.save_work(phase="", commit_id="", request_kind=kind, outcome=outcome)
 
@@ -6519,12 +6514,20 @@ def worker_step(codebot: Codebot, kind: str) -> None:
 
 def run_job(codebot: Codebot, job: Job) -> None:
     """Run a job to its end, or until it is pending again."""
-    run = run_once(codebot, job)
-    if run.is_reviewer_to_be_told:
-        run_once(codebot, run.job)  # at once: another review may take an hour
+    run = JobRun(codebot, job)
+    codebot.running[job.id] = run
+    try:
+        run_once(run)
+        if run.is_reviewer_to_be_told:
+            run_once(run)  # at once: another review may take an hour
+    finally:
+        del codebot.running[job.id]
+        codebot.jobs_due.set()  # another may have waited for it to end
+        if run.cancel.is_set():
+            codebot.cleanup_wanted.set()  # its pull request may have been closed
 
 
-def run_once(codebot: Codebot, job: Job) -> JobRun:
+def run_once(run: JobRun) -> None:
     """Run a job, and turn whatever happens into an end, a retry or a requeue.
 
     What ends a run:                       What becomes of the job:
@@ -6539,8 +6542,8 @@ def run_once(codebot: Codebot, job: Job) -> JobRun:
       ReviewSkipped                          the review is deleted; failed, as
                                              cancelled, if its agent has cost something
     """
-    run = JobRun(codebot, job)
-    codebot.running[job.id] = run
+    job = run.job
+    codebot = run.codebot
     try:
         dispatch_job(run)
         end_job(run, "completed")
@@ -6561,12 +6564,6 @@ def run_once(codebot: Codebot, job: Job) -> JobRun:
     except Exception:
         log.exception("Job %s", job.id)
         fail_or_tell_reviewer(run, "internal", "Internal error; see the server's log")
-    finally:
-        del codebot.running[job.id]
-        codebot.jobs_due.set()  # another may have waited for it to end
-        if run.cancel.is_set():
-            codebot.cleanup_wanted.set()  # its pull request may have been closed
-    return run
 
 
 def dispatch_job(run: JobRun) -> None:
