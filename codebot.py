@@ -6556,7 +6556,12 @@ def run_once(run: JobRun) -> None:
     except (TransientError, sqlite3.OperationalError) as error:
         retry_or_fail(run, error)
     except OSError as error:
-        handle_os_error(run, error)
+        message = f"This host cannot go on: {os_error_text(error)}"
+        if error.errno in TRANSIENT_ERRNOS:
+            retry_or_fail(run, TransientError(message))
+        else:
+            log.exception("Job %s", job.id)
+            fail_or_tell_reviewer(run, "internal", message)
     except JobFailed as error:
         fail_or_tell_reviewer(run, error.reason, str(error))
     except (GitFailed, GitHubError) as error:
@@ -6637,32 +6642,19 @@ def retry_or_fail(run: JobRun, error: Exception) -> None:
     A cancelled job is not retried.
     """
     job = run.job
-    codebot = run.codebot
     now = time.time()
-    interruptions = 1 if run.retry_costs_money else 0
-    not_before = max(now + RETRY_DELAY, getattr(error, "retry_at", 0.0))
+    interruptions = int(run.retry_costs_money)
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
-    message = str(error)
-    may_run_again = not interruptions or job.interruptions + 1 < MAX_INTERRUPTIONS
-    if now <= give_up_at and may_run_again and not run.cancel.is_set():
-        run.log_event("codebot", f"{message}. Trying again later")
-        log.warning("Job %s: %s; retrying later", job.id, message)
-        codebot.until_database_works(
-            codebot.store.requeue, job.id, interruptions, not_before
-        )
+    is_too_often = interruptions and job.interruptions + 1 >= MAX_INTERRUPTIONS
+    if is_too_often or now > give_up_at or run.cancel.is_set():
+        reason = REASON_BY_PHASE.get(job.phase, "internal")
+        fail_or_tell_reviewer(run, job.outcome.reason_to_tell or reason, str(error))
         return
-    reason = job.outcome.reason_to_tell or REASON_BY_PHASE.get(job.phase, "internal")
-    fail_or_tell_reviewer(run, reason, message)
-
-
-def handle_os_error(run: JobRun, error: OSError) -> None:
-    if error.errno in TRANSIENT_ERRNOS:
-        retry_or_fail(
-            run, TransientError(f"This host cannot go on: {os_error_text(error)}")
-        )
-        return
-    log.exception("Job %s", run.job.id)
-    fail_or_tell_reviewer(run, "internal", f"Internal error: {os_error_text(error)}")
+    not_before = max(now + RETRY_DELAY, getattr(error, "retry_at", 0.0))
+    run.log_event("codebot", f"{error}. Trying again later")
+    log.warning("Job %s: %s; retrying later", job.id, error)
+    requeue = run.store.requeue
+    run.codebot.until_database_works(requeue, job.id, interruptions, not_before)
 
 
 class Timer:
