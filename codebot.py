@@ -6546,13 +6546,13 @@ def run_once(run: JobRun) -> None:
     codebot = run.codebot
     try:
         dispatch_job(run)
-        end_job(run, "completed")
+        end_job(run)
     except ReviewSkipped as error:
         skip_review(run, error)
     except StopRequested:
         codebot.until_database_works(codebot.store.requeue, job.id)
     except Cancelled:
-        end_job(run, "failed", "cancelled", CANCELLED_TEXT[job.kind])
+        end_job(run, "cancelled", CANCELLED_TEXT[job.kind])
     except (TransientError, sqlite3.OperationalError) as error:
         retry_or_fail(run, error)
     except OSError as error:
@@ -6589,12 +6589,14 @@ def dispatch_job(run: JobRun) -> None:
         run_task(run)
 
 
-def end_job(run: JobRun, status: str, reason: str = "", error: str = "") -> None:
-    """End a job. Its last event is written before, so that those who follow its log
-    get it before the end.
+def end_job(run: JobRun, reason: str = "", error: str = "") -> None:
+    """Complete a job, or fail it with a reason.
+
+    Its last event is written first: who follows its log gets it before the end.
     """
     job = run.job
-    if status == "failed" and run.cancel.is_set():
+    status = "failed" if reason else "completed"
+    if reason and run.cancel.is_set():
         reason = "cancelled"  # whatever else went wrong meanwhile
         error = CANCELLED_TEXT[job.kind]
     may_be_pushed = job.commit_id and (job.is_pushing or job.kind == "review")
@@ -6617,7 +6619,7 @@ def skip_review(run: JobRun, reason: ReviewSkipped) -> None:
     if run.job.outcome.cost_usd is None and not run.retry_costs_money:
         run.codebot.until_database_works(run.store.drop_review, run.job.id)
     else:
-        end_job(run, "failed", "cancelled", f"The review was skipped: {reason}")
+        end_job(run, "cancelled", f"The review was skipped: {reason}")
 
 
 def fail_or_tell_reviewer(run: JobRun, reason: str, error: str) -> None:
@@ -6632,7 +6634,7 @@ def fail_or_tell_reviewer(run: JobRun, reason: str, error: str) -> None:
         store_failure(run, reason, error)
         run.is_reviewer_to_be_told = True
     else:
-        end_job(run, "failed", reason, error)
+        end_job(run, reason, error)
 
 
 def retry_or_fail(run: JobRun, error: Exception) -> None:
@@ -6696,8 +6698,7 @@ class Cleanup:
         # was down, so the workspaces for that are retained.
         self.codebot.cleanup_wanted.wait(min(CLEANUP_INTERVAL, self.config.retention))
         self.codebot.cleanup_wanted.clear()
-        if self.codebot.stop.is_set():
-            return
+        self.check_stop()
         # What frees the disk comes first: a full one may be why the database fails.
         self.attempt(self.warn_of_low_disk)
         self.attempt(self.remove_workspaces)
