@@ -5774,14 +5774,14 @@ def load_review(run: JobRun) -> ReviewContext:
     return ReviewContext(pull_request.number, task, github_repository, workspace)
 
 
-def is_new(review: Job) -> bool:
-    """Return whether GitHub may not have everywhere yet what a review is about."""
-    return review.submitted_at > now_text(seconds_ago=NEW_COMMENT_AGE)
+def is_new(timestamp: str) -> bool:
+    """Return whether GitHub may not have everywhere yet what came at that time."""
+    return timestamp > now_text(seconds_ago=NEW_COMMENT_AGE)
 
 
 def refusal_error(run: JobRun, error: GitHubError) -> Exception:
     """Return what a refusal means for a review: what is gone is skipped, all else waits."""
-    if error.status in GONE_STATUSES and not is_new(run.job):
+    if error.status in GONE_STATUSES and not is_new(run.job.submitted_at):
         return ReviewSkipped(f"it is not codebot's any more: {error}")
     return TransientError(f"GitHub refuses the App: {error}")
 
@@ -5811,7 +5811,8 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
     """
     store = run.store
     reviewer = run.job.reviewer
-    if not context.github_repository.has_write_access(reviewer):
+    github_repository = context.github_repository
+    if not github_repository.has_write_access(reviewer):
         raise ReviewSkipped(f"{reviewer} has no write access")
     if not run.job.request_kind:
         store.absorb_waiting_reviews(run.job)
@@ -5820,33 +5821,20 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
     comments = []
     for stored in store.comments(run.job.id):
         # A delivery is only a claim. GitHub says who wrote what, and what it says now.
-        comment = reload_stored_comment(run, context, stored)
+        try:
+            comment = github_repository.reload_comment(context.number, stored)
+        except NotFound as error:
+            if is_new(run.job.submitted_at) or is_new(stored.created_at):
+                message = f"GitHub does not have a comment yet: {error}"
+                raise TransientError(message) from None
+            continue  # it was deleted
         if comment is None or comment.user != reviewer:
             continue
         comments.append(comment)
         if comment.place != "review_text":  # which takes no reactions
             subject = "pulls" if comment.place == "inline" else "issues"
-            context.github_repository.react(f"/{subject}/comments/{comment.id}")
+            github_repository.react(f"/{subject}/comments/{comment.id}")
     return comments
-
-
-def reload_stored_comment(
-    run: JobRun, context: ReviewContext, stored: Comment
-) -> Comment | None:
-    """Return a comment as GitHub has it now; None if it was deleted.
-
-    Raises TransientError if it is so new that GitHub may not have it everywhere yet.
-    """
-    try:
-        return context.github_repository.reload_comment(context.number, stored)
-    except NotFound as error:
-        skew = context.github_repository.github.clock_skew
-        oldest = now_text(seconds_ago=NEW_COMMENT_AGE - skew)
-        if is_new(run.job) or stored.created_at > oldest:
-            raise TransientError(
-                f"GitHub does not have a comment yet: {error}"
-            ) from None
-        return None
 
 
 def check_daily_limit(run: JobRun) -> None:
