@@ -5739,7 +5739,14 @@ def do_work(run: JobRun, context: ReviewContext, comments: Sequence[Comment]) ->
         # The outbox was lost, for example when the host lost power. Begin anew.
         run.update(commit_id="", outcome=run.outcome_with(answers={}))
     if not run.job.outcome.answers:
-        find_answers(run, context, comments)
+        run.log_event("codebot", f"Review by {run.job.reviewer}: {comments[0].text}")
+        earlier = earlier_comments(run, context, comments)
+        text = format_comments("earlier-comment", earlier)
+        text += format_comments("comment", comments)
+        if not run.job.request_kind:
+            classify(run, context, comments, text)
+        if run.job.request_kind in ("question", "change"):
+            carry_out(run, context, comments, text)
     if run.job.commit_id:
         push_review_commit(run, context)
 
@@ -5872,22 +5879,6 @@ def group_by_thread(comments: Sequence[Comment]) -> dict[str, list[Comment]]:
 # From the comments to a commit
 
 
-def find_answers(
-    run: JobRun, context: ReviewContext, comments: Sequence[Comment]
-) -> None:
-    """Classify what the reviewer wants, do it, and store the answers."""
-    if run.job.request_kind in ("none", "limit"):
-        return  # there are none
-    first = comments[0]
-    run.log_event("codebot", f"Review by {first.user}: {first.text}")
-    earlier = earlier_comments(run, context, comments)
-    text = format_comments(comments, earlier)
-    if not run.job.request_kind:
-        classify(run, context, comments, text)
-    if run.job.request_kind in ("question", "change"):
-        carry_out(run, context, comments, text)
-
-
 def earlier_comments(
     run: JobRun, context: ReviewContext, comments: Sequence[Comment]
 ) -> list[Comment]:
@@ -5897,7 +5888,7 @@ def earlier_comments(
     bot = context.github_repository.github.bot()
     own_name = "codebot (you)"  # no login of GitHub's
     threads = {comment.thread for comment in comments}
-    known = {(comment.place, comment.id) for comment in comments}
+    ids = {comment.id for comment in comments}
     paths = {
         "conversation": f"/issues/{context.number}/comments",
         "inline": f"/pulls/{context.number}/comments",
@@ -5908,7 +5899,7 @@ def earlier_comments(
             if (payload["user"] or {}).get("id") == bot.id:
                 payload = {**payload, "user": {"login": own_name}}
             comment = parse_comment(place, payload)
-            if comment is None or (place, comment.id) in known:
+            if comment is None or comment.id in ids:
                 continue
             is_here = place == "conversation" or comment.thread in threads
             if is_here and comment.user in (own_name, run.job.reviewer):
@@ -5917,11 +5908,10 @@ def earlier_comments(
     return found[-20:]
 
 
-def format_comments(comments: Sequence[Comment], earlier: Sequence[Comment]) -> str:
-    """Return the comments for a prompt, each between its delimiters."""
+def format_comments(name: str, comments: Sequence[Comment]) -> str:
+    """Return comments for a prompt, each between delimiters with that name."""
     text = ""
-    for comment in [*earlier, *comments]:
-        name = "earlier-comment" if comment in earlier else "comment"
+    for comment in comments:
         attributes = f' id="{comment.id}" by="{comment.user}"'
         if comment.path:
             # A file's name may have quotes and line breaks.
@@ -5950,13 +5940,12 @@ def classify(
         prompt = f"Comments:\n{text}"
         answer = ask_agent(scratch, prompt, CLASSIFYING, Session.NONE)
     kind = answer.structured.get("kind")
-    outcome = run.job.outcome
+    answers: dict[str, str] = {}
     if kind not in ("question", "change", "none"):
         kind = "unclear"
         ask = run.redact(str(answer.structured.get("ask") or ""))[:10_000]
         answers = dict.fromkeys(group_by_thread(comments), ask)
-        outcome = run.outcome_with(answers=answers)
-    run.save_work(request_kind=kind, outcome=outcome)
+    run.save_work(request_kind=kind, outcome=run.outcome_with(answers=answers))
 
 
 def carry_out(
@@ -5968,12 +5957,12 @@ def carry_out(
     _, base_commit = fetch_or_fail(workspace, workspace.branch, "push_rejected")
     workspace.check_out(workspace.branch, base_commit, keep_home=True)
     workspace.make_outbox()
+    prompt = f"Review comments:\n{text}"
     commit_id = ""
     if run.job.request_kind == "question":
-        answer = converse(run, context, base_commit, f"Questions:\n{text}", ANSWERING)
+        answer = converse(run, context, base_commit, prompt, ANSWERING)
     else:
         check_base(workspace, base_commit)
-        prompt = f"Review comments:\n{text}"
         answer = converse(run, context, base_commit, prompt, CHANGING)
         commit_id = test_and_commit(run, context, base_commit)
     answers = parse_answers(run, answer, comments)
