@@ -6037,15 +6037,23 @@ def push_review_commit(run: JobRun, context: ReviewContext) -> None:
       is the commit's parent       push
       is anything else             put the change on top of it, and push
     """
+    workspace = context.workspace
     for attempt in range(1, MAX_PUSHES + 1):
         check_pull_request(run, context)
-        tip = fetch_tip(run, context)
-        if context.workspace.mirror.is_ancestor(run.job.commit_id, tip):
+        tip = fetch_tip(workspace, run.job.base_commit)
+        if workspace.mirror.is_ancestor(run.job.commit_id, tip):
             return
         if tip != run.job.base_commit:
             reapply_change(run, context, tip)
-            fetch_tip(run, context)  # raises if commits were removed meanwhile
-        if push_change(run, context, attempt):
+            fetch_tip(workspace, tip)  # raises if commits were removed meanwhile
+        run.set_phase("push", attempt)
+        try:
+            workspace.push()
+        except JobFailed:
+            if fetch_tip(workspace, run.job.base_commit) == run.job.base_commit:
+                raise  # nobody has pushed: the remote does not want it
+        else:
+            fetch_tip(workspace, run.job.commit_id)  # raises if it was removed
             return
     raise JobFailed(
         "push_rejected",
@@ -6054,33 +6062,13 @@ def push_review_commit(run: JobRun, context: ReviewContext) -> None:
     )
 
 
-def push_change(run: JobRun, context: ReviewContext, attempt: int) -> bool:
-    """Push the commit. Returns False if others have pushed first."""
-    run.set_phase("push", attempt)
-    workspace = context.workspace
-    try:
-        workspace.push()
-    except JobFailed:
-        if fetch_tip(run, context) == run.job.base_commit:
-            raise  # nobody has pushed: the remote does not want it
-        return False
-    tip = fetch_tip(run, context)
-    if not workspace.mirror.is_ancestor(run.job.commit_id, tip):
-        raise JobFailed(
-            "push_rejected",
-            f"Commit {run.job.commit_id} was pushed, but it was removed again",
-        )
-    return True
+def fetch_tip(workspace: Workspace, commit: str) -> str:
+    """Fetch the branch, and return its tip at the remote.
 
-
-def fetch_tip(run: JobRun, context: ReviewContext) -> str:
-    """Fetch the branch, and return its commit at the remote.
-
-    Raises JobFailed if the job's base commit is not in the branch any more.
+    Raises JobFailed if the branch does not have a commit (any more).
     """
-    workspace = context.workspace
     _, tip = fetch_or_fail(workspace, workspace.branch, "push_rejected")
-    if not workspace.mirror.is_ancestor(run.job.base_commit, tip):
+    if not workspace.mirror.is_ancestor(commit, tip):
         raise JobFailed(
             "push_rejected", "Commits were removed from the branch meanwhile"
         )
