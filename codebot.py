@@ -5776,7 +5776,6 @@ def load_review(run: JobRun) -> ReviewContext:
     repository = repository_at(github_repository)
     if not repository.is_allowed(run.config):
         raise ReviewSkipped(f"{repository.full_name} is not an allowed repository")
-    github.bot()  # for the commit and the answers
     workspace = Workspace(run, repository, run.job.directory)
     return ReviewContext(pull_request.number, task, github_repository, workspace)
 
@@ -5849,7 +5848,7 @@ def check_daily_limit(run: JobRun) -> None:
     if run.job.request_kind:
         return  # it is classified already, or has failed
     kinds = run.store.request_kinds_of_last_day(run.job.task_id)
-    if len(kinds) - kinds.count("limit") <= DAILY_REVIEW_JOBS:
+    if len(kinds) <= DAILY_REVIEW_JOBS:
         return
     if "limit" in kinds:
         raise ReviewSkipped("its pull request has had too many reviews today")
@@ -6097,7 +6096,7 @@ def answer_threads(
     run: JobRun, context: ReviewContext, threads: Mapping[str, Sequence[Comment]]
 ) -> None:
     """Post one answer in each thread, unless an earlier run has done so."""
-    if run.job.request_kind == "none" and not run.job.outcome.error_to_tell:
+    if run.job.request_kind == "none":
         return
     run.set_phase("answer")
     if run.job.request_kind == "limit":
@@ -6114,9 +6113,6 @@ def answer_threads(
             context.github_repository.post_once(list_path, post_path, body, marker)
         except NotFound as error:
             log.info("No answer to %s, which was deleted: %s", thread, error)
-        except GitHubError as error:
-            message = f"GitHub refused the answer: {error}"
-            raise JobFailed("internal", message) from None
 
 
 def answer_body(run: JobRun, thread: str, comments: Sequence[Comment]) -> str:
