@@ -6180,23 +6180,22 @@ class Sync:
                 self.handle(request)
 
     def handle(self, request: SyncRequest) -> None:
+        """Look at something; again later if that fails, unless it is gone."""
         self.waiting[request] = time.time() + RETRY_DELAY  # whatever goes wrong
         try:
             self.look(request)
+        except (AttributeError, LookupError, TypeError, ValueError):
+            log.exception("%s: GitHub's response has an unknown shape", request)
+            return
         except (TransientError, GitHubError, sqlite3.Error, OSError) as error:
-            is_gone = isinstance(error, GitHubError) and error.status in GONE_STATUSES
-            if not is_gone:  # the App may be suspended
-                log.warning("GitHub cannot be asked now: %s", error)
+            log.warning("The look at %s failed: %s", request, error)
+            if getattr(error, "status", 0) not in GONE_STATUSES:
                 delay = RETRY_DELAY
                 if isinstance(error, AppRefused):
                     delay = APP_REFUSED_DELAY
                 retry_at = time.time() + delay  # the look may have taken a while
                 self.waiting[request] = max(retry_at, getattr(error, "retry_at", 0.0))
                 return
-            log.warning("%s is ignored: %s", request, error)
-        except (AttributeError, LookupError, TypeError, ValueError):
-            log.exception("%s: GitHub's response has an unknown shape", request)
-            return
         del self.waiting[request]
         if isinstance(request, PollDue) and self.config.enable_polling:
             self.waiting[request] = time.time() + self.config.poll_interval
@@ -6223,26 +6222,20 @@ class Sync:
         for github_repository in self.github.repositories():
             if not repository_at(github_repository).is_allowed(self.config):
                 continue
+            numbers: list[int] = []
             try:
-                self.find_labelled_issues(github_repository)
+                numbers = github_repository.issues_with_label(self.config.issue_label)
+            except (GitHubError, AppRefused) as error:
+                # Its issues may be turned off, or the App may not read them.
+                log.warning(
+                    "Issues of %s are ignored: %s", github_repository.full_name, error
+                )
             except TransientError as error:
                 failure = error  # the others are still looked at
+            for number in numbers:
+                self.waiting.setdefault(IssueChanged(github_repository.id, number), 0.0)
         if failure is not None:
             raise failure
-
-    def find_labelled_issues(self, github_repository: GitHubRepository) -> None:
-        """Ask for a look at a repository's open issues with the label."""
-        try:
-            numbers = github_repository.issues_with_label(self.config.issue_label)
-        except (GitHubError, AppRefused) as error:
-            # Its issues may be turned off, or the App may not read them; so the others
-            # are still looked at.
-            log.warning(
-                "Issues of %s are ignored: %s", github_repository.full_name, error
-            )
-            return
-        for number in numbers:
-            self.waiting.setdefault(IssueChanged(github_repository.id, number), 0.0)
 
     # Pull requests
 
@@ -6273,16 +6266,15 @@ class Sync:
         self, pull_request: PullRequest, github_repository: GitHubRepository
     ) -> None:
         # What is written while the lists are read may be missing in them. So the next
-        # look begins 10 s before this one, by GitHub's clock.
+        # look begins with the latest change, or 10 s before this one, by GitHub's clock.
         started = now_text(seconds_ago=10 - self.github.clock_skew)
         latest = pull_request.seen_until
         comments = []
-        found = github_repository.comments(pull_request.number, pull_request.seen_until)
+        found = github_repository.comments(pull_request.number, latest)
         for updated_at, comment in found:
             latest = max(latest, updated_at)
             comments.append(comment)
-        comments.sort(key=lambda comment: comment.created_at)
-        seen_until = min(latest, started)  # the latest change, or 10 s ago
+        seen_until = min(latest, started)
         jobs = self.store.queue_comments(pull_request, comments, seen_until=seen_until)
         if jobs:
             self.codebot.jobs_due.set()
@@ -6294,23 +6286,18 @@ class Sync:
         github_repository = self.github.repository_by_id(request.repository_id)
         event = github_repository.label_event(request.number, self.config.issue_label)
         self.cancel_superseded(request, event.id if event else 0)
-        if event is None:
-            name = f"{github_repository.full_name}#{request.number}"
-            log.info("Issue %s is ignored: it does not have the label", name)
-            return
-        if self.store.is_label_event_known(event.id):
+        if event is None or self.store.is_label_event_known(event.id):
             return
         issue = github_repository.issue(request.number)
         obstacle = self.obstacle(github_repository, issue, event)
         if obstacle:
             log.info("Issue %s is ignored: %s", issue.url, obstacle)
-            # It stays ignored, until the label is put on again.
-            self.store.add_label_event(event.id)
-            return
-        if self.was_changed(github_repository, issue, event):
+        elif self.was_changed(github_repository, issue, event):
             self.ask_for_label(github_repository, issue, event)
-            return
-        self.submit_issue(github_repository, issue, event)
+        else:
+            self.submit_issue(github_repository, issue, event)
+        # That was all, until the label is put on again.
+        self.store.add_label_event(event.id)
 
     def cancel_superseded(self, request: IssueChanged, event_id: int) -> None:
         """Cancel the issue's tasks whose label was removed, while that is possible."""
@@ -6364,10 +6351,8 @@ class Sync:
             f"This issue was changed after @{event.actor} labelled it. Please read it "
             "again, remove the label and add it again."
         )
-        github_repository.post_once(
-            path, path, text, f"<!-- codebot label {event.id} -->"
-        )
-        self.store.add_label_event(event.id)  # all that is left is a new label
+        marker = f"<!-- codebot label {event.id} -->"
+        github_repository.post_once(path, path, text, marker)
 
     def submit_issue(
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
