@@ -6180,13 +6180,13 @@ class Sync:
                 self.handle(request)
 
     def handle(self, request: SyncRequest) -> None:
-        """Look at something; again later if that fails, unless it is gone."""
+        """Look at something; again later if that fails, unless it is gone.
+
+        If GitHub's response has an unknown shape, the thread's loop logs the exception.
+        """
         self.waiting[request] = time.time() + RETRY_DELAY  # whatever goes wrong
         try:
             self.look(request)
-        except (AttributeError, LookupError, TypeError, ValueError):
-            log.exception("%s: GitHub's response has an unknown shape", request)
-            return
         except (TransientError, GitHubError, sqlite3.Error, OSError) as error:
             log.warning("The look at %s failed: %s", request, error)
             if getattr(error, "status", 0) not in GONE_STATUSES:
