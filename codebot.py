@@ -6403,15 +6403,10 @@ class Sync:
         pull_request = self.store.pull_request(task.id)
         if task.status == "completed" and pull_request is not None:
             return f"The pull request is {pull_request.url}."
-        if task.reason == "cancelled":
-            return (
-                "The task was cancelled. To start it again, remove the label, if it is "
-                "still there, and add it again."
-            )
         error = code_block(truncate(task.error, 5000))
         return (
             f"The task failed ({task.reason}):\n\n{error}\n"
-            "To try again, remove the label and add it again."
+            "To start it again, remove the label, if it is still there, and add it again."
         )
 
 
