@@ -5689,6 +5689,8 @@ LIMIT_TEXT = (
     f"This pull request has had {DAILY_REVIEW_JOBS} requests to codebot in a day. "
     "Further comments are not handled; comment again tomorrow."
 )
+# Where at GitHub the comments of a place are, and the answers to them.
+SUBJECTS = {"conversation": "issues", "review_text": "issues", "inline": "pulls"}
 NO_ANSWER_TEXT = {
     "question": "The agent gave no answer.",
     "unclear": "I cannot tell whether this is a question or a change. What should I do?",
@@ -5725,7 +5727,7 @@ def run_review(run: JobRun) -> None:
     check_daily_limit(run)
     if not run.job.outcome.error_to_tell:
         do_work(run, context, comments)
-    answer_threads(run, context, group_by_thread(comments))
+    answer_threads(run, context, comments)
     outcome = run.job.outcome
     if outcome.error_to_tell:
         raise JobFailed(outcome.reason_to_tell, outcome.error_to_tell)
@@ -5838,7 +5840,7 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
             continue
         comments.append(comment)
         if comment.place != "review_text":  # which takes no reactions
-            subject = "pulls" if comment.place == "inline" else "issues"
+            subject = SUBJECTS[comment.place]
             github_repository.react(f"/{subject}/comments/{comment.id}")
     return comments
 
@@ -5888,12 +5890,9 @@ def earlier_comments(
     own_name = "codebot (you)"  # no login of GitHub's
     threads = {comment.thread for comment in comments}
     ids = {comment.id for comment in comments}
-    paths = {
-        "conversation": f"/issues/{context.number}/comments",
-        "inline": f"/pulls/{context.number}/comments",
-    }
     found = []
-    for place, path in paths.items():
+    for place in ("conversation", "inline"):
+        path = f"/{SUBJECTS[place]}/{context.number}/comments"
         for payload in context.github_repository.pages(path):
             if (payload["user"] or {}).get("id") == bot.id:
                 payload = {**payload, "user": {"login": own_name}}
@@ -6006,9 +6005,9 @@ def parse_answers(
             by_comment[str(entry.get("comment_id"))] = str(entry["body"])
     answers = {}
     for thread, members in group_by_thread(comments).items():
-        ids = [str(members[0].thread), *(str(comment.id) for comment in members)]
-        texts = [by_comment[i] for i in dict.fromkeys(ids) if i in by_comment]
-        text = "\n\n".join(texts) or answer.text
+        ids = {members[0].thread, *(comment.id for comment in members)}
+        texts = [by_comment.get(str(comment_id), "") for comment_id in sorted(ids)]
+        text = "\n\n".join(filter(None, texts)) or answer.text
         answers[thread] = truncate(run.redact(text[:100_000]), 50_000)
     return answers
 
@@ -6093,52 +6092,52 @@ def reapply_change(run: JobRun, context: ReviewContext, tip: str) -> None:
 
 
 def answer_threads(
-    run: JobRun, context: ReviewContext, threads: Mapping[str, Sequence[Comment]]
+    run: JobRun, context: ReviewContext, comments: Sequence[Comment]
 ) -> None:
     """Post one answer in each thread, unless an earlier run has done so."""
     if run.job.request_kind == "none":
         return
     run.set_phase("answer")
     if run.job.request_kind == "limit":
-        threads = dict(list(threads.items())[:1])
-    for thread, comments in threads.items():
-        body = run.redact(answer_body(run, thread, comments))
+        comments = comments[:1]
+    for thread, members in group_by_thread(comments).items():
+        first = members[0]
+        body = run.redact(answer_body(run, thread, first))
         marker = f"<!-- codebot answer {run.job.id} {thread} -->"
-        list_path = f"/issues/{context.number}/comments"
+        list_path = f"/{SUBJECTS[first.place]}/{context.number}/comments"
         post_path = list_path
-        if comments[0].place == "inline":
-            list_path = f"/pulls/{context.number}/comments"
-            post_path = f"{list_path}/{comments[0].thread}/replies"
+        if first.place == "inline":
+            post_path += f"/{first.thread}/replies"
         try:
             context.github_repository.post_once(list_path, post_path, body, marker)
         except NotFound as error:
             log.info("No answer to %s, which was deleted: %s", thread, error)
 
 
-def answer_body(run: JobRun, thread: str, comments: Sequence[Comment]) -> str:
+def answer_body(run: JobRun, thread: str, first: Comment) -> str:
     """Return codebot's facts first, then the agent's words, quoted as such."""
     job = run.job
-    answer = job.outcome.answers.get(thread, "")
-    parts = []
-    if comments[0].place != "inline":  # elsewhere nothing shows what is answered
-        first_line = comments[0].text.strip().splitlines()[0][:200]
-        parts.append(quoted(f"@{comments[0].user}", first_line))
-    if job.outcome.error_to_tell:
-        error = code_block(truncate(job.outcome.error_to_tell, 5000))
-        parts.append(
-            f"codebot could not do this ({job.outcome.reason_to_tell}):\n\n{error}"
-        )
+    outcome = job.outcome
+    answer = outcome.answers.get(thread, "")
+    comment = ""
+    if first.place != "inline":  # elsewhere nothing shows what is answered
+        first_line = first.text.strip().splitlines()[0][:200]
+        comment = quoted(f"@{first.user}", first_line)
+    fact = ""
+    if outcome.error_to_tell:
+        error = code_block(truncate(outcome.error_to_tell, 5000))
+        fact = f"codebot could not do this ({outcome.reason_to_tell}):\n\n{error}"
     elif job.request_kind == "limit":
-        parts.append(LIMIT_TEXT)
+        fact = LIMIT_TEXT
     elif job.commit_id:
-        parts.append(f"The change is in {job.commit_id}.")
-        if job.outcome.tests is not None:
-            parts.append("The tests passed.")
+        fact = f"The change is in {job.commit_id}."
+        if outcome.tests is not None:
+            fact += " The tests passed."
     elif job.request_kind == "change":
-        parts.append("No file was changed.")
+        fact = "No file was changed."
     elif not answer.strip():
-        parts.append(NO_ANSWER_TEXT[job.request_kind])
-    parts.append(quoted("The agent", answer))
+        fact = NO_ANSWER_TEXT[job.request_kind]
+    parts = [comment, fact, quoted("The agent", answer)]
     return truncate("\n\n".join(part.strip() for part in parts if part), 60_000)
 
 
