@@ -5753,16 +5753,6 @@ def do_work(run: JobRun, context: ReviewContext, comments: Sequence[Comment]) ->
         push_review_commit(run, context)
 
 
-def store_failure(run: JobRun, reason: str, error: str) -> None:
-    """Store why a review has failed. All that is left is to tell the reviewer."""
-    message = run.redact(error)
-    # Logged now: perhaps nobody can be told, and then the review ends with that error.
-    run.log_event("codebot", f"Failed ({reason}): {message}")
-    outcome = run.outcome_with(reason_to_tell=reason, error_to_tell=message, answers={})
-    kind = run.job.request_kind or "unclear"  # so that no further comment joins it
-    run.save_work(phase="", commit_id="", request_kind=kind, outcome=outcome)
-
-
 def load_review(run: JobRun) -> ReviewContext:
     """Find the pull request's repository, under the name that it has now."""
     store = run.store
@@ -6483,14 +6473,13 @@ def run_once(run: JobRun) -> None:
                                              cancelled, if its agent has cost something
     """
     job = run.job
-    codebot = run.codebot
     try:
         dispatch_job(run)
         end_job(run)
     except ReviewSkipped as error:
         skip_review(run, error)
     except StopRequested:
-        codebot.until_database_works(codebot.store.requeue, job.id)
+        run.codebot.until_database_works(run.store.requeue, job.id)
     except Cancelled:
         end_job(run, "cancelled", CANCELLED_TEXT[job.kind])
     except (TransientError, sqlite3.OperationalError) as error:
@@ -6502,10 +6491,8 @@ def run_once(run: JobRun) -> None:
         else:
             log.exception("Job %s", job.id)
             fail_or_tell_reviewer(run, "internal", message)
-    except JobFailed as error:
-        fail_or_tell_reviewer(run, error.reason, str(error))
-    except (GitFailed, GitHubError) as error:
-        fail_or_tell_reviewer(run, "internal", str(error))
+    except (JobFailed, GitFailed, GitHubError) as error:
+        fail_or_tell_reviewer(run, getattr(error, "reason", "internal"), str(error))
     except Exception:
         log.exception("Job %s", job.id)
         fail_or_tell_reviewer(run, "internal", "Internal error; see the server's log")
@@ -6544,13 +6531,12 @@ def end_job(run: JobRun, reason: str = "", error: str = "") -> None:
         error = f"{error}. Its branch {job.branch} may have been pushed"
     error = run.redact(error)[:10_000]
     if reason:
-        if error != job.outcome.error_to_tell:  # else store_failure has logged it
+        if error != job.outcome.error_to_tell:  # else it has been logged
             run.log_event("codebot", f"Failed ({reason}): {error}")
         log.info("Job %s: %s", job.id, error.partition("\n")[0])
-    if not job.outcome.seconds:  # for the totals
-        outcome = run.outcome_with(seconds=time.monotonic() - run.started)
-        run.job = dataclasses.replace(job, outcome=outcome)
-    run.codebot.until_database_works(run.store.finish, run.job, status, reason, error)
+    seconds = job.outcome.seconds or time.monotonic() - run.started  # for the totals
+    job = dataclasses.replace(job, outcome=run.outcome_with(seconds=seconds))
+    run.codebot.until_database_works(run.store.finish, job, status, reason, error)
 
 
 def skip_review(run: JobRun, reason: ReviewSkipped) -> None:
@@ -6569,12 +6555,17 @@ def fail_or_tell_reviewer(run: JobRun, reason: str, error: str) -> None:
     """
     job = run.job
     # The phase is this run's: each run begins with "".
-    has_tried_to_tell = bool(job.outcome.error_to_tell) or job.phase == "answer"
-    if job.kind == "review" and not has_tried_to_tell and not run.cancel.is_set():
-        store_failure(run, reason, error)
-        run.is_reviewer_to_be_told = True
-    else:
+    has_tried_to_tell = job.outcome.error_to_tell or job.phase == "answer"
+    if job.kind == "task" or has_tried_to_tell or run.cancel.is_set():
         end_job(run, reason, error)
+        return
+    message = run.redact(error)
+    # Logged now: perhaps nobody can be told, and then the review ends with that error.
+    run.log_event("codebot", f"Failed ({reason}): {message}")
+    outcome = run.outcome_with(reason_to_tell=reason, error_to_tell=message, answers={})
+    kind = job.request_kind or "unclear"  # so that no further comment joins it
+    run.save_work(phase="", commit_id="", request_kind=kind, outcome=outcome)
+    run.is_reviewer_to_be_told = True
 
 
 def retry_or_fail(run: JobRun, error: Exception) -> None:
