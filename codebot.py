@@ -5742,7 +5742,7 @@ def do_work(run: JobRun, context: ReviewContext, comments: Sequence[Comment]) ->
         run.update(commit_id="", outcome=run.outcome_with(answers={}))
     if not run.job.outcome.answers:
         run.log_event("codebot", f"Review by {run.job.reviewer}: {comments[0].text}")
-        earlier = earlier_comments(run, context, comments)
+        earlier = earlier_comments(context, comments)
         text = format_comments("earlier-comment", earlier)
         text += format_comments("comment", comments)
         if not run.job.request_kind:
@@ -5871,7 +5871,7 @@ def group_by_thread(comments: Sequence[Comment]) -> dict[str, list[Comment]]:
 
 
 def earlier_comments(
-    run: JobRun, context: ReviewContext, comments: Sequence[Comment]
+    context: ReviewContext, comments: Sequence[Comment]
 ) -> list[Comment]:
     """Return what the reviewer and codebot wrote before, in the conversation and in
     these threads. Nobody else is listened to.
@@ -5890,7 +5890,7 @@ def earlier_comments(
             if comment is None or comment.id in ids:
                 continue
             is_here = place == "conversation" or comment.thread in threads
-            if is_here and comment.user in (own_name, run.job.reviewer):
+            if is_here and comment.user in (own_name, comments[0].user):
                 found.append(comment)
     found.sort(key=lambda comment: (comment.created_at, comment.id))
     return found[-20:]
@@ -5948,10 +5948,10 @@ def carry_out(
     prompt = f"Review comments:\n{text}"
     commit_id = ""
     if run.job.request_kind == "question":
-        answer = converse(run, context, base_commit, prompt, ANSWERING)
+        answer = converse(context, base_commit, prompt, ANSWERING)
     else:
         check_base(workspace, base_commit)
-        answer = converse(run, context, base_commit, prompt, CHANGING)
+        answer = converse(context, base_commit, prompt, CHANGING)
         commit_id = test_and_commit(run, context, base_commit)
     answers = parse_answers(run, answer, comments)
     outcome = run.outcome_with(answers=answers)
@@ -5959,18 +5959,16 @@ def carry_out(
 
 
 def converse(
-    run: JobRun,
-    context: ReviewContext,
-    base_commit: str,
-    prompt: str,
-    mode: AgentMode,
+    context: ReviewContext, base_commit: str, prompt: str, mode: AgentMode
 ) -> AgentResult:
     """Continue the task's session; if it is lost, begin one with the task and the diff."""
     workspace = context.workspace
     try:
         return ask_agent(workspace, prompt, mode, Session.CONTINUE)
     except SessionLost:
-        run.log_event("codebot", "The agent's session is lost; a new one begins")
+        workspace.run.log_event(
+            "codebot", "The agent's session is lost; a new one begins"
+        )
     # A broken one would not give up its id (tried).
     workspace.script('rm -rf "$HOME/.claude/projects"')
     span = f"refs/heads/{context.task.base_name}...{base_commit}"
@@ -6004,11 +6002,10 @@ def parse_answers(
 
 def test_and_commit(run: JobRun, context: ReviewContext, base_commit: str) -> str:
     """Test what the agent left, and commit it. Returns "" if nothing was changed."""
-    workspace = context.workspace
     request = context.task.request
-    tests = run_tests(run, workspace, request.test_command)
+    tests = run_tests(run, context.workspace, request.test_command)
     title = f"Answer the review of {request.title}"
-    return commit_agent_tree(run, workspace, base_commit, title, tests)
+    return commit_agent_tree(run, context.workspace, base_commit, title, tests)
 
 
 # From the commit to the answers
@@ -6140,9 +6137,6 @@ def answer_body(run: JobRun, thread: str, first: Comment) -> str:
 SYNC_INTERVAL = 1.0  # seconds between looks at what is due and at tasks that ended
 # Seconds until GitHub is asked again for what it gives the App no token for.
 APP_REFUSED_DELAY = 900.0
-# An issue that changed at most this many seconds after it was labelled counts as
-# unedited: the label is a change itself, and GitHub's times are whole seconds.
-EDIT_TOLERANCE = 1.0
 
 
 class Sync:
@@ -6329,8 +6323,9 @@ class Sync:
         """
         if issue.author and github_repository.has_write_access(issue.author):
             return False
-        age = seconds_of(issue.updated_at) - seconds_of(event.created_at)
-        return age > EDIT_TOLERANCE
+        delay = seconds_of(issue.updated_at) - seconds_of(event.created_at)
+        # The label is a change itself, and GitHub's times are whole seconds.
+        return delay > 1
 
     def ask_for_label(
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
