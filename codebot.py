@@ -5697,13 +5697,15 @@ NO_ANSWER_TEXT = {
 }
 
 
-class ReviewContext(NamedTuple):
-    """What a review is about, as GitHub and the store have it now."""
+class Review(NamedTuple):
+    """One run of a review, and what it is about, as GitHub and the store have it now."""
 
-    number: int  # of the pull request
+    run: JobRun
     task: Job
+    number: int  # of the pull request
     github_repository: GitHubRepository
     workspace: Workspace
+    comments: list[Comment]  # from load_comments on
 
 
 def run_review(run: JobRun) -> None:
@@ -5719,41 +5721,43 @@ def run_review(run: JobRun) -> None:
     Raises ReviewSkipped if nothing is to be done. If a step fails, the worker stores the
     error and runs the review once more, only to post it.
     """
-    context = load_review(run)
-    check_pull_request(run, context)
-    comments = load_comments(run, context)
-    if not comments:
+    review = load_review(run)
+    check_pull_request(review)
+    load_comments(review)
+    if not review.comments:
         raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} any more")
     check_daily_limit(run)
     if not run.job.outcome.error_to_tell:
-        do_work(run, context, comments)
-    answer_threads(run, context, comments)
+        do_work(review)
+    answer_threads(review)
     outcome = run.job.outcome
     if outcome.error_to_tell:
         raise JobFailed(outcome.reason_to_tell, outcome.error_to_tell)
     run.log_event("codebot", f"Review completed ({run.job.request_kind})")
 
 
-def do_work(run: JobRun, context: ReviewContext, comments: Sequence[Comment]) -> None:
+def do_work(review: Review) -> None:
     """Do what is left to do before the answers are posted."""
+    run = review.run
+    comments = review.comments
     commit = run.job.commit_id
-    if commit and not context.workspace.outbox.has_commit(commit):
+    if commit and not review.workspace.outbox.has_commit(commit):
         # The outbox was lost, for example when the host lost power. Begin anew.
         run.update(commit_id="", outcome=run.outcome_with(answers={}))
     if not run.job.outcome.answers:
         run.log_event("codebot", f"Review by {run.job.reviewer}: {comments[0].text}")
-        earlier = earlier_comments(context, comments)
+        earlier = earlier_comments(review)
         text = format_comments("earlier-comment", earlier)
         text += format_comments("comment", comments)
         if not run.job.request_kind:
-            classify(run, context, comments, text)
+            classify(review, text)
         if run.job.request_kind in ("question", "change"):
-            carry_out(run, context, comments, text)
+            carry_out(review, text)
     if run.job.commit_id:
-        push_review_commit(run, context)
+        push_review_commit(review)
 
 
-def load_review(run: JobRun) -> ReviewContext:
+def load_review(run: JobRun) -> Review:
     """Find the pull request's repository, under the name that it has now."""
     store = run.store
     github = run.codebot.github
@@ -5769,7 +5773,8 @@ def load_review(run: JobRun) -> ReviewContext:
     if not repository.is_allowed(run.config):
         raise ReviewSkipped(f"{repository.full_name} is not an allowed repository")
     workspace = Workspace(run, repository, run.job.directory)
-    return ReviewContext(pull_request.number, task, github_repository, workspace)
+    number = pull_request.number
+    return Review(run, task, number, github_repository, workspace, comments=[])
 
 
 def is_new(timestamp: str) -> bool:
@@ -5784,43 +5789,43 @@ def refusal_error(run: JobRun, error: GitHubError) -> Exception:
     return TransientError(f"GitHub refuses the App: {error}")
 
 
-def check_pull_request(run: JobRun, context: ReviewContext) -> None:
+def check_pull_request(review: Review) -> None:
     """Raise ReviewSkipped unless the pull request is open.
 
     It is of codebot's branch: find_pull_request takes no other, and GitHub lets nobody
     change the branch that a pull request comes from.
     """
     try:
-        current = context.github_repository.pull_request(context.number)
+        current = review.github_repository.pull_request(review.number)
     except GitHubError as error:
-        raise refusal_error(run, error) from None
+        raise refusal_error(review.run, error) from None
     if current.state != "open":
-        run.codebot.sync_queue.put(PullRequestChanged(context.task.id))
+        review.run.codebot.sync_queue.put(PullRequestChanged(review.task.id))
         raise ReviewSkipped(f"the pull request is {current.state}")
     if current.is_locked:
         raise ReviewSkipped("the conversation is locked")
 
 
-def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
-    """Return what the reviewer wrote and has not deleted, and put "eyes" on each.
+def load_comments(review: Review) -> None:
+    """Load what the reviewer wrote and has not deleted, and put "eyes" on each.
 
     Before the request is classified, it takes in what else they have waiting.
     Raises ReviewSkipped unless they may write to the repository, now.
     """
+    run = review.run
     store = run.store
     reviewer = run.job.reviewer
-    github_repository = context.github_repository
+    github_repository = review.github_repository
     if not github_repository.has_write_access(reviewer):
         raise ReviewSkipped(f"{reviewer} has no write access")
     if not run.job.request_kind:
         store.absorb_waiting_reviews(run.job)
-        add_rest_of_github_reviews(run, context)
+        add_rest_of_github_reviews(review)
         store.absorb_waiting_reviews(run.job)  # what was delivered meanwhile
-    comments = []
     for stored in store.comments(run.job.id):
         # A delivery is only a claim. GitHub says who wrote what, and what it says now.
         try:
-            comment = github_repository.reload_comment(context.number, stored)
+            comment = github_repository.reload_comment(review.number, stored)
         except NotFound as error:
             if is_new(run.job.submitted_at) or is_new(stored.created_at):
                 message = f"GitHub does not have a comment yet: {error}"
@@ -5828,11 +5833,10 @@ def load_comments(run: JobRun, context: ReviewContext) -> list[Comment]:
             continue  # it was deleted
         if comment is None or comment.user != reviewer:
             continue
-        comments.append(comment)
+        review.comments.append(comment)
         if comment.place != "review_text":  # which takes no reactions
             subject = SUBJECTS[comment.place]
             github_repository.react(f"/{subject}/comments/{comment.id}")
-    return comments
 
 
 def check_daily_limit(run: JobRun) -> None:
@@ -5847,16 +5851,15 @@ def check_daily_limit(run: JobRun) -> None:
     run.update(request_kind="limit")
 
 
-def add_rest_of_github_reviews(run: JobRun, context: ReviewContext) -> None:
+def add_rest_of_github_reviews(review: Review) -> None:
     """Add the other comments of the GitHub reviews, which may not be delivered yet."""
-    store = run.store
-    review_ids = {comment.review_id for comment in store.comments(run.job.id)}
+    job = review.run.job
+    store = review.run.store
+    review_ids = {comment.review_id for comment in store.comments(job.id)}
     for review_id in sorted(review_ids - {0}):
-        found = context.github_repository.review_with_comments(
-            context.number, review_id
-        )
-        own = [comment for comment in found if comment.user == run.job.reviewer]
-        store.add_comments_to_review(run.job, own)
+        found = review.github_repository.review_with_comments(review.number, review_id)
+        own = [comment for comment in found if comment.user == job.reviewer]
+        store.add_comments_to_review(job, own)
 
 
 def group_by_thread(comments: Sequence[Comment]) -> dict[str, list[Comment]]:
@@ -5870,27 +5873,25 @@ def group_by_thread(comments: Sequence[Comment]) -> dict[str, list[Comment]]:
 # From the comments to a commit
 
 
-def earlier_comments(
-    context: ReviewContext, comments: Sequence[Comment]
-) -> list[Comment]:
+def earlier_comments(review: Review) -> list[Comment]:
     """Return what the reviewer and codebot wrote before, in the conversation and in
     these threads. Nobody else is listened to.
     """
-    bot = context.github_repository.github.bot()
+    bot = review.github_repository.github.bot()
     own_name = "codebot (you)"  # no login of GitHub's
-    threads = {comment.thread for comment in comments}
-    ids = {comment.id for comment in comments}
+    threads = {comment.thread for comment in review.comments}
+    ids = {comment.id for comment in review.comments}
     found = []
     for place in ("conversation", "inline"):
-        path = f"/{SUBJECTS[place]}/{context.number}/comments"
-        for payload in context.github_repository.pages(path):
+        path = f"/{SUBJECTS[place]}/{review.number}/comments"
+        for payload in review.github_repository.pages(path):
             if (payload["user"] or {}).get("id") == bot.id:
                 payload = {**payload, "user": {"login": own_name}}
             comment = parse_comment(place, payload)
             if comment is None or comment.id in ids:
                 continue
             is_here = place == "conversation" or comment.thread in threads
-            if is_here and comment.user in (own_name, comments[0].user):
+            if is_here and comment.user in (own_name, review.run.job.reviewer):
                 found.append(comment)
     found.sort(key=lambda comment: (comment.created_at, comment.id))
     return found[-20:]
@@ -5913,17 +5914,16 @@ def format_comments(name: str, comments: Sequence[Comment]) -> str:
     return text
 
 
-def classify(
-    run: JobRun, context: ReviewContext, comments: Sequence[Comment], text: str
-) -> None:
+def classify(review: Review, text: str) -> None:
     """Find out what the reviewer wants, and store it; if it is unclear, with a question.
 
     The agent has no tools and sees no repository.
     """
+    run = review.run
     with scratch_workspace(run.config.work_dir) as path:
         name = os.path.basename(path)
         # It is the mirror, too: the sandbox shows its `objects`. There is no outbox.
-        repository = context.workspace.repository._replace(mirror_path=name)
+        repository = review.workspace.repository._replace(mirror_path=name)
         scratch = Workspace(run, repository, name)
         prompt = f"Comments:\n{text}"
         answer = ask_agent(scratch, prompt, CLASSIFYING, Session.NONE)
@@ -5932,37 +5932,35 @@ def classify(
     if kind not in ("question", "change", "none"):
         kind = "unclear"
         ask = run.redact(str(answer.structured.get("ask") or ""))[:10_000]
-        answers = dict.fromkeys(group_by_thread(comments), ask)
+        answers = dict.fromkeys(group_by_thread(review.comments), ask)
     run.save_work(request_kind=kind, outcome=run.outcome_with(answers=answers))
 
 
-def carry_out(
-    run: JobRun, context: ReviewContext, comments: Sequence[Comment], text: str
-) -> None:
+def carry_out(review: Review, text: str) -> None:
     """Answer the questions, or make the change and the commit."""
+    run = review.run
     run.set_phase("clone")
-    workspace = context.workspace
+    workspace = review.workspace
     _, base_commit = fetch_or_fail(workspace, workspace.branch, "push_rejected")
     workspace.check_out(workspace.branch, base_commit, keep_home=True)
     workspace.make_outbox()
     prompt = f"Review comments:\n{text}"
     commit_id = ""
     if run.job.request_kind == "question":
-        answer = converse(context, base_commit, prompt, ANSWERING)
+        answer = converse(review, base_commit, prompt, ANSWERING)
     else:
         check_base(workspace, base_commit)
-        answer = converse(context, base_commit, prompt, CHANGING)
-        commit_id = test_and_commit(run, context, base_commit)
-    answers = parse_answers(run, answer, comments)
-    outcome = run.outcome_with(answers=answers)
+        answer = converse(review, base_commit, prompt, CHANGING)
+        commit_id = test_and_commit(review, base_commit)
+    outcome = run.outcome_with(answers=parse_answers(review, answer))
     run.save_work(base_commit=base_commit, commit_id=commit_id, outcome=outcome)
 
 
 def converse(
-    context: ReviewContext, base_commit: str, prompt: str, mode: AgentMode
+    review: Review, base_commit: str, prompt: str, mode: AgentMode
 ) -> AgentResult:
     """Continue the task's session; if it is lost, begin one with the task and the diff."""
-    workspace = context.workspace
+    workspace = review.workspace
     try:
         return ask_agent(workspace, prompt, mode, Session.CONTINUE)
     except SessionLost:
@@ -5971,9 +5969,9 @@ def converse(
         )
     # A broken one would not give up its id (tried).
     workspace.script('rm -rf "$HOME/.claude/projects"')
-    span = f"refs/heads/{context.task.base_name}...{base_commit}"
+    span = f"refs/heads/{review.task.base_name}...{base_commit}"
     diff = workspace.mirror.local_git(*GIT_DIFF, span, check=False).stdout
-    task = delimited("task", task_text(context.task.request))
+    task = delimited("task", task_text(review.task.request))
     changes = delimited("diff", "\n".join(diff)[-200_000:])
     prompt += (
         f"The pull request was opened for this task:\n{task}"
@@ -5982,9 +5980,7 @@ def converse(
     return ask_agent(workspace, prompt, mode, Session.BEGIN)
 
 
-def parse_answers(
-    run: JobRun, answer: AgentResult, comments: Sequence[Comment]
-) -> dict[str, str]:
+def parse_answers(review: Review, answer: AgentResult) -> dict[str, str]:
     """Return an answer for each thread: its own, else the summary of all."""
     entries = answer.structured.get("answers")
     by_comment: dict[str, str] = {}
@@ -5992,26 +5988,27 @@ def parse_answers(
         if isinstance(entry, dict) and entry.get("body"):
             by_comment[str(entry.get("comment_id"))] = str(entry["body"])
     answers = {}
-    for thread, members in group_by_thread(comments).items():
+    for thread, members in group_by_thread(review.comments).items():
         ids = {members[0].thread, *(comment.id for comment in members)}
         texts = [by_comment.get(str(comment_id), "") for comment_id in sorted(ids)]
         text = "\n\n".join(filter(None, texts)) or answer.text
-        answers[thread] = truncate(run.redact(text[:100_000]), 50_000)
+        answers[thread] = truncate(review.run.redact(text[:100_000]), 50_000)
     return answers
 
 
-def test_and_commit(run: JobRun, context: ReviewContext, base_commit: str) -> str:
+def test_and_commit(review: Review, base_commit: str) -> str:
     """Test what the agent left, and commit it. Returns "" if nothing was changed."""
-    request = context.task.request
-    tests = run_tests(run, context.workspace, request.test_command)
+    run = review.run
+    request = review.task.request
+    tests = run_tests(run, review.workspace, request.test_command)
     title = f"Answer the review of {request.title}"
-    return commit_agent_tree(run, context.workspace, base_commit, title, tests)
+    return commit_agent_tree(run, review.workspace, base_commit, title, tests)
 
 
 # From the commit to the answers
 
 
-def push_review_commit(run: JobRun, context: ReviewContext) -> None:
+def push_review_commit(review: Review) -> None:
     """Push the change, on top of what others have pushed meanwhile.
 
     Never forces. If commits were removed from the branch, nothing is pushed: that
@@ -6022,14 +6019,15 @@ def push_review_commit(run: JobRun, context: ReviewContext) -> None:
       is the commit's parent       push
       is anything else             put the change on top of it, and push
     """
-    workspace = context.workspace
+    run = review.run
+    workspace = review.workspace
     for attempt in range(1, MAX_PUSHES + 1):
-        check_pull_request(run, context)
+        check_pull_request(review)
         tip = fetch_tip(workspace, run.job.base_commit)
         if workspace.mirror.is_ancestor(run.job.commit_id, tip):
             return
         if tip != run.job.base_commit:
-            reapply_change(run, context, tip)
+            reapply_change(review, tip)
             fetch_tip(workspace, tip)  # raises if commits were removed meanwhile
         run.set_phase("push", attempt)
         try:
@@ -6060,28 +6058,29 @@ def fetch_tip(workspace: Workspace, commit: str) -> str:
     return tip
 
 
-def reapply_change(run: JobRun, context: ReviewContext, tip: str) -> None:
+def reapply_change(review: Review, tip: str) -> None:
     """Put the change on top of ``tip``, and test it there.
 
     If ``tip`` has the same change already, it becomes the job's commit, which the
     answer names.
     """
+    run = review.run
     run.log_event("git", f"Others pushed {tip}; the change is put on top of it")
-    workspace = context.workspace
+    workspace = review.workspace
     patch = workspace.patch(run.job.base_commit, run.job.commit_id)
     check_base(workspace, tip)
     workspace.check_out(workspace.branch, tip, keep_home=True)
     workspace.apply(patch)
-    commit_id = test_and_commit(run, context, tip)
+    commit_id = test_and_commit(review, tip)
     if not commit_id:  # nothing is left to change
         commit_id = tip
     run.save_work(base_commit=tip, commit_id=commit_id)
 
 
-def answer_threads(
-    run: JobRun, context: ReviewContext, comments: Sequence[Comment]
-) -> None:
+def answer_threads(review: Review) -> None:
     """Post one answer in each thread, unless an earlier run has done so."""
+    run = review.run
+    comments = review.comments
     if run.job.request_kind == "none":
         return
     run.set_phase("answer")
@@ -6091,12 +6090,12 @@ def answer_threads(
         first = members[0]
         body = run.redact(answer_body(run, thread, first))
         marker = f"<!-- codebot answer {run.job.id} {thread} -->"
-        list_path = f"/{SUBJECTS[first.place]}/{context.number}/comments"
+        list_path = f"/{SUBJECTS[first.place]}/{review.number}/comments"
         post_path = list_path
         if first.place == "inline":
             post_path += f"/{first.thread}/replies"
         try:
-            context.github_repository.post_once(list_path, post_path, body, marker)
+            review.github_repository.post_once(list_path, post_path, body, marker)
         except NotFound as error:
             log.info("No answer to %s, which was deleted: %s", thread, error)
 
