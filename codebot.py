@@ -6625,7 +6625,6 @@ class Cleanup:
         self.codebot.cleanup_wanted.clear()
         self.check_stop()
         # What frees the disk comes first: a full one may be why the database fails.
-        self.attempt(self.warn_of_low_disk)
         self.attempt(self.remove_workspaces)
         cutoffs = (now_text(self.config.retention), now_text(DELIVERY_RETENTION))
         self.attempt(self.codebot.store.delete_expired, *cutoffs)
@@ -6639,11 +6638,6 @@ class Cleanup:
             part(*args)
         except (OSError, sqlite3.Error, LimitReached, GitFailed, TransientError) as e:
             log.warning("Cleanup: %s", e)
-
-    def warn_of_low_disk(self) -> None:
-        free = shutil.disk_usage(self.config.work_dir).free
-        if free < LOW_DISK_BYTES:
-            log.warning("Only %d MiB of disk are left", free >> 20)
 
     def remove_workspaces(self) -> None:
         """Remove workspaces and outboxes that no job needs any more."""
