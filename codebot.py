@@ -6384,7 +6384,7 @@ class Sync:
 
     def report_text(self, task: Job) -> str:
         pull_request = self.store.pull_request(task.id)
-        if task.status == "completed" and pull_request is not None:
+        if pull_request is not None:
             return f"The pull request is {pull_request.url}."
         error = code_block(truncate(task.error, 5000))
         return (
@@ -6575,7 +6575,7 @@ def retry_or_fail(run: JobRun, error: Exception) -> None:
     is_too_often = interruptions and job.interruptions + 1 >= MAX_INTERRUPTIONS
     if is_too_often or now > give_up_at or run.cancel.is_set():
         reason = REASON_BY_PHASE.get(job.phase, "internal")
-        fail_or_tell_reviewer(run, job.outcome.reason_to_tell or reason, str(error))
+        fail_or_tell_reviewer(run, reason, str(error))
         return
     not_before = max(now + RETRY_DELAY, getattr(error, "retry_at", 0.0))
     run.log_event("codebot", f"{error}. Trying again later")
