@@ -5893,7 +5893,7 @@ def earlier_comments(review: Review) -> list[Comment]:
             is_here = place == "conversation" or comment.thread in threads
             if is_here and comment.user in (own_name, review.run.job.reviewer):
                 found.append(comment)
-    found.sort(key=lambda comment: (comment.created_at, comment.id))
+    found.sort(key=lambda comment: comment.created_at)
     return found[-20:]
 
 
@@ -5922,7 +5922,7 @@ def classify(review: Review, text: str) -> None:
     run = review.run
     with scratch_workspace(run.config.work_dir) as path:
         name = os.path.basename(path)
-        # It is the mirror, too: the sandbox shows its `objects`. There is no outbox.
+        # It stands for the mirror, too, of which the sandbox shows the objects.
         repository = review.workspace.repository._replace(mirror_path=name)
         scratch = Workspace(run, repository, name)
         prompt = f"Comments:\n{text}"
@@ -5967,7 +5967,7 @@ def converse(
         workspace.run.log_event(
             "codebot", "The agent's session is lost; a new one begins"
         )
-    # A broken one would not give up its id (tried).
+    # The CLI would refuse the id of a broken session for a new one (tried).
     workspace.script('rm -rf "$HOME/.claude/projects"')
     span = f"refs/heads/{review.task.base_name}...{base_commit}"
     diff = workspace.mirror.local_git(*GIT_DIFF, span, check=False).stdout
@@ -6414,7 +6414,7 @@ REASON_BY_PHASE = {
 
 
 def repeat_until_stopped(codebot: Codebot, step: Callable[[], None]) -> None:
-    """Run one of the server's loops."""
+    """Do the step of a thread again and again."""
     while not codebot.stop.is_set():
         try:
             step()
