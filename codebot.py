@@ -6520,8 +6520,7 @@ def end_job(run: JobRun, reason: str = "", error: str = "") -> None:
     if reason and run.cancel.is_set():
         reason = "cancelled"  # whatever else went wrong meanwhile
         error = CANCELLED_TEXT[job.kind]
-    may_be_pushed = job.commit_id and (job.is_pushing or job.kind == "review")
-    if may_be_pushed and reason not in ("", "push_rejected", "pull_request_failed"):
+    if job.is_pushing and reason not in ("", "push_rejected", "pull_request_failed"):
         error = f"{error}. Its branch {job.branch} may have been pushed"
     error = run.redact(error)[:10_000]
     if reason:
