@@ -6248,7 +6248,8 @@ class Sync:
         self, pull_request: PullRequest, github_repository: GitHubRepository
     ) -> None:
         # What is written while the lists are read may be missing in them. So the next
-        # look begins with the latest change, or 10 s before this one, by GitHub's clock.
+        # look begins with the latest change that this one has seen, but not later than
+        # 10 s before this one, by GitHub's clock.
         started = now_text(seconds_ago=10 - self.github.clock_skew)
         latest = pull_request.seen_until
         comments = []
@@ -6257,9 +6258,8 @@ class Sync:
             latest = max(latest, updated_at)
             comments.append(comment)
         seen_until = min(latest, started)
-        jobs = self.store.queue_comments(pull_request, comments, seen_until=seen_until)
-        if jobs:
-            self.codebot.jobs_due.set()
+        self.store.queue_comments(pull_request, comments, seen_until=seen_until)
+        self.codebot.jobs_due.set()
 
     # Issues
 
