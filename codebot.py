@@ -4415,7 +4415,6 @@ class JobRun:
         self.deadline: float | None = None  # of the agent and the tests; see time_left
         self.events_left = MAX_OUTPUT_EVENTS  # in this phase
         self.retry_costs_money = False  # the agent has run since work was last stored
-        self.is_reviewer_to_be_told = False  # that the review has failed
 
     def check_stop(self) -> None:
         """Raise StopRequested or Cancelled if the run must end."""
@@ -6442,8 +6441,8 @@ def run_job(codebot: Codebot, job: Job) -> None:
     codebot.running[job.id] = run
     try:
         run_once(run)
-        if run.is_reviewer_to_be_told:
-            run_once(run)  # at once: another review may take an hour
+        if run.job.outcome.error_to_tell != job.outcome.error_to_tell:
+            run_once(run)  # tell the reviewer at once: another review may take an hour
     finally:
         del codebot.running[job.id]
         codebot.jobs_due.set()  # another may have waited for it to end
@@ -6558,7 +6557,6 @@ def fail_or_tell_reviewer(run: JobRun, reason: str, error: str) -> None:
     outcome = run.outcome_with(reason_to_tell=reason, error_to_tell=message, answers={})
     kind = job.request_kind or "unclear"  # so that no further comment joins it
     run.save_work(phase="", commit_id="", request_kind=kind, outcome=outcome)
-    run.is_reviewer_to_be_told = True
 
 
 def retry_or_fail(run: JobRun, error: Exception) -> None:
