@@ -6441,7 +6441,7 @@ def run_job(codebot: Codebot, job: Job) -> None:
     codebot.running[job.id] = run
     try:
         run_once(run)
-        if run.job.outcome.error_to_tell != job.outcome.error_to_tell:
+        if run.job.outcome.reason_to_tell != job.outcome.reason_to_tell:
             run_once(run)  # tell the reviewer at once: another review may take an hour
     finally:
         del codebot.running[job.id]
