@@ -2155,11 +2155,12 @@ class GitHub:
     ) -> Reply:
         """Send a request, and again as GitHub's documentation asks.
 
+        ``path`` may also be a URL that GitHub gave.
         send() may get a new token by another call(), which is AS_APP and needs none.
         Before each retry ``find_existing`` is called: the first request may have
         succeeded and only its response was lost.
         """
-        url = path if path.startswith(f"{self.api}/") else f"{self.api}{path}"
+        url = f"{self.api}{path}" if path.startswith("/") else path
         has_new_token = False
         for attempt in range(self.attempts):
             self.check_stop()
@@ -2167,8 +2168,7 @@ class GitHub:
             if 200 <= reply.status < 300:
                 return reply
             if reply.status in (301, 302, 307, 308):
-                target = reply.headers.get("Location", "")
-                url = self.checked_url(urllib.parse.urljoin(url, target))
+                url = urllib.parse.urljoin(url, reply.headers.get("Location", ""))
                 continue
             if reply.status == 401:
                 if not has_new_token:
@@ -2193,6 +2193,8 @@ class GitHub:
 
     def send(self, method: str, url: str, credential: Credential, body: Json) -> Reply:
         """Send one request. The only place that does."""
+        if not url.startswith(f"{self.api}/"):  # a token is sent to no other host
+            raise GitHubError(0, f"GitHub refers to another host: {url}")
         if self.silent_until > time.time():
             raise TransientError(
                 "GitHub's rate limit is used up", retry_at=self.silent_until
@@ -2272,12 +2274,6 @@ class GitHub:
                 self._replies.clear()
             self._replies[url] = reply
 
-    def checked_url(self, url: str) -> str:
-        """Return an address that GitHub gave. A token is sent to no other host."""
-        if not url.startswith(f"{self.api}/"):
-            raise GitHubError(0, f"GitHub refers to another host: {url}")
-        return url
-
     def retry_delay(self, reply: Reply, attempt: int) -> float:
         """Return the seconds until the next attempt. Raises GitHubError if none helps.
 
@@ -2325,12 +2321,11 @@ class GitHub:
 
         ``list_field``: the list is this field of the response.
         """
-        url = path
-        while url:
-            reply = self.call("GET", url, credential)
+        while path:
+            reply = self.call("GET", path, credential)
             yield from reply.value[list_field] if list_field else reply.value
             link = re.search(r'<([^>]+)>; *rel="next"', reply.headers.get("Link", ""))
-            url = self.checked_url(link[1]) if link else ""
+            path = link[1] if link else ""
 
     # The App, its installation and its repositories
 

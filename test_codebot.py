@@ -5458,7 +5458,7 @@ def test_refusal_that_is_cut_off_is_retried(monkeypatch: pytest.MonkeyPatch) -> 
         github = codebot.Codebot(codebot.Config(api_url=address)).github
         assert github is not None
         monkeypatch.setattr(github, "token", lambda credential: "token")
-        reply = github.send("GET", address, codebot.LOOKUP, None)
+        reply = github.send("GET", f"{address}/", codebot.LOOKUP, None)
         thread.join()
     assert reply.status == 0
 
