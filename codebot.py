@@ -2017,6 +2017,20 @@ def final_error(status: int, message: str) -> Exception:
     return GitHubError(status, message)
 
 
+def is_used_up(reply: Reply) -> bool:
+    return reply.headers.get("x-ratelimit-remaining") == "0"
+
+
+def is_rate_limit(reply: Reply) -> bool:
+    if reply.status != 403:
+        return reply.status == 429
+    return (
+        "retry-after" in reply.headers
+        or is_used_up(reply)
+        or "secondary rate limit" in str(reply.value).lower()
+    )
+
+
 class GitHub:
     """GitHub's REST API.
 
@@ -2151,36 +2165,33 @@ class GitHub:
         path: str,
         credential: Credential,
         body: Json = None,
-        find_existing: Callable[[], Json] | None = None,
+        find_existing: Callable[[], Json] = do_nothing,
     ) -> Reply:
         """Send a request, and again as GitHub's documentation asks.
 
-        ``path`` may also be a URL that GitHub gave.
+        ``path`` may also be a URL that GitHub gave. Before each attempt ``find_existing``
+        is called: an earlier one may have succeeded and only its response was lost.
         send() may get a new token by another call(), which is AS_APP and needs none.
-        Before each retry ``find_existing`` is called: the first request may have
-        succeeded and only its response was lost.
         """
         url = f"{self.api}{path}" if path.startswith("/") else path
         has_new_token = False
+        delay = 0.0
         for attempt in range(self.attempts):
-            self.check_stop()
+            if self.stop.wait(delay):
+                raise StopRequested()
+            existing = find_existing()
+            if existing is not None:
+                return Reply(200, existing, email.message.Message())
             reply = self.send(method, url, credential, body)
             if 200 <= reply.status < 300:
                 return reply
             if reply.status in (301, 302, 307, 308):
                 url = urllib.parse.urljoin(url, reply.headers.get("Location", ""))
                 continue
-            if reply.status == 401:
-                if not has_new_token:
-                    self.forget_token(credential)
-                    has_new_token = True  # if it is refused, too, it needs only time
-                if attempt == self.attempts - 1:
-                    break  # a rejected request has changed nothing
-            self.pause(self.retry_delay(reply, attempt), reply)  # raises if it is final
-            if find_existing is not None:
-                existing = find_existing()
-                if existing is not None:
-                    return Reply(200, existing, reply.headers)
+            if reply.status == 401 and not has_new_token:
+                self.forget_token(credential)
+                has_new_token = True  # if it is refused, too, it needs only time
+            delay = self.retry_delay(reply, attempt)  # raises if it is final
         if reply.status != 401:
             raise TransientError(f"GitHub does not answer: {reply.value}")
         if credential != AS_APP:
@@ -2275,44 +2286,33 @@ class GitHub:
             self._replies[url] = reply
 
     def retry_delay(self, reply: Reply, attempt: int) -> float:
-        """Return the seconds until the next attempt. Raises GitHubError if none helps.
+        """Return the seconds until the next attempt.
 
+        Raises GitHubError if none helps, and TransientError if a job should not wait here.
         GitHub docs: "Rate limits for the REST API", "Best practices".
         """
-        status = reply.status
-        if status == 401:
+        if reply.status == 401:
             # A new token may take some seconds until it is known everywhere.
             return float(attempt)
+        is_limit = is_rate_limit(reply)
+        if 0 < reply.status < 500 and not is_limit:
+            raise final_error(reply.status, str(reply.value))
+        seconds = GITHUB_RETRY_DELAY * (1 << attempt)
+        if is_limit:
+            seconds = 60.0
+            reset = reply.headers.get("x-ratelimit-reset", "")
+            if is_used_up(reply) and reset.isdigit():
+                seconds = float(reset) - self.github_time() + 1
         retry_after = reply.headers.get("retry-after", "")
-        is_used_up = reply.headers.get("x-ratelimit-remaining") == "0"
-        is_limited = status == 429
-        if status == 403:
-            is_secondary = "secondary rate limit" in str(reply.value).lower()
-            is_limited = bool(retry_after) or is_used_up or is_secondary
-        if 0 < status < 500 and not is_limited:
-            raise final_error(status, str(reply.value))
         if retry_after.isdigit():
-            return max(GITHUB_RETRY_DELAY, float(retry_after))
-        if not is_limited:
-            return GITHUB_RETRY_DELAY * (1 << attempt)
-        reset = reply.headers.get("x-ratelimit-reset", "")
-        if is_used_up and reset.isdigit():
-            return max(1.0, float(reset) - self.github_time() + 1)
-        return 60.0
-
-    def pause(self, seconds: float, reply: Reply) -> None:
-        """Wait before a retry. Raises TransientError if a job should not wait here."""
-        seconds = min(seconds, MAX_RATE_LIMIT_WAIT)
-        if seconds > MAX_INLINE_WAIT:
-            retry_at = time.time() + seconds
-            if 0 < reply.status < 500:  # a limit, no outage
-                # No thread may ask until then.
-                self.silent_until = max(self.silent_until, retry_at)
-            raise TransientError(
-                f"GitHub asks to wait: {reply.value}", retry_at=retry_at
-            )
-        if self.stop.wait(seconds):
-            raise StopRequested()
+            seconds = float(retry_after)
+        seconds = min(max(seconds, GITHUB_RETRY_DELAY), MAX_RATE_LIMIT_WAIT)
+        if seconds <= MAX_INLINE_WAIT:
+            return seconds
+        retry_at = time.time() + seconds
+        if is_limit:  # no thread may ask until then
+            self.silent_until = max(self.silent_until, retry_at)
+        raise TransientError(f"GitHub asks to wait: {reply.value}", retry_at)
 
     def pages(
         self, path: str, credential: Credential, list_field: str = ""
@@ -2390,18 +2390,15 @@ class GitHubRepository:
         return self.github.call("GET", f"{self.path}{path}", self.id).value
 
     def post(
-        self, path: str, body: Json, find_existing: Callable[[], Json] | None = None
+        self, path: str, body: Json, find_existing: Callable[[], Json] = do_nothing
     ) -> Json:
         """Post something, unless ``find_existing`` finds what an earlier request made."""
-        existing = find_existing() if find_existing else None
-        if existing is not None:
-            return existing
         url = f"{self.path}{path}"
         try:
             return self.github.call("POST", url, self.id, body, find_existing).value
         except GitHubError:
             # The first of several requests may have taken effect only now.
-            existing = find_existing() if find_existing else None
+            existing = find_existing()
             if existing is None:
                 raise
             return existing

@@ -5584,11 +5584,12 @@ def test_github_is_not_asked_before_its_rate_limit_ends(fresh: Site) -> None:
 def test_short_rate_limit_does_not_end_a_longer_one() -> None:
     app = codebot.Codebot(codebot.Config())
     assert app.github is not None
-    reply = codebot.Reply(429, "slow down", email.message.Message())
     started = time.time()
-    for seconds in (3600, 60):
+    for seconds in ("3600", "60"):
+        headers = email.message.Message()
+        headers["Retry-After"] = seconds
         with pytest.raises(codebot.TransientError):
-            app.github.pause(seconds, reply)
+            app.github.retry_delay(codebot.Reply(429, "slow down", headers), 0)
     assert app.github.silent_until >= started + 3600
 
 
@@ -5607,7 +5608,7 @@ def test_job_does_not_wait_for_ever(limit: dict[str, str]) -> None:
         headers[name] = value
     reply = codebot.Reply(429, "slow down", headers)
     with pytest.raises(codebot.TransientError) as raised:
-        app.github.pause(app.github.retry_delay(reply, 0), reply)
+        app.github.retry_delay(reply, 0)
     assert raised.value.retry_at <= time.time() + 86400
     assert app.github.silent_until <= time.time() + 86400
 
@@ -5666,10 +5667,10 @@ def test_last_refusal_of_a_token_is_told_at_once(
     refusal = codebot.Reply(401, "Bad credentials", email.message.Message())
     pauses: list[float] = []
     monkeypatch.setattr(github, "send", lambda *request: refusal)
-    monkeypatch.setattr(github, "pause", lambda seconds, reply: pauses.append(seconds))
+    monkeypatch.setattr(github.stop, "wait", pauses.append)
     with pytest.raises(codebot.AppRefused, match="Bad credentials"):
         github.call("GET", "/app", codebot.AS_APP)
-    assert pauses == [0.0, 1.0, 2.0]
+    assert pauses == [0.0, 0.0, 1.0, 2.0]  # the first two are no pauses
 
 
 def test_missing_signature_is_told(
