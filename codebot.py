@@ -1801,6 +1801,9 @@ TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take 34 MB
 MAX_CACHED_REPLIES = 500
+# The group is its end, "" if it has none; "<!-->" is a comment, too. Without `\Z` an end
+# would be looked for from each of thousands of beginnings.
+HTML_COMMENT_RE = re.compile(r"<!(?=--).*?(-->|\Z)", re.DOTALL)
 CUT_NOTE = "(what follows an HTML comment without an end was cut)"
 INVISIBLE_RE = re.compile(
     "[\u00ad\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]"  # zero width, bidi
@@ -1926,21 +1929,8 @@ def visible_text(text: str) -> str:
     For example: "a <!-- b --> c" becomes "a  c". A comment without an end hides all that
     follows if it is in a block of HTML; it is cut elsewhere, too, with a note.
     """
-    # Not with a pattern: it would look for an end from each of thousands of beginnings.
-    parts = []
-    position = 0
-    is_unclosed = False
-    while not is_unclosed:
-        start = text.find("<!--", position)
-        if start < 0:
-            parts.append(text[position:])
-            break
-        parts.append(text[position:start])
-        end = text.find("-->", start + 2)  # "<!-->" is a comment, too
-        position = end + len("-->")
-        is_unclosed = end < 0
-    visible = "".join(parts)
-    visible = INVISIBLE_RE.sub("", visible)
+    is_unclosed = "" in HTML_COMMENT_RE.findall(text)
+    visible = INVISIBLE_RE.sub("", HTML_COMMENT_RE.sub("", text))
     if is_unclosed and visible.strip():
         visible += CUT_NOTE
     return visible

@@ -6810,7 +6810,7 @@ def test_comment_of_html_is_removed_and_other_text_is_not(
 
 
 def test_thousands_of_comments_of_html_are_read_at_once() -> None:
-    # With a pattern it would take minutes, and all threads would stand still.
+    # With a simple pattern it would take minutes, and all threads would stand still.
     lines = [f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r})"]
     lines += ["import codebot", "codebot.visible_text('<!--' * 100_000)"]
     lines += ["codebot.visible_text('<!---->' * 1_000_000 + '\\U0001f600')"]
