@@ -2264,12 +2264,10 @@ class GitHub:
 
     def remember_reply(self, url: str, reply: Reply) -> None:
         """Keep a reply: GitHub does not count a request if it is unchanged (304)."""
-        entries = reply.value
-        if isinstance(entries, dict):
-            entries = entries.get("repositories", [])
         # A full page is not kept: at 304 the old headers count, and they would lack the
-        # link to a next page that there is now.
-        is_full = isinstance(entries, list) and len(entries) >= 100
+        # link to a next page that there is now. (That of repositories has their number,
+        # so it changes.)
+        is_full = isinstance(reply.value, list) and len(reply.value) >= 100
         if reply.status == 200 and "ETag" in reply.headers and not is_full:
             if len(self._replies) >= MAX_CACHED_REPLIES:
                 self._replies.clear()
@@ -2304,16 +2302,14 @@ class GitHub:
             self.silent_until = max(self.silent_until, retry_at)
         raise TransientError(f"GitHub asks to wait: {reply.value}", retry_at)
 
-    def pages(
-        self, path: str, credential: Credential, list_field: str = ""
-    ) -> Iterator[Json]:
-        """Yield all entries of a list, to its last page.
-
-        ``list_field``: the list is this field of the response.
-        """
+    def pages(self, path: str, credential: Credential) -> Iterator[Json]:
+        """Yield all entries of a list, to its last page."""
         while path:
             reply = self.call("GET", path, credential)
-            yield from reply.value[list_field] if list_field else reply.value
+            entries = reply.value
+            if isinstance(entries, dict):
+                entries = entries["repositories"]
+            yield from entries
             link = re.search(r'<([^>]+)>; *rel="next"', reply.headers.get("Link", ""))
             path = link[1] if link else ""
 
@@ -2348,33 +2344,29 @@ class GitHub:
     def repositories(self) -> Iterator[GitHubRepository]:
         """Yield the installation's repositories."""
         path = "/installation/repositories?per_page=100"
-        for payload in self.pages(path, LOOKUP, "repositories"):
-            yield self.make_repository(payload)
+        for payload in self.pages(path, LOOKUP):
+            yield GitHubRepository(self, payload)
 
     def repository_by_name(self, full_name: str) -> GitHubRepository:
         """Look up a repository; if it was renamed, by its old name as well."""
         payload = self.call("GET", f"/repos/{full_name}", LOOKUP).value
-        return self.make_repository(payload)
+        return GitHubRepository(self, payload)
 
     def repository_by_id(self, repository_id: int) -> GitHubRepository:
         """Look up a repository under the name that it has now."""
         payload = self.call("GET", f"/repositories/{repository_id}", LOOKUP).value
-        return self.make_repository(payload)
-
-    def make_repository(self, payload: Json) -> GitHubRepository:
-        # If GitHub sends no id, only the token that looks up names is used.
-        repository_id = int(payload.get("id") or LOOKUP)
-        return GitHubRepository(self, repository_id, payload["full_name"])
+        return GitHubRepository(self, payload)
 
 
 class GitHubRepository:
     """One repository at GitHub, asked with a token for this repository only."""
 
-    def __init__(self, github: GitHub, repository_id: int, full_name: str) -> None:
+    def __init__(self, github: GitHub, payload: JsonObject) -> None:
         self.github = github
-        self.id = repository_id
-        self.full_name = full_name
-        self.path = f"/repos/{full_name}"
+        # If GitHub sends no id, only the token that looks up names is used.
+        self.id = int(payload.get("id") or LOOKUP)
+        self.full_name = str(payload["full_name"])
+        self.path = f"/repos/{self.full_name}"
 
     def get(self, path: str) -> Json:
         return self.github.call("GET", f"{self.path}{path}", self.id).value
