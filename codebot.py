@@ -1956,10 +1956,6 @@ def parse_comment(place: str, payload: JsonObject) -> Comment | None:
     is_pending = str(payload.get("state")).lower() == "pending"
     if not user or not text.strip() or is_pending:
         return None
-    return make_comment(place, payload, user, text)
-
-
-def make_comment(place: str, payload: JsonObject, user: str, text: str) -> Comment:
     comment_id = int(payload["id"])
     review_id = int(payload.get("pull_request_review_id") or 0)
     if place == "review_text":
@@ -1971,8 +1967,8 @@ def make_comment(place: str, payload: JsonObject, user: str, text: str) -> Comme
         text=text,
         thread=int(payload.get("in_reply_to_id") or comment_id),
         review_id=review_id,
-        created_at=str(payload.get("created_at") or payload.get("submitted_at") or ""),
-        path=str(payload.get("path") or ""),
+        created_at=str(payload.get("created_at") or payload["submitted_at"]),
+        path=str(payload.get("path", "")),
         # `line` is null once the comment is outdated.
         line=int(payload.get("line") or payload.get("original_line") or 0),
         diff_hunk=str(payload.get("diff_hunk") or ""),
@@ -2402,11 +2398,10 @@ class GitHubRepository:
         key = (self.id, login.lower())
         if refusals.get(key, 0.0) > time.monotonic():
             return False
+        url_login = urllib.parse.quote(login, safe="")
         try:
-            url_login = urllib.parse.quote(login, safe="")
-            permission = self.get(f"/collaborators/{url_login}/permission")[
-                "permission"
-            ]
+            payload = self.get(f"/collaborators/{url_login}/permission")
+            permission = payload["permission"]
         except GitHubError as error:
             log.info("GitHub does not tell the access of %s: %s", login, error)
             permission = "none"
@@ -2437,7 +2432,6 @@ class GitHubRepository:
     ) -> NewPullRequest:
         """Open the branch's pull request, unless it has one already."""
         fields = {"title": title, "body": body, "head": branch, "base": base}
-
         find_existing = functools.partial(self.find_pull_request, branch)
         payload = self.post("/pulls", fields, find_existing)
         return NewPullRequest(
@@ -2458,23 +2452,19 @@ class GitHubRepository:
 
         Reviews take no ``since``: all are read.
         """
-        paths = {
-            "review_text": f"/pulls/{number}/reviews",
-            "inline": f"/pulls/{number}/comments?since={since}",
-            "conversation": f"/issues/{number}/comments?since={since}",
-        }
-        for place, path in paths.items():
-            yield from self.comment_list(place, path)
+        pulls = f"/pulls/{number}"
+        issues = f"/issues/{number}"
+        yield from self.comment_list("review_text", f"{pulls}/reviews")
+        yield from self.comment_list("inline", f"{pulls}/comments?since={since}")
+        yield from self.comment_list("conversation", f"{issues}/comments?since={since}")
 
     def comment_list(self, place: str, path: str) -> Iterator[tuple[str, Comment]]:
         """Yield the comments of a list, each with the time of its last change."""
         for payload in self.pages(path):
             comment = parse_comment(place, payload)
             if comment is not None:
-                updated_at = comment.created_at  # GitHub reviews have no such time
-                if place != "review_text":
-                    updated_at = str(payload["updated_at"])
-                yield updated_at, comment
+                # GitHub reviews have no such time.
+                yield payload.get("updated_at", comment.created_at), comment
 
     def reload_comment(self, number: int, comment: Comment) -> Comment | None:
         """Return a comment as GitHub has it now.
@@ -2489,7 +2479,7 @@ class GitHubRepository:
         }
         payload = self.get(paths[comment.place])
         # The id alone could be that of a comment elsewhere in the repository.
-        parent = payload.get("pull_request_url") or payload.get("issue_url") or ""
+        parent = payload.get("pull_request_url") or payload["issue_url"]
         if not str(parent).endswith(f"/{number}"):
             return None
         return parse_comment(comment.place, payload)
