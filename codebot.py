@@ -2618,8 +2618,9 @@ REJECTED_RE = re.compile(r"rejected\](?!.*(Internal Server Error|commit_refs))")
 MAX_LOOSE_OBJECTS = 6700
 MAX_PACKS = 50
 STALE_FILES = ("*.lock", "refs/**/*.lock", "objects/*/tmp_*", "objects/pack/.tmp-*")
+# For --no-github; with a user only for ssh.
 PLAIN_REMOTE_RE = re.compile(
-    r"((https?|ssh|file)://|/|\w[\w.-]*@\w[\w.-]*:)[^-].*", re.ASCII
+    r"(https?://(?![^/]*@)|(ssh|file)://|/|\w[\w.-]*@\w[\w.-]*:)[^-].*", re.ASCII
 )
 GITHUB_REMOTE_RE = re.compile(
     r"(.+?)/([A-Za-z0-9][\w.-]{0,99})/([\w.-]{1,100}?)(\.git)?/?", re.ASCII
@@ -2699,9 +2700,7 @@ def parse_repository_url(config: Config, url: str) -> Repository:
 
 def parse_plain_remote(config: Config, url: str) -> Repository:
     """Return any git remote, for --no-github. Raises ValueError with a sentence."""
-    is_remote = PLAIN_REMOTE_RE.fullmatch(url)
-    has_user = re.match(r"https?://[^/]*@", url)
-    if not is_remote or has_user:
+    if not PLAIN_REMOTE_RE.fullmatch(url):
         raise ValueError(
             "must be http(s):// without a user, ssh://, file://, user@host:path or /path"
         )
@@ -2716,14 +2715,13 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
         if not re.match(r"file:///[^\[\]@]*$", plain_url):
             raise ValueError("must be file:///path without [ ] and @")
         path = plain_url[len("file://") :]
-    candidates = []
     if path.startswith("/"):
-        candidates = [os.path.abspath(path), os.path.realpath(path)]
-    for candidate in candidates:
-        candidate = "/" + candidate.lstrip("/")
+        path = re.sub("/+", "/", path)
+        real_path = os.path.realpath(path)
         # An agent could plant hooks in a repository there.
-        if any(is_inside(candidate, d) for d in (config.work_dir, "/proc", "/dev")):
-            raise ValueError("must not be in the work directory, /proc or /dev")
+        for directory in (config.work_dir, "/proc", "/dev"):
+            if is_inside(path, directory) or is_inside(real_path, directory):
+                raise ValueError("must not be in the work directory, /proc or /dev")
     mirror = f"mirrors/other/remote/{sha256_hex(url)[:20]}.git"
     return Repository(url, url, mirror)
 
