@@ -2866,12 +2866,12 @@ class GitDirectory:
         raise GitFailed(result.error)
 
     def has_commit(self, commit: str) -> bool:
-        ref = f"{commit}^{{commit}}"
-        return self.local_git("cat-file", "-e", ref, check=False).code == 0
+        result = self.local_git("cat-file", "-e", f"{commit}^{{commit}}", check=False)
+        return result.code == 0
 
     def is_ancestor(self, old: str, new: str) -> bool:
-        options = ("--is-ancestor", old, new)
-        return self.local_git("merge-base", *options, check=False).code == 0
+        result = self.local_git("merge-base", "--is-ancestor", old, new, check=False)
+        return result.code == 0
 
 
 def discard(work_dir: str, path: str) -> None:
@@ -2937,12 +2937,12 @@ class Mirror(GitDirectory):
             self.make_for(repository)
         for _ in range(3):  # the branch may move before it is fetched
             name, commit = self.resolve_branch(repository, branch)
+            ref = f"refs/heads/{name}"
             with self.lock():
                 # It need not be the tip here: the remote's branch may have been set back.
-                if self.branch_contains(name, commit):
-                    return name, commit
-                self.fetch_all(repository)
-                if self.branch_contains(name, commit):
+                if not self.is_ancestor(commit, ref):
+                    self.fetch_all(repository)
+                if self.is_ancestor(commit, ref):
                     return name, commit
         raise TransientError(f"Branch {name} kept moving while it was fetched")
 
@@ -2961,9 +2961,6 @@ class Mirror(GitDirectory):
         discard(self.config.work_dir, self.path)
         self.local_git("init", "--quiet", "--bare", "--template=")
         id_file.write_text(repository_id)
-
-    def branch_contains(self, name: str, commit: str) -> bool:
-        return self.is_ancestor(commit, f"refs/heads/{name}")
 
     def fetch_all(self, repository: Repository) -> None:
         """Fetch all branches. The lock must be held."""
