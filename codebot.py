@@ -2090,7 +2090,7 @@ class GitHub:
                 argv,
                 base_environment(self.config, self.run_tag),
                 stdin=signed.encode(),
-                limits=Limits(timeout=30.0, check_stop=self.check_stop),
+                limits=Limits(timeout=30.0, check_stop=self.wait),
             )
         except LimitReached as error:
             raise GitHubError(0, f"openssl {error}") from None
@@ -2108,8 +2108,8 @@ class GitHub:
             raise GitHubError(0, "openssl printed no signature") from None
         return f"{signed}.{base64url(signature)}", expiry
 
-    def check_stop(self) -> None:
-        if self.stop.is_set():
+    def wait(self, seconds: float = 0.0) -> None:
+        if self.stop.wait(seconds):
             raise StopRequested()
 
     def request_token(self, credential: Credential) -> tuple[str, float]:
@@ -2163,8 +2163,7 @@ class GitHub:
         has_new_token = False
         delay = 0.0
         for attempt in range(self.attempts):
-            if self.stop.wait(delay):
-                raise StopRequested()
+            self.wait(delay)
             existing = find_existing()
             if existing is not None:
                 return Reply(200, existing, email.message.Message())
@@ -2841,8 +2840,7 @@ class GitDirectory:
         except GitAuthFailed:
             github.forget_token(repository_id)
         token = github.token(repository_id)
-        if github.stop.wait(TOKEN_RETRY_DELAY):
-            raise StopRequested()
+        github.wait(TOKEN_RETRY_DELAY)
         return self.git_with_token(token, *args)
 
     def git_with_token(self, token: str, *args: str) -> ProgramResult:
