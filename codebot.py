@@ -1785,10 +1785,11 @@ class Sandbox:
 
 # --- GitHub ------------------------------------------------------------------
 #
-# All requests to GitHub's REST API. As the App itself codebot signs a JWT with the
-# App's key. For everything else it uses installation tokens: one that can only look up
-# names, and one for each repository, which can read and write contents, pull requests
-# and issues of that repository. A token lives for an hour and is kept in memory only.
+# All requests to GitHub's REST API: only GET and POST. As the App itself codebot signs a
+# JWT with the App's key. For everything else it uses installation tokens: one that can
+# only look up names, and one for each repository, which can read and write contents, pull
+# requests and issues of that repository. A token lives for an hour and is kept in memory
+# only.
 
 # Not "workflows": so GitHub refuses a push that changes .github/workflows.
 TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "write"}
@@ -2122,7 +2123,7 @@ class GitHub:
             }
         installation = f"/app/installations/{self.config.installation_id}"
         try:
-            reply = self.call("POST", f"{installation}/access_tokens", AS_APP, body)
+            reply = self.call(f"{installation}/access_tokens", AS_APP, body)
         except GitHubError as error:
             raise AppRefused(self.token_error_text(error)) from None
         return str(reply.value["token"]), seconds_of(reply.value["expires_at"])
@@ -2147,13 +2148,12 @@ class GitHub:
 
     def call(
         self,
-        method: str,
         path: str,
         credential: Credential,
         body: Json = None,
         find_existing: Callable[[], Json] = do_nothing,
     ) -> Reply:
-        """Send a request, and again as GitHub's documentation asks.
+        """Send a GET, or with a body a POST; and again as GitHub's documentation asks.
 
         ``path`` may also be a URL that GitHub gave. Before each attempt ``find_existing``
         is called: an earlier one may have succeeded and only its response was lost.
@@ -2167,7 +2167,7 @@ class GitHub:
             existing = find_existing()
             if existing is not None:
                 return Reply(200, existing, email.message.Message())
-            reply = self.send(method, url, credential, body)
+            reply = self.send(url, credential, body)
             if 200 <= reply.status < 300:
                 return reply
             if reply.status in (301, 302, 307, 308):
@@ -2187,7 +2187,7 @@ class GitHub:
             f"({reply.value})",
         )
 
-    def send(self, method: str, url: str, credential: Credential, body: Json) -> Reply:
+    def send(self, url: str, credential: Credential, body: Json) -> Reply:
         """Send one request. The only place that does."""
         if not url.startswith(f"{self.api}/"):  # a token is sent to no other host
             raise GitHubError(0, f"GitHub refers to another host: {url}")
@@ -2203,10 +2203,10 @@ class GitHub:
             "X-GitHub-Api-Version": "2022-11-28",
         }
         cached = self._replies.get(url)
-        if method == "GET" and cached is not None:
+        if body is None and cached is not None:
             headers["If-None-Match"] = cached.headers["ETag"]
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url, data, headers, method=method)
+        request = urllib.request.Request(url, data, headers)
         self.requests_made += 1
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
@@ -2216,10 +2216,10 @@ class GitHub:
             if isinstance(reason, OSError):
                 reason = os_error_text(reason)
             reply = Reply(0, f"{self.api}: {reason}", email.message.Message())
-        log.debug("GitHub: %s %s: %s", method, url, reply.status)
+        log.debug("GitHub: %s %s: %s", request.get_method(), url, reply.status)
         if reply.status == 304 and cached is not None:
             return cached
-        if method == "GET":
+        if body is None:
             self.remember_reply(url, reply)
         return reply
 
@@ -2300,7 +2300,7 @@ class GitHub:
     def pages(self, path: str, credential: Credential) -> Iterator[Json]:
         """Yield all entries of a list, to its last page."""
         while path:
-            reply = self.call("GET", path, credential)
+            reply = self.call(path, credential)
             entries = reply.value
             if isinstance(entries, dict):
                 entries = entries["repositories"]
@@ -2312,7 +2312,7 @@ class GitHub:
 
     def fetch_app(self) -> Json:
         try:
-            return self.call("GET", "/app", AS_APP).value
+            return self.call("/app", AS_APP).value
         except NotFound as error:
             raise GitHubError(
                 404,
@@ -2324,7 +2324,7 @@ class GitHub:
     def installation(self) -> Json:
         path = f"/app/installations/{self.config.installation_id}"
         try:
-            return self.call("GET", path, AS_APP).value
+            return self.call(path, AS_APP).value
         except GitHubError as error:
             raise GitHubError(error.status, self.token_error_text(error)) from None
 
@@ -2332,7 +2332,7 @@ class GitHub:
         if self._bot is None:
             login = f"{self.fetch_app()['slug']}[bot]"
             path = f"/users/{urllib.parse.quote(login)}"
-            user = self.call("GET", path, LOOKUP).value
+            user = self.call(path, LOOKUP).value
             self._bot = Bot(login, int(user["id"]))
         return self._bot
 
@@ -2344,12 +2344,12 @@ class GitHub:
 
     def repository_by_name(self, full_name: str) -> GitHubRepository:
         """Look up a repository; if it was renamed, by its old name as well."""
-        payload = self.call("GET", f"/repos/{full_name}", LOOKUP).value
+        payload = self.call(f"/repos/{full_name}", LOOKUP).value
         return GitHubRepository(self, payload)
 
     def repository_by_id(self, repository_id: int) -> GitHubRepository:
         """Look up a repository under the name that it has now."""
-        payload = self.call("GET", f"/repositories/{repository_id}", LOOKUP).value
+        payload = self.call(f"/repositories/{repository_id}", LOOKUP).value
         return GitHubRepository(self, payload)
 
 
@@ -2364,7 +2364,7 @@ class GitHubRepository:
         self.path = f"/repos/{self.full_name}"
 
     def get(self, path: str) -> Json:
-        return self.github.call("GET", f"{self.path}{path}", self.id).value
+        return self.github.call(f"{self.path}{path}", self.id).value
 
     def post(
         self, path: str, body: Json, find_existing: Callable[[], Json] = do_nothing
@@ -2372,7 +2372,7 @@ class GitHubRepository:
         """Post something, unless ``find_existing`` finds what an earlier request made."""
         url = f"{self.path}{path}"
         try:
-            return self.github.call("POST", url, self.id, body, find_existing).value
+            return self.github.call(url, self.id, body, find_existing).value
         except GitHubError:
             # The first of several requests may have taken effect only now.
             existing = find_existing()

@@ -5458,7 +5458,7 @@ def test_refusal_that_is_cut_off_is_retried(monkeypatch: pytest.MonkeyPatch) -> 
         github = codebot.Codebot(codebot.Config(api_url=address)).github
         assert github is not None
         monkeypatch.setattr(github, "token", lambda credential: "token")
-        reply = github.send("GET", f"{address}/", codebot.LOOKUP, None)
+        reply = github.send(f"{address}/", codebot.LOOKUP, None)
         thread.join()
     assert reply.status == 0
 
@@ -5669,7 +5669,7 @@ def test_last_refusal_of_a_token_is_told_at_once(
     monkeypatch.setattr(github, "send", lambda *request: refusal)
     monkeypatch.setattr(github.stop, "wait", pauses.append)
     with pytest.raises(codebot.AppRefused, match="Bad credentials"):
-        github.call("GET", "/app", codebot.AS_APP)
+        github.call("/app", codebot.AS_APP)
     assert pauses == [0.0, 0.0, 1.0, 2.0]  # the first two are no pauses
 
 
