@@ -2754,17 +2754,12 @@ def remote_environment(config: Config, run_tag: str, token: str) -> dict[str, st
         own["GIT_ALLOW_PROTOCOL"] = "https:http:ssh:file"
         return own
     login = base64.b64encode(f"x-access-token:{token}".encode()).decode()
-    options = {
-        f"http.{config.git_base}/.extraHeader": f"Authorization: Basic {login}",
-        "credential.helper": "",
-        # A server that sends less than a byte a second for 60 seconds is given up.
-        "http.lowSpeedLimit": "1",
-        "http.lowSpeedTime": "60",
-    }
-    env["GIT_CONFIG_COUNT"] = str(len(options))
-    for number, (name, value) in enumerate(options.items()):
-        env[f"GIT_CONFIG_KEY_{number}"] = name
-        env[f"GIT_CONFIG_VALUE_{number}"] = value
+    env["GIT_CONFIG_COUNT"] = "1"
+    env["GIT_CONFIG_KEY_0"] = f"http.{config.git_base}/.extraHeader"
+    env["GIT_CONFIG_VALUE_0"] = f"Authorization: Basic {login}"
+    # A server that sends less than a byte a second for 60 seconds is given up.
+    env["GIT_HTTP_LOW_SPEED_LIMIT"] = "1"
+    env["GIT_HTTP_LOW_SPEED_TIME"] = "60"
     env["GIT_ALLOW_PROTOCOL"] = config.git_base.partition(":")[0]
     env.update(copy_variables(config, NETWORK_NAMES))
     return env
