@@ -2601,7 +2601,6 @@ GIT_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color")
 AUTH_FAILED_RE = re.compile(
     "could not read Username|Invalid username or token|Authentication failed"
 )
-FORBIDDEN = "returned error: 403"
 TRANSIENT_GIT_ERROR_RE = re.compile(
     r"Could not resolve|Couldn't resolve|[Ff]ailed to connect|Couldn't connect"
     r"|Connection (refused|reset|timed out|closed)|[Tt]imed out|Operation too slow"
@@ -2613,6 +2612,8 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
 # A push that the remote refused, "! [remote rejected] main -> main (protected)", but
 # not for a fault of its own.
 REJECTED_RE = re.compile(r"rejected\](?!.*(Internal Server Error|commit_refs))")
+# Seconds until git tries again with a new token: it may not be known everywhere yet.
+TOKEN_RETRY_DELAY = 3.0
 # A mirror with more is packed; these are git's own limits.
 MAX_LOOSE_OBJECTS = 6700
 MAX_PACKS = 50
@@ -2713,7 +2714,7 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
         # With a host, git and codebot could understand the path differently.
         if not re.match(r"file:///[^\[\]@]*$", plain_url):
             raise ValueError("must be file:///path without [ ] and @")
-        path = plain_url[len("file://") :]
+        path = plain_url.removeprefix("file://")
     if path.startswith("/"):
         path = re.sub("/+", "/", path)
         real_path = os.path.realpath(path)
@@ -2763,10 +2764,6 @@ def remote_environment(config: Config, run_tag: str, token: str) -> dict[str, st
     env["GIT_ALLOW_PROTOCOL"] = config.git_base.partition(":")[0]
     env.update(copy_variables(config, NETWORK_NAMES))
     return env
-
-
-# Seconds until git tries again with a new token: it may not be known everywhere yet.
-TOKEN_RETRY_DELAY = 3.0
 
 
 class GitDirectory:
@@ -2848,11 +2845,11 @@ class GitDirectory:
         if result.code == 0:
             return result
         text = "\n".join([*result.stdout, *result.stderr])
-        if AUTH_FAILED_RE.search(text):
-            raise GitAuthFailed("authentication failed")
         # Without addresses and quoted names, which may have any words in them.
         words = re.sub(r"(?<!\w)'[^'\n]*'|https?://\S+", "", text)
-        if FORBIDDEN in words:
+        if AUTH_FAILED_RE.search(words):
+            raise GitAuthFailed("authentication failed")
+        if "returned error: 403" in words:
             raise GitAuthFailed(result.error)
         if TRANSIENT_GIT_ERROR_RE.search(words) and not REJECTED_RE.search(words):
             raise TransientError(result.error)
@@ -2913,7 +2910,7 @@ class Mirror(GitDirectory):
         for line in result.stdout:
             value, _, name = line.partition("\t")
             if value.startswith("ref: refs/heads/") and name == "HEAD":
-                branch = value[len("ref: refs/heads/") :]
+                branch = value.removeprefix("ref: refs/heads/")
             elif name == ref:
                 commit = value
         if not branch or not commit:
