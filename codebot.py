@@ -1802,6 +1802,7 @@ TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take 34 MB
 MAX_CACHED_REPLIES = 500
+EPOCH = "1970-01-01T00:00:00Z"
 # The group is its end, "" if it has none; "<!-->" is a comment, too. Without `\Z` an end
 # would be looked for from each of thousands of beginnings.
 HTML_COMMENT_RE = re.compile(r"<!(?=--).*?(-->|\Z)", re.DOTALL)
@@ -2380,9 +2381,9 @@ class GitHubRepository:
                 raise
             return existing
 
-    def pages(self, path: str) -> Iterator[Json]:
-        separator = "&" if "?" in path else "?"
-        return self.github.pages(f"{self.path}{path}{separator}per_page=100", self.id)
+    def pages(self, path: str, **query: str) -> Iterator[Json]:
+        parameters = urllib.parse.urlencode({**query, "per_page": 100})
+        return self.github.pages(f"{self.path}{path}?{parameters}", self.id)
 
     # People
 
@@ -2416,8 +2417,7 @@ class GitHubRepository:
     def find_pull_request(self, branch: str) -> Json:
         """Return GitHub's entry for the branch's pull request, or None."""
         owner = self.full_name.split("/")[0]
-        wanted = urllib.parse.quote(f"{owner}:{branch}")
-        for payload in self.pages(f"/pulls?head={wanted}&state=all"):
+        for payload in self.pages("/pulls", head=f"{owner}:{branch}", state="all"):
             head = payload["head"]
             origin = head.get("repo", {})  # null: a fork that was deleted
             is_ours = origin is not None and origin.get("id", self.id) == self.id
@@ -2451,15 +2451,19 @@ class GitHubRepository:
 
         Reviews take no ``since``: all are read.
         """
-        pulls = f"/pulls/{number}"
-        issues = f"/issues/{number}"
-        yield from self.comment_list("review_text", f"{pulls}/reviews")
-        yield from self.comment_list("inline", f"{pulls}/comments?since={since}")
-        yield from self.comment_list("conversation", f"{issues}/comments?since={since}")
+        paths = {
+            "review_text": f"/pulls/{number}/reviews",
+            "inline": f"/pulls/{number}/comments",
+            "conversation": f"/issues/{number}/comments",
+        }
+        for place, path in paths.items():
+            yield from self.comment_list(place, path, since)
 
-    def comment_list(self, place: str, path: str) -> Iterator[tuple[str, Comment]]:
+    def comment_list(
+        self, place: str, path: str, since: str = EPOCH
+    ) -> Iterator[tuple[str, Comment]]:
         """Yield the comments of a list, each with the time of its last change."""
-        for payload in self.pages(path):
+        for payload in self.pages(path, since=since):
             comment = parse_comment(place, payload)
             if comment is not None:
                 # GitHub reviews have no such time.
@@ -2538,8 +2542,7 @@ class GitHubRepository:
 
     def issues_with_label(self, label: str) -> list[int]:
         """Return the numbers of the open issues (no pull requests) with a label."""
-        url_label = urllib.parse.quote(label, safe="")
-        entries = self.pages(f"/issues?labels={url_label}&state=open")
+        entries = self.pages("/issues", labels=label, state="open")
         return [
             int(entry["number"]) for entry in entries if "pull_request" not in entry
         ]
