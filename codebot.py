@@ -2446,18 +2446,18 @@ class GitHubRepository:
             is_locked=bool(payload.get("locked")),
         )
 
-    def comments(self, number: int, since: str) -> Iterator[tuple[str, Comment]]:
+    def comments(
+        self, number: int, since: str = EPOCH
+    ) -> Iterator[tuple[str, Comment]]:
         """Yield what people wrote on a pull request, with the time of its last change.
 
         Reviews take no ``since``: all are read.
         """
-        paths = {
-            "review_text": f"/pulls/{number}/reviews",
-            "inline": f"/pulls/{number}/comments",
-            "conversation": f"/issues/{number}/comments",
-        }
-        for place, path in paths.items():
-            yield from self.comment_list(place, path, since)
+        pulls = f"/pulls/{number}"
+        issues = f"/issues/{number}"
+        yield from self.comment_list("review_text", f"{pulls}/reviews", since)
+        yield from self.comment_list("inline", f"{pulls}/comments", since)
+        yield from self.comment_list("conversation", f"{issues}/comments", since)
 
     def comment_list(
         self, place: str, path: str, since: str = EPOCH
@@ -2486,17 +2486,6 @@ class GitHubRepository:
         if not str(parent).endswith(f"/{number}"):
             return None
         return parse_comment(comment.place, payload)
-
-    def review_with_comments(self, number: int, review_id: int) -> list[Comment]:
-        """Return a review and all its inline comments; [] if it was deleted."""
-        path = f"/pulls/{number}/reviews/{review_id}"
-        try:
-            found = [parse_comment("review_text", self.get(path))]
-            for payload in self.pages(f"{path}/comments"):
-                found.append(parse_comment("inline", payload))
-        except NotFound:
-            return []
-        return [comment for comment in found if comment is not None]
 
     # Reactions and answers
 
@@ -5807,10 +5796,14 @@ def add_rest_of_github_reviews(review: Review) -> None:
     job = review.run.job
     store = review.run.store
     review_ids = {comment.review_id for comment in store.comments(job.id)}
-    for review_id in sorted(review_ids - {0}):
-        found = review.github_repository.review_with_comments(review.number, review_id)
-        own = [comment for comment in found if comment.user == job.reviewer]
-        store.add_comments_to_review(job, own)
+    review_ids.discard(0)
+    if not review_ids:
+        return
+    own = []
+    for _, comment in review.github_repository.comments(review.number):
+        if comment.review_id in review_ids and comment.user == job.reviewer:
+            own.append(comment)
+    store.add_comments_to_review(job, own)
 
 
 def group_by_thread(comments: Sequence[Comment]) -> dict[str, list[Comment]]:

@@ -609,11 +609,6 @@ class Repository(Faulty):
     def get_review(self, request: Request, number: str, review: str) -> Reply:
         return Reply(200, self.comment("review", int(review)).json())
 
-    @route("GET", "{repo}/pulls/{n}/reviews/{n}/comments", "pull_requests:read")
-    def list_review_comments(self, request: Request, number: str, review: str) -> Reply:
-        found = [c for c in self.comments if c.review_id == int(review)]
-        return page(request, [c.json() for c in found])
-
     @route("GET", "{repo}/pulls/{n}/comments", "pull_requests:read")
     def list_inline(self, request: Request, number: str) -> Reply:
         since = request.parameters.get("since", "")
