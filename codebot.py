@@ -1802,6 +1802,7 @@ TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take 34 MB
 MAX_CACHED_REPLIES = 500
+GONE_STATUSES = (404, 410, 422)  # what was asked for is not there (any more)
 EPOCH = "1970-01-01T00:00:00Z"
 # The group is its end, "" if it has none; "<!-->" is a comment, too. Without `\Z` an end
 # would be looked for from each of thousands of beginnings.
@@ -1816,9 +1817,6 @@ INVISIBLE_RE = re.compile(
     "|[\U00013430-\U0001343f\U0001bca0-\U0001bca3]"  # hieroglyphs', shorthand formatting
     "|[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters
 )
-
-
-GONE_STATUSES = (404, 410, 422)  # what was asked for is not there (any more)
 
 
 class GitHubError(Exception):
@@ -1954,7 +1952,7 @@ def parse_comment(place: str, payload: JsonObject) -> Comment | None:
     ValueError if the payload has another shape.
     """
     user = person_login(payload["user"])
-    text = visible_text((payload["body"] or "")[:65_536])
+    text = visible_text(payload["body"] or "")
     is_pending = str(payload.get("state")).lower() == "pending"
     if not user or not text.strip() or is_pending:
         return None
@@ -2028,11 +2026,7 @@ class GitHub:
     """
 
     def __init__(
-        self,
-        config: Config,
-        redact: Redactor,
-        stop: threading.Event,
-        run_tag: str,
+        self, config: Config, redact: Redactor, stop: threading.Event, run_tag: str
     ) -> None:
         self.config = config
         self.redact = redact
@@ -2118,10 +2112,7 @@ class GitHub:
         """Ask for an installation token. Returns it, and when it expires."""
         body: dict[str, Json] = {"permissions": {"metadata": "read"}}
         if credential != LOOKUP:
-            body = {
-                "repository_ids": [credential],
-                "permissions": TOKEN_PERMISSIONS,
-            }
+            body = {"repository_ids": [credential], "permissions": TOKEN_PERMISSIONS}
         installation = f"/app/installations/{self.config.installation_id}"
         try:
             reply = self.call(f"{installation}/access_tokens", AS_APP, body)
@@ -2185,7 +2176,7 @@ class GitHub:
         raise AppRefused(
             "GitHub rejected the App's key: GITHUB_APP_PRIVATE_KEY_PATH and "
             f"GITHUB_APP_ID {self.config.app_id} do not belong to the same App "
-            f"({reply.value})",
+            f"({reply.value})"
         )
 
     def send(self, url: str, credential: Credential, body: Json) -> Reply:
@@ -2517,9 +2508,9 @@ class GitHubRepository:
     def issue(self, number: int) -> Issue:
         payload = self.get(f"/issues/{number}")
         return Issue(
-            number=int(payload["number"]),
+            number=number,
             url=str(payload["html_url"]),
-            title=visible_text(payload["title"] or ""),
+            title=visible_text(payload["title"]),
             body=visible_text(payload["body"] or ""),
             author=person_login(payload["user"]),
             is_open=payload["state"] == "open",
