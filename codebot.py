@@ -2037,7 +2037,8 @@ class GitHub:
         self.attempts = GITHUB_ATTEMPTS
         self.requests_made = 0
         self.rate_limit_remaining: int | None = None
-        self.clock_skew = 0.0  # seconds that GitHub's clock is ahead of ours
+        # Seconds that GitHub's clock is ahead of ours, less what the last response took.
+        self.clock_skew = 0.0
         self.silent_until = 0.0  # a rate limit: asking on may get the App banned
         self._bot: Bot | None = None
         # These are shared by threads without a lock: each use is one atomic step, and
@@ -2245,9 +2246,7 @@ class GitHub:
             self.rate_limit_remaining = int(remaining)
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             date = email.utils.parsedate_to_datetime(headers["Date"])
-            skew = date.timestamp() - time.time()
-            # The header has whole seconds, and the response took some time.
-            self.clock_skew = skew if abs(skew) > 5 else 0.0
+            self.clock_skew = date.timestamp() - time.time()
 
     def remember_reply(self, url: str, reply: Reply) -> None:
         """Keep a reply: GitHub does not count a request if it is unchanged (304)."""
