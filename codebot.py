@@ -2003,16 +2003,12 @@ def final_error(status: int, message: str) -> Exception:
     return GitHubError(status, message)
 
 
-def is_used_up(reply: Reply) -> bool:
-    return reply.headers.get("x-ratelimit-remaining") == "0"
-
-
 def is_rate_limit(reply: Reply) -> bool:
     if reply.status != 403:
         return reply.status == 429
     return (
         "retry-after" in reply.headers
-        or is_used_up(reply)
+        or reply.headers.get("x-ratelimit-remaining") == "0"
         or "secondary rate limit" in str(reply.value).lower()
     )
 
@@ -2275,7 +2271,7 @@ class GitHub:
         if is_limit:
             seconds = 60.0
             reset = reply.headers.get("x-ratelimit-reset", "")
-            if is_used_up(reply) and reset.isdigit():
+            if reply.headers.get("x-ratelimit-remaining") == "0" and reset.isdigit():
                 seconds = float(reset) - self.github_time() + 1
         retry_after = reply.headers.get("retry-after", "")
         if retry_after.isdigit():
@@ -2322,15 +2318,13 @@ class GitHub:
     def bot(self) -> Bot:
         if self._bot is None:
             login = f"{self.fetch_app()['slug']}[bot]"
-            path = f"/users/{urllib.parse.quote(login)}"
-            user = self.call(path, LOOKUP).value
+            user = self.call(f"/users/{urllib.parse.quote(login)}", LOOKUP).value
             self._bot = Bot(login, int(user["id"]))
         return self._bot
 
     def repositories(self) -> Iterator[GitHubRepository]:
         """Yield the installation's repositories."""
-        path = "/installation/repositories?per_page=100"
-        for payload in self.pages(path, LOOKUP):
+        for payload in self.pages("/installation/repositories?per_page=100", LOOKUP):
             yield GitHubRepository(self, payload)
 
     def repository_by_name(self, full_name: str) -> GitHubRepository:
