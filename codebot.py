@@ -2621,8 +2621,7 @@ def sha256_hex(text: str) -> str:
 
 def slugify(text: str) -> str:
     """Return ``text`` as a part of a branch's and a directory's name; may be empty."""
-    normalized = unicodedata.normalize("NFKD", text[:400])
-    letters = normalized.encode("ascii", "ignore").decode()
+    letters = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9]+", "-", letters).strip("-")[:40].strip("-")
 
 
