@@ -2102,6 +2102,7 @@ class GitHub:
         return f"{signed}.{base64url(signature)}", expiry
 
     def wait(self, seconds: float = 0.0) -> None:
+        """Raise StopRequested if the server stops meanwhile, or has been stopped."""
         if self.stop.wait(seconds):
             raise StopRequested()
 
@@ -2289,7 +2290,7 @@ class GitHub:
         while path:
             reply = self.call(path, credential)
             entries = reply.value
-            if isinstance(entries, dict):
+            if isinstance(entries, dict):  # of an installation
                 entries = entries["repositories"]
             yield from entries
             link = re.search(r'<([^>]+)>; *rel="next"', reply.headers.get("Link", ""))
