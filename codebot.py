@@ -1803,7 +1803,7 @@ ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembere
 MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take 34 MB
 MAX_CACHED_REPLIES = 500
 GONE_STATUSES = (404, 410, 422)  # what was asked for is not there (any more)
-EPOCH = "1970-01-01T00:00:00Z"
+LONG_AGO = "2000-01-01T00:00:00Z"  # before GitHub existed
 # The group is its end, "" if it has none; "<!-->" is a comment, too. Without `\Z` an end
 # would be looked for from each of thousands of beginnings.
 HTML_COMMENT_RE = re.compile(r"<!(?=--).*?(-->|\Z)", re.DOTALL)
@@ -2432,7 +2432,7 @@ class GitHubRepository:
         )
 
     def comments(
-        self, number: int, since: str = EPOCH
+        self, number: int, since: str = LONG_AGO
     ) -> Iterator[tuple[str, Comment]]:
         """Yield what people wrote on a pull request, with the time of its last change.
 
@@ -2445,7 +2445,7 @@ class GitHubRepository:
         yield from self.comment_list("conversation", f"{issues}/comments", since)
 
     def comment_list(
-        self, place: str, path: str, since: str = EPOCH
+        self, place: str, path: str, since: str = LONG_AGO
     ) -> Iterator[tuple[str, Comment]]:
         """Yield the comments of a list, each with the time of its last change."""
         for payload in self.pages(path, since=since):
