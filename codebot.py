@@ -2108,7 +2108,7 @@ class GitHub:
 
     def request_token(self, credential: Credential) -> tuple[str, float]:
         """Ask for an installation token. Returns it, and when it expires."""
-        body: dict[str, Json] = {"permissions": {"metadata": "read"}}
+        body: JsonObject = {"permissions": {"metadata": "read"}}
         if credential != LOOKUP:
             body = {"repository_ids": [credential], "permissions": TOKEN_PERMISSIONS}
         installation = f"/app/installations/{self.config.installation_id}"
