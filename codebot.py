@@ -1968,7 +1968,7 @@ def parse_comment(place: str, payload: JsonObject) -> Comment | None:
         thread=int(payload.get("in_reply_to_id") or comment_id),
         review_id=review_id,
         created_at=str(payload.get("created_at") or payload["submitted_at"]),
-        path=str(payload.get("path", "")),
+        path=str(payload.get("path") or ""),
         # `line` is null once the comment is outdated.
         line=int(payload.get("line") or payload.get("original_line") or 0),
         diff_hunk=str(payload.get("diff_hunk") or ""),
@@ -2239,7 +2239,7 @@ class GitHub:
     def read_headers(self, headers: email.message.Message) -> None:
         """Note GitHub's clock and what is left of the rate limit."""
         remaining = headers.get("x-ratelimit-remaining", "")
-        if remaining.isdigit():
+        if remaining.isdecimal():
             self.rate_limit_remaining = int(remaining)
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             date = email.utils.parsedate_to_datetime(headers["Date"])
@@ -2272,10 +2272,10 @@ class GitHub:
         if is_limit:
             seconds = 60.0
             reset = reply.headers.get("x-ratelimit-reset", "")
-            if reply.headers.get("x-ratelimit-remaining") == "0" and reset.isdigit():
+            if reply.headers.get("x-ratelimit-remaining") == "0" and reset.isdecimal():
                 seconds = float(reset) - self.github_time() + 1
         retry_after = reply.headers.get("retry-after", "")
-        if retry_after.isdigit():
+        if retry_after.isdecimal():
             seconds = float(retry_after)
         seconds = min(max(seconds, GITHUB_RETRY_DELAY), MAX_RATE_LIMIT_WAIT)
         if seconds <= MAX_INLINE_WAIT:
@@ -2906,8 +2906,9 @@ class Mirror(GitDirectory):
             ref = f"refs/heads/{name}"
             with self.lock():
                 # It need not be the tip here: the remote's branch may have been set back.
-                if not self.is_ancestor(commit, ref):
-                    self.fetch_all(repository)
+                if self.is_ancestor(commit, ref):
+                    return name, commit
+                self.fetch_all(repository)
                 if self.is_ancestor(commit, ref):
                     return name, commit
         raise TransientError(f"Branch {name} kept moving while it was fetched")
