@@ -8156,11 +8156,12 @@ codebot_github_rate_remaining {github.rate_limit_remaining}
 # what GitHub itself says then (docs: "Webhook events and payloads").
 
 MAX_DELIVERY_BYTES = 25 << 20  # GitHub sends no more
-# Events about a comment: its action, its place, and the field that it is in.
+# Events about a comment: its action and place, the field that it is in, and the field of
+# the pull request.
 COMMENT_EVENTS = {
-    "issue_comment": ("created", "conversation", "comment"),
-    "pull_request_review": ("submitted", "review_text", "review"),
-    "pull_request_review_comment": ("created", "inline", "comment"),
+    "issue_comment": ("created", "conversation", "comment", "issue"),
+    "pull_request_review": ("submitted", "review_text", "review", "pull_request"),
+    "pull_request_review_comment": ("created", "inline", "comment", "pull_request"),
 }
 
 
@@ -8246,12 +8247,7 @@ def pull_request_of(codebot: Codebot, payload: JsonObject, subject: str) -> Pull
 def receive_comment(
     codebot: Codebot, event: str, guid: str, payload: JsonObject
 ) -> None:
-    _, place, field = COMMENT_EVENTS[event]
-    subject = "pull_request"
-    if event == "issue_comment":
-        subject = "issue"
-        if not payload["issue"].get("pull_request"):
-            raise NoAction("A comment on an issue")
+    _, place, field, subject = COMMENT_EVENTS[event]
     pull_request = pull_request_of(codebot, payload, subject)
     comment = parse_comment(place, payload[field])
     if comment is None:

@@ -6513,7 +6513,7 @@ IGNORED_DELIVERIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "pending review": ("pull_request_review", {"review.state": "pending"}),
     "dismissed review": ("pull_request_review", {"action": "dismissed"}),
-    "comment on issue": ("issue_comment", {"issue": {"number": 1}}),
+    "comment on issue": ("issue_comment", {"issue": {"number": 2}}),
     "unknown pull request": ("issue_comment", {"issue.number": 10**6}),
     "unknown repository": (
         "pull_request_review",
