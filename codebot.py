@@ -8176,41 +8176,36 @@ def webhook(codebot: Codebot, request: Request) -> Response:
     """
     event = request.headers.get("x-github-event", "")
     guid = request.headers.get("x-github-delivery", "")
+    status = 202
+    message = "Accepted"
     try:
-        return take_delivery(codebot, request, event, guid)
+        take_delivery(codebot, request, event, guid)
+    except NoAction as reason:
+        status = 200
+        message = str(reason)
     except HTTPError as error:
         log.warning("Delivery %.99s (%.99s): refused: %s", guid, event, error)
         raise
+    log.info("Delivery %.99s (%.99s): %s", guid, event, message)
+    return json_response({"message": message}, status)
 
 
-def take_delivery(
-    codebot: Codebot, request: Request, event: str, guid: str
-) -> Response:
+def take_delivery(codebot: Codebot, request: Request, event: str, guid: str) -> None:
+    """Check and note a delivery. Raises NoAction, or HTTPError if it is refused."""
     if "form" in request.headers.get("content-type", ""):
         message = "Set the content type of the App's webhook to application/json"
         raise HTTPError(415, message)
     if not guid:
         raise HTTPError(400, "X-GitHub-Delivery is missing")
-    status = 202
-    message = "Accepted"
     try:
-        payload = parse_object(request.body())
-        receive_event(codebot, event, guid, payload)
-    except NoAction as reason:
-        status = 200
-        message = str(reason)
-    except KeyError as error:
-        raise HTTPError(400, f"The payload of {event} lacks {error}") from None
+        receive_event(codebot, event, guid, parse_object(request.body()))
     # OverflowError, and a ValueError of half a surrogate pair: SQLite cannot store it.
-    except (TypeError, ValueError, AttributeError, OverflowError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise HTTPError(400, f"The payload of {event} is malformed") from None
-    action = payload.get("action", "no action")
-    log.info("Delivery %.99s (%.99s, %.99s): %s", guid, event, action, message)
-    return json_response({"message": message}, status)
 
 
 def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) -> None:
-    """Note what a delivery is about. If it is malformed, raises what that leads to."""
+    """Note what an event is about. If it is malformed, raises what that leads to."""
     action = payload.get("action")
     installation = payload.get("installation")
     installation_id = codebot.config.installation_id

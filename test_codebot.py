@@ -10511,7 +10511,7 @@ def test_log_has_accepted_and_refused_deliveries(shared: Site) -> None:
             {"action": "closed"},
             {},
             400,
-            "The payload of pull_request lacks 'repository'",
+            "The payload of pull_request is malformed",
         ),
         ({}, {"X-GitHub-Delivery": ""}, 400, "X-GitHub-Delivery is missing"),
     ],
