@@ -7704,23 +7704,17 @@ def error_response(error: HTTPError) -> Response:
 # --- Guards ------------------------------------------------------------------
 # A guard lets a request pass or raises HTTPError. It runs before the handler.
 
+# When a refusal may be logged again, by guard. Without a lock: two threads at once write
+# two lines, at worst.
+next_log_time: dict[object, float] = {}
 
-# When a refusal may be logged again, by its format string: one line a second for each
-# kind. Without a lock: two threads at once write two lines, at worst.
-next_log_time: dict[str, float] = {}
 
-
-def is_log_due(record: logging.LogRecord) -> bool:
-    """Drop what was logged less than a second ago, so that a flood fills no disk."""
+def log_refusal(guard: object, request: Request, error: HTTPError) -> None:
+    """Log what a guard refused: one line a second, so that a flood fills no disk."""
     now = time.monotonic()
-    if now < next_log_time.get(record.msg, 0.0):
-        return False
-    next_log_time[record.msg] = now + 1.0
-    return True
-
-
-refusal_log = log.getChild("refused")
-refusal_log.addFilter(is_log_due)
+    if now >= next_log_time.get(guard, 0.0):
+        next_log_time[guard] = now + 1.0
+        log.warning("Refused a request from %s: %s", request.client_address, error)
 
 
 def allow_anyone(codebot: Codebot, request: Request) -> None:
@@ -7753,23 +7747,13 @@ def require_api_key(codebot: Codebot, request: Request) -> None:
     message = "This API key is not valid"
     if not key:
         message = "The API key is missing; send it as Authorization: Bearer KEY"
-    refusal_log.warning("Refused API key from %s: %s", request.client_address, message)
     raise HTTPError(401, message, {"WWW-Authenticate": 'Bearer realm="codebot"'})
 
 
 def require_signature(codebot: Codebot, request: Request) -> None:
     """Require GitHub's HMAC of the body (docs: "Validating webhook deliveries")."""
-    try:
-        check_signature(codebot.config, request)
-    except HTTPError as error:
-        address = request.client_address
-        refusal_log.warning("Refused webhook from %s: %s", address, error)
-        raise
-
-
-def check_signature(config: Config, request: Request) -> None:
-    secret = config.webhook_secret
-    if not secret or config.no_github:
+    secret = codebot.config.webhook_secret
+    if not secret or codebot.github is None:
         message = "Webhooks are off; they need GitHub and GITHUB_WEBHOOK_SECRET"
         raise HTTPError(404, message)
     challenge = {"WWW-Authenticate": 'X-Hub-Signature-256 realm="codebot"'}
@@ -8478,7 +8462,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         address = self.client_address[0]
         request = Request(query, headers, address, route.max_body, self.receive_body)
         codebot = self.server.codebot
-        route.guard(codebot, request)
+        try:
+            route.guard(codebot, request)
+        except HTTPError as error:
+            log_refusal(route.guard, request, error)
+            raise
         request.body()
         self.enter(ConnectionState.HANDLING, float("inf"))
         return route.handler(codebot, request, **parameters)
