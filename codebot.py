@@ -7637,26 +7637,13 @@ def parse_object(data: bytes) -> dict[str, Json]:
     raise ValueError("is not a JSON object")
 
 
-@dataclasses.dataclass
-class Request:
+class Request(NamedTuple):
     """A request whose headers have arrived. Its body is read when it is first needed."""
 
     query: str
     headers: Mapping[str, str]  # names in lower case
     client_address: str
-    max_body: int
-    read_body: Callable[[int], bytes]
-    body_if_read: bytes | None = None
-
-    def body(self) -> bytes:
-        """Return the whole body. Raises HTTPError if it is too long or incomplete."""
-        if self.body_if_read is None:
-            # int() has a limit of 4,300 digits.
-            length = float(self.headers.get("content-length", "0"))
-            if length > self.max_body:
-                raise HTTPError(413, f"The body is over {self.max_body:,} bytes long")
-            self.body_if_read = self.read_body(int(length))
-        return self.body_if_read
+    body: Callable[[], bytes]  # raises HTTPError if it is too long or incomplete
 
     def parameters(self, *names: str) -> dict[str, str]:
         """Return the query's parameters. Only ``names`` are accepted, each once."""
@@ -7671,23 +7658,17 @@ class Request:
         return parameters
 
 
-@dataclasses.dataclass(frozen=True)
-class Response:
+class Response(NamedTuple):
     """A complete answer. It is JSON unless the headers name another Content-Type."""
 
     status: int = 200
     body: bytes = b""
-    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    headers: Mapping[str, str] = {}
 
 
-@dataclasses.dataclass(frozen=True)
-class EventStream:
-    """Server-sent events (WHATWG HTML, section 9.2), sent as they come.
-
-    ``events`` yields b"" when there is nothing to send at the moment.
-    """
-
-    events: Iterator[bytes]
+# Server-sent events (WHATWG HTML, section 9.2), which are sent as they come; b"" when
+# there is nothing to send at the moment.
+EventStream = Iterator[bytes]
 
 
 def json_response(
@@ -8046,35 +8027,27 @@ def task_logs(
     is_live = codebot.store.has_unfinished_jobs(task_id)
     if after and not is_live and not codebot.store.events(task_id, after, 1):
         return Response(204)  # an EventSource that gets this does not reconnect
-    return EventStream(follow_events(codebot, task_id, after))
+    return follow_events(codebot, task_id, after)
 
 
-def follow_events(codebot: Codebot, task_id: str, after: int) -> Iterator[bytes]:
-    """Yield events as they come, until no work on the task can add any.
-
-    Yields b"" if there are none now: the caller waits before it asks for more.
-    """
+def follow_events(codebot: Codebot, task_id: str, after: int) -> EventStream:
+    """Yield events as they come, until no work on the task can add any."""
     last_sent = time.monotonic()
     while not codebot.stop.is_set():
         # Asked before the events are read, so that the last one is sent.
         is_live = codebot.store.has_unfinished_jobs(task_id)
-        events = codebot.store.events(task_id, after, EVENTS_PER_MESSAGE)
-        messages = b""
-        if events:
-            after = events[-1].seq
-            messages = b"".join([event_message(event) for event in events])
-        elif not is_live:
+        messages = ""
+        for event in codebot.store.events(task_id, after, EVENTS_PER_MESSAGE):
+            after = event.seq
+            messages += f"id: {after}\ndata: {json.dumps(event._asdict())}\n\n"
+        if not messages and not is_live:
             yield b"event: end\ndata: {}\n\n"
             return
-        elif time.monotonic() > last_sent + KEEPALIVE_INTERVAL:
-            messages = b": still here\n\n"
+        if not messages and time.monotonic() > last_sent + KEEPALIVE_INTERVAL:
+            messages = ": still here\n\n"
         if messages:
             last_sent = time.monotonic()
-        yield messages
-
-
-def event_message(event: Event) -> bytes:
-    return f"id: {event.seq}\ndata: {json.dumps(event._asdict())}\n\n".encode()
+        yield messages.encode()
 
 
 def health(codebot: Codebot, request: Request) -> Response:
@@ -8268,7 +8241,7 @@ IDLE_TIMEOUT = 75.0  # seconds that a connection may wait for a request
 SEND_TIMEOUT = 20.0  # seconds in which a client must read CHUNK_BYTES
 LINGER_TIMEOUT = 2.0  # seconds for which the rest of a refused request is read
 SWEEP_INTERVAL = 0.5  # seconds between two searches for late connections
-STREAM_INTERVAL = 0.25  # seconds between two searches for new events
+STREAM_INTERVAL = 250  # milliseconds between two searches for new events
 CHUNK_BYTES = 64 << 10
 DEFAULT_HEADERS = {
     "Server": "codebot",
@@ -8375,6 +8348,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     wbufsize = -1  # buffered: headers and a short body leave in one packet
     requestline = ""  # for the log, before the first request
+    body = b""  # of the request that is handled
 
     def handle(self) -> None:
         try:
@@ -8394,10 +8368,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.command = ""
         self.is_request_read = False  # to its end: the headers, and the body if any
         response = self.respond()
-        if isinstance(response, EventStream):
-            self.send_stream(response)
-        else:
+        self.body = b""  # the connection may wait for long for its next request
+        if isinstance(response, Response):
             self.send(response)
+        else:
+            self.send_stream(response)
         if not self.is_request_read:
             self.linger()
         self.enter(ConnectionState.WAITING, IDLE_TIMEOUT)
@@ -8460,7 +8435,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path, _, query = ABSOLUTE_FORM_RE.sub("", self.path).partition("?")
         route, parameters = find_route(self.command, path or "/")
         address = self.client_address[0]
-        request = Request(query, headers, address, route.max_body, self.receive_body)
+        body = functools.partial(self.receive_body, headers, route.max_body)
+        request = Request(query, headers, address, body)
         codebot = self.server.codebot
         try:
             route.guard(codebot, request)
@@ -8471,19 +8447,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.enter(ConnectionState.HANDLING, float("inf"))
         return route.handler(codebot, request, **parameters)
 
-    def receive_body(self, length: int) -> bytes:
+    def receive_body(self, headers: Mapping[str, str], limit: int) -> bytes:
+        """Return the whole body, which is read the first time."""
+        if self.is_request_read:
+            return self.body
+        length = float(headers["content-length"])  # int() has a limit of 4,300 digits
+        if length > limit:
+            raise HTTPError(413, f"The body is over {limit:,} bytes long")
         if self.expects_continue:
             self.handle_expect_100()
             self.wfile.flush()
         body = bytearray()
         while len(body) < length:
-            chunk = self.rfile.read1(min(CHUNK_BYTES, length - len(body)))
+            chunk = self.rfile.read1(min(CHUNK_BYTES, int(length) - len(body)))
             if not chunk:
                 raise HTTPError(400, "The body is shorter than its Content-Length")
             body += chunk
             self.server.count_body(self.connection, len(chunk))
+        self.body = bytes(body)
         self.is_request_read = True
-        return bytes(body)
+        return self.body
 
     def send(self, response: Response) -> None:
         if not self.is_request_read:
@@ -8514,7 +8497,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.enter(ConnectionState.SENDING, SEND_TIMEOUT)
         self.wfile.flush()
 
-    def send_stream(self, stream: EventStream) -> None:
+    def send_stream(self, events: EventStream) -> None:
         """Send events until they end, the client leaves, or it stops reading."""
         if not self.server.streams.acquire(blocking=False):
             message = f"All {MAX_STREAMS} event streams are in use; retry later"
@@ -8524,20 +8507,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True  # which ends the stream
             self.send_head(200, STREAM_HEADERS)
             if self.command != "HEAD":
-                self.send_events(stream.events)
-        except sqlite3.Error as error:
-            log.error("Database error during %r: %s", self.requestline, error)
+                self.send_events(events)
         finally:
             self.server.streams.release()
 
-    def send_events(self, events: Iterator[bytes]) -> None:
+    def send_events(self, events: EventStream) -> None:
         client = select.poll()
         client.register(self.connection, CLOSED_BY_CLIENT)
         for messages in events:
             self.write(messages)
             self.enter(ConnectionState.HANDLING, float("inf"))
-            seconds = 0.0 if messages else STREAM_INTERVAL
-            if client.poll(seconds * 1000):
+            if client.poll(0 if messages else STREAM_INTERVAL):
                 return
 
     def linger(self) -> None:
