@@ -7765,6 +7765,8 @@ TASK_FIELDS = {
 }
 REQUIRED_FIELDS = ("repository_url", "description")
 MULTILINE_FIELDS = ("description", "test_command")
+# What the API shows of a task and of a review.
+JOB_FIELDS = ("status", "submitted_at", "started_at", "completed_at")
 CONTROL_CHARACTER_RE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 KEEPALIVE_INTERVAL = 15.0  # seconds after which a silent event stream sends a comment
 EVENTS_PER_MESSAGE = 100  # events that a stream reads and sends at once
@@ -7820,15 +7822,13 @@ def read_task_request(config: Config, fields: Mapping[str, object]) -> TaskReque
     problems = [field_problem(name, value) for name, value in values.items()]
     if any(problems):
         raise HTTPError(400, "\n".join(filter(None, problems)))
-    texts = {name: str(value) for name, value in values.items() if value is not None}
-    for name in MULTILINE_FIELDS:  # sh knows no CR LF
-        texts[name] = texts.get(name, "").replace("\r\n", "\n")
-    request = TaskRequest(**texts)
-    repository = allowed_repository(config, request.repository_url)
-    if request.test_command:
-        return request
-    command = default_test_command(config, repository)
-    return dataclasses.replace(request, test_command=command)
+    texts = {}
+    for name, value in values.items():
+        texts[name] = str(value or "").replace("\r\n", "\n")  # sh knows no CR LF
+    repository = allowed_repository(config, texts["repository_url"])
+    if not texts.get("test_command"):
+        texts["test_command"] = default_test_command(config, repository)
+    return TaskRequest(**texts)
 
 
 def queue_task(
@@ -7895,24 +7895,19 @@ def find_task(codebot: Codebot, task_id: str) -> Job:
     return job
 
 
-def nulls_for_empty(fields: Mapping[str, object]) -> dict[str, object]:
-    """Return the fields as the API shows them: null for what is not known."""
-    return {name: value or None for name, value in fields.items()}
+def shown(record: Job | TaskRequest, *names: str) -> dict[str, object]:
+    """Return fields as the API shows them: null for what is not known."""
+    fields = vars(record)
+    return {name: fields[name] or None for name in names}
 
 
 def task_fields(codebot: Codebot, job: Job) -> dict[str, object]:
     """Return a task as the API shows it."""
-    fields = {
+    value = {
         "task_id": job.id,
-        "status": job.status,
-        "submitted_at": job.submitted_at,
-        "started_at": job.started_at,
-        "completed_at": job.completed_at,
-        **vars(job.request),
-        "submitted_by": job.submitted_by,
-        "issue_url": job.issue_url,
+        **shown(job, *JOB_FIELDS, "submitted_by", "issue_url"),
+        **shown(job.request, *TASK_FIELDS),
     }
-    value = nulls_for_empty(fields)
     if job.status == "pending":
         value["queue_position"] = codebot.store.count_pending("task", job.seq)
     elif job.status == "running":
@@ -7937,23 +7932,13 @@ def review_fields(codebot: Codebot, review: Job) -> dict[str, object]:
     """Return a review as the API shows it."""
     comments = codebot.store.comments(review.id)
     answers = [text for text in review.outcome.answers.values() if text]
-    return nulls_for_empty(
-        {
-            "id": review.id,
-            "status": review.status,
-            "phase": review.phase,
-            "submitted_at": review.submitted_at,
-            "started_at": review.started_at,
-            "completed_at": review.completed_at,
-            "reviewer": review.reviewer,
-            "request": comments[0].text if comments else "",
-            "kind": review.request_kind,
-            "answer": "\n\n".join(answers),
-            "commit": review.commit_id,
-            "error": review.error,
-            "reason": review.reason,
-        }
-    )
+    return {
+        **shown(review, "id", *JOB_FIELDS, "phase", "reviewer", "error", "reason"),
+        "request": comments[0].text if comments else None,
+        "kind": review.request_kind or None,
+        "answer": "\n\n".join(answers) or None,
+        "commit": review.commit_id or None,
+    }
 
 
 def task_result(codebot: Codebot, job: Job) -> dict[str, object]:
