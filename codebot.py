@@ -7980,11 +7980,12 @@ def list_tasks(codebot: Codebot, request: Request) -> Response:
         states = ", ".join(JOB_STATES)
         raise HTTPError(400, f"status {status[:100]!r} is not one of {states}")
     limit = read_number("limit", parameters.get("limit") or "100", 1, 1000)
+    before = parameters.get("before")
     before_seq = sys.maxsize
-    if parameters.get("before"):
-        task = codebot.store.task(parameters["before"])
+    if before:
+        task = codebot.store.task(before)
         if task is None:
-            raise HTTPError(400, f"before: no such task: {parameters['before'][:100]}")
+            raise HTTPError(400, f"before: no such task: {before[:100]}")
         before_seq = task.seq
     tasks = codebot.store.tasks(status, limit, before_seq)
     return json_response({"tasks": tasks, "count": len(tasks)})
@@ -8249,8 +8250,7 @@ GUARDED_ADDRESSES = {
 CLOSED_BY_CLIENT = getattr(select, "POLLRDHUP", select.POLLHUP)
 
 
-@dataclasses.dataclass(frozen=True)
-class Route:
+class Route(NamedTuple):
     """A path that can be requested; its named groups are parameters of the handler."""
 
     methods: Sequence[str]
