@@ -8288,10 +8288,7 @@ def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
             listed = ", ".join(route.methods)
             message = f"Method not allowed; use {listed}"
             raise HTTPError(405, message, {"Allow": listed})
-    message = f"No such path: {path[:100]}"
-    if re.fullmatch(TASK_PATH, path):
-        message += f"; did you mean {path[:100]}/status?"
-    raise HTTPError(404, message)
+    raise HTTPError(404, f"No such path: {path[:100]}")
 
 
 def hang_up(connection: socket.socket) -> None:
