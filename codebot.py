@@ -8218,8 +8218,7 @@ def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
 # happens in one thread of the pool, which keeps it until it is closed.
 
 MAX_CONNECTIONS = 512
-# The 16 are for connections that are closed and whose threads have not ended yet.
-POOL_THREADS = MAX_CONNECTIONS + 16
+
 MAX_STREAMS = 128  # event streams that are open at the same time
 MAX_BUFFERED_BYTES = 64 << 20  # of all bodies that are in memory
 REQUEST_TIMEOUT = 20.0  # seconds for a whole request, from its first byte
@@ -8473,10 +8472,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def write(self, data: bytes) -> None:
         """Send what is in the buffer, and ``data``, as fast as the client reads."""
-        self.enter(ConnectionState.SENDING, SEND_TIMEOUT)
-        for start in range(0, len(data), CHUNK_BYTES):
-            self.wfile.write(data[start : start + CHUNK_BYTES])
+        for start in range(0, max(1, len(data)), CHUNK_BYTES):
             self.enter(ConnectionState.SENDING, SEND_TIMEOUT)
+            self.wfile.write(data[start : start + CHUNK_BYTES])
         self.wfile.flush()
 
     def send_stream(self, events: EventStream) -> None:
@@ -8577,7 +8575,9 @@ class Server(http.server.ThreadingHTTPServer):
         self._connections: dict[socket.socket, Connection] = {}
         self._next_sweep = 0.0
         self.is_closed = False
-        self._pool = concurrent.futures.ThreadPoolExecutor(POOL_THREADS, "http")
+        # The 16 are for connections that are closed and whose threads have not ended yet.
+        threads = MAX_CONNECTIONS + 16
+        self._pool = concurrent.futures.ThreadPoolExecutor(threads, "http")
         self._tls: ssl.SSLContext | None = None
         if config.tls_cert:
             self._tls = tls_context(config)
@@ -8641,10 +8641,7 @@ class Server(http.server.ThreadingHTTPServer):
     # What the connections' threads call
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        error = sys.exc_info()[1]
-        if isinstance(error, OSError):
-            log.debug("%s: connection lost: %s", client_address[0], error)
-        else:
+        if not isinstance(sys.exc_info()[1], OSError):  # of a client that is gone
             log.exception("%s: connection lost", client_address[0])
 
     def shutdown_request(self, request: Any) -> None:
