@@ -8541,8 +8541,6 @@ def guard_localhost(host: str, port: int) -> socket.socket | None:
     except OSError as error:
         if error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
             return None  # this host has no such address
-        if error.errno != errno.EADDRINUSE:
-            raise
         raise ConfigError(
             f"Another program uses, or has just used, port {port} on {address}, where "
             "clients of localhost, or of this host's name, may get. Stop it, or use "
@@ -8562,6 +8560,7 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_port = False  # or an agent, as the same user, could share the port
     # http.server's own method asks DNS for the name of this host.
     server_bind = socketserver.TCPServer.server_bind
+    _guard: socket.socket | None = None  # also if the constructor fails
 
     def __init__(self, codebot: Codebot) -> None:
         """Listen. Raises OSError if the address or the TLS files cannot be used, and
@@ -8578,12 +8577,9 @@ class Server(http.server.ThreadingHTTPServer):
         # The 16 are for connections that are closed and whose threads have not ended yet.
         threads = MAX_CONNECTIONS + 16
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, "http")
-        self._tls: ssl.SSLContext | None = None
-        if config.tls_cert:
-            self._tls = tls_context(config)
+        self._tls = tls_context(config) if config.tls_cert else None
         if ":" in config.host:
             self.address_family = socket.AF_INET6
-        self._guard: socket.socket | None = None
         super().__init__((config.host, config.port), Handler)
         self.server_port = self.server_address[1]
         self._guard = guard_localhost(config.host, self.server_port)
