@@ -8805,15 +8805,16 @@ def is_agent_missing(codebot: Codebot) -> bool:
 
 
 def unknown_settings(config: Config) -> Iterator[Finding]:
-    known = [field.metadata["variable"] for field in CONFIG_FIELDS]
-    with_flag = [field.name for field in CONFIG_FIELDS if field.metadata["help"]]
-    flags = {f"CODEBOT_{name.upper()}": flag_name(name) for name in with_flag}
-    for name in sorted(config.variables.keys() - {*known, "CODEBOT_RUN"}):
+    # What is meant by a name: the variable, or the flag if there is only that.
+    known = {}
+    for field in CONFIG_FIELDS:
+        variable = field.metadata["variable"]
+        name = variable or f"CODEBOT_{field.name.upper()}"
+        known[name] = variable or flag_name(field.name)
+    for name in sorted(config.variables.keys() - {*known.values(), "CODEBOT_RUN"}):
         if name.startswith(SETTING_PREFIXES):
             close = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {close[0]}?" if close else ". Remove it."
-            if name in flags:
-                hint = f"; use the flag {flags[name]}."
+            hint = f"; did you mean {known[close[0]]}?" if close else ". Remove it."
             yield Finding("warn", f"Unknown setting {name}{hint}")
 
 

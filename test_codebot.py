@@ -12393,7 +12393,7 @@ DOUBTS = {
     "Unknown setting CODEBOT_APIKEYS; did you mean CODEBOT_API_KEYS?",
     "Unknown setting GITHUB_WEBHOOK_SECRETS; did you mean GITHUB_WEBHOOK_SECRET?",
     "Unknown setting GITHUB_ENTERPRISE_URI; did you mean GITHUB_ENTERPRISE_URL?",
-    "Unknown setting CODEBOT_PORT; use the flag --port.",
+    "Unknown setting CODEBOT_PORT; did you mean --port?",
     "has other files in it. Use a --work-dir for codebot alone.",
     "CODEBOT_STALL_TIMEOUT is 60 s, but the agent prints nothing while a command runs",
     "No model key: set ANTHROPIC_API_KEY (or CLAUDE_CODE_OAUTH_TOKEN) in",
