@@ -9171,8 +9171,7 @@ def run(flags: Flags) -> int:
     config = load_config(flags)
     request = read_task_request(config, read_task_flags(flags))
     if not flags["work_dir"]:
-        work_dir = tempfile.mkdtemp(prefix="codebot-")
-        work_dir = os.path.realpath(work_dir)
+        work_dir = os.path.realpath(tempfile.mkdtemp(prefix="codebot-"))
         # CODEBOT_DATABASE belongs to another work directory.
         config = dataclasses.replace(config, work_dir=work_dir, database="")
     print(f"Work directory: {config.work_dir} (it is kept)", file=sys.stderr)
@@ -9239,8 +9238,8 @@ def check_github(codebot: Codebot) -> Iterator[Finding]:
     """Ask GitHub for the App, its installation and its repositories."""
     config = codebot.config
     github = codebot.github
-    if github is None or not config.installation_id:
-        return  # with --no-github, or if .env cannot be read
+    if github is None:
+        return
     github.timeout = CHECK_TIMEOUT
     github.attempts = 2
     # resolv.conf(5): limits the wait for a dead DNS server, which is 20 s otherwise.
@@ -9317,7 +9316,7 @@ def all_findings(codebot: Codebot, problems: Sequence[str]) -> Iterator[Finding]
     for problem in problems:
         yield Finding("FAIL", problem)
     checks = [*HOST_CHECKS, check_server, check_port, check_work_dir]
-    if not any(problem.startswith("GITHUB_") for problem in problems):
+    if not problems:
         checks.append(check_github)
     for check in checks:
         try:
