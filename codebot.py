@@ -9391,13 +9391,10 @@ def show_task(codebot: Codebot, port: int, fields: Mapping[str, str]) -> Json:
     print(f"Task:        {task['status']}", flush=True)
     path = f"/api/tasks/{task['task_id']}"
     client.request("GET", f"{path}/logs", headers=headers)
-    is_running = False
     for line in client.getresponse():
-        if line.startswith(b"data:") and b'"source": "phase"' in line:
-            if not is_running:
-                print("Task:        running")
-            is_running = True
-            print(f"             {json.loads(line[5:])['message']}", flush=True)
+        if b'"source": "phase"' in line:
+            phase = json.loads(line[5:])["message"]  # after "data:"
+            print(f"Task:        running ({phase})", flush=True)
     client.request("GET", f"{path}/status", headers=headers)
     task = json.load(client.getresponse())
     print(f"Task:        {task['status']}\n")
@@ -9419,11 +9416,10 @@ def demo(flags: Flags) -> int:
         with running_server(codebot) as server:
             is_completed = show_demo(codebot, server.server_port, repository)
             if flags["keep"]:
-                print(f"\nPage:        http://localhost:{server.server_port}/")
-                print(f"API key:     {codebot.config.api_keys[0]}")
-                print("Press Ctrl-C to end.", flush=True)
-            while flags["keep"] and not codebot.stop.is_set():
-                time.sleep(0.1)
+                print(f"\nAPI key:     {codebot.config.api_keys[0]}")
+                print("Open the server's page. Press Ctrl-C to end.", flush=True)
+                while not codebot.stop.is_set():
+                    time.sleep(0.1)
     return 0 if is_completed else 1
 
 

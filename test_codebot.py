@@ -13072,12 +13072,11 @@ def test_demo_shows_task_and_leaves_nothing(fresh: Site) -> None:
 Agent:       a shell script that stands in for Claude, in no sandbox
 Server:      http://localhost:\d+/
 Task:        pending
-Task:        running
-             clone
-             agent
-             test
-             commit
-             push
+Task:        running \(clone\)
+Task:        running \(agent\)
+Task:        running \(test\)
+Task:        running \(commit\)
+Task:        running \(push\)
 Task:        completed
 
 The diff of u/codebot/[0-9a-f]{7}/add-a-program-that-says-hello, which was pushed .*
@@ -13112,7 +13111,7 @@ def test_demo_keeps_server_until_it_is_interrupted(fresh: Site) -> None:
         lines.append(process.stdout.readline())
         assert lines[-1], lines
     text = "".join(lines)
-    [port] = re.findall(r"Page: +http://localhost:(\d+)/", text)
+    [port] = re.findall(r"Server: +http://localhost:(\d+)/", text)
     [key] = re.findall(r"API key: +([0-9a-f]{32})\n", text)
     address = ("127.0.0.1", int(port))
     assert send_request(address, "GET", "/").status == 200
