@@ -8983,23 +8983,25 @@ def fork_watchdog(codebot: Codebot) -> None:
         os._exit(0)
 
 
-def start_app(config: Config, checks: Sequence[Check], level: int) -> Codebot:
+def start_app(config: Config, checks: Sequence[Check], log_level: int) -> Codebot:
     """Take the work directory, check the host, and requeue what a crash interrupted.
 
     Raises ConfigError with everything that would make every task fail.
     """
     codebot = Codebot(config)
     # It forks the watchdog, which must inherit neither the locks nor the database.
-    set_up_process(codebot, level)
+    set_up_process(codebot, log_level)
     codebot.take_work_dir()
-    findings = [finding for check in checks for finding in check(codebot)]
-    problems = [finding.message for finding in findings if finding.level == "FAIL"]
+    problems = []
+    for check in checks:
+        for level, message in check(codebot):
+            if level == "FAIL":
+                problems.append(message)
+            elif level == "warn":
+                log.warning("%s", message)
     if problems:
         raise ConfigError(*problems)
     codebot.open()
-    for finding in findings:
-        if finding.level == "warn":
-            log.warning("%s", finding.message)
     codebot.store.requeue_interrupted(interruptions=1)
     return codebot
 
@@ -9023,7 +9025,6 @@ def stop_workers(codebot: Codebot, workers: Sequence[threading.Thread]) -> None:
     """End what the workers do. Their jobs are pending afterwards."""
     deadline = time.monotonic() + STOP_TIMEOUT
     codebot.stop.set()
-    codebot.cleanup_wanted.set()
     for jobs in codebot.queues.values():
         for _ in workers:
             jobs.put(None)
@@ -9039,8 +9040,9 @@ def listen(codebot: Codebot) -> Server:
     try:
         return Server(codebot)
     except OSError as error:
-        problem = f"cannot be used: {os_error_text(error)}"
-        problem = LISTEN_ERRORS.get(error.errno or 0, problem)
+        problem = LISTEN_ERRORS.get(
+            error.errno or 0, f"cannot be used: {os_error_text(error)}"
+        )
         raise ConfigError(f"Port {config.port} on {config.host} {problem}.") from None
 
 
