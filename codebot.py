@@ -7735,8 +7735,9 @@ def require_signature(codebot: Codebot, request: Request) -> None:
     """Require GitHub's HMAC of the body (docs: "Validating webhook deliveries")."""
     secret = codebot.config.webhook_secret
     if not secret or codebot.github is None:
-        message = "Webhooks are off; they need GitHub and GITHUB_WEBHOOK_SECRET"
-        raise HTTPError(404, message)
+        raise HTTPError(
+            404, "Webhooks are off; they need GitHub and GITHUB_WEBHOOK_SECRET"
+        )
     challenge = {"WWW-Authenticate": 'X-Hub-Signature-256 realm="codebot"'}
     signature = request.headers.get("x-hub-signature-256", "").encode("latin-1")
     if not signature:
@@ -7744,11 +7745,12 @@ def require_signature(codebot: Codebot, request: Request) -> None:
         raise HTTPError(401, message, challenge)
     digest = hmac.new(secret.encode(), request.body(), "sha256").hexdigest()
     if not hmac.compare_digest(signature, f"sha256={digest}".encode()):
-        message = (
+        raise HTTPError(
+            401,
             "X-Hub-Signature-256 does not match: the webhook's secret at GitHub "
-            "differs from GITHUB_WEBHOOK_SECRET"
+            "differs from GITHUB_WEBHOOK_SECRET",
+            challenge,
         )
-        raise HTTPError(401, message, challenge)
 
 
 # --- API ---------------------------------------------------------------------
@@ -7784,8 +7786,10 @@ def allowed_repository(config: Config, url: str) -> Repository:
         shown = hide_password(url)[:100]
         raise HTTPError(400, f"repository_url {error} (it is {shown!r})") from None
     if not repository.is_allowed(config):
-        message = f"{repository.full_name} is not in CODEBOT_ALLOWED_REPOSITORIES"
-        raise HTTPError(403, f"repository_url: {message}")
+        name = repository.full_name
+        raise HTTPError(
+            403, f"repository_url: {name} is not in CODEBOT_ALLOWED_REPOSITORIES"
+        )
     return repository
 
 
@@ -7880,8 +7884,9 @@ def cancel_task(codebot: Codebot, request: Request, task_id: str) -> Response:
     try:
         codebot.cancel(task_id)
     except WrongState:
-        message = "The task has ended, or its commit may have been pushed"
-        raise HTTPError(409, message) from None
+        raise HTTPError(
+            409, "The task has ended, or its commit may have been pushed"
+        ) from None
     log.info("Task %s: cancel requested by %s", task_id, submitter(request))
     status = find_task(codebot, task_id).status
     value = {"task_id": task_id, "status": status, "message": "Cancellation requested"}
@@ -8136,8 +8141,9 @@ def webhook(codebot: Codebot, request: Request) -> Response:
 def take_delivery(codebot: Codebot, request: Request, event: str, guid: str) -> None:
     """Check and note a delivery. Raises NoAction, or HTTPError if it is refused."""
     if "form" in request.headers.get("content-type", ""):
-        message = "Set the content type of the App's webhook to application/json"
-        raise HTTPError(415, message)
+        raise HTTPError(
+            415, "Set the content type of the App's webhook to application/json"
+        )
     if not guid:
         raise HTTPError(400, "X-GitHub-Delivery is missing")
     try:
@@ -8285,8 +8291,7 @@ def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
             return route, match.groupdict()
         if match:
             listed = ", ".join(route.methods)
-            message = f"Method not allowed; use {listed}"
-            raise HTTPError(405, message, {"Allow": listed})
+            raise HTTPError(405, f"Method not allowed; use {listed}", {"Allow": listed})
     raise HTTPError(404, f"No such path: {path[:100]}")
 
 
@@ -8829,8 +8834,7 @@ def check_settings(codebot: Codebot) -> Iterator[Finding]:
         )
     for name in config.agent_env:
         if not config.variables.get(name):
-            message = f"CODEBOT_AGENT_ENV names {name}, which is not set."
-            yield Finding("warn", message)
+            yield Finding("warn", f"CODEBOT_AGENT_ENV names {name}, which is not set.")
     if not copy_variables(config, MODEL_KEY_NAMES) and not config.agent_env:
         yield Finding(
             "warn",
@@ -8853,16 +8857,17 @@ def check_safety(codebot: Codebot) -> Iterator[Finding]:
     paths = [*codebot.config.secret_files]
     work_dir = codebot.config.work_dir
     if has_foreign_files(codebot.config):
-        message = (
-            f"{work_dir} has other files in it. Use a --work-dir for codebot alone."
+        yield Finding(
+            "warn",
+            f"{work_dir} has other files in it. Use a --work-dir for codebot alone.",
         )
-        yield Finding("warn", message)
     else:
         paths.append(work_dir)
     for path in paths:
         if os.path.exists(path) and os.stat(path).st_mode & 0o077:
-            message = f"{path} can be read by other users; run: chmod go-rwx {path}"
-            yield Finding("warn", message)
+            yield Finding(
+                "warn", f"{path} can be read by other users; run: chmod go-rwx {path}"
+            )
     if codebot.sandbox.is_none:
         yield Finding("warn", f"{NO_SANDBOX_WARNING}.")
     if os.getpid() == 1:
@@ -9261,8 +9266,10 @@ def check_github(codebot: Codebot) -> Iterator[Finding]:
             f"{error}. Check GITHUB_API_URL, the network, HTTPS_PROXY and SSL_CERT_FILE.",
         )
     except (LookupError, TypeError, ValueError):
-        message = f"{github.api} does not answer as GitHub does. Check GITHUB_API_URL."
-        yield Finding("FAIL", message)
+        yield Finding(
+            "FAIL",
+            f"{github.api} does not answer as GitHub does. Check GITHUB_API_URL.",
+        )
     except OSError:
         return  # openssl is missing, which has been said
 
