@@ -8214,9 +8214,9 @@ def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
 # --- Routes and server -------------------------------------------------------
 #
 # The states of a connection:
-#   WAITING -> RECEIVING -> HANDLING -> SENDING -> WAITING ...
-#   an event stream:        HANDLING -> SENDING -> HANDLING ... -> closed
-#   a body that is not read:            SENDING -> RECEIVING -> closed
+#   waiting -> receiving -> handling -> sending -> waiting ...
+#   an event stream:        handling -> sending -> handling ... -> closed
+#   a body that is not read:            sending -> lingering -> closed
 # It is closed when it has been in one for too long, or when there are too many
 # connections and it has waited longest for its client.
 #
@@ -8227,10 +8227,14 @@ MAX_CONNECTIONS = 512
 
 MAX_STREAMS = 128  # event streams that are open at the same time
 MAX_BUFFERED_BYTES = 64 << 20  # of all bodies that are in memory
-REQUEST_TIMEOUT = 20.0  # seconds for a whole request, from its first byte
-IDLE_TIMEOUT = 75.0  # seconds that a connection may wait for a request
-SEND_TIMEOUT = 20.0  # seconds in which a client must read CHUNK_BYTES
-LINGER_TIMEOUT = 2.0  # seconds for which the rest of a refused request is read
+# The states of a connection, and the seconds that it may be in one.
+STATE_TIMEOUTS = {
+    "waiting": 75.0,  # for a request
+    "receiving": 20.0,  # the TLS handshake; a request, from its first byte to the last
+    "handling": 3600.0,  # what codebot itself does; it takes far less
+    "sending": 20.0,  # until the client has read CHUNK_BYTES
+    "lingering": 2.0,  # reading the rest of a refused request
+}
 SWEEP_INTERVAL = 0.5  # seconds between two searches for late connections
 STREAM_INTERVAL = 250  # milliseconds between two searches for new events
 CHUNK_BYTES = 64 << 10
@@ -8302,21 +8306,12 @@ def hang_up(connection: socket.socket) -> None:
         socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
-class ConnectionState(enum.Enum):
-    """What a connection waits for."""
-
-    WAITING = enum.auto()  # a request
-    RECEIVING = enum.auto()  # the TLS handshake, or the rest of a request
-    HANDLING = enum.auto()  # codebot's own handler
-    SENDING = enum.auto()  # the client, to read a part of the answer
-
-
 @dataclasses.dataclass
 class Connection:
     """The state of an open connection."""
 
     deadline: float  # by time.monotonic()
-    state: ConnectionState = ConnectionState.WAITING
+    state: str = "waiting"
     body_bytes: int = 0  # of its request's body that are in memory
 
 
@@ -8339,7 +8334,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def handle(self) -> None:
         try:
             if isinstance(self.connection, ssl.SSLSocket):
-                self.enter(ConnectionState.RECEIVING, REQUEST_TIMEOUT)
+                self.enter("receiving")
                 self.connection.do_handshake()
             super().handle()
         except OSError:  # the client left, or does not read
@@ -8350,7 +8345,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         if not self.rfile.peek(1):
             return
-        self.enter(ConnectionState.RECEIVING, REQUEST_TIMEOUT)
+        self.enter("receiving")
         self.command = ""
         self.is_request_read = False  # to its end: the headers, and the body if any
         response = self.respond()
@@ -8361,10 +8356,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_stream(response)
         if not self.is_request_read:
             self.linger()
-        self.enter(ConnectionState.WAITING, IDLE_TIMEOUT)
+        self.enter("waiting")
 
-    def enter(self, state: ConnectionState, seconds: float) -> None:
-        self.server.enter(self.connection, state, seconds)
+    def enter(self, state: str) -> None:
+        self.server.enter(self.connection, state)
 
     def respond(self) -> Response | EventStream:
         """Return the response to the next request; most errors are answers, too."""
@@ -8430,7 +8425,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log_refusal(route.guard, request, error)
             raise
         request.body()
-        self.enter(ConnectionState.HANDLING, float("inf"))
+        self.enter("handling")
         return route.handler(codebot, request, **parameters)
 
     def receive_body(self, headers: Mapping[str, str], limit: int) -> bytes:
@@ -8478,7 +8473,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def write(self, data: bytes) -> None:
         """Send what is in the buffer, and ``data``, as fast as the client reads."""
         for start in range(0, max(1, len(data)), CHUNK_BYTES):
-            self.enter(ConnectionState.SENDING, SEND_TIMEOUT)
+            self.enter("sending")
             self.wfile.write(data[start : start + CHUNK_BYTES])
         self.wfile.flush()
 
@@ -8501,7 +8496,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         client.register(self.connection, CLOSED_BY_CLIENT)
         for messages in events:
             self.write(messages)
-            self.enter(ConnectionState.HANDLING, float("inf"))
+            self.enter("handling")
             if client.poll(0 if messages else STREAM_INTERVAL):
                 return
 
@@ -8511,7 +8506,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         If it were left unread, the system would reset the connection, and the client
         might lose the answer.
         """
-        self.enter(ConnectionState.RECEIVING, LINGER_TIMEOUT)
+        self.enter("lingering")
         self.connection.shutdown(socket.SHUT_WR)
         scrap = bytearray(CHUNK_BYTES)  # one: many would leave the heap full of holes
         while self.connection.recv_into(scrap):
@@ -8623,7 +8618,8 @@ class Server(http.server.ThreadingHTTPServer):
                 raise ConnectionAbortedError("the server has stopped")
             if len(self._connections) >= MAX_CONNECTIONS:
                 self._evict()
-            self._connections[request] = Connection(time.monotonic() + IDLE_TIMEOUT)
+            deadline = time.monotonic() + STATE_TIMEOUTS["waiting"]
+            self._connections[request] = Connection(deadline)
         self._pool.submit(self.process_request_thread, request, client_address)
 
     def service_actions(self) -> None:
@@ -8654,20 +8650,15 @@ class Server(http.server.ThreadingHTTPServer):
                 request.unwrap()  # tells the client that nothing was cut off
         super().shutdown_request(request)
 
-    def enter(
-        self, connection: socket.socket, state: ConnectionState, seconds: float
-    ) -> None:
-        """Note what a connection waits for from now on, and for how long it may.
-
-        Raises OSError if it was closed.
-        """
+    def enter(self, connection: socket.socket, state: str) -> None:
+        """Note the state of a connection from now on. Raises OSError if it was closed."""
         with self._lock:
             entry = self._open_connection(connection)
             entry.state = state
-            entry.deadline = time.monotonic() + seconds
-            if state is not ConnectionState.HANDLING:
+            entry.deadline = time.monotonic() + STATE_TIMEOUTS[state]
+            if state != "handling":
                 entry.body_bytes = 0  # of a new request, or of one that is answered
-            if state is ConnectionState.WAITING:  # it becomes the last
+            if state == "waiting":  # it becomes the last
                 self._connections[connection] = self._connections.pop(connection)
 
     def count_body(self, connection: socket.socket, size: int) -> None:
@@ -8682,7 +8673,7 @@ class Server(http.server.ThreadingHTTPServer):
             for oldest, entry in list(self._connections.items()):
                 if buffered <= MAX_BUFFERED_BYTES:
                     break
-                if entry.body_bytes and entry.state is ConnectionState.RECEIVING:
+                if entry.body_bytes and entry.state == "receiving":
                     buffered -= entry.body_bytes
                     self._drop(oldest)
 
@@ -8702,9 +8693,9 @@ class Server(http.server.ThreadingHTTPServer):
         """
         unread = []  # connections with an answer, older than the next one that waits
         for connection, entry in self._connections.items():
-            if entry.state is ConnectionState.SENDING:
+            if entry.state == "sending":
                 unread.append(connection)
-            elif entry.state is not ConnectionState.HANDLING:
+            elif entry.state != "handling":
                 if len(unread) > len(self._connections) / 2:
                     break
                 self._drop(connection)

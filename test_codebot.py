@@ -8708,9 +8708,6 @@ def read_stream_until(stream: http.client.HTTPResponse, text: str) -> str:
         ("MAX_BODY_BYTES", MIB),
         ("MAX_DELIVERY_BYTES", 25 * MIB),
         ("MAX_BUFFERED_BYTES", 64 * MIB),
-        ("REQUEST_TIMEOUT", 20.0),
-        ("SEND_TIMEOUT", 20.0),
-        ("IDLE_TIMEOUT", 75.0),
         ("KEEPALIVE_INTERVAL", 15.0),
         ("DATABASE_TEST_INTERVAL", 10.0),
         ("LOCK_TIMEOUT", 2.0),  # twice at most: for other writers and other programs
@@ -8718,6 +8715,13 @@ def read_stream_until(stream: http.client.HTTPResponse, text: str) -> str:
 )
 def test_limit_is_that_of_the_contract(name: str, value: float) -> None:
     assert getattr(codebot, name) == value
+
+
+@pytest.mark.parametrize(
+    ("state", "seconds"), [("receiving", 20.0), ("sending", 20.0), ("waiting", 75.0)]
+)
+def test_timeout_is_that_of_the_contract(state: str, seconds: float) -> None:
+    assert codebot.STATE_TIMEOUTS[state] == seconds
 
 
 # What is a request, and what is not
@@ -9235,9 +9239,12 @@ def hurried_site(
     site = create_site(tmp_path_factory.mktemp("hurried"), templates)
     try:
         limits = {
-            "REQUEST_TIMEOUT": 1.2,
-            "IDLE_TIMEOUT": 0.3,
-            "SEND_TIMEOUT": 0.5,
+            "STATE_TIMEOUTS": {
+                **codebot.STATE_TIMEOUTS,
+                "receiving": 1.2,
+                "waiting": 0.3,
+                "sending": 0.5,
+            },
             "SWEEP_INTERVAL": 0.05,
             "KEEPALIVE_INTERVAL": 0.2,
         }
@@ -9448,14 +9455,12 @@ def test_clients_that_do_not_read_make_way_if_they_are_the_most(
     tmp_path: Path,
 ) -> None:
     app = codebot.Codebot(codebot.Config(port=0, work_dir=str(tmp_path)))
-    sending = codebot.ConnectionState.SENDING
     with codebot.Server(app) as server, contextlib.ExitStack() as stack:
         pairs = [socket.socketpair() for _ in range(5)]
         own, theirs = zip(*pairs)
         for end in own + theirs:
             stack.enter_context(end)
-        receiving = codebot.ConnectionState.RECEIVING
-        states = [sending, sending, sending, receiving, receiving]
+        states = ["sending", "sending", "sending", "receiving", "receiving"]
         for number, state in enumerate(states):
             entry = codebot.Connection(float("inf"), state)
             server._connections[own[number]] = entry
@@ -9643,7 +9648,8 @@ def secure_site(
     site = create_site(tmp_path_factory.mktemp("secure"), templates)
     certificate = str(templates / "keys" / "cert.pem")
     try:
-        limits = {"REQUEST_TIMEOUT": 1.5, "SWEEP_INTERVAL": 0.05}
+        timeouts = {**codebot.STATE_TIMEOUTS, "receiving": 1.5}
+        limits = {"STATE_TIMEOUTS": timeouts, "SWEEP_INTERVAL": 0.05}
         key = str(site.server.key_file)
         flags = ("--tls-cert", certificate, "--tls-key", key)
         site.server.start(*flags, limits=limits)
