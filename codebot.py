@@ -7558,21 +7558,18 @@ def csp_hash(tag: str) -> str:
 
 
 PAGE_POLICY = (
-    "default-src 'none'",
-    f"script-src {csp_hash('script')}",
-    f"style-src {csp_hash('style')}",
-    "img-src data:",  # the icon
-    "connect-src 'self'",
-    "base-uri 'none'",
-    "form-action 'none'",
-    "frame-ancestors 'none'",
-    "require-trusted-types-for 'script'",
-    "trusted-types 'none'",
+    "default-src 'none'; "
+    f"script-src {csp_hash('script')}; "
+    f"style-src {csp_hash('style')}; "
+    "img-src data:; "  # the icon
+    "connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
 )
 
 PAGE_HEADERS = {
     "Content-Type": "text/html; charset=utf-8",
-    "Content-Security-Policy": "; ".join(PAGE_POLICY),
+    "Content-Security-Policy": PAGE_POLICY,
     "Referrer-Policy": "no-referrer",
     "X-Frame-Options": "DENY",
 }
