@@ -8001,13 +8001,11 @@ def task_logs(
     As JSON at most 1,000; as an event stream all, and those to come.
     """
     find_task(codebot, task_id)
-    name = "after"
-    text = request.parameters("after").get("after") or "0"
+    text = request.parameters("after").get("after")
     is_stream = "text/event-stream" in request.headers.get("accept", "")
-    if is_stream and request.headers.get("last-event-id"):
-        name = "Last-Event-ID"
-        text = request.headers["last-event-id"]
-    after = read_number(name, text, 0, 10**15)
+    if is_stream:
+        text = request.headers.get("last-event-id") or text
+    after = read_number("after, or Last-Event-ID,", text or "0", 0, 10**15)
     if not is_stream:
         events = [event._asdict() for event in codebot.store.events(task_id, after)]
         value = {"task_id": task_id, "events": events, "count": len(events)}
@@ -8154,8 +8152,7 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
     """Note what an event is about. If it is malformed, raises what that leads to."""
     action = payload.get("action")
     installation = payload.get("installation")
-    installation_id = codebot.config.installation_id
-    if isinstance(installation, dict) and installation.get("id") != installation_id:
+    if installation and installation["id"] != codebot.config.installation_id:
         raise NoAction("Another installation of the App")
     if event in COMMENT_EVENTS and action == COMMENT_EVENTS[event][0]:
         receive_comment(codebot, event, guid, payload)
