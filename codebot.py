@@ -7624,11 +7624,8 @@ def parse_object(data: bytes) -> dict[str, Json]:
     """Return a JSON object. Raises ValueError with the end of a sentence."""
     try:
         value = json.loads(data.decode())
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"is not JSON ({place})") from None
-    except (ValueError, RecursionError):
-        raise ValueError("is not JSON in UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON in UTF-8 ({error})") from None
     if isinstance(value, dict):
         return value
     raise ValueError("is not a JSON object")
@@ -7852,12 +7849,10 @@ def queue_task(
 
 
 def submit_task(codebot: Codebot, request: Request) -> Response:
-    body = request.body()
-    if not body:
-        status = 400 if "content-length" in request.headers else 411
-        raise HTTPError(status, "The request has no body; send the task as JSON")
+    if "content-length" not in request.headers:
+        raise HTTPError(411, "The request has no body; send the task as JSON")
     try:
-        fields = parse_object(body)
+        fields = parse_object(request.body())
     except ValueError as error:
         raise HTTPError(400, f"The body {error}") from None
     task = read_task_request(codebot.config, fields)
