@@ -9128,12 +9128,6 @@ def read_task_flags(flags: Flags) -> dict[str, object]:
     except ValueError as error:
         raise ConfigError(f"{subject} {error}.") from None
     fields.update({name: flags[name] for name in TASK_FIELDS if flags[name]})
-    missing = [name for name in REQUIRED_FIELDS if name not in fields]
-    if missing:
-        problems = [
-            f"{flag_name(name)} is required (or --task FILE)." for name in missing
-        ]
-        raise ConfigError(*problems)
     return fields
 
 

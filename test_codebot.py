@@ -12947,10 +12947,7 @@ def test_run_reads_task_from_json(fresh: Site, source: str) -> None:
         (
             (),
             "",
-            (
-                "--repository-url is required (or --task FILE).\n"
-                "codebot: --description is required (or --task FILE).\n"
-            ),
+            "repository_url is missing\ncodebot: description is missing\n",
         ),
         (
             ("--task", "nope.json"),
@@ -12963,7 +12960,7 @@ def test_run_reads_task_from_json(fresh: Site, source: str) -> None:
             "standard input is not JSON in UTF-8 (Expecting value: line 1 column 1",
         ),
         (("--task", "-"), "[1]", "standard input is not a JSON object."),
-        (("--task", "-"), '{"description": "x"}', "--repository-url is required"),
+        (("--task", "-"), '{"description": "x"}', "repository_url is missing"),
         (
             ("--task", "-"),
             '{"repository_url": "https://github.com/a/b", "description": "x"}',
