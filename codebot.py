@@ -8712,18 +8712,6 @@ SETTING_PREFIXES = ("CODEBOT_", "GITHUB_APP_", "GITHUB_WEBHOOK_", "GITHUB_ENTERP
 PROGRAM_VERSIONS = {"git --version": "2.31", "openssl version": "1.1.1"}
 MIN_SQLITE_VERSION = (3, 31)
 MIN_KEY_LENGTH = 20  # characters of an API key; less can be guessed
-# How the names of codebot's files in the work directory begin.
-OWN_NAMES = (
-    "codebot.",
-    "mirrors",
-    "task_",
-    "outbox_",
-    "launched",
-    "scratch_",
-    "trash_",
-    "lost+found",
-    ".nfs",  # what NFS makes of an unlinked file
-)
 MIN_STALL_TIMEOUT = 900  # seconds: the agent waits in silence for its commands
 
 
@@ -8823,31 +8811,20 @@ def check_settings(codebot: Codebot) -> Iterator[Finding]:
         )
 
 
-def has_foreign_files(config: Config) -> bool:
-    """Return whether the work directory is not codebot's alone, such as /etc."""
-    own = (*OWN_NAMES, os.path.basename(config.database_file))
-    try:
-        return any(not name.startswith(own) for name in os.listdir(config.work_dir))
-    except OSError:
-        return False  # it has a check of its own
-
-
 def check_safety(codebot: Codebot) -> Iterator[Finding]:
     """Look for what lets others, or the agent, reach codebot's secrets."""
-    paths = [*codebot.config.secret_files]
-    work_dir = codebot.config.work_dir
-    if has_foreign_files(codebot.config):
-        yield Finding(
-            "warn",
-            f"{work_dir} has other files in it. Use a --work-dir for codebot alone.",
-        )
-    else:
-        paths.append(work_dir)
-    for path in paths:
-        if os.path.exists(path) and os.stat(path).st_mode & 0o077:
+    for path in codebot.config.secret_files:
+        if os.stat(path).st_mode & 0o077:
             yield Finding(
                 "warn", f"{path} can be read by other users; run: chmod go-rwx {path}"
             )
+    work_dir = codebot.config.work_dir
+    if os.path.exists(work_dir) and os.stat(work_dir).st_mode & 0o077:
+        yield Finding(
+            "warn",
+            f"{work_dir} is open to other users. Use a --work-dir for codebot alone, "
+            "with mode 700.",
+        )
     if codebot.sandbox.is_none:
         yield Finding("warn", f"{NO_SANDBOX_WARNING}.")
     if os.getpid() == 1:

@@ -12400,7 +12400,7 @@ DOUBTS = {
     "Unknown setting GITHUB_WEBHOOK_SECRETS; did you mean GITHUB_WEBHOOK_SECRET?",
     "Unknown setting GITHUB_ENTERPRISE_URI; did you mean GITHUB_ENTERPRISE_URL?",
     "Unknown setting CODEBOT_PORT; did you mean --port?",
-    "has other files in it. Use a --work-dir for codebot alone.",
+    "is open to other users. Use a --work-dir for codebot alone, with mode 700.",
     "CODEBOT_STALL_TIMEOUT is 60 s, but the agent prints nothing while a command runs",
     "No model key: set ANTHROPIC_API_KEY (or CLAUDE_CODE_OAUTH_TOKEN) in",
     "/.env can be read by other users; run: chmod go-rwx ",
@@ -12427,7 +12427,7 @@ def test_doubtful_things_are_logged_by_serve_and_listed_by_check(fresh: Site) ->
         "CODEBOT_PORT": "8080",
     }
     fresh.server.work_dir.mkdir(exist_ok=True)
-    (fresh.server.work_dir / "passwd").touch()
+    fresh.server.work_dir.chmod(0o755)
     done = fresh.server.run("check", *serve_arguments(fresh)[1:], *flags, **settings)
     assert done.returncode == 0
     warnings = [line for line in done.stdout.splitlines() if line.startswith("warn  ")]
