@@ -8372,12 +8372,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.requestline, *lines = self.read_head()
         self.command, self.path, self.request_version = self.requestline.split(" ")
         headers = parse_headers(self.request_version, lines)
-        is_http_1_1 = self.request_version == "HTTP/1.1"
         options = headers.get("connection", "").lower().replace(",", " ").split()
         # An HTTP/1.0 client may take the end of the connection for the answer's end.
-        self.close_connection = "close" in options or not is_http_1_1
-        expectation = headers.get("expect", "").lower()
-        self.expects_continue = is_http_1_1 and expectation == "100-continue"
+        self.close_connection = self.request_version == "HTTP/1.0" or "close" in options
         self.is_request_read = "content-length" not in headers
         return headers
 
@@ -8389,8 +8386,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             line = self.rfile.readline(MAX_HEADER_BYTES + 1 - size)
             size += len(line)
             if size > MAX_HEADER_BYTES:
-                kib = MAX_HEADER_BYTES >> 10
-                raise HTTPError(431, f"The headers are longer than {kib} KiB")
+                raise HTTPError(
+                    431, f"The headers are longer than {MAX_HEADER_BYTES >> 10} KiB"
+                )
             if line == b"\r\n" and lines:
                 return lines
             if line == b"\r\n":
@@ -8404,9 +8402,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Find the route, ask its guard, read the body, and call the handler."""
         path, _, query = ABSOLUTE_FORM_RE.sub("", self.path).partition("?")
         route, parameters = find_route(self.command, path or "/")
-        address = self.client_address[0]
         body = functools.partial(self.receive_body, headers, route.max_body)
-        request = Request(query, headers, address, body)
+        request = Request(query, headers, self.client_address[0], body)
         codebot = self.server.codebot
         try:
             route.guard(codebot, request)
@@ -8424,7 +8421,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         length = float(headers["content-length"])  # int() has a limit of 4,300 digits
         if length > limit:
             raise HTTPError(413, f"The body is over {limit:,} bytes long")
-        if self.expects_continue:
+        expects_continue = headers.get("expect", "").lower() == "100-continue"
+        if expects_continue and self.request_version == "HTTP/1.1":
             self.handle_expect_100()
             self.wfile.flush()
         body = bytearray()
