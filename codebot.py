@@ -8708,7 +8708,6 @@ Flags = Mapping[str, Any]  # of the command line, by name
 
 SETTING_PREFIXES = ("CODEBOT_", "GITHUB_APP_", "GITHUB_WEBHOOK_", "GITHUB_ENTERPRISE_")
 PROGRAM_VERSIONS = {"git --version": "2.31", "openssl version": "1.1.1"}
-MIN_SQLITE_VERSION = (3, 31)
 MIN_KEY_LENGTH = 20  # characters of an API key; less can be guessed
 MIN_STALL_TIMEOUT = 900  # seconds: the agent waits in silence for its commands
 
@@ -8741,21 +8740,19 @@ def version_finding(command: str, result: ProgramResult, least: str) -> Finding:
 def check_programs(codebot: Codebot) -> Iterator[Finding]:
     env = base_environment(codebot.config, codebot.run_tag)
     for command, least in PROGRAM_VERSIONS.items():
-        argv = command.split()
         try:
-            result = run_program(argv, env)
+            yield version_finding(command, run_program(command.split(), env), least)
         except OSError as error:
-            message = f"`{command}` cannot be run: {os_error_text(error)}."
-            if shutil.which(argv[0], path=codebot.config.search_path) is None:
-                message = f"{argv[0]} is not on PATH. Install it, {least} or newer."
-            yield Finding("FAIL", message)
-        else:
-            yield version_finding(command, result, least)
-    if sqlite3.sqlite_version_info < MIN_SQLITE_VERSION:
+            yield Finding(
+                "FAIL",
+                f"`{command}` cannot be run: {os_error_text(error)}. Version {least} or "
+                "newer is needed.",
+            )
+    if sqlite3.sqlite_version_info < (3, 31):
         yield Finding(
             "FAIL",
-            f"This Python has SQLite {sqlite3.sqlite_version}. Use one with "
-            f"{'.'.join(map(str, MIN_SQLITE_VERSION))} or newer.",
+            f"This Python has SQLite {sqlite3.sqlite_version}. Use one with 3.31 or "
+            "newer.",
         )
     if is_agent_missing(codebot):
         yield Finding(

@@ -12219,11 +12219,13 @@ MISTAKES = {
         programs=("git", "openssl", "sh"),
     ),
     "git missing": Mistake(
-        "git is not on PATH. Install it, 2.31 or newer.",
+        "`git --version` cannot be run: no such file or directory. Version 2.31 or newer is "
+        "needed.",
         programs=("openssl", "sh", "echo"),
     ),
     "openssl missing": Mistake(
-        "openssl is not on PATH. Install it, 1.1.1 or newer.",
+        "`openssl version` cannot be run: no such file or directory. Version 1.1.1 or newer is "
+        "needed.",
         programs=("git", "sh", "echo"),
     ),
     "git too old": Mistake(
