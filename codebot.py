@@ -6811,7 +6811,6 @@ details:not([open]) .message { overflow: hidden; text-overflow: ellipsis; }
       <div class="bar">
         <h2 class="grow">Log</h2>
         <button type="button" id="copyLog">Copy</button>
-        <button type="button" id="downloadLog">Download</button>
       </div>
       <div id="log" role="log" aria-live="off" aria-label="Log" tabindex="0"></div>
       <button type="button" id="follow" class="primary" hidden>↓ Follow</button>
@@ -7497,12 +7496,6 @@ function logText() {
   return current.events.map(lineOf).join('');
 }
 
-function downloadLog() {
-  const href = URL.createObjectURL(new Blob([logText()], { type: 'text/plain' }));
-  create('a', { href, download: `codebot-${current.id}.log` }).click();
-  setTimeout(() => URL.revokeObjectURL(href), 1000);
-}
-
 // --- Following the end of the log, until one scrolls up, selects or opens something
 
 let isFollowing = true;
@@ -7533,7 +7526,6 @@ ui.taskForm.onkeydown = submitOnCtrlEnter;
 ui.cancel.onclick = () => act('cancel');
 ui.retry.onclick = () => act('retry');
 ui.copyLog.onclick = () => copyText(ui.copyLog, logText());
-ui.downloadLog.onclick = downloadLog;
 ui.follow.onclick = () => setFollowing(true);
 ui.log.onscroll = onScroll;
 ui.log.addEventListener('toggle', () => setFollowing(false), true);
