@@ -6828,7 +6828,7 @@ details:not([open]) .message { overflow: hidden; text-overflow: ellipsis; }
 'use strict';
 
 const POLL_INTERVAL = 3000; // milliseconds
-const FULL_LIST_EVERY = 20; // polls; the others ask for the newest tasks only
+const LISTED_TASKS = 300; // the newest
 const STATES = ['all', 'pending', 'running', 'completed', 'failed', 'cancelled'];
 const STEPS = ['clone', 'queued', 'agent', 'test', 'commit', 'push', 'pull_request'];
 const NO_TASKS =
@@ -7089,17 +7089,11 @@ function forgetKey() {
 // --- List
 
 let tasks = []; // newest first
-let listPolls = 0;
 const rows = new Map(); // by href
 
 async function refreshList() {
-  const limit = listPolls % FULL_LIST_EVERY === 0 ? 1000 : 100;
-  const response = await request(`?limit=${limit}`);
-  const newest = (await response.json()).tasks;
-  const ids = new Set(newest.map((task) => task.task_id));
-  const older = limit === 1000 ? [] : tasks.filter((task) => !ids.has(task.task_id));
-  tasks = [...newest, ...older];
-  listPolls += 1;
+  const response = await request(`?limit=${LISTED_TASKS}`);
+  tasks = (await response.json()).tasks;
   drawList();
 }
 
