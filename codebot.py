@@ -7354,7 +7354,7 @@ function outcome(status) {
 function errorCard({ reason, error }) {
   const advice = create('p', {}, create('strong', {}, 'What to do next: '));
   advice.append(ADVICE[reason] || ADVICE.internal);
-  return [create('h2', {}, humanize(reason)), paragraph(shortenPaths(error)), advice];
+  return [create('h2', {}, humanize(reason)), paragraph(error), advice];
 }
 
 function resultCard(result) {
@@ -7456,7 +7456,7 @@ function addEvent(task, event) {
   const isOutput = source === 'output' || source === 'error';
   if (!isOutput || task.openCalls.length === 0) return [logLine(task, event)];
   const call = task.openCalls.shift();
-  call.append(create('pre', {}, ...linkify(shortenPaths(message))));
+  call.append(create('pre', {}, ...linkify(message)));
   call.classList.toggle('failed', source === 'error');
   return [];
 }
@@ -7465,7 +7465,7 @@ const clock = new Intl.DateTimeFormat([], { timeStyle: 'medium', hourCycle: 'h23
 
 function logLine(task, { time, source, message }) {
   const isTool = source === 'tool';
-  const text = source === 'phase' ? humanize(message) : shortenPaths(message);
+  const text = source === 'phase' ? humanize(message) : message;
   const [title, ...input] = isTool ? text.split('\n') : [text];
   const cells = [
     create('span', { class: 'time' }, clock.format(new Date(time))),
@@ -7478,11 +7478,6 @@ function logLine(task, { time, source, message }) {
   call.append(create('pre', {}, ...linkify(input.join('\n'))));
   task.openCalls.push(call);
   return call;
-}
-
-// Paths in the workspace become relative to the repository.
-function shortenPaths(text) {
-  return text.replace(/\/[^\s:'"`()]{0,200}\/task_[\w.-]+\/repo(?![\w.-])\/?/g, './');
 }
 
 function logText() {
