@@ -7624,11 +7624,11 @@ class Request(NamedTuple):
         """Return the query's parameters. Only ``names`` are accepted, each once."""
         parameters: dict[str, str] = {}
         for name, value in urllib.parse.parse_qsl(self.query, keep_blank_values=True):
-            if name not in names:
+            if name not in names or name in parameters:
                 known = ", ".join(names)
-                raise HTTPError(400, f"Unknown parameter {name[:100]!r}; use {known}")
-            if name in parameters:
-                raise HTTPError(400, f"Duplicate parameter {name!r}")
+                raise HTTPError(
+                    400, f"Bad parameter {name[:100]!r}; use {known}, each at most once"
+                )
             parameters[name] = value
         return parameters
 
