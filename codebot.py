@@ -8851,7 +8851,7 @@ def check_server(codebot: Codebot) -> Iterator[Finding]:
             )
 
 
-HOST_CHECKS: tuple[Check, ...] = (check_programs, check_settings, check_safety)
+HOST_CHECKS = (check_programs, check_settings, check_safety)
 
 
 # --- serve -------------------------------------------------------------------
@@ -9086,7 +9086,6 @@ def read_task_flags(flags: Flags) -> dict[str, object]:
 
 def follow_task(codebot: Codebot, task_id: str) -> None:
     """Print a task's events until it has ended, or codebot is stopped."""
-    started = time.monotonic()
     after = 0
     is_live = True
     while is_live and not codebot.stop.is_set():
@@ -9095,9 +9094,8 @@ def follow_task(codebot: Codebot, task_id: str) -> None:
         is_live = codebot.store.has_unfinished_jobs(task_id)
         for event in codebot.store.events(task_id, after):
             after = event.seq
-            seconds = time.monotonic() - started
-            message = event.message.replace("\n", f"\n{'':20}")
-            print(f"{seconds:7.1f} s  {event.source:8} {message}", file=sys.stderr)
+            message = event.message.replace("\n", f"\n{'':31}")
+            print(f"{event.time}  {event.source:8} {message}", file=sys.stderr)
 
 
 def run(flags: Flags) -> int:
@@ -9229,10 +9227,11 @@ def check_installation(config: Config, github: GitHub) -> Iterator[Finding]:
 
 def check_repositories(config: Config, github: GitHub) -> Iterator[Finding]:
     """List the repositories that tasks may name."""
-    names = []
-    for github_repository in github.repositories():
-        if repository_at(github_repository).is_allowed(config):
-            names.append(github_repository.full_name)
+    names = [
+        github_repository.full_name
+        for github_repository in github.repositories()
+        if repository_at(github_repository).is_allowed(config)
+    ]
     if names:
         yield Finding("ok", f"Repositories: {', '.join(names)}")
     else:
@@ -9267,10 +9266,10 @@ def check(flags: Flags) -> int:
     config, problems = read_config(flags, is_server=True)
     codebot = Codebot(config)
     logging.disable()  # what is wrong is said once, as a finding
-    counts = {"ok": 0, "warn": 0, "FAIL": 0}
-    for finding in all_findings(codebot, problems):
-        counts[finding.level] += 1
-        print(f"{finding.level:5} {codebot.redact(finding.message)}", flush=True)
+    counts: collections.Counter[str] = collections.Counter()
+    for level, message in all_findings(codebot, problems):
+        counts[level] += 1
+        print(f"{level:5} {codebot.redact(message)}", flush=True)
     if counts["FAIL"]:
         print(f"{counts['FAIL']} problem(s). Fix them, and run check again.")
         return 1

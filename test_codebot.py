@@ -12914,10 +12914,10 @@ def test_run_prints_progress_and_result(fresh: Site) -> None:
     [work_dir] = (fresh.directory / "tmp").iterdir()
     assert lines[0] == f"Work directory: {work_dir} (it is kept)"
     assert [line for line in lines if line.startswith("Sandbox: NO SANDBOX")]
-    phases = [line.split()[-1] for line in lines if " s  phase " in line]
+    phases = [line.split()[-1] for line in lines if "Z  phase " in line]
     expected = ["clone", "agent", "test", "commit", "push", "pull_request"]
     assert phases == expected
-    assert [line for line in lines if line.endswith(" s  codebot  Completed")]
+    assert [line for line in lines if line.endswith("Z  codebot  Completed")]
     assert "Traceback" not in done.stderr
     assert status["result"]["work_dir"].startswith(str(work_dir))
 
