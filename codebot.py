@@ -9305,10 +9305,8 @@ def demo_config(directory: str) -> Config:
 
 
 def run_for_demo(codebot: Codebot, *command: str) -> list[str]:
-    result = run_program(command, base_environment(codebot.config, codebot.run_tag))
-    if result.code != 0:
-        raise ConfigError(f"The demo's repository cannot be used: {result.error}")
-    return result.stdout
+    env = base_environment(codebot.config, codebot.run_tag)
+    return run_program(command, env).stdout
 
 
 def show_task(codebot: Codebot, port: int, fields: Mapping[str, str]) -> Json:
@@ -9349,17 +9347,17 @@ def demo(flags: Flags) -> int:
         repository = f"{directory}/hello.git"
         run_for_demo(codebot, "sh", "-c", DEMO_REPOSITORY_SCRIPT, "sh", repository)
         with running_server(codebot) as server:
-            is_completed = show_demo(codebot, server.server_port, repository)
+            code = show_demo(codebot, server.server_port, repository)
             if flags["keep"]:
                 print(f"\nAPI key:     {codebot.config.api_keys[0]}")
                 print("Open the server's page. Press Ctrl-C to end.", flush=True)
                 while not codebot.stop.is_set():
                     time.sleep(0.1)
-    return 0 if is_completed else 1
+    return code
 
 
-def show_demo(codebot: Codebot, port: int, repository: str) -> bool:
-    """Run a task on the repository. Returns whether it was completed."""
+def show_demo(codebot: Codebot, port: int, repository: str) -> int:
+    """Run a task on the repository. Returns the exit code."""
     print(f"Repository:  {repository}")
     print("Agent:       a shell script that stands in for Claude, in no sandbox")
     print(f"Server:      http://localhost:{port}/")
@@ -9371,13 +9369,13 @@ def show_demo(codebot: Codebot, port: int, repository: str) -> bool:
     task = show_task(codebot, port, fields)
     if task["status"] != "completed":
         print(task.get("error", "The demo was interrupted."))
-        return False
+        return 1
     branch = task["result"]["branch_name"]
     print(f"The diff of {branch}, which was pushed to the repository:\n")
     command = ("git", "-C", repository, "show", "--format=", branch)
     print("\n".join(run_for_demo(codebot, *command)))
     print('\nDone. Next: a repository of your own; see README, "Quick start".')
-    return True
+    return 0
 
 
 # --- main --------------------------------------------------------------------
