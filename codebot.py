@@ -7892,8 +7892,7 @@ def task_fields(codebot: Codebot, job: Job) -> dict[str, object]:
         value["phase"] = job.phase
         value["attempt"] = job.attempt
     elif job.status == "failed":
-        value["error"] = job.error
-        value["reason"] = job.reason
+        value.update(shown(job, "error", "reason"))
     else:
         value["result"] = task_result(codebot, job)
         value["reviews"] = [
@@ -8673,7 +8672,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._drop(unread[0])
 
     def _drop(self, connection: socket.socket) -> None:
-        self._connections.pop(connection, None)
+        del self._connections[connection]
         hang_up(connection)
 
 
@@ -8745,12 +8744,11 @@ def check_programs(codebot: Codebot) -> Iterator[Finding]:
 
 def is_agent_missing(codebot: Codebot) -> bool:
     """Return whether the agent is not on this host, although it is to run here."""
+    config = codebot.config
     is_elsewhere = not (codebot.sandbox.is_bwrap or codebot.sandbox.is_none)
-    if is_elsewhere or codebot.config.launcher:
+    if is_elsewhere or config.launcher:
         return False  # it is in a container or on a node
-    return (
-        shutil.which(codebot.config.claude[0], path=codebot.config.search_path) is None
-    )
+    return shutil.which(config.claude[0], path=config.search_path) is None
 
 
 def unknown_settings(config: Config) -> Iterator[Finding]:
@@ -8994,8 +8992,7 @@ def running_server(codebot: Codebot) -> Iterator[Server]:
         start_thread(codebot, "sync", Sync(codebot, codebot.github).step)
     start_thread(codebot, "timer", Timer(codebot).step)
     start_thread(codebot, "cleanup", Cleanup(codebot).step)
-    accept = functools.partial(server.serve_forever, SWEEP_INTERVAL)
-    start_thread(codebot, "accept", accept)
+    start_thread(codebot, "accept", lambda: server.serve_forever(SWEEP_INTERVAL))
     try:
         yield server
     finally:
@@ -9110,9 +9107,8 @@ def run(flags: Flags) -> int:
     codebot = start_app(config, HOST_CHECKS, logging.WARNING)
     print(f"Sandbox: {codebot.sandbox.describe()}", file=sys.stderr)
     job = codebot.submit(request, "command line")
-    timer = Timer(codebot, only_job=job.id)
     workers = start_workers(codebot, "task", 1)
-    start_thread(codebot, "timer", timer.step)
+    start_thread(codebot, "timer", Timer(codebot, only_job=job.id).step)
     try:
         follow_task(codebot, job.id)
     finally:
