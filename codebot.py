@@ -8704,12 +8704,13 @@ Check = Callable[[Codebot], Iterator[Finding]]
 
 def version_finding(command: str, result: ProgramResult, least: str) -> Finding:
     """Judge what a program printed when it was asked for its version."""
-    if result.code != 0:
-        problem = f"`{command}` failed (exit code {result.code}): {result.error}"
-        return Finding("FAIL", problem)
     match = re.search(r"[0-9]+(\.[0-9]+)+", " ".join(result.stdout))
-    if match is None:
-        return Finding("FAIL", f"`{command}` printed no version: {result.error}")
+    if result.code != 0 or match is None:
+        return Finding(
+            "FAIL",
+            f"`{command}` failed or printed no version (exit code {result.code}): "
+            f"{result.error}",
+        )
     version = [int(part) for part in match[0].split(".")]
     name = command.split()[0]
     if version < [int(part) for part in least.split(".")]:

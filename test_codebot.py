@@ -12727,7 +12727,7 @@ def test_check_goes_on_when_settings_are_missing(fresh: Site) -> None:
     failures = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
     assert failures[0].startswith("FAIL  GITHUB_APP_ID is not set. ")
     assert failures[1].startswith("FAIL  GITHUB_APP_PRIVATE_KEY_PATH is not set. ")
-    assert failures[2].startswith("FAIL  `echo nothing --version` printed no version")
+    assert failures[2].startswith("FAIL  `echo nothing --version` failed or printed no")
     assert "ok    git 2." in done.stdout
     assert done.stdout.endswith("3 problem(s). Fix them, and run check again.\n")
     assert fresh.github.requests == []
@@ -12739,8 +12739,8 @@ def test_check_fails_if_the_agent_has_no_version(fresh: Site) -> None:
     agent.chmod(0o755)
     done = run_check(fresh, CODEBOT_CLAUDE_COMMAND=str(agent))
     assert done.returncode == 1
-    line = f"FAIL  `{agent} --version` failed (exit code 3): no license\n"
-    assert line in done.stdout
+    assert f"FAIL  `{agent} --version` failed or" in done.stdout
+    assert "(exit code 3): no license\n" in done.stdout
 
 
 def test_check_refuses_old_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
