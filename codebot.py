@@ -6688,7 +6688,6 @@ input, textarea { font-weight: 400; }
 [data-state=pending] { color: var(--amber); }
 [data-state=pending]::before { content: "○ " / ""; }
 
-#filter [type=search] { flex: 1 1 14rem; }
 #rows { gap: 0; padding: 0; }
 #rows li { content-visibility: auto; contain-intrinsic-size: auto 4rem; }
 #rows li + li { border-top: 1px solid var(--line); }
@@ -6751,10 +6750,7 @@ details:not([open]) .message { overflow: hidden; text-overflow: ellipsis; }
       <h1 class="grow" tabindex="-1" data-focus>Tasks</h1>
       <a class="button primary" href="#new">New task</a>
     </div>
-    <form id="filter" class="bar" role="search">
-      <input type="search" name="text" aria-label="Filter by text"
-        placeholder="Title, repository, #number …">
-    </form>
+    <form id="filter" class="bar" aria-label="Filter by state"></form>
     <ul id="rows" class="card"></ul>
     <p id="noRows" class="card"></p>
   </section>
@@ -7103,21 +7099,19 @@ function drawFilter() {
     input.checked = state === 'all';
     const label = create('label', {}, input, ` ${humanize(state)} `);
     label.append(create('span', {})); // for the number of tasks
-    ui.filter.elements.text.before(label);
+    ui.filter.append(label);
   }
 }
 
 function drawList() {
-  const { state, text } = ui.filter.elements;
-  const words = text.value.trim().toLowerCase();
-  const matches = tasks.filter((task) => searchText(task).includes(words));
+  const { state } = ui.filter.elements;
   const inState = (name) =>
-    name === 'all' ? matches : matches.filter((task) => stateOf(task) === name);
+    name === 'all' ? tasks : tasks.filter((task) => stateOf(task) === name);
   for (const input of state) {
     setText(input.nextElementSibling, String(inState(input.value).length));
   }
   drawRows(inState(state.value).map(rowOf));
-  const message = tasks.length > 0 ? 'No task matches this filter.' : NO_TASKS;
+  const message = tasks.length > 0 ? 'No task is in this state.' : NO_TASKS;
   setText(ui.noRows, ui.rows.hasChildNodes() ? '' : message);
 }
 
@@ -7146,12 +7140,6 @@ function rowContent(task) {
   if (task.pr_number) about.append(`#${task.pr_number}`);
   about.append(timer(formatAge, task.submitted_at), runTime(task));
   return [create('strong', {}, titleOf(task)), about];
-}
-
-function searchText(task) {
-  const reason = (task.reason || '').replaceAll('_', ' ');
-  const words = [titleOf(task), task.repository_url, `#${task.pr_number}`, reason];
-  return words.join(' ').toLowerCase();
 }
 
 // --- Form
