@@ -9055,17 +9055,15 @@ def read_task_flags(flags: Flags) -> dict[str, object]:
     """Return the task's fields. Raises ConfigError if they cannot be read."""
     fields: dict[str, object] = {}
     path = flags["task"]
-    subject = path
     try:
         if path == "-":
-            subject = "standard input"
             fields = parse_object(sys.stdin.buffer.read())
         elif path:
             fields = parse_object(pathlib.Path(path).read_bytes())
     except OSError as error:
-        raise ConfigError(f"Cannot read {subject}: {os_error_text(error)}.") from None
+        raise ConfigError(f"Cannot read {path}: {os_error_text(error)}.") from None
     except ValueError as error:
-        raise ConfigError(f"{subject} {error}.") from None
+        raise ConfigError(f"--task {path} {error}.") from None
     fields.update({name: flags[name] for name in TASK_FIELDS if flags[name]})
     return fields
 

@@ -12959,9 +12959,9 @@ def test_run_reads_task_from_json(fresh: Site, source: str) -> None:
         (
             ("--task", "-"),
             "not JSON",
-            "standard input is not JSON in UTF-8 (Expecting value: line 1 column 1",
+            "--task - is not JSON in UTF-8 (Expecting value: line 1 column 1",
         ),
-        (("--task", "-"), "[1]", "standard input is not a JSON object."),
+        (("--task", "-"), "[1]", "--task - is not a JSON object."),
         (("--task", "-"), '{"description": "x"}', "repository_url is missing"),
         (
             ("--task", "-"),
@@ -12991,7 +12991,7 @@ def test_run_refuses_task_that_is_not_utf_8(shared: Site) -> None:
     file.write_bytes(b'{"description": "\xff"}')
     done = shared.server.run("run", "--task", str(file))
     assert done.returncode == 2
-    assert done.stderr.startswith(f"codebot: {file} is not JSON in UTF-8 ('utf-8' ")
+    assert done.stderr.startswith(f"codebot: --task {file} is not JSON in UTF-8 (")
 
 
 def start_command(site: Site, *args: str) -> subprocess.Popen[str]:
