@@ -7818,10 +7818,12 @@ def queue_task(
 
 
 def submit_task(codebot: Codebot, request: Request) -> Response:
-    if "content-length" not in request.headers:
-        raise HTTPError(411, "The request has no body; send the task as JSON")
+    body = request.body()
+    if not body:
+        status = 400 if "content-length" in request.headers else 411
+        raise HTTPError(status, "The request has no body; send the task as JSON")
     try:
-        fields = parse_object(request.body())
+        fields = parse_object(body)
     except ValueError as error:
         raise HTTPError(400, f"The body {error}") from None
     task = read_task_request(codebot.config, fields)
