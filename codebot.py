@@ -3271,7 +3271,7 @@ class Event(NamedTuple):
     message: str
 
 
-def from_row(row_type: type[T], row: Mapping[str, Any]) -> T:
+def from_row(row_type: type[T], row: sqlite3.Row | Mapping[str, Any]) -> T:
     """Make a dataclass of the columns that have the names of its fields."""
     return row_type(**{name: row[name] for name in row_type.__annotations__})
 
@@ -3281,6 +3281,15 @@ def make_job(row: sqlite3.Row) -> Job:
     columns["request"] = from_row(TaskRequest, columns)
     columns["outcome"] = Outcome.from_json(columns["outcome"])
     return from_row(Job, columns)
+
+
+def make_pull_request(row: sqlite3.Row) -> PullRequest:
+    return from_row(PullRequest, row)
+
+
+def only_value(row: sqlite3.Row) -> Any:
+    """Return the value of a row that has one column."""
+    return row[0]
 
 
 class Store:
@@ -3364,13 +3373,19 @@ class Store:
         if not is_same:
             raise sqlite3.OperationalError("the database file was removed or replaced")
 
-    def _read(self, sql: str, **values: Any) -> list[Any]:
+    def _read(
+        self, make: Callable[[sqlite3.Row], T], sql: str, **values: Any
+    ) -> list[T]:
+        """Return what ``make`` makes of each row."""
         with self._read_lock:
-            return self._reader.execute(sql, values).fetchall()
+            rows = self._reader.execute(sql, values).fetchall()
+        return [make(row) for row in rows]
 
-    def _read_one(self, sql: str, **values: Any) -> Any:
-        with self._read_lock:
-            return self._reader.execute(sql, values).fetchone()
+    def _read_one(
+        self, make: Callable[[sqlite3.Row], T], sql: str, **values: Any
+    ) -> T | None:
+        rows = self._read(make, sql, **values)
+        return rows[0] if rows else None
 
     def _write(self, sql: str, **values: Any) -> int:
         """Run one statement. Returns the number of rows that it changed."""
@@ -3550,9 +3565,10 @@ class Store:
 
     def requeue_interrupted(self, interruptions: int) -> None:
         """Put back all running jobs, after a crash (1) or at a stop (0)."""
-        for row in self._read("SELECT id FROM jobs WHERE status = 'running'"):
+        running = self._read(only_value, "SELECT id FROM jobs WHERE status = 'running'")
+        for job_id in running:
             with contextlib.suppress(WrongState):  # it has just ended
-                self.requeue(row["id"], interruptions)
+                self.requeue(job_id, interruptions)
 
     def request_cancel(self, job_id: str) -> None:
         """Fail a pending task, or ask a running one to end.
@@ -3609,7 +3625,8 @@ class Store:
 
     def due_jobs(self, kind: str) -> list[str]:
         """Return the pending jobs that need not wait for a retry, oldest first."""
-        rows = self._read(
+        return self._read(
+            only_value,
             """
             SELECT id FROM jobs
             WHERE kind = :kind AND status = 'pending' AND not_before <= :now
@@ -3618,25 +3635,24 @@ class Store:
             kind=kind,
             now=time.time(),
         )
-        return [row["id"] for row in rows]
 
     def count_pending(self, kind: str, up_to_seq: int = sys.maxsize) -> int:
         """Return how many jobs wait: with its ``seq``, a job's position, from 1."""
-        row = self._read_one(
+        counts = self._read(
+            only_value,
             """
-            SELECT COUNT(*) AS n FROM jobs
+            SELECT COUNT(*) FROM jobs
             WHERE kind = :kind AND status = 'pending' AND seq <= :up_to_seq
             """,
             kind=kind,
             up_to_seq=up_to_seq,
         )
-        return int(row["n"])
+        return int(counts[0])
 
     # What the API shows
 
     def job(self, job_id: str) -> Job | None:
-        row = self._read_one("SELECT * FROM jobs WHERE id = :id", id=job_id)
-        return make_job(row) if row else None
+        return self._read_one(make_job, "SELECT * FROM jobs WHERE id = :id", id=job_id)
 
     def task(self, task_id: str) -> Job | None:
         job = self.job(task_id)
@@ -3647,26 +3663,16 @@ class Store:
 
         An empty ``status`` means all.
         """
-        if status:
-            rows = self._read(
-                """
+        sql = """
+            SELECT * FROM task_list
+            WHERE seq < :before ORDER BY seq DESC LIMIT :limit
+        """
+        if status:  # with an index of its own
+            sql = """
                 SELECT * FROM task_list
                 WHERE status = :status AND seq < :before ORDER BY seq DESC LIMIT :limit
-                """,
-                status=status,
-                before=before_seq,
-                limit=limit,
-            )
-        else:
-            rows = self._read(
-                """
-                SELECT * FROM task_list
-                WHERE seq < :before ORDER BY seq DESC LIMIT :limit
-                """,
-                before=before_seq,
-                limit=limit,
-            )
-        tasks = [dict(row) for row in rows]
+            """
+        tasks = self._read(dict, sql, status=status, before=before_seq, limit=limit)
         for task in tasks:
             del task["seq"]
         return tasks
@@ -3696,7 +3702,8 @@ class Store:
             log.error("Events of task %s are lost: %s", task_id, error)
 
     def events(self, task_id: str, after: int, limit: int = 1000) -> list[Event]:
-        rows = self._read(
+        return self._read(
+            Event._make,
             """
             SELECT seq, time, source, message FROM events
             WHERE task_id = :task_id AND seq > :after ORDER BY seq LIMIT :limit
@@ -3705,41 +3712,41 @@ class Store:
             after=after,
             limit=limit,
         )
-        return [Event(*row) for row in rows]
 
     def reviews(self, task_id: str) -> list[Job]:
         """Return the reviews of a task's pull request, oldest first."""
-        rows = self._read(
+        return self._read(
+            make_job,
             """
             SELECT * FROM jobs
             WHERE task_id = :task_id AND kind = 'review' ORDER BY seq
             """,
             task_id=task_id,
         )
-        return [make_job(row) for row in rows]
 
     def has_unfinished_jobs(self, task_id: str) -> bool:
         """Return whether a task's log may still grow: a job of it is unfinished."""
-        row = self._read_one(
+        unfinished = self._read(
+            only_value,
             "SELECT 1 FROM task_activity WHERE task_id = :id AND active_until IS NULL",
             id=task_id,
         )
-        return row is not None
+        return bool(unfinished)
 
     def task_counts(self) -> list[tuple[str, str, int]]:
         """Return the number of tasks by status and reason."""
-        rows = self._read(
+        return self._read(
+            tuple,
             """
             SELECT status, reason, COUNT(*) FROM jobs
             WHERE kind = 'task' GROUP BY status, reason
-            """
+            """,
         )
-        return [tuple(row) for row in rows]
 
     def totals(self) -> tuple[float, float]:
         """Return the seconds that jobs took, and the dollars that they cost."""
-        seconds, dollars = self._read_one("SELECT seconds, dollars FROM totals")
-        return seconds, dollars
+        [totals] = self._read(tuple, "SELECT seconds, dollars FROM totals")
+        return totals
 
     # Pull requests and comments
 
@@ -3759,15 +3766,17 @@ class Store:
         )
 
     def pull_request(self, task_id: str) -> PullRequest | None:
-        row = self._read_one(
-            "SELECT * FROM pull_requests WHERE task_id = :id", id=task_id
+        return self._read_one(
+            make_pull_request,
+            "SELECT * FROM pull_requests WHERE task_id = :id",
+            id=task_id,
         )
-        return from_row(PullRequest, row) if row else None
 
     def pull_request_by_number(
         self, repository_id: int, number: int
     ) -> PullRequest | None:
-        row = self._read_one(
+        return self._read_one(
+            make_pull_request,
             """
             SELECT * FROM pull_requests
             WHERE repository_id = :repository_id AND number = :number
@@ -3775,12 +3784,12 @@ class Store:
             repository_id=repository_id,
             number=number,
         )
-        return from_row(PullRequest, row) if row else None
 
     def unmerged_pull_requests(self) -> list[PullRequest]:
         """Return those that may still get comments, or be reopened."""
-        rows = self._read("SELECT * FROM pull_requests WHERE state != 'merged'")
-        return [from_row(PullRequest, row) for row in rows]
+        return self._read(
+            make_pull_request, "SELECT * FROM pull_requests WHERE state != 'merged'"
+        )
 
     def save_pull_request_state(self, task_id: str, state: str) -> None:
         """Store the state that GitHub has confirmed."""
@@ -3874,21 +3883,22 @@ class Store:
 
     def comments(self, job_id: str) -> list[Comment]:
         """Return what a review is about, a GitHub review before its inline comments."""
-        rows = self._read(
+        return self._read(
+            lambda row: from_row(Comment, row),
             """
             SELECT * FROM comments WHERE job_id = :job_id
             ORDER BY place = 'review_text' DESC, created_at, id
             """,
             job_id=job_id,
         )
-        return [from_row(Comment, row) for row in rows]
 
     def request_kinds_of_last_day(self, task_id: str) -> list[str]:
         """Return the request kinds of a pull request's reviews that were started.
 
         So a stranger's do not count: they wait, or they were dropped.
         """
-        rows = self._read(
+        return self._read(
+            only_value,
             """
             SELECT request_kind FROM jobs
             WHERE task_id = :task_id AND kind = 'review' AND submitted_at > :yesterday
@@ -3897,7 +3907,6 @@ class Store:
             task_id=task_id,
             yesterday=now_text(seconds_ago=86400),
         )
-        return [row["request_kind"] for row in rows]
 
     # Issues
 
@@ -3908,7 +3917,8 @@ class Store:
 
         Not the retries by clients: no label event created them.
         """
-        rows = self._read(
+        return self._read(
+            only_value,
             """
             SELECT id FROM jobs
             WHERE kind = 'task' AND status IN ('pending', 'running')
@@ -3919,11 +3929,12 @@ class Store:
             number=number,
             event_id=event_id,
         )
-        return [row["id"] for row in rows]
 
     def is_label_event_known(self, event_id: int) -> bool:
-        row = self._read_one("SELECT 1 FROM label_events WHERE id = :id", id=event_id)
-        return row is not None
+        known = self._read(
+            only_value, "SELECT 1 FROM label_events WHERE id = :id", id=event_id
+        )
+        return bool(known)
 
     def add_label_event(self, event_id: int) -> None:
         """Remember a label event that becomes no task."""
@@ -3933,25 +3944,25 @@ class Store:
 
     def unfinished_issues(self) -> list[tuple[int, int]]:
         """Return repository id and number of the issues whose tasks are unfinished."""
-        rows = self._read(
+        return self._read(
+            tuple,
             """
             SELECT DISTINCT repository_id, issue_number FROM jobs
             WHERE kind = 'task' AND status IN ('pending', 'running')
                 AND issue_number > 0
-            """
+            """,
         )
-        return [tuple(row) for row in rows]
 
     def unreported_tasks(self) -> list[str]:
         """Return the ended tasks whose issue has no comment about it yet."""
-        rows = self._read(
+        return self._read(
+            only_value,
             """
             SELECT id FROM jobs
             WHERE kind = 'task' AND status IN ('completed', 'failed')
                 AND issue_number > 0 AND is_reported = 0
-            """
+            """,
         )
-        return [row["id"] for row in rows]
 
     def mark_reported(self, task_id: str) -> None:
         self._write("UPDATE jobs SET is_reported = 1 WHERE id = :id", id=task_id)
@@ -3963,7 +3974,8 @@ class Store:
 
         That of a closed pull request is needed only by an unfinished job.
         """
-        rows = self._read(
+        directories = self._read(
+            only_value,
             """
             SELECT directory FROM task_activity
             WHERE active_until IS NULL
@@ -3971,7 +3983,7 @@ class Store:
             """,
             cutoff=cutoff,
         )
-        return {row["directory"] for row in rows}
+        return set(directories)
 
     def delete_expired(self, cutoff: str, delivery_cutoff: str) -> None:
         """Delete what is past its retention: logs; tasks without an open pull request.
