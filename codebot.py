@@ -3826,24 +3826,25 @@ class Store:
         delivery that is known is ignored. ``seen_until``: older ones need not be
         asked for again.
         """
+        task_id = pull_request.task_id
         jobs = {}
         with self._transaction() as db:
             if delivery and not insert_delivery(db, delivery):
                 return []
             for comment in comments:
-                if not insert_comment(db, pull_request.task_id, comment):
+                if is_comment_known(db, comment):
                     continue
-                job_id = waiting_review(db, pull_request.task_id, comment.user)
+                job_id = waiting_review(db, task_id, comment.user)
                 if job_id is None:
-                    job_id = insert_review(db, pull_request.task_id, comment.user)
-                assign_comment(db, comment, job_id)
+                    job_id = insert_review(db, task_id, comment.user)
+                insert_comment(db, task_id, job_id, comment)
                 jobs[job_id] = comment.user
             db.execute(
                 """
                 UPDATE pull_requests SET seen_until = MAX(seen_until, :seen_until)
                 WHERE task_id = :task_id
                 """,
-                {"task_id": pull_request.task_id, "seen_until": seen_until},
+                {"task_id": task_id, "seen_until": seen_until},
             )
         for job_id, user in jobs.items():
             log.info("Job %s: %.99s commented on %s", job_id, user, pull_request.url)
@@ -3853,8 +3854,8 @@ class Store:
         """Add further comments of a GitHub review to the running review job."""
         with self._transaction() as db:
             for comment in comments:
-                if insert_comment(db, job.task_id, comment):
-                    assign_comment(db, comment, job.id)
+                if not is_comment_known(db, comment):
+                    insert_comment(db, job.task_id, job.id, comment)
 
     def absorb_waiting_reviews(self, job: Job) -> None:
         """Add what the same reviewer has waiting to the review job that runs."""
@@ -4079,24 +4080,24 @@ def insert_delivery(db: sqlite3.Connection, guid: str) -> bool:
     return cursor.rowcount == 1
 
 
-def insert_comment(db: sqlite3.Connection, task_id: str, comment: Comment) -> bool:
-    """Store a comment that belongs to no job yet. False if it is known."""
-    cursor = db.execute(
+def is_comment_known(db: sqlite3.Connection, comment: Comment) -> bool:
+    rows = db.execute(
+        "SELECT 1 FROM comments WHERE place = :place AND id = :id", vars(comment)
+    )
+    return rows.fetchone() is not None
+
+
+def insert_comment(
+    db: sqlite3.Connection, task_id: str, job_id: str, comment: Comment
+) -> None:
+    db.execute(
         """
         INSERT INTO comments VALUES (
-            :place, :id, :task_id, NULL, :user, :text, :thread, :review_id,
+            :place, :id, :task_id, :job_id, :user, :text, :thread, :review_id,
             :created_at, :path, :line, :diff_hunk
-        ) ON CONFLICT DO NOTHING
+        )
         """,
-        {**dataclasses.asdict(comment), "task_id": task_id},
-    )
-    return cursor.rowcount == 1
-
-
-def assign_comment(db: sqlite3.Connection, comment: Comment, job_id: str) -> None:
-    db.execute(
-        "UPDATE comments SET job_id = :job_id WHERE place = :place AND id = :id",
-        {"job_id": job_id, "place": comment.place, "id": comment.id},
+        {**vars(comment), "task_id": task_id, "job_id": job_id},
     )
 
 
