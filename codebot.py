@@ -3188,16 +3188,6 @@ class Outcome:
     reason_to_tell: str = ""
     error_to_tell: str = ""
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @staticmethod
-    def from_json(text: str) -> Outcome:
-        fields = json.loads(text)
-        if fields.get("tests"):
-            fields["tests"] = TestResult(**fields["tests"])
-        return Outcome(**fields)
-
 
 class SourceIssue(NamedTuple):
     """The issue that a task comes from, and the event that put the label on it."""
@@ -3278,8 +3268,11 @@ def from_row(row_type: type[T], row: sqlite3.Row | Mapping[str, Any]) -> T:
 
 def make_job(row: sqlite3.Row) -> Job:
     columns = dict(row)
+    outcome = json.loads(columns["outcome"])
+    if outcome.get("tests"):
+        outcome["tests"] = TestResult(**outcome["tests"])
+    columns["outcome"] = Outcome(**outcome)
     columns["request"] = from_row(TaskRequest, columns)
-    columns["outcome"] = Outcome.from_json(columns["outcome"])
     return from_row(Job, columns)
 
 
@@ -3600,7 +3593,7 @@ class Store:
     def save_progress(self, job: Job) -> None:
         """Store what a restart has to know of a running job."""
         values = dataclasses.asdict(job)
-        values["outcome"] = job.outcome.to_json()
+        values["outcome"] = json.dumps(values["outcome"])
         self._write(
             """
             UPDATE jobs SET
