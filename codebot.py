@@ -4968,14 +4968,6 @@ class SessionLost(Exception):
     """The agent cannot continue: its home directory no longer has the session."""
 
 
-@dataclasses.dataclass(frozen=True)
-class AgentResult:
-    """The end of a successful run, in the agent's own words."""
-
-    text: str
-    structured: JsonObject  # what a JSON schema asked for; empty if it was not given
-
-
 def delimited(name: str, text: str, attributes: str = "") -> str:
     """Put foreign text between delimiters that its author cannot know."""
     delimiter = f"{name}-{uuid.uuid4().hex[:12]}"
@@ -4988,18 +4980,6 @@ def reported_number(result: JsonObject, name: str) -> float | None:
     if isinstance(value, (int, float)) and 0 <= value < 1e9:
         return float(value)
     return None
-
-
-def make_agent_result(result: JsonObject) -> AgentResult:
-    """Read the result of a successful run.
-
-    With a schema, "result" is the JSON of "structured_output" as a text, or plain words
-    if the agent ignored the schema.
-    """
-    structured = result.get("structured_output")
-    if isinstance(structured, dict):
-        return AgentResult(str(structured.get("summary") or ""), structured)
-    return AgentResult(str(result.get("result") or ""), {})
 
 
 class AgentRun:
@@ -5059,8 +5039,8 @@ class AgentRun:
         words = [str(text) for text in candidates if text]
         return self.run.redact(words[0] if words else result.error)[:1000]
 
-    def verdict(self, result: ProgramResult, session: Session) -> AgentResult:
-        """Return what the agent achieved. Raises JobFailed unless it succeeded.
+    def check(self, result: ProgramResult, session: Session) -> None:
+        """Raise JobFailed unless the agent succeeded.
 
         The exit code alone says nothing: an interrupted CLI exits with 0 (tried).
         """
@@ -5087,7 +5067,6 @@ class AgentRun:
             )
         if is_error or subtype != "success" or self.result.get("num_turns") == 0:
             raise JobFailed("agent_failed", f"The agent failed: {error}")
-        return make_agent_result(self.result)
 
     def was_login_rejected(self, error: str) -> bool:
         status = self.result.get("api_error_status")
@@ -5130,9 +5109,11 @@ def ask_agent(
     mode: AgentMode,
     session: Session,
     attempt: int = 1,
-) -> AgentResult:
+) -> JsonObject:
     """Run the agent once in a workspace, within the job's time and budget.
 
+    Stores its summary. Returns the JSON that the mode's schema asks for, or an empty
+    object if the agent answered in plain words: they are the summary then.
     The prompt begins with codebot's own words: the CLI takes a slash for a command.
     Raises JobFailed unless the agent reports success, SessionLost if there is
     nothing to continue.
@@ -5165,9 +5146,15 @@ def ask_agent(
         agent_run.add_up()
     if not agent_run.result:
         let_stop_arrive(run.check_stop)
-    answer = agent_run.verdict(result, session)
-    summary = run.redact(answer.text[:200_000])[:100_000]
-    run.update_outcome(summary=summary)
+    agent_run.check(result, session)
+    answer = agent_run.result.get("structured_output")
+    summary = agent_run.result.get("result")
+    if isinstance(answer, dict):
+        summary = answer.get("summary")  # the result is the whole answer as a text
+    else:
+        answer = {}
+    text = str(summary or "")[:200_000]
+    run.update_outcome(summary=run.redact(text)[:100_000])
     return answer
 
 
@@ -5862,11 +5849,11 @@ def classify(review: Review, text: str) -> None:
         scratch = Workspace(run, repository, name)
         prompt = f"Comments:\n{text}"
         answer = ask_agent(scratch, prompt, CLASSIFYING, Session.NONE)
-    kind = answer.structured.get("kind")
+    kind = answer.get("kind")
     answers: dict[str, str] = {}
     if kind not in ("question", "change", "none"):
         kind = "unclear"
-        ask = run.redact(str(answer.structured.get("ask") or ""))[:10_000]
+        ask = run.redact(str(answer.get("ask") or ""))[:10_000]
         answers = dict.fromkeys(group_by_thread(review.comments), ask)
     run.save_work(request_kind=kind, outcome=run.outcome_with(answers=answers))
 
@@ -5893,7 +5880,7 @@ def carry_out(review: Review, text: str) -> None:
 
 def converse(
     review: Review, base_commit: str, prompt: str, mode: AgentMode
-) -> AgentResult:
+) -> JsonObject:
     """Continue the task's session; if it is lost, begin one with the task and the diff."""
     workspace = review.workspace
     try:
@@ -5915,9 +5902,9 @@ def converse(
     return ask_agent(workspace, prompt, mode, Session.BEGIN)
 
 
-def parse_answers(review: Review, answer: AgentResult) -> dict[str, str]:
+def parse_answers(review: Review, answer: JsonObject) -> dict[str, str]:
     """Return an answer for each thread: its own, else the summary of all."""
-    entries = answer.structured.get("answers")
+    entries = answer.get("answers")
     by_comment: dict[str, str] = {}
     for entry in entries if isinstance(entries, list) else []:
         if isinstance(entry, dict) and entry.get("body"):
@@ -5926,7 +5913,7 @@ def parse_answers(review: Review, answer: AgentResult) -> dict[str, str]:
     for thread, members in group_by_thread(review.comments).items():
         ids = {members[0].thread, *(comment.id for comment in members)}
         texts = [by_comment.get(str(comment_id), "") for comment_id in sorted(ids)]
-        text = "\n\n".join(filter(None, texts)) or answer.text
+        text = "\n\n".join(filter(None, texts)) or review.run.job.outcome.summary
         answers[thread] = truncate(review.run.redact(text[:100_000]), 50_000)
     return answers
 
