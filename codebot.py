@@ -4289,11 +4289,9 @@ def hold_lock(path: str, subject: str, option: str) -> None:
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.truncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        pathlib.Path(path).write_text(f"{os.getpid()}\n")
     except BlockingIOError:
-        holder = os.read(lock, 20).decode(errors="replace").strip()
-        os.close(lock)
+        holder = pathlib.Path(path).read_text(errors="replace").strip()
         raise ConfigError(
             f"{subject} is in use by another codebot (process {holder}). Stop it, "
             f"or use another {option}."
@@ -4520,7 +4518,7 @@ class DiffScanner:
         self.redact = redact
         self.file = ""  # that the next lines are about
         self.secret_file = ""  # the first one to which a secret is added
-        self.gitlinks: list[str] = []  # paths that became a repository or a submodule
+        self.gitlinks: set[str] = set()  # paths that became a repository or a submodule
 
     def read(self, lines: list[str]) -> float | None:
         # Removed lines, and the headings of hunks, are not new.
@@ -4530,7 +4528,7 @@ class DiffScanner:
             if line.startswith("diff --git "):
                 self.file = line.partition(" b/")[2] or line[len("diff --git ") :]
             elif line == "new file mode 160000":
-                self.gitlinks.append(self.file)
+                self.gitlinks.add(self.file)
             if has_secret and not self.secret_file and self.redact.has_secret(line):
                 self.secret_file = self.file
         return None
@@ -4770,8 +4768,8 @@ class Workspace:
         if scanner.secret_file:
             fault = f"it writes a secret into {scanner.secret_file}"
         elif scanner.gitlinks:
-            gitlinks = set(scanner.gitlinks)
-            clones = gitlinks - self.find_submodules(commit, gitlinks)
+            submodules = self.find_submodules(commit, scanner.gitlinks)
+            clones = scanner.gitlinks - submodules
             if clones:
                 fault = f"{min(clones)} is a git repository of its own"
         if fault:
@@ -5390,10 +5388,10 @@ def fetch_or_fail(workspace: Workspace, branch: str, reason: str) -> tuple[str, 
             message = "The repository is empty or has no default branch"
         raise JobFailed(reason, message) from None
     except GitFailed as error:
-        commit = workspace.run.job.commit_id
-        is_paid = commit and workspace.outbox.has_commit(commit)
-        if isinstance(error, GitAuthFailed) and is_paid:
-            raise workspace.push_failure(error) from None
+        if isinstance(error, GitAuthFailed) and workspace.run.job.commit_id:
+            raise workspace.push_failure(
+                error
+            ) from None  # the commit has cost something
         raise JobFailed(
             "clone_failed", f"Failed to clone repository: {error}"
         ) from None
