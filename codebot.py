@@ -4188,15 +4188,6 @@ class Codebot:
         self.running: dict[str, JobRun] = {}  # by job id; each step is atomic
         self.store: Store  # from open() on
 
-    def take_work_dir(self) -> None:
-        """Lock the work directory, and put temporary files into it.
-
-        /tmp may be read-only, or in memory, and the output of programs may be large.
-        Raises ConfigError if the work directory cannot be used.
-        """
-        lock_files(self.config)
-        tempfile.tempdir = self.config.work_dir
-
     def open(self) -> None:
         """End what an earlier server left running in the work directory, and open it.
 
@@ -4261,10 +4252,11 @@ class Codebot:
                 raise StopRequested()
 
 
-def lock_files(config: Config) -> None:
-    """Make and lock the work directory; lock the database.
+def take_work_dir(config: Config) -> None:
+    """Make and lock the work directory, and put temporary files into it.
 
-    Raises ConfigError if that is not possible, or the disk is full.
+    Locks the database, too. Raises ConfigError if that is not possible, or the disk is
+    full.
     """
     work_dir = config.work_dir
     try:
@@ -4282,6 +4274,8 @@ def lock_files(config: Config) -> None:
     # CODEBOT_DATABASE of one codebot may be in the work directory of another.
     database = config.database_file
     hold_lock(f"{database}.lock", database, "CODEBOT_DATABASE")
+    # /tmp may be read-only, or in memory, and the output of programs may be large.
+    tempfile.tempdir = work_dir
 
 
 def hold_lock(path: str, subject: str, option: str) -> None:
@@ -8940,7 +8934,7 @@ def start_app(config: Config, checks: Sequence[Check], log_level: int) -> Codebo
     codebot = Codebot(config)
     # It forks the watchdog, which must inherit neither the locks nor the database.
     set_up_process(codebot, log_level)
-    codebot.take_work_dir()
+    take_work_dir(config)
     problems = []
     for check in checks:
         for level, message in check(codebot):
@@ -9146,7 +9140,7 @@ def check_port(codebot: Codebot) -> Iterator[Finding]:
 
 def check_work_dir(codebot: Codebot) -> Iterator[Finding]:
     config = codebot.config
-    lock_files(config)
+    take_work_dir(config)
     if os.path.exists(config.database_file):
         Store(config.database_file)
     yield Finding("ok", f"Work directory {config.work_dir}")

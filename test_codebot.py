@@ -6170,7 +6170,7 @@ def test_full_disk_at_the_start_is_told(
     config = codebot.Config(work_dir=str(fresh.server.work_dir))
     monkeypatch.setattr(codebot, "FULL_DISK_BYTES", 1 << 62)
     with pytest.raises(codebot.ConfigError, match="is full. Free some space. As long"):
-        codebot.lock_files(config)
+        codebot.take_work_dir(config)
 
 
 def test_full_disk_of_remote_is_not_taken_for_our_own(tmp_path: Path) -> None:
