@@ -3462,7 +3462,7 @@ class Store:
         fields, 503 if the queue is full.
         """
         values = {
-            **dataclasses.asdict(request),
+            **vars(request),
             **issue._asdict(),
             "id": str(uuid.uuid4()),
             "now": now_text(),
@@ -4555,7 +4555,7 @@ class Workspace:
         """Make an empty outbox that borrows the mirror's objects."""
         remove_tree(self.config, self.outbox.path, self.run.run_tag)
         self.outbox.local_git("init", "--quiet", "--bare", "--template=")
-        alternates = pathlib.Path(self.outbox.path, "objects", "info", "alternates")
+        alternates = pathlib.Path(f"{self.outbox.path}/objects/info/alternates")
         alternates.write_text(f"{self.mirror.objects}\n")
 
     def check_out(self, base_name: str, base_commit: str, keep_home: bool) -> None:
@@ -4568,14 +4568,14 @@ class Workspace:
             remove_tree(self.config, path, self.run.run_tag)
         for part in WORKSPACE_PARTS:
             os.makedirs(f"{self.path}/{part}", mode=0o700, exist_ok=True)
-        arguments = [
+        result = self.script(
+            CHECKOUT_SCRIPT,
             self.mirror.objects,
             self.repository.url,
             base_name,
             base_commit,
             self.branch,
-        ]
-        result = self.script(CHECKOUT_SCRIPT, *arguments)
+        )
         if result.code != 0:
             raise JobFailed(
                 "clone_failed", f"Failed to check out {base_name}: {result.error}"
@@ -4799,11 +4799,15 @@ class Workspace:
         """
         commit = self.run.job.commit_id
         refspec = f"{commit}:refs/heads/{self.branch}"
-        options = ("--quiet", "--no-verify")
-        url = self.repository.url
         try:
             self.outbox.remote_git(
-                self.repository, "push", *options, "--", url, refspec
+                self.repository,
+                "push",
+                "--quiet",
+                "--no-verify",
+                "--",
+                self.repository.url,
+                refspec,
             )
         except (GitFailed, TransientError) as error:
             # The response to an earlier push, or to this one, may have been lost.
@@ -4837,8 +4841,14 @@ class Workspace:
         """
         work_dir = self.config.work_dir
         with tempfile.NamedTemporaryFile(prefix="scratch_", dir=work_dir) as file:
-            options = ("--binary", "--full-index", f"--output={file.name}")
-            self.outbox.local_git(*GIT_DIFF, *options, base_commit, commit)
+            self.outbox.local_git(
+                *GIT_DIFF,
+                "--binary",
+                "--full-index",
+                f"--output={file.name}",
+                base_commit,
+                commit,
+            )
             if os.path.getsize(file.name) > MAX_PATCH_BYTES:
                 raise JobFailed(
                     "push_rejected",
@@ -5073,9 +5083,9 @@ class AgentRun:
         """Return the agent's own words about what went wrong."""
         errors = self.result.get("errors")
         errors = errors if isinstance(errors, list) else []
-        candidates = [self.result.get("result"), *errors, self.last_message]
-        words = [str(text) for text in candidates if text]
-        return self.run.redact(words[0] if words else result.error)[:1000]
+        texts = [self.result.get("result"), *errors, self.last_message, result.error]
+        words = [str(text) for text in texts if text]
+        return self.run.redact(words[0])[:1000]
 
     def check(self, result: ProgramResult, session: Session) -> None:
         """Raise JobFailed unless the agent succeeded.
@@ -5196,18 +5206,11 @@ def ask_agent(
     return answer
 
 
-def budget_left(run: JobRun) -> float:
-    budget = run.config.budget
-    left = budget - (run.job.outcome.cost_usd or 0.0)
-    if left <= 0:
-        raise JobFailed(
-            "budget", f"The agent has used up CODEBOT_MAX_BUDGET_USD ({budget})"
-        )
-    return left
-
-
 def agent_command(run: JobRun, mode: AgentMode, session: Session) -> list[str]:
-    """Return the CLI's command line. Of an option that is there twice, the last counts."""
+    """Return the CLI's command line. Of an option that is there twice, the last counts.
+
+    Raises JobFailed if the job's budget is used up.
+    """
     config = run.config
     words = [*config.claude, "-p", "--output-format", "stream-json", "--verbose"]
     words += ["--strict-mcp-config", "--setting-sources", "", *mode.options]
@@ -5217,7 +5220,13 @@ def agent_command(run: JobRun, mode: AgentMode, session: Session) -> list[str]:
     if turns:
         words += ["--max-turns", str(min(turns))]
     if config.budget:
-        words += ["--max-budget-usd", f"{budget_left(run):.6f}"]
+        left = config.budget - (run.job.outcome.cost_usd or 0.0)
+        if left <= 0:
+            raise JobFailed(
+                "budget",
+                f"The agent has used up CODEBOT_MAX_BUDGET_USD ({config.budget})",
+            )
+        words += ["--max-budget-usd", f"{left:.6f}"]
     return [*words, *config.claude_args]
 
 
