@@ -186,7 +186,7 @@ WHERE THE DANGEROUS THINGS ARE, each in one place
   git on an agent's objects, outside the sandbox
                             fetch_into_outbox, which lets fsck check them; then
                             collect_tree, write_commit, inspect_commit,
-                            find_submodules, has_commit, patch and push;
+                            has_commit, patch and push;
                             once they are pushed, what git does in the mirror
   removing directories      remove_tree; scratch_* and the demo's by tempfile; in the
                             sandbox, the scripts of Workspace
@@ -4511,8 +4511,7 @@ class DiffScanner:
     def __init__(self, redact: Redactor) -> None:
         self.redact = redact
         self.file = ""  # that the next lines are about
-        self.secret_file = ""  # the first one to which a secret is added
-        self.gitlinks: set[str] = set()  # paths that became a repository or a submodule
+        self.fault = ""  # what must not be pushed
 
     def read(self, lines: list[str]) -> float | None:
         # Removed lines, and the headings of hunks, are not new.
@@ -4522,9 +4521,10 @@ class DiffScanner:
             if line.startswith("diff --git "):
                 self.file = line.partition(" b/")[2] or line[len("diff --git ") :]
             elif line == "new file mode 160000":
-                self.gitlinks.add(self.file)
-            if has_secret and not self.secret_file and self.redact.has_secret(line):
-                self.secret_file = self.file
+                # So git shows a submodule, and a clone that the agent left.
+                self.fault = f"{self.file} is a git repository of its own"
+            if has_secret and not self.fault and self.redact.has_secret(line):
+                self.fault = f"it writes a secret into {self.file}"
         return None
 
 
@@ -4758,38 +4758,10 @@ class Workspace:
         except GitFailed as error:
             message = f"The change cannot be checked: {error}"
             raise JobFailed("agent_failed", message) from None
-        fault = ""
-        if scanner.secret_file:
-            fault = f"it writes a secret into {scanner.secret_file}"
-        elif scanner.gitlinks:
-            submodules = self.find_submodules(commit, scanner.gitlinks)
-            clones = scanner.gitlinks - submodules
-            if clones:
-                fault = f"{min(clones)} is a git repository of its own"
-        if fault:
-            raise JobFailed("agent_failed", f"The change is not pushed: {fault}")
+        if scanner.fault:
+            message = f"The change is not pushed: {scanner.fault}"
+            raise JobFailed("agent_failed", message)
         return "\n".join(files)
-
-    def find_submodules(self, commit: str, paths: set[str]) -> set[str]:
-        """Return those paths that .gitmodules itself names as submodules.
-
-        Files that it includes are not read: they may be any on this host.
-
-        What is not there is a clone that the agent left in the directory: `git add`
-        records it in the same way.
-        """
-        found: set[str] = set()
-
-        def collect(lines: list[str]) -> None:
-            # One entry is "KEY\nPATH\0". All of them could fill the memory.
-            found.update(paths.intersection(line.partition("\0")[0] for line in lines))
-
-        options = ("--blob", f"{commit}:.gitmodules", "--no-includes", "--null")
-        pattern = ("--get-regexp", "[.]path$")
-        self.outbox.local_git(
-            "config", *options, *pattern, check=False, on_lines=collect
-        )
-        return found
 
     def push(self) -> None:
         """Push the job's commit to the branch. Pushing it again changes nothing.
