@@ -3454,8 +3454,8 @@ class Store:
         max_pending: int,
         idempotency_key: str | None = None,
         issue: SourceIssue = NO_ISSUE,
-    ) -> tuple[Job, bool]:
-        """Store a new task. Returns the job, and whether it is new.
+    ) -> Job:
+        """Store a new task, and return it.
 
         The same idempotency key with the same fields, or the same label event, returns
         the job that is there. Raises HTTPError: 409 for the same key with other
@@ -3479,11 +3479,11 @@ class Store:
             ).fetchone()
             if existing is None:
                 insert_task(db, values, max_pending)
-                return job_by_id(db, values["id"]), True
+                return job_by_id(db, values["id"])
             job = make_job(existing)
             if job.request != request:
                 raise HTTPError(409, "This Idempotency-Key was used for another task")
-            return job, False
+            return job
 
     def claim(self, job_id: str) -> Job | None:
         """Start a job. Returns None if it must not start, or has started already.
@@ -4219,16 +4219,15 @@ class Codebot:
         """Store a task and queue it. Raises HTTPError if it is refused."""
         if self.stop.is_set():
             raise HTTPError(503, "The server is stopping", {"Retry-After": "30"})
-        job, is_new = self.store.add_task(
+        job = self.store.add_task(
             request,
             submitted_by,
             self.config.queue_size,
             idempotency_key,
             issue,
         )
-        if is_new:
-            log.info("Task %s: submitted by %s", job.id, submitted_by)
-            self.jobs_due.set()
+        log.info("Task %s: submitted by %s", job.id, submitted_by)
+        self.jobs_due.set()
         return job
 
     def cancel(self, job_id: str) -> None:

@@ -3479,8 +3479,7 @@ def store_task(
     **options: Any,
 ) -> codebot.Job:
     request = codebot.TaskRequest("https://github.com/acme/widget", description)
-    job, _ = store.add_task(request, "the tests", max_pending, **options)
-    return job
+    return store.add_task(request, "the tests", max_pending, **options)
 
 
 def stored_job(store: codebot.Store, job: codebot.Job) -> codebot.Job:
