@@ -4384,8 +4384,7 @@ class JobRun:
         self.check_stop()
         self.update(phase=phase, attempt=attempt)
         self.events_left = MAX_OUTPUT_EVENTS
-        attempts = MAX_PUSHES if phase == "push" else self.config.test_attempts + 1
-        suffix = f", attempt {attempt} of {attempts}" if attempt > 1 else ""
+        suffix = f", attempt {attempt}" if attempt > 1 else ""
         self.log_event("phase", f"{phase}{suffix}")
 
     def time_left(self) -> float:
@@ -7309,7 +7308,7 @@ function drawSteps({ events, status }) {
 }
 
 function stepOf(message) {
-  return message.split(',')[0]; // without "attempt 2 of 3"
+  return message.split(',')[0]; // without "attempt 2"
 }
 
 function stepItem({ message, time }, next, status) {
