@@ -4982,7 +4982,7 @@ CLASSIFYING = AgentMode(
 )
 
 
-class SessionLost(Exception):
+class SessionLost(JobFailed):
     """The agent cannot continue: its home directory no longer has the session."""
 
 
@@ -5057,17 +5057,16 @@ class AgentRun:
         words = [str(text) for text in texts if text]
         return self.run.redact(words[0])[:1000]
 
-    def check(self, result: ProgramResult, session: Session) -> None:
-        """Raise JobFailed unless the agent succeeded.
+    def check(self, result: ProgramResult) -> None:
+        """Raise JobFailed, or a SessionLost, unless the agent succeeded.
 
         The exit code alone says nothing: an interrupted CLI exits with 0 (tried).
         """
         error = self.error_text(result)
         subtype = self.result.get("subtype")
         is_error = bool(self.result.get("is_error"))
-        is_lost = "No conversation found" in error and (is_error or not self.result)
-        if is_lost and session is Session.CONTINUE:
-            raise SessionLost()
+        if "No conversation found" in error and (is_error or not self.result):
+            raise SessionLost("agent_failed", f"The agent lost its session: {error}")
         if self.was_login_rejected(error):
             raise JobFailed(
                 "agent_login",
@@ -5133,8 +5132,7 @@ def ask_agent(
     Stores its summary. Returns the JSON that the mode's schema asks for, or an empty
     object if the agent answered in plain words: they are the summary then.
     The prompt begins with codebot's own words: the CLI takes a slash for a command.
-    Raises JobFailed unless the agent reports success, SessionLost if there is
-    nothing to continue.
+    Raises JobFailed unless the agent reports success.
     """
     run = workspace.run
     agent_run = AgentRun(run)
@@ -5164,7 +5162,7 @@ def ask_agent(
         agent_run.add_up()
     if not agent_run.result:
         let_stop_arrive(run.check_stop)
-    agent_run.check(result, session)
+    agent_run.check(result)
     answer = agent_run.result.get("structured_output")
     summary = agent_run.result.get("result")
     if isinstance(answer, dict):
@@ -5461,10 +5459,7 @@ def repair(
         f"pass. The command:\n{delimited('command', command)}"
         f"The end of its output:\n{delimited('output', output)}"
     )
-    try:
-        ask_agent(workspace, prompt, CODING, Session.CONTINUE, attempt)
-    except SessionLost:
-        raise JobFailed("agent_failed", "The agent lost its session") from None
+    ask_agent(workspace, prompt, CODING, Session.CONTINUE, attempt)
     both = f"{summary}\n\n{run.job.outcome.summary}".strip()
     run.update_outcome(summary=both[:100_000])
 
