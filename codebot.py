@@ -4556,11 +4556,11 @@ class Workspace:
         alternates = pathlib.Path(f"{self.outbox.path}/objects/info/alternates")
         alternates.write_text(f"{self.mirror.objects}\n")
 
-    def check_out(self, base_name: str, base_commit: str, keep_home: bool) -> None:
+    def check_out(self, base_name: str, base_commit: str) -> None:
         """Make fresh directories and a repository with the branch checked out."""
         self.stop_earlier_launch()
         old = [self.path]
-        if keep_home:
+        if self.run.job.kind == "review":  # it continues the session
             old = [self.repo, f"{self.path}/tmp"]
         for path in old:
             remove_tree(self.config, path, self.run.run_tag)
@@ -5329,7 +5329,7 @@ def clone(run: JobRun, workspace: Workspace) -> None:
         workspace, run.job.request.base_branch, "base_branch_not_found"
     )
     check_base(workspace, base_commit)
-    workspace.check_out(base_name, base_commit, keep_home=False)
+    workspace.check_out(base_name, base_commit)
     workspace.make_outbox()
     run.update(base_name=base_name, base_commit=base_commit, commit_id="")
 
@@ -5861,7 +5861,7 @@ def carry_out(review: Review, text: str) -> None:
     run.set_phase("clone")
     workspace = review.workspace
     _, base_commit = fetch_or_fail(workspace, workspace.branch, "push_rejected")
-    workspace.check_out(workspace.branch, base_commit, keep_home=True)
+    workspace.check_out(workspace.branch, base_commit)
     workspace.make_outbox()
     prompt = f"Review comments:\n{text}"
     commit_id = ""
@@ -5988,7 +5988,7 @@ def reapply_change(review: Review, tip: str) -> None:
     workspace = review.workspace
     patch = workspace.patch(run.job.base_commit, run.job.commit_id)
     check_base(workspace, tip)
-    workspace.check_out(workspace.branch, tip, keep_home=True)
+    workspace.check_out(workspace.branch, tip)
     workspace.apply(patch)
     commit_id = test_and_commit(review, tip)
     if not commit_id:  # nothing is left to change
