@@ -5024,9 +5024,10 @@ class AgentRun:
         return RESULT_GRACE if self.result else None
 
     def log(self, source: str, message: str) -> None:
-        if message.strip():
-            self.last_message = message.strip()
-            self.entries.append((source, message.strip()))
+        text = message.strip()
+        if text:
+            self.last_message = text
+            self.entries.append((source, text))
 
     def read_event(self, event: dict[str, Json]) -> None:
         if event["type"] == "result":
