@@ -4259,7 +4259,7 @@ def take_work_dir(config: Config) -> None:
     """
     work_dir = config.work_dir
     try:
-        os.makedirs(work_dir, mode=0o700, exist_ok=True)
+        os.makedirs(work_dir, exist_ok=True)
     except FileExistsError:
         raise ConfigError(f"{work_dir} is a file, not a directory.") from None
     except OSError as error:
@@ -4565,7 +4565,7 @@ class Workspace:
         for path in old:
             remove_tree(self.config, path, self.run.run_tag)
         for part in WORKSPACE_PARTS:
-            os.makedirs(f"{self.path}/{part}", mode=0o700, exist_ok=True)
+            os.makedirs(f"{self.path}/{part}", exist_ok=True)
         result = self.script(
             CHECKOUT_SCRIPT,
             self.mirror.objects,
