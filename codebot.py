@@ -5130,8 +5130,8 @@ def ask_agent(
 ) -> JsonObject:
     """Run the agent once in a workspace, within the job's time and budget.
 
-    Stores its summary. Returns the JSON that the mode's schema asks for, or an empty
-    object if the agent answered in plain words: they are the summary then.
+    Stores its summary. Returns the JSON that the mode's schema asks for, or if the agent
+    answered in plain words, them as the summary.
     The prompt begins with codebot's own words: the CLI takes a slash for a command.
     Raises JobFailed unless the agent reports success.
     """
@@ -5165,13 +5165,10 @@ def ask_agent(
         let_stop_arrive(run.check_stop)
     agent_run.check(result)
     answer = agent_run.result.get("structured_output")
-    summary = agent_run.result.get("result")
-    if isinstance(answer, dict):
-        summary = answer.get("summary")  # the result is the whole answer as a text
-    else:
-        answer = {}
-    text = str(summary or "")[:200_000]
-    run.update_outcome(summary=run.redact(text)[:100_000])
+    if not isinstance(answer, dict):
+        answer = {"summary": agent_run.result.get("result")}
+    summary = str(answer.get("summary") or "")[:200_000]
+    run.update_outcome(summary=run.redact(summary)[:100_000])
     return answer
 
 
