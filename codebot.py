@@ -3808,7 +3808,7 @@ class Store:
 
     def queue_comments(
         self,
-        pull_request: PullRequest,
+        task_id: str,
         comments: Sequence[Comment],
         delivery: str = "",
         seen_until: str = "",
@@ -3819,7 +3819,6 @@ class Store:
         delivery that is known is ignored. ``seen_until``: older ones need not be
         asked for again.
         """
-        task_id = pull_request.task_id
         jobs = {}
         with self._transaction() as db:
             if delivery and not insert_delivery(db, delivery):
@@ -3840,15 +3839,8 @@ class Store:
                 {"task_id": task_id, "seen_until": seen_until},
             )
         for job_id, user in jobs.items():
-            log.info("Job %s: %.99s commented on %s", job_id, user, pull_request.url)
+            log.info("Task %s: %.99s commented on it (job %s)", task_id, user, job_id)
         return list(jobs)
-
-    def add_comments_to_review(self, job: Job, comments: Sequence[Comment]) -> None:
-        """Add further comments of a GitHub review to the running review job."""
-        with self._transaction() as db:
-            for comment in comments:
-                if not is_comment_known(db, comment):
-                    insert_comment(db, job.task_id, job.id, comment)
 
     def absorb_waiting_reviews(self, job: Job) -> None:
         """Add what the same reviewer has waiting to the review job that runs."""
@@ -5733,8 +5725,8 @@ def load_comments(review: Review) -> None:
         raise ReviewSkipped(f"{reviewer} has no write access")
     if not run.job.request_kind:
         store.absorb_waiting_reviews(run.job)
-        add_rest_of_github_reviews(review)
-        store.absorb_waiting_reviews(run.job)  # what was delivered meanwhile
+        queue_rest_of_github_reviews(review)
+        store.absorb_waiting_reviews(run.job)  # also what was delivered meanwhile
     for stored in store.comments(run.job.id):
         # A delivery is only a claim. GitHub says who wrote what, and what it says now.
         try:
@@ -5764,8 +5756,8 @@ def check_daily_limit(run: JobRun) -> None:
     run.update(request_kind="limit")
 
 
-def add_rest_of_github_reviews(review: Review) -> None:
-    """Add the other comments of the GitHub reviews, which may not be delivered yet."""
+def queue_rest_of_github_reviews(review: Review) -> None:
+    """Queue the other comments of the GitHub reviews, which may not be delivered yet."""
     job = review.run.job
     store = review.run.store
     review_ids = {comment.review_id for comment in store.comments(job.id)}
@@ -5776,7 +5768,7 @@ def add_rest_of_github_reviews(review: Review) -> None:
     for _, comment in review.github_repository.comments(review.number):
         if comment.review_id in review_ids and comment.user == job.reviewer:
             own.append(comment)
-    store.add_comments_to_review(job, own)
+    store.queue_comments(job.task_id, own)
 
 
 def group_by_thread(comments: Sequence[Comment]) -> dict[str, list[Comment]]:
@@ -6175,7 +6167,8 @@ class Sync:
             latest = max(latest, updated_at)
             comments.append(comment)
         seen_until = min(latest, started)
-        self.store.queue_comments(pull_request, comments, seen_until=seen_until)
+        task_id = pull_request.task_id
+        self.store.queue_comments(task_id, comments, seen_until=seen_until)
         self.codebot.jobs_due.set()
 
     # Issues
@@ -8143,7 +8136,7 @@ def receive_comment(
     comment = parse_comment(place, payload[field])
     if comment is None:
         raise NoAction("Bot, deleted user or empty comment")
-    if not codebot.store.queue_comments(pull_request, [comment], delivery=guid):
+    if not codebot.store.queue_comments(pull_request.task_id, [comment], guid):
         raise NoAction("Duplicate delivery or comment")
     codebot.jobs_due.set()
 

@@ -3528,7 +3528,7 @@ def store_review(
 ) -> str:
     """Queue a comment that starts a review; return the id of the review."""
     comment = make_comment(comment_id, user)
-    [job_id] = store.queue_comments(pull_request, [comment])
+    [job_id] = store.queue_comments(pull_request.task_id, [comment])
     return job_id
 
 
@@ -3667,7 +3667,7 @@ def test_new_comment_joins_review_that_waits_for_its_retry(
     store.save_progress(review)
     store.requeue(review.id, not_before=time.time())
     other = dataclasses.replace(store.comments(review.id)[0], id=2)
-    assert store.queue_comments(pull_request, [other]) == [review.id]
+    assert store.queue_comments(pull_request.task_id, [other]) == [review.id]
     assert [comment.id for comment in store.comments(review.id)] == [1, 2]
 
 
