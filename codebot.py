@@ -5042,46 +5042,47 @@ class AgentRun:
             source = "error" if block.get("is_error") else "output"
             self.log(source, tool_result_text(block["content"]) or "(no output)")
 
-    def error_text(self, result: ProgramResult) -> str:
-        """Return the agent's own words about what went wrong."""
-        errors = self.result.get("errors")
-        errors = errors if isinstance(errors, list) else []
-        texts = [self.result.get("result"), *errors, self.last_message, result.error]
-        words = [str(text) for text in texts if text]
-        return self.run.redact(words[0])[:1000]
-
-    def check(self, result: ProgramResult) -> None:
-        """Raise JobFailed, or a SessionLost, unless the agent succeeded.
+    def answer(self, program: ProgramResult) -> JsonObject:
+        """Return the agent's answer. Raises JobFailed unless it succeeded.
 
         The exit code alone says nothing: an interrupted CLI exits with 0 (tried).
         """
-        error = self.error_text(result)
-        subtype = self.result.get("subtype")
-        is_error = bool(self.result.get("is_error"))
-        if "No conversation found" in error and (is_error or not self.result):
-            raise SessionLost("agent_failed", f"The agent lost its session: {error}")
-        if self.was_login_rejected(error):
-            raise JobFailed(
+        result = self.result
+        if not result:
+            let_stop_arrive(self.run.check_stop)
+        is_success = result.get("subtype") == "success"
+        is_empty = result.get("num_turns") == 0
+        if not is_success or is_empty or result.get("is_error"):
+            raise self.failure(program)
+        answer = result.get("structured_output")
+        if isinstance(answer, dict):
+            return answer
+        return {"summary": result.get("result")}
+
+    def failure(self, program: ProgramResult) -> JobFailed:
+        """Return why the agent has failed, if possible in its own words."""
+        result = self.result
+        errors = result.get("errors")
+        errors = errors if isinstance(errors, list) else []
+        texts = [result.get("result"), *errors, self.last_message, program.error]
+        words = [str(text) for text in texts if text]
+        error = self.run.redact(words[0])[:1000]
+        if "No conversation found" in error:
+            return SessionLost("agent_failed", f"The agent lost its session: {error}")
+        is_refused = result.get("api_error_status") in (401, 403)
+        says_login = result.get("is_error") and "/login" in error
+        if self.login_failed or is_refused or says_login:
+            return JobFailed(
                 "agent_login",
                 "The model rejected the agent's key. The operator must set "
                 f"{MODEL_KEY_NAMES[0]} or {MODEL_KEY_NAMES[2]} in codebot's .env "
                 f"(the agent: {error})",
             )
-        if subtype in ("error_max_budget_usd", "error_max_turns"):
+        if result.get("subtype") in ("error_max_budget_usd", "error_max_turns"):
             limits = "CODEBOT_MAX_BUDGET_USD or CODEBOT_MAX_TURNS"
-            raise JobFailed("budget", f"The agent reached {limits}: {error}")
-        if not self.result:
-            raise JobFailed(
-                "agent_failed",
-                f"The agent ended without a result (exit code {result.code}): {error}",
-            )
-        if is_error or subtype != "success" or self.result.get("num_turns") == 0:
-            raise JobFailed("agent_failed", f"The agent failed: {error}")
-
-    def was_login_rejected(self, error: str) -> bool:
-        status = self.result.get("api_error_status")
-        says_login = bool(self.result.get("is_error")) and "/login" in error
-        return self.login_failed or status in (401, 403) or says_login
+            return JobFailed("budget", f"The agent reached {limits}: {error}")
+        message = f"The agent failed (exit code {program.code}): {error}"
+        return JobFailed("agent_failed", message)
 
     def add_up(self) -> None:
         """Add what the run claims to have cost, also if it failed."""
@@ -5120,10 +5121,9 @@ def ask_agent(
     session: Session,
     attempt: int = 1,
 ) -> JsonObject:
-    """Run the agent once in a workspace, within the job's time and budget.
+    """Run the agent once, within the job's time and budget, and store its summary.
 
-    Stores its summary. Returns the JSON that the mode's schema asks for, or if the agent
-    answered in plain words, them as the summary.
+    Returns the JSON that the mode's schema asks for; of plain words, a summary only.
     The prompt begins with codebot's own words: the CLI takes a slash for a command.
     Raises JobFailed unless the agent reports success.
     """
@@ -5153,13 +5153,10 @@ def ask_agent(
         ) from None
     finally:
         agent_run.add_up()
-    if not agent_run.result:
-        let_stop_arrive(run.check_stop)
-    agent_run.check(result)
-    answer = agent_run.result.get("structured_output")
-    if not isinstance(answer, dict):
-        answer = {"summary": agent_run.result.get("result")}
+    answer = agent_run.answer(result)
     summary = str(answer.get("summary") or "")[:200_000]
+    if attempt > 1:  # it tells of a repair, and the change has both
+        summary = f"{run.job.outcome.summary}\n\n{summary}".strip()
     run.update_outcome(summary=run.redact(summary)[:100_000])
     return answer
 
@@ -5438,11 +5435,7 @@ def repair(
     result: ProgramResult,
     attempt: int,
 ) -> None:
-    """Show the agent the end of a failing test's output, in the same session.
-
-    The summary then tells of both, as the change does.
-    """
-    summary = run.job.outcome.summary
+    """Show the agent the end of a failing test's output, in the same session."""
     output = run.redact("\n".join(result.stdout))[-20_000:]
     prompt = (
         f"The tests failed with exit code {result.code}. Change the code so that they "
@@ -5450,8 +5443,6 @@ def repair(
         f"The end of its output:\n{delimited('output', output)}"
     )
     ask_agent(workspace, prompt, CODING, Session.CONTINUE, attempt)
-    both = f"{summary}\n\n{run.job.outcome.summary}".strip()
-    run.update_outcome(summary=both[:100_000])
 
 
 def without_ci_skips(text: str) -> str:
