@@ -5377,6 +5377,7 @@ def run_tests(run: JobRun, workspace: Workspace, command: str) -> TestResult | N
     attempts = run.config.test_attempts + 1
     for attempt in range(1, attempts + 1):
         result = run_test_command(run, workspace, command, attempt)
+        output = run.redact("\n".join(result.stdout))
         if result.code == 0:
             return TestResult(run.redact(command), True, attempt)
         if result.code in (126, 127):  # what sh says of a command that it cannot start
@@ -5385,11 +5386,16 @@ def run_tests(run: JobRun, workspace: Workspace, command: str) -> TestResult | N
                 f"The test command {command!r} cannot be started: {result.error}",
             )
         if attempt < attempts:
-            repair(run, workspace, command, result, attempt + 1)
-    end = run.redact("\n".join(result.stdout))[-1500:].strip()
-    printed = f"Their output ends with:\n{end}" if end else "They printed nothing."
+            prompt = (
+                f"The tests failed with exit code {result.code}. Change the code so that "
+                f"they pass. The command:\n{delimited('command', command)}"
+                f"The end of its output:\n{delimited('output', output[-20_000:])}"
+            )
+            ask_agent(workspace, prompt, CODING, Session.CONTINUE, attempt + 1)
+    end = output[-1500:].strip() or "(no output)"
     raise JobFailed(
-        "tests_failed", f"The tests still fail (exit code {result.code}). {printed}"
+        "tests_failed",
+        f"The tests still fail (exit code {result.code}). Their output ends with:\n{end}",
     )
 
 
@@ -5426,23 +5432,6 @@ def run_test_command(
         run.log_event("codebot", f"The tests' output ends with:\n{end}")
     run.log_event("codebot", f"Exit code {result.code}")
     return result
-
-
-def repair(
-    run: JobRun,
-    workspace: Workspace,
-    command: str,
-    result: ProgramResult,
-    attempt: int,
-) -> None:
-    """Show the agent the end of a failing test's output, in the same session."""
-    output = run.redact("\n".join(result.stdout))[-20_000:]
-    prompt = (
-        f"The tests failed with exit code {result.code}. Change the code so that they "
-        f"pass. The command:\n{delimited('command', command)}"
-        f"The end of its output:\n{delimited('output', output)}"
-    )
-    ask_agent(workspace, prompt, CODING, Session.CONTINUE, attempt)
 
 
 def without_ci_skips(text: str) -> str:
