@@ -3846,9 +3846,7 @@ class Store:
         """Add what the same reviewer has waiting to the review job that runs."""
         with self._transaction() as db:
             waiting_id = waiting_review(db, job.task_id, job.reviewer)
-            if waiting_id is None:
-                return
-            values = {"id": job.id, "waiting_id": waiting_id}
+            values = {"id": job.id, "waiting_id": waiting_id}  # NULL equals nothing
             db.execute(
                 "UPDATE comments SET job_id = :id WHERE job_id = :waiting_id", values
             )
@@ -4185,10 +4183,9 @@ class Codebot:
 
         Raises ConfigError if the database, the sandbox or the App's key cannot be used.
         """
-        work_dir = self.config.work_dir
         end_tagged_processes(self.work_dir_tag)
         stop_all_launched(self.config, self.run_tag)
-        for path in find_paths(work_dir, "scratch_*"):
+        for path in find_paths(self.config.work_dir, "scratch_*"):
             remove_tree(self.config, path, self.run_tag)
         self.store = Store(self.config.database_file)
         try:
