@@ -4892,6 +4892,7 @@ ANSWER_SCHEMA = """\
     "summary": {"type": "string"}
   }
 }"""
+# Options of the CLI for a run that may change files, and for one that only reads.
 WRITING_OPTIONS = (
     "--permission-mode",
     "bypassPermissions",
@@ -4902,7 +4903,7 @@ READING_OPTIONS = (
     "--permission-mode",
     "dontAsk",
     "--no-session-persistence",
-    # It asks the model 11 times, which takes three minutes. An answer comes soon, or not.
+    # The CLI repeats a failed request for three minutes. That is too long for an answer.
     "--settings",
     '{"env": {"CLAUDE_CODE_MAX_RETRIES": "4"}}',
 )
@@ -4927,10 +4928,7 @@ class AgentMode(NamedTuple):
     max_turns: int = 0  # 0: only the limit of the settings
 
 
-CODING = AgentMode(
-    "agent",
-    (*WRITING_OPTIONS, "--append-system-prompt", CODING_RULES),
-)
+CODING = AgentMode("agent", (*WRITING_OPTIONS, "--append-system-prompt", CODING_RULES))
 CHANGING = AgentMode(
     "agent",
     (
