@@ -482,19 +482,19 @@ MIN_SEARCHED_LENGTH = 16  # a shorter secret may be in a change by chance
 # that begins with the setting's name; the value is appended.
 
 
-def split_commas(text: str) -> tuple[str, ...]:
+def split_commas(text: str) -> Sequence[str]:
     parts = [part.strip(BLANKS) for part in text.split(",")]
     return tuple(part for part in parts if part)
 
 
-def split_words(text: str) -> tuple[str, ...]:
+def split_words(text: str) -> Sequence[str]:
     try:
         return tuple(shlex.split(text))
     except ValueError:
         raise ValueError("has an unclosed quote or a trailing backslash") from None
 
 
-def parse_command(text: str) -> tuple[str, ...]:
+def parse_command(text: str) -> Sequence[str]:
     """Refuse a relative path: in a workspace it would name a file of the repository."""
     words = split_words(text)
     is_relative = "/" in words[0] and not words[0].startswith("/")
@@ -555,7 +555,7 @@ def parse_search_path(text: str) -> str:
     return ":".join(entries)
 
 
-def parse_agent_env(text: str) -> tuple[str, ...]:
+def parse_agent_env(text: str) -> Sequence[str]:
     names = split_commas(text)
     for name in names:
         if name.startswith(("CODEBOT_", "GITHUB_APP_", "GITHUB_WEBHOOK_")):
@@ -572,7 +572,7 @@ def parse_agent_env(text: str) -> tuple[str, ...]:
 NAME_PATTERN = r"[\w.*?\[\]-]+/[\w.*?\[\]-]+"
 
 
-def parse_test_commands(text: str) -> tuple[tuple[str, str], ...]:
+def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
     """Parse one command for all repositories, or lines ``owner/name=command``.
 
     In .env, which has one line per setting, a literal \\n separates the lines:
@@ -608,7 +608,7 @@ class Config:
     What is given with a flag is parsed like the variable; a switch is the text "True".
     """
 
-    api_keys: tuple[str, ...] = setting("CODEBOT_API_KEYS", split_commas, ())
+    api_keys: Sequence[str] = setting("CODEBOT_API_KEYS", split_commas, ())
     workers: int = setting(
         "CODEBOT_MAX_WORKERS", parse_threads, 1, "tasks that run at once (default 1)"
     )
@@ -624,26 +624,26 @@ class Config:
     )
     api_url: str = setting("GITHUB_API_URL", parse_address, "")
     enterprise_url: str = setting("GITHUB_ENTERPRISE_URL", parse_address, "")
-    allowed: tuple[str, ...] = setting(
+    allowed: Sequence[str] = setting(
         "CODEBOT_ALLOWED_REPOSITORIES", split_commas, ("*",)
     )
-    claude: tuple[str, ...] = setting(
+    claude: Sequence[str] = setting(
         "CODEBOT_CLAUDE_COMMAND", parse_command, ("claude",)
     )
-    claude_args: tuple[str, ...] = setting("CODEBOT_CLAUDE_ARGS", split_words, ())
+    claude_args: Sequence[str] = setting("CODEBOT_CLAUDE_ARGS", split_words, ())
     task_timeout: int = setting("CODEBOT_TASK_TIMEOUT", parse_count, 3600)
     stall_timeout: int = setting("CODEBOT_STALL_TIMEOUT", parse_count, 1200)
     budget: float = setting("CODEBOT_MAX_BUDGET_USD", parse_dollars, 0.0)  # 0: no limit
     max_turns: int = setting("CODEBOT_MAX_TURNS", parse_count, 0)  # 0: no limit
     test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", parse_attempts, 2)
-    sandbox: tuple[str, ...] = setting("CODEBOT_SANDBOX", parse_command, ("bwrap",))
-    agent_env: tuple[str, ...] = setting("CODEBOT_AGENT_ENV", parse_agent_env, ())
+    sandbox: Sequence[str] = setting("CODEBOT_SANDBOX", parse_command, ("bwrap",))
+    agent_env: Sequence[str] = setting("CODEBOT_AGENT_ENV", parse_agent_env, ())
     issue_label: str = setting("CODEBOT_ISSUE_LABEL", str, "codebot")
-    test_commands: tuple[tuple[str, str], ...] = setting(
+    test_commands: Sequence[tuple[str, str]] = setting(
         "CODEBOT_TEST_COMMANDS", parse_test_commands, ()
     )
-    launcher: tuple[str, ...] = setting("CODEBOT_LAUNCHER", parse_command, ())
-    launcher_stop: tuple[str, ...] = setting("CODEBOT_LAUNCHER_STOP", split_words, ())
+    launcher: Sequence[str] = setting("CODEBOT_LAUNCHER", parse_command, ())
+    launcher_stop: Sequence[str] = setting("CODEBOT_LAUNCHER_STOP", split_words, ())
     launch_timeout: int = setting("CODEBOT_LAUNCH_TIMEOUT", parse_count, 86400)
     database: str = setting("CODEBOT_DATABASE", parse_path, "")
     search_path: str = setting("PATH", parse_search_path, os.defpath)
