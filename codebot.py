@@ -752,34 +752,28 @@ def read_settings(
     return values
 
 
-def missing_settings(config: Config, is_server: bool) -> list[str]:
-    """Return a sentence for each required setting that is not set."""
-    problems = []
-    if os.path.exists(config.env_file):
-        place = f"in {config.env_file}"
-    else:
-        place = f"in {config.env_file} (not found; copy .env.example)"
+def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
+    """Yield a sentence for each required setting that is not set."""
+    place = f"in {config.env_file}"
+    if not os.path.exists(config.env_file):
+        place += " (not found; copy .env.example)"
     if is_server and not split_commas(config.variables.get("CODEBOT_API_KEYS", "")):
-        problems.append(
+        yield (
             f"CODEBOT_API_KEYS is not set. Set it {place} to a key that "
             "`openssl rand -hex 32` makes; separate several by commas."
         )
     for variable in GITHUB_NAMES:
         if not config.no_github and not config.variables.get(variable, "").strip():
-            problems.append(
-                f"{variable} is not set. Set it {place}, or start with --no-github."
-            )
+            yield f"{variable} is not set. Set it {place}, or start with --no-github."
     if config.launcher and not config.launcher_stop:
-        problems.append(
+        yield (
             "CODEBOT_LAUNCHER_STOP is not set. Set it to the command that ends what "
             "CODEBOT_LAUNCHER started, for example scancel --quiet --name={job}."
         )
-    return problems
 
 
-def unreadable_files(config: Config) -> list[str]:
-    """Return a sentence for each configured file that cannot be read."""
-    problems = []
+def unreadable_files(config: Config) -> Iterator[str]:
+    """Yield a sentence for each configured file that cannot be read."""
     files = {"--tls-cert": config.tls_cert, "--tls-key": config.tls_key}
     if not config.no_github:
         files["GITHUB_APP_PRIVATE_KEY_PATH"] = config.key_file
@@ -788,43 +782,40 @@ def unreadable_files(config: Config) -> list[str]:
             continue
         if os.path.exists(path) and not os.path.isfile(path):
             # To open a pipe could take for ever.
-            problems.append(f"{name}: {path} is not a file.")
+            yield f"{name}: {path} is not a file."
             continue
         try:
             open(path, "rb").close()
         except OSError as error:
-            problems.append(
+            yield (
                 f"{name}: user {os.getuid()} cannot read {path}: "
                 f"{os_error_text(error)}. Correct the path, or change its owner or mode."
             )
-    return problems
 
 
-def conflicting_settings(config: Config) -> list[str]:
-    problems = []
+def conflicting_settings(config: Config) -> Iterator[str]:
     if config.variables.get("CODEBOT_ALLOWED_REPOSITORIES", "*").strip() == "":
-        problems.append(
+        yield (
             "CODEBOT_ALLOWED_REPOSITORIES is empty. Name repositories, or use * to "
             "allow all."
         )
     if config.enable_polling and config.no_github:
-        problems.append("--enable-polling and --no-github exclude each other.")
+        yield "--enable-polling and --no-github exclude each other."
     if bool(config.tls_cert) != bool(config.tls_key):
-        problems.append("--tls-cert and --tls-key must be used together.")
+        yield "--tls-cert and --tls-key must be used together."
     for pattern in config.allowed:
         name = f"CODEBOT_ALLOWED_REPOSITORIES: {pattern!r}"
         is_name = "/" in pattern and ":" not in pattern
         if not config.no_github and pattern != "*" and not is_name:
-            problems.append(
+            yield (
                 f"{name} is not owner/name; to allow all repositories of an owner, write "
                 "owner/*."
             )
         if config.no_github and re.match(r"[\w.-]+/", pattern):
-            problems.append(
+            yield (
                 f"{name} matches nothing: with --no-github the whole URL is compared. "
                 f"Write '*/{pattern}'."
             )
-    return problems
 
 
 def read_config(
@@ -1557,22 +1548,20 @@ def private_directories(config: Config) -> set[str]:
     return directories
 
 
-def uncoverable_directories(config: Config) -> list[str]:
-    """Return a sentence for each private directory that programs need as well."""
+def uncoverable_directories(config: Config) -> Iterator[str]:
+    """Yield a sentence for each private directory that programs need as well."""
     home = home_directory()
-    needed = [os.path.realpath(path) for path in config.search_path.split(":") if path]
+    needed = [os.path.realpath(path) for path in config.search_path.split(":")]
     # Below the home directory, what PATH names is mounted over the covers.
     needed = [path for path in needed if not is_inside(path, home)]
     needed += [os.path.realpath(path) for path in SYSTEM_DIRECTORIES]
-    problems = []
     for directory in sorted(private_directories(config)):
         if any(is_inside(path, directory) for path in needed):
-            problems.append(
+            yield (
                 f"{directory} holds .env, a key or codebot's files, but the sandbox "
                 "cannot hide it, because programs need it. Move them to a directory "
                 "of their own."
             )
-    return problems
 
 
 def tool_directories(config: Config) -> set[str]:
@@ -1712,7 +1701,7 @@ class Sandbox:
         that is not known.
         """
         if self.is_bwrap:
-            problems = uncoverable_directories(self.config)
+            problems = [*uncoverable_directories(self.config)]
             if problems:
                 raise ConfigError(*problems)
             self.disable_userns = self.bwrap_can_disable_userns(run_tag)

@@ -2368,9 +2368,9 @@ def test_allowed_pattern_without_owner_or_name_is_refused(
         "repositories of an owner, write owner/*."
     )
     expected = [problem] if is_refused else []
-    assert codebot.conflicting_settings(config) == expected
+    assert [*codebot.conflicting_settings(config)] == expected
     plain = codebot.Config(allowed=("git@host:a/b", "https*", "/srv/*"), no_github=True)
-    assert codebot.conflicting_settings(plain) == []
+    assert [*codebot.conflicting_settings(plain)] == []
 
 
 def test_path_of_a_program_is_no_name_of_a_repository() -> None:
@@ -2394,7 +2394,7 @@ def test_empty_list_of_allowed_repositories_is_refused() -> None:
     [problem] = codebot.conflicting_settings(config)
     assert problem.startswith("CODEBOT_ALLOWED_REPOSITORIES is empty.")
     config = codebot.Config(variables={"CODEBOT_ALLOWED_REPOSITORIES": "*"})
-    assert codebot.conflicting_settings(config) == []
+    assert [*codebot.conflicting_settings(config)] == []
 
 
 def test_flag_overrides_variable() -> None:
@@ -2828,8 +2828,8 @@ def test_directory_that_programs_need_cannot_be_hidden(
     for name, text in settings.items():
         values[name] = text.replace("{root}", root)
     config = codebot.Config(**values)
-    problems = codebot.uncoverable_directories(config)
-    assert problems[0].startswith(directory.replace("{root}", root) + " holds .env")
+    problem = next(codebot.uncoverable_directories(config))
+    assert problem.startswith(directory.replace("{root}", root) + " holds .env")
 
 
 def test_secret_beside_tools_in_home_can_be_hidden(host: Host) -> None:
@@ -2838,7 +2838,7 @@ def test_secret_beside_tools_in_home_can_be_hidden(host: Host) -> None:
         search_path=host.make("home/tools/bin"),
         env_file=host.make_file("home/tools/.env"),
     )
-    assert codebot.uncoverable_directories(config) == []
+    assert [*codebot.uncoverable_directories(config)] == []
 
 
 # --- Settings: names of repositories and branches ----------------------------
