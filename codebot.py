@@ -455,9 +455,11 @@ SECRET_NAME_RE = re.compile(
     r"|session|webhook|_pat$",
     re.IGNORECASE,
 )
+# Finds WORD in a line "Authorization: Bearer WORD", and in other headers with keys.
 SECRET_HEADER_RE = re.compile(
-    r"authorization|cookie|jwt|(key|token|secret|auth|passw(or)?d|credentials?)\s*$",
-    re.IGNORECASE,
+    r"^[^:\n]*(?:(?:authorization|cookie|jwt)[^:\n]*"
+    r"|(?:key|token|secret|auth|passwd|password|credentials?)[ \t]*):.*?(\S+)\s*$",
+    re.IGNORECASE | re.MULTILINE,
 )
 # Matches: export NAME = "value"  # comment
 ENV_LINE_RE = re.compile(
@@ -925,12 +927,11 @@ def configured_secrets(config: Config) -> set[str]:
     secrets = set(config.api_keys)
     names = [*MODEL_KEY_NAMES, *OWN_SECRET_NAMES]
     names += [name for name in config.agent_env if SECRET_NAME_RE.search(name)]
-    for name in names:
-        secrets.add(config.variables.get(name, "").strip(BLANKS))
     for name in (*names, *NETWORK_NAMES, "ANTHROPIC_BASE_URL"):
-        secrets.update(login_secrets(config.variables.get(name, "")))
-        if "header" in name.lower():
-            secrets.update(header_secrets(config.variables.get(name, "")))
+        value = config.variables.get(name, "")
+        secrets.update(login_secrets(value), SECRET_HEADER_RE.findall(value))
+        if name in names:
+            secrets.add(value.strip(BLANKS))
     for path in (config.key_file, config.tls_key):
         if os.path.isfile(path):  # to read from a pipe could take for ever
             with contextlib.suppress(OSError, ValueError):
@@ -950,16 +951,6 @@ def login_secrets(address: str) -> set[str]:
     if len(user) >= MIN_SEARCHED_LENGTH:
         password = password or user  # a token in place of both
     return {password, urllib.parse.unquote(password)}
-
-
-def header_secrets(text: str) -> set[str]:
-    """Return the last words of HTTP headers with keys: "Authorization: Bearer WORD"."""
-    secrets = set()
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        if SECRET_HEADER_RE.search(name) and value.strip():
-            secrets.add(value.split()[-1])
-    return secrets
 
 
 # --- Programs ----------------------------------------------------------------
