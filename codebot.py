@@ -598,13 +598,12 @@ def setting(
 ) -> Any:
     """Define a field of Config: its variable, parser, default and the flag's help."""
     metadata = {"variable": variable, "parse": parse, "help": about}
-    is_secret = variable in OWN_SECRET_NAMES
-    return dataclasses.field(default=default, metadata=metadata, repr=not is_secret)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)  # a log must not show it
 class Config:
-    """All settings, read once at the start. Its repr shows no secret.
+    """All settings, read once at the start.
 
     A field with a help text has a flag. One with "" as its variable has only the flag.
     What is given with a flag is parsed like the variable; a switch is the text "True".
@@ -664,7 +663,7 @@ class Config:
     # private directory, and git at the remote run with it; all else with PRIVATE_UMASK.
     umask: int = PRIVATE_UMASK
     # .env and the environment, with all their secrets
-    variables: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
+    variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def github_api(self) -> str:
