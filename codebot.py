@@ -513,11 +513,10 @@ def parse_int(text: str, least: int, most: int) -> int:
     return int(text)
 
 
-parse_count = functools.partial(parse_int, least=1, most=999_999_999)
+# The largest is still a time that every function takes, and more than GitHub's ids.
+parse_count = functools.partial(parse_int, least=1, most=4_000_000_000)
 parse_threads = functools.partial(parse_int, least=1, most=999)
-parse_attempts = functools.partial(parse_int, least=0, most=99)
-parse_port = functools.partial(parse_int, least=0, most=65535)
-parse_id = functools.partial(parse_int, least=1, most=10**15)
+parse_small = functools.partial(parse_int, least=0, most=65535)  # such as a port
 
 
 def parse_dollars(text: str) -> float:
@@ -618,7 +617,7 @@ class Config:
     retention: int = setting("CODEBOT_TASK_RETENTION", parse_count, 86400)
     app_id: str = setting("GITHUB_APP_ID", str, "")
     key_file: str = setting("GITHUB_APP_PRIVATE_KEY_PATH", str, "")
-    installation_id: int = setting("GITHUB_APP_INSTALLATION_ID", parse_id, 0)
+    installation_id: int = setting("GITHUB_APP_INSTALLATION_ID", parse_count, 0)
     webhook_secret: str = setting("GITHUB_WEBHOOK_SECRET", str, "")
     poll_interval: int = setting(
         "CODEBOT_POLL_INTERVAL", parse_count, 300, "seconds between polls (default 300)"
@@ -636,7 +635,7 @@ class Config:
     stall_timeout: int = setting("CODEBOT_STALL_TIMEOUT", parse_count, 1200)
     budget: float = setting("CODEBOT_MAX_BUDGET_USD", parse_dollars, 0.0)  # 0: no limit
     max_turns: int = setting("CODEBOT_MAX_TURNS", parse_count, 0)  # 0: no limit
-    test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", parse_attempts, 2)
+    test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", parse_small, 2)
     sandbox: Sequence[str] = setting("CODEBOT_SANDBOX", parse_command, ("bwrap",))
     agent_env: Sequence[str] = setting("CODEBOT_AGENT_ENV", parse_agent_env, ())
     issue_label: str = setting("CODEBOT_ISSUE_LABEL", str, "codebot")
@@ -649,7 +648,9 @@ class Config:
     database: str = setting("CODEBOT_DATABASE", parse_path, "")
     search_path: str = setting("PATH", parse_search_path, os.defpath)
     host: str = setting("", str, "127.0.0.1", "address to listen on (127.0.0.1)")
-    port: int = setting("", parse_port, 5000, "port to listen on (5000; 0: a free one)")
+    port: int = setting(
+        "", parse_small, 5000, "port to listen on (5000; 0: a free one)"
+    )
     work_dir: str = setting(
         "", parse_path, "codebot_workspace", "directory for all files of codebot"
     )
