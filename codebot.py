@@ -559,13 +559,12 @@ def parse_search_path(text: str) -> str:
 def parse_agent_env(text: str) -> Sequence[str]:
     names = split_commas(text)
     for name in names:
-        if name.startswith(("CODEBOT_", "GITHUB_APP_", "GITHUB_WEBHOOK_")):
-            name = name.partition("=")[0]
+        is_own = name.startswith(("CODEBOT_", "GITHUB_APP_", "GITHUB_WEBHOOK_"))
+        if is_own or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
             raise ValueError(
-                f"may not contain {name}: the agent must not see codebot's own settings"
+                "must be names of environment variables, and none of codebot's own, "
+                "which the agent must not see"
             )
-        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-            raise ValueError("must be names of environment variables")
     return names
 
 

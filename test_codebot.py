@@ -2300,7 +2300,7 @@ def test_empty_setting_means_the_default(variable: str) -> None:
         (
             "CODEBOT_AGENT_ENV",
             "GITHUB_WEBHOOK_SECRET",
-            "may not contain GITHUB_WEBHOOK",
+            "must be names of environment variables, and none of codebot's own",
         ),
         ("CODEBOT_AGENT_ENV", "A-B", "must be names of environment variables"),
         ("CODEBOT_DATABASE", "/tmp/a:b", "must be a path without"),
@@ -12169,8 +12169,8 @@ MISTAKES = {
         {"CODEBOT_SANDBOX": '"env podman'},
     ),
     "secret for the agent": Mistake(
-        "CODEBOT_AGENT_ENV may not contain GITHUB_WEBHOOK_SECRET: the agent must not "
-        "see codebot's own settings",
+        "CODEBOT_AGENT_ENV must be names of environment variables, and none of codebot's "
+        "own, which the agent must not see (it is 'GITHUB_WEBHOOK_SECRET').",
         {"CODEBOT_AGENT_ENV": "GITHUB_WEBHOOK_SECRET"},
     ),
     "launcher without stop": Mistake(
