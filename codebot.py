@@ -442,11 +442,6 @@ NETWORK_NAMES = (
     "GIT_SSL_CAINFO",
     "NODE_EXTRA_CA_CERTS",
 )
-GITHUB_NAMES = (  # required without --no-github
-    "GITHUB_APP_ID",
-    "GITHUB_APP_PRIVATE_KEY_PATH",
-    "GITHUB_APP_INSTALLATION_ID",
-)
 OWN_SECRET_NAMES = ("CODEBOT_API_KEYS", "GITHUB_WEBHOOK_SECRET")
 # Matches GH_AUTH, AUTHORIZATION and DATABASE_URL, but not GIT_AUTHOR_NAME: "auth" counts
 # in "authorization", but not in "author".
@@ -499,8 +494,7 @@ def split_words(text: str) -> Sequence[str]:
 def parse_command(text: str) -> Sequence[str]:
     """Refuse a relative path: in a workspace it would name a file of the repository."""
     words = split_words(text)
-    is_relative = "/" in words[0] and not words[0].startswith("/")
-    if is_relative or not words[0]:
+    if not re.match("/|[^/]+$", words[0]):
         raise ValueError(
             "must begin with the name of a program on PATH or with an absolute path"
         )
@@ -678,7 +672,7 @@ class Config:
         """Where git is, derived from the API's address: GHES, or github.com or GHE.com."""
         address = self.github_api.lower()
         if address.endswith("/api/v3"):
-            return address[: -len("/api/v3")]
+            return address.removesuffix("/api/v3")
         return re.sub(r"^(https?://)api\.", r"\1", address)
 
     @property
@@ -717,7 +711,7 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
             problems.append(f"{path}, line {number}: the quote is not closed.")
         elif match:
             variables[match[1]] = match[3]
-        elif line.strip() and not line.lstrip().startswith("#"):
+        elif not re.match(r"\s*(#|$)", line):
             problems.append(f"{path}, line {number}: expected NAME=value.")
     return variables
 
@@ -763,9 +757,13 @@ def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
             f"CODEBOT_API_KEYS is not set. Set it {place} to a key that "
             "`openssl rand -hex 32` makes; separate several by commas."
         )
-    for variable in GITHUB_NAMES:
-        if not config.no_github and not config.variables.get(variable, "").strip():
-            yield f"{variable} is not set. Set it {place}, or start with --no-github."
+    for name in (
+        "GITHUB_APP_ID",
+        "GITHUB_APP_PRIVATE_KEY_PATH",
+        "GITHUB_APP_INSTALLATION_ID",
+    ):
+        if not config.no_github and not config.variables.get(name, "").strip():
+            yield f"{name} is not set. Set it {place}, or start with --no-github."
     if config.launcher and not config.launcher_stop:
         yield (
             "CODEBOT_LAUNCHER_STOP is not set. Set it to the command that ends what "
