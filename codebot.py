@@ -777,18 +777,11 @@ def unreadable_files(config: Config) -> Iterator[str]:
     if not config.no_github:
         files["GITHUB_APP_PRIVATE_KEY_PATH"] = config.key_file
     for name, path in files.items():
-        if not path:
-            continue
-        if os.path.exists(path) and not os.path.isfile(path):
-            # To open a pipe could take for ever.
-            yield f"{name}: {path} is not a file."
-            continue
-        try:
-            open(path, "rb").close()
-        except OSError as error:
+        # A named pipe is no file: to open it could take for ever.
+        if path and not (os.path.isfile(path) and os.access(path, os.R_OK)):
             yield (
-                f"{name}: user {os.getuid()} cannot read {path}: "
-                f"{os_error_text(error)}. Correct the path, or change its owner or mode."
+                f"{name}: {path} is not a file that user {os.getuid()} can read. "
+                "Correct the path, or change its owner or mode."
             )
 
 

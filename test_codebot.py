@@ -12096,12 +12096,12 @@ MISTAKES = {
         files={"start/.env": ""},
     ),
     "key file missing": Mistake(
-        f"GITHUB_APP_PRIVATE_KEY_PATH: user {os.getuid()} cannot read DIR/nope.pem: no "
-        "such file or directory. Correct the path",
+        "GITHUB_APP_PRIVATE_KEY_PATH: DIR/nope.pem is not a file that user "
+        f"{os.getuid()} can read. Correct the path, or change its owner or mode.",
         {"GITHUB_APP_PRIVATE_KEY_PATH": "DIR/nope.pem"},
     ),
     "key file is a directory": Mistake(
-        "GITHUB_APP_PRIVATE_KEY_PATH: DIR/keys is not a file.",
+        "GITHUB_APP_PRIVATE_KEY_PATH: DIR/keys is not a file that user",
         {"GITHUB_APP_PRIVATE_KEY_PATH": "DIR/keys"},
     ),
     "key file is no key": Mistake(
@@ -12305,19 +12305,22 @@ def test_file_that_cannot_be_read_is_reported(fresh: Site) -> None:
     fresh.server.key_file.chmod(0)
     done = fresh.server.run(*serve_arguments(fresh))
     assert done.returncode == 2
-    assert f"user {os.getuid()} cannot read" in done.stderr
-    assert "permission denied. Correct the path, or change its owner" in done.stderr
+    unreadable = (
+        f"{fresh.server.key_file} is not a file that user {os.getuid()} can read"
+    )
+    assert f"GITHUB_APP_PRIVATE_KEY_PATH: {unreadable}. Correct" in done.stderr
 
 
 def test_named_pipe_instead_of_key_is_refused(fresh: Site) -> None:
     pipe = fresh.directory / "pipe"
     os.mkfifo(pipe)
     args = serve_arguments(fresh)
+    problem = f"GITHUB_APP_PRIVATE_KEY_PATH: {pipe} is not a file that user"
     done = fresh.server.run(*args, GITHUB_APP_PRIVATE_KEY_PATH=str(pipe))
     assert done.returncode == 2
-    assert f"GITHUB_APP_PRIVATE_KEY_PATH: {pipe} is not a file." in done.stderr
+    assert problem in done.stderr
     done = fresh.server.run("check", GITHUB_APP_PRIVATE_KEY_PATH=str(pipe))
-    assert f"GITHUB_APP_PRIVATE_KEY_PATH: {pipe} is not a file." in done.stdout
+    assert problem in done.stdout
 
 
 def test_all_bad_settings_are_reported_at_once(fresh: Site) -> None:
@@ -12353,8 +12356,7 @@ def test_bad_line_of_env_file_hides_only_what_seems_to_be_missing(fresh: Site) -
     assert done.returncode == 2
     bad_line, file, conflict = done.stderr.splitlines()
     assert bad_line.endswith("line 1: expected NAME=value.")
-    assert "--tls-cert: " in file
-    assert "cannot read nope.pem: no such file or directory." in file
+    assert "--tls-cert: nope.pem is not a file that user" in file
     assert conflict == "codebot: --tls-cert and --tls-key must be used together."
 
 
