@@ -474,6 +474,8 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 MIN_REDACTED_LENGTH = 6  # a shorter secret would mask ordinary words
 MIN_SEARCHED_LENGTH = 16  # a shorter secret may be in a change by chance
 
+Flags = Mapping[str, Any]  # of the command line, by name
+
 
 # One parser per kind of setting. Each raises ValueError with the end of a sentence
 # that begins with the setting's name; the value is appended.
@@ -722,7 +724,7 @@ def hide_password(text: str) -> str:
 
 
 def read_settings(
-    flags: Mapping[str, object], variables: Mapping[str, str], problems: list[str]
+    flags: Flags, variables: Mapping[str, str], problems: list[str]
 ) -> dict[str, Any]:
     """Parse each setting: its flag, else its environment variable, else its default."""
     values: dict[str, Any] = {}
@@ -810,9 +812,7 @@ def conflicting_settings(config: Config) -> Iterator[str]:
             )
 
 
-def read_config(
-    flags: Mapping[str, object], is_server: bool
-) -> tuple[Config, list[str]]:
+def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
     """Read flags, the environment and ``.env`` in the current directory.
 
     Returns the settings, with a default for each bad one, and everything that is wrong.
@@ -827,8 +827,9 @@ def read_config(
         flags = {**flags, "work_dir": Config.work_dir}  # its path is checked, too
     values = read_settings(flags, variables, problems)
     values.setdefault("work_dir", os.path.realpath(Config.work_dir))
-    umask = int(str(flags.get("umask", PRIVATE_UMASK)))
-    config = Config(**values, env_file=env_file, umask=umask, variables=variables)
+    config = Config(
+        **values, env_file=env_file, umask=flags["umask"], variables=variables
+    )
     if was_env_file_read:
         problems += missing_settings(config, is_server)
     problems += unreadable_files(config)
@@ -841,7 +842,7 @@ def read_config(
     return config, problems
 
 
-def load_config(flags: Mapping[str, object], is_server: bool = False) -> Config:
+def load_config(flags: Flags, is_server: bool = False) -> Config:
     """Read the settings. Raises ConfigError with everything that is wrong."""
     config, problems = read_config(flags, is_server)
     if problems:
@@ -858,8 +859,7 @@ class Redactor:
         # are still redacted by GITHUB_TOKEN_RE, if they have the form of github.com's.
         self._tokens: collections.deque[str] = collections.deque(maxlen=500)
         self._configured = configured_secrets(config)
-        self._secrets: list[str] = []
-        self.add()  # no token yet, but the configured secrets
+        self.add()  # no token yet: the configured secrets
 
     def add(self, *tokens: str) -> None:
         """Redact these as well, and their base64."""
@@ -8599,8 +8599,6 @@ class Server(http.server.ThreadingHTTPServer):
 #
 # `serve` and `run` do not start if one of these fails, and log what is doubtful.
 # `check` shows all that they find. It has more checks, which may raise ConfigError.
-
-Flags = Mapping[str, Any]  # of the command line, by name
 
 SETTING_PREFIXES = ("CODEBOT_", "GITHUB_APP_", "GITHUB_WEBHOOK_", "GITHUB_ENTERPRISE_")
 PROGRAM_VERSIONS = {"git --version": "2.31", "openssl version": "1.1.1"}
