@@ -1034,8 +1034,8 @@ class OutputFile:
         self.file = file
         # With O_APPEND a program that opens its own output again, with `>/dev/stdout`,
         # cannot overwrite what is printed afterwards.
-        flags = fcntl.fcntl(file, fcntl.F_GETFL)
-        fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_APPEND)
+        fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
+        self.last_lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
         self.has_new_bytes = False  # whether the last read found any
         self._position = 0
         self._bytes_read = 0
@@ -1051,6 +1051,8 @@ class OutputFile:
         data = os.pread(self.file.fileno(), READ_BYTES, self._position)
         self._position += len(data)
         self._bytes_read += len(data)
+        if at_end and not data and self._partial_line:
+            data = b"\n"
         self.has_new_bytes = bool(data)
         *pieces, rest = data.split(b"\n")
         if pieces:
@@ -1059,10 +1061,11 @@ class OutputFile:
         self._partial_line += rest
         if len(self._partial_line) > MAX_LINE_BYTES:
             self._partial_line[:] = b"(the beginning of a long line is not kept) "
-        if at_end and not data and self._partial_line:
-            pieces.append(bytes(self._partial_line))
-            self._partial_line.clear()
         return [piece.decode("utf-8", "replace").rstrip("\r") for piece in pieces]
+
+    def keep(self, lines: Iterable[str]) -> None:
+        """Keep lines for the result, as a terminal shows them in the end."""
+        self.last_lines.extend(last_shown(line)[:10_000] for line in lines)
 
     def size(self) -> int:
         return os.fstat(self.file.fileno()).st_size
@@ -1103,8 +1106,6 @@ class RunningProgram:
         self.launch = launch
         self.is_queued = launch is not None  # it waits for a node
         self.node_code: int | None = None  # the exit code, as printed on the node
-        self.last_lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
-        self.last_errors: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
         self.started = time.monotonic()
         self.last_output = self.started
         self.grace_ends_at: float | None = None  # set when its work is done
@@ -1134,15 +1135,14 @@ class RunningProgram:
         """Pass on what is new. Returns whether there was anything."""
         lines = self.stdout.read_lines(has_exited)
         errors = self.stderr.read_lines(has_exited)
-        has_bytes = self.stdout.has_new_bytes or self.stderr.has_new_bytes
-        if not has_bytes and not lines and not errors:
+        if not (self.stdout.has_new_bytes or self.stderr.has_new_bytes):
             return False
         now = time.monotonic()
         self.last_output = now  # also if the line has no end yet
         if self.launch is not None:
             lines = self.program_lines(lines, self.launch)
-        self.last_lines.extend(last_shown(line)[:10_000] for line in lines)
-        self.last_errors.extend(last_shown(line)[:10_000] for line in errors)
+        self.stdout.keep(lines)
+        self.stderr.keep(errors)
         grace = on_lines(lines) if lines else None
         if grace is not None and self.grace_ends_at is None:
             self.grace_ends_at = now + grace
@@ -1158,10 +1158,10 @@ class RunningProgram:
             if line == launch.sentinel and self.is_queued:
                 self.is_queued = False
                 self.started = time.monotonic()
-                self.last_errors.clear()  # what the launcher said
+                self.stderr.last_lines.clear()  # what the launcher said
                 launch.on_start()
             elif self.is_queued:
-                self.last_errors.append(line[:10_000])
+                self.stderr.keep([line])
             elif separator and code.isascii() and code.isdigit():
                 self.node_code = int(code)
                 others += [text] if text else []
@@ -1195,7 +1195,9 @@ class RunningProgram:
         if self.launch is not None:
             # Without the second sentinel, something has ended it.
             code = -signal.SIGTERM if self.node_code is None else self.node_code
-        result = ProgramResult(code, [*self.last_lines], [*self.last_errors])
+        result = ProgramResult(
+            code, [*self.stdout.last_lines], [*self.stderr.last_lines]
+        )
         if code == 0 or self.grace_ends_at is not None:
             return result
         if code in SIGNAL_EXIT_CODES:
