@@ -1663,45 +1663,42 @@ class Sandbox:
     def probe(self, run_tag: str, *command: str) -> ProgramResult:
         """Check that a command runs as the agent will run; without one, `true`.
 
-        Before that it finds out whether bwrap can disable user namespaces.
         Raises ConfigError if the sandbox or the launcher does not work, NoFreeNode if
         that is not known.
         """
-        if self.is_bwrap:
-            problems = [*uncoverable_directories(self.config)]
-            if problems:
-                raise ConfigError(*problems)
-            self.disable_userns = self.bwrap_can_disable_userns(run_tag)
-        with scratch_workspace(self.config.work_dir) as workspace:
-            return self.run_probe(workspace, run_tag, command or ("true",))
-
-    def bwrap_can_disable_userns(self, run_tag: str) -> bool:
-        """Return whether bwrap is 0.8 or newer.
-
-        Raises ConfigError if there is none, or an older one and codebot runs as root.
-        """
-        env = base_environment(self.config, run_tag)
+        config = self.config
         try:
-            limits = Limits(timeout=PROBE_TIMEOUT)
-            help_text = run_program(["bwrap", "--help"], env, limits=limits).stdout
-        except LimitReached as error:
-            raise sandbox_error(f"bwrap --help {error}") from None
-        except FileNotFoundError:
-            raise ConfigError(
-                "bwrap is not installed, so there is no sandbox for the agent. "
-                "Install it (apt install bubblewrap), or accept an agent that can "
-                "read codebot's secrets with CODEBOT_SANDBOX=none."
-            ) from None
+            if self.is_bwrap:
+                self.inspect_bwrap(run_tag)
+            with scratch_workspace(config.work_dir) as workspace:
+                return self.run_probe(workspace, run_tag, command or ("true",))
+        except TransientError as error:
+            raise ConfigError(f"{error}.") from None
+        except TimedOut as error:
+            raise sandbox_error(f"it {error}") from None
         except OSError as error:
-            problem = f"cannot start bwrap: {os_error_text(error)}"
+            program = error.filename or (config.launcher or config.sandbox)[0]
+            problem = f"cannot start {program}: {os_error_text(error)}"
             raise sandbox_error(problem) from None
-        is_supported = any("--disable-userns" in line for line in help_text)
-        if not is_supported and os.getuid() == 0:
+
+    def inspect_bwrap(self, run_tag: str) -> None:
+        """Find out whether bwrap can disable user namespaces: from 0.8 on.
+
+        Raises ConfigError if it cannot and codebot runs as root, or if it cannot hide
+        a directory.
+        """
+        problems = [*uncoverable_directories(self.config)]
+        if problems:
+            raise ConfigError(*problems)
+        env = base_environment(self.config, run_tag)
+        limits = Limits(timeout=PROBE_TIMEOUT)
+        help_text = run_program(["bwrap", "--help"], env, limits=limits).stdout
+        self.disable_userns = any("--disable-userns" in line for line in help_text)
+        if not self.disable_userns and os.getuid() == 0:
             raise ConfigError(
                 "bwrap is older than 0.8, so an agent run by root could change the "
                 "host. Install a newer bwrap or run codebot as another user."
             )
-        return is_supported
 
     def run_probe(
         self, workspace: str, run_tag: str, command: Sequence[str]
@@ -1713,21 +1710,9 @@ class Sandbox:
         argv = self.wrap(["sh", "-c", script, "sh", *command], workspace, objects)
         repo = f"{workspace}/repo"
         env = {**base_environment(config, run_tag), "HOME": f"{workspace}/home"}
-        timeout = PROBE_TIMEOUT
-        limits = Limits(timeout)
-        try:
-            with launching(config, workspace, run_tag, timeout, do_nothing) as launch:
-                result = run_program(argv, env, cwd=repo, limits=limits, launch=launch)
-        except TransientError as error:
-            raise ConfigError(f"{error}.") from None
-        except TimedOut as error:
-            raise sandbox_error(f"it {error}") from None
-        except OSError as error:
-            program = (config.launcher or argv)[0]
-            problem = f"cannot start {program}: {os_error_text(error)}"
-            if config.launcher:
-                raise ConfigError(f"CODEBOT_LAUNCHER: {problem}.") from None
-            raise sandbox_error(problem) from None
+        limits = Limits(PROBE_TIMEOUT)
+        with launching(config, workspace, run_tag, PROBE_TIMEOUT, do_nothing) as launch:
+            result = run_program(argv, env, cwd=repo, limits=limits, launch=launch)
         has_probe = os.path.exists(f"{repo}/probe")
         if not has_probe and result.code != 0:
             raise sandbox_error(result.error)

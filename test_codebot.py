@@ -3371,7 +3371,7 @@ def test_missing_bwrap_is_refused(fresh: Site) -> None:
     args = serve_arguments(fresh)
     done = fresh.server.run(*args, CODEBOT_SANDBOX=None, PATH=str(tools))
     assert done.returncode == 2
-    assert "bwrap is not installed" in done.stderr
+    assert "cannot start bwrap: no such file or directory" in done.stderr
     assert "CODEBOT_SANDBOX=none" in done.stderr
 
 
@@ -3421,7 +3421,7 @@ def test_bwrap_that_hangs_is_refused(
     path = write_bwrap(fresh, "exec sleep 60")
     config = codebot.Config(search_path=path, work_dir=str(fresh.server.work_dir))
     with pytest.raises(
-        codebot.ConfigError, match="not start: bwrap --help took more than"
+        codebot.ConfigError, match="The sandbox does not start: it took more than"
     ):
         codebot.Sandbox(config).probe("the-tests-")
 
@@ -12178,7 +12178,8 @@ MISTAKES = {
         {"CODEBOT_LAUNCHER": "env"},
     ),
     "launcher missing": Mistake(
-        "CODEBOT_LAUNCHER: cannot start nosuch-srun: no such file or directory.",
+        "The sandbox does not start: cannot start nosuch-srun: no such file or "
+        "directory. See README",
         {"CODEBOT_LAUNCHER": "nosuch-srun", "CODEBOT_LAUNCHER_STOP": "true"},
     ),
     "launcher fails": Mistake(
@@ -12194,9 +12195,9 @@ MISTAKES = {
         {"CODEBOT_SANDBOX": "nosuch-podman run"},
     ),
     "bwrap missing": Mistake(
-        "bwrap is not installed, so there is no sandbox for the agent. Install it (apt "
-        "install bubblewrap), or accept an agent that can read codebot's secrets with "
-        "CODEBOT_SANDBOX=none.",
+        "The sandbox does not start: cannot start bwrap: no such file or directory. See "
+        'README, "Troubleshooting", for the fix on this host, or accept an agent that '
+        "can read codebot's secrets with CODEBOT_SANDBOX=none.",
         {"CODEBOT_SANDBOX": None},
         programs=("git", "openssl", "sh"),
     ),
