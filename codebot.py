@@ -1509,10 +1509,8 @@ def home_directory() -> str:
 
 def private_directories(config: Config) -> set[str]:
     """Return the directories that the agent must not see."""
-    directories = {os.path.dirname(path) for path in config.secret_files}
-    directories.add(config.work_dir)
-    directories.add(os.path.dirname(config.database_file))
-    return directories
+    files = [*config.secret_files, config.database_file]
+    return {config.work_dir, *map(os.path.dirname, files)}
 
 
 def uncoverable_directories(config: Config) -> Iterator[str]:
@@ -1538,7 +1536,7 @@ def tool_directories(config: Config) -> set[str]:
     for path in config.search_path.split(":"):
         path = os.path.realpath(path)
         if is_inside(path, home) and path != home:
-            first_part = path[len(home) :].strip("/").split("/")[0]
+            first_part = os.path.relpath(path, home).split("/")[0]
             directories.add(f"{home}/{first_part}")
     return directories
 
@@ -1572,16 +1570,13 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     """
     hidden = {"/run", home_directory(), *private_directories(config)}
     hidden -= {"/", "/tmp"}  # "/" cannot be covered; /tmp is the workspace's own
-    tools = tool_directories(config)
+    tools = tool_directories(config) - hidden
     covers = [Mount(path, HIDDEN) for path in hidden]
     covers += [Mount(path, READ_ONLY) for path in tools]
-    # By path, so a directory comes before what lies in it. If one is both a tool directory
-    # and private, it is hidden.
-    covers.sort(key=lambda mount: (mount.path, mount.option == HIDDEN))
+    covers.sort()  # by path, so a directory comes before what lies in it
     shown = [os.path.realpath("/etc/resolv.conf"), objects]  # the first may be in /run
-    visible_tools = tools - hidden
     for path in agent_program_files(config, [*hidden, "/tmp"]):
-        if not any(is_inside(path, directory) for directory in visible_tools):
+        if not any(is_inside(path, directory) for directory in tools):
             shown.append(path)
     mounts = covers + [Mount(path, READ_ONLY) for path in shown]
     for part in ("repo", "home"):
