@@ -1085,30 +1085,23 @@ def let_stop_arrive(check_stop: Callable[[], None]) -> None:
     check_stop()
 
 
+@dataclasses.dataclass
 class RunningProgram:
     """One program from its start to its end, and the limits that it is held to.
 
     If it is launched, they begin when it starts on a node.
     """
 
-    def __init__(
-        self,
-        child: subprocess.Popen[bytes],
-        stdout: OutputFile,
-        stderr: OutputFile,
-        limits: Limits,
-        launch: Launch | None,
-    ) -> None:
-        self.child = child
-        self.stdout = stdout
-        self.stderr = stderr
-        self.limits = limits
-        self.launch = launch
-        self.is_queued = launch is not None  # it waits for a node
-        self.node_code: int | None = None  # the exit code, as printed on the node
-        self.started = time.monotonic()
-        self.last_output = self.started
-        self.grace_ends_at: float | None = None  # set when its work is done
+    child: subprocess.Popen[bytes]
+    stdout: OutputFile
+    stderr: OutputFile
+    limits: Limits
+    launch: Launch | None
+    is_on_node: bool = False  # launched, and has not to wait for a node any more
+    node_code: int | None = None  # the exit code, as printed on the node
+    started: float = dataclasses.field(default_factory=time.monotonic)
+    last_output: float = dataclasses.field(default_factory=time.monotonic)
+    grace_ends_at: float | None = None  # set when its work is done
 
     def watch(self, on_lines: LineHandler) -> None:
         """Pass on its output until it ends. Raises what ended it early."""
@@ -1155,12 +1148,12 @@ class RunningProgram:
             # One of: SENTINEL; SENTINEL 0; and after a last line without an end,
             # "textSENTINEL 0". The program cannot know the sentinel in bwrap.
             text, separator, code = line.partition(f"{launch.sentinel} ")
-            if line == launch.sentinel and self.is_queued:
-                self.is_queued = False
+            if line == launch.sentinel and not self.is_on_node:
+                self.is_on_node = True
                 self.started = time.monotonic()
                 self.stderr.last_lines.clear()  # what the launcher said
                 launch.on_start()
-            elif self.is_queued:
+            elif not self.is_on_node:
                 self.stderr.keep([line])
             elif separator and code.isascii() and code.isdigit():
                 self.node_code = int(code)
@@ -1176,7 +1169,7 @@ class RunningProgram:
         self.limits.check_stop()
         if max(self.stdout.amount(), self.stderr.amount()) > MAX_OUTPUT_BYTES:
             raise TooMuchOutput(f"printed more than {MAX_OUTPUT_BYTES >> 30} GiB")
-        if self.launch is not None and self.is_queued:
+        if self.launch is not None and not self.is_on_node:
             if now > self.started + self.launch.timeout:
                 raise NoFreeNode("no node was free")
             return
@@ -1207,9 +1200,9 @@ class RunningProgram:
         if free < FULL_DISK_BYTES or DISK_FULL_RE.search("\n".join(result.stderr)):
             raise TransientError(f"The disk is full: {result.error}")
         if self.launch is not None and self.node_code is None:
-            event = "The cluster ended it"
-            if self.is_queued:
-                event = "CODEBOT_LAUNCHER failed"
+            event = "CODEBOT_LAUNCHER failed"
+            if self.is_on_node:
+                event = "The cluster ended it"
             raise TransientError(f"{event}: {result.error}")
         return result
 
