@@ -698,11 +698,9 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
     """Read NAME=value lines; surrounding quotes are removed, `` #`` starts a comment."""
     variables: dict[str, str] = {}
     try:
-        text = pathlib.Path(path).read_text("utf-8-sig")
+        # Other bytes than UTF-8 become what they are in the environment.
+        text = pathlib.Path(path).read_text("utf-8-sig", "surrogateescape")
     except FileNotFoundError:
-        return variables
-    except UnicodeDecodeError:
-        problems.append(f"{path} is not a text file in UTF-8.")
         return variables
     except OSError as error:
         problems.append(f"Cannot read {path}: {os_error_text(error)}.")

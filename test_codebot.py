@@ -2434,11 +2434,13 @@ def test_settings_show_no_secret() -> None:
         ("NAME=a\xa0", "a\xa0"),
         ("NAME=value\r", "value"),
         ("\ufeffNAME=value", "value"),
+        ("NAME=\udcff", "\udcff"),  # not UTF-8; the setting is refused for it
     ],
 )
 def test_line_of_env_file(tmp_path: Path, line: str, value: str) -> None:
     problems: list[str] = []
-    (tmp_path / ".env").write_bytes(f"{line}\n# NAME=comment\n\n".encode())
+    text = f"{line}\n# NAME=comment\n\n"
+    (tmp_path / ".env").write_bytes(text.encode("utf-8", "surrogateescape"))
     variables = codebot.read_env_file(str(tmp_path / ".env"), problems)
     assert problems == []
     assert variables == {"NAME": value}
@@ -2449,7 +2451,7 @@ def test_line_of_env_file(tmp_path: Path, line: str, value: str) -> None:
     [
         (b"A=1\njunk\n", "{path}, line 2: expected NAME=value."),
         (b"A-B=1\n", "{path}, line 1: expected NAME=value."),
-        (b"A=\xff\n", "{path} is not a text file in UTF-8."),
+        (b"\xff\xfeA\x00=\x00", "{path}, line 1: expected NAME=value."),  # UTF-16
         (b"\nA='b\n", "{path}, line 2: the quote is not closed."),
         (b'A="b c # d\n', "{path}, line 1: the quote is not closed."),
     ],
