@@ -740,9 +740,8 @@ def read_settings(
             try:
                 values[field.name] = field.metadata["parse"](text)
             except ValueError as error:
-                shown = hide_password(text)
-                if name == "CODEBOT_AGENT_ENV":  # the values may have been given, too
-                    shown = re.sub("(?s)=.*", "=***", shown)
+                # What a variable is set to may be a secret.
+                shown = re.sub("(?s)=.*", "=***", hide_password(text))
                 problems.append(f"{name} {error} (it is {shown!r}).")
     return values
 
