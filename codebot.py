@@ -1144,7 +1144,7 @@ class RunningProgram:
         for line in lines:
             # One of: SENTINEL; SENTINEL 0; and after a last line without an end,
             # "textSENTINEL 0". The program cannot know the sentinel in bwrap.
-            text, separator, code = line.partition(f"{launch.sentinel} ")
+            text, _, code = line.partition(f"{launch.sentinel} ")
             if line == launch.sentinel and not self.is_on_node:
                 self.is_on_node = True
                 self.started = time.monotonic()
@@ -1152,7 +1152,7 @@ class RunningProgram:
                 launch.on_start()
             elif not self.is_on_node:
                 self.stderr.keep([line])
-            elif separator and code.isascii() and code.isdigit():
+            elif re.fullmatch("[0-9]+", code):
                 self.node_code = int(code)
                 others += [text] if text else []
             else:
@@ -1519,29 +1519,25 @@ def uncoverable_directories(config: Config) -> Iterator[str]:
             )
 
 
-def tool_directories(config: Config) -> set[str]:
-    """Return the directories of HOME that PATH leads into, such as ~/.local."""
+def tool_directories(config: Config) -> Iterator[str]:
+    """Yield the directories of HOME that PATH leads into, such as ~/.local."""
     home = home_directory()
-    directories = set()
     for path in config.search_path.split(":"):
         path = os.path.realpath(path)
         if is_inside(path, home) and path != home:
             first_part = os.path.relpath(path, home).split("/")[0]
-            directories.add(f"{home}/{first_part}")
-    return directories
+            yield f"{home}/{first_part}"
 
 
-def agent_program_files(config: Config, hidden: Iterable[str]) -> list[str]:
-    """Return the files that CODEBOT_CLAUDE_COMMAND names in hidden directories."""
+def agent_program_files(config: Config, hidden: Sequence[str]) -> Iterator[str]:
+    """Yield the files that CODEBOT_CLAUDE_COMMAND names in hidden directories."""
     program = shutil.which(config.claude[0], path=config.search_path) or ""
-    files = []
     for word in (program, *config.claude[1:]):
         # A resolved symlink would break a virtual environment: resolve its parent.
         directory = os.path.realpath(os.path.dirname(word))
         path = os.path.join(directory, os.path.basename(word))
         if word.startswith("/") and any(is_inside(path, place) for place in hidden):
-            files.append(path)
-    return files
+            yield path
 
 
 def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
@@ -1560,7 +1556,7 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     """
     hidden = {"/run", home_directory(), *private_directories(config)}
     hidden -= {"/", "/tmp"}  # "/" cannot be covered; /tmp is the workspace's own
-    tools = tool_directories(config) - hidden
+    tools = {*tool_directories(config)} - hidden
     covers = [Mount(path, HIDDEN) for path in hidden]
     covers += [Mount(path, READ_ONLY) for path in tools]
     covers.sort()  # by path, so a directory comes before what lies in it
@@ -1583,7 +1579,9 @@ def bwrap_command(
     words += ["--remount-ro", "/proc"]
     words += ["--bind", f"{workspace}/tmp", "/tmp"]
     for path, option in sandbox_mounts(config, workspace, objects):
-        words += [option, path] if option == HIDDEN else [option, path, path]
+        words += [option, path]
+        if option != HIDDEN:
+            words.append(path)
     # The network is the host's: the agent has to reach the model. run_program makes a new
     # session, so there is no terminal to write to.
     words += ["--unshare-pid", "--unshare-ipc", "--cap-drop", "ALL"]
