@@ -464,6 +464,8 @@ ENV_LINE_RE = re.compile(
 # A quote at the beginning of a value, without another one after it.
 UNCLOSED_QUOTE_RE = re.compile(r"""(['"])(?!.*\1)""")
 BLANKS = " \t\r\n"  # strip() would remove more, such as U+00A0
+# Control characters other than tab and line end, and lone surrogates: SQLite takes none.
+UNPRINTABLE_RE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 GITHUB_TOKEN_RE = re.compile(r"(gh[a-z]|github_pat)_[A-Za-z0-9._-]{36,}")
 # Matches https://HOST:PORT/PATH, with [HOST] for IPv6.
 ADDRESS_RE = re.compile(
@@ -875,15 +877,12 @@ class Redactor:
             self._secrets = sorted(secrets, key=len, reverse=True)
 
     def __call__(self, text: str) -> str:
-        """Return ``text`` without secrets, terminal codes and lone surrogates."""
+        """Return ``text`` without secrets, terminal codes and unprintable characters."""
         text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)  # could split a secret
         for secret in self._secrets:
             text = text.replace(secret, "***")
         text = GITHUB_TOKEN_RE.sub("***", text)
-        text = text.encode("utf-8", "replace").decode()  # SQLite takes no surrogates
-        return re.sub(
-            r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text
-        )
+        return UNPRINTABLE_RE.sub("\N{REPLACEMENT CHARACTER}", text)
 
     def has_secret(self, text: str) -> bool:
         """Return whether a secret is in a text, and not only by chance."""

@@ -2616,7 +2616,7 @@ def test_only_the_secret_part_of_key_file_is_searched_for(
         ("a\tb\nc", "a\tb\nc"),
         ("a\x00b\x07c\x9bd", "a\ufffdb\ufffdc\ufffdd"),
         ("\x1b[31mred\x1b[0m", "red"),
-        ("lone \ud800", "lone ?"),
+        ("lone \ud800", "lone \ufffd"),
         ("", ""),
     ],
 )
