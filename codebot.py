@@ -1695,15 +1695,14 @@ class Sandbox:
         limits = Limits(PROBE_TIMEOUT)
         with launching(config, workspace, run_tag, PROBE_TIMEOUT, do_nothing) as launch:
             result = run_program(argv, env, cwd=repo, limits=limits, launch=launch)
-        has_probe = os.path.exists(f"{repo}/probe")
-        if not has_probe and result.code != 0:
+        if os.path.exists(f"{repo}/probe"):
+            return result
+        if result.code != 0:
             raise sandbox_error(result.error)
-        if not has_probe:
-            raise ConfigError(
-                f"A file that was written to {workspace} in the sandbox or on the "
-                "node is not there on this host: both must see the same directory."
-            )
-        return result
+        raise ConfigError(
+            f"A file that was written to {workspace} in the sandbox or on the "
+            "node is not there on this host: both must see the same directory."
+        )
 
 
 # --- GitHub ------------------------------------------------------------------
