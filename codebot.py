@@ -1637,10 +1637,7 @@ class Sandbox:
     def describe(self) -> str:
         if self.is_none:
             return NO_SANDBOX_WARNING
-        text = shlex.join(self.config.sandbox)
-        if self.config.launcher:
-            text = f"{text}, launched by {shlex.join(self.config.launcher)}"
-        return text
+        return shlex.join([*self.config.launcher, *self.config.sandbox])
 
     def probe(self, run_tag: str, *command: str) -> ProgramResult:
         """Check that a command runs as the agent will run; without one, `true`.
