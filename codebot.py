@@ -787,7 +787,7 @@ def unreadable_files(config: Config) -> Iterator[str]:
 
 
 def conflicting_settings(config: Config) -> Iterator[str]:
-    if config.variables.get("CODEBOT_ALLOWED_REPOSITORIES", "*").strip() == "":
+    if not config.variables.get("CODEBOT_ALLOWED_REPOSITORIES", "*").strip():
         yield (
             "CODEBOT_ALLOWED_REPOSITORIES is empty. Name repositories, or use * to "
             "allow all."
@@ -1093,7 +1093,7 @@ class RunningProgram:
     stderr: OutputFile
     limits: Limits
     launch: Launch | None
-    is_on_node: bool = False  # launched, and has not to wait for a node any more
+    is_on_node: bool = False  # launched, and no longer waiting for a node
     node_code: int | None = None  # the exit code, as printed on the node
     started: float = dataclasses.field(default_factory=time.monotonic)
     last_output: float = dataclasses.field(default_factory=time.monotonic)
@@ -1126,15 +1126,14 @@ class RunningProgram:
         errors = self.stderr.read_lines(has_exited)
         if not (self.stdout.has_new_bytes or self.stderr.has_new_bytes):
             return False
-        now = time.monotonic()
-        self.last_output = now  # also if the line has no end yet
+        self.last_output = time.monotonic()  # also if the line has no end yet
         if self.launch is not None:
             lines = self.program_lines(lines, self.launch)
         self.stdout.keep(lines)
         self.stderr.keep(errors)
         grace = on_lines(lines) if lines else None
         if grace is not None and self.grace_ends_at is None:
-            self.grace_ends_at = now + grace
+            self.grace_ends_at = self.last_output + grace
         return True
 
     def program_lines(self, lines: list[str], launch: Launch) -> list[str]:
