@@ -834,10 +834,9 @@ def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
     problems += unreadable_files(config)
     problems += conflicting_settings(config)
     for name in NETWORK_NAMES:  # urllib and ssl read the process's environment only
+        os.environ.pop(name, None)  # it may be empty: no file with certificates
         if variables.get(name):
-            os.environ.setdefault(name, variables[name])
-        else:
-            os.environ.pop(name, None)  # empty: no file with certificates
+            os.environ[name] = variables[name]
     return config, problems
 
 
