@@ -1667,6 +1667,12 @@ class Sandbox:
         problems = [*uncoverable_directories(self.config)]
         if problems:
             raise ConfigError(*problems)
+        if shutil.which("bwrap", path=self.config.search_path) is None:
+            raise ConfigError(
+                "bwrap is not installed, so there is no sandbox for the agent. "
+                "Install it (apt install bubblewrap), or accept an agent that can "
+                "read codebot's secrets with CODEBOT_SANDBOX=none."
+            )
         env = base_environment(self.config, run_tag)
         limits = Limits(timeout=PROBE_TIMEOUT)
         help_text = run_program(["bwrap", "--help"], env, limits=limits).stdout
@@ -1885,7 +1891,7 @@ def parse_comment(place: str, payload: JsonObject) -> Comment | None:
         thread=int(payload.get("in_reply_to_id") or comment_id),
         review_id=review_id,
         created_at=str(payload.get("created_at") or payload["submitted_at"]),
-        path=str(payload.get("path") or ""),
+        path=str(payload.get("path", "")),
         # `line` is null once the comment is outdated.
         line=int(payload.get("line") or payload.get("original_line") or 0),
         diff_hunk=str(payload.get("diff_hunk") or ""),

@@ -3375,7 +3375,7 @@ def test_missing_bwrap_is_refused(fresh: Site) -> None:
     args = serve_arguments(fresh)
     done = fresh.server.run(*args, CODEBOT_SANDBOX=None, PATH=str(tools))
     assert done.returncode == 2
-    assert "cannot start bwrap: no such file or directory" in done.stderr
+    assert "bwrap is not installed" in done.stderr
     assert "CODEBOT_SANDBOX=none" in done.stderr
 
 
@@ -12199,9 +12199,9 @@ MISTAKES = {
         {"CODEBOT_SANDBOX": "nosuch-podman run"},
     ),
     "bwrap missing": Mistake(
-        "The sandbox does not start: cannot start bwrap: no such file or directory. See "
-        'README, "Troubleshooting", for the fix on this host, or accept an agent that '
-        "can read codebot's secrets with CODEBOT_SANDBOX=none.",
+        "bwrap is not installed, so there is no sandbox for the agent. Install it (apt "
+        "install bubblewrap), or accept an agent that can read codebot's secrets with "
+        "CODEBOT_SANDBOX=none.",
         {"CODEBOT_SANDBOX": None},
         programs=("git", "openssl", "sh"),
     ),
