@@ -5751,12 +5751,12 @@ def carry_out(review: Review, text: str) -> None:
     _, base_commit = fetch_or_fail(workspace, workspace.branch, "push_rejected")
     workspace.check_out(workspace.branch, base_commit)
     workspace.make_outbox()
-    prompt = f"Review comments:\n{text}"
     commit_id = ""
     if run.job.request_kind == "question":
-        answer = converse(review, base_commit, prompt, ANSWERING)
+        answer = converse(review, base_commit, f"Questions:\n{text}", ANSWERING)
     else:
         check_base(workspace, base_commit)
+        prompt = f"Review comments:\n{text}"
         answer = converse(review, base_commit, prompt, CHANGING)
         commit_id = test_and_commit(review, base_commit)
     outcome = run.outcome_with(answers=parse_answers(review, answer))
@@ -5925,7 +5925,7 @@ def answer_body(run: JobRun, thread: str, first: Comment) -> str:
     elif job.commit_id:
         fact = f"The change is in {job.commit_id}."
         if outcome.tests is not None:
-            fact += " The tests passed."
+            fact += "\n\nThe tests passed."
     elif job.request_kind == "change":
         fact = "No file was changed."
     elif not answer.strip():
