@@ -4296,7 +4296,8 @@ class JobRun:
         self.check_stop()
         self.update(phase=phase, attempt=attempt)
         self.events_left = MAX_OUTPUT_EVENTS
-        suffix = f", attempt {attempt}" if attempt > 1 else ""
+        attempts = MAX_PUSHES if phase == "push" else self.config.test_attempts + 1
+        suffix = f", attempt {attempt} of {attempts}" if attempt > 1 else ""
         self.log_event("phase", f"{phase}{suffix}")
 
     def time_left(self) -> float:
@@ -7192,7 +7193,7 @@ function drawSteps({ events, status }) {
 }
 
 function stepOf(message) {
-  return message.split(',')[0]; // without "attempt 2"
+  return message.split(',')[0]; // without "attempt 2 of 3"
 }
 
 function stepItem({ message, time }, next, status) {
