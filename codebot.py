@@ -660,6 +660,8 @@ class Config:
     # The umask with which codebot was started. Programs in workspaces, which lie in a
     # private directory, and git at the remote run with it; all else with PRIVATE_UMASK.
     umask: int = PRIVATE_UMASK
+    # Marks all that codebot starts; of a job, with the job's id. See base_environment.
+    run_tag: str = ""
     # .env and the environment, with all their secrets
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -1322,7 +1324,7 @@ def end_tagged_processes(run_tag: str) -> None:
     log.error("Processes cannot be ended: %s", tagged_processes(run_tag))
 
 
-def base_environment(config: Config, run_tag: str) -> dict[str, str]:
+def base_environment(config: Config) -> dict[str, str]:
     """Return the minimal environment, which every program of codebot's gets.
 
     CODEBOT_RUN is WORKDIR-PROCESS-JOB: a hash of the work directory, a random number
@@ -1335,7 +1337,7 @@ def base_environment(config: Config, run_tag: str) -> dict[str, str]:
         "GIT_CONFIG_NOSYSTEM": "1",
         "GIT_CONFIG_GLOBAL": "/dev/null",
         "GIT_TERMINAL_PROMPT": "0",
-        "CODEBOT_RUN": run_tag,
+        "CODEBOT_RUN": config.run_tag,
     }
 
 
@@ -1378,9 +1380,7 @@ def launch_record(config: Config, workspace: str) -> pathlib.Path:
     return pathlib.Path(config.work_dir, "launched", os.path.basename(workspace))
 
 
-def stop_launched(
-    config: Config, workspace: str, run_tag: str, if_record_is: str = ""
-) -> bool:
+def stop_launched(config: Config, workspace: str, if_record_is: str = "") -> bool:
     """End what a launcher left running in a workspace.
 
     ``if_record_is``: only if its record begins with this. Returns False if the stop has
@@ -1396,7 +1396,7 @@ def stop_launched(
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not record.read_text().startswith(if_record_is):
             return True
-        error = run_stop_command(config, workspace, run_tag)
+        error = run_stop_command(config, workspace)
         if error:
             log.warning("CODEBOT_LAUNCHER_STOP failed for %s: %s", record.name, error)
             # If the disk is full, the next launch here, or the next start, repeats it.
@@ -1407,13 +1407,13 @@ def stop_launched(
     return True
 
 
-def run_stop_command(config: Config, workspace: str, run_tag: str) -> str:
+def run_stop_command(config: Config, workspace: str) -> str:
     """Run CODEBOT_LAUNCHER_STOP. Returns what went wrong, "" if nothing did."""
     # If the setting was removed since the launch, `false` fails in its place.
     words = launcher_words(config.launcher_stop, workspace) or ["false"]
     try:
         result = run_program(
-            words, base_environment(config, run_tag), limits=Limits(timeout=60.0)
+            words, base_environment(config), limits=Limits(timeout=60.0)
         )
     except (OSError, LimitReached, TransientError) as error:
         return str(error)
@@ -1424,7 +1424,6 @@ def run_stop_command(config: Config, workspace: str, run_tag: str) -> str:
 def launching(
     config: Config,
     workspace: str,
-    run_tag: str,
     timeout: float,
     on_start: Callable[[], None],
 ) -> Iterator[Launch | None]:
@@ -1435,19 +1434,19 @@ def launching(
         return
     record = launch_record(config, workspace)
     record.parent.mkdir(exist_ok=True)
-    record.write_text(run_tag)
+    record.write_text(config.run_tag)
     command = launcher_words(config.launcher, workspace)
     try:
         yield Launch(command, uuid.uuid4().hex, timeout, on_start)
     finally:
-        stop_launched(config, workspace, run_tag)
+        stop_launched(config, workspace)
 
 
-def stop_all_launched(config: Config, run_tag: str, if_record_is: str = "") -> None:
+def stop_all_launched(config: Config, if_record_is: str = "") -> None:
     """End what a launcher left running in any workspace."""
     for path in find_paths(config.work_dir, "launched/*"):
         workspace = f"{config.work_dir}/{os.path.basename(path)}"
-        stop_launched(config, workspace, run_tag, if_record_is)
+        stop_launched(config, workspace, if_record_is)
 
 
 # --- Sandbox -----------------------------------------------------------------
@@ -1637,7 +1636,7 @@ class Sandbox:
             return NO_SANDBOX_WARNING
         return shlex.join([*self.config.launcher, *self.config.sandbox])
 
-    def probe(self, run_tag: str, *command: str) -> ProgramResult:
+    def probe(self, *command: str) -> ProgramResult:
         """Check that a command runs as the agent will run; without one, `true`.
 
         Raises ConfigError if the sandbox or the launcher does not work, NoFreeNode if
@@ -1646,9 +1645,9 @@ class Sandbox:
         config = self.config
         try:
             if self.is_bwrap:
-                self.inspect_bwrap(run_tag)
+                self.inspect_bwrap()
             with scratch_workspace(config.work_dir) as workspace:
-                return self.run_probe(workspace, run_tag, command or ("true",))
+                return self.run_probe(workspace, command or ("true",))
         except TransientError as error:
             raise ConfigError(f"{error}.") from None
         except TimedOut as error:
@@ -1658,7 +1657,7 @@ class Sandbox:
             problem = f"cannot start {program}: {os_error_text(error)}"
             raise sandbox_error(problem) from None
 
-    def inspect_bwrap(self, run_tag: str) -> None:
+    def inspect_bwrap(self) -> None:
         """Find out whether bwrap can disable user namespaces: from 0.8 on.
 
         Raises ConfigError if it cannot and codebot runs as root, or if it cannot hide
@@ -1673,7 +1672,7 @@ class Sandbox:
                 "Install it (apt install bubblewrap), or accept an agent that can "
                 "read codebot's secrets with CODEBOT_SANDBOX=none."
             )
-        env = base_environment(self.config, run_tag)
+        env = base_environment(self.config)
         limits = Limits(timeout=PROBE_TIMEOUT)
         help_text = run_program(["bwrap", "--help"], env, limits=limits).stdout
         self.disable_userns = any("--disable-userns" in line for line in help_text)
@@ -1683,18 +1682,16 @@ class Sandbox:
                 "host. Install a newer bwrap or run codebot as another user."
             )
 
-    def run_probe(
-        self, workspace: str, run_tag: str, command: Sequence[str]
-    ) -> ProgramResult:
+    def run_probe(self, workspace: str, command: Sequence[str]) -> ProgramResult:
         """Write a file through launcher and sandbox, and read it here."""
         config = self.config
         script = 'echo works >probe && "$@"'
         objects = f"{workspace}/objects"
         argv = self.wrap(["sh", "-c", script, "sh", *command], workspace, objects)
         repo = f"{workspace}/repo"
-        env = {**base_environment(config, run_tag), "HOME": f"{workspace}/home"}
+        env = {**base_environment(config), "HOME": f"{workspace}/home"}
         limits = Limits(PROBE_TIMEOUT)
-        with launching(config, workspace, run_tag, PROBE_TIMEOUT, do_nothing) as launch:
+        with launching(config, workspace, PROBE_TIMEOUT, do_nothing) as launch:
             result = run_program(argv, env, cwd=repo, limits=limits, launch=launch)
         if os.path.exists(f"{repo}/probe"):
             return result
@@ -1944,13 +1941,10 @@ class GitHub:
     be started. A response of an unknown shape raises LookupError, TypeError or ValueError.
     """
 
-    def __init__(
-        self, config: Config, redact: Redactor, stop: threading.Event, run_tag: str
-    ) -> None:
+    def __init__(self, config: Config, redact: Redactor, stop: threading.Event) -> None:
         self.config = config
         self.redact = redact
         self.stop = stop
-        self.run_tag = run_tag
         self.api = config.github_api
         self.timeout = GITHUB_TIMEOUT
         self.attempts = GITHUB_ATTEMPTS
@@ -2004,7 +1998,7 @@ class GitHub:
         try:
             result = run_program(
                 argv,
-                base_environment(self.config, self.run_tag),
+                base_environment(self.config),
                 stdin=signed.encode(),
                 limits=Limits(timeout=30.0, check_stop=self.wait),
             )
@@ -2642,9 +2636,9 @@ def default_test_command(config: Config, repository: Repository) -> str:
     return ""
 
 
-def remote_environment(config: Config, run_tag: str, token: str) -> dict[str, str]:
+def remote_environment(config: Config, token: str) -> dict[str, str]:
     """Return git's environment against the remote, with the credential in it."""
-    env = base_environment(config, run_tag)
+    env = base_environment(config)
     if config.no_github:
         # The host's own git configuration and ssh agent are the credentials.
         not_for_git = (*OWN_SECRET_NAMES, *MODEL_KEY_NAMES)
@@ -2669,11 +2663,10 @@ class GitDirectory:
     """A bare repository of codebot's own, a mirror or an outbox."""
 
     def __init__(
-        self, config: Config, path: str, run_tag: str, check_stop: Callable[[], None]
+        self, config: Config, path: str, check_stop: Callable[[], None]
     ) -> None:
         self.config = config
         self.path = path
-        self.run_tag = run_tag
         self.limits = Limits(check_stop=check_stop)
         # Descriptors that git inherits: that of a mirror's lock, while it is held.
         self.inherited: tuple[int, ...] = ()
@@ -2689,7 +2682,7 @@ class GitDirectory:
 
         With ``check`` it raises GitFailed if git fails.
         """
-        env = base_environment(self.config, self.run_tag)
+        env = base_environment(self.config)
         result = self.run_git(args, env, stdin, on_lines)
         if check and result.code != 0:
             raise GitFailed(f"git {args[0]}: {result.error}")
@@ -2739,7 +2732,7 @@ class GitDirectory:
 
         Raises TransientError, GitAuthFailed or GitFailed.
         """
-        env = remote_environment(self.config, self.run_tag, token)
+        env = remote_environment(self.config, token)
         result = self.run_git(args, env, umask=self.config.umask)
         if result.code == 0:
             return result
@@ -2880,7 +2873,7 @@ class Mirror(GitDirectory):
             try:
                 result = run_program(
                     ["sh", "-c", script, "sh", self.path, tree, directory],
-                    base_environment(self.config, self.run_tag),
+                    base_environment(self.config),
                     limits=self.limits,
                 )
             except LimitReached as error:
@@ -4081,15 +4074,16 @@ class Codebot:
     """What the threads share. The queues carry ids; the store is the record."""
 
     def __init__(self, config: Config) -> None:
+        self.work_dir_tag = sha256_hex(config.work_dir)[:12]
+        run_tag = f"{self.work_dir_tag}-{uuid.uuid4().hex[:8]}-"
+        config = dataclasses.replace(config, run_tag=run_tag)
         self.config = config
         self.redact = Redactor(config)
         self.stop = threading.Event()
-        self.work_dir_tag = sha256_hex(config.work_dir)[:12]
-        self.run_tag = f"{self.work_dir_tag}-{uuid.uuid4().hex[:8]}-"
         self.sandbox = Sandbox(config)
         self.github: GitHub | None = None
         if not config.no_github:
-            self.github = GitHub(config, self.redact, self.stop, self.run_tag)
+            self.github = GitHub(config, self.redact, self.stop)
         self.queues: dict[str, queue.Queue[str | None]] = {
             "task": queue.Queue(),
             "review": queue.Queue(),
@@ -4107,12 +4101,12 @@ class Codebot:
         Raises ConfigError if the database, the sandbox or the App's key cannot be used.
         """
         end_tagged_processes(self.work_dir_tag)
-        stop_all_launched(self.config, self.run_tag)
+        stop_all_launched(self.config)
         for path in find_paths(self.config.work_dir, "scratch_*"):
-            remove_tree(self.config, path, self.run_tag)
+            remove_tree(self.config, path)
         self.store = Store(self.config.database_file)
         try:
-            self.sandbox.probe(self.run_tag)
+            self.sandbox.probe()
         except NoFreeNode as error:
             log.warning("Launcher and sandbox were not tried: %s", error)
         if self.github is not None:
@@ -4212,7 +4206,7 @@ def unusable_error(path: str, error: OSError, option: str) -> ConfigError:
     return ConfigError(f"Cannot use {path}: {reason}. Use another {option}.")
 
 
-def remove_tree(config: Config, path: str, run_tag: str) -> None:
+def remove_tree(config: Config, path: str) -> None:
     """Remove a directory that an agent may have made unwritable, or very deep.
 
     Follows no link; it may not exist. Refuses everything but what codebot makes in its
@@ -4231,7 +4225,7 @@ def remove_tree(config: Config, path: str, run_tag: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
     if os.path.lexists(path):
         script = 'chmod -R u+rwX -- "$1"; rm -rf -- "$1"'
-        env = base_environment(config, run_tag)
+        env = base_environment(config)
         run_program(["sh", "-c", script, "sh", path], env)
 
 
@@ -4240,12 +4234,12 @@ class JobRun:
 
     def __init__(self, codebot: Codebot, job: Job) -> None:
         self.codebot = codebot
-        self.config = codebot.config
+        run_tag = f"{codebot.config.run_tag}{job.id}"
+        self.config = dataclasses.replace(codebot.config, run_tag=run_tag)
         self.store = codebot.store
         self.redact = codebot.redact
         self.job = job
         self.cancel = threading.Event()
-        self.run_tag = f"{codebot.run_tag}{job.id}"
         self.started = time.monotonic()
         self.deadline: float | None = None  # of the agent and the tests; see time_left
         self.events_left = MAX_OUTPUT_EVENTS  # in this phase
@@ -4456,15 +4450,15 @@ class Workspace:
         self.path = f"{self.config.work_dir}/{directory}"
         self.repo = f"{self.path}/repo"
         mirror = f"{self.config.work_dir}/{repository.mirror_path}"
-        self.mirror = Mirror(self.config, mirror, run.run_tag, run.check_stop)
+        self.mirror = Mirror(self.config, mirror, run.check_stop)
         outbox = outbox_path(self.config, directory)
-        self.outbox = GitDirectory(self.config, outbox, run.run_tag, run.check_stop)
+        self.outbox = GitDirectory(self.config, outbox, run.check_stop)
 
     # Creation
 
     def make_outbox(self) -> None:
         """Make an empty outbox that borrows the mirror's objects."""
-        remove_tree(self.config, self.outbox.path, self.run.run_tag)
+        remove_tree(self.config, self.outbox.path)
         self.outbox.local_git("init", "--quiet", "--bare", "--template=")
         alternates = pathlib.Path(f"{self.outbox.path}/objects/info/alternates")
         alternates.write_text(f"{self.mirror.objects}\n")
@@ -4476,7 +4470,7 @@ class Workspace:
         if self.run.job.kind == "review":  # it continues the session
             old = [self.repo, f"{self.path}/tmp"]
         for path in old:
-            remove_tree(self.config, path, self.run.run_tag)
+            remove_tree(self.config, path)
         for part in WORKSPACE_PARTS:
             os.makedirs(f"{self.path}/{part}", exist_ok=True)
         result = self.script(
@@ -4504,7 +4498,7 @@ class Workspace:
 
     def environment(self, with_model_key: bool) -> dict[str, str]:
         """Return all that a program in the workspace gets in its environment."""
-        env = base_environment(self.config, self.run.run_tag)
+        env = base_environment(self.config)
         env.update(copy_variables(self.config, [*NETWORK_NAMES, "TZ"]))
         env["HOME"] = f"{self.path}/home"
         env["TMPDIR"] = "/tmp"
@@ -4552,12 +4546,12 @@ class Workspace:
             run.set_phase("queued")
         self.stop_earlier_launch()
         timeout = config.launch_timeout
-        with launching(config, self.path, run.run_tag, timeout, start) as launch:
+        with launching(config, self.path, timeout, start) as launch:
             return self.supervise(command, limits, launch)
 
     def stop_earlier_launch(self) -> None:
         """End what an earlier run left on a node. Raises TransientError if it cannot."""
-        if not stop_launched(self.config, self.path, self.run.run_tag):
+        if not stop_launched(self.config, self.path):
             raise TransientError(
                 "What an earlier run left on a node cannot be ended; see the server's log"
             )
@@ -4585,7 +4579,7 @@ class Workspace:
         finally:
             if launch is not None or not self.codebot.sandbox.is_bwrap:
                 # On this host, bwrap's PID namespace ends every process by itself.
-                end_tagged_processes(self.run.run_tag)
+                end_tagged_processes(self.config.run_tag)
 
     # From the agent's work to a pushed commit
 
@@ -4631,7 +4625,7 @@ class Workspace:
         argv = [*GIT, "-c", "fetch.fsckObjects=true", "--git-dir", self.outbox.path]
         argv += [*GIT_FETCH, "--upload-pack", shlex.join(upload_pack), "--"]
         argv += [self.repo, f"+HEAD:{ref}"]
-        env = base_environment(self.config, self.run.run_tag)
+        env = base_environment(self.config)
         env["GIT_ALLOW_PROTOCOL"] = "file"
         try:
             return run_program(argv, env, limits=self.run.git_limits())
@@ -6421,8 +6415,8 @@ class Cleanup:
 
     def __init__(self, codebot: Codebot) -> None:
         self.codebot = codebot
-        self.config = codebot.config
-        self.run_tag = f"{codebot.run_tag}cleanup"
+        run_tag = f"{codebot.config.run_tag}cleanup"
+        self.config = dataclasses.replace(codebot.config, run_tag=run_tag)
         self.retry_repack_at: dict[str, float] = {}  # by mirror, after a failure
 
     def step(self) -> None:
@@ -6435,7 +6429,7 @@ class Cleanup:
         self.attempt(self.remove_workspaces)
         cutoffs = (now_text(self.config.retention), now_text(DELIVERY_RETENTION))
         self.attempt(self.codebot.store.delete_expired, *cutoffs)
-        self.attempt(stop_all_launched, self.config, self.run_tag, STOP_FAILED)
+        self.attempt(stop_all_launched, self.config, STOP_FAILED)
         for path in find_paths(self.config.work_dir, "mirrors/*/*/*.git"):
             self.attempt(self.maintain_mirror, path)
 
@@ -6461,11 +6455,11 @@ class Cleanup:
                 discard(work_dir, outbox_path(self.config, directory))
                 discard(work_dir, path)
         for path in find_paths(work_dir, "trash_*"):
-            remove_tree(self.config, path, self.run_tag)
+            remove_tree(self.config, path)
 
     def maintain_mirror(self, path: str) -> None:
         """Remove a mirror that nobody has used for long, or pack it."""
-        mirror = Mirror(self.config, path, self.run_tag, self.check_stop)
+        mirror = Mirror(self.config, path, self.check_stop)
         # A workspace, which is kept for the retention, may still read from it.
         retention = MIRROR_RETENTION + self.config.retention
         with contextlib.suppress(BlockingIOError), mirror.lock(wait=False) as lock:
@@ -8587,7 +8581,7 @@ def version_finding(command: str, result: ProgramResult, least: str) -> Finding:
 
 
 def check_programs(codebot: Codebot) -> Iterator[Finding]:
-    env = base_environment(codebot.config, codebot.run_tag)
+    env = base_environment(codebot.config)
     for command, least in PROGRAM_VERSIONS.items():
         try:
             yield version_finding(command, run_program(command.split(), env), least)
@@ -8782,8 +8776,8 @@ def fork_watchdog(codebot: Codebot) -> None:
             signal.signal(number, signal.SIG_IGN)
         tempfile.tempdir = codebot.config.work_dir  # as in take_work_dir
         os.read(read_end, 1)
-        end_tagged_processes(codebot.run_tag)
-        stop_all_launched(codebot.config, codebot.run_tag, codebot.run_tag)
+        end_tagged_processes(codebot.config.run_tag)
+        stop_all_launched(codebot.config, codebot.config.run_tag)
     finally:
         os._exit(0)
 
@@ -9019,7 +9013,7 @@ def check_sandbox(codebot: Codebot) -> Iterator[Finding]:
         return  # what would be launched could not be ended
     command = [*config.claude, "--version"]
     try:
-        result = codebot.sandbox.probe(codebot.run_tag, *command)
+        result = codebot.sandbox.probe(*command)
     except NoFreeNode as error:
         yield Finding("warn", f"Launcher and sandbox were not tried: {error}.")
         return
@@ -9168,7 +9162,7 @@ def demo_config(directory: str) -> Config:
 
 
 def run_for_demo(codebot: Codebot, *command: str) -> list[str]:
-    env = base_environment(codebot.config, codebot.run_tag)
+    env = base_environment(codebot.config)
     return run_program(command, env).stdout
 
 

@@ -3415,7 +3415,7 @@ def test_program_that_cannot_be_started_is_named(
         search_path=os.environ["PATH"],
     )
     with pytest.raises(codebot.ConfigError, match=f"cannot start {program}: try again"):
-        codebot.Sandbox(config).probe("the-tests-")
+        codebot.Sandbox(config).probe()
 
 
 def test_bwrap_that_hangs_is_refused(
@@ -3427,7 +3427,7 @@ def test_bwrap_that_hangs_is_refused(
     with pytest.raises(
         codebot.ConfigError, match="The sandbox does not start: it took more than"
     ):
-        codebot.Sandbox(config).probe("the-tests-")
+        codebot.Sandbox(config).probe()
 
 
 @needs_bwrap
@@ -4556,7 +4556,7 @@ def test_fsck_of_incomplete_repository_fails(tmp_path: Path) -> None:
     hash_object = ("git", "-C", bare, "hash-object", "-w", "-t", "commit", "--stdin")
     commit = run_command(*hash_object, text=text)
     config = codebot.Config(search_path=os.environ["PATH"], work_dir=str(tmp_path))
-    mirror = codebot.Mirror(config, str(bare), "tag", codebot.do_nothing)
+    mirror = codebot.Mirror(config, str(bare), codebot.do_nothing)
     with pytest.raises(codebot.GitFailed):
         mirror.check_objects(commit)
 
@@ -6009,7 +6009,7 @@ def test_failure_to_commit_names_the_command(tmp_path: Path) -> None:
     config = codebot.Config(work_dir=str(tmp_path), search_path=os.environ["PATH"])
     app = codebot.Codebot(dataclasses.replace(config, no_github=True))
     path = str(tmp_path / "outbox.git")
-    outbox = codebot.GitDirectory(config, path, "tag", codebot.do_nothing)
+    outbox = codebot.GitDirectory(config, path, codebot.do_nothing)
     outbox.local_git("init", "--quiet", "--bare")
     workspace = codebot.Workspace.__new__(codebot.Workspace)
     workspace.codebot = app
@@ -6170,7 +6170,7 @@ def test_full_disk_of_remote_is_not_taken_for_our_own(tmp_path: Path) -> None:
     tree = run_command("git", "-C", own, "hash-object", "-wt", "tree", "/dev/null")
     commit = run_command("git", "-C", own, "commit-tree", "-m", "New", tree)
     config = codebot.Config(no_github=True, search_path=os.environ["PATH"])
-    directory = codebot.GitDirectory(config, str(own), "the-tests", lambda: None)
+    directory = codebot.GitDirectory(config, str(own), lambda: None)
     refspec = f"{commit}:refs/heads/new"
     with pytest.raises(codebot.GitFailed, match="^remote: Disk quota exceeded"):
         directory.git_with_token("", "push", "--quiet", "--", str(remote), refspec)
@@ -6246,7 +6246,7 @@ def test_unused_mirror_is_removed(fresh: Site) -> None:
 def test_only_directories_of_jobs_may_be_removed(tmp_path: Path, path: str) -> None:
     config = codebot.Config(work_dir=str(tmp_path))
     with pytest.raises(ValueError, match="may remove"):
-        codebot.remove_tree(config, os.path.join(tmp_path, path), "tag")
+        codebot.remove_tree(config, os.path.join(tmp_path, path))
 
 
 @not_as_root
@@ -6260,10 +6260,10 @@ def test_link_that_cannot_be_removed_is_not_followed(tmp_path: Path) -> None:
     link.symlink_to(target)
     workspace.chmod(0o500)
     with pytest.raises(PermissionError):
-        codebot.remove_tree(config, str(link), "tag")
+        codebot.remove_tree(config, str(link))
     assert target.stat().st_mode & 0o777 == 0o500
     workspace.chmod(0o700)
-    codebot.remove_tree(config, str(link), "tag")
+    codebot.remove_tree(config, str(link))
     assert not os.path.lexists(link)
     assert target.stat().st_mode & 0o777 == 0o500
 
@@ -6274,7 +6274,7 @@ def test_removing_a_link_leaves_what_it_leads_to(tmp_path: Path) -> None:
     target.mkdir(mode=0o500)
     link = tmp_path / "task_1234567"
     link.symlink_to(target)
-    codebot.remove_tree(config, str(link), "tag")
+    codebot.remove_tree(config, str(link))
     assert not os.path.lexists(link)
     assert target.stat().st_mode & 0o777 == 0o500
 
@@ -10919,9 +10919,9 @@ def test_stop_waits_for_another_stop_of_the_same_launch(tmp_path: Path) -> None:
         return any("->" in line and f":{inode} " in line for line in locks)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        first = pool.submit(codebot.stop_launched, config, workspace, "tag")
+        first = pool.submit(codebot.stop_launched, config, workspace)
         wait_for((tmp_path / "stops").exists)
-        second = pool.submit(codebot.stop_launched, config, workspace, "tag")
+        second = pool.submit(codebot.stop_launched, config, workspace)
         wait_for(is_second_waiting)
         fifo.write_text("go on\n")
         assert first.result()
