@@ -443,38 +443,8 @@ NETWORK_NAMES = (
     "NODE_EXTRA_CA_CERTS",
 )
 OWN_SECRET_NAMES = ("CODEBOT_API_KEYS", "GITHUB_WEBHOOK_SECRET")
-# Matches GH_AUTH, AUTHORIZATION and DATABASE_URL, but not GIT_AUTHOR_NAME: "auth" counts
-# in "authorization", but not in "author".
-SECRET_NAME_RE = re.compile(
-    r"token|key|secret|pass|pwd|cred|auth(?!or(?!iz))|bearer|dsn|url|header|jwt|cookie"
-    r"|session|webhook|_pat$",
-    re.IGNORECASE,
-)
-# Finds WORD in a line "Authorization: Bearer WORD", and in other headers with keys.
-SECRET_HEADER_RE = re.compile(
-    r"^[^:\n]*(?:(?:authorization|cookie|jwt)[^:\n]*"
-    r"|(?:key|token|secret|auth|passwd|password|credentials?)[ \t]*):.*?(\S+)\s*$",
-    re.IGNORECASE | re.MULTILINE,
-)
-# Matches: export NAME = "value"  # comment
-ENV_LINE_RE = re.compile(
-    r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(['"]?)(.*?)\2\s*(?:(?<=\s)#.*)?""",
-    re.ASCII,
-)
-# A quote at the beginning of a value, without another one after it.
-UNCLOSED_QUOTE_RE = re.compile(r"""(['"])(?!.*\1)""")
 BLANKS = " \t\r\n"  # strip() would remove more, such as U+00A0
-# Control characters other than tab and line end, and lone surrogates: SQLite takes none.
-UNPRINTABLE_RE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-GITHUB_TOKEN_RE = re.compile(r"(gh[a-z]|github_pat)_[A-Za-z0-9._-]{36,}")
-# Matches https://HOST:PORT/PATH, with [HOST] for IPv6.
-ADDRESS_RE = re.compile(
-    r"(https?://([\w.-]+|\[[0-9a-f:]+\])(?::\d{1,5})?)((?:/[\w.~-]+)*)",
-    re.ASCII | re.IGNORECASE,
-)
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
-MIN_REDACTED_LENGTH = 6  # a shorter secret would mask ordinary words
-MIN_SEARCHED_LENGTH = 16  # a shorter secret may be in a change by chance
 
 Flags = Mapping[str, Any]  # of the command line, by name
 
@@ -521,6 +491,13 @@ def parse_dollars(text: str) -> float:
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text) or float(text) <= 0:
         raise ValueError("must be a number above 0, for example 2.50")
     return float(text)
+
+
+# Matches https://HOST:PORT/PATH, with [HOST] for IPv6.
+ADDRESS_RE = re.compile(
+    r"(https?://([\w.-]+|\[[0-9a-f:]+\])(?::\d{1,5})?)((?:/[\w.~-]+)*)",
+    re.ASCII | re.IGNORECASE,
+)
 
 
 def parse_address(text: str) -> str:
@@ -698,6 +675,15 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+# Matches: export NAME = "value"  # comment
+ENV_LINE_RE = re.compile(
+    r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(['"]?)(.*?)\2\s*(?:(?<=\s)#.*)?""",
+    re.ASCII,
+)
+# A quote at the beginning of a value, without another one after it.
+UNCLOSED_QUOTE_RE = re.compile(r"""(['"])(?!.*\1)""")
+
+
 def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
     """Read NAME=value lines; surrounding quotes are removed, `` #`` starts a comment."""
     variables: dict[str, str] = {}
@@ -850,6 +836,13 @@ def load_config(flags: Flags, is_server: bool = False) -> Config:
     return config
 
 
+# Control characters other than tab and line end, and lone surrogates: SQLite takes none.
+UNPRINTABLE_RE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+GITHUB_TOKEN_RE = re.compile(r"(gh[a-z]|github_pat)_[A-Za-z0-9._-]{36,}")
+MIN_REDACTED_LENGTH = 6  # a shorter secret would mask ordinary words
+MIN_SEARCHED_LENGTH = 16  # a shorter secret may be in a change by chance
+
+
 class Redactor:
     """Replaces secrets by ``***`` in events, in what goes to GitHub, and in the log."""
 
@@ -904,6 +897,21 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Indent further lines: an agent's words cannot pass for an entry of the log."""
         return self._redact(super().format(record)).replace("\n", "\n    ")
+
+
+# Matches GH_AUTH, AUTHORIZATION and DATABASE_URL, but not GIT_AUTHOR_NAME: "auth" counts
+# in "authorization", but not in "author".
+SECRET_NAME_RE = re.compile(
+    r"token|key|secret|pass|pwd|cred|auth(?!or(?!iz))|bearer|dsn|url|header|jwt|cookie"
+    r"|session|webhook|_pat$",
+    re.IGNORECASE,
+)
+# Finds WORD in a line "Authorization: Bearer WORD", and in other headers with keys.
+SECRET_HEADER_RE = re.compile(
+    r"^[^:\n]*(?:(?:authorization|cookie|jwt)[^:\n]*"
+    r"|(?:key|token|secret|auth|passwd|password|credentials?)[ \t]*):.*?(\S+)\s*$",
+    re.IGNORECASE | re.MULTILINE,
+)
 
 
 def configured_secrets(config: Config) -> set[str]:
