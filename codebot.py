@@ -1732,19 +1732,6 @@ MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take
 MAX_CACHED_REPLIES = 500
 GONE_STATUSES = (404, 410, 422)  # what was asked for is not there (any more)
 LONG_AGO = "2000-01-01T00:00:00Z"  # before GitHub existed
-# The group is its end, "" if it has none; "<!-->" is a comment, too. Without `\Z` an end
-# would be looked for from each of thousands of beginnings.
-HTML_COMMENT_RE = re.compile(r"<!(?=--).*?(-->|\Z)", re.DOTALL)
-CUT_NOTE = "(what follows an HTML comment without an end was cut)"
-INVISIBLE_RE = re.compile(
-    "[\u00ad\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]"  # zero width, bidi
-    "|[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0]"  # blank
-    "|[\U000e0000-\U000e0fff]"  # tags, which spell invisible ASCII, and selectors
-    "|[\ufe00-\ufe0f]"  # variation selectors
-    "|[\ufff9-\ufffb\U0001d173-\U0001d17a]"  # annotations, musical formatting
-    "|[\U00013430-\U0001343f\U0001bca0-\U0001bca3]"  # hieroglyphs', shorthand formatting
-    "|[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters
-)
 
 
 class GitHubError(Exception):
@@ -1849,6 +1836,21 @@ class NoRedirects(urllib.request.HTTPErrorProcessor):
         return response
 
     https_response = http_response
+
+
+# The group is its end, "" if it has none; "<!-->" is a comment, too. Without `\Z` an end
+# would be looked for from each of thousands of beginnings.
+HTML_COMMENT_RE = re.compile(r"<!(?=--).*?(-->|\Z)", re.DOTALL)
+CUT_NOTE = "(what follows an HTML comment without an end was cut)"
+INVISIBLE_RE = re.compile(
+    "[\u00ad\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]"  # zero width, bidi
+    "|[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0]"  # blank
+    "|[\U000e0000-\U000e0fff]"  # tags, which spell invisible ASCII, and selectors
+    "|[\ufe00-\ufe0f]"  # variation selectors
+    "|[\ufff9-\ufffb\U0001d173-\U0001d17a]"  # annotations, musical formatting
+    "|[\U00013430-\U0001343f\U0001bca0-\U0001bca3]"  # hieroglyphs', shorthand formatting
+    "|[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters
+)
 
 
 def visible_text(text: str) -> str:
@@ -2499,34 +2501,6 @@ GIT_FETCH = (
     "--no-write-fetch-head",
 )
 GIT_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color")
-# What git prints, and what it means: git_with_token decides by it.
-AUTH_FAILED_RE = re.compile(
-    "could not read Username|Invalid username or token|Authentication failed"
-)
-TRANSIENT_GIT_ERROR_RE = re.compile(
-    r"Could not resolve|Couldn't resolve|[Ff]ailed to connect|Couldn't connect"
-    r"|Connection (refused|reset|timed out|closed)|[Tt]imed out|Operation too slow"
-    r"|returned error: (429|5\d\d)|Internal Server Error|RPC failed|early EOF"
-    r"|hung up|unexpected disconnect|Empty reply|SSL|TLS|commit_refs"
-    r"|bytes of body are still expected|Broken pipe|Recv failure|Send failure"
-    f"|{DISK_FULL}"
-)
-# A push that the remote refused, "! [remote rejected] main -> main (protected)", but
-# not for a fault of its own.
-REJECTED_RE = re.compile(r"rejected\](?!.*(Internal Server Error|commit_refs))")
-# Seconds until git tries again with a new token: it may not be known everywhere yet.
-TOKEN_RETRY_DELAY = 3.0
-# A mirror with more is packed; these are git's own limits.
-MAX_LOOSE_OBJECTS = 6700
-MAX_PACKS = 50
-STALE_FILES = ("*.lock", "refs/**/*.lock", "objects/*/tmp_*", "objects/pack/.tmp-*")
-# For --no-github; with a user only for ssh.
-PLAIN_REMOTE_RE = re.compile(
-    r"(https?://(?![^/]*@)|(ssh|file)://|/|\w[\w.-]*@\w[\w.-]*:)[^-].*", re.ASCII
-)
-GITHUB_REMOTE_RE = re.compile(
-    r"(.+?)/([A-Za-z0-9][\w.-]{0,99})/([\w.-]{1,100}?)(\.git)?/?", re.ASCII
-)
 
 
 class GitFailed(Exception):
@@ -2578,6 +2552,11 @@ class Repository(NamedTuple):
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+GITHUB_REMOTE_RE = re.compile(
+    r"(.+?)/([A-Za-z0-9][\w.-]{0,99})/([\w.-]{1,100}?)(\.git)?/?", re.ASCII
+)
+
+
 def parse_repository_url(config: Config, url: str) -> Repository:
     """Return the repository that a URL names. Raises ValueError with a sentence."""
     if config.no_github:
@@ -2597,6 +2576,12 @@ def parse_repository_url(config: Config, url: str) -> Repository:
         full_name=full_name,
         mirror_path=f"mirrors/{directory}/{full_name.lower()}.git",
     )
+
+
+# For --no-github; with a user only for ssh.
+PLAIN_REMOTE_RE = re.compile(
+    r"(https?://(?![^/]*@)|(ssh|file)://|/|\w[\w.-]*@\w[\w.-]*:)[^-].*", re.ASCII
+)
 
 
 def parse_plain_remote(config: Config, url: str) -> Repository:
@@ -2665,6 +2650,25 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
     env["GIT_ALLOW_PROTOCOL"] = config.git_base.partition(":")[0]
     env.update(copy_variables(config, NETWORK_NAMES))
     return env
+
+
+# What git prints, and what it means: git_with_token decides by it.
+AUTH_FAILED_RE = re.compile(
+    "could not read Username|Invalid username or token|Authentication failed"
+)
+TRANSIENT_GIT_ERROR_RE = re.compile(
+    r"Could not resolve|Couldn't resolve|[Ff]ailed to connect|Couldn't connect"
+    r"|Connection (refused|reset|timed out|closed)|[Tt]imed out|Operation too slow"
+    r"|returned error: (429|5\d\d)|Internal Server Error|RPC failed|early EOF"
+    r"|hung up|unexpected disconnect|Empty reply|SSL|TLS|commit_refs"
+    r"|bytes of body are still expected|Broken pipe|Recv failure|Send failure"
+    f"|{DISK_FULL}"
+)
+# A push that the remote refused, "! [remote rejected] main -> main (protected)", but
+# not for a fault of its own.
+REJECTED_RE = re.compile(r"rejected\](?!.*(Internal Server Error|commit_refs))")
+# Seconds until git tries again with a new token: it may not be known everywhere yet.
+TOKEN_RETRY_DELAY = 3.0
 
 
 class GitDirectory:
@@ -2768,6 +2772,12 @@ def discard(work_dir: str, path: str) -> None:
     """Move a directory away in one step; Cleanup removes it later."""
     with contextlib.suppress(FileNotFoundError):
         os.rename(path, f"{work_dir}/trash_{uuid.uuid4().hex}")
+
+
+# A mirror with more is packed; these are git's own limits.
+MAX_LOOSE_OBJECTS = 6700
+MAX_PACKS = 50
+STALE_FILES = ("*.lock", "refs/**/*.lock", "objects/*/tmp_*", "objects/pack/.tmp-*")
 
 
 class Mirror(GitDirectory):
