@@ -3855,7 +3855,7 @@ class Store:
         return bool(known)
 
     def add_label_event(self, event_id: int) -> None:
-        """Remember a label event that becomes no task."""
+        """Remember that a label event has been dealt with."""
         self._write(
             "INSERT INTO label_events VALUES (:id) ON CONFLICT DO NOTHING", id=event_id
         )
@@ -9180,8 +9180,10 @@ def demo_config(directory: str) -> Config:
 
 
 def run_for_demo(codebot: Codebot, *command: str) -> list[str]:
-    env = base_environment(codebot.config)
-    return run_program(command, env).stdout
+    result = run_program(command, base_environment(codebot.config))
+    if result.code != 0:
+        raise ConfigError(f"The demo's repository cannot be used: {result.error}")
+    return result.stdout
 
 
 def show_task(codebot: Codebot, port: int, fields: Mapping[str, str]) -> Json:
@@ -9224,8 +9226,9 @@ def demo(flags: Flags) -> int:
         with running_server(codebot) as server:
             code = show_demo(codebot, server.server_port, repository)
             if flags["keep"]:
-                print(f"\nAPI key:     {codebot.config.api_keys[0]}")
-                print("Open the server's page. Press Ctrl-C to end.", flush=True)
+                print(f"\nPage:        http://localhost:{server.server_port}/")
+                print(f"API key:     {codebot.config.api_keys[0]}")
+                print("Press Ctrl-C to end.", flush=True)
                 while not codebot.stop.is_set():
                     time.sleep(0.1)
     return code
