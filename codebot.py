@@ -481,10 +481,12 @@ def parse_int(text: str, least: int, most: int) -> int:
     return int(text)
 
 
-# The largest is still a time that every function takes, and more than GitHub's ids.
+# The largest is still a time that every function takes, and more than an installation's
+# id.
 parse_count = functools.partial(parse_int, least=1, most=4_000_000_000)
 parse_threads = functools.partial(parse_int, least=1, most=999)
-parse_small = functools.partial(parse_int, least=0, most=65535)  # such as a port
+parse_attempts = functools.partial(parse_int, least=0, most=99)
+parse_port = functools.partial(parse_int, least=0, most=65535)
 
 
 def parse_dollars(text: str) -> float:
@@ -609,7 +611,7 @@ class Config:
     stall_timeout: int = setting("CODEBOT_STALL_TIMEOUT", parse_count, 1200)
     budget: float = setting("CODEBOT_MAX_BUDGET_USD", parse_dollars, 0.0)  # 0: no limit
     max_turns: int = setting("CODEBOT_MAX_TURNS", parse_count, 0)  # 0: no limit
-    test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", parse_small, 2)
+    test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", parse_attempts, 2)
     sandbox: Sequence[str] = setting("CODEBOT_SANDBOX", parse_command, ("bwrap",))
     agent_env: Sequence[str] = setting("CODEBOT_AGENT_ENV", parse_agent_env, ())
     issue_label: str = setting("CODEBOT_ISSUE_LABEL", str, "codebot")
@@ -622,9 +624,7 @@ class Config:
     database: str = setting("CODEBOT_DATABASE", parse_path, "")
     search_path: str = setting("PATH", parse_search_path, os.defpath)
     host: str = setting("", str, "127.0.0.1", "address to listen on (127.0.0.1)")
-    port: int = setting(
-        "", parse_small, 5000, "port to listen on (5000; 0: a free one)"
-    )
+    port: int = setting("", parse_port, 5000, "port to listen on (5000; 0: a free one)")
     work_dir: str = setting(
         "", parse_path, "codebot_workspace", "directory for all files of codebot"
     )
@@ -767,7 +767,9 @@ def unreadable_files(config: Config) -> Iterator[str]:
         files["GITHUB_APP_PRIVATE_KEY_PATH"] = config.key_file
     for name, path in files.items():
         # A named pipe is no file: to open it could take for ever.
-        if path and not (os.path.isfile(path) and os.access(path, os.R_OK)):
+        if path and not (
+            os.path.isfile(path) and os.access(path, os.R_OK, effective_ids=True)
+        ):
             yield (
                 f"{name}: {path} is not a file that user {os.getuid()} can read. "
                 "Correct the path, or change its owner or mode."
@@ -836,7 +838,8 @@ def load_config(flags: Flags, is_server: bool = False) -> Config:
     return config
 
 
-# Control characters other than tab and line end, and lone surrogates: SQLite takes none.
+# Control characters, which could confuse a terminal, and lone surrogates, which SQLite
+# does not take.
 UNPRINTABLE_RE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 GITHUB_TOKEN_RE = re.compile(r"(gh[a-z]|github_pat)_[A-Za-z0-9._-]{36,}")
 MIN_REDACTED_LENGTH = 6  # a shorter secret would mask ordinary words
@@ -909,7 +912,8 @@ SECRET_NAME_RE = re.compile(
 # Finds WORD in a line "Authorization: Bearer WORD", and in other headers with keys.
 SECRET_HEADER_RE = re.compile(
     r"^[^:\n]*(?:(?:authorization|cookie|jwt)[^:\n]*"
-    r"|(?:key|token|secret|auth|passwd|password|credentials?)[ \t]*):.*?(\S+)\s*$",
+    r"|(?:key|token|secret|auth|passwd|password|credentials?)[ \t]*):"
+    r"(?:.*[^\S\n])?(\S+)\s*$",
     re.IGNORECASE | re.MULTILINE,
 )
 
@@ -924,7 +928,9 @@ def configured_secrets(config: Config) -> set[str]:
     names += [name for name in config.agent_env if SECRET_NAME_RE.search(name)]
     for name in (*names, *NETWORK_NAMES, "ANTHROPIC_BASE_URL"):
         value = config.variables.get(name, "")
-        secrets.update(login_secrets(value), SECRET_HEADER_RE.findall(value))
+        secrets.update(login_secrets(value))
+        if "header" in name.lower():
+            secrets.update(SECRET_HEADER_RE.findall(value))
         if name in names:
             secrets.add(value.strip(BLANKS))
     for path in (config.key_file, config.tls_key):
@@ -1214,7 +1220,8 @@ class RunningProgram:
 def signal_group(leader: int, number: int) -> bool:
     """Signal a process group. Returns whether it has members.
 
-    A zombie is one, which the first process of a container may never reap.
+    A zombie is one. The first process of a container may never reap it; then the end of
+    a program takes KILL_GRACE.
     """
     try:
         os.killpg(leader, number)
@@ -1642,7 +1649,10 @@ class Sandbox:
     def describe(self) -> str:
         if self.is_none:
             return NO_SANDBOX_WARNING
-        return shlex.join([*self.config.launcher, *self.config.sandbox])
+        text = shlex.join(self.config.sandbox)
+        if self.config.launcher:
+            text = f"{text}, launched by {shlex.join(self.config.launcher)}"
+        return text
 
     def probe(self, *command: str) -> ProgramResult:
         """Check that a command runs as the agent will run; without one, `true`.
@@ -1662,8 +1672,10 @@ class Sandbox:
             raise sandbox_error(f"it {error}") from None
         except OSError as error:
             program = error.filename or (config.launcher or config.sandbox)[0]
-            problem = f"cannot start {program}: {os_error_text(error)}"
-            raise sandbox_error(problem) from None
+            problem = f"{program}: {os_error_text(error)}"
+            if program == config.sandbox[0]:
+                raise sandbox_error(f"cannot start {problem}") from None
+            raise ConfigError(f"The sandbox cannot be tried: {problem}.") from None
 
     def inspect_bwrap(self) -> None:
         """Find out whether bwrap can disable user namespaces: from 0.8 on.
@@ -1731,7 +1743,7 @@ ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembere
 MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take 34 MB
 MAX_CACHED_REPLIES = 500
 GONE_STATUSES = (404, 410, 422)  # what was asked for is not there (any more)
-LONG_AGO = "2000-01-01T00:00:00Z"  # before GitHub existed
+LONG_AGO = "2000-01-01T00:00:00Z"  # before GitHub existed: since then is all
 
 
 class GitHubError(Exception):
@@ -2073,7 +2085,8 @@ class GitHub:
         """Send a GET, or with a body a POST; and again as GitHub's documentation asks.
 
         ``path`` may also be a URL that GitHub gave. Before each attempt ``find_existing``
-        is called: an earlier one may have succeeded and only its response was lost.
+        is called: an earlier one may have succeeded and only its response was lost. It
+        returns what is there already, or None.
         send() may get a new token by another call(), which is AS_APP and needs none.
         """
         url = f"{self.api}{path}" if path.startswith("/") else path
@@ -2089,6 +2102,7 @@ class GitHub:
                 return reply
             if reply.status in (301, 302, 307, 308):
                 url = urllib.parse.urljoin(url, reply.headers.get("Location", ""))
+                delay = 0.0
                 continue
             if reply.status == 401 and not has_new_token:
                 self.forget_token(credential)
@@ -2174,10 +2188,12 @@ class GitHub:
 
     def remember_reply(self, url: str, reply: Reply) -> None:
         """Keep a reply: GitHub does not count a request if it is unchanged (304)."""
+        entries = reply.value
+        if isinstance(entries, dict):
+            entries = entries.get("repositories", [])
         # A full page is not kept: at 304 the old headers count, and they would lack the
-        # link to a next page that there is now. (That of repositories has their number,
-        # so it changes.)
-        is_full = isinstance(reply.value, list) and len(reply.value) >= 100
+        # link to a next page that there is now.
+        is_full = isinstance(entries, list) and len(entries) >= 100
         if reply.status == 200 and "ETag" in reply.headers and not is_full:
             if len(self._replies) >= MAX_CACHED_REPLIES:
                 self._replies.clear()
@@ -2286,8 +2302,8 @@ class GitHubRepository:
         url = f"{self.path}{path}"
         try:
             return self.github.call(url, self.id, body, find_existing).value
-        except GitHubError:
-            # The first of several requests may have taken effect only now.
+        except (GitHubError, TransientError):
+            # One of the requests may have taken effect.
             existing = find_existing()
             if existing is None:
                 raise
@@ -2363,7 +2379,7 @@ class GitHubRepository:
     ) -> Iterator[tuple[str, Comment]]:
         """Yield what people wrote on a pull request, with the time of its last change.
 
-        Reviews take no ``since``: all are read.
+        GitHub ignores ``since`` for reviews: all are read.
         """
         pulls = f"/pulls/{number}"
         issues = f"/issues/{number}"
@@ -2378,8 +2394,8 @@ class GitHubRepository:
         for payload in self.pages(path, since=since):
             comment = parse_comment(place, payload)
             if comment is not None:
-                # GitHub reviews have no such time.
-                yield payload.get("updated_at", comment.created_at), comment
+                # A GitHub review has only one time.
+                yield payload.get("updated_at") or comment.created_at, comment
 
     def reload_comment(self, number: int, comment: Comment) -> Comment | None:
         """Return a comment as GitHub has it now.
@@ -2521,7 +2537,9 @@ def sha256_hex(text: str) -> str:
 
 def slugify(text: str) -> str:
     """Return ``text`` as a part of a branch's and a directory's name; may be empty."""
-    letters = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    # Of 100,000 accents, normalize() would take 20 s, and no other thread would run.
+    letters = unicodedata.normalize("NFKD", text[:400])
+    letters = letters.encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9]+", "-", letters).strip("-")[:40].strip("-")
 
 
@@ -2641,9 +2659,11 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
         own["GIT_ALLOW_PROTOCOL"] = "https:http:ssh:file"
         return own
     login = base64.b64encode(f"x-access-token:{token}".encode()).decode()
-    env["GIT_CONFIG_COUNT"] = "1"
+    env["GIT_CONFIG_COUNT"] = "2"
     env["GIT_CONFIG_KEY_0"] = f"http.{config.git_base}/.extraHeader"
     env["GIT_CONFIG_VALUE_0"] = f"Authorization: Basic {login}"
+    env["GIT_CONFIG_KEY_1"] = "credential.helper"  # none: macOS's git has one
+    env["GIT_CONFIG_VALUE_1"] = ""
     # A server that sends less than a byte a second for 60 seconds is given up.
     env["GIT_HTTP_LOW_SPEED_LIMIT"] = "1"
     env["GIT_HTTP_LOW_SPEED_TIME"] = "60"

@@ -3414,7 +3414,7 @@ def test_program_that_cannot_be_started_is_named(
         launcher=launcher,
         search_path=os.environ["PATH"],
     )
-    with pytest.raises(codebot.ConfigError, match=f"cannot start {program}: try again"):
+    with pytest.raises(codebot.ConfigError, match=f"{program}: try again"):
         codebot.Sandbox(config).probe()
 
 
@@ -12182,8 +12182,7 @@ MISTAKES = {
         {"CODEBOT_LAUNCHER": "env"},
     ),
     "launcher missing": Mistake(
-        "The sandbox does not start: cannot start nosuch-srun: no such file or "
-        "directory. See README",
+        "The sandbox cannot be tried: nosuch-srun: no such file or directory.",
         {"CODEBOT_LAUNCHER": "nosuch-srun", "CODEBOT_LAUNCHER_STOP": "true"},
     ),
     "launcher fails": Mistake(
