@@ -4077,35 +4077,13 @@ def insert_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
 # --- Running jobs ------------------------------------------------------------
 
 
-class SyncRequest:
-    """Asks the sync thread to look at something."""
+class SyncRequest(NamedTuple):
+    """Asks the sync thread to look at one thing, or without fields, at everything."""
 
-
-@dataclasses.dataclass(frozen=True)
-class PullRequestChanged(SyncRequest):
-    """The pull request of a task, or what people wrote on it."""
-
-    task_id: str
-
-
-@dataclasses.dataclass(frozen=True)
-class IssueChanged(SyncRequest):
-    """An issue that has, or had, the label."""
-
-    repository_id: int
-    number: int
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskEnded(SyncRequest):
-    """A task that comes from an issue, on which its end is to be reported."""
-
-    task_id: str
-
-
-@dataclasses.dataclass(frozen=True)
-class PollDue(SyncRequest):
-    """All pull requests and labelled issues."""
+    repository_id: int = 0  # of an issue that has, or had, the label
+    number: int = 0
+    pull_request_of: str = ""  # the task whose pull request it is
+    ended_task: str = ""  # one whose end is to be reported on its issue
 
 
 class Codebot:
@@ -5509,7 +5487,7 @@ def create_pull_request(run: JobRun, github_repository: GitHubRepository) -> Non
     run.log_event("codebot", f"Pull request {new.number}: {new.url}")
     log.info("Task %s: opened %s", run.job.id, new.url)
     # Somebody may have commented on it before it was stored.
-    run.codebot.sync_queue.put(PullRequestChanged(run.job.id))
+    run.codebot.sync_queue.put(SyncRequest(pull_request_of=run.job.id))
 
 
 def react_to_issue(run: JobRun, repository: Repository) -> None:
@@ -5636,7 +5614,7 @@ def check_pull_request(review: Review) -> None:
     except GitHubError as error:
         raise refusal_error(review.run, error) from None
     if current.state != "open":
-        review.run.codebot.sync_queue.put(PullRequestChanged(review.task.id))
+        review.run.codebot.sync_queue.put(SyncRequest(pull_request_of=review.task.id))
         raise ReviewSkipped(f"the pull request is {current.state}")
     if current.is_locked:
         raise ReviewSkipped("the conversation is locked")
@@ -5986,7 +5964,7 @@ class Sync:
         self.config = codebot.config
         self.store = codebot.store
         self.github = github
-        self.waiting: dict[SyncRequest, float] = {PollDue(): 0.0}  # when to look
+        self.waiting: dict[SyncRequest, float] = {SyncRequest(): 0.0}  # when to look
 
     def step(self) -> None:
         """Wait a moment for requests, and handle those that are due."""
@@ -5996,7 +5974,7 @@ class Sync:
                 self.waiting[request] = 0.0
                 request = self.codebot.sync_queue.get_nowait()
         for task_id in self.store.unreported_tasks():
-            self.waiting.setdefault(TaskEnded(task_id), 0.0)
+            self.waiting.setdefault(SyncRequest(ended_task=task_id), 0.0)
         for request, due in list(self.waiting.items()):
             if due <= time.time():
                 self.handle(request)
@@ -6019,34 +5997,38 @@ class Sync:
                 self.waiting[request] = max(retry_at, getattr(error, "retry_at", 0.0))
                 return
         del self.waiting[request]
-        if isinstance(request, PollDue) and self.config.enable_polling:
+        if request == SyncRequest() and self.config.enable_polling:
             self.waiting[request] = time.time() + self.config.poll_interval
 
     def look(self, request: SyncRequest) -> None:
-        if isinstance(request, PullRequestChanged):
-            self.look_at_pull_request(request.task_id)
-        elif isinstance(request, IssueChanged):
+        if request.pull_request_of:
+            self.look_at_pull_request(request.pull_request_of)
+        elif request.ended_task:
+            self.report_task(request.ended_task)
+        elif request.number:
             self.look_at_issue(request)
-        elif isinstance(request, TaskEnded):
-            self.report_task(request.task_id)
         else:
             self.poll()
 
     def poll(self) -> None:
         """Ask for a look at everything that may have changed."""
         for pull_request in self.store.unmerged_pull_requests():
-            self.waiting.setdefault(PullRequestChanged(pull_request.task_id), 0.0)
-        if not self.config.issue_label:
+            self.waiting.setdefault(
+                SyncRequest(pull_request_of=pull_request.task_id), 0.0
+            )
+        label = self.config.issue_label
+        if not label:
             return
         for repository_id, number in self.store.unfinished_issues():
-            self.waiting.setdefault(IssueChanged(repository_id, number), 0.0)
+            self.waiting.setdefault(SyncRequest(repository_id, number), 0.0)
         failure: TransientError | None = None
         for github_repository in self.github.repositories():
             if not repository_at(github_repository).is_allowed(self.config):
                 continue
-            numbers: list[int] = []
             try:
-                numbers = github_repository.issues_with_label(self.config.issue_label)
+                for number in github_repository.issues_with_label(label):
+                    request = SyncRequest(github_repository.id, number)
+                    self.waiting.setdefault(request, 0.0)
             except (GitHubError, AppRefused) as error:
                 # Its issues may be turned off, or the App may not read them.
                 log.warning(
@@ -6054,8 +6036,6 @@ class Sync:
                 )
             except TransientError as error:
                 failure = error  # the others are still looked at
-            for number in numbers:
-                self.waiting.setdefault(IssueChanged(github_repository.id, number), 0.0)
         if failure is not None:
             raise failure
 
@@ -6097,14 +6077,14 @@ class Sync:
         for updated_at, comment in found:
             latest = max(latest, updated_at)
             comments.append(comment)
-        seen_until = min(latest, started)
-        task_id = pull_request.task_id
-        self.store.queue_comments(task_id, comments, seen_until=seen_until)
+        self.store.queue_comments(
+            pull_request.task_id, comments, seen_until=min(latest, started)
+        )
         self.codebot.jobs_due.set()
 
     # Issues
 
-    def look_at_issue(self, request: IssueChanged) -> None:
+    def look_at_issue(self, request: SyncRequest) -> None:
         """Make a task of an issue with the label; end it if the label was removed."""
         github_repository = self.github.repository_by_id(request.repository_id)
         event = github_repository.label_event(request.number, self.config.issue_label)
@@ -6122,12 +6102,11 @@ class Sync:
         # That was all, until the label is put on again.
         self.store.add_label_event(event.id)
 
-    def cancel_superseded(self, request: IssueChanged, event_id: int) -> None:
+    def cancel_superseded(self, request: SyncRequest, event_id: int) -> None:
         """Cancel the issue's tasks whose label was removed, while that is possible."""
-        tasks = self.store.superseded_tasks(
+        for task_id in self.store.superseded_tasks(
             request.repository_id, request.number, event_id
-        )
-        for task_id in tasks:
+        ):
             with contextlib.suppress(WrongState):
                 self.codebot.cancel(task_id)
                 log.info("Task %s: cancelled, its issue's label was removed", task_id)
@@ -8036,7 +8015,7 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
     elif event == "pull_request" and action in ("closed", "reopened"):
         pull_request = pull_request_of(codebot, payload, "pull_request")
         remember_delivery(codebot, guid)
-        codebot.sync_queue.put(PullRequestChanged(pull_request.task_id))
+        codebot.sync_queue.put(SyncRequest(pull_request_of=pull_request.task_id))
     elif event == "issues" and action in ("labeled", "unlabeled"):
         receive_label(codebot, guid, payload)
     elif event == "ping":
@@ -8079,7 +8058,7 @@ def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
     repository_id = int(payload["repository"]["id"])
     number = int(payload["issue"]["number"])
     remember_delivery(codebot, guid)
-    codebot.sync_queue.put(IssueChanged(repository_id, number))
+    codebot.sync_queue.put(SyncRequest(repository_id, number))
 
 
 # --- Routes and server -------------------------------------------------------

@@ -7473,16 +7473,16 @@ def test_look_that_fails_slowly_is_repeated_some_time_after_it_failed(
         raise error
 
     monkeypatch.setattr(sync, "look", fail)
-    sync.handle(codebot.PollDue())
-    assert sync.waiting[codebot.PollDue()] == failed_at + delay
+    sync.handle(codebot.SyncRequest())
+    assert sync.waiting[codebot.SyncRequest()] == failed_at + delay
 
 
 def test_response_of_unknown_shape_holds_up_no_other_look(
     sync: codebot.Sync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(codebot, "SYNC_INTERVAL", 0.01)
-    first = codebot.PullRequestChanged("first")
-    second = codebot.PullRequestChanged("second")
+    first = codebot.SyncRequest(1, 1)
+    second = codebot.SyncRequest(1, 2)
     sync.waiting = {first: 0.0, second: 0.0}
 
     def look(request: codebot.SyncRequest) -> None:
