@@ -211,7 +211,6 @@ import dataclasses
 import difflib
 import email.message
 import email.utils
-import enum
 import errno
 import fcntl
 import fnmatch
@@ -4826,7 +4825,8 @@ ANSWER_SCHEMA = """\
     "summary": {"type": "string"}
   }
 }"""
-# Options of the CLI for a run that may change files, and for one that only reads.
+# Options of the CLI: what a run may do, and how it answers. WRITING_OPTIONS are for one
+# that may change files, READING_OPTIONS for one that only reads.
 WRITING_OPTIONS = (
     "--permission-mode",
     "bypassPermissions",
@@ -4841,66 +4841,41 @@ READING_OPTIONS = (
     "--settings",
     '{"env": {"CLAUDE_CODE_MAX_RETRIES": "4"}}',
 )
-
-
-class Session(enum.Enum):
-    """What a run of the agent does with the task's session, as an option of the CLI.
-
-    The session's id is the task's.
-    """
-
-    BEGIN = "--session-id"
-    CONTINUE = "--resume"
-    NONE = ""
-
-
-class AgentMode(NamedTuple):
-    """What the agent may do in one run, and how it answers."""
-
-    phase: str
-    options: Sequence[str]  # of the CLI; if the settings have one too, that one counts
-    max_turns: int = 0  # 0: only the limit of the settings
-
-
-CODING = AgentMode("agent", (*WRITING_OPTIONS, "--append-system-prompt", CODING_RULES))
-CHANGING = AgentMode(
-    "agent",
-    (
-        *WRITING_OPTIONS,
-        "--append-system-prompt",
-        f"{CODING_RULES}\n{ANSWER_RULES}",
-        "--json-schema",
-        ANSWER_SCHEMA,
-    ),
+CODING = (*WRITING_OPTIONS, "--append-system-prompt", CODING_RULES)
+CHANGING = (
+    *WRITING_OPTIONS,
+    "--append-system-prompt",
+    f"{CODING_RULES}\n{ANSWER_RULES}",
+    "--json-schema",
+    ANSWER_SCHEMA,
 )
-ANSWERING = AgentMode(
-    "agent",
-    (
-        *READING_OPTIONS,
-        "--tools",
-        "Read,Glob,Grep",
-        "--append-system-prompt",
-        ANSWER_RULES,
-        "--json-schema",
-        ANSWER_SCHEMA,
-    ),
-    max_turns=20,
+ANSWERING = (
+    *READING_OPTIONS,
+    "--tools",
+    "Read,Glob,Grep",
+    "--append-system-prompt",
+    ANSWER_RULES,
+    "--json-schema",
+    ANSWER_SCHEMA,
+    "--max-turns",
+    "20",
 )
-CLASSIFYING = AgentMode(
-    "classify",
-    (
-        *READING_OPTIONS,
-        "--tools",
-        "",
-        "--system-prompt",  # in place of the CLI's own, with instructions for coding
-        CLASSIFY_RULES,
-        "--json-schema",
-        CLASSIFY_SCHEMA,
-        "--model",
-        "haiku",
-    ),
-    max_turns=4,
+CLASSIFYING = (
+    *READING_OPTIONS,
+    "--tools",
+    "",
+    "--system-prompt",  # in place of the CLI's own, with instructions for coding
+    CLASSIFY_RULES,
+    "--json-schema",
+    CLASSIFY_SCHEMA,
+    "--max-turns",
+    "4",
+    "--model",
+    "haiku",
 )
+# The option for the task's session, whose id is the task's.
+BEGIN_SESSION = "--session-id"
+CONTINUE_SESSION = "--resume"
 
 
 class SessionLost(JobFailed):
@@ -4994,8 +4969,7 @@ class AgentRun:
         errors = result.get("errors")
         errors = errors if isinstance(errors, list) else []
         texts = [result.get("result"), *errors, self.last_message, program.error]
-        words = [str(text) for text in texts if text]
-        error = self.run.redact(words[0])[:1000]
+        error = self.run.redact(str(next(filter(None, texts))))[:1000]
         if "No conversation found" in error:
             return SessionLost("agent_failed", f"The agent lost its session: {error}")
         is_refused = result.get("api_error_status") in (401, 403)
@@ -5046,13 +5020,14 @@ def tool_result_text(content: Json) -> str:
 def ask_agent(
     workspace: Workspace,
     prompt: str,
-    mode: AgentMode,
-    session: Session,
+    options: Sequence[str],
+    session: str = "",
     attempt: int = 1,
+    phase: str = "agent",
 ) -> JsonObject:
     """Run the agent once, within the job's time and budget, and store its summary.
 
-    Returns the JSON that the mode's schema asks for; of plain words, a summary only.
+    Returns the JSON that the schema in ``options`` asks for; of plain words, a summary.
     The prompt begins with codebot's own words: the CLI takes a slash for a command.
     Raises JobFailed unless the agent reports success.
     """
@@ -5062,12 +5037,12 @@ def ask_agent(
     def start() -> None:
         run.retry_costs_money = True
         run.update(transient_since=0.0)  # what was waited for has come
-        run.set_phase(mode.phase, attempt)
+        run.set_phase(phase, attempt)
 
     try:
         command = SandboxedCommand(
             name=run.config.claude[0],
-            argv=agent_command(run, mode, session),
+            argv=agent_command(run, options, session),
             with_model_key=True,
             stdin=prompt.encode("utf-8", "replace"),
             on_lines=agent_run.read,
@@ -5090,19 +5065,19 @@ def ask_agent(
     return answer
 
 
-def agent_command(run: JobRun, mode: AgentMode, session: Session) -> list[str]:
-    """Return the CLI's command line. Of an option that is there twice, the last counts.
+def agent_command(run: JobRun, options: Sequence[str], session: str) -> list[str]:
+    """Return the CLI's command line. Of an option that is there twice, the last counts:
+    that of the settings.
 
     Raises JobFailed if the job's budget is used up.
     """
     config = run.config
     words = [*config.claude, "-p", "--output-format", "stream-json", "--verbose"]
-    words += ["--strict-mcp-config", "--setting-sources", "", *mode.options]
-    if session is not Session.NONE:
-        words += [session.value, run.job.task_id]
-    turns = [limit for limit in (mode.max_turns, config.max_turns) if limit]
-    if turns:
-        words += ["--max-turns", str(min(turns))]
+    words += ["--strict-mcp-config", "--setting-sources", "", *options]
+    if session:
+        words += [session, run.job.task_id]
+    if config.max_turns:
+        words += ["--max-turns", str(config.max_turns)]
     if config.budget:
         left = config.budget - (run.job.outcome.cost_usd or 0.0)
         if left <= 0:
@@ -5293,7 +5268,7 @@ def task_text(request: TaskRequest) -> str:
 
 def prompt_agent(run: JobRun, workspace: Workspace) -> None:
     prompt = f"Task:\n{delimited('task', task_text(run.job.request))}"
-    ask_agent(workspace, prompt, CODING, Session.BEGIN)
+    ask_agent(workspace, prompt, CODING, BEGIN_SESSION)
 
 
 def run_tests(run: JobRun, workspace: Workspace, command: str) -> TestResult | None:
@@ -5320,7 +5295,7 @@ def run_tests(run: JobRun, workspace: Workspace, command: str) -> TestResult | N
                 f"they pass. The command:\n{delimited('command', command)}"
                 f"The end of its output:\n{delimited('output', output[-20_000:])}"
             )
-            ask_agent(workspace, prompt, CODING, Session.CONTINUE, attempt + 1)
+            ask_agent(workspace, prompt, CODING, CONTINUE_SESSION, attempt + 1)
     end = output[-1500:].strip() or "(no output)"
     raise JobFailed(
         "tests_failed",
@@ -5744,7 +5719,7 @@ def classify(review: Review, text: str) -> None:
         repository = review.workspace.repository._replace(mirror_path=name)
         scratch = Workspace(run, repository, name)
         prompt = f"Comments:\n{text}"
-        answer = ask_agent(scratch, prompt, CLASSIFYING, Session.NONE)
+        answer = ask_agent(scratch, prompt, CLASSIFYING, phase="classify")
     kind = answer.get("kind")
     answers: dict[str, str] = {}
     if kind not in ("question", "change", "none"):
@@ -5775,12 +5750,12 @@ def carry_out(review: Review, text: str) -> None:
 
 
 def converse(
-    review: Review, base_commit: str, prompt: str, mode: AgentMode
+    review: Review, base_commit: str, prompt: str, options: Sequence[str]
 ) -> JsonObject:
     """Continue the task's session; if it is lost, begin one with the task and the diff."""
     workspace = review.workspace
     try:
-        return ask_agent(workspace, prompt, mode, Session.CONTINUE)
+        return ask_agent(workspace, prompt, options, CONTINUE_SESSION)
     except SessionLost:
         workspace.run.log_event(
             "codebot", "The agent's session is lost; a new one begins"
@@ -5795,7 +5770,7 @@ def converse(
         f"The pull request was opened for this task:\n{task}"
         f"Its diff (of a long one, the last lines):\n{changes}"
     )
-    return ask_agent(workspace, prompt, mode, Session.BEGIN)
+    return ask_agent(workspace, prompt, options, BEGIN_SESSION)
 
 
 def parse_answers(review: Review, answer: JsonObject) -> dict[str, str]:
