@@ -5113,13 +5113,13 @@ def run_task(run: JobRun) -> None:
     run.set_phase("clone")
     repository = find_remote(run)
     workspace = task_workspace(run, repository)
-    if not can_resume(run, workspace):
+    if not can_resume(workspace):
         react_to_issue(run, repository)
-        clone(run, workspace)
-        prompt_agent(run, workspace)
-        tests = run_tests(run, workspace, run.job.request.test_command)
-        commit_task(run, workspace, tests)
-    push_task_commit(run, workspace)
+        clone(workspace)
+        prompt = f"Task:\n{delimited('task', task_text(run.job.request))}"
+        ask_agent(workspace, prompt, CODING, BEGIN_SESSION)
+        commit_task(workspace)
+    push_task_commit(workspace)
     if repository.github_repository is not None:
         create_pull_request(run, repository.github_repository)
     run.log_event("codebot", "Completed")
@@ -5202,8 +5202,9 @@ def task_workspace(run: JobRun, repository: Repository) -> Workspace:
     return Workspace(run, repository, run.job.directory)
 
 
-def can_resume(run: JobRun, workspace: Workspace) -> bool:
+def can_resume(workspace: Workspace) -> bool:
     """Return whether an earlier run has made the commit already."""
+    run = workspace.run
     job = run.job
     # Once it is being pushed, the remote may have it, and the outbox is not needed.
     if job.commit_id and (job.is_pushing or workspace.outbox.has_commit(job.commit_id)):
@@ -5214,8 +5215,9 @@ def can_resume(run: JobRun, workspace: Workspace) -> bool:
     return False
 
 
-def clone(run: JobRun, workspace: Workspace) -> None:
+def clone(workspace: Workspace) -> None:
     """Bring the mirror up to date and make the workspace."""
+    run = workspace.run
     base_name, base_commit = fetch_or_fail(
         workspace, run.job.request.base_branch, "base_branch_not_found"
     )
@@ -5266,21 +5268,17 @@ def task_text(request: TaskRequest) -> str:
     return request.description
 
 
-def prompt_agent(run: JobRun, workspace: Workspace) -> None:
-    prompt = f"Task:\n{delimited('task', task_text(run.job.request))}"
-    ask_agent(workspace, prompt, CODING, BEGIN_SESSION)
-
-
-def run_tests(run: JobRun, workspace: Workspace, command: str) -> TestResult | None:
+def run_tests(workspace: Workspace, command: str) -> TestResult | None:
     """Run the test command; show the agent what fails, and try again.
 
     Raises JobFailed if the tests still fail, or cannot be started.
     """
+    run = workspace.run
     if not command:
         return None
     attempts = run.config.test_attempts + 1
     for attempt in range(1, attempts + 1):
-        result = run_test_command(run, workspace, command, attempt)
+        result = run_test_command(workspace, command, attempt)
         output = run.redact("\n".join(result.stdout))
         if result.code == 0:
             return TestResult(run.redact(command), True, attempt)
@@ -5314,9 +5312,9 @@ def join_lines(lines: Iterable[str]) -> list[str]:
     return texts
 
 
-def run_test_command(
-    run: JobRun, workspace: Workspace, command: str, attempt: int
-) -> ProgramResult:
+def run_test_command(workspace: Workspace, command: str, attempt: int) -> ProgramResult:
+    run = workspace.run
+
     def start() -> None:
         run.set_phase("test", attempt)
         run.log_event("test", f"$ {command}")
@@ -5354,21 +5352,23 @@ def quoted(speaker: str, text: str) -> str:
     return f"{speaker} says:\n\n{quote}\n"
 
 
-def commit_agent_tree(
-    run: JobRun,
-    workspace: Workspace,
-    base_commit: str,
-    title: str,
-    tests: TestResult | None,
+def test_and_commit(
+    workspace: Workspace, request: TaskRequest, base_commit: str
 ) -> str:
-    """Make one commit of what the agent left. Returns its id, "" if nothing changed.
+    """Test what the agent left, and make one commit of it on ``base_commit``.
 
-    Raises JobFailed if the commit may not be pushed.
+    Returns the commit's id, "" if nothing was changed. Raises JobFailed if the tests
+    fail, or the commit may not be pushed.
     """
+    run = workspace.run
+    tests = run_tests(workspace, request.test_command)
     run.set_phase("commit")
     tree = workspace.collect_tree(base_commit, is_tested=tests is not None)
     if tree is None:
         return ""
+    title = request.title
+    if run.job.kind == "review":
+        title = f"Answer the review of {title}"
     summary = quoted("The agent", run.job.outcome.summary)
     message = without_ci_skips(f"{run.redact(title)[:250]}\n\n{summary}")
     commit_id = workspace.write_commit(tree, base_commit, message)
@@ -5379,11 +5379,10 @@ def commit_agent_tree(
     return commit_id
 
 
-def commit_task(run: JobRun, workspace: Workspace, tests: TestResult | None) -> None:
-    """Make the one commit of the task, and store its id before it is pushed."""
-    title = run.job.request.title
-    base_commit = run.job.base_commit
-    commit_id = commit_agent_tree(run, workspace, base_commit, title, tests)
+def commit_task(workspace: Workspace) -> None:
+    """Test and commit what the agent left, and store the commit's id."""
+    run = workspace.run
+    commit_id = test_and_commit(workspace, run.job.request, run.job.base_commit)
     if not commit_id:
         words = run.job.outcome.summary.strip()[:2000] or "nothing"
         raise JobFailed("no_changes", f"The agent changed nothing. It said: {words}")
@@ -5391,8 +5390,9 @@ def commit_task(run: JobRun, workspace: Workspace, tests: TestResult | None) -> 
     run.save_work(commit_id=commit_id, outcome=outcome)
 
 
-def push_task_commit(run: JobRun, workspace: Workspace) -> None:
+def push_task_commit(workspace: Workspace) -> None:
     """Push the stored commit. From here on the job cannot be cancelled."""
+    run = workspace.run
     run.set_phase("push")
     was_pushing = run.job.is_pushing  # an earlier run, before it was interrupted
     if not run.store.begin_push(run.job.id):
@@ -5744,7 +5744,7 @@ def carry_out(review: Review, text: str) -> None:
         check_base(workspace, base_commit)
         prompt = f"Review comments:\n{text}"
         answer = converse(review, base_commit, prompt, CHANGING)
-        commit_id = test_and_commit(review, base_commit)
+        commit_id = test_and_commit(workspace, review.task.request, base_commit)
     outcome = run.outcome_with(answers=parse_answers(review, answer))
     run.save_work(base_commit=base_commit, commit_id=commit_id, outcome=outcome)
 
@@ -5787,15 +5787,6 @@ def parse_answers(review: Review, answer: JsonObject) -> dict[str, str]:
         text = "\n\n".join(filter(None, texts)) or review.run.job.outcome.summary
         answers[thread] = truncate(review.run.redact(text[:100_000]), 50_000)
     return answers
-
-
-def test_and_commit(review: Review, base_commit: str) -> str:
-    """Test what the agent left, and commit it. Returns "" if nothing was changed."""
-    run = review.run
-    request = review.task.request
-    tests = run_tests(run, review.workspace, request.test_command)
-    title = f"Answer the review of {request.title}"
-    return commit_agent_tree(run, review.workspace, base_commit, title, tests)
 
 
 # From the commit to the answers
@@ -5864,7 +5855,7 @@ def reapply_change(review: Review, tip: str) -> None:
     check_base(workspace, tip)
     workspace.check_out(workspace.branch, tip)
     workspace.apply(patch)
-    commit_id = test_and_commit(review, tip)
+    commit_id = test_and_commit(workspace, review.task.request, tip)
     if not commit_id:  # nothing is left to change
         commit_id = tip
     run.save_work(base_commit=tip, commit_id=commit_id)
