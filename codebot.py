@@ -4151,6 +4151,11 @@ class Codebot:
         self.jobs_due.set()
         return job
 
+    def check_stop(self) -> None:
+        """Raise StopRequested if the server is stopping."""
+        if self.stop.is_set():
+            raise StopRequested()
+
     def cancel(self, job_id: str) -> None:
         """Cancel a task. Raises WrongState if it is too late."""
         self.store.request_cancel(job_id)
@@ -4264,8 +4269,7 @@ class JobRun:
         """Raise StopRequested or Cancelled if the run must end."""
         if self.cancel.is_set():
             raise Cancelled()
-        if self.codebot.stop.is_set():
-            raise StopRequested()
+        self.codebot.check_stop()
 
     def log_event(self, source: str, *messages: str) -> None:
         self.log_events([(source, message) for message in messages])
@@ -6228,8 +6232,6 @@ def run_job(codebot: Codebot, job: Job) -> None:
     codebot.running[job.id] = run
     try:
         run_once(run)
-        if run.job.outcome.reason_to_tell != job.outcome.reason_to_tell:
-            run_once(run)  # tell the reviewer at once: another review may take an hour
     finally:
         del codebot.running[job.id]
         codebot.jobs_due.set()  # another may have waited for it to end
@@ -6242,8 +6244,8 @@ def run_once(run: JobRun) -> None:
 
     What ends a run:                       What becomes of the job:
       nothing                                completed
-      JobFailed, and errors that are final   failed, with a reason; a review still runs,
-                                             once more, only to tell the reviewer
+      JobFailed, and errors that are final   failed, with a reason; a review runs once
+                                             more before, only to tell the reviewer
       TransientError, a busy database,       pending, after a minute; failed if that
       a full disk, a failed node, an App     goes on for too long, or costs too much
       that GitHub refuses
@@ -6328,7 +6330,7 @@ def skip_review(run: JobRun, reason: ReviewSkipped) -> None:
 
 
 def fail_or_tell_reviewer(run: JobRun, reason: str, error: str) -> None:
-    """Fail a job; of a review, store why, and let it run once more to tell the reviewer.
+    """Fail a job; of a review, store why, and run it once more to tell the reviewer.
 
     If it has failed while it posted its answers, or this failure, it just fails.
     """
@@ -6344,6 +6346,7 @@ def fail_or_tell_reviewer(run: JobRun, reason: str, error: str) -> None:
     outcome = run.outcome_with(reason_to_tell=reason, error_to_tell=message, answers={})
     kind = job.request_kind or "unclear"  # so that no further comment joins it
     run.save_work(phase="", commit_id="", request_kind=kind, outcome=outcome)
+    run_once(run)  # at once: another review may take an hour
 
 
 def retry_or_fail(run: JobRun, error: Exception) -> None:
@@ -6407,7 +6410,7 @@ class Cleanup:
         # was down, so the workspaces for that are retained.
         self.codebot.cleanup_wanted.wait(min(CLEANUP_INTERVAL, self.config.retention))
         self.codebot.cleanup_wanted.clear()
-        self.check_stop()
+        self.codebot.check_stop()
         # What frees the disk comes first: a full one may be why the database fails.
         self.attempt(self.remove_workspaces)
         cutoffs = (now_text(self.config.retention), now_text(DELIVERY_RETENTION))
@@ -6442,7 +6445,7 @@ class Cleanup:
 
     def maintain_mirror(self, path: str) -> None:
         """Remove a mirror that nobody has used for long, or pack it."""
-        mirror = Mirror(self.config, path, self.check_stop)
+        mirror = Mirror(self.config, path, self.codebot.check_stop)
         # A workspace, which is kept for the retention, may still read from it.
         retention = MIRROR_RETENTION + self.config.retention
         with contextlib.suppress(BlockingIOError), mirror.lock(wait=False) as lock:
@@ -6453,10 +6456,6 @@ class Cleanup:
                 self.retry_repack_at[path] = time.monotonic() + REPACK_RETRY_DELAY
                 mirror.repack()
                 del self.retry_repack_at[path]  # it has succeeded
-
-    def check_stop(self) -> None:
-        if self.codebot.stop.is_set():
-            raise StopRequested()
 
 
 # === III. The network ========================================================
