@@ -5612,9 +5612,10 @@ def load_comments(review: Review) -> None:
     if not github_repository.has_write_access(reviewer):
         raise ReviewSkipped(f"{reviewer} has no write access")
     if not run.job.request_kind:
+        # Not everything may be delivered yet, for example the rest of a GitHub review.
+        comments = github_repository.comments(review.number)
+        store.queue_comments(run.job.task_id, [comment for _, comment in comments])
         store.absorb_waiting_reviews(run.job)
-        queue_rest_of_github_reviews(review)
-        store.absorb_waiting_reviews(run.job)  # also what was delivered meanwhile
     for stored in store.comments(run.job.id):
         # A delivery is only a claim. GitHub says who wrote what, and what it says now.
         try:
@@ -5642,21 +5643,6 @@ def check_daily_limit(run: JobRun) -> None:
     if "limit" in kinds:
         raise ReviewSkipped("its pull request has had too many reviews today")
     run.update(request_kind="limit")
-
-
-def queue_rest_of_github_reviews(review: Review) -> None:
-    """Queue the other comments of the GitHub reviews, which may not be delivered yet."""
-    job = review.run.job
-    store = review.run.store
-    review_ids = {comment.review_id for comment in store.comments(job.id)}
-    review_ids.discard(0)
-    if not review_ids:
-        return
-    own = []
-    for _, comment in review.github_repository.comments(review.number):
-        if comment.review_id in review_ids and comment.user == job.reviewer:
-            own.append(comment)
-    store.queue_comments(job.task_id, own)
 
 
 def group_by_thread(comments: Sequence[Comment]) -> dict[str, list[Comment]]:

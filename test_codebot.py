@@ -6578,12 +6578,21 @@ def test_delivery_and_comment_are_handled_once(pull: Pull) -> None:
         assert duplicate.json["message"] == "Duplicate delivery or comment"
     pull.review()
     alice.announce(comment)
-    bob = pull.site.person("bob")
-    bob.announce(bob.comment("Thanks!", webhook=False), guid=guid)
+    stranger = pull.site.person("stranger")
+    other = stranger.comment("Thanks!", webhook=False)
+    assert stranger.announce(other, guid=guid).status == 200
     # What was accepted before this one has been handled by then.
     alice.comment("Thanks again!")
     pull.reviews(2)
     assert len(pull.site.agent.runs("classify")) == 2
+
+
+def test_comment_without_delivery_is_found_by_next_review(pull: Pull) -> None:
+    pull.site.agent.follow("classify none")
+    pull.site.person("bob").comment("The first", webhook=False)
+    pull.site.person("alice").comment("The second")
+    reviews = pull.reviews(2)
+    assert {review["reviewer"] for review in reviews} == {"alice", "bob"}
 
 
 # --- Reviews: who may ask ----------------------------------------------------
@@ -6831,13 +6840,16 @@ def test_file_name_cannot_leave_its_delimiter(pull: Pull) -> None:
 
 def test_agent_sees_line_and_earlier_comments_of_thread(pull: Pull) -> None:
     pull.site.agent.follow(ANSWER_QUESTION)
-    top = pull.site.person("alice").inline("Why hello?")
-    pull.review()
-    pull.site.person("bob").inline("I like it, says Bob", reply_to=top, webhook=False)
-    pull.site.person("alice").inline("A thread of its own", webhook=False)
-    general = pull.site.person("alice").comment("In general", webhook=False)
+    alice = pull.site.person("alice")
+    top = alice.inline("Why hello?", webhook=False)
+    alice.inline("A thread of its own", webhook=False)
+    general = alice.comment("In general", webhook=False)
     general.created_at = github_time(5)
-    pull.site.person("alice").inline("And why more?", reply_to=top)
+    alice.announce(top)
+    pull.review()
+    stranger = pull.site.person("stranger")
+    stranger.inline("I like it, says a stranger", reply_to=top, webhook=False)
+    alice.inline("And why more?", reply_to=top)
     pull.reviews(2)
     [_, run] = pull.site.agent.runs("question")
     assert 'path="hello.txt"' in run.stdin
@@ -6847,8 +6859,8 @@ def test_agent_sees_line_and_earlier_comments_of_thread(pull: Pull) -> None:
     # In this thread the reviewer and codebot have written before.
     assert "Why hello?" in run.stdin
     assert f"Because {top.id}." in run.stdin
-    assert run.stdin.index("Why hello?") < run.stdin.index("In general")
-    assert "says Bob" not in run.stdin
+    assert run.stdin.index("Why hello?") < run.stdin.rindex("In general")
+    assert "says a stranger" not in run.stdin
     assert "of its own" not in run.stdin
 
 
@@ -6922,7 +6934,7 @@ def test_change_is_pushed_and_answered_in_its_thread(pull: Pull) -> None:
         "classify change; git commit -q --allow-empty -m 'By Boss'; "
         "echo more >>hello.txt; answer Done"
     )
-    top = pull.site.person("bob").inline("Leave it", webhook=False)
+    top = pull.site.person("stranger").inline("Leave it", webhook=False)
     comment = pull.site.person("alice").inline("Say more", reply_to=top)
     review = pull.review()
     assert review["kind"] == "change"
