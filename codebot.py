@@ -6008,17 +6008,13 @@ class Sync:
             self.store.save_pull_request_state(task_id, current.state)
             log.info("Pull request %s is %s now", pull_request.url, current.state)
         if current.state != "open":
-            self.end_reviews(task_id)
+            # A review that waits is skipped when it starts.
+            for run in list(self.codebot.running.values()):
+                if run.job.kind == "review" and run.job.task_id == task_id:
+                    run.cancel.set()
+            self.codebot.cleanup_wanted.set()
         elif repository_at(github_repository).is_allowed(self.config):
             self.queue_new_comments(pull_request, github_repository)
-
-    def end_reviews(self, task_id: str) -> None:
-        """End the review that runs on a closed pull request. Those that wait are
-        skipped when they start."""
-        for run in list(self.codebot.running.values()):
-            if run.job.kind == "review" and run.job.task_id == task_id:
-                run.cancel.set()
-        self.codebot.cleanup_wanted.set()
 
     def queue_new_comments(
         self, pull_request: PullRequest, github_repository: GitHubRepository
@@ -6052,7 +6048,13 @@ class Sync:
         if obstacle:
             log.info("Issue %s is ignored: %s", issue.url, obstacle)
         elif self.was_changed(github_repository, issue, event):
-            self.ask_for_label(github_repository, issue, event)
+            path = f"/issues/{issue.number}/comments"
+            text = (
+                f"This issue was changed after @{event.actor} labelled it. Please read "
+                "it again, remove the label and add it again."
+            )
+            marker = f"<!-- codebot label {event.id} -->"
+            github_repository.post_once(path, path, text, marker)
         else:
             self.submit_issue(github_repository, issue, event)
         # That was all, until the label is put on again.
@@ -6101,17 +6103,6 @@ class Sync:
         delay = seconds_of(issue.updated_at) - seconds_of(event.created_at)
         # The label is a change itself, and GitHub's times are whole seconds.
         return delay > 1
-
-    def ask_for_label(
-        self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
-    ) -> None:
-        path = f"/issues/{issue.number}/comments"
-        text = (
-            f"This issue was changed after @{event.actor} labelled it. Please read it "
-            "again, remove the label and add it again."
-        )
-        marker = f"<!-- codebot label {event.id} -->"
-        github_repository.post_once(path, path, text, marker)
 
     def submit_issue(
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
