@@ -5515,11 +5515,9 @@ def run_review(run: JobRun) -> None:
     error and runs the review once more, only to post it.
     """
     review = load_review(run)
-    check_pull_request(review)
     load_comments(review)
     if not review.comments:
         raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} any more")
-    check_daily_limit(run)
     if not run.job.outcome.error_to_tell:
         do_work(review)
     answer_threads(review)
@@ -5551,35 +5549,33 @@ def do_work(review: Review) -> None:
 
 
 def load_review(run: JobRun) -> Review:
-    """Find the pull request's repository, under the name that it has now."""
+    """Find the pull request, in a repository under the name that it has now."""
     store = run.store
     github = run.codebot.github
     pull_request = store.pull_request(run.job.task_id)
     task = store.job(run.job.task_id)
     if pull_request is None or task is None or github is None:
         raise ReviewSkipped("its pull request is not codebot's any more")
+    number = pull_request.number
     try:
         github_repository = github.repository_by_id(pull_request.repository_id)
+        repository = repository_at(github_repository)
+        if not repository.is_allowed(run.config):
+            raise ReviewSkipped(f"{repository.full_name} is not an allowed repository")
+        workspace = Workspace(run, repository, run.job.directory)
+        review = Review(run, task, number, github_repository, workspace, comments=[])
+        check_pull_request(review)
     except GitHubError as error:
-        raise refusal_error(run, error) from None
-    repository = repository_at(github_repository)
-    if not repository.is_allowed(run.config):
-        raise ReviewSkipped(f"{repository.full_name} is not an allowed repository")
-    workspace = Workspace(run, repository, run.job.directory)
-    number = pull_request.number
-    return Review(run, task, number, github_repository, workspace, comments=[])
+        if error.status in GONE_STATUSES and not is_new(run.job.submitted_at):
+            message = f"it is not codebot's any more: {error}"
+            raise ReviewSkipped(message) from None
+        raise TransientError(f"GitHub refuses the App: {error}") from None
+    return review
 
 
 def is_new(timestamp: str) -> bool:
     """Return whether GitHub may not have everywhere yet what came at that time."""
     return timestamp > now_text(seconds_ago=NEW_COMMENT_AGE)
-
-
-def refusal_error(run: JobRun, error: GitHubError) -> Exception:
-    """Return what a refusal means for a review: what is gone is skipped, all else waits."""
-    if error.status in GONE_STATUSES and not is_new(run.job.submitted_at):
-        return ReviewSkipped(f"it is not codebot's any more: {error}")
-    return TransientError(f"GitHub refuses the App: {error}")
 
 
 def check_pull_request(review: Review) -> None:
@@ -5588,10 +5584,7 @@ def check_pull_request(review: Review) -> None:
     It is of codebot's branch: find_pull_request takes no other, and GitHub lets nobody
     change the branch that a pull request comes from.
     """
-    try:
-        current = review.github_repository.pull_request(review.number)
-    except GitHubError as error:
-        raise refusal_error(review.run, error) from None
+    current = review.github_repository.pull_request(review.number)
     if current.state != "open":
         review.run.codebot.sync_queue.put(SyncRequest(pull_request_of=review.task.id))
         raise ReviewSkipped(f"the pull request is {current.state}")
@@ -5616,6 +5609,7 @@ def load_comments(review: Review) -> None:
         comments = github_repository.comments(review.number)
         store.queue_comments(run.job.task_id, [comment for _, comment in comments])
         store.absorb_waiting_reviews(run.job)
+        check_daily_limit(run)
     for stored in store.comments(run.job.id):
         # A delivery is only a claim. GitHub says who wrote what, and what it says now.
         try:
@@ -5635,8 +5629,6 @@ def load_comments(review: Review) -> None:
 
 def check_daily_limit(run: JobRun) -> None:
     """Skip a review above the daily limit; only the first one of a day says so."""
-    if run.job.request_kind:
-        return  # it is classified already, or has failed
     kinds = run.store.request_kinds_of_last_day(run.job.task_id)
     if len(kinds) <= DAILY_REVIEW_JOBS:
         return
