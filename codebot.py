@@ -5152,18 +5152,18 @@ def find_remote(run: JobRun) -> Repository:
         github_repository = github.repository_by_name(repository.full_name)
         # Its token is refused if the App is not installed there.
         github.token(github_repository.id)
-    except NotFound as error:
-        raise JobFailed(
-            "clone_failed",
-            f"Failed to clone repository: {repository.full_name} does not exist, "
-            "or the App is not installed on it. Add it at …/settings/installations/"
-            f"{run.config.installation_id} ({error})",
-        ) from None
     except (AppRefused, GitHubError) as error:
         if job.commit_id and isinstance(error, AppRefused):
             raise  # finished work waits for better times
+        message = str(error)
+        if isinstance(error, NotFound):
+            message = (
+                f"{repository.full_name} does not exist, or the App is not installed "
+                "on it. Add it at …/settings/installations/"
+                f"{run.config.installation_id} ({error})"
+            )
         raise JobFailed(
-            "clone_failed", f"Failed to clone repository: {error}"
+            "clone_failed", f"Failed to clone repository: {message}"
         ) from None
     check_identity(job, repository, github_repository)
     github.bot()  # for the commit: asked for now, before the agent costs anything
@@ -5402,12 +5402,10 @@ def push_task_commit(workspace: Workspace) -> None:
     if not run.store.begin_push(run.job.id):
         raise Cancelled()
     run.job = dataclasses.replace(run.job, is_pushing=True)
-    github_repository = workspace.repository.github_repository
-    pull_request = None
-    if was_pushing and github_repository is not None:
-        pull_request = github_repository.find_pull_request(run.job.branch)
-    if pull_request is None:  # else the branch may have been merged and deleted
-        workspace.push()
+    repository = workspace.repository.github_repository
+    if was_pushing and repository and repository.find_pull_request(run.job.branch):
+        return  # the branch may have been merged and deleted
+    workspace.push()
 
 
 def code_block(text: str) -> str:
@@ -6306,7 +6304,7 @@ def fail_or_tell_reviewer(run: JobRun, reason: str, error: str) -> None:
     job = run.job
     # The phase is this run's: each run begins with "".
     has_tried_to_tell = job.outcome.error_to_tell or job.phase == "answer"
-    if job.kind == "task" or has_tried_to_tell or run.cancel.is_set():
+    if job.kind == "task" or has_tried_to_tell:
         end_job(run, reason, error)
         return
     message = run.redact(error)
