@@ -5017,8 +5017,7 @@ def tool_call_text(name: str, inputs: JsonObject) -> str:
 def tool_result_text(content: Json) -> str:
     if not isinstance(content, list):
         return str(content)
-    texts = [str(block.get("text", "")) for block in content]
-    return "\n".join(texts)
+    return "\n".join(str(block.get("text", "")) for block in content)
 
 
 def ask_agent(
@@ -5324,8 +5323,7 @@ def run_test_command(workspace: Workspace, command: str, attempt: int) -> Progra
         run.log_event("test", f"$ {command}")
 
     def log_output(lines: list[str]) -> None:
-        texts = join_lines(last_shown(line) for line in lines)
-        run.log_event("test", *texts)
+        run.log_event("test", *join_lines(last_shown(line) for line in lines))
 
     test = SandboxedCommand(
         name=f"The test command {command!r}",
@@ -5426,20 +5424,18 @@ def pull_request_body(run: JobRun) -> str:
     if outcome.tests is not None:
         command = code_block(truncate(outcome.tests.command, 1000))
         tests = f"Passed (attempt {outcome.tests.attempts}):\n\n{command}"
-    facts = [f"Done in {outcome.seconds:.0f} s."]
+    facts = f"Done in {outcome.seconds:.0f} s.\n"
     if outcome.cost_usd is not None:
-        facts.append(f"The agent reports a cost of {outcome.cost_usd:.2f} US dollars.")
+        facts += f"The agent reports a cost of {outcome.cost_usd:.2f} US dollars.\n"
     if job.issue_number:
-        facts.append(f"Closes #{job.issue_number}")
+        facts += f"Closes #{job.issue_number}\n"
     redact = run.redact  # before truncating, which could cut a secret
-    task_words = truncate(redact(task_text(job.request)), 10_000)
-    task = quoted(speaker, task_words)
+    task = quoted(speaker, truncate(redact(task_text(job.request)), 10_000))
     files = code_block(truncate(outcome.files, 10_000))
     summary = quoted("The agent", truncate(outcome.summary, 20_000))
     body = (
         f"### Task\n\n{task}\n### Files\n\n{files}\n### Tests\n\n{tests}\n"
-        + "\n".join(facts)
-        + f"\n\n### Summary\n\n{summary}"
+        f"{facts}\n### Summary\n\n{summary}"
     )
     marker = f"<!-- codebot task {job.id} -->"
     return f"{without_ci_skips(redact(body))[:65_000]}\n{marker}\n"
@@ -5528,16 +5524,15 @@ def run_review(run: JobRun) -> None:
 def do_work(review: Review) -> None:
     """Do what is left to do before the answers are posted."""
     run = review.run
-    comments = review.comments
     commit = run.job.commit_id
     if commit and not review.workspace.outbox.has_commit(commit):
         # The outbox was lost, for example when the host lost power. Begin anew.
         run.update(commit_id="", outcome=run.outcome_with(answers={}))
     if not run.job.outcome.answers:
-        run.log_event("codebot", f"Review by {run.job.reviewer}: {comments[0].text}")
-        earlier = earlier_comments(review)
-        text = format_comments("earlier-comment", earlier)
-        text += format_comments("comment", comments)
+        first = review.comments[0].text
+        run.log_event("codebot", f"Review by {run.job.reviewer}: {first}")
+        text = format_comments("earlier-comment", earlier_comments(review))
+        text += format_comments("comment", review.comments)
         if not run.job.request_kind:
             classify(review, text)
         if run.job.request_kind in ("question", "change"):
@@ -5548,10 +5543,9 @@ def do_work(review: Review) -> None:
 
 def load_review(run: JobRun) -> Review:
     """Find the pull request, in a repository under the name that it has now."""
-    store = run.store
     github = run.codebot.github
-    pull_request = store.pull_request(run.job.task_id)
-    task = store.job(run.job.task_id)
+    pull_request = run.store.pull_request(run.job.task_id)
+    task = run.store.job(run.job.task_id)
     if pull_request is None or task is None or github is None:
         raise ReviewSkipped("its pull request is not codebot's any more")
     number = pull_request.number
@@ -5836,9 +5830,8 @@ def reapply_change(review: Review, tip: str) -> None:
     workspace.check_out(workspace.branch, tip)
     workspace.apply(patch)
     commit_id = test_and_commit(workspace, review.task.request, tip)
-    if not commit_id:  # nothing is left to change
-        commit_id = tip
-    run.save_work(base_commit=tip, commit_id=commit_id)
+    # "": nothing is left to change
+    run.save_work(base_commit=tip, commit_id=commit_id or tip)
 
 
 def answer_threads(review: Review) -> None:
@@ -6128,26 +6121,24 @@ class Sync:
         task = self.store.job(task_id)
         if task is None:
             return
-        marker = f"<!-- codebot task {task.id} -->"
+        pull_request = self.store.pull_request(task_id)
+        if pull_request is not None:
+            text = f"The pull request is {pull_request.url}."
+        else:
+            reason = code_block(truncate(task.error, 5000))
+            text = (
+                f"The task failed ({task.reason}):\n\n{reason}\nTo start it again, "
+                "remove the label, if it is still there, and add it again."
+            )
+        marker = f"<!-- codebot task {task_id} -->"
         path = f"/issues/{task.issue_number}/comments"
         try:
             github_repository = self.github.repository_by_id(task.repository_id)
-            body = self.codebot.redact(self.report_text(task))
-            github_repository.post_once(path, path, body, marker)
+            github_repository.post_once(path, path, self.codebot.redact(text), marker)
         except GitHubError as error:
             # It was deleted, or is locked, or GitHub has another reason: not tried again.
-            log.warning("Task %s: no comment on its issue: %s", task.id, error)
-        self.store.mark_reported(task.id)
-
-    def report_text(self, task: Job) -> str:
-        pull_request = self.store.pull_request(task.id)
-        if pull_request is not None:
-            return f"The pull request is {pull_request.url}."
-        error = code_block(truncate(task.error, 5000))
-        return (
-            f"The task failed ({task.reason}):\n\n{error}\n"
-            "To start it again, remove the label, if it is still there, and add it again."
-        )
+            log.warning("Task %s: no comment on its issue: %s", task_id, error)
+        self.store.mark_reported(task_id)
 
 
 # --- Workers and cleanup -----------------------------------------------------
