@@ -5114,17 +5114,15 @@ def run_task(run: JobRun) -> None:
       the pull request                 find it, and finish
     """
     run.set_phase("clone")
-    repository = find_remote(run)
-    workspace = task_workspace(run, repository)
+    workspace = task_workspace(run, find_remote(run))
     if not can_resume(workspace):
-        react_to_issue(run, repository)
+        react_to_issue(workspace)
         clone(workspace)
         prompt = f"Task:\n{delimited('task', task_text(run.job.request))}"
         ask_agent(workspace, prompt, CODING, BEGIN_SESSION)
         commit_task(workspace)
     push_task_commit(workspace)
-    if repository.github_repository is not None:
-        create_pull_request(run, repository.github_repository)
+    create_pull_request(workspace)
     run.log_event("codebot", "Completed")
 
 
@@ -5441,8 +5439,12 @@ def pull_request_body(run: JobRun) -> str:
     return f"{without_ci_skips(redact(body))[:65_000]}\n{marker}\n"
 
 
-def create_pull_request(run: JobRun, github_repository: GitHubRepository) -> None:
+def create_pull_request(workspace: Workspace) -> None:
     """Open the branch's pull request, or find the one that it has, and store it."""
+    run = workspace.run
+    github_repository = workspace.repository.github_repository
+    if github_repository is None:
+        return
     run.set_phase("pull_request")
     title = without_ci_skips(run.redact(run.job.request.title)[:250])
     body = pull_request_body(run)
@@ -5463,10 +5465,12 @@ def create_pull_request(run: JobRun, github_repository: GitHubRepository) -> Non
     run.codebot.sync_queue.put(SyncRequest(pull_request_of=run.job.id))
 
 
-def react_to_issue(run: JobRun, repository: Repository) -> None:
+def react_to_issue(workspace: Workspace) -> None:
     """Show on the issue that its task has been picked up."""
-    if repository.github_repository is not None and run.job.issue_number:
-        repository.github_repository.react(f"/issues/{run.job.issue_number}")
+    number = workspace.run.job.issue_number
+    github_repository = workspace.repository.github_repository
+    if number and github_repository is not None:
+        github_repository.react(f"/issues/{number}")
 
 
 # --- Review ------------------------------------------------------------------
