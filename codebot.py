@@ -4161,7 +4161,7 @@ class Codebot:
         self.store.request_cancel(job_id)
         run = self.running.get(job_id)
         if run is not None:
-            run.cancel.set()
+            run.is_cancelled = True
 
     def until_database_works(self, method: Callable[..., T], *args: object) -> T:
         """Call a method of Store until it succeeds: a full disk must not lose a result.
@@ -4259,7 +4259,7 @@ class JobRun:
         self.store = codebot.store
         self.redact = codebot.redact
         self.job = job
-        self.cancel = threading.Event()
+        self.is_cancelled = False  # another thread sets it
         self.started = time.monotonic()
         self.deadline: float | None = None  # of the agent and the tests; see time_left
         self.events_left = MAX_OUTPUT_EVENTS  # in this phase
@@ -4267,7 +4267,7 @@ class JobRun:
 
     def check_stop(self) -> None:
         """Raise StopRequested or Cancelled if the run must end."""
-        if self.cancel.is_set():
+        if self.is_cancelled:
             raise Cancelled()
         self.codebot.check_stop()
 
@@ -5998,7 +5998,7 @@ class Sync:
             # A review that waits is skipped when it starts.
             for run in list(self.codebot.running.values()):
                 if run.job.kind == "review" and run.job.task_id == task_id:
-                    run.cancel.set()
+                    run.is_cancelled = True
             self.codebot.cleanup_wanted.set()
         elif repository_at(github_repository).is_allowed(self.config):
             self.queue_new_comments(pull_request, github_repository)
@@ -6197,7 +6197,7 @@ def run_job(codebot: Codebot, job: Job) -> None:
     finally:
         del codebot.running[job.id]
         codebot.jobs_due.set()  # another may have waited for it to end
-        if run.cancel.is_set():
+        if run.is_cancelled:
             codebot.cleanup_wanted.set()  # its pull request may have been closed
 
 
@@ -6266,7 +6266,7 @@ def end_job(run: JobRun, reason: str = "", error: str = "") -> None:
     """
     job = run.job
     status = "failed" if reason else "completed"
-    if reason and run.cancel.is_set():
+    if reason and run.is_cancelled:
         reason = "cancelled"  # whatever else went wrong meanwhile
         error = CANCELLED_TEXT[job.kind]
     if job.is_pushing and reason not in ("", "push_rejected", "pull_request_failed"):
@@ -6321,7 +6321,7 @@ def retry_or_fail(run: JobRun, error: Exception) -> None:
     interruptions = int(run.retry_costs_money)
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     is_too_often = interruptions and job.interruptions + 1 >= MAX_INTERRUPTIONS
-    if is_too_often or now > give_up_at or run.cancel.is_set():
+    if is_too_often or now > give_up_at or run.is_cancelled:
         reason = REASON_BY_PHASE.get(job.phase, "internal")
         fail_or_tell_reviewer(run, reason, str(error))
         return
