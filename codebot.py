@@ -162,7 +162,8 @@ THREADS AND THEIR LOCKS
   http           one per connection, from a pool; Server's table of them has a lock
   task-N, review-N   one job at a time, from one queue each
   sync           asks GitHub what has changed
-  timer          queues jobs that are due, and writes to the database to see if it can
+  timer          queues jobs that are due
+  database       writes to the database now and then, to see if it can
   cleanup        removes what is past its retention, packs mirrors
   (no name)      one for each program that runs; it waits for the program's end
   Store has a lock for its writing and one for its reading connection, Redactor one for
@@ -5254,9 +5255,8 @@ def fetch_or_fail(workspace: Workspace, branch: str, reason: str) -> tuple[str, 
         raise JobFailed(reason, message) from None
     except GitFailed as error:
         if isinstance(error, GitAuthFailed) and workspace.run.job.commit_id:
-            raise workspace.push_failure(
-                error
-            ) from None  # the commit has cost something
+            # The commit has cost something.
+            raise workspace.push_failure(error) from None
         raise JobFailed(
             "clone_failed", f"Failed to clone repository: {error}"
         ) from None
@@ -6332,29 +6332,25 @@ def retry_or_fail(run: JobRun, error: Exception) -> None:
     run.codebot.until_database_works(requeue, job.id, interruptions, not_before)
 
 
-class Timer:
-    """Gives the workers what is due; tests the database now and then."""
+def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
+    """Give the workers what is due, or ``only_job`` when it is due."""
+    codebot.jobs_due.wait(TIMER_INTERVAL)
+    codebot.jobs_due.clear()
+    for kind, jobs in codebot.queues.items():
+        if not jobs.empty():
+            continue  # the workers are busy; a job is not queued each second
+        for job_id in codebot.store.due_jobs(kind):
+            if only_job in ("", job_id):
+                jobs.put(job_id)
 
-    def __init__(self, codebot: Codebot, only_job: str = "") -> None:
-        self.codebot = codebot
-        self.only_job = only_job  # its id; "" means all jobs
-        self.next_test = time.monotonic() + DATABASE_TEST_INTERVAL
 
-    def step(self) -> None:
-        self.codebot.jobs_due.wait(TIMER_INTERVAL)
-        self.codebot.jobs_due.clear()
-        for kind, jobs in self.codebot.queues.items():
-            if not jobs.empty():
-                continue  # the workers are busy; a job is not queued each second
-            for job_id in self.codebot.store.due_jobs(kind):
-                if self.only_job in ("", job_id):
-                    jobs.put(job_id)
-        if time.monotonic() > self.next_test:
-            self.next_test = time.monotonic() + DATABASE_TEST_INTERVAL
-            try:
-                self.codebot.store.check_writable()
-            except sqlite3.Error as error:
-                log.error("The database cannot be written: %s", error)
+def test_database(codebot: Codebot) -> None:
+    """See after a while whether the database can be written."""
+    codebot.stop.wait(DATABASE_TEST_INTERVAL)
+    try:
+        codebot.store.check_writable()
+    except sqlite3.Error as error:
+        log.error("The database cannot be written: %s", error)
 
 
 class Cleanup:
@@ -8796,7 +8792,8 @@ def running_server(codebot: Codebot) -> Iterator[Server]:
     if codebot.github is not None:
         workers += start_workers(codebot, "review", codebot.config.review_workers)
         start_thread(codebot, "sync", Sync(codebot, codebot.github).step)
-    start_thread(codebot, "timer", Timer(codebot).step)
+    start_thread(codebot, "timer", functools.partial(queue_due_jobs, codebot))
+    start_thread(codebot, "database", functools.partial(test_database, codebot))
     start_thread(codebot, "cleanup", Cleanup(codebot).step)
     start_thread(codebot, "accept", lambda: server.serve_forever(SWEEP_INTERVAL))
     try:
@@ -8912,7 +8909,8 @@ def run(flags: Flags) -> int:
     print(f"Sandbox: {codebot.sandbox.describe()}", file=sys.stderr)
     job = codebot.submit(request, "command line")
     workers = start_workers(codebot, "task", 1)
-    start_thread(codebot, "timer", Timer(codebot, only_job=job.id).step)
+    step = functools.partial(queue_due_jobs, codebot, job.id)
+    start_thread(codebot, "timer", step)
     try:
         follow_task(codebot, job.id)
     finally:

@@ -3745,15 +3745,14 @@ def test_task_that_comes_while_another_is_in_the_queue_starts_soon(
     monkeypatch.setattr(codebot, "run_job", lambda app, job: None)
     app = codebot.Codebot(codebot.Config(no_github=True, work_dir=store.path + ".dir"))
     app.store = store
-    timer = codebot.Timer(app)
     request = store_task(store).request
     app.jobs_due.set()
-    timer.step()
+    codebot.queue_due_jobs(app)
     task = app.submit(request, "the tests")
-    timer.step()  # the queue still has the first
+    codebot.queue_due_jobs(app)  # the queue still has the first
     codebot.worker_step(app, "task")
     assert app.jobs_due.is_set()
-    timer.step()
+    codebot.queue_due_jobs(app)
     assert app.queues["task"].get_nowait() == task.id
 
 
