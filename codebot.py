@@ -8347,11 +8347,14 @@ class Server(http.server.ThreadingHTTPServer):
         # The 16 are for connections that are closed and whose threads have not ended yet.
         threads = MAX_CONNECTIONS + 16
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, "http")
-        self._tls = tls_context(config) if config.tls_cert else None
         if ":" in config.host:
             self.address_family = socket.AF_INET6
         super().__init__((config.host, config.port), Handler)
         self.server_port = self.server_address[1]
+        if config.tls_cert:  # for the handshake, nobody but its own thread waits
+            self.socket = tls_context(config).wrap_socket(
+                self.socket, server_side=True, do_handshake_on_connect=False
+            )
         self._guard = guard_localhost(config.host, self.server_port)
 
     def server_close(self) -> None:
@@ -8371,16 +8374,12 @@ class Server(http.server.ThreadingHTTPServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
-            connection, address = super().get_request()
-        except OSError:  # no file descriptor is left
-            with self._lock:
-                self._evict()
+            return super().get_request()
+        except OSError as error:
+            if error.errno == errno.EMFILE:  # no file descriptor is left
+                with self._lock:
+                    self._evict()
             raise
-        if self._tls:  # without the handshake, for which nobody else should wait
-            connection = self._tls.wrap_socket(
-                connection, server_side=True, do_handshake_on_connect=False
-            )
-        return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._lock:
@@ -8414,7 +8413,7 @@ class Server(http.server.ThreadingHTTPServer):
     def shutdown_request(self, request: Any) -> None:
         with self._lock:
             self._connections.pop(request, None)
-        if self._tls:
+        if isinstance(request, ssl.SSLSocket):
             with contextlib.suppress(OSError, ValueError):
                 request.setblocking(False)
                 request.unwrap()  # tells the client that nothing was cut off
