@@ -8330,7 +8330,6 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_port = False  # or an agent, as the same user, could share the port
     # http.server's own method asks DNS for the name of this host.
     server_bind = socketserver.TCPServer.server_bind
-    _guard: socket.socket | None = None  # also if the constructor fails
 
     def __init__(self, codebot: Codebot) -> None:
         """Listen. Raises OSError if the address or the TLS files cannot be used, and
@@ -8355,12 +8354,8 @@ class Server(http.server.ThreadingHTTPServer):
             self.socket = tls_context(config).wrap_socket(
                 self.socket, server_side=True, do_handshake_on_connect=False
             )
-        self._guard = guard_localhost(config.host, self.server_port)
-
-    def server_close(self) -> None:
-        super().server_close()
-        if self._guard is not None:
-            self._guard.close()
+        # Closed with the process, or when nobody has this object any more.
+        self.localhost_guard = guard_localhost(config.host, self.server_port)
 
     def close(self) -> None:
         """Close all connections, which ends their threads."""

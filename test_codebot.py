@@ -9442,6 +9442,8 @@ def test_nobody_else_can_listen_at_localhost(tmp_path: Path) -> None:
                 agent.bind(place)
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection(place)
+        assert server.localhost_guard is not None
+        server.localhost_guard.close()
         agent.bind(place)
         port = dataclasses.replace(app.config, port=place[1])
         with pytest.raises(codebot.ConfigError, match="Another program uses"):
