@@ -8027,8 +8027,6 @@ GUARDED_ADDRESSES = {
     "0.0.0.0": "::",
     "::1": "127.0.0.1",
 }
-# What poll() reports when a client closes its connection. macOS lacks POLLRDHUP.
-CLOSED_BY_CLIENT = getattr(select, "POLLRDHUP", select.POLLHUP)
 
 
 class Route(NamedTuple):
@@ -8263,7 +8261,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_events(self, events: EventStream) -> None:
         client = select.poll()
-        client.register(self.connection, CLOSED_BY_CLIENT)
+        # Nothing is expected from the client but the end of the connection.
+        client.register(self.connection, select.POLLIN)
         for messages in events:
             self.write(messages)
             self.enter("handling")
