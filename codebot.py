@@ -7988,7 +7988,7 @@ def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
 # The states of a connection:
 #   waiting -> receiving -> handling -> sending -> waiting ...
 #   an event stream:        handling -> sending -> handling ... -> closed
-#   a body that is not read:            sending -> lingering -> closed
+#   a refused body:                     sending -> receiving -> closed
 # It is closed when it has been in one for too long, or when there are too many
 # connections and it has waited longest for its client.
 #
@@ -8005,7 +8005,6 @@ STATE_TIMEOUTS = {
     "receiving": 20.0,  # the TLS handshake; a request, from its first byte to the last
     "handling": 3600.0,  # what codebot itself does; it takes far less
     "sending": 20.0,  # until the client has read CHUNK_BYTES
-    "lingering": 2.0,  # reading the rest of a refused request
 }
 SWEEP_INTERVAL = 0.5  # seconds between two searches for late connections
 STREAM_INTERVAL = 250  # milliseconds between two searches for new events
@@ -8270,12 +8269,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return
 
     def linger(self) -> None:
-        """Read the rest of a refused request for a moment.
+        """Read the rest of a refused request, and forget it.
 
         If it were left unread, the system would reset the connection, and the client
         might lose the answer.
         """
-        self.enter("lingering")
+        self.enter("receiving")
         self.connection.shutdown(socket.SHUT_WR)
         scrap = bytearray(CHUNK_BYTES)  # one: many would leave the heap full of holes
         while self.connection.recv_into(scrap):
