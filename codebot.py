@@ -8031,15 +8031,15 @@ GUARDED_ADDRESSES = {
 class Route(NamedTuple):
     """A path that can be requested; its named groups are parameters of the handler."""
 
-    methods: Sequence[str]
+    methods: str  # as the Allow header lists them
     path: str  # a regular expression
     guard: Callable[[Codebot, Request], None]
     handler: Callable[..., Response | EventStream]
     max_body: int = MAX_BODY_BYTES
 
 
-GET = ("GET", "HEAD")
-POST = ("POST",)
+GET = "GET, HEAD"
+POST = "POST"
 TASK_PATH = "/api/tasks/(?P<task_id>[^/]+)"
 # Everything that the network can reach, with the guard that must let it pass.
 ROUTES = (
@@ -8060,11 +8060,11 @@ def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
     """Return the route and its parameters. Raises HTTPError 404 or 405."""
     for route in ROUTES:
         match = re.fullmatch(route.path, path)
-        if match and method in route.methods:
+        if match and method in route.methods.split(", "):
             return route, match.groupdict()
         if match:
-            listed = ", ".join(route.methods)
-            raise HTTPError(405, f"Method not allowed; use {listed}", {"Allow": listed})
+            allow = {"Allow": route.methods}
+            raise HTTPError(405, f"Method not allowed; use {route.methods}", allow)
     raise HTTPError(404, f"No such path: {path[:100]}")
 
 
