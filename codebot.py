@@ -7374,10 +7374,31 @@ HOST_RE = re.compile(r"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", re.
 UNIQUE_HEADERS = ("host", "content-length", "authorization")
 
 
+def read_head(file: io.BufferedReader) -> list[str]:
+    """Return the request line and the headers, without their line ends."""
+    lines: list[str] = []
+    size = 0
+    while True:
+        line = file.readline(MAX_HEADER_BYTES + 1 - size)
+        size += len(line)
+        if size > MAX_HEADER_BYTES:
+            raise HTTPError(
+                431, f"The headers are longer than {MAX_HEADER_BYTES >> 10} KiB"
+            )
+        if line == b"\r\n" and lines:
+            return lines
+        if line == b"\r\n":
+            continue  # blank lines may come first (RFC 9112, 2.2)
+        pattern = HEADER_RE if lines else REQUEST_LINE_RE
+        if not pattern.fullmatch(line):
+            raise HTTPError(400, "Malformed HTTP request")
+        lines.append(line[:-2].decode("latin-1"))
+
+
 def parse_headers(version: str, lines: Sequence[str]) -> dict[str, str]:
     """Return the headers by their names in lower case.
 
-    ``lines`` match HEADER_RE. Refuses what codebot and a proxy in front of it might
+    ``lines`` are from read_head. Refuses what codebot and a proxy in front of it might
     understand differently.
     """
     headers: dict[str, str] = {}
@@ -8149,7 +8170,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def read_headers(self) -> dict[str, str]:
         """Read the request line and the headers."""
-        self.requestline, *lines = self.read_head()
+        self.requestline, *lines = read_head(self.rfile)
         self.command, self.path, self.request_version = self.requestline.split(" ")
         headers = parse_headers(self.request_version, lines)
         options = headers.get("connection", "").lower().replace(",", " ").split()
@@ -8157,26 +8178,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = self.request_version == "HTTP/1.0" or "close" in options
         self.is_request_read = "content-length" not in headers
         return headers
-
-    def read_head(self) -> list[str]:
-        """Return the request line and the headers, without their line ends."""
-        lines: list[str] = []
-        size = 0
-        while True:
-            line = self.rfile.readline(MAX_HEADER_BYTES + 1 - size)
-            size += len(line)
-            if size > MAX_HEADER_BYTES:
-                raise HTTPError(
-                    431, f"The headers are longer than {MAX_HEADER_BYTES >> 10} KiB"
-                )
-            if line == b"\r\n" and lines:
-                return lines
-            if line == b"\r\n":
-                continue  # blank lines may come first (RFC 9112, 2.2)
-            pattern = HEADER_RE if lines else REQUEST_LINE_RE
-            if not pattern.fullmatch(line):
-                raise HTTPError(400, "Malformed HTTP request")
-            lines.append(line[:-2].decode("latin-1"))
 
     def dispatch(self, headers: Mapping[str, str]) -> Response | EventStream:
         """Find the route, ask its guard, read the body, and call the handler."""
