@@ -8283,11 +8283,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def tls_context(config: Config) -> ssl.SSLContext:
-    """Return what HTTPS needs. Raises OSError if a TLS file cannot be used."""
+    """Return what HTTPS needs. Raises ConfigError if a TLS file cannot be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # Without a password, OpenSSL asks for that of an encrypted key in the terminal.
-    context.load_cert_chain(config.tls_cert, config.tls_key, password="")
+    try:
+        context.load_cert_chain(config.tls_cert, config.tls_key, password="")
+    except OSError:
+        raise ConfigError(
+            f"{config.tls_key} is not the private key of {config.tls_cert}, or one of "
+            "them is not a PEM file, or is encrypted."
+        ) from None
     return context
 
 
@@ -8331,8 +8337,8 @@ class Server(http.server.ThreadingHTTPServer):
     server_bind = socketserver.TCPServer.server_bind
 
     def __init__(self, codebot: Codebot) -> None:
-        """Listen. Raises OSError if the address or the TLS files cannot be used, and
-        ConfigError if somebody else listens at "localhost".
+        """Listen. Raises OSError if the address cannot be used, and ConfigError if the
+        TLS files cannot, or if somebody else listens at "localhost".
         """
         config = codebot.config
         self.codebot = codebot
@@ -8349,7 +8355,8 @@ class Server(http.server.ThreadingHTTPServer):
             self.address_family = socket.AF_INET6
         super().__init__((config.host, config.port), Handler)
         self.server_port = self.server_address[1]
-        if config.tls_cert:  # for the handshake, nobody but its own thread waits
+        # For the handshake, nobody but the connection's own thread waits.
+        if config.tls_cert and config.tls_key:
             self.socket = tls_context(config).wrap_socket(
                 self.socket, server_side=True, do_handshake_on_connect=False
             )
@@ -8633,15 +8640,6 @@ def check_server(codebot: Codebot) -> Iterator[Finding]:
             "GITHUB_WEBHOOK_SECRET is not set, so codebot hears of reviews only when "
             "it starts. Set it, or use --enable-polling.",
         )
-    if config.tls_cert and config.tls_key:
-        try:
-            tls_context(config)
-        except OSError:
-            yield Finding(
-                "FAIL",
-                f"{config.tls_key} is not the private key of {config.tls_cert}, or one "
-                "of them is not a PEM file, or is encrypted.",
-            )
 
 
 HOST_CHECKS = (check_programs, check_settings, check_safety)
@@ -8923,8 +8921,7 @@ CHECK_TIMEOUT = 1.5  # seconds for GitHub to answer; with a retry at most 5 in a
 
 def check_port(codebot: Codebot) -> Iterator[Finding]:
     config = codebot.config
-    # Without TLS, whose files have a check of their own.
-    listen(Codebot(dataclasses.replace(config, tls_cert=""))).server_close()
+    listen(codebot).server_close()
     yield Finding("ok", f"Port {config.port} on {config.host} can be used")
 
 
