@@ -8837,9 +8837,7 @@ def serve(flags: Flags) -> int:
     is_changed = False
     level = logging.DEBUG if config.debug else logging.INFO
     codebot = start_app(config, [*HOST_CHECKS, check_server], level)
-    pending = codebot.store.count_pending("task") + codebot.store.count_pending(
-        "review"
-    )
+    pending = sum(map(codebot.store.count_pending, codebot.queues))
     with running_server(codebot) as server:
         print_banner(codebot, server.server_port, pending)
         while not (codebot.stop.is_set() or is_changed):
