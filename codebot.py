@@ -8031,7 +8031,6 @@ SWEEP_INTERVAL = 0.5  # seconds between two searches for late connections
 STREAM_INTERVAL = 250  # milliseconds between two searches for new events
 CHUNK_BYTES = 64 << 10
 DEFAULT_HEADERS = {
-    "Server": "codebot",
     "Content-Type": "application/json",
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
