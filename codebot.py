@@ -8645,6 +8645,10 @@ HOST_CHECKS = (check_programs, check_settings, check_safety)
 
 
 # --- serve -------------------------------------------------------------------
+#
+# The start: settings; log, watchdog and signals; locks of the work directory; checks;
+# database, sandbox and the App's key; port; threads.
+# The stop: workers, whose jobs are requeued; port and connections; the process.
 
 PR_SET_DUMPABLE = 4  # of prctl(2)
 MAX_DESCRIPTORS = 65536  # open files at the same time, if the host allows so many
