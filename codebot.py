@@ -8346,7 +8346,6 @@ class Server(http.server.ThreadingHTTPServer):
         # The one that began first to wait for a request is the first: enter() keeps it so.
         self._connections: dict[socket.socket, Connection] = {}
         self._next_sweep = 0.0
-        self.is_closed = False
         # The 16 are for connections that are closed and whose threads have not ended yet.
         threads = MAX_CONNECTIONS + 16
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, "http")
@@ -8362,14 +8361,6 @@ class Server(http.server.ThreadingHTTPServer):
         # Closed with the process, or when nobody has this object any more.
         self.localhost_guard = guard_localhost(config.host, self.server_port)
 
-    def close(self) -> None:
-        """Close all connections, which ends their threads."""
-        self.is_closed = True
-        self.server_close()
-        with self._lock:
-            for connection in self._connections:
-                hang_up(connection)
-
     # What serve_forever calls, in its thread
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -8383,8 +8374,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._lock:
-            if self.is_closed:  # close() would not find it any more
-                raise ConnectionAbortedError("the server has stopped")
             if len(self._connections) >= MAX_CONNECTIONS:
                 self._evict()
             deadline = time.monotonic() + STATE_TIMEOUTS["waiting"]
@@ -8392,9 +8381,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._pool.submit(self.process_request_thread, request, client_address)
 
     def service_actions(self) -> None:
-        """Close the connections that are late. Raises StopRequested after close()."""
-        if self.is_closed:
-            raise StopRequested()
+        """Close the connections that are late."""
         now = time.monotonic()
         if now < self._next_sweep:
             return
@@ -8648,7 +8635,7 @@ HOST_CHECKS = (check_programs, check_settings, check_safety)
 #
 # The start: settings; log, watchdog and signals; locks of the work directory; checks;
 # database, sandbox and the App's key; port; threads.
-# The stop: workers, whose jobs are requeued; port and connections; the process.
+# The stop: workers, whose jobs are requeued; the process, and all connections with it.
 
 PR_SET_DUMPABLE = 4  # of prctl(2)
 MAX_DESCRIPTORS = 65536  # open files at the same time, if the host allows so many
@@ -8780,7 +8767,7 @@ def listen(codebot: Codebot) -> Server:
 
 @contextlib.contextmanager
 def running_server(codebot: Codebot) -> Iterator[Server]:
-    """Run the server and the threads behind it until the block ends."""
+    """Run the server and the threads behind it. After the block no job runs."""
     server = listen(codebot)
     workers = start_workers(codebot, "task", codebot.config.workers)
     if codebot.github is not None:
@@ -8794,7 +8781,6 @@ def running_server(codebot: Codebot) -> Iterator[Server]:
         yield server
     finally:
         stop_workers(codebot, workers)
-        server.close()
 
 
 def print_banner(codebot: Codebot, port: int, pending: int) -> None:
@@ -8850,8 +8836,7 @@ def serve(flags: Flags) -> int:
     if is_changed:
         os.umask(config.umask)
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
-    # Do not wait for a thread that waits for GitHub: its job is pending again.
-    os._exit(0)
+    return 0
 
 
 # --- run ---------------------------------------------------------------------
@@ -9224,10 +9209,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, StopRequested):  # a signal during the start
         return 130
     except BrokenPipeError:
-        # Python's documentation, "Note on SIGPIPE": else it complains at the exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Do not wait for threads: one may wait for a client, or for GitHub.
+    os._exit(main())
