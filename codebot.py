@@ -6636,7 +6636,7 @@ details:not([open]) .message { overflow: hidden; text-overflow: ellipsis; }
 <script>
 'use strict';
 
-const POLL_INTERVAL = 3000; // milliseconds
+const POLL_INTERVAL = 2000; // milliseconds
 const LISTED_TASKS = 300; // the newest
 const STATES = ['all', 'pending', 'running', 'completed', 'failed', 'cancelled'];
 const STEPS = ['clone', 'queued', 'agent', 'test', 'commit', 'push', 'pull_request'];
@@ -6669,21 +6669,21 @@ let current = null; // the task in view
 
 // --- Requests
 
-// Returns a successful answer. Throws an Error, with a status if there is an answer.
+// Returns the fields of a successful answer. Throws an Error with the answer's status.
 async function request(path, options = {}) {
   const headers = { Authorization: `Bearer ${apiKey}`, ...options.headers };
   let response;
+  let fields;
   try {
     response = await fetch(`api/tasks${path}`, { ...options, headers });
+    fields = await response.json();
   } catch {
     throw new Error('The server does not answer.');
   }
   clockOffset = Date.parse(response.headers.get('Date')) - Date.now() || 0;
-  if (response.ok) return response;
-  const body = await response.json().catch(() => ({}));
-  const message = body.message || `The server answered ${response.status}.`;
-  if (response.status === 401) askForKey(message);
-  throw Object.assign(new Error(message), { status: response.status });
+  if (response.ok) return fields;
+  if (response.status === 401) askForKey(fields.message);
+  throw Object.assign(new Error(fields.message), { status: response.status });
 }
 
 // --- Elements
@@ -6824,7 +6824,6 @@ function updateTimes() {
 // --- Views and polling
 
 function showView() {
-  current?.connection?.abort();
   current = null;
   document.title = 'codebot';
   const parameters = new URLSearchParams(location.hash.slice(1));
@@ -6845,8 +6844,6 @@ function showSection(view) {
 
 async function poll() {
   clearTimeout(pollTimer);
-  // A hidden tab keeps no connection: browsers allow only six to a server.
-  if (document.hidden) current?.connection?.abort();
   if (document.hidden || !apiKey) return;
   try {
     if (current) await refreshTask(current);
@@ -6854,16 +6851,11 @@ async function poll() {
     if (ui.banner.textContent) setText(ui.announcer, 'The server answers again.');
     setText(ui.banner, '');
   } catch (error) {
-    current?.connection?.abort();
     const message = `${error.message} Trying again every few seconds.`;
     setText(ui.banner, apiKey ? message : ''); // without a key, its form says why
   }
-  pollSoon(POLL_INTERVAL);
-}
-
-function pollSoon(delay = 200) {
-  clearTimeout(pollTimer);
-  pollTimer = setTimeout(poll, delay);
+  clearTimeout(pollTimer); // of a poll that went on at the same time
+  pollTimer = setTimeout(poll, POLL_INTERVAL);
 }
 
 // --- API key
@@ -6901,8 +6893,7 @@ let tasks = []; // newest first
 const rows = new Map(); // by href
 
 async function refreshList() {
-  const response = await request(`?limit=${LISTED_TASKS}`);
-  tasks = (await response.json()).tasks;
+  ({ tasks } = await request(`?limit=${LISTED_TASKS}`));
   drawList();
 }
 
@@ -6982,13 +6973,12 @@ async function submitTask(event) {
   const headers = { 'Content-Type': 'application/json', 'Idempotency-Key': draftKey };
   const options = { method: 'POST', headers, body: JSON.stringify(filled) };
   try {
-    const response = await request('/submit', options);
-    const { task_id: id } = await response.json();
+    const answer = await request('/submit', options);
     localStorage.setItem('repository', filled.repository_url);
     sessionStorage.removeItem('draft');
     showErrors('');
     restoreDraft();
-    location.hash = `task=${id}`;
+    location.hash = `task=${answer.task_id}`;
   } catch (error) {
     showErrors(error.message);
   }
@@ -7029,12 +7019,9 @@ function openTask(parameters) {
     path: `/${encodeURIComponent(id)}`,
     retryOf: parameters.get('retry_of'),
     retryKey: randomKey(), // Idempotency-Key: a double click retries once
-    statusText: '',
     status: null,
     events: [],
     openCalls: [], // lines of tool calls without an output, oldest first
-    connection: null, // the AbortController of the event stream
-    isLogComplete: false,
   };
   ui.log.replaceChildren();
   ui.cancel.hidden = true; // until its state is known
@@ -7044,10 +7031,9 @@ function openTask(parameters) {
 }
 
 async function refreshTask(task) {
-  let text;
+  const isFirst = task.status === null;
   try {
-    const response = await request(`${task.path}/status`);
-    text = await response.text();
+    task.status = await request(`${task.path}/status`);
   } catch (error) {
     if (error.status !== 404 || task !== current) throw error;
     current = null;
@@ -7055,15 +7041,9 @@ async function refreshTask(task) {
     return;
   }
   if (task !== current) return;
-  if (text !== task.statusText) {
-    const isFirst = task.statusText === '';
-    task.statusText = text;
-    task.status = JSON.parse(text);
-    task.isLogComplete = false; // perhaps a review has started
-    drawTask(task);
-    if (isFirst) showSection(ui.taskView);
-  }
-  if (!task.isLogComplete && !task.connection) readLog(task);
+  drawTask(task);
+  if (isFirst) showSection(ui.taskView);
+  await readLog(task);
 }
 
 function drawTask(task) {
@@ -7099,11 +7079,10 @@ async function act(action) {
   const { id, path, retryKey } = current;
   const options = { method: 'POST', headers: { 'Idempotency-Key': retryKey } };
   try {
-    const response = await request(`${path}/${action}`, options);
-    const answer = await response.json();
+    const answer = await request(`${path}/${action}`, options);
     setText(ui.actionMessage, answer.message);
     if (action === 'retry') location.hash = `task=${answer.task_id}&retry_of=${id}`;
-    pollSoon();
+    poll();
   } catch (error) {
     setText(ui.actionMessage, error.message);
   }
@@ -7209,50 +7188,20 @@ function reviewItem(review) {
 // --- Log
 
 async function readLog(task) {
-  task.connection = new AbortController();
   const lastSeq = task.events.at(-1)?.seq || 0;
-  const headers = { Accept: 'text/event-stream', 'Last-Event-ID': lastSeq };
-  try {
-    const options = { headers, signal: task.connection.signal };
-    const response = await request(`${task.path}/logs`, options);
-    if (response.status === 204) task.isLogComplete = true;
-    else await readEvents(task, response.body);
-    if (task.isLogComplete) pollSoon();
-  } catch {
-    // The next poll reports what is wrong, or reads on.
-  }
-  task.connection = null;
-}
-
-async function readEvents(task, body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = '';
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done || task !== current) return;
-    const messages = (rest + value).split('\n\n');
-    rest = messages.pop();
-    addMessages(task, messages);
-  }
-}
-
-function addMessages(task, messages) {
-  const lines = create('div', {}); // a block: the browser lays out many of them faster
-  for (const message of messages) {
-    const data = /^data: (.*)$/m.exec(message);
-    if (/^event: end$/m.test(message)) task.isLogComplete = true;
-    else if (data) lines.append(...addEvent(task, JSON.parse(data[1])));
-  }
-  ui.log.append(lines);
+  const { events } = await request(`${task.path}/logs?after=${lastSeq}`);
+  // Another poll may have read the same events meanwhile.
+  if (task !== current || lastSeq !== (task.events.at(-1)?.seq || 0)) return;
+  for (const event of events) ui.log.append(...addEvent(task, event));
   setFollowing(isFollowing);
   drawSteps(task);
+  if (events.length > 0) await readLog(task); // one answer has at most 1,000
 }
 
 // Returns the event's line, or none: a tool's output is put into the line of the call.
 function addEvent(task, event) {
   const { source, message } = event;
   task.events.push(event);
-  if (source === 'phase') pollSoon();
   if (source === 'phase' || source === 'agent') task.openCalls = [];
   const isOutput = source === 'output' || source === 'error';
   if (!isOutput || task.openCalls.length === 0) return [logLine(task, event)];
