@@ -6513,27 +6513,27 @@ input, textarea { font-weight: 400; }
 #logCard { flex: 1; position: relative; min-height: 60vh; }
 #log { flex: 1 1 20rem; overflow-y: auto; background: var(--page); }
 #follow { position: absolute; bottom: 1.5rem; left: 45%; }
-.event:not(details), .event summary {
+.event {
   display: grid;
   grid-template-columns: 4.2rem 4.2rem 1fr;
   gap: 0 .75rem;
   padding: 0 .5rem;
   white-space: pre-wrap;
 }
-.event summary .message::before { content: "▸ " / ""; }
-.event[open] summary .message::before { content: "▾ " / ""; }
+summary .message::before { content: "▸ " / ""; }
+[open] .message::before { content: "▾ " / ""; }
 details:not([open]) .message { white-space: pre; }
 details:not([open]) .message { overflow: hidden; text-overflow: ellipsis; }
-.event pre { margin: .3rem .5rem .3rem 2rem; color: var(--muted); }
+#log pre { margin: .3rem .5rem .3rem 2rem; color: var(--muted); }
 .event .time { color: var(--muted); }
 .event[data-source=phase] { margin-top: .6rem; font-weight: 700; }
 .event[data-source=agent] .source { color: var(--blue); }
 .event[data-source=git] .source { color: var(--green); }
 .event[data-source=tool] .source { color: var(--amber); }
 .event[data-source=test] .source { color: var(--amber); }
-.event[data-source=error], .event.failed { color: var(--red); }
+.event[data-source=error] { color: var(--red); }
 @media (max-width: 45rem) {
-  .event:not(details), .event summary { grid-template-columns: 3.5rem 1fr; }
+  .event { grid-template-columns: 3.5rem 1fr; }
   .event .time { display: none; }
 }
 </style>
@@ -7021,7 +7021,6 @@ function openTask(parameters) {
     retryKey: randomKey(), // Idempotency-Key: a double click retries once
     status: null,
     events: [],
-    openCalls: [], // lines of tool calls without an output, oldest first
   };
   ui.log.replaceChildren();
   ui.cancel.hidden = true; // until its state is known
@@ -7192,42 +7191,29 @@ async function readLog(task) {
   const { events } = await request(`${task.path}/logs?after=${lastSeq}`);
   // Another poll may have read the same events meanwhile.
   if (task !== current || lastSeq !== (task.events.at(-1)?.seq || 0)) return;
-  for (const event of events) ui.log.append(...addEvent(task, event));
+  task.events.push(...events);
+  ui.log.append(...events.map(logLine));
   setFollowing(isFollowing);
   drawSteps(task);
   if (events.length > 0) await readLog(task); // one answer has at most 1,000
 }
 
-// Returns the event's line, or none: a tool's output is put into the line of the call.
-function addEvent(task, event) {
-  const { source, message } = event;
-  task.events.push(event);
-  if (source === 'phase' || source === 'agent') task.openCalls = [];
-  const isOutput = source === 'output' || source === 'error';
-  if (!isOutput || task.openCalls.length === 0) return [logLine(task, event)];
-  const call = task.openCalls.shift();
-  call.append(create('pre', {}, ...linkify(message)));
-  call.classList.toggle('failed', source === 'error');
-  return [];
-}
-
 const clock = new Intl.DateTimeFormat([], { timeStyle: 'medium', hourCycle: 'h23' });
 
-function logLine(task, { time, source, message }) {
-  const isTool = source === 'tool';
+// A tool's input or output shows its first line until it is opened.
+function logLine({ time, source, message }) {
+  const isFolded = ['tool', 'output', 'error'].includes(source);
   const text = source === 'phase' ? humanize(message) : message;
-  const [title, ...input] = isTool ? text.split('\n') : [text];
-  const cells = [
+  const [title, ...rest] = isFolded ? text.split('\n') : [text];
+  const line = create(isFolded ? 'summary' : 'div', { class: 'event' });
+  line.dataset.source = source;
+  line.append(
     create('span', { class: 'time' }, clock.format(new Date(time))),
     create('span', { class: 'source' }, source),
-    create('span', { class: 'message' }, ...(isTool ? [title] : linkify(title))),
-  ];
-  const attributes = { class: 'event', 'data-source': source };
-  if (!isTool) return create('div', attributes, ...cells);
-  const call = create('details', attributes, create('summary', {}, ...cells));
-  call.append(create('pre', {}, ...linkify(input.join('\n'))));
-  task.openCalls.push(call);
-  return call;
+    create('span', { class: 'message' }, ...(isFolded ? [title] : linkify(title))),
+  );
+  if (!isFolded) return line;
+  return create('details', {}, line, create('pre', {}, ...linkify(rest.join('\n'))));
 }
 
 function logText() {

@@ -11914,8 +11914,9 @@ def test_page_shows_task_from_submit_to_result_and_review(
     browser.wait_for_text("Running", "#taskState")
     assert browser.focused() == "Say hello"
     assert browser.evaluate("document.images.length") == 0
-    assert "first.txt" not in browser.text("#log")
-    browser.click("button", "Bash: ls")
+    browser.wait_for_text("tool Bash: ls", "#log")
+    assert "second.txt" not in browser.text("#log")
+    browser.click("button", "first.txt")
     browser.wait_for_text("first.txt second.txt", "#log")
     browser.check()
 
