@@ -6510,9 +6510,8 @@ input, textarea { font-weight: 400; }
 #steps { flex-flow: row wrap; gap: .25rem 1.5rem; }
 #outcome strong { min-width: 7rem; }
 
-#logCard { flex: 1; position: relative; min-height: 60vh; }
+#logCard { flex: 1; min-height: 60vh; }
 #log { flex: 1 1 20rem; overflow-y: auto; background: var(--page); }
-#follow { position: absolute; bottom: 1.5rem; left: 45%; }
 .event {
   display: grid;
   grid-template-columns: 4.2rem 4.2rem 1fr;
@@ -6622,7 +6621,6 @@ details:not([open]) .message { overflow: hidden; text-overflow: ellipsis; }
         <button type="button" id="copyLog">Copy</button>
       </div>
       <div id="log" role="log" aria-live="off" aria-label="Log" tabindex="0"></div>
-      <button type="button" id="follow" class="primary" hidden>↓ Follow</button>
     </div>
   </section>
   <section id="missingView" hidden>
@@ -7026,7 +7024,6 @@ function openTask(parameters) {
   ui.cancel.hidden = true; // until its state is known
   ui.retry.hidden = true;
   setText(ui.actionMessage, '');
-  setFollowing(true);
 }
 
 async function refreshTask(task) {
@@ -7192,10 +7189,17 @@ async function readLog(task) {
   // Another poll may have read the same events meanwhile.
   if (task !== current || lastSeq !== (task.events.at(-1)?.seq || 0)) return;
   task.events.push(...events);
-  ui.log.append(...events.map(logLine));
-  setFollowing(isFollowing);
+  addToLog(events.map(logLine));
   drawSteps(task);
   if (events.length > 0) await readLog(task); // one answer has at most 1,000
+}
+
+// The log follows its end, unless one has scrolled up or selects something.
+function addToLog(lines) {
+  const { scrollTop, clientHeight, scrollHeight } = ui.log;
+  const isAtEnd = scrollTop + clientHeight > scrollHeight - 20;
+  ui.log.append(...lines);
+  if (isAtEnd && getSelection().isCollapsed) ui.log.scrollTop = ui.log.scrollHeight;
 }
 
 const clock = new Intl.DateTimeFormat([], { timeStyle: 'medium', hourCycle: 'h23' });
@@ -7221,26 +7225,6 @@ function logText() {
   return current.events.map(lineOf).join('');
 }
 
-// --- Following the end of the log, until one scrolls up, selects or opens something
-
-let isFollowing = true;
-
-function setFollowing(value) {
-  isFollowing = value;
-  ui.follow.hidden = value;
-  if (value) ui.log.scrollTop = ui.log.scrollHeight;
-}
-
-function onScroll() {
-  const { scrollTop, clientHeight, scrollHeight } = ui.log;
-  setFollowing(scrollTop + clientHeight > scrollHeight - 20);
-}
-
-function onSelectionChange() {
-  const { isCollapsed, anchorNode } = getSelection();
-  if (!isCollapsed && ui.log.contains(anchorNode)) setFollowing(false);
-}
-
 ui.keyForm.onsubmit = saveKey;
 ui.forget.onclick = forgetKey;
 ui.filter.oninput = drawList;
@@ -7251,10 +7235,6 @@ ui.taskForm.onkeydown = submitOnCtrlEnter;
 ui.cancel.onclick = () => act('cancel');
 ui.retry.onclick = () => act('retry');
 ui.copyLog.onclick = () => copyText(ui.copyLog, logText());
-ui.follow.onclick = () => setFollowing(true);
-ui.log.onscroll = onScroll;
-ui.log.addEventListener('toggle', () => setFollowing(false), true);
-document.onselectionchange = onSelectionChange;
 document.onvisibilitychange = poll;
 window.onhashchange = showView;
 setInterval(updateTimes, 1000);
