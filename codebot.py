@@ -6660,7 +6660,7 @@ const ui = {};
 for (const element of document.querySelectorAll('[id]')) ui[element.id] = element;
 
 let apiKey = sessionStorage.getItem('apiKey') || '';
-let clockOffset = 0; // milliseconds by which the server's clock is ahead of ours
+let serverTime = 0; // of the last answer, in milliseconds
 let pollTimer = 0;
 let current = null; // the task in view
 
@@ -6677,7 +6677,7 @@ async function request(path, options = {}) {
   } catch {
     throw new Error('The server does not answer.');
   }
-  clockOffset = Date.parse(response.headers.get('Date')) - Date.now() || 0;
+  serverTime = Date.parse(response.headers.get('Date'));
   if (response.ok) return fields;
   if (response.status === 401) askForKey(fields.message);
   throw Object.assign(new Error(fields.message), { status: response.status });
@@ -6708,6 +6708,7 @@ function redraw(element, data, build) {
   if (element.drawnFrom === text) return;
   element.drawnFrom = text;
   element.replaceChildren(...build(data));
+  updateTimes();
 }
 
 function paragraph(text) {
@@ -6780,42 +6781,31 @@ function stateText(job) {
 
 function formatDuration(seconds) {
   const minutes = Math.floor(seconds / 60);
+  const hours = Math.floor(minutes / 60);
   if (minutes === 0) return `${seconds} s`;
-  if (minutes < 60) return `${minutes} min ${seconds % 60} s`;
-  return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+  if (hours === 0) return `${minutes} min ${seconds % 60} s`;
+  if (hours < 48) return `${hours} h ${minutes % 60} min`;
+  return `${Math.floor(hours / 24)} days`;
 }
 
-function formatAge(seconds) {
-  if (seconds < 60) return `${seconds} s ago`;
-  if (seconds < 3600) return `${Math.floor(seconds / 60)} min ago`;
-  if (seconds < 48 * 3600) return `${Math.floor(seconds / 3600)} h ago`;
-  return `${Math.floor(seconds / 86400)} days ago`;
-}
-
-// Shows the seconds between two times, or since the first one: see updateTimes.
-function timer(format, from, to) {
+// Shows the time between two, or since the first one: see updateTimes.
+function timer(from, to) {
   const title = new Date(from).toLocaleString();
-  const element = create('time', { datetime: from, title });
-  element.update = () => {
-    const end = to ? Date.parse(to) : Date.now() + clockOffset;
-    const seconds = Math.max(0, Math.round((end - Date.parse(from)) / 1000));
-    setText(element, format(seconds));
-  };
-  element.update();
-  return element;
+  return create('time', { datetime: from, title, 'data-to': to || '' });
+}
+
+function updateTimes() {
+  for (const element of document.querySelectorAll('time')) {
+    const from = Date.parse(element.dateTime);
+    const to = Date.parse(element.dataset.to) || serverTime;
+    setText(element, formatDuration(Math.round((to - from) / 1000)));
+  }
 }
 
 function runTime(job) {
   if (!job.started_at) return '';
-  const prefix = job.completed_at ? 'took ' : 'running for ';
-  const format = (seconds) => prefix + formatDuration(seconds);
-  return timer(format, job.started_at, job.completed_at);
-}
-
-function updateTimes() {
-  if (ui.banner.textContent) return; // nobody knows whether it still runs
-  const elements = document.querySelectorAll('section:not([hidden]) time');
-  elements.forEach((element) => element.update());
+  const words = job.completed_at ? 'took ' : 'running for ';
+  return muted(words, timer(job.started_at, job.completed_at));
 }
 
 // --- Views and polling
@@ -6845,7 +6835,7 @@ async function poll() {
   try {
     if (current) await refreshTask(current);
     else if (!ui.listView.hidden) await refreshList();
-    if (ui.banner.textContent) setText(ui.announcer, 'The server answers again.');
+    updateTimes();
     setText(ui.banner, '');
   } catch (error) {
     const message = `${error.message} Trying again every few seconds.`;
@@ -6939,7 +6929,7 @@ function rowContent(task) {
   const about = create('div', { class: 'bar muted' }, stateText(task));
   about.append(repositoryName(task.repository_url));
   if (task.pr_number) about.append(`#${task.pr_number}`);
-  about.append(timer(formatAge, task.submitted_at), runTime(task));
+  about.append(muted(timer(task.submitted_at), ' ago'), runTime(task));
   return [create('strong', {}, titleOf(task)), about];
 }
 
@@ -7060,9 +7050,9 @@ function drawTask(task) {
 }
 
 function stateLine(status, retryOf) {
-  const submitted = muted('submitted ', timer(formatAge, status.submitted_at));
+  const submitted = muted('submitted ', timer(status.submitted_at), ' ago');
   submitted.append(` by ${status.submitted_by}`);
-  const line = [stateText(status), submitted, muted(runTime(status))];
+  const line = [stateText(status), submitted, runTime(status)];
   line.push(externalLink(status.repository_url, repositoryName(status.repository_url)));
   if (status.issue_url) line.push(externalLink(status.issue_url, 'GitHub issue'));
   const href = `#task=${encodeURIComponent(retryOf)}`;
@@ -7090,7 +7080,7 @@ function drawSteps({ events, status }) {
   const phases = events.filter(isOwn);
   redraw(ui.steps, [phases, end], () =>
     phases.map(({ message, time }, index) => {
-      const duration = timer(formatDuration, time, phases[index + 1]?.time || end);
+      const duration = timer(time, phases[index + 1]?.time || end);
       const name = create('strong', {}, humanize(message));
       return create('li', {}, name, ' ', muted(duration));
     }),
@@ -7152,7 +7142,7 @@ function reviewSection(reviews) {
 
 function reviewItem(review) {
   const heading = row(review.reviewer, stateText(review), review.kind || '');
-  heading.append(muted(timer(formatAge, review.submitted_at)), muted(runTime(review)));
+  heading.append(muted(timer(review.submitted_at), ' ago'), runTime(review));
   const item = create('div', {}, heading);
   item.append(create('blockquote', {}, paragraph(review.request)));
   item.append(paragraph(review.answer), paragraph(review.error));
@@ -7218,7 +7208,6 @@ ui.retry.onclick = () => act('retry');
 ui.copyLog.onclick = () => copyText(ui.copyLog, logText());
 document.onvisibilitychange = poll;
 window.onhashchange = showView;
-setInterval(updateTimes, 1000);
 drawFilter();
 restoreDraft();
 showView();
