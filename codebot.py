@@ -6502,7 +6502,6 @@ input, textarea { font-weight: 400; }
 [data-state=pending]::before { content: "○ " / ""; }
 
 #rows { gap: 0; padding: 0; }
-#rows li { content-visibility: auto; contain-intrinsic-size: auto 4rem; }
 #rows li + li { border-top: 1px solid var(--line); }
 #rows a { display: block; padding: .6rem 1rem; color: inherit; text-decoration: none; }
 #rows a:hover { background: var(--page); }
@@ -6562,7 +6561,13 @@ details:not([open]) .message { overflow: hidden; text-overflow: ellipsis; }
       <h1 class="grow" tabindex="-1" data-focus>Tasks</h1>
       <a class="button primary" href="#new">New task</a>
     </div>
-    <form id="filter" class="bar" aria-label="Filter by state"></form>
+    <div id="filter" class="bar" role="group" aria-label="Filter by state">
+      <label><input type="radio" name="state" value="" checked> All</label>
+      <label><input type="radio" name="state" value="pending"> Pending</label>
+      <label><input type="radio" name="state" value="running"> Running</label>
+      <label><input type="radio" name="state" value="completed"> Completed</label>
+      <label><input type="radio" name="state" value="failed"> Failed</label>
+    </div>
     <ul id="rows" class="card"></ul>
     <p id="noRows" class="card"></p>
   </section>
@@ -6636,7 +6641,6 @@ details:not([open]) .message { overflow: hidden; text-overflow: ellipsis; }
 
 const POLL_INTERVAL = 2000; // milliseconds
 const LISTED_TASKS = 300; // the newest
-const STATES = ['all', 'pending', 'running', 'completed', 'failed', 'cancelled'];
 const NO_TASKS =
   'No tasks yet. Describe a change: an agent makes it, codebot opens a pull request.';
 const ADVICE = {
@@ -6702,13 +6706,17 @@ function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-// Rebuilds an element only if its data changed, so that a selection in it stays.
+// Rebuilds an element only if its data changed, so that a selection in it stays. Its
+// link that has the focus keeps it.
 function redraw(element, data, build) {
   const text = JSON.stringify(data);
   if (element.drawnFrom === text) return;
   element.drawnFrom = text;
+  const focused = element.querySelector('a:focus')?.href;
   element.replaceChildren(...build(data));
   updateTimes();
+  const links = [...element.querySelectorAll('a')];
+  links.find((link) => link.href === focused)?.focus({ preventScroll: true });
 }
 
 function paragraph(text) {
@@ -6876,61 +6884,22 @@ function forgetKey() {
 
 // --- List
 
-let tasks = []; // newest first
-const rows = new Map(); // by href
-
 async function refreshList() {
-  ({ tasks } = await request(`?limit=${LISTED_TASKS}`));
-  drawList();
+  const state = ui.filter.querySelector(':checked').value;
+  const { tasks } = await request(`?limit=${LISTED_TASKS}&status=${state}`);
+  redraw(ui.rows, tasks, () => tasks.map(taskRow));
+  const message = state ? 'No task is in this state.' : NO_TASKS;
+  setText(ui.noRows, tasks.length > 0 ? '' : message);
 }
 
-function drawFilter() {
-  for (const state of STATES) {
-    const input = create('input', { type: 'radio', name: 'state', value: state });
-    input.checked = state === 'all';
-    const label = create('label', {}, input, ` ${humanize(state)} `);
-    label.append(create('span', {})); // for the number of tasks
-    ui.filter.append(label);
-  }
-}
-
-function drawList() {
-  const { state } = ui.filter.elements;
-  const inState = (name) =>
-    name === 'all' ? tasks : tasks.filter((task) => stateOf(task) === name);
-  for (const input of state) {
-    setText(input.nextElementSibling, String(inState(input.value).length));
-  }
-  drawRows(inState(state.value).map(rowOf));
-  const message = tasks.length > 0 ? 'No task is in this state.' : NO_TASKS;
-  setText(ui.noRows, ui.rows.hasChildNodes() ? '' : message);
-}
-
-// A row that stays is not touched: it keeps the focus, and the list does not jump.
-function drawRows(shown) {
-  for (const item of [...ui.rows.children]) {
-    if (!shown.includes(item)) item.remove();
-  }
-  for (const [index, item] of shown.entries()) {
-    const present = ui.rows.children[index];
-    if (present !== item) ui.rows.insertBefore(item, present);
-  }
-}
-
-function rowOf(task) {
+function taskRow(task) {
   const href = `#task=${encodeURIComponent(task.task_id)}`;
-  const item = rows.get(href) || create('li', {}, create('a', { href }));
-  rows.set(href, item);
-  redraw(item.firstChild, task, rowContent);
-  return item;
-}
-
-function rowContent(task) {
   const about = create('div', { class: 'bar muted' }, stateText(task));
   about.append(repositoryName(task.repository_url));
   if (task.pr_number) about.append(`#${task.pr_number}`);
   about.append(muted(timer(task.submitted_at), ' ago'), runTime(task));
-  return [create('strong', {}, titleOf(task)), about];
+  const title = create('strong', {}, titleOf(task));
+  return create('li', {}, create('a', { href }, title, about));
 }
 
 // --- Form
@@ -7198,8 +7167,7 @@ function logText() {
 
 ui.keyForm.onsubmit = saveKey;
 ui.forget.onclick = forgetKey;
-ui.filter.oninput = drawList;
-ui.filter.onsubmit = (event) => event.preventDefault();
+ui.filter.oninput = poll;
 ui.taskForm.oninput = saveDraft;
 ui.taskForm.onsubmit = submitTask;
 ui.taskForm.onkeydown = submitOnCtrlEnter;
@@ -7208,7 +7176,6 @@ ui.retry.onclick = () => act('retry');
 ui.copyLog.onclick = () => copyText(ui.copyLog, logText());
 document.onvisibilitychange = poll;
 window.onhashchange = showView;
-drawFilter();
 restoreDraft();
 showView();
 </script>
