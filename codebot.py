@@ -6421,9 +6421,9 @@ class Cleanup:
 # --- Page --------------------------------------------------------------------
 
 # The page asks for the API key once and keeps it, like the draft of a task, in the tab's
-# sessionStorage; in localStorage is the last repository. Whatever an agent, a reviewer or
-# GitHub has written is shown as text, never parsed as HTML. The policy in PAGE_HEADERS
-# allows this style, this script and requests to this server.
+# sessionStorage. Whatever an agent, a reviewer or GitHub has written is shown as text,
+# never parsed as HTML. The policy in PAGE_HEADERS allows this style, this script and
+# requests to this server.
 PAGE = r"""<!doctype html>
 <html lang="en">
 <head>
@@ -6904,7 +6904,7 @@ function taskRow(task) {
 
 // --- Form
 
-let draftKey = ''; // the server takes the same draft only once
+let draftKey = ''; // Idempotency-Key: the server takes the same draft only once
 
 function saveDraft() {
   const draft = Object.fromEntries(new FormData(ui.taskForm));
@@ -6913,11 +6913,10 @@ function saveDraft() {
 }
 
 function restoreDraft() {
-  const fields = ui.taskForm.elements;
-  ui.taskForm.reset();
-  fields.repository_url.value = localStorage.getItem('repository') || '';
   const draft = JSON.parse(sessionStorage.getItem('draft') || '{}');
-  for (const [name, value] of Object.entries(draft)) fields[name].value = value;
+  for (const [name, value] of Object.entries(draft)) {
+    ui.taskForm.elements[name].value = value;
+  }
   saveDraft();
 }
 
@@ -6930,10 +6929,10 @@ async function submitTask(event) {
   const options = { method: 'POST', headers, body: JSON.stringify(filled) };
   try {
     const answer = await request('/submit', options);
-    localStorage.setItem('repository', filled.repository_url);
-    sessionStorage.removeItem('draft');
     showErrors('');
-    restoreDraft();
+    ui.taskForm.reset();
+    ui.taskForm.elements.repository_url.value = filled.repository_url;
+    saveDraft();
     location.hash = `task=${answer.task_id}`;
   } catch (error) {
     showErrors(error.message);
