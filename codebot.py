@@ -6488,7 +6488,7 @@ input, textarea { width: 100%; padding: .4rem .6rem; background: var(--page); }
 input, textarea { font-weight: 400; }
 [type=radio] { width: auto; }
 ::placeholder { color: var(--muted); opacity: 1; }
-[aria-invalid] { border-color: var(--red); }
+[aria-invalid=true] { border-color: var(--red); }
 
 [data-state] { color: var(--muted); font-weight: 600; }
 [data-state]::before { content: "– " / ""; } /* cancelled */
@@ -6922,16 +6922,17 @@ function restoreDraft() {
 
 async function submitTask(event) {
   event.preventDefault();
-  const fields = [...new FormData(ui.taskForm)];
-  const trimmed = fields.map(([name, value]) => [name, value.trim()]);
-  const filled = Object.fromEntries(trimmed.filter(([, value]) => value !== ''));
+  const fields = {};
+  for (const [name, value] of new FormData(ui.taskForm)) {
+    if (value.trim()) fields[name] = value.trim();
+  }
   const headers = { 'Content-Type': 'application/json', 'Idempotency-Key': draftKey };
-  const options = { method: 'POST', headers, body: JSON.stringify(filled) };
+  const options = { method: 'POST', headers, body: JSON.stringify(fields) };
   try {
     const answer = await request('/submit', options);
     showErrors('');
     ui.taskForm.reset();
-    ui.taskForm.elements.repository_url.value = filled.repository_url;
+    ui.taskForm.elements.repository_url.value = fields.repository_url;
     saveDraft();
     location.hash = `task=${answer.task_id}`;
   } catch (error) {
@@ -6939,25 +6940,21 @@ async function submitTask(event) {
   }
 }
 
-// The message has a line for each problem; it starts with the API's name of the field.
+// Shows each line of a message below the field with whose name it starts.
 function showErrors(message) {
-  const inputs = [...ui.taskForm.querySelectorAll('[name]')];
-  inputs.forEach((input) => input.removeAttribute('aria-invalid'));
+  let rest = message;
   ui.taskForm.querySelectorAll('.fieldError').forEach((error) => error.remove());
-  setText(ui.formError, '');
-  for (const line of message.split('\n').filter(Boolean)) {
-    const input = inputs.find(({ name }) => line.startsWith(name));
-    if (input) showFieldError(input, line.replace(input.name, 'This field'));
-    else ui.formError.append(`${line}\n`);
+  for (const input of ui.taskForm.querySelectorAll('[name]')) {
+    const id = `${input.name}Error`;
+    const line = message.split('\n').find((text) => text.startsWith(input.name)) || '';
+    const text = line.replace(input.name, 'This field');
+    input.parentNode.after(create('p', { id, class: 'fieldError error' }, text));
+    input.setAttribute('aria-describedby', id);
+    input.setAttribute('aria-invalid', line !== '');
+    rest = rest.replace(line, '');
   }
-  ui.taskForm.querySelector('[aria-invalid]')?.focus();
-}
-
-function showFieldError(input, message) {
-  const id = `${input.name}Error`;
-  input.setAttribute('aria-invalid', 'true');
-  input.setAttribute('aria-describedby', id);
-  input.parentNode.after(create('p', { id, class: 'fieldError error' }, message));
+  setText(ui.formError, rest.trim());
+  ui.taskForm.querySelector('[aria-invalid=true]')?.focus();
 }
 
 function submitOnCtrlEnter(event) {
