@@ -6482,7 +6482,6 @@ button, .button { padding: .3rem .8rem; text-decoration: none; cursor: pointer; 
 button, .button, input, textarea { border: 1px solid var(--border); }
 button, .button, input, textarea { border-radius: .4rem; }
 .primary { background: var(--blue); color: var(--card); font-weight: 600; }
-.copy { padding: 0 .4rem; font-size: .75rem; }
 .card label { display: block; }
 input, textarea { width: 100%; padding: .4rem .6rem; background: var(--page); }
 input, textarea { font-weight: 400; }
@@ -6621,10 +6620,7 @@ details:not([open]) .message { overflow: hidden; text-overflow: ellipsis; }
       <pre id="raw"></pre>
     </details>
     <div id="logCard" class="card">
-      <div class="bar">
-        <h2 class="grow">Log</h2>
-        <button type="button" id="copyLog">Copy</button>
-      </div>
+      <h2>Log</h2>
       <div id="log" role="log" aria-live="off" aria-label="Log" tabindex="0"></div>
     </div>
   </section>
@@ -6739,26 +6735,6 @@ function externalLink(url, text) {
 function linkify(text) {
   const parts = text.split(/(https?:\/\/[^\s<>"'`]*[^\s<>"'`.,:;!?)\]}*])/);
   return parts.map((part, index) => (index % 2 ? externalLink(part, part) : part));
-}
-
-function copyButton(text) {
-  const attributes = { type: 'button', class: 'copy', 'aria-label': `Copy ${text}` };
-  const button = create('button', attributes, 'Copy');
-  button.onclick = () => copyText(button, text);
-  return button;
-}
-
-// navigator.clipboard is missing on plain http, so the copy command copies the text.
-function copyText(button, text) {
-  document.oncopy = (event) => {
-    event.clipboardData.setData('text/plain', text);
-    event.preventDefault();
-  };
-  const message = document.execCommand('copy') ? 'Copied' : 'Not copied';
-  document.oncopy = null;
-  setText(button, message);
-  setText(ui.announcer, message);
-  setTimeout(setText, 2000, button, 'Copy');
 }
 
 // --- Words for tasks, reviews and times
@@ -6972,7 +6948,8 @@ function openTask(parameters) {
     retryOf: parameters.get('retry_of'),
     retryKey: randomKey(), // Idempotency-Key: a double click retries once
     status: null,
-    events: [],
+    lastSeq: 0, // of the events that were read
+    phases: [], // events that begin one
   };
   ui.log.replaceChildren();
   ui.cancel.hidden = true; // until its state is known
@@ -7039,13 +7016,12 @@ async function act(action) {
 }
 
 // Shows how long each phase took. Phases after the task's end are those of reviews.
-function drawSteps({ events, status }) {
+function drawSteps({ phases, status }) {
   const end = status.completed_at;
-  const isOwn = ({ source, time }) => source === 'phase' && !(end && time > end);
-  const phases = events.filter(isOwn);
-  redraw(ui.steps, [phases, end], () =>
-    phases.map(({ message, time }, index) => {
-      const duration = timer(time, phases[index + 1]?.time || end);
+  const own = phases.filter(({ time }) => !end || time <= end);
+  redraw(ui.steps, [own, end], () =>
+    own.map(({ message, time }, index) => {
+      const duration = timer(time, own[index + 1]?.time || end);
       const name = create('strong', {}, humanize(message));
       return create('li', {}, name, ' ', muted(duration));
     }),
@@ -7075,12 +7051,12 @@ function resultCard(result) {
   const card = [create('h2', {}, 'Result'), paragraph(result.summary)];
   if (url) {
     const text = `Pull request #${result.pr_number} · ${result.pr_state}`;
-    card.push(row('Pull request', externalLink(url, text), copyButton(url)));
+    card.push(row('Pull request', externalLink(url, text)));
   }
   card.push(
     row('Tests', tests ? `Passed: ${tests.command}` : 'No test command'),
-    row('Branch', ...gitLink(url, 'tree', branch)),
-    row('Commit', ...gitLink(url, 'commit', commit)),
+    row('Branch', gitLink(url, 'tree', branch)),
+    row('Commit', gitLink(url, 'commit', commit)),
     row('Agent', agentText(result)),
     create('details', { open: '' }, create('summary', {}, 'Changed files'), files),
   );
@@ -7091,7 +7067,7 @@ function resultCard(result) {
 function gitLink(pullRequestUrl, kind, name) {
   const repository = (pullRequestUrl || '').replace(/\/pull\/\d+$/, '');
   const code = create('code', {}, kind === 'commit' ? name.slice(0, 10) : name);
-  return [externalLink(`${repository}/${kind}/${name}`, code), copyButton(name)];
+  return externalLink(`${repository}/${kind}/${name}`, code);
 }
 
 function agentText({ cost_usd: cost, num_turns: turns, seconds }) {
@@ -7113,21 +7089,22 @@ function reviewItem(review) {
   item.append(paragraph(review.answer), paragraph(review.error));
   if (!review.commit) return item;
   const link = gitLink(current.status.result.pr_url, 'commit', review.commit);
-  item.append(row('Commit', ...link));
+  item.append(row('Commit', link));
   return item;
 }
 
 // --- Log
 
 async function readLog(task) {
-  const lastSeq = task.events.at(-1)?.seq || 0;
-  const { events } = await request(`${task.path}/logs?after=${lastSeq}`);
+  const { events } = await request(`${task.path}/logs?after=${task.lastSeq}`);
   // Another poll may have read the same events meanwhile.
-  if (task !== current || lastSeq !== (task.events.at(-1)?.seq || 0)) return;
-  task.events.push(...events);
-  addToLog(events.map(logLine));
+  const added = events.filter(({ seq }) => seq > task.lastSeq);
+  if (task !== current || added.length === 0) return;
+  task.lastSeq = added.at(-1).seq;
+  task.phases.push(...added.filter(({ source }) => source === 'phase'));
+  addToLog(added.map(logLine));
   drawSteps(task);
-  if (events.length > 0) await readLog(task); // one answer has at most 1,000
+  await readLog(task); // one answer has at most 1,000
 }
 
 // The log follows its end, unless one has scrolled up or selects something.
@@ -7156,11 +7133,6 @@ function logLine({ time, source, message }) {
   return create('details', {}, line, create('pre', {}, ...linkify(rest.join('\n'))));
 }
 
-function logText() {
-  const lineOf = ({ time, source, message }) => `${time} ${source} ${message}\n`;
-  return current.events.map(lineOf).join('');
-}
-
 ui.keyForm.onsubmit = saveKey;
 ui.forget.onclick = forgetKey;
 ui.filter.oninput = poll;
@@ -7169,7 +7141,6 @@ ui.taskForm.onsubmit = submitTask;
 ui.taskForm.onkeydown = submitOnCtrlEnter;
 ui.cancel.onclick = () => act('cancel');
 ui.retry.onclick = () => act('retry');
-ui.copyLog.onclick = () => copyText(ui.copyLog, logText());
 document.onvisibilitychange = poll;
 window.onhashchange = showView;
 restoreDraft();
