@@ -6797,10 +6797,10 @@ function runTime(job) {
 function showView() {
   current = null;
   document.title = 'codebot';
-  const parameters = new URLSearchParams(location.hash.slice(1));
+  const [view, taskId] = location.hash.split('=');
   if (!apiKey) showSection(ui.keyView);
-  else if (parameters.get('task')) openTask(parameters);
-  else if (location.hash === '#new') showSection(ui.formView);
+  else if (view === '#task') openTask(taskId);
+  else if (view === '#new') showSection(ui.formView);
   else showSection(ui.listView);
   poll();
 }
@@ -6869,7 +6869,7 @@ async function refreshList() {
 }
 
 function taskRow(task) {
-  const href = `#task=${encodeURIComponent(task.task_id)}`;
+  const href = `#task=${task.task_id}`;
   const about = create('div', { class: 'bar muted' }, stateText(task));
   about.append(repositoryName(task.repository_url));
   if (task.pr_number) about.append(`#${task.pr_number}`);
@@ -6940,12 +6940,9 @@ function submitOnCtrlEnter(event) {
 
 // --- Task
 
-function openTask(parameters) {
-  const id = parameters.get('task');
+function openTask(id) {
   current = {
-    id,
     path: `/${encodeURIComponent(id)}`,
-    retryOf: parameters.get('retry_of'),
     retryKey: randomKey(), // Idempotency-Key: a double click retries once
     status: null,
     lastSeq: 0, // of the events that were read
@@ -6984,31 +6981,29 @@ function drawTask(task) {
   ui.retry.hidden = status.status !== 'failed';
   if (isCancelFocused && ui.cancel.hidden) ui.taskTitle.focus();
   if (ui.cancel.hidden) setText(ui.actionMessage, '');
-  redraw(ui.taskState, [status, task.retryOf], () => stateLine(status, task.retryOf));
+  redraw(ui.taskState, status, stateLine);
   redraw(ui.outcome, status, outcome);
   redraw(ui.reviews, reviews, reviewSection);
   setText(ui.raw, `${status.description}\n\n${JSON.stringify(task.status, null, 2)}`);
   drawSteps(task);
 }
 
-function stateLine(status, retryOf) {
+function stateLine(status) {
   const submitted = muted('submitted ', timer(status.submitted_at), ' ago');
   submitted.append(` by ${status.submitted_by}`);
   const line = [stateText(status), submitted, runTime(status)];
   line.push(externalLink(status.repository_url, repositoryName(status.repository_url)));
   if (status.issue_url) line.push(externalLink(status.issue_url, 'GitHub issue'));
-  const href = `#task=${encodeURIComponent(retryOf)}`;
-  if (retryOf) line.push(create('a', { href }, 'retry of an earlier task'));
   return line;
 }
 
 async function act(action) {
-  const { id, path, retryKey } = current;
+  const { path, retryKey } = current;
   const options = { method: 'POST', headers: { 'Idempotency-Key': retryKey } };
   try {
     const answer = await request(`${path}/${action}`, options);
     setText(ui.actionMessage, answer.message);
-    if (action === 'retry') location.hash = `task=${answer.task_id}&retry_of=${id}`;
+    if (action === 'retry') location.hash = `task=${answer.task_id}`;
     poll();
   } catch (error) {
     setText(ui.actionMessage, error.message);
