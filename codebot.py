@@ -6635,10 +6635,10 @@ details:not([open]) .message { overflow: hidden; text-overflow: ellipsis; }
 <script>
 'use strict';
 
+// The fragment of the address chooses a view: see showView. While it is in view, poll
+// asks the server for its data, and what has changed is drawn anew: see redraw.
+
 const POLL_INTERVAL = 2000; // milliseconds
-const LISTED_TASKS = 300; // the newest
-const NO_TASKS =
-  'No tasks yet. Describe a change: an agent makes it, codebot opens a pull request.';
 const ADVICE = {
   clone_failed: 'Check the address and whether codebot may read this repository.',
   base_branch_not_found: 'Name an existing branch, or none for the default branch.',
@@ -6702,8 +6702,8 @@ function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-// Rebuilds an element only if its data changed, so that a selection in it stays. Its
-// link that has the focus keeps it.
+// Rebuilds an element only if its data changed, so that a selection in it stays. The
+// focus stays on the same link.
 function redraw(element, data, build) {
   const text = JSON.stringify(data);
   if (element.drawnFrom === text) return;
@@ -6825,7 +6825,7 @@ async function poll() {
     const message = `${error.message} Trying again every few seconds.`;
     setText(ui.banner, apiKey ? message : ''); // without a key, its form says why
   }
-  clearTimeout(pollTimer); // of a poll that went on at the same time
+  clearTimeout(pollTimer); // another poll may have set it meanwhile
   pollTimer = setTimeout(poll, POLL_INTERVAL);
 }
 
@@ -6859,9 +6859,9 @@ function forgetKey() {
 
 async function refreshList() {
   const state = ui.filter.querySelector(':checked').value;
-  const { tasks } = await request(`?limit=${LISTED_TASKS}&status=${state}`);
+  const { tasks } = await request(`?limit=300&status=${state}`);
   redraw(ui.rows, tasks, () => tasks.map(taskRow));
-  const message = state ? 'No task is in this state.' : NO_TASKS;
+  const message = state ? 'No task is in this state.' : 'No tasks yet.';
   setText(ui.noRows, tasks.length > 0 ? '' : message);
 }
 
@@ -7025,9 +7025,7 @@ function outcome(status) {
   if (status.status === 'completed') return resultCard(status.result);
   if (status.status === 'failed') return errorCard(status);
   const position = status.queue_position;
-  if (position) return [paragraph(`Waiting: number ${position} in the queue.`)];
-  if (status.phase === 'queued') return [paragraph('Waiting for a free compute node.')];
-  return [];
+  return position ? [paragraph(`Waiting: number ${position} in the queue.`)] : [];
 }
 
 function errorCard({ reason, error }) {
