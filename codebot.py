@@ -7107,19 +7107,22 @@ function addToLog(lines) {
 const clock = new Intl.DateTimeFormat([], { timeStyle: 'medium', hourCycle: 'h23' });
 
 // A tool's input or output shows its first line until it is opened.
-function logLine({ time, source, message }) {
-  const isFolded = ['tool', 'output', 'error'].includes(source);
-  const text = source === 'phase' ? humanize(message) : message;
-  const [title, ...rest] = isFolded ? text.split('\n') : [text];
-  const line = create(isFolded ? 'summary' : 'div', { class: 'event' });
-  line.dataset.source = source;
+function logLine(event) {
+  const isTool = ['tool', 'output', 'error'].includes(event.source);
+  if (!isTool) return eventCells('div', event, linkify(event.message));
+  const [firstLine, ...rest] = event.message.split('\n');
+  const summary = eventCells('summary', event, [firstLine]);
+  return create('details', {}, summary, create('pre', {}, ...linkify(rest.join('\n'))));
+}
+
+function eventCells(tag, { time, source }, message) {
+  const line = create(tag, { class: 'event', 'data-source': source });
   line.append(
     create('span', { class: 'time' }, clock.format(new Date(time))),
     create('span', { class: 'source' }, source),
-    create('span', { class: 'message' }, ...(isFolded ? [title] : linkify(title))),
+    create('span', { class: 'message' }, ...message),
   );
-  if (!isFolded) return line;
-  return create('details', {}, line, create('pre', {}, ...linkify(rest.join('\n'))));
+  return line;
 }
 
 ui.keyForm.onsubmit = saveKey;

@@ -11937,7 +11937,7 @@ def test_page_shows_task_from_submit_to_result_and_review(
     fresh.agent.follow("classify question; block; answer Because")
     fresh.person("alice").comment("Why?\nPlease tell me.")
     browser.wait_for_text("alice Running", "#reviews")
-    browser.wait_for_text("phase Classify", "#log")
+    browser.wait_for_text("phase classify", "#log")
     browser.wait_for_text("Why? Please tell me.", "#reviews")
     fresh.agent.wait_until_blocked()
     fresh.agent.release()
