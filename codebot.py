@@ -6454,7 +6454,7 @@ body { display: flex; flex-direction: column; min-height: 100dvh; }
 body { overflow-wrap: anywhere; }
 a { color: var(--blue); }
 h1 { font-size: 1.375rem; }
-h1, h2, strong, .brand, .card label { font-weight: 650; }
+h1, h2, strong, .brand, .primary, .card label, [data-state] { font-weight: 650; }
 h1:focus { outline: none; } /* focused by the script when the view changes */
 code, pre, #log { font: .8125rem/1.6 ui-monospace, Consolas, monospace; }
 pre, .text { white-space: pre-wrap; }
@@ -6465,7 +6465,7 @@ header, .bar { display: flex; flex-wrap: wrap; gap: .5rem .75rem; align-items: c
 header { padding: .6rem 1.25rem; border-bottom: 1px solid var(--line); }
 .brand { text-decoration: none; }
 #banner { padding: .5rem 1.25rem; background: var(--red); color: var(--card); }
-#banner { position: sticky; top: 0; z-index: 1; }
+#banner { position: sticky; top: 0; }
 main { flex: 1; display: flex; width: 100%; max-width: 76rem; margin: auto; }
 main { padding: 1rem; }
 section, .card { display: flex; flex-direction: column; gap: .9rem; }
@@ -6481,7 +6481,7 @@ details.card { display: block; }
 button, .button { padding: .3rem .8rem; text-decoration: none; cursor: pointer; }
 button, .button, input, textarea { border: 1px solid var(--border); }
 button, .button, input, textarea { border-radius: .4rem; }
-.primary { background: var(--blue); color: var(--card); font-weight: 600; }
+.primary { background: var(--blue); color: var(--card); }
 .card label { display: block; }
 input, textarea { width: 100%; padding: .4rem .6rem; background: var(--page); }
 input, textarea { font-weight: 400; }
@@ -6489,22 +6489,17 @@ input, textarea { font-weight: 400; }
 ::placeholder { color: var(--muted); opacity: 1; }
 [aria-invalid=true] { border-color: var(--red); }
 
-[data-state] { color: var(--muted); font-weight: 600; }
-[data-state]::before { content: "– " / ""; } /* cancelled */
-[data-state=completed] { color: var(--green); }
-[data-state=completed]::before { content: "✓ " / ""; }
-[data-state=failed] { color: var(--red); }
-[data-state=failed]::before { content: "✗ " / ""; }
-[data-state=running] { color: var(--blue); }
-[data-state=running]::before { content: "● " / ""; }
-[data-state=pending] { color: var(--amber); }
-[data-state=pending]::before { content: "○ " / ""; }
+[data-state]::before { content: var(--icon) / ""; }
+[data-state=cancelled] { --icon: "– "; color: var(--muted); }
+[data-state=completed] { --icon: "✓ "; color: var(--green); }
+[data-state=failed] { --icon: "✗ "; color: var(--red); }
+[data-state=running] { --icon: "● "; color: var(--blue); }
+[data-state=pending] { --icon: "○ "; color: var(--amber); }
 
 #rows { gap: 0; padding: 0; }
 #rows li + li { border-top: 1px solid var(--line); }
 #rows a { display: block; padding: .6rem 1rem; color: inherit; text-decoration: none; }
 #rows a:hover { background: var(--page); }
-#rows a:focus-visible { outline-offset: -3px; }
 #steps { flex-flow: row wrap; gap: .25rem 1.5rem; }
 #outcome strong { min-width: 7rem; }
 
@@ -6519,19 +6514,17 @@ input, textarea { font-weight: 400; }
 }
 summary .message::before { content: "▸ " / ""; }
 [open] .message::before { content: "▾ " / ""; }
-details:not([open]) .message { white-space: pre; }
-details:not([open]) .message { overflow: hidden; text-overflow: ellipsis; }
+details:not([open]) .message { overflow: hidden; white-space: pre; }
 #log pre { margin: .3rem .5rem .3rem 2rem; color: var(--muted); }
-.event .time { color: var(--muted); }
-.event[data-source=phase] { margin-top: .6rem; font-weight: 700; }
-.event[data-source=agent] .source { color: var(--blue); }
-.event[data-source=git] .source { color: var(--green); }
-.event[data-source=tool] .source { color: var(--amber); }
-.event[data-source=test] .source { color: var(--amber); }
-.event[data-source=error] { color: var(--red); }
+.time { color: var(--muted); }
+[data-source=phase] { margin-top: .6rem; font-weight: 650; }
+[data-source=agent] .source { color: var(--blue); }
+[data-source=git] .source { color: var(--green); }
+[data-source=tool] .source, [data-source=test] .source { color: var(--amber); }
+[data-source=error] { color: var(--red); }
 @media (max-width: 45rem) {
   .event { grid-template-columns: 3.5rem 1fr; }
-  .event .time { display: none; }
+  .time { display: none; }
 }
 </style>
 </head>
