@@ -6537,7 +6537,7 @@ details:not([open]) .message { overflow: hidden; white-space: pre; }
 <p id="announcer" role="status" class="visually-hidden"></p>
 <main>
   <section id="keyView" hidden>
-    <form id="keyForm" class="card narrow" novalidate>
+    <form id="keyForm" class="card narrow">
       <h1>API key</h1>
       <p>Ask the operator of this server for one. It is kept in this tab only.</p>
       <label>Key
@@ -7029,20 +7029,18 @@ function errorCard({ reason, error }) {
 
 function resultCard(result) {
   const { pr_url: url, branch_name: branch, commit, tests } = result;
+  const pullRequest = `Pull request #${result.pr_number} · ${result.pr_state}`;
   const files = create('pre', {}, result.files.join('\n'));
-  const card = [create('h2', {}, 'Result'), paragraph(result.summary)];
-  if (url) {
-    const text = `Pull request #${result.pr_number} · ${result.pr_state}`;
-    card.push(row('Pull request', externalLink(url, text)));
-  }
-  card.push(
+  return [
+    create('h2', {}, 'Result'),
+    paragraph(result.summary),
+    row('Pull request', url ? externalLink(url, pullRequest) : 'None'),
     row('Tests', tests ? `Passed: ${tests.command}` : 'No test command'),
     row('Branch', gitLink(url, 'tree', branch)),
     row('Commit', gitLink(url, 'commit', commit)),
     row('Agent', agentText(result)),
     create('details', { open: '' }, create('summary', {}, 'Changed files'), files),
-  );
-  return card;
+  ];
 }
 
 // GitHub's addresses of branches and commits begin like that of the pull request.
