@@ -4436,7 +4436,7 @@ class DiffScanner:
     def __init__(self, redact: Redactor) -> None:
         self.redact = redact
         self.file = ""  # that the next lines are about
-        self.fault = ""  # what must not be pushed
+        self.fault = ""  # why the change must not be pushed
 
     def read(self, lines: list[str]) -> float | None:
         # Removed lines, and the headings of hunks, are not new.
@@ -4862,8 +4862,6 @@ ANSWERING = (
     ANSWER_RULES,
     "--json-schema",
     ANSWER_SCHEMA,
-    "--max-turns",
-    "20",
 )
 CLASSIFYING = (
     *READING_OPTIONS,
@@ -4873,11 +4871,10 @@ CLASSIFYING = (
     CLASSIFY_RULES,
     "--json-schema",
     CLASSIFY_SCHEMA,
-    "--max-turns",
-    "4",
     "--model",
     "haiku",
 )
+MAX_TURNS = {ANSWERING: 20, CLASSIFYING: 4}  # if the settings do not allow fewer
 # The option for the task's session, whose id is the task's.
 BEGIN_SESSION = "--session-id"
 CONTINUE_SESSION = "--resume"
@@ -5024,14 +5021,15 @@ def tool_result_text(content: Json) -> str:
 def ask_agent(
     workspace: Workspace,
     prompt: str,
-    options: Sequence[str],
+    options: tuple[str, ...],
     session: str = "",
     attempt: int = 1,
     phase: str = "agent",
 ) -> JsonObject:
     """Run the agent once, within the job's time and budget, and store its summary.
 
-    Returns the JSON that the schema in ``options`` asks for; of plain words, a summary.
+    Returns the JSON that a schema in ``options`` asks for. If the agent answers in plain
+    words, they are its "summary".
     The prompt begins with codebot's own words: the CLI takes a slash for a command.
     Raises JobFailed unless the agent reports success.
     """
@@ -5063,15 +5061,14 @@ def ask_agent(
         agent_run.add_up()
     answer = agent_run.answer(result)
     summary = str(answer.get("summary") or "")[:200_000]
-    if attempt > 1:  # it tells of a repair, and the change has both
+    if attempt > 1:  # it tells of the repair only, and the change has both parts
         summary = f"{run.job.outcome.summary}\n\n{summary}".strip()
     run.update_outcome(summary=run.redact(summary)[:100_000])
     return answer
 
 
-def agent_command(run: JobRun, options: Sequence[str], session: str) -> list[str]:
-    """Return the CLI's command line. Of an option that is there twice, the last counts:
-    that of the settings.
+def agent_command(run: JobRun, options: tuple[str, ...], session: str) -> list[str]:
+    """Return the CLI's command line. CODEBOT_CLAUDE_ARGS comes last, so it counts most.
 
     Raises JobFailed if the job's budget is used up.
     """
@@ -5080,8 +5077,9 @@ def agent_command(run: JobRun, options: Sequence[str], session: str) -> list[str
     words += ["--strict-mcp-config", "--setting-sources", "", *options]
     if session:
         words += [session, run.job.task_id]
-    if config.max_turns:
-        words += ["--max-turns", str(config.max_turns)]
+    turns = [limit for limit in (MAX_TURNS.get(options), config.max_turns) if limit]
+    if turns:
+        words += ["--max-turns", str(min(turns))]
     if config.budget:
         left = config.budget - (run.job.outcome.cost_usd or 0.0)
         if left <= 0:
@@ -5214,6 +5212,8 @@ def can_resume(workspace: Workspace) -> bool:
         return True
     if job.interruptions or job.base_commit:
         run.log_event("codebot", "Restarted after an interruption")
+    if job.commit_id:
+        run.update(commit_id="")  # its outbox was lost
     return False
 
 
@@ -5513,6 +5513,7 @@ def run_review(run: JobRun) -> None:
     error and runs the review once more, only to post it.
     """
     review = load_review(run)
+    check_pull_request(review)
     load_comments(review)
     if not review.comments:
         raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} any more")
@@ -5532,7 +5533,8 @@ def do_work(review: Review) -> None:
     if commit and not review.workspace.outbox.has_commit(commit):
         # The outbox was lost, for example when the host lost power. Begin anew.
         run.update(commit_id="", outcome=run.outcome_with(answers={}))
-    if not run.job.outcome.answers:
+    is_left = run.job.request_kind not in ("none", "limit")
+    if is_left and not run.job.outcome.answers:
         first = review.comments[0].text
         run.log_event("codebot", f"Review by {run.job.reviewer}: {first}")
         text = format_comments("earlier-comment", earlier_comments(review))
@@ -5546,7 +5548,7 @@ def do_work(review: Review) -> None:
 
 
 def load_review(run: JobRun) -> Review:
-    """Find the pull request, in a repository under the name that it has now."""
+    """Find the pull request's repository, under the name that it has now."""
     github = run.codebot.github
     pull_request = run.store.pull_request(run.job.task_id)
     task = run.store.job(run.job.task_id)
@@ -5558,20 +5560,25 @@ def load_review(run: JobRun) -> Review:
         repository = repository_at(github_repository)
         if not repository.is_allowed(run.config):
             raise ReviewSkipped(f"{repository.full_name} is not an allowed repository")
-        workspace = Workspace(run, repository, run.job.directory)
-        review = Review(run, task, number, github_repository, workspace, comments=[])
-        check_pull_request(review)
     except GitHubError as error:
-        if error.status in GONE_STATUSES and not is_new(run.job.submitted_at):
-            message = f"it is not codebot's any more: {error}"
-            raise ReviewSkipped(message) from None
-        raise TransientError(f"GitHub refuses the App: {error}") from None
-    return review
+        raise refusal_error(run, error) from None
+    workspace = Workspace(run, repository, run.job.directory)
+    return Review(run, task, number, github_repository, workspace, comments=[])
 
 
-def is_new(timestamp: str) -> bool:
-    """Return whether GitHub may not have everywhere yet what came at that time."""
-    return timestamp > now_text(seconds_ago=NEW_COMMENT_AGE)
+def refusal_error(run: JobRun, error: GitHubError) -> Exception:
+    """Return what a refusal means for a review: what is gone is skipped, all else waits."""
+    if error.status in GONE_STATUSES and not is_new(run.job.submitted_at):
+        return ReviewSkipped(f"it is not codebot's any more: {error}")
+    return TransientError(f"GitHub refuses the App: {error}")
+
+
+def is_new(timestamp: str, clock_skew: float = 0.0) -> bool:
+    """Return whether GitHub may not have everywhere yet what came at that time.
+
+    ``clock_skew``: GitHub's, if GitHub gave the time.
+    """
+    return timestamp > now_text(seconds_ago=NEW_COMMENT_AGE - clock_skew)
 
 
 def check_pull_request(review: Review) -> None:
@@ -5580,7 +5587,10 @@ def check_pull_request(review: Review) -> None:
     It is of codebot's branch: find_pull_request takes no other, and GitHub lets nobody
     change the branch that a pull request comes from.
     """
-    current = review.github_repository.pull_request(review.number)
+    try:
+        current = review.github_repository.pull_request(review.number)
+    except GitHubError as error:
+        raise refusal_error(review.run, error) from None
     if current.state != "open":
         review.run.codebot.sync_queue.put(SyncRequest(pull_request_of=review.task.id))
         raise ReviewSkipped(f"the pull request is {current.state}")
@@ -5611,7 +5621,8 @@ def load_comments(review: Review) -> None:
         try:
             comment = github_repository.reload_comment(review.number, stored)
         except NotFound as error:
-            if is_new(run.job.submitted_at) or is_new(stored.created_at):
+            skew = github_repository.github.clock_skew
+            if is_new(run.job.submitted_at) or is_new(stored.created_at, skew):
                 message = f"GitHub does not have a comment yet: {error}"
                 raise TransientError(message) from None
             continue  # it was deleted
@@ -5626,7 +5637,7 @@ def load_comments(review: Review) -> None:
 def check_daily_limit(run: JobRun) -> None:
     """Skip a review above the daily limit; only the first one of a day says so."""
     kinds = run.store.request_kinds_of_last_day(run.job.task_id)
-    if len(kinds) <= DAILY_REVIEW_JOBS:
+    if len(kinds) - kinds.count("limit") <= DAILY_REVIEW_JOBS:
         return
     if "limit" in kinds:
         raise ReviewSkipped("its pull request has had too many reviews today")
@@ -5728,7 +5739,7 @@ def carry_out(review: Review, text: str) -> None:
 
 
 def converse(
-    review: Review, base_commit: str, prompt: str, options: Sequence[str]
+    review: Review, base_commit: str, prompt: str, options: tuple[str, ...]
 ) -> JsonObject:
     """Continue the task's session; if it is lost, begin one with the task and the diff."""
     workspace = review.workspace
@@ -5810,12 +5821,13 @@ def push_review_commit(review: Review) -> None:
 def fetch_tip(workspace: Workspace, commit: str) -> str:
     """Fetch the branch, and return its tip at the remote.
 
-    Raises JobFailed if the branch does not have a commit (any more).
+    Raises JobFailed if the branch does not have ``commit`` (any more).
     """
     _, tip = fetch_or_fail(workspace, workspace.branch, "push_rejected")
     if not workspace.mirror.is_ancestor(commit, tip):
         raise JobFailed(
-            "push_rejected", "Commits were removed from the branch meanwhile"
+            "push_rejected",
+            f"Commits were removed from the branch meanwhile: it lacks {commit}",
         )
     return tip
 
@@ -5859,6 +5871,9 @@ def answer_threads(review: Review) -> None:
             review.github_repository.post_once(list_path, post_path, body, marker)
         except NotFound as error:
             log.info("No answer to %s, which was deleted: %s", thread, error)
+        except GitHubError as error:
+            message = f"GitHub refused the answer: {error}"
+            raise JobFailed("internal", message) from None
 
 
 def answer_body(run: JobRun, thread: str, first: Comment) -> str:
@@ -5923,10 +5938,7 @@ class Sync:
                 self.handle(request)
 
     def handle(self, request: SyncRequest) -> None:
-        """Look at something; again later if that fails, unless it is gone.
-
-        If GitHub's response has an unknown shape, the thread's loop logs the exception.
-        """
+        """Look at something; again later if that fails, unless it is gone."""
         self.waiting[request] = time.time() + RETRY_DELAY  # whatever goes wrong
         try:
             self.look(request)
@@ -5939,6 +5951,9 @@ class Sync:
                 retry_at = time.time() + delay  # the look may have taken a while
                 self.waiting[request] = max(retry_at, getattr(error, "retry_at", 0.0))
                 return
+        except (AttributeError, LookupError, TypeError, ValueError):
+            log.exception("%s: GitHub's response has an unknown shape", request)
+            return
         del self.waiting[request]
         if request == SyncRequest() and self.config.enable_polling:
             self.waiting[request] = time.time() + self.config.poll_interval
@@ -6044,7 +6059,7 @@ class Sync:
             github_repository.post_once(path, path, text, marker)
         else:
             self.submit_issue(github_repository, issue, event)
-        # That was all, until the label is put on again.
+        # A label that is put on again makes a new event.
         self.store.add_label_event(event.id)
 
     def cancel_superseded(self, request: SyncRequest, event_id: int) -> None:
@@ -6297,7 +6312,7 @@ def fail_or_tell_reviewer(run: JobRun, reason: str, error: str) -> None:
     """
     job = run.job
     # The phase is this run's: each run begins with "".
-    has_tried_to_tell = job.outcome.error_to_tell or job.phase == "answer"
+    has_tried_to_tell = job.outcome.reason_to_tell or job.phase == "answer"
     if job.kind == "task" or has_tried_to_tell:
         end_job(run, reason, error)
         return
@@ -6322,7 +6337,8 @@ def retry_or_fail(run: JobRun, error: Exception) -> None:
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     is_too_often = interruptions and job.interruptions + 1 >= MAX_INTERRUPTIONS
     if is_too_often or now > give_up_at or run.is_cancelled:
-        reason = REASON_BY_PHASE.get(job.phase, "internal")
+        reason = job.outcome.reason_to_tell
+        reason = reason or REASON_BY_PHASE.get(job.phase, "internal")
         fail_or_tell_reviewer(run, reason, str(error))
         return
     not_before = max(now + RETRY_DELAY, getattr(error, "retry_at", 0.0))
@@ -6344,9 +6360,10 @@ def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
                 jobs.put(job_id)
 
 
-def test_database(codebot: Codebot) -> None:
+def probe_database(codebot: Codebot) -> None:
     """See after a while whether the database can be written."""
     codebot.stop.wait(DATABASE_TEST_INTERVAL)
+    codebot.check_stop()
     try:
         codebot.store.check_writable()
     except sqlite3.Error as error:
@@ -7289,12 +7306,12 @@ def error_response(error: HTTPError) -> Response:
 next_log_time: dict[object, float] = {}
 
 
-def log_refusal(guard: object, request: Request, error: HTTPError) -> None:
+def log_refusal(guard: object, path: str, address: str, error: HTTPError) -> None:
     """Log what a guard refused: one line a second, so that a flood fills no disk."""
     now = time.monotonic()
     if now >= next_log_time.get(guard, 0.0):
         next_log_time[guard] = now + 1.0
-        log.warning("Refused a request from %s: %s", request.client_address, error)
+        log.warning("Refused %s from %s: %s", path[:100], address, error)
 
 
 def allow_anyone(codebot: Codebot, request: Request) -> None:
@@ -7766,7 +7783,10 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
     elif event == "ping":
         raise NoAction("The webhook works")
     else:
-        raise NoAction("Not an event that codebot acts on")
+        message = "codebot does not act on this event"
+        if action:
+            message = f"codebot does not act on the action {str(action)[:50]!r}"
+        raise NoAction(message)
 
 
 def remember_delivery(codebot: Codebot, guid: str) -> None:
@@ -7990,7 +8010,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             route.guard(codebot, request)
         except HTTPError as error:
-            log_refusal(route.guard, request, error)
+            log_refusal(route.guard, path, self.client_address[0], error)
             raise
         request.body()
         self.enter("handling")
@@ -8057,6 +8077,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_head(200, STREAM_HEADERS)
             if self.command != "HEAD":
                 self.send_events(events)
+        except sqlite3.Error as error:
+            log.error("Database error during %r: %s", self.requestline, error)
         finally:
             self.server.streams.release()
 
@@ -8117,6 +8139,8 @@ def guard_localhost(host: str, port: int) -> socket.socket | None:
     except OSError as error:
         if error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
             return None  # this host has no such address
+        if error.errno != errno.EADDRINUSE:
+            raise
         raise ConfigError(
             f"Another program uses, or has just used, port {port} on {address}, where "
             "clients of localhost, or of this host's name, may get. Stop it, or use "
@@ -8197,7 +8221,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], OSError):  # of a client that is gone
-            log.exception("%s: connection lost", client_address[0])
+            log.exception("%s: error in a connection", client_address[0])
 
     def shutdown_request(self, request: Any) -> None:
         with self._lock:
@@ -8342,16 +8366,14 @@ def is_agent_missing(codebot: Codebot) -> bool:
 
 
 def unknown_settings(config: Config) -> Iterator[Finding]:
-    # What is meant by a name: the variable, or the flag if there is only that.
-    known = {}
-    for field in CONFIG_FIELDS:
-        variable = field.metadata["variable"]
-        name = variable or f"CODEBOT_{field.name.upper()}"
-        known[name] = variable or flag_name(field.name)
-    for name in sorted(config.variables.keys() - {*known.values(), "CODEBOT_RUN"}):
+    known = {field.metadata["variable"] for field in CONFIG_FIELDS}
+    flags = {f"CODEBOT_{field.name.upper()}": field.name for field in CONFIG_FIELDS}
+    for name in sorted(config.variables.keys() - {*known, "CODEBOT_RUN"}):
         if name.startswith(SETTING_PREFIXES):
             close = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {known[close[0]]}?" if close else ". Remove it."
+            hint = f"; did you mean {close[0]}?" if close else ". Remove it."
+            if name in flags:
+                hint = f"; use the flag {flag_name(flags[name])}."
             yield Finding("warn", f"Unknown setting {name}{hint}")
 
 
@@ -8386,8 +8408,8 @@ def check_safety(codebot: Codebot) -> Iterator[Finding]:
     if os.path.exists(work_dir) and os.stat(work_dir).st_mode & 0o077:
         yield Finding(
             "warn",
-            f"{work_dir} is open to other users. Use a --work-dir for codebot alone, "
-            "with mode 700.",
+            f"{work_dir} is open to other users. If it is for codebot alone, run: chmod "
+            f"go-rwx {work_dir}; else use another --work-dir.",
         )
     if codebot.sandbox.is_none:
         yield Finding("warn", f"{NO_SANDBOX_WARNING}.")
@@ -8576,7 +8598,7 @@ def running_server(codebot: Codebot) -> Iterator[Server]:
         workers += start_workers(codebot, "review", codebot.config.review_workers)
         start_thread(codebot, "sync", Sync(codebot, codebot.github).step)
     start_thread(codebot, "timer", functools.partial(queue_due_jobs, codebot))
-    start_thread(codebot, "database", functools.partial(test_database, codebot))
+    start_thread(codebot, "database", functools.partial(probe_database, codebot))
     start_thread(codebot, "cleanup", Cleanup(codebot).step)
     start_thread(codebot, "accept", lambda: server.serve_forever(SWEEP_INTERVAL))
     try:
@@ -9000,18 +9022,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 2 for settings or input that are bad."""
     flags = vars(make_parser().parse_args(arguments))
     flags["umask"] = os.umask(PRIVATE_UMASK)
-    try:
-        code: int = flags["function"](flags)
+    with contextlib.suppress(BrokenPipeError):
+        try:
+            code: int = flags["function"](flags)
+        except (ConfigError, HTTPError) as error:  # HTTPError: of the task in `run`
+            for line in str(error).splitlines():
+                print(f"codebot: {line}", file=sys.stderr)
+            code = 2
+        except (KeyboardInterrupt, StopRequested):  # a signal during the start
+            code = 130
         sys.stdout.flush()
         return code
-    except (ConfigError, HTTPError) as error:  # HTTPError: of the task in `run`
-        for line in str(error).splitlines():
-            print(f"codebot: {line}", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, StopRequested):  # a signal during the start
-        return 130
-    except BrokenPipeError:
-        return 1
+    return 1  # nobody reads the output
 
 
 if __name__ == "__main__":
