@@ -6467,7 +6467,6 @@ PAGE = r"""<!doctype html>
 [hidden] { display: none !important; }
 p:not(#announcer):empty, pre:empty, .card:empty { display: none; }
 html { background: var(--page); color: var(--text); font: 1rem/1.5 system-ui; }
-body { display: flex; flex-direction: column; min-height: 100dvh; }
 body { overflow-wrap: anywhere; }
 a { color: var(--blue); }
 h1 { font-size: 1.375rem; }
@@ -6483,10 +6482,8 @@ header { padding: .6rem 1.25rem; border-bottom: 1px solid var(--line); }
 .brand { text-decoration: none; }
 #banner { padding: .5rem 1.25rem; background: var(--red); color: var(--card); }
 #banner { position: sticky; top: 0; }
-main { flex: 1; display: flex; width: 100%; max-width: 76rem; margin: auto; }
-main { padding: 1rem; }
+main { max-width: 76rem; margin: auto; padding: 1rem; }
 section, .card { display: flex; flex-direction: column; gap: .9rem; }
-section { flex: 1; min-width: 0; }
 .card { padding: 1rem; border: 1px solid var(--line); border-radius: .5rem; }
 header, .card, button, .button { background: var(--card); }
 details.card { display: block; }
@@ -6520,8 +6517,7 @@ input, textarea { font-weight: 400; }
 #steps { flex-flow: row wrap; gap: .25rem 1.5rem; }
 #outcome strong { min-width: 7rem; }
 
-#logCard { flex: 1; min-height: 60vh; }
-#log { flex: 1 1 20rem; overflow-y: auto; background: var(--page); }
+#log { height: 60vh; overflow-y: auto; background: var(--page); }
 .event {
   display: grid;
   grid-template-columns: 4.2rem 4.2rem 1fr;
@@ -6629,7 +6625,7 @@ details:not([open]) .message { overflow: hidden; white-space: pre; }
       <summary>Request and raw fields</summary>
       <pre id="raw"></pre>
     </details>
-    <div id="logCard" class="card">
+    <div class="card">
       <h2>Log</h2>
       <div id="log" role="log" aria-live="off" aria-label="Log" tabindex="0"></div>
     </div>

@@ -12032,6 +12032,25 @@ def test_page_survives_restart_of_server(fresh: Site, browser: Browser) -> None:
     browser.check()
 
 
+def test_page_follows_log_until_one_scrolls_up(fresh: Site, browser: Browser) -> None:
+    lines = r"line\n" * 200
+    fresh.agent.follow(f"say '{lines}'; block; say 'At last.'; block; {SAY_HELLO}")
+    task = fresh.api.submit()
+    browser.evaluate(f"location.hash = 'task={task}'")
+    browser.enter_key()
+    browser.wait_for_text("line line", "#log")
+    fresh.agent.wait_until_blocked()
+    fresh.agent.release()
+    browser.wait_for_text("At last.", "#log")
+    position = "ui.log.scrollTop + ui.log.clientHeight"
+    assert browser.evaluate(f"{position} > ui.log.scrollHeight - 2")
+    browser.evaluate("ui.log.scrollTop = 0")
+    fresh.agent.release()
+    browser.wait_for_text("Completed", "#taskState")
+    browser.wait_for_text("codebot Completed", "#log")
+    assert browser.evaluate("ui.log.scrollTop") == 0
+
+
 def test_page_policy_allows_only_its_own_style_and_script(shared: Site) -> None:
     answer = shared.api.request("GET", "/", key="")
     policy = answer.headers["Content-Security-Policy"]
