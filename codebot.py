@@ -6662,7 +6662,7 @@ const ADVICE = {
   internal: 'Ask the operator of this server to look at its log.',
 };
 
-const ui = {};
+const ui = {}; // the elements with an id
 for (const element of document.querySelectorAll('[id]')) ui[element.id] = element;
 
 let apiKey = sessionStorage.getItem('apiKey') || '';
@@ -6778,7 +6778,7 @@ function formatDuration(seconds) {
   return `${Math.floor(hours / 24)} days`;
 }
 
-// Shows the time between two, or since the first one: see updateTimes.
+// Shows how long it is from one time to another, or to now: see updateTimes.
 function timer(from, to) {
   const title = new Date(from).toLocaleString();
   return create('time', { datetime: from, title, 'data-to': to || '' });
@@ -6848,7 +6848,7 @@ function saveKey(event) {
   event.preventDefault();
   const key = ui.key.value.trim();
   ui.keyForm.reset();
-  const isKey = /^[!-~]+$/.test(key); // a header can hold it
+  const isKey = /^[!-~]+$/.test(key); // only such can be sent in a header
   setText(ui.keyError, isKey ? '' : 'This is not an API key.');
   if (!isKey) return;
   apiKey = key;
