@@ -1218,16 +1218,31 @@ class RunningProgram:
 
 
 def signal_group(leader: int, number: int) -> bool:
-    """Signal a process group. Returns whether it has members.
-
-    A zombie is one. The first process of a container may never reap it; then the end of
-    a program takes KILL_GRACE.
-    """
+    """Signal a process group. Returns whether it has members; zombies count."""
     try:
         os.killpg(leader, number)
     except (ProcessLookupError, PermissionError):  # macOS: only a zombie is left
         return False
     return True
+
+
+def is_group_running(leader: int) -> bool:
+    """Return whether a process of the group still runs.
+
+    A zombie does not; the first process of a container may never reap it.
+    """
+    if not signal_group(leader, 0):
+        return False
+    if not os.path.exists("/proc/self/stat"):  # macOS
+        return True
+    for path in glob.glob("/proc/[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # "PID (NAME) STATE PARENT GROUP ...", where NAME may have any characters
+            text = pathlib.Path(path).read_text(errors="replace")
+            state, _, group = text.rpartition(")")[2].split()[:3]
+            if int(group) == leader and state != "Z":
+                return True
+    return False
 
 
 def end_process_group(child: subprocess.Popen[bytes]) -> None:
@@ -1238,7 +1253,7 @@ def end_process_group(child: subprocess.Popen[bytes]) -> None:
     """
     deadline = time.monotonic() + KILL_GRACE
     signal_group(child.pid, signal.SIGTERM)
-    while signal_group(child.pid, 0) and time.monotonic() < deadline:
+    while is_group_running(child.pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     signal_group(child.pid, signal.SIGKILL)
     child.wait()
