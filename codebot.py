@@ -2394,19 +2394,19 @@ class GitHubRepository:
     ) -> Iterator[tuple[str, Comment]]:
         """Yield what people wrote on a pull request, with the time of its last change.
 
-        GitHub ignores ``since`` for reviews: all are read.
+        Reviews take no ``since``: all are read.
         """
         pulls = f"/pulls/{number}"
         issues = f"/issues/{number}"
-        yield from self.comment_list("review_text", f"{pulls}/reviews", since)
-        yield from self.comment_list("inline", f"{pulls}/comments", since)
-        yield from self.comment_list("conversation", f"{issues}/comments", since)
+        yield from self.comment_list("review_text", f"{pulls}/reviews")
+        yield from self.comment_list("inline", f"{pulls}/comments", since=since)
+        yield from self.comment_list("conversation", f"{issues}/comments", since=since)
 
     def comment_list(
-        self, place: str, path: str, since: str = LONG_AGO
+        self, place: str, path: str, **query: str
     ) -> Iterator[tuple[str, Comment]]:
         """Yield the comments of a list, each with the time of its last change."""
-        for payload in self.pages(path, since=since):
+        for payload in self.pages(path, **query):
             comment = parse_comment(place, payload)
             if comment is not None:
                 # A GitHub review has only one time.
@@ -7312,18 +7312,6 @@ def error_response(error: HTTPError) -> Response:
 # --- Guards ------------------------------------------------------------------
 # A guard lets a request pass or raises HTTPError. It runs before the handler.
 
-# When a refusal may be logged again, by guard. Without a lock: two threads at once write
-# two lines, at worst.
-next_log_time: dict[object, float] = {}
-
-
-def log_refusal(guard: object, path: str, address: str, error: HTTPError) -> None:
-    """Log what a guard refused: one line a second, so that a flood fills no disk."""
-    now = time.monotonic()
-    if now >= next_log_time.get(guard, 0.0):
-        next_log_time[guard] = now + 1.0
-        log.warning("Refused %s from %s: %s", path[:100], address, error)
-
 
 def allow_anyone(codebot: Codebot, request: Request) -> None:
     """Let every request pass."""
@@ -7378,6 +7366,20 @@ def require_signature(codebot: Codebot, request: Request) -> None:
             "differs from GITHUB_WEBHOOK_SECRET",
             challenge,
         )
+
+
+# When a refusal may be logged again, by guard. Without a lock: two threads at once write
+# two lines, at worst.
+next_log_time: dict[object, float] = {}
+
+
+def log_refusal(guard: object, address: str, error: HTTPError) -> None:
+    """Log what a guard refused: one line a second, so that a flood fills no disk."""
+    now = time.monotonic()
+    if now >= next_log_time.get(guard, 0.0):
+        next_log_time[guard] = now + 1.0
+        subject = "webhook" if guard is require_signature else "API key"
+        log.warning("Refused %s from %s: %s", subject, address, error)
 
 
 # --- API ---------------------------------------------------------------------
@@ -7748,22 +7750,23 @@ def webhook(codebot: Codebot, request: Request) -> Response:
     """
     event = request.headers.get("x-github-event", "")
     guid = request.headers.get("x-github-delivery", "")
-    status = 202
-    message = "Accepted"
     try:
-        take_delivery(codebot, request, event, guid)
+        action = take_delivery(codebot, request, event, guid)
     except NoAction as reason:
-        status = 200
-        message = str(reason)
+        log.info("Delivery %.99s (%.99s): %s", guid, event, reason)
+        return json_response({"message": str(reason)})
     except HTTPError as error:
         log.warning("Delivery %.99s (%.99s): refused: %s", guid, event, error)
         raise
-    log.info("Delivery %.99s (%.99s): %s", guid, event, message)
-    return json_response({"message": message}, status)
+    log.info("Delivery %.99s (%.99s, %.99s): Accepted", guid, event, action)
+    return json_response({"message": "Accepted"}, 202)
 
 
-def take_delivery(codebot: Codebot, request: Request, event: str, guid: str) -> None:
-    """Check and note a delivery. Raises NoAction, or HTTPError if it is refused."""
+def take_delivery(codebot: Codebot, request: Request, event: str, guid: str) -> Json:
+    """Check and note a delivery. Returns its action.
+
+    Raises NoAction if nothing is to be done, and HTTPError if it is refused.
+    """
     if "form" in request.headers.get("content-type", ""):
         raise HTTPError(
             415, "Set the content type of the App's webhook to application/json"
@@ -7771,10 +7774,12 @@ def take_delivery(codebot: Codebot, request: Request, event: str, guid: str) -> 
     if not guid:
         raise HTTPError(400, "X-GitHub-Delivery is missing")
     try:
-        receive_event(codebot, event, guid, parse_object(request.body()))
+        payload = parse_object(request.body())
+        receive_event(codebot, event, guid, payload)
     # OverflowError, and a ValueError of half a surrogate pair: SQLite cannot store it.
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise HTTPError(400, f"The payload of {event} is malformed") from None
+    return payload.get("action")
 
 
 def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) -> None:
@@ -8021,7 +8026,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             route.guard(codebot, request)
         except HTTPError as error:
-            log_refusal(route.guard, path, self.client_address[0], error)
+            log_refusal(route.guard, self.client_address[0], error)
             raise
         request.body()
         self.enter("handling")

@@ -10459,7 +10459,7 @@ def test_log_names_refused_keys_once_a_second_and_never_shows_them(
     shared: Site,
 ) -> None:
     wrong = "wrong-key-that-is-not-logged"
-    prefix = "Refused /api/tasks from 127.0.0.1: "
+    prefix = "Refused API key from 127.0.0.1: "
     started = time.monotonic()
 
     def is_logged(key: str, message: str) -> bool:
@@ -10484,7 +10484,7 @@ def test_log_has_accepted_and_refused_deliveries(shared: Site) -> None:
     def is_refusal_logged() -> bool:
         headers = {"X-Hub-Signature-256": "sha256=0"}
         assert shared.github.deliver("ping", {}, headers=headers).status == 401
-        return "Refused /webhook from 127.0.0.1" in shared.server.log()
+        return "Refused webhook from 127.0.0.1" in shared.server.log()
 
     wait_for(is_refusal_logged)
 
@@ -10530,7 +10530,7 @@ def test_delivery_that_the_guard_refuses_is_logged(
 ) -> None:
     def is_logged() -> bool:  # unless another was, less than a second ago
         shared.api.request("POST", "/webhook", b"{}", headers=headers)
-        return f"Refused /webhook from 127.0.0.1: {message}" in shared.server.log()
+        return f"Refused webhook from 127.0.0.1: {message}" in shared.server.log()
 
     wait_for(is_logged)
 
@@ -10539,7 +10539,7 @@ def test_delivery_to_a_server_without_webhooks_is_logged(fresh: Site) -> None:
     fresh.server.start(GITHUB_WEBHOOK_SECRET=None)
     message = "Webhooks are off; they need GitHub and GITHUB_WEBHOOK_SECRET"
     assert_is_error(fresh.github.deliver("ping", {}), 404, message)
-    assert f"Refused /webhook from 127.0.0.1: {message}" in fresh.server.log()
+    assert f"Refused webhook from 127.0.0.1: {message}" in fresh.server.log()
 
 
 # --- The launcher: a stand-in for a cluster ----------------------------------
