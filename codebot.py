@@ -78,10 +78,11 @@ WHO IS TRUSTED WITH WHAT
                  own workspace. codebot takes from it a tree of files, and words that are
                  quoted as the agent's. A test command runs the same way, without the
                  model's key and the listed variables.
-
-  The model's provider sees all that the agent reads. CODEBOT_LAUNCHER, and
-                 a CODEBOT_SANDBOX other than bwrap, get the environment of the agent and
-                 the tests. codebot does not verify what such a sandbox hides.
+  The model      its provider sees all that the agent reads.
+  The repository's own CI   runs what the agent wrote, perhaps with secrets, before a
+                 person has read it. GitHub refuses only what changes .github/workflows.
+  A launcher, and a sandbox other than bwrap   get the environment of the agent and the
+                 tests. codebot does not verify what such a sandbox hides.
 
 WHAT LEAVES THE HOST
   to GitHub      requests of GitHub.send: questions, reactions; pull requests, answers and
@@ -126,8 +127,7 @@ KNOWN LIMITATIONS
   the disk of the work directory, codebot waits until somebody frees some.
   What the agent says (its events, summary and cost) is self-reported. "The tests passed"
   means that the command exited with 0 in a workspace where the agent could have changed
-  the tests, and files in HOME that they read. What the agent changes is pushed without a
-  person having read it, and the repository's own CI runs it.
+  the tests, and files in HOME that they read.
   codebot looks in the text files of a change for the secrets of 16 or more characters
   that it knows: verbatim, and as base64 of the secret alone, in lines of at most 8 MiB.
   "Fixes #1" and "@name" in an agent's words work at GitHub as if a person wrote them.
@@ -153,8 +153,8 @@ LIFE OF A JOB
 
   A task is on disk before the client gets its 202. A commit is in the store before it is
   pushed, and an answer before it is posted; each carries a marker or an id by which a
-  retry finds it, so neither is done twice. (If GitHub is slower than GITHUB_TIMEOUT with
-  an answer, it may be there twice.)
+  retry finds it. So nothing is pushed twice, and an answer is posted twice only if GitHub
+  takes longer than GITHUB_TIMEOUT.
 
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
@@ -425,7 +425,7 @@ def find_paths(directory: str, pattern: str) -> list[str]:
 
 # --- Settings and secrets ----------------------------------------------------
 
-# Environment variables that the agent gets without being listed.
+# Keys for the model, which the agent gets without being listed; the tests do not.
 MODEL_KEY_NAMES = (
     "ANTHROPIC_API_KEY",
     "ANTHROPIC_AUTH_TOKEN",
@@ -797,7 +797,7 @@ def conflicting_settings(config: Config) -> Iterator[str]:
         if config.no_github and re.match(r"[\w.-]+/", pattern):
             yield (
                 f"{name} matches nothing: with --no-github the whole URL is compared. "
-                f"Write '*/{pattern}'."
+                f"Write 'https://HOST/{pattern}', with the HOST that you trust."
             )
 
 
@@ -1395,11 +1395,10 @@ def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
     ]
 
 
-# What a launcher started may outlive codebot, so it is recorded in a file, which
-# exists until CODEBOT_LAUNCHER_STOP has succeeded, as it must if nothing is left to stop.
-# That is run by codebot itself, by its watchdog after a crash, or by the next start. The
-# content is the tag of the run, or after a stop that failed, STOP_FAILED. Who ends what,
-# by how the record begins:
+# What a launcher started may outlive codebot. So each launch has a file, its record, which
+# stays until CODEBOT_LAUNCHER_STOP has succeeded. (That command must also succeed when
+# nothing runs.) The record holds the run's tag, or STOP_FAILED after a stop that failed.
+# Who runs the command for which records, by how they begin:
 #   the run itself, a later one here, the next start   anything
 #   the watchdog                                       the tag of its own codebot
 #   the cleanup                                        STOP_FAILED
@@ -4365,8 +4364,8 @@ class JobRun:
 # sandbox. codebot takes one thing from there: the tree that the agent left. It makes
 # the commit itself, in a bare repository that no sandbox shows, the outbox.
 
-# Every script of codebot's begins with this. `g` is git without hooks, fsmonitor, signing
-# and gc. Before, the lock files that a killed git has left are removed.
+# Every script that runs in a workspace begins with this. `g` is git without hooks,
+# fsmonitor, signing and gc. Before, the lock files that a killed git has left are removed.
 GIT_FUNCTION = """
 for lock in .git/index.lock .git/HEAD.lock; do [ ! -e $lock ] || rm -rf $lock; done
 g() {
@@ -6064,7 +6063,7 @@ class Sync:
         obstacle = self.obstacle(github_repository, issue, event)
         if obstacle:
             log.info("Issue %s is ignored: %s", issue.url, obstacle)
-        elif self.was_changed(github_repository, issue, event):
+        elif self.has_untrusted_edit(github_repository, issue, event):
             path = f"/issues/{issue.number}/comments"
             text = (
                 f"This issue was changed after @{event.actor} labelled it. Please read "
@@ -6106,7 +6105,7 @@ class Sync:
             return f"{event.actor} has no write access"
         return ""
 
-    def was_changed(
+    def has_untrusted_edit(
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> bool:
         """Return whether its text may have been edited after it was labelled.

@@ -2383,7 +2383,7 @@ def test_allowed_pattern_that_matches_nothing_is_refused() -> None:
     names = codebot.Config(allowed=("acme/*",), no_github=True)
     [problem] = codebot.conflicting_settings(names)
     assert "matches nothing" in problem
-    assert problem.endswith("Write '*/acme/*'.")
+    assert problem.endswith("with the HOST that you trust.")
     urls = codebot.Config(allowed=("https://github.com/acme/*",))
     [problem] = codebot.conflicting_settings(urls)
     assert "is not owner/name" in problem
