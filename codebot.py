@@ -3457,8 +3457,8 @@ class Store:
         """Start a job. Returns None if it must not start, or has started already.
 
         All jobs of a task use one workspace and outbox: a review has its task's, and
-        waits until no other job uses them. A job that must not start yet is queued again
-        as long as it is pending. To queue it twice does no harm.
+        waits until no other job uses them. If a job must not start yet, the timer queues it
+        again. To queue it twice does no harm.
         """
         values = {"id": job_id, "now": time.time()}
         with self._transaction() as db:
