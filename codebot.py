@@ -928,9 +928,7 @@ def configured_secrets(config: Config) -> set[str]:
     names += [name for name in config.agent_env if SECRET_NAME_RE.search(name)]
     for name in (*names, *NETWORK_NAMES, "ANTHROPIC_BASE_URL"):
         value = config.variables.get(name, "")
-        secrets.update(login_secrets(value))
-        if "header" in name.lower():
-            secrets.update(SECRET_HEADER_RE.findall(value))
+        secrets.update(login_secrets(value), SECRET_HEADER_RE.findall(value))
         if name in names:
             secrets.add(value.strip(BLANKS))
     for path in (config.key_file, config.tls_key):
@@ -1757,7 +1755,6 @@ ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembere
 MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take 34 MB
 MAX_CACHED_REPLIES = 500
 GONE_STATUSES = (404, 410, 422)  # what was asked for is not there (any more)
-LONG_AGO = "2000-01-01T00:00:00Z"  # before GitHub existed: since then is all
 
 
 class GitHubError(Exception):
@@ -2388,9 +2385,7 @@ class GitHubRepository:
             is_locked=bool(payload.get("locked")),
         )
 
-    def comments(
-        self, number: int, since: str = LONG_AGO
-    ) -> Iterator[tuple[str, Comment]]:
+    def comments(self, number: int, since: str) -> Iterator[tuple[str, Comment]]:
         """Yield what people wrote on a pull request, with the time of its last change.
 
         Reviews take no ``since``: all are read.
@@ -5508,6 +5503,7 @@ class Review(NamedTuple):
     run: JobRun
     task: Job
     number: int  # of the pull request
+    seen_until: str  # what is older has been queued
     github_repository: GitHubRepository
     workspace: Workspace
     comments: list[Comment]  # from load_comments on
@@ -5547,10 +5543,11 @@ def do_work(review: Review) -> None:
     if commit and not review.workspace.outbox.has_commit(commit):
         # The outbox was lost, for example when the host lost power. Begin anew.
         run.update(commit_id="", outcome=run.outcome_with(answers={}))
-    is_left = run.job.request_kind not in ("none", "limit")
-    if is_left and not run.job.outcome.answers:
+    if not run.job.outcome.answers:
         first = review.comments[0].text
         run.log_event("codebot", f"Review by {run.job.reviewer}: {first}")
+        if run.job.request_kind in ("none", "limit"):
+            return
         text = format_comments("earlier-comment", earlier_comments(review))
         text += format_comments("comment", review.comments)
         if not run.job.request_kind:
@@ -5568,7 +5565,6 @@ def load_review(run: JobRun) -> Review:
     task = run.store.job(run.job.task_id)
     if pull_request is None or task is None or github is None:
         raise ReviewSkipped("its pull request is not codebot's any more")
-    number = pull_request.number
     try:
         github_repository = github.repository_by_id(pull_request.repository_id)
         repository = repository_at(github_repository)
@@ -5577,7 +5573,15 @@ def load_review(run: JobRun) -> Review:
     except GitHubError as error:
         raise refusal_error(run, error) from None
     workspace = Workspace(run, repository, run.job.directory)
-    return Review(run, task, number, github_repository, workspace, comments=[])
+    return Review(
+        run,
+        task,
+        pull_request.number,
+        pull_request.seen_until,
+        github_repository,
+        workspace,
+        comments=[],
+    )
 
 
 def refusal_error(run: JobRun, error: GitHubError) -> Exception:
@@ -5626,7 +5630,7 @@ def load_comments(review: Review) -> None:
         raise ReviewSkipped(f"{reviewer} has no write access")
     if not run.job.request_kind:
         # Not everything may be delivered yet, for example the rest of a GitHub review.
-        comments = github_repository.comments(review.number)
+        comments = github_repository.comments(review.number, review.seen_until)
         store.queue_comments(run.job.task_id, [comment for _, comment in comments])
         store.absorb_waiting_reviews(run.job)
         check_daily_limit(run)
@@ -5779,10 +5783,12 @@ def converse(
 def parse_answers(review: Review, answer: JsonObject) -> dict[str, str]:
     """Return an answer for each thread: its own, else the summary of all."""
     by_comment: dict[str, str] = {}
-    # The agent may not keep to the schema. Then the summary is the answer.
-    with contextlib.suppress(LookupError, TypeError):
-        for entry in answer["answers"]:
-            by_comment[str(entry["comment_id"])] = str(entry["body"] or "")
+    entries = answer.get("answers")
+    for entry in entries if isinstance(entries, list) else []:
+        # The agent may not keep to the schema.
+        with contextlib.suppress(LookupError, TypeError):
+            if entry["body"]:
+                by_comment[str(entry["comment_id"])] = str(entry["body"])
     answers = {}
     for thread, members in group_by_thread(review.comments).items():
         ids = {members[0].thread, *(comment.id for comment in members)}
@@ -5860,8 +5866,9 @@ def reapply_change(review: Review, tip: str) -> None:
     workspace.check_out(workspace.branch, tip)
     workspace.apply(patch)
     commit_id = test_and_commit(workspace, review.task.request, tip)
-    # "": nothing is left to change
-    run.save_work(base_commit=tip, commit_id=commit_id or tip)
+    if not commit_id:  # nothing is left to change
+        commit_id = tip
+    run.save_work(base_commit=tip, commit_id=commit_id)
 
 
 def answer_threads(review: Review) -> None:
@@ -6235,8 +6242,8 @@ def run_once(run: JobRun) -> None:
 
     What ends a run:                       What becomes of the job:
       nothing                                completed
-      JobFailed, and errors that are final   failed, with a reason; a review runs once
-                                             more before, only to tell the reviewer
+      JobFailed, and errors that are final   failed, with a reason; a review first runs
+                                             once more, only to tell the reviewer
       TransientError, a busy database,       pending, after a minute; failed if that
       a full disk, a failed node, an App     goes on for too long, or costs too much
       that GitHub refuses
@@ -6327,7 +6334,7 @@ def fail_or_tell_reviewer(run: JobRun, reason: str, error: str) -> None:
     job = run.job
     # The phase is this run's: each run begins with "".
     has_tried_to_tell = job.outcome.reason_to_tell or job.phase == "answer"
-    if job.kind == "task" or has_tried_to_tell:
+    if job.kind == "task" or has_tried_to_tell or run.is_cancelled:
         end_job(run, reason, error)
         return
     message = run.redact(error)
@@ -6351,9 +6358,9 @@ def retry_or_fail(run: JobRun, error: Exception) -> None:
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     is_too_often = interruptions and job.interruptions + 1 >= MAX_INTERRUPTIONS
     if is_too_often or now > give_up_at or run.is_cancelled:
-        reason = job.outcome.reason_to_tell
-        reason = reason or REASON_BY_PHASE.get(job.phase, "internal")
-        fail_or_tell_reviewer(run, reason, str(error))
+        outcome = job.outcome
+        reason = outcome.reason_to_tell or REASON_BY_PHASE.get(job.phase, "internal")
+        fail_or_tell_reviewer(run, reason, outcome.error_to_tell or str(error))
         return
     not_before = max(now + RETRY_DELAY, getattr(error, "retry_at", 0.0))
     run.log_event("codebot", f"{error}. Trying again later")
@@ -8199,7 +8206,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.socket = tls_context(config).wrap_socket(
                 self.socket, server_side=True, do_handshake_on_connect=False
             )
-        # Closed with the process, or when nobody has this object any more.
+        # Kept, since without a reference it would be closed.
         self.localhost_guard = guard_localhost(config.host, self.server_port)
 
     # What serve_forever calls, in its thread
@@ -8208,7 +8215,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             return super().get_request()
         except OSError as error:
-            if error.errno == errno.EMFILE:  # no file descriptor is left
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # no descriptor is left
                 with self._lock:
                     self._evict()
             raise
@@ -8382,7 +8389,11 @@ def is_agent_missing(codebot: Codebot) -> bool:
 
 def unknown_settings(config: Config) -> Iterator[Finding]:
     known = {field.metadata["variable"] for field in CONFIG_FIELDS}
-    flags = {f"CODEBOT_{field.name.upper()}": field.name for field in CONFIG_FIELDS}
+    flags = {
+        f"CODEBOT_{field.name.upper()}": field.name
+        for field in CONFIG_FIELDS
+        if not field.metadata["variable"]
+    }
     for name in sorted(config.variables.keys() - {*known, "CODEBOT_RUN"}):
         if name.startswith(SETTING_PREFIXES):
             close = difflib.get_close_matches(name, known, 1)
@@ -8465,6 +8476,11 @@ def check_server(codebot: Codebot) -> Iterator[Finding]:
             "GITHUB_WEBHOOK_SECRET is not set, so codebot hears of reviews only when "
             "it starts. Set it, or use --enable-polling.",
         )
+    if config.tls_cert and config.tls_key:
+        try:
+            tls_context(config)
+        except ConfigError as error:
+            yield Finding("FAIL", str(error))
 
 
 HOST_CHECKS = (check_programs, check_settings, check_safety)
@@ -8606,7 +8622,10 @@ def listen(codebot: Codebot) -> Server:
 
 @contextlib.contextmanager
 def running_server(codebot: Codebot) -> Iterator[Server]:
-    """Run the server and the threads behind it. After the block no job runs."""
+    """Run the server and the threads behind it.
+
+    After the block the jobs are pending again; the server ends with the process.
+    """
     server = listen(codebot)
     workers = start_workers(codebot, "task", codebot.config.workers)
     if codebot.github is not None:
@@ -8746,7 +8765,8 @@ CHECK_TIMEOUT = 1.5  # seconds for GitHub to answer; with a retry at most 5 in a
 
 def check_port(codebot: Codebot) -> Iterator[Finding]:
     config = codebot.config
-    listen(codebot).server_close()
+    # Without TLS, whose files have a check of their own.
+    listen(Codebot(dataclasses.replace(config, tls_cert=""))).server_close()
     yield Finding("ok", f"Port {config.port} on {config.host} can be used")
 
 
@@ -9046,11 +9066,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = 2
         except (KeyboardInterrupt, StopRequested):  # a signal during the start
             code = 130
-        sys.stdout.flush()
+        print(end="", flush=True)  # sys.stdout may be None
         return code
     return 1  # nobody reads the output
 
 
+def end_with_traceback(*error: Any) -> None:
+    sys.__excepthook__(*error)
+    os._exit(1)
+
+
 if __name__ == "__main__":
     # Do not wait for threads: one may wait for a client, or for GitHub.
+    sys.excepthook = end_with_traceback
     os._exit(main())

@@ -13063,6 +13063,19 @@ def test_output_that_nobody_reads_gives_no_traceback(fresh: Site, command: str) 
     wait_for(lambda: not fresh.server.strays())
 
 
+def test_command_without_standard_output_gives_no_traceback(fresh: Site) -> None:
+    argv = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, str(PROGRAM), "check"]
+    done = subprocess.run(
+        argv,
+        cwd=fresh.server.start_dir,
+        env=fresh.server.environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode in (0, 1)
+    assert "Traceback" not in done.stderr
+
+
 # --- Commands: demo and main -------------------------------------------------
 
 
