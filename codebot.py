@@ -4998,6 +4998,13 @@ class AgentRun:
         message = f"The agent failed (exit code {program.code}): {error}"
         return JobFailed("agent_failed", message)
 
+    def store_summary(self, answer: JsonObject, attempt: int) -> None:
+        run = self.run
+        summary = str(answer.get("summary") or "")[:200_000]
+        if attempt > 1:  # it tells of the repair only, and the change has both parts
+            summary = f"{run.job.outcome.summary}\n\n{summary}".strip()
+        run.update_outcome(summary=run.redact(summary)[:100_000])
+
     def add_up(self) -> None:
         """Add what the run claims to have cost, also if it failed."""
         outcome = self.run.job.outcome
@@ -5069,10 +5076,7 @@ def ask_agent(
     finally:
         agent_run.add_up()
     answer = agent_run.answer(result)
-    summary = str(answer.get("summary") or "")[:200_000]
-    if attempt > 1:  # it tells of the repair only, and the change has both parts
-        summary = f"{run.job.outcome.summary}\n\n{summary}".strip()
-    run.update_outcome(summary=run.redact(summary)[:100_000])
+    agent_run.store_summary(answer, attempt)
     return answer
 
 
