@@ -771,7 +771,7 @@ def unreadable_files(config: Config) -> Iterator[str]:
             os.path.isfile(path) and os.access(path, os.R_OK, effective_ids=True)
         ):
             yield (
-                f"{name}: {path} is not a file that user {os.getuid()} can read. "
+                f"{name}: {path} is not a file that user {os.geteuid()} can read. "
                 "Correct the path, or change its owner or mode."
             )
 
@@ -5523,8 +5523,8 @@ def run_review(run: JobRun) -> None:
       answers                          post the answers
       outcome.error_to_tell            post the error: the review has failed
 
-    Raises ReviewSkipped if nothing is to be done. If a step fails, the worker stores the
-    error and runs the review once more, only to post it.
+    Raises ReviewSkipped if nothing is to be done. If a step fails, fail_or_tell_reviewer
+    stores the error and runs the review once more, only to post it.
     """
     review = load_review(run)
     check_pull_request(review)
@@ -8121,8 +8121,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def linger(self) -> None:
         """Read the rest of a refused request, and forget it.
 
-        If it were left unread, the system would reset the connection, and the client
-        might lose the answer.
+        It may take as long as any request, from now on. If it were left unread, the
+        system would reset the connection, and the client might lose the answer.
         """
         self.enter("receiving")
         self.connection.shutdown(socket.SHUT_WR)

@@ -81,7 +81,7 @@ T = TypeVar("T")
 
 
 def wait_for(
-    condition: Callable[[], T | None], seconds: float = 60, pause: float = 0.01
+    condition: Callable[[], T | None], seconds: float = 20, pause: float = 0.01
 ) -> T:
     """Return the first true value of ``condition``; fail after some seconds."""
     deadline = time.monotonic() + seconds
