@@ -10,176 +10,197 @@ It needs Python 3.9 and its standard library, and runs the programs git, openssl
 bwrap and claude.
 
     python3 codebot.py demo    try it: one task from end to end, no configuration
-    python3 codebot.py check   check the requirements; one line per check, with the fix
+    python3 codebot.py check   check the requirements; says how to fix what it finds
     python3 codebot.py serve   run the server
     python3 codebot.py run     run one task in the foreground
 
 HOW TO READ THIS FILE
-  From the top, once. A section uses only itself and the sections above it. In the
+  From the top, once. Code calls only what stands above it or in its own section. In the
   sections Task and Review the list of steps comes first: `run_task`, `run_review`.
     I.   The boundary   how codebot runs programs, asks GitHub, and uses git
     II.  The work       every state, what an agent receives, what happens to its work
     III. The network    everything that can be requested from outside, and by whom
     IV.  Commands       how it is started and stopped
   If you have only an hour, read `Redactor`, `run_program`, `sandbox_mounts`,
-  `GitHub.send`, `has_write_access`, `GitDirectory.remote_git`, `Store.claim`, `run_task`,
-  `load_comments`, `Sync.obstacle` and `ROUTES`.
-  The page stands before the rest of part III, which does not need it. Its style can be
-  skipped; its script never inserts HTML.
+  `GitHub.send`, `has_write_access`, `remote_environment`, `run_task`,
+  `Workspace.environment`, `fetch_into_outbox`, `DiffScanner`, `load_comments`,
+  `Sync.obstacle`, `require_api_key`, `require_signature` and `ROUTES`.
+  The page stands at the beginning of part III. Its style can be skipped; its script
+  never inserts HTML.
 
 GLOSSARY
   job            a unit of work in the store: a task or a review
   task           a request to change a repository; ends in a pull request
-  review         a job that answers comments on one pull request of codebot's
-  mirror         the bare copy of a repository that codebot itself owns
-  workspace      the directory in which an agent works: repo, home, tmp
-  outbox         the bare repository in which codebot makes the commit and from which it
-                 pushes; no sandbox shows it
+  review         a job that answers one reviewer's comments on one of codebot's pull
+                 requests
+  state          of a job: pending, running, completed or failed; see LIFE OF A JOB
+  phase          what a running job is doing
+  event          an entry of a task's log
   agent          the Claude CLI process
   session        the agent's conversation with the model, kept in the workspace's home
+  workspace      the directory in which an agent works: repo, home, tmp
+  mirror         the bare copy of a repository that codebot itself owns
+  outbox         the bare repository in which codebot makes the commit and from which it
+                 pushes; no sandbox shows it
   base           the branch that the agent's branch starts from
-  base commit    the parent of the job's commit: the tip of the base, or in a review, of
-                 the pull request's branch
-  installation token   a GitHub credential that is valid for one hour: to read and write
-                 one repository, or only to look up names in the whole installation
+  base commit    the commit on which codebot puts its own: for a task the tip of the base,
+                 for a review the tip of the pull request's branch
+  installation token   a GitHub credential that is valid for one hour. A repository's
+                 token reads and writes that repository; the lookup token only reads the
+                 names of all repositories that the App is installed on
   delivery       one webhook request, with its GUID
-  marker         the hidden comment by which a retry sees that something was posted
-  event          an entry of a task's log
-  phase          what a running job is doing, for people
+  marker         the hidden comment by which a retry sees that an answer was posted
   launcher       a command line that starts the agent and the tests on a node, which is
                  another computer of a cluster
   redact         replace secrets in text with ***
   One repository appears as
-    Repository         its URL and name, as a task gives them
-    GitHubRepository   the same at GitHub, found by its id and asked with its own token
+    Repository         its URL and name
+    GitHubRepository   the same at GitHub, where its id identifies it
     Mirror             the local copy, written from the remote only
     Workspace.repo     the agent's clone, which borrows the mirror's objects
-    Workspace.outbox   codebot's own, to which the agent's tree is fetched
+    Workspace.outbox   codebot's own, into which the agent's commit is fetched
 
 WHO IS TRUSTED WITH WHAT
-  The operator   with everything: the settings, the App's key, the work directory.
-  A client       with an API key may submit and retry tasks for the repositories that
-                 CODEBOT_ALLOWED_REPOSITORIES allows; with --no-github these are by default
-                 all that codebot's user can reach. It may read and cancel every task.
-  A reviewer     is acted on only if GitHub reports that they have write access to the
-                 repository, when the review starts. So is a person who labels an issue,
+  The operator   is trusted with everything: the settings, the App's key, the work
+                 directory.
+  A client       is whoever has an API key. It may read and cancel every task, and may
+                 submit and retry tasks for the repositories that
+                 CODEBOT_ALLOWED_REPOSITORIES allows. With --no-github these are by
+                 default all that codebot's user can reach. A task's test command is a
+                 shell command, so a client can run what it likes in the sandbox.
+  A reviewer     has an effect only if GitHub reports, when the review starts, that they
+                 have write access to the repository. So has a person who labels an issue,
                  when the task is submitted. Nobody else can start work; but the words
                  of a labelled issue may be anyone's.
-  GitHub         is believed over TLS. A webhook's signature is checked, and even then a
-                 delivery only makes codebot ask GitHub: who wrote what, who may write,
-                 what is open.
+  GitHub         is believed, over TLS. A delivery is believed only if its signature is
+                 right, and never about who wrote what, who may write, or what is open:
+                 codebot asks GitHub.
   The agent      is not trusted, and neither is what it reads: the repository, the task,
-                 comments. It gets the model's key and address, proxy and certificate
-                 settings, the time zone, the variables that the operator lists, its
-                 workspace, and the host's network: services on this machine, the local
-                 network, a cloud's metadata address. In bwrap it cannot see codebot's
-                 processes, database and other workspaces, nor the directories of .env,
-                 of the App's key and of the TLS key, and can change no file outside its
-                 own workspace. codebot takes from it a tree of files, and words that are
-                 quoted as the agent's. A test command runs the same way, without the
-                 model's key and the listed variables.
-  The model      its provider sees all that the agent reads.
+                 comments.
+                 - It gets the model's key and address, proxy and certificate settings,
+                   the time zone, the variables that the operator lists, its workspace,
+                   and all that the repository's mirror has ever fetched.
+                 - It has the host's network: services on this machine, other agents'
+                   too, the local network, a cloud's metadata address.
+                 - In bwrap it cannot see codebot's processes, database and other
+                   workspaces, nor the directories of .env, of the App's key and of the
+                   TLS key, and can change no file outside its own workspace.
+                 - codebot takes from it a tree of files, its words, and what it says
+                   about its cost.
+  A test command   runs in the same way, without the model's key and the listed variables.
+  The model's provider   sees all that the agent reads.
   The repository's own CI   runs what the agent wrote, perhaps with secrets, before a
                  person has read it. GitHub refuses only what changes .github/workflows.
-  A launcher, and a sandbox other than bwrap   get the environment of the agent and the
-                 tests. codebot does not verify what such a sandbox hides.
+  A launcher, and a sandbox other than bwrap   get the environment variables of the agent
+                 and the tests. codebot does not verify what such a sandbox hides.
 
 WHAT LEAVES THE HOST
-  to GitHub      requests of GitHub.send: questions, reactions; pull requests, answers and
-                 reports, with words of the task and the agent, names of files, the test
-                 command, and the end of a failing test's output, all redacted
-                 the commit, pushed by git_with_token after fsck and DiffScanner; with
-                 --no-github to the task's remote
+  to GitHub      requests of GitHub.send: questions, reactions, pull requests, answers,
+                 and reports about failures. They contain words of the task and of the
+                 agent, names of files, the test command, the end of a failing test's
+                 output, and error messages, all redacted.
+                 git asks for branches, fetches, and pushes the commit, after fsck and
+                 DiffScanner; with --no-github at the task's remote.
   to the model   what the agent sends: its prompt, and whatever it reads
-  to a node      with a launcher: command lines, environments and input of the agent and
-                 the tests, and the workspace, which it shares
-  to clients     every task with its log and result, to every API key; to anybody, whether
-                 the server is healthy and how many jobs wait
+  to a node      with a launcher: command lines, environment variables and input of the
+                 agent and the tests, and the workspace and the mirror, which it shares
+  to clients     every task with its log and result, and the metrics, to every API key;
+                 to anybody the page, whether the server is healthy, and how many jobs wait
   The agent and the tests can send what they can read to all that the host can reach.
 
 WHERE SECRETS GO
-  API keys, webhook secret   from the settings to nobody; they are compared
+  API keys, webhook secret   nowhere; they are compared. Of an API key, 8 hexadecimal
+                             digits of its SHA-256 are in the database, in the log, and in
+                             what clients get, as the name of the client.
   the App's key              from its file to openssl, by the file's name; codebot reads it
                              to redact it, as it does the TLS key
   the TLS key                from its file to Python's ssl
   JWTs                       to GitHub
   installation tokens        to GitHub; to git, in its environment
   model key, listed variables   to the agent, in its environment
-  passwords of proxies       to the agent, the tests and git, in their environment; one
-                             in ANTHROPIC_BASE_URL only to the agent
-  With --no-github, git at the remote gets codebot's environment, without codebot's own
-  secrets and the model's key. codebot keeps no secret in a file with a name; what programs
-  read and print, a part of a JWT too, is in unlinked files while they run.
+  passwords of proxies       to the proxy; to the agent, the tests and git, in their
+                             environment. One in ANTHROPIC_BASE_URL only to the agent.
+  With --no-github, git at the remote gets the environment with which codebot was started,
+  without the secrets of codebot and of the model. codebot writes none of these secrets into a file with a
+  name; what programs read and print (of openssl, the parts of a JWT) is in unlinked files
+  while they run. But the agent's home keeps its session, with all that it has printed.
 
 KNOWN LIMITATIONS
-  Without a sandbox (CODEBOT_SANDBOX=none) the agent can read and write whatever codebot's
-  user can: the keys, the database, git's token while git runs. A process that removes
-  CODEBOT_RUN from its environment outlives it.
-  The agent can write in the directory in which the programs of CODEBOT_SANDBOX and
-  CODEBOT_LAUNCHER start, and in the HOME that they get. So they must not read settings of
-  their own from there, such as ~/.docker.
-  In bwrap the agent can read whatever codebot's user can read outside of the hidden
-  directories. What HOME names is hidden (no other home of that user), but not its
-  directories that PATH leads into: with ~/.cargo/bin on PATH, the agent can read
-  ~/.cargo/credentials.toml.
-  In bwrap the agent can connect to abstract sockets, and to sockets in directories that
-  are not hidden. Nothing but the host limits its memory, processes and disk: if it fills
-  the disk of the work directory, codebot waits until somebody frees some.
-  What the agent says (its events, summary and cost) is self-reported. "The tests passed"
-  means that the command exited with 0 in a workspace where the agent could have changed
-  the tests, and files in HOME that they read.
-  codebot looks in the text files of a change for the secrets of 16 or more characters
-  that it knows: verbatim, and as base64 of the secret alone, in lines of at most 8 MiB.
-  "Fixes #1" and "@name" in an agent's words work at GitHub as if a person wrote them.
-  With --no-github a client can name a repository in the work directory by ssh to this
-  host, if codebot's user may log in here. And git before 2.45.1 (2.39.4 in its series)
-  pushes to another user's repository on this host, whose hooks then run as codebot's user.
-  HTML comments and invisible characters are taken out of what people write; after a
-  <!-- without an end, all the rest. Other ways to hide text on GitHub, such as the title
-  of a link, are not. An edit of an issue less than two seconds after it was labelled may
-  not be noticed.
+  - Without a sandbox (CODEBOT_SANDBOX=none) the agent can read and write whatever
+    codebot's user can: the keys, the database, git's token while git runs. A process that
+    removes CODEBOT_RUN from its environment outlives it.
+  - The agent can write in the directory in which the programs of CODEBOT_SANDBOX and
+    CODEBOT_LAUNCHER start, and in the HOME that they get. So they must not read settings
+    of their own from there, such as ~/.docker.
+  - In bwrap the agent can read whatever codebot's user can read outside of the hidden
+    directories. HOME is hidden, but not those of its directories in which PATH has
+    entries: with ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml.
+  - What is removed from a repository at GitHub stays in the mirror, where later agents
+    can read it.
+  - In bwrap the agent can connect to abstract sockets, and to sockets in directories that
+    are not hidden. Nothing but the host limits its memory, processes and disk: if it
+    fills the disk of the work directory, jobs are retried for a time and then fail.
+  - What the agent says (its events, summary and cost) is self-reported. "The tests passed"
+    means that the command exited with 0 in a workspace where the agent could have changed
+    the tests, and files in HOME that they read.
+  - codebot looks in the text files of a change for the secrets of 16 or more characters
+    that it knows: verbatim, and as base64 of the secret alone, in lines of at most 8 MiB.
+  - "Fixes #1" and "@name" in the words of an agent or a task work at GitHub as if a person
+    wrote them.
+  - With --no-github a client can name a repository in the work directory by ssh to this
+    host, if codebot's user may log in here, and so push into it. And git before 2.45.1
+    (of the series 2.39, before 2.39.4) pushes to another user's repository on this host,
+    whose hooks then run as codebot's user.
+  - HTML comments and invisible characters are taken out of what people write on GitHub;
+    after a <!-- without an end, all the rest. Other ways to hide text there, such as the
+    title of a link, are not. An edit of an issue less than two seconds after it was
+    labelled may not be noticed.
 
 LIFE OF A JOB
   pending   -> running      a worker starts it
   pending   -> failed       it is cancelled
   running   -> pending      a stop, a crash, or a transient error interrupts it
   running   -> completed, failed
-  A review is deleted when its comments join one that runs, and when nothing may be done
-  for it. In the second case it fails instead if its agent has cost something.
+  A review is deleted when its comments join another review that runs, and with its task.
+  It is also deleted when nothing may be done for it, unless its agent is known to have
+  cost something: then it fails.
 
   A task's phases are clone, agent, test, commit, push, pull_request; a review's are
   classify, clone, agent, test, commit, push, answer. With a launcher, both are in the
   phase queued while they wait for a node.
 
-  A task is on disk before the client gets its 202. A commit is in the store before it is
-  pushed, and an answer before it is posted; each carries a marker or an id by which a
-  retry finds it. So nothing is pushed twice, and an answer is posted twice only if GitHub
-  takes longer than GITHUB_TIMEOUT.
+  A task is on disk before the client gets its 202, a commit is in the store before it is
+  pushed, and an answer is in the store before it is posted. A retry pushes the same commit
+  again, which changes nothing, finds a pull request by its branch, and an answer by its
+  marker. An answer may be posted twice only if GitHub carries out a request after it has
+  failed for codebot, or if the first was removed before a retry.
 
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
   accept         accepts connections, and closes those that are late
   http           one per connection, from a pool; Server's table of them has a lock
   task-N, review-N   one job at a time, from one queue each
-  sync           asks GitHub what has changed
+  sync           asks GitHub what has changed, and submits and cancels tasks by it
   timer          queues jobs that are due
   database       writes to the database now and then, to see if it can
   cleanup        removes what is past its retention, packs mirrors
-  (no name)      one for each program that runs; it waits for the program's end
+  Thread-N       one for each program that runs; it waits for the program's end
   Store has a lock for its writing and one for its reading connection, Redactor one for
   its tokens. A forked process, the watchdog, ends what codebot left running when it dies.
 
 FILES in the work directory
   codebot.db     the record of all jobs        codebot.lock   held by the one codebot here
   mirrors/       HOST/OWNER/NAME.git           task_*/        a task's workspace
-  outbox_*.git   a task's outbox               launched/      runs on a cluster
-  scratch_*      for a moment                  trash_*/       being removed
-  While the server runs, Python's temporary files, with programs' output, are there too.
-  Only codebot's user may read what codebot writes (umask 077; the parents of what other
-  programs write are closed to others, too).
-  A mirror and the database each have a .lock file beside them.
+  outbox_*.git   a task's outbox               launched/      notes of what a launcher runs
+  scratch_*      while a review is classified  trash_*/       being removed
+  While codebot runs, Python's temporary files, with programs' output, are there too.
+  A mirror and the database each have a .lock file beside them. CODEBOT_DATABASE may put
+  the database elsewhere.
+  Only codebot's user may read what codebot writes (umask 077). What git and the agent
+  write for the agent has the umask with which codebot was started, in directories that
+  only codebot's user may enter.
 
-WHERE THE DANGEROUS THINGS ARE, each in one place
+WHERE THE DANGEROUS THINGS ARE
   Popen                     run_program
   urlopen                   GitHub.send; the demo has a client for its own server
   git with a credential     GitDirectory.git_with_token
