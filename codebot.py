@@ -1803,9 +1803,12 @@ class AppRefused(TransientError):
 
 
 class Reply(NamedTuple):
-    status: int  # 0: there was no response
-    value: Json  # the JSON; of an error, what is wrong as a text
+    """A response of GitHub, or the lack of one."""
+
+    status: int  # 0: there was no usable response
     headers: email.message.Message
+    value: Json = None  # the JSON that was asked for
+    error: str = ""  # instead of it: what went wrong
 
 
 class Bot(NamedTuple):
@@ -1968,23 +1971,26 @@ def github_error_text(status: int, body: bytes) -> str:
     return " ".join(" ".join(words).split())[:1000]
 
 
-def final_error(status: int, message: str) -> Exception:
-    """Return the error for a response after which asking again does not help."""
-    if status == 403 and "suspended" in message:
-        return TransientError(f"GitHub refuses the App: {message}")
-    if status == 404:
-        return NotFound(status, message)
-    return GitHubError(status, message)
-
-
 def is_rate_limit(reply: Reply) -> bool:
     if reply.status != 403:
         return reply.status == 429
     return (
         "retry-after" in reply.headers
         or reply.headers.get("x-ratelimit-remaining") == "0"
-        or "secondary rate limit" in str(reply.value).lower()
+        or "secondary rate limit" in reply.error.lower()
     )
+
+
+def raise_if_refused(reply: Reply) -> None:
+    """Raise an error if GitHub would answer the same request in the same way."""
+    status = reply.status
+    if status == 0 or status >= 500 or is_rate_limit(reply):
+        return
+    if status == 403 and "suspended" in reply.error:  # for a while: the job waits
+        raise TransientError(f"GitHub refuses the App: {reply.error}")
+    if status == 404:
+        raise NotFound(status, reply.error)
+    raise GitHubError(status, reply.error)
 
 
 class GitHub:
@@ -2116,41 +2122,45 @@ class GitHub:
     ) -> Reply:
         """Send a GET, or with a body a POST; and again as GitHub's documentation asks.
 
-        ``path`` may also be a URL that GitHub gave. Before each attempt ``find_existing``
-        is called: an earlier one may have succeeded and only its response was lost. It
-        returns what is there already, or None.
-        send() may get a new token by another call(), which is AS_APP and needs none.
+        ``path`` may also be a whole URL, such as that of a list's next page.
+        ``find_existing`` is called before each attempt: an earlier one may have taken
+        effect, and only the response was lost. It returns what is there already, or None.
         """
         url = f"{self.api}{path}" if path.startswith("/") else path
-        has_new_token = False
+        is_token_renewed = False
         delay = 0.0
         for attempt in range(self.attempts):
             self.wait(delay)
             existing = find_existing()
             if existing is not None:
-                return Reply(200, existing, email.message.Message())
-            reply = self.send(url, credential, body)
+                return Reply(200, email.message.Message(), existing)
+            # Without a valid token, token() asks for one by call() with AS_APP.
+            reply = self.send(url, self.token(credential), body)
             if 200 <= reply.status < 300:
                 return reply
             if reply.status in (301, 302, 307, 308):
                 url = urllib.parse.urljoin(url, reply.headers.get("Location", ""))
                 delay = 0.0
-                continue
-            if reply.status == 401 and not has_new_token:
-                self.forget_token(credential)
-                has_new_token = True  # if it is refused, too, it needs only time
-            delay = self.retry_delay(reply, attempt)  # raises if it is final
+            elif reply.status == 401:
+                if not is_token_renewed:
+                    self.forget_token(credential)
+                    is_token_renewed = True
+                # GitHub may not know a new token everywhere for some seconds.
+                delay = float(attempt)
+            else:
+                raise_if_refused(reply)
+                delay = self.retry_delay(reply, attempt)
         if reply.status != 401:
-            raise TransientError(f"GitHub does not answer: {reply.value}")
+            raise TransientError(f"GitHub does not answer: {reply.error}")
         if credential != AS_APP:
-            raise AppRefused(f"GitHub rejected a new token ({reply.value})")
+            raise AppRefused(f"GitHub rejected a new token ({reply.error})")
         raise AppRefused(
             "GitHub rejected the App's key: GITHUB_APP_PRIVATE_KEY_PATH and "
             f"GITHUB_APP_ID {self.config.app_id} do not belong to the same App "
-            f"({reply.value})"
+            f"({reply.error})"
         )
 
-    def send(self, url: str, credential: Credential, body: Json) -> Reply:
+    def send(self, url: str, token: str, body: Json) -> Reply:
         """Send one request. The only place that does."""
         if not url.startswith(f"{self.api}/"):  # a token is sent to no other host
             raise GitHubError(0, f"GitHub refers to another host: {url}")
@@ -2160,7 +2170,7 @@ class GitHub:
             )
         headers = {
             "Accept": "application/vnd.github+json",
-            "Authorization": f"Bearer {self.token(credential)}",
+            "Authorization": f"Bearer {token}",
             "Content-Type": "application/json",
             "User-Agent": "codebot",
             "X-GitHub-Api-Version": "2022-11-28",
@@ -2178,7 +2188,7 @@ class GitHub:
             reason = getattr(error, "reason", error)
             if isinstance(reason, OSError):
                 reason = os_error_text(reason)
-            reply = Reply(0, f"{self.api}: {reason}", email.message.Message())
+            reply = Reply(0, email.message.Message(), error=f"{self.api}: {reason}")
         log.debug("GitHub: %s %s: %s", request.get_method(), url, reply.status)
         if reply.status == 304 and cached is not None:
             return cached
@@ -2200,14 +2210,14 @@ class GitHub:
         if response.length:  # read1() does not say that it was cut off
             raise http.client.IncompleteRead(bytes(body), response.length)
         status = response.status
-        self.read_headers(response.headers)
+        headers = response.headers
+        self.read_headers(headers)
         if status >= 300:
-            text = github_error_text(status, bytes(body))
-            return Reply(status, text, response.headers)
+            return Reply(status, headers, error=github_error_text(status, bytes(body)))
         try:
-            return Reply(status, json.loads(body), response.headers)
+            return Reply(status, headers, json.loads(body))
         except (ValueError, RecursionError):
-            return Reply(0, "the response is not JSON", response.headers)
+            return Reply(0, headers, error="the response is not JSON")
 
     def read_headers(self, headers: email.message.Message) -> None:
         """Note GitHub's clock and what is left of the rate limit."""
@@ -2234,18 +2244,13 @@ class GitHub:
     def retry_delay(self, reply: Reply, attempt: int) -> float:
         """Return the seconds until the next attempt.
 
-        Raises GitHubError if none helps, and TransientError if a job should not wait here.
+        Raises TransientError if they are so many that the job, not the thread, must wait.
         GitHub docs: "Rate limits for the REST API", "Best practices".
         """
-        if reply.status == 401:
-            # A new token may take some seconds until it is known everywhere.
-            return float(attempt)
+        seconds = GITHUB_RETRY_DELAY * 2.0**attempt
         is_limit = is_rate_limit(reply)
-        if 0 < reply.status < 500 and not is_limit:
-            raise final_error(reply.status, str(reply.value))
-        seconds = GITHUB_RETRY_DELAY * (1 << attempt)
         if is_limit:
-            seconds = 60.0
+            seconds = 60.0  # what GitHub's documentation says, if no header says more
             reset = reply.headers.get("x-ratelimit-reset", "")
             if reply.headers.get("x-ratelimit-remaining") == "0" and reset.isdecimal():
                 seconds = float(reset) - self.github_time() + 1
@@ -2258,7 +2263,7 @@ class GitHub:
         retry_at = time.time() + seconds
         if is_limit:  # no thread may ask until then
             self.silent_until = max(self.silent_until, retry_at)
-        raise TransientError(f"GitHub asks to wait: {reply.value}", retry_at)
+        raise TransientError(f"GitHub asks to wait: {reply.error}", retry_at)
 
     def pages(self, path: str, credential: Credential) -> Iterator[Json]:
         """Yield all entries of a list, to its last page."""

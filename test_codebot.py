@@ -5426,7 +5426,7 @@ def test_temporary_error_of_github_is_retried(
     assert len(shared.agent.runs()) == 1
 
 
-def test_refusal_that_is_cut_off_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusal_that_is_cut_off_is_retried() -> None:
     body = b'{"message": "You have exceeded a secondary rate limit"}'
     head = f"HTTP/1.1 403 Forbidden\r\nContent-Length: {len(body)}\r\n\r\n".encode()
 
@@ -5441,8 +5441,7 @@ def test_refusal_that_is_cut_off_is_retried(monkeypatch: pytest.MonkeyPatch) -> 
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         github = codebot.Codebot(codebot.Config(api_url=address)).github
         assert github is not None
-        monkeypatch.setattr(github, "token", lambda credential: "token")
-        reply = github.send(f"{address}/", codebot.LOOKUP, None)
+        reply = github.send(f"{address}/", "token", None)
         thread.join()
     assert reply.status == 0
 
@@ -5573,7 +5572,7 @@ def test_short_rate_limit_does_not_end_a_longer_one() -> None:
         headers = email.message.Message()
         headers["Retry-After"] = seconds
         with pytest.raises(codebot.TransientError):
-            app.github.retry_delay(codebot.Reply(429, "slow down", headers), 0)
+            app.github.retry_delay(codebot.Reply(429, headers), 0)
     assert app.github.silent_until >= started + 3600
 
 
@@ -5590,7 +5589,7 @@ def test_job_does_not_wait_for_ever(limit: dict[str, str]) -> None:
     headers = email.message.Message()
     for name, value in limit.items():
         headers[name] = value
-    reply = codebot.Reply(429, "slow down", headers)
+    reply = codebot.Reply(429, headers)
     with pytest.raises(codebot.TransientError) as raised:
         app.github.retry_delay(reply, 0)
     assert raised.value.retry_at <= time.time() + 86400
@@ -5648,8 +5647,9 @@ def test_last_refusal_of_a_token_is_told_at_once(
 ) -> None:
     github = codebot.Codebot(codebot.Config()).github
     assert github is not None
-    refusal = codebot.Reply(401, "Bad credentials", email.message.Message())
+    refusal = codebot.Reply(401, email.message.Message(), error="Bad credentials")
     pauses: list[float] = []
+    monkeypatch.setattr(github, "token", lambda credential: "token")
     monkeypatch.setattr(github, "send", lambda *request: refusal)
     monkeypatch.setattr(github.stop, "wait", pauses.append)
     with pytest.raises(codebot.AppRefused, match="Bad credentials"):
