@@ -1766,8 +1766,8 @@ class Sandbox:
 
 # Not "workflows": so GitHub refuses a push that changes .github/workflows.
 TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "write"}
-# What a request is sent with: the token of a repository, which is named by the
-# repository's id, or one of these two.
+# What a request is sent with: a repository's id stands for the token of that repository,
+# and these two numbers, which are no ids, for the others.
 Credential = int
 LOOKUP = 0  # the token that can only look up names
 AS_APP = -1  # the App's own JWT
@@ -1775,14 +1775,13 @@ TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take 34 MB
 MAX_CACHED_REPLIES = 500
-GONE_STATUSES = (404, 410, 422)  # what was asked for is not there (any more)
+# What was asked for is not there (any more). 422 is the answer to a request for the token
+# of a repository that the App is not installed on.
+GONE_STATUSES = (404, 410, 422)
 
 
 class GitHubError(Exception):
-    """GitHub refused a request for good.
-
-    Status 0: it was not, or must not be, sent.
-    """
+    """GitHub refused a request for good, or (status 0) codebot did not send it."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -1797,8 +1796,7 @@ class AppRefused(TransientError):
     """GitHub gave the App no token, or did not accept it.
 
     The App may be suspended for a while, so the job is retried. Only a new task fails
-    at once, in find_remote: there the usual cause is that the App is not installed on
-    the repository.
+    at once: there the usual cause is that the App is not installed on the repository.
     """
 
 
@@ -1825,12 +1823,12 @@ class Comment:
     The text of a GitHub review is one comment, each of its inline comments another.
     """
 
-    place: str  # "review_text", "inline" (on a line) or "conversation"
+    place: str  # where it is: "review_text", "inline" (on a line) or "conversation"
     id: int
     user: str
     text: str  # without what people on GitHub do not see
     thread: int  # the comment that a reply goes to
-    review_id: int  # 0: not part of a review
+    review_id: int  # of the GitHub review that it is part of, or 0
     created_at: str
     path: str = ""
     line: int = 0  # 0: unknown
@@ -1885,8 +1883,9 @@ class NoRedirects(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
-# The group is its end, "" if it has none; "<!-->" is a comment, too. Without `\Z` an end
-# would be looked for from each of thousands of beginnings.
+# The group is the comment's end; "<!-->" is a comment, too. One without an end matches up
+# to the end of the text (`\Z`) with an empty group: if it did not match, thousands of them
+# would each be searched for an end.
 HTML_COMMENT_RE = re.compile(r"<!(?=--).*?(-->|\Z)", re.DOTALL)
 CUT_NOTE = "(what follows an HTML comment without an end was cut)"
 INVISIBLE_RE = re.compile(
@@ -1895,7 +1894,7 @@ INVISIBLE_RE = re.compile(
     "|[\U000e0000-\U000e0fff]"  # tags, which spell invisible ASCII, and selectors
     "|[\ufe00-\ufe0f]"  # variation selectors
     "|[\ufff9-\ufffb\U0001d173-\U0001d17a]"  # annotations, musical formatting
-    "|[\U00013430-\U0001343f\U0001bca0-\U0001bca3]"  # hieroglyphs', shorthand formatting
+    "|[\U00013430-\U0001343f\U0001bca0-\U0001bca3]"  # formatting of hieroglyphs and shorthand
     "|[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters
 )
 
@@ -1906,9 +1905,9 @@ def visible_text(text: str) -> str:
     For example: "a <!-- b --> c" becomes "a  c". A comment without an end hides all that
     follows if it is in a block of HTML; it is cut elsewhere, too, with a note.
     """
-    is_unclosed = "" in HTML_COMMENT_RE.findall(text)
+    comment_ends = HTML_COMMENT_RE.findall(text)
     visible = INVISIBLE_RE.sub("", HTML_COMMENT_RE.sub("", text))
-    if is_unclosed and visible.strip():
+    if "" in comment_ends and visible.strip():
         visible += CUT_NOTE
     return visible
 
@@ -1930,7 +1929,7 @@ def parse_comment(place: str, payload: JsonObject) -> Comment | None:
     """
     user = person_login(payload["user"])
     text = visible_text(payload["body"] or "")
-    is_pending = str(payload.get("state")).lower() == "pending"
+    is_pending = payload.get("state") in ("pending", "PENDING")  # not submitted yet
     if not user or not text.strip() or is_pending:
         return None
     comment_id = int(payload["id"])
@@ -2010,9 +2009,11 @@ class GitHub:
         self.attempts = GITHUB_ATTEMPTS
         self.requests_made = 0
         self.rate_limit_remaining: int | None = None
-        # Seconds that GitHub's clock is ahead of ours, less what the last response took.
+        # GitHub's clock less ours, in seconds. It is too small by the time that the last
+        # response took to arrive.
         self.clock_skew = 0.0
-        self.silent_until = 0.0  # a rate limit: asking on may get the App banned
+        # No request is sent until then: asking on at a rate limit may get the App banned.
+        self.silent_until = 0.0
         self._bot: Bot | None = None
         # These are shared by threads without a lock: each use is one atomic step, and
         # two threads that fetch the same token at once do no harm.
@@ -2020,6 +2021,7 @@ class GitHub:
         self._replies: dict[str, Reply] = {}  # by URL
         # Repository and login: until when (monotonic) a refusal is remembered.
         self.access_refusals: dict[tuple[int, str], float] = {}
+        # This changes urlopen in the whole process, but only send() uses it.
         urllib.request.install_opener(urllib.request.build_opener(NoRedirects))
 
     # Credentials
@@ -2079,7 +2081,7 @@ class GitHub:
         return f"{signed}.{base64url(signature)}", expiry
 
     def wait(self, seconds: float = 0.0) -> None:
-        """Raise StopRequested if the server stops meanwhile, or has been stopped."""
+        """Wait. Raises StopRequested if the server stops, or has been stopped."""
         if self.stop.wait(seconds):
             raise StopRequested()
 
@@ -2230,12 +2232,12 @@ class GitHub:
 
     def remember_reply(self, url: str, reply: Reply) -> None:
         """Keep a reply: GitHub does not count a request if it is unchanged (304)."""
-        entries = reply.value
-        if isinstance(entries, dict):
-            entries = entries.get("repositories", [])
+        page = reply.value
+        if isinstance(page, dict):
+            page = page.get("repositories", [])
         # A full page is not kept: at 304 the old headers count, and they would lack the
         # link to a next page that there is now.
-        is_full = isinstance(entries, list) and len(entries) >= 100
+        is_full = isinstance(page, list) and len(page) >= 100
         if reply.status == 200 and "ETag" in reply.headers and not is_full:
             if len(self._replies) >= MAX_CACHED_REPLIES:
                 self._replies.clear()
@@ -2269,10 +2271,10 @@ class GitHub:
         """Yield all entries of a list, to its last page."""
         while path:
             reply = self.call(path, credential)
-            entries = reply.value
-            if isinstance(entries, dict):  # of an installation
-                entries = entries["repositories"]
-            yield from entries
+            page = reply.value
+            if isinstance(page, dict):  # the list of an installation's repositories
+                page = page["repositories"]
+            yield from page
             link = re.search(r'<([^>]+)>; *rel="next"', reply.headers.get("Link", ""))
             path = link[1] if link else ""
 
@@ -2324,8 +2326,7 @@ class GitHubRepository:
 
     def __init__(self, github: GitHub, payload: JsonObject) -> None:
         self.github = github
-        # If GitHub sends no id, only the token that looks up names is used.
-        self.id = int(payload.get("id") or LOOKUP)
+        self.id = int(payload["id"])
         self.full_name = str(payload["full_name"])
         self.path = f"/repos/{self.full_name}"
 
@@ -2340,8 +2341,7 @@ class GitHubRepository:
         try:
             return self.github.call(url, self.id, body, find_existing).value
         except (GitHubError, TransientError):
-            # One of the requests may have taken effect.
-            existing = find_existing()
+            existing = find_existing()  # the last attempt, too, may have taken effect
             if existing is None:
                 raise
             return existing
@@ -2384,8 +2384,8 @@ class GitHubRepository:
         owner = self.full_name.split("/")[0]
         for payload in self.pages("/pulls", head=f"{owner}:{branch}", state="all"):
             head = payload["head"]
-            origin = head.get("repo", {})  # null: a fork that was deleted
-            is_ours = origin is not None and origin.get("id", self.id) == self.id
+            origin = head["repo"]  # null: a fork that was deleted
+            is_ours = origin is not None and origin["id"] == self.id
             # GitHub's filter has returned other branches, too.
             if is_ours and head["ref"] == branch:
                 return payload
@@ -2401,6 +2401,7 @@ class GitHubRepository:
         return NewPullRequest(
             number=int(payload["number"]),
             url=str(payload["html_url"]),
+            # Comments are read from this time on. 60: the clocks may differ.
             created_at=str(payload.get("created_at") or now_text(seconds_ago=60)),
         )
 
@@ -2433,10 +2434,9 @@ class GitHubRepository:
                 yield payload.get("updated_at") or comment.created_at, comment
 
     def reload_comment(self, number: int, comment: Comment) -> Comment | None:
-        """Return a comment as GitHub has it now.
+        """Return a comment as GitHub has it now. Raises NotFound if it was deleted.
 
-        None if it is not on this pull request, or no person's, or empty. Raises NotFound
-        if it is not there.
+        Returns None if it is not on this pull request, not a person's, or empty.
         """
         paths = {
             "review_text": f"/pulls/{number}/reviews/{comment.id}",
@@ -2462,7 +2462,7 @@ class GitHubRepository:
     def post_once(self, list_path: str, post_path: str, body: str, marker: str) -> None:
         """Post a comment unless the bot has posted one with this marker.
 
-        Raises NotFound if what it answers was deleted.
+        Raises NotFound if the comment that it answers was deleted.
         """
         bot = self.github.bot()
 
@@ -2501,8 +2501,8 @@ class GitHubRepository:
 
     def label_event(self, number: int, label: str) -> LabelEvent | None:
         """Read who put the label on an issue, and when; None if nobody did."""
-        labelled = None  # the event that put the label on last, if it was not removed
-        old_title = ""  # of the first renaming after that
+        last = None  # the event that put the label on last; None once it is removed
+        old_title = ""  # the title before the first renaming after that event
         for payload in self.pages(f"/issues/{number}/events"):  # oldest first
             kind = payload["event"]
             if kind == "renamed":
@@ -2510,14 +2510,14 @@ class GitHubRepository:
             if kind not in ("labeled", "unlabeled"):
                 continue
             if payload["label"]["name"].lower() == label.lower():
-                labelled = payload if kind == "labeled" else None
+                last = payload if kind == "labeled" else None
                 old_title = ""
-        if labelled is None:
+        if last is None:
             return None
         return LabelEvent(
-            id=int(labelled["id"]),
-            actor=person_login(labelled["actor"]),
-            created_at=str(labelled["created_at"]),
+            id=int(last["id"]),
+            actor=person_login(last["actor"]),
+            created_at=str(last["created_at"]),
             old_title=visible_text(old_title),
         )
 
