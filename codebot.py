@@ -2712,11 +2712,15 @@ AUTH_FAILED_RE = re.compile(
     "could not read Username|Invalid username or token|Authentication failed"
 )
 TRANSIENT_GIT_ERROR_RE = re.compile(
+    # There is no connection, or it was lost.
     r"Could not resolve|Couldn't resolve|[Ff]ailed to connect|Couldn't connect"
     r"|Connection (refused|reset|timed out|closed)|[Tt]imed out|Operation too slow"
-    r"|returned error: (429|5\d\d)|Internal Server Error|RPC failed|early EOF"
-    r"|hung up|unexpected disconnect|Empty reply|SSL|TLS|commit_refs"
-    r"|bytes of body are still expected|Broken pipe|Recv failure|Send failure"
+    r"|RPC failed|early EOF|hung up|unexpected disconnect|Empty reply|Broken pipe"
+    r"|bytes of body are still expected|Recv failure|Send failure"
+    # TLS; a bad certificate, too: work that is finished waits until somebody mends it.
+    r"|SSL|TLS|server (certificate )?verification failed"
+    # The remote has too much to do, or a fault of its own.
+    r"|returned error: (429|5\d\d)|Internal Server Error|commit_refs"
     f"|{DISK_FULL}"
 )
 # A push that the remote refused, "! [remote rejected] main -> main (protected)", but

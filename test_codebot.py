@@ -5751,6 +5751,30 @@ def test_git_that_is_told_429_is_retried(shared: Site) -> None:
     shared.api.completed(shared.api.submit())
 
 
+def test_git_waits_until_the_certificate_of_the_remote_is_trusted(
+    templates: Path, tmp_path: Path
+) -> None:
+    keys = templates / "keys"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(keys / "cert.pem", keys / "app.pem")
+
+    def shake_hands() -> None:
+        with listener.accept()[0] as connection, contextlib.suppress(OSError):
+            context.wrap_socket(connection, server_side=True).close()
+
+    run_command("git", "init", "-q", "--bare", tmp_path)
+    config = codebot.Config(no_github=True, search_path=os.environ["PATH"])
+    directory = codebot.GitDirectory(config, str(tmp_path), codebot.do_nothing)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=shake_hands, daemon=True)
+        thread.start()
+        url = f"https://localhost:{listener.getsockname()[1]}/a"
+        # The words differ between git with OpenSSL and git with GnuTLS.
+        with pytest.raises(codebot.TransientError, match="certificate|verification"):
+            directory.git_with_token("", "ls-remote", "--", url)
+        thread.join()
+
+
 def test_redirect_of_git_does_not_lead_past_allowed_list(fresh: Site) -> None:
     class Redirector(http.server.BaseHTTPRequestHandler):
         def log_message(self, *args: Any) -> None:
