@@ -2524,9 +2524,10 @@ class GitHubRepository:
 
 # --- Git ---------------------------------------------------------------------
 #
-# codebot runs git with a credential in two places only, a mirror and an outbox. With a
-# sandbox, an agent can write to neither. The token is in git's environment, never in a
-# URL, an argument or a file. In a workspace git runs only inside the sandbox.
+# codebot gives git a credential in git_with_token only, and only in two kinds of
+# directory: mirrors and outboxes. With a sandbox, an agent can write to neither. The token
+# is in git's environment, never in a URL, an argument or a file. In a workspace git runs
+# only inside the sandbox.
 
 # No gc of its own: workspaces read the mirror's objects. No redirects: they would carry
 # the token to another host. With `core.fsync` (git 2.36) a power cut leaves no empty
@@ -2555,11 +2556,11 @@ GIT_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color")
 
 
 class GitFailed(Exception):
-    """git failed for good against the remote; the message is for people."""
+    """git failed, and a retry would not help; the message is for people."""
 
 
 class GitAuthFailed(GitFailed):
-    """The remote did not accept the credential, or not for this."""
+    """The remote did not accept the credential, or does not let it do this."""
 
 
 class BranchNotFound(Exception):
@@ -2572,7 +2573,7 @@ def sha256_hex(text: str) -> str:
 
 def slugify(text: str) -> str:
     """Return ``text`` as a part of a branch's and a directory's name; may be empty."""
-    # Of 100,000 accents, normalize() would take 20 s, and no other thread would run.
+    # For 100,000 accents normalize() takes 20 s, in which no other thread runs.
     letters = unicodedata.normalize("NFKD", text[:400])
     letters = letters.encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9]+", "-", letters).strip("-")[:40].strip("-")
@@ -2582,9 +2583,11 @@ def is_branch_name(name: str) -> bool:
     """Return whether git-check-ref-format(1) accepts the name of a branch."""
     forbidden = (
         r"[\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]"
-        r"|\.\.|@\{|//|/\.|\.lock(/|$)|^[./-]|[./]$"
+        r"|\.\.|@\{"
+        r"|//|/\.|\.lock(/|$)"  # a part that is empty, or begins or ends like this
+        r"|^[./-]|[./]$"  # the beginning and the end of the whole name
     )
-    return not re.search(forbidden, name) and name not in ("@", "HEAD")
+    return not re.search(forbidden, name) and name not in ("", "@", "HEAD")
 
 
 class Repository(NamedTuple):
@@ -2593,7 +2596,7 @@ class Repository(NamedTuple):
     url: str
     full_name: str  # OWNER/NAME; with --no-github the whole URL
     mirror_path: str  # below the work directory
-    # None if it was not looked up yet, and with --no-github.
+    # None before find_remote has looked it up, and always with --no-github.
     github_repository: GitHubRepository | None = None
 
     def is_allowed(self, config: Config) -> bool:
@@ -2606,7 +2609,9 @@ class Repository(NamedTuple):
 
 
 GITHUB_REMOTE_RE = re.compile(
-    r"(.+?)/([A-Za-z0-9][\w.-]{0,99})/([\w.-]{1,100}?)(\.git)?/?", re.ASCII
+    r"(?P<base>.+?)/(?P<owner>[A-Za-z0-9][\w.-]{0,99})/(?P<name>[\w.-]{1,100}?)"
+    r"(\.git)?/?",
+    re.ASCII,
 )
 
 
@@ -2620,21 +2625,34 @@ def parse_repository_url(config: Config, url: str) -> Repository:
     if url.lower().startswith(ssh_base):
         url = f"{base}/{url[len(ssh_base) :]}"
     match = GITHUB_REMOTE_RE.fullmatch(url)
-    if not match or match[1].lower() != base or match[3] in (".", "..", ".git"):
+    if (
+        not match
+        or match["base"].lower() != base
+        or match["name"] in (".", "..", ".git")
+    ):
         raise ValueError(f"must look like {base}/OWNER/NAME")
-    full_name = f"{match[2]}/{match[3]}"
-    directory = host.replace(":", "_")
+    full_name = f"{match['owner']}/{match['name']}"
+    host_directory = host.replace(":", "_")
     return Repository(
         url=f"{base}/{full_name}.git",
         full_name=full_name,
-        mirror_path=f"mirrors/{directory}/{full_name.lower()}.git",
+        mirror_path=f"mirrors/{host_directory}/{full_name.lower()}.git",
     )
 
 
-# For --no-github; with a user only for ssh.
+# What --no-github accepts: a user only in front of an ssh host, nothing like an option.
 PLAIN_REMOTE_RE = re.compile(
     r"(https?://(?![^/]*@)|(ssh|file)://|/|\w[\w.-]*@\w[\w.-]*:)[^-].*", re.ASCII
 )
+
+
+def check_local_remote(config: Config, path: str) -> None:
+    """Raise ValueError if an agent could plant hooks in a repository at this path."""
+    path = re.sub("/+", "/", path)
+    for spelling in (path, os.path.realpath(path)):
+        for directory in (config.work_dir, "/proc", "/dev"):
+            if is_inside(spelling, directory):
+                raise ValueError("must not be in the work directory, /proc or /dev")
 
 
 def parse_plain_remote(config: Config, url: str) -> Repository:
@@ -2643,24 +2661,19 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
         raise ValueError(
             "must be http(s):// without a user, ssh://, file://, user@host:path or /path"
         )
-    plain_url = urllib.parse.unquote(url)
-    if re.search(r"[/:]\.\.?(/|$)", plain_url):
+    decoded_url = urllib.parse.unquote(url)  # as git reads a URL, but not a path
+    if re.search(r"[/:]\.\.?(/|$)", decoded_url):
         raise ValueError("must not have . or .. in its path")
-    if f"{config.work_dir}/" in f"{plain_url}/":
+    if f"{config.work_dir}/" in f"{decoded_url}/":  # by ssh to this host, too
         raise ValueError("must not be in the work directory")
-    path = url
-    if url.startswith("file:"):
+    if url.startswith("/"):
+        check_local_remote(config, url)
+    elif url.startswith("file:"):
         # With a host, git and codebot could understand the path differently.
-        if not re.match(r"file:///[^\[\]@]*$", plain_url):
+        if not re.fullmatch(r"file:///[^\[\]@]*", decoded_url):
             raise ValueError("must be file:///path without [ ] and @")
-        path = plain_url.removeprefix("file://")
-    if path.startswith("/"):
-        path = re.sub("/+", "/", path)
-        real_path = os.path.realpath(path)
-        # An agent could plant hooks in a repository there.
-        for directory in (config.work_dir, "/proc", "/dev"):
-            if is_inside(path, directory) or is_inside(real_path, directory):
-                raise ValueError("must not be in the work directory, /proc or /dev")
+        check_local_remote(config, decoded_url.removeprefix("file://"))
+    # As many levels as for a repository at GitHub: mirrors/HOST/OWNER/NAME.git
     mirror = f"mirrors/other/remote/{sha256_hex(url)[:20]}.git"
     return Repository(url, url, mirror)
 
