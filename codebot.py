@@ -2946,24 +2946,23 @@ class Mirror(GitDirectory):
     def check_objects(self, commit: str) -> None:
         """Raise GitFailed if the commit's trees do not pass git's fsck.
 
-        Otherwise an old malformed entry in the base would get the agent's work refused,
-        after it has cost something: its tree has the old entries, too. git checks a part
-        of a repository only while it indexes a pack; so the trees are packed, without
-        the contents of files.
+        The agent's commit will have the base's old entries, too. If one were malformed,
+        fsck would refuse the commit, after the agent has cost something. git checks a part
+        of a repository only while it indexes a pack, so the trees are packed for that,
+        without the contents of files.
         """
         script = (
-            'git -C "$1" rev-list --objects --no-object-names --filter=blob:none '
-            '--no-walk "$2" >"$3/objects" && '
-            'git -C "$1" pack-objects -q --stdout <"$3/objects" >"$3/received" && '
-            'git -C "$1" index-pack --fsck-objects --stdin "$3/x.pack" <"$3/received"'
+            'git -C "$1" pack-objects -q --revs --filter=blob:none --stdout >"$2" && '
+            'git -C "$1" index-pack --fsck-objects "$2"'
         )
         tree = f"{commit}^{{tree}}"
         work_dir = self.config.work_dir
         with tempfile.TemporaryDirectory(prefix="scratch_", dir=work_dir) as directory:
             try:
                 result = run_program(
-                    ["sh", "-c", script, "sh", self.path, tree, directory],
+                    ["sh", "-c", script, "sh", self.path, f"{directory}/trees.pack"],
                     base_environment(self.config),
+                    stdin=tree.encode(),  # for --revs
                     limits=self.limits,
                 )
             except LimitReached as error:
