@@ -2712,7 +2712,7 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
     env["GIT_CONFIG_VALUE_0"] = f"Authorization: Basic {login}"
     env["GIT_CONFIG_KEY_1"] = "credential.helper"  # none: macOS's git has one
     env["GIT_CONFIG_VALUE_1"] = ""
-    # A server that sends less than a byte a second for 60 seconds is given up.
+    # git gives up on a server that sends less than a byte a second for 60 seconds.
     env["GIT_HTTP_LOW_SPEED_LIMIT"] = "1"
     env["GIT_HTTP_LOW_SPEED_TIME"] = "60"
     env["GIT_ALLOW_PROTOCOL"] = config.git_base.partition(":")[0]
@@ -2720,7 +2720,9 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
     return env
 
 
-# What git prints, and what it means: git_with_token decides by it.
+# What git prints, and what it means to git_with_token. URLs and quoted names are removed
+# first: they may have any words in them.
+URL_OR_NAME_RE = re.compile(r"(?<!\w)'[^'\n]*'|https?://\S+")
 AUTH_FAILED_RE = re.compile(
     "could not read Username|Invalid username or token|Authentication failed"
 )
@@ -2736,8 +2738,8 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     r"|returned error: (429|5\d\d)|Internal Server Error|commit_refs"
     f"|{DISK_FULL}"
 )
-# A push that the remote refused, "! [remote rejected] main -> main (protected)", but
-# not for a fault of its own.
+# "! [remote rejected] main -> main (protected)": the remote refuses the push, and not
+# because of a fault of its own, which is transient.
 REJECTED_RE = re.compile(r"rejected\](?!.*(Internal Server Error|commit_refs))")
 # Seconds until git tries again with a new token: it may not be known everywhere yet.
 TOKEN_RETRY_DELAY = 3.0
@@ -2752,8 +2754,8 @@ class GitDirectory:
         self.config = config
         self.path = path
         self.limits = Limits(check_stop=check_stop)
-        # Descriptors that git inherits: that of a mirror's lock, while it is held.
-        self.inherited: tuple[int, ...] = ()
+        # Descriptors that git inherits: that of the lock while Mirror.lock holds it.
+        self.inherited_fds: tuple[int, ...] = ()
 
     def local_git(
         self,
@@ -2788,16 +2790,16 @@ class GitDirectory:
                 stdin=stdin,
                 limits=self.limits,
                 on_lines=on_lines,
-                pass_fds=self.inherited,
+                pass_fds=self.inherited_fds,
                 umask=umask,
             )
         except LimitReached as error:
             raise GitFailed(f"git {args[0]} {error}") from None
 
     def remote_git(self, repository: Repository, *args: str) -> ProgramResult:
-        """Run git against the remote; if its token is refused, with a new one.
+        """Run git against the remote, and again with a new token if that is refused.
 
-        The remote's address is in ``args``. Raises TransientError or GitFailed.
+        The remote's URL is in ``args``. Raises TransientError or GitFailed.
         """
         if repository.github_repository is None:
             return self.git_with_token("", *args)
@@ -2817,12 +2819,12 @@ class GitDirectory:
         Raises TransientError, GitAuthFailed or GitFailed.
         """
         env = remote_environment(self.config, token)
+        # With --no-github others may share the remote, if it is a path.
         result = self.run_git(args, env, umask=self.config.umask)
         if result.code == 0:
             return result
         text = "\n".join([*result.stdout, *result.stderr])
-        # Without addresses and quoted names, which may have any words in them.
-        words = re.sub(r"(?<!\w)'[^'\n]*'|https?://\S+", "", text)
+        words = URL_OR_NAME_RE.sub("", text)
         if AUTH_FAILED_RE.search(words):
             raise GitAuthFailed("authentication failed")
         if "returned error: 403" in words:
@@ -2863,13 +2865,14 @@ class Mirror(GitDirectory):
     def lock(self, wait: bool = True) -> Iterator[int]:
         """Hold the mirror's lock, and yield its descriptor.
 
-        git inherits it, so it is held until git has ended, even if codebot is killed.
-        Without ``wait`` raises BlockingIOError if it is held.
+        git inherits the descriptor, so the lock is held until git has ended, even if
+        codebot is killed. Without ``wait``, raises BlockingIOError if others hold the lock.
         """
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         with open(f"{self.path}.lock", "ab") as file:
             while True:
                 try:
+                    # LOCK_NB: while flock() waits, codebot could not be stopped.
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
@@ -2877,14 +2880,17 @@ class Mirror(GitDirectory):
                         raise
                 self.limits.check_stop()
                 time.sleep(0.01)
-            self.inherited = (file.fileno(),)
+            self.inherited_fds = (file.fileno(),)
             try:
                 yield file.fileno()
             finally:
-                self.inherited = ()
+                self.inherited_fds = ()
 
     def resolve_branch(self, repository: Repository, branch: str) -> tuple[str, str]:
-        """Return the name and commit of a branch at the remote ("": its default)."""
+        """Ask the remote for a branch, or with "" for its default branch.
+
+        Returns the branch's name and commit. Raises BranchNotFound.
+        """
         url = repository.url
         ref = f"refs/heads/{branch}" if branch else "HEAD"
         result = self.remote_git(repository, "ls-remote", "--symref", "--", url, ref)
@@ -2900,18 +2906,19 @@ class Mirror(GitDirectory):
         return branch, commit
 
     def fetch_branch(self, repository: Repository, branch: str) -> tuple[str, str]:
-        """Bring the mirror up to date. Returns the name and commit of the branch.
+        """Bring the mirror up to date, if the remote's branch has a new commit.
 
-        Raises BranchNotFound if the remote has no such branch.
+        Returns the branch's name and commit. Raises BranchNotFound. An earlier commit of
+        the mirror's branch counts as well: the remote's branch may have been set back.
         """
         with self.lock() as descriptor:
             os.utime(descriptor)  # cleanup looks at when the mirror was last used
-            self.make_for(repository)
+            self.create_for(repository)
         for _ in range(3):  # the branch may move before it is fetched
+            # Not under the lock: the repository's other jobs would wait for the remote.
             name, commit = self.resolve_branch(repository, branch)
             ref = f"refs/heads/{name}"
             with self.lock():
-                # It need not be the tip here: the remote's branch may have been set back.
                 if self.is_ancestor(commit, ref):
                     return name, commit
                 self.fetch_all(repository)
@@ -2919,13 +2926,13 @@ class Mirror(GitDirectory):
                     return name, commit
         raise TransientError(f"Branch {name} kept moving while it was fetched")
 
-    def make_for(self, repository: Repository) -> None:
-        """Create the mirror, and again if its name belongs to another repository now.
+    def create_for(self, repository: Repository) -> None:
+        """Create the mirror, unless there is one of this repository.
 
-        An agent could otherwise read what was in the earlier repository. The lock must
-        be held.
+        A mirror of another repository, which had the name before, is discarded: an agent
+        could read what is in it. The lock must be held.
         """
-        repository_id = "unknown"
+        repository_id = "unknown"  # with --no-github
         if repository.github_repository is not None:
             repository_id = str(repository.github_repository.id)
         id_file = pathlib.Path(self.path, "codebot-repository-id")
@@ -2977,15 +2984,13 @@ class Mirror(GitDirectory):
                 os.unlink(path)
 
     def repack(self) -> None:
-        """Pack what many fetches have left. Workspaces may need unreachable objects.
-
-        The lock must be held.
-        """
+        """Pack what many fetches have left. The lock must be held."""
         self.remove_stale_files()
-        # Like git gc --auto, which estimates by one of the 256 directories.
+        # As git gc --auto does: loose objects are in 256 directories, and one is counted.
         loose = find_paths(self.objects, "17/*")
         packs = find_paths(self.objects, "pack/*.pack")
         if len(loose) > MAX_LOOSE_OBJECTS / 256 or len(packs) > MAX_PACKS:
+            # Workspaces may borrow objects that no branch of the mirror has any more.
             self.local_git("repack", "-a", "-d", "--keep-unreachable", "-q")
 
 
