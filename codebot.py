@@ -1808,6 +1808,13 @@ class Reply(NamedTuple):
     value: Json = None  # the JSON that was asked for
     error: str = ""  # instead of it: what went wrong
 
+    @property
+    def entries(self) -> Json:
+        """The entries, if this is a page of a list."""
+        if isinstance(self.value, dict):  # the list of an installation's repositories
+            return self.value.get("repositories")
+        return self.value
+
 
 class Bot(NamedTuple):
     """The App's user, as which codebot commits and comments."""
@@ -2056,10 +2063,9 @@ class GitHub:
         claims = {"iat": now - 60, "exp": expiry, "iss": self.config.app_id}
         parts = [base64url(json.dumps(part).encode()) for part in (header, claims)]
         signed = ".".join(parts)
-        argv = ["openssl", "dgst", "-sha256", "-hex", "-sign", self.config.key_file]
         try:
             result = run_program(
-                argv,
+                ["openssl", "dgst", "-sha256", "-hex", "-sign", self.config.key_file],
                 base_environment(self.config),
                 stdin=signed.encode(),
                 limits=Limits(timeout=30.0, check_stop=self.wait),
@@ -2090,9 +2096,9 @@ class GitHub:
         body: JsonObject = {"permissions": {"metadata": "read"}}
         if credential != LOOKUP:
             body = {"repository_ids": [credential], "permissions": TOKEN_PERMISSIONS}
-        installation = f"/app/installations/{self.config.installation_id}"
+        path = f"/app/installations/{self.config.installation_id}/access_tokens"
         try:
-            reply = self.call(f"{installation}/access_tokens", AS_APP, body)
+            reply = self.call(path, AS_APP, body)
         except GitHubError as error:
             raise AppRefused(self.token_error_text(error)) from None
         return str(reply.value["token"]), seconds_of(reply.value["expires_at"])
@@ -2232,12 +2238,9 @@ class GitHub:
 
     def remember_reply(self, url: str, reply: Reply) -> None:
         """Keep a reply: GitHub does not count a request if it is unchanged (304)."""
-        page = reply.value
-        if isinstance(page, dict):
-            page = page.get("repositories", [])
         # A full page is not kept: at 304 the old headers count, and they would lack the
         # link to a next page that there is now.
-        is_full = isinstance(page, list) and len(page) >= 100
+        is_full = isinstance(reply.entries, list) and len(reply.entries) >= 100
         if reply.status == 200 and "ETag" in reply.headers and not is_full:
             if len(self._replies) >= MAX_CACHED_REPLIES:
                 self._replies.clear()
@@ -2271,10 +2274,7 @@ class GitHub:
         """Yield all entries of a list, to its last page."""
         while path:
             reply = self.call(path, credential)
-            page = reply.value
-            if isinstance(page, dict):  # the list of an installation's repositories
-                page = page["repositories"]
-            yield from page
+            yield from reply.entries
             link = re.search(r'<([^>]+)>; *rel="next"', reply.headers.get("Link", ""))
             path = link[1] if link else ""
 
@@ -2365,8 +2365,9 @@ class GitHubRepository:
             return False
         url_login = urllib.parse.quote(login, safe="")
         try:
-            payload = self.get(f"/collaborators/{url_login}/permission")
-            permission = payload["permission"]
+            permission = self.get(f"/collaborators/{url_login}/permission")[
+                "permission"
+            ]
         except GitHubError as error:
             log.info("GitHub does not tell the access of %s: %s", login, error)
             permission = "none"
@@ -2384,8 +2385,7 @@ class GitHubRepository:
         owner = self.full_name.split("/")[0]
         for payload in self.pages("/pulls", head=f"{owner}:{branch}", state="all"):
             head = payload["head"]
-            origin = head["repo"]  # null: a fork that was deleted
-            is_ours = origin is not None and origin["id"] == self.id
+            is_ours = (head["repo"] or {}).get("id") == self.id  # null: a deleted fork
             # GitHub's filter has returned other branches, too.
             if is_ours and head["ref"] == branch:
                 return payload
@@ -2418,10 +2418,10 @@ class GitHubRepository:
         Reviews take no ``since``: all are read.
         """
         pulls = f"/pulls/{number}"
-        issues = f"/issues/{number}"
         yield from self.comment_list("review_text", f"{pulls}/reviews")
         yield from self.comment_list("inline", f"{pulls}/comments", since=since)
-        yield from self.comment_list("conversation", f"{issues}/comments", since=since)
+        path = f"/issues/{number}/comments"
+        yield from self.comment_list("conversation", path, since=since)
 
     def comment_list(
         self, place: str, path: str, **query: str
@@ -2648,8 +2648,7 @@ PLAIN_REMOTE_RE = re.compile(
 
 def check_local_remote(config: Config, path: str) -> None:
     """Raise ValueError if an agent could plant hooks in a repository at this path."""
-    path = re.sub("/+", "/", path)
-    for spelling in (path, os.path.realpath(path)):
+    for spelling in (re.sub("/+", "/", path), os.path.realpath(path)):
         for directory in (config.work_dir, "/proc", "/dev"):
             if is_inside(spelling, directory):
                 raise ValueError("must not be in the work directory, /proc or /dev")
@@ -2768,8 +2767,7 @@ class GitDirectory:
 
         With ``check`` it raises GitFailed if git fails.
         """
-        env = base_environment(self.config)
-        result = self.run_git(args, env, stdin, on_lines)
+        result = self.run_git(args, base_environment(self.config), stdin, on_lines)
         if check and result.code != 0:
             raise GitFailed(f"git {args[0]}: {result.error}")
         return result
@@ -2782,10 +2780,9 @@ class GitDirectory:
         on_lines: LineHandler = ignore_lines,
         umask: int = PRIVATE_UMASK,
     ) -> ProgramResult:
-        argv = [*GIT, "--git-dir", self.path, *args]
         try:
             return run_program(
-                argv,
+                [*GIT, "--git-dir", self.path, *args],
                 env,
                 stdin=stdin,
                 limits=self.limits,
@@ -2919,9 +2916,8 @@ class Mirror(GitDirectory):
             name, commit = self.resolve_branch(repository, branch)
             ref = f"refs/heads/{name}"
             with self.lock():
-                if self.is_ancestor(commit, ref):
-                    return name, commit
-                self.fetch_all(repository)
+                if not self.is_ancestor(commit, ref):
+                    self.fetch_all(repository)
                 if self.is_ancestor(commit, ref):
                     return name, commit
         raise TransientError(f"Branch {name} kept moving while it was fetched")
@@ -2945,9 +2941,13 @@ class Mirror(GitDirectory):
     def fetch_all(self, repository: Repository) -> None:
         """Fetch all branches. The lock must be held."""
         self.remove_stale_files()
-        refspec = "+refs/heads/*:refs/heads/*"
         self.remote_git(
-            repository, *GIT_FETCH, "--prune", "--", repository.url, refspec
+            repository,
+            *GIT_FETCH,
+            "--prune",
+            "--",
+            repository.url,
+            "+refs/heads/*:refs/heads/*",
         )
 
     def check_objects(self, commit: str) -> None:
@@ -2962,14 +2962,13 @@ class Mirror(GitDirectory):
             'git -C "$1" pack-objects -q --revs --filter=blob:none --stdout >"$2" && '
             'git -C "$1" index-pack --fsck-objects "$2"'
         )
-        tree = f"{commit}^{{tree}}"
         work_dir = self.config.work_dir
         with tempfile.TemporaryDirectory(prefix="scratch_", dir=work_dir) as directory:
             try:
                 result = run_program(
                     ["sh", "-c", script, "sh", self.path, f"{directory}/trees.pack"],
                     base_environment(self.config),
-                    stdin=tree.encode(),  # for --revs
+                    stdin=f"{commit}^{{tree}}".encode(),  # for --revs
                     limits=self.limits,
                 )
             except LimitReached as error:
