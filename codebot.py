@@ -1766,8 +1766,8 @@ class Sandbox:
 
 # Not "workflows": so GitHub refuses a push that changes .github/workflows.
 TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "write"}
-# What a request is sent with: a repository's id stands for the token of that repository,
-# and these two numbers, which are no ids, for the others.
+# Which credential a request is sent with: the id of a repository, which is above 0, stands
+# for the token of that repository.
 Credential = int
 LOOKUP = 0  # the token that can only look up names
 AS_APP = -1  # the App's own JWT
@@ -1834,7 +1834,7 @@ class Comment:
     id: int
     user: str
     text: str  # without what people on GitHub do not see
-    thread: int  # the comment that a reply goes to
+    thread: int  # the id of the comment that a reply goes to
     review_id: int  # of the GitHub review that it is part of, or 0
     created_at: str
     path: str = ""
@@ -1901,7 +1901,7 @@ INVISIBLE_RE = re.compile(
     "|[\U000e0000-\U000e0fff]"  # tags, which spell invisible ASCII, and selectors
     "|[\ufe00-\ufe0f]"  # variation selectors
     "|[\ufff9-\ufffb\U0001d173-\U0001d17a]"  # annotations, musical formatting
-    "|[\U00013430-\U0001343f\U0001bca0-\U0001bca3]"  # formatting of hieroglyphs and shorthand
+    "|[\U00013430-\U0001343f\U0001bca0-\U0001bca3]"  # hieroglyph and shorthand formatting
     "|[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters
 )
 
@@ -1909,8 +1909,8 @@ INVISIBLE_RE = re.compile(
 def visible_text(text: str) -> str:
     """Remove what people on GitHub do not see: comments, zero-width and bidi signs.
 
-    For example: "a <!-- b --> c" becomes "a  c". A comment without an end hides all that
-    follows if it is in a block of HTML; it is cut elsewhere, too, with a note.
+    For example: "a <!-- b --> c" becomes "a  c". In a block of HTML, GitHub hides all that
+    follows a comment without an end. Here that is cut everywhere, with a note.
     """
     comment_ends = HTML_COMMENT_RE.findall(text)
     visible = INVISIBLE_RE.sub("", HTML_COMMENT_RE.sub("", text))
@@ -2024,7 +2024,7 @@ class GitHub:
         self._bot: Bot | None = None
         # These are shared by threads without a lock: each use is one atomic step, and
         # two threads that fetch the same token at once do no harm.
-        self._tokens: dict[Credential, tuple[str, float]] = {}  # and when it expires
+        self._tokens: dict[Credential, tuple[str, float]] = {}  # each with its expiry
         self._replies: dict[str, Reply] = {}  # by URL
         # Repository and login: until when (monotonic) a refusal is remembered.
         self.access_refusals: dict[tuple[int, str], float] = {}
@@ -2060,6 +2060,7 @@ class GitHub:
         now = int(self.github_time())
         expiry = now + 540
         header = {"alg": "RS256", "typ": "JWT"}
+        # 60: for GitHub, a JWT must not have been issued in the future.
         claims = {"iat": now - 60, "exp": expiry, "iss": self.config.app_id}
         parts = [base64url(json.dumps(part).encode()) for part in (header, claims)]
         signed = ".".join(parts)
@@ -2087,7 +2088,7 @@ class GitHub:
         return f"{signed}.{base64url(signature)}", expiry
 
     def wait(self, seconds: float = 0.0) -> None:
-        """Wait. Raises StopRequested if the server stops, or has been stopped."""
+        """Wait, and raise StopRequested as soon as the server is to stop."""
         if self.stop.wait(seconds):
             raise StopRequested()
 
@@ -2142,7 +2143,7 @@ class GitHub:
             existing = find_existing()
             if existing is not None:
                 return Reply(200, email.message.Message(), existing)
-            # Without a valid token, token() asks for one by call() with AS_APP.
+            # Without a valid one, token() asks for a token: by this method, as the App.
             reply = self.send(url, self.token(credential), body)
             if 200 <= reply.status < 300:
                 return reply
@@ -2193,7 +2194,7 @@ class GitHub:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 reply = self.read_reply(response)
         except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
+            reason = getattr(error, "reason", error)  # the cause of a URLError
             if isinstance(reason, OSError):
                 reason = os_error_text(reason)
             reply = Reply(0, email.message.Message(), error=f"{self.api}: {reason}")
@@ -2215,7 +2216,7 @@ class GitHub:
                 break
             if time.monotonic() > deadline or len(body) > MAX_GITHUB_BYTES:
                 raise TimeoutError("the response is too slow or too long")
-        if response.length:  # read1() does not say that it was cut off
+        if response.length:  # so many bytes are missing; read1() raises no error
             raise http.client.IncompleteRead(bytes(body), response.length)
         status = response.status
         headers = response.headers
@@ -2237,9 +2238,9 @@ class GitHub:
             self.clock_skew = date.timestamp() - time.time()
 
     def remember_reply(self, url: str, reply: Reply) -> None:
-        """Keep a reply: GitHub does not count a request if it is unchanged (304)."""
-        # A full page is not kept: at 304 the old headers count, and they would lack the
-        # link to a next page that there is now.
+        """Keep a reply: if it has not changed (304), GitHub does not count the request."""
+        # A full page is not kept. With a 304 its old headers would be used, and they lack
+        # the link to a next page that may be there now.
         is_full = isinstance(reply.entries, list) and len(reply.entries) >= 100
         if reply.status == 200 and "ETag" in reply.headers and not is_full:
             if len(self._replies) >= MAX_CACHED_REPLIES:
@@ -2556,11 +2557,11 @@ GIT_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color")
 
 
 class GitFailed(Exception):
-    """git failed, and a retry would not help; the message is for people."""
+    """git failed, and would fail again; the message is for people."""
 
 
 class GitAuthFailed(GitFailed):
-    """The remote did not accept the credential, or does not let it do this."""
+    """The remote does not accept the credential, or not for this."""
 
 
 class BranchNotFound(Exception):
@@ -2816,7 +2817,7 @@ class GitDirectory:
         Raises TransientError, GitAuthFailed or GitFailed.
         """
         env = remote_environment(self.config, token)
-        # With --no-github others may share the remote, if it is a path.
+        # With --no-github, the remote may be a directory that others use, too.
         result = self.run_git(args, env, umask=self.config.umask)
         if result.code == 0:
             return result
@@ -2892,6 +2893,7 @@ class Mirror(GitDirectory):
         ref = f"refs/heads/{branch}" if branch else "HEAD"
         result = self.remote_git(repository, "ls-remote", "--symref", "--", url, ref)
         commit = ""
+        # "ref: refs/heads/main<TAB>HEAD" for the default branch, "COMMIT<TAB>REF" for any
         for line in result.stdout:
             value, _, name = line.partition("\t")
             if value.startswith("ref: refs/heads/") and name == "HEAD":
