@@ -2597,7 +2597,7 @@ class Repository(NamedTuple):
     url: str
     full_name: str  # OWNER/NAME; with --no-github the whole URL
     mirror_path: str  # below the work directory
-    # None before find_remote has looked it up, and always with --no-github.
+    # None until it is looked up at GitHub, and always with --no-github.
     github_repository: GitHubRepository | None = None
 
     def is_allowed(self, config: Config) -> bool:
