@@ -2327,7 +2327,8 @@ class GitHubRepository:
 
     def __init__(self, github: GitHub, payload: JsonObject) -> None:
         self.github = github
-        self.id = int(payload["id"])
+        # A compatible server may send no id: then the lookup token is used.
+        self.id = int(payload.get("id") or LOOKUP)
         self.full_name = str(payload["full_name"])
         self.path = f"/repos/{self.full_name}"
 
@@ -2366,9 +2367,8 @@ class GitHubRepository:
             return False
         url_login = urllib.parse.quote(login, safe="")
         try:
-            permission = self.get(f"/collaborators/{url_login}/permission")[
-                "permission"
-            ]
+            payload = self.get(f"/collaborators/{url_login}/permission")
+            permission = payload["permission"]
         except GitHubError as error:
             log.info("GitHub does not tell the access of %s: %s", login, error)
             permission = "none"
@@ -2386,7 +2386,9 @@ class GitHubRepository:
         owner = self.full_name.split("/")[0]
         for payload in self.pages("/pulls", head=f"{owner}:{branch}", state="all"):
             head = payload["head"]
-            is_ours = (head["repo"] or {}).get("id") == self.id  # null: a deleted fork
+            # Null is a fork that was deleted; a compatible server may leave it out.
+            origin = head.get("repo", {})
+            is_ours = origin is not None and origin.get("id", self.id) == self.id
             # GitHub's filter has returned other branches, too.
             if is_ours and head["ref"] == branch:
                 return payload
