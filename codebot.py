@@ -3017,7 +3017,7 @@ class Mirror(GitDirectory):
 #   delete_expired         deletes tasks, with their reviews
 # The others read, or note something about a job.
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 SCHEMA = """
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -3197,9 +3197,6 @@ class Outcome:
     files: str = ""  # as git diff --stat shows them
     seconds: float = 0.0
     answers: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by thread
-    # Of a review that has failed and whose reviewer is still to be told:
-    reason_to_tell: str = ""
-    error_to_tell: str = ""
 
 
 class SourceIssue(NamedTuple):
@@ -3251,6 +3248,7 @@ class Job:
     base_commit: str
     commit_id: str
     outcome: Outcome
+    # Why it failed. A review has them before it fails, until the reviewer has been told.
     reason: str
     error: str
 
@@ -3415,8 +3413,8 @@ class Store:
                 ELSE started_at
             END,
             completed_at = CASE WHEN :new IN ('completed', 'failed') THEN :now END,
-            reason = :reason,
-            error = :error,
+            reason = CASE :new WHEN 'failed' THEN :reason ELSE reason END,
+            error = CASE :new WHEN 'failed' THEN :error ELSE error END,
             interruptions = interruptions + :interruptions,
             not_before = :not_before,
             transient_since = CASE
@@ -3605,8 +3603,7 @@ class Store:
 
     def save_progress(self, job: Job) -> None:
         """Store what a restart has to know of a running job."""
-        values = dataclasses.asdict(job)
-        values["outcome"] = json.dumps(values["outcome"])
+        outcome = json.dumps(dataclasses.asdict(job.outcome))
         self._write(
             """
             UPDATE jobs SET
@@ -3621,10 +3618,12 @@ class Store:
                 commit_id = :commit_id,
                 interruptions = :interruptions,
                 transient_since = :transient_since,
-                outcome = :outcome
+                outcome = :outcome,
+                reason = :reason,
+                error = :error
             WHERE id = :id
             """,
-            **values,
+            **{**vars(job), "outcome": outcome},
         )
 
     # Queues
@@ -5571,22 +5570,21 @@ def run_review(run: JobRun) -> None:
       request_kind                     answer the question, or make the change
       answers and commit_id            push the commit, post the answers
       answers                          post the answers
-      outcome.error_to_tell            post the error: the review has failed
+      error                            post the error; the review fails with it
 
-    Raises ReviewSkipped if nothing is to be done. If a step fails, fail_or_tell_reviewer
-    stores the error and runs the review once more, only to post it.
+    Raises ReviewSkipped if nothing is to be done. If a step fails, `run_job` stores the
+    error and calls this once more, only to post it.
     """
     review = load_review(run)
     check_pull_request(review)
     load_comments(review)
     if not review.comments:
         raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} any more")
-    if not run.job.outcome.error_to_tell:
+    if not run.job.error:
         do_work(review)
     answer_threads(review)
-    outcome = run.job.outcome
-    if outcome.error_to_tell:
-        raise JobFailed(outcome.reason_to_tell, outcome.error_to_tell)
+    if run.job.error:
+        raise JobFailed(run.job.reason, run.job.error)
     run.log_event("codebot", f"Review completed ({run.job.request_kind})")
 
 
@@ -5961,9 +5959,9 @@ def answer_body(run: JobRun, thread: str, first: Comment) -> str:
         first_line = first.text.strip().splitlines()[0][:200]
         comment = quoted(f"@{first.user}", first_line)
     fact = ""
-    if outcome.error_to_tell:
-        error = code_block(truncate(outcome.error_to_tell, 5000))
-        fact = f"codebot could not do this ({outcome.reason_to_tell}):\n\n{error}"
+    if job.error:
+        error = code_block(truncate(job.error, 5000))
+        fact = f"codebot could not do this ({job.reason}):\n\n{error}"
     elif job.request_kind == "limit":
         fact = LIMIT_TEXT
     elif job.commit_id:
@@ -6278,12 +6276,27 @@ def worker_step(codebot: Codebot, kind: str) -> None:
         run_job(codebot, job)
 
 
+class Ending(NamedTuple):
+    """What becomes of a job when its steps have ended."""
+
+    status: str  # "completed", "failed", "pending", or "deleted"
+    reason: str = ""
+    error: str = ""
+    # Only of a job that is retried after a transient error:
+    interruptions: int = 0  # to be added to the job's
+    not_before: float = 0.0
+
+
 def run_job(codebot: Codebot, job: Job) -> None:
     """Run a job to its end, or until it is pending again."""
     run = JobRun(codebot, job)
     codebot.running[job.id] = run
     try:
-        run_once(run)
+        ending = run_steps(run)
+        if must_tell_reviewer(run, ending):
+            store_failure(run, ending)
+            ending = run_steps(run)  # which now only post the failure
+        store_ending(run, ending)
     finally:
         del codebot.running[job.id]
         codebot.jobs_due.set()  # another may have waited for it to end
@@ -6291,13 +6304,12 @@ def run_job(codebot: Codebot, job: Job) -> None:
             codebot.cleanup_wanted.set()  # its pull request may have been closed
 
 
-def run_once(run: JobRun) -> None:
-    """Run a job, and turn whatever happens into an end, a retry or a requeue.
+def run_steps(run: JobRun) -> Ending:
+    """Do what is left to do of a job, and return what becomes of it.
 
-    What ends a run:                       What becomes of the job:
+    What ends the steps:                   What becomes of the job:
       nothing                                completed
-      JobFailed, and errors that are final   failed, with a reason; a review first runs
-                                             once more, only to tell the reviewer
+      JobFailed, and errors that are final   failed, with a reason
       TransientError, a busy database,       pending, after a minute; failed if that
       a full disk, a failed node, an App     goes on for too long, or costs too much
       that GitHub refuses
@@ -6306,121 +6318,146 @@ def run_once(run: JobRun) -> None:
       ReviewSkipped                          the review is deleted; failed, as
                                              cancelled, if its agent has cost something
     """
-    job = run.job
+    job_id = run.job.id
+    kind = run.job.kind
     try:
-        dispatch_job(run)
-        end_job(run)
+        check_may_run(run)
+        if kind == "review":
+            run_review(run)
+        else:
+            run_task(run)
+        return Ending("completed")
     except ReviewSkipped as error:
-        skip_review(run, error)
+        return ending_of_skipped_review(run, error)
     except StopRequested:
-        run.codebot.until_database_works(run.store.requeue, job.id)
+        return Ending("pending")
     except Cancelled:
-        end_job(run, "cancelled", CANCELLED_TEXT[job.kind])
-    except (TransientError, sqlite3.OperationalError) as error:
-        retry_or_fail(run, error)
+        return Ending("failed", "cancelled", CANCELLED_TEXT[kind])
+    except TransientError as error:
+        return ending_after_transient_error(run, error)
+    except sqlite3.OperationalError as error:
+        return ending_after_transient_error(run, TransientError(str(error)))
     except OSError as error:
         message = f"This host cannot go on: {os_error_text(error)}"
         if error.errno in TRANSIENT_ERRNOS:
-            retry_or_fail(run, TransientError(message))
-        else:
-            log.exception("Job %s", job.id)
-            fail_or_tell_reviewer(run, "internal", message)
-    except (JobFailed, GitFailed, GitHubError) as error:
-        fail_or_tell_reviewer(run, getattr(error, "reason", "internal"), str(error))
+            return ending_after_transient_error(run, TransientError(message))
+        log.exception("Job %s", job_id)
+        return Ending("failed", "internal", message)
+    except JobFailed as error:
+        return Ending("failed", error.reason, str(error))
+    except (GitFailed, GitHubError) as error:
+        return Ending("failed", "internal", str(error))
     except Exception:
-        log.exception("Job %s", job.id)
-        fail_or_tell_reviewer(run, "internal", "Internal error; see the server's log")
+        log.exception("Job %s", job_id)
+        return Ending("failed", "internal", "Internal error; see the server's log")
 
 
-def dispatch_job(run: JobRun) -> None:
-    job = run.job
+def check_may_run(run: JobRun) -> None:
+    """Raise Cancelled, or JobFailed after too many interruptions."""
     # It may have been cancelled before `running` had it.
-    stored = run.store.job(job.id)
+    stored = run.store.job(run.job.id)
     if stored is None or stored.cancel_requested:
         raise Cancelled()
-    if job.interruptions >= MAX_INTERRUPTIONS:
+    interruptions = run.job.interruptions
+    if interruptions >= MAX_INTERRUPTIONS:
         raise JobFailed(
             "interrupted",
-            f"The server was interrupted {job.interruptions} times during this",
+            f"The server was interrupted {interruptions} times during this",
         )
-    if job.kind == "review":
-        run_review(run)
+
+
+def ending_of_skipped_review(run: JobRun, error: ReviewSkipped) -> Ending:
+    """A review for which nothing may be done is deleted, unless it cost something."""
+    log.info("Review %s is skipped: %s", run.job.id, error)
+    if run.job.outcome.cost_usd is None and not run.retry_costs_money:
+        return Ending("deleted")
+    return Ending("failed", "cancelled", f"The review was skipped: {error}")
+
+
+def ending_after_transient_error(run: JobRun, error: TransientError) -> Ending:
+    """A job is retried later, unless that has been tried for too long or too often.
+
+    A retry that would run the agent again costs money, so it counts as an interruption.
+    """
+    job = run.job
+    now = time.time()
+    is_too_often = run.retry_costs_money and job.interruptions + 1 >= MAX_INTERRUPTIONS
+    give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
+    if is_too_often or now > give_up_at:
+        reason = job.reason or REASON_BY_PHASE.get(job.phase, "internal")
+        return Ending("failed", reason, job.error or str(error))
+    not_before = max(now + RETRY_DELAY, error.retry_at)
+    return Ending("pending", "", str(error), int(run.retry_costs_money), not_before)
+
+
+def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
+    """Return whether a review has failed, and its reviewer is still to be told.
+
+    If it failed while it posted its answers, or an earlier failure, it just fails.
+    """
+    job = run.job
+    if job.kind == "task" or ending.status != "failed":
+        return False
+    if run.is_cancelled or ending.reason == "cancelled":
+        return False
+    # The phase is this run's: claim() begins each run with "".
+    return not job.error and job.phase != "answer"
+
+
+def store_failure(run: JobRun, ending: Ending) -> None:
+    """Store why a review failed. From now on its steps only post that."""
+    error = run.redact(ending.error)[:10_000]
+    # Logged now: perhaps nobody can be told, and then the review ends with that error.
+    run.log_event("codebot", f"Failed ({ending.reason}): {error}")
+    run.save_work(
+        phase="",
+        commit_id="",
+        # What the reviewer writes from now on is a review of its own.
+        request_kind=run.job.request_kind or "unclear",
+        outcome=run.outcome_with(answers={}),
+        reason=ending.reason,
+        error=error,
+    )
+
+
+def store_ending(run: JobRun, ending: Ending) -> None:
+    """Complete, fail, requeue or delete the job."""
+    job = run.job
+    write = run.codebot.until_database_works
+    if run.is_cancelled and ending.status in ("failed", "pending"):
+        # Whatever else went wrong meanwhile.
+        ending = Ending("failed", "cancelled", CANCELLED_TEXT[job.kind])
+    if ending.status == "deleted":
+        write(run.store.drop_review, job.id)
+    elif ending.status == "pending":
+        if ending.error:
+            run.log_event("codebot", f"{ending.error}. Trying again later")
+            log.warning("Job %s: %s; retrying later", job.id, ending.error)
+        write(run.store.requeue, job.id, ending.interruptions, ending.not_before)
     else:
-        run_task(run)
+        finish_job(run, ending)
 
 
-def end_job(run: JobRun, reason: str = "", error: str = "") -> None:
-    """Complete a job, or fail it with a reason.
+def finish_job(run: JobRun, ending: Ending) -> None:
+    """Complete or fail the job.
 
     Its last event is written first: who follows its log gets it before the end.
     """
     job = run.job
-    status = "failed" if reason else "completed"
-    if reason and run.is_cancelled:
-        reason = "cancelled"  # whatever else went wrong meanwhile
-        error = CANCELLED_TEXT[job.kind]
-    if job.is_pushing and reason not in ("", "push_rejected", "pull_request_failed"):
+    error = ending.error
+    is_of_push = ending.reason in ("push_rejected", "pull_request_failed")
+    if ending.status == "failed" and job.is_pushing and not is_of_push:
         error = f"{error}. Its branch {job.branch} may have been pushed"
     error = run.redact(error)[:10_000]
-    if reason:
-        if error != job.outcome.error_to_tell:  # else it has been logged
-            run.log_event("codebot", f"Failed ({reason}): {error}")
+    if ending.status == "failed":
+        if error != job.error:  # else store_failure has logged it
+            run.log_event("codebot", f"Failed ({ending.reason}): {error}")
         log.info("Job %s: %s", job.id, error.partition("\n")[0])
     seconds = job.outcome.seconds or time.monotonic() - run.started  # for the totals
     job = dataclasses.replace(job, outcome=run.outcome_with(seconds=seconds))
-    run.codebot.until_database_works(run.store.finish, job, status, reason, error)
-
-
-def skip_review(run: JobRun, reason: ReviewSkipped) -> None:
-    """Delete a review for which nothing may be done; keep one that cost something."""
-    log.info("Review %s is skipped: %s", run.job.id, reason)
-    if run.job.outcome.cost_usd is None and not run.retry_costs_money:
-        run.codebot.until_database_works(run.store.drop_review, run.job.id)
-    else:
-        end_job(run, "cancelled", f"The review was skipped: {reason}")
-
-
-def fail_or_tell_reviewer(run: JobRun, reason: str, error: str) -> None:
-    """Fail a job; of a review, store why, and run it once more to tell the reviewer.
-
-    If it has failed while it posted its answers, or this failure, it just fails.
-    """
-    job = run.job
-    # The phase is this run's: each run begins with "".
-    has_tried_to_tell = job.outcome.reason_to_tell or job.phase == "answer"
-    if job.kind == "task" or has_tried_to_tell or run.is_cancelled:
-        end_job(run, reason, error)
-        return
-    message = run.redact(error)
-    # Logged now: perhaps nobody can be told, and then the review ends with that error.
-    run.log_event("codebot", f"Failed ({reason}): {message}")
-    outcome = run.outcome_with(reason_to_tell=reason, error_to_tell=message, answers={})
-    kind = job.request_kind or "unclear"  # so that no further comment joins it
-    run.save_work(phase="", commit_id="", request_kind=kind, outcome=outcome)
-    run_once(run)  # at once: another review may take an hour
-
-
-def retry_or_fail(run: JobRun, error: Exception) -> None:
-    """Retry a job later, unless that has been tried for too long or too often.
-
-    A retry that would run the agent again costs money, so it counts as an interruption.
-    A cancelled job is not retried.
-    """
-    job = run.job
-    now = time.time()
-    interruptions = int(run.retry_costs_money)
-    give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
-    is_too_often = interruptions and job.interruptions + 1 >= MAX_INTERRUPTIONS
-    if is_too_often or now > give_up_at or run.is_cancelled:
-        outcome = job.outcome
-        reason = outcome.reason_to_tell or REASON_BY_PHASE.get(job.phase, "internal")
-        fail_or_tell_reviewer(run, reason, outcome.error_to_tell or str(error))
-        return
-    not_before = max(now + RETRY_DELAY, getattr(error, "retry_at", 0.0))
-    run.log_event("codebot", f"{error}. Trying again later")
-    log.warning("Job %s: %s; retrying later", job.id, error)
-    requeue = run.store.requeue
-    run.codebot.until_database_works(requeue, job.id, interruptions, not_before)
+    run.codebot.until_database_works(
+        run.store.finish, job, ending.status, ending.reason, error
+    )
 
 
 def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:

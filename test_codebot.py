@@ -3765,7 +3765,9 @@ def test_free_retry_of_interrupted_review_is_not_its_last(store: codebot.Store) 
     assert review is not None
     app = codebot.Codebot(codebot.Config(no_github=True, work_dir=store.path + ".dir"))
     app.store = store
-    codebot.retry_or_fail(codebot.JobRun(app, review), codebot.TransientError("502"))
+    run = codebot.JobRun(app, review)
+    ending = codebot.ending_after_transient_error(run, codebot.TransientError("502"))
+    codebot.store_ending(run, ending)
     assert stored_job(store, review).status == "pending"
 
 
@@ -3781,9 +3783,42 @@ def test_finished_answer_is_posted_again_without_counting_interruptions(
     run.retry_costs_money = True
     outcome = dataclasses.replace(review.outcome, answers={"conversation 1": "Yes."})
     run.save_work(outcome=outcome)
-    codebot.retry_or_fail(run, codebot.TransientError("502"))
+    ending = codebot.ending_after_transient_error(run, codebot.TransientError("502"))
+    codebot.store_ending(run, ending)
     assert stored_job(store, review).status == "pending"
     assert stored_job(store, review).interruptions == 0
+
+
+def test_failure_that_the_reviewer_is_to_be_told_survives_retries(
+    store: codebot.Store,
+) -> None:
+    pull_request = store_pull_request(store, store_task_in_state(store, "completed"))
+    review = store.claim(store_review(store, pull_request, 1, "alice"))
+    assert review is not None
+    app = codebot.Codebot(codebot.Config(no_github=True, work_dir=store.path + ".dir"))
+    app.store = store
+    run = codebot.JobRun(app, review)
+    failure = codebot.Ending("failed", "stalled", "No output")
+    assert codebot.must_tell_reviewer(run, failure)
+    codebot.store_failure(run, failure)
+    assert not codebot.must_tell_reviewer(run, failure)
+    store.requeue(review.id)
+    again = store.claim(review.id)
+    assert again is not None
+    assert (again.reason, again.error) == ("stalled", "No output")
+
+
+@pytest.mark.parametrize("status", ["failed", "pending"])
+def test_cancelled_run_fails_as_cancelled_however_its_steps_end(
+    store: codebot.Store, status: str
+) -> None:
+    app = codebot.Codebot(codebot.Config(no_github=True, work_dir=store.path + ".dir"))
+    app.store = store
+    run = codebot.JobRun(app, store_task_in_state(store, "running"))
+    run.is_cancelled = True
+    codebot.store_ending(run, codebot.Ending(status, "internal", "502"))
+    task = stored_job(store, run.job)
+    assert (task.status, task.reason) == ("failed", "cancelled")
 
 
 def test_retry_is_not_claimed_before_its_time(store: codebot.Store) -> None:
