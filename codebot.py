@@ -3402,28 +3402,6 @@ class Store:
 
     # States
 
-    _TRANSITION = """
-        UPDATE jobs SET
-            status = :new,
-            phase = '',
-            attempt = 0,
-            started_at = CASE :new
-                WHEN 'running' THEN :now
-                WHEN 'pending' THEN NULL
-                ELSE started_at
-            END,
-            completed_at = CASE WHEN :new IN ('completed', 'failed') THEN :now END,
-            reason = CASE :new WHEN 'failed' THEN :reason ELSE reason END,
-            error = CASE :new WHEN 'failed' THEN :error ELSE error END,
-            interruptions = interruptions + :interruptions,
-            not_before = :not_before,
-            transient_since = CASE
-                WHEN :not_before > 0 AND transient_since = 0 THEN :timestamp
-                ELSE transient_since
-            END
-        WHERE id = :id AND status = :old
-    """
-
     def _transition(
         self,
         db: sqlite3.Connection,
@@ -3432,8 +3410,6 @@ class Store:
         new: str,
         reason: str = "",
         error: str = "",
-        interruptions: int = 0,
-        not_before: float = 0.0,
     ) -> None:
         """Change the state of a job. The only statement that does.
 
@@ -3441,22 +3417,35 @@ class Store:
         """
         if new not in TRANSITIONS[old]:
             raise ValueError(f"no transition from {old} to {new}")
-        values = {
-            "id": job_id,
-            "old": old,
-            "new": new,
-            "now": now_text(),
-            "timestamp": time.time(),
-            "reason": reason,
-            "error": error,
-            "interruptions": interruptions,
-            "not_before": not_before,
-        }
-        if db.execute(self._TRANSITION, values).rowcount == 0:
-            raise WrongState(f"job {job_id} is not {old}")
-        log.info(
-            "Job %s: %s -> %s%s", job_id, old, new, f" ({reason})" if reason else ""
+        cursor = db.execute(
+            """
+            UPDATE jobs SET
+                status = :new,
+                phase = '',
+                attempt = 0,
+                started_at = CASE :new
+                    WHEN 'running' THEN :now
+                    WHEN 'pending' THEN NULL
+                    ELSE started_at
+                END,
+                completed_at = CASE WHEN :new IN ('completed', 'failed') THEN :now END,
+                reason = CASE :new WHEN 'failed' THEN :reason ELSE reason END,
+                error = CASE :new WHEN 'failed' THEN :error ELSE error END
+            WHERE id = :id AND status = :old
+            """,
+            {
+                "id": job_id,
+                "old": old,
+                "new": new,
+                "now": now_text(),
+                "reason": reason,
+                "error": error,
+            },
         )
+        if cursor.rowcount == 0:
+            raise WrongState(f"job {job_id} is not {old}")
+        suffix = f" ({reason})" if reason else ""
+        log.info("Job %s: %s -> %s%s", job_id, old, new, suffix)
 
     def add_task(
         self,
@@ -3554,17 +3543,28 @@ class Store:
     ) -> None:
         """Put a running job back.
 
-        ``interruptions`` is 1 after a crash, or if the retry costs money; it is added
-        up. ``not_before`` is when it is tried again after a transient error.
+        ``interruptions`` is 1 after a crash, or if the retry costs money; the job's are
+        added up. ``not_before``: when to try again after a transient error; else 0.
         """
         with self._transaction() as db:
-            self._transition(
-                db,
-                job_id,
-                "running",
-                "pending",
-                interruptions=interruptions,
-                not_before=not_before,
+            self._transition(db, job_id, "running", "pending")
+            db.execute(
+                """
+                UPDATE jobs SET
+                    interruptions = interruptions + :interruptions,
+                    not_before = :not_before,
+                    transient_since = CASE
+                        WHEN :not_before > 0 AND transient_since = 0 THEN :now
+                        ELSE transient_since
+                    END
+                WHERE id = :id
+                """,
+                {
+                    "id": job_id,
+                    "interruptions": interruptions,
+                    "not_before": not_before,
+                    "now": time.time(),
+                },
             )
 
     def requeue_interrupted(self, interruptions: int) -> None:
