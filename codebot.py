@@ -3002,8 +3002,8 @@ class Mirror(GitDirectory):
 
 # --- Store -------------------------------------------------------------------
 #
-# All SQL. One table of jobs is the record of the work: what a method of Store has
-# written when it returns survives a power cut (synchronous=FULL).
+# All SQL. One table of jobs is the record of the work. When a method of Store returns,
+# what it has written is on disk and survives a power cut (synchronous=FULL).
 #
 # These methods create jobs, end them, or change their state:
 #   add_task                       -> pending
@@ -3015,7 +3015,7 @@ class Mirror(GitDirectory):
 #   drop_review            deletes a running review
 #   absorb_waiting_reviews deletes a waiting one, whose comments join a running one
 #   delete_expired         deletes tasks, with their reviews
-# The others read, or note something about a job.
+# The others read, or note something without a change of state.
 
 SCHEMA_VERSION = 4
 SCHEMA = """
@@ -3045,18 +3045,20 @@ CREATE TABLE jobs (
     issue_number INTEGER NOT NULL DEFAULT 0,
     issue_url TEXT NOT NULL DEFAULT '',
     label_event_id INTEGER UNIQUE,
-    is_reported INTEGER NOT NULL DEFAULT 0, -- on the issue, after the task's end
+    is_reported INTEGER NOT NULL DEFAULT 0, -- 1: the issue has a comment on the end
     -- Who a review answers, and what they want.
     reviewer TEXT NOT NULL DEFAULT '',
     request_kind TEXT NOT NULL DEFAULT '',
-    -- Interruptions and retries, since the job has last stored finished work:
-    -- `interruptions` counts crashes, and retries that ran the agent again, not stops;
-    -- `transient_since` is when a series of transient errors began.
+    -- `interruptions` counts the crashes, and the retries that run the agent again, since
+    -- the job last stored finished work. A stop of the server is none of them.
+    -- `not_before` is when a pending job may start, `transient_since` when a series of
+    -- transient errors began (seconds since 1970; 0: now, or no such series).
     interruptions INTEGER NOT NULL DEFAULT 0,
     not_before REAL NOT NULL DEFAULT 0,
     transient_since REAL NOT NULL DEFAULT 0,
     cancel_requested INTEGER NOT NULL DEFAULT 0,
-    is_pushing INTEGER NOT NULL DEFAULT 0, -- or was: it can no longer be cancelled
+    -- 1 from when a task's push begins, for good: it can no longer be cancelled.
+    is_pushing INTEGER NOT NULL DEFAULT 0,
     -- Progress, from which a job goes on after a crash. A review has its task's
     -- directory and branch. The commit has base_commit as parent.
     repository_id INTEGER NOT NULL DEFAULT 0,
@@ -3065,7 +3067,7 @@ CREATE TABLE jobs (
     base_name TEXT NOT NULL DEFAULT '',
     base_commit TEXT NOT NULL DEFAULT '',
     commit_id TEXT NOT NULL DEFAULT '',
-    outcome TEXT NOT NULL DEFAULT '{}', -- see Outcome
+    outcome TEXT NOT NULL DEFAULT '{}', -- the class Outcome, as JSON
     reason TEXT NOT NULL DEFAULT '',
     error TEXT NOT NULL DEFAULT '',
     CHECK ((kind = 'task') = (task_id = id)),
@@ -3118,9 +3120,9 @@ CREATE TABLE deliveries (guid TEXT PRIMARY KEY, received_at TEXT NOT NULL);
 CREATE TABLE totals (
     seconds REAL NOT NULL,
     dollars REAL NOT NULL,
-    checks INTEGER NOT NULL -- counted up by check_writable, to have something to write
+    checks INTEGER NOT NULL -- check_writable adds 1, because it has to change something
 );
-INSERT INTO totals VALUES (0, 0, 0);
+INSERT INTO totals (seconds, dollars, checks) VALUES (0, 0, 0);
 -- What the API's list shows.
 CREATE VIEW task_list AS
     SELECT
@@ -3182,7 +3184,7 @@ class TaskRequest:
 @dataclasses.dataclass(frozen=True)
 class TestResult:
     command: str
-    passed: bool  # always True, as nothing else is stored; the API shows it
+    passed: bool  # always True, as only a passed test is stored; the API shows it
     attempts: int
 
 
@@ -3203,12 +3205,12 @@ class SourceIssue(NamedTuple):
     """The issue that a task comes from, and the event that put the label on it."""
 
     repository_id: int
-    number: int
-    url: str
-    event_id: int | None
+    issue_number: int
+    issue_url: str
+    label_event_id: int | None  # None: a client has submitted it again
 
 
-NO_ISSUE = SourceIssue(0, 0, "", None)
+NO_ISSUE = SourceIssue(0, 0, "", None)  # a client has submitted the task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3232,8 +3234,9 @@ class Job:
     issue_url: str
     # Only of a review
     reviewer: str
-    # "question", "change", "unclear", "none" or "limit". "" until it is classified: as
-    # long as that, and the job is pending, further comments join it.
+    # What the reviewer wants: "question", "change", "unclear" or "none". "limit" is a
+    # review above the daily limit. While it is "" and the job is pending, what they write
+    # joins this job. A review that fails before it is classified becomes "unclear".
     request_kind: str
     # Interruptions and retries
     interruptions: int
@@ -3465,57 +3468,55 @@ class Store:
             **vars(request),
             **issue._asdict(),
             "id": str(uuid.uuid4()),
-            "now": now_text(),
+            "submitted_at": now_text(),
             "submitted_by": submitted_by,
-            "key": idempotency_key,
+            "idempotency_key": idempotency_key,
         }
         with self._transaction() as db:
             existing = db.execute(
                 """
                 SELECT * FROM jobs
-                WHERE idempotency_key = :key OR label_event_id = :event_id
+                WHERE idempotency_key = :idempotency_key
+                    OR label_event_id = :label_event_id
                 """,
                 values,
             ).fetchone()
             if existing is None:
                 insert_task(db, values, max_pending)
+                if issue.label_event_id is not None:
+                    insert_label_event(db, issue.label_event_id)
                 return job_by_id(db, values["id"])
             job = make_job(existing)
-            if job.request != request:
+            if idempotency_key and job.request != request:
                 raise HTTPError(409, "This Idempotency-Key was used for another task")
             return job
 
     def claim(self, job_id: str) -> Job | None:
         """Start a job. Returns None if it must not start, or has started already.
 
-        All jobs of a task use one workspace and outbox: a review has its task's, and
-        waits until no other job uses them. If a job must not start yet, the timer queues it
-        again. To queue it twice does no harm.
+        All jobs of a task, that is the task and the reviews of its pull request, use one
+        workspace and one outbox, so they wait for each other. The timer queues a job
+        again that must not start yet. To queue it twice does no harm.
         """
         values = {"id": job_id, "now": time.time()}
         with self._transaction() as db:
             row = db.execute(
                 """
-                SELECT * FROM jobs AS job
+                SELECT 1 FROM jobs AS job
                 WHERE id = :id AND status = 'pending' AND not_before <= :now
-                    -- No other job of the task runs.
                     AND NOT EXISTS (
                         SELECT 1 FROM jobs AS other
-                        WHERE other.task_id = job.task_id AND other.status = 'running'
-                    )
-                    -- If this is a review, its task is not pending (nor running: above).
-                    AND NOT EXISTS (
-                        SELECT 1 FROM jobs AS task
-                        WHERE task.id = job.task_id AND task.id != job.id
-                            AND task.status = 'pending'
-                    )
-                    -- No other review has a commit in the outbox that is still to be
-                    -- pushed. If this one has one too, the older goes first.
-                    AND NOT EXISTS (
-                        SELECT 1 FROM jobs AS other
-                        WHERE other.task_id = job.task_id AND other.id != job.id
-                            AND other.status = 'pending' AND other.commit_id != ''
-                            AND (job.commit_id = '' OR other.seq < job.seq)
+                        WHERE other.task_id = job.task_id AND other.id != job.id AND (
+                            other.status = 'running'
+                            -- The task itself goes before its reviews.
+                            OR (other.status = 'pending' AND other.kind = 'task')
+                            -- A review whose commit is in the outbox, still to be
+                            -- pushed, goes before those without one and newer ones.
+                            OR (
+                                other.status = 'pending' AND other.commit_id != ''
+                                AND (job.commit_id = '' OR other.seq < job.seq)
+                            )
+                        )
                     )
                 """,
                 values,
@@ -3533,9 +3534,12 @@ class Store:
                 """
                 UPDATE totals SET
                     seconds = seconds + :seconds,
-                    dollars = dollars + IFNULL(:cost_usd, 0)
+                    dollars = dollars + :dollars
                 """,
-                vars(job.outcome),
+                {
+                    "seconds": job.outcome.seconds,
+                    "dollars": job.outcome.cost_usd or 0.0,
+                },
             )
 
     def requeue(
@@ -3594,7 +3598,7 @@ class Store:
                 self._transition(db, job_id, "pending", "failed", "cancelled", error)
 
     def begin_push(self, job_id: str) -> bool:
-        """Note that a job's commit is being pushed. False if it is to be cancelled."""
+        """Note that a task's push begins. Returns False if it is to be cancelled."""
         changed = self._write(
             "UPDATE jobs SET is_pushing = 1 WHERE id = :id AND cancel_requested = 0",
             id=job_id,
@@ -3602,7 +3606,7 @@ class Store:
         return changed == 1
 
     def save_progress(self, job: Job) -> None:
-        """Store what a restart has to know of a running job."""
+        """Store what the run of a job changes in it, for a restart and for people."""
         outcome = json.dumps(dataclasses.asdict(job.outcome))
         self._write(
             """
@@ -3642,7 +3646,10 @@ class Store:
         )
 
     def count_pending(self, kind: str, up_to_seq: int = sys.maxsize) -> int:
-        """Return how many jobs wait: with its ``seq``, a job's position, from 1."""
+        """Return how many jobs are pending.
+
+        With the ``seq`` of one of them this is its position in the queue, from 1.
+        """
         counts = self._read(
             only_value,
             """
@@ -3672,7 +3679,7 @@ class Store:
             SELECT * FROM task_list
             WHERE seq < :before ORDER BY seq DESC LIMIT :limit
         """
-        if status:  # with an index of its own
+        if status:  # one statement for both could not use the index by status
             sql = """
                 SELECT * FROM task_list
                 WHERE status = :status AND seq < :before ORDER BY seq DESC LIMIT :limit
@@ -3750,8 +3757,7 @@ class Store:
 
     def totals(self) -> tuple[float, float]:
         """Return the seconds that jobs took, and the dollars that they cost."""
-        [totals] = self._read(tuple, "SELECT seconds, dollars FROM totals")
-        return totals
+        return self._read(tuple, "SELECT seconds, dollars FROM totals")[0]
 
     # Pull requests and comments
 
@@ -3825,11 +3831,11 @@ class Store:
         delivery: str = "",
         seen_until: str = "",
     ) -> list[str]:
-        """Add new comments to reviews; return the ids of these jobs.
+        """Add new comments to pending reviews, or to new ones; return their ids.
 
-        What one reviewer has waiting on one pull request is one job. A comment or
-        delivery that is known is ignored. ``seen_until``: older ones need not be
-        asked for again.
+        What one reviewer has waiting on one pull request is one review. A known comment
+        is ignored, and so are all of a known ``delivery``. What was changed before
+        ``seen_until`` need not be asked for again.
         """
         jobs = {}
         with self._transaction() as db:
@@ -3858,7 +3864,9 @@ class Store:
         """Add what the same reviewer has waiting to the review job that runs."""
         with self._transaction() as db:
             waiting_id = waiting_review(db, job.task_id, job.reviewer)
-            values = {"id": job.id, "waiting_id": waiting_id}  # NULL equals nothing
+            if waiting_id is None:
+                return
+            values = {"id": job.id, "waiting_id": waiting_id}
             db.execute(
                 "UPDATE comments SET job_id = :id WHERE job_id = :waiting_id", values
             )
@@ -3883,7 +3891,8 @@ class Store:
             lambda row: from_row(Comment, row),
             """
             SELECT * FROM comments WHERE job_id = :job_id
-            ORDER BY place = 'review_text' DESC, created_at, id
+            ORDER BY
+                CASE place WHEN 'review_text' THEN 1 ELSE 2 END, created_at, id
             """,
             job_id=job_id,
         )
@@ -3891,7 +3900,8 @@ class Store:
     def request_kinds_of_last_day(self, task_id: str) -> list[str]:
         """Return the request kinds of a pull request's reviews that were started.
 
-        So a stranger's do not count: they wait, or they were dropped.
+        Those of people without write access are not among them: they are pending, or
+        were deleted.
         """
         return self._read(
             only_value,
@@ -3934,9 +3944,8 @@ class Store:
 
     def add_label_event(self, event_id: int) -> None:
         """Remember that a label event has been dealt with."""
-        self._write(
-            "INSERT INTO label_events VALUES (:id) ON CONFLICT DO NOTHING", id=event_id
-        )
+        with self._transaction() as db:
+            insert_label_event(db, event_id)
 
     def unfinished_issues(self) -> list[tuple[int, int]]:
         """Return repository id and number of the issues whose tasks are unfinished."""
@@ -3984,7 +3993,7 @@ class Store:
     def delete_expired(self, cutoff: str, delivery_cutoff: str) -> None:
         """Delete what is past its retention: logs; tasks without an open pull request.
 
-        Of events and tasks only so many at a time, since others wait while this writes.
+        At most 5,000 events and 100 tasks at a time, since others wait while this writes.
         """
         values = {"cutoff": cutoff, "delivery_cutoff": delivery_cutoff}
         with self._transaction() as db:
@@ -4045,31 +4054,34 @@ def insert_task(
     db.execute(
         """
         INSERT INTO jobs (
-            id, kind, task_id, submitted_at, submitted_by, repository_url, description,
+            id, kind, task_id, submitted_at, submitted_by, idempotency_key,
+            repository_url, description,
             ticket_id, ticket_summary, test_command, base_branch,
-            idempotency_key,
-            label_event_id, repository_id, issue_number, issue_url
+            repository_id, issue_number, issue_url, label_event_id
         ) VALUES (
-            :id, 'task', :id, :now, :submitted_by, :repository_url, :description,
+            :id, 'task', :id, :submitted_at, :submitted_by, :idempotency_key,
+            :repository_url, :description,
             :ticket_id, :ticket_summary, :test_command, :base_branch,
-            :key,
-            :event_id, :repository_id, :number, :url
+            :repository_id, :issue_number, :issue_url, :label_event_id
         )
         """,
         values,
     )
+
+
+def insert_label_event(db: sqlite3.Connection, event_id: int) -> None:
     db.execute(
-        """
-        INSERT INTO label_events SELECT :event_id WHERE :event_id IS NOT NULL
-        ON CONFLICT DO NOTHING
-        """,
-        values,
+        "INSERT INTO label_events (id) VALUES (:id) ON CONFLICT DO NOTHING",
+        {"id": event_id},
     )
 
 
 def insert_delivery(db: sqlite3.Connection, guid: str) -> bool:
     cursor = db.execute(
-        "INSERT INTO deliveries VALUES (:guid, :now) ON CONFLICT DO NOTHING",
+        """
+        INSERT INTO deliveries (guid, received_at) VALUES (:guid, :now)
+        ON CONFLICT DO NOTHING
+        """,
         {"guid": guid, "now": now_text()},
     )
     return cursor.rowcount == 1
@@ -4087,7 +4099,10 @@ def insert_comment(
 ) -> None:
     db.execute(
         """
-        INSERT INTO comments VALUES (
+        INSERT INTO comments (
+            place, id, task_id, job_id, user, text, thread, review_id,
+            created_at, path, line, diff_hunk
+        ) VALUES (
             :place, :id, :task_id, :job_id, :user, :text, :thread, :review_id,
             :created_at, :path, :line, :diff_hunk
         )
@@ -4097,7 +4112,7 @@ def insert_comment(
 
 
 def waiting_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str | None:
-    """Return the job of a reviewer that waits and is not classified yet."""
+    """Return the id of a reviewer's pending review that is not classified yet."""
     row = db.execute(
         """
         SELECT id FROM jobs

@@ -3909,10 +3909,11 @@ def test_idempotency_key_finds_its_task_even_if_the_queue_is_full(
 
 def test_label_event_becomes_a_task_once(store: codebot.Store) -> None:
     url = "https://github.com/acme/widget/issues/3"
-    label = codebot.SourceIssue(repository_id=7, number=3, url=url, event_id=55)
+    label = codebot.SourceIssue(7, issue_number=3, issue_url=url, label_event_id=55)
     job = store_task(store, issue=label)
     assert store_task(store, issue=label) == job
-    other = codebot.SourceIssue(repository_id=7, number=3, url=url, event_id=56)
+    assert store_task(store, "Edited meanwhile", issue=label) == job
+    other = codebot.SourceIssue(7, issue_number=3, issue_url=url, label_event_id=56)
     assert store_task(store, issue=other).id != job.id
     assert job.issue_url == url
 
