@@ -4148,15 +4148,104 @@ def insert_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
 
 
 # --- Running jobs ------------------------------------------------------------
+#
+# The work directory; Codebot, of which there is one; and JobRun, of which there is one
+# from when a job becomes running until it no longer is.
+
+
+def take_work_dir(config: Config) -> None:
+    """Make and lock the work directory, and put temporary files into it.
+
+    Locks the database, too. Raises ConfigError if that is not possible, or the disk is
+    full.
+    """
+    work_dir = config.work_dir
+    try:
+        os.makedirs(work_dir, exist_ok=True)
+    except FileExistsError:
+        raise ConfigError(f"{work_dir} is a file, not a directory.") from None
+    except OSError as error:
+        raise unusable_error(work_dir, error, "--work-dir") from None
+    if shutil.disk_usage(work_dir).free < FULL_DISK_BYTES:
+        raise ConfigError(
+            f"The disk of {work_dir} is full. Free some space. As long as codebot does "
+            "not run, task_*/repo and task_*/tmp in it can be removed."
+        )
+    hold_lock(f"{work_dir}/codebot.lock", work_dir, "--work-dir")
+    # CODEBOT_DATABASE of one codebot may be in the work directory of another.
+    database = config.database_file
+    hold_lock(f"{database}.lock", database, "CODEBOT_DATABASE")
+    # From now on tempfile uses the work directory: /tmp may be read-only, or in memory,
+    # and the output of programs may be large.
+    tempfile.tempdir = work_dir
+
+
+def hold_lock(path: str, subject: str, option: str) -> None:
+    """Hold a lock file until this process ends. Raises ConfigError if it cannot."""
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)  # and never close it
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        pathlib.Path(path).write_text(f"{os.getpid()}\n")
+    except BlockingIOError:
+        holder = pathlib.Path(path).read_text(errors="replace").strip()
+        raise ConfigError(
+            f"{subject} is in use by another codebot (process {holder}). Stop it, "
+            f"or use another {option}."
+        ) from None
+    except OSError as error:
+        raise unusable_error(path, error, option) from None
+
+
+def unusable_error(path: str, error: OSError, option: str) -> ConfigError:
+    reason = os_error_text(error)
+    if isinstance(error, PermissionError):
+        reason += f" for user {os.getuid()}"
+    return ConfigError(f"Cannot use {path}: {reason}. Use another {option}.")
+
+
+# What codebot may remove, relative to the work directory.
+REMOVABLE_RE = re.compile(
+    r"""
+    (task|trash|scratch)_[^/]+ (/repo|/tmp)?
+    | outbox_[^/]+
+    | mirrors/[^/]+/.+
+    """,
+    re.VERBOSE,
+)
+
+
+def remove_tree(config: Config, path: str) -> None:
+    """Remove a directory that an agent may have made unwritable, or very deep.
+
+    It may be missing. Links are not followed. Raises ValueError unless the path is one
+    that codebot makes in its work directory.
+    """
+    if not REMOVABLE_RE.fullmatch(os.path.relpath(path, config.work_dir)):
+        raise ValueError(f"{path} is not a directory that codebot may remove")
+    if os.path.islink(path):
+        os.unlink(path)  # chmod would follow it
+        return
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(path, ignore_errors=True)
+    if os.path.lexists(path):
+        script = 'chmod -R u+rwX -- "$1"; rm -rf -- "$1"'
+        env = base_environment(config)
+        run_program(["sh", "-c", script, "sh", path], env)
 
 
 class SyncRequest(NamedTuple):
-    """Asks the sync thread to look at one thing, or without fields, at everything."""
+    """Asks the sync thread to look at one thing.
 
-    repository_id: int = 0  # of an issue that has, or had, the label
+    That is one of these; without any, SyncRequest() asks for a look at everything:
+      repository_id, number   an issue that has, or had, the label
+      pull_request_of         the pull request of that task
+      ended_task              that task, whose end is to be reported on its issue
+    """
+
+    repository_id: int = 0
     number: int = 0
-    pull_request_of: str = ""  # the task whose pull request it is
-    ended_task: str = ""  # one whose end is to be reported on its issue
+    pull_request_of: str = ""
+    ended_task: str = ""
 
 
 class Codebot:
@@ -4180,9 +4269,11 @@ class Codebot:
         self.sync_queue: queue.Queue[SyncRequest] = queue.Queue()
         self.jobs_due = threading.Event()  # wakes the timer: a job may start
         self.cleanup_wanted = threading.Event()  # wakes the cleanup
-        self.checked_commits: set[str] = set()  # git's fsck has accepted their trees
-        self.running: dict[str, JobRun] = {}  # by job id; each step is atomic
-        self.store: Store  # from open() on
+        # Commits whose trees git's fsck has accepted: one or two for each job.
+        self.checked_commits: set[str] = set()
+        # By job id. Threads share it without a lock: each use is one atomic step.
+        self.running: dict[str, JobRun] = {}
+        self.store: Store  # from open() on, as the checks before it need no database
 
     def open(self) -> None:
         """End what an earlier server left running in the work directory, and open it.
@@ -4251,80 +4342,8 @@ class Codebot:
                 raise StopRequested()
 
 
-def take_work_dir(config: Config) -> None:
-    """Make and lock the work directory, and put temporary files into it.
-
-    Locks the database, too. Raises ConfigError if that is not possible, or the disk is
-    full.
-    """
-    work_dir = config.work_dir
-    try:
-        os.makedirs(work_dir, exist_ok=True)
-    except FileExistsError:
-        raise ConfigError(f"{work_dir} is a file, not a directory.") from None
-    except OSError as error:
-        raise unusable_error(work_dir, error, "--work-dir") from None
-    if shutil.disk_usage(work_dir).free < FULL_DISK_BYTES:
-        raise ConfigError(
-            f"The disk of {work_dir} is full. Free some space. As long as codebot does "
-            "not run, task_*/repo and task_*/tmp in it can be removed."
-        )
-    hold_lock(f"{work_dir}/codebot.lock", work_dir, "--work-dir")
-    # CODEBOT_DATABASE of one codebot may be in the work directory of another.
-    database = config.database_file
-    hold_lock(f"{database}.lock", database, "CODEBOT_DATABASE")
-    # /tmp may be read-only, or in memory, and the output of programs may be large.
-    tempfile.tempdir = work_dir
-
-
-def hold_lock(path: str, subject: str, option: str) -> None:
-    """Hold a lock file until this process ends. Raises ConfigError if it cannot."""
-    try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        pathlib.Path(path).write_text(f"{os.getpid()}\n")
-    except BlockingIOError:
-        holder = pathlib.Path(path).read_text(errors="replace").strip()
-        raise ConfigError(
-            f"{subject} is in use by another codebot (process {holder}). Stop it, "
-            f"or use another {option}."
-        ) from None
-    except OSError as error:
-        raise unusable_error(path, error, option) from None
-
-
-def unusable_error(path: str, error: OSError, option: str) -> ConfigError:
-    reason = os_error_text(error)
-    if isinstance(error, PermissionError):
-        reason += f" for user {os.getuid()}"
-    return ConfigError(f"Cannot use {path}: {reason}. Use another {option}.")
-
-
-def remove_tree(config: Config, path: str) -> None:
-    """Remove a directory that an agent may have made unwritable, or very deep.
-
-    Follows no link; it may not exist. Refuses everything but what codebot makes in its
-    work directory.
-    """
-    name = os.path.relpath(path, config.work_dir)
-    removable = (
-        r"(task|trash|scratch)_[^/]+(/(repo|tmp))?|outbox_[^/]+|mirrors/[^/]+/.+"
-    )
-    if not re.fullmatch(removable, name):
-        raise ValueError(f"{path} is not a directory that codebot may remove")
-    if os.path.islink(path):
-        os.unlink(path)  # chmod would follow it
-        return
-    with contextlib.suppress(RecursionError):
-        shutil.rmtree(path, ignore_errors=True)
-    if os.path.lexists(path):
-        script = 'chmod -R u+rwX -- "$1"; rm -rf -- "$1"'
-        env = base_environment(config)
-        run_program(["sh", "-c", script, "sh", path], env)
-
-
 class JobRun:
-    """One run of a job: its log, its time, and what ends it early."""
+    """One run of a job: the job as the run changes it, its log, and what ends it."""
 
     def __init__(self, codebot: Codebot, job: Job) -> None:
         self.codebot = codebot
@@ -4335,9 +4354,11 @@ class JobRun:
         self.job = job
         self.is_cancelled = False  # another thread sets it
         self.started = time.monotonic()
-        self.deadline: float | None = None  # of the agent and the tests; see time_left
+        # When the agent and the tests must have ended; None until time_left() is asked.
+        self.deadline: float | None = None
         self.events_left = MAX_OUTPUT_EVENTS  # in this phase
-        self.retry_costs_money = False  # the agent has run since work was last stored
+        # Whether the agent has run since work was last stored: a retry runs it again.
+        self.retry_costs_money = False
 
     def check_stop(self) -> None:
         """Raise StopRequested or Cancelled if the run must end."""
@@ -4346,6 +4367,7 @@ class JobRun:
         self.codebot.check_stop()
 
     def log_event(self, source: str, *messages: str) -> None:
+        """Add messages of one source to the task's log."""
         self.log_events([(source, message) for message in messages])
 
     def log_events(self, entries: Sequence[tuple[str, str]]) -> None:
@@ -4369,7 +4391,7 @@ class JobRun:
         self.codebot.until_database_works(self.store.save_progress, self.job)
 
     def save_work(self, **changes: Any) -> None:
-        """Store finished work, which a retry does not repeat, and count retries anew."""
+        """Store finished work, which no retry repeats, and begin to count retries anew."""
         self.update(interruptions=0, transient_since=0.0, **changes)
         self.retry_costs_money = False
 
@@ -4390,8 +4412,8 @@ class JobRun:
     def time_left(self) -> float:
         """Return the seconds left for the agent and the tests, all attempts together.
 
-        The clock starts when this is first asked for: at the checkout, or when a review
-        is classified.
+        The first call starts the clock: at the checkout, or when a review is classified.
+        Before that, a slow network costs the agent nothing.
         """
         if self.deadline is None:
             self.deadline = time.monotonic() + self.config.task_timeout
