@@ -7607,8 +7607,10 @@ def queue_task(
 ) -> Response:
     """Queue a task, or find the one with the same Idempotency-Key and fields."""
     key = request.headers.get("idempotency-key") or None
-    if key and retry_of:  # else a key used before could find the failed task itself
-        key = f"retry of {retry_of}: {key}"
+    if key and retry_of:
+        # Else the key could find the failed task itself. No header has a line break, so
+        # this cannot be another client's key.
+        key = f"{key}\nretry of {retry_of}"
     job = codebot.submit(task, submitter(request), key, issue)
     message = "Task queued successfully"
     if job.status != "pending":

@@ -10421,6 +10421,17 @@ def test_retry_with_the_idempotency_key_of_its_task_is_a_new_task(
     assert last not in (task, retried)
 
 
+def test_no_clients_key_can_take_the_place_of_a_retrys(shared: Site) -> None:
+    fields = shared.api.fields(repository_url=missing_url(shared))
+    task = shared.api.post_task(fields).json["task_id"]
+    shared.api.failed(task, "clone_failed")
+    other = {**fields, "description": "Something else"}
+    shared.api.post_task(other, {"Idempotency-Key": f"retry of {task}: k"})
+    path = f"/api/tasks/{task}/retry"
+    answer = shared.api.request("POST", path, headers={"Idempotency-Key": "k"})
+    assert answer.status == 202
+
+
 # --- API: health, metrics and the audit trail --------------------------------
 
 
