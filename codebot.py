@@ -3013,7 +3013,7 @@ class Mirror(GitDirectory):
 #   requeue                running -> pending     after a stop, a crash, for a retry
 #   request_cancel         pending -> failed      a running task is only asked to end
 #   drop_review            deletes a running review
-#   absorb_waiting_reviews deletes a waiting one, whose comments join a running one
+#   absorb_waiting_reviews deletes a pending review, whose comments join a running one
 #   delete_expired         deletes tasks, with their reviews
 # The others read, or note something without a change of state.
 
@@ -3023,7 +3023,7 @@ CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
     kind TEXT NOT NULL CHECK (kind IN ('task', 'review')),
-    -- A task's own id; of a review that of the task whose pull request it is about.
+    -- In a task its own id; in a review the id of the task whose pull request it is about.
     task_id TEXT NOT NULL REFERENCES jobs(id) ON DELETE CASCADE,
     status TEXT NOT NULL DEFAULT 'pending'
         CHECK (status IN ('pending', 'running', 'completed', 'failed')),
@@ -3041,7 +3041,7 @@ CREATE TABLE jobs (
     test_command TEXT NOT NULL DEFAULT '',
     base_branch TEXT NOT NULL DEFAULT '',
     idempotency_key TEXT UNIQUE,
-    -- The issue that a task comes from.
+    -- The issue that a task comes from, if it comes from one.
     issue_number INTEGER NOT NULL DEFAULT 0,
     issue_url TEXT NOT NULL DEFAULT '',
     label_event_id INTEGER UNIQUE,
@@ -3060,7 +3060,7 @@ CREATE TABLE jobs (
     -- 1 from when a task's push begins, for good: it can no longer be cancelled.
     is_pushing INTEGER NOT NULL DEFAULT 0,
     -- Progress, from which a job goes on after a crash. A review has its task's
-    -- directory and branch. The commit has base_commit as parent.
+    -- directory and branch. The commit's parent is base_commit.
     repository_id INTEGER NOT NULL DEFAULT 0,
     directory TEXT NOT NULL DEFAULT '',
     branch TEXT NOT NULL DEFAULT '',
@@ -3116,14 +3116,14 @@ CREATE INDEX comments_by_task ON comments (task_id);
 -- The label events that codebot has handled. They outlive the tasks.
 CREATE TABLE label_events (id INTEGER PRIMARY KEY);
 CREATE TABLE deliveries (guid TEXT PRIMARY KEY, received_at TEXT NOT NULL);
--- One row: what all jobs took, also those that were deleted.
+-- One row: what all jobs took, the deleted ones too.
 CREATE TABLE totals (
     seconds REAL NOT NULL,
     dollars REAL NOT NULL,
     checks INTEGER NOT NULL -- check_writable adds 1, because it has to change something
 );
 INSERT INTO totals (seconds, dollars, checks) VALUES (0, 0, 0);
--- What the API's list shows.
+-- What the API's list shows. Texts are cut here, so that a list reads no long ones.
 CREATE VIEW task_list AS
     SELECT
         job.id AS task_id, job.status, job.submitted_at, job.started_at,
@@ -3140,11 +3140,12 @@ CREATE VIEW task_list AS
     FROM jobs AS job
     LEFT JOIN pull_requests ON pull_requests.task_id = job.id
     WHERE job.kind = 'task';
--- Tasks with the time of their last activity, reviews included. It is NULL while a job
--- of the task is unfinished: then nothing of it may be removed, and its log may grow.
+-- `active_until` is when the last job of a task, the task itself or a review, has ended.
+-- It is NULL while one of these jobs is unfinished: until then nothing of the task is
+-- removed, and its log may grow.
 CREATE VIEW task_activity AS
     SELECT jobs.task_id,
-        MAX(jobs.directory) AS directory, -- a review has its task's
+        MAX(jobs.directory) AS directory, -- the task's; its reviews have the same
         IFNULL(pull_requests.state, '') AS pr_state,
         CASE
             WHEN SUM(jobs.completed_at IS NULL) > 0 THEN NULL
@@ -3281,13 +3282,13 @@ def from_row(row_type: type[T], row: sqlite3.Row | Mapping[str, Any]) -> T:
 
 
 def make_job(row: sqlite3.Row) -> Job:
-    columns = dict(row)
-    outcome = json.loads(columns["outcome"])
+    outcome = json.loads(row["outcome"])
     if outcome.get("tests"):
         outcome["tests"] = TestResult(**outcome["tests"])
-    columns["outcome"] = Outcome(**outcome)
-    columns["request"] = from_row(TaskRequest, columns)
-    return from_row(Job, columns)
+    request = from_row(TaskRequest, row)
+    return from_row(
+        Job, {**dict(row), "request": request, "outcome": Outcome(**outcome)}
+    )
 
 
 def make_pull_request(row: sqlite3.Row) -> PullRequest:
@@ -3300,7 +3301,8 @@ def only_value(row: sqlite3.Row) -> Any:
 
 
 class Store:
-    """The database. Methods raise sqlite3.Error if it cannot be used; add_events logs it.
+    """The database. If it cannot be used, methods raise sqlite3.Error; only add_events
+    logs that instead.
 
     One connection writes and one reads, each behind its own lock. In WAL mode a
     reader does not wait for a writer.
@@ -3606,7 +3608,7 @@ class Store:
         return changed == 1
 
     def save_progress(self, job: Job) -> None:
-        """Store what the run of a job changes in it, for a restart and for people."""
+        """Store the fields that a run changes: for a restart, and for people."""
         outcome = json.dumps(dataclasses.asdict(job.outcome))
         self._write(
             """
@@ -3667,8 +3669,11 @@ class Store:
         return self._read_one(make_job, "SELECT * FROM jobs WHERE id = :id", id=job_id)
 
     def task(self, task_id: str) -> Job | None:
-        job = self.job(task_id)
-        return job if job and job.kind == "task" else None
+        return self._read_one(
+            make_job,
+            "SELECT * FROM jobs WHERE id = :id AND kind = 'task'",
+            id=task_id,
+        )
 
     def tasks(self, status: str, limit: int, before_seq: int) -> list[dict[str, Json]]:
         """Return tasks as the API lists them, newest first.
@@ -3797,7 +3802,7 @@ class Store:
         )
 
     def unmerged_pull_requests(self) -> list[PullRequest]:
-        """Return those that may still get comments, or be reopened."""
+        """Return the pull requests that may still get comments, or be reopened."""
         return self._read(
             make_pull_request, "SELECT * FROM pull_requests WHERE state != 'merged'"
         )
@@ -3837,7 +3842,7 @@ class Store:
         is ignored, and so are all of a known ``delivery``. What was changed before
         ``seen_until`` need not be asked for again.
         """
-        jobs = {}
+        reviewers = {}  # by the id of their review
         with self._transaction() as db:
             if delivery and not insert_delivery(db, delivery):
                 return []
@@ -3848,7 +3853,7 @@ class Store:
                 if job_id is None:
                     job_id = insert_review(db, task_id, comment.user)
                 insert_comment(db, task_id, job_id, comment)
-                jobs[job_id] = comment.user
+                reviewers[job_id] = comment.user
             db.execute(
                 """
                 UPDATE pull_requests SET seen_until = MAX(seen_until, :seen_until)
@@ -3856,12 +3861,12 @@ class Store:
                 """,
                 {"task_id": task_id, "seen_until": seen_until},
             )
-        for job_id, user in jobs.items():
+        for job_id, user in reviewers.items():
             log.info("Task %s: %.99s commented on it (job %s)", task_id, user, job_id)
-        return list(jobs)
+        return list(reviewers)
 
     def absorb_waiting_reviews(self, job: Job) -> None:
-        """Add what the same reviewer has waiting to the review job that runs."""
+        """Move what the same reviewer has waiting to their running review."""
         with self._transaction() as db:
             waiting_id = waiting_review(db, job.task_id, job.reviewer)
             if waiting_id is None:
@@ -3886,7 +3891,10 @@ class Store:
         )
 
     def comments(self, job_id: str) -> list[Comment]:
-        """Return what a review is about, a GitHub review before its inline comments."""
+        """Return the comments that a review answers, oldest first.
+
+        The text of a GitHub review comes before everything else.
+        """
         return self._read(
             lambda row: from_row(Comment, row),
             """
@@ -3975,9 +3983,9 @@ class Store:
     # Retention
 
     def retained_directories(self, cutoff: str) -> set[str]:
-        """Return the workspaces that are needed, or were active since ``cutoff``.
+        """Return the workspaces of tasks that were active since ``cutoff``.
 
-        That of a closed pull request is needed only by an unfinished job.
+        The workspace of a closed pull request is retained only for an unfinished job.
         """
         directories = self._read(
             only_value,
@@ -3991,7 +3999,7 @@ class Store:
         return set(directories)
 
     def delete_expired(self, cutoff: str, delivery_cutoff: str) -> None:
-        """Delete what is past its retention: logs; tasks without an open pull request.
+        """Delete old logs, old tasks without an open pull request, and old deliveries.
 
         At most 5,000 events and 100 tasks at a time, since others wait while this writes.
         """
@@ -6291,7 +6299,7 @@ REASON_BY_PHASE = {
 
 
 def repeat_until_stopped(codebot: Codebot, step: Callable[[], None]) -> None:
-    """Do the step of a thread again and again."""
+    """Do the step of a thread again and again, until the server stops."""
     while not codebot.stop.is_set():
         try:
             step()
@@ -6371,13 +6379,13 @@ def run_steps(run: JobRun) -> Ending:
     except Cancelled:
         return Ending("failed", "cancelled", CANCELLED_TEXT[kind])
     except TransientError as error:
-        return ending_after_transient_error(run, error)
+        return ending_after_transient_error(run, str(error), error.retry_at)
     except sqlite3.OperationalError as error:
-        return ending_after_transient_error(run, TransientError(str(error)))
+        return ending_after_transient_error(run, str(error))
     except OSError as error:
         message = f"This host cannot go on: {os_error_text(error)}"
         if error.errno in TRANSIENT_ERRNOS:
-            return ending_after_transient_error(run, TransientError(message))
+            return ending_after_transient_error(run, message)
         log.exception("Job %s", job_id)
         return Ending("failed", "internal", message)
     except JobFailed as error:
@@ -6404,15 +6412,20 @@ def check_may_run(run: JobRun) -> None:
 
 
 def ending_of_skipped_review(run: JobRun, error: ReviewSkipped) -> Ending:
-    """A review for which nothing may be done is deleted, unless it cost something."""
+    """Return how a review ends for which nothing may be done.
+
+    It is deleted, unless it has cost something.
+    """
     log.info("Review %s is skipped: %s", run.job.id, error)
     if run.job.outcome.cost_usd is None and not run.retry_costs_money:
         return Ending("deleted")
     return Ending("failed", "cancelled", f"The review was skipped: {error}")
 
 
-def ending_after_transient_error(run: JobRun, error: TransientError) -> Ending:
-    """A job is retried later, unless that has been tried for too long or too often.
+def ending_after_transient_error(
+    run: JobRun, error: str, retry_at: float = 0.0
+) -> Ending:
+    """Return how a job ends for now: with a retry later, or, after too many, for good.
 
     A retry that would run the agent again costs money, so it counts as an interruption.
     """
@@ -6422,9 +6435,13 @@ def ending_after_transient_error(run: JobRun, error: TransientError) -> Ending:
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     if is_too_often or now > give_up_at:
         reason = job.reason or REASON_BY_PHASE.get(job.phase, "internal")
-        return Ending("failed", reason, job.error or str(error))
-    not_before = max(now + RETRY_DELAY, error.retry_at)
-    return Ending("pending", "", str(error), int(run.retry_costs_money), not_before)
+        return Ending("failed", reason, job.error or error)
+    return Ending(
+        "pending",
+        error=error,
+        interruptions=int(run.retry_costs_money),
+        not_before=max(now + RETRY_DELAY, retry_at),
+    )
 
 
 def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
@@ -6462,7 +6479,7 @@ def store_ending(run: JobRun, ending: Ending) -> None:
     job = run.job
     write = run.codebot.until_database_works
     if run.is_cancelled and ending.status in ("failed", "pending"):
-        # Whatever else went wrong meanwhile.
+        # It was cancelled, whatever else went wrong meanwhile.
         ending = Ending("failed", "cancelled", CANCELLED_TEXT[job.kind])
     if ending.status == "deleted":
         write(run.store.drop_review, job.id)
@@ -6482,11 +6499,11 @@ def finish_job(run: JobRun, ending: Ending) -> None:
     """
     job = run.job
     error = ending.error
-    is_of_push = ending.reason in ("push_rejected", "pull_request_failed")
-    if ending.status == "failed" and job.is_pushing and not is_of_push:
-        error = f"{error}. Its branch {job.branch} may have been pushed"
-    error = run.redact(error)[:10_000]
     if ending.status == "failed":
+        is_of_push = ending.reason in ("push_rejected", "pull_request_failed")
+        if job.is_pushing and not is_of_push:
+            error += f". Its branch {job.branch} may have been pushed"
+        error = run.redact(error)[:10_000]
         if error != job.error:  # else store_failure has logged it
             run.log_event("codebot", f"Failed ({ending.reason}): {error}")
         log.info("Job %s: %s", job.id, error.partition("\n")[0])
@@ -6498,19 +6515,19 @@ def finish_job(run: JobRun, ending: Ending) -> None:
 
 
 def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
-    """Give the workers what is due, or ``only_job`` when it is due."""
+    """Give the workers the jobs that are due; if ``only_job`` is an id, only that one."""
     codebot.jobs_due.wait(TIMER_INTERVAL)
     codebot.jobs_due.clear()
-    for kind, jobs in codebot.queues.items():
-        if not jobs.empty():
+    for kind, job_ids in codebot.queues.items():
+        if not job_ids.empty():
             continue  # the workers are busy; a job is not queued each second
         for job_id in codebot.store.due_jobs(kind):
             if only_job in ("", job_id):
-                jobs.put(job_id)
+                job_ids.put(job_id)
 
 
 def probe_database(codebot: Codebot) -> None:
-    """See after a while whether the database can be written."""
+    """Wait a moment, and then write to the database, to see whether that is possible."""
     codebot.stop.wait(DATABASE_TEST_INTERVAL)
     codebot.check_stop()
     try:
@@ -6529,21 +6546,21 @@ class Cleanup:
         self.retry_repack_at: dict[str, float] = {}  # by mirror, after a failure
 
     def step(self) -> None:
-        # It begins with a pause. Meanwhile sync queues what people wrote while the server
-        # was down, so the workspaces for that are retained.
+        # The pause comes first: in it, sync queues what people wrote while the server was
+        # down. So the workspaces that these reviews need are retained.
         self.codebot.cleanup_wanted.wait(min(CLEANUP_INTERVAL, self.config.retention))
         self.codebot.cleanup_wanted.clear()
         self.codebot.check_stop()
         # What frees the disk comes first: a full one may be why the database fails.
-        self.attempt(self.remove_workspaces)
+        self.do_part(self.remove_workspaces)
         cutoffs = (now_text(self.config.retention), now_text(DELIVERY_RETENTION))
-        self.attempt(self.codebot.store.delete_expired, *cutoffs)
-        self.attempt(stop_all_launched, self.config, STOP_FAILED)
+        self.do_part(self.codebot.store.delete_expired, *cutoffs)
+        self.do_part(stop_all_launched, self.config, STOP_FAILED)
         for path in find_paths(self.config.work_dir, "mirrors/*/*/*.git"):
-            self.attempt(self.maintain_mirror, path)
+            self.do_part(self.maintain_mirror, path)
 
-    def attempt(self, part: Callable[..., None], *args: object) -> None:
-        """Do a part of the work. The others are done even if it fails."""
+    def do_part(self, part: Callable[..., None], *args: object) -> None:
+        """Do a part of the work. If it fails, the others are still done."""
         try:
             part(*args)
         except (OSError, sqlite3.Error, LimitReached, GitFailed, TransientError) as e:
@@ -6552,13 +6569,13 @@ class Cleanup:
     def remove_workspaces(self) -> None:
         """Remove workspaces and outboxes that no job needs any more."""
         work_dir = self.config.work_dir
-        # Listed before the store is asked: it knows the job of everything listed.
+        # Listed before the store is asked, so that it knows the job of everything listed.
         paths = find_paths(work_dir, "task_*")
         cutoff = now_text(self.config.retention)
         retained = self.codebot.store.retained_directories(cutoff)
         for path in paths:
             directory = os.path.basename(path)
-            # A review may have started meanwhile.
+            # A review that needs the directory may have started since.
             in_use = {run.job.directory for run in list(self.codebot.running.values())}
             if directory not in retained | in_use:
                 discard(work_dir, outbox_path(self.config, directory))

@@ -3766,7 +3766,7 @@ def test_free_retry_of_interrupted_review_is_not_its_last(store: codebot.Store) 
     app = codebot.Codebot(codebot.Config(no_github=True, work_dir=store.path + ".dir"))
     app.store = store
     run = codebot.JobRun(app, review)
-    ending = codebot.ending_after_transient_error(run, codebot.TransientError("502"))
+    ending = codebot.ending_after_transient_error(run, "502")
     codebot.store_ending(run, ending)
     assert stored_job(store, review).status == "pending"
 
@@ -3783,7 +3783,7 @@ def test_finished_answer_is_posted_again_without_counting_interruptions(
     run.retry_costs_money = True
     outcome = dataclasses.replace(review.outcome, answers={"conversation 1": "Yes."})
     run.save_work(outcome=outcome)
-    ending = codebot.ending_after_transient_error(run, codebot.TransientError("502"))
+    ending = codebot.ending_after_transient_error(run, "502")
     codebot.store_ending(run, ending)
     assert stored_job(store, review).status == "pending"
     assert stored_job(store, review).interruptions == 0
