@@ -3208,10 +3208,10 @@ class SourceIssue(NamedTuple):
     repository_id: int
     issue_number: int
     issue_url: str
-    label_event_id: int | None  # None: a client has submitted it again
+    label_event_id: int | None  # None: a client has retried the task
 
 
-NO_ISSUE = SourceIssue(0, 0, "", None)  # a client has submitted the task
+NO_ISSUE = SourceIssue(0, 0, "", None)  # of a task that comes from no issue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3610,6 +3610,7 @@ class Store:
     def save_progress(self, job: Job) -> None:
         """Store the fields that a run changes: for a restart, and for people."""
         outcome = json.dumps(dataclasses.asdict(job.outcome))
+        values = {**vars(job), "outcome": outcome}
         self._write(
             """
             UPDATE jobs SET
@@ -3629,7 +3630,7 @@ class Store:
                 error = :error
             WHERE id = :id
             """,
-            **{**vars(job), "outcome": outcome},
+            **values,
         )
 
     # Queues
