@@ -6031,6 +6031,8 @@ def answer_body(run: JobRun, thread: str, first: Comment) -> str:
 SYNC_INTERVAL = 1.0  # seconds between looks at what is due and at tasks that ended
 # Seconds until GitHub is asked again for what it gives the App no token for.
 APP_REFUSED_DELAY = 900.0
+# What is raised while a response is read that has not the shape that is documented.
+UNKNOWN_SHAPE_ERRORS = (AttributeError, LookupError, TypeError, ValueError)
 
 
 class Sync:
@@ -6070,7 +6072,7 @@ class Sync:
                 retry_at = time.time() + delay  # the look may have taken a while
                 self.waiting[request] = max(retry_at, getattr(error, "retry_at", 0.0))
                 return
-        except (AttributeError, LookupError, TypeError, ValueError):
+        except UNKNOWN_SHAPE_ERRORS:
             log.exception("%s: GitHub's response has an unknown shape", request)
             return
         del self.waiting[request]
@@ -6093,28 +6095,34 @@ class Sync:
             self.waiting.setdefault(
                 SyncRequest(pull_request_of=pull_request.task_id), 0.0
             )
-        label = self.config.issue_label
-        if not label:
-            return
+        if self.config.issue_label:
+            self.poll_issues()
+
+    def poll_issues(self) -> None:
+        """Ask for a look at each issue that has the label, or whose task is unfinished."""
         for repository_id, number in self.store.unfinished_issues():
             self.waiting.setdefault(SyncRequest(repository_id, number), 0.0)
-        failure: TransientError | None = None
+        # What goes wrong with one repository does not keep the others from being asked.
+        last_error: TransientError | None = None
         for github_repository in self.github.repositories():
-            if not repository_at(github_repository).is_allowed(self.config):
-                continue
             try:
-                for number in github_repository.issues_with_label(label):
-                    request = SyncRequest(github_repository.id, number)
-                    self.waiting.setdefault(request, 0.0)
-            except (GitHubError, AppRefused) as error:
-                # Its issues may be turned off, or the App may not read them.
+                self.poll_repository(github_repository)
+            # Issues may be turned off there, or the App may not read them. AppRefused
+            # is caught here, before TransientError, which it is a kind of.
+            except (GitHubError, AppRefused, *UNKNOWN_SHAPE_ERRORS) as error:
                 log.warning(
                     "Issues of %s are ignored: %s", github_repository.full_name, error
                 )
             except TransientError as error:
-                failure = error  # the others are still looked at
-        if failure is not None:
-            raise failure
+                last_error = error
+        if last_error is not None:
+            raise last_error
+
+    def poll_repository(self, github_repository: GitHubRepository) -> None:
+        if not repository_at(github_repository).is_allowed(self.config):
+            return
+        for number in github_repository.issues_with_label(self.config.issue_label):
+            self.waiting.setdefault(SyncRequest(github_repository.id, number), 0.0)
 
     # Pull requests
 

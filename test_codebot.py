@@ -8411,6 +8411,21 @@ def test_repository_that_cannot_be_asked_does_not_hide_issues_of_others(
     fresh.api.completed(issue.task())
 
 
+def test_repository_of_unknown_shape_does_not_hide_issues_of_others(
+    fresh: Site,
+) -> None:
+    fresh.github.create_repository("acme/no name")
+    odd = fresh.github.create_repository("acme/odd")
+    odd.fail("GET /issues*", 200, [{"title": "without a number"}], always=True)
+    other = fresh.github.create_repository("acme/other")
+    fresh.repository = other
+    fresh.api.repository = other
+    issue = open_issue(fresh)
+    fresh.person("alice").label(issue.number, webhook=False)
+    fresh.server.start()
+    fresh.api.completed(issue.task())
+
+
 def test_removing_label_during_push_is_too_late(shared: Site) -> None:
     issue = open_issue(shared)
     alice = shared.person("alice")
