@@ -6047,11 +6047,11 @@ class Sync:
 
     def step(self) -> None:
         """Wait a moment for requests, and handle those that are due."""
+        requests = self.codebot.sync_queue
         with contextlib.suppress(queue.Empty):
-            request = self.codebot.sync_queue.get(timeout=SYNC_INTERVAL)
-            while True:  # until the queue is empty
-                self.waiting[request] = 0.0
-                request = self.codebot.sync_queue.get_nowait()
+            self.waiting[requests.get(timeout=SYNC_INTERVAL)] = 0.0
+        while not requests.empty():
+            self.waiting[requests.get()] = 0.0
         for task_id in self.store.unreported_tasks():
             self.waiting.setdefault(SyncRequest(ended_task=task_id), 0.0)
         for request, due in list(self.waiting.items()):
@@ -6059,18 +6059,21 @@ class Sync:
                 self.handle(request)
 
     def handle(self, request: SyncRequest) -> None:
-        """Look at something; again later if that fails, unless it is gone."""
-        self.waiting[request] = time.time() + RETRY_DELAY  # whatever goes wrong
+        """Process a request; again later if that fails, unless its subject is gone."""
+        # If an error that is not expected here ends this, the request is repeated, too.
+        self.waiting[request] = time.time() + RETRY_DELAY
         try:
-            self.look(request)
+            self.process(request)
         except (TransientError, GitHubError, sqlite3.Error, OSError) as error:
             log.warning("The look at %s failed: %s", request, error)
-            if getattr(error, "status", 0) not in GONE_STATUSES:
-                delay = RETRY_DELAY
+            is_gone = isinstance(error, GitHubError) and error.status in GONE_STATUSES
+            if not is_gone:
+                retry_at = time.time() + RETRY_DELAY  # from now: the look took a while
                 if isinstance(error, AppRefused):
-                    delay = APP_REFUSED_DELAY
-                retry_at = time.time() + delay  # the look may have taken a while
-                self.waiting[request] = max(retry_at, getattr(error, "retry_at", 0.0))
+                    retry_at = time.time() + APP_REFUSED_DELAY
+                elif isinstance(error, TransientError):
+                    retry_at = max(retry_at, error.retry_at)
+                self.waiting[request] = retry_at
                 return
         except UNKNOWN_SHAPE_ERRORS:
             log.exception("%s: GitHub's response has an unknown shape", request)
@@ -6079,7 +6082,8 @@ class Sync:
         if request == SyncRequest() and self.config.enable_polling:
             self.waiting[request] = time.time() + self.config.poll_interval
 
-    def look(self, request: SyncRequest) -> None:
+    def process(self, request: SyncRequest) -> None:
+        """Look at what the request names, or at everything if it names nothing."""
         if request.pull_request_of:
             self.look_at_pull_request(request.pull_request_of)
         elif request.ended_task:
@@ -6221,7 +6225,7 @@ class Sync:
     def has_untrusted_edit(
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> bool:
-        """Return whether its text may have been edited after it was labelled.
+        """Return whether the issue's text may have been edited after it was labelled.
 
         GitHub's REST API reports only the time of an issue's latest change, not what was
         changed. An edit could be followed by a comment or a new title, so every change
@@ -6256,9 +6260,9 @@ class Sync:
             ticket_summary=title.strip()[:500] or f"Issue {issue.number}",
             test_command=default_test_command(self.config, repository),
         )
-        label = SourceIssue(github_repository.id, issue.number, issue.url, event.id)
+        source = SourceIssue(github_repository.id, issue.number, issue.url, event.id)
         try:
-            self.codebot.submit(request, f"github:{event.actor}", issue=label)
+            self.codebot.submit(request, f"github:{event.actor}", issue=source)
         except HTTPError as error:  # the queue is full, or the server stops
             raise TransientError(f"Issue {issue.url} waits: {error}") from None
 

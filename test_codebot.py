@@ -7543,7 +7543,7 @@ def test_look_that_fails_slowly_is_repeated_some_time_after_it_failed(
         monkeypatch.setattr(time, "time", lambda: failed_at)
         raise error
 
-    monkeypatch.setattr(sync, "look", fail)
+    monkeypatch.setattr(sync, "process", fail)
     sync.handle(codebot.SyncRequest())
     assert sync.waiting[codebot.SyncRequest()] == failed_at + delay
 
@@ -7558,11 +7558,11 @@ def test_response_of_unknown_shape_holds_up_no_other_look(
     second = codebot.SyncRequest(1, 2)
     sync.waiting = {first: 0.0, second: 0.0}
 
-    def look(request: codebot.SyncRequest) -> None:
+    def process(request: codebot.SyncRequest) -> None:
         if request == first:
             raise KeyError("state")
 
-    monkeypatch.setattr(sync, "look", look)
+    monkeypatch.setattr(sync, "process", process)
     sync.step()
     assert list(sync.waiting) == [first]
     assert sync.waiting[first] > time.time() + 50
