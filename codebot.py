@@ -4454,10 +4454,10 @@ class JobRun:
 # sandbox. codebot takes one thing from there: the tree that the agent left. It makes
 # the commit itself, in a bare repository that no sandbox shows, the outbox.
 
-# Every script that runs in a workspace begins with this. `g` is git without hooks,
-# fsmonitor, signing and gc. Before, the lock files that a killed git has left are removed.
+# Every script that runs in a workspace begins with this. It removes the lock files that a
+# killed git may have left, and defines `g`: git without hooks, fsmonitor, signing and gc.
 GIT_FUNCTION = """
-for lock in .git/index.lock .git/HEAD.lock; do [ ! -e $lock ] || rm -rf $lock; done
+rm -rf .git/index.lock .git/HEAD.lock
 g() {
     git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c commit.gpgSign=false \\
         -c gc.auto=0 -c maintenance.auto=false "$@"
@@ -4471,35 +4471,44 @@ git config remote.origin.url "$url" &&
 git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
 git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
-# The tree is recorded before the test and committed after it, so that nothing which a test
-# leaves behind is committed; the agent sees only ignored files of it. A hostile test could
-# name another tree in step 4, as it could pass without testing anything; that tree, too,
-# is inspected before it is pushed.
+# The tree is recorded before the test and committed after it, so nothing that the test
+# leaves behind is committed. Of that, the agent later sees only the ignored files. A
+# hostile test could name another tree in step 4, as it could pass without testing
+# anything; that tree, too, is inspected before it is pushed.
 TEST_SCRIPT = """
 reset() {
     g checkout-index -q -f -a && g clean -q -ff -d
 }
-# 1. Record what the agent left as a tree, and in the index.
-g add -A 2>&1 && tree=$(g write-tree) || exit
+# 1. Record what the agent left, as a tree and in the index. If git cannot read it, the
+# agent is shown why, as if a test had failed.
+g add -A 2>&1 || exit
+tree=$(g write-tree) || exit
 # 2. Run the test.
 sh -c "$1" 2>&1
 code=$?
 # 3. Put index and files back to that tree. What it does not have is removed, but ignored
-# files, such as installed packages, stay. (Directories may have been made unwritable.)
+# files, such as installed packages, stay.
 rm -rf .git/index.lock .git/codebot-tested
-g read-tree "$tree" && { reset 2>/dev/null || { chmod -R u+rwX .; reset; }; }
-# 4. If the test passed, note the tree: COMMIT_SCRIPT commits this one, whatever could not
-# be removed.
-[ $code = 0 ] && echo "$tree" >.git/codebot-tested
+if g read-tree "$tree" && ! reset 2>/dev/null; then
+    chmod -R u+rwX .  # the test may have made directories unwritable
+    reset
+fi
+# 4. If the test passed, note the tree: COMMIT_SCRIPT commits this one, even if not all
+# that the test left could be removed.
+if [ $code = 0 ]; then
+    echo "$tree" >.git/codebot-tested
+fi
 exit $code
 """
-# Commits the tree that a test has recorded ($2 is not empty), or what is there, on $1.
+# Makes a commit on $1: of the tree that a test has passed with, if $2 is not empty, else
+# of what is there.
 COMMIT_SCRIPT = """
 base=$1 tested=$2
-if [ "$tested" ]; then
+if [ -n "$tested" ]; then
     read -r tree <.git/codebot-tested || exit
 else
-    tree=$(g add -A && g write-tree) || exit
+    g add -A || exit
+    tree=$(g write-tree) || exit
 fi
 commit=$(g commit-tree -p "$base" -m "What the agent left" "$tree") &&
 g update-ref --no-deref HEAD "$commit" # the agent's branch may be locked
@@ -4590,10 +4599,10 @@ class Workspace:
     def check_out(self, base_name: str, base_commit: str) -> None:
         """Make fresh directories and a repository with the branch checked out."""
         self.stop_earlier_launch()
-        old = [self.path]
-        if self.run.job.kind == "review":  # it continues the session
-            old = [self.repo, f"{self.path}/tmp"]
-        for path in old:
+        to_remove = [self.path]
+        if self.run.job.kind == "review":  # it continues the session in home
+            to_remove = [self.repo, f"{self.path}/tmp"]
+        for path in to_remove:
             remove_tree(self.config, path)
         for part in WORKSPACE_PARTS:
             os.makedirs(f"{self.path}/{part}", exist_ok=True)
@@ -4615,10 +4624,9 @@ class Workspace:
 
     # Programs in the sandbox
     #
-    #   script              codebot's own scripts; on this host   \
-    #   run_work            the agent and the tests; on a node     supervise -> sandboxed
-    #                       if there is a launcher                /
-    #   fetch_into_outbox   git upload-pack, as git fetch starts it          -> sandboxed
+    # `script` runs codebot's own scripts on this host, and `run_work` the agent and the
+    # tests, on a node if there is a launcher; both by `supervise`. `fetch_into_outbox`
+    # lets git fetch start git upload-pack. `sandboxed` makes all their command lines.
 
     def environment(self, with_model_key: bool) -> dict[str, str]:
         """Return all that a program in the workspace gets in its environment."""
@@ -4701,8 +4709,9 @@ class Workspace:
         except LimitReached as error:
             raise self.run.limit_failure(error, command.name) from None
         finally:
-            if launch is not None or not self.codebot.sandbox.is_bwrap:
-                # On this host, bwrap's PID namespace ends every process by itself.
+            # On this host, bwrap's PID namespace ends every process by itself.
+            is_ended_by_bwrap = self.codebot.sandbox.is_bwrap and launch is None
+            if not is_ended_by_bwrap:
                 end_tagged_processes(self.config.run_tag)
 
     # From the agent's work to a pushed commit
@@ -4731,7 +4740,7 @@ class Workspace:
             raise JobFailed(
                 "agent_failed", f"The agent left no usable repository: {result.error}"
             )
-        tree, base_tree = trees.stdout
+        tree, base_tree = trees.stdout  # two lines, in the order of the arguments
         return None if tree == base_tree else tree
 
     def fetch_into_outbox(self, ref: str) -> ProgramResult:
@@ -4741,9 +4750,10 @@ class Workspace:
             agent's .git -> git upload-pack  -->  git fetch, with fsck -> outbox
 
         upload-pack is the only process that opens the agent's .git. What crosses is a
-        pack. (git fetch itself would read a bundle, if self.repo were a file. The agent
-        cannot replace the directory: in bwrap it is a mount point.)
+        pack.
         """
+        # If self.repo were a file, git fetch itself would read it, as a bundle. The agent
+        # cannot replace the directory by one: in bwrap it is a mount point.
         # git adds the path, and sh runs: bwrap … -- git upload-pack '/…/repo'
         upload_pack = self.sandboxed(["git", "upload-pack"])
         argv = [*GIT, "-c", "fetch.fsckObjects=true", "--git-dir", self.outbox.path]
@@ -4775,9 +4785,9 @@ class Workspace:
     def inspect_commit(self, base_commit: str, commit: str) -> str:
         """Return what a commit changes, as git diff --stat shows it.
 
-        The outbox is bare, and its HEAD names no commit, so git diff takes no attributes
-        from the agent's files.
-        Raises JobFailed if the commit may not be pushed.
+        Raises JobFailed if the commit may not be pushed. The agent's .gitattributes hide
+        nothing from it: git would read them in a work tree, or as git 2.43 does, in the
+        commit that a bare repository's HEAD names. The outbox has neither.
         """
         scanner = DiffScanner(self.codebot.redact)
         diff = (*GIT_DIFF, "--no-renames", base_commit, commit)
@@ -4817,7 +4827,7 @@ class Workspace:
         self.run.log_event("git", f"Pushed {commit} to {self.branch}")
 
     def push_failure(self, error: Exception) -> Exception:
-        """Return what it means that finished work cannot be pushed."""
+        """Return the error for finished work that cannot be pushed."""
         if isinstance(error, TransientError):
             return error
         if isinstance(error, GitAuthFailed) and self.codebot.github is not None:
@@ -4826,7 +4836,7 @@ class Workspace:
         return JobFailed("push_rejected", f"Failed to push: {error}")
 
     def remote_has(self, commit: str) -> bool:
-        """Fetch the branch, and return whether it has the commit, under others or not."""
+        """Fetch the branch, and return whether it contains the commit."""
         try:
             _, tip = self.mirror.fetch_branch(self.repository, self.branch)
         except (BranchNotFound, GitFailed):
@@ -4872,8 +4882,9 @@ class Workspace:
 
 
 def outbox_path(config: Config, directory: str) -> str:
-    """Return the path of a task's outbox: its directory ends in 7 hex digits."""
-    return f"{config.work_dir}/outbox_{directory[-7:]}.git"
+    """Return the path of the outbox that belongs to a task's directory."""
+    digits = directory[-7:]  # task_[TICKET_]HEX
+    return f"{config.work_dir}/outbox_{digits}.git"
 
 
 # --- Agent -------------------------------------------------------------------
