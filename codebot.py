@@ -4892,7 +4892,7 @@ def outbox_path(config: Config, directory: str) -> str:
 # The Claude CLI. It gets a prompt on its standard input, works in the workspace and
 # prints events as JSON lines (stream-json). What they say, the cost included, is its
 # own claim. A repository's settings, hooks and MCP servers are not loaded. What the
-# agent runs of a repository has the model's key in its environment all the same.
+# agent runs of a repository nevertheless has the model's key in its environment.
 
 CODING_RULES = """\
 You are codebot, working alone on a task in a clone of a git repository. If there is a
@@ -4945,8 +4945,8 @@ ANSWER_SCHEMA = """\
     "summary": {"type": "string"}
   }
 }"""
-# Options of the CLI: what a run may do, and how it answers. WRITING_OPTIONS are for one
-# that may change files, READING_OPTIONS for one that only reads.
+# Options of the CLI say what a run may do, and how it answers. WRITING_OPTIONS are a part
+# of those for a run that may change files, READING_OPTIONS for one that only reads.
 WRITING_OPTIONS = (
     "--permission-mode",
     "bypassPermissions",
@@ -4961,15 +4961,15 @@ READING_OPTIONS = (
     "--settings",
     '{"env": {"CLAUDE_CODE_MAX_RETRIES": "4"}}',
 )
-CODING = (*WRITING_OPTIONS, "--append-system-prompt", CODING_RULES)
-CHANGING = (
+CODING_OPTIONS = (*WRITING_OPTIONS, "--append-system-prompt", CODING_RULES)
+CHANGE_OPTIONS = (
     *WRITING_OPTIONS,
     "--append-system-prompt",
     f"{CODING_RULES}\n{ANSWER_RULES}",
     "--json-schema",
     ANSWER_SCHEMA,
 )
-ANSWERING = (
+ANSWER_OPTIONS = (
     *READING_OPTIONS,
     "--tools",
     "Read,Glob,Grep",
@@ -4978,7 +4978,7 @@ ANSWERING = (
     "--json-schema",
     ANSWER_SCHEMA,
 )
-CLASSIFYING = (
+CLASSIFY_OPTIONS = (
     *READING_OPTIONS,
     "--tools",
     "",
@@ -4989,7 +4989,8 @@ CLASSIFYING = (
     "--model",
     "haiku",
 )
-MAX_TURNS = {ANSWERING: 20, CLASSIFYING: 4}  # if the settings do not allow fewer
+# By options; the settings may allow fewer.
+MAX_TURNS = {ANSWER_OPTIONS: 20, CLASSIFY_OPTIONS: 4}
 # The option for the task's session, whose id is the task's.
 BEGIN_SESSION = "--session-id"
 CONTINUE_SESSION = "--resume"
@@ -5024,7 +5025,7 @@ class AgentRun:
         self.entries: list[tuple[str, str]] = []  # for the task's log
 
     def read(self, lines: list[str]) -> float | None:
-        """Handle lines. Returns the seconds that the agent may live on, if it is done."""
+        """Handle lines of events. Returns in how many seconds to end the agent, or None."""
         for line in lines:
             try:
                 self.read_event(json.loads(line))
@@ -5046,7 +5047,8 @@ class AgentRun:
         if event["type"] == "result":
             self.result = event  # the last one counts
         elif event.get("subtype") == "api_retry":
-            self.login_failed = event.get("error_status") == 401
+            if event.get("error_status") == 401:
+                self.login_failed = True
             self.log("agent", f"The model's API failed: {event.get('error')}")
         elif event["type"] in ("assistant", "user"):
             content = event["message"]["content"]
@@ -5083,10 +5085,12 @@ class AgentRun:
     def failure(self, program: ProgramResult) -> JobFailed:
         """Return why the agent has failed, if possible in its own words."""
         result = self.result
-        errors = result.get("errors")
-        errors = errors if isinstance(errors, list) else []
-        texts = [result.get("result"), *errors, self.last_message, program.error]
-        error = self.run.redact(str(next(filter(None, texts))))[:1000]
+        texts = [result.get("result")]
+        if isinstance(result.get("errors"), list):
+            texts += result["errors"]
+        texts += [self.last_message, program.error]  # the second is never empty
+        first = next(text for text in texts if text)
+        error = self.run.redact(str(first))[:1000]
         if "No conversation found" in error:
             return SessionLost("agent_failed", f"The agent lost its session: {error}")
         is_refused = result.get("api_error_status") in (401, 403)
@@ -5106,12 +5110,14 @@ class AgentRun:
 
     def store_summary(self, answer: JsonObject, attempt: int) -> None:
         run = self.run
+        # Cut first, because redacting megabytes takes time; and again after that, so that
+        # no part of a secret is left where the first cut was.
         summary = str(answer.get("summary") or "")[:200_000]
         if attempt > 1:  # it tells of the repair only, and the change has both parts
             summary = f"{run.job.outcome.summary}\n\n{summary}".strip()
         run.update_outcome(summary=run.redact(summary)[:100_000])
 
-    def add_up(self) -> None:
+    def add_cost(self) -> None:
         """Add what the run claims to have cost, also if it failed."""
         outcome = self.run.job.outcome
         cost = reported_number(self.result, "total_cost_usd")
@@ -5129,6 +5135,7 @@ def tool_call_text(name: str, inputs: JsonObject) -> str:
 
     Texts come first, such as a path: the CLI begins with `replace_all`.
     """
+    # False sorts before True.
     entries = sorted(inputs.items(), key=lambda item: not isinstance(item[1], str))
     text = "\n".join(f"{key}: {value}" for key, value in entries)
     return f"{name}: {text.partition(': ')[2]}"
@@ -5144,16 +5151,16 @@ def ask_agent(
     workspace: Workspace,
     prompt: str,
     options: tuple[str, ...],
-    session: str = "",
+    session_option: str = "",
     attempt: int = 1,
     phase: str = "agent",
 ) -> JsonObject:
     """Run the agent once, within the job's time and budget, and store its summary.
 
+    A prompt must begin with codebot's own words: if foreign text began with a slash, the
+    CLI would run it as one of its commands.
     Returns the JSON that a schema in ``options`` asks for. If the agent answers in plain
-    words, they are its "summary".
-    The prompt begins with codebot's own words: the CLI takes a slash for a command.
-    Raises JobFailed unless the agent reports success.
+    words, they are its "summary". Raises JobFailed unless the agent reports success.
     """
     run = workspace.run
     agent_run = AgentRun(run)
@@ -5166,7 +5173,7 @@ def ask_agent(
     try:
         command = SandboxedCommand(
             name=run.config.claude[0],
-            argv=agent_command(run, options, session),
+            argv=agent_command(run, options, session_option),
             with_model_key=True,
             stdin=prompt.encode("utf-8", "replace"),
             on_lines=agent_run.read,
@@ -5180,13 +5187,15 @@ def ask_agent(
             "CODEBOT_CLAUDE_COMMAND, CODEBOT_SANDBOX or CODEBOT_LAUNCHER.",
         ) from None
     finally:
-        agent_run.add_up()
+        agent_run.add_cost()
     answer = agent_run.answer(result)
     agent_run.store_summary(answer, attempt)
     return answer
 
 
-def agent_command(run: JobRun, options: tuple[str, ...], session: str) -> list[str]:
+def agent_command(
+    run: JobRun, options: tuple[str, ...], session_option: str
+) -> list[str]:
     """Return the CLI's command line. CODEBOT_CLAUDE_ARGS comes last, so it counts most.
 
     Raises JobFailed if the job's budget is used up.
@@ -5194,8 +5203,8 @@ def agent_command(run: JobRun, options: tuple[str, ...], session: str) -> list[s
     config = run.config
     words = [*config.claude, "-p", "--output-format", "stream-json", "--verbose"]
     words += ["--strict-mcp-config", "--setting-sources", "", *options]
-    if session:
-        words += [session, run.job.task_id]
+    if session_option:
+        words += [session_option, run.job.task_id]
     turns = [limit for limit in (MAX_TURNS.get(options), config.max_turns) if limit]
     if turns:
         words += ["--max-turns", str(min(turns))]
@@ -5237,7 +5246,7 @@ def run_task(run: JobRun) -> None:
         react_to_issue(workspace)
         clone(workspace)
         prompt = f"Task:\n{delimited('task', task_text(run.job.request))}"
-        ask_agent(workspace, prompt, CODING, BEGIN_SESSION)
+        ask_agent(workspace, prompt, CODING_OPTIONS, BEGIN_SESSION)
         commit_task(workspace)
     push_task_commit(workspace)
     create_pull_request(workspace)
@@ -5413,7 +5422,7 @@ def run_tests(workspace: Workspace, command: str) -> TestResult | None:
                 f"they pass. The command:\n{delimited('command', command)}"
                 f"The end of its output:\n{delimited('output', output[-20_000:])}"
             )
-            ask_agent(workspace, prompt, CODING, CONTINUE_SESSION, attempt + 1)
+            ask_agent(workspace, prompt, CODING_OPTIONS, CONTINUE_SESSION, attempt + 1)
     end = output[-1500:].strip() or "(no output)"
     raise JobFailed(
         "tests_failed",
@@ -5835,7 +5844,7 @@ def classify(review: Review, text: str) -> None:
         repository = review.workspace.repository._replace(mirror_path=name)
         scratch = Workspace(run, repository, name)
         prompt = f"Comments:\n{text}"
-        answer = ask_agent(scratch, prompt, CLASSIFYING, phase="classify")
+        answer = ask_agent(scratch, prompt, CLASSIFY_OPTIONS, phase="classify")
     kind = answer.get("kind")
     answers: dict[str, str] = {}
     if kind not in ("question", "change", "none"):
@@ -5855,11 +5864,11 @@ def carry_out(review: Review, text: str) -> None:
     workspace.make_outbox()
     commit_id = ""
     if run.job.request_kind == "question":
-        answer = converse(review, base_commit, f"Questions:\n{text}", ANSWERING)
+        answer = converse(review, base_commit, f"Questions:\n{text}", ANSWER_OPTIONS)
     else:
         check_base(workspace, base_commit)
         prompt = f"Review comments:\n{text}"
-        answer = converse(review, base_commit, prompt, CHANGING)
+        answer = converse(review, base_commit, prompt, CHANGE_OPTIONS)
         commit_id = test_and_commit(workspace, review.task.request, base_commit)
     outcome = run.outcome_with(answers=parse_answers(review, answer))
     run.save_work(base_commit=base_commit, commit_id=commit_id, outcome=outcome)
