@@ -5221,9 +5221,11 @@ def agent_command(
 
 # --- Task --------------------------------------------------------------------
 
-# With such words in a commit's message, which a pull request's title and body may become,
-# the repository's CI would not test it (GitHub docs: "Skipping workflow runs"; others
-# have their own).
+MAX_BODY_CHARS = 65_000  # of a pull request or an answer; GitHub takes 65,536
+
+# A squash merge makes the commit's message of a pull request's title and body. With such
+# words in it, the repository's CI would not test the commit (GitHub docs: "Skipping
+# workflow runs"; other CI systems have words of their own).
 CI_SKIP_RE = re.compile(
     r"\[( *skip[ _-][^\[\]\n]{1,50}|[^\[\]\n]{1,50}[ _-]skip *| *no[ _-]ci *)\]",
     re.IGNORECASE,
@@ -5237,12 +5239,17 @@ def run_task(run: JobRun) -> None:
       nothing, or no commit_id         everything, the agent included
       commit_id                        push the commit in the outbox; if that was lost,
                                        everything
-      is_pushing                       push it, unless the branch has a pull request
+      is_pushing                       push the commit, unless the branch has a pull
+                                       request
       the pull request                 find it, and finish
     """
     run.set_phase("clone")
-    workspace = task_workspace(run, find_remote(run))
-    if not can_resume(workspace):
+    repository = find_remote(run)
+    name_workspace(run)
+    workspace = Workspace(run, repository, run.job.directory)
+    if has_commit_to_push(workspace):
+        run.log_event("codebot", f"Continued after commit {run.job.commit_id}")
+    else:
         react_to_issue(workspace)
         clone(workspace)
         prompt = f"Task:\n{delimited('task', task_text(run.job.request))}"
@@ -5313,47 +5320,43 @@ def check_identity(
         )
 
 
-def task_workspace(run: JobRun, repository: Repository) -> Workspace:
-    """Return the task's workspace, whose directory and branch are named once."""
+def name_workspace(run: JobRun) -> None:
+    """Name the task's directory and branch, unless an earlier run has."""
     job = run.job
-    if not job.directory:
-        ticket = slugify(run.redact(job.request.ticket_id))
-        slug = slugify(run.redact(job.request.subject).lower()) or "task"
-        digits = job.id.replace("-", "")
-        for start in range(len(digits) - 6):
-            name = digits[start : start + 7]
-            if not find_paths(run.config.work_dir, f"task_*{name}"):
-                break  # neither another directory nor another outbox has these digits
-        directory = "_".join(filter(None, ("task", ticket, name)))
-        branch = "/".join(filter(None, ("u/codebot", ticket, name, slug)))
-        run.update(directory=directory, branch=branch)
-    return Workspace(run, repository, run.job.directory)
+    if job.directory:
+        return
+    digits = job.id.replace("-", "")
+    names = [digits[start : start + 7] for start in range(len(digits) - 6)]
+    # The first that neither another directory nor another outbox has.
+    work_dir = run.config.work_dir
+    name = next(some for some in names if not find_paths(work_dir, f"task_*{some}"))
+    ticket = slugify(run.redact(job.request.ticket_id))
+    slug = slugify(run.redact(job.request.subject).lower()) or "task"
+    directory = "_".join(filter(None, ("task", ticket, name)))
+    branch = "/".join(filter(None, ("u/codebot", ticket, name, slug)))
+    run.update(directory=directory, branch=branch)
 
 
-def can_resume(workspace: Workspace) -> bool:
-    """Return whether an earlier run has made the commit already."""
-    run = workspace.run
-    job = run.job
-    # Once it is being pushed, the remote may have it, and the outbox is not needed.
-    if job.commit_id and (job.is_pushing or workspace.outbox.has_commit(job.commit_id)):
-        run.log_event("codebot", f"Continued after commit {job.commit_id}")
-        return True
-    if job.interruptions or job.base_commit:
-        run.log_event("codebot", "Restarted after an interruption")
-    if job.commit_id:
-        run.update(commit_id="")  # its outbox was lost
-    return False
+def has_commit_to_push(workspace: Workspace) -> bool:
+    """Return whether an earlier run has made the commit, and it was not lost."""
+    job = workspace.run.job
+    if job.is_pushing:
+        return True  # the remote may have it, and the outbox is not needed
+    return bool(job.commit_id) and workspace.outbox.has_commit(job.commit_id)
 
 
 def clone(workspace: Workspace) -> None:
     """Bring the mirror up to date and make the workspace."""
     run = workspace.run
+    if run.job.interruptions or run.job.base_commit:
+        run.log_event("codebot", "Restarted after an interruption")
     base_name, base_commit = fetch_or_fail(
         workspace, run.job.request.base_branch, "base_branch_not_found"
     )
     check_base(workspace, base_commit)
     workspace.check_out(base_name, base_commit)
     workspace.make_outbox()
+    # If there was a commit, its outbox was lost.
     run.update(base_name=base_name, base_commit=base_commit, commit_id="")
 
 
@@ -5391,7 +5394,7 @@ def fetch_or_fail(workspace: Workspace, branch: str, reason: str) -> tuple[str, 
 
 
 def task_text(request: TaskRequest) -> str:
-    """Return the task as its submitter wrote it."""
+    """Return the task's description, below the ticket's summary if there is one."""
     if request.ticket_summary:
         return f"{request.title}\n\n{request.description}"
     return request.description
@@ -5408,14 +5411,18 @@ def run_tests(workspace: Workspace, command: str) -> TestResult | None:
     attempts = run.config.test_attempts + 1
     for attempt in range(1, attempts + 1):
         result = run_test_command(workspace, command, attempt)
-        output = run.redact("\n".join(result.stdout))
         if result.code == 0:
-            return TestResult(run.redact(command), True, attempt)
-        if result.code in (126, 127):  # what sh says of a command that it cannot start
+            return TestResult(
+                command=run.redact(command), passed=True, attempts=attempt
+            )
+        # sh exits with these if it cannot start a command. The host lacks it, so the agent
+        # is not paid to look for it. (A script ends so, too, if its last command is one.)
+        if result.code in (126, 127):
             raise JobFailed(
                 "tests_failed",
                 f"The test command {command!r} cannot be started: {result.error}",
             )
+        output = run.redact("\n".join(result.stdout))
         if attempt < attempts:
             prompt = (
                 f"The tests failed with exit code {result.code}. Change the code so that "
@@ -5430,8 +5437,8 @@ def run_tests(workspace: Workspace, command: str) -> TestResult | None:
     )
 
 
-def join_lines(lines: Iterable[str]) -> list[str]:
-    """Join lines to texts that an event can hold. A longer line stays alone."""
+def pack_lines(lines: Iterable[str]) -> list[str]:
+    """Join lines to as few texts as events can hold. A longer line stays alone."""
     texts: list[str] = []
     for line in lines:
         if texts and len(texts[-1]) + 1 + len(line) <= MAX_EVENT_CHARS:
@@ -5449,7 +5456,7 @@ def run_test_command(workspace: Workspace, command: str, attempt: int) -> Progra
         run.log_event("test", f"$ {command}")
 
     def log_output(lines: list[str]) -> None:
-        run.log_event("test", *join_lines(last_shown(line) for line in lines))
+        run.log_event("test", *pack_lines(last_shown(line) for line in lines))
 
     test = SandboxedCommand(
         name=f"The test command {command!r}",
@@ -5528,7 +5535,8 @@ def push_task_commit(workspace: Workspace) -> None:
     run.job = dataclasses.replace(run.job, is_pushing=True)
     repository = workspace.repository.github_repository
     if was_pushing and repository and repository.find_pull_request(run.job.branch):
-        return  # the branch may have been merged and deleted
+        # Its branch was pushed. It may be merged and deleted, and a push would restore it.
+        return
     workspace.push()
 
 
@@ -5555,16 +5563,17 @@ def pull_request_body(run: JobRun) -> str:
         facts += f"The agent reports a cost of {outcome.cost_usd:.2f} US dollars.\n"
     if job.issue_number:
         facts += f"Closes #{job.issue_number}\n"
-    redact = run.redact  # before truncating, which could cut a secret
-    task = quoted(speaker, truncate(redact(task_text(job.request)), 10_000))
+    # Redacted before it is truncated: no secret matches a part that is cut off.
+    task = quoted(speaker, truncate(run.redact(task_text(job.request)), 10_000))
     files = code_block(truncate(outcome.files, 10_000))
     summary = quoted("The agent", truncate(outcome.summary, 20_000))
     body = (
         f"### Task\n\n{task}\n### Files\n\n{files}\n### Tests\n\n{tests}\n"
         f"{facts}\n### Summary\n\n{summary}"
     )
-    marker = f"<!-- codebot task {job.id} -->"
-    return f"{without_ci_skips(redact(body))[:65_000]}\n{marker}\n"
+    body = without_ci_skips(run.redact(body))[:MAX_BODY_CHARS]
+    # The marker is for other programs: codebot finds the pull request by its branch.
+    return f"{body}\n<!-- codebot task {job.id} -->\n"
 
 
 def create_pull_request(workspace: Workspace) -> None:
