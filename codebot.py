@@ -5612,13 +5612,14 @@ def react_to_issue(workspace: Workspace) -> None:
 
 # --- Review ------------------------------------------------------------------
 
-NEW_COMMENT_AGE = 50.0  # seconds in which a comment that is not there may still come
+# Seconds after which all of GitHub shows what was written there.
+VISIBILITY_DELAY = 50.0
 LIMIT_TEXT = (
     f"This pull request has had {DAILY_REVIEW_JOBS} requests to codebot in a day. "
     "Further comments are not handled; comment again tomorrow."
 )
-# Where at GitHub the comments of a place are, and the answers to them.
-SUBJECTS = {"conversation": "issues", "review_text": "issues", "inline": "pulls"}
+# The part of GitHub's API that has the comments of a place, and the answers to them.
+API_COLLECTION = {"conversation": "issues", "review_text": "issues", "inline": "pulls"}
 NO_ANSWER_TEXT = {
     "question": "The agent gave no answer.",
     "unclear": "I cannot tell whether this is a question or a change. What should I do?",
@@ -5634,7 +5635,7 @@ class Review(NamedTuple):
     seen_until: str  # what is older has been queued
     github_repository: GitHubRepository
     workspace: Workspace
-    comments: list[Comment]  # from load_comments on
+    comments: Sequence[Comment] = ()  # to be answered; from load_comments on
 
 
 def run_review(run: JobRun) -> None:
@@ -5642,9 +5643,10 @@ def run_review(run: JobRun) -> None:
 
     What earlier runs have stored    What is left to do
       nothing                          classify the request, and what follows
-      request_kind                     answer the question, or make the change
-      answers and commit_id            push the commit, post the answers
-      answers                          post the answers
+      request_kind question, change    have the agent answer, or make the change
+      outcome.answers                  push the commit_id, if there is one, and post the
+                                       answers; if it is unclear, they ask back
+      request_kind limit, none         post the limit, or nothing
       error                            post the error; the review fails with it
 
     Raises ReviewSkipped if nothing is to be done. If a step fails, `run_job` stores the
@@ -5652,37 +5654,44 @@ def run_review(run: JobRun) -> None:
     """
     review = load_review(run)
     check_pull_request(review)
-    load_comments(review)
+    check_write_access(review)
+    absorb_waiting_comments(review)
+    review = load_comments(review)
     if not review.comments:
         raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} any more")
     if not run.job.error:
-        do_work(review)
+        prepare_answers(review)
     answer_threads(review)
     if run.job.error:
         raise JobFailed(run.job.reason, run.job.error)
     run.log_event("codebot", f"Review completed ({run.job.request_kind})")
 
 
-def do_work(review: Review) -> None:
-    """Do what is left to do before the answers are posted."""
+def prepare_answers(review: Review) -> None:
+    """Store the answers, unless an earlier run has, and push the commit."""
     run = review.run
     commit = run.job.commit_id
     if commit and not review.workspace.outbox.has_commit(commit):
         # The outbox was lost, for example when the host lost power. Begin anew.
         run.update(commit_id="", outcome=run.outcome_with(answers={}))
     if not run.job.outcome.answers:
-        first = review.comments[0].text
-        run.log_event("codebot", f"Review by {run.job.reviewer}: {first}")
-        if run.job.request_kind in ("none", "limit"):
-            return
-        text = format_comments("earlier-comment", earlier_comments(review))
-        text += format_comments("comment", review.comments)
-        if not run.job.request_kind:
-            classify(review, text)
-        if run.job.request_kind in ("question", "change"):
-            carry_out(review, text)
+        text = review.comments[0].text
+        run.log_event("codebot", f"Review by {run.job.reviewer}: {text}")
+        if run.job.request_kind not in ("none", "limit"):
+            ask_for_answers(review)
     if run.job.commit_id:
         push_review_commit(review)
+
+
+def ask_for_answers(review: Review) -> None:
+    """Let the agent classify the request, if no earlier run has, and carry it out."""
+    run = review.run
+    text = format_comments("earlier-comment", earlier_comments(review))
+    text += format_comments("comment", review.comments)
+    if not run.job.request_kind:
+        classify(review, text)
+    if run.job.request_kind in ("question", "change"):
+        carry_out(review, text)
 
 
 def load_review(run: JobRun) -> Review:
@@ -5707,29 +5716,29 @@ def load_review(run: JobRun) -> Review:
         pull_request.seen_until,
         github_repository,
         workspace,
-        comments=[],
     )
 
 
 def refusal_error(run: JobRun, error: GitHubError) -> Exception:
-    """Return what a refusal means for a review: what is gone is skipped, all else waits."""
-    if error.status in GONE_STATUSES and not is_new(run.job.submitted_at):
+    """Return the error for a refusal: a review of what is gone is skipped, others wait."""
+    is_gone = error.status in GONE_STATUSES
+    if is_gone and not may_appear_later(run.job.submitted_at):
         return ReviewSkipped(f"it is not codebot's any more: {error}")
     return TransientError(f"GitHub refuses the App: {error}")
 
 
-def is_new(timestamp: str, clock_skew: float = 0.0) -> bool:
-    """Return whether GitHub may not have everywhere yet what came at that time.
+def may_appear_later(timestamp: str, clock_skew: float = 0.0) -> bool:
+    """Return whether what was written at that time, and is not there, may still come.
 
     ``clock_skew``: GitHub's, if GitHub gave the time.
     """
-    return timestamp > now_text(seconds_ago=NEW_COMMENT_AGE - clock_skew)
+    return timestamp > now_text(seconds_ago=VISIBILITY_DELAY - clock_skew)
 
 
 def check_pull_request(review: Review) -> None:
     """Raise ReviewSkipped unless the pull request is open.
 
-    It is of codebot's branch: find_pull_request takes no other, and GitHub lets nobody
+    Its branch is codebot's: find_pull_request takes no other, and GitHub lets nobody
     change the branch that a pull request comes from.
     """
     try:
@@ -5743,44 +5752,52 @@ def check_pull_request(review: Review) -> None:
         raise ReviewSkipped("the conversation is locked")
 
 
-def load_comments(review: Review) -> None:
-    """Load what the reviewer wrote and has not deleted, and put "eyes" on each.
-
-    Before the request is classified, it takes in what else they have waiting.
-    Raises ReviewSkipped unless they may write to the repository, now.
-    """
-    run = review.run
-    store = run.store
-    reviewer = run.job.reviewer
-    github_repository = review.github_repository
-    if not github_repository.has_write_access(reviewer):
+def check_write_access(review: Review) -> None:
+    """Raise ReviewSkipped unless the reviewer may write to the repository, now."""
+    reviewer = review.run.job.reviewer
+    if not review.github_repository.has_write_access(reviewer):
         raise ReviewSkipped(f"{reviewer} has no write access")
-    if not run.job.request_kind:
-        # Not everything may be delivered yet, for example the rest of a GitHub review.
-        comments = github_repository.comments(review.number, review.seen_until)
-        store.queue_comments(run.job.task_id, [comment for _, comment in comments])
-        store.absorb_waiting_reviews(run.job)
-        check_daily_limit(run)
-    for stored in store.comments(run.job.id):
+
+
+def absorb_waiting_comments(review: Review) -> None:
+    """Until the request is classified, add what else its reviewer has waiting."""
+    run = review.run
+    if run.job.request_kind:
+        return
+    # Not everything may be delivered yet, for example the rest of a GitHub review.
+    comments = review.github_repository.comments(review.number, review.seen_until)
+    run.store.queue_comments(run.job.task_id, [comment for _, comment in comments])
+    run.store.absorb_waiting_reviews(run.job)
+    apply_daily_limit(run)
+
+
+def load_comments(review: Review) -> Review:
+    """Add what the reviewer wrote and has not deleted, and put "eyes" on each comment."""
+    run = review.run
+    github_repository = review.github_repository
+    comments = []
+    for stored in run.store.comments(run.job.id):
         # A delivery is only a claim. GitHub says who wrote what, and what it says now.
         try:
             comment = github_repository.reload_comment(review.number, stored)
         except NotFound as error:
             skew = github_repository.github.clock_skew
-            if is_new(run.job.submitted_at) or is_new(stored.created_at, skew):
+            is_new = may_appear_later(run.job.submitted_at)
+            if is_new or may_appear_later(stored.created_at, skew):
                 message = f"GitHub does not have a comment yet: {error}"
                 raise TransientError(message) from None
             continue  # it was deleted
-        if comment is None or comment.user != reviewer:
+        if comment is None or comment.user != run.job.reviewer:
             continue
-        review.comments.append(comment)
+        comments.append(comment)
         if comment.place != "review_text":  # which takes no reactions
-            path = f"/{SUBJECTS[comment.place]}/comments/{comment.id}"
+            path = f"/{API_COLLECTION[comment.place]}/comments/{comment.id}"
             github_repository.react(path)
+    return review._replace(comments=comments)
 
 
-def check_daily_limit(run: JobRun) -> None:
-    """Skip a review above the daily limit; only the first one of a day says so."""
+def apply_daily_limit(run: JobRun) -> None:
+    """Skip a review above the daily limit; the first one of a day is to say so."""
     kinds = run.store.request_kinds_of_last_day(run.job.task_id)
     if len(kinds) - kinds.count("limit") <= DAILY_REVIEW_JOBS:
         return
@@ -5805,12 +5822,12 @@ def earlier_comments(review: Review) -> list[Comment]:
     these threads. Nobody else is listened to.
     """
     bot = review.github_repository.github.bot()
-    own_name = "codebot (you)"  # no login of GitHub's
+    own_name = "codebot (you)"  # no person's login: it has a space
     threads = {comment.thread for comment in review.comments}
     ids = {comment.id for comment in review.comments}
     found = []
     for place in ("conversation", "inline"):
-        path = f"/{SUBJECTS[place]}/{review.number}/comments"
+        path = f"/{API_COLLECTION[place]}/{review.number}/comments"
         for payload in review.github_repository.pages(path):
             if (payload["user"] or {}).get("id") == bot.id:
                 payload = {**payload, "user": {"login": own_name}}
@@ -5848,10 +5865,11 @@ def classify(review: Review, text: str) -> None:
     """
     run = review.run
     with scratch_workspace(run.config.work_dir) as path:
-        name = os.path.basename(path)
-        # It stands for the mirror, too, of which the sandbox shows the objects.
-        repository = review.workspace.repository._replace(mirror_path=name)
-        scratch = Workspace(run, repository, name)
+        directory = os.path.basename(path)
+        # Nothing is cloned. The objects that the sandbox shows are those of an empty
+        # directory in the workspace itself.
+        no_repository = Repository(url="", full_name="", mirror_path=directory)
+        scratch = Workspace(run, no_repository, directory)
         prompt = f"Comments:\n{text}"
         answer = ask_agent(scratch, prompt, CLASSIFY_OPTIONS, phase="classify")
     kind = answer.get("kind")
@@ -5873,20 +5891,24 @@ def carry_out(review: Review, text: str) -> None:
     workspace.make_outbox()
     commit_id = ""
     if run.job.request_kind == "question":
-        answer = converse(review, base_commit, f"Questions:\n{text}", ANSWER_OPTIONS)
+        prompt = f"Questions:\n{text}"
+        answer = continue_session(review, base_commit, prompt, ANSWER_OPTIONS)
     else:
         check_base(workspace, base_commit)
         prompt = f"Review comments:\n{text}"
-        answer = converse(review, base_commit, prompt, CHANGE_OPTIONS)
+        answer = continue_session(review, base_commit, prompt, CHANGE_OPTIONS)
         commit_id = test_and_commit(workspace, review.task.request, base_commit)
     outcome = run.outcome_with(answers=parse_answers(review, answer))
     run.save_work(base_commit=base_commit, commit_id=commit_id, outcome=outcome)
 
 
-def converse(
+def continue_session(
     review: Review, base_commit: str, prompt: str, options: tuple[str, ...]
 ) -> JsonObject:
-    """Continue the task's session; if it is lost, begin one with the task and the diff."""
+    """Continue the task's session; if it is lost, begin one with the task and the diff.
+
+    Returns the agent's answer.
+    """
     workspace = review.workspace
     try:
         return ask_agent(workspace, prompt, options, CONTINUE_SESSION)
@@ -5911,14 +5933,17 @@ def parse_answers(review: Review, answer: JsonObject) -> dict[str, str]:
     """Return an answer for each thread: its own, else the summary of all."""
     by_comment: dict[str, str] = {}
     entries = answer.get("answers")
-    for entry in entries if isinstance(entries, list) else []:
-        # The agent may not keep to the schema.
+    if not isinstance(entries, list):  # the agent may not keep to the schema
+        entries = []
+    for entry in entries:
         with contextlib.suppress(LookupError, TypeError):
             if entry["body"]:
                 by_comment[str(entry["comment_id"])] = str(entry["body"])
     answers = {}
     for thread, members in group_by_thread(review.comments).items():
-        ids = {members[0].thread, *(comment.id for comment in members)}
+        ids = {comment.id for comment in members}
+        # The agent may answer to the thread's first comment, whose id is the thread's.
+        ids.add(members[0].thread)
         texts = [by_comment.get(str(comment_id), "") for comment_id in sorted(ids)]
         text = "\n\n".join(filter(None, texts)) or review.run.job.outcome.summary
         answers[thread] = truncate(review.run.redact(text[:100_000]), 50_000)
@@ -5943,20 +5968,20 @@ def push_review_commit(review: Review) -> None:
     workspace = review.workspace
     for attempt in range(1, MAX_PUSHES + 1):
         check_pull_request(review)
-        tip = fetch_tip(workspace, run.job.base_commit)
+        tip = fetch_tip_with(workspace, run.job.base_commit)
         if workspace.mirror.is_ancestor(run.job.commit_id, tip):
             return
         if tip != run.job.base_commit:
             reapply_change(review, tip)
-            fetch_tip(workspace, tip)  # raises if commits were removed meanwhile
+            fetch_tip_with(workspace, tip)  # raises if commits were removed meanwhile
         run.set_phase("push", attempt)
         try:
             workspace.push()
         except JobFailed:
-            if fetch_tip(workspace, run.job.base_commit) == run.job.base_commit:
+            if fetch_tip_with(workspace, run.job.base_commit) == run.job.base_commit:
                 raise  # nobody has pushed: the remote does not want it
         else:
-            fetch_tip(workspace, run.job.commit_id)  # raises if it was removed
+            fetch_tip_with(workspace, run.job.commit_id)  # raises if it was removed
             return
     raise JobFailed(
         "push_rejected",
@@ -5965,10 +5990,10 @@ def push_review_commit(review: Review) -> None:
     )
 
 
-def fetch_tip(workspace: Workspace, commit: str) -> str:
-    """Fetch the branch, and return its tip at the remote.
+def fetch_tip_with(workspace: Workspace, commit: str) -> str:
+    """Fetch the branch, which must have ``commit``, and return its tip at the remote.
 
-    Raises JobFailed if the branch does not have ``commit`` (any more).
+    Raises JobFailed if the branch does not have the commit (any more).
     """
     _, tip = fetch_or_fail(workspace, workspace.branch, "push_rejected")
     if not workspace.mirror.is_ancestor(commit, tip):
@@ -6009,9 +6034,9 @@ def answer_threads(review: Review) -> None:
         comments = comments[:1]
     for thread, members in group_by_thread(comments).items():
         first = members[0]
-        body = run.redact(answer_body(run, thread, first))
+        body = run.redact(answer_body(run.job, thread, first))
         marker = f"<!-- codebot answer {run.job.id} {thread} -->"
-        list_path = f"/{SUBJECTS[first.place]}/{review.number}/comments"
+        list_path = f"/{API_COLLECTION[first.place]}/{review.number}/comments"
         post_path = list_path
         if first.place == "inline":
             post_path += f"/{first.thread}/replies"
@@ -6024,31 +6049,34 @@ def answer_threads(review: Review) -> None:
             raise JobFailed("internal", message) from None
 
 
-def answer_body(run: JobRun, thread: str, first: Comment) -> str:
-    """Return codebot's facts first, then the agent's words, quoted as such."""
-    job = run.job
-    outcome = job.outcome
-    answer = outcome.answers.get(thread, "")
+def answer_body(job: Job, thread: str, first: Comment) -> str:
+    """Return codebot's own words first, then the agent's, quoted as such."""
+    answer = job.outcome.answers.get(thread, "")
     comment = ""
-    if first.place != "inline":  # elsewhere nothing shows what is answered
+    if first.place != "inline":
+        # In the conversation, nothing else shows which comment is answered.
         first_line = first.text.strip().splitlines()[0][:200]
         comment = quoted(f"@{first.user}", first_line)
-    fact = ""
+    parts = [comment, own_words(job, answer), quoted("The agent", answer)]
+    text = "\n\n".join(part.strip() for part in parts if part)
+    return truncate(text, MAX_BODY_CHARS)
+
+
+def own_words(job: Job, answer: str) -> str:
+    """Return what codebot itself says; "" if the agent's answer says it all."""
     if job.error:
         error = code_block(truncate(job.error, 5000))
-        fact = f"codebot could not do this ({job.reason}):\n\n{error}"
-    elif job.request_kind == "limit":
-        fact = LIMIT_TEXT
-    elif job.commit_id:
-        fact = f"The change is in {job.commit_id}."
-        if outcome.tests is not None:
-            fact += "\n\nThe tests passed."
-    elif job.request_kind == "change":
-        fact = "No file was changed."
-    elif not answer.strip():
-        fact = NO_ANSWER_TEXT[job.request_kind]
-    parts = [comment, fact, quoted("The agent", answer)]
-    return truncate("\n\n".join(part.strip() for part in parts if part), 60_000)
+        return f"codebot could not do this ({job.reason}):\n\n{error}"
+    if job.request_kind == "limit":
+        return LIMIT_TEXT
+    if job.commit_id:
+        tests = "" if job.outcome.tests is None else "\n\nThe tests passed."
+        return f"The change is in {job.commit_id}.{tests}"
+    if job.request_kind == "change":
+        return "No file was changed."
+    if not answer.strip():
+        return NO_ANSWER_TEXT[job.request_kind]
+    return ""
 
 
 # --- Looking at GitHub -------------------------------------------------------
