@@ -4636,7 +4636,7 @@ class Workspace:
         env["TMPDIR"] = "/tmp"
         if not self.codebot.sandbox.is_bwrap:
             env["TMPDIR"] = f"{self.path}/tmp"
-        # Else, if .git is missing, git would search the directories above for one.
+        # If the agent removes .git, git must not search the directories above for one.
         env["GIT_CEILING_DIRECTORIES"] = self.path
         for role in ("AUTHOR", "COMMITTER"):
             env[f"GIT_{role}_NAME"] = "codebot"
@@ -6100,7 +6100,8 @@ class Sync:
         self.config = codebot.config
         self.store = codebot.store
         self.github = github
-        self.waiting: dict[SyncRequest, float] = {SyncRequest(): 0.0}  # when to look
+        # When each request is due. The first one looks at everything.
+        self.waiting: dict[SyncRequest, float] = {SyncRequest(): 0.0}
 
     def step(self) -> None:
         """Wait a moment for requests, and handle those that are due."""
@@ -6215,9 +6216,9 @@ class Sync:
         started = now_text(seconds_ago=10 - self.github.clock_skew)
         latest = pull_request.seen_until
         comments = []
-        found = github_repository.comments(pull_request.number, latest)
-        for updated_at, comment in found:
-            latest = max(latest, updated_at)
+        changes = github_repository.comments(pull_request.number, latest)
+        for changed_at, comment in changes:
+            latest = max(latest, changed_at)
             comments.append(comment)
         self.store.queue_comments(
             pull_request.task_id, comments, seen_until=min(latest, started)
@@ -6247,7 +6248,7 @@ class Sync:
             github_repository.post_once(path, path, text, marker)
         else:
             self.submit_issue(github_repository, issue, event)
-        # A label that is put on again makes a new event.
+        # This event is done. If the label is put on again, that is another event.
         self.store.add_label_event(event.id)
 
     def cancel_superseded(self, request: SyncRequest, event_id: int) -> None:
@@ -6343,7 +6344,8 @@ class Sync:
             github_repository = self.github.repository_by_id(task.repository_id)
             github_repository.post_once(path, path, self.codebot.redact(text), marker)
         except GitHubError as error:
-            # It was deleted, or is locked, or GitHub has another reason: not tried again.
+            # The issue was deleted or is locked, or GitHub has another reason. This is
+            # not repeated.
             log.warning("Task %s: no comment on its issue: %s", task_id, error)
         self.store.mark_reported(task_id)
 
