@@ -977,42 +977,23 @@ def login_secrets(address: str) -> set[str]:
 #
 # codebot starts every program here, in a process group of its own. The environment is
 # what the caller lists; only git at the remote with --no-github inherits codebot's, without
-# its secrets. Each has CODEBOT_RUN in it, by which a process that left its group is found
-# again.
+# its secrets. Each environment has CODEBOT_RUN in it, by which a process that left its
+# group is found again.
 
 
-# How Popen, and how a shell, report that SIGTERM or SIGKILL ended a program.
-SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
-NOISE_RE = re.compile(r"hint:.*|remote:|")
-CAUSE_RE = re.compile(r"(fatal|error|remote: error):|.*denied")
-# Not if a remote repository says so, of its own disk: "remote: fatal: ..."
-DISK_FULL = "No space left on device|Disk quota exceeded"
-DISK_FULL_RE = re.compile(f"^(?!remote:).*({DISK_FULL})", re.MULTILINE)
-
-
-class ProgramResult(NamedTuple):
-    """The exit code of a program, and the last lines of its output."""
-
-    code: int  # without a meaning if a LineHandler has asked to end the program early
-    stdout: list[str]
-    stderr: list[str]
-
-    @property
-    def error(self) -> str:
-        """What went wrong: the first line that names a cause, and the last three.
-
-        They are from standard error; if it is empty, from standard output.
-        """
-        lines = [line.strip() for line in self.stderr or self.stdout]
-        lines = [line for line in lines if not NOISE_RE.fullmatch(line)]
-        if len(lines) > 4:
-            causes = [line for line in lines[:-3] if CAUSE_RE.match(line)]
-            lines = causes[:1] + lines[-3:]
-        return " / ".join(lines) or "no output"  # whole lines, as it is redacted later
-
-
-def do_nothing() -> None:
+def do_nothing(*args: object) -> None:
     pass
+
+
+def ignore_lines(lines: list[str]) -> float | None:
+    return None
+
+
+# A LineHandler gets the new lines of a program's standard output. When the program's work
+# is done, the handler returns a grace in seconds, else None. (Python 3.9 needs the quotes.)
+# A program that still runs when its grace ends is ended, and that is no failure: the agent,
+# for example, may hang after its result. During the grace no other limits apply.
+LineHandler = Callable[[list[str]], "float | None"]
 
 
 class Limits(NamedTuple):
@@ -1026,15 +1007,64 @@ class Limits(NamedTuple):
 DEFAULT_LIMITS = Limits()
 
 
-# Gets the new lines of a program's standard output. Returns None, or in how many seconds
-# to end the program because its work is done: the agent, for example, may hang after its
-# result. No other limit applies during that time, and to be ended then is no failure.
-LineHandler = Callable[[list[str]], "float | None"]
+def let_stop_arrive(check_stop: Callable[[], None]) -> None:
+    """Raise StopRequested if a program was ended because codebot is being stopped.
+
+    systemd signals all processes of a service, and the program may end before codebot
+    has got its own signal.
+    """
+    time.sleep(0.3)  # seconds; the signals are sent within milliseconds
+    check_stop()
+
+
+# A program that SIGTERM (15) or SIGKILL (9) ended, as Popen reports it, and as a shell does.
+SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
+# Lines that explain nothing: git's advice, and empty lines, also those of a remote.
+NOISE_RE = re.compile(r"hint:.*|remote:|")
+CAUSE_RE = re.compile(r"(fatal|error|remote: error):|.*denied")
+DISK_FULL = "No space left on device|Disk quota exceeded"
+# Not if a remote repository says so, of its own disk: "remote: fatal: ..."
+DISK_FULL_RE = re.compile(f"^(?!remote:).*({DISK_FULL})", re.MULTILINE)
+
+
+class ProgramResult(NamedTuple):
+    """The exit code of a program, and the last lines of its output."""
+
+    code: int  # without a meaning if a LineHandler has returned a grace
+    stdout: list[str]
+    stderr: list[str]
+
+    @property
+    def error(self) -> str:
+        """A summary: the first line that names a cause, and the last three lines.
+
+        They are from standard error; if it is empty, from standard output.
+        """
+        lines = [line.strip() for line in self.stderr or self.stdout]
+        lines = [line for line in lines if not NOISE_RE.fullmatch(line)]
+        if len(lines) > 4:
+            causes = [line for line in lines[:-3] if CAUSE_RE.match(line)]
+            lines = causes[:1] + lines[-3:]
+        # Not truncated here: a secret that was cut in two would not be redacted later.
+        return " / ".join(lines) or "no output"
 
 
 def last_shown(line: str) -> str:
-    """Return what a terminal shows of a line in the end: the last of a progress bar."""
+    """Return what a terminal shows of a line in the end: a progress bar's last state."""
     return line.rpartition("\r")[2]
+
+
+# Runs a program on a node, between two lines: SENTINEL, and SENTINEL EXIT_CODE. $0 is the
+# sentinel. If a cluster ends a job, SIGTERM may reach the program shortly before this
+# shell. So after a program that SIGTERM has ended (143), the shell waits for the SIGTERM
+# that would end the shell itself: then it prints no exit code.
+NODE_SCRIPT = """
+echo "$0"
+"$@"
+code=$?
+[ $code = 143 ] && sleep 1
+echo "$0 $code"
+"""
 
 
 class Launch(NamedTuple):
@@ -1057,7 +1087,7 @@ class Launch(NamedTuple):
 class OutputFile:
     """A program's output, in an unlinked file that is read while it grows.
 
-    A file, because the CLI loses output when a pipe is full (seen with 2.1.197).
+    A file, because the Claude CLI loses output when a pipe is full (seen with 2.1.197).
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -1066,7 +1096,7 @@ class OutputFile:
         # cannot overwrite what is printed afterwards.
         fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
         self.last_lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
-        self.has_new_bytes = False  # whether the last read found any
+        self.has_new_bytes = False  # whether the last read_lines found any
         self._position = 0
         self._bytes_read = 0
         self._partial_line = bytearray()
@@ -1082,7 +1112,7 @@ class OutputFile:
         self._position += len(data)
         self._bytes_read += len(data)
         if at_end and not data and self._partial_line:
-            data = b"\n"
+            data = b"\n"  # the line end that the last line lacks
         self.has_new_bytes = bool(data)
         *pieces, rest = data.split(b"\n")
         if pieces:
@@ -1105,16 +1135,6 @@ class OutputFile:
         return max(self.size(), self._bytes_read)
 
 
-def let_stop_arrive(check_stop: Callable[[], None]) -> None:
-    """Raise StopRequested if a program was ended because codebot is being stopped.
-
-    systemd signals all processes of a service, and the program may end before codebot
-    has got its own signal.
-    """
-    time.sleep(0.3)
-    check_stop()
-
-
 @dataclasses.dataclass
 class RunningProgram:
     """One program from its start to its end, and the limits that it is held to.
@@ -1135,12 +1155,14 @@ class RunningProgram:
 
     def watch(self, on_lines: LineHandler) -> None:
         """Pass on its output until it ends. Raises what ended it early."""
-        # Popen.wait() with a timeout sleeps in growing steps, which would double the time
-        # of a short git. Without one it returns at once when the program ends.
+        # In a thread, Popen.wait() needs no timeout, and returns when the program ends.
+        # With a timeout it sleeps in growing steps, which would double a short git's time.
         waiter = threading.Thread(target=self.child.wait, daemon=True)
         try:
             waiter.start()
-        except RuntimeError as error:  # a limit of processes, as when Popen cannot fork
+        except RuntimeError as error:
+            # The host allows no more threads. Raise what Popen raises if it cannot fork:
+            # run_job retries the job later, because of EAGAIN.
             raise BlockingIOError(errno.EAGAIN, str(error)) from None
         while True:
             # Checked first, so that what was printed before the exit is read.
@@ -1193,7 +1215,7 @@ class RunningProgram:
 
     def check_limits(self) -> None:
         if self.grace_ends_at is not None:
-            return  # its work is done and counts
+            return  # its work is done, so to end it now would be no failure
         now = time.monotonic()
         self.limits.check_stop()
         if max(self.stdout.amount(), self.stderr.amount()) > MAX_OUTPUT_BYTES:
@@ -1224,7 +1246,7 @@ class RunningProgram:
             return result
         if code in SIGNAL_EXIT_CODES:
             let_stop_arrive(self.limits.check_stop)
-        # It may not say so itself: its output is written to the same disk.
+        # The program may not have been able to print that: its output is on this disk.
         free = shutil.disk_usage(tempfile.gettempdir()).free
         if free < FULL_DISK_BYTES or DISK_FULL_RE.search("\n".join(result.stderr)):
             raise TransientError(f"The disk is full: {result.error}")
@@ -1267,8 +1289,8 @@ def is_group_running(leader: int) -> bool:
 def end_process_group(child: subprocess.Popen[bytes]) -> None:
     """End all processes of a program's group: SIGTERM, KILL_GRACE, SIGKILL.
 
-    Meanwhile the kernel gives the group's number to no other process: not while the group
-    has members, and after that only when it has given out all other numbers.
+    The number cannot mean another group by then: the kernel does not use it again while
+    the group has members, and after that only when it has used all other numbers.
     """
     deadline = time.monotonic() + KILL_GRACE
     signal_group(child.pid, signal.SIGTERM)
@@ -1278,21 +1300,6 @@ def end_process_group(child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
-# Runs a program on a node; $0 is the sentinel. If a cluster ends a job, SIGTERM (143) may
-# reach the program shortly before this shell: then the shell waits for its own.
-NODE_SCRIPT = """
-echo "$0"
-"$@"
-code=$?
-[ $code = 143 ] && sleep 1
-echo "$0 $code"
-"""
-
-
-def ignore_lines(lines: list[str]) -> float | None:
-    return None
-
-
 def run_program(
     argv: Sequence[str],
     env: Mapping[str, str],
@@ -1300,7 +1307,7 @@ def run_program(
     cwd: str | None = None,
     stdin: bytes = b"",
     limits: Limits = DEFAULT_LIMITS,
-    on_lines: LineHandler = ignore_lines,
+    on_lines: LineHandler = do_nothing,
     pass_fds: Sequence[int] = (),
     launch: Launch | None = None,
     umask: int = PRIVATE_UMASK,
@@ -1340,10 +1347,7 @@ def run_program(
 
 
 def tagged_processes(run_tag: str) -> list[int]:
-    """Return the processes whose CODEBOT_RUN begins with ``run_tag``.
-
-    A hostile command can remove the variable; that is why there is bwrap.
-    """
+    """Return the processes whose CODEBOT_RUN begins with ``run_tag``."""
     needle = f"\0CODEBOT_RUN={run_tag}".encode()
     found = []
     for path in glob.glob("/proc/[0-9]*/environ"):  # macOS has none
