@@ -1357,24 +1357,25 @@ def tagged_processes(run_tag: str) -> list[int]:
     return found
 
 
+def signal_processes(processes: Iterable[int], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(OSError):  # it has ended
+            os.kill(process, number)
+
+
 def end_tagged_processes(run_tag: str) -> None:
     """End processes that left their group: SIGTERM, KILL_GRACE, SIGKILL."""
-    deadline = time.monotonic() + KILL_GRACE
-    # Until none is found: one may have forked meanwhile.
-    for attempt in range(1000):
-        processes = tagged_processes(run_tag)
-        if not processes:
-            return
-        number = 0  # no signal: a second SIGTERM could disturb what it does at its end
-        if attempt == 0:
-            number = signal.SIGTERM
-        elif time.monotonic() > deadline:
-            number = signal.SIGKILL
-        for process in processes:
-            with contextlib.suppress(OSError):  # it has ended
-                os.kill(process, number)
+    started = time.monotonic()
+    processes = tagged_processes(run_tag)
+    # A second SIGTERM could disturb what they do at their end.
+    signal_processes(processes, signal.SIGTERM)
+    while processes and time.monotonic() < started + 20.0:  # seconds; it takes far less
         time.sleep(0.02)
-    log.error("Processes cannot be ended: %s", tagged_processes(run_tag))
+        processes = tagged_processes(run_tag)  # again: one may have forked meanwhile
+        if time.monotonic() > started + KILL_GRACE:
+            signal_processes(processes, signal.SIGKILL)
+    if processes:
+        log.error("Processes cannot be ended: %s", processes)
 
 
 def base_environment(config: Config) -> dict[str, str]:
