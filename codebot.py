@@ -1068,20 +1068,19 @@ echo "$0 $code"
 
 
 class Launch(NamedTuple):
-    """One use of CODEBOT_LAUNCHER, which runs a program on a node of a cluster.
+    """One run of CODEBOT_LAUNCHER, which runs a program on a node of a cluster.
 
-        started -> waits for a node -> first sentinel -> output -> second sentinel
-                                       limits begin                exit code
+        wait for a node -> SENTINEL -> the program's output -> SENTINEL EXIT_CODE
+                           the program's limits begin
 
-    The sentinel is a line that is printed on the node: what the launcher's own exit code
-    means differs from one launcher to the next. Without the second one, the node or the
-    cluster has failed.
+    What the launcher's own exit code means differs from one launcher to the next. So the
+    exit code is printed on the node; without it, the node or the cluster has failed.
     """
 
-    command: Sequence[str]
+    prefix: Sequence[str]  # CODEBOT_LAUNCHER and NODE_SCRIPT, put before the program
     sentinel: str
     timeout: float  # seconds to wait for a node
-    on_start: Callable[[], None]
+    on_start: Callable[[], None]  # called when the program starts on a node
 
 
 class OutputFile:
@@ -1148,7 +1147,7 @@ class RunningProgram:
     limits: Limits
     launch: Launch | None
     is_on_node: bool = False  # launched, and no longer waiting for a node
-    node_code: int | None = None  # the exit code, as printed on the node
+    node_code: int | None = None  # the exit code that was printed on the node
     started: float = dataclasses.field(default_factory=time.monotonic)
     last_output: float = dataclasses.field(default_factory=time.monotonic)
     grace_ends_at: float | None = None  # set when its work is done
@@ -1184,7 +1183,9 @@ class RunningProgram:
             return False
         self.last_output = time.monotonic()  # also if the line has no end yet
         if self.launch is not None:
-            lines = self.program_lines(lines, self.launch)
+            if not self.is_on_node:
+                lines = self.wait_for_node(lines, self.launch)
+            lines = self.read_exit_code(lines, self.launch)
         self.stdout.keep(lines)
         self.stderr.keep(errors)
         grace = on_lines(lines) if lines else None
@@ -1192,26 +1193,30 @@ class RunningProgram:
             self.grace_ends_at = self.last_output + grace
         return True
 
-    def program_lines(self, lines: list[str], launch: Launch) -> list[str]:
-        """Handle the sentinels and what the launcher says; return the other lines."""
-        others = []
+    def wait_for_node(self, lines: list[str], launch: Launch) -> list[str]:
+        """Return the lines after the first sentinel; those before it are the launcher's."""
+        if launch.sentinel not in lines:
+            self.stderr.keep(lines)
+            return []
+        self.is_on_node = True
+        self.started = time.monotonic()
+        self.stderr.last_lines.clear()  # what the launcher said
+        launch.on_start()
+        return lines[lines.index(launch.sentinel) + 1 :]
+
+    def read_exit_code(self, lines: list[str], launch: Launch) -> list[str]:
+        """Note the exit code of the second sentinel; return the lines without it."""
+        output = []
         for line in lines:
-            # One of: SENTINEL; SENTINEL 0; and after a last line without an end,
-            # "textSENTINEL 0". The program cannot know the sentinel in bwrap.
+            # In bwrap the program cannot know the sentinel; elsewhere it can forge this.
             text, _, code = line.partition(f"{launch.sentinel} ")
-            if line == launch.sentinel and not self.is_on_node:
-                self.is_on_node = True
-                self.started = time.monotonic()
-                self.stderr.last_lines.clear()  # what the launcher said
-                launch.on_start()
-            elif not self.is_on_node:
-                self.stderr.keep([line])
-            elif re.fullmatch("[0-9]+", code):
-                self.node_code = int(code)
-                others += [text] if text else []
-            else:
-                others.append(line)
-        return others
+            if not re.fullmatch("[0-9]{1,3}", code):
+                output.append(line)
+                continue
+            self.node_code = int(code)
+            if text:  # the end of the output, without a line end
+                output.append(text)
+        return output
 
     def check_limits(self) -> None:
         if self.grace_ends_at is not None:
@@ -1237,7 +1242,7 @@ class RunningProgram:
         """
         code = self.child.wait()
         if self.launch is not None:
-            # Without the second sentinel, something has ended it.
+            # Without the second sentinel, something has ended the program or its node.
             code = -signal.SIGTERM if self.node_code is None else self.node_code
         result = ProgramResult(
             code, [*self.stdout.last_lines], [*self.stderr.last_lines]
@@ -1251,10 +1256,10 @@ class RunningProgram:
         if free < FULL_DISK_BYTES or DISK_FULL_RE.search("\n".join(result.stderr)):
             raise TransientError(f"The disk is full: {result.error}")
         if self.launch is not None and self.node_code is None:
-            event = "CODEBOT_LAUNCHER failed"
+            problem = "CODEBOT_LAUNCHER failed"
             if self.is_on_node:
-                event = "The cluster ended it"
-            raise TransientError(f"{event}: {result.error}")
+                problem = "The cluster ended it"
+            raise TransientError(f"{problem}: {result.error}")
         return result
 
 
@@ -1318,17 +1323,16 @@ def run_program(
     if it failed and the disk is full, or the launcher or the node has failed, or OSError
     if it cannot be started.
     """
-    if launch is not None:
-        argv = [*launch.command, "sh", "-c", NODE_SCRIPT, launch.sentinel, *argv]
+    command = argv if launch is None else [*launch.prefix, *argv]
     with contextlib.ExitStack() as files:
         stdin_file = files.enter_context(tempfile.TemporaryFile())
         stdout = OutputFile(files.enter_context(tempfile.TemporaryFile()))
         stderr = OutputFile(files.enter_context(tempfile.TemporaryFile()))
         stdin_file.write(stdin)
         stdin_file.seek(0)
-        log.debug("Running %s", argv)
+        log.debug("Running %s", command)
         child = subprocess.Popen(
-            argv,
+            command,
             cwd=cwd,
             env=env,
             stdin=stdin_file,
@@ -1480,17 +1484,21 @@ def launching(
     timeout: float,
     on_start: Callable[[], None],
 ) -> Iterator[Launch | None]:
-    """Record a launch, and at its end stop what is left. None without a launcher."""
+    """Record a launch, and at its end stop what is left.
+
+    Without a launcher it yields None, and does not call ``on_start``.
+    """
     if not config.launcher:
-        on_start()
         yield None
         return
     record = launch_record(config, workspace)
     record.parent.mkdir(exist_ok=True)
     record.write_text(config.run_tag)
-    command = launcher_words(config.launcher, workspace)
+    sentinel = uuid.uuid4().hex
+    prefix = launcher_words(config.launcher, workspace)
+    prefix += ["sh", "-c", NODE_SCRIPT, sentinel]
     try:
-        yield Launch(command, uuid.uuid4().hex, timeout, on_start)
+        yield Launch(prefix, sentinel, timeout, on_start)
     finally:
         stop_launched(config, workspace)
 
@@ -4670,7 +4678,7 @@ class Workspace:
     ) -> ProgramResult:
         """Run the agent or the tests in the sandbox; on a node, if there is a launcher.
 
-        ``on_start`` is called when it starts, which may be when a node is free.
+        ``on_start`` is called when it starts: at once, or when a node is free.
         """
         run = self.run
         config = self.config
@@ -4684,8 +4692,9 @@ class Workspace:
         if config.launcher:
             run.set_phase("queued")
         self.stop_earlier_launch()
-        timeout = config.launch_timeout
-        with launching(config, self.path, timeout, start) as launch:
+        if not config.launcher:
+            start()
+        with launching(config, self.path, config.launch_timeout, start) as launch:
             return self.supervise(command, limits, launch)
 
     def stop_earlier_launch(self) -> None:
