@@ -1412,10 +1412,10 @@ def copy_variables(config: Config, names: Iterable[str]) -> dict[str, str]:
 
 
 def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
-    """Fill in the words of CODEBOT_LAUNCHER or CODEBOT_LAUNCHER_STOP.
+    """Fill in {task} and {job} in CODEBOT_LAUNCHER or CODEBOT_LAUNCHER_STOP.
 
-    {task} is the workspace's path. {job} is a name for the cluster, the same whenever
-    something is launched in this workspace.
+    {task} is the path of the workspace, like ``workspace`` in all of this section. {job}
+    is a name for the cluster, the same for all that is launched in this workspace.
     """
     job_name = f"codebot-{os.path.basename(workspace)}"
     return [
@@ -1423,13 +1423,10 @@ def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
     ]
 
 
-# What a launcher started may outlive codebot. So each launch has a file, its record, which
-# stays until CODEBOT_LAUNCHER_STOP has succeeded. (That command must also succeed when
-# nothing runs.) The record holds the run's tag, or STOP_FAILED after a stop that failed.
-# Who runs the command for which records, by how they begin:
-#   the run itself, a later one here, the next start   anything
-#   the watchdog                                       the tag of its own codebot
-#   the cleanup                                        STOP_FAILED
+# What a launcher started may outlive codebot. So each launch has a record, which is the
+# file launched/NAME for the workspace NAME. The record is removed when CODEBOT_LAUNCHER_STOP
+# has succeeded. (That command must also succeed when nothing runs.) The record holds the
+# run's tag, or after a stop that failed, STOP_FAILED.
 STOP_FAILED = "stop failed"
 
 
@@ -1437,13 +1434,13 @@ def launch_record(config: Config, workspace: str) -> pathlib.Path:
     return pathlib.Path(config.work_dir, "launched", os.path.basename(workspace))
 
 
-def stop_launched(config: Config, workspace: str, if_record_is: str = "") -> bool:
-    """End what a launcher left running in a workspace.
+def stop_launched(config: Config, workspace: str, only_if: str = "") -> bool:
+    """End what a launcher left running in a workspace. Returns False if that fails.
 
-    ``if_record_is``: only if its record begins with this. Returns False if the stop has
-    failed.
+    ``only_if`` is what the record must begin with: a codebot's tag, or STOP_FAILED.
     """
     record = launch_record(config, workspace)
+    # Without a record nothing runs, or another stop has just ended it.
     # For writing: NFS wants that of an exclusive lock.
     with contextlib.suppress(FileNotFoundError), open(record, "r+b") as lock:
         # Another thread, or an earlier server's watchdog, may be stopping it already.
@@ -1451,7 +1448,7 @@ def stop_launched(config: Config, workspace: str, if_record_is: str = "") -> boo
         # launch here, which must not be ended. So the lock of the old file is only waited
         # for, and what the name leads to now decides.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not record.read_text().startswith(if_record_is):
+        if not record.read_text().startswith(only_if):
             return True
         error = run_stop_command(config, workspace)
         if error:
@@ -1466,8 +1463,9 @@ def stop_launched(config: Config, workspace: str, if_record_is: str = "") -> boo
 
 def run_stop_command(config: Config, workspace: str) -> str:
     """Run CODEBOT_LAUNCHER_STOP. Returns what went wrong, "" if nothing did."""
-    # If the setting was removed since the launch, `false` fails in its place.
-    words = launcher_words(config.launcher_stop, workspace) or ["false"]
+    if not config.launcher_stop:
+        return "it is not set"  # any longer: without it nothing is launched
+    words = launcher_words(config.launcher_stop, workspace)
     try:
         result = run_program(
             words, base_environment(config), limits=Limits(timeout=60.0)
@@ -1503,11 +1501,11 @@ def launching(
         stop_launched(config, workspace)
 
 
-def stop_all_launched(config: Config, if_record_is: str = "") -> None:
-    """End what a launcher left running in any workspace."""
+def stop_all_launched(config: Config, only_if: str = "") -> None:
+    """End what a launcher left running in any workspace; see stop_launched."""
     for path in find_paths(config.work_dir, "launched/*"):
         workspace = f"{config.work_dir}/{os.path.basename(path)}"
-        stop_launched(config, workspace, if_record_is)
+        stop_launched(config, workspace, only_if)
 
 
 # --- Sandbox -----------------------------------------------------------------
@@ -8788,7 +8786,8 @@ def fork_watchdog(codebot: Codebot) -> None:
         tempfile.tempdir = codebot.config.work_dir  # as in take_work_dir
         os.read(read_end, 1)
         end_tagged_processes(codebot.config.run_tag)
-        stop_all_launched(codebot.config, codebot.config.run_tag)
+        # The next codebot here may already have launched others.
+        stop_all_launched(codebot.config, only_if=codebot.config.run_tag)
     finally:
         os._exit(0)
 

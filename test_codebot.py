@@ -11010,6 +11010,42 @@ def test_stop_waits_for_another_stop_of_the_same_launch(tmp_path: Path) -> None:
     assert (tmp_path / "stops").read_text() == "stop\n"
 
 
+def test_stop_whose_setting_was_removed_keeps_the_record(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = codebot.Config(work_dir=str(tmp_path), search_path=os.environ["PATH"])
+    workspace = str(tmp_path / "task_1234567")
+    record = codebot.launch_record(config, workspace)
+    record.parent.mkdir()
+    record.write_text("tag")
+    assert not codebot.stop_launched(config, workspace)
+    assert record.read_text() == codebot.STOP_FAILED
+    assert "CODEBOT_LAUNCHER_STOP failed for task_1234567: it is not set" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "is_stopped"),
+    [
+        ("host-codebot-job", True),
+        ("host-other-job", False),
+        (codebot.STOP_FAILED, False),
+    ],
+)
+def test_watchdog_stops_only_what_its_own_codebot_launched(
+    tmp_path: Path, text: str, is_stopped: bool
+) -> None:
+    config = codebot.Config(
+        work_dir=str(tmp_path),
+        search_path=os.environ["PATH"],
+        launcher_stop=("true",),
+    )
+    record = codebot.launch_record(config, str(tmp_path / "task_1234567"))
+    record.parent.mkdir()
+    record.write_text(text)
+    codebot.stop_all_launched(config, only_if="host-codebot-")
+    assert record.exists() != is_stopped
+
+
 # --- Ending programs ---------------------------------------------------------
 
 # What srun and podman do when they are ended: they need a moment to clean up.
