@@ -1144,6 +1144,7 @@ class RunningProgram:
     child: subprocess.Popen[bytes]
     stdout: OutputFile
     stderr: OutputFile
+    on_lines: LineHandler
     limits: Limits
     launch: Launch | None
     is_on_node: bool = False  # launched, and no longer waiting for a node
@@ -1152,7 +1153,7 @@ class RunningProgram:
     last_output: float = dataclasses.field(default_factory=time.monotonic)
     grace_ends_at: float | None = None  # set when its work is done
 
-    def watch(self, on_lines: LineHandler) -> None:
+    def watch(self) -> None:
         """Pass on its output until it ends. Raises what ended it early."""
         # In a thread, Popen.wait() needs no timeout, and returns when the program ends.
         # With a timeout it sleeps in growing steps, which would double a short git's time.
@@ -1166,7 +1167,7 @@ class RunningProgram:
         while True:
             # Checked first, so that what was printed before the exit is read.
             has_exited = not waiter.is_alive()
-            has_output = self.read_output(has_exited, on_lines)
+            has_output = self.read_output(has_exited)
             if has_exited and not has_output:
                 return
             if self.grace_ends_at is not None and time.monotonic() > self.grace_ends_at:
@@ -1175,7 +1176,7 @@ class RunningProgram:
             if not has_output:
                 waiter.join(0.1)
 
-    def read_output(self, has_exited: bool, on_lines: LineHandler) -> bool:
+    def read_output(self, has_exited: bool) -> bool:
         """Pass on what is new. Returns whether there was anything."""
         lines = self.stdout.read_lines(has_exited)
         errors = self.stderr.read_lines(has_exited)
@@ -1188,7 +1189,7 @@ class RunningProgram:
             lines = self.read_exit_code(lines, self.launch)
         self.stdout.keep(lines)
         self.stderr.keep(errors)
-        grace = on_lines(lines) if lines else None
+        grace = self.on_lines(lines) if lines else None
         if grace is not None and self.grace_ends_at is None:
             self.grace_ends_at = self.last_output + grace
         return True
@@ -1342,9 +1343,9 @@ def run_program(
             pass_fds=pass_fds,
             umask=umask,
         )
-        program = RunningProgram(child, stdout, stderr, limits, launch)
+        program = RunningProgram(child, stdout, stderr, on_lines, limits, launch)
         try:
-            program.watch(on_lines)
+            program.watch()
         finally:
             end_process_group(child)
         return program.result()
