@@ -1512,17 +1512,18 @@ def stop_all_launched(config: Config, only_if: str = "") -> None:
 # --- Sandbox -----------------------------------------------------------------
 #
 # What runs in a workspace (the agent, the tests, git) runs in a sandbox: bwrap, the
-# command line that CODEBOT_SANDBOX is, or with "none", nothing. In bwrap the whole file
-# system is read-only, private directories are covered by empty ones, and of the work
+# operator's own command line, or with CODEBOT_SANDBOX=none, nothing. In bwrap the whole
+# file system is read-only, private directories are covered by empty ones, and of the work
 # directory only the job's own directories and its repository's objects are put back.
 
-# Directories that programs need, so they cannot be covered.
+# Directories that programs need, so they cannot be covered. Those of PATH are added.
 SYSTEM_DIRECTORIES = (
     "/etc",
     "/usr/bin",
     "/usr/lib",
     "/bin",
     "/lib",
+    "/lib64",
     "/dev",
     "/proc",
     "/sys",
@@ -1541,8 +1542,8 @@ WRITABLE = "--bind"
 
 
 class Mount(NamedTuple):
-    path: str
     option: str
+    path: str
 
 
 def is_inside(path: str, directory: str) -> bool:
@@ -1559,7 +1560,7 @@ def private_directories(config: Config) -> set[str]:
     return {config.work_dir, *map(os.path.dirname, files)}
 
 
-def uncoverable_directories(config: Config) -> Iterator[str]:
+def hiding_problems(config: Config) -> Iterator[str]:
     """Yield a sentence for each private directory that programs need as well."""
     home = home_directory()
     needed = [os.path.realpath(path) for path in config.search_path.split(":")]
@@ -1576,7 +1577,7 @@ def uncoverable_directories(config: Config) -> Iterator[str]:
 
 
 def tool_directories(config: Config) -> Iterator[str]:
-    """Yield the directories of HOME that PATH leads into, such as ~/.local."""
+    """Yield the directories in HOME that PATH leads into: for ~/.local/bin, ~/.local."""
     home = home_directory()
     for path in config.search_path.split(":"):
         path = os.path.realpath(path)
@@ -1585,19 +1586,22 @@ def tool_directories(config: Config) -> Iterator[str]:
             yield f"{home}/{first_part}"
 
 
-def agent_program_files(config: Config, hidden: Sequence[str]) -> Iterator[str]:
-    """Yield the files that CODEBOT_CLAUDE_COMMAND names in hidden directories."""
+def agent_program_files(config: Config, covers: Mapping[str, str]) -> Iterator[str]:
+    """Yield the files that CODEBOT_CLAUDE_COMMAND names and the covers hide."""
     program = shutil.which(config.claude[0], path=config.search_path) or ""
     for word in (program, *config.claude[1:]):
-        # A resolved symlink would break a virtual environment: resolve its parent.
+        # Only the directory is resolved: a virtual environment is found by the symlink
+        # through which its Python is called.
         directory = os.path.realpath(os.path.dirname(word))
         path = os.path.join(directory, os.path.basename(word))
-        if word.startswith("/") and any(is_inside(path, place) for place in hidden):
+        enclosing = [place for place in covers if is_inside(path, place)]
+        innermost = max(enclosing, key=len, default="")
+        if word.startswith("/") and covers.get(innermost) == HIDDEN:
             yield path
 
 
 def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
-    """Return what bwrap mounts over the read-only file system.
+    """Return what bwrap mounts over the read-only file system and the workspace's /tmp.
 
     It mounts them in this order, and a later one covers an earlier one. So hidden
     directories and those with tools come first, each before what lies in it; then what is
@@ -1611,18 +1615,17 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     With the key in ~/.local itself, all of ~/.local is hidden.
     """
     hidden = {"/run", home_directory(), *private_directories(config)}
-    hidden -= {"/", "/tmp"}  # "/" cannot be covered; /tmp is the workspace's own
-    tools = {*tool_directories(config)} - hidden
-    covers = [Mount(path, HIDDEN) for path in hidden]
-    covers += [Mount(path, READ_ONLY) for path in tools]
-    covers.sort()  # by path, so a directory comes before what lies in it
+    hidden -= {"/", "/tmp"}  # "/" cannot be covered; /tmp is already the workspace's
+    covers = dict.fromkeys(hidden, HIDDEN)
+    for path in tool_directories(config):
+        covers.setdefault(path, READ_ONLY)  # one with a secret in it stays hidden
     shown = [os.path.realpath("/etc/resolv.conf"), objects]  # the first may be in /run
-    for path in agent_program_files(config, [*hidden, "/tmp"]):
-        if not any(is_inside(path, directory) for directory in tools):
-            shown.append(path)
-    mounts = covers + [Mount(path, READ_ONLY) for path in shown]
-    for part in ("repo", "home"):
-        mounts.append(Mount(f"{workspace}/{part}", WRITABLE))
+    shown += agent_program_files(config, {"/tmp": HIDDEN, **covers})
+    mounts = [Mount(covers[path], path) for path in sorted(covers)]
+    mounts += [Mount(READ_ONLY, path) for path in shown]
+    mounts += [Mount(WRITABLE, f"{workspace}/{part}") for part in ("repo", "home")]
+    # bwrap cannot mount on what is missing. A missing directory hides nothing, and in the
+    # read-only file system the agent cannot make it.
     return [mount for mount in mounts if os.path.exists(mount.path)]
 
 
@@ -1633,8 +1636,8 @@ def bwrap_command(
     words = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
     # Root could write /proc/sys/kernel/core_pattern, which runs a program outside.
     words += ["--remount-ro", "/proc"]
-    words += ["--bind", f"{workspace}/tmp", "/tmp"]
-    for path, option in sandbox_mounts(config, workspace, objects):
+    words += [WRITABLE, f"{workspace}/tmp", "/tmp"]
+    for option, path in sandbox_mounts(config, workspace, objects):
         words += [option, path]
         if option != HIDDEN:
             words.append(path)
@@ -1642,7 +1645,8 @@ def bwrap_command(
     # session, so there is no terminal to write to.
     words += ["--unshare-pid", "--unshare-ipc", "--cap-drop", "ALL"]
     if disable_userns:
-        # In a nested user namespace root could mount and write control groups.
+        # If codebot is root, the agent could mount and write control groups in a user
+        # namespace of its own.
         words += ["--unshare-user", "--disable-userns"]
     words += ["--die-with-parent", "--chdir", f"{workspace}/repo", "--"]
     return words
@@ -1671,6 +1675,7 @@ class Sandbox:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        # With a path or arguments, bwrap is like any command line of the operator's.
         self.is_bwrap = config.sandbox == ("bwrap",)
         self.is_none = config.sandbox == ("none",)
         self.disable_userns = True
@@ -1703,7 +1708,7 @@ class Sandbox:
         """Check that a command runs as the agent will run; without one, `true`.
 
         Raises ConfigError if the sandbox or the launcher does not work, NoFreeNode if
-        that is not known.
+        they could not be tried.
         """
         config = self.config
         try:
@@ -1716,6 +1721,7 @@ class Sandbox:
         except TimedOut as error:
             raise sandbox_error(f"it {error}") from None
         except OSError as error:
+            # Without a file in the error, the first program could not be forked.
             program = error.filename or (config.launcher or config.sandbox)[0]
             problem = f"{program}: {os_error_text(error)}"
             if program == config.sandbox[0]:
@@ -1728,7 +1734,7 @@ class Sandbox:
         Raises ConfigError if it cannot and codebot runs as root, or if it cannot hide
         a directory.
         """
-        problems = [*uncoverable_directories(self.config)]
+        problems = [*hiding_problems(self.config)]
         if problems:
             raise ConfigError(*problems)
         if shutil.which("bwrap", path=self.config.search_path) is None:
@@ -1748,14 +1754,14 @@ class Sandbox:
             )
 
     def run_probe(self, workspace: str, command: Sequence[str]) -> ProgramResult:
-        """Write a file through launcher and sandbox, and read it here."""
+        """Write a file through launcher and sandbox, and look for it on this host."""
         config = self.config
         script = 'echo works >probe && "$@"'
         objects = f"{workspace}/objects"
         argv = self.wrap(["sh", "-c", script, "sh", *command], workspace, objects)
         repo = f"{workspace}/repo"
         env = {**base_environment(config), "HOME": f"{workspace}/home"}
-        limits = Limits(PROBE_TIMEOUT)
+        limits = Limits(timeout=PROBE_TIMEOUT)
         with launching(config, workspace, PROBE_TIMEOUT, do_nothing) as launch:
             result = run_program(argv, env, cwd=repo, limits=limits, launch=launch)
         if os.path.exists(f"{repo}/probe"):

@@ -2792,6 +2792,18 @@ def test_agent_in_tool_directory_that_is_hidden_is_shown_alone(host: Host) -> No
     assert "READ_ONLY home/tools/bin/claude" in mounts
 
 
+def test_agent_beside_a_key_in_tool_directory_is_shown_alone(host: Host) -> None:
+    agent = host.make_file("home/.local/claude/claude")
+    mounts = host.mounts(
+        search_path=host.make("home/.local/bin"),
+        key_file=host.make_file("home/.local/claude/app.pem"),
+        claude=(agent,),
+    )
+    assert "READ_ONLY home/.local" in mounts
+    assert "HIDDEN home/.local/claude" in mounts
+    assert mounts[-3] == "READ_ONLY home/.local/claude/claude"  # after the covers
+
+
 def test_script_that_agent_command_names_is_shown(host: Host) -> None:
     script = host.make_file("home/wrapper.sh")
     assert "READ_ONLY home/wrapper.sh" in host.mounts(claude=("sh", script))
@@ -2832,7 +2844,7 @@ def test_directory_that_programs_need_cannot_be_hidden(
     for name, text in settings.items():
         values[name] = text.replace("{root}", root)
     config = codebot.Config(**values)
-    problem = next(codebot.uncoverable_directories(config))
+    problem = next(codebot.hiding_problems(config))
     assert problem.startswith(directory.replace("{root}", root) + " holds .env")
 
 
@@ -2842,7 +2854,7 @@ def test_secret_beside_tools_in_home_can_be_hidden(host: Host) -> None:
         search_path=host.make("home/tools/bin"),
         env_file=host.make_file("home/tools/.env"),
     )
-    assert [*codebot.uncoverable_directories(config)] == []
+    assert [*codebot.hiding_problems(config)] == []
 
 
 # --- Settings: names of repositories and branches ----------------------------
