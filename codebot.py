@@ -1170,9 +1170,10 @@ class RunningProgram:
             has_output = self.read_output(has_exited)
             if has_exited and not has_output:
                 return
-            if self.grace_ends_at is not None and time.monotonic() > self.grace_ends_at:
+            if self.grace_ends_at is None:
+                self.check_limits()
+            elif time.monotonic() > self.grace_ends_at:
                 return
-            self.check_limits()
             if not has_output:
                 waiter.join(0.1)
 
@@ -1220,8 +1221,6 @@ class RunningProgram:
         return output
 
     def check_limits(self) -> None:
-        if self.grace_ends_at is not None:
-            return  # its work is done, so to end it now would be no failure
         now = time.monotonic()
         self.limits.check_stop()
         if max(self.stdout.amount(), self.stderr.amount()) > MAX_OUTPUT_BYTES:
