@@ -1017,12 +1017,12 @@ def let_stop_arrive(check_stop: Callable[[], None]) -> None:
     check_stop()
 
 
-# A program that SIGTERM (15) or SIGKILL (9) ended, as Popen reports it, and as a shell does.
+# How Popen, and how a shell, report that SIGTERM (15) or SIGKILL (9) ended a program.
 SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
 # Lines that explain nothing: git's advice, and empty lines, also those of a remote.
 NOISE_RE = re.compile(r"hint:.*|remote:|")
 CAUSE_RE = re.compile(r"(fatal|error|remote: error):|.*denied")
-DISK_FULL = "No space left on device|Disk quota exceeded"
+DISK_FULL = "No space left on device|Disk quota exceeded"  # also in what git prints
 # Not if a remote repository says so, of its own disk: "remote: fatal: ..."
 DISK_FULL_RE = re.compile(f"^(?!remote:).*({DISK_FULL})", re.MULTILINE)
 
@@ -1036,9 +1036,9 @@ class ProgramResult(NamedTuple):
 
     @property
     def error(self) -> str:
-        """A summary: the first line that names a cause, and the last three lines.
+        """Why it failed: the first line that names a cause, and the last three lines.
 
-        They are from standard error; if it is empty, from standard output.
+        The lines are from standard error; if it is empty, from standard output.
         """
         lines = [line.strip() for line in self.stderr or self.stdout]
         lines = [line for line in lines if not NOISE_RE.fullmatch(line)]
@@ -1138,7 +1138,7 @@ class OutputFile:
 class RunningProgram:
     """One program from its start to its end, and the limits that it is held to.
 
-    If it is launched, they begin when it starts on a node.
+    If the program is launched, its limits begin when it starts on a node.
     """
 
     child: subprocess.Popen[bytes]
@@ -1151,10 +1151,10 @@ class RunningProgram:
     node_code: int | None = None  # the exit code that was printed on the node
     started: float = dataclasses.field(default_factory=time.monotonic)
     last_output: float = dataclasses.field(default_factory=time.monotonic)
-    grace_ends_at: float | None = None  # set when its work is done
+    grace_ends_at: float | None = None  # set when the program's work is done
 
     def watch(self) -> None:
-        """Pass on its output until it ends. Raises what ended it early."""
+        """Pass on the program's output until it ends. Raises what ended it early."""
         # In a thread, Popen.wait() needs no timeout, and returns when the program ends.
         # With a timeout it sleeps in growing steps, which would double a short git's time.
         waiter = threading.Thread(target=self.child.wait, daemon=True)
@@ -1201,7 +1201,7 @@ class RunningProgram:
             self.stderr.keep(lines)
             return []
         self.is_on_node = True
-        self.started = time.monotonic()
+        self.started = self.last_output
         self.stderr.last_lines.clear()  # what the launcher said
         launch.on_start()
         return lines[lines.index(launch.sentinel) + 1 :]
@@ -1235,7 +1235,7 @@ class RunningProgram:
             raise Stalled("printed nothing for too long")
 
     def result(self) -> ProgramResult:
-        """Return how it ended.
+        """Return how the program ended.
 
         Raises TransientError if it failed and the disk is full, or if the launcher or
         the node has failed.
@@ -1251,7 +1251,7 @@ class RunningProgram:
             return result
         if code in SIGNAL_EXIT_CODES:
             let_stop_arrive(self.limits.check_stop)
-        # The program may not have been able to print that: its output is on this disk.
+        # The program may have been unable to say so: its output is on the same disk.
         free = shutil.disk_usage(tempfile.gettempdir()).free
         if free < FULL_DISK_BYTES or DISK_FULL_RE.search("\n".join(result.stderr)):
             raise TransientError(f"The disk is full: {result.error}")
@@ -1424,9 +1424,12 @@ def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
 
 
 # What a launcher started may outlive codebot. So each launch has a record, which is the
-# file launched/NAME for the workspace NAME. The record is removed when CODEBOT_LAUNCHER_STOP
-# has succeeded. (That command must also succeed when nothing runs.) The record holds the
-# run's tag, or after a stop that failed, STOP_FAILED.
+# file launched/NAME for the workspace NAME. CODEBOT_LAUNCHER_STOP ends what runs; when it
+# has succeeded, as it must also when nothing runs, the record is removed. The record holds
+# the run's tag, or after a stop that failed, STOP_FAILED.
+#
+# The run itself stops what it launched. If codebot dies, its watchdog does, or the next
+# start; if the stop fails, the cleanup, or the next run in the same workspace.
 STOP_FAILED = "stop failed"
 
 
@@ -1440,13 +1443,13 @@ def stop_launched(config: Config, workspace: str, only_if: str = "") -> bool:
     ``only_if`` is what the record must begin with: a codebot's tag, or STOP_FAILED.
     """
     record = launch_record(config, workspace)
-    # Without a record nothing runs, or another stop has just ended it.
-    # For writing: NFS wants that of an exclusive lock.
+    # Without a record nothing runs, or another stop has just ended it. The record is opened
+    # for writing because NFS wants that of an exclusive lock.
     with contextlib.suppress(FileNotFoundError), open(record, "r+b") as lock:
-        # Another thread, or an earlier server's watchdog, may be stopping it already.
+        # Another thread, or an earlier server's watchdog, may be stopping the same launch.
         # When it is done, the record may be gone, or there may be a new one, of the next
-        # launch here, which must not be ended. So the lock of the old file is only waited
-        # for, and what the name leads to now decides.
+        # launch in this workspace. So the lock of the old file is only waited for, and what
+        # the record's path leads to now decides.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not record.read_text().startswith(only_if):
             return True
@@ -1580,7 +1583,7 @@ def tool_directories(config: Config) -> Iterator[str]:
     home = home_directory()
     for path in config.search_path.split(":"):
         path = os.path.realpath(path)
-        if is_inside(path, home) and path != home:
+        if path.startswith(f"{home}/"):
             first_part = os.path.relpath(path, home).split("/")[0]
             yield f"{home}/{first_part}"
 
@@ -1618,10 +1621,12 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     covers = dict.fromkeys(hidden, HIDDEN)
     for path in tool_directories(config):
         covers.setdefault(path, READ_ONLY)  # one with a secret in it stays hidden
-    shown = [os.path.realpath("/etc/resolv.conf"), objects]  # the first may be in /run
-    shown += agent_program_files(config, {"/tmp": HIDDEN, **covers})
+    # /etc/resolv.conf may lead into /run.
+    visible = [os.path.realpath("/etc/resolv.conf"), objects]
+    visible += agent_program_files(config, {"/tmp": HIDDEN, **covers})
     mounts = [Mount(covers[path], path) for path in sorted(covers)]
-    mounts += [Mount(READ_ONLY, path) for path in shown]
+    mounts += [Mount(READ_ONLY, path) for path in visible]
+    # The third part, tmp, is at /tmp.
     mounts += [Mount(WRITABLE, f"{workspace}/{part}") for part in ("repo", "home")]
     # bwrap cannot mount on what is missing. A missing directory hides nothing, and in the
     # read-only file system the agent cannot make it.
@@ -1647,8 +1652,7 @@ def bwrap_command(
         # If codebot is root, the agent could mount and write control groups in a user
         # namespace of its own.
         words += ["--unshare-user", "--disable-userns"]
-    words += ["--die-with-parent", "--chdir", f"{workspace}/repo", "--"]
-    return words
+    return [*words, "--die-with-parent", "--chdir", f"{workspace}/repo", "--"]
 
 
 @contextlib.contextmanager
