@@ -1129,7 +1129,7 @@ class OutputFile:
     def size(self) -> int:
         return os.fstat(self.file.fileno()).st_size
 
-    def amount(self) -> int:
+    def printed_bytes(self) -> int:
         """Return how much was printed, even if the program has emptied the file since."""
         return max(self.size(), self._bytes_read)
 
@@ -1223,7 +1223,8 @@ class RunningProgram:
     def check_limits(self) -> None:
         now = time.monotonic()
         self.limits.check_stop()
-        if max(self.stdout.amount(), self.stderr.amount()) > MAX_OUTPUT_BYTES:
+        printed = max(self.stdout.printed_bytes(), self.stderr.printed_bytes())
+        if printed > MAX_OUTPUT_BYTES:
             raise TooMuchOutput(f"printed more than {MAX_OUTPUT_BYTES >> 30} GiB")
         if self.launch is not None and not self.is_on_node:
             if now > self.started + self.launch.timeout:
@@ -1277,7 +1278,7 @@ def is_group_running(leader: int) -> bool:
 
     A zombie does not; the first process of a container may never reap it.
     """
-    if not signal_group(leader, 0):
+    if not signal_group(leader, 0):  # no signal, only the check
         return False
     if not os.path.exists("/proc/self/stat"):  # macOS
         return True
@@ -1549,6 +1550,7 @@ class Mount(NamedTuple):
 
 
 def is_inside(path: str, directory: str) -> bool:
+    """Return whether a path is a directory or leads into it. Both are absolute."""
     return f"{path}/".startswith(f"{directory.rstrip('/')}/")
 
 
@@ -1565,10 +1567,11 @@ def private_directories(config: Config) -> set[str]:
 def hiding_problems(config: Config) -> Iterator[str]:
     """Yield a sentence for each private directory that programs need as well."""
     home = home_directory()
-    needed = [os.path.realpath(path) for path in config.search_path.split(":")]
-    # Below the home directory, what PATH names is mounted over the covers.
-    needed = [path for path in needed if not is_inside(path, home)]
-    needed += [os.path.realpath(path) for path in SYSTEM_DIRECTORIES]
+    needed = [*map(os.path.realpath, SYSTEM_DIRECTORIES)]
+    for path in map(os.path.realpath, config.search_path.split(":")):
+        # Below the home directory, what PATH names is mounted over the covers.
+        if not is_inside(path, home):
+            needed.append(path)
     for directory in sorted(private_directories(config)):
         if any(is_inside(path, directory) for path in needed):
             yield (
