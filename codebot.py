@@ -1103,7 +1103,7 @@ class OutputFile:
     def read_lines(self, at_end: bool) -> list[str]:
         """Return the lines that are new. ``at_end``: also one without a line end."""
         if self.size() < self._position:
-            # `>/dev/stdout` has emptied it. What was written since the last read is lost,
+            # `>/dev/stdout` has emptied the file. What was written since the last read is lost,
             # and if as much has been written again, this is not noticed.
             self._position = 0
             self._partial_line.clear()
@@ -1156,13 +1156,14 @@ class RunningProgram:
     def watch(self) -> None:
         """Pass on the program's output until it ends. Raises what ended it early."""
         # In a thread, Popen.wait() needs no timeout, and returns when the program ends.
-        # With a timeout it sleeps in growing steps, which would double a short git's time.
+        # With a timeout, wait() sleeps in growing steps, which would double the time of a
+        # short git.
         waiter = threading.Thread(target=self.child.wait, daemon=True)
         try:
             waiter.start()
         except RuntimeError as error:
-            # The host allows no more threads. Raise what Popen raises if it cannot fork:
-            # run_job retries the job later, because of EAGAIN.
+            # The host allows no more threads. Raise what Popen raises when fork fails:
+            # because of EAGAIN, run_job retries the job later.
             raise BlockingIOError(errno.EAGAIN, str(error)) from None
         while True:
             # Checked first, so that what was printed before the exit is read.
@@ -1584,8 +1585,7 @@ def hiding_problems(config: Config) -> Iterator[str]:
 def tool_directories(config: Config) -> Iterator[str]:
     """Yield the directories in HOME that PATH leads into: for ~/.local/bin, ~/.local."""
     home = home_directory()
-    for path in config.search_path.split(":"):
-        path = os.path.realpath(path)
+    for path in map(os.path.realpath, config.search_path.split(":")):
         if path.startswith(f"{home}/"):
             first_part = os.path.relpath(path, home).split("/")[0]
             yield f"{home}/{first_part}"
@@ -1597,8 +1597,8 @@ def agent_program_files(config: Config, covers: Mapping[str, str]) -> Iterator[s
     for word in (program, *config.claude[1:]):
         # Only the directory is resolved: a virtual environment is found by the symlink
         # through which its Python is called.
-        directory = os.path.realpath(os.path.dirname(word))
-        path = os.path.join(directory, os.path.basename(word))
+        directory, name = os.path.split(word)
+        path = os.path.join(os.path.realpath(directory), name)
         enclosing = [place for place in covers if is_inside(path, place)]
         innermost = max(enclosing, key=len, default="")
         if word.startswith("/") and covers.get(innermost) == HIDDEN:
