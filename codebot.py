@@ -1103,8 +1103,8 @@ class OutputFile:
     def read_lines(self, at_end: bool) -> list[str]:
         """Return the lines that are new. ``at_end``: also one without a line end."""
         if self.size() < self._position:
-            # `>/dev/stdout` has emptied the file. What was written since the last read is lost,
-            # and if as much has been written again, this is not noticed.
+            # `>/dev/stdout` has emptied the file. What was written since the last read is
+            # lost, and if as much has been written again, this is not noticed.
             self._position = 0
             self._partial_line.clear()
         data = os.pread(self.file.fileno(), READ_BYTES, self._position)
@@ -1163,7 +1163,7 @@ class RunningProgram:
             waiter.start()
         except RuntimeError as error:
             # The host allows no more threads. Raise what Popen raises when fork fails:
-            # because of EAGAIN, run_job retries the job later.
+            # because of EAGAIN, run_once retries the job later.
             raise BlockingIOError(errno.EAGAIN, str(error)) from None
         while True:
             # Checked first, so that what was printed before the exit is read.
