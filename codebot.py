@@ -8097,30 +8097,28 @@ def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
 
 # --- Routes and server -------------------------------------------------------
 #
-# The states of a connection:
-#   waiting -> receiving -> handling -> sending -> waiting ...
-#   an event stream:        handling -> sending -> handling ... -> closed
-#   a refused body:                     sending -> receiving -> closed
-# It is closed when it has been in one for too long, or when there are too many
-# connections and it has waited longest for its client.
-#
-# serve_forever() accepts. Everything else about a connection, the TLS handshake too,
-# happens in one thread of the pool, which keeps it until it is closed.
+# serve_forever() accepts a connection. Everything else, the TLS handshake too, happens in
+# one thread of the pool, which keeps the connection until it is closed. Its states:
+#   a request         waiting -> receiving -> handling -> sending -> waiting
+#   an event stream   ... -> handling -> sending -> handling -> sending ... -> closed
+#   a request that is refused before its body has been read
+#                     waiting -> receiving -> sending -> receiving -> closed
+# A connection is closed when it has been in one state for too long, or when there are too
+# many connections and it has waited longest for its client.
 
 MAX_CONNECTIONS = 512
-
 MAX_STREAMS = 128  # event streams that are open at the same time
 MAX_BUFFERED_BYTES = 64 << 20  # of all bodies that are in memory
-# The states of a connection, and the seconds that it may be in one.
+# The states of a connection, and the seconds that it may stay in each.
 STATE_TIMEOUTS = {
     "waiting": 75.0,  # for a request
     "receiving": 20.0,  # the TLS handshake; a request, from its first byte to the last
-    "handling": 3600.0,  # what codebot itself does; it takes far less
+    "handling": 3600.0,  # codebot's own work: a handler takes seconds at most
     "sending": 20.0,  # until the client has read CHUNK_BYTES
 }
 SWEEP_INTERVAL = 0.5  # seconds between two searches for late connections
-STREAM_INTERVAL = 250  # milliseconds between two searches for new events
-CHUNK_BYTES = 64 << 10
+STREAM_INTERVAL = 0.25  # seconds between two searches for new events
+CHUNK_BYTES = 64 << 10  # of a body or an answer that are read or sent at once
 DEFAULT_HEADERS = {
     "Content-Type": "application/json",
     "Cache-Control": "no-store",
@@ -8187,62 +8185,159 @@ def hang_up(connection: socket.socket) -> None:
 
 
 @dataclasses.dataclass
-class Connection:
-    """The state of an open connection."""
+class Entry:
+    """What the table of connections has on one of them."""
 
+    state: str
     deadline: float  # by time.monotonic()
-    state: str = "waiting"
-    body_bytes: int = 0  # of its request's body that are in memory
+    body_bytes: int = 0  # of a request's body, while they are in memory
+
+
+class ConnectionTable:
+    """All open connections, with their states, deadlines and unfinished bodies.
+
+    It hangs up the connections that are late, and those that must make room. Their
+    threads then get an OSError: from the socket, or from the next call here.
+    """
+
+    def __init__(self) -> None:
+        # Guards _entries, and each entry. Nothing that is done with it waits for a client.
+        self._lock = threading.Lock()
+        # In the order in which they began to wait for a request: see enter().
+        self._entries: dict[socket.socket, Entry] = {}
+
+    def add(self, connection: socket.socket) -> None:
+        """Add a new connection, which waits. Raises OSError if no other can make room.
+
+        Only one thread accepts connections, so there cannot be more meanwhile.
+        """
+        if len(self._entries) >= MAX_CONNECTIONS:
+            self.evict()
+        deadline = time.monotonic() + STATE_TIMEOUTS["waiting"]
+        with self._lock:
+            self._entries[connection] = Entry("waiting", deadline)
+
+    def remove(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._entries.pop(connection, None)
+
+    def enter(self, connection: socket.socket, state: str) -> None:
+        """Change the state of a connection. Raises OSError if it was hung up."""
+        with self._lock:
+            entry = self._entry(connection)
+            entry.state = state
+            entry.deadline = time.monotonic() + STATE_TIMEOUTS[state]
+            if state != "handling":
+                entry.body_bytes = 0  # a new request begins, or the last is answered
+            if state == "waiting":  # move it to the end
+                self._entries[connection] = self._entries.pop(connection)
+
+    def add_body_bytes(self, connection: socket.socket, size: int) -> None:
+        """Count more of a body, and hang up the oldest if there is too much in memory.
+
+        Raises OSError if this connection was hung up: without it, the thread would go on
+        reading what had arrived before.
+        """
+        with self._lock:
+            self._entry(connection).body_bytes += size
+            total = sum(entry.body_bytes for entry in self._entries.values())
+            for oldest, entry in list(self._entries.items()):
+                if total <= MAX_BUFFERED_BYTES:
+                    break
+                if entry.body_bytes and entry.state == "receiving":
+                    total -= entry.body_bytes
+                    self._drop(oldest)
+
+    def drop_late(self) -> None:
+        """Hang up the connections whose deadline is over."""
+        now = time.monotonic()
+        with self._lock:
+            for connection, entry in list(self._entries.items()):
+                if entry.deadline < now:
+                    self._drop(connection)
+
+    def evict(self) -> None:
+        """Hang up the connection that has waited longest for its client.
+
+        That is the first idle one, whose client has to send something. A client that has
+        to read its answer is spared, unless more than half of all connections are like
+        that, and older than the idle one: then somebody leaves answers unread to keep
+        others out.
+        Raises OSError if all connections are with a handler.
+        """
+        idle = None
+        unread = []  # connections with an answer that are older than the idle one
+        with self._lock:
+            for connection, entry in self._entries.items():
+                if entry.state in ("waiting", "receiving"):
+                    idle = connection
+                    break
+                if entry.state == "sending":
+                    unread.append(connection)
+            if idle and len(unread) <= len(self._entries) / 2:
+                self._drop(idle)
+            elif unread:
+                self._drop(unread[0])
+            else:
+                raise ConnectionRefusedError("all connections are with a handler")
+
+    # With the lock held
+
+    def _entry(self, connection: socket.socket) -> Entry:
+        if connection not in self._entries:
+            raise ConnectionAbortedError("it was late, or had to make room")
+        return self._entries[connection]
+
+    def _drop(self, connection: socket.socket) -> None:
+        del self._entries[connection]
+        hang_up(connection)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """Answers the requests of one connection, in a thread of the pool.
 
-    Of http.server are setup() and finish(), which open and close rfile and wfile;
-    handle(), which calls handle_one_request() until close_connection is set; and
-    handle_expect_100(), which sends 100 Continue.
+    It uses these methods of http.server: setup() and finish(), which open and close rfile
+    and wfile; handle(), which calls handle_one_request() until close_connection is set;
+    and handle_expect_100(), which sends 100 Continue. wfile has no buffer.
     """
 
     server: Server
     rfile: io.BufferedReader
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    wbufsize = -1  # buffered: headers and a short body leave in one packet
     requestline = ""  # for the log, before the first request
     body = b""  # of the request that is handled
 
     def handle(self) -> None:
-        try:
-            if isinstance(self.connection, ssl.SSLSocket):
-                self.enter("receiving")
-                self.connection.do_handshake()
-            super().handle()
-        except OSError:  # the client left, or does not read
-            hang_up(self.connection)  # or finish() would wait to send the rest
-            raise
+        if isinstance(self.connection, ssl.SSLSocket):
+            self.enter("receiving")
+            self.connection.do_handshake()
+        super().handle()
 
     def handle_one_request(self) -> None:
         self.close_connection = True
         if not self.rfile.peek(1):
             return
         self.enter("receiving")
-        self.command = ""
-        self.is_request_read = False  # to its end: the headers, and the body if any
+        self.command = ""  # not that of the request before
+        self.has_unread_input = True  # until the headers, and a body, have been read
         response = self.respond()
-        self.body = b""  # the connection may wait for long for its next request
+        self.body = b""  # frees it: the client may take long to read the answer
         if isinstance(response, Response):
             self.send(response)
         else:
             self.send_stream(response)
-        if not self.is_request_read:
-            self.linger()
+        if self.has_unread_input:
+            self.discard_input()
         self.enter("waiting")
 
     def enter(self, state: str) -> None:
-        self.server.enter(self.connection, state)
+        self.server.connections.enter(self.connection, state)
 
     def respond(self) -> Response | EventStream:
-        """Return the response to the next request; most errors are answers, too."""
+        """Return the response to the next request. An error becomes a response, too,
+        unless it is one of the connection.
+        """
         try:
             return self.dispatch(self.read_headers())
         except HTTPError as error:
@@ -8251,7 +8346,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.error("Database error during %r: %s", self.requestline, error)
             message = "The database cannot be used at the moment; retry later"
             return error_response(HTTPError(503, message, {"Retry-After": "10"}))
-        except OSError:  # of the connection: handlers let none of their own out
+        except OSError:  # of the connection: a handler raises none of its own
             raise
         except Exception:
             log.exception("Error during %r", self.requestline)
@@ -8266,7 +8361,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         options = headers.get("connection", "").lower().replace(",", " ").split()
         # An HTTP/1.0 client may take the end of the connection for the answer's end.
         self.close_connection = self.request_version == "HTTP/1.0" or "close" in options
-        self.is_request_read = "content-length" not in headers
+        self.has_unread_input = "content-length" in headers
         return headers
 
     def dispatch(self, headers: Mapping[str, str]) -> Response | EventStream:
@@ -8286,37 +8381,39 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return route.handler(codebot, request, **parameters)
 
     def receive_body(self, headers: Mapping[str, str], limit: int) -> bytes:
-        """Return the whole body, which is read the first time."""
-        if self.is_request_read:
+        """Return the whole body. Only the first call reads it."""
+        if not self.has_unread_input:
             return self.body
-        length = float(headers["content-length"])  # int() has a limit of 4,300 digits
+        length = float(headers["content-length"])  # int() takes at most 4,300 digits
         if length > limit:
             raise HTTPError(413, f"The body is over {limit:,} bytes long")
         expects_continue = headers.get("expect", "").lower() == "100-continue"
         if expects_continue and self.request_version == "HTTP/1.1":
             self.handle_expect_100()
-            self.wfile.flush()
         body = bytearray()
         while len(body) < length:
             chunk = self.rfile.read1(min(CHUNK_BYTES, int(length) - len(body)))
             if not chunk:
                 raise HTTPError(400, "The body is shorter than its Content-Length")
             body += chunk
-            self.server.count_body(self.connection, len(chunk))
+            self.server.connections.add_body_bytes(self.connection, len(chunk))
         self.body = bytes(body)
-        self.is_request_read = True
+        self.has_unread_input = False
         return self.body
 
     def send(self, response: Response) -> None:
-        if not self.is_request_read:
+        if self.has_unread_input:
             self.close_connection = True
         headers = dict(response.headers)
         if response.status != 204:
             headers["Content-Length"] = str(len(response.body))
-        self.send_head(response.status, headers)
-        self.write(b"" if self.command == "HEAD" else response.body)
+        data = self.head(response.status, headers)
+        if self.command != "HEAD":
+            data += response.body
+        self.write(data)
 
-    def send_head(self, status: int, headers: Mapping[str, str]) -> None:
+    def head(self, status: int, headers: Mapping[str, str]) -> bytes:
+        """Return the status line and the headers of an answer, and log it."""
         log.debug("%s: %s: %d", self.client_address[0], self.requestline, status)
         lines = [
             f"{self.protocol_version} {status} {http.client.responses[status]}",
@@ -8326,14 +8423,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             lines.append(f"{name}: {value}")
         if self.close_connection:
             lines.append("Connection: close")
-        self.wfile.write("\r\n".join([*lines, "", ""]).encode("latin-1"))
+        return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
     def write(self, data: bytes) -> None:
-        """Send what is in the buffer, and ``data``, as fast as the client reads."""
-        for start in range(0, max(1, len(data)), CHUNK_BYTES):
-            self.enter("sending")
+        """Send ``data`` as fast as the client reads."""
+        for start in range(0, len(data), CHUNK_BYTES):
+            self.enter("sending")  # each chunk has the whole time
             self.wfile.write(data[start : start + CHUNK_BYTES])
-        self.wfile.flush()
 
     def send_stream(self, events: EventStream) -> None:
         """Send events until they end, the client leaves, or it stops reading."""
@@ -8342,8 +8438,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send(error_response(HTTPError(503, message, {"Retry-After": "30"})))
             return
         try:
-            self.close_connection = True  # which ends the stream
-            self.send_head(200, STREAM_HEADERS)
+            self.close_connection = True  # the end of the connection ends the stream
+            self.write(self.head(200, STREAM_HEADERS))
             if self.command != "HEAD":
                 self.send_events(events)
         except sqlite3.Error as error:
@@ -8358,19 +8454,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for messages in events:
             self.write(messages)
             self.enter("handling")
-            if client.poll(0 if messages else STREAM_INTERVAL):
+            seconds = 0.0 if messages else STREAM_INTERVAL
+            if client.poll(seconds * 1000):
                 return
 
-    def linger(self) -> None:
-        """Read the rest of a refused request, and forget it.
+    def discard_input(self) -> None:
+        """Read the rest of a request that was refused, and forget it.
 
-        It may take as long as any request, from now on. If it were left unread, the
-        system would reset the connection, and the client might lose the answer.
+        If it were left unread, the system would reset the connection, and the client
+        might lose the answer. The client has the time of a request, from now on.
         """
         self.enter("receiving")
+        # With TLS this ends the decryption, too: nobody needs what arrives from now on.
         self.connection.shutdown(socket.SHUT_WR)
-        scrap = bytearray(CHUNK_BYTES)  # one: many would leave the heap full of holes
-        while self.connection.recv_into(scrap):
+        buffer = bytearray(CHUNK_BYTES)  # one: many would leave the heap full of holes
+        while self.connection.recv_into(buffer):
             pass
 
 
@@ -8419,11 +8517,7 @@ def guard_localhost(host: str, port: int) -> socket.socket | None:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """http.server with a bounded pool of threads and a deadline for every client.
-
-    When there are MAX_CONNECTIONS, the one that has waited longest for its client is
-    closed to make room for a new one.
-    """
+    """http.server with a bounded pool of threads and a deadline for every client."""
 
     request_queue_size = 1024
     allow_reuse_port = False  # or an agent, as the same user, could share the port
@@ -8437,18 +8531,16 @@ class Server(http.server.ThreadingHTTPServer):
         config = codebot.config
         self.codebot = codebot
         self.streams = threading.BoundedSemaphore(MAX_STREAMS)
-        self._lock = threading.Lock()  # guards _connections
-        # The one that began first to wait for a request is the first: enter() keeps it so.
-        self._connections: dict[socket.socket, Connection] = {}
+        self.connections = ConnectionTable()
         self._next_sweep = 0.0
-        # The 16 are for connections that are closed and whose threads have not ended yet.
+        # 16 more, as the threads of connections that were hung up may not have ended yet.
         threads = MAX_CONNECTIONS + 16
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, "http")
         if ":" in config.host:
             self.address_family = socket.AF_INET6
         super().__init__((config.host, config.port), Handler)
         self.server_port = self.server_address[1]
-        # For the handshake, nobody but the connection's own thread waits.
+        # Accepting does not wait for the handshake, which Handler.handle makes.
         if config.tls_cert and config.tls_key:
             self.socket = tls_context(config).wrap_socket(
                 self.socket, server_side=True, do_handshake_on_connect=False
@@ -8463,28 +8555,18 @@ class Server(http.server.ThreadingHTTPServer):
             return super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):  # no descriptor is left
-                with self._lock:
-                    self._evict()
+                self.connections.evict()
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        with self._lock:
-            if len(self._connections) >= MAX_CONNECTIONS:
-                self._evict()
-            deadline = time.monotonic() + STATE_TIMEOUTS["waiting"]
-            self._connections[request] = Connection(deadline)
+        self.connections.add(request)
         self._pool.submit(self.process_request_thread, request, client_address)
 
     def service_actions(self) -> None:
-        """Close the connections that are late."""
         now = time.monotonic()
-        if now < self._next_sweep:
-            return
-        self._next_sweep = now + SWEEP_INTERVAL
-        with self._lock:
-            for connection, entry in list(self._connections.items()):
-                if entry.deadline < now:
-                    self._drop(connection)
+        if now >= self._next_sweep:
+            self._next_sweep = now + SWEEP_INTERVAL
+            self.connections.drop_late()
 
     # What the connections' threads call
 
@@ -8493,71 +8575,12 @@ class Server(http.server.ThreadingHTTPServer):
             log.exception("%s: error in a connection", client_address[0])
 
     def shutdown_request(self, request: Any) -> None:
-        with self._lock:
-            self._connections.pop(request, None)
+        self.connections.remove(request)
         if isinstance(request, ssl.SSLSocket):
             with contextlib.suppress(OSError, ValueError):
                 request.setblocking(False)
                 request.unwrap()  # tells the client that nothing was cut off
         super().shutdown_request(request)
-
-    def enter(self, connection: socket.socket, state: str) -> None:
-        """Note the state of a connection from now on. Raises OSError if it was closed."""
-        with self._lock:
-            entry = self._open_connection(connection)
-            entry.state = state
-            entry.deadline = time.monotonic() + STATE_TIMEOUTS[state]
-            if state != "handling":
-                entry.body_bytes = 0  # of a new request, or of one that is answered
-            if state == "waiting":  # it becomes the last
-                self._connections[connection] = self._connections.pop(connection)
-
-    def count_body(self, connection: socket.socket, size: int) -> None:
-        """More of a body has arrived. The oldest unfinished ones make way for it.
-
-        Raises OSError if this connection was closed: else its thread would go on
-        reading what had arrived before.
-        """
-        with self._lock:
-            self._open_connection(connection).body_bytes += size
-            buffered = sum(entry.body_bytes for entry in self._connections.values())
-            for oldest, entry in list(self._connections.items()):
-                if buffered <= MAX_BUFFERED_BYTES:
-                    break
-                if entry.body_bytes and entry.state == "receiving":
-                    buffered -= entry.body_bytes
-                    self._drop(oldest)
-
-    # With the lock held; shutdown() does not wait for anything
-
-    def _open_connection(self, connection: socket.socket) -> Connection:
-        if connection not in self._connections:
-            raise ConnectionAbortedError("it was late, or closed to make room")
-        return self._connections[connection]
-
-    def _evict(self) -> None:
-        """Close the connection that has waited longest for its client.
-
-        One that reads an answer is only closed if all others are with a handler, or if
-        most are like it: then somebody lets them stand to keep others out.
-        Raises OSError, which refuses the new connection, if all are with a handler.
-        """
-        unread = []  # connections with an answer, older than the next one that waits
-        for connection, entry in self._connections.items():
-            if entry.state == "sending":
-                unread.append(connection)
-            elif entry.state != "handling":
-                if len(unread) > len(self._connections) / 2:
-                    break
-                self._drop(connection)
-                return
-        if not unread:
-            raise ConnectionRefusedError("all connections are with a handler")
-        self._drop(unread[0])
-
-    def _drop(self, connection: socket.socket) -> None:
-        del self._connections[connection]
-        hang_up(connection)
 
 
 # === IV. Commands ============================================================

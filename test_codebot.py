@@ -9538,22 +9538,20 @@ def test_nobody_else_can_listen_at_localhost(tmp_path: Path) -> None:
             codebot.Server(codebot.Codebot(port))
 
 
-def test_clients_that_do_not_read_make_way_if_they_are_the_most(
-    tmp_path: Path,
-) -> None:
-    app = codebot.Codebot(codebot.Config(port=0, work_dir=str(tmp_path)))
-    with codebot.Server(app) as server, contextlib.ExitStack() as stack:
+def test_clients_that_do_not_read_make_way_if_they_are_the_most() -> None:
+    table = codebot.ConnectionTable()
+    with contextlib.ExitStack() as stack:
         pairs = [socket.socketpair() for _ in range(5)]
         own, theirs = zip(*pairs)
         for end in own + theirs:
             stack.enter_context(end)
         states = ["sending", "sending", "sending", "receiving", "receiving"]
         for number, state in enumerate(states):
-            entry = codebot.Connection(float("inf"), state)
-            server._connections[own[number]] = entry
-        server._evict()
+            table.add(own[number])
+            table.enter(own[number], state)
+        table.evict()
         assert [is_closed(end) for end in theirs] == [True, False, False, False, False]
-        server._evict()  # two of four are not the most
+        table.evict()  # two of four are not the most
         assert [is_closed(end) for end in theirs] == [True, False, False, True, False]
 
 
