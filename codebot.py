@@ -8184,6 +8184,14 @@ def hang_up(connection: socket.socket) -> None:
         socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
+def end_tls(connection: socket.socket) -> None:
+    """Tell a client that speaks TLS that nothing was cut off, without a wait for it."""
+    if isinstance(connection, ssl.SSLSocket):
+        with contextlib.suppress(OSError, ValueError):
+            connection.setblocking(False)
+            connection.unwrap()
+
+
 @dataclasses.dataclass
 class Entry:
     """What the table of connections has on one of them."""
@@ -8465,7 +8473,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         might lose the answer. The client has the time of a request, from now on.
         """
         self.enter("receiving")
-        # With TLS this ends the decryption, too: nobody needs what arrives from now on.
+        end_tls(self.connection)
+        self.connection.setblocking(True)
         self.connection.shutdown(socket.SHUT_WR)
         buffer = bytearray(CHUNK_BYTES)  # one: many would leave the heap full of holes
         while self.connection.recv_into(buffer):
@@ -8576,10 +8585,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:
         self.connections.remove(request)
-        if isinstance(request, ssl.SSLSocket):
-            with contextlib.suppress(OSError, ValueError):
-                request.setblocking(False)
-                request.unwrap()  # tells the client that nothing was cut off
+        end_tls(request)
         super().shutdown_request(request)
 
 

@@ -9743,9 +9743,13 @@ def secure_site(
         close_site(site)
 
 
-def connect_tls(site: Site) -> http.client.HTTPSConnection:
+def client_context(site: Site) -> ssl.SSLContext:
     certificate = str(site.server.key_file.with_name("cert.pem"))
-    context = ssl.create_default_context(cafile=certificate)
+    return ssl.create_default_context(cafile=certificate)
+
+
+def connect_tls(site: Site) -> http.client.HTTPSConnection:
+    context = client_context(site)
     address = ("localhost", site.server.port)
     return http.client.HTTPSConnection(*address, timeout=30, context=context)
 
@@ -9774,6 +9778,19 @@ def test_task_and_its_stream_work_over_tls(secure_site: Site) -> None:
         task = json.loads(connection.getresponse().read())["task_id"]
         connection.request("GET", f"/api/tasks/{task}/logs", headers=headers)
         assert b"event: end" in connection.getresponse().read()
+
+
+def test_answer_to_refused_body_is_not_cut_off_over_tls(secure_site: Site) -> None:
+    data = raw_request("POST /api/tasks/submit HTTP/1.1", body=b"x" * 200_000)
+    with secure_site.api.connect() as plain:
+        client = client_context(secure_site).wrap_socket(
+            plain, server_hostname="localhost", suppress_ragged_eofs=False
+        )
+        with client:
+            client.sendall(data)
+            # An end that TLS does not announce is an SSLEOFError.
+            [response] = parse_responses(read_until_closed(client))
+    assert response.status == 401
 
 
 def test_clients_that_never_shake_hands_delay_nobody_and_are_closed(
