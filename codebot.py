@@ -7443,14 +7443,15 @@ PAGE_HEADERS = {
 MAX_HEADER_BYTES = 32 << 10  # request line and headers
 MAX_BODY_BYTES = 1 << 20  # a body, except GitHub's deliveries
 
-# A request line, and a header, stricter than http.server:
-# no HTTP/0.9, no bare CR or LF, no folded header, no space before a colon (RFC 9112,
-# sections 3 and 5).
+# A request line and a header. They are stricter than http.server: no HTTP/0.9, no bare CR
+# or LF, no folded header, no space before a colon (RFC 9112, sections 3 and 5).
 REQUEST_LINE_RE = re.compile(
     rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ (?:/|(?i:https?)://)[!-~]* HTTP/1\.[01]\r\n"
 )
 HEADER_RE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n")
-ABSOLUTE_FORM_RE = re.compile(r"^https?://[^/?]*", re.IGNORECASE)  # sent to proxies
+# What stands before the path in a request as it is sent to a proxy.
+ABSOLUTE_FORM_RE = re.compile(r"^https?://[^/?]*", re.IGNORECASE)
+# A name or an IPv4 address, or an IPv6 address in brackets; and a port (RFC 3986, 3.2).
 HOST_RE = re.compile(r"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", re.ASCII)
 UNIQUE_HEADERS = ("host", "content-length", "authorization")
 
@@ -7484,15 +7485,15 @@ def parse_headers(version: str, lines: Sequence[str]) -> dict[str, str]:
     """
     headers: dict[str, str] = {}
     for line in lines:
-        name, _, value = line.partition(":")
-        key = name.lower()
+        sent_name, _, value = line.partition(":")
+        name = sent_name.lower()
         value = value.strip(" \t")  # strip() would remove 0x85 and 0xA0 as well
-        if key not in headers:
-            headers[key] = value
-        elif key in UNIQUE_HEADERS:
-            raise HTTPError(400, f"Duplicate {name} header")
+        if name not in headers:
+            headers[name] = value
+        elif name in UNIQUE_HEADERS:
+            raise HTTPError(400, f"Duplicate {sent_name} header")
         else:
-            headers[key] += f", {value}"
+            headers[name] += f", {value}"
     if "host" not in headers and version == "HTTP/1.1":
         raise HTTPError(400, "Missing Host header")
     if not HOST_RE.fullmatch(headers.get("host", "")):
@@ -7516,12 +7517,13 @@ def parse_object(data: bytes) -> dict[str, Json]:
 
 
 class Request(NamedTuple):
-    """A request whose headers have arrived. Its body is read when it is first needed."""
+    """A request whose headers have arrived. Its guard decides before the body is read."""
 
     query: str
     headers: Mapping[str, str]  # names in lower case
     client_address: str
-    body: Callable[[], bytes]  # raises HTTPError if it is too long or incomplete
+    # Reads the body once. Raises HTTPError if it is too long or incomplete.
+    read_body: Callable[[], bytes]
 
     def parameters(self, *names: str) -> dict[str, str]:
         """Return the query's parameters. Only ``names`` are accepted, each once."""
@@ -7537,15 +7539,15 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A complete answer. It is JSON unless the headers name another Content-Type."""
+    """An answer of known length, in JSON unless the headers name another type."""
 
     status: int = 200
     body: bytes = b""
     headers: Mapping[str, str] = {}
 
 
-# Server-sent events (WHATWG HTML, section 9.2), which are sent as they come; b"" when
-# there is nothing to send at the moment.
+# An answer that is sent piece by piece, as events come (WHATWG HTML, section 9.2,
+# "Server-sent events"). It yields b"" when there is nothing to send at the moment.
 EventStream = Iterator[bytes]
 
 
@@ -7609,7 +7611,7 @@ def require_signature(codebot: Codebot, request: Request) -> None:
     if not signature:
         message = "X-Hub-Signature-256 is missing; set the webhook's secret at GitHub"
         raise HTTPError(401, message, challenge)
-    digest = hmac.new(secret.encode(), request.body(), "sha256").hexdigest()
+    digest = hmac.new(secret.encode(), request.read_body(), "sha256").hexdigest()
     if not hmac.compare_digest(signature, f"sha256={digest}".encode()):
         raise HTTPError(
             401,
@@ -7619,17 +7621,17 @@ def require_signature(codebot: Codebot, request: Request) -> None:
         )
 
 
-# When a refusal may be logged again, by guard. Without a lock: two threads at once write
-# two lines, at worst.
-next_log_time: dict[object, float] = {}
+# When a refusal may be logged again, by what was refused. It has no lock: at worst two
+# threads at once write two lines.
+next_log_time: dict[str, float] = {}
 
 
-def log_refusal(guard: object, address: str, error: HTTPError) -> None:
+def log_refusal(path: str, address: str, error: HTTPError) -> None:
     """Log what a guard refused: one line a second, so that a flood fills no disk."""
     now = time.monotonic()
-    if now >= next_log_time.get(guard, 0.0):
-        next_log_time[guard] = now + 1.0
-        subject = "webhook" if guard is require_signature else "API key"
+    subject = "webhook" if path == "/webhook" else "API key"
+    if now >= next_log_time.get(subject, 0.0):
+        next_log_time[subject] = now + 1.0
         log.warning("Refused %s from %s: %s", subject, address, error)
 
 
@@ -7658,13 +7660,13 @@ def page(codebot: Codebot, request: Request) -> Response:
     return Response(200, PAGE.encode(), PAGE_HEADERS)
 
 
-def allowed_repository(config: Config, url: str) -> Repository:
+def require_allowed_repository(config: Config, url: str) -> Repository:
     """Return the repository of a task. Raises HTTPError if codebot may not use it."""
     try:
         repository = parse_repository_url(config, url)
     except ValueError as error:
-        shown = hide_password(url)[:100]
-        raise HTTPError(400, f"repository_url {error} (it is {shown!r})") from None
+        safe_url = hide_password(url)[:100]
+        raise HTTPError(400, f"repository_url {error} (it is {safe_url!r})") from None
     if not repository.is_allowed(config):
         name = repository.full_name
         raise HTTPError(
@@ -7682,7 +7684,7 @@ def field_problem(name: str, value: object) -> str:
             hint = f"did you mean {matches[0]!r}?"
         return f"Unknown field {name[:100]!r}; {hint}"
     if value is None:
-        return f"{name} is missing" if name in REQUIRED_FIELDS else ""
+        return ""
     if not isinstance(value, str):
         return f"{name} must be a string"
     if not value.strip():
@@ -7702,14 +7704,16 @@ def field_problem(name: str, value: object) -> str:
 
 def read_task_request(config: Config, fields: Mapping[str, object]) -> TaskRequest:
     """Return a task as it may be stored. Raises HTTPError with a line per bad field."""
-    values = {**dict.fromkeys(REQUIRED_FIELDS), **fields}
-    problems = [field_problem(name, value) for name, value in values.items()]
+    problems = [
+        f"{name} is missing" for name in REQUIRED_FIELDS if fields.get(name) is None
+    ]
+    problems += [field_problem(name, value) for name, value in fields.items()]
     if any(problems):
         raise HTTPError(400, "\n".join(filter(None, problems)))
     texts = {}
-    for name, value in values.items():
+    for name, value in fields.items():
         texts[name] = str(value or "").replace("\r\n", "\n")  # sh knows no CR LF
-    repository = allowed_repository(config, texts["repository_url"])
+    repository = require_allowed_repository(config, texts["repository_url"])
     if not texts.get("test_command"):
         texts["test_command"] = default_test_command(config, repository)
     return TaskRequest(**texts)
@@ -7725,8 +7729,8 @@ def queue_task(
     """Queue a task, or find the one with the same Idempotency-Key and fields."""
     key = request.headers.get("idempotency-key") or None
     if key and retry_of:
-        # Else the key could find the failed task itself. No header has a line break, so
-        # this cannot be another client's key.
+        # The client may have used the same key to submit the task that has failed. No
+        # header has a line break, so this cannot be a key that a client sent.
         key = f"{key}\nretry of {retry_of}"
     job = codebot.submit(task, submitter(request), key, issue)
     message = "Task queued successfully"
@@ -7737,7 +7741,7 @@ def queue_task(
 
 
 def submit_task(codebot: Codebot, request: Request) -> Response:
-    body = request.body()
+    body = request.read_body()
     if not body:
         status = 400 if "content-length" in request.headers else 411
         raise HTTPError(status, "The request has no body; send the task as JSON")
@@ -7754,7 +7758,7 @@ def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
     if job.status != "failed":
         raise HTTPError(409, f"Only a failed task can be retried; this is {job.status}")
     # The settings may have changed since.
-    allowed_repository(codebot.config, job.request.repository_url)
+    require_allowed_repository(codebot.config, job.request.repository_url)
     log.info("Task %s: retry requested by %s", task_id, submitter(request))
     # Not the label's event: removing the label does not cancel what a client started.
     issue = SourceIssue(job.repository_id, job.issue_number, job.issue_url, None)
@@ -7782,18 +7786,18 @@ def find_task(codebot: Codebot, task_id: str) -> Job:
     return job
 
 
-def shown(record: Job | TaskRequest, *names: str) -> dict[str, object]:
+def pick(record: Job | TaskRequest, *names: str) -> dict[str, object]:
     """Return fields as the API shows them: null for what is not known."""
     fields = vars(record)
     return {name: fields[name] or None for name in names}
 
 
-def task_fields(codebot: Codebot, job: Job) -> dict[str, object]:
+def describe_task(codebot: Codebot, job: Job) -> dict[str, object]:
     """Return a task as the API shows it."""
     value = {
         "task_id": job.id,
-        **shown(job, *JOB_FIELDS, "submitted_by", "issue_url"),
-        **shown(job.request, *TASK_FIELDS),
+        **pick(job, *JOB_FIELDS, "submitted_by", "issue_url"),
+        **pick(job.request, *TASK_FIELDS),
     }
     if job.status == "pending":
         value["queue_position"] = codebot.store.count_pending("task", job.seq)
@@ -7801,25 +7805,25 @@ def task_fields(codebot: Codebot, job: Job) -> dict[str, object]:
         value["phase"] = job.phase
         value["attempt"] = job.attempt
     elif job.status == "failed":
-        value.update(shown(job, "error", "reason"))
+        value.update(pick(job, "error", "reason"))
     else:
-        value["result"] = task_result(codebot, job)
+        value["result"] = describe_result(codebot, job)
         value["reviews"] = [
-            review_fields(codebot, r) for r in codebot.store.reviews(job.id)
+            describe_review(codebot, review) for review in codebot.store.reviews(job.id)
         ]
     return value
 
 
 def task_status(codebot: Codebot, request: Request, task_id: str) -> Response:
-    return json_response(task_fields(codebot, find_task(codebot, task_id)))
+    return json_response(describe_task(codebot, find_task(codebot, task_id)))
 
 
-def review_fields(codebot: Codebot, review: Job) -> dict[str, object]:
+def describe_review(codebot: Codebot, review: Job) -> dict[str, object]:
     """Return a review as the API shows it."""
     comments = codebot.store.comments(review.id)
     answers = [text for text in review.outcome.answers.values() if text]
     return {
-        **shown(review, "id", *JOB_FIELDS, "phase", "reviewer", "error", "reason"),
+        **pick(review, "id", *JOB_FIELDS, "phase", "reviewer", "error", "reason"),
         "request": comments[0].text if comments else None,
         "kind": review.request_kind or None,
         "answer": "\n\n".join(answers) or None,
@@ -7827,7 +7831,8 @@ def review_fields(codebot: Codebot, review: Job) -> dict[str, object]:
     }
 
 
-def task_result(codebot: Codebot, job: Job) -> dict[str, object]:
+def describe_result(codebot: Codebot, job: Job) -> dict[str, object]:
+    """Return what a completed task has led to, as the API shows it."""
     outcome = job.outcome
     result: dict[str, object] = {
         "pr_url": None,
@@ -7885,11 +7890,11 @@ def task_logs(
     As JSON at most 1,000; as an event stream all, and those to come.
     """
     find_task(codebot, task_id)
-    text = request.parameters("after").get("after")
+    after_text = request.parameters("after").get("after")
     is_stream = "text/event-stream" in request.headers.get("accept", "")
     if is_stream:
-        text = request.headers.get("last-event-id") or text
-    after = read_number("after, or Last-Event-ID,", text or "0", 0, 10**15)
+        after_text = request.headers.get("last-event-id") or after_text
+    after = read_number("after, or Last-Event-ID,", after_text or "0", 0, 10**15)
     if not is_stream:
         events = [event._asdict() for event in codebot.store.events(task_id, after)]
         value = {"task_id": task_id, "events": events, "count": len(events)}
@@ -7904,7 +7909,7 @@ def follow_events(codebot: Codebot, task_id: str, after: int) -> EventStream:
     """Yield events as they come, until no work on the task can add any."""
     last_sent = time.monotonic()
     while not codebot.stop.is_set():
-        # Asked before the events are read, so that the last one is sent.
+        # Before the events are read: the end of the task might add one in between.
         is_live = codebot.store.has_unfinished_jobs(task_id)
         messages = ""
         for event in codebot.store.events(task_id, after, EVENTS_PER_MESSAGE):
@@ -7925,8 +7930,8 @@ def health(codebot: Codebot, request: Request) -> Response:
     sizes = {"review_queue_size": 0, "task_queue_size": 0}
     status = "healthy" if codebot.store.writable else "unhealthy"
     try:
-        for kind in ("review", "task"):
-            sizes[f"{kind}_queue_size"] = codebot.store.count_pending(kind)
+        sizes["review_queue_size"] = codebot.store.count_pending("review")
+        sizes["task_queue_size"] = codebot.store.count_pending("task")
     except sqlite3.Error:
         status = "unhealthy"
     if codebot.stop.is_set():
@@ -7968,7 +7973,7 @@ codebot_agent_dollars_total {dollars:.15g}
 # TYPE codebot_github_requests_total counter
 codebot_github_requests_total {github.requests_made}
 """
-    if github and github.rate_limit_remaining is not None:  # GitHub has said it
+    if github and github.rate_limit_remaining is not None:  # None: not known yet
         text += f"""\
 # HELP codebot_github_rate_remaining Requests GitHub allows.
 # TYPE codebot_github_rate_remaining gauge
@@ -7979,16 +7984,29 @@ codebot_github_rate_remaining {github.rate_limit_remaining}
 
 
 # --- Webhooks ----------------------------------------------------------------
-# A delivery only leaves a note; a review or the sync thread acts on it later, on
-# what GitHub itself says then (docs: "Webhook events and payloads").
+# A delivery is only noted. A review or the sync thread acts on it later, on what GitHub
+# itself says then (docs: "Webhook events and payloads").
 
 MAX_DELIVERY_BYTES = 25 << 20  # GitHub sends no more
-# Events about a comment: its action and place, the field that it is in, and the field of
-# the pull request.
+
+
+class CommentEvent(NamedTuple):
+    """How GitHub reports a new comment."""
+
+    action: str
+    place: str  # of the comment: see Comment
+    comment: str  # the field of the payload that has the comment
+    pull_request: str  # the field of the payload that has the pull request
+
+
 COMMENT_EVENTS = {
-    "issue_comment": ("created", "conversation", "comment", "issue"),
-    "pull_request_review": ("submitted", "review_text", "review", "pull_request"),
-    "pull_request_review_comment": ("created", "inline", "comment", "pull_request"),
+    "issue_comment": CommentEvent("created", "conversation", "comment", "issue"),
+    "pull_request_review": CommentEvent(
+        "submitted", "review_text", "review", "pull_request"
+    ),
+    "pull_request_review_comment": CommentEvent(
+        "created", "inline", "comment", "pull_request"
+    ),
 }
 
 
@@ -8004,7 +8022,7 @@ def webhook(codebot: Codebot, request: Request) -> Response:
     event = request.headers.get("x-github-event", "")
     guid = request.headers.get("x-github-delivery", "")
     try:
-        action = take_delivery(codebot, request, event, guid)
+        action = note_delivery(codebot, request, event, guid)
     except NoAction as reason:
         log.info("Delivery %.99s (%.99s): %s", guid, event, reason)
         return json_response({"message": str(reason)})
@@ -8015,8 +8033,8 @@ def webhook(codebot: Codebot, request: Request) -> Response:
     return json_response({"message": "Accepted"}, 202)
 
 
-def take_delivery(codebot: Codebot, request: Request, event: str, guid: str) -> Json:
-    """Check and note a delivery. Returns its action.
+def note_delivery(codebot: Codebot, request: Request, event: str, guid: str) -> Json:
+    """Check a delivery, and note what it is about. Returns its action, for the log.
 
     Raises NoAction if nothing is to be done, and HTTPError if it is refused.
     """
@@ -8027,22 +8045,25 @@ def take_delivery(codebot: Codebot, request: Request, event: str, guid: str) -> 
     if not guid:
         raise HTTPError(400, "X-GitHub-Delivery is missing")
     try:
-        payload = parse_object(request.body())
+        payload = parse_object(request.read_body())
         receive_event(codebot, event, guid, payload)
-    # OverflowError, and a ValueError of half a surrogate pair: SQLite cannot store it.
+    # A field is missing or of another type, or SQLite cannot store what is in it: a
+    # large number (OverflowError), half of a surrogate pair (ValueError).
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        log.debug("Delivery %.99s is malformed", guid, exc_info=True)
         raise HTTPError(400, f"The payload of {event} is malformed") from None
     return payload.get("action")
 
 
 def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) -> None:
-    """Note what an event is about. If it is malformed, raises what that leads to."""
+    """Note what an event is about. Raises any error that a malformed payload causes."""
     action = payload.get("action")
     installation = payload.get("installation")
     if installation and installation["id"] != codebot.config.installation_id:
         raise NoAction("Another installation of the App")
-    if event in COMMENT_EVENTS and action == COMMENT_EVENTS[event][0]:
-        receive_comment(codebot, event, guid, payload)
+    comment_event = COMMENT_EVENTS.get(event)
+    if comment_event and action == comment_event.action:
+        receive_comment(codebot, comment_event, guid, payload)
     elif event == "pull_request" and action in ("closed", "reopened"):
         pull_request = pull_request_of(codebot, payload, "pull_request")
         remember_delivery(codebot, guid)
@@ -8059,13 +8080,14 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
 
 
 def remember_delivery(codebot: Codebot, guid: str) -> None:
+    """Store the id of a delivery. Raises NoAction if it has been stored before."""
     if not codebot.store.add_delivery(guid):
         raise NoAction("Duplicate delivery")
 
 
-def pull_request_of(codebot: Codebot, payload: JsonObject, subject: str) -> PullRequest:
+def pull_request_of(codebot: Codebot, payload: JsonObject, field: str) -> PullRequest:
     repository_id = int(payload["repository"]["id"])
-    number = int(payload[subject]["number"])
+    number = int(payload[field]["number"])
     pull_request = codebot.store.pull_request_by_number(repository_id, number)
     if pull_request is None:
         raise NoAction("Not a pull request that codebot opened")
@@ -8073,11 +8095,10 @@ def pull_request_of(codebot: Codebot, payload: JsonObject, subject: str) -> Pull
 
 
 def receive_comment(
-    codebot: Codebot, event: str, guid: str, payload: JsonObject
+    codebot: Codebot, event: CommentEvent, guid: str, payload: JsonObject
 ) -> None:
-    _, place, field, subject = COMMENT_EVENTS[event]
-    pull_request = pull_request_of(codebot, payload, subject)
-    comment = parse_comment(place, payload[field])
+    pull_request = pull_request_of(codebot, payload, event.pull_request)
+    comment = parse_comment(event.place, payload[event.comment])
     if comment is None:
         raise NoAction("Bot, deleted user or empty comment")
     if not codebot.store.queue_comments(pull_request.task_id, [comment], guid):
@@ -8128,8 +8149,8 @@ STREAM_HEADERS = {
     "Content-Type": "text/event-stream",
     "X-Accel-Buffering": "no",  # or nginx would collect the events
 }
-# By --host, what else "localhost" or this host's name may mean.
-GUARDED_ADDRESSES = {
+# By --host: the other address that clients of "localhost", or of this host's name, may try.
+OTHER_ADDRESSES = {
     "127.0.0.1": "::1",
     "localhost": "::1",
     "0.0.0.0": "::",
@@ -8140,15 +8161,15 @@ GUARDED_ADDRESSES = {
 class Route(NamedTuple):
     """A path that can be requested; its named groups are parameters of the handler."""
 
-    methods: str  # as the Allow header lists them
+    methods: Sequence[str]
     path: str  # a regular expression
     guard: Callable[[Codebot, Request], None]
     handler: Callable[..., Response | EventStream]
     max_body: int = MAX_BODY_BYTES
 
 
-GET = "GET, HEAD"
-POST = "POST"
+GET = ("GET", "HEAD")
+POST = ("POST",)
 TASK_PATH = "/api/tasks/(?P<task_id>[^/]+)"
 # Everything that the network can reach, with the guard that must let it pass.
 ROUTES = (
@@ -8169,11 +8190,12 @@ def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
     """Return the route and its parameters. Raises HTTPError 404 or 405."""
     for route in ROUTES:
         match = re.fullmatch(route.path, path)
-        if match and method in route.methods.split(", "):
+        if match and method in route.methods:
             return route, match.groupdict()
         if match:
-            allow = {"Allow": route.methods}
-            raise HTTPError(405, f"Method not allowed; use {route.methods}", allow)
+            methods = ", ".join(route.methods)
+            allow = {"Allow": methods}
+            raise HTTPError(405, f"Method not allowed; use {methods}", allow)
     raise HTTPError(404, f"No such path: {path[:100]}")
 
 
@@ -8376,15 +8398,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Find the route, ask its guard, read the body, and call the handler."""
         path, _, query = ABSOLUTE_FORM_RE.sub("", self.path).partition("?")
         route, parameters = find_route(self.command, path or "/")
-        body = functools.partial(self.receive_body, headers, route.max_body)
-        request = Request(query, headers, self.client_address[0], body)
+        read_body = functools.partial(self.receive_body, headers, route.max_body)
+        request = Request(query, headers, self.client_address[0], read_body)
         codebot = self.server.codebot
         try:
             route.guard(codebot, request)
         except HTTPError as error:
-            log_refusal(route.guard, self.client_address[0], error)
+            log_refusal(route.path, self.client_address[0], error)
             raise
-        request.body()
+        request.read_body()
         self.enter("handling")
         return route.handler(codebot, request, **parameters)
 
@@ -8496,22 +8518,22 @@ def tls_context(config: Config) -> ssl.SSLContext:
     return context
 
 
-def guard_localhost(host: str, port: int) -> socket.socket | None:
+def reserve_other_address(host: str, port: int) -> socket.socket | None:
     """Take the port at the other address that "localhost", or this host's name, may mean.
 
     An agent, which shares the host's network, could listen there, and clients of
-    localhost would send it the API key. Nothing listens at the guard, so they go on to
-    the right address.
+    localhost would send it the API key. codebot does not listen there either, so clients
+    are refused and go on to the right address.
     """
-    address = GUARDED_ADDRESSES.get(host)
+    address = OTHER_ADDRESSES.get(host)
     if address is None:
         return None
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
-        guard = socket.socket(family)
+        reserved = socket.socket(family)
         if family is socket.AF_INET6:
-            guard.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        guard.bind((address, port))
+            reserved.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        reserved.bind((address, port))
     except OSError as error:
         if error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
             return None  # this host has no such address
@@ -8522,7 +8544,7 @@ def guard_localhost(host: str, port: int) -> socket.socket | None:
             "clients of localhost, or of this host's name, may get. Stop it, or use "
             "another --port."
         ) from None
-    return guard
+    return reserved
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -8555,7 +8577,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self.socket, server_side=True, do_handshake_on_connect=False
             )
         # Kept, since without a reference it would be closed.
-        self.localhost_guard = guard_localhost(config.host, self.server_port)
+        self.other_address = reserve_other_address(config.host, self.server_port)
 
     # What serve_forever calls, in its thread
 
@@ -9031,7 +9053,7 @@ def run(flags: Flags) -> int:
     with contextlib.suppress(WrongState):  # it has ended
         codebot.cancel(job.id)
     job = codebot.store.job(job.id) or job
-    print(json.dumps(task_fields(codebot, job), indent=2))
+    print(json.dumps(describe_task(codebot, job), indent=2))
     return 0 if job.status == "completed" else 1
 
 
