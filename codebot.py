@@ -8616,11 +8616,12 @@ class Server(http.server.ThreadingHTTPServer):
 
 # --- Local checks ------------------------------------------------------------
 #
-# `serve` and `run` do not start if one of these fails, and log what is doubtful.
-# `check` shows all that they find. It has more checks, which may raise ConfigError.
+# `serve` and `run` do not start if one of these fails, and log the warnings. `check` shows
+# all findings, and has more checks.
 
 SETTING_PREFIXES = ("CODEBOT_", "GITHUB_APP_", "GITHUB_WEBHOOK_", "GITHUB_ENTERPRISE_")
-PROGRAM_VERSIONS = {"git --version": "2.31", "openssl version": "1.1.1"}
+# The oldest version of a program that works, by the command that prints the version.
+OLDEST_VERSIONS = {"git --version": "2.31", "openssl version": "1.1.1"}
 MIN_KEY_LENGTH = 20  # characters of an API key; less can be guessed
 MIN_STALL_TIMEOUT = 900  # seconds: the agent waits in silence for its commands
 
@@ -8632,7 +8633,18 @@ class Finding(NamedTuple):
     message: str
 
 
+# May raise ConfigError, too: see run_checks.
 Check = Callable[[Codebot], Iterator[Finding]]
+
+
+def run_checks(codebot: Codebot, checks: Iterable[Check]) -> Iterator[Finding]:
+    """Yield what the checks find. A ConfigError becomes the last findings of a check."""
+    for check in checks:
+        try:
+            yield from check(codebot)
+        except ConfigError as error:
+            for problem in error.problems:
+                yield Finding("FAIL", problem)
 
 
 def version_finding(command: str, result: ProgramResult, least: str) -> Finding:
@@ -8653,7 +8665,7 @@ def version_finding(command: str, result: ProgramResult, least: str) -> Finding:
 
 def check_programs(codebot: Codebot) -> Iterator[Finding]:
     env = base_environment(codebot.config)
-    for command, least in PROGRAM_VERSIONS.items():
+    for command, least in OLDEST_VERSIONS.items():
         try:
             yield version_finding(command, run_program(command.split(), env), least)
         except OSError as error:
@@ -8679,9 +8691,9 @@ def check_programs(codebot: Codebot) -> Iterator[Finding]:
 def is_agent_missing(codebot: Codebot) -> bool:
     """Return whether the agent is not on this host, although it is to run here."""
     config = codebot.config
-    is_elsewhere = not (codebot.sandbox.is_bwrap or codebot.sandbox.is_none)
-    if is_elsewhere or config.launcher:
-        return False  # it is in a container or on a node
+    is_own_command = not (codebot.sandbox.is_bwrap or codebot.sandbox.is_none)
+    if is_own_command or config.launcher:
+        return False  # the agent is in a container or on a node
     return shutil.which(config.claude[0], path=config.search_path) is None
 
 
@@ -8694,10 +8706,12 @@ def unknown_settings(config: Config) -> Iterator[Finding]:
     }
     for name in sorted(config.variables.keys() - {*known, "CODEBOT_RUN"}):
         if name.startswith(SETTING_PREFIXES):
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {close[0]}?" if close else ". Remove it."
+            matches = difflib.get_close_matches(name, known, 1)
+            hint = ". Remove it."
             if name in flags:
                 hint = f"; use the flag {flag_name(flags[name])}."
+            elif matches:
+                hint = f"; did you mean {matches[0]}?"
             yield Finding("warn", f"Unknown setting {name}{hint}")
 
 
@@ -8775,10 +8789,7 @@ def check_server(codebot: Codebot) -> Iterator[Finding]:
             "it starts. Set it, or use --enable-polling.",
         )
     if config.tls_cert and config.tls_key:
-        try:
-            tls_context(config)
-        except ConfigError as error:
-            yield Finding("FAIL", str(error))
+        tls_context(config)
 
 
 HOST_CHECKS = (check_programs, check_settings, check_safety)
@@ -8807,13 +8818,19 @@ def stop_on_signals(codebot: Codebot) -> None:
     def handle(number: int, frame: object) -> None:
         if codebot.stop.is_set():
             os._exit(1)  # the watchdog ends what is left
-        # This function interrupts the main thread. If the main thread were in
-        # codebot.stop.wait(), it would hold the Event's lock, and set() would wait for ever.
-        # So the main thread sleeps and looks.
         codebot.stop.set()
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
+
+
+def pause() -> None:
+    """Sleep for a moment in the main thread.
+
+    The main thread must not wait for codebot.stop. A signal's handler interrupts it: if it
+    had the lock of that Event just then, the handler's set() would wait for ever.
+    """
+    time.sleep(0.1)
 
 
 def set_up_process(codebot: Codebot, level: int) -> None:
@@ -8835,7 +8852,7 @@ def set_up_process(codebot: Codebot, level: int) -> None:
 
 def fork_watchdog(codebot: Codebot) -> None:
     """Fork a process that ends what this one leaves running, however it ends."""
-    read_end, write_end = os.pipe()  # this process has the second as long as it lives
+    read_end, write_end = os.pipe()  # write_end is closed when this process ends
     if os.fork() != 0:
         os.close(read_end)
         return
@@ -8848,12 +8865,12 @@ def fork_watchdog(codebot: Codebot) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         tempfile.tempdir = codebot.config.work_dir  # as in take_work_dir
-        os.read(read_end, 1)
+        os.read(read_end, 1)  # returns when write_end is closed
         end_tagged_processes(codebot.config.run_tag)
         # The next codebot here may already have launched others.
         stop_all_launched(codebot.config, only_if=codebot.config.run_tag)
     finally:
-        os._exit(0)
+        os._exit(0)  # also after an error, which nobody could see
 
 
 def start_app(config: Config, checks: Sequence[Check], log_level: int) -> Codebot:
@@ -8862,16 +8879,15 @@ def start_app(config: Config, checks: Sequence[Check], log_level: int) -> Codebo
     Raises ConfigError with everything that would make every task fail.
     """
     codebot = Codebot(config)
-    # It forks the watchdog, which must inherit neither the locks nor the database.
+    # This forks the watchdog, which must inherit neither the locks nor the database.
     set_up_process(codebot, log_level)
     take_work_dir(config)
     problems = []
-    for check in checks:
-        for level, message in check(codebot):
-            if level == "FAIL":
-                problems.append(message)
-            elif level == "warn":
-                log.warning("%s", message)
+    for level, message in run_checks(codebot, checks):
+        if level == "FAIL":
+            problems.append(message)
+        elif level == "warn":
+            log.warning("%s", message)
     if problems:
         raise ConfigError(*problems)
     codebot.open()
@@ -8983,11 +8999,12 @@ def serve(flags: Flags) -> int:
     is_changed = False
     level = logging.DEBUG if config.debug else logging.INFO
     codebot = start_app(config, [*HOST_CHECKS, check_server], level)
+    # With those that start_app has requeued.
     pending = sum(map(codebot.store.count_pending, codebot.queues))
     with running_server(codebot) as server:
         print_banner(codebot, server.server_port, pending)
         while not (codebot.stop.is_set() or is_changed):
-            time.sleep(0.1)
+            pause()
             is_changed = config.debug and file_times(config) != times
         log.info("Stopping")
     if is_changed:
@@ -9021,8 +9038,8 @@ def follow_task(codebot: Codebot, task_id: str) -> None:
     after = 0
     is_live = True
     while is_live and not codebot.stop.is_set():
-        time.sleep(0.1)
-        # Asked before the events are read, so that the last one is shown.
+        pause()
+        # Before the events are read: the end of the task might add one in between.
         is_live = codebot.store.has_unfinished_jobs(task_id)
         for event in codebot.store.events(task_id, after):
             after = event.seq
@@ -9049,8 +9066,8 @@ def run(flags: Flags) -> int:
         follow_task(codebot, job.id)
     finally:
         stop_workers(codebot, workers)
-    # After a signal it is pending, and nothing would start it.
-    with contextlib.suppress(WrongState):  # it has ended
+    # If a signal came first, the task is pending, and nothing would ever start it.
+    with contextlib.suppress(WrongState):  # it has ended, as usual
         codebot.cancel(job.id)
     job = codebot.store.job(job.id) or job
     print(json.dumps(describe_task(codebot, job), indent=2))
@@ -9064,7 +9081,7 @@ CHECK_TIMEOUT = 1.5  # seconds for GitHub to answer; with a retry at most 5 in a
 
 def check_port(codebot: Codebot) -> Iterator[Finding]:
     config = codebot.config
-    # Without TLS, whose files have a check of their own.
+    # Without TLS: check_server has reported what is wrong with its files.
     listen(Codebot(dataclasses.replace(config, tls_cert=""))).server_close()
     yield Finding("ok", f"Port {config.port} on {config.host} can be used")
 
@@ -9073,7 +9090,7 @@ def check_work_dir(codebot: Codebot) -> Iterator[Finding]:
     config = codebot.config
     take_work_dir(config)
     if os.path.exists(config.database_file):
-        Store(config.database_file)
+        Store(config.database_file)  # raises ConfigError if it cannot be used
     yield Finding("ok", f"Work directory {config.work_dir}")
     free = shutil.disk_usage(config.work_dir).free
     if free < LOW_DISK_BYTES:
@@ -9085,7 +9102,7 @@ def check_sandbox(codebot: Codebot) -> Iterator[Finding]:
     """Run the agent's program in the sandbox, as a task would."""
     config = codebot.config
     if config.launcher and not config.launcher_stop:
-        return  # what would be launched could not be ended
+        return  # what would be launched here could not be ended
     command = [*config.claude, "--version"]
     try:
         result = codebot.sandbox.probe(*command)
@@ -9128,7 +9145,7 @@ def check_github(codebot: Codebot) -> Iterator[Finding]:
             f"{github.api} does not answer as GitHub does. Check GITHUB_API_URL.",
         )
     except OSError:
-        return  # openssl is missing, which has been said
+        return  # openssl is missing, as check_programs has reported
 
 
 def check_installation(config: Config, github: GitHub) -> Iterator[Finding]:
@@ -9185,19 +9202,14 @@ def all_findings(codebot: Codebot, problems: Sequence[str]) -> Iterator[Finding]
     checks = [*HOST_CHECKS, check_server, check_port, check_work_dir]
     if not problems:
         checks.append(check_github)
-    for check in checks:
-        try:
-            yield from check(codebot)
-        except ConfigError as error:
-            for problem in error.problems:
-                yield Finding("FAIL", problem)
+    yield from run_checks(codebot, checks)
 
 
 def check(flags: Flags) -> int:
     """Check everything that the server needs. Takes the flags of serve."""
     config, problems = read_config(flags, is_server=True)
     codebot = Codebot(config)
-    logging.disable()  # what is wrong is said once, as a finding
+    logging.disable()  # each problem is printed once, as a finding
     counts: collections.Counter[str] = collections.Counter()
     for level, message in all_findings(codebot, problems):
         counts[level] += 1
@@ -9274,7 +9286,7 @@ def demo(flags: Flags) -> int:
         raise ConfigError("The demo needs git on PATH. Install git.")
     with tempfile.TemporaryDirectory(prefix="codebot-demo-") as directory:
         directory = os.path.realpath(directory)
-        # The user's own git configuration does not count.
+        # Without the user's own git configuration.
         os.environ.update(HOME=directory, XDG_CONFIG_HOME=directory)
         pathlib.Path(directory, "agent").write_text(DEMO_AGENT_SCRIPT)
         codebot = start_app(demo_config(directory), (), logging.WARNING)
@@ -9287,7 +9299,7 @@ def demo(flags: Flags) -> int:
                 print(f"API key:     {codebot.config.api_keys[0]}")
                 print("Press Ctrl-C to end.", flush=True)
                 while not codebot.stop.is_set():
-                    time.sleep(0.1)
+                    pause()
     return code
 
 
@@ -9321,7 +9333,8 @@ def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
     for field in CONFIG_FIELDS:
         about = field.metadata["help"]
         if about and (not names or field.name in names):
-            action = "store_true" if field.default is False else "store"
+            is_switch = field.metadata["parse"] is bool
+            action = "store_true" if is_switch else "store"
             parser.add_argument(flag_name(field.name), action=action, help=about)
 
 
@@ -9352,22 +9365,29 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run_command(flags: Flags) -> int:
     """Run a command. Returns the exit code: 2 for settings or input that are bad."""
+    try:
+        code: int = flags["function"](flags)
+    except (ConfigError, HTTPError) as error:  # HTTPError: of the task in `run`
+        for line in str(error).splitlines():
+            print(f"codebot: {line}", file=sys.stderr)
+        code = 2
+    except (KeyboardInterrupt, StopRequested):  # a signal during the start
+        code = 130
+    return code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command of the command line. Returns the exit code."""
     flags = vars(make_parser().parse_args(arguments))
     flags["umask"] = os.umask(PRIVATE_UMASK)
-    with contextlib.suppress(BrokenPipeError):
-        try:
-            code: int = flags["function"](flags)
-        except (ConfigError, HTTPError) as error:  # HTTPError: of the task in `run`
-            for line in str(error).splitlines():
-                print(f"codebot: {line}", file=sys.stderr)
-            code = 2
-        except (KeyboardInterrupt, StopRequested):  # a signal during the start
-            code = 130
-        print(end="", flush=True)  # sys.stdout may be None
-        return code
-    return 1  # nobody reads the output
+    try:
+        code = run_command(flags)
+        print(end="", flush=True)  # os._exit does not flush; sys.stdout may be None
+    except BrokenPipeError:  # nobody reads the output
+        code = 1
+    return code
 
 
 def end_with_traceback(*error: Any) -> None:
