@@ -6907,10 +6907,11 @@ details:not([open]) .message { overflow: hidden; white-space: pre; }
 <script>
 'use strict';
 
-// The fragment of the address chooses a view: see showView. While it is in view, poll
-// asks the server for its data, and what has changed is drawn anew: see redraw.
+// The fragment of the address chooses a view: see showView. While it is in view,
+// refresh() asks the server for its data, and what has changed is drawn anew: see redraw.
 
-const POLL_INTERVAL = 2000; // milliseconds
+const REFRESH_INTERVAL = 2000; // milliseconds
+// What a user can do next, by the reason for which a task has failed.
 const ADVICE = {
   clone_failed: 'Check the address and whether codebot may read this repository.',
   base_branch_not_found: 'Name an existing branch, or none for the default branch.',
@@ -6933,13 +6934,13 @@ for (const element of document.querySelectorAll('[id]')) ui[element.id] = elemen
 
 let apiKey = sessionStorage.getItem('apiKey') || '';
 let serverTime = 0; // of the last answer, in milliseconds
-let pollTimer = 0;
-let current = null; // the task in view
+let refreshTimer = 0;
+let openedTask = null; // the task in view
 
 // --- Requests
 
 // Returns the fields of a successful answer. Throws an Error with the answer's status.
-async function request(path, options = {}) {
+async function callApi(path, options = {}) {
   const headers = { Authorization: `Bearer ${apiKey}`, ...options.headers };
   let response;
   let fields;
@@ -6995,7 +6996,7 @@ function muted(...children) {
   return create('span', { class: 'muted' }, ...children);
 }
 
-function row(name, ...children) {
+function namedLine(name, ...children) {
   return create('div', { class: 'bar' }, create('strong', {}, name), ...children);
 }
 
@@ -7064,17 +7065,17 @@ function runTime(job) {
   return muted(words, timer(job.started_at, job.completed_at));
 }
 
-// --- Views and polling
+// --- Views
 
 function showView() {
-  current = null;
+  openedTask = null;
   document.title = 'codebot';
   const [view, taskId] = location.hash.split('=');
   if (!apiKey) showSection(ui.keyView);
   else if (view === '#task') openTask(taskId);
   else if (view === '#new') showSection(ui.formView);
   else showSection(ui.listView);
-  poll();
+  refresh();
 }
 
 function showSection(view) {
@@ -7085,20 +7086,20 @@ function showSection(view) {
   view.querySelector('[data-focus]').focus();
 }
 
-async function poll() {
-  clearTimeout(pollTimer);
+async function refresh() {
+  clearTimeout(refreshTimer);
   if (document.hidden || !apiKey) return;
+  let problem = '';
   try {
-    if (current) await refreshTask(current);
+    if (openedTask) await refreshTask(openedTask);
     else if (!ui.listView.hidden) await refreshList();
     updateTimes();
-    setText(ui.banner, '');
   } catch (error) {
-    const message = `${error.message} Trying again every few seconds.`;
-    setText(ui.banner, apiKey ? message : ''); // without a key, its form says why
+    problem = `${error.message} Trying again every few seconds.`;
   }
-  clearTimeout(pollTimer); // another poll may have set it meanwhile
-  pollTimer = setTimeout(poll, POLL_INTERVAL);
+  setText(ui.banner, apiKey ? problem : ''); // without a key, its form says why
+  clearTimeout(refreshTimer); // another refresh may have set it meanwhile
+  refreshTimer = setTimeout(refresh, REFRESH_INTERVAL);
 }
 
 // --- API key
@@ -7131,7 +7132,7 @@ function forgetKey() {
 
 async function refreshList() {
   const state = ui.filter.querySelector(':checked').value;
-  const { tasks } = await request(`?limit=300&status=${state}`);
+  const { tasks } = await callApi(`?limit=300&status=${state}`);
   redraw(ui.rows, tasks, () => tasks.map(taskRow));
   const message = state ? 'No task is in this state.' : 'No tasks yet.';
   setText(ui.noRows, tasks.length > 0 ? '' : message);
@@ -7174,7 +7175,7 @@ async function submitTask(event) {
   const headers = { 'Content-Type': 'application/json', 'Idempotency-Key': draftKey };
   const options = { method: 'POST', headers, body: JSON.stringify(fields) };
   try {
-    const answer = await request('/submit', options);
+    const answer = await callApi('/submit', options);
     showErrors('');
     ui.taskForm.reset();
     ui.taskForm.elements.repository_url.value = fields.repository_url;
@@ -7210,7 +7211,7 @@ function submitOnCtrlEnter(event) {
 // --- Task
 
 function openTask(id) {
-  current = {
+  openedTask = {
     path: `/${encodeURIComponent(id)}`,
     retryKey: randomKey(), // Idempotency-Key: a double click retries once
     status: null,
@@ -7226,14 +7227,14 @@ function openTask(id) {
 async function refreshTask(task) {
   const isFirst = task.status === null;
   try {
-    task.status = await request(`${task.path}/status`);
+    task.status = await callApi(`${task.path}/status`);
   } catch (error) {
-    if (error.status !== 404 || task !== current) throw error;
-    current = null;
+    if (error.status !== 404 || task !== openedTask) throw error;
+    openedTask = null;
     showSection(ui.missingView);
     return;
   }
-  if (task !== current) return;
+  if (task !== openedTask) return;
   drawTask(task);
   if (isFirst) showSection(ui.taskView);
   await readLog(task);
@@ -7250,7 +7251,7 @@ function drawTask(task) {
   ui.cancel.hidden = isEnded;
   ui.retry.hidden = status.status !== 'failed';
   redraw(ui.taskState, status, stateLine);
-  redraw(ui.outcome, status, outcome);
+  redraw(ui.outcome, status, outcomeSection);
   redraw(ui.reviews, reviews, reviewSection);
   setText(ui.raw, `${status.description}\n\n${JSON.stringify(task.status, null, 2)}`);
   drawSteps(task);
@@ -7265,14 +7266,14 @@ function stateLine(status) {
   return line;
 }
 
-async function act(action) {
-  const { path, retryKey } = current;
+async function postAction(action) {
+  const { path, retryKey } = openedTask;
   const options = { method: 'POST', headers: { 'Idempotency-Key': retryKey } };
   try {
-    const answer = await request(`${path}/${action}`, options);
+    const answer = await callApi(`${path}/${action}`, options);
     setText(ui.actionMessage, answer.message);
     if (action === 'retry') location.hash = `task=${answer.task_id}`;
-    poll();
+    refresh();
   } catch (error) {
     setText(ui.actionMessage, error.message);
   }
@@ -7293,7 +7294,7 @@ function drawSteps({ phases, status }) {
 
 // --- Outcome
 
-function outcome(status) {
+function outcomeSection(status) {
   if (status.status === 'completed') return resultCard(status.result);
   if (status.status === 'failed') return errorCard(status);
   const position = status.queue_position;
@@ -7313,11 +7314,11 @@ function resultCard(result) {
   return [
     create('h2', {}, 'Result'),
     paragraph(result.summary),
-    row('Pull request', url ? externalLink(url, pullRequest) : 'None'),
-    row('Tests', tests ? `Passed: ${tests.command}` : 'No test command'),
-    row('Branch', gitLink(url, 'tree', branch)),
-    row('Commit', gitLink(url, 'commit', commit)),
-    row('Agent', agentText(result)),
+    namedLine('Pull request', url ? externalLink(url, pullRequest) : 'None'),
+    namedLine('Tests', tests ? `Passed: ${tests.command}` : 'No test command'),
+    namedLine('Branch', gitLink(url, 'tree', branch)),
+    namedLine('Commit', gitLink(url, 'commit', commit)),
+    namedLine('Agent', agentText(result)),
     create('details', { open: '' }, create('summary', {}, 'Changed files'), files),
   ];
 }
@@ -7341,24 +7342,24 @@ function reviewSection(reviews) {
 }
 
 function reviewItem(review) {
-  const heading = row(review.reviewer, stateText(review), review.kind || '');
+  const heading = namedLine(review.reviewer, stateText(review), review.kind || '');
   heading.append(muted(timer(review.submitted_at), ' ago'), runTime(review));
   const item = create('div', {}, heading);
   item.append(create('blockquote', {}, paragraph(review.request)));
   item.append(paragraph(review.answer), paragraph(review.error));
   if (!review.commit) return item;
-  const link = gitLink(current.status.result.pr_url, 'commit', review.commit);
-  item.append(row('Commit', link));
+  const link = gitLink(openedTask.status.result.pr_url, 'commit', review.commit);
+  item.append(namedLine('Commit', link));
   return item;
 }
 
 // --- Log
 
 async function readLog(task) {
-  const { events } = await request(`${task.path}/logs?after=${task.lastSeq}`);
-  // Another poll may have read the same events meanwhile.
+  const { events } = await callApi(`${task.path}/logs?after=${task.lastSeq}`);
+  // Another refresh may have read the same events meanwhile.
   const added = events.filter(({ seq }) => seq > task.lastSeq);
-  if (task !== current || added.length === 0) return;
+  if (task !== openedTask || added.length === 0) return;
   task.lastSeq = added.at(-1).seq;
   task.phases.push(...added.filter(({ source }) => source === 'phase'));
   addToLog(added.map(logLine));
@@ -7366,7 +7367,7 @@ async function readLog(task) {
   await readLog(task); // one answer has at most 1,000
 }
 
-// The log follows its end, unless one has scrolled up or selects something.
+// Keeps the end of the log in view, unless the user has scrolled up or selected text.
 function addToLog(lines) {
   const { scrollTop, clientHeight, scrollHeight } = ui.log;
   const isAtEnd = scrollTop + clientHeight > scrollHeight - 20;
@@ -7397,13 +7398,13 @@ function eventCells(tag, { time, source }, message) {
 
 ui.keyForm.onsubmit = saveKey;
 ui.forget.onclick = forgetKey;
-ui.filter.oninput = poll;
+ui.filter.oninput = refresh;
 ui.taskForm.oninput = saveDraft;
 ui.taskForm.onsubmit = submitTask;
 ui.taskForm.onkeydown = submitOnCtrlEnter;
-ui.cancel.onclick = () => act('cancel');
-ui.retry.onclick = () => act('retry');
-document.onvisibilitychange = poll;
+ui.cancel.onclick = () => postAction('cancel');
+ui.retry.onclick = () => postAction('retry');
+document.onvisibilitychange = refresh;
 window.onhashchange = showView;
 restoreDraft();
 showView();
