@@ -7517,11 +7517,16 @@ def parse_object(data: bytes) -> dict[str, Json]:
     raise ValueError("is not a JSON object")
 
 
+Headers = Mapping[str, str]
+NO_HEADERS: Headers = {}
+Fields = dict[str, object]  # of a JSON object
+
+
 class Request(NamedTuple):
     """A request whose headers have arrived. Its guard decides before the body is read."""
 
     query: str
-    headers: Mapping[str, str]  # names in lower case
+    headers: Headers  # names in lower case
     client_address: str
     # Reads the body once. Raises HTTPError if it is too long or incomplete.
     read_body: Callable[[], bytes]
@@ -7542,9 +7547,9 @@ class Request(NamedTuple):
 class Response(NamedTuple):
     """An answer of known length, in JSON unless the headers name another type."""
 
-    status: int = 200
+    status: int
     body: bytes = b""
-    headers: Mapping[str, str] = {}
+    headers: Headers = NO_HEADERS
 
 
 # An answer that is sent piece by piece, as events come (WHATWG HTML, section 9.2,
@@ -7553,14 +7558,14 @@ EventStream = Iterator[bytes]
 
 
 def json_response(
-    value: Mapping[str, object], status: int = 200, headers: Mapping[str, str] = {}
+    fields: Mapping[str, object], status: int = 200, headers: Headers = NO_HEADERS
 ) -> Response:
-    return Response(status, json.dumps(value).encode() + b"\n", headers)
+    return Response(status, json.dumps(fields).encode() + b"\n", headers)
 
 
 def error_response(error: HTTPError) -> Response:
-    value = {"error": http.client.responses[error.status], "message": str(error)}
-    return json_response(value, error.status, error.headers)
+    fields = {"error": http.client.responses[error.status], "message": str(error)}
+    return json_response(fields, error.status, error.headers)
 
 
 # --- Guards ------------------------------------------------------------------
@@ -7607,19 +7612,18 @@ def require_signature(codebot: Codebot, request: Request) -> None:
         raise HTTPError(
             404, "Webhooks are off; they need GitHub and GITHUB_WEBHOOK_SECRET"
         )
-    challenge = {"WWW-Authenticate": 'X-Hub-Signature-256 realm="codebot"'}
     signature = request.headers.get("x-hub-signature-256", "").encode("latin-1")
-    if not signature:
-        message = "X-Hub-Signature-256 is missing; set the webhook's secret at GitHub"
-        raise HTTPError(401, message, challenge)
-    digest = hmac.new(secret.encode(), request.read_body(), "sha256").hexdigest()
-    if not hmac.compare_digest(signature, f"sha256={digest}".encode()):
-        raise HTTPError(
-            401,
+    message = "X-Hub-Signature-256 is missing; set the webhook's secret at GitHub"
+    if signature:
+        digest = hmac.new(secret.encode(), request.read_body(), "sha256").hexdigest()
+        if hmac.compare_digest(signature, f"sha256={digest}".encode()):
+            return
+        message = (
             "X-Hub-Signature-256 does not match: the webhook's secret at GitHub "
-            "differs from GITHUB_WEBHOOK_SECRET",
-            challenge,
+            "differs from GITHUB_WEBHOOK_SECRET"
         )
+    challenge = 'X-Hub-Signature-256 realm="codebot"'
+    raise HTTPError(401, message, {"WWW-Authenticate": challenge})
 
 
 # When a refusal may be logged again, by what was refused. It has no lock: at worst two
@@ -7627,13 +7631,13 @@ def require_signature(codebot: Codebot, request: Request) -> None:
 next_log_time: dict[str, float] = {}
 
 
-def log_refusal(path: str, address: str, error: HTTPError) -> None:
+def log_refusal(path: str, request: Request, error: HTTPError) -> None:
     """Log what a guard refused: one line a second, so that a flood fills no disk."""
     now = time.monotonic()
     subject = "webhook" if path == "/webhook" else "API key"
     if now >= next_log_time.get(subject, 0.0):
         next_log_time[subject] = now + 1.0
-        log.warning("Refused %s from %s: %s", subject, address, error)
+        log.warning("Refused %s from %s: %s", subject, request.client_address, error)
 
 
 # --- API ---------------------------------------------------------------------
@@ -7703,7 +7707,7 @@ def field_problem(name: str, value: object) -> str:
     return ""
 
 
-def read_task_request(config: Config, fields: Mapping[str, object]) -> TaskRequest:
+def read_task_request(config: Config, fields: Fields) -> TaskRequest:
     """Return a task as it may be stored. Raises HTTPError with a line per bad field."""
     problems = [
         f"{name} is missing" for name in REQUIRED_FIELDS if fields.get(name) is None
@@ -7737,8 +7741,11 @@ def queue_task(
     message = "Task queued successfully"
     if job.status != "pending":
         message = f"The task was submitted before; its status is {job.status}"
-    value = {"task_id": job.id, "status": job.status, "message": message}
-    return json_response(value, 202, {"Location": f"/api/tasks/{job.id}/status"})
+    return json_response(
+        {"task_id": job.id, "status": job.status, "message": message},
+        202,
+        {"Location": f"/api/tasks/{job.id}/status"},
+    )
 
 
 def submit_task(codebot: Codebot, request: Request) -> Response:
@@ -7776,8 +7783,9 @@ def cancel_task(codebot: Codebot, request: Request, task_id: str) -> Response:
         ) from None
     log.info("Task %s: cancel requested by %s", task_id, submitter(request))
     status = find_task(codebot, task_id).status
-    value = {"task_id": task_id, "status": status, "message": "Cancellation requested"}
-    return json_response(value, 202)
+    message = "Cancellation requested"
+    fields = {"task_id": task_id, "status": status, "message": message}
+    return json_response(fields, 202)
 
 
 def find_task(codebot: Codebot, task_id: str) -> Job:
@@ -7787,13 +7795,13 @@ def find_task(codebot: Codebot, task_id: str) -> Job:
     return job
 
 
-def pick(record: Job | TaskRequest, *names: str) -> dict[str, object]:
+def pick(record: Job | TaskRequest, *names: str) -> Fields:
     """Return fields as the API shows them: null for what is not known."""
     fields = vars(record)
     return {name: fields[name] or None for name in names}
 
 
-def describe_task(codebot: Codebot, job: Job) -> dict[str, object]:
+def describe_task(codebot: Codebot, job: Job) -> Fields:
     """Return a task as the API shows it."""
     value = {
         "task_id": job.id,
@@ -7819,7 +7827,7 @@ def task_status(codebot: Codebot, request: Request, task_id: str) -> Response:
     return json_response(describe_task(codebot, find_task(codebot, task_id)))
 
 
-def describe_review(codebot: Codebot, review: Job) -> dict[str, object]:
+def describe_review(codebot: Codebot, review: Job) -> Fields:
     """Return a review as the API shows it."""
     comments = codebot.store.comments(review.id)
     answers = [text for text in review.outcome.answers.values() if text]
@@ -7832,10 +7840,10 @@ def describe_review(codebot: Codebot, review: Job) -> dict[str, object]:
     }
 
 
-def describe_result(codebot: Codebot, job: Job) -> dict[str, object]:
+def describe_result(codebot: Codebot, job: Job) -> Fields:
     """Return what a completed task has led to, as the API shows it."""
     outcome = job.outcome
-    result: dict[str, object] = {
+    result: Fields = {
         "pr_url": None,
         "pr_number": None,
         "pr_state": None,
@@ -7898,8 +7906,9 @@ def task_logs(
     after = read_number("after, or Last-Event-ID,", after_text or "0", 0, 10**15)
     if not is_stream:
         events = [event._asdict() for event in codebot.store.events(task_id, after)]
-        value = {"task_id": task_id, "events": events, "count": len(events)}
-        return json_response(value)
+        return json_response(
+            {"task_id": task_id, "events": events, "count": len(events)}
+        )
     is_live = codebot.store.has_unfinished_jobs(task_id)
     if after and not is_live and not codebot.store.events(task_id, after, 1):
         return Response(204)  # an EventSource that gets this does not reconnect
@@ -7931,16 +7940,16 @@ def health(codebot: Codebot, request: Request) -> Response:
     sizes = {"review_queue_size": 0, "task_queue_size": 0}
     status = "healthy" if codebot.store.writable else "unhealthy"
     try:
-        sizes["review_queue_size"] = codebot.store.count_pending("review")
-        sizes["task_queue_size"] = codebot.store.count_pending("task")
+        for kind in ("review", "task"):
+            sizes[f"{kind}_queue_size"] = codebot.store.count_pending(kind)
     except sqlite3.Error:
         status = "unhealthy"
     if codebot.stop.is_set():
         status = "stopping"
-    value = {"status": status, **sizes}
+    fields = {"status": status, **sizes}
     if status == "healthy":
-        return json_response(value)
-    return json_response(value, 503, {"Retry-After": "10"})
+        return json_response(fields)
+    return json_response(fields, 503, {"Retry-After": "10"})
 
 
 def metrics(codebot: Codebot, request: Request) -> Response:
@@ -7989,25 +7998,11 @@ codebot_github_rate_remaining {github.rate_limit_remaining}
 # itself says then (docs: "Webhook events and payloads").
 
 MAX_DELIVERY_BYTES = 25 << 20  # GitHub sends no more
-
-
-class CommentEvent(NamedTuple):
-    """How GitHub reports a new comment."""
-
-    action: str
-    place: str  # of the comment: see Comment
-    comment: str  # the field of the payload that has the comment
-    pull_request: str  # the field of the payload that has the pull request
-
-
+# The events that report comments, and the place of the comment: see Comment.
 COMMENT_EVENTS = {
-    "issue_comment": CommentEvent("created", "conversation", "comment", "issue"),
-    "pull_request_review": CommentEvent(
-        "submitted", "review_text", "review", "pull_request"
-    ),
-    "pull_request_review_comment": CommentEvent(
-        "created", "inline", "comment", "pull_request"
-    ),
+    "issue_comment": "conversation",
+    "pull_request_review": "review_text",
+    "pull_request_review_comment": "inline",
 }
 
 
@@ -8062,11 +8057,10 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
     installation = payload.get("installation")
     if installation and installation["id"] != codebot.config.installation_id:
         raise NoAction("Another installation of the App")
-    comment_event = COMMENT_EVENTS.get(event)
-    if comment_event and action == comment_event.action:
-        receive_comment(codebot, comment_event, guid, payload)
+    if event in COMMENT_EVENTS and action in ("created", "submitted"):
+        receive_comment(codebot, event, guid, payload)
     elif event == "pull_request" and action in ("closed", "reopened"):
-        pull_request = pull_request_of(codebot, payload, "pull_request")
+        pull_request = pull_request_of(codebot, payload)
         remember_delivery(codebot, guid)
         codebot.sync_queue.put(SyncRequest(pull_request_of=pull_request.task_id))
     elif event == "issues" and action in ("labeled", "unlabeled"):
@@ -8086,9 +8080,11 @@ def remember_delivery(codebot: Codebot, guid: str) -> None:
         raise NoAction("Duplicate delivery")
 
 
-def pull_request_of(codebot: Codebot, payload: JsonObject, field: str) -> PullRequest:
+def pull_request_of(codebot: Codebot, payload: JsonObject) -> PullRequest:
     repository_id = int(payload["repository"]["id"])
-    number = int(payload[field]["number"])
+    # A comment in the conversation is reported as one on an issue.
+    subject = payload.get("issue") or payload["pull_request"]
+    number = int(subject["number"])
     pull_request = codebot.store.pull_request_by_number(repository_id, number)
     if pull_request is None:
         raise NoAction("Not a pull request that codebot opened")
@@ -8096,10 +8092,11 @@ def pull_request_of(codebot: Codebot, payload: JsonObject, field: str) -> PullRe
 
 
 def receive_comment(
-    codebot: Codebot, event: CommentEvent, guid: str, payload: JsonObject
+    codebot: Codebot, event: str, guid: str, payload: JsonObject
 ) -> None:
-    pull_request = pull_request_of(codebot, payload, event.pull_request)
-    comment = parse_comment(event.place, payload[event.comment])
+    pull_request = pull_request_of(codebot, payload)
+    content = payload.get("comment") or payload["review"]
+    comment = parse_comment(COMMENT_EVENTS[event], content)
     if comment is None:
         raise NoAction("Bot, deleted user or empty comment")
     if not codebot.store.queue_comments(pull_request.task_id, [comment], guid):
@@ -8200,27 +8197,12 @@ def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
     raise HTTPError(404, f"No such path: {path[:100]}")
 
 
-def hang_up(connection: socket.socket) -> None:
-    """End a connection and wake up the thread that reads from it or writes to it."""
-    with contextlib.suppress(OSError):
-        # Not SSLSocket's method: it takes the TLS state away from that thread.
-        socket.socket.shutdown(connection, socket.SHUT_RDWR)
-
-
-def end_tls(connection: socket.socket) -> None:
-    """Tell a client that speaks TLS that nothing was cut off, without a wait for it."""
-    if isinstance(connection, ssl.SSLSocket):
-        with contextlib.suppress(OSError, ValueError):
-            connection.setblocking(False)
-            connection.unwrap()
-
-
 @dataclasses.dataclass
 class Entry:
     """What the table of connections has on one of them."""
 
-    state: str
     deadline: float  # by time.monotonic()
+    state: str = "waiting"
     body_bytes: int = 0  # of a request's body, while they are in memory
 
 
@@ -8246,7 +8228,7 @@ class ConnectionTable:
             self.evict()
         deadline = time.monotonic() + STATE_TIMEOUTS["waiting"]
         with self._lock:
-            self._entries[connection] = Entry("waiting", deadline)
+            self._entries[connection] = Entry(deadline)
 
     def remove(self, connection: socket.socket) -> None:
         with self._lock:
@@ -8279,9 +8261,8 @@ class ConnectionTable:
                     total -= entry.body_bytes
                     self._drop(oldest)
 
-    def drop_late(self) -> None:
+    def drop_late(self, now: float) -> None:
         """Hang up the connections whose deadline is over."""
-        now = time.monotonic()
         with self._lock:
             for connection, entry in list(self._entries.items()):
                 if entry.deadline < now:
@@ -8320,8 +8301,20 @@ class ConnectionTable:
         return self._entries[connection]
 
     def _drop(self, connection: socket.socket) -> None:
+        """Hang up: this wakes the thread that reads from the connection or writes to it."""
         del self._entries[connection]
-        hang_up(connection)
+        with contextlib.suppress(OSError):
+            # Not SSLSocket's method: it takes the TLS state away from that thread.
+            socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
+def end_tls(connection: socket.socket) -> None:
+    """Tell a client that speaks TLS that nothing was cut off, without a wait for it."""
+    if isinstance(connection, ssl.SSLSocket):
+        connection.setblocking(False)
+        with contextlib.suppress(OSError, ValueError):
+            connection.unwrap()
+        connection.setblocking(True)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -8336,7 +8329,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     rfile: io.BufferedReader
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    requestline = ""  # for the log, before the first request
     body = b""  # of the request that is handled
 
     def handle(self) -> None:
@@ -8351,6 +8343,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.enter("receiving")
         self.command = ""  # not that of the request before
+        self.requestline = ""
         self.has_unread_input = True  # until the headers, and a body, have been read
         response = self.respond()
         self.body = b""  # frees it: the client may take long to read the answer
@@ -8381,8 +8374,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise
         except Exception:
             log.exception("Error during %r", self.requestline)
-            message = "Internal error; see the server's log"
-            return error_response(HTTPError(500, message))
+            return error_response(
+                HTTPError(500, "Internal error; see the server's log")
+            )
 
     def read_headers(self) -> dict[str, str]:
         """Read the request line and the headers."""
@@ -8395,7 +8389,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.has_unread_input = "content-length" in headers
         return headers
 
-    def dispatch(self, headers: Mapping[str, str]) -> Response | EventStream:
+    def dispatch(self, headers: Headers) -> Response | EventStream:
         """Find the route, ask its guard, read the body, and call the handler."""
         path, _, query = ABSOLUTE_FORM_RE.sub("", self.path).partition("?")
         route, parameters = find_route(self.command, path or "/")
@@ -8405,13 +8399,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             route.guard(codebot, request)
         except HTTPError as error:
-            log_refusal(route.path, self.client_address[0], error)
+            log_refusal(route.path, request, error)
             raise
         request.read_body()
         self.enter("handling")
         return route.handler(codebot, request, **parameters)
 
-    def receive_body(self, headers: Mapping[str, str], limit: int) -> bytes:
+    def receive_body(self, headers: Headers, limit: int) -> bytes:
         """Return the whole body. Only the first call reads it."""
         if not self.has_unread_input:
             return self.body
@@ -8443,7 +8437,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             data += response.body
         self.write(data)
 
-    def head(self, status: int, headers: Mapping[str, str]) -> bytes:
+    def head(self, status: int, headers: Headers) -> bytes:
         """Return the status line and the headers of an answer, and log it."""
         log.debug("%s: %s: %d", self.client_address[0], self.requestline, status)
         lines = [
@@ -8497,7 +8491,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         self.enter("receiving")
         end_tls(self.connection)
-        self.connection.setblocking(True)
+        # With TLS, this takes away the TLS state: the rest is read as it comes.
         self.connection.shutdown(socket.SHUT_WR)
         buffer = bytearray(CHUNK_BYTES)  # one: many would leave the heap full of holes
         while self.connection.recv_into(buffer):
@@ -8566,8 +8560,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.connections = ConnectionTable()
         self._next_sweep = 0.0
         # 16 more, as the threads of connections that were hung up may not have ended yet.
-        threads = MAX_CONNECTIONS + 16
-        self._pool = concurrent.futures.ThreadPoolExecutor(threads, "http")
+        self._pool = concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS + 16, "http")
         if ":" in config.host:
             self.address_family = socket.AF_INET6
         super().__init__((config.host, config.port), Handler)
@@ -8598,7 +8591,7 @@ class Server(http.server.ThreadingHTTPServer):
         now = time.monotonic()
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_INTERVAL
-            self.connections.drop_late()
+            self.connections.drop_late(now)
 
     # What the connections' threads call
 
@@ -8692,9 +8685,8 @@ def check_programs(codebot: Codebot) -> Iterator[Finding]:
 def is_agent_missing(codebot: Codebot) -> bool:
     """Return whether the agent is not on this host, although it is to run here."""
     config = codebot.config
-    is_own_command = not (codebot.sandbox.is_bwrap or codebot.sandbox.is_none)
-    if is_own_command or config.launcher:
-        return False  # the agent is in a container or on a node
+    if config.launcher or not (codebot.sandbox.is_bwrap or codebot.sandbox.is_none):
+        return False  # the agent runs on a node, or in what a command line sets up
     return shutil.which(config.claude[0], path=config.search_path) is None
 
 
@@ -9017,9 +9009,9 @@ def serve(flags: Flags) -> int:
 # --- run ---------------------------------------------------------------------
 
 
-def read_task_flags(flags: Flags) -> dict[str, object]:
+def read_task_flags(flags: Flags) -> Fields:
     """Return the task's fields. Raises ConfigError if they cannot be read."""
-    fields: dict[str, object] = {}
+    fields: Fields = {}
     path = flags["task"]
     try:
         if path == "-":
@@ -9277,7 +9269,7 @@ def show_task(codebot: Codebot, port: int, fields: Mapping[str, str]) -> Json:
             print(f"Task:        running ({phase})", flush=True)
     client.request("GET", f"{path}/status", headers=headers)
     task = json.load(client.getresponse())
-    print(f"Task:        {task['status']}\n")
+    print(f"Task:        {task['status']}\n", flush=True)
     return task
 
 
@@ -9319,9 +9311,9 @@ def show_demo(codebot: Codebot, port: int, repository: str) -> int:
         print(task.get("error", "The demo was interrupted."))
         return 1
     branch = task["result"]["branch_name"]
-    print(f"The diff of {branch}, which was pushed to the repository:\n")
-    command = ("git", "-C", repository, "show", "--format=", branch)
-    print("\n".join(run_for_demo(codebot, *command)))
+    show = ("git", "-C", repository, "show", "--format=", branch)
+    diff = "\n".join(run_for_demo(codebot, *show))
+    print(f"The diff of {branch}, which was pushed to the repository:\n\n{diff}")
     print('\nDone. Next: a repository of your own; see README, "Quick start".')
     return 0
 
@@ -9334,8 +9326,7 @@ def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
     for field in CONFIG_FIELDS:
         about = field.metadata["help"]
         if about and (not names or field.name in names):
-            is_switch = field.metadata["parse"] is bool
-            action = "store_true" if is_switch else "store"
+            action = "store_true" if field.metadata["parse"] is bool else "store"
             parser.add_argument(flag_name(field.name), action=action, help=about)
 
 
@@ -9366,26 +9357,19 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_command(flags: Flags) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 2 for settings or input that are bad."""
+    flags = vars(make_parser().parse_args(arguments))
+    flags["umask"] = os.umask(PRIVATE_UMASK)
     try:
         code: int = flags["function"](flags)
+        print(end="", flush=True)  # os._exit does not flush; sys.stdout may be None
     except (ConfigError, HTTPError) as error:  # HTTPError: of the task in `run`
         for line in str(error).splitlines():
             print(f"codebot: {line}", file=sys.stderr)
         code = 2
     except (KeyboardInterrupt, StopRequested):  # a signal during the start
         code = 130
-    return code
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command of the command line. Returns the exit code."""
-    flags = vars(make_parser().parse_args(arguments))
-    flags["umask"] = os.umask(PRIVATE_UMASK)
-    try:
-        code = run_command(flags)
-        print(end="", flush=True)  # os._exit does not flush; sys.stdout may be None
     except BrokenPipeError:  # nobody reads the output
         code = 1
     return code
