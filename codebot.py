@@ -7654,7 +7654,7 @@ TASK_FIELDS = {
 }
 REQUIRED_FIELDS = ("repository_url", "description")
 MULTILINE_FIELDS = ("description", "test_command")
-# What the API shows of a task and of a review.
+# What the API shows both of a task and of a review.
 JOB_FIELDS = ("status", "submitted_at", "started_at", "completed_at")
 CONTROL_CHARACTER_RE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 KEEPALIVE_INTERVAL = 15.0  # seconds after which a silent event stream sends a comment
@@ -7708,7 +7708,10 @@ def field_problem(name: str, value: object) -> str:
 
 
 def read_task_request(config: Config, fields: Fields) -> TaskRequest:
-    """Return a task as it may be stored. Raises HTTPError with a line per bad field."""
+    """Check a task's fields and return them as a request.
+
+    Raises HTTPError with a line for each bad field.
+    """
     problems = [
         f"{name} is missing" for name in REQUIRED_FIELDS if fields.get(name) is None
     ]
@@ -7774,7 +7777,7 @@ def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
 
 
 def cancel_task(codebot: Codebot, request: Request, task_id: str) -> Response:
-    find_task(codebot, task_id)
+    find_task(codebot, task_id)  # raises HTTPError if there is none
     try:
         codebot.cancel(task_id)
     except WrongState:
@@ -7783,9 +7786,9 @@ def cancel_task(codebot: Codebot, request: Request, task_id: str) -> Response:
         ) from None
     log.info("Task %s: cancel requested by %s", task_id, submitter(request))
     status = find_task(codebot, task_id).status
-    message = "Cancellation requested"
-    fields = {"task_id": task_id, "status": status, "message": message}
-    return json_response(fields, 202)
+    return json_response(
+        {"task_id": task_id, "status": status, "message": "Cancellation requested"}, 202
+    )
 
 
 def find_task(codebot: Codebot, task_id: str) -> Job:
@@ -7803,24 +7806,24 @@ def pick(record: Job | TaskRequest, *names: str) -> Fields:
 
 def describe_task(codebot: Codebot, job: Job) -> Fields:
     """Return a task as the API shows it."""
-    value = {
+    fields = {
         "task_id": job.id,
         **pick(job, *JOB_FIELDS, "submitted_by", "issue_url"),
         **pick(job.request, *TASK_FIELDS),
     }
     if job.status == "pending":
-        value["queue_position"] = codebot.store.count_pending("task", job.seq)
+        fields["queue_position"] = codebot.store.count_pending("task", job.seq)
     elif job.status == "running":
-        value["phase"] = job.phase
-        value["attempt"] = job.attempt
+        fields["phase"] = job.phase
+        fields["attempt"] = job.attempt
     elif job.status == "failed":
-        value.update(pick(job, "error", "reason"))
+        fields.update(pick(job, "error", "reason"))
     else:
-        value["result"] = describe_result(codebot, job)
-        value["reviews"] = [
+        fields["result"] = describe_result(codebot, job)
+        fields["reviews"] = [
             describe_review(codebot, review) for review in codebot.store.reviews(job.id)
         ]
-    return value
+    return fields
 
 
 def task_status(codebot: Codebot, request: Request, task_id: str) -> Response:
@@ -7834,7 +7837,7 @@ def describe_review(codebot: Codebot, review: Job) -> Fields:
     return {
         **pick(review, "id", *JOB_FIELDS, "phase", "reviewer", "error", "reason"),
         "request": comments[0].text if comments else None,
-        "kind": review.request_kind or None,
+        "kind": review.request_kind or None,  # a question or a change; not Job.kind
         "answer": "\n\n".join(answers) or None,
         "commit": review.commit_id or None,
     }
@@ -7898,7 +7901,7 @@ def task_logs(
 
     As JSON at most 1,000; as an event stream all, and those to come.
     """
-    find_task(codebot, task_id)
+    find_task(codebot, task_id)  # raises HTTPError if there is none
     after_text = request.parameters("after").get("after")
     is_stream = "text/event-stream" in request.headers.get("accept", "")
     if is_stream:
@@ -7928,10 +7931,11 @@ def follow_events(codebot: Codebot, task_id: str, after: int) -> EventStream:
         if not messages and not is_live:
             yield b"event: end\ndata: {}\n\n"
             return
-        if not messages and time.monotonic() > last_sent + KEEPALIVE_INTERVAL:
+        now = time.monotonic()
+        if not messages and now > last_sent + KEEPALIVE_INTERVAL:
             messages = ": still here\n\n"
         if messages:
-            last_sent = time.monotonic()
+            last_sent = now
         yield messages.encode()
 
 
@@ -7989,8 +7993,7 @@ codebot_github_requests_total {github.requests_made}
 # TYPE codebot_github_rate_remaining gauge
 codebot_github_rate_remaining {github.rate_limit_remaining}
 """
-    headers = {"Content-Type": "text/plain; version=0.0.4"}
-    return Response(200, text.encode(), headers)
+    return Response(200, text.encode(), {"Content-Type": "text/plain; version=0.0.4"})
 
 
 # --- Webhooks ----------------------------------------------------------------
