@@ -7468,14 +7468,13 @@ def read_head(file: io.BufferedReader) -> list[str]:
             raise HTTPError(
                 431, f"The headers are longer than {MAX_HEADER_BYTES >> 10} KiB"
             )
-        if line == b"\r\n" and lines:
+        if line != b"\r\n":
+            pattern = HEADER_RE if lines else REQUEST_LINE_RE
+            if not pattern.fullmatch(line):
+                raise HTTPError(400, "Malformed HTTP request")
+            lines.append(line[:-2].decode("latin-1"))
+        elif lines:  # blank lines before the first are skipped (RFC 9112, 2.2)
             return lines
-        if line == b"\r\n":
-            continue  # blank lines may come first (RFC 9112, 2.2)
-        pattern = HEADER_RE if lines else REQUEST_LINE_RE
-        if not pattern.fullmatch(line):
-            raise HTTPError(400, "Malformed HTTP request")
-        lines.append(line[:-2].decode("latin-1"))
 
 
 def parse_headers(version: str, lines: Sequence[str]) -> dict[str, str]:
@@ -7622,8 +7621,9 @@ def require_signature(codebot: Codebot, request: Request) -> None:
             "X-Hub-Signature-256 does not match: the webhook's secret at GitHub "
             "differs from GITHUB_WEBHOOK_SECRET"
         )
-    challenge = 'X-Hub-Signature-256 realm="codebot"'
-    raise HTTPError(401, message, {"WWW-Authenticate": challenge})
+    raise HTTPError(
+        401, message, {"WWW-Authenticate": 'X-Hub-Signature-256 realm="codebot"'}
+    )
 
 
 # When a refusal may be logged again, by what was refused. It has no lock: at worst two
@@ -7694,8 +7694,8 @@ def field_problem(name: str, value: object) -> str:
         return f"{name} must be a string"
     if not value.strip():
         return f"{name} is empty"
-    if len(value) > TASK_FIELDS[name]:
-        limit = TASK_FIELDS[name]
+    limit = TASK_FIELDS[name]
+    if len(value) > limit:
         return f"{name} has {len(value):,} characters; at most {limit:,} are allowed"
     if name == "base_branch" and not is_branch_name(value):
         return f"base_branch {value!r} is not a valid name of a branch"
@@ -7800,8 +7800,7 @@ def find_task(codebot: Codebot, task_id: str) -> Job:
 
 def pick(record: Job | TaskRequest, *names: str) -> Fields:
     """Return fields as the API shows them: null for what is not known."""
-    fields = vars(record)
-    return {name: fields[name] or None for name in names}
+    return {name: getattr(record, name) or None for name in names}
 
 
 def describe_task(codebot: Codebot, job: Job) -> Fields:
@@ -8569,7 +8568,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__((config.host, config.port), Handler)
         self.server_port = self.server_address[1]
         # Accepting does not wait for the handshake, which Handler.handle makes.
-        if config.tls_cert and config.tls_key:
+        if config.tls_cert:
             self.socket = tls_context(config).wrap_socket(
                 self.socket, server_side=True, do_handshake_on_connect=False
             )
@@ -8823,8 +8822,8 @@ def stop_on_signals(codebot: Codebot) -> None:
 def pause() -> None:
     """Sleep for a moment in the main thread.
 
-    The main thread must not wait for codebot.stop. A signal's handler interrupts it: if it
-    had the lock of that Event just then, the handler's set() would wait for ever.
+    It must not wait for codebot.stop instead: a signal's handler interrupts the main
+    thread, and if this had the lock of that Event then, set() would wait for ever.
     """
     time.sleep(0.1)
 
@@ -9056,8 +9055,7 @@ def run(flags: Flags) -> int:
     print(f"Sandbox: {codebot.sandbox.describe()}", file=sys.stderr)
     job = codebot.submit(request, "command line")
     workers = start_workers(codebot, "task", 1)
-    step = functools.partial(queue_due_jobs, codebot, job.id)
-    start_thread(codebot, "timer", step)
+    start_thread(codebot, "timer", functools.partial(queue_due_jobs, codebot, job.id))
     try:
         follow_task(codebot, job.id)
     finally:
