@@ -9626,6 +9626,13 @@ def test_body_without_a_key_takes_no_room_from_others(crowded_site: Site) -> Non
         assert receive_response(upload).status == 401
 
 
+def test_malformed_request_is_not_logged_as_the_one_before(fresh: Site) -> None:
+    fresh.server.start("--debug")
+    responses = send_to(fresh, GET_HEALTH, b"junk\r\n\r\n")
+    assert [response.status for response in responses] == [200, 400]
+    fresh.server.wait_for_log("127.0.0.1: : 400")
+
+
 def test_unexpected_error_gets_500_without_details(crowded_site: Site) -> None:
     response = crowded_site.api.get("/api/tasks?status=failed")
     assert_is_error(response, 500, "Internal error")
