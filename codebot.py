@@ -293,44 +293,49 @@ CANCELLED_TEXT = {
     "review": "The pull request was closed",
 }
 
-MAX_INTERRUPTIONS = 3  # crashes, and retries that cost money, until a job fails
+# A job fails at this many crashes, and retries that would run the agent again.
+MAX_INTERRUPTIONS = 3
 RETRY_DELAY = 60.0  # seconds until a job is retried after a transient error
 # Seconds after which a transient error is no longer retried.
 RETRY_LIMIT = {"task": 3600.0, "review": 86400.0}
-TIMER_INTERVAL = 1.0  # seconds between looks at which jobs are due, at most
-CLEANUP_INTERVAL = 60.0  # seconds between cleanups, unless the retention is shorter
+TIMER_INTERVAL = 1.0  # seconds between two looks for jobs that are due, at most
+CLEANUP_INTERVAL = 60.0  # seconds between two cleanups, at most
 DATABASE_RETRY_DELAY = 5.0  # seconds until a failed write to the database is repeated
 DATABASE_TEST_INTERVAL = 10.0  # seconds between two tests of the database
 
 GIT_TIMEOUT = 1800.0  # seconds for one git command
-MIN_GIT_TIMEOUT = 60.0  # seconds for git in a workspace, if the job's time is over
+MIN_GIT_TIMEOUT = 60.0  # seconds that git in a workspace gets at least
 PROBE_TIMEOUT = 30.0  # seconds for the sandbox, and for a node, when codebot starts
 STOP_TIMEOUT = 10.0  # seconds that the workers have to end
-KILL_GRACE = 2.0  # seconds until SIGKILL: git removes its locks (not in bwrap)
-RESULT_GRACE = 5.0  # seconds that the agent may keep running after its result
+# Seconds between SIGTERM and SIGKILL, in which git removes its lock files. (bwrap kills
+# what runs in it at once.)
+KILL_GRACE = 2.0
+RESULT_GRACE = 5.0  # seconds that the agent may still run after its `result` event
 PRIVATE_UMASK = 0o077  # nobody else may read what codebot makes
 MAX_LINE_BYTES = 8 << 20  # the beginning of a longer line is replaced by a note
 MAX_OUTPUT_BYTES = 1 << 30  # a program that prints more is ended
 READ_BYTES = 64 << 10  # of output read before the limits are checked again
 KEPT_LINES = 400  # the last lines of a program's output that are kept
 MAX_EVENT_CHARS = 4000  # a longer event is truncated
-MAX_OUTPUT_EVENTS = 10_000  # events of one run of the agent, or of the tests
-LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")  # of those events
-LOW_DISK_BYTES = 1 << 30  # warn below this much free space
-# With less free space codebot does not start, and if a program fails, that is the cause.
+MAX_OUTPUT_EVENTS = 10_000  # kept of one run of the agent, or of the tests
+# The sources of the events that MAX_OUTPUT_EVENTS counts.
+LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")
+LOW_DISK_BYTES = 1 << 30  # `check` warns if less space is free
+# With less free space codebot does not start, and blames the disk if a program fails.
 FULL_DISK_BYTES = 1 << 20
-MIRROR_RETENTION = 30 * 86400.0  # seconds that an unused mirror outlives workspaces
+# Seconds that an unused mirror is kept, in addition to CODEBOT_TASK_RETENTION.
+MIRROR_RETENTION = 30 * 86400.0
 REPACK_RETRY_DELAY = 6 * 3600.0  # seconds until a mirror is packed after a failure
-DELIVERY_RETENTION = 7 * 86400.0  # people can redeliver for 3 days (GHES: 7)
+DELIVERY_RETENTION = 7 * 86400.0  # GitHub can redeliver for 3 days (GHES: 7)
 DAILY_REVIEW_JOBS = 50  # jobs on one pull request in a day
-MAX_PATCH_BYTES = 256 << 20  # of a change that is put on top of others' pushes
-MAX_PUSHES = 3  # pushes of a review's change, when others push at the same time
+# A larger change in a review fails if others have pushed meanwhile.
+MAX_PATCH_BYTES = 256 << 20
+MAX_PUSHES = 3  # attempts to push a review's change, if others push meanwhile
 GITHUB_TIMEOUT = 30.0  # seconds for GitHub to answer
 GITHUB_ATTEMPTS = 4  # times that a request to GitHub is sent
 GITHUB_RETRY_DELAY = 0.5  # seconds before the second time; it doubles each time
-MAX_INLINE_WAIT = 5.0  # seconds that a request waits for GitHub; longer: the job waits
+MAX_INLINE_WAIT = 5.0  # seconds; if GitHub asks to wait longer, the job is requeued
 MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, whatever GitHub, or a proxy, asks for
-
 
 T = TypeVar("T")
 # JSON as it arrives from outside: anything may be in it.
@@ -358,7 +363,10 @@ class HTTPError(Exception):
 
 
 class JobFailed(Exception):
-    """Ends a job: ``reason`` is one word for programs, the message is for people."""
+    """Ends a job. The message is for people; ``reason`` is for programs.
+
+    It is a fixed name, such as "no_changes"; README explains all of them.
+    """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -368,7 +376,7 @@ class JobFailed(Exception):
 class TransientError(Exception):
     """Something outside is not available now: the job is retried later.
 
-    ``retry_at`` (seconds since 1970) is when GitHub may be asked again.
+    ``retry_at`` (seconds since 1970) is when GitHub may be asked again, if it said so.
     """
 
     def __init__(self, message: str, retry_at: float = 0.0) -> None:
@@ -385,7 +393,10 @@ class Cancelled(Exception):
 
 
 class LimitReached(Exception):
-    """A program was ended by a limit. The message says what it did: "took more ..."."""
+    """A program was ended by a limit.
+
+    The message continues a sentence that begins with the program's name.
+    """
 
 
 class TimedOut(LimitReached):
@@ -432,14 +443,16 @@ def truncate(text: str, limit: int) -> str:
 def os_error_text(error: OSError) -> str:
     """Return what went wrong in words, without the number and the path."""
     text = error.strerror or str(error)
-    # "[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1129)"
-    text = re.sub(r"^\[.*?\] | \(_ssl\.c:\d+\)$", "", text)
+    # "[SSL: WRONG_VERSION] wrong version (_ssl.c:1129)" becomes "wrong version".
+    text = re.sub(r"^\[.*?\] ", "", text)
+    text = re.sub(r" \(_ssl\.c:\d+\)$", "", text)
     return text.lower().rstrip(".")
 
 
 def find_paths(directory: str, pattern: str) -> list[str]:
-    """Return what matches below a directory, also in directories whose names begin with
-    a dot, which glob() leaves out.
+    """Return what matches below a directory.
+
+    Unlike glob(), it also finds names that begin with a dot.
     """
     return [str(path) for path in pathlib.Path(directory).glob(pattern)]
 
