@@ -579,24 +579,24 @@ def parse_agent_env(text: str) -> Sequence[str]:
     return names
 
 
-# A name like owner/name, with wildcards.
-NAME_PATTERN = r"[\w.*?\[\]-]+/[\w.*?\[\]-]+"
+# A rule: owner/name=command, where the name may have wildcards.
+TEST_RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*=(.*)"
+# A URL or a path with a wildcard instead of the name: this would count as a command.
+WRONG_TEST_RULE = r"\s*(\w+://|/)[^\s=]*\*[^\s=]*\s*="
 
 
 def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
-    """Parse one command for all repositories, or lines ``owner/name=command``.
-
-    In .env, which has one line per setting, a literal \\n separates the lines:
-    acme/a=make test\\nacme/b=tox
-    """
+    """Parse one command for all repositories, or lines ``owner/name=command``."""
+    # .env has one line per setting: there, the two characters \n stand for the end of a
+    # line, if a rule follows. Otherwise they belong to the command.
+    text = re.sub(rf"\\n(?={TEST_RULE})", "\n", text)
     rules = []
-    for line in re.split(rf"\n|\\n(?=\s*{NAME_PATTERN}\s*=)", text):
-        pattern, equals, command = line.partition("=")
-        pattern = pattern.strip()
-        if equals and re.fullmatch(r"(\w+://|/)\S*", pattern) and "*" in pattern:
+    for line in text.split("\n"):
+        rule = re.match(TEST_RULE, line)
+        if rule:
+            rules.append((rule[1], rule[2].strip()))
+        elif re.match(WRONG_TEST_RULE, line):
             raise ValueError("must name repositories as owner/name, or as */name")
-        if equals and re.fullmatch(NAME_PATTERN, pattern):
-            rules.append((pattern, command.strip()))
         elif line.strip():
             rules.append(("*", line.strip()))
     return tuple(rules)
