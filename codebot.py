@@ -709,17 +709,18 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-# Matches: export NAME = "value"  # comment
 ENV_LINE_RE = re.compile(
-    r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(['"]?)(.*?)\2\s*(?:(?<=\s)#.*)?""",
-    re.ASCII,
+    r"""(?: export \s+ )? ([A-Za-z_]\w*) \s* =
+        (?: | \s*"(.*?)" | \s*'(.*?)' | \s*(\S.*?) )  # nothing, "value", 'value', value
+        (?: \s+ [#].* )?  # a comment
+    """,
+    re.ASCII | re.VERBOSE,
 )
-# A quote at the beginning of a value, without another one after it.
-UNCLOSED_QUOTE_RE = re.compile(r"""(['"])(?!.*\1)""")
+UNCLOSED_QUOTE_RE = re.compile(r"""'[^']*|"[^"]*""")
 
 
 def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
-    """Read NAME=value lines; surrounding quotes are removed, `` #`` starts a comment."""
+    """Read lines NAME=value. A missing file is like an empty one."""
     variables: dict[str, str] = {}
     try:
         # Other bytes than UTF-8 become what they are in the environment.
@@ -731,10 +732,11 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
         return variables
     for number, line in enumerate(text.split("\n"), 1):
         match = ENV_LINE_RE.fullmatch(line.strip(BLANKS))
-        if match and not match[2] and UNCLOSED_QUOTE_RE.match(match[3]):
+        if match and UNCLOSED_QUOTE_RE.fullmatch(match[4] or ""):
             problems.append(f"{path}, line {number}: the quote is not closed.")
         elif match:
-            variables[match[1]] = match[3]
+            name, *values = match.groups("")
+            variables[name] = "".join(values)  # two of the three are empty
         elif not re.match(r"\s*(#|$)", line):
             problems.append(f"{path}, line {number}: expected NAME=value.")
     return variables
