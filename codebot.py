@@ -938,35 +938,34 @@ class LogFormatter(logging.Formatter):
         return self._redact(super().format(record)).replace("\n", "\n    ")
 
 
-# Matches GH_AUTH, AUTHORIZATION and DATABASE_URL, but not GIT_AUTHOR_NAME: "auth" counts
-# in "authorization", but not in "author".
+# Matches names of variables such as GH_AUTH, AUTHORIZATION and DATABASE_URL, but not
+# GIT_AUTHOR_NAME.
 SECRET_NAME_RE = re.compile(
-    r"token|key|secret|pass|pwd|cred|auth(?!or(?!iz))|bearer|dsn|url|header|jwt|cookie"
-    r"|session|webhook|_pat$",
+    "token|key|secret|pass|pwd|cred|auth(?!or)|authoriz|bearer|dsn|url|header|jwt|cookie"
+    "|session|webhook|_pat$",
     re.IGNORECASE,
 )
-# Finds WORD in a line "Authorization: Bearer WORD", and in other headers with keys.
+# Matches names of headers such as X-Api-Key, but not X-Portkey-Provider.
 SECRET_HEADER_RE = re.compile(
-    r"^[^:\n]*(?:(?:authorization|cookie|jwt)[^:\n]*"
-    r"|(?:key|token|secret|auth|passwd|password|credentials?)[ \t]*):"
-    r"(?:.*[^\S\n])?(\S+)\s*$",
-    re.IGNORECASE | re.MULTILINE,
+    "authorization|cookie|jwt|(key|token|secret|auth|passwd|password|credentials?)$",
+    re.IGNORECASE,
 )
 
 
 def configured_secrets(config: Config) -> set[str]:
     """Return all secrets in the settings.
 
-    Of a multi-line one, such as a key, each line as well, but not "-----BEGIN ...".
+    For one of several lines, such as a key, also each line, but not "-----BEGIN ...".
     """
-    secrets = set(config.api_keys)
     names = [*MODEL_KEY_NAMES, *OWN_SECRET_NAMES]
     names += [name for name in config.agent_env if SECRET_NAME_RE.search(name)]
-    for name in (*names, *NETWORK_NAMES, "ANTHROPIC_BASE_URL"):
+    secrets = set(config.api_keys)
+    for name in names:
         value = config.variables.get(name, "")
-        secrets.update(login_secrets(value), SECRET_HEADER_RE.findall(value))
-        if name in names:
-            secrets.add(value.strip(BLANKS))
+        secrets.add(value.strip(BLANKS))
+        secrets.update(header_secrets(value))
+    for name in (*names, *NETWORK_NAMES, "ANTHROPIC_BASE_URL"):
+        secrets.update(login_secrets(config.variables.get(name, "")))
     for path in (config.key_file, config.tls_key):
         if os.path.isfile(path):  # to read from a pipe could take for ever
             with contextlib.suppress(OSError, ValueError):
@@ -978,13 +977,25 @@ def configured_secrets(config: Config) -> set[str]:
     return secrets
 
 
+def header_secrets(headers: str) -> Iterator[str]:
+    """Yield WORD of each line "Authorization: Bearer WORD", and of other such headers."""
+    for line in headers.splitlines():
+        name, _, value = line.partition(":")
+        words = value.split()
+        if words and SECRET_HEADER_RE.search(name.strip()):
+            yield words[-1]
+
+
 def login_secrets(address: str) -> set[str]:
-    """Return the password in https://user:password@host; https:// may be missing."""
+    """Return the password in https://user:password@host, also as it is without %XX.
+
+    "https://" may be missing.
+    """
     address = re.sub("^[^/]*://", "", address)
     login = address.partition("/")[0].rpartition("@")[0]
     user, _, password = login.partition(":")
-    if len(user) >= MIN_SEARCHED_LENGTH:
-        password = password or user  # a token in place of both
+    if not password and len(user) >= MIN_SEARCHED_LENGTH:
+        password = user  # it is a token, as in https://token@host
     return {password, urllib.parse.unquote(password)}
 
 
