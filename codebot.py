@@ -502,7 +502,7 @@ def split_words(text: str) -> Sequence[str]:
 def parse_command(text: str) -> Sequence[str]:
     """Refuse a relative path: in a workspace it would name a file of the repository."""
     words = split_words(text)
-    if not re.match("/|[^/]+$", words[0]):
+    if not re.fullmatch("/.*|[^/]+", words[0]):
         raise ValueError(
             "must begin with the name of a program on PATH or with an absolute path"
         )
@@ -653,7 +653,7 @@ class Config:
         "CODEBOT_TEST_COMMANDS", parse_test_commands, ()
     )
     launcher: Sequence[str] = setting("CODEBOT_LAUNCHER", parse_command, ())
-    launcher_stop: Sequence[str] = setting("CODEBOT_LAUNCHER_STOP", split_words, ())
+    launcher_stop: Sequence[str] = setting("CODEBOT_LAUNCHER_STOP", parse_command, ())
     launch_timeout: int = setting("CODEBOT_LAUNCH_TIMEOUT", parse_count, 86400)
     database: str = setting("CODEBOT_DATABASE", parse_path, "")
     search_path: str = setting("PATH", parse_search_path, os.defpath)

@@ -2293,6 +2293,7 @@ def test_empty_setting_means_the_default(variable: str) -> None:
         ("CODEBOT_CLAUDE_COMMAND", "./claude", "must begin with the name of a program"),
         ("CODEBOT_CLAUDE_COMMAND", "'' -x", "must begin with the name of a program on"),
         ("CODEBOT_SANDBOX", "bin/box {task}", "must begin with the name of a program"),
+        ("CODEBOT_LAUNCHER_STOP", "bin/stop {job}", "must begin with the name of a"),
         ("CODEBOT_LAUNCHER", "bin/run --wait", "must begin with the name of a program"),
         ("GITHUB_ENTERPRISE_URL", "https://ghe.io/?x", "must be an address like"),
         ("CODEBOT_SANDBOX", '"env X=1 podman run', "has an unclosed quote"),
