@@ -459,12 +459,13 @@ def find_paths(directory: str, pattern: str) -> list[str]:
 
 # --- Settings and secrets ----------------------------------------------------
 
-# Keys for the model, which the agent gets without being listed; the tests do not.
 MODEL_KEY_NAMES = (
     "ANTHROPIC_API_KEY",
     "ANTHROPIC_AUTH_TOKEN",
     "CLAUDE_CODE_OAUTH_TOKEN",
 )
+# The agent gets these, even if CODEBOT_AGENT_ENV does not list them. Tests and git do not.
+MODEL_VARIABLE_NAMES = (*MODEL_KEY_NAMES, "ANTHROPIC_BASE_URL")
 NETWORK_NAMES = (
     "HTTPS_PROXY",
     "HTTP_PROXY",
@@ -2752,7 +2753,7 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
     env = base_environment(config)
     if config.no_github:
         # The host's own git configuration and ssh agent are the credentials.
-        not_for_git = (*OWN_SECRET_NAMES, *MODEL_KEY_NAMES)
+        not_for_git = (*OWN_SECRET_NAMES, *MODEL_VARIABLE_NAMES)
         own = {k: v for k, v in os.environ.items() if k not in not_for_git}
         for name in ("CODEBOT_RUN", "GIT_TERMINAL_PROMPT", "LC_ALL"):
             own[name] = env[name]

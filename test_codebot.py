@@ -2127,9 +2127,8 @@ VARIABLES = [
 ]
 # .env.example and README also explain these, which are not codebot's own.
 FOREIGN_VARIABLES = {
-    *codebot.MODEL_KEY_NAMES,
+    *codebot.MODEL_VARIABLE_NAMES,
     *codebot.NETWORK_NAMES,
-    "ANTHROPIC_BASE_URL",
 }
 
 
@@ -2293,8 +2292,8 @@ def test_empty_setting_means_the_default(variable: str) -> None:
         ("CODEBOT_CLAUDE_COMMAND", "./claude", "must begin with the name of a program"),
         ("CODEBOT_CLAUDE_COMMAND", "'' -x", "must begin with the name of a program on"),
         ("CODEBOT_SANDBOX", "bin/box {task}", "must begin with the name of a program"),
-        ("CODEBOT_LAUNCHER_STOP", "bin/stop {job}", "must begin with the name of a"),
         ("CODEBOT_LAUNCHER", "bin/run --wait", "must begin with the name of a program"),
+        ("CODEBOT_LAUNCHER_STOP", "bin/stop {job}", "must begin with the name of a"),
         ("GITHUB_ENTERPRISE_URL", "https://ghe.io/?x", "must be an address like"),
         ("CODEBOT_SANDBOX", '"env X=1 podman run', "has an unclosed quote"),
         ("CODEBOT_TEST_COMMANDS", "https://a.b/c/*=tox", "must name repositories as"),
@@ -5379,6 +5378,28 @@ def test_secrets_are_redacted_from_failed_tasks(shared: Site) -> None:
         text = json.dumps(status) + "\n".join(shared.api.messages(task))
         for secret in [*shared.server.secrets(), MODEL_KEY]:
             assert secret not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "is_kept"),
+    [
+        ("SSH_AUTH_SOCK", True),
+        ("GIT_SSH_COMMAND", True),
+        ("HTTPS_PROXY", True),
+        ("CODEBOT_API_KEYS", False),
+        ("GITHUB_WEBHOOK_SECRET", False),
+        ("ANTHROPIC_API_KEY", False),
+        ("CLAUDE_CODE_OAUTH_TOKEN", False),
+        ("ANTHROPIC_BASE_URL", False),  # its address may have a password
+    ],
+)
+def test_git_at_other_remote_gets_environment_without_secrets(
+    monkeypatch: pytest.MonkeyPatch, name: str, is_kept: bool
+) -> None:
+    monkeypatch.setenv(name, "value")
+    config = codebot.Config(no_github=True)
+    environment = codebot.remote_environment(config, "")
+    assert (name in environment) == is_kept
 
 
 def test_no_secret_is_on_a_command_line(shared: Site) -> None:
