@@ -883,43 +883,49 @@ MIN_REDACTED_LENGTH = 6  # a shorter secret would mask ordinary words
 MIN_SEARCHED_LENGTH = 16  # a shorter secret may be in a change by chance
 
 
+def forms_of(secrets: Iterable[str]) -> list[str]:
+    """Return secrets and their base64; the longest first, since it may contain another."""
+    forms = set()
+    for secret in secrets:
+        if len(secret) >= MIN_REDACTED_LENGTH:
+            forms.add(secret)
+            data = secret.encode("utf-8", "surrogateescape")
+            # git sends base64("x-access-token:TOKEN"). That ends with base64(TOKEN): 15
+            # bytes come before TOKEN, and base64 encodes each 3 bytes on their own.
+            for encode in (base64.b64encode, base64.urlsafe_b64encode):
+                forms.add(encode(data).decode().rstrip("="))
+    return sorted(forms, key=len, reverse=True)
+
+
 class Redactor:
     """Replaces secrets by ``***`` in events, in what goes to GitHub, and in the log."""
 
     def __init__(self, config: Config) -> None:
-        self._lock = threading.Lock()  # guards _tokens and _secrets while one is added
+        self._lock = threading.Lock()  # guards _tokens, and the making of _secrets
         # Installation tokens live an hour, JWTs 9 minutes. Tokens older than these 500
         # are still redacted by GITHUB_TOKEN_RE, if they have the form of github.com's.
         self._tokens: collections.deque[str] = collections.deque(maxlen=500)
         self._configured = configured_secrets(config)
-        self.add()  # no token yet: the configured secrets
+        # Read without the lock: a new list takes its place.
+        self._secrets = forms_of(self._configured)
 
-    def add(self, *tokens: str) -> None:
-        """Redact these as well, and their base64."""
+    def add(self, token: str) -> None:
         with self._lock:
-            self._tokens.extend(tokens)
-            secrets = {*self._configured, *self._tokens}
-            secrets = {text for text in secrets if len(text) >= MIN_REDACTED_LENGTH}
-            for text in list(secrets):
-                # This is also how base64("x-access-token:TOKEN") ends, which git sends:
-                # 15 bytes come before the token, and base64 encodes 3 at a time.
-                data = text.encode("utf-8", "surrogateescape")
-                for encode in (base64.b64encode, base64.urlsafe_b64encode):
-                    secrets.add(encode(data).decode().rstrip("="))
-            # The longest first: one may contain another. (A pattern of them all would
-            # take a third of a second to compile.)
-            self._secrets = sorted(secrets, key=len, reverse=True)
+            self._tokens.append(token)
+            self._secrets = forms_of({*self._configured, *self._tokens})
 
     def __call__(self, text: str) -> str:
         """Return ``text`` without secrets, terminal codes and unprintable characters."""
-        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)  # could split a secret
+        # A color could split a secret that a program prints. Who wants to hide a secret
+        # has other ways, too.
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
         for secret in self._secrets:
             text = text.replace(secret, "***")
         text = GITHUB_TOKEN_RE.sub("***", text)
         return UNPRINTABLE_RE.sub("\N{REPLACEMENT CHARACTER}", text)
 
     def has_secret(self, text: str) -> bool:
-        """Return whether a secret is in a text, and not only by chance."""
+        """Return whether a secret is in a text, apart from those that are too short."""
         return any(
             secret in text
             for secret in self._secrets
@@ -972,9 +978,10 @@ def configured_secrets(config: Config) -> set[str]:
             with contextlib.suppress(OSError, ValueError):
                 text = pathlib.Path(path).read_text()
                 secrets.update({text, text.strip()})
-    for text in list(secrets):
-        lines = [line.strip() for line in text.splitlines()]
-        secrets.update(line for line in lines if not line.startswith("-----"))
+    for line in "\n".join(secrets).splitlines():
+        line = line.strip()
+        if not line.startswith("-----"):
+            secrets.add(line)
     return secrets
 
 
