@@ -860,15 +860,22 @@ def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
         problems += missing_settings(config, is_server)
     problems += unreadable_files(config)
     problems += conflicting_settings(config)
-    for name in NETWORK_NAMES:  # urllib and ssl read the process's environment only
-        os.environ.pop(name, None)  # it may be empty: no file with certificates
-        if variables.get(name):
-            os.environ[name] = variables[name]
     return config, problems
 
 
+def set_network_environment(variables: Mapping[str, str]) -> None:
+    """Set proxy and certificates where urllib and ssl look: in codebot's environment."""
+    for name in NETWORK_NAMES:
+        os.environ.pop(name, None)  # an empty one would name a file with no name
+        if variables.get(name):
+            os.environ[name] = variables[name]
+
+
 def load_config(flags: Flags, is_server: bool = False) -> Config:
-    """Read the settings. Raises ConfigError with everything that is wrong."""
+    """Read the settings, and set the environment by them.
+
+    Raises ConfigError with everything that is wrong.
+    """
     config, problems = read_config(flags, is_server)
     if problems:
         raise ConfigError(*problems)
@@ -891,6 +898,7 @@ def forms_of(secrets: Iterable[str]) -> list[str]:
             forms.add(secret)
             data = secret.encode("utf-8", "surrogateescape")
             # git sends base64("x-access-token:TOKEN"). That ends with base64(TOKEN): 15
+    set_network_environment(config.variables)
             # bytes come before TOKEN, and base64 encodes each 3 bytes on their own.
             for encode in (base64.b64encode, base64.urlsafe_b64encode):
                 forms.add(encode(data).decode().rstrip("="))
@@ -9257,6 +9265,7 @@ commit=$(git -c user.name=demo -c user.email=demo@localhost commit-tree -m First
 git update-ref HEAD "$commit"
 """
 DEMO_AGENT_SCRIPT = """
+    set_network_environment(config.variables)
 cat >/dev/null  # the task
 echo 'print("Hello from codebot")' >hello.py
 echo '{"type": "result", "subtype": "success", "num_turns": 1, "result": "Added hello.py."}'

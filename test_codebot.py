@@ -2506,6 +2506,18 @@ def test_empty_variable_counts_as_not_set() -> None:
     assert codebot.copy_variables(config, variables) == {"TZ": "UTC"}
 
 
+def test_network_settings_are_set_in_the_environment_unless_they_are_empty(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in codebot.NETWORK_NAMES:
+        monkeypatch.setenv(name, "")
+    variables = {"HTTPS_PROXY": "http://proxy", "SSL_CERT_FILE": ""}
+    codebot.set_network_environment(variables)
+    names = [name for name in codebot.NETWORK_NAMES if name in os.environ]
+    assert names == ["HTTPS_PROXY"]
+    assert os.environ["HTTPS_PROXY"] == "http://proxy"
+
+
 # --- Settings: redaction -----------------------------------------------------
 
 PEM_KEY = "-----BEGIN KEY-----\nMIIEowIBAAKCAQEA\nqzXJ+/secretline\n-----END KEY-----\n"
