@@ -478,14 +478,16 @@ NETWORK_NAMES = (
     "NODE_EXTRA_CA_CERTS",
 )
 OWN_SECRET_NAMES = ("CODEBOT_API_KEYS", "GITHUB_WEBHOOK_SECRET")
-BLANKS = " \t\r\n"  # strip() would remove more, such as U+00A0
+# What is stripped from a setting. strip() alone would also remove U+00A0, with which a
+# key may end.
+BLANKS = " \t\r\n"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 Flags = Mapping[str, Any]  # of the command line, by name
 
 
-# One parser per kind of setting. Each raises ValueError with the end of a sentence
-# that begins with the setting's name; the value is appended.
+# Parsers of settings. If one refuses a text, it raises ValueError with the rest of a
+# sentence that begins with the setting's name. `str` and `bool` are parsers, too.
 
 
 def split_commas(text: str) -> Sequence[str]:
@@ -501,7 +503,10 @@ def split_words(text: str) -> Sequence[str]:
 
 
 def parse_command(text: str) -> Sequence[str]:
-    """Refuse a relative path: in a workspace it would name a file of the repository."""
+    """Split a command line. Refuses a program with a relative path.
+
+    What starts in a workspace would find that path in the repository.
+    """
     words = split_words(text)
     if not re.fullmatch("/.*|[^/]+", words[0]):
         raise ValueError(
@@ -511,13 +516,14 @@ def parse_command(text: str) -> Sequence[str]:
 
 
 def parse_int(text: str, least: int, most: int) -> int:
+    # int() refuses thousands of digits with another message.
     if not re.fullmatch("[0-9]{1,16}", text) or not least <= int(text) <= most:
         raise ValueError(f"must be a whole number from {least} to {most}")
     return int(text)
 
 
-# The largest is still a time that every function takes, and more than an installation's
-# id.
+# Every function that takes seconds takes 4,000,000,000. The id of an installation, which
+# is parsed as a count, too, is smaller.
 parse_count = functools.partial(parse_int, least=1, most=4_000_000_000)
 parse_threads = functools.partial(parse_int, least=1, most=999)
 parse_attempts = functools.partial(parse_int, least=0, most=99)
@@ -530,7 +536,7 @@ def parse_dollars(text: str) -> float:
     return float(text)
 
 
-# Matches https://HOST:PORT/PATH, with [HOST] for IPv6.
+# Matches https://HOST:PORT/PATH, also with http, and with [HOST] for IPv6.
 ADDRESS_RE = re.compile(
     r"(https?://([\w.-]+|\[[0-9a-f:]+\])(?::\d{1,5})?)((?:/[\w.~-]+)*)",
     re.ASCII | re.IGNORECASE,
@@ -542,7 +548,8 @@ def parse_address(text: str) -> str:
     match = ADDRESS_RE.fullmatch(text.rstrip("/"))
     if not match:
         raise ValueError("must be an address like https://ghe.example.com")
-    origin = match[1].lower()  # as GitHub's links to further pages are compared with it
+    # GitHub's replies name it in lower case, and must name no other.
+    origin = match[1].lower()
     is_loopback = match[2].lower().strip("[]") in LOOPBACK_NAMES
     if origin.startswith("http:") and not is_loopback:
         raise ValueError("must begin with https:// (http:// only on this machine)")
@@ -550,12 +557,12 @@ def parse_address(text: str) -> str:
 
 
 def parse_path(text: str) -> str:
-    """Return the real path. Refuses signs that mean something to git or glob()."""
+    """Return the real path, without wildcards of glob() and the ``:`` of git's lists."""
     path = os.path.realpath(text)
-    if re.search(r"[\n*?\[:]", path) or not path.isprintable():
+    if re.search(r"[*?\[:]", path) or not path.isprintable():
         raise ValueError(
             "must be a path without : * ? [ and control characters, also in the "
-            f"directories above it, and leads to {path!r}"
+            f"directories above it; it leads to {path!r}"
         )
     return path
 
@@ -616,7 +623,7 @@ class Config:
     """All settings, read once at the start.
 
     A field with a help text has a flag. One with "" as its variable has only the flag.
-    What is given with a flag is parsed like the variable; a switch is the text "True".
+    The text after a flag is parsed like the variable; for a switch, that is "True".
     """
 
     api_keys: Sequence[str] = setting("CODEBOT_API_KEYS", split_commas, ())
@@ -644,8 +651,9 @@ class Config:
     claude_args: Sequence[str] = setting("CODEBOT_CLAUDE_ARGS", split_words, ())
     task_timeout: int = setting("CODEBOT_TASK_TIMEOUT", parse_count, 3600)
     stall_timeout: int = setting("CODEBOT_STALL_TIMEOUT", parse_count, 1200)
-    budget: float = setting("CODEBOT_MAX_BUDGET_USD", parse_dollars, 0.0)  # 0: no limit
-    max_turns: int = setting("CODEBOT_MAX_TURNS", parse_count, 0)  # 0: no limit
+    # These two are 0 if they are not set: then there is no limit.
+    budget: float = setting("CODEBOT_MAX_BUDGET_USD", parse_dollars, 0.0)
+    max_turns: int = setting("CODEBOT_MAX_TURNS", parse_count, 0)
     test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", parse_attempts, 2)
     sandbox: Sequence[str] = setting("CODEBOT_SANDBOX", parse_command, ("bwrap",))
     agent_env: Sequence[str] = setting("CODEBOT_AGENT_ENV", parse_agent_env, ())
@@ -668,11 +676,13 @@ class Config:
     tls_cert: str = setting("", str, "", "certificate (PEM); with --tls-key: HTTPS")
     tls_key: str = setting("", str, "", "private key (PEM)")
     debug: bool = setting("", bool, False, "verbose log; restart on changes")
+    # The rest is not set by people. First, the path of .env, which need not exist.
     env_file: str = ""
     # The umask with which codebot was started. Programs in workspaces, which lie in a
     # private directory, and git at the remote run with it; all else with PRIVATE_UMASK.
     umask: int = PRIVATE_UMASK
-    # Marks all that codebot starts; of a job, with the job's id. See base_environment.
+    # The value of CODEBOT_RUN in every program that codebot starts, by which it finds
+    # what they left running. For a job's programs it ends with the job's id.
     run_tag: str = ""
     # .env and the environment, with all their secrets
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -687,8 +697,8 @@ class Config:
 
     @property
     def git_base(self) -> str:
-        """Where git is, derived from the API's address: GHES, or github.com or GHE.com."""
-        address = self.github_api.lower()
+        """The address of git, derived from the API's: GHES, or github.com or GHE.com."""
+        address = self.github_api.lower()  # as parse_repository_url compares it
         if address.endswith("/api/v3"):
             return address.removesuffix("/api/v3")
         return re.sub(r"^(https?://)api\.", r"\1", address)
@@ -699,6 +709,11 @@ class Config:
 
     @property
     def secret_files(self) -> list[str]:
+        """The files whose directories no sandbox may show.
+
+        A missing .env hides nothing: codebot may start in / if it gets its settings from
+        the environment.
+        """
         paths = [self.env_file, self.key_file, self.tls_key]
         return [os.path.realpath(path) for path in paths if os.path.exists(path)]
 
@@ -744,7 +759,7 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
 
 
 def hide_password(text: str) -> str:
-    """Replace USER:PASSWORD in the addresses in a text."""
+    """Make https://***@host of https://user:password@host, and ***@host of user:pw@host."""
     return re.sub(r"(\w+://)?[^\s:@]*:\S*@", r"\1***@", text)
 
 
@@ -759,22 +774,25 @@ def read_settings(
         if flags.get(field.name):
             name = flag_name(field.name)
             text = str(flags[field.name])
+        # An empty label is a value: it turns the feature off.
+        may_be_empty = name == "CODEBOT_ISSUE_LABEL" and name in variables
         if re.search("[\ud800-\udfff]", text):  # what Python makes of other bytes
             problems.append(f"{name} is not text in UTF-8.")
-        elif name == "CODEBOT_ISSUE_LABEL" and name in variables:
-            values[field.name] = text  # an empty label turns the feature off
-        elif text:
+        elif text or may_be_empty:
             try:
                 values[field.name] = field.metadata["parse"](text)
             except ValueError as error:
-                # What a variable is set to may be a secret.
+                # Where a name is expected, people write NAME=SECRET.
                 shown = re.sub("(?s)=.*", "=***", hide_password(text))
                 problems.append(f"{name} {error} (it is {shown!r}).")
     return values
 
 
 def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
-    """Yield a sentence for each required setting that is not set."""
+    """Yield a sentence for each required setting that is not set.
+
+    A bad one, which the Config lacks as well, is set: so the variables are looked at.
+    """
     place = f"in {config.env_file}"
     if not os.path.exists(config.env_file):
         place += " (not found; copy .env.example)"
@@ -814,6 +832,7 @@ def unreadable_files(config: Config) -> Iterator[str]:
 
 
 def conflicting_settings(config: Config) -> Iterator[str]:
+    """Yield a sentence for each setting that makes no sense as it is, or with another."""
     if not config.variables.get("CODEBOT_ALLOWED_REPOSITORIES", "*").strip():
         yield (
             "CODEBOT_ALLOWED_REPOSITORIES is empty. Name repositories, or use * to "
@@ -849,9 +868,11 @@ def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
     # If it cannot be read, the settings that it holds are not reported as missing.
     was_env_file_read = not problems
     variables.update(os.environ)
-    if is_server and not flags.get("work_dir"):  # `run` has one of its own
-        flags = {**flags, "work_dir": Config.work_dir}  # its path is checked, too
+    if is_server and not flags.get("work_dir"):
+        # The default's path is checked, too. (By default, `run` makes a directory.)
+        flags = {**flags, "work_dir": Config.work_dir}
     values = read_settings(flags, variables, problems)
+    # `check` goes on if it is bad, and `run` without one.
     values.setdefault("work_dir", os.path.realpath(Config.work_dir))
     config = Config(
         **values, env_file=env_file, umask=flags["umask"], variables=variables
@@ -877,6 +898,7 @@ def load_config(flags: Flags, is_server: bool = False) -> Config:
     Raises ConfigError with everything that is wrong.
     """
     config, problems = read_config(flags, is_server)
+    set_network_environment(config.variables)
     if problems:
         raise ConfigError(*problems)
     return config
@@ -898,7 +920,6 @@ def forms_of(secrets: Iterable[str]) -> list[str]:
             forms.add(secret)
             data = secret.encode("utf-8", "surrogateescape")
             # git sends base64("x-access-token:TOKEN"). That ends with base64(TOKEN): 15
-    set_network_environment(config.variables)
             # bytes come before TOKEN, and base64 encodes each 3 bytes on their own.
             for encode in (base64.b64encode, base64.urlsafe_b64encode):
                 forms.add(encode(data).decode().rstrip("="))
@@ -9244,6 +9265,7 @@ def all_findings(codebot: Codebot, problems: Sequence[str]) -> Iterator[Finding]
 def check(flags: Flags) -> int:
     """Check everything that the server needs. Takes the flags of serve."""
     config, problems = read_config(flags, is_server=True)
+    set_network_environment(config.variables)
     codebot = Codebot(config)
     logging.disable()  # each problem is printed once, as a finding
     counts: collections.Counter[str] = collections.Counter()
@@ -9265,7 +9287,6 @@ commit=$(git -c user.name=demo -c user.email=demo@localhost commit-tree -m First
 git update-ref HEAD "$commit"
 """
 DEMO_AGENT_SCRIPT = """
-    set_network_environment(config.variables)
 cat >/dev/null  # the task
 echo 'print("Hello from codebot")' >hello.py
 echo '{"type": "result", "subtype": "success", "num_turns": 1, "result": "Added hello.py."}'
