@@ -587,16 +587,16 @@ def parse_agent_env(text: str) -> Sequence[str]:
     return names
 
 
-# A rule: owner/name=command, where the name may have wildcards.
+# A rule owner/name=command, in whose name there may be wildcards.
 TEST_RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*=(.*)"
-# A URL or a path with a wildcard instead of the name: this would count as a command.
+# A rule with a URL or a path instead of the name. It would count as a command.
 WRONG_TEST_RULE = r"\s*(\w+://|/)[^\s=]*\*[^\s=]*\s*="
 
 
 def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
     """Parse one command for all repositories, or lines ``owner/name=command``."""
-    # .env has one line per setting: there, the two characters \n stand for the end of a
-    # line, if a rule follows. Otherwise they belong to the command.
+    # A setting is one line in .env, so the characters \n may separate rules. Where no rule
+    # follows, they belong to the command.
     text = re.sub(rf"\\n(?={TEST_RULE})", "\n", text)
     rules = []
     for line in text.split("\n"):
@@ -709,7 +709,7 @@ class Config:
 
     @property
     def secret_files(self) -> list[str]:
-        """The files whose directories no sandbox may show.
+        """The files whose directories the sandbox hides.
 
         A missing .env hides nothing: codebot may start in / if it gets its settings from
         the environment.
@@ -752,14 +752,14 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
             problems.append(f"{path}, line {number}: the quote is not closed.")
         elif match:
             name, *values = match.groups("")
-            variables[name] = "".join(values)  # two of the three are empty
+            variables[name] = "".join(values)  # at most one is not empty
         elif not re.match(r"\s*(#|$)", line):
             problems.append(f"{path}, line {number}: expected NAME=value.")
     return variables
 
 
 def hide_password(text: str) -> str:
-    """Make https://***@host of https://user:password@host, and ***@host of user:pw@host."""
+    """Write *** for USER:PASSWORD in the addresses in a text: https://***@host."""
     return re.sub(r"(\w+://)?[^\s:@]*:\S*@", r"\1***@", text)
 
 
@@ -791,7 +791,8 @@ def read_settings(
 def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
     """Yield a sentence for each required setting that is not set.
 
-    A bad one, which the Config lacks as well, is set: so the variables are looked at.
+    It looks at the variables, as a bad value, which is reported anyway, is not in the
+    Config.
     """
     place = f"in {config.env_file}"
     if not os.path.exists(config.env_file):
@@ -869,10 +870,11 @@ def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
     was_env_file_read = not problems
     variables.update(os.environ)
     if is_server and not flags.get("work_dir"):
-        # The default's path is checked, too. (By default, `run` makes a directory.)
+        # The default's path is checked like any other. `run` needs none: it makes a
+        # temporary directory.
         flags = {**flags, "work_dir": Config.work_dir}
     values = read_settings(flags, variables, problems)
-    # `check` goes on if it is bad, and `run` without one.
+    # For `run`, and for `check`, which goes on if the directory is refused.
     values.setdefault("work_dir", os.path.realpath(Config.work_dir))
     config = Config(
         **values, env_file=env_file, umask=flags["umask"], variables=variables
@@ -913,7 +915,10 @@ MIN_SEARCHED_LENGTH = 16  # a shorter secret may be in a change by chance
 
 
 def forms_of(secrets: Iterable[str]) -> list[str]:
-    """Return secrets and their base64; the longest first, since it may contain another."""
+    """Return secrets that are long enough, and their base64.
+
+    The longest comes first, because it may contain another.
+    """
     forms = set()
     for secret in secrets:
         if len(secret) >= MIN_REDACTED_LENGTH:
@@ -945,8 +950,8 @@ class Redactor:
 
     def __call__(self, text: str) -> str:
         """Return ``text`` without secrets, terminal codes and unprintable characters."""
-        # A color could split a secret that a program prints. Who wants to hide a secret
-        # has other ways, too.
+        # A program may print a secret in two colours. (Somebody who wants to hide one has
+        # other ways, too: this protects against accidents.)
         text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
         for secret in self._secrets:
             text = text.replace(secret, "***")
@@ -994,7 +999,7 @@ def configured_secrets(config: Config) -> set[str]:
     For one of several lines, such as a key, also each line, but not "-----BEGIN ...".
     """
     names = [*MODEL_KEY_NAMES, *OWN_SECRET_NAMES]
-    names += [name for name in config.agent_env if SECRET_NAME_RE.search(name)]
+    names += filter(SECRET_NAME_RE.search, config.agent_env)
     secrets = set(config.api_keys)
     for name in names:
         value = config.variables.get(name, "")
@@ -1024,9 +1029,9 @@ def header_secrets(headers: str) -> Iterator[str]:
 
 
 def login_secrets(address: str) -> set[str]:
-    """Return the password in https://user:password@host, also as it is without %XX.
+    """Return the password in https://user:password@host, and the same with %XX decoded.
 
-    "https://" may be missing.
+    It is "" if there is none. The "https://" may be missing.
     """
     address = re.sub("^[^/]*://", "", address)
     login = address.partition("/")[0].rpartition("@")[0]
