@@ -279,20 +279,6 @@ log = logging.getLogger("codebot")
 
 __version__ = "1.0.0"
 
-# What a state may change to. Completed and failed are final.
-TRANSITIONS = {
-    "pending": ("running", "failed"),
-    "running": ("completed", "failed", "pending"),
-    "completed": (),
-    "failed": (),
-}
-JOB_STATES = tuple(TRANSITIONS)
-
-CANCELLED_TEXT = {
-    "task": "The task was cancelled",
-    "review": "The pull request was closed",
-}
-
 # A job fails at this many crashes, and retries that would run the agent again.
 MAX_INTERRUPTIONS = 3
 RETRY_DELAY = 60.0  # seconds until a job is retried after a transient error
@@ -3108,6 +3094,21 @@ class Mirror(GitDirectory):
 #   absorb_waiting_reviews deletes a pending review, whose comments join a running one
 #   delete_expired         deletes tasks, with their reviews
 # The others read, or note something without a change of state.
+
+# What a state may change to. Completed and failed are final.
+TRANSITIONS = {
+    "pending": ("running", "failed"),
+    "running": ("completed", "failed", "pending"),
+    "completed": (),
+    "failed": (),
+}
+JOB_STATES = tuple(TRANSITIONS)
+
+# The error of a job that was cancelled, by the job's kind.
+CANCELLED_TEXT = {
+    "task": "The task was cancelled",
+    "review": "The pull request was closed",
+}
 
 SCHEMA_VERSION = 4
 SCHEMA = """
