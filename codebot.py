@@ -737,8 +737,7 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
         if match and UNCLOSED_QUOTE_RE.fullmatch(match[4] or ""):
             problems.append(f"{path}, line {number}: the quote is not closed.")
         elif match:
-            name, *values = match.groups("")
-            variables[name] = "".join(values)  # at most one is not empty
+            variables[match[1]] = match[2] or match[3] or match[4] or ""
         elif not re.match(r"\s*(#|$)", line):
             problems.append(f"{path}, line {number}: expected NAME=value.")
     return variables
