@@ -711,14 +711,18 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+# NAME=VALUE, perhaps with a comment. The kinds of VALUE are tried in this order; so a
+# value such as 'a' "b", which is not one text in quotes, is taken as it is.
 ENV_LINE_RE = re.compile(
-    r"""(?: export \s+ )? ([A-Za-z_]\w*) \s* =
-        (?: | \s*"(.*?)" | \s*'(.*?)' | \s*(\S.*?) )  # nothing, "value", 'value', value
-        (?: \s+ [#].* )?  # a comment
+    r"""(?: export \s+ )? ([A-Za-z_]\w*) \s* = (?:
+            | \s* "(.*?)"
+            | \s* '(.*?)'
+            | \s* (?P<unclosed> "[^"]* | '[^']* )
+            | \s* (?P<unquoted> \S.*? )
+        ) (?: \s+ [#].* )?
     """,
     re.ASCII | re.VERBOSE,
 )
-UNCLOSED_QUOTE_RE = re.compile(r"""'[^']*|"[^"]*""")
 
 
 def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
@@ -734,10 +738,10 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
         return variables
     for number, line in enumerate(text.split("\n"), 1):
         match = ENV_LINE_RE.fullmatch(line.strip(BLANKS))
-        if match and UNCLOSED_QUOTE_RE.fullmatch(match[4] or ""):
+        if match and match["unclosed"]:
             problems.append(f"{path}, line {number}: the quote is not closed.")
         elif match:
-            variables[match[1]] = match[2] or match[3] or match[4] or ""
+            variables[match[1]] = match[2] or match[3] or match["unquoted"] or ""
         elif not re.match(r"\s*(#|$)", line):
             problems.append(f"{path}, line {number}: expected NAME=value.")
     return variables
