@@ -121,9 +121,10 @@ WHERE SECRETS GO
   passwords of proxies       to the proxy; to the agent, the tests and git, in their
                              environment. One in ANTHROPIC_BASE_URL only to the agent.
   With --no-github, git at the remote gets the environment with which codebot was started,
-  without the secrets of codebot and of the model. codebot writes none of these secrets into a file with a
-  name; what programs read and print (of openssl, the parts of a JWT) is in unlinked files
-  while they run. But the agent's home keeps its session, with all that it has printed.
+  without the secrets of codebot and of the model. codebot writes none of these secrets
+  into a file with a name; what programs read and print (of openssl, the parts of a JWT) is
+  in unlinked files while they run. But the agent's home keeps its session, with all that
+  it has printed.
 
 KNOWN LIMITATIONS
   - Without a sandbox (CODEBOT_SANDBOX=none) the agent can read and write whatever
@@ -178,7 +179,7 @@ LIFE OF A JOB
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
   accept         accepts connections, and closes those that are late
-  http           one per connection, from a pool; Server's table of them has a lock
+  http           one per connection, from a pool; ConnectionTable has a lock
   task-N, review-N   one job at a time, from one queue each
   sync           asks GitHub what has changed, and submits and cancels tasks by it
   timer          queues jobs that are due
@@ -409,12 +410,12 @@ class WrongState(Exception):
     """The job is not in the state that a transition starts from."""
 
 
-def now_text(seconds_ago: float = 0.0) -> str:
+def utc_time(seconds_ago: float = 0.0) -> str:
     """Return the time in UTC, as the API and GitHub write it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - seconds_ago))
 
 
-def seconds_of(timestamp: str) -> int:
+def parse_utc_time(timestamp: str) -> int:
     """Return a time of GitHub's in seconds since 1970."""
     return calendar.timegm(time.strptime(timestamp, "%Y-%m-%dT%H:%M:%SZ"))
 
@@ -631,7 +632,7 @@ class Config:
     allowed: Sequence[str] = setting(
         "CODEBOT_ALLOWED_REPOSITORIES", split_commas, ("*",)
     )
-    claude: Sequence[str] = setting(
+    claude_command: Sequence[str] = setting(
         "CODEBOT_CLAUDE_COMMAND", parse_command, ("claude",)
     )
     claude_args: Sequence[str] = setting("CODEBOT_CLAUDE_ARGS", split_words, ())
@@ -682,7 +683,7 @@ class Config:
         return "https://api.github.com"
 
     @property
-    def git_base(self) -> str:
+    def git_address(self) -> str:
         """The address of git, derived from the API's: GHES, or github.com or GHE.com."""
         address = self.github_api.lower()  # as parse_repository_url compares it
         if address.endswith("/api/v3"):
@@ -1042,10 +1043,6 @@ def do_nothing(*args: object) -> None:
     pass
 
 
-def ignore_lines(lines: list[str]) -> float | None:
-    return None
-
-
 # A LineHandler gets the new lines of a program's standard output. When the program's work
 # is done, the handler returns a grace in seconds, else None. (Python 3.9 needs the quotes.)
 # A program that still runs when its grace ends is ended, and that is no failure: the agent,
@@ -1106,7 +1103,7 @@ class ProgramResult(NamedTuple):
         return " / ".join(lines) or "no output"
 
 
-def last_shown(line: str) -> str:
+def shown_by_terminal(line: str) -> str:
     """Return what a terminal shows of a line in the end: a progress bar's last state."""
     return line.rpartition("\r")[2]
 
@@ -1181,7 +1178,7 @@ class OutputFile:
 
     def keep(self, lines: Iterable[str]) -> None:
         """Keep lines for the result, as a terminal shows them in the end."""
-        self.last_lines.extend(last_shown(line)[:10_000] for line in lines)
+        self.last_lines.extend(shown_by_terminal(line)[:10_000] for line in lines)
 
     def size(self) -> int:
         return os.fstat(self.file.fileno()).st_size
@@ -1650,8 +1647,8 @@ def tool_directories(config: Config) -> Iterator[str]:
 
 def agent_program_files(config: Config, covers: Mapping[str, str]) -> Iterator[str]:
     """Yield the files that CODEBOT_CLAUDE_COMMAND names and the covers hide."""
-    program = shutil.which(config.claude[0], path=config.search_path) or ""
-    for word in (program, *config.claude[1:]):
+    program = shutil.which(config.claude_command[0], path=config.search_path) or ""
+    for word in (program, *config.claude_command[1:]):
         # Only the directory is resolved: a virtual environment is found by the symlink
         # through which its Python is called.
         directory, name = os.path.split(word)
@@ -2183,7 +2180,7 @@ class GitHub:
             reply = self.call(path, AS_APP, body)
         except GitHubError as error:
             raise AppRefused(self.token_error_text(error)) from None
-        return str(reply.value["token"]), seconds_of(reply.value["expires_at"])
+        return str(reply.value["token"]), parse_utc_time(reply.value["expires_at"])
 
     def token_error_text(self, error: GitHubError) -> str:
         installation = self.config.installation_id
@@ -2486,7 +2483,7 @@ class GitHubRepository:
             number=int(payload["number"]),
             url=str(payload["html_url"]),
             # Comments are read from this time on. 60: the clocks may differ.
-            created_at=str(payload.get("created_at") or now_text(seconds_ago=60)),
+            created_at=str(payload.get("created_at") or utc_time(seconds_ago=60)),
         )
 
     def pull_request(self, number: int) -> RemotePullRequest:
@@ -2703,7 +2700,7 @@ def parse_repository_url(config: Config, url: str) -> Repository:
     """Return the repository that a URL names. Raises ValueError with a sentence."""
     if config.no_github:
         return parse_plain_remote(config, url)
-    base = config.git_base
+    base = config.git_address
     host = base.partition("://")[2]
     ssh_base = f"git@{host}:"
     if url.lower().startswith(ssh_base):
@@ -2764,7 +2761,7 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
 def repository_at(github_repository: GitHubRepository) -> Repository:
     """Return a repository at GitHub, as a task would name it."""
     config = github_repository.github.config
-    url = f"{config.git_base}/{github_repository.full_name}"
+    url = f"{config.git_address}/{github_repository.full_name}"
     repository = parse_repository_url(config, url)
     return repository._replace(github_repository=github_repository)
 
@@ -2791,14 +2788,14 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
         return own
     login = base64.b64encode(f"x-access-token:{token}".encode()).decode()
     env["GIT_CONFIG_COUNT"] = "2"
-    env["GIT_CONFIG_KEY_0"] = f"http.{config.git_base}/.extraHeader"
+    env["GIT_CONFIG_KEY_0"] = f"http.{config.git_address}/.extraHeader"
     env["GIT_CONFIG_VALUE_0"] = f"Authorization: Basic {login}"
     env["GIT_CONFIG_KEY_1"] = "credential.helper"  # none: macOS's git has one
     env["GIT_CONFIG_VALUE_1"] = ""
     # git gives up on a server that sends less than a byte a second for 60 seconds.
     env["GIT_HTTP_LOW_SPEED_LIMIT"] = "1"
     env["GIT_HTTP_LOW_SPEED_TIME"] = "60"
-    env["GIT_ALLOW_PROTOCOL"] = config.git_base.partition(":")[0]
+    env["GIT_ALLOW_PROTOCOL"] = config.git_address.partition(":")[0]
     env.update(copy_variables(config, NETWORK_NAMES))
     return env
 
@@ -2845,7 +2842,7 @@ class GitDirectory:
         *args: str,
         check: bool = True,
         stdin: bytes = b"",
-        on_lines: LineHandler = ignore_lines,
+        on_lines: LineHandler = do_nothing,
     ) -> ProgramResult:
         """Run git without a credential, on this host only.
 
@@ -2861,7 +2858,7 @@ class GitDirectory:
         args: Sequence[str],
         env: Mapping[str, str],
         stdin: bytes = b"",
-        on_lines: LineHandler = ignore_lines,
+        on_lines: LineHandler = do_nothing,
         umask: int = PRIVATE_UMASK,
     ) -> ProgramResult:
         try:
@@ -3154,7 +3151,7 @@ CREATE TABLE jobs (
     transient_since REAL NOT NULL DEFAULT 0,
     cancel_requested INTEGER NOT NULL DEFAULT 0,
     -- 1 from when a task's push begins, for good: it can no longer be cancelled.
-    is_pushing INTEGER NOT NULL DEFAULT 0,
+    push_started INTEGER NOT NULL DEFAULT 0,
     -- Progress, from which a job goes on after a crash. A review has its task's
     -- directory and branch. The commit's parent is base_commit.
     repository_id INTEGER NOT NULL DEFAULT 0,
@@ -3339,7 +3336,7 @@ class Job:
     interruptions: int
     transient_since: float
     cancel_requested: bool
-    is_pushing: bool
+    push_started: bool
     # Progress
     repository_id: int
     directory: str  # below the work directory
@@ -3538,7 +3535,7 @@ class Store:
                 "id": job_id,
                 "old": old,
                 "new": new,
-                "now": now_text(),
+                "now": utc_time(),
                 "reason": reason,
                 "error": error,
             },
@@ -3566,7 +3563,7 @@ class Store:
             **vars(request),
             **issue._asdict(),
             "id": str(uuid.uuid4()),
-            "submitted_at": now_text(),
+            "submitted_at": utc_time(),
             "submitted_by": submitted_by,
             "idempotency_key": idempotency_key,
         }
@@ -3686,7 +3683,7 @@ class Store:
             cursor = db.execute(
                 """
                 UPDATE jobs SET cancel_requested = 1
-                WHERE id = :id AND is_pushing = 0 AND completed_at IS NULL
+                WHERE id = :id AND push_started = 0 AND completed_at IS NULL
                 """,
                 {"id": job_id},
             )
@@ -3698,7 +3695,7 @@ class Store:
     def begin_push(self, job_id: str) -> bool:
         """Note that a task's push begins. Returns False if it is to be cancelled."""
         changed = self._write(
-            "UPDATE jobs SET is_pushing = 1 WHERE id = :id AND cancel_requested = 0",
+            "UPDATE jobs SET push_started = 1 WHERE id = :id AND cancel_requested = 0",
             id=job_id,
         )
         return changed == 1
@@ -3798,7 +3795,7 @@ class Store:
         """
         if not events:
             return
-        now = now_text()
+        now = utc_time()
         values = [
             {"id": task_id, "now": now, "source": source, "message": message}
             for source, message in events
@@ -3918,7 +3915,7 @@ class Store:
             """,
             task_id=task_id,
             state=state,
-            now=now_text(),
+            now=utc_time(),
         )
 
     def add_delivery(self, guid: str) -> bool:
@@ -4016,7 +4013,7 @@ class Store:
                 AND (status != 'pending' OR request_kind != '')
             """,
             task_id=task_id,
-            yesterday=now_text(seconds_ago=86400),
+            yesterday=utc_time(seconds_ago=86400),
         )
 
     # Issues
@@ -4187,7 +4184,7 @@ def insert_delivery(db: sqlite3.Connection, guid: str) -> bool:
         INSERT INTO deliveries (guid, received_at) VALUES (:guid, :now)
         ON CONFLICT DO NOTHING
         """,
-        {"guid": guid, "now": now_text()},
+        {"guid": guid, "now": utc_time()},
     )
     return cursor.rowcount == 1
 
@@ -4244,7 +4241,7 @@ def insert_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
         """,
         {
             "id": job_id,
-            "now": now_text(),
+            "now": utc_time(),
             "task_id": task_id,
             "reviewer": reviewer,
         },
@@ -4463,7 +4460,7 @@ class JobRun:
         self.deadline: float | None = None
         self.events_left = MAX_OUTPUT_EVENTS  # in this phase
         # Whether the agent has run since work was last stored: a retry runs it again.
-        self.retry_costs_money = False
+        self.agent_ran_since_save = False
 
     def check_stop(self) -> None:
         """Raise StopRequested or Cancelled if the run must end."""
@@ -4473,9 +4470,9 @@ class JobRun:
 
     def log_event(self, source: str, *messages: str) -> None:
         """Add messages of one source to the task's log."""
-        self.log_events([(source, message) for message in messages])
+        self.log_entries([(source, message) for message in messages])
 
-    def log_events(self, entries: Sequence[tuple[str, str]]) -> None:
+    def log_entries(self, entries: Sequence[tuple[str, str]]) -> None:
         """Add (source, message) pairs to the task's log, without secrets, truncated."""
         events = []
         for source, message in entries:
@@ -4498,7 +4495,7 @@ class JobRun:
     def save_work(self, **changes: Any) -> None:
         """Store finished work, which no retry repeats, and begin to count retries anew."""
         self.update(interruptions=0, transient_since=0.0, **changes)
-        self.retry_costs_money = False
+        self.agent_ran_since_save = False
 
     def outcome_with(self, **changes: Any) -> Outcome:
         return dataclasses.replace(self.job.outcome, **changes)
@@ -4638,7 +4635,7 @@ class SandboxedCommand(NamedTuple):
     argv: Sequence[str]
     with_model_key: bool = False
     stdin: bytes = b""
-    on_lines: LineHandler = ignore_lines
+    on_lines: LineHandler = do_nothing
 
 
 class DiffScanner:
@@ -4743,7 +4740,7 @@ class Workspace:
             env["IS_SANDBOX"] = "1"  # else the CLI refuses to work as root
         if with_model_key:
             env.update(dict.fromkeys(AGENT_SWITCHES, "1"))
-            names = [*MODEL_KEY_NAMES, "ANTHROPIC_BASE_URL", *self.config.agent_env]
+            names = [*MODEL_VARIABLE_NAMES, *self.config.agent_env]
             env.update(copy_variables(self.config, names))
         return env
 
@@ -4871,7 +4868,7 @@ class Workspace:
         address = "codebot@localhost"
         if self.codebot.github is not None:
             bot = self.codebot.github.bot()
-            host = urllib.parse.urlsplit(self.config.git_base).hostname
+            host = urllib.parse.urlsplit(self.config.git_address).hostname
             login = bot.login
             address = f"{bot.id}+{bot.login}@users.noreply.{host}"
         identity = ("-c", f"user.name={login}", "-c", f"user.email={address}")
@@ -5130,8 +5127,9 @@ class AgentRun:
             try:
                 self.read_event(json.loads(line))
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-                self.log("agent", last_shown(line))  # no event, or of an unknown shape
-        self.run.log_events(self.entries)  # in one transaction
+                # No event, or of an unknown shape.
+                self.log("agent", shown_by_terminal(line))
+        self.run.log_entries(self.entries)  # in one transaction
         self.entries = []
         if self.login_failed:
             return 0.0  # it would retry for three minutes
@@ -5266,13 +5264,13 @@ def ask_agent(
     agent_run = AgentRun(run)
 
     def start() -> None:
-        run.retry_costs_money = True
+        run.agent_ran_since_save = True
         run.update(transient_since=0.0)  # what was waited for has come
         run.set_phase(phase, attempt)
 
     try:
         command = SandboxedCommand(
-            name=run.config.claude[0],
+            name=run.config.claude_command[0],
             argv=agent_command(run, options, session_option),
             with_model_key=True,
             stdin=prompt.encode("utf-8", "replace"),
@@ -5301,7 +5299,8 @@ def agent_command(
     Raises JobFailed if the job's budget is used up.
     """
     config = run.config
-    words = [*config.claude, "-p", "--output-format", "stream-json", "--verbose"]
+    words = [*config.claude_command, "-p", "--verbose"]
+    words += ["--output-format", "stream-json"]
     words += ["--strict-mcp-config", "--setting-sources", "", *options]
     if session_option:
         words += [session_option, run.job.task_id]
@@ -5339,12 +5338,12 @@ def run_task(run: JobRun) -> None:
       nothing, or no commit_id         everything, the agent included
       commit_id                        push the commit in the outbox; if that was lost,
                                        everything
-      is_pushing                       push the commit, unless the branch has a pull
+      push_started                     push the commit, unless the branch has a pull
                                        request
       the pull request                 find it, and finish
     """
     run.set_phase("clone")
-    repository = find_remote(run)
+    repository = look_up_repository(run)
     name_workspace(run)
     workspace = Workspace(run, repository, run.job.directory)
     if has_commit_to_push(workspace):
@@ -5360,7 +5359,7 @@ def run_task(run: JobRun) -> None:
     run.log_event("codebot", "Completed")
 
 
-def find_remote(run: JobRun) -> Repository:
+def look_up_repository(run: JobRun) -> Repository:
     """Return the repository, once GitHub gives a token for it, and store its id.
 
     Raises JobFailed if it is not allowed (the settings may have changed since the task
@@ -5440,7 +5439,7 @@ def name_workspace(run: JobRun) -> None:
 def has_commit_to_push(workspace: Workspace) -> bool:
     """Return whether an earlier run has made the commit, and it was not lost."""
     job = workspace.run.job
-    if job.is_pushing:
+    if job.push_started:
         return True  # the remote may have it, and the outbox is not needed
     return bool(job.commit_id) and workspace.outbox.has_commit(job.commit_id)
 
@@ -5556,7 +5555,7 @@ def run_test_command(workspace: Workspace, command: str, attempt: int) -> Progra
         run.log_event("test", f"$ {command}")
 
     def log_output(lines: list[str]) -> None:
-        run.log_event("test", *pack_lines(last_shown(line) for line in lines))
+        run.log_event("test", *pack_lines(shown_by_terminal(line) for line in lines))
 
     test = SandboxedCommand(
         name=f"The test command {command!r}",
@@ -5629,10 +5628,10 @@ def push_task_commit(workspace: Workspace) -> None:
     """Push the stored commit. From here on the job cannot be cancelled."""
     run = workspace.run
     run.set_phase("push")
-    was_pushing = run.job.is_pushing  # an earlier run, before it was interrupted
+    was_pushing = run.job.push_started  # an earlier run, before it was interrupted
     if not run.store.begin_push(run.job.id):
         raise Cancelled()
-    run.job = dataclasses.replace(run.job, is_pushing=True)
+    run.job = dataclasses.replace(run.job, push_started=True)
     repository = workspace.repository.github_repository
     if was_pushing and repository and repository.find_pull_request(run.job.branch):
         # Its branch was pushed. It may be merged and deleted, and a push would restore it.
@@ -5832,7 +5831,7 @@ def may_appear_later(timestamp: str, clock_skew: float = 0.0) -> bool:
 
     ``clock_skew``: GitHub's, if GitHub gave the time.
     """
-    return timestamp > now_text(seconds_ago=VISIBILITY_DELAY - clock_skew)
+    return timestamp > utc_time(seconds_ago=VISIBILITY_DELAY - clock_skew)
 
 
 def check_pull_request(review: Review) -> None:
@@ -6313,7 +6312,7 @@ class Sync:
         # What is written while the lists are read may be missing in them. So the next
         # look begins with the latest change that this one has seen, but not later than
         # 10 s before this one, by GitHub's clock.
-        started = now_text(seconds_ago=10 - self.github.clock_skew)
+        started = utc_time(seconds_ago=10 - self.github.clock_skew)
         latest = pull_request.seen_until
         comments = []
         changes = github_repository.comments(pull_request.number, latest)
@@ -6391,7 +6390,7 @@ class Sync:
         """
         if issue.author and github_repository.has_write_access(issue.author):
             return False
-        delay = seconds_of(issue.updated_at) - seconds_of(event.created_at)
+        delay = parse_utc_time(issue.updated_at) - parse_utc_time(event.created_at)
         # The label is a change itself, and GitHub's times are whole seconds.
         return delay > 1
 
@@ -6412,7 +6411,7 @@ class Sync:
                 parts.append(f"Comment by {comment.user}:\n{comment.text}")
         repository = repository_at(github_repository)
         request = TaskRequest(
-            repository_url=f"{self.config.git_base}/{github_repository.full_name}",
+            repository_url=f"{self.config.git_address}/{github_repository.full_name}",
             description="\n\n".join(parts)[:100_000],
             ticket_id=str(issue.number),
             ticket_summary=title.strip()[:500] or f"Issue {issue.number}",
@@ -6589,7 +6588,7 @@ def ending_of_skipped_review(run: JobRun, error: ReviewSkipped) -> Ending:
     It is deleted, unless it has cost something.
     """
     log.info("Review %s is skipped: %s", run.job.id, error)
-    if run.job.outcome.cost_usd is None and not run.retry_costs_money:
+    if run.job.outcome.cost_usd is None and not run.agent_ran_since_save:
         return Ending("deleted")
     return Ending("failed", "cancelled", f"The review was skipped: {error}")
 
@@ -6603,7 +6602,8 @@ def ending_after_transient_error(
     """
     job = run.job
     now = time.time()
-    is_too_often = run.retry_costs_money and job.interruptions + 1 >= MAX_INTERRUPTIONS
+    interruptions = int(run.agent_ran_since_save)
+    is_too_often = interruptions and job.interruptions + 1 >= MAX_INTERRUPTIONS
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     if is_too_often or now > give_up_at:
         reason = job.reason or REASON_BY_PHASE.get(job.phase, "internal")
@@ -6611,7 +6611,7 @@ def ending_after_transient_error(
     return Ending(
         "pending",
         error=error,
-        interruptions=int(run.retry_costs_money),
+        interruptions=interruptions,
         not_before=max(now + RETRY_DELAY, retry_at),
     )
 
@@ -6673,7 +6673,7 @@ def finish_job(run: JobRun, ending: Ending) -> None:
     error = ending.error
     if ending.status == "failed":
         is_of_push = ending.reason in ("push_rejected", "pull_request_failed")
-        if job.is_pushing and not is_of_push:
+        if job.push_started and not is_of_push:
             error += f". Its branch {job.branch} may have been pushed"
         error = run.redact(error)[:10_000]
         if error != job.error:  # else store_failure has logged it
@@ -6725,7 +6725,7 @@ class Cleanup:
         self.codebot.check_stop()
         # What frees the disk comes first: a full one may be why the database fails.
         self.do_part(self.remove_workspaces)
-        cutoffs = (now_text(self.config.retention), now_text(DELIVERY_RETENTION))
+        cutoffs = (utc_time(self.config.retention), utc_time(DELIVERY_RETENTION))
         self.do_part(self.codebot.store.delete_expired, *cutoffs)
         self.do_part(stop_all_launched, self.config, STOP_FAILED)
         for path in find_paths(self.config.work_dir, "mirrors/*/*/*.git"):
@@ -6743,7 +6743,7 @@ class Cleanup:
         work_dir = self.config.work_dir
         # Listed before the store is asked, so that it knows the job of everything listed.
         paths = find_paths(work_dir, "task_*")
-        cutoff = now_text(self.config.retention)
+        cutoff = utc_time(self.config.retention)
         retained = self.codebot.store.retained_directories(cutoff)
         for path in paths:
             directory = os.path.basename(path)
@@ -8751,8 +8751,8 @@ def check_programs(codebot: Codebot) -> Iterator[Finding]:
     if is_agent_missing(codebot):
         yield Finding(
             "FAIL",
-            f"{codebot.config.claude[0]} was not found. Install Claude Code (npm install "
-            "-g @anthropic-ai/claude-code), or set CODEBOT_CLAUDE_COMMAND.",
+            f"{codebot.config.claude_command[0]} was not found. Install Claude Code "
+            "(npm install -g @anthropic-ai/claude-code), or set CODEBOT_CLAUDE_COMMAND.",
         )
 
 
@@ -8761,7 +8761,7 @@ def is_agent_missing(codebot: Codebot) -> bool:
     config = codebot.config
     if config.launcher or not (codebot.sandbox.is_bwrap or codebot.sandbox.is_none):
         return False  # the agent runs on a node, or in what a command line sets up
-    return shutil.which(config.claude[0], path=config.search_path) is None
+    return shutil.which(config.claude_command[0], path=config.search_path) is None
 
 
 def unknown_settings(config: Config) -> Iterator[Finding]:
@@ -9169,7 +9169,7 @@ def check_sandbox(codebot: Codebot) -> Iterator[Finding]:
     config = codebot.config
     if config.launcher and not config.launcher_stop:
         return  # what would be launched here could not be ended
-    command = [*config.claude, "--version"]
+    command = [*config.claude_command, "--version"]
     try:
         result = codebot.sandbox.probe(*command)
     except NoFreeNode as error:
@@ -9306,7 +9306,7 @@ def demo_config(directory: str) -> Config:
     """Return settings that need nothing on the host but git and sh."""
     return Config(
         api_keys=(uuid.uuid4().hex,),  # other users of this machine can connect, too
-        claude=("sh", f"{directory}/agent"),
+        claude_command=("sh", f"{directory}/agent"),
         sandbox=("none",),
         search_path=parse_search_path(os.environ.get("PATH", os.defpath)),
         port=0,

@@ -2496,7 +2496,7 @@ def test_address_of_git_follows_from_api(
 ) -> None:
     config = codebot.Config(**settings)
     assert config.github_api == api
-    assert config.git_base == git
+    assert config.git_address == git
 
 
 def test_empty_variable_counts_as_not_set() -> None:
@@ -2789,7 +2789,7 @@ def test_secret_in_tool_directory_stays_hidden(host: Host) -> None:
 def test_agent_in_hidden_directory_is_shown_alone(host: Host) -> None:
     agent = host.make_file("home/claude/claude")
     host.make_file("home/claude/credentials")
-    mounts = host.mounts(claude=(agent, "--flag"))
+    mounts = host.mounts(claude_command=(agent, "--flag"))
     assert "READ_ONLY home/claude/claude" in mounts
     assert "credentials" not in "\n".join(mounts)
 
@@ -2799,7 +2799,7 @@ def test_agent_in_tool_directory_that_is_hidden_is_shown_alone(host: Host) -> No
     mounts = host.mounts(
         search_path=host.make("home/tools/bin"),
         env_file=host.make_file("home/tools/.env"),
-        claude=(agent,),
+        claude_command=(agent,),
     )
     assert "READ_ONLY home/tools/bin/claude" in mounts
 
@@ -2809,7 +2809,7 @@ def test_agent_beside_a_key_in_tool_directory_is_shown_alone(host: Host) -> None
     mounts = host.mounts(
         search_path=host.make("home/.local/bin"),
         key_file=host.make_file("home/.local/claude/app.pem"),
-        claude=(agent,),
+        claude_command=(agent,),
     )
     assert "READ_ONLY home/.local" in mounts
     assert "HIDDEN home/.local/claude" in mounts
@@ -2818,7 +2818,7 @@ def test_agent_beside_a_key_in_tool_directory_is_shown_alone(host: Host) -> None
 
 def test_script_that_agent_command_names_is_shown(host: Host) -> None:
     script = host.make_file("home/wrapper.sh")
-    assert "READ_ONLY home/wrapper.sh" in host.mounts(claude=("sh", script))
+    assert "READ_ONLY home/wrapper.sh" in host.mounts(claude_command=("sh", script))
 
 
 def test_missing_home_is_not_mounted(host: Host) -> None:
@@ -2897,7 +2897,7 @@ def test_repository_url_on_github_is_accepted(
 ) -> None:
     repository = codebot.parse_repository_url(config, url)
     assert repository.full_name == full_name
-    assert repository.url == f"{config.git_base}/{full_name}.git"
+    assert repository.url == f"{config.git_address}/{full_name}.git"
     assert repository.mirror_path == f"mirrors/{mirror}/{full_name.lower()}.git"
 
 
@@ -3531,7 +3531,7 @@ def store_pull_request(
     store: codebot.Store, task: codebot.Job, number: int = 1
 ) -> codebot.PullRequest:
     url = f"https://github.com/acme/widget/pull/{number}"
-    now = codebot.now_text()
+    now = codebot.utc_time()
     new = codebot.NewPullRequest(number=number, url=url, created_at=now)
     store.add_pull_request(task, new)
     pull_request = store.pull_request(task.id)
@@ -3547,7 +3547,7 @@ def make_comment(comment_id: int, user: str) -> codebot.Comment:
         text="Why?",
         thread=comment_id,
         review_id=0,
-        created_at=codebot.now_text(),
+        created_at=codebot.utc_time(),
     )
 
 
@@ -3804,7 +3804,7 @@ def test_finished_answer_is_posted_again_without_counting_interruptions(
     app = codebot.Codebot(codebot.Config(no_github=True, work_dir=store.path + ".dir"))
     app.store = store
     run = codebot.JobRun(app, review)
-    run.retry_costs_money = True
+    run.agent_ran_since_save = True
     outcome = dataclasses.replace(review.outcome, answers={"conversation 1": "Yes."})
     run.save_work(outcome=outcome)
     ending = codebot.ending_after_transient_error(run, "502")
@@ -4167,7 +4167,7 @@ def age_task(store: codebot.Store, task: codebot.Job) -> None:
 
 def delete_expired(store: codebot.Store) -> None:
     """Delete what is older than a minute."""
-    store.delete_expired(codebot.now_text(60), codebot.now_text(60))
+    store.delete_expired(codebot.utc_time(60), codebot.utc_time(60))
 
 
 class Expiry(NamedTuple):
@@ -4228,7 +4228,7 @@ def test_retention_keeps_row_log_and_workspace(
     if case.is_closed_long_ago:
         with other_program(store) as db:
             db.execute("UPDATE pull_requests SET closed_at = ?", (LONG_AGO,))
-    is_retained = "task_1" in store.retained_directories(codebot.now_text(60))
+    is_retained = "task_1" in store.retained_directories(codebot.utc_time(60))
     delete_expired(store)
     assert is_retained == case.keeps_workspace
     assert (store.job(task.id) is not None) == case.keeps_row
@@ -4249,7 +4249,7 @@ def test_expired_task_keeps_its_log_and_workspace_while_it_is_reviewed(
         if review_state != "running":
             store.finish(running, "completed")
     age_task(store, task)
-    assert "task_1" in store.retained_directories(codebot.now_text(60))
+    assert "task_1" in store.retained_directories(codebot.utc_time(60))
     delete_expired(store)
     assert store.job(task.id) is not None
     assert store.events(task.id, 0)
@@ -6094,7 +6094,7 @@ def test_error_says_whether_the_branch_may_have_been_pushed(
     if not has_pushed:
         # As if it had been killed a moment before, when the commit was stored.
         with fresh.server.database() as db:
-            db.execute("UPDATE jobs SET is_pushing = 0")
+            db.execute("UPDATE jobs SET push_started = 0")
     fresh.repository.fail("GET ", 404, always=True)
     fresh.server.restart()
     error = fresh.api.failed(task, "clone_failed")
@@ -8798,7 +8798,7 @@ def running_task(site: Site) -> Iterator[tuple[str, Hold]]:
 
 def add_events(site: Site, task: str, messages: Sequence[str]) -> None:
     """Add to the log of a task, as its agent would."""
-    rows = [(task, codebot.now_text(), "agent", message) for message in messages]
+    rows = [(task, codebot.utc_time(), "agent", message) for message in messages]
     with site.server.database() as db:
         db.executemany(
             "INSERT INTO events (task_id, time, source, message) VALUES (?, ?, ?, ?)",
@@ -10336,7 +10336,7 @@ def test_list_has_pages_and_filters(shared: Site) -> None:
 
 
 def test_list_shows_100_tasks_unless_a_limit_is_given(shared_site: Site) -> None:
-    now = codebot.now_text()
+    now = codebot.utc_time()
     rows = [{"id": f"listed-{number}", "now": now} for number in range(150)]
     with shared_site.server.database() as db:
         db.executemany(
@@ -12936,7 +12936,9 @@ def test_check_fails_if_the_agent_has_no_version(fresh: Site) -> None:
 
 
 def test_check_refuses_old_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
-    codebot_app = codebot.Codebot(codebot.Config(no_github=True, claude=("sh",)))
+    codebot_app = codebot.Codebot(
+        codebot.Config(no_github=True, claude_command=("sh",))
+    )
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 26, 0))
     findings = [f for f in codebot.check_programs(codebot_app) if f.level == "FAIL"]
     assert len(findings) == 1
