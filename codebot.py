@@ -3138,12 +3138,12 @@ CREATE TABLE jobs (
     issue_number INTEGER NOT NULL DEFAULT 0,
     issue_url TEXT NOT NULL DEFAULT '',
     label_event_id INTEGER UNIQUE,
-    is_reported INTEGER NOT NULL DEFAULT 0, -- 1: the issue has a comment on the end
+    is_reported INTEGER NOT NULL DEFAULT 0, -- 1: the issue's people were told the end
     -- Who a review answers, and what they want.
     reviewer TEXT NOT NULL DEFAULT '',
     request_kind TEXT NOT NULL DEFAULT '',
     -- `interruptions` counts the crashes, and the retries that run the agent again, since
-    -- the job last stored finished work. A stop of the server is none of them.
+    -- the job last stored finished work. A stop of the server does not count.
     -- `not_before` is when a pending job may start, `transient_since` when a series of
     -- transient errors began (seconds since 1970; 0: now, or no such series).
     interruptions INTEGER NOT NULL DEFAULT 0,
@@ -3345,7 +3345,7 @@ class Job:
     base_commit: str
     commit_id: str
     outcome: Outcome
-    # Why it failed. A review has them before it fails, until the reviewer has been told.
+    # Why it failed. A review has them already while its reviewer is still to be told.
     reason: str
     error: str
 
@@ -3379,9 +3379,8 @@ def make_job(row: sqlite3.Row) -> Job:
     if outcome.get("tests"):
         outcome["tests"] = TestResult(**outcome["tests"])
     request = from_row(TaskRequest, row)
-    return from_row(
-        Job, {**dict(row), "request": request, "outcome": Outcome(**outcome)}
-    )
+    columns = {**dict(row), "request": request, "outcome": Outcome(**outcome)}
+    return from_row(Job, columns)
 
 
 def make_pull_request(row: sqlite3.Row) -> PullRequest:
@@ -3590,8 +3589,8 @@ class Store:
         """Start a job. Returns None if it must not start, or has started already.
 
         All jobs of a task, that is the task and the reviews of its pull request, use one
-        workspace and one outbox, so they wait for each other. The timer queues a job
-        again that must not start yet. To queue it twice does no harm.
+        workspace and one outbox, so they wait for each other. If a job must not start
+        yet, the timer queues it again. A job that is queued twice starts once.
         """
         values = {"id": job_id, "now": time.time()}
         with self._transaction() as db:
@@ -3601,17 +3600,18 @@ class Store:
                 WHERE id = :id AND status = 'pending' AND not_before <= :now
                     AND NOT EXISTS (
                         SELECT 1 FROM jobs AS other
-                        WHERE other.task_id = job.task_id AND other.id != job.id AND (
-                            other.status = 'running'
-                            -- The task itself goes before its reviews.
-                            OR (other.status = 'pending' AND other.kind = 'task')
-                            -- A review whose commit is in the outbox, still to be
-                            -- pushed, goes before those without one and newer ones.
-                            OR (
-                                other.status = 'pending' AND other.commit_id != ''
-                                AND (job.commit_id = '' OR other.seq < job.seq)
+                        WHERE other.task_id = job.task_id AND other.id != job.id
+                            AND other.status IN ('pending', 'running') AND (
+                                other.status = 'running'
+                                -- The task itself goes before its reviews.
+                                OR other.kind = 'task'
+                                -- A review whose commit is in the outbox, still to be
+                                -- pushed, goes before those without one and newer ones.
+                                OR (
+                                    other.commit_id != ''
+                                    AND (job.commit_id = '' OR other.seq < job.seq)
+                                )
                             )
-                        )
                     )
                 """,
                 values,
@@ -3642,8 +3642,8 @@ class Store:
     ) -> None:
         """Put a running job back.
 
-        ``interruptions`` is 1 after a crash, or if the retry costs money; the job's are
-        added up. ``not_before``: when to try again after a transient error; else 0.
+        ``interruptions`` is added to the job's: 1 after a crash, or if the retry costs
+        money. ``not_before`` is when to try again after a transient error, else 0.
         """
         with self._transaction() as db:
             self._transition(db, job_id, "running", "pending")
@@ -4251,8 +4251,7 @@ def insert_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
 
 # --- Running jobs ------------------------------------------------------------
 #
-# The work directory; Codebot, of which there is one; and JobRun, of which there is one
-# from when a job becomes running until it no longer is.
+# The work directory; Codebot, of which there is one; and JobRun, one for each running job.
 
 
 def take_work_dir(config: Config) -> None:
@@ -4371,7 +4370,7 @@ class Codebot:
         self.sync_queue: queue.Queue[SyncRequest] = queue.Queue()
         self.jobs_due = threading.Event()  # wakes the timer: a job may start
         self.cleanup_wanted = threading.Event()  # wakes the cleanup
-        # Commits whose trees git's fsck has accepted: one or two for each job.
+        # Commits whose trees git's fsck has accepted: a few for each job.
         self.checked_commits: set[str] = set()
         # By job id. Threads share it without a lock: each use is one atomic step.
         self.running: dict[str, JobRun] = {}
@@ -4595,8 +4594,8 @@ if [ $code = 0 ]; then
 fi
 exit $code
 """
-# Makes a commit on $1: of the tree that a test has passed with, if $2 is not empty, else
-# of what is there.
+# Makes a commit on $1. If $2 is not empty, its tree is the one that passed the test, else
+# it is what is there.
 COMMIT_SCRIPT = """
 base=$1 tested=$2
 if [ -n "$tested" ]; then
@@ -4850,7 +4849,8 @@ class Workspace:
         """
         # If self.repo were a file, git fetch itself would read it, as a bundle. The agent
         # cannot replace the directory by one: in bwrap it is a mount point.
-        # git adds the path, and sh runs: bwrap … -- git upload-pack '/…/repo'
+
+        # git adds the path, and lets sh run: bwrap … -- git upload-pack '/…/repo'
         upload_pack = self.sandboxed(["git", "upload-pack"])
         argv = [*GIT, "-c", "fetch.fsckObjects=true", "--git-dir", self.outbox.path]
         argv += [*GIT_FETCH, "--upload-pack", shlex.join(upload_pack), "--"]
@@ -4882,7 +4882,7 @@ class Workspace:
         """Return what a commit changes, as git diff --stat shows it.
 
         Raises JobFailed if the commit may not be pushed. The agent's .gitattributes hide
-        nothing from it: git would read them in a work tree, or as git 2.43 does, in the
+        nothing from this check: git would read them in a work tree, or (git 2.43) in the
         commit that a bare repository's HEAD names. The outbox has neither.
         """
         scanner = DiffScanner(self.codebot.redact)
@@ -5186,7 +5186,7 @@ class AgentRun:
         texts = [result.get("result")]
         if isinstance(result.get("errors"), list):
             texts += result["errors"]
-        texts += [self.last_message, program.error]  # the second is never empty
+        texts += [self.last_message, program.error]  # program.error is never empty
         first = next(text for text in texts if text)
         error = self.run.redact(str(first))[:1000]
         if "No conversation found" in error:
@@ -5426,9 +5426,9 @@ def name_workspace(run: JobRun) -> None:
         return
     digits = job.id.replace("-", "")
     names = [digits[start : start + 7] for start in range(len(digits) - 6)]
-    # The first that neither another directory nor another outbox has.
+    # Seven digits that neither another directory nor another outbox has.
     work_dir = run.config.work_dir
-    name = next(some for some in names if not find_paths(work_dir, f"task_*{some}"))
+    name = next(name for name in names if not find_paths(work_dir, f"task_*{name}"))
     ticket = slugify(run.redact(job.request.ticket_id))
     slug = slugify(run.redact(job.request.subject).lower()) or "task"
     directory = "_".join(filter(None, ("task", ticket, name)))
@@ -5441,7 +5441,7 @@ def has_commit_to_push(workspace: Workspace) -> bool:
     job = workspace.run.job
     if job.push_started:
         return True  # the remote may have it, and the outbox is not needed
-    return bool(job.commit_id) and workspace.outbox.has_commit(job.commit_id)
+    return job.commit_id != "" and workspace.outbox.has_commit(job.commit_id)
 
 
 def clone(workspace: Workspace) -> None:
@@ -5449,14 +5449,15 @@ def clone(workspace: Workspace) -> None:
     run = workspace.run
     if run.job.interruptions or run.job.base_commit:
         run.log_event("codebot", "Restarted after an interruption")
+    if run.job.commit_id:
+        run.update(commit_id="")  # its outbox was lost
     base_name, base_commit = fetch_or_fail(
         workspace, run.job.request.base_branch, "base_branch_not_found"
     )
     check_base(workspace, base_commit)
     workspace.check_out(base_name, base_commit)
     workspace.make_outbox()
-    # If there was a commit, its outbox was lost.
-    run.update(base_name=base_name, base_commit=base_commit, commit_id="")
+    run.update(base_name=base_name, base_commit=base_commit)
 
 
 def check_base(workspace: Workspace, commit: str) -> None:
@@ -5493,7 +5494,7 @@ def fetch_or_fail(workspace: Workspace, branch: str, reason: str) -> tuple[str, 
 
 
 def task_text(request: TaskRequest) -> str:
-    """Return the task's description, below the ticket's summary if there is one."""
+    """Return the task's description, below its title if it has a ticket's summary."""
     if request.ticket_summary:
         return f"{request.title}\n\n{request.description}"
     return request.description
@@ -5514,8 +5515,8 @@ def run_tests(workspace: Workspace, command: str) -> TestResult | None:
             return TestResult(
                 command=run.redact(command), passed=True, attempts=attempt
             )
-        # sh exits with these if it cannot start a command. The host lacks it, so the agent
-        # is not paid to look for it. (A script ends so, too, if its last command is one.)
+        # sh exits with these if it cannot start a command, or a script's last one. Usually
+        # the host lacks the command, and the agent is not paid to find that out.
         if result.code in (126, 127):
             raise JobFailed(
                 "tests_failed",
@@ -5662,7 +5663,7 @@ def pull_request_body(run: JobRun) -> str:
         facts += f"The agent reports a cost of {outcome.cost_usd:.2f} US dollars.\n"
     if job.issue_number:
         facts += f"Closes #{job.issue_number}\n"
-    # Redacted before it is truncated: no secret matches a part that is cut off.
+    # Redacted before it is truncated: a secret that was cut in two would not be found.
     task = quoted(speaker, truncate(run.redact(task_text(job.request)), 10_000))
     files = code_block(truncate(outcome.files, 10_000))
     summary = quoted("The agent", truncate(outcome.summary, 20_000))
@@ -5743,9 +5744,9 @@ def run_review(run: JobRun) -> None:
     What earlier runs have stored    What is left to do
       nothing                          classify the request, and what follows
       request_kind question, change    have the agent answer, or make the change
+      request_kind limit, none         post the limit, or nothing
       outcome.answers                  push the commit_id, if there is one, and post the
                                        answers; if it is unclear, they ask back
-      request_kind limit, none         post the limit, or nothing
       error                            post the error; the review fails with it
 
     Raises ReviewSkipped if nothing is to be done. If a step fails, `run_job` stores the
@@ -5871,7 +5872,10 @@ def absorb_waiting_comments(review: Review) -> None:
 
 
 def load_comments(review: Review) -> Review:
-    """Add what the reviewer wrote and has not deleted, and put "eyes" on each comment."""
+    """Return the review with what the reviewer wrote and has not deleted.
+
+    Puts "eyes" on each comment.
+    """
     run = review.run
     github_repository = review.github_repository
     comments = []
@@ -5965,8 +5969,8 @@ def classify(review: Review, text: str) -> None:
     run = review.run
     with scratch_workspace(run.config.work_dir) as path:
         directory = os.path.basename(path)
-        # Nothing is cloned. The objects that the sandbox shows are those of an empty
-        # directory in the workspace itself.
+        # Nothing is cloned: in place of a mirror's objects, the sandbox shows the scratch
+        # workspace's own empty directory.
         no_repository = Repository(url="", full_name="", mirror_path=directory)
         scratch = Workspace(run, no_repository, directory)
         prompt = f"Comments:\n{text}"
@@ -6187,7 +6191,7 @@ def own_words(job: Job, answer: str) -> str:
 SYNC_INTERVAL = 1.0  # seconds between looks at what is due and at tasks that ended
 # Seconds until GitHub is asked again for what it gives the App no token for.
 APP_REFUSED_DELAY = 900.0
-# What is raised while a response is read that has not the shape that is documented.
+# What reading a response raises that does not have the documented shape.
 UNKNOWN_SHAPE_ERRORS = (AttributeError, LookupError, TypeError, ValueError)
 
 
@@ -6206,7 +6210,8 @@ class Sync:
         """Wait a moment for requests, and handle those that are due."""
         requests = self.codebot.sync_queue
         with contextlib.suppress(queue.Empty):
-            self.waiting[requests.get(timeout=SYNC_INTERVAL)] = 0.0
+            request = requests.get(timeout=SYNC_INTERVAL)
+            self.waiting[request] = 0.0
         while not requests.empty():
             self.waiting[requests.get()] = 0.0
         for task_id in self.store.unreported_tasks():
@@ -6264,17 +6269,19 @@ class Sync:
         for repository_id, number in self.store.unfinished_issues():
             self.waiting.setdefault(SyncRequest(repository_id, number), 0.0)
         # What goes wrong with one repository does not keep the others from being asked.
-        last_error: TransientError | None = None
+        last_error: Exception | None = None
         for github_repository in self.github.repositories():
             try:
                 self.poll_repository(github_repository)
             # Issues may be turned off there, or the App may not read them. AppRefused
             # is caught here, before TransientError, which it is a kind of.
-            except (GitHubError, AppRefused, *UNKNOWN_SHAPE_ERRORS) as error:
+            except (GitHubError, AppRefused) as error:
                 log.warning(
                     "Issues of %s are ignored: %s", github_repository.full_name, error
                 )
             except TransientError as error:
+                last_error = error
+            except UNKNOWN_SHAPE_ERRORS as error:
                 last_error = error
         if last_error is not None:
             raise last_error
@@ -6649,17 +6656,18 @@ def store_failure(run: JobRun, ending: Ending) -> None:
 def store_ending(run: JobRun, ending: Ending) -> None:
     """Complete, fail, requeue or delete the job."""
     job = run.job
-    write = run.codebot.until_database_works
     if run.is_cancelled and ending.status in ("failed", "pending"):
         # It was cancelled, whatever else went wrong meanwhile.
         ending = Ending("failed", "cancelled", CANCELLED_TEXT[job.kind])
     if ending.status == "deleted":
-        write(run.store.drop_review, job.id)
+        run.codebot.until_database_works(run.store.drop_review, job.id)
     elif ending.status == "pending":
         if ending.error:
             run.log_event("codebot", f"{ending.error}. Trying again later")
             log.warning("Job %s: %s; retrying later", job.id, ending.error)
-        write(run.store.requeue, job.id, ending.interruptions, ending.not_before)
+        run.codebot.until_database_works(
+            run.store.requeue, job.id, ending.interruptions, ending.not_before
+        )
     else:
         finish_job(run, ending)
 

@@ -2244,8 +2244,18 @@ def read_settings(**variables: str) -> tuple[dict[str, Any], list[str]]:
         ("GITHUB_API_URL", "https://GHE.io/Api", "api_url", "https://ghe.io/Api"),
         ("GITHUB_API_URL", "http://[::1]:80", "api_url", "http://[::1]:80"),
         ("GITHUB_API_URL", "HTTP://Localhost:80/", "api_url", "http://localhost:80"),
-        ("CODEBOT_CLAUDE_COMMAND", "env 'A=b c' x", "claude", ("env", "A=b c", "x")),
-        ("CODEBOT_CLAUDE_COMMAND", "/opt/c -v a/b", "claude", ("/opt/c", "-v", "a/b")),
+        (
+            "CODEBOT_CLAUDE_COMMAND",
+            "env 'A=b c' x",
+            "claude_command",
+            ("env", "A=b c", "x"),
+        ),
+        (
+            "CODEBOT_CLAUDE_COMMAND",
+            "/opt/c -v a/b",
+            "claude_command",
+            ("/opt/c", "-v", "a/b"),
+        ),
         ("CODEBOT_SANDBOX", "none", "sandbox", ("none",)),
         ("CODEBOT_AGENT_ENV", "A_B, c1", "agent_env", ("A_B", "c1")),
         ("CODEBOT_TEST_COMMANDS", "make a=b", "test_commands", (("*", "make a=b"),)),
@@ -3843,6 +3853,26 @@ def test_cancelled_run_fails_as_cancelled_however_its_steps_end(
     codebot.store_ending(run, codebot.Ending(status, "internal", "502"))
     task = stored_job(store, run.job)
     assert (task.status, task.reason) == ("failed", "cancelled")
+
+
+def test_lost_commit_is_forgotten_before_the_clone(
+    store: codebot.Store, tmp_path: Path
+) -> None:
+    # Else, if the clone fails, the task would seem to have a commit that waits.
+    work_dir = str(tmp_path / "work")
+    config = codebot.Config(no_github=True, work_dir=work_dir)
+    app = codebot.Codebot(config)
+    app.store = store
+    run = codebot.JobRun(app, store_task_in_state(store, "running"))
+    run.update(commit_id="0" * 40)
+    url = str(tmp_path / "missing.git")
+    repository = codebot.parse_plain_remote(config, url)
+    workspace = codebot.Workspace(run, repository, "task_1234567")
+    assert not codebot.has_commit_to_push(workspace)
+    with pytest.raises(codebot.JobFailed) as failure:
+        codebot.clone(workspace)
+    assert failure.value.reason == "clone_failed"
+    assert stored_job(store, run.job).commit_id == ""
 
 
 def test_retry_is_not_claimed_before_its_time(store: codebot.Store) -> None:
