@@ -192,7 +192,7 @@ THREADS AND THEIR LOCKS
 FILES in the work directory
   codebot.db     the record of all jobs        codebot.lock   held by the one codebot here
   mirrors/       HOST/OWNER/NAME.git           task_*/        a task's workspace
-  outbox_*.git   a task's outbox               launched/      notes of what a launcher runs
+  outbox_*.git   a task's outbox               launched/      a record of each launch
   scratch_*      while a review is classified  trash_*/       being removed
   While codebot runs, Python's temporary files, with programs' output, are there too.
   A mirror and the database each have a .lock file beside them. CODEBOT_DATABASE may put
@@ -1076,7 +1076,7 @@ SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
 # Lines that explain nothing: git's advice, and empty lines, also those of a remote.
 NOISE_RE = re.compile(r"hint:.*|remote:|")
 CAUSE_RE = re.compile(r"(fatal|error|remote: error):|.*denied")
-DISK_FULL = "No space left on device|Disk quota exceeded"  # also in what git prints
+DISK_FULL = "No space left on device|Disk quota exceeded"
 # Not if a remote repository says so, of its own disk: "remote: fatal: ..."
 DISK_FULL_RE = re.compile(f"^(?!remote:).*({DISK_FULL})", re.MULTILINE)
 
@@ -1217,7 +1217,7 @@ class RunningProgram:
             waiter.start()
         except RuntimeError as error:
             # The host allows no more threads. Raise what Popen raises when fork fails:
-            # because of EAGAIN, run_once retries the job later.
+            # because of EAGAIN, run_steps lets the job be retried later.
             raise BlockingIOError(errno.EAGAIN, str(error)) from None
         while True:
             # Checked first, so that what was printed before the exit is read.
@@ -1350,8 +1350,8 @@ def is_group_running(leader: int) -> bool:
 def end_process_group(child: subprocess.Popen[bytes]) -> None:
     """End all processes of a program's group: SIGTERM, KILL_GRACE, SIGKILL.
 
-    The number cannot mean another group by then: the kernel does not use it again while
-    the group has members, and after that only when it has used all other numbers.
+    Until the SIGKILL, no other group can have this one's number: the kernel does not use
+    it again while the group has members, and then only after all other numbers.
     """
     deadline = time.monotonic() + KILL_GRACE
     signal_group(child.pid, signal.SIGTERM)
@@ -1425,15 +1425,18 @@ def signal_processes(processes: Iterable[int], number: int) -> None:
 
 def end_tagged_processes(run_tag: str) -> None:
     """End processes that left their group: SIGTERM, KILL_GRACE, SIGKILL."""
-    started = time.monotonic()
     processes = tagged_processes(run_tag)
-    # A second SIGTERM could disturb what they do at their end.
+    # Only once: a second SIGTERM could disturb what they do at their end.
     signal_processes(processes, signal.SIGTERM)
-    while processes and time.monotonic() < started + 20.0:  # seconds; it takes far less
+    deadline = time.monotonic() + KILL_GRACE
+    while processes and time.monotonic() < deadline:
+        time.sleep(0.02)
+        processes = tagged_processes(run_tag)
+    deadline = time.monotonic() + 20.0  # seconds; it takes far less
+    while processes and time.monotonic() < deadline:
+        signal_processes(processes, signal.SIGKILL)
         time.sleep(0.02)
         processes = tagged_processes(run_tag)  # again: one may have forked meanwhile
-        if time.monotonic() > started + KILL_GRACE:
-            signal_processes(processes, signal.SIGKILL)
     if processes:
         log.error("Processes cannot be ended: %s", processes)
 
@@ -1484,8 +1487,8 @@ def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
 # has succeeded, as it must also when nothing runs, the record is removed. The record holds
 # the run's tag, or after a stop that failed, STOP_FAILED.
 #
-# The run itself stops what it launched. If codebot dies, its watchdog does, or the next
-# start; if the stop fails, the cleanup, or the next run in the same workspace.
+# The run itself stops what it launched; if codebot dies, its watchdog does. If that fails,
+# the cleanup, the next run in the same workspace and the next start try again.
 STOP_FAILED = "stop failed"
 
 
@@ -1496,7 +1499,8 @@ def launch_record(config: Config, workspace: str) -> pathlib.Path:
 def stop_launched(config: Config, workspace: str, only_if: str = "") -> bool:
     """End what a launcher left running in a workspace. Returns False if that fails.
 
-    ``only_if`` is what the record must begin with: a codebot's tag, or STOP_FAILED.
+    ``only_if`` is what the record must begin with: a codebot's tag, STOP_FAILED,
+    or "" for any.
     """
     record = launch_record(config, workspace)
     # Without a record nothing runs, or another stop has just ended it. The record is opened
@@ -1523,7 +1527,7 @@ def stop_launched(config: Config, workspace: str, only_if: str = "") -> bool:
 def run_stop_command(config: Config, workspace: str) -> str:
     """Run CODEBOT_LAUNCHER_STOP. Returns what went wrong, "" if nothing did."""
     if not config.launcher_stop:
-        return "it is not set"  # any longer: without it nothing is launched
+        return "it is not set"  # any more: it was when this was launched
     words = launcher_words(config.launcher_stop, workspace)
     try:
         result = run_program(
@@ -1655,7 +1659,9 @@ def agent_program_files(config: Config, covers: Mapping[str, str]) -> Iterator[s
         path = os.path.join(os.path.realpath(directory), name)
         enclosing = [place for place in covers if is_inside(path, place)]
         innermost = max(enclosing, key=len, default="")
-        if word.startswith("/") and covers.get(innermost) == HIDDEN:
+        # A directory with a hidden one in it, or that is one itself, stays hidden.
+        has_hidden = any(is_inside(place, path) for place in covers)
+        if word.startswith("/") and covers.get(innermost) == HIDDEN and not has_hidden:
             yield path
 
 
@@ -1669,7 +1675,7 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
         hidden     /home/bot
         read-only  /home/bot/.local
         hidden     /home/bot/.local/keys, /home/bot/run, /run, the work directory
-        read-only  the mirror's objects
+        read-only  the mirror's objects, hidden files that CODEBOT_CLAUDE_COMMAND names
         writable   repo and home of the workspace
     With the key in ~/.local itself, all of ~/.local is hidden.
     """
@@ -1853,8 +1859,8 @@ TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take 34 MB
 MAX_CACHED_REPLIES = 500
-# What was asked for is not there (any more). 422 is the answer to a request for the token
-# of a repository that the App is not installed on.
+# What was asked for is not there (any more). If GitHub refuses a token, AppRefused is
+# raised instead.
 GONE_STATUSES = (404, 410, 422)
 
 
@@ -2221,7 +2227,11 @@ class GitHub:
             existing = find_existing()
             if existing is not None:
                 return Reply(200, email.message.Message(), existing)
-            # Without a valid one, token() asks for a token: by this method, as the App.
+            if self.silent_until > time.time():
+                raise TransientError(
+                    "GitHub's rate limit is used up", retry_at=self.silent_until
+                )
+            # If no valid token is kept, token() requests one, by a call() as the App.
             reply = self.send(url, self.token(credential), body)
             if 200 <= reply.status < 300:
                 return reply
@@ -2251,10 +2261,6 @@ class GitHub:
         """Send one request. The only place that does."""
         if not url.startswith(f"{self.api}/"):  # a token is sent to no other host
             raise GitHubError(0, f"GitHub refers to another host: {url}")
-        if self.silent_until > time.time():
-            raise TransientError(
-                "GitHub's rate limit is used up", retry_at=self.silent_until
-            )
         headers = {
             "Accept": "application/vnd.github+json",
             "Authorization": f"Bearer {token}",
@@ -2985,10 +2991,10 @@ class Mirror(GitDirectory):
         return branch, commit
 
     def fetch_branch(self, repository: Repository, branch: str) -> tuple[str, str]:
-        """Bring the mirror up to date, if the remote's branch has a new commit.
+        """Bring the mirror up to date, unless its branch contains the remote's commit.
 
-        Returns the branch's name and commit. Raises BranchNotFound. An earlier commit of
-        the mirror's branch counts as well: the remote's branch may have been set back.
+        Returns the branch's name and commit. Raises BranchNotFound. ("Contains": somebody
+        may have set the remote's branch back to an earlier commit.)
         """
         with self.lock() as descriptor:
             os.utime(descriptor)  # cleanup looks at when the mirror was last used
@@ -3007,8 +3013,8 @@ class Mirror(GitDirectory):
     def create_for(self, repository: Repository) -> None:
         """Create the mirror, unless there is one of this repository.
 
-        A mirror of another repository, which had the name before, is discarded: an agent
-        could read what is in it. The lock must be held.
+        A mirror of another repository, which had the name before, is discarded: otherwise
+        an agent could read what is in it. The lock must be held.
         """
         repository_id = "unknown"  # with --no-github
         if repository.github_repository is not None:

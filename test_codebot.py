@@ -2826,6 +2826,19 @@ def test_agent_beside_a_key_in_tool_directory_is_shown_alone(host: Host) -> None
     assert mounts[-3] == "READ_ONLY home/.local/claude/claude"  # after the covers
 
 
+def test_hidden_directory_that_agent_command_names_stays_hidden(host: Host) -> None:
+    key_file = host.make_file("home/.local/keys/app.pem")
+    keys = os.path.dirname(key_file)
+    mounts = host.mounts(
+        search_path=host.make("home/.local/bin"),
+        key_file=key_file,
+        claude_command=("sh", keys, os.path.dirname(keys)),
+    )
+    assert "HIDDEN home/.local/keys" in mounts
+    assert "READ_ONLY home/.local/keys" not in mounts
+    assert mounts.count("READ_ONLY home/.local") == 1  # before the cover of keys
+
+
 def test_script_that_agent_command_names_is_shown(host: Host) -> None:
     script = host.make_file("home/wrapper.sh")
     assert "READ_ONLY home/wrapper.sh" in host.mounts(claude_command=("sh", script))
