@@ -49,7 +49,7 @@ GLOSSARY
                  token reads and writes that repository; the lookup token only reads the
                  names of all repositories that the App is installed on
   delivery       one webhook request, with its GUID
-  marker         the hidden comment by which a retry sees that an answer was posted
+  marker         the hidden comment by which a retry sees that a text was posted
   launcher       a command line that starts the agent and the tests on a node, which is
                  another computer of a cluster
   redact         replace secrets in text with ***
@@ -96,9 +96,9 @@ WHO IS TRUSTED WITH WHAT
 
 WHAT LEAVES THE HOST
   to GitHub      requests of GitHub.send: questions, reactions, pull requests, answers,
-                 and reports about failures. They contain words of the task and of the
-                 agent, names of files, the test command, the end of a failing test's
-                 output, and error messages, all redacted.
+                 and comments on what became of a task or a review. They contain words of
+                 the task and of the agent, names of files, the test command, the end of a
+                 failing test's output, and error messages, all redacted.
                  git asks for branches, fetches, and pushes the commit, after fsck and
                  DiffScanner; with --no-github at the task's remote.
   to the model   what the agent sends: its prompt, and whatever it reads
@@ -124,7 +124,7 @@ WHERE SECRETS GO
   without the secrets of codebot and of the model. codebot writes none of these secrets
   into a file with a name; what programs read and print (of openssl, the parts of a JWT) is
   in unlinked files while they run. But the agent's home keeps its session, with all that
-  it has printed.
+  the agent has printed.
 
 KNOWN LIMITATIONS
   - Without a sandbox (CODEBOT_SANDBOX=none) the agent can read and write whatever
@@ -140,7 +140,8 @@ KNOWN LIMITATIONS
     can read it.
   - In bwrap the agent can connect to abstract sockets, and to sockets in directories that
     are not hidden. Nothing but the host limits its memory, processes and disk: if it
-    fills the disk of the work directory, jobs are retried for a time and then fail.
+    fills the disk of the work directory, jobs are retried for a time and then fail; and
+    while the database cannot be written, they wait.
   - What the agent says (its events, summary and cost) is self-reported. "The tests passed"
     means that the command exited with 0 in a workspace where the agent could have changed
     the tests, and files in HOME that they read.
@@ -193,13 +194,13 @@ FILES in the work directory
   codebot.db     the record of all jobs        codebot.lock   held by the one codebot here
   mirrors/       HOST/OWNER/NAME.git           task_*/        a task's workspace
   outbox_*.git   a task's outbox               launched/      a record of each launch
-  scratch_*      while a review is classified  trash_*/       being removed
+  scratch_*      needed for a short time       trash_*/       being removed
   While codebot runs, Python's temporary files, with programs' output, are there too.
   A mirror and the database each have a .lock file beside them. CODEBOT_DATABASE may put
   the database elsewhere.
-  Only codebot's user may read what codebot writes (umask 077). What git and the agent
-  write for the agent has the umask with which codebot was started, in directories that
-  only codebot's user may enter.
+  Only codebot's user may read what codebot writes (umask 077). git at the remote, and all
+  programs in workspaces, have the umask with which codebot was started; what they write
+  here is in directories that only codebot's user may enter.
 
 WHERE THE DANGEROUS THINGS ARE
   Popen                     run_program
@@ -7538,7 +7539,8 @@ REQUEST_LINE_RE = re.compile(
 HEADER_RE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n")
 # What stands before the path in a request as it is sent to a proxy.
 ABSOLUTE_FORM_RE = re.compile(r"^https?://[^/?]*", re.IGNORECASE)
-# A name or an IPv4 address, or an IPv6 address in brackets; and a port (RFC 3986, 3.2).
+# A name or an IPv4 address, or an IPv6 address in brackets; perhaps a port. All may be
+# empty (RFC 3986, 3.2).
 HOST_RE = re.compile(r"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", re.ASCII)
 UNIQUE_HEADERS = ("host", "content-length", "authorization")
 
@@ -7608,12 +7610,13 @@ Fields = dict[str, object]  # of a JSON object
 
 
 class Request(NamedTuple):
-    """A request whose headers have arrived. Its guard decides before the body is read."""
+    """A request whose headers have arrived. Its body is read when it is first needed."""
 
     query: str
     headers: Headers  # names in lower case
     client_address: str
-    # Reads the body once. Raises HTTPError if it is too long or incomplete.
+    # Returns the body, which the first call reads. Raises HTTPError if it is too long or
+    # incomplete.
     read_body: Callable[[], bytes]
 
     def parameters(self, *names: str) -> dict[str, str]:
@@ -8007,7 +8010,7 @@ def follow_events(codebot: Codebot, task_id: str, after: int) -> EventStream:
     """Yield events as they come, until no work on the task can add any."""
     last_sent = time.monotonic()
     while not codebot.stop.is_set():
-        # Before the events are read: the end of the task might add one in between.
+        # Asked before the events are read: a task that ends in between adds its last one.
         is_live = codebot.store.has_unfinished_jobs(task_id)
         messages = ""
         for event in codebot.store.events(task_id, after, EVENTS_PER_MESSAGE):
@@ -8225,7 +8228,7 @@ STATE_TIMEOUTS = {
 }
 SWEEP_INTERVAL = 0.5  # seconds between two searches for late connections
 STREAM_INTERVAL = 0.25  # seconds between two searches for new events
-CHUNK_BYTES = 64 << 10  # of a body or an answer that are read or sent at once
+CHUNK_BYTES = 64 << 10  # that are read of a body, or sent of an answer, at once
 DEFAULT_HEADERS = {
     "Content-Type": "application/json",
     "Cache-Control": "no-store",
@@ -8280,14 +8283,14 @@ def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
             return route, match.groupdict()
         if match:
             methods = ", ".join(route.methods)
-            allow = {"Allow": methods}
-            raise HTTPError(405, f"Method not allowed; use {methods}", allow)
+            message = f"Method not allowed; use {methods}"
+            raise HTTPError(405, message, {"Allow": methods})
     raise HTTPError(404, f"No such path: {path[:100]}")
 
 
 @dataclasses.dataclass
 class Entry:
-    """What the table of connections has on one of them."""
+    """What the table knows about one connection."""
 
     deadline: float  # by time.monotonic()
     state: str = "waiting"
@@ -8302,7 +8305,7 @@ class ConnectionTable:
     """
 
     def __init__(self) -> None:
-        # Guards _entries, and each entry. Nothing that is done with it waits for a client.
+        # Guards _entries, and each entry. While it is held, nothing waits for a client.
         self._lock = threading.Lock()
         # In the order in which they began to wait for a request: see enter().
         self._entries: dict[socket.socket, Entry] = {}
@@ -8360,9 +8363,9 @@ class ConnectionTable:
         """Hang up the connection that has waited longest for its client.
 
         That is the first idle one, whose client has to send something. A client that has
-        to read its answer is spared, unless more than half of all connections are like
-        that, and older than the idle one: then somebody leaves answers unread to keep
-        others out.
+        to read its answer is spared, unless no connection is idle, or more than half of
+        all have such a client and are older than the idle one: then somebody leaves
+        answers unread to keep others out.
         Raises OSError if all connections are with a handler.
         """
         idle = None
@@ -8447,9 +8450,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.connections.enter(self.connection, state)
 
     def respond(self) -> Response | EventStream:
-        """Return the response to the next request. An error becomes a response, too,
-        unless it is one of the connection.
-        """
+        """Return the response to the next request, which may be an error."""
         try:
             return self.dispatch(self.read_headers())
         except HTTPError as error:
@@ -8520,10 +8521,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = dict(response.headers)
         if response.status != 204:
             headers["Content-Length"] = str(len(response.body))
-        data = self.head(response.status, headers)
-        if self.command != "HEAD":
-            data += response.body
-        self.write(data)
+        head = self.head(response.status, headers)
+        # Not copied: it may be long, and the client slow.
+        body = memoryview(b"" if self.command == "HEAD" else response.body)
+        self.write(head + body[:CHUNK_BYTES])
+        self.write(body[CHUNK_BYTES:])
 
     def head(self, status: int, headers: Headers) -> bytes:
         """Return the status line and the headers of an answer, and log it."""
@@ -8538,7 +8540,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             lines.append("Connection: close")
         return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Send ``data`` as fast as the client reads."""
         for start in range(0, len(data), CHUNK_BYTES):
             self.enter("sending")  # each chunk has the whole time
@@ -8567,8 +8569,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for messages in events:
             self.write(messages)
             self.enter("handling")
-            seconds = 0.0 if messages else STREAM_INTERVAL
-            if client.poll(seconds * 1000):
+            if client.poll(0 if messages else STREAM_INTERVAL * 1000):
                 return
 
     def discard_input(self) -> None:
@@ -8908,8 +8909,9 @@ def stop_on_signals(codebot: Codebot) -> None:
 def pause() -> None:
     """Sleep for a moment in the main thread.
 
-    It must not wait for codebot.stop instead: a signal's handler interrupts the main
-    thread, and if this had the lock of that Event then, set() would wait for ever.
+    It must not wait for codebot.stop instead. The handler of a signal runs in the main
+    thread, in the middle of what that does. If the main thread then held the Event's
+    lock, set() in the handler would wait for ever.
     """
     time.sleep(0.1)
 
@@ -9080,7 +9082,7 @@ def serve(flags: Flags) -> int:
     is_changed = False
     level = logging.DEBUG if config.debug else logging.INFO
     codebot = start_app(config, [*HOST_CHECKS, check_server], level)
-    # With those that start_app has requeued.
+    # Including those that start_app has requeued.
     pending = sum(map(codebot.store.count_pending, codebot.queues))
     with running_server(codebot) as server:
         print_banner(codebot, server.server_port, pending)
@@ -9120,7 +9122,7 @@ def follow_task(codebot: Codebot, task_id: str) -> None:
     is_live = True
     while is_live and not codebot.stop.is_set():
         pause()
-        # Before the events are read: the end of the task might add one in between.
+        # Asked before the events are read: a task that ends in between adds its last one.
         is_live = codebot.store.has_unfinished_jobs(task_id)
         for event in codebot.store.events(task_id, after):
             after = event.seq
