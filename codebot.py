@@ -43,8 +43,8 @@ GLOSSARY
   outbox         the bare repository in which codebot makes the commit and from which it
                  pushes; no sandbox shows it
   base           the branch that the agent's branch starts from
-  base commit    the commit on which codebot puts its own: for a task the tip of the base,
-                 for a review the tip of the pull request's branch
+  base commit    the parent of codebot's commit: for a task the tip of the base, for a
+                 review the tip of the pull request's branch
   installation token   a GitHub credential that is valid for one hour. A repository's
                  token reads and writes that repository; the lookup token only reads the
                  names of all repositories that the App is installed on
@@ -69,9 +69,9 @@ WHO IS TRUSTED WITH WHAT
                  default all that codebot's user can reach. A task's test command is a
                  shell command, so a client can run what it likes in the sandbox.
   A reviewer     has an effect only if GitHub reports, when the review starts, that they
-                 have write access to the repository. So has a person who labels an issue,
-                 when the task is submitted. Nobody else can start work; but the words
-                 of a labelled issue may be anyone's.
+                 have write access to the repository. The same holds for a person who
+                 labels an issue; GitHub is asked when the task is submitted. Nobody else
+                 can start work; but the words of a labelled issue may be anyone's.
   GitHub         is believed, over TLS. A delivery is believed only if its signature is
                  right, and never about who wrote what, who may write, or what is open:
                  codebot asks GitHub.
@@ -100,7 +100,8 @@ WHAT LEAVES THE HOST
                  the task and of the agent, names of files, the test command, the end of a
                  failing test's output, and error messages, all redacted.
                  git asks for branches, fetches, and pushes the commit, after fsck and
-                 DiffScanner; with --no-github at the task's remote.
+                 DiffScanner
+  to the task's remote   with --no-github: the same from git
   to the model   what the agent sends: its prompt, and whatever it reads
   to a node      with a launcher: command lines, environment variables and input of the
                  agent and the tests, and the workspace and the mirror, which it shares
@@ -122,9 +123,9 @@ WHERE SECRETS GO
                              environment. One in ANTHROPIC_BASE_URL only to the agent.
   With --no-github, git at the remote gets the environment with which codebot was started,
   without the secrets of codebot and of the model. codebot writes none of these secrets
-  into a file with a name; what programs read and print (of openssl, the parts of a JWT) is
-  in unlinked files while they run. But the agent's home keeps its session, with all that
-  the agent has printed.
+  into a file with a name. The input and the output of programs, such as openssl's, which
+  are the parts of a JWT, are in unlinked files while they run. But the agent's home keeps
+  its session, with all that the agent has printed.
 
 KNOWN LIMITATIONS
   - Without a sandbox (CODEBOT_SANDBOX=none) the agent can read and write whatever
@@ -134,8 +135,11 @@ KNOWN LIMITATIONS
     CODEBOT_LAUNCHER start, and in the HOME that they get. So they must not read settings
     of their own from there, such as ~/.docker.
   - In bwrap the agent can read whatever codebot's user can read outside of the hidden
-    directories. HOME is hidden, but not those of its directories in which PATH has
-    entries: with ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml.
+    directories. What HOME names is hidden (no other home of that user), but not those of
+    its directories in which PATH has entries: with ~/.cargo/bin on PATH, the agent can
+    read ~/.cargo/credentials.toml.
+  - git unpacks, checks and compares the agent's objects outside the sandbox. A fault of
+    git there would be a way out of it.
   - What is removed from a repository at GitHub stays in the mirror, where later agents
     can read it.
   - In bwrap the agent can connect to abstract sockets, and to sockets in directories that
@@ -147,6 +151,7 @@ KNOWN LIMITATIONS
     the tests, and files in HOME that they read.
   - codebot looks in the text files of a change for the secrets of 16 or more characters
     that it knows: verbatim, and as base64 of the secret alone, in lines of at most 8 MiB.
+    Of the variables that the operator lists, it knows those whose names tell of a secret.
   - "Fixes #1" and "@name" in the words of an agent or a task work at GitHub as if a person
     wrote them.
   - With --no-github a client can name a repository in the work directory by ssh to this
@@ -154,9 +159,10 @@ KNOWN LIMITATIONS
     (of the series 2.39, before 2.39.4) pushes to another user's repository on this host,
     whose hooks then run as codebot's user.
   - HTML comments and invisible characters are taken out of what people write on GitHub;
-    after a <!-- without an end, all the rest. Other ways to hide text there, such as the
-    title of a link, are not. An edit of an issue less than two seconds after it was
-    labelled may not be noticed.
+    so is everything after a <!-- without an end. Other ways to hide text there, such as
+    the title of a link, are not. An edit of an issue less than two seconds after it was
+    labelled may not be noticed. If its author has no write access, any comment after the
+    label counts as an edit, so that the label must be put on again.
 
 LIFE OF A JOB
   pending   -> running      a worker starts it
@@ -173,7 +179,7 @@ LIFE OF A JOB
 
   A task is on disk before the client gets its 202, a commit is in the store before it is
   pushed, and an answer is in the store before it is posted. A retry pushes the same commit
-  again, which changes nothing, finds a pull request by its branch, and an answer by its
+  again, which changes nothing. It finds a pull request by its branch, and an answer by its
   marker. An answer may be posted twice only if GitHub carries out a request after it has
   failed for codebot, or if the first was removed before a retry.
 
@@ -204,7 +210,7 @@ FILES in the work directory
 
 WHERE THE DANGEROUS THINGS ARE
   Popen                     run_program
-  urlopen                   GitHub.send; the demo has a client for its own server
+  requests by HTTP          GitHub.send, with urlopen; the demo, to its own server
   git with a credential     GitDirectory.git_with_token
   what the agent sees       sandbox_mounts, bwrap_command, and Workspace.environment
   git on an agent's objects, outside the sandbox
@@ -577,8 +583,8 @@ def parse_agent_env(text: str) -> Sequence[str]:
 
 # A rule owner/name=command, in whose name there may be wildcards.
 TEST_RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*=(.*)"
-# A rule with a URL or a path instead of the name. It would count as a command.
-WRONG_TEST_RULE = r"\s*(\w+://|/)[^\s=]*\*[^\s=]*\s*="
+# A rule with a URL or a path instead of the name; as a command it makes no sense.
+WRONG_TEST_RULE = r"\s*(\w+://|/)[^\s=]*\s*="
 
 
 def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
@@ -798,7 +804,7 @@ def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
         "GITHUB_APP_PRIVATE_KEY_PATH",
         "GITHUB_APP_INSTALLATION_ID",
     ):
-        if not config.no_github and not config.variables.get(name, "").strip():
+        if not config.no_github and not config.variables.get(name, "").strip(BLANKS):
             yield f"{name} is not set. Set it {place}, or start with --no-github."
     if config.launcher and not config.launcher_stop:
         yield (
@@ -825,7 +831,7 @@ def unreadable_files(config: Config) -> Iterator[str]:
 
 def conflicting_settings(config: Config) -> Iterator[str]:
     """Yield a sentence for each setting that makes no sense as it is, or with another."""
-    if not config.variables.get("CODEBOT_ALLOWED_REPOSITORIES", "*").strip():
+    if not config.variables.get("CODEBOT_ALLOWED_REPOSITORIES", "*").strip(BLANKS):
         yield (
             "CODEBOT_ALLOWED_REPOSITORIES is empty. Name repositories, or use * to "
             "allow all."
@@ -1682,9 +1688,8 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     """
     hidden = {"/run", home_directory(), *private_directories(config)}
     hidden -= {"/", "/tmp"}  # "/" cannot be covered; /tmp is already the workspace's
-    covers = dict.fromkeys(hidden, HIDDEN)
-    for path in tool_directories(config):
-        covers.setdefault(path, READ_ONLY)  # one with a secret in it stays hidden
+    covers = dict.fromkeys(tool_directories(config), READ_ONLY)
+    covers.update(dict.fromkeys(hidden, HIDDEN))  # also one of them with a secret in it
     # /etc/resolv.conf may lead into /run.
     visible = [os.path.realpath("/etc/resolv.conf"), objects]
     visible += agent_program_files(config, {"/tmp": HIDDEN, **covers})
@@ -4291,9 +4296,11 @@ def take_work_dir(config: Config) -> None:
 def hold_lock(path: str, subject: str, option: str) -> None:
     """Hold a lock file until this process ends. Raises ConfigError if it cannot."""
     try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)  # and never close it
+        # Never closed. Others may write in the directory of CODEBOT_DATABASE: no symlinks.
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        pathlib.Path(path).write_text(f"{os.getpid()}\n")
+        os.truncate(lock, 0)
+        os.write(lock, f"{os.getpid()}\n".encode())
     except BlockingIOError:
         holder = pathlib.Path(path).read_text(errors="replace").strip()
         raise ConfigError(
@@ -5766,11 +5773,11 @@ def run_review(run: JobRun) -> None:
     review = load_comments(review)
     if not review.comments:
         raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} any more")
-    if not run.job.error:
-        prepare_answers(review)
-    answer_threads(review)
     if run.job.error:
+        answer_threads(review)
         raise JobFailed(run.job.reason, run.job.error)
+    prepare_answers(review)
+    answer_threads(review)
     run.log_event("codebot", f"Review completed ({run.job.request_kind})")
 
 
@@ -6078,20 +6085,21 @@ def push_review_commit(review: Review) -> None:
     workspace = review.workspace
     for attempt in range(1, MAX_PUSHES + 1):
         check_pull_request(review)
-        tip = fetch_tip_with(workspace, run.job.base_commit)
+        tip = require_on_branch(workspace, run.job.base_commit)
         if workspace.mirror.is_ancestor(run.job.commit_id, tip):
             return
         if tip != run.job.base_commit:
             reapply_change(review, tip)
-            fetch_tip_with(workspace, tip)  # raises if commits were removed meanwhile
+            require_on_branch(workspace, tip)
         run.set_phase("push", attempt)
         try:
             workspace.push()
         except JobFailed:
-            if fetch_tip_with(workspace, run.job.base_commit) == run.job.base_commit:
+            tip = require_on_branch(workspace, run.job.base_commit)
+            if tip == run.job.base_commit:
                 raise  # nobody has pushed: the remote does not want it
         else:
-            fetch_tip_with(workspace, run.job.commit_id)  # raises if it was removed
+            require_on_branch(workspace, run.job.commit_id)
             return
     raise JobFailed(
         "push_rejected",
@@ -6100,10 +6108,10 @@ def push_review_commit(review: Review) -> None:
     )
 
 
-def fetch_tip_with(workspace: Workspace, commit: str) -> str:
-    """Fetch the branch, which must have ``commit``, and return its tip at the remote.
+def require_on_branch(workspace: Workspace, commit: str) -> str:
+    """Raise JobFailed if the remote's branch does not have ``commit`` (any more).
 
-    Raises JobFailed if the branch does not have the commit (any more).
+    Fetches the branch, and returns its tip.
     """
     _, tip = fetch_or_fail(workspace, workspace.branch, "push_rejected")
     if not workspace.mirror.is_ancestor(commit, tip):
@@ -8377,12 +8385,12 @@ class ConnectionTable:
                     break
                 if entry.state == "sending":
                     unread.append(connection)
-            if idle and len(unread) <= len(self._entries) / 2:
-                self._drop(idle)
-            elif unread:
-                self._drop(unread[0])
-            else:
+            victim = idle
+            if unread and (idle is None or len(unread) > len(self._entries) / 2):
+                victim = unread[0]
+            if victim is None:
                 raise ConnectionRefusedError("all connections are with a handler")
+            self._drop(victim)
 
     # With the lock held
 
@@ -8420,7 +8428,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     rfile: io.BufferedReader
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    body = b""  # of the request that is handled
+    # Of the request that is handled; None while its headers, or its body, are unread.
+    body: bytes | None = None
 
     def handle(self) -> None:
         if isinstance(self.connection, ssl.SSLSocket):
@@ -8435,14 +8444,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.enter("receiving")
         self.command = ""  # not that of the request before
         self.requestline = ""
-        self.has_unread_input = True  # until the headers, and a body, have been read
+        self.body = None
         response = self.respond()
-        self.body = b""  # frees it: the client may take long to read the answer
+        if self.body is not None:
+            self.body = b""  # frees it: the client may take long to read the answer
         if isinstance(response, Response):
             self.send(response)
         else:
             self.send_stream(response)
-        if self.has_unread_input:
+        if self.body is None:
             self.discard_input()
         self.enter("waiting")
 
@@ -8475,7 +8485,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         options = headers.get("connection", "").lower().replace(",", " ").split()
         # An HTTP/1.0 client may take the end of the connection for the answer's end.
         self.close_connection = self.request_version == "HTTP/1.0" or "close" in options
-        self.has_unread_input = "content-length" in headers
+        if "content-length" not in headers:
+            self.body = b""
         return headers
 
     def dispatch(self, headers: Headers) -> Response | EventStream:
@@ -8496,7 +8507,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def receive_body(self, headers: Headers, limit: int) -> bytes:
         """Return the whole body. Only the first call reads it."""
-        if not self.has_unread_input:
+        if self.body is not None:
             return self.body
         length = float(headers["content-length"])  # int() takes at most 4,300 digits
         if length > limit:
@@ -8512,11 +8523,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body += chunk
             self.server.connections.add_body_bytes(self.connection, len(chunk))
         self.body = bytes(body)
-        self.has_unread_input = False
         return self.body
 
     def send(self, response: Response) -> None:
-        if self.has_unread_input:
+        if self.body is None:
             self.close_connection = True
         headers = dict(response.headers)
         if response.status != 204:
@@ -9124,7 +9134,7 @@ def follow_task(codebot: Codebot, task_id: str) -> None:
         pause()
         # Asked before the events are read: a task that ends in between adds its last one.
         is_live = codebot.store.has_unfinished_jobs(task_id)
-        for event in codebot.store.events(task_id, after):
+        for event in codebot.store.events(task_id, after, limit=1_000_000):  # all
             after = event.seq
             message = event.message.replace("\n", f"\n{'':31}")
             print(f"{event.time}  {event.source:8} {message}", file=sys.stderr)
@@ -9221,7 +9231,7 @@ def check_github(codebot: Codebot) -> Iterator[Finding]:
             "FAIL",
             f"{error}. Check GITHUB_API_URL, the network, HTTPS_PROXY and SSL_CERT_FILE.",
         )
-    except (LookupError, TypeError, ValueError):
+    except UNKNOWN_SHAPE_ERRORS:
         yield Finding(
             "FAIL",
             f"{github.api} does not answer as GitHub does. Check GITHUB_API_URL.",
