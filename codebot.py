@@ -287,7 +287,7 @@ log = logging.getLogger("codebot")
 
 __version__ = "1.0.0"
 
-# A job fails at this many crashes, and retries that would run the agent again.
+# A job fails after so many interruptions: crashes, and retries that run the agent again.
 MAX_INTERRUPTIONS = 3
 RETRY_DELAY = 60.0  # seconds until a job is retried after a transient error
 # Seconds after which a transient error is no longer retried.
@@ -389,7 +389,8 @@ class Cancelled(Exception):
 class LimitReached(Exception):
     """A program was ended by a limit.
 
-    The message continues a sentence that begins with the program's name.
+    The message continues a sentence that begins with the program's name, except that of
+    NoFreeNode.
     """
 
 
@@ -418,7 +419,7 @@ class WrongState(Exception):
 
 
 def utc_time(seconds_ago: float = 0.0) -> str:
-    """Return the time in UTC, as the API and GitHub write it."""
+    """Return the time ``seconds_ago``, in UTC, as the API and GitHub write it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - seconds_ago))
 
 
@@ -477,7 +478,7 @@ OWN_SECRET_NAMES = ("CODEBOT_API_KEYS", "GITHUB_WEBHOOK_SECRET")
 BLANKS = " \t\r\n"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
-Flags = Mapping[str, Any]  # of the command line, by name
+Flags = Mapping[str, Any]  # of the command line, by name; main() adds the umask
 
 
 # Parsers of settings. If one refuses a text, it raises ValueError with the rest of a
@@ -516,8 +517,8 @@ def parse_int(text: str, least: int, most: int) -> int:
     return int(text)
 
 
-# Every function that takes seconds takes 4,000,000,000. The id of an installation, which
-# is parsed as a count, too, is smaller.
+# No function of Python refuses to wait so many seconds. The id of an installation, which
+# is also parsed as a count, is smaller.
 parse_count = functools.partial(parse_int, least=1, most=4_000_000_000)
 parse_threads = functools.partial(parse_int, least=1, most=999)
 parse_attempts = functools.partial(parse_int, least=0, most=99)
@@ -993,7 +994,8 @@ SECRET_HEADER_RE = re.compile(
 def configured_secrets(config: Config) -> set[str]:
     """Return all secrets in the settings.
 
-    For one of several lines, such as a key, also each line, but not "-----BEGIN ...".
+    Of a secret with several lines, such as a key, each line is a secret, too, but not
+    "-----BEGIN ...".
     """
     names = [*MODEL_KEY_NAMES, *OWN_SECRET_NAMES]
     names += filter(SECRET_NAME_RE.search, config.agent_env)
@@ -1050,8 +1052,8 @@ def do_nothing(*args: object) -> None:
     pass
 
 
-# A LineHandler gets the new lines of a program's standard output. When the program's work
-# is done, the handler returns a grace in seconds, else None. (Python 3.9 needs the quotes.)
+# A LineHandler gets the new lines of a program's standard output. It returns None, or when
+# the program's work is done, a grace in seconds. (Python 3.9 needs the quotes.)
 # A program that still runs when its grace ends is ended, and that is no failure: the agent,
 # for example, may hang after its result. During the grace no other limits apply.
 LineHandler = Callable[[list[str]], "float | None"]
@@ -1068,7 +1070,7 @@ class Limits(NamedTuple):
 DEFAULT_LIMITS = Limits()
 
 
-def let_stop_arrive(check_stop: Callable[[], None]) -> None:
+def raise_if_stop_arrives(check_stop: Callable[[], None]) -> None:
     """Raise StopRequested if a program was ended because codebot is being stopped.
 
     systemd signals all processes of a service, and the program may end before codebot
@@ -1081,7 +1083,7 @@ def let_stop_arrive(check_stop: Callable[[], None]) -> None:
 # How Popen, and how a shell, report that SIGTERM (15) or SIGKILL (9) ended a program.
 SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
 # Lines that explain nothing: git's advice, and empty lines, also those of a remote.
-NOISE_RE = re.compile(r"hint:.*|remote:|")
+NOISE_RE = re.compile(r"(hint:.*|remote:)?")
 CAUSE_RE = re.compile(r"(fatal|error|remote: error):|.*denied")
 DISK_FULL = "No space left on device|Disk quota exceeded"
 # Not if a remote repository says so, of its own disk: "remote: fatal: ..."
@@ -1300,12 +1302,13 @@ class RunningProgram:
     def result(self) -> ProgramResult:
         """Return how the program ended.
 
-        Raises TransientError if it failed and the disk is full, or if the launcher or
-        the node has failed.
+        Raises TransientError if it failed and the disk is full, or the program says so,
+        or if the launcher or the node has failed.
         """
         code = self.child.wait()
         if self.launch is not None:
             # Without the second sentinel, something has ended the program or its node.
+            # The signal in its place lets a stop of codebot be noticed below.
             code = -signal.SIGTERM if self.node_code is None else self.node_code
         result = ProgramResult(
             code, [*self.stdout.last_lines], [*self.stderr.last_lines]
@@ -1313,7 +1316,7 @@ class RunningProgram:
         if code == 0 or self.grace_ends_at is not None:
             return result
         if code in SIGNAL_EXIT_CODES:
-            let_stop_arrive(self.limits.check_stop)
+            raise_if_stop_arrives(self.limits.check_stop)
         # The program may have been unable to say so: its output is on the same disk.
         free = shutil.disk_usage(tempfile.gettempdir()).free
         if free < FULL_DISK_BYTES or DISK_FULL_RE.search("\n".join(result.stderr)):
@@ -1616,7 +1619,7 @@ class Mount(NamedTuple):
 
 
 def is_inside(path: str, directory: str) -> bool:
-    """Return whether a path is a directory or leads into it. Both are absolute."""
+    """Return whether ``path`` is ``directory`` or lies in it. Both are absolute."""
     return f"{path}/".startswith(f"{directory.rstrip('/')}/")
 
 
@@ -1793,7 +1796,7 @@ class Sandbox:
         except TimedOut as error:
             raise sandbox_error(f"it {error}") from None
         except OSError as error:
-            # Without a file in the error, the first program could not be forked.
+            # An error of fork names no file: then it was the first program that failed.
             program = error.filename or (config.launcher or config.sandbox)[0]
             problem = f"{program}: {os_error_text(error)}"
             if program == config.sandbox[0]:
@@ -2068,9 +2071,9 @@ def github_error_text(status: int, body: bytes) -> str:
 
 
 def is_rate_limit(reply: Reply) -> bool:
-    if reply.status != 403:
-        return reply.status == 429
-    return (
+    if reply.status == 429:
+        return True
+    return reply.status == 403 and (
         "retry-after" in reply.headers
         or reply.headers.get("x-ratelimit-remaining") == "0"
         or "secondary rate limit" in reply.error.lower()
@@ -2078,7 +2081,7 @@ def is_rate_limit(reply: Reply) -> bool:
 
 
 def raise_if_refused(reply: Reply) -> None:
-    """Raise an error if GitHub would answer the same request in the same way."""
+    """Raise the error of a response that would be the same if it was asked for again now."""
     status = reply.status
     if status == 0 or status >= 500 or is_rate_limit(reply):
         return
@@ -2094,7 +2097,7 @@ class GitHub:
 
     Every request raises GitHubError if GitHub refuses it, TransientError if GitHub
     cannot answer now, StopRequested when the server stops, and OSError if openssl cannot
-    be started. A response of an unknown shape raises LookupError, TypeError or ValueError.
+    be started. A response of an unknown shape raises one of UNKNOWN_SHAPE_ERRORS.
     """
 
     def __init__(self, config: Config, redact: Redactor, stop: threading.Event) -> None:
@@ -2178,7 +2181,7 @@ class GitHub:
         return f"{signed}.{base64url(signature)}", expiry
 
     def wait(self, seconds: float = 0.0) -> None:
-        """Wait, and raise StopRequested as soon as the server is to stop."""
+        """Wait, and raise StopRequested as soon as the server is to stop; 0 only checks."""
         if self.stop.wait(seconds):
             raise StopRequested()
 
@@ -2793,11 +2796,11 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
     if config.no_github:
         # The host's own git configuration and ssh agent are the credentials.
         not_for_git = (*OWN_SECRET_NAMES, *MODEL_VARIABLE_NAMES)
-        own = {k: v for k, v in os.environ.items() if k not in not_for_git}
+        inherited = {k: v for k, v in os.environ.items() if k not in not_for_git}
         for name in ("CODEBOT_RUN", "GIT_TERMINAL_PROMPT", "LC_ALL"):
-            own[name] = env[name]
-        own["GIT_ALLOW_PROTOCOL"] = "https:http:ssh:file"
-        return own
+            inherited[name] = env[name]
+        inherited["GIT_ALLOW_PROTOCOL"] = "https:http:ssh:file"
+        return inherited
     login = base64.b64encode(f"x-access-token:{token}".encode()).decode()
     env["GIT_CONFIG_COUNT"] = "2"
     env["GIT_CONFIG_KEY_0"] = f"http.{config.git_address}/.extraHeader"
@@ -3156,8 +3159,8 @@ CREATE TABLE jobs (
     request_kind TEXT NOT NULL DEFAULT '',
     -- `interruptions` counts the crashes, and the retries that run the agent again, since
     -- the job last stored finished work. A stop of the server does not count.
-    -- `not_before` is when a pending job may start, `transient_since` when a series of
-    -- transient errors began (seconds since 1970; 0: now, or no such series).
+    -- `not_before` is when a pending job may start (0: now). `transient_since` is when a
+    -- series of transient errors began (0: there is none). Both are seconds since 1970.
     interruptions INTEGER NOT NULL DEFAULT 0,
     not_before REAL NOT NULL DEFAULT 0,
     transient_since REAL NOT NULL DEFAULT 0,
@@ -3948,7 +3951,7 @@ class Store:
         is ignored, and so are all of a known ``delivery``. What was changed before
         ``seen_until`` need not be asked for again.
         """
-        reviewers = {}  # by the id of their review
+        reviewers = {}  # by the job that answers them
         with self._transaction() as db:
             if delivery and not insert_delivery(db, delivery):
                 return []
@@ -4619,7 +4622,7 @@ else
     tree=$(g write-tree) || exit
 fi
 commit=$(g commit-tree -p "$base" -m "What the agent left" "$tree") &&
-g update-ref --no-deref HEAD "$commit" # the agent's branch may be locked
+g update-ref --no-deref HEAD "$commit" # not the branch, which may be locked
 """
 # Applies the patch on standard input. If it fails, prints the files in conflict.
 APPLY_SCRIPT = """
@@ -5184,7 +5187,7 @@ class AgentRun:
         """
         result = self.result
         if not result:
-            let_stop_arrive(self.run.check_stop)
+            raise_if_stop_arrives(self.run.check_stop)
         is_success = result.get("subtype") == "success"
         is_empty = result.get("num_turns") == 0
         if not is_success or is_empty or result.get("is_error"):
@@ -5247,7 +5250,7 @@ def tool_call_text(name: str, inputs: JsonObject) -> str:
 
     Texts come first, such as a path: the CLI begins with `replace_all`.
     """
-    # False sorts before True.
+    # False sorts before True. The first input's name is left out: "Bash: ls".
     entries = sorted(inputs.items(), key=lambda item: not isinstance(item[1], str))
     text = "\n".join(f"{key}: {value}" for key, value in entries)
     return f"{name}: {text.partition(': ')[2]}"
@@ -5360,7 +5363,7 @@ def run_task(run: JobRun) -> None:
     repository = look_up_repository(run)
     name_workspace(run)
     workspace = Workspace(run, repository, run.job.directory)
-    if has_commit_to_push(workspace):
+    if is_only_push_left(workspace):
         run.log_event("codebot", f"Continued after commit {run.job.commit_id}")
     else:
         react_to_issue(workspace)
@@ -5450,8 +5453,8 @@ def name_workspace(run: JobRun) -> None:
     run.update(directory=directory, branch=branch)
 
 
-def has_commit_to_push(workspace: Workspace) -> bool:
-    """Return whether an earlier run has made the commit, and it was not lost."""
+def is_only_push_left(workspace: Workspace) -> bool:
+    """Return whether an earlier run has made the commit, and nothing has lost it."""
     job = workspace.run.job
     if job.push_started:
         return True  # the remote may have it, and the outbox is not needed
@@ -5659,7 +5662,7 @@ def code_block(text: str) -> str:
     fence = "```"
     while fence in text:
         fence += "`"
-    text = text.replace("<!--", "<! --")  # it is no marker of codebot's
+    text = text.replace("<!--", "<! --")  # so that it cannot contain a marker
     return f"{fence}\n{text}\n{fence}\n"
 
 
@@ -5792,13 +5795,13 @@ def prepare_answers(review: Review) -> None:
         text = review.comments[0].text
         run.log_event("codebot", f"Review by {run.job.reviewer}: {text}")
         if run.job.request_kind not in ("none", "limit"):
-            ask_for_answers(review)
+            classify_and_carry_out(review)
     if run.job.commit_id:
         push_review_commit(review)
 
 
-def ask_for_answers(review: Review) -> None:
-    """Let the agent classify the request, if no earlier run has, and carry it out."""
+def classify_and_carry_out(review: Review) -> None:
+    """Let the agent classify the request, unless an earlier run has, and carry it out."""
     run = review.run
     text = format_comments("earlier-comment", earlier_comments(review))
     text += format_comments("comment", review.comments)
@@ -5994,6 +5997,7 @@ def classify(review: Review, text: str) -> None:
     if kind not in ("question", "change", "none"):
         kind = "unclear"
         ask = run.redact(str(answer.get("ask") or ""))[:10_000]
+        # Never empty, even without a question: answers tell that this step is done.
         answers = dict.fromkeys(group_by_thread(review.comments), ask)
     run.save_work(request_kind=kind, outcome=run.outcome_with(answers=answers))
 

@@ -3881,7 +3881,7 @@ def test_lost_commit_is_forgotten_before_the_clone(
     url = str(tmp_path / "missing.git")
     repository = codebot.parse_plain_remote(config, url)
     workspace = codebot.Workspace(run, repository, "task_1234567")
-    assert not codebot.has_commit_to_push(workspace)
+    assert not codebot.is_only_push_left(workspace)
     with pytest.raises(codebot.JobFailed) as failure:
         codebot.clone(workspace)
     assert failure.value.reason == "clone_failed"
