@@ -3153,7 +3153,7 @@ CREATE TABLE jobs (
     issue_number INTEGER NOT NULL DEFAULT 0,
     issue_url TEXT NOT NULL DEFAULT '',
     label_event_id INTEGER UNIQUE,
-    is_reported INTEGER NOT NULL DEFAULT 0, -- 1: the issue's people were told the end
+    is_reported INTEGER NOT NULL DEFAULT 0, -- 1: its end is told on the issue, or GitHub refused that
     -- Who a review answers, and what they want.
     reviewer TEXT NOT NULL DEFAULT '',
     request_kind TEXT NOT NULL DEFAULT '',
