@@ -3013,8 +3013,9 @@ class Mirror(GitDirectory):
             name, commit = self.resolve_branch(repository, branch)
             ref = f"refs/heads/{name}"
             with self.lock():
-                if not self.is_ancestor(commit, ref):
-                    self.fetch_all(repository)
+                if self.is_ancestor(commit, ref):
+                    return name, commit
+                self.fetch_all(repository)
                 if self.is_ancestor(commit, ref):
                     return name, commit
         raise TransientError(f"Branch {name} kept moving while it was fetched")
