@@ -100,7 +100,7 @@ WHAT LEAVES THE HOST
                  the task and of the agent, names of files, the test command, the end of a
                  failing test's output, and error messages, all redacted.
                  git asks for branches, fetches, and pushes the commit, after fsck and
-                 DiffScanner
+                 DiffScanner.
   to the task's remote   with --no-github: the same from git
   to the model   what the agent sends: its prompt, and whatever it reads
   to a node      with a launcher: command lines, environment variables and input of the
@@ -161,8 +161,9 @@ KNOWN LIMITATIONS
   - HTML comments and invisible characters are taken out of what people write on GitHub;
     so is everything after a <!-- without an end. Other ways to hide text there, such as
     the title of a link, are not. An edit of an issue less than two seconds after it was
-    labelled may not be noticed. If its author has no write access, any comment after the
-    label counts as an edit, so that the label must be put on again.
+    labelled may not be noticed. If its author has no write access, any change of the
+    issue after the label, also a comment, counts as an edit, and the label must be put
+    on again.
 
 LIFE OF A JOB
   pending   -> running      a worker starts it
@@ -517,8 +518,8 @@ def parse_int(text: str, least: int, most: int) -> int:
     return int(text)
 
 
-# No function of Python refuses to wait so many seconds. The id of an installation, which
-# is also parsed as a count, is smaller.
+# No function that gets a number of seconds refuses so many. The id of an installation,
+# which is also parsed as a count, is smaller.
 parse_count = functools.partial(parse_int, least=1, most=4_000_000_000)
 parse_threads = functools.partial(parse_int, least=1, most=999)
 parse_attempts = functools.partial(parse_int, least=0, most=99)
@@ -584,8 +585,8 @@ def parse_agent_env(text: str) -> Sequence[str]:
 
 # A rule owner/name=command, in whose name there may be wildcards.
 TEST_RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*=(.*)"
-# A rule with a URL or a path instead of the name; as a command it makes no sense.
-WRONG_TEST_RULE = r"\s*(\w+://|/)[^\s=]*\s*="
+# A rule with a URL, or a path with wildcards, instead of the name. It is no command.
+WRONG_TEST_RULE = r"\s*(\w+://[^\s=]*|/[^\s=]*\*[^\s=]*)\s*="
 
 
 def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
@@ -3154,7 +3155,7 @@ CREATE TABLE jobs (
     issue_number INTEGER NOT NULL DEFAULT 0,
     issue_url TEXT NOT NULL DEFAULT '',
     label_event_id INTEGER UNIQUE,
-    is_reported INTEGER NOT NULL DEFAULT 0, -- 1: its end is told on the issue, or GitHub refused that
+    is_reported INTEGER NOT NULL DEFAULT 0, -- 1: the issue tells the end, or cannot
     -- Who a review answers, and what they want.
     reviewer TEXT NOT NULL DEFAULT '',
     request_kind TEXT NOT NULL DEFAULT '',
@@ -9139,7 +9140,9 @@ def follow_task(codebot: Codebot, task_id: str) -> None:
         pause()
         # Asked before the events are read: a task that ends in between adds its last one.
         is_live = codebot.store.has_unfinished_jobs(task_id)
-        for event in codebot.store.events(task_id, after, limit=1_000_000):  # all
+        events = codebot.store.events(task_id, after)
+        is_live = is_live or bool(events)  # the store may have more events than that
+        for event in events:
             after = event.seq
             message = event.message.replace("\n", f"\n{'':31}")
             print(f"{event.time}  {event.source:8} {message}", file=sys.stderr)

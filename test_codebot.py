@@ -2308,6 +2308,11 @@ def test_empty_setting_means_the_default(variable: str) -> None:
         ("CODEBOT_SANDBOX", '"env X=1 podman run', "has an unclosed quote"),
         ("CODEBOT_TEST_COMMANDS", "https://a.b/c/*=tox", "must name repositories as"),
         (
+            "CODEBOT_TEST_COMMANDS",
+            "https://github.com/o/n=make",
+            "must name repositories as owner/name, or as */name",
+        ),
+        (
             "CODEBOT_AGENT_ENV",
             "GITHUB_WEBHOOK_SECRET",
             "must be names of environment variables, and none of codebot's own",
@@ -12770,6 +12775,31 @@ def test_second_codebot_in_same_work_dir_is_refused(fresh: Site) -> None:
     assert done.returncode == 1
     assert f"FAIL  {advice}" in done.stdout
     fresh.api.completed(fresh.api.submit())  # the first one goes on
+
+
+@pytest.mark.parametrize(
+    ("lock", "option"),
+    [("work/codebot.lock", "--work-dir"), ("shared.db.lock", "CODEBOT_DATABASE")],
+)
+def test_lock_that_is_a_symlink_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lock: str, option: str
+) -> None:
+    """Whoever can write in its directory could have codebot overwrite another file."""
+    monkeypatch.setattr(tempfile, "tempdir", None)  # take_work_dir changes it
+    work_dir = tmp_path / "work"
+    work_dir.mkdir()
+    target = tmp_path / "target"
+    target.write_text("precious")
+    path = tmp_path / lock
+    path.symlink_to(target)
+    config = codebot.Config(
+        work_dir=str(work_dir), database=str(tmp_path / "shared.db")
+    )
+    advice = rf"Cannot use {re.escape(str(path))}: .*\. Use another {option}\."
+    with pytest.raises(codebot.ConfigError, match=advice):
+        codebot.take_work_dir(config)
+    assert target.read_text() == "precious"
+    assert path.is_symlink()
 
 
 # --- Commands: serve ---------------------------------------------------------
