@@ -129,8 +129,11 @@ WHERE SECRETS GO
 
 KNOWN LIMITATIONS
   - Without a sandbox (CODEBOT_SANDBOX=none) the agent can read and write whatever
-    codebot's user can: the keys, the database, git's token while git runs. A process that
-    removes CODEBOT_RUN from its environment outlives it.
+    codebot's user can: the keys, the database, git's token while git runs. codebot finds
+    what a job left running by the variable CODEBOT_RUN in its environment; a process that
+    removes the variable outlives the job.
+  - Settings are read from .env in the current directory, and they name programs. So start
+    no command of codebot's in a directory that others can write, such as a clone.
   - The agent can write in the directory in which the programs of CODEBOT_SANDBOX and
     CODEBOT_LAUNCHER start, and in the HOME that they get. So they must not read settings
     of their own from there, such as ~/.docker.
@@ -171,8 +174,8 @@ LIFE OF A JOB
   running   -> pending      a stop, a crash, or a transient error interrupts it
   running   -> completed, failed
   A review is deleted when its comments join another review that runs, and with its task.
-  It is also deleted when nothing may be done for it, unless its agent is known to have
-  cost something: then it fails.
+  It is also deleted when nothing may be done for it, unless its agent has cost something,
+  as far as is known: then it fails.
 
   A task's phases are clone, agent, test, commit, push, pull_request; a review's are
   classify, clone, agent, test, commit, push, answer. With a launcher, both are in the
@@ -320,7 +323,9 @@ LOW_DISK_BYTES = 1 << 30  # `check` warns if less space is free
 FULL_DISK_BYTES = 1 << 20
 # Seconds that an unused mirror is kept, in addition to CODEBOT_TASK_RETENTION.
 MIRROR_RETENTION = 30 * 86400.0
-REPACK_RETRY_DELAY = 6 * 3600.0  # seconds until a mirror is packed after a failure
+REPACK_RETRY_DELAY = (
+    6 * 3600.0
+)  # seconds until a mirror is packed again after a failure
 DELIVERY_RETENTION = 7 * 86400.0  # GitHub can redeliver for 3 days (GHES: 7)
 DAILY_REVIEW_JOBS = 50  # jobs on one pull request in a day
 # A larger change in a review fails if others have pushed meanwhile.
@@ -384,7 +389,7 @@ class StopRequested(Exception):
 
 
 class Cancelled(Exception):
-    """A client cancelled the job, or its pull request was closed."""
+    """A client cancelled the job, its issue lost the label, or its pull request closed."""
 
 
 class LimitReached(Exception):
@@ -591,8 +596,8 @@ WRONG_TEST_RULE = r"\s*(\w+://[^\s=]*|/[^\s=]*\*[^\s=]*)\s*="
 
 def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
     """Parse one command for all repositories, or lines ``owner/name=command``."""
-    # A setting is one line in .env, so the characters \n may separate rules. Where no rule
-    # follows, they belong to the command.
+    # In .env all rules are in one line, separated by the two characters \n. If no rule
+    # follows these, they belong to a command.
     text = re.sub(rf"\\n(?={TEST_RULE})", "\n", text)
     rules = []
     for line in text.split("\n"):
@@ -1119,9 +1124,9 @@ def shown_by_terminal(line: str) -> str:
 
 
 # Runs a program on a node, between two lines: SENTINEL, and SENTINEL EXIT_CODE. $0 is the
-# sentinel. If a cluster ends a job, SIGTERM may reach the program shortly before this
-# shell. So after a program that SIGTERM has ended (143), the shell waits for the SIGTERM
-# that would end the shell itself: then it prints no exit code.
+# sentinel. If a cluster ends a job, it sends SIGTERM to the program and to this shell. So
+# after a program that SIGTERM has ended (143), the shell waits a second: if it is ended,
+# too, there is no exit code, and codebot sees a lost node instead of a failed program.
 NODE_SCRIPT = """
 echo "$0"
 "$@"
@@ -1308,8 +1313,8 @@ class RunningProgram:
         """
         code = self.child.wait()
         if self.launch is not None:
-            # Without the second sentinel, something has ended the program or its node.
-            # The signal in its place lets a stop of codebot be noticed below.
+            # Without an exit code from the node, something has ended the program or the
+            # node. That counts as a signal, because it may be due to a stop of codebot.
             code = -signal.SIGTERM if self.node_code is None else self.node_code
         result = ProgramResult(
             code, [*self.stdout.last_lines], [*self.stderr.last_lines]
@@ -1453,7 +1458,7 @@ def end_tagged_processes(run_tag: str) -> None:
 
 
 def base_environment(config: Config) -> dict[str, str]:
-    """Return the minimal environment, which every program of codebot's gets.
+    """Return the minimal environment of a program, to which callers add.
 
     CODEBOT_RUN is WORKDIR-PROCESS-JOB: a hash of the work directory, a random number
     for this codebot process, and the job's id.
@@ -1661,7 +1666,10 @@ def tool_directories(config: Config) -> Iterator[str]:
 
 
 def agent_program_files(config: Config, covers: Mapping[str, str]) -> Iterator[str]:
-    """Yield the files that CODEBOT_CLAUDE_COMMAND names and the covers hide."""
+    """Yield what CODEBOT_CLAUDE_COMMAND names and the covers hide: it is shown again.
+
+    Never a hidden directory itself, or one above it: that would show a secret.
+    """
     program = shutil.which(config.claude_command[0], path=config.search_path) or ""
     for word in (program, *config.claude_command[1:]):
         # Only the directory is resolved: a virtual environment is found by the symlink
@@ -1670,9 +1678,9 @@ def agent_program_files(config: Config, covers: Mapping[str, str]) -> Iterator[s
         path = os.path.join(os.path.realpath(directory), name)
         enclosing = [place for place in covers if is_inside(path, place)]
         innermost = max(enclosing, key=len, default="")
-        # A directory with a hidden one in it, or that is one itself, stays hidden.
-        has_hidden = any(is_inside(place, path) for place in covers)
-        if word.startswith("/") and covers.get(innermost) == HIDDEN and not has_hidden:
+        if any(is_inside(place, path) for place in covers):
+            continue  # it would show a secret
+        if word.startswith("/") and covers.get(innermost) == HIDDEN:
             yield path
 
 
@@ -1693,7 +1701,7 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     hidden = {"/run", home_directory(), *private_directories(config)}
     hidden -= {"/", "/tmp"}  # "/" cannot be covered; /tmp is already the workspace's
     covers = dict.fromkeys(tool_directories(config), READ_ONLY)
-    covers.update(dict.fromkeys(hidden, HIDDEN))  # also one of them with a secret in it
+    covers.update(dict.fromkeys(hidden, HIDDEN))  # also a tool directory with a secret
     # /etc/resolv.conf may lead into /run.
     visible = [os.path.realpath("/etc/resolv.conf"), objects]
     visible += agent_program_files(config, {"/tmp": HIDDEN, **covers})
@@ -1869,8 +1877,8 @@ TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take 34 MB
 MAX_CACHED_REPLIES = 500
-# What was asked for is not there (any more). If GitHub refuses a token, AppRefused is
-# raised instead.
+# By these GitHub says that something is not there (any more). For a token that it refuses,
+# AppRefused is raised instead.
 GONE_STATUSES = (404, 410, 422)
 
 
@@ -2421,7 +2429,7 @@ class GitHubRepository:
 
     def __init__(self, github: GitHub, payload: JsonObject) -> None:
         self.github = github
-        # A compatible server may send no id: then the lookup token is used.
+        # A compatible server that sends no id has to take the lookup token for everything.
         self.id = int(payload.get("id") or LOOKUP)
         self.full_name = str(payload["full_name"])
         self.path = f"/repos/{self.full_name}"
@@ -2437,7 +2445,7 @@ class GitHubRepository:
         try:
             return self.github.call(url, self.id, body, find_existing).value
         except (GitHubError, TransientError):
-            existing = find_existing()  # the last attempt, too, may have taken effect
+            existing = find_existing()  # call() has not asked after the last attempt
             if existing is None:
                 raise
             return existing
@@ -3255,7 +3263,7 @@ CREATE VIEW task_list AS
 -- removed, and its log may grow.
 CREATE VIEW task_activity AS
     SELECT jobs.task_id,
-        MAX(jobs.directory) AS directory, -- the task's; its reviews have the same
+        MAX(jobs.directory) AS directory, -- all jobs of a task have the same, or ''
         IFNULL(pull_requests.state, '') AS pr_state,
         CASE
             WHEN SUM(jobs.completed_at IS NULL) > 0 THEN NULL
@@ -4301,7 +4309,8 @@ def take_work_dir(config: Config) -> None:
 def hold_lock(path: str, subject: str, option: str) -> None:
     """Hold a lock file until this process ends. Raises ConfigError if it cannot."""
     try:
-        # Never closed. Others may write in the directory of CODEBOT_DATABASE: no symlinks.
+        # It is never closed. No symlinks: another user could make codebot overwrite one of
+        # its own files.
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.truncate(lock, 0)
@@ -4585,7 +4594,7 @@ git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
 git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
 # The tree is recorded before the test and committed after it, so nothing that the test
-# leaves behind is committed. Of that, the agent later sees only the ignored files. A
+# leaves behind is committed. Only the ignored files among that stay for the agent. A
 # hostile test could name another tree in step 4, as it could pass without testing
 # anything; that tree, too, is inspected before it is pushed.
 TEST_SCRIPT = """
@@ -4665,6 +4674,7 @@ class DiffScanner:
         self.fault = ""  # why the change must not be pushed
 
     def read(self, lines: list[str]) -> float | None:
+        """Note what is wrong with new lines. A LineHandler that never ends git."""
         # Removed lines, and the headings of hunks, are not new.
         new = [line for line in lines if not line.startswith(("-", "@@"))]
         has_secret = self.redact.has_secret("\n".join(new))  # all at once: it is slow
@@ -4737,9 +4747,10 @@ class Workspace:
 
     # Programs in the sandbox
     #
-    # `script` runs codebot's own scripts on this host, and `run_work` the agent and the
-    # tests, on a node if there is a launcher; both by `supervise`. `fetch_into_outbox`
-    # lets git fetch start git upload-pack. `sandboxed` makes all their command lines.
+    #   script             codebot's own scripts, on this host; by supervise
+    #   run_work           the agent and the tests, perhaps on a node; by supervise
+    #   fetch_into_outbox  git upload-pack, as git fetch starts it
+    # All get their command lines from sandboxed.
 
     def environment(self, with_model_key: bool) -> dict[str, str]:
         """Return all that a program in the workspace gets in its environment."""
@@ -4863,8 +4874,7 @@ class Workspace:
             in the sandbox                        outside of it
             agent's .git -> git upload-pack  -->  git fetch, with fsck -> outbox
 
-        upload-pack is the only process that opens the agent's .git. What crosses is a
-        pack.
+        git fetch does not open the agent's .git: what crosses is a pack.
         """
         # If self.repo were a file, git fetch itself would read it, as a bundle. The agent
         # cannot replace the directory by one: in bwrap it is a mount point.
@@ -5105,7 +5115,7 @@ CLASSIFY_OPTIONS = (
     "--model",
     "haiku",
 )
-# By options; the settings may allow fewer.
+# By the options with which the agent is started; the settings may allow fewer turns.
 MAX_TURNS = {ANSWER_OPTIONS: 20, CLASSIFY_OPTIONS: 4}
 # The option for the task's session, whose id is the task's.
 BEGIN_SESSION = "--session-id"
@@ -5284,7 +5294,7 @@ def ask_agent(
 
     def start() -> None:
         run.agent_ran_since_save = True
-        run.update(transient_since=0.0)  # what was waited for has come
+        run.update(transient_since=0.0)  # the series of transient errors is over
         run.set_phase(phase, attempt)
 
     try:
@@ -5445,7 +5455,7 @@ def name_workspace(run: JobRun) -> None:
         return
     digits = job.id.replace("-", "")
     names = [digits[start : start + 7] for start in range(len(digits) - 6)]
-    # Seven digits that neither another directory nor another outbox has.
+    # Seven digits that no other directory, and so no other outbox, has.
     work_dir = run.config.work_dir
     name = next(name for name in names if not find_paths(work_dir, f"task_*{name}"))
     ticket = slugify(run.redact(job.request.ticket_id))
@@ -5627,7 +5637,7 @@ def test_and_commit(
     message = without_ci_skips(f"{run.redact(title)[:250]}\n\n{summary}")
     commit_id = workspace.write_commit(tree, base_commit, message)
     files = workspace.inspect_commit(base_commit, commit_id)
-    run.codebot.checked_commits.add(commit_id)  # git's fsck has checked it
+    run.codebot.checked_commits.add(commit_id)  # fsck has checked what is new in it
     run.log_event("git", f"Commit {commit_id}", files)
     run.update_outcome(tests=tests, files=files)
     return commit_id
@@ -6103,7 +6113,7 @@ def push_review_commit(review: Review) -> None:
         except JobFailed:
             tip = require_on_branch(workspace, run.job.base_commit)
             if tip == run.job.base_commit:
-                raise  # nobody has pushed: the remote does not want it
+                raise  # nobody has pushed meanwhile: the remote does not want it
         else:
             require_on_branch(workspace, run.job.commit_id)
             return
@@ -6770,7 +6780,7 @@ class Cleanup:
     def remove_workspaces(self) -> None:
         """Remove workspaces and outboxes that no job needs any more."""
         work_dir = self.config.work_dir
-        # Listed before the store is asked, so that it knows the job of everything listed.
+        # Listed before the store is asked: so the store knows the job of each directory.
         paths = find_paths(work_dir, "task_*")
         cutoff = utc_time(self.config.retention)
         retained = self.codebot.store.retained_directories(cutoff)
@@ -8427,14 +8437,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     It uses these methods of http.server: setup() and finish(), which open and close rfile
     and wfile; handle(), which calls handle_one_request() until close_connection is set;
-    and handle_expect_100(), which sends 100 Continue. wfile has no buffer.
+    handle_expect_100(), which sends 100 Continue; and date_time_string(). wfile has no
+    buffer.
     """
 
     server: Server
     rfile: io.BufferedReader
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    # Of the request that is handled; None while its headers, or its body, are unread.
+    # None until the whole request has been read. Then its body; b"" if it has none, or if
+    # it is no longer needed.
     body: bytes | None = None
 
     def handle(self) -> None:
@@ -8715,8 +8727,8 @@ class Server(http.server.ThreadingHTTPServer):
 
 # --- Local checks ------------------------------------------------------------
 #
-# `serve` and `run` do not start if one of these fails, and log the warnings. `check` shows
-# all findings, and has more checks.
+# `serve` does not start if one of these fails, nor does `run`, but for what only a server
+# needs; they log the warnings. `check` shows all findings, and has more checks.
 
 SETTING_PREFIXES = ("CODEBOT_", "GITHUB_APP_", "GITHUB_WEBHOOK_", "GITHUB_ENTERPRISE_")
 # The oldest version of a program that works, by the command that prints the version.
