@@ -323,9 +323,7 @@ LOW_DISK_BYTES = 1 << 30  # `check` warns if less space is free
 FULL_DISK_BYTES = 1 << 20
 # Seconds that an unused mirror is kept, in addition to CODEBOT_TASK_RETENTION.
 MIRROR_RETENTION = 30 * 86400.0
-REPACK_RETRY_DELAY = (
-    6 * 3600.0
-)  # seconds until a mirror is packed again after a failure
+REPACK_RETRY_DELAY = 6 * 3600.0  # seconds until another try to pack a mirror
 DELIVERY_RETENTION = 7 * 86400.0  # GitHub can redeliver for 3 days (GHES: 7)
 DAILY_REVIEW_JOBS = 50  # jobs on one pull request in a day
 # A larger change in a review fails if others have pushed meanwhile.
