@@ -1521,9 +1521,8 @@ def stop_launched(config: Config, workspace: str, only_if: str = "") -> bool:
     # for writing because NFS wants that of an exclusive lock.
     with contextlib.suppress(FileNotFoundError), open(record, "r+b") as lock:
         # Another thread, or an earlier server's watchdog, may be stopping the same launch.
-        # When it is done, the record may be gone, or there may be a new one, of the next
-        # launch in this workspace. So the lock of the old file is only waited for, and what
-        # the record's path leads to now decides.
+        # So wait for their lock, and then read the record by its path again. It is gone, or
+        # it belongs to the next launch in this workspace, which may not be meant.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not record.read_text().startswith(only_if):
             return True
@@ -1664,9 +1663,9 @@ def tool_directories(config: Config) -> Iterator[str]:
 
 
 def agent_program_files(config: Config, covers: Mapping[str, str]) -> Iterator[str]:
-    """Yield what CODEBOT_CLAUDE_COMMAND names and the covers hide: it is shown again.
+    """Yield the absolute paths in CODEBOT_CLAUDE_COMMAND that the covers hide.
 
-    Never a hidden directory itself, or one above it: that would show a secret.
+    Not one that equals or contains a cover: mounting it would undo that cover.
     """
     program = shutil.which(config.claude_command[0], path=config.search_path) or ""
     for word in (program, *config.claude_command[1:]):
@@ -1677,7 +1676,7 @@ def agent_program_files(config: Config, covers: Mapping[str, str]) -> Iterator[s
         enclosing = [place for place in covers if is_inside(path, place)]
         innermost = max(enclosing, key=len, default="")
         if any(is_inside(place, path) for place in covers):
-            continue  # it would show a secret
+            continue
         if word.startswith("/") and covers.get(innermost) == HIDDEN:
             yield path
 
@@ -3007,10 +3006,10 @@ class Mirror(GitDirectory):
         return branch, commit
 
     def fetch_branch(self, repository: Repository, branch: str) -> tuple[str, str]:
-        """Bring the mirror up to date, unless its branch contains the remote's commit.
+        """Ask the remote for the branch's tip, and fetch all branches if it is missing.
 
-        Returns the branch's name and commit. Raises BranchNotFound. ("Contains": somebody
-        may have set the remote's branch back to an earlier commit.)
+        Returns the branch's name and the remote's tip, which the mirror's branch contains:
+        it may be further, if the remote's was set back. Raises BranchNotFound.
         """
         with self.lock() as descriptor:
             os.utime(descriptor)  # cleanup looks at when the mirror was last used
@@ -4572,7 +4571,7 @@ class JobRun:
 # sandbox. codebot takes one thing from there: the tree that the agent left. It makes
 # the commit itself, in a bare repository that no sandbox shows, the outbox.
 
-# Every script that runs in a workspace begins with this. It removes the lock files that a
+# Every script of Workspace begins with this. It removes the lock files that a
 # killed git may have left, and defines `g`: git without hooks, fsmonitor, signing and gc.
 GIT_FUNCTION = """
 for lock in .git/index.lock .git/HEAD.lock; do
@@ -4591,10 +4590,10 @@ git config remote.origin.url "$url" &&
 git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
 git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
-# The tree is recorded before the test and committed after it, so nothing that the test
-# leaves behind is committed. Only the ignored files among that stay for the agent. A
-# hostile test could name another tree in step 4, as it could pass without testing
-# anything; that tree, too, is inspected before it is pushed.
+# Nothing that the test writes is committed: the tree is recorded before it and restored
+# after it. Only ignored files stay for the next attempt. A hostile test could name another
+# tree in step 4, as it could pass without testing anything; whatever is named is inspected
+# before it is pushed.
 TEST_SCRIPT = """
 reset() {
     g checkout-index -q -f -a && g clean -q -ff -d
@@ -4874,8 +4873,8 @@ class Workspace:
 
         git fetch does not open the agent's .git: what crosses is a pack.
         """
-        # If self.repo were a file, git fetch itself would read it, as a bundle. The agent
-        # cannot replace the directory by one: in bwrap it is a mount point.
+        # If self.repo were a file, git fetch itself would read it, as a bundle. In bwrap it
+        # is a mount point, which the agent cannot replace; in another sandbox it may.
 
         # git adds the path, and lets sh run: bwrap … -- git upload-pack '/…/repo'
         upload_pack = self.sandboxed(["git", "upload-pack"])
@@ -5363,10 +5362,9 @@ def run_task(run: JobRun) -> None:
 
     What earlier runs have stored    What is left to do
       nothing, or no commit_id         everything, the agent included
-      commit_id                        push the commit in the outbox; if that was lost,
-                                       everything
+      commit_id                        push the commit; if the outbox was lost, everything
       push_started                     push the commit, unless the branch has a pull
-                                       request
+                                       request; never the agent again
       the pull request                 find it, and finish
     """
     run.set_phase("clone")
@@ -5691,7 +5689,9 @@ def pull_request_body(run: JobRun) -> str:
     if job.issue_number:
         facts += f"Closes #{job.issue_number}\n"
     # Redacted before it is truncated: a secret that was cut in two would not be found.
-    task = quoted(speaker, truncate(run.redact(task_text(job.request)), 10_000))
+    task = truncate(run.redact(task_text(job.request)), 10_000)
+    # No HTML: a tag without an end could hide the facts that follow.
+    task = quoted(speaker, re.sub("<(?=[A-Za-z/!?])", "&lt;", task))
     files = code_block(truncate(outcome.files, 10_000))
     summary = quoted("The agent", truncate(outcome.summary, 20_000))
     body = (
@@ -6345,9 +6345,9 @@ class Sync:
     def queue_new_comments(
         self, pull_request: PullRequest, github_repository: GitHubRepository
     ) -> None:
-        # What is written while the lists are read may be missing in them. So the next
-        # look begins with the latest change that this one has seen, but not later than
-        # 10 s before this one, by GitHub's clock.
+        # The next look begins with the latest change that this one has seen, but at most
+        # with GitHub's present time less 10 s: the lists may lack what was written while
+        # they were read.
         started = utc_time(seconds_ago=10 - self.github.clock_skew)
         latest = pull_request.seen_until
         comments = []
@@ -8384,10 +8384,9 @@ class ConnectionTable:
     def evict(self) -> None:
         """Hang up the connection that has waited longest for its client.
 
-        That is the first idle one, whose client has to send something. A client that has
-        to read its answer is spared, unless no connection is idle, or more than half of
-        all have such a client and are older than the idle one: then somebody leaves
-        answers unread to keep others out.
+        That is the oldest that is waiting or receiving. If there is none, or if older ones
+        that are sending are more than half of all, it is the oldest of these: somebody
+        leaves answers unread to keep others out.
         Raises OSError if all connections are with a handler.
         """
         idle = None

@@ -5322,6 +5322,15 @@ def test_agent_cannot_close_the_quote_of_its_words(shared: Site) -> None:
     assert "Use List<T> </b>." in body
 
 
+def test_html_in_task_cannot_hide_the_facts_after_it(shared: Site) -> None:
+    # GitHub takes such a tag to reach up to the next quotation mark.
+    task = 'Compare a < b.\n<div title="\n<template> <!DOCTYPE </details> 1 <2'
+    shared.api.completed(shared.api.submit(task))
+    body = shared.repository.pulls[0]["body"]
+    assert '> Compare a < b.\n> &lt;div title="\n' in body
+    assert "> &lt;template> &lt;!DOCTYPE &lt;/details> 1 <2\n" in body
+
+
 def test_pull_request_says_that_there_was_no_test(shared: Site) -> None:
     shared.api.completed(shared.api.submit())
     assert "no test" in shared.repository.pulls[0]["body"].lower()
