@@ -16,15 +16,16 @@ bwrap and claude.
 
 HOW TO READ THIS FILE
   From the top, once. Code calls only what stands above it or in its own section. In the
-  sections Task and Review the list of steps comes first: `run_task`, `run_review`.
+  sections Task and Review the list of steps comes first: `run_task`, `run_review`. A table
+  in `run_steps` says what each exception does to a job.
     I.   The boundary   how codebot runs programs, asks GitHub, and uses git
     II.  The work       every state, what an agent receives, what happens to its work
     III. The network    everything that can be requested from outside, and by whom
     IV.  Commands       how it is started and stopped
   If you have only an hour, read `Redactor`, `run_program`, `sandbox_mounts`,
   `GitHub.send`, `has_write_access`, `remote_environment`, `run_task`,
-  `Workspace.environment`, `fetch_into_outbox`, `DiffScanner`, `load_comments`,
-  `Sync.obstacle`, `require_api_key`, `require_signature` and `ROUTES`.
+  `Workspace.environment`, `fetch_into_outbox`, `DiffScanner`, `check_write_access`,
+  `load_comments`, `Sync.obstacle`, `require_api_key`, `require_signature` and `ROUTES`.
   The page stands at the beginning of part III. Its style can be skipped; its script
   never inserts HTML.
 
@@ -1865,8 +1866,8 @@ class Sandbox:
 
 # Not "workflows": so GitHub refuses a push that changes .github/workflows.
 TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "write"}
-# Which credential a request is sent with: the id of a repository, which is above 0, stands
-# for the token of that repository.
+# What a request is sent with: a repository's id, which is above 0 and stands for the token
+# of that repository, or one of these two.
 Credential = int
 LOOKUP = 0  # the token that can only look up names
 AS_APP = -1  # the App's own JWT
@@ -2121,8 +2122,8 @@ class GitHub:
         # No request is sent until then: asking on at a rate limit may get the App banned.
         self.silent_until = 0.0
         self._bot: Bot | None = None
-        # These are shared by threads without a lock: each use is one atomic step, and
-        # two threads that fetch the same token at once do no harm.
+        # These are shared by threads without a lock. Each step is atomic; and it does no
+        # harm if two threads fetch the same token, or clear a memory, at once.
         self._tokens: dict[Credential, tuple[str, float]] = {}  # each with its expiry
         self._replies: dict[str, Reply] = {}  # by URL
         # Repository and login: until when (monotonic) a refusal is remembered.
@@ -2422,7 +2423,7 @@ class GitHub:
 
 
 class GitHubRepository:
-    """One repository at GitHub, asked with a token for this repository only."""
+    """One repository at GitHub, asked with its own token."""
 
     def __init__(self, github: GitHub, payload: JsonObject) -> None:
         self.github = github
@@ -3350,9 +3351,10 @@ class Job:
     issue_url: str
     # Only of a review
     reviewer: str
-    # What the reviewer wants: "question", "change", "unclear" or "none". "limit" is a
-    # review above the daily limit. While it is "" and the job is pending, what they write
-    # joins this job. A review that fails before it is classified becomes "unclear".
+    # What the reviewer wants: "question", "change", "unclear" or "none". "": that is not
+    # known yet, and while the job is pending, what they write next joins it. "limit": the
+    # review is above the daily limit. A review that fails before it is classified becomes
+    # "unclear", so that nothing joins it.
     request_kind: str
     # Interruptions and retries
     interruptions: int
@@ -5855,9 +5857,9 @@ def refusal_error(run: JobRun, error: GitHubError) -> Exception:
 
 
 def may_appear_later(timestamp: str, clock_skew: float = 0.0) -> bool:
-    """Return whether what was written at that time, and is not there, may still come.
+    """Return whether GitHub may not show yet, everywhere, what was written at that time.
 
-    ``clock_skew``: GitHub's, if GitHub gave the time.
+    ``clock_skew`` is GitHub's if GitHub gave the time.
     """
     return timestamp > utc_time(seconds_ago=VISIBILITY_DELAY - clock_skew)
 
@@ -6547,7 +6549,8 @@ def run_job(codebot: Codebot, job: Job) -> None:
         ending = run_steps(run)
         if must_tell_reviewer(run, ending):
             store_failure(run, ending)
-            ending = run_steps(run)  # which now only post the failure
+            # The steps once more: run_review only posts the error, and fails with it.
+            ending = run_steps(run)
         store_ending(run, ending)
     finally:
         del codebot.running[job.id]
