@@ -1935,7 +1935,6 @@ class Comment:
     user: str
     text: str  # without what people on GitHub do not see
     thread: int  # the id of the comment that a reply goes to
-    review_id: int  # of the GitHub review that it is part of, or 0
     created_at: str
     path: str = ""
     line: int = 0  # 0: unknown
@@ -2040,16 +2039,12 @@ def parse_comment(place: str, payload: JsonObject) -> Comment | None:
     if not user or not text.strip() or is_pending:
         return None
     comment_id = int(payload["id"])
-    review_id = int(payload.get("pull_request_review_id") or 0)
-    if place == "review_text":
-        review_id = comment_id
     return Comment(
         place=place,
         id=comment_id,
         user=user,
         text=text,
         thread=int(payload.get("in_reply_to_id") or comment_id),
-        review_id=review_id,
         created_at=str(payload.get("created_at") or payload["submitted_at"]),
         path=str(payload.get("path", "")),
         # `line` is null once the comment is outdated.
@@ -3220,7 +3215,6 @@ CREATE TABLE comments (
     user TEXT NOT NULL,
     text TEXT NOT NULL,
     thread INTEGER NOT NULL,
-    review_id INTEGER NOT NULL,
     created_at TEXT NOT NULL,
     path TEXT NOT NULL,
     line INTEGER NOT NULL,
@@ -4226,11 +4220,11 @@ def insert_comment(
     db.execute(
         """
         INSERT INTO comments (
-            place, id, task_id, job_id, user, text, thread, review_id,
-            created_at, path, line, diff_hunk
+            place, id, task_id, job_id, user, text, thread, created_at, path, line,
+            diff_hunk
         ) VALUES (
-            :place, :id, :task_id, :job_id, :user, :text, :thread, :review_id,
-            :created_at, :path, :line, :diff_hunk
+            :place, :id, :task_id, :job_id, :user, :text, :thread, :created_at, :path,
+            :line, :diff_hunk
         )
         """,
         {**vars(comment), "task_id": task_id, "job_id": job_id},

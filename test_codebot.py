@@ -3574,7 +3574,6 @@ def make_comment(comment_id: int, user: str) -> codebot.Comment:
         user=user,
         text="Why?",
         thread=comment_id,
-        review_id=0,
         created_at=codebot.utc_time(),
     )
 
@@ -6709,7 +6708,6 @@ MALFORMED_FIELDS = [
     ("comment.line", 10**30),
     ("comment.in_reply_to_id", ["x"]),
     ("comment.in_reply_to_id", 10**30),
-    ("comment.pull_request_review_id", 10**30),
 ]
 
 
