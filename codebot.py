@@ -2258,11 +2258,15 @@ class GitHub:
             else:
                 raise_if_refused(reply)
                 delay = self.retry_delay(reply, attempt)
+        raise self.last_error(credential, reply)
+
+    def last_error(self, credential: Credential, reply: Reply) -> TransientError:
+        """Return the error for the response to the last attempt."""
         if reply.status != 401:
-            raise TransientError(f"GitHub does not answer: {reply.error}")
+            return TransientError(f"GitHub does not answer: {reply.error}")
         if credential != AS_APP:
-            raise AppRefused(f"GitHub rejected a new token ({reply.error})")
-        raise AppRefused(
+            return AppRefused(f"GitHub rejected a new token ({reply.error})")
+        return AppRefused(
             "GitHub rejected the App's key: GITHUB_APP_PRIVATE_KEY_PATH and "
             f"GITHUB_APP_ID {self.config.app_id} do not belong to the same App "
             f"({reply.error})"
@@ -6567,11 +6571,10 @@ def run_steps(run: JobRun) -> Ending:
       ReviewSkipped                          the review is deleted; failed, as
                                              cancelled, if its agent has cost something
     """
-    job_id = run.job.id
-    kind = run.job.kind
+    job = run.job  # as it was before; its id and kind stay
     try:
         check_may_run(run)
-        if kind == "review":
+        if job.kind == "review":
             run_review(run)
         else:
             run_task(run)
@@ -6581,7 +6584,7 @@ def run_steps(run: JobRun) -> Ending:
     except StopRequested:
         return Ending("pending")
     except Cancelled:
-        return Ending("failed", "cancelled", CANCELLED_TEXT[kind])
+        return Ending("failed", "cancelled", CANCELLED_TEXT[job.kind])
     except TransientError as error:
         return ending_after_transient_error(run, str(error), error.retry_at)
     except sqlite3.OperationalError as error:
@@ -6590,14 +6593,14 @@ def run_steps(run: JobRun) -> Ending:
         message = f"This host cannot go on: {os_error_text(error)}"
         if error.errno in TRANSIENT_ERRNOS:
             return ending_after_transient_error(run, message)
-        log.exception("Job %s", job_id)
+        log.exception("Job %s", job.id)
         return Ending("failed", "internal", message)
     except JobFailed as error:
         return Ending("failed", error.reason, str(error))
     except (GitFailed, GitHubError) as error:
         return Ending("failed", "internal", str(error))
     except Exception:
-        log.exception("Job %s", job_id)
+        log.exception("Job %s", job.id)
         return Ending("failed", "internal", "Internal error; see the server's log")
 
 

@@ -2107,6 +2107,16 @@ def test_every_exception_is_caught_in_three_places_only() -> None:
     assert PROGRAM.read_text().count("except Exception") == 3
 
 
+def test_no_function_is_longer_than_45_lines() -> None:
+    long = []
+    for node in ast.walk(ast.parse(PROGRAM.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno is not None
+            if node.end_lineno - node.lineno + 1 > 45:
+                long.append(node.name)
+    assert long == []
+
+
 def test_only_standard_library_is_imported() -> None:
     names = set()
     for node in ast.walk(ast.parse(PROGRAM.read_text())):
@@ -3587,6 +3597,20 @@ def store_review(
     return job_id
 
 
+def claim_review(store: codebot.Store) -> codebot.Job:
+    """Store a task that is completed and a review of its pull request; start that."""
+    pull_request = store_pull_request(store, store_task_in_state(store, "completed"))
+    review = store.claim(store_review(store, pull_request, 1, "alice"))
+    assert review is not None
+    return review
+
+
+def app_with(store: codebot.Store) -> codebot.Codebot:
+    app = codebot.Codebot(codebot.Config(no_github=True, work_dir=store.path + ".dir"))
+    app.store = store
+    return app
+
+
 @contextlib.contextmanager
 def other_program(store: codebot.Store) -> Iterator[sqlite3.Connection]:
     """Open the database as another program would."""
@@ -3794,8 +3818,7 @@ def test_task_that_comes_while_another_is_in_the_queue_starts_soon(
     store: codebot.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(codebot, "run_job", lambda app, job: None)
-    app = codebot.Codebot(codebot.Config(no_github=True, work_dir=store.path + ".dir"))
-    app.store = store
+    app = app_with(store)
     request = store_task(store).request
     app.jobs_due.set()
     codebot.queue_due_jobs(app)
@@ -3808,15 +3831,11 @@ def test_task_that_comes_while_another_is_in_the_queue_starts_soon(
 
 
 def test_free_retry_of_interrupted_review_is_not_its_last(store: codebot.Store) -> None:
-    pull_request = store_pull_request(store, store_task_in_state(store, "completed"))
-    review = store.claim(store_review(store, pull_request, 1, "alice"))
-    assert review is not None
+    review = claim_review(store)
     store.requeue(review.id, interruptions=codebot.MAX_INTERRUPTIONS)
     review = store.claim(review.id)
     assert review is not None
-    app = codebot.Codebot(codebot.Config(no_github=True, work_dir=store.path + ".dir"))
-    app.store = store
-    run = codebot.JobRun(app, review)
+    run = codebot.JobRun(app_with(store), review)
     ending = codebot.ending_after_transient_error(run, "502")
     codebot.store_ending(run, ending)
     assert stored_job(store, review).status == "pending"
@@ -3825,12 +3844,8 @@ def test_free_retry_of_interrupted_review_is_not_its_last(store: codebot.Store) 
 def test_finished_answer_is_posted_again_without_counting_interruptions(
     store: codebot.Store,
 ) -> None:
-    pull_request = store_pull_request(store, store_task_in_state(store, "completed"))
-    review = store.claim(store_review(store, pull_request, 1, "alice"))
-    assert review is not None
-    app = codebot.Codebot(codebot.Config(no_github=True, work_dir=store.path + ".dir"))
-    app.store = store
-    run = codebot.JobRun(app, review)
+    review = claim_review(store)
+    run = codebot.JobRun(app_with(store), review)
     run.agent_ran_since_save = True
     outcome = dataclasses.replace(review.outcome, answers={"conversation 1": "Yes."})
     run.save_work(outcome=outcome)
@@ -3843,12 +3858,8 @@ def test_finished_answer_is_posted_again_without_counting_interruptions(
 def test_failure_that_the_reviewer_is_to_be_told_survives_retries(
     store: codebot.Store,
 ) -> None:
-    pull_request = store_pull_request(store, store_task_in_state(store, "completed"))
-    review = store.claim(store_review(store, pull_request, 1, "alice"))
-    assert review is not None
-    app = codebot.Codebot(codebot.Config(no_github=True, work_dir=store.path + ".dir"))
-    app.store = store
-    run = codebot.JobRun(app, review)
+    review = claim_review(store)
+    run = codebot.JobRun(app_with(store), review)
     failure = codebot.Ending("failed", "stalled", "No output")
     assert codebot.must_tell_reviewer(run, failure)
     codebot.store_failure(run, failure)
@@ -3863,9 +3874,7 @@ def test_failure_that_the_reviewer_is_to_be_told_survives_retries(
 def test_cancelled_run_fails_as_cancelled_however_its_steps_end(
     store: codebot.Store, status: str
 ) -> None:
-    app = codebot.Codebot(codebot.Config(no_github=True, work_dir=store.path + ".dir"))
-    app.store = store
-    run = codebot.JobRun(app, store_task_in_state(store, "running"))
+    run = codebot.JobRun(app_with(store), store_task_in_state(store, "running"))
     run.is_cancelled = True
     codebot.store_ending(run, codebot.Ending(status, "internal", "502"))
     task = stored_job(store, run.job)
