@@ -1540,8 +1540,8 @@ def stop_launched(config: Config, workspace: str, only_if: str = "") -> bool:
 
 def run_stop_command(config: Config, workspace: str) -> str:
     """Run CODEBOT_LAUNCHER_STOP. Returns what went wrong, "" if nothing did."""
-    if not config.launcher_stop:
-        return "it is not set"  # any more: it was when this was launched
+    if not config.launcher_stop:  # it was set when the program was launched
+        return "it is not set"
     words = launcher_words(config.launcher_stop, workspace)
     try:
         result = run_program(
@@ -4571,8 +4571,8 @@ class JobRun:
 # sandbox. codebot takes one thing from there: the tree that the agent left. It makes
 # the commit itself, in a bare repository that no sandbox shows, the outbox.
 
-# Every script of Workspace begins with this. It removes the lock files that a
-# killed git may have left, and defines `g`: git without hooks, fsmonitor, signing and gc.
+# Every script of Workspace begins with this. It removes the lock files that a killed git
+# may have left, and defines `g`: git without hooks, fsmonitor, signing and gc.
 GIT_FUNCTION = """
 for lock in .git/index.lock .git/HEAD.lock; do
     if [ -e "$lock" ]; then rm -rf "$lock"; fi
@@ -6639,7 +6639,7 @@ def ending_after_transient_error(
     job = run.job
     now = time.time()
     interruptions = int(run.agent_ran_since_save)
-    is_too_often = interruptions and job.interruptions + 1 >= MAX_INTERRUPTIONS
+    is_too_often = interruptions == 1 and job.interruptions + 1 >= MAX_INTERRUPTIONS
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     if is_too_often or now > give_up_at:
         reason = job.reason or REASON_BY_PHASE.get(job.phase, "internal")
