@@ -340,6 +340,8 @@ T = TypeVar("T")
 # JSON as it arrives from outside: anything may be in it.
 Json = Any
 JsonObject = Mapping[str, Any]
+Headers = Mapping[str, str]
+NO_HEADERS: Headers = {}
 
 
 class ConfigError(Exception):
@@ -354,7 +356,7 @@ class HTTPError(Exception):
     """Refuses a client's request with a status and a message."""
 
     def __init__(
-        self, status: int, message: str, headers: Mapping[str, str] = {}
+        self, status: int, message: str, headers: Headers = NO_HEADERS
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -2083,7 +2085,7 @@ def is_rate_limit(reply: Reply) -> bool:
 
 
 def raise_if_refused(reply: Reply) -> None:
-    """Raise the error of a response that would be the same if it was asked for again now."""
+    """Raise an error if another attempt now would get the same response."""
     status = reply.status
     if status == 0 or status >= 500 or is_rate_limit(reply):
         return
@@ -2258,9 +2260,11 @@ class GitHub:
             else:
                 raise_if_refused(reply)
                 delay = self.retry_delay(reply, attempt)
-        raise self.last_error(credential, reply)
+        raise self.last_attempt_error(credential, reply)
 
-    def last_error(self, credential: Credential, reply: Reply) -> TransientError:
+    def last_attempt_error(
+        self, credential: Credential, reply: Reply
+    ) -> TransientError:
         """Return the error for the response to the last attempt."""
         if reply.status != 401:
             return TransientError(f"GitHub does not answer: {reply.error}")
@@ -5855,7 +5859,7 @@ def refusal_error(run: JobRun, error: GitHubError) -> Exception:
 
 
 def may_appear_later(timestamp: str, clock_skew: float = 0.0) -> bool:
-    """Return whether GitHub may not show yet, everywhere, what was written at that time.
+    """Return whether GitHub may not show everywhere yet what was written at that time.
 
     ``clock_skew`` is GitHub's if GitHub gave the time.
     """
@@ -5887,7 +5891,10 @@ def check_write_access(review: Review) -> None:
 
 
 def absorb_waiting_comments(review: Review) -> None:
-    """Until the request is classified, add what else its reviewer has waiting."""
+    """Until the request is classified, add what else its reviewer has waiting.
+
+    The daily limit is applied then, too.
+    """
     run = review.run
     if run.job.request_kind:
         return
@@ -7626,8 +7633,6 @@ def parse_object(data: bytes) -> dict[str, Json]:
     raise ValueError("is not a JSON object")
 
 
-Headers = Mapping[str, str]
-NO_HEADERS: Headers = {}
 Fields = dict[str, object]  # of a JSON object
 
 
