@@ -8338,14 +8338,11 @@ class ConnectionTable:
         self._entries: dict[socket.socket, Entry] = {}
 
     def add(self, connection: socket.socket) -> None:
-        """Add a new connection, which waits. Raises OSError if no other can make room.
-
-        Only one thread accepts connections, so there cannot be more meanwhile.
-        """
-        if len(self._entries) >= MAX_CONNECTIONS:
-            self.evict()
+        """Add a new connection, which waits. Raises OSError if no other can make room."""
         deadline = time.monotonic() + STATE_TIMEOUTS["waiting"]
         with self._lock:
+            if len(self._entries) >= MAX_CONNECTIONS:
+                self._evict()
             self._entries[connection] = Entry(deadline)
 
     def remove(self, connection: socket.socket) -> None:
@@ -8387,6 +8384,13 @@ class ConnectionTable:
                     self._drop(connection)
 
     def evict(self) -> None:
+        """Make room when no descriptor is left. Raises OSError if no connection can."""
+        with self._lock:
+            self._evict()
+
+    # With the lock held
+
+    def _evict(self) -> None:
         """Hang up the connection that has waited longest for its client.
 
         That is the oldest that is waiting or receiving. If there is none, or if older ones
@@ -8396,21 +8400,18 @@ class ConnectionTable:
         """
         idle = None
         unread = []  # connections with an answer that are older than the idle one
-        with self._lock:
-            for connection, entry in self._entries.items():
-                if entry.state in ("waiting", "receiving"):
-                    idle = connection
-                    break
-                if entry.state == "sending":
-                    unread.append(connection)
-            victim = idle
-            if unread and (idle is None or len(unread) > len(self._entries) / 2):
-                victim = unread[0]
-            if victim is None:
-                raise ConnectionRefusedError("all connections are with a handler")
-            self._drop(victim)
-
-    # With the lock held
+        for connection, entry in self._entries.items():
+            if entry.state in ("waiting", "receiving"):
+                idle = connection
+                break
+            if entry.state == "sending":
+                unread.append(connection)
+        victim = idle
+        if unread and (idle is None or len(unread) > len(self._entries) / 2):
+            victim = unread[0]
+        if victim is None:
+            raise ConnectionRefusedError("all connections are with a handler")
+        self._drop(victim)
 
     def _entry(self, connection: socket.socket) -> Entry:
         if connection not in self._entries:

@@ -9683,6 +9683,34 @@ def test_flood_of_connections_does_not_end_an_answer(crowded_site: Site) -> None
             assert b"event: end" in stream.read()
 
 
+class LateLock:
+    """A lock of a ConnectionTable that another thread gets first, to remove a client."""
+
+    def __init__(self, table: codebot.ConnectionTable, leaving: socket.socket) -> None:
+        self.entries = table._entries
+        self.leaving = leaving
+
+    def __enter__(self) -> None:
+        self.entries.pop(self.leaving, None)
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def test_answer_stays_if_another_client_leaves_while_room_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(codebot, "MAX_CONNECTIONS", 2)
+    table = codebot.ConnectionTable()
+    with socket.socket() as reading, socket.socket() as idle, socket.socket() as new:
+        table.add(reading)
+        table.enter(reading, "sending")
+        table.add(idle)
+        table._lock = LateLock(table, idle)  # type: ignore[assignment]
+        table.add(new)
+        assert set(table._entries) == {reading, new}
+
+
 def begin_upload(site: Site) -> socket.socket:
     """Begin a body of 290,000 bytes for the webhook, where no key is needed."""
     connection = site.api.connect()
