@@ -1860,25 +1860,25 @@ class Sandbox:
 
 # --- GitHub ------------------------------------------------------------------
 #
-# All requests to GitHub's REST API: only GET and POST. As the App itself codebot signs a
-# JWT with the App's key. For everything else it uses installation tokens: one that can
-# only look up names, and one for each repository, which can read and write contents, pull
-# requests and issues of that repository. A token lives for an hour and is kept in memory
-# only.
+# This section makes all requests to GitHub's REST API, and uses only GET and POST. To act
+# as the App itself, codebot signs a JWT with the App's key. For everything else it uses
+# installation tokens: the lookup token, which can only read names, and a token for each
+# repository, which can read and write its contents, pull requests and issues. A token
+# lives for an hour and is kept in memory only.
 
-# Not "workflows": so GitHub refuses a push that changes .github/workflows.
+# "workflows" is left out, so GitHub refuses a push that changes .github/workflows.
 TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "write"}
-# What a request is sent with: a repository's id, which is above 0 and stands for the token
-# of that repository, or one of these two.
+# Selects the token of a request. A repository's id, which is above 0, selects that
+# repository's token. The other values are these two.
 Credential = int
-LOOKUP = 0  # the token that can only look up names
+LOOKUP = 0  # the lookup token, which can only read names
 AS_APP = -1  # the App's own JWT
 TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take 34 MB
 MAX_CACHED_REPLIES = 500
-# By these GitHub says that something is not there (any more). For a token that it refuses,
-# AppRefused is raised instead.
+# With these statuses GitHub reports that something does not exist, or no longer does. If
+# it refuses to issue a token, AppRefused is raised instead.
 GONE_STATUSES = (404, 410, 422)
 
 
@@ -1891,24 +1891,24 @@ class GitHubError(Exception):
 
 
 class NotFound(GitHubError):
-    """GitHub answered with 404: it has no such thing (any more), or does not show it."""
+    """GitHub answered 404: the thing does not exist (any more), or is not shown to us."""
 
 
 class AppRefused(TransientError):
-    """GitHub gave the App no token, or did not accept it.
+    """GitHub issued the App no token, or rejected its token or JWT.
 
     The App may be suspended for a while, so the job is retried. Only a new task fails
-    at once: there the usual cause is that the App is not installed on the repository.
+    at once, because then the App is usually not installed on the repository.
     """
 
 
 class Reply(NamedTuple):
-    """A response of GitHub, or the lack of one."""
+    """A response from GitHub, or the reason why there is none."""
 
     status: int  # 0: there was no usable response
     headers: email.message.Message
     value: Json = None  # the JSON that was asked for
-    error: str = ""  # instead of it: what went wrong
+    error: str = ""  # what went wrong, if there is no value
 
     @property
     def entries(self) -> Json:
@@ -1919,7 +1919,7 @@ class Reply(NamedTuple):
 
 
 class Bot(NamedTuple):
-    """The App's user, as which codebot commits and comments."""
+    """The App's own user, in whose name codebot commits and comments."""
 
     login: str
     id: int
@@ -1927,15 +1927,15 @@ class Bot(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Comment:
-    """What a person wrote on a pull request.
+    """A text that a person wrote on a pull request.
 
-    The text of a GitHub review is one comment, each of its inline comments another.
+    The text of a GitHub review is one comment, and each inline comment is another.
     """
 
     place: str  # where it is: "review_text", "inline" (on a line) or "conversation"
     id: int
     user: str
-    text: str  # without what people on GitHub do not see
+    text: str  # only what people see on GitHub
     thread: int  # the id of the comment that a reply goes to
     created_at: str
     path: str = ""
@@ -1970,19 +1970,19 @@ class Issue(NamedTuple):
 
 
 class LabelEvent(NamedTuple):
-    """The last time that a label was put on an issue, which has it since then."""
+    """The event that last put a label on an issue, which still has the label."""
 
     id: int
     actor: str  # "" for bots and deleted users
     created_at: str
-    old_title: str  # the issue's title then, "" if it has not changed
+    old_title: str  # the issue's title at that time; "" if unchanged since
 
 
 class NoRedirects(urllib.request.HTTPErrorProcessor):
-    """Returns every response as it is, redirects and errors too.
+    """Returns every response as it is, including redirects and errors.
 
-    urllib would follow a redirect to another host, with the token, and raise an
-    exception for an error.
+    By itself, urllib would follow a redirect to another host, with the token, and would
+    raise an exception for an error.
     """
 
     def http_response(self, request: object, response: Any) -> Any:
@@ -1991,9 +1991,9 @@ class NoRedirects(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
-# The group is the comment's end; "<!-->" is a comment, too. One without an end matches up
-# to the end of the text (`\Z`) with an empty group: if it did not match, thousands of them
-# would each be searched for an end.
+# The group is the comment's end. "<!-->" is also a comment. A comment without an end
+# matches up to the end of the text (`\Z`), with an empty group. If it did not match, a
+# text with thousands of "<!--" would be searched for an end from each of them.
 HTML_COMMENT_RE = re.compile(r"<!(?=--).*?(-->|\Z)", re.DOTALL)
 CUT_NOTE = "(what follows an HTML comment without an end was cut)"
 INVISIBLE_RE = re.compile(
@@ -2008,10 +2008,10 @@ INVISIBLE_RE = re.compile(
 
 
 def visible_text(text: str) -> str:
-    """Remove what people on GitHub do not see: comments, zero-width and bidi signs.
+    """Remove what people do not see on GitHub: HTML comments and invisible characters.
 
-    For example: "a <!-- b --> c" becomes "a  c". In a block of HTML, GitHub hides all that
-    follows a comment without an end. Here that is cut everywhere, with a note.
+    For example, "a <!-- b --> c" becomes "a  c". In a block of HTML, GitHub hides all
+    text after a comment without an end. Here it is cut everywhere, and a note says so.
     """
     comment_ends = HTML_COMMENT_RE.findall(text)
     visible = INVISIBLE_RE.sub("", HTML_COMMENT_RE.sub("", text))
@@ -2030,10 +2030,10 @@ def person_login(user: Json) -> str:
 
 
 def parse_comment(place: str, payload: JsonObject) -> Comment | None:
-    """Read a comment or review from the API or a webhook.
+    """Parse a comment or review from the API or a webhook.
 
-    Returns None for bots, deleted users and empty texts. Raises KeyError, TypeError or
-    ValueError if the payload has another shape.
+    Returns None for bots, deleted users, empty texts and pending reviews. Raises
+    KeyError, TypeError or ValueError if the payload has an unexpected shape.
     """
     user = person_login(payload["user"])
     text = visible_text(payload["body"] or "")
@@ -2060,7 +2060,7 @@ def base64url(data: bytes) -> str:
 
 
 def github_error_text(status: int, body: bytes) -> str:
-    """Return GitHub's words for an error, in one line."""
+    """Return the status of an error and GitHub's words for it, in one line."""
     words = [f"{status}"]
     try:
         payload = json.loads(body)
@@ -2089,7 +2089,7 @@ def raise_if_refused(reply: Reply) -> None:
     status = reply.status
     if status == 0 or status >= 500 or is_rate_limit(reply):
         return
-    if status == 403 and "suspended" in reply.error:  # for a while: the job waits
+    if status == 403 and "suspended" in reply.error:  # temporary: the job waits
         raise TransientError(f"GitHub refuses the App: {reply.error}")
     if status == 404:
         raise NotFound(status, reply.error)
@@ -2113,17 +2113,18 @@ class GitHub:
         self.attempts = GITHUB_ATTEMPTS
         self.requests_made = 0
         self.rate_limit_remaining: int | None = None
-        # GitHub's clock less ours, in seconds. It is too small by the time that the last
+        # Seconds by which GitHub's clock is ahead of ours, less the time that the last
         # response took to arrive.
         self.clock_skew = 0.0
-        # No request is sent until then: asking on at a rate limit may get the App banned.
+        # No request is sent before this time: requests sent in spite of a rate limit may
+        # get the App banned.
         self.silent_until = 0.0
         self._bot: Bot | None = None
-        # These are shared by threads without a lock. Each step is atomic; and it does no
-        # harm if two threads fetch the same token, or clear a memory, at once.
+        # Threads share these without a lock. Each step is atomic, and it does no harm if
+        # two threads fetch the same token, or empty the same dict, at once.
         self._tokens: dict[Credential, tuple[str, float]] = {}  # each with its expiry
         self._replies: dict[str, Reply] = {}  # by URL
-        # Repository and login: until when (monotonic) a refusal is remembered.
+        # By repository and login: the monotonic time until which a refusal is remembered.
         self.access_refusals: dict[tuple[int, str], float] = {}
         # This changes urlopen in the whole process, but only send() uses it.
         urllib.request.install_opener(urllib.request.build_opener(NoRedirects))
@@ -2131,7 +2132,7 @@ class GitHub:
     # Credentials
 
     def token(self, credential: Credential) -> str:
-        """Return a token for requests that is valid for 5 minutes at least."""
+        """Return a token that is valid for at least 5 minutes."""
         token, expiry = self._tokens.get(credential, ("", 0.0))
         if expiry < self.github_time() + TOKEN_MARGIN:
             if credential == AS_APP:
@@ -2150,14 +2151,14 @@ class GitHub:
         return time.time() + self.clock_skew
 
     def sign_jwt(self) -> tuple[str, float]:
-        """Return a JWT of the App, and when it expires: in 9 minutes.
+        """Return a JWT of the App, and its expiry, which is in 9 minutes.
 
         GitHub docs: "Generating a JSON Web Token (JWT) for a GitHub App".
         """
         now = int(self.github_time())
         expiry = now + 540
         header = {"alg": "RS256", "typ": "JWT"}
-        # 60: for GitHub, a JWT must not have been issued in the future.
+        # 60 seconds: GitHub rejects a JWT that, by its clock, was issued in the future.
         claims = {"iat": now - 60, "exp": expiry, "iss": self.config.app_id}
         parts = [base64url(json.dumps(part).encode()) for part in (header, claims)]
         signed = ".".join(parts)
@@ -2180,17 +2181,17 @@ class GitHub:
         # "RSA-SHA2-256(stdin)= 3E5F…"
         try:
             signature = bytes.fromhex(result.stdout[-1].rpartition("= ")[2])
-        except (LookupError, ValueError):  # it exits with 0 on a full disk, too
+        except (LookupError, ValueError):  # openssl exits with 0 even on a full disk
             raise GitHubError(0, "openssl printed no signature") from None
         return f"{signed}.{base64url(signature)}", expiry
 
     def wait(self, seconds: float = 0.0) -> None:
-        """Wait, and raise StopRequested as soon as the server is to stop; 0 only checks."""
+        """Wait, or raise StopRequested once the server is to stop. 0 only checks."""
         if self.stop.wait(seconds):
             raise StopRequested()
 
     def request_token(self, credential: Credential) -> tuple[str, float]:
-        """Ask for an installation token. Returns it, and when it expires."""
+        """Return a new installation token, and its expiry."""
         body: JsonObject = {"permissions": {"metadata": "read"}}
         if credential != LOOKUP:
             body = {"repository_ids": [credential], "permissions": TOKEN_PERMISSIONS}
@@ -2226,11 +2227,11 @@ class GitHub:
         body: Json = None,
         find_existing: Callable[[], Json] = do_nothing,
     ) -> Reply:
-        """Send a GET, or with a body a POST; and again as GitHub's documentation asks.
+        """Send a GET, or a POST if there is a body, and retry as GitHub's docs ask.
 
-        ``path`` may also be a whole URL, such as that of a list's next page.
-        ``find_existing`` is called before each attempt: an earlier one may have taken
-        effect, and only the response was lost. It returns what is there already, or None.
+        ``path`` may also be a whole URL, for example of a list's next page.
+        ``find_existing`` is called before each attempt, because an earlier one may have
+        taken effect although its response was lost. It returns what it finds, or None.
         """
         url = f"{self.api}{path}" if path.startswith("/") else path
         is_token_renewed = False
@@ -2244,7 +2245,7 @@ class GitHub:
                 raise TransientError(
                     "GitHub's rate limit is used up", retry_at=self.silent_until
                 )
-            # If no valid token is kept, token() requests one, by a call() as the App.
+            # Without a valid token in memory, token() gets one by a call() as the App.
             reply = self.send(url, self.token(credential), body)
             if 200 <= reply.status < 300:
                 return reply
@@ -2255,7 +2256,7 @@ class GitHub:
                 if not is_token_renewed:
                     self.forget_token(credential)
                     is_token_renewed = True
-                # GitHub may not know a new token everywhere for some seconds.
+                # For some seconds, a new token may not be known everywhere at GitHub.
                 delay = float(attempt)
             else:
                 raise_if_refused(reply)
@@ -2277,7 +2278,7 @@ class GitHub:
         )
 
     def send(self, url: str, token: str, body: Json) -> Reply:
-        """Send one request. The only place that does."""
+        """Send one request. This is the only function that does."""
         if not url.startswith(f"{self.api}/"):  # a token is sent to no other host
             raise GitHubError(0, f"GitHub refers to another host: {url}")
         headers = {
@@ -2309,7 +2310,7 @@ class GitHub:
         return reply
 
     def read_reply(self, response: Any) -> Reply:
-        """Read a response's body, and not for much longer than the timeout."""
+        """Read a response, in not much more time than the timeout."""
         deadline = time.monotonic() + self.timeout
         body = bytearray()
         while True:
@@ -2319,7 +2320,7 @@ class GitHub:
                 break
             if time.monotonic() > deadline or len(body) > MAX_GITHUB_BYTES:
                 raise TimeoutError("the response is too slow or too long")
-        if response.length:  # so many bytes are missing; read1() raises no error
+        if response.length:  # this many bytes are missing; read1() raises no error
             raise http.client.IncompleteRead(bytes(body), response.length)
         status = response.status
         headers = response.headers
@@ -2332,7 +2333,7 @@ class GitHub:
             return Reply(0, headers, error="the response is not JSON")
 
     def read_headers(self, headers: email.message.Message) -> None:
-        """Note GitHub's clock and what is left of the rate limit."""
+        """Record GitHub's clock and the remaining rate limit."""
         remaining = headers.get("x-ratelimit-remaining", "")
         if remaining.isdecimal():
             self.rate_limit_remaining = int(remaining)
@@ -2341,9 +2342,9 @@ class GitHub:
             self.clock_skew = date.timestamp() - time.time()
 
     def remember_reply(self, url: str, reply: Reply) -> None:
-        """Keep a reply: if it has not changed (304), GitHub does not count the request."""
-        # A full page is not kept. With a 304 its old headers would be used, and they lack
-        # the link to a next page that may be there now.
+        """Cache a reply: GitHub does not count a request that it answers with 304."""
+        # A full page is not cached. After a 304 its old headers would be used, and they
+        # lack the link to a next page that may exist by then.
         is_full = isinstance(reply.entries, list) and len(reply.entries) >= 100
         if reply.status == 200 and "ETag" in reply.headers and not is_full:
             if len(self._replies) >= MAX_CACHED_REPLIES:
@@ -2353,13 +2354,13 @@ class GitHub:
     def retry_delay(self, reply: Reply, attempt: int) -> float:
         """Return the seconds until the next attempt.
 
-        Raises TransientError if they are so many that the job, not the thread, must wait.
+        Raises TransientError if it is so long that the job must wait, not the thread.
         GitHub docs: "Rate limits for the REST API", "Best practices".
         """
         seconds = GITHUB_RETRY_DELAY * 2.0**attempt
         is_limit = is_rate_limit(reply)
         if is_limit:
-            seconds = 60.0  # what GitHub's documentation says, if no header says more
+            seconds = 60.0  # as GitHub's docs ask, unless a header says otherwise
             reset = reply.headers.get("x-ratelimit-reset", "")
             if reply.headers.get("x-ratelimit-remaining") == "0" and reset.isdecimal():
                 seconds = float(reset) - self.github_time() + 1
@@ -2370,12 +2371,12 @@ class GitHub:
         if seconds <= MAX_INLINE_WAIT:
             return seconds
         retry_at = time.time() + seconds
-        if is_limit:  # no thread may ask until then
+        if is_limit:  # until then, no thread may send a request
             self.silent_until = max(self.silent_until, retry_at)
         raise TransientError(f"GitHub asks to wait: {reply.error}", retry_at)
 
     def pages(self, path: str, credential: Credential) -> Iterator[Json]:
-        """Yield all entries of a list, to its last page."""
+        """Yield the entries of all pages of a list."""
         while path:
             reply = self.call(path, credential)
             yield from reply.entries
@@ -2415,22 +2416,22 @@ class GitHub:
             yield GitHubRepository(self, payload)
 
     def repository_by_name(self, full_name: str) -> GitHubRepository:
-        """Look up a repository; if it was renamed, by its old name as well."""
+        """Return the repository with this name, even if it has been renamed since."""
         payload = self.call(f"/repos/{full_name}", LOOKUP).value
         return GitHubRepository(self, payload)
 
     def repository_by_id(self, repository_id: int) -> GitHubRepository:
-        """Look up a repository under the name that it has now."""
+        """Return the repository with this id, under its current name."""
         payload = self.call(f"/repositories/{repository_id}", LOOKUP).value
         return GitHubRepository(self, payload)
 
 
 class GitHubRepository:
-    """One repository at GitHub, asked with its own token."""
+    """One repository at GitHub. Requests about it use its own token."""
 
     def __init__(self, github: GitHub, payload: JsonObject) -> None:
         self.github = github
-        # A compatible server that sends no id has to take the lookup token for everything.
+        # A compatible server that sends no id must accept the lookup token for all.
         self.id = int(payload.get("id") or LOOKUP)
         self.full_name = str(payload["full_name"])
         self.path = f"/repos/{self.full_name}"
@@ -2441,12 +2442,12 @@ class GitHubRepository:
     def post(
         self, path: str, body: Json, find_existing: Callable[[], Json] = do_nothing
     ) -> Json:
-        """Post something, unless ``find_existing`` finds what an earlier request made."""
+        """Post ``body``, unless ``find_existing`` finds that an earlier request did."""
         url = f"{self.path}{path}"
         try:
             return self.github.call(url, self.id, body, find_existing).value
         except (GitHubError, TransientError):
-            existing = find_existing()  # call() has not asked after the last attempt
+            existing = find_existing()  # call() did not check after its last attempt
             if existing is None:
                 raise
             return existing
@@ -2458,11 +2459,11 @@ class GitHubRepository:
     # People
 
     def has_write_access(self, login: str) -> bool:
-        """Ask GitHub whether a person may write, now. In doubt, they may not.
+        """Ask GitHub whether a person may write now. In doubt, they may not.
 
         `author_association` in payloads is wrong for private members, so it is not
-        used. A refusal is remembered for a minute: a flood of comments by strangers
-        must not use up the rate limit.
+        used. A refusal is remembered for a minute, so that a flood of comments by
+        strangers does not use up the rate limit.
         """
         refusals = self.github.access_refusals
         key = (self.id, login.lower())
@@ -2489,10 +2490,10 @@ class GitHubRepository:
         owner = self.full_name.split("/")[0]
         for payload in self.pages("/pulls", head=f"{owner}:{branch}", state="all"):
             head = payload["head"]
-            # Null is a fork that was deleted; a compatible server may leave it out.
+            # `repo` is null for a deleted fork, and a compatible server may leave it out.
             origin = head.get("repo", {})
             is_ours = origin is not None and origin.get("id", self.id) == self.id
-            # GitHub's filter has returned other branches, too.
+            # GitHub's filter has also returned other branches.
             if is_ours and head["ref"] == branch:
                 return payload
         return None
@@ -2500,14 +2501,14 @@ class GitHubRepository:
     def open_pull_request(
         self, branch: str, base: str, title: str, body: str
     ) -> NewPullRequest:
-        """Open the branch's pull request, unless it has one already."""
+        """Open the branch's pull request, or return the one that it already has."""
         fields = {"title": title, "body": body, "head": branch, "base": base}
         find_existing = functools.partial(self.find_pull_request, branch)
         payload = self.post("/pulls", fields, find_existing)
         return NewPullRequest(
             number=int(payload["number"]),
             url=str(payload["html_url"]),
-            # Comments are read from this time on. 60: the clocks may differ.
+            # Comments are read from this time on. 60 seconds, because clocks may differ.
             created_at=str(payload.get("created_at") or utc_time(seconds_ago=60)),
         )
 
@@ -2519,9 +2520,9 @@ class GitHubRepository:
         )
 
     def comments(self, number: int, since: str) -> Iterator[tuple[str, Comment]]:
-        """Yield what people wrote on a pull request, with the time of its last change.
+        """Yield people's comments on a pull request, with the time of their last change.
 
-        Reviews take no ``since``: all are read.
+        The list of reviews takes no ``since``, so all reviews are read.
         """
         pulls = f"/pulls/{number}"
         yield from self.comment_list("review_text", f"{pulls}/reviews")
@@ -2550,7 +2551,7 @@ class GitHubRepository:
             "conversation": f"/issues/comments/{comment.id}",
         }
         payload = self.get(paths[comment.place])
-        # The id alone could be that of a comment elsewhere in the repository.
+        # The id could belong to a comment elsewhere in the repository.
         parent = payload.get("pull_request_url") or payload["issue_url"]
         if not str(parent).endswith(f"/{number}"):
             return None
@@ -2606,8 +2607,8 @@ class GitHubRepository:
         ]
 
     def label_event(self, number: int, label: str) -> LabelEvent | None:
-        """Read who put the label on an issue, and when; None if nobody did."""
-        last = None  # the event that put the label on last; None once it is removed
+        """Return who put the label on an issue, and when; None if it lacks the label."""
+        last = None  # the event that last put the label on; None after a removal
         old_title = ""  # the title before the first renaming after that event
         for payload in self.pages(f"/issues/{number}/events"):  # oldest first
             kind = payload["event"]
