@@ -2631,14 +2631,14 @@ class GitHubRepository:
 
 # --- Git ---------------------------------------------------------------------
 #
-# codebot gives git a credential in git_with_token only, and only in two kinds of
-# directory: mirrors and outboxes. With a sandbox, an agent can write to neither. The token
-# is in git's environment, never in a URL, an argument or a file. In a workspace git runs
-# only inside the sandbox.
+# codebot gives git a credential only in git_with_token, and only in two kinds of
+# directories: mirrors and outboxes. With a sandbox, an agent can write to neither. The
+# token is in git's environment, never in a URL, an argument or a file. In a workspace, git
+# runs only inside the sandbox.
 
-# No gc of its own: workspaces read the mirror's objects. No redirects: they would carry
-# the token to another host. With `core.fsync` (git 2.36) a power cut leaves no empty
-# file. Without quotePath, file names are printed as they are.
+# gc is off, because workspaces read the mirror's objects. Redirects are off, because they
+# would carry the token to another host. `core.fsync` (git 2.36) keeps a power cut from
+# leaving empty files. Without quotePath, file names are printed as they are.
 GIT = (
     "git",
     "-c",
@@ -2663,11 +2663,11 @@ GIT_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color")
 
 
 class GitFailed(Exception):
-    """git failed, and would fail again; the message is for people."""
+    """git failed and would fail again. The message is for people."""
 
 
 class GitAuthFailed(GitFailed):
-    """The remote does not accept the credential, or not for this."""
+    """The remote rejects the credential, or does not permit it to do this."""
 
 
 class BranchNotFound(Exception):
@@ -2679,8 +2679,8 @@ def sha256_hex(text: str) -> str:
 
 
 def slugify(text: str) -> str:
-    """Return ``text`` as a part of a branch's and a directory's name; may be empty."""
-    # For 100,000 accents normalize() takes 20 s, in which no other thread runs.
+    """Turn ``text`` into a part of a branch or directory name, which may be empty."""
+    # normalize() takes 20 s for 100,000 accents, and no other thread runs meanwhile.
     letters = unicodedata.normalize("NFKD", text[:400])
     letters = letters.encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9]+", "-", letters).strip("-")[:40].strip("-")
@@ -2691,7 +2691,7 @@ def is_branch_name(name: str) -> bool:
     forbidden = (
         r"[\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]"
         r"|\.\.|@\{"
-        r"|//|/\.|\.lock(/|$)"  # a part that is empty, or begins or ends like this
+        r"|//|/\.|\.lock(/|$)"  # a part that is empty, or is like .x or x.lock
         r"|^[./-]|[./]$"  # the beginning and the end of the whole name
     )
     return not re.search(forbidden, name) and name not in ("", "@", "HEAD")
@@ -2709,7 +2709,7 @@ class Repository(NamedTuple):
     def is_allowed(self, config: Config) -> bool:
         name = self.full_name
         patterns = config.allowed
-        if not config.no_github:  # GitHub's names ignore case
+        if not config.no_github:  # names at GitHub are case-insensitive
             name = name.lower()
             patterns = tuple(pattern.lower() for pattern in patterns)
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
@@ -2723,7 +2723,7 @@ GITHUB_REMOTE_RE = re.compile(
 
 
 def parse_repository_url(config: Config, url: str) -> Repository:
-    """Return the repository that a URL names. Raises ValueError with a sentence."""
+    """Return the repository that a URL names. Raises ValueError with the reason."""
     if config.no_github:
         return parse_plain_remote(config, url)
     base = config.git_address
@@ -2747,7 +2747,7 @@ def parse_repository_url(config: Config, url: str) -> Repository:
     )
 
 
-# What --no-github accepts: a user only in front of an ssh host, nothing like an option.
+# For --no-github: a user only before an ssh host, and nothing that looks like an option.
 PLAIN_REMOTE_RE = re.compile(
     r"(https?://(?![^/]*@)|(ssh|file)://|/|\w[\w.-]*@\w[\w.-]*:)[^-].*", re.ASCII
 )
@@ -2762,15 +2762,18 @@ def check_local_remote(config: Config, path: str) -> None:
 
 
 def parse_plain_remote(config: Config, url: str) -> Repository:
-    """Return any git remote, for --no-github. Raises ValueError with a sentence."""
+    """Return the repository at any git remote, for --no-github.
+
+    Raises ValueError with the reason.
+    """
     if not PLAIN_REMOTE_RE.fullmatch(url):
         raise ValueError(
             "must be http(s):// without a user, ssh://, file://, user@host:path or /path"
         )
-    decoded_url = urllib.parse.unquote(url)  # as git reads a URL, but not a path
+    decoded_url = urllib.parse.unquote(url)  # git decodes URLs, but not paths
     if re.search(r"[/:]\.\.?(/|$)", decoded_url):
         raise ValueError("must not have . or .. in its path")
-    if f"{config.work_dir}/" in f"{decoded_url}/":  # by ssh to this host, too
+    if f"{config.work_dir}/" in f"{decoded_url}/":  # even by ssh to this host
         raise ValueError("must not be in the work directory")
     if url.startswith("/"):
         check_local_remote(config, url)
@@ -2779,7 +2782,7 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
         if not re.fullmatch(r"file:///[^\[\]@]*", decoded_url):
             raise ValueError("must be file:///path without [ ] and @")
         check_local_remote(config, decoded_url.removeprefix("file://"))
-    # As many levels as for a repository at GitHub: mirrors/HOST/OWNER/NAME.git
+    # The same depth as for a repository at GitHub: mirrors/HOST/OWNER/NAME.git
     mirror = f"mirrors/other/remote/{sha256_hex(url)[:20]}.git"
     return Repository(url, url, mirror)
 
@@ -2802,10 +2805,10 @@ def default_test_command(config: Config, repository: Repository) -> str:
 
 
 def remote_environment(config: Config, token: str) -> dict[str, str]:
-    """Return git's environment against the remote, with the credential in it."""
+    """Return the environment in which git uses the remote, including the credential."""
     env = base_environment(config)
     if config.no_github:
-        # The host's own git configuration and ssh agent are the credentials.
+        # The host's own git configuration and ssh agent provide the credentials.
         not_for_git = (*OWN_SECRET_NAMES, *MODEL_VARIABLE_NAMES)
         inherited = {k: v for k, v in os.environ.items() if k not in not_for_git}
         for name in ("CODEBOT_RUN", "GIT_TERMINAL_PROMPT", "LC_ALL"):
@@ -2816,7 +2819,7 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
     env["GIT_CONFIG_COUNT"] = "2"
     env["GIT_CONFIG_KEY_0"] = f"http.{config.git_address}/.extraHeader"
     env["GIT_CONFIG_VALUE_0"] = f"Authorization: Basic {login}"
-    env["GIT_CONFIG_KEY_1"] = "credential.helper"  # none: macOS's git has one
+    env["GIT_CONFIG_KEY_1"] = "credential.helper"  # cleared: git on macOS sets one
     env["GIT_CONFIG_VALUE_1"] = ""
     # git gives up on a server that sends less than a byte a second for 60 seconds.
     env["GIT_HTTP_LOW_SPEED_LIMIT"] = "1"
@@ -2826,8 +2829,8 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
     return env
 
 
-# What git prints, and what it means to git_with_token. URLs and quoted names are removed
-# first: they may have any words in them.
+# How git_with_token interprets git's output. URLs and quoted names are removed first,
+# because they may contain any words.
 URL_OR_NAME_RE = re.compile(r"(?<!\w)'[^'\n]*'|https?://\S+")
 AUTH_FAILED_RE = re.compile(
     "could not read Username|Invalid username or token|Authentication failed"
@@ -2838,21 +2841,21 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     r"|Connection (refused|reset|timed out|closed)|[Tt]imed out|Operation too slow"
     r"|RPC failed|early EOF|hung up|unexpected disconnect|Empty reply|Broken pipe"
     r"|bytes of body are still expected|Recv failure|Send failure"
-    # TLS; a bad certificate, too: work that is finished waits until somebody mends it.
+    # TLS, including a bad certificate: finished work waits until somebody fixes it.
     r"|SSL|TLS|server (certificate )?verification failed"
-    # The remote has too much to do, or a fault of its own.
+    # The remote is overloaded, or has a fault of its own.
     r"|returned error: (429|5\d\d)|Internal Server Error|commit_refs"
     f"|{DISK_FULL}"
 )
-# "! [remote rejected] main -> main (protected)": the remote refuses the push, and not
-# because of a fault of its own, which is transient.
+# "! [remote rejected] main -> main (protected)": the remote refuses the push. A fault of
+# the remote's own is excluded, because it is transient.
 REJECTED_RE = re.compile(r"rejected\](?!.*(Internal Server Error|commit_refs))")
-# Seconds until git tries again with a new token: it may not be known everywhere yet.
+# Seconds until git is run again with a new token, which may not be known everywhere yet.
 TOKEN_RETRY_DELAY = 3.0
 
 
 class GitDirectory:
-    """A bare repository of codebot's own, a mirror or an outbox."""
+    """A bare repository of codebot's own: a mirror or an outbox."""
 
     def __init__(
         self, config: Config, path: str, check_stop: Callable[[], None]
@@ -2860,7 +2863,7 @@ class GitDirectory:
         self.config = config
         self.path = path
         self.limits = Limits(check_stop=check_stop)
-        # Descriptors that git inherits: that of the lock while Mirror.lock holds it.
+        # Descriptors that git inherits: the lock's, while Mirror.lock holds it.
         self.inherited_fds: tuple[int, ...] = ()
 
     def local_git(
@@ -2901,7 +2904,7 @@ class GitDirectory:
             raise GitFailed(f"git {args[0]} {error}") from None
 
     def remote_git(self, repository: Repository, *args: str) -> ProgramResult:
-        """Run git against the remote, and again with a new token if that is refused.
+        """Run git against the remote, and again with a new token if the first is refused.
 
         The remote's URL is in ``args``. Raises TransientError or GitFailed.
         """
@@ -2918,12 +2921,12 @@ class GitDirectory:
         return self.git_with_token(token, *args)
 
     def git_with_token(self, token: str, *args: str) -> ProgramResult:
-        """Run git against the remote. The only place that gives git a credential.
+        """Run git against the remote. Only this function gives git a credential.
 
         Raises TransientError, GitAuthFailed or GitFailed.
         """
         env = remote_environment(self.config, token)
-        # With --no-github, the remote may be a directory that others use, too.
+        # With --no-github, the remote may be a directory that others also use.
         result = self.run_git(args, env, umask=self.config.umask)
         if result.code == 0:
             return result
@@ -2952,7 +2955,7 @@ def discard(work_dir: str, path: str) -> None:
         os.rename(path, f"{work_dir}/trash_{uuid.uuid4().hex}")
 
 
-# A mirror with more is packed; these are git's own limits.
+# A mirror with more of either is repacked. These are git's own limits.
 MAX_LOOSE_OBJECTS = 6700
 MAX_PACKS = 50
 STALE_FILES = ("*.lock", "refs/**/*.lock", "objects/*/tmp_*", "objects/pack/.tmp-*")
@@ -2976,7 +2979,7 @@ class Mirror(GitDirectory):
         with open(f"{self.path}.lock", "ab") as file:
             while True:
                 try:
-                    # LOCK_NB: while flock() waits, codebot could not be stopped.
+                    # LOCK_NB, because codebot could not be stopped while flock() waits.
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
@@ -2991,15 +2994,15 @@ class Mirror(GitDirectory):
                 self.inherited_fds = ()
 
     def resolve_branch(self, repository: Repository, branch: str) -> tuple[str, str]:
-        """Ask the remote for a branch, or with "" for its default branch.
+        """Return a branch's name and its commit at the remote.
 
-        Returns the branch's name and commit. Raises BranchNotFound.
+        "" asks for the default branch. Raises BranchNotFound.
         """
         url = repository.url
         ref = f"refs/heads/{branch}" if branch else "HEAD"
         result = self.remote_git(repository, "ls-remote", "--symref", "--", url, ref)
         commit = ""
-        # "ref: refs/heads/main<TAB>HEAD" for the default branch, "COMMIT<TAB>REF" for any
+        # "ref: refs/heads/main<TAB>HEAD" (default branch only), then "COMMIT<TAB>REF"
         for line in result.stdout:
             value, _, name = line.partition("\t")
             if value.startswith("ref: refs/heads/") and name == "HEAD":
@@ -3011,16 +3014,16 @@ class Mirror(GitDirectory):
         return branch, commit
 
     def fetch_branch(self, repository: Repository, branch: str) -> tuple[str, str]:
-        """Ask the remote for the branch's tip, and fetch all branches if it is missing.
+        """Ask the remote for the branch's tip; fetch all branches if the mirror lacks it.
 
-        Returns the branch's name and the remote's tip, which the mirror's branch contains:
-        it may be further, if the remote's was set back. Raises BranchNotFound.
+        Returns the branch's name and its tip at the remote. The mirror's branch contains
+        this tip, and may be ahead if the remote's was set back. Raises BranchNotFound.
         """
         with self.lock() as descriptor:
-            os.utime(descriptor)  # cleanup looks at when the mirror was last used
+            os.utime(descriptor)  # tells Cleanup when the mirror was last used
             self.create_for(repository)
         for _ in range(3):  # the branch may move before it is fetched
-            # Not under the lock: the repository's other jobs would wait for the remote.
+            # Without the lock: the repository's other jobs must not wait for the remote.
             name, commit = self.resolve_branch(repository, branch)
             ref = f"refs/heads/{name}"
             with self.lock():
@@ -3032,10 +3035,10 @@ class Mirror(GitDirectory):
         raise TransientError(f"Branch {name} kept moving while it was fetched")
 
     def create_for(self, repository: Repository) -> None:
-        """Create the mirror, unless there is one of this repository.
+        """Create the mirror, unless this repository already has one.
 
         A mirror of another repository, which had the name before, is discarded: otherwise
-        an agent could read what is in it. The lock must be held.
+        an agent could read its contents. The lock must be held.
         """
         repository_id = "unknown"  # with --no-github
         if repository.github_repository is not None:
@@ -3062,10 +3065,10 @@ class Mirror(GitDirectory):
     def check_objects(self, commit: str) -> None:
         """Raise GitFailed if the commit's trees do not pass git's fsck.
 
-        The agent's commit will have the base's old entries, too. If one were malformed,
-        fsck would refuse the commit, after the agent has cost something. git checks a part
-        of a repository only while it indexes a pack, so the trees are packed for that,
-        without the contents of files.
+        The agent's commit will also contain the base's old entries. If one of them were
+        malformed, fsck would refuse the commit only after the agent had cost something.
+        git can check a part of a repository only while it indexes a pack. For that, the
+        trees are packed, without the contents of files.
         """
         script = (
             'git -C "$1" pack-objects -q --revs --filter=blob:none --stdout >"$2" && '
@@ -3086,19 +3089,19 @@ class Mirror(GitDirectory):
             raise GitFailed(result.error)
 
     def remove_stale_files(self) -> None:
-        """Remove what a killed git left. With the lock held, no other git writes here."""
+        """Remove what a killed git left. The lock must be held: it keeps other gits out."""
         for pattern in STALE_FILES:
             for path in find_paths(self.path, pattern):
                 os.unlink(path)
 
     def repack(self) -> None:
-        """Pack what many fetches have left. The lock must be held."""
+        """Repack the mirror if fetches have left many files. The lock must be held."""
         self.remove_stale_files()
-        # As git gc --auto does: loose objects are in 256 directories, and one is counted.
+        # As git gc --auto does, count one of the 256 directories of loose objects.
         loose = find_paths(self.objects, "17/*")
         packs = find_paths(self.objects, "pack/*.pack")
         if len(loose) > MAX_LOOSE_OBJECTS / 256 or len(packs) > MAX_PACKS:
-            # Workspaces may borrow objects that no branch of the mirror has any more.
+            # Workspaces may borrow objects that no branch of the mirror reaches any more.
             self.local_git("repack", "-a", "-d", "--keep-unreachable", "-q")
 
 
