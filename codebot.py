@@ -4575,9 +4575,9 @@ class JobRun:
 
 # --- Workspace ---------------------------------------------------------------
 #
-# A job's workspace is written by the agent, so codebot runs git in it only inside the
-# sandbox. codebot takes one thing from there: the tree that the agent left. It makes
-# the commit itself, in a bare repository that no sandbox shows, the outbox.
+# The agent can write anything into its workspace, so codebot runs git there only inside
+# the sandbox. codebot takes one thing from the workspace: the tree that the agent left. It
+# makes the commit itself, in the outbox, a bare repository that no sandbox shows.
 
 # Every script of Workspace begins with this. It removes the lock files that a killed git
 # may have left, and defines `g`: git without hooks, fsmonitor, signing and gc.
@@ -4598,10 +4598,10 @@ git config remote.origin.url "$url" &&
 git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
 git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
-# Nothing that the test writes is committed: the tree is recorded before it and restored
-# after it. Only ignored files stay for the next attempt. A hostile test could name another
-# tree in step 4, as it could pass without testing anything; whatever is named is inspected
-# before it is pushed.
+# Nothing that the test writes is committed: the tree is recorded before the test and
+# restored after it. Only ignored files stay for the next attempt. A hostile test could
+# make step 4 name another tree, just as it could pass without testing anything. Whatever
+# tree is named is inspected before it is pushed.
 TEST_SCRIPT = """
 reset() {
     g checkout-index -q -f -a && g clean -q -ff -d
@@ -4613,22 +4613,22 @@ tree=$(g write-tree) || exit
 # 2. Run the test.
 sh -c "$1" 2>&1
 code=$?
-# 3. Put index and files back to that tree. What it does not have is removed, but ignored
-# files, such as installed packages, stay.
+# 3. Restore the index and the files from that tree. Other files are removed, but ignored
+# ones, such as installed packages, stay.
 rm -rf .git/index.lock .git/codebot-tested
 if g read-tree "$tree" && ! reset 2>/dev/null; then
     chmod -R u+rwX .  # the test may have made directories unwritable
     reset
 fi
-# 4. If the test passed, note the tree: COMMIT_SCRIPT commits this one, even if not all
-# that the test left could be removed.
+# 4. If the test passed, note the tree. COMMIT_SCRIPT commits it, even if some files that
+# the test left could not be removed.
 if [ $code = 0 ]; then
     echo "$tree" >.git/codebot-tested
 fi
 exit $code
 """
-# Makes a commit on $1. If $2 is not empty, its tree is the one that passed the test, else
-# it is what is there.
+# Makes a commit on top of $1. If $2 is not empty, the commit has the tree that passed the
+# test, else it has the files as they are.
 COMMIT_SCRIPT = """
 base=$1 tested=$2
 if [ -n "$tested" ]; then
@@ -4646,8 +4646,9 @@ g apply --3way --index --whitespace=nowarn - && exit
 g diff --name-only --diff-filter=U
 exit 1
 """
-# The CLI: no telemetry and no updates; "@/path" in a prompt does not include that file;
-# the titles of commits, which anybody may have written, are not in the system prompt.
+# With these, the CLI sends no telemetry and does not update itself, "@/path" in a prompt
+# does not include that file, and commit titles, which anybody may have written, are not
+# in the system prompt.
 AGENT_SWITCHES = (
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
     "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS",
@@ -4663,7 +4664,7 @@ AGENT_SWITCHES = (
 class SandboxedCommand(NamedTuple):
     """A command to run in a workspace."""
 
-    name: str  # what an error calls it
+    name: str  # the name used in errors
     argv: Sequence[str]
     with_model_key: bool = False
     stdin: bytes = b""
@@ -4671,23 +4672,23 @@ class SandboxedCommand(NamedTuple):
 
 
 class DiffScanner:
-    """Looks in the output of git diff, of any length, for what must not be pushed."""
+    """Searches the output of git diff, of any length, for what must not be pushed."""
 
     def __init__(self, redact: Redactor) -> None:
         self.redact = redact
-        self.file = ""  # that the next lines are about
+        self.file = ""  # the file that the next lines are about
         self.fault = ""  # why the change must not be pushed
 
     def read(self, lines: list[str]) -> float | None:
-        """Note what is wrong with new lines. A LineHandler that never ends git."""
-        # Removed lines, and the headings of hunks, are not new.
+        """Note the fault of the lines, if any. As a LineHandler, this never ends git."""
+        # Removed lines and hunk headings are not new.
         new = [line for line in lines if not line.startswith(("-", "@@"))]
-        has_secret = self.redact.has_secret("\n".join(new))  # all at once: it is slow
+        has_secret = self.redact.has_secret("\n".join(new))  # one call, as it is slow
         for line in new:
             if line.startswith("diff --git "):
                 self.file = line.partition(" b/")[2] or line[len("diff --git ") :]
             elif line == "new file mode 160000":
-                # So git shows a submodule, and a clone that the agent left.
+                # This is how git shows a submodule, or a clone that the agent left.
                 self.fault = f"{self.file} is a git repository of its own"
             if has_secret and not self.fault and self.redact.has_secret(line):
                 self.fault = f"it writes a secret into {self.file}"
@@ -4697,9 +4698,9 @@ class DiffScanner:
 class Workspace:
     """The directory in which a job's agent works, and the outbox beside it.
 
-    Its path is the same for all jobs of a task: the agent's session is found by it.
-    The home directory, which holds the session, is kept between jobs; the
-    rest is made anew, so that nothing an agent left in .git is there in the next job.
+    Its path is the same for all jobs of a task, because the agent's session is found by
+    this path. The home directory, which holds the session, is kept between jobs. The
+    rest is made anew, so that nothing that an agent left in .git reaches the next job.
     """
 
     def __init__(self, run: JobRun, repository: Repository, directory: str) -> None:
@@ -4752,20 +4753,20 @@ class Workspace:
 
     # Programs in the sandbox
     #
-    #   script             codebot's own scripts, on this host; by supervise
-    #   run_work           the agent and the tests, perhaps on a node; by supervise
-    #   fetch_into_outbox  git upload-pack, as git fetch starts it
-    # All get their command lines from sandboxed.
+    #   script             codebot's own scripts, on this host; through supervise
+    #   run_work           the agent and the tests, perhaps on a node; through supervise
+    #   fetch_into_outbox  git upload-pack, which git fetch starts
+    # The command lines of all three are made by sandboxed.
 
     def environment(self, with_model_key: bool) -> dict[str, str]:
-        """Return all that a program in the workspace gets in its environment."""
+        """Return the whole environment of a program in the workspace."""
         env = base_environment(self.config)
         env.update(copy_variables(self.config, [*NETWORK_NAMES, "TZ"]))
         env["HOME"] = f"{self.path}/home"
         env["TMPDIR"] = "/tmp"
         if not self.codebot.sandbox.is_bwrap:
             env["TMPDIR"] = f"{self.path}/tmp"
-        # If the agent removes .git, git must not search the directories above for one.
+        # If the agent removes .git, git must not search the parent directories for one.
         env["GIT_CEILING_DIRECTORIES"] = self.path
         for role in ("AUTHOR", "COMMITTER"):
             env[f"GIT_{role}_NAME"] = "codebot"
@@ -4779,7 +4780,7 @@ class Workspace:
         return env
 
     def script(self, script: str, *arguments: str, stdin: bytes = b"") -> ProgramResult:
-        """Run a shell script of codebot's in the sandbox, on this host."""
+        """Run one of codebot's shell scripts in the sandbox, on this host."""
         argv = ["sh", "-c", GIT_FUNCTION + script, "sh", *arguments]
         command = SandboxedCommand(name="git", argv=argv, stdin=stdin)
         return self.supervise(command, self.run.git_limits())
@@ -4790,16 +4791,16 @@ class Workspace:
     def run_work(
         self, command: SandboxedCommand, on_start: Callable[[], None]
     ) -> ProgramResult:
-        """Run the agent or the tests in the sandbox; on a node, if there is a launcher.
+        """Run the agent or the tests in the sandbox, on a node if there is a launcher.
 
-        ``on_start`` is called when it starts: at once, or when a node is free.
+        ``on_start`` is called when they start: at once, or when a node is free.
         """
         run = self.run
         config = self.config
         limits = Limits(run.time_left(), config.stall_timeout, run.check_stop)
 
         def start() -> None:
-            # The wait for the node does not count.
+            # The time limit does not include the wait for a node.
             run.deadline = time.monotonic() + limits.timeout
             on_start()
 
@@ -4812,7 +4813,7 @@ class Workspace:
             return self.supervise(command, limits, launch)
 
     def stop_earlier_launch(self) -> None:
-        """End what an earlier run left on a node. Raises TransientError if it cannot."""
+        """End what an earlier run left on a node. Raises TransientError if that fails."""
         if not stop_launched(self.config, self.path):
             raise TransientError(
                 "What an earlier run left on a node cannot be ended; see the server's log"
@@ -4824,7 +4825,7 @@ class Workspace:
         limits: Limits,
         launch: Launch | None = None,
     ) -> ProgramResult:
-        """Run a command in the sandbox, until nothing that it started is left."""
+        """Run a command in the sandbox, then end all that it left running."""
         try:
             return run_program(
                 self.sandboxed(command.argv),
@@ -4847,9 +4848,9 @@ class Workspace:
     # From the agent's work to a pushed commit
 
     def collect_tree(self, base_commit: str, is_tested: bool) -> str | None:
-        """Bring what the agent left, or what the tests passed with, into the outbox.
+        """Bring the tree that the agent left, or that passed the tests, into the outbox.
 
-        Returns its tree, None if nothing was changed. Raises JobFailed if there is no
+        Returns the tree, or None if nothing was changed. Raises JobFailed if there is no
         usable repository.
         """
         result = self.script(COMMIT_SCRIPT, base_commit, "tested" if is_tested else "")
@@ -4858,11 +4859,11 @@ class Workspace:
                 "agent_failed",
                 f"What the agent left cannot be committed: {result.error}",
             )
-        # A new name: no ref of an earlier collection can be read by mistake.
+        # The name is new, so that no ref of an earlier collection is read by mistake.
         ref = f"refs/codebot/{uuid.uuid4().hex}"
         result = self.fetch_into_outbox(ref)
-        # If the agent made the repository shallow, git fetches nothing and exits with 0.
-        # Then rev-parse fails.
+        # If the agent made the repository shallow, git fetches nothing and exits with 0,
+        # but rev-parse fails.
         trees = self.outbox.local_git(
             "rev-parse", f"{ref}^{{tree}}", f"{base_commit}^{{tree}}", check=False
         )
@@ -4876,15 +4877,16 @@ class Workspace:
     def fetch_into_outbox(self, ref: str) -> ProgramResult:
         """Fetch HEAD of the workspace's repository.
 
-            in the sandbox                        outside of it
+            in the sandbox                        outside the sandbox
             agent's .git -> git upload-pack  -->  git fetch, with fsck -> outbox
 
-        git fetch does not open the agent's .git: what crosses is a pack.
+        git fetch does not open the agent's .git: only a pack crosses.
         """
-        # If self.repo were a file, git fetch itself would read it, as a bundle. In bwrap it
-        # is a mount point, which the agent cannot replace; in another sandbox it may.
+        # If self.repo were a file, git fetch itself would read it, as a bundle. In bwrap,
+        # self.repo is a mount point, which the agent cannot replace; in another sandbox,
+        # the agent may be able to.
 
-        # git adds the path, and lets sh run: bwrap … -- git upload-pack '/…/repo'
+        # git appends the path, and has sh run: bwrap … -- git upload-pack '/…/repo'
         upload_pack = self.sandboxed(["git", "upload-pack"])
         argv = [*GIT, "-c", "fetch.fsckObjects=true", "--git-dir", self.outbox.path]
         argv += [*GIT_FETCH, "--upload-pack", shlex.join(upload_pack), "--"]
@@ -4913,11 +4915,11 @@ class Workspace:
         return result.stdout[0]
 
     def inspect_commit(self, base_commit: str, commit: str) -> str:
-        """Return what a commit changes, as git diff --stat shows it.
+        """Return a summary of the commit's changes, as git diff --stat prints it.
 
-        Raises JobFailed if the commit may not be pushed. The agent's .gitattributes hide
-        nothing from this check: git would read them in a work tree, or (git 2.43) in the
-        commit that a bare repository's HEAD names. The outbox has neither.
+        Raises JobFailed if the commit must not be pushed. The agent's .gitattributes hide
+        nothing from this check: git would read them from a work tree, or (git 2.43) from
+        the commit that a bare repository's HEAD names. The outbox has neither.
         """
         scanner = DiffScanner(self.codebot.redact)
         diff = (*GIT_DIFF, "--no-renames", base_commit, commit)
@@ -4976,9 +4978,9 @@ class Workspace:
     # Changes on top of what others pushed
 
     def patch(self, base_commit: str, commit: str) -> bytes:
-        """Return the change of a commit in the outbox, to be applied elsewhere.
+        """Return the change that a commit in the outbox makes, as a patch.
 
-        Raises JobFailed if it is too large for the memory.
+        Raises JobFailed if it is too large to keep in memory.
         """
         work_dir = self.config.work_dir
         with tempfile.NamedTemporaryFile(prefix="scratch_", dir=work_dir) as file:
