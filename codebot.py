@@ -5021,10 +5021,11 @@ def outbox_path(config: Config, directory: str) -> str:
 
 # --- Agent -------------------------------------------------------------------
 #
-# The Claude CLI. It gets a prompt on its standard input, works in the workspace and
-# prints events as JSON lines (stream-json). What they say, the cost included, is its
-# own claim. A repository's settings, hooks and MCP servers are not loaded. What the
-# agent runs of a repository nevertheless has the model's key in its environment.
+# The agent is the Claude CLI. It gets a prompt on its standard input, works in the
+# workspace and prints events as JSON lines (stream-json). What they say, including the
+# cost, is only the agent's claim. A repository's settings, hooks and MCP servers are not
+# loaded. But any code of the repository that the agent runs has the model's key in its
+# environment.
 
 CODING_RULES = """\
 You are codebot, working alone on a task in a clone of a git repository. If there is a
@@ -5078,8 +5079,8 @@ ANSWER_SCHEMA = """\
     "summary": {"type": "string"}
   }
 }"""
-# Options of the CLI say what a run may do, and how it answers. WRITING_OPTIONS are a part
-# of those for a run that may change files, READING_OPTIONS for one that only reads.
+# The CLI's options say what a run may do and how it answers. They include WRITING_OPTIONS
+# if the run may change files, and READING_OPTIONS if it only reads.
 WRITING_OPTIONS = (
     "--permission-mode",
     "bypassPermissions",
@@ -5090,7 +5091,7 @@ READING_OPTIONS = (
     "--permission-mode",
     "dontAsk",
     "--no-session-persistence",
-    # The CLI repeats a failed request for three minutes. That is too long for an answer.
+    # The CLI retries a failed request for three minutes. That is too long for an answer.
     "--settings",
     '{"env": {"CLAUDE_CODE_MAX_RETRIES": "4"}}',
 )
@@ -5115,16 +5116,16 @@ CLASSIFY_OPTIONS = (
     *READING_OPTIONS,
     "--tools",
     "",
-    "--system-prompt",  # in place of the CLI's own, with instructions for coding
+    "--system-prompt",  # replaces the CLI's own, which is for coding
     CLASSIFY_RULES,
     "--json-schema",
     CLASSIFY_SCHEMA,
     "--model",
     "haiku",
 )
-# By the options with which the agent is started; the settings may allow fewer turns.
+# By the options of the run. The operator's settings may allow fewer turns.
 MAX_TURNS = {ANSWER_OPTIONS: 20, CLASSIFY_OPTIONS: 4}
-# The option for the task's session, whose id is the task's.
+# The CLI's options for the task's session, whose id is the task's id.
 BEGIN_SESSION = "--session-id"
 CONTINUE_SESSION = "--resume"
 
@@ -5140,7 +5141,7 @@ def delimited(name: str, text: str, attributes: str = "") -> str:
 
 
 def reported_number(result: JsonObject, name: str) -> float | None:
-    """Return a number of the agent's result, if it is a sensible one."""
+    """Return a number from the agent's result; None if it is missing or absurd."""
     value = result.get(name)
     if isinstance(value, (int, float)) and 0 <= value < 1e9:
         return float(value)
@@ -5158,17 +5159,17 @@ class AgentRun:
         self.entries: list[tuple[str, str]] = []  # for the task's log
 
     def read(self, lines: list[str]) -> float | None:
-        """Handle lines of events. Returns in how many seconds to end the agent, or None."""
+        """Handle new events. Returns after how many seconds to end the agent, or None."""
         for line in lines:
             try:
                 self.read_event(json.loads(line))
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-                # No event, or of an unknown shape.
+                # The line is no event, or one of an unknown shape.
                 self.log("agent", shown_by_terminal(line))
         self.run.log_entries(self.entries)  # in one transaction
         self.entries = []
         if self.login_failed:
-            return 0.0  # it would retry for three minutes
+            return 0.0  # else the CLI would retry for three minutes
         return RESULT_GRACE if self.result else None
 
     def log(self, source: str, message: str) -> None:
@@ -5200,7 +5201,7 @@ class AgentRun:
             self.log(source, tool_result_text(block["content"]) or "(no output)")
 
     def answer(self, program: ProgramResult) -> JsonObject:
-        """Return the agent's answer. Raises JobFailed unless it succeeded.
+        """Return the agent's answer. Raises JobFailed unless the agent succeeded.
 
         The exit code alone says nothing: an interrupted CLI exits with 0 (tried).
         """
@@ -5217,7 +5218,7 @@ class AgentRun:
         return {"summary": result.get("result")}
 
     def failure(self, program: ProgramResult) -> JobFailed:
-        """Return why the agent has failed, if possible in its own words."""
+        """Return the error for a failed run, if possible in the agent's own words."""
         result = self.result
         texts = [result.get("result")]
         if isinstance(result.get("errors"), list):
@@ -5244,15 +5245,15 @@ class AgentRun:
 
     def store_summary(self, answer: JsonObject, attempt: int) -> None:
         run = self.run
-        # Cut first, because redacting megabytes takes time; and again after that, so that
-        # no part of a secret is left where the first cut was.
+        # Cut before redacting, because redacting megabytes takes time, and again
+        # afterwards, so that no part of a secret is left where the first cut was.
         summary = str(answer.get("summary") or "")[:200_000]
-        if attempt > 1:  # it tells of the repair only, and the change has both parts
+        if attempt > 1:  # it describes only the repair, not the whole change
             summary = f"{run.job.outcome.summary}\n\n{summary}".strip()
         run.update_outcome(summary=run.redact(summary)[:100_000])
 
     def add_cost(self) -> None:
-        """Add what the run claims to have cost, also if it failed."""
+        """Add the run's claimed cost and turns to the job's, even if the run failed."""
         outcome = self.run.job.outcome
         cost = reported_number(self.result, "total_cost_usd")
         turns = reported_number(self.result, "num_turns")
@@ -5265,9 +5266,9 @@ class AgentRun:
 
 
 def tool_call_text(name: str, inputs: JsonObject) -> str:
-    """Return a tool call: its name and first input in one line, then the others.
+    """Return a tool call as text: its name and first input in one line, then the others.
 
-    Texts come first, such as a path: the CLI begins with `replace_all`.
+    Inputs that are text, such as a path, come first: the CLI begins with `replace_all`.
     """
     # False sorts before True. The first input's name is left out: "Bash: ls".
     entries = sorted(inputs.items(), key=lambda item: not isinstance(item[1], str))
@@ -5291,10 +5292,10 @@ def ask_agent(
 ) -> JsonObject:
     """Run the agent once, within the job's time and budget, and store its summary.
 
-    A prompt must begin with codebot's own words: if foreign text began with a slash, the
-    CLI would run it as one of its commands.
-    Returns the JSON that a schema in ``options`` asks for. If the agent answers in plain
-    words, they are its "summary". Raises JobFailed unless the agent reports success.
+    The prompt must begin with codebot's own words. If it began with foreign text that
+    starts with a slash, the CLI would run that text as one of its commands.
+    Returns the JSON that a schema in ``options`` asks for, or an answer in plain words as
+    its "summary". Raises JobFailed unless the agent reports success.
     """
     run = workspace.run
     agent_run = AgentRun(run)
@@ -5330,7 +5331,7 @@ def ask_agent(
 def agent_command(
     run: JobRun, options: tuple[str, ...], session_option: str
 ) -> list[str]:
-    """Return the CLI's command line. CODEBOT_CLAUDE_ARGS comes last, so it counts most.
+    """Return the CLI's command line. CODEBOT_CLAUDE_ARGS comes last, so it prevails.
 
     Raises JobFailed if the job's budget is used up.
     """
