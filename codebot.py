@@ -3110,22 +3110,22 @@ class Mirror(GitDirectory):
 
 # --- Store -------------------------------------------------------------------
 #
-# All SQL. One table of jobs is the record of the work. When a method of Store returns,
-# what it has written is on disk and survives a power cut (synchronous=FULL).
+# All SQL is here. The table of jobs is the record of the work. When a method of Store
+# returns, its changes are on disk and survive a power cut (synchronous=FULL).
 #
 # These methods create jobs, end them, or change their state:
 #   add_task                       -> pending
-#   queue_comments                 -> pending     a review; or the comment joins one
+#   queue_comments                 -> pending     a review, unless the comment joins one
 #   claim                  pending -> running
 #   finish                 running -> completed, failed
-#   requeue                running -> pending     after a stop, a crash, for a retry
+#   requeue                running -> pending     after a stop or crash, or for a retry
 #   request_cancel         pending -> failed      a running task is only asked to end
 #   drop_review            deletes a running review
 #   absorb_waiting_reviews deletes a pending review, whose comments join a running one
 #   delete_expired         deletes tasks, with their reviews
-# The others read, or note something without a change of state.
+# The other methods read, or store something without changing a state.
 
-# What a state may change to. Completed and failed are final.
+# The states that each state may change to. Completed and failed are final.
 TRANSITIONS = {
     "pending": ("running", "failed"),
     "running": ("completed", "failed", "pending"),
@@ -3134,7 +3134,7 @@ TRANSITIONS = {
 }
 JOB_STATES = tuple(TRANSITIONS)
 
-# The error of a job that was cancelled, by the job's kind.
+# The error of a cancelled job, by the job's kind.
 CANCELLED_TEXT = {
     "task": "The task was cancelled",
     "review": "The pull request was closed",
@@ -3277,12 +3277,12 @@ CREATE VIEW task_activity AS
     LEFT JOIN pull_requests ON pull_requests.task_id = jobs.task_id
     GROUP BY jobs.task_id;
 """
-LOCK_TIMEOUT = 2.0  # seconds to wait for another thread, or process, that writes
+LOCK_TIMEOUT = 2.0  # seconds to wait while another thread or process writes
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskRequest:
-    """What a task asks for; a field that is absent is empty."""
+    """What a task asks for. Absent fields are empty."""
 
     repository_url: str
     description: str
@@ -3307,17 +3307,17 @@ class TaskRequest:
 @dataclasses.dataclass(frozen=True)
 class TestResult:
     command: str
-    passed: bool  # always True, as only a passed test is stored; the API shows it
+    passed: bool  # always True, because only passed tests are stored; for the API
     attempts: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a job has achieved. It is stored before it is published."""
+    """What a job has achieved, stored before any of it is published."""
 
     summary: str = ""  # the agent's own words
     tests: TestResult | None = None
-    cost_usd: float | None = None  # by the agent's count; None: unknown
+    cost_usd: float | None = None  # as the agent reports it; None: unknown
     num_turns: int = 0
     files: str = ""  # as git diff --stat shows them
     seconds: float = 0.0
@@ -3330,10 +3330,10 @@ class SourceIssue(NamedTuple):
     repository_id: int
     issue_number: int
     issue_url: str
-    label_event_id: int | None  # None: a client has retried the task
+    label_event_id: int | None  # None: a client retried the task
 
 
-NO_ISSUE = SourceIssue(0, 0, "", None)  # of a task that comes from no issue
+NO_ISSUE = SourceIssue(0, 0, "", None)  # for a task that comes from no issue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3343,7 +3343,7 @@ class Job:
     seq: int
     id: str
     kind: str
-    task_id: str  # of a task its own id
+    task_id: str  # a task's own id, or the id of a review's task
     status: str
     phase: str
     attempt: int
@@ -3351,16 +3351,16 @@ class Job:
     started_at: str | None
     completed_at: str | None
     submitted_by: str
-    # Only of a task
+    # Tasks only
     request: TaskRequest
     issue_number: int
     issue_url: str
-    # Only of a review
+    # Reviews only
     reviewer: str
-    # What the reviewer wants: "question", "change", "unclear" or "none". "": that is not
-    # known yet, and while the job is pending, what they write next joins it. "limit": the
-    # review is above the daily limit. A review that fails before it is classified becomes
-    # "unclear", so that nothing joins it.
+    # What the reviewer wants: "question", "change", "unclear" or "none"; "limit" if the
+    # review is above the daily limit. While this is "" (not classified yet) and the job
+    # is pending, the reviewer's next comments join the job. A review that fails before it
+    # is classified becomes "unclear", so that nothing joins it.
     request_kind: str
     # Interruptions and retries
     interruptions: int
@@ -3375,7 +3375,7 @@ class Job:
     base_commit: str
     commit_id: str
     outcome: Outcome
-    # Why it failed. A review has them already while its reviewer is still to be told.
+    # Why the job failed. A review stores both before it tells its reviewer.
     reason: str
     error: str
 
@@ -3389,7 +3389,7 @@ class PullRequest:
     number: int
     url: str
     state: str
-    seen_until: str  # comments that were changed before this time have been read
+    seen_until: str  # comments last changed before this time have been read
 
 
 class Event(NamedTuple):
@@ -3400,7 +3400,7 @@ class Event(NamedTuple):
 
 
 def from_row(row_type: type[T], row: sqlite3.Row | Mapping[str, Any]) -> T:
-    """Make a dataclass of the columns that have the names of its fields."""
+    """Make a dataclass from the columns that are named like its fields."""
     return row_type(**{name: row[name] for name in row_type.__annotations__})
 
 
@@ -3423,11 +3423,10 @@ def only_value(row: sqlite3.Row) -> Any:
 
 
 class Store:
-    """The database. If it cannot be used, methods raise sqlite3.Error; only add_events
-    logs that instead.
+    """The database. Its methods raise sqlite3.Error if it cannot be used.
 
-    One connection writes and one reads, each behind its own lock. In WAL mode a
-    reader does not wait for a writer.
+    Only add_events logs the error instead. One connection writes and one reads, each
+    behind its own lock. In WAL mode a reader does not wait for a writer.
     """
 
     def __init__(self, path: str) -> None:
@@ -3475,7 +3474,7 @@ class Store:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Write in one transaction, which is on disk when the block ends."""
+        """Run the block in one write transaction, which is on disk when it ends."""
         if not self._write_lock.acquire(timeout=LOCK_TIMEOUT):
             self.writable = False
             raise sqlite3.OperationalError("the database is busy")
@@ -3496,7 +3495,7 @@ class Store:
                 self._write_lock.release()
 
     def _check_file(self) -> None:
-        # Writes into a deleted file would all seem to succeed.
+        # Writes to a deleted file would seem to succeed.
         try:
             is_same = os.stat(self.path).st_ino == self._inode
         except OSError:
@@ -3507,7 +3506,7 @@ class Store:
     def _read(
         self, make: Callable[[sqlite3.Row], T], sql: str, **values: Any
     ) -> list[T]:
-        """Return what ``make`` makes of each row."""
+        """Return the rows, each converted by ``make``."""
         with self._read_lock:
             rows = self._reader.execute(sql, values).fetchall()
         return [make(row) for row in rows]
@@ -3538,7 +3537,7 @@ class Store:
         reason: str = "",
         error: str = "",
     ) -> None:
-        """Change the state of a job. The only statement that does.
+        """Change a job's state, in the only statement that does so.
 
         Raises WrongState if the job is not in state ``old``.
         """
@@ -3582,11 +3581,10 @@ class Store:
         idempotency_key: str | None = None,
         issue: SourceIssue = NO_ISSUE,
     ) -> Job:
-        """Store a new task, and return it.
+        """Store a new task and return it.
 
-        The same idempotency key with the same fields, or the same label event, returns
-        the job that is there. Raises HTTPError: 409 for the same key with other
-        fields, 503 if the queue is full.
+        If its idempotency key or label event is known, returns the existing task. Raises
+        HTTPError: 409 if the key was used with other fields, 503 if the queue is full.
         """
         values = {
             **vars(request),
@@ -3616,11 +3614,11 @@ class Store:
             return job
 
     def claim(self, job_id: str) -> Job | None:
-        """Start a job. Returns None if it must not start, or has started already.
+        """Start a job and return it, or None if it must not start or already has.
 
-        All jobs of a task, that is the task and the reviews of its pull request, use one
-        workspace and one outbox, so they wait for each other. If a job must not start
-        yet, the timer queues it again. A job that is queued twice starts once.
+        A task and the reviews of its pull request share one workspace and one outbox,
+        so they wait for each other. If a job must not start yet, the timer queues it
+        again. A job that is queued twice starts only once.
         """
         values = {"id": job_id, "now": time.time()}
         with self._transaction() as db:
@@ -3652,7 +3650,7 @@ class Store:
             return job_by_id(db, job_id)
 
     def finish(self, job: Job, status: str, reason: str = "", error: str = "") -> None:
-        """Complete or fail a running job, and add up what it cost."""
+        """Complete or fail a running job, and add its time and cost to the totals."""
         with self._transaction() as db:
             self._transition(db, job.id, "running", status, reason, error)
             db.execute(
@@ -3670,10 +3668,10 @@ class Store:
     def requeue(
         self, job_id: str, interruptions: int = 0, not_before: float = 0.0
     ) -> None:
-        """Put a running job back.
+        """Make a running job pending again.
 
-        ``interruptions`` is added to the job's: 1 after a crash, or if the retry costs
-        money. ``not_before`` is when to try again after a transient error, else 0.
+        ``interruptions`` is added to the job's count: 1 after a crash, or if the retry
+        costs money. ``not_before`` is when to retry after a transient error, else 0.
         """
         with self._transaction() as db:
             self._transition(db, job_id, "running", "pending")
@@ -3697,7 +3695,7 @@ class Store:
             )
 
     def requeue_interrupted(self, interruptions: int) -> None:
-        """Put back all running jobs, after a crash (1) or at a stop (0)."""
+        """Requeue all running jobs. ``interruptions``: 1 after a crash, 0 at a stop."""
         running = self._read(only_value, "SELECT id FROM jobs WHERE status = 'running'")
         for job_id in running:
             with contextlib.suppress(WrongState):  # it has just ended
@@ -3719,11 +3717,11 @@ class Store:
             )
             if cursor.rowcount == 0:
                 raise WrongState(f"job {job_id} can no longer be cancelled")
-            with contextlib.suppress(WrongState):  # it runs
+            with contextlib.suppress(WrongState):  # it is running
                 self._transition(db, job_id, "pending", "failed", "cancelled", error)
 
     def begin_push(self, job_id: str) -> bool:
-        """Note that a task's push begins. Returns False if it is to be cancelled."""
+        """Record that a task's push begins. Returns False if it is to be cancelled."""
         changed = self._write(
             "UPDATE jobs SET push_started = 1 WHERE id = :id AND cancel_requested = 0",
             id=job_id,
@@ -3731,7 +3729,7 @@ class Store:
         return changed == 1
 
     def save_progress(self, job: Job) -> None:
-        """Store the fields that a run changes: for a restart, and for people."""
+        """Store the fields that a run changes, for a restart and for people to see."""
         outcome = json.dumps(dataclasses.asdict(job.outcome))
         values = {**vars(job), "outcome": outcome}
         self._write(
@@ -3759,7 +3757,7 @@ class Store:
     # Queues
 
     def due_jobs(self, kind: str) -> list[str]:
-        """Return the pending jobs that need not wait for a retry, oldest first."""
+        """Return the ids of pending jobs that need not wait for a retry, oldest first."""
         return self._read(
             only_value,
             """
@@ -3774,7 +3772,7 @@ class Store:
     def count_pending(self, kind: str, up_to_seq: int = sys.maxsize) -> int:
         """Return how many jobs are pending.
 
-        With the ``seq`` of one of them this is its position in the queue, from 1.
+        For the ``seq`` of a pending job, this is its position in the queue, from 1.
         """
         counts = self._read(
             only_value,
@@ -3821,7 +3819,7 @@ class Store:
     def add_events(self, task_id: str, events: Sequence[tuple[str, str]]) -> None:
         """Add (source, message) pairs to a task's log.
 
-        An event that cannot be written is lost; the task is not.
+        If the events cannot be written, they are lost, but the task goes on.
         """
         if not events:
             return
@@ -3866,7 +3864,7 @@ class Store:
         )
 
     def has_unfinished_jobs(self, task_id: str) -> bool:
-        """Return whether a task's log may still grow: a job of it is unfinished."""
+        """Return whether a task has unfinished jobs, so that its log may still grow."""
         unfinished = self._read(
             only_value,
             "SELECT 1 FROM task_activity WHERE task_id = :id AND active_until IS NULL",
@@ -3885,13 +3883,13 @@ class Store:
         )
 
     def totals(self) -> tuple[float, float]:
-        """Return the seconds that jobs took, and the dollars that they cost."""
+        """Return the seconds that all jobs took and the dollars that they cost."""
         return self._read(tuple, "SELECT seconds, dollars FROM totals")[0]
 
     # Pull requests and comments
 
     def add_pull_request(self, job: Job, new: NewPullRequest) -> None:
-        """Store the pull request of a task, unless it is there."""
+        """Store a task's pull request, unless it is stored already."""
         self._write(
             """
             INSERT INTO pull_requests (
@@ -3926,7 +3924,7 @@ class Store:
         )
 
     def unmerged_pull_requests(self) -> list[PullRequest]:
-        """Return the pull requests that may still get comments, or be reopened."""
+        """Return the pull requests that may still get comments or be reopened."""
         return self._read(
             make_pull_request, "SELECT * FROM pull_requests WHERE state != 'merged'"
         )
@@ -3949,7 +3947,7 @@ class Store:
         )
 
     def add_delivery(self, guid: str) -> bool:
-        """Remember a webhook delivery. False if it was received before."""
+        """Remember a webhook delivery. Returns False if it was received before."""
         with self._transaction() as db:
             return insert_delivery(db, guid)
 
@@ -3960,13 +3958,13 @@ class Store:
         delivery: str = "",
         seen_until: str = "",
     ) -> list[str]:
-        """Add new comments to pending reviews, or to new ones; return their ids.
+        """Add new comments to pending or new reviews, and return the reviews' ids.
 
-        What one reviewer has waiting on one pull request is one review. A known comment
-        is ignored, and so are all of a known ``delivery``. What was changed before
-        ``seen_until`` need not be asked for again.
+        All comments that one reviewer has waiting on one pull request form one review.
+        Known comments are ignored, and so are all comments of a known ``delivery``.
+        Comments changed before ``seen_until`` need not be requested again.
         """
-        reviewers = {}  # by the job that answers them
+        reviewers = {}  # by the id of the job that answers them
         with self._transaction() as db:
             if delivery and not insert_delivery(db, delivery):
                 return []
@@ -3990,7 +3988,7 @@ class Store:
         return list(reviewers)
 
     def absorb_waiting_reviews(self, job: Job) -> None:
-        """Move what the same reviewer has waiting to their running review."""
+        """Move the comments of the reviewer's pending review to this running one."""
         with self._transaction() as db:
             waiting_id = waiting_review(db, job.task_id, job.reviewer)
             if waiting_id is None:
@@ -4017,7 +4015,7 @@ class Store:
     def comments(self, job_id: str) -> list[Comment]:
         """Return the comments that a review answers, oldest first.
 
-        The text of a GitHub review comes before everything else.
+        The text of a GitHub review comes before all other comments.
         """
         return self._read(
             lambda row: from_row(Comment, row),
@@ -4030,10 +4028,10 @@ class Store:
         )
 
     def request_kinds_of_last_day(self, task_id: str) -> list[str]:
-        """Return the request kinds of a pull request's reviews that were started.
+        """Return the request kinds of a pull request's reviews of the last day.
 
-        Those of people without write access are not among them: they are pending, or
-        were deleted.
+        Only started reviews count. Reviews by people without write access do not: they
+        are pending, or were deleted.
         """
         return self._read(
             only_value,
@@ -4051,9 +4049,9 @@ class Store:
     def superseded_tasks(
         self, repository_id: int, number: int, event_id: int
     ) -> list[str]:
-        """Return the unfinished tasks of an issue that another label event created.
+        """Return an issue's unfinished tasks that another label event created.
 
-        Not the retries by clients: no label event created them.
+        Retries by clients are not among them, because no label event created them.
         """
         return self._read(
             only_value,
@@ -4075,12 +4073,12 @@ class Store:
         return bool(known)
 
     def add_label_event(self, event_id: int) -> None:
-        """Remember that a label event has been dealt with."""
+        """Remember that a label event has been handled."""
         with self._transaction() as db:
             insert_label_event(db, event_id)
 
     def unfinished_issues(self) -> list[tuple[int, int]]:
-        """Return repository id and number of the issues whose tasks are unfinished."""
+        """Return the repository id and number of each issue with unfinished tasks."""
         return self._read(
             tuple,
             """
@@ -4091,7 +4089,7 @@ class Store:
         )
 
     def unreported_tasks(self) -> list[str]:
-        """Return the ended tasks whose issue has no comment about it yet."""
+        """Return the ended tasks whose end is not yet reported on their issue."""
         return self._read(
             only_value,
             """
@@ -4107,9 +4105,9 @@ class Store:
     # Retention
 
     def retained_directories(self, cutoff: str) -> set[str]:
-        """Return the workspaces of tasks that were active since ``cutoff``.
+        """Return the workspaces of tasks that have been active since ``cutoff``.
 
-        The workspace of a closed pull request is retained only for an unfinished job.
+        Once the pull request is closed, only an unfinished job retains the workspace.
         """
         directories = self._read(
             only_value,
@@ -4125,7 +4123,7 @@ class Store:
     def delete_expired(self, cutoff: str, delivery_cutoff: str) -> None:
         """Delete old logs, old tasks without an open pull request, and old deliveries.
 
-        At most 5,000 events and 100 tasks at a time, since others wait while this writes.
+        Deletes at most 5,000 events and 100 tasks at a time, as other writers wait.
         """
         values = {"cutoff": cutoff, "delivery_cutoff": delivery_cutoff}
         with self._transaction() as db:
@@ -4258,7 +4256,7 @@ def waiting_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str |
 
 
 def insert_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
-    """Create a review job, with its task's directory and branch. Returns its id."""
+    """Create a review with its task's directory and branch, and return its id."""
     job_id = str(uuid.uuid4())
     db.execute(
         """
