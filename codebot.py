@@ -4279,13 +4279,13 @@ def insert_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
 
 # --- Running jobs ------------------------------------------------------------
 #
-# The work directory; Codebot, of which there is one; and JobRun, one for each running job.
+# The work directory, the one Codebot object, and a JobRun for each running job.
 
 
 def take_work_dir(config: Config) -> None:
-    """Make and lock the work directory, and put temporary files into it.
+    """Create and lock the work directory, and use it for temporary files.
 
-    Locks the database, too. Raises ConfigError if that is not possible, or the disk is
+    Also locks the database. Raises ConfigError if one of these fails, or the disk is
     full.
     """
     work_dir = config.work_dir
@@ -4301,7 +4301,7 @@ def take_work_dir(config: Config) -> None:
             "not run, task_*/repo and task_*/tmp in it can be removed."
         )
     hold_lock(f"{work_dir}/codebot.lock", work_dir, "--work-dir")
-    # CODEBOT_DATABASE of one codebot may be in the work directory of another.
+    # CODEBOT_DATABASE may name a file in another server's work directory.
     database = config.database_file
     hold_lock(f"{database}.lock", database, "CODEBOT_DATABASE")
     # From now on tempfile uses the work directory: /tmp may be read-only, or in memory,
@@ -4310,10 +4310,10 @@ def take_work_dir(config: Config) -> None:
 
 
 def hold_lock(path: str, subject: str, option: str) -> None:
-    """Hold a lock file until this process ends. Raises ConfigError if it cannot."""
+    """Lock a file until this process ends. Raises ConfigError if that is impossible."""
     try:
-        # It is never closed. No symlinks: another user could make codebot overwrite one of
-        # its own files.
+        # The file is never closed. It must not be a symlink, with which another user
+        # could make codebot overwrite one of its own files.
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.truncate(lock, 0)
@@ -4335,7 +4335,7 @@ def unusable_error(path: str, error: OSError, option: str) -> ConfigError:
     return ConfigError(f"Cannot use {path}: {reason}. Use another {option}.")
 
 
-# What codebot may remove, relative to the work directory.
+# The paths that codebot may remove, relative to the work directory.
 REMOVABLE_RE = re.compile(
     r"""
     (task|trash|scratch)_[^/]+ (/repo|/tmp)?
@@ -4347,10 +4347,10 @@ REMOVABLE_RE = re.compile(
 
 
 def remove_tree(config: Config, path: str) -> None:
-    """Remove a directory that an agent may have made unwritable, or very deep.
+    """Remove a directory that an agent may have made unwritable or very deep.
 
-    It may be missing. Links are not followed. Raises ValueError unless the path is one
-    that codebot makes in its work directory.
+    The directory may be missing. Symlinks are not followed. Raises ValueError unless the
+    path is one that codebot creates in its work directory.
     """
     if not REMOVABLE_RE.fullmatch(os.path.relpath(path, config.work_dir)):
         raise ValueError(f"{path} is not a directory that codebot may remove")
@@ -4368,10 +4368,10 @@ def remove_tree(config: Config, path: str) -> None:
 class SyncRequest(NamedTuple):
     """Asks the sync thread to look at one thing.
 
-    That is one of these; without any, SyncRequest() asks for a look at everything:
+    The fields name it. An empty SyncRequest() asks for a look at everything.
       repository_id, number   an issue that has, or had, the label
-      pull_request_of         the pull request of that task
-      ended_task              that task, whose end is to be reported on its issue
+      pull_request_of         the pull request of the task with this id
+      ended_task              the task with this id, to report its end on its issue
     """
 
     repository_id: int = 0
@@ -4405,11 +4405,10 @@ class Codebot:
         self.checked_commits: set[str] = set()
         # By job id. Threads share it without a lock: each use is one atomic step.
         self.running: dict[str, JobRun] = {}
-        self.store: Store  # from open() on, as the checks before it need no database
+        self.store: Store  # set by open(); the checks before it need no database
 
     def open(self) -> None:
-        """End what an earlier server left running in the work directory, and open it.
-
+        """End what an earlier server left running in the work directory; open the store.
         Raises ConfigError if the database, the sandbox or the App's key cannot be used.
         """
         end_tagged_processes(self.work_dir_tag)
@@ -4461,9 +4460,10 @@ class Codebot:
             run.is_cancelled = True
 
     def until_database_works(self, method: Callable[..., T], *args: object) -> T:
-        """Call a method of Store until it succeeds: a full disk must not lose a result.
+        """Call a method of Store until it succeeds, so that a full disk loses no result.
 
-        Raises StopRequested when the server stops. A corrupt database is not retried.
+        Raises StopRequested when the server stops. If the database is corrupt, the
+        error is raised at once.
         """
         while True:
             try:
@@ -4475,7 +4475,7 @@ class Codebot:
 
 
 class JobRun:
-    """One run of a job: the job as the run changes it, its log, and what ends it."""
+    """One run of a job: the job as the run changes it, its log, and what can end it."""
 
     def __init__(self, codebot: Codebot, job: Job) -> None:
         self.codebot = codebot
@@ -4486,10 +4486,10 @@ class JobRun:
         self.job = job
         self.is_cancelled = False  # another thread sets it
         self.started = time.monotonic()
-        # When the agent and the tests must have ended; None until time_left() is asked.
+        # When the agent and the tests must end; None until time_left() is first called.
         self.deadline: float | None = None
         self.events_left = MAX_OUTPUT_EVENTS  # in this phase
-        # Whether the agent has run since work was last stored: a retry runs it again.
+        # Whether the agent has run since work was last stored. If so, a retry reruns it.
         self.agent_ran_since_save = False
 
     def check_stop(self) -> None:
@@ -4503,7 +4503,7 @@ class JobRun:
         self.log_entries([(source, message) for message in messages])
 
     def log_entries(self, entries: Sequence[tuple[str, str]]) -> None:
-        """Add (source, message) pairs to the task's log, without secrets, truncated."""
+        """Add (source, message) pairs to the task's log, redacted and truncated."""
         events = []
         for source, message in entries:
             if source in LIMITED_SOURCES:
@@ -4523,7 +4523,7 @@ class JobRun:
         self.codebot.until_database_works(self.store.save_progress, self.job)
 
     def save_work(self, **changes: Any) -> None:
-        """Store finished work, which no retry repeats, and begin to count retries anew."""
+        """Store finished work, which no retry repeats, and reset the count of retries."""
         self.update(interruptions=0, transient_since=0.0, **changes)
         self.agent_ran_since_save = False
 
@@ -4542,17 +4542,17 @@ class JobRun:
         self.log_event("phase", f"{phase}{suffix}")
 
     def time_left(self) -> float:
-        """Return the seconds left for the agent and the tests, all attempts together.
+        """Return the seconds left for the agent and the tests in all attempts together.
 
         The first call starts the clock: at the checkout, or when a review is classified.
-        Before that, a slow network costs the agent nothing.
+        Time that a slow network takes before that does not count.
         """
         if self.deadline is None:
             self.deadline = time.monotonic() + self.config.task_timeout
         return max(0.1, self.deadline - time.monotonic())
 
     def limit_failure(self, error: LimitReached, program: str) -> JobFailed:
-        """Return what a limit that a program has reached means for the job."""
+        """Return the JobFailed for a limit that a program has reached."""
         if isinstance(error, TooMuchOutput):
             reason = "tests_failed" if self.job.phase == "test" else "agent_failed"
             return JobFailed(reason, f"{program} {error}")
@@ -4566,7 +4566,7 @@ class JobRun:
         return JobFailed("timeout", f"Timed out after {limit}")
 
     def git_limits(self) -> Limits:
-        """Return the limits of git in a workspace, where an agent may slow it down."""
+        """Return limits for git in a workspace, where an agent may slow it down."""
         timeout = max(self.time_left(), MIN_GIT_TIMEOUT)
         return Limits(timeout, check_stop=self.check_stop)
 
