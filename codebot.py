@@ -5357,9 +5357,9 @@ def agent_command(
 
 MAX_BODY_CHARS = 65_000  # of a pull request or an answer; GitHub takes 65,536
 
-# A squash merge makes the commit's message of a pull request's title and body. With such
-# words in it, the repository's CI would not test the commit (GitHub docs: "Skipping
-# workflow runs"; other CI systems have words of their own).
+# A squash merge makes its commit message from the pull request's title and body. With
+# words such as "[skip ci]" in it, the repository's CI would not test the commit (GitHub
+# docs: "Skipping workflow runs"; other CI systems have words of their own).
 CI_SKIP_RE = re.compile(
     r"\[( *skip[ _-][^\[\]\n]{1,50}|[^\[\]\n]{1,50}[ _-]skip *| *no[ _-]ci *)\]",
     re.IGNORECASE,
@@ -5367,13 +5367,13 @@ CI_SKIP_RE = re.compile(
 
 
 def run_task(run: JobRun) -> None:
-    """Do a task, from the clone to the pull request. Each step can be repeated.
+    """Run a task from the clone to the pull request. Each step can be repeated.
 
     What earlier runs have stored    What is left to do
-      nothing, or no commit_id         everything, the agent included
+      nothing, or no commit_id         everything, including the agent
       commit_id                        push the commit; if the outbox was lost, everything
       push_started                     push the commit, unless the branch has a pull
-                                       request; never the agent again
+                                       request; the agent never runs again
       the pull request                 find it, and finish
     """
     run.set_phase("clone")
@@ -5394,10 +5394,10 @@ def run_task(run: JobRun) -> None:
 
 
 def look_up_repository(run: JobRun) -> Repository:
-    """Return the repository, once GitHub gives a token for it, and store its id.
+    """Return the repository and store its id, if GitHub gives a token for it.
 
-    Raises JobFailed if it is not allowed (the settings may have changed since the task
-    was submitted), was renamed, or cannot be used.
+    Raises JobFailed if the repository is not allowed (the settings may have changed since
+    the task was submitted), was renamed, or cannot be used.
     """
     job = run.job
     try:
@@ -5414,11 +5414,11 @@ def look_up_repository(run: JobRun) -> Repository:
         return repository
     try:
         github_repository = github.repository_by_name(repository.full_name)
-        # Its token is refused if the App is not installed there.
+        # GitHub refuses the token if the App is not installed on the repository.
         github.token(github_repository.id)
     except (AppRefused, GitHubError) as error:
         if job.commit_id and isinstance(error, AppRefused):
-            raise  # finished work waits for better times
+            raise  # finished work waits until GitHub accepts the App again
         message = str(error)
         if isinstance(error, NotFound):
             message = (
@@ -5430,7 +5430,7 @@ def look_up_repository(run: JobRun) -> Repository:
             "clone_failed", f"Failed to clone repository: {message}"
         ) from None
     check_identity(job, repository, github_repository)
-    github.bot()  # for the commit: asked for now, before the agent costs anything
+    github.bot()  # the commit needs it; ask now, before the agent costs anything
     run.update(repository_id=github_repository.id)
     return repository._replace(github_repository=github_repository)
 
@@ -5438,7 +5438,7 @@ def look_up_repository(run: JobRun) -> Repository:
 def check_identity(
     job: Job, repository: Repository, github_repository: GitHubRepository
 ) -> None:
-    """Raise JobFailed unless GitHub means the same repository as the task."""
+    """Raise JobFailed if the task's repository was renamed or replaced by another."""
     if github_repository.full_name.lower() != repository.full_name.lower():
         raise JobFailed(
             "clone_failed",
@@ -5460,7 +5460,7 @@ def name_workspace(run: JobRun) -> None:
         return
     digits = job.id.replace("-", "")
     names = [digits[start : start + 7] for start in range(len(digits) - 6)]
-    # Seven digits that no other directory, and so no other outbox, has.
+    # Take seven digits that no other directory has, and so no other outbox.
     work_dir = run.config.work_dir
     name = next(name for name in names if not find_paths(work_dir, f"task_*{name}"))
     ticket = slugify(run.redact(job.request.ticket_id))
@@ -5471,10 +5471,10 @@ def name_workspace(run: JobRun) -> None:
 
 
 def is_only_push_left(workspace: Workspace) -> bool:
-    """Return whether an earlier run has made the commit, and nothing has lost it."""
+    """Return whether an earlier run has made the commit, and it was not lost."""
     job = workspace.run.job
     if job.push_started:
-        return True  # the remote may have it, and the outbox is not needed
+        return True  # the remote may have it, and then the outbox is not needed
     return job.commit_id != "" and workspace.outbox.has_commit(job.commit_id)
 
 
@@ -5495,7 +5495,7 @@ def clone(workspace: Workspace) -> None:
 
 
 def check_base(workspace: Workspace, commit: str) -> None:
-    """Let git's fsck check the base commit, once. Raises JobFailed."""
+    """Have git's fsck check a commit, once. Raises JobFailed if it is rejected."""
     if commit in workspace.codebot.checked_commits:
         return
     try:
@@ -5520,7 +5520,7 @@ def fetch_or_fail(workspace: Workspace, branch: str, reason: str) -> tuple[str, 
         raise JobFailed(reason, message) from None
     except GitFailed as error:
         if isinstance(error, GitAuthFailed) and workspace.run.job.commit_id:
-            # The commit has cost something.
+            # The commit has cost something, so this is treated like a failed push.
             raise workspace.push_failure(error) from None
         raise JobFailed(
             "clone_failed", f"Failed to clone repository: {error}"
@@ -5528,14 +5528,14 @@ def fetch_or_fail(workspace: Workspace, branch: str, reason: str) -> tuple[str, 
 
 
 def task_text(request: TaskRequest) -> str:
-    """Return the task's description, below its title if it has a ticket's summary."""
+    """Return the task's description, under its title if there is a ticket summary."""
     if request.ticket_summary:
         return f"{request.title}\n\n{request.description}"
     return request.description
 
 
 def run_tests(workspace: Workspace, command: str) -> TestResult | None:
-    """Run the test command; show the agent what fails, and try again.
+    """Run the test command. If it fails, show the agent its output and try again.
 
     Raises JobFailed if the tests still fail, or cannot be started.
     """
@@ -5549,8 +5549,8 @@ def run_tests(workspace: Workspace, command: str) -> TestResult | None:
             return TestResult(
                 command=run.redact(command), passed=True, attempts=attempt
             )
-        # sh exits with these if it cannot start a command, or a script's last one. Usually
-        # the host lacks the command, and the agent is not paid to find that out.
+        # sh exits with these codes if it cannot start a command (of a script, the last
+        # one). Usually the host lacks it, and the agent is not paid to find that out.
         if result.code in (126, 127):
             raise JobFailed(
                 "tests_failed",
@@ -5572,7 +5572,7 @@ def run_tests(workspace: Workspace, command: str) -> TestResult | None:
 
 
 def pack_lines(lines: Iterable[str]) -> list[str]:
-    """Join lines to as few texts as events can hold. A longer line stays alone."""
+    """Join lines into as few texts as fit into events. A longer line stays alone."""
     texts: list[str] = []
     for line in lines:
         if texts and len(texts[-1]) + 1 + len(line) <= MAX_EVENT_CHARS:
@@ -5606,16 +5606,16 @@ def run_test_command(workspace: Workspace, command: str, attempt: int) -> Progra
 
 
 def without_ci_skips(text: str) -> str:
-    """Return foreign text without words that turn off the repository's CI."""
+    """Return untrusted text without words that turn off the repository's CI."""
     text = re.sub(r"\*\*\*(NO_CI)\*\*\*", r"(\1)", text, flags=re.IGNORECASE)
     return CI_SKIP_RE.sub(r"(\1)", text)
 
 
 def quoted(speaker: str, text: str) -> str:
-    """Return foreign text so that it cannot pass for codebot's own words."""
+    """Return untrusted text as a quote that cannot pass for codebot's own words."""
     if not text.strip():
         return ""
-    # It may neither end the quote nor contain a marker of codebot's.
+    # The text must neither end the quote nor contain one of codebot's markers.
     text = re.sub("<(?=!--|/blockquote)", "&lt;", text.strip(), flags=re.IGNORECASE)
     quote = "\n".join(f"> {line}".rstrip() for line in text.splitlines())
     return f"{speaker} says:\n\n{quote}\n"
@@ -5624,10 +5624,10 @@ def quoted(speaker: str, text: str) -> str:
 def test_and_commit(
     workspace: Workspace, request: TaskRequest, base_commit: str
 ) -> str:
-    """Test what the agent left, and make one commit of it on ``base_commit``.
+    """Test the workspace's files, and make one commit of them on ``base_commit``.
 
-    Returns the commit's id, "" if nothing was changed. Raises JobFailed if the tests
-    fail, or the commit may not be pushed.
+    Returns the commit's id, or "" if nothing was changed. Raises JobFailed if the tests
+    fail or the commit must not be pushed.
     """
     run = workspace.run
     tests = run_tests(workspace, request.test_command)
@@ -5649,7 +5649,7 @@ def test_and_commit(
 
 
 def commit_task(workspace: Workspace) -> None:
-    """Test and commit what the agent left, and store the commit's id."""
+    """Test and commit the agent's changes, and store the commit's id."""
     run = workspace.run
     commit_id = test_and_commit(workspace, run.job.request, run.job.base_commit)
     if not commit_id:
@@ -5660,22 +5660,22 @@ def commit_task(workspace: Workspace) -> None:
 
 
 def push_task_commit(workspace: Workspace) -> None:
-    """Push the stored commit. From here on the job cannot be cancelled."""
+    """Push the stored commit. From here on the task cannot be cancelled."""
     run = workspace.run
     run.set_phase("push")
-    was_pushing = run.job.push_started  # an earlier run, before it was interrupted
+    was_pushing = run.job.push_started  # in an earlier run, which was interrupted
     if not run.store.begin_push(run.job.id):
         raise Cancelled()
     run.job = dataclasses.replace(run.job, push_started=True)
     repository = workspace.repository.github_repository
     if was_pushing and repository and repository.find_pull_request(run.job.branch):
-        # Its branch was pushed. It may be merged and deleted, and a push would restore it.
+        # The branch was pushed. It may be merged and deleted: a push would restore it.
         return
     workspace.push()
 
 
 def code_block(text: str) -> str:
-    """Return text as a block that it cannot end."""
+    """Return text in a code block that the text cannot end."""
     fence = "```"
     while fence in text:
         fence += "`"
@@ -5684,7 +5684,7 @@ def code_block(text: str) -> str:
 
 
 def pull_request_body(run: JobRun) -> str:
-    """Return the task, codebot's facts, and the agent's words."""
+    """Return a body with the task, the facts from codebot, and the agent's words."""
     job = run.job
     outcome = job.outcome
     speaker = f"Issue #{job.issue_number}" if job.issue_number else "The submitter"
@@ -5697,9 +5697,9 @@ def pull_request_body(run: JobRun) -> str:
         facts += f"The agent reports a cost of {outcome.cost_usd:.2f} US dollars.\n"
     if job.issue_number:
         facts += f"Closes #{job.issue_number}\n"
-    # Redacted before it is truncated: a secret that was cut in two would not be found.
+    # Redact before truncating: a secret that was cut in two would not be found.
     task = truncate(run.redact(task_text(job.request)), 10_000)
-    # No HTML: a tag without an end could hide the facts that follow.
+    # No HTML: an unclosed tag could hide the facts that follow.
     task = quoted(speaker, re.sub("<(?=[A-Za-z/!?])", "&lt;", task))
     files = code_block(truncate(outcome.files, 10_000))
     summary = quoted("The agent", truncate(outcome.summary, 20_000))
@@ -5713,7 +5713,7 @@ def pull_request_body(run: JobRun) -> str:
 
 
 def create_pull_request(workspace: Workspace) -> None:
-    """Open the branch's pull request, or find the one that it has, and store it."""
+    """Open a pull request for the branch, or find the existing one, and store it."""
     run = workspace.run
     github_repository = workspace.repository.github_repository
     if github_repository is None:
