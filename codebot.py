@@ -5748,13 +5748,13 @@ def react_to_issue(workspace: Workspace) -> None:
 
 # --- Review ------------------------------------------------------------------
 
-# Seconds after which all of GitHub shows what was written there.
+# Seconds until something written on GitHub is visible in all parts of it.
 VISIBILITY_DELAY = 50.0
 LIMIT_TEXT = (
     f"This pull request has had {DAILY_REVIEW_JOBS} requests to codebot in a day. "
     "Further comments are not handled; comment again tomorrow."
 )
-# The part of GitHub's API that has the comments of a place, and the answers to them.
+# The part of GitHub's API for the comments of each place, and for the answers to them.
 API_COLLECTION = {"conversation": "issues", "review_text": "issues", "inline": "pulls"}
 NO_ANSWER_TEXT = {
     "question": "The agent gave no answer.",
@@ -5763,30 +5763,30 @@ NO_ANSWER_TEXT = {
 
 
 class Review(NamedTuple):
-    """One run of a review, and what it is about, as GitHub and the store have it now."""
+    """One run of a review, with the current data from GitHub and the store."""
 
     run: JobRun
     task: Job
     number: int  # of the pull request
-    seen_until: str  # what is older has been queued
+    seen_until: str  # older comments have been queued
     github_repository: GitHubRepository
     workspace: Workspace
-    comments: Sequence[Comment] = ()  # to be answered; from load_comments on
+    comments: Sequence[Comment] = ()  # to be answered; set by load_comments
 
 
 def run_review(run: JobRun) -> None:
-    """Do a review, from the comments to the answers. Each step can be repeated.
+    """Run a review from the comments to the answers. Each step can be repeated.
 
     What earlier runs have stored    What is left to do
-      nothing                          classify the request, and what follows
+      nothing                          classify the request, and go on as below
       request_kind question, change    have the agent answer, or make the change
-      request_kind limit, none         post the limit, or nothing
-      outcome.answers                  push the commit_id, if there is one, and post the
-                                       answers; if it is unclear, they ask back
-      error                            post the error; the review fails with it
+      request_kind limit, none         post that the limit is reached, or nothing
+      outcome.answers                  push the commit, if there is one, and post the
+                                       answers: questions, if the request is unclear
+      error                            post the error, and fail with it
 
     Raises ReviewSkipped if nothing is to be done. If a step fails, `run_job` stores the
-    error and calls this once more, only to post it.
+    error and repeats the steps, which then only post it.
     """
     review = load_review(run)
     check_pull_request(review)
@@ -5808,7 +5808,7 @@ def prepare_answers(review: Review) -> None:
     run = review.run
     commit = run.job.commit_id
     if commit and not review.workspace.outbox.has_commit(commit):
-        # The outbox was lost, for example when the host lost power. Begin anew.
+        # The outbox was lost, for example when the host lost power. Start over.
         run.update(commit_id="", outcome=run.outcome_with(answers={}))
     if not run.job.outcome.answers:
         text = review.comments[0].text
@@ -5831,7 +5831,7 @@ def classify_and_carry_out(review: Review) -> None:
 
 
 def load_review(run: JobRun) -> Review:
-    """Find the pull request's repository, under the name that it has now."""
+    """Return the review, with its repository under the name that it has now."""
     github = run.codebot.github
     pull_request = run.store.pull_request(run.job.task_id)
     task = run.store.job(run.job.task_id)
@@ -5856,7 +5856,7 @@ def load_review(run: JobRun) -> Review:
 
 
 def refusal_error(run: JobRun, error: GitHubError) -> Exception:
-    """Return the error for a refusal: a review of what is gone is skipped, others wait."""
+    """Return ReviewSkipped if GitHub's object is gone for good, else TransientError."""
     is_gone = error.status in GONE_STATUSES
     if is_gone and not may_appear_later(run.job.submitted_at):
         return ReviewSkipped(f"it is not codebot's any more: {error}")
@@ -5864,18 +5864,18 @@ def refusal_error(run: JobRun, error: GitHubError) -> Exception:
 
 
 def may_appear_later(timestamp: str, clock_skew: float = 0.0) -> bool:
-    """Return whether GitHub may not show everywhere yet what was written at that time.
+    """Return whether something written at that time may not be visible everywhere yet.
 
-    ``clock_skew`` is GitHub's if GitHub gave the time.
+    If the time comes from GitHub, pass the ``clock_skew`` of GitHub's clock.
     """
     return timestamp > utc_time(seconds_ago=VISIBILITY_DELAY - clock_skew)
 
 
 def check_pull_request(review: Review) -> None:
-    """Raise ReviewSkipped unless the pull request is open.
+    """Raise ReviewSkipped unless the pull request is open and not locked.
 
-    Its branch is codebot's: find_pull_request takes no other, and GitHub lets nobody
-    change the branch that a pull request comes from.
+    Its branch is codebot's, because find_pull_request accepts no other, and GitHub lets
+    nobody change a pull request's head branch.
     """
     try:
         current = review.github_repository.pull_request(review.number)
@@ -5889,21 +5889,21 @@ def check_pull_request(review: Review) -> None:
 
 
 def check_write_access(review: Review) -> None:
-    """Raise ReviewSkipped unless the reviewer may write to the repository, now."""
+    """Raise ReviewSkipped unless the reviewer has write access to the repository now."""
     reviewer = review.run.job.reviewer
     if not review.github_repository.has_write_access(reviewer):
         raise ReviewSkipped(f"{reviewer} has no write access")
 
 
 def absorb_waiting_comments(review: Review) -> None:
-    """Until the request is classified, add what else its reviewer has waiting.
+    """Add the reviewer's other waiting comments, and apply the daily limit.
 
-    The daily limit is applied then, too.
+    Does nothing once the request is classified.
     """
     run = review.run
     if run.job.request_kind:
         return
-    # Not everything may be delivered yet, for example the rest of a GitHub review.
+    # Some comments may not be delivered yet, for example the rest of a GitHub review.
     comments = review.github_repository.comments(review.number, review.seen_until)
     run.store.queue_comments(run.job.task_id, [comment for _, comment in comments])
     run.store.absorb_waiting_reviews(run.job)
@@ -5911,15 +5911,15 @@ def absorb_waiting_comments(review: Review) -> None:
 
 
 def load_comments(review: Review) -> Review:
-    """Return the review with what the reviewer wrote and has not deleted.
+    """Return the review with its reviewer's comments, except those deleted since.
 
-    Puts "eyes" on each comment.
+    Adds an "eyes" reaction to each comment that takes reactions.
     """
     run = review.run
     github_repository = review.github_repository
     comments = []
     for stored in run.store.comments(run.job.id):
-        # A delivery is only a claim. GitHub says who wrote what, and what it says now.
+        # A delivery is only a claim. GitHub is asked for the author and the current text.
         try:
             comment = github_repository.reload_comment(review.number, stored)
         except NotFound as error:
@@ -5939,7 +5939,7 @@ def load_comments(review: Review) -> Review:
 
 
 def apply_daily_limit(run: JobRun) -> None:
-    """Skip a review above the daily limit; the first one of a day is to say so."""
+    """Skip a review above the daily limit, but let the first one of a day say so."""
     kinds = run.store.request_kinds_of_last_day(run.job.task_id)
     if len(kinds) - kinds.count("limit") <= DAILY_REVIEW_JOBS:
         return
@@ -5960,11 +5960,12 @@ def group_by_thread(comments: Sequence[Comment]) -> dict[str, list[Comment]]:
 
 
 def earlier_comments(review: Review) -> list[Comment]:
-    """Return what the reviewer and codebot wrote before, in the conversation and in
-    these threads. Nobody else is listened to.
+    """Return the last 20 earlier comments by the reviewer and codebot, oldest first.
+
+    They are from the conversation and the review's threads. Nobody else is listened to.
     """
     bot = review.github_repository.github.bot()
-    own_name = "codebot (you)"  # no person's login: it has a space
+    own_name = "codebot (you)"  # nobody's login, because it has a space
     threads = {comment.thread for comment in review.comments}
     ids = {comment.id for comment in review.comments}
     found = []
@@ -5989,7 +5990,7 @@ def format_comments(name: str, comments: Sequence[Comment]) -> str:
     for comment in comments:
         attributes = f' id="{comment.id}" by="{comment.user}"'
         if comment.path:
-            # A file's name may have quotes and line breaks.
+            # A file's name may contain quotes and line breaks.
             path = json.dumps(comment.path, ensure_ascii=False)
             attributes += f' path={path} line="{comment.line or "?"}"'
         words = comment.text
@@ -6001,7 +6002,7 @@ def format_comments(name: str, comments: Sequence[Comment]) -> str:
 
 
 def classify(review: Review, text: str) -> None:
-    """Find out what the reviewer wants, and store it; if it is unclear, with a question.
+    """Find out and store what the reviewer wants; if it is unclear, store a question.
 
     The agent has no tools and sees no repository.
     """
@@ -6019,7 +6020,7 @@ def classify(review: Review, text: str) -> None:
     if kind not in ("question", "change", "none"):
         kind = "unclear"
         ask = run.redact(str(answer.get("ask") or ""))[:10_000]
-        # Never empty, even without a question: answers tell that this step is done.
+        # Stored even if the question is empty: answers show that this step is done.
         answers = dict.fromkeys(group_by_thread(review.comments), ask)
     run.save_work(request_kind=kind, outcome=run.outcome_with(answers=answers))
 
@@ -6059,7 +6060,7 @@ def continue_session(
         workspace.run.log_event(
             "codebot", "The agent's session is lost; a new one begins"
         )
-    # The CLI would refuse the id of a broken session for a new one (tried).
+    # The CLI would refuse to use the id of a broken session for a new one (tried).
     workspace.script('rm -rf "$HOME/.claude/projects"')
     span = f"refs/heads/{review.task.base_name}...{base_commit}"
     diff = workspace.mirror.local_git(*GIT_DIFF, span, check=False).stdout
@@ -6073,10 +6074,10 @@ def continue_session(
 
 
 def parse_answers(review: Review, answer: JsonObject) -> dict[str, str]:
-    """Return an answer for each thread: its own, else the summary of all."""
+    """Return an answer for each thread: its own, or else the agent's summary."""
     by_comment: dict[str, str] = {}
     entries = answer.get("answers")
-    if not isinstance(entries, list):  # the agent may not keep to the schema
+    if not isinstance(entries, list):  # the agent may not follow the schema
         entries = []
     for entry in entries:
         with contextlib.suppress(LookupError, TypeError):
@@ -6085,7 +6086,7 @@ def parse_answers(review: Review, answer: JsonObject) -> dict[str, str]:
     answers = {}
     for thread, members in group_by_thread(review.comments).items():
         ids = {comment.id for comment in members}
-        # The agent may answer to the thread's first comment, whose id is the thread's.
+        # The agent may answer the thread's first comment, whose id is the thread's.
         ids.add(members[0].thread)
         texts = [by_comment.get(str(comment_id), "") for comment_id in sorted(ids)]
         text = "\n\n".join(filter(None, texts)) or review.run.job.outcome.summary
@@ -6097,11 +6098,10 @@ def parse_answers(review: Review, answer: JsonObject) -> dict[str, str]:
 
 
 def push_review_commit(review: Review) -> None:
-    """Push the change, on top of what others have pushed meanwhile.
+    """Push the change, on top of what others have pushed in the meantime.
 
-    Never forces. If commits were removed from the branch, nothing is pushed: that
-    would restore them. (What is removed just before the push is still restored.)
-
+    The push is never forced. If commits were removed from the branch, nothing is pushed,
+    as that would restore them. (Those removed just before the push are restored.)
     The branch's tip             What is done
       has the job's commit         nothing: an earlier run has pushed it
       is the commit's parent       push
@@ -6123,7 +6123,7 @@ def push_review_commit(review: Review) -> None:
         except JobFailed:
             tip = require_on_branch(workspace, run.job.base_commit)
             if tip == run.job.base_commit:
-                raise  # nobody has pushed meanwhile: the remote does not want it
+                raise  # nobody has pushed meanwhile, so the remote refuses the commit
         else:
             require_on_branch(workspace, run.job.commit_id)
             return
@@ -6135,9 +6135,9 @@ def push_review_commit(review: Review) -> None:
 
 
 def require_on_branch(workspace: Workspace, commit: str) -> str:
-    """Raise JobFailed if the remote's branch does not have ``commit`` (any more).
+    """Fetch the branch and return its tip.
 
-    Fetches the branch, and returns its tip.
+    Raises JobFailed if the branch does not have ``commit`` (any more).
     """
     _, tip = fetch_or_fail(workspace, workspace.branch, "push_rejected")
     if not workspace.mirror.is_ancestor(commit, tip):
@@ -6151,8 +6151,8 @@ def require_on_branch(workspace: Workspace, commit: str) -> str:
 def reapply_change(review: Review, tip: str) -> None:
     """Put the change on top of ``tip``, and test it there.
 
-    If ``tip`` has the same change already, it becomes the job's commit, which the
-    answer names.
+    If ``tip`` has the same change already, ``tip`` becomes the job's commit, and the
+    answer names it.
     """
     run = review.run
     run.log_event("git", f"Others pushed {tip}; the change is put on top of it")
@@ -6194,7 +6194,7 @@ def answer_threads(review: Review) -> None:
 
 
 def answer_body(job: Job, thread: str, first: Comment) -> str:
-    """Return codebot's own words first, then the agent's, quoted as such."""
+    """Return codebot's own words, followed by the agent's, quoted as such."""
     answer = job.outcome.answers.get(thread, "")
     comment = ""
     if first.place != "inline":
@@ -6207,7 +6207,7 @@ def answer_body(job: Job, thread: str, first: Comment) -> str:
 
 
 def own_words(job: Job, answer: str) -> str:
-    """Return what codebot itself says; "" if the agent's answer says it all."""
+    """Return codebot's own words, or "" if the agent's answer says it all."""
     if job.error:
         error = code_block(truncate(job.error, 5000))
         return f"codebot could not do this ({job.reason}):\n\n{error}"
