@@ -284,7 +284,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple, TypeVar
 
 # === I. The boundary =========================================================
-# How codebot runs programs, asks GitHub, and uses git; and with which credentials.
+# How codebot runs programs, asks GitHub and uses git, and which credentials it uses.
 
 # --- Limits and errors -------------------------------------------------------
 
@@ -292,49 +292,49 @@ log = logging.getLogger("codebot")
 
 __version__ = "1.0.0"
 
-# A job fails after so many interruptions: crashes, and retries that run the agent again.
+# A job fails after this many interruptions: crashes, and retries that run the agent again.
 MAX_INTERRUPTIONS = 3
 RETRY_DELAY = 60.0  # seconds until a job is retried after a transient error
 # Seconds after which a transient error is no longer retried.
 RETRY_LIMIT = {"task": 3600.0, "review": 86400.0}
-TIMER_INTERVAL = 1.0  # seconds between two looks for jobs that are due, at most
-CLEANUP_INTERVAL = 60.0  # seconds between two cleanups, at most
-DATABASE_RETRY_DELAY = 5.0  # seconds until a failed write to the database is repeated
-DATABASE_TEST_INTERVAL = 10.0  # seconds between two tests of the database
+TIMER_INTERVAL = 1.0  # seconds between checks for jobs that are due, at most
+CLEANUP_INTERVAL = 60.0  # seconds between cleanups, at most
+DATABASE_RETRY_DELAY = 5.0  # seconds until a failed write to the database is retried
+DATABASE_TEST_INTERVAL = 10.0  # seconds between tests of the database
 
 GIT_TIMEOUT = 1800.0  # seconds for one git command
-MIN_GIT_TIMEOUT = 60.0  # seconds that git in a workspace gets at least
-PROBE_TIMEOUT = 30.0  # seconds for the sandbox, and for a node, when codebot starts
-STOP_TIMEOUT = 10.0  # seconds that the workers have to end
-# Seconds between SIGTERM and SIGKILL, in which git removes its lock files. (bwrap kills
-# what runs in it at once.)
+MIN_GIT_TIMEOUT = 60.0  # seconds, at least, for a git command in a workspace
+PROBE_TIMEOUT = 30.0  # seconds to try the sandbox, and before that to get a node
+STOP_TIMEOUT = 10.0  # seconds that the workers have to end when codebot stops
+# Seconds between SIGTERM and SIGKILL, so that git can remove its lock files. (What runs
+# in bwrap is killed at once.)
 KILL_GRACE = 2.0
 RESULT_GRACE = 5.0  # seconds that the agent may still run after its `result` event
-PRIVATE_UMASK = 0o077  # nobody else may read what codebot makes
+PRIVATE_UMASK = 0o077  # other users must not read what codebot creates
 MAX_LINE_BYTES = 8 << 20  # the beginning of a longer line is replaced by a note
 MAX_OUTPUT_BYTES = 1 << 30  # a program that prints more is ended
-READ_BYTES = 64 << 10  # of output read before the limits are checked again
-KEPT_LINES = 400  # the last lines of a program's output that are kept
+READ_BYTES = 64 << 10  # of output read at a time; the limits are checked in between
+KEPT_LINES = 400  # how many of the last lines of a program's output are kept
 MAX_EVENT_CHARS = 4000  # a longer event is truncated
-MAX_OUTPUT_EVENTS = 10_000  # kept of one run of the agent, or of the tests
-# The sources of the events that MAX_OUTPUT_EVENTS counts.
+MAX_OUTPUT_EVENTS = 10_000  # kept from one run of the agent or of the tests
+# The sources of the events that count toward MAX_OUTPUT_EVENTS.
 LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")
 LOW_DISK_BYTES = 1 << 30  # `check` warns if less space is free
 # With less free space codebot does not start, and blames the disk if a program fails.
 FULL_DISK_BYTES = 1 << 20
 # Seconds that an unused mirror is kept, in addition to CODEBOT_TASK_RETENTION.
 MIRROR_RETENTION = 30 * 86400.0
-REPACK_RETRY_DELAY = 6 * 3600.0  # seconds until another try to pack a mirror
-DELIVERY_RETENTION = 7 * 86400.0  # GitHub can redeliver for 3 days (GHES: 7)
-DAILY_REVIEW_JOBS = 50  # jobs on one pull request in a day
-# A larger change in a review fails if others have pushed meanwhile.
+REPACK_RETRY_DELAY = 6 * 3600.0  # seconds until codebot tries again to pack a mirror
+DELIVERY_RETENTION = 7 * 86400.0  # seconds; GitHub can redeliver for 3 days (GHES: 7)
+DAILY_REVIEW_JOBS = 50  # reviews of one pull request in 24 hours
+# A review with a larger change fails if others push in the meantime.
 MAX_PATCH_BYTES = 256 << 20
-MAX_PUSHES = 3  # attempts to push a review's change, if others push meanwhile
-GITHUB_TIMEOUT = 30.0  # seconds for GitHub to answer
-GITHUB_ATTEMPTS = 4  # times that a request to GitHub is sent
-GITHUB_RETRY_DELAY = 0.5  # seconds before the second time; it doubles each time
-MAX_INLINE_WAIT = 5.0  # seconds; if GitHub asks to wait longer, the job is requeued
-MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, whatever GitHub, or a proxy, asks for
+MAX_PUSHES = 3  # attempts to push a review's change when others push at the same time
+GITHUB_TIMEOUT = 30.0  # seconds that GitHub has to answer
+GITHUB_ATTEMPTS = 4  # how often a request to GitHub is sent, at most
+GITHUB_RETRY_DELAY = 0.5  # seconds before the second attempt; doubles with each attempt
+MAX_INLINE_WAIT = 5.0  # seconds; if GitHub asks for a longer wait, the job is requeued
+MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, even if GitHub or a proxy asks for more
 
 T = TypeVar("T")
 # JSON as it arrives from outside: anything may be in it.
@@ -364,9 +364,9 @@ class HTTPError(Exception):
 
 
 class JobFailed(Exception):
-    """Ends a job. The message is for people; ``reason`` is for programs.
+    """Ends a job as failed. The message is for people; ``reason`` is for programs.
 
-    It is a fixed name, such as "no_changes"; README explains all of them.
+    A reason is a fixed name, such as "no_changes". README explains all reasons.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -375,9 +375,9 @@ class JobFailed(Exception):
 
 
 class TransientError(Exception):
-    """Something outside is not available now: the job is retried later.
+    """Something that the job needs is unavailable; the job is retried later.
 
-    ``retry_at`` (seconds since 1970) is when GitHub may be asked again, if it said so.
+    ``retry_at`` (seconds since 1970) is when GitHub accepts requests again, if known.
     """
 
     def __init__(self, message: str, retry_at: float = 0.0) -> None:
@@ -396,8 +396,8 @@ class Cancelled(Exception):
 class LimitReached(Exception):
     """A program was ended by a limit.
 
-    The message continues a sentence that begins with the program's name, except that of
-    NoFreeNode.
+    Except in NoFreeNode, the message continues a sentence that begins with the name of
+    the program.
     """
 
 
@@ -418,32 +418,32 @@ class NoFreeNode(LimitReached):
 
 
 class ReviewSkipped(Exception):
-    """There is nothing, or nothing any longer, that may be done for this review."""
+    """codebot may not, or need not, act on this review."""
 
 
 class WrongState(Exception):
-    """The job is not in the state that a transition starts from."""
+    """The job is not in the state that the transition requires."""
 
 
 def utc_time(seconds_ago: float = 0.0) -> str:
-    """Return the time ``seconds_ago``, in UTC, as the API and GitHub write it."""
+    """Return the time ``seconds_ago``, in UTC, in the API's and GitHub's format."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - seconds_ago))
 
 
 def parse_utc_time(timestamp: str) -> int:
-    """Return a time of GitHub's in seconds since 1970."""
+    """Convert a time from GitHub to seconds since 1970."""
     return calendar.timegm(time.strptime(timestamp, "%Y-%m-%dT%H:%M:%SZ"))
 
 
 def truncate(text: str, limit: int) -> str:
-    """Return the first ``limit`` characters of a text, and say so if it has more."""
+    """Return the first ``limit`` characters of a text, with a note if it has more."""
     if len(text) <= limit:
         return text
     return f"{text[:limit]} … (truncated)"
 
 
 def os_error_text(error: OSError) -> str:
-    """Return what went wrong in words, without the number and the path."""
+    """Return the description of an error, without its number and path."""
     text = error.strerror or str(error)
     # "[SSL: WRONG_VERSION] wrong version (_ssl.c:1129)" becomes "wrong version".
     text = re.sub(r"^\[.*?\] ", "", text)
@@ -452,7 +452,7 @@ def os_error_text(error: OSError) -> str:
 
 
 def find_paths(directory: str, pattern: str) -> list[str]:
-    """Return what matches below a directory.
+    """Return the paths below a directory that match a pattern.
 
     Unlike glob(), it also finds names that begin with a dot.
     """
