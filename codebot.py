@@ -480,16 +480,16 @@ NETWORK_NAMES = (
     "NODE_EXTRA_CA_CERTS",
 )
 OWN_SECRET_NAMES = ("CODEBOT_API_KEYS", "GITHUB_WEBHOOK_SECRET")
-# What is stripped from a setting. strip() alone would also remove U+00A0, with which a
-# key may end.
+# Stripped from settings. strip() without an argument would also remove U+00A0, which
+# may be the last character of a key.
 BLANKS = " \t\r\n"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 Flags = Mapping[str, Any]  # of the command line, by name; main() adds the umask
 
 
-# Parsers of settings. If one refuses a text, it raises ValueError with the rest of a
-# sentence that begins with the setting's name. `str` and `bool` are parsers, too.
+# Parsers of settings. A parser refuses a text by raising ValueError. The message is the
+# rest of a sentence after the setting's name. `str` and `bool` also serve as parsers.
 
 
 def split_commas(text: str) -> Sequence[str]:
@@ -507,7 +507,7 @@ def split_words(text: str) -> Sequence[str]:
 def parse_command(text: str) -> Sequence[str]:
     """Split a command line. Refuses a program with a relative path.
 
-    What starts in a workspace would find that path in the repository.
+    In a workspace, such a path would lead into the repository.
     """
     words = split_words(text)
     if not re.fullmatch("/.*|[^/]+", words[0]):
@@ -518,14 +518,14 @@ def parse_command(text: str) -> Sequence[str]:
 
 
 def parse_int(text: str, least: int, most: int) -> int:
-    # int() refuses thousands of digits with another message.
+    # The length is limited because int() refuses thousands of digits in its own words.
     if not re.fullmatch("[0-9]{1,16}", text) or not least <= int(text) <= most:
         raise ValueError(f"must be a whole number from {least} to {most}")
     return int(text)
 
 
-# No function that gets a number of seconds refuses so many. The id of an installation,
-# which is also parsed as a count, is smaller.
+# Every function that takes a number of seconds accepts this maximum. Installation ids,
+# which are also parsed as counts, are smaller.
 parse_count = functools.partial(parse_int, least=1, most=4_000_000_000)
 parse_threads = functools.partial(parse_int, least=1, most=999)
 parse_attempts = functools.partial(parse_int, least=0, most=99)
@@ -546,11 +546,11 @@ ADDRESS_RE = re.compile(
 
 
 def parse_address(text: str) -> str:
-    """Accept https, and http only on loopback; no user, query or fragment."""
+    """Accept https anywhere and http on loopback, without user, query or fragment."""
     match = ADDRESS_RE.fullmatch(text.rstrip("/"))
     if not match:
         raise ValueError("must be an address like https://ghe.example.com")
-    # GitHub's replies name it in lower case, and must name no other.
+    # GitHub's replies name the origin in lower case, and must not name another.
     origin = match[1].lower()
     is_loopback = match[2].lower().strip("[]") in LOOPBACK_NAMES
     if origin.startswith("http:") and not is_loopback:
@@ -559,7 +559,7 @@ def parse_address(text: str) -> str:
 
 
 def parse_path(text: str) -> str:
-    """Return the real path, without wildcards of glob() and the ``:`` of git's lists."""
+    """Return the real path. Refuses glob()'s wildcards and the ``:`` of git's lists."""
     path = os.path.realpath(text)
     if re.search(r"[*?\[:]", path) or not path.isprintable():
         raise ValueError(
@@ -589,16 +589,17 @@ def parse_agent_env(text: str) -> Sequence[str]:
     return names
 
 
-# A rule owner/name=command, in whose name there may be wildcards.
+# A rule owner/name=command. The owner and the name may contain wildcards.
 TEST_RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*=(.*)"
-# A rule with a URL, or a path with wildcards, instead of the name. It is no command.
+# A rule with a URL, or with a path that has wildcards, instead of owner/name. Such a
+# line is not taken for a command.
 WRONG_TEST_RULE = r"\s*(\w+://[^\s=]*|/[^\s=]*\*[^\s=]*)\s*="
 
 
 def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
     """Parse one command for all repositories, or lines ``owner/name=command``."""
-    # In .env all rules are in one line, separated by the two characters \n. If no rule
-    # follows these, they belong to a command.
+    # In .env all rules are on one line, separated by the two characters \n. Where no
+    # rule follows these characters, they are part of a command.
     text = re.sub(rf"\\n(?={TEST_RULE})", "\n", text)
     rules = []
     for line in text.split("\n"):
@@ -620,12 +621,12 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclasses.dataclass(frozen=True, repr=False)  # a log must not show it
+@dataclasses.dataclass(frozen=True, repr=False)  # a log must not show its secrets
 class Config:
     """All settings, read once at the start.
 
-    A field with a help text has a flag. One with "" as its variable has only the flag.
-    The text after a flag is parsed like the variable; for a switch, that is "True".
+    A field with a help text has a flag; if its variable is "", it has only the flag. The
+    flag's text is parsed like the variable's. For a switch, that text is "True".
     """
 
     api_keys: Sequence[str] = setting("CODEBOT_API_KEYS", split_commas, ())
@@ -653,7 +654,7 @@ class Config:
     claude_args: Sequence[str] = setting("CODEBOT_CLAUDE_ARGS", split_words, ())
     task_timeout: int = setting("CODEBOT_TASK_TIMEOUT", parse_count, 3600)
     stall_timeout: int = setting("CODEBOT_STALL_TIMEOUT", parse_count, 1200)
-    # These two are 0 if they are not set: then there is no limit.
+    # These two have no limit unless they are set: 0 means "no limit".
     budget: float = setting("CODEBOT_MAX_BUDGET_USD", parse_dollars, 0.0)
     max_turns: int = setting("CODEBOT_MAX_TURNS", parse_count, 0)
     test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", parse_attempts, 2)
@@ -678,13 +679,14 @@ class Config:
     tls_cert: str = setting("", str, "", "certificate (PEM); with --tls-key: HTTPS")
     tls_key: str = setting("", str, "", "private key (PEM)")
     debug: bool = setting("", bool, False, "verbose log; restart on changes")
-    # The rest is not set by people. First, the path of .env, which need not exist.
+    # The remaining fields are not set by people. The first is the path of .env, which
+    # need not exist.
     env_file: str = ""
-    # The umask with which codebot was started. Programs in workspaces, which lie in a
-    # private directory, and git at the remote run with it; all else with PRIVATE_UMASK.
+    # The umask with which codebot was started. Programs in workspaces (which lie in a
+    # private directory) and git at the remote run with it; all else with PRIVATE_UMASK.
     umask: int = PRIVATE_UMASK
-    # The value of CODEBOT_RUN in every program that codebot starts, by which it finds
-    # what they left running. For a job's programs it ends with the job's id.
+    # The value of CODEBOT_RUN in every program that codebot starts, by which it finds the
+    # processes that they left running. For a job's programs it ends with the job's id.
     run_tag: str = ""
     # .env and the environment, with all their secrets
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -699,7 +701,7 @@ class Config:
 
     @property
     def git_address(self) -> str:
-        """The address of git, derived from the API's: GHES, or github.com or GHE.com."""
+        """The address of git, derived from the API's (GHES, github.com or GHE.com)."""
         address = self.github_api.lower()  # as parse_repository_url compares it
         if address.endswith("/api/v3"):
             return address.removesuffix("/api/v3")
@@ -713,8 +715,8 @@ class Config:
     def secret_files(self) -> list[str]:
         """The files whose directories the sandbox hides.
 
-        A missing .env hides nothing: codebot may start in / if it gets its settings from
-        the environment.
+        A missing .env hides no directory, so that codebot can start in / if it gets its
+        settings from the environment.
         """
         paths = [self.env_file, self.key_file, self.tls_key]
         return [os.path.realpath(path) for path in paths if os.path.exists(path)]
@@ -727,8 +729,8 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-# NAME=VALUE, perhaps with a comment. The kinds of VALUE are tried in this order; so a
-# value such as 'a' "b", which is not one text in quotes, is taken as it is.
+# Matches NAME=VALUE, perhaps with a comment. The forms of VALUE are tried in this order.
+# So a value such as 'a' "b", which is not a single quoted text, is taken literally.
 ENV_LINE_RE = re.compile(
     r"""(?: export \s+ )? ([A-Za-z_]\w*) \s* = (?:
             | \s* "(.*?)"
@@ -742,10 +744,10 @@ ENV_LINE_RE = re.compile(
 
 
 def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
-    """Read lines NAME=value. A missing file is like an empty one."""
+    """Read lines of the form NAME=value. A missing file counts as an empty one."""
     variables: dict[str, str] = {}
     try:
-        # Other bytes than UTF-8 become what they are in the environment.
+        # Bytes that are not UTF-8 are decoded in the same way as in os.environ.
         text = pathlib.Path(path).read_text("utf-8-sig", "surrogateescape")
     except FileNotFoundError:
         return variables
@@ -764,14 +766,14 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
 
 
 def hide_password(text: str) -> str:
-    """Write *** for USER:PASSWORD in the addresses in a text: https://***@host."""
+    """Replace USER:PASSWORD with *** in the addresses in a text: https://***@host."""
     return re.sub(r"(\w+://)?[^\s:@]*:\S*@", r"\1***@", text)
 
 
 def read_settings(
     flags: Flags, variables: Mapping[str, str], problems: list[str]
 ) -> dict[str, Any]:
-    """Parse each setting: its flag, else its environment variable, else its default."""
+    """Return the parsed value of each setting that a flag, or else a variable, sets."""
     values: dict[str, Any] = {}
     for field in CONFIG_FIELDS:
         name = field.metadata["variable"]
@@ -781,13 +783,13 @@ def read_settings(
             text = str(flags[field.name])
         # An empty label is a value: it turns the feature off.
         may_be_empty = name == "CODEBOT_ISSUE_LABEL" and name in variables
-        if re.search("[\ud800-\udfff]", text):  # what Python makes of other bytes
+        if re.search("[\ud800-\udfff]", text):  # bytes that are not UTF-8
             problems.append(f"{name} is not text in UTF-8.")
         elif text or may_be_empty:
             try:
                 values[field.name] = field.metadata["parse"](text)
             except ValueError as error:
-                # Where a name is expected, people write NAME=SECRET.
+                # People write NAME=SECRET where only a name is expected.
                 shown = re.sub("(?s)=.*", "=***", hide_password(text))
                 problems.append(f"{name} {error} (it is {shown!r}).")
     return values
@@ -796,8 +798,8 @@ def read_settings(
 def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
     """Yield a sentence for each required setting that is not set.
 
-    It looks at the variables, as a bad value, which is reported anyway, is not in the
-    Config.
+    It looks at the variables, because the Config lacks settings with bad values. Those
+    are reported anyway.
     """
     place = f"in {config.env_file}"
     if not os.path.exists(config.env_file):
@@ -827,7 +829,7 @@ def unreadable_files(config: Config) -> Iterator[str]:
     if not config.no_github:
         files["GITHUB_APP_PRIVATE_KEY_PATH"] = config.key_file
     for name, path in files.items():
-        # A named pipe is no file: to open it could take for ever.
+        # A named pipe is refused, because opening it could block forever.
         if path and not (
             os.path.isfile(path) and os.access(path, os.R_OK, effective_ids=True)
         ):
@@ -838,7 +840,7 @@ def unreadable_files(config: Config) -> Iterator[str]:
 
 
 def conflicting_settings(config: Config) -> Iterator[str]:
-    """Yield a sentence for each setting that makes no sense as it is, or with another."""
+    """Yield a sentence for each setting that makes no sense, alone or with another."""
     if not config.variables.get("CODEBOT_ALLOWED_REPOSITORIES", "*").strip(BLANKS):
         yield (
             "CODEBOT_ALLOWED_REPOSITORIES is empty. Name repositories, or use * to "
@@ -864,22 +866,22 @@ def conflicting_settings(config: Config) -> Iterator[str]:
 
 
 def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
-    """Read flags, the environment and ``.env`` in the current directory.
+    """Read the flags, the environment and ``.env`` in the current directory.
 
-    Returns the settings, with a default for each bad one, and everything that is wrong.
+    Returns the settings, with the default in place of each bad value, and all problems.
     """
     problems: list[str] = []
     env_file = os.path.abspath(".env")
     variables = read_env_file(env_file, problems)
-    # If it cannot be read, the settings that it holds are not reported as missing.
+    # If .env cannot be read, the settings that it holds are not reported as missing.
     was_env_file_read = not problems
     variables.update(os.environ)
     if is_server and not flags.get("work_dir"):
-        # The default's path is checked like any other. `run` needs none: it makes a
-        # temporary directory.
+        # The default path is checked like any other. `run` does not need it, because it
+        # makes a temporary directory.
         flags = {**flags, "work_dir": Config.work_dir}
     values = read_settings(flags, variables, problems)
-    # For `run`, and for `check`, which goes on if the directory is refused.
+    # For `run`, and for `check`, which continues even if the directory is refused.
     values.setdefault("work_dir", os.path.realpath(Config.work_dir))
     config = Config(
         **values, env_file=env_file, umask=flags["umask"], variables=variables
@@ -892,17 +894,17 @@ def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
 
 
 def set_network_environment(variables: Mapping[str, str]) -> None:
-    """Set proxy and certificates where urllib and ssl look: in codebot's environment."""
+    """Set proxies and certificates in os.environ, where urllib and ssl find them."""
     for name in NETWORK_NAMES:
-        os.environ.pop(name, None)  # an empty one would name a file with no name
+        os.environ.pop(name, None)  # an empty value would count as a file name
         if variables.get(name):
             os.environ[name] = variables[name]
 
 
 def load_config(flags: Flags, is_server: bool = False) -> Config:
-    """Read the settings, and set the environment by them.
+    """Read the settings, and set codebot's network environment.
 
-    Raises ConfigError with everything that is wrong.
+    Raises ConfigError with all problems.
     """
     config, problems = read_config(flags, is_server)
     set_network_environment(config.variables)
@@ -912,40 +914,40 @@ def load_config(flags: Flags, is_server: bool = False) -> Config:
 
 
 # Control characters, which could confuse a terminal, and lone surrogates, which SQLite
-# does not take.
+# does not accept.
 UNPRINTABLE_RE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 GITHUB_TOKEN_RE = re.compile(r"(gh[a-z]|github_pat)_[A-Za-z0-9._-]{36,}")
-MIN_REDACTED_LENGTH = 6  # a shorter secret would mask ordinary words
-MIN_SEARCHED_LENGTH = 16  # a shorter secret may be in a change by chance
+MIN_REDACTED_LENGTH = 6  # redacting a shorter secret could mask ordinary words
+MIN_SEARCHED_LENGTH = 16  # a shorter secret may occur in a change by chance
 
 
 def forms_of(secrets: Iterable[str]) -> list[str]:
-    """Return secrets that are long enough, and their base64.
+    """Return the secrets that are long enough, and their base64.
 
-    The longest comes first, because it may contain another.
+    The longest comes first, because it may contain a shorter one.
     """
     forms = set()
     for secret in secrets:
         if len(secret) >= MIN_REDACTED_LENGTH:
             forms.add(secret)
             data = secret.encode("utf-8", "surrogateescape")
-            # git sends base64("x-access-token:TOKEN"). That ends with base64(TOKEN): 15
-            # bytes come before TOKEN, and base64 encodes each 3 bytes on their own.
+            # git sends base64("x-access-token:TOKEN"), which ends with base64(TOKEN):
+            # 15 bytes precede TOKEN, and base64 encodes each 3 bytes separately.
             for encode in (base64.b64encode, base64.urlsafe_b64encode):
                 forms.add(encode(data).decode().rstrip("="))
     return sorted(forms, key=len, reverse=True)
 
 
 class Redactor:
-    """Replaces secrets by ``***`` in events, in what goes to GitHub, and in the log."""
+    """Replaces secrets with ``***`` in events, in text for GitHub, and in the log."""
 
     def __init__(self, config: Config) -> None:
-        self._lock = threading.Lock()  # guards _tokens, and the making of _secrets
-        # Installation tokens live an hour, JWTs 9 minutes. Tokens older than these 500
-        # are still redacted by GITHUB_TOKEN_RE, if they have the form of github.com's.
+        self._lock = threading.Lock()  # guards _tokens, and each update of _secrets
+        # Installation tokens live for an hour, JWTs for 9 minutes. Tokens before the last
+        # 500 are still redacted by GITHUB_TOKEN_RE, if they look like github.com's.
         self._tokens: collections.deque[str] = collections.deque(maxlen=500)
         self._configured = configured_secrets(config)
-        # Read without the lock: a new list takes its place.
+        # Read without the lock, because the list is replaced and never changed.
         self._secrets = forms_of(self._configured)
 
     def add(self, token: str) -> None:
@@ -955,8 +957,8 @@ class Redactor:
 
     def __call__(self, text: str) -> str:
         """Return ``text`` without secrets, terminal codes and unprintable characters."""
-        # A program may print a secret in two colours. (Somebody who wants to hide one has
-        # other ways, too: this protects against accidents.)
+        # A program may print a secret in two colors. (This protects against accidents.
+        # Somebody who wants to hide a secret has other ways.)
         text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
         for secret in self._secrets:
             text = text.replace(secret, "***")
@@ -964,7 +966,7 @@ class Redactor:
         return UNPRINTABLE_RE.sub("\N{REPLACEMENT CHARACTER}", text)
 
     def has_secret(self, text: str) -> bool:
-        """Return whether a secret is in a text, apart from those that are too short."""
+        """Return whether a text contains a secret that is not too short."""
         return any(
             secret in text
             for secret in self._secrets
@@ -980,7 +982,7 @@ class LogFormatter(logging.Formatter):
         self._redact = redact
 
     def format(self, record: logging.LogRecord) -> str:
-        """Indent further lines: an agent's words cannot pass for an entry of the log."""
+        """Indent further lines, so that an agent's words cannot pass for an entry."""
         return self._redact(super().format(record)).replace("\n", "\n    ")
 
 
@@ -1001,8 +1003,8 @@ SECRET_HEADER_RE = re.compile(
 def configured_secrets(config: Config) -> set[str]:
     """Return all secrets in the settings.
 
-    Of a secret with several lines, such as a key, each line is a secret, too, but not
-    "-----BEGIN ...".
+    Each line of a secret with several lines, such as a key, is also a secret, except
+    lines like "-----BEGIN ...".
     """
     names = [*MODEL_KEY_NAMES, *OWN_SECRET_NAMES]
     names += filter(SECRET_NAME_RE.search, config.agent_env)
@@ -1014,7 +1016,7 @@ def configured_secrets(config: Config) -> set[str]:
     for name in (*names, *NETWORK_NAMES, "ANTHROPIC_BASE_URL"):
         secrets.update(login_secrets(config.variables.get(name, "")))
     for path in (config.key_file, config.tls_key):
-        if os.path.isfile(path):  # to read from a pipe could take for ever
+        if os.path.isfile(path):  # reading from a pipe could block forever
             with contextlib.suppress(OSError, ValueError):
                 text = pathlib.Path(path).read_text()
                 secrets.update({text, text.strip()})
@@ -1026,7 +1028,7 @@ def configured_secrets(config: Config) -> set[str]:
 
 
 def header_secrets(headers: str) -> Iterator[str]:
-    """Yield WORD of each line "Authorization: Bearer WORD", and of other such headers."""
+    """Yield WORD from each header such as "Authorization: Bearer WORD"."""
     for line in headers.splitlines():
         name, _, value = line.partition(":")
         words = value.split()
@@ -1035,9 +1037,9 @@ def header_secrets(headers: str) -> Iterator[str]:
 
 
 def login_secrets(address: str) -> set[str]:
-    """Return the password in https://user:password@host, and the same with %XX decoded.
+    """Return the password in https://user:password@host, as it is and with %XX decoded.
 
-    It is "" if there is none. The "https://" may be missing.
+    The password is "" if there is none. The "https://" may be missing.
     """
     address = re.sub("^[^/]*://", "", address)
     login = address.partition("/")[0].rpartition("@")[0]
