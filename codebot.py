@@ -1051,25 +1051,25 @@ def login_secrets(address: str) -> set[str]:
 
 # --- Programs ----------------------------------------------------------------
 #
-# codebot starts every program here, in a process group of its own. The environment is
-# what the caller lists; only git at the remote with --no-github inherits codebot's, without
-# its secrets. Each environment has CODEBOT_RUN in it, by which a process that left its
-# group is found again.
+# codebot starts every program here, in a process group of its own. A program gets only
+# the environment that the caller lists. The one exception is git at the remote with
+# --no-github, which inherits codebot's environment without the secrets. CODEBOT_RUN is
+# in every environment. By it codebot finds processes that have left their group.
 
 
 def do_nothing(*args: object) -> None:
     pass
 
 
-# A LineHandler gets the new lines of a program's standard output. It returns None, or when
-# the program's work is done, a grace in seconds. (Python 3.9 needs the quotes.)
-# A program that still runs when its grace ends is ended, and that is no failure: the agent,
-# for example, may hang after its result. During the grace no other limits apply.
+# A LineHandler gets the new lines of a program's standard output. It returns None or,
+# when the program's work is done, a grace period in seconds. During it no other limits
+# apply. A program that still runs at the end of the period is ended. This is no failure:
+# the agent, for example, may hang after its result. (Python 3.9 needs the quotes.)
 LineHandler = Callable[[list[str]], "float | None"]
 
 
 class Limits(NamedTuple):
-    """What ends a program early; ``check_stop`` raises StopRequested or Cancelled."""
+    """What can end a program early. ``check_stop`` raises StopRequested or Cancelled."""
 
     timeout: float = GIT_TIMEOUT  # seconds
     stall: float = float("inf")  # seconds without output
@@ -1083,26 +1083,26 @@ def raise_if_stop_arrives(check_stop: Callable[[], None]) -> None:
     """Raise StopRequested if a program was ended because codebot is being stopped.
 
     systemd signals all processes of a service, and the program may end before codebot
-    has got its own signal.
+    gets its own signal.
     """
     time.sleep(0.3)  # seconds; the signals are sent within milliseconds
     check_stop()
 
 
-# How Popen, and how a shell, report that SIGTERM (15) or SIGKILL (9) ended a program.
+# How Popen or a shell reports that a program was ended by SIGTERM (15) or SIGKILL (9).
 SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
-# Lines that explain nothing: git's advice, and empty lines, also those of a remote.
+# Lines that explain nothing: git's advice and empty lines, including a remote's.
 NOISE_RE = re.compile(r"(hint:.*|remote:)?")
 CAUSE_RE = re.compile(r"(fatal|error|remote: error):|.*denied")
 DISK_FULL = "No space left on device|Disk quota exceeded"
-# Not if a remote repository says so, of its own disk: "remote: fatal: ..."
+# Does not match when a remote reports that its own disk is full: "remote: fatal: ..."
 DISK_FULL_RE = re.compile(f"^(?!remote:).*({DISK_FULL})", re.MULTILINE)
 
 
 class ProgramResult(NamedTuple):
     """The exit code of a program, and the last lines of its output."""
 
-    code: int  # without a meaning if a LineHandler has returned a grace
+    code: int  # meaningless if a LineHandler has returned a grace period
     stdout: list[str]
     stderr: list[str]
 
@@ -1110,26 +1110,26 @@ class ProgramResult(NamedTuple):
     def error(self) -> str:
         """Why it failed: the first line that names a cause, and the last three lines.
 
-        The lines are from standard error; if it is empty, from standard output.
+        They are from standard error or, if that is empty, from standard output.
         """
         lines = [line.strip() for line in self.stderr or self.stdout]
         lines = [line for line in lines if not NOISE_RE.fullmatch(line)]
         if len(lines) > 4:
             causes = [line for line in lines[:-3] if CAUSE_RE.match(line)]
             lines = causes[:1] + lines[-3:]
-        # Not truncated here: a secret that was cut in two would not be redacted later.
+        # It is not truncated, because a secret cut in two would not be redacted later.
         return " / ".join(lines) or "no output"
 
 
 def shown_by_terminal(line: str) -> str:
-    """Return what a terminal shows of a line in the end: a progress bar's last state."""
+    """Return a line as a terminal shows it in the end: a progress bar's last state."""
     return line.rpartition("\r")[2]
 
 
-# Runs a program on a node, between two lines: SENTINEL, and SENTINEL EXIT_CODE. $0 is the
-# sentinel. If a cluster ends a job, it sends SIGTERM to the program and to this shell. So
-# after a program that SIGTERM has ended (143), the shell waits a second: if it is ended,
-# too, there is no exit code, and codebot sees a lost node instead of a failed program.
+# Runs a program on a node, between the lines SENTINEL and SENTINEL EXIT_CODE. $0 is the
+# sentinel. A cluster ends a job by sending SIGTERM to the program and to this shell. So
+# if SIGTERM has ended the program (143), the shell waits a second. If the shell is also
+# ended, it prints no exit code, and codebot sees a lost node and not a failed program.
 NODE_SCRIPT = """
 echo "$0"
 "$@"
@@ -1145,8 +1145,8 @@ class Launch(NamedTuple):
         wait for a node -> SENTINEL -> the program's output -> SENTINEL EXIT_CODE
                            the program's limits begin
 
-    What the launcher's own exit code means differs from one launcher to the next. So the
-    exit code is printed on the node; without it, the node or the cluster has failed.
+    Launchers differ in the meaning of their own exit codes. So the program's exit code
+    is printed on the node. If it is missing, the node or the cluster has failed.
     """
 
     prefix: Sequence[str]  # CODEBOT_LAUNCHER and NODE_SCRIPT, put before the program
@@ -1158,12 +1158,13 @@ class Launch(NamedTuple):
 class OutputFile:
     """A program's output, in an unlinked file that is read while it grows.
 
-    A file, because the Claude CLI loses output when a pipe is full (seen with 2.1.197).
+    It is not a pipe, because the Claude CLI loses output when a pipe is full (seen with
+    2.1.197).
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
-        # With O_APPEND a program that opens its own output again, with `>/dev/stdout`,
+        # With O_APPEND, a program that reopens its own output, with `>/dev/stdout`,
         # cannot overwrite what is printed afterwards.
         fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
         self.last_lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
@@ -1173,10 +1174,10 @@ class OutputFile:
         self._partial_line = bytearray()
 
     def read_lines(self, at_end: bool) -> list[str]:
-        """Return the lines that are new. ``at_end``: also one without a line end."""
+        """Return the new lines and, if ``at_end``, a last line without a line end."""
         if self.size() < self._position:
-            # `>/dev/stdout` has emptied the file. What was written since the last read is
-            # lost, and if as much has been written again, this is not noticed.
+            # `>/dev/stdout` has emptied the file. Output since the last read is lost.
+            # (If as much has been written again, codebot does not notice.)
             self._position = 0
             self._partial_line.clear()
         data = os.pread(self.file.fileno(), READ_BYTES, self._position)
@@ -1195,22 +1196,22 @@ class OutputFile:
         return [piece.decode("utf-8", "replace").rstrip("\r") for piece in pieces]
 
     def keep(self, lines: Iterable[str]) -> None:
-        """Keep lines for the result, as a terminal shows them in the end."""
+        """Keep lines for the result, in the form that a terminal shows in the end."""
         self.last_lines.extend(shown_by_terminal(line)[:10_000] for line in lines)
 
     def size(self) -> int:
         return os.fstat(self.file.fileno()).st_size
 
     def printed_bytes(self) -> int:
-        """Return how much was printed, even if the program has emptied the file since."""
+        """Return how much was printed, even if the program has emptied the file."""
         return max(self.size(), self._bytes_read)
 
 
 @dataclasses.dataclass
 class RunningProgram:
-    """One program from its start to its end, and the limits that it is held to.
+    """A program that was started, and the limits that apply to it.
 
-    If the program is launched, its limits begin when it starts on a node.
+    If the program is launched, its limits apply from its start on a node.
     """
 
     child: subprocess.Popen[bytes]
@@ -1226,19 +1227,19 @@ class RunningProgram:
     grace_ends_at: float | None = None  # set when the program's work is done
 
     def watch(self) -> None:
-        """Pass on the program's output until it ends. Raises what ended it early."""
-        # In a thread, Popen.wait() needs no timeout, and returns when the program ends.
-        # With a timeout, wait() sleeps in growing steps, which would double the time of a
-        # short git.
+        """Pass on the output until the program ends. Raises what check_limits raises."""
+        # In a thread, Popen.wait() needs no timeout and returns when the program ends.
+        # With a timeout, it sleeps in growing steps, which would double the time of a
+        # short git command.
         waiter = threading.Thread(target=self.child.wait, daemon=True)
         try:
             waiter.start()
         except RuntimeError as error:
             # The host allows no more threads. Raise what Popen raises when fork fails:
-            # because of EAGAIN, run_steps lets the job be retried later.
+            # after EAGAIN, run_steps has the job retried later.
             raise BlockingIOError(errno.EAGAIN, str(error)) from None
         while True:
-            # Checked first, so that what was printed before the exit is read.
+            # This is checked first, so that all output before the exit is read.
             has_exited = not waiter.is_alive()
             has_output = self.read_output(has_exited)
             if has_exited and not has_output:
@@ -1251,12 +1252,12 @@ class RunningProgram:
                 waiter.join(0.1)
 
     def read_output(self, has_exited: bool) -> bool:
-        """Pass on what is new. Returns whether there was anything."""
+        """Pass on new output. Returns whether there was any."""
         lines = self.stdout.read_lines(has_exited)
         errors = self.stderr.read_lines(has_exited)
         if not (self.stdout.has_new_bytes or self.stderr.has_new_bytes):
             return False
-        self.last_output = time.monotonic()  # also if the line has no end yet
+        self.last_output = time.monotonic()  # even if the line has no end yet
         if self.launch is not None:
             if not self.is_on_node:
                 lines = self.wait_for_node(lines, self.launch)
@@ -1269,18 +1270,18 @@ class RunningProgram:
         return True
 
     def wait_for_node(self, lines: list[str], launch: Launch) -> list[str]:
-        """Return the lines after the first sentinel; those before it are the launcher's."""
+        """Return the lines after the first sentinel; earlier ones are the launcher's."""
         if launch.sentinel not in lines:
             self.stderr.keep(lines)
             return []
         self.is_on_node = True
         self.started = self.last_output
-        self.stderr.last_lines.clear()  # what the launcher said
+        self.stderr.last_lines.clear()  # the launcher's output
         launch.on_start()
         return lines[lines.index(launch.sentinel) + 1 :]
 
     def read_exit_code(self, lines: list[str], launch: Launch) -> list[str]:
-        """Note the exit code of the second sentinel; return the lines without it."""
+        """Store the exit code after the second sentinel; return the program's lines."""
         output = []
         for line in lines:
             # In bwrap the program cannot know the sentinel; elsewhere it can forge this.
@@ -1311,13 +1312,13 @@ class RunningProgram:
     def result(self) -> ProgramResult:
         """Return how the program ended.
 
-        Raises TransientError if it failed and the disk is full, or the program says so,
-        or if the launcher or the node has failed.
+        Raises TransientError if the launcher or the node failed, or if the program failed
+        and the disk is full or the program says that it is.
         """
         code = self.child.wait()
         if self.launch is not None:
             # Without an exit code from the node, something has ended the program or the
-            # node. That counts as a signal, because it may be due to a stop of codebot.
+            # node. This counts as a signal, because codebot's own stop may be the cause.
             code = -signal.SIGTERM if self.node_code is None else self.node_code
         result = ProgramResult(
             code, [*self.stdout.last_lines], [*self.stderr.last_lines]
@@ -1326,7 +1327,7 @@ class RunningProgram:
             return result
         if code in SIGNAL_EXIT_CODES:
             raise_if_stop_arrives(self.limits.check_stop)
-        # The program may have been unable to say so: its output is on the same disk.
+        # The program may be unable to report a full disk: its output is on that disk.
         free = shutil.disk_usage(tempfile.gettempdir()).free
         if free < FULL_DISK_BYTES or DISK_FULL_RE.search("\n".join(result.stderr)):
             raise TransientError(f"The disk is full: {result.error}")
@@ -1339,7 +1340,7 @@ class RunningProgram:
 
 
 def signal_group(leader: int, number: int) -> bool:
-    """Signal a process group. Returns whether it has members; zombies count."""
+    """Signal a process group. Returns whether it has members, including zombies."""
     try:
         os.killpg(leader, number)
     except (ProcessLookupError, PermissionError):  # macOS: only a zombie is left
@@ -1348,9 +1349,9 @@ def signal_group(leader: int, number: int) -> bool:
 
 
 def is_group_running(leader: int) -> bool:
-    """Return whether a process of the group still runs.
+    """Return whether any process of the group still runs.
 
-    A zombie does not; the first process of a container may never reap it.
+    A zombie does not count: the first process of a container may never reap it.
     """
     if not signal_group(leader, 0):  # no signal, only the check
         return False
@@ -1369,8 +1370,8 @@ def is_group_running(leader: int) -> bool:
 def end_process_group(child: subprocess.Popen[bytes]) -> None:
     """End all processes of a program's group: SIGTERM, KILL_GRACE, SIGKILL.
 
-    Until the SIGKILL, no other group can have this one's number: the kernel does not use
-    it again while the group has members, and then only after all other numbers.
+    Until the SIGKILL, no other group can get this one's number. The kernel does not
+    reuse it while the group has members, and then only after all other numbers.
     """
     deadline = time.monotonic() + KILL_GRACE
     signal_group(child.pid, signal.SIGTERM)
@@ -1392,10 +1393,10 @@ def run_program(
     launch: Launch | None = None,
     umask: int = PRIVATE_UMASK,
 ) -> ProgramResult:
-    """Run a program to its end, and end what it leaves running in its group.
+    """Run a program to its end, and end the processes that it leaves in its group.
 
-    Raises what ended it early (LimitReached, StopRequested, Cancelled), TransientError
-    if it failed and the disk is full, or the launcher or the node has failed, or OSError
+    Raises LimitReached, StopRequested or Cancelled if it was ended early, TransientError
+    if it failed and the disk is full or if the launcher or the node failed, and OSError
     if it cannot be started.
     """
     command = argv if launch is None else [*launch.prefix, *argv]
@@ -1426,7 +1427,7 @@ def run_program(
 
 
 def tagged_processes(run_tag: str) -> list[int]:
-    """Return the processes whose CODEBOT_RUN begins with ``run_tag``."""
+    """Return the ids of the processes whose CODEBOT_RUN begins with ``run_tag``."""
     needle = f"\0CODEBOT_RUN={run_tag}".encode()
     found = []
     for path in glob.glob("/proc/[0-9]*/environ"):  # macOS has none
@@ -1443,9 +1444,9 @@ def signal_processes(processes: Iterable[int], number: int) -> None:
 
 
 def end_tagged_processes(run_tag: str) -> None:
-    """End processes that left their group: SIGTERM, KILL_GRACE, SIGKILL."""
+    """End processes that have left their group: SIGTERM, KILL_GRACE, SIGKILL."""
     processes = tagged_processes(run_tag)
-    # Only once: a second SIGTERM could disturb what they do at their end.
+    # SIGTERM is sent only once, because a second one could disturb their cleanup.
     signal_processes(processes, signal.SIGTERM)
     deadline = time.monotonic() + KILL_GRACE
     while processes and time.monotonic() < deadline:
@@ -1455,13 +1456,13 @@ def end_tagged_processes(run_tag: str) -> None:
     while processes and time.monotonic() < deadline:
         signal_processes(processes, signal.SIGKILL)
         time.sleep(0.02)
-        processes = tagged_processes(run_tag)  # again: one may have forked meanwhile
+        processes = tagged_processes(run_tag)  # some may have forked
     if processes:
         log.error("Processes cannot be ended: %s", processes)
 
 
 def base_environment(config: Config) -> dict[str, str]:
-    """Return the minimal environment of a program, to which callers add.
+    """Return a program's minimal environment, which callers extend.
 
     CODEBOT_RUN is WORKDIR-PROCESS-JOB: a hash of the work directory, a random number
     for this codebot process, and the job's id.
@@ -1478,7 +1479,7 @@ def base_environment(config: Config) -> dict[str, str]:
 
 
 def copy_variables(config: Config, names: Iterable[str]) -> dict[str, str]:
-    """Return those of the named variables that are set, and not empty."""
+    """Return the named variables that are set and not empty."""
     variables = config.variables
     return {name: variables[name] for name in names if variables.get(name)}
 
