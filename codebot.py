@@ -1486,15 +1486,16 @@ def copy_variables(config: Config, names: Iterable[str]) -> dict[str, str]:
 
 # --- Launcher ----------------------------------------------------------------
 #
-# Only with CODEBOT_LAUNCHER, such as `srun`: it starts the agent and the tests on a node
-# of a cluster, when one is free. The node sees the work directory at the same path.
+# Used only if CODEBOT_LAUNCHER is set. A launcher, such as `srun`, starts the agent and
+# the tests on a node of a cluster as soon as one is free. The node sees the work
+# directory at the same path.
 
 
 def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
     """Fill in {task} and {job} in CODEBOT_LAUNCHER or CODEBOT_LAUNCHER_STOP.
 
-    {task} is the path of the workspace, like ``workspace`` in all of this section. {job}
-    is a name for the cluster, the same for all that is launched in this workspace.
+    {task} is the path of the workspace, as is ``workspace`` throughout this section.
+    {job} is a name for the cluster, the same for every launch in this workspace.
     """
     job_name = f"codebot-{os.path.basename(workspace)}"
     return [
@@ -1502,13 +1503,13 @@ def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
     ]
 
 
-# What a launcher started may outlive codebot. So each launch has a record, which is the
-# file launched/NAME for the workspace NAME. CODEBOT_LAUNCHER_STOP ends what runs; when it
-# has succeeded, as it must also when nothing runs, the record is removed. The record holds
-# the run's tag, or after a stop that failed, STOP_FAILED.
+# A launched program may outlive codebot. So each launch has a record: for the workspace
+# NAME, the file launched/NAME. It holds the run's tag or, after a stop that failed,
+# STOP_FAILED. CODEBOT_LAUNCHER_STOP ends whatever runs. It must also succeed if nothing
+# runs, because the record is removed only when it has succeeded.
 #
-# The run itself stops what it launched; if codebot dies, its watchdog does. If that fails,
-# the cleanup, the next run in the same workspace and the next start try again.
+# The run itself stops the program; if codebot dies, its watchdog does. If that fails,
+# the cleanup, the next run in the same workspace and the next start of codebot try again.
 STOP_FAILED = "stop failed"
 
 
@@ -1519,23 +1520,23 @@ def launch_record(config: Config, workspace: str) -> pathlib.Path:
 def stop_launched(config: Config, workspace: str, only_if: str = "") -> bool:
     """End what a launcher left running in a workspace. Returns False if that fails.
 
-    ``only_if`` is what the record must begin with: a codebot's tag, STOP_FAILED,
-    or "" for any.
+    Nothing is done if the record does not begin with ``only_if``: the tag of a codebot
+    process, STOP_FAILED, or "" for any record.
     """
     record = launch_record(config, workspace)
-    # Without a record nothing runs, or another stop has just ended it. The record is opened
-    # for writing because NFS wants that of an exclusive lock.
+    # Without a record, nothing runs, or another stop has just ended it. The record is
+    # opened for writing because NFS requires that for an exclusive lock.
     with contextlib.suppress(FileNotFoundError), open(record, "r+b") as lock:
-        # Another thread, or an earlier server's watchdog, may be stopping the same launch.
-        # So wait for their lock, and then read the record by its path again. It is gone, or
-        # it belongs to the next launch in this workspace, which may not be meant.
+        # Another thread, or an earlier server's watchdog, may be stopping the same
+        # launch. So wait for the lock, and only then read the record, by its path. By now
+        # it may be gone, or belong to a later launch here, which may not be meant.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not record.read_text().startswith(only_if):
             return True
         error = run_stop_command(config, workspace)
         if error:
             log.warning("CODEBOT_LAUNCHER_STOP failed for %s: %s", record.name, error)
-            # If the disk is full, the next launch here, or the next start, repeats it.
+            # If the disk is full, the next launch here or the next start tries again.
             with contextlib.suppress(OSError):
                 record.write_text(STOP_FAILED)
             return False
@@ -1544,7 +1545,7 @@ def stop_launched(config: Config, workspace: str, only_if: str = "") -> bool:
 
 
 def run_stop_command(config: Config, workspace: str) -> str:
-    """Run CODEBOT_LAUNCHER_STOP. Returns what went wrong, "" if nothing did."""
+    """Run CODEBOT_LAUNCHER_STOP. Returns the error, or "" if there was none."""
     if not config.launcher_stop:  # it was set when the program was launched
         return "it is not set"
     words = launcher_words(config.launcher_stop, workspace)
@@ -1564,9 +1565,9 @@ def launching(
     timeout: float,
     on_start: Callable[[], None],
 ) -> Iterator[Launch | None]:
-    """Record a launch, and at its end stop what is left.
+    """Record a launch and, at its end, stop whatever still runs.
 
-    Without a launcher it yields None, and does not call ``on_start``.
+    Without a launcher, it yields None and does not call ``on_start``.
     """
     if not config.launcher:
         yield None
