@@ -1593,12 +1593,14 @@ def stop_all_launched(config: Config, only_if: str = "") -> None:
 
 # --- Sandbox -----------------------------------------------------------------
 #
-# What runs in a workspace (the agent, the tests, git) runs in a sandbox: bwrap, the
-# operator's own command line, or with CODEBOT_SANDBOX=none, nothing. In bwrap the whole
-# file system is read-only, private directories are covered by empty ones, and of the work
-# directory only the job's own directories and its repository's objects are put back.
+# All programs in a workspace (the agent, the tests, git) run in a sandbox: bwrap, a
+# command line of the operator's or, with CODEBOT_SANDBOX=none, nothing. In bwrap the
+# whole file system is read-only, and private directories are covered by empty ones. Of
+# the work directory, only the job's own directories and its repository's objects are
+# put back.
 
-# Directories that programs need, so they cannot be covered. Those of PATH are added.
+# Directories that programs need and that therefore cannot be covered. hiding_problems
+# adds the directories on PATH.
 SYSTEM_DIRECTORIES = (
     "/etc",
     "/usr/bin",
@@ -1617,7 +1619,7 @@ NO_SANDBOX_WARNING = (
 )
 
 
-# How bwrap mounts a directory over the read-only file system.
+# bwrap's options for mounting a directory over the read-only file system.
 HIDDEN = "--tmpfs"
 READ_ONLY = "--ro-bind"
 WRITABLE = "--bind"
@@ -1644,11 +1646,11 @@ def private_directories(config: Config) -> set[str]:
 
 
 def hiding_problems(config: Config) -> Iterator[str]:
-    """Yield a sentence for each private directory that programs need as well."""
+    """Yield a sentence for each private directory that programs also need."""
     home = home_directory()
     needed = [*map(os.path.realpath, SYSTEM_DIRECTORIES)]
     for path in map(os.path.realpath, config.search_path.split(":")):
-        # Below the home directory, what PATH names is mounted over the covers.
+        # Directories on PATH below the home directory are mounted over the covers.
         if not is_inside(path, home):
             needed.append(path)
     for directory in sorted(private_directories(config)):
@@ -1661,7 +1663,7 @@ def hiding_problems(config: Config) -> Iterator[str]:
 
 
 def tool_directories(config: Config) -> Iterator[str]:
-    """Yield the directories in HOME that PATH leads into: for ~/.local/bin, ~/.local."""
+    """Yield the directories in HOME that PATH leads into: ~/.local for ~/.local/bin."""
     home = home_directory()
     for path in map(os.path.realpath, config.search_path.split(":")):
         if path.startswith(f"{home}/"):
@@ -1672,12 +1674,12 @@ def tool_directories(config: Config) -> Iterator[str]:
 def agent_program_files(config: Config, covers: Mapping[str, str]) -> Iterator[str]:
     """Yield the absolute paths in CODEBOT_CLAUDE_COMMAND that the covers hide.
 
-    Not one that equals or contains a cover: mounting it would undo that cover.
+    A path that equals or contains a cover is omitted: mounting it would undo the cover.
     """
     program = shutil.which(config.claude_command[0], path=config.search_path) or ""
     for word in (program, *config.claude_command[1:]):
-        # Only the directory is resolved: a virtual environment is found by the symlink
-        # through which its Python is called.
+        # Only the directory is resolved: Python finds a virtual environment by the
+        # symlink through which it is called.
         directory, name = os.path.split(word)
         path = os.path.join(os.path.realpath(directory), name)
         enclosing = [place for place in covers if is_inside(path, place)]
@@ -1689,12 +1691,12 @@ def agent_program_files(config: Config, covers: Mapping[str, str]) -> Iterator[s
 
 
 def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
-    """Return what bwrap mounts over the read-only file system and the workspace's /tmp.
+    """Return bwrap's mounts over the read-only file system and the workspace's /tmp.
 
-    It mounts them in this order, and a later one covers an earlier one. So hidden
-    directories and those with tools come first, each before what lies in it; then what is
-    needed in spite of them. For HOME=/home/bot, ~/.local/bin on PATH, .env in
-    /home/bot/run and the App's key in ~/.local/keys, for example:
+    They are made in this order, and a later one covers an earlier one. So hidden
+    directories and those with tools come first, each before those inside it. The paths
+    that are needed in spite of them follow. For example, with HOME=/home/bot,
+    ~/.local/bin on PATH, .env in /home/bot/run and the App's key in ~/.local/keys:
         hidden     /home/bot
         read-only  /home/bot/.local
         hidden     /home/bot/.local/keys, /home/bot/run, /run, the work directory
@@ -1706,36 +1708,37 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     hidden -= {"/", "/tmp"}  # "/" cannot be covered; /tmp is already the workspace's
     covers = dict.fromkeys(tool_directories(config), READ_ONLY)
     covers.update(dict.fromkeys(hidden, HIDDEN))  # also a tool directory with a secret
-    # /etc/resolv.conf may lead into /run.
+    # /etc/resolv.conf may be a symlink into /run.
     visible = [os.path.realpath("/etc/resolv.conf"), objects]
     visible += agent_program_files(config, {"/tmp": HIDDEN, **covers})
     mounts = [Mount(covers[path], path) for path in sorted(covers)]
     mounts += [Mount(READ_ONLY, path) for path in visible]
-    # The third part, tmp, is at /tmp.
+    # The workspace's third part, tmp, is already mounted at /tmp.
     mounts += [Mount(WRITABLE, f"{workspace}/{part}") for part in ("repo", "home")]
-    # bwrap cannot mount on what is missing. A missing directory hides nothing, and in the
-    # read-only file system the agent cannot make it.
+    # bwrap cannot mount on a missing path. A missing directory has nothing to hide, and
+    # the agent cannot create it in the read-only file system.
     return [mount for mount in mounts if os.path.exists(mount.path)]
 
 
 def bwrap_command(
     config: Config, workspace: str, objects: str, disable_userns: bool
 ) -> list[str]:
-    """Return the words that run the command after them in bwrap."""
+    """Return a bwrap command line, to which the command to run is appended."""
     words = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
-    # Root could write /proc/sys/kernel/core_pattern, which runs a program outside.
+    # Otherwise root could write /proc/sys/kernel/core_pattern, which names a program
+    # that runs outside the sandbox.
     words += ["--remount-ro", "/proc"]
     words += [WRITABLE, f"{workspace}/tmp", "/tmp"]
     for option, path in sandbox_mounts(config, workspace, objects):
         words += [option, path]
         if option != HIDDEN:
             words.append(path)
-    # The network is the host's: the agent has to reach the model. run_program makes a new
-    # session, so there is no terminal to write to.
+    # The network is the host's, because the agent has to reach the model. There is no
+    # terminal to write to, because run_program starts a new session.
     words += ["--unshare-pid", "--unshare-ipc", "--cap-drop", "ALL"]
     if disable_userns:
-        # If codebot is root, the agent could mount and write control groups in a user
-        # namespace of its own.
+        # Otherwise, if codebot is root, the agent could mount and write control groups
+        # in a user namespace of its own.
         words += ["--unshare-user", "--disable-userns"]
     return [*words, "--die-with-parent", "--chdir", f"{workspace}/repo", "--"]
 
@@ -1750,7 +1753,7 @@ def scratch_workspace(work_dir: str) -> Iterator[str]:
 
 
 def sandbox_error(problem: str) -> ConfigError:
-    """Return an error that says that the sandbox does not start, and what to do."""
+    """Return an error that says why the sandbox does not start, and what to do."""
     return ConfigError(
         f'The sandbox does not start: {problem}. See README, "Troubleshooting", for '
         "the fix on this host, or accept an agent that can read codebot's secrets "
@@ -1759,11 +1762,11 @@ def sandbox_error(problem: str) -> ConfigError:
 
 
 class Sandbox:
-    """Runs commands in a workspace."""
+    """Wraps the commands that run in a workspace, and checks that this works."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        # With a path or arguments, bwrap is like any command line of the operator's.
+        # With a path or arguments, bwrap counts as a command line of the operator's.
         self.is_bwrap = config.sandbox == ("bwrap",)
         self.is_none = config.sandbox == ("none",)
         self.disable_userns = True
@@ -1793,10 +1796,10 @@ class Sandbox:
         return text
 
     def probe(self, *command: str) -> ProgramResult:
-        """Check that a command runs as the agent will run; without one, `true`.
+        """Run a command, or `true`, in the same way as the agent. Return its result.
 
-        Raises ConfigError if the sandbox or the launcher does not work, NoFreeNode if
-        they could not be tried.
+        Raises ConfigError if the sandbox or the launcher does not work, and NoFreeNode
+        if they could not be tried.
         """
         config = self.config
         try:
@@ -1809,7 +1812,7 @@ class Sandbox:
         except TimedOut as error:
             raise sandbox_error(f"it {error}") from None
         except OSError as error:
-            # An error of fork names no file: then it was the first program that failed.
+            # An error from fork names no file; the first program could not be started.
             program = error.filename or (config.launcher or config.sandbox)[0]
             problem = f"{program}: {os_error_text(error)}"
             if program == config.sandbox[0]:
@@ -1817,10 +1820,10 @@ class Sandbox:
             raise ConfigError(f"The sandbox cannot be tried: {problem}.") from None
 
     def inspect_bwrap(self) -> None:
-        """Find out whether bwrap can disable user namespaces: from 0.8 on.
+        """Find out whether bwrap can disable user namespaces, as it can from 0.8 on.
 
-        Raises ConfigError if it cannot and codebot runs as root, or if it cannot hide
-        a directory.
+        Raises ConfigError if it cannot and codebot runs as root, if bwrap is missing,
+        or if it cannot hide a directory.
         """
         problems = [*hiding_problems(self.config)]
         if problems:
