@@ -6232,14 +6232,14 @@ def own_words(job: Job, answer: str) -> str:
 
 # --- Looking at GitHub -------------------------------------------------------
 #
-# One thread asks GitHub what has changed: at the start, when a webhook says so, and
-# with --enable-polling at a fixed interval. A request that fails is repeated after a
-# minute, or when GitHub's rate limit ends. Webhooks and polling share the store.
+# One thread asks GitHub what has changed: at the start, when a webhook says so, and at a
+# fixed interval with --enable-polling. A request that fails is repeated after a minute,
+# or when GitHub's rate limit ends. Webhooks and polling share the store.
 
-SYNC_INTERVAL = 1.0  # seconds between looks at what is due and at tasks that ended
-# Seconds until GitHub is asked again for what it gives the App no token for.
+SYNC_INTERVAL = 1.0  # seconds between checks for due requests and for ended tasks
+# Seconds until a request is repeated after GitHub has refused the App: see AppRefused.
 APP_REFUSED_DELAY = 900.0
-# What reading a response raises that does not have the documented shape.
+# Raised by code that reads a response which does not have the documented shape.
 UNKNOWN_SHAPE_ERRORS = (AttributeError, LookupError, TypeError, ValueError)
 
 
@@ -6269,8 +6269,8 @@ class Sync:
                 self.handle(request)
 
     def handle(self, request: SyncRequest) -> None:
-        """Process a request; again later if that fails, unless its subject is gone."""
-        # If an error that is not expected here ends this, the request is repeated, too.
+        """Process a request. Repeat it later if it fails, unless its subject is gone."""
+        # Set first, so that the request is also repeated after an unexpected error.
         self.waiting[request] = time.time() + RETRY_DELAY
         try:
             self.process(request)
@@ -6316,13 +6316,13 @@ class Sync:
         """Ask for a look at each issue that has the label, or whose task is unfinished."""
         for repository_id, number in self.store.unfinished_issues():
             self.waiting.setdefault(SyncRequest(repository_id, number), 0.0)
-        # What goes wrong with one repository does not keep the others from being asked.
+        # An error in one repository must not keep codebot from asking for the others.
         last_error: Exception | None = None
         for github_repository in self.github.repositories():
             try:
                 self.poll_repository(github_repository)
-            # Issues may be turned off there, or the App may not read them. AppRefused
-            # is caught here, before TransientError, which it is a kind of.
+            # Issues may be turned off there, or the App may not be allowed to read them.
+            # AppRefused is a TransientError, so it is caught first.
             except (GitHubError, AppRefused) as error:
                 log.warning(
                     "Issues of %s are ignored: %s", github_repository.full_name, error
@@ -6343,7 +6343,7 @@ class Sync:
     # Pull requests
 
     def look_at_pull_request(self, task_id: str) -> None:
-        """Store a pull request's state, and queue what people wrote on it."""
+        """Store a pull request's state, and queue the new comments on it."""
         pull_request = self.store.pull_request(task_id)
         if pull_request is None:
             return
@@ -6353,7 +6353,7 @@ class Sync:
             self.store.save_pull_request_state(task_id, current.state)
             log.info("Pull request %s is %s now", pull_request.url, current.state)
         if current.state != "open":
-            # A review that waits is skipped when it starts.
+            # Pending reviews are skipped when they start.
             for run in list(self.codebot.running.values()):
                 if run.job.kind == "review" and run.job.task_id == task_id:
                     run.is_cancelled = True
@@ -6364,9 +6364,9 @@ class Sync:
     def queue_new_comments(
         self, pull_request: PullRequest, github_repository: GitHubRepository
     ) -> None:
-        # The next look begins with the latest change that this one has seen, but at most
-        # with GitHub's present time less 10 s: the lists may lack what was written while
-        # they were read.
+        # The next look begins with the latest change that this one has seen, but no later
+        # than 10 s before now, by GitHub's clock: the lists may lack comments that were
+        # written while the lists were read.
         started = utc_time(seconds_ago=10 - self.github.clock_skew)
         latest = pull_request.seen_until
         comments = []
@@ -6382,7 +6382,7 @@ class Sync:
     # Issues
 
     def look_at_issue(self, request: SyncRequest) -> None:
-        """Make a task of an issue with the label; end it if the label was removed."""
+        """Submit an issue with the label; cancel its task if the label was removed."""
         github_repository = self.github.repository_by_id(request.repository_id)
         event = github_repository.label_event(request.number, self.config.issue_label)
         self.cancel_superseded(request, event.id if event else 0)
@@ -6402,11 +6402,11 @@ class Sync:
             github_repository.post_once(path, path, text, marker)
         else:
             self.submit_issue(github_repository, issue, event)
-        # This event is done. If the label is put on again, that is another event.
+        # This event has been handled. Adding the label again makes another event.
         self.store.add_label_event(event.id)
 
     def cancel_superseded(self, request: SyncRequest, event_id: int) -> None:
-        """Cancel the issue's tasks whose label was removed, while that is possible."""
+        """Cancel the issue's tasks whose label was removed, unless it is too late."""
         for task_id in self.store.superseded_tasks(
             request.repository_id, request.number, event_id
         ):
@@ -6417,7 +6417,7 @@ class Sync:
     def obstacle(
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> str:
-        """Return why an issue becomes no task; "" if it may."""
+        """Return why an issue cannot become a task, "" if it can."""
         if not repository_at(github_repository).is_allowed(self.config):
             return f"{github_repository.full_name} is not an allowed repository"
         if issue.is_pull_request:
@@ -6437,25 +6437,25 @@ class Sync:
     def has_untrusted_edit(
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> bool:
-        """Return whether the issue's text may have been edited after it was labelled.
+        """Return whether the issue's text may have been edited after it was labeled.
 
         GitHub's REST API reports only the time of an issue's latest change, not what was
-        changed. An edit could be followed by a comment or a new title, so every change
-        counts. An author with write access may edit the issue.
+        changed. A later comment or new title could hide an edit, so every change counts.
+        An author with write access may edit the issue.
         """
         if issue.author and github_repository.has_write_access(issue.author):
             return False
         delay = parse_utc_time(issue.updated_at) - parse_utc_time(event.created_at)
-        # The label is a change itself, and GitHub's times are whole seconds.
+        # Adding the label is itself a change, and GitHub's times are whole seconds.
         return delay > 1
 
     def submit_issue(
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> None:
-        """Submit the issue as a task, with the title that it had when it was labelled.
+        """Submit the issue as a task, with the title that it had when it was labeled.
 
-        Its body has not changed since then, unless its author has write access: then what
-        it says now counts.
+        Its body has not changed since then, unless its author has write access. In that
+        case the present body counts.
         """
         title = event.old_title or issue.title
         parts = [issue.body.strip() or title]
@@ -6479,7 +6479,7 @@ class Sync:
             raise TransientError(f"Issue {issue.url} waits: {error}") from None
 
     def report_task(self, task_id: str) -> None:
-        """Comment once on the issue that a task comes from, now that it has ended."""
+        """Comment, once, on the issue of a task that has ended."""
         task = self.store.job(task_id)
         if task is None:
             return
@@ -6498,8 +6498,8 @@ class Sync:
             github_repository = self.github.repository_by_id(task.repository_id)
             github_repository.post_once(path, path, self.codebot.redact(text), marker)
         except GitHubError as error:
-            # The issue was deleted or is locked, or GitHub has another reason. This is
-            # not repeated.
+            # The issue was deleted or locked, or GitHub has another reason to refuse.
+            # The comment is not tried again.
             log.warning("Task %s: no comment on its issue: %s", task_id, error)
         self.store.mark_reported(task_id)
 
