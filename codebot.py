@@ -6506,7 +6506,7 @@ class Sync:
 
 # --- Workers and cleanup -----------------------------------------------------
 
-# What the host may lack for a while: disk, descriptors, memory, processes.
+# The host is short of disk space, descriptors, memory or processes for a while.
 TRANSIENT_ERRNOS = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -6515,7 +6515,7 @@ TRANSIENT_ERRNOS = (
     errno.ENOMEM,
     errno.EAGAIN,
 )
-# What a job fails with if a transient error lasts too long, by the phase it is in.
+# The reason with which a job fails if a transient error lasts too long, by its phase.
 REASON_BY_PHASE = {
     "": "clone_failed",
     "clone": "clone_failed",
@@ -6525,22 +6525,22 @@ REASON_BY_PHASE = {
 
 
 def repeat_until_stopped(codebot: Codebot, step: Callable[[], None]) -> None:
-    """Do the step of a thread again and again, until the server stops."""
+    """Repeat a thread's step until the server stops."""
     while not codebot.stop.is_set():
         try:
             step()
         except StopRequested:
             return
-        except Exception:  # else the loop would end, and the server go on without it
+        except Exception:  # else the server would go on without this thread
             log.exception("Unexpected error; the thread goes on")
             codebot.stop.wait(1.0)
 
 
 def worker_step(codebot: Codebot, kind: str) -> None:
-    """Take one job from a queue, and run it to its end."""
+    """Take one job from a queue, and run it."""
     job_id = codebot.queues[kind].get()
     if job_id is None:
-        return  # the server stops
+        return  # the server is stopping
     job = codebot.until_database_works(codebot.store.claim, job_id)
     if job is not None:
         codebot.jobs_due.set()  # others may have waited for the queue to be empty
@@ -6553,7 +6553,7 @@ class Ending(NamedTuple):
     status: str  # "completed", "failed", "pending", or "deleted"
     reason: str = ""
     error: str = ""
-    # Only of a job that is retried after a transient error:
+    # Only for a job that is retried after a transient error:
     interruptions: int = 0  # to be added to the job's
     not_before: float = 0.0
 
@@ -6566,18 +6566,18 @@ def run_job(codebot: Codebot, job: Job) -> None:
         ending = run_steps(run)
         if must_tell_reviewer(run, ending):
             store_failure(run, ending)
-            # The steps once more: run_review only posts the error, and fails with it.
+            # Run the steps again: now run_review only posts the error, and fails with it.
             ending = run_steps(run)
         store_ending(run, ending)
     finally:
         del codebot.running[job.id]
-        codebot.jobs_due.set()  # another may have waited for it to end
+        codebot.jobs_due.set()  # another job may have waited for this one to end
         if run.is_cancelled:
             codebot.cleanup_wanted.set()  # its pull request may have been closed
 
 
 def run_steps(run: JobRun) -> Ending:
-    """Do what is left to do of a job, and return what becomes of it.
+    """Run the remaining steps of a job, and return what becomes of it.
 
     What ends the steps:                   What becomes of the job:
       nothing                                completed
@@ -6590,7 +6590,7 @@ def run_steps(run: JobRun) -> Ending:
       ReviewSkipped                          the review is deleted; failed, as
                                              cancelled, if its agent has cost something
     """
-    job = run.job  # as it was before; its id and kind stay
+    job = run.job  # as it was before the steps; its id and kind do not change
     try:
         check_may_run(run)
         if job.kind == "review":
@@ -6624,8 +6624,8 @@ def run_steps(run: JobRun) -> Ending:
 
 
 def check_may_run(run: JobRun) -> None:
-    """Raise Cancelled, or JobFailed after too many interruptions."""
-    # It may have been cancelled before `running` had it.
+    """Raise Cancelled if it was requested, JobFailed after too many interruptions."""
+    # The job may have been cancelled before it was in `running`.
     stored = run.store.job(run.job.id)
     if stored is None or stored.cancel_requested:
         raise Cancelled()
@@ -6638,10 +6638,7 @@ def check_may_run(run: JobRun) -> None:
 
 
 def ending_of_skipped_review(run: JobRun, error: ReviewSkipped) -> Ending:
-    """Return how a review ends for which nothing may be done.
-
-    It is deleted, unless it has cost something.
-    """
+    """Return how a skipped review ends: deleted, unless it has cost something."""
     log.info("Review %s is skipped: %s", run.job.id, error)
     if run.job.outcome.cost_usd is None and not run.agent_ran_since_save:
         return Ending("deleted")
@@ -6651,7 +6648,7 @@ def ending_of_skipped_review(run: JobRun, error: ReviewSkipped) -> Ending:
 def ending_after_transient_error(
     run: JobRun, error: str, retry_at: float = 0.0
 ) -> Ending:
-    """Return how a job ends for now: with a retry later, or, after too many, for good.
+    """Return a retry later, or a failure after too many interruptions or too long.
 
     A retry that would run the agent again costs money, so it counts as an interruption.
     """
@@ -6672,9 +6669,9 @@ def ending_after_transient_error(
 
 
 def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
-    """Return whether a review has failed, and its reviewer is still to be told.
+    """Return whether a review has failed and its reviewer has not been told yet.
 
-    If it failed while it posted its answers, or an earlier failure, it just fails.
+    A review that fails while it posts its answers, or an earlier failure, just fails.
     """
     job = run.job
     if job.kind == "task" or ending.status != "failed":
@@ -6688,12 +6685,12 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
 def store_failure(run: JobRun, ending: Ending) -> None:
     """Store why a review failed. From now on its steps only post that."""
     error = run.redact(ending.error)[:10_000]
-    # Logged now: perhaps nobody can be told, and then the review ends with that error.
+    # Logged now: if the reviewer cannot be told, the review may end with another error.
     run.log_event("codebot", f"Failed ({ending.reason}): {error}")
     run.save_work(
         phase="",
         commit_id="",
-        # What the reviewer writes from now on is a review of its own.
+        # Comments that the reviewer writes from now on become a review of their own.
         request_kind=run.job.request_kind or "unclear",
         outcome=run.outcome_with(answers={}),
         reason=ending.reason,
@@ -6723,7 +6720,7 @@ def store_ending(run: JobRun, ending: Ending) -> None:
 def finish_job(run: JobRun, ending: Ending) -> None:
     """Complete or fail the job.
 
-    Its last event is written first: who follows its log gets it before the end.
+    Its last event is written first, so that whoever follows the log sees it.
     """
     job = run.job
     error = ending.error
@@ -6743,19 +6740,19 @@ def finish_job(run: JobRun, ending: Ending) -> None:
 
 
 def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
-    """Give the workers the jobs that are due; if ``only_job`` is an id, only that one."""
+    """Queue the jobs that are due for the workers, or only ``only_job`` of them."""
     codebot.jobs_due.wait(TIMER_INTERVAL)
     codebot.jobs_due.clear()
     for kind, job_ids in codebot.queues.items():
         if not job_ids.empty():
-            continue  # the workers are busy; a job is not queued each second
+            continue  # the workers are busy; the same jobs are not queued every second
         for job_id in codebot.store.due_jobs(kind):
             if only_job in ("", job_id):
                 job_ids.put(job_id)
 
 
 def probe_database(codebot: Codebot) -> None:
-    """Wait a moment, and then write to the database, to see whether that is possible."""
+    """Wait a moment, and then write to the database to see whether that works."""
     codebot.stop.wait(DATABASE_TEST_INTERVAL)
     codebot.check_stop()
     try:
@@ -6765,7 +6762,7 @@ def probe_database(codebot: Codebot) -> None:
 
 
 class Cleanup:
-    """Removes what retention allows, and keeps mirrors small."""
+    """Removes data that is past its retention, and keeps mirrors small."""
 
     def __init__(self, codebot: Codebot) -> None:
         self.codebot = codebot
@@ -6774,12 +6771,12 @@ class Cleanup:
         self.retry_repack_at: dict[str, float] = {}  # by mirror, after a failure
 
     def step(self) -> None:
-        # The pause comes first: in it, sync queues what people wrote while the server was
-        # down. So the workspaces that these reviews need are retained.
+        # The pause comes first. In it, sync queues the comments that people wrote while
+        # the server was down, so the workspaces that these reviews need are retained.
         self.codebot.cleanup_wanted.wait(min(CLEANUP_INTERVAL, self.config.retention))
         self.codebot.cleanup_wanted.clear()
         self.codebot.check_stop()
-        # What frees the disk comes first: a full one may be why the database fails.
+        # Disk space is freed first: a full disk may be why the database fails.
         self.do_part(self.remove_workspaces)
         cutoffs = (utc_time(self.config.retention), utc_time(DELIVERY_RETENTION))
         self.do_part(self.codebot.store.delete_expired, *cutoffs)
@@ -6788,16 +6785,16 @@ class Cleanup:
             self.do_part(self.maintain_mirror, path)
 
     def do_part(self, part: Callable[..., None], *args: object) -> None:
-        """Do a part of the work. If it fails, the others are still done."""
+        """Do one part of the work. If it fails, the other parts are still done."""
         try:
             part(*args)
         except (OSError, sqlite3.Error, LimitReached, GitFailed, TransientError) as e:
             log.warning("Cleanup: %s", e)
 
     def remove_workspaces(self) -> None:
-        """Remove workspaces and outboxes that no job needs any more."""
+        """Remove workspaces and outboxes that no job needs anymore."""
         work_dir = self.config.work_dir
-        # Listed before the store is asked: so the store knows the job of each directory.
+        # Listed before the store is asked, so that it knows the job of each directory.
         paths = find_paths(work_dir, "task_*")
         cutoff = utc_time(self.config.retention)
         retained = self.codebot.store.retained_directories(cutoff)
@@ -6812,9 +6809,9 @@ class Cleanup:
             remove_tree(self.config, path)
 
     def maintain_mirror(self, path: str) -> None:
-        """Remove a mirror that nobody has used for long, or pack it."""
+        """Remove a mirror that has not been used for a long time, or pack it."""
         mirror = Mirror(self.config, path, self.codebot.check_stop)
-        # A workspace, which is kept for the retention, may still read from it.
+        # Workspaces are kept for the retention, and may still read from the mirror.
         retention = MIRROR_RETENTION + self.config.retention
         with contextlib.suppress(BlockingIOError), mirror.lock(wait=False) as lock:
             if os.fstat(lock).st_mtime < time.time() - retention:
