@@ -7575,10 +7575,10 @@ REQUEST_LINE_RE = re.compile(
     rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ (?:/|(?i:https?)://)[!-~]* HTTP/1\.[01]\r\n"
 )
 HEADER_RE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n")
-# What stands before the path in a request as it is sent to a proxy.
+# The part before the path in a request line that is meant for a proxy.
 ABSOLUTE_FORM_RE = re.compile(r"^https?://[^/?]*", re.IGNORECASE)
-# A name or an IPv4 address, or an IPv6 address in brackets; perhaps a port. All may be
-# empty (RFC 3986, 3.2).
+# A name, an IPv4 address, or an IPv6 address in brackets; then an optional port. The
+# name and the port may be empty (RFC 3986, 3.2).
 HOST_RE = re.compile(r"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", re.ASCII)
 UNIQUE_HEADERS = ("host", "content-length", "authorization")
 
@@ -7599,21 +7599,21 @@ def read_head(file: io.BufferedReader) -> list[str]:
             if not pattern.fullmatch(line):
                 raise HTTPError(400, "Malformed HTTP request")
             lines.append(line[:-2].decode("latin-1"))
-        elif lines:  # blank lines before the first are skipped (RFC 9112, 2.2)
+        elif lines:  # blank lines before the request are skipped (RFC 9112, 2.2)
             return lines
 
 
 def parse_headers(version: str, lines: Sequence[str]) -> dict[str, str]:
     """Return the headers by their names in lower case.
 
-    ``lines`` are from read_head. Refuses what codebot and a proxy in front of it might
-    understand differently.
+    ``lines`` are the headers from read_head. Refuses headers that codebot and a proxy in
+    front of it might understand differently.
     """
     headers: dict[str, str] = {}
     for line in lines:
         sent_name, _, value = line.partition(":")
         name = sent_name.lower()
-        value = value.strip(" \t")  # strip() would remove 0x85 and 0xA0 as well
+        value = value.strip(" \t")  # strip() would also remove 0x85 and 0xA0
         if name not in headers:
             headers[name] = value
         elif name in UNIQUE_HEADERS:
@@ -7632,7 +7632,7 @@ def parse_headers(version: str, lines: Sequence[str]) -> dict[str, str]:
 
 
 def parse_object(data: bytes) -> dict[str, Json]:
-    """Return a JSON object. Raises ValueError with the end of a sentence."""
+    """Return a JSON object. Raises ValueError, whose message ends a sentence."""
     try:
         value = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
@@ -7651,8 +7651,8 @@ class Request(NamedTuple):
     query: str
     headers: Headers  # names in lower case
     client_address: str
-    # Returns the body, which the first call reads. Raises HTTPError if it is too long or
-    # incomplete.
+    # Returns the body; only the first call reads it. Raises HTTPError if the body is too
+    # long or incomplete.
     read_body: Callable[[], bytes]
 
     def parameters(self, *names: str) -> dict[str, str]:
