@@ -7751,13 +7751,13 @@ def require_signature(codebot: Codebot, request: Request) -> None:
     )
 
 
-# When a refusal may be logged again, by what was refused. It has no lock: at worst two
-# threads at once write two lines.
+# When the next refusal may be logged, by the kind of refusal. It needs no lock: at worst,
+# two threads write a line at the same time.
 next_log_time: dict[str, float] = {}
 
 
 def log_refusal(path: str, request: Request, error: HTTPError) -> None:
-    """Log what a guard refused: one line a second, so that a flood fills no disk."""
+    """Log a guard's refusal: one line a second, so that a flood cannot fill the disk."""
     now = time.monotonic()
     subject = "webhook" if path == "/webhook" else "API key"
     if now >= next_log_time.get(subject, 0.0):
@@ -7768,7 +7768,7 @@ def log_refusal(path: str, request: Request, error: HTTPError) -> None:
 # --- API ---------------------------------------------------------------------
 # A handler returns its answer, or raises HTTPError.
 
-# The fields of a task and the most characters that each may have.
+# The fields of a task, and the maximum number of characters in each.
 TASK_FIELDS = {
     "repository_url": 2000,
     "description": 100_000,
@@ -7779,7 +7779,7 @@ TASK_FIELDS = {
 }
 REQUIRED_FIELDS = ("repository_url", "description")
 MULTILINE_FIELDS = ("description", "test_command")
-# What the API shows both of a task and of a review.
+# The fields that the API shows of both tasks and reviews.
 JOB_FIELDS = ("status", "submitted_at", "started_at", "completed_at")
 CONTROL_CHARACTER_RE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 KEEPALIVE_INTERVAL = 15.0  # seconds after which a silent event stream sends a comment
@@ -7845,7 +7845,7 @@ def read_task_request(config: Config, fields: Fields) -> TaskRequest:
         raise HTTPError(400, "\n".join(filter(None, problems)))
     texts = {}
     for name, value in fields.items():
-        texts[name] = str(value or "").replace("\r\n", "\n")  # sh knows no CR LF
+        texts[name] = str(value or "").replace("\r\n", "\n")  # sh takes CR as text
     repository = require_allowed_repository(config, texts["repository_url"])
     if not texts.get("test_command"):
         texts["test_command"] = default_test_command(config, repository)
@@ -7896,7 +7896,7 @@ def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
     # The settings may have changed since.
     require_allowed_repository(codebot.config, job.request.repository_url)
     log.info("Task %s: retry requested by %s", task_id, submitter(request))
-    # Not the label's event: removing the label does not cancel what a client started.
+    # Without the label's event: removing the label must not cancel a client's retry.
     issue = SourceIssue(job.repository_id, job.issue_number, job.issue_url, None)
     return queue_task(codebot, request, job.request, issue, task_id)
 
@@ -7924,7 +7924,7 @@ def find_task(codebot: Codebot, task_id: str) -> Job:
 
 
 def pick(record: Job | TaskRequest, *names: str) -> Fields:
-    """Return fields as the API shows them: null for what is not known."""
+    """Return fields as the API shows them, with null for unknown values."""
     return {name: getattr(record, name) or None for name in names}
 
 
@@ -7968,7 +7968,7 @@ def describe_review(codebot: Codebot, review: Job) -> Fields:
 
 
 def describe_result(codebot: Codebot, job: Job) -> Fields:
-    """Return what a completed task has led to, as the API shows it."""
+    """Return the result of a completed task, as the API shows it."""
     outcome = job.outcome
     result: Fields = {
         "pr_url": None,
@@ -8023,7 +8023,7 @@ def task_logs(
 ) -> Response | EventStream:
     """Return a task's events after a sequence number.
 
-    As JSON at most 1,000; as an event stream all, and those to come.
+    JSON has at most 1,000 of them; an event stream has all, then those to come.
     """
     find_task(codebot, task_id)  # raises HTTPError if there is none
     after_text = request.parameters("after").get("after")
@@ -8043,10 +8043,10 @@ def task_logs(
 
 
 def follow_events(codebot: Codebot, task_id: str, after: int) -> EventStream:
-    """Yield events as they come, until no work on the task can add any."""
+    """Yield a task's events as they come, until no job can add any."""
     last_sent = time.monotonic()
     while not codebot.stop.is_set():
-        # Asked before the events are read: a task that ends in between adds its last one.
+        # Asked before the events are read, or a task's last event could be missed.
         is_live = codebot.store.has_unfinished_jobs(task_id)
         messages = ""
         for event in codebot.store.events(task_id, after, EVENTS_PER_MESSAGE):
@@ -8064,7 +8064,7 @@ def follow_events(codebot: Codebot, task_id: str, after: int) -> EventStream:
 
 
 def health(codebot: Codebot, request: Request) -> Response:
-    """Return whether the server takes tasks. Reads the database, but never writes."""
+    """Return whether the server accepts tasks. Reads the database, but never writes."""
     sizes = {"review_queue_size": 0, "task_queue_size": 0}
     status = "healthy" if codebot.store.writable else "unhealthy"
     try:
@@ -8081,7 +8081,7 @@ def health(codebot: Codebot, request: Request) -> Response:
 
 
 def metrics(codebot: Codebot, request: Request) -> Response:
-    """Return what Prometheus collects (prometheus.io: "Exposition formats", 0.0.4)."""
+    """Return metrics for Prometheus (prometheus.io: "Exposition formats", 0.0.4)."""
     seconds, dollars = codebot.store.totals()
     text = f"""\
 # HELP codebot_queue_size Pending tasks.
