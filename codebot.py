@@ -8121,8 +8121,8 @@ codebot_github_rate_remaining {github.rate_limit_remaining}
 
 
 # --- Webhooks ----------------------------------------------------------------
-# A delivery is only noted. A review or the sync thread acts on it later, on what GitHub
-# itself says then (docs: "Webhook events and payloads").
+# A delivery is only noted. A review or the sync thread acts on it later, using what
+# GitHub itself reports then (docs: "Webhook events and payloads").
 
 MAX_DELIVERY_BYTES = 25 << 20  # GitHub sends no more
 # The events that report comments, and the place of the comment: see Comment.
@@ -8138,9 +8138,9 @@ class NoAction(Exception):
 
 
 def webhook(codebot: Codebot, request: Request) -> Response:
-    """Accept a delivery of GitHub's. A comment is on disk before the answer.
+    """Accept a delivery from GitHub. A comment is on disk before the answer is sent.
 
-    For other events the sync thread looks at GitHub, as it does at every start.
+    For other events, the sync thread looks at GitHub, as it does at every start.
     """
     event = request.headers.get("x-github-event", "")
     guid = request.headers.get("x-github-delivery", "")
@@ -8159,7 +8159,7 @@ def webhook(codebot: Codebot, request: Request) -> Response:
 def note_delivery(codebot: Codebot, request: Request, event: str, guid: str) -> Json:
     """Check a delivery, and note what it is about. Returns its action, for the log.
 
-    Raises NoAction if nothing is to be done, and HTTPError if it is refused.
+    Raises NoAction if there is nothing to do, and HTTPError if the delivery is refused.
     """
     if "form" in request.headers.get("content-type", ""):
         raise HTTPError(
@@ -8170,8 +8170,8 @@ def note_delivery(codebot: Codebot, request: Request, event: str, guid: str) -> 
     try:
         payload = parse_object(request.read_body())
         receive_event(codebot, event, guid, payload)
-    # A field is missing or of another type, or SQLite cannot store what is in it: a
-    # large number (OverflowError), half of a surrogate pair (ValueError).
+    # A field is missing or has the wrong type, or SQLite cannot store its value: a large
+    # number (OverflowError), half of a surrogate pair (ValueError).
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         log.debug("Delivery %.99s is malformed", guid, exc_info=True)
         raise HTTPError(400, f"The payload of {event} is malformed") from None
@@ -8209,7 +8209,7 @@ def remember_delivery(codebot: Codebot, guid: str) -> None:
 
 def pull_request_of(codebot: Codebot, payload: JsonObject) -> PullRequest:
     repository_id = int(payload["repository"]["id"])
-    # A comment in the conversation is reported as one on an issue.
+    # GitHub reports a comment in the conversation as a comment on an issue.
     subject = payload.get("issue") or payload["pull_request"]
     number = int(subject["number"])
     pull_request = codebot.store.pull_request_by_number(repository_id, number)
