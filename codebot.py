@@ -8243,8 +8243,9 @@ def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
 
 # --- Routes and server -------------------------------------------------------
 #
-# serve_forever() accepts a connection. Everything else, the TLS handshake too, happens in
-# one thread of the pool, which keeps the connection until it is closed. Its states:
+# serve_forever() accepts a connection. Everything else, including the TLS handshake,
+# happens in one thread of the pool, which serves only this connection until it is closed.
+# The connection's states:
 #   a request         waiting -> receiving -> handling -> sending -> waiting
 #   an event stream   ... -> handling -> sending -> handling -> sending ... -> closed
 #   a request that is refused before its body has been read
@@ -8254,7 +8255,7 @@ def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
 
 MAX_CONNECTIONS = 512
 MAX_STREAMS = 128  # event streams that are open at the same time
-MAX_BUFFERED_BYTES = 64 << 20  # of all bodies that are in memory
+MAX_BUFFERED_BYTES = 64 << 20  # of all request bodies that are in memory, together
 # The states of a connection, and the seconds that it may stay in each.
 STATE_TIMEOUTS = {
     "waiting": 75.0,  # for a request
@@ -8262,9 +8263,9 @@ STATE_TIMEOUTS = {
     "handling": 3600.0,  # codebot's own work: a handler takes seconds at most
     "sending": 20.0,  # until the client has read CHUNK_BYTES
 }
-SWEEP_INTERVAL = 0.5  # seconds between two searches for late connections
-STREAM_INTERVAL = 0.25  # seconds between two searches for new events
-CHUNK_BYTES = 64 << 10  # that are read of a body, or sent of an answer, at once
+SWEEP_INTERVAL = 0.5  # seconds between searches for late connections
+STREAM_INTERVAL = 0.25  # seconds between searches for new events
+CHUNK_BYTES = 64 << 10  # most bytes of a body read, or of an answer sent, at once
 DEFAULT_HEADERS = {
     "Content-Type": "application/json",
     "Cache-Control": "no-store",
@@ -8274,7 +8275,7 @@ STREAM_HEADERS = {
     "Content-Type": "text/event-stream",
     "X-Accel-Buffering": "no",  # or nginx would collect the events
 }
-# By --host: the other address that clients of "localhost", or of this host's name, may try.
+# By --host: the other address that clients of "localhost" or of this host's name may try.
 OTHER_ADDRESSES = {
     "127.0.0.1": "::1",
     "localhost": "::1",
@@ -8347,7 +8348,7 @@ class ConnectionTable:
         self._entries: dict[socket.socket, Entry] = {}
 
     def add(self, connection: socket.socket) -> None:
-        """Add a new connection, which waits. Raises OSError if no other can make room."""
+        """Add a waiting connection. Raises OSError if no other one can make room."""
         deadline = time.monotonic() + STATE_TIMEOUTS["waiting"]
         with self._lock:
             if len(self._entries) >= MAX_CONNECTIONS:
@@ -8370,10 +8371,10 @@ class ConnectionTable:
                 self._entries[connection] = self._entries.pop(connection)
 
     def add_body_bytes(self, connection: socket.socket, size: int) -> None:
-        """Count more of a body, and hang up the oldest if there is too much in memory.
+        """Count more bytes of a body. Hang up the oldest if too many are in memory.
 
-        Raises OSError if this connection was hung up: without it, the thread would go on
-        reading what had arrived before.
+        Raises OSError if this connection was hung up. Otherwise the thread would go on
+        reading data that had arrived before.
         """
         with self._lock:
             self._entry(connection).body_bytes += size
@@ -8386,14 +8387,14 @@ class ConnectionTable:
                     self._drop(oldest)
 
     def drop_late(self, now: float) -> None:
-        """Hang up the connections whose deadline is over."""
+        """Hang up the connections whose deadline has passed."""
         with self._lock:
             for connection, entry in list(self._entries.items()):
                 if entry.deadline < now:
                     self._drop(connection)
 
     def evict(self) -> None:
-        """Make room when no descriptor is left. Raises OSError if no connection can."""
+        """Make room when no descriptor is left. Raises OSError if that is impossible."""
         with self._lock:
             self._evict()
 
@@ -8402,9 +8403,9 @@ class ConnectionTable:
     def _evict(self) -> None:
         """Hang up the connection that has waited longest for its client.
 
-        That is the oldest that is waiting or receiving. If there is none, or if older ones
-        that are sending are more than half of all, it is the oldest of these: somebody
-        leaves answers unread to keep others out.
+        That is the oldest one that is waiting or receiving. But if there is none, or if
+        more than half of all connections are sending and are older than that one, it is
+        the oldest sending one: somebody leaves answers unread to keep others out.
         Raises OSError if all connections are with a handler.
         """
         idle = None
@@ -8431,12 +8432,12 @@ class ConnectionTable:
         """Hang up: this wakes the thread that reads from the connection or writes to it."""
         del self._entries[connection]
         with contextlib.suppress(OSError):
-            # Not SSLSocket's method: it takes the TLS state away from that thread.
+            # SSLSocket's own method would take the TLS state away from that thread.
             socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 def end_tls(connection: socket.socket) -> None:
-    """Tell a client that speaks TLS that nothing was cut off, without a wait for it."""
+    """Tell a TLS client that nothing was cut off, without waiting for its reply."""
     if isinstance(connection, ssl.SSLSocket):
         connection.setblocking(False)
         with contextlib.suppress(OSError, ValueError):
@@ -8457,8 +8458,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     rfile: io.BufferedReader
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    # None until the whole request has been read. Then its body; b"" if it has none, or if
-    # it is no longer needed.
+    # None until the whole request has been read. After that, the body; b"" if there is
+    # none, or if it is no longer needed.
     body: bytes | None = None
 
     def handle(self) -> None:
@@ -8472,7 +8473,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.rfile.peek(1):
             return
         self.enter("receiving")
-        self.command = ""  # not that of the request before
+        self.command = ""  # not the previous request's
         self.requestline = ""
         self.body = None
         response = self.respond()
@@ -8583,7 +8584,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def write(self, data: bytes | memoryview) -> None:
         """Send ``data`` as fast as the client reads."""
         for start in range(0, len(data), CHUNK_BYTES):
-            self.enter("sending")  # each chunk has the whole time
+            self.enter("sending")  # each chunk gets the full time
             self.wfile.write(data[start : start + CHUNK_BYTES])
 
     def send_stream(self, events: EventStream) -> None:
@@ -8613,25 +8614,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return
 
     def discard_input(self) -> None:
-        """Read the rest of a request that was refused, and forget it.
+        """Read and discard the rest of a refused request.
 
         If it were left unread, the system would reset the connection, and the client
-        might lose the answer. The client has the time of a request, from now on.
+        might lose the answer. The client gets the time of a new request for this.
         """
         self.enter("receiving")
         end_tls(self.connection)
-        # With TLS, this takes away the TLS state: the rest is read as it comes.
+        # With TLS, this drops the TLS state, so the rest is read without decryption.
         self.connection.shutdown(socket.SHUT_WR)
-        buffer = bytearray(CHUNK_BYTES)  # one: many would leave the heap full of holes
+        buffer = bytearray(CHUNK_BYTES)  # reused: many would fragment the heap
         while self.connection.recv_into(buffer):
             pass
 
 
 def tls_context(config: Config) -> ssl.SSLContext:
-    """Return what HTTPS needs. Raises ConfigError if a TLS file cannot be used."""
+    """Return the context for HTTPS. Raises ConfigError if a TLS file cannot be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # Without a password, OpenSSL asks for that of an encrypted key in the terminal.
+    # With no password given, OpenSSL prompts on the terminal if the key is encrypted.
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key, password="")
     except OSError:
@@ -8643,11 +8644,11 @@ def tls_context(config: Config) -> ssl.SSLContext:
 
 
 def reserve_other_address(host: str, port: int) -> socket.socket | None:
-    """Take the port at the other address that "localhost", or this host's name, may mean.
+    """Take the port at the other address that "localhost" or this host's name may mean.
 
-    An agent, which shares the host's network, could listen there, and clients of
-    localhost would send it the API key. codebot does not listen there either, so clients
-    are refused and go on to the right address.
+    Otherwise an agent, which shares the host's network, could listen there, and clients
+    of localhost would send it the API key. codebot only takes the port and does not
+    listen on it, so clients are refused and go on to the right address.
     """
     address = OTHER_ADDRESSES.get(host)
     if address is None:
@@ -8680,29 +8681,31 @@ class Server(http.server.ThreadingHTTPServer):
     server_bind = socketserver.TCPServer.server_bind
 
     def __init__(self, codebot: Codebot) -> None:
-        """Listen. Raises OSError if the address cannot be used, and ConfigError if the
-        TLS files cannot, or if somebody else listens at "localhost".
+        """Listen. Raises OSError if the address cannot be used.
+
+        Raises ConfigError if the TLS files cannot be used, or if another program has the
+        port at the other address of "localhost".
         """
         config = codebot.config
         self.codebot = codebot
         self.streams = threading.BoundedSemaphore(MAX_STREAMS)
         self.connections = ConnectionTable()
         self._next_sweep = 0.0
-        # 16 more, as the threads of connections that were hung up may not have ended yet.
+        # 16 more, because threads whose connections were hung up may not have ended yet.
         self._pool = concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS + 16, "http")
         if ":" in config.host:
             self.address_family = socket.AF_INET6
         super().__init__((config.host, config.port), Handler)
         self.server_port = self.server_address[1]
-        # Accepting does not wait for the handshake, which Handler.handle makes.
+        # Accepting does not wait for the TLS handshake: Handler.handle performs it.
         if config.tls_cert:
             self.socket = tls_context(config).wrap_socket(
                 self.socket, server_side=True, do_handshake_on_connect=False
             )
-        # Kept, since without a reference it would be closed.
+        # Kept, because without a reference the socket would be closed.
         self.other_address = reserve_other_address(config.host, self.server_port)
 
-    # What serve_forever calls, in its thread
+    # Called by serve_forever, in its thread
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
@@ -8722,7 +8725,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._next_sweep = now + SWEEP_INTERVAL
             self.connections.drop_late(now)
 
-    # What the connections' threads call
+    # Called by the connections' threads
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], OSError):  # of a client that is gone
