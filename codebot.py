@@ -8742,13 +8742,13 @@ class Server(http.server.ThreadingHTTPServer):
 
 # --- Local checks ------------------------------------------------------------
 #
-# `serve` does not start if one of these fails, nor does `run`, but for what only a server
-# needs; they log the warnings. `check` shows all findings, and has more checks.
+# `serve` and `run` do not start if one of these checks fails; they log the warnings.
+# `run` skips what only a server needs. `check` shows all findings, and has more checks.
 
 SETTING_PREFIXES = ("CODEBOT_", "GITHUB_APP_", "GITHUB_WEBHOOK_", "GITHUB_ENTERPRISE_")
 # The oldest version of a program that works, by the command that prints the version.
 OLDEST_VERSIONS = {"git --version": "2.31", "openssl version": "1.1.1"}
-MIN_KEY_LENGTH = 20  # characters of an API key; less can be guessed
+MIN_KEY_LENGTH = 20  # characters of an API key; a shorter one could be guessed
 MIN_STALL_TIMEOUT = 900  # seconds: the agent waits in silence for its commands
 
 
@@ -8759,12 +8759,12 @@ class Finding(NamedTuple):
     message: str
 
 
-# May raise ConfigError, too: see run_checks.
+# A check may also raise ConfigError: see run_checks.
 Check = Callable[[Codebot], Iterator[Finding]]
 
 
 def run_checks(codebot: Codebot, checks: Iterable[Check]) -> Iterator[Finding]:
-    """Yield what the checks find. A ConfigError becomes the last findings of a check."""
+    """Yield the findings. A ConfigError becomes the last findings of its check."""
     for check in checks:
         try:
             yield from check(codebot)
@@ -8774,7 +8774,7 @@ def run_checks(codebot: Codebot, checks: Iterable[Check]) -> Iterator[Finding]:
 
 
 def version_finding(command: str, result: ProgramResult, least: str) -> Finding:
-    """Judge what a program printed when it was asked for its version."""
+    """Return a finding about the version that a program printed."""
     match = re.search(r"[0-9]+(\.[0-9]+)+", " ".join(result.stdout))
     if result.code != 0 or match is None:
         return Finding(
@@ -8815,10 +8815,10 @@ def check_programs(codebot: Codebot) -> Iterator[Finding]:
 
 
 def is_agent_missing(codebot: Codebot) -> bool:
-    """Return whether the agent is not on this host, although it is to run here."""
+    """Return whether the agent was not found on this host, although it must run here."""
     config = codebot.config
     if config.launcher or not (codebot.sandbox.is_bwrap or codebot.sandbox.is_none):
-        return False  # the agent runs on a node, or in what a command line sets up
+        return False  # the agent runs on a node, or in the operator's own sandbox
     return shutil.which(config.claude_command[0], path=config.search_path) is None
 
 
@@ -8861,7 +8861,7 @@ def check_settings(codebot: Codebot) -> Iterator[Finding]:
 
 
 def check_safety(codebot: Codebot) -> Iterator[Finding]:
-    """Look for what lets others, or the agent, reach codebot's secrets."""
+    """Look for ways in which others, or the agent, could reach codebot's secrets."""
     for path in codebot.config.secret_files:
         if os.stat(path).st_mode & 0o077:
             yield Finding(
@@ -8891,7 +8891,7 @@ def check_safety(codebot: Codebot) -> Iterator[Finding]:
 
 
 def check_server(codebot: Codebot) -> Iterator[Finding]:
-    """Look at what only the server needs."""
+    """Check what only the server needs."""
     config = codebot.config
     for number, key in enumerate(config.api_keys, 1):
         if len(key) < MIN_KEY_LENGTH:
