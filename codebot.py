@@ -8928,7 +8928,7 @@ HOST_CHECKS = (check_programs, check_settings, check_safety)
 
 PR_SET_DUMPABLE = 4  # of prctl(2)
 MAX_DESCRIPTORS = 65536  # open files at the same time, if the host allows so many
-# What the operating system may say when the server begins to listen.
+# Errors of the operating system when the server begins to listen: see listen().
 LISTEN_ERRORS = {
     errno.EADDRINUSE: "is in use (another codebot?). Stop it, or use another --port",
     errno.EACCES: "needs root. Use a port above 1023, or a reverse proxy",
@@ -8952,9 +8952,9 @@ def stop_on_signals(codebot: Codebot) -> None:
 def pause() -> None:
     """Sleep for a moment in the main thread.
 
-    It must not wait for codebot.stop instead. The handler of a signal runs in the main
-    thread, in the middle of what that does. If the main thread then held the Event's
-    lock, set() in the handler would wait for ever.
+    The main thread must not wait for codebot.stop instead. A signal's handler interrupts
+    the main thread and runs in it. If the main thread held the Event's lock at that
+    moment, set() in the handler would wait forever.
     """
     time.sleep(0.1)
 
@@ -8967,7 +8967,7 @@ def set_up_process(codebot: Codebot, level: int) -> None:
     if sys.platform == "linux":
         # Even without a sandbox an agent that is not root cannot read codebot's memory.
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-    # A connection takes a descriptor, and so does each level of a removed directory.
+    # Each connection takes a descriptor, as does each level of a directory to remove.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max(soft, min(hard, MAX_DESCRIPTORS))
     with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit of its own
@@ -8977,7 +8977,7 @@ def set_up_process(codebot: Codebot, level: int) -> None:
 
 
 def fork_watchdog(codebot: Codebot) -> None:
-    """Fork a process that ends what this one leaves running, however it ends."""
+    """Fork a process that ends what this one leaves running, however this one ends."""
     read_end, write_end = os.pipe()  # write_end is closed when this process ends
     if os.fork() != 0:
         os.close(read_end)
@@ -8993,7 +8993,7 @@ def fork_watchdog(codebot: Codebot) -> None:
         tempfile.tempdir = codebot.config.work_dir  # as in take_work_dir
         os.read(read_end, 1)  # returns when write_end is closed
         end_tagged_processes(codebot.config.run_tag)
-        # The next codebot here may already have launched others.
+        # The next codebot on this work directory may already have launched processes.
         stop_all_launched(codebot.config, only_if=codebot.config.run_tag)
     finally:
         os._exit(0)  # also after an error, which nobody could see
@@ -9037,7 +9037,7 @@ def start_workers(codebot: Codebot, kind: str, count: int) -> list[threading.Thr
 
 
 def stop_workers(codebot: Codebot, workers: Sequence[threading.Thread]) -> None:
-    """End what the workers do. Their jobs are pending afterwards."""
+    """Stop the workers. Their jobs are pending afterward."""
     deadline = time.monotonic() + STOP_TIMEOUT
     codebot.stop.set()
     for jobs in codebot.queues.values():
@@ -9065,7 +9065,7 @@ def listen(codebot: Codebot) -> Server:
 def running_server(codebot: Codebot) -> Iterator[Server]:
     """Run the server and the threads behind it.
 
-    After the block the jobs are pending again; the server ends with the process.
+    After the block the jobs are pending again. The server ends with the process.
     """
     server = listen(codebot)
     workers = start_workers(codebot, "task", codebot.config.workers)
@@ -9125,7 +9125,7 @@ def serve(flags: Flags) -> int:
     is_changed = False
     level = logging.DEBUG if config.debug else logging.INFO
     codebot = start_app(config, [*HOST_CHECKS, check_server], level)
-    # Including those that start_app has requeued.
+    # This includes the jobs that start_app has requeued.
     pending = sum(map(codebot.store.count_pending, codebot.queues))
     with running_server(codebot) as server:
         print_banner(codebot, server.server_port, pending)
