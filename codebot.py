@@ -9165,10 +9165,10 @@ def follow_task(codebot: Codebot, task_id: str) -> None:
     is_live = True
     while is_live and not codebot.stop.is_set():
         pause()
-        # Asked before the events are read: a task that ends in between adds its last one.
+        # Asked before the events are read, or a task's last event could be missed.
         is_live = codebot.store.has_unfinished_jobs(task_id)
         events = codebot.store.events(task_id, after)
-        is_live = is_live or bool(events)  # the store may have more events than that
+        is_live = is_live or bool(events)  # there may be more events
         for event in events:
             after = event.seq
             message = event.message.replace("\n", f"\n{'':31}")
@@ -9229,7 +9229,7 @@ def check_sandbox(codebot: Codebot) -> Iterator[Finding]:
     """Run the agent's program in the sandbox, as a task would."""
     config = codebot.config
     if config.launcher and not config.launcher_stop:
-        return  # what would be launched here could not be ended
+        return  # a process launched here could not be ended
     command = [*config.claude_command, "--version"]
     try:
         result = codebot.sandbox.probe(*command)
@@ -9366,7 +9366,7 @@ echo '{"type": "result", "subtype": "success", "num_turns": 1, "result": "Added 
 def demo_config(directory: str) -> Config:
     """Return settings that need nothing on the host but git and sh."""
     return Config(
-        api_keys=(uuid.uuid4().hex,),  # other users of this machine can connect, too
+        api_keys=(uuid.uuid4().hex,),  # other users of this machine can also connect
         claude_command=("sh", f"{directory}/agent"),
         sandbox=("none",),
         search_path=parse_search_path(os.environ.get("PATH", os.defpath)),
@@ -9414,7 +9414,7 @@ def demo(flags: Flags) -> int:
         raise ConfigError("The demo needs git on PATH. Install git.")
     with tempfile.TemporaryDirectory(prefix="codebot-demo-") as directory:
         directory = os.path.realpath(directory)
-        # Without the user's own git configuration.
+        # The user's own git configuration must have no effect.
         os.environ.update(HOME=directory, XDG_CONFIG_HOME=directory)
         pathlib.Path(directory, "agent").write_text(DEMO_AGENT_SCRIPT)
         codebot = start_app(demo_config(directory), (), logging.WARNING)
@@ -9457,7 +9457,7 @@ def show_demo(codebot: Codebot, port: int, repository: str) -> int:
 
 
 def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Add the flags of the settings that have one; with names, only those."""
+    """Add a flag for each setting that has one; with ``names``, only for those."""
     for field in CONFIG_FIELDS:
         about = field.metadata["help"]
         if about and (not names or field.name in names):
@@ -9493,13 +9493,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 2 for settings or input that are bad."""
+    """Run a command. Returns the exit code: 2 for bad settings or input."""
     flags = vars(make_parser().parse_args(arguments))
     flags["umask"] = os.umask(PRIVATE_UMASK)
     try:
         code: int = flags["function"](flags)
         print(end="", flush=True)  # os._exit does not flush; sys.stdout may be None
-    except (ConfigError, HTTPError) as error:  # HTTPError: of the task in `run`
+    except (ConfigError, HTTPError) as error:  # HTTPError: from the task of `run`
         for line in str(error).splitlines():
             print(f"codebot: {line}", file=sys.stderr)
         code = 2
@@ -9516,6 +9516,6 @@ def end_with_traceback(*error: Any) -> None:
 
 
 if __name__ == "__main__":
-    # Do not wait for threads: one may wait for a client, or for GitHub.
+    # Do not wait for threads: one may be waiting for a client, or for GitHub.
     sys.excepthook = end_with_traceback
     os._exit(main())
