@@ -15,9 +15,9 @@ bwrap and claude.
     python3 codebot.py run     run one task in the foreground
 
 HOW TO READ THIS FILE
-  From the top, once. Code calls only what stands above it or in its own section. In the
-  sections Task and Review the list of steps comes first: `run_task`, `run_review`. A table
-  in `run_steps` says what each exception does to a job.
+  Read it once, from the top. Code calls only what is above it or in its own section. The
+  sections Task and Review begin with their list of steps: `run_task`, `run_review`. A
+  table in `run_steps` says what each exception does to a job.
     I.   The boundary   how codebot runs programs, asks GitHub, and uses git
     II.  The work       every state, what an agent receives, what happens to its work
     III. The network    everything that can be requested from outside, and by whom
@@ -26,8 +26,8 @@ HOW TO READ THIS FILE
   `GitHub.send`, `has_write_access`, `remote_environment`, `run_task`,
   `Workspace.environment`, `fetch_into_outbox`, `DiffScanner`, `check_write_access`,
   `load_comments`, `Sync.obstacle`, `require_api_key`, `require_signature` and `ROUTES`.
-  The page stands at the beginning of part III. Its style can be skipped; its script
-  never inserts HTML.
+  The page is at the beginning of part III. Its style can be skipped; its script never
+  inserts HTML.
 
 GLOSSARY
   job            a unit of work in the store: a task or a review
@@ -56,127 +56,127 @@ GLOSSARY
   redact         replace secrets in text with ***
   One repository appears as
     Repository         its URL and name
-    GitHubRepository   the same at GitHub, where its id identifies it
+    GitHubRepository   the same repository at GitHub, where its id identifies it
     Mirror             the local copy, written from the remote only
     Workspace.repo     the agent's clone, which borrows the mirror's objects
-    Workspace.outbox   codebot's own, into which the agent's commit is fetched
+    Workspace.outbox   codebot's own repository, into which the agent's commit is fetched
 
 WHO IS TRUSTED WITH WHAT
   The operator   is trusted with everything: the settings, the App's key, the work
                  directory.
   A client       is whoever has an API key. It may read and cancel every task, and may
                  submit and retry tasks for the repositories that
-                 CODEBOT_ALLOWED_REPOSITORIES allows. With --no-github these are by
-                 default all that codebot's user can reach. A task's test command is a
-                 shell command, so a client can run what it likes in the sandbox.
+                 CODEBOT_ALLOWED_REPOSITORIES allows. With --no-github these are, by
+                 default, all repositories that codebot's user can reach. A task's test
+                 command is a shell command, so a client can run anything in the sandbox.
   A reviewer     has an effect only if GitHub reports, when the review starts, that they
                  have write access to the repository. The same holds for a person who
-                 labels an issue; GitHub is asked when the task is submitted. Nobody else
-                 can start work; but the words of a labelled issue may be anyone's.
+                 labels an issue: GitHub is asked when the task is submitted. Nobody else
+                 can start work, but the text of a labeled issue may be anyone's.
   GitHub         is believed, over TLS. A delivery is believed only if its signature is
-                 right, and never about who wrote what, who may write, or what is open:
-                 codebot asks GitHub.
+                 right. Even then it is never relied on for who wrote what, who may write,
+                 or what is open: codebot asks GitHub.
   The agent      is not trusted, and neither is what it reads: the repository, the task,
                  comments.
                  - It gets the model's key and address, proxy and certificate settings,
                    the time zone, the variables that the operator lists, its workspace,
-                   and all that the repository's mirror has ever fetched.
-                 - It has the host's network: services on this machine, other agents'
-                   too, the local network, a cloud's metadata address.
-                 - In bwrap it cannot see codebot's processes, database and other
-                   workspaces, nor the directories of .env, of the App's key and of the
-                   TLS key, and can change no file outside its own workspace.
-                 - codebot takes from it a tree of files, its words, and what it says
-                   about its cost.
+                   and everything that the repository's mirror has ever fetched.
+                 - It has the host's network: services on this machine (including other
+                   agents'), the local network, and a cloud's metadata address.
+                 - In bwrap it cannot see codebot's processes, the database, other
+                   workspaces, or the directories of .env, the App's key and the TLS key.
+                   It cannot change any file outside its own workspace.
+                 - codebot takes from it a tree of files, its words, and the cost that
+                   it reports.
   A test command   runs in the same way, without the model's key and the listed variables.
-  The model's provider   sees all that the agent reads.
+  The model's provider   sees everything that the agent reads.
   The repository's own CI   runs what the agent wrote, perhaps with secrets, before a
-                 person has read it. GitHub refuses only what changes .github/workflows.
+                 person has read it. GitHub refuses only changes to .github/workflows.
   A launcher, and a sandbox other than bwrap   get the environment variables of the agent
                  and the tests. codebot does not verify what such a sandbox hides.
 
 WHAT LEAVES THE HOST
-  to GitHub      requests of GitHub.send: questions, reactions, pull requests, answers,
-                 and comments on what became of a task or a review. They contain words of
-                 the task and of the agent, names of files, the test command, the end of a
-                 failing test's output, and error messages, all redacted.
-                 git asks for branches, fetches, and pushes the commit, after fsck and
-                 DiffScanner.
-  to the task's remote   with --no-github: the same from git
+  to GitHub      requests of GitHub.send: queries, reactions, pull requests, answers, and
+                 comments on what became of a task or a review. They contain words of the
+                 task and of the agent, file names, the test command, the end of a failing
+                 test's output, and error messages, all redacted.
+                 git asks for branches, fetches, and pushes the commit after the checks by
+                 fsck and DiffScanner.
+  to the task's remote   with --no-github: the same requests by git
   to the model   what the agent sends: its prompt, and whatever it reads
   to a node      with a launcher: command lines, environment variables and input of the
                  agent and the tests, and the workspace and the mirror, which it shares
-  to clients     every task with its log and result, and the metrics, to every API key;
-                 to anybody the page, whether the server is healthy, and how many jobs wait
-  The agent and the tests can send what they can read to all that the host can reach.
+  to clients     with any API key: every task with its log and result, and the metrics;
+                 without: the page, whether the server is healthy, and how many jobs wait
+  The agent and the tests can send anything they can read to anything the host can reach.
 
 WHERE SECRETS GO
-  API keys, webhook secret   nowhere; they are compared. Of an API key, 8 hexadecimal
-                             digits of its SHA-256 are in the database, in the log, and in
-                             what clients get, as the name of the client.
-  the App's key              from its file to openssl, by the file's name; codebot reads it
-                             to redact it, as it does the TLS key
+  API keys, webhook secret   nowhere; they are compared. In the database, in the log, and
+                             in what clients get, 8 hexadecimal digits of an API key's
+                             SHA-256 name its client.
+  the App's key              from its file to openssl, by the file's name; codebot reads
+                             it, and the TLS key, to redact them
   the TLS key                from its file to Python's ssl
   JWTs                       to GitHub
   installation tokens        to GitHub; to git, in its environment
   model key, listed variables   to the agent, in its environment
   passwords of proxies       to the proxy; to the agent, the tests and git, in their
-                             environment. One in ANTHROPIC_BASE_URL only to the agent.
-  With --no-github, git at the remote gets the environment with which codebot was started,
-  without the secrets of codebot and of the model. codebot writes none of these secrets
-  into a file with a name. The input and the output of programs, such as openssl's, which
-  are the parts of a JWT, are in unlinked files while they run. But the agent's home keeps
-  its session, with all that the agent has printed.
+                             environment. One in ANTHROPIC_BASE_URL: only to the agent.
+  With --no-github, git commands that contact the remote get the environment with which
+  codebot was started, without the secrets of codebot and of the model.
+  codebot writes none of these secrets into a file with a name. While a program runs, its
+  input and output are in unlinked files; those of openssl are the parts of a JWT. But the
+  agent's home keeps its session, with everything that the agent has printed.
 
 KNOWN LIMITATIONS
   - Without a sandbox (CODEBOT_SANDBOX=none) the agent can read and write whatever
     codebot's user can: the keys, the database, git's token while git runs. codebot finds
-    what a job left running by the variable CODEBOT_RUN in its environment; a process that
-    removes the variable outlives the job.
-  - Settings are read from .env in the current directory, and they name programs. So start
-    no command of codebot's in a directory that others can write, such as a clone.
-  - The agent can write in the directory in which the programs of CODEBOT_SANDBOX and
-    CODEBOT_LAUNCHER start, and in the HOME that they get. So they must not read settings
-    of their own from there, such as ~/.docker.
+    processes that a job left running by the variable CODEBOT_RUN in their environment; a
+    process that removes the variable outlives the job.
+  - Settings are read from .env in the current directory, and they name programs. Do not
+    run a codebot command in a directory that others can write to, such as a clone.
+  - The agent can write to the directory in which the programs of CODEBOT_SANDBOX and
+    CODEBOT_LAUNCHER start, and to the HOME that they get. These programs must not read
+    settings of their own from there, such as ~/.docker.
   - In bwrap the agent can read whatever codebot's user can read outside of the hidden
-    directories. What HOME names is hidden (no other home of that user), but not those of
-    its directories in which PATH has entries: with ~/.cargo/bin on PATH, the agent can
-    read ~/.cargo/credentials.toml.
-  - git unpacks, checks and compares the agent's objects outside the sandbox. A fault of
-    git there would be a way out of it.
-  - What is removed from a repository at GitHub stays in the mirror, where later agents
-    can read it.
+    directories. The directory that HOME names is hidden (no other home of that user is),
+    except for those of its directories in which PATH has entries: with ~/.cargo/bin on
+    PATH, the agent can read ~/.cargo/credentials.toml.
+  - git unpacks, checks and compares the agent's objects outside the sandbox. A bug in git
+    there would be a way out of the sandbox.
+  - Data that is removed from a repository at GitHub stays in the mirror, where later
+    agents can read it.
   - In bwrap the agent can connect to abstract sockets, and to sockets in directories that
-    are not hidden. Nothing but the host limits its memory, processes and disk: if it
-    fills the disk of the work directory, jobs are retried for a time and then fail; and
-    while the database cannot be written, they wait.
-  - What the agent says (its events, summary and cost) is self-reported. "The tests passed"
-    means that the command exited with 0 in a workspace where the agent could have changed
-    the tests, and files in HOME that they read.
-  - codebot looks in the text files of a change for the secrets of 16 or more characters
+    are not hidden. Only the host limits its memory, processes and disk space. If it fills
+    the disk of the work directory, jobs are retried for a time and then fail; while the
+    database cannot be written, they wait.
+  - The agent's events, summary and cost are self-reported. "The tests passed" means that
+    the command exited with 0 in a workspace where the agent could have changed the tests,
+    and files in HOME that they read.
+  - codebot searches the text files of a change for the secrets of 16 or more characters
     that it knows: verbatim, and as base64 of the secret alone, in lines of at most 8 MiB.
-    Of the variables that the operator lists, it knows those whose names tell of a secret.
+    Of the variables that the operator lists, it knows those whose names suggest a secret.
   - "Fixes #1" and "@name" in the words of an agent or a task work at GitHub as if a person
-    wrote them.
-  - With --no-github a client can name a repository in the work directory by ssh to this
-    host, if codebot's user may log in here, and so push into it. And git before 2.45.1
-    (of the series 2.39, before 2.39.4) pushes to another user's repository on this host,
-    whose hooks then run as codebot's user.
-  - HTML comments and invisible characters are taken out of what people write on GitHub;
-    so is everything after a <!-- without an end. Other ways to hide text there, such as
-    the title of a link, are not. An edit of an issue less than two seconds after it was
-    labelled may not be noticed. If its author has no write access, any change of the
-    issue after the label, also a comment, counts as an edit, and the label must be put
-    on again.
+    had written them.
+  - With --no-github, if codebot's user may log in to this host by ssh, a client can name
+    a repository in the work directory by an ssh address, and so push into it. Also, git
+    before 2.45.1 (in the 2.39 series, before 2.39.4) pushes to another user's repository
+    on this host, whose hooks then run as codebot's user.
+  - HTML comments and invisible characters are removed from text that people write on
+    GitHub, and so is everything after a <!-- without an end. Text that is hidden there in
+    other ways, such as in the title of a link, is not removed. An edit of an issue less
+    than two seconds after it was labeled may not be noticed. If the issue's author has no
+    write access, any change of the issue after the label, even a comment, counts as an
+    edit, and the label must be added again.
 
 LIFE OF A JOB
   pending   -> running      a worker starts it
   pending   -> failed       it is cancelled
   running   -> pending      a stop, a crash, or a transient error interrupts it
   running   -> completed, failed
-  A review is deleted when its comments join another review that runs, and with its task.
-  It is also deleted when nothing may be done for it, unless its agent has cost something,
-  as far as is known: then it fails.
+  A review is deleted when its comments join another running review, and when its task is
+  deleted. A review for which nothing may be done is also deleted, unless its agent has
+  cost something, as far as is known: then it fails.
 
   A task's phases are clone, agent, test, commit, push, pull_request; a review's are
   classify, clone, agent, test, commit, push, answer. With a launcher, both are in the
@@ -185,33 +185,34 @@ LIFE OF A JOB
   A task is on disk before the client gets its 202, a commit is in the store before it is
   pushed, and an answer is in the store before it is posted. A retry pushes the same commit
   again, which changes nothing. It finds a pull request by its branch, and an answer by its
-  marker. An answer may be posted twice only if GitHub carries out a request after it has
-  failed for codebot, or if the first was removed before a retry.
+  marker. An answer may be posted twice only if GitHub carries out a request after codebot
+  has seen it fail, or if the first answer was removed before a retry.
 
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
   accept         accepts connections, and closes those that are late
   http           one per connection, from a pool; ConnectionTable has a lock
   task-N, review-N   one job at a time, from one queue each
-  sync           asks GitHub what has changed, and submits and cancels tasks by it
+  sync           asks GitHub what has changed, and submits and cancels tasks accordingly
   timer          queues jobs that are due
-  database       writes to the database now and then, to see if it can
+  database       writes to the database now and then, to see whether that works
   cleanup        removes what is past its retention, packs mirrors
   Thread-N       one for each program that runs; it waits for the program's end
-  Store has a lock for its writing and one for its reading connection, Redactor one for
-  its tokens. A forked process, the watchdog, ends what codebot left running when it dies.
+  Store has a lock for its writing connection and one for its reading connection, Redactor
+  has one for its tokens. When codebot dies, a forked process, the watchdog, ends the
+  processes that codebot left running.
 
 FILES in the work directory
   codebot.db     the record of all jobs        codebot.lock   held by the one codebot here
   mirrors/       HOST/OWNER/NAME.git           task_*/        a task's workspace
   outbox_*.git   a task's outbox               launched/      a record of each launch
   scratch_*      needed for a short time       trash_*/       being removed
-  While codebot runs, Python's temporary files, with programs' output, are there too.
+  While codebot runs, Python's temporary files, with programs' output, are also there.
   A mirror and the database each have a .lock file beside them. CODEBOT_DATABASE may put
   the database elsewhere.
-  Only codebot's user may read what codebot writes (umask 077). git at the remote, and all
-  programs in workspaces, have the umask with which codebot was started; what they write
-  here is in directories that only codebot's user may enter.
+  Only codebot's user may read what codebot writes (umask 077). git commands that contact
+  the remote, and all programs in workspaces, have the umask with which codebot was
+  started; what they write here is in directories that only codebot's user may enter.
 
 WHERE THE DANGEROUS THINGS ARE
   Popen                     run_program
@@ -219,7 +220,7 @@ WHERE THE DANGEROUS THINGS ARE
   git with a credential     GitDirectory.git_with_token
   what the agent sees       sandbox_mounts, bwrap_command, and Workspace.environment
   git on an agent's objects, outside the sandbox
-                            fetch_into_outbox, which lets fsck check them; then
+                            fetch_into_outbox, which has fsck check them; then
                             collect_tree, write_commit, inspect_commit,
                             has_commit, patch and push;
                             once they are pushed, what git does in the mirror
