@@ -7033,11 +7033,11 @@ details:not([open]) .message { overflow: hidden; white-space: pre; }
 <script>
 'use strict';
 
-// The fragment of the address chooses a view: see showView. While it is in view,
-// refresh() asks the server for its data, and what has changed is drawn anew: see redraw.
+// The fragment of the address chooses a view: see showView. While a view is shown,
+// refresh() fetches its data from the server and redraws what has changed: see redraw.
 
 const REFRESH_INTERVAL = 2000; // milliseconds
-// What a user can do next, by the reason for which a task has failed.
+// What a user can do next, by the reason of a failed task.
 const ADVICE = {
   clone_failed: 'Check the address and whether codebot may read this repository.',
   base_branch_not_found: 'Name an existing branch, or none for the default branch.',
@@ -7101,8 +7101,8 @@ function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-// Rebuilds an element only if its data changed, so that a selection in it stays. The
-// focus stays on the same link.
+// Rebuilds an element only if its data has changed, so that selected text in it stays
+// selected. The focus stays on the same link.
 function redraw(element, data, build) {
   const text = JSON.stringify(data);
   if (element.drawnFrom === text) return;
@@ -7171,7 +7171,7 @@ function formatDuration(seconds) {
   return `${Math.floor(hours / 24)} days`;
 }
 
-// Shows how long it is from one time to another, or to now: see updateTimes.
+// Shows the time from one moment to another, or to now: see updateTimes.
 function timer(from, to) {
   const title = new Date(from).toLocaleString();
   return create('time', { datetime: from, title, 'data-to': to || '' });
@@ -7223,7 +7223,7 @@ async function refresh() {
   } catch (error) {
     problem = `${error.message} Trying again every few seconds.`;
   }
-  setText(ui.banner, apiKey ? problem : ''); // without a key, its form says why
+  setText(ui.banner, apiKey ? problem : ''); // without a key, the key form says why
   clearTimeout(refreshTimer); // another refresh may have set it meanwhile
   refreshTimer = setTimeout(refresh, REFRESH_INTERVAL);
 }
@@ -7241,7 +7241,7 @@ function saveKey(event) {
   event.preventDefault();
   const key = ui.key.value.trim();
   ui.keyForm.reset();
-  const isKey = /^[!-~]+$/.test(key); // only such can be sent in a header
+  const isKey = /^[!-~]+$/.test(key); // only such a key can be sent in a header
   setText(ui.keyError, isKey ? '' : 'This is not an API key.');
   if (!isKey) return;
   apiKey = key;
@@ -7312,7 +7312,7 @@ async function submitTask(event) {
   }
 }
 
-// Shows each line of a message below the field with whose name it starts.
+// Shows each line of a message below the field whose name it starts with.
 function showErrors(message) {
   let rest = message;
   ui.taskForm.querySelectorAll('.fieldError').forEach((error) => error.remove());
@@ -7342,7 +7342,7 @@ function openTask(id) {
     retryKey: randomKey(), // Idempotency-Key: a double click retries once
     status: null,
     lastSeq: 0, // of the events that were read
-    phases: [], // events that begin one
+    phases: [], // events that begin a phase
   };
   ui.log.replaceChildren();
   ui.cancel.hidden = true; // until its state is known
@@ -7405,7 +7405,7 @@ async function postAction(action) {
   }
 }
 
-// Shows how long each phase took. Phases after the task's end are those of reviews.
+// Shows how long each phase took. Phases after the task's end belong to its reviews.
 function drawSteps({ phases, status }) {
   const end = status.completed_at;
   const own = phases.filter(({ time }) => !end || time <= end);
@@ -7449,7 +7449,7 @@ function resultCard(result) {
   ];
 }
 
-// GitHub's addresses of branches and commits begin like that of the pull request.
+// At GitHub, the addresses of branches and commits begin like the pull request's.
 function gitLink(pullRequestUrl, kind, name) {
   const repository = (pullRequestUrl || '').replace(/\/pull\/\d+$/, '');
   const code = create('code', {}, kind === 'commit' ? name.slice(0, 10) : name);
@@ -7490,7 +7490,7 @@ async function readLog(task) {
   task.phases.push(...added.filter(({ source }) => source === 'phase'));
   addToLog(added.map(logLine));
   drawSteps(task);
-  await readLog(task); // one answer has at most 1,000
+  await readLog(task); // there may be more: one answer has at most 1,000 events
 }
 
 // Keeps the end of the log in view, unless the user has scrolled up or selected text.
