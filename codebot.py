@@ -535,7 +535,7 @@ parse_port = functools.partial(parse_int, least=0, most=65535)
 
 def parse_dollars(text: str) -> float:
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text) or float(text) <= 0:
-        raise ValueError("must be a number above 0, for example 2.50")
+        raise ValueError("must be a number greater than 0, for example 2.50")
     return float(text)
 
 
@@ -564,8 +564,8 @@ def parse_path(text: str) -> str:
     path = os.path.realpath(text)
     if re.search(r"[*?\[:]", path) or not path.isprintable():
         raise ValueError(
-            "must be a path without : * ? [ and control characters, also in the "
-            f"directories above it; it leads to {path!r}"
+            "must not contain : * ? [ or control characters, nor may any directory above "
+            f"it; it resolves to {path!r}"
         )
     return path
 
@@ -584,8 +584,8 @@ def parse_agent_env(text: str) -> Sequence[str]:
         is_own = name.startswith(("CODEBOT_", "GITHUB_APP_", "GITHUB_WEBHOOK_"))
         if is_own or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
             raise ValueError(
-                "must be names of environment variables, and none of codebot's own, "
-                "which the agent must not see"
+                "must list names of environment variables, without codebot's own, which "
+                "the agent must not see"
             )
     return names
 
@@ -673,11 +673,13 @@ class Config:
     host: str = setting("", str, "127.0.0.1", "address to listen on (127.0.0.1)")
     port: int = setting("", parse_port, 5000, "port to listen on (5000; 0: a free one)")
     work_dir: str = setting(
-        "", parse_path, "codebot_workspace", "directory for all files of codebot"
+        "", parse_path, "codebot_workspace", "directory for all of codebot's files"
     )
     enable_polling: bool = setting("", bool, False, "ask GitHub at a fixed interval")
     no_github: bool = setting("", bool, False, "any git remote; no pull requests")
-    tls_cert: str = setting("", str, "", "certificate (PEM); with --tls-key: HTTPS")
+    tls_cert: str = setting(
+        "", str, "", "certificate (PEM); enables HTTPS with --tls-key"
+    )
     tls_key: str = setting("", str, "", "private key (PEM)")
     debug: bool = setting("", bool, False, "verbose log; restart on changes")
     # The remaining fields are not set by people. The first is the path of .env, which
@@ -785,7 +787,7 @@ def read_settings(
         # An empty label is a value: it turns the feature off.
         may_be_empty = name == "CODEBOT_ISSUE_LABEL" and name in variables
         if re.search("[\ud800-\udfff]", text):  # bytes that are not UTF-8
-            problems.append(f"{name} is not text in UTF-8.")
+            problems.append(f"{name} is not valid UTF-8.")
         elif text or may_be_empty:
             try:
                 values[field.name] = field.metadata["parse"](text)
@@ -807,8 +809,8 @@ def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
         place += " (not found; copy .env.example)"
     if is_server and not split_commas(config.variables.get("CODEBOT_API_KEYS", "")):
         yield (
-            f"CODEBOT_API_KEYS is not set. Set it {place} to a key that "
-            "`openssl rand -hex 32` makes; separate several by commas."
+            f"CODEBOT_API_KEYS is not set. Set it {place} to a key generated with "
+            "`openssl rand -hex 32`; separate several keys with commas."
         )
     for name in (
         "GITHUB_APP_ID",
@@ -848,7 +850,7 @@ def conflicting_settings(config: Config) -> Iterator[str]:
             "allow all."
         )
     if config.enable_polling and config.no_github:
-        yield "--enable-polling and --no-github exclude each other."
+        yield "--enable-polling and --no-github cannot be used together."
     if bool(config.tls_cert) != bool(config.tls_key):
         yield "--tls-cert and --tls-key must be used together."
     for pattern in config.allowed:
@@ -862,7 +864,7 @@ def conflicting_settings(config: Config) -> Iterator[str]:
         if config.no_github and re.match(r"[\w.-]+/", pattern):
             yield (
                 f"{name} matches nothing: with --no-github the whole URL is compared. "
-                f"Write 'https://HOST/{pattern}', with the HOST that you trust."
+                f"Write 'https://HOST/{pattern}', where HOST is a host that you trust."
             )
 
 
@@ -1193,7 +1195,7 @@ class OutputFile:
             self._partial_line.clear()
         self._partial_line += rest
         if len(self._partial_line) > MAX_LINE_BYTES:
-            self._partial_line[:] = b"(the beginning of a long line is not kept) "
+            self._partial_line[:] = b"(beginning of a long line omitted) "
         return [piece.decode("utf-8", "replace").rstrip("\r") for piece in pieces]
 
     def keep(self, lines: Iterable[str]) -> None:
@@ -1303,7 +1305,7 @@ class RunningProgram:
             raise TooMuchOutput(f"printed more than {MAX_OUTPUT_BYTES >> 30} GiB")
         if self.launch is not None and not self.is_on_node:
             if now > self.started + self.launch.timeout:
-                raise NoFreeNode("no node was free")
+                raise NoFreeNode("no node became free")
             return
         if now > self.started + self.limits.timeout:
             raise TimedOut(f"took more than {self.limits.timeout:.0f} s")
@@ -1335,7 +1337,7 @@ class RunningProgram:
         if self.launch is not None and self.node_code is None:
             problem = "CODEBOT_LAUNCHER failed"
             if self.is_on_node:
-                problem = "The cluster ended it"
+                problem = "The cluster ended the program"
             raise TransientError(f"{problem}: {result.error}")
         return result
 
@@ -1459,7 +1461,7 @@ def end_tagged_processes(run_tag: str) -> None:
         time.sleep(0.02)
         processes = tagged_processes(run_tag)  # some may have forked
     if processes:
-        log.error("Processes cannot be ended: %s", processes)
+        log.error("Could not end processes: %s", processes)
 
 
 def base_environment(config: Config) -> dict[str, str]:
@@ -1548,7 +1550,7 @@ def stop_launched(config: Config, workspace: str, only_if: str = "") -> bool:
 def run_stop_command(config: Config, workspace: str) -> str:
     """Run CODEBOT_LAUNCHER_STOP. Returns the error, or "" if there was none."""
     if not config.launcher_stop:  # it was set when the program was launched
-        return "it is not set"
+        return "the setting is missing"
     words = launcher_words(config.launcher_stop, workspace)
     try:
         result = run_program(
@@ -1616,7 +1618,7 @@ SYSTEM_DIRECTORIES = (
 WORKSPACE_PARTS = ("repo", "home", "tmp")
 NO_SANDBOX_WARNING = (
     "NO SANDBOX (CODEBOT_SANDBOX=none): the agent can read and change whatever codebot "
-    "can, the keys and the database included"
+    "can, including the keys and the database"
 )
 
 
@@ -1658,8 +1660,8 @@ def hiding_problems(config: Config) -> Iterator[str]:
         if any(is_inside(path, directory) for path in needed):
             yield (
                 f"{directory} holds .env, a key or codebot's files, but the sandbox "
-                "cannot hide it, because programs need it. Move them to a directory "
-                "of their own."
+                "cannot hide it, because programs need it. Move those files to a "
+                "directory of their own."
             )
 
 
@@ -1818,7 +1820,7 @@ class Sandbox:
             problem = f"{program}: {os_error_text(error)}"
             if program == config.sandbox[0]:
                 raise sandbox_error(f"cannot start {problem}") from None
-            raise ConfigError(f"The sandbox cannot be tried: {problem}.") from None
+            raise ConfigError(f"Cannot try the sandbox: {problem}.") from None
 
     def inspect_bwrap(self) -> None:
         """Find out whether bwrap can disable user namespaces, as it can from 0.8 on.
@@ -1862,7 +1864,7 @@ class Sandbox:
             raise sandbox_error(result.error)
         raise ConfigError(
             f"A file that was written to {workspace} in the sandbox or on the "
-            "node is not there on this host: both must see the same directory."
+            "node is not there on this host. Both must see the same directory."
         )
 
 
@@ -2003,7 +2005,7 @@ class NoRedirects(urllib.request.HTTPErrorProcessor):
 # matches up to the end of the text (`\Z`), with an empty group. If it did not match, a
 # text with thousands of "<!--" would be searched for an end from each of them.
 HTML_COMMENT_RE = re.compile(r"<!(?=--).*?(-->|\Z)", re.DOTALL)
-CUT_NOTE = "(what follows an HTML comment without an end was cut)"
+CUT_NOTE = "(text after an unclosed HTML comment was removed)"
 INVISIBLE_RE = re.compile(
     "[\u00ad\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]"  # zero width, bidi
     "|[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0]"  # blank
@@ -2078,7 +2080,7 @@ def github_error_text(status: int, body: bytes) -> str:
                 error = error.get("message") or error
             words.append(str(error))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        words.append("without a reason")
+        words.append("(no reason given)")
     return " ".join(" ".join(words).split())[:1000]
 
 
@@ -2251,7 +2253,7 @@ class GitHub:
                 return Reply(200, email.message.Message(), existing)
             if self.silent_until > time.time():
                 raise TransientError(
-                    "GitHub's rate limit is used up", retry_at=self.silent_until
+                    "GitHub's rate limit is exhausted", retry_at=self.silent_until
                 )
             # Without a valid token in memory, token() gets one by a call() as the App.
             reply = self.send(url, self.token(credential), body)
@@ -2276,7 +2278,7 @@ class GitHub:
     ) -> TransientError:
         """Return the error for the response to the last attempt."""
         if reply.status != 401:
-            return TransientError(f"GitHub does not answer: {reply.error}")
+            return TransientError(f"GitHub did not answer: {reply.error}")
         if credential != AS_APP:
             return AppRefused(f"GitHub rejected a new token ({reply.error})")
         return AppRefused(
@@ -2288,7 +2290,7 @@ class GitHub:
     def send(self, url: str, token: str, body: Json) -> Reply:
         """Send one request. This is the only function that does."""
         if not url.startswith(f"{self.api}/"):  # a token is sent to no other host
-            raise GitHubError(0, f"GitHub refers to another host: {url}")
+            raise GitHubError(0, f"GitHub redirected to another host: {url}")
         headers = {
             "Accept": "application/vnd.github+json",
             "Authorization": f"Bearer {token}",
@@ -2381,7 +2383,7 @@ class GitHub:
         retry_at = time.time() + seconds
         if is_limit:  # until then, no thread may send a request
             self.silent_until = max(self.silent_until, retry_at)
-        raise TransientError(f"GitHub asks to wait: {reply.error}", retry_at)
+        raise TransientError(f"GitHub asked codebot to wait: {reply.error}", retry_at)
 
     def pages(self, path: str, credential: Credential) -> Iterator[Json]:
         """Yield the entries of all pages of a list."""
@@ -2482,7 +2484,7 @@ class GitHubRepository:
             payload = self.get(f"/collaborators/{url_login}/permission")
             permission = payload["permission"]
         except GitHubError as error:
-            log.info("GitHub does not tell the access of %s: %s", login, error)
+            log.info("GitHub did not report the access of %s: %s", login, error)
             permission = "none"
         if permission in ("admin", "write"):
             return True
@@ -2572,7 +2574,7 @@ class GitHubRepository:
         try:
             self.post(f"{path}/reactions", {"content": "eyes"})
         except GitHubError as error:
-            log.info("No reaction to %s: %s", path, error)
+            log.info("Could not add a reaction to %s: %s", path, error)
 
     def post_once(self, list_path: str, post_path: str, body: str, marker: str) -> None:
         """Post a comment unless the bot has posted one with this marker.
@@ -3109,7 +3111,7 @@ class Mirror(GitDirectory):
         loose = find_paths(self.objects, "17/*")
         packs = find_paths(self.objects, "pack/*.pack")
         if len(loose) > MAX_LOOSE_OBJECTS / 256 or len(packs) > MAX_PACKS:
-            # Workspaces may borrow objects that no branch of the mirror reaches any more.
+            # Workspaces may borrow objects that no branch of the mirror reaches anymore.
             self.local_git("repack", "-a", "-d", "--keep-unreachable", "-q")
 
 
@@ -3154,7 +3156,7 @@ CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
     kind TEXT NOT NULL CHECK (kind IN ('task', 'review')),
-    -- In a task its own id; in a review the id of the task whose pull request it is about.
+    -- A task's own id, or the id of the task whose pull request a review is about.
     task_id TEXT NOT NULL REFERENCES jobs(id) ON DELETE CASCADE,
     status TEXT NOT NULL DEFAULT 'pending'
         CHECK (status IN ('pending', 'running', 'completed', 'failed')),
@@ -3164,7 +3166,7 @@ CREATE TABLE jobs (
     started_at TEXT,
     completed_at TEXT,
     submitted_by TEXT NOT NULL,
-    -- What a client or an issue asks for; empty in a review.
+    -- The request of a client or an issue; empty in a review.
     repository_url TEXT NOT NULL DEFAULT '',
     description TEXT NOT NULL DEFAULT '',
     ticket_id TEXT NOT NULL DEFAULT '',
@@ -3172,12 +3174,12 @@ CREATE TABLE jobs (
     test_command TEXT NOT NULL DEFAULT '',
     base_branch TEXT NOT NULL DEFAULT '',
     idempotency_key TEXT UNIQUE,
-    -- The issue that a task comes from, if it comes from one.
+    -- The issue that a task comes from, if any.
     issue_number INTEGER NOT NULL DEFAULT 0,
     issue_url TEXT NOT NULL DEFAULT '',
     label_event_id INTEGER UNIQUE,
-    is_reported INTEGER NOT NULL DEFAULT 0, -- 1: the issue tells the end, or cannot
-    -- Who a review answers, and what they want.
+    is_reported INTEGER NOT NULL DEFAULT 0, -- 1: the end was reported there, or cannot be
+    -- The reviewer that a review answers, and what they want.
     reviewer TEXT NOT NULL DEFAULT '',
     request_kind TEXT NOT NULL DEFAULT '',
     -- `interruptions` counts the crashes, and the retries that run the agent again, since
@@ -3188,9 +3190,9 @@ CREATE TABLE jobs (
     not_before REAL NOT NULL DEFAULT 0,
     transient_since REAL NOT NULL DEFAULT 0,
     cancel_requested INTEGER NOT NULL DEFAULT 0,
-    -- 1 from when a task's push begins, for good: it can no longer be cancelled.
+    -- 1 once a task's push has begun: from then on it cannot be cancelled.
     push_started INTEGER NOT NULL DEFAULT 0,
-    -- Progress, from which a job goes on after a crash. A review has its task's
+    -- Progress, from which a job continues after a crash. A review has its task's
     -- directory and branch. The commit's parent is base_commit.
     repository_id INTEGER NOT NULL DEFAULT 0,
     directory TEXT NOT NULL DEFAULT '',
@@ -3246,14 +3248,14 @@ CREATE INDEX comments_by_task ON comments (task_id);
 -- The label events that codebot has handled. They outlive the tasks.
 CREATE TABLE label_events (id INTEGER PRIMARY KEY);
 CREATE TABLE deliveries (guid TEXT PRIMARY KEY, received_at TEXT NOT NULL);
--- One row: what all jobs took, the deleted ones too.
+-- One row: the totals of all jobs, including deleted ones.
 CREATE TABLE totals (
     seconds REAL NOT NULL,
     dollars REAL NOT NULL,
     checks INTEGER NOT NULL -- check_writable adds 1, because it has to change something
 );
 INSERT INTO totals (seconds, dollars, checks) VALUES (0, 0, 0);
--- What the API's list shows. Texts are cut here, so that a list reads no long ones.
+-- The API's list of tasks. Texts are cut here, so that a list reads no long ones.
 CREATE VIEW task_list AS
     SELECT
         job.id AS task_id, job.status, job.submitted_at, job.started_at,
@@ -3271,7 +3273,7 @@ CREATE VIEW task_list AS
     LEFT JOIN pull_requests ON pull_requests.task_id = job.id
     WHERE job.kind = 'task';
 -- `active_until` is when the last job of a task, the task itself or a review, has ended.
--- It is NULL while one of these jobs is unfinished: until then nothing of the task is
+-- It is NULL while one of these jobs is unfinished. Meanwhile nothing of the task is
 -- removed, and its log may grow.
 CREATE VIEW task_activity AS
     SELECT jobs.task_id,
@@ -4305,8 +4307,8 @@ def take_work_dir(config: Config) -> None:
         raise unusable_error(work_dir, error, "--work-dir") from None
     if shutil.disk_usage(work_dir).free < FULL_DISK_BYTES:
         raise ConfigError(
-            f"The disk of {work_dir} is full. Free some space. As long as codebot does "
-            "not run, task_*/repo and task_*/tmp in it can be removed."
+            f"The disk of {work_dir} is full. Free some space. While codebot is not "
+            "running, task_*/repo and task_*/tmp in it can be removed."
         )
     hold_lock(f"{work_dir}/codebot.lock", work_dir, "--work-dir")
     # CODEBOT_DATABASE may name a file in another server's work directory.
@@ -4427,7 +4429,7 @@ class Codebot:
         try:
             self.sandbox.probe()
         except NoFreeNode as error:
-            log.warning("Launcher and sandbox were not tried: %s", error)
+            log.warning("The launcher and the sandbox were not tested: %s", error)
         if self.github is not None:
             try:
                 self.github.sign_jwt()
@@ -4519,7 +4521,7 @@ class JobRun:
                 if self.events_left < 0:
                     continue
                 if self.events_left == 0:
-                    message = "(more output is not kept)"
+                    message = "(further output omitted)"
             # Redacting megabytes takes time, and their end is not kept anyway.
             text = self.redact(message[:100_000])
             events.append((source, truncate(text, MAX_EVENT_CHARS)))
@@ -4695,9 +4697,9 @@ class DiffScanner:
                 self.file = line.partition(" b/")[2] or line[len("diff --git ") :]
             elif line == "new file mode 160000":
                 # This is how git shows a submodule, or a clone that the agent left.
-                self.fault = f"{self.file} is a git repository of its own"
+                self.fault = f"{self.file} is a nested git repository or a submodule"
             if has_secret and not self.fault and self.redact.has_secret(line):
-                self.fault = f"it writes a secret into {self.file}"
+                self.fault = f"it contains a secret in {self.file}"
         return None
 
 
@@ -4822,7 +4824,8 @@ class Workspace:
         """End what an earlier run left on a node. Raises TransientError if that fails."""
         if not stop_launched(self.config, self.path):
             raise TransientError(
-                "What an earlier run left on a node cannot be ended; see the server's log"
+                "Processes that an earlier run left on a node could not be ended; see the "
+                "server's log"
             )
 
     def supervise(
@@ -4863,7 +4866,7 @@ class Workspace:
         if result.code != 0:
             raise JobFailed(
                 "agent_failed",
-                f"What the agent left cannot be committed: {result.error}",
+                f"The agent's changes could not be committed: {result.error}",
             )
         # The name is new, so that no ref of an earlier collection is read by mistake.
         ref = f"refs/codebot/{uuid.uuid4().hex}"
@@ -4933,10 +4936,10 @@ class Workspace:
             files = self.outbox.local_git(*diff, "--stat=100", "--stat-count=50").stdout
             self.outbox.local_git(*diff, "--unified=0", on_lines=scanner.read)
         except GitFailed as error:
-            message = f"The change cannot be checked: {error}"
+            message = f"The change could not be checked: {error}"
             raise JobFailed("agent_failed", message) from None
         if scanner.fault:
-            message = f"The change is not pushed: {scanner.fault}"
+            message = f"The change was not pushed: {scanner.fault}"
             raise JobFailed("agent_failed", message)
         return "\n".join(files)
 
@@ -5001,8 +5004,8 @@ class Workspace:
             if os.path.getsize(file.name) > MAX_PATCH_BYTES:
                 raise JobFailed(
                     "push_rejected",
-                    "Others pushed meanwhile, and the change is too large to be put on "
-                    "top of theirs. Comment again to have it made anew.",
+                    "Others have pushed in the meantime, and the change is too large to "
+                    "apply on top of theirs. Comment again to have it redone.",
                 )
             return pathlib.Path(file.name).read_bytes()
 
@@ -5014,8 +5017,8 @@ class Workspace:
         files = ", ".join(result.stdout) or result.error
         raise JobFailed(
             "push_rejected",
-            f"Others pushed meanwhile, and the change conflicts with theirs: {files}. "
-            "Comment again to have it made on top of the current branch.",
+            "Others have pushed in the meantime, and the change conflicts with theirs: "
+            f"{files}. Comment again to have it redone on top of the current branch.",
         )
 
 
@@ -5456,8 +5459,8 @@ def check_identity(
     if job.repository_id not in (0, github_repository.id):  # 0: not known
         raise JobFailed(
             "clone_failed",
-            f"Another repository is named {github_repository.full_name} now. Submit the "
-            "task again.",
+            f"The name {github_repository.full_name} now belongs to another repository. "
+            "Submit the task again.",
         )
 
 
@@ -5759,8 +5762,8 @@ def react_to_issue(workspace: Workspace) -> None:
 # Seconds until something written on GitHub is visible in all parts of it.
 VISIBILITY_DELAY = 50.0
 LIMIT_TEXT = (
-    f"This pull request has had {DAILY_REVIEW_JOBS} requests to codebot in a day. "
-    "Further comments are not handled; comment again tomorrow."
+    f"This pull request has reached the limit of {DAILY_REVIEW_JOBS} requests to codebot "
+    "in a day. codebot ignores further comments today; comment again tomorrow."
 )
 # The part of GitHub's API for the comments of each place, and for the answers to them.
 API_COLLECTION = {"conversation": "issues", "review_text": "issues", "inline": "pulls"}
@@ -5802,7 +5805,7 @@ def run_review(run: JobRun) -> None:
     absorb_waiting_comments(review)
     review = load_comments(review)
     if not review.comments:
-        raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} any more")
+        raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} anymore")
     if run.job.error:
         answer_threads(review)
         raise JobFailed(run.job.reason, run.job.error)
@@ -5844,7 +5847,7 @@ def load_review(run: JobRun) -> Review:
     pull_request = run.store.pull_request(run.job.task_id)
     task = run.store.job(run.job.task_id)
     if pull_request is None or task is None or github is None:
-        raise ReviewSkipped("its pull request is not codebot's any more")
+        raise ReviewSkipped("its pull request is not codebot's anymore")
     try:
         github_repository = github.repository_by_id(pull_request.repository_id)
         repository = repository_at(github_repository)
@@ -5867,7 +5870,7 @@ def refusal_error(run: JobRun, error: GitHubError) -> Exception:
     """Return ReviewSkipped if GitHub's object is gone for good, else TransientError."""
     is_gone = error.status in GONE_STATUSES
     if is_gone and not may_appear_later(run.job.submitted_at):
-        return ReviewSkipped(f"it is not codebot's any more: {error}")
+        return ReviewSkipped(f"it is not codebot's anymore: {error}")
     return TransientError(f"GitHub refuses the App: {error}")
 
 
@@ -5934,7 +5937,7 @@ def load_comments(review: Review) -> Review:
             skew = github_repository.github.clock_skew
             is_new = may_appear_later(run.job.submitted_at)
             if is_new or may_appear_later(stored.created_at, skew):
-                message = f"GitHub does not have a comment yet: {error}"
+                message = f"GitHub does not show a comment yet: {error}"
                 raise TransientError(message) from None
             continue  # it was deleted
         if comment is None or comment.user != run.job.reviewer:
@@ -6137,8 +6140,8 @@ def push_review_commit(review: Review) -> None:
             return
     raise JobFailed(
         "push_rejected",
-        "Others pushed each time that the change was ready. Comment again to have it "
-        "made on top of the current branch.",
+        "Others pushed every time the change was ready. Comment again to have it redone "
+        "on top of the current branch.",
     )
 
 
@@ -6151,7 +6154,7 @@ def require_on_branch(workspace: Workspace, commit: str) -> str:
     if not workspace.mirror.is_ancestor(commit, tip):
         raise JobFailed(
             "push_rejected",
-            f"Commits were removed from the branch meanwhile: it lacks {commit}",
+            f"Commits have been removed from the branch: it no longer has {commit}",
         )
     return tip
 
@@ -6163,7 +6166,7 @@ def reapply_change(review: Review, tip: str) -> None:
     answer names it.
     """
     run = review.run
-    run.log_event("git", f"Others pushed {tip}; the change is put on top of it")
+    run.log_event("git", f"Others pushed {tip}; reapplying the change on top of it")
     workspace = review.workspace
     patch = workspace.patch(run.job.base_commit, run.job.commit_id)
     check_base(workspace, tip)
@@ -6276,7 +6279,7 @@ class Sync:
         try:
             self.process(request)
         except (TransientError, GitHubError, sqlite3.Error, OSError) as error:
-            log.warning("The look at %s failed: %s", request, error)
+            log.warning("%s failed: %s", request, error)
             is_gone = isinstance(error, GitHubError) and error.status in GONE_STATUSES
             if not is_gone:
                 retry_at = time.time() + RETRY_DELAY  # from now: the look took a while
@@ -6352,7 +6355,7 @@ class Sync:
         current = github_repository.pull_request(pull_request.number)
         if current.state != pull_request.state:
             self.store.save_pull_request_state(task_id, current.state)
-            log.info("Pull request %s is %s now", pull_request.url, current.state)
+            log.info("Pull request %s is now %s", pull_request.url, current.state)
         if current.state != "open":
             # Pending reviews are skipped when they start.
             for run in list(self.codebot.running.values()):
@@ -6396,7 +6399,7 @@ class Sync:
         elif self.has_untrusted_edit(github_repository, issue, event):
             path = f"/issues/{issue.number}/comments"
             text = (
-                f"This issue was changed after @{event.actor} labelled it. Please read "
+                f"This issue was changed after @{event.actor} labeled it. Please read "
                 "it again, remove the label and add it again."
             )
             marker = f"<!-- codebot label {event.id} -->"
@@ -6413,7 +6416,9 @@ class Sync:
         ):
             with contextlib.suppress(WrongState):
                 self.codebot.cancel(task_id)
-                log.info("Task %s: cancelled, its issue's label was removed", task_id)
+                log.info(
+                    "Task %s: cancelled because its issue's label was removed", task_id
+                )
 
     def obstacle(
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
@@ -6477,7 +6482,9 @@ class Sync:
         try:
             self.codebot.submit(request, f"github:{event.actor}", issue=source)
         except HTTPError as error:  # the queue is full, or the server stops
-            raise TransientError(f"Issue {issue.url} waits: {error}") from None
+            raise TransientError(
+                f"{issue.url} cannot be submitted yet: {error}"
+            ) from None
 
     def report_task(self, task_id: str) -> None:
         """Comment, once, on the issue of a task that has ended."""
@@ -6501,7 +6508,7 @@ class Sync:
         except GitHubError as error:
             # The issue was deleted or locked, or GitHub has another reason to refuse.
             # The comment is not tried again.
-            log.warning("Task %s: no comment on its issue: %s", task_id, error)
+            log.warning("Task %s: cannot comment on its issue: %s", task_id, error)
         self.store.mark_reported(task_id)
 
 
@@ -6533,7 +6540,7 @@ def repeat_until_stopped(codebot: Codebot, step: Callable[[], None]) -> None:
         except StopRequested:
             return
         except Exception:  # else the server would go on without this thread
-            log.exception("Unexpected error; the thread goes on")
+            log.exception("Unexpected error; the thread continues")
             codebot.stop.wait(1.0)
 
 
@@ -6610,7 +6617,7 @@ def run_steps(run: JobRun) -> Ending:
     except sqlite3.OperationalError as error:
         return ending_after_transient_error(run, str(error))
     except OSError as error:
-        message = f"This host cannot go on: {os_error_text(error)}"
+        message = f"System error on this host: {os_error_text(error)}"
         if error.errno in TRANSIENT_ERRNOS:
             return ending_after_transient_error(run, message)
         log.exception("Job %s", job.id)
@@ -6634,7 +6641,7 @@ def check_may_run(run: JobRun) -> None:
     if interruptions >= MAX_INTERRUPTIONS:
         raise JobFailed(
             "interrupted",
-            f"The server was interrupted {interruptions} times during this",
+            f"The server was interrupted {interruptions} times during this job",
         )
 
 
@@ -7046,7 +7053,7 @@ const ADVICE = {
   timeout: 'Split the task into smaller ones.',
   stalled: 'See the end of the log for what the agent waited for, then retry.',
   budget: 'Split the task into smaller ones, or ask the operator for a larger budget.',
-  no_changes: 'Say more precisely what should be different, in a new task.',
+  no_changes: 'Submit a new task that says more precisely what should change.',
   tests_failed: 'The log shows the failing tests. Nothing was pushed.',
   push_rejected: 'Check that the repository’s rules let codebot push branches.',
   pull_request_failed: 'The branch was pushed: open the pull request by hand.',
@@ -7824,7 +7831,7 @@ def field_problem(name: str, value: object) -> str:
     if len(value) > limit:
         return f"{name} has {len(value):,} characters; at most {limit:,} are allowed"
     if name == "base_branch" and not is_branch_name(value):
-        return f"base_branch {value!r} is not a valid name of a branch"
+        return f"base_branch {value!r} is not a valid branch name"
     if name in MULTILINE_FIELDS:
         value = re.sub("[\t\r\n]", "", value)
     match = CONTROL_CHARACTER_RE.search(value)
@@ -8235,7 +8242,7 @@ def receive_comment(
 def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
     label = payload["label"]["name"].lower()
     if not label or label != codebot.config.issue_label.lower():
-        raise NoAction("Not the label that makes an issue a task")
+        raise NoAction("Not the label that turns an issue into a task")
     repository_id = int(payload["repository"]["id"])
     number = int(payload["issue"]["number"])
     remember_delivery(codebot, guid)
@@ -8407,7 +8414,7 @@ class ConnectionTable:
         That is the oldest one that is waiting or receiving. But if there is none, or if
         more than half of all connections are sending and are older than that one, it is
         the oldest sending one: somebody leaves answers unread to keep others out.
-        Raises OSError if all connections are with a handler.
+        Raises OSError if all connections are being handled.
         """
         idle = None
         unread = []  # connections with an answer that are older than the idle one
@@ -8421,12 +8428,12 @@ class ConnectionTable:
         if unread and (idle is None or len(unread) > len(self._entries) / 2):
             victim = unread[0]
         if victim is None:
-            raise ConnectionRefusedError("all connections are with a handler")
+            raise ConnectionRefusedError("all connections are being handled")
         self._drop(victim)
 
     def _entry(self, connection: socket.socket) -> Entry:
         if connection not in self._entries:
-            raise ConnectionAbortedError("it was late, or had to make room")
+            raise ConnectionAbortedError("it timed out, or was closed to make room")
         return self._entries[connection]
 
     def _drop(self, connection: socket.socket) -> None:
@@ -8543,7 +8550,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.body
         length = float(headers["content-length"])  # int() takes at most 4,300 digits
         if length > limit:
-            raise HTTPError(413, f"The body is over {limit:,} bytes long")
+            raise HTTPError(413, f"The body is longer than {limit:,} bytes")
         expects_continue = headers.get("expect", "").lower() == "100-continue"
         if expects_continue and self.request_version == "HTTP/1.1":
             self.handle_expect_100()
@@ -8667,7 +8674,7 @@ def reserve_other_address(host: str, port: int) -> socket.socket | None:
             raise
         raise ConfigError(
             f"Another program uses, or has just used, port {port} on {address}, where "
-            "clients of localhost, or of this host's name, may get. Stop it, or use "
+            "clients of localhost or of this host's name may connect. Stop it, or use "
             "another --port."
         ) from None
     return reserved
@@ -8905,13 +8912,13 @@ def check_server(codebot: Codebot) -> Iterator[Finding]:
     if not is_loopback and not config.tls_cert:
         yield Finding(
             "warn",
-            f"API keys travel unencrypted on {config.host}. Use --tls-cert and "
+            f"API keys are sent unencrypted to {config.host}. Use --tls-cert and "
             "--tls-key, or a reverse proxy.",
         )
     if not (config.no_github or config.webhook_secret or config.enable_polling):
         yield Finding(
             "warn",
-            "GITHUB_WEBHOOK_SECRET is not set, so codebot hears of reviews only when "
+            "GITHUB_WEBHOOK_SECRET is not set, so codebot learns of reviews only when "
             "it starts. Set it, or use --enable-polling.",
         )
     if config.tls_cert and config.tls_key:
@@ -9222,7 +9229,7 @@ def check_work_dir(codebot: Codebot) -> Iterator[Finding]:
     yield Finding("ok", f"Work directory {config.work_dir}")
     free = shutil.disk_usage(config.work_dir).free
     if free < LOW_DISK_BYTES:
-        yield Finding("warn", f"Only {free >> 20} MiB of its disk are left. Free some.")
+        yield Finding("warn", f"Only {free >> 20} MiB are free on its disk. Free some.")
     yield from check_sandbox(codebot)
 
 
@@ -9235,7 +9242,7 @@ def check_sandbox(codebot: Codebot) -> Iterator[Finding]:
     try:
         result = codebot.sandbox.probe(*command)
     except NoFreeNode as error:
-        yield Finding("warn", f"Launcher and sandbox were not tried: {error}.")
+        yield Finding("warn", f"The launcher and the sandbox were not tested: {error}.")
         return
     if not codebot.sandbox.is_none:
         yield Finding("ok", f"Sandbox: {codebot.sandbox.describe()}")
@@ -9297,7 +9304,7 @@ def check_installation(config: Config, github: GitHub) -> Iterator[Finding]:
     if missing and not config.enable_polling:
         yield Finding(
             "warn",
-            f"The App does not get the events {', '.join(missing)}. Subscribe to them "
+            f"The App does not receive the events {', '.join(missing)}. Subscribe to them "
             "in the App's settings, or use --enable-polling.",
         )
 
@@ -9346,7 +9353,9 @@ def check(flags: Flags) -> int:
     if counts["FAIL"]:
         print(f"{counts['FAIL']} problem(s). Fix them, and run check again.")
         return 1
-    print(f"No problem, {counts['warn']} warning(s). Next: serve, with the same flags.")
+    print(
+        f"No problems, {counts['warn']} warning(s). Next: serve, with the same flags."
+    )
     return 0
 
 
@@ -9435,7 +9444,7 @@ def demo(flags: Flags) -> int:
 def show_demo(codebot: Codebot, port: int, repository: str) -> int:
     """Run a task on the repository. Returns the exit code."""
     print(f"Repository:  {repository}")
-    print("Agent:       a shell script that stands in for Claude, in no sandbox")
+    print("Agent:       a shell script that stands in for Claude, without a sandbox")
     print(f"Server:      http://localhost:{port}/")
     fields = {
         "repository_url": repository,

@@ -2298,8 +2298,16 @@ def test_empty_setting_means_the_default(variable: str) -> None:
         ("CODEBOT_MAX_WORKERS", "²", "must be a whole number from 1 to 999"),
         ("CODEBOT_TASK_TIMEOUT", "-1", "must be a whole number"),
         ("CODEBOT_TASK_TIMEOUT", "9" * 5000, "must be a whole number"),
-        ("CODEBOT_MAX_BUDGET_USD", "5 USD", "must be a number above 0, for example"),
-        ("CODEBOT_MAX_BUDGET_USD", "nan", "must be a number above 0, for example"),
+        (
+            "CODEBOT_MAX_BUDGET_USD",
+            "5 USD",
+            "must be a number greater than 0, for example",
+        ),
+        (
+            "CODEBOT_MAX_BUDGET_USD",
+            "nan",
+            "must be a number greater than 0, for example",
+        ),
         ("GITHUB_APP_INSTALLATION_ID", "abc", "must be a whole number from 1"),
         ("GITHUB_API_URL", "github.com", "must be an address like https://"),
         ("GITHUB_API_URL", "http://github.com", "must begin with https://"),
@@ -2325,10 +2333,10 @@ def test_empty_setting_means_the_default(variable: str) -> None:
         (
             "CODEBOT_AGENT_ENV",
             "GITHUB_WEBHOOK_SECRET",
-            "must be names of environment variables, and none of codebot's own",
+            "must list names of environment variables, without codebot's own",
         ),
-        ("CODEBOT_AGENT_ENV", "A-B", "must be names of environment variables"),
-        ("CODEBOT_DATABASE", "/tmp/a:b", "must be a path without"),
+        ("CODEBOT_AGENT_ENV", "A-B", "must list names of environment variables"),
+        ("CODEBOT_DATABASE", "/tmp/a:b", "must not contain"),
     ],
 )
 def test_bad_setting_is_named_with_its_value_and_what_is_allowed(
@@ -2378,7 +2386,7 @@ def test_value_in_list_of_variables_for_agent_is_not_shown(text: str) -> None:
 def test_setting_that_is_not_utf_8_is_refused_and_not_shown(variable: str) -> None:
     values, problems = read_settings(**{variable: "abc\udca0"})
     assert values == {}
-    assert problems == [f"{variable} is not text in UTF-8."]
+    assert problems == [f"{variable} is not valid UTF-8."]
 
 
 @pytest.mark.parametrize(
@@ -2408,7 +2416,7 @@ def test_allowed_pattern_that_matches_nothing_is_refused() -> None:
     names = codebot.Config(allowed=("acme/*",), no_github=True)
     [problem] = codebot.conflicting_settings(names)
     assert "matches nothing" in problem
-    assert problem.endswith("with the HOST that you trust.")
+    assert problem.endswith("where HOST is a host that you trust.")
     urls = codebot.Config(allowed=("https://github.com/acme/*",))
     [problem] = codebot.conflicting_settings(urls)
     assert "is not owner/name" in problem
@@ -4882,7 +4890,7 @@ def test_events_of_agent_are_limited(fresh: Site) -> None:
     fresh.api.completed(task)
     messages = fresh.api.messages(task)
     assert len([m for m in messages if m.startswith("agent: ")]) == 50
-    assert any("not kept" in m for m in messages)
+    assert any("omitted" in m for m in messages)
     # What codebot itself logs is kept all the same.
     assert "phase: pull_request" in messages
 
@@ -4975,7 +4983,7 @@ def test_flood_of_output_of_tests_is_logged_with_its_beginning_and_end(
         attempt = messages[begin : end + 1]
         assert len(attempt) == 5 + 2
         assert attempt[1].startswith("test: 10000\n10001\n")
-        assert attempt[4] == "test: (more output is not kept)"
+        assert attempt[4] == "test: (further output omitted)"
         assert attempt[5].endswith("\n29999\n30000")
         messages = messages[end + 1 :]
 
@@ -5155,7 +5163,7 @@ SECRET_PLACES = {
     "in the name of an empty file": (': >"$ANTHROPIC_API_KEY"', "***"),
     "in a quoted name": (
         """echo "$ANTHROPIC_API_KEY" >'a"b'""",
-        "writes a secret into",
+        "it contains a secret in",
     ),
 }
 
@@ -5212,7 +5220,7 @@ NESTED_REPOSITORIES = {
 def test_repository_in_the_repository_is_refused(shared: Site, case: str) -> None:
     shared.agent.follow(f"{NESTED_REPOSITORIES[case]}; {SAY_HELLO}")
     error = shared.api.failed(shared.api.submit(), "agent_failed")
-    assert "sub is a git repository of its own" in error
+    assert "sub is a nested git repository or a submodule" in error
 
 
 def test_nothing_of_agent_reaches_mirror_before_github(shared: Site) -> None:
@@ -6325,7 +6333,7 @@ def test_full_disk_at_the_start_is_told(
 ) -> None:
     config = codebot.Config(work_dir=str(fresh.server.work_dir))
     monkeypatch.setattr(codebot, "FULL_DISK_BYTES", 1 << 62)
-    with pytest.raises(codebot.ConfigError, match="is full. Free some space. As long"):
+    with pytest.raises(codebot.ConfigError, match="is full. Free some space. While"):
         codebot.take_work_dir(config)
 
 
@@ -6939,7 +6947,7 @@ def test_invisible_text_of_comment_does_not_reach_agent(pull: Pull) -> None:
         assert "sesame" not in run.stdin
 
 
-CUT = "(what follows an HTML comment without an end was cut)"
+CUT = "(text after an unclosed HTML comment was removed)"
 
 
 @pytest.mark.parametrize(
@@ -7640,7 +7648,7 @@ def sync(tmp_path: Path) -> codebot.Sync:
     ("error", "delay"),
     [
         (codebot.TransientError("GitHub did not answer"), codebot.RETRY_DELAY),
-        # Perhaps for ever, for each pull request of a repository that was taken out.
+        # Perhaps forever, for each pull request of a repository that was taken out.
         (codebot.AppRefused("422"), codebot.APP_REFUSED_DELAY),
     ],
 )
@@ -8151,10 +8159,10 @@ def open_issue(
     return LabelledIssue(site, site.person(login).open_issue(title, body))
 
 
-def test_labelled_issue_becomes_task_and_pull_request(shared: Site) -> None:
+def test_labeled_issue_becomes_task_and_pull_request(shared: Site) -> None:
     issue = open_issue(shared, "Greet people", "In a file.", login="carol")
     shared.person("alice").label(issue.number, webhook=False)
-    issue.announce("carol")  # who labelled is read from GitHub
+    issue.announce("carol")  # who labeled is read from GitHub
     task = issue.task()
     result = shared.api.completed(task)
     branch = f"u/codebot/{issue.number}/{task[:7]}/greet-people"
@@ -8189,7 +8197,7 @@ def test_failed_task_is_reported_on_issue_with_advice(shared: Site) -> None:
     assert shared.repository.pulls == []
 
 
-def test_payload_cannot_make_up_who_labelled(shared: Site) -> None:
+def test_payload_cannot_make_up_who_labeled(shared: Site) -> None:
     issue = open_issue(shared)
     shared.person("carol").label(issue.number, webhook=False)
     assert issue.announce("alice").status == 202
@@ -8414,7 +8422,7 @@ def test_issue_of_stranger_that_changed_after_label_needs_label_again(
     assert shared.repository.count(f"GET /issues/{issue.number}/comments*") == 1
 
 
-def test_issue_that_is_labelled_again_after_change_becomes_task(shared: Site) -> None:
+def test_issue_that_is_labeled_again_after_change_becomes_task(shared: Site) -> None:
     shared.agent.follow(GIVE_UP)
     issue = open_issue(shared, login="carol")
     alice = shared.person("alice")
@@ -10767,7 +10775,7 @@ def test_refused_delivery_leaves_one_line_in_the_log(
         ({"X-Hub-Signature-256": "sha256=0"}, "X-Hub-Signature-256 does not match"),
         (
             {"X-Hub-Signature-256": "x", "Content-Length": f"{26 * MIB}"},
-            "The body is over 26,214,400 bytes long",
+            "The body is longer than 26,214,400 bytes",
         ),
     ],
 )
@@ -10960,7 +10968,7 @@ def test_launcher_or_node_that_fails_is_no_failure_of_the_agent(
     site.api.completed(task)
     messages = [m for m in site.api.messages(task) if "Trying again later" in m]
     assert messages[0].startswith("codebot: CODEBOT_LAUNCHER failed: ")
-    assert messages[-1].startswith("codebot: The cluster ended it: ")
+    assert messages[-1].startswith("codebot: The cluster ended the program: ")
     assert "the job ended with code 137" in messages[-1]
     assert len(site.agent.runs()) == 2
 
@@ -10977,7 +10985,7 @@ def test_sigterm_on_the_node_is_no_failure_of_the_agent(
     task = site.api.submit()
     site.api.completed(task)
     [message] = [m for m in site.api.messages(task) if "Trying again later" in m]
-    assert message.startswith("codebot: The cluster ended it: ")
+    assert message.startswith("codebot: The cluster ended the program: ")
 
 
 def test_launched_agent_that_ends_itself_is_not_run_again(
@@ -11027,7 +11035,7 @@ def test_workspace_is_not_used_again_before_its_job_is_ended(
         with contextlib.suppress(OSError):
             if f"{launching.place}/launch" in path.read_bytes().decode():
                 os.kill(int(path.parent.name), signal.SIGKILL)
-    wait_for(lambda: "cannot be ended" in str(site.api.messages(task)))
+    wait_for(lambda: "could not be ended" in str(site.api.messages(task)))
     assert launching.jobs() == [job]
     assert len(launching.records()) == 1
     [work] = site.server.work_dir.glob(f"task_{task[:7]}/repo")
@@ -11109,7 +11117,7 @@ def test_server_starts_although_no_node_is_free(cluster: StandInCluster) -> None
     cluster.busy.touch()
     limits = {**LAUNCH_LIMITS, "PROBE_TIMEOUT": 0.3}
     site.server.start(limits=limits, **cluster.settings(), CODEBOT_LAUNCH_TIMEOUT="1")
-    site.server.wait_for_log("were not tried: no node was free")
+    site.server.wait_for_log("were not tested: no node became free")
     error = site.api.failed(site.api.submit(), "timeout")
     assert error == "No node became free within 1 s (CODEBOT_LAUNCH_TIMEOUT)"
     cluster.assert_empty()
@@ -11123,7 +11131,7 @@ REFUSED_SANDBOXES = {
     # As if the node had a directory of its own at this path.
     "other directory": (
         {"CODEBOT_SANDBOX": "true"},
-        "both must see the same directory",
+        "Both must see the same directory",
     ),
 }
 
@@ -11180,7 +11188,10 @@ def test_stop_whose_setting_was_removed_keeps_the_record(
     record.write_text("tag")
     assert not codebot.stop_launched(config, workspace)
     assert record.read_text() == codebot.STOP_FAILED
-    assert "CODEBOT_LAUNCHER_STOP failed for task_1234567: it is not set" in caplog.text
+    assert (
+        "CODEBOT_LAUNCHER_STOP failed for task_1234567: the setting is missing"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize(
@@ -11601,7 +11612,7 @@ def test_two_tasks_run_at_once_on_slurm(on_slurm: SlurmSite) -> None:
         site.api.completed(task)
 
 
-# The object of a file is a pipe to which nobody writes: git upload-pack waits for ever.
+# The object of a file is a pipe to which nobody writes: git upload-pack waits forever.
 HANG_UPLOAD_PACK = """
 echo hello >hello.txt; git add -A; git commit -q -m x
 id=$(git rev-parse HEAD:hello.txt); rest=${id#??}; file=.git/objects/${id%"$rest"}/$rest
@@ -11699,7 +11710,7 @@ def test_task_is_tried_again_when_its_node_fails_on_slurm(on_slurm: SlurmSite) -
     site.agent.wait_until_blocked()
     site.agent.follow(SAY_HELLO)
     on_slurm.slurm.set_node("down")
-    wait_for(lambda: "The cluster ended it" in str(site.api.messages(task)))
+    wait_for(lambda: "The cluster ended the program" in str(site.api.messages(task)))
     on_slurm.slurm.set_node("resume")
     site.api.completed(task)
 
@@ -11713,7 +11724,9 @@ def test_task_is_tried_again_after_scancel_on_slurm(on_slurm: SlurmSite) -> None
     site.agent.follow(SAY_HELLO)
     on_slurm.slurm.run("scancel", *on_slurm.slurm.jobs())
     site.api.completed(task)
-    [message] = [m for m in site.api.messages(task) if "The cluster ended it" in m]
+    [message] = [
+        m for m in site.api.messages(task) if "The cluster ended the program" in m
+    ]
     assert "CANCELLED" in message
 
 
@@ -12255,7 +12268,7 @@ def test_page_reports_errors_and_next_steps(fresh: Site, browser: Browser) -> No
     browser.fill("What should change", "Fail")
     browser.fill("Base branch", "not a branch")
     browser.click("button", "Submit task")
-    browser.wait_for_text("This field 'not a branch' is not a valid name")
+    browser.wait_for_text("This field 'not a branch' is not a valid branch name")
     assert "not a branch" in browser.field_error("Base branch")
     browser.check()
 
@@ -12386,8 +12399,8 @@ MISTAKES = {
     ),
     "no API key": Mistake(
         "CODEBOT_API_KEYS is not set. Set it in DIR/start/.env (not found; copy "
-        ".env.example) to a key that `openssl rand -hex 32` makes; separate several by "
-        "commas.",
+        ".env.example) to a key generated with `openssl rand -hex 32`; separate several "
+        "keys with commas.",
         {"CODEBOT_API_KEYS": None},
     ),
     "setting missing in .env": Mistake(
@@ -12438,7 +12451,7 @@ MISTAKES = {
         flags=("--workers", "zero"),
     ),
     "polling without GitHub": Mistake(
-        "--enable-polling and --no-github exclude each other.",
+        "--enable-polling and --no-github cannot be used together.",
         flags=("--enable-polling", "--no-github"),
     ),
     "certificate without key": Mistake(
@@ -12451,7 +12464,7 @@ MISTAKES = {
         files=JUNK,
     ),
     "key is not UTF-8": Mistake(
-        "CODEBOT_API_KEYS is not text in UTF-8.", {"CODEBOT_API_KEYS": "abc\udca0"}
+        "CODEBOT_API_KEYS is not valid UTF-8.", {"CODEBOT_API_KEYS": "abc\udca0"}
     ),
     "agent in the workspace": Mistake(
         "CODEBOT_CLAUDE_COMMAND must begin with the name of a program on PATH or with "
@@ -12469,8 +12482,8 @@ MISTAKES = {
         {"CODEBOT_SANDBOX": '"env podman'},
     ),
     "secret for the agent": Mistake(
-        "CODEBOT_AGENT_ENV must be names of environment variables, and none of codebot's "
-        "own, which the agent must not see (it is 'GITHUB_WEBHOOK_SECRET').",
+        "CODEBOT_AGENT_ENV must list names of environment variables, without codebot's own, "
+        "which the agent must not see (it is 'GITHUB_WEBHOOK_SECRET').",
         {"CODEBOT_AGENT_ENV": "GITHUB_WEBHOOK_SECRET"},
     ),
     "launcher without stop": Mistake(
@@ -12478,7 +12491,7 @@ MISTAKES = {
         {"CODEBOT_LAUNCHER": "env"},
     ),
     "launcher missing": Mistake(
-        "The sandbox cannot be tried: nosuch-srun: no such file or directory.",
+        "Cannot try the sandbox: nosuch-srun: no such file or directory.",
         {"CODEBOT_LAUNCHER": "nosuch-srun", "CODEBOT_LAUNCHER_STOP": "true"},
     ),
     "launcher fails": Mistake(
@@ -12693,8 +12706,8 @@ DOUBTS = {
     "/app.pem can be read by other users; run: chmod go-rwx ",
     "NO SANDBOX (CODEBOT_SANDBOX=none): the agent can read and change whatever",
     "Key 2 of CODEBOT_API_KEYS has only 5 characters and may be guessed.",
-    "API keys travel unencrypted on 0.0.0.0. Use --tls-cert and --tls-key, or a",
-    "GITHUB_WEBHOOK_SECRET is not set, so codebot hears of reviews only when",
+    "API keys are sent unencrypted to 0.0.0.0. Use --tls-cert and --tls-key, or a",
+    "GITHUB_WEBHOOK_SECRET is not set, so codebot learns of reviews only when",
 }
 
 
@@ -12745,7 +12758,7 @@ def test_default_work_directory_may_not_have_a_colon_above_it(fresh: Site) -> No
     fresh.server.start_dir.mkdir()
     done = fresh.server.run("serve", "--port", "0", "--no-github")
     assert done.returncode == 2
-    assert "--work-dir must be a path without : * ? [" in done.stderr
+    assert "--work-dir must not contain : * ? [" in done.stderr
 
 
 @not_as_root
@@ -13095,7 +13108,7 @@ GITHUB_PROBLEMS = {
         {"GITHUB_API_URL": "", "GITHUB_ENTERPRISE_URL": "ADDRESS"},
     ),
     "connection refused": GitHubProblem(
-        "FAIL  GitHub does not answer: http://127.0.0.1:9: connection refused. Check "
+        "FAIL  GitHub did not answer: http://127.0.0.1:9: connection refused. Check "
         "GITHUB_API_URL, the network, HTTPS_PROXY and SSL_CERT_FILE.",
         {"GITHUB_API_URL": "http://127.0.0.1:9"},
     ),
@@ -13122,7 +13135,7 @@ GITHUB_PROBLEMS = {
         arrange=lambda github: github.granted.update(issues="read"),
     ),
     "events": GitHubProblem(
-        "warn  The App does not get the events pull_request, issues. Subscribe to them "
+        "warn  The App does not receive the events pull_request, issues. Subscribe to them "
         "in the App's settings, or use --enable-polling.",
         arrange=lambda github: github.subscribed.__setitem__(
             slice(None),
@@ -13179,7 +13192,7 @@ def test_check_asks_silent_github_twice_and_waits_five_seconds_at_most(
     assert connections == 2
     first_pause = 0.5  # seconds, of GitHub.retry_delay
     assert connections * codebot.CHECK_TIMEOUT + first_pause < 5
-    assert f"FAIL  GitHub does not answer: {url}: timed out. Check" in done.stdout
+    assert f"FAIL  GitHub did not answer: {url}: timed out. Check" in done.stdout
 
 
 def test_check_without_events_but_with_polling_is_fine(fresh: Site) -> None:
@@ -13399,7 +13412,7 @@ def test_demo_shows_task_and_leaves_nothing(fresh: Site) -> None:
     assert done.returncode == 0
     assert done.stderr == ""
     expected = r"""Repository:  /.*/hello\.git
-Agent:       a shell script that stands in for Claude, in no sandbox
+Agent:       a shell script that stands in for Claude, without a sandbox
 Server:      http://localhost:\d+/
 Task:        pending
 Task:        running \(clone\)
