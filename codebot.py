@@ -3150,7 +3150,7 @@ CANCELLED_TEXT = {
     "review": "The pull request was closed",
 }
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 SCHEMA = """
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -3200,7 +3200,14 @@ CREATE TABLE jobs (
     base_name TEXT NOT NULL DEFAULT '',
     base_commit TEXT NOT NULL DEFAULT '',
     commit_id TEXT NOT NULL DEFAULT '',
-    outcome TEXT NOT NULL DEFAULT '{}', -- the class Outcome, as JSON
+    -- What the job has achieved, stored before any of it is published.
+    summary TEXT NOT NULL DEFAULT '', -- the agent's own words
+    test_attempts INTEGER NOT NULL DEFAULT 0, -- the last one passed; 0: there is no test
+    cost_usd REAL, -- as the agent reports it; NULL: unknown
+    num_turns INTEGER NOT NULL DEFAULT 0,
+    files TEXT NOT NULL DEFAULT '', -- as git diff --stat shows them
+    seconds REAL NOT NULL DEFAULT 0,
+    answers TEXT NOT NULL DEFAULT '{}', -- by thread, as JSON
     reason TEXT NOT NULL DEFAULT '',
     error TEXT NOT NULL DEFAULT '',
     CHECK ((kind = 'task') = (task_id = id)),
@@ -3314,26 +3321,6 @@ class TaskRequest:
         return f"{ticket}{self.subject}"
 
 
-@dataclasses.dataclass(frozen=True)
-class TestResult:
-    command: str
-    passed: bool  # always True, because only passed tests are stored; for the API
-    attempts: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What a job has achieved, stored before any of it is published."""
-
-    summary: str = ""  # the agent's own words
-    tests: TestResult | None = None
-    cost_usd: float | None = None  # as the agent reports it; None: unknown
-    num_turns: int = 0
-    files: str = ""  # as git diff --stat shows them
-    seconds: float = 0.0
-    answers: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by thread
-
-
 class SourceIssue(NamedTuple):
     """The issue that a task comes from, and the event that put the label on it."""
 
@@ -3384,7 +3371,14 @@ class Job:
     base_name: str
     base_commit: str
     commit_id: str
-    outcome: Outcome
+    # What the job has achieved, stored before any of it is published.
+    summary: str  # the agent's own words
+    test_attempts: int  # the last one passed; 0: there is no test
+    cost_usd: float | None  # as the agent reports it; None: unknown
+    num_turns: int
+    files: str  # as git diff --stat shows them
+    seconds: float
+    answers: Mapping[str, str]  # by thread
     # Why the job failed. A review stores both before it tells its reviewer.
     reason: str
     error: str
@@ -3415,12 +3409,9 @@ def from_row(row_type: type[T], row: sqlite3.Row | Mapping[str, Any]) -> T:
 
 
 def make_job(row: sqlite3.Row) -> Job:
-    outcome = json.loads(row["outcome"])
-    if outcome.get("tests"):
-        outcome["tests"] = TestResult(**outcome["tests"])
     request = from_row(TaskRequest, row)
-    columns = {**dict(row), "request": request, "outcome": Outcome(**outcome)}
-    return from_row(Job, columns)
+    answers = json.loads(row["answers"])
+    return from_row(Job, {**dict(row), "request": request, "answers": answers})
 
 
 def make_pull_request(row: sqlite3.Row) -> PullRequest:
@@ -3670,8 +3661,8 @@ class Store:
                     dollars = dollars + :dollars
                 """,
                 {
-                    "seconds": job.outcome.seconds,
-                    "dollars": job.outcome.cost_usd or 0.0,
+                    "seconds": job.seconds,
+                    "dollars": job.cost_usd or 0.0,
                 },
             )
 
@@ -3740,8 +3731,7 @@ class Store:
 
     def save_progress(self, job: Job) -> None:
         """Store the fields that a run changes, for a restart and for people to see."""
-        outcome = json.dumps(dataclasses.asdict(job.outcome))
-        values = {**vars(job), "outcome": outcome}
+        values = {**vars(job), "answers": json.dumps(job.answers)}
         self._write(
             """
             UPDATE jobs SET
@@ -3756,7 +3746,13 @@ class Store:
                 commit_id = :commit_id,
                 interruptions = :interruptions,
                 transient_since = :transient_since,
-                outcome = :outcome,
+                summary = :summary,
+                test_attempts = :test_attempts,
+                cost_usd = :cost_usd,
+                num_turns = :num_turns,
+                files = :files,
+                seconds = :seconds,
+                answers = :answers,
                 reason = :reason,
                 error = :error
             WHERE id = :id
@@ -4537,12 +4533,6 @@ class JobRun:
         self.update(interruptions=0, transient_since=0.0, **changes)
         self.agent_ran_since_save = False
 
-    def outcome_with(self, **changes: Any) -> Outcome:
-        return dataclasses.replace(self.job.outcome, **changes)
-
-    def update_outcome(self, **changes: Any) -> None:
-        self.update(outcome=self.outcome_with(**changes))
-
     def set_phase(self, phase: str, attempt: int = 0) -> None:
         self.check_stop()
         self.update(phase=phase, attempt=attempt)
@@ -5258,20 +5248,18 @@ class AgentRun:
         # afterwards, so that no part of a secret is left where the first cut was.
         summary = str(answer.get("summary") or "")[:200_000]
         if attempt > 1:  # it describes only the repair, not the whole change
-            summary = f"{run.job.outcome.summary}\n\n{summary}".strip()
-        run.update_outcome(summary=run.redact(summary)[:100_000])
+            summary = f"{run.job.summary}\n\n{summary}".strip()
+        run.update(summary=run.redact(summary)[:100_000])
 
     def add_cost(self) -> None:
         """Add the run's claimed cost and turns to the job's, even if the run failed."""
-        outcome = self.run.job.outcome
+        job = self.run.job
         cost = reported_number(self.result, "total_cost_usd")
         turns = reported_number(self.result, "num_turns")
-        total = outcome.cost_usd
+        total = job.cost_usd
         if cost is not None:
             total = round((total or 0.0) + cost, 6)
-        self.run.update_outcome(
-            cost_usd=total, num_turns=outcome.num_turns + int(turns or 0)
-        )
+        self.run.update(cost_usd=total, num_turns=job.num_turns + int(turns or 0))
 
 
 def tool_call_text(name: str, inputs: JsonObject) -> str:
@@ -5354,7 +5342,7 @@ def agent_command(
     if turns:
         words += ["--max-turns", str(min(turns))]
     if config.budget:
-        left = config.budget - (run.job.outcome.cost_usd or 0.0)
+        left = config.budget - (run.job.cost_usd or 0.0)
         if left <= 0:
             raise JobFailed(
                 "budget",
@@ -5545,21 +5533,20 @@ def task_text(request: TaskRequest) -> str:
     return request.description
 
 
-def run_tests(workspace: Workspace, command: str) -> TestResult | None:
+def run_tests(workspace: Workspace, command: str) -> int:
     """Run the test command. If it fails, show the agent its output and try again.
 
-    Raises JobFailed if the tests still fail, or cannot be started.
+    Returns how often it ran until it passed, 0 if there is no command. Raises JobFailed
+    if the tests still fail, or cannot be started.
     """
     run = workspace.run
     if not command:
-        return None
+        return 0
     attempts = run.config.test_attempts + 1
     for attempt in range(1, attempts + 1):
         result = run_test_command(workspace, command, attempt)
         if result.code == 0:
-            return TestResult(
-                command=run.redact(command), passed=True, attempts=attempt
-            )
+            return attempt
         # sh exits with these codes if it cannot start a command (of a script, the last
         # one). Usually the host lacks it, and the agent is not paid to find that out.
         if result.code in (126, 127):
@@ -5641,21 +5628,21 @@ def test_and_commit(
     fail or the commit must not be pushed.
     """
     run = workspace.run
-    tests = run_tests(workspace, request.test_command)
+    attempts = run_tests(workspace, request.test_command)
     run.set_phase("commit")
-    tree = workspace.collect_tree(base_commit, is_tested=tests is not None)
+    tree = workspace.collect_tree(base_commit, is_tested=attempts > 0)
     if tree is None:
         return ""
     title = request.title
     if run.job.kind == "review":
         title = f"Answer the review of {title}"
-    summary = quoted("The agent", run.job.outcome.summary)
+    summary = quoted("The agent", run.job.summary)
     message = without_ci_skips(f"{run.redact(title)[:250]}\n\n{summary}")
     commit_id = workspace.write_commit(tree, base_commit, message)
     files = workspace.inspect_commit(base_commit, commit_id)
     run.codebot.checked_commits.add(commit_id)  # fsck has checked what is new in it
     run.log_event("git", f"Commit {commit_id}", files)
-    run.update_outcome(tests=tests, files=files)
+    run.update(test_attempts=attempts, files=files)
     return commit_id
 
 
@@ -5664,10 +5651,9 @@ def commit_task(workspace: Workspace) -> None:
     run = workspace.run
     commit_id = test_and_commit(workspace, run.job.request, run.job.base_commit)
     if not commit_id:
-        words = run.job.outcome.summary.strip()[:2000] or "nothing"
+        words = run.job.summary.strip()[:2000] or "nothing"
         raise JobFailed("no_changes", f"The agent changed nothing. It said: {words}")
-    outcome = run.outcome_with(seconds=time.monotonic() - run.started)
-    run.save_work(commit_id=commit_id, outcome=outcome)
+    run.save_work(commit_id=commit_id, seconds=time.monotonic() - run.started)
 
 
 def push_task_commit(workspace: Workspace) -> None:
@@ -5697,23 +5683,22 @@ def code_block(text: str) -> str:
 def pull_request_body(run: JobRun) -> str:
     """Return a body with the task, the facts from codebot, and the agent's words."""
     job = run.job
-    outcome = job.outcome
     speaker = f"Issue #{job.issue_number}" if job.issue_number else "The submitter"
     tests = "No test command was given.\n"
-    if outcome.tests is not None:
-        command = code_block(truncate(outcome.tests.command, 1000))
-        tests = f"Passed (attempt {outcome.tests.attempts}):\n\n{command}"
-    facts = f"Done in {outcome.seconds:.0f} s.\n"
-    if outcome.cost_usd is not None:
-        facts += f"The agent reports a cost of {outcome.cost_usd:.2f} US dollars.\n"
+    if job.test_attempts:
+        command = code_block(truncate(run.redact(job.request.test_command), 1000))
+        tests = f"Passed (attempt {job.test_attempts}):\n\n{command}"
+    facts = f"Done in {job.seconds:.0f} s.\n"
+    if job.cost_usd is not None:
+        facts += f"The agent reports a cost of {job.cost_usd:.2f} US dollars.\n"
     if job.issue_number:
         facts += f"Closes #{job.issue_number}\n"
     # Redact before truncating: a secret that was cut in two would not be found.
     task = truncate(run.redact(task_text(job.request)), 10_000)
     # No HTML: an unclosed tag could hide the facts that follow.
     task = quoted(speaker, re.sub("<(?=[A-Za-z/!?])", "&lt;", task))
-    files = code_block(truncate(outcome.files, 10_000))
-    summary = quoted("The agent", truncate(outcome.summary, 20_000))
+    files = code_block(truncate(job.files, 10_000))
+    summary = quoted("The agent", truncate(job.summary, 20_000))
     body = (
         f"### Task\n\n{task}\n### Files\n\n{files}\n### Tests\n\n{tests}\n"
         f"{facts}\n### Summary\n\n{summary}"
@@ -5792,7 +5777,7 @@ def run_review(run: JobRun) -> None:
       nothing                          classify the request, and go on as below
       request_kind question, change    have the agent answer, or make the change
       request_kind limit, none         post that the limit is reached, or nothing
-      outcome.answers                  push the commit, if there is one, and post the
+      answers                          push the commit, if there is one, and post the
                                        answers: questions, if the request is unclear
       error                            post the error, and fail with it
 
@@ -5820,8 +5805,8 @@ def prepare_answers(review: Review) -> None:
     commit = run.job.commit_id
     if commit and not review.workspace.outbox.has_commit(commit):
         # The outbox was lost, for example when the host lost power. Start over.
-        run.update(commit_id="", outcome=run.outcome_with(answers={}))
-    if not run.job.outcome.answers:
+        run.update(commit_id="", answers={})
+    if not run.job.answers:
         text = review.comments[0].text
         run.log_event("codebot", f"Review by {run.job.reviewer}: {text}")
         if run.job.request_kind not in ("none", "limit"):
@@ -6033,7 +6018,7 @@ def classify(review: Review, text: str) -> None:
         ask = run.redact(str(answer.get("ask") or ""))[:10_000]
         # Stored even if the question is empty: answers show that this step is done.
         answers = dict.fromkeys(group_by_thread(review.comments), ask)
-    run.save_work(request_kind=kind, outcome=run.outcome_with(answers=answers))
+    run.save_work(request_kind=kind, answers=answers)
 
 
 def carry_out(review: Review, text: str) -> None:
@@ -6053,8 +6038,8 @@ def carry_out(review: Review, text: str) -> None:
         prompt = f"Review comments:\n{text}"
         answer = continue_session(review, base_commit, prompt, CHANGE_OPTIONS)
         commit_id = test_and_commit(workspace, review.task.request, base_commit)
-    outcome = run.outcome_with(answers=parse_answers(review, answer))
-    run.save_work(base_commit=base_commit, commit_id=commit_id, outcome=outcome)
+    answers = parse_answers(review, answer)
+    run.save_work(base_commit=base_commit, commit_id=commit_id, answers=answers)
 
 
 def continue_session(
@@ -6100,7 +6085,7 @@ def parse_answers(review: Review, answer: JsonObject) -> dict[str, str]:
         # The agent may answer the thread's first comment, whose id is the thread's.
         ids.add(members[0].thread)
         texts = [by_comment.get(str(comment_id), "") for comment_id in sorted(ids)]
-        text = "\n\n".join(filter(None, texts)) or review.run.job.outcome.summary
+        text = "\n\n".join(filter(None, texts)) or review.run.job.summary
         answers[thread] = truncate(review.run.redact(text[:100_000]), 50_000)
     return answers
 
@@ -6206,7 +6191,7 @@ def answer_threads(review: Review) -> None:
 
 def answer_body(job: Job, thread: str, first: Comment) -> str:
     """Return codebot's own words, followed by the agent's, quoted as such."""
-    answer = job.outcome.answers.get(thread, "")
+    answer = job.answers.get(thread, "")
     comment = ""
     if first.place != "inline":
         # In the conversation, nothing else shows which comment is answered.
@@ -6225,7 +6210,7 @@ def own_words(job: Job, answer: str) -> str:
     if job.request_kind == "limit":
         return LIMIT_TEXT
     if job.commit_id:
-        tests = "" if job.outcome.tests is None else "\n\nThe tests passed."
+        tests = "\n\nThe tests passed." if job.test_attempts else ""
         return f"The change is in {job.commit_id}.{tests}"
     if job.request_kind == "change":
         return "No file was changed."
@@ -6648,7 +6633,7 @@ def check_may_run(run: JobRun) -> None:
 def ending_of_skipped_review(run: JobRun, error: ReviewSkipped) -> Ending:
     """Return how a skipped review ends: deleted, unless it has cost something."""
     log.info("Review %s is skipped: %s", run.job.id, error)
-    if run.job.outcome.cost_usd is None and not run.agent_ran_since_save:
+    if run.job.cost_usd is None and not run.agent_ran_since_save:
         return Ending("deleted")
     return Ending("failed", "cancelled", f"The review was skipped: {error}")
 
@@ -6700,7 +6685,7 @@ def store_failure(run: JobRun, ending: Ending) -> None:
         commit_id="",
         # Comments that the reviewer writes from now on become a review of their own.
         request_kind=run.job.request_kind or "unclear",
-        outcome=run.outcome_with(answers={}),
+        answers={},
         reason=ending.reason,
         error=error,
     )
@@ -6740,8 +6725,8 @@ def finish_job(run: JobRun, ending: Ending) -> None:
         if error != job.error:  # else store_failure has logged it
             run.log_event("codebot", f"Failed ({ending.reason}): {error}")
         log.info("Job %s: %s", job.id, error.partition("\n")[0])
-    seconds = job.outcome.seconds or time.monotonic() - run.started  # for the totals
-    job = dataclasses.replace(job, outcome=run.outcome_with(seconds=seconds))
+    seconds = job.seconds or time.monotonic() - run.started  # for the totals
+    job = dataclasses.replace(job, seconds=seconds)
     run.codebot.until_database_works(
         run.store.finish, job, ending.status, ending.reason, error
     )
@@ -7965,7 +7950,7 @@ def task_status(codebot: Codebot, request: Request, task_id: str) -> Response:
 def describe_review(codebot: Codebot, review: Job) -> Fields:
     """Return a review as the API shows it."""
     comments = codebot.store.comments(review.id)
-    answers = [text for text in review.outcome.answers.values() if text]
+    answers = [text for text in review.answers.values() if text]
     return {
         **pick(review, "id", *JOB_FIELDS, "phase", "reviewer", "error", "reason"),
         "request": comments[0].text if comments else None,
@@ -7977,7 +7962,13 @@ def describe_review(codebot: Codebot, review: Job) -> Fields:
 
 def describe_result(codebot: Codebot, job: Job) -> Fields:
     """Return the result of a completed task, as the API shows it."""
-    outcome = job.outcome
+    tests = None
+    if job.test_attempts:
+        tests = {
+            "command": codebot.redact(job.request.test_command),
+            "passed": True,  # a task whose tests fail has no result
+            "attempts": job.test_attempts,
+        }
     result: Fields = {
         "pr_url": None,
         "pr_number": None,
@@ -7985,13 +7976,13 @@ def describe_result(codebot: Codebot, job: Job) -> Fields:
         "branch_name": job.branch,
         "work_dir": f"{codebot.config.work_dir}/{job.directory}/repo",
         "commit": job.commit_id,
-        "summary": outcome.summary,
-        "tests": vars(outcome.tests) if outcome.tests else None,
-        "cost_usd": outcome.cost_usd,
-        "num_turns": outcome.num_turns,
+        "tests": tests,
+        "summary": job.summary,
+        "cost_usd": job.cost_usd,
+        "num_turns": job.num_turns,
         "session_id": job.id,
-        "files": outcome.files.split("\n"),
-        "seconds": round(outcome.seconds, 3),
+        "files": job.files.split("\n"),
+        "seconds": round(job.seconds, 3),
     }
     pull_request = codebot.store.pull_request(job.id)
     if pull_request:

@@ -3855,8 +3855,7 @@ def test_finished_answer_is_posted_again_without_counting_interruptions(
     review = claim_review(store)
     run = codebot.JobRun(app_with(store), review)
     run.agent_ran_since_save = True
-    outcome = dataclasses.replace(review.outcome, answers={"conversation 1": "Yes."})
-    run.save_work(outcome=outcome)
+    run.save_work(answers={"conversation 1": "Yes."})
     ending = codebot.ending_after_transient_error(run, "502")
     codebot.store_ending(run, ending)
     assert stored_job(store, review).status == "pending"
@@ -4008,15 +4007,23 @@ def test_label_event_becomes_a_task_once(store: codebot.Store) -> None:
 
 def test_jobs_survive_a_restart(store: codebot.Store) -> None:
     job = store_task_in_state(store, "running")
-    tests = codebot.TestResult("pytest -q", True, 2)
-    outcome = codebot.Outcome("Done.", tests, 0.25, 3, "a.py | 2 +-", 1.5)
-    job = dataclasses.replace(job, outcome=outcome)
+    job = dataclasses.replace(
+        job,
+        summary="Done.",
+        test_attempts=2,
+        cost_usd=0.25,
+        num_turns=3,
+        files="a.py | 2 +-",
+        seconds=1.5,
+        answers={"a": "b"},
+    )
     store.save_progress(job)
     store.finish(job, "completed")
     again = codebot.Store(store.path)
     stored = stored_job(again, job)
     assert stored == stored_job(store, job)
-    assert stored.outcome == outcome
+    assert stored.summary == "Done."
+    assert stored.answers == {"a": "b"}
     assert again.totals() == (1.5, 0.25)
 
 
