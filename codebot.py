@@ -1351,35 +1351,24 @@ def signal_group(leader: int, number: int) -> bool:
     return True
 
 
-def is_group_running(leader: int) -> bool:
-    """Return whether any process of the group still runs.
-
-    A zombie does not count: the first process of a container may never reap it.
-    """
-    if not signal_group(leader, 0):  # no signal, only the check
-        return False
-    if not os.path.exists("/proc/self/stat"):  # macOS
-        return True
-    for path in glob.glob("/proc/[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            # "PID (NAME) STATE PARENT GROUP ...", where NAME may have any characters
-            text = pathlib.Path(path).read_text(errors="replace")
-            state, _, group = text.rpartition(")")[2].split()[:3]
-            if int(group) == leader and state != "Z":
-                return True
-    return False
-
-
 def end_process_group(child: subprocess.Popen[bytes]) -> None:
-    """End all processes of a program's group: SIGTERM, KILL_GRACE, SIGKILL.
+    """End all processes of a program's group.
+
+    If the program still runs, the group gets SIGTERM and, after KILL_GRACE, SIGKILL. What
+    a program has left behind at its own end gets SIGKILL at once.
 
     Until the SIGKILL, no other group can get this one's number. The kernel does not
     reuse it while the group has members, and then only after all other numbers.
     """
-    deadline = time.monotonic() + KILL_GRACE
-    signal_group(child.pid, signal.SIGTERM)
-    while is_group_running(child.pid) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    if child.poll() is None:
+        signal_group(child.pid, signal.SIGTERM)
+        deadline = time.monotonic() + KILL_GRACE
+        # poll() reaps the program, which would otherwise stay in the group as a zombie.
+        # The signal 0 is not sent: it only tests whether the group has members.
+        while child.poll() is None or signal_group(child.pid, 0):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
     signal_group(child.pid, signal.SIGKILL)
     child.wait()
 
