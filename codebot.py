@@ -197,7 +197,6 @@ THREADS AND THEIR LOCKS
   timer          queues jobs that are due
   database       writes to the database now and then, to see whether that works
   cleanup        removes what is past its retention, packs mirrors
-  Thread-N       one for each program that runs; it waits for the program's end
   Store has a lock for its writing connection and one for its reading connection, Redactor
   has one for its tokens. When codebot dies, a forked process, the watchdog, ends the
   processes that codebot left running.
@@ -1231,19 +1230,9 @@ class RunningProgram:
 
     def watch(self) -> None:
         """Pass on the output until the program ends. Raises what check_limits raises."""
-        # In a thread, Popen.wait() needs no timeout and returns when the program ends.
-        # With a timeout, it sleeps in growing steps, which would double the time of a
-        # short git command.
-        waiter = threading.Thread(target=self.child.wait, daemon=True)
-        try:
-            waiter.start()
-        except RuntimeError as error:
-            # The host allows no more threads. Raise what Popen raises when fork fails:
-            # after EAGAIN, run_steps has the job retried later.
-            raise BlockingIOError(errno.EAGAIN, str(error)) from None
         while True:
             # This is checked first, so that all output before the exit is read.
-            has_exited = not waiter.is_alive()
+            has_exited = self.child.poll() is not None
             has_output = self.read_output(has_exited)
             if has_exited and not has_output:
                 return
@@ -1252,7 +1241,9 @@ class RunningProgram:
             elif time.monotonic() > self.grace_ends_at:
                 return
             if not has_output:
-                waiter.join(0.1)
+                # Short at first, so that a short git command costs no extra time.
+                age = time.monotonic() - self.started
+                time.sleep(min(0.0001 + age / 10, 0.1))
 
     def read_output(self, has_exited: bool) -> bool:
         """Pass on new output. Returns whether there was any."""

@@ -6368,16 +6368,6 @@ def test_full_disk_of_remote_is_not_taken_for_our_own(tmp_path: Path) -> None:
         )
 
 
-def test_missing_thread_is_no_final_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(OSError) as raised:
-        codebot.run_program(["true"], {"PATH": os.environ["PATH"]})
-    assert raised.value.errno in codebot.TRANSIENT_ERRNOS
-
-
 def test_old_task_loses_log_and_workspace_and_row_when_pull_request_is_closed(
     fresh: Site,
 ) -> None:
