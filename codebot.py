@@ -1129,7 +1129,8 @@ def shown_by_terminal(line: str) -> str:
 
 
 # Runs a program on a node, between the lines SENTINEL and SENTINEL EXIT_CODE. $0 is the
-# sentinel. A cluster ends a job by sending SIGTERM to the program and to this shell. So
+# sentinel. The last line of the program's output may lack a line end, hence the empty
+# line. A cluster ends a job by sending SIGTERM to the program and to this shell. So
 # if SIGTERM has ended the program (143), the shell waits a second. If the shell is also
 # ended, it prints no exit code, and codebot sees a lost node and not a failed program.
 NODE_SCRIPT = """
@@ -1137,7 +1138,7 @@ echo "$0"
 "$@"
 code=$?
 [ $code = 143 ] && sleep 1
-echo "$0 $code"
+printf '\\n%s\\n' "$0 $code"
 """
 
 
@@ -1253,9 +1254,7 @@ class RunningProgram:
             return False
         self.last_output = time.monotonic()  # even if the line has no end yet
         if self.launch is not None:
-            if not self.is_on_node:
-                lines = self.wait_for_node(lines, self.launch)
-            lines = self.read_exit_code(lines, self.launch)
+            lines = self.read_sentinels(lines, self.launch)
         self.stdout.keep(lines)
         self.stderr.keep(errors)
         grace = self.on_lines(lines) if lines else None
@@ -1263,29 +1262,23 @@ class RunningProgram:
             self.grace_ends_at = self.last_output + grace
         return True
 
-    def wait_for_node(self, lines: list[str], launch: Launch) -> list[str]:
-        """Return the lines after the first sentinel; earlier ones are the launcher's."""
-        if launch.sentinel not in lines:
-            self.stderr.keep(lines)
-            return []
-        self.is_on_node = True
-        self.started = self.last_output
-        self.stderr.last_lines.clear()  # the launcher's output
-        launch.on_start()
-        return lines[lines.index(launch.sentinel) + 1 :]
-
-    def read_exit_code(self, lines: list[str], launch: Launch) -> list[str]:
-        """Store the exit code after the second sentinel; return the program's lines."""
+    def read_sentinels(self, lines: list[str], launch: Launch) -> list[str]:
+        """Note the program's start and exit code; return the lines that it printed."""
         output = []
         for line in lines:
             # In bwrap the program cannot know the sentinel; elsewhere it can forge this.
-            text, _, code = line.partition(f"{launch.sentinel} ")
-            if not re.fullmatch("[0-9]{1,3}", code):
+            sentinel, _, code = line.partition(" ")
+            if sentinel == launch.sentinel and re.fullmatch("[0-9]{1,3}", code):
+                self.node_code = int(code)
+            elif self.is_on_node:
                 output.append(line)
-                continue
-            self.node_code = int(code)
-            if text:  # the end of the output, without a line end
-                output.append(text)
+            elif line == launch.sentinel:
+                self.is_on_node = True
+                self.started = self.last_output
+                self.stderr.last_lines.clear()  # the launcher's output
+                launch.on_start()
+            else:  # the launcher's output
+                self.stderr.keep([line])
         return output
 
     def check_limits(self) -> None:
