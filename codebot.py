@@ -454,7 +454,8 @@ def os_error_text(error: OSError) -> str:
 def find_paths(directory: str, pattern: str) -> list[str]:
     """Return the paths below a directory that match a pattern.
 
-    Unlike glob(), it also finds names that begin with a dot.
+    Unlike glob(), it also finds names that begin with a dot, and the directory's own path
+    may contain wildcards.
     """
     return [str(path) for path in pathlib.Path(directory).glob(pattern)]
 
@@ -558,17 +559,6 @@ def parse_address(text: str) -> str:
     return origin + match[3]
 
 
-def parse_path(text: str) -> str:
-    """Return the real path. Refuses glob()'s wildcards and the ``:`` of git's lists."""
-    path = os.path.realpath(text)
-    if re.search(r"[*?\[:]", path) or not path.isprintable():
-        raise ValueError(
-            "must not contain : * ? [ or control characters, nor may any directory above "
-            f"it; it resolves to {path!r}"
-        )
-    return path
-
-
 def parse_search_path(text: str) -> str:
     """Drop relative entries: in a workspace the agent could plant programs there."""
     entries = [entry for entry in text.split(":") if entry.startswith("/")]
@@ -667,12 +657,15 @@ class Config:
     launcher: Sequence[str] = setting("CODEBOT_LAUNCHER", parse_command, ())
     launcher_stop: Sequence[str] = setting("CODEBOT_LAUNCHER_STOP", parse_command, ())
     launch_timeout: int = setting("CODEBOT_LAUNCH_TIMEOUT", parse_count, 86400)
-    database: str = setting("CODEBOT_DATABASE", parse_path, "")
+    database: str = setting("CODEBOT_DATABASE", os.path.realpath, "")
     search_path: str = setting("PATH", parse_search_path, os.defpath)
     host: str = setting("", str, "127.0.0.1", "address to listen on (127.0.0.1)")
     port: int = setting("", parse_port, 5000, "port to listen on (5000; 0: a free one)")
     work_dir: str = setting(
-        "", parse_path, "codebot_workspace", "directory for all of codebot's files"
+        "",
+        os.path.realpath,
+        "codebot_workspace",
+        "directory for all of codebot's files",
     )
     enable_polling: bool = setting("", bool, False, "ask GitHub at a fixed interval")
     no_github: bool = setting("", bool, False, "any git remote; no pull requests")
@@ -878,12 +871,7 @@ def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
     # If .env cannot be read, the settings that it holds are not reported as missing.
     was_env_file_read = not problems
     variables.update(os.environ)
-    if is_server and not flags.get("work_dir"):
-        # The default path is checked like any other. `run` does not need it, because it
-        # makes a temporary directory.
-        flags = {**flags, "work_dir": Config.work_dir}
     values = read_settings(flags, variables, problems)
-    # For `run`, and for `check`, which continues even if the directory is refused.
     values.setdefault("work_dir", os.path.realpath(Config.work_dir))
     config = Config(
         **values, env_file=env_file, umask=flags["umask"], variables=variables
@@ -4738,6 +4726,7 @@ class Workspace:
         if not self.codebot.sandbox.is_bwrap:
             env["TMPDIR"] = f"{self.path}/tmp"
         # If the agent removes .git, git must not search the parent directories for one.
+        # (With a colon in the path, which git takes for the end of a path, it does.)
         env["GIT_CEILING_DIRECTORIES"] = self.path
         for role in ("AUTHOR", "COMMITTER"):
             env[f"GIT_{role}_NAME"] = "codebot"
