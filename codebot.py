@@ -312,7 +312,7 @@ KILL_GRACE = 2.0
 RESULT_GRACE = 5.0  # seconds that the agent may still run after its `result` event
 PRIVATE_UMASK = 0o077  # other users must not read what codebot creates
 MAX_LINE_BYTES = 8 << 20  # the beginning of a longer line is replaced by a note
-MAX_OUTPUT_BYTES = 1 << 30  # a program that prints more is ended
+MAX_OUTPUT_BYTES = 1 << 30  # a program whose output takes more disk space is ended
 READ_BYTES = 64 << 10  # of output read at a time; the limits are checked in between
 KEPT_LINES = 400  # how many of the last lines of a program's output are kept
 MAX_EVENT_CHARS = 4000  # a longer event is truncated
@@ -410,7 +410,7 @@ class Stalled(LimitReached):
 
 
 class TooMuchOutput(LimitReached):
-    """A program printed more than MAX_OUTPUT_BYTES."""
+    """A program's output takes more than MAX_OUTPUT_BYTES."""
 
 
 class NoFreeNode(LimitReached):
@@ -1161,7 +1161,6 @@ class OutputFile:
         self.last_lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
         self.has_new_bytes = False  # whether the last read_lines found any
         self._position = 0
-        self._bytes_read = 0
         self._partial_line = bytearray()
 
     def read_lines(self, at_end: bool) -> list[str]:
@@ -1173,7 +1172,6 @@ class OutputFile:
             self._partial_line.clear()
         data = os.pread(self.file.fileno(), READ_BYTES, self._position)
         self._position += len(data)
-        self._bytes_read += len(data)
         if at_end and not data and self._partial_line:
             data = b"\n"  # the line end that the last line lacks
         self.has_new_bytes = bool(data)
@@ -1192,10 +1190,6 @@ class OutputFile:
 
     def size(self) -> int:
         return os.fstat(self.file.fileno()).st_size
-
-    def printed_bytes(self) -> int:
-        """Return how much was printed, even if the program has emptied the file."""
-        return max(self.size(), self._bytes_read)
 
 
 @dataclasses.dataclass
@@ -1272,8 +1266,7 @@ class RunningProgram:
     def check_limits(self) -> None:
         now = time.monotonic()
         self.limits.check_stop()
-        printed = max(self.stdout.printed_bytes(), self.stderr.printed_bytes())
-        if printed > MAX_OUTPUT_BYTES:
+        if max(self.stdout.size(), self.stderr.size()) > MAX_OUTPUT_BYTES:
             raise TooMuchOutput(f"printed more than {MAX_OUTPUT_BYTES >> 30} GiB")
         if self.launch is not None and not self.is_on_node:
             if now > self.started + self.launch.timeout:
