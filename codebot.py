@@ -1629,9 +1629,9 @@ def tool_directories(config: Config) -> Iterator[str]:
 
 
 def agent_program_files(config: Config, covers: Mapping[str, str]) -> Iterator[str]:
-    """Yield the absolute paths in CODEBOT_CLAUDE_COMMAND that the covers hide.
+    """Yield the absolute paths of files in CODEBOT_CLAUDE_COMMAND that the covers hide.
 
-    A path that equals or contains a cover is omitted: mounting it would undo the cover.
+    Directories are not shown, because that could undo a cover.
     """
     program = shutil.which(config.claude_command[0], path=config.search_path) or ""
     for word in (program, *config.claude_command[1:]):
@@ -1641,9 +1641,8 @@ def agent_program_files(config: Config, covers: Mapping[str, str]) -> Iterator[s
         path = os.path.join(os.path.realpath(directory), name)
         enclosing = [place for place in covers if is_inside(path, place)]
         innermost = max(enclosing, key=len, default="")
-        if any(is_inside(place, path) for place in covers):
-            continue
-        if word.startswith("/") and covers.get(innermost) == HIDDEN:
+        is_hidden = covers.get(innermost) == HIDDEN
+        if word.startswith("/") and is_hidden and os.path.isfile(path):
             yield path
 
 
