@@ -8613,10 +8613,8 @@ def reserve_other_address(host: str, port: int) -> socket.socket | None:
             reserved.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         reserved.bind((address, port))
     except OSError as error:
-        if error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-            return None  # this host has no such address
         if error.errno != errno.EADDRINUSE:
-            raise
+            return None  # this host has no such address
         raise ConfigError(
             f"Another program uses, or has just used, port {port} on {address}, where "
             "clients of localhost or of this host's name may connect. Stop it, or use "
