@@ -1524,9 +1524,10 @@ def launching(
 ) -> Iterator[Launch | None]:
     """Record a launch and, at its end, stop whatever still runs.
 
-    Without a launcher, it yields None and does not call ``on_start``.
+    Without a launcher, it calls ``on_start`` and yields None.
     """
     if not config.launcher:
+        on_start()
         yield None
         return
     record = launch_record(config, workspace)
@@ -4759,8 +4760,6 @@ class Workspace:
         if config.launcher:
             run.set_phase("queued")
         self.stop_earlier_launch()
-        if not config.launcher:
-            start()
         with launching(config, self.path, config.launch_timeout, start) as launch:
             return self.supervise(command, limits, launch)
 
