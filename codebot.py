@@ -345,11 +345,7 @@ NO_HEADERS: Headers = {}
 
 
 class ConfigError(Exception):
-    """The settings or the work directory cannot be used; one sentence per problem."""
-
-    def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+    """The settings or the work directory cannot be used; one line per problem."""
 
 
 class HTTPError(Exception):
@@ -899,7 +895,7 @@ def load_config(flags: Flags, is_server: bool = False) -> Config:
     config, problems = read_config(flags, is_server)
     set_network_environment(config.variables)
     if problems:
-        raise ConfigError(*problems)
+        raise ConfigError("\n".join(problems))
     return config
 
 
@@ -1784,7 +1780,7 @@ class Sandbox:
         """
         problems = [*hiding_problems(self.config)]
         if problems:
-            raise ConfigError(*problems)
+            raise ConfigError("\n".join(problems))
         if shutil.which("bwrap", path=self.config.search_path) is None:
             raise ConfigError(
                 "bwrap is not installed, so there is no sandbox for the agent. "
@@ -8719,7 +8715,7 @@ def run_checks(codebot: Codebot, checks: Iterable[Check]) -> Iterator[Finding]:
         try:
             yield from check(codebot)
         except ConfigError as error:
-            for problem in error.problems:
+            for problem in str(error).splitlines():
                 yield Finding("FAIL", problem)
 
 
@@ -8965,7 +8961,7 @@ def start_app(config: Config, checks: Sequence[Check], log_level: int) -> Codebo
         elif level == "warn":
             log.warning("%s", message)
     if problems:
-        raise ConfigError(*problems)
+        raise ConfigError("\n".join(problems))
     codebot.open()
     codebot.store.requeue_interrupted(interruptions=1)
     return codebot
