@@ -1705,15 +1705,6 @@ def scratch_workspace(work_dir: str) -> Iterator[str]:
         yield directory
 
 
-def sandbox_error(problem: str) -> ConfigError:
-    """Return an error that says why the sandbox does not start, and what to do."""
-    return ConfigError(
-        f'The sandbox does not start: {problem}. See README, "Troubleshooting", for '
-        "the fix on this host, or accept an agent that can read codebot's secrets "
-        "with CODEBOT_SANDBOX=none."
-    )
-
-
 class Sandbox:
     """Wraps the commands that run in a workspace, and checks that this works."""
 
@@ -1759,34 +1750,36 @@ class Sandbox:
             if self.is_bwrap:
                 self.inspect_bwrap()
             with scratch_workspace(config.work_dir) as workspace:
-                return self.run_probe(workspace, command or ("true",))
-        except TransientError as error:
+                result = self.run_probe(workspace, command or ("true",))
+                if os.path.exists(f"{workspace}/repo/probe"):
+                    return result
+            problem = result.error
+            if result.code == 0:
+                problem = f"what it writes to {workspace} is not there on this host"
+        except TransientError as error:  # the launcher failed, or the disk is full
             raise ConfigError(f"{error}.") from None
         except TimedOut as error:
-            raise sandbox_error(f"it {error}") from None
+            problem = f"it {error}"
         except OSError as error:
             # An error from fork names no file; the first program could not be started.
             program = error.filename or (config.launcher or config.sandbox)[0]
             problem = f"{program}: {os_error_text(error)}"
-            if program == config.sandbox[0]:
-                raise sandbox_error(f"cannot start {problem}") from None
-            raise ConfigError(f"Cannot try the sandbox: {problem}.") from None
+        raise ConfigError(
+            f"The sandbox does not start: {problem}. Install bubblewrap (apt install "
+            "bubblewrap) if it is missing; for other causes, see README, "
+            '"Troubleshooting"; or accept an agent that can read codebot\'s secrets '
+            "with CODEBOT_SANDBOX=none."
+        )
 
     def inspect_bwrap(self) -> None:
         """Find out whether bwrap can disable user namespaces, as it can from 0.8 on.
 
-        Raises ConfigError if it cannot and codebot runs as root, if bwrap is missing,
-        or if it cannot hide a directory.
+        Raises ConfigError if it cannot and codebot runs as root, or if bwrap cannot hide
+        a directory.
         """
         problems = [*hiding_problems(self.config)]
         if problems:
             raise ConfigError("\n".join(problems))
-        if shutil.which("bwrap", path=self.config.search_path) is None:
-            raise ConfigError(
-                "bwrap is not installed, so there is no sandbox for the agent. "
-                "Install it (apt install bubblewrap), or accept an agent that can "
-                "read codebot's secrets with CODEBOT_SANDBOX=none."
-            )
         env = base_environment(self.config)
         limits = Limits(timeout=PROBE_TIMEOUT)
         help_text = run_program(["bwrap", "--help"], env, limits=limits).stdout
@@ -1798,7 +1791,7 @@ class Sandbox:
             )
 
     def run_probe(self, workspace: str, command: Sequence[str]) -> ProgramResult:
-        """Write a file through launcher and sandbox, and look for it on this host."""
+        """Write the file "probe" through launcher and sandbox, then run a command."""
         config = self.config
         script = 'echo works >probe && "$@"'
         objects = f"{workspace}/objects"
@@ -1807,15 +1800,7 @@ class Sandbox:
         env = {**base_environment(config), "HOME": f"{workspace}/home"}
         limits = Limits(timeout=PROBE_TIMEOUT)
         with launching(config, workspace, PROBE_TIMEOUT, do_nothing) as launch:
-            result = run_program(argv, env, cwd=repo, limits=limits, launch=launch)
-        if os.path.exists(f"{repo}/probe"):
-            return result
-        if result.code != 0:
-            raise sandbox_error(result.error)
-        raise ConfigError(
-            f"A file that was written to {workspace} in the sandbox or on the "
-            "node is not there on this host. Both must see the same directory."
-        )
+            return run_program(argv, env, cwd=repo, limits=limits, launch=launch)
 
 
 # --- GitHub ------------------------------------------------------------------

@@ -3444,7 +3444,8 @@ def test_missing_bwrap_is_refused(fresh: Site) -> None:
     args = serve_arguments(fresh)
     done = fresh.server.run(*args, CODEBOT_SANDBOX=None, PATH=str(tools))
     assert done.returncode == 2
-    assert "bwrap is not installed" in done.stderr
+    assert "The sandbox does not start: bwrap: no such file" in done.stderr
+    assert "apt install bubblewrap" in done.stderr
     assert "CODEBOT_SANDBOX=none" in done.stderr
 
 
@@ -11124,7 +11125,7 @@ REFUSED_SANDBOXES = {
     # As if the node had a directory of its own at this path.
     "other directory": (
         {"CODEBOT_SANDBOX": "true"},
-        "Both must see the same directory",
+        "is not there on this host",
     ),
 }
 
@@ -12484,7 +12485,7 @@ MISTAKES = {
         {"CODEBOT_LAUNCHER": "env"},
     ),
     "launcher missing": Mistake(
-        "Cannot try the sandbox: nosuch-srun: no such file or directory.",
+        "The sandbox does not start: nosuch-srun: no such file or directory.",
         {"CODEBOT_LAUNCHER": "nosuch-srun", "CODEBOT_LAUNCHER_STOP": "true"},
     ),
     "launcher fails": Mistake(
@@ -12495,14 +12496,15 @@ MISTAKES = {
         },
     ),
     "sandbox program missing": Mistake(
-        "The sandbox does not start: cannot start nosuch-podman: no such file or "
-        'directory. See README, "Troubleshooting", for the fix',
+        "The sandbox does not start: nosuch-podman: no such file or directory. Install "
+        "bubblewrap (apt install bubblewrap) if it is missing; for other causes, see README, "
+        '"Troubleshooting"; or accept an agent that can read codebot\'s secrets with '
+        "CODEBOT_SANDBOX=none.",
         {"CODEBOT_SANDBOX": "nosuch-podman run"},
     ),
     "bwrap missing": Mistake(
-        "bwrap is not installed, so there is no sandbox for the agent. Install it (apt "
-        "install bubblewrap), or accept an agent that can read codebot's secrets with "
-        "CODEBOT_SANDBOX=none.",
+        "The sandbox does not start: bwrap: no such file or directory. Install bubblewrap "
+        "(apt install bubblewrap) if it is missing",
         {"CODEBOT_SANDBOX": None},
         programs=("git", "openssl", "sh"),
     ),
@@ -12541,7 +12543,7 @@ MISTAKES = {
         {"CODEBOT_DATABASE": "DIR/nowhere/x.db"},
     ),
     "sandbox program fails": Mistake(
-        'The sandbox does not start: no box. See README, "Troubleshooting"',
+        "The sandbox does not start: no box. Install bubblewrap",
         {"CODEBOT_SANDBOX": "sh -c 'echo no box >&2; exit 4' sh"},
     ),
     "database is no database": Mistake(
