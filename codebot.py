@@ -1898,7 +1898,6 @@ class RemotePullRequest(NamedTuple):
 class NewPullRequest(NamedTuple):
     number: int
     url: str
-    created_at: str
 
 
 class Issue(NamedTuple):
@@ -2450,12 +2449,7 @@ class GitHubRepository:
         fields = {"title": title, "body": body, "head": branch, "base": base}
         find_existing = functools.partial(self.find_pull_request, branch)
         payload = self.post("/pulls", fields, find_existing)
-        return NewPullRequest(
-            number=int(payload["number"]),
-            url=str(payload["html_url"]),
-            # Comments are read from this time on. 60 seconds, because clocks may differ.
-            created_at=str(payload.get("created_at") or utc_time(seconds_ago=60)),
-        )
+        return NewPullRequest(int(payload["number"]), str(payload["html_url"]))
 
     def pull_request(self, number: int) -> RemotePullRequest:
         payload = self.get(f"/pulls/{number}")
@@ -2464,43 +2458,23 @@ class GitHubRepository:
             is_locked=bool(payload.get("locked")),
         )
 
-    def comments(self, number: int, since: str) -> Iterator[tuple[str, Comment]]:
-        """Yield people's comments on a pull request, with the time of their last change.
+    def comment_payloads(self, number: int) -> Iterator[tuple[str, JsonObject]]:
+        """Yield GitHub's entries for the comments on a pull request, with their place."""
+        paths = {
+            "review_text": f"/pulls/{number}/reviews",
+            "inline": f"/pulls/{number}/comments",
+            "conversation": f"/issues/{number}/comments",
+        }
+        for place, path in paths.items():
+            for payload in self.pages(path):
+                yield place, payload
 
-        The list of reviews takes no ``since``, so all reviews are read.
-        """
-        pulls = f"/pulls/{number}"
-        yield from self.comment_list("review_text", f"{pulls}/reviews")
-        yield from self.comment_list("inline", f"{pulls}/comments", since=since)
-        path = f"/issues/{number}/comments"
-        yield from self.comment_list("conversation", path, since=since)
-
-    def comment_list(
-        self, place: str, path: str, **query: str
-    ) -> Iterator[tuple[str, Comment]]:
-        """Yield the comments of a list, each with the time of its last change."""
-        for payload in self.pages(path, **query):
+    def comments(self, number: int) -> Iterator[Comment]:
+        """Yield people's comments on a pull request."""
+        for place, payload in self.comment_payloads(number):
             comment = parse_comment(place, payload)
             if comment is not None:
-                # A GitHub review has only one time.
-                yield payload.get("updated_at") or comment.created_at, comment
-
-    def reload_comment(self, number: int, comment: Comment) -> Comment | None:
-        """Return a comment as GitHub has it now. Raises NotFound if it was deleted.
-
-        Returns None if it is not on this pull request, not a person's, or empty.
-        """
-        paths = {
-            "review_text": f"/pulls/{number}/reviews/{comment.id}",
-            "inline": f"/pulls/comments/{comment.id}",
-            "conversation": f"/issues/comments/{comment.id}",
-        }
-        payload = self.get(paths[comment.place])
-        # The id could belong to a comment elsewhere in the repository.
-        parent = payload.get("pull_request_url") or payload["issue_url"]
-        if not str(parent).endswith(f"/{number}"):
-            return None
-        return parse_comment(comment.place, payload)
+                yield comment
 
     # Reactions and answers
 
@@ -2511,11 +2485,19 @@ class GitHubRepository:
         except GitHubError as error:
             log.info("Could not add a reaction to %s: %s", path, error)
 
-    def post_once(self, list_path: str, post_path: str, body: str, marker: str) -> None:
+    def post_once(
+        self, number: int, body: str, marker: str, inline_thread: int = 0
+    ) -> None:
         """Post a comment unless the bot has posted one with this marker.
 
-        Raises NotFound if the comment that it answers was deleted.
+        It goes to the conversation of the issue or pull request, or to a thread of inline
+        comments. Raises NotFound if the comment that it answers was deleted.
         """
+        list_path = f"/issues/{number}/comments"
+        post_path = list_path
+        if inline_thread:
+            list_path = f"/pulls/{number}/comments"
+            post_path = f"{list_path}/{inline_thread}/replies"
         bot = self.github.bot()
 
         def find_existing() -> Json:
@@ -3167,7 +3149,6 @@ CREATE TABLE pull_requests (
     number INTEGER NOT NULL,
     url TEXT NOT NULL,
     state TEXT NOT NULL CHECK (state IN ('open', 'closed', 'merged')),
-    seen_until TEXT NOT NULL,
     closed_at TEXT
 );
 CREATE INDEX pull_requests_by_number ON pull_requests (repository_id, number);
@@ -3328,7 +3309,6 @@ class PullRequest:
     number: int
     url: str
     state: str
-    seen_until: str  # comments last changed before this time have been read
 
 
 class Event(NamedTuple):
@@ -3834,9 +3814,9 @@ class Store:
         self._write(
             """
             INSERT INTO pull_requests (
-                task_id, repository_id, number, url, state, seen_until
+                task_id, repository_id, number, url, state
             ) VALUES (
-                :task_id, :repository_id, :number, :url, 'open', :created_at
+                :task_id, :repository_id, :number, :url, 'open'
             ) ON CONFLICT DO NOTHING
             """,
             task_id=job.id,
@@ -3893,17 +3873,12 @@ class Store:
             return insert_delivery(db, guid)
 
     def queue_comments(
-        self,
-        task_id: str,
-        comments: Sequence[Comment],
-        delivery: str = "",
-        seen_until: str = "",
+        self, task_id: str, comments: Iterable[Comment], delivery: str = ""
     ) -> list[str]:
         """Add new comments to pending or new reviews, and return the reviews' ids.
 
         All comments that one reviewer has waiting on one pull request form one review.
         Known comments are ignored, and so are all comments of a known ``delivery``.
-        Comments changed before ``seen_until`` need not be requested again.
         """
         reviewers = {}  # by the id of the job that answers them
         with self._transaction() as db:
@@ -3917,13 +3892,6 @@ class Store:
                     job_id = insert_review(db, task_id, comment.user)
                 insert_comment(db, task_id, job_id, comment)
                 reviewers[job_id] = comment.user
-            db.execute(
-                """
-                UPDATE pull_requests SET seen_until = MAX(seen_until, :seen_until)
-                WHERE task_id = :task_id
-                """,
-                {"task_id": task_id, "seen_until": seen_until},
-            )
         for job_id, user in reviewers.items():
             log.info("Task %s: %.99s commented on it (job %s)", task_id, user, job_id)
         return list(reviewers)
@@ -5678,14 +5646,12 @@ def react_to_issue(workspace: Workspace) -> None:
 
 # --- Review ------------------------------------------------------------------
 
-# Seconds until something written on GitHub is visible in all parts of it.
+# Seconds until a new comment is visible in all parts of GitHub.
 VISIBILITY_DELAY = 50.0
 LIMIT_TEXT = (
     f"This pull request has reached the limit of {DAILY_REVIEW_JOBS} requests to codebot "
     "in a day. codebot ignores further comments today; comment again tomorrow."
 )
-# The part of GitHub's API for the comments of each place, and for the answers to them.
-API_COLLECTION = {"conversation": "issues", "review_text": "issues", "inline": "pulls"}
 NO_ANSWER_TEXT = {
     "question": "The agent gave no answer.",
     "unclear": "I cannot tell whether this is a question or a change. What should I do?",
@@ -5698,7 +5664,6 @@ class Review(NamedTuple):
     run: JobRun
     task: Job
     number: int  # of the pull request
-    seen_until: str  # older comments have been queued
     github_repository: GitHubRepository
     workspace: Workspace
     comments: Sequence[Comment] = ()  # to be answered; set by load_comments
@@ -5721,7 +5686,6 @@ def run_review(run: JobRun) -> None:
     review = load_review(run)
     check_pull_request(review)
     check_write_access(review)
-    absorb_waiting_comments(review)
     review = load_comments(review)
     if not review.comments:
         raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} anymore")
@@ -5773,32 +5737,22 @@ def load_review(run: JobRun) -> Review:
         if not repository.is_allowed(run.config):
             raise ReviewSkipped(f"{repository.full_name} is not an allowed repository")
     except GitHubError as error:
-        raise refusal_error(run, error) from None
+        raise refusal_error(error) from None
     workspace = Workspace(run, repository, run.job.directory)
     return Review(
         run,
         task,
         pull_request.number,
-        pull_request.seen_until,
         github_repository,
         workspace,
     )
 
 
-def refusal_error(run: JobRun, error: GitHubError) -> Exception:
+def refusal_error(error: GitHubError) -> Exception:
     """Return ReviewSkipped if GitHub's object is gone for good, else TransientError."""
-    is_gone = error.status in GONE_STATUSES
-    if is_gone and not may_appear_later(run.job.submitted_at):
+    if error.status in GONE_STATUSES:
         return ReviewSkipped(f"it is not codebot's anymore: {error}")
     return TransientError(f"GitHub refuses the App: {error}")
-
-
-def may_appear_later(timestamp: str, clock_skew: float = 0.0) -> bool:
-    """Return whether something written at that time may not be visible everywhere yet.
-
-    If the time comes from GitHub, pass the ``clock_skew`` of GitHub's clock.
-    """
-    return timestamp > utc_time(seconds_ago=VISIBILITY_DELAY - clock_skew)
 
 
 def check_pull_request(review: Review) -> None:
@@ -5810,7 +5764,7 @@ def check_pull_request(review: Review) -> None:
     try:
         current = review.github_repository.pull_request(review.number)
     except GitHubError as error:
-        raise refusal_error(review.run, error) from None
+        raise refusal_error(error) from None
     if current.state != "open":
         review.run.codebot.sync_queue.put(SyncRequest(pull_request_of=review.task.id))
         raise ReviewSkipped(f"the pull request is {current.state}")
@@ -5825,46 +5779,48 @@ def check_write_access(review: Review) -> None:
         raise ReviewSkipped(f"{reviewer} has no write access")
 
 
-def absorb_waiting_comments(review: Review) -> None:
-    """Add the reviewer's other waiting comments, and apply the daily limit.
+def may_appear_later(review: Review, comment: Comment) -> bool:
+    """Return whether a comment may be too new for GitHub's lists.
 
-    Does nothing once the request is classified.
+    The inline comments of a GitHub review are as old as their drafts, so the age of the
+    job counts as well.
     """
-    run = review.run
-    if run.job.request_kind:
-        return
-    # Some comments may not be delivered yet, for example the rest of a GitHub review.
-    comments = review.github_repository.comments(review.number, review.seen_until)
-    run.store.queue_comments(run.job.task_id, [comment for _, comment in comments])
-    run.store.absorb_waiting_reviews(run.job)
-    apply_daily_limit(run)
+    clock_skew = review.github_repository.github.clock_skew
+    is_new = comment.created_at > utc_time(seconds_ago=VISIBILITY_DELAY - clock_skew)
+    job_time = review.run.job.submitted_at
+    return is_new or job_time > utc_time(seconds_ago=VISIBILITY_DELAY)
 
 
 def load_comments(review: Review) -> Review:
     """Return the review with its reviewer's comments, except those deleted since.
 
-    Adds an "eyes" reaction to each comment that takes reactions.
+    Before the request is classified, the reviewer's other waiting comments join the
+    review. Adds an "eyes" reaction to each comment that takes reactions.
     """
     run = review.run
     github_repository = review.github_repository
+    # A delivery is only a claim. GitHub is asked for the authors and the current texts.
+    current = {
+        (comment.place, comment.id): comment
+        for comment in github_repository.comments(review.number)
+    }
+    if not run.job.request_kind:
+        # Some may not be delivered yet, for example the rest of a GitHub review.
+        run.store.queue_comments(run.job.task_id, current.values())
+        run.store.absorb_waiting_reviews(run.job)
+        apply_daily_limit(run)
     comments = []
     for stored in run.store.comments(run.job.id):
-        # A delivery is only a claim. GitHub is asked for the author and the current text.
-        try:
-            comment = github_repository.reload_comment(review.number, stored)
-        except NotFound as error:
-            skew = github_repository.github.clock_skew
-            is_new = may_appear_later(run.job.submitted_at)
-            if is_new or may_appear_later(stored.created_at, skew):
-                message = f"GitHub does not show a comment yet: {error}"
-                raise TransientError(message) from None
-            continue  # it was deleted
+        comment = current.get((stored.place, stored.id))
+        if comment is None and may_appear_later(review, stored):
+            raise TransientError("GitHub does not list a comment yet")
         if comment is None or comment.user != run.job.reviewer:
             continue
         comments.append(comment)
-        if comment.place != "review_text":  # which takes no reactions
-            path = f"/{API_COLLECTION[comment.place]}/comments/{comment.id}"
-            github_repository.react(path)
+        if comment.place == "inline":
+            github_repository.react(f"/pulls/comments/{comment.id}")
+        elif comment.place == "conversation":
+            github_repository.react(f"/issues/comments/{comment.id}")
     return review._replace(comments=comments)
 
 
@@ -5897,19 +5853,17 @@ def earlier_comments(review: Review) -> list[Comment]:
     bot = review.github_repository.github.bot()
     own_name = "codebot (you)"  # nobody's login, because it has a space
     threads = {comment.thread for comment in review.comments}
-    ids = {comment.id for comment in review.comments}
+    ids = {(comment.place, comment.id) for comment in review.comments}
     found = []
-    for place in ("conversation", "inline"):
-        path = f"/{API_COLLECTION[place]}/{review.number}/comments"
-        for payload in review.github_repository.pages(path):
-            if (payload["user"] or {}).get("id") == bot.id:
-                payload = {**payload, "user": {"login": own_name}}
-            comment = parse_comment(place, payload)
-            if comment is None or comment.id in ids:
-                continue
-            is_here = place == "conversation" or comment.thread in threads
-            if is_here and comment.user in (own_name, review.run.job.reviewer):
-                found.append(comment)
+    for place, payload in review.github_repository.comment_payloads(review.number):
+        if (payload["user"] or {}).get("id") == bot.id:
+            payload = {**payload, "user": {"login": own_name}}
+        comment = parse_comment(place, payload)
+        if comment is None or (place, comment.id) in ids:
+            continue
+        is_here = place != "inline" or comment.thread in threads
+        if is_here and comment.user in (own_name, review.run.job.reviewer):
+            found.append(comment)
     found.sort(key=lambda comment: comment.created_at)
     return found[-20:]
 
@@ -6110,12 +6064,11 @@ def answer_threads(review: Review) -> None:
         first = members[0]
         body = run.redact(answer_body(run.job, thread, first))
         marker = f"<!-- codebot answer {run.job.id} {thread} -->"
-        list_path = f"/{API_COLLECTION[first.place]}/{review.number}/comments"
-        post_path = list_path
-        if first.place == "inline":
-            post_path += f"/{first.thread}/replies"
+        inline_thread = first.thread if first.place == "inline" else 0
         try:
-            review.github_repository.post_once(list_path, post_path, body, marker)
+            review.github_repository.post_once(
+                review.number, body, marker, inline_thread
+            )
         except NotFound as error:
             log.info("No answer to %s, which was deleted: %s", thread, error)
         except GitHubError as error:
@@ -6282,25 +6235,9 @@ class Sync:
                     run.is_cancelled = True
             self.codebot.cleanup_wanted.set()
         elif repository_at(github_repository).is_allowed(self.config):
-            self.queue_new_comments(pull_request, github_repository)
-
-    def queue_new_comments(
-        self, pull_request: PullRequest, github_repository: GitHubRepository
-    ) -> None:
-        # The next look begins with the latest change that this one has seen, but no later
-        # than 10 s before now, by GitHub's clock: the lists may lack comments that were
-        # written while the lists were read.
-        started = utc_time(seconds_ago=10 - self.github.clock_skew)
-        latest = pull_request.seen_until
-        comments = []
-        changes = github_repository.comments(pull_request.number, latest)
-        for changed_at, comment in changes:
-            latest = max(latest, changed_at)
-            comments.append(comment)
-        self.store.queue_comments(
-            pull_request.task_id, comments, seen_until=min(latest, started)
-        )
-        self.codebot.jobs_due.set()
+            comments = list(github_repository.comments(pull_request.number))
+            self.store.queue_comments(task_id, comments)
+            self.codebot.jobs_due.set()
 
     # Issues
 
@@ -6316,13 +6253,12 @@ class Sync:
         if obstacle:
             log.info("Issue %s is ignored: %s", issue.url, obstacle)
         elif self.has_untrusted_edit(github_repository, issue, event):
-            path = f"/issues/{issue.number}/comments"
             text = (
                 f"This issue was changed after @{event.actor} labeled it. Please read "
                 "it again, remove the label and add it again."
             )
             marker = f"<!-- codebot label {event.id} -->"
-            github_repository.post_once(path, path, text, marker)
+            github_repository.post_once(issue.number, text, marker)
         else:
             self.submit_issue(github_repository, issue, event)
         # This event has been handled. Adding the label again makes another event.
@@ -6384,10 +6320,11 @@ class Sync:
         """
         title = event.old_title or issue.title
         parts = [issue.body.strip() or title]
-        path = f"/issues/{issue.number}/comments"
-        for updated_at, comment in github_repository.comment_list("conversation", path):
-            is_in_time = updated_at <= event.created_at
-            if is_in_time and github_repository.has_write_access(comment.user):
+        for payload in github_repository.pages(f"/issues/{issue.number}/comments"):
+            comment = parse_comment("conversation", payload)
+            if comment is None or payload["updated_at"] > event.created_at:
+                continue
+            if github_repository.has_write_access(comment.user):
                 parts.append(f"Comment by {comment.user}:\n{comment.text}")
         repository = repository_at(github_repository)
         request = TaskRequest(
@@ -6420,10 +6357,10 @@ class Sync:
                 "remove the label, if it is still there, and add it again."
             )
         marker = f"<!-- codebot task {task_id} -->"
-        path = f"/issues/{task.issue_number}/comments"
+        text = self.codebot.redact(text)
         try:
             github_repository = self.github.repository_by_id(task.repository_id)
-            github_repository.post_once(path, path, self.codebot.redact(text), marker)
+            github_repository.post_once(task.issue_number, text, marker)
         except GitHubError as error:
             # The issue was deleted or locked, or GitHub has another reason to refuse.
             # The comment is not tried again.

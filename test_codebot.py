@@ -3577,8 +3577,7 @@ def store_pull_request(
     store: codebot.Store, task: codebot.Job, number: int = 1
 ) -> codebot.PullRequest:
     url = f"https://github.com/acme/widget/pull/{number}"
-    now = codebot.utc_time()
-    new = codebot.NewPullRequest(number=number, url=url, created_at=now)
+    new = codebot.NewPullRequest(number=number, url=url)
     store.add_pull_request(task, new)
     pull_request = store.pull_request(task.id)
     assert pull_request is not None
@@ -7869,7 +7868,7 @@ def test_rejected_push_of_review_is_reported_in_words_of_remote(pull: Pull) -> N
 
 
 @pytest.mark.parametrize(
-    "pattern", ["GET /pulls/comments/*", "POST /pulls/1/comments/*/replies"]
+    "pattern", ["GET /pulls/1/comments*", "POST /pulls/1/comments/*/replies"]
 )
 def test_review_waits_while_app_is_refused(pull: Pull, pattern: str) -> None:
     for _ in range(2):
@@ -7882,7 +7881,7 @@ def test_review_waits_while_app_is_refused(pull: Pull, pattern: str) -> None:
 
 def test_review_waits_while_app_is_suspended(pull: Pull) -> None:
     message = {"message": "This installation has been suspended"}
-    pull.site.repository.fail("GET /pulls/comments/*", 403, message)
+    pull.site.repository.fail("GET /pulls/1/comments*", 403, message)
     pull.site.person("alice").inline("Why?")
     assert pull.review()["status"] == "completed"
 
@@ -8002,8 +8001,10 @@ def test_comment_that_github_does_not_have_everywhere_yet_is_answered(
 ) -> None:
     fresh.server.start(limits={"RETRY_DELAY": 0.1})
     pull = open_pull(fresh, ANSWER_QUESTION)
-    fresh.repository.fail("GET /issues/comments/*", 404)
+    fresh.repository.fail("GET /issues/1/comments*", 200, [], always=True)
     fresh.person("alice").comment("Why?")
+    wait_for(lambda: "GitHub does not list a comment yet" in fresh.server.log())
+    fresh.github.reset_faults()
     assert pull.review()["status"] == "completed"
     assert "Because" in pull.answer()
 
@@ -8014,7 +8015,6 @@ def test_what_was_written_while_server_was_down_is_found_at_start(fresh: Site) -
     fresh.person("alice").comment("Interrupted")
     fresh.agent.wait_until_blocked()
     fresh.server.stop()  # in order: the review is put back
-    fresh.github.page_size = 2
     alice = fresh.person("alice")
     bob = fresh.person("bob")
     comments = [alice.comment(f"Number {n}", webhook=False) for n in range(3)]
