@@ -5848,7 +5848,8 @@ def group_by_thread(comments: Sequence[Comment]) -> dict[str, list[Comment]]:
 def earlier_comments(review: Review) -> list[Comment]:
     """Return the last 20 earlier comments by the reviewer and codebot, oldest first.
 
-    They are from the conversation and the review's threads. Nobody else is listened to.
+    They are from the conversation, with the texts of GitHub reviews, and from the
+    review's threads. Nobody else is listened to.
     """
     bot = review.github_repository.github.bot()
     own_name = "codebot (you)"  # nobody's login, because it has a space
@@ -5959,21 +5960,14 @@ def continue_session(
 
 def parse_answers(review: Review, answer: JsonObject) -> dict[str, str]:
     """Return an answer for each thread: its own, or else the agent's summary."""
-    by_comment: dict[str, str] = {}
-    entries = answer.get("answers")
-    if not isinstance(entries, list):  # the agent may not follow the schema
-        entries = []
-    for entry in entries:
-        with contextlib.suppress(LookupError, TypeError):
-            if entry["body"]:
-                by_comment[str(entry["comment_id"])] = str(entry["body"])
+    entries = answer.get("answers") or []  # the CLI has validated them
     answers = {}
     for thread, members in group_by_thread(review.comments).items():
         ids = {comment.id for comment in members}
         # The agent may answer the thread's first comment, whose id is the thread's.
         ids.add(members[0].thread)
-        texts = [by_comment.get(str(comment_id), "") for comment_id in sorted(ids)]
-        text = "\n\n".join(filter(None, texts)) or review.run.job.summary
+        texts = [entry["body"] for entry in entries if entry["comment_id"] in ids]
+        text = "\n\n".join(texts) or review.run.job.summary
         answers[thread] = truncate(review.run.redact(text[:100_000]), 50_000)
     return answers
 

@@ -7046,11 +7046,6 @@ AGENT_ANSWERS = {
     "no words": ("classify question; result ' '", "\nThe agent gave no answer."),
     "plain text": ("classify question; result 'In plain words'", "> In plain words"),
     "output is no object": ("ANSWERS 5 5", "> Done."),
-    "answers are no list": ("ANSWERS 7 In.short", "> In.short"),
-    "answers of wrong types": (
-        'ANSWERS [5,{},{"comment_id":[1],"body":{}}] In.short',
-        "> In.short",
-    ),
     "answer to another comment": (
         'ANSWERS [{"comment_id":1,"body":"No"}] In.short',
         "> In.short",
@@ -7082,6 +7077,18 @@ def test_whatever_agent_answers_is_posted(pull: Pull, case: str) -> None:
     assert words in pull.answer()
     assert pull.answer().count("<!-- codebot") == 1
     assert pull.tip() == before
+
+
+@pytest.mark.parametrize("answers", ["7", "[5]", "[{}]", '[{"comment_id":[1]}]'])
+def test_answers_that_the_cli_would_not_accept_fail_review(
+    pull: Pull, answers: str
+) -> None:
+    output = f'{{"answers":{answers},"summary":"In.short"}}'
+    plan = f"classify question; extra='\"structured_output\":{output},'; result"
+    pull.site.agent.follow(plan)
+    pull.site.person("alice").comment("Hm")
+    assert pull.review()["reason"] == "internal"
+    assert "codebot could not do this (internal)" in pull.answer()
 
 
 def test_thanks_get_no_answer(pull: Pull) -> None:
