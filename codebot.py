@@ -1822,25 +1822,18 @@ TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take 34 MB
 MAX_CACHED_REPLIES = 500
-# With these statuses GitHub reports that something does not exist, or no longer does. If
-# it refuses to issue a token, AppRefused is raised instead.
-GONE_STATUSES = (404, 410, 422)
 
 
 class GitHubError(Exception):
-    """GitHub refused a request for good, or (status 0) codebot did not send it."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+    """GitHub refused a request for good, or redirected it to another host."""
 
 
 class NotFound(GitHubError):
-    """GitHub answered 404: the thing does not exist (any more), or is not shown to us."""
+    """Something does not exist (any more), or GitHub does not show it to codebot."""
 
 
 class AppRefused(TransientError):
-    """GitHub issued the App no token, or rejected its token or JWT.
+    """The App's key cannot sign, or GitHub rejected a JWT or token, or issued no token.
 
     The App may be suspended for a while, so the job is retried. Only a new task fails
     at once, because then the App is usually not installed on the repository.
@@ -2035,9 +2028,9 @@ def raise_if_refused(reply: Reply) -> None:
         return
     if status == 403 and "suspended" in reply.error:  # temporary: the job waits
         raise TransientError(f"GitHub refuses the App: {reply.error}")
-    if status == 404:
-        raise NotFound(status, reply.error)
-    raise GitHubError(status, reply.error)
+    if status in (404, 410):  # 410: it did exist
+        raise NotFound(reply.error)
+    raise GitHubError(reply.error)
 
 
 class GitHub:
@@ -2114,20 +2107,17 @@ class GitHub:
                 limits=Limits(timeout=30.0, check_stop=self.wait),
             )
         except LimitReached as error:
-            raise GitHubError(0, f"openssl {error}") from None
-        if result.code != 0:
-            raise GitHubError(
-                0,
-                f"GITHUB_APP_PRIVATE_KEY_PATH: {self.config.key_file} is not a private "
-                'key. Download it again: the App\'s settings, "Generate a private key" '
-                f"(openssl: {result.error})",
+            raise AppRefused(f"openssl {error}") from None
+        # "RSA-SHA2-256(stdin)= 3e5f…" On a full disk there is nothing, not even an error.
+        match = re.search("= ((?:[0-9a-f]{2})+)$", "".join(result.stdout))
+        if match is None:
+            raise AppRefused(
+                "GITHUB_APP_PRIVATE_KEY_PATH: openssl cannot sign with "
+                f"{self.config.key_file}. If it is not a private key, download it again: "
+                'the App\'s settings, "Generate a private key" '
+                f"(openssl: {result.error})"
             )
-        # "RSA-SHA2-256(stdin)= 3E5F…"
-        try:
-            signature = bytes.fromhex(result.stdout[-1].rpartition("= ")[2])
-        except (LookupError, ValueError):  # openssl exits with 0 even on a full disk
-            raise GitHubError(0, "openssl printed no signature") from None
-        return f"{signed}.{base64url(signature)}", expiry
+        return f"{signed}.{base64url(bytes.fromhex(match[1]))}", expiry
 
     def wait(self, seconds: float = 0.0) -> None:
         """Wait, or raise StopRequested once the server is to stop. 0 only checks."""
@@ -2142,25 +2132,22 @@ class GitHub:
         path = f"/app/installations/{self.config.installation_id}/access_tokens"
         try:
             reply = self.call(path, AS_APP, body)
+        except NotFound as error:
+            raise AppRefused(self.unknown_installation_text(error)) from None
         except GitHubError as error:
-            raise AppRefused(self.token_error_text(error)) from None
+            raise AppRefused(
+                "The App's installation does not include this repository, or lacks a "
+                "permission. Change it at …/settings/installations/"
+                f"{self.config.installation_id} ({error})"
+            ) from None
         return str(reply.value["token"]), parse_utc_time(reply.value["expires_at"])
 
-    def token_error_text(self, error: GitHubError) -> str:
-        installation = self.config.installation_id
-        if error.status == 404:
-            return (
-                f"GitHub does not know installation {installation} of this App. "
-                "GITHUB_APP_INSTALLATION_ID is the number at the end of the address "
-                f"…/settings/installations/… ({error})"
-            )
-        if error.status == 422:
-            return (
-                "The App's installation does not include this repository, or lacks a "
-                f"permission. Change it at …/settings/installations/{installation} "
-                f"({error})"
-            )
-        return str(error)
+    def unknown_installation_text(self, error: NotFound) -> str:
+        return (
+            f"GitHub does not know installation {self.config.installation_id} of this "
+            "App. GITHUB_APP_INSTALLATION_ID is the number at the end of the address "
+            f"…/settings/installations/… ({error})"
+        )
 
     # Requests
 
@@ -2224,7 +2211,7 @@ class GitHub:
     def send(self, url: str, token: str, body: Json) -> Reply:
         """Send one request. This is the only function that does."""
         if not url.startswith(f"{self.api}/"):  # a token is sent to no other host
-            raise GitHubError(0, f"GitHub redirected to another host: {url}")
+            raise GitHubError(f"GitHub redirected to another host: {url}")
         headers = {
             "Accept": "application/vnd.github+json",
             "Authorization": f"Bearer {token}",
@@ -2334,18 +2321,17 @@ class GitHub:
             return self.call("/app", AS_APP).value
         except NotFound as error:
             raise GitHubError(
-                404,
                 f"There is no App with id {self.config.app_id} at {self.api}. "
                 'GITHUB_APP_ID is the "App ID" on the App\'s page; for an Enterprise '
-                f"Server set GITHUB_ENTERPRISE_URL ({self.api}/app answered {error})",
+                f"Server set GITHUB_ENTERPRISE_URL ({self.api}/app answered {error})"
             ) from None
 
     def installation(self) -> Json:
         path = f"/app/installations/{self.config.installation_id}"
         try:
             return self.call(path, AS_APP).value
-        except GitHubError as error:
-            raise GitHubError(error.status, self.token_error_text(error)) from None
+        except NotFound as error:
+            raise GitHubError(self.unknown_installation_text(error)) from None
 
     def bot(self) -> Bot:
         if self._bot is None:
@@ -5750,7 +5736,7 @@ def load_review(run: JobRun) -> Review:
 
 def refusal_error(error: GitHubError) -> Exception:
     """Return ReviewSkipped if GitHub's object is gone for good, else TransientError."""
-    if error.status in GONE_STATUSES:
+    if isinstance(error, NotFound):
         return ReviewSkipped(f"it is not codebot's anymore: {error}")
     return TransientError(f"GitHub refuses the App: {error}")
 
@@ -6139,22 +6125,22 @@ class Sync:
                 self.handle(request)
 
     def handle(self, request: SyncRequest) -> None:
-        """Process a request. Repeat it later if it fails, unless its subject is gone."""
+        """Process a request. Repeat it later if it fails, unless GitHub refuses it."""
         # Set first, so that the request is also repeated after an unexpected error.
         self.waiting[request] = time.time() + RETRY_DELAY
         try:
             self.process(request)
-        except (TransientError, GitHubError, sqlite3.Error, OSError) as error:
+        except GitHubError as error:
             log.warning("%s failed: %s", request, error)
-            is_gone = isinstance(error, GitHubError) and error.status in GONE_STATUSES
-            if not is_gone:
-                retry_at = time.time() + RETRY_DELAY  # from now: the look took a while
-                if isinstance(error, AppRefused):
-                    retry_at = time.time() + APP_REFUSED_DELAY
-                elif isinstance(error, TransientError):
-                    retry_at = max(retry_at, error.retry_at)
-                self.waiting[request] = retry_at
-                return
+        except (TransientError, sqlite3.Error, OSError) as error:
+            log.warning("%s failed, and will be repeated: %s", request, error)
+            retry_at = time.time() + RETRY_DELAY  # from now: the look took a while
+            if isinstance(error, AppRefused):
+                retry_at = time.time() + APP_REFUSED_DELAY
+            elif isinstance(error, TransientError):
+                retry_at = max(retry_at, error.retry_at)
+            self.waiting[request] = retry_at
+            return
         except UNKNOWN_SHAPE_ERRORS:
             log.exception("%s: GitHub's response has an unknown shape", request)
             return

@@ -5825,7 +5825,7 @@ def test_missing_signature_is_told(
     monkeypatch.setenv("PATH", path)  # Popen looks there
     app = codebot.Codebot(codebot.Config(search_path=path))
     assert app.github is not None
-    with pytest.raises(codebot.GitHubError, match="openssl printed no signature"):
+    with pytest.raises(codebot.AppRefused, match="openssl cannot sign"):
         app.github.sign_jwt()
 
 
@@ -12419,8 +12419,8 @@ MISTAKES = {
         {"GITHUB_APP_PRIVATE_KEY_PATH": "DIR/keys"},
     ),
     "key file is no key": Mistake(
-        "GITHUB_APP_PRIVATE_KEY_PATH: DIR/junk is not a private key. Download it again: "
-        'the App\'s settings, "Generate a private key"',
+        "GITHUB_APP_PRIVATE_KEY_PATH: openssl cannot sign with DIR/junk. If it is not a "
+        'private key, download it again: the App\'s settings, "Generate a private key"',
         {"GITHUB_APP_PRIVATE_KEY_PATH": "DIR/junk"},
         files=JUNK,
     ),
