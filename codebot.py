@@ -2619,13 +2619,14 @@ class Repository(NamedTuple):
     # None until it is looked up at GitHub, and always with --no-github.
     github_repository: GitHubRepository | None = None
 
-    def is_allowed(self, config: Config) -> bool:
-        name = self.full_name
-        patterns = config.allowed
-        if not config.no_github:  # names at GitHub are case-insensitive
-            name = name.lower()
-            patterns = tuple(pattern.lower() for pattern in patterns)
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+def is_allowed(config: Config, full_name: str) -> bool:
+    """Return whether CODEBOT_ALLOWED_REPOSITORIES allows a repository."""
+    patterns = config.allowed
+    if not config.no_github:  # names at GitHub are case-insensitive
+        full_name = full_name.lower()
+        patterns = tuple(pattern.lower() for pattern in patterns)
+    return any(fnmatch.fnmatchcase(full_name, pattern) for pattern in patterns)
 
 
 GITHUB_REMOTE_RE = re.compile(
@@ -4265,6 +4266,7 @@ class SyncRequest(NamedTuple):
 
     The fields name it. An empty SyncRequest() asks for a look at everything.
       repository_id, number   an issue that has, or had, the label
+      repository_id           a repository, to find its issues with the label
       pull_request_of         the pull request of the task with this id
       ended_task              the task with this id, to report its end on its issue
     """
@@ -5291,7 +5293,7 @@ def look_up_repository(run: JobRun) -> Repository:
         repository = parse_repository_url(run.config, job.request.repository_url)
     except ValueError as error:
         raise JobFailed("clone_failed", f"The repository's URL {error}") from None
-    if not repository.is_allowed(run.config):
+    if not is_allowed(run.config, repository.full_name):
         raise JobFailed(
             "clone_failed",
             f"{repository.full_name} is not in CODEBOT_ALLOWED_REPOSITORIES",
@@ -5720,7 +5722,7 @@ def load_review(run: JobRun) -> Review:
     try:
         github_repository = github.repository_by_id(pull_request.repository_id)
         repository = repository_at(github_repository)
-        if not repository.is_allowed(run.config):
+        if not is_allowed(run.config, repository.full_name):
             raise ReviewSkipped(f"{repository.full_name} is not an allowed repository")
     except GitHubError as error:
         raise refusal_error(error) from None
@@ -6156,6 +6158,8 @@ class Sync:
             self.report_task(request.ended_task)
         elif request.number:
             self.look_at_issue(request)
+        elif request.repository_id:
+            self.look_for_issues(request.repository_id)
         else:
             self.poll()
 
@@ -6165,36 +6169,21 @@ class Sync:
             self.waiting.setdefault(
                 SyncRequest(pull_request_of=pull_request.task_id), 0.0
             )
-        if self.config.issue_label:
-            self.poll_issues()
-
-    def poll_issues(self) -> None:
-        """Ask for a look at each issue that has the label, or whose task is unfinished."""
+        if not self.config.issue_label:
+            return
         for repository_id, number in self.store.unfinished_issues():
             self.waiting.setdefault(SyncRequest(repository_id, number), 0.0)
-        # An error in one repository must not keep codebot from asking for the others.
-        last_error: Exception | None = None
         for github_repository in self.github.repositories():
-            try:
-                self.poll_repository(github_repository)
-            # Issues may be turned off there, or the App may not be allowed to read them.
-            # AppRefused is a TransientError, so it is caught first.
-            except (GitHubError, AppRefused) as error:
-                log.warning(
-                    "Issues of %s are ignored: %s", github_repository.full_name, error
-                )
-            except TransientError as error:
-                last_error = error
-            except UNKNOWN_SHAPE_ERRORS as error:
-                last_error = error
-        if last_error is not None:
-            raise last_error
+            # A compatible server may send no id; then no request could name an issue.
+            has_id = github_repository.id != LOOKUP
+            if has_id and is_allowed(self.config, github_repository.full_name):
+                self.waiting.setdefault(SyncRequest(github_repository.id), 0.0)
 
-    def poll_repository(self, github_repository: GitHubRepository) -> None:
-        if not repository_at(github_repository).is_allowed(self.config):
-            return
+    def look_for_issues(self, repository_id: int) -> None:
+        """Ask for a look at each issue of a repository that has the label."""
+        github_repository = self.github.repository_by_id(repository_id)
         for number in github_repository.issues_with_label(self.config.issue_label):
-            self.waiting.setdefault(SyncRequest(github_repository.id, number), 0.0)
+            self.waiting.setdefault(SyncRequest(repository_id, number), 0.0)
 
     # Pull requests
 
@@ -6214,7 +6203,7 @@ class Sync:
                 if run.job.kind == "review" and run.job.task_id == task_id:
                     run.is_cancelled = True
             self.codebot.cleanup_wanted.set()
-        elif repository_at(github_repository).is_allowed(self.config):
+        elif is_allowed(self.config, github_repository.full_name):
             comments = list(github_repository.comments(pull_request.number))
             self.store.queue_comments(task_id, comments)
             self.codebot.jobs_due.set()
@@ -6259,7 +6248,7 @@ class Sync:
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> str:
         """Return why an issue cannot become a task, "" if it can."""
-        if not repository_at(github_repository).is_allowed(self.config):
+        if not is_allowed(self.config, github_repository.full_name):
             return f"{github_repository.full_name} is not an allowed repository"
         if issue.is_pull_request:
             return "it is a pull request"
@@ -7641,7 +7630,7 @@ def require_allowed_repository(config: Config, url: str) -> Repository:
     except ValueError as error:
         safe_url = hide_password(url)[:100]
         raise HTTPError(400, f"repository_url {error} (it is {safe_url!r})") from None
-    if not repository.is_allowed(config):
+    if not is_allowed(config, repository.full_name):
         name = repository.full_name
         raise HTTPError(
             403, f"repository_url: {name} is not in CODEBOT_ALLOWED_REPOSITORIES"
@@ -9154,7 +9143,7 @@ def check_repositories(config: Config, github: GitHub) -> Iterator[Finding]:
     names = [
         github_repository.full_name
         for github_repository in github.repositories()
-        if repository_at(github_repository).is_allowed(config)
+        if is_allowed(config, github_repository.full_name)
     ]
     if names:
         yield Finding("ok", f"Repositories: {', '.join(names)}")
