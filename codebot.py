@@ -1901,8 +1901,6 @@ class Issue(NamedTuple):
     author: str
     is_open: bool
     is_locked: bool
-    is_pull_request: bool
-    labels: list[str]
     updated_at: str
 
 
@@ -2507,8 +2505,6 @@ class GitHubRepository:
             author=person_login(payload["user"]),
             is_open=payload["state"] == "open",
             is_locked=bool(payload.get("locked")),
-            is_pull_request="pull_request" in payload,
-            labels=[str(label["name"]).lower() for label in payload["labels"]],
             updated_at=str(payload["updated_at"]),
         )
 
@@ -6250,14 +6246,10 @@ class Sync:
         """Return why an issue cannot become a task, "" if it can."""
         if not is_allowed(self.config, github_repository.full_name):
             return f"{github_repository.full_name} is not an allowed repository"
-        if issue.is_pull_request:
-            return "it is a pull request"
         if not issue.is_open:
             return "it is closed"
         if issue.is_locked:
             return "it is locked"
-        if self.config.issue_label.lower() not in issue.labels:
-            return "it does not have the label"
         if not event.actor:
             return "a bot or a deleted user put the label on it"
         if not github_repository.has_write_access(event.actor):

@@ -8239,15 +8239,6 @@ def lock_issue(issue: LabelledIssue) -> None:
     issue.site.repository.issues[issue.number]["locked"] = True
 
 
-def make_pull_request(issue: LabelledIssue) -> None:
-    fields = issue.site.repository.issues[issue.number]
-    fields["pull_request"] = {"html_url": issue.url}
-
-
-def remove_label(issue: LabelledIssue) -> None:
-    issue.site.repository.issues[issue.number]["labels"] = []
-
-
 def do_nothing(issue: LabelledIssue) -> None:
     pass
 
@@ -8259,8 +8250,6 @@ IGNORED_LABELS: dict[str, tuple[str, str, Callable[[LabelledIssue], None], str]]
     "codebot itself": ("acme-bot[bot]", "Bot", do_nothing, "bot"),
     "closed": ("alice", "User", close_issue, "closed"),
     "locked": ("alice", "User", lock_issue, "locked"),
-    "pull request": ("alice", "User", make_pull_request, "pull request"),
-    "label is gone": ("alice", "User", remove_label, "label"),
 }
 
 
@@ -8273,6 +8262,15 @@ def test_label_is_ignored(shared: Site, case: str) -> None:
     issue.announce()
     issue.assert_ignored(f"{issue.url} is ignored: ")
     assert words in shared.server.log().rpartition("is ignored: ")[2]
+
+
+def test_label_that_github_does_not_show_everywhere_yet_counts(shared: Site) -> None:
+    shared.agent.follow(GIVE_UP)
+    issue = open_issue(shared)
+    shared.person("alice").label(issue.number, webhook=False)
+    shared.repository.issues[issue.number]["labels"] = []
+    issue.announce()
+    shared.api.failed(issue.task(), "agent_failed")
 
 
 def test_label_that_was_ignored_becomes_no_task_later(shared: Site) -> None:
