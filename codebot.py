@@ -1910,7 +1910,6 @@ class LabelEvent(NamedTuple):
     id: int
     actor: str  # "" for bots and deleted users
     created_at: str
-    old_title: str  # the issue's title at that time; "" if unchanged since
 
 
 class NoRedirects(urllib.request.HTTPErrorProcessor):
@@ -2517,24 +2516,18 @@ class GitHubRepository:
 
     def label_event(self, number: int, label: str) -> LabelEvent | None:
         """Return who put the label on an issue, and when; None if it lacks the label."""
-        last = None  # the event that last put the label on; None after a removal
-        old_title = ""  # the title before the first renaming after that event
+        last = None  # the event that last put the label on, or removed it
         for payload in self.pages(f"/issues/{number}/events"):  # oldest first
-            kind = payload["event"]
-            if kind == "renamed":
-                old_title = old_title or str(payload["rename"]["from"])
-            if kind not in ("labeled", "unlabeled"):
+            if payload["event"] not in ("labeled", "unlabeled"):
                 continue
             if payload["label"]["name"].lower() == label.lower():
-                last = payload if kind == "labeled" else None
-                old_title = ""
-        if last is None:
+                last = payload
+        if last is None or last["event"] == "unlabeled":
             return None
         return LabelEvent(
             id=int(last["id"]),
             actor=person_login(last["actor"]),
             created_at=str(last["created_at"]),
-            old_title=visible_text(old_title),
         )
 
 
@@ -6274,13 +6267,12 @@ class Sync:
     def submit_issue(
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> None:
-        """Submit the issue as a task, with the title that it had when it was labeled.
+        """Submit the issue as a task.
 
-        Its body has not changed since then, unless its author has write access. In that
-        case the present body counts.
+        Its title and body count as they are now: since it was labeled, they have not
+        changed, or its author has write access. Later comments do not count.
         """
-        title = event.old_title or issue.title
-        parts = [issue.body.strip() or title]
+        parts = [issue.body.strip() or issue.title]
         for payload in github_repository.pages(f"/issues/{issue.number}/comments"):
             comment = parse_comment("conversation", payload)
             if comment is None or payload["updated_at"] > event.created_at:
@@ -6292,7 +6284,7 @@ class Sync:
             repository_url=f"{self.config.git_address}/{github_repository.full_name}",
             description="\n\n".join(parts)[:100_000],
             ticket_id=str(issue.number),
-            ticket_summary=title.strip()[:500] or f"Issue {issue.number}",
+            ticket_summary=issue.title.strip()[:500] or f"Issue {issue.number}",
             test_command=default_test_command(self.config, repository),
         )
         source = SourceIssue(github_repository.id, issue.number, issue.url, event.id)
