@@ -1993,18 +1993,15 @@ def base64url(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
-def github_error_text(status: int, body: bytes) -> str:
+def github_error_text(status: int, payload: Json) -> str:
     """Return the status of an error and GitHub's words for it, in one line."""
-    words = [f"{status}"]
-    try:
-        payload = json.loads(body)
-        words.append(str(payload["message"]))
-        for error in payload.get("errors") or []:
-            if isinstance(error, dict):
-                error = error.get("message") or error
-            words.append(str(error))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        words.append("(no reason given)")
+    if not isinstance(payload, dict):
+        return f"{status} (no reason given)"
+    words = [str(status), str(payload.get("message", "(no reason given)"))]
+    for error in payload.get("errors") or []:
+        if isinstance(error, dict):
+            error = error.get("message") or error
+        words.append(str(error))
     return " ".join(" ".join(words).split())[:1000]
 
 
@@ -2253,12 +2250,15 @@ class GitHub:
         status = response.status
         headers = response.headers
         self.read_headers(headers)
-        if status >= 300:
-            return Reply(status, headers, error=github_error_text(status, bytes(body)))
         try:
-            return Reply(status, headers, json.loads(body))
+            value = json.loads(body)
         except (ValueError, RecursionError):
+            value = None
+        if status >= 300:
+            return Reply(status, headers, error=github_error_text(status, value))
+        if value is None:
             return Reply(0, headers, error="the response is not JSON")
+        return Reply(status, headers, value)
 
     def read_headers(self, headers: email.message.Message) -> None:
         """Record GitHub's clock and the remaining rate limit."""
