@@ -2539,8 +2539,9 @@ class GitHubRepository:
 # runs only inside the sandbox.
 
 # gc is off, because workspaces read the mirror's objects. Redirects are off, because they
-# would carry the token to another host. `core.fsync` (git 2.36) keeps a power cut from
-# leaving empty files. Without quotePath, file names are printed as they are.
+# would carry the token to another host. git gives up on a server that sends less than a
+# byte a second for 60 seconds. `core.fsync` (git 2.36) keeps a power cut from leaving
+# empty files. Without quotePath, file names are printed as they are.
 GIT = (
     "git",
     "-c",
@@ -2551,6 +2552,10 @@ GIT = (
     "core.fsync=all",
     "-c",
     "http.followRedirects=false",
+    "-c",
+    "http.lowSpeedLimit=1",
+    "-c",
+    "http.lowSpeedTime=60",
     "-c",
     "core.quotePath=false",
 )
@@ -2719,17 +2724,16 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
         inherited["GIT_ALLOW_PROTOCOL"] = "https:http:ssh:file"
         return inherited
     login = base64.b64encode(f"x-access-token:{token}".encode()).decode()
-    env["GIT_CONFIG_COUNT"] = "2"
-    env["GIT_CONFIG_KEY_0"] = f"http.{config.git_address}/.extraHeader"
-    env["GIT_CONFIG_VALUE_0"] = f"Authorization: Basic {login}"
-    env["GIT_CONFIG_KEY_1"] = "credential.helper"  # cleared: git on macOS sets one
-    env["GIT_CONFIG_VALUE_1"] = ""
-    # git gives up on a server that sends less than a byte a second for 60 seconds.
-    env["GIT_HTTP_LOW_SPEED_LIMIT"] = "1"
-    env["GIT_HTTP_LOW_SPEED_TIME"] = "60"
-    env["GIT_ALLOW_PROTOCOL"] = config.git_address.partition(":")[0]
-    env.update(copy_variables(config, NETWORK_NAMES))
-    return env
+    return {
+        **env,
+        **copy_variables(config, NETWORK_NAMES),
+        "GIT_CONFIG_COUNT": "2",
+        "GIT_CONFIG_KEY_0": f"http.{config.git_address}/.extraHeader",
+        "GIT_CONFIG_VALUE_0": f"Authorization: Basic {login}",
+        "GIT_CONFIG_KEY_1": "credential.helper",  # cleared: git on macOS sets one
+        "GIT_CONFIG_VALUE_1": "",
+        "GIT_ALLOW_PROTOCOL": config.git_address.partition(":")[0],
+    }
 
 
 # How git_with_token interprets git's output. URLs and quoted names are removed first,
