@@ -7551,25 +7551,37 @@ def require_api_key(codebot: Codebot, request: Request) -> None:
 
 
 def require_signature(codebot: Codebot, request: Request) -> None:
-    """Require GitHub's HMAC of the body (docs: "Validating webhook deliveries")."""
+    """Require GitHub's HMAC of the body, the delivery's id, and no form.
+
+    GitHub docs: "Validating webhook deliveries".
+    """
     secret = codebot.config.webhook_secret
     if not secret or codebot.github is None:
         raise HTTPError(
             404, "Webhooks are off; they need GitHub and GITHUB_WEBHOOK_SECRET"
         )
     signature = request.headers.get("x-hub-signature-256", "").encode("latin-1")
-    message = "X-Hub-Signature-256 is missing; set the webhook's secret at GitHub"
-    if signature:
-        digest = hmac.new(secret.encode(), request.read_body(), "sha256").hexdigest()
-        if hmac.compare_digest(signature, f"sha256={digest}".encode()):
-            return
-        message = (
-            "X-Hub-Signature-256 does not match: the webhook's secret at GitHub "
-            "differs from GITHUB_WEBHOOK_SECRET"
+    challenge = {"WWW-Authenticate": 'X-Hub-Signature-256 realm="codebot"'}
+    if not signature:
+        raise HTTPError(
+            401,
+            "X-Hub-Signature-256 is missing; set the webhook's secret at GitHub",
+            challenge,
         )
-    raise HTTPError(
-        401, message, {"WWW-Authenticate": 'X-Hub-Signature-256 realm="codebot"'}
-    )
+    digest = hmac.new(secret.encode(), request.read_body(), "sha256").hexdigest()
+    if not hmac.compare_digest(signature, f"sha256={digest}".encode()):
+        raise HTTPError(
+            401,
+            "X-Hub-Signature-256 does not match: the webhook's secret at GitHub "
+            "differs from GITHUB_WEBHOOK_SECRET",
+            challenge,
+        )
+    if not request.headers.get("x-github-delivery"):
+        raise HTTPError(400, "X-GitHub-Delivery is missing")
+    if "form" in request.headers.get("content-type", ""):
+        raise HTTPError(
+            415, "Set the content type of the App's webhook to application/json"
+        )
 
 
 # When the next refusal may be logged, by the kind of refusal. It needs no lock: at worst,
@@ -7970,39 +7982,23 @@ def webhook(codebot: Codebot, request: Request) -> Response:
     For other events, the sync thread looks at GitHub, as it does at every start.
     """
     event = request.headers.get("x-github-event", "")
-    guid = request.headers.get("x-github-delivery", "")
-    try:
-        action = note_delivery(codebot, request, event, guid)
-    except NoAction as reason:
-        log.info("Delivery %.99s (%.99s): %s", guid, event, reason)
-        return json_response({"message": str(reason)})
-    except HTTPError as error:
-        log.warning("Delivery %.99s (%.99s): refused: %s", guid, event, error)
-        raise
-    log.info("Delivery %.99s (%.99s, %.99s): Accepted", guid, event, action)
-    return json_response({"message": "Accepted"}, 202)
-
-
-def note_delivery(codebot: Codebot, request: Request, event: str, guid: str) -> Json:
-    """Check a delivery, and note what it is about. Returns its action, for the log.
-
-    Raises NoAction if there is nothing to do, and HTTPError if the delivery is refused.
-    """
-    if "form" in request.headers.get("content-type", ""):
-        raise HTTPError(
-            415, "Set the content type of the App's webhook to application/json"
-        )
-    if not guid:
-        raise HTTPError(400, "X-GitHub-Delivery is missing")
+    guid = request.headers["x-github-delivery"]
     try:
         payload = parse_object(request.read_body())
         receive_event(codebot, event, guid, payload)
+    except NoAction as reason:
+        log.info("Delivery %.99s (%.99s): %s", guid, event, reason)
+        return json_response({"message": str(reason)})
     # A field is missing or has the wrong type, or SQLite cannot store its value: a large
     # number (OverflowError), half of a surrogate pair (ValueError).
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         log.debug("Delivery %.99s is malformed", guid, exc_info=True)
-        raise HTTPError(400, f"The payload of {event} is malformed") from None
-    return payload.get("action")
+        message = f"The payload of {event} is malformed"
+        log.warning("Delivery %.99s (%.99s): refused: %s", guid, event, message)
+        raise HTTPError(400, message) from None
+    action = payload.get("action")
+    log.info("Delivery %.99s (%.99s, %.99s): Accepted", guid, event, action)
+    return json_response({"message": "Accepted"}, 202)
 
 
 def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) -> None:
