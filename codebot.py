@@ -7466,15 +7466,21 @@ def parse_object(data: bytes) -> dict[str, Json]:
 Fields = dict[str, object]  # of a JSON object
 
 
-class Request(NamedTuple):
+@dataclasses.dataclass
+class Request:
     """A request whose headers have arrived. Its body is read when it is first needed."""
 
     query: str
     headers: Headers  # names in lower case
     client_address: str
-    # Returns the body; only the first call reads it. Raises HTTPError if the body is too
-    # long or incomplete.
-    read_body: Callable[[], bytes]
+    receive_body: Callable[[], bytes]
+    body: bytes | None = None  # None: it has not been read
+
+    def read_body(self) -> bytes:
+        """Return the body. Raises HTTPError if it is too long or incomplete."""
+        if self.body is None:
+            self.body = self.receive_body()
+        return self.body
 
     def parameters(self, *names: str) -> dict[str, str]:
         """Return the query's parameters. Only ``names`` are accepted, each once."""
@@ -8281,9 +8287,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     rfile: io.BufferedReader
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    # None until the whole request has been read. After that, the body; b"" if there is
-    # none, or if it is no longer needed.
-    body: bytes | None = None
+    is_read = False  # whether the whole request has been read
 
     def handle(self) -> None:
         if isinstance(self.connection, ssl.SSLSocket):
@@ -8298,15 +8302,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.enter("receiving")
         self.command = ""  # not the previous request's
         self.requestline = ""
-        self.body = None
+        self.is_read = False
         response = self.respond()
-        if self.body is not None:
-            self.body = b""  # frees it: the client may take long to read the answer
         if isinstance(response, Response):
             self.send(response)
         else:
             self.send_stream(response)
-        if self.body is None:
+        if not self.is_read:
             self.discard_input()
         self.enter("waiting")
 
@@ -8339,16 +8341,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         options = headers.get("connection", "").lower().replace(",", " ").split()
         # An HTTP/1.0 client may take the end of the connection for the answer's end.
         self.close_connection = self.request_version == "HTTP/1.0" or "close" in options
-        if "content-length" not in headers:
-            self.body = b""
+        self.is_read = "content-length" not in headers
         return headers
 
     def dispatch(self, headers: Headers) -> Response | EventStream:
-        """Find the route, ask its guard, read the body, and call the handler."""
+        """Find the route, ask its guard, read the body, and call the handler.
+
+        The body is freed when this returns: a client may take long to read the answer.
+        """
         path, _, query = ABSOLUTE_FORM_RE.sub("", self.path).partition("?")
         route, parameters = find_route(self.command, path or "/")
-        read_body = functools.partial(self.receive_body, headers, route.max_body)
-        request = Request(query, headers, self.client_address[0], read_body)
+        receive_body = functools.partial(self.receive_body, headers, route.max_body)
+        request = Request(query, headers, self.client_address[0], receive_body)
         codebot = self.server.codebot
         try:
             route.guard(codebot, request)
@@ -8360,10 +8364,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return route.handler(codebot, request, **parameters)
 
     def receive_body(self, headers: Headers, limit: int) -> bytes:
-        """Return the whole body. Only the first call reads it."""
-        if self.body is not None:
-            return self.body
-        length = float(headers["content-length"])  # int() takes at most 4,300 digits
+        """Read the whole body and return it."""
+        # int() refuses more than 4,300 digits.
+        length = float(headers.get("content-length", "0"))
         if length > limit:
             raise HTTPError(413, f"The body is longer than {limit:,} bytes")
         expects_continue = headers.get("expect", "").lower() == "100-continue"
@@ -8376,11 +8379,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise HTTPError(400, "The body is shorter than its Content-Length")
             body += chunk
             self.server.connections.add_body_bytes(self.connection, len(chunk))
-        self.body = bytes(body)
-        return self.body
+        self.is_read = True
+        return bytes(body)
 
     def send(self, response: Response) -> None:
-        if self.body is None:
+        if not self.is_read:
             self.close_connection = True
         headers = dict(response.headers)
         if response.status != 204:
