@@ -8158,13 +8158,13 @@ def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
 class Entry:
     """What the table knows about one connection."""
 
-    deadline: float  # by time.monotonic()
+    since: float  # when its state began, by time.monotonic()
     state: str = "waiting"
     body_bytes: int = 0  # of a request's body, while they are in memory
 
 
 class ConnectionTable:
-    """All open connections, with their states, deadlines and unfinished bodies.
+    """All open connections, with their states and the sizes of unfinished bodies.
 
     It hangs up the connections that are late, and those that must make room. Their
     threads then get an OSError: from the socket, or from the next call here.
@@ -8178,11 +8178,10 @@ class ConnectionTable:
 
     def add(self, connection: socket.socket) -> None:
         """Add a waiting connection. Raises OSError if no other one can make room."""
-        deadline = time.monotonic() + STATE_TIMEOUTS["waiting"]
         with self._lock:
             if len(self._entries) >= MAX_CONNECTIONS:
                 self._evict()
-            self._entries[connection] = Entry(deadline)
+            self._entries[connection] = Entry(time.monotonic())
 
     def remove(self, connection: socket.socket) -> None:
         with self._lock:
@@ -8193,9 +8192,9 @@ class ConnectionTable:
         with self._lock:
             entry = self._entry(connection)
             entry.state = state
-            entry.deadline = time.monotonic() + STATE_TIMEOUTS[state]
-            if state != "handling":
-                entry.body_bytes = 0  # a new request begins, or the last is answered
+            entry.since = time.monotonic()
+            if state == "sending":
+                entry.body_bytes = 0  # the body is no longer needed
             if state == "waiting":  # move it to the end
                 self._entries[connection] = self._entries.pop(connection)
 
@@ -8216,10 +8215,10 @@ class ConnectionTable:
                     self._drop(oldest)
 
     def drop_late(self, now: float) -> None:
-        """Hang up the connections whose deadline has passed."""
+        """Hang up the connections that have been in one state for too long."""
         with self._lock:
             for connection, entry in list(self._entries.items()):
-                if entry.deadline < now:
+                if now > entry.since + STATE_TIMEOUTS[entry.state]:
                     self._drop(connection)
 
     def evict(self) -> None:
