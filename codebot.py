@@ -6649,10 +6649,9 @@ class Cleanup:
 
 # --- Page --------------------------------------------------------------------
 
-# The page asks for the API key once and keeps it, like the draft of a task, in the tab's
-# sessionStorage. Whatever an agent, a reviewer or GitHub has written is shown as text,
-# never parsed as HTML. The policy in PAGE_HEADERS allows this style, this script and
-# requests to this server.
+# The page asks for the API key once and keeps it in the tab's sessionStorage. Whatever
+# an agent, a reviewer or GitHub has written is shown as text, never parsed as HTML. The
+# policy in PAGE_HEADERS allows this style, this script and requests to this server.
 PAGE = r"""<!doctype html>
 <html lang="en">
 <head>
@@ -6687,7 +6686,7 @@ h1:focus { outline: none; } /* focused by the script when the view changes */
 code, pre, #log { font: .8125rem/1.6 ui-monospace, Consolas, monospace; }
 pre, .text { white-space: pre-wrap; }
 summary { cursor: pointer; }
-ul, ol { list-style: none; }
+ul { list-style: none; }
 blockquote { padding-left: .75rem; border-left: 3px solid var(--line); }
 header, .bar { display: flex; flex-wrap: wrap; gap: .5rem .75rem; align-items: center; }
 header { padding: .6rem 1.25rem; border-bottom: 1px solid var(--line); }
@@ -6726,7 +6725,6 @@ input, textarea { font-weight: 400; }
 #rows li + li { border-top: 1px solid var(--line); }
 #rows a { display: block; padding: .6rem 1rem; color: inherit; text-decoration: none; }
 #rows a:hover { background: var(--page); }
-#steps { flex-flow: row wrap; gap: .25rem 1.5rem; }
 #outcome strong { min-width: 7rem; }
 
 #log { height: 60vh; overflow-y: auto; background: var(--page); }
@@ -6816,10 +6814,7 @@ details:not([open]) .message { overflow: hidden; white-space: pre; }
         <input name="ticket_summary" placeholder="the first line of the description">
       </label>
       <p id="formError" class="error text" role="alert"></p>
-      <div class="bar">
-        <button class="primary">Submit task</button>
-        <span class="muted">or press Ctrl+Enter</span>
-      </div>
+      <div><button class="primary">Submit task</button></div>
     </form>
   </section>
   <section id="taskView" hidden>
@@ -6830,7 +6825,6 @@ details:not([open]) .message { overflow: hidden; white-space: pre; }
     </div>
     <p id="actionMessage" role="alert"></p>
     <div id="taskState" class="bar"></div>
-    <ol id="steps" class="card" aria-label="Steps"></ol>
     <div id="outcome" class="card"></div>
     <div id="reviews" class="card"></div>
     <details class="card">
@@ -6935,7 +6929,7 @@ function redraw(element, data, build) {
 }
 
 function paragraph(text) {
-  return create('p', { class: 'text' }, ...linkify(text || ''));
+  return create('p', { class: 'text' }, text || '');
 }
 
 function muted(...children) {
@@ -6949,11 +6943,6 @@ function namedLine(name, ...children) {
 function externalLink(url, text) {
   if (!/^https?:\/\//i.test(url)) return text;
   return create('a', { href: url, target: '_blank', rel: 'noopener noreferrer' }, text);
-}
-
-function linkify(text) {
-  const parts = text.split(/(https?:\/\/[^\s<>"'`]*[^\s<>"'`.,:;!?)\]}*])/);
-  return parts.map((part, index) => (index % 2 ? externalLink(part, part) : part));
 }
 
 // --- Words for tasks, reviews and times
@@ -6977,9 +6966,9 @@ function stateOf(job) {
 
 function stateText(job) {
   const state = stateOf(job);
-  let text = humanize(state);
-  if (state === 'failed' && job.reason) text += `: ${job.reason.replaceAll('_', ' ')}`;
-  return create('span', { 'data-state': state }, text);
+  const detail = { running: job.phase, failed: job.reason }[state];
+  const text = detail ? `${state}: ${detail}` : state;
+  return create('span', { 'data-state': state }, humanize(text));
 }
 
 function formatDuration(seconds) {
@@ -7096,20 +7085,10 @@ function taskRow(task) {
 
 // --- Form
 
-let draftKey = ''; // Idempotency-Key: the server takes the same draft only once
+let draftKey = randomKey(); // Idempotency-Key: the server takes the same draft once
 
-function saveDraft() {
-  const draft = Object.fromEntries(new FormData(ui.taskForm));
-  sessionStorage.setItem('draft', JSON.stringify(draft));
+function renewDraftKey() {
   draftKey = randomKey();
-}
-
-function restoreDraft() {
-  const draft = JSON.parse(sessionStorage.getItem('draft') || '{}');
-  for (const [name, value] of Object.entries(draft)) {
-    ui.taskForm.elements[name].value = value;
-  }
-  saveDraft();
 }
 
 async function submitTask(event) {
@@ -7125,7 +7104,7 @@ async function submitTask(event) {
     showErrors('');
     ui.taskForm.reset();
     ui.taskForm.elements.repository_url.value = fields.repository_url;
-    saveDraft();
+    renewDraftKey();
     location.hash = `task=${answer.task_id}`;
   } catch (error) {
     showErrors(error.message);
@@ -7149,11 +7128,6 @@ function showErrors(message) {
   ui.taskForm.querySelector('[aria-invalid=true]')?.focus();
 }
 
-function submitOnCtrlEnter(event) {
-  const isCtrlEnter = event.key === 'Enter' && (event.ctrlKey || event.metaKey);
-  if (isCtrlEnter) ui.taskForm.requestSubmit();
-}
-
 // --- Task
 
 function openTask(id) {
@@ -7162,7 +7136,6 @@ function openTask(id) {
     retryKey: randomKey(), // Idempotency-Key: a double click retries once
     status: null,
     lastSeq: 0, // of the events that were read
-    phases: [], // events that begin a phase
   };
   ui.log.replaceChildren();
   ui.cancel.hidden = true; // until its state is known
@@ -7200,7 +7173,6 @@ function drawTask(task) {
   redraw(ui.outcome, status, outcomeSection);
   redraw(ui.reviews, reviews, reviewSection);
   setText(ui.raw, `${status.description}\n\n${JSON.stringify(task.status, null, 2)}`);
-  drawSteps(task);
 }
 
 function stateLine(status) {
@@ -7225,19 +7197,6 @@ async function postAction(action) {
   }
 }
 
-// Shows how long each phase took. Phases after the task's end belong to its reviews.
-function drawSteps({ phases, status }) {
-  const end = status.completed_at;
-  const own = phases.filter(({ time }) => !end || time <= end);
-  redraw(ui.steps, [own, end], () =>
-    own.map(({ message, time }, index) => {
-      const duration = timer(time, own[index + 1]?.time || end);
-      const name = create('strong', {}, humanize(message));
-      return create('li', {}, name, ' ', muted(duration));
-    }),
-  );
-}
-
 // --- Outcome
 
 function outcomeSection(status) {
@@ -7254,7 +7213,7 @@ function errorCard({ reason, error }) {
 }
 
 function resultCard(result) {
-  const { pr_url: url, branch_name: branch, commit, tests } = result;
+  const { pr_url: url, tests } = result;
   const pullRequest = `Pull request #${result.pr_number} · ${result.pr_state}`;
   const files = create('pre', {}, result.files.join('\n'));
   return [
@@ -7262,18 +7221,11 @@ function resultCard(result) {
     paragraph(result.summary),
     namedLine('Pull request', url ? externalLink(url, pullRequest) : 'None'),
     namedLine('Tests', tests ? `Passed: ${tests.command}` : 'No test command'),
-    namedLine('Branch', gitLink(url, 'tree', branch)),
-    namedLine('Commit', gitLink(url, 'commit', commit)),
+    namedLine('Branch', create('code', {}, result.branch_name)),
+    namedLine('Commit', create('code', {}, result.commit)),
     namedLine('Agent', agentText(result)),
     create('details', { open: '' }, create('summary', {}, 'Changed files'), files),
   ];
-}
-
-// At GitHub, the addresses of branches and commits begin like the pull request's.
-function gitLink(pullRequestUrl, kind, name) {
-  const repository = (pullRequestUrl || '').replace(/\/pull\/\d+$/, '');
-  const code = create('code', {}, kind === 'commit' ? name.slice(0, 10) : name);
-  return externalLink(`${repository}/${kind}/${name}`, code);
 }
 
 function agentText({ cost_usd: cost, num_turns: turns, seconds }) {
@@ -7293,9 +7245,9 @@ function reviewItem(review) {
   const item = create('div', {}, heading);
   item.append(create('blockquote', {}, paragraph(review.request)));
   item.append(paragraph(review.answer), paragraph(review.error));
-  if (!review.commit) return item;
-  const link = gitLink(openedTask.status.result.pr_url, 'commit', review.commit);
-  item.append(namedLine('Commit', link));
+  if (review.commit) {
+    item.append(namedLine('Commit', create('code', {}, review.commit)));
+  }
   return item;
 }
 
@@ -7307,9 +7259,7 @@ async function readLog(task) {
   const added = events.filter(({ seq }) => seq > task.lastSeq);
   if (task !== openedTask || added.length === 0) return;
   task.lastSeq = added.at(-1).seq;
-  task.phases.push(...added.filter(({ source }) => source === 'phase'));
   addToLog(added.map(logLine));
-  drawSteps(task);
   await readLog(task); // there may be more: one answer has at most 1,000 events
 }
 
@@ -7326,10 +7276,10 @@ const clock = new Intl.DateTimeFormat([], { timeStyle: 'medium', hourCycle: 'h23
 // A tool's input or output shows its first line until it is opened.
 function logLine(event) {
   const isTool = ['tool', 'output', 'error'].includes(event.source);
-  if (!isTool) return eventCells('div', event, linkify(event.message));
+  if (!isTool) return eventCells('div', event, event.message);
   const [firstLine, ...rest] = event.message.split('\n');
-  const summary = eventCells('summary', event, [firstLine]);
-  return create('details', {}, summary, create('pre', {}, ...linkify(rest.join('\n'))));
+  const summary = eventCells('summary', event, firstLine);
+  return create('details', {}, summary, create('pre', {}, rest.join('\n')));
 }
 
 function eventCells(tag, { time, source }, message) {
@@ -7337,7 +7287,7 @@ function eventCells(tag, { time, source }, message) {
   line.append(
     create('span', { class: 'time' }, clock.format(new Date(time))),
     create('span', { class: 'source' }, source),
-    create('span', { class: 'message' }, ...message),
+    create('span', { class: 'message' }, message),
   );
   return line;
 }
@@ -7345,14 +7295,12 @@ function eventCells(tag, { time, source }, message) {
 ui.keyForm.onsubmit = saveKey;
 ui.forget.onclick = forgetKey;
 ui.filter.oninput = refresh;
-ui.taskForm.oninput = saveDraft;
+ui.taskForm.oninput = renewDraftKey;
 ui.taskForm.onsubmit = submitTask;
-ui.taskForm.onkeydown = submitOnCtrlEnter;
 ui.cancel.onclick = () => postAction('cancel');
 ui.retry.onclick = () => postAction('retry');
 document.onvisibilitychange = refresh;
 window.onhashchange = showView;
-restoreDraft();
 showView();
 </script>
 </body>
