@@ -8251,6 +8251,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.requestline = ""
         self.is_read = False
         response = self.respond()
+        if not self.is_read:
+            self.close_connection = True
         if isinstance(response, Response):
             self.send(response)
         else:
@@ -8330,8 +8332,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return bytes(body)
 
     def send(self, response: Response) -> None:
-        if not self.is_read:
-            self.close_connection = True
         headers = dict(response.headers)
         if response.status != 204:
             headers["Content-Length"] = str(len(response.body))
