@@ -7819,12 +7819,10 @@ def task_logs(
     JSON has at most 1,000 of them; an event stream has all, then those to come.
     """
     find_task(codebot, task_id)  # raises HTTPError if there is none
-    after_text = request.parameters("after").get("after")
-    is_stream = "text/event-stream" in request.headers.get("accept", "")
-    if is_stream:
-        after_text = request.headers.get("last-event-id") or after_text
-    after = read_number("after, or Last-Event-ID,", after_text or "0", 0, 10**15)
-    if not is_stream:
+    parameter = request.parameters("after").get("after")
+    after_text = request.headers.get("last-event-id") or parameter or "0"
+    after = read_number("after, or Last-Event-ID,", after_text, 0, 10**15)
+    if "text/event-stream" not in request.headers.get("accept", ""):
         events = [event._asdict() for event in codebot.store.events(task_id, after)]
         return json_response(
             {"task_id": task_id, "events": events, "count": len(events)}
