@@ -3376,19 +3376,15 @@ class Store:
             raise sqlite3.OperationalError("the database is busy")
         try:
             self._check_file()
-            self._writer.execute("BEGIN IMMEDIATE")
-            yield self._writer
-            self._writer.execute("COMMIT")
+            with self._writer:  # commits at the end, or rolls back after an error
+                self._writer.execute("BEGIN IMMEDIATE")
+                yield self._writer
             self.writable = True
         except sqlite3.Error:
             self.writable = False
             raise
         finally:
-            try:
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
-            finally:
-                self._write_lock.release()
+            self._write_lock.release()
 
     def _check_file(self) -> None:
         # Writes to a deleted file would seem to succeed.
