@@ -2969,32 +2969,6 @@ class Mirror(GitDirectory):
             "+refs/heads/*:refs/heads/*",
         )
 
-    def check_objects(self, commit: str) -> None:
-        """Raise GitFailed if the commit's trees do not pass git's fsck.
-
-        The agent's commit will also contain the base's old entries. If one of them were
-        malformed, fsck would refuse the commit only after the agent had cost something.
-        git can check a part of a repository only while it indexes a pack. For that, the
-        trees are packed, without the contents of files.
-        """
-        script = (
-            'git -C "$1" pack-objects -q --revs --filter=blob:none --stdout >"$2" && '
-            'git -C "$1" index-pack --fsck-objects "$2"'
-        )
-        work_dir = self.config.work_dir
-        with tempfile.TemporaryDirectory(prefix="scratch_", dir=work_dir) as directory:
-            try:
-                result = run_program(
-                    ["sh", "-c", script, "sh", self.path, f"{directory}/trees.pack"],
-                    base_environment(self.config),
-                    stdin=f"{commit}^{{tree}}".encode(),  # for --revs
-                    limits=self.limits,
-                )
-            except LimitReached as error:
-                raise GitFailed(f"git fsck {error}") from None
-        if result.code != 0:
-            raise GitFailed(result.error)
-
     def remove_stale_files(self) -> None:
         """Remove what a killed git left. The lock must be held: it keeps other gits out."""
         for pattern in STALE_FILES:
@@ -4287,8 +4261,6 @@ class Codebot:
         self.sync_queue: queue.Queue[SyncRequest] = queue.Queue()
         self.jobs_due = threading.Event()  # wakes the timer: a job may start
         self.cleanup_wanted = threading.Event()  # wakes the cleanup
-        # Commits whose trees git's fsck has accepted: a few for each job.
-        self.checked_commits: set[str] = set()
         # By job id. Threads share it without a lock: each use is one atomic step.
         self.running: dict[str, JobRun] = {}
         self.store: Store  # set by open(); the checks before it need no database
@@ -5366,25 +5338,9 @@ def clone(workspace: Workspace) -> None:
     base_name, base_commit = fetch_or_fail(
         workspace, run.job.request.base_branch, "base_branch_not_found"
     )
-    check_base(workspace, base_commit)
     workspace.check_out(base_name, base_commit)
     workspace.make_outbox()
     run.update(base_name=base_name, base_commit=base_commit)
-
-
-def check_base(workspace: Workspace, commit: str) -> None:
-    """Have git's fsck check a commit, once. Raises JobFailed if it is rejected."""
-    if commit in workspace.codebot.checked_commits:
-        return
-    try:
-        workspace.mirror.check_objects(commit)
-    except GitFailed as error:
-        raise JobFailed(
-            "clone_failed",
-            f"The repository has objects that git's fsck rejects, so a change to "
-            f"it cannot be checked. Repair it first: {error}",
-        ) from None
-    workspace.codebot.checked_commits.add(commit)
 
 
 def fetch_or_fail(workspace: Workspace, branch: str, reason: str) -> tuple[str, str]:
@@ -5519,7 +5475,6 @@ def test_and_commit(
     message = without_ci_skips(f"{run.redact(title)[:250]}\n\n{summary}")
     commit_id = workspace.write_commit(tree, base_commit, message)
     files = workspace.inspect_commit(base_commit, commit_id)
-    run.codebot.checked_commits.add(commit_id)  # fsck has checked what is new in it
     run.log_event("git", f"Commit {commit_id}", files)
     run.update(test_attempts=attempts, files=files)
     return commit_id
@@ -5900,7 +5855,6 @@ def carry_out(review: Review, text: str) -> None:
         prompt = f"Questions:\n{text}"
         answer = continue_session(review, base_commit, prompt, ANSWER_OPTIONS)
     else:
-        check_base(workspace, base_commit)
         prompt = f"Review comments:\n{text}"
         answer = continue_session(review, base_commit, prompt, CHANGE_OPTIONS)
         commit_id = test_and_commit(workspace, review.task.request, base_commit)
@@ -6013,7 +5967,6 @@ def reapply_change(review: Review, tip: str) -> None:
     run.log_event("git", f"Others pushed {tip}; reapplying the change on top of it")
     workspace = review.workspace
     patch = workspace.patch(run.job.base_commit, run.job.commit_id)
-    check_base(workspace, tip)
     workspace.check_out(workspace.branch, tip)
     workspace.apply(patch)
     commit_id = test_and_commit(workspace, review.task.request, tip)
