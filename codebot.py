@@ -4148,50 +4148,34 @@ def take_work_dir(config: Config) -> None:
     full.
     """
     work_dir = config.work_dir
-    try:
-        os.makedirs(work_dir, exist_ok=True)
-    except FileExistsError:
-        raise ConfigError(f"{work_dir} is a file, not a directory.") from None
-    except OSError as error:
-        raise unusable_error(work_dir, error, "--work-dir") from None
+    hold_lock(f"{work_dir}/codebot.lock", "--work-dir")
     if shutil.disk_usage(work_dir).free < FULL_DISK_BYTES:
         raise ConfigError(
             f"The disk of {work_dir} is full. Free some space. While codebot is not "
             "running, task_*/repo and task_*/tmp in it can be removed."
         )
-    hold_lock(f"{work_dir}/codebot.lock", work_dir, "--work-dir")
     # CODEBOT_DATABASE may name a file in another server's work directory.
-    database = config.database_file
-    hold_lock(f"{database}.lock", database, "CODEBOT_DATABASE")
+    hold_lock(f"{config.database_file}.lock", "CODEBOT_DATABASE")
     # From now on tempfile uses the work directory: /tmp may be read-only, or in memory,
     # and the output of programs may be large.
     tempfile.tempdir = work_dir
 
 
-def hold_lock(path: str, subject: str, option: str) -> None:
+def hold_lock(path: str, option: str) -> None:
     """Lock a file until this process ends. Raises ConfigError if that is impossible."""
     try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         # The file is never closed. It must not be a symlink, with which another user
-        # could make codebot overwrite one of its own files.
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        # could make codebot create a file elsewhere.
+        lock = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.truncate(lock, 0)
-        os.write(lock, f"{os.getpid()}\n".encode())
-    except BlockingIOError:
-        holder = pathlib.Path(path).read_text(errors="replace").strip()
-        raise ConfigError(
-            f"{subject} is in use by another codebot (process {holder}). Stop it, "
-            f"or use another {option}."
-        ) from None
     except OSError as error:
-        raise unusable_error(path, error, option) from None
-
-
-def unusable_error(path: str, error: OSError, option: str) -> ConfigError:
-    reason = os_error_text(error)
-    if isinstance(error, PermissionError):
-        reason += f" for user {os.getuid()}"
-    return ConfigError(f"Cannot use {path}: {reason}. Use another {option}.")
+        reason = os_error_text(error)
+        if isinstance(error, BlockingIOError):
+            reason = "another codebot uses it"
+        raise ConfigError(
+            f"Cannot use {path}: {reason}. Use another {option}."
+        ) from None
 
 
 # The paths that codebot may remove, relative to the work directory.

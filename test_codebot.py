@@ -12524,18 +12524,19 @@ MISTAKES = {
         {"CODEBOT_CLAUDE_COMMAND": "nowhere-claude"},
     ),
     "work directory is a file": Mistake(
-        "DIR/junk is a file, not a directory.",
+        "Cannot use DIR/junk/codebot.lock: file exists. Use another --work-dir.",
         flags=("--work-dir", "DIR/junk"),
         files=JUNK,
     ),
     "work directory unusable": Mistake(
-        "Cannot use /proc/x: no such file or directory. Use another --work-dir.",
+        "Cannot use /proc/x/codebot.lock: no such file or directory. Use another "
+        "--work-dir.",
         flags=("--work-dir", "/proc/x"),
     ),
-    "directory of the database missing": Mistake(
-        "Cannot use DIR/nowhere/x.db.lock: no such file or directory. Use another "
+    "directory of the database unusable": Mistake(
+        "Cannot use /proc/x/x.db.lock: no such file or directory. Use another "
         "CODEBOT_DATABASE.",
-        {"CODEBOT_DATABASE": "DIR/nowhere/x.db"},
+        {"CODEBOT_DATABASE": "/proc/x/x.db"},
     ),
     "sandbox program fails": Mistake(
         "The sandbox does not start: no box. Install bubblewrap",
@@ -12759,11 +12760,11 @@ def test_path_of_work_directory_may_have_wildcards_and_colons(
 
 
 @not_as_root
-def test_unwritable_work_directory_names_the_user(fresh: Site) -> None:
+def test_unwritable_work_directory_is_refused(fresh: Site) -> None:
     fresh.server.work_dir.mkdir(mode=0o500)
     done = fresh.server.run(*serve_arguments(fresh))
     assert done.returncode == 2
-    assert f"permission denied for user {os.getuid()}. Use another" in done.stderr
+    assert "codebot.lock: permission denied. Use another" in done.stderr
 
 
 def test_signal_during_start_ends_codebot_without_traceback(fresh: Site) -> None:
@@ -12792,10 +12793,9 @@ def test_signal_during_start_ends_codebot_without_traceback(fresh: Site) -> None
 def test_database_of_another_codebot_is_refused(fresh: Site) -> None:
     database = str(fresh.directory / "shared.db")
     fresh.server.start(CODEBOT_DATABASE=database)
-    assert fresh.server.process is not None
     advice = (
-        f"{database} is in use by another codebot (process "
-        f"{fresh.server.process.pid}). Stop it, or use another CODEBOT_DATABASE."
+        f"Cannot use {database}.lock: another codebot uses it. Use another "
+        "CODEBOT_DATABASE."
     )
     flags = ("--port", "0", "--work-dir", str(fresh.directory / "other"))
     done = fresh.server.run("serve", *flags, CODEBOT_DATABASE=database)
@@ -12812,15 +12812,14 @@ def test_database_in_work_directory_of_another_codebot_is_refused(fresh: Site) -
     flags = ("--port", "0", "--work-dir", str(fresh.directory / "other"))
     done = fresh.server.run("serve", *flags, CODEBOT_DATABASE=database)
     assert done.returncode == 2
-    assert f"{database} is in use by another codebot" in done.stderr
+    assert f"Cannot use {database}.lock: another codebot uses it." in done.stderr
 
 
 def test_second_codebot_in_same_work_dir_is_refused(fresh: Site) -> None:
     fresh.server.start()
-    assert fresh.server.process is not None
     advice = (
-        f"{fresh.server.work_dir} is in use by another codebot (process "
-        f"{fresh.server.process.pid}). Stop it, or use another --work-dir."
+        f"Cannot use {fresh.server.work_dir}/codebot.lock: another codebot uses it. Use "
+        "another --work-dir."
     )
     done = fresh.server.run(*serve_arguments(fresh))
     assert done.returncode == 2
