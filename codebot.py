@@ -3482,9 +3482,9 @@ class Store:
     def claim(self, job_id: str) -> Job | None:
         """Start a job and return it, or None if it must not start or already has.
 
-        A task and the reviews of its pull request share one workspace and one outbox,
-        so they wait for each other. If a job must not start yet, the timer queues it
-        again. A job that is queued twice starts only once.
+        A task and the reviews of its pull request share one workspace and one outbox, so
+        they run one after the other, oldest first. If a job must not start yet, the timer
+        queues it again. A job that is queued twice starts only once.
         """
         values = {"id": job_id, "now": time.time()}
         with self._transaction() as db:
@@ -3493,19 +3493,9 @@ class Store:
                 SELECT 1 FROM jobs AS job
                 WHERE id = :id AND status = 'pending' AND not_before <= :now
                     AND NOT EXISTS (
-                        SELECT 1 FROM jobs AS other
-                        WHERE other.task_id = job.task_id AND other.id != job.id
-                            AND other.status IN ('pending', 'running') AND (
-                                other.status = 'running'
-                                -- The task itself goes before its reviews.
-                                OR other.kind = 'task'
-                                -- A review whose commit is in the outbox, still to be
-                                -- pushed, goes before those without one and newer ones.
-                                OR (
-                                    other.commit_id != ''
-                                    AND (job.commit_id = '' OR other.seq < job.seq)
-                                )
-                            )
+                        SELECT 1 FROM jobs AS older
+                        WHERE older.task_id = job.task_id AND older.seq < job.seq
+                            AND older.completed_at IS NULL
                     )
                 """,
                 values,

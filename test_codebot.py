@@ -3694,14 +3694,21 @@ def test_claim_of_unknown_job_returns_none(store: codebot.Store) -> None:
     assert store.claim("no-such-job") is None
 
 
-def test_reviews_of_one_pull_request_run_one_at_a_time(store: codebot.Store) -> None:
+def test_reviews_of_one_pull_request_run_one_at_a_time_oldest_first(
+    store: codebot.Store,
+) -> None:
     task = store_task_in_state(store, "completed")
     pull_request = store_pull_request(store, task)
     first = store_review(store, pull_request, 1, "alice")
     second = store_review(store, pull_request, 2, "bob")
+    assert store.claim(second) is None
     running = store.claim(first)
     assert running is not None
     assert store.claim(second) is None
+    store.requeue(first, not_before=time.time())
+    assert store.claim(second) is None
+    running = store.claim(first)
+    assert running is not None
     store.finish(running, "completed")
     assert store.claim(second) is not None
 
@@ -3743,9 +3750,10 @@ def test_new_comment_joins_review_that_waits_for_its_retry(
 
 def test_daily_limit_counts_reviews_that_were_started(store: codebot.Store) -> None:
     pull_request = store_pull_request(store, store_task_in_state(store, "completed"))
-    store_review(store, pull_request, 1, "a-stranger")
+    review_id = store_review(store, pull_request, 1, "alice")
+    store_review(store, pull_request, 2, "a-stranger")
     assert store.request_kinds_of_last_day(pull_request.task_id) == []
-    review = store.claim(store_review(store, pull_request, 2, "alice"))
+    review = store.claim(review_id)
     assert review is not None
     store.save_progress(dataclasses.replace(review, request_kind="limit"))
     assert store.request_kinds_of_last_day(pull_request.task_id) == ["limit"]
