@@ -3460,21 +3460,21 @@ class Store:
             "submitted_by": submitted_by,
             "idempotency_key": idempotency_key,
         }
+        find_task = """
+            SELECT * FROM jobs
+            WHERE idempotency_key = :idempotency_key OR label_event_id = :label_event_id
+                OR id = :id
+        """
         with self._transaction() as db:
-            existing = db.execute(
-                """
-                SELECT * FROM jobs
-                WHERE idempotency_key = :idempotency_key
-                    OR label_event_id = :label_event_id
-                """,
-                values,
-            ).fetchone()
-            if existing is None:
-                insert_task(db, values, max_pending)
-                if issue.label_event_id is not None:
-                    insert_label_event(db, issue.label_event_id)
-                return job_by_id(db, values["id"])
-            job = make_job(existing)
+            row = db.execute(find_task, values).fetchone()
+            if row is None:
+                pending = self.count_pending("task")  # nobody else can add one now
+                if pending >= max_pending:
+                    message = f"The queue is full ({pending} waiting); retry in 60 s"
+                    raise HTTPError(503, message, {"Retry-After": "60"})
+                insert_task(db, values)
+                row = db.execute(find_task, values).fetchone()
+            job = make_job(row)
             if idempotency_key and job.request != request:
                 raise HTTPError(409, "This Idempotency-Key was used for another task")
             return job
@@ -3503,7 +3503,8 @@ class Store:
             if row is None:
                 return None
             self._transition(db, job_id, "pending", "running")
-            return job_by_id(db, job_id)
+            row = db.execute("SELECT * FROM jobs WHERE id = :id", values).fetchone()
+            return make_job(row)
 
     def finish(self, job: Job, status: str, reason: str = "", error: str = "") -> None:
         """Complete or fail a running job, and add its time and cost to the totals."""
@@ -3923,8 +3924,10 @@ class Store:
 
     def add_label_event(self, event_id: int) -> None:
         """Remember that a label event has been handled."""
-        with self._transaction() as db:
-            insert_label_event(db, event_id)
+        self._write(
+            "INSERT INTO label_events (id) VALUES (:id) ON CONFLICT DO NOTHING",
+            id=event_id,
+        )
 
     def unfinished_issues(self) -> list[tuple[int, int]]:
         """Return the repository id and number of each issue with unfinished tasks."""
@@ -4014,22 +4017,7 @@ class Store:
 # Steps of Store's transactions
 
 
-def job_by_id(db: sqlite3.Connection, job_id: str) -> Job:
-    rows = db.execute("SELECT * FROM jobs WHERE id = :id", {"id": job_id})
-    return make_job(rows.fetchone())
-
-
-def insert_task(
-    db: sqlite3.Connection, values: Mapping[str, str | int | None], max_pending: int
-) -> None:
-    """Insert a task. Raises HTTPError 503 if ``max_pending`` tasks are waiting."""
-    rows = db.execute(
-        "SELECT COUNT(*) FROM jobs WHERE kind = 'task' AND status = 'pending'"
-    )
-    pending = rows.fetchone()[0]
-    if pending >= max_pending:
-        message = f"The queue is full ({pending} waiting); retry in 60 s"
-        raise HTTPError(503, message, {"Retry-After": "60"})
+def insert_task(db: sqlite3.Connection, values: Mapping[str, str | int | None]) -> None:
     db.execute(
         """
         INSERT INTO jobs (
@@ -4045,13 +4033,6 @@ def insert_task(
         )
         """,
         values,
-    )
-
-
-def insert_label_event(db: sqlite3.Connection, event_id: int) -> None:
-    db.execute(
-        "INSERT INTO label_events (id) VALUES (:id) ON CONFLICT DO NOTHING",
-        {"id": event_id},
     )
 
 
@@ -6146,7 +6127,8 @@ class Sync:
             github_repository.post_once(issue.number, text, marker)
         else:
             self.submit_issue(github_repository, issue, event)
-        # This event has been handled. Adding the label again makes another event.
+        # This event has been handled. Adding the label again makes another event. (After a
+        # crash just before this, add_task returns the event's task again.)
         self.store.add_label_event(event.id)
 
     def cancel_superseded(self, request: SyncRequest, event_id: int) -> None:
