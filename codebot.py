@@ -2035,10 +2035,12 @@ class GitHub:
     be started. A response of an unknown shape raises one of UNKNOWN_SHAPE_ERRORS.
     """
 
-    def __init__(self, config: Config, redact: Redactor, stop: threading.Event) -> None:
+    def __init__(
+        self, config: Config, redact: Redactor, wait: Callable[..., None]
+    ) -> None:
         self.config = config
         self.redact = redact
-        self.stop = stop
+        self.wait = wait  # for seconds; raises StopRequested once the server stops
         self.api = config.github_api
         self.timeout = GITHUB_TIMEOUT
         self.attempts = GITHUB_ATTEMPTS
@@ -2112,11 +2114,6 @@ class GitHub:
                 f"(openssl: {result.error})"
             )
         return f"{signed}.{base64url(bytes.fromhex(match[1]))}", expiry
-
-    def wait(self, seconds: float = 0.0) -> None:
-        """Wait, or raise StopRequested once the server is to stop. 0 only checks."""
-        if self.stop.wait(seconds):
-            raise StopRequested()
 
     def request_token(self, credential: Credential) -> tuple[str, float]:
         """Return a new installation token, and its expiry."""
@@ -4154,7 +4151,6 @@ REMOVABLE_RE = re.compile(
     r"""
     (task|trash|scratch)_[^/]+ (/repo|/tmp)?
     | outbox_[^/]+
-    | mirrors/[^/]+/.+
     """,
     re.VERBOSE,
 )
@@ -4208,7 +4204,7 @@ class Codebot:
         self.sandbox = Sandbox(config)
         self.github: GitHub | None = None
         if not config.no_github:
-            self.github = GitHub(config, self.redact, self.stop)
+            self.github = GitHub(config, self.redact, self.wait)
         self.queues: dict[str, queue.Queue[str | None]] = {
             "task": queue.Queue(),
             "review": queue.Queue(),
@@ -4260,9 +4256,9 @@ class Codebot:
         self.jobs_due.set()
         return job
 
-    def check_stop(self) -> None:
-        """Raise StopRequested if the server is stopping."""
-        if self.stop.is_set():
+    def wait(self, seconds: float = 0.0) -> None:
+        """Wait, or raise StopRequested once the server is to stop. 0 only checks."""
+        if self.stop.wait(seconds):
             raise StopRequested()
 
     def cancel(self, job_id: str) -> None:
@@ -4283,8 +4279,7 @@ class Codebot:
                 return method(*args)
             except sqlite3.OperationalError as error:
                 log.error("Database: %s; retrying", error)
-            if self.stop.wait(DATABASE_RETRY_DELAY):
-                raise StopRequested()
+            self.wait(DATABASE_RETRY_DELAY)
 
 
 class JobRun:
@@ -4309,7 +4304,7 @@ class JobRun:
         """Raise StopRequested or Cancelled if the run must end."""
         if self.is_cancelled:
             raise Cancelled()
-        self.codebot.check_stop()
+        self.codebot.wait(0)
 
     def log_event(self, source: str, *messages: str) -> None:
         """Add messages of one source to the task's log."""
@@ -6479,8 +6474,7 @@ def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
 
 def probe_database(codebot: Codebot) -> None:
     """Wait a moment, and then write to the database to see whether that works."""
-    codebot.stop.wait(DATABASE_TEST_INTERVAL)
-    codebot.check_stop()
+    codebot.wait(DATABASE_TEST_INTERVAL)
     try:
         codebot.store.check_writable()
     except sqlite3.Error as error:
@@ -6501,7 +6495,7 @@ class Cleanup:
         # the server was down, so the workspaces that these reviews need are retained.
         self.codebot.cleanup_wanted.wait(min(CLEANUP_INTERVAL, self.config.retention))
         self.codebot.cleanup_wanted.clear()
-        self.codebot.check_stop()
+        self.codebot.wait(0)
         # Disk space is freed first: a full disk may be why the database fails.
         self.do_part(self.remove_workspaces)
         cutoffs = (utc_time(self.config.retention), utc_time(DELIVERY_RETENTION))
@@ -6536,7 +6530,7 @@ class Cleanup:
 
     def maintain_mirror(self, path: str) -> None:
         """Remove a mirror that has not been used for a long time, or pack it."""
-        mirror = Mirror(self.config, path, self.codebot.check_stop)
+        mirror = Mirror(self.config, path, self.codebot.wait)
         # Workspaces are kept for the retention, and may still read from the mirror.
         retention = MIRROR_RETENTION + self.config.retention
         with contextlib.suppress(BlockingIOError), mirror.lock(wait=False) as lock:

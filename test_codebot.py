@@ -5809,7 +5809,7 @@ def test_last_refusal_of_a_token_is_told_at_once(
     pauses: list[float] = []
     monkeypatch.setattr(github, "token", lambda credential: "token")
     monkeypatch.setattr(github, "send", lambda *request: refusal)
-    monkeypatch.setattr(github.stop, "wait", pauses.append)
+    monkeypatch.setattr(github, "wait", pauses.append)
     with pytest.raises(codebot.AppRefused, match="Bad credentials"):
         github.call("/app", codebot.AS_APP)
     assert pauses == [0.0, 0.0, 1.0, 2.0]  # the first two are no pauses
@@ -6409,6 +6409,7 @@ def test_unused_mirror_is_removed(fresh: Site) -> None:
         "codebot.db",
         "mirrors",
         "mirrors/host",
+        "mirrors/host/owner/name.git",
         "task_1234567/../codebot.db",
         "task_1234567/home",
         "/etc",
