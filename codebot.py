@@ -4167,6 +4167,8 @@ def remove_tree(config: Config, path: str) -> None:
     if os.path.islink(path):
         os.unlink(path)  # chmod would follow it
         return
+    # This comes first because a program needs temporary files, and a full disk may have
+    # no space for them (seen with XFS).
     with contextlib.suppress(RecursionError):
         shutil.rmtree(path, ignore_errors=True)
     if os.path.lexists(path):
@@ -4954,7 +4956,6 @@ class AgentRun:
     def __init__(self, run: JobRun) -> None:
         self.run = run
         self.result: dict[str, Json] = {}
-        self.login_failed = False
         self.last_message = ""
         self.entries: list[tuple[str, str]] = []  # for the task's log
 
@@ -4968,8 +4969,6 @@ class AgentRun:
                 self.log("agent", shown_by_terminal(line))
         self.run.log_entries(self.entries)  # in one transaction
         self.entries = []
-        if self.login_failed:
-            return 0.0  # else the CLI would retry for three minutes
         return RESULT_GRACE if self.result else None
 
     def log(self, source: str, message: str) -> None:
@@ -4983,7 +4982,8 @@ class AgentRun:
             self.result = event  # the last one counts
         elif event.get("subtype") == "api_retry":
             if event.get("error_status") == 401:
-                self.login_failed = True
+                # A result ends the run; the CLI itself would retry for three minutes.
+                self.result = {"api_error_status": 401}
             self.log("agent", f"The model's API failed: {event.get('error')}")
         elif event["type"] in ("assistant", "user"):
             content = event["message"]["content"]
@@ -5000,8 +5000,34 @@ class AgentRun:
             source = "error" if block.get("is_error") else "output"
             self.log(source, tool_result_text(block["content"]) or "(no output)")
 
-    def answer(self, program: ProgramResult) -> JsonObject:
-        """Return the agent's answer. Raises JobFailed unless the agent succeeded.
+    def answer(self) -> JsonObject:
+        """Return the JSON that a schema asked for, or plain words as its "summary"."""
+        answer = self.result.get("structured_output")
+        if isinstance(answer, dict):
+            return answer
+        return {"summary": self.result.get("result")}
+
+    def store_claims(self, attempt: int) -> None:
+        """Store the run's summary; add its cost and turns, even if the run failed."""
+        job = self.run.job
+        # Cut before redacting, because redacting megabytes takes time, and again
+        # afterwards, so that no part of a secret is left where the first cut was.
+        summary = str(self.answer().get("summary") or "")[:200_000]
+        if attempt > 1:  # it describes only the repair, not the whole change
+            summary = f"{job.summary}\n\n{summary}".strip()
+        total = job.cost_usd
+        cost = reported_number(self.result, "total_cost_usd")
+        if cost is not None:
+            total = round((total or 0.0) + cost, 6)
+        turns = reported_number(self.result, "num_turns")
+        self.run.update(
+            summary=self.run.redact(summary)[:100_000],
+            cost_usd=total,
+            num_turns=job.num_turns + int(turns or 0),
+        )
+
+    def raise_if_failed(self, program: ProgramResult) -> None:
+        """Raise JobFailed unless the agent reports success.
 
         The exit code alone says nothing: an interrupted CLI exits with 0 (tried).
         """
@@ -5012,10 +5038,6 @@ class AgentRun:
         is_empty = result.get("num_turns") == 0
         if not is_success or is_empty or result.get("is_error"):
             raise self.failure(program)
-        answer = result.get("structured_output")
-        if isinstance(answer, dict):
-            return answer
-        return {"summary": result.get("result")}
 
     def failure(self, program: ProgramResult) -> JobFailed:
         """Return the error for a failed run, if possible in the agent's own words."""
@@ -5030,7 +5052,7 @@ class AgentRun:
             return SessionLost("agent_failed", f"The agent lost its session: {error}")
         is_refused = result.get("api_error_status") in (401, 403)
         says_login = result.get("is_error") and "/login" in error
-        if self.login_failed or is_refused or says_login:
+        if is_refused or says_login:
             return JobFailed(
                 "agent_login",
                 "The model rejected the agent's key. The operator must set "
@@ -5042,25 +5064,6 @@ class AgentRun:
             return JobFailed("budget", f"The agent reached {limits}: {error}")
         message = f"The agent failed (exit code {program.code}): {error}"
         return JobFailed("agent_failed", message)
-
-    def store_summary(self, answer: JsonObject, attempt: int) -> None:
-        run = self.run
-        # Cut before redacting, because redacting megabytes takes time, and again
-        # afterwards, so that no part of a secret is left where the first cut was.
-        summary = str(answer.get("summary") or "")[:200_000]
-        if attempt > 1:  # it describes only the repair, not the whole change
-            summary = f"{run.job.summary}\n\n{summary}".strip()
-        run.update(summary=run.redact(summary)[:100_000])
-
-    def add_cost(self) -> None:
-        """Add the run's claimed cost and turns to the job's, even if the run failed."""
-        job = self.run.job
-        cost = reported_number(self.result, "total_cost_usd")
-        turns = reported_number(self.result, "num_turns")
-        total = job.cost_usd
-        if cost is not None:
-            total = round((total or 0.0) + cost, 6)
-        self.run.update(cost_usd=total, num_turns=job.num_turns + int(turns or 0))
 
 
 def tool_call_text(name: str, inputs: JsonObject) -> str:
@@ -5120,10 +5123,9 @@ def ask_agent(
             "CODEBOT_CLAUDE_COMMAND, CODEBOT_SANDBOX or CODEBOT_LAUNCHER.",
         ) from None
     finally:
-        agent_run.add_cost()
-    answer = agent_run.answer(result)
-    agent_run.store_summary(answer, attempt)
-    return answer
+        agent_run.store_claims(attempt)
+    agent_run.raise_if_failed(result)
+    return agent_run.answer()
 
 
 def agent_command(
