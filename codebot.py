@@ -4341,8 +4341,7 @@ class JobRun:
         self.check_stop()
         self.update(phase=phase, attempt=attempt)
         self.events_left = MAX_OUTPUT_EVENTS
-        attempts = MAX_PUSHES if phase == "push" else self.config.test_attempts + 1
-        suffix = f", attempt {attempt} of {attempts}" if attempt > 1 else ""
+        suffix = f", attempt {attempt}" if attempt > 1 else ""
         self.log_event("phase", f"{phase}{suffix}")
 
     def time_left(self) -> float:
@@ -4592,11 +4591,11 @@ class Workspace:
         return self.codebot.sandbox.wrap(argv, self.path, self.mirror.objects)
 
     def run_work(
-        self, command: SandboxedCommand, on_start: Callable[[], None]
+        self, command: SandboxedCommand, phase: str, attempt: int
     ) -> ProgramResult:
         """Run the agent or the tests in the sandbox, on a node if there is a launcher.
 
-        ``on_start`` is called when they start: at once, or when a node is free.
+        The phase begins when they start: at once, or when a node is free.
         """
         run = self.run
         config = self.config
@@ -4605,7 +4604,10 @@ class Workspace:
         def start() -> None:
             # The time limit does not include the wait for a node.
             run.deadline = time.monotonic() + limits.timeout
-            on_start()
+            if command.with_model_key:
+                run.agent_ran_since_save = True
+                run.update(transient_since=0.0)  # a series of transient errors is over
+            run.set_phase(phase, attempt)
 
         if config.launcher:
             run.set_phase("queued")
@@ -5100,12 +5102,6 @@ def ask_agent(
     """
     run = workspace.run
     agent_run = AgentRun(run)
-
-    def start() -> None:
-        run.agent_ran_since_save = True
-        run.update(transient_since=0.0)  # the series of transient errors is over
-        run.set_phase(phase, attempt)
-
     try:
         command = SandboxedCommand(
             name=run.config.claude_command[0],
@@ -5114,7 +5110,7 @@ def ask_agent(
             stdin=prompt.encode("utf-8", "replace"),
             on_lines=agent_run.read,
         )
-        result = workspace.run_work(command, start)
+        result = workspace.run_work(command, phase, attempt)
     except (FileNotFoundError, PermissionError) as error:
         raise JobFailed(
             "agent_failed",
@@ -5370,10 +5366,6 @@ def pack_lines(lines: Iterable[str]) -> list[str]:
 def run_test_command(workspace: Workspace, command: str, attempt: int) -> ProgramResult:
     run = workspace.run
 
-    def start() -> None:
-        run.set_phase("test", attempt)
-        run.log_event("test", f"$ {command}")
-
     def log_output(lines: list[str]) -> None:
         run.log_event("test", *pack_lines(shown_by_terminal(line) for line in lines))
 
@@ -5382,10 +5374,8 @@ def run_test_command(workspace: Workspace, command: str, attempt: int) -> Progra
         argv=["sh", "-c", GIT_FUNCTION + TEST_SCRIPT, "sh", command],
         on_lines=log_output,
     )
-    result = workspace.run_work(test, start)
-    if run.events_left <= 0:
-        end = run.redact("\n".join(result.stdout))[-3000:]
-        run.log_event("codebot", f"The tests' output ends with:\n{end}")
+    run.log_event("codebot", f"Test command: {command}")
+    result = workspace.run_work(test, "test", attempt)
     run.log_event("codebot", f"Exit code {result.code}")
     return result
 
