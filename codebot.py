@@ -324,7 +324,7 @@ LOW_DISK_BYTES = 1 << 30  # `check` warns if less space is free
 FULL_DISK_BYTES = 1 << 20
 # Seconds that an unused mirror is kept, in addition to CODEBOT_TASK_RETENTION.
 MIRROR_RETENTION = 30 * 86400.0
-REPACK_RETRY_DELAY = 6 * 3600.0  # seconds until codebot tries again to pack a mirror
+MAINTENANCE_INTERVAL = 6 * 3600.0  # seconds between looks at the mirrors
 DELIVERY_RETENTION = 7 * 86400.0  # seconds; GitHub can redeliver for 3 days (GHES: 7)
 DAILY_REVIEW_JOBS = 50  # reviews of one pull request in 24 hours
 # A review with a larger change fails if others push in the meantime.
@@ -6480,7 +6480,7 @@ class Cleanup:
         self.codebot = codebot
         run_tag = f"{codebot.config.run_tag}cleanup"
         self.config = dataclasses.replace(codebot.config, run_tag=run_tag)
-        self.retry_repack_at: dict[str, float] = {}  # by mirror, after a failure
+        self.mirrors_due = 0.0  # when to look at the mirrors, by time.monotonic()
 
     def step(self) -> None:
         # The pause comes first. In it, sync queues the comments that people wrote while
@@ -6493,6 +6493,9 @@ class Cleanup:
         cutoffs = (utc_time(self.config.retention), utc_time(DELIVERY_RETENTION))
         self.do_part(self.codebot.store.delete_expired, *cutoffs)
         self.do_part(stop_all_launched, self.config, STOP_FAILED)
+        if time.monotonic() < self.mirrors_due:
+            return
+        self.mirrors_due = time.monotonic() + MAINTENANCE_INTERVAL
         for path in find_paths(self.config.work_dir, "mirrors/*/*/*.git"):
             self.do_part(self.maintain_mirror, path)
 
@@ -6528,11 +6531,8 @@ class Cleanup:
         with contextlib.suppress(BlockingIOError), mirror.lock(wait=False) as lock:
             if os.fstat(lock).st_mtime < time.time() - retention:
                 discard(self.config.work_dir, path)
-                return
-            if self.retry_repack_at.get(path, 0.0) <= time.monotonic():
-                self.retry_repack_at[path] = time.monotonic() + REPACK_RETRY_DELAY
+            else:
                 mirror.repack()
-                del self.retry_repack_at[path]  # it has succeeded
 
 
 # === III. The network ========================================================

@@ -6393,7 +6393,7 @@ def test_old_task_loses_log_and_workspace_and_row_when_pull_request_is_closed(
 
 def test_unused_mirror_is_removed(fresh: Site) -> None:
     repository = fresh.github.create_repository("acme/.github")
-    limits = {"MIRROR_RETENTION": 5.0}
+    limits = {"MIRROR_RETENTION": 5.0, "MAINTENANCE_INTERVAL": 0.1}
     fresh.server.start(limits=limits, CODEBOT_TASK_RETENTION="1")
     fresh.api.completed(fresh.api.submit(repository_url=repository.url))
     mirror = mirror_of(fresh, "acme/.github")
