@@ -3503,7 +3503,9 @@ class Store:
             row = db.execute("SELECT * FROM jobs WHERE id = :id", values).fetchone()
             return make_job(row)
 
-    def finish(self, job: Job, status: str, reason: str = "", error: str = "") -> None:
+    def finish(
+        self, job: Job, seconds: float, status: str, reason: str = "", error: str = ""
+    ) -> None:
         """Complete or fail a running job, and add its time and cost to the totals."""
         with self._transaction() as db:
             self._transition(db, job.id, "running", status, reason, error)
@@ -3513,10 +3515,7 @@ class Store:
                     seconds = seconds + :seconds,
                     dollars = dollars + :dollars
                 """,
-                {
-                    "seconds": job.seconds,
-                    "dollars": job.cost_usd or 0.0,
-                },
+                {"seconds": seconds, "dollars": job.cost_usd or 0.0},
             )
 
     def requeue(
@@ -6446,9 +6445,8 @@ def finish_job(run: JobRun, ending: Ending) -> None:
             run.log_event("codebot", f"Failed ({ending.reason}): {error}")
         log.info("Job %s: %s", job.id, error.partition("\n")[0])
     seconds = job.seconds or time.monotonic() - run.started  # for the totals
-    job = dataclasses.replace(job, seconds=seconds)
     run.codebot.until_database_works(
-        run.store.finish, job, ending.status, ending.reason, error
+        run.store.finish, job, seconds, ending.status, ending.reason, error
     )
 
 

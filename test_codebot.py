@@ -3552,7 +3552,7 @@ def store_task_in_state(store: codebot.Store, state: str) -> codebot.Job:
     if state != "pending":
         store.claim(job.id)
     if state in ("completed", "failed"):
-        store.finish(stored_job(store, job), state)
+        store.finish(stored_job(store, job), 1.5, state)
     assert stored_job(store, job).status == state
     return stored_job(store, job)
 
@@ -3649,8 +3649,8 @@ def test_method_changes_only_the_states_that_it_starts_from(
     job = store_task_in_state(store, state)
     calls: dict[str, Callable[[], Any]] = {
         "claim": lambda: store.claim(job.id),
-        "complete": lambda: store.finish(job, "completed"),
-        "fail": lambda: store.finish(job, "failed", "timeout", "Timed out"),
+        "complete": lambda: store.finish(job, 1.5, "completed"),
+        "fail": lambda: store.finish(job, 1.5, "failed", "timeout", "Timed out"),
         "requeue": lambda: store.requeue(job.id),
         "requeue for later": lambda: store.requeue(job.id, 0, time.time()),
         "request_cancel": lambda: store.request_cancel(job.id),
@@ -3678,7 +3678,7 @@ def test_times_follow_the_states(store: codebot.Store) -> None:
     store.requeue(pending.id)
     assert stored_job(store, pending).started_at is None
     store.claim(pending.id)
-    store.finish(running, "completed")
+    store.finish(running, 1.5, "completed")
     completed = stored_job(store, pending)
     assert completed.completed_at >= completed.started_at >= pending.submitted_at
 
@@ -3709,7 +3709,7 @@ def test_reviews_of_one_pull_request_run_one_at_a_time_oldest_first(
     assert store.claim(second) is None
     running = store.claim(first)
     assert running is not None
-    store.finish(running, "completed")
+    store.finish(running, 1.5, "completed")
     assert store.claim(second) is not None
 
 
@@ -3720,7 +3720,7 @@ def test_review_waits_until_its_task_has_ended(store: codebot.Store) -> None:
     store.requeue(task.id, not_before=time.time())
     assert store.claim(review) is None
     store.claim(task.id)
-    store.finish(stored_job(store, task), "completed")
+    store.finish(stored_job(store, task), 1.5, "completed")
     assert store.claim(review) is not None
 
 
@@ -4009,7 +4009,7 @@ def test_jobs_survive_a_restart(store: codebot.Store) -> None:
         answers={"a": "b"},
     )
     store.save_progress(job)
-    store.finish(job, "completed")
+    store.finish(job, 1.5, "completed")
     again = codebot.Store(store.path)
     stored = stored_job(again, job)
     assert stored == stored_job(store, job)
@@ -4309,7 +4309,7 @@ def test_expired_task_keeps_its_log_and_workspace_while_it_is_reviewed(
         running = store.claim(review)
         assert running is not None
         if review_state != "running":
-            store.finish(running, "completed")
+            store.finish(running, 1.5, "completed")
     age_task(store, task)
     assert "task_1" in store.retained_directories(codebot.utc_time(60))
     delete_expired(store)
@@ -4323,7 +4323,7 @@ def test_expired_task_of_an_issue_stays_until_it_is_reported(
     label = codebot.SourceIssue(7, 3, "https://github.com/acme/widget/issues/3", 55)
     task = store_task(store, issue=label)
     store.claim(task.id)
-    store.finish(stored_job(store, task), "failed", "timeout", "Timed out")
+    store.finish(stored_job(store, task), 1.5, "failed", "timeout", "Timed out")
     age_task(store, task)
     delete_expired(store)
     assert store.unreported_tasks() == [task.id]
@@ -4339,7 +4339,7 @@ def test_expired_task_takes_its_pull_request_reviews_and_comments_along(
     pull_request = store_pull_request(store, task)
     review = store.claim(store_review(store, pull_request, 1, "alice"))
     assert review is not None
-    store.finish(review, "completed")
+    store.finish(review, 1.5, "completed")
     store.save_pull_request_state(task.id, "closed")
     with other_program(store) as db:
         db.execute("UPDATE jobs SET completed_at = ?", (LONG_AGO,))
