@@ -15,17 +15,19 @@ bwrap and claude.
     python3 codebot.py run     run one task in the foreground
 
 HOW TO READ THIS FILE
-  Read it once, from the top. Code calls only what is above it or in its own section. The
-  sections Task and Review begin with their list of steps: `run_task`, `run_review`. A
-  table in `run_steps` says what each exception does to a job.
+  Read it once, from the top. Code calls only what is above it or in its own section;
+  within a section the order is free. The sections Task and Review begin with their list of
+  steps: `run_task`, `run_review`. A table in `run_steps` says what each exception does to
+  a job.
     I.   The boundary   how codebot runs programs, asks GitHub, and uses git
     II.  The work       every state, what an agent receives, what happens to its work
     III. The network    everything that can be requested from outside, and by whom
     IV.  Commands       how it is started and stopped
-  If you have only an hour, read `Redactor`, `run_program`, `sandbox_mounts`,
-  `GitHub.send`, `has_write_access`, `remote_environment`, `run_task`,
-  `Workspace.environment`, `fetch_into_outbox`, `DiffScanner`, `check_write_access`,
-  `load_comments`, `Sync.obstacle`, `require_api_key`, `require_signature` and `ROUTES`.
+  If you have only an hour, read `Redactor`, `run_program`, `private_directories`,
+  `sandbox_mounts`, `GitHub.send`, `has_write_access`, `remote_environment`, `run_task`,
+  TEST_SCRIPT, `Workspace.environment`, `fetch_into_outbox`, `inspect_commit`,
+  `check_write_access`, `load_comments`, `Sync.obstacle`, `has_untrusted_edit`,
+  `require_api_key`, `require_signature` and `ROUTES`.
   The page is at the beginning of part III. Its style can be skipped; its script never
   inserts HTML.
 
@@ -69,6 +71,7 @@ WHO IS TRUSTED WITH WHAT
                  CODEBOT_ALLOWED_REPOSITORIES allows. With --no-github these are, by
                  default, all repositories that codebot's user can reach. A task's test
                  command is a shell command, so a client can run anything in the sandbox.
+                 GitHub is not asked what the person behind the key may read or write.
   A reviewer     has an effect only if GitHub reports, when the review starts, that they
                  have write access to the repository. The same holds for a person who
                  labels an issue: GitHub is asked when the task is submitted. Nobody else
@@ -80,7 +83,9 @@ WHO IS TRUSTED WITH WHAT
                  comments.
                  - It gets the model's key and address, proxy and certificate settings,
                    the time zone, the variables that the operator lists, its workspace,
-                   and everything that the repository's mirror has ever fetched.
+                   and everything that the repository's mirror has ever fetched. So
+                   whoever can steer an agent can obtain the model's key and the listed
+                   variables, which are the same for all repositories.
                  - It has the host's network: services on this machine (including other
                    agents'), the local network, and a cloud's metadata address.
                  - In bwrap it cannot see codebot's processes, the database, other
@@ -93,7 +98,8 @@ WHO IS TRUSTED WITH WHAT
   The repository's own CI   runs what the agent wrote, perhaps with secrets, before a
                  person has read it. GitHub refuses only changes to .github/workflows.
   A launcher, and a sandbox other than bwrap   get the environment variables of the agent
-                 and the tests. codebot does not verify what such a sandbox hides.
+                 and the tests, including the model's key. codebot does not verify what
+                 such a sandbox hides.
 
 WHAT LEAVES THE HOST
   to GitHub      requests of GitHub.send: queries, reactions, pull requests, answers, and
@@ -123,9 +129,10 @@ WHERE SECRETS GO
   passwords of proxies       to the proxy; to the agent, the tests and git, in their
                              environment. One in ANTHROPIC_BASE_URL: only to the agent.
   With --no-github, git commands that contact the remote get the environment with which
-  codebot was started, without the secrets of codebot and of the model.
+  codebot was started, including the listed variables, but without the secrets of codebot
+  and of the model.
   codebot writes none of these secrets into a file with a name. While a program runs, its
-  input and output are in unlinked files; those of openssl are the parts of a JWT. But the
+  input and output are in unlinked files (openssl's are what a JWT consists of). But the
   agent's home keeps its session, with everything that the agent has printed.
 
 KNOWN LIMITATIONS
@@ -142,8 +149,18 @@ KNOWN LIMITATIONS
     directories. The directory that HOME names is hidden (no other home of that user is),
     except for those of its directories in which PATH has entries: with ~/.cargo/bin on
     PATH, the agent can read ~/.cargo/credentials.toml.
-  - git unpacks, checks and compares the agent's objects outside the sandbox. A bug in git
-    there would be a way out of the sandbox.
+  - git unpacks, checks and compares the agent's objects outside the sandbox, and unpacks
+    what the remote sends without fsck. A bug in git there would be a way to codebot.
+  - With a launcher, the directories that bwrap hides are looked up on this host. One that
+    exists only on the node is not hidden there.
+  - The agent's session is kept for the reviews of its pull request. Text that has misled
+    the agent once is still there when a trusted reviewer's request is carried out.
+  - That the repository's Claude settings, hooks and MCP servers are not loaded, and that an
+    answer only reads, depends on options and variables of the Claude CLI. codebot checks
+    that its version is 2.0 or newer, but not that it honors them.
+  - The App's key can do whatever the App may do at GitHub, and a repository's token can
+    write to every branch that is not protected. `check` reports missing permissions of the
+    App, but none that it should not have.
   - Data that is removed from a repository at GitHub stays in the mirror, where later
     agents can read it.
   - In bwrap the agent can connect to abstract sockets, and to sockets in directories that
@@ -153,19 +170,25 @@ KNOWN LIMITATIONS
   - The agent's events, summary and cost are self-reported. "The tests passed" means that
     the command exited with 0 in a workspace where the agent could have changed the tests,
     and files in HOME that they read.
-  - codebot searches the text files of a change for the secrets of 16 or more characters
-    that it knows: verbatim, and as base64 of the secret alone, in lines of at most 8 MiB.
-    Of the variables that the operator lists, it knows those whose names suggest a secret.
+  - Secrets are recognized verbatim and as base64 of nothing but the secret: in what is
+    logged and sent to GitHub, those of 6 or more characters; in the text files of a change,
+    those of 16 or more, in lines of at most 8 MiB. An agent that writes a secret in another
+    way, such as backwards, can publish it. Of the variables that the operator lists, codebot
+    knows those whose names suggest a secret.
+  - Unless the operator sets a budget, nothing but the time limits what a job may cost. A
+    budget relies on the cost that the agent reports.
   - "Fixes #1" and "@name" in the words of an agent or a task work at GitHub as if a person
     had written them.
-  - With --no-github, if codebot's user may log in to this host by ssh, a client can name
-    a repository in the work directory by an ssh address, and so push into it. Also, git
-    before 2.45.1 (in the 2.39 series, before 2.39.4) pushes to another user's repository
-    on this host, whose hooks then run as codebot's user.
+  - With --no-github, a client can have hooks run as codebot's user, outside the sandbox,
+    in two cases. If codebot's user may log in to this host by ssh, an ssh address can name
+    a repository in the work directory, where an agent can plant hooks. And git before
+    2.45.1 (in the 2.39 series, before 2.39.4) runs the hooks of another user's repository
+    on this host when it pushes there.
   - HTML comments and invisible characters are removed from text that people write on
     GitHub, and so is everything after a <!-- without an end. Text that is hidden there in
-    other ways, such as in the title of a link, is not removed. An edit of an issue less
-    than two seconds after it was labeled may not be noticed. If the issue's author has no
+    other ways, such as in the title of a link, is not removed. An edit of an issue just
+    before it was labeled, which the person who labeled it has not seen, or less than two
+    seconds after that, is not noticed. If the issue's author has no
     write access, any change of the issue after the label, even a comment, counts as an
     edit, and the label must be added again.
 
@@ -175,8 +198,8 @@ LIFE OF A JOB
   running   -> pending      a stop, a crash, or a transient error interrupts it
   running   -> completed, failed
   A review is deleted when its comments join another running review, and when its task is
-  deleted. A review for which nothing may be done is also deleted, unless its agent has
-  cost something, as far as is known: then it fails.
+  deleted. A review for which nothing may be done is also deleted, but if its agent has run
+  and may have cost something, the review fails instead.
 
   A task's phases are clone, agent, test, commit, push, pull_request; a review's are
   classify, clone, agent, test, commit, push, answer. With a launcher, both are in the
@@ -584,8 +607,8 @@ WRONG_TEST_RULE = r"\s*(\w+://[^\s=]*|/[^\s=]*\*[^\s=]*)\s*="
 
 def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
     """Parse one command for all repositories, or lines ``owner/name=command``."""
-    # In .env all rules are on one line, separated by the two characters \n. Where no
-    # rule follows these characters, they are part of a command.
+    # In .env all rules are on one line, separated by the two characters \n, as in
+    # "a/b=make test\nc/d=tox". Where no rule follows them, they are part of a command.
     text = re.sub(rf"\\n(?={TEST_RULE})", "\n", text)
     rules = []
     for line in text.split("\n"):
@@ -721,7 +744,8 @@ def flag_name(field: str) -> str:
 
 
 # Matches NAME=VALUE, perhaps with a comment. The forms of VALUE are tried in this order.
-# So a value such as 'a' "b", which is not a single quoted text, is taken literally.
+# A value that begins and ends with the same quote loses these two and keeps those between
+# them. Any other value, such as 'a' "b", is taken literally.
 ENV_LINE_RE = re.compile(
     r"""(?: export \s+ )? ([A-Za-z_]\w*) \s* = (?:
             | \s* "(.*?)"
@@ -1048,9 +1072,10 @@ def do_nothing(*args: object) -> None:
 
 
 # A LineHandler gets the new lines of a program's standard output. It returns None or,
-# when the program's work is done, a grace period in seconds. During it no other limits
-# apply. A program that still runs at the end of the period is ended. This is no failure:
-# the agent, for example, may hang after its result. (Python 3.9 needs the quotes.)
+# when the program's work is done, a grace period of a few seconds. During it no other
+# limits apply, not even a stop. A program that still runs at the end of the period is
+# ended. This is no failure: the agent, for example, may hang after its result. (Python 3.9
+# needs the quotes.)
 LineHandler = Callable[[list[str]], "float | None"]
 
 
@@ -1151,8 +1176,8 @@ class OutputFile:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
-        # With O_APPEND, a program that reopens its own output, with `>/dev/stdout`,
-        # cannot overwrite what is printed afterwards.
+        # The program may reopen this file, with `>/dev/stdout`, and write from its start.
+        # Because of O_APPEND, what others print here is not written over that.
         fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
         self.last_lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
         self.has_new_bytes = False  # whether the last read_lines found any
@@ -1244,7 +1269,8 @@ class RunningProgram:
         """Note the program's start and exit code; return the lines that it printed."""
         output = []
         for line in lines:
-            # In bwrap the program cannot know the sentinel; elsewhere it can forge this.
+            # In bwrap the program cannot see the sentinel, which is an argument of a
+            # process outside. Elsewhere it can forge this line.
             sentinel, _, code = line.partition(" ")
             if sentinel == launch.sentinel and re.fullmatch("[0-9]{1,3}", code):
                 self.node_code = int(code)
@@ -1318,8 +1344,8 @@ def end_process_group(child: subprocess.Popen[bytes]) -> None:
     If the program still runs, the group gets SIGTERM and, after KILL_GRACE, SIGKILL. What
     a program has left behind at its own end gets SIGKILL at once.
 
-    Until the SIGKILL, no other group can get this one's number. The kernel does not
-    reuse it while the group has members, and then only after all other numbers.
+    In practice, no other group has this one's number by then: the kernel does not reuse
+    it while the group has members, and then only after all other numbers.
     """
     if child.poll() is None:
         signal_group(child.pid, signal.SIGTERM)
@@ -1380,7 +1406,11 @@ def run_program(
 
 
 def tagged_processes(run_tag: str) -> list[int]:
-    """Return the ids of the processes whose CODEBOT_RUN begins with ``run_tag``."""
+    """Return the ids of the processes whose CODEBOT_RUN begins with ``run_tag``.
+
+    See base_environment: no tag is the beginning of another one by accident, because each
+    of a tag's parts has a fixed length.
+    """
     needle = f"\0CODEBOT_RUN={run_tag}".encode()
     found = []
     for path in glob.glob("/proc/[0-9]*/environ"):  # macOS has none
@@ -2046,7 +2076,7 @@ class GitHub:
         self.attempts = GITHUB_ATTEMPTS
         self.requests_made = 0
         self.rate_limit_remaining: int | None = None
-        # Seconds by which GitHub's clock is ahead of ours, less the time that the last
+        # Seconds by which GitHub's clock is ahead of ours, but for the time that the last
         # response took to arrive.
         self.clock_skew = 0.0
         # No request is sent before this time: requests sent in spite of a rate limit may
@@ -2056,7 +2086,7 @@ class GitHub:
         # Threads share these without a lock. Each step is atomic, and it does no harm if
         # two threads fetch the same token, or empty the same dict, at once.
         self._tokens: dict[Credential, tuple[str, float]] = {}  # each with its expiry
-        self._replies: dict[str, Reply] = {}  # by URL
+        self._replies: dict[str, Reply] = {}  # by URL; each has only one credential
         # By repository and login: the monotonic time until which a refusal is remembered.
         self.access_refusals: dict[tuple[int, str], float] = {}
         # This changes urlopen in the whole process, but only send() uses it.
@@ -2355,7 +2385,8 @@ class GitHubRepository:
 
     def __init__(self, github: GitHub, payload: JsonObject) -> None:
         self.github = github
-        # A compatible server that sends no id must accept the lookup token for all.
+        # GitHub always sends an id. A compatible server may send none; then it has to
+        # accept the lookup token, which may only read names, for everything.
         self.id = int(payload.get("id") or LOOKUP)
         self.full_name = str(payload["full_name"])
         self.path = f"/repos/{self.full_name}"
@@ -2920,8 +2951,9 @@ class Mirror(GitDirectory):
     def fetch_branch(self, repository: Repository, branch: str) -> tuple[str, str]:
         """Ask the remote for the branch's tip; fetch all branches if the mirror lacks it.
 
-        Returns the branch's name and its tip at the remote. The mirror's branch contains
-        this tip, and may be ahead if the remote's was set back. Raises BranchNotFound.
+        Returns the branch's name and its tip at the remote. If the remote's branch was set
+        back, the mirror has this tip already, nothing is fetched, and the mirror's branch
+        stays ahead. Raises BranchNotFound.
         """
         with self.lock() as descriptor:
             os.utime(descriptor)  # tells Cleanup when the mirror was last used
@@ -3457,6 +3489,7 @@ class Store:
             "submitted_by": submitted_by,
             "idempotency_key": idempotency_key,
         }
+        # Before the INSERT this finds a task that is stored already; after it, the new one.
         find_task = """
             SELECT * FROM jobs
             WHERE idempotency_key = :idempotency_key OR label_event_id = :label_event_id
@@ -4171,6 +4204,7 @@ def remove_tree(config: Config, path: str) -> None:
     with contextlib.suppress(RecursionError):
         shutil.rmtree(path, ignore_errors=True)
     if os.path.lexists(path):
+        # Neither follows links below $1, and nothing of the agent runs any longer.
         script = 'chmod -R u+rwX -- "$1"; rm -rf -- "$1"'
         env = base_environment(config)
         run_program(["sh", "-c", script, "sh", path], env)
@@ -4399,7 +4433,7 @@ git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
 git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
 # Nothing that the test writes is committed: the tree is recorded before the test and
-# restored after it. Only ignored files stay for the next attempt. A hostile test could
+# restored after it. Only ignored files stay, for the next attempt. A hostile test could
 # make step 4 name another tree, just as it could pass without testing anything. Whatever
 # tree is named is inspected before it is pushed.
 TEST_SCRIPT = """
@@ -4601,7 +4635,7 @@ class Workspace:
         limits = Limits(run.time_left(), config.stall_timeout, run.check_stop)
 
         def start() -> None:
-            # The time limit does not include the wait for a node.
+            # The time limit begins anew, as it does not include the wait for a node.
             run.deadline = time.monotonic() + limits.timeout
             if command.with_model_key:
                 run.agent_ran_since_save = True
@@ -4685,10 +4719,8 @@ class Workspace:
 
         git fetch does not open the agent's .git: only a pack crosses.
         """
-        # If self.repo were a file, git fetch itself would read it, as a bundle. In bwrap,
-        # self.repo is a mount point, which the agent cannot replace; in another sandbox,
-        # the agent may be able to.
-
+        # In bwrap, self.repo is a mount point, which the agent cannot replace. In another
+        # sandbox it may put a file there, which git fetch would itself read, as a bundle.
         # git appends the path, and has sh run: bwrap … -- git upload-pack '/…/repo'
         upload_pack = self.sandboxed(["git", "upload-pack"])
         argv = [*GIT, "-c", "fetch.fsckObjects=true", "--git-dir", self.outbox.path]
@@ -4818,7 +4850,7 @@ class Workspace:
 
 def outbox_path(config: Config, directory: str) -> str:
     """Return the path of the outbox that belongs to a task's directory."""
-    digits = directory[-7:]  # task_[TICKET_]HEX
+    digits = directory[-7:]  # task_[TICKET_]HEX; nothing else has an outbox
     return f"{config.work_dir}/outbox_{digits}.git"
 
 
@@ -5414,6 +5446,7 @@ def test_and_commit(
         title = f"Answer the review of {title}"
     summary = quoted("The agent", run.job.summary)
     message = without_ci_skips(f"{run.redact(title)[:250]}\n\n{summary}")
+    # Only when it has been inspected does the caller store the commit's id, to be pushed.
     commit_id = workspace.write_commit(tree, base_commit, message)
     files = workspace.inspect_commit(base_commit, commit_id)
     run.log_event("git", f"Commit {commit_id}", files)
@@ -5554,7 +5587,7 @@ def run_review(run: JobRun) -> None:
       error                            post the error, and fail with it
 
     Raises ReviewSkipped if nothing is to be done. If a step fails, `run_job` stores the
-    error and repeats the steps, which then only post it.
+    error and repeats the steps, which then only post it; see `store_failure`.
     """
     review = load_review(run)
     check_pull_request(review)
@@ -5699,6 +5732,7 @@ def load_comments(review: Review) -> Review:
 
 def apply_daily_limit(run: JobRun) -> None:
     """Skip a review above the daily limit, but let the first one of a day say so."""
+    # This review, which is running, is one of them.
     kinds = run.store.request_kinds_of_last_day(run.job.task_id)
     if len(kinds) - kinds.count("limit") <= DAILY_REVIEW_JOBS:
         return
@@ -5852,6 +5886,7 @@ def push_review_commit(review: Review) -> None:
 
     The push is never forced. If commits were removed from the branch, nothing is pushed,
     as that would restore them. (Those removed just before the push are restored.)
+
     The branch's tip             What is done
       has the job's commit         nothing: an earlier run has pushed it
       is the commit's parent       push
@@ -5875,6 +5910,7 @@ def push_review_commit(review: Review) -> None:
             if tip == run.job.base_commit:
                 raise  # nobody has pushed meanwhile, so the remote refuses the commit
         else:
+            # The answer will name the commit, so it must be there.
             require_on_branch(workspace, run.job.commit_id)
             return
     raise JobFailed(
@@ -6395,7 +6431,10 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
 
 
 def store_failure(run: JobRun, ending: Ending) -> None:
-    """Store why a review failed. From now on its steps only post that."""
+    """Store why a review failed. From now on its steps only post that.
+
+    save_work also resets `interruptions`, so that check_may_run lets them.
+    """
     error = run.redact(ending.error)[:10_000]
     # Logged now: if the reviewer cannot be told, the review may end with another error.
     run.log_event("codebot", f"Failed ({ending.reason}): {error}")
@@ -8621,7 +8660,8 @@ def set_up_process(codebot: Codebot, level: int) -> None:
     handler.setFormatter(LogFormatter(codebot.redact))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     if sys.platform == "linux":
-        # Even without a sandbox an agent that is not root cannot read codebot's memory.
+        # Even without a sandbox, an agent that is not root cannot read codebot's memory.
+        # It can still read codebot's files.
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     # Each connection takes a descriptor, as does each level of a directory to remove.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
