@@ -172,9 +172,9 @@ KNOWN LIMITATIONS
     and files in HOME that they read.
   - Secrets are recognized verbatim and as base64 of nothing but the secret: in what is
     logged and sent to GitHub, those of 6 or more characters; in the text files of a change,
-    those of 16 or more, in lines of at most 8 MiB. An agent that writes a secret in another
-    way, such as backwards, can publish it. Of the variables that the operator lists, codebot
-    knows those whose names suggest a secret.
+    those of 16 or more, in lines of at most 8 MiB. An agent that writes a secret in
+    another way, such as backwards, can publish it. Of the variables that the operator
+    lists, codebot knows those whose names suggest a secret.
   - Unless the operator sets a budget, nothing but the time limits what a job may cost. A
     budget relies on the cost that the agent reports.
   - "Fixes #1" and "@name" in the words of an agent or a task work at GitHub as if a person
@@ -332,7 +332,8 @@ STOP_TIMEOUT = 10.0  # seconds that the workers have to end when codebot stops
 # Seconds between SIGTERM and SIGKILL, so that git can remove its lock files. (What runs
 # in bwrap is killed at once.)
 KILL_GRACE = 2.0
-RESULT_GRACE = 5.0  # seconds that the agent may still run after its `result` event
+# seconds that the agent may still run after its result, or after a rejected key
+RESULT_GRACE = 5.0
 PRIVATE_UMASK = 0o077  # other users must not read what codebot creates
 MAX_LINE_BYTES = 8 << 20  # the beginning of a longer line is replaced by a note
 MAX_OUTPUT_BYTES = 1 << 30  # a program whose output takes more disk space is ended
@@ -2989,14 +2990,17 @@ class Mirror(GitDirectory):
     def fetch_all(self, repository: Repository) -> None:
         """Fetch all branches. The lock must be held."""
         self.remove_stale_files()
-        self.remote_git(
-            repository,
-            *GIT_FETCH,
-            "--prune",
-            "--",
-            repository.url,
-            "+refs/heads/*:refs/heads/*",
-        )
+        try:
+            self.remote_git(
+                repository,
+                *GIT_FETCH,
+                "--prune",
+                "--",
+                repository.url,
+                "+refs/heads/*:refs/heads/*",
+            )
+        finally:
+            self.remove_stale_files()  # a fetch that failed may have filled the disk
 
     def remove_stale_files(self) -> None:
         """Remove what a killed git left. The lock must be held: it keeps other gits out."""
@@ -3100,9 +3104,9 @@ CREATE TABLE jobs (
     base_name TEXT NOT NULL DEFAULT '',
     base_commit TEXT NOT NULL DEFAULT '',
     commit_id TEXT NOT NULL DEFAULT '',
-    -- What the job has achieved, stored before any of it is published.
+    -- What the job's runs have reported and achieved, stored before any of it is published.
     summary TEXT NOT NULL DEFAULT '', -- the agent's own words
-    test_attempts INTEGER NOT NULL DEFAULT 0, -- the last one passed; 0: there is no test
+    test_attempts INTEGER NOT NULL DEFAULT 0, -- the one that passed; 0: none has
     cost_usd REAL, -- as the agent reports it; NULL: unknown
     num_turns INTEGER NOT NULL DEFAULT 0,
     files TEXT NOT NULL DEFAULT '', -- as git diff --stat shows them
@@ -3270,9 +3274,9 @@ class Job:
     base_name: str
     base_commit: str
     commit_id: str
-    # What the job has achieved, stored before any of it is published.
+    # What the job's runs have reported and achieved, stored before any of it is published.
     summary: str  # the agent's own words
-    test_attempts: int  # the last one passed; 0: there is no test
+    test_attempts: int  # the one that passed; 0: none has
     cost_usd: float | None  # as the agent reports it; None: unknown
     num_turns: int
     files: str  # as git diff --stat shows them
@@ -3498,11 +3502,9 @@ class Store:
         with self._transaction() as db:
             row = db.execute(find_task, values).fetchone()
             if row is None:
-                pending = self.count_pending("task")  # nobody else can add one now
-                if pending >= max_pending:
-                    message = f"The queue is full ({pending} waiting); retry in 60 s"
-                    raise HTTPError(503, message, {"Retry-After": "60"})
-                insert_task(db, values)
+                insert_task(db, values, max_pending)
+                if issue.label_event_id is not None:
+                    insert_label_event(db, issue.label_event_id)
                 row = db.execute(find_task, values).fetchone()
             job = make_job(row)
             if idempotency_key and job.request != request:
@@ -3539,7 +3541,7 @@ class Store:
     def finish(
         self, job: Job, seconds: float, status: str, reason: str = "", error: str = ""
     ) -> None:
-        """Complete or fail a running job, and add its time and cost to the totals."""
+        """Complete or fail a running job; add ``seconds`` and its cost to the totals."""
         with self._transaction() as db:
             self._transition(db, job.id, "running", status, reason, error)
             db.execute(
@@ -3953,10 +3955,8 @@ class Store:
 
     def add_label_event(self, event_id: int) -> None:
         """Remember that a label event has been handled."""
-        self._write(
-            "INSERT INTO label_events (id) VALUES (:id) ON CONFLICT DO NOTHING",
-            id=event_id,
-        )
+        with self._transaction() as db:
+            insert_label_event(db, event_id)
 
     def unfinished_issues(self) -> list[tuple[int, int]]:
         """Return the repository id and number of each issue with unfinished tasks."""
@@ -4046,7 +4046,17 @@ class Store:
 # Steps of Store's transactions
 
 
-def insert_task(db: sqlite3.Connection, values: Mapping[str, str | int | None]) -> None:
+def insert_task(
+    db: sqlite3.Connection, values: Mapping[str, str | int | None], max_pending: int
+) -> None:
+    """Insert a task. Raises HTTPError 503 if ``max_pending`` tasks are waiting."""
+    rows = db.execute(
+        "SELECT COUNT(*) FROM jobs WHERE kind = 'task' AND status = 'pending'"
+    )
+    pending = rows.fetchone()[0]
+    if pending >= max_pending:
+        message = f"The queue is full ({pending} waiting); retry in 60 s"
+        raise HTTPError(503, message, {"Retry-After": "60"})
     db.execute(
         """
         INSERT INTO jobs (
@@ -4062,6 +4072,13 @@ def insert_task(db: sqlite3.Connection, values: Mapping[str, str | int | None]) 
         )
         """,
         values,
+    )
+
+
+def insert_label_event(db: sqlite3.Connection, event_id: int) -> None:
+    db.execute(
+        "INSERT INTO label_events (id) VALUES (:id) ON CONFLICT DO NOTHING",
+        {"id": event_id},
     )
 
 
@@ -4162,9 +4179,13 @@ def take_work_dir(config: Config) -> None:
 
 
 def hold_lock(path: str, option: str) -> None:
-    """Lock a file until this process ends. Raises ConfigError if that is impossible."""
+    """Lock a file until this process ends. Make it, if it is missing.
+
+    Raises ConfigError if that is impossible.
+    """
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if option == "--work-dir":  # a disk that is not mounted is no new database
+            os.makedirs(os.path.dirname(path), exist_ok=True)
         # The file is never closed. It must not be a symlink, with which another user
         # could make codebot create a file elsewhere.
         lock = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -4339,7 +4360,7 @@ class JobRun:
         """Raise StopRequested or Cancelled if the run must end."""
         if self.is_cancelled:
             raise Cancelled()
-        self.codebot.wait(0)
+        self.codebot.wait()
 
     def log_event(self, source: str, *messages: str) -> None:
         """Add messages of one source to the task's log."""
@@ -4601,7 +4622,7 @@ class Workspace:
         if not self.codebot.sandbox.is_bwrap:
             env["TMPDIR"] = f"{self.path}/tmp"
         # If the agent removes .git, git must not search the parent directories for one.
-        # (With a colon in the path, which git takes for the end of a path, it does.)
+        # (If the path has a colon, it does: git takes the colon for the path's end.)
         env["GIT_CEILING_DIRECTORIES"] = self.path
         for role in ("AUTHOR", "COMMITTER"):
             env[f"GIT_{role}_NAME"] = "codebot"
@@ -4637,7 +4658,7 @@ class Workspace:
         def start() -> None:
             # The time limit begins anew, as it does not include the wait for a node.
             run.deadline = time.monotonic() + limits.timeout
-            if command.with_model_key:
+            if command.with_model_key:  # it is the agent
                 run.agent_ran_since_save = True
                 run.update(transient_since=0.0)  # a series of transient errors is over
             run.set_phase(phase, attempt)
@@ -5015,8 +5036,8 @@ class AgentRun:
             self.result = event  # the last one counts
         elif event.get("subtype") == "api_retry":
             if event.get("error_status") == 401:
-                # A result ends the run; the CLI itself would retry for three minutes.
-                self.result = {"api_error_status": 401}
+                # Taken for a result, to end the run: the CLI would retry for three minutes.
+                self.result = self.result or {"api_error_status": 401}
             self.log("agent", f"The model's API failed: {event.get('error')}")
         elif event["type"] in ("assistant", "user"):
             content = event["message"]["content"]
@@ -5124,7 +5145,7 @@ def ask_agent(
     attempt: int = 1,
     phase: str = "agent",
 ) -> JsonObject:
-    """Run the agent once, within the job's time and budget, and store its summary.
+    """Run the agent once, within the job's time and budget; store its words and cost.
 
     The prompt must begin with codebot's own words. If it began with foreign text that
     starts with a slash, the CLI would run that text as one of its commands.
@@ -6149,8 +6170,7 @@ class Sync:
             github_repository.post_once(issue.number, text, marker)
         else:
             self.submit_issue(github_repository, issue, event)
-        # This event has been handled. Adding the label again makes another event. (After a
-        # crash just before this, add_task returns the event's task again.)
+        # This event has been handled. Adding the label again makes another event.
         self.store.add_label_event(event.id)
 
     def cancel_superseded(self, request: SyncRequest, event_id: int) -> None:
@@ -6524,7 +6544,7 @@ class Cleanup:
         # the server was down, so the workspaces that these reviews need are retained.
         self.codebot.cleanup_wanted.wait(min(CLEANUP_INTERVAL, self.config.retention))
         self.codebot.cleanup_wanted.clear()
-        self.codebot.wait(0)
+        self.codebot.wait()
         # Disk space is freed first: a full disk may be why the database fails.
         self.do_part(self.remove_workspaces)
         cutoffs = (utc_time(self.config.retention), utc_time(DELIVERY_RETENTION))

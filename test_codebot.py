@@ -3991,6 +3991,7 @@ def test_label_event_becomes_a_task_once(store: codebot.Store) -> None:
     job = store_task(store, issue=label)
     assert store_task(store, issue=label) == job
     assert store_task(store, "Edited meanwhile", issue=label) == job
+    assert store.is_label_event_known(55)  # at once: a crash may come next
     other = codebot.SourceIssue(7, issue_number=3, issue_url=url, label_event_id=56)
     assert store_task(store, issue=other).id != job.id
     assert job.issue_url == url
@@ -4654,6 +4655,26 @@ def test_mirrors_recover_from_killed_git(fresh: Site) -> None:
         assert repository.show(branch, "news") == "news", repository.name
 
 
+def test_fetch_that_is_ended_leaves_no_part_of_a_pack(fresh: Site) -> None:
+    # It may have filled the disk.
+    config = codebot.Config(no_github=True, work_dir=str(fresh.directory / "work"))
+    part = Path(config.work_dir, "mirror.git", "objects", "pack", "tmp_pack_a1b2c3")
+
+    def end_fetch() -> None:
+        part.write_text("a part of a pack")  # as git leaves it
+        raise codebot.StopRequested()
+
+    mirror = codebot.Mirror(config, str(part.parents[2]), codebot.do_nothing)
+    repository = codebot.parse_plain_remote(config, str(fresh.repository.bare))
+    with mirror.lock():
+        mirror.create_for(repository)
+        part.parent.mkdir(exist_ok=True)
+        mirror.limits = codebot.Limits(check_stop=end_fetch)
+        with pytest.raises(codebot.StopRequested):
+            mirror.fetch_all(repository)
+    assert not part.exists()
+
+
 def test_repository_that_cannot_be_checked_out_fails_before_agent_runs(
     shared: Site,
 ) -> None:
@@ -4766,6 +4787,7 @@ def test_agent_that_goes_wrong_fails_its_task(shared: Site, case: str) -> None:
 GOOD_PLANS = {
     "exit code after result": f"{SAY_HELLO}; exit 9",
     "stays after result": f"{SAY_HELLO}; sleep 300",
+    "login refused after result": f"{SAY_HELLO}; echo '{LOGIN_RETRY}'; sleep 300",
     "background child": f"setsid sleep 300 & {SAY_HELLO}",
     "ignores SIGTERM": f"{SAY_HELLO}; trap '' TERM; while :; do sleep 300; done",
     "odd lines": f"seq 1 2000; echo 'no json'; echo '[]'; echo '{{\"type\":3}}'; {SAY_HELLO}",
@@ -12543,10 +12565,11 @@ MISTAKES = {
         "--work-dir.",
         flags=("--work-dir", "/proc/x"),
     ),
-    "directory of the database unusable": Mistake(
-        "Cannot use /proc/x/x.db.lock: no such file or directory. Use another "
+    # It is not made: a disk that is not mounted must not look like a new database.
+    "directory of the database missing": Mistake(
+        "Cannot use DIR/nowhere/x.db.lock: no such file or directory. Use another "
         "CODEBOT_DATABASE.",
-        {"CODEBOT_DATABASE": "/proc/x/x.db"},
+        {"CODEBOT_DATABASE": "DIR/nowhere/x.db"},
     ),
     "sandbox program fails": Mistake(
         "The sandbox does not start: no box. Install bubblewrap",
