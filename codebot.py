@@ -149,6 +149,8 @@ KNOWN LIMITATIONS
     directories. The directory that HOME names is hidden (no other home of that user is),
     except for those of its directories in which PATH has entries: with ~/.cargo/bin on
     PATH, the agent can read ~/.cargo/credentials.toml.
+  - With bwrap before 0.8, which is refused if codebot is root, the agent can make user
+    namespaces, in which it can reach more of the kernel.
   - git unpacks, checks and compares the agent's objects outside the sandbox, and unpacks
     what the remote sends without fsck. A bug in git there would be a way to codebot.
   - With a launcher, the directories that bwrap hides are looked up on this host. One that
@@ -336,7 +338,7 @@ KILL_GRACE = 2.0
 RESULT_GRACE = 5.0
 PRIVATE_UMASK = 0o077  # other users must not read what codebot creates
 MAX_LINE_BYTES = 8 << 20  # the beginning of a longer line is replaced by a note
-MAX_OUTPUT_BYTES = 1 << 30  # a program whose output takes more disk space is ended
+MAX_OUTPUT_BYTES = 1 << 30  # a program is ended when its output file is larger
 READ_BYTES = 64 << 10  # of output read at a time; the limits are checked in between
 KEPT_LINES = 400  # how many of the last lines of a program's output are kept
 MAX_EVENT_CHARS = 4000  # a longer event is truncated
@@ -430,7 +432,7 @@ class Stalled(LimitReached):
 
 
 class TooMuchOutput(LimitReached):
-    """A program's output takes more than MAX_OUTPUT_BYTES."""
+    """A program's output file is larger than MAX_OUTPUT_BYTES."""
 
 
 class NoFreeNode(LimitReached):
@@ -1352,7 +1354,7 @@ def end_process_group(child: subprocess.Popen[bytes]) -> None:
         signal_group(child.pid, signal.SIGTERM)
         deadline = time.monotonic() + KILL_GRACE
         # poll() reaps the program, which would otherwise stay in the group as a zombie.
-        # The signal 0 is not sent: it only tests whether the group has members.
+        # Signal 0 has no effect: it only tests whether the group has members.
         while child.poll() is None or signal_group(child.pid, 0):
             if time.monotonic() > deadline:
                 break
@@ -1691,10 +1693,12 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     hidden = {"/run", home_directory(), *private_directories(config)}
     hidden -= {"/", "/tmp"}  # "/" cannot be covered; /tmp is already the workspace's
     covers = dict.fromkeys(tool_directories(config), READ_ONLY)
-    covers.update(dict.fromkeys(hidden, HIDDEN))  # also a tool directory with a secret
+    # A tool directory that is itself to be hidden becomes HIDDEN.
+    covers.update(dict.fromkeys(hidden, HIDDEN))
     # /etc/resolv.conf may be a symlink into /run.
     visible = [os.path.realpath("/etc/resolv.conf"), objects]
     visible += agent_program_files(config, {"/tmp": HIDDEN, **covers})
+    # sorted() puts each directory before those in it.
     mounts = [Mount(covers[path], path) for path in sorted(covers)]
     mounts += [Mount(READ_ONLY, path) for path in visible]
     # The workspace's third part, tmp, is already mounted at /tmp.
@@ -1792,6 +1796,8 @@ class Sandbox:
         except TimedOut as error:
             problem = f"it {error}"
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ConfigError("The disk of the work directory is full.") from None
             # An error from fork names no file; the first program could not be started.
             program = error.filename or (config.launcher or config.sandbox)[0]
             problem = f"{program}: {os_error_text(error)}"
@@ -1852,7 +1858,7 @@ AS_APP = -1  # the App's own JWT
 TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take 34 MB
-MAX_CACHED_REPLIES = 500
+MAX_CACHED_REPLIES = 1000
 
 
 class GitHubError(Exception):
@@ -2029,7 +2035,8 @@ def github_error_text(status: int, payload: Json) -> str:
     if not isinstance(payload, dict):
         return f"{status} (no reason given)"
     words = [str(status), str(payload.get("message", "(no reason given)"))]
-    for error in payload.get("errors") or []:
+    errors = payload.get("errors")
+    for error in errors if isinstance(errors, list) else []:
         if isinstance(error, dict):
             error = error.get("message") or error
         words.append(str(error))
@@ -2158,9 +2165,9 @@ class GitHub:
             raise AppRefused(self.unknown_installation_text(error)) from None
         except GitHubError as error:
             raise AppRefused(
-                "The App's installation does not include this repository, or lacks a "
-                "permission. Change it at …/settings/installations/"
-                f"{self.config.installation_id} ({error})"
+                f"GitHub issues no token: {error}. If the App's installation does not "
+                "include this repository, or lacks a permission, change it at "
+                f"…/settings/installations/{self.config.installation_id}"
             ) from None
         return str(reply.value["token"]), parse_utc_time(reply.value["expires_at"])
 
@@ -2611,7 +2618,7 @@ class BranchNotFound(Exception):
 
 
 def sha256_hex(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def slugify(text: str) -> str:
@@ -4183,12 +4190,19 @@ def hold_lock(path: str, option: str) -> None:
 
     Raises ConfigError if that is impossible.
     """
+    # git separates paths by colons, and the names of alternates by line breaks.
+    if ":" in path or not path.isprintable():
+        raise ConfigError(
+            f"Cannot use {path!r}: it contains a colon or an unprintable character. Use "
+            f"another {option}."
+        )
     try:
         if option == "--work-dir":  # a disk that is not mounted is no new database
             os.makedirs(os.path.dirname(path), exist_ok=True)
         # The file is never closed. It must not be a symlink, with which another user
-        # could make codebot create a file elsewhere.
-        lock = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        # could make codebot create a file elsewhere. Opening a FIFO for writing only
+        # would wait for a reader.
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         reason = os_error_text(error)
@@ -4274,6 +4288,7 @@ class Codebot:
 
     def open(self) -> None:
         """End what an earlier server left running in the work directory; open the store.
+
         Raises ConfigError if the database, the sandbox or the App's key cannot be used.
         """
         end_tagged_processes(self.work_dir_tag)
@@ -4622,7 +4637,6 @@ class Workspace:
         if not self.codebot.sandbox.is_bwrap:
             env["TMPDIR"] = f"{self.path}/tmp"
         # If the agent removes .git, git must not search the parent directories for one.
-        # (If the path has a colon, it does: git takes the colon for the path's end.)
         env["GIT_CEILING_DIRECTORIES"] = self.path
         for role in ("AUTHOR", "COMMITTER"):
             env[f"GIT_{role}_NAME"] = "codebot"
@@ -5573,7 +5587,7 @@ def react_to_issue(workspace: Workspace) -> None:
 
 # --- Review ------------------------------------------------------------------
 
-# Seconds until a new comment is visible in all parts of GitHub.
+# Seconds until something new is visible in all parts of GitHub.
 VISIBILITY_DELAY = 50.0
 LIMIT_TEXT = (
     f"This pull request has reached the limit of {DAILY_REVIEW_JOBS} requests to codebot "
@@ -5664,7 +5678,7 @@ def load_review(run: JobRun) -> Review:
         if not is_allowed(run.config, repository.full_name):
             raise ReviewSkipped(f"{repository.full_name} is not an allowed repository")
     except GitHubError as error:
-        raise refusal_error(error) from None
+        raise refusal_error(run, error) from None
     workspace = Workspace(run, repository, run.job.directory)
     return Review(
         run,
@@ -5675,9 +5689,10 @@ def load_review(run: JobRun) -> Review:
     )
 
 
-def refusal_error(error: GitHubError) -> Exception:
+def refusal_error(run: JobRun, error: GitHubError) -> Exception:
     """Return ReviewSkipped if GitHub's object is gone for good, else TransientError."""
-    if isinstance(error, NotFound):
+    is_new = run.job.submitted_at > utc_time(seconds_ago=VISIBILITY_DELAY)
+    if isinstance(error, NotFound) and not is_new:
         return ReviewSkipped(f"it is not codebot's anymore: {error}")
     return TransientError(f"GitHub refuses the App: {error}")
 
@@ -5691,7 +5706,7 @@ def check_pull_request(review: Review) -> None:
     try:
         current = review.github_repository.pull_request(review.number)
     except GitHubError as error:
-        raise refusal_error(error) from None
+        raise refusal_error(review.run, error) from None
     if current.state != "open":
         review.run.codebot.sync_queue.put(SyncRequest(pull_request_of=review.task.id))
         raise ReviewSkipped(f"the pull request is {current.state}")
@@ -5894,7 +5909,7 @@ def parse_answers(review: Review, answer: JsonObject) -> dict[str, str]:
         # The agent may answer the thread's first comment, whose id is the thread's.
         ids.add(members[0].thread)
         texts = [entry["body"] for entry in entries if entry["comment_id"] in ids]
-        text = "\n\n".join(texts) or review.run.job.summary
+        text = "\n\n".join(filter(None, texts)) or review.run.job.summary
         answers[thread] = truncate(review.run.redact(text[:100_000]), 50_000)
     return answers
 
@@ -6031,8 +6046,9 @@ def own_words(job: Job, answer: str) -> str:
 # --- Looking at GitHub -------------------------------------------------------
 #
 # One thread asks GitHub what has changed: at the start, when a webhook says so, and at a
-# fixed interval with --enable-polling. A request that fails is repeated after a minute,
-# or when GitHub's rate limit ends. Webhooks and polling share the store.
+# fixed interval with --enable-polling. If GitHub cannot answer, the request is repeated
+# after a minute, or when the rate limit ends. If GitHub refuses it, the next poll, delivery
+# or start asks again. Webhooks and polling share the store.
 
 SYNC_INTERVAL = 1.0  # seconds between checks for due requests and for ended tasks
 # Seconds until a request is repeated after GitHub has refused the App: see AppRefused.
@@ -6067,13 +6083,20 @@ class Sync:
                 self.handle(request)
 
     def handle(self, request: SyncRequest) -> None:
-        """Process a request. Repeat it later if it fails, unless GitHub refuses it."""
+        """Process a request. Repeat it later if GitHub cannot answer now.
+
+        If GitHub refuses it, drop it, unless it is the request for everything, which
+        nothing else may repeat.
+        """
         # Set first, so that the request is also repeated after an unexpected error.
         self.waiting[request] = time.time() + RETRY_DELAY
         try:
             self.process(request)
         except GitHubError as error:
-            log.warning("%s failed: %s", request, error)
+            log.warning("%s was refused by GitHub: %s", request, error)
+            if request == SyncRequest():
+                self.waiting[request] = time.time() + APP_REFUSED_DELAY
+                return
         except (TransientError, sqlite3.Error, OSError) as error:
             log.warning("%s failed, and will be repeated: %s", request, error)
             retry_at = time.time() + RETRY_DELAY  # from now: the look took a while
@@ -6203,10 +6226,10 @@ class Sync:
     def has_untrusted_edit(
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> bool:
-        """Return whether the issue's text may have been edited after it was labeled.
+        """Return whether the issue's title or text may have been edited since the label.
 
         GitHub's REST API reports only the time of an issue's latest change, not what was
-        changed. A later comment or new title could hide an edit, so every change counts.
+        changed. A later comment could hide an edit, so every change counts.
         An author with write access may edit the issue.
         """
         if issue.author and github_repository.has_write_access(issue.author):
@@ -7762,7 +7785,7 @@ def list_tasks(codebot: Codebot, request: Request) -> Response:
 def task_logs(
     codebot: Codebot, request: Request, task_id: str
 ) -> Response | EventStream:
-    """Return a task's events after a sequence number.
+    """Return a task's events after a sequence number: Last-Event-ID, or else ``after``.
 
     JSON has at most 1,000 of them; an event stream has all, then those to come.
     """
@@ -8265,7 +8288,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if length > limit:
             raise HTTPError(413, f"The body is longer than {limit:,} bytes")
         expects_continue = headers.get("expect", "").lower() == "100-continue"
-        if expects_continue and self.request_version == "HTTP/1.1":
+        if length and expects_continue and self.request_version == "HTTP/1.1":
             self.handle_expect_100()
         body = bytearray()
         while len(body) < length:
@@ -8377,8 +8400,10 @@ def reserve_other_address(host: str, port: int) -> socket.socket | None:
             reserved.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         reserved.bind((address, port))
     except OSError as error:
-        if error.errno != errno.EADDRINUSE:
+        if error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
             return None  # this host has no such address
+        if error.errno != errno.EADDRINUSE:
+            raise
         raise ConfigError(
             f"Another program uses, or has just used, port {port} on {address}, where "
             "clients of localhost or of this host's name may connect. Stop it, or use "

@@ -7085,6 +7085,23 @@ AGENT_ANSWERS = {
 }
 
 
+def test_empty_answers_give_way_to_the_summary(
+    store: codebot.Store, tmp_path: Path
+) -> None:
+    app = codebot.Codebot(codebot.Config(no_github=True, work_dir=str(tmp_path)))
+    app.store = store
+    run = codebot.JobRun(app, store_task_in_state(store, "running"))
+    run.update(summary="Because.")
+    comment = codebot.Comment(
+        "conversation", 1, "alice", "Why?", 1, "2026-01-01T00:00:00Z"
+    )
+    parts: Any = (None, None, [comment])  # of a review; only its comments are read
+    review = codebot.Review(run, run.job, 1, *parts)
+    entries = [{"comment_id": 1, "body": ""}, {"comment_id": 1, "body": ""}]
+    answers = codebot.parse_answers(review, {"answers": entries})
+    assert answers == {"conversation 1": "Because."}
+
+
 @pytest.mark.parametrize("case", AGENT_ANSWERS)
 def test_whatever_agent_answers_is_posted(pull: Pull, case: str) -> None:
     plan, words = AGENT_ANSWERS[case]
@@ -8043,6 +8060,17 @@ def test_comment_that_github_does_not_have_everywhere_yet_is_answered(
     fresh.github.reset_faults()
     assert pull.review()["status"] == "completed"
     assert "Because" in pull.answer()
+
+
+def test_pull_request_that_github_does_not_show_everywhere_yet_is_answered(
+    fresh: Site,
+) -> None:
+    fresh.server.start(limits={"RETRY_DELAY": 0.1})
+    pull = open_pull(fresh, ANSWER_QUESTION)
+    fresh.repository.fail("GET /pulls/1", 404, {"message": "Not Found"})
+    fresh.person("alice").comment("Why?")
+    assert pull.review()["status"] == "completed"
+    assert "GitHub refuses the App: 404 Not Found" in fresh.server.log()
 
 
 def test_what_was_written_while_server_was_down_is_found_at_start(fresh: Site) -> None:
@@ -9429,6 +9457,7 @@ def test_client_that_expects_100_gets_it_before_it_sends_the_body(
             413,
         ),
         ("POST /api/tasks/submit HTTP/1.1", [KEY_HEADER, "Content-Length: x"], 400),
+        ("POST /api/tasks/submit HTTP/1.1", [KEY_HEADER, "Connection: close"], 411),
         ("POST /nowhere HTTP/1.1", [KEY_HEADER, "Content-Length: 2"], 404),
         ("POST /health HTTP/1.1", [KEY_HEADER, "Content-Length: 2"], 405),
     ],
@@ -12778,10 +12807,8 @@ def test_encrypted_tls_key_is_refused_without_a_prompt(fresh: Site) -> None:
 
 
 @pytest.mark.parametrize("sandbox", ["none", pytest.param("bwrap", marks=needs_bwrap)])
-def test_path_of_work_directory_may_have_wildcards_and_colons(
-    fresh: Site, sandbox: str
-) -> None:
-    work_dir = fresh.directory / "a:b [c] *?"
+def test_path_of_work_directory_may_have_wildcards(fresh: Site, sandbox: str) -> None:
+    work_dir = fresh.directory / "a b [c] *?"
     fresh.agent.work_dir = work_dir
     fresh.server.work_dir = work_dir
     fresh.server.start(CODEBOT_SANDBOX=sandbox)
@@ -12790,6 +12817,29 @@ def test_path_of_work_directory_may_have_wildcards_and_colons(
     fresh.server.stop()
     fresh.server.restart()  # it finds what is there
     fresh.api.completed(fresh.api.submit())
+
+
+@pytest.mark.parametrize("name", ["a:b", "a\nb", "a\udcff"])
+def test_path_that_git_or_the_database_could_not_take_is_refused(
+    tmp_path: Path, name: str
+) -> None:
+    config = codebot.Config(no_github=True, work_dir=f"{tmp_path}/{name}")
+    codebot.Codebot(config)
+    with pytest.raises(codebot.ConfigError, match="Use another --work-dir"):
+        codebot.take_work_dir(config)
+    assert os.listdir(tmp_path) == []
+
+
+def test_lock_that_is_a_pipe_does_not_hang_the_start(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    start = threading.Thread(
+        target=codebot.hold_lock,
+        args=(str(tmp_path / "pipe"), "--work-dir"),
+        daemon=True,
+    )
+    start.start()
+    start.join(10)
+    assert not start.is_alive()
 
 
 @not_as_root
@@ -13245,7 +13295,8 @@ def test_task_says_that_installation_lacks_repository(shared: Site) -> None:
     task = shared.api.submit(repository_url=other.url)
     error = shared.api.failed(task, "clone_failed")
     assert "does not include this repository, or lacks a permission" in error
-    assert "/settings/installations/678 (422 There is at least one" in error
+    assert error.endswith("/settings/installations/678")
+    assert "GitHub issues no token: 422 There is at least one" in error
 
 
 # --- Commands: run -----------------------------------------------------------
