@@ -16,9 +16,9 @@ bwrap and claude.
 
 HOW TO READ THIS FILE
   Read it once, from the top. Code calls only what is above it or in its own section;
-  within a section the order is free. The sections Task and Review begin with their list of
-  steps: `run_task`, `run_review`. A table in `run_steps` says what each exception does to
-  a job.
+  within a section the order is free. The sections Task and Review begin with their list
+  of steps: `run_task`, `run_review`. A table in `run_steps` says what each exception does
+  to a job.
     I.   The boundary   how codebot runs programs, asks GitHub, and uses git
     II.  The work       every state, what an agent receives, what happens to its work
     III. The network    everything that can be requested from outside, and by whom
@@ -44,7 +44,7 @@ GLOSSARY
   workspace      the directory in which an agent works: repo, home, tmp
   mirror         the bare copy of a repository that codebot itself owns
   outbox         the bare repository in which codebot makes the commit and from which it
-                 pushes; no sandbox shows it
+                 pushes; bwrap does not show it
   base           the branch that the agent's branch starts from
   base commit    the parent of codebot's commit: for a task the tip of the base, for a
                  review the tip of the pull request's branch
@@ -74,11 +74,15 @@ WHO IS TRUSTED WITH WHAT
                  GitHub is not asked what the person behind the key may read or write.
   A reviewer     has an effect only if GitHub reports, when the review starts, that they
                  have write access to the repository. The same holds for a person who
-                 labels an issue: GitHub is asked when the task is submitted. Nobody else
-                 can start work, but the text of a labeled issue may be anyone's.
-  GitHub         is believed, over TLS. A delivery is believed only if its signature is
-                 right. Even then it is never relied on for who wrote what, who may write,
-                 or what is open: codebot asks GitHub.
+                 labels an issue: GitHub is asked when the task is submitted. (A "no"
+                 counts for a minute.) Nobody else can start the agent, but the text of a
+                 labeled issue may be anyone's, and a comment by anybody waits as a review
+                 until GitHub has been asked.
+  Others at GitHub   can stop work, if they may remove the label or close the pull
+                 request.
+  GitHub         is believed, over TLS. A delivery is believed only if the signature of
+                 its body is right. Even then it is never relied on for who wrote what,
+                 who may write, or what is open: codebot asks GitHub.
   The agent      is not trusted, and neither is what it reads: the repository, the task,
                  comments.
                  - It gets the model's key and address, proxy and certificate settings,
@@ -90,10 +94,11 @@ WHO IS TRUSTED WITH WHAT
                    agents'), the local network, and a cloud's metadata address.
                  - In bwrap it cannot see codebot's processes, the database, other
                    workspaces, or the directories of .env, the App's key and the TLS key.
-                   It cannot change any file outside its own workspace.
-                 - codebot takes from it a tree of files, its words, and the cost that
-                   it reports.
-  A test command   runs in the same way, without the model's key and the listed variables.
+                   It cannot itself change any file outside its own workspace.
+                 - codebot takes from it a tree of files, its words, and the cost and the
+                   number of turns that it reports.
+  A test command   runs in the same way and in the same home, without the model's key and
+                 the listed variables in its environment.
   The model's provider   sees everything that the agent reads.
   The repository's own CI   runs what the agent wrote, perhaps with secrets, before a
                  person has read it. GitHub refuses only changes to .github/workflows.
@@ -104,95 +109,119 @@ WHO IS TRUSTED WITH WHAT
 WHAT LEAVES THE HOST
   to GitHub      requests of GitHub.send: queries, reactions, pull requests, answers, and
                  comments on what became of a task or a review. They contain words of the
-                 task and of the agent, file names, the test command, the end of a failing
-                 test's output, and error messages, all redacted.
+                 task, of the reviewer and of the agent, file names, the test command, the
+                 end of a failing test's output, time and cost, and error messages, all
+                 redacted.
                  git asks for branches, fetches, and pushes the commit after the checks by
                  fsck and DiffScanner.
   to the task's remote   with --no-github: the same requests by git
   to the model   what the agent sends: its prompt, and whatever it reads
   to a node      with a launcher: command lines, environment variables and input of the
-                 agent and the tests, and the workspace and the mirror, which it shares
-  to clients     with any API key: every task with its log and result, and the metrics;
+                 agent and the tests, and the work directory, which it shares
+  to clients     with any API key: every task as it was sent, its log and result, what
+                 reviewers wrote, and the metrics;
                  without: the page, whether the server is healthy, and how many jobs wait
   The agent and the tests can send anything they can read to anything the host can reach.
 
 WHERE SECRETS GO
   API keys, webhook secret   nowhere; they are compared. In the database, in the log, and
                              in what clients get, 8 hexadecimal digits of an API key's
-                             SHA-256 name its client.
+                             SHA-256 and the client's address name it. The page keeps
+                             its key in the browser's session.
   the App's key              from its file to openssl, by the file's name; codebot reads
                              it, and the TLS key, to redact them
   the TLS key                from its file to Python's ssl
   JWTs                       to GitHub
   installation tokens        to GitHub; to git, in its environment
-  model key, listed variables   to the agent, in its environment
+  model key, listed variables   to the agent, in its environment; to the launcher and to a
+                             sandbox other than bwrap
   passwords of proxies       to the proxy; to the agent, the tests and git, in their
                              environment. One in ANTHROPIC_BASE_URL: only to the agent.
   With --no-github, git commands that contact the remote get the environment with which
-  codebot was started, including the listed variables, but without the secrets of codebot
-  and of the model.
+  codebot was started, including listed variables, but without CODEBOT_API_KEYS,
+  GITHUB_WEBHOOK_SECRET and MODEL_VARIABLE_NAMES.
   codebot writes none of these secrets into a file with a name. While a program runs, its
   input and output are in unlinked files (openssl's are what a JWT consists of). But the
   agent's home keeps its session, with everything that the agent has printed.
 
 KNOWN LIMITATIONS
+  The sandbox
   - Without a sandbox (CODEBOT_SANDBOX=none) the agent can read and write whatever
-    codebot's user can: the keys, the database, git's token while git runs. codebot finds
-    processes that a job left running by the variable CODEBOT_RUN in their environment; a
-    process that removes the variable outlives the job.
-  - Settings are read from .env in the current directory, and they name programs. Do not
-    run a codebot command in a directory that others can write to, such as a clone.
+    codebot's user can: the keys, the database, git's token while git runs. codebot
+    finds processes that a job left running by the variable CODEBOT_RUN in their
+    environment, in /proc; a process that removes the variable outlives the job.
+  - In bwrap the agent can read whatever codebot's user can read outside of the hidden
+    directories. The home directory is hidden, but not its directories that PATH leads
+    into: with ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml.
+    Another home of the same user, which HOME does not name, is not hidden.
+  - In bwrap the agent can connect to abstract sockets, and to sockets in directories
+    that are not hidden. It shares the host's kernel, without a filter of system calls.
+    bwrap before 0.8, which codebot refuses if it is root, lets the agent make user
+    namespaces, in which it can reach more of the kernel.
+  - Only the host limits an agent's memory, processes and disk space. If it fills the
+    disk of the work directory, jobs are retried for a time and then fail; while the
+    database cannot be written, they wait.
+  - With a launcher, the node sees the work directory. The directories that bwrap hides,
+    and its version, are determined on this host; a directory that exists only on the
+    node is not hidden there.
   - The agent can write to the directory in which the programs of CODEBOT_SANDBOX and
     CODEBOT_LAUNCHER start, and to the HOME that they get. These programs must not read
     settings of their own from there, such as ~/.docker.
-  - In bwrap the agent can read whatever codebot's user can read outside of the hidden
-    directories. The directory that HOME names is hidden (no other home of that user is),
-    except for those of its directories in which PATH has entries: with ~/.cargo/bin on
-    PATH, the agent can read ~/.cargo/credentials.toml.
-  - With bwrap before 0.8, which is refused if codebot is root, the agent can make user
-    namespaces, in which it can reach more of the kernel.
-  - git unpacks, checks and compares the agent's objects outside the sandbox, and unpacks
-    what the remote sends without fsck. A bug in git there would be a way to codebot.
-  - With a launcher, the directories that bwrap hides are looked up on this host. One that
-    exists only on the node is not hidden there.
-  - The agent's session is kept for the reviews of its pull request. Text that has misled
-    the agent once is still there when a trusted reviewer's request is carried out.
-  - That the repository's Claude settings, hooks and MCP servers are not loaded, and that an
-    answer only reads, depends on options and variables of the Claude CLI. codebot checks
-    that its version is 2.0 or newer, but not that it honors them.
+  - git unpacks, checks and compares the agent's objects outside the sandbox, and
+    unpacks what the remote sends without fsck. A bug in git there would be a way to
+    codebot.
+  - Settings are read from .env in the current directory, and they name programs. Do not
+    run a codebot command in a directory that others can write to, such as a clone.
+
+  The agent
+  - Its events, summary, cost and turns are self-reported. "The tests passed" means that
+    the command exited with 0 in a workspace where the agent could have changed the
+    tests, and files in HOME that they read. A hostile test can have another tree
+    pushed.
+  - The agent's home, with its session, is kept for the reviews of its pull request.
+    What has misled the agent once, or was left there by a test, is still there when a
+    trusted reviewer's request is carried out.
+  - That the repository's Claude settings, hooks and MCP servers are not loaded, and
+    that an answer only reads, depends on options and variables of the Claude CLI.
+    `check` wants version 2.0 or newer, but nothing tests that the CLI honors them.
+  - Secrets are recognized verbatim and as base64 of nothing but the secret: in what is
+    logged and sent to GitHub, those of 6 or more characters; in the text files of a
+    change, those of 16 or more, in lines of at most 8 MiB. An agent that writes a
+    secret in another way, such as backwards, or into a binary file, can publish it. Of
+    the variables that the operator lists, codebot knows those whose names suggest a
+    secret.
+  - Without a budget, only the time limits what a run may cost. A budget relies on the
+    cost that the agent reports, and a run that is interrupted reports none.
+
+  GitHub
   - The App's key can do whatever the App may do at GitHub, and a repository's token can
-    write to every branch that is not protected. `check` reports missing permissions of the
-    App, but none that it should not have.
+    write to every branch that is not protected. `check` reports missing permissions of
+    the App, but none that it should not have.
+  - Pull requests are the App's. So a person who asked for a change may approve it, even
+    where GitHub lets nobody approve their own.
   - Data that is removed from a repository at GitHub stays in the mirror, where later
     agents can read it.
-  - In bwrap the agent can connect to abstract sockets, and to sockets in directories that
-    are not hidden. Only the host limits its memory, processes and disk space. If it fills
-    the disk of the work directory, jobs are retried for a time and then fail; while the
-    database cannot be written, they wait.
-  - The agent's events, summary and cost are self-reported. "The tests passed" means that
-    the command exited with 0 in a workspace where the agent could have changed the tests,
-    and files in HOME that they read.
-  - Secrets are recognized verbatim and as base64 of nothing but the secret: in what is
-    logged and sent to GitHub, those of 6 or more characters; in the text files of a change,
-    those of 16 or more, in lines of at most 8 MiB. An agent that writes a secret in
-    another way, such as backwards, can publish it. Of the variables that the operator
-    lists, codebot knows those whose names suggest a secret.
-  - Unless the operator sets a budget, nothing but the time limits what a job may cost. A
-    budget relies on the cost that the agent reports.
-  - "Fixes #1" and "@name" in the words of an agent or a task work at GitHub as if a person
-    had written them.
-  - With --no-github, a client can have hooks run as codebot's user, outside the sandbox,
-    in two cases. If codebot's user may log in to this host by ssh, an ssh address can name
-    a repository in the work directory, where an agent can plant hooks. And git before
-    2.45.1 (in the 2.39 series, before 2.39.4) runs the hooks of another user's repository
-    on this host when it pushes there.
+  - "Fixes #1" and "@name" in the words of an agent or a task work at GitHub as if a
+    person had written them.
   - HTML comments and invisible characters are removed from text that people write on
-    GitHub, and so is everything after a <!-- without an end. Text that is hidden there in
-    other ways, such as in the title of a link, is not removed. An edit of an issue just
-    before it was labeled, which the person who labeled it has not seen, or less than two
-    seconds after that, is not noticed. If the issue's author has no
-    write access, any change of the issue after the label, even a comment, counts as an
-    edit, and the label must be added again.
+    GitHub, and so is everything after a <!-- without an end. Text that is hidden there
+    in other ways, such as in the title of a link, is not removed.
+  - If an issue is edited just before it is labeled, or less than two seconds later,
+    codebot does not notice that the person who labeled it has not seen the edit. If the
+    issue's author has no write access, any later change of the issue, even a comment by
+    anybody, counts as an edit, and the label must be added again.
+  - Without --enable-polling, a delivery that is lost is made up for at the next start.
+    Anybody who reaches the port can make GitHub's deliveries fail by sending large
+    ones.
+
+  With --no-github
+  - A client can have hooks run as codebot's user, outside the sandbox, if git pushes to
+    a repository in which an agent could plant them. codebot refuses those in its own
+    work directory by their path, but not those in other work directories on this host,
+    such as the ones that `run` leaves in /tmp, nor those that an ssh address reaches.
+  - git before 2.45.1 (in the 2.39 series, before 2.39.4) runs the hooks of another
+    user's repository on this host when it pushes there.
+  - codebot's credential may be allowed to change workflows.
 
 LIFE OF A JOB
   pending   -> running      a worker starts it
@@ -200,8 +229,8 @@ LIFE OF A JOB
   running   -> pending      a stop, a crash, or a transient error interrupts it
   running   -> completed, failed
   A review is deleted when its comments join another running review, and when its task is
-  deleted. A review for which nothing may be done is also deleted, but if its agent has run
-  and may have cost something, the review fails instead.
+  deleted. A review for which nothing may be done is also deleted, but if a cost of its
+  agent is known, or the agent has just run, the review fails instead.
 
   A task's phases are clone, agent, test, commit, push, pull_request; a review's are
   classify, clone, agent, test, commit, push, answer. With a launcher, both are in the
@@ -209,9 +238,12 @@ LIFE OF A JOB
 
   A task is on disk before the client gets its 202, a commit is in the store before it is
   pushed, and an answer is in the store before it is posted. A retry pushes the same commit
-  again, which changes nothing. It finds a pull request by its branch, and an answer by its
-  marker. An answer may be posted twice only if GitHub carries out a request after codebot
-  has seen it fail, or if the first answer was removed before a retry.
+  again, which changes nothing, unless the branch was deleted meanwhile: then it is
+  restored. It finds a pull request by its branch, and an answer by its marker. An answer
+  may be posted twice only if the first one, or its marker, was removed before a retry, or
+  if GitHub carries out the first request late or does not list its answer yet.
+  After a crash, every job that was running has been interrupted once more; the third time
+  it fails. What its agent was doing is lost, with what that has cost.
 
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
@@ -224,7 +256,7 @@ THREADS AND THEIR LOCKS
   cleanup        removes what is past its retention, packs mirrors
   Store has a lock for its writing connection and one for its reading connection, Redactor
   has one for its tokens. When codebot dies, a forked process, the watchdog, ends the
-  processes that codebot left running.
+  processes that codebot left running, by CODEBOT_RUN in /proc.
 
 FILES in the work directory
   codebot.db     the record of all jobs        codebot.lock   held by the one codebot here
@@ -4447,7 +4479,7 @@ class JobRun:
 #
 # The agent can write anything into its workspace, so codebot runs git there only inside
 # the sandbox. codebot takes one thing from the workspace: the tree that the agent left. It
-# makes the commit itself, in the outbox, a bare repository that no sandbox shows.
+# makes the commit itself, in the outbox, a bare repository that bwrap does not show.
 
 # Every script of Workspace begins with this. It removes the lock files that a killed git
 # may have left, and defines `g`: git without hooks, fsmonitor, signing and gc.
