@@ -373,6 +373,7 @@ MAX_LINE_BYTES = 8 << 20  # the beginning of a longer line is replaced by a note
 MAX_OUTPUT_BYTES = 1 << 30  # a program is ended when its output file is larger
 READ_BYTES = 64 << 10  # of output read at a time; the limits are checked in between
 KEPT_LINES = 400  # how many of the last lines of a program's output are kept
+MAX_KEPT_CHARS = 10_000  # of each of these lines
 MAX_EVENT_CHARS = 4000  # a longer event is truncated
 MAX_OUTPUT_EVENTS = 10_000  # kept from one run of the agent or of the tests
 # The sources of the events that count toward MAX_OUTPUT_EVENTS.
@@ -1242,7 +1243,12 @@ class OutputFile:
 
     def keep(self, lines: Iterable[str]) -> None:
         """Keep lines for the result, in the form that a terminal shows in the end."""
-        self.last_lines.extend(shown_by_terminal(line)[:10_000] for line in lines)
+        for line in lines:
+            text = shown_by_terminal(line)
+            if len(text) > MAX_KEPT_CHARS:
+                # Cut at a blank: half of a secret would not be redacted later.
+                text = text[:MAX_KEPT_CHARS].rpartition(" ")[0]
+            self.last_lines.append(text)
 
     def size(self) -> int:
         return os.fstat(self.file.fileno()).st_size

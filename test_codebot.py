@@ -4860,6 +4860,12 @@ def test_agents_and_tests_that_hang_are_ended(fresh: Site) -> None:
     assert [stray for stray in fresh.server.strays() if "sleep" in stray] == []
 
 
+def test_long_line_of_output_is_not_cut_in_a_secret() -> None:
+    script = "head -c 9990 /dev/zero | tr '\\0' x; echo ' the-secret-of-codebot end'"
+    result = codebot.run_program(["sh", "-c", script], {"PATH": os.defpath})
+    assert result.stdout == ["x" * 9990]
+
+
 def test_output_without_end_is_stopped_and_command_named(fresh: Site) -> None:
     fresh.server.start("--workers", "2", limits={"MAX_OUTPUT_BYTES": 1 << 20})
     endless_test = fresh.api.submit(test_command="yes")
