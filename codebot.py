@@ -28,8 +28,8 @@ HOW TO READ THIS FILE
   TEST_SCRIPT, `Workspace.environment`, `fetch_into_outbox`, `inspect_commit`,
   `check_write_access`, `load_comments`, `Sync.obstacle`, `has_untrusted_edit`,
   `require_api_key`, `require_signature` and `ROUTES`.
-  The page is at the beginning of part III. Its style can be skipped; its script never
-  inserts HTML.
+  The page comes before the routes, in part III. Its style can be skipped; its script
+  never inserts HTML.
 
 GLOSSARY
   job            a unit of work in the store: a task or a review
@@ -6656,6 +6656,685 @@ class Cleanup:
 # === III. The network ========================================================
 # Everything that can be requested from outside, and by whom.
 
+# --- Requests and responses --------------------------------------------------
+
+MAX_HEADER_BYTES = 32 << 10  # request line and headers
+MAX_BODY_BYTES = 1 << 20  # a body, except GitHub's deliveries
+
+# A request line and a header. They are stricter than http.server: no HTTP/0.9, no bare CR
+# or LF, no folded header, no space before a colon (RFC 9112, sections 3 and 5).
+REQUEST_LINE_RE = re.compile(
+    rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ (?:/|(?i:https?)://)[!-~]* HTTP/1\.[01]\r\n"
+)
+HEADER_RE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n")
+# The part before the path in a request line that is meant for a proxy.
+ABSOLUTE_FORM_RE = re.compile(r"^https?://[^/?]*", re.IGNORECASE)
+# A name, an IPv4 address, or an IPv6 address in brackets; then an optional port. The
+# name and the port may be empty (RFC 3986, 3.2).
+HOST_RE = re.compile(r"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", re.ASCII)
+UNIQUE_HEADERS = ("host", "content-length", "authorization")
+
+
+def read_head(file: io.BufferedReader) -> list[str]:
+    """Return the request line and the headers, without their line ends."""
+    lines: list[str] = []
+    size = 0
+    while True:
+        line = file.readline(MAX_HEADER_BYTES + 1 - size)
+        size += len(line)
+        if size > MAX_HEADER_BYTES:
+            raise HTTPError(
+                431, f"The headers are longer than {MAX_HEADER_BYTES >> 10} KiB"
+            )
+        if line != b"\r\n":
+            pattern = HEADER_RE if lines else REQUEST_LINE_RE
+            if not pattern.fullmatch(line):
+                raise HTTPError(400, "Malformed HTTP request")
+            lines.append(line[:-2].decode("latin-1"))
+        elif lines:  # blank lines before the request are skipped (RFC 9112, 2.2)
+            return lines
+
+
+def parse_headers(version: str, lines: Sequence[str]) -> dict[str, str]:
+    """Return the headers by their names in lower case.
+
+    ``lines`` are the headers from read_head. Refuses headers that codebot and a proxy in
+    front of it might understand differently.
+    """
+    headers: dict[str, str] = {}
+    for line in lines:
+        sent_name, _, value = line.partition(":")
+        name = sent_name.lower()
+        value = value.strip(" \t")  # strip() would also remove 0x85 and 0xA0
+        if name not in headers:
+            headers[name] = value
+        elif name in UNIQUE_HEADERS:
+            raise HTTPError(400, f"Duplicate {sent_name} header")
+        else:
+            headers[name] += f", {value}"
+    if "host" not in headers and version == "HTTP/1.1":
+        raise HTTPError(400, "Missing Host header")
+    if not HOST_RE.fullmatch(headers.get("host", "")):
+        raise HTTPError(400, "Invalid Host header")
+    if "transfer-encoding" in headers:
+        raise HTTPError(411, "Chunked bodies are not supported; send Content-Length")
+    if not re.fullmatch("[0-9]+", headers.get("content-length", "0")):
+        raise HTTPError(400, "Invalid Content-Length header")
+    return headers
+
+
+def parse_object(data: bytes) -> dict[str, Json]:
+    """Return a JSON object. Raises ValueError, whose message ends a sentence."""
+    try:
+        value = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON in UTF-8 ({error})") from None
+    if isinstance(value, dict):
+        return value
+    raise ValueError("is not a JSON object")
+
+
+Fields = dict[str, object]  # of a JSON object
+
+
+@dataclasses.dataclass
+class Request:
+    """A request whose headers have arrived. Its body is read when it is first needed."""
+
+    query: str
+    headers: Headers  # names in lower case
+    client_address: str
+    receive_body: Callable[[], bytes]
+    body: bytes | None = None  # None: it has not been read
+
+    def read_body(self) -> bytes:
+        """Return the body. Raises HTTPError if it is too long or incomplete."""
+        if self.body is None:
+            self.body = self.receive_body()
+        return self.body
+
+    def parameters(self, *names: str) -> dict[str, str]:
+        """Return the query's parameters. Only ``names`` are accepted, each once."""
+        parameters: dict[str, str] = {}
+        for name, value in urllib.parse.parse_qsl(self.query, keep_blank_values=True):
+            if name not in names or name in parameters:
+                known = ", ".join(names)
+                raise HTTPError(
+                    400, f"Bad parameter {name[:100]!r}; use {known}, each at most once"
+                )
+            parameters[name] = value
+        return parameters
+
+
+class Response(NamedTuple):
+    """An answer of known length, in JSON unless the headers name another type."""
+
+    status: int
+    body: bytes = b""
+    headers: Headers = NO_HEADERS
+
+
+# An answer that is sent piece by piece, as events come (WHATWG HTML, section 9.2,
+# "Server-sent events"). It yields b"" when there is nothing to send at the moment.
+EventStream = Iterator[bytes]
+
+
+def json_response(
+    fields: Mapping[str, object], status: int = 200, headers: Headers = NO_HEADERS
+) -> Response:
+    return Response(status, json.dumps(fields).encode() + b"\n", headers)
+
+
+def error_response(error: HTTPError) -> Response:
+    fields = {"error": http.client.responses[error.status], "message": str(error)}
+    return json_response(fields, error.status, error.headers)
+
+
+# --- Guards ------------------------------------------------------------------
+# A guard lets a request pass or raises HTTPError. It runs before the handler.
+
+
+def allow_anyone(codebot: Codebot, request: Request) -> None:
+    """Let every request pass."""
+
+
+def sent_key(request: Request) -> bytes:
+    """Return the API key that the client sent, b"" if it sent none."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not key:
+        key = request.headers.get("x-api-key", "")
+    return key.strip(" \t").encode("latin-1")
+
+
+def submitter(request: Request) -> str:
+    """Return who sent the request: the fingerprint of the key, and the address."""
+    fingerprint = hashlib.sha256(sent_key(request)).hexdigest()[:8]
+    return f"{fingerprint} {request.client_address}"
+
+
+def require_api_key(codebot: Codebot, request: Request) -> None:
+    """Require one of the API keys. Compares with all of them, in constant time."""
+    key = sent_key(request)
+    matches = [
+        hmac.compare_digest(key, configured.encode())
+        for configured in codebot.config.api_keys
+    ]
+    if any(matches):
+        return
+    message = "This API key is not valid"
+    if not key:
+        message = "The API key is missing; send it as Authorization: Bearer KEY"
+    raise HTTPError(401, message, {"WWW-Authenticate": 'Bearer realm="codebot"'})
+
+
+def require_signature(codebot: Codebot, request: Request) -> None:
+    """Require GitHub's HMAC of the body, the delivery's id, and no form.
+
+    GitHub docs: "Validating webhook deliveries".
+    """
+    secret = codebot.config.webhook_secret
+    if not secret or codebot.github is None:
+        raise HTTPError(
+            404, "Webhooks are off; they need GitHub and GITHUB_WEBHOOK_SECRET"
+        )
+    signature = request.headers.get("x-hub-signature-256", "").encode("latin-1")
+    challenge = {"WWW-Authenticate": 'X-Hub-Signature-256 realm="codebot"'}
+    if not signature:
+        raise HTTPError(
+            401,
+            "X-Hub-Signature-256 is missing; set the webhook's secret at GitHub",
+            challenge,
+        )
+    digest = hmac.new(secret.encode(), request.read_body(), "sha256").hexdigest()
+    if not hmac.compare_digest(signature, f"sha256={digest}".encode()):
+        raise HTTPError(
+            401,
+            "X-Hub-Signature-256 does not match: the webhook's secret at GitHub "
+            "differs from GITHUB_WEBHOOK_SECRET",
+            challenge,
+        )
+    if not request.headers.get("x-github-delivery"):
+        raise HTTPError(400, "X-GitHub-Delivery is missing")
+    if "form" in request.headers.get("content-type", ""):
+        raise HTTPError(
+            415, "Set the content type of the App's webhook to application/json"
+        )
+
+
+# When the next refusal may be logged, by the kind of refusal. It needs no lock: at worst,
+# two threads write a line at the same time.
+next_log_time: dict[str, float] = {}
+
+
+def log_refusal(path: str, request: Request, error: HTTPError) -> None:
+    """Log a guard's refusal: one line a second, so that a flood cannot fill the disk."""
+    now = time.monotonic()
+    subject = "webhook" if path == "/webhook" else "API key"
+    if now >= next_log_time.get(subject, 0.0):
+        next_log_time[subject] = now + 1.0
+        log.warning("Refused %s from %s: %s", subject, request.client_address, error)
+
+
+# --- API ---------------------------------------------------------------------
+# A handler returns its answer, or raises HTTPError.
+
+# The fields of a task, and the maximum number of characters in each.
+TASK_FIELDS = {
+    "repository_url": 2000,
+    "description": 100_000,
+    "ticket_id": 100,
+    "ticket_summary": 500,
+    "test_command": 10_000,
+    "base_branch": 250,
+}
+REQUIRED_FIELDS = ("repository_url", "description")
+MULTILINE_FIELDS = ("description", "test_command")
+# The fields that the API shows of both tasks and reviews.
+JOB_FIELDS = ("status", "submitted_at", "started_at", "completed_at")
+CONTROL_CHARACTER_RE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+KEEPALIVE_INTERVAL = 15.0  # seconds after which a silent event stream sends a comment
+EVENTS_PER_MESSAGE = 100  # events that a stream reads and sends at once
+
+
+def require_allowed_repository(config: Config, url: str) -> Repository:
+    """Return the repository of a task. Raises HTTPError if codebot may not use it."""
+    try:
+        repository = parse_repository_url(config, url)
+    except ValueError as error:
+        safe_url = hide_password(url)[:100]
+        raise HTTPError(400, f"repository_url {error} (it is {safe_url!r})") from None
+    if not is_allowed(config, repository.full_name):
+        name = repository.full_name
+        raise HTTPError(
+            403, f"repository_url: {name} is not in CODEBOT_ALLOWED_REPOSITORIES"
+        )
+    return repository
+
+
+def field_problem(name: str, value: object) -> str:
+    """Return what is wrong with a field of a task, "" if nothing is."""
+    if name not in TASK_FIELDS:
+        matches = difflib.get_close_matches(name, TASK_FIELDS, 1)
+        hint = f"use {', '.join(TASK_FIELDS)}"
+        if matches:
+            hint = f"did you mean {matches[0]!r}?"
+        return f"Unknown field {name[:100]!r}; {hint}"
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        return f"{name} must be a string"
+    if not value.strip():
+        return f"{name} is empty"
+    limit = TASK_FIELDS[name]
+    if len(value) > limit:
+        return f"{name} has {len(value):,} characters; at most {limit:,} are allowed"
+    if name == "base_branch" and not is_branch_name(value):
+        return f"base_branch {value!r} is not a valid branch name"
+    if name in MULTILINE_FIELDS:
+        value = re.sub("[\t\r\n]", "", value)
+    match = CONTROL_CHARACTER_RE.search(value)
+    if match:
+        return f"{name} contains the control character U+{ord(match[0]):04X}; remove it"
+    return ""
+
+
+def read_task_request(config: Config, fields: Fields) -> TaskRequest:
+    """Check a task's fields and return them as a request.
+
+    Raises HTTPError with a line for each bad field.
+    """
+    problems = [
+        f"{name} is missing" for name in REQUIRED_FIELDS if fields.get(name) is None
+    ]
+    problems += [field_problem(name, value) for name, value in fields.items()]
+    if any(problems):
+        raise HTTPError(400, "\n".join(filter(None, problems)))
+    texts = {}
+    for name, value in fields.items():
+        texts[name] = str(value or "").replace("\r\n", "\n")  # sh takes CR as text
+    repository = require_allowed_repository(config, texts["repository_url"])
+    if not texts.get("test_command"):
+        texts["test_command"] = default_test_command(config, repository)
+    return TaskRequest(**texts)
+
+
+def queue_task(
+    codebot: Codebot,
+    request: Request,
+    task: TaskRequest,
+    issue: SourceIssue = NO_ISSUE,
+    retry_of: str = "",
+) -> Response:
+    """Queue a task, or find the one with the same Idempotency-Key and fields."""
+    key = request.headers.get("idempotency-key") or None
+    if key and retry_of:
+        # The client may have used the same key to submit the task that has failed. No
+        # header has a line break, so this cannot be a key that a client sent.
+        key = f"{key}\nretry of {retry_of}"
+    job = codebot.submit(task, submitter(request), key, issue)
+    message = "Task queued successfully"
+    if job.status != "pending":
+        message = f"The task was submitted before; its status is {job.status}"
+    return json_response(
+        {"task_id": job.id, "status": job.status, "message": message},
+        202,
+        {"Location": f"/api/tasks/{job.id}/status"},
+    )
+
+
+def submit_task(codebot: Codebot, request: Request) -> Response:
+    body = request.read_body()
+    if not body:
+        status = 400 if "content-length" in request.headers else 411
+        raise HTTPError(status, "The request has no body; send the task as JSON")
+    try:
+        fields = parse_object(body)
+    except ValueError as error:
+        raise HTTPError(400, f"The body {error}") from None
+    task = read_task_request(codebot.config, fields)
+    return queue_task(codebot, request, task)
+
+
+def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
+    job = find_task(codebot, task_id)
+    if job.status != "failed":
+        raise HTTPError(409, f"Only a failed task can be retried; this is {job.status}")
+    # The settings may have changed since.
+    require_allowed_repository(codebot.config, job.request.repository_url)
+    log.info("Task %s: retry requested by %s", task_id, submitter(request))
+    # Without the label's event: removing the label must not cancel a client's retry.
+    issue = SourceIssue(job.repository_id, job.issue_number, job.issue_url, None)
+    return queue_task(codebot, request, job.request, issue, task_id)
+
+
+def cancel_task(codebot: Codebot, request: Request, task_id: str) -> Response:
+    find_task(codebot, task_id)  # raises HTTPError if there is none
+    try:
+        codebot.cancel(task_id)
+    except WrongState:
+        raise HTTPError(
+            409, "The task has ended, or its commit may have been pushed"
+        ) from None
+    log.info("Task %s: cancel requested by %s", task_id, submitter(request))
+    status = find_task(codebot, task_id).status
+    return json_response(
+        {"task_id": task_id, "status": status, "message": "Cancellation requested"}, 202
+    )
+
+
+def find_task(codebot: Codebot, task_id: str) -> Job:
+    job = codebot.store.task(task_id)
+    if job is None:
+        raise HTTPError(404, f"No such task: {task_id[:100]}")
+    return job
+
+
+def pick(record: Job | TaskRequest, *names: str) -> Fields:
+    """Return fields as the API shows them, with null for unknown values."""
+    return {name: getattr(record, name) or None for name in names}
+
+
+def describe_task(codebot: Codebot, job: Job) -> Fields:
+    """Return a task as the API shows it."""
+    fields = {
+        "task_id": job.id,
+        **pick(job, *JOB_FIELDS, "submitted_by", "issue_url"),
+        **pick(job.request, *TASK_FIELDS),
+    }
+    if job.status == "pending":
+        fields["queue_position"] = codebot.store.count_pending("task", job.seq)
+    elif job.status == "running":
+        fields["phase"] = job.phase
+        fields["attempt"] = job.attempt
+    elif job.status == "failed":
+        fields.update(pick(job, "error", "reason"))
+    else:
+        fields["result"] = describe_result(codebot, job)
+        fields["reviews"] = [
+            describe_review(codebot, review) for review in codebot.store.reviews(job.id)
+        ]
+    return fields
+
+
+def task_status(codebot: Codebot, request: Request, task_id: str) -> Response:
+    return json_response(describe_task(codebot, find_task(codebot, task_id)))
+
+
+def describe_review(codebot: Codebot, review: Job) -> Fields:
+    """Return a review as the API shows it."""
+    comments = codebot.store.comments(review.id)
+    answers = [text for text in review.answers.values() if text]
+    return {
+        **pick(review, "id", *JOB_FIELDS, "phase", "reviewer", "error", "reason"),
+        "request": comments[0].text if comments else None,
+        "kind": review.request_kind or None,  # a question or a change; not Job.kind
+        "answer": "\n\n".join(answers) or None,
+        "commit": review.commit_id or None,
+    }
+
+
+def describe_result(codebot: Codebot, job: Job) -> Fields:
+    """Return the result of a completed task, as the API shows it."""
+    tests = None
+    if job.test_attempts:
+        tests = {
+            "command": codebot.redact(job.request.test_command),
+            "passed": True,  # a task whose tests fail has no result
+            "attempts": job.test_attempts,
+        }
+    result: Fields = {
+        "pr_url": None,
+        "pr_number": None,
+        "pr_state": None,
+        "branch_name": job.branch,
+        "work_dir": f"{codebot.config.work_dir}/{job.directory}/repo",
+        "commit": job.commit_id,
+        "tests": tests,
+        "summary": job.summary,
+        "cost_usd": job.cost_usd,
+        "num_turns": job.num_turns,
+        "session_id": job.id,
+        "files": job.files.split("\n"),
+        "seconds": round(job.seconds, 3),
+    }
+    pull_request = codebot.store.pull_request(job.id)
+    if pull_request:
+        result["pr_url"] = pull_request.url
+        result["pr_number"] = pull_request.number
+        result["pr_state"] = pull_request.state
+    return result
+
+
+def read_number(name: str, text: str, least: int, most: int) -> int:
+    try:
+        return parse_int(text, least, most)
+    except ValueError as error:
+        raise HTTPError(400, f"{name} {error} (it is {text[:100]!r})") from None
+
+
+def list_tasks(codebot: Codebot, request: Request) -> Response:
+    parameters = request.parameters("status", "limit", "before")
+    status = parameters.get("status", "")
+    if status and status not in JOB_STATES:
+        states = ", ".join(JOB_STATES)
+        raise HTTPError(400, f"status {status[:100]!r} is not one of {states}")
+    limit = read_number("limit", parameters.get("limit") or "100", 1, 1000)
+    before = parameters.get("before")
+    before_seq = sys.maxsize
+    if before:
+        task = codebot.store.task(before)
+        if task is None:
+            raise HTTPError(400, f"before: no such task: {before[:100]}")
+        before_seq = task.seq
+    tasks = codebot.store.tasks(status, limit, before_seq)
+    return json_response({"tasks": tasks, "count": len(tasks)})
+
+
+def task_logs(
+    codebot: Codebot, request: Request, task_id: str
+) -> Response | EventStream:
+    """Return a task's events after a sequence number: Last-Event-ID, or else ``after``.
+
+    JSON has at most 1,000 of them; an event stream has all, then those to come.
+    """
+    find_task(codebot, task_id)  # raises HTTPError if there is none
+    parameter = request.parameters("after").get("after")
+    after_text = request.headers.get("last-event-id") or parameter or "0"
+    after = read_number("after, or Last-Event-ID,", after_text, 0, 10**15)
+    if "text/event-stream" not in request.headers.get("accept", ""):
+        events = [event._asdict() for event in codebot.store.events(task_id, after)]
+        return json_response(
+            {"task_id": task_id, "events": events, "count": len(events)}
+        )
+    is_live = codebot.store.has_unfinished_jobs(task_id)
+    if after and not is_live and not codebot.store.events(task_id, after, 1):
+        return Response(204)  # an EventSource that gets this does not reconnect
+    return follow_events(codebot, task_id, after)
+
+
+def follow_events(codebot: Codebot, task_id: str, after: int) -> EventStream:
+    """Yield a task's events as they come, until no job can add any."""
+    last_sent = time.monotonic()
+    while not codebot.stop.is_set():
+        # Asked before the events are read, or a task's last event could be missed.
+        is_live = codebot.store.has_unfinished_jobs(task_id)
+        messages = ""
+        for event in codebot.store.events(task_id, after, EVENTS_PER_MESSAGE):
+            after = event.seq
+            messages += f"id: {after}\ndata: {json.dumps(event._asdict())}\n\n"
+        if not messages and not is_live:
+            yield b"event: end\ndata: {}\n\n"
+            return
+        now = time.monotonic()
+        if not messages and now > last_sent + KEEPALIVE_INTERVAL:
+            messages = ": still here\n\n"
+        if messages:
+            last_sent = now
+        yield messages.encode()
+
+
+def health(codebot: Codebot, request: Request) -> Response:
+    """Return whether the server accepts tasks. Reads the database, but never writes."""
+    sizes = {"review_queue_size": 0, "task_queue_size": 0}
+    status = "healthy" if codebot.store.writable else "unhealthy"
+    try:
+        for kind in ("review", "task"):
+            sizes[f"{kind}_queue_size"] = codebot.store.count_pending(kind)
+    except sqlite3.Error:
+        status = "unhealthy"
+    if codebot.stop.is_set():
+        status = "stopping"
+    fields = {"status": status, **sizes}
+    if status == "healthy":
+        return json_response(fields)
+    return json_response(fields, 503, {"Retry-After": "10"})
+
+
+def metrics(codebot: Codebot, request: Request) -> Response:
+    """Return metrics for Prometheus (prometheus.io: "Exposition formats", 0.0.4)."""
+    seconds, dollars = codebot.store.totals()
+    text = f"""\
+# HELP codebot_queue_size Pending tasks.
+# TYPE codebot_queue_size gauge
+codebot_queue_size {codebot.store.count_pending("task")}
+# HELP codebot_review_queue_size Pending reviews.
+# TYPE codebot_review_queue_size gauge
+codebot_review_queue_size {codebot.store.count_pending("review")}
+# HELP codebot_running Running tasks and reviews.
+# TYPE codebot_running gauge
+codebot_running {len(codebot.running)}
+# HELP codebot_task_seconds_total Seconds that jobs took.
+# TYPE codebot_task_seconds_total counter
+codebot_task_seconds_total {seconds:.15g}
+# HELP codebot_agent_dollars_total Known cost in US dollars.
+# TYPE codebot_agent_dollars_total counter
+codebot_agent_dollars_total {dollars:.15g}
+# HELP codebot_tasks Tasks by status and reason.
+# TYPE codebot_tasks gauge
+"""
+    for status, reason, count in codebot.store.task_counts():
+        text += f'codebot_tasks{{status="{status}",reason="{reason}"}} {count}\n'
+    github = codebot.github
+    if github:
+        text += f"""\
+# HELP codebot_github_requests_total Requests to GitHub.
+# TYPE codebot_github_requests_total counter
+codebot_github_requests_total {github.requests_made}
+"""
+    if github and github.rate_limit_remaining is not None:  # None: not known yet
+        text += f"""\
+# HELP codebot_github_rate_remaining Requests GitHub allows.
+# TYPE codebot_github_rate_remaining gauge
+codebot_github_rate_remaining {github.rate_limit_remaining}
+"""
+    return Response(200, text.encode(), {"Content-Type": "text/plain; version=0.0.4"})
+
+
+# --- Webhooks ----------------------------------------------------------------
+# A delivery is only noted. A review or the sync thread acts on it later, using what
+# GitHub itself reports then (docs: "Webhook events and payloads").
+
+MAX_DELIVERY_BYTES = 25 << 20  # GitHub sends no more
+# The events that report comments, and the place of the comment: see Comment.
+COMMENT_EVENTS = {
+    "issue_comment": "conversation",
+    "pull_request_review": "review_text",
+    "pull_request_review_comment": "inline",
+}
+
+
+class NoAction(Exception):
+    """A delivery needs no action; the message says why."""
+
+
+def webhook(codebot: Codebot, request: Request) -> Response:
+    """Accept a delivery from GitHub. A comment is on disk before the answer is sent.
+
+    For other events, the sync thread looks at GitHub, as it does at every start.
+    """
+    event = request.headers.get("x-github-event", "")
+    guid = request.headers["x-github-delivery"]
+    try:
+        payload = parse_object(request.read_body())
+        receive_event(codebot, event, guid, payload)
+    except NoAction as reason:
+        log.info("Delivery %.99s (%.99s): %s", guid, event, reason)
+        return json_response({"message": str(reason)})
+    # A field is missing or has the wrong type, or SQLite cannot store its value: a large
+    # number (OverflowError), half of a surrogate pair (ValueError).
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        log.debug("Delivery %.99s is malformed", guid, exc_info=True)
+        message = f"The payload of {event} is malformed"
+        log.warning("Delivery %.99s (%.99s): refused: %s", guid, event, message)
+        raise HTTPError(400, message) from None
+    action = payload.get("action")
+    log.info("Delivery %.99s (%.99s, %.99s): Accepted", guid, event, action)
+    return json_response({"message": "Accepted"}, 202)
+
+
+def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) -> None:
+    """Note what an event is about. Raises any error that a malformed payload causes."""
+    action = payload.get("action")
+    installation = payload.get("installation")
+    if installation and installation["id"] != codebot.config.installation_id:
+        raise NoAction("Another installation of the App")
+    if event in COMMENT_EVENTS and action in ("created", "submitted"):
+        receive_comment(codebot, event, guid, payload)
+    elif event == "pull_request" and action in ("closed", "reopened"):
+        pull_request = pull_request_of(codebot, payload)
+        remember_delivery(codebot, guid)
+        codebot.sync_queue.put(SyncRequest(pull_request_of=pull_request.task_id))
+    elif event == "issues" and action in ("labeled", "unlabeled"):
+        receive_label(codebot, guid, payload)
+    elif event == "ping":
+        raise NoAction("The webhook works")
+    else:
+        message = "codebot does not act on this event"
+        if action:
+            message = f"codebot does not act on the action {str(action)[:50]!r}"
+        raise NoAction(message)
+
+
+def remember_delivery(codebot: Codebot, guid: str) -> None:
+    """Store the id of a delivery. Raises NoAction if it has been stored before."""
+    if not codebot.store.add_delivery(guid):
+        raise NoAction("Duplicate delivery")
+
+
+def pull_request_of(codebot: Codebot, payload: JsonObject) -> PullRequest:
+    repository_id = int(payload["repository"]["id"])
+    # GitHub reports a comment in the conversation as a comment on an issue.
+    subject = payload.get("issue") or payload["pull_request"]
+    number = int(subject["number"])
+    pull_request = codebot.store.pull_request_by_number(repository_id, number)
+    if pull_request is None:
+        raise NoAction("Not a pull request that codebot opened")
+    return pull_request
+
+
+def receive_comment(
+    codebot: Codebot, event: str, guid: str, payload: JsonObject
+) -> None:
+    pull_request = pull_request_of(codebot, payload)
+    content = payload.get("comment") or payload["review"]
+    comment = parse_comment(COMMENT_EVENTS[event], content)
+    if comment is None:
+        raise NoAction("Bot, deleted user or empty comment")
+    if not codebot.store.queue_comments(pull_request.task_id, [comment], guid):
+        raise NoAction("Duplicate delivery or comment")
+    codebot.jobs_due.set()
+
+
+def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
+    label = payload["label"]["name"].lower()
+    if not label or label != codebot.config.issue_label.lower():
+        raise NoAction("Not the label that turns an issue into a task")
+    repository_id = int(payload["repository"]["id"])
+    number = int(payload["issue"]["number"])
+    remember_delivery(codebot, guid)
+    codebot.sync_queue.put(SyncRequest(repository_id, number))
+
+
 # --- Page --------------------------------------------------------------------
 
 # The page asks for the API key once and keeps it in the tab's sessionStorage. Whatever
@@ -7342,687 +8021,8 @@ PAGE_HEADERS = {
 }
 
 
-# --- Requests and responses --------------------------------------------------
-
-MAX_HEADER_BYTES = 32 << 10  # request line and headers
-MAX_BODY_BYTES = 1 << 20  # a body, except GitHub's deliveries
-
-# A request line and a header. They are stricter than http.server: no HTTP/0.9, no bare CR
-# or LF, no folded header, no space before a colon (RFC 9112, sections 3 and 5).
-REQUEST_LINE_RE = re.compile(
-    rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ (?:/|(?i:https?)://)[!-~]* HTTP/1\.[01]\r\n"
-)
-HEADER_RE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n")
-# The part before the path in a request line that is meant for a proxy.
-ABSOLUTE_FORM_RE = re.compile(r"^https?://[^/?]*", re.IGNORECASE)
-# A name, an IPv4 address, or an IPv6 address in brackets; then an optional port. The
-# name and the port may be empty (RFC 3986, 3.2).
-HOST_RE = re.compile(r"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", re.ASCII)
-UNIQUE_HEADERS = ("host", "content-length", "authorization")
-
-
-def read_head(file: io.BufferedReader) -> list[str]:
-    """Return the request line and the headers, without their line ends."""
-    lines: list[str] = []
-    size = 0
-    while True:
-        line = file.readline(MAX_HEADER_BYTES + 1 - size)
-        size += len(line)
-        if size > MAX_HEADER_BYTES:
-            raise HTTPError(
-                431, f"The headers are longer than {MAX_HEADER_BYTES >> 10} KiB"
-            )
-        if line != b"\r\n":
-            pattern = HEADER_RE if lines else REQUEST_LINE_RE
-            if not pattern.fullmatch(line):
-                raise HTTPError(400, "Malformed HTTP request")
-            lines.append(line[:-2].decode("latin-1"))
-        elif lines:  # blank lines before the request are skipped (RFC 9112, 2.2)
-            return lines
-
-
-def parse_headers(version: str, lines: Sequence[str]) -> dict[str, str]:
-    """Return the headers by their names in lower case.
-
-    ``lines`` are the headers from read_head. Refuses headers that codebot and a proxy in
-    front of it might understand differently.
-    """
-    headers: dict[str, str] = {}
-    for line in lines:
-        sent_name, _, value = line.partition(":")
-        name = sent_name.lower()
-        value = value.strip(" \t")  # strip() would also remove 0x85 and 0xA0
-        if name not in headers:
-            headers[name] = value
-        elif name in UNIQUE_HEADERS:
-            raise HTTPError(400, f"Duplicate {sent_name} header")
-        else:
-            headers[name] += f", {value}"
-    if "host" not in headers and version == "HTTP/1.1":
-        raise HTTPError(400, "Missing Host header")
-    if not HOST_RE.fullmatch(headers.get("host", "")):
-        raise HTTPError(400, "Invalid Host header")
-    if "transfer-encoding" in headers:
-        raise HTTPError(411, "Chunked bodies are not supported; send Content-Length")
-    if not re.fullmatch("[0-9]+", headers.get("content-length", "0")):
-        raise HTTPError(400, "Invalid Content-Length header")
-    return headers
-
-
-def parse_object(data: bytes) -> dict[str, Json]:
-    """Return a JSON object. Raises ValueError, whose message ends a sentence."""
-    try:
-        value = json.loads(data.decode())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not JSON in UTF-8 ({error})") from None
-    if isinstance(value, dict):
-        return value
-    raise ValueError("is not a JSON object")
-
-
-Fields = dict[str, object]  # of a JSON object
-
-
-@dataclasses.dataclass
-class Request:
-    """A request whose headers have arrived. Its body is read when it is first needed."""
-
-    query: str
-    headers: Headers  # names in lower case
-    client_address: str
-    receive_body: Callable[[], bytes]
-    body: bytes | None = None  # None: it has not been read
-
-    def read_body(self) -> bytes:
-        """Return the body. Raises HTTPError if it is too long or incomplete."""
-        if self.body is None:
-            self.body = self.receive_body()
-        return self.body
-
-    def parameters(self, *names: str) -> dict[str, str]:
-        """Return the query's parameters. Only ``names`` are accepted, each once."""
-        parameters: dict[str, str] = {}
-        for name, value in urllib.parse.parse_qsl(self.query, keep_blank_values=True):
-            if name not in names or name in parameters:
-                known = ", ".join(names)
-                raise HTTPError(
-                    400, f"Bad parameter {name[:100]!r}; use {known}, each at most once"
-                )
-            parameters[name] = value
-        return parameters
-
-
-class Response(NamedTuple):
-    """An answer of known length, in JSON unless the headers name another type."""
-
-    status: int
-    body: bytes = b""
-    headers: Headers = NO_HEADERS
-
-
-# An answer that is sent piece by piece, as events come (WHATWG HTML, section 9.2,
-# "Server-sent events"). It yields b"" when there is nothing to send at the moment.
-EventStream = Iterator[bytes]
-
-
-def json_response(
-    fields: Mapping[str, object], status: int = 200, headers: Headers = NO_HEADERS
-) -> Response:
-    return Response(status, json.dumps(fields).encode() + b"\n", headers)
-
-
-def error_response(error: HTTPError) -> Response:
-    fields = {"error": http.client.responses[error.status], "message": str(error)}
-    return json_response(fields, error.status, error.headers)
-
-
-# --- Guards ------------------------------------------------------------------
-# A guard lets a request pass or raises HTTPError. It runs before the handler.
-
-
-def allow_anyone(codebot: Codebot, request: Request) -> None:
-    """Let every request pass."""
-
-
-def sent_key(request: Request) -> bytes:
-    """Return the API key that the client sent, b"" if it sent none."""
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not key:
-        key = request.headers.get("x-api-key", "")
-    return key.strip(" \t").encode("latin-1")
-
-
-def submitter(request: Request) -> str:
-    """Return who sent the request: the fingerprint of the key, and the address."""
-    fingerprint = hashlib.sha256(sent_key(request)).hexdigest()[:8]
-    return f"{fingerprint} {request.client_address}"
-
-
-def require_api_key(codebot: Codebot, request: Request) -> None:
-    """Require one of the API keys. Compares with all of them, in constant time."""
-    key = sent_key(request)
-    matches = [
-        hmac.compare_digest(key, configured.encode())
-        for configured in codebot.config.api_keys
-    ]
-    if any(matches):
-        return
-    message = "This API key is not valid"
-    if not key:
-        message = "The API key is missing; send it as Authorization: Bearer KEY"
-    raise HTTPError(401, message, {"WWW-Authenticate": 'Bearer realm="codebot"'})
-
-
-def require_signature(codebot: Codebot, request: Request) -> None:
-    """Require GitHub's HMAC of the body, the delivery's id, and no form.
-
-    GitHub docs: "Validating webhook deliveries".
-    """
-    secret = codebot.config.webhook_secret
-    if not secret or codebot.github is None:
-        raise HTTPError(
-            404, "Webhooks are off; they need GitHub and GITHUB_WEBHOOK_SECRET"
-        )
-    signature = request.headers.get("x-hub-signature-256", "").encode("latin-1")
-    challenge = {"WWW-Authenticate": 'X-Hub-Signature-256 realm="codebot"'}
-    if not signature:
-        raise HTTPError(
-            401,
-            "X-Hub-Signature-256 is missing; set the webhook's secret at GitHub",
-            challenge,
-        )
-    digest = hmac.new(secret.encode(), request.read_body(), "sha256").hexdigest()
-    if not hmac.compare_digest(signature, f"sha256={digest}".encode()):
-        raise HTTPError(
-            401,
-            "X-Hub-Signature-256 does not match: the webhook's secret at GitHub "
-            "differs from GITHUB_WEBHOOK_SECRET",
-            challenge,
-        )
-    if not request.headers.get("x-github-delivery"):
-        raise HTTPError(400, "X-GitHub-Delivery is missing")
-    if "form" in request.headers.get("content-type", ""):
-        raise HTTPError(
-            415, "Set the content type of the App's webhook to application/json"
-        )
-
-
-# When the next refusal may be logged, by the kind of refusal. It needs no lock: at worst,
-# two threads write a line at the same time.
-next_log_time: dict[str, float] = {}
-
-
-def log_refusal(path: str, request: Request, error: HTTPError) -> None:
-    """Log a guard's refusal: one line a second, so that a flood cannot fill the disk."""
-    now = time.monotonic()
-    subject = "webhook" if path == "/webhook" else "API key"
-    if now >= next_log_time.get(subject, 0.0):
-        next_log_time[subject] = now + 1.0
-        log.warning("Refused %s from %s: %s", subject, request.client_address, error)
-
-
-# --- API ---------------------------------------------------------------------
-# A handler returns its answer, or raises HTTPError.
-
-# The fields of a task, and the maximum number of characters in each.
-TASK_FIELDS = {
-    "repository_url": 2000,
-    "description": 100_000,
-    "ticket_id": 100,
-    "ticket_summary": 500,
-    "test_command": 10_000,
-    "base_branch": 250,
-}
-REQUIRED_FIELDS = ("repository_url", "description")
-MULTILINE_FIELDS = ("description", "test_command")
-# The fields that the API shows of both tasks and reviews.
-JOB_FIELDS = ("status", "submitted_at", "started_at", "completed_at")
-CONTROL_CHARACTER_RE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-KEEPALIVE_INTERVAL = 15.0  # seconds after which a silent event stream sends a comment
-EVENTS_PER_MESSAGE = 100  # events that a stream reads and sends at once
-
-
 def page(codebot: Codebot, request: Request) -> Response:
     return Response(200, PAGE.encode(), PAGE_HEADERS)
-
-
-def require_allowed_repository(config: Config, url: str) -> Repository:
-    """Return the repository of a task. Raises HTTPError if codebot may not use it."""
-    try:
-        repository = parse_repository_url(config, url)
-    except ValueError as error:
-        safe_url = hide_password(url)[:100]
-        raise HTTPError(400, f"repository_url {error} (it is {safe_url!r})") from None
-    if not is_allowed(config, repository.full_name):
-        name = repository.full_name
-        raise HTTPError(
-            403, f"repository_url: {name} is not in CODEBOT_ALLOWED_REPOSITORIES"
-        )
-    return repository
-
-
-def field_problem(name: str, value: object) -> str:
-    """Return what is wrong with a field of a task, "" if nothing is."""
-    if name not in TASK_FIELDS:
-        matches = difflib.get_close_matches(name, TASK_FIELDS, 1)
-        hint = f"use {', '.join(TASK_FIELDS)}"
-        if matches:
-            hint = f"did you mean {matches[0]!r}?"
-        return f"Unknown field {name[:100]!r}; {hint}"
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        return f"{name} must be a string"
-    if not value.strip():
-        return f"{name} is empty"
-    limit = TASK_FIELDS[name]
-    if len(value) > limit:
-        return f"{name} has {len(value):,} characters; at most {limit:,} are allowed"
-    if name == "base_branch" and not is_branch_name(value):
-        return f"base_branch {value!r} is not a valid branch name"
-    if name in MULTILINE_FIELDS:
-        value = re.sub("[\t\r\n]", "", value)
-    match = CONTROL_CHARACTER_RE.search(value)
-    if match:
-        return f"{name} contains the control character U+{ord(match[0]):04X}; remove it"
-    return ""
-
-
-def read_task_request(config: Config, fields: Fields) -> TaskRequest:
-    """Check a task's fields and return them as a request.
-
-    Raises HTTPError with a line for each bad field.
-    """
-    problems = [
-        f"{name} is missing" for name in REQUIRED_FIELDS if fields.get(name) is None
-    ]
-    problems += [field_problem(name, value) for name, value in fields.items()]
-    if any(problems):
-        raise HTTPError(400, "\n".join(filter(None, problems)))
-    texts = {}
-    for name, value in fields.items():
-        texts[name] = str(value or "").replace("\r\n", "\n")  # sh takes CR as text
-    repository = require_allowed_repository(config, texts["repository_url"])
-    if not texts.get("test_command"):
-        texts["test_command"] = default_test_command(config, repository)
-    return TaskRequest(**texts)
-
-
-def queue_task(
-    codebot: Codebot,
-    request: Request,
-    task: TaskRequest,
-    issue: SourceIssue = NO_ISSUE,
-    retry_of: str = "",
-) -> Response:
-    """Queue a task, or find the one with the same Idempotency-Key and fields."""
-    key = request.headers.get("idempotency-key") or None
-    if key and retry_of:
-        # The client may have used the same key to submit the task that has failed. No
-        # header has a line break, so this cannot be a key that a client sent.
-        key = f"{key}\nretry of {retry_of}"
-    job = codebot.submit(task, submitter(request), key, issue)
-    message = "Task queued successfully"
-    if job.status != "pending":
-        message = f"The task was submitted before; its status is {job.status}"
-    return json_response(
-        {"task_id": job.id, "status": job.status, "message": message},
-        202,
-        {"Location": f"/api/tasks/{job.id}/status"},
-    )
-
-
-def submit_task(codebot: Codebot, request: Request) -> Response:
-    body = request.read_body()
-    if not body:
-        status = 400 if "content-length" in request.headers else 411
-        raise HTTPError(status, "The request has no body; send the task as JSON")
-    try:
-        fields = parse_object(body)
-    except ValueError as error:
-        raise HTTPError(400, f"The body {error}") from None
-    task = read_task_request(codebot.config, fields)
-    return queue_task(codebot, request, task)
-
-
-def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
-    job = find_task(codebot, task_id)
-    if job.status != "failed":
-        raise HTTPError(409, f"Only a failed task can be retried; this is {job.status}")
-    # The settings may have changed since.
-    require_allowed_repository(codebot.config, job.request.repository_url)
-    log.info("Task %s: retry requested by %s", task_id, submitter(request))
-    # Without the label's event: removing the label must not cancel a client's retry.
-    issue = SourceIssue(job.repository_id, job.issue_number, job.issue_url, None)
-    return queue_task(codebot, request, job.request, issue, task_id)
-
-
-def cancel_task(codebot: Codebot, request: Request, task_id: str) -> Response:
-    find_task(codebot, task_id)  # raises HTTPError if there is none
-    try:
-        codebot.cancel(task_id)
-    except WrongState:
-        raise HTTPError(
-            409, "The task has ended, or its commit may have been pushed"
-        ) from None
-    log.info("Task %s: cancel requested by %s", task_id, submitter(request))
-    status = find_task(codebot, task_id).status
-    return json_response(
-        {"task_id": task_id, "status": status, "message": "Cancellation requested"}, 202
-    )
-
-
-def find_task(codebot: Codebot, task_id: str) -> Job:
-    job = codebot.store.task(task_id)
-    if job is None:
-        raise HTTPError(404, f"No such task: {task_id[:100]}")
-    return job
-
-
-def pick(record: Job | TaskRequest, *names: str) -> Fields:
-    """Return fields as the API shows them, with null for unknown values."""
-    return {name: getattr(record, name) or None for name in names}
-
-
-def describe_task(codebot: Codebot, job: Job) -> Fields:
-    """Return a task as the API shows it."""
-    fields = {
-        "task_id": job.id,
-        **pick(job, *JOB_FIELDS, "submitted_by", "issue_url"),
-        **pick(job.request, *TASK_FIELDS),
-    }
-    if job.status == "pending":
-        fields["queue_position"] = codebot.store.count_pending("task", job.seq)
-    elif job.status == "running":
-        fields["phase"] = job.phase
-        fields["attempt"] = job.attempt
-    elif job.status == "failed":
-        fields.update(pick(job, "error", "reason"))
-    else:
-        fields["result"] = describe_result(codebot, job)
-        fields["reviews"] = [
-            describe_review(codebot, review) for review in codebot.store.reviews(job.id)
-        ]
-    return fields
-
-
-def task_status(codebot: Codebot, request: Request, task_id: str) -> Response:
-    return json_response(describe_task(codebot, find_task(codebot, task_id)))
-
-
-def describe_review(codebot: Codebot, review: Job) -> Fields:
-    """Return a review as the API shows it."""
-    comments = codebot.store.comments(review.id)
-    answers = [text for text in review.answers.values() if text]
-    return {
-        **pick(review, "id", *JOB_FIELDS, "phase", "reviewer", "error", "reason"),
-        "request": comments[0].text if comments else None,
-        "kind": review.request_kind or None,  # a question or a change; not Job.kind
-        "answer": "\n\n".join(answers) or None,
-        "commit": review.commit_id or None,
-    }
-
-
-def describe_result(codebot: Codebot, job: Job) -> Fields:
-    """Return the result of a completed task, as the API shows it."""
-    tests = None
-    if job.test_attempts:
-        tests = {
-            "command": codebot.redact(job.request.test_command),
-            "passed": True,  # a task whose tests fail has no result
-            "attempts": job.test_attempts,
-        }
-    result: Fields = {
-        "pr_url": None,
-        "pr_number": None,
-        "pr_state": None,
-        "branch_name": job.branch,
-        "work_dir": f"{codebot.config.work_dir}/{job.directory}/repo",
-        "commit": job.commit_id,
-        "tests": tests,
-        "summary": job.summary,
-        "cost_usd": job.cost_usd,
-        "num_turns": job.num_turns,
-        "session_id": job.id,
-        "files": job.files.split("\n"),
-        "seconds": round(job.seconds, 3),
-    }
-    pull_request = codebot.store.pull_request(job.id)
-    if pull_request:
-        result["pr_url"] = pull_request.url
-        result["pr_number"] = pull_request.number
-        result["pr_state"] = pull_request.state
-    return result
-
-
-def read_number(name: str, text: str, least: int, most: int) -> int:
-    try:
-        return parse_int(text, least, most)
-    except ValueError as error:
-        raise HTTPError(400, f"{name} {error} (it is {text[:100]!r})") from None
-
-
-def list_tasks(codebot: Codebot, request: Request) -> Response:
-    parameters = request.parameters("status", "limit", "before")
-    status = parameters.get("status", "")
-    if status and status not in JOB_STATES:
-        states = ", ".join(JOB_STATES)
-        raise HTTPError(400, f"status {status[:100]!r} is not one of {states}")
-    limit = read_number("limit", parameters.get("limit") or "100", 1, 1000)
-    before = parameters.get("before")
-    before_seq = sys.maxsize
-    if before:
-        task = codebot.store.task(before)
-        if task is None:
-            raise HTTPError(400, f"before: no such task: {before[:100]}")
-        before_seq = task.seq
-    tasks = codebot.store.tasks(status, limit, before_seq)
-    return json_response({"tasks": tasks, "count": len(tasks)})
-
-
-def task_logs(
-    codebot: Codebot, request: Request, task_id: str
-) -> Response | EventStream:
-    """Return a task's events after a sequence number: Last-Event-ID, or else ``after``.
-
-    JSON has at most 1,000 of them; an event stream has all, then those to come.
-    """
-    find_task(codebot, task_id)  # raises HTTPError if there is none
-    parameter = request.parameters("after").get("after")
-    after_text = request.headers.get("last-event-id") or parameter or "0"
-    after = read_number("after, or Last-Event-ID,", after_text, 0, 10**15)
-    if "text/event-stream" not in request.headers.get("accept", ""):
-        events = [event._asdict() for event in codebot.store.events(task_id, after)]
-        return json_response(
-            {"task_id": task_id, "events": events, "count": len(events)}
-        )
-    is_live = codebot.store.has_unfinished_jobs(task_id)
-    if after and not is_live and not codebot.store.events(task_id, after, 1):
-        return Response(204)  # an EventSource that gets this does not reconnect
-    return follow_events(codebot, task_id, after)
-
-
-def follow_events(codebot: Codebot, task_id: str, after: int) -> EventStream:
-    """Yield a task's events as they come, until no job can add any."""
-    last_sent = time.monotonic()
-    while not codebot.stop.is_set():
-        # Asked before the events are read, or a task's last event could be missed.
-        is_live = codebot.store.has_unfinished_jobs(task_id)
-        messages = ""
-        for event in codebot.store.events(task_id, after, EVENTS_PER_MESSAGE):
-            after = event.seq
-            messages += f"id: {after}\ndata: {json.dumps(event._asdict())}\n\n"
-        if not messages and not is_live:
-            yield b"event: end\ndata: {}\n\n"
-            return
-        now = time.monotonic()
-        if not messages and now > last_sent + KEEPALIVE_INTERVAL:
-            messages = ": still here\n\n"
-        if messages:
-            last_sent = now
-        yield messages.encode()
-
-
-def health(codebot: Codebot, request: Request) -> Response:
-    """Return whether the server accepts tasks. Reads the database, but never writes."""
-    sizes = {"review_queue_size": 0, "task_queue_size": 0}
-    status = "healthy" if codebot.store.writable else "unhealthy"
-    try:
-        for kind in ("review", "task"):
-            sizes[f"{kind}_queue_size"] = codebot.store.count_pending(kind)
-    except sqlite3.Error:
-        status = "unhealthy"
-    if codebot.stop.is_set():
-        status = "stopping"
-    fields = {"status": status, **sizes}
-    if status == "healthy":
-        return json_response(fields)
-    return json_response(fields, 503, {"Retry-After": "10"})
-
-
-def metrics(codebot: Codebot, request: Request) -> Response:
-    """Return metrics for Prometheus (prometheus.io: "Exposition formats", 0.0.4)."""
-    seconds, dollars = codebot.store.totals()
-    text = f"""\
-# HELP codebot_queue_size Pending tasks.
-# TYPE codebot_queue_size gauge
-codebot_queue_size {codebot.store.count_pending("task")}
-# HELP codebot_review_queue_size Pending reviews.
-# TYPE codebot_review_queue_size gauge
-codebot_review_queue_size {codebot.store.count_pending("review")}
-# HELP codebot_running Running tasks and reviews.
-# TYPE codebot_running gauge
-codebot_running {len(codebot.running)}
-# HELP codebot_task_seconds_total Seconds that jobs took.
-# TYPE codebot_task_seconds_total counter
-codebot_task_seconds_total {seconds:.15g}
-# HELP codebot_agent_dollars_total Known cost in US dollars.
-# TYPE codebot_agent_dollars_total counter
-codebot_agent_dollars_total {dollars:.15g}
-# HELP codebot_tasks Tasks by status and reason.
-# TYPE codebot_tasks gauge
-"""
-    for status, reason, count in codebot.store.task_counts():
-        text += f'codebot_tasks{{status="{status}",reason="{reason}"}} {count}\n'
-    github = codebot.github
-    if github:
-        text += f"""\
-# HELP codebot_github_requests_total Requests to GitHub.
-# TYPE codebot_github_requests_total counter
-codebot_github_requests_total {github.requests_made}
-"""
-    if github and github.rate_limit_remaining is not None:  # None: not known yet
-        text += f"""\
-# HELP codebot_github_rate_remaining Requests GitHub allows.
-# TYPE codebot_github_rate_remaining gauge
-codebot_github_rate_remaining {github.rate_limit_remaining}
-"""
-    return Response(200, text.encode(), {"Content-Type": "text/plain; version=0.0.4"})
-
-
-# --- Webhooks ----------------------------------------------------------------
-# A delivery is only noted. A review or the sync thread acts on it later, using what
-# GitHub itself reports then (docs: "Webhook events and payloads").
-
-MAX_DELIVERY_BYTES = 25 << 20  # GitHub sends no more
-# The events that report comments, and the place of the comment: see Comment.
-COMMENT_EVENTS = {
-    "issue_comment": "conversation",
-    "pull_request_review": "review_text",
-    "pull_request_review_comment": "inline",
-}
-
-
-class NoAction(Exception):
-    """A delivery needs no action; the message says why."""
-
-
-def webhook(codebot: Codebot, request: Request) -> Response:
-    """Accept a delivery from GitHub. A comment is on disk before the answer is sent.
-
-    For other events, the sync thread looks at GitHub, as it does at every start.
-    """
-    event = request.headers.get("x-github-event", "")
-    guid = request.headers["x-github-delivery"]
-    try:
-        payload = parse_object(request.read_body())
-        receive_event(codebot, event, guid, payload)
-    except NoAction as reason:
-        log.info("Delivery %.99s (%.99s): %s", guid, event, reason)
-        return json_response({"message": str(reason)})
-    # A field is missing or has the wrong type, or SQLite cannot store its value: a large
-    # number (OverflowError), half of a surrogate pair (ValueError).
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        log.debug("Delivery %.99s is malformed", guid, exc_info=True)
-        message = f"The payload of {event} is malformed"
-        log.warning("Delivery %.99s (%.99s): refused: %s", guid, event, message)
-        raise HTTPError(400, message) from None
-    action = payload.get("action")
-    log.info("Delivery %.99s (%.99s, %.99s): Accepted", guid, event, action)
-    return json_response({"message": "Accepted"}, 202)
-
-
-def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) -> None:
-    """Note what an event is about. Raises any error that a malformed payload causes."""
-    action = payload.get("action")
-    installation = payload.get("installation")
-    if installation and installation["id"] != codebot.config.installation_id:
-        raise NoAction("Another installation of the App")
-    if event in COMMENT_EVENTS and action in ("created", "submitted"):
-        receive_comment(codebot, event, guid, payload)
-    elif event == "pull_request" and action in ("closed", "reopened"):
-        pull_request = pull_request_of(codebot, payload)
-        remember_delivery(codebot, guid)
-        codebot.sync_queue.put(SyncRequest(pull_request_of=pull_request.task_id))
-    elif event == "issues" and action in ("labeled", "unlabeled"):
-        receive_label(codebot, guid, payload)
-    elif event == "ping":
-        raise NoAction("The webhook works")
-    else:
-        message = "codebot does not act on this event"
-        if action:
-            message = f"codebot does not act on the action {str(action)[:50]!r}"
-        raise NoAction(message)
-
-
-def remember_delivery(codebot: Codebot, guid: str) -> None:
-    """Store the id of a delivery. Raises NoAction if it has been stored before."""
-    if not codebot.store.add_delivery(guid):
-        raise NoAction("Duplicate delivery")
-
-
-def pull_request_of(codebot: Codebot, payload: JsonObject) -> PullRequest:
-    repository_id = int(payload["repository"]["id"])
-    # GitHub reports a comment in the conversation as a comment on an issue.
-    subject = payload.get("issue") or payload["pull_request"]
-    number = int(subject["number"])
-    pull_request = codebot.store.pull_request_by_number(repository_id, number)
-    if pull_request is None:
-        raise NoAction("Not a pull request that codebot opened")
-    return pull_request
-
-
-def receive_comment(
-    codebot: Codebot, event: str, guid: str, payload: JsonObject
-) -> None:
-    pull_request = pull_request_of(codebot, payload)
-    content = payload.get("comment") or payload["review"]
-    comment = parse_comment(COMMENT_EVENTS[event], content)
-    if comment is None:
-        raise NoAction("Bot, deleted user or empty comment")
-    if not codebot.store.queue_comments(pull_request.task_id, [comment], guid):
-        raise NoAction("Duplicate delivery or comment")
-    codebot.jobs_due.set()
-
-
-def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
-    label = payload["label"]["name"].lower()
-    if not label or label != codebot.config.issue_label.lower():
-        raise NoAction("Not the label that turns an issue into a task")
-    repository_id = int(payload["repository"]["id"])
-    number = int(payload["issue"]["number"])
-    remember_delivery(codebot, guid)
-    codebot.sync_queue.put(SyncRequest(repository_id, number))
 
 
 # --- Routes and server -------------------------------------------------------
