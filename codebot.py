@@ -1783,7 +1783,8 @@ class Sandbox:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        # With a path or arguments, bwrap counts as a command line of the operator's.
+        # With a path or arguments, bwrap counts as a command line of the operator's, and
+        # gets none of the mounts: `/usr/bin/bwrap` alone does not start.
         self.is_bwrap = config.sandbox == ("bwrap",)
         self.is_none = config.sandbox == ("none",)
         self.disable_userns = True
@@ -4589,7 +4590,8 @@ class DiffScanner:
 
     def read(self, lines: list[str]) -> float | None:
         """Note the fault of the lines, if any. As a LineHandler, this never ends git."""
-        # Removed lines and hunk headings are not new.
+        # Removed lines and hunk headings are not new. (With --unified=0, all other lines
+        # of a hunk are.)
         new = [line for line in lines if not line.startswith(("-", "@@"))]
         has_secret = self.redact.has_secret("\n".join(new))  # one call, as it is slow
         for line in new:
