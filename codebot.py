@@ -1308,13 +1308,15 @@ class RunningProgram:
 
     def read_sentinels(self, lines: list[str], launch: Launch) -> list[str]:
         """Note the program's start and exit code; return the lines that it printed."""
-        output = []
+        output: list[str] = []
         for line in lines:
             # In bwrap the program cannot see the sentinel, which is an argument of a
             # process outside. Elsewhere it can forge this line.
             sentinel, _, code = line.partition(" ")
             if sentinel == launch.sentinel and re.fullmatch("[0-9]{1,3}", code):
                 self.node_code = int(code)
+                if output[-1:] == [""]:  # NODE_SCRIPT's, not the program's
+                    output.pop()
             elif self.is_on_node:
                 output.append(line)
             elif line == launch.sentinel:

@@ -11076,6 +11076,17 @@ def test_exit_code_and_output_are_those_of_the_launched_program(
     assert output.startswith("one\n\nno line end\ncodebot: Exit code 7\n")
 
 
+def test_launcher_adds_no_line_to_the_log(launching: StandInCluster) -> None:
+    site = launching.site
+    result = site.api.submit(test_command="echo one; echo; echo two")
+    site.api.completed(result)
+    messages = site.api.messages(result)
+    start = messages.index("phase: test")
+    end = messages.index("codebot: Exit code 0")
+    output = "\n".join(messages[start + 1 : end]).replace("test: ", "")
+    assert output == "one\n\ntwo"
+
+
 def test_launched_test_that_ends_with_143_has_failed(launching: StandInCluster) -> None:
     task = launching.site.api.submit(test_command="exit 143")
     error = launching.site.api.failed(task, "tests_failed")
