@@ -1907,7 +1907,7 @@ class GitHubError(Exception):
 
 
 class NotFound(GitHubError):
-    """Something does not exist (any more), or GitHub does not show it to codebot."""
+    """Something does not exist (anymore), or GitHub does not show it to codebot."""
 
 
 class AppRefused(TransientError):
@@ -5047,7 +5047,7 @@ class SessionLost(JobFailed):
 
 
 def delimited(name: str, text: str, attributes: str = "") -> str:
-    """Put foreign text between delimiters that its author cannot know."""
+    """Put untrusted text between delimiters that its author cannot know."""
     delimiter = f"{name}-{uuid.uuid4().hex[:12]}"
     return f"<{delimiter}{attributes}>\n{text}\n</{delimiter}>\n"
 
@@ -5203,7 +5203,7 @@ def ask_agent(
 ) -> JsonObject:
     """Run the agent once, within the job's time and budget; store its words and cost.
 
-    The prompt must begin with codebot's own words. If it began with foreign text that
+    The prompt must begin with codebot's own words. If it began with untrusted text that
     starts with a slash, the CLI would run that text as one of its commands.
     Returns the JSON that a schema in ``options`` asks for, or an answer in plain words as
     its "summary". Raises JobFailed unless the agent reports success.
@@ -6001,7 +6001,7 @@ def push_review_commit(review: Review) -> None:
 def require_on_branch(workspace: Workspace, commit: str) -> str:
     """Fetch the branch and return its tip.
 
-    Raises JobFailed if the branch does not have ``commit`` (any more).
+    Raises JobFailed if the branch does not have ``commit`` (anymore).
     """
     _, tip = fetch_or_fail(workspace, workspace.branch, "push_rejected")
     if not workspace.mirror.is_ancestor(commit, tip):
