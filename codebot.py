@@ -28,12 +28,13 @@ HOW TO READ THIS FILE
   TEST_SCRIPT, `Workspace.environment`, `fetch_into_outbox`, `inspect_commit`,
   `check_write_access`, `load_comments`, `Sync.obstacle`, `has_untrusted_edit`,
   `require_api_key`, `require_signature` and `ROUTES`.
-  The page comes before the routes, in part III. Its style can be skipped; its script
-  never inserts HTML.
+  The page is in part III, before the routes. Skip its style; its script never inserts
+  HTML.
 
 GLOSSARY
   job            a unit of work in the store: a task or a review
-  task           a request to change a repository; ends in a pull request
+  task           a request to change a repository; ends in a pull request or, with
+                 --no-github, in a pushed branch
   review         a job that answers one reviewer's comments on one of codebot's pull
                  requests
   state          of a job: pending, running, completed or failed; see LIFE OF A JOB
@@ -44,7 +45,7 @@ GLOSSARY
   workspace      the directory in which an agent works: repo, home, tmp
   mirror         the bare copy of a repository that codebot itself owns
   outbox         the bare repository in which codebot makes the commit and from which it
-                 pushes; bwrap does not show it
+                 pushes; it is not visible in bwrap
   base           the branch that the agent's branch starts from
   base commit    the parent of codebot's commit: for a task the tip of the base, for a
                  review the tip of the pull request's branch
@@ -52,7 +53,8 @@ GLOSSARY
                  token reads and writes that repository; the lookup token only reads the
                  names of all repositories that the App is installed on
   delivery       one webhook request, with its GUID
-  marker         the hidden comment by which a retry sees that a text was posted
+  marker         an HTML comment in a text that codebot posts, by which a retry sees that
+                 the text was posted
   launcher       a command line that starts the agent and the tests on a node, which is
                  another computer of a cluster
   redact         replace secrets in text with ***
@@ -74,8 +76,8 @@ WHO IS TRUSTED WITH WHAT
                  GitHub is not asked what the person behind the key may read or write.
   A reviewer     has an effect only if GitHub reports, when the review starts, that they
                  have write access to the repository. The same holds for a person who
-                 labels an issue: GitHub is asked when the task is submitted. (A "no"
-                 counts for a minute.) Nobody else can start the agent, but the text of a
+                 labels an issue: GitHub is asked when the task is submitted. (A refusal
+                 is remembered for a minute.) Nobody else can start the agent, but the text of a
                  labeled issue may be anyone's, and a comment by anybody waits as a review
                  until GitHub has been asked.
   Others at GitHub   can stop work, if they may remove the label or close the pull
@@ -124,10 +126,10 @@ WHAT LEAVES THE HOST
   The agent and the tests can send anything they can read to anything the host can reach.
 
 WHERE SECRETS GO
-  API keys, webhook secret   nowhere; they are compared. In the database, in the log, and
-                             in what clients get, 8 hexadecimal digits of an API key's
-                             SHA-256 and the client's address name it. The page keeps
-                             its key in the browser's session.
+  API keys, webhook secret   nowhere; they are only compared. The database, the log and
+                             what clients get name a client by 8 hexadecimal digits of
+                             its key's SHA-256 and by its address. The page keeps its
+                             key in the browser's session.
   the App's key              from its file to openssl, by the file's name; codebot reads
                              it, and the TLS key, to redact them
   the TLS key                from its file to Python's ssl
@@ -141,7 +143,7 @@ WHERE SECRETS GO
   codebot was started, including listed variables, but without CODEBOT_API_KEYS,
   GITHUB_WEBHOOK_SECRET and MODEL_VARIABLE_NAMES.
   codebot writes none of these secrets into a file with a name. While a program runs, its
-  input and output are in unlinked files (openssl's are what a JWT consists of). But the
+  input and output are in unlinked files (openssl's are the two parts of a JWT). But the
   agent's home keeps its session, with everything that the agent has printed.
 
 KNOWN LIMITATIONS
@@ -176,15 +178,15 @@ KNOWN LIMITATIONS
   The agent
   - Its events, summary, cost and turns are self-reported. "The tests passed" means that
     the command exited with 0 in a workspace where the agent could have changed the
-    tests, and files in HOME that they read. A hostile test can have another tree
-    pushed.
+    tests, and files in HOME that they read. A hostile test can name another tree
+    than the one that was tested. That tree is also inspected before it is pushed.
   - The agent's home, with its session, is kept for the reviews of its pull request.
     What has misled the agent once, or was left there by a test, is still there when a
     trusted reviewer's request is carried out.
   - That the repository's Claude settings, hooks and MCP servers are not loaded, and
     that an answer only reads, depends on options and variables of the Claude CLI.
     `check` wants version 2.0 or newer, but nothing tests that the CLI honors them.
-  - Secrets are recognized verbatim and as base64 of nothing but the secret: in what is
+  - Secrets are recognized verbatim, or if they are in base64 by themselves: in what is
     logged and sent to GitHub, those of 6 or more characters; in the text files of a
     change, those of 16 or more, in lines of at most 8 MiB. An agent that writes a
     secret in another way, such as backwards, or into a binary file, can publish it. Of
@@ -210,9 +212,9 @@ KNOWN LIMITATIONS
     codebot does not notice that the person who labeled it has not seen the edit. If the
     issue's author has no write access, any later change of the issue, even a comment by
     anybody, counts as an edit, and the label must be added again.
-  - Without --enable-polling, a delivery that is lost is made up for at the next start.
-    Anybody who reaches the port can make GitHub's deliveries fail by sending large
-    ones.
+  - Without --enable-polling, a lost delivery goes unnoticed until the next start.
+    Anybody who reaches the port, such as an agent, can make GitHub's deliveries fail by
+    sending large ones.
 
   With --no-github
   - A client can have hooks run as codebot's user, outside the sandbox, if git pushes to
@@ -229,8 +231,8 @@ LIFE OF A JOB
   running   -> pending      a stop, a crash, or a transient error interrupts it
   running   -> completed, failed
   A review is deleted when its comments join another running review, and when its task is
-  deleted. A review for which nothing may be done is also deleted, but if a cost of its
-  agent is known, or the agent has just run, the review fails instead.
+  deleted. A review that is skipped, because nothing may or need be done, is also deleted,
+  unless its agent has cost something: then it fails as cancelled.
 
   A task's phases are clone, agent, test, commit, push, pull_request; a review's are
   classify, clone, agent, test, commit, push, answer. With a launcher, both are in the
@@ -279,7 +281,8 @@ WHERE THE DANGEROUS THINGS ARE
                             fetch_into_outbox, which has fsck check them; then
                             collect_tree, write_commit, inspect_commit,
                             has_commit, patch and push;
-                            once they are pushed, what git does in the mirror
+                            and all git commands in the mirror, which fetches these
+                            objects once they are pushed
   removing directories      remove_tree; scratch_* and the demo's by tempfile; in the
                             sandbox, the scripts of Workspace
   fork and exec             fork_watchdog; serve, with --debug
@@ -451,8 +454,8 @@ class Cancelled(Exception):
 class LimitReached(Exception):
     """A program was ended by a limit.
 
-    Except in NoFreeNode, the message continues a sentence that begins with the name of
-    the program.
+    The message is a predicate, such as "took more than 5 s". The caller puts the name of
+    the program before it. (NoFreeNode has a whole sentence.)
     """
 
 
@@ -573,19 +576,19 @@ def parse_command(text: str) -> Sequence[str]:
     return words
 
 
-def parse_int(text: str, least: int, most: int) -> int:
+def parse_int(text: str, minimum: int, maximum: int) -> int:
     # The length is limited because int() refuses thousands of digits in its own words.
-    if not re.fullmatch("[0-9]{1,16}", text) or not least <= int(text) <= most:
-        raise ValueError(f"must be a whole number from {least} to {most}")
+    if not re.fullmatch("[0-9]{1,16}", text) or not minimum <= int(text) <= maximum:
+        raise ValueError(f"must be a whole number from {minimum} to {maximum}")
     return int(text)
 
 
-# Every function that takes a number of seconds accepts this maximum. Installation ids,
+# Some functions that take a number of seconds refuse a larger one. Installation ids,
 # which are also parsed as counts, are smaller.
-parse_count = functools.partial(parse_int, least=1, most=4_000_000_000)
-parse_threads = functools.partial(parse_int, least=1, most=999)
-parse_attempts = functools.partial(parse_int, least=0, most=99)
-parse_port = functools.partial(parse_int, least=0, most=65535)
+parse_count = functools.partial(parse_int, minimum=1, maximum=4_000_000_000)
+parse_threads = functools.partial(parse_int, minimum=1, maximum=999)
+parse_attempts = functools.partial(parse_int, minimum=0, maximum=99)
+parse_port = functools.partial(parse_int, minimum=0, maximum=65535)
 
 
 def parse_dollars(text: str) -> float:
@@ -849,8 +852,8 @@ def read_settings(
 def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
     """Yield a sentence for each required setting that is not set.
 
-    It looks at the variables, because the Config lacks settings with bad values. Those
-    are reported anyway.
+    It looks at the variables, because a setting with a bad value is not missing:
+    read_settings has reported it.
     """
     place = f"in {config.env_file}"
     if not os.path.exists(config.env_file):
@@ -977,8 +980,8 @@ def forms_of(secrets: Iterable[str]) -> list[str]:
         if len(secret) >= MIN_REDACTED_LENGTH:
             forms.add(secret)
             data = secret.encode("utf-8", "surrogateescape")
-            # git sends base64("x-access-token:TOKEN"), which ends with base64(TOKEN):
-            # 15 bytes precede TOKEN, and base64 encodes each 3 bytes separately.
+            # git sends base64("x-access-token:TOKEN"). TOKEN begins after 15 bytes, a
+            # multiple of 3, so what git sends ends with base64(TOKEN).
             for encode in (base64.b64encode, base64.urlsafe_b64encode):
                 forms.add(encode(data).decode().rstrip("="))
     return sorted(forms, key=len, reverse=True)
@@ -1099,8 +1102,8 @@ def login_secrets(address: str) -> set[str]:
 #
 # codebot starts every program here, in a process group of its own. A program gets only
 # the environment that the caller lists. The one exception is git at the remote with
-# --no-github, which inherits codebot's environment without the secrets. CODEBOT_RUN is
-# in every environment. By it codebot finds processes that have left their group.
+# --no-github, which inherits codebot's environment: see remote_environment. CODEBOT_RUN
+# is in every environment. By it codebot finds processes that have left their group.
 
 
 def do_nothing(*args: object) -> None:
@@ -1108,10 +1111,9 @@ def do_nothing(*args: object) -> None:
 
 
 # A LineHandler gets the new lines of a program's standard output. It returns None or,
-# when the program's work is done, a grace period of a few seconds. During it no other
-# limits apply, not even a stop. A program that still runs at the end of the period is
-# ended. This is no failure: the agent, for example, may hang after its result. (Python 3.9
-# needs the quotes.)
+# once the program's work is done, a number of seconds. If the program still runs after
+# these, it is ended, which is no failure: the agent, for example, may hang after its
+# result. Meanwhile no other limit applies, not even a stop. (Python 3.9 needs the quotes.)
 LineHandler = Callable[[list[str]], "float | None"]
 
 
@@ -1212,8 +1214,8 @@ class OutputFile:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
-        # The program may reopen this file, with `>/dev/stdout`, and write from its start.
-        # Because of O_APPEND, what others print here is not written over that.
+        # The program may reopen and empty this file, with `>/dev/stdout`. O_APPEND keeps
+        # others who print here from overwriting what it writes then.
         fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
         self.last_lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
         self.has_new_bytes = False  # whether the last read_lines found any
@@ -1388,8 +1390,8 @@ def end_process_group(child: subprocess.Popen[bytes]) -> None:
     If the program still runs, the group gets SIGTERM and, after KILL_GRACE, SIGKILL. What
     a program has left behind at its own end gets SIGKILL at once.
 
-    In practice, no other group has this one's number by then: the kernel does not reuse
-    it while the group has members, and then only after all other numbers.
+    In practice, no other group has this one's number by then: the kernel reuses a number
+    only after all others, and never while a group has it.
     """
     if child.poll() is None:
         signal_group(child.pid, signal.SIGTERM)
@@ -1570,8 +1572,8 @@ def stop_launched(config: Config, workspace: str, only_if: str = "") -> bool:
     # opened for writing because NFS requires that for an exclusive lock.
     with contextlib.suppress(FileNotFoundError), open(record, "r+b") as lock:
         # Another thread, or an earlier server's watchdog, may be stopping the same
-        # launch. So wait for the lock, and only then read the record, by its path. By now
-        # it may be gone, or belong to a later launch here, which may not be meant.
+        # launch. While this waits for the lock, the record may be removed, or replaced
+        # for a later launch, which may not be meant. So it is read again, by its path.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not record.read_text().startswith(only_if):
             return True
@@ -1735,10 +1737,13 @@ def agent_program_files(config: Config, covers: Mapping[str, str]) -> Iterator[s
 def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     """Return bwrap's mounts over the read-only file system and the workspace's /tmp.
 
-    They are made in this order, and a later one covers an earlier one. So hidden
-    directories and those with tools come first, each before those inside it. The paths
-    that are needed in spite of them follow. For example, with HOME=/home/bot,
-    ~/.local/bin on PATH, .env in /home/bot/run and the App's key in ~/.local/keys:
+    They are made in this order, and a later one covers an earlier one:
+      1. the covers, each before those inside it: private directories are hidden; those
+         in HOME that PATH leads into are shown read-only, unless they are private
+      2. what is needed in spite of the covers, read-only
+      3. the workspace's repo and home, writable
+    For example, with HOME=/home/bot, ~/.local/bin on PATH, .env in /home/bot/run and the
+    App's key in ~/.local/keys:
         hidden     /home/bot
         read-only  /home/bot/.local
         hidden     /home/bot/.local/keys, /home/bot/run, /run, the work directory
@@ -1801,8 +1806,8 @@ class Sandbox:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        # With a path or arguments, bwrap counts as a command line of the operator's, and
-        # gets none of the mounts: `/usr/bin/bwrap` alone does not start.
+        # Only the exact setting `bwrap` gets the mounts above. `/usr/bin/bwrap` counts as
+        # a command line of the operator's and, alone, does not start.
         self.is_bwrap = config.sandbox == ("bwrap",)
         self.is_none = config.sandbox == ("none",)
         self.disable_userns = True
@@ -2141,7 +2146,7 @@ class GitHub:
         self.attempts = GITHUB_ATTEMPTS
         self.requests_made = 0
         self.rate_limit_remaining: int | None = None
-        # Seconds by which GitHub's clock is ahead of ours, but for the time that the last
+        # Seconds by which GitHub's clock is ahead of ours, less the time that the last
         # response took to arrive.
         self.clock_skew = 0.0
         # No request is sent before this time: requests sent in spite of a rate limit may
@@ -2247,8 +2252,9 @@ class GitHub:
         """Send a GET, or a POST if there is a body, and retry as GitHub's docs ask.
 
         ``path`` may also be a whole URL, for example of a list's next page.
-        ``find_existing`` is called before each attempt, because an earlier one may have
-        taken effect although its response was lost. It returns what it finds, or None.
+        ``find_existing`` is called before every attempt, because an earlier one, perhaps
+        of an earlier run, may have taken effect although its response was lost. It
+        returns what it finds, or None.
         """
         url = f"{self.api}{path}" if path.startswith("/") else path
         is_token_renewed = False
@@ -3016,9 +3022,9 @@ class Mirror(GitDirectory):
     def fetch_branch(self, repository: Repository, branch: str) -> tuple[str, str]:
         """Ask the remote for the branch's tip; fetch all branches if the mirror lacks it.
 
-        Returns the branch's name and its tip at the remote. If the remote's branch was set
-        back, the mirror has this tip already, nothing is fetched, and the mirror's branch
-        stays ahead. Raises BranchNotFound.
+        Returns the branch's name and its tip at the remote. After a forced push of an
+        older commit nothing is fetched: the mirror has this tip already, and its own
+        branch stays ahead. Raises BranchNotFound.
         """
         with self.lock() as descriptor:
             os.utime(descriptor)  # tells Cleanup when the mirror was last used
@@ -4247,7 +4253,7 @@ def hold_lock(path: str, option: str) -> None:
 
     Raises ConfigError if that is impossible.
     """
-    # git separates paths by colons, and the names of alternates by line breaks.
+    # PATH and the like are split at colons, git's list of alternates at line breaks.
     if ":" in path or not path.isprintable():
         raise ConfigError(
             f"Cannot use {path!r}: it contains a colon or an unprintable character. Use "
@@ -4526,9 +4532,9 @@ git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
 git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
 # Nothing that the test writes is committed: the tree is recorded before the test and
-# restored after it. Only ignored files stay, for the next attempt. A hostile test could
-# make step 4 name another tree, just as it could pass without testing anything. Whatever
-# tree is named is inspected before it is pushed.
+# restored after it. Only ignored files stay, for the next attempt. A hostile test can make
+# step 4 name another tree, just as it can pass without testing anything. Whatever tree is
+# named is inspected before it is pushed.
 TEST_SCRIPT = """
 reset() {
     g checkout-index -q -f -a && g clean -q -ff -d
@@ -4573,14 +4579,15 @@ g apply --3way --index --whitespace=nowarn - && exit
 g diff --name-only --diff-filter=U
 exit 1
 """
-# With these, the CLI sends no telemetry and does not update itself, "@/path" in a prompt
-# does not include that file, and commit titles, which anybody may have written, are not
-# in the system prompt.
+# Variables that are set to 1 for the CLI.
 AGENT_SWITCHES = (
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
     "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS",
     "CLAUDE_CODE_DISABLE_AUTO_MEMORY",
+    # Without this, "@/path" in a prompt would include that file.
     "CLAUDE_CODE_DISABLE_ATTACHMENTS",
+    # Without this, commit titles, which anybody may have written, would be in the system
+    # prompt.
     "CLAUDE_CODE_DISABLE_GIT_INSTRUCTIONS",
     "DISABLE_AUTOUPDATER",
     "DISABLE_TELEMETRY",
@@ -4812,9 +4819,9 @@ class Workspace:
 
         git fetch does not open the agent's .git: only a pack crosses.
         """
-        # In bwrap, self.repo is a mount point, which the agent cannot replace. In another
-        # sandbox it may put a file there, which git fetch would itself read, as a bundle.
-        # git appends the path, and has sh run: bwrap … -- git upload-pack '/…/repo'
+        # git has sh run: bwrap … -- git upload-pack '/…/repo'. In bwrap, self.repo is a
+        # mount point, which the agent cannot replace. A custom sandbox may let it put a
+        # bundle file there, which git fetch would itself read.
         upload_pack = self.sandboxed(["git", "upload-pack"])
         argv = [*GIT, "-c", "fetch.fsckObjects=true", "--git-dir", self.outbox.path]
         argv += [*GIT_FETCH, "--upload-pack", shlex.join(upload_pack), "--"]
@@ -4846,7 +4853,7 @@ class Workspace:
         """Return a summary of the commit's changes, as git diff --stat prints it.
 
         Raises JobFailed if the commit must not be pushed. The agent's .gitattributes hide
-        nothing from this check: git would read them from a work tree, or (git 2.43) from
+        nothing from this check: git would read them from a work tree, or (since 2.43) from
         the commit that a bare repository's HEAD names. The outbox has neither.
         """
         scanner = DiffScanner(self.codebot.redact)
@@ -5291,7 +5298,7 @@ CI_SKIP_RE = re.compile(
 def run_task(run: JobRun) -> None:
     """Run a task from the clone to the pull request. Each step can be repeated.
 
-    What earlier runs have stored    What is left to do
+    What earlier runs have stored    What is left to do (the last row that applies)
       nothing, or no commit_id         everything, including the agent
       commit_id                        push the commit; if the outbox was lost, everything
       push_started                     push the commit, unless the branch has a pull
@@ -5455,7 +5462,7 @@ def run_tests(workspace: Workspace, command: str) -> int:
         if result.code == 0:
             return attempt
         # sh exits with these codes if it cannot start a command (of a script, the last
-        # one). Usually the host lacks it, and the agent is not paid to find that out.
+        # one). Usually the host lacks it, which no run of the agent can mend.
         if result.code in (126, 127):
             raise JobFailed(
                 "tests_failed",
@@ -5960,7 +5967,8 @@ def continue_session(
 
 def parse_answers(review: Review, answer: JsonObject) -> dict[str, str]:
     """Return an answer for each thread: its own, or else the agent's summary."""
-    entries = answer.get("answers") or []  # the CLI has validated them
+    # The CLI has checked them. If an agent forges others, its review fails.
+    entries = answer.get("answers") or []
     answers = {}
     for thread, members in group_by_thread(review.comments).items():
         ids = {comment.id for comment in members}
@@ -6503,8 +6511,8 @@ def ending_after_transient_error(
     """
     job = run.job
     now = time.time()
-    interruptions = int(run.agent_ran_since_save)
-    is_too_often = interruptions == 1 and job.interruptions + 1 >= MAX_INTERRUPTIONS
+    costs_money = run.agent_ran_since_save
+    is_too_often = costs_money and job.interruptions + 1 >= MAX_INTERRUPTIONS
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     if is_too_often or now > give_up_at:
         reason = job.reason or REASON_BY_PHASE.get(job.phase, "internal")
@@ -6512,7 +6520,7 @@ def ending_after_transient_error(
     return Ending(
         "pending",
         error=error,
-        interruptions=interruptions,
+        interruptions=int(costs_money),
         not_before=max(now + RETRY_DELAY, retry_at),
     )
 
@@ -7125,9 +7133,9 @@ def describe_result(codebot: Codebot, job: Job) -> Fields:
     return result
 
 
-def read_number(name: str, text: str, least: int, most: int) -> int:
+def read_number(name: str, text: str, minimum: int, maximum: int) -> int:
     try:
-        return parse_int(text, least, most)
+        return parse_int(text, minimum, maximum)
     except ValueError as error:
         raise HTTPError(400, f"{name} {error} (it is {text[:100]!r})") from None
 
@@ -8052,7 +8060,7 @@ def page(codebot: Codebot, request: Request) -> Response:
 # The connection's states:
 #   a request         waiting -> receiving -> handling -> sending -> waiting
 #   an event stream   ... -> handling -> sending -> handling -> sending ... -> closed
-#   a request that is refused before its body has been read
+#   a request that is refused before its body has been read; the rest is then discarded
 #                     waiting -> receiving -> sending -> receiving -> closed
 # A connection is closed when it has been in one state for too long, or when there are too
 # many connections and it has waited longest for its client.
@@ -8207,8 +8215,8 @@ class ConnectionTable:
         """Hang up the connection that has waited longest for its client.
 
         That is the oldest one that is waiting or receiving. But if there is none, or if
-        more than half of all connections are sending and are older than that one, it is
-        the oldest sending one: somebody leaves answers unread to keep others out.
+        more than half of all connections are older than that one and sending, it is the
+        oldest sending one: somebody leaves answers unread to keep others out.
         Raises OSError if all connections are being handled.
         """
         idle = None
@@ -8663,7 +8671,7 @@ def check_safety(codebot: Codebot) -> Iterator[Finding]:
     for path in codebot.config.secret_files:
         if os.stat(path).st_mode & 0o077:
             yield Finding(
-                "warn", f"{path} can be read by other users; run: chmod go-rwx {path}"
+                "warn", f"{path} is open to other users; run: chmod go-rwx {path}"
             )
     work_dir = codebot.config.work_dir
     if os.path.exists(work_dir) and os.stat(work_dir).st_mode & 0o077:
