@@ -295,6 +295,7 @@ WHERE THE DANGEROUS THINGS ARE
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import base64
 import calendar
@@ -8733,6 +8734,7 @@ HOST_CHECKS = (check_programs, check_settings, check_safety)
 # The stop: workers, whose jobs are requeued; the process, and all connections with it.
 
 PR_SET_DUMPABLE = 4  # of prctl(2)
+MAIN_INTERVAL = 0.1  # seconds: how often the main thread looks for what has changed
 MAX_DESCRIPTORS = 65536  # open files at the same time, if the host allows so many
 # Errors of the operating system when the server begins to listen: see listen().
 LISTEN_ERRORS = {
@@ -8749,20 +8751,12 @@ def stop_on_signals(codebot: Codebot) -> None:
     def handle(number: int, frame: object) -> None:
         if codebot.stop.is_set():
             os._exit(1)  # the watchdog ends what is left
-        codebot.stop.set()
+        # In a thread, because this runs in the main thread, which may be holding the
+        # Event's lock. (Thread.start() would take locks, too.)
+        _thread.start_new_thread(codebot.stop.set, ())
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
-
-
-def pause() -> None:
-    """Sleep for a moment in the main thread.
-
-    The main thread must not wait for codebot.stop instead. A signal's handler interrupts
-    the main thread and runs in it. If the main thread held the Event's lock at that
-    moment, set() in the handler would wait forever.
-    """
-    time.sleep(0.1)
 
 
 def set_up_process(codebot: Codebot, level: int) -> None:
@@ -8936,8 +8930,7 @@ def serve(flags: Flags) -> int:
     pending = sum(map(codebot.store.count_pending, codebot.queues))
     with running_server(codebot) as server:
         print_banner(codebot, server.server_port, pending)
-        while not (codebot.stop.is_set() or is_changed):
-            pause()
+        while not (is_changed or codebot.stop.wait(MAIN_INTERVAL)):
             is_changed = config.debug and file_times(config) != times
         log.info("Stopping")
     if is_changed:
@@ -8970,8 +8963,7 @@ def follow_task(codebot: Codebot, task_id: str) -> None:
     """Print a task's events until it has ended, or codebot is stopped."""
     after = 0
     is_live = True
-    while is_live and not codebot.stop.is_set():
-        pause()
+    while is_live and not codebot.stop.wait(MAIN_INTERVAL):
         # Asked before the events are read, or a task's last event could be missed.
         is_live = codebot.store.has_unfinished_jobs(task_id)
         events = codebot.store.events(task_id, after)
@@ -9235,8 +9227,7 @@ def demo(flags: Flags) -> int:
                 print(f"\nPage:        http://localhost:{server.server_port}/")
                 print(f"API key:     {codebot.config.api_keys[0]}")
                 print("Press Ctrl-C to end.", flush=True)
-                while not codebot.stop.is_set():
-                    pause()
+                codebot.stop.wait()
     return code
 
 

@@ -13031,6 +13031,23 @@ def test_second_signal_ends_server_at_once(fresh: Site) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
+SIGNAL_DURING_WAIT = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import codebot
+app = codebot.Codebot(codebot.Config(no_github=True))
+codebot.stop_on_signals(app)
+with app.stop._cond:  # the lock that the main thread holds for moments in stop.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+assert app.stop.wait(10)
+"""
+
+
+def test_signal_that_interrupts_a_wait_for_the_stop_is_not_lost() -> None:
+    argv = [sys.executable, "-c", SIGNAL_DURING_WAIT, str(PROGRAM.parent)]
+    subprocess.run(argv, check=True, timeout=20)
+
+
 def watchdog_of(server: ServerProcess) -> int:
     """Return the process that the server forked and that is still there."""
     assert server.process is not None
