@@ -166,9 +166,9 @@ KNOWN LIMITATIONS
   - With a launcher, the node sees the work directory. The directories that bwrap hides,
     and its version, are determined on this host; a directory that exists only on the
     node is not hidden there.
-  - The agent can write to the directory in which the programs of CODEBOT_SANDBOX and
-    CODEBOT_LAUNCHER start, and to the HOME that they get. These programs must not read
-    settings of their own from there, such as ~/.docker.
+  - The agent can write to the HOME that the programs of CODEBOT_SANDBOX and
+    CODEBOT_LAUNCHER get and, without bwrap, to the directory in which they start. These
+    programs must not read settings of their own from there, such as ~/.docker.
   - git unpacks, checks and compares the agent's objects outside the sandbox, and
     unpacks what the remote sends without fsck. A bug in git there would be a way to
     codebot.
@@ -4764,11 +4764,16 @@ class Workspace:
         launch: Launch | None = None,
     ) -> ProgramResult:
         """Run a command in the sandbox, then end all that it left running."""
+        cwd = self.repo
+        if self.codebot.sandbox.is_bwrap:
+            # bwrap itself must not start where the agent can write, as it may load
+            # libraries from there. It changes to the repository.
+            cwd = self.path
         try:
             return run_program(
                 self.sandboxed(command.argv),
                 self.environment(command.with_model_key),
-                cwd=self.repo,
+                cwd=cwd,
                 stdin=command.stdin,
                 limits=limits,
                 on_lines=command.on_lines,

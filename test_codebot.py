@@ -3253,6 +3253,18 @@ def test_agent_in_bwrap_writes_nothing_outside(report: SandboxReport) -> None:
 
 
 @needs_bwrap
+def test_bwrap_loads_no_library_from_the_repository(fresh: Site) -> None:
+    library = {"libcap.so.2": "Not a library, but bwrap would try to load it."}
+    repository = fresh.github.create_repository("acme/hostile", library)
+    fresh.server.start(
+        CODEBOT_SANDBOX="bwrap",
+        CODEBOT_AGENT_ENV="LD_LIBRARY_PATH",
+        LD_LIBRARY_PATH="/opt/lib:",  # the empty entry is the current directory
+    )
+    fresh.api.completed(fresh.api.submit(repository_url=repository.url))
+
+
+@needs_bwrap
 def test_tests_run_in_bwrap_too(sandboxed: Site) -> None:
     key = sandboxed.server.key_file
     command = f"test ! -e {key} && ! unshare --user true"
