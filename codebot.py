@@ -3721,12 +3721,17 @@ class Store:
     # Queues
 
     def due_jobs(self, kind: str) -> list[str]:
-        """Return the ids of pending jobs that need not wait for a retry, oldest first."""
+        """Return the ids of the pending jobs that claim would start, oldest first."""
         return self._read(
             only_value,
             """
-            SELECT id FROM jobs
+            SELECT id FROM jobs AS job
             WHERE kind = :kind AND status = 'pending' AND not_before <= :now
+                AND NOT EXISTS (
+                    SELECT 1 FROM jobs AS older
+                    WHERE older.task_id = job.task_id AND older.seq < job.seq
+                        AND older.completed_at IS NULL
+                )
             ORDER BY seq
             """,
             kind=kind,
@@ -6406,7 +6411,7 @@ def worker_step(codebot: Codebot, kind: str) -> None:
         return  # the server is stopping
     job = codebot.until_database_works(codebot.store.claim, job_id)
     if job is not None:
-        codebot.jobs_due.set()  # others may have waited for the queue to be empty
+        codebot.jobs_due.set()  # the next one may be queued
         run_job(codebot, job)
 
 
@@ -6605,15 +6610,20 @@ def finish_job(run: JobRun, ending: Ending) -> None:
 
 
 def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
-    """Queue the jobs that are due for the workers, or only ``only_job`` of them."""
+    """Queue the oldest job that is due, or ``only_job`` if that is due.
+
+    Its start sets jobs_due again. If all jobs were queued at once, one that is retried
+    later would have to wait for all of them.
+    """
     codebot.jobs_due.wait(TIMER_INTERVAL)
     codebot.jobs_due.clear()
     for kind, job_ids in codebot.queues.items():
         if not job_ids.empty():
-            continue  # the workers are busy; the same jobs are not queued every second
+            continue  # the workers are busy
         for job_id in codebot.store.due_jobs(kind):
             if only_job in ("", job_id):
                 job_ids.put(job_id)
+                break
 
 
 def probe_database(codebot: Codebot) -> None:

@@ -3841,6 +3841,35 @@ def test_task_that_comes_while_another_is_in_the_queue_starts_soon(
     assert app.queues["task"].get_nowait() == task.id
 
 
+def test_retry_that_is_due_does_not_wait_for_all_later_tasks(
+    store: codebot.Store,
+) -> None:
+    app = app_with(store)
+    first = store_task_in_state(store, "running")
+    second, _third = store_task(store), store_task(store)
+    app.jobs_due.set()
+    codebot.queue_due_jobs(app)
+    store.requeue(first.id, not_before=time.time())  # such as a push that got a 502
+    started = app.queues["task"].get_nowait()
+    assert started == second.id
+    store.claim(second.id)
+    app.jobs_due.set()
+    codebot.queue_due_jobs(app)
+    assert app.queues["task"].get_nowait() == first.id
+
+
+def test_review_that_must_wait_for_another_holds_up_no_third(
+    store: codebot.Store,
+) -> None:
+    review = claim_review(store)
+    pull_request = store.pull_request(review.task_id)
+    assert pull_request is not None
+    store_review(store, pull_request, 2, "bob")  # waits for alice's
+    other = store_pull_request(store, store_task_in_state(store, "completed"), 2)
+    third = store_review(store, other, 3, "bob")
+    assert store.due_jobs("review") == [third]
+
+
 def test_free_retry_of_interrupted_review_is_not_its_last(store: codebot.Store) -> None:
     review = claim_review(store)
     store.requeue(review.id, interruptions=codebot.MAX_INTERRUPTIONS)
