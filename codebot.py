@@ -6155,8 +6155,9 @@ class Sync:
             self.waiting[requests.get()] = 0.0
         for task_id in self.store.unreported_tasks():
             self.waiting.setdefault(SyncRequest(ended_task=task_id), 0.0)
-        for request, due in list(self.waiting.items()):
-            if due <= time.time():
+        # What a delivery asks for is due at 0.0, before the rest of a poll.
+        for request, due in sorted(self.waiting.items(), key=lambda item: item[1]):
+            if due <= time.time() and requests.empty():
                 self.handle(request)
 
     def handle(self, request: SyncRequest) -> None:
@@ -6207,23 +6208,23 @@ class Sync:
         """Ask for a look at everything that may have changed."""
         for pull_request in self.store.unmerged_pull_requests():
             self.waiting.setdefault(
-                SyncRequest(pull_request_of=pull_request.task_id), 0.0
+                SyncRequest(pull_request_of=pull_request.task_id), time.time()
             )
         if not self.config.issue_label:
             return
         for repository_id, number in self.store.unfinished_issues():
-            self.waiting.setdefault(SyncRequest(repository_id, number), 0.0)
+            self.waiting.setdefault(SyncRequest(repository_id, number), time.time())
         for github_repository in self.github.repositories():
             # A compatible server may send no id; then no request could name an issue.
             has_id = github_repository.id != LOOKUP
             if has_id and is_allowed(self.config, github_repository.full_name):
-                self.waiting.setdefault(SyncRequest(github_repository.id), 0.0)
+                self.waiting.setdefault(SyncRequest(github_repository.id), time.time())
 
     def look_for_issues(self, repository_id: int) -> None:
         """Ask for a look at each issue of a repository that has the label."""
         github_repository = self.github.repository_by_id(repository_id)
         for number in github_repository.issues_with_label(self.config.issue_label):
-            self.waiting.setdefault(SyncRequest(repository_id, number), 0.0)
+            self.waiting.setdefault(SyncRequest(repository_id, number), time.time())
 
     # Pull requests
 

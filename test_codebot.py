@@ -7775,6 +7775,26 @@ def test_response_of_unknown_shape_holds_up_no_other_look(
     assert str(first) in caplog.text
 
 
+def test_delivery_is_looked_at_before_the_rest_of_a_poll(
+    sync: codebot.Sync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+    delivered = codebot.SyncRequest(7, 5)
+
+    def process(request: codebot.SyncRequest) -> None:
+        looks.append(request)
+        if request == codebot.SyncRequest(1):
+            sync.codebot.sync_queue.put(delivered)
+
+    monkeypatch.setattr(codebot, "SYNC_INTERVAL", 0.01)
+    monkeypatch.setattr(sync, "process", process)
+    sync.waiting = {codebot.SyncRequest(n): float(n) for n in (1, 2, 3)}
+    for _ in range(3):
+        sync.step()
+    assert looks[:2] == [codebot.SyncRequest(1), delivered]
+    assert len(looks) == 4
+
+
 REVIEW_OUTAGES = [
     "GET /collaborators/*",
     "GET /info/refs?service=git-upload-pack",
