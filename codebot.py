@@ -4318,7 +4318,8 @@ class SyncRequest(NamedTuple):
     """Asks the sync thread to look at one thing.
 
     The fields name it. An empty SyncRequest() asks for a look at everything.
-      repository_id, number   an issue that has, or had, the label
+      repository_id, number   an issue that has, or had, the label; with is_new, GitHub
+                              may not list the label's event yet
       repository_id           a repository, to find its issues with the label
       pull_request_of         the pull request of the task with this id
       ended_task              the task with this id, to report its end on its issue
@@ -4328,6 +4329,7 @@ class SyncRequest(NamedTuple):
     number: int = 0
     pull_request_of: str = ""
     ended_task: str = ""
+    is_new: bool = False
 
 
 class Codebot:
@@ -6255,6 +6257,9 @@ class Sync:
         """Submit an issue with the label; cancel its task if the label was removed."""
         github_repository = self.github.repository_by_id(request.repository_id)
         event = github_repository.label_event(request.number, self.config.issue_label)
+        if event is None and request.is_new:
+            again = request._replace(is_new=False)
+            self.waiting.setdefault(again, time.time() + VISIBILITY_DELAY)
         self.cancel_superseded(request, event.id if event else 0)
         if event is None or self.store.is_label_event_known(event.id):
             return
@@ -7377,7 +7382,8 @@ def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
     repository_id = int(payload["repository"]["id"])
     number = int(payload["issue"]["number"])
     remember_delivery(codebot, guid)
-    codebot.sync_queue.put(SyncRequest(repository_id, number))
+    is_new = payload["action"] == "labeled"
+    codebot.sync_queue.put(SyncRequest(repository_id, number, is_new=is_new))
 
 
 # --- Page --------------------------------------------------------------------

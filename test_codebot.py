@@ -8399,6 +8399,18 @@ def test_label_that_github_does_not_show_everywhere_yet_counts(shared: Site) -> 
     shared.api.failed(issue.task(), "agent_failed")
 
 
+def test_label_whose_event_github_does_not_list_yet_becomes_task(shared: Site) -> None:
+    shared.agent.follow(GIVE_UP)
+    alice = shared.person("alice")
+    other = open_issue(shared, "Something else")
+    alice.label(other.number)
+    other.comments()  # the look at everything, at the start, is over
+    issue = open_issue(shared)
+    shared.repository.fail(f"GET /issues/{issue.number}/events*", 200, [])
+    alice.label(issue.number)
+    issue.task()
+
+
 def test_label_that_was_ignored_becomes_no_task_later(shared: Site) -> None:
     issue = open_issue(shared)
     shared.person("carol").label(issue.number)
