@@ -2208,6 +2208,8 @@ class GitHub:
         # "RSA-SHA2-256(stdin)= 3e5f…" On a full disk there is nothing, not even an error.
         match = re.search("= ((?:[0-9a-f]{2})+)$", "".join(result.stdout))
         if match is None:
+            if shutil.disk_usage(tempfile.gettempdir()).free < FULL_DISK_BYTES:
+                raise TransientError("The disk is full: openssl printed nothing")
             raise AppRefused(
                 "GITHUB_APP_PRIVATE_KEY_PATH: openssl cannot sign with "
                 f"{self.config.key_file}. If it is not a private key, download it again: "

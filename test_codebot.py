@@ -5897,6 +5897,10 @@ def test_missing_signature_is_told(
     assert app.github is not None
     with pytest.raises(codebot.AppRefused, match="openssl cannot sign"):
         app.github.sign_jwt()
+    # With a few bytes of free space, openssl prints nothing and exits with 0 (tried).
+    monkeypatch.setattr(codebot, "FULL_DISK_BYTES", 1 << 62)
+    with pytest.raises(codebot.TransientError, match="The disk is full"):
+        app.github.sign_jwt()
 
 
 PUSH_BEGINS = "GET /info/refs?service=git-receive-pack"
