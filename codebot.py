@@ -155,7 +155,9 @@ KNOWN LIMITATIONS
   - In bwrap the agent can read whatever codebot's user can read outside of the hidden
     directories. The home directory is hidden, but not its directories that PATH leads
     into: with ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml.
-    Another home of the same user, which HOME does not name, is not hidden.
+    Another home of the same user, which HOME does not name, is not hidden. Nor are the
+    work directory and the TLS key of another codebot: the agent of `run`, for example,
+    can read those of a server that the same user runs.
   - In bwrap the agent can connect to abstract sockets, and to sockets in directories
     that are not hidden. It shares the host's kernel, without a filter of system calls.
     bwrap before 0.8, which codebot refuses if it is root, lets the agent make user
@@ -1688,6 +1690,10 @@ def home_directory() -> str:
 def private_directories(config: Config) -> set[str]:
     """Return the directories that the agent must not see."""
     files = [*config.secret_files, config.database_file]
+    # `run` has a database of its own, but it hides the server's, too.
+    server_database = config.variables.get("CODEBOT_DATABASE", "").strip(BLANKS)
+    if server_database:
+        files.append(os.path.realpath(server_database))
     return {config.work_dir, *map(os.path.dirname, files)}
 
 

@@ -2891,6 +2891,12 @@ def test_directory_that_programs_need_cannot_be_hidden(
     assert problem.startswith(directory.replace("{root}", root) + " holds .env")
 
 
+def test_run_hides_the_database_of_the_server(host: Host) -> None:
+    variables = {"CODEBOT_DATABASE": f"{host.make('database')}/codebot.db"}
+    config = codebot.Config(work_dir=host.make("work"), variables=variables)
+    assert f"{host.root}/database" in codebot.private_directories(config)
+
+
 def test_secret_beside_tools_in_home_can_be_hidden(host: Host) -> None:
     config = codebot.Config(
         work_dir=host.make("work"),
