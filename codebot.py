@@ -3517,7 +3517,7 @@ class Store:
     ) -> None:
         """Change a job's state, in the only statement that does so.
 
-        Raises WrongState if the job is not in state ``old``.
+        When the job ends, its cost is added to the totals. Raises WrongState if the job is not in state ``old``.
         """
         if new not in TRANSITIONS[old]:
             raise ValueError(f"no transition from {old} to {new}")
@@ -3548,6 +3548,15 @@ class Store:
         )
         if cursor.rowcount == 0:
             raise WrongState(f"job {job_id} is not {old}")
+        if new in ("completed", "failed"):
+            db.execute(
+                """
+                UPDATE totals SET dollars = dollars + (
+                    SELECT IFNULL(cost_usd, 0) FROM jobs WHERE id = :id
+                )
+                """,
+                {"id": job_id},
+            )
         suffix = f" ({reason})" if reason else ""
         log.info("Job %s: %s -> %s%s", job_id, old, new, suffix)
 
@@ -3620,16 +3629,11 @@ class Store:
     def finish(
         self, job: Job, seconds: float, status: str, reason: str = "", error: str = ""
     ) -> None:
-        """Complete or fail a running job; add ``seconds`` and its cost to the totals."""
+        """Complete or fail a running job, and add ``seconds`` to the totals."""
         with self._transaction() as db:
             self._transition(db, job.id, "running", status, reason, error)
             db.execute(
-                """
-                UPDATE totals SET
-                    seconds = seconds + :seconds,
-                    dollars = dollars + :dollars
-                """,
-                {"seconds": seconds, "dollars": job.cost_usd or 0.0},
+                "UPDATE totals SET seconds = seconds + :seconds", {"seconds": seconds}
             )
 
     def requeue(

@@ -4066,6 +4066,16 @@ def test_jobs_survive_a_restart(store: codebot.Store) -> None:
     assert again.totals() == (1.5, 0.25)
 
 
+def test_cost_of_task_that_is_cancelled_before_its_retry_is_counted(
+    store: codebot.Store,
+) -> None:
+    job = store_task_in_state(store, "running")
+    store.save_progress(dataclasses.replace(job, cost_usd=0.25))
+    store.requeue(job.id)
+    store.request_cancel(job.id)
+    assert store.totals() == (0, 0.25)
+
+
 def test_a_transaction_is_on_disk_when_it_ends(store: codebot.Store) -> None:
     full = 2  # sqlite.org/pragma.html#pragma_synchronous
     with store._transaction() as db:
