@@ -3113,6 +3113,7 @@ class Mirror(GitDirectory):
 #   finish                 running -> completed, failed
 #   requeue                running -> pending     after a stop or crash, or for a retry
 #   request_cancel         pending -> failed      a running task is only asked to end
+#   abandon                pending -> failed      when `run` is interrupted
 #   drop_review            deletes a running review
 #   absorb_waiting_reviews deletes a pending review, whose comments join a running one
 #   delete_expired         deletes tasks, with their reviews
@@ -3690,6 +3691,14 @@ class Store:
                 raise WrongState(f"job {job_id} can no longer be cancelled")
             with contextlib.suppress(WrongState):  # it is running
                 self._transition(db, job_id, "pending", "failed", "cancelled", error)
+
+    def abandon(self, job: Job) -> None:
+        """Fail a pending task that nothing will continue, even if its push has begun."""
+        error = CANCELLED_TEXT["task"]
+        if job.push_started:
+            error += f". Its branch {job.branch} may have been pushed"
+        with self._transaction() as db:
+            self._transition(db, job.id, "pending", "failed", "cancelled", error)
 
     def begin_push(self, job_id: str) -> bool:
         """Record that a task's push begins. Returns False if it is to be cancelled."""
@@ -9026,10 +9035,10 @@ def run(flags: Flags) -> int:
         follow_task(codebot, job.id)
     finally:
         stop_workers(codebot, workers)
-    # If a signal came first, the task is pending, and nothing would ever start it.
-    with contextlib.suppress(WrongState):  # it has ended, as usual
-        codebot.cancel(job.id)
     job = codebot.store.job(job.id) or job
+    if job.status == "pending":  # a signal came first, and nothing would continue it
+        codebot.store.abandon(job)
+        job = codebot.store.job(job.id) or job
     print(json.dumps(describe_task(codebot, job), indent=2))
     return 0 if job.status == "completed" else 1
 

@@ -13551,6 +13551,18 @@ def test_interrupted_run_ends_cleanly(fresh: Site) -> None:
     wait_for(lambda: fresh.server.strays() == [])
 
 
+def test_run_that_is_interrupted_after_its_push_fails_and_says_so(fresh: Site) -> None:
+    fresh.repository.fail("POST /pulls", status=502, always=True)
+    process = start_command(fresh, *run_flags(fresh))
+    wait_for(lambda: fresh.repository.count("POST /pulls"))
+    process.send_signal(signal.SIGINT)
+    stdout, _ = process.communicate(timeout=20)
+    assert process.returncode == 1
+    task = json.loads(stdout)
+    assert task["reason"] == "cancelled"
+    assert "may have been pushed" in task["error"]
+
+
 def test_run_leaves_other_tasks_of_work_directory_alone(fresh: Site) -> None:
     fresh.github.fail("GET /repos/*", 502, b"", always=True)
     fresh.server.start(limits={"RETRY_DELAY": 0.5, "GITHUB_ATTEMPTS": 1})
