@@ -9028,6 +9028,7 @@ def run(flags: Flags) -> int:
     print(f"Work directory: {config.work_dir} (it is kept)", file=sys.stderr)
     codebot = start_app(config, HOST_CHECKS, logging.WARNING)
     print(f"Sandbox: {codebot.sandbox.describe()}", file=sys.stderr)
+    codebot.wait()  # raises StopRequested if a signal came during the start
     job = codebot.submit(request, "command line")
     workers = start_workers(codebot, "task", 1)
     start_thread(codebot, "timer", functools.partial(queue_due_jobs, codebot, job.id))
@@ -9264,6 +9265,7 @@ def demo(flags: Flags) -> int:
         codebot = start_app(demo_config(directory), (), logging.WARNING)
         repository = f"{directory}/hello.git"
         run_for_demo(codebot, "sh", "-c", DEMO_REPOSITORY_SCRIPT, "sh", repository)
+        codebot.wait()  # raises StopRequested if a signal came during the start
         with running_server(codebot) as server:
             code = show_demo(codebot, server.server_port, repository)
             if flags["keep"]:

@@ -13687,6 +13687,31 @@ def test_demo_keeps_server_until_it_is_interrupted(fresh: Site) -> None:
     assert list((fresh.directory / "tmp").iterdir()) == []
 
 
+def test_demo_that_is_interrupted_at_its_start_ends_at_once(fresh: Site) -> None:
+    pipe = fresh.directory / "pipe"
+    os.mkfifo(pipe)
+    tools = fresh.directory / "tools"
+    tools.mkdir()
+    git = tools / "git"
+    wait = f'case "$*" in *mktree*) echo >{pipe}; read go <{pipe};; esac'
+    git.write_text(f'#!/bin/sh\n{wait}\nexec {shutil.which("git")} "$@"\n')
+    git.chmod(0o755)
+    process = subprocess.Popen(
+        [*fresh.server.program(), "demo"],
+        env=fresh.server.environment({"PATH": f"{tools}:{os.environ['PATH']}"}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    pipe.read_text()  # git makes the demo's repository
+    process.send_signal(signal.SIGINT)
+    pipe.write_text("go\n")
+    _, stderr = process.communicate(timeout=20)
+    assert "Traceback" not in stderr
+    assert process.returncode == 130
+    assert [*(fresh.directory / "tmp").iterdir()] == []
+
+
 def test_demo_needs_git(fresh: Site) -> None:
     done = fresh.server.run("demo", PATH="/nonexistent")
     assert done.returncode == 2
