@@ -1928,6 +1928,7 @@ TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take 34 MB
 MAX_CACHED_REPLIES = 1000
+MAX_CACHED_BYTES = 256 << 10  # of one of them; comments by strangers can be far longer
 
 
 class GitHubError(Exception):
@@ -2357,6 +2358,8 @@ class GitHub:
         status = response.status
         headers = response.headers
         self.read_headers(headers)
+        if len(body) > MAX_CACHED_BYTES:
+            del headers["ETag"]  # so that it is not cached
         try:
             value = json.loads(body)
         except (ValueError, RecursionError):

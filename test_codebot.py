@@ -5901,6 +5901,24 @@ def test_last_refusal_of_a_token_is_told_at_once(
     assert pauses == [0.0, 0.0, 1.0, 2.0]  # the first two are no pauses
 
 
+def test_long_lists_are_not_kept_in_memory(pull: Pull) -> None:
+    config = codebot.Config(
+        app_id="12345",
+        installation_id=678,
+        key_file=str(pull.site.server.key_file),
+        api_url=pull.site.github.url,
+    )
+    github = codebot.Codebot(config).github
+    assert github is not None
+    repository = github.repository_by_name(pull.site.repository.name)
+    for _ in range(5):
+        pull.site.person("bob").comment("x" * 60_000, webhook=False)
+    comments = [*repository.comments(1)]
+    kept = [path.rpartition("/")[2] for path in github._replies]
+    assert len(comments) >= 5
+    assert kept.count("comments?per_page=100") == 1  # the inline comments
+
+
 def test_missing_signature_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
