@@ -7620,7 +7620,7 @@ const ADVICE = {
   base_branch_not_found: 'Name an existing branch, or none for the default branch.',
   agent_failed: 'The end of the log shows why the agent stopped. Retrying often helps.',
   agent_login: 'Ask the operator of this server to check the agent’s credentials.',
-  timeout: 'Split the task into smaller ones.',
+  timeout: 'Split the task into smaller ones; if no node became free, retry later.',
   stalled: 'See the end of the log for what the agent waited for, then retry.',
   budget: 'Split the task into smaller ones, or ask the operator for a larger budget.',
   no_changes: 'Submit a new task that says more precisely what should change.',
