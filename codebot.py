@@ -3166,7 +3166,11 @@ CREATE TABLE jobs (
     issue_url TEXT NOT NULL DEFAULT '',
     label_event_id INTEGER UNIQUE,
     is_reported INTEGER NOT NULL DEFAULT 0, -- 1: the end was reported there, or cannot be
-    -- The reviewer that a review answers, and what they want.
+    -- The reviewer that a review answers, and what they want: "question", "change",
+    -- "unclear" or "none"; "limit" if the review is above the daily limit. While this is
+    -- "" (not classified yet) and the job is pending, the reviewer's next comments join
+    -- the job. A review that fails before it is classified becomes "unclear", so that
+    -- nothing joins it.
     reviewer TEXT NOT NULL DEFAULT '',
     request_kind TEXT NOT NULL DEFAULT '',
     -- `interruptions` counts the crashes, and the retries that run the agent again, since
@@ -3182,7 +3186,7 @@ CREATE TABLE jobs (
     -- Progress, from which a job continues after a crash. A review has its task's
     -- directory and branch. The commit's parent is base_commit.
     repository_id INTEGER NOT NULL DEFAULT 0,
-    directory TEXT NOT NULL DEFAULT '',
+    directory TEXT NOT NULL DEFAULT '', -- below the work directory
     branch TEXT NOT NULL DEFAULT '',
     base_name TEXT NOT NULL DEFAULT '',
     base_commit TEXT NOT NULL DEFAULT '',
@@ -3195,6 +3199,7 @@ CREATE TABLE jobs (
     files TEXT NOT NULL DEFAULT '', -- as git diff --stat shows them
     seconds REAL NOT NULL DEFAULT 0,
     answers TEXT NOT NULL DEFAULT '{}', -- by thread, as JSON
+    -- Why the job failed. A review stores both before it tells its reviewer.
     reason TEXT NOT NULL DEFAULT '',
     error TEXT NOT NULL DEFAULT '',
     CHECK ((kind = 'task') = (task_id = id)),
@@ -3321,12 +3326,12 @@ NO_ISSUE = SourceIssue(0, 0, "", None)  # for a task that comes from no issue
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A row of jobs: a task, or a review of a task's pull request."""
+    """A row of jobs: a task, or a review of a task's pull request; see SCHEMA."""
 
     seq: int
     id: str
     kind: str
-    task_id: str  # a task's own id, or the id of a review's task
+    task_id: str
     status: str
     phase: str
     attempt: int
@@ -3334,38 +3339,28 @@ class Job:
     started_at: str | None
     completed_at: str | None
     submitted_by: str
-    # Tasks only
     request: TaskRequest
     issue_number: int
     issue_url: str
-    # Reviews only
     reviewer: str
-    # What the reviewer wants: "question", "change", "unclear" or "none"; "limit" if the
-    # review is above the daily limit. While this is "" (not classified yet) and the job
-    # is pending, the reviewer's next comments join the job. A review that fails before it
-    # is classified becomes "unclear", so that nothing joins it.
     request_kind: str
-    # Interruptions and retries
     interruptions: int
     transient_since: float
     cancel_requested: bool
     push_started: bool
-    # Progress
     repository_id: int
-    directory: str  # below the work directory
+    directory: str
     branch: str
     base_name: str
     base_commit: str
     commit_id: str
-    # What the job's runs have reported and achieved, stored before any of it is published.
-    summary: str  # the agent's own words
-    test_attempts: int  # the one that passed; 0: none has
-    cost_usd: float | None  # as the agent reports it; None: unknown
+    summary: str
+    test_attempts: int
+    cost_usd: float | None
     num_turns: int
-    files: str  # as git diff --stat shows them
+    files: str
     seconds: float
-    answers: Mapping[str, str]  # by thread
-    # Why the job failed. A review stores both before it tells its reviewer.
+    answers: Mapping[str, str]
     reason: str
     error: str
 
@@ -4265,23 +4260,24 @@ def take_work_dir(config: Config) -> None:
     full.
     """
     work_dir = config.work_dir
-    hold_lock(f"{work_dir}/codebot.lock", "--work-dir")
+    hold_lock(f"{work_dir}/codebot.lock", "--work-dir", make_directory=True)
     if shutil.disk_usage(work_dir).free < FULL_DISK_BYTES:
         raise ConfigError(
             f"The disk of {work_dir} is full. Free some space. While codebot is not "
             "running, task_*/repo and task_*/tmp in it can be removed."
         )
     # CODEBOT_DATABASE may name a file in another server's work directory.
-    hold_lock(f"{config.database_file}.lock", "CODEBOT_DATABASE")
+    # A missing directory is not made, because its disk may not be mounted.
+    hold_lock(f"{config.database_file}.lock", "CODEBOT_DATABASE", make_directory=False)
     # From now on tempfile uses the work directory: /tmp may be read-only, or in memory,
     # and the output of programs may be large.
     tempfile.tempdir = work_dir
 
 
-def hold_lock(path: str, option: str) -> None:
+def hold_lock(path: str, option: str, make_directory: bool) -> None:
     """Lock a file until this process ends. Make it, if it is missing.
 
-    Raises ConfigError if that is impossible.
+    Raises ConfigError, which names ``option``, if that is impossible.
     """
     # PATH and the like are split at colons, git's list of alternates at line breaks.
     if ":" in path or not path.isprintable():
@@ -4290,7 +4286,7 @@ def hold_lock(path: str, option: str) -> None:
             f"another {option}."
         )
     try:
-        if option == "--work-dir":  # a disk that is not mounted is no new database
+        if make_directory:
             os.makedirs(os.path.dirname(path), exist_ok=True)
         # The file is never closed. It must not be a symlink, with which another user
         # could make codebot create a file elsewhere. Opening a FIFO for writing only
