@@ -12959,15 +12959,14 @@ def test_path_that_git_or_the_database_could_not_take_is_refused(
 
 
 def test_lock_that_is_a_pipe_does_not_hang_the_start(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    start = threading.Thread(
-        target=codebot.hold_lock,
-        args=(str(tmp_path / "pipe"), "--work-dir"),
-        daemon=True,
-    )
-    start.start()
-    start.join(10)
-    assert not start.is_alive()
+    path = str(tmp_path / "pipe")
+    os.mkfifo(path)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        start = pool.submit(codebot.hold_lock, path, "--work-dir", make_directory=True)
+        try:
+            start.result(10)
+        finally:
+            os.close(os.open(path, os.O_RDWR))  # wakes a thread that waits for a reader
 
 
 @not_as_root
