@@ -3516,7 +3516,7 @@ class Store:
     ) -> None:
         """Change a job's state, in the only statement that does so.
 
-        When the job ends, its cost is added to the totals. Raises WrongState if the job is not in state ``old``.
+        Raises WrongState if the job is not in state ``old``.
         """
         if new not in TRANSITIONS[old]:
             raise ValueError(f"no transition from {old} to {new}")
@@ -3547,15 +3547,6 @@ class Store:
         )
         if cursor.rowcount == 0:
             raise WrongState(f"job {job_id} is not {old}")
-        if new in ("completed", "failed"):
-            db.execute(
-                """
-                UPDATE totals SET dollars = dollars + (
-                    SELECT IFNULL(cost_usd, 0) FROM jobs WHERE id = :id
-                )
-                """,
-                {"id": job_id},
-            )
         suffix = f" ({reason})" if reason else ""
         log.info("Job %s: %s -> %s%s", job_id, old, new, suffix)
 
@@ -3628,12 +3619,10 @@ class Store:
     def finish(
         self, job: Job, seconds: float, status: str, reason: str = "", error: str = ""
     ) -> None:
-        """Complete or fail a running job, and add ``seconds`` to the totals."""
+        """Complete or fail a running job; add ``seconds`` and its cost to the totals."""
         with self._transaction() as db:
             self._transition(db, job.id, "running", status, reason, error)
-            db.execute(
-                "UPDATE totals SET seconds = seconds + :seconds", {"seconds": seconds}
-            )
+            add_to_totals(db, job.id, seconds)
 
     def requeue(
         self, job_id: str, interruptions: int = 0, not_before: float = 0.0
@@ -3689,6 +3678,7 @@ class Store:
                 raise WrongState(f"job {job_id} can no longer be cancelled")
             with contextlib.suppress(WrongState):  # it is running
                 self._transition(db, job_id, "pending", "failed", "cancelled", error)
+                add_to_totals(db, job_id)
 
     def abandon(self, job: Job) -> None:
         """Fail a pending task that nothing will continue, even if its push has begun."""
@@ -3697,6 +3687,7 @@ class Store:
             error += f". Its branch {job.branch} may have been pushed"
         with self._transaction() as db:
             self._transition(db, job.id, "pending", "failed", "cancelled", error)
+            add_to_totals(db, job.id)
 
     def begin_push(self, job_id: str) -> bool:
         """Record that a task's push begins. Returns False if it is to be cancelled."""
@@ -4186,6 +4177,18 @@ def insert_delivery(db: sqlite3.Connection, guid: str) -> bool:
         {"guid": guid, "now": utc_time()},
     )
     return cursor.rowcount == 1
+
+
+def add_to_totals(db: sqlite3.Connection, job_id: str, seconds: float = 0.0) -> None:
+    """Add the cost of a job that has ended, and the seconds that it took, if any."""
+    db.execute(
+        """
+        UPDATE totals SET
+            seconds = seconds + :seconds,
+            dollars = dollars + (SELECT IFNULL(cost_usd, 0) FROM jobs WHERE id = :id)
+        """,
+        {"id": job_id, "seconds": seconds},
+    )
 
 
 def is_comment_known(db: sqlite3.Connection, comment: Comment) -> bool:
