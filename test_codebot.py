@@ -129,6 +129,10 @@ def bwrap_works() -> bool:
     return done.returncode == 0
 
 
+# An exception in a thread of a test fails the test.
+pytestmark = pytest.mark.filterwarnings(
+    "error::pytest.PytestUnhandledThreadExceptionWarning"
+)
 needs_bwrap = pytest.mark.skipif(not bwrap_works(), reason="bwrap does not work here")
 not_as_root = pytest.mark.skipif(os.getuid() == 0, reason="root may read every file")
 
