@@ -1741,6 +1741,19 @@ def agent_program_files(config: Config, covers: Mapping[str, str]) -> Iterator[s
             yield path
 
 
+def tops_in_tmp(paths: Iterable[str]) -> set[str]:
+    """Return the topmost directory in /tmp above each path that is deeper in /tmp.
+
+    These must be covers, too. /tmp is the workspace's, so bwrap makes the mount points
+    for such paths where the agent can write. It cannot replace a mount point, but it
+    could replace a directory above one with a symlink, which bwrap before 0.12 would
+    follow out of the sandbox (CVE-2026-87766).
+    """
+    return {
+        "/".join(path.split("/")[:3]) for path in paths if re.match("/tmp/[^/]+/", path)
+    }
+
+
 def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     """Return bwrap's mounts over the read-only file system and the workspace's /tmp.
 
@@ -1766,6 +1779,8 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     # /etc/resolv.conf may be a symlink into /run.
     visible = [os.path.realpath("/etc/resolv.conf"), objects]
     visible += agent_program_files(config, {"/tmp": HIDDEN, **covers})
+    for directory in tops_in_tmp([*covers, *visible]):
+        covers.setdefault(directory, HIDDEN)
     # sorted() puts each directory before those in it.
     mounts = [Mount(covers[path], path) for path in sorted(covers)]
     mounts += [Mount(READ_ONLY, path) for path in visible]

@@ -3298,6 +3298,22 @@ def test_replaced_env_file_stays_hidden(sandboxed: Site) -> None:
     assert sandboxed.repository.show(result["branch_name"], "seen") == ""
 
 
+@needs_bwrap
+def test_directory_above_a_cover_in_tmp_cannot_be_replaced() -> None:
+    with tempfile.TemporaryDirectory(prefix="codebot-test-", dir="/tmp") as name:
+        work_dir = f"{name}/deep/work"
+        workspace = f"{work_dir}/task_1234567"
+        for part in (*codebot.WORKSPACE_PARTS, "objects"):
+            os.makedirs(f"{workspace}/{part}")
+        config = codebot.Config(work_dir=work_dir, search_path=os.environ["PATH"])
+        sandbox = codebot.Sandbox(config)
+        script = f"mv {name} /tmp/moved && ln -s /oldroot/etc {name}"
+        argv = sandbox.wrap(["sh", "-c", script], workspace, f"{workspace}/objects")
+        env = codebot.base_environment(config)
+        done = subprocess.run(argv, env=env, capture_output=True, check=False)
+        assert b"busy" in done.stderr
+
+
 PLANT_EVERYTHING = r"""
 mkdir -p .git/hooks
 echo 'touch TRACE; env >>"$HOME/planted-env"; cat' >"$HOME/planted"
