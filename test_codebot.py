@@ -12837,6 +12837,15 @@ def test_named_pipe_instead_of_key_is_refused(fresh: Site) -> None:
     assert problem in done.stdout
 
 
+def test_key_instead_of_its_path_is_not_shown(fresh: Site) -> None:
+    key = fresh.server.key_file.read_text()
+    for command in (serve_arguments(fresh), ["check"]):
+        done = fresh.server.run(*command, GITHUB_APP_PRIVATE_KEY_PATH=key)
+        output = done.stdout + done.stderr
+        assert "GITHUB_APP_PRIVATE_KEY_PATH must be the path" in output
+        assert key.splitlines()[1] not in output
+
+
 def test_all_bad_settings_are_reported_at_once(fresh: Site) -> None:
     done = fresh.server.run(
         *serve_arguments(fresh),
