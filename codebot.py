@@ -9356,8 +9356,21 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def reset_inherited_state() -> None:
+    """Undo what a parent process may have done that codebot cannot work with."""
+    # If SIGCHLD were ignored, every program's exit code would be 0.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # If 0, 1 or 2 were closed, files and pipes of codebot's could get these numbers.
+    while True:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor > 2:
+            os.close(descriptor)
+            return
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 2 for bad settings or input."""
+    reset_inherited_state()
     flags = vars(make_parser().parse_args(arguments))
     flags["umask"] = os.umask(PRIVATE_UMASK)
     try:

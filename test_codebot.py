@@ -13207,6 +13207,25 @@ def test_watchdog_survives_signals_and_ends_what_is_left(fresh: Site) -> None:
     wait_for(lambda: not fresh.server.strays())
 
 
+def test_server_without_standard_input_has_a_watchdog(fresh: Site) -> None:
+    argv = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, str(PROGRAM)]
+    with subprocess.Popen(
+        [*argv, *serve_arguments(fresh)],
+        cwd=fresh.server.start_dir,
+        env=fresh.server.environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("HTTP API enabled")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        [watchdog] = children.read_text().split()
+        state = Path(f"/proc/{watchdog}/stat").read_text().split()[2]
+        process.terminate()
+        process.communicate()
+    assert state == "S"  # not a zombie
+
+
 def test_memory_of_server_cannot_be_read(fresh: Site) -> None:
     fresh.server.start()
     assert fresh.server.process is not None
@@ -13662,6 +13681,23 @@ def test_command_without_standard_output_gives_no_traceback(fresh: Site) -> None
     )
     assert done.returncode in (0, 1)
     assert "Traceback" not in done.stderr
+
+
+def test_exit_codes_are_seen_although_the_parent_ignores_children(fresh: Site) -> None:
+    script = (
+        "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    argv = [sys.executable, "-c", script, sys.executable, str(PROGRAM)]
+    done = subprocess.run(
+        [*argv, *run_flags(fresh, "--test-command", "exit 3")],
+        check=False,
+        cwd=fresh.server.start_dir,
+        env=fresh.server.environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert json.loads(done.stdout)["reason"] == "tests_failed"
 
 
 # --- Commands: demo and main -------------------------------------------------
