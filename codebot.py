@@ -2852,7 +2852,7 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
         # The host's own git configuration and ssh agent provide the credentials.
         not_for_git = (*OWN_SECRET_NAMES, *MODEL_VARIABLE_NAMES)
         inherited = {k: v for k, v in os.environ.items() if k not in not_for_git}
-        for name in ("CODEBOT_RUN", "GIT_TERMINAL_PROMPT", "LC_ALL"):
+        for name in ("CODEBOT_RUN", "GIT_TERMINAL_PROMPT", "LC_ALL", "PATH"):
             inherited[name] = env[name]
         inherited["GIT_ALLOW_PROTOCOL"] = "https:http:ssh:file"
         return inherited

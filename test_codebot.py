@@ -5604,6 +5604,14 @@ def test_git_at_other_remote_gets_environment_without_secrets(
     assert (name in environment) == is_kept
 
 
+def test_git_at_other_remote_gets_no_relative_path(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", "bin:/usr/bin")
+    config = codebot.Config(no_github=True, search_path="/usr/bin")
+    assert codebot.remote_environment(config, "")["PATH"] == "/usr/bin"
+
+
 def test_no_secret_is_on_a_command_line(shared: Site) -> None:
     steps = ("GET /info/refs?service=git-upload-pack", "POST /git-receive-pack")
     holds = [shared.repository.hold(step) for step in steps]
