@@ -5753,11 +5753,11 @@ def run_review(run: JobRun) -> None:
     review = load_comments(review)
     if not review.comments:
         raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} anymore")
-    if run.job.error:
-        answer_threads(review)
-        raise JobFailed(run.job.reason, run.job.error)
-    prepare_answers(review)
+    if not run.job.error:  # else only the error is posted
+        prepare_answers(review)
     answer_threads(review)
+    if run.job.error:
+        raise JobFailed(run.job.reason, run.job.error)
     run.log_event("codebot", f"Review completed ({run.job.request_kind})")
 
 
@@ -6201,11 +6201,15 @@ class Sync:
         while not requests.empty():
             self.waiting[requests.get()] = 0.0
         for task_id in self.store.unreported_tasks():
-            self.waiting.setdefault(SyncRequest(ended_task=task_id), 0.0)
+            self.look_later(SyncRequest(ended_task=task_id))
         # What a delivery asks for is due at 0.0, before the rest of a poll.
         for request, due in sorted(self.waiting.items(), key=lambda item: item[1]):
             if due <= time.time() and requests.empty():
                 self.handle(request)
+
+    def look_later(self, request: SyncRequest, seconds: float = 0.0) -> None:
+        """Note a request, to be handled in a while, unless it is waiting already."""
+        self.waiting.setdefault(request, time.time() + seconds)
 
     def handle(self, request: SyncRequest) -> None:
         """Process a request. Repeat it later if GitHub cannot answer now.
@@ -6254,24 +6258,22 @@ class Sync:
     def poll(self) -> None:
         """Ask for a look at everything that may have changed."""
         for pull_request in self.store.unmerged_pull_requests():
-            self.waiting.setdefault(
-                SyncRequest(pull_request_of=pull_request.task_id), time.time()
-            )
+            self.look_later(SyncRequest(pull_request_of=pull_request.task_id))
         if not self.config.issue_label:
             return
         for repository_id, number in self.store.unfinished_issues():
-            self.waiting.setdefault(SyncRequest(repository_id, number), time.time())
+            self.look_later(SyncRequest(repository_id, number))
         for github_repository in self.github.repositories():
             # A compatible server may send no id; then no request could name an issue.
             has_id = github_repository.id != LOOKUP
             if has_id and is_allowed(self.config, github_repository.full_name):
-                self.waiting.setdefault(SyncRequest(github_repository.id), time.time())
+                self.look_later(SyncRequest(github_repository.id))
 
     def look_for_issues(self, repository_id: int) -> None:
         """Ask for a look at each issue of a repository that has the label."""
         github_repository = self.github.repository_by_id(repository_id)
         for number in github_repository.issues_with_label(self.config.issue_label):
-            self.waiting.setdefault(SyncRequest(repository_id, number), time.time())
+            self.look_later(SyncRequest(repository_id, number))
 
     # Pull requests
 
@@ -6303,8 +6305,7 @@ class Sync:
         github_repository = self.github.repository_by_id(request.repository_id)
         event = github_repository.label_event(request.number, self.config.issue_label)
         if event is None and request.is_new:
-            again = request._replace(is_new=False)
-            self.waiting.setdefault(again, time.time() + VISIBILITY_DELAY)
+            self.look_later(request._replace(is_new=False), VISIBILITY_DELAY)
         self.cancel_superseded(request, event.id if event else 0)
         if event is None or self.store.is_label_event_known(event.id):
             return
