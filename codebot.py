@@ -769,13 +769,13 @@ class Config:
 
     @property
     def secret_files(self) -> list[str]:
-        """The files whose directories the sandbox hides, perhaps by way of symlinks.
+        """The files whose directories the sandbox hides.
 
         A missing .env hides no directory, so that codebot can start in / if it gets its
         settings from the environment.
         """
         paths = [self.env_file, self.key_file, self.tls_key]
-        return [path for path in paths if os.path.exists(path)]
+        return [os.path.realpath(path) for path in paths if os.path.exists(path)]
 
 
 CONFIG_FIELDS = [f for f in dataclasses.fields(Config) if f.metadata]
@@ -1695,13 +1695,8 @@ def private_directories(config: Config) -> set[str]:
     # `run` has a database of its own, but it hides the server's, too.
     server_database = config.variables.get("CODEBOT_DATABASE", "").strip(BLANKS)
     if server_database:
-        files.append(server_database)
-    directories = {config.work_dir}
-    for path in files:
-        directories.add(os.path.dirname(os.path.realpath(path)))
-        # While the agent runs, a symlink here may come to name another file: a new key.
-        directories.add(os.path.realpath(os.path.dirname(path)))
-    return directories
+        files.append(os.path.realpath(server_database))
+    return {config.work_dir, *map(os.path.dirname, files)}
 
 
 def hiding_problems(config: Config) -> Iterator[str]:

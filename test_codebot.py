@@ -2788,14 +2788,6 @@ def test_key_behind_a_symlink_is_hidden_where_it_really_is(host: Host) -> None:
     assert "HIDDEN real" in host.mounts(key_file=str(link))
 
 
-def test_directory_in_which_a_symlink_names_a_key_is_hidden(host: Host) -> None:
-    real = host.make_file("secrets/v1/app.pem")
-    link = host.root / "secrets/app.pem"
-    link.symlink_to(real)
-    mounts = host.mounts(key_file=str(link))
-    assert {"HIDDEN secrets", "HIDDEN secrets/v1"} <= {*mounts}
-
-
 def test_tools_of_path_in_home_are_shown_read_only(host: Host) -> None:
     path = f"{host.make('home/.local/bin')}:{host.make('home/.nvm/v1/bin')}:/usr/bin"
     mounts = host.mounts(search_path=path)
