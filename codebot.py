@@ -3622,7 +3622,7 @@ class Store:
                     AND NOT EXISTS (
                         SELECT 1 FROM jobs AS older
                         WHERE older.task_id = job.task_id AND older.seq < job.seq
-                            AND older.completed_at IS NULL
+                            AND older.status IN ('pending', 'running')
                     )
                 """,
                 values,
@@ -3747,22 +3747,28 @@ class Store:
 
     # Queues
 
-    def due_jobs(self, kind: str) -> list[str]:
-        """Return the ids of the pending jobs that claim would start, oldest first."""
-        return self._read(
+    def due_job(self, kind: str, is_retry: bool, only_job: str = "") -> str | None:
+        """Return the id of the oldest pending job that claim would start, or None.
+
+        ``is_retry`` selects the jobs that a transient error has delayed, or all others.
+        """
+        return self._read_one(
             only_value,
             """
             SELECT id FROM jobs AS job
             WHERE kind = :kind AND status = 'pending' AND not_before <= :now
+                AND (transient_since > 0) = :is_retry AND :only_job IN ('', id)
                 AND NOT EXISTS (
                     SELECT 1 FROM jobs AS older
                     WHERE older.task_id = job.task_id AND older.seq < job.seq
-                        AND older.completed_at IS NULL
+                        AND older.status IN ('pending', 'running')
                 )
-            ORDER BY seq
+            ORDER BY seq LIMIT 1
             """,
             kind=kind,
             now=time.time(),
+            is_retry=is_retry,
+            only_job=only_job,
         )
 
     def count_pending(self, kind: str, up_to_seq: int = sys.maxsize) -> int:
@@ -6458,7 +6464,7 @@ def worker_step(codebot: Codebot, kind: str) -> None:
         return  # the server is stopping
     job = codebot.until_database_works(codebot.store.claim, job_id)
     if job is not None:
-        codebot.jobs_due.set()  # the next one may be queued
+        codebot.jobs_due.set()  # the next ones may be queued
         run_job(codebot, job)
 
 
@@ -6657,20 +6663,21 @@ def finish_job(run: JobRun, ending: Ending) -> None:
 
 
 def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
-    """Queue the oldest job that is due, or ``only_job`` if that is due.
+    """Queue jobs that are due, or only ``only_job``, if the workers have none left.
 
-    Its start sets jobs_due again. If all jobs were queued at once, one that is retried
-    later would have to wait for all of them.
+    When a worker starts a job, jobs_due is set, and the next ones are queued. These are
+    only the oldest new job and the oldest retry. So a retry need not wait for all jobs
+    that were submitted meanwhile, and retries that always fail hold up no new job.
     """
     codebot.jobs_due.wait(TIMER_INTERVAL)
     codebot.jobs_due.clear()
     for kind, job_ids in codebot.queues.items():
         if not job_ids.empty():
-            continue  # the workers are busy
-        for job_id in codebot.store.due_jobs(kind):
-            if only_job in ("", job_id):
+            continue
+        for is_retry in (False, True):
+            job_id = codebot.store.due_job(kind, is_retry, only_job)
+            if job_id is not None:
                 job_ids.put(job_id)
-                break
 
 
 def probe_database(codebot: Codebot) -> None:

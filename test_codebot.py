@@ -3867,21 +3867,20 @@ def test_task_that_comes_while_another_is_in_the_queue_starts_soon(
     assert app.queues["task"].get_nowait() == task.id
 
 
-def test_retry_that_is_due_does_not_wait_for_all_later_tasks(
-    store: codebot.Store,
-) -> None:
+def test_retries_and_new_tasks_take_turns(store: codebot.Store) -> None:
     app = app_with(store)
-    first = store_task_in_state(store, "running")
-    second, _third = store_task(store), store_task(store)
-    app.jobs_due.set()
-    codebot.queue_due_jobs(app)
-    store.requeue(first.id, not_before=time.time())  # such as a push that got a 502
-    started = app.queues["task"].get_nowait()
-    assert started == second.id
-    store.claim(second.id)
-    app.jobs_due.set()
-    codebot.queue_due_jobs(app)
-    assert app.queues["task"].get_nowait() == first.id
+    retries = [store_task_in_state(store, "running") for _ in range(2)]
+    tasks = [store_task(store) for _ in range(2)]
+    for job in retries:
+        store.requeue(job.id, not_before=time.time())  # such as a push that got a 502
+    for task, retry in zip(tasks, retries):
+        app.jobs_due.set()
+        codebot.queue_due_jobs(app)
+        queued = [app.queues["task"].get_nowait() for _ in range(2)]
+        assert queued == [task.id, retry.id]
+        assert app.queues["task"].empty()
+        for job_id in queued:
+            assert store.claim(job_id or "") is not None
 
 
 def test_review_that_must_wait_for_another_holds_up_no_third(
@@ -3893,7 +3892,7 @@ def test_review_that_must_wait_for_another_holds_up_no_third(
     store_review(store, pull_request, 2, "bob")  # waits for alice's
     other = store_pull_request(store, store_task_in_state(store, "completed"), 2)
     third = store_review(store, other, 3, "bob")
-    assert store.due_jobs("review") == [third]
+    assert store.due_job("review", is_retry=False) == third
 
 
 def test_free_retry_of_interrupted_review_is_not_its_last(store: codebot.Store) -> None:
@@ -3970,7 +3969,7 @@ def test_retry_is_not_claimed_before_its_time(store: codebot.Store) -> None:
     job = store_task_in_state(store, "running")
     store.requeue(job.id, interruptions=1, not_before=time.time() + 1000)
     assert store.claim(job.id) is None
-    assert store.due_jobs("task") == []
+    assert store.due_job("task", is_retry=True) is None
     assert stored_job(store, job).status == "pending"
     assert stored_job(store, job).interruptions == 1
 
@@ -3978,8 +3977,9 @@ def test_retry_is_not_claimed_before_its_time(store: codebot.Store) -> None:
 def test_retry_is_claimed_when_it_is_due(store: codebot.Store) -> None:
     job = store_task_in_state(store, "running")
     store.requeue(job.id, not_before=time.time())
-    assert store.due_jobs("task") == [job.id]
-    assert store.due_jobs("review") == []
+    assert store.due_job("task", is_retry=True) == job.id
+    assert store.due_job("task", is_retry=False) is None
+    assert store.due_job("review", is_retry=True) is None
     assert store.claim(job.id) is not None
 
 
