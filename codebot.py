@@ -77,9 +77,9 @@ WHO IS TRUSTED WITH WHAT
   A reviewer     has an effect only if GitHub reports, when the review starts, that they
                  have write access to the repository. The same holds for a person who
                  labels an issue: GitHub is asked when the task is submitted. (A refusal
-                 is remembered for a minute.) Nobody else can start the agent, but the text of a
-                 labeled issue may be anyone's, and a comment by anybody waits as a review
-                 until GitHub has been asked.
+                 is remembered for a minute.) Nobody else can start the agent, but the
+                 text of a labeled issue may be anyone's, and a comment by anybody waits
+                 as a review until GitHub has been asked.
   Others at GitHub   can stop work, if they may remove the label or close the pull
                  request.
   GitHub         is believed, over TLS. A delivery is believed only if the signature of
@@ -157,7 +157,8 @@ KNOWN LIMITATIONS
     into: with ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml.
     Another home of the same user, which HOME does not name, is not hidden. Nor are the
     work directory and the TLS key of another codebot: the agent of `run`, for example,
-    can read those of a server that the same user runs.
+    can read those of a server that the same user runs. If .env or a key is a symlink
+    that comes to name another file while an agent runs, that agent can read the file.
   - In bwrap the agent can connect to abstract sockets, and to sockets in directories
     that are not hidden. It shares the host's kernel, without a filter of system calls.
     bwrap before 0.8, which codebot refuses if it is root, lets the agent make user
@@ -1945,7 +1946,9 @@ TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take 34 MB
 MAX_CACHED_REPLIES = 1000
-MAX_CACHED_BYTES = 256 << 10  # of one of them; comments by strangers can be far longer
+MAX_CACHED_BYTES = (
+    256 << 10
+)  # of the longest reply that is cached; lists can be far longer
 
 
 class GitHubError(Exception):
@@ -4912,7 +4915,7 @@ class Workspace:
         """Return a summary of the commit's changes, as git diff --stat prints it.
 
         Raises JobFailed if the commit must not be pushed. The agent's .gitattributes hide
-        nothing from this check: git would read them from a work tree, or (since 2.43) from
+        nothing from this check: git would read them from a work tree, or (in 2.43) from
         the commit that a bare repository's HEAD names. The outbox has neither.
         """
         scanner = DiffScanner(self.codebot.redact)
