@@ -1295,9 +1295,9 @@ class RunningProgram:
             elif time.monotonic() > self.grace_ends_at:
                 return
             if not has_output:
-                # Short at first, for systems where exit_poll is never ready.
+                # At most 0.1 s, and less at first, because exit_poll may never be ready.
                 age = time.monotonic() - self.started
-                self.exit_poll.poll(1000 * min(0.005 + age / 10, 0.1))
+                self.exit_poll.poll(1000 * min(0.001 + age / 10, 0.1))
 
     def read_output(self, has_exited: bool) -> bool:
         """Pass on new output. Returns whether there was any."""
