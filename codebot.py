@@ -3701,7 +3701,7 @@ class Store:
                 add_to_totals(db, job_id)
 
     def abandon(self, job: Job) -> None:
-        """Fail a pending task that nothing will continue, even if its push has begun."""
+        """Fail a pending task of `run`, even if its push has begun."""
         error = CANCELLED_TEXT["task"]
         if job.push_started:
             error += f". Its branch {job.branch} may have been pushed"
@@ -9067,7 +9067,9 @@ def run(flags: Flags) -> int:
     finally:
         stop_workers(codebot, workers)
     job = codebot.store.job(job.id) or job
-    if job.status == "pending":  # a signal came first, and nothing would continue it
+    # If a signal came first, nothing would continue the task, except that a server with
+    # the same --work-dir can finish its push.
+    if job.status == "pending" and not (flags["work_dir"] and job.push_started):
         codebot.store.abandon(job)
         job = codebot.store.job(job.id) or job
     print(json.dumps(describe_task(codebot, job), indent=2))

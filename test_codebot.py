@@ -13636,6 +13636,21 @@ def test_run_that_is_interrupted_after_its_push_fails_and_says_so(fresh: Site) -
     assert "may have been pushed" in task["error"]
 
 
+def test_push_of_interrupted_run_is_finished_by_a_server(fresh: Site) -> None:
+    fresh.repository.fail("POST /pulls", status=502, always=True)
+    work_dir = ("--work-dir", str(fresh.server.work_dir))
+    process = start_command(fresh, *run_flags(fresh, *work_dir))
+    wait_for(lambda: fresh.repository.count("POST /pulls"))
+    process.send_signal(signal.SIGINT)
+    stdout, _ = process.communicate(timeout=20)
+    task = json.loads(stdout)
+    assert task["status"] == "pending"
+    fresh.github.reset_faults()
+    fresh.server.start()
+    fresh.api.completed(task["task_id"])
+    assert len(fresh.repository.pulls) == 1
+
+
 def test_run_leaves_other_tasks_of_work_directory_alone(fresh: Site) -> None:
     fresh.github.fail("GET /repos/*", 502, b"", always=True)
     fresh.server.start(limits={"RETRY_DELAY": 0.5, "GITHUB_ATTEMPTS": 1})
