@@ -259,6 +259,7 @@ THREADS AND THEIR LOCKS
   timer          queues jobs that are due
   database       writes to the database now and then, to see whether that works
   cleanup        removes what is past its retention, packs mirrors
+  a signal starts one more, which sets Codebot.stop
   Store has a lock for its writing connection and one for its reading connection, Redactor
   has one for its tokens. When codebot dies, a forked process, the watchdog, ends the
   processes that codebot left running, by CODEBOT_RUN in /proc.
@@ -8826,7 +8827,10 @@ def stop_on_signals(codebot: Codebot) -> None:
             os._exit(1)  # the watchdog ends what is left
         # In a thread, because this runs in the main thread, which may be holding the
         # Event's lock. (Thread.start() would take locks, too.)
-        _thread.start_new_thread(codebot.stop.set, ())
+        try:
+            _thread.start_new_thread(codebot.stop.set, ())
+        except RuntimeError:  # the host allows no more threads
+            raise StopRequested() from None
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
@@ -9304,7 +9308,8 @@ def demo(flags: Flags) -> int:
                 print(f"\nPage:        http://localhost:{server.server_port}/")
                 print(f"API key:     {codebot.config.api_keys[0]}")
                 print("Press Ctrl-C to end.", flush=True)
-                codebot.stop.wait()
+                while not codebot.stop.wait(MAIN_INTERVAL):
+                    pass
     return code
 
 
@@ -9383,8 +9388,8 @@ def reset_inherited_state() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 2 for bad settings or input."""
-    reset_inherited_state()
     flags = vars(make_parser().parse_args(arguments))
+    reset_inherited_state()
     flags["umask"] = os.umask(PRIVATE_UMASK)
     try:
         code: int = flags["function"](flags)

@@ -3307,6 +3307,7 @@ def test_directory_above_a_cover_in_tmp_cannot_be_replaced() -> None:
             os.makedirs(f"{workspace}/{part}")
         config = codebot.Config(work_dir=work_dir, search_path=os.environ["PATH"])
         sandbox = codebot.Sandbox(config)
+        sandbox.disable_userns = False  # bwrap before 0.8 cannot do that
         script = f"mv {name} /tmp/moved && ln -s /oldroot/etc {name}"
         argv = sandbox.wrap(["sh", "-c", script], workspace, f"{workspace}/objects")
         env = codebot.base_environment(config)
@@ -13798,7 +13799,8 @@ def test_demo_that_is_interrupted_at_its_start_ends_at_once(fresh: Site) -> None
     tools = fresh.directory / "tools"
     tools.mkdir()
     git = tools / "git"
-    wait = f'case "$*" in *mktree*) echo >{pipe}; read go <{pipe};; esac'
+    marker = fresh.directory / "marker"
+    wait = f'case "$*" in *mktree*) touch {marker}; read go <{pipe};; esac'
     git.write_text(f'#!/bin/sh\n{wait}\nexec {shutil.which("git")} "$@"\n')
     git.chmod(0o755)
     process = subprocess.Popen(
@@ -13808,7 +13810,7 @@ def test_demo_that_is_interrupted_at_its_start_ends_at_once(fresh: Site) -> None
         stderr=subprocess.PIPE,
         text=True,
     )
-    pipe.read_text()  # git makes the demo's repository
+    wait_for(marker.exists)  # git makes the demo's repository
     process.send_signal(signal.SIGINT)
     pipe.write_text("go\n")
     _, stderr = process.communicate(timeout=20)
