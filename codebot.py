@@ -6207,7 +6207,8 @@ class Sync:
             self.waiting[requests.get()] = 0.0
         for task_id in self.store.unreported_tasks():
             self.look_later(SyncRequest(ended_task=task_id))
-        # What a delivery asks for is due at 0.0, before the rest of a poll.
+        # What a delivery asks for is due at 0.0, before the rest of a poll. If one comes
+        # meanwhile, the rest waits for the next step.
         for request, due in sorted(self.waiting.items(), key=lambda item: item[1]):
             if due <= time.time() and requests.empty():
                 self.handle(request)
@@ -6309,10 +6310,10 @@ class Sync:
         """Submit an issue with the label; cancel its task if the label was removed."""
         github_repository = self.github.repository_by_id(request.repository_id)
         event = github_repository.label_event(request.number, self.config.issue_label)
-        if event is None and request.is_new:
-            self.look_later(request._replace(is_new=False), VISIBILITY_DELAY)
         self.cancel_superseded(request, event.id if event else 0)
         if event is None or self.store.is_label_event_known(event.id):
+            if request.is_new:
+                self.look_later(request._replace(is_new=False), VISIBILITY_DELAY)
             return
         issue = github_repository.issue(request.number)
         obstacle = self.obstacle(github_repository, issue, event)
