@@ -889,7 +889,7 @@ def unreadable_files(config: Config) -> Iterator[str]:
         files["GITHUB_APP_PRIVATE_KEY_PATH"] = config.key_file
     for name, path in files.items():
         # A named pipe is refused, because opening it could block forever.
-        if "-----BEGIN" in path:  # it must not be shown
+        if re.search("-----BEGIN|LS0tLS1CRUdJTi", path):  # a key, perhaps in base64
             yield f"{name} must be the path of the key's file, not the key itself."
         elif path and not (
             os.path.isfile(path) and os.access(path, os.R_OK, effective_ids=True)

@@ -12848,11 +12848,13 @@ def test_named_pipe_instead_of_key_is_refused(fresh: Site) -> None:
 
 def test_key_instead_of_its_path_is_not_shown(fresh: Site) -> None:
     key = fresh.server.key_file.read_text()
-    for command in (serve_arguments(fresh), ["check"]):
-        done = fresh.server.run(*command, GITHUB_APP_PRIVATE_KEY_PATH=key)
-        output = done.stdout + done.stderr
-        assert "GITHUB_APP_PRIVATE_KEY_PATH must be the path" in output
-        assert key.splitlines()[1] not in output
+    in_base64 = base64.b64encode(key.encode()).decode()
+    for value, secret in ((key, key.splitlines()[1]), (in_base64, in_base64[40:])):
+        for command in (serve_arguments(fresh), ["check"]):
+            done = fresh.server.run(*command, GITHUB_APP_PRIVATE_KEY_PATH=value)
+            output = done.stdout + done.stderr
+            assert "GITHUB_APP_PRIVATE_KEY_PATH must be the path" in output
+            assert secret not in output
 
 
 def test_all_bad_settings_are_reported_at_once(fresh: Site) -> None:
