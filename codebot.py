@@ -4355,13 +4355,28 @@ def remove_tree(config: Config, path: str) -> None:
         return
     # This comes first because a program needs temporary files, and a full disk may have
     # no space for them (seen with XFS).
-    with contextlib.suppress(RecursionError):
-        shutil.rmtree(path, ignore_errors=True)
+    unlink_files(path)
     if os.path.lexists(path):
         # Neither follows links below $1, and nothing of the agent runs any longer.
         script = 'chmod -R u+rwX -- "$1"; rm -rf -- "$1"'
         env = base_environment(config)
         run_program(["sh", "-c", script, "sh", path], env)
+
+
+def unlink_files(directory: str) -> None:
+    """Unlink the files in a directory, and below it unless their paths are too long.
+
+    shutil.rmtree keeps a list of a directory's files and, in Python 3.13, a path for each
+    level. That can be gigabytes: an agent can make 8,000 levels in a moment. This only
+    walks as deep as the kernel accepts paths.
+    """
+    with contextlib.suppress(OSError, RecursionError), os.scandir(directory) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                if entry.is_dir(follow_symlinks=False):
+                    unlink_files(entry.path)
+                else:
+                    os.unlink(entry.path)
 
 
 class SyncRequest(NamedTuple):

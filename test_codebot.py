@@ -6558,6 +6558,34 @@ def test_only_directories_of_jobs_may_be_removed(tmp_path: Path, path: str) -> N
         codebot.remove_tree(config, os.path.join(tmp_path, path))
 
 
+DEEP_DIRECTORY = """
+import os, sys
+os.chdir(sys.argv[1])
+for _ in range(3000):
+    os.mkdir("d" * 255)
+    os.chdir("d" * 255)
+"""
+MEASURED_REMOVAL = """
+import os, resource, sys, codebot
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, codebot.MAX_DESCRIPTORS), hard))
+config = codebot.Config(work_dir=sys.argv[1], search_path=os.environ["PATH"])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+codebot.remove_tree(config, sys.argv[1] + "/task_1234567")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_removing_a_deep_directory_takes_little_memory(tmp_path: Path) -> None:
+    workspace = tmp_path / "task_1234567"
+    workspace.mkdir()
+    run_command(sys.executable, "-c", DEEP_DIRECTORY, workspace)
+    argv = (sys.executable, "-c", MEASURED_REMOVAL, tmp_path)
+    kibibytes = run_command(*argv, cwd=PROGRAM.parent, PYTHONDONTWRITEBYTECODE="1")
+    assert not workspace.exists()
+    assert int(kibibytes) < 50_000
+
+
 @not_as_root
 def test_link_that_cannot_be_removed_is_not_followed(tmp_path: Path) -> None:
     config = codebot.Config(work_dir=str(tmp_path), search_path=os.environ["PATH"])
