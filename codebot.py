@@ -1473,6 +1473,11 @@ def run_program(
         return program.result()
 
 
+# The kernel starts no program with a larger environment, but a process can declare
+# gigabytes of its memory to be its own.
+MAX_ENVIRONMENT_BYTES = 8 << 20
+
+
 def tagged_processes(run_tag: str) -> list[int]:
     """Return the ids of the processes whose CODEBOT_RUN begins with ``run_tag``.
 
@@ -1482,8 +1487,8 @@ def tagged_processes(run_tag: str) -> list[int]:
     needle = f"\0CODEBOT_RUN={run_tag}".encode()
     found = []
     for path in glob.glob("/proc/[0-9]*/environ"):  # macOS has none
-        with contextlib.suppress(OSError):
-            if needle in b"\0" + pathlib.Path(path).read_bytes():
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if needle in b"\0" + file.read(MAX_ENVIRONMENT_BYTES):
                 found.append(int(path.split("/")[2]))
     return found
 
