@@ -2976,11 +2976,13 @@ class GitDirectory:
             return result
         text = "\n".join([*result.stdout, *result.stderr])
         words = URL_OR_NAME_RE.sub("", text)
+        if REJECTED_RE.search(words):  # perhaps because of a file with any name
+            raise GitFailed(result.error)
         if AUTH_FAILED_RE.search(words):
             raise GitAuthFailed("authentication failed")
         if "returned error: 403" in words:
             raise GitAuthFailed(result.error)
-        if TRANSIENT_GIT_ERROR_RE.search(words) and not REJECTED_RE.search(words):
+        if TRANSIENT_GIT_ERROR_RE.search(words):
             raise TransientError(result.error)
         raise GitFailed(result.error)
 

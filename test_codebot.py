@@ -5390,6 +5390,8 @@ def test_slow_git_and_output_without_line_end_are_not_silence(fresh: Site) -> No
     [
         "GH013: Repository rule violations found",
         "GH006: Protected branch update failed",
+        # The name of a file is the agent's.
+        "error: File Authentication failed is 120.00 MB; this exceeds GitHub's limit",
     ],
 )
 def test_rejected_push_is_reported_in_words_of_remote(
@@ -5397,7 +5399,7 @@ def test_rejected_push_is_reported_in_words_of_remote(
 ) -> None:
     hook = shared.repository.bare / "hooks" / "pre-receive"
     hook.parent.mkdir()
-    hook.write_text(f"#!/bin/sh\necho '{message}' >&2; exit 1\n")
+    hook.write_text(f'#!/bin/sh\necho "{message}" >&2; exit 1\n')
     hook.chmod(0o755)
     error = shared.api.failed(shared.api.submit(), "push_rejected")
     assert message in error
