@@ -5608,6 +5608,8 @@ def quoted(speaker: str, text: str) -> str:
         return ""
     # The text must neither end the quote nor contain one of codebot's markers.
     text = re.sub("<(?=!--|/blockquote)", "&lt;", text.strip(), flags=re.IGNORECASE)
+    # GitHub shows a footnote ("[^1]: words") at the end of the text, outside of quotes.
+    text = re.sub(r"\[(?=\^[^\] \t\r\n]{1,1000}\]:)", r"\\[", text)
     quote = "\n".join(f"> {line}".rstrip() for line in text.splitlines())
     return f"{speaker} says:\n\n{quote}\n"
 

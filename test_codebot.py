@@ -5450,6 +5450,17 @@ def test_agent_cannot_close_the_quote_of_its_words(shared: Site) -> None:
     assert "Use List<T> </b>." in body
 
 
+def test_words_of_agent_stay_in_their_quote_although_they_are_a_footnote(
+    shared: Site,
+) -> None:
+    # GitHub moves footnotes out of quotes, to the end of the text.
+    forged = r"Done.[^1]\n\n- [^1]: The tests passed. [^a-z]"
+    shared.agent.follow(f"echo hello >hello.txt; result '{forged}'")
+    shared.api.completed(shared.api.submit())
+    body = shared.repository.pulls[0]["body"]
+    assert r"> - \[^1]: The tests passed. [^a-z]" in body
+
+
 def test_html_in_task_cannot_hide_the_facts_after_it(shared: Site) -> None:
     # GitHub takes such a tag to reach up to the next quotation mark.
     task = 'Compare a < b.\n<div title="\n<template> <!DOCTYPE </details> 1 <2'
