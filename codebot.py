@@ -159,6 +159,8 @@ KNOWN LIMITATIONS
     work directory and the TLS key of another codebot: the agent of `run`, for example,
     can read those of a server that the same user runs. If .env or a key is a symlink
     that comes to name another file while an agent runs, that agent can read the file.
+  - A file system that the host mounts while an agent runs, even because the agent named
+    a path of an automounter, appears in bwrap, and it can be written there.
   - In bwrap the agent can connect to abstract sockets, and to sockets in directories
     that are not hidden. It shares the host's kernel, without a filter of system calls.
     bwrap before 0.8, which codebot refuses if it is root, lets the agent make user
@@ -192,9 +194,9 @@ KNOWN LIMITATIONS
   - Secrets are recognized verbatim, or if they are in base64 by themselves: in what is
     logged and sent to GitHub, those of 6 or more characters; in the text files of a
     change, those of 16 or more, in lines of at most 8 MiB. An agent that writes a
-    secret in another way, such as backwards, or into a binary file, can publish it. Of
-    the variables that the operator lists, codebot knows those whose names suggest a
-    secret.
+    secret in another way, such as backwards, into a binary file, or as the name of an
+    empty directory, can publish it. Of the variables that the operator lists, codebot
+    knows those whose names suggest a secret.
   - Without a budget, only the time limits what a run may cost. A budget relies on the
     cost that the agent reports, and a run that is interrupted reports none.
 
