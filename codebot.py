@@ -2976,6 +2976,8 @@ class GitDirectory:
         result = self.run_git(args, env, umask=self.config.umask)
         if result.code == 0:
             return result
+        if result.code in SIGNAL_EXIT_CODES:  # by the host, which is short of memory
+            raise TransientError(f"git was killed (exit code {result.code})")
         text = "\n".join([*result.stdout, *result.stderr])
         words = URL_OR_NAME_RE.sub("", text)
         if REJECTED_RE.search(words):  # perhaps because of a file with any name

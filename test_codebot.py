@@ -6427,8 +6427,13 @@ def test_pushed_task_continues_in_moved_work_dir_without_mirror(fresh: Site) -> 
 # --- The disk ----------------------------------------------------------------
 
 
-def write_git_wrapper(site: Site, words: str) -> dict[str, Any]:
-    """Let git say that the disk is full, as long as the file `full` exists.
+GIT_SAYS_FULL = "echo 'fatal: write error: No space left on device' >&2; exit 128"
+
+
+def write_git_wrapper(
+    site: Site, words: str, failure: str = GIT_SAYS_FULL
+) -> dict[str, Any]:
+    """Let git fail as long as the file `full` exists.
 
     ``words`` is a pattern of sh for git's arguments. Returns settings for the server.
     """
@@ -6440,11 +6445,23 @@ def write_git_wrapper(site: Site, words: str) -> dict[str, Any]:
         f"#!/bin/sh\n"
         f'case "$*" in {words}) if [ -e {site.directory}/full ]; then\n'
         f"echo x >>{site.directory}/refused\n"
-        f"echo 'fatal: write error: No space left on device' >&2; exit 128\n"
+        f"{failure}\n"
         f'fi ;; esac\nexec {real} "$@"\n'
     )
     wrapper.chmod(0o755)
     return {"PATH": f"{tools}:{os.environ['PATH']}"}
+
+
+def test_push_that_is_killed_is_retried(fresh: Site) -> None:
+    # As the kernel does it when the service has used up its memory.
+    kill_once = f"rm {fresh.directory}/full; kill -9 $$"
+    settings = write_git_wrapper(fresh, '*"push --quiet"*', kill_once)
+    (fresh.directory / "full").touch()
+    fresh.server.start(limits={"RETRY_DELAY": 0.1}, **settings)
+    result = fresh.api.completed(fresh.api.submit())
+    assert (fresh.directory / "refused").exists()
+    assert result["branch_name"] in fresh.repository.branches()
+    assert len(fresh.agent.runs()) == 1
 
 
 def test_full_disk_during_clone_is_waited_for(fresh: Site) -> None:
