@@ -4394,11 +4394,12 @@ class SyncRequest(NamedTuple):
     """Asks the sync thread to look at one thing.
 
     The fields name it. An empty SyncRequest() asks for a look at everything.
-      repository_id, number   an issue that has, or had, the label; with is_new, GitHub
-                              may not list the label's event yet
+      repository_id, number   an issue that has, or had, the label
       repository_id           a repository, to find its issues with the label
       pull_request_of         the pull request of the task with this id
       ended_task              the task with this id, to report its end on its issue
+    With is_new, a delivery says that something has changed. If GitHub shows nothing new
+    yet, it is looked at again later.
     """
 
     repository_id: int = 0
@@ -6245,6 +6246,10 @@ class Sync:
         """Note a request, to be handled in a while, unless it is waiting already."""
         self.waiting.setdefault(request, time.time() + seconds)
 
+    def look_again(self, request: SyncRequest) -> None:
+        """Look once more, when all parts of GitHub should show what has changed."""
+        self.look_later(request._replace(is_new=False), VISIBILITY_DELAY)
+
     def handle(self, request: SyncRequest) -> None:
         """Process a request. Repeat it later if GitHub cannot answer now.
 
@@ -6279,7 +6284,7 @@ class Sync:
     def process(self, request: SyncRequest) -> None:
         """Look at what the request names, or at everything if it names nothing."""
         if request.pull_request_of:
-            self.look_at_pull_request(request.pull_request_of)
+            self.look_at_pull_request(request)
         elif request.ended_task:
             self.report_task(request.ended_task)
         elif request.number:
@@ -6311,8 +6316,9 @@ class Sync:
 
     # Pull requests
 
-    def look_at_pull_request(self, task_id: str) -> None:
+    def look_at_pull_request(self, request: SyncRequest) -> None:
         """Store a pull request's state, and queue the new comments on it."""
+        task_id = request.pull_request_of
         pull_request = self.store.pull_request(task_id)
         if pull_request is None:
             return
@@ -6321,6 +6327,8 @@ class Sync:
         if current.state != pull_request.state:
             self.store.save_pull_request_state(task_id, current.state)
             log.info("Pull request %s is now %s", pull_request.url, current.state)
+        elif request.is_new:
+            self.look_again(request)
         if current.state != "open":
             # Pending reviews are skipped when they start.
             for run in list(self.codebot.running.values()):
@@ -6341,7 +6349,7 @@ class Sync:
         self.cancel_superseded(request, event.id if event else 0)
         if event is None or self.store.is_label_event_known(event.id):
             if request.is_new:
-                self.look_later(request._replace(is_new=False), VISIBILITY_DELAY)
+                self.look_again(request)
             return
         issue = github_repository.issue(request.number)
         obstacle = self.obstacle(github_repository, issue, event)
@@ -7414,7 +7422,8 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
     elif event == "pull_request" and action in ("closed", "reopened"):
         pull_request = pull_request_of(codebot, payload)
         remember_delivery(codebot, guid)
-        codebot.sync_queue.put(SyncRequest(pull_request_of=pull_request.task_id))
+        task_id = pull_request.task_id
+        codebot.sync_queue.put(SyncRequest(pull_request_of=task_id, is_new=True))
     elif event == "issues" and action in ("labeled", "unlabeled"):
         receive_label(codebot, guid, payload)
     elif event == "ping":
@@ -7463,8 +7472,7 @@ def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
     repository_id = int(payload["repository"]["id"])
     number = int(payload["issue"]["number"])
     remember_delivery(codebot, guid)
-    is_new = payload["action"] == "labeled"
-    codebot.sync_queue.put(SyncRequest(repository_id, number, is_new=is_new))
+    codebot.sync_queue.put(SyncRequest(repository_id, number, is_new=True))
 
 
 # --- Page --------------------------------------------------------------------

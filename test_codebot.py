@@ -7697,6 +7697,16 @@ def test_closed_delivery_alone_ends_nothing(pull: Pull) -> None:
     assert pull.workspace.exists()
 
 
+def test_merge_that_github_does_not_show_everywhere_yet_is_noticed(
+    fresh: Site,
+) -> None:
+    fresh.server.start(limits={"VISIBILITY_DELAY": 0.3})
+    pull = open_pull(fresh)
+    fresh.repository.fail("GET /pulls/1", 200, dict(fresh.repository.pull_json(1)))
+    fresh.person("alice").merge()
+    wait_for(lambda: pull_state(pull) == "merged")
+
+
 def test_closing_ends_running_review_and_removes_workspace(shared: Site) -> None:
     pull = open_pull(shared, f"classify change; block; {MAKE_CHANGE}")
     shared.person("alice").inline("Say more")
@@ -8534,6 +8544,22 @@ def test_label_whose_event_github_does_not_list_yet_becomes_task(shared: Site) -
     shared.repository.fail(f"GET /issues/{issue.number}/events*", 200, [])
     alice.label(issue.number)
     issue.task()
+
+
+def test_label_that_was_removed_and_added_again_counts_although_github_lags(
+    fresh: Site,
+) -> None:
+    fresh.agent.follow(GIVE_UP)
+    fresh.server.start(limits={"VISIBILITY_DELAY": 0.3})
+    alice = fresh.person("alice")
+    issue = open_issue(fresh)
+    alice.label(issue.number)
+    issue.comments()
+    old = [dict(event) for event in fresh.repository.label_events]
+    fresh.repository.fail(f"GET /issues/{issue.number}/events*", 200, old)
+    alice.unlabel(issue.number, webhook=False)
+    alice.label(issue.number)
+    issue.task(2)
 
 
 def test_label_that_was_ignored_becomes_no_task_later(shared: Site) -> None:
