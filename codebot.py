@@ -9435,6 +9435,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"codebot: {line}", file=sys.stderr)
         code = 2
+    except sqlite3.Error as error:
+        problem = f"The database cannot be used: {error}"
+        print(
+            f"codebot: {problem}. End programs that hold it, and free space on its disk.",
+            file=sys.stderr,
+        )
+        code = 2
     except (KeyboardInterrupt, StopRequested):  # a signal during the start
         code = 130
     except BrokenPipeError:  # nobody reads the output

@@ -13227,6 +13227,19 @@ def test_start_prints_the_host_that_it_listens_on(
     assert f"Page:          http://{shown}:5000/\n" in capsys.readouterr().out
 
 
+def test_locked_database_at_the_start_is_told(fresh: Site) -> None:
+    fresh.agent.follow("block")
+    fresh.server.start()
+    fresh.api.submit()
+    fresh.agent.wait_until_blocked()
+    fresh.server.kill()
+    with locked_database(fresh.server):
+        done = fresh.server.run(*serve_arguments(fresh))
+    assert done.returncode == 2
+    assert "The database cannot be used: database is locked" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_start_counts_requeued_jobs(fresh: Site) -> None:
     fresh.agent.follow("block")
     fresh.server.start()
