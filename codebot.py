@@ -3451,13 +3451,14 @@ class Store:
             self._writer = self._connect()
             self._create_schema()
             self._reader = self._connect()
+            self._inode = os.stat(path).st_ino
+            self.check_writable()  # SQLite also opens a file that it may only read
         except sqlite3.Error as error:
             raise ConfigError(
                 f"The database {path} cannot be used: {error}. End programs that hold "
-                "it, and free space on its disk; if it is damaged, use a new "
-                "--work-dir (or CODEBOT_DATABASE)."
+                "it, make it writable, and free space on its disk; if it is damaged, use "
+                "a new --work-dir (or CODEBOT_DATABASE)."
             ) from None
-        self._inode = os.stat(path).st_ino
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -3482,7 +3483,7 @@ class Store:
             raise ConfigError(
                 f"The database {self.path} has schema {version} of another version "
                 f"of codebot; this one needs schema {SCHEMA_VERSION}. Use a new "
-                "--work-dir."
+                "--work-dir (or CODEBOT_DATABASE)."
             )
 
     @contextlib.contextmanager
@@ -9434,13 +9435,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, HTTPError) as error:  # HTTPError: from the task of `run`
         for line in str(error).splitlines():
             print(f"codebot: {line}", file=sys.stderr)
-        code = 2
-    except sqlite3.Error as error:
-        problem = f"The database cannot be used: {error}"
-        print(
-            f"codebot: {problem}. End programs that hold it, and free space on its disk.",
-            file=sys.stderr,
-        )
         code = 2
     except (KeyboardInterrupt, StopRequested):  # a signal during the start
         code = 130

@@ -4171,6 +4171,15 @@ def test_database_with_another_schema_is_refused(
     assert "new --work-dir" in str(refused.value)
 
 
+@not_as_root
+def test_database_that_may_not_be_written_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "codebot.db"
+    codebot.Store(str(path))
+    path.chmod(0o400)
+    with pytest.raises(codebot.ConfigError, match="readonly.*make it writable"):
+        codebot.Store(str(path))
+
+
 def test_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "codebot.db"
     path.write_bytes(b"no database" * 1000)
@@ -12847,8 +12856,8 @@ MISTAKES = {
     ),
     "database is no database": Mistake(
         "The database DIR/work/codebot.db cannot be used: file is not a database. End "
-        "programs that hold it, and free space on its disk; if it is damaged, use a new "
-        "--work-dir (or CODEBOT_DATABASE).",
+        "programs that hold it, make it writable, and free space on its disk; if it is "
+        "damaged, use a new --work-dir (or CODEBOT_DATABASE).",
         files={"work/codebot.db": "junk\n" * 200},
     ),
 }
@@ -13236,7 +13245,7 @@ def test_locked_database_at_the_start_is_told(fresh: Site) -> None:
     with locked_database(fresh.server):
         done = fresh.server.run(*serve_arguments(fresh))
     assert done.returncode == 2
-    assert "The database cannot be used: database is locked" in done.stderr
+    assert "cannot be used: database is locked. End programs" in done.stderr
     assert "Traceback" not in done.stderr
 
 
