@@ -8554,10 +8554,11 @@ def tls_context(config: Config) -> ssl.SSLContext:
     # With no password given, OpenSSL prompts on the terminal if the key is encrypted.
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key, password="")
-    except OSError:
+    except OSError as error:
         raise ConfigError(
-            f"{config.tls_key} is not the private key of {config.tls_cert}, or one of "
-            "them is not a PEM file, or is encrypted."
+            f"--tls-cert and --tls-key cannot be used: {os_error_text(error)}. Perhaps "
+            "the key does not belong to the certificate, or one of them is not a PEM "
+            "file, or is encrypted."
         ) from None
     return context
 

@@ -12759,7 +12759,7 @@ MISTAKES = {
         flags=("--tls-cert", "DIR/keys/cert.pem"),
     ),
     "key of another certificate": Mistake(
-        "DIR/junk is not the private key of DIR/keys/cert.pem, or one of them is not",
+        "--tls-cert and --tls-key cannot be used: ",
         flags=("--tls-cert", "DIR/keys/cert.pem", "--tls-key", "DIR/junk"),
         files=JUNK,
     ),
@@ -12948,6 +12948,13 @@ def test_key_instead_of_its_path_is_not_shown(fresh: Site) -> None:
             output = done.stdout + done.stderr
             assert "GITHUB_APP_PRIVATE_KEY_PATH must be the path" in output
             assert secret not in output
+
+
+def test_tls_key_instead_of_its_path_is_not_shown(fresh: Site) -> None:
+    key = f"-----BEGIN PRIVATE KEY-----\n{'k' * 64}\n-----END PRIVATE KEY-----"
+    done = fresh.server.run("check", "--tls-cert", "cert.pem", "--tls-key", key)
+    assert "--tls-key must be the path" in done.stdout
+    assert "kkk" not in done.stdout + done.stderr
 
 
 def test_all_bad_settings_are_reported_at_once(fresh: Site) -> None:
