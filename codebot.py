@@ -9244,7 +9244,8 @@ def all_findings(codebot: Codebot, problems: Sequence[str]) -> Iterator[Finding]
     yield Finding("ok", f"Python {sys.version.split()[0]}; settings from {source}")
     for problem in problems:
         yield Finding("FAIL", problem)
-    checks = [*HOST_CHECKS, check_server, check_port, check_work_dir]
+    # As in start_app: programs' output goes to the work directory.
+    checks = [check_work_dir, *HOST_CHECKS, check_server, check_port]
     if not problems:
         checks.append(check_github)
     yield from run_checks(codebot, checks)
