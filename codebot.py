@@ -9064,7 +9064,8 @@ def read_task_flags(flags: Flags) -> Fields:
     path = flags["task"]
     try:
         if path == "-":
-            fields = parse_object(sys.stdin.buffer.read())
+            with open(0, "rb", closefd=False) as file:  # sys.stdin may be None
+                fields = parse_object(file.read())
         elif path:
             fields = parse_object(pathlib.Path(path).read_bytes())
     except OSError as error:

@@ -12957,6 +12957,20 @@ def test_tls_key_instead_of_its_path_is_not_shown(fresh: Site) -> None:
     assert "kkk" not in done.stdout + done.stderr
 
 
+def test_closed_stdin_instead_of_task_is_reported(fresh: Site) -> None:
+    argv = ["sh", "-c", '"$@" <&-', "sh", *fresh.server.program(), "run", "--task", "-"]
+    done = subprocess.run(
+        argv,
+        cwd=fresh.server.start_dir,
+        env=fresh.server.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--task - is not JSON" in done.stderr
+
+
 def test_all_bad_settings_are_reported_at_once(fresh: Site) -> None:
     done = fresh.server.run(
         *serve_arguments(fresh),
