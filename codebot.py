@@ -8889,8 +8889,9 @@ def set_up_process(codebot: Codebot, level: int) -> None:
     wanted = max(soft, min(hard, MAX_DESCRIPTORS))
     with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit of its own
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    fork_watchdog(codebot)
+    # First the signals: Python ignores a KeyboardInterrupt during a fork.
     stop_on_signals(codebot)
+    fork_watchdog(codebot)
 
 
 def fork_watchdog(codebot: Codebot) -> None:
