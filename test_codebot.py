@@ -730,6 +730,7 @@ class FakeGitHub(http.server.ThreadingHTTPServer, Faulty):
         self.holds: list[Hold] = []
         self.lock = threading.Lock()  # guards faults and the creation of pull requests
         self.git_backend = str(git_programs() / "git-http-backend")
+        self.errors: list[BaseException | None] = []
         self.is_closing = False
         self.thread = threading.Thread(target=self.serve_until_closed)
         self.thread.start()
@@ -745,6 +746,13 @@ class FakeGitHub(http.server.ThreadingHTTPServer, Faulty):
         socket.create_connection(self.server_address).close()  # wakes the thread up
         self.thread.join()
         self.server_close()
+        assert self.errors == []
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Keep what went wrong in a request or in a test's callback, for close()."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):  # such as a client that was killed
+            self.errors.append(error)
 
     # For tests
 
@@ -2153,10 +2161,13 @@ def test_readme_table_has_every_setting_with_its_default() -> None:
             for name in re.findall(r"`((?:CODEBOT|GITHUB)_[A-Z_]+)`", cells[1]):
                 rows[name] = cells[2]
     assert sorted(rows) == sorted(VARIABLES)
+    words = re.compile("(required.*|no limit|in the work directory|https://api.*)?")
+    shown = {n: text for n, text in rows.items() if not words.fullmatch(text)}
     for field in codebot.CONFIG_FIELDS:
         name = field.metadata["variable"]
-        if name in rows and type(field.default) is int and field.default > 0:
-            assert rows[name] == str(field.default), name
+        if name in shown:
+            values = codebot.read_settings({}, {name: shown[name]}, [])
+            assert values == {field.name: field.default}, name
 
 
 def test_readme_names_every_field_of_a_status_and_of_the_list(
@@ -3147,7 +3158,7 @@ PROBES = {
     "list mirrors": Probe("ls -A WORK/mirrors/*/acme", r"widget\.git"),
     "list own mirror": Probe("ls -A MIRROR", "objects"),
     "list keys": Probe("ls -A KEYS", ""),
-    "list sockets": Probe("find /run -type s", ""),
+    "list run": Probe("ls -A /run", "(NetworkManager|resolvconf|systemd)?"),
     "list processes": Probe("cat /proc/[0-9]*/cmdline | tr '\\0' ' '", "(?!.*serve).*"),
     "read environments": Probe(
         "cat /proc/[0-9]*/environ | tr '\\0' '\\n'", ".*ANTHROPIC_API_KEY=.*"
@@ -3155,7 +3166,7 @@ PROBES = {
     "write mirror": Probe("touch MIRROR/objects/planted"),
     "write system": Probe("touch /usr/planted || touch /etc/planted"),
     "write cgroup": Probe("mkdir /sys/fs/cgroup/planted"),
-    "write core pattern": Probe("echo x >/proc/sys/kernel/core_pattern"),
+    "write core pattern": Probe(": >>/proc/sys/kernel/core_pattern"),
     "write keys": Probe("touch KEYS/planted; true", ""),
     "write work directory": Probe("touch WORK/planted; true", ""),
     "write own directories": Probe("touch x $HOME/x /tmp/x && echo fine", "fine"),
@@ -3534,7 +3545,8 @@ def test_key_in_directory_that_cannot_be_hidden_is_refused(
         GITHUB_APP_PRIVATE_KEY_PATH=key_file,
     )
     assert done.returncode == 2
-    assert os.path.dirname(os.path.realpath(key_file)) in done.stderr
+    directory = os.path.dirname(os.path.realpath(key_file))
+    assert f"codebot: {directory} holds .env" in done.stderr
 
 
 def test_server_warns_that_there_is_no_sandbox(shared_site: Site) -> None:
@@ -4805,8 +4817,8 @@ def test_git_ignores_checkout_around_work_dir(fresh: Site) -> None:
     fresh.agent.follow("rm -rf .git; result Done")
     fresh.server.start()
     fresh.api.failed(fresh.api.submit(), "agent_failed")
-    status = run_command("git", "status", "--short", "staged", cwd=fresh.directory)
-    assert status.strip() == "A  staged"
+    status = run_command("git", "status", "-s", "-uno", cwd=fresh.directory)
+    assert status == "A  staged"
 
 
 # --- What the agent does -----------------------------------------------------
@@ -4815,7 +4827,9 @@ LOGIN_EXPIRED = "Not logged in · Please run /login"
 LOGIN_RETRY = json.dumps(
     {"type": "system", "subtype": "api_retry", "attempt": 1, "error_status": 401}
 )
-PLAN_OF_BAD_TREE = "ln -s ../x .gitmodules; result"
+PLAN_OF_BAD_TREE = (
+    "printf '[submodule \"../x\"]\\n\\tpath = a\\n\\turl = b\\n' >.gitmodules; result"
+)
 FAILING_PLANS = {
     "no result": ("echo oops >&2; exit 3", "agent_failed", "oops"),
     "is_error": ("result 'It broke' success true", "agent_failed", "It broke"),
@@ -4856,7 +4870,7 @@ FAILING_PLANS = {
     "no .git": ("rm -rf .git; echo x >x; result", "agent_failed", "git"),
     "broken HEAD": ("echo x >.git/HEAD; echo x >x; result", "agent_failed", ""),
     "unborn nested repository": ("git init -q sub; result", "agent_failed", "sub"),
-    "tree that fsck rejects": (PLAN_OF_BAD_TREE, "agent_failed", ""),
+    "tree that fsck rejects": (PLAN_OF_BAD_TREE, "agent_failed", "gitmodulesName"),
 }
 
 
@@ -5361,7 +5375,8 @@ def test_push_comes_from_outbox_outside_workspace(shared: Site) -> None:
     task = shared.api.submit()
     hold.wait()
     outbox = shared.server.work_dir / f"outbox_{task[:7]}.git"
-    assert (outbox / "HEAD").exists()
+    lines = run_command("ps", "-e", "-ww", "-o", "args")
+    assert re.search(rf"^git .*--git-dir {outbox} push ", lines, re.MULTILINE)
     hold.release()
     shared.api.completed(task)
 
@@ -5401,6 +5416,7 @@ def test_slow_git_and_output_without_line_end_are_not_silence(fresh: Site) -> No
         "GH006: Protected branch update failed",
         # The name of a file is the agent's.
         "error: File Authentication failed is 120.00 MB; this exceeds GitHub's limit",
+        f"GH013: Push cannot contain {API_KEY}",
     ],
 )
 def test_rejected_push_is_reported_in_words_of_remote(
@@ -5411,7 +5427,7 @@ def test_rejected_push_is_reported_in_words_of_remote(
     hook.write_text(f'#!/bin/sh\necho "{message}" >&2; exit 1\n')
     hook.chmod(0o755)
     error = shared.api.failed(shared.api.submit(), "push_rejected")
-    assert message in error
+    assert message.replace(API_KEY, "***") in error
     assert shared.repository.pulls == []
 
 
@@ -5629,14 +5645,26 @@ def test_git_at_other_remote_gets_no_relative_path(
 
 def test_no_secret_is_on_a_command_line(shared: Site) -> None:
     steps = ("GET /info/refs?service=git-upload-pack", "POST /git-receive-pack")
-    holds = [shared.repository.hold(step) for step in steps]
-    task = shared.api.submit()
-    for hold in holds:
-        hold.wait()
+    fetch, push = [shared.repository.hold(step) for step in steps]
+    url = f"{shared.repository.url}.git"
+    shared.agent.follow(f"block; {SAY_HELLO}")
+
+    def check_command_lines(running: str) -> None:
         lines = run_command("ps", "-e", "-ww", "-o", "args")
-        assert f"{shared.repository.url}.git" in lines
-        assert not [secret for secret in shared.server.secrets() if secret in lines]
-        hold.release()
+        assert running in lines
+        secrets = [*shared.server.secrets(), MODEL_KEY]
+        assert not [secret for secret in secrets if secret in lines]
+
+    task = shared.api.submit()
+    fetch.wait()
+    check_command_lines(url)
+    fetch.release()
+    shared.agent.wait_until_blocked()
+    check_command_lines(f"{shared.agent.path} -p")
+    shared.agent.release()
+    push.wait()
+    check_command_lines(url)
+    push.release()
     shared.api.completed(task)
 
 
@@ -6274,7 +6302,7 @@ def test_agent_that_ends_during_stop_is_requeued(fresh: Site) -> None:
 
 def test_stopping_server_takes_no_work_and_ends_within_15_seconds(fresh: Site) -> None:
     fresh.agent.follow("trap '' TERM; block")
-    fresh.server.start(limits={"KILL_GRACE": 1.0})
+    fresh.server.start(limits={"KILL_GRACE": 12.0})
     fresh.api.submit()
     fresh.agent.wait_until_blocked()
     started = time.monotonic()
@@ -6284,6 +6312,7 @@ def test_stopping_server_takes_no_work_and_ends_within_15_seconds(fresh: Site) -
     refused = fresh.api.post_task(fresh.api.fields())
     assert refused.status == 503
     assert "Retry-After" in refused.headers
+    fresh.agent.release()
     assert fresh.server.wait_exit() == 0
     assert time.monotonic() - started < 15
     wait_for(lambda: not fresh.server.strays())
@@ -6568,11 +6597,12 @@ def test_old_task_loses_log_and_workspace_and_row_when_pull_request_is_closed(
 
 def test_unused_mirror_is_removed(fresh: Site) -> None:
     repository = fresh.github.create_repository("acme/.github")
-    limits = {"MIRROR_RETENTION": 5.0, "MAINTENANCE_INTERVAL": 0.1}
+    limits = {"MAINTENANCE_INTERVAL": 0.1}
     fresh.server.start(limits=limits, CODEBOT_TASK_RETENTION="1")
     fresh.api.completed(fresh.api.submit(repository_url=repository.url))
     mirror = mirror_of(fresh, "acme/.github")
     assert mirror.exists()
+    os.utime(f"{mirror}.lock", (1, 1))  # as if it was used last in 1970
     wait_for(lambda: not mirror.exists())
 
 
@@ -7103,7 +7133,7 @@ def test_question_is_answered_and_nothing_is_changed(pull: Pull) -> None:
     assert review["request"] == "Why --hello?\nIn short."
     assert review["commit"] is None
     assert review["error"] is None
-    assert "Because" in review["answer"]
+    assert "My key is ***, Because" in review["answer"]
     answer = pull.answer()
     assert "> Why --hello?" in answer
     assert f"> My key is ***, Because {comment.id}." in answer
@@ -7241,6 +7271,7 @@ def test_agent_sees_line_and_earlier_comments_of_thread(pull: Pull) -> None:
 
 AGENT_ANSWERS = {
     "unclear": ("classify unclear 'Which one?'", "Which one?"),
+    "unclear with a secret": (f"classify unclear 'Which {MODEL_KEY}?'", "Which ***?"),
     "unclear without question": ("classify unclear", "\nI cannot tell"),
     "kind outside schema": ("classify anything", "\nI cannot tell"),
     "kind of a wrong type": (
@@ -9982,7 +10013,9 @@ def test_flood_of_connections_does_not_end_an_answer(crowded_site: Site) -> None
     with running_task(crowded_site) as (task, hold):
         add_events(crowded_site, task, ["x" * 2000] * 2000)
         stream = crowded_site.api.open_stream(task)
-        with stream, flood_of_connections(crowded_site):
+        idle = crowded_site.api.connect()
+        with stream, idle, flood_of_connections(crowded_site):
+            wait_for(lambda: is_closed(idle))  # room was made
             hold.release()
             assert b"event: end" in stream.read()
 
@@ -13432,6 +13465,9 @@ def test_check_lists_what_is_fine_and_says_what_is_next(fresh: Site) -> None:
 @needs_bwrap
 def test_check_runs_agent_in_sandbox(tmp_path: Path, templates: Path) -> None:
     site = create_site(tmp_path, templates)
+    site.agent.path.write_text(
+        f"#!/bin/sh\n[ -e {site.server.key_file} ] || echo 2.1.0\n"
+    )
     try:
         done = run_check(site, CODEBOT_SANDBOX="bwrap")
     finally:
@@ -13466,12 +13502,14 @@ def test_check_goes_on_when_settings_are_missing(fresh: Site) -> None:
 
 def test_check_fails_if_the_agent_has_no_version(fresh: Site) -> None:
     agent = fresh.directory / "broken"
-    agent.write_text("#!/bin/sh\necho 2.1.0; echo no license >&2; exit 3\n")
+    agent.write_text(
+        f"#!/bin/sh\necho 2.1.0; echo no license: {MODEL_KEY} >&2; exit 3\n"
+    )
     agent.chmod(0o755)
     done = run_check(fresh, CODEBOT_CLAUDE_COMMAND=str(agent))
     assert done.returncode == 1
     assert f"FAIL  `{agent} --version` failed or" in done.stdout
-    assert "(exit code 3): no license\n" in done.stdout
+    assert "(exit code 3): no license: ***\n" in done.stdout
 
 
 def test_check_refuses_old_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -13608,7 +13646,7 @@ def test_check_without_events_but_with_polling_is_fine(fresh: Site) -> None:
     fresh.github.subscribed.clear()
     done = run_check(fresh, "--enable-polling", GITHUB_WEBHOOK_SECRET=None)
     assert done.returncode == 0
-    assert "does not get the events" not in done.stdout
+    assert "does not receive the events" not in done.stdout
 
 
 def test_task_says_that_installation_is_unknown(fresh: Site) -> None:
@@ -13728,10 +13766,12 @@ def test_run_refuses_task_that_is_not_utf_8(shared: Site) -> None:
     assert done.stderr.startswith(f"codebot: --task {file} is not JSON in UTF-8 (")
 
 
-def start_command(site: Site, *args: str) -> subprocess.Popen[str]:
+def start_command(
+    site: Site, *args: str, limits: Mapping[str, Any] = {}
+) -> subprocess.Popen[str]:
     """Start a command of codebot's in the background."""
     return subprocess.Popen(
-        [*site.server.program(), *args],
+        [*site.server.program(limits), *args],
         cwd=site.server.start_dir,
         env=site.server.environment(),
         stdin=subprocess.DEVNULL,
@@ -13799,13 +13839,13 @@ def test_run_leaves_other_tasks_of_work_directory_alone(fresh: Site) -> None:
 
 
 def test_run_retries_like_the_server(fresh: Site) -> None:
-    fresh.repository.fail("POST /pulls", status=502, always=True)
-    process = start_command(fresh, *run_flags(fresh))
-    wait_for(lambda: fresh.repository.count("POST /pulls"))
-    fresh.github.reset_faults()
-    stdout, _ = process.communicate(timeout=30)
+    fresh.repository.fail("POST /pulls", status=502)
+    limits = {"GITHUB_ATTEMPTS": 1, "RETRY_DELAY": 0.1}
+    process = start_command(fresh, *run_flags(fresh), limits=limits)
+    stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == 0
     assert json.loads(stdout)["status"] == "completed"
+    assert "Trying again later" in stderr
 
 
 @pytest.mark.parametrize("command", ["run", "demo", "check"])
