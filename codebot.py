@@ -1954,9 +1954,7 @@ TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take 34 MB
 MAX_CACHED_REPLIES = 1000
-MAX_CACHED_BYTES = (
-    256 << 10
-)  # of the longest reply that is cached; lists can be far longer
+MAX_CACHED_BYTES = 256 << 10  # of a reply; a longer one is not cached
 
 
 class GitHubError(Exception):
@@ -2976,7 +2974,7 @@ class GitDirectory:
         result = self.run_git(args, env, umask=self.config.umask)
         if result.code == 0:
             return result
-        if result.code in SIGNAL_EXIT_CODES:  # by the host, which is short of memory
+        if result.code in SIGNAL_EXIT_CODES:  # perhaps by the host, for want of memory
             raise TransientError(f"git was killed (exit code {result.code})")
         text = "\n".join([*result.stdout, *result.stderr])
         words = URL_OR_NAME_RE.sub("", text)
