@@ -7529,7 +7529,8 @@ details.card { display: block; }
 .grow { flex: 1; }
 .muted { color: var(--muted); font-size: .875rem; }
 .error { color: var(--red); }
-.visually-hidden { position: absolute; width: 1px; clip-path: inset(50%); }
+.visually-hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; }
+.visually-hidden { white-space: nowrap; clip-path: inset(50%); }
 button, .button { padding: .3rem .8rem; text-decoration: none; cursor: pointer; }
 button, .button, input, textarea { border: 1px solid var(--border); }
 button, .button, input, textarea { border-radius: .4rem; }
@@ -7555,6 +7556,7 @@ input, textarea { font-weight: 400; }
 #outcome strong { min-width: 7rem; }
 
 #log { height: 60vh; overflow-y: auto; background: var(--page); }
+#log:empty::before { content: "No entries"; padding: .5rem; color: var(--muted); }
 .event {
   display: grid;
   grid-template-columns: 4.2rem 4.2rem 1fr;
@@ -7678,6 +7680,7 @@ details:not([open]) .message { overflow: hidden; white-space: pre; }
 // refresh() fetches its data from the server and redraws what has changed: see redraw.
 
 const REFRESH_INTERVAL = 2000; // milliseconds
+const ANSWER_TIMEOUT = 60000; // milliseconds; a whole answer may take this long
 // What a user can do next, by the reason of a failed task.
 const ADVICE = {
   clone_failed: 'Check the address and whether codebot may read this repository.',
@@ -7709,13 +7712,14 @@ let openedTask = null; // the task in view
 // Returns the fields of a successful answer. Throws an Error with the answer's status.
 async function callApi(path, options = {}) {
   const headers = { Authorization: `Bearer ${apiKey}`, ...options.headers };
+  const signal = AbortSignal.timeout(ANSWER_TIMEOUT);
   let response;
   let fields;
   try {
-    response = await fetch(`api/tasks${path}`, { ...options, headers });
+    response = await fetch(`api/tasks${path}`, { ...options, headers, signal });
     fields = await response.json();
   } catch {
-    throw new Error('The server does not answer.');
+    throw new Error('The server does not answer');
   }
   serverTime = Date.parse(response.headers.get('Date'));
   if (response.ok) return fields;
@@ -7780,7 +7784,9 @@ function humanize(name) {
 }
 
 function titleOf(task) {
-  return task.title || task.ticket_summary || task.description.trim().split('\n')[0];
+  const text = task.title || task.ticket_summary || task.description;
+  const line = text.trim().split('\n')[0];
+  return line.length > 200 ? `${line.slice(0, 199)}…` : line;
 }
 
 function repositoryName(url) {
@@ -7857,7 +7863,7 @@ async function refresh() {
     else if (!ui.listView.hidden) await refreshList();
     updateTimes();
   } catch (error) {
-    problem = `${error.message} Trying again every few seconds.`;
+    problem = `${error.message}. Trying again every few seconds.`;
   }
   setText(ui.banner, apiKey ? problem : ''); // without a key, the key form says why
   clearTimeout(refreshTimer); // another refresh may have set it meanwhile
@@ -7934,7 +7940,7 @@ async function submitTask(event) {
     renewDraftKey();
     location.hash = `task=${answer.task_id}`;
   } catch (error) {
-    showErrors(error.message);
+    showErrors(apiKey ? error.message : ''); // without a key, the key form says why
   }
 }
 
@@ -8012,15 +8018,16 @@ function stateLine(status) {
 }
 
 async function postAction(action) {
-  const { path, retryKey } = openedTask;
-  const options = { method: 'POST', headers: { 'Idempotency-Key': retryKey } };
+  const task = openedTask;
+  const options = { method: 'POST', headers: { 'Idempotency-Key': task.retryKey } };
   try {
-    const answer = await callApi(`${path}/${action}`, options);
+    const answer = await callApi(`${task.path}/${action}`, options);
+    if (task !== openedTask) return; // the user has left it meanwhile
     setText(ui.actionMessage, answer.message);
     if (action === 'retry') location.hash = `task=${answer.task_id}`;
     refresh();
   } catch (error) {
-    setText(ui.actionMessage, error.message);
+    if (task === openedTask) setText(ui.actionMessage, error.message);
   }
 }
 

@@ -12679,6 +12679,65 @@ def test_page_follows_log_until_one_scrolls_up(fresh: Site, browser: Browser) ->
     assert browser.evaluate("ui.log.scrollTop") == 0
 
 
+def test_page_ends_where_its_content_ends(fresh: Site, browser: Browser) -> None:
+    fresh.agent.follow(f"block; {SAY_HELLO}")
+    task = fresh.api.submit("Add a switch for dark mode. " * 50)
+    browser.evaluate(f"location.hash = 'task={task}'")
+    browser.enter_key()
+    browser.wait_for_text("Running: agent", "#taskState")
+    bottom = "document.querySelector('main').getBoundingClientRect().bottom"
+    for width in (360, 1280):
+        browser.show_as("light", width)
+        height = browser.evaluate("document.documentElement.scrollHeight")
+        assert height <= max(2400, browser.evaluate(f"{bottom} + scrollY"))
+
+
+def test_page_shows_answer_only_at_its_task(fresh: Site, browser: Browser) -> None:
+    fresh.agent.follow(f"block; {SAY_HELLO}")
+    first = fresh.api.submit("First")
+    second = fresh.api.submit("Second")
+    browser.evaluate(f"location.hash = 'task={first}'")
+    browser.enter_key()
+    cancel = browser.find("button", "Cancel")
+    fresh.server.signal(signal.SIGSTOP)  # the network is slow
+    browser.evaluate(f"{cancel}.click(), location.hash = 'task={second}'")
+    fresh.server.signal(signal.SIGCONT)
+    browser.wait_for_text("Second", "#taskTitle")
+    answered = """performance.getEntriesByType('resource')
+        .some((entry) => entry.name.endsWith('/cancel'))"""
+    wait_for(lambda: browser.evaluate(answered))
+    assert browser.text("#actionMessage") == ""
+    fresh.api.failed(first, "cancelled")
+
+
+def test_page_tells_if_the_server_hangs(fresh: Site, browser: Browser) -> None:
+    browser.enter_key()
+    browser.wait_for_text("No tasks yet")
+    hurry = "(ms) => timeout.call(AbortSignal, ms / 50)"
+    browser.evaluate(
+        f"window.timeout = AbortSignal.timeout, AbortSignal.timeout = {hurry}, 0"
+    )
+    fresh.server.signal(signal.SIGSTOP)
+    try:
+        browser.wait_for_text("The server does not answer. Trying again", "#banner")
+    finally:
+        fresh.server.signal(signal.SIGCONT)
+    wait_for(lambda: browser.text("#banner") == "")
+
+
+def test_page_keeps_form_and_not_its_error_if_key_is_refused(browser: Browser) -> None:
+    browser.evaluate("location.hash = 'new'")
+    browser.enter_key()
+    browser.fill("What should change", "Keep me")
+    browser.evaluate("apiKey = 'revoked', 0")
+    browser.click("button", "Submit task")
+    browser.wait_for_text("This API key is not valid", "#keyError")
+    browser.enter_key()
+    field = browser.find("field", "What should change")
+    assert browser.evaluate(f"{field}.value") == "Keep me"
+    assert browser.text("#formError") == ""
+
+
 def test_page_policy_allows_only_its_own_style_and_script(shared: Site) -> None:
     answer = shared.api.request("GET", "/", key="")
     policy = answer.headers["Content-Security-Policy"]
