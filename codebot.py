@@ -1965,6 +1965,10 @@ class NotFound(GitHubError):
     """Something does not exist (anymore), or GitHub does not show it to codebot."""
 
 
+class BranchNotSeen(GitHubError):
+    """GitHub refuses a pull request because it does not see what was pushed, or not yet."""
+
+
 class AppRefused(TransientError):
     """The App's key cannot sign, or GitHub rejected a JWT or token, or issued no token.
 
@@ -2139,9 +2143,17 @@ def github_error_text(status: int, payload: Json) -> str:
     return " ".join(" ".join(words).split())[:1000]
 
 
+# Two things that GitHub may mean by status 422: that comments and pull requests are made
+# too fast, and that it does not see a pushed branch or its commit.
+TOO_FAST_RE = re.compile(r"submitted too quickly|'code': 'abuse'")
+BRANCH_NOT_SEEN_RE = re.compile("'field': 'head', 'code': 'invalid'|No commits between")
+
+
 def is_rate_limit(reply: Reply) -> bool:
     if reply.status == 429:
         return True
+    if reply.status == 422:
+        return bool(TOO_FAST_RE.search(reply.error))
     return reply.status == 403 and (
         "retry-after" in reply.headers
         or reply.headers.get("x-ratelimit-remaining") == "0"
@@ -2156,6 +2168,8 @@ def raise_if_refused(reply: Reply) -> None:
         return
     if status == 403 and "suspended" in reply.error:  # temporary: the job waits
         raise TransientError(f"GitHub refuses the App: {reply.error}")
+    if status == 422 and BRANCH_NOT_SEEN_RE.search(reply.error):
+        raise BranchNotSeen(reply.error)
     if status in (404, 410):  # 410: it did exist
         raise NotFound(reply.error)
     raise GitHubError(reply.error)
@@ -2498,6 +2512,7 @@ class GitHubRepository:
         # accept the lookup token, which may only read names, for everything.
         self.id = int(payload.get("id") or LOOKUP)
         self.full_name = str(payload["full_name"])
+        self.is_archived = bool(payload.get("archived"))
         self.path = f"/repos/{self.full_name}"
 
     def get(self, path: str) -> Json:
@@ -5447,16 +5462,16 @@ def look_up_repository(run: JobRun) -> Repository:
         raise JobFailed(
             "clone_failed", f"Failed to clone repository: {message}"
         ) from None
-    check_identity(job, repository, github_repository)
+    check_repository(job, repository, github_repository)
     github.bot()  # the commit needs it; ask now, before the agent costs anything
     run.update(repository_id=github_repository.id)
     return repository._replace(github_repository=github_repository)
 
 
-def check_identity(
+def check_repository(
     job: Job, repository: Repository, github_repository: GitHubRepository
 ) -> None:
-    """Raise JobFailed if the task's repository was renamed or replaced by another."""
+    """Raise JobFailed if the task's repository was renamed, replaced or archived."""
     if github_repository.full_name.lower() != repository.full_name.lower():
         raise JobFailed(
             "clone_failed",
@@ -5468,6 +5483,12 @@ def check_identity(
             "clone_failed",
             f"The name {github_repository.full_name} now belongs to another repository. "
             "Submit the task again.",
+        )
+    if github_repository.is_archived and not job.commit_id:
+        raise JobFailed(
+            "clone_failed",
+            f"{repository.full_name} is archived, so nothing can be pushed to it. "
+            "Unarchive it at GitHub, and submit the task again.",
         )
 
 
@@ -5721,6 +5742,10 @@ def create_pull_request(workspace: Workspace) -> None:
             run.job.branch, run.job.base_name, title, body
         )
     except GitHubError as error:
+        # If GitHub says so again a minute later, it means it.
+        if isinstance(error, BranchNotSeen) and run.job.transient_since == 0:
+            message = f"GitHub does not see the pushed branch yet: {error}"
+            raise TransientError(message) from None
         raise JobFailed(
             "pull_request_failed",
             f"Branch {run.job.branch} was pushed, but GitHub refused the pull request: "
@@ -5743,6 +5768,9 @@ def react_to_issue(workspace: Workspace) -> None:
 
 # --- Review ------------------------------------------------------------------
 
+# GitHub allows 80 writes a minute. A review that spent them on reactions, in every run,
+# would never get any further.
+MAX_REACTIONS = 30
 # Seconds until something new is visible in all parts of GitHub.
 VISIBILITY_DELAY = 50.0
 LIMIT_TEXT = (
@@ -5893,7 +5921,7 @@ def load_comments(review: Review) -> Review:
     """Return the review with its reviewer's comments, except those deleted since.
 
     Before the request is classified, the reviewer's other waiting comments join the
-    review. Adds an "eyes" reaction to each comment that takes reactions.
+    review. Adds an "eyes" reaction to the first comments that take reactions.
     """
     run = review.run
     github_repository = review.github_repository
@@ -5915,6 +5943,8 @@ def load_comments(review: Review) -> Review:
         if comment is None or comment.user != run.job.reviewer:
             continue
         comments.append(comment)
+        if len(comments) > MAX_REACTIONS:
+            continue
         if comment.place == "inline":
             github_repository.react(f"/pulls/comments/{comment.id}")
         elif comment.place == "conversation":
@@ -6155,19 +6185,30 @@ def answer_threads(review: Review) -> None:
     if run.job.request_kind == "limit":
         comments = comments[:1]
     for thread, members in group_by_thread(comments).items():
-        first = members[0]
-        body = run.redact(answer_body(run.job, thread, first))
-        marker = f"<!-- codebot answer {run.job.id} {thread} -->"
-        inline_thread = first.thread if first.place == "inline" else 0
         try:
-            review.github_repository.post_once(
-                review.number, body, marker, inline_thread
-            )
-        except NotFound as error:
-            log.info("No answer to %s, which was deleted: %s", thread, error)
+            if not post_answer(review, thread, members[0]):
+                # Only a thread's first comment takes replies. If it was deleted, another
+                # one is answered in the conversation.
+                last = dataclasses.replace(members[-1], place="conversation")
+                if last.id != last.thread:
+                    post_answer(review, thread, last)
         except GitHubError as error:
             message = f"GitHub refused the answer: {error}"
             raise JobFailed("internal", message) from None
+
+
+def post_answer(review: Review, thread: str, first: Comment) -> bool:
+    """Post the answer of a thread, once. Returns False if the comment was deleted."""
+    run = review.run
+    body = run.redact(answer_body(run.job, thread, first))
+    marker = f"<!-- codebot answer {run.job.id} {thread} -->"
+    inline_thread = first.thread if first.place == "inline" else 0
+    try:
+        review.github_repository.post_once(review.number, body, marker, inline_thread)
+    except NotFound as error:
+        log.info("No answer to %s, which was deleted: %s", thread, error)
+        return False
+    return True
 
 
 def answer_body(job: Job, thread: str, first: Comment) -> str:
@@ -6205,7 +6246,8 @@ def own_words(job: Job, answer: str) -> str:
 # One thread asks GitHub what has changed: at the start, when a webhook says so, and at a
 # fixed interval with --enable-polling. If GitHub cannot answer, the request is repeated
 # after a minute, or when the rate limit ends. If GitHub refuses it, the next poll, delivery
-# or start asks again. Webhooks and polling share the store.
+# or start asks again; what a delivery asks for is also asked once more. Webhooks and polling
+# share the store.
 
 SYNC_INTERVAL = 1.0  # seconds between checks for due requests and for ended tasks
 # Seconds until a request is repeated after GitHub has refused the App: see AppRefused.
@@ -6261,6 +6303,8 @@ class Sync:
             self.process(request)
         except GitHubError as error:
             log.warning("%s was refused by GitHub: %s", request, error)
+            if request.is_new:  # perhaps GitHub does not show it everywhere yet
+                self.look_again(request)
             if request == SyncRequest():
                 self.waiting[request] = time.time() + APP_REFUSED_DELAY
                 return
@@ -7465,6 +7509,8 @@ def receive_comment(
 
 
 def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
+    if "label" not in payload:  # sent for each issue that had a label that was deleted
+        raise NoAction("A label was deleted from the repository")
     label = payload["label"]["name"].lower()
     if not label or label != codebot.config.issue_label.lower():
         raise NoAction("Not the label that turns an issue into a task")

@@ -14078,3 +14078,91 @@ def test_help_describes_commands_and_flags(fresh: Site) -> None:
         "--tls-key",
     ):
         assert re.search(rf"^  {flag}\b.*(\s+)[a-z]", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"resource": "PullRequest", "field": "head", "code": "invalid"},
+        {"code": "custom", "message": "No commits between main and u/codebot/x"},
+    ],
+)
+def test_branch_that_github_does_not_show_everywhere_yet_gets_pull_request(
+    shared: Site, error: dict[str, str]
+) -> None:
+    value = {"message": "Validation Failed", "errors": [error]}
+    shared.repository.fail("POST /pulls", 422, value)
+    assert shared.api.completed(shared.api.submit())["pr_number"] == 1
+    assert len(shared.agent.runs()) == 1
+
+
+def test_pull_request_submitted_too_quickly_is_opened_later(shared: Site) -> None:
+    error = {"code": "custom", "message": "was submitted too quickly"}
+    value = {"message": "Validation Failed", "errors": [error]}
+    shared.repository.fail("POST /pulls", 422, value, {"Retry-After": "1"})
+    assert shared.api.completed(shared.api.submit())["pr_number"] == 1
+    assert len(shared.agent.runs()) == 1
+
+
+def test_reply_in_thread_whose_first_comment_was_deleted_is_answered(
+    pull: Pull,
+) -> None:
+    pull.site.agent.follow(MAKE_CHANGE)
+    top = pull.site.person("bob").inline("Hm", webhook=False)
+    reply = pull.site.person("alice").inline("Say more", reply_to=top, webhook=False)
+    pull.site.repository.comments.remove(top)
+    pull.site.person("alice").announce(reply)
+    review = pull.review()
+    assert review["status"] == "completed"
+    assert review["commit"] == pull.tip()
+    assert pull.tip() in pull.answer()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"resource": "PullRequestReview", "code": "abuse", "field": "base"},
+        "was submitted too quickly",
+    ],
+)
+def test_answer_that_comes_too_quickly_for_github_is_posted_later(
+    pull: Pull, error: Any
+) -> None:
+    value = {"message": "Validation Failed", "errors": [error]}
+    pull.site.repository.fail(
+        "POST /pulls/1/comments/*/replies", 422, value, {"Retry-After": "1"}
+    )
+    comment = pull.site.person("alice").inline("Why?")
+    assert pull.review()["status"] == "completed"
+    assert pull.reply(comment)
+
+
+def test_task_in_archived_repository_costs_nothing(shared: Site) -> None:
+    fields = {**shared.repository.json(), "archived": True}
+    shared.repository.fail("GET ", 200, fields, always=True)
+    assert "archived" in shared.api.failed(shared.api.submit(), "clone_failed")
+    assert shared.agent.runs() == []
+
+
+def test_deletion_of_a_label_is_no_malformed_delivery(shared: Site) -> None:
+    issue = open_issue(shared)
+    payload = shared.person("alice").payload(
+        "unlabeled", issue=shared.repository.issues[issue.number]
+    )
+    # Without "label": GitHub sends this for each issue that had a label that was deleted.
+    assert shared.github.deliver("issues", payload).status == 200
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_label_on_issue_that_github_does_not_show_everywhere_yet_becomes_task(
+    shared: Site, status: int
+) -> None:
+    shared.agent.follow(GIVE_UP)
+    alice = shared.person("alice")
+    other = open_issue(shared, "Something else")
+    alice.label(other.number)
+    other.comments()  # the look at everything, at the start, is over
+    issue = open_issue(shared)
+    shared.repository.fail(f"GET /issues/{issue.number}/events*", status)
+    alice.label(issue.number)
+    issue.task()
