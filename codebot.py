@@ -151,7 +151,8 @@ KNOWN LIMITATIONS
   - Without a sandbox (CODEBOT_SANDBOX=none) the agent can read and write whatever
     codebot's user can: the keys, the database, git's token while git runs. codebot
     finds processes that a job left running by the variable CODEBOT_RUN in their
-    environment, in /proc; a process that removes the variable outlives the job.
+    environment, in /proc. A process that removes the variable outlives the job, as does
+    one whose environment codebot may not read, such as ssh-agent.
   - In bwrap the agent can read whatever codebot's user can read outside of the hidden
     directories. The home directory is hidden, but not its directories that PATH leads
     into: with ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml.
@@ -1475,9 +1476,9 @@ def run_program(
         return program.result()
 
 
-# The kernel starts no program with a larger environment, but a process can declare
-# gigabytes of its memory to be its own.
-MAX_ENVIRONMENT_BYTES = 8 << 20
+# Of an environment, where CODEBOT_RUN is searched. Ordinary ones are far smaller, but a
+# process can declare gigabytes of its memory to be its environment.
+MAX_ENVIRONMENT_BYTES = 128 << 10
 
 
 def tagged_processes(run_tag: str) -> list[int]:
