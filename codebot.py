@@ -1186,12 +1186,14 @@ def shown_by_terminal(line: str) -> str:
 
 
 # Runs a program on a node, between the lines SENTINEL and SENTINEL EXIT_CODE. $0 is the
-# sentinel. The last line of the program's output may lack a line end, hence the empty
-# line. A cluster ends a job by sending SIGTERM to the program and to this shell. So
+# sentinel. The last line of the launcher's or the program's output may lack a line end,
+# hence the empty lines. The program may empty the output (`>/dev/stdout`), hence the
+# pause, in which codebot reads the first sentinel. A cluster ends a job by sending SIGTERM to the program and to this shell. So
 # if SIGTERM has ended the program (143), the shell waits a second. If the shell is also
 # ended, it prints no exit code, and codebot sees a lost node and not a failed program.
 NODE_SCRIPT = """
-echo "$0"
+printf '\\n%s\\n' "$0"
+sleep 0.3
 "$@"
 code=$?
 [ $code = 143 ] && sleep 1
@@ -1298,6 +1300,9 @@ class RunningProgram:
                 self.check_limits()
             elif time.monotonic() > self.grace_ends_at:
                 return
+            silence = time.monotonic() - self.last_output
+            if self.node_code is not None and silence > RESULT_GRACE:
+                return  # the program has ended, but the launcher does not
             if not has_output:
                 # At most 0.1 s, and less at first, because exit_poll may never be ready.
                 age = time.monotonic() - self.started
@@ -1323,16 +1328,17 @@ class RunningProgram:
         """Note the program's start and exit code; return the lines that it printed."""
         output: list[str] = []
         for line in lines:
-            # In bwrap the program cannot see the sentinel, which is an argument of a
-            # process outside. Elsewhere it can forge this line.
+            # In bwrap the program can see the sentinel, which is an argument of a process
+            # outside, only if the launcher's output is also its own. Then, and elsewhere,
+            # it can forge this line.
             sentinel, _, code = line.partition(" ")
             if sentinel == launch.sentinel and re.fullmatch("[0-9]{1,3}", code):
                 self.node_code = int(code)
                 if output[-1:] == [""]:  # NODE_SCRIPT's, not the program's
                     output.pop()
-            elif self.is_on_node:
+            elif self.is_on_node and self.node_code is None:
                 output.append(line)
-            elif line == launch.sentinel:
+            elif line == launch.sentinel and not self.is_on_node:
                 self.is_on_node = True
                 self.started = self.last_output
                 self.stderr.last_lines.clear()  # the launcher's output

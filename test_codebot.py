@@ -11326,6 +11326,48 @@ def test_launched_agent_that_ends_itself_is_not_run_again(
     assert len(site.agent.runs()) == 1
 
 
+def change_launcher(cluster: StandInCluster, old: str, new: str) -> None:
+    launch = cluster.place / "launch"
+    script = launch.read_text()
+    assert old in script
+    launch.write_text(script.replace(old, new))
+
+
+def test_launcher_may_print_a_line_without_an_end(cluster: StandInCluster) -> None:
+    change_launcher(cluster, 'echo "$name waits for a node"', "printf 'waiting… '")
+    cluster.start_server()
+    task = cluster.site.api.submit(test_command="echo tested")
+    cluster.site.api.completed(task)
+    assert "test: tested" in cluster.site.api.messages(task)
+
+
+def test_launched_test_that_empties_its_output_has_a_time_limit(
+    cluster: StandInCluster,
+) -> None:
+    change_launcher(cluster, "exec 3<&0", "sleep 1.2; exec 3<&0")  # a busy node
+    cluster.start_server(CODEBOT_TASK_TIMEOUT="3")
+    task = cluster.site.api.submit(test_command=": >/dev/stdout; sleep 8")
+    cluster.site.api.failed(task, "timeout")
+
+
+def test_launcher_that_outlives_its_program_is_ended(cluster: StandInCluster) -> None:
+    launch = cluster.place / "launch"
+    launch.write_text(launch.read_text() + "sleep 600\n")
+    cluster.start_server(CODEBOT_STALL_TIMEOUT="5")
+    cluster.site.api.completed(cluster.site.api.submit(test_command="echo tested"))
+
+
+def test_words_of_the_launcher_after_the_end_are_not_the_programs(
+    cluster: StandInCluster,
+) -> None:
+    launch = cluster.place / "launch"
+    launch.write_text(launch.read_text() + "echo pod deleted\n")
+    cluster.start_server()
+    cluster.site.agent.follow("say 'I give up'; exit 1")
+    error = cluster.site.api.failed(cluster.site.api.submit(), "agent_failed")
+    assert "I give up" in error
+
+
 def test_exit_code_and_output_are_those_of_the_launched_program(
     launching: StandInCluster,
 ) -> None:
