@@ -169,6 +169,8 @@ KNOWN LIMITATIONS
   - Only the host limits an agent's memory, processes and disk space. If it fills the
     disk of the work directory, jobs are retried for a time and then fail; while the
     database cannot be written, they wait.
+  - What CODEBOT_SANDBOX or CODEBOT_LAUNCHER runs as another user, such as with sudo,
+    cannot be ended.
   - With a launcher, the node sees the work directory. The directories that bwrap hides,
     and its version, are determined on this host; a directory that exists only on the
     node is not hidden there.
@@ -1367,7 +1369,7 @@ class RunningProgram:
         Raises TransientError if the launcher or the node failed, or if the program failed
         and the disk is full or the program says that it is.
         """
-        code = self.child.wait()
+        code = self.child.poll() or 0  # None: it could not be ended
         if self.launch is not None:
             # Without an exit code from the node, something has ended the program or the
             # node. This counts as a signal, because codebot's own stop may be the cause.
@@ -1419,7 +1421,11 @@ def end_process_group(child: subprocess.Popen[bytes]) -> None:
                 break
             time.sleep(0.01)
     signal_group(child.pid, signal.SIGKILL)
-    child.wait()
+    try:
+        child.wait(KILL_GRACE)
+    except subprocess.TimeoutExpired:
+        # It runs as another user, by way of sudo, or waits for a dead file system.
+        log.error("Process %d (%s) cannot be ended", child.pid, child.args)
 
 
 def make_exit_poll(process: int, files: contextlib.ExitStack) -> select.poll:
