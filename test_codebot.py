@@ -2669,6 +2669,15 @@ def test_only_the_secret_part_of_key_file_is_searched_for(
         assert redact.has_secret(text)
 
 
+@pytest.mark.parametrize(("length", "is_found"), [(15, False), (16, True)])
+def test_secret_of_agent_is_searched_for_in_a_change_unless_it_is_short(
+    length: int, is_found: bool
+) -> None:
+    secret = "s" * length
+    config = codebot.Config(agent_env=("MY_TOKEN",), variables={"MY_TOKEN": secret})
+    assert codebot.Redactor(config).has_secret(f"key = {secret}\n") == is_found
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -4080,6 +4089,24 @@ def test_idempotency_key_finds_its_task_even_if_the_queue_is_full(
         store_task(store, "Something else", idempotency_key="k")
     assert refused.value.status == 409
     assert store.count_pending("task") == 1
+
+
+def test_idempotency_key_is_refused_after_a_change_of_test_commands(
+    store: codebot.Store,
+) -> None:
+    url = "https://github.com/acme/widget"
+    fields = {"repository_url": url, "description": "Say hello"}
+
+    def add_task(test_command: str) -> codebot.Job:
+        config = codebot.Config(test_commands=(("*", test_command),))
+        request = codebot.read_task_request(config, fields)
+        return store.add_task(request, "a client", 10, "k")
+
+    job = add_task("make test")
+    assert add_task("make test") == job
+    with pytest.raises(codebot.HTTPError, match="Idempotency-Key") as refused:
+        add_task("make check")
+    assert refused.value.status == 409
 
 
 def test_label_event_becomes_a_task_once(store: codebot.Store) -> None:
@@ -9251,9 +9278,12 @@ def read_stream_until(stream: http.client.HTTPResponse, text: str) -> str:
         ("KEEPALIVE_INTERVAL", 15.0),
         ("DATABASE_TEST_INTERVAL", 10.0),
         ("LOCK_TIMEOUT", 2.0),  # twice at most: for other writers and other programs
+        ("DAILY_REVIEW_JOBS", 50),
+        ("ACCESS_REFUSAL_TTL", 60.0),
+        ("RETRY_LIMIT", {"task": 3600.0, "review": 86400.0}),
     ],
 )
-def test_limit_is_that_of_the_contract(name: str, value: float) -> None:
+def test_limit_is_that_of_the_contract(name: str, value: Any) -> None:
     assert getattr(codebot, name) == value
 
 
@@ -10869,6 +10899,15 @@ def test_logs_continue_after_a_sequence_number(shared: Site) -> None:
     assert_is_error(response, 400, "before")
 
 
+def test_logs_return_1000_events_at_most(shared: Site) -> None:
+    task = submit_failing(shared)
+    before = len(shared.api.events(task))
+    add_events(shared, task, [f"Number {number}." for number in range(1000)])
+    events = shared.api.events(task)
+    assert len(events) == 1000
+    assert len(shared.api.events(task, after=events[-1]["seq"])) == before
+
+
 # --- API: cancel and retry ---------------------------------------------------
 
 
@@ -11267,6 +11306,8 @@ def test_agent_and_tests_are_launched_and_git_is_not(launching: StandInCluster) 
     assert len(own_calls) == 2
     assert str(site.agent.path) in own_calls[0]
     assert "echo tested" in own_calls[1]
+    # Everybody on the cluster may see the arguments.
+    assert MODEL_KEY not in "".join(calls)
     messages = site.api.messages(task)
     phases = [m[len("phase: ") :] for m in messages if m.startswith("phase: ")]
     assert phases[:6] == ["clone", "queued", "agent", "queued", "test", "commit"]
