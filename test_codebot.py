@@ -1245,9 +1245,14 @@ answer() {  # TEXT: answers each comment with "TEXT ID."
     done
     structured "{\"answers\":[${answers#,}],\"summary\":\"$1.\"}"
 }
-block() {  # [NAME]: waits until the test releases it
+block() {  # [NAME]: waits until the test releases it; is never silent for long
     : >"$place/blocked-$1"
-    while [ ! -e "$place/released-@GENERATION@" ]; do sleep 0.02; done
+    pauses=0
+    while [ ! -e "$place/released-@GENERATION@" ]; do
+        sleep 0.02
+        pauses=$((pauses + 1))
+        [ $((pauses % 25)) != 0 ] || echo
+    done
 }
 """
 SAY_HELLO = "echo hello >hello.txt; result 'Wrote hello.txt.'"
@@ -4268,14 +4273,14 @@ def locked_database(server: ServerProcess) -> Iterator[None]:
 
 
 def test_locked_database_refuses_submits_and_delays_no_reader(fresh: Site) -> None:
-    fresh.server.start(limits={"LOCK_TIMEOUT": 1.0})
+    fresh.server.start()
     task = fresh.api.submit()
     fresh.api.completed(task)
     with locked_database(fresh.server):
         started = time.monotonic()
-        with concurrent.futures.ThreadPoolExecutor(30) as pool:
+        with concurrent.futures.ThreadPoolExecutor(15) as pool:
             body = fresh.api.fields()
-            submits = [pool.submit(fresh.api.post_task, body) for _ in range(30)]
+            submits = [pool.submit(fresh.api.post_task, body) for _ in range(15)]
             for _ in range(3):
                 fresh.api.status(task)
                 assert fresh.api.request("GET", "/health", key="").status in (200, 503)
@@ -4981,7 +4986,7 @@ def test_agents_and_tests_that_hang_are_ended(fresh: Site) -> None:
         "--workers",
         "5",
         limits={"KILL_GRACE": 0.2, "MIN_GIT_TIMEOUT": 1.0},
-        CODEBOT_TASK_TIMEOUT="6",  # for the agent, git and the tests together
+        CODEBOT_TASK_TIMEOUT="8",  # for the agent, git and the tests together
         CODEBOT_STALL_TIMEOUT="2",
     )
     hang = "trap '' TERM; setsid sleep 300 & while :; do sleep 0.1; echo COMMAND; done"
@@ -6641,7 +6646,7 @@ def test_old_task_loses_log_and_workspace_and_row_when_pull_request_is_closed(
     wait_for(lambda: fresh.api.get(path).status == 404)
     assert fresh.api.status(running)["status"] == "running"
     fresh.agent.release()
-    fresh.api.failed(running, "agent_failed")
+    fresh.server.wait_for_log(f"{running}: running -> failed (agent_failed")
     wait_for(lambda: fresh.api.get(f"/api/tasks/{running}/status").status == 404)
 
 
@@ -8185,7 +8190,7 @@ def test_failure_is_reported_before_the_next_review_runs(fresh: Site) -> None:
 
 
 def test_hanging_agent_is_reported_in_the_thread(limited: Site) -> None:
-    pull = open_pull(limited, "block")
+    pull = open_pull(limited, "exec sleep 300")
     limited.person("alice").inline("Say more")
     review = pull.review()
     assert review["reason"] == "stalled"
@@ -8690,10 +8695,10 @@ def test_label_of_deleted_user_is_ignored(shared: Site) -> None:
 
 def test_other_label_is_ignored(shared: Site) -> None:
     issue = open_issue(shared)
-    requests = len(shared.github.requests)
+    requests = shared.repository.count("*")
     shared.person("alice").label(issue.number, "bug")
     issue.assert_ignored("Not the label")
-    assert len(shared.github.requests) == requests
+    assert shared.repository.count("*") == requests
 
 
 def test_label_put_on_and_taken_off_at_once_is_ignored(shared: Site) -> None:
@@ -9903,7 +9908,6 @@ def test_client_that_reads_nothing_is_dropped(hurried_site: Site) -> None:
     requests = 400
     with connect_with_small_buffer(server) as connection:
         connection.sendall(GET_PAGE * requests)
-        assert is_open_on_server(server, connection)
         wait_for(lambda: not is_open_on_server(server, connection))
         received = b""
         with contextlib.suppress(ConnectionError):
@@ -13499,7 +13503,7 @@ def test_second_signal_ends_server_at_once(fresh: Site) -> None:
     fresh.server.signal(signal.SIGTERM)
     fresh.server.wait_for_log("Stopping")
     fresh.server.signal(signal.SIGINT)
-    assert fresh.server.wait_exit(2) == 1
+    assert fresh.server.wait_exit(10) == 1
     for pid in codebot.tagged_processes(""):
         with contextlib.suppress(OSError):
             if str(fresh.directory) in os.readlink(f"/proc/{pid}/cwd"):
@@ -13552,14 +13556,16 @@ def test_server_without_standard_input_has_a_watchdog(fresh: Site) -> None:
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline().startswith("HTTP API enabled")
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        [watchdog] = children.read_text().split()
-        state = Path(f"/proc/{watchdog}/stat").read_text().split()[2]
-        process.terminate()
-        process.communicate()
-    assert state == "S"  # not a zombie
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("HTTP API enabled")
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            [watchdog] = children.read_text().split()
+            stat = Path(f"/proc/{watchdog}/stat")
+            wait_for(lambda: stat.read_text().split()[2] == "S")  # it is no zombie
+        finally:
+            process.terminate()
+            process.communicate()
 
 
 PRINT_DUMPABLE = """
