@@ -1384,6 +1384,10 @@ class AgentScript:
 SHORT_PAUSES = {"SYNC_INTERVAL": 0.1, "TIMER_INTERVAL": 0.1, "GITHUB_RETRY_DELAY": 0.1}
 
 
+def process_ids() -> set[int]:
+    return {int(name) for name in os.listdir("/proc") if name.isdecimal()}
+
+
 class ServerProcess:
     """`codebot.py serve` as a process, in a directory of its own."""
 
@@ -1402,6 +1406,7 @@ class ServerProcess:
         self.flags: tuple[str, ...] = ()
         self.limits: dict[str, Any] = {}
         self.settings: dict[str, str | None] = {}
+        self.older_processes = process_ids()
         for path in (self.start_dir, self.home, directory / "tmp"):
             path.mkdir()
 
@@ -1557,10 +1562,9 @@ class ServerProcess:
         """Return the processes, other than the server, that belong to this directory."""
         server = self._read_process(self.process.pid)[0] if self.process else b""
         strays = []
-        for path in Path("/proc").glob("[0-9]*"):
-            pid = int(path.name)
+        for pid in process_ids() - self.older_processes:
             command, text = self._read_process(pid)
-            if pid == os.getpid() or command in (b"", server):
+            if command in (b"", server):
                 continue
             if str(self.directory).encode() in text:
                 strays.append(f"{pid} {command!r}")
