@@ -5950,17 +5950,16 @@ def test_branch_that_was_merged_and_deleted_meanwhile_is_not_pushed_again(
     assert fresh.repository.branches() == ["main"]
 
 
-def test_github_is_not_asked_before_its_rate_limit_ends(fresh: Site) -> None:
-    fresh.server.start(limits={"RETRY_DELAY": 0.1, "MAX_INLINE_WAIT": 0.5})
+def test_github_is_not_asked_before_its_rate_limit_ends(shared: Site) -> None:
     body = {"message": "API rate limit exceeded"}
-    fresh.repository.fail("POST /pulls", 429, body, {"Retry-After": "2"})
-    task = fresh.api.submit()
-    fresh.api.completed(task)
-    requests = list(fresh.github.requests)
-    [refused, _] = [r for r in requests if r.matches("POST /pulls", fresh.repository)]
+    shared.repository.fail("POST /pulls", 429, body, {"Retry-After": "2"})
+    task = shared.api.submit()
+    shared.api.completed(task)
+    requests = list(shared.github.requests)
+    [refused, _] = [r for r in requests if r.matches("POST /pulls", shared.repository)]
     after = [r for r in requests if r.received > refused.received]
     assert after[0].received - refused.received > 1.5
-    assert len(fresh.agent.runs()) == 1
+    assert len(shared.agent.runs()) == 1
 
 
 def test_short_rate_limit_does_not_end_a_longer_one() -> None:
@@ -5996,12 +5995,11 @@ def test_job_does_not_wait_for_ever(limit: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("status", [200, 404])
-def test_json_that_is_nested_too_deeply_is_no_crash(fresh: Site, status: int) -> None:
-    fresh.server.start(limits={"RETRY_DELAY": 0.1})
-    fresh.repository.fail("GET /pulls*", status, b"[" * 200_000)
-    task = fresh.api.submit()
+def test_json_that_is_nested_too_deeply_is_no_crash(shared: Site, status: int) -> None:
+    shared.repository.fail("GET /pulls*", status, b"[" * 200_000)
+    task = shared.api.submit()
     ends = {200: ("completed", None), 404: ("failed", "pull_request_failed")}
-    end = fresh.api.wait_end(task)
+    end = shared.api.wait_end(task)
     assert (end["status"], end.get("reason")) == ends[status]
 
 
@@ -6145,19 +6143,19 @@ def test_outage_during_first_task_costs_no_run_of_the_agent(fresh: Site) -> None
 
 
 def test_outage_before_the_agent_ran_does_not_shorten_the_next_one(
-    fresh: Site,
+    shared: Site,
 ) -> None:
-    fresh.server.start(limits={"RETRY_DELAY": 0.1})
-    fresh.repository.fail("GET /info/refs?service=git-upload-pack", 503, b"")
-    fresh.agent.follow(f"block; {SAY_HELLO}")
-    task = fresh.api.submit()
-    fresh.agent.wait_until_blocked()
-    assert "Trying again later" in str(fresh.api.messages(task))
-    with fresh.server.database() as database:
-        rows = database.execute("SELECT transient_since FROM jobs").fetchall()
+    shared.repository.fail("GET /info/refs?service=git-upload-pack", 503, b"")
+    shared.agent.follow(f"block; {SAY_HELLO}")
+    task = shared.api.submit()
+    shared.agent.wait_until_blocked()
+    assert "Trying again later" in str(shared.api.messages(task))
+    with shared.server.database() as database:
+        query = "SELECT transient_since FROM jobs WHERE id = ?"
+        rows = database.execute(query, (task,)).fetchall()
     assert rows == [(0.0,)]
-    fresh.agent.release()
-    fresh.api.completed(task)
+    shared.agent.release()
+    shared.api.completed(task)
 
 
 def test_git_that_is_told_429_is_retried(shared: Site) -> None:
