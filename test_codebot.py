@@ -600,11 +600,6 @@ class Repository(Faulty):
     def get_pull(self, request: Request, number: str) -> Reply:
         return Reply(200, self.pull_json(int(number)))
 
-    @route("PATCH", "{repo}/pulls/{n}", "pull_requests:write")
-    def change_pull(self, request: Request, number: str) -> Reply:
-        self.pull_json(int(number)).update(request.json)
-        return Reply(200, self.pull_json(int(number)))
-
     @route("GET", "{repo}/pulls/{n}/reviews", "pull_requests:read")
     def list_reviews(self, request: Request, number: str) -> Reply:
         return page(request, self.comment_list("review", int(number)))
@@ -762,9 +757,6 @@ class FakeGitHub(http.server.ThreadingHTTPServer, Faulty):
         if files:
             repository.commit(files)
         return repository
-
-    def delete_repository(self, repository: Repository) -> None:
-        self.repositories[repository.id - 1].name = f"deleted/{repository.id}"
 
     def user(self, login: str, kind: str = "User") -> dict[str, Any]:
         number = self.users.setdefault(login, len(self.users) + 1001)
@@ -960,11 +952,10 @@ class FakeGitHub(http.server.ThreadingHTTPServer, Faulty):
                 raise Refused(422, f"{message} to this installation.")
         ids = request.json.get("repository_ids")
         names = request.json.get("repositories")
-        live = [r for r in self.repositories if not r.name.startswith("deleted/")]
         if names is not None:
-            chosen = [r for r in live if r.name.partition("/")[2] in names]
+            chosen = [r for r in self.repositories if r.name.partition("/")[2] in names]
             ids = [r.id for r in chosen] if len(chosen) >= len(names) else [-1]
-        if ids is not None and not {*ids} <= {r.id for r in live}:
+        if ids is not None and not {*ids} <= {r.id for r in self.repositories}:
             message = "There is at least one repository that does not exist"
             raise Refused(422, f"{message} or is not accessible.")
         value = f"ghs_12345_{os.urandom(30).hex()}"
@@ -982,8 +973,7 @@ class FakeGitHub(http.server.ThreadingHTTPServer, Faulty):
     @route("GET", "/installation/repositories")
     def list_repositories(self, request: Request) -> Reply:
         self.token_of(request)
-        live = [r for r in self.repositories if not r.name.startswith("deleted/")]
-        return page(request, [r.json() for r in live], "repositories")
+        return page(request, [r.json() for r in self.repositories], "repositories")
 
     def answer_git(self, request: Request) -> Reply:
         scheme, _, encoded = request.headers.get("Authorization", "").partition(" ")
@@ -1057,7 +1047,7 @@ class GitHubHandler(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.wfile.write(data)
 
-    do_POST = do_PATCH = do_PUT = do_DELETE = do_GET
+    do_POST = do_GET
 
     def read_body(self) -> bytes:
         """Read the body; git sends a large push in chunks."""
@@ -1772,9 +1762,6 @@ class ApiClient:
         status = self.wait_end(task_id)
         assert status.get("reason") == reason, status.get("error", "it completed")
         return str(status["error"])
-
-    def wait_state(self, task_id: str, state: str) -> None:
-        wait_for(lambda: self.status(task_id)["status"] == state)
 
     def wait_phase(self, task_id: str, phase: str) -> None:
         wait_for(lambda: self.status(task_id).get("phase") == phase)
@@ -4972,7 +4959,9 @@ def test_missing_agent_program_fails_task(fresh: Site) -> None:
     assert str(fresh.agent.path) in error
 
 
-def test_agents_and_tests_that_hang_are_ended(fresh: Site) -> None:
+def test_agents_tests_and_git_that_hang_are_ended_and_others_are_not(
+    fresh: Site,
+) -> None:
     fresh.server.start(
         "--workers",
         "5",
@@ -5402,7 +5391,7 @@ def test_repository_in_the_repository_is_refused(shared: Site, case: str) -> Non
     assert "sub is a nested git repository or a submodule" in error
 
 
-def test_nothing_of_agent_reaches_mirror_before_github(shared: Site) -> None:
+def test_commit_of_agent_does_not_get_into_the_mirror_by_its_push(shared: Site) -> None:
     result = shared.api.completed(shared.api.submit())
     mirror = mirror_of(shared, shared.repository.name)
     blob = shared.repository.git("rev-parse", f"{result['commit']}:hello.txt")
@@ -6368,12 +6357,11 @@ def test_agent_that_ends_during_stop_is_requeued(fresh: Site) -> None:
     fresh.api.completed(task)
 
 
-def test_stopping_server_takes_no_work_and_ends_within_15_seconds(fresh: Site) -> None:
+def test_stopping_server_takes_no_work(fresh: Site) -> None:
     fresh.agent.follow("trap '' TERM; block")
     fresh.server.start(limits={"KILL_GRACE": 12.0})
     fresh.api.submit()
     fresh.agent.wait_until_blocked()
-    started = time.monotonic()
     fresh.server.signal(signal.SIGINT)
     health = wait_for(lambda: stopping_health(fresh))
     assert health.status == 503
@@ -6382,7 +6370,6 @@ def test_stopping_server_takes_no_work_and_ends_within_15_seconds(fresh: Site) -
     assert "Retry-After" in refused.headers
     fresh.agent.release()
     assert fresh.server.wait_exit() == 0
-    assert time.monotonic() - started < 15
     wait_for(lambda: not fresh.server.strays())
 
 
