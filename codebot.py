@@ -6,8 +6,8 @@ runs Claude Code on the task in a clone of the repository, in a sandbox, runs th
 makes one commit, pushes a branch and opens a pull request. When reviewers comment on it,
 codebot answers, or changes the code and pushes again.
 
-It needs Python 3.9 and its standard library, and runs the programs git, openssl, sh,
-bwrap and claude.
+It needs Python 3.9 or newer with its standard library, and runs the programs git,
+openssl, sh, bwrap and claude.
 
     python3 codebot.py demo    try it: one task from end to end, no configuration
     python3 codebot.py check   check the requirements; says how to fix what it finds
@@ -43,9 +43,10 @@ GLOSSARY
   agent          the Claude CLI process
   session        the agent's conversation with the model, kept in the workspace's home
   workspace      the directory in which an agent works: repo, home, tmp
-  mirror         the bare copy of a repository that codebot itself owns
+  mirror         codebot's own bare copy of a repository
+  bwrap          bubblewrap, the default sandbox
   outbox         the bare repository in which codebot makes the commit and from which it
-                 pushes; it is not visible in bwrap
+                 pushes; an agent in bwrap cannot see it
   base           the branch that the agent's branch starts from
   base commit    the parent of codebot's commit: for a task the tip of the base, for a
                  review the tip of the pull request's branch
@@ -78,8 +79,8 @@ WHO IS TRUSTED WITH WHAT
                  have write access to the repository. The same holds for a person who
                  labels an issue: GitHub is asked when the task is submitted. (A refusal
                  is remembered for a minute.) Nobody else can start the agent, but the
-                 text of a labeled issue may be anyone's, and a comment by anybody waits
-                 as a review until GitHub has been asked.
+                 text of a labeled issue may be anyone's. Anyone's comment is stored as a
+                 pending review, and GitHub is asked when that starts.
   Others at GitHub   can stop work, if they may remove the label or close the pull
                  request.
   GitHub         is believed, over TLS. A delivery is believed only if the signature of
@@ -92,8 +93,9 @@ WHO IS TRUSTED WITH WHAT
                    and everything that the repository's mirror has ever fetched. So
                    whoever can steer an agent can obtain the model's key and the listed
                    variables, which are the same for all repositories.
-                 - It has the host's network: services on this machine (including other
-                   agents'), the local network, and a cloud's metadata address.
+                 - It has the host's network: services on this machine, including those
+                   that other agents start, the local network, and a cloud's metadata
+                   address.
                  - In bwrap it cannot see codebot's processes, the database, other
                    workspaces, or the directories of .env, the App's key and the TLS key.
                    It cannot itself change any file outside its own workspace.
@@ -109,12 +111,12 @@ WHO IS TRUSTED WITH WHAT
                  such a sandbox hides.
 
 WHAT LEAVES THE HOST
-  to GitHub      requests of GitHub.send: queries, reactions, pull requests, answers, and
-                 comments on what became of a task or a review. They contain words of the
-                 task, of the reviewer and of the agent, file names, the test command, the
-                 end of a failing test's output, time and cost, and error messages, all
-                 redacted.
-                 git asks for branches, fetches, and pushes the commit after the checks by
+  to GitHub      requests sent by GitHub.send: queries, reactions, pull requests,
+                 answers, and comments on what became of a task or a review. They contain
+                 words of the task, of the reviewer and of the agent, file names, the
+                 test command, the end of a failing test's output, time and cost, and
+                 error messages, all redacted.
+                 git lists branches, fetches, and pushes the commit after the checks by
                  fsck and DiffScanner.
   to the task's remote   with --no-github: the same requests by git
   to the model   what the agent sends: its prompt, and whatever it reads
@@ -143,8 +145,8 @@ WHERE SECRETS GO
   codebot was started, including listed variables, but without CODEBOT_API_KEYS,
   GITHUB_WEBHOOK_SECRET and MODEL_VARIABLE_NAMES.
   codebot writes none of these secrets into a file with a name. While a program runs, its
-  input and output are in unlinked files (openssl's are the two parts of a JWT). But the
-  agent's home keeps its session, with everything that the agent has printed.
+  input and output are in unlinked files (openssl's are a JWT's content and signature).
+  But the agent's home keeps its session, with everything that the agent has printed.
 
 KNOWN LIMITATIONS
   The sandbox
@@ -159,7 +161,7 @@ KNOWN LIMITATIONS
     Another home of the same user, which HOME does not name, is not hidden. Nor are the
     work directory and the TLS key of another codebot: the agent of `run`, for example,
     can read those of a server that the same user runs. If .env or a key is a symlink
-    that comes to name another file while an agent runs, that agent can read the file.
+    that is changed while an agent runs, that agent can read the new target.
   - A file system that the host mounts while an agent runs, even because the agent named
     a path of an automounter, appears in bwrap, and it can be written there.
   - In bwrap the agent can connect to abstract sockets, and to sockets in directories
@@ -186,15 +188,17 @@ KNOWN LIMITATIONS
   The agent
   - Its events, summary, cost and turns are self-reported. "The tests passed" means that
     the command exited with 0 in a workspace where the agent could have changed the
-    tests, and files in HOME that they read. A hostile test can name another tree
-    than the one that was tested. That tree is also inspected before it is pushed.
-  - The agent's home, with its session, is kept for the reviews of its pull request.
+    tests, and files in HOME that they read. A hostile test can have codebot
+    commit another tree than the one that was tested. That tree is also inspected
+    before it is pushed.
+  - The agent's home, with its session, is kept for the reviews of its pull request,
+    for CODEBOT_TASK_RETENTION after the last one.
     What has misled the agent once, or was left there by a test, is still there when a
     trusted reviewer's request is carried out.
   - That the repository's Claude settings, hooks and MCP servers are not loaded, and
     that an answer only reads, depends on options and variables of the Claude CLI.
     `check` wants version 2.0 or newer, but nothing tests that the CLI honors them.
-  - Secrets are recognized verbatim, or if they are in base64 by themselves: in what is
+  - Secrets are recognized only verbatim, or encoded in base64 on their own: in what is
     logged and sent to GitHub, those of 6 or more characters; in the text files of a
     change, those of 16 or more, in lines of at most 8 MiB. An agent that writes a
     secret in another way, such as backwards, into a binary file, or as the name of an
@@ -225,10 +229,11 @@ KNOWN LIMITATIONS
     sending large ones.
 
   With --no-github
-  - A client can have hooks run as codebot's user, outside the sandbox, if git pushes to
-    a repository in which an agent could plant them. codebot refuses those in its own
-    work directory by their path, but not those in other work directories on this host,
-    such as the ones that `run` leaves in /tmp, nor those that an ssh address reaches.
+  - If a client names a local repository to which an agent can write, hooks that the
+    agent plants there run as codebot's user, outside the sandbox, when git pushes.
+    codebot refuses repositories in its own work directory by their path, but not those
+    in other work directories on this host, such as the ones that `run` leaves in /tmp,
+    nor those that an ssh address reaches.
   - git before 2.45.1 (in the 2.39 series, before 2.39.4) runs the hooks of another
     user's repository on this host when it pushes there.
   - codebot's credential may be allowed to change workflows.
@@ -557,8 +562,8 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 Flags = Mapping[str, Any]  # of the command line, by name; main() adds the umask
 
 
-# Parsers of settings. A parser refuses a text by raising ValueError. The message is the
-# rest of a sentence after the setting's name. `str` and `bool` also serve as parsers.
+# Parsers of settings. A parser refuses a text by raising ValueError. The message completes
+# a sentence that begins with the setting's name. `str` and `bool` also serve as parsers.
 
 
 def split_commas(text: str) -> Sequence[str]:
@@ -905,6 +910,10 @@ def unreadable_files(config: Config) -> Iterator[str]:
             )
 
 
+# A wildcard in a URL's host, with more after it: that may match in the path of another host.
+WILD_HOST_RE = re.compile(r"(\w+://|[\w.-]+@)?[^/:]*[*?\[].", re.ASCII)
+
+
 def conflicting_settings(config: Config) -> Iterator[str]:
     """Yield a sentence for each setting that makes no sense, alone or with another."""
     if not config.variables.get("CODEBOT_ALLOWED_REPOSITORIES", "*").strip(BLANKS):
@@ -923,6 +932,11 @@ def conflicting_settings(config: Config) -> Iterator[str]:
             yield (
                 f"{name} is not owner/name; to allow all repositories of an owner, write "
                 "owner/*."
+            )
+        if config.no_github and pattern != "*" and WILD_HOST_RE.match(pattern):
+            yield (
+                f"{name} has a wildcard in its host, so it would also match other hosts. "
+                "Write the host in full."
             )
         if config.no_github and re.match(r"[\w.-]+/", pattern):
             yield (
@@ -992,8 +1006,8 @@ def forms_of(secrets: Iterable[str]) -> list[str]:
         if len(secret) >= MIN_REDACTED_LENGTH:
             forms.add(secret)
             data = secret.encode("utf-8", "surrogateescape")
-            # git sends base64("x-access-token:TOKEN"). TOKEN begins after 15 bytes, a
-            # multiple of 3, so what git sends ends with base64(TOKEN).
+            # git sends base64("x-access-token:TOKEN"). base64 encodes each 3 bytes by
+            # themselves, and TOKEN follows 15 bytes, so the end is base64(TOKEN).
             for encode in (base64.b64encode, base64.urlsafe_b64encode):
                 forms.add(encode(data).decode().rstrip("="))
     return sorted(forms, key=len, reverse=True)
@@ -1190,9 +1204,10 @@ def shown_by_terminal(line: str) -> str:
 # Runs a program on a node, between the lines SENTINEL and SENTINEL EXIT_CODE. $0 is the
 # sentinel. The last line of the launcher's or the program's output may lack a line end,
 # hence the empty lines. The program may empty the output (`>/dev/stdout`), hence the
-# pause, in which codebot reads the first sentinel. A cluster ends a job by sending SIGTERM to the program and to this shell. So
-# if SIGTERM has ended the program (143), the shell waits a second. If the shell is also
-# ended, it prints no exit code, and codebot sees a lost node and not a failed program.
+# pause, in which codebot reads the first sentinel. A cluster ends a job by sending
+# SIGTERM to the program and to this shell. So if SIGTERM has ended the program (143), the
+# shell waits a second. If the shell is also ended, it prints no exit code, and codebot
+# sees a lost node and not a failed program.
 NODE_SCRIPT = """
 printf '\\n%s\\n' "$0"
 sleep 0.3
@@ -1228,8 +1243,8 @@ class OutputFile:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
-        # The program may reopen and empty this file, with `>/dev/stdout`. O_APPEND keeps
-        # others who print here from overwriting what it writes then.
+        # A program can empty its own output, with `>/dev/stdout`. Without O_APPEND, others
+        # that print here would go on at their old position, or overwrite what it prints.
         fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
         self.last_lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
         self.has_new_bytes = False  # whether the last read_lines found any
@@ -1293,7 +1308,7 @@ class RunningProgram:
     def watch(self) -> None:
         """Pass on the output until the program ends. Raises what check_limits raises."""
         while True:
-            # This is checked first, so that all output before the exit is read.
+            # Checked before reading, so that no output before the exit is missed.
             has_exited = self.child.poll() is not None
             has_output = self.read_output(has_exited)
             if has_exited and not has_output:
@@ -1408,8 +1423,8 @@ def end_process_group(child: subprocess.Popen[bytes]) -> None:
     If the program still runs, the group gets SIGTERM and, after KILL_GRACE, SIGKILL. What
     a program has left behind at its own end gets SIGKILL at once.
 
-    In practice, no other group has this one's number by then: the kernel reuses a number
-    only after all others, and never while a group has it.
+    That another group has this one's number by then is possible in theory only: the
+    kernel reuses a number after all others, and never while a group has it.
     """
     if child.poll() is None:
         signal_group(child.pid, signal.SIGTERM)
@@ -1768,10 +1783,10 @@ def agent_program_files(config: Config, covers: Mapping[str, str]) -> Iterator[s
 def tops_in_tmp(paths: Iterable[str]) -> set[str]:
     """Return the topmost directory in /tmp above each path that is deeper in /tmp.
 
-    These must be covers, too. /tmp is the workspace's, so bwrap makes the mount points
-    for such paths where the agent can write. It cannot replace a mount point, but it
-    could replace a directory above one with a symlink, which bwrap before 0.12 would
-    follow out of the sandbox (CVE-2026-87766).
+    In the sandbox, /tmp is a directory of the workspace. bwrap makes missing mount points
+    there, and the agent could later replace a directory above one with a symlink. When
+    the next command starts, bwrap before 0.12 would follow it out of the sandbox
+    (CVE-2026-87766). A mount point cannot be replaced, so these become some, too.
     """
     return {
         "/".join(path.split("/")[:3]) for path in paths if re.match("/tmp/[^/]+/", path)
@@ -1979,7 +1994,7 @@ class NotFound(GitHubError):
 
 
 class BranchNotSeen(GitHubError):
-    """GitHub refuses a pull request because it does not see what was pushed, or not yet."""
+    """GitHub refuses a pull request because it does not see the branch, or not yet."""
 
 
 class AppRefused(TransientError):
@@ -2015,7 +2030,7 @@ class Bot(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Comment:
-    """A text that a person wrote on a pull request.
+    """A text on a pull request, usually one that a person wrote.
 
     The text of a GitHub review is one comment, and each inline comment is another.
     """
@@ -2217,7 +2232,9 @@ class GitHub:
         # Threads share these without a lock. Each step is atomic, and it does no harm if
         # two threads fetch the same token, or empty the same dict, at once.
         self._tokens: dict[Credential, tuple[str, float]] = {}  # each with its expiry
-        self._replies: dict[str, Reply] = {}  # by URL; each has only one credential
+        self._replies: dict[
+            str, Reply
+        ] = {}  # by URL, none of which is asked with two credentials
         # By repository and login: the monotonic time until which a refusal is remembered.
         self.access_refusals: dict[tuple[int, str], float] = {}
         # This changes urlopen in the whole process, but only send() uses it.
@@ -2462,7 +2479,8 @@ class GitHub:
         if seconds <= MAX_INLINE_WAIT:
             return seconds
         retry_at = time.time() + seconds
-        if is_limit:  # until then, no thread may send a request
+        # Until then, no thread may send a request. (A 422 concerns only this one.)
+        if is_limit and reply.status != 422:
             self.silent_until = max(self.silent_until, retry_at)
         raise TransientError(f"GitHub asked codebot to wait: {reply.error}", retry_at)
 
@@ -2846,7 +2864,7 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
     decoded_url = urllib.parse.unquote(url)  # git decodes URLs, but not paths
     if re.search(r"[/:]\.\.?(/|$)", decoded_url):
         raise ValueError("must not have . or .. in its path")
-    if f"{config.work_dir}/" in f"{decoded_url}/":  # even by ssh to this host
+    if f"{config.work_dir}/" in f"{decoded_url}/":  # also in an ssh address
         raise ValueError("must not be in the work directory")
     if url.startswith("/"):
         check_local_remote(config, url)
@@ -2922,6 +2940,8 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
 # "! [remote rejected] main -> main (protected)": the remote refuses the push. A fault of
 # the remote's own is excluded, because it is transient.
 REJECTED_RE = re.compile(r"rejected\](?!.*(Internal Server Error|commit_refs))")
+# A program that git has started. (A remote's lines begin with "remote:".)
+PART_KILLED_RE = re.compile(r"^error: \S+ died of signal (9|15)$", re.MULTILINE)
 # Seconds until git is run again with a new token, which may not be known everywhere yet.
 TOKEN_RETRY_DELAY = 3.0
 
@@ -3002,9 +3022,10 @@ class GitDirectory:
         result = self.run_git(args, env, umask=self.config.umask)
         if result.code == 0:
             return result
-        if result.code in SIGNAL_EXIT_CODES:  # perhaps by the host, for want of memory
-            raise TransientError(f"git was killed (exit code {result.code})")
         text = "\n".join([*result.stdout, *result.stderr])
+        # Perhaps by the host, for want of memory.
+        if result.code in SIGNAL_EXIT_CODES or PART_KILLED_RE.search(text):
+            raise TransientError(f"git was killed (exit code {result.code})")
         words = URL_OR_NAME_RE.sub("", text)
         if REJECTED_RE.search(words):  # perhaps because of a file with any name
             raise GitFailed(result.error)
@@ -3092,9 +3113,9 @@ class Mirror(GitDirectory):
     def fetch_branch(self, repository: Repository, branch: str) -> tuple[str, str]:
         """Ask the remote for the branch's tip; fetch all branches if the mirror lacks it.
 
-        Returns the branch's name and its tip at the remote. After a forced push of an
-        older commit nothing is fetched: the mirror has this tip already, and its own
-        branch stays ahead. Raises BranchNotFound.
+        Returns the branch's name and its tip at the remote. Callers must use this tip and
+        not the mirror's branch: if the remote's was reset to an older commit, nothing is
+        fetched, and the mirror's stays ahead. Raises BranchNotFound.
         """
         with self.lock() as descriptor:
             os.utime(descriptor)  # tells Cleanup when the mirror was last used
@@ -3526,6 +3547,8 @@ class Store:
             self.writable = True
         except sqlite3.Error:
             self.writable = False
+            with contextlib.suppress(sqlite3.Error):
+                self._writer.rollback()  # early Python 3.9 does not, if the commit fails
             raise
         finally:
             self._write_lock.release()
@@ -3790,9 +3813,10 @@ class Store:
     # Queues
 
     def due_job(self, kind: str, is_retry: bool, only_job: str = "") -> str | None:
-        """Return the id of the oldest pending job that claim would start, or None.
+        """Return the id of the pending job that claim should start next, or None.
 
         ``is_retry`` selects the jobs that a transient error has delayed, or all others.
+        The one that has been due for longest comes first, or else the oldest.
         """
         return self._read_one(
             only_value,
@@ -3805,7 +3829,7 @@ class Store:
                     WHERE older.task_id = job.task_id AND older.seq < job.seq
                         AND older.status IN ('pending', 'running')
                 )
-            ORDER BY seq LIMIT 1
+            ORDER BY not_before, seq LIMIT 1
             """,
             kind=kind,
             now=time.time(),
@@ -4393,28 +4417,39 @@ def remove_tree(config: Config, path: str) -> None:
         return
     # This comes first because a program needs temporary files, and a full disk may have
     # no space for them (seen with XFS).
-    unlink_files(path)
+    remove_easily(path)
     if os.path.lexists(path):
-        # Neither follows links below $1, and nothing of the agent runs any longer.
+        # rm never follows a link. chmod could be misled by a process that replaces files
+        # meanwhile, but nothing of the agent runs any longer.
         script = 'chmod -R u+rwX -- "$1"; rm -rf -- "$1"'
         env = base_environment(config)
         run_program(["sh", "-c", script, "sh", path], env)
 
 
-def unlink_files(directory: str) -> None:
-    """Unlink the files in a directory, and below it unless their paths are too long.
+MAX_REMOVED_LEVELS = 100  # each takes two descriptors
 
-    shutil.rmtree keeps a list of a directory's files and, in Python 3.13, a path for each
-    level. That can be gigabytes: an agent can make 8,000 levels in a moment. This only
-    walks as deep as the kernel accepts paths.
+
+def remove_easily(name: str, parent: int | None = None, level: int = 0) -> None:
+    """Remove a directory, except what is unwritable or too deep.
+
+    Never follows a symlink, even if one appears meanwhile, and takes little memory. By
+    contrast, shutil.rmtree keeps a list of a directory's files and, in Python 3.13, a path
+    for each level. That can be gigabytes: an agent can make 8,000 levels in a moment.
     """
-    with contextlib.suppress(OSError, RecursionError), os.scandir(directory) as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError):
-                if entry.is_dir(follow_symlinks=False):
-                    unlink_files(entry.path)
-                else:
-                    os.unlink(entry.path)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+    with contextlib.suppress(OSError):
+        directory = os.open(name, flags, dir_fd=parent)
+        try:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    with contextlib.suppress(OSError):
+                        if not entry.is_dir(follow_symlinks=False):
+                            os.unlink(entry.name, dir_fd=directory)
+                        elif level < MAX_REMOVED_LEVELS:
+                            remove_easily(entry.name, directory, level + 1)
+        finally:
+            os.close(directory)
+        os.rmdir(name, dir_fd=parent)
 
 
 class SyncRequest(NamedTuple):
@@ -4425,8 +4460,8 @@ class SyncRequest(NamedTuple):
       repository_id           a repository, to find its issues with the label
       pull_request_of         the pull request of the task with this id
       ended_task              the task with this id, to report its end on its issue
-    With is_new, a delivery says that something has changed. If GitHub shows nothing new
-    yet, it is looked at again later.
+    With is_new, a delivery says that something has changed. If GitHub refuses the look,
+    or shows nothing new, codebot looks once more, VISIBILITY_DELAY later.
     """
 
     repository_id: int = 0
@@ -4643,7 +4678,7 @@ git config remote.origin.url "$url" &&
 git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
 git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
-# Nothing that the test writes is committed: the tree is recorded before the test and
+# Nothing that an honest test writes is committed: the tree is recorded before the test and
 # restored after it. Only ignored files stay, for the next attempt. A hostile test can make
 # step 4 name another tree, just as it can pass without testing anything. Whatever tree is
 # named is inspected before it is pushed.
@@ -4936,9 +4971,9 @@ class Workspace:
 
         git fetch does not open the agent's .git: only a pack crosses.
         """
-        # git has sh run: bwrap … -- git upload-pack '/…/repo'. In bwrap, self.repo is a
-        # mount point, which the agent cannot replace. A custom sandbox may let it put a
-        # bundle file there, which git fetch would itself read.
+        # git fetch has sh run: bwrap … -- git upload-pack '/…/repo'. It opens the path
+        # itself only if that is a bundle file. In bwrap, the agent cannot put one there,
+        # because self.repo is a mount point; in a custom sandbox it may.
         upload_pack = self.sandboxed(["git", "upload-pack"])
         argv = [*GIT, "-c", "fetch.fsckObjects=true", "--git-dir", self.outbox.path]
         argv += [*GIT_FETCH, "--upload-pack", shlex.join(upload_pack), "--"]
@@ -5415,7 +5450,7 @@ CI_SKIP_RE = re.compile(
 def run_task(run: JobRun) -> None:
     """Run a task from the clone to the pull request. Each step can be repeated.
 
-    What earlier runs have stored    What is left to do (the last row that applies)
+    What earlier runs have stored    What is left to do (the lowest row that applies)
       nothing, or no commit_id         everything, including the agent
       commit_id                        push the commit; if the outbox was lost, everything
       push_started                     push the commit, unless the branch has a pull
@@ -5484,7 +5519,10 @@ def look_up_repository(run: JobRun) -> Repository:
 def check_repository(
     job: Job, repository: Repository, github_repository: GitHubRepository
 ) -> None:
-    """Raise JobFailed if the task's repository was renamed, replaced or archived."""
+    """Raise JobFailed if the task's repository was renamed, replaced or archived.
+
+    A commit that is made already can wait until the repository is unarchived.
+    """
     if github_repository.full_name.lower() != repository.full_name.lower():
         raise JobFailed(
             "clone_failed",
@@ -5640,14 +5678,18 @@ def without_ci_skips(text: str) -> str:
     return CI_SKIP_RE.sub(r"(\1)", text)
 
 
+FOOTNOTE_RE = re.compile(r"(?<![^\s>.)*+\]-])\[(?=\^[^\] \t\r\n]{1,1000}\]:)")
+
+
 def quoted(speaker: str, text: str) -> str:
     """Return untrusted text as a quote that cannot pass for codebot's own words."""
     if not text.strip():
         return ""
     # The text must neither end the quote nor contain one of codebot's markers.
     text = re.sub("<(?=!--|/blockquote)", "&lt;", text.strip(), flags=re.IGNORECASE)
-    # GitHub shows a footnote ("[^1]: words") at the end of the text, outside of quotes.
-    text = re.sub(r"\[(?=\^[^\] \t\r\n]{1,1000}\]:)", r"\\[", text)
+    # GitHub shows a footnote ("[^1]: words") at the end of the text, outside of quotes. It
+    # begins a line, perhaps after a mark such as "-": "`[^,]:`" in a line is none.
+    text = re.sub(FOOTNOTE_RE, r"\\[", text)
     quote = "\n".join(f"> {line}".rstrip() for line in text.splitlines())
     return f"{speaker} says:\n\n{quote}\n"
 
@@ -5675,7 +5717,7 @@ def test_and_commit(
     commit_id = workspace.write_commit(tree, base_commit, message)
     files = workspace.inspect_commit(base_commit, commit_id)
     run.log_event("git", f"Commit {commit_id}", files)
-    run.update(test_attempts=attempts, files=files)
+    run.update(test_attempts=attempts, files=run.redact(files))
     return commit_id
 
 
@@ -5741,6 +5783,10 @@ def pull_request_body(run: JobRun) -> str:
     return f"{body}\n<!-- codebot task {job.id} -->\n"
 
 
+# Seconds of transient errors after which GitHub means it if it does not see a branch.
+BRANCH_NOT_SEEN_LIMIT = 600.0
+
+
 def create_pull_request(workspace: Workspace) -> None:
     """Open a pull request for the branch, or find the existing one, and store it."""
     run = workspace.run
@@ -5755,8 +5801,9 @@ def create_pull_request(workspace: Workspace) -> None:
             run.job.branch, run.job.base_name, title, body
         )
     except GitHubError as error:
-        # If GitHub says so again a minute later, it means it.
-        if isinstance(error, BranchNotSeen) and run.job.transient_since == 0:
+        now = time.time()
+        age = now - (run.job.transient_since or now)
+        if isinstance(error, BranchNotSeen) and age < BRANCH_NOT_SEEN_LIMIT:
             message = f"GitHub does not see the pushed branch yet: {error}"
             raise TransientError(message) from None
         raise JobFailed(
@@ -5934,7 +5981,7 @@ def load_comments(review: Review) -> Review:
     """Return the review with its reviewer's comments, except those deleted since.
 
     Before the request is classified, the reviewer's other waiting comments join the
-    review. Adds an "eyes" reaction to the first comments that take reactions.
+    review. Adds an "eyes" reaction to those of the first MAX_REACTIONS that take one.
     """
     run = review.run
     github_repository = review.github_repository
@@ -6258,9 +6305,9 @@ def own_words(job: Job, answer: str) -> str:
 #
 # One thread asks GitHub what has changed: at the start, when a webhook says so, and at a
 # fixed interval with --enable-polling. If GitHub cannot answer, the request is repeated
-# after a minute, or when the rate limit ends. If GitHub refuses it, the next poll, delivery
-# or start asks again; what a delivery asks for is also asked once more. Webhooks and polling
-# share the store.
+# after a minute, or when the rate limit ends. If GitHub refuses it, it waits for the next
+# poll, delivery or start; what a delivery asked for is tried once more before that.
+# Webhooks and polling share the store.
 
 SYNC_INTERVAL = 1.0  # seconds between checks for due requests and for ended tasks
 # Seconds until a request is repeated after GitHub has refused the App: see AppRefused.
@@ -6292,17 +6339,18 @@ class Sync:
             self.look_later(SyncRequest(ended_task=task_id))
         # What a delivery asks for is due at 0.0, before the rest of a poll. If one comes
         # meanwhile, the rest waits for the next step.
-        for request, due in sorted(self.waiting.items(), key=lambda item: item[1]):
-            if due <= time.time() and requests.empty():
+        for request in sorted(self.waiting, key=lambda request: self.waiting[request]):
+            if self.waiting[request] <= time.time() and requests.empty():
                 self.handle(request)
 
-    def look_later(self, request: SyncRequest, seconds: float = 0.0) -> None:
-        """Note a request, to be handled in a while, unless it is waiting already."""
-        self.waiting.setdefault(request, time.time() + seconds)
+    def look_later(self, request: SyncRequest) -> None:
+        """Note a request, unless it is waiting already."""
+        self.waiting.setdefault(request, time.time())
 
     def look_again(self, request: SyncRequest) -> None:
         """Look once more, when all parts of GitHub should show what has changed."""
-        self.look_later(request._replace(is_new=False), VISIBILITY_DELAY)
+        again = request._replace(is_new=False)
+        self.waiting[again] = time.time() + VISIBILITY_DELAY
 
     def handle(self, request: SyncRequest) -> None:
         """Process a request. Repeat it later if GitHub cannot answer now.
@@ -6413,7 +6461,7 @@ class Sync:
             log.info("Issue %s is ignored: %s", issue.url, obstacle)
         elif self.has_untrusted_edit(github_repository, issue, event):
             text = (
-                f"This issue was changed after @{event.actor} labeled it. Please read "
+                f"This issue has changed since @{event.actor} labeled it. Please read "
                 "it again, remove the label and add it again."
             )
             marker = f"<!-- codebot label {event.id} -->"
@@ -6760,11 +6808,11 @@ def finish_job(run: JobRun, ending: Ending) -> None:
 
 
 def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
-    """Queue jobs that are due, or only ``only_job``, if the workers have none left.
+    """Fill each queue that is empty: with one new job and one retry, if they are due.
 
-    When a worker starts a job, jobs_due is set, and the next ones are queued. These are
-    only the oldest new job and the oldest retry. So a retry need not wait for all jobs
-    that were submitted meanwhile, and retries that always fail hold up no new job.
+    When a worker starts a job, jobs_due is set, and the next ones are queued. So a retry
+    need not wait for all jobs that were submitted meanwhile, and retries that always fail
+    hold up neither new jobs nor each other. ``only_job`` is the only job that may start.
     """
     codebot.jobs_due.wait(TIMER_INTERVAL)
     codebot.jobs_due.clear()
@@ -7771,7 +7819,7 @@ let openedTask = null; // the task in view
 // Returns the fields of a successful answer. Throws an Error with the answer's status.
 async function callApi(path, options = {}) {
   const headers = { Authorization: `Bearer ${apiKey}`, ...options.headers };
-  const signal = AbortSignal.timeout(ANSWER_TIMEOUT);
+  const signal = AbortSignal.timeout?.(ANSWER_TIMEOUT); // not in browsers before 2022
   let response;
   let fields;
   try {
@@ -8604,7 +8652,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         self.enter("receiving")
         end_tls(self.connection)
-        # With TLS, this drops the TLS state, so the rest is read without decryption.
+        # This also detaches the TLS state, so that the rest is read without decryption.
         self.connection.shutdown(socket.SHUT_WR)
         buffer = bytearray(CHUNK_BYTES)  # reused: many would fragment the heap
         while self.connection.recv_into(buffer):
@@ -8906,7 +8954,7 @@ HOST_CHECKS = (check_programs, check_settings, check_safety)
 
 # --- serve -------------------------------------------------------------------
 #
-# The start: settings; log, watchdog and signals; locks of the work directory; checks;
+# The start: settings; log, signals and watchdog; locks of the work directory; checks;
 # database, sandbox and the App's key; port; threads.
 # The stop: workers, whose jobs are requeued; the process, and all connections with it.
 
@@ -8940,7 +8988,7 @@ def stop_on_signals(codebot: Codebot) -> None:
 
 
 def set_up_process(codebot: Codebot, level: int) -> None:
-    """Set up the log, the watchdog and the signals, before any thread starts."""
+    """Set up the log, the signals and the watchdog, before any thread starts."""
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter(codebot.redact))
     logging.basicConfig(level=level, handlers=[handler], force=True)
@@ -9181,6 +9229,8 @@ def run(flags: Flags) -> int:
     if job.status == "pending" and not (flags["work_dir"] and job.push_started):
         codebot.store.abandon(job)
         job = codebot.store.job(job.id) or job
+    if job.status == "pending":
+        print("A server with this --work-dir will finish the push.", file=sys.stderr)
     print(json.dumps(describe_task(codebot, job), indent=2))
     return 0 if job.status == "completed" else 1
 
@@ -9415,7 +9465,7 @@ def demo(flags: Flags) -> int:
                 print(f"API key:     {codebot.config.api_keys[0]}")
                 print("Press Ctrl-C to end.", flush=True)
                 while not codebot.stop.wait(MAIN_INTERVAL):
-                    pass
+                    pass  # not one long wait, which a signal may not interrupt on macOS
     return code
 
 

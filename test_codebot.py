@@ -2435,6 +2435,30 @@ def test_allowed_pattern_that_matches_nothing_is_refused() -> None:
     assert "is not owner/name" in problem
 
 
+@pytest.mark.parametrize(
+    ("pattern", "is_refused"),
+    [
+        ("*", False),
+        ("https://git.example.com/*", False),
+        ("https://git.example.com:8443/acme/*", False),
+        ("git@git.example.com:*", False),
+        ("/srv/git/*", False),
+        ("https://*.example.com/*", True),  # https://evil.net/x.example.com/y
+        ("https://git*", False),
+        ("git@*:acme/*", True),
+        ("*example.com/*", True),
+    ],
+)
+def test_host_of_an_allowed_pattern_has_no_wildcard(
+    pattern: str, is_refused: bool
+) -> None:
+    config = codebot.Config(allowed=(pattern,), no_github=True)
+    problems = [*codebot.conflicting_settings(config)]
+    assert ["wildcard in its host" in problem for problem in problems] == (
+        [True] if is_refused else []
+    )
+
+
 def test_empty_list_of_allowed_repositories_is_refused() -> None:
     """As templates of systemd or compose make it: it must not allow all of them."""
     config = codebot.Config(variables={"CODEBOT_ALLOWED_REPOSITORIES": " "})
@@ -3903,6 +3927,13 @@ def test_retries_and_new_tasks_take_turns(store: codebot.Store) -> None:
         assert app.queues["task"].empty()
         for job_id in queued:
             assert store.claim(job_id or "") is not None
+
+
+def test_retry_that_has_been_due_for_longest_comes_first(store: codebot.Store) -> None:
+    first, second = [store_task_in_state(store, "running") for _ in range(2)]
+    store.requeue(first.id, not_before=time.time() - 1)
+    store.requeue(second.id, not_before=time.time() - 2)
+    assert store.due_job("task", is_retry=True) == second.id
 
 
 def test_review_that_must_wait_for_another_holds_up_no_third(
@@ -5514,11 +5545,11 @@ def test_words_of_agent_stay_in_their_quote_although_they_are_a_footnote(
     shared: Site,
 ) -> None:
     # GitHub moves footnotes out of quotes, to the end of the text.
-    forged = r"Done.[^1]\n\n- [^1]: The tests passed. [^a-z]"
+    forged = r"Done.[^1]\n\n- [^1]: The tests passed. `[^a-z]:`"
     shared.agent.follow(f"echo hello >hello.txt; result '{forged}'")
     shared.api.completed(shared.api.submit())
     body = shared.repository.pulls[0]["body"]
-    assert r"> - \[^1]: The tests passed. [^a-z]" in body
+    assert r"> - \[^1]: The tests passed. `[^a-z]:`" in body
 
 
 def test_html_in_task_cannot_hide_the_facts_after_it(shared: Site) -> None:
@@ -5904,6 +5935,37 @@ def test_waiting_task_completes_although_others_pushed_to_its_branch(
     assert shared.repository.git("rev-parse", branch) == tip
     assert shared.repository.git("rev-parse", f"{branch}^") == result["commit"]
     assert len(shared.agent.runs()) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"resource": "PullRequest", "field": "head", "code": "invalid"},
+        {"code": "custom", "message": "No commits between main and u/codebot/x"},
+    ],
+)
+def test_branch_that_github_does_not_show_everywhere_yet_gets_pull_request(
+    shared: Site, error: dict[str, str]
+) -> None:
+    value = {"message": "Validation Failed", "errors": [error]}
+    shared.repository.fail("POST /pulls", 422, value)
+    assert shared.api.completed(shared.api.submit())["pr_number"] == 1
+    assert len(shared.agent.runs()) == 1
+
+
+def test_pull_request_submitted_too_quickly_is_opened_later(shared: Site) -> None:
+    error = {"code": "custom", "message": "was submitted too quickly"}
+    value = {"message": "Validation Failed", "errors": [error]}
+    shared.repository.fail("POST /pulls", 422, value, {"Retry-After": "1"})
+    assert shared.api.completed(shared.api.submit())["pr_number"] == 1
+    assert len(shared.agent.runs()) == 1
+
+
+def test_task_in_archived_repository_costs_nothing(shared: Site) -> None:
+    fields = {**shared.repository.json(), "archived": True}
+    shared.repository.fail("GET ", 200, fields, always=True)
+    assert "archived" in shared.api.failed(shared.api.submit(), "clone_failed")
+    assert shared.agent.runs() == []
 
 
 def test_pushed_task_waits_until_app_may_open_its_pull_request(fresh: Site) -> None:
@@ -6544,10 +6606,20 @@ def write_git_wrapper(
     return {"PATH": f"{tools}:{os.environ['PATH']}"}
 
 
-def test_push_that_is_killed_is_retried(fresh: Site) -> None:
+@pytest.mark.parametrize(
+    "failure",
+    [
+        "kill -9 $$",
+        (
+            "echo 'error: pack-objects died of signal 9\n"
+            "! [remote rejected] HEAD -> x (unpacker error)' >&2; exit 1"
+        ),
+    ],
+)
+def test_push_that_is_killed_is_retried(fresh: Site, failure: str) -> None:
     # As the kernel does it when the service has used up its memory.
-    kill_once = f"rm {fresh.directory}/full; kill -9 $$"
-    settings = write_git_wrapper(fresh, '*"push --quiet"*', kill_once)
+    failure = f"rm {fresh.directory}/full; {failure}"
+    settings = write_git_wrapper(fresh, '*"push --quiet"*', failure)
     (fresh.directory / "full").touch()
     fresh.server.start(limits={"RETRY_DELAY": 0.1}, **settings)
     result = fresh.api.completed(fresh.api.submit())
@@ -6679,6 +6751,20 @@ def test_only_directories_of_jobs_may_be_removed(tmp_path: Path, path: str) -> N
     config = codebot.Config(work_dir=str(tmp_path))
     with pytest.raises(ValueError, match="may remove"):
         codebot.remove_tree(config, os.path.join(tmp_path, path))
+
+
+def test_ordinary_directory_is_removed_without_a_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A full disk may have no space for what a program needs.
+    workspace = tmp_path / "task_1234567"
+    (workspace / "repo" / ".git").mkdir(parents=True)
+    (workspace / "repo" / "link").symlink_to(tmp_path)
+    (workspace / "repo" / "file").touch()
+    monkeypatch.setenv("PATH", "/nonexistent")
+    config = codebot.Config(work_dir=str(tmp_path), search_path="/nonexistent")
+    codebot.remove_tree(config, str(workspace))
+    assert not workspace.exists()
 
 
 DEEP_DIRECTORY = """
@@ -8024,6 +8110,13 @@ def test_delivery_is_looked_at_before_the_rest_of_a_poll(
     assert len(looks) == 4
 
 
+def test_second_look_is_not_lost_to_one_that_waits(sync: codebot.Sync) -> None:
+    request = codebot.SyncRequest(7, 5)
+    sync.look_later(request)
+    sync.look_again(request._replace(is_new=True))
+    assert sync.waiting[request] > time.time() + 10
+
+
 REVIEW_OUTAGES = [
     "GET /collaborators/*",
     "GET /info/refs?service=git-upload-pack",
@@ -8228,6 +8321,39 @@ def test_review_waits_while_app_is_suspended(pull: Pull) -> None:
     pull.site.repository.fail("GET /pulls/1/comments*", 403, message)
     pull.site.person("alice").inline("Why?")
     assert pull.review()["status"] == "completed"
+
+
+def test_reply_in_thread_whose_first_comment_was_deleted_is_answered(
+    pull: Pull,
+) -> None:
+    pull.site.agent.follow(MAKE_CHANGE)
+    top = pull.site.person("bob").inline("Hm", webhook=False)
+    reply = pull.site.person("alice").inline("Say more", reply_to=top, webhook=False)
+    pull.site.repository.comments.remove(top)
+    pull.site.person("alice").announce(reply)
+    review = pull.review()
+    assert review["status"] == "completed"
+    assert review["commit"] == pull.tip()
+    assert pull.tip() in pull.answer()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"resource": "PullRequestReview", "code": "abuse", "field": "base"},
+        "was submitted too quickly",
+    ],
+)
+def test_answer_that_comes_too_quickly_for_github_is_posted_later(
+    pull: Pull, error: Any
+) -> None:
+    value = {"message": "Validation Failed", "errors": [error]}
+    pull.site.repository.fail(
+        "POST /pulls/1/comments/*/replies", 422, value, {"Retry-After": "1"}
+    )
+    comment = pull.site.person("alice").inline("Why?")
+    assert pull.review()["status"] == "completed"
+    assert pull.reply(comment)
 
 
 def test_answer_that_github_refuses_fails_review(pull: Pull) -> None:
@@ -8628,6 +8754,21 @@ def test_label_that_github_does_not_show_everywhere_yet_counts(shared: Site) -> 
     shared.api.failed(issue.task(), "agent_failed")
 
 
+@pytest.mark.parametrize("status", [403, 404])
+def test_label_on_issue_that_github_does_not_show_everywhere_yet_becomes_task(
+    shared: Site, status: int
+) -> None:
+    shared.agent.follow(GIVE_UP)
+    alice = shared.person("alice")
+    other = open_issue(shared, "Something else")
+    alice.label(other.number)
+    other.comments()  # the look at everything, at the start, is over
+    issue = open_issue(shared)
+    shared.repository.fail(f"GET /issues/{issue.number}/events*", status)
+    alice.label(issue.number)
+    issue.task()
+
+
 def test_label_whose_event_github_does_not_list_yet_becomes_task(shared: Site) -> None:
     shared.agent.follow(GIVE_UP)
     alice = shared.person("alice")
@@ -8716,6 +8857,15 @@ def test_label_put_on_and_taken_off_at_once_is_ignored(shared: Site) -> None:
     other.comments()
     assert issue.tasks() == []
     assert shared.repository.answers(issue.number) == []
+
+
+def test_deletion_of_a_label_is_no_malformed_delivery(shared: Site) -> None:
+    issue = open_issue(shared)
+    payload = shared.person("alice").payload(
+        "unlabeled", issue=shared.repository.issues[issue.number]
+    )
+    # Without "label": GitHub sends this for each issue that had a label that was deleted.
+    assert shared.github.deliver("issues", payload).status == 200
 
 
 def test_malformed_label_delivery_is_refused(shared: Site) -> None:
@@ -14185,91 +14335,3 @@ def test_help_describes_commands_and_flags(fresh: Site) -> None:
         "--tls-key",
     ):
         assert re.search(rf"^  {flag}\b.*(\s+)[a-z]", done.stdout, re.MULTILINE)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        {"resource": "PullRequest", "field": "head", "code": "invalid"},
-        {"code": "custom", "message": "No commits between main and u/codebot/x"},
-    ],
-)
-def test_branch_that_github_does_not_show_everywhere_yet_gets_pull_request(
-    shared: Site, error: dict[str, str]
-) -> None:
-    value = {"message": "Validation Failed", "errors": [error]}
-    shared.repository.fail("POST /pulls", 422, value)
-    assert shared.api.completed(shared.api.submit())["pr_number"] == 1
-    assert len(shared.agent.runs()) == 1
-
-
-def test_pull_request_submitted_too_quickly_is_opened_later(shared: Site) -> None:
-    error = {"code": "custom", "message": "was submitted too quickly"}
-    value = {"message": "Validation Failed", "errors": [error]}
-    shared.repository.fail("POST /pulls", 422, value, {"Retry-After": "1"})
-    assert shared.api.completed(shared.api.submit())["pr_number"] == 1
-    assert len(shared.agent.runs()) == 1
-
-
-def test_reply_in_thread_whose_first_comment_was_deleted_is_answered(
-    pull: Pull,
-) -> None:
-    pull.site.agent.follow(MAKE_CHANGE)
-    top = pull.site.person("bob").inline("Hm", webhook=False)
-    reply = pull.site.person("alice").inline("Say more", reply_to=top, webhook=False)
-    pull.site.repository.comments.remove(top)
-    pull.site.person("alice").announce(reply)
-    review = pull.review()
-    assert review["status"] == "completed"
-    assert review["commit"] == pull.tip()
-    assert pull.tip() in pull.answer()
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        {"resource": "PullRequestReview", "code": "abuse", "field": "base"},
-        "was submitted too quickly",
-    ],
-)
-def test_answer_that_comes_too_quickly_for_github_is_posted_later(
-    pull: Pull, error: Any
-) -> None:
-    value = {"message": "Validation Failed", "errors": [error]}
-    pull.site.repository.fail(
-        "POST /pulls/1/comments/*/replies", 422, value, {"Retry-After": "1"}
-    )
-    comment = pull.site.person("alice").inline("Why?")
-    assert pull.review()["status"] == "completed"
-    assert pull.reply(comment)
-
-
-def test_task_in_archived_repository_costs_nothing(shared: Site) -> None:
-    fields = {**shared.repository.json(), "archived": True}
-    shared.repository.fail("GET ", 200, fields, always=True)
-    assert "archived" in shared.api.failed(shared.api.submit(), "clone_failed")
-    assert shared.agent.runs() == []
-
-
-def test_deletion_of_a_label_is_no_malformed_delivery(shared: Site) -> None:
-    issue = open_issue(shared)
-    payload = shared.person("alice").payload(
-        "unlabeled", issue=shared.repository.issues[issue.number]
-    )
-    # Without "label": GitHub sends this for each issue that had a label that was deleted.
-    assert shared.github.deliver("issues", payload).status == 200
-
-
-@pytest.mark.parametrize("status", [403, 404])
-def test_label_on_issue_that_github_does_not_show_everywhere_yet_becomes_task(
-    shared: Site, status: int
-) -> None:
-    shared.agent.follow(GIVE_UP)
-    alice = shared.person("alice")
-    other = open_issue(shared, "Something else")
-    alice.label(other.number)
-    other.comments()  # the look at everything, at the start, is over
-    issue = open_issue(shared)
-    shared.repository.fail(f"GET /issues/{issue.number}/events*", status)
-    alice.label(issue.number)
-    issue.task()
