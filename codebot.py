@@ -5865,8 +5865,8 @@ def run_review(run: JobRun) -> None:
                                        answers: questions, if the request is unclear
       error                            post the error, and fail with it
 
-    Raises ReviewSkipped if nothing is to be done. If a step fails, `run_job` stores the
-    error and repeats the steps, which then only post it; see `store_failure`.
+    Raises ReviewSkipped if nothing is to be done. If a step fails, `tell_reviewer` stores
+    the error and runs the steps again, which then only post it.
     """
     review = load_review(run)
     check_pull_request(review)
@@ -6631,9 +6631,7 @@ def run_job(codebot: Codebot, job: Job) -> None:
     try:
         ending = run_steps(run)
         if must_tell_reviewer(run, ending):
-            store_failure(run, ending)
-            # Run the steps again: now run_review only posts the error, and fails with it.
-            ending = run_steps(run)
+            ending = tell_reviewer(run, ending)
         store_ending(run, ending)
     finally:
         del codebot.running[job.id]
@@ -6737,7 +6735,7 @@ def ending_after_transient_error(
 def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
     """Return whether a review has failed and its reviewer has not been told yet.
 
-    A review that fails while it posts its answers, or an earlier failure, just fails.
+    If it has failed while it posted its answers, or its failure, that is not tried again.
     """
     job = run.job
     if job.kind == "task" or ending.status != "failed":
@@ -6748,10 +6746,20 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
     return not job.error and job.phase != "answer"
 
 
-def store_failure(run: JobRun, ending: Ending) -> None:
-    """Store why a review failed. From now on its steps only post that.
+def tell_reviewer(run: JobRun, ending: Ending) -> Ending:
+    """Post why a review failed, as its answer. Returns how the review ends now.
 
-    save_work also resets `interruptions`, so that check_may_run lets them.
+    The failure is stored first. From then on, the steps of the review, here and in every
+    retry, only post it, and fail with it.
+    """
+    store_failure(run, ending)
+    return run_steps(run)
+
+
+def store_failure(run: JobRun, ending: Ending) -> None:
+    """Store why a review failed.
+
+    save_work also resets `interruptions`, so that check_may_run lets the steps run.
     """
     error = run.redact(ending.error)[:10_000]
     # Logged now: if the reviewer cannot be told, the review may end with another error.
