@@ -172,7 +172,8 @@ KNOWN LIMITATIONS
     disk of the work directory, jobs are retried for a time and then fail; while the
     database cannot be written, they wait.
   - What CODEBOT_SANDBOX or CODEBOT_LAUNCHER runs as another user, such as with sudo,
-    cannot be ended.
+    cannot be ended. codebot does not wait for it, so it may change the workspace during
+    later steps and runs.
   - With a launcher, the node sees the work directory. The directories that bwrap hides,
     and its version, are determined on this host; a directory that exists only on the
     node is not hidden there.
@@ -910,8 +911,8 @@ def unreadable_files(config: Config) -> Iterator[str]:
             )
 
 
-# A wildcard in a URL's host, with more after it: that may match in the path of another host.
-WILD_HOST_RE = re.compile(r"(\w+://|[\w.-]+@)?[^/:]*[*?\[].", re.ASCII)
+# A wildcard before the path, with more around it: it may match another host.
+WILD_HOST_RE = re.compile(r"(\w+://|[\w.-]+@)?[^/:]*[*?\[].|\w+://[^/*]+\*", re.ASCII)
 
 
 def conflicting_settings(config: Config) -> Iterator[str]:
@@ -925,6 +926,11 @@ def conflicting_settings(config: Config) -> Iterator[str]:
         yield "--enable-polling and --no-github cannot be used together."
     if bool(config.tls_cert) != bool(config.tls_key):
         yield "--tls-cert and --tls-key must be used together."
+    yield from wrong_patterns(config)
+
+
+def wrong_patterns(config: Config) -> Iterator[str]:
+    """Yield a sentence for each pattern of allowed repositories that makes no sense."""
     for pattern in config.allowed:
         name = f"CODEBOT_ALLOWED_REPOSITORIES: {pattern!r}"
         is_name = "/" in pattern and ":" not in pattern
@@ -933,10 +939,11 @@ def conflicting_settings(config: Config) -> Iterator[str]:
                 f"{name} is not owner/name; to allow all repositories of an owner, write "
                 "owner/*."
             )
-        if config.no_github and pattern != "*" and WILD_HOST_RE.match(pattern):
+        # "[[]" is how a pattern spells the "[" of an IPv6 address.
+        if config.no_github and WILD_HOST_RE.match(pattern.replace("[[]", "")):
             yield (
-                f"{name} has a wildcard in its host, so it would also match other hosts. "
-                "Write the host in full."
+                f"{name} has a wildcard before its path, so it would also match other "
+                "hosts. Write the user, the host and the port in full."
             )
         if config.no_github and re.match(r"[\w.-]+/", pattern):
             yield (
@@ -1210,7 +1217,7 @@ def shown_by_terminal(line: str) -> str:
 # sees a lost node and not a failed program.
 NODE_SCRIPT = """
 printf '\\n%s\\n' "$0"
-sleep 0.3
+sleep 0.3 2>/dev/null || sleep 1
 "$@"
 code=$?
 [ $code = 143 ] && sleep 1
@@ -1318,7 +1325,7 @@ class RunningProgram:
             elif time.monotonic() > self.grace_ends_at:
                 return
             silence = time.monotonic() - self.last_output
-            if self.node_code is not None and silence > RESULT_GRACE:
+            if self.node_code is not None and not has_output and silence > RESULT_GRACE:
                 return  # the program has ended, but the launcher does not
             if not has_output:
                 # At most 0.1 s, and less at first, because exit_poll may never be ready.
@@ -1345,9 +1352,9 @@ class RunningProgram:
         """Note the program's start and exit code; return the lines that it printed."""
         output: list[str] = []
         for line in lines:
-            # In bwrap the program can see the sentinel, which is an argument of a process
-            # outside, only if the launcher's output is also its own. Then, and elsewhere,
-            # it can forge this line.
+            # The sentinel is an argument of a process that a program in bwrap cannot see.
+            # But if the program has the launcher's output file as its own, it can read the
+            # sentinel there. Then, and outside of bwrap, it can forge this line.
             sentinel, _, code = line.partition(" ")
             if sentinel == launch.sentinel and re.fullmatch("[0-9]{1,3}", code):
                 self.node_code = int(code)
@@ -1384,7 +1391,7 @@ class RunningProgram:
         Raises TransientError if the launcher or the node failed, or if the program failed
         and the disk is full or the program says that it is.
         """
-        code = self.child.poll() or 0  # None: it could not be ended
+        code = self.child.poll() or 0  # None, if it could not be ended, counts as 0
         if self.launch is not None:
             # Without an exit code from the node, something has ended the program or the
             # node. This counts as a signal, because codebot's own stop may be the cause.
@@ -1503,9 +1510,22 @@ def run_program(
         return program.result()
 
 
-# Of an environment, where CODEBOT_RUN is searched. Ordinary ones are far smaller, but a
-# process can declare gigabytes of its memory to be its environment.
-MAX_ENVIRONMENT_BYTES = 128 << 10
+# Linux usually starts no program with a larger environment, but a process can declare
+# gigabytes of its memory to be its environment.
+MAX_ENVIRONMENT_BYTES = 2 << 20
+
+
+def has_in_environment(file: IO[bytes], needle: bytes) -> bool:
+    """Search an environment in pieces: large buffers would fragment the heap."""
+    end = b"\0"  # of what was read
+    for _ in range(MAX_ENVIRONMENT_BYTES // READ_BYTES):
+        piece = file.read(READ_BYTES)
+        if needle in end + piece:
+            return True
+        if not piece:
+            return False
+        end = piece[-len(needle) :]
+    return False
 
 
 def tagged_processes(run_tag: str) -> list[int]:
@@ -1518,7 +1538,7 @@ def tagged_processes(run_tag: str) -> list[int]:
     found = []
     for path in glob.glob("/proc/[0-9]*/environ"):  # macOS has none
         with contextlib.suppress(OSError), open(path, "rb") as file:
-            if needle in b"\0" + file.read(MAX_ENVIRONMENT_BYTES):
+            if has_in_environment(file, needle):
                 found.append(int(path.split("/")[2]))
     return found
 
@@ -2232,9 +2252,8 @@ class GitHub:
         # Threads share these without a lock. Each step is atomic, and it does no harm if
         # two threads fetch the same token, or empty the same dict, at once.
         self._tokens: dict[Credential, tuple[str, float]] = {}  # each with its expiry
-        self._replies: dict[
-            str, Reply
-        ] = {}  # by URL, none of which is asked with two credentials
+        # By URL. No URL is requested with two credentials.
+        self._replies: dict[str, Reply] = {}
         # By repository and login: the monotonic time until which a refusal is remembered.
         self.access_refusals: dict[tuple[int, str], float] = {}
         # This changes urlopen in the whole process, but only send() uses it.
@@ -3025,7 +3044,7 @@ class GitDirectory:
         text = "\n".join([*result.stdout, *result.stderr])
         # Perhaps by the host, for want of memory.
         if result.code in SIGNAL_EXIT_CODES or PART_KILLED_RE.search(text):
-            raise TransientError(f"git was killed (exit code {result.code})")
+            raise TransientError(f"git was killed: {result.error}")
         words = URL_OR_NAME_RE.sub("", text)
         if REJECTED_RE.search(words):  # perhaps because of a file with any name
             raise GitFailed(result.error)
@@ -3816,7 +3835,7 @@ class Store:
         """Return the id of the pending job that claim should start next, or None.
 
         ``is_retry`` selects the jobs that a transient error has delayed, or all others.
-        The one that has been due for longest comes first, or else the oldest.
+        The one that has been due for longest comes first; among equals, the oldest.
         """
         return self._read_one(
             only_value,
@@ -5783,7 +5802,8 @@ def pull_request_body(run: JobRun) -> str:
     return f"{body}\n<!-- codebot task {job.id} -->\n"
 
 
-# Seconds of transient errors after which GitHub means it if it does not see a branch.
+# If GitHub does not see a branch for this many seconds, counted from the first transient
+# error, the job fails.
 BRANCH_NOT_SEEN_LIMIT = 600.0
 
 
@@ -6735,7 +6755,7 @@ def ending_after_transient_error(
 def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
     """Return whether a review has failed and its reviewer has not been told yet.
 
-    If it has failed while it posted its answers, or its failure, that is not tried again.
+    If it failed while it posted its answers, or an earlier failure, that is all.
     """
     job = run.job
     if job.kind == "task" or ending.status != "failed":
@@ -9004,7 +9024,7 @@ def set_up_process(codebot: Codebot, level: int) -> None:
         # Even without a sandbox, an agent that is not root cannot read codebot's memory.
         # It can still read codebot's files.
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-    # Each connection takes a descriptor, as does each level of a directory to remove.
+    # Each connection takes a descriptor; remove_easily takes two for each level.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max(soft, min(hard, MAX_DESCRIPTORS))
     with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit of its own

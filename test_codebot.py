@@ -2444,7 +2444,10 @@ def test_allowed_pattern_that_matches_nothing_is_refused() -> None:
         ("git@git.example.com:*", False),
         ("/srv/git/*", False),
         ("https://*.example.com/*", True),  # https://evil.net/x.example.com/y
-        ("https://git*", False),
+        ("https://*", False),
+        ("https://[[]fd00::5]/git/*", False),
+        ("https://git*", True),
+        ("ssh://git.corp:22*/team/*", True),  # ssh://git.corp:22@evil.org/team/a
         ("git@*:acme/*", True),
         ("*example.com/*", True),
     ],
@@ -2454,7 +2457,7 @@ def test_host_of_an_allowed_pattern_has_no_wildcard(
 ) -> None:
     config = codebot.Config(allowed=(pattern,), no_github=True)
     problems = [*codebot.conflicting_settings(config)]
-    assert ["wildcard in its host" in problem for problem in problems] == (
+    assert ["wildcard before its path" in problem for problem in problems] == (
         [True] if is_refused else []
     )
 
@@ -11862,6 +11865,17 @@ def test_program_that_outlives_its_result_may_clean_up(tmp_path: Path) -> None:
         on_lines=lambda lines: 0.0,
     )
     assert (tmp_path / "cleaned").read_text() == "clean\n"
+
+
+def test_process_with_a_large_environment_is_found() -> None:
+    tag = uuid.uuid4().hex
+    for size in (60_000, 65_536 - 30, 90_000):
+        variables = {"A": "x" * size, "B": "x" * size, "CODEBOT_RUN": f"{tag}-job"}
+        with subprocess.Popen(
+            ["sleep", "60"], env={**GIT_ENVIRONMENT, **variables}
+        ) as p:
+            assert codebot.tagged_processes(tag) == [p.pid]
+            p.kill()
 
 
 def test_process_that_left_its_group_may_clean_up(tmp_path: Path) -> None:
