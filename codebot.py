@@ -1181,6 +1181,10 @@ DISK_FULL = "No space left on device|Disk quota exceeded"
 DISK_FULL_RE = re.compile(f"^(?!remote:).*({DISK_FULL})", re.MULTILINE)
 
 
+def is_disk_full(directory: str) -> bool:
+    return shutil.disk_usage(directory).free < FULL_DISK_BYTES
+
+
 class ProgramResult(NamedTuple):
     """The exit code of a program, and the last lines of its output."""
 
@@ -1404,8 +1408,8 @@ class RunningProgram:
         if code in SIGNAL_EXIT_CODES:
             raise_if_stop_arrives(self.limits.check_stop)
         # The program may be unable to report a full disk: its output is on that disk.
-        free = shutil.disk_usage(tempfile.gettempdir()).free
-        if free < FULL_DISK_BYTES or DISK_FULL_RE.search("\n".join(result.stderr)):
+        says_full = DISK_FULL_RE.search("\n".join(result.stderr))
+        if says_full or is_disk_full(tempfile.gettempdir()):
             raise TransientError(f"The disk is full: {result.error}")
         if self.launch is not None and self.node_code is None:
             problem = "CODEBOT_LAUNCHER failed"
@@ -2304,7 +2308,7 @@ class GitHub:
         # "RSA-SHA2-256(stdin)= 3e5f…" On a full disk there is nothing, not even an error.
         match = re.search("= ((?:[0-9a-f]{2})+)$", "".join(result.stdout))
         if match is None:
-            if shutil.disk_usage(tempfile.gettempdir()).free < FULL_DISK_BYTES:
+            if is_disk_full(tempfile.gettempdir()):
                 raise TransientError("The disk is full: openssl printed nothing")
             raise AppRefused(
                 "GITHUB_APP_PRIVATE_KEY_PATH: openssl cannot sign with "
@@ -4372,7 +4376,7 @@ def take_work_dir(config: Config) -> None:
     """
     work_dir = config.work_dir
     hold_lock(f"{work_dir}/codebot.lock", "--work-dir", make_directory=True)
-    if shutil.disk_usage(work_dir).free < FULL_DISK_BYTES:
+    if is_disk_full(work_dir):
         raise ConfigError(
             f"The disk of {work_dir} is full. Free some space. While codebot is not "
             "running, task_*/repo and task_*/tmp in it can be removed."

@@ -8757,9 +8757,9 @@ def test_label_that_github_does_not_show_everywhere_yet_counts(shared: Site) -> 
     shared.api.failed(issue.task(), "agent_failed")
 
 
-@pytest.mark.parametrize("status", [403, 404])
-def test_label_on_issue_that_github_does_not_show_everywhere_yet_becomes_task(
-    shared: Site, status: int
+@pytest.mark.parametrize("answer", [(403,), (404,), (200, [])])
+def test_label_whose_event_github_does_not_show_everywhere_yet_becomes_task(
+    shared: Site, answer: tuple[Any, ...]
 ) -> None:
     shared.agent.follow(GIVE_UP)
     alice = shared.person("alice")
@@ -8767,19 +8767,7 @@ def test_label_on_issue_that_github_does_not_show_everywhere_yet_becomes_task(
     alice.label(other.number)
     other.comments()  # the look at everything, at the start, is over
     issue = open_issue(shared)
-    shared.repository.fail(f"GET /issues/{issue.number}/events*", status)
-    alice.label(issue.number)
-    issue.task()
-
-
-def test_label_whose_event_github_does_not_list_yet_becomes_task(shared: Site) -> None:
-    shared.agent.follow(GIVE_UP)
-    alice = shared.person("alice")
-    other = open_issue(shared, "Something else")
-    alice.label(other.number)
-    other.comments()  # the look at everything, at the start, is over
-    issue = open_issue(shared)
-    shared.repository.fail(f"GET /issues/{issue.number}/events*", 200, [])
+    shared.repository.fail(f"GET /issues/{issue.number}/events*", *answer)
     alice.label(issue.number)
     issue.task()
 
