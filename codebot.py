@@ -6759,7 +6759,7 @@ def ending_after_transient_error(
 def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
     """Return whether a review has failed and its reviewer has not been told yet.
 
-    If it failed while it posted its answers, or an earlier failure, that is all.
+    There is no second attempt if posting the answers, or an earlier failure, has failed.
     """
     job = run.job
     if job.kind == "task" or ending.status != "failed":
