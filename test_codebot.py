@@ -394,6 +394,7 @@ class Repository(Faulty):
         self.id = number
         self.name = name
         self.permissions = dict(PERMISSIONS)
+        self.numbers = itertools.count(1)  # of issues and pull requests
         self.issues: dict[int, dict[str, Any]] = {}  # pull requests too, as on GitHub
         self.pulls_by_number: dict[int, dict[str, Any]] = {}
         self.comments: list[Comment] = []
@@ -479,7 +480,7 @@ class Repository(Faulty):
         return comment
 
     def add_issue(self, user: Any, title: str, body: str) -> int:
-        number = len(self.issues) + 1
+        number = next(self.numbers)
         self.issues[number] = {
             "id": 1000 * self.id + number,
             "number": number,
@@ -558,7 +559,8 @@ class Repository(Faulty):
     def list_pulls(self, request: Request) -> Reply:
         state = request.parameters.get("state", "open")
         branch = request.parameters.get("head", "").partition(":")[2]
-        pulls = [self.pull_json(number) for number in self.pulls_by_number]
+        # A copy, since another request may create a pull request meanwhile.
+        pulls = [self.pull_json(number) for number in list(self.pulls_by_number)]
         pulls = [p for p in pulls if state in ("all", p["state"])]
         pulls = [p for p in pulls if branch in ("", p["head"]["ref"])]
         return page(request, pulls)
@@ -622,7 +624,8 @@ class Repository(Faulty):
     def list_issues(self, request: Request) -> Reply:
         state = request.parameters.get("state", "open")
         label = request.parameters.get("labels", "").lower()
-        issues = [i for i in self.issues.values() if state in ("all", i["state"])]
+        issues = [*self.issues.values()]  # a copy, for the same reason
+        issues = [i for i in issues if state in ("all", i["state"])]
         if label:
             issues = [i for i in issues if label in label_names(i)]
         return page(request, issues)
@@ -821,7 +824,7 @@ class FakeGitHub(http.server.ThreadingHTTPServer, Faulty):
         elif by_name or by_git:
             name = (by_name or by_git)[1].lower()  # type: ignore[index]
             names = {r.name.lower(): r for r in self.repositories}
-            old = {name.lower(): r for name, r in self.old_names.items()}
+            old = {name.lower(): r for name, r in [*self.old_names.items()]}
             repository = names.get(name, old.get(name))
         if by_id or by_name or by_git:
             rest = (by_id or by_name or by_git)[2] or ""  # type: ignore[index]
