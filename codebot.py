@@ -242,7 +242,8 @@ KNOWN LIMITATIONS
 LIFE OF A JOB
   pending   -> running      a worker starts it
   pending   -> failed       it is cancelled
-  running   -> pending      a stop, a crash, or a transient error interrupts it
+  running   -> pending      a stop, a crash, or a transient error interrupts it; or it is
+                            a review that has failed, and has yet to post that
   running   -> completed, failed
   A review is deleted when its comments join another running review, and when its task is
   deleted. A review that is skipped, because nothing may or need be done, is also deleted,
@@ -3216,7 +3217,7 @@ class Mirror(GitDirectory):
 #   queue_comments                 -> pending     a review, unless the comment joins one
 #   claim                  pending -> running
 #   finish                 running -> completed, failed
-#   requeue                running -> pending     after a stop or crash, or for a retry
+#   requeue                running -> pending     after a stop or crash, or to run again
 #   request_cancel         pending -> failed      a running task is only asked to end
 #   abandon                pending -> failed      when `run` is interrupted
 #   drop_review            deletes a running review
@@ -3301,7 +3302,7 @@ CREATE TABLE jobs (
     files TEXT NOT NULL DEFAULT '', -- as git diff --stat shows them
     seconds REAL NOT NULL DEFAULT 0,
     answers TEXT NOT NULL DEFAULT '{}', -- by thread, as JSON
-    -- Why the job failed. A review stores both before it tells its reviewer.
+    -- Why the job failed. A review stores both before it posts them.
     reason TEXT NOT NULL DEFAULT '',
     error TEXT NOT NULL DEFAULT '',
     CHECK ((kind = 'task') = (task_id = id)),
@@ -5889,8 +5890,8 @@ def run_review(run: JobRun) -> None:
                                        answers: questions, if the request is unclear
       error                            post the error, and fail with it
 
-    Raises ReviewSkipped if nothing is to be done. If a step fails, `tell_reviewer` stores
-    the error and runs the steps again, which then only post it.
+    Raises ReviewSkipped if nothing is to be done. If a step fails, run_job stores the
+    error and makes the job pending again. The next run then only posts it.
     """
     review = load_review(run)
     check_pull_request(review)
@@ -6649,13 +6650,18 @@ class Ending(NamedTuple):
 
 
 def run_job(codebot: Codebot, job: Job) -> None:
-    """Run a job to its end, or until it is pending again."""
+    """Run a job to its end, or until it is pending again.
+
+    If a review fails before its reviewer was told, its failure is stored, and the job is
+    pending again: the next run of `run_review` only posts the failure, and fails with it.
+    """
     run = JobRun(codebot, job)
     codebot.running[job.id] = run
     try:
         ending = run_steps(run)
         if must_tell_reviewer(run, ending):
-            ending = tell_reviewer(run, ending)
+            store_failure(run, ending)
+            ending = Ending("pending")
         store_ending(run, ending)
     finally:
         del codebot.running[job.id]
@@ -6770,30 +6776,20 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
     return not job.error and job.phase != "answer"
 
 
-def tell_reviewer(run: JobRun, ending: Ending) -> Ending:
-    """Post why a review failed, as its answer. Returns how the review ends now.
-
-    The failure is stored first. From then on, the steps of the review, here and in every
-    retry, only post it, and fail with it.
-    """
-    store_failure(run, ending)
-    return run_steps(run)
-
-
 def store_failure(run: JobRun, ending: Ending) -> None:
-    """Store why a review failed.
+    """Store why a review failed, so that its next run posts it.
 
-    save_work also resets `interruptions`, so that check_may_run lets the steps run.
+    save_work also resets `interruptions`, so that check_may_run lets that run begin.
     """
     error = run.redact(ending.error)[:10_000]
     # Logged now: if the reviewer cannot be told, the review may end with another error.
     run.log_event("codebot", f"Failed ({ending.reason}): {error}")
     run.save_work(
-        phase="",
         commit_id="",
         # Comments that the reviewer writes from now on become a review of their own.
         request_kind=run.job.request_kind or "unclear",
         answers={},
+        seconds=time.monotonic() - run.started,
         reason=ending.reason,
         error=error,
     )

@@ -3991,6 +3991,7 @@ def test_failure_that_the_reviewer_is_to_be_told_survives_retries(
     again = store.claim(review.id)
     assert again is not None
     assert (again.reason, again.error) == ("stalled", "No output")
+    assert again.seconds > 0  # of the run that failed
 
 
 @pytest.mark.parametrize("status", ["failed", "pending"])
