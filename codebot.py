@@ -4479,20 +4479,24 @@ def remove_easily(name: str, parent: int | None = None, level: int = 0) -> None:
 class SyncRequest(NamedTuple):
     """Asks the sync thread to look at one thing.
 
-    The fields name it. An empty SyncRequest() asks for a look at everything.
-      repository_id, number   an issue that has, or had, the label
-      repository_id           a repository, to find its issues with the label
-      pull_request_of         the pull request of the task with this id
-      ended_task              the task with this id, to report its end on its issue
+    Its kind says what to look at, and which of the other fields say which one:
+      "everything"
+      "repository"     repository_id; to find its issues with the label
+      "issue"          repository_id, number; an issue that has, or had, the label
+      "pull_request"   task_id; the pull request of this task
+      "ended_task"     task_id; to report the task's end on its issue
     With is_new, a delivery says that something has changed. If GitHub refuses the look,
     or shows nothing new, codebot looks once more, VISIBILITY_DELAY later.
     """
 
+    kind: str
     repository_id: int = 0
     number: int = 0
-    pull_request_of: str = ""
-    ended_task: str = ""
+    task_id: str = ""
     is_new: bool = False
+
+
+EVERYTHING = SyncRequest("everything")
 
 
 class Codebot:
@@ -5840,7 +5844,7 @@ def create_pull_request(workspace: Workspace) -> None:
     run.log_event("codebot", f"Pull request {new.number}: {new.url}")
     log.info("Task %s: opened %s", run.job.id, new.url)
     # Somebody may have commented on it before it was stored.
-    run.codebot.sync_queue.put(SyncRequest(pull_request_of=run.job.id))
+    run.codebot.sync_queue.put(SyncRequest("pull_request", task_id=run.job.id))
 
 
 def react_to_issue(workspace: Workspace) -> None:
@@ -5977,7 +5981,8 @@ def check_pull_request(review: Review) -> None:
     except GitHubError as error:
         raise refusal_error(review.run, error) from None
     if current.state != "open":
-        review.run.codebot.sync_queue.put(SyncRequest(pull_request_of=review.task.id))
+        look = SyncRequest("pull_request", task_id=review.task.id)
+        review.run.codebot.sync_queue.put(look)
         raise ReviewSkipped(f"the pull request is {current.state}")
     if current.is_locked:
         raise ReviewSkipped("the conversation is locked")
@@ -6350,7 +6355,7 @@ class Sync:
         self.store = codebot.store
         self.github = github
         # When each request is due. The first one looks at everything.
-        self.waiting: dict[SyncRequest, float] = {SyncRequest(): 0.0}
+        self.waiting: dict[SyncRequest, float] = {EVERYTHING: 0.0}
 
     def step(self) -> None:
         """Wait a moment for requests, and handle those that are due."""
@@ -6361,7 +6366,7 @@ class Sync:
         while not requests.empty():
             self.waiting[requests.get()] = 0.0
         for task_id in self.store.unreported_tasks():
-            self.look_later(SyncRequest(ended_task=task_id))
+            self.look_later(SyncRequest("ended_task", task_id=task_id))
         # What a delivery asks for is due at 0.0, before the rest of a poll. If one comes
         # meanwhile, the rest waits for the next step.
         for request in sorted(self.waiting, key=lambda request: self.waiting[request]):
@@ -6378,47 +6383,52 @@ class Sync:
         self.waiting[again] = time.time() + VISIBILITY_DELAY
 
     def handle(self, request: SyncRequest) -> None:
-        """Process a request. Repeat it later if GitHub cannot answer now.
-
-        If GitHub refuses it, drop it, unless it is the request for everything, which
-        nothing else may repeat.
-        """
-        # Set first, so that the request is also repeated after an unexpected error.
+        """Process a request. Afterwards it waits only if it has to be repeated."""
+        # Noted first, so that it is also repeated after an unexpected error.
         self.waiting[request] = time.time() + RETRY_DELAY
+        repeat_at = self.attempt(request)
+        del self.waiting[request]
+        if repeat_at:
+            self.waiting[request] = repeat_at
+
+    def attempt(self, request: SyncRequest) -> float:
+        """Process a request. Returns when to repeat it, in seconds since 1970; 0: never.
+
+        It is repeated if GitHub cannot answer now. If GitHub refuses it, it is not, except
+        for the look at everything, which nothing else may repeat.
+        """
         try:
             self.process(request)
         except GitHubError as error:
             log.warning("%s was refused by GitHub: %s", request, error)
             if request.is_new:  # perhaps GitHub does not show it everywhere yet
                 self.look_again(request)
-            if request == SyncRequest():
-                self.waiting[request] = time.time() + APP_REFUSED_DELAY
-                return
+            if request == EVERYTHING:
+                return time.time() + APP_REFUSED_DELAY
+            return 0.0
+        except AppRefused as error:
+            log.warning("%s failed, and will be repeated: %s", request, error)
+            return time.time() + APP_REFUSED_DELAY
         except (TransientError, sqlite3.Error, OSError) as error:
             log.warning("%s failed, and will be repeated: %s", request, error)
-            retry_at = time.time() + RETRY_DELAY  # from now: the look took a while
-            if isinstance(error, AppRefused):
-                retry_at = time.time() + APP_REFUSED_DELAY
-            elif isinstance(error, TransientError):
-                retry_at = max(retry_at, error.retry_at)
-            self.waiting[request] = retry_at
-            return
+            retry_at = error.retry_at if isinstance(error, TransientError) else 0.0
+            return max(time.time() + RETRY_DELAY, retry_at)
         except UNKNOWN_SHAPE_ERRORS:
             log.exception("%s: GitHub's response has an unknown shape", request)
-            return
-        del self.waiting[request]
-        if request == SyncRequest() and self.config.enable_polling:
-            self.waiting[request] = time.time() + self.config.poll_interval
+            return time.time() + RETRY_DELAY
+        if request == EVERYTHING and self.config.enable_polling:
+            return time.time() + self.config.poll_interval
+        return 0.0
 
     def process(self, request: SyncRequest) -> None:
-        """Look at what the request names, or at everything if it names nothing."""
-        if request.pull_request_of:
+        """Look at what the request names."""
+        if request.kind == "pull_request":
             self.look_at_pull_request(request)
-        elif request.ended_task:
-            self.report_task(request.ended_task)
-        elif request.number:
+        elif request.kind == "ended_task":
+            self.report_task(request.task_id)
+        elif request.kind == "issue":
             self.look_at_issue(request)
-        elif request.repository_id:
+        elif request.kind == "repository":
             self.look_for_issues(request.repository_id)
         else:
             self.poll()
@@ -6426,28 +6436,29 @@ class Sync:
     def poll(self) -> None:
         """Ask for a look at everything that may have changed."""
         for pull_request in self.store.unmerged_pull_requests():
-            self.look_later(SyncRequest(pull_request_of=pull_request.task_id))
+            task_id = pull_request.task_id
+            self.look_later(SyncRequest("pull_request", task_id=task_id))
         if not self.config.issue_label:
             return
         for repository_id, number in self.store.unfinished_issues():
-            self.look_later(SyncRequest(repository_id, number))
+            self.look_later(SyncRequest("issue", repository_id, number))
         for github_repository in self.github.repositories():
             # A compatible server may send no id; then no request could name an issue.
             has_id = github_repository.id != LOOKUP
             if has_id and is_allowed(self.config, github_repository.full_name):
-                self.look_later(SyncRequest(github_repository.id))
+                self.look_later(SyncRequest("repository", github_repository.id))
 
     def look_for_issues(self, repository_id: int) -> None:
         """Ask for a look at each issue of a repository that has the label."""
         github_repository = self.github.repository_by_id(repository_id)
         for number in github_repository.issues_with_label(self.config.issue_label):
-            self.look_later(SyncRequest(repository_id, number))
+            self.look_later(SyncRequest("issue", repository_id, number))
 
     # Pull requests
 
     def look_at_pull_request(self, request: SyncRequest) -> None:
         """Store a pull request's state, and queue the new comments on it."""
-        task_id = request.pull_request_of
+        task_id = request.task_id
         pull_request = self.store.pull_request(task_id)
         if pull_request is None:
             return
@@ -7555,7 +7566,8 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
         pull_request = pull_request_of(codebot, payload)
         remember_delivery(codebot, guid)
         task_id = pull_request.task_id
-        codebot.sync_queue.put(SyncRequest(pull_request_of=task_id, is_new=True))
+        look = SyncRequest("pull_request", task_id=task_id, is_new=True)
+        codebot.sync_queue.put(look)
     elif event == "issues" and action in ("labeled", "unlabeled"):
         receive_label(codebot, guid, payload)
     elif event == "ping":
@@ -7606,7 +7618,8 @@ def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
     repository_id = int(payload["repository"]["id"])
     number = int(payload["issue"]["number"])
     remember_delivery(codebot, guid)
-    codebot.sync_queue.put(SyncRequest(repository_id, number, is_new=True))
+    look = SyncRequest("issue", repository_id, number, is_new=True)
+    codebot.sync_queue.put(look)
 
 
 # --- Page --------------------------------------------------------------------

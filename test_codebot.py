@@ -8072,8 +8072,8 @@ def test_look_that_fails_slowly_is_repeated_some_time_after_it_failed(
         raise error
 
     monkeypatch.setattr(sync, "process", fail)
-    sync.handle(codebot.SyncRequest())
-    assert sync.waiting[codebot.SyncRequest()] == failed_at + delay
+    sync.handle(codebot.EVERYTHING)
+    assert sync.waiting[codebot.EVERYTHING] == failed_at + delay
 
 
 def test_response_of_unknown_shape_holds_up_no_other_look(
@@ -8082,8 +8082,8 @@ def test_response_of_unknown_shape_holds_up_no_other_look(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(codebot, "SYNC_INTERVAL", 0.01)
-    first = codebot.SyncRequest(1, 1)
-    second = codebot.SyncRequest(1, 2)
+    first = codebot.SyncRequest("issue", 1, 1)
+    second = codebot.SyncRequest("issue", 1, 2)
     sync.waiting = {first: 0.0, second: 0.0}
 
     def process(request: codebot.SyncRequest) -> None:
@@ -8101,24 +8101,24 @@ def test_delivery_is_looked_at_before_the_rest_of_a_poll(
     sync: codebot.Sync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = []
-    delivered = codebot.SyncRequest(7, 5)
+    delivered = codebot.SyncRequest("issue", 7, 5)
 
     def process(request: codebot.SyncRequest) -> None:
         looks.append(request)
-        if request == codebot.SyncRequest(1):
+        if request == codebot.SyncRequest("repository", 1):
             sync.codebot.sync_queue.put(delivered)
 
     monkeypatch.setattr(codebot, "SYNC_INTERVAL", 0.01)
     monkeypatch.setattr(sync, "process", process)
-    sync.waiting = {codebot.SyncRequest(n): float(n) for n in (1, 2, 3)}
+    sync.waiting = {codebot.SyncRequest("repository", n): float(n) for n in (1, 2, 3)}
     for _ in range(3):
         sync.step()
-    assert looks[:2] == [codebot.SyncRequest(1), delivered]
+    assert looks[:2] == [codebot.SyncRequest("repository", 1), delivered]
     assert len(looks) == 4
 
 
 def test_second_look_is_not_lost_to_one_that_waits(sync: codebot.Sync) -> None:
-    request = codebot.SyncRequest(7, 5)
+    request = codebot.SyncRequest("issue", 7, 5)
     sync.look_later(request)
     sync.look_again(request._replace(is_new=True))
     assert sync.waiting[request] > time.time() + 10
