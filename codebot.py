@@ -912,8 +912,10 @@ def unreadable_files(config: Config) -> Iterator[str]:
             )
 
 
-# A wildcard before the path, with more around it: it may match another host.
-WILD_HOST_RE = re.compile(r"(\w+://|[\w.-]+@)?[^/:]*[*?\[].|\w+://[^/*]+\*", re.ASCII)
+# A wildcard in the user, host or port, unless it is all that follows "https://" or "git@".
+WILD_HOST_RE = re.compile(
+    r"(\w+://|[\w.-]+@)?[^/:]*[*?\[].|\w+://[^/*]*[^/*@]\*|[\w.-]+@[^/:*]+\*", re.ASCII
+)
 
 
 def conflicting_settings(config: Config) -> Iterator[str]:

@@ -2448,6 +2448,9 @@ def test_allowed_pattern_that_matches_nothing_is_refused() -> None:
         ("/srv/git/*", False),
         ("https://*.example.com/*", True),  # https://evil.net/x.example.com/y
         ("https://*", False),
+        ("ssh://git@*", False),
+        ("git@*", False),
+        ("git@github.com*", True),  # git@github.com.evil.org:acme/app
         ("https://[[]fd00::5]/git/*", False),
         ("https://git*", True),
         ("ssh://git.corp:22*/team/*", True),  # ssh://git.corp:22@evil.org/team/a
