@@ -242,8 +242,7 @@ KNOWN LIMITATIONS
 LIFE OF A JOB
   pending   -> running      a worker starts it
   pending   -> failed       it is cancelled
-  running   -> pending      a stop, a crash, or a transient error interrupts it; or it is
-                            a review that has failed, and has yet to post that
+  running   -> pending      a stop, a crash, or a transient error interrupts it
   running   -> completed, failed
   A review is deleted when its comments join another running review, and when its task is
   deleted. A review that is skipped, because nothing may or need be done, is also deleted,
@@ -933,7 +932,7 @@ def conflicting_settings(config: Config) -> Iterator[str]:
 
 
 def wrong_patterns(config: Config) -> Iterator[str]:
-    """Yield a sentence for each pattern of allowed repositories that makes no sense."""
+    """Yield a sentence for each allowed pattern that matches nothing, or too much."""
     for pattern in config.allowed:
         name = f"CODEBOT_ALLOWED_REPOSITORIES: {pattern!r}"
         is_name = "/" in pattern and ":" not in pattern
@@ -1523,8 +1522,11 @@ MAX_ENVIRONMENT_BYTES = 2 << 20
 
 
 def has_in_environment(file: IO[bytes], needle: bytes) -> bool:
-    """Search an environment in pieces: large buffers would fragment the heap."""
-    end = b"\0"  # of what was read
+    """Return whether an environment contains ``needle``.
+
+    It is read in pieces, because large buffers would fragment the heap.
+    """
+    end = b"\0"  # of the piece before; at first, as if a variable had just ended
     for _ in range(MAX_ENVIRONMENT_BYTES // READ_BYTES):
         piece = file.read(READ_BYTES)
         if needle in end + piece:
@@ -3051,7 +3053,8 @@ class GitDirectory:
         text = "\n".join([*result.stdout, *result.stderr])
         # Perhaps by the host, for want of memory.
         if result.code in SIGNAL_EXIT_CODES or PART_KILLED_RE.search(text):
-            raise TransientError(f"git was killed: {result.error}")
+            code = f"exit code {result.code}"
+            raise TransientError(f"git was killed ({code}): {result.error}")
         words = URL_OR_NAME_RE.sub("", text)
         if REJECTED_RE.search(words):  # perhaps because of a file with any name
             raise GitFailed(result.error)
@@ -3219,7 +3222,7 @@ class Mirror(GitDirectory):
 #   queue_comments                 -> pending     a review, unless the comment joins one
 #   claim                  pending -> running
 #   finish                 running -> completed, failed
-#   requeue                running -> pending     after a stop or crash, or to run again
+#   requeue                running -> pending     after a stop or crash, or for a retry
 #   request_cancel         pending -> failed      a running task is only asked to end
 #   abandon                pending -> failed      when `run` is interrupted
 #   drop_review            deletes a running review
@@ -4481,7 +4484,7 @@ def remove_easily(name: str, parent: int | None = None, level: int = 0) -> None:
 class SyncRequest(NamedTuple):
     """Asks the sync thread to look at one thing.
 
-    Its kind says what to look at, and which of the other fields say which one:
+    Its kind says what to look at. The fields named after it say which one:
       "everything"
       "repository"     repository_id; to find its issues with the label
       "issue"          repository_id, number; an issue that has, or had, the label
@@ -5896,8 +5899,8 @@ def run_review(run: JobRun) -> None:
                                        answers: questions, if the request is unclear
       error                            post the error, and fail with it
 
-    Raises ReviewSkipped if nothing is to be done. If a step fails, run_job stores the
-    error and makes the job pending again. The next run then only posts it.
+    Raises ReviewSkipped if nothing is to be done. If a step before the posting fails,
+    run_job stores the error and runs the steps again, which then only post it.
     """
     review = load_review(run)
     check_pull_request(review)
@@ -6337,9 +6340,9 @@ def own_words(job: Job, answer: str) -> str:
 #
 # One thread asks GitHub what has changed: at the start, when a webhook says so, and at a
 # fixed interval with --enable-polling. If GitHub cannot answer, the request is repeated
-# after a minute, or when the rate limit ends. If GitHub refuses it, it waits for the next
-# poll, delivery or start; what a delivery asked for is tried once more before that.
-# Webhooks and polling share the store.
+# after a minute, when the rate limit ends, or 15 minutes after GitHub has refused the App.
+# If GitHub refuses the request, it waits for the next poll, delivery or start; what a
+# delivery asked for is tried once more before that. Webhooks and polling share the store.
 
 SYNC_INTERVAL = 1.0  # seconds between checks for due requests and for ended tasks
 # Seconds until a request is repeated after GitHub has refused the App: see AppRefused.
@@ -6396,8 +6399,9 @@ class Sync:
     def attempt(self, request: SyncRequest) -> float:
         """Process a request. Returns when to repeat it, in seconds since 1970; 0: never.
 
-        It is repeated if GitHub cannot answer now. If GitHub refuses it, it is not, except
-        for the look at everything, which nothing else may repeat.
+        It is repeated if GitHub cannot answer now, or in an unknown shape. If GitHub
+        refuses it, it is dropped, unless it is the look at everything: nothing else might
+        repeat that. With polling, that look is repeated in any case.
         """
         try:
             self.process(request)
@@ -6665,8 +6669,7 @@ class Ending(NamedTuple):
 def run_job(codebot: Codebot, job: Job) -> None:
     """Run a job to its end, or until it is pending again.
 
-    If a review fails before its reviewer was told, its failure is stored, and the job is
-    pending again: the next run of `run_review` only posts the failure, and fails with it.
+    A review that fails posts its failure before it ends. See run_review.
     """
     run = JobRun(codebot, job)
     codebot.running[job.id] = run
@@ -6674,7 +6677,7 @@ def run_job(codebot: Codebot, job: Job) -> None:
         ending = run_steps(run)
         if must_tell_reviewer(run, ending):
             store_failure(run, ending)
-            ending = Ending("pending")
+            ending = run_steps(run)  # again: from now on they only post the failure
         store_ending(run, ending)
     finally:
         del codebot.running[job.id]
@@ -6778,7 +6781,8 @@ def ending_after_transient_error(
 def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
     """Return whether a review has failed and its reviewer has not been told yet.
 
-    There is no second attempt if posting the answers, or an earlier failure, has failed.
+    If it was the posting that failed, of the answers or of an earlier failure, nothing
+    more is posted.
     """
     job = run.job
     if job.kind == "task" or ending.status != "failed":
@@ -6790,9 +6794,9 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
 
 
 def store_failure(run: JobRun, ending: Ending) -> None:
-    """Store why a review failed, so that its next run posts it.
+    """Store why a review failed.
 
-    save_work also resets `interruptions`, so that check_may_run lets that run begin.
+    save_work also resets `interruptions`, so that check_may_run lets the steps run again.
     """
     error = run.redact(ending.error)[:10_000]
     # Logged now: if the reviewer cannot be told, the review may end with another error.
@@ -6802,7 +6806,7 @@ def store_failure(run: JobRun, ending: Ending) -> None:
         # Comments that the reviewer writes from now on become a review of their own.
         request_kind=run.job.request_kind or "unclear",
         answers={},
-        seconds=time.monotonic() - run.started,
+        seconds=run.job.seconds or time.monotonic() - run.started,
         reason=ending.reason,
         error=error,
     )
