@@ -2022,10 +2022,6 @@ class NotFound(GitHubError):
     """Something does not exist (anymore), or GitHub does not show it to codebot."""
 
 
-class BranchNotSeen(GitHubError):
-    """GitHub refuses a pull request because it does not see the branch, or not yet."""
-
-
 class AppRefused(TransientError):
     """The App's key cannot sign, or GitHub rejected a JWT or token, or issued no token.
 
@@ -2200,8 +2196,8 @@ def github_error_text(status: int, payload: Json) -> str:
     return " ".join(" ".join(words).split())[:1000]
 
 
-# Two things that GitHub may mean by status 422: that comments and pull requests are made
-# too fast, and that it does not see a pushed branch or its commit.
+# Two temporary reasons for a status of 422: comments and pull requests are made too fast;
+# GitHub does not see a pushed branch, or its commit, yet.
 TOO_FAST_RE = re.compile(r"submitted too quickly|'code': 'abuse'")
 BRANCH_NOT_SEEN_RE = re.compile("'field': 'head', 'code': 'invalid'|No commits between")
 
@@ -2226,7 +2222,7 @@ def raise_if_refused(reply: Reply) -> None:
     if status == 403 and "suspended" in reply.error:  # temporary: the job waits
         raise TransientError(f"GitHub refuses the App: {reply.error}")
     if status == 422 and BRANCH_NOT_SEEN_RE.search(reply.error):
-        raise BranchNotSeen(reply.error)
+        raise TransientError(f"GitHub does not see the pushed branch: {reply.error}")
     if status in (404, 410):  # 410: it did exist
         raise NotFound(reply.error)
     raise GitHubError(reply.error)
@@ -5816,11 +5812,6 @@ def pull_request_body(run: JobRun) -> str:
     return f"{body}\n<!-- codebot task {job.id} -->\n"
 
 
-# If GitHub does not see a branch for this many seconds, counted from the first transient
-# error, the job fails.
-BRANCH_NOT_SEEN_LIMIT = 600.0
-
-
 def create_pull_request(workspace: Workspace) -> None:
     """Open a pull request for the branch, or find the existing one, and store it."""
     run = workspace.run
@@ -5835,11 +5826,6 @@ def create_pull_request(workspace: Workspace) -> None:
             run.job.branch, run.job.base_name, title, body
         )
     except GitHubError as error:
-        now = time.time()
-        age = now - (run.job.transient_since or now)
-        if isinstance(error, BranchNotSeen) and age < BRANCH_NOT_SEEN_LIMIT:
-            message = f"GitHub does not see the pushed branch yet: {error}"
-            raise TransientError(message) from None
         raise JobFailed(
             "pull_request_failed",
             f"Branch {run.job.branch} was pushed, but GitHub refused the pull request: "
