@@ -6870,8 +6870,7 @@ class Cleanup:
 
     def __init__(self, codebot: Codebot) -> None:
         self.codebot = codebot
-        run_tag = f"{codebot.config.run_tag}cleanup"
-        self.config = dataclasses.replace(codebot.config, run_tag=run_tag)
+        self.config = codebot.config
         self.mirrors_due = 0.0  # when to look at the mirrors, by time.monotonic()
 
     def step(self) -> None:
