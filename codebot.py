@@ -4486,8 +4486,8 @@ class SyncRequest(NamedTuple):
       "issue"          repository_id, number; an issue that has, or had, the label
       "pull_request"   task_id; the pull request of this task
       "ended_task"     task_id; to report the task's end on its issue
-    With is_new, a delivery says that something has changed. If GitHub refuses the look,
-    or shows nothing new, codebot looks once more, VISIBILITY_DELAY later.
+    With is_new, a delivery says that something has changed. GitHub may not show that yet,
+    so codebot looks a second time, VISIBILITY_DELAY later.
     """
 
     kind: str
@@ -5851,8 +5851,6 @@ def react_to_issue(workspace: Workspace) -> None:
 # GitHub allows 80 writes a minute. A review that spent them on reactions, in every run,
 # would never get any further.
 MAX_REACTIONS = 30
-# Seconds until something new is visible in all parts of GitHub.
-VISIBILITY_DELAY = 50.0
 LIMIT_TEXT = (
     f"This pull request has reached the limit of {DAILY_REVIEW_JOBS} requests to codebot "
     "in a day. codebot ignores further comments today; comment again tomorrow."
@@ -5954,9 +5952,12 @@ def load_review(run: JobRun) -> Review:
 
 
 def refusal_error(run: JobRun, error: GitHubError) -> Exception:
-    """Return ReviewSkipped if GitHub's object is gone for good, else TransientError."""
-    is_new = run.job.submitted_at > utc_time(seconds_ago=VISIBILITY_DELAY)
-    if isinstance(error, NotFound) and not is_new:
+    """Return the error for a repository or pull request that GitHub does not show.
+
+    Something new may not be visible in all parts of GitHub, so it is gone for good only
+    if a retry, at least a minute later, does not find it either.
+    """
+    if isinstance(error, NotFound) and run.job.transient_since:
         return ReviewSkipped(f"it is not codebot's anymore: {error}")
     return TransientError(f"GitHub refuses the App: {error}")
 
@@ -5986,18 +5987,6 @@ def check_write_access(review: Review) -> None:
         raise ReviewSkipped(f"{reviewer} has no write access")
 
 
-def may_appear_later(review: Review, comment: Comment) -> bool:
-    """Return whether a comment may be too new for GitHub's lists.
-
-    The inline comments of a GitHub review are as old as their drafts, so the age of the
-    job counts as well.
-    """
-    clock_skew = review.github_repository.github.clock_skew
-    is_new = comment.created_at > utc_time(seconds_ago=VISIBILITY_DELAY - clock_skew)
-    job_time = review.run.job.submitted_at
-    return is_new or job_time > utc_time(seconds_ago=VISIBILITY_DELAY)
-
-
 def load_comments(review: Review) -> Review:
     """Return the review with its reviewer's comments, except those deleted since.
 
@@ -6019,7 +6008,9 @@ def load_comments(review: Review) -> Review:
     comments = []
     for stored in run.store.comments(run.job.id):
         comment = current.get((stored.place, stored.id))
-        if comment is None and may_appear_later(review, stored):
+        if comment is None and not run.job.transient_since:
+            # It may be too new for GitHub's lists. If a retry, at least a minute later,
+            # does not find it either, it was deleted.
             raise TransientError("GitHub does not list a comment yet")
         if comment is None or comment.user != run.job.reviewer:
             continue
@@ -6327,9 +6318,10 @@ def own_words(job: Job, answer: str) -> str:
 # One thread asks GitHub what has changed: at the start, when a webhook says so, and at a
 # fixed interval with --enable-polling. If GitHub cannot answer, the request is repeated
 # after a minute, when the rate limit ends, or 15 minutes after GitHub has refused the App.
-# If GitHub refuses the request, it waits for the next poll, delivery or start; what a
-# delivery asked for is tried once more before that. Webhooks and polling share the store.
+# If GitHub refuses the request, it waits for the next poll, delivery or start. Webhooks
+# and polling share the store.
 
+VISIBILITY_DELAY = 50.0  # seconds until something new is visible in all parts of GitHub
 SYNC_INTERVAL = 1.0  # seconds between checks for due requests and for ended tasks
 # Seconds until a request is repeated after GitHub has refused the App: see AppRefused.
 APP_REFUSED_DELAY = 900.0
@@ -6368,19 +6360,17 @@ class Sync:
         """Note a request, unless it is waiting already."""
         self.waiting.setdefault(request, time.time())
 
-    def look_again(self, request: SyncRequest) -> None:
-        """Look once more, when all parts of GitHub should show what has changed."""
-        again = request._replace(is_new=False)
-        self.waiting[again] = time.time() + VISIBILITY_DELAY
-
     def handle(self, request: SyncRequest) -> None:
-        """Process a request. Afterwards it waits only if it has to be repeated."""
+        """Process a request, and note when to repeat it, if at all."""
         # Noted first, so that it is also repeated after an unexpected error.
         self.waiting[request] = time.time() + RETRY_DELAY
         repeat_at = self.attempt(request)
         del self.waiting[request]
         if repeat_at:
             self.waiting[request] = repeat_at
+        elif request.is_new:
+            again = request._replace(is_new=False)
+            self.waiting[again] = time.time() + VISIBILITY_DELAY
 
     def attempt(self, request: SyncRequest) -> float:
         """Process a request. Returns when to repeat it, in seconds since 1970; 0: never.
@@ -6393,8 +6383,6 @@ class Sync:
             self.process(request)
         except GitHubError as error:
             log.warning("%s was refused by GitHub: %s", request, error)
-            if request.is_new:  # perhaps GitHub does not show it everywhere yet
-                self.look_again(request)
             if request == EVERYTHING:
                 return time.time() + APP_REFUSED_DELAY
             return 0.0
@@ -6459,8 +6447,6 @@ class Sync:
         if current.state != pull_request.state:
             self.store.save_pull_request_state(task_id, current.state)
             log.info("Pull request %s is now %s", pull_request.url, current.state)
-        elif request.is_new:
-            self.look_again(request)
         if current.state != "open":
             # Pending reviews are skipped when they start.
             for run in list(self.codebot.running.values()):
@@ -6480,8 +6466,6 @@ class Sync:
         event = github_repository.label_event(request.number, self.config.issue_label)
         self.cancel_superseded(request, event.id if event else 0)
         if event is None or self.store.is_label_event_known(event.id):
-            if request.is_new:
-                self.look_again(request)
             return
         issue = github_repository.issue(request.number)
         obstacle = self.obstacle(github_repository, issue, event)
