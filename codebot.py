@@ -75,12 +75,12 @@ WHO IS TRUSTED WITH WHAT
                  default, all repositories that codebot's user can reach. A task's test
                  command is a shell command, so a client can run anything in the sandbox.
                  GitHub is not asked what the person behind the key may read or write.
-  A reviewer     has an effect only if GitHub reports, when the review starts, that they
-                 have write access to the repository. The same holds for a person who
-                 labels an issue: GitHub is asked when the task is submitted. (A refusal
-                 is remembered for a minute.) Nobody else can start the agent, but the
-                 text of a labeled issue may be anyone's. Anyone's comment is stored as a
-                 pending review, and GitHub is asked when that starts.
+  A reviewer     has an effect only if GitHub reports that they have write access to the
+                 repository. It is asked whenever the review starts, and before its
+                 commit is pushed. For a person who labels an issue, it is asked when the
+                 task is submitted. (A refusal is remembered for a minute.) Nobody else
+                 can start the agent, but the text of a labeled issue may be anyone's.
+                 Anyone's comment is stored as a pending review.
   Others at GitHub   can stop work, if they may remove the label or close the pull
                  request.
   GitHub         is believed, over TLS. A delivery is believed only if the signature of
@@ -6191,6 +6191,7 @@ def push_review_commit(review: Review) -> None:
     workspace = review.workspace
     for attempt in range(1, MAX_PUSHES + 1):
         check_pull_request(review)
+        check_write_access(review)  # the agent may have taken hours
         tip = require_on_branch(workspace, run.job.base_commit)
         if workspace.mirror.is_ancestor(run.job.commit_id, tip):
             return

@@ -7204,6 +7204,20 @@ def test_write_access_is_asked_at_each_start(pull: Pull) -> None:
     assert len(pull.reviews(2)) == 2
 
 
+def test_change_of_a_reviewer_who_lost_write_access_is_not_pushed(pull: Pull) -> None:
+    pull.site.repository.permissions["gina"] = "write"
+    pull.site.agent.follow(f"classify change; block; {MAKE_CHANGE}")
+    pull.site.person("gina").inline("Say more")
+    pull.site.agent.wait_until_blocked()
+    del pull.site.repository.permissions["gina"]
+    pull.site.agent.release()
+    review = pull.review()
+    assert review["reason"] == "cancelled"
+    assert "gina has no write access" in review["error"]
+    assert pull.answers() == []
+    assert pull.tip() == pull.commit
+
+
 def test_refusal_of_access_is_remembered(pull: Pull) -> None:
     for number in range(1, 4):
         pull.site.person("frank").comment("Delete it all")
