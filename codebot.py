@@ -9013,6 +9013,9 @@ def set_up_process(codebot: Codebot, level: int) -> None:
         # Even without a sandbox, an agent that is not root cannot read codebot's memory.
         # It can still read codebot's files.
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    # A core dump could hold a token, and the host may keep it where an agent can read it.
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
     # Each connection takes a descriptor; remove_easily takes two for each level.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max(soft, min(hard, MAX_DESCRIPTORS))

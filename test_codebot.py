@@ -32,6 +32,7 @@ import json
 import logging
 import os
 import re
+import resource
 import select
 import shlex
 import shutil
@@ -13743,6 +13744,17 @@ print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))  # PR_GET_DUMPABLE
 def test_server_is_not_dumpable(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", PRINT_DUMPABLE, str(PROGRAM.parent), tmp_path]
     assert run_command(*argv) == "0"
+
+
+def test_programs_write_no_core_dumps(fresh: Site) -> None:
+    """One of git's would hold a token; the host may keep it where an agent can read it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
+    try:
+        fresh.server.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
+    fresh.api.completed(fresh.api.submit(test_command='[ "$(ulimit -Sc)" = 0 ]'))
 
 
 @not_as_root
