@@ -911,12 +911,6 @@ def unreadable_files(config: Config) -> Iterator[str]:
             )
 
 
-# A wildcard in the user, host or port, unless it is all that follows "https://" or "git@".
-WILD_HOST_RE = re.compile(
-    r"(\w+://|[\w.-]+@)?[^/:]*[*?\[].|\w+://[^/*]*[^/*@]\*|[\w.-]+@[^/:*]+\*", re.ASCII
-)
-
-
 def conflicting_settings(config: Config) -> Iterator[str]:
     """Yield a sentence for each setting that makes no sense, alone or with another."""
     if not config.variables.get("CODEBOT_ALLOWED_REPOSITORIES", "*").strip(BLANKS):
@@ -931,6 +925,20 @@ def conflicting_settings(config: Config) -> Iterator[str]:
     yield from wrong_patterns(config)
 
 
+def has_wild_host(pattern: str) -> bool:
+    """Return whether a wildcard is in the user, host or port, and may match another host.
+
+    Some patterns are meant to match every host, such as *, https://* and git@*.
+    """
+    if re.fullmatch(r"(\w+://)?([^@/]+@)?\*|\w+\*", pattern):
+        return False
+    pattern = pattern.replace("[[]", "[")  # as a pattern spells the "[" of IPv6
+    rest = re.sub(r"^\w+://", "", pattern)
+    end_of_host = "[/:]" if rest == pattern else "/"  # HOST:PATH has no port
+    host = re.split(end_of_host, rest)[0]
+    return re.search(r"[*?]|.\[", host) is not None
+
+
 def wrong_patterns(config: Config) -> Iterator[str]:
     """Yield a sentence for each allowed pattern that matches nothing, or too much."""
     for pattern in config.allowed:
@@ -941,8 +949,7 @@ def wrong_patterns(config: Config) -> Iterator[str]:
                 f"{name} is not owner/name; to allow all repositories of an owner, write "
                 "owner/*."
             )
-        # "[[]" is how a pattern spells the "[" of an IPv6 address.
-        if config.no_github and WILD_HOST_RE.match(pattern.replace("[[]", "")):
+        if config.no_github and has_wild_host(pattern):
             yield (
                 f"{name} has a wildcard before its path, so it would also match other "
                 "hosts. Write the user, the host and the port in full."
