@@ -1613,7 +1613,7 @@ def copy_variables(config: Config, names: Iterable[str]) -> dict[str, str]:
 # directory at the same path.
 
 
-def launcher_words(command: Sequence[str], workspace: str) -> list[str]:
+def launcher_argv(command: Sequence[str], workspace: str) -> list[str]:
     """Fill in {task} and {job} in CODEBOT_LAUNCHER or CODEBOT_LAUNCHER_STOP.
 
     {task} is the path of the workspace, as is ``workspace`` throughout this section.
@@ -1670,10 +1670,10 @@ def run_stop_command(config: Config, workspace: str) -> str:
     """Run CODEBOT_LAUNCHER_STOP. Returns the error, or "" if there was none."""
     if not config.launcher_stop:  # it was set when the program was launched
         return "the setting is missing"
-    words = launcher_words(config.launcher_stop, workspace)
+    argv = launcher_argv(config.launcher_stop, workspace)
     try:
         result = run_program(
-            words, base_environment(config), limits=Limits(timeout=60.0)
+            argv, base_environment(config), limits=Limits(timeout=60.0)
         )
     except (OSError, LimitReached, TransientError) as error:
         return str(error)
@@ -1699,7 +1699,7 @@ def launching(
     record.parent.mkdir(exist_ok=True)
     record.write_text(config.run_tag)
     sentinel = uuid.uuid4().hex
-    prefix = launcher_words(config.launcher, workspace)
+    prefix = launcher_argv(config.launcher, workspace)
     prefix += ["sh", "-c", NODE_SCRIPT, sentinel]
     try:
         yield Launch(prefix, sentinel, timeout, on_start)
@@ -1870,23 +1870,23 @@ def bwrap_command(
     config: Config, workspace: str, objects: str, disable_userns: bool
 ) -> list[str]:
     """Return a bwrap command line, to which the command to run is appended."""
-    words = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
+    argv = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
     # Otherwise root could write /proc/sys/kernel/core_pattern, which names a program
     # that runs outside the sandbox.
-    words += ["--remount-ro", "/proc"]
-    words += [WRITABLE, f"{workspace}/tmp", "/tmp"]
+    argv += ["--remount-ro", "/proc"]
+    argv += [WRITABLE, f"{workspace}/tmp", "/tmp"]
     for option, path in sandbox_mounts(config, workspace, objects):
-        words += [option, path]
+        argv += [option, path]
         if option != HIDDEN:
-            words.append(path)
+            argv.append(path)
     # The network is the host's, because the agent has to reach the model. There is no
     # terminal to write to, because run_program starts a new session.
-    words += ["--unshare-pid", "--unshare-ipc", "--cap-drop", "ALL"]
+    argv += ["--unshare-pid", "--unshare-ipc", "--cap-drop", "ALL"]
     if disable_userns:
         # Otherwise, if codebot is root, the agent could mount and write control groups
         # in a user namespace of its own.
-        words += ["--unshare-user", "--disable-userns"]
-    return [*words, "--die-with-parent", "--chdir", f"{workspace}/repo", "--"]
+        argv += ["--unshare-user", "--disable-userns"]
+    return [*argv, "--die-with-parent", "--chdir", f"{workspace}/repo", "--"]
 
 
 @contextlib.contextmanager
@@ -1917,13 +1917,15 @@ class Sandbox:
         if self.is_none:
             return list(argv)
         if self.is_bwrap:
-            words = bwrap_command(self.config, workspace, objects, self.disable_userns)
+            wrapper = bwrap_command(
+                self.config, workspace, objects, self.disable_userns
+            )
         else:
-            words = [
+            wrapper = [
                 word.replace("{task}", workspace).replace("{objects}", objects)
                 for word in self.config.sandbox
             ]
-        return [*words, *argv]
+        return [*wrapper, *argv]
 
     def describe(self) -> str:
         if self.is_none:
@@ -5011,7 +5013,10 @@ class Workspace:
         # itself only if that is a bundle file. In bwrap, the agent cannot put one there,
         # because self.repo is a mount point; in a custom sandbox it may.
         upload_pack = self.sandboxed(["git", "upload-pack"])
-        argv = [*GIT, "-c", "fetch.fsckObjects=true", "--git-dir", self.outbox.path]
+        argv = [*GIT, "-c", "fetch.fsckObjects=true"]
+        # A relative path, because git takes commas and blanks in it for separators.
+        argv += ["-c", "fetch.fsck.skipList=fsck-skip-list"]
+        argv += ["--git-dir", self.outbox.path]
         argv += [*GIT_FETCH, "--upload-pack", shlex.join(upload_pack), "--"]
         argv += [self.repo, f"+HEAD:{ref}"]
         env = base_environment(self.config)
@@ -5451,14 +5456,14 @@ def agent_command(
     Raises JobFailed if the job's budget is used up.
     """
     config = run.config
-    words = [*config.claude_command, "-p", "--verbose"]
-    words += ["--output-format", "stream-json"]
-    words += ["--strict-mcp-config", "--setting-sources", "", *options]
+    argv = [*config.claude_command, "-p", "--verbose"]
+    argv += ["--output-format", "stream-json"]
+    argv += ["--strict-mcp-config", "--setting-sources", "", *options]
     if session_option:
-        words += [session_option, run.job.task_id]
+        argv += [session_option, run.job.task_id]
     turns = [limit for limit in (MAX_TURNS.get(options), config.max_turns) if limit]
     if turns:
-        words += ["--max-turns", str(min(turns))]
+        argv += ["--max-turns", str(min(turns))]
     if config.budget:
         left = config.budget - (run.job.cost_usd or 0.0)
         if left <= 0:
@@ -5466,8 +5471,8 @@ def agent_command(
                 "budget",
                 f"The agent has used up CODEBOT_MAX_BUDGET_USD ({config.budget})",
             )
-        words += ["--max-budget-usd", f"{left:.6f}"]
-    return [*words, *config.claude_args]
+        argv += ["--max-budget-usd", f"{left:.6f}"]
+    return [*argv, *config.claude_args]
 
 
 # --- Task --------------------------------------------------------------------
