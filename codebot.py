@@ -3211,7 +3211,10 @@ class Mirror(GitDirectory):
         packs = find_paths(self.objects, "pack/*.pack")
         if len(loose) > MAX_LOOSE_OBJECTS / 256 or len(packs) > MAX_PACKS:
             # Workspaces may borrow objects that no branch of the mirror reaches anymore.
-            self.local_git("repack", "-a", "-d", "--keep-unreachable", "-q")
+            try:
+                self.local_git("repack", "-a", "-d", "--keep-unreachable", "-q")
+            finally:
+                self.remove_stale_files()  # a repack that failed may have filled the disk
 
 
 # === II. The work ============================================================

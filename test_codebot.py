@@ -4843,6 +4843,24 @@ def test_fetch_that_is_ended_leaves_no_part_of_a_pack(fresh: Site) -> None:
     assert not part.exists()
 
 
+def test_repack_that_fails_leaves_no_part_of_a_pack(tmp_path: Path) -> None:
+    # It may have filled the disk.
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    part = tmp_path / "mirror.git" / "objects" / "pack" / "tmp_pack_a1b2c3"
+    part.parent.mkdir(parents=True)
+    for number in range(codebot.MAX_PACKS + 1):
+        (part.parent / f"{number}.pack").touch()
+    git = tools / "git"
+    git.write_text(f"#!/bin/sh\n: >{part}\necho 'fatal: no space' >&2\nexit 128\n")
+    git.chmod(0o755)
+    config = codebot.Config(work_dir=str(tmp_path), search_path=str(tools))
+    mirror = codebot.Mirror(config, str(part.parents[2]), codebot.do_nothing)
+    with mirror.lock(), pytest.raises(codebot.GitFailed, match="git repack"):
+        mirror.repack()
+    assert not part.exists()
+
+
 def test_repository_that_cannot_be_checked_out_fails_before_agent_runs(
     shared: Site,
 ) -> None:
