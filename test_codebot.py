@@ -4009,6 +4009,25 @@ def test_cancelled_run_fails_as_cancelled_however_its_steps_end(
     assert (task.status, task.reason) == ("failed", "cancelled")
 
 
+def test_task_that_is_cancelled_while_its_failure_is_stored_fails_as_cancelled(
+    store: codebot.Store,
+) -> None:
+    task = store_task_in_state(store, "running")
+    store.request_cancel(task.id)  # after the run has looked whether it is cancelled
+    store.finish(task, 1.0, "failed", "agent_failed", "The agent failed")
+    task = stored_job(store, task)
+    assert (task.reason, task.error) == ("cancelled", "The task was cancelled")
+
+
+def test_task_that_is_cancelled_while_its_retry_is_stored_does_not_wait_for_it(
+    store: codebot.Store,
+) -> None:
+    task = store_task_in_state(store, "running")
+    store.request_cancel(task.id)
+    store.requeue(task.id, not_before=time.time() + 3600)
+    assert store.claim(task.id)
+
+
 def test_lost_commit_is_forgotten_before_the_clone(
     store: codebot.Store, tmp_path: Path
 ) -> None:
