@@ -4858,8 +4858,10 @@ class Workspace:
         """Make an empty outbox that borrows the mirror's objects."""
         remove_tree(self.config, self.outbox.path)
         self.outbox.local_git("init", "--quiet", "--bare", "--template=")
+        # A relative path, so that the work directory can be moved.
+        objects = os.path.relpath(self.mirror.objects, f"{self.outbox.path}/objects")
         alternates = pathlib.Path(f"{self.outbox.path}/objects/info/alternates")
-        alternates.write_text(f"{self.mirror.objects}\n")
+        alternates.write_text(f"{objects}\n")
 
     def check_out(self, base_name: str, base_commit: str) -> None:
         """Make fresh directories and a repository with the branch checked out."""

@@ -5969,6 +5969,37 @@ def test_task_waits_for_github_and_continues_where_it_stopped(
     assert len(shared.repository.pulls) == 1
 
 
+def wait_with_a_commit(site: Site) -> str:
+    """Submit a task, and stop the server while the commit waits for GitHub."""
+    site.server.start(limits={"RETRY_DELAY": 0.1})
+    site.repository.fail("POST /git-receive-pack", 503, b"", always=True)
+    task = site.api.submit()
+    wait_for(lambda: f"{task}: running -> pending" in site.server.log())
+    site.server.stop()
+    site.github.reset_faults()
+    return task
+
+
+def test_waiting_commit_is_pushed_after_work_directory_was_moved(fresh: Site) -> None:
+    task = wait_with_a_commit(fresh)
+    moved = fresh.server.work_dir.with_name("moved")
+    fresh.server.work_dir.rename(moved)
+    fresh.server.work_dir = moved
+    fresh.server.restart()
+    fresh.api.completed(task)
+    assert len(fresh.agent.runs()) == 1
+
+
+def test_time_without_server_does_not_count_as_retrying(fresh: Site) -> None:
+    task = wait_with_a_commit(fresh)
+    with fresh.server.database() as db:  # as if two hours had passed
+        db.execute("UPDATE jobs SET transient_since = transient_since - 7200")
+    fresh.repository.fail(PUSH_BEGINS, 503, b"")
+    fresh.server.restart()
+    fresh.api.completed(task)
+    assert fresh.server.log().count("running -> pending") == 2
+
+
 def test_waiting_task_completes_although_others_pushed_to_its_branch(
     shared: Site,
 ) -> None:
