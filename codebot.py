@@ -2104,9 +2104,10 @@ class Issue(NamedTuple):
 
 
 class LabelEvent(NamedTuple):
-    """The event that last put a label on an issue, which still has the label."""
+    """The event that last put a label on an issue, or removed it."""
 
     id: int
+    is_removal: bool
     actor: str  # "" for bots and deleted users
     created_at: str
 
@@ -2731,8 +2732,8 @@ class GitHubRepository:
         ]
 
     def label_event(self, number: int, label: str) -> LabelEvent | None:
-        """Return who put the label on an issue, and when; None if it lacks the label."""
-        last = None  # the event that last put the label on, or removed it
+        """Return the last event about a label of an issue; None if it never had it."""
+        last = None
         for payload in self.pages(f"/issues/{number}/events"):  # oldest first
             if payload["event"] not in ("labeled", "unlabeled"):
                 continue
@@ -2742,6 +2743,7 @@ class GitHubRepository:
             return None
         return LabelEvent(
             id=int(last["id"]),
+            is_removal=last["event"] == "unlabeled",
             actor=person_login(last["actor"]),
             created_at=str(last["created_at"]),
         )
@@ -6502,8 +6504,12 @@ class Sync:
         """Submit an issue with the label; cancel its task if the label was removed."""
         github_repository = self.github.repository_by_id(request.repository_id)
         event = github_repository.label_event(request.number, self.config.issue_label)
-        self.cancel_superseded(request, event.id if event else 0)
-        if event is None or self.store.is_label_event_known(event.id):
+        if (
+            event is None
+        ):  # its tasks, if any, are of a label that an earlier setting named
+            return
+        self.cancel_superseded(request, event.id)
+        if event.is_removal or self.store.is_label_event_known(event.id):
             return
         issue = github_repository.issue(request.number)
         obstacle = self.obstacle(github_repository, issue, event)

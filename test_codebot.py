@@ -8879,6 +8879,19 @@ def test_label_that_was_removed_and_added_again_counts_although_github_lags(
     issue.task(2)
 
 
+def test_new_label_in_settings_cancels_no_task_of_the_old_one(fresh: Site) -> None:
+    fresh.agent.follow("block; result")
+    issue = open_issue(fresh)
+    fresh.server.start()
+    fresh.person("alice").label(issue.number)
+    task = issue.task()
+    fresh.agent.wait_until_blocked()
+    fresh.server.stop()
+    fresh.agent.follow(SAY_HELLO)
+    fresh.server.restart(CODEBOT_ISSUE_LABEL="ai")
+    fresh.api.completed(task)
+
+
 def test_label_that_was_ignored_becomes_no_task_later(shared: Site) -> None:
     issue = open_issue(shared)
     shared.person("carol").label(issue.number)
