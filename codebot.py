@@ -2785,6 +2785,7 @@ GIT_FETCH = (
     "--no-write-fetch-head",
 )
 GIT_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color")
+EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # in every repository
 
 
 class GitFailed(Exception):
@@ -5013,6 +5014,7 @@ class Workspace:
                 "agent_failed",
                 f"The agent's changes could not be committed: {result.error}",
             )
+        self.write_skip_list(base_commit)
         # The name is new, so that no ref of an earlier collection is read by mistake.
         ref = f"refs/codebot/{uuid.uuid4().hex}"
         result = self.fetch_into_outbox(ref)
@@ -5027,6 +5029,18 @@ class Workspace:
             )
         tree, base_tree = trees.stdout  # two lines, in the order of the arguments
         return None if tree == base_tree else tree
+
+    def write_skip_list(self, base_commit: str) -> None:
+        """Have fsck accept the .gitmodules and .gitattributes that the base has already.
+
+        fsck reads those of a new tree even if they are old, and old ones may have faults.
+        """
+        diff = ("diff-tree", "-r", EMPTY_TREE, base_commit, "--")
+        names = (":(glob)**/.gitmodules", ":(glob)**/.gitattributes")
+        # Each line is ":OLD_MODE NEW_MODE OLD_ID NEW_ID A<TAB>NAME".
+        lines = self.outbox.local_git(*diff, *names).stdout
+        blobs = "".join(f"{line.split()[3]}\n" for line in lines)
+        pathlib.Path(self.outbox.path, "fsck-skip-list").write_text(blobs)
 
     def fetch_into_outbox(self, ref: str) -> ProgramResult:
         """Fetch HEAD of the workspace's repository.
@@ -5049,7 +5063,8 @@ class Workspace:
         env = base_environment(self.config)
         env["GIT_ALLOW_PROTOCOL"] = "file"
         try:
-            return run_program(argv, env, limits=self.run.git_limits())
+            limits = self.run.git_limits()
+            return run_program(argv, env, cwd=self.outbox.path, limits=limits)
         except LimitReached as error:
             raise self.run.limit_failure(error, "git") from None
 

@@ -4916,6 +4916,18 @@ def test_repository_with_zero_padded_modes_can_be_worked_on(
     assert repository.git("rev-parse", f"{branch}~") == commit
 
 
+@pytest.mark.parametrize("directory", ["", "vendor/"])
+def test_repository_with_submodule_that_fsck_rejects_can_be_worked_on(
+    shared: Site, directory: str
+) -> None:
+    # Repositories at GitHub have such addresses, from before fsck checked them.
+    words = '[submodule "lib"]\n\tpath = lib\n\turl = https://github.com:acme/lib.git\n'
+    shared.repository.commit({f"{directory}.gitmodules": words})
+    shared.agent.follow(f"echo hello >{directory}hello.txt; result Done")
+    branch = shared.api.completed(shared.api.submit())["branch_name"]
+    assert shared.repository.show(branch, f"{directory}hello.txt") == "hello"
+
+
 def test_git_ignores_checkout_around_work_dir(fresh: Site) -> None:
     run_command("git", "init", "-q", fresh.directory)
     (fresh.directory / "staged").write_text("the operator's\n")
