@@ -3164,9 +3164,13 @@ class Mirror(GitDirectory):
             with self.lock():
                 if self.is_ancestor(commit, ref):
                     return name, commit
-                self.fetch_all(repository)
+                result = self.fetch_all(repository)
                 if self.is_ancestor(commit, ref):
                     return name, commit
+            if (
+                "shallow" in result.error
+            ):  # git does not fetch from it, and exits with 0
+                raise GitFailed(f"the remote is a shallow clone: {result.error}")
         raise TransientError(f"Branch {name} kept moving while it was fetched")
 
     def create_for(self, repository: Repository) -> None:
@@ -3185,11 +3189,11 @@ class Mirror(GitDirectory):
         self.local_git("init", "--quiet", "--bare", "--template=")
         id_file.write_text(repository_id)
 
-    def fetch_all(self, repository: Repository) -> None:
+    def fetch_all(self, repository: Repository) -> ProgramResult:
         """Fetch all branches. The lock must be held."""
         self.remove_stale_files()
         try:
-            self.remote_git(
+            return self.remote_git(
                 repository,
                 *GIT_FETCH,
                 "--prune",

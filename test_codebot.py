@@ -4699,6 +4699,18 @@ def test_without_github_branch_is_pushed_and_github_is_not_asked(fresh: Site) ->
     assert fresh.github.requests == []
 
 
+def test_shallow_remote_cannot_be_cloned(fresh: Site) -> None:
+    fresh.repository.commit({"second": "2\n"})
+    remote = fresh.directory / "shallow"
+    url = fresh.repository.bare.as_uri()
+    run_command("git", "clone", "-q", "--depth", "1", url, remote)
+    fresh.server.start(
+        "--no-github", GITHUB_APP_ID=None, GITHUB_APP_PRIVATE_KEY_PATH=None
+    )
+    task = fresh.api.submit(repository_url=str(remote))
+    assert "shallow" in fresh.api.failed(task, "clone_failed")
+
+
 def test_files_of_workspace_and_local_remote_have_the_umask_of_the_operator(
     fresh: Site,
 ) -> None:
