@@ -9050,7 +9050,7 @@ LISTEN_ERRORS = {
 
 
 def stop_on_signals(codebot: Codebot) -> None:
-    """Stop at the first SIGTERM or SIGINT; end at once at the second."""
+    """Stop at the first SIGTERM, SIGINT or SIGHUP; end at once at the second."""
 
     def handle(number: int, frame: object) -> None:
         if codebot.stop.is_set():
@@ -9064,6 +9064,8 @@ def stop_on_signals(codebot: Codebot) -> None:
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+        signal.signal(signal.SIGHUP, handle)
 
 
 def set_up_process(codebot: Codebot, level: int) -> None:
@@ -9230,7 +9232,7 @@ def file_times(config: Config) -> list[float]:
 
 
 def serve(flags: Flags) -> int:
-    """Run the server until SIGTERM or SIGINT."""
+    """Run the server until SIGTERM, SIGINT or SIGHUP."""
     environment = dict(os.environ)  # before .env adds to it
     config = load_config(flags, is_server=True)
     times = file_times(config)

@@ -13763,6 +13763,33 @@ def test_locked_database_at_the_start_is_told(fresh: Site) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_database_that_fails_during_the_start_is_told(fresh: Site) -> None:
+    fresh.agent.follow("block")
+    fresh.server.start()
+    fresh.api.submit()
+    fresh.agent.wait_until_blocked()
+    fresh.server.kill()
+    with fresh.server.database() as db:
+        db.execute(
+            "CREATE TRIGGER full BEFORE UPDATE ON jobs BEGIN "
+            "SELECT RAISE(ABORT, 'database or disk is full'); END"
+        )
+    done = fresh.server.run(*serve_arguments(fresh))
+    assert done.returncode == 2
+    assert "cannot be used: database or disk is full. Free space" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_hangup_stops_server_in_order(fresh: Site) -> None:
+    fresh.agent.follow("block")
+    fresh.server.start()
+    task = fresh.api.submit()
+    fresh.agent.wait_until_blocked()
+    fresh.server.signal(signal.SIGHUP)
+    assert fresh.server.wait_exit() == 0
+    assert f"{task}: running -> pending" in fresh.server.log()
+
+
 def test_second_signal_ends_server_at_once(fresh: Site) -> None:
     fresh.agent.follow("trap '' TERM; block; sleep 30")
     fresh.server.start(limits={"KILL_GRACE": 60.0})
