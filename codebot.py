@@ -6783,7 +6783,8 @@ def check_may_run(run: JobRun) -> None:
 def ending_of_skipped_review(run: JobRun, error: ReviewSkipped) -> Ending:
     """Return how a skipped review ends: deleted, unless it has cost something."""
     log.info("Review %s is skipped: %s", run.job.id, error)
-    if run.job.cost_usd is None and not run.agent_ran_since_save:
+    has_cost = run.job.cost_usd is not None or run.agent_ran_since_save
+    if not has_cost and not run.job.error:  # a failed agent may report no cost
         return Ending("deleted")
     return Ending("failed", "cancelled", f"The review was skipped: {error}")
 

@@ -8387,6 +8387,17 @@ def test_log_has_the_failure_also_if_nobody_can_be_told(pull: Pull, step: str) -
     assert failures[0].startswith("codebot: Failed (agent_failed): ")
 
 
+def test_failed_review_is_kept_if_nobody_can_be_told(pull: Pull) -> None:
+    locked = {**pull.site.repository.pull_json(1), "locked": True}
+    pull.site.agent.follow("block; exit 3")  # it does not tell its cost
+    pull.site.person("alice").inline("Say more")
+    pull.site.agent.wait_until_blocked()
+    pull.site.repository.fail("GET /pulls/1", 200, locked)
+    pull.site.agent.release()
+    pull.wait_until_dropped()
+    assert pull.states() == ["failed"]
+
+
 def test_failure_is_reported_before_the_next_review_runs(fresh: Site) -> None:
     fresh.server.start(CODEBOT_REVIEW_WORKERS="1")
     pull = open_pull(fresh, "classify change; block; exit 3")
