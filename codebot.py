@@ -6206,9 +6206,12 @@ def continue_session(
     # The CLI would refuse to use the id of a broken session for a new one (tried).
     workspace.script('rm -rf "$HOME/.claude/projects"')
     span = f"refs/heads/{review.task.base_name}...{base_commit}"
-    diff = workspace.mirror.local_git(*GIT_DIFF, span, check=False).stdout
+    diff = workspace.mirror.local_git(*GIT_DIFF, span, check=False)
+    if diff.code != 0:  # the base is gone; perhaps it was merged
+        span = f"{review.task.base_commit}...{base_commit}"
+        diff = workspace.mirror.local_git(*GIT_DIFF, span, check=False)
     task = delimited("task", task_text(review.task.request))
-    changes = delimited("diff", "\n".join(diff)[-200_000:])
+    changes = delimited("diff", "\n".join(diff.stdout)[-200_000:])
     prompt += (
         f"The pull request was opened for this task:\n{task}"
         f"Its diff (of a long one, the last lines):\n{changes}"

@@ -8004,6 +8004,17 @@ def test_merge_that_github_does_not_show_everywhere_yet_is_noticed(
     wait_for(lambda: pull_state(pull) == "merged")
 
 
+def test_new_session_gets_the_diff_although_the_base_is_gone(shared: Site) -> None:
+    shared.repository.commit({"feature": "1\n"}, "feature")
+    pull = open_pull(shared, base_branch="feature")
+    shared.repository.git("update-ref", "-d", "refs/heads/feature")
+    lost = 'case "$*" in *--resume*) echo "No conversation found"; exit 1;; esac'
+    shared.agent.follow(f"{lost}; {ANSWER_QUESTION}")
+    shared.person("alice").inline("Why?")
+    assert pull.review()["status"] == "completed"
+    assert "diff --git a/hello.txt" in shared.agent.runs("question")[-1].stdin
+
+
 def test_closing_ends_running_review_and_removes_workspace(shared: Site) -> None:
     pull = open_pull(shared, f"classify change; block; {MAKE_CHANGE}")
     shared.person("alice").inline("Say more")
