@@ -3983,7 +3983,7 @@ class Store:
             make_job,
             """
             SELECT * FROM jobs
-            WHERE task_id = :task_id AND kind = 'review' ORDER BY seq
+            WHERE task_id = :task_id AND id != :task_id ORDER BY seq
             """,
             task_id=task_id,
         )
