@@ -4472,7 +4472,8 @@ def remove_tree(config: Config, path: str) -> None:
     """Remove a directory that an agent may have made unwritable or very deep.
 
     The directory may be missing. Symlinks are not followed. Raises ValueError unless the
-    path is one that codebot creates in its work directory.
+    path is one that codebot creates in its work directory, and OSError if something of
+    it cannot be removed, such as files of another user's.
     """
     if not REMOVABLE_RE.fullmatch(os.path.relpath(path, config.work_dir)):
         raise ValueError(f"{path} is not a directory that codebot may remove")
@@ -4488,6 +4489,8 @@ def remove_tree(config: Config, path: str) -> None:
         script = 'chmod -R u+rwX -- "$1"; rm -rf -- "$1"'
         env = base_environment(config)
         run_program(["sh", "-c", script, "sh", path], env)
+    if os.path.lexists(path):
+        raise OSError(errno.ENOTEMPTY, f"{path} cannot be removed")
 
 
 MAX_REMOVED_LEVELS = 100  # each takes two descriptors
@@ -4572,7 +4575,7 @@ class Codebot:
         end_tagged_processes(self.work_dir_tag)
         stop_all_launched(self.config)
         for path in find_paths(self.config.work_dir, "scratch_*"):
-            remove_tree(self.config, path)
+            discard(self.config.work_dir, path)
         self.store = Store(self.config.database_file)
         try:
             self.sandbox.probe()
@@ -6963,7 +6966,7 @@ class Cleanup:
                 discard(work_dir, outbox_path(self.config, directory))
                 discard(work_dir, path)
         for path in find_paths(work_dir, "trash_*"):
-            remove_tree(self.config, path)
+            self.do_part(remove_tree, self.config, path)
 
     def maintain_mirror(self, path: str) -> None:
         """Remove a mirror that has not been used for a long time, or pack it."""

@@ -6835,6 +6835,20 @@ def test_unused_mirror_is_removed(fresh: Site) -> None:
     wait_for(lambda: not mirror.exists())
 
 
+@not_as_root
+def test_directory_that_cannot_be_removed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = codebot.Config(work_dir=str(tmp_path), search_path="/nonexistent")
+    workspace = tmp_path / "task_1234567"
+    (workspace / "repo").mkdir(parents=True)
+    workspace.chmod(0o500)  # as if it belonged to another user
+    monkeypatch.setattr(codebot, "run_program", codebot.do_nothing)
+    with pytest.raises(OSError, match="cannot be removed"):
+        codebot.remove_tree(config, str(workspace))
+    workspace.chmod(0o700)
+
+
 @pytest.mark.parametrize(
     "path",
     [
