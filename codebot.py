@@ -3548,7 +3548,7 @@ class Store:
             raise ConfigError(
                 f"The database {path} cannot be used: {error}. End programs that hold "
                 "it, make it writable, and free space on its disk; if it is damaged, use "
-                "a new --work-dir (or CODEBOT_DATABASE)."
+                "a new --work-dir (and CODEBOT_DATABASE, if that is set)."
             ) from None
 
     def _connect(self) -> sqlite3.Connection:
@@ -3574,7 +3574,7 @@ class Store:
             raise ConfigError(
                 f"The database {self.path} has schema {version} of another version "
                 f"of codebot; this one needs schema {SCHEMA_VERSION}. Use a new "
-                "--work-dir (or CODEBOT_DATABASE)."
+                "--work-dir (and CODEBOT_DATABASE, if that is set)."
             )
 
     @contextlib.contextmanager
@@ -9644,6 +9644,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, HTTPError) as error:  # HTTPError: from the task of `run`
         for line in str(error).splitlines():
             print(f"codebot: {line}", file=sys.stderr)
+        code = 2
+    except sqlite3.Error as error:  # after Store has opened the database
+        print(
+            f"codebot: The database cannot be used: {error}. Free space on its disk; if "
+            "it is damaged, use a new --work-dir (and CODEBOT_DATABASE, if that is set).",
+            file=sys.stderr,
+        )
         code = 2
     except (KeyboardInterrupt, StopRequested):  # a signal during the start
         code = 130

@@ -13386,7 +13386,7 @@ MISTAKES = {
     "database is no database": Mistake(
         "The database DIR/work/codebot.db cannot be used: file is not a database. End "
         "programs that hold it, make it writable, and free space on its disk; if it is "
-        "damaged, use a new --work-dir (or CODEBOT_DATABASE).",
+        "damaged, use a new --work-dir (and CODEBOT_DATABASE, if that is set).",
         files={"work/codebot.db": "junk\n" * 200},
     ),
 }
