@@ -4412,10 +4412,11 @@ def insert_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
 def take_work_dir(config: Config) -> None:
     """Create and lock the work directory, and use it for temporary files.
 
-    Also locks the database. Raises ConfigError if one of these fails, or the disk is
-    full.
+    Also locks the database. Raises ConfigError if one of these fails, the disk is full,
+    or the database is missing although there are tasks.
     """
     work_dir = config.work_dir
+    database = config.database_file
     hold_lock(f"{work_dir}/codebot.lock", "--work-dir", make_directory=True)
     if is_disk_full(work_dir):
         raise ConfigError(
@@ -4424,7 +4425,14 @@ def take_work_dir(config: Config) -> None:
         )
     # CODEBOT_DATABASE may name a file in another server's work directory.
     # A missing directory is not made, because its disk may not be mounted.
-    hold_lock(f"{config.database_file}.lock", "CODEBOT_DATABASE", make_directory=False)
+    hold_lock(f"{database}.lock", "CODEBOT_DATABASE", make_directory=False)
+    if not os.path.exists(database) and find_paths(work_dir, "task_*"):
+        # A new database would know none of them, and the cleanup would remove them.
+        raise ConfigError(
+            f"{work_dir} has tasks, but their database {database} is missing. Move it "
+            f"there, together with {database}-wal if there is one, or use another "
+            "--work-dir."
+        )
     # From now on tempfile uses the work directory: /tmp may be read-only, or in memory,
     # and the output of programs may be large.
     tempfile.tempdir = work_dir

@@ -13389,6 +13389,13 @@ MISTAKES = {
         "damaged, use a new --work-dir (and CODEBOT_DATABASE, if that is set).",
         files={"work/codebot.db": "junk\n" * 200},
     ),
+    # A new one would know none of the tasks, and their commits would be removed.
+    "database of the tasks missing": Mistake(
+        "DIR/work has tasks, but their database DIR/x.db is missing. Move it there, "
+        "together with DIR/x.db-wal if there is one, or use another --work-dir.",
+        {"CODEBOT_DATABASE": "DIR/x.db"},
+        files={"work/task_1234567": ""},
+    ),
 }
 
 
