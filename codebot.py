@@ -4462,7 +4462,7 @@ def hold_lock(path: str, option: str, make_directory: bool) -> None:
         if isinstance(error, BlockingIOError):
             reason = "another codebot uses it"
         raise ConfigError(
-            f"Cannot use {path}: {reason}. Use another {option}."
+            f"Cannot use {error.filename or path}: {reason}. Use another {option}."
         ) from None
 
 
@@ -8994,7 +8994,7 @@ def check_safety(codebot: Codebot) -> Iterator[Finding]:
                 "warn", f"{path} is open to other users; run: chmod go-rwx {path}"
             )
     work_dir = codebot.config.work_dir
-    if os.path.exists(work_dir) and os.stat(work_dir).st_mode & 0o077:
+    if os.path.isdir(work_dir) and os.stat(work_dir).st_mode & 0o077:
         yield Finding(
             "warn",
             f"{work_dir} is open to other users. If it is for codebot alone, run: chmod "

@@ -13364,13 +13364,12 @@ MISTAKES = {
         {"CODEBOT_CLAUDE_COMMAND": "nowhere-claude"},
     ),
     "work directory is a file": Mistake(
-        "Cannot use DIR/junk/codebot.lock: file exists. Use another --work-dir.",
+        "Cannot use DIR/junk: file exists. Use another --work-dir.",
         flags=("--work-dir", "DIR/junk"),
         files=JUNK,
     ),
     "work directory unusable": Mistake(
-        "Cannot use /proc/x/codebot.lock: no such file or directory. Use another "
-        "--work-dir.",
+        "Cannot use /proc/x: no such file or directory. Use another --work-dir.",
         flags=("--work-dir", "/proc/x"),
     ),
     # It is not made: a disk that is not mounted must not look like a new database.
