@@ -225,6 +225,8 @@ KNOWN LIMITATIONS
     codebot does not notice that the person who labeled it has not seen the edit. If the
     issue's author has no write access, any later change of the issue, even a comment by
     anybody, counts as an edit, and the label must be added again.
+  - A new database, or a new work directory, knows none of the pull requests, and issues
+    that still have the label become tasks again.
   - Without --enable-polling, a lost delivery goes unnoticed until the next start.
     Anybody who reaches the port, such as an agent, can make GitHub's deliveries fail by
     sending large ones.
