@@ -16,17 +16,17 @@ openssl, sh, bwrap and claude.
 
 HOW TO READ THIS FILE
   Read it once, from the top. Code calls only what is above it or in its own section;
-  within a section the order is free. The sections Task and Review begin with their list
-  of steps: `run_task`, `run_review`. A table in `run_steps` says what each exception does
-  to a job.
+  within a section the order is free. `run_task` and `run_review` list the steps of a job.
+  A table in `run_steps` says what each exception does to a job.
     I.   The boundary   how codebot runs programs, asks GitHub, and uses git
     II.  The work       every state, what an agent receives, what happens to its work
     III. The network    everything that can be requested from outside, and by whom
     IV.  Commands       how it is started and stopped
   If you have only an hour, read `Redactor`, `run_program`, `private_directories`,
   `sandbox_mounts`, `GitHub.send`, `has_write_access`, `remote_environment`, `run_task`,
-  TEST_SCRIPT, `Workspace.environment`, `fetch_into_outbox`, `inspect_commit`,
-  `check_write_access`, `load_comments`, `Sync.obstacle`, `has_untrusted_edit`,
+  TEST_SCRIPT, `DiffScanner`, `Workspace.environment`, `fetch_into_outbox`,
+  `inspect_commit`, `check_write_access`, `load_comments`, `Sync.obstacle`,
+  `has_untrusted_edit`,
   `require_api_key`, `require_signature` and `ROUTES`.
   The page is in part III, before the routes. Skip its style; its script never inserts
   HTML.
@@ -37,7 +37,10 @@ GLOSSARY
                  --no-github, in a pushed branch
   review         a job that answers one reviewer's comments on one of codebot's pull
                  requests
-  state          of a job: pending, running, completed or failed; see LIFE OF A JOB
+  GitHub review  what a person submits on a pull request at GitHub: a text and comments on
+                 lines; to codebot, these are comments
+  state          of a job: pending, running, completed or failed (the column and the API's
+                 field are named status); see LIFE OF A JOB
   phase          what a running job is doing
   event          an entry of a task's log
   agent          the Claude CLI process
@@ -82,7 +85,8 @@ WHO IS TRUSTED WITH WHAT
                  can start the agent, but the text of a labeled issue may be anyone's.
                  Anyone's comment is stored as a pending review.
   Others at GitHub   can stop work, if they may remove the label or close the pull
-                 request.
+                 request. (Closing the issue stops nothing.) A workflow that labels with a
+                 person's token counts as that person.
   GitHub         is believed, over TLS. A delivery is believed only if the signature of
                  its body is right. Even then it is never relied on for who wrote what,
                  who may write, or what is open: codebot asks GitHub.
@@ -98,14 +102,16 @@ WHO IS TRUSTED WITH WHAT
                    address.
                  - In bwrap it cannot see codebot's processes, the database, other
                    workspaces, or the directories of .env, the App's key and the TLS key.
-                   It cannot itself change any file outside its own workspace.
+                   It can write to no file outside its own workspace, only to sockets
+                   and named pipes.
                  - codebot takes from it a tree of files, its words, and the cost and the
                    number of turns that it reports.
-  A test command   runs in the same way and in the same home, without the model's key and
-                 the listed variables in its environment.
+  A test command   runs in the same sandbox and with the same home as the agent, but
+                 without the model's key and the listed variables in its environment.
   The model's provider   sees everything that the agent reads.
-  The repository's own CI   runs what the agent wrote, perhaps with secrets, before a
-                 person has read it. GitHub refuses only changes to .github/workflows.
+  The repository's own CI   runs what codebot pushed, perhaps with secrets of its own,
+                 before a person has read it. GitHub refuses changes to
+                 .github/workflows, but none to the scripts that these run.
   A launcher, and a sandbox other than bwrap   get the environment variables of the agent
                  and the tests, including the model's key. codebot does not verify what
                  such a sandbox hides.
@@ -116,8 +122,8 @@ WHAT LEAVES THE HOST
                  words of the task, of the reviewer and of the agent, file names, the
                  test command, the end of a failing test's output, time and cost, and
                  error messages, all redacted.
-                 git lists branches, fetches, and pushes the commit after the checks by
-                 fsck and DiffScanner.
+                 git lists branches, fetches and, after the checks by fsck and
+                 DiffScanner, pushes the commit.
   to the task's remote   with --no-github: the same requests by git
   to the model   what the agent sends: its prompt, and whatever it reads
   to a node      with a launcher: command lines, environment variables and input of the
@@ -144,7 +150,7 @@ WHERE SECRETS GO
   With --no-github, git commands that contact the remote get the environment with which
   codebot was started, including listed variables, but without CODEBOT_API_KEYS,
   GITHUB_WEBHOOK_SECRET and MODEL_VARIABLE_NAMES.
-  codebot writes none of these secrets into a file with a name. While a program runs, its
+  codebot writes none of these secrets into a named file. While a program runs, its
   input and output are in unlinked files (openssl's are a JWT's content and signature).
   But the agent's home keeps its session, with everything that the agent has printed.
 
@@ -154,7 +160,7 @@ KNOWN LIMITATIONS
     codebot's user can: the keys, the database, git's token while git runs. codebot
     finds processes that a job left running by the variable CODEBOT_RUN in their
     environment, in /proc. A process that removes the variable outlives the job, as does
-    one whose environment codebot may not read, such as ssh-agent.
+    one whose environment the kernel does not show to codebot, such as ssh-agent's.
   - In bwrap the agent can read whatever codebot's user can read outside of the hidden
     directories. The home directory is hidden, but not its directories that PATH leads
     into: with ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml.
@@ -164,10 +170,14 @@ KNOWN LIMITATIONS
     that is changed while an agent runs, that agent can read the new target.
   - A file system that the host mounts while an agent runs, even because the agent named
     a path of an automounter, appears in bwrap, and it can be written there.
-  - In bwrap the agent can connect to abstract sockets, and to sockets in directories
-    that are not hidden. It shares the host's kernel, without a filter of system calls.
-    bwrap before 0.8, which codebot refuses if it is root, lets the agent make user
-    namespaces, in which it can reach more of the kernel.
+  - In bwrap the agent can connect to abstract sockets, and to sockets and named pipes in
+    directories that are not hidden. It shares the host's kernel, without a filter of
+    system calls, and may reach the kernel's keyrings of codebot's user. bwrap before 0.8
+    lets the agent make user namespaces, in which it can reach more of the kernel. (If
+    codebot runs as root, it refuses such a bwrap.)
+  - The agent can listen on every port that is free. If clients know codebot by a name
+    with several addresses, such as an IPv4 and an IPv6 address, the agent may listen at
+    one at which codebot does not, and be sent API keys. With TLS, clients notice.
   - Only the host limits an agent's memory, processes and disk space. If it fills the
     disk of the work directory, jobs are retried for a time and then fail; while the
     database cannot be written, they wait.
@@ -189,13 +199,11 @@ KNOWN LIMITATIONS
   The agent
   - Its events, summary, cost and turns are self-reported. "The tests passed" means that
     the command exited with 0 in a workspace where the agent could have changed the
-    tests, and files in HOME that they read. A hostile test can have codebot
-    commit another tree than the one that was tested. That tree is also inspected
-    before it is pushed.
+    tests, and files in HOME that they read. A hostile test can make codebot commit a
+    tree that was not tested. Whatever tree it is, it is inspected before it is pushed.
   - The agent's home, with its session, is kept for the reviews of its pull request,
-    for CODEBOT_TASK_RETENTION after the last one.
-    What has misled the agent once, or was left there by a test, is still there when a
-    trusted reviewer's request is carried out.
+    for CODEBOT_TASK_RETENTION after the last one. What has misled the agent once, or was
+    left there by a test, is still there when a trusted reviewer's request is carried out.
   - That the repository's Claude settings, hooks and MCP servers are not loaded, and
     that an answer only reads, depends on options and variables of the Claude CLI.
     `check` wants version 2.0 or newer, but nothing tests that the CLI honors them.
@@ -221,15 +229,15 @@ KNOWN LIMITATIONS
   - HTML comments and invisible characters are removed from text that people write on
     GitHub, and so is everything after a <!-- without an end. Text that is hidden there
     in other ways, such as in the title of a link, is not removed.
-  - If an issue is edited just before it is labeled, or less than two seconds later,
-    codebot does not notice that the person who labeled it has not seen the edit. If the
-    issue's author has no write access, any later change of the issue, even a comment by
+  - An edit of an issue that was made just before the label, or in the same or the next
+    second, is not noticed, although the person who labeled it may not have seen it. If
+    the author has no write access, any later change of the issue, even a comment by
     anybody, counts as an edit, and the label must be added again.
   - A new database, or a new work directory, knows none of the pull requests, and issues
     that still have the label become tasks again.
   - Without --enable-polling, a lost delivery goes unnoticed until the next start.
     Anybody who reaches the port, such as an agent, can make GitHub's deliveries fail by
-    sending large ones.
+    sending large unsigned ones, which use up MAX_BUFFERED_BYTES.
 
   With --no-github
   - If a client names a local repository to which an agent can write, hooks that the
@@ -260,8 +268,8 @@ LIFE OF A JOB
   restored. It finds a pull request by its branch, and an answer by its marker. An answer
   may be posted twice only if the first one, or its marker, was removed before a retry, or
   if GitHub carries out the first request late or does not list its answer yet.
-  After a crash, every job that was running has been interrupted once more; the third time
-  it fails. What its agent was doing is lost, with what that has cost.
+  A crash adds an interruption to every job that was running. At the third, a job fails.
+  What its agent was doing is lost, with what that has cost.
 
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
@@ -291,6 +299,7 @@ FILES in the work directory
 
 WHERE THE DANGEROUS THINGS ARE
   Popen                     run_program
+  signals to processes      signal_group, signal_processes
   requests by HTTP          GitHub.send, with urlopen; the demo, to its own server
   git with a credential     GitDirectory.git_with_token
   what the agent sees       sandbox_mounts, bwrap_command, and Workspace.environment
@@ -601,8 +610,7 @@ def parse_int(text: str, minimum: int, maximum: int) -> int:
     return int(text)
 
 
-# Some functions that take a number of seconds refuse a larger one. Installation ids,
-# which are also parsed as counts, are smaller.
+# The maximum is what functions that wait accept as seconds. Installation ids are smaller.
 parse_count = functools.partial(parse_int, minimum=1, maximum=4_000_000_000)
 parse_threads = functools.partial(parse_int, minimum=1, maximum=999)
 parse_attempts = functools.partial(parse_int, minimum=0, maximum=99)
@@ -658,14 +666,14 @@ def parse_agent_env(text: str) -> Sequence[str]:
 # A rule owner/name=command. The owner and the name may contain wildcards.
 TEST_RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*=(.*)"
 # A rule with a URL, or with a path that has wildcards, instead of owner/name. Such a
-# line is not taken for a command.
+# line is an error: it is not run as a command.
 WRONG_TEST_RULE = r"\s*(\w+://[^\s=]*|/[^\s=]*\*[^\s=]*)\s*="
 
 
 def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
     """Parse one command for all repositories, or lines ``owner/name=command``."""
     # In .env all rules are on one line, separated by the two characters \n, as in
-    # "a/b=make test\nc/d=tox". Where no rule follows them, they are part of a command.
+    # "a/b=make test\nc/d=tox". Where no rule follows them, they stay in the command.
     text = re.sub(rf"\\n(?={TEST_RULE})", "\n", text)
     rules = []
     for line in text.split("\n"):
@@ -691,8 +699,8 @@ def setting(
 class Config:
     """All settings, read once at the start.
 
-    A field with a help text has a flag; if its variable is "", it has only the flag. The
-    flag's text is parsed like the variable's. For a switch, that text is "True".
+    A field with a help text has a flag. A field whose variable is "" has only the flag.
+    The texts of both have the same parser; a switch passes the text "True" to it.
     """
 
     api_keys: Sequence[str] = setting("CODEBOT_API_KEYS", split_commas, ())
@@ -1024,8 +1032,9 @@ def forms_of(secrets: Iterable[str]) -> list[str]:
         if len(secret) >= MIN_REDACTED_LENGTH:
             forms.add(secret)
             data = secret.encode("utf-8", "surrogateescape")
-            # git sends base64("x-access-token:TOKEN"). base64 encodes each 3 bytes by
-            # themselves, and TOKEN follows 15 bytes, so the end is base64(TOKEN).
+            # git sends base64("x-access-token:" + TOKEN). The prefix has 15 bytes, a
+            # multiple of 3, so base64(TOKEN) appears in it unchanged. At another offset
+            # it would not be recognized.
             for encode in (base64.b64encode, base64.urlsafe_b64encode):
                 forms.add(encode(data).decode().rstrip("="))
     return sorted(forms, key=len, reverse=True)
@@ -1157,7 +1166,8 @@ def do_nothing(*args: object) -> None:
 # A LineHandler gets the new lines of a program's standard output. It returns None or,
 # once the program's work is done, a number of seconds. If the program still runs after
 # these, it is ended, which is no failure: the agent, for example, may hang after its
-# result. Meanwhile no other limit applies, not even a stop. (Python 3.9 needs the quotes.)
+# result. During these seconds neither limits nor a stop are checked. (Python 3.9 needs the
+# quotes.)
 LineHandler = Callable[[list[str]], "float | None"]
 
 
@@ -1224,17 +1234,16 @@ def shown_by_terminal(line: str) -> str:
 
 
 # Runs a program on a node, between the lines SENTINEL and SENTINEL EXIT_CODE. $0 is the
-# sentinel. The last line of the launcher's or the program's output may lack a line end,
-# hence the empty lines. The program may empty the output (`>/dev/stdout`), hence the
-# pause, in which codebot reads the first sentinel. A cluster ends a job by sending
-# SIGTERM to the program and to this shell. So if SIGTERM has ended the program (143), the
-# shell waits a second. If the shell is also ended, it prints no exit code, and codebot
-# sees a lost node and not a failed program.
+# sentinel.
 NODE_SCRIPT = """
+# An empty line comes first, as the launcher's last line may lack a line end.
 printf '\\n%s\\n' "$0"
+# Meanwhile codebot reads the sentinel: the program may empty the output (>/dev/stdout).
 sleep 0.3 2>/dev/null || sleep 1
 "$@"
 code=$?
+# A cluster ends a job by SIGTERM to the program (143) and to this shell. If this shell is
+# ended, too, it prints no exit code, and codebot sees a lost node, not a failed program.
 [ $code = 143 ] && sleep 1
 printf '\\n%s\\n' "$0 $code"
 """
@@ -1368,8 +1377,9 @@ class RunningProgram:
         output: list[str] = []
         for line in lines:
             # The sentinel is an argument of a process that a program in bwrap cannot see.
-            # But if the program has the launcher's output file as its own, it can read the
-            # sentinel there. Then, and outside of bwrap, it can forge this line.
+            # But if the launcher passes its own output file on to the program, as one does
+            # that runs it on this host, the program can read the sentinel there. Then, and
+            # outside of bwrap, it can forge this line.
             sentinel, _, code = line.partition(" ")
             if sentinel == launch.sentinel and re.fullmatch("[0-9]{1,3}", code):
                 self.node_code = int(code)
@@ -1406,7 +1416,9 @@ class RunningProgram:
         Raises TransientError if the launcher or the node failed, or if the program failed
         and the disk is full or the program says that it is.
         """
-        code = self.child.poll() or 0  # None, if it could not be ended, counts as 0
+        # None if the program could not be ended. Then a LineHandler's grace period is over,
+        # or the launched program has ended, so this code is not used.
+        code = self.child.poll() or 0
         if self.launch is not None:
             # Without an exit code from the node, something has ended the program or the
             # node. This counts as a signal, because codebot's own stop may be the cause.
@@ -1824,7 +1836,8 @@ def tops_in_tmp(paths: Iterable[str]) -> set[str]:
     In the sandbox, /tmp is a directory of the workspace. bwrap makes missing mount points
     there, and the agent could later replace a directory above one with a symlink. When
     the next command starts, bwrap before 0.12 would follow it out of the sandbox
-    (CVE-2026-87766). A mount point cannot be replaced, so these become some, too.
+    (CVE-2026-87766). A mount point cannot be replaced. So these topmost directories become
+    mount points as well.
     """
     return {
         "/".join(path.split("/")[:3]) for path in paths if re.match("/tmp/[^/]+/", path)
@@ -1893,7 +1906,10 @@ def bwrap_command(
 
 @contextlib.contextmanager
 def scratch_workspace(work_dir: str) -> Iterator[str]:
-    """Make a workspace without a repository, for one command."""
+    """Make a workspace without a repository, for one command.
+
+    Its directory "objects" stands in for a mirror's.
+    """
     with tempfile.TemporaryDirectory(prefix="scratch_", dir=work_dir) as directory:
         for part in (*WORKSPACE_PARTS, "objects"):
             os.mkdir(f"{directory}/{part}")
@@ -1906,7 +1922,7 @@ class Sandbox:
     def __init__(self, config: Config) -> None:
         self.config = config
         # Only the exact setting `bwrap` gets the mounts above. `/usr/bin/bwrap` counts as
-        # a command line of the operator's and, alone, does not start.
+        # a sandbox of the operator's. Without options of its own it fails probe().
         self.is_bwrap = config.sandbox == ("bwrap",)
         self.is_none = config.sandbox == ("none",)
         self.disable_userns = True
@@ -2379,6 +2395,7 @@ class GitHub:
             self.wait(delay)
             existing = find_existing()
             if existing is not None:
+                # As if GitHub had just created it.
                 return Reply(200, email.message.Message(), existing)
             if self.silent_until > time.time():
                 raise TransientError(
@@ -2741,7 +2758,7 @@ class GitHubRepository:
                 continue
             if payload["label"]["name"].lower() == label.lower():
                 last = payload
-        if last is None or last["event"] == "unlabeled":
+        if last is None:
             return None
         return LabelEvent(
             id=int(last["id"]),
@@ -2969,7 +2986,7 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     r"|Connection (refused|reset|timed out|closed)|[Tt]imed out|Operation too slow"
     r"|RPC failed|early EOF|hung up|unexpected disconnect|Empty reply|Broken pipe"
     r"|bytes of body are still expected|Recv failure|Send failure"
-    # TLS, including a bad certificate: finished work waits until somebody fixes it.
+    # TLS, including a bad certificate: finished work is retried for RETRY_LIMIT.
     r"|SSL|TLS|server (certificate )?verification failed"
     # The remote is overloaded, or has a fault of its own.
     r"|returned error: (429|5\d\d)|Internal Server Error|commit_refs"
@@ -4759,10 +4776,10 @@ git config remote.origin.url "$url" &&
 git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
 git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
-# Nothing that an honest test writes is committed: the tree is recorded before the test and
-# restored after it. Only ignored files stay, for the next attempt. A hostile test can make
-# step 4 name another tree, just as it can pass without testing anything. Whatever tree is
-# named is inspected before it is pushed.
+# The tree is recorded before the test and restored after it, so an honest test cannot
+# change what is committed. Only ignored files stay, for the next attempt. A hostile test
+# can make step 4 name another tree. That gains nothing that a test which always passes
+# would not, and whatever tree is named is inspected before it is pushed.
 TEST_SCRIPT = """
 reset() {
     g checkout-index -q -f -a && g clean -q -ff -d
@@ -5550,12 +5567,12 @@ CI_SKIP_RE = re.compile(
 def run_task(run: JobRun) -> None:
     """Run a task from the clone to the pull request. Each step can be repeated.
 
-    What earlier runs have stored    What is left to do (the lowest row that applies)
-      nothing, or no commit_id         everything, including the agent
-      commit_id                        push the commit; if the outbox was lost, everything
+    What earlier runs have stored    What is left to do (the first row that applies)
+      the pull request                 find it, and finish
       push_started                     push the commit, unless the branch has a pull
                                        request; the agent never runs again
-      the pull request                 find it, and finish
+      commit_id                        push the commit; if the outbox was lost, everything
+      nothing, or no commit_id         everything, including the agent
     """
     run.set_phase("clone")
     repository = look_up_repository(run)
@@ -5599,7 +5616,7 @@ def look_up_repository(run: JobRun) -> Repository:
         github.token(github_repository.id)
     except (AppRefused, GitHubError) as error:
         if job.commit_id and isinstance(error, AppRefused):
-            raise  # finished work waits until GitHub accepts the App again
+            raise  # finished work is retried for RETRY_LIMIT
         message = str(error)
         if isinstance(error, NotFound):
             message = (
@@ -5788,7 +5805,8 @@ def quoted(speaker: str, text: str) -> str:
     # The text must neither end the quote nor contain one of codebot's markers.
     text = re.sub("<(?=!--|/blockquote)", "&lt;", text.strip(), flags=re.IGNORECASE)
     # GitHub shows a footnote ("[^1]: words") at the end of the text, outside of quotes. It
-    # begins a line, perhaps after a mark such as "-": "`[^,]:`" in a line is none.
+    # begins a line, perhaps after the mark of a list, a quote or a heading. After any other
+    # character, such as a backtick, "[^1]:" is no footnote, and is left alone.
     text = re.sub(FOOTNOTE_RE, r"\\[", text)
     quote = "\n".join(f"> {line}".rstrip() for line in text.splitlines())
     return f"{speaker} says:\n\n{quote}\n"
@@ -6337,7 +6355,9 @@ def answer_threads(review: Review) -> None:
                 # Only a thread's first comment takes replies. If it was deleted, another
                 # one is answered in the conversation.
                 last = dataclasses.replace(members[-1], place="conversation")
-                if last.id != last.thread:
+                if (
+                    last.id != last.thread
+                ):  # else only the deleted comment was to be answered
                     post_answer(review, thread, last)
         except GitHubError as error:
             message = f"GitHub refused the answer: {error}"
@@ -6792,7 +6812,8 @@ def check_may_run(run: JobRun) -> None:
     if interruptions >= MAX_INTERRUPTIONS:
         raise JobFailed(
             "interrupted",
-            f"The server was interrupted {interruptions} times during this job",
+            f"This job was interrupted {interruptions} times, by crashes of the server or "
+            "by errors after which the agent had to begin again",
         )
 
 
@@ -6839,7 +6860,7 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
         return False
     if run.is_cancelled or ending.reason == "cancelled":
         return False
-    # The phase is this run's: claim() begins each run with "".
+    # The phase is this run's: each run begins with "" (see Store._transition).
     return not job.error and job.phase != "answer"
 
 
@@ -8381,8 +8402,9 @@ def page(codebot: Codebot, request: Request) -> Response:
 # The connection's states:
 #   a request         waiting -> receiving -> handling -> sending -> waiting
 #   an event stream   ... -> handling -> sending -> handling -> sending ... -> closed
-#   a request that is refused before its body has been read; the rest is then discarded
-#                     waiting -> receiving -> sending -> receiving -> closed
+#   a request that is refused before its body was read
+#                     waiting -> receiving -> sending -> receiving, to discard the rest
+#                     -> closed
 # A connection is closed when it has been in one state for too long, or when there are too
 # many connections and it has waited longest for its client.
 
@@ -8464,7 +8486,7 @@ class Entry:
 
     since: float  # when its state began, by time.monotonic()
     state: str = "waiting"
-    body_bytes: int = 0  # of a request's body, while they are in memory
+    body_bytes: int = 0  # of this request's body that are in memory
 
 
 class ConnectionTable:
@@ -8535,10 +8557,10 @@ class ConnectionTable:
     def _evict(self) -> None:
         """Hang up the connection that has waited longest for its client.
 
-        That is the oldest one that is waiting or receiving. But if there is none, or if
-        more than half of all connections are older than that one and sending, it is the
-        oldest sending one: somebody leaves answers unread to keep others out.
-        Raises OSError if all connections are being handled.
+        That is the oldest one that is waiting or receiving. The exception: if more than
+        half of all connections are older and sending, somebody leaves answers unread to
+        keep others out. Then, and if none is waiting or receiving, it is the oldest
+        sending one. Raises OSError if all connections are being handled.
         """
         idle = None
         unread = []  # connections with an answer that are older than the idle one
@@ -9108,7 +9130,10 @@ def set_up_process(codebot: Codebot, level: int) -> None:
 
 
 def fork_watchdog(codebot: Codebot) -> None:
-    """Fork a process that ends what this one leaves running, however this one ends."""
+    """Fork a process that ends what this one leaves running, however this one ends.
+
+    It has the settings, with their secrets, but neither a lock nor the database.
+    """
     read_end, write_end = os.pipe()  # write_end is closed when this process ends
     if os.fork() != 0:
         os.close(read_end)
