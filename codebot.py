@@ -1163,12 +1163,11 @@ def do_nothing(*args: object) -> None:
     pass
 
 
-# A LineHandler gets the new lines of a program's standard output. It returns None or,
-# once the program's work is done, a number of seconds. If the program still runs after
-# these, it is ended, which is no failure: the agent, for example, may hang after its
-# result. During these seconds neither limits nor a stop are checked. (Python 3.9 needs the
-# quotes.)
-LineHandler = Callable[[list[str]], "float | None"]
+# A LineHandler gets the new lines of a program's standard output. Once the program's work is
+# done, it returns True. If the program still runs RESULT_GRACE later, it is ended, which is
+# no failure: the agent, for example, may hang after its result. During these seconds neither
+# limits nor a stop are checked.
+LineHandler = Callable[[list[str]], object]
 
 
 class Limits(NamedTuple):
@@ -1209,7 +1208,7 @@ def is_disk_full(directory: str) -> bool:
 class ProgramResult(NamedTuple):
     """The exit code of a program, and the last lines of its output."""
 
-    code: int  # meaningless if a LineHandler has returned a grace period
+    code: int  # meaningless if a LineHandler has returned True
     stdout: list[str]
     stderr: list[str]
 
@@ -1367,9 +1366,8 @@ class RunningProgram:
             lines = self.read_sentinels(lines, self.launch)
         self.stdout.keep(lines)
         self.stderr.keep(errors)
-        grace = self.on_lines(lines) if lines else None
-        if grace is not None and self.grace_ends_at is None:
-            self.grace_ends_at = self.last_output + grace
+        if lines and self.on_lines(lines) is True and self.grace_ends_at is None:
+            self.grace_ends_at = self.last_output + RESULT_GRACE
         return True
 
     def read_sentinels(self, lines: list[str], launch: Launch) -> list[str]:
@@ -1416,8 +1414,8 @@ class RunningProgram:
         Raises TransientError if the launcher or the node failed, or if the program failed
         and the disk is full or the program says that it is.
         """
-        # None if the program could not be ended. Then a LineHandler's grace period is over,
-        # or the launched program has ended, so this code is not used.
+        # None if the program could not be ended. Then its work is done, or the launched
+        # program has ended, so this code is not used.
         code = self.child.poll() or 0
         if self.launch is not None:
             # Without an exit code from the node, something has ended the program or the
@@ -3308,11 +3306,13 @@ CREATE TABLE jobs (
     issue_url TEXT NOT NULL DEFAULT '',
     label_event_id INTEGER UNIQUE,
     is_reported INTEGER NOT NULL DEFAULT 0, -- 1: the end was reported there, or cannot be
-    -- The reviewer that a review answers, and what they want: "question", "change",
-    -- "unclear" or "none"; "limit" if the review is above the daily limit. While this is
-    -- "" (not classified yet) and the job is pending, the reviewer's next comments join
-    -- the job. A review that fails before it is classified becomes "unclear", so that
-    -- nothing joins it.
+    -- The reviewer that a review answers, and what they want:
+    --   ''                    not classified yet. While the job is also pending, the
+    --                         reviewer's next comments join it.
+    --   'question', 'change'
+    --   'unclear'             or the review failed before it was classified
+    --   'none'                nothing, for example thanks
+    --   'limit'               not classified: the pull request has had its reviews today
     reviewer TEXT NOT NULL DEFAULT '',
     request_kind TEXT NOT NULL DEFAULT '',
     -- `interruptions` counts the crashes, and the retries that run the agent again, since
@@ -4858,8 +4858,8 @@ class DiffScanner:
         self.file = ""  # the file that the next lines are about
         self.fault = ""  # why the change must not be pushed
 
-    def read(self, lines: list[str]) -> float | None:
-        """Note the fault of the lines, if any. As a LineHandler, this never ends git."""
+    def read(self, lines: list[str]) -> None:
+        """Note the fault of the lines, if any. A LineHandler."""
         # Removed lines and hunk headings are not new. (With --unified=0, all other lines
         # of a hunk are.)
         new = [line for line in lines if not line.startswith(("-", "@@"))]
@@ -4872,7 +4872,6 @@ class DiffScanner:
                 self.fault = f"{self.file} is a nested git repository or a submodule"
             if has_secret and not self.fault and self.redact.has_secret(line):
                 self.fault = f"it contains a secret in {self.file}"
-        return None
 
 
 class Workspace:
@@ -5361,8 +5360,8 @@ class AgentRun:
         self.last_message = ""
         self.entries: list[tuple[str, str]] = []  # for the task's log
 
-    def read(self, lines: list[str]) -> float | None:
-        """Handle new events. Returns after how many seconds to end the agent, or None."""
+    def read(self, lines: list[str]) -> bool:
+        """Handle new events. Returns whether there is a result. A LineHandler."""
         for line in lines:
             try:
                 self.read_event(json.loads(line))
@@ -5371,7 +5370,7 @@ class AgentRun:
                 self.log("agent", shown_by_terminal(line))
         self.run.log_entries(self.entries)  # in one transaction
         self.entries = []
-        return RESULT_GRACE if self.result else None
+        return bool(self.result)
 
     def log(self, source: str, message: str) -> None:
         text = message.strip()

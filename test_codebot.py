@@ -12009,12 +12009,15 @@ def test_program_that_is_ended_may_clean_up(tmp_path: Path, script: str) -> None
     assert (tmp_path / "cleaned").read_text() == "clean\n"
 
 
-def test_program_that_outlives_its_result_may_clean_up(tmp_path: Path) -> None:
+def test_program_that_outlives_its_result_may_clean_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "RESULT_GRACE", 0.0)
     codebot.run_program(
         ["sh", "-c", f"{CLEANS_UP}; echo result; sleep 60 & wait"],
         GIT_ENVIRONMENT,
         cwd=str(tmp_path),
-        on_lines=lambda lines: 0.0,
+        on_lines=lambda lines: True,
     )
     assert (tmp_path / "cleaned").read_text() == "clean\n"
 
