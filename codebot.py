@@ -1858,6 +1858,7 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
         read-only  the mirror's objects, hidden files that CODEBOT_CLAUDE_COMMAND names
         writable   repo and home of the workspace
     With the key in ~/.local itself, all of ~/.local is hidden.
+    With the work directory /tmp/a/work, /tmp/a is hidden as well: see tops_in_tmp.
     """
     hidden = {"/run", home_directory(), *private_directories(config)}
     hidden -= {"/", "/tmp"}  # "/" cannot be covered; /tmp is already the workspace's
