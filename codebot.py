@@ -4500,8 +4500,8 @@ def remove_tree(config: Config, path: str) -> None:
     """Remove a directory that an agent may have made unwritable or very deep.
 
     The directory may be missing. Symlinks are not followed. Raises ValueError unless the
-    path is one that codebot creates in its work directory, and OSError if something of
-    it cannot be removed, such as files of another user's.
+    path is one that codebot creates in its work directory, and TransientError if some of
+    it cannot be removed, such as files of another user's, or files in use on NFS.
     """
     if not REMOVABLE_RE.fullmatch(os.path.relpath(path, config.work_dir)):
         raise ValueError(f"{path} is not a directory that codebot may remove")
@@ -4518,7 +4518,7 @@ def remove_tree(config: Config, path: str) -> None:
         env = base_environment(config)
         run_program(["sh", "-c", script, "sh", path], env)
     if os.path.lexists(path):
-        raise OSError(errno.ENOTEMPTY, f"{path} cannot be removed")
+        raise TransientError(f"{path} cannot be removed")
 
 
 MAX_REMOVED_LEVELS = 100  # each takes two descriptors

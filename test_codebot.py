@@ -6844,7 +6844,7 @@ def test_directory_that_cannot_be_removed_is_told(
     (workspace / "repo").mkdir(parents=True)
     workspace.chmod(0o500)  # as if it belonged to another user
     monkeypatch.setattr(codebot, "run_program", codebot.do_nothing)
-    with pytest.raises(OSError, match="cannot be removed"):
+    with pytest.raises(codebot.TransientError, match="cannot be removed"):
         codebot.remove_tree(config, str(workspace))
     workspace.chmod(0o700)
 
