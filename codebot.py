@@ -5940,6 +5940,8 @@ def react_to_issue(workspace: Workspace) -> None:
 # GitHub allows 80 writes a minute. A review that spent them on reactions, in every run,
 # would never get any further.
 MAX_REACTIONS = 30
+# Seconds until something new is visible in all parts of GitHub.
+VISIBILITY_DELAY = 50.0
 LIMIT_TEXT = (
     f"This pull request has reached the limit of {DAILY_REVIEW_JOBS} requests to codebot "
     "in a day. codebot ignores further comments today; comment again tomorrow."
@@ -6043,12 +6045,12 @@ def load_review(run: JobRun) -> Review:
 def refusal_error(run: JobRun, error: GitHubError) -> Exception:
     """Return the error for a repository or pull request that GitHub does not show.
 
-    Something new may not be visible in all parts of GitHub, so it is gone for good only
-    if a retry, at least a minute later, does not find it either.
+    Something new may not be visible in all parts of GitHub, so only a retry, at least a
+    minute after the first attempt, takes it for gone.
     """
     if isinstance(error, NotFound) and run.job.transient_since:
         return ReviewSkipped(f"it is not codebot's anymore: {error}")
-    return TransientError(f"GitHub refuses the App: {error}")
+    return TransientError(f"GitHub does not show it, or refuses the App: {error}")
 
 
 def check_pull_request(review: Review) -> None:
@@ -6070,10 +6072,28 @@ def check_pull_request(review: Review) -> None:
 
 
 def check_write_access(review: Review) -> None:
-    """Raise ReviewSkipped unless the reviewer has write access to the repository now."""
-    reviewer = review.run.job.reviewer
-    if not review.github_repository.has_write_access(reviewer):
-        raise ReviewSkipped(f"{reviewer} has no write access")
+    """Raise ReviewSkipped unless the reviewer has write access to the repository now.
+
+    If there is a commit, which has cost something, only a retry believes a refusal.
+    """
+    job = review.run.job
+    if not review.github_repository.has_write_access(job.reviewer):
+        problem = f"{job.reviewer} has no write access"
+        if job.commit_id and not job.transient_since:
+            raise TransientError(problem)
+        raise ReviewSkipped(problem)
+
+
+def may_appear_later(review: Review, comment: Comment) -> bool:
+    """Return whether a comment may be too new for GitHub's lists.
+
+    The inline comments of a GitHub review are as old as their drafts, so the age of the
+    job counts as well.
+    """
+    clock_skew = review.github_repository.github.clock_skew
+    is_new = comment.created_at > utc_time(seconds_ago=VISIBILITY_DELAY - clock_skew)
+    job_time = review.run.job.submitted_at
+    return is_new or job_time > utc_time(seconds_ago=VISIBILITY_DELAY)
 
 
 def load_comments(review: Review) -> Review:
@@ -6097,9 +6117,7 @@ def load_comments(review: Review) -> Review:
     comments = []
     for stored in run.store.comments(run.job.id):
         comment = current.get((stored.place, stored.id))
-        if comment is None and not run.job.transient_since:
-            # It may be too new for GitHub's lists. If a retry, at least a minute later,
-            # does not find it either, it was deleted.
+        if comment is None and may_appear_later(review, stored):
             raise TransientError("GitHub does not list a comment yet")
         if comment is None or comment.user != run.job.reviewer:
             continue
@@ -6416,7 +6434,6 @@ def own_words(job: Job, answer: str) -> str:
 # If GitHub refuses the request, it waits for the next poll, delivery or start. Webhooks
 # and polling share the store.
 
-VISIBILITY_DELAY = 50.0  # seconds until something new is visible in all parts of GitHub
 SYNC_INTERVAL = 1.0  # seconds between checks for due requests and for ended tasks
 # Seconds until a request is repeated after GitHub has refused the App: see AppRefused.
 APP_REFUSED_DELAY = 900.0
