@@ -4928,16 +4928,38 @@ def test_repository_with_zero_padded_modes_can_be_worked_on(
     assert repository.git("rev-parse", f"{branch}~") == commit
 
 
-@pytest.mark.parametrize("directory", ["", "vendor/"])
-def test_repository_with_submodule_that_fsck_rejects_can_be_worked_on(
-    shared: Site, directory: str
+REJECTED_MODULES = (
+    '[submodule "lib"]\n\tpath = lib\n\turl = https://github.com:acme/lib.git\n'
+)
+# What repositories at GitHub have from before fsck checked it.
+OLD_FAULTS = {
+    "root": {".gitmodules": REJECTED_MODULES},
+    "directory": {"vendor/.gitmodules": REJECTED_MODULES},
+    "attributes": {".gitattributes": "*.c " + 400 * " -text" + "\n"},
+    "many": {f"{n}/.gitmodules": f"{REJECTED_MODULES}# {n}\n" for n in range(500)},
+}
+
+
+@pytest.mark.parametrize("fault", OLD_FAULTS)
+def test_repository_with_files_that_fsck_rejects_can_be_worked_on(
+    shared: Site, fault: str
 ) -> None:
     # Repositories at GitHub have such addresses, from before fsck checked them.
     words = '[submodule "lib"]\n\tpath = lib\n\turl = https://github.com:acme/lib.git\n'
     shared.repository.commit({f"{directory}.gitmodules": words})
     shared.agent.follow(f"echo hello >{directory}hello.txt; result Done")
     branch = shared.api.completed(shared.api.submit())["branch_name"]
-    assert shared.repository.show(branch, f"{directory}hello.txt") == "hello"
+    assert shared.repository.show(branch, "hello.txt") == "hello"
+
+
+def test_file_that_fsck_rejects_is_not_accepted_under_another_name(
+    shared: Site,
+) -> None:
+    # As if an agent had made it in an earlier job.
+    shared.repository.commit({"a/.gitattributes": REJECTED_MODULES})
+    shared.agent.follow("mv a/.gitattributes .gitmodules; result Done")
+    error = shared.api.failed(shared.api.submit(), "agent_failed")
+    assert "gitmodulesUrl" in error
 
 
 def test_git_ignores_checkout_around_work_dir(fresh: Site) -> None:
