@@ -9108,10 +9108,16 @@ LISTEN_ERRORS = {
 
 
 def stop_on_signals(codebot: Codebot) -> None:
-    """Stop at the first SIGTERM, SIGINT or SIGHUP; end at once at the second."""
+    """Stop at the first SIGTERM, SIGINT or SIGHUP.
+
+    End at once at the next one. But another SIGHUP is ignored, because the shell and the
+    kernel may report the same hangup.
+    """
 
     def handle(number: int, frame: object) -> None:
         if codebot.stop.is_set():
+            if number == signal.SIGHUP:
+                return
             os._exit(1)  # the watchdog ends what is left
         # In a thread, because this runs in the main thread, which may be holding the
         # Event's lock. (Thread.start() would take locks, too.)

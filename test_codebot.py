@@ -13867,7 +13867,9 @@ def test_hangup_stops_server_in_order(fresh: Site) -> None:
     fresh.server.start()
     task = fresh.api.submit()
     fresh.agent.wait_until_blocked()
-    fresh.server.signal(signal.SIGHUP)
+    for _ in range(2):  # from the shell and from the kernel
+        fresh.server.signal(signal.SIGHUP)
+        fresh.server.wait_for_log("Stopping")
     assert fresh.server.wait_exit() == 0
     assert f"{task}: running -> pending" in fresh.server.log()
 
