@@ -942,11 +942,11 @@ def has_wild_host(pattern: str) -> bool:
     """
     if re.fullmatch(r"(\w+://)?([^@/]+@)?\*|\w+\*", pattern):
         return False
-    pattern = pattern.replace("[[]", "[")  # as a pattern spells the "[" of IPv6
+    pattern = pattern.replace("[[]", "")  # as a pattern spells the "[" of IPv6
     rest = re.sub(r"^\w+://", "", pattern)
     end_of_host = "[/:]" if rest == pattern else "/"  # HOST:PATH has no port
     host = re.split(end_of_host, rest)[0]
-    return re.search(r"[*?]|.\[", host) is not None
+    return re.search(r"[*?\[]", host) is not None
 
 
 def wrong_patterns(config: Config) -> Iterator[str]:

@@ -2453,6 +2453,8 @@ def test_allowed_pattern_that_matches_nothing_is_refused() -> None:
         ("git@*", False),
         ("git@github.com*", True),  # git@github.com.evil.org:acme/app
         ("https://[[]fd00::5]/git/*", False),
+        ("ssh://git@[[]fd00::5]/git/*", False),
+        ("[!x]ithub.com:acme/*", True),
         ("https://git*", True),
         ("ssh://git.corp:22*/team/*", True),  # ssh://git.corp:22@evil.org/team/a
         ("git@*:acme/*", True),
