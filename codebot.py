@@ -3808,14 +3808,18 @@ class Store:
     def requeue_interrupted(self, interruptions: int) -> None:
         """Requeue all running jobs. ``interruptions``: 1 after a crash, 0 at a stop.
 
-        The time in which no server runs does not count as retrying.
+        Each start and stop begins the time of retrying anew, because time without a server
+        must not count.
         """
         running = self._read(only_value, "SELECT id FROM jobs WHERE status = 'running'")
         for job_id in running:
             with contextlib.suppress(WrongState):  # it has just ended
                 self.requeue(job_id, interruptions)
         self._write(
-            "UPDATE jobs SET transient_since = :now WHERE transient_since > 0",
+            """
+            UPDATE jobs SET transient_since = :now
+            WHERE status = 'pending' AND transient_since > 0
+            """,
             now=time.time(),
         )
 

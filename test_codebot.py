@@ -6043,6 +6043,7 @@ def test_time_without_server_does_not_count_as_retrying(fresh: Site) -> None:
     with fresh.server.database() as db:  # as if two hours had passed
         db.execute("UPDATE jobs SET transient_since = transient_since - 7200")
     fresh.repository.fail(PUSH_BEGINS, 503, b"")
+    retries = fresh.server.log().count("running -> pending")
     fresh.server.restart()
     fresh.api.completed(task)
     assert fresh.server.log().count("running -> pending") == 2
