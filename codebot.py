@@ -5926,6 +5926,11 @@ def create_pull_request(workspace: Workspace) -> None:
             f"Branch {run.job.branch} was pushed, but GitHub refused the pull request: "
             f"{error}",
         ) from None
+    except TransientError as error:
+        message = (
+            f"Branch {run.job.branch} was pushed, but has no pull request yet: {error}"
+        )
+        raise TransientError(message, error.retry_at) from None
     run.codebot.until_database_works(run.store.add_pull_request, run.job, new)
     run.log_event("codebot", f"Pull request {new.number}: {new.url}")
     log.info("Task %s: opened %s", run.job.id, new.url)
