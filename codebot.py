@@ -4186,7 +4186,7 @@ class Store:
     def superseded_tasks(
         self, repository_id: int, number: int, event_id: int
     ) -> list[str]:
-        """Return an issue's unfinished tasks that another label event created.
+        """Return an issue's unfinished tasks that an earlier label event created.
 
         Retries by clients are not among them, because no label event created them.
         """
@@ -4196,7 +4196,7 @@ class Store:
             SELECT id FROM jobs
             WHERE kind = 'task' AND status IN ('pending', 'running')
                 AND repository_id = :repository_id AND issue_number = :number
-                AND label_event_id IS NOT NULL AND label_event_id != :event_id
+                AND label_event_id < :event_id
             """,
             repository_id=repository_id,
             number=number,
