@@ -79,11 +79,11 @@ WHO IS TRUSTED WITH WHAT
                  command is a shell command, so a client can run anything in the sandbox.
                  GitHub is not asked what the person behind the key may read or write.
   A reviewer     has an effect only if GitHub reports that they have write access to the
-                 repository. It is asked whenever the review starts, and before its
-                 commit is pushed. For a person who labels an issue, it is asked when the
-                 task is submitted. (A refusal is remembered for a minute.) Nobody else
-                 can start the agent, but the text of a labeled issue may be anyone's.
-                 Anyone's comment is stored as a pending review.
+                 repository. GitHub is asked at every start of the review, and again
+                 before its commit is pushed. For a person who labels an issue, GitHub is
+                 asked when the task is submitted. (A refusal is remembered for a minute.)
+                 Nobody else can start the agent, but the text of a labeled issue may be
+                 anyone's. Anyone's comment is stored as a pending review.
   Others at GitHub   can stop work, if they may remove the label or close the pull
                  request. (Closing the issue stops nothing.) A workflow that labels with a
                  person's token counts as that person.
@@ -940,7 +940,7 @@ def has_wild_host(pattern: str) -> bool:
 
     Some patterns are meant to match every host, such as *, https://* and git@*.
     """
-    if re.fullmatch(r"(\w+://)?([^@/]+@)?\*|\w+\*", pattern):
+    if re.fullmatch(r"(\w+://)?([^@/*?]+@)?\*|\w+\*", pattern):
         return False
     pattern = pattern.replace("[[]", "")  # as a pattern spells the "[" of IPv6
     rest = re.sub(r"^\w+://", "", pattern)
@@ -2037,7 +2037,7 @@ TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take 34 MB
 MAX_CACHED_REPLIES = 4000  # a poll takes about four for each open pull request
-MAX_CACHED_BYTES = 64 << 10  # of a reply; a longer one is not cached
+MAX_CACHED_BYTES = 128 << 10  # of a reply; a longer one is not cached
 
 
 class GitHubError(Exception):
@@ -3185,9 +3185,8 @@ class Mirror(GitDirectory):
                 result = self.fetch_all(repository)
                 if self.is_ancestor(commit, ref):
                     return name, commit
-            if (
-                "shallow" in result.error
-            ):  # git does not fetch from it, and exits with 0
+            # git fetches nothing from a shallow clone, and exits with 0.
+            if "shallow" in result.error:
                 raise GitFailed(f"the remote is a shallow clone: {result.error}")
         raise TransientError(f"Branch {name} kept moving while it was fetched")
 
@@ -5075,6 +5074,12 @@ class Workspace:
         Other kinds of files are not listed: an agent could have made one in an earlier job,
         and rename it to .gitmodules now.
         """
+        blobs: list[str] = []
+
+        def note(lines: list[str]) -> None:
+            # Each line is ":OLD_MODE NEW_MODE OLD_ID NEW_ID A<TAB>NAME".
+            blobs.extend(f"{line.split()[3]}\n" for line in lines)
+
         diff = ("diff-tree", "-r", EMPTY_TREE, base_commit, "--")
         self.outbox.local_git(*diff, ":(glob)**/.gitmodules", on_lines=note)
         pathlib.Path(self.outbox.path, "fsck-skip-list").write_text("".join(blobs))
@@ -6384,9 +6389,8 @@ def answer_threads(review: Review) -> None:
                 # Only a thread's first comment takes replies. If it was deleted, another
                 # one is answered in the conversation.
                 last = dataclasses.replace(members[-1], place="conversation")
-                if (
-                    last.id != last.thread
-                ):  # else only the deleted comment was to be answered
+                # Otherwise only the deleted comment was to be answered.
+                if last.id != last.thread:
                     post_answer(review, thread, last)
         except GitHubError as error:
             message = f"GitHub refused the answer: {error}"
@@ -6587,9 +6591,8 @@ class Sync:
         """Submit an issue with the label; cancel its task if the label was removed."""
         github_repository = self.github.repository_by_id(request.repository_id)
         event = github_repository.label_event(request.number, self.config.issue_label)
-        if (
-            event is None
-        ):  # its tasks, if any, are of a label that an earlier setting named
+        # Its tasks, if any, come from a label that an earlier setting named.
+        if event is None:
             return
         self.cancel_superseded(request, event.id)
         if event.is_removal or self.store.is_label_event_known(event.id):
@@ -9715,6 +9718,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"codebot: {line}", file=sys.stderr)
         code = 2
     except sqlite3.Error as error:  # after Store has opened the database
+        log.debug("Database", exc_info=True)
         print(
             f"codebot: The database cannot be used: {error}. Free space on its disk; if "
             "it is damaged, use a new --work-dir (and CODEBOT_DATABASE, if that is set).",

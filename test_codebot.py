@@ -4703,14 +4703,14 @@ def test_without_github_branch_is_pushed_and_github_is_not_asked(fresh: Site) ->
 
 def test_shallow_remote_cannot_be_cloned(fresh: Site) -> None:
     fresh.repository.commit({"second": "2\n"})
-    remote = fresh.directory / "shallow"
+    remote = fresh.directory / "remote"
     url = fresh.repository.bare.as_uri()
     run_command("git", "clone", "-q", "--depth", "1", url, remote)
     fresh.server.start(
         "--no-github", GITHUB_APP_ID=None, GITHUB_APP_PRIVATE_KEY_PATH=None
     )
     task = fresh.api.submit(repository_url=str(remote))
-    assert "shallow" in fresh.api.failed(task, "clone_failed")
+    assert "is a shallow clone" in fresh.api.failed(task, "clone_failed")
 
 
 def test_files_of_workspace_and_local_remote_have_the_umask_of_the_operator(
@@ -4946,10 +4946,8 @@ OLD_FAULTS = {
 def test_repository_with_files_that_fsck_rejects_can_be_worked_on(
     shared: Site, fault: str
 ) -> None:
-    # Repositories at GitHub have such addresses, from before fsck checked them.
-    words = '[submodule "lib"]\n\tpath = lib\n\turl = https://github.com:acme/lib.git\n'
-    shared.repository.commit({f"{directory}.gitmodules": words})
-    shared.agent.follow(f"echo hello >{directory}hello.txt; result Done")
+    shared.repository.commit(OLD_FAULTS[fault])
+    shared.agent.follow("for d in . */; do echo hello >$d/hello.txt; done; result Done")
     branch = shared.api.completed(shared.api.submit())["branch_name"]
     assert shared.repository.show(branch, "hello.txt") == "hello"
 
@@ -6046,7 +6044,7 @@ def test_time_without_server_does_not_count_as_retrying(fresh: Site) -> None:
     retries = fresh.server.log().count("running -> pending")
     fresh.server.restart()
     fresh.api.completed(task)
-    assert fresh.server.log().count("running -> pending") == 2
+    assert fresh.server.log().count("running -> pending") == retries + 1
 
 
 def test_waiting_task_completes_although_others_pushed_to_its_branch(
@@ -8649,6 +8647,8 @@ def test_killed_in_any_step_review_has_one_push_and_one_answer(fresh: Site) -> N
         assert len(runs) == (3 if step == "agent" else 2), step
 
 
+# An inline comment of a GitHub review may have been drafted long before.
+@pytest.mark.parametrize("age", [0.0, 3600.0])
 def test_comment_that_github_does_not_have_everywhere_yet_is_answered(
     fresh: Site, age: float
 ) -> None:
@@ -8671,7 +8671,7 @@ def test_comment_that_comes_while_its_review_is_retried_is_answered(
     fresh.server.start(limits={"RETRY_DELAY": 0.1})
     pull = open_pull(fresh, ANSWER_QUESTION)
     comments = "GET /issues/1/comments*"
-    wait_for(lambda: fresh.repository.count(comments) == 1)  # the look at a new one
+    alice = fresh.person("alice")
     fresh.repository.fail(comments, 200, [])
     fresh.repository.after(comments, lambda: alice.comment("And how?"))
     alice.comment("Why?")
@@ -13968,6 +13968,8 @@ def test_server_is_not_dumpable(tmp_path: Path) -> None:
 def test_programs_write_no_core_dumps(fresh: Site) -> None:
     """One of git's would hold a token; the host may keep it where an agent can read it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    if hard == 0:
+        pytest.skip("this host allows no core dumps")
     resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
     try:
         fresh.server.start()
