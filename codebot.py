@@ -6780,7 +6780,9 @@ def run_job(codebot: Codebot, job: Job) -> None:
             ending = run_steps(run)  # again: from now on they only post the failure
         store_ending(run, ending)
     finally:
-        del codebot.running[job.id]
+        # Another worker may have started it again, once it was pending.
+        if codebot.running.get(job.id) is run:
+            del codebot.running[job.id]
         codebot.jobs_due.set()  # another job may have waited for this one to end
         if run.is_cancelled:
             codebot.cleanup_wanted.set()  # its pull request may have been closed

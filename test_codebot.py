@@ -3844,6 +3844,39 @@ def test_new_comment_joins_review_that_waits_for_its_retry(
     assert [comment.id for comment in store.comments(review.id)] == [1, 2]
 
 
+def test_review_that_a_stop_has_requeued_does_not_absorb_itself(
+    store: codebot.Store,
+) -> None:
+    review = claim_review(store)
+    store.requeue(review.id)
+    store.absorb_waiting_reviews(review)
+    assert stored_job(store, review).status == "pending"
+    assert [comment.id for comment in store.comments(review.id)] == [1]
+
+
+class StoreThatStartsAgain(codebot.Store):
+    """A store whose requeued job is at once started by another worker."""
+
+    app: codebot.Codebot
+
+    def requeue(self, job_id: str, *args: Any, **kwargs: Any) -> None:
+        super().requeue(job_id, *args, **kwargs)
+        job = self.claim(job_id)
+        assert job is not None
+        self.app.running[job_id] = codebot.JobRun(self.app, job)
+
+
+def test_job_that_another_worker_has_started_again_stays_among_the_running(
+    tmp_path: Path,
+) -> None:
+    store = StoreThatStartsAgain(str(tmp_path / "codebot.db"))
+    app = store.app = app_with(store)
+    job = store_task_in_state(store, "running")
+    app.stop.set()
+    codebot.run_job(app, stored_job(store, job))
+    assert list(app.running) == [job.id]
+
+
 def test_daily_limit_counts_reviews_that_were_started(store: codebot.Store) -> None:
     pull_request = store_pull_request(store, store_task_in_state(store, "completed"))
     review_id = store_review(store, pull_request, 1, "alice")
