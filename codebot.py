@@ -4127,7 +4127,8 @@ class Store:
         """Move the comments of the reviewer's pending review to this running one."""
         with self._transaction() as db:
             waiting_id = waiting_review(db, job.task_id, job.reviewer)
-            if waiting_id is None:
+            # A worker that a stop did not wait for finds its own job, which is requeued.
+            if waiting_id in (None, job.id):
                 return
             values = {"id": job.id, "waiting_id": waiting_id}
             db.execute(

@@ -8711,6 +8711,24 @@ def test_comment_that_comes_while_its_review_is_retried_is_answered(
     wait_for(lambda: "And how?" in "".join(pull.answers()))
 
 
+def test_what_is_written_while_a_retry_reads_the_comments_is_answered(
+    fresh: Site,
+) -> None:
+    fresh.server.start(limits={"RETRY_DELAY": 0.1, "GITHUB_ATTEMPTS": 1})
+    pull = open_pull(fresh, ANSWER_QUESTION)
+    comments = "GET /issues/1/comments*"
+    wait_for(lambda: fresh.repository.count(comments) == 1)  # the look at a new one
+    fresh.repository.fail("GET /pulls/1", 503, b"")
+    hold = fresh.repository.hold(comments)
+    alice = fresh.person("alice")
+    alice.comment("Why?")
+    hold.wait()
+    alice.review("And all in all?")  # the texts of reviews have been listed already
+    fresh.github.reset_faults()
+    assert pull.review()["status"] == "completed"
+    assert len(pull.answers()) == 2
+
+
 def test_pull_request_that_github_does_not_show_everywhere_yet_is_answered(
     fresh: Site,
 ) -> None:
