@@ -1144,11 +1144,14 @@ def login_secrets(address: str) -> set[str]:
     The password is "" if there is none. The "https://" may be missing.
     """
     address = re.sub("^[^/]*://", "", address)
-    login = address.partition("/")[0].rpartition("@")[0]
-    user, _, password = login.partition(":")
-    if not password and len(user) >= MIN_SEARCHED_LENGTH:
-        password = user  # it is a token, as in https://token@host
-    return {password, urllib.parse.unquote(password)}
+    passwords = set()
+    # A "/" in a password should be written as %2F, but urllib accepts it as it is.
+    for part in (address.partition("/")[0], address):
+        user, _, password = part.rpartition("@")[0].partition(":")
+        if not password and len(user) >= MIN_SEARCHED_LENGTH and "/" not in user:
+            password = user  # it is a token, as in https://token@host
+        passwords |= {password, urllib.parse.unquote(password)}
+    return passwords
 
 
 # --- Programs ----------------------------------------------------------------

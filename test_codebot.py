@@ -2682,6 +2682,13 @@ def test_secret_is_redacted(redact: codebot.Redactor, secret: str) -> None:
         assert line not in redacted
 
 
+def test_password_of_a_proxy_with_a_slash_is_redacted() -> None:
+    # urllib accepts it. git does not, and its error shows the whole address.
+    address = "http://user:proxy/password@proxy:80"
+    redact = codebot.Redactor(codebot.Config(variables={"HTTPS_PROXY": address}))
+    assert redact(f"HTTPS_PROXY={address}") == "HTTPS_PROXY=http://user:***@proxy:80"
+
+
 def test_git_credential_is_redacted(redact: codebot.Redactor) -> None:
     login = base64_of("x-access-token:v1.installation-token")
     redacted = redact(f"Authorization: Basic {login}")
