@@ -149,7 +149,7 @@ WHERE SECRETS GO
                              environment. One in ANTHROPIC_BASE_URL: only to the agent.
   With --no-github, git commands that contact the remote get the environment with which
   codebot was started, including listed variables, but without CODEBOT_API_KEYS,
-  GITHUB_WEBHOOK_SECRET and MODEL_VARIABLE_NAMES.
+  GITHUB_WEBHOOK_SECRET, MODEL_VARIABLE_NAMES and the variables that have git trace.
   codebot writes none of these secrets into a named file. While a program runs, its
   input and output are in unlinked files (openssl's are a JWT's content and signature).
   But the agent's home keeps its session, with everything that the agent has printed.
@@ -2957,8 +2957,12 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
     env = base_environment(config)
     if config.no_github:
         # The host's own git configuration and ssh agent provide the credentials.
-        not_for_git = (*OWN_SECRET_NAMES, *MODEL_VARIABLE_NAMES)
-        inherited = {k: v for k, v in os.environ.items() if k not in not_for_git}
+        inherited = dict(os.environ)
+        for name in os.environ:
+            is_not_for_git = name in (*OWN_SECRET_NAMES, *MODEL_VARIABLE_NAMES)
+            # A trace would show the host's credentials in git's error messages.
+            if is_not_for_git or name.startswith(("GIT_TRACE", "GIT_CURL_VERBOSE")):
+                del inherited[name]
         for name in ("CODEBOT_RUN", "GIT_TERMINAL_PROMPT", "LC_ALL", "PATH"):
             inherited[name] = env[name]
         inherited["GIT_ALLOW_PROTOCOL"] = "https:http:ssh:file"

@@ -5824,6 +5824,9 @@ def test_secrets_are_redacted_from_failed_tasks(shared: Site) -> None:
         ("ANTHROPIC_API_KEY", False),
         ("CLAUDE_CODE_OAUTH_TOKEN", False),
         ("ANTHROPIC_BASE_URL", False),  # its address may have a password
+        ("GIT_TRACE", False),  # traces show the host's credentials in git's errors
+        ("GIT_TRACE_CURL", False),
+        ("GIT_CURL_VERBOSE", False),
     ],
 )
 def test_git_at_other_remote_gets_environment_without_secrets(
