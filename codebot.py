@@ -3084,20 +3084,22 @@ class GitDirectory:
         if result.code == 0:
             return result
         text = "\n".join([*result.stdout, *result.stderr])
+        # The host's git configuration may put a login into the URL: url.*.insteadOf
+        error = re.sub(r"://[^\s/:@]*(:\S*)?@", "://***@", result.error)
         # Perhaps by the host, for want of memory.
         if result.code in SIGNAL_EXIT_CODES or PART_KILLED_RE.search(text):
             code = f"exit code {result.code}"
-            raise TransientError(f"git was killed ({code}): {result.error}")
+            raise TransientError(f"git was killed ({code}): {error}")
         words = URL_OR_NAME_RE.sub("", text)
         if REJECTED_RE.search(words):  # perhaps because of a file with any name
-            raise GitFailed(result.error)
+            raise GitFailed(error)
         if AUTH_FAILED_RE.search(words):
             raise GitAuthFailed("authentication failed")
         if "returned error: 403" in words:
-            raise GitAuthFailed(result.error)
+            raise GitAuthFailed(error)
         if TRANSIENT_GIT_ERROR_RE.search(words):
-            raise TransientError(result.error)
-        raise GitFailed(result.error)
+            raise TransientError(error)
+        raise GitFailed(error)
 
     def has_commit(self, commit: str) -> bool:
         result = self.local_git("cat-file", "-e", f"{commit}^{{commit}}", check=False)

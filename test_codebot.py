@@ -5838,6 +5838,20 @@ def test_git_at_other_remote_gets_environment_without_secrets(
     assert (name in environment) == is_kept
 
 
+def test_error_of_git_at_other_remote_shows_no_password_of_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Not a setting of codebot's, but git uses it.
+    monkeypatch.setenv("ALL_PROXY", "http://user:my/password@127.0.0.1:1")
+    path = os.environ["PATH"]
+    config = codebot.Config(no_github=True, work_dir=str(tmp_path), search_path=path)
+    directory = codebot.GitDirectory(config, f"{tmp_path}/git", lambda: None)
+    directory.local_git("init", "--quiet", "--bare")
+    with pytest.raises(codebot.GitFailed, match="proxy") as error:
+        directory.git_with_token("", "ls-remote", "--", "https://example.com/a/b")
+    assert "password" not in str(error.value)
+
+
 def test_git_at_other_remote_gets_no_relative_path(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
