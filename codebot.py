@@ -75,8 +75,10 @@ WHO IS TRUSTED WITH WHAT
   A client       is whoever has an API key. It may read and cancel every task, and may
                  submit and retry tasks for the repositories that
                  CODEBOT_ALLOWED_REPOSITORIES allows. With --no-github these are, by
-                 default, all repositories that codebot's user can reach. A task's test
-                 command is a shell command, so a client can run anything in the sandbox.
+                 default, all repositories that codebot's user can reach, and any host:
+                 a client can obtain a credential that git sends to every host. A task's
+                 test command is a shell command, so a client can run anything in the
+                 sandbox.
                  GitHub is not asked what the person behind the key may read or write.
   A reviewer     has an effect only if GitHub reports that they have write access to the
                  repository. GitHub is asked at every start of the review, and again
@@ -9105,6 +9107,13 @@ def check_server(codebot: Codebot) -> Iterator[Finding]:
             "warn",
             "GITHUB_WEBHOOK_SECRET is not set, so codebot learns of reviews only when "
             "it starts. Set it, or use --enable-polling.",
+        )
+    if config.no_github and is_allowed(config, "https://any-host.invalid/a/b"):
+        yield Finding(
+            "warn",
+            "CODEBOT_ALLOWED_REPOSITORIES allows every host, so a client can have git "
+            "contact a host of its own, and obtain a credential that git sends to all "
+            "hosts (GIT_ASKPASS, credential.helper, http.extraHeader). Name the hosts.",
         )
     if config.tls_cert and config.tls_key:
         tls_context(config)

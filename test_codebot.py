@@ -13910,6 +13910,31 @@ def test_start_prints_the_host_that_it_listens_on(
     assert f"Page:          http://{shown}:5000/\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("pattern", "is_warned"),
+    [("*", True), ("https://*", True), ("https://git.acme.com/*", False)],
+)
+def test_server_warns_if_clients_may_name_any_host(
+    pattern: str, is_warned: bool
+) -> None:
+    # git would send it the credentials that are not bound to a host.
+    app = codebot.Codebot(codebot.Config(no_github=True, allowed=(pattern,)))
+    messages = [message for _, message in codebot.check_server(app)]
+    assert any("every host" in message for message in messages) == is_warned
+
+
+def test_start_prints_no_secret_of_a_sandbox(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = codebot.Config(
+        no_github=True,
+        sandbox=("podman", "run", "--env=ANTHROPIC_API_KEY=sk-model", "image"),
+        variables={"ANTHROPIC_API_KEY": "sk-model"},
+    )
+    codebot.print_banner(codebot.Codebot(config), 5000, 0)
+    assert "sk-model" not in capsys.readouterr().out
+
+
 def test_locked_database_at_the_start_is_told(fresh: Site) -> None:
     fresh.agent.follow("block")
     fresh.server.start()
