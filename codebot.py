@@ -5835,6 +5835,11 @@ def quoted(speaker: str, text: str) -> str:
     return f"{speaker} says:\n\n{quote}\n"
 
 
+def escape_html(text: str) -> str:
+    """Return text without HTML. An unclosed tag could hide codebot's words after it."""
+    return re.sub("<(?=[A-Za-z/!?])", "&lt;", text)
+
+
 def test_and_commit(
     workspace: Workspace, request: TaskRequest, base_commit: str
 ) -> str:
@@ -5911,8 +5916,7 @@ def pull_request_body(run: JobRun) -> str:
         facts += f"Closes #{job.issue_number}\n"
     # Redact before truncating: a secret that was cut in two would not be found.
     task = truncate(run.redact(task_text(job.request)), 10_000)
-    # No HTML: an unclosed tag could hide the facts that follow.
-    task = quoted(speaker, re.sub("<(?=[A-Za-z/!?])", "&lt;", task))
+    task = quoted(speaker, escape_html(task))
     files = code_block(truncate(job.files, 10_000))
     summary = quoted("The agent", truncate(job.summary, 20_000))
     body = (
@@ -6430,7 +6434,7 @@ def answer_body(job: Job, thread: str, first: Comment) -> str:
     if first.place != "inline":
         # In the conversation, nothing else shows which comment is answered.
         first_line = first.text.strip().splitlines()[0][:200]
-        comment = quoted(f"@{first.user}", first_line)
+        comment = quoted(f"@{first.user}", escape_html(first_line))
     parts = [comment, own_words(job, answer), quoted("The agent", answer)]
     text = "\n\n".join(part.strip() for part in parts if part)
     return truncate(text, MAX_BODY_CHARS)

@@ -7648,6 +7648,17 @@ AGENT_ANSWERS = {
 }
 
 
+@pytest.mark.parametrize("tag", ['<div title="', "<table>", "<?php echo 1;"])
+def test_html_of_reviewer_cannot_hide_the_answer_after_it(
+    store: codebot.Store, tag: str
+) -> None:
+    job = store_task_in_state(store, "running")
+    job = dataclasses.replace(job, request_kind="change")
+    comment = dataclasses.replace(make_comment(1, "alice"), text=f"{tag} a < b\nWhy?")
+    body = codebot.answer_body(job, "conversation 1", comment)
+    assert f"> &lt;{tag[1:]} a < b\n" in f"{body}\n"
+
+
 def test_empty_answers_give_way_to_the_summary(
     store: codebot.Store, tmp_path: Path
 ) -> None:
