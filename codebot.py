@@ -9323,7 +9323,7 @@ Page:          {url}/
 Health:        {url}/health
 Sandbox:       {codebot.sandbox.describe()}
 Requeued:      {pending} job(s)"""
-    print(banner, flush=True)
+    print(codebot.redact(banner), flush=True)  # a command may contain a secret
 
 
 def file_times(config: Config) -> list[float]:
@@ -9402,7 +9402,7 @@ def run(flags: Flags) -> int:
         config = dataclasses.replace(config, work_dir=work_dir, database="")
     print(f"Work directory: {config.work_dir} (it is kept)", file=sys.stderr)
     codebot = start_app(config, HOST_CHECKS, logging.WARNING)
-    print(f"Sandbox: {codebot.sandbox.describe()}", file=sys.stderr)
+    print(codebot.redact(f"Sandbox: {codebot.sandbox.describe()}"), file=sys.stderr)
     codebot.wait()  # raises StopRequested if a signal came during the start
     job = codebot.submit(request, "command line")
     workers = start_workers(codebot, "task", 1)
