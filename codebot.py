@@ -6120,12 +6120,14 @@ def may_appear_later(review: Review, comment: Comment) -> bool:
     """Return whether a comment may be too new for GitHub's lists.
 
     The inline comments of a GitHub review are as old as their drafts, so the age of the
-    job counts as well.
+    job counts as well. A draft may also have joined a job that has waited for long, so the
+    first attempt takes no comment for deleted.
     """
     clock_skew = review.github_repository.github.clock_skew
     is_new = comment.created_at > utc_time(seconds_ago=VISIBILITY_DELAY - clock_skew)
-    job_time = review.run.job.submitted_at
-    return is_new or job_time > utc_time(seconds_ago=VISIBILITY_DELAY)
+    job = review.run.job
+    is_new_job = job.submitted_at > utc_time(seconds_ago=VISIBILITY_DELAY)
+    return is_new or is_new_job or not job.transient_since
 
 
 def load_comments(review: Review) -> Review:

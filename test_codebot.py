@@ -8764,6 +8764,18 @@ def test_what_is_written_while_a_retry_reads_the_comments_is_answered(
     assert len(pull.answers()) == 2
 
 
+def test_draft_that_joins_an_old_review_and_is_not_listed_yet_is_answered(
+    fresh: Site,
+) -> None:
+    fresh.server.start(limits={"RETRY_DELAY": 0.1, "VISIBILITY_DELAY": 0.0})
+    pull = open_pull(fresh, ANSWER_QUESTION)
+    fresh.repository.fail("GET /pulls/1/comments*", 200, [])
+    fresh.person("alice").inline("Why?")
+    assert pull.review()["status"] == "completed"
+    assert "Because" in pull.answer()
+    assert "GitHub does not list a comment yet" in fresh.server.log()
+
+
 def test_pull_request_that_github_does_not_show_everywhere_yet_is_answered(
     fresh: Site,
 ) -> None:
