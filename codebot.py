@@ -4913,9 +4913,16 @@ class Workspace:
 
     # Creation
 
+    def clear(self, path: str) -> None:
+        """Remove a directory or, if that fails, move it away for Cleanup."""
+        try:
+            remove_tree(self.config, path)
+        except TransientError:
+            discard(self.config.work_dir, path)
+
     def make_outbox(self) -> None:
         """Make an empty outbox that borrows the mirror's objects."""
-        remove_tree(self.config, self.outbox.path)
+        self.clear(self.outbox.path)
         self.outbox.local_git("init", "--quiet", "--bare", "--template=")
         # A relative path, so that the work directory can be moved.
         objects = os.path.relpath(self.mirror.objects, f"{self.outbox.path}/objects")
@@ -4929,7 +4936,7 @@ class Workspace:
         if self.run.job.kind == "review":  # it continues the session in home
             to_remove = [self.repo, f"{self.path}/tmp"]
         for path in to_remove:
-            remove_tree(self.config, path)
+            self.clear(path)
         for part in WORKSPACE_PARTS:
             os.makedirs(f"{self.path}/{part}", exist_ok=True)
         result = self.script(

@@ -6915,6 +6915,27 @@ def test_unused_mirror_is_removed(fresh: Site) -> None:
     wait_for(lambda: not mirror.exists())
 
 
+def test_directory_that_cannot_be_removed_is_moved_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(config: codebot.Config, path: str) -> None:
+        raise codebot.TransientError("cannot be removed")
+
+    monkeypatch.setattr(codebot, "remove_tree", fail)
+    app = codebot.Codebot(codebot.Config(work_dir=str(tmp_path), no_github=True))
+    app.store = codebot.Store(str(tmp_path / "codebot.db"))
+    run = codebot.JobRun(app, store_task(app.store))
+    repository = codebot.Repository("", "", "mirror")
+    workspace = codebot.Workspace(run, repository, "task_1234567")
+    file = Path(workspace.repo, ".git", "config")
+    file.parent.mkdir(parents=True)
+    file.touch()
+    workspace.clear(workspace.repo)
+    assert not os.path.lexists(workspace.repo)
+    [moved] = tmp_path.glob("trash_*/.git/config")
+    assert moved.exists()
+
+
 @not_as_root
 def test_directory_that_cannot_be_removed_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
