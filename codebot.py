@@ -1117,8 +1117,11 @@ def configured_secrets(config: Config) -> set[str]:
         value = config.variables.get(name, "")
         secrets.add(value.strip(BLANKS))
         secrets.update(header_secrets(value))
-    for name in (*names, *NETWORK_NAMES, "ANTHROPIC_BASE_URL"):
-        secrets.update(login_secrets(config.variables.get(name, "")))
+    # With --no-github, git also uses ALL_PROXY.
+    proxies = (*NETWORK_NAMES, "ALL_PROXY", "all_proxy")
+    for name in (*names, *proxies, "ANTHROPIC_BASE_URL"):
+        address = config.variables.get(name, "")
+        secrets.update(login_secrets(address, is_proxy=name in proxies))
     for path in (config.key_file, config.tls_key):
         if os.path.isfile(path):  # reading from a pipe could block forever
             with contextlib.suppress(OSError, ValueError):
@@ -1140,16 +1143,20 @@ def header_secrets(headers: str) -> Iterator[str]:
             yield words[-1]
 
 
-def login_secrets(address: str) -> set[str]:
-    """Return the password in https://user:password@host, as it is and with %XX decoded.
+def login_secrets(address: str, is_proxy: bool) -> set[str]:
+    """Return what may be the password in https://user:password@host.
 
     The password is "" if there is none. The "https://" may be missing.
     """
     address = re.sub("^[^/]*://", "", address)
+    logins = [address.partition("/")[0].rpartition("@")[0]]
+    if is_proxy:
+        # A "/" in a password should be written as %2F, but urllib accepts it as it is.
+        # (Elsewhere, PORT/PATH would be taken for the password of HOST:PORT/PATH@2.)
+        logins.append(address.rpartition("@")[0])
     passwords = set()
-    # A "/" in a password should be written as %2F, but urllib accepts it as it is.
-    for part in (address.partition("/")[0], address):
-        user, _, password = part.rpartition("@")[0].partition(":")
+    for login in logins:
+        user, _, password = login.partition(":")
         if not password and len(user) >= MIN_SEARCHED_LENGTH and "/" not in user:
             password = user  # it is a token, as in https://token@host
         passwords |= {password, urllib.parse.unquote(password)}
@@ -2985,6 +2992,8 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 # How git_with_token interprets git's output. URLs and quoted names are removed first,
 # because they may contain any words.
 URL_OR_NAME_RE = re.compile(r"(?<!\w)'[^'\n]*'|https?://\S+")
+# The lengths are limited because a remote could print a line that takes minutes.
+LOGIN_RE = re.compile(r"://[^\s/:@]{0,300}(:\S{0,300})?@")
 AUTH_FAILED_RE = re.compile(
     "could not read Username|Invalid username or token|Authentication failed"
 )
@@ -3087,7 +3096,7 @@ class GitDirectory:
             return result
         text = "\n".join([*result.stdout, *result.stderr])
         # The host's git configuration may put a login into the URL: url.*.insteadOf
-        error = re.sub(r"://[^\s/:@]*(:\S*)?@", "://***@", result.error)
+        error = LOGIN_RE.sub("://***@", result.error)
         # Perhaps by the host, for want of memory.
         if result.code in SIGNAL_EXIT_CODES or PART_KILLED_RE.search(text):
             code = f"exit code {result.code}"
