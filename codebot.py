@@ -2049,7 +2049,7 @@ TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take 34 MB
 MAX_CACHED_REPLIES = 4000  # a poll takes about four for each open pull request
-MAX_CACHED_BYTES = 128 << 10  # of a reply; a longer one is not cached
+MAX_CACHED_BYTES = 64 << 10  # of a reply; a longer one is not cached
 
 
 class GitHubError(Exception):
