@@ -9130,7 +9130,8 @@ def check_server(codebot: Codebot) -> Iterator[Finding]:
             "GITHUB_WEBHOOK_SECRET is not set, so codebot learns of reviews only when "
             "it starts. Set it, or use --enable-polling.",
         )
-    if config.no_github and is_allowed(config, "https://any-host.invalid/a/b"):
+    urls = [f"{scheme}://any-host.invalid/a/b" for scheme in ("http", "https")]
+    if config.no_github and any(is_allowed(config, url) for url in urls):
         yield Finding(
             "warn",
             "CODEBOT_ALLOWED_REPOSITORIES allows every host, so a client can have git "
