@@ -4207,6 +4207,14 @@ def test_label_event_becomes_a_task_once(store: codebot.Store) -> None:
     assert job.issue_url == url
 
 
+def test_only_a_later_label_event_supersedes_a_task(store: codebot.Store) -> None:
+    label = codebot.SourceIssue(7, issue_number=3, issue_url="", label_event_id=55)
+    task = store_task(store, issue=label)
+    assert store.superseded_tasks(7, 3, event_id=54) == []  # GitHub lags
+    assert store.superseded_tasks(7, 3, event_id=55) == []
+    assert store.superseded_tasks(7, 3, event_id=56) == [task.id]
+
+
 def test_jobs_survive_a_restart(store: codebot.Store) -> None:
     job = store_task_in_state(store, "running")
     job = dataclasses.replace(
@@ -7424,6 +7432,18 @@ def test_change_of_a_reviewer_who_lost_write_access_is_not_pushed(pull: Pull) ->
     assert "gina has no write access" in review["error"]
     assert pull.answers() == []
     assert pull.tip() == pull.commit
+
+
+def test_change_is_pushed_although_github_denies_access_once(fresh: Site) -> None:
+    limits = {"RETRY_DELAY": 0.1, "ACCESS_REFUSAL_TTL": 0.0}
+    fresh.server.start(limits=limits)
+    pull = open_pull(fresh, f"classify change; block; {MAKE_CHANGE}")
+    fresh.person("alice").inline("Say more")
+    fresh.agent.wait_until_blocked()
+    fresh.repository.fail("GET /collaborators/alice/permission", 404, {"message": ""})
+    fresh.agent.release()
+    assert pull.review()["status"] == "completed"
+    assert len(fresh.agent.runs("change")) == 1
 
 
 def test_refusal_of_access_is_remembered(pull: Pull) -> None:
