@@ -151,7 +151,8 @@ WHERE SECRETS GO
                              environment. One in ANTHROPIC_BASE_URL: only to the agent.
   With --no-github, git commands that contact the remote get the environment with which
   codebot was started, including listed variables, but without CODEBOT_API_KEYS,
-  GITHUB_WEBHOOK_SECRET, MODEL_VARIABLE_NAMES and the variables that have git trace.
+  GITHUB_WEBHOOK_SECRET, MODEL_VARIABLE_NAMES and the variables that make git print a
+  trace.
   codebot writes none of these secrets into a named file. While a program runs, its
   input and output are in unlinked files (openssl's are a JWT's content and signature).
   But the agent's home keeps its session, with everything that the agent has printed.
@@ -1146,7 +1147,8 @@ def header_secrets(headers: str) -> Iterator[str]:
 def login_secrets(address: str, is_proxy: bool) -> set[str]:
     """Return what may be the password in https://user:password@host.
 
-    The password is "" if there is none. The "https://" may be missing.
+    Each is returned as it is and with %XX decoded. "" may be among them. The "https://" may
+    be missing.
     """
     address = re.sub("^[^/]*://", "", address)
     logins = [address.partition("/")[0].rpartition("@")[0]]
@@ -3827,8 +3829,8 @@ class Store:
     def requeue_interrupted(self, interruptions: int) -> None:
         """Requeue all running jobs. ``interruptions``: 1 after a crash, 0 at a stop.
 
-        Each start and stop begins the time of retrying anew, because time without a server
-        must not count.
+        The time limit for retries begins anew at each start and stop, because time without
+        a server must not count.
         """
         running = self._read(only_value, "SELECT id FROM jobs WHERE status = 'running'")
         for job_id in running:
@@ -4147,7 +4149,8 @@ class Store:
         """Move the comments of the reviewer's pending review to this running one."""
         with self._transaction() as db:
             waiting_id = waiting_review(db, job.task_id, job.reviewer)
-            # A worker that a stop did not wait for finds its own job, which is requeued.
+            # If a stop did not wait for this worker, its own job has been requeued, and is
+            # the one that is found.
             if waiting_id in (None, job.id):
                 return
             values = {"id": job.id, "waiting_id": waiting_id}
@@ -5099,8 +5102,8 @@ class Workspace:
         """Have fsck accept every .gitmodules that the base has already.
 
         fsck reads those of a new tree even if they are old, and old ones may have faults.
-        Other kinds of files are not listed: an agent could have made one in an earlier job,
-        and rename it to .gitmodules now.
+        Other kinds of files are not listed: an agent could have written a bad .gitmodules
+        under another name in an earlier job, and could rename it now.
         """
         blobs: list[str] = []
 
@@ -5127,7 +5130,8 @@ class Workspace:
         argv = [*GIT, "-c", "fetch.fsckObjects=true"]
         # A relative path, because git takes commas and blanks in it for separators.
         argv += ["-c", "fetch.fsck.skipList=fsck-skip-list"]
-        # git ignores a .gitattributes with such a fault; the base may have one.
+        # The base's .gitattributes may have such a fault. git ignores the line or the file
+        # (since 2.39.1), so an agent's own fault is accepted, too.
         for fault in ("LineLength", "Large"):
             argv += ["-c", f"fetch.fsck.gitattributes{fault}=ignore"]
         argv += ["--git-dir", self.outbox.path]
@@ -5852,7 +5856,7 @@ def quoted(speaker: str, text: str) -> str:
 
 
 def escape_html(text: str) -> str:
-    """Return text without HTML. An unclosed tag could hide codebot's words after it."""
+    """Return text with its HTML as text: an open tag could hide what comes after it."""
     return re.sub("<(?=[A-Za-z/!?])", "&lt;", text)
 
 
@@ -5964,10 +5968,11 @@ def create_pull_request(workspace: Workspace) -> None:
             f"{error}",
         ) from None
     except TransientError as error:
-        message = (
-            f"Branch {run.job.branch} was pushed, but has no pull request yet: {error}"
-        )
-        raise TransientError(message, error.retry_at) from None
+        raise TransientError(
+            f"Branch {run.job.branch} was pushed, but its pull request could not be "
+            f"opened: {error}",
+            error.retry_at,
+        ) from None
     run.codebot.until_database_works(run.store.add_pull_request, run.job, new)
     run.log_event("codebot", f"Pull request {new.number}: {new.url}")
     log.info("Task %s: opened %s", run.job.id, new.url)
@@ -6122,7 +6127,8 @@ def check_pull_request(review: Review) -> None:
 def check_write_access(review: Review) -> None:
     """Raise ReviewSkipped unless the reviewer has write access to the repository now.
 
-    If there is a commit, which has cost something, only a retry believes a refusal.
+    A commit has cost something. If there is one, the first refusal only leads to a retry,
+    and the retry believes it.
     """
     job = review.run.job
     if not review.github_repository.has_write_access(job.reviewer):
@@ -9166,8 +9172,8 @@ LISTEN_ERRORS = {
 def stop_on_signals(codebot: Codebot) -> None:
     """Stop at the first SIGTERM, SIGINT or SIGHUP.
 
-    End at once at the next one. But another SIGHUP is ignored, because the shell and the
-    kernel may report the same hangup.
+    End at once at a later SIGTERM or SIGINT. A later SIGHUP is ignored, because the shell
+    and the kernel may both report one hangup.
     """
 
     def handle(number: int, frame: object) -> None:
@@ -9340,9 +9346,9 @@ API endpoints: {url}/api/tasks/submit
 Webhook:       {webhook}
 Page:          {url}/
 Health:        {url}/health
-Sandbox:       {codebot.sandbox.describe()}
+Sandbox:       {codebot.redact(codebot.sandbox.describe())}
 Requeued:      {pending} job(s)"""
-    print(codebot.redact(banner), flush=True)  # a command may contain a secret
+    print(banner, flush=True)
 
 
 def file_times(config: Config) -> list[float]:
