@@ -6773,8 +6773,11 @@ REASON_BY_PHASE = {
 
 
 def repeat_until_stopped(codebot: Codebot, step: Callable[[], None]) -> None:
-    """Repeat a thread's step until the server stops."""
-    while not codebot.stop.is_set():
+    """Do a thread's step once, and repeat it until the server stops.
+
+    Once even if it is stopping already: a client that has connected needs an answer.
+    """
+    while True:
         try:
             step()
         except StopRequested:
@@ -9644,7 +9647,10 @@ def show_task(codebot: Codebot, port: int, fields: Mapping[str, str]) -> Json:
         "Accept": "text/event-stream",  # for the log
     }
     client.request("POST", "/api/tasks/submit", json.dumps(fields), headers)
-    task = json.load(client.getresponse())
+    answer = client.getresponse()
+    task = json.load(answer)
+    if answer.status != 202:  # the server is stopping
+        raise StopRequested()
     print(f"Task:        {task['status']}", flush=True)
     path = f"/api/tasks/{task['task_id']}"
     client.request("GET", f"{path}/logs", headers=headers)

@@ -14701,6 +14701,18 @@ def test_demo_keeps_server_until_it_is_interrupted(fresh: Site) -> None:
     assert list((fresh.directory / "tmp").iterdir()) == []
 
 
+def test_server_that_is_stopped_during_its_start_still_answers(tmp_path: Path) -> None:
+    config = codebot.Config(work_dir=str(tmp_path), port=0, no_github=True)
+    app = codebot.Codebot(config)
+    app.store = codebot.Store(config.database_file)
+    app.stop.set()
+    with codebot.running_server(app) as server:
+        address = ("127.0.0.1", server.server_port)
+        health = send_request(address, "GET", "/health", b"", {})
+        server.shutdown()
+    assert health.json["status"] == "stopping"
+
+
 def test_demo_that_is_interrupted_at_its_start_ends_at_once(fresh: Site) -> None:
     pipe = fresh.directory / "pipe"
     os.mkfifo(pipe)
