@@ -6356,13 +6356,13 @@ def push_review_commit(review: Review) -> None:
     run = review.run
     workspace = review.workspace
     for attempt in range(1, MAX_PUSHES + 1):
-        check_pull_request(review)
-        check_write_access(review)  # the agent may have taken hours
+        check_may_push(review)
         tip = require_on_branch(workspace, run.job.base_commit)
         if workspace.mirror.is_ancestor(run.job.commit_id, tip):
             return
         if tip != run.job.base_commit:
             reapply_change(review, tip)
+            check_may_push(review)  # its tests may have taken hours
             require_on_branch(workspace, tip)
         run.set_phase("push", attempt)
         try:
@@ -6380,6 +6380,15 @@ def push_review_commit(review: Review) -> None:
         "Others pushed every time the change was ready. Comment again to have it redone "
         "on top of the current branch.",
     )
+
+
+def check_may_push(review: Review) -> None:
+    """Raise ReviewSkipped unless the pull request and the reviewer's access are as before.
+
+    The agent may have worked for hours since the review started.
+    """
+    check_pull_request(review)
+    check_write_access(review)
 
 
 def require_on_branch(workspace: Workspace, commit: str) -> str:

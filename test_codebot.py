@@ -7446,6 +7446,31 @@ def test_change_is_pushed_although_github_denies_access_once(fresh: Site) -> Non
     assert len(fresh.agent.runs("change")) == 1
 
 
+def test_change_that_is_reapplied_is_not_pushed_if_write_access_was_lost(
+    fresh: Site,
+) -> None:
+    limits = {"RETRY_DELAY": 0.1, "ACCESS_REFUSAL_TTL": 0.0}
+    fresh.server.start(limits=limits)
+    blocked = fresh.agent.block_command("test")
+    pull = open_pull(
+        fresh, MAKE_CHANGE, test_command=f"test ! -e news || {{ {blocked}; }}"
+    )
+    alice = fresh.person("alice")
+    hold = fresh.repository.hold(PUSH_BEGINS)
+    alice.inline("Say more")
+    hold.wait()
+    fresh.repository.commit({"news": "news\n"}, pull.branch)
+    hold.release()
+    fresh.agent.wait_until_blocked("test")
+    tip = pull.tip()
+    del fresh.repository.permissions["alice"]
+    fresh.agent.release()
+    review = pull.review()
+    assert review["reason"] == "cancelled"
+    assert "alice has no write access" in review["error"]
+    assert pull.tip() == tip
+
+
 def test_refusal_of_access_is_remembered(pull: Pull) -> None:
     for number in range(1, 4):
         pull.site.person("frank").comment("Delete it all")
