@@ -658,10 +658,11 @@ def parse_agent_env(text: str) -> Sequence[str]:
     names = split_commas(text)
     for name in names:
         is_own = name.startswith(("CODEBOT_", "GITHUB_APP_", "GITHUB_WEBHOOK_"))
-        if is_own or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+        is_fixed = name in ("HOME", "PATH", "TMPDIR")
+        if is_own or is_fixed or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
             raise ValueError(
                 "must list names of environment variables, without codebot's own, which "
-                "the agent must not see"
+                "the agent must not see, and without HOME, PATH and TMPDIR"
             )
     return names
 

@@ -2354,6 +2354,7 @@ def test_empty_setting_means_the_default(variable: str) -> None:
             "must list names of environment variables, without codebot's own",
         ),
         ("CODEBOT_AGENT_ENV", "A-B", "must list names of environment variables"),
+        ("CODEBOT_AGENT_ENV", "A,PATH", "must list names of environment variables"),
     ],
 )
 def test_bad_setting_is_named_with_its_value_and_what_is_allowed(
@@ -13519,7 +13520,7 @@ MISTAKES = {
     ),
     "secret for the agent": Mistake(
         "CODEBOT_AGENT_ENV must list names of environment variables, without codebot's own, "
-        "which the agent must not see (it is 'GITHUB_WEBHOOK_SECRET').",
+        "which the agent must not see, and without HOME, PATH and TMP",
         {"CODEBOT_AGENT_ENV": "GITHUB_WEBHOOK_SECRET"},
     ),
     "launcher without stop": Mistake(
