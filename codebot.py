@@ -1622,6 +1622,7 @@ def base_environment(config: Config) -> dict[str, str]:
         "LC_ALL": "C.UTF-8",
         "GIT_CONFIG_NOSYSTEM": "1",
         "GIT_CONFIG_GLOBAL": "/dev/null",
+        "GIT_ATTR_NOSYSTEM": "1",  # /etc/gitattributes could hide files from DiffScanner
         "GIT_TERMINAL_PROMPT": "0",
         "CODEBOT_RUN": config.run_tag,
     }
