@@ -1884,13 +1884,14 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     # /etc/resolv.conf may be a symlink into /run.
     visible = [os.path.realpath("/etc/resolv.conf"), objects]
     visible += agent_program_files(config, {"/tmp": HIDDEN, **covers})
-    for directory in tops_in_tmp([*covers, *visible]):
+    # The workspace's third part, tmp, is already mounted at /tmp.
+    writable = [f"{workspace}/{part}" for part in ("repo", "home")]
+    for directory in tops_in_tmp([*covers, *visible, *writable]):
         covers.setdefault(directory, HIDDEN)
     # sorted() puts each directory before those in it.
     mounts = [Mount(covers[path], path) for path in sorted(covers)]
     mounts += [Mount(READ_ONLY, path) for path in visible]
-    # The workspace's third part, tmp, is already mounted at /tmp.
-    mounts += [Mount(WRITABLE, f"{workspace}/{part}") for part in ("repo", "home")]
+    mounts += [Mount(WRITABLE, path) for path in writable]
     # bwrap cannot mount on a missing path. A missing directory has nothing to hide, and
     # the agent cannot create it in the read-only file system.
     return [mount for mount in mounts if os.path.exists(mount.path)]

@@ -2876,6 +2876,17 @@ def test_tools_of_path_in_home_are_shown_read_only(host: Host) -> None:
     ]
 
 
+def test_workspace_directly_in_tmp_cannot_be_replaced() -> None:
+    with tempfile.TemporaryDirectory(prefix="task_", dir="/tmp") as workspace:
+        for part in codebot.WORKSPACE_PARTS:
+            os.mkdir(f"{workspace}/{part}")
+        config = codebot.Config(work_dir="/tmp")
+        mounts = codebot.sandbox_mounts(config, workspace, workspace)
+    hidden = codebot.Mount(codebot.HIDDEN, workspace)
+    repo = codebot.Mount(codebot.WRITABLE, f"{workspace}/repo")
+    assert mounts.index(hidden) < mounts.index(repo)
+
+
 def test_secret_in_tool_directory_stays_hidden(host: Host) -> None:
     mounts = host.mounts(
         search_path=host.make("home/tools/bin"),
