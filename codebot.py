@@ -9128,9 +9128,7 @@ def check_safety(codebot: Codebot) -> Iterator[Finding]:
         )
 
 
-def check_server(codebot: Codebot) -> Iterator[Finding]:
-    """Check what only the server needs."""
-    config = codebot.config
+def short_keys(config: Config) -> Iterator[Finding]:
     for number, key in enumerate(config.api_keys, 1):
         if len(key) < MIN_KEY_LENGTH:
             yield Finding(
@@ -9138,6 +9136,17 @@ def check_server(codebot: Codebot) -> Iterator[Finding]:
                 f"Key {number} of CODEBOT_API_KEYS has only {len(key)} characters and "
                 "may be guessed. Use one that `openssl rand -hex 32` makes.",
             )
+
+
+def allows_any_host(config: Config) -> bool:
+    urls = [f"{scheme}://any-host.invalid/a/b" for scheme in ("http", "https")]
+    return any(is_allowed(config, url) for url in urls)
+
+
+def check_server(codebot: Codebot) -> Iterator[Finding]:
+    """Check what only the server needs."""
+    config = codebot.config
+    yield from short_keys(config)
     is_loopback = config.host in LOOPBACK_NAMES or config.host.startswith("127.")
     if not is_loopback and not config.tls_cert:
         yield Finding(
@@ -9151,8 +9160,7 @@ def check_server(codebot: Codebot) -> Iterator[Finding]:
             "GITHUB_WEBHOOK_SECRET is not set, so codebot learns of reviews only when "
             "it starts. Set it, or use --enable-polling.",
         )
-    urls = [f"{scheme}://any-host.invalid/a/b" for scheme in ("http", "https")]
-    if config.no_github and any(is_allowed(config, url) for url in urls):
+    if config.no_github and allows_any_host(config):
         yield Finding(
             "warn",
             "CODEBOT_ALLOWED_REPOSITORIES allows every host, so a client can have git "
