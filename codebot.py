@@ -7,7 +7,7 @@ makes one commit, pushes a branch and opens a pull request. When reviewers comme
 codebot answers, or changes the code and pushes again.
 
 It needs Python 3.9 or newer with its standard library, and runs the programs git,
-openssl, sh, bwrap and claude.
+openssl, bwrap, claude, and sh with chmod, rm and sleep.
 
     python3 codebot.py demo    try it: one task from end to end, no configuration
     python3 codebot.py check   check the requirements; says how to fix what it finds
@@ -23,11 +23,11 @@ HOW TO READ THIS FILE
     III. The network    everything that can be requested from outside, and by whom
     IV.  Commands       how it is started and stopped
   If you have only an hour, read `Redactor`, `run_program`, `private_directories`,
-  `sandbox_mounts`, `GitHub.send`, `has_write_access`, `remote_environment`, `run_task`,
-  TEST_SCRIPT, `DiffScanner`, `Workspace.environment`, `fetch_into_outbox`,
-  `inspect_commit`, `check_write_access`, `load_comments`, `Sync.obstacle`,
-  `has_untrusted_edit`,
-  `require_api_key`, `require_signature` and `ROUTES`.
+  `sandbox_mounts`, `GitHub.send`, `has_write_access`, `remote_environment`, TEST_SCRIPT,
+  `DiffScanner`, `Workspace.environment`, `fetch_into_outbox`, `inspect_commit`,
+  `agent_command`, `run_task`, `check_write_access`, `load_comments`,
+  `push_review_commit`, `Sync.obstacle`, `has_untrusted_edit`, `require_api_key`,
+  `require_signature` and `ROUTES`.
   The page is in part III, before the routes. Skip its style; its script never inserts
   HTML.
 
@@ -54,8 +54,9 @@ GLOSSARY
   base commit    the parent of codebot's commit: for a task the tip of the base, for a
                  review the tip of the pull request's branch
   installation token   a GitHub credential that is valid for one hour. A repository's
-                 token reads and writes that repository; the lookup token only reads the
-                 names of all repositories that the App is installed on
+                 token reads and writes that repository; the lookup token only reads
+                 metadata, such as names and ids, of all repositories that the App is
+                 installed on
   delivery       one webhook request, with its GUID
   marker         an HTML comment in a text that codebot posts, by which a retry sees that
                  the text was posted
@@ -75,10 +76,10 @@ WHO IS TRUSTED WITH WHAT
   A client       is whoever has an API key. It may read and cancel every task, and may
                  submit and retry tasks for the repositories that
                  CODEBOT_ALLOWED_REPOSITORIES allows. With --no-github these are, by
-                 default, all repositories that codebot's user can reach, and any host:
-                 a client can obtain a credential that git sends to every host. A task's
-                 test command is a shell command, so a client can run anything in the
-                 sandbox.
+                 default, all repositories that codebot's user can reach. A client that
+                 names a host of its own receives there what the host's git configuration
+                 sends to every host. A task's test command is a shell command, so a
+                 client can run anything in the sandbox.
                  GitHub is not asked what the person behind the key may read or write.
   A reviewer     has an effect only if GitHub reports that they have write access to the
                  repository. GitHub is asked at every start of the review, and again
@@ -87,8 +88,9 @@ WHO IS TRUSTED WITH WHAT
                  Nobody else can start the agent, but the text of a labeled issue may be
                  anyone's. Anyone's comment is stored as a pending review.
   Others at GitHub   can stop work, if they may remove the label or close the pull
-                 request. (Closing the issue stops nothing.) A workflow that labels with a
-                 person's token counts as that person.
+                 request. (Closing the issue stops nothing.) A workflow that labels or
+                 comments with a person's token counts as that person, and so does a
+                 machine account that is not a bot of GitHub's.
   GitHub         is believed, over TLS. A delivery is believed only if the signature of
                  its body is right. Even then it is never relied on for who wrote what,
                  who may write, or what is open: codebot asks GitHub.
@@ -104,8 +106,8 @@ WHO IS TRUSTED WITH WHAT
                    address.
                  - In bwrap it cannot see codebot's processes, the database, other
                    workspaces, or the directories of .env, the App's key and the TLS key.
-                   It can write to no file outside its own workspace, only to sockets
-                   and named pipes.
+                   Outside its own workspace it can write to no file, but it can
+                   connect to sockets and write to named pipes.
                  - codebot takes from it a tree of files, its words, and the cost and the
                    number of turns that it reports.
   A test command   runs in the same sandbox and with the same home as the agent, but
@@ -210,12 +212,12 @@ KNOWN LIMITATIONS
   - That the repository's Claude settings, hooks and MCP servers are not loaded, and
     that an answer only reads, depends on options and variables of the Claude CLI.
     `check` wants version 2.0 or newer, but nothing tests that the CLI honors them.
-  - Secrets are recognized only verbatim, or encoded in base64 on their own: in what is
-    logged and sent to GitHub, those of 6 or more characters; in the text files of a
-    change, those of 16 or more, in lines of at most 8 MiB. An agent that writes a
-    secret in another way, such as backwards, into a binary file, or as the name of an
-    empty directory, can publish it. Of the variables that the operator lists, codebot
-    knows those whose names suggest a secret.
+  - Secrets are recognized only verbatim, or encoded in base64 on their own, without line
+    breaks: in what is logged and sent to GitHub, those of 6 or more characters; in the
+    text files of a change, those of 16 or more, in lines of at most 8 MiB. An agent that
+    writes a secret in another way, such as backwards, into a binary file, or as the name
+    of an empty directory, can publish it. Of the variables that the operator lists,
+    codebot knows those whose names suggest a secret.
   - Without a budget, only the time limits what a run may cost. A budget relies on the
     cost that the agent reports, and a run that is interrupted reports none.
 
@@ -283,7 +285,7 @@ THREADS AND THEIR LOCKS
   timer          queues jobs that are due
   database       writes to the database now and then, to see whether that works
   cleanup        removes what is past its retention, packs mirrors
-  a signal starts one more, which sets Codebot.stop
+  A signal starts one more thread, which sets Codebot.stop.
   Store has a lock for its writing connection and one for its reading connection, Redactor
   has one for its tokens. When codebot dies, a forked process, the watchdog, ends the
   processes that codebot left running, by CODEBOT_RUN in /proc.
@@ -412,7 +414,8 @@ MAX_OUTPUT_EVENTS = 10_000  # kept from one run of the agent or of the tests
 # The sources of the events that count toward MAX_OUTPUT_EVENTS.
 LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")
 LOW_DISK_BYTES = 1 << 30  # `check` warns if less space is free
-# With less free space codebot does not start, and blames the disk if a program fails.
+# With less free space codebot does not start, and takes that for the cause when a program
+# fails.
 FULL_DISK_BYTES = 1 << 20
 # Seconds that an unused mirror is kept, in addition to CODEBOT_TASK_RETENTION.
 MIRROR_RETENTION = 30 * 86400.0
@@ -677,7 +680,7 @@ WRONG_TEST_RULE = r"\s*(\w+://[^\s=]*|/[^\s=]*\*[^\s=]*)\s*="
 def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
     """Parse one command for all repositories, or lines ``owner/name=command``."""
     # In .env all rules are on one line, separated by the two characters \n, as in
-    # "a/b=make test\nc/d=tox". Where no rule follows them, they stay in the command.
+    # "a/b=make test\nc/d=tox". A \n that no owner/name= follows is part of the command.
     text = re.sub(rf"\\n(?={TEST_RULE})", "\n", text)
     rules = []
     for line in text.split("\n"):
@@ -704,7 +707,7 @@ class Config:
     """All settings, read once at the start.
 
     A field with a help text has a flag. A field whose variable is "" has only the flag.
-    The texts of both have the same parser; a switch passes the text "True" to it.
+    Flag and variable use the same parser. That of a switch, bool, gets the text "True".
     """
 
     api_keys: Sequence[str] = setting("CODEBOT_API_KEYS", split_commas, ())
@@ -812,9 +815,9 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-# Matches NAME=VALUE, perhaps with a comment. The forms of VALUE are tried in this order.
-# A value that begins and ends with the same quote loses these two and keeps those between
-# them. Any other value, such as 'a' "b", is taken literally.
+# Matches NAME=VALUE, perhaps with a comment. The forms of VALUE are tried in this order. If
+# the value is in one pair of quotes, these are removed, and quotes inside stay. Any other
+# value, such as 'a' "b", is taken as it is.
 ENV_LINE_RE = re.compile(
     r"""(?: export \s+ )? ([A-Za-z_]\w*) \s* = (?:
             | \s* "(.*?)"
@@ -942,7 +945,7 @@ def conflicting_settings(config: Config) -> Iterator[str]:
 def has_wild_host(pattern: str) -> bool:
     """Return whether a wildcard is in the user, host or port, and may match another host.
 
-    Some patterns are meant to match every host, such as *, https://* and git@*.
+    Some patterns are meant to match every host: *, https://*, git@* and https*.
     """
     if re.fullmatch(r"(\w+://)?([^@/*?]+@)?\*|\w+\*", pattern):
         return False
@@ -1178,10 +1181,10 @@ def do_nothing(*args: object) -> None:
     pass
 
 
-# A LineHandler gets the new lines of a program's standard output. Once the program's work is
-# done, it returns True. If the program still runs RESULT_GRACE later, it is ended, which is
-# no failure: the agent, for example, may hang after its result. During these seconds neither
-# limits nor a stop are checked.
+# A LineHandler gets the new lines of a program's standard output. It returns True once the
+# program has delivered its result. From then on the program has RESULT_GRACE seconds to end
+# by itself; the agent, for example, may hang after its result. Then codebot ends it, which
+# is no failure. During these seconds neither limits nor a stop are checked.
 LineHandler = Callable[[list[str]], object]
 
 
@@ -1334,7 +1337,8 @@ class OutputFile:
 class RunningProgram:
     """A program that was started, and the limits that apply to it.
 
-    If the program is launched, its limits apply from its start on a node.
+    If the program is launched, its limits apply from its start on a node. Without
+    CODEBOT_LAUNCHER, ``launch`` is None, and read_sentinels and node_code have no part.
     """
 
     child: subprocess.Popen[bytes]
@@ -1389,10 +1393,10 @@ class RunningProgram:
         """Note the program's start and exit code; return the lines that it printed."""
         output: list[str] = []
         for line in lines:
-            # The sentinel is an argument of a process that a program in bwrap cannot see.
-            # But if the launcher passes its own output file on to the program, as one does
-            # that runs it on this host, the program can read the sentinel there. Then, and
-            # outside of bwrap, it can forge this line.
+            # Can the program forge this line? In bwrap it cannot see the process that has
+            # the sentinel as an argument. But a launcher that runs it on this host may
+            # pass on the output file, in which it can read the sentinel. Then, and without
+            # bwrap, it can forge its exit code.
             sentinel, _, code = line.partition(" ")
             if sentinel == launch.sentinel and re.fullmatch("[0-9]{1,3}", code):
                 self.node_code = int(code)
@@ -1429,8 +1433,8 @@ class RunningProgram:
         Raises TransientError if the launcher or the node failed, or if the program failed
         and the disk is full or the program says that it is.
         """
-        # None if the program could not be ended. Then its work is done, or the launched
-        # program has ended, so this code is not used.
+        # None if the program could not be ended. Then this code is not used: there is a
+        # result, or the node has printed the code.
         code = self.child.poll() or 0
         if self.launch is not None:
             # Without an exit code from the node, something has ended the program or the
@@ -1845,7 +1849,7 @@ def agent_program_files(config: Config, covers: Mapping[str, str]) -> Iterator[s
 
 
 def tops_in_tmp(paths: Iterable[str]) -> set[str]:
-    """Return the topmost directory in /tmp above each path that is deeper in /tmp.
+    """Return /tmp/A for each path /tmp/A/...
 
     In the sandbox, /tmp is a directory of the workspace. bwrap makes missing mount points
     there, and the agent could later replace a directory above one with a symlink. When
@@ -1911,7 +1915,7 @@ def bwrap_command(
         if option != HIDDEN:
             argv.append(path)
     # The network is the host's, because the agent has to reach the model. There is no
-    # terminal to write to, because run_program starts a new session.
+    # terminal to write to, because run_program calls setsid.
     argv += ["--unshare-pid", "--unshare-ipc", "--cap-drop", "ALL"]
     if disable_userns:
         # Otherwise, if codebot is root, the agent could mount and write control groups
@@ -2045,8 +2049,8 @@ class Sandbox:
 
 # "workflows" is left out, so GitHub refuses a push that changes .github/workflows.
 TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "write"}
-# Selects the token of a request. A repository's id, which is above 0, selects that
-# repository's token. The other values are these two.
+# Which token a request uses. A repository's id, which is above 0, means that repository's
+# token; LOOKUP and AS_APP are the other two values.
 Credential = int
 LOOKUP = 0  # the lookup token, which can only read names
 AS_APP = -1  # the App's own JWT
@@ -2608,8 +2612,8 @@ class GitHubRepository:
 
     def __init__(self, github: GitHub, payload: JsonObject) -> None:
         self.github = github
-        # GitHub always sends an id. A compatible server may send none; then it has to
-        # accept the lookup token, which may only read names, for everything.
+        # GitHub always sends an id. A server that imitates GitHub may send none; then the
+        # lookup token is used for everything.
         self.id = int(payload.get("id") or LOOKUP)
         self.full_name = str(payload["full_name"])
         self.is_archived = bool(payload.get("archived"))
@@ -3102,7 +3106,7 @@ class GitDirectory:
         text = "\n".join([*result.stdout, *result.stderr])
         # The host's git configuration may put a login into the URL: url.*.insteadOf
         error = LOGIN_RE.sub("://***@", result.error)
-        # Perhaps by the host, for want of memory.
+        # git was killed, perhaps by the host, for want of memory.
         if result.code in SIGNAL_EXIT_CODES or PART_KILLED_RE.search(text):
             code = f"exit code {result.code}"
             raise TransientError(f"git was killed ({code}): {error}")
@@ -3331,14 +3335,15 @@ CREATE TABLE jobs (
     issue_url TEXT NOT NULL DEFAULT '',
     label_event_id INTEGER UNIQUE,
     is_reported INTEGER NOT NULL DEFAULT 0, -- 1: the end was reported there, or cannot be
-    -- The reviewer that a review answers, and what they want:
+    reviewer TEXT NOT NULL DEFAULT '', -- the login of a review's reviewer
+    -- What the reviewer wants:
     --   ''                    not classified yet. While the job is also pending, the
     --                         reviewer's next comments join it.
     --   'question', 'change'
-    --   'unclear'             or the review failed before it was classified
+    --   'unclear'             codebot asks back; also if the review failed before it was
+    --                         classified
     --   'none'                nothing, for example thanks
     --   'limit'               not classified: the pull request has had its reviews today
-    reviewer TEXT NOT NULL DEFAULT '',
     request_kind TEXT NOT NULL DEFAULT '',
     -- `interruptions` counts the crashes, and the retries that run the agent again, since
     -- the job last stored finished work. A stop of the server does not count.
@@ -4152,8 +4157,8 @@ class Store:
         """Move the comments of the reviewer's pending review to this running one."""
         with self._transaction() as db:
             waiting_id = waiting_review(db, job.task_id, job.reviewer)
-            # If a stop did not wait for this worker, its own job has been requeued, and is
-            # the one that is found.
+            # After a stop that did not wait for this worker, its own job is pending again,
+            # and is found here.
             if waiting_id in (None, job.id):
                 return
             values = {"id": job.id, "waiting_id": waiting_id}
@@ -4741,7 +4746,11 @@ class JobRun:
         self.codebot.until_database_works(self.store.save_progress, self.job)
 
     def save_work(self, **changes: Any) -> None:
-        """Store finished work, which no retry repeats, and reset the count of retries."""
+        """Store finished work, as update() does.
+
+        No retry repeats this work or runs its agent again, so the counts of retries are
+        reset.
+        """
         self.update(interruptions=0, transient_since=0.0, **changes)
         self.agent_ran_since_save = False
 
@@ -4809,8 +4818,8 @@ git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
 # The tree is recorded before the test and restored after it, so an honest test cannot
 # change what is committed. Only ignored files stay, for the next attempt. A hostile test
-# can make step 4 name another tree. That gains nothing that a test which always passes
-# would not, and whatever tree is named is inspected before it is pushed.
+# can write another tree's id in step 4. It gains nothing by that: a test that always passes
+# achieves the same, and whatever tree is named is inspected before it is pushed.
 TEST_SCRIPT = """
 reset() {
     g checkout-index -q -f -a && g clean -q -ff -d
@@ -5127,8 +5136,8 @@ class Workspace:
         git fetch does not open the agent's .git: only a pack crosses.
         """
         # git fetch has sh run: bwrap … -- git upload-pack '/…/repo'. It opens the path
-        # itself only if that is a bundle file. In bwrap, the agent cannot put one there,
-        # because self.repo is a mount point; in a custom sandbox it may.
+        # itself only if that is a bundle file. In bwrap it never is, because self.repo is
+        # a mount point. In a custom sandbox the agent could put one there.
         upload_pack = self.sandboxed(["git", "upload-pack"])
         argv = [*GIT, "-c", "fetch.fsckObjects=true"]
         # A relative path, because git takes commas and blanks in it for separators.
@@ -5265,7 +5274,8 @@ class Workspace:
 
 def outbox_path(config: Config, directory: str) -> str:
     """Return the path of the outbox that belongs to a task's directory."""
-    digits = directory[-7:]  # task_[TICKET_]HEX; nothing else has an outbox
+    # task_[TICKET_]HEX. A scratch workspace also gets a path, but has no outbox.
+    digits = directory[-7:]
     return f"{config.work_dir}/outbox_{digits}.git"
 
 
@@ -5458,8 +5468,8 @@ class AgentRun:
     def store_claims(self, attempt: int) -> None:
         """Store the run's summary; add its cost and turns, even if the run failed."""
         job = self.run.job
-        # Cut before redacting, because redacting megabytes takes time, and again
-        # afterwards, so that no part of a secret is left where the first cut was.
+        # Cut at first because redacting megabytes takes time. That may leave a part of a
+        # secret at the end, so less than that is kept after redacting.
         summary = str(self.answer().get("summary") or "")[:200_000]
         if attempt > 1:  # it describes only the repair, not the whole change
             summary = f"{job.summary}\n\n{summary}".strip()
@@ -6027,7 +6037,8 @@ def run_review(run: JobRun) -> None:
       request_kind question, change    have the agent answer, or make the change
       request_kind limit, none         post that the limit is reached, or nothing
       answers                          push the commit, if there is one, and post the
-                                       answers: questions, if the request is unclear
+                                       answers (for an unclear request, these are
+                                       codebot's questions)
       error                            post the error, and fail with it
 
     Raises ReviewSkipped if nothing is to be done. If a step before the posting fails,
@@ -6130,8 +6141,8 @@ def check_pull_request(review: Review) -> None:
 def check_write_access(review: Review) -> None:
     """Raise ReviewSkipped unless the reviewer has write access to the repository now.
 
-    A commit has cost something. If there is one, the first refusal only leads to a retry,
-    and the retry believes it.
+    If there is a commit, which has cost something, the first refusal is treated as
+    transient, and the second as true.
     """
     job = review.run.job
     if not review.github_repository.has_write_access(job.reviewer):
@@ -6438,10 +6449,9 @@ def answer_threads(review: Review) -> None:
     for thread, members in group_by_thread(comments).items():
         try:
             if not post_answer(review, thread, members[0]):
-                # Only a thread's first comment takes replies. If it was deleted, another
-                # one is answered in the conversation.
+                # Replies go to a thread's first comment, but it was deleted. If there is a
+                # later one of the reviewer's, that is answered in the conversation.
                 last = dataclasses.replace(members[-1], place="conversation")
-                # Otherwise only the deleted comment was to be answered.
                 if last.id != last.thread:
                     post_answer(review, thread, last)
         except GitHubError as error:
@@ -6496,10 +6506,10 @@ def own_words(job: Job, answer: str) -> str:
 # --- Looking at GitHub -------------------------------------------------------
 #
 # One thread asks GitHub what has changed: at the start, when a webhook says so, and at a
-# fixed interval with --enable-polling. If GitHub cannot answer, the request is repeated
-# after a minute, when the rate limit ends, or 15 minutes after GitHub has refused the App.
-# If GitHub refuses the request, it waits for the next poll, delivery or start. Webhooks
-# and polling share the store.
+# fixed interval with --enable-polling. If GitHub cannot answer, it looks again after a
+# minute, when the rate limit ends, or 15 minutes after GitHub has refused the App. If
+# GitHub refuses a look, that waits for the next poll, delivery or start. Webhooks and
+# polling share the store.
 
 SYNC_INTERVAL = 1.0  # seconds between checks for due requests and for ended tasks
 # Seconds until a request is repeated after GitHub has refused the App: see AppRefused.
@@ -6529,8 +6539,8 @@ class Sync:
             self.waiting[requests.get()] = 0.0
         for task_id in self.store.unreported_tasks():
             self.look_later(SyncRequest("ended_task", task_id=task_id))
-        # What a delivery asks for is due at 0.0, before the rest of a poll. If one comes
-        # meanwhile, the rest waits for the next step.
+        # Looks that a delivery asked for are due at 0.0, so they come before those of a
+        # poll. If a delivery arrives meanwhile, the rest waits for the next step.
         for request in sorted(self.waiting, key=lambda request: self.waiting[request]):
             if self.waiting[request] <= time.time() and requests.empty():
                 self.handle(request)
@@ -6643,7 +6653,8 @@ class Sync:
         """Submit an issue with the label; cancel its task if the label was removed."""
         github_repository = self.github.repository_by_id(request.repository_id)
         event = github_repository.label_event(request.number, self.config.issue_label)
-        # Its tasks, if any, come from a label that an earlier setting named.
+        # It never had this label. If it has tasks, they come from a label that an earlier
+        # setting named.
         if event is None:
             return
         self.cancel_superseded(request, event.id)
@@ -6797,6 +6808,8 @@ def repeat_until_stopped(codebot: Codebot, step: Callable[[], None]) -> None:
         except Exception:  # else the server would go on without this thread
             log.exception("Unexpected error; the thread continues")
             codebot.stop.wait(1.0)
+        if codebot.stop.is_set():
+            return
 
 
 def worker_step(codebot: Codebot, kind: str) -> None:
@@ -6912,6 +6925,19 @@ def ending_of_skipped_review(run: JobRun, error: ReviewSkipped) -> Ending:
     if not has_cost and not run.job.error:  # a failed agent may report no cost
         return Ending("deleted")
     return Ending("failed", "cancelled", f"The review was skipped: {error}")
+
+
+# What a retry depends on:
+#   not_before            set by requeue           until then, the job does not start
+#   transient_since       set by the first         after RETRY_LIMIT the job fails
+#                         transient error, reset
+#                         when work is saved or
+#                         the agent starts
+#   agent_ran_since_save  set when the agent       then a retry would pay for it again, so
+#                         starts, reset when       interruptions grows by 1
+#                         work is saved
+#   interruptions         grows also at a crash,   at MAX_INTERRUPTIONS the job fails
+#                         reset when work is saved
 
 
 def ending_after_transient_error(
@@ -7274,7 +7300,7 @@ def require_api_key(codebot: Codebot, request: Request) -> None:
 
 
 def require_signature(codebot: Codebot, request: Request) -> None:
-    """Require GitHub's HMAC of the body, the delivery's id, and no form.
+    """Require GitHub's HMAC of the body, a delivery's id, and JSON instead of a form.
 
     GitHub docs: "Validating webhook deliveries".
     """
