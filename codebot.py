@@ -672,9 +672,9 @@ def parse_agent_env(text: str) -> Sequence[str]:
 
 # A rule owner/name=command. The owner and the name may contain wildcards.
 TEST_RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*=(.*)"
-# A rule with a URL, or with a path that has wildcards, instead of owner/name. Such a
-# line is an error: it is not run as a command.
-WRONG_TEST_RULE = r"\s*(\w+://[^\s=]*|/[^\s=]*\*[^\s=]*)\s*="
+# A rule with a URL or a path instead of owner/name. Such a line is an error: it is not run
+# as a command.
+WRONG_TEST_RULE = r"\s*[^\s=]*/[^\s=]*\s*="
 
 
 def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
@@ -940,6 +940,7 @@ def conflicting_settings(config: Config) -> Iterator[str]:
     if bool(config.tls_cert) != bool(config.tls_key):
         yield "--tls-cert and --tls-key must be used together."
     yield from wrong_patterns(config)
+    yield from wrong_test_rules(config)
 
 
 def has_wild_host(pattern: str) -> bool:
@@ -974,7 +975,19 @@ def wrong_patterns(config: Config) -> Iterator[str]:
         if config.no_github and re.match(r"[\w.-]+/", pattern):
             yield (
                 f"{name} matches nothing: with --no-github the whole URL is compared. "
-                f"Write 'https://HOST/{pattern}', where HOST is a host that you trust."
+                "Write whole URLs, such as 'https://HOST/team/*', where HOST is a host that "
+                "you trust."
+            )
+
+
+def wrong_test_rules(config: Config) -> Iterator[str]:
+    """Yield a sentence for each rule of the test commands that matches nothing."""
+    for pattern, _ in config.test_commands:
+        if config.no_github and re.match(r"[\w.-]+/", pattern):
+            name = pattern.partition("/")[2]
+            yield (
+                f"CODEBOT_TEST_COMMANDS: {pattern!r} matches nothing: with --no-github the "
+                f"whole URL is compared. Write '*/{name}*'."
             )
 
 
@@ -5789,6 +5802,7 @@ def run_tests(workspace: Workspace, command: str) -> int:
     """
     run = workspace.run
     if not command:
+        run.log_event("codebot", "No test command")
         return 0
     attempts = run.config.test_attempts + 1
     for attempt in range(1, attempts + 1):

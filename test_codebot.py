@@ -2430,6 +2430,21 @@ def test_path_of_a_program_is_no_name_of_a_repository() -> None:
     assert codebot.parse_test_commands(command) == (("*", command),)
 
 
+def test_rule_for_tests_that_matches_no_url_is_refused() -> None:
+    rules = codebot.parse_test_commands("acme/widget=make test\\n*/widget*=tox")
+    config = codebot.Config(test_commands=rules, no_github=True)
+    [problem] = codebot.conflicting_settings(config)
+    assert "'acme/widget' matches nothing" in problem
+    assert problem.endswith("Write '*/widget*'.")
+    with_github = codebot.Config(test_commands=rules)
+    assert [*codebot.conflicting_settings(with_github)] == []
+
+
+def test_rule_with_a_path_is_no_command() -> None:
+    with pytest.raises(ValueError, match="as owner/name"):
+        codebot.parse_test_commands("*/src/widget.git=make test")
+
+
 def test_allowed_pattern_that_matches_nothing_is_refused() -> None:
     names = codebot.Config(allowed=("acme/*",), no_github=True)
     [problem] = codebot.conflicting_settings(names)
