@@ -7021,7 +7021,12 @@ def store_ending(run: JobRun, ending: Ending) -> None:
         run.codebot.until_database_works(run.store.drop_review, job.id)
     elif ending.status == "pending":
         if ending.error:
-            run.log_event("codebot", f"{ending.error}. Trying again later")
+            pause = max(0.0, ending.not_before - time.time())
+            run.log_event(
+                "codebot",
+                f"{ending.error.rstrip('.')}. Trying again in {pause:.0f} s, at most for "
+                f"{RETRY_LIMIT[job.kind] / 3600:.0f} h",
+            )
             log.warning("Job %s: %s; retrying later", job.id, ending.error)
         run.codebot.until_database_works(
             run.store.requeue, job.id, ending.interruptions, ending.not_before

@@ -6380,7 +6380,7 @@ def test_commit_waits_while_github_refuses_the_push(
         shared.repository.fail(PUSH_BEGINS, status, body, challenge)
     task = shared.api.submit()
     shared.api.completed(task)
-    [event] = [m for m in shared.api.messages(task) if "Trying again later" in m]
+    [event] = [m for m in shared.api.messages(task) if "Trying again in" in m]
     assert event.startswith("codebot: GitHub refuses the push: ")
     assert message in event
     assert len(shared.agent.runs()) == 1
@@ -6418,7 +6418,7 @@ def test_outage_before_the_agent_ran_does_not_shorten_the_next_one(
     shared.agent.follow(f"block; {SAY_HELLO}")
     task = shared.api.submit()
     shared.agent.wait_until_blocked()
-    assert "Trying again later" in str(shared.api.messages(task))
+    assert "Trying again in" in str(shared.api.messages(task))
     with shared.server.database() as database:
         query = "SELECT transient_since FROM jobs WHERE id = ?"
         rows = database.execute(query, (task,)).fetchall()
@@ -11907,7 +11907,7 @@ def test_launcher_or_node_that_fails_is_no_failure_of_the_agent(
     [job] = launching.jobs()
     os.killpg(job, signal.SIGKILL)
     site.api.completed(task)
-    messages = [m for m in site.api.messages(task) if "Trying again later" in m]
+    messages = [m for m in site.api.messages(task) if "Trying again in" in m]
     assert messages[0].startswith("codebot: CODEBOT_LAUNCHER failed: ")
     assert messages[-1].startswith("codebot: The cluster ended the program: ")
     assert "the job ended with code 137" in messages[-1]
@@ -11925,7 +11925,7 @@ def test_sigterm_on_the_node_is_no_failure_of_the_agent(
     site.agent.follow(f"{end_both}; {SAY_HELLO}")
     task = site.api.submit()
     site.api.completed(task)
-    [message] = [m for m in site.api.messages(task) if "Trying again later" in m]
+    [message] = [m for m in site.api.messages(task) if "Trying again in" in m]
     assert message.startswith("codebot: The cluster ended the program: ")
 
 
@@ -14636,7 +14636,7 @@ def test_run_retries_like_the_server(fresh: Site) -> None:
     stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == 0
     assert json.loads(stdout)["status"] == "completed"
-    assert "Trying again later" in stderr
+    assert "Trying again in" in stderr
 
 
 @pytest.mark.parametrize("command", ["run", "demo", "check"])
