@@ -4614,6 +4614,10 @@ class SyncRequest(NamedTuple):
     task_id: str = ""
     is_new: bool = False
 
+    def __str__(self) -> str:
+        words = (self.kind, self.repository_id, self.number, self.task_id)
+        return " ".join(str(word) for word in words if word)
+
 
 EVERYTHING = SyncRequest("everything")
 
@@ -6585,19 +6589,19 @@ class Sync:
         try:
             self.process(request)
         except GitHubError as error:
-            log.warning("%s was refused by GitHub: %s", request, error)
+            log.warning("The look at %s was refused by GitHub: %s", request, error)
             if request == EVERYTHING:
                 return time.time() + APP_REFUSED_DELAY
             return 0.0
         except AppRefused as error:
-            log.warning("%s failed, and will be repeated: %s", request, error)
+            log.warning("The look at %s will be repeated: %s", request, error)
             return time.time() + APP_REFUSED_DELAY
         except (TransientError, sqlite3.Error, OSError) as error:
-            log.warning("%s failed, and will be repeated: %s", request, error)
+            log.warning("The look at %s will be repeated: %s", request, error)
             retry_at = error.retry_at if isinstance(error, TransientError) else 0.0
             return max(time.time() + RETRY_DELAY, retry_at)
         except UNKNOWN_SHAPE_ERRORS:
-            log.exception("%s: GitHub's response has an unknown shape", request)
+            log.exception("The look at %s met a response of unknown shape", request)
             return time.time() + RETRY_DELAY
         if request == EVERYTHING and self.config.enable_polling:
             return time.time() + self.config.poll_interval
