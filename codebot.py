@@ -924,7 +924,7 @@ def unreadable_files(config: Config) -> Iterator[str]:
         ):
             yield (
                 f"{name}: {path} is not a file that user {os.geteuid()} can read. "
-                "Correct the path, or change its owner or mode."
+                "Correct the path (~ is not expanded), or change its owner or mode."
             )
 
 
@@ -2013,11 +2013,13 @@ class Sandbox:
             # An error from fork names no file; the first program could not be started.
             program = error.filename or (config.launcher or config.sandbox)[0]
             problem = f"{program}: {os_error_text(error)}"
+        advice = "Correct CODEBOT_SANDBOX"
+        if self.is_bwrap:
+            advice = "Install bubblewrap (apt install bubblewrap) if it is missing"
         raise ConfigError(
-            f"The sandbox does not start: {problem}. Install bubblewrap (apt install "
-            "bubblewrap) if it is missing; for other causes, see README, "
-            '"Troubleshooting"; or accept an agent that can read codebot\'s secrets '
-            "with CODEBOT_SANDBOX=none."
+            f"The sandbox does not start: {problem.rstrip('.')}. {advice}; for other "
+            'causes, see README, "Troubleshooting"; or accept an agent that can read '
+            "codebot's secrets with CODEBOT_SANDBOX=none."
         )
 
     def inspect_bwrap(self) -> None:
@@ -4527,10 +4529,12 @@ def hold_lock(path: str, option: str, make_directory: bool) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         reason = os_error_text(error)
+        advice = "Use"
         if isinstance(error, BlockingIOError):
             reason = "another codebot uses it"
+            advice = "Stop that one, or use"
         raise ConfigError(
-            f"Cannot use {error.filename or path}: {reason}. Use another {option}."
+            f"Cannot use {error.filename or path}: {reason}. {advice} another {option}."
         ) from None
 
 
@@ -9097,7 +9101,8 @@ def check_programs(codebot: Codebot) -> Iterator[Finding]:
         yield Finding(
             "FAIL",
             f"{codebot.config.claude_command[0]} was not found. Install Claude Code "
-            "(npm install -g @anthropic-ai/claude-code), or set CODEBOT_CLAUDE_COMMAND.",
+            "(npm install -g @anthropic-ai/claude-code), or set CODEBOT_CLAUDE_COMMAND. "
+            f"PATH is {codebot.config.search_path}.",
         )
 
 
@@ -9213,8 +9218,9 @@ def check_server(codebot: Codebot) -> Iterator[Finding]:
         yield Finding(
             "warn",
             "CODEBOT_ALLOWED_REPOSITORIES allows every host, so a client can have git "
-            "contact a host of its own, and obtain a credential that git sends to all "
-            "hosts (GIT_ASKPASS, credential.helper, http.extraHeader). Name the hosts.",
+            "contact the client's own host, which then receives what git sends to every "
+            "host (GIT_ASKPASS, credential.helper, http.extraHeader). Name repositories, "
+            "such as https://git.example.com/team/*.",
         )
     if config.tls_cert and config.tls_key:
         tls_context(config)

@@ -13473,7 +13473,8 @@ MISTAKES = {
     ),
     "key file missing": Mistake(
         "GITHUB_APP_PRIVATE_KEY_PATH: DIR/nope.pem is not a file that user "
-        f"{os.getuid()} can read. Correct the path, or change its owner or mode.",
+        f"{os.getuid()} can read. Correct the path (~ is not expanded), or change its "
+        "owner or mode.",
         {"GITHUB_APP_PRIVATE_KEY_PATH": "DIR/nope.pem"},
     ),
     "key file is a directory": Mistake(
@@ -13565,10 +13566,9 @@ MISTAKES = {
         },
     ),
     "sandbox program missing": Mistake(
-        "The sandbox does not start: nosuch-podman: no such file or directory. Install "
-        "bubblewrap (apt install bubblewrap) if it is missing; for other causes, see README, "
-        '"Troubleshooting"; or accept an agent that can read codebot\'s secrets with '
-        "CODEBOT_SANDBOX=none.",
+        "The sandbox does not start: nosuch-podman: no such file or directory. Correct "
+        'CODEBOT_SANDBOX; for other causes, see README, "Troubleshooting"; or accept '
+        "an agent that can read codebot's secrets with CODEBOT_SANDBOX=none.",
         {"CODEBOT_SANDBOX": "nosuch-podman run"},
     ),
     "bwrap missing": Mistake(
@@ -13613,7 +13613,7 @@ MISTAKES = {
         {"CODEBOT_DATABASE": "DIR/nowhere/x.db"},
     ),
     "sandbox program fails": Mistake(
-        "The sandbox does not start: no box. Install bubblewrap",
+        "The sandbox does not start: no box. Correct CODEBOT_SANDBOX; for other causes",
         {"CODEBOT_SANDBOX": "sh -c 'echo no box >&2; exit 4' sh"},
     ),
     "database is no database": Mistake(
@@ -13927,7 +13927,7 @@ def test_database_of_another_codebot_is_refused(fresh: Site) -> None:
     database = str(fresh.directory / "shared.db")
     fresh.server.start(CODEBOT_DATABASE=database)
     advice = (
-        f"Cannot use {database}.lock: another codebot uses it. Use another "
+        f"Cannot use {database}.lock: another codebot uses it. Stop that one, or use another "
         "CODEBOT_DATABASE."
     )
     flags = ("--port", "0", "--work-dir", str(fresh.directory / "other"))
@@ -13951,7 +13951,7 @@ def test_database_in_work_directory_of_another_codebot_is_refused(fresh: Site) -
 def test_second_codebot_in_same_work_dir_is_refused(fresh: Site) -> None:
     fresh.server.start()
     advice = (
-        f"Cannot use {fresh.server.work_dir}/codebot.lock: another codebot uses it. Use "
+        f"Cannot use {fresh.server.work_dir}/codebot.lock: another codebot uses it. Stop that one, or use "
         "another --work-dir."
     )
     done = fresh.server.run(*serve_arguments(fresh))
