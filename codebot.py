@@ -756,7 +756,7 @@ class Config:
         "",
         os.path.realpath,
         "codebot_workspace",
-        "directory for all of codebot's files",
+        "directory for all of codebot's files (./codebot_workspace; of run: in /tmp)",
     )
     enable_polling: bool = setting("", bool, False, "ask GitHub at a fixed interval")
     no_github: bool = setting("", bool, False, "any git remote; no pull requests")
@@ -958,7 +958,7 @@ def has_wild_host(pattern: str) -> bool:
 
 
 def wrong_patterns(config: Config) -> Iterator[str]:
-    """Yield a sentence for each allowed pattern that matches nothing, or too much."""
+    """Yield a sentence for each pattern that matches nothing, or too much."""
     for pattern in config.allowed:
         name = f"CODEBOT_ALLOWED_REPOSITORIES: {pattern!r}"
         is_name = "/" in pattern and ":" not in pattern
@@ -7984,7 +7984,8 @@ details:not([open]) .message { overflow: hidden; white-space: pre; }
     <form id="taskForm" class="card narrow" novalidate>
       <h1 tabindex="-1" data-focus>New task</h1>
       <p class="muted">
-        An agent makes the change, and codebot opens a pull request with it.
+        An agent makes the change, and codebot opens a pull request with it, or pushes
+        a branch if it works without GitHub.
         Fields marked <span class="error">*</span> are required.
       </p>
       <label>Repository <span class="error">*</span>
