@@ -3016,8 +3016,9 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 # How git_with_token interprets git's output. URLs and quoted names are removed first,
 # because they may contain any words.
 URL_OR_NAME_RE = re.compile(r"(?<!\w)'[^'\n]*'|https?://\S+")
-# The lengths are limited because a remote could print a line that takes minutes.
-LOGIN_RE = re.compile(r"://[^\s/:@]{0,300}(:\S{0,300})?@")
+# LOGIN_RE is searched only in words with an "@": it could take minutes for another line.
+WORD_WITH_AT_RE = re.compile(r"(?<!\S)\S+@")
+LOGIN_RE = re.compile(r"://[^\s/:@]*(:\S*)?@")
 AUTH_FAILED_RE = re.compile(
     "could not read Username|Invalid username or token|Authentication failed"
 )
@@ -3120,7 +3121,9 @@ class GitDirectory:
             return result
         text = "\n".join([*result.stdout, *result.stderr])
         # The host's git configuration may put a login into the URL: url.*.insteadOf
-        error = LOGIN_RE.sub("://***@", result.error)
+        error = WORD_WITH_AT_RE.sub(
+            lambda word: LOGIN_RE.sub("://***@", word[0]), result.error
+        )
         # git was killed, perhaps by the host, for want of memory.
         if result.code in SIGNAL_EXIT_CODES or PART_KILLED_RE.search(text):
             code = f"exit code {result.code}"

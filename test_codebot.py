@@ -5887,6 +5887,19 @@ def test_error_of_git_at_other_remote_shows_no_password_of_the_host(
     assert "password" not in str(error.value)
 
 
+@pytest.mark.parametrize("login", ["x:" + 900 * "s", 900 * "s", "x:s@t", "sssss"])
+def test_login_in_error_of_git_is_hidden(tmp_path: Path, login: str) -> None:
+    error = f"fatal: unable to access 'https://{login}@host/a/b/': no route"
+    git = tmp_path / "git"
+    git.write_text(f'#!/bin/sh\necho "{error}" >&2\nexit 128\n')
+    git.chmod(0o755)
+    config = codebot.Config(no_github=True, search_path=str(tmp_path))
+    directory = codebot.GitDirectory(config, f"{tmp_path}/mirror", codebot.do_nothing)
+    with pytest.raises(codebot.GitFailed) as failed:
+        directory.git_with_token("", "ls-remote")
+    assert str(failed.value) == error.replace(login, "***")
+
+
 def test_git_at_other_remote_gets_no_relative_path(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
