@@ -940,7 +940,6 @@ def conflicting_settings(config: Config) -> Iterator[str]:
     if bool(config.tls_cert) != bool(config.tls_key):
         yield "--tls-cert and --tls-key must be used together."
     yield from wrong_patterns(config)
-    yield from wrong_test_rules(config)
 
 
 def has_wild_host(pattern: str) -> bool:
@@ -977,17 +976,6 @@ def wrong_patterns(config: Config) -> Iterator[str]:
                 f"{name} matches nothing: with --no-github the whole URL is compared. "
                 "Write whole URLs, such as 'https://HOST/team/*', where HOST is a host that "
                 "you trust."
-            )
-
-
-def wrong_test_rules(config: Config) -> Iterator[str]:
-    """Yield a sentence for each rule of the test commands that matches nothing."""
-    for pattern, _ in config.test_commands:
-        if config.no_github and re.match(r"[\w.-]+/", pattern):
-            name = pattern.partition("/")[2]
-            yield (
-                f"CODEBOT_TEST_COMMANDS: {pattern!r} matches nothing: with --no-github the "
-                f"whole URL is compared. Write '*/{name}*'."
             )
 
 
@@ -9145,6 +9133,13 @@ def check_settings(codebot: Codebot) -> Iterator[Finding]:
             f"CODEBOT_STALL_TIMEOUT is {config.stall_timeout} s, but the agent prints "
             "nothing while a command runs, up to 600 s. Set it to 900 or more.",
         )
+    for pattern, _ in config.test_commands:
+        if config.no_github and re.match(r"[\w.-]+/", pattern):
+            yield Finding(
+                "warn",
+                f"CODEBOT_TEST_COMMANDS: {pattern!r} matches nothing: with --no-github the "
+                f"whole URL is compared. Write '*{pattern.rstrip('*')}*'.",
+            )
     for name in config.agent_env:
         if not config.variables.get(name):
             yield Finding("warn", f"CODEBOT_AGENT_ENV names {name}, which is not set.")

@@ -2430,14 +2430,35 @@ def test_path_of_a_program_is_no_name_of_a_repository() -> None:
     assert codebot.parse_test_commands(command) == (("*", command),)
 
 
-def test_rule_for_tests_that_matches_no_url_is_refused() -> None:
-    rules = codebot.parse_test_commands("acme/widget=make test\\n*/widget*=tox")
-    config = codebot.Config(test_commands=rules, no_github=True)
-    [problem] = codebot.conflicting_settings(config)
-    assert "'acme/widget' matches nothing" in problem
-    assert problem.endswith("Write '*/widget*'.")
-    with_github = codebot.Config(test_commands=rules)
-    assert [*codebot.conflicting_settings(with_github)] == []
+def test_rule_for_tests_that_matches_no_url_is_warned_of(tmp_path: Path) -> None:
+    rules = codebot.parse_test_commands("acme/*=make test\\n*/widget*=tox")
+    for no_github in (True, False):
+        config = codebot.Config(
+            test_commands=rules, no_github=no_github, work_dir=str(tmp_path)
+        )
+        findings = [*codebot.check_settings(codebot.Codebot(config))]
+        messages = [message for _, message in findings if "matches nothing" in message]
+        if no_github:
+            [message] = messages
+            assert "'acme/*' matches nothing" in message
+            assert message.endswith("Write '*acme/*'.")
+        else:
+            assert messages == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "./setup.sh;FOO=1 make",
+        "./configure&&CC=gcc make",
+        "./gradlew -Pa=b test",
+        "PATH=/opt/bin:$PATH make",
+        "/usr/bin/env A=b make",
+        "[ ./a = ./b ]",
+    ],
+)
+def test_command_with_paths_and_equal_signs_is_a_command(command: str) -> None:
+    assert codebot.parse_test_commands(command) == (("*", command),)
 
 
 def test_rule_with_a_path_is_no_command() -> None:
