@@ -1157,9 +1157,9 @@ def login_secrets(address: str, is_proxy: bool) -> set[str]:
     """
     address = re.sub("^[^/]*://", "", address)
     logins = [address.partition("/")[0].rpartition("@")[0]]
-    if is_proxy:
-        # A "/" in a password should be written as %2F, but urllib accepts it as it is.
-        # (Elsewhere, PORT/PATH would be taken for the password of HOST:PORT/PATH@2.)
+    # A "/" in a password should be written as %2F, but some programs accept it as it is.
+    # (HOST:PORT/PATH@2 has no password, but a proxy has no path.)
+    if is_proxy or re.match(r"[^:/]*:(?!\d+/)", address):
         logins.append(address.rpartition("@")[0])
     passwords = set()
     for login in logins:
