@@ -4953,8 +4953,11 @@ class Workspace:
         """Remove a directory or, if that fails, move it away for Cleanup."""
         try:
             remove_tree(self.config, path)
-        except TransientError:
-            discard(self.config.work_dir, path)
+        except TransientError as error:
+            try:
+                discard(self.config.work_dir, path)
+            except OSError:
+                raise error from None
 
     def make_outbox(self) -> None:
         """Make an empty outbox that borrows the mirror's objects."""
