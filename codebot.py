@@ -9726,8 +9726,9 @@ def show_task(codebot: Codebot, port: int, fields: Mapping[str, str]) -> Json:
     client.request("POST", "/api/tasks/submit", json.dumps(fields), headers)
     answer = client.getresponse()
     task = json.load(answer)
-    if answer.status != 202:  # the server is stopping
-        raise StopRequested()
+    if answer.status != 202:
+        codebot.wait()  # raises StopRequested if the server is stopping
+        raise ConfigError(f"The demo's task was refused: {task['message']}.")
     print(f"Task:        {task['status']}", flush=True)
     path = f"/api/tasks/{task['task_id']}"
     client.request("GET", f"{path}/logs", headers=headers)
