@@ -2001,14 +2001,20 @@ class Sandbox:
             # An error from fork names no file; the first program could not be started.
             program = error.filename or (config.launcher or config.sandbox)[0]
             problem = f"{program}: {os_error_text(error)}"
-        advice = "Correct CODEBOT_SANDBOX"
-        if self.is_bwrap:
-            advice = "Install bubblewrap (apt install bubblewrap) if it is missing"
         raise ConfigError(
-            f"The sandbox does not start: {problem.rstrip('.')}. {advice}; for other "
+            f"The sandbox does not start: {problem.rstrip('.')}. {self.advice()}; for other "
             'causes, see README, "Troubleshooting"; or accept an agent that can read '
             "codebot's secrets with CODEBOT_SANDBOX=none."
         )
+
+    def advice(self) -> str:
+        """Return what to do if the sandbox does not start."""
+        advice = "Correct CODEBOT_SANDBOX"
+        if self.is_bwrap:
+            advice = "Install bubblewrap (apt install bubblewrap) if it is missing"
+        if self.config.launcher:
+            advice = f"Check CODEBOT_LAUNCHER, too. {advice}"
+        return advice
 
     def inspect_bwrap(self) -> None:
         """Find out whether bwrap can disable user namespaces, as it can from 0.8 on.
