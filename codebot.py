@@ -76,10 +76,10 @@ WHO IS TRUSTED WITH WHAT
   A client       is whoever has an API key. It may read and cancel every task, and may
                  submit and retry tasks for the repositories that
                  CODEBOT_ALLOWED_REPOSITORIES allows. With --no-github these are, by
-                 default, all repositories that codebot's user can reach. A client that
-                 names a host of its own receives there what the host's git configuration
-                 sends to every host. A task's test command is a shell command, so a
-                 client can run anything in the sandbox.
+                 default, all repositories that codebot's user can reach. If a client
+                 names a git server of its own, that server receives what the git
+                 configuration of codebot's user sends to every server. A task's test
+                 command is a shell command, so a client can run anything in the sandbox.
                  GitHub is not asked what the person behind the key may read or write.
   A reviewer     has an effect only if GitHub reports that they have write access to the
                  repository. GitHub is asked at every start of the review, and again
@@ -414,8 +414,8 @@ MAX_OUTPUT_EVENTS = 10_000  # kept from one run of the agent or of the tests
 # The sources of the events that count toward MAX_OUTPUT_EVENTS.
 LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")
 LOW_DISK_BYTES = 1 << 30  # `check` warns if less space is free
-# With less free space codebot does not start, and takes that for the cause when a program
-# fails.
+# With less free space codebot does not start, and if a program fails, the full disk is
+# taken for the cause.
 FULL_DISK_BYTES = 1 << 20
 # Seconds that an unused mirror is kept, in addition to CODEBOT_TASK_RETENTION.
 MIRROR_RETENTION = 30 * 86400.0
@@ -674,7 +674,7 @@ def parse_agent_env(text: str) -> Sequence[str]:
 TEST_RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*=(.*)"
 # A rule with a URL or a path instead of owner/name. Such a line is an error: it is not run
 # as a command.
-WRONG_TEST_RULE = r"\s*[^\s=]*/[^\s=]*\s*="
+WRONG_TEST_RULE = r"\s*[^\s=;&|]*/[^\s=;&|]*\s*="
 
 
 def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
@@ -756,7 +756,7 @@ class Config:
         "",
         os.path.realpath,
         "codebot_workspace",
-        "directory for all of codebot's files (./codebot_workspace; of run: in /tmp)",
+        "directory for all of codebot's files (./codebot_workspace; run makes a new one)",
     )
     enable_polling: bool = setting("", bool, False, "ask GitHub at a fixed interval")
     no_github: bool = setting("", bool, False, "any git remote; no pull requests")
@@ -1339,7 +1339,7 @@ class RunningProgram:
     """A program that was started, and the limits that apply to it.
 
     If the program is launched, its limits apply from its start on a node. Without
-    CODEBOT_LAUNCHER, ``launch`` is None, and read_sentinels and node_code have no part.
+    CODEBOT_LAUNCHER, ``launch`` is None, and read_sentinels and node_code are not used.
     """
 
     child: subprocess.Popen[bytes]
@@ -1434,8 +1434,8 @@ class RunningProgram:
         Raises TransientError if the launcher or the node failed, or if the program failed
         and the disk is full or the program says that it is.
         """
-        # None if the program could not be ended. Then this code is not used: there is a
-        # result, or the node has printed the code.
+        # poll() is None if the program could not be ended. Its code does not matter then:
+        # there is a result, or the node has printed the code.
         code = self.child.poll() or 0
         if self.launch is not None:
             # Without an exit code from the node, something has ended the program or the
@@ -2052,7 +2052,7 @@ class Sandbox:
 #
 # This section makes all requests to GitHub's REST API, and uses only GET and POST. To act
 # as the App itself, codebot signs a JWT with the App's key. For everything else it uses
-# installation tokens: the lookup token, which can only read names, and a token for each
+# installation tokens: the lookup token, which can only read metadata, and a token for each
 # repository, which can read and write its contents, pull requests and issues. A token
 # lives for an hour and is kept in memory only.
 
@@ -2061,7 +2061,7 @@ TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "w
 # Which token a request uses. A repository's id, which is above 0, means that repository's
 # token; LOOKUP and AS_APP are the other two values.
 Credential = int
-LOOKUP = 0  # the lookup token, which can only read names
+LOOKUP = 0  # the lookup token, which can only read metadata
 AS_APP = -1  # the App's own JWT
 TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
@@ -4616,8 +4616,10 @@ class SyncRequest(NamedTuple):
     is_new: bool = False
 
     def __str__(self) -> str:
-        words = (self.kind, self.repository_id, self.number, self.task_id)
-        return " ".join(str(word) for word in words if word)
+        text = f"{self.kind} {self.task_id or self.number or ''}".strip()
+        if self.repository_id:
+            text += f" of repository {self.repository_id}"
+        return text
 
 
 EVERYTHING = SyncRequest("everything")
@@ -5891,7 +5893,7 @@ def quoted(speaker: str, text: str) -> str:
 
 
 def escape_html(text: str) -> str:
-    """Return text with its HTML as text: an open tag could hide what comes after it."""
+    """Return text in which HTML is shown: an unclosed tag could hide what follows."""
     return re.sub("<(?=[A-Za-z/!?])", "&lt;", text)
 
 
@@ -6178,8 +6180,8 @@ def may_appear_later(review: Review, comment: Comment) -> bool:
     """Return whether a comment may be too new for GitHub's lists.
 
     The inline comments of a GitHub review are as old as their drafts, so the age of the
-    job counts as well. A draft may also have joined a job that has waited for long, so the
-    first attempt takes no comment for deleted.
+    job counts as well. A draft may also have joined a job that has waited a long time, so
+    the first attempt never takes a comment for deleted.
     """
     clock_skew = review.github_repository.github.clock_skew
     is_new = comment.created_at > utc_time(seconds_ago=VISIBILITY_DELAY - clock_skew)
@@ -6471,8 +6473,8 @@ def answer_threads(review: Review) -> None:
     for thread, members in group_by_thread(comments).items():
         try:
             if not post_answer(review, thread, members[0]):
-                # Replies go to a thread's first comment, but it was deleted. If there is a
-                # later one of the reviewer's, that is answered in the conversation.
+                # Replies go to a thread's first comment, which was deleted. If the reviewer
+                # wrote a later one there, that is answered in the conversation.
                 last = dataclasses.replace(members[-1], place="conversation")
                 if last.id != last.thread:
                     post_answer(review, thread, last)
@@ -6530,8 +6532,8 @@ def own_words(job: Job, answer: str) -> str:
 # One thread asks GitHub what has changed: at the start, when a webhook says so, and at a
 # fixed interval with --enable-polling. If GitHub cannot answer, it looks again after a
 # minute, when the rate limit ends, or 15 minutes after GitHub has refused the App. If
-# GitHub refuses a look, that waits for the next poll, delivery or start. Webhooks and
-# polling share the store.
+# GitHub refuses a look, it is dropped until the next poll, delivery or start; only the look
+# at everything is repeated. Webhooks and polling share the store.
 
 SYNC_INTERVAL = 1.0  # seconds between checks for due requests and for ended tasks
 # Seconds until a request is repeated after GitHub has refused the App: see AppRefused.
@@ -6605,7 +6607,10 @@ class Sync:
             retry_at = error.retry_at if isinstance(error, TransientError) else 0.0
             return max(time.time() + RETRY_DELAY, retry_at)
         except UNKNOWN_SHAPE_ERRORS:
-            log.exception("The look at %s met a response of unknown shape", request)
+            log.exception(
+                "The look at %s will be repeated: the response has an unknown shape",
+                request,
+            )
             return time.time() + RETRY_DELAY
         if request == EVERYTHING and self.config.enable_polling:
             return time.time() + self.config.poll_interval
@@ -6818,9 +6823,10 @@ REASON_BY_PHASE = {
 
 
 def repeat_until_stopped(codebot: Codebot, step: Callable[[], None]) -> None:
-    """Do a thread's step once, and repeat it until the server stops.
+    """Do a thread's step at least once, and until the server stops.
 
-    Once even if it is stopping already: a client that has connected needs an answer.
+    Once even if the server is stopping already: a client may have connected, and must get
+    an answer.
     """
     while True:
         try:
@@ -7032,8 +7038,8 @@ def store_ending(run: JobRun, ending: Ending) -> None:
             pause = max(0.0, ending.not_before - time.time())
             run.log_event(
                 "codebot",
-                f"{ending.error.rstrip('.')}. Trying again in {pause:.0f} s, at most for "
-                f"{RETRY_LIMIT[job.kind] / 3600:.0f} h",
+                f"{ending.error.rstrip('.')}. Trying again in {pause:.0f} s; codebot gives "
+                f"up after {RETRY_LIMIT[job.kind] / 3600:.0f} h of such errors",
             )
             log.warning("Job %s: %s; retrying later", job.id, ending.error)
         run.codebot.until_database_works(
