@@ -12293,9 +12293,11 @@ def test_process_with_a_large_environment_is_found() -> None:
         variables = {"A": "x" * size, "CODEBOT_RUN": f"{tag}-job", **GIT_ENVIRONMENT}
         with subprocess.Popen(["sleep", "60"], env=variables) as process:
             try:
-                assert codebot.tagged_processes(tag) == [process.pid]
+                # Its environment is visible some moments after its program has started.
+                found = wait_for(lambda: codebot.tagged_processes(tag))
             finally:
                 process.kill()
+            assert found == [process.pid]
 
 
 def test_process_that_left_its_group_may_clean_up(tmp_path: Path) -> None:
