@@ -1256,7 +1256,7 @@ def shown_by_terminal(line: str) -> str:
 NODE_SCRIPT = """
 # An empty line comes first, as the launcher's last line may lack a line end.
 printf '\\n%s\\n' "$0"
-# Meanwhile codebot reads the sentinel: the program may empty the output (>/dev/stdout).
+# Now codebot reads the sentinel: the program may empty the output (>/dev/stdout).
 sleep 0.3 2>/dev/null || sleep 1
 "$@"
 code=$?
@@ -6136,8 +6136,8 @@ def load_review(run: JobRun) -> Review:
 def refusal_error(run: JobRun, error: GitHubError) -> Exception:
     """Return the error for a repository or pull request that GitHub does not show.
 
-    Something new may not be visible in all parts of GitHub, so only a retry, at least a
-    minute after the first attempt, takes it for gone.
+    Something new may not be visible in all parts of GitHub, so only a retry takes it for
+    gone.
     """
     if isinstance(error, NotFound) and run.job.transient_since:
         return ReviewSkipped(f"it is not codebot's anymore: {error}")
@@ -6956,16 +6956,15 @@ def ending_of_skipped_review(run: JobRun, error: ReviewSkipped) -> Ending:
 
 
 # What a retry depends on:
-#   not_before            set by requeue           until then, the job does not start
-#   transient_since       set by the first         after RETRY_LIMIT the job fails
-#                         transient error, reset
-#                         when work is saved or
-#                         the agent starts
-#   agent_ran_since_save  set when the agent       then a retry would pay for it again, so
-#                         starts, reset when       interruptions grows by 1
-#                         work is saved
-#   interruptions         grows also at a crash,   at MAX_INTERRUPTIONS the job fails
-#                         reset when work is saved
+#   not_before             Until then, the job does not start. requeue sets it.
+#   transient_since        RETRY_LIMIT after it, the job fails. The first transient error
+#                          sets it, and each start and stop of the server sets it anew. It
+#                          is reset when work is saved, and when the agent starts.
+#   agent_ran_since_save   If it is set, a retry would pay for the agent again, so
+#                          `interruptions` grows by 1. Set when the agent starts, and reset
+#                          when work is saved.
+#   interruptions          At MAX_INTERRUPTIONS the job fails. It also grows at a crash, and
+#                          is reset when work is saved.
 
 
 def ending_after_transient_error(

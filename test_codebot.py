@@ -14087,12 +14087,16 @@ def test_start_prints_no_secret_of_a_sandbox(
     assert "sk-model" not in capsys.readouterr().out
 
 
+def kill_during_a_task(site: Site) -> None:
+    site.agent.follow("block")
+    site.server.start()
+    site.api.submit()
+    site.agent.wait_until_blocked()
+    site.server.kill()
+
+
 def test_locked_database_at_the_start_is_told(fresh: Site) -> None:
-    fresh.agent.follow("block")
-    fresh.server.start()
-    fresh.api.submit()
-    fresh.agent.wait_until_blocked()
-    fresh.server.kill()
+    kill_during_a_task(fresh)
     with locked_database(fresh.server):
         done = fresh.server.run(*serve_arguments(fresh))
     assert done.returncode == 2
@@ -14101,11 +14105,7 @@ def test_locked_database_at_the_start_is_told(fresh: Site) -> None:
 
 
 def test_database_that_fails_during_the_start_is_told(fresh: Site) -> None:
-    fresh.agent.follow("block")
-    fresh.server.start()
-    fresh.api.submit()
-    fresh.agent.wait_until_blocked()
-    fresh.server.kill()
+    kill_during_a_task(fresh)
     with fresh.server.database() as db:
         db.execute(
             "CREATE TRIGGER full BEFORE UPDATE ON jobs BEGIN "
