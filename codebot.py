@@ -350,6 +350,7 @@ import http.server
 import io
 import json
 import logging
+import mmap
 import os
 import pathlib
 import queue
@@ -1560,22 +1561,6 @@ def run_program(
 MAX_ENVIRONMENT_BYTES = 2 << 20
 
 
-def has_in_environment(file: IO[bytes], needle: bytes) -> bool:
-    """Return whether an environment contains ``needle``.
-
-    It is read in pieces, because large buffers would fragment the heap.
-    """
-    end = b"\0"  # of the piece before; at first, as if a variable had just ended
-    for _ in range(MAX_ENVIRONMENT_BYTES // READ_BYTES):
-        piece = file.read(READ_BYTES)
-        if needle in end + piece:
-            return True
-        if not piece:
-            return False
-        end = piece[-len(needle) :]
-    return False
-
-
 def tagged_processes(run_tag: str) -> list[int]:
     """Return the ids of the processes whose CODEBOT_RUN begins with ``run_tag``.
 
@@ -1584,10 +1569,14 @@ def tagged_processes(run_tag: str) -> list[int]:
     """
     needle = f"\0CODEBOT_RUN={run_tag}".encode()
     found = []
-    for path in glob.glob("/proc/[0-9]*/environ"):  # macOS has none
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            if has_in_environment(file, needle):
-                found.append(int(path.split("/")[2]))
+    # Memory of its own for all environments: large buffers would fragment the heap. The
+    # first byte stays 0, as if another variable ended there.
+    with mmap.mmap(-1, 1 + MAX_ENVIRONMENT_BYTES) as buffer:
+        for path in glob.glob("/proc/[0-9]*/environ"):  # macOS has none
+            with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+                size = file.readinto(memoryview(buffer)[1:])
+                if buffer.find(needle, 0, 1 + size) >= 0:
+                    found.append(int(path.split("/")[2]))
     return found
 
 
