@@ -3307,7 +3307,7 @@ CANCELLED_TEXT = {
     "review": "The pull request was closed",
 }
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 SCHEMA = """
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -3426,6 +3426,16 @@ CREATE TABLE totals (
     checks INTEGER NOT NULL -- check_writable adds 1, because it has to change something
 );
 INSERT INTO totals (seconds, dollars, checks) VALUES (0, 0, 0);
+-- The pending jobs whose turn it is. A task and the reviews of its pull request share one
+-- workspace and one outbox, so they run one after the other, oldest first.
+CREATE VIEW next_jobs AS
+    SELECT id, kind, not_before, transient_since, seq FROM jobs
+    WHERE status = 'pending'
+        AND NOT EXISTS (
+            SELECT 1 FROM jobs AS older
+            WHERE older.task_id = jobs.task_id AND older.seq < jobs.seq
+                AND older.status IN ('pending', 'running')
+        );
 -- The API's list of tasks. Texts are cut here, so that a list reads no long ones.
 CREATE VIEW task_list AS
     SELECT
@@ -3775,16 +3785,7 @@ class Store:
         values = {"id": job_id, "now": time.time()}
         with self._transaction() as db:
             row = db.execute(
-                """
-                SELECT 1 FROM jobs AS job
-                WHERE id = :id AND status = 'pending' AND not_before <= :now
-                    AND NOT EXISTS (
-                        SELECT 1 FROM jobs AS older
-                        WHERE older.task_id = job.task_id AND older.seq < job.seq
-                            AND older.status IN ('pending', 'running')
-                    )
-                """,
-                values,
+                "SELECT 1 FROM next_jobs WHERE id = :id AND not_before <= :now", values
             ).fetchone()
             if row is None:
                 return None
@@ -3932,14 +3933,9 @@ class Store:
         return self._read_one(
             only_value,
             """
-            SELECT id FROM jobs AS job
-            WHERE kind = :kind AND status = 'pending' AND not_before <= :now
+            SELECT id FROM next_jobs
+            WHERE kind = :kind AND not_before <= :now
                 AND (transient_since > 0) = :is_retry AND :only_job IN ('', id)
-                AND NOT EXISTS (
-                    SELECT 1 FROM jobs AS older
-                    WHERE older.task_id = job.task_id AND older.seq < job.seq
-                        AND older.status IN ('pending', 'running')
-                )
             ORDER BY not_before, seq LIMIT 1
             """,
             kind=kind,
