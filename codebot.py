@@ -7382,7 +7382,7 @@ MULTILINE_FIELDS = ("description", "test_command")
 JOB_FIELDS = ("status", "submitted_at", "started_at", "completed_at")
 CONTROL_CHARACTER_RE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 KEEPALIVE_INTERVAL = 15.0  # seconds after which a silent event stream sends a comment
-EVENTS_PER_MESSAGE = 100  # events that a stream reads and sends at once
+MAX_EVENTS_AT_ONCE = 100  # that are read from a log which is followed
 
 
 def require_allowed_repository(config: Config, url: str) -> Repository:
@@ -7638,22 +7638,30 @@ def task_logs(
     is_live = codebot.store.has_unfinished_jobs(task_id)
     if after and not is_live and not codebot.store.events(task_id, after, 1):
         return Response(204)  # an EventSource that gets this does not reconnect
-    return follow_events(codebot, task_id, after)
+    return event_stream(codebot, task_id, after)
 
 
-def follow_events(codebot: Codebot, task_id: str, after: int) -> EventStream:
-    """Yield a task's events as they come, until no job can add any."""
-    last_sent = time.monotonic()
+def follow_log(
+    codebot: Codebot, task_id: str, after: int = 0
+) -> Iterator[Sequence[Event]]:
+    """Yield a task's new events, [] if there are none, until no job can add any."""
     while not codebot.stop.is_set():
         # Asked before the events are read, or a task's last event could be missed.
         is_live = codebot.store.has_unfinished_jobs(task_id)
-        messages = ""
-        for event in codebot.store.events(task_id, after, EVENTS_PER_MESSAGE):
-            after = event.seq
-            messages += f"id: {after}\ndata: {json.dumps(event._asdict())}\n\n"
-        if not messages and not is_live:
-            yield b"event: end\ndata: {}\n\n"
+        events = codebot.store.events(task_id, after, MAX_EVENTS_AT_ONCE)
+        if events:
+            after = events[-1].seq
+        elif not is_live:
             return
+        yield events
+
+
+def event_stream(codebot: Codebot, task_id: str, after: int) -> EventStream:
+    last_sent = time.monotonic()
+    for events in follow_log(codebot, task_id, after):
+        message = ""
+        for event in events:
+            message += f"id: {event.seq}\ndata: {json.dumps(event._asdict())}\n\n"
         now = time.monotonic()
         if not messages and now > last_sent + KEEPALIVE_INTERVAL:
             messages = ": still here\n\n"
@@ -9478,15 +9486,9 @@ def read_task_flags(flags: Flags) -> Fields:
     return fields
 
 
-def follow_task(codebot: Codebot, task_id: str) -> None:
+def print_log(codebot: Codebot, task_id: str) -> None:
     """Print a task's events until it has ended, or codebot is stopped."""
-    after = 0
-    is_live = True
-    while is_live and not codebot.stop.wait(MAIN_INTERVAL):
-        # Asked before the events are read, or a task's last event could be missed.
-        is_live = codebot.store.has_unfinished_jobs(task_id)
-        events = codebot.store.events(task_id, after)
-        is_live = is_live or bool(events)  # there may be more events
+    for events in follow_log(codebot, task_id):
         for event in events:
             after = event.seq
             message = event.message.replace("\n", f"\n{'':31}")
@@ -9509,7 +9511,7 @@ def run(flags: Flags) -> int:
     workers = start_workers(codebot, "task", 1)
     start_thread(codebot, "timer", functools.partial(queue_due_jobs, codebot, job.id))
     try:
-        follow_task(codebot, job.id)
+        print_log(codebot, job.id)
     finally:
         stop_workers(codebot, workers)
     job = codebot.store.job(job.id) or job
