@@ -3286,7 +3286,6 @@ class Mirror(GitDirectory):
 #   finish                 running -> completed, failed
 #   requeue                running -> pending     after a stop or crash, or for a retry
 #   request_cancel         pending -> failed      a running task is only asked to end
-#   abandon                pending -> failed      when `run` is interrupted
 #   drop_review            deletes a running review
 #   absorb_waiting_reviews deletes a pending review, whose comments join a running one
 #   delete_expired         deletes tasks, with their reviews
@@ -3778,9 +3777,8 @@ class Store:
     def claim(self, job_id: str) -> Job | None:
         """Start a job and return it, or None if it must not start or already has.
 
-        A task and the reviews of its pull request share one workspace and one outbox, so
-        they run one after the other, oldest first. If a job must not start yet, the timer
-        queues it again. A job that is queued twice starts only once.
+        If a job must not start yet, the timer queues it again. A job that is queued twice
+        starts only once.
         """
         values = {"id": job_id, "now": time.time()}
         with self._transaction() as db:
@@ -3873,15 +3871,6 @@ class Store:
             with contextlib.suppress(WrongState):  # it is running
                 self._transition(db, job_id, "pending", "failed", "cancelled", error)
                 add_to_totals(db, job_id)
-
-    def abandon(self, job: Job) -> None:
-        """Fail a pending task of `run`, even if its push has begun."""
-        error = CANCELLED_TEXT["task"]
-        if job.push_started:
-            error += f". Its branch {job.branch} may have been pushed"
-        with self._transaction() as db:
-            self._transition(db, job.id, "pending", "failed", "cancelled", error)
-            add_to_totals(db, job.id)
 
     def begin_push(self, job_id: str) -> bool:
         """Record that a task's push begins. Returns False if it is to be cancelled."""
@@ -7663,11 +7652,13 @@ def event_stream(codebot: Codebot, task_id: str, after: int) -> EventStream:
         for event in events:
             message += f"id: {event.seq}\ndata: {json.dumps(event._asdict())}\n\n"
         now = time.monotonic()
-        if not messages and now > last_sent + KEEPALIVE_INTERVAL:
-            messages = ": still here\n\n"
-        if messages:
+        if not message and now > last_sent + KEEPALIVE_INTERVAL:
+            message = ": still here\n\n"
+        if message:
             last_sent = now
-        yield messages.encode()
+        yield message.encode()
+    if not codebot.stop.is_set():
+        yield b"event: end\ndata: {}\n\n"
 
 
 def health(codebot: Codebot, request: Request) -> Response:
@@ -9490,9 +9481,10 @@ def print_log(codebot: Codebot, task_id: str) -> None:
     """Print a task's events until it has ended, or codebot is stopped."""
     for events in follow_log(codebot, task_id):
         for event in events:
-            after = event.seq
             message = event.message.replace("\n", f"\n{'':31}")
             print(f"{event.time}  {event.source:8} {message}", file=sys.stderr)
+        if not events:
+            codebot.stop.wait(MAIN_INTERVAL)
 
 
 def run(flags: Flags) -> int:
@@ -9515,13 +9507,16 @@ def run(flags: Flags) -> int:
     finally:
         stop_workers(codebot, workers)
     job = codebot.store.job(job.id) or job
-    # If a signal came first, nothing would continue the task, except that a server with
-    # the same --work-dir can finish its push.
-    if job.status == "pending" and not (flags["work_dir"] and job.push_started):
-        codebot.store.abandon(job)
+    if job.status == "pending":  # a signal came first
+        try:
+            codebot.cancel(job.id)
+        except WrongState:  # its push has begun
+            print(
+                f"Branch {job.branch} may have been pushed already. A server with "
+                f"--work-dir {config.work_dir} will finish the task.",
+                file=sys.stderr,
+            )
         job = codebot.store.job(job.id) or job
-    if job.status == "pending":
-        print("A server with this --work-dir will finish the push.", file=sys.stderr)
     print(json.dumps(describe_task(codebot, job), indent=2))
     return 0 if job.status == "completed" else 1
 

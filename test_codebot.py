@@ -14621,27 +14621,17 @@ def test_interrupted_run_ends_cleanly(fresh: Site) -> None:
     wait_for(lambda: fresh.server.strays() == [])
 
 
-def test_run_that_is_interrupted_after_its_push_fails_and_says_so(fresh: Site) -> None:
-    fresh.repository.fail("POST /pulls", status=502, always=True)
-    process = start_command(fresh, *run_flags(fresh))
-    wait_for(lambda: fresh.repository.count("POST /pulls"))
-    process.send_signal(signal.SIGINT)
-    stdout, _ = process.communicate(timeout=20)
-    assert process.returncode == 1
-    task = json.loads(stdout)
-    assert task["reason"] == "cancelled"
-    assert "may have been pushed" in task["error"]
-
-
 def test_push_of_interrupted_run_is_finished_by_a_server(fresh: Site) -> None:
     fresh.repository.fail("POST /pulls", status=502, always=True)
     work_dir = ("--work-dir", str(fresh.server.work_dir))
     process = start_command(fresh, *run_flags(fresh, *work_dir))
     wait_for(lambda: fresh.repository.count("POST /pulls"))
     process.send_signal(signal.SIGINT)
-    stdout, _ = process.communicate(timeout=20)
+    stdout, stderr = process.communicate(timeout=20)
+    assert process.returncode == 1
     task = json.loads(stdout)
     assert task["status"] == "pending"
+    assert "may have been pushed already. A server with --work-dir" in stderr
     fresh.github.reset_faults()
     fresh.server.start()
     fresh.api.completed(task["task_id"])
