@@ -1159,8 +1159,8 @@ def login_secrets(address: str, is_proxy: bool) -> set[str]:
     address = re.sub("^[^/]*://", "", address)
     logins = [address.partition("/")[0].rpartition("@")[0]]
     # A "/" in a password should be written as %2F, but some programs accept it as it is.
-    # (HOST:PORT/PATH@2 has no password, but a proxy has no path.)
-    if is_proxy or re.match(r"[^:/]*:(?!\d+/)", address):
+    # (HOST:PORT/PATH@2 and USER@HOST:PATH@2 have no password, but a proxy has no path.)
+    if is_proxy or re.fullmatch(r"[^:/@\s]*:(?!\d+/)\S*", address):
         logins.append(address.rpartition("@")[0])
     passwords = set()
     for login in logins:

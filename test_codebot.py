@@ -2660,6 +2660,8 @@ def redact(tmp_path: Path) -> codebot.Redactor:
             "MY_DATABASE_URL",
             "MY_FEED_URL",
             "MY_HEADERS",
+            "MY_LIBRARY_URL",
+            "MY_CREDENTIALS",
         ),
         variables={
             "GITHUB_WEBHOOK_SECRET": "hook-secret",
@@ -2673,6 +2675,8 @@ def redact(tmp_path: Path) -> codebot.Redactor:
             "MY_FEED_URL": "https://token-of-a-feed-1@feed.example.com/simple",
             "MY_HEADERS": "X_API_KEY: key-of-a-header\nX-AuthToken: bearer-word\n"
             "X-Portkey-Provider: color-of-a-header",
+            "MY_LIBRARY_URL": "git@github.com:acme/service-template.git@main",
+            "MY_CREDENTIALS": '{\n "type": "service_account",\n "id": "1/2@example.com"}',
             "MY_TOKEN": "my-token",
             "MY_COLOR": "my-color",
             "ANTHROPIC_AUTH_TOKEN": "8-bit-token-\udca0",
@@ -2758,6 +2762,8 @@ def test_secret_of_agent_is_searched_for_in_a_change_unless_it_is_short(
     ("text", "expected"),
     [
         ("short my-color http://user@proxy", "short my-color http://user@proxy"),
+        ('"service_account",', '"service_account",'),
+        ("acme/service-template.git", "acme/service-template.git"),
         ("createdb dbowner codebot", "createdb dbowner codebot"),
         ("set color-of-a-header", "set color-of-a-header"),
         ("a\tb\nc", "a\tb\nc"),
