@@ -7009,10 +7009,13 @@ def store_ending(run: JobRun, ending: Ending) -> None:
     elif ending.status == "pending":
         if ending.error:
             pause = max(0.0, ending.not_before - time.time())
+            limit = f"after {RETRY_LIMIT[job.kind] / 3600:.0f} h of such errors"
+            if ending.interruptions:  # the agent has to begin again
+                limit = f"when this has happened {MAX_INTERRUPTIONS} times"
             run.log_event(
                 "codebot",
                 f"{ending.error.rstrip('.')}. Trying again in {pause:.0f} s; codebot gives "
-                f"up after {RETRY_LIMIT[job.kind] / 3600:.0f} h of such errors",
+                f"up {limit}",
             )
             log.warning("Job %s: %s; retrying later", job.id, ending.error)
         run.codebot.until_database_works(

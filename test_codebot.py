@@ -11951,6 +11951,7 @@ def test_launcher_or_node_that_fails_is_no_failure_of_the_agent(
     assert messages[0].startswith("codebot: CODEBOT_LAUNCHER failed: ")
     assert messages[-1].startswith("codebot: The cluster ended the program: ")
     assert "the job ended with code 137" in messages[-1]
+    assert messages[-1].endswith("; codebot gives up when this has happened 3 times")
     assert len(site.agent.runs()) == 2
 
 
