@@ -4590,10 +4590,14 @@ class SyncRequest(NamedTuple):
     is_new: bool = False
 
     def __str__(self) -> str:
-        text = f"{self.kind} {self.task_id or self.number or ''}".strip()
-        if self.repository_id:
-            text += f" of repository {self.repository_id}"
-        return text
+        subjects = {
+            "everything": "everything",
+            "repository": f"repository {self.repository_id}",
+            "issue": f"issue {self.number} of repository {self.repository_id}",
+            "pull_request": f"the pull request of task {self.task_id}",
+            "ended_task": f"ended task {self.task_id}",
+        }
+        return subjects[self.kind]
 
 
 EVERYTHING = SyncRequest("everything")

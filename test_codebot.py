@@ -8456,6 +8456,23 @@ def test_response_of_unknown_shape_holds_up_no_other_look(
     assert str(first) in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("request_", "text"),
+    [
+        (codebot.EVERYTHING, "everything"),
+        (codebot.SyncRequest("repository", 7), "repository 7"),
+        (codebot.SyncRequest("issue", 7, 5), "issue 5 of repository 7"),
+        (
+            codebot.SyncRequest("pull_request", task_id="1a2b"),
+            "the pull request of task 1a2b",
+        ),
+        (codebot.SyncRequest("ended_task", task_id="1a2b"), "ended task 1a2b"),
+    ],
+)
+def test_log_names_what_is_looked_at(request_: codebot.SyncRequest, text: str) -> None:
+    assert str(request_) == text
+
+
 def test_delivery_is_looked_at_before_the_rest_of_a_poll(
     sync: codebot.Sync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
