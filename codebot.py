@@ -4936,12 +4936,18 @@ class Workspace:
     # Creation
 
     def clear(self, path: str) -> None:
-        """Remove a directory or, if that fails, move it away for Cleanup."""
+        """Remove a directory or, if that fails, move it away for Cleanup.
+
+        Raises TransientError if neither is possible now, PermissionError if codebot's
+        user may do neither.
+        """
         try:
             remove_tree(self.config, path)
         except TransientError as error:
             try:
                 discard(self.config.work_dir, path)
+            except PermissionError:
+                raise  # a retry would not help
             except OSError:
                 raise error from None
 
