@@ -7,7 +7,7 @@ makes one commit, pushes a branch and opens a pull request. When reviewers comme
 codebot answers, or changes the code and pushes again.
 
 It needs Python 3.9 or newer with its standard library, and runs the programs git,
-openssl, bwrap, claude, and sh with chmod, rm and sleep.
+openssl, bwrap, claude, and sh with chmod, rm and sleep (in the demo also cat).
 
     python3 codebot.py demo    try it: one task from end to end, no configuration
     python3 codebot.py check   check the requirements; says how to fix what it finds
@@ -2002,7 +2002,7 @@ class Sandbox:
         if self.is_bwrap:
             advice = "Install bubblewrap (apt install bubblewrap) if it is missing"
         if self.config.launcher:
-            advice = f"Check CODEBOT_LAUNCHER, too. {advice}"
+            advice += ", or correct CODEBOT_LAUNCHER"
         return advice
 
     def inspect_bwrap(self) -> None:
@@ -6149,8 +6149,7 @@ def check_pull_request(review: Review) -> None:
 def check_write_access(review: Review) -> None:
     """Raise ReviewSkipped unless the reviewer has write access to the repository now.
 
-    If there is a commit, which has cost something, the first refusal is treated as
-    transient, and the second as true.
+    If there is a commit, which has cost something, a refusal is believed only in a retry.
     """
     job = review.run.job
     if not review.github_repository.has_write_access(job.reviewer):
@@ -6807,7 +6806,7 @@ REASON_BY_PHASE = {
 
 
 def repeat_until_stopped(codebot: Codebot, step: Callable[[], None]) -> None:
-    """Do a thread's step at least once, and until the server stops.
+    """Do a thread's step once, and repeat it until the server stops.
 
     Once even if the server is stopping already: a client may have connected, and must get
     an answer.
@@ -6941,9 +6940,10 @@ def ending_of_skipped_review(run: JobRun, error: ReviewSkipped) -> Ending:
 
 # What a retry depends on:
 #   not_before             Until then, the job does not start. requeue sets it.
-#   transient_since        RETRY_LIMIT after it, the job fails. The first transient error
-#                          sets it, and each start and stop of the server sets it anew. It
-#                          is reset when work is saved, and when the agent starts.
+#   transient_since        The first transient error sets it. One that comes more than
+#                          RETRY_LIMIT later fails the job. A start or stop of the server
+#                          sets it anew, if it is set. It is reset when work is saved, and
+#                          when the agent starts.
 #   agent_ran_since_save   If it is set, a retry would pay for the agent again, so
 #                          `interruptions` grows by 1. Set when the agent starts, and reset
 #                          when work is saved.
