@@ -1823,7 +1823,7 @@ def tool_directories(config: Config) -> Iterator[str]:
 def agent_program_files(config: Config, covers: Mapping[str, str]) -> Iterator[str]:
     """Yield the absolute paths of files in CODEBOT_CLAUDE_COMMAND that the covers hide.
 
-    Directories are not shown, because that could undo a cover.
+    Directories are not shown, because that could undo a cover; nor are .env and keys.
     """
     program = shutil.which(config.claude_command[0], path=config.search_path) or ""
     for word in (program, *config.claude_command[1:]):
@@ -1834,7 +1834,9 @@ def agent_program_files(config: Config, covers: Mapping[str, str]) -> Iterator[s
         enclosing = [place for place in covers if is_inside(path, place)]
         innermost = max(enclosing, key=len, default="")
         is_hidden = covers.get(innermost) == HIDDEN
-        if word.startswith("/") and is_hidden and os.path.isfile(path):
+        is_file = word.startswith("/") and os.path.isfile(path)
+        is_secret = os.path.realpath(path) in config.secret_files
+        if is_hidden and is_file and not is_secret:
             yield path
 
 

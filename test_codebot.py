@@ -2981,6 +2981,17 @@ def test_hidden_directory_that_agent_command_names_stays_hidden(host: Host) -> N
     assert mounts.count("READ_ONLY home/.local") == 1  # before the cover of keys
 
 
+def test_secret_file_that_agent_command_names_stays_hidden(host: Host) -> None:
+    env_file = host.make_file("home/run/.env")
+    link = host.root / "home" / "settings"
+    link.symlink_to(env_file)
+    mounts = host.mounts(
+        env_file=env_file, claude_command=("dotenv", "-f", env_file, str(link))
+    )
+    assert "HIDDEN home/run" in mounts
+    assert not [mount for mount in mounts if mount.endswith((".env", "settings"))]
+
+
 def test_script_that_agent_command_names_is_shown(host: Host) -> None:
     script = host.make_file("home/wrapper.sh")
     assert "READ_ONLY home/wrapper.sh" in host.mounts(claude_command=("sh", script))
