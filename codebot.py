@@ -931,7 +931,7 @@ def unreadable_files(config: Config) -> Iterator[str]:
 
 def conflicting_settings(config: Config) -> Iterator[str]:
     """Yield a sentence for each setting that makes no sense, alone or with another."""
-    if not config.variables.get("CODEBOT_ALLOWED_REPOSITORIES", "*").strip(BLANKS):
+    if not split_commas(config.variables.get("CODEBOT_ALLOWED_REPOSITORIES", "*")):
         yield (
             "CODEBOT_ALLOWED_REPOSITORIES is empty. Name repositories, or use * to "
             "allow all."

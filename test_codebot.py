@@ -2508,9 +2508,10 @@ def test_host_of_an_allowed_pattern_has_no_wildcard(
     )
 
 
-def test_empty_list_of_allowed_repositories_is_refused() -> None:
+@pytest.mark.parametrize("value", ["", " ", ", ,"])
+def test_empty_list_of_allowed_repositories_is_refused(value: str) -> None:
     """As templates of systemd or compose make it: it must not allow all of them."""
-    config = codebot.Config(variables={"CODEBOT_ALLOWED_REPOSITORIES": " "})
+    config = codebot.Config(variables={"CODEBOT_ALLOWED_REPOSITORIES": value})
     [problem] = codebot.conflicting_settings(config)
     assert problem.startswith("CODEBOT_ALLOWED_REPOSITORIES is empty.")
     config = codebot.Config(variables={"CODEBOT_ALLOWED_REPOSITORIES": "*"})
