@@ -1076,6 +1076,19 @@ class Redactor:
         text = GITHUB_TOKEN_RE.sub("***", text)
         return UNPRINTABLE_RE.sub("\N{REPLACEMENT CHARACTER}", text)
 
+    def beginning(self, text: str, length: int) -> str:
+        """Return the beginning of a text without secrets, at most ``length`` characters.
+
+        The rest is not looked at, because redacting megabytes takes time.
+        """
+        if len(text) <= length:
+            return self(text)
+        # The last secret may be cut in two, and so not be found. It is dropped with as many
+        # characters as the longest secret has. (forms_of puts the longest first.)
+        longest = len("".join(self._secrets[:1]))
+        redacted = self(text[:length])
+        return redacted[: max(0, len(redacted) - longest)]
+
     def has_secret(self, text: str) -> bool:
         """Return whether a text contains a secret that is not too short."""
         return any(
@@ -1097,13 +1110,15 @@ class LogFormatter(logging.Formatter):
         return self._redact(super().format(record)).replace("\n", "\n    ")
 
 
-# Matches names of variables such as GH_AUTH, AUTHORIZATION and DATABASE_URL, but not
+# Matches names of variables such as GH_AUTH, AUTHORIZATION and SENTRY_DSN, but not
 # GIT_AUTHOR_NAME.
 SECRET_NAME_RE = re.compile(
-    "token|key|secret|pass|pwd|cred|auth(?!or)|authoriz|bearer|dsn|url|header|jwt|cookie"
+    "token|key|secret|pass|pwd|cred|auth(?!or)|authoriz|bearer|dsn|header|jwt|cookie"
     "|session|webhook|_pat$",
     re.IGNORECASE,
 )
+# Matches an address with a query, which may hold a key or a signature.
+ADDRESS_WITH_QUERY_RE = re.compile(r"\w://\S*\?")
 # Matches names of headers such as X-Api-Key, but not X-Portkey-Provider.
 SECRET_HEADER_RE = re.compile(
     "authorization|cookie|jwt|(key|token|secret|auth|passwd|password|credentials?)$",
@@ -1117,18 +1132,21 @@ def configured_secrets(config: Config) -> set[str]:
     Each line of a secret with several lines, such as a key, is also a secret, except
     lines like "-----BEGIN ...".
     """
+    variables = config.variables
     names = [*MODEL_KEY_NAMES, *OWN_SECRET_NAMES]
-    names += filter(SECRET_NAME_RE.search, config.agent_env)
-    secrets = set(config.api_keys)
-    for name in names:
-        value = config.variables.get(name, "")
-        secrets.add(value.strip(BLANKS))
-        secrets.update(header_secrets(value))
+    for name in config.agent_env:
+        value = variables.get(name, "")
+        if SECRET_NAME_RE.search(name) or ADDRESS_WITH_QUERY_RE.search(value):
+            names.append(name)
+    secrets = {*config.api_keys}
+    secrets.update(variables.get(name, "").strip(BLANKS) for name in names)
     # With --no-github, git also uses ALL_PROXY.
     proxies = (*NETWORK_NAMES, "ALL_PROXY", "all_proxy")
-    for name in (*names, *proxies, "ANTHROPIC_BASE_URL"):
-        address = config.variables.get(name, "")
-        secrets.update(login_secrets(address, is_proxy=name in proxies))
+    for name in (*config.agent_env, *proxies, "ANTHROPIC_BASE_URL"):
+        value = variables.get(name, "")
+        secrets.update(header_secrets(value))
+        for word in value.split():
+            secrets.update(login_secrets(word, is_proxy=name in proxies))
     for path in (config.key_file, config.tls_key):
         if os.path.isfile(path):  # reading from a pipe could block forever
             with contextlib.suppress(OSError, ValueError):
@@ -1150,22 +1168,24 @@ def header_secrets(headers: str) -> Iterator[str]:
             yield words[-1]
 
 
-def login_secrets(address: str, is_proxy: bool) -> set[str]:
-    """Return what may be the password in https://user:password@host.
+def login_secrets(word: str, is_proxy: bool) -> set[str]:
+    """Return what may be the password, if a word is https://user:password@host.
 
     Each is returned as it is and with %XX decoded. "" may be among them. The "https://" may
     be missing.
     """
-    address = re.sub("^[^/]*://", "", address)
+    address = re.sub("^[^/]*://", "", word)
     logins = [address.partition("/")[0].rpartition("@")[0]]
     # A "/" in a password should be written as %2F, but some programs accept it as it is.
     # (HOST:PORT/PATH@2 and USER@HOST:PATH@2 have no password, but a proxy has no path.)
-    if is_proxy or re.fullmatch(r"[^:/@\s]*:(?!\d+/)\S*", address):
+    if is_proxy or re.match(r"[^:/@]*:(?!\d+/)", address):
         logins.append(address.rpartition("@")[0])
+    is_address = is_proxy or address != word
     passwords = set()
     for login in logins:
         user, _, password = login.partition(":")
-        if not password and len(user) >= MIN_SEARCHED_LENGTH and "/" not in user:
+        is_long = len(user) >= MIN_SEARCHED_LENGTH and "/" not in user
+        if is_address and is_long and not password:
             password = user  # it is a token, as in https://token@host
         passwords |= {password, urllib.parse.unquote(password)}
     return passwords
@@ -5477,9 +5497,8 @@ class AgentRun:
     def store_claims(self, attempt: int) -> None:
         """Store the run's summary; add its cost and turns, even if the run failed."""
         job = self.run.job
-        # Cut at first because redacting megabytes takes time. That may leave a part of a
-        # secret at the end, so less than that is kept after redacting.
-        summary = str(self.answer().get("summary") or "")[:200_000]
+        words = str(self.answer().get("summary") or "")
+        summary = self.run.redact.beginning(words, 100_000)
         if attempt > 1:  # it describes only the repair, not the whole change
             summary = f"{job.summary}\n\n{summary}".strip()
         total = job.cost_usd
