@@ -1348,7 +1348,7 @@ class OutputFile:
             text = shown_by_terminal(line)
             if len(text) > MAX_KEPT_CHARS:
                 # Cut at a blank: half of a secret would not be redacted later.
-                text = text[:MAX_KEPT_CHARS].rpartition(" ")[0]
+                text = text[:MAX_KEPT_CHARS].rpartition(" ")[0] or "(long line omitted)"
             self.last_lines.append(text)
 
     def size(self) -> int:

@@ -12335,6 +12335,13 @@ def test_program_that_outlives_its_result_may_clean_up(
     assert (tmp_path / "cleaned").read_text() == "clean\n"
 
 
+def test_long_line_of_output_is_cut_at_a_blank_or_omitted() -> None:
+    with tempfile.TemporaryFile() as file:
+        output = codebot.OutputFile(file)
+        output.keep(["a" * 9000 + " " + "b" * 9000, "c" * 10_001])
+    assert list(output.last_lines) == ["a" * 9000, "(long line omitted)"]
+
+
 def test_process_with_a_large_environment_is_found() -> None:
     tag = uuid.uuid4().hex
     for size in (0, 65_536 - 20, 120_000):  # the second one's tag is read in two pieces
