@@ -1926,9 +1926,9 @@ def bwrap_command(
         argv += [option, path]
         if option != HIDDEN:
             argv.append(path)
-    # The network is the host's, because the agent has to reach the model. There is no
-    # terminal to write to, because run_program calls setsid.
-    argv += ["--unshare-pid", "--unshare-ipc", "--cap-drop", "ALL"]
+    # The network is the host's, because the agent has to reach the model. In a session of
+    # its own, it cannot type into the terminal that a launcher may have on a node.
+    argv += ["--unshare-pid", "--unshare-ipc", "--new-session", "--cap-drop", "ALL"]
     if disable_userns:
         # Otherwise, if codebot is root, the agent could mount and write control groups
         # in a user namespace of its own.

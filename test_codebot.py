@@ -3665,6 +3665,16 @@ def test_bwrap_that_hangs_is_refused(
 
 
 @needs_bwrap
+def test_program_in_bwrap_has_a_session_of_its_own(tmp_path: Path) -> None:
+    search_path = os.environ["PATH"]
+    config = codebot.Config(search_path=search_path, work_dir=str(tmp_path))
+    # The ids of its processes are bwrap's own. That of another's session is shown as 0.
+    result = codebot.Sandbox(config).probe("cut", "-d ", "-f6", "/proc/self/stat")
+    [session] = result.stdout
+    assert int(session) > 0
+
+
+@needs_bwrap
 @pytest.mark.parametrize("key_file", ["/etc/hosts", "/usr/bin/env"])
 def test_key_in_directory_that_cannot_be_hidden_is_refused(
     fresh: Site, key_file: str
