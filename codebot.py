@@ -2004,7 +2004,7 @@ class Sandbox:
                 problem = f"what it writes to {workspace} is not there on this host"
         except TransientError as error:  # the launcher failed, or the disk is full
             raise ConfigError(f"{error}.") from None
-        except TimedOut as error:
+        except (TimedOut, TooMuchOutput) as error:
             problem = f"it {error}"
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
