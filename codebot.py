@@ -2738,10 +2738,10 @@ class GitHubRepository:
     # Reactions and answers
 
     def react(self, path: str) -> None:
-        """Add an "eyes" reaction, if GitHub lets us."""
+        """Add an "eyes" reaction. If that fails, the job goes on without it."""
         try:
             self.post(f"{path}/reactions", {"content": "eyes"})
-        except GitHubError as error:
+        except (GitHubError, TransientError) as error:
             log.info("Could not add a reaction to %s: %s", path, error)
 
     def post_once(

@@ -8439,6 +8439,14 @@ def test_lost_answers_of_github_double_nothing(pull: Pull) -> None:
     assert counts in ([2, 1, 1, 1], [2, 2, 1, 1])
 
 
+def test_failed_reaction_holds_up_no_review(limited: Site) -> None:
+    pull = open_pull(limited)
+    limited.repository.fail("POST /pulls/comments/*/reactions", 502, always=True)
+    limited.person("alice").inline("Why?")
+    assert pull.review()["status"] == "completed"
+    assert "Trying again" not in str(limited.api.messages(pull.task))
+
+
 @pytest.fixture
 def sync(tmp_path: Path) -> codebot.Sync:
     app = codebot.Codebot(codebot.Config(work_dir=str(tmp_path)))
