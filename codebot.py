@@ -4561,7 +4561,8 @@ def remove_tree(config: Config, path: str) -> None:
         # meanwhile, but nothing of the agent runs any longer.
         script = 'chmod -R u+rwX -- "$1"; rm -rf -- "$1"'
         env = base_environment(config)
-        run_program(["sh", "-c", script, "sh", path], env)
+        with contextlib.suppress(LimitReached):
+            run_program(["sh", "-c", script, "sh", path], env)
     if os.path.lexists(path):
         raise TransientError(f"{path} cannot be removed")
 
@@ -7133,8 +7134,8 @@ class Cleanup:
         """Do one part of the work. If it fails, the other parts are still done."""
         try:
             part(*args)
-        except (OSError, sqlite3.Error, LimitReached, GitFailed, TransientError) as e:
-            log.warning("Cleanup: %s", e)
+        except (OSError, sqlite3.Error, GitFailed, TransientError) as error:
+            log.warning("Cleanup: %s", error)
 
     def remove_workspaces(self) -> None:
         """Remove workspaces and outboxes that no job needs anymore."""

@@ -7080,6 +7080,24 @@ def test_only_directories_of_jobs_may_be_removed(tmp_path: Path, path: str) -> N
         codebot.remove_tree(config, os.path.join(tmp_path, path))
 
 
+def test_directory_that_takes_too_long_to_remove_is_tried_again_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "MAX_REMOVED_LEVELS", 0)
+    monkeypatch.setattr(codebot, "MAX_OUTPUT_BYTES", 1000)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "rm").write_text("#!/bin/sh\nwhile :; do echo busy; done")
+    (tools / "rm").chmod(0o755)
+    config = codebot.Config(
+        work_dir=str(tmp_path), search_path=f"{tools}:{os.environ['PATH']}"
+    )
+    workspace = tmp_path / "task_1234567"
+    (workspace / "repo").mkdir(parents=True)
+    with pytest.raises(codebot.TransientError, match="cannot be removed"):
+        codebot.remove_tree(config, str(workspace))
+
+
 def test_ordinary_directory_is_removed_without_a_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
