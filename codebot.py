@@ -4756,8 +4756,7 @@ class JobRun:
                     continue
                 if self.events_left == 0:
                     message = "(further output omitted)"
-            # Redacting megabytes takes time, and their end is not kept anyway.
-            text = self.redact(message[:100_000])
+            text = self.redact.beginning(message, 100_000)
             events.append((source, truncate(text, MAX_EVENT_CHARS)))
         self.store.add_events(self.job.task_id, events)
 
@@ -5501,14 +5500,14 @@ class AgentRun:
         words = str(self.answer().get("summary") or "")
         summary = self.run.redact.beginning(words, 100_000)
         if attempt > 1:  # it describes only the repair, not the whole change
-            summary = f"{job.summary}\n\n{summary}".strip()
+            summary = f"{job.summary}\n\n{summary}".strip()[:100_000]
         total = job.cost_usd
         cost = reported_number(self.result, "total_cost_usd")
         if cost is not None:
             total = round((total or 0.0) + cost, 6)
         turns = reported_number(self.result, "num_turns")
         self.run.update(
-            summary=self.run.redact(summary)[:100_000],
+            summary=summary,
             cost_usd=total,
             num_turns=job.num_turns + int(turns or 0),
         )
@@ -6378,7 +6377,7 @@ def parse_answers(review: Review, answer: JsonObject) -> dict[str, str]:
         ids.add(members[0].thread)
         texts = [entry["body"] for entry in entries if entry["comment_id"] in ids]
         text = "\n\n".join(filter(None, texts)) or review.run.job.summary
-        answers[thread] = truncate(review.run.redact(text[:100_000]), 50_000)
+        answers[thread] = truncate(review.run.redact.beginning(text, 100_000), 50_000)
     return answers
 
 

@@ -2813,6 +2813,16 @@ def test_message_cannot_forge_a_line_of_the_log(redact: codebot.Redactor) -> Non
     assert second.startswith("    2026")
 
 
+def test_secret_is_redacted_where_a_long_text_is_cut() -> None:
+    secret = "0123456789" * 10
+    redact = codebot.Redactor(codebot.Config(api_keys=(secret,)))
+    text = f"beginning {secret * 1000}"
+    for length in range(950, 1050):
+        assert not re.search("[0-9]", redact.beginning(text, length))
+    assert redact.beginning("short", 5) == "short"
+    assert 0 < len(redact.beginning("a" * 300, 200)) <= 200
+
+
 def test_newest_token_is_redacted_after_many_others(redact: codebot.Redactor) -> None:
     for number in range(600):
         redact.add(f"token-number-{number}")
