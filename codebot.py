@@ -5534,7 +5534,7 @@ class AgentRun:
         texts += [self.last_message, program.error]  # program.error is never empty
         first = next(text for text in texts if text)
         error = self.run.redact(str(first))[:1000]
-        if "No conversation found" in error:
+        if error.startswith("No conversation found"):
             return SessionLost("agent_failed", f"The agent lost its session: {error}")
         is_refused = result.get("api_error_status") in (401, 403)
         says_login = result.get("is_error") and "/login" in error
