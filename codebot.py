@@ -4602,8 +4602,8 @@ class SyncRequest(NamedTuple):
       "issue"          repository_id, number; an issue that has, or had, the label
       "pull_request"   task_id; the pull request of this task
       "ended_task"     task_id; to report the task's end on its issue
-    With is_new, a delivery says that something has changed. GitHub may not show that yet,
-    so codebot looks a second time, VISIBILITY_DELAY later.
+    With is_new, something has just changed. GitHub may not show that yet, so codebot looks
+    a second time, VISIBILITY_DELAY later.
     """
 
     kind: str
@@ -6019,7 +6019,8 @@ def create_pull_request(workspace: Workspace) -> None:
     run.log_event("codebot", f"Pull request {new.number}: {new.url}")
     log.info("Task %s: opened %s", run.job.id, new.url)
     # Somebody may have commented on it before it was stored.
-    run.codebot.sync_queue.put(SyncRequest("pull_request", task_id=run.job.id))
+    look = SyncRequest("pull_request", task_id=run.job.id, is_new=True)
+    run.codebot.sync_queue.put(look)
 
 
 def react_to_issue(workspace: Workspace) -> None:

@@ -8304,6 +8304,19 @@ def test_merge_that_github_does_not_show_everywhere_yet_is_noticed(
     wait_for(lambda: pull_state(pull) == "merged")
 
 
+def test_comment_on_a_new_pull_request_is_noticed_although_github_lags(
+    fresh: Site,
+) -> None:
+    fresh.server.start(limits={"VISIBILITY_DELAY": 0.3})
+    alice = fresh.person("alice")
+    fresh.repository.after("POST /pulls", lambda: alice.comment("Why?", webhook=False))
+    fresh.repository.fail("GET /pulls/1", 404)
+    task = fresh.api.submit()
+    fresh.api.completed(task)
+    [review] = fresh.api.reviews(task, 1)
+    assert review["request"] == "Why?"
+
+
 def test_new_session_gets_the_diff_although_the_base_is_gone(shared: Site) -> None:
     shared.repository.commit({"feature": "1\n"}, "feature")
     pull = open_pull(shared, base_branch="feature")
@@ -9053,7 +9066,7 @@ def test_polling_finds_comments_and_state_without_webhooks(fresh: Site) -> None:
         "--enable-polling",
         "--poll-interval",
         "1",
-        limits={"RETRY_DELAY": 0.2, "GITHUB_ATTEMPTS": 1},
+        limits={"RETRY_DELAY": 0.2, "GITHUB_ATTEMPTS": 1, "VISIBILITY_DELAY": 0.2},
         GITHUB_WEBHOOK_SECRET=None,
     )
     plan = f"[ $purpose = task ] && {{ {SAY_HELLO}; exit; }}; {ANSWER_QUESTION}"
