@@ -6040,7 +6040,7 @@ MAX_REACTIONS = 30
 VISIBILITY_DELAY = 50.0
 LIMIT_TEXT = (
     f"This pull request has reached the limit of {DAILY_REVIEW_JOBS} requests to codebot "
-    "in a day. codebot ignores further comments today; comment again tomorrow."
+    "in 24 hours. codebot ignores further comments for now; comment again tomorrow."
 )
 NO_ANSWER_TEXT = {
     "question": "The agent gave no answer.",
