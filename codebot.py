@@ -22,12 +22,15 @@ HOW TO READ THIS FILE
     II.  The work       every state, what an agent receives, what happens to its work
     III. The network    everything that can be requested from outside, and by whom
     IV.  Commands       how it is started and stopped
-  If you have only an hour, read `Redactor`, `run_program`, `private_directories`,
-  `sandbox_mounts`, `GitHub.send`, `has_write_access`, `remote_environment`, TEST_SCRIPT,
-  `DiffScanner`, `Workspace.environment`, `fetch_into_outbox`, `inspect_commit`,
-  `agent_command`, `run_task`, `check_write_access`, `load_comments`,
-  `push_review_commit`, `Sync.obstacle`, `has_untrusted_edit`, `require_api_key`,
-  `require_signature` and `ROUTES`.
+  If you have only an hour, read these:
+    secrets          Redactor, Workspace.environment, remote_environment
+    programs         run_program, private_directories, sandbox_mounts, bwrap_command
+    GitHub           GitHub.send, has_write_access
+    who can act      require_api_key, require_signature, check_write_access,
+                     load_comments, Sync.obstacle, has_untrusted_edit, ROUTES
+    the agent        agent_command, run_task, run_review
+    what is pushed   run_tests_once, fetch_into_outbox, inspect_commit, DiffScanner,
+                     push_review_commit
   The page is in part III, before the routes. Skip its style; its script never inserts
   HTML.
 
