@@ -207,8 +207,7 @@ KNOWN LIMITATIONS
   The agent
   - Its events, summary, cost and turns are self-reported. "The tests passed" means that
     the command exited with 0 in a workspace where the agent could have changed the
-    tests, and files in HOME that they read. A hostile test can make codebot commit a
-    tree that was not tested. Whatever tree it is, it is inspected before it is pushed.
+    tests, and files in HOME that they read.
   - The agent's home, with its session, is kept for the reviews of its pull request,
     for CODEBOT_TASK_RETENTION after the last one. What has misled the agent once, or was
     left there by a test, is still there when a trusted reviewer's request is carried out.
@@ -4839,42 +4838,26 @@ git config remote.origin.url "$url" &&
 git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
 git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
-# The tree is recorded before the test and restored after it, so an honest test cannot
-# change what is committed. Only ignored files stay, for the next attempt. A hostile test
-# can write another tree's id in step 4. It gains nothing by that: a test that always passes
-# achieves the same, and whatever tree is named is inspected before it is pushed.
-TEST_SCRIPT = """
+# Adds all files to the index and prints the id of their tree, after git's messages.
+RECORD_SCRIPT = """
+g add -A 2>&1 && g write-tree
+"""
+# Brings back the files of the tree $1, whatever a test has changed. Other files are
+# removed, but ignored ones, such as installed packages, stay.
+RESTORE_SCRIPT = """
 reset() {
     g checkout-index -q -f -a && g clean -q -ff -d
 }
-# 1. Record what the agent left, as a tree and in the index. If git cannot read it, the
-# agent is shown why, as if a test had failed.
-g add -A 2>&1 || exit
-tree=$(g write-tree) || exit
-# 2. Run the test.
-sh -c "$1" 2>&1
-code=$?
-# 3. Restore the index and the files from that tree. Other files are removed, but ignored
-# ones, such as installed packages, stay.
-rm -rf .git/index.lock .git/codebot-tested
-if g read-tree "$tree" && ! reset 2>/dev/null; then
-    chmod -R u+rwX .  # the test may have made directories unwritable
+if g read-tree "$1" && ! reset 2>/dev/null; then
+    chmod -R u+rwX . # the test may have made directories unwritable
     reset
 fi
-# 4. If the test passed, note the tree. COMMIT_SCRIPT commits it, even if some files that
-# the test left could not be removed.
-if [ $code = 0 ]; then
-    echo "$tree" >.git/codebot-tested
-fi
-exit $code
 """
-# Makes a commit on top of $1. If $2 is not empty, the commit has the tree that passed the
-# test, else it has the files as they are.
+# Makes a commit on top of $1 with the tree $2 or, if that is empty, with the files as
+# they are.
 COMMIT_SCRIPT = """
-base=$1 tested=$2
-if [ -n "$tested" ]; then
-    read -r tree <.git/codebot-tested || exit
-else
+base=$1 tree=$2
+if [ -z "$tree" ]; then
     g add -A || exit
     tree=$(g write-tree) || exit
 fi
@@ -5114,13 +5097,13 @@ class Workspace:
 
     # From the agent's work to a pushed commit
 
-    def collect_tree(self, base_commit: str, is_tested: bool) -> str | None:
-        """Bring the tree that the agent left, or that passed the tests, into the outbox.
+    def collect_tree(self, base_commit: str, tested_tree: str) -> str | None:
+        """Bring the tree that passed the tests, or else what the agent left, to the outbox.
 
         Returns the tree, or None if nothing was changed. Raises JobFailed if there is no
         usable repository.
         """
-        result = self.script(COMMIT_SCRIPT, base_commit, "tested" if is_tested else "")
+        result = self.script(COMMIT_SCRIPT, base_commit, tested_tree)
         if result.code != 0:
             raise JobFailed(
                 "agent_failed",
@@ -5812,21 +5795,21 @@ def task_text(request: TaskRequest) -> str:
     return request.description
 
 
-def run_tests(workspace: Workspace, command: str) -> int:
+def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
     """Run the test command. If it fails, show the agent its output and try again.
 
-    Returns how often it ran until it passed, 0 if there is no command. Raises JobFailed
-    if the tests still fail, or cannot be started.
+    Returns the tree that passed, and how often the command ran; ("", 0) if there is no
+    command. Raises JobFailed if the tests still fail, or cannot be started.
     """
     run = workspace.run
     if not command:
         run.log_event("codebot", "No test command")
-        return 0
+        return "", 0
     attempts = run.config.test_attempts + 1
     for attempt in range(1, attempts + 1):
-        result = run_test_command(workspace, command, attempt)
+        tree, result = run_tests_once(workspace, command, attempt)
         if result.code == 0:
-            return attempt
+            return tree, attempt
         # sh exits with these codes if it cannot start a command (of a script, the last
         # one). Usually the host lacks it, which no run of the agent can mend.
         if result.code in (126, 127):
@@ -5849,6 +5832,25 @@ def run_tests(workspace: Workspace, command: str) -> int:
     )
 
 
+def run_tests_once(
+    workspace: Workspace, command: str, attempt: int
+) -> tuple[str, ProgramResult]:
+    """Run the test command on the files as they are, and bring these back afterward.
+
+    So the test cannot change what is committed. Returns the files' tree and the result. If
+    git cannot read the files, the result is git's: the agent is shown why, as if a test
+    had failed.
+    """
+    recorded = workspace.script(RECORD_SCRIPT)
+    if recorded.code != 0:
+        return "", recorded
+    tree = recorded.stdout[-1]
+    result = run_test_command(workspace, command, attempt)
+    # A file that cannot be removed does not matter: the tree is committed.
+    workspace.script(RESTORE_SCRIPT, tree)
+    return tree, result
+
+
 def pack_lines(lines: Iterable[str]) -> list[str]:
     """Join lines into as few texts as fit into events. A longer line stays alone."""
     texts: list[str] = []
@@ -5868,7 +5870,7 @@ def run_test_command(workspace: Workspace, command: str, attempt: int) -> Progra
 
     test = SandboxedCommand(
         name=f"The test command {command!r}",
-        argv=["sh", "-c", GIT_FUNCTION + TEST_SCRIPT, "sh", command],
+        argv=["sh", "-c", 'sh -c "$1" 2>&1', "sh", command],
         on_lines=log_output,
     )
     run.log_event("codebot", f"Test command: {command}")
@@ -5914,9 +5916,9 @@ def test_and_commit(
     fail or the commit must not be pushed.
     """
     run = workspace.run
-    attempts = run_tests(workspace, request.test_command)
+    tested_tree, attempts = run_tests(workspace, request.test_command)
     run.set_phase("commit")
-    tree = workspace.collect_tree(base_commit, is_tested=attempts > 0)
+    tree = workspace.collect_tree(base_commit, tested_tree)
     if tree is None:
         return ""
     title = request.title

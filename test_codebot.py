@@ -5507,13 +5507,6 @@ def test_litter_of_failed_test_is_not_committed_after_next_one(
     assert changed.split() == ["done", "fixed"]
 
 
-def test_tree_that_no_test_has_passed_with_is_not_taken(shared: Site) -> None:
-    plan = f"git rev-parse HEAD^{{tree}} >.git/codebot-tested; {SAY_HELLO}"
-    shared.agent.follow(plan)
-    branch = shared.api.completed(shared.api.submit())["branch_name"]
-    assert shared.repository.show(branch, "hello.txt") == "hello"
-
-
 def test_what_tests_commit_is_not_pushed(shared: Site) -> None:
     command = "echo >litter; git add -A; git commit -qm litter"
     branch = shared.api.completed(shared.api.submit(test_command=command))[
