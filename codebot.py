@@ -2821,31 +2821,15 @@ class GitHubRepository:
 # would carry the token to another host. git gives up on a server that sends less than a
 # byte a second for 60 seconds. `core.fsync` (git 2.36) keeps a power cut from leaving
 # empty files. Without quotePath, file names are printed as they are.
-GIT = (
-    "git",
-    "-c",
-    "gc.auto=0",
-    "-c",
-    "maintenance.auto=false",
-    "-c",
-    "core.fsync=all",
-    "-c",
-    "http.followRedirects=false",
-    "-c",
-    "http.lowSpeedLimit=1",
-    "-c",
-    "http.lowSpeedTime=60",
-    "-c",
-    "core.quotePath=false",
+GIT = shlex.split(
+    "git -c gc.auto=0 -c maintenance.auto=false -c core.fsync=all"
+    " -c http.followRedirects=false -c http.lowSpeedLimit=1 -c http.lowSpeedTime=60"
+    " -c core.quotePath=false"
 )
-GIT_FETCH = (
-    "fetch",
-    "--quiet",
-    "--no-tags",
-    "--no-recurse-submodules",
-    "--no-write-fetch-head",
+GIT_FETCH = shlex.split(
+    "fetch --quiet --no-tags --no-recurse-submodules --no-write-fetch-head"
 )
-GIT_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color")
+GIT_DIFF = shlex.split("diff --no-ext-diff --no-textconv --no-color")
 EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # in every repository
 
 
