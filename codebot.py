@@ -387,52 +387,12 @@ log = logging.getLogger("codebot")
 
 __version__ = "1.0.0"
 
-# A job fails after this many interruptions: crashes, and retries that run the agent again.
+# A job fails at this number of crashes and of retries that run the agent again, together.
 MAX_INTERRUPTIONS = 3
 RETRY_DELAY = 60.0  # seconds until a job is retried after a transient error
 # Seconds after which a transient error is no longer retried.
 RETRY_LIMIT = {"task": 3600.0, "review": 86400.0}
-TIMER_INTERVAL = 1.0  # seconds between checks for jobs that are due, at most
-CLEANUP_INTERVAL = 60.0  # seconds between cleanups, at most
-DATABASE_RETRY_DELAY = 5.0  # seconds until a failed write to the database is retried
-DATABASE_TEST_INTERVAL = 10.0  # seconds between tests of the database
-
-GIT_TIMEOUT = 1800.0  # seconds for one git command
-MIN_GIT_TIMEOUT = 60.0  # seconds, at least, for a git command in a workspace
-PROBE_TIMEOUT = 30.0  # seconds to try the sandbox, and before that to get a node
-STOP_TIMEOUT = 10.0  # seconds that the workers have to end when codebot stops
-# Seconds between SIGTERM and SIGKILL, so that git can remove its lock files. (What runs
-# in bwrap is killed at once.)
-KILL_GRACE = 2.0
-# seconds that the agent may still run after its result, or after a rejected key
-RESULT_GRACE = 5.0
 PRIVATE_UMASK = 0o077  # other users must not read what codebot creates
-MAX_LINE_BYTES = 8 << 20  # the beginning of a longer line is replaced by a note
-MAX_OUTPUT_BYTES = 1 << 30  # a program is ended when its output file is larger
-READ_BYTES = 64 << 10  # of output read at a time; the limits are checked in between
-KEPT_LINES = 400  # how many of the last lines of a program's output are kept
-MAX_KEPT_CHARS = 10_000  # of each of these lines
-MAX_EVENT_CHARS = 4000  # a longer event is truncated
-MAX_OUTPUT_EVENTS = 10_000  # kept from one run of the agent or of the tests
-# The sources of the events that count toward MAX_OUTPUT_EVENTS.
-LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")
-LOW_DISK_BYTES = 1 << 30  # `check` warns if less space is free
-# With less free space codebot does not start, and if a program fails, the full disk is
-# taken for the cause.
-FULL_DISK_BYTES = 1 << 20
-# Seconds that an unused mirror is kept, in addition to CODEBOT_TASK_RETENTION.
-MIRROR_RETENTION = 30 * 86400.0
-MAINTENANCE_INTERVAL = 6 * 3600.0  # seconds between looks at the mirrors
-DELIVERY_RETENTION = 7 * 86400.0  # seconds; GitHub can redeliver for 3 days (GHES: 7)
-DAILY_REVIEW_JOBS = 50  # reviews of one pull request in 24 hours
-# A review with a larger change fails if others push in the meantime.
-MAX_PATCH_BYTES = 256 << 20
-MAX_PUSHES = 3  # attempts to push a review's change when others push at the same time
-GITHUB_TIMEOUT = 30.0  # seconds that GitHub has to answer
-GITHUB_ATTEMPTS = 4  # how often a request to GitHub is sent, at most
-GITHUB_RETRY_DELAY = 0.5  # seconds before the second attempt; doubles with each attempt
-MAX_INLINE_WAIT = 5.0  # seconds; if GitHub asks for a longer wait, the job is requeued
-MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, even if GitHub or a proxy asks for more
 
 T = TypeVar("T")
 # JSON as it arrives from outside: anything may be in it.
@@ -1200,6 +1160,21 @@ def login_secrets(word: str, is_proxy: bool) -> set[str]:
 # --no-github, which inherits codebot's environment: see remote_environment. CODEBOT_RUN
 # is in every environment. By it codebot finds processes that have left their group.
 
+GIT_TIMEOUT = 1800.0  # seconds for one git command
+MAX_OUTPUT_BYTES = 1 << 30  # a program is ended when its output file is larger
+# Seconds between SIGTERM and SIGKILL, so that git can remove its lock files. (What runs
+# in bwrap is killed at once.)
+KILL_GRACE = 2.0
+# seconds that the agent may still run after its result, or after a rejected key
+RESULT_GRACE = 5.0
+MAX_LINE_BYTES = 8 << 20  # the beginning of a longer line is replaced by a note
+READ_BYTES = 64 << 10  # of output read at a time; the limits are checked in between
+KEPT_LINES = 400  # how many of the last lines of a program's output are kept
+MAX_KEPT_CHARS = 10_000  # of each of these lines
+# With less free space codebot does not start, and if a program fails, the full disk is
+# taken for the cause.
+FULL_DISK_BYTES = 1 << 20
+
 
 def do_nothing(*args: object) -> None:
     pass
@@ -1766,6 +1741,7 @@ def stop_all_launched(config: Config, only_if: str = "") -> None:
 # the work directory, only the job's own directories and its repository's objects are
 # put back.
 
+PROBE_TIMEOUT = 30.0  # seconds to try the sandbox, and before that to get a node
 # Directories that programs need and that therefore cannot be covered. hiding_problems
 # adds the directories on PATH.
 SYSTEM_DIRECTORIES = (
@@ -2069,6 +2045,11 @@ class Sandbox:
 # repository, which can read and write its contents, pull requests and issues. A token
 # lives for an hour and is kept in memory only.
 
+GITHUB_TIMEOUT = 30.0  # seconds that GitHub has to answer
+GITHUB_ATTEMPTS = 4  # how often a request to GitHub is sent, at most
+GITHUB_RETRY_DELAY = 0.5  # seconds before the second attempt; doubles with each attempt
+MAX_INLINE_WAIT = 5.0  # seconds; if GitHub asks for a longer wait, the job is requeued
+MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, even if GitHub or a proxy asks for more
 # "workflows" is left out, so GitHub refuses a push that changes .github/workflows.
 TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "write"}
 # Which token a request uses. A repository's id, which is above 0, means that repository's
@@ -3314,6 +3295,18 @@ CANCELLED_TEXT = {
     "review": "The pull request was closed",
 }
 
+# What a retry depends on. Three columns of jobs:
+#   not_before        When a pending job may start (0: now). requeue sets it.
+#   transient_since   When a series of transient errors began (0: there is none). One that
+#                     comes more than RETRY_LIMIT later fails the job. A start or stop of
+#                     the server sets it anew, if it is set. It is reset when work is saved,
+#                     and when the agent starts.
+#   interruptions     The crashes, and the retries that run the agent again, because they
+#                     cost money. It is reset when work is saved. At MAX_INTERRUPTIONS the
+#                     job fails. A stop of the server does not count.
+# And JobRun.agent_ran_since_save, by which a run knows that a retry would run the agent
+# again. The times are seconds since 1970.
+
 SCHEMA_VERSION = 6
 SCHEMA = """
 CREATE TABLE jobs (
@@ -3353,10 +3346,6 @@ CREATE TABLE jobs (
     --   'none'                nothing, for example thanks
     --   'limit'               not classified: the pull request has had its reviews today
     request_kind TEXT NOT NULL DEFAULT '',
-    -- `interruptions` counts the crashes, and the retries that run the agent again, since
-    -- the job last stored finished work. A stop of the server does not count.
-    -- `not_before` is when a pending job may start (0: now). `transient_since` is when a
-    -- series of transient errors began (0: there is none). Both are seconds since 1970.
     interruptions INTEGER NOT NULL DEFAULT 0,
     not_before REAL NOT NULL DEFAULT 0,
     transient_since REAL NOT NULL DEFAULT 0,
@@ -4457,6 +4446,13 @@ def insert_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
 #
 # The work directory, the one Codebot object, and a JobRun for each running job.
 
+DATABASE_RETRY_DELAY = 5.0  # seconds until a failed write to the database is retried
+MIN_GIT_TIMEOUT = 60.0  # seconds, at least, for a git command in a workspace
+MAX_EVENT_CHARS = 4000  # a longer event is truncated
+MAX_OUTPUT_EVENTS = 10_000  # kept from one run of the agent or of the tests
+# The sources of the events that count toward MAX_OUTPUT_EVENTS.
+LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")
+
 
 def take_work_dir(config: Config) -> None:
     """Create and lock the work directory, and use it for temporary files.
@@ -4719,7 +4715,7 @@ class JobRun:
         # When the agent and the tests must end; None until time_left() is first called.
         self.deadline: float | None = None
         self.events_left = MAX_OUTPUT_EVENTS  # in this phase
-        # Whether the agent has run since work was last stored. If so, a retry reruns it.
+        # Set when the agent starts, and reset when work is saved.
         self.agent_ran_since_save = False
 
     def check_stop(self) -> None:
@@ -4803,6 +4799,8 @@ class JobRun:
 # the sandbox. codebot takes one thing from the workspace: the tree that the agent left. It
 # makes the commit itself, in the outbox, a bare repository that bwrap does not show.
 
+# A review with a larger change fails if others push in the meantime.
+MAX_PATCH_BYTES = 256 << 20
 # Every script of Workspace begins with this. It removes the lock files that a killed git
 # may have left, and defines `g`: git without hooks, fsmonitor, signing and gc.
 GIT_FUNCTION = """
@@ -6022,6 +6020,8 @@ def react_to_issue(workspace: Workspace) -> None:
 
 # --- Review ------------------------------------------------------------------
 
+DAILY_REVIEW_JOBS = 50  # reviews of one pull request in 24 hours
+MAX_PUSHES = 3  # attempts to push a review's change when others push at the same time
 # GitHub allows 80 writes a minute. A review that spent them on reactions, in every run,
 # would never get any further.
 MAX_REACTIONS = 30
@@ -6798,6 +6798,13 @@ class Sync:
 
 # --- Workers and cleanup -----------------------------------------------------
 
+TIMER_INTERVAL = 1.0  # seconds between checks for jobs that are due, at most
+CLEANUP_INTERVAL = 60.0  # seconds between cleanups, at most
+DATABASE_TEST_INTERVAL = 10.0  # seconds between tests of the database
+MAINTENANCE_INTERVAL = 6 * 3600.0  # seconds between looks at the mirrors
+# Seconds that an unused mirror is kept, in addition to CODEBOT_TASK_RETENTION.
+MIRROR_RETENTION = 30 * 86400.0
+DELIVERY_RETENTION = 7 * 86400.0  # seconds; GitHub can redeliver for 3 days (GHES: 7)
 # The host is short of disk space, descriptors, memory or processes for a while.
 TRANSIENT_ERRNOS = (
     errno.ENOSPC,
@@ -6949,25 +6956,12 @@ def ending_of_skipped_review(run: JobRun, error: ReviewSkipped) -> Ending:
     return Ending("failed", "cancelled", f"The review was skipped: {error}")
 
 
-# What a retry depends on:
-#   not_before             Until then, the job does not start. requeue sets it.
-#   transient_since        The first transient error sets it. One that comes more than
-#                          RETRY_LIMIT later fails the job. A start or stop of the server
-#                          sets it anew, if it is set. It is reset when work is saved, and
-#                          when the agent starts.
-#   agent_ran_since_save   If it is set, a retry would pay for the agent again, so
-#                          `interruptions` grows by 1. Set when the agent starts, and reset
-#                          when work is saved.
-#   interruptions          At MAX_INTERRUPTIONS the job fails. It also grows at a crash, and
-#                          is reset when work is saved.
-
-
 def ending_after_transient_error(
     run: JobRun, error: str, retry_at: float = 0.0
 ) -> Ending:
     """Return a retry later, or a failure after too many interruptions or too long.
 
-    A retry that would run the agent again costs money, so it counts as an interruption.
+    See "What a retry depends on", before SCHEMA.
     """
     job = run.job
     now = time.time()
@@ -9256,6 +9250,7 @@ HOST_CHECKS = (check_programs, check_settings, check_safety)
 # database, sandbox and the App's key; port; threads.
 # The stop: workers, whose jobs are requeued; the process, and all connections with it.
 
+STOP_TIMEOUT = 10.0  # seconds that the workers have to end when codebot stops
 PR_SET_DUMPABLE = 4  # of prctl(2)
 MAIN_INTERVAL = 0.1  # seconds: how often the main thread looks for what has changed
 MAX_DESCRIPTORS = 65536  # open files at the same time, if the host allows so many
@@ -9547,6 +9542,7 @@ def run(flags: Flags) -> int:
 
 # --- check -------------------------------------------------------------------
 
+LOW_DISK_BYTES = 1 << 30  # `check` warns if less space is free
 CHECK_TIMEOUT = 1.5  # seconds for GitHub to answer; with a retry at most 5 in all
 
 
