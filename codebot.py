@@ -6069,6 +6069,7 @@ def run_review(run: JobRun) -> None:
     review = load_comments(review)
     if not review.comments:
         raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} anymore")
+    react_to_comments(review)
     if not run.job.error:  # else only the error is posted
         prepare_answers(review)
     answer_threads(review)
@@ -6188,14 +6189,13 @@ def load_comments(review: Review) -> Review:
     """Return the review with its reviewer's comments, except those deleted since.
 
     Before the request is classified, the reviewer's other waiting comments join the
-    review. Adds an "eyes" reaction to those of the first MAX_REACTIONS that take one.
+    review.
     """
     run = review.run
-    github_repository = review.github_repository
     # A delivery is only a claim. GitHub is asked for the authors and the current texts.
     current = {
         (comment.place, comment.id): comment
-        for comment in github_repository.comments(review.number)
+        for comment in review.github_repository.comments(review.number)
     }
     if not run.job.request_kind:
         # Some may not be delivered yet, for example the rest of a GitHub review.
@@ -6207,16 +6207,18 @@ def load_comments(review: Review) -> Review:
         comment = current.get((stored.place, stored.id))
         if comment is None and may_appear_later(review, stored):
             raise TransientError("GitHub does not list a comment yet")
-        if comment is None or comment.user != run.job.reviewer:
-            continue
-        comments.append(comment)
-        if len(comments) > MAX_REACTIONS:
-            continue
-        if comment.place == "inline":
-            github_repository.react(f"/pulls/comments/{comment.id}")
-        elif comment.place == "conversation":
-            github_repository.react(f"/issues/comments/{comment.id}")
+        if comment is not None and comment.user == run.job.reviewer:
+            comments.append(comment)
     return review._replace(comments=comments)
+
+
+def react_to_comments(review: Review) -> None:
+    """Show on the comments that they have been picked up."""
+    for comment in review.comments[:MAX_REACTIONS]:
+        if comment.place == "inline":
+            review.github_repository.react(f"/pulls/comments/{comment.id}")
+        elif comment.place == "conversation":
+            review.github_repository.react(f"/issues/comments/{comment.id}")
 
 
 def apply_daily_limit(run: JobRun) -> None:
