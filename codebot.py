@@ -88,8 +88,8 @@ WHO IS TRUSTED WITH WHAT
                  repository. GitHub is asked at every start of the review, and again
                  before its commit is pushed. For a person who labels an issue, GitHub is
                  asked when the task is submitted. (A refusal is remembered for a minute.)
-                 Nobody else can start the agent, but the text of a labeled issue may be
-                 anyone's. Anyone's comment is stored as a pending review.
+                 Nobody else at GitHub can start the agent, but the text of a labeled issue
+                 may be anyone's. Anyone's comment is stored as a pending review.
   Others at GitHub   can stop work, if they may remove the label or close the pull
                  request. (Closing the issue stops nothing.) A workflow that labels or
                  comments with a person's token counts as that person, and so does a
@@ -750,7 +750,12 @@ class Config:
 
     @property
     def git_address(self) -> str:
-        """The address of git, derived from the API's (GHES, github.com or GHE.com)."""
+        """The address of git, derived from the API's.
+
+        https://ghe.acme.com/api/v3   https://ghe.acme.com
+        https://api.github.com        https://github.com
+        https://api.acme.ghe.com      https://acme.ghe.com
+        """
         address = self.github_api.lower()  # as parse_repository_url compares it
         if address.endswith("/api/v3"):
             return address.removesuffix("/api/v3")
@@ -1003,9 +1008,8 @@ def forms_of(secrets: Iterable[str]) -> list[str]:
         if len(secret) >= MIN_REDACTED_LENGTH:
             forms.add(secret)
             data = secret.encode("utf-8", "surrogateescape")
-            # git sends base64("x-access-token:" + TOKEN). The prefix has 15 bytes, a
-            # multiple of 3, so base64(TOKEN) appears in it unchanged. At another offset
-            # it would not be recognized.
+            # git sends base64("x-access-token:" + TOKEN). It contains base64(TOKEN),
+            # because the prefix has 15 bytes, a multiple of 3.
             for encode in (base64.b64encode, base64.urlsafe_b64encode):
                 forms.add(encode(data).decode().rstrip("="))
     return sorted(forms, key=len, reverse=True)
@@ -1604,8 +1608,8 @@ def end_tagged_processes(run_tag: str) -> None:
 def base_environment(config: Config) -> dict[str, str]:
     """Return a program's minimal environment, which callers extend.
 
-    CODEBOT_RUN is WORKDIR-PROCESS-JOB: a hash of the work directory, a random number
-    for this codebot process, and the job's id.
+    CODEBOT_RUN is WORKDIR-PROCESS-JOB, such as 5f0c3a9d1e27-8b1d44c0-JOB: a hash of the
+    work directory, a random number for this codebot process, and the job's id.
     """
     return {
         "PATH": config.search_path,
@@ -3213,7 +3217,8 @@ class Mirror(GitDirectory):
         """Create the mirror, unless this repository already has one.
 
         A mirror of another repository, which had the name before, is discarded: otherwise
-        an agent could read its contents. The lock must be held.
+        an agent could read its contents. (With --no-github, codebot cannot know that.) The
+        lock must be held.
         """
         repository_id = "unknown"  # with --no-github
         if repository.github_repository is not None:
@@ -7068,7 +7073,8 @@ def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
 
     When a worker starts a job, jobs_due is set, and the next ones are queued. So a retry
     need not wait for all jobs that were submitted meanwhile, and retries that always fail
-    hold up neither new jobs nor each other. ``only_job`` is the only job that may start.
+    hold up neither new jobs nor each other, except on the same pull request. ``only_job``
+    is the only job that may start.
     """
     codebot.jobs_due.wait(TIMER_INTERVAL)
     codebot.jobs_due.clear()
@@ -7682,7 +7688,7 @@ def event_stream(codebot: Codebot, task_id: str, after: int) -> EventStream:
 
 
 def health(codebot: Codebot, request: Request) -> Response:
-    """Return whether the server accepts tasks. Reads the database, but never writes."""
+    """Return whether the server and its database work. Nothing is written."""
     sizes = {"review_queue_size": 0, "task_queue_size": 0}
     status = "healthy" if codebot.store.writable else "unhealthy"
     try:
@@ -7758,7 +7764,8 @@ class NoAction(Exception):
 def webhook(codebot: Codebot, request: Request) -> Response:
     """Accept a delivery from GitHub. A comment is on disk before the answer is sent.
 
-    For other events, the sync thread looks at GitHub, as it does at every start.
+    For other events, the sync thread looks at GitHub, as it does at every start. What a
+    delivery says is logged only in part: %.99s writes at most 99 characters.
     """
     event = request.headers.get("x-github-event", "")
     guid = request.headers["x-github-delivery"]
@@ -8561,7 +8568,7 @@ def page(codebot: Codebot, request: Request) -> Response:
 
 MAX_CONNECTIONS = 512
 MAX_STREAMS = 128  # event streams that are open at the same time
-MAX_BUFFERED_BYTES = 64 << 20  # of all request bodies that are in memory, together
+MAX_BUFFERED_BYTES = 64 << 20  # of all request bodies, as they were received, together
 # The states of a connection, and the seconds that it may stay in each.
 STATE_TIMEOUTS = {
     "waiting": 75.0,  # for a request
