@@ -451,7 +451,7 @@ class LimitReached(Exception):
     """A program was ended by a limit.
 
     The message is a predicate, such as "took more than 5 s". The caller puts the name of
-    the program before it. (NoFreeNode has a whole sentence.)
+    the program before it.
     """
 
 
@@ -1423,7 +1423,7 @@ class RunningProgram:
             raise TooMuchOutput(f"printed more than {MAX_OUTPUT_BYTES >> 30} GiB")
         if self.launch is not None and not self.is_on_node:
             if now > self.started + self.launch.timeout:
-                raise NoFreeNode("no node became free")
+                raise NoFreeNode("got no free node")
             return
         if now > self.started + self.limits.timeout:
             raise TimedOut(f"took more than {self.limits.timeout:.0f} s")
@@ -4651,7 +4651,7 @@ class Codebot:
         try:
             self.sandbox.probe()
         except NoFreeNode as error:
-            log.warning("The launcher and the sandbox were not tested: %s", error)
+            log.warning("The sandbox was not tested: the launcher %s", error)
         if self.github is not None:
             try:
                 self.github.sign_jwt()
@@ -9583,7 +9583,7 @@ def check_sandbox(codebot: Codebot) -> Iterator[Finding]:
     try:
         result = codebot.sandbox.probe(*command)
     except NoFreeNode as error:
-        yield Finding("warn", f"The launcher and the sandbox were not tested: {error}.")
+        yield Finding("warn", f"The sandbox was not tested: the launcher {error}.")
         return
     if not codebot.sandbox.is_none:
         yield Finding("ok", f"Sandbox: {codebot.sandbox.describe()}")

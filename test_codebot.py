@@ -12245,7 +12245,7 @@ def test_server_starts_although_no_node_is_free(cluster: StandInCluster) -> None
     cluster.busy.touch()
     limits = {**LAUNCH_LIMITS, "PROBE_TIMEOUT": 0.3}
     site.server.start(limits=limits, **cluster.settings(), CODEBOT_LAUNCH_TIMEOUT="1")
-    site.server.wait_for_log("were not tested: no node became free")
+    site.server.wait_for_log("was not tested: the launcher got no free node")
     error = site.api.failed(site.api.submit(), "timeout")
     assert error == "No node became free within 1 s (CODEBOT_LAUNCH_TIMEOUT)"
     cluster.assert_empty()
