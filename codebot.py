@@ -5341,15 +5341,23 @@ ANSWER_SCHEMA = """\
     "summary": {"type": "string"}
   }
 }"""
-# The CLI's options say what a run may do and how it answers. They include WRITING_OPTIONS
-# if the run may change files, and READING_OPTIONS if it only reads.
-WRITING_OPTIONS = (
+
+
+class AgentOptions(NamedTuple):
+    """The CLI's options for one kind of run: what it may do, and how it answers."""
+
+    arguments: Sequence[str]
+    max_turns: int = 0  # 0: no limit but the operator's
+
+
+# For a run that may change files, and for one that only reads.
+WRITING_ARGUMENTS = (
     "--permission-mode",
     "bypassPermissions",
     "--tools",
     "Bash,Read,Edit,Write,Glob,Grep,NotebookEdit,TaskCreate,TaskUpdate,TaskList",
 )
-READING_OPTIONS = (
+READING_ARGUMENTS = (
     "--permission-mode",
     "dontAsk",
     "--no-session-persistence",
@@ -5357,36 +5365,44 @@ READING_OPTIONS = (
     "--settings",
     '{"env": {"CLAUDE_CODE_MAX_RETRIES": "4"}}',
 )
-CODING_OPTIONS = (*WRITING_OPTIONS, "--append-system-prompt", CODING_RULES)
-CHANGE_OPTIONS = (
-    *WRITING_OPTIONS,
-    "--append-system-prompt",
-    f"{CODING_RULES}\n{ANSWER_RULES}",
-    "--json-schema",
-    ANSWER_SCHEMA,
+CODING_OPTIONS = AgentOptions(
+    (*WRITING_ARGUMENTS, "--append-system-prompt", CODING_RULES)
 )
-ANSWER_OPTIONS = (
-    *READING_OPTIONS,
-    "--tools",
-    "Read,Glob,Grep",
-    "--append-system-prompt",
-    ANSWER_RULES,
-    "--json-schema",
-    ANSWER_SCHEMA,
+CHANGE_OPTIONS = AgentOptions(
+    (
+        *WRITING_ARGUMENTS,
+        "--append-system-prompt",
+        f"{CODING_RULES}\n{ANSWER_RULES}",
+        "--json-schema",
+        ANSWER_SCHEMA,
+    )
 )
-CLASSIFY_OPTIONS = (
-    *READING_OPTIONS,
-    "--tools",
-    "",
-    "--system-prompt",  # replaces the CLI's own, which is for coding
-    CLASSIFY_RULES,
-    "--json-schema",
-    CLASSIFY_SCHEMA,
-    "--model",
-    "haiku",
+ANSWER_OPTIONS = AgentOptions(
+    (
+        *READING_ARGUMENTS,
+        "--tools",
+        "Read,Glob,Grep",
+        "--append-system-prompt",
+        ANSWER_RULES,
+        "--json-schema",
+        ANSWER_SCHEMA,
+    ),
+    max_turns=20,
 )
-# By the options of the run. The operator's settings may allow fewer turns.
-MAX_TURNS = {ANSWER_OPTIONS: 20, CLASSIFY_OPTIONS: 4}
+CLASSIFY_OPTIONS = AgentOptions(
+    (
+        *READING_ARGUMENTS,
+        "--tools",
+        "",
+        "--system-prompt",  # replaces the CLI's own, which is for coding
+        CLASSIFY_RULES,
+        "--json-schema",
+        CLASSIFY_SCHEMA,
+        "--model",
+        "haiku",
+    ),
+    max_turns=4,
+)
 # The CLI's options for the task's session, whose id is the task's id.
 BEGIN_SESSION = "--session-id"
 CONTINUE_SESSION = "--resume"
@@ -5545,7 +5561,7 @@ def tool_result_text(content: Json) -> str:
 def ask_agent(
     workspace: Workspace,
     prompt: str,
-    options: tuple[str, ...],
+    options: AgentOptions,
     session_option: str = "",
     attempt: int = 1,
     phase: str = "agent",
@@ -5581,9 +5597,7 @@ def ask_agent(
     return agent_run.answer()
 
 
-def agent_command(
-    run: JobRun, options: tuple[str, ...], session_option: str
-) -> list[str]:
+def agent_command(run: JobRun, options: AgentOptions, session_option: str) -> list[str]:
     """Return the CLI's command line. CODEBOT_CLAUDE_ARGS comes last, so it prevails.
 
     Raises JobFailed if the job's budget is used up.
@@ -5591,10 +5605,10 @@ def agent_command(
     config = run.config
     argv = [*config.claude_command, "-p", "--verbose"]
     argv += ["--output-format", "stream-json"]
-    argv += ["--strict-mcp-config", "--setting-sources", "", *options]
+    argv += ["--strict-mcp-config", "--setting-sources", "", *options.arguments]
     if session_option:
         argv += [session_option, run.job.task_id]
-    turns = [limit for limit in (MAX_TURNS.get(options), config.max_turns) if limit]
+    turns = [limit for limit in (options.max_turns, config.max_turns) if limit]
     if turns:
         argv += ["--max-turns", str(min(turns))]
     if config.budget:
@@ -6334,7 +6348,7 @@ def carry_out(review: Review, text: str) -> None:
 
 
 def continue_session(
-    review: Review, base_commit: str, prompt: str, options: tuple[str, ...]
+    review: Review, base_commit: str, prompt: str, options: AgentOptions
 ) -> JsonObject:
     """Continue the task's session; if it is lost, begin one with the task and the diff.
 
