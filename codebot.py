@@ -220,6 +220,7 @@ KNOWN LIMITATIONS
     writes a secret in another way, such as backwards, into a binary file, or as the name
     of an empty directory, can publish it. Of the variables that the operator lists,
     codebot knows those whose names suggest a secret.
+  - A change may move a submodule that the repository has to any commit.
   - Without a budget, only the time limits what a run may cost. A budget relies on the
     cost that the agent reports, and a run that is interrupted reports none.
 
@@ -9864,7 +9865,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def reset_inherited_state() -> None:
-    """Undo what a parent process may have done that codebot cannot work with."""
+    """Undo what a parent, such as a shell script, may have done that codebot cannot bear."""
     # If SIGCHLD were ignored, every program's exit code would be 0.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # If 0, 1 or 2 were closed, files and pipes of codebot's could get these numbers.
