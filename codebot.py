@@ -84,10 +84,10 @@ WHO IS TRUSTED WITH WHAT
                  configuration of codebot's user sends to every server. A task's test
                  command is a shell command, so a client can run anything in the sandbox.
                  GitHub is not asked what the person behind the key may read or write.
-  A reviewer     has an effect only if GitHub reports that they have write access to the
-                 repository. GitHub is asked at every start of the review, and again
-                 before its commit is pushed. For a person who labels an issue, GitHub is
-                 asked when the task is submitted. (A refusal is remembered for a minute.)
+  A reviewer, and a person who labels an issue   have an effect only if GitHub reports
+                 that they have write access to the repository. GitHub is asked at every
+                 start of the job, before its agent runs, and again before its commit is
+                 pushed. (A refusal is remembered for a minute.)
                  Nobody else at GitHub can start the agent, but the text of a labeled issue
                  may be anyone's. Anyone's comment is stored as a pending review.
   Others at GitHub   can stop work, if they may remove the label or close the pull
@@ -5653,6 +5653,7 @@ def run_task(run: JobRun) -> None:
     if is_only_push_left(workspace):
         run.log_event("codebot", f"Continued after commit {run.job.commit_id}")
     else:
+        check_labeler(workspace)
         react_to_issue(workspace)
         clone(workspace)
         prompt = f"Task:\n{delimited('task', task_text(run.job.request))}"
@@ -5730,6 +5731,24 @@ def check_repository(
             f"{repository.full_name} is archived, so nothing can be pushed to it. "
             "Unarchive it at GitHub, and submit the task again.",
         )
+
+
+def check_labeler(workspace: Workspace) -> None:
+    """Raise JobFailed unless the person who labeled the issue has write access now.
+
+    If there is a commit, which has cost something, a refusal is believed only in a retry.
+    A task that a client has submitted passes.
+    """
+    job = workspace.run.job
+    prefix, _, login = job.submitted_by.partition(":")  # a client has none
+    github_repository = workspace.repository.github_repository
+    if prefix != "github" or github_repository is None:
+        return
+    if not github_repository.has_write_access(login):
+        problem = f"{login}, who labeled the issue, has no write access"
+        if job.commit_id and not job.transient_since:
+            raise TransientError(problem)
+        raise JobFailed("cancelled", problem)
 
 
 def name_workspace(run: JobRun) -> None:
@@ -5950,6 +5969,7 @@ def push_task_commit(workspace: Workspace) -> None:
     """Push the stored commit. From here on the task cannot be cancelled."""
     run = workspace.run
     run.set_phase("push")
+    check_labeler(workspace)
     was_pushing = run.job.push_started  # in an earlier run, which was interrupted
     if not run.store.begin_push(run.job.id):
         raise Cancelled()

@@ -9214,6 +9214,48 @@ def test_payload_cannot_make_up_a_label(shared: Site) -> None:
     assert shared.repository.answers(issue.number) == []
 
 
+def test_task_of_a_labeler_who_lost_write_access_does_not_start(fresh: Site) -> None:
+    fresh.repository.permissions["gina"] = "write"
+    fresh.server.start()
+    issue = open_issue(fresh)
+    hold = fresh.github.hold("GET /users/*")
+    fresh.person("gina").label(issue.number)
+    hold.wait()
+    task = issue.task()
+    del fresh.repository.permissions["gina"]
+    hold.release()
+    error = fresh.api.failed(task, "cancelled")
+    assert error == "gina, who labeled the issue, has no write access"
+    assert fresh.agent.runs() == []
+
+
+def test_change_of_a_labeler_who_lost_write_access_is_not_pushed(fresh: Site) -> None:
+    fresh.repository.permissions["gina"] = "write"
+    fresh.server.start(limits={"RETRY_DELAY": 0.1, "ACCESS_REFUSAL_TTL": 0.0})
+    fresh.agent.follow(f"block; {SAY_HELLO}")
+    issue = open_issue(fresh)
+    fresh.person("gina").label(issue.number)
+    fresh.agent.wait_until_blocked()
+    del fresh.repository.permissions["gina"]
+    fresh.agent.release()
+    fresh.api.failed(issue.task(), "cancelled")
+    assert fresh.repository.branches() == ["main"]
+
+
+def test_change_for_an_issue_is_pushed_although_github_denies_access_once(
+    fresh: Site,
+) -> None:
+    fresh.server.start(limits={"RETRY_DELAY": 0.1, "ACCESS_REFUSAL_TTL": 0.0})
+    fresh.agent.follow(f"block; {SAY_HELLO}")
+    issue = open_issue(fresh)
+    fresh.person("alice").label(issue.number)
+    fresh.agent.wait_until_blocked()
+    fresh.repository.fail("GET /collaborators/alice/permission", 404, {"message": ""})
+    fresh.agent.release()
+    fresh.api.completed(issue.task())
+    assert len(fresh.agent.runs()) == 1
+
+
 def test_label_event_is_handled_once(shared: Site) -> None:
     shared.agent.follow(GIVE_UP)
     issue = open_issue(shared)
