@@ -207,7 +207,9 @@ KNOWN LIMITATIONS
   The agent
   - Its events, summary, cost and turns are self-reported. "The tests passed" means that
     the command exited with 0 in a workspace where the agent could have changed the
-    tests, and files in HOME that they read.
+    tests, and files in HOME that they read. An agent can have git record other contents
+    than those that were tested, such as by a filter. What is recorded is inspected before
+    it is pushed.
   - The agent's home, with its session, is kept for the reviews of its pull request,
     for CODEBOT_TASK_RETENTION after the last one. What has misled the agent once, or was
     left there by a test, is still there when a trusted reviewer's request is carried out.
@@ -1101,10 +1103,7 @@ def configured_secrets(config: Config) -> set[str]:
     """
     variables = config.variables
     names = [*MODEL_KEY_NAMES, *OWN_SECRET_NAMES]
-    for name in config.agent_env:
-        value = variables.get(name, "")
-        if SECRET_NAME_RE.search(name) or ADDRESS_WITH_QUERY_RE.search(value):
-            names.append(name)
+    names += filter(SECRET_NAME_RE.search, config.agent_env)
     secrets = {*config.api_keys}
     secrets.update(variables.get(name, "").strip(BLANKS) for name in names)
     # With --no-github, git also uses ALL_PROXY.
@@ -4828,7 +4827,7 @@ git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
 # Adds all files to the index and prints the id of their tree, after git's messages.
 RECORD_SCRIPT = """
-g add -A 2>&1 && g write-tree
+g add -A >&2 && g write-tree
 """
 # Brings back the files of the tree $1, whatever a test has changed. Other files are
 # removed, but ignored ones, such as installed packages, stay.
@@ -5864,10 +5863,14 @@ def run_tests_once(
     """
     recorded = workspace.script(RECORD_SCRIPT)
     if recorded.code != 0:
-        return "", recorded
-    tree = recorded.stdout[-1]
+        workspace.run.log_event("git", f"Cannot read the files: {recorded.error}")
+        return "", recorded._replace(stdout=recorded.stderr)
+    tree = "\n".join(recorded.stdout)
+    if not re.fullmatch("[0-9a-f]{40}", tree):  # something else wrote there
+        raise JobFailed("agent_failed", f"git printed no tree, but {tree[:200]!r}")
     result = run_test_command(workspace, command, attempt)
-    # A file that cannot be removed does not matter: the tree is committed.
+    # If the test passed, a file that cannot be removed does not matter: the tree is
+    # committed.
     workspace.script(RESTORE_SCRIPT, tree)
     return tree, result
 

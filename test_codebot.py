@@ -5507,6 +5507,42 @@ def test_litter_of_failed_test_is_not_committed_after_next_one(
     assert changed.split() == ["done", "fixed"]
 
 
+def plan_with_filter(command: str) -> str:
+    """Return the plan of an agent that has git run a command on each file it adds."""
+    return (
+        f"git config filter.x.clean {shlex.quote(command)}; "
+        "mkdir -p .git/info; echo '* filter=x' >.git/info/attributes; "
+        "echo hello >hello.txt; result"
+    )
+
+
+def test_filter_may_print_messages_before_a_test(shared: Site) -> None:
+    shared.agent.follow(plan_with_filter("printf cleaned >&2; cat"))
+    task = shared.api.submit(test_command="echo >litter")
+    branch = shared.api.completed(task)["branch_name"]
+    assert "litter" not in shared.repository.git("ls-tree", "--name-only", branch)
+
+
+def test_filter_cannot_write_into_what_codebot_reads(shared: Site) -> None:
+    # The parent of the filter is git, and git's parent is the shell whose output is read.
+    command = (
+        "read -r _ _ _ parent _ </proc/$PPID/stat; "
+        "for file in /proc/$parent/fd/*; do echo x >>$file; done; cat"
+    )
+    shared.agent.follow(plan_with_filter(command))
+    task = shared.api.submit(test_command="true")
+    error = shared.api.failed(task, "agent_failed")
+    assert error.startswith("git printed no tree, but 'x\\n")
+
+
+def test_agent_is_told_why_git_cannot_read_its_files(shared: Site) -> None:
+    shared.agent.follow("[ $purpose = task ] && git init -q inner; echo >done; result")
+    task = shared.api.submit(test_command="rmdir inner 2>/dev/null; rm -rf inner")
+    shared.api.failed(task, "tests_failed")
+    assert "git: Cannot read the files: " in "\n".join(shared.api.messages(task))
+    assert "does not have a commit checked out" in shared.agent.runs("resume")[0].stdin
+
+
 def test_what_tests_commit_is_not_pushed(shared: Site) -> None:
     command = "echo >litter; git add -A; git commit -qm litter"
     branch = shared.api.completed(shared.api.submit(test_command=command))[
