@@ -2724,12 +2724,16 @@ class GitHubRepository:
 
     # Reactions and answers
 
-    def react(self, path: str) -> None:
-        """Add an "eyes" reaction. If that fails, the job goes on without it."""
-        try:
-            self.post(f"{path}/reactions", {"content": "eyes"})
-        except (GitHubError, TransientError) as error:
-            log.info("Could not add a reaction to %s: %s", path, error)
+    def react(self, paths: Iterable[str]) -> None:
+        """Add "eyes" reactions. If GitHub does not answer, the rest is left out."""
+        for path in paths:
+            try:
+                self.post(f"{path}/reactions", {"content": "eyes"})
+            except GitHubError as error:
+                log.info("Could not add a reaction to %s: %s", path, error)
+            except TransientError as error:
+                log.info("Could not add reactions: %s", error)
+                return
 
     def post_once(
         self, number: int, body: str, marker: str, inline_thread: int = 0
@@ -6058,7 +6062,7 @@ def react_to_issue(workspace: Workspace) -> None:
     number = workspace.run.job.issue_number
     github_repository = workspace.repository.github_repository
     if number and github_repository is not None:
-        github_repository.react(f"/issues/{number}")
+        github_repository.react([f"/issues/{number}"])
 
 
 # --- Review ------------------------------------------------------------------
@@ -6257,11 +6261,12 @@ def load_comments(review: Review) -> Review:
 
 def react_to_comments(review: Review) -> None:
     """Show on the comments that they have been picked up."""
-    for comment in review.comments[:MAX_REACTIONS]:
-        if comment.place == "inline":
-            review.github_repository.react(f"/pulls/comments/{comment.id}")
-        elif comment.place == "conversation":
-            review.github_repository.react(f"/issues/comments/{comment.id}")
+    paths = {"inline": "/pulls/comments", "conversation": "/issues/comments"}
+    review.github_repository.react(
+        f"{paths[comment.place]}/{comment.id}"
+        for comment in review.comments[:MAX_REACTIONS]
+        if comment.place in paths  # a GitHub review's text takes no reactions
+    )
 
 
 def apply_daily_limit(run: JobRun) -> None:

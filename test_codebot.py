@@ -8511,8 +8511,9 @@ def test_lost_answers_of_github_double_nothing(pull: Pull) -> None:
 
 def test_failed_reaction_holds_up_no_review(limited: Site) -> None:
     pull = open_pull(limited)
-    limited.repository.fail("POST /pulls/comments/*/reactions", 502, always=True)
-    limited.person("alice").inline("Why?")
+    pattern = "POST /pulls/comments/*/reactions"
+    limited.repository.fail(pattern, 502, always=True)
+    limited.person("alice").review("", "Why?", "And why here?")
     assert pull.review()["status"] == "completed"
     assert "Trying again" not in str(limited.api.messages(pull.task))
 
