@@ -221,7 +221,9 @@ KNOWN LIMITATIONS
     text files of a change, those of 16 or more, in lines of at most 8 MiB. An agent that
     writes a secret in another way, such as backwards, into a binary file, or as the name
     of an empty directory, can publish it. Of the variables that the operator lists,
-    codebot knows those whose names suggest a secret.
+    codebot knows those whose names suggest a secret; in others it knows headers such as
+    X-Api-Key, and addresses with a login, a query or parameters. It does not know a key in
+    the path of an address.
   - A change may move a submodule that the repository has to any commit.
   - Without a budget, only the time limits what a run may cost. A budget relies on the
     cost that the agent reports, and a run that is interrupted reports none.
@@ -1086,8 +1088,8 @@ SECRET_NAME_RE = re.compile(
     "|session|webhook|_pat$",
     re.IGNORECASE,
 )
-# Matches an address with a query, which may hold a key or a signature.
-ADDRESS_WITH_QUERY_RE = re.compile(r"\w://\S*\?")
+# Matches an address with a query or parameters, which may be a key or a signature.
+ADDRESS_WITH_QUERY_RE = re.compile(r"\w://.*[?;#]")
 # Matches names of headers such as X-Api-Key, but not X-Portkey-Provider.
 SECRET_HEADER_RE = re.compile(
     "authorization|cookie|jwt|(key|token|secret|auth|passwd|password|credentials?)$",
@@ -1113,6 +1115,8 @@ def configured_secrets(config: Config) -> set[str]:
         secrets.update(header_secrets(value))
         for word in value.split():
             secrets.update(login_secrets(word, is_proxy=name in proxies))
+            if ADDRESS_WITH_QUERY_RE.search(word):
+                secrets.add(word)
     for path in (config.key_file, config.tls_key):
         if os.path.isfile(path):  # reading from a pipe could block forever
             with contextlib.suppress(OSError, ValueError):
