@@ -4833,7 +4833,7 @@ git config remote.origin.url "$url" &&
 git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
 git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
-# Adds all files to the index and prints the id of their tree, after git's messages.
+# Adds all files to the index and prints the id of their tree.
 RECORD_SCRIPT = """
 g add -A >&2 && g write-tree
 """
@@ -4941,16 +4941,16 @@ class Workspace:
     def clear(self, path: str) -> None:
         """Remove a directory or, if that fails, move it away for Cleanup.
 
-        Raises TransientError if neither is possible now, PermissionError if codebot's
-        user may do neither.
+        Raises TransientError if neither is possible now, JobFailed if codebot's user may
+        do neither.
         """
         try:
             remove_tree(self.config, path)
         except TransientError as error:
             try:
                 discard(self.config.work_dir, path)
-            except PermissionError:
-                raise  # a retry would not help
+            except PermissionError:  # a retry would not help
+                raise JobFailed("internal", str(error)) from None
             except OSError:
                 raise error from None
 
@@ -7080,7 +7080,7 @@ def store_ending(run: JobRun, ending: Ending) -> None:
             pause = max(0.0, ending.not_before - time.time())
             limit = f"after {RETRY_LIMIT[job.kind] / 3600:.0f} h of such errors"
             if ending.interruptions:  # the agent has to begin again
-                limit = f"when this has happened {MAX_INTERRUPTIONS} times"
+                limit = f"after {MAX_INTERRUPTIONS} such errors or crashes"
             run.log_event(
                 "codebot",
                 f"{ending.error.rstrip('.')}. Trying again in {pause:.0f} s; codebot gives "
@@ -7706,7 +7706,10 @@ def task_logs(
 def follow_log(
     codebot: Codebot, task_id: str, after: int = 0
 ) -> Iterator[Sequence[Event]]:
-    """Yield a task's new events, [] if there are none, until no job can add any."""
+    """Yield a task's new events, [] if there are none at the moment.
+
+    Ends when no job can add any, or codebot is stopping.
+    """
     while not codebot.stop.is_set():
         # Asked before the events are read, or a task's last event could be missed.
         is_live = codebot.store.has_unfinished_jobs(task_id)
@@ -9588,7 +9591,8 @@ def run(flags: Flags) -> int:
         except WrongState:  # its push has begun
             print(
                 f"Branch {job.branch} may have been pushed already. A server with "
-                f"--work-dir {config.work_dir} will finish the task.",
+                f"--work-dir {config.work_dir}, and with the database there, will finish "
+                "the task.",
                 file=sys.stderr,
             )
         job = codebot.store.job(job.id) or job
