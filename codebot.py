@@ -7,7 +7,7 @@ makes one commit, pushes a branch and opens a pull request. When reviewers comme
 codebot answers, or changes the code and pushes again.
 
 It needs Python 3.9 or newer with its standard library, and runs the programs git,
-openssl, bwrap, claude, and sh with chmod, rm and sleep (in the demo also cat).
+openssl, bwrap, claude, and sh with chmod, rm and sleep (in the demo also cat and grep).
 
     python3 codebot.py demo    try it: one task from end to end, no configuration
     python3 codebot.py check   check the requirements; says how to fix what it finds
@@ -91,7 +91,7 @@ WHO IS TRUSTED WITH WHAT
                  Nobody else at GitHub can start the agent, but the text of a labeled issue
                  may be anyone's. Anyone's comment is stored as a pending review.
   Others at GitHub   can stop work, if they may remove the label or close the pull
-                 request. (Closing the issue stops nothing.) A workflow that labels or
+                 request. (Closing the issue stops no task.) A workflow that labels or
                  comments with a person's token counts as that person, and so does a
                  machine account that is not a bot of GitHub's.
   GitHub         is believed, over TLS. A delivery is believed only if the signature of
@@ -155,9 +155,9 @@ WHERE SECRETS GO
   passwords of proxies       to the proxy; to the agent, the tests and git, in their
                              environment. One in ANTHROPIC_BASE_URL: only to the agent.
   With --no-github, git commands that contact the remote get the environment with which
-  codebot was started, including listed variables, but without CODEBOT_API_KEYS,
-  GITHUB_WEBHOOK_SECRET, MODEL_VARIABLE_NAMES and the variables that make git print a
-  trace.
+  codebot was started, including listed variables and proxies, but without
+  CODEBOT_API_KEYS, GITHUB_WEBHOOK_SECRET, MODEL_VARIABLE_NAMES and the variables that
+  make git print a trace.
   codebot writes none of these secrets into a named file. While a program runs, its
   input and output are in unlinked files (openssl's are a JWT's content and signature).
   But the agent's home keeps its session, with everything that the agent has printed.
@@ -210,9 +210,10 @@ KNOWN LIMITATIONS
     tests, and files in HOME that they read. An agent can have git record other contents
     than those that were tested, such as by a filter. What is recorded is inspected before
     it is pushed.
-  - The agent's home, with its session, is kept for the reviews of its pull request,
-    for CODEBOT_TASK_RETENTION after the last one. What has misled the agent once, or was
-    left there by a test, is still there when a trusted reviewer's request is carried out.
+  - The agent's home, with its session, is kept for the reviews of its pull request: until
+    that is closed, or for CODEBOT_TASK_RETENTION after the last one. What has misled the
+    agent once, or was left there by a test, is still there when a trusted reviewer's
+    request is carried out.
   - That the repository's Claude settings, hooks and MCP servers are not loaded, and
     that an answer only reads, depends on options and variables of the Claude CLI.
     `check` wants version 2.0 or newer, but nothing tests that the CLI honors them.
@@ -225,8 +226,8 @@ KNOWN LIMITATIONS
     X-Api-Key, and addresses with a login, a query or parameters. It does not know a key in
     the path of an address.
   - A change may move a submodule that the repository has to any commit.
-  - Without a budget, only the time limits what a run may cost. A budget relies on the
-    cost that the agent reports, and a run that is interrupted reports none.
+  - Without a budget, only the time and the turns limit what a run may cost. A budget
+    relies on the cost that the agent reports, and a run that is interrupted reports none.
 
   GitHub
   - The App's key can do whatever the App may do at GitHub, and a repository's token can
@@ -245,8 +246,8 @@ KNOWN LIMITATIONS
     second, is not noticed, although the person who labeled it may not have seen it. If
     the author has no write access, any later change of the issue, even a comment by
     anybody, counts as an edit, and the label must be added again.
-  - A new database, or a new work directory, knows none of the pull requests, and issues
-    that still have the label become tasks again.
+  - A new database, such as that of a new work directory, knows none of the pull requests,
+    and issues that still have the label become tasks again.
   - Without --enable-polling, a lost delivery goes unnoticed until the next start.
     Anybody who reaches the port, such as an agent, can make GitHub's deliveries fail by
     sending large unsigned ones, which use up MAX_BUFFERED_BYTES.
@@ -256,7 +257,7 @@ KNOWN LIMITATIONS
     agent plants there run as codebot's user, outside the sandbox, when git pushes.
     codebot refuses repositories in its own work directory by their path, but not those
     in other work directories on this host, such as the ones that `run` leaves in /tmp,
-    nor those that an ssh address reaches.
+    nor those that an ssh address reaches by another path.
   - git before 2.45.1 (in the 2.39 series, before 2.39.4) runs the hooks of another
     user's repository on this host when it pushes there.
   - codebot's credential may be allowed to change workflows.
@@ -264,11 +265,11 @@ KNOWN LIMITATIONS
 LIFE OF A JOB
   pending   -> running      a worker starts it
   pending   -> failed       it is cancelled
-  running   -> pending      a stop, a crash, or a transient error interrupts it
+  running   -> pending      after a stop, a crash, or a transient error
   running   -> completed, failed
   A review is deleted when its comments join another running review, and when its task is
   deleted. A review that is skipped, because nothing may or need be done, is also deleted,
-  unless its agent has cost something: then it fails as cancelled.
+  unless its agent has cost something or it has failed: then it fails as cancelled.
 
   A task's phases are clone, agent, test, commit, push, pull_request; a review's are
   classify, clone, agent, test, commit, push, answer. With a launcher, both are in the
@@ -276,10 +277,11 @@ LIFE OF A JOB
 
   A task is on disk before the client gets its 202, a commit is in the store before it is
   pushed, and an answer is in the store before it is posted. A retry pushes the same commit
-  again, which changes nothing, unless the branch was deleted meanwhile: then it is
-  restored. It finds a pull request by its branch, and an answer by its marker. An answer
-  may be posted twice only if the first one, or its marker, was removed before a retry, or
-  if GitHub carries out the first request late or does not list its answer yet.
+  again, which changes nothing. (If the branch was deleted meanwhile, a task that has no
+  pull request yet restores it.) A retry finds a pull request by its branch, and an answer
+  by its marker. An answer may be posted twice only if the first one, or its marker, was
+  removed before a retry, or if GitHub carries out the first request late or does not list
+  its answer yet.
   A crash adds an interruption to every job that was running. At the third, a job fails.
   What its agent was doing is lost, with what that has cost.
 
@@ -306,8 +308,8 @@ FILES in the work directory
   A mirror and the database each have a .lock file beside them. CODEBOT_DATABASE may put
   the database elsewhere.
   Only codebot's user may read what codebot writes (umask 077). git commands that contact
-  the remote, and all programs in workspaces, have the umask with which codebot was
-  started; what they write here is in directories that only codebot's user may enter.
+  the remote, the agent, the tests and codebot's scripts have the umask with which codebot
+  was started; what they write here is in directories that only codebot's user may enter.
 
 WHERE THE DANGEROUS THINGS ARE
   Popen                     run_program
@@ -703,7 +705,7 @@ class Config:
     claude_args: Sequence[str] = setting("CODEBOT_CLAUDE_ARGS", split_words, ())
     task_timeout: int = setting("CODEBOT_TASK_TIMEOUT", parse_count, 3600)
     stall_timeout: int = setting("CODEBOT_STALL_TIMEOUT", parse_count, 1200)
-    # These two have no limit unless they are set: 0 means "no limit".
+    # Unless they are set, these two have no limit (0), except those of AgentOptions.
     budget: float = setting("CODEBOT_MAX_BUDGET_USD", parse_dollars, 0.0)
     max_turns: int = setting("CODEBOT_MAX_TURNS", parse_count, 0)
     test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", parse_attempts, 2)
@@ -736,8 +738,8 @@ class Config:
     # The remaining fields are not set by people. The first is the path of .env, which
     # need not exist.
     env_file: str = ""
-    # The umask with which codebot was started. Programs in workspaces (which lie in a
-    # private directory) and git at the remote run with it; all else with PRIVATE_UMASK.
+    # The umask with which codebot was started. The agent, the tests and scripts (in
+    # private directories) and git at the remote run with it; all else with PRIVATE_UMASK.
     umask: int = PRIVATE_UMASK
     # The value of CODEBOT_RUN in every program that codebot starts, by which it finds the
     # processes that they left running. For a job's programs it ends with the job's id.
@@ -3286,7 +3288,8 @@ class Mirror(GitDirectory):
 #   queue_comments                 -> pending     a review, unless the comment joins one
 #   claim                  pending -> running
 #   finish                 running -> completed, failed
-#   requeue                running -> pending     after a stop or crash, or for a retry
+#   requeue, requeue_interrupted
+#                          running -> pending     after a stop or crash, or for a retry
 #   request_cancel         pending -> failed      a running task is only asked to end
 #   drop_review            deletes a running review
 #   absorb_waiting_reviews deletes a pending review, whose comments join a running one
@@ -3316,7 +3319,8 @@ CANCELLED_TEXT = {
 #                     and when the agent starts.
 #   interruptions     The crashes, and the retries that run the agent again, because they
 #                     cost money. It is reset when work is saved. At MAX_INTERRUPTIONS the
-#                     job fails. A stop of the server does not count.
+#                     job fails. A stop of the server does not count, unless a second
+#                     signal cuts it short.
 # And JobRun.agent_ran_since_save, by which a run knows that a retry would run the agent
 # again. The times are seconds since 1970.
 
@@ -5538,12 +5542,12 @@ class AgentRun:
         if is_refused or says_login:
             return JobFailed(
                 "agent_login",
-                "The model rejected the agent's key. The operator must set "
+                "The model's provider rejected its key. The operator must set "
                 f"{MODEL_KEY_NAMES[0]} or {MODEL_KEY_NAMES[2]} in codebot's .env "
                 f"(the agent: {error})",
             )
         if result.get("subtype") in ("error_max_budget_usd", "error_max_turns"):
-            limits = "CODEBOT_MAX_BUDGET_USD or CODEBOT_MAX_TURNS"
+            limits = "CODEBOT_MAX_BUDGET_USD, CODEBOT_MAX_TURNS or codebot's own limit"
             return JobFailed("budget", f"The agent reached {limits}: {error}")
         message = f"The agent failed (exit code {program.code}): {error}"
         return JobFailed("agent_failed", message)
@@ -8127,7 +8131,7 @@ const ADVICE = {
   push_rejected: 'Check that the repository’s rules let codebot push branches.',
   pull_request_failed: 'The branch was pushed: open the pull request by hand.',
   cancelled: 'Retry submits the same task again.',
-  interrupted: 'The server stopped several times during this task. Retry it.',
+  interrupted: 'The server crashed, or the agent had to begin again, too often. Retry it.',
   internal: 'Ask the operator of this server to look at its log.',
 };
 
@@ -9285,8 +9289,8 @@ def check_server(codebot: Codebot) -> Iterator[Finding]:
     if not (config.no_github or config.webhook_secret or config.enable_polling):
         yield Finding(
             "warn",
-            "GITHUB_WEBHOOK_SECRET is not set, so codebot learns of reviews only when "
-            "it starts. Set it, or use --enable-polling.",
+            "GITHUB_WEBHOOK_SECRET is not set, so codebot learns of reviews and issues "
+            "only when it starts. Set it, or use --enable-polling.",
         )
     if config.no_github and allows_any_host(config):
         yield Finding(
@@ -9767,7 +9771,7 @@ echo '{"type": "result", "subtype": "success", "num_turns": 1, "result": "Added 
 
 
 def demo_config(directory: str) -> Config:
-    """Return settings that need nothing on the host but git and sh."""
+    """Return settings that need nothing on the host but git, sh, cat and grep."""
     return Config(
         api_keys=(uuid.uuid4().hex,),  # other users of this machine can also connect
         claude_command=("sh", f"{directory}/agent"),
@@ -9901,7 +9905,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def reset_inherited_state() -> None:
-    """Undo what a parent, such as a shell script, may have done that codebot cannot bear."""
+    """Undo what a parent, such as a shell script, may have done to this process."""
     # If SIGCHLD were ignored, every program's exit code would be 0.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # If 0, 1 or 2 were closed, files and pipes of codebot's could get these numbers.

@@ -14039,7 +14039,7 @@ DOUBTS = {
     "NO SANDBOX (CODEBOT_SANDBOX=none): the agent can read and change whatever",
     "Key 2 of CODEBOT_API_KEYS has only 5 characters and may be guessed.",
     "API keys are sent unencrypted to 0.0.0.0. Use --tls-cert and --tls-key, or a",
-    "GITHUB_WEBHOOK_SECRET is not set, so codebot learns of reviews only when",
+    "GITHUB_WEBHOOK_SECRET is not set, so codebot learns of reviews and issues",
 }
 
 
