@@ -4863,9 +4863,18 @@ fi
 commit=$(g commit-tree -p "$base" -m "What the agent left" "$tree") &&
 g update-ref --no-deref HEAD "$commit" # not the branch, which may be locked
 """
-# Applies the patch on standard input. If it fails, prints the files in conflict.
+# Makes a commit on $1 of the patch on standard input, and picks it, because `git apply`
+# itself knows no renames. If that fails, prints the files in conflict.
 APPLY_SCRIPT = """
-g apply --3way --index --whitespace=nowarn - && exit
+base=$1
+in_other_index() {
+    GIT_INDEX_FILE=.git/codebot-index g "$@"
+}
+in_other_index read-tree "$base" &&
+in_other_index apply --cached --whitespace=nowarn - &&
+tree=$(in_other_index write-tree) &&
+commit=$(g commit-tree -p "$base" -m "The change" "$tree") &&
+g cherry-pick --no-commit "$commit" >&2 && exit
 g diff --name-only --diff-filter=U
 exit 1
 """
@@ -5273,9 +5282,9 @@ class Workspace:
                 )
             return pathlib.Path(file.name).read_bytes()
 
-    def apply(self, patch: bytes) -> None:
-        """Apply a change in the workspace. Raises JobFailed if it conflicts."""
-        result = self.script(APPLY_SCRIPT, stdin=patch)
+    def apply(self, base_commit: str, patch: bytes) -> None:
+        """Apply a patch of ``base_commit`` to the files. Raises JobFailed on a conflict."""
+        result = self.script(APPLY_SCRIPT, base_commit, stdin=patch)
         if result.code == 0:
             return
         files = ", ".join(result.stdout) or result.error
@@ -6506,7 +6515,7 @@ def reapply_change(review: Review, tip: str) -> None:
     workspace = review.workspace
     patch = workspace.patch(run.job.base_commit, run.job.commit_id)
     workspace.check_out(workspace.branch, tip)
-    workspace.apply(patch)
+    workspace.apply(run.job.base_commit, patch)
     commit_id = test_and_commit(workspace, review.task.request, tip)
     if not commit_id:  # nothing is left to change
         commit_id = tip

@@ -8201,6 +8201,34 @@ def test_change_that_conflicts_with_others_is_not_pushed(pull: Pull) -> None:
     pull.site.repository.commit({"hello.txt": f"{before}\n"}, pull.branch)
 
 
+OTHERS_CHANGES = {
+    "renamed the file": ("git mv hello.txt hi.txt", "hi.txt"),
+    "removed the same file": ("git rm -q README.md", "hello.txt"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS_CHANGES)
+def test_change_is_merged_with_what_others_moved_or_removed(
+    shared: Site, case: str
+) -> None:
+    script, path = OTHERS_CHANGES[case]
+    repository = shared.repository
+    pull = open_pull(shared)
+    removal = "rm README.md; " if "removed" in case else ""
+    plan = f"classify change; {removal}echo more >>hello.txt; answer Done"
+    shared.agent.follow(plan)
+
+    def push() -> None:
+        begin = f"git fetch -q {repository.bare} {pull.branch}; git checkout -q -f FETCH_HEAD"
+        end = f"git commit -qm Theirs; git push -q {repository.bare} HEAD:{pull.branch}"
+        run_command("sh", "-ec", f"{begin}; {script}; {end}", cwd=repository.seed)
+
+    repository.before(PUSH_BEGINS, push)
+    shared.person("alice").inline("Say more")
+    assert pull.review()["status"] == "completed"
+    assert repository.show(pull.branch, path) == "hello\nmore"
+
+
 def test_same_change_by_reviewer_is_named_as_the_change(pull: Pull) -> None:
     pull.site.agent.follow(MAKE_CHANGE)
     text = pull.site.repository.show(pull.branch, "hello.txt")
