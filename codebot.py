@@ -4826,7 +4826,7 @@ for lock in .git/index.lock .git/HEAD.lock; do
 done
 g() {
     git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c commit.gpgSign=false \\
-        -c gc.auto=0 -c maintenance.auto=false "$@"
+        -c gc.auto=0 -c maintenance.auto=false -c core.sparseCheckout=false "$@"
 }
 """
 CHECKOUT_SCRIPT = """

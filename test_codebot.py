@@ -5547,6 +5547,30 @@ def test_agent_is_told_why_git_cannot_read_its_files(shared: Site) -> None:
     assert "does not have a commit checked out" in shared.agent.runs("resume")[0].stdin
 
 
+# In bwrap, not even root may write to a read-only directory.
+@needs_bwrap
+@pytest.mark.parametrize("after", ["true", "[ -e fixed ]"])
+def test_test_may_make_the_whole_repository_read_only(
+    sandboxed: Site, after: str
+) -> None:
+    repository = sandboxed.github.create_repository(f"acme/read-only-{len(after)}")
+    sandboxed.agent.follow("[ $purpose = resume ] && echo >fixed; echo >done; result")
+    command = f"echo bad >README.md; echo >litter; chmod -R a-w .; {after}"
+    task = sandboxed.api.submit(repository_url=repository.url, test_command=command)
+    branch = sandboxed.api.completed(task)["branch_name"]
+    changed = repository.git("diff", "--name-only", "main", branch).split()
+    assert changed in (["done"], ["done", "fixed"])
+
+
+def test_new_file_outside_of_sparse_checkout_is_committed(shared: Site) -> None:
+    shared.repository.commit({"a/x": "a\n", "b/x": "b\n"})
+    sparse = "git sparse-checkout set a; mkdir -p b; echo new >b/new"
+    shared.agent.follow(f"{sparse}; {SAY_HELLO}")
+    branch = shared.api.completed(shared.api.submit())["branch_name"]
+    changed = shared.repository.git("diff", "--name-only", "main", branch)
+    assert changed.split() == ["b/new", "hello.txt"]
+
+
 def test_what_tests_commit_is_not_pushed(shared: Site) -> None:
     command = "echo >litter; git add -A; git commit -qm litter"
     branch = shared.api.completed(shared.api.submit(test_command=command))[
