@@ -4844,12 +4844,13 @@ g add -A >&2 && g write-tree
 # Brings back the files of the tree $1, whatever a test has changed. Other files are
 # removed, but ignored ones, such as installed packages, stay.
 RESTORE_SCRIPT = """
-reset() {
-    g checkout-index -q -f -a && g clean -q -ff -d
+restore() {
+    g read-tree "$1" && g checkout-index -q -f -a && g clean -q -ff -d &&
+        g clean -q -ff -d # what a .gitignore that is now removed has kept
 }
-if g read-tree "$1" && ! reset 2>/dev/null; then
-    chmod -R u+rwX . # the test may have made directories unwritable
-    reset
+if ! restore "$1" 2>/dev/null; then
+    chmod -R u+rwX . # the test may have made directories unwritable, even .git
+    restore "$1"
 fi
 """
 # Makes a commit on top of $1 with the tree $2 or, if that is empty, with the files as
