@@ -5853,8 +5853,8 @@ def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
         if result.code == 0:
             return tree, attempt
         # sh exits with these codes if it cannot start a command (of a script, the last
-        # one). Usually the host lacks it, which no run of the agent can mend.
-        if result.code in (126, 127):
+        # one). At first, usually the host lacks it, which no run of the agent can mend.
+        if attempt == 1 and result.code in (126, 127):
             raise JobFailed(
                 "tests_failed",
                 f"The test command {command!r} cannot be started: {result.error}",

@@ -5464,6 +5464,17 @@ def test_command_that_cannot_run_is_not_blamed_on_agent(
     assert len(shared.agent.runs()) == 1
 
 
+def test_agent_repairs_a_test_command_that_it_has_broken(fresh: Site) -> None:
+    fresh.server.start()
+    fresh.agent.follow(
+        "if [ $purpose = task ]; then printf 'test -e done' >check; chmod +x check; "
+        "elif [ -x check ]; then chmod -x check; "
+        "else chmod +x check; echo >done; fi; result"
+    )
+    task = fresh.api.submit(test_command="./check")
+    assert fresh.api.completed(task)["tests"]["attempts"] == 3
+
+
 def test_what_tests_leave_behind_is_not_committed(shared: Site) -> None:
     litter = "echo >report.xml; mkdir cache; echo >cache/x; echo no >hello.txt"
     command = f"grep -q hello hello.txt && {litter}; rm README.md"
