@@ -23,6 +23,7 @@ import errno
 import fnmatch
 import functools
 import glob
+import gzip
 import hashlib
 import hmac
 import http.client
@@ -111,12 +112,6 @@ def run_command(
     )
     assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
     return done.stdout.strip()
-
-
-@functools.cache
-def git_programs() -> Path:
-    """Return the directory of git's own programs."""
-    return Path(run_command("git", "--exec-path"))
 
 
 def bwrap_works() -> bool:
@@ -728,7 +723,7 @@ class FakeGitHub(http.server.ThreadingHTTPServer, Faulty):
         self.faults: list[Fault] = []
         self.holds: list[Hold] = []
         self.lock = threading.Lock()  # guards faults and the creation of pull requests
-        self.git_backend = str(git_programs() / "git-http-backend")
+        self.git_capabilities = b""  # what git tells clients of protocol 2 first
         self.errors: list[BaseException | None] = []
         self.is_closing = False
         self.thread = threading.Thread(target=self.serve_until_closed)
@@ -996,31 +991,43 @@ class FakeGitHub(http.server.ThreadingHTTPServer, Faulty):
         if not token.allows("contents:write" if is_push else "contents:read"):
             denied = f"Permission to {repository.name}.git denied to acme-bot[bot]."
             return Reply(403, denied.encode())
-        env = {
-            **GIT_ENVIRONMENT,
-            "GIT_PROJECT_ROOT": str(self.root),
-            "GIT_HTTP_EXPORT_ALL": "1",
-            "REMOTE_USER": user,
-            "REMOTE_ADDR": "127.0.0.1",
-            "REQUEST_METHOD": request.method,
-            "PATH_INFO": f"/{repository.name}.git{request.rest}",
-            "QUERY_STRING": request.query,
-            "CONTENT_TYPE": request.headers.get("Content-Type", ""),
-            "HTTP_CONTENT_ENCODING": request.headers.get("Content-Encoding", ""),
-            "GIT_PROTOCOL": request.headers.get("Git-Protocol", ""),
-        }
-        done = subprocess.run(
-            [self.git_backend],
-            env=env,
-            input=request.body,
-            capture_output=True,
-            check=True,
-        )
-        head, _, data = done.stdout.partition(b"\r\n\r\n")
-        headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))
-        status = headers.pop("Status", "200").split()[0]
+        if request.rest not in ("/info/refs", "/git-upload-pack", "/git-receive-pack"):
+            return Reply(404, b"Not found.")
+        data = self.run_service(request, repository, is_push)
         self.git_bytes_sent += len(data)
-        return Reply(int(status), data, headers)
+        service = "git-receive-pack" if is_push else "git-upload-pack"
+        kind = "advertisement" if request.method == "GET" else "result"
+        return Reply(200, data, {"Content-Type": f"application/x-{service}-{kind}"})
+
+    def run_service(
+        self, request: Request, repository: Repository, is_push: bool
+    ) -> bytes:
+        """Answer as git-http-backend does, which would start git for each request."""
+        service = "receive-pack" if is_push else "upload-pack"
+        argv = ["git", service, "--stateless-rpc", str(repository.bare)]
+        protocol = request.headers.get("Git-Protocol", "")
+        is_first = request.method == "GET"
+        # To a client of protocol 2, git first says what it can do. That does not depend
+        # on what is in the repository, and so git is asked for it once.
+        is_always_same = is_first and not is_push and protocol == "version=2"
+        if is_always_same and self.git_capabilities:
+            return self.git_capabilities
+        start = b""
+        if is_first:
+            argv.insert(3, "--http-backend-info-refs")
+            if not is_always_same:
+                line = f"# service=git-{service}\n"
+                start = f"{len(line) + 4:04x}{line}0000".encode()
+        body = request.body
+        if request.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        env = {**GIT_ENVIRONMENT, "GIT_PROTOCOL": protocol}
+        done = subprocess.run(
+            argv, env=env, input=body, capture_output=True, check=True
+        )
+        if is_always_same:
+            self.git_capabilities = done.stdout
+        return start + done.stdout
 
 
 class GitHubHandler(http.server.BaseHTTPRequestHandler):
