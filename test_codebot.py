@@ -1515,11 +1515,11 @@ class ServerProcess:
         )
 
     def run_forked(
-        self, *args: str, **settings: str | None
+        self, *args: str, stdin: str = "", **settings: str | None
     ) -> subprocess.CompletedProcess[str]:
         """Run a command that ends soon, in a fork of a codebot that is imported."""
         environment = self.environment(settings)
-        return forking_program().run(self.start_dir, environment, args)
+        return forking_program().run(self.start_dir, environment, args, stdin)
 
     def log(self) -> str:
         """Return what the server printed since the test began."""
@@ -1651,11 +1651,16 @@ class ForkingProgram:
         )
 
     def run(
-        self, directory: Path, environment: Mapping[str, str], args: Sequence[str]
+        self,
+        directory: Path,
+        environment: Mapping[str, str],
+        args: Sequence[str],
+        text: str,
     ) -> subprocess.CompletedProcess[str]:
         with tempfile.TemporaryDirectory() as name:
             stdin, stdout, stderr = (Path(name, str(number)) for number in range(3))
-            for file in (stdin, stdout, stderr):
+            stdin.write_text(text)
+            for file in (stdout, stderr):
                 file.touch()
             start = {
                 "directory": str(directory),
@@ -3628,7 +3633,7 @@ def test_sandbox_that_does_not_start_is_refused(fresh: Site, command: str) -> No
     args = serve_arguments(fresh)
     if command == "run":
         args = ["run", "--repository-url", fresh.repository.url, "--description", "Hi"]
-    done = fresh.server.run(*args, CODEBOT_SANDBOX=None, PATH=path)
+    done = fresh.server.run_forked(*args, CODEBOT_SANDBOX=None, PATH=path)
     assert done.returncode == 2
     assert "no namespaces here" in done.stderr
     assert "CODEBOT_SANDBOX=none" in done.stderr
@@ -3638,7 +3643,7 @@ def test_sandbox_that_does_not_start_is_refused(fresh: Site, command: str) -> No
 def test_old_bwrap_is_refused_for_root(fresh: Site) -> None:
     path = write_bwrap(fresh, "[ $1 = --help ] && exec echo '--unshare-user'\nexit 0")
     args = serve_arguments(fresh)
-    done = fresh.server.run(*args, CODEBOT_SANDBOX=None, PATH=path)
+    done = fresh.server.run_forked(*args, CODEBOT_SANDBOX=None, PATH=path)
     assert done.returncode == 2
     assert "bwrap" in done.stderr
     assert "0.8" in done.stderr
@@ -3700,7 +3705,7 @@ def test_program_in_bwrap_has_a_session_of_its_own(tmp_path: Path) -> None:
 def test_key_in_directory_that_cannot_be_hidden_is_refused(
     fresh: Site, key_file: str
 ) -> None:
-    done = fresh.server.run(
+    done = fresh.server.run_forked(
         *serve_arguments(fresh),
         CODEBOT_SANDBOX=None,
         GITHUB_APP_PRIVATE_KEY_PATH=key_file,
@@ -4451,7 +4456,7 @@ def test_serve_exits_2_if_the_database_has_another_schema(fresh: Site) -> None:
     with fresh.server.database() as db:
         db.execute("CREATE TABLE tasks (id TEXT)")
     work_dir = str(fresh.server.work_dir)
-    done = fresh.server.run("serve", "--port", "0", "--work-dir", work_dir)
+    done = fresh.server.run_forked("serve", "--port", "0", "--work-dir", work_dir)
     assert done.returncode == 2
     assert "schema" in done.stderr
     assert "Traceback" not in done.stderr
@@ -13982,12 +13987,12 @@ def test_file_that_cannot_be_read_is_reported(fresh: Site) -> None:
     env_file = fresh.server.start_dir / ".env"
     env_file.write_text("CODEBOT_MAX_WORKERS=2\n")
     env_file.chmod(0)
-    done = fresh.server.run(*serve_arguments(fresh), GITHUB_APP_ID=None)
+    done = fresh.server.run_forked(*serve_arguments(fresh), GITHUB_APP_ID=None)
     assert done.returncode == 2
     assert done.stderr == f"codebot: Cannot read {env_file}: permission denied.\n"
     env_file.unlink()
     fresh.server.key_file.chmod(0)
-    done = fresh.server.run(*serve_arguments(fresh))
+    done = fresh.server.run_forked(*serve_arguments(fresh))
     assert done.returncode == 2
     unreadable = (
         f"{fresh.server.key_file} is not a file that user {os.getuid()} can read"
@@ -14000,10 +14005,10 @@ def test_named_pipe_instead_of_key_is_refused(fresh: Site) -> None:
     os.mkfifo(pipe)
     args = serve_arguments(fresh)
     problem = f"GITHUB_APP_PRIVATE_KEY_PATH: {pipe} is not a file that user"
-    done = fresh.server.run(*args, GITHUB_APP_PRIVATE_KEY_PATH=str(pipe))
+    done = fresh.server.run_forked(*args, GITHUB_APP_PRIVATE_KEY_PATH=str(pipe))
     assert done.returncode == 2
     assert problem in done.stderr
-    done = fresh.server.run("check", GITHUB_APP_PRIVATE_KEY_PATH=str(pipe))
+    done = fresh.server.run_forked("check", GITHUB_APP_PRIVATE_KEY_PATH=str(pipe))
     assert problem in done.stdout
 
 
@@ -14012,7 +14017,7 @@ def test_key_instead_of_its_path_is_not_shown(fresh: Site) -> None:
     in_base64 = base64.b64encode(key.encode()).decode()
     for value, secret in ((key, key.splitlines()[1]), (in_base64, in_base64[40:])):
         for command in (serve_arguments(fresh), ["check"]):
-            done = fresh.server.run(*command, GITHUB_APP_PRIVATE_KEY_PATH=value)
+            done = fresh.server.run_forked(*command, GITHUB_APP_PRIVATE_KEY_PATH=value)
             output = done.stdout + done.stderr
             assert "GITHUB_APP_PRIVATE_KEY_PATH must be the path" in output
             assert secret not in output
@@ -14020,7 +14025,7 @@ def test_key_instead_of_its_path_is_not_shown(fresh: Site) -> None:
 
 def test_tls_key_instead_of_its_path_is_not_shown(fresh: Site) -> None:
     key = f"-----BEGIN PRIVATE KEY-----\n{'k' * 64}\n-----END PRIVATE KEY-----"
-    done = fresh.server.run("check", "--tls-cert", "cert.pem", "--tls-key", key)
+    done = fresh.server.run_forked("check", "--tls-cert", "cert.pem", "--tls-key", key)
     assert "--tls-key must be the path" in done.stdout
     assert "kkk" not in done.stdout + done.stderr
 
@@ -14040,7 +14045,7 @@ def test_closed_stdin_instead_of_task_is_reported(fresh: Site) -> None:
 
 
 def test_all_bad_settings_are_reported_at_once(fresh: Site) -> None:
-    done = fresh.server.run(
+    done = fresh.server.run_forked(
         *serve_arguments(fresh),
         "--workers",
         "0",
@@ -14062,7 +14067,7 @@ def test_all_bad_settings_are_reported_at_once(fresh: Site) -> None:
 
 def test_bad_line_of_env_file_hides_only_what_seems_to_be_missing(fresh: Site) -> None:
     (fresh.server.start_dir / ".env").write_text("junk\n")
-    done = fresh.server.run(
+    done = fresh.server.run_forked(
         *serve_arguments(fresh),
         "--tls-cert",
         "nope.pem",
@@ -14194,7 +14199,7 @@ def test_lock_that_is_a_pipe_does_not_hang_the_start(tmp_path: Path) -> None:
 @not_as_root
 def test_unwritable_work_directory_is_refused(fresh: Site) -> None:
     fresh.server.work_dir.mkdir(mode=0o500)
-    done = fresh.server.run(*serve_arguments(fresh))
+    done = fresh.server.run_forked(*serve_arguments(fresh))
     assert done.returncode == 2
     assert "codebot.lock: permission denied. Use another" in done.stderr
 
@@ -14230,10 +14235,10 @@ def test_database_of_another_codebot_is_refused(fresh: Site) -> None:
         "CODEBOT_DATABASE."
     )
     flags = ("--port", "0", "--work-dir", str(fresh.directory / "other"))
-    done = fresh.server.run("serve", *flags, CODEBOT_DATABASE=database)
+    done = fresh.server.run_forked("serve", *flags, CODEBOT_DATABASE=database)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"codebot: {advice}"
-    done = fresh.server.run("check", *flags, CODEBOT_DATABASE=database)
+    done = fresh.server.run_forked("check", *flags, CODEBOT_DATABASE=database)
     assert done.returncode == 1
     assert f"FAIL  {advice}" in done.stdout
 
@@ -14242,7 +14247,7 @@ def test_database_in_work_directory_of_another_codebot_is_refused(fresh: Site) -
     fresh.server.start()
     database = str(fresh.server.work_dir / "codebot.db")
     flags = ("--port", "0", "--work-dir", str(fresh.directory / "other"))
-    done = fresh.server.run("serve", *flags, CODEBOT_DATABASE=database)
+    done = fresh.server.run_forked("serve", *flags, CODEBOT_DATABASE=database)
     assert done.returncode == 2
     assert f"Cannot use {database}.lock: another codebot uses it." in done.stderr
 
@@ -14253,10 +14258,10 @@ def test_second_codebot_in_same_work_dir_is_refused(fresh: Site) -> None:
         f"Cannot use {fresh.server.work_dir}/codebot.lock: another codebot uses it. Stop that one, or use "
         "another --work-dir."
     )
-    done = fresh.server.run(*serve_arguments(fresh))
+    done = fresh.server.run_forked(*serve_arguments(fresh))
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"codebot: {advice}"
-    done = fresh.server.run("check", *serve_arguments(fresh)[1:])
+    done = fresh.server.run_forked("check", *serve_arguments(fresh)[1:])
     assert done.returncode == 1
     assert f"FAIL  {advice}" in done.stdout
     fresh.api.completed(fresh.api.submit())  # the first one goes on
@@ -14374,7 +14379,7 @@ def test_database_that_fails_during_the_start_is_told(fresh: Site) -> None:
             "CREATE TRIGGER full BEFORE UPDATE ON jobs BEGIN "
             "SELECT RAISE(ABORT, 'database or disk is full'); END"
         )
-    done = fresh.server.run(*serve_arguments(fresh))
+    done = fresh.server.run_forked(*serve_arguments(fresh))
     assert done.returncode == 2
     assert "cannot be used: database or disk is full. Free space" in done.stderr
     assert "Traceback" not in done.stderr
@@ -14840,7 +14845,7 @@ def test_run_reads_task_from_json(fresh: Site, source: str) -> None:
 def test_run_refuses_bad_task(
     shared: Site, flags: tuple[str, ...], stdin: str, advice: str
 ) -> None:
-    done = shared.server.run("run", *flags, stdin=stdin)
+    done = shared.server.run_forked("run", *flags, stdin=stdin)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith(f"codebot: {advice}")
@@ -14851,7 +14856,7 @@ def test_run_refuses_bad_task(
 def test_run_refuses_task_that_is_not_utf_8(shared: Site) -> None:
     file = shared.directory / "task.json"
     file.write_bytes(b'{"description": "\xff"}')
-    done = shared.server.run("run", "--task", str(file))
+    done = shared.server.run_forked("run", "--task", str(file))
     assert done.returncode == 2
     assert done.stderr.startswith(f"codebot: --task {file} is not JSON in UTF-8 (")
 
@@ -15081,7 +15086,7 @@ def test_demo_that_is_interrupted_at_its_start_ends_at_once(fresh: Site) -> None
 
 
 def test_demo_needs_git(fresh: Site) -> None:
-    done = fresh.server.run("demo", PATH="/nonexistent")
+    done = fresh.server.run_forked("demo", PATH="/nonexistent")
     assert done.returncode == 2
     assert done.stderr == "codebot: The demo needs git on PATH. Install git.\n"
 
@@ -15093,11 +15098,11 @@ def test_version_is_printed(fresh: Site) -> None:
 
 
 def test_help_describes_commands_and_flags(fresh: Site) -> None:
-    done = fresh.server.run("--help")
+    done = fresh.server.run_forked("--help")
     assert done.returncode == 0
     for command in ("serve", "run", "check", "demo"):
         assert re.search(rf"^ +{command} +[A-Z]", done.stdout, re.MULTILINE)
-    done = fresh.server.run("serve", "--help")
+    done = fresh.server.run_forked("serve", "--help")
     for flag in (
         "--host",
         "--port",
