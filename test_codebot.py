@@ -1266,7 +1266,7 @@ block() {  # [NAME]: waits until the test releases it; is never silent for long
     while [ ! -e "$place/released-@GENERATION@" ]; do
         sleep 0.04
         pauses=$((pauses + 1))
-        [ $((pauses % 25)) != 0 ] || echo
+        [ $((pauses % 12)) != 0 ] || echo
     done
 }
 """
@@ -9134,26 +9134,22 @@ def test_what_is_written_while_a_retry_reads_the_comments_is_answered(
 
 
 def test_draft_that_joins_an_old_review_and_is_not_listed_yet_is_answered(
-    fresh: Site,
+    pull: Pull,
 ) -> None:
-    fresh.server.start(limits={"RETRY_DELAY": 0.1, "VISIBILITY_DELAY": 0.0})
-    pull = open_pull(fresh, ANSWER_QUESTION)
-    fresh.repository.fail("GET /pulls/1/comments*", 200, [])
-    fresh.person("alice").inline("Why?")
+    pull.site.repository.fail("GET /pulls/1/comments*", 200, [])
+    pull.site.person("alice").inline("Why?")
     assert pull.review()["status"] == "completed"
     assert "Because" in pull.answer()
-    assert "GitHub does not list a comment yet" in fresh.server.log()
+    assert "GitHub does not list a comment yet" in pull.site.server.log()
 
 
 def test_pull_request_that_github_does_not_show_everywhere_yet_is_answered(
-    fresh: Site,
+    pull: Pull,
 ) -> None:
-    fresh.server.start(limits={"RETRY_DELAY": 0.1})
-    pull = open_pull(fresh, ANSWER_QUESTION)
-    fresh.repository.fail("GET /pulls/1", 404, {"message": "Not Found"})
-    fresh.person("alice").comment("Why?")
+    pull.site.repository.fail("GET /pulls/1", 404, {"message": "Not Found"})
+    pull.site.person("alice").comment("Why?")
     assert pull.review()["status"] == "completed"
-    assert "GitHub does not show it, or refuses the App: 404" in fresh.server.log()
+    assert "GitHub does not show it, or refuses the App: 404" in pull.site.server.log()
 
 
 def test_what_was_written_while_server_was_down_is_found_at_start(fresh: Site) -> None:
