@@ -5263,11 +5263,10 @@ def test_cost_that_is_no_sensible_number_is_ignored(value: Any) -> None:
     assert codebot.reported_number({"total_cost_usd": value}, "total_cost_usd") is None
 
 
-def test_missing_agent_program_fails_task(fresh: Site) -> None:
-    fresh.server.start()
-    fresh.agent.path.unlink()
-    error = fresh.api.failed(fresh.api.submit(), "agent_failed")
-    assert str(fresh.agent.path) in error
+def test_missing_agent_program_fails_task(shared: Site) -> None:
+    shared.agent.path.unlink()
+    error = shared.api.failed(shared.api.submit(), "agent_failed")
+    assert str(shared.agent.path) in error
 
 
 def test_agents_tests_and_git_that_hang_are_ended_and_others_are_not(
@@ -14263,28 +14262,26 @@ def test_database_of_another_codebot_is_refused(fresh: Site) -> None:
     assert f"FAIL  {advice}" in done.stdout
 
 
-def test_database_in_work_directory_of_another_codebot_is_refused(fresh: Site) -> None:
-    fresh.server.start()
-    database = str(fresh.server.work_dir / "codebot.db")
-    flags = ("--port", "0", "--work-dir", str(fresh.directory / "other"))
-    done = fresh.server.run_forked("serve", *flags, CODEBOT_DATABASE=database)
+def test_database_in_work_directory_of_another_codebot_is_refused(shared: Site) -> None:
+    database = str(shared.server.work_dir / "codebot.db")
+    flags = ("--port", "0", "--work-dir", str(shared.directory / "other"))
+    done = shared.server.run_forked("serve", *flags, CODEBOT_DATABASE=database)
     assert done.returncode == 2
     assert f"Cannot use {database}.lock: another codebot uses it." in done.stderr
 
 
-def test_second_codebot_in_same_work_dir_is_refused(fresh: Site) -> None:
-    fresh.server.start()
+def test_second_codebot_in_same_work_dir_is_refused(shared: Site) -> None:
     advice = (
-        f"Cannot use {fresh.server.work_dir}/codebot.lock: another codebot uses it. Stop that one, or use "
+        f"Cannot use {shared.server.work_dir}/codebot.lock: another codebot uses it. Stop that one, or use "
         "another --work-dir."
     )
-    done = fresh.server.run_forked(*serve_arguments(fresh))
+    done = shared.server.run_forked(*serve_arguments(shared))
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"codebot: {advice}"
-    done = fresh.server.run_forked("check", *serve_arguments(fresh)[1:])
+    done = shared.server.run_forked("check", *serve_arguments(shared)[1:])
     assert done.returncode == 1
     assert f"FAIL  {advice}" in done.stdout
-    fresh.api.completed(fresh.api.submit())  # the first one goes on
+    shared.api.completed(shared.api.submit())  # the first one goes on
 
 
 @pytest.mark.parametrize(
@@ -14529,10 +14526,9 @@ def test_memory_of_server_cannot_be_read(fresh: Site) -> None:
         Path(f"/proc/{fresh.server.process.pid}/environ").read_bytes()
 
 
-def test_files_of_server_are_readable_by_nobody_else(fresh: Site) -> None:
-    fresh.server.start()
-    fresh.api.completed(fresh.api.submit())
-    paths = [fresh.server.work_dir, *fresh.server.work_dir.iterdir()]
+def test_files_of_server_are_readable_by_nobody_else(shared: Site) -> None:
+    shared.api.completed(shared.api.submit())
+    paths = [shared.server.work_dir, *shared.server.work_dir.iterdir()]
     assert len(paths) > 4
     assert [path for path in paths if path.stat().st_mode & 0o077] == []
 
