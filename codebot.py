@@ -29,8 +29,8 @@ HOW TO READ THIS FILE
     who can act      require_api_key, require_signature, check_write_access,
                      load_comments, Sync.obstacle, has_untrusted_edit, ROUTES
     the agent        agent_command, run_task, run_review
-    what is pushed   run_tests_once, fetch_into_outbox, inspect_commit, DiffScanner,
-                     push_review_commit
+    what is pushed   run_tests_once, collect_tree, fetch_into_outbox, inspect_commit,
+                     DiffScanner, push_task_commit, push_review_commit
   The page is in part III, before the routes. Skip its style; its script never inserts
   HTML.
 
@@ -5106,13 +5106,25 @@ class Workspace:
 
     # From the agent's work to a pushed commit
 
-    def collect_tree(self, base_commit: str, tested_tree: str) -> str | None:
-        """Bring the tree that passed the tests, or else what the agent left, to the outbox.
+    def record_files(self) -> tuple[str, ProgramResult]:
+        """Return the tree of all files that are not ignored, and git's result.
 
-        Returns the tree, or None if nothing was changed. Raises JobFailed if there is no
-        usable repository.
+        The tree is "" if git cannot read the files.
         """
-        result = self.script(COMMIT_SCRIPT, base_commit, tested_tree)
+        result = self.script(RECORD_SCRIPT)
+        if result.code != 0:
+            return "", result
+        tree = "\n".join(result.stdout)
+        if not re.fullmatch("[0-9a-f]{40}", tree):  # something else wrote there
+            raise JobFailed("agent_failed", f"git printed no tree, but {tree[:200]!r}")
+        return tree, result
+
+    def collect_tree(self, base_commit: str, tree: str) -> bool:
+        """Bring a recorded tree into the outbox. Returns whether it is not the base's.
+
+        Raises JobFailed if the repository is not usable anymore.
+        """
+        result = self.script(COMMIT_SCRIPT, base_commit, tree)
         if result.code != 0:
             raise JobFailed(
                 "agent_failed",
@@ -5131,8 +5143,10 @@ class Workspace:
             raise JobFailed(
                 "agent_failed", f"The agent left no usable repository: {result.error}"
             )
-        tree, base_tree = trees.stdout  # two lines, in the order of the arguments
-        return None if tree == base_tree else tree
+        fetched_tree, base_tree = trees.stdout  # in the order of the arguments
+        if fetched_tree != tree:  # an agent without a sandbox may have changed HEAD
+            raise JobFailed("agent_failed", f"The repository's HEAD is not {tree}")
+        return tree != base_tree
 
     def write_skip_list(self, base_commit: str) -> None:
         """Have fsck accept every .gitmodules that the base has already.
@@ -5840,13 +5854,20 @@ def task_text(request: TaskRequest) -> str:
 def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
     """Run the test command. If it fails, show the agent its output and try again.
 
-    Returns the tree that passed, and how often the command ran; ("", 0) if there is no
-    command. Raises JobFailed if the tests still fail, or cannot be started.
+    Returns the tree that passed, and how often the command ran; without a command, the
+    tree as it is, and 0. Raises JobFailed if git cannot read the files, or the tests still
+    fail or cannot be started.
     """
     run = workspace.run
     if not command:
         run.log_event("codebot", "No test command")
-        return "", 0
+        tree, recorded = workspace.record_files()
+        if not tree:
+            raise JobFailed(
+                "agent_failed",
+                f"The agent's changes could not be committed: {recorded.error}",
+            )
+        return tree, 0
     attempts = run.config.test_attempts + 1
     for attempt in range(1, attempts + 1):
         tree, result = run_tests_once(workspace, command, attempt)
@@ -5883,13 +5904,10 @@ def run_tests_once(
     git cannot read the files, the result is git's: the agent is shown why, as if a test
     had failed.
     """
-    recorded = workspace.script(RECORD_SCRIPT)
-    if recorded.code != 0:
-        workspace.run.log_event("git", f"Cannot read the files: {recorded.error}")
-        return "", recorded._replace(stdout=recorded.stderr)
-    tree = "\n".join(recorded.stdout)
-    if not re.fullmatch("[0-9a-f]{40}", tree):  # something else wrote there
-        raise JobFailed("agent_failed", f"git printed no tree, but {tree[:200]!r}")
+    tree, result = workspace.record_files()
+    if not tree:
+        workspace.run.log_event("git", f"Cannot read the files: {result.error}")
+        return "", result._replace(stdout=result.stderr)
     result = run_test_command(workspace, command, attempt)
     # If the test passed, a file that cannot be removed does not matter: the tree is
     # committed.
@@ -5962,10 +5980,9 @@ def test_and_commit(
     fail or the commit must not be pushed.
     """
     run = workspace.run
-    tested_tree, attempts = run_tests(workspace, request.test_command)
+    tree, attempts = run_tests(workspace, request.test_command)
     run.set_phase("commit")
-    tree = workspace.collect_tree(base_commit, tested_tree)
-    if tree is None:
+    if not workspace.collect_tree(base_commit, tree):
         return ""
     title = request.title
     if run.job.kind == "review":
