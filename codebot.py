@@ -26,8 +26,9 @@ HOW TO READ THIS FILE
     secrets          Redactor, Workspace.environment, remote_environment
     programs         run_program, private_directories, sandbox_mounts, bwrap_command
     GitHub           GitHub.send, has_write_access
-    who can act      require_api_key, require_signature, check_write_access,
-                     load_comments, Sync.obstacle, has_untrusted_edit, ROUTES
+    who can act      require_api_key, require_signature, require_write_access,
+                     look_up_repository, load_comments, Sync.obstacle,
+                     has_untrusted_edit, submit_issue, ROUTES
     the agent        agent_command, run_task, run_review
     what is pushed   run_tests_once, collect_tree, fetch_into_outbox, inspect_commit,
                      DiffScanner, push_task_commit, push_review_commit
@@ -5674,10 +5675,9 @@ CI_SKIP_RE = re.compile(
 def run_task(run: JobRun) -> None:
     """Run a task from the clone to the pull request. Each step can be repeated.
 
-    What earlier runs have stored    What is left to do (the first row that applies)
-      the pull request                 find it, and finish
-      push_started                     push the commit, unless the branch has a pull
-                                       request; the agent never runs again
+    What earlier runs have stored    What is left to do
+      commit_id, push_started          find the branch's pull request, or push the commit
+                                       and open it; the agent never runs again
       commit_id                        push the commit; if the outbox was lost, everything
       nothing, or no commit_id         everything, including the agent
     """
@@ -5768,22 +5768,31 @@ def check_repository(
         )
 
 
-def check_labeler(workspace: Workspace) -> None:
-    """Raise JobFailed unless the person who labeled the issue has write access now.
+def require_write_access(
+    run: JobRun, github_repository: GitHubRepository, login: str, refusal: Exception
+) -> None:
+    """Raise ``refusal`` unless GitHub reports that a person has write access now.
 
     If there is a commit, which has cost something, a refusal is believed only in a retry.
     A task that a client has submitted passes.
     """
-    job = workspace.run.job
-    prefix, _, login = job.submitted_by.partition(":")  # a client has none
-    github_repository = workspace.repository.github_repository
-    if prefix != "github" or github_repository is None:
+    if github_repository.has_write_access(login):
         return
-    if not github_repository.has_write_access(login):
-        problem = f"{login}, who labeled the issue, has no write access"
-        if job.commit_id and not job.transient_since:
-            raise TransientError(problem)
-        raise JobFailed("cancelled", problem)
+    if run.job.commit_id and not run.job.transient_since:
+        raise TransientError(str(refusal))
+    raise refusal
+
+
+def check_labeler(workspace: Workspace) -> None:
+    """Raise JobFailed if an issue's task is by somebody without write access now."""
+    run = workspace.run
+    github_repository = workspace.repository.github_repository
+    if github_repository is None or not run.job.submitted_by.startswith("github:"):
+        return  # a client has submitted it
+    login = run.job.submitted_by.removeprefix("github:")
+    problem = f"{login}, who labeled the issue, has no write access"
+    refusal = JobFailed("cancelled", problem)
+    require_write_access(run, github_repository, login, refusal)
 
 
 def name_workspace(run: JobRun) -> None:
@@ -6011,15 +6020,15 @@ def push_task_commit(workspace: Workspace) -> None:
     """Push the stored commit. From here on the task cannot be cancelled."""
     run = workspace.run
     run.set_phase("push")
-    check_labeler(workspace)
-    was_pushing = run.job.push_started  # in an earlier run, which was interrupted
-    if not run.store.begin_push(run.job.id):
-        raise Cancelled()
-    run.job = dataclasses.replace(run.job, push_started=True)
     repository = workspace.repository.github_repository
+    was_pushing = run.job.push_started  # in an earlier run
     if was_pushing and repository and repository.find_pull_request(run.job.branch):
         # The branch was pushed. It may be merged and deleted: a push would restore it.
         return
+    check_labeler(workspace)
+    if not run.store.begin_push(run.job.id):
+        raise Cancelled()
+    run.job = dataclasses.replace(run.job, push_started=True)
     workspace.push()
 
 
@@ -6241,16 +6250,10 @@ def check_pull_request(review: Review) -> None:
 
 
 def check_write_access(review: Review) -> None:
-    """Raise ReviewSkipped unless the reviewer has write access to the repository now.
-
-    If there is a commit, which has cost something, a refusal is believed only in a retry.
-    """
-    job = review.run.job
-    if not review.github_repository.has_write_access(job.reviewer):
-        problem = f"{job.reviewer} has no write access"
-        if job.commit_id and not job.transient_since:
-            raise TransientError(problem)
-        raise ReviewSkipped(problem)
+    """Raise ReviewSkipped unless the reviewer has write access to the repository now."""
+    login = review.run.job.reviewer
+    refusal = ReviewSkipped(f"{login} has no write access")
+    require_write_access(review.run, review.github_repository, login, refusal)
 
 
 def may_appear_later(review: Review, comment: Comment) -> bool:

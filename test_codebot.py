@@ -9401,6 +9401,23 @@ def test_change_of_a_labeler_who_lost_write_access_is_not_pushed(fresh: Site) ->
     assert fresh.repository.branches() == ["main"]
 
 
+def test_pull_request_is_kept_although_its_labeler_has_lost_write_access_since(
+    fresh: Site,
+) -> None:
+    fresh.repository.permissions["gina"] = "write"
+    fresh.server.start(limits={"RETRY_DELAY": 0.1, "ACCESS_REFUSAL_TTL": 0.0})
+    issue = open_issue(fresh)
+    fresh.repository.after("POST /pulls", fresh.server.kill)
+    fresh.person("gina").label(issue.number)
+    task = issue.task()
+    wait_for(lambda: fresh.repository.pulls)
+    wait_for(lambda: fresh.server.process is None)
+    del fresh.repository.permissions["gina"]
+    fresh.server.restart()
+    assert fresh.api.completed(task)["pr_number"] == 2
+    assert len(fresh.repository.pulls) == 1
+
+
 def test_change_for_an_issue_is_pushed_although_github_denies_access_once(
     fresh: Site,
 ) -> None:
