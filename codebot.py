@@ -7087,7 +7087,10 @@ def store_failure(run: JobRun, ending: Ending) -> None:
 
     save_work also resets `interruptions`, so that check_may_run lets the steps run again.
     """
-    error = run.redact(ending.error)[:10_000]
+    error = ending.error
+    if run.job.commit_id and ending.reason in ("interrupted", "internal"):
+        error += f". The commit {run.job.commit_id} may have been pushed"
+    error = run.redact(error)[:10_000]
     # Logged now: if the reviewer cannot be told, the review may end with another error.
     run.log_event("codebot", f"Failed ({ending.reason}): {error}")
     run.save_work(
