@@ -649,7 +649,10 @@ WRONG_TEST_RULE = r"\s*[^\s=;&|]*/[^\s=;&|]*\s*="
 
 
 def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
-    """Parse one command for all repositories, or lines ``owner/name=command``."""
+    """Parse one command for all repositories, or lines ``owner/name=command``.
+
+    The first rule that matches a repository counts.
+    """
     # In .env all rules are on one line, separated by the two characters \n, as in
     # "a/b=make test\nc/d=tox". A \n that no owner/name= follows is part of the command.
     text = re.sub(rf"\\n(?={TEST_RULE})", "\n", text)
@@ -662,6 +665,8 @@ def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
             raise ValueError("must name repositories as owner/name, or as */name")
         elif line.strip():
             rules.append(("*", line.strip()))
+    if sum(pattern == "*" for pattern, _ in rules) > 1:
+        raise ValueError("has two commands for all repositories; join them with &&")
     return tuple(rules)
 
 

@@ -2379,6 +2379,7 @@ def test_empty_setting_means_the_default(variable: str) -> None:
         ("GITHUB_ENTERPRISE_URL", "https://ghe.io/?x", "must be an address like"),
         ("CODEBOT_SANDBOX", '"env X=1 podman run', "has an unclosed quote"),
         ("CODEBOT_TEST_COMMANDS", "https://a.b/c/*=tox", "must name repositories as"),
+        ("CODEBOT_TEST_COMMANDS", "make check\ntox", "has two commands for all"),
         (
             "CODEBOT_TEST_COMMANDS",
             "https://github.com/o/n=make",
