@@ -2912,7 +2912,7 @@ def parse_repository_url(config: Config, url: str) -> Repository:
     ):
         raise ValueError(f"must look like {base}/OWNER/NAME")
     full_name = f"{match['owner']}/{match['name']}"
-    host_directory = host.replace(":", "_")
+    host_directory = re.sub("[:/]", "_", host)  # it may have a path, with GHES
     return Repository(
         url=f"{base}/{full_name}.git",
         full_name=full_name,
@@ -2955,7 +2955,7 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
         if not re.fullmatch(r"file:///[^\[\]@]*", decoded_url):
             raise ValueError("must be file:///path without [ ] and @")
         check_local_remote(config, decoded_url.removeprefix("file://"))
-    # The same depth as for a repository at GitHub: mirrors/HOST/OWNER/NAME.git
+    # As deep as mirrors/HOST/OWNER/NAME.git, so that Cleanup finds it.
     mirror = f"mirrors/other/remote/{sha256_hex(url)[:20]}.git"
     return Repository(url, url, mirror)
 

@@ -3119,6 +3119,7 @@ def test_secret_beside_tools_in_home_can_be_hidden(host: Host) -> None:
 
 GITHUB = codebot.Config()
 ENTERPRISE = codebot.Config(enterprise_url="https://GHE.acme.com")
+BELOW_A_PATH = codebot.Config(enterprise_url="https://acme.com/github")
 LOOPBACK = codebot.Config(api_url="http://127.0.0.1:8080")
 ANY_REMOTE = codebot.Config(no_github=True, work_dir="/var/lib/codebot")
 
@@ -3135,6 +3136,7 @@ ANY_REMOTE = codebot.Config(no_github=True, work_dir="/var/lib/codebot")
         (GITHUB, "git@github.com:acme/widget.git", "acme/widget", "github.com"),
         (ENTERPRISE, "https://ghe.acme.com/a/b", "a/b", "ghe.acme.com"),
         (ENTERPRISE, "git@ghe.acme.com:a/b", "a/b", "ghe.acme.com"),
+        (BELOW_A_PATH, "https://acme.com/github/a/b", "a/b", "acme.com_github"),
         (LOOPBACK, "http://127.0.0.1:8080/a/b.git", "a/b", "127.0.0.1_8080"),
     ],
 )
