@@ -2928,7 +2928,12 @@ PLAIN_REMOTE_RE = re.compile(
 
 def check_local_remote(config: Config, path: str) -> None:
     """Raise ValueError if an agent could plant hooks in a repository at this path."""
-    for spelling in (re.sub("/+", "/", path), os.path.realpath(path)):
+    try:
+        resolved = os.path.realpath(path)
+    except OSError:  # a directory on the way cannot be read
+        resolved = "/proc"
+    # As written, because git resolves it later; and resolved now, because of symlinks.
+    for spelling in (re.sub("/+", "/", path), resolved):
         for directory in (config.work_dir, "/proc", "/dev"):
             if is_inside(spelling, directory):
                 raise ValueError("must not be in the work directory, /proc or /dev")

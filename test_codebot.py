@@ -3232,6 +3232,8 @@ def test_any_remote_is_accepted_without_github(url: str) -> None:
         "file:///var/lib/codebot/task_1/repo",
         "//var/lib/codebot/task_1/repo",
         "/proc/self/cwd",
+        "/proc/1/cwd",
+        "file:///proc/1/root/srv",
         "/./proc/self/root/srv",
         "ftp://a/b",
         "",
