@@ -220,9 +220,9 @@ KNOWN LIMITATIONS
     `check` wants version 2.0 or newer, but nothing tests that the CLI honors them.
   - Secrets are recognized only verbatim, or encoded in base64 on their own, without line
     breaks: in what is logged and sent to GitHub, those of 6 or more characters; in the
-    text files of a change, those of 16 or more, in lines of at most 8 MiB. An agent that
-    writes a secret in another way, such as backwards, into a binary file, or as the name
-    of an empty directory, can publish it. Of the variables that the operator lists,
+    files of a change, those of 16 or more, in lines of at most 8 MiB. An agent that writes
+    a secret in another way, such as backwards, compressed, or as the name of an empty
+    directory, can publish it. Of the variables that the operator lists,
     codebot knows those whose names suggest a secret; in others it knows headers such as
     X-Api-Key, and addresses with a login, a query or parameters. It does not know a key in
     the path of an address.
@@ -5233,7 +5233,8 @@ class Workspace:
         diff = (*GIT_DIFF, "--no-renames", base_commit, commit)
         try:
             files = self.outbox.local_git(*diff, "--stat=100", "--stat-count=50").stdout
-            self.outbox.local_git(*diff, "--unified=0", on_lines=scanner.read)
+            # --text: binary files are also searched.
+            self.outbox.local_git(*diff, "--text", "--unified=0", on_lines=scanner.read)
         except GitFailed as error:
             message = f"The change could not be checked: {error}"
             raise JobFailed("agent_failed", message) from None

@@ -5728,6 +5728,7 @@ SECRET_PLACES = {
         """printf 'key=%s\\rx\\n' "$ANTHROPIC_API_KEY" >settings.ini""",
         "settings.ini",
     ),
+    "in a binary file": ("""printf '\\0%s' "$ANTHROPIC_API_KEY" >data""", "data"),
     "in a name": ('echo x >"$ANTHROPIC_API_KEY"', "***"),
     "in the name of an empty file": (': >"$ANTHROPIC_API_KEY"', "***"),
     "in a quoted name": (
