@@ -9282,9 +9282,11 @@ def check_safety(codebot: Codebot) -> Iterator[Finding]:
                 "warn", f"{path} is open to other users; run: chmod go-rwx {path}"
             )
     work_dir = codebot.config.work_dir
-    if os.path.isdir(work_dir) and os.stat(work_dir).st_mode & 0o077:
+    mode = os.stat(work_dir).st_mode if os.path.isdir(work_dir) else 0
+    if mode & 0o077:
+        # Who can write there can plant repositories with hooks, which git would run.
         yield Finding(
-            "warn",
+            "FAIL" if mode & 0o022 else "warn",
             f"{work_dir} is open to other users. If it is for codebot alone, run: chmod "
             f"go-rwx {work_dir}; else use another --work-dir.",
         )

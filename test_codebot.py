@@ -14227,6 +14227,17 @@ def test_doubtful_things_are_logged_by_serve_and_listed_by_check(fresh: Site) ->
     assert "Traceback" not in log
 
 
+def test_work_directory_that_others_can_write_is_refused(fresh: Site) -> None:
+    # They could plant a repository with hooks, which git would run.
+    fresh.server.work_dir.mkdir(exist_ok=True)
+    fresh.server.work_dir.chmod(0o1777)
+    for command in ("serve", "check"):
+        done = fresh.server.run(command, *serve_arguments(fresh)[1:])
+        assert done.returncode != 0
+        advice = f"run: chmod go-rwx {fresh.server.work_dir}; else use another"
+        assert advice in done.stdout + done.stderr
+
+
 def test_encrypted_tls_key_is_refused_without_a_prompt(fresh: Site) -> None:
     keys = fresh.server.key_file.parent
     key = ("openssl", "rsa", "-aes256", "-passout", "pass:secret", "-in", "app.pem")
