@@ -3791,6 +3791,7 @@ class Store:
             row = db.execute(find_task, values).fetchone()
             if row is None:
                 insert_task(db, values, max_pending)
+                log.info("Task %s: submitted by %s", values["id"], submitted_by)
                 if issue.label_event_id is not None:
                     insert_label_event(db, issue.label_event_id)
                 row = db.execute(find_task, values).fetchone()
@@ -4698,7 +4699,6 @@ class Codebot:
             idempotency_key,
             issue,
         )
-        log.info("Task %s: submitted by %s", job.id, submitted_by)
         self.jobs_due.set()
         return job
 

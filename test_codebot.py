@@ -4308,6 +4308,17 @@ def test_full_queue_refuses_a_task(store: codebot.Store) -> None:
     assert store.count_pending("task") == 2
 
 
+def test_log_names_the_submitter_of_a_task_once(
+    store: codebot.Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    request = codebot.TaskRequest("url", "Do it")
+    for submitter in ("alice", "bob"):
+        store.add_task(request, submitter, 9, idempotency_key="key-1")
+    assert "submitted by alice" in caplog.text
+    assert "submitted by bob" not in caplog.text
+
+
 def test_idempotency_key_finds_its_task_even_if_the_queue_is_full(
     store: codebot.Store,
 ) -> None:
