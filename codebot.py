@@ -4613,15 +4613,15 @@ class SyncRequest(NamedTuple):
       "issue"          repository_id, number; an issue that has, or had, the label
       "pull_request"   task_id; the pull request of this task
       "ended_task"     task_id; to report the task's end on its issue
-    With is_new, something has just changed. GitHub may not show that yet, so codebot looks
-    a second time, VISIBILITY_DELAY later.
+    With look_twice, something has just changed. GitHub may not show that yet, so codebot
+    looks a second time, VISIBILITY_DELAY later.
     """
 
     kind: str
     repository_id: int = 0
     number: int = 0
     task_id: str = ""
-    is_new: bool = False
+    look_twice: bool = False
 
     def __str__(self) -> str:
         subjects = {
@@ -6108,7 +6108,7 @@ def create_pull_request(workspace: Workspace) -> None:
     run.log_event("codebot", f"Pull request {new.number}: {new.url}")
     log.info("Task %s: opened %s", run.job.id, new.url)
     # Somebody may have commented on it before it was stored.
-    look = SyncRequest("pull_request", task_id=run.job.id, is_new=True)
+    look = SyncRequest("pull_request", task_id=run.job.id, look_twice=True)
     run.codebot.sync_queue.put(look)
 
 
@@ -6674,8 +6674,8 @@ class Sync:
         del self.waiting[request]
         if repeat_at:
             self.waiting[request] = repeat_at
-        elif request.is_new:
-            again = request._replace(is_new=False)
+        elif request.look_twice:
+            again = request._replace(look_twice=False)
             self.waiting[again] = time.time() + VISIBILITY_DELAY
 
     def attempt(self, request: SyncRequest) -> float:
@@ -7897,7 +7897,7 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
         pull_request = pull_request_of(codebot, payload)
         remember_delivery(codebot, guid)
         task_id = pull_request.task_id
-        look = SyncRequest("pull_request", task_id=task_id, is_new=True)
+        look = SyncRequest("pull_request", task_id=task_id, look_twice=True)
         codebot.sync_queue.put(look)
     elif event == "issues" and action in ("labeled", "unlabeled"):
         receive_label(codebot, guid, payload)
@@ -7949,7 +7949,7 @@ def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
     repository_id = int(payload["repository"]["id"])
     number = int(payload["issue"]["number"])
     remember_delivery(codebot, guid)
-    look = SyncRequest("issue", repository_id, number, is_new=True)
+    look = SyncRequest("issue", repository_id, number, look_twice=True)
     codebot.sync_queue.put(look)
 
 

@@ -8754,7 +8754,7 @@ def test_second_look_is_not_lost_to_one_that_waits(
 ) -> None:
     monkeypatch.setattr(sync, "process", codebot.do_nothing)
     request = codebot.SyncRequest("issue", 7, 5)
-    delivered = request._replace(is_new=True)
+    delivered = request._replace(look_twice=True)
     sync.look_later(request)
     sync.handle(delivered)
     assert sync.waiting[request] > time.time() + 10
