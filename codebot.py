@@ -395,7 +395,7 @@ log = logging.getLogger("codebot")
 
 __version__ = "1.0.0"
 
-# A job fails at this number of crashes and of retries that run the agent again, together.
+# See "What a retry depends on", before SCHEMA.
 MAX_INTERRUPTIONS = 3
 RETRY_DELAY = 60.0  # seconds until a job is retried after a transient error
 # Seconds after which a transient error is no longer retried.
@@ -3322,18 +3322,19 @@ CANCELLED_TEXT = {
     "review": "The pull request was closed",
 }
 
-# What a retry depends on. Three columns of jobs:
-#   not_before        When a pending job may start (0: now). requeue sets it.
-#   transient_since   When a series of transient errors began (0: there is none). One that
-#                     comes more than RETRY_LIMIT later fails the job. A start or stop of
-#                     the server sets it anew, if it is set. It is reset when work is saved,
-#                     and when the agent starts.
-#   interruptions     The crashes, and the retries that run the agent again, because they
-#                     cost money. It is reset when work is saved. At MAX_INTERRUPTIONS the
-#                     job fails. A stop of the server does not count, unless a second
-#                     signal cuts it short.
-# And JobRun.agent_ran_since_save, by which a run knows that a retry would run the agent
-# again. The times are seconds since 1970.
+# What a retry depends on, in three columns of jobs:
+#                                interruptions   transient_since   not_before
+#   a crash of the server        + 1             now, if it was set   0
+#   a stop of the server                         now, if it was set   0
+#   a transient error            + 1, if the     now, unless it is    a minute later, or
+#                                agent has run   set                  when GitHub says
+#   the agent starts                             0
+#   work is saved                0               0
+# "If the agent has run": since work was last saved, so that a retry would pay for it again
+# (JobRun.agent_ran_since_save). A job fails when `interruptions` reaches MAX_INTERRUPTIONS,
+# or at a transient error RETRY_LIMIT after transient_since. It does not start before
+# not_before. Both times are seconds since 1970; 0: none. A stop that a second signal cuts
+# short counts as a crash.
 
 SCHEMA_VERSION = 6
 SCHEMA = """
