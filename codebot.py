@@ -58,12 +58,12 @@ GLOSSARY
   base commit    the parent of codebot's commit: for a task the tip of the base, for a
                  review the tip of the pull request's branch
   installation token   a GitHub credential that is valid for one hour. A repository's
-                 token reads and writes that repository; the lookup token only reads
-                 metadata, such as names and ids, of all repositories that the App is
-                 installed on
+                 token reads and writes that repository.
+  lookup token   an installation token that only reads metadata, such as names and ids, of
+                 all repositories that the App is installed on
   delivery       one webhook request, with its GUID
-  marker         an HTML comment in a text that codebot posts, by which a retry sees that
-                 the text was posted
+  marker         an HTML comment in an answer or another comment of codebot's, by which a
+                 retry sees that it was posted
   launcher       a command line that starts the agent and the tests on a node, which is
                  another computer of a cluster
   redact         replace secrets in text with ***
@@ -91,10 +91,11 @@ WHO IS TRUSTED WITH WHAT
                  pushed. (A refusal is remembered for a minute.)
                  Nobody else at GitHub can start the agent, but the text of a labeled issue
                  may be anyone's. Anyone's comment is stored as a pending review.
-  Others at GitHub   can stop work, if they may remove the label or close the pull
-                 request. (Closing the issue stops no task.) A workflow that labels or
-                 comments with a person's token counts as that person, and so does a
-                 machine account that is not a bot of GitHub's.
+  Others at GitHub   can stop work, if they may remove the label, or close or lock the pull
+                 request. (Closing the issue stops no task.) Whoever may comment can keep
+                 an issue by an author without write access from starting. A workflow that
+                 labels or comments with a person's token counts as that person, and so
+                 does a machine account that is not a bot of GitHub's.
   GitHub         is believed, over TLS. A delivery is believed only if the signature of
                  its body is right. Even then it is never relied on for who wrote what,
                  who may write, or what is open: codebot asks GitHub.
@@ -110,8 +111,10 @@ WHO IS TRUSTED WITH WHAT
                    address.
                  - In bwrap it cannot see codebot's processes, the database, other
                    workspaces, or the directories of .env, the App's key and the TLS key.
-                   Outside its own workspace it can write to no file, but it can
-                   connect to sockets and write to named pipes.
+                   Outside its own workspace it can write to no file of the host, but it
+                   can connect to sockets and write to named pipes. (/dev/shm and the
+                   empty directories that cover hidden ones are writable, but in memory,
+                   and vanish when the command ends.)
                  - codebot takes from it a tree of files, its words, and the cost and the
                    number of turns that it reports.
   A test command   runs in the same sandbox and with the same home as the agent, but
@@ -125,8 +128,8 @@ WHO IS TRUSTED WITH WHAT
                  such a sandbox hides.
 
 WHAT LEAVES THE HOST
-  to GitHub      requests sent by GitHub.send: queries, reactions, pull requests,
-                 answers, and comments on what became of a task or a review. They contain
+  to GitHub      requests sent by GitHub.send: for tokens, queries, reactions, pull
+                 requests, answers, and comments on issues. They contain
                  words of the task, of the reviewer and of the agent, file names, the
                  test command, the end of a failing test's output, time and cost, and
                  error messages, all redacted.
@@ -138,11 +141,13 @@ WHAT LEAVES THE HOST
                  agent and the tests, and the work directory, which it shares
   to clients     with any API key: every task as it was sent, its log and result, what
                  reviewers wrote, and the metrics;
-                 without: the page, whether the server is healthy, and how many jobs wait
+                 without: the page, whether the server is healthy, how many jobs wait,
+                 and whether webhooks are on
   The agent and the tests can send anything they can read to anything the host can reach.
 
 WHERE SECRETS GO
-  API keys, webhook secret   nowhere; they are only compared. The database, the log and
+  API keys, webhook secret   nowhere; they are only compared. (`demo --keep` prints the key
+                             that it has made.) The database, the log and
                              what clients get name a client by 8 hexadecimal digits of
                              its key's SHA-256 and by its address. The page keeps its
                              key in the browser's session.
@@ -153,12 +158,14 @@ WHERE SECRETS GO
   installation tokens        to GitHub; to git, in its environment
   model key, listed variables   to the agent, in its environment; to the launcher and to a
                              sandbox other than bwrap
-  passwords of proxies       to the proxy; to the agent, the tests and git, in their
-                             environment. One in ANTHROPIC_BASE_URL: only to the agent.
+  passwords of proxies       to the proxy; to git at the remote and to all programs in
+                             workspaces, in their environment; to the launcher and to a
+                             sandbox other than bwrap. One in ANTHROPIC_BASE_URL: where
+                             the model key goes.
   With --no-github, git commands that contact the remote get the environment with which
-  codebot was started, including listed variables and proxies, but without
-  CODEBOT_API_KEYS, GITHUB_WEBHOOK_SECRET, MODEL_VARIABLE_NAMES and the variables that
-  make git print a trace.
+  codebot was started, with the proxies and certificates of .env, including listed
+  variables, but without CODEBOT_API_KEYS, GITHUB_WEBHOOK_SECRET, MODEL_VARIABLE_NAMES and
+  the variables that make git print a trace.
   codebot writes none of these secrets into a named file. While a program runs, its
   input and output are in unlinked files (openssl's are a JWT's content and signature).
   But the agent's home keeps its session, with everything that the agent has printed.
@@ -166,9 +173,9 @@ WHERE SECRETS GO
 KNOWN LIMITATIONS
   The sandbox
   - Without a sandbox (CODEBOT_SANDBOX=none) the agent can read and write whatever
-    codebot's user can: the keys, the database, git's token while git runs. codebot
-    finds processes that a job left running by the variable CODEBOT_RUN in their
-    environment, in /proc. A process that removes the variable outlives the job, as does
+    codebot's user can, and signal its processes: the keys, the database, .env and codebot
+    itself, git's token while git runs. codebot finds processes that a job left running by
+    the variable CODEBOT_RUN in their environment, in /proc. A process that removes the variable outlives the job, as does
     one whose environment the kernel does not show to codebot, such as ssh-agent's.
   - In bwrap the agent can read whatever codebot's user can read outside of the hidden
     directories. The home directory is hidden, but not its directories that PATH leads
@@ -187,7 +194,8 @@ KNOWN LIMITATIONS
   - The agent can listen on every port that is free. If clients know codebot by a name
     with several addresses, such as an IPv4 and an IPv6 address, the agent may listen at
     one at which codebot does not, and be sent API keys. With TLS, clients notice.
-  - Only the host limits an agent's memory, processes and disk space. If it fills the
+  - Only the host limits an agent's memory (with what it writes to /dev/shm and covers),
+    processes and disk space. If it fills the
     disk of the work directory, jobs are retried for a time and then fail; while the
     database cannot be written, they wait.
   - What CODEBOT_SANDBOX or CODEBOT_LAUNCHER runs as another user, such as with sudo,
@@ -249,7 +257,8 @@ KNOWN LIMITATIONS
     anybody, counts as an edit, and the label must be added again.
   - A new database, such as that of a new work directory, knows none of the pull requests,
     and issues that still have the label become tasks again.
-  - Without --enable-polling, a lost delivery goes unnoticed until the next start.
+  - Without --enable-polling, a lost delivery goes unnoticed until the next start, or until
+    something else has codebot look at the same issue or pull request.
     Anybody who reaches the port, such as an agent, can make GitHub's deliveries fail by
     sending large unsigned ones, which use up MAX_BUFFERED_BYTES.
 
@@ -269,8 +278,8 @@ LIFE OF A JOB
   running   -> pending      after a stop, a crash, or a transient error
   running   -> completed, failed
   A review is deleted when its comments join another running review, and when its task is
-  deleted. A review that is skipped, because nothing may or need be done, is also deleted,
-  unless its agent has cost something or it has failed: then it fails as cancelled.
+  deleted. A review that is skipped, because nothing may or need be done, is also deleted if
+  it has cost nothing and has not failed; otherwise it ends as failed (cancelled).
 
   A task's phases are clone, agent, test, commit, push, pull_request; a review's are
   classify, clone, agent, test, commit, push, answer. With a launcher, both are in the
@@ -290,15 +299,17 @@ THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
   accept         accepts connections, and closes those that are late
   http           one per connection, from a pool; ConnectionTable has a lock
-  task-N, review-N   one job at a time, from one queue each
-  sync           asks GitHub what has changed, and submits and cancels tasks accordingly
+  task-N, review-N   one job at a time; tasks have one queue, reviews another
+  sync           asks GitHub what has changed, submits and cancels jobs accordingly, and
+                 comments on issues
   timer          queues jobs that are due
   database       writes to the database now and then, to see whether that works
-  cleanup        removes what is past its retention, packs mirrors
+  cleanup        removes what is past its retention, packs mirrors, and repeats stops of
+                 launched processes that failed
   A signal starts one more thread, which sets Codebot.stop.
   Store has a lock for its writing connection and one for its reading connection, Redactor
   has one for its tokens. When codebot dies, a forked process, the watchdog, ends the
-  processes that codebot left running, by CODEBOT_RUN in /proc.
+  processes that codebot left running, by CODEBOT_RUN in /proc and CODEBOT_LAUNCHER_STOP.
 
 FILES in the work directory
   codebot.db     the record of all jobs        codebot.lock   held by the one codebot here
@@ -711,7 +722,7 @@ class Config:
     claude_args: Sequence[str] = setting("CODEBOT_CLAUDE_ARGS", split_words, ())
     task_timeout: int = setting("CODEBOT_TASK_TIMEOUT", parse_count, 3600)
     stall_timeout: int = setting("CODEBOT_STALL_TIMEOUT", parse_count, 1200)
-    # Unless they are set, these two have no limit (0), except those of AgentOptions.
+    # 0: no limit by the operator
     budget: float = setting("CODEBOT_MAX_BUDGET_USD", parse_dollars, 0.0)
     max_turns: int = setting("CODEBOT_MAX_TURNS", parse_count, 0)
     test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", parse_attempts, 2)
@@ -796,9 +807,12 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-# Matches NAME=VALUE, perhaps with a comment. The forms of VALUE are tried in this order. If
-# the value is in one pair of quotes, these are removed, and quotes inside stay. Any other
-# value, such as 'a' "b", is taken as it is.
+# Matches NAME=VALUE, perhaps with a comment:
+#     A="x y" # comment   x y
+#     A='x "y"'           x "y"
+#     A=x#y # comment     x#y
+#     A='x' "y"           'x' "y"
+#     A="x                an unclosed quote
 ENV_LINE_RE = re.compile(
     r"""(?: export \s+ )? ([A-Za-z_]\w*) \s* = (?:
             | \s* "(.*?)"
@@ -926,7 +940,8 @@ def conflicting_settings(config: Config) -> Iterator[str]:
 def has_wild_host(pattern: str) -> bool:
     """Return whether a wildcard is in the user, host or port, and may match another host.
 
-    Some patterns are meant to match every host: *, https://*, git@* and https*.
+    https://*.acme.com/a and git@git*:a have one, https://git.acme.com/* has none. Some
+    patterns are meant to match every host: *, https://*, git@* and https*.
     """
     if re.fullmatch(r"(\w+://)?([^@/*?]+@)?\*|\w+\*", pattern):
         return False
@@ -1062,8 +1077,8 @@ class Redactor:
         """
         if len(text) <= length:
             return self(text)
-        # The last secret may be cut in two, and so not be found. It is dropped with as many
-        # characters as the longest secret has. (forms_of puts the longest first.)
+        # What the cut leaves of a secret is shorter than the longest secret, so as many
+        # characters are dropped at the end. (forms_of puts the longest first.)
         longest = len("".join(self._secrets[:1]))
         redacted = self(text[:length])
         return redacted[: max(0, len(redacted) - longest)]
@@ -1147,10 +1162,14 @@ def header_secrets(headers: str) -> Iterator[str]:
 
 
 def login_secrets(word: str, is_proxy: bool) -> set[str]:
-    """Return what may be the password, if a word is https://user:password@host.
+    """Return what may be the password, if a word is an address with a login.
 
-    Each is returned as it is and with %XX decoded. "" may be among them. The "https://" may
-    be missing.
+        https://user:p%40ss@host     p%40ss, p@ss
+        user:pass@host               pass
+        https://token-of-a-feed@host token-of-a-feed
+        http://user:a/b@proxy        a/b
+
+    "" may be among them.
     """
     address = re.sub("^[^/]*://", "", word)
     logins = [address.partition("/")[0].rpartition("@")[0]]
@@ -1408,10 +1427,8 @@ class RunningProgram:
         """Note the program's start and exit code; return the lines that it printed."""
         output: list[str] = []
         for line in lines:
-            # Can the program forge this line? In bwrap it cannot see the process that has
-            # the sentinel as an argument. But a launcher that runs it on this host may
-            # pass on the output file, in which it can read the sentinel. Then, and without
-            # bwrap, it can forge its exit code.
+            # On a node, a program in bwrap cannot read the sentinel. Otherwise it can (in
+            # the arguments of sh or in this output), and may forge its exit code.
             sentinel, _, code = line.partition(" ")
             if sentinel == launch.sentinel and re.fullmatch("[0-9]{1,3}", code):
                 self.node_code = int(code)
@@ -1903,7 +1920,7 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     mounts += [Mount(READ_ONLY, path) for path in visible]
     mounts += [Mount(WRITABLE, path) for path in writable]
     # bwrap cannot mount on a missing path. A missing directory has nothing to hide, and
-    # the agent cannot create it in the read-only file system.
+    # the agent cannot create it on the host.
     return [mount for mount in mounts if os.path.exists(mount.path)]
 
 
@@ -2091,8 +2108,8 @@ class NotFound(GitHubError):
 class AppRefused(TransientError):
     """The App's key cannot sign, or GitHub rejected a JWT or token, or issued no token.
 
-    The App may be suspended for a while, so the job is retried. Only a new task fails
-    at once, because then the App is usually not installed on the repository.
+    The App may be suspended for a while, so the job is retried. Only a task without a
+    commit fails at once, because then the App is usually not installed on the repository.
     """
 
 
@@ -2199,7 +2216,7 @@ INVISIBLE_RE = re.compile(
 
 
 def visible_text(text: str) -> str:
-    """Remove what people do not see on GitHub: HTML comments and invisible characters.
+    """Remove what people do not see on GitHub: HTML comments, then invisible characters.
 
     For example, "a <!-- b --> c" becomes "a  c". In a block of HTML, GitHub hides all
     text after a comment without an end. Here it is cut everywhere, and a note says so.
@@ -2308,7 +2325,7 @@ class GitHub:
     ) -> None:
         self.config = config
         self.redact = redact
-        self.wait = wait  # for seconds; raises StopRequested once the server stops
+        self.wait = wait  # for seconds, or not at all; raises StopRequested
         self.api = config.github_api
         self.timeout = GITHUB_TIMEOUT
         self.attempts = GITHUB_ATTEMPTS
@@ -2324,7 +2341,7 @@ class GitHub:
         # Threads share these without a lock. Each step is atomic, and it does no harm if
         # two threads fetch the same token, or empty the same dict, at once.
         self._tokens: dict[Credential, tuple[str, float]] = {}  # each with its expiry
-        # By URL. No URL is requested with two credentials.
+        # By URL. GitHub answers 304 only if the reply would be the same now.
         self._replies: dict[str, Reply] = {}
         # By repository and login: the monotonic time until which a refusal is remembered.
         self.access_refusals: dict[tuple[int, str], float] = {}
@@ -2678,7 +2695,7 @@ class GitHubRepository:
         except GitHubError as error:
             log.info("GitHub did not report the access of %s: %s", login, error)
             permission = "none"
-        if permission in ("admin", "write"):
+        if permission in ("admin", "write"):  # "maintain" is reported as "write"
             return True
         if len(refusals) > 10_000:
             refusals.clear()
@@ -2814,7 +2831,7 @@ class GitHubRepository:
 # --- Git ---------------------------------------------------------------------
 #
 # codebot gives git a credential only in git_with_token, and only in two kinds of
-# directories: mirrors and outboxes. With a sandbox, an agent can write to neither. The
+# directories: mirrors and outboxes. In bwrap, an agent can write to neither. The
 # token is in git's environment, never in a URL, an argument or a file. In a workspace, git
 # runs only inside the sandbox.
 
@@ -2831,7 +2848,7 @@ GIT_FETCH = shlex.split(
     "fetch --quiet --no-tags --no-recurse-submodules --no-write-fetch-head"
 )
 GIT_DIFF = shlex.split("diff --no-ext-diff --no-textconv --no-color")
-EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # in every repository
+EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # in every SHA-1 repository
 
 
 class GitFailed(Exception):
@@ -3049,7 +3066,8 @@ class GitDirectory:
         self.config = config
         self.path = path
         self.limits = Limits(check_stop=check_stop)
-        # Descriptors that git inherits: the lock's, while Mirror.lock holds it.
+        # Descriptors that git inherits: the lock's, while Mirror.lock holds it. (Only one
+        # thread uses an object of this class.)
         self.inherited_fds: tuple[int, ...] = ()
 
     def local_git(
@@ -4459,7 +4477,8 @@ def insert_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
             id, kind, task_id, submitted_at, submitted_by, reviewer, directory, branch
         )
         SELECT
-            :id, 'review', id, :now, 'github:' || :reviewer, :reviewer, directory, branch
+            :id, 'review', jobs.id, :now, 'github:' || :reviewer, :reviewer, directory,
+            branch
         FROM jobs WHERE id = :task_id
         """,
         {
@@ -4570,7 +4589,7 @@ def remove_tree(config: Config, path: str) -> None:
     remove_easily(path)
     if os.path.lexists(path):
         # rm never follows a link. chmod could be misled by a process that replaces files
-        # meanwhile, but nothing of the agent runs any longer.
+        # meanwhile, but would only give codebot's user access to its own files.
         script = 'chmod -R u+rwX -- "$1"; rm -rf -- "$1"'
         env = base_environment(config)
         with contextlib.suppress(LimitReached):
@@ -4830,7 +4849,8 @@ class JobRun:
 
 # A review with a larger change fails if others push in the meantime.
 MAX_PATCH_BYTES = 256 << 20
-# Every script of Workspace begins with this. It removes the lock files that a killed git
+# Every script of Workspace begins with this. (CHECKOUT_SCRIPT needs no `g`, because its
+# repository is new.) It removes the lock files that a killed git
 # may have left, and defines `g`: git without hooks, fsmonitor, signing and gc.
 GIT_FUNCTION = """
 for lock in .git/index.lock .git/HEAD.lock; do
@@ -4865,14 +4885,9 @@ if ! restore "$1" 2>/dev/null; then
     restore "$1"
 fi
 """
-# Makes a commit on top of $1 with the tree $2 or, if that is empty, with the files as
-# they are.
+# Makes a commit on top of $1 with the tree $2.
 COMMIT_SCRIPT = """
 base=$1 tree=$2
-if [ -z "$tree" ]; then
-    g add -A || exit
-    tree=$(g write-tree) || exit
-fi
 commit=$(g commit-tree -p "$base" -m "What the agent left" "$tree") &&
 g update-ref --no-deref HEAD "$commit" # not the branch, which may be locked
 """
@@ -5326,7 +5341,7 @@ class Workspace:
 def outbox_path(config: Config, directory: str) -> str:
     """Return the path of the outbox that belongs to a task's directory."""
     # task_[TICKET_]HEX. A scratch workspace also gets a path, but has no outbox.
-    digits = directory[-7:]
+    digits = directory.rpartition("_")[2]
     return f"{config.work_dir}/outbox_{digits}.git"
 
 
@@ -5691,7 +5706,7 @@ def run_task(run: JobRun) -> None:
       commit_id, push_started          find the branch's pull request, or push the commit
                                        and open it; the agent never runs again
       commit_id                        push the commit; if the outbox was lost, everything
-      nothing, or no commit_id         everything, including the agent
+      no commit_id                     everything, including the agent
     """
     run.set_phase("clone")
     repository = look_up_repository(run)
@@ -5786,7 +5801,6 @@ def require_write_access(
     """Raise ``refusal`` unless GitHub reports that a person has write access now.
 
     If there is a commit, which has cost something, a refusal is believed only in a retry.
-    A task that a client has submitted passes.
     """
     if github_repository.has_write_access(login):
         return
@@ -5970,6 +5984,9 @@ def without_ci_skips(text: str) -> str:
     return CI_SKIP_RE.sub(r"(\1)", text)
 
 
+# GitHub shows a footnote ("[^1]: words") at the end of the text, outside of quotes. It
+# begins a line, perhaps after the mark of a list, a quote or a heading. After any other
+# character, such as a backtick, "[^1]:" is no footnote.
 FOOTNOTE_RE = re.compile(r"(?<![^\s>.)*+\]-])\[(?=\^[^\] \t\r\n]{1,1000}\]:)")
 
 
@@ -5979,16 +5996,16 @@ def quoted(speaker: str, text: str) -> str:
         return ""
     # The text must neither end the quote nor contain one of codebot's markers.
     text = re.sub("<(?=!--|/blockquote)", "&lt;", text.strip(), flags=re.IGNORECASE)
-    # GitHub shows a footnote ("[^1]: words") at the end of the text, outside of quotes. It
-    # begins a line, perhaps after the mark of a list, a quote or a heading. After any other
-    # character, such as a backtick, "[^1]:" is no footnote, and is left alone.
-    text = re.sub(FOOTNOTE_RE, r"\\[", text)
+    text = FOOTNOTE_RE.sub(r"\\[", text)
     quote = "\n".join(f"> {line}".rstrip() for line in text.splitlines())
     return f"{speaker} says:\n\n{quote}\n"
 
 
 def escape_html(text: str) -> str:
-    """Return text in which HTML is shown: an unclosed tag could hide what follows."""
+    """Return text in which HTML is shown: an unclosed tag could hide what follows.
+
+    The agent's words need not be escaped: they always come last.
+    """
     return re.sub("<(?=[A-Za-z/!?])", "&lt;", text)
 
 
@@ -6160,7 +6177,8 @@ def run_review(run: JobRun) -> None:
       request_kind limit, none         post that the limit is reached, or nothing
       answers                          push the commit, if there is one, and post the
                                        answers (for an unclear request, these are
-                                       codebot's questions)
+                                       codebot's questions); if the outbox was lost, carry
+                                       out the request again
       error                            post the error, and fail with it
 
     Raises ReviewSkipped if nothing is to be done. If a step before the posting fails,
@@ -6342,7 +6360,7 @@ def group_by_thread(comments: Sequence[Comment]) -> dict[str, list[Comment]]:
 
 
 def earlier_comments(review: Review) -> list[Comment]:
-    """Return the last 20 earlier comments by the reviewer and codebot, oldest first.
+    """Return the last 20 other comments by the reviewer and codebot, oldest first.
 
     They are from the conversation, with the texts of GitHub reviews, and from the
     review's threads. Nobody else is listened to.
@@ -6966,7 +6984,7 @@ class Ending(NamedTuple):
 def run_job(codebot: Codebot, job: Job) -> None:
     """Run a job to its end, or until it is pending again.
 
-    A review that fails posts its failure before it ends. See run_review.
+    A review that fails posts its failure before it ends, unless it failed while posting.
     """
     run = JobRun(codebot, job)
     codebot.running[job.id] = run
@@ -6993,7 +7011,7 @@ def run_steps(run: JobRun) -> Ending:
       JobFailed, and errors that are final   failed, with a reason
       TransientError, a busy database,       pending, after a minute; failed if that
       a full disk, a failed node, an App     goes on for too long, or costs too much
-      that GitHub refuses
+      that GitHub refuses (see AppRefused)
       StopRequested                          pending, at the next start
       Cancelled                              failed, as cancelled
       ReviewSkipped                          the review is deleted; failed, as
@@ -7286,13 +7304,14 @@ def read_head(file: io.BufferedReader) -> list[str]:
             raise HTTPError(
                 431, f"The headers are longer than {MAX_HEADER_BYTES >> 10} KiB"
             )
-        if line != b"\r\n":
-            pattern = HEADER_RE if lines else REQUEST_LINE_RE
-            if not pattern.fullmatch(line):
-                raise HTTPError(400, "Malformed HTTP request")
-            lines.append(line[:-2].decode("latin-1"))
-        elif lines:  # blank lines before the request are skipped (RFC 9112, 2.2)
-            return lines
+        if line == b"\r\n":
+            if lines:
+                return lines
+            continue  # a blank line before the request is skipped (RFC 9112, 2.2)
+        pattern = HEADER_RE if lines else REQUEST_LINE_RE
+        if not pattern.fullmatch(line):
+            raise HTTPError(400, "Malformed HTTP request")
+        lines.append(line[:-2].decode("latin-1"))
 
 
 def parse_headers(version: str, lines: Sequence[str]) -> dict[str, str]:
@@ -7399,7 +7418,10 @@ def allow_anyone(codebot: Codebot, request: Request) -> None:
 
 
 def sent_key(request: Request) -> bytes:
-    """Return the API key that the client sent, b"" if it sent none."""
+    """Return the API key that the client sent, b"" if it sent none.
+
+    It is in Authorization: Bearer KEY or, without that, in X-API-Key: KEY.
+    """
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not key:
         key = request.headers.get("x-api-key", "")
@@ -8814,10 +8836,11 @@ class ConnectionTable:
     def _evict(self) -> None:
         """Hang up the connection that has waited longest for its client.
 
-        That is the oldest one that is waiting or receiving. The exception: if more than
-        half of all connections are older and sending, somebody leaves answers unread to
-        keep others out. Then, and if none is waiting or receiving, it is the oldest
-        sending one. Raises OSError if all connections are being handled.
+        1. That is the oldest one that is waiting or receiving.
+        2. But if more than half of all connections are older and sending, somebody leaves
+           answers unread to keep others out. Then, and if none is waiting or receiving, it
+           is the oldest one that is sending.
+        Raises OSError if all connections are being handled.
         """
         idle = None
         unread = []  # connections with an answer that are older than the idle one
