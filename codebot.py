@@ -175,8 +175,9 @@ KNOWN LIMITATIONS
   - Without a sandbox (CODEBOT_SANDBOX=none) the agent can read and write whatever
     codebot's user can, and signal its processes: the keys, the database, .env and codebot
     itself, git's token while git runs. codebot finds processes that a job left running by
-    the variable CODEBOT_RUN in their environment, in /proc. A process that removes the variable outlives the job, as does
-    one whose environment the kernel does not show to codebot, such as ssh-agent's.
+    the variable CODEBOT_RUN in their environment, in /proc. A process that removes the
+    variable outlives the job, as does one whose environment the kernel does not show to
+    codebot, such as ssh-agent's.
   - In bwrap the agent can read whatever codebot's user can read outside of the hidden
     directories. The home directory is hidden, but not its directories that PATH leads
     into: with ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml.
