@@ -9313,7 +9313,7 @@ def check_safety(codebot: Codebot) -> Iterator[Finding]:
         yield Finding(
             "FAIL" if mode & 0o022 else "warn",
             f"{work_dir} is open to other users. If it is for codebot alone, run: chmod "
-            f"go-rwx {work_dir}; else use another --work-dir.",
+            f"go-rwx {work_dir}; else use another --work-dir, such as a directory in it.",
         )
     if codebot.sandbox.is_none:
         yield Finding("warn", f"{NO_SANDBOX_WARNING}.")
