@@ -3341,19 +3341,19 @@ CANCELLED_TEXT = {
     "review": "The pull request was closed",
 }
 
-# What a retry depends on, in three columns of jobs:
-#                                interruptions   transient_since   not_before
-#   a crash of the server        + 1             now, if it was set   0
-#   a stop of the server                         now, if it was set   0
-#   a transient error            + 1, if the     now, unless it is    a minute later, or
-#                                agent has run   set                  when GitHub says
-#   the agent starts                             0
-#   work is saved                0               0
-# "If the agent has run": since work was last saved, so that a retry would pay for it again
-# (JobRun.agent_ran_since_save). A job fails when `interruptions` reaches MAX_INTERRUPTIONS,
-# or at a transient error RETRY_LIMIT after transient_since. It does not start before
-# not_before. Both times are seconds since 1970; 0: none. A stop that a second signal cuts
-# short counts as a crash.
+# What a retry depends on: three columns of jobs, and what changes them.
+#                       interruptions      transient_since      not_before
+#   a crash             + 1                now, if it was set   0
+#   a stop                                 now, if it was set   0
+#   a transient error   + 1, if the        now, if it was not   in a minute, or when
+#                       agent has run      set                  GitHub says
+#   the agent starts                       0
+#   work is saved       0                  0
+# "The agent has run" means: since work was last saved, so that a retry would pay for it
+# again (JobRun.agent_ran_since_save). A job fails when `interruptions` reaches
+# MAX_INTERRUPTIONS, or at a transient error that is RETRY_LIMIT after transient_since. It
+# does not start before not_before. Both times are seconds since 1970, or 0 for none. A stop
+# that a second signal cuts short counts as a crash.
 
 SCHEMA_VERSION = 6
 SCHEMA = """
