@@ -4892,18 +4892,20 @@ base=$1 tree=$2
 commit=$(g commit-tree -p "$base" -m "What the agent left" "$tree") &&
 g update-ref --no-deref HEAD "$commit" # not the branch, which may be locked
 """
-# Makes a commit on $1 of the patch on standard input, and picks it, because `git apply`
-# itself knows no renames. If that fails, prints the files in conflict.
+# Makes a commit on $1 of the patch on standard input, and cherry-picks it, because `git
+# apply` itself knows no renames. If it conflicts, prints the files in conflict.
 APPLY_SCRIPT = """
 base=$1
-in_other_index() {
-    GIT_INDEX_FILE=.git/codebot-index g "$@"
-}
+in_other_index() ( # in a subshell, or the variable would stay set in some shells
+    GIT_INDEX_FILE=.git/codebot-index
+    export GIT_INDEX_FILE
+    g "$@"
+)
 in_other_index read-tree "$base" &&
 in_other_index apply --cached --whitespace=nowarn - &&
 tree=$(in_other_index write-tree) &&
-commit=$(g commit-tree -p "$base" -m "The change" "$tree") &&
-g cherry-pick --no-commit "$commit" >&2 && exit
+commit=$(g commit-tree -p "$base" -m codebot "$tree") &&
+g -c merge.directoryRenames=true cherry-pick --no-commit "$commit" >&2 && exit
 g diff --name-only --diff-filter=U
 exit 1
 """

@@ -8310,27 +8310,35 @@ def test_change_that_conflicts_with_others_is_not_pushed(pull: Pull) -> None:
     pull.site.repository.commit({"hello.txt": f"{before}\n"}, pull.branch)
 
 
-OTHERS_CHANGES = {
-    "renamed the file": ("git mv hello.txt hi.txt", "hi.txt"),
-    "removed the same file": ("git rm -q README.md", "hello.txt"),
+# What others push, what the agent changes, and a file in which both meet.
+MERGED_CHANGES = {
+    "renamed file": ("git mv hello.txt hi.txt", "echo more >>hello.txt", "hi.txt"),
+    "file removed by both": (
+        "git rm -q README.md",
+        "rm README.md; echo more >>hello.txt",
+        "hello.txt",
+    ),
+    "new file in a renamed directory": (
+        "git mv docs texts",
+        "cp hello.txt docs/new; echo more >>docs/new",
+        "texts/new",
+    ),
 }
 
 
-@pytest.mark.parametrize("case", OTHERS_CHANGES)
+@pytest.mark.parametrize("case", MERGED_CHANGES)
 def test_change_is_merged_with_what_others_moved_or_removed(
     shared: Site, tmp_path: Path, case: str
 ) -> None:
-    script, path = OTHERS_CHANGES[case]
+    theirs, ours, path = MERGED_CHANGES[case]
     repository = shared.repository
     pull = open_pull(shared)
-    removal = "rm README.md; " if "removed" in case else ""
-    plan = f"classify change; {removal}echo more >>hello.txt; answer Done"
-    shared.agent.follow(plan)
+    shared.agent.follow(f"classify change; {ours}; answer Done")
 
     def push() -> None:
         clone = f"git clone -q -b {pull.branch} {repository.bare} clone; cd clone"
         end = "git commit -qm Theirs; git push -q origin HEAD"
-        run_command("sh", "-ec", f"{clone}; {script}; {end}", cwd=tmp_path)
+        run_command("sh", "-ec", f"{clone}; {theirs}; {end}", cwd=tmp_path)
 
     repository.before(PUSH_BEGINS, push)
     shared.person("alice").inline("Say more")
