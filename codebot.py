@@ -235,7 +235,8 @@ KNOWN LIMITATIONS
     codebot knows those whose names suggest a secret; in others it knows headers such as
     X-Api-Key, and addresses with a login, a query or parameters. It does not know a key in
     the path of an address.
-  - A change may move a submodule that the repository has to any commit.
+  - A change may move a submodule that the repository has to any commit. A change with
+    more than 1 GiB of new and changed files is not pushed.
   - Without a budget, only the time and the turns limit what a run may cost. A budget
     relies on the cost that the agent reports, and a run that is interrupted reports none.
 
@@ -5252,8 +5253,9 @@ class Workspace:
         diff = (*GIT_DIFF, "--no-renames", base_commit, commit)
         try:
             files = self.outbox.local_git(*diff, "--stat=100", "--stat-count=50").stdout
-            # --text: binary files are also searched.
-            self.outbox.local_git(*diff, "--text", "--unified=0", on_lines=scanner.read)
+            # Binary files are also searched, but not what deleted files contained.
+            shown = ("--text", "--irreversible-delete", "--unified=0")
+            self.outbox.local_git(*diff, *shown, on_lines=scanner.read)
         except GitFailed as error:
             message = f"The change could not be checked: {error}"
             raise JobFailed("agent_failed", message) from None
