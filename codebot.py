@@ -9314,9 +9314,11 @@ def check_safety(codebot: Codebot) -> Iterator[Finding]:
     mode = os.stat(work_dir).st_mode if os.path.isdir(work_dir) else 0
     if mode & 0o077:
         # Who can write there can plant repositories with hooks, which git would run.
+        is_writable = mode & 0o022
+        problem = "can be written to by" if is_writable else "is open to"
         yield Finding(
-            "FAIL" if mode & 0o022 else "warn",
-            f"{work_dir} is open to other users. If it is for codebot alone, run: chmod "
+            "FAIL" if is_writable else "warn",
+            f"{work_dir} {problem} other users. If it is for codebot alone, run: chmod "
             f"go-rwx {work_dir}; else use another --work-dir, such as a directory in it.",
         )
     if codebot.sandbox.is_none:
