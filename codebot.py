@@ -195,9 +195,9 @@ KNOWN LIMITATIONS
   - The agent can listen on every port that is free. If clients know codebot by a name
     with several addresses, such as an IPv4 and an IPv6 address, the agent may listen at
     one at which codebot does not, and be sent API keys. With TLS, clients notice.
-  - Only the host limits an agent's memory (with what it writes to /dev/shm and covers),
-    processes and disk space. If it fills the
-    disk of the work directory, jobs are retried for a time and then fail; while the
+  - Only the host limits an agent's processes, disk space and memory, including what it
+    writes to /dev/shm and to the empty directories that cover hidden ones. If it fills
+    the disk of the work directory, jobs are retried for a time and then fail; while the
     database cannot be written, they wait.
   - What CODEBOT_SANDBOX or CODEBOT_LAUNCHER runs as another user, such as with sudo,
     cannot be ended. codebot does not wait for it, so it may change the workspace during
@@ -679,7 +679,10 @@ def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
         elif line.strip():
             rules.append(("*", line.strip()))
     if sum(pattern == "*" for pattern, _ in rules) > 1:
-        raise ValueError("has two commands for all repositories; join them with &&")
+        raise ValueError(
+            "has two lines without owner/name=; join commands with && (there are no "
+            "comments)"
+        )
     return tuple(rules)
 
 
@@ -3346,8 +3349,8 @@ CANCELLED_TEXT = {
 #                       interruptions      transient_since      not_before
 #   a crash             + 1                now, if it was set   0
 #   a stop                                 now, if it was set   0
-#   a transient error   + 1, if the        now, if it was not   in a minute, or when
-#                       agent has run      set                  GitHub says
+#   a transient error   + 1, if the        now, if it was not   in a minute, or later if
+#                       agent has run      set                  GitHub says so
 #   the agent starts                       0
 #   work is saved       0                  0
 # "The agent has run" means: since work was last saved, so that a retry would pay for it
@@ -5138,7 +5141,7 @@ class Workspace:
     # From the agent's work to a pushed commit
 
     def record_files(self) -> tuple[str, ProgramResult]:
-        """Return the tree of all files that are not ignored, and git's result.
+        """Return the tree of all files but untracked, ignored ones, and git's result.
 
         The tree is "" if git cannot read the files.
         """
@@ -5176,7 +5179,7 @@ class Workspace:
             )
         fetched_tree, base_tree = trees.stdout  # in the order of the arguments
         if fetched_tree != tree:  # an agent without a sandbox may have changed HEAD
-            raise JobFailed("agent_failed", f"The repository's HEAD is not {tree}")
+            raise JobFailed("agent_failed", f"The tree of HEAD is not {tree} anymore")
         return tree != base_tree
 
     def write_skip_list(self, base_commit: str) -> None:
@@ -5599,7 +5602,7 @@ class AgentRun:
         if is_refused or says_login:
             return JobFailed(
                 "agent_login",
-                "The model's provider rejected its key. The operator must set "
+                "The model's provider rejected the agent's key. The operator must set "
                 f"{MODEL_KEY_NAMES[0]} or {MODEL_KEY_NAMES[2]} in codebot's .env "
                 f"(the agent: {error})",
             )
@@ -5815,7 +5818,7 @@ def require_write_access(
 
 
 def check_labeler(workspace: Workspace) -> None:
-    """Raise JobFailed if an issue's task is by somebody without write access now."""
+    """Raise JobFailed if whoever labeled the task's issue has no write access now."""
     run = workspace.run
     github_repository = workspace.repository.github_repository
     if github_repository is None or not run.job.submitted_by.startswith("github:"):

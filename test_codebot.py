@@ -2379,7 +2379,11 @@ def test_empty_setting_means_the_default(variable: str) -> None:
         ("GITHUB_ENTERPRISE_URL", "https://ghe.io/?x", "must be an address like"),
         ("CODEBOT_SANDBOX", '"env X=1 podman run', "has an unclosed quote"),
         ("CODEBOT_TEST_COMMANDS", "https://a.b/c/*=tox", "must name repositories as"),
-        ("CODEBOT_TEST_COMMANDS", "make check\ntox", "has two commands for all"),
+        (
+            "CODEBOT_TEST_COMMANDS",
+            "make check\ntox",
+            "has two lines without owner/name=",
+        ),
         (
             "CODEBOT_TEST_COMMANDS",
             "https://github.com/o/n=make",
@@ -8332,6 +8336,7 @@ def test_change_is_merged_with_what_others_moved_or_removed(
 ) -> None:
     theirs, ours, path = MERGED_CHANGES[case]
     repository = shared.repository
+    repository.commit({"docs/old": "old\n"})
     pull = open_pull(shared)
     shared.agent.follow(f"classify change; {ours}; answer Done")
 
