@@ -1358,7 +1358,8 @@ class AgentScript:
         """Let all runs that block go on."""
         for place in self.places():
             for generation in range(self.oldest_generation, self.generation + 1):
-                (place / f"released-{generation}").touch()
+                with contextlib.suppress(FileNotFoundError):  # codebot has removed it
+                    (place / f"released-{generation}").touch()
 
     def runs(self, purpose: str = "") -> list[AgentRun]:
         """Return the runs so far, in order; with a purpose, only those."""
@@ -1383,10 +1384,10 @@ class AgentScript:
     def reset(self) -> None:
         """Forget the runs so far, which have ended, and say hello from now on."""
         for place in self.places():
-            for path in place.glob("run.*"):
+            for path in glob.glob(f"{place}/run.*"):  # see runs()
                 shutil.rmtree(path, ignore_errors=True)
-            for path in place.glob("blocked-*"):
-                path.unlink()
+            for path in glob.glob(f"{place}/blocked-*"):
+                Path(path).unlink(missing_ok=True)
         self.old_homes.update(self.work_dir.glob("task_*/home"))
         self.follow(SAY_HELLO)
         self.oldest_generation = self.generation
