@@ -9460,11 +9460,12 @@ def test_pull_request_is_kept_although_its_labeler_has_lost_write_access_since(
     fresh.repository.permissions["gina"] = "write"
     fresh.server.start(limits={"RETRY_DELAY": 0.1, "ACCESS_REFUSAL_TTL": 0.0})
     issue = open_issue(fresh)
-    fresh.repository.after("POST /pulls", fresh.server.kill)
+    hold = fresh.repository.hold_answer("POST /pulls")
     fresh.person("gina").label(issue.number)
     task = issue.task()
-    wait_for(lambda: fresh.repository.pulls)
-    wait_for(lambda: fresh.server.process is None)
+    hold.wait()
+    fresh.server.kill()
+    hold.release()
     del fresh.repository.permissions["gina"]
     fresh.server.restart()
     assert fresh.api.completed(task)["pr_number"] == 2
