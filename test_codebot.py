@@ -14632,8 +14632,12 @@ def test_memory_of_server_cannot_be_read(fresh: Site) -> None:
 def test_files_of_server_are_readable_by_nobody_else(shared: Site) -> None:
     shared.api.completed(shared.api.submit())
     paths = [shared.server.work_dir, *shared.server.work_dir.iterdir()]
-    assert len(paths) > 4
-    assert [path for path in paths if path.stat().st_mode & 0o077] == []
+    modes = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):  # codebot has removed it since
+            modes[path] = path.stat().st_mode
+    assert len(modes) > 4
+    assert [path for path, mode in modes.items() if mode & 0o077] == []
 
 
 def test_debug_server_restarts_when_env_file_changes(fresh: Site) -> None:
