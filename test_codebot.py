@@ -5652,9 +5652,11 @@ def test_head_that_is_changed_meanwhile_is_not_pushed(
         f"rm evil; export evil; env -u CODEBOT_RUN setsid sh -c '{loop}' "
         f">/dev/null 2>&1 & until [ -e {begun} ]; do :; done; {SAY_HELLO}"
     )
-    task = shared.api.submit(test_command="true")
-    status = shared.api.wait_end(task)
-    stop.touch()
+    try:
+        task = shared.api.submit(test_command="true")
+        status = shared.api.wait_end(task)
+    finally:
+        stop.touch()
     for branch in shared.repository.branches():
         assert "evil" not in shared.repository.git("ls-tree", "--name-only", branch)
     assert status.get("reason") in (None, "agent_failed")
