@@ -1077,14 +1077,23 @@ class GitHubHandler(http.server.BaseHTTPRequestHandler):
     def read_body(self) -> bytes:
         """Read the body; git sends a large push in chunks."""
         if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            return self.read_exactly(int(self.headers.get("Content-Length") or 0))
         chunks = []
         while True:
-            size = int(self.rfile.readline(), 16)
-            chunks.append(self.rfile.read(size))
-            self.rfile.readline()
+            line = self.rfile.readline()
+            if not line.endswith(b"\n"):
+                raise ConnectionError("the client has gone")
+            size = int(line, 16)
+            chunks.append(self.read_exactly(size))
+            self.read_exactly(len(b"\r\n"))
             if size == 0:
                 return b"".join(chunks)
+
+    def read_exactly(self, size: int) -> bytes:
+        data = self.rfile.read(size)
+        if len(data) < size:  # such as of a client that was killed
+            raise ConnectionError("the client has gone")
+        return data
 
     def date_time_string(self, timestamp: float | None = None) -> str:
         now = timestamp or time.time()
