@@ -1083,8 +1083,8 @@ class Redactor:
         if len(text) <= length:
             return self(text)
         # What the cut leaves of a secret is shorter than the longest secret, so as many
-        # characters are dropped at the end. (forms_of puts the longest first.)
-        longest = len("".join(self._secrets[:1]))
+        # characters are dropped at the end.
+        longest = max(map(len, self._secrets), default=0)
         redacted = self(text[:length])
         return redacted[: max(0, len(redacted) - longest)]
 
