@@ -2397,6 +2397,11 @@ def test_empty_setting_means_the_default(variable: str) -> None:
         ),
         (
             "CODEBOT_TEST_COMMANDS",
+            "# a\nacme/api=make",
+            "has a line that begins with #",
+        ),
+        (
+            "CODEBOT_TEST_COMMANDS",
             "https://github.com/o/n=make",
             "must name repositories as owner/name, or as */name",
         ),
