@@ -235,8 +235,8 @@ KNOWN LIMITATIONS
     codebot knows those whose names suggest a secret; in others it knows headers such as
     X-Api-Key, and addresses with a login, a query or parameters. It does not know a key in
     the path of an address.
-  - A change may move a submodule that the repository has to any commit. A change with
-    more than 1 GiB of new and changed files is not pushed.
+  - A change may move a submodule that the repository has to any commit. A change is
+    not pushed if its diff, without the contents of deleted files, exceeds 1 GiB.
   - Without a budget, only the time and the turns limit what a run may cost. A budget
     relies on the cost that the agent reports, and a run that is interrupted reports none.
 
@@ -1168,12 +1168,12 @@ def header_secrets(headers: str) -> Iterator[str]:
 def login_secrets(word: str, is_proxy: bool) -> set[str]:
     """Return what may be the password, if a word is an address with a login.
 
-        https://user:p%40ss@host     p%40ss, p@ss
-        user:pass@host               pass
-        https://token-of-a-feed@host token-of-a-feed
-        http://user:a/b@proxy        a/b
+        https://user:p%40ss@host         p%40ss, p@ss
+        user:pass@host                   pass
+        https://token-of-the-feed@host   token-of-the-feed
+        http://user:a/b@proxy            a/b
 
-    "" may be among them.
+    A login without a password counts from MIN_SEARCHED_LENGTH on. "" may be among them.
     """
     address = re.sub("^[^/]*://", "", word)
     logins = [address.partition("/")[0].rpartition("@")[0]]
@@ -3346,12 +3346,14 @@ CANCELLED_TEXT = {
 
 # What a retry depends on: three columns of jobs, and what changes them.
 #                       interruptions      transient_since      not_before
-#   a crash             + 1                now, if it was set   0
-#   a stop                                 now, if it was set   0
+#   a crash *           + 1                                     0
+#   a stop *                                                    0
+#   a stop, a start                        now, if it was set
 #   a transient error   + 1, if the        now, if it was not   in a minute, or later if
 #                       agent has run      set                  GitHub says so
 #   the agent starts                       0
 #   work is saved       0                  0
+# (*: of a running job. The next row is also about jobs that wait.)
 # "The agent has run" means: since work was last saved, so that a retry would pay for it
 # again (JobRun.agent_ran_since_save). A job fails when `interruptions` reaches
 # MAX_INTERRUPTIONS, or at a transient error that is RETRY_LIMIT after transient_since. It
@@ -4853,9 +4855,10 @@ class JobRun:
 
 # A review with a larger change fails if others push in the meantime.
 MAX_PATCH_BYTES = 256 << 20
-# Every script of Workspace begins with this. (CHECKOUT_SCRIPT needs no `g`, because its
-# repository is new.) It removes the lock files that a killed git
-# may have left, and defines `g`: git without hooks, fsmonitor, signing and gc.
+# Every script of Workspace begins with this. It removes the lock files that a killed git
+# may have left, and defines `g`: git without hooks, fsmonitor, signing and gc. (The
+# checkout needs no `g`: its repository is new, and base_environment turns other
+# configuration off.)
 GIT_FUNCTION = """
 for lock in .git/index.lock .git/HEAD.lock; do
     if [ -e "$lock" ]; then rm -rf "$lock"; fi
@@ -5140,9 +5143,10 @@ class Workspace:
     # From the agent's work to a pushed commit
 
     def record_files(self) -> tuple[str, ProgramResult]:
-        """Return the tree of all files but untracked, ignored ones, and git's result.
+        """Return the tree of the files, and git's result.
 
-        The tree is "" if git cannot read the files.
+        Ignored files are in it only if they are tracked. It is "" if git cannot read the
+        files.
         """
         result = self.script(RECORD_SCRIPT)
         if result.code != 0:
@@ -5269,8 +5273,8 @@ class Workspace:
     def push(self) -> None:
         """Push the job's commit to the branch. Pushing it again changes nothing.
 
-        Raises JobFailed if the remote rejects it, TransientError if GitHub refuses the
-        App.
+        Raises JobFailed if the remote rejects it, TransientError if the remote cannot be
+        reached or GitHub refuses the App.
         """
         commit = self.run.job.commit_id
         refspec = f"{commit}:refs/heads/{self.branch}"
@@ -5897,8 +5901,8 @@ def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
     """Run the test command. If it fails, show the agent its output and try again.
 
     Returns the tree that passed, and how often the command ran; without a command, the
-    tree as it is, and 0. Raises JobFailed if git cannot read the files, or the tests still
-    fail or cannot be started.
+    tree as it is, and 0. Raises JobFailed if the tests still fail or cannot be started or,
+    without a command, if git cannot read the files.
     """
     run = workspace.run
     if not command:
@@ -7022,7 +7026,7 @@ def run_steps(run: JobRun) -> Ending:
       StopRequested                          pending, at the next start
       Cancelled                              failed, as cancelled
       ReviewSkipped                          the review is deleted; failed, as
-                                             cancelled, if its agent has cost something
+                                             cancelled, if it has cost something or failed
     """
     job = run.job  # as it was before the steps; its id and kind do not change
     try:
@@ -7073,7 +7077,7 @@ def check_may_run(run: JobRun) -> None:
 
 
 def ending_of_skipped_review(run: JobRun, error: ReviewSkipped) -> Ending:
-    """Return how a skipped review ends: deleted, unless it has cost something."""
+    """Return how a skipped review ends: deleted, unless it has cost money or failed."""
     log.info("Review %s is skipped: %s", run.job.id, error)
     has_cost = run.job.cost_usd is not None or run.agent_ran_since_save
     if not has_cost and not run.job.error:  # a failed agent may report no cost
@@ -9639,7 +9643,7 @@ def read_task_flags(flags: Flags) -> Fields:
 
 
 def print_log(codebot: Codebot, task_id: str) -> None:
-    """Print a task's events until it has ended, or codebot is stopped."""
+    """Print a task's events until the task has ended, or codebot is stopped."""
     for events in follow_log(codebot, task_id):
         for event in events:
             message = event.message.replace("\n", f"\n{'':31}")
