@@ -9319,8 +9319,9 @@ def check_safety(codebot: Codebot) -> Iterator[Finding]:
     work_dir = codebot.config.work_dir
     mode = os.stat(work_dir).st_mode if os.path.isdir(work_dir) else 0
     if mode & 0o077:
-        # Who can write there can plant repositories with hooks, which git would run.
-        is_writable = mode & 0o022
+        # Who can write there can plant repositories with hooks, which git would run. (Some
+        # systems let a user's own group write to everything.)
+        is_writable = mode & 0o002
         problem = "can be written to by" if is_writable else "is open to"
         yield Finding(
             "FAIL" if is_writable else "warn",
