@@ -3176,6 +3176,10 @@ def discard(work_dir: str, path: str) -> None:
 # A mirror with more of either is repacked. These are git's own limits.
 MAX_LOOSE_OBJECTS = 6700
 MAX_PACKS = 50
+# What git says if an object of a repository is missing or damaged.
+MISSING_OBJECT_RE = re.compile(
+    "bad object refs/heads/|ould not read [0-9a-f]{40}|unable to read [0-9a-f]{40}"
+)
 STALE_FILES = ("*.lock", "refs/**/*.lock", "objects/*/tmp_*", "objects/pack/.tmp-*")
 
 
@@ -3185,6 +3189,12 @@ class Mirror(GitDirectory):
     @property
     def objects(self) -> str:
         return f"{self.path}/objects"
+
+    def with_advice(self, error: str) -> str:
+        """Return git's error, with what to do if a damaged mirror may be the cause."""
+        if self.path in error or MISSING_OBJECT_RE.search(error):
+            return f"{error}. If the mirror is damaged, stop codebot and delete {self.path}"
+        return error
 
     @contextlib.contextmanager
     def lock(self, wait: bool = True) -> Iterator[int]:
@@ -5032,9 +5042,8 @@ class Workspace:
             self.branch,
         )
         if result.code != 0:
-            raise JobFailed(
-                "clone_failed", f"Failed to check out {base_name}: {result.error}"
-            )
+            error = self.mirror.with_advice(result.error)
+            raise JobFailed("clone_failed", f"Failed to check out {base_name}: {error}")
         self.run.log_event(
             "git", f"Branch {self.branch} from {base_name} at {base_commit}"
         )
@@ -5177,8 +5186,9 @@ class Workspace:
             "rev-parse", f"{ref}^{{tree}}", f"{base_commit}^{{tree}}", check=False
         )
         if result.code != 0 or trees.code != 0:
+            error = self.mirror.with_advice(result.error)
             raise JobFailed(
-                "agent_failed", f"The agent left no usable repository: {result.error}"
+                "agent_failed", f"The agent left no usable repository: {error}"
             )
         fetched_tree, base_tree = trees.stdout  # in the order of the arguments
         if fetched_tree != tree:  # an agent without a sandbox may have changed HEAD
@@ -5263,7 +5273,9 @@ class Workspace:
             shown = ("--text", "--irreversible-delete", "--unified=0")
             self.outbox.local_git(*diff, *shown, on_lines=scanner.read)
         except GitFailed as error:
-            message = f"The change could not be checked: {error}"
+            message = self.mirror.with_advice(
+                f"The change could not be checked: {error}"
+            )
             raise JobFailed("agent_failed", message) from None
         if scanner.fault:
             message = f"The change was not pushed: {scanner.fault}"
@@ -5885,8 +5897,9 @@ def fetch_or_fail(workspace: Workspace, branch: str, reason: str) -> tuple[str, 
         if isinstance(error, GitAuthFailed) and workspace.run.job.commit_id:
             # The commit has cost something, so this is treated like a failed push.
             raise workspace.push_failure(error) from None
+        message = workspace.mirror.with_advice(str(error))
         raise JobFailed(
-            "clone_failed", f"Failed to clone repository: {error}"
+            "clone_failed", f"Failed to clone repository: {message}"
         ) from None
 
 

@@ -5055,6 +5055,35 @@ def test_base_that_moves_before_fetch_is_looked_up_again(shared: Site) -> None:
     assert repository.git("rev-parse", f"{result['commit']}^") == main
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("HEAD", ""), ("config", "[[["), ("refs/heads/main", "zzz")]
+)
+def test_error_of_a_damaged_mirror_says_to_delete_it(
+    shared: Site, name: str, text: str
+) -> None:
+    shared.api.completed(shared.api.submit())
+    mirror = mirror_of(shared, shared.repository.name)
+    (mirror / "packed-refs").unlink(missing_ok=True)
+    (mirror / name).write_text(text)
+    error = shared.api.failed(shared.api.submit(), "clone_failed")
+    assert f"stop codebot and delete {mirror}" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("main^{tree}", "clone_failed"), ("main:README.md", "agent_failed")],
+)
+def test_error_of_a_missing_object_says_to_delete_the_mirror(
+    shared: Site, name: str, reason: str
+) -> None:
+    shared.api.completed(shared.api.submit())
+    mirror = mirror_of(shared, shared.repository.name)
+    object_id = shared.repository.git("rev-parse", name)
+    (mirror / "objects" / object_id[:2] / object_id[2:]).unlink()
+    error = shared.api.failed(shared.api.submit(), reason)
+    assert f"stop codebot and delete {mirror}" in error
+
+
 def test_mirrors_recover_from_killed_git(fresh: Site) -> None:
     dotted = fresh.github.create_repository("acme/.github")
     fresh.server.start()
