@@ -7793,7 +7793,8 @@ def task_logs(
             {"task_id": task_id, "events": events, "count": len(events)}
         )
     is_live = codebot.store.has_unfinished_jobs(task_id)
-    if after and not is_live and not codebot.store.events(task_id, after, 1):
+    asks_again = after > 0 or "last-event-id" in request.headers
+    if asks_again and not is_live and not codebot.store.events(task_id, after, 1):
         return Response(204)  # an EventSource that gets this does not reconnect
     return event_stream(codebot, task_id, after)
 
@@ -7821,7 +7822,8 @@ def event_stream(codebot: Codebot, task_id: str, after: int) -> EventStream:
     for events in follow_log(codebot, task_id, after):
         message = ""
         for event in events:
-            message += f"id: {event.seq}\ndata: {json.dumps(event._asdict())}\n\n"
+            after = event.seq
+            message += f"id: {after}\ndata: {json.dumps(event._asdict())}\n\n"
         now = time.monotonic()
         if not message and now > last_sent + KEEPALIVE_INTERVAL:
             message = ": still here\n\n"
@@ -7829,7 +7831,10 @@ def event_stream(codebot: Codebot, task_id: str, after: int) -> EventStream:
             last_sent = now
         yield message.encode()
     if not codebot.stop.is_set():
-        yield b"event: end\ndata: {}\n\n"
+        # An EventSource repeats the last id when it asks again; see task_logs. If there
+        # were no events, it has had none.
+        end_id = "" if after else "id: 0\n"
+        yield f"{end_id}event: end\ndata: {{}}\n\n".encode()
 
 
 def health(codebot: Codebot, request: Request) -> Response:
