@@ -3824,7 +3824,8 @@ class Store:
         """
         with self._transaction() as db:
             row = db.execute(find_task, values).fetchone()
-            if row is None:
+            is_new = row is None
+            if is_new:
                 insert_task(db, values, max_pending)
                 log.info("Task %s: submitted by %s", values["id"], submitted_by)
                 if issue.label_event_id is not None:
@@ -3833,6 +3834,8 @@ class Store:
             job = make_job(row)
             if idempotency_key and job.request != request:
                 raise HTTPError(409, "This Idempotency-Key was used for another task")
+            if idempotency_key and not is_new:
+                log.info("Task %s: submitted again by %s", job.id, submitted_by)
             return job
 
     def claim(self, job_id: str) -> Job | None:

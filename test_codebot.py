@@ -4337,6 +4337,11 @@ def test_log_names_the_submitter_of_a_task_once(
         store.add_task(request, submitter, 9, idempotency_key="key-1")
     assert "submitted by alice" in caplog.text
     assert "submitted by bob" not in caplog.text
+    assert "submitted again by bob" in caplog.text
+    with pytest.raises(codebot.HTTPError):
+        other = codebot.TaskRequest("url", "Do something else")
+        store.add_task(other, "carol", 9, idempotency_key="key-1")
+    assert "carol" not in caplog.text
 
 
 def test_idempotency_key_finds_its_task_even_if_the_queue_is_full(
