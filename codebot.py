@@ -6105,9 +6105,10 @@ def pull_request_body(run: JobRun) -> str:
     if job.test_attempts:
         command = code_block(truncate(run.redact(job.request.test_command), 1000))
         tests = f"Passed (attempt {job.test_attempts}):\n\n{command}"
-    facts = f"Done in {job.seconds:.0f} s.\n"
+    facts = ""
     if job.cost_usd is not None:
-        facts += f"The agent reports a cost of {job.cost_usd:.2f} US dollars.\n"
+        facts = f"The agent reports a cost of {job.cost_usd:.2f} US dollars.\n"
+    facts += f"Done in {job.seconds:.0f} s.\n"
     if job.issue_number:
         facts += f"Closes #{job.issue_number}\n"
     # Redact before truncating: a secret that was cut in two would not be found.
