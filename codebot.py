@@ -8726,7 +8726,7 @@ MAX_BUFFERED_BYTES = 64 << 20  # of all request bodies, as they were received, t
 # The states of a connection, and the seconds that it may stay in each.
 STATE_TIMEOUTS = {
     "waiting": 75.0,  # for a request
-    "receiving": 20.0,  # the TLS handshake; a request, from its first byte to the last
+    "receiving": 20.0,  # a request, first byte to last; the first with the TLS handshake
     "handling": 3600.0,  # codebot's own work: a handler takes seconds at most
     "sending": 20.0,  # until the client has read CHUNK_BYTES
 }
@@ -8829,8 +8829,10 @@ class ConnectionTable:
         """Change the state of a connection. Raises OSError if it was hung up."""
         with self._lock:
             entry = self._entry(connection)
+            # The TLS handshake and the first request share one deadline.
+            if state != "receiving" or entry.state != "receiving":
+                entry.since = time.monotonic()
             entry.state = state
-            entry.since = time.monotonic()
             if state == "sending":
                 entry.body_bytes = 0  # the body is no longer needed
             if state == "waiting":  # move it to the end

@@ -10838,6 +10838,20 @@ def drip(connection: socket.socket, data: bytes) -> bool:
     return False
 
 
+def test_tls_handshake_and_first_request_share_one_deadline() -> None:
+    table = codebot.ConnectionTable()
+    with socket.socket() as connection:
+        table.add(connection)
+        table.enter(connection, "receiving")  # the handshake
+        handshake_began = time.monotonic()
+        wait_for(lambda: time.monotonic() > handshake_began + 0.01)
+        table.enter(connection, "receiving")  # the request
+        limit = codebot.STATE_TIMEOUTS["receiving"]
+        table.drop_late(handshake_began + limit + 0.005)
+        with pytest.raises(OSError, match="timed out"):
+            table.enter(connection, "handling")
+
+
 @pytest.mark.parametrize(
     ("start", "rest"),
     [
