@@ -2158,6 +2158,9 @@ class Comment:
     diff_hunk: str = ""
 
 
+OWN_NAME = "codebot (you)"  # nobody's login, because it has a space
+
+
 class RemotePullRequest(NamedTuple):
     """A pull request as GitHub reports it now."""
 
@@ -2737,8 +2740,9 @@ class GitHubRepository:
             is_locked=bool(payload.get("locked")),
         )
 
-    def comment_payloads(self, number: int) -> Iterator[tuple[str, JsonObject]]:
-        """Yield GitHub's entries for the comments on a pull request, with their place."""
+    def comments(self, number: int) -> Iterator[Comment]:
+        """Yield the comments on a pull request by people and, as OWN_NAME, by codebot."""
+        bot = self.github.bot()
         paths = {
             "review_text": f"/pulls/{number}/reviews",
             "inline": f"/pulls/{number}/comments",
@@ -2746,14 +2750,11 @@ class GitHubRepository:
         }
         for place, path in paths.items():
             for payload in self.pages(path):
-                yield place, payload
-
-    def comments(self, number: int) -> Iterator[Comment]:
-        """Yield people's comments on a pull request."""
-        for place, payload in self.comment_payloads(number):
-            comment = parse_comment(place, payload)
-            if comment is not None:
-                yield comment
+                if (payload["user"] or {}).get("id") == bot.id:
+                    payload = {**payload, "user": {"login": OWN_NAME}}
+                comment = parse_comment(place, payload)
+                if comment is not None:
+                    yield comment
 
     # Reactions and answers
 
@@ -4185,14 +4186,15 @@ class Store:
         """Add new comments to pending or new reviews, and return the reviews' ids.
 
         All comments that one reviewer has waiting on one pull request form one review.
-        Known comments are ignored, and so are all comments of a known ``delivery``.
+        codebot's own comments and known ones are ignored, and so are all comments of a
+        known ``delivery``.
         """
         reviewers = {}  # by the id of the job that answers them
         with self._transaction() as db:
             if delivery and not insert_delivery(db, delivery):
                 return []
             for comment in comments:
-                if is_comment_known(db, comment):
+                if comment.user == OWN_NAME or is_comment_known(db, comment):
                     continue
                 job_id = waiting_review(db, task_id, comment.user)
                 if job_id is None:
@@ -6193,7 +6195,9 @@ class Review(NamedTuple):
     number: int  # of the pull request
     github_repository: GitHubRepository
     workspace: Workspace
-    comments: Sequence[Comment] = ()  # to be answered; set by load_comments
+    # Set by load_comments:
+    comments: Sequence[Comment] = ()  # to be answered
+    talk: Sequence[Comment] = ()  # all comments by the reviewer and by codebot
 
 
 def run_review(run: JobRun) -> None:
@@ -6352,7 +6356,9 @@ def load_comments(review: Review) -> Review:
             raise TransientError("GitHub does not list a comment yet")
         if comment is not None and comment.user == run.job.reviewer:
             comments.append(comment)
-    return review._replace(comments=comments)
+    speakers = (OWN_NAME, run.job.reviewer)
+    talk = [comment for comment in current.values() if comment.user in speakers]
+    return review._replace(comments=comments, talk=talk)
 
 
 def react_to_comments(review: Review) -> None:
@@ -6393,22 +6399,15 @@ def earlier_comments(review: Review) -> list[Comment]:
     They are from the conversation, with the texts of GitHub reviews, and from the
     review's threads. Nobody else is listened to.
     """
-    bot = review.github_repository.github.bot()
-    own_name = "codebot (you)"  # nobody's login, because it has a space
     threads = {comment.thread for comment in review.comments}
-    ids = {(comment.place, comment.id) for comment in review.comments}
-    found = []
-    for place, payload in review.github_repository.comment_payloads(review.number):
-        if (payload["user"] or {}).get("id") == bot.id:
-            payload = {**payload, "user": {"login": own_name}}
-        comment = parse_comment(place, payload)
-        if comment is None or (place, comment.id) in ids:
-            continue
-        is_here = place != "inline" or comment.thread in threads
-        if is_here and comment.user in (own_name, review.run.job.reviewer):
-            found.append(comment)
-    found.sort(key=lambda comment: comment.created_at)
-    return found[-20:]
+    earlier = [
+        comment
+        for comment in review.talk
+        if (comment.place != "inline" or comment.thread in threads)
+        and comment not in review.comments
+    ]
+    earlier.sort(key=lambda comment: comment.created_at)
+    return earlier[-20:]
 
 
 def format_comments(name: str, comments: Sequence[Comment]) -> str:

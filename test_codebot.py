@@ -4064,6 +4064,14 @@ def test_daily_limit_counts_reviews_that_were_started(store: codebot.Store) -> N
     assert store.request_kinds_of_last_day(pull_request.task_id) == []
 
 
+def test_own_comment_of_codebot_is_not_queued(store: codebot.Store) -> None:
+    task = store_task_in_state(store, "completed")
+    store_pull_request(store, task)
+    own = codebot.Comment("conversation", 1, codebot.OWN_NAME, "Hi", 1, "")
+    assert store.queue_comments(task.id, [own]) == []
+    assert store.reviews(task.id) == []
+
+
 def test_review_is_not_shown_as_a_task(store: codebot.Store) -> None:
     task = store_task_in_state(store, "completed")
     review = store_review(store, store_pull_request(store, task), 1, "alice")
