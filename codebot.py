@@ -941,42 +941,34 @@ def conflicting_settings(config: Config) -> Iterator[str]:
     yield from wrong_patterns(config)
 
 
-def has_wild_host(pattern: str) -> bool:
-    """Return whether a wildcard is in the user, host or port, and may match another host.
-
-    https://*.acme.com/a and git@git*:a have one, https://git.acme.com/* has none. Some
-    patterns are meant to match every host: *, https://*, git@* and https*.
-    """
-    if re.fullmatch(r"(\w+://)?([^@/*?]+@)?\*|\w+\*", pattern):
-        return False
-    pattern = pattern.replace("[[]", "")  # as a pattern spells the "[" of IPv6
-    rest = re.sub(r"^\w+://", "", pattern)
-    end_of_host = "[/:]" if rest == pattern else "/"  # HOST:PATH has no port
-    host = re.split(end_of_host, rest)[0]
-    return re.search(r"[*?\[]", host) is not None
+# A pattern of CODEBOT_ALLOWED_REPOSITORIES: * or OWNER/NAME.
+NAME_PATTERN_RE = re.compile(r"\*|[^:]*/[^:]*")
+# With --no-github, whole URLs are compared. A wildcard also matches slashes, so one before
+# the path could match another host: https://*.acme.com/a matches https://x/.acme.com/a.
+URL_PATTERN_RE = re.compile(
+    r"""
+      (\w+://)? ([^@/*?\[]+@)? \*       # every host: *, https://*, git@*
+    | /.*                              # a path
+    | \w+:// ([^/*?\[] | \[\[\])* /.*  # https://HOST/...; [[] stands for the [ of IPv6
+    | [\w.-]+@[\w.-]+:.*               # git@HOST:...
+    """,
+    re.VERBOSE,
+)
 
 
 def wrong_patterns(config: Config) -> Iterator[str]:
     """Yield a sentence for each pattern that matches nothing, or too much."""
+    form = NAME_PATTERN_RE
+    problem = "is not owner/name; to allow all repositories of an owner, write owner/*."
+    if config.no_github:
+        form = URL_PATTERN_RE
+        problem = (
+            "is not a whole URL with a path, such as 'https://HOST/team/*' of a host that "
+            "you trust, or it has a wildcard before the path."
+        )
     for pattern in config.allowed:
-        name = f"CODEBOT_ALLOWED_REPOSITORIES: {pattern!r}"
-        is_name = "/" in pattern and ":" not in pattern
-        if not config.no_github and pattern != "*" and not is_name:
-            yield (
-                f"{name} is not owner/name; to allow all repositories of an owner, write "
-                "owner/*."
-            )
-        if config.no_github and has_wild_host(pattern):
-            yield (
-                f"{name} has a wildcard before its path, so it would also match other "
-                "hosts. Write the user, the host and the port in full."
-            )
-        if config.no_github and re.match(r"[\w.-]+/", pattern):
-            yield (
-                f"{name} matches nothing: with --no-github the whole URL is compared. "
-                "Write whole URLs, such as 'https://HOST/team/*', where HOST is a host that "
-                "you trust."
-            )
+        if not form.fullmatch(pattern):
+            yield f"CODEBOT_ALLOWED_REPOSITORIES: {pattern!r} {problem}"
 
 
 def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
