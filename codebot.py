@@ -4011,13 +4011,6 @@ class Store:
     def job(self, job_id: str) -> Job | None:
         return self._read_one(make_job, "SELECT * FROM jobs WHERE id = :id", id=job_id)
 
-    def task(self, task_id: str) -> Job | None:
-        return self._read_one(
-            make_job,
-            "SELECT * FROM jobs WHERE id = :id AND kind = 'task'",
-            id=task_id,
-        )
-
     def tasks(self, status: str, limit: int, before_seq: int) -> list[dict[str, Json]]:
         """Return tasks as the API lists them, newest first.
 
@@ -7664,8 +7657,8 @@ def cancel_task(codebot: Codebot, request: Request, task_id: str) -> Response:
 
 
 def find_task(codebot: Codebot, task_id: str) -> Job:
-    job = codebot.store.task(task_id)
-    if job is None:
+    job = codebot.store.job(task_id)
+    if job is None or job.kind != "task":
         raise HTTPError(404, f"No such task: {task_id[:100]}")
     return job
 
@@ -7763,8 +7756,8 @@ def list_tasks(codebot: Codebot, request: Request) -> Response:
     before = parameters.get("before")
     before_seq = sys.maxsize
     if before:
-        task = codebot.store.task(before)
-        if task is None:
+        task = codebot.store.job(before)
+        if task is None or task.kind != "task":
             raise HTTPError(400, f"before: no such task: {before[:100]}")
         before_seq = task.seq
     tasks = codebot.store.tasks(status, limit, before_seq)

@@ -4077,9 +4077,7 @@ def test_own_comment_of_codebot_is_not_queued(store: codebot.Store) -> None:
 
 def test_review_is_not_shown_as_a_task(store: codebot.Store) -> None:
     task = store_task_in_state(store, "completed")
-    review = store_review(store, store_pull_request(store, task), 1, "alice")
-    assert store.job(review) is not None
-    assert store.task(review) is None
+    store_review(store, store_pull_request(store, task), 1, "alice")
     assert [fields["task_id"] for fields in store.tasks("", 10, sys.maxsize)] == [
         task.id
     ]
@@ -11595,6 +11593,16 @@ def test_invalid_field_gets_400_and_is_named(
 ) -> None:
     response = shared_site.api.post_task(shared_site.api.fields(**fields))
     assert_is_error(response, 400, message)
+
+
+def test_review_is_no_task_of_the_api(pull: Pull) -> None:
+    pull.site.person("alice").review("", "Why?")
+    review_id = pull.review()["id"]
+    for path in ("status", "logs"):
+        answer = pull.site.api.request("GET", f"/api/tasks/{review_id}/{path}")
+        assert_is_error(answer, 404, "No such task")
+    answer = pull.site.api.request("GET", f"/api/tasks?before={review_id}")
+    assert_is_error(answer, 400, "before: no such task")
 
 
 @pytest.mark.parametrize(
