@@ -3244,20 +3244,19 @@ class Mirror(GitDirectory):
         with self.lock() as descriptor:
             os.utime(descriptor)  # tells Cleanup when the mirror was last used
             self.create_for(repository)
-        for _ in range(3):  # the branch may move before it is fetched
-            # Without the lock: the repository's other jobs must not wait for the remote.
-            name, commit = self.resolve_branch(repository, branch)
-            ref = f"refs/heads/{name}"
-            with self.lock():
-                if self.is_ancestor(commit, ref):
-                    return name, commit
-                result = self.fetch_all(repository)
-                if self.is_ancestor(commit, ref):
-                    return name, commit
-            # git fetches nothing from a shallow clone, and exits with 0.
-            if "shallow" in result.error:
-                raise GitFailed(f"the remote is a shallow clone: {result.error}")
-        raise TransientError(f"Branch {name} kept moving while it was fetched")
+        # Without the lock: the repository's other jobs must not wait for the remote.
+        name, commit = self.resolve_branch(repository, branch)
+        ref = f"refs/heads/{name}"
+        with self.lock():
+            if self.is_ancestor(commit, ref):
+                return name, commit
+            result = self.fetch_all(repository)
+            if self.is_ancestor(commit, ref):
+                return name, commit
+        # git fetches nothing from a shallow clone, and exits with 0.
+        if "shallow" in result.error:
+            raise GitFailed(f"the remote is a shallow clone: {result.error}")
+        raise TransientError(f"The remote no longer has {commit}, the tip of {name}")
 
     def create_for(self, repository: Repository) -> None:
         """Create the mirror, unless this repository already has one.
