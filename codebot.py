@@ -2020,19 +2020,12 @@ class Sandbox:
             program = error.filename or (config.launcher or config.sandbox)[0]
             problem = f"{program}: {os_error_text(error)}"
         raise ConfigError(
-            f"The sandbox does not start: {problem.rstrip('.')}. {self.advice()}; for other "
-            'causes, see README, "Troubleshooting"; or accept an agent that can read '
-            "codebot's secrets with CODEBOT_SANDBOX=none."
+            f"The sandbox does not start: {problem.rstrip('.')}. Install bubblewrap (apt "
+            "install bubblewrap) if it is missing, or correct CODEBOT_SANDBOX or "
+            "CODEBOT_LAUNCHER if you have set them; for other causes, see README, "
+            '"Troubleshooting"; or accept an agent that can read codebot\'s secrets with '
+            "CODEBOT_SANDBOX=none."
         )
-
-    def advice(self) -> str:
-        """Return what to do if the sandbox does not start."""
-        advice = "Correct CODEBOT_SANDBOX"
-        if self.is_bwrap:
-            advice = "Install bubblewrap (apt install bubblewrap) if it is missing"
-        if self.config.launcher:
-            advice += ", or correct CODEBOT_LAUNCHER"
-        return advice
 
     def inspect_bwrap(self) -> None:
         """Find out whether bwrap can disable user namespaces, as it can from 0.8 on.

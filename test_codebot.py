@@ -14080,9 +14080,11 @@ MISTAKES = {
         },
     ),
     "sandbox program missing": Mistake(
-        "The sandbox does not start: nosuch-podman: no such file or directory. Correct "
-        'CODEBOT_SANDBOX; for other causes, see README, "Troubleshooting"; or accept '
-        "an agent that can read codebot's secrets with CODEBOT_SANDBOX=none.",
+        "The sandbox does not start: nosuch-podman: no such file or directory. Install "
+        "bubblewrap (apt install bubblewrap) if it is missing, or correct CODEBOT_SANDBOX "
+        "or CODEBOT_LAUNCHER if you have set them; for other causes, see README, "
+        '"Troubleshooting"; or accept an agent that can read codebot\'s secrets with '
+        "CODEBOT_SANDBOX=none.",
         {"CODEBOT_SANDBOX": "nosuch-podman run"},
     ),
     "bwrap missing": Mistake(
@@ -14127,7 +14129,7 @@ MISTAKES = {
         {"CODEBOT_DATABASE": "DIR/nowhere/x.db"},
     ),
     "sandbox program fails": Mistake(
-        "The sandbox does not start: no box. Correct CODEBOT_SANDBOX; for other causes",
+        "The sandbox does not start: no box. Install bubblewrap",
         {"CODEBOT_SANDBOX": "sh -c 'echo no box >&2; exit 4' sh"},
     ),
     "database is no database": Mistake(
