@@ -9101,10 +9101,8 @@ def reserve_other_address(host: str, port: int) -> socket.socket | None:
             reserved.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         reserved.bind((address, port))
     except OSError as error:
-        if error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-            return None  # this host has no such address
         if error.errno != errno.EADDRINUSE:
-            raise
+            return None  # most likely, this host has no such address
         raise ConfigError(
             f"Another program uses, or has just used, port {port} on {address}, where "
             "clients of localhost or of this host's name may connect. Stop it, or use "
@@ -9401,13 +9399,6 @@ STOP_TIMEOUT = 10.0  # seconds that the workers have to end when codebot stops
 PR_SET_DUMPABLE = 4  # of prctl(2)
 MAIN_INTERVAL = 0.1  # seconds: how often the main thread looks for what has changed
 MAX_DESCRIPTORS = 65536  # open files at the same time, if the host allows so many
-# Errors of the operating system when the server begins to listen: see listen().
-LISTEN_ERRORS = {
-    errno.EADDRINUSE: "is in use (another codebot?). Stop it, or use another --port",
-    errno.EACCES: "needs root. Use a port above 1023, or a reverse proxy",
-    errno.EADDRNOTAVAIL: "cannot be used: this machine has no such address. Use another "
-    "--host",
-}
 
 
 def stop_on_signals(codebot: Codebot) -> None:
@@ -9539,10 +9530,11 @@ def listen(codebot: Codebot) -> Server:
     try:
         return Server(codebot)
     except OSError as error:
-        problem = LISTEN_ERRORS.get(
-            error.errno or 0, f"cannot be used: {os_error_text(error)}"
-        )
-        raise ConfigError(f"Port {config.port} on {config.host} {problem}.") from None
+        raise ConfigError(
+            f"Port {config.port} on {config.host} cannot be used: {os_error_text(error)}. "
+            "Stop the program that uses it, if one does, or use another --port (above "
+            "1023, unless you are root) or --host."
+        ) from None
 
 
 @contextlib.contextmanager

