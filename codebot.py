@@ -6119,15 +6119,7 @@ def create_pull_request(workspace: Workspace) -> None:
         )
     except GitHubError as error:
         raise JobFailed(
-            "pull_request_failed",
-            f"Branch {run.job.branch} was pushed, but GitHub refused the pull request: "
-            f"{error}",
-        ) from None
-    except TransientError as error:
-        raise TransientError(
-            f"Branch {run.job.branch} was pushed, but its pull request could not be "
-            f"opened: {error}",
-            error.retry_at,
+            "pull_request_failed", f"GitHub refused the pull request: {error}"
         ) from None
     run.codebot.until_database_works(run.store.add_pull_request, run.job, new)
     run.log_event("codebot", f"Pull request {new.number}: {new.url}")
@@ -7173,9 +7165,10 @@ def finish_job(run: JobRun, ending: Ending) -> None:
     job = run.job
     error = ending.error
     if ending.status == "failed":
-        is_of_push = ending.reason in ("push_rejected", "pull_request_failed")
-        if job.push_started and not is_of_push:
-            error += f". Its branch {job.branch} may have been pushed"
+        if ending.reason == "pull_request_failed":
+            error = f"{error.rstrip('.')}. Its branch {job.branch} was pushed"
+        elif job.push_started and ending.reason != "push_rejected":
+            error = f"{error.rstrip('.')}. Its branch {job.branch} may have been pushed"
         error = run.redact(error)[:10_000]
         if error != job.error:  # else store_failure has logged it
             run.log_event("codebot", f"Failed ({ending.reason}): {error}")
