@@ -373,7 +373,6 @@ import http.server
 import io
 import json
 import logging
-import mmap
 import os
 import pathlib
 import queue
@@ -1595,14 +1594,10 @@ def tagged_processes(run_tag: str) -> list[int]:
     """
     needle = f"\0CODEBOT_RUN={run_tag}".encode()
     found = []
-    # Memory of its own for all environments: large buffers would fragment the heap. The
-    # first byte stays 0, as if another variable ended there.
-    with mmap.mmap(-1, 1 + MAX_ENVIRONMENT_BYTES) as buffer:
-        for path in glob.glob("/proc/[0-9]*/environ"):  # macOS has none
-            with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
-                size = file.readinto(memoryview(buffer)[1:])
-                if buffer.find(needle, 0, 1 + size) >= 0:
-                    found.append(int(path.split("/")[2]))
+    for path in glob.glob("/proc/[0-9]*/environ"):  # macOS has none
+        with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+            if needle in b"\0" + file.read(MAX_ENVIRONMENT_BYTES):
+                found.append(int(path.split("/")[2]))
     return found
 
 
