@@ -7442,7 +7442,7 @@ def require_api_key(codebot: Codebot, request: Request) -> None:
 
 
 def require_signature(codebot: Codebot, request: Request) -> None:
-    """Require GitHub's HMAC of the body, a delivery's id, and JSON instead of a form.
+    """Require GitHub's HMAC of the body.
 
     GitHub docs: "Validating webhook deliveries".
     """
@@ -7451,28 +7451,18 @@ def require_signature(codebot: Codebot, request: Request) -> None:
         raise HTTPError(
             404, "Webhooks are off; they need GitHub and GITHUB_WEBHOOK_SECRET"
         )
+    refusal = HTTPError(
+        401,
+        "X-Hub-Signature-256 is missing or does not match: set the webhook's secret at "
+        "GitHub to the value of GITHUB_WEBHOOK_SECRET",
+        {"WWW-Authenticate": 'X-Hub-Signature-256 realm="codebot"'},
+    )
     signature = request.headers.get("x-hub-signature-256", "").encode("latin-1")
-    challenge = {"WWW-Authenticate": 'X-Hub-Signature-256 realm="codebot"'}
-    if not signature:
-        raise HTTPError(
-            401,
-            "X-Hub-Signature-256 is missing; set the webhook's secret at GitHub",
-            challenge,
-        )
+    if not signature:  # before the body is read
+        raise refusal
     digest = hmac.new(secret.encode(), request.read_body(), "sha256").hexdigest()
     if not hmac.compare_digest(signature, f"sha256={digest}".encode()):
-        raise HTTPError(
-            401,
-            "X-Hub-Signature-256 does not match: the webhook's secret at GitHub "
-            "differs from GITHUB_WEBHOOK_SECRET",
-            challenge,
-        )
-    if not request.headers.get("x-github-delivery"):
-        raise HTTPError(400, "X-GitHub-Delivery is missing")
-    if "form" in request.headers.get("content-type", ""):
-        raise HTTPError(
-            415, "Set the content type of the App's webhook to application/json"
-        )
+        raise refusal
 
 
 # When the next refusal may be logged, by the kind of refusal. It needs no lock: at worst,
@@ -7886,8 +7876,10 @@ def webhook(codebot: Codebot, request: Request) -> Response:
     delivery says is logged only in part: %.99s writes at most 99 characters.
     """
     event = request.headers.get("x-github-event", "")
-    guid = request.headers["x-github-delivery"]
+    guid = request.headers.get("x-github-delivery", "")
     try:
+        if not guid:
+            raise ValueError("the delivery has no id")
         payload = parse_object(request.read_body())
         receive_event(codebot, event, guid, payload)
     except NoAction as reason:
@@ -7897,9 +7889,15 @@ def webhook(codebot: Codebot, request: Request) -> Response:
     # number (OverflowError), half of a surrogate pair (ValueError).
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         log.debug("Delivery %.99s is malformed", guid, exc_info=True)
-        message = f"The payload of {event} is malformed"
-        log.warning("Delivery %.99s (%.99s): refused: %s", guid, event, message)
-        raise HTTPError(400, message) from None
+        refusal = HTTPError(
+            400, f"The payload of {event} is malformed, or X-GitHub-Delivery is missing"
+        )
+        if "form" in request.headers.get("content-type", ""):
+            refusal = HTTPError(
+                415, "Set the content type of the App's webhook to application/json"
+            )
+        log.warning("Delivery %.99s (%.99s): refused: %s", guid, event, refusal)
+        raise refusal from None
     action = payload.get("action")
     log.info("Delivery %.99s (%.99s, %.99s): Accepted", guid, event, action)
     return json_response({"message": "Accepted"}, 202)

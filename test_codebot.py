@@ -12195,18 +12195,9 @@ def test_malformed_delivery_leaves_one_line_in_the_log(
 @pytest.mark.parametrize(
     ("headers", "status", "message"),
     [
-        (
-            {"Content-Type": "application/x-www-form-urlencoded"},
-            415,
-            "Set the content type of the App's webhook to application/json",
-        ),
         ({"X-GitHub-Delivery": ""}, 400, "X-GitHub-Delivery is missing"),
         ({"X-Hub-Signature-256": ""}, 401, "X-Hub-Signature-256 is missing"),
-        (
-            {"X-Hub-Signature-256": "sha256=0"},
-            401,
-            "X-Hub-Signature-256 does not match",
-        ),
+        ({"X-Hub-Signature-256": "sha256=0"}, 401, "X-Hub-Signature-256 is missing or"),
         (
             {"X-Hub-Signature-256": "x", "Content-Length": f"{26 * MIB}"},
             413,
@@ -12214,7 +12205,7 @@ def test_malformed_delivery_leaves_one_line_in_the_log(
         ),
     ],
 )
-def test_delivery_is_refused_by_the_guard(
+def test_bad_delivery_is_refused(
     shared_site: Site, headers: dict[str, str], status: int, message: str
 ) -> None:
     answer = shared_site.github.deliver("ping", {}, "", headers)
@@ -12222,7 +12213,7 @@ def test_delivery_is_refused_by_the_guard(
 
 
 def test_delivery_that_the_guard_refuses_is_logged(shared: Site) -> None:
-    message = "X-Hub-Signature-256 does not match"
+    message = "X-Hub-Signature-256 is missing or does not match"
     headers = {"X-Hub-Signature-256": "sha256=0"}
 
     def is_logged() -> bool:  # unless another was, less than a second ago
