@@ -863,12 +863,15 @@ def read_settings(
     for field in CONFIG_FIELDS:
         name = field.metadata["variable"]
         text = variables.get(name, "").strip(BLANKS)
-        if flags.get(field.name):
+        flag = flags.get(field.name)
+        if flag is not None:
             name = flag_name(field.name)
-            text = str(flags[field.name])
+            text = str(flag)
         # An empty label is a value: it turns the feature off.
         may_be_empty = name == "CODEBOT_ISSUE_LABEL" and name in variables
-        if re.search("[\ud800-\udfff]", text):  # bytes that are not UTF-8
+        if flag == "":  # perhaps of a shell variable that is not set
+            problems.append(f"{name} is empty.")
+        elif re.search("[\ud800-\udfff]", text):  # bytes that are not UTF-8
             problems.append(f"{name} is not valid UTF-8.")
         elif text or may_be_empty:
             try:
@@ -9936,7 +9939,9 @@ def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
         about = field.metadata["help"]
         if about and (not names or field.name in names):
             action = "store_true" if field.metadata["parse"] is bool else "store"
-            parser.add_argument(flag_name(field.name), action=action, help=about)
+            parser.add_argument(
+                flag_name(field.name), action=action, default=None, help=about
+            )
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -14005,6 +14005,10 @@ MISTAKES = {
         "--port must be a whole number from 0 to 65535 (it is '99999').",
         flags=("--port", "99999"),
     ),
+    "empty flag": Mistake(
+        "--tls-cert is empty.",  # without it, keys would be sent unencrypted
+        flags=("--tls-cert", ""),
+    ),
     "port in use": Mistake(
         "Port PORT on 127.0.0.1 cannot be used: address already in use. Stop the program "
         "that uses it, if one does, or use another --port (above 1023, unless you are "
