@@ -8570,15 +8570,35 @@ def test_comment_on_a_new_pull_request_is_noticed_although_github_lags(
     assert review["request"] == "Why?"
 
 
+LOSE_SESSION = 'case "$*" in *--resume*) echo "No conversation found"; exit 1;; esac'
+
+
 def test_new_session_gets_the_diff_although_the_base_is_gone(shared: Site) -> None:
     shared.repository.commit({"feature": "1\n"}, "feature")
     pull = open_pull(shared, base_branch="feature")
     shared.repository.git("update-ref", "-d", "refs/heads/feature")
-    lost = 'case "$*" in *--resume*) echo "No conversation found"; exit 1;; esac'
-    shared.agent.follow(f"{lost}; {ANSWER_QUESTION}")
+    shared.agent.follow(f"{LOSE_SESSION}; {ANSWER_QUESTION}")
     shared.person("alice").inline("Why?")
     assert pull.review()["status"] == "completed"
     assert "diff --git a/hello.txt" in shared.agent.runs("question")[-1].stdin
+
+
+def test_new_session_gets_no_diff_of_what_was_merged_into_the_branch(
+    shared: Site,
+) -> None:
+    pull = open_pull(shared)
+    repository = shared.repository
+    main = repository.commit({"unrelated": "1\n"})
+    both = repository.commit({"unrelated": "1\n"}, pull.branch)
+    parents = ("-p", f"{both}^", "-p", main)
+    merge = repository.git("commit-tree", *parents, "-m", "Merge", f"{both}^{{tree}}")
+    repository.git("update-ref", f"refs/heads/{pull.branch}", merge)
+    shared.agent.follow(f"{LOSE_SESSION}; {ANSWER_QUESTION}")
+    shared.person("alice").inline("Why?")
+    assert pull.review()["status"] == "completed"
+    prompt = shared.agent.runs("question")[-1].stdin
+    assert "diff --git a/hello.txt" in prompt
+    assert "unrelated" not in prompt
 
 
 def test_closing_ends_running_review_and_removes_workspace(shared: Site) -> None:
