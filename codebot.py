@@ -3353,7 +3353,7 @@ CANCELLED_TEXT = {
 # does not start before not_before. Both times are seconds since 1970, or 0 for none. A stop
 # that a second signal cuts short counts as a crash.
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 SCHEMA = """
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -3447,13 +3447,8 @@ CREATE TABLE comments (
     id INTEGER NOT NULL,
     task_id TEXT NOT NULL REFERENCES pull_requests(task_id) ON DELETE CASCADE,
     job_id TEXT REFERENCES jobs(id) ON DELETE SET NULL,
-    user TEXT NOT NULL,
-    text TEXT NOT NULL,
-    thread INTEGER NOT NULL,
+    text TEXT NOT NULL, -- for people; a review reads the comment from GitHub
     created_at TEXT NOT NULL,
-    path TEXT NOT NULL,
-    line INTEGER NOT NULL,
-    diff_hunk TEXT NOT NULL,
     PRIMARY KEY (place, id)
 );
 CREATE INDEX comments_by_job ON comments (job_id);
@@ -3599,6 +3594,15 @@ class PullRequest:
     number: int
     url: str
     state: str
+
+
+class StoredComment(NamedTuple):
+    """What the store keeps of a comment on a pull request."""
+
+    place: str
+    id: int
+    text: str
+    created_at: str
 
 
 class Event(NamedTuple):
@@ -4207,13 +4211,13 @@ class Store:
             id=job_id,
         )
 
-    def comments(self, job_id: str) -> list[Comment]:
+    def comments(self, job_id: str) -> list[StoredComment]:
         """Return the comments that a review answers, oldest first.
 
         The text of a GitHub review comes before all other comments.
         """
         return self._read(
-            lambda row: from_row(Comment, row),
+            StoredComment._make,
             """
             SELECT * FROM comments WHERE job_id = :job_id
             ORDER BY
@@ -4438,13 +4442,8 @@ def insert_comment(
 ) -> None:
     db.execute(
         """
-        INSERT INTO comments (
-            place, id, task_id, job_id, user, text, thread, created_at, path, line,
-            diff_hunk
-        ) VALUES (
-            :place, :id, :task_id, :job_id, :user, :text, :thread, :created_at, :path,
-            :line, :diff_hunk
-        )
+        INSERT INTO comments (place, id, task_id, job_id, text, created_at)
+        VALUES (:place, :id, :task_id, :job_id, :text, :created_at)
         """,
         {**vars(comment), "task_id": task_id, "job_id": job_id},
     )
@@ -6285,7 +6284,7 @@ def check_write_access(review: Review) -> None:
     require_write_access(review.run, review.github_repository, login, refusal)
 
 
-def may_appear_later(review: Review, comment: Comment) -> bool:
+def may_appear_later(review: Review, comment: StoredComment) -> bool:
     """Return whether a comment may be too new for GitHub's lists.
 
     The inline comments of a GitHub review are as old as their drafts, so the age of the
