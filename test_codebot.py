@@ -14292,6 +14292,20 @@ def test_all_bad_settings_are_reported_at_once(fresh: Site) -> None:
     assert len(lines) == 4
 
 
+@pytest.mark.parametrize("no_github", [True, False])
+def test_openssl_is_needed_only_for_github(tmp_path: Path, no_github: bool) -> None:
+    for program in ("git", "claude"):
+        (tmp_path / program).symlink_to(str(shutil.which("git")))
+    config = codebot.Config(
+        no_github=no_github, search_path=str(tmp_path), work_dir=str(tmp_path)
+    )
+    findings = codebot.check_programs(codebot.Codebot(config))
+    failures = [message for level, message in findings if level == "FAIL"]
+    assert ["openssl version" in message for message in failures] == (
+        [] if no_github else [True]
+    )
+
+
 def test_bad_line_of_env_file_hides_only_what_seems_to_be_missing(fresh: Site) -> None:
     (fresh.server.start_dir / ".env").write_text("junk\n")
     done = fresh.server.run_forked(
