@@ -8843,16 +8843,18 @@ class ConnectionTable:
         Raises OSError if all connections are being handled.
         """
         idle = None
-        unread = []  # connections with an answer that are older than the idle one
+        slow_readers = []  # connections that are sending and older than the idle one
         for connection, entry in self._entries.items():
             if entry.state in ("waiting", "receiving"):
                 idle = connection
                 break
             if entry.state == "sending":
-                unread.append(connection)
+                slow_readers.append(connection)
         victim = idle
-        if unread and (idle is None or len(unread) > len(self._entries) / 2):
-            victim = unread[0]
+        if slow_readers and (
+            idle is None or len(slow_readers) > len(self._entries) / 2
+        ):
+            victim = slow_readers[0]
         if victim is None:
             raise ConnectionRefusedError("all connections are being handled")
         self._drop(victim)
