@@ -3804,21 +3804,22 @@ class Store:
             "submitted_by": submitted_by,
             "idempotency_key": idempotency_key,
         }
-        # Before the INSERT this finds a task that is stored already; after it, the new one.
-        find_task = """
-            SELECT * FROM jobs
-            WHERE idempotency_key = :idempotency_key OR label_event_id = :label_event_id
-                OR id = :id
-        """
         with self._transaction() as db:
-            row = db.execute(find_task, values).fetchone()
+            row = db.execute(
+                """
+                SELECT * FROM jobs
+                WHERE idempotency_key = :idempotency_key
+                    OR label_event_id = :label_event_id
+                """,
+                values,
+            ).fetchone()
             is_new = row is None
             if is_new:
                 insert_task(db, values, max_pending)
                 log.info("Task %s: submitted by %s", values["id"], submitted_by)
                 if issue.label_event_id is not None:
                     insert_label_event(db, issue.label_event_id)
-                row = db.execute(find_task, values).fetchone()
+                row = db.execute("SELECT * FROM jobs WHERE id = :id", values).fetchone()
             job = make_job(row)
             if idempotency_key and job.request != request:
                 raise HTTPError(409, "This Idempotency-Key was used for another task")
