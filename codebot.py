@@ -1686,11 +1686,11 @@ def launch_record(config: Config, workspace: str) -> pathlib.Path:
     return pathlib.Path(config.work_dir, "launched", os.path.basename(workspace))
 
 
-def stop_launched(config: Config, workspace: str, only_if: str = "") -> bool:
+def stop_launched(config: Config, workspace: str, record_prefix: str = "") -> bool:
     """End what a launcher left running in a workspace. Returns False if that fails.
 
-    Nothing is done if the record does not begin with ``only_if``: the tag of a codebot
-    process, STOP_FAILED, or "" for any record.
+    Nothing is done if the record does not begin with ``record_prefix``: the tag of a
+    codebot process, STOP_FAILED, or "" for any record.
     """
     record = launch_record(config, workspace)
     # Without a record, nothing runs, or another stop has just ended it. The record is
@@ -1700,7 +1700,7 @@ def stop_launched(config: Config, workspace: str, only_if: str = "") -> bool:
         # launch. While this waits for the lock, the record may be removed, or replaced
         # for a later launch, which may not be meant. So it is read again, by its path.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not record.read_text().startswith(only_if):
+        if not record.read_text().startswith(record_prefix):
             return True
         error = run_stop_command(config, workspace)
         if error:
@@ -1754,11 +1754,11 @@ def launching(
         stop_launched(config, workspace)
 
 
-def stop_all_launched(config: Config, only_if: str = "") -> None:
+def stop_all_launched(config: Config, record_prefix: str = "") -> None:
     """End what a launcher left running in any workspace; see stop_launched."""
     for path in find_paths(config.work_dir, "launched/*"):
         workspace = f"{config.work_dir}/{os.path.basename(path)}"
-        stop_launched(config, workspace, only_if)
+        stop_launched(config, workspace, record_prefix)
 
 
 # --- Sandbox -----------------------------------------------------------------
@@ -1846,8 +1846,10 @@ def tool_directories(config: Config) -> Iterator[str]:
             yield f"{home}/{first_part}"
 
 
-def agent_program_files(config: Config, covers: Mapping[str, str]) -> Iterator[str]:
-    """Yield the absolute paths of files in CODEBOT_CLAUDE_COMMAND that the covers hide.
+def agent_program_files(
+    config: Config, option_by_path: Mapping[str, str]
+) -> Iterator[str]:
+    """Yield the absolute paths of files in CODEBOT_CLAUDE_COMMAND that are hidden.
 
     Directories are not shown, because that could undo a cover; nor are .env and keys.
     """
@@ -1857,9 +1859,9 @@ def agent_program_files(config: Config, covers: Mapping[str, str]) -> Iterator[s
         # symlink through which it is called.
         directory, name = os.path.split(word)
         path = os.path.join(os.path.realpath(directory), name)
-        enclosing = [place for place in covers if is_inside(path, place)]
+        enclosing = [place for place in option_by_path if is_inside(path, place)]
         innermost = max(enclosing, key=len, default="")
-        is_hidden = covers.get(innermost) == HIDDEN
+        is_hidden = option_by_path.get(innermost) == HIDDEN
         is_file = word.startswith("/") and os.path.isfile(path)
         is_secret = os.path.realpath(path) in config.secret_files
         if is_hidden and is_file and not is_secret:
@@ -1900,18 +1902,22 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     """
     hidden = {"/run", home_directory(), *private_directories(config)}
     hidden -= {"/", "/tmp"}  # "/" cannot be covered; /tmp is already the workspace's
-    covers = dict.fromkeys(tool_directories(config), READ_ONLY)
+    option_by_path = dict.fromkeys(tool_directories(config), READ_ONLY)
     # A tool directory that is itself to be hidden becomes HIDDEN.
-    covers.update(dict.fromkeys(hidden, HIDDEN))
+    option_by_path.update(dict.fromkeys(hidden, HIDDEN))
     # /etc/resolv.conf may be a symlink into /run.
     visible = [os.path.realpath("/etc/resolv.conf"), objects]
-    visible += agent_program_files(config, {"/tmp": HIDDEN, **covers})
+    visible += agent_program_files(config, {"/tmp": HIDDEN, **option_by_path})
     # The workspace's third part, tmp, is already mounted at /tmp.
     writable = [f"{workspace}/{part}" for part in ("repo", "home")]
-    for directory in tops_in_tmp([*covers, *visible, *writable]):
-        covers.setdefault(directory, HIDDEN)
+    # In the sandbox, /tmp is a directory of the workspace. bwrap makes missing mount points
+    # there, and the agent could later replace a directory above one with a symlink. When
+    # the next command starts, bwrap before 0.12 would follow it out of the sandbox
+    # (CVE-2026-87766). A mount point cannot be replaced, so /tmp/A becomes one.
+    for directory in tops_in_tmp([*option_by_path, *visible, *writable]):
+        option_by_path.setdefault(directory, HIDDEN)
     # sorted() puts each directory before those in it.
-    mounts = [Mount(covers[path], path) for path in sorted(covers)]
+    mounts = [Mount(option_by_path[path], path) for path in sorted(option_by_path)]
     mounts += [Mount(READ_ONLY, path) for path in visible]
     mounts += [Mount(WRITABLE, path) for path in writable]
     # bwrap cannot mount on a missing path. A missing directory has nothing to hide, and
@@ -2463,7 +2469,7 @@ class GitHub:
                 delay = float(attempt)
             else:
                 raise_if_refused(reply)
-                delay = self.retry_delay(reply, attempt)
+                delay = self.pause_before_attempt(reply, attempt)
         raise self.last_attempt_error(credential, reply)
 
     def last_attempt_error(
@@ -2559,7 +2565,7 @@ class GitHub:
                 self._replies.clear()
             self._replies[url] = reply
 
-    def retry_delay(self, reply: Reply, attempt: int) -> float:
+    def pause_before_attempt(self, reply: Reply, attempt: int) -> float:
         """Return the seconds until the next attempt.
 
         Raises TransientError if it is so long that the job must wait, not the thread.
@@ -3409,7 +3415,7 @@ CREATE TABLE jobs (
     commit_id TEXT NOT NULL DEFAULT '',
     -- What the job's runs have reported and achieved, stored before any of it is published.
     summary TEXT NOT NULL DEFAULT '', -- the agent's own words
-    test_attempts INTEGER NOT NULL DEFAULT 0, -- the one that passed; 0: none has
+    passed_attempt INTEGER NOT NULL DEFAULT 0, -- of the tests; 0: none has passed
     cost_usd REAL, -- as the agent reports it; NULL: unknown
     num_turns INTEGER NOT NULL DEFAULT 0,
     files TEXT NOT NULL DEFAULT '', -- as git diff --stat shows them
@@ -3576,7 +3582,7 @@ class Job:
     base_commit: str
     commit_id: str
     summary: str
-    test_attempts: int
+    passed_attempt: int
     cost_usd: float | None
     num_turns: int
     files: str
@@ -3951,7 +3957,7 @@ class Store:
                 interruptions = :interruptions,
                 transient_since = :transient_since,
                 summary = :summary,
-                test_attempts = :test_attempts,
+                passed_attempt = :passed_attempt,
                 cost_usd = :cost_usd,
                 num_turns = :num_turns,
                 files = :files,
@@ -3966,10 +3972,10 @@ class Store:
 
     # Queues
 
-    def due_job(self, kind: str, is_retry: bool, only_job: str = "") -> str | None:
+    def due_job(self, kind: str, was_delayed: bool, only_job: str = "") -> str | None:
         """Return the id of the pending job that claim should start next, or None.
 
-        ``is_retry`` selects the jobs that a transient error has delayed, or all others.
+        ``was_delayed`` selects the jobs that a transient error has delayed, or all others.
         The one that has been due for longest comes first; among equals, the oldest.
         """
         return self._read_one(
@@ -3977,12 +3983,12 @@ class Store:
             """
             SELECT id FROM next_jobs
             WHERE kind = :kind AND not_before <= :now
-                AND (transient_since > 0) = :is_retry AND :only_job IN ('', id)
+                AND (transient_since > 0) = :was_delayed AND :only_job IN ('', id)
             ORDER BY not_before, seq LIMIT 1
             """,
             kind=kind,
             now=time.time(),
-            is_retry=is_retry,
+            was_delayed=was_delayed,
             only_job=only_job,
         )
 
@@ -4927,7 +4933,7 @@ class SandboxedCommand(NamedTuple):
 
     name: str  # the name used in errors
     argv: Sequence[str]
-    with_model_key: bool = False
+    as_agent: bool = False  # with the model's key and all that only the agent gets
     stdin: bytes = b""
     on_lines: LineHandler = do_nothing
 
@@ -5036,7 +5042,7 @@ class Workspace:
     #   fetch_into_outbox  git upload-pack, which git fetch starts
     # The command lines of all three are made by sandboxed.
 
-    def environment(self, with_model_key: bool) -> dict[str, str]:
+    def environment(self, as_agent: bool) -> dict[str, str]:
         """Return the whole environment of a program in the workspace."""
         env = base_environment(self.config)
         env.update(copy_variables(self.config, [*NETWORK_NAMES, "TZ"]))
@@ -5051,7 +5057,7 @@ class Workspace:
             env[f"GIT_{role}_EMAIL"] = "codebot@localhost"
         if not self.codebot.sandbox.is_none:
             env["IS_SANDBOX"] = "1"  # else the CLI refuses to work as root
-        if with_model_key:
+        if as_agent:
             env.update(dict.fromkeys(AGENT_SWITCHES, "1"))
             names = [*MODEL_VARIABLE_NAMES, *self.config.agent_env]
             env.update(copy_variables(self.config, names))
@@ -5080,7 +5086,7 @@ class Workspace:
         def start() -> None:
             # The time limit begins anew, as it does not include the wait for a node.
             run.deadline = time.monotonic() + limits.timeout
-            if command.with_model_key:  # it is the agent
+            if command.as_agent:  # it is the agent
                 run.agent_ran_since_save = True
                 run.update(transient_since=0.0)  # a series of transient errors is over
             run.set_phase(phase, attempt)
@@ -5114,7 +5120,7 @@ class Workspace:
         try:
             return run_program(
                 self.sandboxed(command.argv),
-                self.environment(command.with_model_key),
+                self.environment(command.as_agent),
                 cwd=cwd,
                 stdin=command.stdin,
                 limits=limits,
@@ -5551,7 +5557,7 @@ class AgentRun:
             return answer
         return {"summary": self.result.get("result")}
 
-    def store_claims(self, attempt: int) -> None:
+    def store_report(self, attempt: int) -> None:
         """Store the run's summary; add its cost and turns, even if the run failed."""
         job = self.run.job
         words = str(self.answer().get("summary") or "")
@@ -5647,7 +5653,7 @@ def ask_agent(
         command = SandboxedCommand(
             name=run.config.claude_command[0],
             argv=agent_command(run, options, session_option),
-            with_model_key=True,
+            as_agent=True,
             stdin=prompt.encode("utf-8", "replace"),
             on_lines=agent_run.read,
         )
@@ -5660,7 +5666,7 @@ def ask_agent(
             "CODEBOT_CLAUDE_COMMAND, CODEBOT_SANDBOX or CODEBOT_LAUNCHER.",
         ) from None
     finally:
-        agent_run.store_claims(attempt)
+        agent_run.store_report(attempt)
     agent_run.raise_if_failed(result)
     return agent_run.answer()
 
@@ -5719,7 +5725,7 @@ def run_task(run: JobRun) -> None:
     if is_only_push_left(workspace):
         run.log_event("codebot", f"Continued after commit {run.job.commit_id}")
     else:
-        check_labeler(workspace)
+        require_labeler_access(workspace)
         react_to_issue(workspace)
         clone(workspace)
         prompt = f"Task:\n{delimited('task', task_text(run.job.request))}"
@@ -5766,13 +5772,13 @@ def look_up_repository(run: JobRun) -> Repository:
         raise JobFailed(
             "clone_failed", f"Failed to clone repository: {message}"
         ) from None
-    check_repository(job, repository, github_repository)
+    require_usable_repository(job, repository, github_repository)
     github.bot()  # the commit needs it; ask now, before the agent costs anything
     run.update(repository_id=github_repository.id)
     return repository._replace(github_repository=github_repository)
 
 
-def check_repository(
+def require_usable_repository(
     job: Job, repository: Repository, github_repository: GitHubRepository
 ) -> None:
     """Raise JobFailed if the task's repository was renamed, replaced or archived.
@@ -5808,12 +5814,13 @@ def require_write_access(
     """
     if github_repository.has_write_access(login):
         return
-    if run.job.commit_id and not run.job.transient_since:
+    is_retry = run.job.transient_since > 0
+    if run.job.commit_id and not is_retry:
         raise TransientError(str(refusal))
     raise refusal
 
 
-def check_labeler(workspace: Workspace) -> None:
+def require_labeler_access(workspace: Workspace) -> None:
     """Raise JobFailed if whoever labeled the task's issue has no write access now."""
     run = workspace.run
     github_repository = workspace.repository.github_repository
@@ -6036,7 +6043,7 @@ def test_and_commit(
     commit_id = workspace.write_commit(tree, base_commit, message)
     files = workspace.inspect_commit(base_commit, commit_id)
     run.log_event("git", f"Commit {commit_id}", files)
-    run.update(test_attempts=attempts, files=run.redact(files))
+    run.update(passed_attempt=attempts, files=run.redact(files))
     return commit_id
 
 
@@ -6059,7 +6066,7 @@ def push_task_commit(workspace: Workspace) -> None:
     if was_pushing and repository and repository.find_pull_request(run.job.branch):
         # The branch was pushed. It may be merged and deleted: a push would restore it.
         return
-    check_labeler(workspace)
+    require_labeler_access(workspace)
     if not run.store.begin_push(run.job.id):
         raise Cancelled()
     run.job = dataclasses.replace(run.job, push_started=True)
@@ -6080,9 +6087,9 @@ def pull_request_body(run: JobRun) -> str:
     job = run.job
     speaker = f"Issue #{job.issue_number}" if job.issue_number else "The submitter"
     tests = "No test command was given.\n"
-    if job.test_attempts:
+    if job.passed_attempt:
         command = code_block(truncate(run.redact(job.request.test_command), 1000))
-        tests = f"Passed (attempt {job.test_attempts}):\n\n{command}"
+        tests = f"Passed (attempt {job.passed_attempt}):\n\n{command}"
     facts = ""
     if job.cost_usd is not None:
         facts = f"The agent reports a cost of {job.cost_usd:.2f} US dollars.\n"
@@ -6185,8 +6192,8 @@ def run_review(run: JobRun) -> None:
     run_job stores the error and runs the steps again, which then only post it.
     """
     review = load_review(run)
-    check_pull_request(review)
-    check_write_access(review)
+    require_open_pull_request(review)
+    require_reviewer_access(review)
     review = load_comments(review)
     if not review.comments:
         raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} anymore")
@@ -6261,7 +6268,7 @@ def refusal_error(run: JobRun, error: GitHubError) -> Exception:
     return TransientError(f"GitHub does not show it, or refuses the App: {error}")
 
 
-def check_pull_request(review: Review) -> None:
+def require_open_pull_request(review: Review) -> None:
     """Raise ReviewSkipped unless the pull request is open and not locked.
 
     Its branch is codebot's, because find_pull_request accepts no other, and GitHub lets
@@ -6279,7 +6286,7 @@ def check_pull_request(review: Review) -> None:
         raise ReviewSkipped("the conversation is locked")
 
 
-def check_write_access(review: Review) -> None:
+def require_reviewer_access(review: Review) -> None:
     """Raise ReviewSkipped unless the reviewer has write access to the repository now."""
     login = review.run.job.reviewer
     refusal = ReviewSkipped(f"{login} has no write access")
@@ -6501,13 +6508,13 @@ def push_review_commit(review: Review) -> None:
     run = review.run
     workspace = review.workspace
     for attempt in range(1, MAX_PUSHES + 1):
-        check_may_push(review)
+        require_may_push(review)
         tip = require_on_branch(workspace, run.job.base_commit)
         if workspace.mirror.is_ancestor(run.job.commit_id, tip):
             return
         if tip != run.job.base_commit:
             reapply_change(review, tip)
-            check_may_push(review)  # its tests may have taken hours
+            require_may_push(review)  # its tests may have taken hours
             require_on_branch(workspace, tip)
         run.set_phase("push", attempt)
         try:
@@ -6527,13 +6534,13 @@ def push_review_commit(review: Review) -> None:
     )
 
 
-def check_may_push(review: Review) -> None:
+def require_may_push(review: Review) -> None:
     """Raise ReviewSkipped unless the pull request and the reviewer's access are as before.
 
     The agent may have worked for hours since the review started.
     """
-    check_pull_request(review)
-    check_write_access(review)
+    require_open_pull_request(review)
+    require_reviewer_access(review)
 
 
 def require_on_branch(workspace: Workspace, commit: str) -> str:
@@ -6625,7 +6632,7 @@ def own_words(job: Job, answer: str) -> str:
     if job.request_kind == "limit":
         return LIMIT_TEXT
     if job.commit_id:
-        tests = "\n\nThe tests passed." if job.test_attempts else ""
+        tests = "\n\nThe tests passed." if job.passed_attempt else ""
         return f"The change is in {job.commit_id}.{tests}"
     if job.request_kind == "change":
         return "No file was changed."
@@ -7014,7 +7021,7 @@ def run_steps(run: JobRun) -> Ending:
     """
     job = run.job  # as it was before the steps; its id and kind do not change
     try:
-        check_may_run(run)
+        require_may_run(run)
         if job.kind == "review":
             run_review(run)
         else:
@@ -7045,7 +7052,7 @@ def run_steps(run: JobRun) -> Ending:
         return Ending("failed", "internal", "Internal error; see the server's log")
 
 
-def check_may_run(run: JobRun) -> None:
+def require_may_run(run: JobRun) -> None:
     """Raise Cancelled if it was requested, JobFailed after too many interruptions."""
     # The job may have been cancelled before it was in `running`.
     stored = run.store.job(run.job.id)
@@ -7110,7 +7117,7 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
 def store_failure(run: JobRun, ending: Ending) -> None:
     """Store why a review failed.
 
-    save_work also resets `interruptions`, so that check_may_run lets the steps run again.
+    save_work also resets `interruptions`, so that require_may_run lets the steps run again.
     """
     error = ending.error
     if run.job.commit_id and ending.reason in ("interrupted", "internal"):
@@ -7191,8 +7198,8 @@ def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
     for kind, job_ids in codebot.queues.items():
         if not job_ids.empty():
             continue
-        for is_retry in (False, True):
-            job_id = codebot.store.due_job(kind, is_retry, only_job)
+        for was_delayed in (False, True):
+            job_id = codebot.store.due_job(kind, was_delayed, only_job)
             if job_id is not None:
                 job_ids.put(job_id)
 
@@ -7684,11 +7691,11 @@ def describe_review(codebot: Codebot, review: Job) -> Fields:
 def describe_result(codebot: Codebot, job: Job) -> Fields:
     """Return the result of a completed task, as the API shows it."""
     tests = None
-    if job.test_attempts:
+    if job.passed_attempt:
         tests = {
             "command": codebot.redact(job.request.test_command),
             "passed": True,  # a task whose tests fail has no result
-            "attempts": job.test_attempts,
+            "attempts": job.passed_attempt,
         }
     result: Fields = {
         "pr_url": None,
@@ -9463,7 +9470,7 @@ def fork_watchdog(codebot: Codebot) -> None:
         os.read(read_end, 1)  # returns when write_end is closed
         end_tagged_processes(codebot.config.run_tag)
         # The next codebot on this work directory may already have launched processes.
-        stop_all_launched(codebot.config, only_if=codebot.config.run_tag)
+        stop_all_launched(codebot.config, record_prefix=codebot.config.run_tag)
     finally:
         os._exit(0)  # also after an error, which nobody could see
 

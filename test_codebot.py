@@ -4157,7 +4157,7 @@ def test_retry_that_has_been_due_for_longest_comes_first(store: codebot.Store) -
     first, second = [store_task_in_state(store, "running") for _ in range(2)]
     store.requeue(first.id, not_before=time.time() - 1)
     store.requeue(second.id, not_before=time.time() - 2)
-    assert store.due_job("task", is_retry=True) == second.id
+    assert store.due_job("task", was_delayed=True) == second.id
 
 
 def test_review_that_must_wait_for_another_holds_up_no_third(
@@ -4169,7 +4169,7 @@ def test_review_that_must_wait_for_another_holds_up_no_third(
     store_review(store, pull_request, 2, "bob")  # waits for alice's
     other = store_pull_request(store, store_task_in_state(store, "completed"), 2)
     third = store_review(store, other, 3, "bob")
-    assert store.due_job("review", is_retry=False) == third
+    assert store.due_job("review", was_delayed=False) == third
 
 
 def test_free_retry_of_interrupted_review_is_not_its_last(store: codebot.Store) -> None:
@@ -4266,7 +4266,7 @@ def test_retry_is_not_claimed_before_its_time(store: codebot.Store) -> None:
     job = store_task_in_state(store, "running")
     store.requeue(job.id, interruptions=1, not_before=time.time() + 1000)
     assert store.claim(job.id) is None
-    assert store.due_job("task", is_retry=True) is None
+    assert store.due_job("task", was_delayed=True) is None
     assert stored_job(store, job).status == "pending"
     assert stored_job(store, job).interruptions == 1
 
@@ -4274,9 +4274,9 @@ def test_retry_is_not_claimed_before_its_time(store: codebot.Store) -> None:
 def test_retry_is_claimed_when_it_is_due(store: codebot.Store) -> None:
     job = store_task_in_state(store, "running")
     store.requeue(job.id, not_before=time.time())
-    assert store.due_job("task", is_retry=True) == job.id
-    assert store.due_job("task", is_retry=False) is None
-    assert store.due_job("review", is_retry=True) is None
+    assert store.due_job("task", was_delayed=True) == job.id
+    assert store.due_job("task", was_delayed=False) is None
+    assert store.due_job("review", was_delayed=True) is None
     assert store.claim(job.id) is not None
 
 
@@ -4408,7 +4408,7 @@ def test_jobs_survive_a_restart(store: codebot.Store) -> None:
     job = dataclasses.replace(
         job,
         summary="Done.",
-        test_attempts=2,
+        passed_attempt=2,
         cost_usd=0.25,
         num_turns=3,
         files="a.py | 2 +-",
@@ -6533,7 +6533,7 @@ def test_short_rate_limit_does_not_end_a_longer_one() -> None:
         headers = email.message.Message()
         headers["Retry-After"] = seconds
         with pytest.raises(codebot.TransientError):
-            app.github.retry_delay(codebot.Reply(429, headers), 0)
+            app.github.pause_before_attempt(codebot.Reply(429, headers), 0)
     assert app.github.silent_until >= started + 3600
 
 
@@ -6552,7 +6552,7 @@ def test_job_does_not_wait_for_ever(limit: dict[str, str]) -> None:
         headers[name] = value
     reply = codebot.Reply(429, headers)
     with pytest.raises(codebot.TransientError) as raised:
-        app.github.retry_delay(reply, 0)
+        app.github.pause_before_attempt(reply, 0)
     assert raised.value.retry_at <= time.time() + 86400
     assert app.github.silent_until <= time.time() + 86400
 
@@ -12721,7 +12721,7 @@ def test_watchdog_stops_only_what_its_own_codebot_launched(
     record = codebot.launch_record(config, str(tmp_path / "task_1234567"))
     record.parent.mkdir()
     record.write_text(text)
-    codebot.stop_all_launched(config, only_if="host-codebot-")
+    codebot.stop_all_launched(config, record_prefix="host-codebot-")
     assert record.exists() != is_stopped
 
 
@@ -14970,7 +14970,7 @@ def test_check_asks_silent_github_twice_and_waits_five_seconds_at_most(
                 silent.accept()[0].close()
                 connections += 1
     assert connections == 2
-    first_pause = 0.5  # seconds, of GitHub.retry_delay
+    first_pause = 0.5  # seconds, of GitHub.pause_before_attempt
     assert connections * codebot.CHECK_TIMEOUT + first_pause < 5
     assert f"FAIL  GitHub did not answer: {url}: timed out. Check" in done.stdout
 
