@@ -17,7 +17,8 @@ cat and grep).
 
 HOW TO READ THIS FILE
   Read it once, from the top. Code calls only what is above it or in its own section;
-  within a section the order is free. `run_task` and `run_review` list the steps of a job.
+  within a section the order is free. Comments may mention what comes later.
+  `run_task` and `run_review` list the steps of a job.
   A table in `run_steps` says what each exception does to a job.
     I.   The boundary   how codebot runs programs, asks GitHub, and uses git
     II.  The work       every state, what an agent receives, what happens to its work
@@ -65,6 +66,8 @@ GLOSSARY
   delivery       one webhook request, with its GUID
   marker         an HTML comment in an answer or another comment of codebot's, by which a
                  retry sees that it was posted
+  retry          a job runs again, after a transient error, a crash or a stop. (What a
+                 client calls a retry of a failed task makes a new task.)
   launcher       a command line that starts the agent and the tests on a node, which is
                  another computer of a cluster
   redact         replace secrets in text with ***
@@ -89,14 +92,17 @@ WHO IS TRUSTED WITH WHAT
   A reviewer, and a person who labels an issue   have an effect only if GitHub reports
                  that they have write access to the repository. GitHub is asked at every
                  start of the job, before its agent runs, and again before its commit is
-                 pushed. (A refusal is remembered for a minute.)
+                 pushed. Only a refusal is remembered, for a minute.
                  Nobody else at GitHub can start the agent, but the text of a labeled issue
                  may be anyone's. Anyone's comment is stored as a pending review.
   Others at GitHub   can stop work, if they may remove the label, or close or lock the pull
-                 request. (Closing the issue stops no task.) Whoever may comment can keep
-                 an issue by an author without write access from starting. A workflow that
-                 labels or comments with a person's token counts as that person, and so
-                 does a machine account that is not a bot of GitHub's.
+                 request. (Closing the issue stops no task. A review that runs or starts
+                 while its pull request is closed or locked ends for good, even if that
+                 is undone.)
+                 Whoever may comment can keep an issue by an author without write access
+                 from starting. A workflow that labels or comments with a person's token
+                 counts as that person, and so does a machine account that is not a bot
+                 of GitHub's.
   GitHub         is believed, over TLS. A delivery is believed only if the signature of
                  its body is right. Even then it is never relied on for who wrote what,
                  who may write, or what is open: codebot asks GitHub.
@@ -108,8 +114,9 @@ WHO IS TRUSTED WITH WHAT
                    whoever can steer an agent can obtain the model's key and the listed
                    variables, which are the same for all repositories.
                  - It has the host's network: services on this machine, including those
-                   that other agents start, the local network, and a cloud's metadata
-                   address.
+                   that other agents start, and the local network. On a cloud host it can
+                   fetch the host's own credentials from the metadata address
+                   (169.254.169.254), unless a firewall blocks that.
                  - In bwrap it cannot see codebot's processes, the database, other
                    workspaces, or the directories of .env, the App's key and the TLS key.
                    Outside its own workspace it can write to no file of the host, but it
@@ -135,13 +142,15 @@ WHAT LEAVES THE HOST
                  test command, the end of a failing test's output, time and cost, and
                  error messages, all redacted.
                  git lists branches, fetches and, after the checks by fsck and
-                 DiffScanner, pushes the commit.
+                 DiffScanner, pushes the commit to codebot's own branch u/codebot/...,
+                 whose name has the ticket's id and words of the task.
   to the task's remote   with --no-github: the same requests by git
   to the model   what the agent sends: its prompt, and whatever it reads
   to a node      with a launcher: command lines, environment variables and input of the
                  agent and the tests, and the work directory, which it shares
   to clients     with any API key: every task as it was sent, its log and result, what
-                 reviewers wrote, and the metrics;
+                 reviewers wrote, the addresses of clients, paths of this host, and the
+                 metrics;
                  without: the page, whether the server is healthy, how many jobs wait,
                  and whether webhooks are on
   The agent and the tests can send anything they can read to anything the host can reach.
@@ -184,8 +193,9 @@ KNOWN LIMITATIONS
     into: with ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml.
     Another home of the same user, which HOME does not name, is not hidden. Nor are the
     work directory and the TLS key of another codebot: the agent of `run`, for example,
-    can read those of a server that the same user runs. If .env or a key is a symlink
-    that is changed while an agent runs, that agent can read the new target.
+    can read those of a server that the same user runs. If .env or a
+    key is created while an agent runs, or is a symlink that is changed then, that agent
+    can read it, unless it is in a hidden directory.
   - A file system that the host mounts while an agent runs, even because the agent named
     a path of an automounter, appears in bwrap, and it can be written there.
   - In bwrap the agent can connect to abstract sockets, and to sockets and named pipes in
@@ -232,7 +242,8 @@ KNOWN LIMITATIONS
     breaks: in what is logged and sent to GitHub, those of 6 or more characters; in the
     files of a change, those of 16 or more, in lines of at most 8 MiB. An agent that writes
     a secret in another way, such as backwards, compressed, or as the name of an empty
-    directory, can publish it. Of the variables that the operator lists,
+    directory (which a tree can have, but no diff shows), can publish it. Of the
+    variables that the operator lists,
     codebot knows those whose names suggest a secret; in others it knows headers such as
     X-Api-Key, and addresses with a login, a query or parameters. It does not know a key in
     the path of an address.
@@ -280,9 +291,10 @@ LIFE OF A JOB
   pending   -> failed       it is cancelled
   running   -> pending      after a stop, a crash, or a transient error
   running   -> completed, failed
-  A review is deleted when its comments join another running review, and when its task is
-  deleted. A review that is skipped, because nothing may or need be done, is also deleted if
-  it has cost nothing and has not failed; otherwise it ends as failed (cancelled).
+  A pending review is deleted when its comments join one that is running. Every review
+  is deleted with its task. A review that is skipped, because nothing may or need be done,
+  is also deleted if it has cost nothing and has not failed; otherwise it ends as failed
+  (cancelled).
 
   A task's phases are clone, agent, test, commit, push, pull_request; a review's are
   classify, clone, agent, test, commit, push, answer. With a launcher, both are in the
@@ -339,7 +351,7 @@ WHERE THE DANGEROUS THINGS ARE
                             and all git commands in the mirror, which fetches these
                             objects once they are pushed
   removing directories      remove_tree; scratch_* and the demo's by tempfile; in the
-                            sandbox, the scripts of Workspace
+                            sandbox, what Workspace.script runs
   fork and exec             fork_watchdog; serve, with --debug
   calls of the C library    set_up_process
   SQL                       Store, and the steps of its transactions below it
@@ -666,7 +678,7 @@ def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
 
     The first rule that matches a repository counts.
     """
-    # In .env all rules are on one line, separated by the two characters \n, as in
+    # In .env all rules are on one line, separated by the two characters \ and n, as in
     # "a/b=make test\nc/d=tox". A \n that no owner/name= follows is part of the command.
     text = re.sub(rf"\\n(?={TEST_RULE})", "\n", text)
     rules = []
@@ -1214,10 +1226,10 @@ def do_nothing(*args: object) -> None:
     pass
 
 
-# A LineHandler gets the new lines of a program's standard output. It returns True once the
-# program has delivered its result. From then on the program has RESULT_GRACE seconds to end
-# by itself; the agent, for example, may hang after its result. Then codebot ends it, which
-# is no failure. During these seconds neither limits nor a stop are checked.
+# A LineHandler gets the new lines of a program's standard output. If it returns True, the
+# result is there: the program, such as an agent that hangs after its result, gets
+# RESULT_GRACE seconds to end by itself. Then codebot ends it, which is no failure. During
+# these seconds neither limits nor a stop are checked. Other return values mean nothing.
 LineHandler = Callable[[list[str]], object]
 
 
@@ -1429,11 +1441,13 @@ class RunningProgram:
             # On a node, a program in bwrap cannot read the sentinel. Otherwise it can (in
             # the arguments of sh or in this output), and may forge its exit code.
             sentinel, _, code = line.partition(" ")
+            # Also without the first sentinel: the program may have emptied the output, and
+            # that with it.
             if sentinel == launch.sentinel and re.fullmatch("[0-9]{1,3}", code):
                 self.node_code = int(code)
                 if output[-1:] == [""]:  # NODE_SCRIPT's, not the program's
                     output.pop()
-            elif self.is_on_node and self.node_code is None:
+            elif self.is_on_node and self.node_code is None:  # between the sentinels
                 output.append(line)
             elif line == launch.sentinel and not self.is_on_node:
                 self.is_on_node = True
@@ -1663,8 +1677,8 @@ def copy_variables(config: Config, names: Iterable[str]) -> dict[str, str]:
 def launcher_argv(command: Sequence[str], workspace: str) -> list[str]:
     """Fill in {task} and {job} in CODEBOT_LAUNCHER or CODEBOT_LAUNCHER_STOP.
 
-    {task} is the path of the workspace, as is ``workspace`` throughout this section.
-    {job} is a name for the cluster, the same for every launch in this workspace.
+    {task} is the path of the workspace, as is ``workspace`` in this section and the next.
+    {job} is the name of a job of the cluster, the same for every launch in this workspace.
     """
     job_name = f"codebot-{os.path.basename(workspace)}"
     return [
@@ -1851,7 +1865,7 @@ def agent_program_files(
 ) -> Iterator[str]:
     """Yield the absolute paths of files in CODEBOT_CLAUDE_COMMAND that are hidden.
 
-    Directories are not shown, because that could undo a cover; nor are .env and keys.
+    Directories are not shown: they could hold private files. Nor are .env and keys.
     """
     program = shutil.which(config.claude_command[0], path=config.search_path) or ""
     for word in (program, *config.claude_command[1:]):
@@ -1869,14 +1883,7 @@ def agent_program_files(
 
 
 def tops_in_tmp(paths: Iterable[str]) -> set[str]:
-    """Return /tmp/A for each path /tmp/A/...
-
-    In the sandbox, /tmp is a directory of the workspace. bwrap makes missing mount points
-    there, and the agent could later replace a directory above one with a symlink. When
-    the next command starts, bwrap before 0.12 would follow it out of the sandbox
-    (CVE-2026-87766). A mount point cannot be replaced. So these topmost directories become
-    mount points as well.
-    """
+    """Return /tmp/A for each path /tmp/A/..."""
     return {
         "/".join(path.split("/")[:3]) for path in paths if re.match("/tmp/[^/]+/", path)
     }
@@ -1886,9 +1893,9 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     """Return bwrap's mounts over the read-only file system and the workspace's /tmp.
 
     They are made in this order, and a later one covers an earlier one:
-      1. the covers, each before those inside it: private directories are hidden; those
-         in HOME that PATH leads into are shown read-only, unless they are private
-      2. what is needed in spite of the covers, read-only
+      1. private directories are hidden, and those in HOME that PATH leads into are shown
+         read-only, unless they are private; each before those inside it
+      2. what is needed in spite of 1, read-only
       3. the workspace's repo and home, writable
     For example, with HOME=/home/bot, ~/.local/bin on PATH, .env in /home/bot/run and the
     App's key in ~/.local/keys:
@@ -1898,7 +1905,7 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
         read-only  the mirror's objects, hidden files that CODEBOT_CLAUDE_COMMAND names
         writable   repo and home of the workspace
     With the key in ~/.local itself, all of ~/.local is hidden.
-    With the work directory /tmp/a/work, /tmp/a is hidden as well: see tops_in_tmp.
+    With the work directory /tmp/a/work, /tmp/a is hidden as well.
     """
     hidden = {"/run", home_directory(), *private_directories(config)}
     hidden -= {"/", "/tmp"}  # "/" cannot be covered; /tmp is already the workspace's
@@ -1913,7 +1920,8 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     # In the sandbox, /tmp is a directory of the workspace. bwrap makes missing mount points
     # there, and the agent could later replace a directory above one with a symlink. When
     # the next command starts, bwrap before 0.12 would follow it out of the sandbox
-    # (CVE-2026-87766). A mount point cannot be replaced, so /tmp/A becomes one.
+    # (CVE-2026-87766). A mount point cannot be replaced, so the topmost directory, /tmp/A,
+    # becomes one.
     for directory in tops_in_tmp([*option_by_path, *visible, *writable]):
         option_by_path.setdefault(directory, HIDDEN)
     # sorted() puts each directory before those in it.
@@ -2322,14 +2330,16 @@ class GitHub:
     ) -> None:
         self.config = config
         self.redact = redact
-        self.wait = wait  # for seconds, or not at all; raises StopRequested
+        self.wait = (
+            wait  # wait(seconds=0.0); raises StopRequested once the server stops
+        )
         self.api = config.github_api
         self.timeout = GITHUB_TIMEOUT
         self.attempts = GITHUB_ATTEMPTS
         self.requests_made = 0
         self.rate_limit_remaining: int | None = None
-        # Seconds by which GitHub's clock is ahead of ours, less the time that the last
-        # response took to arrive.
+        # GitHub's clock minus ours, in seconds, by the last response: too little by the
+        # time that this took to arrive.
         self.clock_skew = 0.0
         # No request is sent before this time: requests sent in spite of a rate limit may
         # get the App banned.
@@ -2645,8 +2655,8 @@ class GitHubRepository:
 
     def __init__(self, github: GitHub, payload: JsonObject) -> None:
         self.github = github
-        # GitHub always sends an id. A server that imitates GitHub may send none; then the
-        # lookup token is used for everything.
+        # GitHub always sends an id. A server that imitates GitHub may send none; then
+        # requests about the repository use the lookup token.
         self.id = int(payload.get("id") or LOOKUP)
         self.full_name = str(payload["full_name"])
         self.is_archived = bool(payload.get("archived"))
@@ -2663,7 +2673,9 @@ class GitHubRepository:
         try:
             return self.github.call(url, self.id, body, find_existing).value
         except (GitHubError, TransientError):
-            existing = find_existing()  # call() did not check after its last attempt
+            # call() looks before each attempt. This covers the last one, and a refusal such
+            # as "already exists".
+            existing = find_existing()
             if existing is None:
                 raise
             return existing
@@ -3344,21 +3356,27 @@ CANCELLED_TEXT = {
     "review": "The pull request was closed",
 }
 
-# What a retry depends on: three columns of jobs, and what changes them.
-#                       interruptions      transient_since      not_before
-#   a crash *           + 1                                     0
-#   a stop *                                                    0
-#   a stop, a start                        now, if it was set
-#   a transient error   + 1, if the        now, if it was not   in a minute, or later if
-#                       agent has run      set                  GitHub says so
-#   the agent starts                       0
-#   work is saved       0                  0
-# (*: of a running job. The next row is also about jobs that wait.)
-# "The agent has run" means: since work was last saved, so that a retry would pay for it
-# again (JobRun.agent_ran_since_save). A job fails when `interruptions` reaches
-# MAX_INTERRUPTIONS, or at a transient error that is RETRY_LIMIT after transient_since. It
-# does not start before not_before. Both times are seconds since 1970, or 0 for none. A stop
-# that a second signal cuts short counts as a crash.
+# What a retry depends on: three columns of jobs.
+#   interruptions     crashes, and transient errors that threw away an agent's run. At
+#                     MAX_INTERRUPTIONS the job fails.
+#   transient_since   when the present series of transient errors began; 0: there is none.
+#                     At an error that comes RETRY_LIMIT later, the job fails.
+#   not_before        when the job may start; 0: at once
+# Both times are in seconds since 1970. What changes the columns, and where:
+#   a crash, in a     requeue_interrupted   interruptions + 1, not_before = 0
+#     running job
+#   a stop, in a      requeue               not_before = 0
+#     running job
+#   start or stop     requeue_interrupted   transient_since = now, in pending jobs in which
+#     of the server                         it is not 0
+#   transient error   requeue               not_before = in a minute, or later if GitHub
+#                                           says so;
+#                                           transient_since = now, if it was 0;
+#                                           interruptions + 1, if an agent has run since
+#                                           work was last saved: a retry pays for it again
+#   an agent starts   Workspace.run_work    transient_since = 0
+#   work is saved     JobRun.save_work      interruptions = 0, transient_since = 0
+# A stop that a second signal cuts short counts as a crash.
 
 SCHEMA_VERSION = 7
 SCHEMA = """
@@ -4227,7 +4245,7 @@ class Store:
         return self._read(
             StoredComment._make,
             """
-            SELECT * FROM comments WHERE job_id = :job_id
+            SELECT place, id, text, created_at FROM comments WHERE job_id = :job_id
             ORDER BY
                 CASE place WHEN 'review_text' THEN 1 ELSE 2 END, created_at, id
             """,
@@ -4955,7 +4973,7 @@ class DiffScanner:
         for line in new:
             if line.startswith("diff --git "):
                 self.file = line.partition(" b/")[2] or line[len("diff --git ") :]
-            elif line == "new file mode 160000":
+            elif line == "new file mode 160000" and not self.fault:
                 # This is how git shows a submodule, or a clone that the agent left.
                 self.fault = f"{self.file} is a nested git repository or a submodule"
             if has_secret and not self.fault and self.redact.has_secret(line):
@@ -5810,12 +5828,13 @@ def require_write_access(
 ) -> None:
     """Raise ``refusal`` unless GitHub reports that a person has write access now.
 
-    If there is a commit, which has cost something, a refusal is believed only in a retry.
+    If there is a commit, which has cost something, a refusal is believed only after a
+    transient error, such as the first refusal.
     """
     if github_repository.has_write_access(login):
         return
-    is_retry = run.job.transient_since > 0
-    if run.job.commit_id and not is_retry:
+    was_delayed = run.job.transient_since > 0
+    if run.job.commit_id and not was_delayed:
         raise TransientError(str(refusal))
     raise refusal
 
@@ -5956,8 +5975,8 @@ def run_tests_once(
         workspace.run.log_event("git", f"Cannot read the files: {result.error}")
         return "", result._replace(stdout=result.stderr)
     result = run_test_command(workspace, command, attempt)
-    # If the test passed, a file that cannot be removed does not matter: the tree is
-    # committed.
+    # If that fails: after a test that passed, the tree is committed anyway; after one that
+    # failed, the agent goes on with the files as the test has left them.
     workspace.script(RESTORE_SCRIPT, tree)
     return tree, result
 
@@ -6260,8 +6279,8 @@ def load_review(run: JobRun) -> Review:
 def refusal_error(run: JobRun, error: GitHubError) -> Exception:
     """Return the error for a repository or pull request that GitHub does not show.
 
-    Something new may not be visible in all parts of GitHub, so only a retry takes it for
-    gone.
+    Something new may not be visible in all parts of GitHub, so it is taken for gone only
+    after a transient error, such as the first one here.
     """
     if isinstance(error, NotFound) and run.job.transient_since:
         return ReviewSkipped(f"it is not codebot's anymore: {error}")
@@ -6986,7 +7005,11 @@ class Ending(NamedTuple):
 def run_job(codebot: Codebot, job: Job) -> None:
     """Run a job to its end, or until it is pending again.
 
-    A review that fails posts its failure before it ends, unless it failed while posting.
+    The steps of a review that fails, and is not cancelled, run twice. After the first time,
+    store_failure stores the error and drops the answers and the commit. The second time,
+    because the job has an error, they only look whether the reviewer may still be
+    answered, post the error, and fail with it. Like any run, this may also be skipped or
+    have to be retried. A review that fails while it posts is not run again.
     """
     run = JobRun(codebot, job)
     codebot.running[job.id] = run
@@ -7186,12 +7209,12 @@ def finish_job(run: JobRun, ending: Ending) -> None:
 
 
 def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
-    """Fill each queue that is empty: with one new job and one retry, if they are due.
+    """Fill each queue that is empty, with at most two jobs that are due.
 
-    When a worker starts a job, jobs_due is set, and the next ones are queued. So a retry
-    need not wait for all jobs that were submitted meanwhile, and retries that always fail
-    hold up neither new jobs nor each other, except on the same pull request. ``only_job``
-    is the only job that may start.
+    One is a job that a transient error has delayed, the other is not. So neither retries
+    that always fail nor any number of new jobs hold up the others, except on the same
+    pull request. When a worker starts a job, jobs_due is set, and the next ones are
+    queued. ``only_job`` is the only job that may start.
     """
     codebot.jobs_due.wait(TIMER_INTERVAL)
     codebot.jobs_due.clear()
@@ -7702,6 +7725,7 @@ def describe_result(codebot: Codebot, job: Job) -> Fields:
         "pr_number": None,
         "pr_state": None,
         "branch_name": job.branch,
+        # The task's clone. Config.work_dir is the directory of all tasks.
         "work_dir": f"{codebot.config.work_dir}/{job.directory}/repo",
         "commit": job.commit_id,
         "tests": tests,
@@ -8844,11 +8868,10 @@ class ConnectionTable:
     def _evict(self) -> None:
         """Hang up the connection that has waited longest for its client.
 
-        1. That is the oldest one that is waiting or receiving.
-        2. But if more than half of all connections are older and sending, somebody leaves
-           answers unread to keep others out. Then, and if none is waiting or receiving, it
-           is the oldest one that is sending.
-        Raises OSError if all connections are being handled.
+        Normally that is the oldest one that is waiting or receiving. But if more than half
+        of all connections are older than that one and sending, somebody leaves answers
+        unread to keep others out. Then, and if none is waiting or receiving, it is the
+        oldest one that is sending. Raises OSError if all connections are being handled.
         """
         idle = None
         slow_readers = []  # connections that are sending and older than the idle one
