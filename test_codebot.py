@@ -32,6 +32,7 @@ import itertools
 import json
 import logging
 import os
+import queue
 import re
 import resource
 import select
@@ -1413,8 +1414,22 @@ def process_ids() -> set[int]:
     return {int(name) for name in os.listdir("/proc") if name.isdecimal()}
 
 
+def limit_lines(limits: Mapping[str, Any]) -> str:
+    """Return the Python code that gives codebot smaller limits."""
+    lines = []
+    for name, value in {**SHORT_PAUSES, **limits}.items():
+        assert hasattr(codebot, name), f"codebot has no limit {name}"
+        lines.append(f"codebot.{name} = {value!r}")
+    return "\n".join(lines)
+
+
 class ServerProcess:
-    """`codebot.py serve` as a process, in a directory of its own."""
+    """`codebot.py serve` as a process, in a directory of its own.
+
+    It is a fork of the ForkingProgram, which saves 0.1 s, unless ``is_forked`` is false.
+    """
+
+    is_forked = True
 
     def __init__(self, directory: Path, github: FakeGitHub, agent: AgentScript) -> None:
         self.directory = directory
@@ -1426,7 +1441,7 @@ class ServerProcess:
         self.key_file = directory / "keys" / "app.pem"
         self.log_file = directory / "server.log"
         self.log_start = 0
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | ForkedProcess | None = None
         self.port = 0
         self.flags: tuple[str, ...] = ()
         self.limits: dict[str, Any] = {}
@@ -1462,11 +1477,7 @@ class ServerProcess:
     def program(self, limits: Mapping[str, Any] = {}) -> list[str]:
         """Return the command line that runs codebot.py, with smaller limits."""
         lines = [f"import os, sys; sys.path.insert(0, {str(PROGRAM.parent)!r})"]
-        lines.append("import codebot")
-        for name, value in {**SHORT_PAUSES, **limits}.items():
-            assert hasattr(codebot, name), f"codebot has no limit {name}"
-            lines.append(f"codebot.{name} = {value!r}")
-        lines.append("os._exit(codebot.main())")
+        lines += ["import codebot", limit_lines(limits), "os._exit(codebot.main())"]
         return [sys.executable, "-c", "\n".join(lines)]
 
     def start(
@@ -1476,7 +1487,7 @@ class ServerProcess:
         self.flags = flags
         self.limits = dict(limits)
         self.settings = settings
-        self._start(self.program(limits))
+        self._start([] if self.is_forked else self.program(limits))
 
     def restart(self, **changes: str | None) -> None:
         """Start it again with the same flags, limits and settings, but for changes."""
@@ -1489,18 +1500,26 @@ class ServerProcess:
         self._start([sys.executable, str(PROGRAM)])
 
     def _start(self, program: list[str]) -> None:
+        """Start this program, or without one a fork."""
         assert self.process is None, "the server is running"
-        argv = [*program, "serve", "--port", "0", "--work-dir", str(self.work_dir)]
-        offset = self.log_file.stat().st_size if self.log_file.exists() else 0
+        args = ["serve", "--port", "0", "--work-dir", str(self.work_dir), *self.flags]
+        environment = self.environment(self.settings)
         with self.log_file.open("ab") as output:
-            self.process = subprocess.Popen(
-                [*argv, *self.flags],
-                cwd=self.start_dir,
-                env=self.environment(self.settings),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
+            offset = output.tell()
+            if program:
+                self.process = subprocess.Popen(
+                    [*program, *args],
+                    cwd=self.start_dir,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                )
+            else:
+                files = (Path(os.devnull), self.log_file, self.log_file)
+                self.process = forking_program().start(
+                    self.start_dir, environment, files, args, limit_lines(self.limits)
+                )
         self.wait_until_ready(offset)
 
     def wait_until_ready(self, offset: int = 0) -> None:
@@ -1634,36 +1653,70 @@ class ServerProcess:
 # --- ForkingProgram ----------------------------------------------------------
 
 FORKING_PROGRAM = """
-import json, os, sys
+import json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import codebot
+
+def report_ended(*_):
+    try:
+        while True:
+            child, status = os.waitpid(-1, os.WNOHANG)
+            if child == 0:
+                break
+            os.write(1, b"%d %d\\n" % (child, os.waitstatus_to_exitcode(status)))
+    except ChildProcessError:  # there is none
+        pass
+
+signal.signal(signal.SIGCHLD, report_ended)
 for line in sys.stdin:
-    start = json.loads(line)
-    child = os.fork()
-    if child == 0:
+    if os.fork() == 0:
         break
-    _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
 else:
-    sys.exit()
+    os.killpg(0, signal.SIGTERM)  # also servers that a killed pytest has left
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+os.write(1, b"%d\\n" % os.getpid())
+start = json.loads(line)
 os.chdir(start["directory"])
 os.environ.clear()
 os.environ.update(start["environment"])
 for number, path in enumerate(start["files"]):
-    descriptor = os.open(path, os.O_RDWR)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND)
     os.dup2(descriptor, number)
     os.close(descriptor)
 sys.stdin = open(0, closefd=False)
+exec(start["code"])
 os._exit(codebot.main(start["arguments"]))
 """
 
 
-class ForkingProgram:
-    """A process that has imported codebot, and forks one for each command.
+class ForkedProcess:
+    """What subprocess.Popen is for a program, for a fork of the ForkingProgram."""
 
-    A command is a process with its own environment, directory, input and output, as
-    with ServerProcess.run, but without the start of Python and the import, which take
-    0.1 s. It is for commands that leave no process: in /proc it has the name of this.
+    def __init__(self, pid: int, code: concurrent.futures.Future[int]) -> None:
+        self.pid = pid
+        self.code = code
+
+    def poll(self) -> int | None:
+        return self.code.result() if self.code.done() else None
+
+    def wait(self, seconds: float) -> int:
+        return self.code.result(seconds)
+
+    def send_signal(self, number: int) -> None:
+        if not self.code.done():
+            with contextlib.suppress(ProcessLookupError):  # its end is not read yet
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class ForkingProgram:
+    """A process that has imported codebot, and forks one for each server or command.
+
+    Each is a process with its own environment, directory, input and output, but without
+    the start of Python and the import, which take 0.1 s. Only /proc tells the difference:
+    there it has the command line and the environment of this.
     """
 
     def __init__(self) -> None:
@@ -1675,6 +1728,31 @@ class ForkingProgram:
             start_new_session=True,
             text=True,
         )
+        self.lock = threading.Lock()  # held from an order to the report of the start
+        self.started: queue.Queue[ForkedProcess] = queue.Queue()
+        threading.Thread(target=self._read_reports, daemon=True).start()
+
+    def start(
+        self,
+        directory: Path,
+        environment: Mapping[str, str],
+        files: Sequence[Path],
+        args: Sequence[str],
+        code: str = "",
+    ) -> ForkedProcess:
+        """Start a command with these files as input and outputs, after this code."""
+        start = {
+            "directory": str(directory),
+            "environment": dict(environment),
+            "files": [str(file) for file in files],
+            "arguments": args,
+            "code": code,
+        }
+        assert self.process.stdin is not None
+        with self.lock:
+            self.process.stdin.write(f"{json.dumps(start)}\n")
+            self.process.stdin.flush()
+            return self.started.get(timeout=30)
 
     def run(
         self,
@@ -1683,32 +1761,33 @@ class ForkingProgram:
         args: Sequence[str],
         text: str,
     ) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
         with tempfile.TemporaryDirectory() as name:
             stdin, stdout, stderr = (Path(name, str(number)) for number in range(3))
             stdin.write_text(text)
             for file in (stdout, stderr):
                 file.touch()
-            start = {
-                "directory": str(directory),
-                "environment": dict(environment),
-                "files": [str(stdin), str(stdout), str(stderr)],
-                "arguments": args,
-            }
-            code = self._fork(json.dumps(start))
+            files = (stdin, stdout, stderr)
+            process = self.start(directory, environment, files, args)
+            try:
+                code = process.wait(30)
+            finally:
+                process.kill()
             return subprocess.CompletedProcess(
                 args, code, stdout.read_text(), stderr.read_text()
             )
 
-    def _fork(self, start: str) -> int:
-        """Fork a command, and return its exit code."""
-        assert self.process.stdin is not None
+    def _read_reports(self) -> None:
+        """Read which processes have started, and which have ended with what code."""
+        codes: dict[str, concurrent.futures.Future[int]] = {}
         assert self.process.stdout is not None
-        self.process.stdin.write(f"{start}\n")
-        self.process.stdin.flush()
-        if not select.select([self.process.stdout], [], [], 30)[0]:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            forking_program.cache_clear()  # the next test needs another one
-        return int(self.process.stdout.readline())
+        for line in self.process.stdout:
+            pid, *code = line.split()
+            if code:
+                codes.pop(pid).set_result(int(code[0]))
+            else:
+                codes[pid] = concurrent.futures.Future()
+                self.started.put(ForkedProcess(int(pid), codes[pid]))
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -3430,6 +3509,7 @@ def sandboxed(templates: Path) -> Iterator[Site]:
         keys = f"{ENV_FILE_KEY}, {API_KEY}"
         (site.server.start_dir / ".env").write_text(f"CODEBOT_API_KEYS={keys}\n")
         (site.server.home / "private").write_text("private")
+        site.server.is_forked = False  # the agent looks for its command line in /proc
         try:
             site.server.start(
                 "--workers",
@@ -13021,11 +13101,13 @@ MUNGE_FILES = ("key", "pid", "log", "seed")
 class IsolatedServer(ServerProcess):
     """A server in a PID namespace that outlives it, as its host would."""
 
+    is_forked = False
     namespace: subprocess.Popen[bytes] | None = None
 
     def _start(self, program: list[str]) -> None:
         self.end_namespace()
         super()._start([*ISOLATED, "sh", "-c", KEEP_NAMESPACE, "sh", *program])
+        assert isinstance(self.process, subprocess.Popen)
         self.namespace = self.process
 
     def codebot(self) -> int:
@@ -14718,6 +14800,7 @@ def test_programs_write_no_core_dumps(fresh: Site) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
     if hard == 0:
         pytest.skip("this host allows no core dumps")
+    fresh.server.is_forked = False  # it inherits the limit of this process
     resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
     try:
         fresh.server.start()
