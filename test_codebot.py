@@ -700,10 +700,14 @@ class Token:
         return self.permissions.get(name) in (access, "write")
 
 
+# What a signature with a key of 2048 bits has before the SHA-256 digest (RFC 8017, 9.2).
+SHA256_PADDING = f"1{'ff' * 202}003031300d060960864801650304020105000420"
+
+
 class FakeGitHub(http.server.ThreadingHTTPServer, Faulty):
     """GitHub on loopback: an App's REST API, and git over smart HTTP.
 
-    It keeps what it was asked (``requests``) and verifies JWTs with openssl.
+    It keeps what it was asked (``requests``) and verifies the RSA signature of JWTs.
     """
 
     daemon_threads = True
@@ -713,6 +717,7 @@ class FakeGitHub(http.server.ThreadingHTTPServer, Faulty):
         super().__init__(("127.0.0.1", 0), GitHubHandler)
         self.directory = directory
         self.templates = templates
+        self.modulus = int((templates / "keys" / "modulus").read_text(), 16)
         self.root = directory / "repositories"
         self.root.mkdir(parents=True)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -919,16 +924,11 @@ class FakeGitHub(http.server.ThreadingHTTPServer, Faulty):
 
     def check_jwt(self, jwt: str) -> None:
         if jwt not in self.verified_jwts:
-            signed, _, signature = jwt.rpartition(".")
-            file = self.directory / f"signature-{uuid.uuid4()}"
-            file.write_bytes(base64.urlsafe_b64decode(signature + "=="))
-            key = self.templates / "keys" / "app.pub"
-            argv = ["openssl", "dgst", "-sha256", "-verify", str(key)]
-            argv += ["-signature", str(file)]
-            done = subprocess.run(
-                argv, input=signed.encode(), capture_output=True, check=False
-            )
-            if done.returncode:
+            signed, _, encoded = jwt.rpartition(".")
+            signature = base64.urlsafe_b64decode(encoded + "==")
+            digest = hashlib.sha256(signed.encode()).hexdigest()
+            padded = int.from_bytes(signature, "big")
+            if f"{pow(padded, 65_537, self.modulus):x}" != SHA256_PADDING + digest:
                 raise Refused(401, "A JSON web token could not be decoded")
             payload = base64.urlsafe_b64decode(signed.split(".")[1] + "==")
             self.verified_jwts[jwt] = json.loads(payload)
@@ -2007,7 +2007,8 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     keys.mkdir()
     openssl = functools.partial(run_command, "openssl", cwd=keys)
     openssl("genrsa", "-out", "app.pem", "2048")
-    openssl("rsa", "-in", "app.pem", "-pubout", "-out", "app.pub")
+    modulus = openssl("rsa", "-in", "app.pem", "-noout", "-modulus")
+    (keys / "modulus").write_text(modulus.partition("=")[2])
     subject = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost")
     openssl("req", "-x509", "-new", "-key", "app.pem", "-out", "cert.pem", *subject)
     (keys / "app.pem").chmod(0o600)
