@@ -13571,6 +13571,7 @@ CHROMIUM_FLAGS = (
     "--headless=new",
     "--no-sandbox",
     "--disable-gpu",
+    "--disable-gpu-rasterization",  # which the script of Debian enables
     "--disable-quic",
     "--disable-dev-shm-usage",
     "--no-first-run",
