@@ -344,6 +344,11 @@ def github_time(seconds_ahead: float = 0.0) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
+def data_of(text: str) -> str:
+    """Return a text as git fast-import reads it."""
+    return f"data {len(text.encode())}\n{text}"
+
+
 def copy_files(source: Path, target: Path) -> None:
     """Copy a directory tree without times and modes, which shutil.copytree copies."""
     target.mkdir(parents=True)
@@ -432,22 +437,14 @@ class Repository(Faulty):
     def commit(self, files: Mapping[str, str], branch: str = "main") -> str:
         """Add a commit by Ada on top of the branch (or of main, if it is new)."""
         base = branch if self.has_branch(branch) else "main"
-        with tempfile.TemporaryDirectory() as name:
-            index = {"GIT_INDEX_FILE": f"{name}/index"}
-            tree = Path(name, "tree")
-            tree.mkdir()
-            for path, text in files.items():
-                file = tree / path
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(text)
-            in_tree = ("git", f"--git-dir={self.bare}", f"--work-tree={tree}")
-            run_command(*in_tree, "read-tree", base, **index)
-            run_command(*in_tree, "add", "--", *files, cwd=tree, **index)
-            tree_id = run_command(*in_tree, "write-tree", **index)
-        message = f"Change {', '.join(files)}"
-        commit = self.git("commit-tree", "-p", base, "-m", message, tree_id)
-        self.git("update-ref", f"refs/heads/{branch}", commit)
-        return commit
+        lines = [f"commit refs/heads/{branch}", "committer Ada <ada@example.com> now"]
+        lines += [data_of(f"Change {', '.join(files)}\n"), f"from refs/heads/{base}^0"]
+        for path, text in files.items():
+            lines += [f"M 100644 inline {path}", data_of(text)]
+        commands = "\n".join([*lines, ""])
+        argv = ("git", "fast-import", "--quiet", "--date-format=now")
+        run_command(*argv, cwd=self.bare, text=commands)
+        return (self.bare / "refs" / "heads" / branch).read_text().strip()
 
     def has_branch(self, name: str) -> bool:
         # Nothing packs the references, so that git need not be started.
