@@ -9655,8 +9655,8 @@ def read_task_flags(flags: Flags) -> Fields:
         raise ConfigError(f"Cannot read {path}: {os_error_text(error)}.") from None
     except ValueError as error:
         raise ConfigError(f"--task {path} {error}.") from None
-    fields.update({name: flags[name] for name in TASK_FIELDS if flags[name]})
-    return fields
+    given = {name: flags[name] for name in TASK_FIELDS if flags[name] is not None}
+    return {**fields, **given}
 
 
 def print_log(codebot: Codebot, task_id: str) -> None:

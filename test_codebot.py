@@ -15152,6 +15152,11 @@ def test_run_reads_task_from_json(fresh: Site, source: str) -> None:
         (("--task", "-"), "[1]", "--task - is not a JSON object."),
         (("--task", "-"), '{"description": "x"}', "repository_url is missing"),
         (
+            ("--repository-url", "x", "--description", "x", "--test-command", ""),
+            "",
+            "test_command is empty",  # perhaps a shell variable that is not set
+        ),
+        (
             ("--task", "-"),
             '{"repository_url": "https://github.com/a/b", "description": "x"}',
             "repository_url must look like http://127.0.0.1:",
