@@ -2516,7 +2516,8 @@ class GitHub:
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 reply = self.read_reply(response)
-        except (OSError, http.client.HTTPException) as error:
+        # UnicodeError: the name of a host or proxy is none, such as "proxy..corp".
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
             reason = getattr(error, "reason", error)  # the cause of a URLError
             if isinstance(reason, OSError):
                 reason = os_error_text(reason)

@@ -15064,6 +15064,30 @@ def test_check_asks_silent_github_twice_and_waits_five_seconds_at_most(
     assert f"FAIL  GitHub did not answer: {url}: timed out. Check" in done.stdout
 
 
+def test_check_names_a_proxy_that_is_no_host_name(fresh: Site) -> None:
+    address = "https://ghe.example.com"
+    done = run_check(fresh, GITHUB_API_URL=address, HTTPS_PROXY="http://p..x:1")
+    [line] = [line for line in done.stdout.splitlines() if address in line]
+    assert "label empty" in line
+    assert "Check GITHUB_API_URL, the network, HTTPS_PROXY" in line
+
+
+def test_check_prints_what_the_locale_lacks(fresh: Site) -> None:
+    work_dir = f"{fresh.server.start_dir}/w\u00f6rk"
+    done = fresh.server.run("check", "--work-dir", work_dir, PYTHONIOENCODING="ascii")
+    assert "Traceback" not in done.stderr
+    assert r"w\xf6rk" in done.stdout
+
+
+def test_check_wants_utf_8(fresh: Site) -> None:
+    """Otherwise a test command with an umlaut could not be started."""
+    locale = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = fresh.server.run("check", **locale)
+    assert "FAIL  Python does not use UTF-8 here. Set PYTHONUTF8=1" in done.stdout
+    done = fresh.server.run("check", **{**locale, "PYTHONUTF8": "1"})
+    assert "UTF-8" not in done.stdout
+
+
 def test_check_without_events_but_with_polling_is_fine(fresh: Site) -> None:
     fresh.github.subscribed.clear()
     done = run_check(fresh, "--enable-polling", GITHUB_WEBHOOK_SECRET=None)
