@@ -10023,6 +10023,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 2 for bad settings or input."""
     flags = vars(make_parser().parse_args(arguments))
     reset_inherited_state()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # None if it was closed
+        # As stderr does, print \xfc for an ü that the locale lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
     flags["umask"] = os.umask(PRIVATE_UMASK)
     try:
         code: int = flags["function"](flags)
