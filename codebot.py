@@ -9307,6 +9307,11 @@ def unknown_settings(config: Config) -> Iterator[Finding]:
 
 def check_settings(codebot: Codebot) -> Iterator[Finding]:
     config = codebot.config
+    if sys.getfilesystemencoding() != "utf-8":  # that of arguments and paths
+        yield Finding(
+            "FAIL",
+            "Python does not use UTF-8 here. Set PYTHONUTF8=1, or LANG to a UTF-8 locale.",
+        )
     yield from unknown_settings(config)
     if config.stall_timeout < MIN_STALL_TIMEOUT:
         yield Finding(
