@@ -4881,7 +4881,8 @@ for lock in .git/index.lock .git/HEAD.lock; do
 done
 g() {
     git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c commit.gpgSign=false \\
-        -c gc.auto=0 -c maintenance.auto=false -c core.sparseCheckout=false "$@"
+        -c gc.auto=0 -c maintenance.auto=false -c core.sparseCheckout=false \\
+        -c core.quotePath=false "$@"
 }
 """
 CHECKOUT_SCRIPT = """

@@ -8445,6 +8445,14 @@ def test_huge_change_is_not_put_on_top_of_what_others_pushed(pull: Pull) -> None
     assert pull.log(1) == ["Change theirs"]
 
 
+def test_conflict_names_a_file_as_it_is_written(pull: Pull) -> None:
+    pull.site.agent.follow("classify change; echo mine >gr\u00fcn.txt; answer Done")
+    let_others_push_first(pull, {"gr\u00fcn.txt": "theirs\n"})
+    pull.site.person("alice").inline("Add it")
+    assert pull.review()["reason"] == "push_rejected"
+    assert "theirs: gr\u00fcn.txt." in pull.answer()
+
+
 def test_change_that_conflicts_with_others_is_not_pushed(pull: Pull) -> None:
     pull.site.agent.follow(MAKE_CHANGE)
     before = pull.site.repository.show(pull.branch, "hello.txt")
