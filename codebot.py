@@ -3449,6 +3449,7 @@ CREATE TABLE jobs (
 CREATE INDEX jobs_by_kind ON jobs (kind, seq);
 CREATE INDEX jobs_by_status ON jobs (status, kind, seq);
 CREATE INDEX jobs_by_task ON jobs (task_id, status, seq);
+CREATE INDEX jobs_by_reviewer ON jobs (task_id, reviewer, status);
 CREATE INDEX unreported_jobs ON jobs (is_reported)
     WHERE issue_number > 0 AND is_reported = 0;
 CREATE TABLE events (
