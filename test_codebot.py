@@ -5030,6 +5030,7 @@ def test_shallow_remote_cannot_be_cloned(fresh: Site) -> None:
 def test_files_of_workspace_and_local_remote_have_the_umask_of_the_operator(
     fresh: Site,
 ) -> None:
+    fresh.server.is_forked = False  # it inherits the umask of this process
     umask = os.umask(0o022)
     try:
         fresh.server.start("--no-github")
