@@ -2881,6 +2881,107 @@ def test_password_of_a_proxy_with_a_slash_is_redacted() -> None:
     assert redact(f"HTTPS_PROXY={address}") == "HTTPS_PROXY=http://user:***@proxy:80"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MY_TOKEN",
+        "MY_KEY",
+        "MY_SECRET",
+        "MY_PASS",
+        "DB_PWD",
+        "MY_CRED",
+        "GH_AUTH",
+        "AUTHORIZATION",
+        "MY_BEARER",
+        "SENTRY_DSN",
+        "EXTRA_HEADER",
+        "MY_JWT",
+        "MY_COOKIE",
+        "MY_SESSION",
+        "SLACK_WEBHOOK",
+        "AZURE_PAT",
+    ],
+)
+def test_variable_with_the_name_of_a_secret_is_redacted(name: str) -> None:
+    config = codebot.Config(agent_env=(name,), variables={name: "its-value"})
+    assert codebot.Redactor(config)("its-value") == "***"
+
+
+@pytest.mark.parametrize("name", ["GIT_AUTHOR_NAME", "MY_PATH", "MY_PATTERN"])
+def test_variable_with_another_name_is_not_redacted(name: str) -> None:
+    config = codebot.Config(agent_env=(name,), variables={name: "its-value"})
+    assert codebot.Redactor(config)("its-value") == "its-value"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Authorization",
+        "Proxy-Authorization-2",
+        "Cookie",
+        "X-Jwt-Assertion",
+        "X-Api-Key",
+        "X-Access-Token",
+        "X-Client-Secret",
+        "X-Auth",
+        "X-Passwd",
+        "X-Password",
+        "X-Credential",
+        "X-Credentials",
+        "  X-Api-Key ",
+    ],
+)
+def test_last_word_of_a_secret_header_is_a_secret(name: str) -> None:
+    assert [*codebot.header_secrets(f"Accept: a\n{name}: Kind WORD")] == ["WORD"]
+
+
+@pytest.mark.parametrize("name", ["ALL_PROXY", "all_proxy"])
+def test_password_of_a_proxy_that_only_git_uses_is_redacted(name: str) -> None:
+    variables = {name: "http://user:proxy-pass@proxy"}
+    redact = codebot.Redactor(codebot.Config(variables=variables))
+    assert redact("proxy-pass") == "***"
+
+
+@pytest.mark.parametrize("mark", "?;#")
+def test_address_with_a_signature_is_redacted(mark: str) -> None:
+    url = f"https://store.example.com/a{mark}signature"
+    config = codebot.Config(agent_env=("MY_URL",), variables={"MY_URL": url})
+    assert codebot.Redactor(config)(f"GET {url}") == "GET ***"
+
+
+def test_password_with_a_slash_in_an_address_of_the_agent_is_redacted() -> None:
+    variables = {"MY_URL": "postgres://user:pass/word@host/app"}
+    redact = codebot.Redactor(
+        codebot.Config(agent_env=("MY_URL",), variables=variables)
+    )
+    assert redact("pass/word") == "***"
+
+
+def test_tls_key_is_redacted(tmp_path: Path) -> None:
+    tls_key = tmp_path / "tls.pem"
+    tls_key.write_text(PEM_KEY)
+    redact = codebot.Redactor(codebot.Config(tls_key=str(tls_key)))
+    assert redact("MIIEowIBAAKCAQEA") == "***"
+
+
+def test_login_of_a_proxy_without_a_scheme_is_redacted() -> None:
+    variables = {"HTTPS_PROXY": "token-of-a-proxy-1@proxy:80"}
+    redact = codebot.Redactor(codebot.Config(variables=variables))
+    assert redact("token-of-a-proxy-1") == "***"
+
+
+@pytest.mark.parametrize(("secret", "shown"), [("12345", "12345"), ("123456", "***")])
+def test_secret_of_six_characters_is_redacted(secret: str, shown: str) -> None:
+    assert codebot.Redactor(codebot.Config(api_keys=(secret,)))(secret) == shown
+
+
+def test_both_kinds_of_base64_are_redacted() -> None:
+    secret = "???>>>~~~"
+    redact = codebot.Redactor(codebot.Config(api_keys=(secret,)))
+    for encode in (base64.b64encode, base64.urlsafe_b64encode):
+        assert redact(encode(secret.encode()).decode()) == "***"
+
+
 def test_git_credential_is_redacted(redact: codebot.Redactor) -> None:
     login = base64_of("x-access-token:v1.installation-token")
     redacted = redact(f"Authorization: Basic {login}")
