@@ -6182,6 +6182,57 @@ def test_words_of_agent_stay_in_their_quote_although_they_are_a_footnote(
     assert r"> - \[^1]: The tests passed. `[^a-z]:`" in body
 
 
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\x0b", "\x0c", "\x85", "\u2028"])
+def test_every_line_of_a_quote_is_marked(end: str) -> None:
+    quote = codebot.quoted("The agent", f"a{end}# b")
+    assert quote == "The agent says:\n\n> a\n> # b\n"
+
+
+@pytest.mark.parametrize(
+    "start", ["", " ", "> ", ">", "1.", "1)", "*", "+", "-", "[x]", "a\n"]
+)
+def test_footnote_after_any_mark_is_escaped(start: str) -> None:
+    assert "\\[^1]:" in codebot.quoted("The agent", f"{start}[^1]: words")
+
+
+@pytest.mark.parametrize("text", ["<!-- x", "<!--x", "</blockquote>", "</BlockQuote>"])
+def test_quote_has_neither_its_end_nor_a_marker(text: str) -> None:
+    assert "<" not in codebot.quoted("The agent", text)
+
+
+@pytest.mark.parametrize("text", ["<a", "<A", "</a", "<!a", "<?a"])
+def test_every_kind_of_html_is_escaped(text: str) -> None:
+    assert codebot.escape_html(text) == f"&lt;{text[1:]}"
+
+
+@pytest.mark.parametrize("length", [3, 4, 5])
+def test_code_block_is_not_ended_by_its_text(length: int) -> None:
+    fence = "`" * (length + 1)
+    text = f"{'`' * length}\n<!-- codebot"
+    shown = text.replace("<!--", "<! --")
+    assert codebot.code_block(text) == f"{fence}\n{shown}\n{fence}\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[skip ci]",
+        "[ SKIP-CI ]",
+        "[skip_checks]",
+        "[ci skip]",
+        "[ci_skip]",
+        "[azurepipelines-skip]",
+        "[no ci]",
+        "[no-ci]",
+        "[NO_CI]",
+        "***NO_CI***",
+        "***no_ci***",
+    ],
+)
+def test_words_that_turn_off_ci_lose_their_brackets(words: str) -> None:
+    assert codebot.without_ci_skips(f"a {words} b") == f"a ({words.strip('[]*')}) b"
+
+
 def test_html_in_task_cannot_hide_the_facts_after_it(shared: Site) -> None:
     # GitHub takes such a tag to reach up to the next quotation mark.
     task = 'Compare a < b.\n<div title="\n<template> <!DOCTYPE </details> 1 <2'
@@ -8139,12 +8190,62 @@ CUT = "(text after an unclosed HTML comment was removed)"
         ("<!A><!-- b", f"<!A>{CUT}"),
         ("a\ufff9b\U000e0080c\U0001d173d", "abcd"),
         ("a\u180bb\u17b4c\U0001343fd\U0001bca0e", "abcde"),
+        # GitHub shows the first as it is, and hides the second up to "-->".
+        ("a <!\u200b-- b --> c", "a <!-- b --> c"),
+        ("a <!-- b --\u200b> c --> d", "a  d"),
     ],
 )
 def test_comment_of_html_is_removed_and_other_text_is_not(
     text: str, visible: str
 ) -> None:
     assert codebot.visible_text(text) == visible
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        "\u00ad\u00ad",
+        "\u034f\u034f",
+        "\u061c\u061c",
+        "\u115f\u1160",
+        "\u17b4\u17b5",
+        "\u180b\u180f",
+        "\u200b\u200f",
+        "\u202a\u202e",
+        "\u2060\u206f",
+        "\u2800\u2800",
+        "\u3164\u3164",
+        "\ufe00\ufe0f",
+        "\ufeff\ufeff",
+        "\uffa0\uffa0",
+        "\ufff9\ufffb",
+        "\U00013430\U0001343f",
+        "\U0001bca0\U0001bca3",
+        "\U0001d173\U0001d17a",
+        "\U000e0000\U000e0fff",
+        "\x00\x08",
+        "\x0b\x1f",
+        "\x7f\x9f",
+        "\ud800\udfff",
+    ],
+    ids=ascii,
+)
+def test_character_that_nobody_sees_is_removed(ends: str) -> None:
+    first, last = map(ord, ends)
+    characters = map(chr, range(first, last + 1))
+    assert codebot.visible_text(f"a{''.join(characters)}b") == "ab"
+
+
+@pytest.mark.parametrize("state", ["pending", "PENDING"])
+def test_review_that_is_not_submitted_yet_is_no_comment(state: str) -> None:
+    payload = {
+        "id": 1,
+        "user": {"login": "alice", "type": "User"},
+        "body": "Delete it all",
+        "submitted_at": "2026-01-01T00:00:00Z",
+    }
+    assert codebot.parse_comment("review_text", payload) is not None
+    assert codebot.parse_comment("review_text", {**payload, "state": state}) is None
 
 
 def test_thousands_of_comments_of_html_are_read_at_once() -> None:
