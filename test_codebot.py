@@ -6420,6 +6420,105 @@ def test_git_at_other_remote_gets_no_relative_path(
     assert codebot.remote_environment(config, "")["PATH"] == "/usr/bin"
 
 
+def test_git_at_github_gets_its_credential_for_that_host_only() -> None:
+    proxy = {"HTTPS_PROXY": "http://proxy:3128"}
+    config = codebot.Config(variables={**proxy, "GITHUB_WEBHOOK_SECRET": "secret"})
+    environment = codebot.remote_environment(config, "the-token")
+    assert environment["GIT_ALLOW_PROTOCOL"] == "https"
+    assert environment["HTTPS_PROXY"] == proxy["HTTPS_PROXY"]
+    assert "GITHUB_WEBHOOK_SECRET" not in environment
+    argv = ("git", "-c", "http.postBuffer=1", "config", "--get-urlmatch", "http")
+    shown = run_command(*argv, "https://github.com/acme/widget", **environment)
+    assert base64_of("x-access-token:the-token") in shown
+    for url in (
+        "http://github.com/a/b",
+        "https://evil.com/a/b",
+        "https://github.com.x",
+    ):
+        assert "Basic" not in run_command(*argv, url, **environment)
+
+
+def test_git_at_github_asks_no_credential_helper(tmp_path: Path) -> None:
+    environment = codebot.remote_environment(codebot.Config(), "the-token")
+    run_command("git", "init", "-q", tmp_path)
+    run_command("git", "config", "credential.helper", "store", cwd=tmp_path)
+    argv = ("git", "config", "-z", "--get-all", "credential.helper")
+    # An empty name clears the list before it.
+    assert run_command(*argv, cwd=tmp_path, **environment) == "store\0\0"
+
+
+def test_git_at_other_remote_uses_no_other_protocol(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GIT_ALLOW_PROTOCOL", "ext")
+    environment = codebot.remote_environment(codebot.Config(no_github=True), "")
+    assert environment["GIT_ALLOW_PROTOCOL"] == "https:http:ssh:file"
+    assert environment["GIT_TERMINAL_PROMPT"] == "0"
+    # codebot understands only git's English errors.
+    assert environment["LC_ALL"] == "C.UTF-8"
+
+
+def test_programs_get_no_configuration_of_the_host() -> None:
+    config = codebot.Config(search_path="/usr/bin", variables={"MY_KEY": "x"})
+    environment = codebot.base_environment(config)
+    assert environment.pop("CODEBOT_RUN") == config.run_tag
+    assert environment == {
+        "PATH": "/usr/bin",
+        "HOME": "/nonexistent",  # else curl would read ~/.netrc of codebot's user
+        "LC_ALL": "C.UTF-8",
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_CONFIG_GLOBAL": "/dev/null",
+        "GIT_ATTR_NOSYSTEM": "1",
+        "GIT_TERMINAL_PROMPT": "0",
+    }
+
+
+def test_diff_runs_no_program_of_the_repository(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    repo = tmp_path / "repo"
+    run_command("git", "init", "-q", repo)
+    (repo / ".gitattributes").write_text("* diff=f\n")
+    (repo / "file").write_text("old\n")
+    run_command("git", "add", ".", cwd=repo)
+    (repo / "file").write_text("new\n")
+    for name in ("diff.external", "diff.f.textconv"):
+        run_command("git", "config", name, f"touch {trace};:", cwd=repo)
+        shown = run_command(*codebot.GIT, *codebot.GIT_DIFF, cwd=repo)
+        assert "+new" in shown
+        run_command("git", "config", "--unset", name, cwd=repo)
+    assert not trace.exists()
+
+
+def test_git_is_run_with_its_options() -> None:
+    options = {
+        "gc.auto": "0",  # workspaces read the mirror's objects
+        "maintenance.auto": "false",
+        "core.fsync": "all",
+        "core.quotePath": "false",
+        "http.followRedirects": "false",
+        "http.lowSpeedLimit": "1",
+        "http.lowSpeedTime": "60",
+    }
+    for name, value in options.items():
+        assert run_command(*codebot.GIT, "config", "--get", name) == value
+
+
+def test_scripts_in_the_workspace_run_git_with_their_options(tmp_path: Path) -> None:
+    run_command("git", "init", "-q", tmp_path)
+    options = {
+        "core.hooksPath": "/dev/null",
+        "core.fsmonitor": "false",
+        "core.sparseCheckout": "false",
+        "commit.gpgSign": "false",
+        "gc.auto": "0",
+        "maintenance.auto": "false",
+    }
+    for name, value in options.items():
+        run_command("git", "config", name, "planted", cwd=tmp_path)
+        script = f"{codebot.GIT_FUNCTION}\ng config --get {name}"
+        assert run_command("sh", "-c", script, cwd=tmp_path) == value
+
+
 def test_no_secret_is_on_a_command_line(shared: Site) -> None:
     steps = ("GET /info/refs?service=git-upload-pack", "POST /git-receive-pack")
     fetch, push = [shared.repository.hold(step) for step in steps]
