@@ -4421,6 +4421,19 @@ def test_task_that_is_cancelled_while_its_retry_is_stored_does_not_wait_for_it(
     assert store.claim(task.id)
 
 
+def test_commit_of_a_task_that_was_just_cancelled_is_not_pushed(
+    store: codebot.Store, tmp_path: Path
+) -> None:
+    app = app_with(store)
+    run = codebot.JobRun(app, store_task_in_state(store, "running"))
+    repository = codebot.parse_plain_remote(app.config, str(tmp_path / "remote.git"))
+    workspace = codebot.Workspace(run, repository, "task_1234567")
+    store.request_cancel(run.job.id)
+    with pytest.raises(codebot.Cancelled):
+        codebot.push_task_commit(workspace)
+    assert not stored_job(store, run.job).push_started
+
+
 def test_lost_commit_is_forgotten_before_the_clone(
     store: codebot.Store, tmp_path: Path
 ) -> None:
