@@ -98,11 +98,10 @@ WHO IS TRUSTED WITH WHAT
   Others at GitHub   can stop work, if they may remove the label, or close or lock the pull
                  request. (Closing the issue stops no task. A review that runs or starts
                  while its pull request is closed or locked ends for good, even if that
-                 is undone.)
-                 Whoever may comment can keep an issue by an author without write access
-                 from starting. A workflow that labels or comments with a person's token
-                 counts as that person, and so does a machine account that is not a bot
-                 of GitHub's.
+                 is undone.) Whoever may comment can keep an issue by an author without
+                 write access from starting. A workflow that labels or comments with a
+                 person's token counts as that person, and so does a machine account that
+                 is not a bot of GitHub's.
   GitHub         is believed, over TLS. A delivery is believed only if the signature of
                  its body is right. Even then it is never relied on for who wrote what,
                  who may write, or what is open: codebot asks GitHub.
@@ -193,9 +192,9 @@ KNOWN LIMITATIONS
     into: with ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml.
     Another home of the same user, which HOME does not name, is not hidden. Nor are the
     work directory and the TLS key of another codebot: the agent of `run`, for example,
-    can read those of a server that the same user runs. If .env or a
-    key is created while an agent runs, or is a symlink that is changed then, that agent
-    can read it, unless it is in a hidden directory.
+    can read those of a server that the same user runs. If .env or a key is created while
+    an agent runs, or is a symlink that is changed then, that agent can read it, unless it
+    is in a hidden directory.
   - A file system that the host mounts while an agent runs, even because the agent named
     a path of an automounter, appears in bwrap, and it can be written there.
   - In bwrap the agent can connect to abstract sockets, and to sockets and named pipes in
@@ -2330,9 +2329,8 @@ class GitHub:
     ) -> None:
         self.config = config
         self.redact = redact
-        self.wait = (
-            wait  # wait(seconds=0.0); raises StopRequested once the server stops
-        )
+        # wait(seconds=0.0) raises StopRequested once the server stops.
+        self.wait = wait
         self.api = config.github_api
         self.timeout = GITHUB_TIMEOUT
         self.attempts = GITHUB_ATTEMPTS
