@@ -3214,6 +3214,15 @@ def test_directory_in_tmp_above_what_is_mounted_cannot_be_replaced(
     assert codebot.Mount(codebot.HIDDEN, top) in mounts
 
 
+def test_database_of_the_server_is_hidden_from_the_agent_of_run(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    variables = {"CODEBOT_DATABASE": f" {tmp_path}/link/codebot.db "}
+    config = codebot.Config(variables=variables, work_dir=str(tmp_path / "work"))
+    data = os.path.realpath(tmp_path / "data")
+    assert data in codebot.private_directories(config)
+
+
 def test_secret_in_tool_directory_stays_hidden(host: Host) -> None:
     mounts = host.mounts(
         search_path=host.make("home/tools/bin"),
@@ -6129,6 +6138,14 @@ def test_change_that_contains_secret_is_not_pushed(shared: Site, place: str) -> 
     assert words in error
     assert MODEL_KEY not in error
     assert shared.repository.branches() == ["main"]
+
+
+def test_first_fault_of_a_change_is_reported() -> None:
+    secret = "a-key-of-20-letters."
+    scanner = codebot.DiffScanner(codebot.Redactor(codebot.Config(api_keys=(secret,))))
+    scanner.read(["diff --git a/one b/one", f"+{secret}"])
+    scanner.read(["diff --git a/two b/two", "new file mode 160000"])
+    assert scanner.fault == "it contains a secret in one"
 
 
 def test_change_beside_secret_like_text_is_pushed(shared: Site) -> None:
