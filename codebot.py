@@ -84,9 +84,7 @@ WHO IS TRUSTED WITH WHAT
   A client       is whoever has an API key. It may read and cancel every task, and may
                  submit and retry tasks for the repositories that
                  CODEBOT_ALLOWED_REPOSITORIES allows. With --no-github these are, by
-                 default, all repositories that codebot's user can reach. If a client
-                 names a git server of its own, that server receives what the git
-                 configuration of codebot's user sends to every server. A task's test
+                 default, all repositories that codebot's user can reach. A task's test
                  command is a shell command, so a client can run anything in the sandbox.
                  GitHub is not asked what the person behind the key may read or write.
   A reviewer, and a person who labels an issue   have an effect only if GitHub reports
@@ -96,12 +94,9 @@ WHO IS TRUSTED WITH WHAT
                  Nobody else at GitHub can start the agent, but the text of a labeled issue
                  may be anyone's. Anyone's comment is stored as a pending review.
   Others at GitHub   can stop work, if they may remove the label, or close or lock the pull
-                 request. (Closing the issue stops no task. A review that runs or starts
-                 while its pull request is closed or locked ends for good, even if that
-                 is undone.) Whoever may comment can keep an issue by an author without
-                 write access from starting. A workflow that labels or comments with a
-                 person's token counts as that person, and so does a machine account that
-                 is not a bot of GitHub's.
+                 request. A workflow that labels or comments with a person's token counts
+                 as that person, and so does a machine account that is not a bot of
+                 GitHub's.
   GitHub         is believed, over TLS. A delivery is believed only if the signature of
                  its body is right. Even then it is never relied on for who wrote what,
                  who may write, or what is open: codebot asks GitHub.
@@ -117,11 +112,11 @@ WHO IS TRUSTED WITH WHAT
                    fetch the host's own credentials from the metadata address
                    (169.254.169.254), unless a firewall blocks that.
                  - In bwrap it cannot see codebot's processes, the database, other
-                   workspaces, or the directories of .env, the App's key and the TLS key.
-                   Outside its own workspace it can write to no file of the host, but it
-                   can connect to sockets and write to named pipes. (/dev/shm and the
-                   empty directories that cover hidden ones are writable, but in memory,
-                   and vanish when the command ends.)
+                   workspaces, or the directories of .env, the App's key and the TLS key,
+                   and outside its own workspace it can write to no file of the host. It
+                   can still connect to sockets.
+                 - Without a sandbox (CODEBOT_SANDBOX=none) it can do whatever codebot's
+                   user can.
                  - codebot takes from it a tree of files, its words, and the cost and the
                    number of turns that it reports.
   A test command   runs in the same sandbox and with the same home as the agent, but
@@ -180,110 +175,9 @@ WHERE SECRETS GO
   But the agent's home keeps its session, with everything that the agent has printed.
 
 KNOWN LIMITATIONS
-  The sandbox
-  - Without a sandbox (CODEBOT_SANDBOX=none) the agent can read and write whatever
-    codebot's user can, and signal its processes: the keys, the database, .env and codebot
-    itself, git's token while git runs. codebot finds processes that a job left running by
-    the variable CODEBOT_RUN in their environment, in /proc. A process that removes the
-    variable outlives the job, as does one whose environment the kernel does not show to
-    codebot, such as ssh-agent's.
-  - In bwrap the agent can read whatever codebot's user can read outside of the hidden
-    directories. The home directory is hidden, but not its directories that PATH leads
-    into: with ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml.
-    Another home of the same user, which HOME does not name, is not hidden. Nor are the
-    work directory and the TLS key of another codebot: the agent of `run`, for example,
-    can read those of a server that the same user runs. If .env or a key is created while
-    an agent runs, or is a symlink that is changed then, that agent can read it, unless it
-    is in a hidden directory.
-  - A file system that the host mounts while an agent runs, even because the agent named
-    a path of an automounter, appears in bwrap, and it can be written there.
-  - In bwrap the agent can connect to abstract sockets, and to sockets and named pipes in
-    directories that are not hidden. It shares the host's kernel, without a filter of
-    system calls, and may reach the kernel's keyrings of codebot's user. bwrap before 0.8
-    lets the agent make user namespaces, in which it can reach more of the kernel. (If
-    codebot runs as root, it refuses such a bwrap.)
-  - The agent can listen on every port that is free. If clients know codebot by a name
-    with several addresses, such as an IPv4 and an IPv6 address, the agent may listen at
-    one at which codebot does not, and be sent API keys. With TLS, clients notice.
-  - Only the host limits an agent's processes, disk space and memory, including what it
-    writes to /dev/shm and to the empty directories that cover hidden ones. If it fills
-    the disk of the work directory, jobs are retried for a time and then fail; while the
-    database cannot be written, they wait.
-  - What CODEBOT_SANDBOX or CODEBOT_LAUNCHER runs as another user, such as with sudo,
-    cannot be ended. codebot does not wait for it, so it may change the workspace during
-    later steps and runs.
-  - With a launcher, the node sees the work directory. The directories that bwrap hides,
-    and its version, are determined on this host; a directory that exists only on the
-    node is not hidden there.
-  - The agent can write to the HOME that the programs of CODEBOT_SANDBOX and
-    CODEBOT_LAUNCHER get and, without bwrap, to the directory in which they start. These
-    programs must not read settings of their own from there, such as ~/.docker.
-  - git unpacks, checks and compares the agent's objects outside the sandbox, and
-    unpacks what the remote sends without fsck. A bug in git there would be a way to
-    codebot.
-  - Settings are read from .env in the current directory, and they name programs. Do not
-    run a codebot command in a directory that others can write to, such as a clone.
-
-  The agent
-  - Its events, summary, cost and turns are self-reported. "The tests passed" means that
-    the command exited with 0 in a workspace where the agent could have changed the
-    tests, and files in HOME that they read. An agent can have git record other contents
-    than those that were tested, such as by a filter. What is recorded is inspected before
-    it is pushed.
-  - The agent's home, with its session, is kept for the reviews of its pull request: until
-    that is closed, or for CODEBOT_TASK_RETENTION after the last one. What has misled the
-    agent once, or was left there by a test, is still there when a trusted reviewer's
-    request is carried out.
-  - That the repository's Claude settings, hooks and MCP servers are not loaded, and
-    that an answer only reads, depends on options and variables of the Claude CLI.
-    `check` wants version 2.0 or newer, but nothing tests that the CLI honors them.
-  - Secrets are recognized only verbatim, or encoded in base64 on their own, without line
-    breaks: in what is logged and sent to GitHub, those of 6 or more characters; in the
-    files of a change, those of 16 or more, in lines of at most 8 MiB. An agent that writes
-    a secret in another way, such as backwards, compressed, or as the name of an empty
-    directory (which a tree can have, but no diff shows), can publish it. Of the
-    variables that the operator lists,
-    codebot knows those whose names suggest a secret; in others it knows headers such as
-    X-Api-Key, and addresses with a login, a query or parameters. It does not know a key in
-    the path of an address.
-  - A change may move a submodule that the repository has to any commit. A change is
-    not pushed if its diff, without the contents of deleted files, exceeds 1 GiB.
-  - Without a budget, only the time and the turns limit what a run may cost. A budget
-    relies on the cost that the agent reports, and a run that is interrupted reports none.
-
-  GitHub
-  - The App's key can do whatever the App may do at GitHub, and a repository's token can
-    write to every branch that is not protected. `check` reports missing permissions of
-    the App, but none that it should not have.
-  - Pull requests are the App's. So a person who asked for a change may approve it, even
-    where GitHub lets nobody approve their own.
-  - Data that is removed from a repository at GitHub stays in the mirror, where later
-    agents can read it.
-  - "Fixes #1" and "@name" in the words of an agent or a task work at GitHub as if a
-    person had written them.
-  - HTML comments and invisible characters are removed from text that people write on
-    GitHub, and so is everything after a <!-- without an end. Text that is hidden there
-    in other ways, such as in the title of a link, is not removed.
-  - An edit of an issue that was made just before the label, or in the same or the next
-    second, is not noticed, although the person who labeled it may not have seen it. If
-    the author has no write access, any later change of the issue, even a comment by
-    anybody, counts as an edit, and the label must be added again.
-  - A new database, such as that of a new work directory, knows none of the pull requests,
-    and issues that still have the label become tasks again.
-  - Without --enable-polling, a lost delivery goes unnoticed until the next start, or until
-    something else has codebot look at the same issue or pull request.
-    Anybody who reaches the port, such as an agent, can make GitHub's deliveries fail by
-    sending large unsigned ones, which use up MAX_BUFFERED_BYTES.
-
-  With --no-github
-  - If a client names a local repository to which an agent can write, hooks that the
-    agent plants there run as codebot's user, outside the sandbox, when git pushes.
-    codebot refuses repositories in its own work directory by their path, but not those
-    in other work directories on this host, such as the ones that `run` leaves in /tmp,
-    nor those that an ssh address reaches by another path.
-  - git before 2.45.1 (in the 2.39 series, before 2.39.4) runs the hooks of another
-    user's repository on this host when it pushes there.
-  - codebot's credential may be allowed to change workflows.
+  They stand where the reader meets what is limited: search for "Known limitations". The
+  sections Settings and secrets, Sandbox, GitHub, Git, Store, Workspace, Agent, Task,
+  Looking at GitHub, and Routes and server have some.
 
 LIFE OF A JOB
   pending   -> running      a worker starts it
@@ -547,6 +441,18 @@ def find_paths(directory: str, pattern: str) -> list[str]:
 
 
 # --- Settings and secrets ----------------------------------------------------
+#
+# Known limitations:
+# - Settings are read from .env in the current directory, and they name programs. Do not
+#   run a codebot command in a directory that others can write to, such as a clone.
+# - Secrets are recognized only verbatim, or encoded in base64 on their own, without line
+#   breaks: in what is logged and sent to GitHub, those of 6 or more characters; in the
+#   files of a change, those of 16 or more, in lines of at most 8 MiB. An agent that writes
+#   a secret in another way, such as backwards, compressed, or as the name of an empty
+#   directory (which a tree can have, but no diff shows), can publish it.
+# - Of the variables that the operator lists for the agent, codebot knows those whose names
+#   suggest a secret; in others it knows headers such as X-Api-Key, and addresses with a
+#   login, a query or parameters. It does not know a key in the path of an address.
 
 MODEL_KEY_NAMES = (
     "ANTHROPIC_API_KEY",
@@ -1781,6 +1687,45 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 # whole file system is read-only, and private directories are covered by empty ones. Of
 # the work directory, only the job's own directories and its repository's objects are
 # put back.
+#
+# Known limitations without a sandbox (CODEBOT_SANDBOX=none):
+# - The agent can read and write whatever codebot's user can, and signal its processes:
+#   the keys, the database, .env and codebot itself, git's token while git runs.
+# - codebot finds processes that a job left running by the variable CODEBOT_RUN in their
+#   environment, in /proc. A process that removes the variable outlives the job, as does
+#   one whose environment the kernel does not show to codebot, such as ssh-agent's.
+#
+# Known limitations of bwrap:
+# - The agent can read whatever codebot's user can read outside of the hidden directories.
+#   The home directory is hidden, but not its directories that PATH leads into: with
+#   ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml. Another home of the
+#   same user, which HOME does not name, is not hidden. Nor are the work directory and the
+#   TLS key of another codebot: the agent of `run`, for example, can read those of a server
+#   that the same user runs.
+# - If .env or a key is created while an agent runs, or is a symlink that is changed then,
+#   that agent can read it, unless it is in a hidden directory.
+# - A file system that the host mounts while an agent runs, even because the agent named a
+#   path of an automounter, appears in bwrap, and it can be written there.
+# - The agent can connect to abstract sockets, and to sockets and named pipes in directories
+#   that are not hidden. It shares the host's kernel, without a filter of system calls, and
+#   may reach the kernel's keyrings of codebot's user. bwrap before 0.8 lets the agent make
+#   user namespaces, in which it can reach more of the kernel. (If codebot runs as root, it
+#   refuses such a bwrap.)
+# - Only the host limits an agent's processes, disk space and memory. It can also fill
+#   memory through /dev/shm and the empty directories that cover hidden ones: both are
+#   writable until the command ends. If it fills the disk of the work directory, jobs are
+#   retried for a time and then fail; while the database cannot be written, they wait.
+#
+# Known limitations of a launcher and of other sandboxes:
+# - With a launcher, the node sees the work directory. The directories that bwrap hides,
+#   and its version, are determined on this host; a directory that exists only on the node
+#   is not hidden there.
+# - What CODEBOT_SANDBOX or CODEBOT_LAUNCHER runs as another user, such as with sudo,
+#   cannot be ended. codebot does not wait for it, so it may change the workspace during
+#   later steps and runs.
+# - The agent can write to the HOME that the programs of CODEBOT_SANDBOX and
+#   CODEBOT_LAUNCHER get and, without bwrap, to the directory in which they start. These
+#   programs must not read settings of their own from there, such as ~/.docker.
 
 PROBE_TIMEOUT = 30.0  # seconds to try the sandbox, and before that to get a node
 # Directories that programs need and that therefore cannot be covered. hiding_problems
@@ -2078,6 +2023,16 @@ class Sandbox:
 # installation tokens: the lookup token, which can only read metadata, and a token for each
 # repository, which can read and write its contents, pull requests and issues. A token
 # lives for an hour and is kept in memory only.
+#
+# Known limitations:
+# - The App's key can do whatever the App may do at GitHub, and a repository's token can
+#   write to every branch that is not protected. `check` reports missing permissions of the
+#   App, but none that it should not have.
+# - Pull requests are the App's. So a person who asked for a change may approve it, even
+#   where GitHub lets nobody approve their own.
+# - HTML comments and invisible characters are removed from text that people write on
+#   GitHub, and so is everything after a <!-- without an end. Text that is hidden there in
+#   other ways, such as in the title of a link, is not removed.
 
 GITHUB_TIMEOUT = 30.0  # seconds that GitHub has to answer
 GITHUB_ATTEMPTS = 4  # how often a request to GitHub is sent, at most
@@ -2840,6 +2795,23 @@ class GitHubRepository:
 # directories: mirrors and outboxes. In bwrap, an agent can write to neither. The
 # token is in git's environment, never in a URL, an argument or a file. In a workspace, git
 # runs only inside the sandbox.
+#
+# Known limitations:
+# - git unpacks what the remote sends without fsck.
+# - Data that is removed from a repository at GitHub stays in the mirror, where later agents
+#   can read it.
+#
+# Known limitations of --no-github:
+# - If a client names a git server of its own, that server receives what the git
+#   configuration of codebot's user sends to every server.
+# - If a client names a local repository to which an agent can write, hooks that the agent
+#   plants there run as codebot's user, outside the sandbox, when git pushes. codebot
+#   refuses repositories in its own work directory by their path, but not those in other
+#   work directories on this host, such as the ones that `run` leaves in /tmp, nor those
+#   that an ssh address reaches by another path.
+# - git before 2.45.1 (in the 2.39 series, before 2.39.4) runs the hooks of another user's
+#   repository on this host when it pushes there.
+# - codebot's credential may be allowed to change workflows.
 
 # gc is off, because workspaces read the mirror's objects. Redirects are off, because they
 # would carry the token to another host. git gives up on a server that sends less than a
@@ -3339,6 +3311,9 @@ class Mirror(GitDirectory):
 #   absorb_waiting_reviews deletes a pending review, whose comments join a running one
 #   delete_expired         deletes tasks, with their reviews
 # The other methods read, or store something without changing a state.
+#
+# Known limitation: a new database, such as that of a new work directory, knows none of the
+# pull requests, and issues that still have the label become tasks again.
 
 # The states that each state may change to. Completed and failed are final.
 TRANSITIONS = {
@@ -4867,6 +4842,16 @@ class JobRun:
 # The agent can write anything into its workspace, so codebot runs git there only inside
 # the sandbox. codebot takes one thing from the workspace: the tree that the agent left. It
 # makes the commit itself, in the outbox, a bare repository that bwrap does not show.
+#
+# Known limitations:
+# - git unpacks, checks and compares the agent's objects outside the sandbox. A bug in git
+#   there would be a way to codebot.
+# - "The tests passed" means that the command exited with 0 in a workspace where the agent
+#   could have changed the tests, and files in HOME that they read. An agent can have git
+#   record other contents than those that were tested, such as by a filter. What is recorded
+#   is inspected before it is pushed.
+# - A change may move a submodule that the repository has to any commit. A change is not
+#   pushed if its diff, without the contents of deleted files, exceeds 1 GiB.
 
 # A review with a larger change fails if others push in the meantime.
 MAX_PATCH_BYTES = 256 << 20
@@ -5381,6 +5366,17 @@ def outbox_path(config: Config, directory: str) -> str:
 # cost, is only the agent's claim. A repository's settings, hooks and MCP servers are not
 # loaded. But any code of the repository that the agent runs has the model's key in its
 # environment.
+#
+# Known limitations:
+# - The agent's home, with its session, is kept for the reviews of its pull request: until
+#   that is closed, or for CODEBOT_TASK_RETENTION after the last one. What has misled the
+#   agent once, or was left there by a test, is still there when a trusted reviewer's
+#   request is carried out.
+# - That the repository's Claude settings, hooks and MCP servers are not loaded, and that an
+#   answer only reads, depends on options and variables of the Claude CLI. `check` wants
+#   version 2.0 or newer, but nothing tests that the CLI honors them.
+# - Without a budget, only the time and the turns limit what a run may cost. A budget relies
+#   on the cost that the agent reports, and a run that is interrupted reports none.
 
 CODING_RULES = """\
 You are codebot, working alone on a task in a clone of a git repository. If there is a
@@ -5716,6 +5712,9 @@ def agent_command(run: JobRun, options: AgentOptions, session_option: str) -> li
 
 
 # --- Task --------------------------------------------------------------------
+#
+# Known limitation: "Fixes #1" and "@name" in the words of an agent or a task work at GitHub
+# as if a person had written them.
 
 MAX_BODY_CHARS = 65_000  # of a pull request or an answer; GitHub takes 65,536
 
@@ -6668,6 +6667,16 @@ def own_words(job: Job, answer: str) -> str:
 # minute, when the rate limit ends, or 15 minutes after GitHub has refused the App. If
 # GitHub refuses a look, it is dropped until the next poll, delivery or start; only the look
 # at everything is repeated. Webhooks and polling share the store.
+#
+# Known limitations:
+# - Without --enable-polling, a lost delivery goes unnoticed until the next start, or until
+#   something else has codebot look at the same issue or pull request.
+# - An edit of an issue that was made just before the label, or in the same or the next
+#   second, is not noticed, although the person who labeled it may not have seen it. If the
+#   author has no write access, any later change of the issue, even a comment by anybody,
+#   counts as an edit, and the label must be added again.
+# - Closing an issue stops no task. A review that runs or starts while its pull request is
+#   closed or locked ends for good, even if that is undone.
 
 SYNC_INTERVAL = 1.0  # seconds between checks for due requests and for ended tasks
 # Seconds until a request is repeated after GitHub has refused the App: see AppRefused.
@@ -8717,6 +8726,14 @@ def page(codebot: Codebot, request: Request) -> Response:
 #                     -> closed
 # A connection is closed when it has been in one state for too long, or when there are too
 # many connections and it has waited longest for its client.
+#
+# Known limitations:
+# - Anybody who reaches the port, such as an agent, can make GitHub's deliveries fail by
+#   sending large unsigned ones, which use up MAX_BUFFERED_BYTES.
+# - The agent can listen on every port that is free. If clients know codebot by a name with
+#   several addresses, such as an IPv4 and an IPv6 address, the agent may listen at one at
+#   which codebot does not, and be sent API keys. With TLS, clients notice. (For localhost,
+#   see reserve_other_address.)
 
 MAX_CONNECTIONS = 512
 MAX_STREAMS = 128  # event streams that are open at the same time
