@@ -281,6 +281,7 @@ import json
 import logging
 import os
 import pathlib
+import pwd
 import queue
 import re
 import resource
@@ -1698,10 +1699,9 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 # Known limitations of bwrap:
 # - The agent can read whatever codebot's user can read outside of the hidden directories.
 #   The home directory is hidden, but not its directories that PATH leads into: with
-#   ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml. Another home of the
-#   same user, which HOME does not name, is not hidden. Nor are the work directory and the
-#   TLS key of another codebot: the agent of `run`, for example, can read those of a server
-#   that the same user runs.
+#   ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml. Nor are the work
+#   directory and the TLS key of another codebot hidden: the agent of `run`, for example,
+#   can read those of a server that the same user runs.
 # - If .env or a key is created while an agent runs, or is a symlink that is changed then,
 #   that agent can read it, unless it is in a hidden directory.
 # - A file system that the host mounts while an agent runs, even because the agent named a
@@ -1764,8 +1764,20 @@ def is_inside(path: str, directory: str) -> bool:
     return f"{path}/".startswith(f"{directory.rstrip('/')}/")
 
 
-def home_directory() -> str:
-    return os.path.realpath(os.path.expanduser("~"))
+def home_directories() -> set[str]:
+    """Return the home that HOME names, and the one of the user's account.
+
+    A directory that programs need is left out: HOME may be / in a container.
+    """
+    homes = {os.path.expanduser("~")}
+    with contextlib.suppress(KeyError):  # a container may use a number without account
+        homes.add(pwd.getpwuid(os.getuid()).pw_dir)
+    needed = [*map(os.path.realpath, SYSTEM_DIRECTORIES)]
+    return {
+        home
+        for home in map(os.path.realpath, homes)
+        if not any(is_inside(path, home) for path in needed)
+    }
 
 
 def private_directories(config: Config) -> set[str]:
@@ -1780,11 +1792,11 @@ def private_directories(config: Config) -> set[str]:
 
 def hiding_problems(config: Config) -> Iterator[str]:
     """Yield a sentence for each private directory that programs also need."""
-    home = home_directory()
+    homes = home_directories()
     needed = [*map(os.path.realpath, SYSTEM_DIRECTORIES)]
     for path in map(os.path.realpath, config.search_path.split(":")):
-        # Directories on PATH below the home directory are mounted over the covers.
-        if not is_inside(path, home):
+        # Directories on PATH below a home directory are mounted over the covers.
+        if not any(is_inside(path, home) for home in homes):
             needed.append(path)
     for directory in sorted(private_directories(config)):
         if any(is_inside(path, directory) for path in needed):
@@ -1796,12 +1808,12 @@ def hiding_problems(config: Config) -> Iterator[str]:
 
 
 def tool_directories(config: Config) -> Iterator[str]:
-    """Yield the directories in HOME that PATH leads into: ~/.local for ~/.local/bin."""
-    home = home_directory()
-    for path in map(os.path.realpath, config.search_path.split(":")):
-        if path.startswith(f"{home}/"):
-            first_part = os.path.relpath(path, home).split("/")[0]
-            yield f"{home}/{first_part}"
+    """Yield the directories at home that PATH leads into: ~/.local for ~/.local/bin."""
+    for home in home_directories():
+        for path in map(os.path.realpath, config.search_path.split(":")):
+            if path.startswith(f"{home}/"):
+                first_part = os.path.relpath(path, home).split("/")[0]
+                yield f"{home}/{first_part}"
 
 
 def agent_program_files(
@@ -1851,7 +1863,7 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     With the key in ~/.local itself, all of ~/.local is hidden.
     With the work directory /tmp/a/work, /tmp/a is hidden as well.
     """
-    hidden = {"/run", home_directory(), *private_directories(config)}
+    hidden = {"/run", *home_directories(), *private_directories(config)}
     hidden -= {"/", "/tmp"}  # "/" cannot be covered; /tmp is already the workspace's
     option_by_path = dict.fromkeys(tool_directories(config), READ_ONLY)
     # A tool directory that is itself to be hidden becomes HIDDEN.

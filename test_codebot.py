@@ -32,6 +32,7 @@ import itertools
 import json
 import logging
 import os
+import pwd
 import queue
 import re
 import resource
@@ -3294,6 +3295,24 @@ def test_script_that_agent_command_names_is_shown(host: Host) -> None:
 def test_missing_home_is_not_mounted(host: Host) -> None:
     host.use_home("nowhere")
     assert host.mounts() == ["HIDDEN work", *shown_of("work")]
+
+
+@pytest.mark.parametrize("home", ["{root}/home", "", "/", "/usr", "/etc"])
+def test_home_of_the_account_is_hidden_whatever_home_says(
+    host: Host, home: str
+) -> None:
+    host.monkeypatch.setenv("HOME", home.replace("{root}", str(host.root)))
+    own = os.path.realpath(pwd.getpwuid(os.getuid()).pw_dir)
+    expected = {own}
+    if home == "{root}/home":
+        expected.add(f"{host.root}/home")
+    assert codebot.home_directories() == expected
+    config = codebot.Config(
+        work_dir=host.make("work"), search_path=f"/usr/bin:{own}/tools/bin"
+    )
+    mounts = codebot.sandbox_mounts(config, host.make("work/task_1"), str(host.root))
+    assert codebot.Mount(codebot.HIDDEN, own) in mounts
+    assert f"{own}/tools" in codebot.tool_directories(config)
 
 
 def test_home_that_is_root_is_not_hidden(host: Host) -> None:
