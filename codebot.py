@@ -8791,10 +8791,11 @@ class Route(NamedTuple):
 GET = ("GET", "HEAD")
 POST = ("POST",)
 TASK_PATH = "/api/tasks/(?P<task_id>[^/]+)"
-# Everything that the network can reach, with the guard that must let it pass.
+# Everything that the network can reach, with the guard that must let it pass. What needs
+# no key takes no body, except GitHub's deliveries.
 ROUTES = (
-    Route(GET, "/", allow_anyone, page),
-    Route(GET, "/health", allow_anyone, health),
+    Route(GET, "/", allow_anyone, page, max_body=0),
+    Route(GET, "/health", allow_anyone, health, max_body=0),
     Route(GET, "/metrics", require_api_key, metrics),
     Route(POST, "/webhook", require_signature, webhook, MAX_DELIVERY_BYTES),
     Route(POST, "/api/tasks/submit", require_api_key, submit_task),
