@@ -448,9 +448,10 @@ def find_paths(directory: str, pattern: str) -> list[str]:
 #   run a codebot command in a directory that others can write to, such as a clone.
 # - Secrets are recognized only verbatim, or encoded in base64 on their own, without line
 #   breaks: in what is logged and sent to GitHub, those of 6 or more characters; in the
-#   files of a change, those of 16 or more, in lines of at most 8 MiB. An agent that writes
-#   a secret in another way, such as backwards, compressed, or as the name of an empty
-#   directory (which a tree can have, but no diff shows), can publish it.
+#   files of a change, those of 16 or more (but not across the end of each 8 MiB of a
+#   line). An agent that writes a secret in another way, such as backwards, compressed, or
+#   as the name of an empty directory (which a tree can have, but no diff shows), can
+#   publish it.
 # - Of the variables that the operator lists for the agent, codebot knows those whose names
 #   suggest a secret; in others it knows headers such as X-Api-Key, and addresses with a
 #   login, a query or parameters. It does not know a key in the path of an address.
@@ -1119,7 +1120,7 @@ MAX_OUTPUT_BYTES = 1 << 30  # a program is ended when its output file is larger
 KILL_GRACE = 2.0
 # seconds that the agent may still run after its result, or after a rejected key
 RESULT_GRACE = 5.0
-MAX_LINE_BYTES = 8 << 20  # the beginning of a longer line is replaced by a note
+MAX_LINE_BYTES = 8 << 20  # about; a longer line is split
 READ_BYTES = 64 << 10  # of output read at a time; the limits are checked in between
 KEPT_LINES = 400  # how many of the last lines of a program's output are kept
 MAX_KEPT_CHARS = 10_000  # of each of these lines
@@ -1262,14 +1263,17 @@ class OutputFile:
         if at_end and not data and self._partial_line:
             data = b"\n"  # the line end that the last line lacks
         self.has_new_bytes = bool(data)
-        *pieces, rest = data.split(b"\n")
-        if pieces:
-            pieces[0] = bytes(self._partial_line) + pieces[0]
+        *lines, rest = data.split(b"\n")
+        if lines:
+            lines[0] = bytes(self._partial_line) + lines[0]
             self._partial_line.clear()
         self._partial_line += rest
         if len(self._partial_line) > MAX_LINE_BYTES:
-            self._partial_line[:] = b"(beginning of a long line omitted) "
-        return [piece.decode("utf-8", "replace").rstrip("\r") for piece in pieces]
+            lines.append(bytes(self._partial_line))
+            # The rest begins with the same character: in a diff, that says whether the
+            # line is new.
+            self._partial_line[:] = self._partial_line[:1] + b"(continued) "
+        return [line.decode("utf-8", "replace").rstrip("\r") for line in lines]
 
     def keep(self, lines: Iterable[str]) -> None:
         """Keep lines for the result, in the form that a terminal shows in the end."""

@@ -6159,6 +6159,14 @@ def test_change_that_contains_secret_is_not_pushed(shared: Site, place: str) -> 
     assert shared.repository.branches() == ["main"]
 
 
+def test_secret_at_the_beginning_of_a_very_long_line_is_found(shared: Site) -> None:
+    script = f"printf %s {MODEL_KEY} >one; head -c 9000000 /dev/zero | tr '\\0' x >>one"
+    shared.agent.follow(f"{script}; result Done")
+    error = shared.api.failed(shared.api.submit(), "agent_failed")
+    assert "contains a secret in one" in error
+    assert shared.repository.branches() == ["main"]
+
+
 def test_first_fault_of_a_change_is_reported() -> None:
     secret = "a-key-of-20-letters."
     scanner = codebot.DiffScanner(codebot.Redactor(codebot.Config(api_keys=(secret,))))
@@ -13371,6 +13379,25 @@ def test_long_line_of_output_is_cut_at_a_blank_or_omitted() -> None:
         output = codebot.OutputFile(file)
         output.keep(["a" * 9000 + " " + "b" * 9000, "c" * 10_001])
     assert list(output.last_lines) == ["a" * 9000, "(long line omitted)"]
+
+
+def test_very_long_line_of_output_is_split_and_keeps_its_first_character(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(codebot, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(codebot, "READ_BYTES", 60)
+    lines: list[str] = []
+    codebot.run_program(
+        ["sh", "-c", f"echo before; printf -- '-{'x' * 250}\\n'; echo after"],
+        GIT_ENVIRONMENT,
+        on_lines=lines.extend,
+    )
+    assert lines[0] == "before"
+    assert lines[-1] == "after"
+    assert len(lines) > 4
+    assert lines[1].startswith("-x")
+    assert all(line.startswith("-(continued) x") for line in lines[2:-1])
+    assert "".join(lines).count("x") == 250
 
 
 def test_process_with_a_large_environment_is_found() -> None:
