@@ -9244,7 +9244,7 @@ class Server(http.server.ThreadingHTTPServer):
 SETTING_PREFIXES = ("CODEBOT_", "GITHUB_APP_", "GITHUB_WEBHOOK_", "GITHUB_ENTERPRISE_")
 # The oldest version of a program that works, by the command that prints the version.
 OLDEST_VERSIONS = {"git --version": "2.31", "openssl version": "1.1.1"}
-MIN_KEY_LENGTH = 20  # characters of an API key; a shorter one could be guessed
+MIN_KEY_LENGTH = 20  # characters; a shorter key or webhook secret could be guessed
 MIN_STALL_TIMEOUT = 900  # seconds: the agent waits in silence for its commands
 
 
@@ -9414,6 +9414,13 @@ def short_keys(config: Config) -> Iterator[Finding]:
                 f"Key {number} of CODEBOT_API_KEYS has only {len(key)} characters and "
                 "may be guessed. Use one that `openssl rand -hex 32` makes.",
             )
+    if 0 < len(config.webhook_secret) < MIN_KEY_LENGTH:
+        yield Finding(
+            "warn",
+            f"GITHUB_WEBHOOK_SECRET has only {len(config.webhook_secret)} characters "
+            "and may be guessed. Use one that `openssl rand -hex 32` makes, here and at "
+            "GitHub.",
+        )
 
 
 def allows_any_host(config: Config) -> bool:

@@ -14971,6 +14971,16 @@ DOUBTS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("secret", "is_short"), [("", False), ("x" * 19, True), ("x" * 20, False)]
+)
+def test_short_webhook_secret_is_doubtful(secret: str, is_short: bool) -> None:
+    findings = codebot.short_keys(codebot.Config(webhook_secret=secret))
+    messages = [finding.message for finding in findings]
+    assert messages == [message for message in messages if "may be guessed" in message]
+    assert len(messages) == is_short
+
+
 def test_doubtful_things_are_logged_by_serve_and_listed_by_check(fresh: Site) -> None:
     env_file = fresh.server.start_dir / ".env"
     env_file.write_text("CODEBOT_APIKEYS=x\nCODEBOT_STALL_TIMEOUT=60\n")
