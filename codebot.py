@@ -2993,16 +2993,32 @@ def default_test_command(config: Config, repository: Repository) -> str:
     return ""
 
 
+# Git sets these for its hooks and aliases, one of which may have started codebot. With
+# them, git would use a part of another repository.
+GIT_PLACE_NAMES = (
+    "GIT_DIR",
+    "GIT_COMMON_DIR",
+    "GIT_WORK_TREE",
+    "GIT_INDEX_FILE",
+    "GIT_OBJECT_DIRECTORY",
+    "GIT_ALTERNATE_OBJECT_DIRECTORIES",
+    "GIT_QUARANTINE_PATH",
+    "GIT_SHALLOW_FILE",
+    "GIT_NAMESPACE",
+)
+
+
 def remote_environment(config: Config, token: str) -> dict[str, str]:
     """Return the environment in which git uses the remote, including the credential."""
     env = base_environment(config)
     if config.no_github:
         # The host's own git configuration and ssh agent provide the credentials.
         inherited = dict(os.environ)
+        not_for_git = (*OWN_SECRET_NAMES, *MODEL_VARIABLE_NAMES, *GIT_PLACE_NAMES)
         for name in os.environ:
-            is_not_for_git = name in (*OWN_SECRET_NAMES, *MODEL_VARIABLE_NAMES)
             # A trace would show the host's credentials in git's error messages.
-            if is_not_for_git or name.startswith(("GIT_TRACE", "GIT_CURL_VERBOSE")):
+            is_trace = name.startswith(("GIT_TRACE", "GIT_CURL_VERBOSE"))
+            if is_trace or name in not_for_git:
                 del inherited[name]
         for name in ("CODEBOT_RUN", "GIT_TERMINAL_PROMPT", "LC_ALL", "PATH"):
             inherited[name] = env[name]
