@@ -200,8 +200,9 @@ LIFE OF A JOB
   by its marker. An answer may be posted twice only if the first one, or its marker, was
   removed before a retry, or if GitHub carries out the first request late or does not list
   its answer yet.
-  A crash adds an interruption to every job that was running. At the third, a job fails.
-  What its agent was doing is lost, with what that has cost.
+  A crash adds an interruption to every job that was running. So does a transient error
+  after which its agent must begin again. At the third, a job fails. What an agent was
+  doing is lost, with what that has cost.
 
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
@@ -247,7 +248,7 @@ WHERE THE DANGEROUS THINGS ARE
                             sandbox, what Workspace.script runs
   fork and exec             fork_watchdog; serve, with --debug
   calls of the C library    set_up_process
-  SQL                       Store, and the steps of its transactions below it
+  SQL                       Store, and the steps of its transactions above it
   a change of state         Store._transition
   what the network reaches  ROUTES
   what a browser runs       PAGE
@@ -314,7 +315,7 @@ log = logging.getLogger("codebot")
 
 __version__ = "1.0.0"
 
-# See "What a retry depends on", before SCHEMA.
+# See "What a retry depends on", before run_steps.
 MAX_INTERRUPTIONS = 3
 RETRY_DELAY = 60.0  # seconds until a job is retried after a transient error
 # Seconds after which a transient error is no longer retried.
@@ -891,6 +892,15 @@ def wrong_patterns(config: Config) -> Iterator[str]:
     for pattern in config.allowed:
         if not form.fullmatch(pattern):
             yield f"CODEBOT_ALLOWED_REPOSITORIES: {pattern!r} {problem}"
+
+
+def is_allowed(config: Config, full_name: str) -> bool:
+    """Return whether CODEBOT_ALLOWED_REPOSITORIES allows a repository."""
+    patterns = config.allowed
+    if not config.no_github:  # names at GitHub are case-insensitive
+        full_name = full_name.lower()
+        patterns = tuple(pattern.lower() for pattern in patterns)
+    return any(fnmatch.fnmatchcase(full_name, pattern) for pattern in patterns)
 
 
 def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
@@ -2067,6 +2077,10 @@ ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembere
 MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take 34 MB
 MAX_CACHED_REPLIES = 4000  # a poll takes about four for each open pull request
 MAX_CACHED_BYTES = 64 << 10  # of a reply; a longer one is not cached
+# Seconds until something new is visible in all parts of GitHub.
+VISIBILITY_DELAY = 50.0
+# Raised by code that reads a response which does not have the documented shape.
+UNKNOWN_SHAPE_ERRORS = (AttributeError, LookupError, TypeError, ValueError)
 
 
 class GitHubError(Exception):
@@ -2890,15 +2904,6 @@ class Repository(NamedTuple):
     github_repository: GitHubRepository | None = None
 
 
-def is_allowed(config: Config, full_name: str) -> bool:
-    """Return whether CODEBOT_ALLOWED_REPOSITORIES allows a repository."""
-    patterns = config.allowed
-    if not config.no_github:  # names at GitHub are case-insensitive
-        full_name = full_name.lower()
-        patterns = tuple(pattern.lower() for pattern in patterns)
-    return any(fnmatch.fnmatchcase(full_name, pattern) for pattern in patterns)
-
-
 GITHUB_REMOTE_RE = re.compile(
     r"(?P<base>.+?)/(?P<owner>[A-Za-z0-9][\w.-]{0,99})/(?P<name>[\w.-]{1,100}?)"
     r"(\.git)?/?",
@@ -3362,28 +3367,6 @@ CANCELLED_TEXT = {
     "review": "The pull request was closed",
 }
 
-# What a retry depends on: three columns of jobs.
-#   interruptions     crashes, and transient errors that threw away an agent's run. At
-#                     MAX_INTERRUPTIONS the job fails.
-#   transient_since   when the present series of transient errors began; 0: there is none.
-#                     At an error that comes RETRY_LIMIT later, the job fails.
-#   not_before        when the job may start; 0: at once
-# Both times are in seconds since 1970. What changes the columns, and where:
-#   a crash, in a     requeue_interrupted   interruptions + 1, not_before = 0
-#     running job
-#   a stop, in a      requeue               not_before = 0
-#     running job
-#   start or stop     requeue_interrupted   transient_since = now, in pending jobs in which
-#     of the server                         it is not 0
-#   transient error   requeue               not_before = in a minute, or later if GitHub
-#                                           says so;
-#                                           transient_since = now, if it was 0;
-#                                           interruptions + 1, if an agent has run since
-#                                           work was last saved: a retry pays for it again
-#   an agent starts   Workspace.run_work    transient_since = 0
-#   work is saved     JobRun.save_work      interruptions = 0, transient_since = 0
-# A stop that a second signal cuts short counts as a crash.
-
 SCHEMA_VERSION = 7
 SCHEMA = """
 CREATE TABLE jobs (
@@ -3423,9 +3406,10 @@ CREATE TABLE jobs (
     --   'none'                nothing, for example thanks
     --   'limit'               not classified: the pull request has had its reviews today
     request_kind TEXT NOT NULL DEFAULT '',
-    interruptions INTEGER NOT NULL DEFAULT 0,
-    not_before REAL NOT NULL DEFAULT 0,
-    transient_since REAL NOT NULL DEFAULT 0,
+    -- For retries; see the table before run_steps. Times are in seconds since 1970.
+    interruptions INTEGER NOT NULL DEFAULT 0, -- runs of the agent that were lost
+    not_before REAL NOT NULL DEFAULT 0, -- when the job may start; 0: at once
+    transient_since REAL NOT NULL DEFAULT 0, -- when its transient errors began; 0: none
     cancel_requested INTEGER NOT NULL DEFAULT 0,
     -- 1 once a task's push has begun: from then on it cannot be cancelled.
     push_started INTEGER NOT NULL DEFAULT 0,
@@ -3662,6 +3646,131 @@ def make_pull_request(row: sqlite3.Row) -> PullRequest:
 def only_value(row: sqlite3.Row) -> Any:
     """Return the value of a row that has one column."""
     return row[0]
+
+
+# Steps of Store's transactions
+
+
+def insert_task(
+    db: sqlite3.Connection, values: Mapping[str, str | int | None], max_pending: int
+) -> None:
+    """Insert a task. Raises HTTPError 503 if ``max_pending`` tasks are waiting."""
+    rows = db.execute(
+        "SELECT COUNT(*) FROM jobs WHERE kind = 'task' AND status = 'pending'"
+    )
+    pending = rows.fetchone()[0]
+    if pending >= max_pending:
+        message = f"The queue is full ({pending} waiting); retry in 60 s"
+        raise HTTPError(503, message, {"Retry-After": "60"})
+    db.execute(
+        """
+        INSERT INTO jobs (
+            id, kind, task_id, submitted_at, submitted_by, idempotency_key,
+            repository_url, description,
+            ticket_id, ticket_summary, test_command, base_branch,
+            repository_id, issue_number, issue_url, label_event_id
+        ) VALUES (
+            :id, 'task', :id, :submitted_at, :submitted_by, :idempotency_key,
+            :repository_url, :description,
+            :ticket_id, :ticket_summary, :test_command, :base_branch,
+            :repository_id, :issue_number, :issue_url, :label_event_id
+        )
+        """,
+        values,
+    )
+
+
+def is_to_be_cancelled(db: sqlite3.Connection, job_id: str) -> bool:
+    rows = db.execute(
+        "SELECT 1 FROM jobs WHERE id = :id AND cancel_requested = 1", {"id": job_id}
+    )
+    return rows.fetchone() is not None
+
+
+def insert_label_event(db: sqlite3.Connection, event_id: int) -> None:
+    db.execute(
+        "INSERT INTO label_events (id) VALUES (:id) ON CONFLICT DO NOTHING",
+        {"id": event_id},
+    )
+
+
+def insert_delivery(db: sqlite3.Connection, guid: str) -> bool:
+    cursor = db.execute(
+        """
+        INSERT INTO deliveries (guid, received_at) VALUES (:guid, :now)
+        ON CONFLICT DO NOTHING
+        """,
+        {"guid": guid, "now": utc_time()},
+    )
+    return cursor.rowcount == 1
+
+
+def add_to_totals(db: sqlite3.Connection, job_id: str, seconds: float = 0.0) -> None:
+    """Add the cost of a job that has ended, and the seconds that it took, if any."""
+    db.execute(
+        """
+        UPDATE totals SET
+            seconds = seconds + :seconds,
+            dollars = dollars + (SELECT IFNULL(cost_usd, 0) FROM jobs WHERE id = :id)
+        """,
+        {"id": job_id, "seconds": seconds},
+    )
+
+
+def is_comment_known(db: sqlite3.Connection, comment: Comment) -> bool:
+    rows = db.execute(
+        "SELECT 1 FROM comments WHERE place = :place AND id = :id", vars(comment)
+    )
+    return rows.fetchone() is not None
+
+
+def insert_comment(
+    db: sqlite3.Connection, task_id: str, job_id: str, comment: Comment
+) -> None:
+    db.execute(
+        """
+        INSERT INTO comments (place, id, task_id, job_id, text, created_at)
+        VALUES (:place, :id, :task_id, :job_id, :text, :created_at)
+        """,
+        {**vars(comment), "task_id": task_id, "job_id": job_id},
+    )
+
+
+def waiting_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str | None:
+    """Return the id of a reviewer's pending review that is not classified yet."""
+    row = db.execute(
+        """
+        SELECT id FROM jobs
+        WHERE task_id = :task_id AND reviewer = :reviewer
+            AND status = 'pending' AND request_kind = ''
+        ORDER BY seq DESC LIMIT 1
+        """,
+        {"task_id": task_id, "reviewer": reviewer},
+    ).fetchone()
+    return row["id"] if row else None
+
+
+def insert_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
+    """Create a review with its task's directory and branch, and return its id."""
+    job_id = str(uuid.uuid4())
+    db.execute(
+        """
+        INSERT INTO jobs (
+            id, kind, task_id, submitted_at, submitted_by, reviewer, directory, branch
+        )
+        SELECT
+            :id, 'review', jobs.id, :now, 'github:' || :reviewer, :reviewer, directory,
+            branch
+        FROM jobs WHERE id = :task_id
+        """,
+        {
+            "id": job_id,
+            "now": utc_time(),
+            "task_id": task_id,
+            "reviewer": reviewer,
+        },
+    )
+    return job_id
 
 
 class Store:
@@ -4392,131 +4501,6 @@ class Store:
             db.execute(
                 "DELETE FROM deliveries WHERE received_at < :delivery_cutoff", values
             )
-
-
-# Steps of Store's transactions
-
-
-def insert_task(
-    db: sqlite3.Connection, values: Mapping[str, str | int | None], max_pending: int
-) -> None:
-    """Insert a task. Raises HTTPError 503 if ``max_pending`` tasks are waiting."""
-    rows = db.execute(
-        "SELECT COUNT(*) FROM jobs WHERE kind = 'task' AND status = 'pending'"
-    )
-    pending = rows.fetchone()[0]
-    if pending >= max_pending:
-        message = f"The queue is full ({pending} waiting); retry in 60 s"
-        raise HTTPError(503, message, {"Retry-After": "60"})
-    db.execute(
-        """
-        INSERT INTO jobs (
-            id, kind, task_id, submitted_at, submitted_by, idempotency_key,
-            repository_url, description,
-            ticket_id, ticket_summary, test_command, base_branch,
-            repository_id, issue_number, issue_url, label_event_id
-        ) VALUES (
-            :id, 'task', :id, :submitted_at, :submitted_by, :idempotency_key,
-            :repository_url, :description,
-            :ticket_id, :ticket_summary, :test_command, :base_branch,
-            :repository_id, :issue_number, :issue_url, :label_event_id
-        )
-        """,
-        values,
-    )
-
-
-def is_to_be_cancelled(db: sqlite3.Connection, job_id: str) -> bool:
-    rows = db.execute(
-        "SELECT 1 FROM jobs WHERE id = :id AND cancel_requested = 1", {"id": job_id}
-    )
-    return rows.fetchone() is not None
-
-
-def insert_label_event(db: sqlite3.Connection, event_id: int) -> None:
-    db.execute(
-        "INSERT INTO label_events (id) VALUES (:id) ON CONFLICT DO NOTHING",
-        {"id": event_id},
-    )
-
-
-def insert_delivery(db: sqlite3.Connection, guid: str) -> bool:
-    cursor = db.execute(
-        """
-        INSERT INTO deliveries (guid, received_at) VALUES (:guid, :now)
-        ON CONFLICT DO NOTHING
-        """,
-        {"guid": guid, "now": utc_time()},
-    )
-    return cursor.rowcount == 1
-
-
-def add_to_totals(db: sqlite3.Connection, job_id: str, seconds: float = 0.0) -> None:
-    """Add the cost of a job that has ended, and the seconds that it took, if any."""
-    db.execute(
-        """
-        UPDATE totals SET
-            seconds = seconds + :seconds,
-            dollars = dollars + (SELECT IFNULL(cost_usd, 0) FROM jobs WHERE id = :id)
-        """,
-        {"id": job_id, "seconds": seconds},
-    )
-
-
-def is_comment_known(db: sqlite3.Connection, comment: Comment) -> bool:
-    rows = db.execute(
-        "SELECT 1 FROM comments WHERE place = :place AND id = :id", vars(comment)
-    )
-    return rows.fetchone() is not None
-
-
-def insert_comment(
-    db: sqlite3.Connection, task_id: str, job_id: str, comment: Comment
-) -> None:
-    db.execute(
-        """
-        INSERT INTO comments (place, id, task_id, job_id, text, created_at)
-        VALUES (:place, :id, :task_id, :job_id, :text, :created_at)
-        """,
-        {**vars(comment), "task_id": task_id, "job_id": job_id},
-    )
-
-
-def waiting_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str | None:
-    """Return the id of a reviewer's pending review that is not classified yet."""
-    row = db.execute(
-        """
-        SELECT id FROM jobs
-        WHERE task_id = :task_id AND reviewer = :reviewer
-            AND status = 'pending' AND request_kind = ''
-        ORDER BY seq DESC LIMIT 1
-        """,
-        {"task_id": task_id, "reviewer": reviewer},
-    ).fetchone()
-    return row["id"] if row else None
-
-
-def insert_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
-    """Create a review with its task's directory and branch, and return its id."""
-    job_id = str(uuid.uuid4())
-    db.execute(
-        """
-        INSERT INTO jobs (
-            id, kind, task_id, submitted_at, submitted_by, reviewer, directory, branch
-        )
-        SELECT
-            :id, 'review', jobs.id, :now, 'github:' || :reviewer, :reviewer, directory,
-            branch
-        FROM jobs WHERE id = :task_id
-        """,
-        {
-            "id": job_id,
-            "now": utc_time(),
-            "task_id": task_id,
-            "reviewer": reviewer,
-        },
-    )
-    return job_id
 
 
 # --- Running jobs ------------------------------------------------------------
@@ -6201,8 +6185,6 @@ MAX_PUSHES = 3  # attempts to push a review's change when others push at the sam
 # GitHub allows 80 writes a minute. A review that spent them on reactions, in every run,
 # would never get any further.
 MAX_REACTIONS = 30
-# Seconds until something new is visible in all parts of GitHub.
-VISIBILITY_DELAY = 50.0
 LIMIT_TEXT = (
     f"This pull request has reached the limit of {DAILY_REVIEW_JOBS} requests to codebot "
     "in 24 hours. codebot ignores further comments for now; comment again tomorrow."
@@ -6713,8 +6695,6 @@ def own_words(job: Job, answer: str) -> str:
 SYNC_INTERVAL = 1.0  # seconds between checks for due requests and for ended tasks
 # Seconds until a request is repeated after GitHub has refused the App: see AppRefused.
 APP_REFUSED_DELAY = 900.0
-# Raised by code that reads a response which does not have the documented shape.
-UNKNOWN_SHAPE_ERRORS = (AttributeError, LookupError, TypeError, ValueError)
 
 
 class Sync:
@@ -7070,6 +7050,29 @@ def run_job(codebot: Codebot, job: Job) -> None:
             codebot.cleanup_wanted.set()  # its pull request may have been closed
 
 
+# What a retry depends on: three columns of jobs.
+#   interruptions     crashes, and transient errors that threw away an agent's run. At
+#                     MAX_INTERRUPTIONS the job fails.
+#   transient_since   when the present series of transient errors began; 0: there is none.
+#                     At an error that comes RETRY_LIMIT later, the job fails.
+#   not_before        when the job may start; 0: at once
+# Both times are in seconds since 1970. What changes the columns, and where:
+#   a crash, in a     requeue_interrupted   interruptions + 1, not_before = 0
+#     running job
+#   a stop, in a      requeue               not_before = 0
+#     running job
+#   start or stop     requeue_interrupted   transient_since = now, in pending jobs in which
+#     of the server                         it is not 0
+#   transient error   requeue               not_before = in a minute, or later if GitHub
+#                                           says so;
+#                                           transient_since = now, if it was 0;
+#                                           interruptions + 1, if an agent has run since
+#                                           work was last saved: a retry pays for it again
+#   an agent starts   Workspace.run_work    transient_since = 0
+#   work is saved     JobRun.save_work      interruptions = 0, transient_since = 0
+# A stop that a second signal cuts short counts as a crash.
+
+
 def run_steps(run: JobRun) -> Ending:
     """Run the remaining steps of a job, and return what becomes of it.
 
@@ -7146,7 +7149,7 @@ def ending_after_transient_error(
 ) -> Ending:
     """Return a retry later, or a failure after too many interruptions or too long.
 
-    See "What a retry depends on", before SCHEMA.
+    See "What a retry depends on", before run_steps.
     """
     job = run.job
     now = time.time()
