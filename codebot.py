@@ -5734,6 +5734,8 @@ def agent_command(run: JobRun, options: AgentOptions, session_option: str) -> li
 
 MAX_BODY_CHARS = 65_000  # of a pull request or an answer; GitHub takes 65,536
 
+# Text for GitHub
+
 # A squash merge makes its commit message from the pull request's title and body. With
 # words such as "[skip ci]" in it, the repository's CI would not test the commit (GitHub
 # docs: "Skipping workflow runs"; other CI systems have words of their own).
@@ -5741,6 +5743,49 @@ CI_SKIP_RE = re.compile(
     r"\[( *skip[ _-][^\[\]\n]{1,50}|[^\[\]\n]{1,50}[ _-]skip *| *no[ _-]ci *)\]",
     re.IGNORECASE,
 )
+
+
+def without_ci_skips(text: str) -> str:
+    """Return untrusted text without words that turn off the repository's CI."""
+    text = re.sub(r"\*\*\*(NO_CI)\*\*\*", r"(\1)", text, flags=re.IGNORECASE)
+    return CI_SKIP_RE.sub(r"(\1)", text)
+
+
+# GitHub shows a footnote ("[^1]: words") at the end of the text, outside of quotes. It
+# begins a line, perhaps after the mark of a list, a quote or a heading. After any other
+# character, such as a backtick, "[^1]:" is no footnote.
+FOOTNOTE_RE = re.compile(r"(?<![^\s>.)*+\]-])\[(?=\^[^\] \t\r\n]{1,1000}\]:)")
+
+
+def quoted(speaker: str, text: str) -> str:
+    """Return untrusted text as a quote that cannot pass for codebot's own words."""
+    if not text.strip():
+        return ""
+    # The text must neither end the quote nor contain one of codebot's markers.
+    text = re.sub("<(?=!--|/blockquote)", "&lt;", text.strip(), flags=re.IGNORECASE)
+    text = FOOTNOTE_RE.sub(r"\\[", text)
+    quote = "\n".join(f"> {line}".rstrip() for line in text.splitlines())
+    return f"{speaker} says:\n\n{quote}\n"
+
+
+def escape_html(text: str) -> str:
+    """Return text in which HTML is shown: an unclosed tag could hide what follows.
+
+    The agent's words need not be escaped: they always come last.
+    """
+    return re.sub("<(?=[A-Za-z/!?])", "&lt;", text)
+
+
+def code_block(text: str) -> str:
+    """Return text in a code block that the text cannot end."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    text = text.replace("<!--", "<! --")  # so that it cannot contain a marker
+    return f"{fence}\n{text}\n{fence}\n"
+
+
+# The steps of a task
 
 
 def run_task(run: JobRun) -> None:
@@ -5839,34 +5884,6 @@ def require_usable_repository(
         )
 
 
-def require_write_access(
-    run: JobRun, github_repository: GitHubRepository, login: str, refusal: Exception
-) -> None:
-    """Raise ``refusal`` unless GitHub reports that a person has write access now.
-
-    If there is a commit, which has cost something, a refusal is believed only after a
-    transient error, such as the first refusal.
-    """
-    if github_repository.has_write_access(login):
-        return
-    was_delayed = run.job.transient_since > 0
-    if run.job.commit_id and not was_delayed:
-        raise TransientError(str(refusal))
-    raise refusal
-
-
-def require_labeler_access(workspace: Workspace) -> None:
-    """Raise JobFailed if whoever labeled the task's issue has no write access now."""
-    run = workspace.run
-    github_repository = workspace.repository.github_repository
-    if github_repository is None or not run.job.submitted_by.startswith("github:"):
-        return  # a client has submitted it
-    login = run.job.submitted_by.removeprefix("github:")
-    problem = f"{login}, who labeled the issue, has no write access"
-    refusal = JobFailed("cancelled", problem)
-    require_write_access(run, github_repository, login, refusal)
-
-
 def name_workspace(run: JobRun) -> None:
     """Name the task's directory and branch, unless an earlier run has."""
     job = run.job
@@ -5890,6 +5907,42 @@ def is_only_push_left(workspace: Workspace) -> bool:
     if job.push_started:
         return True  # the remote may have it, and then the outbox is not needed
     return job.commit_id != "" and workspace.outbox.has_commit(job.commit_id)
+
+
+def require_labeler_access(workspace: Workspace) -> None:
+    """Raise JobFailed if whoever labeled the task's issue has no write access now."""
+    run = workspace.run
+    github_repository = workspace.repository.github_repository
+    if github_repository is None or not run.job.submitted_by.startswith("github:"):
+        return  # a client has submitted it
+    login = run.job.submitted_by.removeprefix("github:")
+    problem = f"{login}, who labeled the issue, has no write access"
+    refusal = JobFailed("cancelled", problem)
+    require_write_access(run, github_repository, login, refusal)
+
+
+def require_write_access(
+    run: JobRun, github_repository: GitHubRepository, login: str, refusal: Exception
+) -> None:
+    """Raise ``refusal`` unless GitHub reports that a person has write access now.
+
+    If there is a commit, which has cost something, a refusal is believed only after a
+    transient error, such as the first refusal.
+    """
+    if github_repository.has_write_access(login):
+        return
+    was_delayed = run.job.transient_since > 0
+    if run.job.commit_id and not was_delayed:
+        raise TransientError(str(refusal))
+    raise refusal
+
+
+def react_to_issue(workspace: Workspace) -> None:
+    """Show on the issue that its task has been picked up."""
+    number = workspace.run.job.issue_number
+    github_repository = workspace.repository.github_repository
+    if number and github_repository is not None:
+        github_repository.react([f"/issues/{number}"])
 
 
 def clone(workspace: Workspace) -> None:
@@ -5931,6 +5984,42 @@ def task_text(request: TaskRequest) -> str:
     if request.ticket_summary:
         return f"{request.title}\n\n{request.description}"
     return request.description
+
+
+def commit_task(workspace: Workspace) -> None:
+    """Test and commit the agent's changes, and store the commit's id."""
+    run = workspace.run
+    commit_id = test_and_commit(workspace, run.job.request, run.job.base_commit)
+    if not commit_id:
+        words = run.job.summary.strip()[:2000] or "nothing"
+        raise JobFailed("no_changes", f"The agent changed nothing. It said: {words}")
+    run.save_work(commit_id=commit_id, seconds=time.monotonic() - run.started)
+
+
+def test_and_commit(
+    workspace: Workspace, request: TaskRequest, base_commit: str
+) -> str:
+    """Test the workspace's files, and make one commit of them on ``base_commit``.
+
+    Returns the commit's id, or "" if nothing was changed. Raises JobFailed if the tests
+    fail or the commit must not be pushed.
+    """
+    run = workspace.run
+    tree, attempts = run_tests(workspace, request.test_command)
+    run.set_phase("commit")
+    if not workspace.collect_tree(base_commit, tree):
+        return ""
+    title = request.title
+    if run.job.kind == "review":
+        title = f"Answer the review of {title}"
+    summary = quoted("The agent", run.job.summary)
+    message = without_ci_skips(f"{run.redact(title)[:250]}\n\n{summary}")
+    # Only when it has been inspected does the caller store the commit's id, to be pushed.
+    commit_id = workspace.write_commit(tree, base_commit, message)
+    files = workspace.inspect_commit(base_commit, commit_id)
+    run.log_event("git", f"Commit {commit_id}", files)
+    run.update(passed_attempt=attempts, files=run.redact(files))
+    return commit_id
 
 
 def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
@@ -5997,17 +6086,6 @@ def run_tests_once(
     return tree, result
 
 
-def pack_lines(lines: Iterable[str]) -> list[str]:
-    """Join lines into as few texts as fit into events. A longer line stays alone."""
-    texts: list[str] = []
-    for line in lines:
-        if texts and len(texts[-1]) + 1 + len(line) <= MAX_EVENT_CHARS:
-            texts[-1] += f"\n{line}"
-        else:
-            texts.append(line)
-    return texts
-
-
 def run_test_command(workspace: Workspace, command: str, attempt: int) -> ProgramResult:
     run = workspace.run
 
@@ -6025,71 +6103,15 @@ def run_test_command(workspace: Workspace, command: str, attempt: int) -> Progra
     return result
 
 
-def without_ci_skips(text: str) -> str:
-    """Return untrusted text without words that turn off the repository's CI."""
-    text = re.sub(r"\*\*\*(NO_CI)\*\*\*", r"(\1)", text, flags=re.IGNORECASE)
-    return CI_SKIP_RE.sub(r"(\1)", text)
-
-
-# GitHub shows a footnote ("[^1]: words") at the end of the text, outside of quotes. It
-# begins a line, perhaps after the mark of a list, a quote or a heading. After any other
-# character, such as a backtick, "[^1]:" is no footnote.
-FOOTNOTE_RE = re.compile(r"(?<![^\s>.)*+\]-])\[(?=\^[^\] \t\r\n]{1,1000}\]:)")
-
-
-def quoted(speaker: str, text: str) -> str:
-    """Return untrusted text as a quote that cannot pass for codebot's own words."""
-    if not text.strip():
-        return ""
-    # The text must neither end the quote nor contain one of codebot's markers.
-    text = re.sub("<(?=!--|/blockquote)", "&lt;", text.strip(), flags=re.IGNORECASE)
-    text = FOOTNOTE_RE.sub(r"\\[", text)
-    quote = "\n".join(f"> {line}".rstrip() for line in text.splitlines())
-    return f"{speaker} says:\n\n{quote}\n"
-
-
-def escape_html(text: str) -> str:
-    """Return text in which HTML is shown: an unclosed tag could hide what follows.
-
-    The agent's words need not be escaped: they always come last.
-    """
-    return re.sub("<(?=[A-Za-z/!?])", "&lt;", text)
-
-
-def test_and_commit(
-    workspace: Workspace, request: TaskRequest, base_commit: str
-) -> str:
-    """Test the workspace's files, and make one commit of them on ``base_commit``.
-
-    Returns the commit's id, or "" if nothing was changed. Raises JobFailed if the tests
-    fail or the commit must not be pushed.
-    """
-    run = workspace.run
-    tree, attempts = run_tests(workspace, request.test_command)
-    run.set_phase("commit")
-    if not workspace.collect_tree(base_commit, tree):
-        return ""
-    title = request.title
-    if run.job.kind == "review":
-        title = f"Answer the review of {title}"
-    summary = quoted("The agent", run.job.summary)
-    message = without_ci_skips(f"{run.redact(title)[:250]}\n\n{summary}")
-    # Only when it has been inspected does the caller store the commit's id, to be pushed.
-    commit_id = workspace.write_commit(tree, base_commit, message)
-    files = workspace.inspect_commit(base_commit, commit_id)
-    run.log_event("git", f"Commit {commit_id}", files)
-    run.update(passed_attempt=attempts, files=run.redact(files))
-    return commit_id
-
-
-def commit_task(workspace: Workspace) -> None:
-    """Test and commit the agent's changes, and store the commit's id."""
-    run = workspace.run
-    commit_id = test_and_commit(workspace, run.job.request, run.job.base_commit)
-    if not commit_id:
-        words = run.job.summary.strip()[:2000] or "nothing"
-        raise JobFailed("no_changes", f"The agent changed nothing. It said: {words}")
-    run.save_work(commit_id=commit_id, seconds=time.monotonic() - run.started)
+def pack_lines(lines: Iterable[str]) -> list[str]:
+    """Join lines into as few texts as fit into events. A longer line stays alone."""
+    texts: list[str] = []
+    for line in lines:
+        if texts and len(texts[-1]) + 1 + len(line) <= MAX_EVENT_CHARS:
+            texts[-1] += f"\n{line}"
+        else:
+            texts.append(line)
+    return texts
 
 
 def push_task_commit(workspace: Workspace) -> None:
@@ -6108,13 +6130,29 @@ def push_task_commit(workspace: Workspace) -> None:
     workspace.push()
 
 
-def code_block(text: str) -> str:
-    """Return text in a code block that the text cannot end."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    text = text.replace("<!--", "<! --")  # so that it cannot contain a marker
-    return f"{fence}\n{text}\n{fence}\n"
+def create_pull_request(workspace: Workspace) -> None:
+    """Open a pull request for the branch, or find the existing one, and store it."""
+    run = workspace.run
+    github_repository = workspace.repository.github_repository
+    if github_repository is None:
+        return
+    run.set_phase("pull_request")
+    title = without_ci_skips(run.redact(run.job.request.title)[:250])
+    body = pull_request_body(run)
+    try:
+        new = github_repository.open_pull_request(
+            run.job.branch, run.job.base_name, title, body
+        )
+    except GitHubError as error:
+        raise JobFailed(
+            "pull_request_failed", f"GitHub refused the pull request: {error}"
+        ) from None
+    run.codebot.until_database_works(run.store.add_pull_request, run.job, new)
+    run.log_event("codebot", f"Pull request {new.number}: {new.url}")
+    log.info("Task %s: opened %s", run.job.id, new.url)
+    # Somebody may have commented on it before it was stored.
+    look = SyncRequest("pull_request", task_id=run.job.id, look_twice=True)
+    run.codebot.sync_queue.put(look)
 
 
 def pull_request_body(run: JobRun) -> str:
@@ -6143,39 +6181,6 @@ def pull_request_body(run: JobRun) -> str:
     body = without_ci_skips(run.redact(body))[:MAX_BODY_CHARS]
     # The marker is for other programs: codebot finds the pull request by its branch.
     return f"{body}\n<!-- codebot task {job.id} -->\n"
-
-
-def create_pull_request(workspace: Workspace) -> None:
-    """Open a pull request for the branch, or find the existing one, and store it."""
-    run = workspace.run
-    github_repository = workspace.repository.github_repository
-    if github_repository is None:
-        return
-    run.set_phase("pull_request")
-    title = without_ci_skips(run.redact(run.job.request.title)[:250])
-    body = pull_request_body(run)
-    try:
-        new = github_repository.open_pull_request(
-            run.job.branch, run.job.base_name, title, body
-        )
-    except GitHubError as error:
-        raise JobFailed(
-            "pull_request_failed", f"GitHub refused the pull request: {error}"
-        ) from None
-    run.codebot.until_database_works(run.store.add_pull_request, run.job, new)
-    run.log_event("codebot", f"Pull request {new.number}: {new.url}")
-    log.info("Task %s: opened %s", run.job.id, new.url)
-    # Somebody may have commented on it before it was stored.
-    look = SyncRequest("pull_request", task_id=run.job.id, look_twice=True)
-    run.codebot.sync_queue.put(look)
-
-
-def react_to_issue(workspace: Workspace) -> None:
-    """Show on the issue that its task has been picked up."""
-    number = workspace.run.job.issue_number
-    github_repository = workspace.repository.github_repository
-    if number and github_repository is not None:
-        github_repository.react([f"/issues/{number}"])
 
 
 # --- Review ------------------------------------------------------------------
@@ -6239,33 +6244,6 @@ def run_review(run: JobRun) -> None:
     run.log_event("codebot", f"Review completed ({run.job.request_kind})")
 
 
-def prepare_answers(review: Review) -> None:
-    """Store the answers, unless an earlier run has, and push the commit."""
-    run = review.run
-    commit = run.job.commit_id
-    if commit and not review.workspace.outbox.has_commit(commit):
-        # The outbox was lost, for example when the host lost power. Start over.
-        run.update(commit_id="", answers={})
-    if not run.job.answers:
-        text = review.comments[0].text
-        run.log_event("codebot", f"Review by {run.job.reviewer}: {text}")
-        if run.job.request_kind not in ("none", "limit"):
-            classify_and_carry_out(review)
-    if run.job.commit_id:
-        push_review_commit(review)
-
-
-def classify_and_carry_out(review: Review) -> None:
-    """Let the agent classify the request, unless an earlier run has, and carry it out."""
-    run = review.run
-    text = format_comments("earlier-comment", earlier_comments(review))
-    text += format_comments("comment", review.comments)
-    if not run.job.request_kind:
-        classify(review, text)
-    if run.job.request_kind in ("question", "change"):
-        carry_out(review, text)
-
-
 def load_review(run: JobRun) -> Review:
     """Return the review, with its repository under the name that it has now."""
     github = run.codebot.github
@@ -6326,20 +6304,6 @@ def require_reviewer_access(review: Review) -> None:
     require_write_access(review.run, review.github_repository, login, refusal)
 
 
-def may_appear_later(review: Review, comment: StoredComment) -> bool:
-    """Return whether a comment may be too new for GitHub's lists.
-
-    The inline comments of a GitHub review are as old as their drafts, so the age of the
-    job counts as well. A draft may also have joined a job that has waited a long time, so
-    the first attempt never takes a comment for deleted.
-    """
-    clock_skew = review.github_repository.github.clock_skew
-    is_new = comment.created_at > utc_time(seconds_ago=VISIBILITY_DELAY - clock_skew)
-    job = review.run.job
-    is_new_job = job.submitted_at > utc_time(seconds_ago=VISIBILITY_DELAY)
-    return is_new or is_new_job or not job.transient_since
-
-
 def load_comments(review: Review) -> Review:
     """Return the review with its reviewer's comments, except those deleted since.
 
@@ -6369,16 +6333,6 @@ def load_comments(review: Review) -> Review:
     return review._replace(comments=comments, talk=talk)
 
 
-def react_to_comments(review: Review) -> None:
-    """Show on the comments that they have been picked up."""
-    paths = {"inline": "/pulls/comments", "conversation": "/issues/comments"}
-    review.github_repository.react(
-        f"{paths[comment.place]}/{comment.id}"
-        for comment in review.comments[:MAX_REACTIONS]
-        if comment.place in paths  # a GitHub review's text takes no reactions
-    )
-
-
 def apply_daily_limit(run: JobRun) -> None:
     """Skip a review above the daily limit, but let the first one of a day say so."""
     # This review, which is running, is one of them.
@@ -6390,15 +6344,58 @@ def apply_daily_limit(run: JobRun) -> None:
     run.update(request_kind="limit")
 
 
-def group_by_thread(comments: Sequence[Comment]) -> dict[str, list[Comment]]:
-    """Group comments by where their answer goes: "inline 5", "conversation 7" …"""
-    threads: dict[str, list[Comment]] = {}
-    for comment in comments:
-        threads.setdefault(f"{comment.place} {comment.thread}", []).append(comment)
-    return threads
+def may_appear_later(review: Review, comment: StoredComment) -> bool:
+    """Return whether a comment may be too new for GitHub's lists.
+
+    The inline comments of a GitHub review are as old as their drafts, so the age of the
+    job counts as well. A draft may also have joined a job that has waited a long time, so
+    the first attempt never takes a comment for deleted.
+    """
+    clock_skew = review.github_repository.github.clock_skew
+    is_new = comment.created_at > utc_time(seconds_ago=VISIBILITY_DELAY - clock_skew)
+    job = review.run.job
+    is_new_job = job.submitted_at > utc_time(seconds_ago=VISIBILITY_DELAY)
+    return is_new or is_new_job or not job.transient_since
+
+
+def react_to_comments(review: Review) -> None:
+    """Show on the comments that they have been picked up."""
+    paths = {"inline": "/pulls/comments", "conversation": "/issues/comments"}
+    review.github_repository.react(
+        f"{paths[comment.place]}/{comment.id}"
+        for comment in review.comments[:MAX_REACTIONS]
+        if comment.place in paths  # a GitHub review's text takes no reactions
+    )
 
 
 # From the comments to a commit
+
+
+def prepare_answers(review: Review) -> None:
+    """Store the answers, unless an earlier run has, and push the commit."""
+    run = review.run
+    commit = run.job.commit_id
+    if commit and not review.workspace.outbox.has_commit(commit):
+        # The outbox was lost, for example when the host lost power. Start over.
+        run.update(commit_id="", answers={})
+    if not run.job.answers:
+        text = review.comments[0].text
+        run.log_event("codebot", f"Review by {run.job.reviewer}: {text}")
+        if run.job.request_kind not in ("none", "limit"):
+            classify_and_carry_out(review)
+    if run.job.commit_id:
+        push_review_commit(review)
+
+
+def classify_and_carry_out(review: Review) -> None:
+    """Let the agent classify the request, unless an earlier run has, and carry it out."""
+    run = review.run
+    text = format_comments("earlier-comment", earlier_comments(review))
+    text += format_comments("comment", review.comments)
+    if not run.job.request_kind:
+        classify(review, text)
+    if run.job.request_kind in ("question", "change"):
+        carry_out(review, text)
 
 
 def earlier_comments(review: Review) -> list[Comment]:
@@ -6457,6 +6454,14 @@ def classify(review: Review, text: str) -> None:
         # Stored even if the question is empty: answers show that this step is done.
         answers = dict.fromkeys(group_by_thread(review.comments), ask)
     run.save_work(request_kind=kind, answers=answers)
+
+
+def group_by_thread(comments: Sequence[Comment]) -> dict[str, list[Comment]]:
+    """Group comments by where their answer goes: "inline 5", "conversation 7" …"""
+    threads: dict[str, list[Comment]] = {}
+    for comment in comments:
+        threads.setdefault(f"{comment.place} {comment.thread}", []).append(comment)
+    return threads
 
 
 def carry_out(review: Review, text: str) -> None:
