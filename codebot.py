@@ -64,8 +64,9 @@ GLOSSARY
   lookup token   an installation token that only reads metadata, such as names and ids, of
                  all repositories that the App is installed on
   delivery       one webhook request, with its GUID
-  marker         an HTML comment in an answer or another comment of codebot's, by which a
-                 retry sees that it was posted
+  marker         an HTML comment at the end of a comment of codebot's. A retry that finds it
+                 does not post the comment again.
+  answer         a comment in which codebot replies to a reviewer
   retry          a job runs again, after a transient error, a crash or a stop. (What a
                  client calls a retry of a failed task makes a new task.)
   launcher       a command line that starts the agent and the tests on a node, which is
@@ -93,10 +94,10 @@ WHO IS TRUSTED WITH WHAT
                  pushed. Only a refusal is remembered, for a minute.
                  Nobody else at GitHub can start the agent, but the text of a labeled issue
                  may be anyone's. Anyone's comment is stored as a pending review.
-  Others at GitHub   can stop work, if they may remove the label, or close or lock the pull
-                 request. A workflow that labels or comments with a person's token counts
-                 as that person, and so does a machine account that is not a bot of
-                 GitHub's.
+  Others at GitHub   can stop work, if GitHub lets them remove the label, or close or lock
+                 the pull request. A workflow that labels or comments with a person's
+                 token counts as that person, and so does a machine account that is not a
+                 bot of GitHub's.
   GitHub         is believed, over TLS. A delivery is believed only if the signature of
                  its body is right. Even then it is never relied on for who wrote what,
                  who may write, or what is open: codebot asks GitHub.
@@ -168,16 +169,15 @@ WHERE SECRETS GO
                              the model key goes.
   With --no-github, git commands that contact the remote get the environment with which
   codebot was started, with the proxies and certificates of .env, including listed
-  variables, but without CODEBOT_API_KEYS, GITHUB_WEBHOOK_SECRET, MODEL_VARIABLE_NAMES and
-  the variables that make git print a trace.
+  variables, but without CODEBOT_API_KEYS, GITHUB_WEBHOOK_SECRET, the model's keys and
+  ANTHROPIC_BASE_URL, and without variables that make git print a trace or work in another
+  repository.
   codebot writes none of these secrets into a named file. While a program runs, its
   input and output are in unlinked files (openssl's are a JWT's content and signature).
   But the agent's home keeps its session, with everything that the agent has printed.
 
 KNOWN LIMITATIONS
-  They stand where the reader meets what is limited: search for "Known limitations". The
-  sections Settings and secrets, Sandbox, GitHub, Git, Store, Workspace, Agent, Task,
-  Looking at GitHub, and Routes and server have some.
+  They stand where the reader meets what is limited. Search for "Known limitation".
 
 LIFE OF A JOB
   pending   -> running      a worker starts it
@@ -193,13 +193,14 @@ LIFE OF A JOB
   classify, clone, agent, test, commit, push, answer. With a launcher, both are in the
   phase queued while they wait for a node.
 
-  A task is on disk before the client gets its 202, a commit is in the store before it is
-  pushed, and an answer is in the store before it is posted. A retry pushes the same commit
-  again, which changes nothing. (If the branch was deleted meanwhile, a task that has no
-  pull request yet restores it.) A retry finds a pull request by its branch, and an answer
-  by its marker. An answer may be posted twice only if the first one, or its marker, was
-  removed before a retry, or if GitHub carries out the first request late or does not list
-  its answer yet.
+  - A task is on disk before the client gets its 202.
+  - A commit is in the store before it is pushed. A retry pushes the same commit again,
+    which changes nothing. (If the branch was deleted meanwhile, a task that has no pull
+    request yet restores it.)
+  - A retry finds a pull request by its branch.
+  - An answer is in the store before it is posted. A retry finds it by its marker. It may be
+    posted twice only if the first one, or its marker, was removed before a retry, or if
+    GitHub carries out the first request late or does not list its answer yet.
   A crash adds an interruption to every job that was running. So does a transient error
   after which its agent must begin again. At the third, a job fails. What an agent was
   doing is lost, with what that has cost.
@@ -213,12 +214,14 @@ THREADS AND THEIR LOCKS
                  comments on issues
   timer          queues jobs that are due
   database       writes to the database now and then, to see whether that works
-  cleanup        removes what is past its retention, packs mirrors, and repeats stops of
-                 launched processes that failed
+  cleanup        removes what is past its retention, packs mirrors, and runs
+                 CODEBOT_LAUNCHER_STOP again where it has failed
   A signal starts one more thread, which sets Codebot.stop.
   Store has a lock for its writing connection and one for its reading connection, Redactor
-  has one for its tokens. When codebot dies, a forked process, the watchdog, ends the
-  processes that codebot left running, by CODEBOT_RUN in /proc and CODEBOT_LAUNCHER_STOP.
+  has one for its tokens. Between processes there are locks of files (flock): of the work
+  directory, the database, each mirror and each launch.
+  When codebot dies, a forked process, the watchdog, ends the processes that codebot left
+  running, by CODEBOT_RUN in /proc and CODEBOT_LAUNCHER_STOP.
 
 FILES in the work directory
   codebot.db     the record of all jobs        codebot.lock   held by the one codebot here
@@ -592,7 +595,7 @@ def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
     rules = []
     for line in text.split("\n"):
         rule = re.match(TEST_RULE, line)
-        if line.lstrip().startswith("#"):  # sh would run it as a test that passes
+        if line.lstrip().startswith("#"):  # sh would ignore it, and the test would pass
             raise ValueError("has a line that begins with #; there are no comments")
         if rule:
             rules.append((rule[1], rule[2].strip()))
@@ -881,16 +884,16 @@ URL_PATTERN_RE = re.compile(
 
 def wrong_patterns(config: Config) -> Iterator[str]:
     """Yield a sentence for each pattern that matches nothing, or too much."""
-    form = NAME_PATTERN_RE
+    pattern_re = NAME_PATTERN_RE
     problem = "is not owner/name; to allow all repositories of an owner, write owner/*."
     if config.no_github:
-        form = URL_PATTERN_RE
+        pattern_re = URL_PATTERN_RE
         problem = (
             "is not a whole URL with a path, such as 'https://HOST/team/*' of a host that "
             "you trust, or it has a wildcard before the path."
         )
     for pattern in config.allowed:
-        if not form.fullmatch(pattern):
+        if not pattern_re.fullmatch(pattern):
             yield f"CODEBOT_ALLOWED_REPOSITORIES: {pattern!r} {problem}"
 
 
@@ -965,7 +968,7 @@ def forms_of(secrets: Iterable[str]) -> list[str]:
             forms.add(secret)
             data = secret.encode("utf-8", "surrogateescape")
             # git sends base64("x-access-token:" + TOKEN). It contains base64(TOKEN),
-            # because the prefix has 15 bytes, a multiple of 3.
+            # because the prefix has 15 bytes, and every 3 bytes become 4 characters.
             for encode in (base64.b64encode, base64.urlsafe_b64encode):
                 forms.add(encode(data).decode().rstrip("="))
     return sorted(forms, key=len, reverse=True)
@@ -1005,8 +1008,8 @@ class Redactor:
         """
         if len(text) <= length:
             return self(text)
-        # What the cut leaves of a secret is shorter than the longest secret, so as many
-        # characters are dropped at the end.
+        # The cut may leave the beginning of a secret, which is shorter than the longest
+        # secret. So that many characters are cut off as well.
         longest = max(map(len, self._secrets), default=0)
         redacted = self(text[:length])
         return redacted[: max(0, len(redacted) - longest)]
@@ -1032,6 +1035,14 @@ class LogFormatter(logging.Formatter):
         return self._redact(super().format(record)).replace("\n", "\n    ")
 
 
+# What is a secret:
+#   the API keys, the webhook secret, the model's keys, the App's key and the TLS key
+#   a variable listed for the agent whose name suggests a secret: SECRET_NAME_RE
+#   in the other listed variables, and in the addresses of proxies and of the model:
+#     the last word of a header such as "X-Api-Key: WORD": header_secrets
+#     the password of an address with a login: login_secrets
+#     a whole address with a query or parameters: ADDRESS_WITH_QUERY_RE
+#
 # Matches names of variables such as GH_AUTH, AUTHORIZATION and SENTRY_DSN, but not
 # GIT_AUTHOR_NAME.
 SECRET_NAME_RE = re.compile(
@@ -1102,7 +1113,8 @@ def login_secrets(word: str, is_proxy: bool) -> set[str]:
     address = re.sub("^[^/]*://", "", word)
     logins = [address.partition("/")[0].rpartition("@")[0]]
     # A "/" in a password should be written as %2F, but some programs accept it as it is.
-    # (HOST:PORT/PATH@2 and USER@HOST:PATH@2 have no password, but a proxy has no path.)
+    # Two forms with a path are not taken for that: HOST:PORT/PATH@2 and USER@HOST:PATH@2.
+    # (The address of a proxy has no path.)
     if is_proxy or re.match(r"[^:/@]*:(?!\d+/)", address):
         logins.append(address.rpartition("@")[0])
     is_address = is_proxy or address != word
@@ -1128,7 +1140,8 @@ MAX_OUTPUT_BYTES = 1 << 30  # a program is ended when its output file is larger
 # Seconds between SIGTERM and SIGKILL, so that git can remove its lock files. (What runs
 # in bwrap is killed at once.)
 KILL_GRACE = 2.0
-# seconds that the agent may still run after its result, or after a rejected key
+# Seconds that the agent may still run after its result or after a rejected key, and a
+# launcher after the program's end.
 RESULT_GRACE = 5.0
 MAX_LINE_BYTES = 8 << 20  # about; a longer line is split
 READ_BYTES = 64 << 10  # of output read at a time; the limits are checked in between
@@ -1167,7 +1180,7 @@ def raise_if_stop_arrives(check_stop: Callable[[], None]) -> None:
     systemd signals all processes of a service, and the program may end before codebot
     gets its own signal.
     """
-    time.sleep(0.3)  # seconds; the signals are sent within milliseconds
+    time.sleep(0.3)  # seconds; systemd sends both signals within milliseconds
     check_stop()
 
 
@@ -1217,7 +1230,7 @@ def shown_by_terminal(line: str) -> str:
 NODE_SCRIPT = """
 # An empty line comes first, as the launcher's last line may lack a line end.
 printf '\\n%s\\n' "$0"
-# Now codebot reads the sentinel: the program may empty the output (>/dev/stdout).
+# This gives codebot time to read that: the program may empty the output (>/dev/stdout).
 sleep 0.3 2>/dev/null || sleep 1
 "$@"
 code=$?
@@ -1261,8 +1274,8 @@ class OutputFile:
         self._position = 0
         self._partial_line = bytearray()
 
-    def read_lines(self, at_end: bool) -> list[str]:
-        """Return the new lines and, if ``at_end``, a last line without a line end."""
+    def read_lines(self, has_exited: bool) -> list[str]:
+        """Return the new lines. A last line without a line end counts after the exit."""
         if self.size() < self._position:
             # `>/dev/stdout` has emptied the file. Output since the last read is lost.
             # (If as much has been written again, codebot does not notice.)
@@ -1270,7 +1283,7 @@ class OutputFile:
             self._partial_line.clear()
         data = os.pread(self.file.fileno(), READ_BYTES, self._position)
         self._position += len(data)
-        if at_end and not data and self._partial_line:
+        if has_exited and not data and self._partial_line:
             data = b"\n"  # the line end that the last line lacks
         self.has_new_bytes = bool(data)
         *lines, rest = data.split(b"\n")
@@ -1361,8 +1374,8 @@ class RunningProgram:
             # On a node, a program in bwrap cannot read the sentinel. Otherwise it can (in
             # the arguments of sh or in this output), and may forge its exit code.
             sentinel, _, code = line.partition(" ")
-            # Also without the first sentinel: the program may have emptied the output, and
-            # that with it.
+            # This counts even if the first sentinel was never read: the program may have
+            # emptied the output before that.
             if sentinel == launch.sentinel and re.fullmatch("[0-9]{1,3}", code):
                 self.node_code = int(code)
                 if output[-1:] == [""]:  # NODE_SCRIPT's, not the program's
@@ -1627,8 +1640,9 @@ def stop_launched(config: Config, workspace: str, record_prefix: str = "") -> bo
     codebot process, STOP_FAILED, or "" for any record.
     """
     record = launch_record(config, workspace)
-    # Without a record, nothing runs, or another stop has just ended it. The record is
-    # opened for writing because NFS requires that for an exclusive lock.
+    # Without a record, nothing runs, or another stop has just ended it, perhaps while this
+    # one waited. The record is opened for writing because NFS requires that for an
+    # exclusive lock.
     with contextlib.suppress(FileNotFoundError), open(record, "r+b") as lock:
         # Another thread, or an earlier server's watchdog, may be stopping the same
         # launch. While this waits for the lock, the record may be removed, or replaced
@@ -1704,8 +1718,8 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 # put back.
 #
 # Known limitations without a sandbox (CODEBOT_SANDBOX=none):
-# - The agent can read and write whatever codebot's user can, and signal its processes:
-#   the keys, the database, .env and codebot itself, git's token while git runs.
+# - The agent can read and write whatever codebot's user can (the keys, the database, .env,
+#   codebot.py), read git's token while git runs, and signal codebot's processes.
 # - codebot finds processes that a job left running by the variable CODEBOT_RUN in their
 #   environment, in /proc. A process that removes the variable outlives the job, as does
 #   one whose environment the kernel does not show to codebot, such as ssh-agent's.
@@ -1862,11 +1876,15 @@ def tops_in_tmp(paths: Iterable[str]) -> set[str]:
 def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     """Return bwrap's mounts over the read-only file system and the workspace's /tmp.
 
-    They are made in this order, and a later one covers an earlier one:
-      1. private directories are hidden, and those in HOME that PATH leads into are shown
-         read-only, unless they are private; each before those inside it
-      2. what is needed in spite of 1, read-only
-      3. the workspace's repo and home, writable
+    They are made in this order, and a later one covers an earlier one. First, an outer
+    directory before an inner one:
+        hidden     /run, home directories, private directories
+        read-only  directories at home that PATH leads into, unless they are private
+        hidden     /tmp/A, if anything is mounted below it
+    then
+        read-only  what programs need nevertheless: the mirror's objects, the target of
+                   /etc/resolv.conf, files that CODEBOT_CLAUDE_COMMAND names
+        writable   repo and home of the workspace
     For example, with HOME=/home/bot, ~/.local/bin on PATH, .env in /home/bot/run and the
     App's key in ~/.local/keys:
         hidden     /home/bot
@@ -1875,7 +1893,6 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
         read-only  the mirror's objects, hidden files that CODEBOT_CLAUDE_COMMAND names
         writable   repo and home of the workspace
     With the key in ~/.local itself, all of ~/.local is hidden.
-    With the work directory /tmp/a/work, /tmp/a is hidden as well.
     """
     hidden = {"/run", *home_directories(), *private_directories(config)}
     hidden -= {"/", "/tmp"}  # "/" cannot be covered; /tmp is already the workspace's
@@ -1884,14 +1901,14 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     option_by_path.update(dict.fromkeys(hidden, HIDDEN))
     # /etc/resolv.conf may be a symlink into /run.
     visible = [os.path.realpath("/etc/resolv.conf"), objects]
+    # The host's /tmp is hidden by the workspace's.
     visible += agent_program_files(config, {"/tmp": HIDDEN, **option_by_path})
     # The workspace's third part, tmp, is already mounted at /tmp.
     writable = [f"{workspace}/{part}" for part in ("repo", "home")]
-    # In the sandbox, /tmp is a directory of the workspace. bwrap makes missing mount points
-    # there, and the agent could later replace a directory above one with a symlink. When
-    # the next command starts, bwrap before 0.12 would follow it out of the sandbox
-    # (CVE-2026-87766). A mount point cannot be replaced, so the topmost directory, /tmp/A,
-    # becomes one.
+    # In the sandbox, /tmp is a directory of the workspace, in which the agent can write. If
+    # bwrap makes the mount point /tmp/A/B there, the agent can replace /tmp/A with a
+    # symlink. At the next command, bwrap before 0.12 would follow it, and make B on the
+    # host (CVE-2026-87766). A mount cannot be replaced, so /tmp/A becomes one.
     for directory in tops_in_tmp([*option_by_path, *visible, *writable]):
         option_by_path.setdefault(directory, HIDDEN)
     # sorted() puts each directory before those in it.
@@ -2095,7 +2112,8 @@ class AppRefused(TransientError):
     """The App's key cannot sign, or GitHub rejected a JWT or token, or issued no token.
 
     The App may be suspended for a while, so the job is retried. Only a task without a
-    commit fails at once, because then the App is usually not installed on the repository.
+    commit fails at once (in look_up_repository), because then the App is usually not
+    installed on the repository.
     """
 
 
@@ -2321,8 +2339,8 @@ class GitHub:
         self.attempts = GITHUB_ATTEMPTS
         self.requests_made = 0
         self.rate_limit_remaining: int | None = None
-        # GitHub's clock minus ours, in seconds, by the last response: too little by the
-        # time that this took to arrive.
+        # GitHub's clock minus ours, in seconds, by the last response. It lags behind by the
+        # time that the response took to arrive.
         self.clock_skew = 0.0
         # No request is sent before this time: requests sent in spite of a rate limit may
         # get the App banned.
@@ -2441,7 +2459,7 @@ class GitHub:
             self.wait(delay)
             existing = find_existing()
             if existing is not None:
-                # As if GitHub had just created it.
+                # As if this request had created it.
                 return Reply(200, email.message.Message(), existing)
             if self.silent_until > time.time():
                 raise TransientError(
@@ -2458,7 +2476,8 @@ class GitHub:
                 if not is_token_renewed:
                     self.forget_token(credential)
                     is_token_renewed = True
-                # For some seconds, a new token may not be known everywhere at GitHub.
+                # For some seconds, a new token may not be known everywhere at GitHub. So
+                # the next attempts come after 0, 1 and 2 seconds.
                 delay = float(attempt)
             else:
                 raise_if_refused(reply)
@@ -2579,7 +2598,7 @@ class GitHub:
         if seconds <= MAX_INLINE_WAIT:
             return seconds
         retry_at = time.time() + seconds
-        # Until then, no thread may send a request. (A 422 concerns only this one.)
+        # Until then, no thread may send a request. (A 422 limits only what creates things.)
         if is_limit and reply.status != 422:
             self.silent_until = max(self.silent_until, retry_at)
         raise TransientError(f"GitHub asked codebot to wait: {reply.error}", retry_at)
@@ -2948,7 +2967,7 @@ def check_local_remote(config: Config, path: str) -> None:
         resolved = os.path.realpath(path)
     except OSError:  # a directory on the way cannot be read
         resolved = "/proc"
-    # As written, because git resolves it later; and resolved now, because of symlinks.
+    # As written, because a symlink may lead elsewhere later; and where it leads now.
     for spelling in (re.sub("/+", "/", path), resolved):
         for directory in (config.work_dir, "/proc", "/dev"):
             if is_inside(spelling, directory):
@@ -3073,7 +3092,10 @@ TOKEN_RETRY_DELAY = 3.0
 
 
 class GitDirectory:
-    """A bare repository of codebot's own: a mirror or an outbox."""
+    """A bare repository of codebot's own: a mirror or an outbox.
+
+    Only one thread uses an object of this class.
+    """
 
     def __init__(
         self, config: Config, path: str, check_stop: Callable[[], None]
@@ -3081,8 +3103,7 @@ class GitDirectory:
         self.config = config
         self.path = path
         self.limits = Limits(check_stop=check_stop)
-        # Descriptors that git inherits: the lock's, while Mirror.lock holds it. (Only one
-        # thread uses an object of this class.)
+        # Descriptors that git inherits: the lock's, while Mirror.lock holds it.
         self.inherited_fds: tuple[int, ...] = ()
 
     def local_git(
@@ -3476,7 +3497,7 @@ CREATE TABLE deliveries (guid TEXT PRIMARY KEY, received_at TEXT NOT NULL);
 CREATE TABLE totals (
     seconds REAL NOT NULL,
     dollars REAL NOT NULL,
-    checks INTEGER NOT NULL -- check_writable adds 1, because it has to change something
+    checks INTEGER NOT NULL -- only so that check_writable has something to change
 );
 INSERT INTO totals (seconds, dollars, checks) VALUES (0, 0, 0);
 -- The pending jobs whose turn it is. A task and the reviews of its pull request share one
@@ -3774,9 +3795,9 @@ def insert_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
 
 
 class Store:
-    """The database. Its methods raise sqlite3.Error if it cannot be used.
+    """The database. If it cannot be used, methods raise sqlite3.Error.
 
-    Only add_events logs the error instead. One connection writes and one reads, each
+    Only add_events logs that error instead. One connection writes and one reads, each
     behind its own lock. In WAL mode a reader does not wait for a writer.
     """
 
@@ -3839,7 +3860,8 @@ class Store:
         except sqlite3.Error:
             self.writable = False
             with contextlib.suppress(sqlite3.Error):
-                self._writer.rollback()  # early Python 3.9 does not, if the commit fails
+                # If COMMIT fails, early versions of Python 3.9 leave it open.
+                self._writer.rollback()
             raise
         finally:
             self._write_lock.release()
@@ -4323,6 +4345,7 @@ class Store:
                 insert_comment(db, task_id, job_id, comment)
                 reviewers[job_id] = comment.user
         for job_id, user in reviewers.items():
+            # %.99s: the name may be one of any length that a delivery claims.
             log.info("Task %s: %.99s commented on it (job %s)", task_id, user, job_id)
         return list(reviewers)
 
@@ -4330,8 +4353,8 @@ class Store:
         """Move the comments of the reviewer's pending review to this running one."""
         with self._transaction() as db:
             waiting_id = waiting_review(db, job.task_id, job.reviewer)
-            # After a stop that did not wait for this worker, its own job is pending again,
-            # and is found here.
+            # It may be this job itself: stop_workers may have requeued it although its
+            # worker still runs.
             if waiting_id in (None, job.id):
                 return
             values = {"id": job.id, "waiting_id": waiting_id}
@@ -4670,7 +4693,7 @@ EVERYTHING = SyncRequest("everything")
 
 
 class Codebot:
-    """What the threads share. The queues carry ids; the store is the record."""
+    """What the threads share. The queues of jobs carry ids; the store is the record."""
 
     def __init__(self, config: Config) -> None:
         self.work_dir_tag = sha256_hex(config.work_dir)[:12]
@@ -4869,7 +4892,7 @@ class JobRun:
 # - A change may move a submodule that the repository has to any commit. A change is not
 #   pushed if its diff, without the contents of deleted files, exceeds 1 GiB.
 
-# A review with a larger change fails if others push in the meantime.
+# The largest change that is applied again on top of what others have pushed meanwhile.
 MAX_PATCH_BYTES = 256 << 20
 # Every script of Workspace begins with this. It removes the lock files that a killed git
 # may have left, and defines `g`: git without hooks, fsmonitor, signing and gc. (The
@@ -5104,7 +5127,7 @@ class Workspace:
         limits = Limits(run.time_left(), config.stall_timeout, run.check_stop)
 
         def start() -> None:
-            # The time limit begins anew, as it does not include the wait for a node.
+            # The clock stood still during the wait for a node.
             run.deadline = time.monotonic() + limits.timeout
             if command.as_agent:  # it is the agent
                 run.agent_ran_since_save = True
@@ -5157,6 +5180,13 @@ class Workspace:
                 end_tagged_processes(self.config.run_tag)
 
     # From the agent's work to a pushed commit
+    #
+    #   record_files     returns the tree of the agent's files; the tests run on them
+    #   collect_tree     commits that tree in the sandbox; fetches it into the outbox, where
+    #                    fsck checks it
+    #   write_commit     makes codebot's commit of that tree, in the outbox
+    #   inspect_commit   searches what it changes; then the caller stores its id
+    #   push             pushes it from the outbox
 
     def record_files(self) -> tuple[str, ProgramResult]:
         """Return the tree of the files, and git's result.
@@ -5205,9 +5235,9 @@ class Workspace:
     def write_skip_list(self, base_commit: str) -> None:
         """Have fsck accept every .gitmodules that the base has already.
 
-        fsck reads those of a new tree even if they are old, and old ones may have faults.
-        Other kinds of files are not listed: an agent could have written a bad .gitmodules
-        under another name in an earlier job, and could rename it now.
+        fsck also reads the base's again if the new tree has them, and they may have faults.
+        Files of other names are not listed: in an earlier job, an agent could have written
+        a bad .gitmodules under another name, and could rename it now.
         """
         blobs: list[str] = []
 
@@ -5227,9 +5257,10 @@ class Workspace:
 
         git fetch does not open the agent's .git: only a pack crosses.
         """
-        # git fetch has sh run: bwrap … -- git upload-pack '/…/repo'. It opens the path
-        # itself only if that is a bundle file. In bwrap it never is, because self.repo is
-        # a mount point. In a custom sandbox the agent could put one there.
+        # git fetch has sh run: bwrap … -- git upload-pack '/…/repo'. If the path were a
+        # file, git fetch itself would read it, as a bundle. In bwrap the agent cannot
+        # replace the directory with a file, as it is a mount point. In another sandbox it
+        # perhaps can.
         upload_pack = self.sandboxed(["git", "upload-pack"])
         argv = [*GIT, "-c", "fetch.fsckObjects=true"]
         # A relative path, because git takes commas and blanks in it for separators.
@@ -5541,7 +5572,7 @@ class AgentRun:
         self.entries: list[tuple[str, str]] = []  # for the task's log
 
     def read(self, lines: list[str]) -> bool:
-        """Handle new events. Returns whether there is a result. A LineHandler."""
+        """Handle new events. A LineHandler: True, once there is a result, ends the run."""
         for line in lines:
             try:
                 self.read_event(json.loads(line))
@@ -5926,8 +5957,8 @@ def require_write_access(
 ) -> None:
     """Raise ``refusal`` unless GitHub reports that a person has write access now.
 
-    If there is a commit, which has cost something, a refusal is believed only after a
-    transient error, such as the first refusal.
+    A commit has cost something, so a job that has one does not end at the first refusal.
+    It is retried, and then a refusal is believed. Nothing is pushed in between.
     """
     if github_repository.has_write_access(login):
         return
@@ -6014,7 +6045,7 @@ def test_and_commit(
         title = f"Answer the review of {title}"
     summary = quoted("The agent", run.job.summary)
     message = without_ci_skips(f"{run.redact(title)[:250]}\n\n{summary}")
-    # Only when it has been inspected does the caller store the commit's id, to be pushed.
+    # The caller stores the id, to be pushed, only if inspect_commit raises no error.
     commit_id = workspace.write_commit(tree, base_commit, message)
     files = workspace.inspect_commit(base_commit, commit_id)
     run.log_event("git", f"Commit {commit_id}", files)
@@ -6045,7 +6076,8 @@ def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
         if result.code == 0:
             return tree, attempt
         # sh exits with these codes if it cannot start a command (of a script, the last
-        # one). At first, usually the host lacks it, which no run of the agent can mend.
+        # one). Before the agent has seen a failure, usually the host lacks the command,
+        # which no run of the agent can mend.
         if attempt == 1 and result.code in (126, 127):
             raise JobFailed(
                 "tests_failed",
@@ -6078,7 +6110,7 @@ def run_tests_once(
     tree, result = workspace.record_files()
     if not tree:
         workspace.run.log_event("git", f"Cannot read the files: {result.error}")
-        return "", result._replace(stdout=result.stderr)
+        return "", result._replace(stdout=result.stderr)  # run_tests shows its stdout
     result = run_test_command(workspace, command, attempt)
     # If that fails: after a test that passed, the tree is committed anyway; after one that
     # failed, the agent goes on with the files as the test has left them.
@@ -6094,6 +6126,7 @@ def run_test_command(workspace: Workspace, command: str, attempt: int) -> Progra
 
     test = SandboxedCommand(
         name=f"The test command {command!r}",
+        # The outer sh joins both streams, in the order in which the command prints.
         argv=["sh", "-c", 'sh -c "$1" 2>&1', "sh", command],
         on_lines=log_output,
     )
@@ -6118,9 +6151,13 @@ def push_task_commit(workspace: Workspace) -> None:
     """Push the stored commit. From here on the task cannot be cancelled."""
     run = workspace.run
     run.set_phase("push")
-    repository = workspace.repository.github_repository
+    github_repository = workspace.repository.github_repository
     was_pushing = run.job.push_started  # in an earlier run
-    if was_pushing and repository and repository.find_pull_request(run.job.branch):
+    if (
+        was_pushing
+        and github_repository is not None
+        and github_repository.find_pull_request(run.job.branch) is not None
+    ):
         # The branch was pushed. It may be merged and deleted: a push would restore it.
         return
     require_labeler_access(workspace)
@@ -6378,7 +6415,7 @@ def prepare_answers(review: Review) -> None:
     if commit and not review.workspace.outbox.has_commit(commit):
         # The outbox was lost, for example when the host lost power. Start over.
         run.update(commit_id="", answers={})
-    if not run.job.answers:
+    if not run.job.answers:  # answers, even empty ones, show that the work is done
         text = review.comments[0].text
         run.log_event("codebot", f"Review by {run.job.reviewer}: {text}")
         if run.job.request_kind not in ("none", "limit"):
@@ -6451,7 +6488,7 @@ def classify(review: Review, text: str) -> None:
     if kind not in ("question", "change", "none"):
         kind = "unclear"
         ask = run.redact(str(answer.get("ask") or ""))[:10_000]
-        # Stored even if the question is empty: answers show that this step is done.
+        # Stored even if the question is empty: see prepare_answers.
         answers = dict.fromkeys(group_by_thread(review.comments), ask)
     run.save_work(request_kind=kind, answers=answers)
 
@@ -6703,7 +6740,7 @@ APP_REFUSED_DELAY = 900.0
 
 
 class Sync:
-    """The thread that looks at pull requests and at issues with the label."""
+    """What the sync thread does: it looks at pull requests and at issues with the label."""
 
     def __init__(self, codebot: Codebot, github: GitHub) -> None:
         self.codebot = codebot
@@ -6735,7 +6772,7 @@ class Sync:
 
     def handle(self, request: SyncRequest) -> None:
         """Process a request, and note when to repeat it, if at all."""
-        # Noted first, so that it is also repeated after an unexpected error.
+        # This stays if attempt() raises an unexpected error.
         self.waiting[request] = time.time() + RETRY_DELAY
         repeat_at = self.attempt(request)
         del self.waiting[request]
@@ -6864,7 +6901,7 @@ class Sync:
         self.store.add_label_event(event.id)
 
     def cancel_superseded(self, request: SyncRequest, event_id: int) -> None:
-        """Cancel the issue's tasks whose label was removed, unless it is too late."""
+        """Cancel the tasks of earlier label events: their label was removed since."""
         for task_id in self.store.superseded_tasks(
             request.repository_id, request.number, event_id
         ):
@@ -6992,8 +7029,8 @@ REASON_BY_PHASE = {
 def repeat_until_stopped(codebot: Codebot, step: Callable[[], None]) -> None:
     """Do a thread's step once, and repeat it until the server stops.
 
-    Once even if the server is stopping already: a client may have connected, and must get
-    an answer.
+    Once even if the server is stopping already: the accept thread must answer a client that
+    may have connected.
     """
     while True:
         try:
@@ -7162,6 +7199,7 @@ def ending_after_transient_error(
     is_too_often = costs_money and job.interruptions + 1 >= MAX_INTERRUPTIONS
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     if is_too_often or now > give_up_at:
+        # A review that only had to post its failure still fails with that.
         reason = job.reason or REASON_BY_PHASE.get(job.phase, "internal")
         return Ending("failed", reason, job.error or error)
     return Ending(
@@ -7295,8 +7333,8 @@ class Cleanup:
         self.mirrors_due = 0.0  # when to look at the mirrors, by time.monotonic()
 
     def step(self) -> None:
-        # The pause comes first. In it, sync queues the comments that people wrote while
-        # the server was down, so the workspaces that these reviews need are retained.
+        # The pause comes first. In it, sync usually queues the comments that people wrote
+        # while the server was down, so that the workspaces of these reviews are retained.
         self.codebot.cleanup_wanted.wait(min(CLEANUP_INTERVAL, self.config.retention))
         self.codebot.cleanup_wanted.clear()
         self.codebot.wait()
@@ -7462,7 +7500,7 @@ class Request:
 
 
 class Response(NamedTuple):
-    """An answer of known length, in JSON unless the headers name another type."""
+    """A response of known length, in JSON unless the headers name another type."""
 
     status: int
     body: bytes = b""
@@ -8781,7 +8819,7 @@ MAX_BUFFERED_BYTES = 64 << 20  # of all request bodies, as they were received, t
 # The states of a connection, and the seconds that it may stay in each.
 STATE_TIMEOUTS = {
     "waiting": 75.0,  # for a request
-    "receiving": 20.0,  # a request, first byte to last; the first with the TLS handshake
+    "receiving": 20.0,  # a whole request; the first one with the TLS handshake
     "handling": 3600.0,  # codebot's own work: a handler takes seconds at most
     "sending": 20.0,  # until the client has read CHUNK_BYTES
 }
@@ -8867,7 +8905,8 @@ class ConnectionTable:
     def __init__(self) -> None:
         # Guards _entries, and each entry. While it is held, nothing waits for a client.
         self._lock = threading.Lock()
-        # In the order in which they began to wait for a request: see enter().
+        # A connection moves to the end when it begins to wait for a request. So the first
+        # one has spent the longest time on its request, whatever its state.
         self._entries: dict[socket.socket, Entry] = {}
 
     def add(self, connection: socket.socket) -> None:
@@ -8993,7 +9032,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         super().handle()
 
     def handle_one_request(self) -> None:
-        self.close_connection = True
+        self.close_connection = True  # unless the headers say otherwise
         if not self.rfile.peek(1):
             return
         self.enter("receiving")
@@ -9182,8 +9221,10 @@ def reserve_other_address(host: str, port: int) -> socket.socket | None:
             reserved.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         reserved.bind((address, port))
     except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            return None  # most likely, this host has no such address
+        if (
+            error.errno != errno.EADDRINUSE
+        ):  # most likely, this host has no such address
+            return None
         raise ConfigError(
             f"Another program uses, or has just used, port {port} on {address}, where "
             "clients of localhost or of this host's name may connect. Stop it, or use "
@@ -9508,8 +9549,8 @@ def stop_on_signals(codebot: Codebot) -> None:
             if number == signal.SIGHUP:
                 return
             os._exit(1)  # the watchdog ends what is left
-        # In a thread, because this runs in the main thread, which may be holding the
-        # Event's lock. (Thread.start() would take locks, too.)
+        # In a thread, because this handler interrupts the main thread, which may hold the
+        # locks that Event.set() and Thread.start() take.
         try:
             _thread.start_new_thread(codebot.stop.set, ())
         except RuntimeError:  # the host allows no more threads
