@@ -18,7 +18,7 @@ cat and grep).
 HOW TO READ THIS FILE
   Read it once, from the top. Code calls only what is above it or in its own section;
   within a section the order is free. Comments may mention what comes later.
-  `run_task` and `run_review` list the steps of a job.
+  `run_task`, `run_review` and `report_failure` list the steps of a job.
   A table in `run_steps` says what each exception does to a job.
     I.   The boundary   how codebot runs programs, asks GitHub, and uses git
     II.  The work       every state, what an agent receives, what happens to its work
@@ -609,10 +609,22 @@ def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
 
 
 def setting(
-    variable: str, parse: Callable[[str], object], default: object, about: str = ""
+    variable: str,
+    parse: Callable[[str], object],
+    default: object,
+    about: str = "",
+    may_be_empty: bool = False,
 ) -> Any:
-    """Define a field of Config: its variable, parser, default and the flag's help."""
-    metadata = {"variable": variable, "parse": parse, "help": about}
+    """Define a field of Config: its variable, parser, default and the flag's help.
+
+    Usually an empty variable counts as one that is not set.
+    """
+    metadata = {
+        "variable": variable,
+        "parse": parse,
+        "help": about,
+        "may_be_empty": may_be_empty,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -655,7 +667,8 @@ class Config:
     test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", parse_attempts, 2)
     sandbox: Sequence[str] = setting("CODEBOT_SANDBOX", parse_command, ("bwrap",))
     agent_env: Sequence[str] = setting("CODEBOT_AGENT_ENV", parse_agent_env, ())
-    issue_label: str = setting("CODEBOT_ISSUE_LABEL", str, "codebot")
+    # Empty: no issue becomes a task.
+    issue_label: str = setting("CODEBOT_ISSUE_LABEL", str, "codebot", may_be_empty=True)
     test_commands: Sequence[tuple[str, str]] = setting(
         "CODEBOT_TEST_COMMANDS", parse_test_commands, ()
     )
@@ -791,8 +804,7 @@ def read_settings(
         if flag is not None:
             name = flag_name(field.name)
             text = str(flag)
-        # An empty label is a value: it turns the feature off.
-        may_be_empty = name == "CODEBOT_ISSUE_LABEL" and name in variables
+        may_be_empty = field.metadata["may_be_empty"] and name in variables
         if flag == "":  # perhaps of a shell variable that is not set
             problems.append(f"{name} is empty.")
         elif re.search("[\ud800-\udfff]", text):  # bytes that are not UTF-8
@@ -5026,6 +5038,15 @@ class Workspace:
         outbox = outbox_path(self.config, directory)
         self.outbox = GitDirectory(self.config, outbox, run.check_stop)
 
+    @classmethod
+    def without_repository(cls, run: JobRun, directory: str) -> Workspace:
+        """Return a workspace in a directory that scratch_workspace has made.
+
+        In place of a mirror's objects, the sandbox shows its directory "objects". Nothing
+        uses its outbox, which does not exist.
+        """
+        return cls(run, Repository("", "", mirror_path=directory), directory)
+
     # Creation
 
     def clear(self, path: str) -> None:
@@ -5401,7 +5422,7 @@ class Workspace:
 
 def outbox_path(config: Config, directory: str) -> str:
     """Return the path of the outbox that belongs to a task's directory."""
-    # task_[TICKET_]HEX. A scratch workspace also gets a path, but has no outbox.
+    # The directory is task_[TICKET_]HEX.
     digits = directory.rpartition("_")[2]
     return f"{config.work_dir}/outbox_{digits}.git"
 
@@ -6036,7 +6057,11 @@ def test_and_commit(
     fail or the commit must not be pushed.
     """
     run = workspace.run
-    tree, attempts = run_tests(workspace, request.test_command)
+    attempts = 0
+    if request.test_command:
+        tree, attempts = run_tests(workspace, request.test_command)
+    else:
+        tree = record_untested(workspace)
     run.set_phase("commit")
     if not workspace.collect_tree(base_commit, tree):
         return ""
@@ -6056,20 +6081,10 @@ def test_and_commit(
 def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
     """Run the test command. If it fails, show the agent its output and try again.
 
-    Returns the tree that passed, and how often the command ran; without a command, the
-    tree as it is, and 0. Raises JobFailed if the tests still fail or cannot be started or,
-    without a command, if git cannot read the files.
+    Returns the tree that passed, and how often the command ran. Raises JobFailed if the
+    tests still fail or cannot be started.
     """
     run = workspace.run
-    if not command:
-        run.log_event("codebot", "No test command")
-        tree, recorded = workspace.record_files()
-        if not tree:
-            raise JobFailed(
-                "agent_failed",
-                f"The agent's changes could not be committed: {recorded.error}",
-            )
-        return tree, 0
     attempts = run.config.test_attempts + 1
     for attempt in range(1, attempts + 1):
         tree, result = run_tests_once(workspace, command, attempt)
@@ -6096,6 +6111,18 @@ def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
         "tests_failed",
         f"The tests still fail (exit code {result.code}). Their output ends with:\n{end}",
     )
+
+
+def record_untested(workspace: Workspace) -> str:
+    """Return the tree of the files. Raises JobFailed if git cannot read them."""
+    workspace.run.log_event("codebot", "No test command")
+    tree, result = workspace.record_files()
+    if not tree:
+        raise JobFailed(
+            "agent_failed",
+            f"The agent's changes could not be committed: {result.error}",
+        )
+    return tree
 
 
 def run_tests_once(
@@ -6261,10 +6288,30 @@ def run_review(run: JobRun) -> None:
                                        answers (for an unclear request, these are
                                        codebot's questions); if the outbox was lost, carry
                                        out the request again
-      error                            post the error, and fail with it
+      error                            see report_failure
 
-    Raises ReviewSkipped if nothing is to be done. If a step before the posting fails,
-    run_job stores the error and runs the steps again, which then only post it.
+    Raises ReviewSkipped if nothing is to be done.
+    """
+    review = open_review(run)
+    prepare_answers(review)
+    answer_threads(review)
+    run.log_event("codebot", f"Review completed ({run.job.request_kind})")
+
+
+def report_failure(run: JobRun) -> None:
+    """Post why a review failed, if its reviewer may still be answered. Fail with that.
+
+    These are the steps of a review that has stored an error: see run_job.
+    """
+    review = open_review(run)
+    answer_threads(review)
+    raise JobFailed(run.job.reason, run.job.error)
+
+
+def open_review(run: JobRun) -> Review:
+    """Return the review with its comments, if codebot may still act on them.
+
+    Raises ReviewSkipped if it may not, or if there are none.
     """
     review = load_review(run)
     require_open_pull_request(review)
@@ -6273,12 +6320,7 @@ def run_review(run: JobRun) -> None:
     if not review.comments:
         raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} anymore")
     react_to_comments(review)
-    if not run.job.error:  # else only the error is posted
-        prepare_answers(review)
-    answer_threads(review)
-    if run.job.error:
-        raise JobFailed(run.job.reason, run.job.error)
-    run.log_event("codebot", f"Review completed ({run.job.request_kind})")
+    return review
 
 
 def load_review(run: JobRun) -> Review:
@@ -6382,17 +6424,19 @@ def apply_daily_limit(run: JobRun) -> None:
 
 
 def may_appear_later(review: Review, comment: StoredComment) -> bool:
-    """Return whether a comment may be too new for GitHub's lists.
+    """Return whether a comment that GitHub's lists lack may be too new for them.
 
     The inline comments of a GitHub review are as old as their drafts, so the age of the
-    job counts as well. A draft may also have joined a job that has waited a long time, so
+    job counts as well. A draft may also have joined a job that has waited a long time. So
     the first attempt never takes a comment for deleted.
     """
-    clock_skew = review.github_repository.github.clock_skew
-    is_new = comment.created_at > utc_time(seconds_ago=VISIBILITY_DELAY - clock_skew)
     job = review.run.job
-    is_new_job = job.submitted_at > utc_time(seconds_ago=VISIBILITY_DELAY)
-    return is_new or is_new_job or not job.transient_since
+    if not job.transient_since:  # this is the first attempt
+        return True
+    if job.submitted_at > utc_time(seconds_ago=VISIBILITY_DELAY):
+        return True
+    clock_skew = review.github_repository.github.clock_skew
+    return comment.created_at > utc_time(seconds_ago=VISIBILITY_DELAY - clock_skew)
 
 
 def react_to_comments(review: Review) -> None:
@@ -6476,13 +6520,9 @@ def classify(review: Review, text: str) -> None:
     """
     run = review.run
     with scratch_workspace(run.config.work_dir) as path:
-        directory = os.path.basename(path)
-        # Nothing is cloned: in place of a mirror's objects, the sandbox shows the scratch
-        # workspace's own empty directory.
-        no_repository = Repository(url="", full_name="", mirror_path=directory)
-        scratch = Workspace(run, no_repository, directory)
+        workspace = Workspace.without_repository(run, os.path.basename(path))
         prompt = f"Comments:\n{text}"
-        answer = ask_agent(scratch, prompt, CLASSIFY_OPTIONS, phase="classify")
+        answer = ask_agent(workspace, prompt, CLASSIFY_OPTIONS, phase="classify")
     kind = answer.get("kind")
     answers: dict[str, str] = {}
     if kind not in ("question", "change", "none"):
@@ -6584,23 +6624,23 @@ def push_review_commit(review: Review) -> None:
     workspace = review.workspace
     for attempt in range(1, MAX_PUSHES + 1):
         require_may_push(review)
-        tip = require_on_branch(workspace, run.job.base_commit)
+        tip = fetch_tip_with(workspace, run.job.base_commit)
         if workspace.mirror.is_ancestor(run.job.commit_id, tip):
             return
         if tip != run.job.base_commit:
             reapply_change(review, tip)
             require_may_push(review)  # its tests may have taken hours
-            require_on_branch(workspace, tip)
+            fetch_tip_with(workspace, tip)  # raises if commits were removed meanwhile
         run.set_phase("push", attempt)
         try:
             workspace.push()
         except JobFailed:
-            tip = require_on_branch(workspace, run.job.base_commit)
+            tip = fetch_tip_with(workspace, run.job.base_commit)
             if tip == run.job.base_commit:
                 raise  # nobody has pushed meanwhile, so the remote refuses the commit
         else:
-            # The answer will name the commit, so it must be there.
-            require_on_branch(workspace, run.job.commit_id)
+            # The answer will name the commit, so it must be there: else this raises.
+            fetch_tip_with(workspace, run.job.commit_id)
             return
     raise JobFailed(
         "push_rejected",
@@ -6618,7 +6658,7 @@ def require_may_push(review: Review) -> None:
     require_reviewer_access(review)
 
 
-def require_on_branch(workspace: Workspace, commit: str) -> str:
+def fetch_tip_with(workspace: Workspace, commit: str) -> str:
     """Fetch the branch and return its tip.
 
     Raises JobFailed if the branch does not have ``commit`` (anymore).
@@ -6660,24 +6700,25 @@ def answer_threads(review: Review) -> None:
     if run.job.request_kind == "limit":
         comments = comments[:1]
     for thread, members in group_by_thread(comments).items():
+        last = members[-1]
         try:
-            if not post_answer(review, thread, members[0]):
-                # Replies go to a thread's first comment, which was deleted. If the reviewer
-                # wrote a later one there, that is answered in the conversation.
-                last = dataclasses.replace(members[-1], place="conversation")
-                if last.id != last.thread:
-                    post_answer(review, thread, last)
+            is_posted = post_answer(review, thread, members[0])
+            if not is_posted and last.id != last.thread:
+                # Replies go to a thread's first comment, which was deleted. The reviewer's
+                # last one in that thread is answered in the conversation.
+                last = dataclasses.replace(last, place="conversation")
+                post_answer(review, thread, last)
         except GitHubError as error:
             message = f"GitHub refused the answer: {error}"
             raise JobFailed("internal", message) from None
 
 
-def post_answer(review: Review, thread: str, first: Comment) -> bool:
+def post_answer(review: Review, thread: str, comment: Comment) -> bool:
     """Post the answer of a thread, once. Returns False if the comment was deleted."""
     run = review.run
-    body = run.redact(answer_body(run.job, thread, first))
+    body = run.redact(answer_body(run.job, thread, comment))
     marker = f"<!-- codebot answer {run.job.id} {thread} -->"
-    inline_thread = first.thread if first.place == "inline" else 0
+    inline_thread = comment.thread if comment.place == "inline" else 0
     try:
         review.github_repository.post_once(review.number, body, marker, inline_thread)
     except NotFound as error:
@@ -6686,15 +6727,15 @@ def post_answer(review: Review, thread: str, first: Comment) -> bool:
     return True
 
 
-def answer_body(job: Job, thread: str, first: Comment) -> str:
+def answer_body(job: Job, thread: str, comment: Comment) -> str:
     """Return codebot's own words, followed by the agent's, quoted as such."""
     answer = job.answers.get(thread, "")
-    comment = ""
-    if first.place != "inline":
+    question = ""
+    if comment.place != "inline":
         # In the conversation, nothing else shows which comment is answered.
-        first_line = first.text.strip().splitlines()[0][:200]
-        comment = quoted(f"@{first.user}", escape_html(first_line))
-    parts = [comment, own_words(job, answer), quoted("The agent", answer)]
+        first_line = comment.text.strip().splitlines()[0][:200]
+        question = quoted(f"@{comment.user}", escape_html(first_line))
+    parts = [question, own_words(job, answer), quoted("The agent", answer)]
     text = "\n\n".join(part.strip() for part in parts if part)
     return truncate(text, MAX_BODY_CHARS)
 
@@ -6823,7 +6864,7 @@ class Sync:
             self.look_at_issue(request)
         elif request.kind == "repository":
             self.look_for_issues(request.repository_id)
-        else:
+        else:  # "everything"
             self.poll()
 
     def poll(self) -> None:
@@ -7055,6 +7096,9 @@ def worker_step(codebot: Codebot, kind: str) -> None:
         run_job(codebot, job)
 
 
+STEPS = {"task": run_task, "review": run_review}
+
+
 class Ending(NamedTuple):
     """What becomes of a job when its steps have ended."""
 
@@ -7069,11 +7113,10 @@ class Ending(NamedTuple):
 def run_job(codebot: Codebot, job: Job) -> None:
     """Run a job to its end, or until it is pending again.
 
-    The steps of a review that fails, and is not cancelled, run twice. After the first time,
-    store_failure stores the error and drops the answers and the commit. The second time,
-    because the job has an error, they only look whether the reviewer may still be
-    answered, post the error, and fail with it. Like any run, this may also be skipped or
-    have to be retried. A review that fails while it posts is not run again.
+    A review that fails, and is not cancelled, goes on: store_failure stores the error and
+    drops the answers and the commit, and then its steps are those of report_failure. Like
+    any steps, these may be skipped or have to be retried. A review that fails while it
+    posts its answers ends at once.
     """
     run = JobRun(codebot, job)
     codebot.running[job.id] = run
@@ -7081,7 +7124,7 @@ def run_job(codebot: Codebot, job: Job) -> None:
         ending = run_steps(run)
         if must_tell_reviewer(run, ending):
             store_failure(run, ending)
-            ending = run_steps(run)  # again: from now on they only post the failure
+            ending = run_steps(run)  # from now on these are report_failure
         store_ending(run, ending)
     finally:
         # Another worker may have started it again, once it was pending.
@@ -7132,10 +7175,10 @@ def run_steps(run: JobRun) -> Ending:
     job = run.job  # as it was before the steps; its id and kind do not change
     try:
         require_may_run(run)
-        if job.kind == "review":
-            run_review(run)
-        else:
-            run_task(run)
+        steps = STEPS[job.kind]
+        if job.error:
+            steps = report_failure
+        steps(run)
         return Ending("completed")
     except ReviewSkipped as error:
         return ending_of_skipped_review(run, error)
