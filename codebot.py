@@ -1237,38 +1237,6 @@ def shown_by_terminal(line: str) -> str:
     return line.rpartition("\r")[2]
 
 
-# Runs a program on a node, between the lines SENTINEL and SENTINEL EXIT_CODE. $0 is the
-# sentinel.
-NODE_SCRIPT = """
-# An empty line comes first, as the launcher's last line may lack a line end.
-printf '\\n%s\\n' "$0"
-# This gives codebot time to read that: the program may empty the output (>/dev/stdout).
-sleep 0.3 2>/dev/null || sleep 1
-"$@"
-code=$?
-# A cluster ends a job by SIGTERM to the program (143) and to this shell. If this shell is
-# ended, too, it prints no exit code, and codebot sees a lost node, not a failed program.
-[ $code = 143 ] && sleep 1
-printf '\\n%s\\n' "$0 $code"
-"""
-
-
-class Launch(NamedTuple):
-    """One run of CODEBOT_LAUNCHER, which runs a program on a node of a cluster.
-
-        wait for a node -> SENTINEL -> the program's output -> SENTINEL EXIT_CODE
-                           the program's limits begin
-
-    Launchers differ in the meaning of their own exit codes. So the program's exit code
-    is printed on the node. If it is missing, the node or the cluster has failed.
-    """
-
-    prefix: Sequence[str]  # CODEBOT_LAUNCHER and NODE_SCRIPT, put before the program
-    sentinel: str
-    timeout: float  # seconds to wait for a node
-    on_start: Callable[[], None]  # called when the program starts on a node
-
-
 class OutputFile:
     """A program's output, in an unlinked file that is read while it grows.
 
@@ -1323,12 +1291,50 @@ class OutputFile:
         return os.fstat(self.file.fileno()).st_size
 
 
+# What follows about launches matters only with CODEBOT_LAUNCHER. Without it, there is no
+# Launch, and `launch` is None.
+
+# Runs a program on a node, between two lines with the sentinel, which is $0: see Launch.
+NODE_SCRIPT = """
+# An empty line comes first, as the launcher's last line may lack a line end.
+printf '\\n%s\\n' "$0"
+# This gives codebot time to read that: the program may empty the output (>/dev/stdout).
+sleep 0.3 2>/dev/null || sleep 1
+"$@"
+code=$?
+# A cluster ends a job by SIGTERM to the program (143) and to this shell. If this shell is
+# ended, too, it prints no exit code, and codebot sees a lost node, not a failed program.
+[ $code = 143 ] && sleep 1
+printf '\\n%s\\n' "$0 $code"
+"""
+
+
+class Launch(NamedTuple):
+    """One run of CODEBOT_LAUNCHER, which runs a program on a node of a cluster.
+
+    What is printed on standard output, and what it means:
+        the launcher's lines    it waits for a node; kept with its standard error
+        SENTINEL                the program starts on a node, and its limits begin
+        the program's lines     passed on
+        SENTINEL EXIT_CODE      the program has ended
+        the launcher's lines    kept with its standard error
+
+    Launchers differ in the meaning of their own exit codes. So the program's exit code
+    is printed on the node. If it is missing, the node or the cluster has failed.
+    """
+
+    prefix: Sequence[str]  # CODEBOT_LAUNCHER and NODE_SCRIPT, put before the program
+    sentinel: str
+    timeout: float  # seconds to wait for a node
+    on_start: Callable[[], None]  # called when the program starts on a node
+
+
 @dataclasses.dataclass
 class RunningProgram:
     """A program that was started, and the limits that apply to it.
 
-    If the program is launched, its limits apply from its start on a node. Without
-    CODEBOT_LAUNCHER, ``launch`` is None, and read_sentinels and node_code are not used.
+    If the program is launched, its limits apply from its start on a node. Otherwise
+    read_sentinels, is_on_node and node_code are not used.
     """
 
     child: subprocess.Popen[bytes]
