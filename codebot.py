@@ -249,7 +249,7 @@ WHERE THE DANGEROUS THINGS ARE
                             objects once they are pushed
   removing directories      remove_tree; scratch_* and the demo's by tempfile; in the
                             sandbox, what Workspace.script runs
-  fork and exec             fork_watchdog; serve, with --debug
+  fork and exec             fork_watchdog; serve_command, with --debug
   calls of the C library    set_up_process
   SQL                       Store, and the steps of its transactions above it
   a change of state         Store._transition
@@ -1625,15 +1625,16 @@ def copy_variables(config: Config, names: Iterable[str]) -> dict[str, str]:
 # directory at the same path.
 
 
-def launcher_argv(command: Sequence[str], workspace: str) -> list[str]:
+def launcher_argv(command: Sequence[str], workspace_path: str) -> list[str]:
     """Fill in {task} and {job} in CODEBOT_LAUNCHER or CODEBOT_LAUNCHER_STOP.
 
-    {task} is the path of the workspace, as is ``workspace`` in this section and the next.
-    {job} is the name of a job of the cluster, the same for every launch in this workspace.
+    {task} is the path of the workspace. {job} is the name of a job of the cluster, the same
+    for every launch in this workspace.
     """
-    job_name = f"codebot-{os.path.basename(workspace)}"
+    job_name = f"codebot-{os.path.basename(workspace_path)}"
     return [
-        word.replace("{task}", workspace).replace("{job}", job_name) for word in command
+        word.replace("{task}", workspace_path).replace("{job}", job_name)
+        for word in command
     ]
 
 
@@ -1647,17 +1648,17 @@ def launcher_argv(command: Sequence[str], workspace: str) -> list[str]:
 STOP_FAILED = "stop failed"
 
 
-def launch_record(config: Config, workspace: str) -> pathlib.Path:
-    return pathlib.Path(config.work_dir, "launched", os.path.basename(workspace))
+def launch_record(config: Config, workspace_path: str) -> pathlib.Path:
+    return pathlib.Path(config.work_dir, "launched", os.path.basename(workspace_path))
 
 
-def stop_launched(config: Config, workspace: str, record_prefix: str = "") -> bool:
+def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") -> bool:
     """End what a launcher left running in a workspace. Returns False if that fails.
 
     Nothing is done if the record does not begin with ``record_prefix``: the tag of a
     codebot process, STOP_FAILED, or "" for any record.
     """
-    record = launch_record(config, workspace)
+    record = launch_record(config, workspace_path)
     # Without a record, nothing runs, or another stop has just ended it, perhaps while this
     # one waited. The record is opened for writing because NFS requires that for an
     # exclusive lock.
@@ -1668,7 +1669,7 @@ def stop_launched(config: Config, workspace: str, record_prefix: str = "") -> bo
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not record.read_text().startswith(record_prefix):
             return True
-        error = run_stop_command(config, workspace)
+        error = run_stop_command(config, workspace_path)
         if error:
             log.warning("CODEBOT_LAUNCHER_STOP failed for %s: %s", record.name, error)
             # If the disk is full, the next launch here or the next start tries again.
@@ -1679,11 +1680,11 @@ def stop_launched(config: Config, workspace: str, record_prefix: str = "") -> bo
     return True
 
 
-def run_stop_command(config: Config, workspace: str) -> str:
+def run_stop_command(config: Config, workspace_path: str) -> str:
     """Run CODEBOT_LAUNCHER_STOP. Returns the error, or "" if there was none."""
     if not config.launcher_stop:  # it was set when the program was launched
         return "the setting is missing"
-    argv = launcher_argv(config.launcher_stop, workspace)
+    argv = launcher_argv(config.launcher_stop, workspace_path)
     try:
         result = run_program(
             argv, base_environment(config), limits=Limits(timeout=60.0)
@@ -1696,7 +1697,7 @@ def run_stop_command(config: Config, workspace: str) -> str:
 @contextlib.contextmanager
 def launching(
     config: Config,
-    workspace: str,
+    workspace_path: str,
     timeout: float,
     on_start: Callable[[], None],
 ) -> Iterator[Launch | None]:
@@ -1708,23 +1709,23 @@ def launching(
         on_start()
         yield None
         return
-    record = launch_record(config, workspace)
+    record = launch_record(config, workspace_path)
     record.parent.mkdir(exist_ok=True)
     record.write_text(config.run_tag)
     sentinel = uuid.uuid4().hex
-    prefix = launcher_argv(config.launcher, workspace)
+    prefix = launcher_argv(config.launcher, workspace_path)
     prefix += ["sh", "-c", NODE_SCRIPT, sentinel]
     try:
         yield Launch(prefix, sentinel, timeout, on_start)
     finally:
-        stop_launched(config, workspace)
+        stop_launched(config, workspace_path)
 
 
 def stop_all_launched(config: Config, record_prefix: str = "") -> None:
     """End what a launcher left running in any workspace; see stop_launched."""
     for path in find_paths(config.work_dir, "launched/*"):
-        workspace = f"{config.work_dir}/{os.path.basename(path)}"
-        stop_launched(config, workspace, record_prefix)
+        workspace_path = f"{config.work_dir}/{os.path.basename(path)}"
+        stop_launched(config, workspace_path, record_prefix)
 
 
 # --- Sandbox -----------------------------------------------------------------
@@ -1891,7 +1892,7 @@ def tops_in_tmp(paths: Iterable[str]) -> set[str]:
     }
 
 
-def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
+def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> list[Mount]:
     """Return bwrap's mounts over the read-only file system and the workspace's /tmp.
 
     They are made in this order, and a later one covers an earlier one. First, an outer
@@ -1922,7 +1923,7 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
     # The host's /tmp is hidden by the workspace's.
     visible += agent_program_files(config, {"/tmp": HIDDEN, **option_by_path})
     # The workspace's third part, tmp, is already mounted at /tmp.
-    writable = [f"{workspace}/{part}" for part in ("repo", "home")]
+    writable = [f"{workspace_path}/{part}" for part in ("repo", "home")]
     # In the sandbox, /tmp is a directory of the workspace, in which the agent can write. If
     # bwrap makes the mount point /tmp/A/B there, the agent can replace /tmp/A with a
     # symlink. At the next command, bwrap before 0.12 would follow it, and make B on the
@@ -1939,15 +1940,15 @@ def sandbox_mounts(config: Config, workspace: str, objects: str) -> list[Mount]:
 
 
 def bwrap_command(
-    config: Config, workspace: str, objects: str, disable_userns: bool
+    config: Config, workspace_path: str, objects: str, disable_userns: bool
 ) -> list[str]:
     """Return a bwrap command line, to which the command to run is appended."""
     argv = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
     # Otherwise root could write /proc/sys/kernel/core_pattern, which names a program
     # that runs outside the sandbox.
     argv += ["--remount-ro", "/proc"]
-    argv += [WRITABLE, f"{workspace}/tmp", "/tmp"]
-    for option, path in sandbox_mounts(config, workspace, objects):
+    argv += [WRITABLE, f"{workspace_path}/tmp", "/tmp"]
+    for option, path in sandbox_mounts(config, workspace_path, objects):
         argv += [option, path]
         if option != HIDDEN:
             argv.append(path)
@@ -1958,7 +1959,7 @@ def bwrap_command(
         # Otherwise, if codebot is root, the agent could mount and write control groups
         # in a user namespace of its own.
         argv += ["--unshare-user", "--disable-userns"]
-    return [*argv, "--die-with-parent", "--chdir", f"{workspace}/repo", "--"]
+    return [*argv, "--die-with-parent", "--chdir", f"{workspace_path}/repo", "--"]
 
 
 @contextlib.contextmanager
@@ -1984,7 +1985,7 @@ class Sandbox:
         self.is_none = config.sandbox == ("none",)
         self.disable_userns = True
 
-    def wrap(self, argv: Sequence[str], workspace: str, objects: str) -> list[str]:
+    def wrap(self, argv: Sequence[str], workspace_path: str, objects: str) -> list[str]:
         """Return the command line that runs ``argv`` in the sandbox of a workspace.
 
         ``objects`` is the mirror's object directory, which is shown read-only.
@@ -1993,11 +1994,11 @@ class Sandbox:
             return list(argv)
         if self.is_bwrap:
             wrapper = bwrap_command(
-                self.config, workspace, objects, self.disable_userns
+                self.config, workspace_path, objects, self.disable_userns
             )
         else:
             wrapper = [
-                word.replace("{task}", workspace).replace("{objects}", objects)
+                word.replace("{task}", workspace_path).replace("{objects}", objects)
                 for word in self.config.sandbox
             ]
         return [*wrapper, *argv]
@@ -2020,13 +2021,15 @@ class Sandbox:
         try:
             if self.is_bwrap:
                 self.inspect_bwrap()
-            with scratch_workspace(config.work_dir) as workspace:
-                result = self.run_probe(workspace, command or ("true",))
-                if os.path.exists(f"{workspace}/repo/probe"):
+            with scratch_workspace(config.work_dir) as workspace_path:
+                result = self.run_probe(workspace_path, command or ("true",))
+                if os.path.exists(f"{workspace_path}/repo/probe"):
                     return result
             problem = result.error
             if result.code == 0:
-                problem = f"what it writes to {workspace} is not there on this host"
+                problem = (
+                    f"what it writes to {workspace_path} is not there on this host"
+                )
         except TransientError as error:  # the launcher failed, or the disk is full
             raise ConfigError(f"{error}.") from None
         except (TimedOut, TooMuchOutput) as error:
@@ -2064,16 +2067,16 @@ class Sandbox:
                 "host. Install a newer bwrap or run codebot as another user."
             )
 
-    def run_probe(self, workspace: str, command: Sequence[str]) -> ProgramResult:
+    def run_probe(self, workspace_path: str, command: Sequence[str]) -> ProgramResult:
         """Write the file "probe" through launcher and sandbox, then run a command."""
         config = self.config
         script = 'echo works >probe && "$@"'
-        objects = f"{workspace}/objects"
-        argv = self.wrap(["sh", "-c", script, "sh", *command], workspace, objects)
-        repo = f"{workspace}/repo"
-        env = {**base_environment(config), "HOME": f"{workspace}/home"}
+        objects = f"{workspace_path}/objects"
+        argv = self.wrap(["sh", "-c", script, "sh", *command], workspace_path, objects)
+        repo = f"{workspace_path}/repo"
+        env = {**base_environment(config), "HOME": f"{workspace_path}/home"}
         limits = Limits(timeout=PROBE_TIMEOUT)
-        with launching(config, workspace, PROBE_TIMEOUT, do_nothing) as launch:
+        with launching(config, workspace_path, PROBE_TIMEOUT, do_nothing) as launch:
             return run_program(argv, env, cwd=repo, limits=limits, launch=launch)
 
 
@@ -4677,7 +4680,7 @@ def remove_easily(name: str, parent: int | None = None, level: int = 0) -> None:
         os.rmdir(name, dir_fd=parent)
 
 
-class SyncRequest(NamedTuple):
+class Look(NamedTuple):
     """Asks the sync thread to look at one thing.
 
     Its kind says what to look at. The fields named after it say which one:
@@ -4707,7 +4710,7 @@ class SyncRequest(NamedTuple):
         return subjects[self.kind]
 
 
-EVERYTHING = SyncRequest("everything")
+EVERYTHING = Look("everything")
 
 
 class Codebot:
@@ -4728,7 +4731,7 @@ class Codebot:
             "task": queue.Queue(),
             "review": queue.Queue(),
         }
-        self.sync_queue: queue.Queue[SyncRequest] = queue.Queue()
+        self.sync_queue: queue.Queue[Look] = queue.Queue()
         self.jobs_due = threading.Event()  # wakes the timer: a job may start
         self.cleanup_wanted = threading.Event()  # wakes the cleanup
         # By job id. Threads share it without a lock: each use is one atomic step.
@@ -6221,7 +6224,7 @@ def create_pull_request(workspace: Workspace) -> None:
     run.log_event("codebot", f"Pull request {new.number}: {new.url}")
     log.info("Task %s: opened %s", run.job.id, new.url)
     # Somebody may have commented on it before it was stored.
-    look = SyncRequest("pull_request", task_id=run.job.id, look_twice=True)
+    look = Look("pull_request", task_id=run.job.id, look_twice=True)
     run.codebot.sync_queue.put(look)
 
 
@@ -6375,7 +6378,7 @@ def require_open_pull_request(review: Review) -> None:
     except GitHubError as error:
         raise refusal_error(review.run, error) from None
     if current.state != "open":
-        look = SyncRequest("pull_request", task_id=review.task.id)
+        look = Look("pull_request", task_id=review.task.id)
         review.run.codebot.sync_queue.put(look)
         raise ReviewSkipped(f"the pull request is {current.state}")
     if current.is_locked:
@@ -6602,13 +6605,15 @@ def parse_answers(review: Review, answer: JsonObject) -> dict[str, str]:
     # The CLI has checked them. If an agent forges others, its review fails.
     entries = answer.get("answers") or []
     answers = {}
-    for thread, members in group_by_thread(review.comments).items():
+    for thread_key, members in group_by_thread(review.comments).items():
         ids = {comment.id for comment in members}
         # The agent may answer the thread's first comment, whose id is the thread's.
         ids.add(members[0].thread)
         texts = [entry["body"] for entry in entries if entry["comment_id"] in ids]
         text = "\n\n".join(filter(None, texts)) or review.run.job.summary
-        answers[thread] = truncate(review.run.redact.beginning(text, 100_000), 50_000)
+        answers[thread_key] = truncate(
+            review.run.redact.beginning(text, 100_000), 50_000
+        )
     return answers
 
 
@@ -6705,37 +6710,37 @@ def answer_threads(review: Review) -> None:
     run.set_phase("answer")
     if run.job.request_kind == "limit":
         comments = comments[:1]
-    for thread, members in group_by_thread(comments).items():
+    for thread_key, members in group_by_thread(comments).items():
         last = members[-1]
         try:
-            is_posted = post_answer(review, thread, members[0])
+            is_posted = post_answer(review, thread_key, members[0])
             if not is_posted and last.id != last.thread:
                 # Replies go to a thread's first comment, which was deleted. The reviewer's
                 # last one in that thread is answered in the conversation.
                 last = dataclasses.replace(last, place="conversation")
-                post_answer(review, thread, last)
+                post_answer(review, thread_key, last)
         except GitHubError as error:
             message = f"GitHub refused the answer: {error}"
             raise JobFailed("internal", message) from None
 
 
-def post_answer(review: Review, thread: str, comment: Comment) -> bool:
+def post_answer(review: Review, thread_key: str, comment: Comment) -> bool:
     """Post the answer of a thread, once. Returns False if the comment was deleted."""
     run = review.run
-    body = run.redact(answer_body(run.job, thread, comment))
-    marker = f"<!-- codebot answer {run.job.id} {thread} -->"
+    body = run.redact(answer_body(run.job, thread_key, comment))
+    marker = f"<!-- codebot answer {run.job.id} {thread_key} -->"
     inline_thread = comment.thread if comment.place == "inline" else 0
     try:
         review.github_repository.post_once(review.number, body, marker, inline_thread)
     except NotFound as error:
-        log.info("No answer to %s, which was deleted: %s", thread, error)
+        log.info("No answer to %s, which was deleted: %s", thread_key, error)
         return False
     return True
 
 
-def answer_body(job: Job, thread: str, comment: Comment) -> str:
+def answer_body(job: Job, thread_key: str, comment: Comment) -> str:
     """Return codebot's own words, followed by the agent's, quoted as such."""
-    answer = job.answers.get(thread, "")
+    answer = job.answers.get(thread_key, "")
     question = ""
     if comment.place != "inline":
         # In the conversation, nothing else shows which comment is answered.
@@ -6766,10 +6771,13 @@ def own_words(job: Job, answer: str) -> str:
 # --- Looking at GitHub -------------------------------------------------------
 #
 # One thread asks GitHub what has changed: at the start, when a webhook says so, and at a
-# fixed interval with --enable-polling. If GitHub cannot answer, it looks again after a
-# minute, when the rate limit ends, or 15 minutes after GitHub has refused the App. If
-# GitHub refuses a look, it is dropped until the next poll, delivery or start; only the look
-# at everything is repeated. Webhooks and polling share the store.
+# fixed interval with --enable-polling. Webhooks and polling share the store. What it does
+# when GitHub does not answer as expected:
+#   GitHub cannot answer now       it looks again after a minute
+#   the rate limit is exhausted    it looks again when that ends
+#   GitHub refuses the App         it looks again after APP_REFUSED_DELAY
+#   GitHub refuses the look        it drops the look until the next poll, delivery or start;
+#                                  only the look at everything is repeated
 #
 # Known limitations:
 # - Without --enable-polling, a lost delivery goes unnoticed until the next start, or until
@@ -6781,8 +6789,8 @@ def own_words(job: Job, answer: str) -> str:
 # - Closing an issue stops no task. A review that runs or starts while its pull request is
 #   closed or locked ends for good, even if that is undone.
 
-SYNC_INTERVAL = 1.0  # seconds between checks for due requests and for ended tasks
-# Seconds until a request is repeated after GitHub has refused the App: see AppRefused.
+SYNC_INTERVAL = 1.0  # seconds between checks for looks that are due and for ended tasks
+# Seconds until a look is repeated after GitHub has refused the App: see AppRefused.
 APP_REFUSED_DELAY = 900.0
 
 
@@ -6794,82 +6802,82 @@ class Sync:
         self.config = codebot.config
         self.store = codebot.store
         self.github = github
-        # When each request is due. The first one looks at everything.
-        self.waiting: dict[SyncRequest, float] = {EVERYTHING: 0.0}
+        # When each look is due. The first one is at everything.
+        self.waiting: dict[Look, float] = {EVERYTHING: 0.0}
 
     def step(self) -> None:
-        """Wait a moment for requests, and handle those that are due."""
-        requests = self.codebot.sync_queue
+        """Wait a moment for new looks, and take those that are due."""
+        new_looks = self.codebot.sync_queue
         with contextlib.suppress(queue.Empty):
-            request = requests.get(timeout=SYNC_INTERVAL)
-            self.waiting[request] = 0.0
-        while not requests.empty():
-            self.waiting[requests.get()] = 0.0
+            look = new_looks.get(timeout=SYNC_INTERVAL)
+            self.waiting[look] = 0.0
+        while not new_looks.empty():
+            self.waiting[new_looks.get()] = 0.0
         for task_id in self.store.unreported_tasks():
-            self.look_later(SyncRequest("ended_task", task_id=task_id))
+            self.look_later(Look("ended_task", task_id=task_id))
         # Looks that a delivery asked for are due at 0.0, so they come before those of a
         # poll. If a delivery arrives meanwhile, the rest waits for the next step.
-        for request in sorted(self.waiting, key=lambda request: self.waiting[request]):
-            if self.waiting[request] <= time.time() and requests.empty():
-                self.handle(request)
+        for look in sorted(self.waiting, key=lambda look: self.waiting[look]):
+            if self.waiting[look] <= time.time() and new_looks.empty():
+                self.take(look)
 
-    def look_later(self, request: SyncRequest) -> None:
-        """Note a request, unless it is waiting already."""
-        self.waiting.setdefault(request, time.time())
+    def look_later(self, look: Look) -> None:
+        """Note a look, unless it is waiting already."""
+        self.waiting.setdefault(look, time.time())
 
-    def handle(self, request: SyncRequest) -> None:
-        """Process a request, and note when to repeat it, if at all."""
-        # This stays if attempt() raises an unexpected error.
-        self.waiting[request] = time.time() + RETRY_DELAY
-        repeat_at = self.attempt(request)
-        del self.waiting[request]
+    def take(self, look: Look) -> None:
+        """Take a look, and note when to repeat it, if at all."""
+        # This stays if try_look() raises an unexpected error.
+        self.waiting[look] = time.time() + RETRY_DELAY
+        repeat_at = self.try_look(look)
+        del self.waiting[look]
         if repeat_at:
-            self.waiting[request] = repeat_at
-        elif request.look_twice:
-            again = request._replace(look_twice=False)
+            self.waiting[look] = repeat_at
+        elif look.look_twice:
+            again = look._replace(look_twice=False)
             self.waiting[again] = time.time() + VISIBILITY_DELAY
 
-    def attempt(self, request: SyncRequest) -> float:
-        """Process a request. Returns when to repeat it, in seconds since 1970; 0: never.
+    def try_look(self, look: Look) -> float:
+        """Take a look. Returns when to repeat it, in seconds since 1970; 0: never.
 
         It is repeated if GitHub cannot answer now, or in an unknown shape. If GitHub
         refuses it, it is dropped, unless it is the look at everything: nothing else might
         repeat that. With polling, that look is repeated in any case.
         """
         try:
-            self.process(request)
+            self.look_at(look)
         except GitHubError as error:
-            log.warning("The look at %s was refused by GitHub: %s", request, error)
-            if request == EVERYTHING:
+            log.warning("The look at %s was refused by GitHub: %s", look, error)
+            if look == EVERYTHING:
                 return time.time() + APP_REFUSED_DELAY
             return 0.0
         except AppRefused as error:
-            log.warning("The look at %s will be repeated: %s", request, error)
+            log.warning("The look at %s will be repeated: %s", look, error)
             return time.time() + APP_REFUSED_DELAY
         except (TransientError, sqlite3.Error, OSError) as error:
-            log.warning("The look at %s will be repeated: %s", request, error)
+            log.warning("The look at %s will be repeated: %s", look, error)
             retry_at = error.retry_at if isinstance(error, TransientError) else 0.0
             return max(time.time() + RETRY_DELAY, retry_at)
         except UNKNOWN_SHAPE_ERRORS:
             log.exception(
                 "The look at %s will be repeated: the response has an unknown shape",
-                request,
+                look,
             )
             return time.time() + RETRY_DELAY
-        if request == EVERYTHING and self.config.enable_polling:
+        if look == EVERYTHING and self.config.enable_polling:
             return time.time() + self.config.poll_interval
         return 0.0
 
-    def process(self, request: SyncRequest) -> None:
-        """Look at what the request names."""
-        if request.kind == "pull_request":
-            self.look_at_pull_request(request)
-        elif request.kind == "ended_task":
-            self.report_task(request.task_id)
-        elif request.kind == "issue":
-            self.look_at_issue(request)
-        elif request.kind == "repository":
-            self.look_for_issues(request.repository_id)
+    def look_at(self, look: Look) -> None:
+        """Do what this kind of look is for."""
+        if look.kind == "pull_request":
+            self.look_at_pull_request(look)
+        elif look.kind == "ended_task":
+            self.report_task(look.task_id)
+        elif look.kind == "issue":
+            self.look_at_issue(look)
+        elif look.kind == "repository":
+            self.look_for_issues(look.repository_id)
         else:  # "everything"
             self.poll()
 
@@ -6877,28 +6885,28 @@ class Sync:
         """Ask for a look at everything that may have changed."""
         for pull_request in self.store.unmerged_pull_requests():
             task_id = pull_request.task_id
-            self.look_later(SyncRequest("pull_request", task_id=task_id))
+            self.look_later(Look("pull_request", task_id=task_id))
         if not self.config.issue_label:
             return
         for repository_id, number in self.store.unfinished_issues():
-            self.look_later(SyncRequest("issue", repository_id, number))
+            self.look_later(Look("issue", repository_id, number))
         for github_repository in self.github.repositories():
-            # A compatible server may send no id; then no request could name an issue.
+            # A compatible server may send no id; then no look could name an issue.
             has_id = github_repository.id != LOOKUP
             if has_id and is_allowed(self.config, github_repository.full_name):
-                self.look_later(SyncRequest("repository", github_repository.id))
+                self.look_later(Look("repository", github_repository.id))
 
     def look_for_issues(self, repository_id: int) -> None:
         """Ask for a look at each issue of a repository that has the label."""
         github_repository = self.github.repository_by_id(repository_id)
         for number in github_repository.issues_with_label(self.config.issue_label):
-            self.look_later(SyncRequest("issue", repository_id, number))
+            self.look_later(Look("issue", repository_id, number))
 
     # Pull requests
 
-    def look_at_pull_request(self, request: SyncRequest) -> None:
+    def look_at_pull_request(self, look: Look) -> None:
         """Store a pull request's state, and queue the new comments on it."""
-        task_id = request.task_id
+        task_id = look.task_id
         pull_request = self.store.pull_request(task_id)
         if pull_request is None:
             return
@@ -6920,18 +6928,18 @@ class Sync:
 
     # Issues
 
-    def look_at_issue(self, request: SyncRequest) -> None:
+    def look_at_issue(self, look: Look) -> None:
         """Submit an issue with the label; cancel its task if the label was removed."""
-        github_repository = self.github.repository_by_id(request.repository_id)
-        event = github_repository.label_event(request.number, self.config.issue_label)
+        github_repository = self.github.repository_by_id(look.repository_id)
+        event = github_repository.label_event(look.number, self.config.issue_label)
         # It never had this label. If it has tasks, they come from a label that an earlier
         # setting named.
         if event is None:
             return
-        self.cancel_superseded(request, event.id)
+        self.cancel_superseded(look, event.id)
         if event.is_removal or self.store.is_label_event_known(event.id):
             return
-        issue = github_repository.issue(request.number)
+        issue = github_repository.issue(look.number)
         obstacle = self.obstacle(github_repository, issue, event)
         if obstacle:
             log.info("Issue %s is ignored: %s", issue.url, obstacle)
@@ -6947,10 +6955,10 @@ class Sync:
         # This event has been handled. Adding the label again makes another event.
         self.store.add_label_event(event.id)
 
-    def cancel_superseded(self, request: SyncRequest, event_id: int) -> None:
+    def cancel_superseded(self, look: Look, event_id: int) -> None:
         """Cancel the tasks of earlier label events: their label was removed since."""
         for task_id in self.store.superseded_tasks(
-            request.repository_id, request.number, event_id
+            look.repository_id, look.number, event_id
         ):
             with contextlib.suppress(WrongState):
                 self.codebot.cancel(task_id)
@@ -7108,7 +7116,7 @@ STEPS = {"task": run_task, "review": run_review}
 class Ending(NamedTuple):
     """What becomes of a job when its steps have ended."""
 
-    status: str  # "completed", "failed", "pending", or "deleted"
+    outcome: str  # "completed", "failed", "pending", or "deleted"
     reason: str = ""
     error: str = ""
     # Only for a job that is retried after a transient error:
@@ -7266,7 +7274,7 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
     more is posted.
     """
     job = run.job
-    if job.kind == "task" or ending.status != "failed":
+    if job.kind == "task" or ending.outcome != "failed":
         return False
     if run.is_cancelled or ending.reason == "cancelled":
         return False
@@ -7299,12 +7307,12 @@ def store_failure(run: JobRun, ending: Ending) -> None:
 def store_ending(run: JobRun, ending: Ending) -> None:
     """Complete, fail, requeue or delete the job."""
     job = run.job
-    if run.is_cancelled and ending.status in ("failed", "pending"):
+    if run.is_cancelled and ending.outcome in ("failed", "pending"):
         # It was cancelled, whatever else went wrong meanwhile.
         ending = Ending("failed", "cancelled", CANCELLED_TEXT[job.kind])
-    if ending.status == "deleted":
+    if ending.outcome == "deleted":
         run.codebot.until_database_works(run.store.drop_review, job.id)
-    elif ending.status == "pending":
+    elif ending.outcome == "pending":
         if ending.error:
             pause = max(0.0, ending.not_before - time.time())
             limit = f"after {RETRY_LIMIT[job.kind] / 3600:.0f} h of such errors"
@@ -7330,7 +7338,7 @@ def finish_job(run: JobRun, ending: Ending) -> None:
     """
     job = run.job
     error = ending.error
-    if ending.status == "failed":
+    if ending.outcome == "failed":
         if ending.reason == "pull_request_failed":
             error = f"{error.rstrip('.')}. Its branch {job.branch} was pushed"
         elif job.push_started and ending.reason != "push_rejected":
@@ -7341,7 +7349,7 @@ def finish_job(run: JobRun, ending: Ending) -> None:
         log.info("Job %s: %s", job.id, error.partition("\n")[0])
     seconds = job.seconds or time.monotonic() - run.started  # for the totals
     run.codebot.until_database_works(
-        run.store.finish, job, seconds, ending.status, ending.reason, error
+        run.store.finish, job, seconds, ending.outcome, ending.reason, error
     )
 
 
@@ -8087,7 +8095,7 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
         pull_request = pull_request_of(codebot, payload)
         remember_delivery(codebot, guid)
         task_id = pull_request.task_id
-        look = SyncRequest("pull_request", task_id=task_id, look_twice=True)
+        look = Look("pull_request", task_id=task_id, look_twice=True)
         codebot.sync_queue.put(look)
     elif event == "issues" and action in ("labeled", "unlabeled"):
         receive_label(codebot, guid, payload)
@@ -8139,7 +8147,7 @@ def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
     repository_id = int(payload["repository"]["id"])
     number = int(payload["issue"]["number"])
     remember_delivery(codebot, guid)
-    look = SyncRequest("issue", repository_id, number, look_twice=True)
+    look = Look("issue", repository_id, number, look_twice=True)
     codebot.sync_queue.put(look)
 
 
@@ -9778,7 +9786,7 @@ def file_times(config: Config) -> list[float]:
     return times
 
 
-def serve(flags: Flags) -> int:
+def serve_command(flags: Flags) -> int:
     """Run the server until SIGTERM, SIGINT or SIGHUP."""
     environment = dict(os.environ)  # before .env adds to it
     config = load_config(flags, is_server=True)
@@ -9830,7 +9838,7 @@ def print_log(codebot: Codebot, task_id: str) -> None:
             codebot.stop.wait(MAIN_INTERVAL)
 
 
-def run(flags: Flags) -> int:
+def run_command(flags: Flags) -> int:
     """Run one task in the foreground. The result is printed as JSON."""
     config = load_config(flags)
     request = read_task_request(config, read_task_flags(flags))
@@ -9998,7 +10006,7 @@ def all_findings(codebot: Codebot, problems: Sequence[str]) -> Iterator[Finding]
     yield from run_checks(codebot, checks)
 
 
-def check(flags: Flags) -> int:
+def check_command(flags: Flags) -> int:
     """Check everything that the server needs. Takes the flags of serve."""
     config, problems = read_config(flags, is_server=True)
     set_network_environment(config.variables)
@@ -10080,7 +10088,7 @@ def show_task(codebot: Codebot, port: int, fields: Mapping[str, str]) -> Json:
     return task
 
 
-def demo(flags: Flags) -> int:
+def demo_command(flags: Flags) -> int:
     """Show one task, with a stand-in for Claude, and leave nothing behind."""
     if shutil.which("git") is None:
         raise ConfigError("The demo needs git on PATH. Install git.")
@@ -10148,8 +10156,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"codebot {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     parsers = {}
-    for function in (serve, run, check, demo):
-        name = function.__name__
+    for function in (serve_command, run_command, check_command, demo_command):
+        name = function.__name__.removesuffix("_command")
         about = function.__doc__
         parsers[name] = commands.add_parser(name, help=about, description=about)
         parsers[name].set_defaults(function=function)

@@ -2208,7 +2208,7 @@ def test_no_section_uses_a_name_of_a_later_section() -> None:
         (r"\burlopen\((?! in)", "send"),
         (r"HTTPS?Connection\(", "show_task"),
         (r"os\.fork\(", "fork_watchdog"),
-        (r"os\.exec", "serve"),
+        (r"os\.exec", "serve_command"),
         (r"CDLL\(", "set_up_process"),
         (r"_thread\.", "stop_on_signals"),
     ],
@@ -9360,12 +9360,12 @@ def test_look_that_fails_slowly_is_repeated_some_time_after_it_failed(
 ) -> None:
     failed_at = time.time() + 120
 
-    def fail(request: codebot.SyncRequest) -> None:
+    def fail(look: codebot.Look) -> None:
         monkeypatch.setattr(time, "time", lambda: failed_at)
         raise error
 
-    monkeypatch.setattr(sync, "process", fail)
-    sync.handle(codebot.EVERYTHING)
+    monkeypatch.setattr(sync, "look_at", fail)
+    sync.take(codebot.EVERYTHING)
     assert sync.waiting[codebot.EVERYTHING] == failed_at + delay
 
 
@@ -9375,15 +9375,15 @@ def test_response_of_unknown_shape_holds_up_no_other_look(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(codebot, "SYNC_INTERVAL", 0.01)
-    first = codebot.SyncRequest("issue", 1, 1)
-    second = codebot.SyncRequest("issue", 1, 2)
+    first = codebot.Look("issue", 1, 1)
+    second = codebot.Look("issue", 1, 2)
     sync.waiting = {first: 0.0, second: 0.0}
 
-    def process(request: codebot.SyncRequest) -> None:
-        if request == first:
+    def look_at(look: codebot.Look) -> None:
+        if look == first:
             raise KeyError("state")
 
-    monkeypatch.setattr(sync, "process", process)
+    monkeypatch.setattr(sync, "look_at", look_at)
     sync.step()
     assert list(sync.waiting) == [first]
     assert sync.waiting[first] > time.time() + 50
@@ -9391,51 +9391,51 @@ def test_response_of_unknown_shape_holds_up_no_other_look(
 
 
 @pytest.mark.parametrize(
-    ("request_", "text"),
+    ("look", "text"),
     [
         (codebot.EVERYTHING, "everything"),
-        (codebot.SyncRequest("repository", 7), "repository 7"),
-        (codebot.SyncRequest("issue", 7, 5), "issue 5 of repository 7"),
+        (codebot.Look("repository", 7), "repository 7"),
+        (codebot.Look("issue", 7, 5), "issue 5 of repository 7"),
         (
-            codebot.SyncRequest("pull_request", task_id="1a2b"),
+            codebot.Look("pull_request", task_id="1a2b"),
             "the pull request of task 1a2b",
         ),
-        (codebot.SyncRequest("ended_task", task_id="1a2b"), "ended task 1a2b"),
+        (codebot.Look("ended_task", task_id="1a2b"), "ended task 1a2b"),
     ],
 )
-def test_log_names_what_is_looked_at(request_: codebot.SyncRequest, text: str) -> None:
-    assert str(request_) == text
+def test_log_names_what_is_looked_at(look: codebot.Look, text: str) -> None:
+    assert str(look) == text
 
 
 def test_delivery_is_looked_at_before_the_rest_of_a_poll(
     sync: codebot.Sync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = []
-    delivered = codebot.SyncRequest("issue", 7, 5)
+    delivered = codebot.Look("issue", 7, 5)
 
-    def process(request: codebot.SyncRequest) -> None:
-        looks.append(request)
-        if request == codebot.SyncRequest("repository", 1):
+    def look_at(look: codebot.Look) -> None:
+        looks.append(look)
+        if look == codebot.Look("repository", 1):
             sync.codebot.sync_queue.put(delivered)
 
     monkeypatch.setattr(codebot, "SYNC_INTERVAL", 0.01)
-    monkeypatch.setattr(sync, "process", process)
-    sync.waiting = {codebot.SyncRequest("repository", n): float(n) for n in (1, 2, 3)}
+    monkeypatch.setattr(sync, "look_at", look_at)
+    sync.waiting = {codebot.Look("repository", n): float(n) for n in (1, 2, 3)}
     for _ in range(3):
         sync.step()
-    assert looks[:2] == [codebot.SyncRequest("repository", 1), delivered]
+    assert looks[:2] == [codebot.Look("repository", 1), delivered]
     assert len(looks) == 4
 
 
 def test_second_look_is_not_lost_to_one_that_waits(
     sync: codebot.Sync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sync, "process", codebot.do_nothing)
-    request = codebot.SyncRequest("issue", 7, 5)
-    delivered = request._replace(look_twice=True)
-    sync.look_later(request)
-    sync.handle(delivered)
-    assert sync.waiting[request] > time.time() + 10
+    monkeypatch.setattr(sync, "look_at", codebot.do_nothing)
+    look = codebot.Look("issue", 7, 5)
+    delivered = look._replace(look_twice=True)
+    sync.look_later(look)
+    sync.take(delivered)
+    assert sync.waiting[look] > time.time() + 10
     assert delivered not in sync.waiting
 
 
