@@ -72,12 +72,6 @@ GLOSSARY
   launcher       a command line that starts the agent and the tests on a node, which is
                  another computer of a cluster
   redact         replace secrets in text with ***
-  One repository appears as
-    Repository         its URL and name
-    GitHubRepository   the same repository at GitHub, where its id identifies it
-    Mirror             the local copy, written from the remote only
-    Workspace.repo     the agent's clone, which borrows the mirror's objects
-    Workspace.outbox   codebot's own repository, into which the agent's commit is fetched
 
 WHO IS TRUSTED WITH WHAT
   The operator   is trusted with everything: the settings, the App's key, the work
@@ -410,7 +404,7 @@ class WrongState(Exception):
     """The job is not in the state that the transition requires."""
 
 
-def utc_time(seconds_ago: float = 0.0) -> str:
+def utc_time(*, seconds_ago: float = 0.0) -> str:
     """Return the time ``seconds_ago``, in UTC, in the API's and GitHub's format."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - seconds_ago))
 
@@ -2182,14 +2176,14 @@ class Comment:
 OWN_NAME = "codebot (you)"  # nobody's login, because it has a space
 
 
-class RemotePullRequest(NamedTuple):
+class CurrentPullRequest(NamedTuple):
     """A pull request as GitHub reports it now."""
 
     state: str  # "open", "closed" or "merged"
     is_locked: bool
 
 
-class NewPullRequest(NamedTuple):
+class OpenedPullRequest(NamedTuple):
     number: int
     url: str
 
@@ -2752,16 +2746,16 @@ class GitHubRepository:
 
     def open_pull_request(
         self, branch: str, base: str, title: str, body: str
-    ) -> NewPullRequest:
+    ) -> OpenedPullRequest:
         """Open the branch's pull request, or return the one that it already has."""
         fields = {"title": title, "body": body, "head": branch, "base": base}
         find_existing = functools.partial(self.find_pull_request, branch)
         payload = self.post("/pulls", fields, find_existing)
-        return NewPullRequest(int(payload["number"]), str(payload["html_url"]))
+        return OpenedPullRequest(int(payload["number"]), str(payload["html_url"]))
 
-    def pull_request(self, number: int) -> RemotePullRequest:
+    def pull_request(self, number: int) -> CurrentPullRequest:
         payload = self.get(f"/pulls/{number}")
-        return RemotePullRequest(
+        return CurrentPullRequest(
             state="merged" if payload.get("merged") else str(payload["state"]),
             is_locked=bool(payload.get("locked")),
         )
@@ -3443,8 +3437,8 @@ CREATE TABLE jobs (
     --   ''                    not classified yet. While the job is also pending, the
     --                         reviewer's next comments join it.
     --   'question', 'change'
-    --   'unclear'             codebot asks back; also if the review failed before it was
-    --                         classified
+    --   'unclear'             codebot asks back; or the review failed before it was
+    --                         classified: see store_failure
     --   'none'                nothing, for example thanks
     --   'limit'               not classified: the pull request has had its reviews today
     request_kind TEXT NOT NULL DEFAULT '',
@@ -4281,7 +4275,7 @@ class Store:
 
     # Pull requests and comments
 
-    def add_pull_request(self, job: Job, new: NewPullRequest) -> None:
+    def add_pull_request(self, job: Job, new: OpenedPullRequest) -> None:
         """Store a task's pull request, unless it is stored already."""
         self._write(
             """
@@ -4588,17 +4582,24 @@ def take_work_dir(config: Config) -> None:
     tempfile.tempdir = work_dir
 
 
-def hold_lock(path: str, option: str, make_directory: bool) -> None:
-    """Lock a file until this process ends. Make it, if it is missing.
+def require_plain_path(path: str, option: str) -> None:
+    """Raise ConfigError, which names ``option``, if programs could misread a path.
 
-    Raises ConfigError, which names ``option``, if that is impossible.
+    PATH and the like are split at colons, git's list of alternates at line breaks.
     """
-    # PATH and the like are split at colons, git's list of alternates at line breaks.
     if ":" in path or not path.isprintable():
         raise ConfigError(
             f"Cannot use {path!r}: it contains a colon or an unprintable character. Use "
             f"another {option}."
         )
+
+
+def hold_lock(path: str, option: str, make_directory: bool) -> None:
+    """Lock a file until this process ends. Make it, if it is missing.
+
+    Raises ConfigError, which names ``option``, if that is impossible.
+    """
+    require_plain_path(path, option)
     try:
         if make_directory:
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -4902,6 +4903,13 @@ class JobRun:
 # The agent can write anything into its workspace, so codebot runs git there only inside
 # the sandbox. codebot takes one thing from the workspace: the tree that the agent left. It
 # makes the commit itself, in the outbox, a bare repository that bwrap does not show.
+#
+# One repository appears as
+#   Repository         its URL and name
+#   GitHubRepository   the same repository at GitHub, where its id identifies it
+#   Mirror             the local copy, written from the remote only
+#   Workspace.repo     the agent's clone, which borrows the mirror's objects
+#   Workspace.outbox   codebot's own repository, into which the agent's commit is fetched
 #
 # Known limitations:
 # - git unpacks, checks and compares the agent's objects outside the sandbox. A bug in git
@@ -7397,8 +7405,9 @@ class Cleanup:
         self.codebot.wait()
         # Disk space is freed first: a full disk may be why the database fails.
         self.do_part(self.remove_workspaces)
-        cutoffs = (utc_time(self.config.retention), utc_time(DELIVERY_RETENTION))
-        self.do_part(self.codebot.store.delete_expired, *cutoffs)
+        cutoff = utc_time(seconds_ago=self.config.retention)
+        delivery_cutoff = utc_time(seconds_ago=DELIVERY_RETENTION)
+        self.do_part(self.codebot.store.delete_expired, cutoff, delivery_cutoff)
         self.do_part(stop_all_launched, self.config, STOP_FAILED)
         if time.monotonic() < self.mirrors_due:
             return
@@ -7418,7 +7427,7 @@ class Cleanup:
         work_dir = self.config.work_dir
         # Listed before the store is asked, so that it knows the job of each directory.
         paths = find_paths(work_dir, "task_*")
-        cutoff = utc_time(self.config.retention)
+        cutoff = utc_time(seconds_ago=self.config.retention)
         retained = self.codebot.store.retained_directories(cutoff)
         for path in paths:
             directory = os.path.basename(path)

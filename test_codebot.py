@@ -4089,7 +4089,7 @@ def store_pull_request(
     store: codebot.Store, task: codebot.Job, number: int = 1
 ) -> codebot.PullRequest:
     url = f"https://github.com/acme/widget/pull/{number}"
-    new = codebot.NewPullRequest(number=number, url=url)
+    new = codebot.OpenedPullRequest(number=number, url=url)
     store.add_pull_request(task, new)
     pull_request = store.pull_request(task.id)
     assert pull_request is not None
@@ -4955,7 +4955,9 @@ def age_task(store: codebot.Store, task: codebot.Job) -> None:
 
 def delete_expired(store: codebot.Store) -> None:
     """Delete what is older than a minute."""
-    store.delete_expired(codebot.utc_time(60), codebot.utc_time(60))
+    store.delete_expired(
+        codebot.utc_time(seconds_ago=60), codebot.utc_time(seconds_ago=60)
+    )
 
 
 class Expiry(NamedTuple):
@@ -5016,7 +5018,9 @@ def test_retention_keeps_row_log_and_workspace(
     if case.is_closed_long_ago:
         with other_program(store) as db:
             db.execute("UPDATE pull_requests SET closed_at = ?", (LONG_AGO,))
-    is_retained = "task_1" in store.retained_directories(codebot.utc_time(60))
+    is_retained = "task_1" in store.retained_directories(
+        codebot.utc_time(seconds_ago=60)
+    )
     delete_expired(store)
     assert is_retained == case.keeps_workspace
     assert (store.job(task.id) is not None) == case.keeps_row
@@ -5037,7 +5041,7 @@ def test_expired_task_keeps_its_log_and_workspace_while_it_is_reviewed(
         if review_state != "running":
             store.finish(running, 1.5, "completed")
     age_task(store, task)
-    assert "task_1" in store.retained_directories(codebot.utc_time(60))
+    assert "task_1" in store.retained_directories(codebot.utc_time(seconds_ago=60))
     delete_expired(store)
     assert store.job(task.id) is not None
     assert store.events(task.id, 0)
