@@ -5720,10 +5720,16 @@ def tool_call_text(name: str, inputs: JsonObject) -> str:
 
     Inputs that are text, such as a path, come first: the CLI begins with `replace_all`.
     """
-    # False sorts before True. The first input's name is left out: "Bash: ls".
-    entries = sorted(inputs.items(), key=lambda item: not isinstance(item[1], str))
-    text = "\n".join(f"{key}: {value}" for key, value in entries)
-    return f"{name}: {text.partition(': ')[2]}"
+    texts = []
+    others = []
+    for key, value in inputs.items():
+        if isinstance(value, str):
+            texts.append(f"{key}: {value}")
+        else:
+            others.append(f"{key}: {json.dumps(value, ensure_ascii=False)}")
+    # The first input's name is left out: "Bash: ls".
+    _, _, text = "\n".join(texts + others).partition(": ")
+    return f"{name}: {text}"
 
 
 def tool_result_text(content: Json) -> str:

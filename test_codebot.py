@@ -5742,7 +5742,7 @@ def test_output_without_end_is_stopped_and_command_named(fresh: Site) -> None:
 
 def test_events_keep_line_breaks_and_long_ones_are_truncated(shared: Site) -> None:
     call = {"type": "tool_use", "name": "Bash", "input": {"command": "ls -l"}}
-    other = {"type": "tool_use", "name": "TaskList", "input": {"a": 1}}
+    other = {"type": "tool_use", "name": "TaskList", "input": {"a": ["ü", None]}}
     inputs = {"replace_all": False, "file_path": "a.py", "old_string": "x"}
     edit = {"type": "tool_use", "name": "Edit", "input": inputs}
     good = {"type": "tool_result", "content": "total 0\nhello.txt"}
@@ -5766,8 +5766,8 @@ def test_events_keep_line_breaks_and_long_ones_are_truncated(shared: Site) -> No
     assert "tool: Bash: ls -l" in messages
     assert "output: total 0\nhello.txt" in messages
     assert "error: no such file" in messages
-    assert any(m.startswith("tool: TaskList") for m in messages)
-    assert "tool: Edit: a.py\nold_string: x\nreplace_all: False" in messages
+    assert 'tool: TaskList: ["ü", null]' in messages
+    assert "tool: Edit: a.py\nold_string: x\nreplace_all: false" in messages
     [long] = [m for m in messages if m.startswith("agent: xxx")]
     assert long.count("x") == 4000
     assert long.endswith("… (truncated)")
