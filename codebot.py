@@ -6328,6 +6328,7 @@ def report_failure(run: JobRun) -> None:
     """
     review = open_review(run)
     answer_threads(review)
+    run.log_event("codebot", f"Review failed ({run.job.reason})")
     raise JobFailed(run.job.reason, run.job.error)
 
 

@@ -9655,6 +9655,8 @@ def test_rejected_push_of_review_is_reported_in_words_of_remote(pull: Pull) -> N
     assert review["reason"] == "push_rejected"
     assert "GH006: Protected branch" in pull.answer()
     assert pull.tip() == before
+    last = pull.site.api.messages(pull.task)[-1]
+    assert last == "codebot: Review failed (push_rejected)"
 
 
 @pytest.mark.parametrize(
