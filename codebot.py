@@ -6484,8 +6484,8 @@ def prepare_answers(review: Review) -> None:
         # The outbox was lost, for example when the host lost power. Start over.
         run.update(commit_id="", answers={})
     if not run.job.answers:  # answers, even empty ones, show that the work is done
-        text = review.comments[0].text
-        run.log_event("codebot", f"Review by {run.job.reviewer}: {text}")
+        for comment in review.comments:
+            run.log_event("codebot", f"Comment by {comment.user}: {comment.text}")
         if run.job.request_kind not in ("none", "limit"):
             classify_and_carry_out(review)
     if run.job.commit_id:
@@ -7865,7 +7865,7 @@ def describe_review(codebot: Codebot, review: Job) -> Fields:
     answers = [text for text in review.answers.values() if text]
     return {
         **pick(review, "id", *JOB_FIELDS, "phase", "reviewer", "error", "reason"),
-        "request": comments[0].text if comments else None,
+        "request": "\n\n".join(comment.text for comment in comments) or None,
         "kind": review.request_kind or None,  # a question or a change; not Job.kind
         "answer": "\n\n".join(answers) or None,
         "commit": review.commit_id or None,

@@ -8842,6 +8842,17 @@ def test_what_one_reviewer_has_waiting_is_one_job(pull: Pull) -> None:
     pull.site.agent.release()
     reviews = pull.reviews(3)
     assert [review["reviewer"] for review in reviews] == ["alice", "alice", "bob"]
+    requests = [review["request"] for review in reviews]
+    assert requests[0] == "The first"
+    assert sorted(requests[1].split("\n\n")) == [
+        "The fifth",
+        "The fourth",
+        "The second",
+        "The third",
+    ]
+    messages = pull.site.api.messages(pull.task)
+    for text in ("The first", "The second", "The third", "The fourth", "The fifth"):
+        assert f"codebot: Comment by alice: {text}" in messages
     first, *later = pull.site.agent.runs("classify")
     [other] = [run for run in later if "By Bob" in run.stdin]
     [joint] = [run for run in later if run is not other]
