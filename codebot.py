@@ -1195,7 +1195,7 @@ SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
 # Lines that explain nothing: git's advice and empty lines, including a remote's.
 NOISE_RE = re.compile(r"(hint:.*|remote:)?")
 CAUSE_RE = re.compile(r"(fatal|error|remote: error):|.*denied")
-DISK_FULL = "No space left on device|Disk quota exceeded"
+DISK_FULL = "No space left on device|[Qq]uota exceeded"  # musl: "Quota exceeded"
 # Does not match when a remote reports that its own disk is full: "remote: fatal: ..."
 DISK_FULL_RE = re.compile(f"^(?!remote:).*({DISK_FULL})", re.MULTILINE)
 
@@ -3226,6 +3226,7 @@ MAX_PACKS = 50
 # What git says if an object of a repository is missing or damaged.
 MISSING_OBJECT_RE = re.compile(
     "bad object refs/heads/|ould not read [0-9a-f]{40}|unable to read [0-9a-f]{40}"
+    "|not a tree object|reference broken"
 )
 STALE_FILES = ("*.lock", "refs/**/*.lock", "objects/*/tmp_*", "objects/pack/.tmp-*")
 
@@ -4943,6 +4944,7 @@ git init -q --template= &&
 printf '%s\\n' "$objects" >.git/objects/info/alternates &&
 git config remote.origin.url "$url" &&
 git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
+git ls-tree "$base_commit" >/dev/null && # without that tree, git 2.34 checks out nothing
 git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
 """
 # Adds all files to the index and prints the id of their tree.

@@ -127,6 +127,12 @@ def bwrap_works() -> bool:
     return done.returncode == 0
 
 
+def bwrap_forbids_user_namespaces() -> bool:
+    """Whether bwrap has --disable-userns (0.8 or newer)."""
+    done = subprocess.run(["bwrap", "--help"], capture_output=True, check=False)
+    return b"--disable-userns" in done.stdout + done.stderr
+
+
 # An exception in a thread of a test fails the test.
 pytestmark = pytest.mark.filterwarnings(
     "error::pytest.PytestUnhandledThreadExceptionWarning"
@@ -1027,7 +1033,7 @@ class FakeGitHub(http.server.ThreadingHTTPServer, Faulty):
             return self.git_capabilities
         start = b""
         if is_first:
-            argv.insert(3, "--http-backend-info-refs")
+            argv.insert(3, "--advertise-refs")
             if not is_always_same:
                 line = f"# service=git-{service}\n"
                 start = f"{len(line) + 4:04x}{line}0000".encode()
@@ -1227,7 +1233,8 @@ class Person:
 CLAUDE_SCRIPT = r"""#!/bin/sh
 [ "$1" = --version ] && exec echo "2.1.0 (Claude Code, a stand-in)"
 place='@PLACE@'
-[ -w "$place" ] || place=$HOME  # in a sandbox it sees its HOME only
+# In a sandbox it sees its HOME only. BusyBox's `[ -w` is always true for root.
+(: >"$place/writable") 2>/dev/null || place=$HOME
 run=$(mktemp -d "$place/run.XXXXXX")
 printf '%s\0' "$@" >"$run/argv"
 env >"$run/env"
@@ -1406,6 +1413,15 @@ class AgentScript:
 
 # Limits of every server of the tests: what it waits for without a reason to.
 SHORT_PAUSES = {"SYNC_INTERVAL": 0.1, "TIMER_INTERVAL": 0.1, "GITHUB_RETRY_DELAY": 0.1}
+
+
+def command_lines() -> str:
+    """Return the command lines of all processes, each on a line of its own."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            lines.append(path.read_bytes().decode(errors="replace").replace("\0", " "))
+    return "\n".join(lines)
 
 
 def process_ids() -> set[int]:
@@ -3325,8 +3341,8 @@ def test_home_that_is_root_is_not_hidden(host: Host) -> None:
     [
         ({"env_file": "/etc/passwd"}, "/etc"),
         (
-            {"key_file": "/usr/bin/env"},
-            os.path.dirname(os.path.realpath("/usr/bin/env")),
+            {"key_file": "/usr/bin/git"},  # programs like env may be links elsewhere
+            os.path.dirname(os.path.realpath("/usr/bin/git")),
         ),
         ({"work_dir": "/"}, "/"),
         ({"work_dir": "/usr"}, "/usr"),
@@ -3733,6 +3749,8 @@ def report(sandboxed: Site) -> SandboxReport:
 def test_agent_in_bwrap_cannot_leave_its_workspace(
     report: SandboxReport, name: str
 ) -> None:
+    if name.startswith("new ") and not bwrap_forbids_user_namespaces():
+        pytest.skip("bwrap before 0.8 does not forbid user namespaces")
     assert re.fullmatch(PROBES[name].expected, report.results[name], re.DOTALL)
 
 
@@ -3768,7 +3786,9 @@ def test_bwrap_loads_no_library_from_the_repository(fresh: Site) -> None:
 @needs_bwrap
 def test_tests_run_in_bwrap_too(sandboxed: Site) -> None:
     key = sandboxed.server.key_file
-    command = f"test ! -e {key} && ! unshare --user true"
+    command = f"test ! -e {key}"
+    if bwrap_forbids_user_namespaces():
+        command += " && ! unshare --user true"
     task = sandboxed.api.submit(test_command=command)
     assert sandboxed.api.completed(task)["tests"]["passed"] is True
 
@@ -4012,7 +4032,7 @@ def test_program_in_bwrap_has_a_session_of_its_own(tmp_path: Path) -> None:
 
 
 @needs_bwrap
-@pytest.mark.parametrize("key_file", ["/etc/hosts", "/usr/bin/env"])
+@pytest.mark.parametrize("key_file", ["/etc/hosts", "/usr/bin/git"])
 def test_key_in_directory_that_cannot_be_hidden_is_refused(
     fresh: Site, key_file: str
 ) -> None:
@@ -5533,9 +5553,7 @@ def test_repository_with_zero_padded_modes_can_be_worked_on(
     assert repository.git("rev-parse", f"{branch}~") == commit
 
 
-REJECTED_MODULES = (
-    '[submodule "lib"]\n\tpath = lib\n\turl = https://github.com:acme/lib.git\n'
-)
+REJECTED_MODULES = '[submodule "lib"]\n\tpath = lib\n\turl = -lib\n'
 # What repositories at GitHub have from before fsck checked it.
 OLD_FAULTS = {
     "root": {".gitmodules": REJECTED_MODULES},
@@ -6242,7 +6260,7 @@ def test_push_comes_from_outbox_outside_workspace(shared: Site) -> None:
     task = shared.api.submit()
     hold.wait()
     outbox = shared.server.work_dir / f"outbox_{task[:7]}.git"
-    lines = run_command("ps", "-e", "-ww", "-o", "args")
+    lines = command_lines()
     assert re.search(rf"^git .*--git-dir {outbox} push ", lines, re.MULTILINE)
     hold.release()
     shared.api.completed(task)
@@ -6709,7 +6727,7 @@ def test_no_secret_is_on_a_command_line(shared: Site) -> None:
     shared.agent.follow(f"block; {SAY_HELLO}")
 
     def check_command_lines(running: str) -> None:
-        lines = run_command("ps", "-e", "-ww", "-o", "args")
+        lines = command_lines()
         assert running in lines
         secrets = [*shared.server.secrets(), MODEL_KEY]
         assert not [secret for secret in secrets if secret in lines]
@@ -11684,7 +11702,7 @@ def test_nobody_else_can_listen_at_localhost(tmp_path: Path) -> None:
         agent.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         with codebot.Server(app) as server:
             place = ("::1", server.server_port)
-            with pytest.raises(OSError, match="Address already in use"):
+            with pytest.raises(OSError, match=os.strerror(errno.EADDRINUSE)):
                 agent.bind(place)
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection(place)
@@ -13728,7 +13746,7 @@ class SlurmSite(NamedTuple):
         launched = self.site.server.work_dir / "launched"
         wait_for(lambda: not self.slurm.jobs(), 10)
         agent = str(self.site.agent.path)
-        wait_for(lambda: agent not in run_command("ps", "-e", "-o", "args"), 10)
+        wait_for(lambda: agent not in command_lines(), 10)
         wait_for(lambda: not os.listdir(launched))
 
 
@@ -13830,7 +13848,7 @@ def test_cancel_in_each_phase_on_slurm(on_slurm: SlurmSite, name: str) -> None:
         site.agent.wait_until_blocked(phase.replace("agent", ""))
     site.api.wait_phase(task, phase)
     if phase == "commit":
-        wait_for(lambda: "upload-pack" in run_command("ps", "-e", "-o", "args"))
+        wait_for(lambda: "upload-pack" in command_lines())
     started = time.monotonic()
     assert site.api.cancel(task) == 202
     site.api.failed(task, "cancelled")
@@ -14118,7 +14136,7 @@ def test_cancel_while_upload_pack_hangs_leaves_no_container(podman: PodmanSite) 
     site.agent.follow(HANG_UPLOAD_PACK)
     task = site.api.submit()
     site.api.wait_phase(task, "commit")
-    wait_for(lambda: "git upload-pack" in run_command("ps", "-e", "-o", "args"))
+    wait_for(lambda: "git upload-pack" in command_lines())
     site.api.cancel(task)
     site.api.failed(task, "cancelled")
     podman.assert_empty()
@@ -14635,6 +14653,14 @@ class Mistake:
 
 
 JUNK = {"junk": "junk\n"}
+
+
+def error_text(number: int) -> str:
+    """Return the C library's text for an error, as codebot begins it."""
+    text = os.strerror(number)
+    return text[0].lower() + text[1:]
+
+
 MISTAKES = {
     "no App id": Mistake(
         "GITHUB_APP_ID is not set. Set it in DIR/start/.env (not found; copy "
@@ -14686,13 +14712,13 @@ MISTAKES = {
         flags=("--tls-cert", ""),
     ),
     "port in use": Mistake(
-        "Port PORT on 127.0.0.1 cannot be used: address already in use. Stop the program "
-        "that uses it, if one does, or use another --port (above 1023, unless you are "
-        "root) or --host.",
+        f"Port PORT on 127.0.0.1 cannot be used: {error_text(errno.EADDRINUSE)}. Stop the "
+        "program that uses it, if one does, or use another --port (above 1023, unless "
+        "you are root) or --host.",
         flags=("--port", "PORT"),
     ),
     "foreign host": Mistake(
-        "Port 0 on 192.0.2.1 cannot be used: cannot assign requested address. Stop the "
+        f"Port 0 on 192.0.2.1 cannot be used: {error_text(errno.EADDRNOTAVAIL)}. Stop the "
         "program that uses it, if one does, or use another --port (above 1023, unless "
         "you are root) or --host.",
         flags=("--host", "192.0.2.1"),
