@@ -215,7 +215,8 @@ THREADS AND THEIR LOCKS
   has one for its tokens. Between processes there are locks of files (flock): of the work
   directory, the database, each mirror and each launch.
   When codebot dies, a forked process, the watchdog, ends the processes that codebot left
-  running, by CODEBOT_RUN in /proc and CODEBOT_LAUNCHER_STOP.
+  running, by CODEBOT_RUN in /proc and CODEBOT_LAUNCHER_STOP. The next start does so again,
+  and also ends what still runs in bwrap.
 
 FILES in the work directory
   codebot.db     the record of all jobs        codebot.lock   held by the one codebot here
@@ -1570,22 +1571,27 @@ def signal_processes(processes: Iterable[int], number: int) -> None:
             os.kill(process, number)
 
 
-def end_tagged_processes(run_tag: str) -> None:
-    """End processes that have left their group: SIGTERM, KILL_GRACE, SIGKILL."""
-    processes = tagged_processes(run_tag)
+def end_processes(find: Callable[[str], list[int]], argument: str) -> None:
+    """End the processes that ``find(argument)`` returns: SIGTERM, KILL_GRACE, SIGKILL."""
+    processes = find(argument)
     # SIGTERM is sent only once, because a second one could disturb their cleanup.
     signal_processes(processes, signal.SIGTERM)
     deadline = time.monotonic() + KILL_GRACE
     while processes and time.monotonic() < deadline:
         time.sleep(0.02)
-        processes = tagged_processes(run_tag)
+        processes = find(argument)
     deadline = time.monotonic() + 20.0  # seconds; it takes far less
     while processes and time.monotonic() < deadline:
         signal_processes(processes, signal.SIGKILL)
         time.sleep(0.02)
-        processes = tagged_processes(run_tag)  # some may have forked
+        processes = find(argument)  # some may have forked
     if processes:
         log.error("Could not end processes: %s", processes)
+
+
+def end_tagged_processes(run_tag: str) -> None:
+    """End processes that have left their group."""
+    end_processes(tagged_processes, run_tag)
 
 
 def base_environment(config: Config) -> dict[str, str]:
@@ -1760,7 +1766,8 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 # Known limitations of a launcher and of other sandboxes:
 # - With a launcher, the node sees the work directory. The directories that bwrap hides,
 #   and its version, are determined on this host; a directory that exists only on the node
-#   is not hidden there.
+#   is not hidden there. On the node, an agent may outlive bwrap (see end_bwrap) until the
+#   cluster ends it.
 # - What CODEBOT_SANDBOX or CODEBOT_LAUNCHER runs as another user, such as with sudo,
 #   cannot be ended. codebot does not wait for it, so it may change the workspace during
 #   later steps and runs.
@@ -1956,6 +1963,49 @@ def bwrap_command(
     return [*argv, "--die-with-parent", "--chdir", f"{workspace_path}/repo", "--"]
 
 
+def end_bwrap(info: IO[bytes]) -> None:
+    """End all processes in bwrap's PID namespace, by ending the first one.
+
+    The kernel ends that one together with bwrap. But an agent can prevent this: it attaches
+    to the first process, as a debugger does, and has it call prctl(PR_SET_PDEATHSIG, 0).
+    ``info`` is what bwrap has written to --info-fd, which the agent cannot reach.
+    """
+    match = re.search(rb'"child-pid": ([0-9]+)', os.pread(info.fileno(), 1000, 0))
+    if match is None:  # bwrap did not start
+        return
+    process = int(match[1])
+    deadline = time.monotonic() + KILL_GRACE
+    while time.monotonic() < deadline:
+        try:
+            status = pathlib.Path(f"/proc/{process}/status").read_text()
+        except OSError:  # it has ended
+            return
+        # Another process that has its number by now is not the first of a namespace. When
+        # the first one is a zombie (Z), all others have ended.
+        is_first = re.search(r"^NSpid:.*\s1$", status, re.MULTILINE)
+        if not is_first or re.search("^State:\tZ", status, re.MULTILINE):
+            return
+        signal_processes([process], signal.SIGKILL)
+        time.sleep(0.001)
+    log.error("Could not end process %d, the first one in a sandbox", process)
+
+
+def processes_in_workspaces(work_dir: str) -> list[int]:
+    """Return the ids of processes to which bwrap shows a workspace in a work directory.
+
+    A process in bwrap can change its environment, but not its mounts.
+    """
+    # The kernel writes a blank as \040, and a backslash as \134.
+    path = work_dir.replace("\\", "\\134").replace(" ", "\\040")
+    mount_re = re.compile(rf" {re.escape(path)}/(task|scratch)_[^/ ]+/repo ".encode())
+    found = []
+    for mounts in glob.glob("/proc/[0-9]*/mountinfo"):
+        with contextlib.suppress(OSError):
+            if mount_re.search(pathlib.Path(mounts).read_bytes()):
+                found.append(int(mounts.split("/")[2]))
+    return found
+
+
 @contextlib.contextmanager
 def scratch_workspace(work_dir: str) -> Iterator[str]:
     """Make a workspace without a repository, for one command.
@@ -1979,10 +2029,17 @@ class Sandbox:
         self.is_none = config.sandbox == ("none",)
         self.disable_userns = True
 
-    def wrap(self, argv: Sequence[str], workspace_path: str, objects: str) -> list[str]:
+    def wrap(
+        self,
+        argv: Sequence[str],
+        workspace_path: str,
+        objects: str,
+        info_fds: Sequence[int] = (),
+    ) -> list[str]:
         """Return the command line that runs ``argv`` in the sandbox of a workspace.
 
-        ``objects`` is the mirror's object directory, which is shown read-only.
+        ``objects`` is the mirror's object directory, which is shown read-only. ``info_fds``
+        is the descriptor for end_bwrap, if any.
         """
         if self.is_none:
             return list(argv)
@@ -1990,6 +2047,8 @@ class Sandbox:
             wrapper = bwrap_command(
                 self.config, workspace_path, objects, self.disable_userns
             )
+            for descriptor in info_fds:
+                wrapper[1:1] = ["--info-fd", str(descriptor)]
         else:
             wrapper = [
                 word.replace("{task}", workspace_path).replace("{objects}", objects)
@@ -4746,6 +4805,7 @@ class Codebot:
         Raises ConfigError if the database, the sandbox or the App's key cannot be used.
         """
         end_tagged_processes(self.work_dir_tag)
+        end_processes(processes_in_workspaces, self.config.work_dir)
         stop_all_launched(self.config)
         for path in find_paths(self.config.work_dir, "scratch_*"):
             discard(self.config.work_dir, path)
@@ -5152,8 +5212,24 @@ class Workspace:
         command = SandboxedCommand(name="git", argv=argv, stdin=stdin)
         return self.supervise(command, self.run.git_limits())
 
-    def sandboxed(self, argv: Sequence[str]) -> list[str]:
-        return self.codebot.sandbox.wrap(argv, self.path, self.mirror.objects)
+    def sandboxed(self, argv: Sequence[str], info_fds: Sequence[int]) -> list[str]:
+        objects = self.mirror.objects
+        return self.codebot.sandbox.wrap(argv, self.path, objects, info_fds)
+
+    @contextlib.contextmanager
+    def ending_namespace(self, has_namespace: bool) -> Iterator[Sequence[int]]:
+        """End what a command in bwrap leaves running; see end_bwrap.
+
+        Yields the descriptor that bwrap needs for this; () without a namespace.
+        """
+        if not has_namespace:
+            yield ()
+            return
+        with tempfile.TemporaryFile() as info:
+            try:
+                yield (info.fileno(),)
+            finally:
+                end_bwrap(info)
 
     def run_work(
         self, command: SandboxedCommand, phase: str, attempt: int
@@ -5200,23 +5276,25 @@ class Workspace:
             # bwrap itself must not start where the agent can write, as it may load
             # libraries from there. It changes to the repository.
             cwd = self.path
+        # On this host, all processes in bwrap are in a PID namespace of their own.
+        has_namespace = self.codebot.sandbox.is_bwrap and launch is None
         try:
-            return run_program(
-                self.sandboxed(command.argv),
-                self.environment(command.as_agent),
-                cwd=cwd,
-                stdin=command.stdin,
-                limits=limits,
-                on_lines=command.on_lines,
-                launch=launch,
-                umask=self.config.umask,
-            )
+            with self.ending_namespace(has_namespace) as info_fds:
+                return run_program(
+                    self.sandboxed(command.argv, info_fds),
+                    self.environment(command.as_agent),
+                    cwd=cwd,
+                    stdin=command.stdin,
+                    limits=limits,
+                    on_lines=command.on_lines,
+                    pass_fds=info_fds,
+                    launch=launch,
+                    umask=self.config.umask,
+                )
         except LimitReached as error:
             raise self.run.limit_failure(error, command.name) from None
         finally:
-            # On this host, bwrap's PID namespace ends every process by itself.
-            is_ended_by_bwrap = self.codebot.sandbox.is_bwrap and launch is None
-            if not is_ended_by_bwrap:
+            if not has_namespace:
                 end_tagged_processes(self.config.run_tag)
 
     # From the agent's work to a pushed commit
@@ -5301,7 +5379,6 @@ class Workspace:
         # file, git fetch itself would read it, as a bundle. In bwrap the agent cannot
         # replace the directory with a file, as it is a mount point. In another sandbox it
         # perhaps can.
-        upload_pack = self.sandboxed(["git", "upload-pack"])
         argv = [*GIT, "-c", "fetch.fsckObjects=true"]
         # A relative path, because git takes commas and blanks in it for separators.
         argv += ["-c", "fetch.fsck.skipList=fsck-skip-list"]
@@ -5309,14 +5386,20 @@ class Workspace:
         # (since 2.39.1), so an agent's own fault is accepted, too.
         for fault in ("LineLength", "Large"):
             argv += ["-c", f"fetch.fsck.gitattributes{fault}=ignore"]
-        argv += ["--git-dir", self.outbox.path]
-        argv += [*GIT_FETCH, "--upload-pack", shlex.join(upload_pack), "--"]
-        argv += [self.repo, f"+HEAD:{ref}"]
+        argv += ["--git-dir", self.outbox.path, *GIT_FETCH]
         env = base_environment(self.config)
         env["GIT_ALLOW_PROTOCOL"] = "file"
         try:
-            limits = self.run.git_limits()
-            return run_program(argv, env, cwd=self.outbox.path, limits=limits)
+            with self.ending_namespace(self.codebot.sandbox.is_bwrap) as info_fds:
+                upload_pack = self.sandboxed(["git", "upload-pack"], info_fds)
+                argv += ["--upload-pack", shlex.join(upload_pack), "--"]
+                return run_program(
+                    [*argv, self.repo, f"+HEAD:{ref}"],
+                    env,
+                    cwd=self.outbox.path,
+                    limits=self.run.git_limits(),
+                    pass_fds=info_fds,
+                )
         except LimitReached as error:
             raise self.run.limit_failure(error, "git") from None
 

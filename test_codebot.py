@@ -3873,7 +3873,64 @@ def test_processes_that_agent_leaves_in_bwrap_are_ended(sandboxed: Site) -> None
     sandboxed.agent.follow(f"env -i setsid sleep 3117 & {SAY_HELLO}")
     sandboxed.api.completed(sandboxed.api.submit("Leave a process"))
     sandboxed.agent.follow(SAY_HELLO)
-    wait_for(lambda: "sleep 3117" not in run_command("ps", "-e", "-o", "args"))
+    wait_for(lambda: "sleep 3117" not in command_lines())
+
+
+def write_bwrap_that_may_outlive_its_parent(site: Site) -> str:
+    """Put a `bwrap` first on PATH that the end of its parent does not end.
+
+    An agent can bring this about: it attaches to the first process of its PID namespace, as
+    a debugger does, and makes it call prctl(PR_SET_PDEATHSIG, 0).
+    """
+    script = (
+        'for word; do shift; [ "$word" = --die-with-parent ] || set -- "$@" "$word"; '
+        f'done; exec {shutil.which("bwrap")} "$@"'
+    )
+    return write_bwrap(site, script)
+
+
+@needs_bwrap
+def test_sandbox_that_outlives_bwrap_is_ended(fresh: Site) -> None:
+    path = write_bwrap_that_may_outlive_its_parent(fresh)
+    fresh.agent.follow(f"env -i setsid sleep 3118 & {SAY_HELLO}")
+    fresh.server.start(CODEBOT_SANDBOX="bwrap", PATH=path)
+    fresh.api.completed(fresh.api.submit())
+    assert "sleep 3118" not in command_lines()
+
+
+@needs_bwrap
+def test_sandbox_that_outlives_a_killed_server_is_ended_by_the_next(
+    fresh: Site,
+) -> None:
+    path = write_bwrap_that_may_outlive_its_parent(fresh)
+    fresh.agent.follow("env -i setsid sleep 3119 & block; result")
+    fresh.server.start(CODEBOT_SANDBOX="bwrap", PATH=path)
+    task = fresh.api.submit()
+    fresh.agent.wait_until_blocked()
+    fresh.server.kill()
+    assert "sleep 3119" in command_lines()
+    fresh.agent.follow(SAY_HELLO)
+    fresh.server.restart()
+    assert "sleep 3119" not in command_lines()
+    fresh.api.completed(task)
+
+
+@needs_bwrap
+def test_process_in_a_workspace_is_found_by_its_mounts(tmp_path: Path) -> None:
+    work_dir = tmp_path / "work \\ dir"
+    assert codebot.processes_in_workspaces(str(work_dir)) == []
+    repo = work_dir / "task_1" / "repo"
+    repo.mkdir(parents=True)
+    argv = ["bwrap", "--ro-bind", "/", "/", "--bind", str(repo), str(repo)]
+    argv += ["sh", "-c", "echo ready; exec sleep 3120"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        found = codebot.processes_in_workspaces(str(work_dir))
+        others = codebot.processes_in_workspaces(str(tmp_path))
+        codebot.signal_processes(found, signal.SIGKILL)
+    assert found
+    assert others == []
 
 
 @needs_bwrap
