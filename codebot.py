@@ -1339,6 +1339,7 @@ class RunningProgram:
     on_lines: LineHandler
     limits: Limits
     launch: Launch | None
+    is_trusted: bool  # whether codebot believes what it says about a full disk
     is_on_node: bool = False  # launched, and no longer waiting for a node
     node_code: int | None = None  # the exit code that was printed on the node
     started: float = dataclasses.field(default_factory=time.monotonic)
@@ -1405,6 +1406,7 @@ class RunningProgram:
         return output
 
     def check_limits(self) -> None:
+        """Raise LimitReached, StopRequested or Cancelled if the program must end."""
         now = time.monotonic()
         self.limits.check_stop()
         if max(self.stdout.size(), self.stderr.size()) > MAX_OUTPUT_BYTES:
@@ -1421,8 +1423,7 @@ class RunningProgram:
     def result(self) -> ProgramResult:
         """Return how the program ended.
 
-        Raises TransientError if the launcher or the node failed, or if the program failed
-        and the disk is full or the program says that it is.
+        Raises TransientError if the launcher, the node or the disk made it fail.
         """
         # poll() is None if the program could not be ended. Its code does not matter then:
         # there is a result, or the node has printed the code.
@@ -1438,9 +1439,7 @@ class RunningProgram:
             return result
         if code in SIGNAL_EXIT_CODES:
             raise_if_stop_arrives(self.limits.check_stop)
-        # The program may be unable to report a full disk: its output is on that disk.
-        says_full = DISK_FULL_RE.search("\n".join(result.stderr))
-        if says_full or is_disk_full(tempfile.gettempdir()):
+        if self.lacks_space(result):
             raise TransientError(f"The disk is full: {result.error}")
         if self.launch is not None and self.node_code is None:
             problem = "CODEBOT_LAUNCHER failed"
@@ -1448,6 +1447,14 @@ class RunningProgram:
                 problem = "The cluster ended the program"
             raise TransientError(f"{problem}: {result.error}")
         return result
+
+    def lacks_space(self, result: ProgramResult) -> bool:
+        """Return whether a full disk is why the program failed."""
+        # The program may be unable to say so: its output is on that disk.
+        if is_disk_full(tempfile.gettempdir()):
+            return True
+        says_full = DISK_FULL_RE.search("\n".join(result.stderr)) is not None
+        return self.is_trusted and says_full
 
 
 def signal_group(leader: int, number: int) -> bool:
@@ -1509,11 +1516,11 @@ def run_program(
     pass_fds: Sequence[int] = (),
     launch: Launch | None = None,
     umask: int = PRIVATE_UMASK,
+    is_trusted: bool = True,
 ) -> ProgramResult:
     """Run a program to its end, and end the processes that it leaves in its group.
 
-    Raises LimitReached, StopRequested or Cancelled if it was ended early, OSError if it
-    cannot start, TransientError if the disk is full or the launcher or the node failed.
+    Raises OSError if it cannot start, and what RunningProgram's methods raise.
     """
     command = argv if launch is None else [*launch.prefix, *argv]
     with contextlib.ExitStack() as files:
@@ -1536,7 +1543,7 @@ def run_program(
         )
         exit_poll = make_exit_poll(child.pid, files)
         program = RunningProgram(
-            child, exit_poll, stdout, stderr, on_lines, limits, launch
+            child, exit_poll, stdout, stderr, on_lines, limits, launch, is_trusted
         )
         try:
             program.watch()
@@ -5290,6 +5297,7 @@ class Workspace:
                     pass_fds=info_fds,
                     launch=launch,
                     umask=self.config.umask,
+                    is_trusted=not command.as_agent,
                 )
         except LimitReached as error:
             raise self.run.limit_failure(error, command.name) from None

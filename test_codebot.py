@@ -7741,6 +7741,13 @@ def test_full_disk_during_clone_is_waited_for(fresh: Site) -> None:
     assert len(fresh.agent.runs()) == 1
 
 
+def test_agent_that_says_that_the_disk_is_full_is_not_believed(shared: Site) -> None:
+    shared.agent.follow(GIT_SAYS_FULL)
+    error = shared.api.failed(shared.api.submit(), "agent_failed")
+    assert "The disk is full" not in error
+    assert "No space left" in error
+
+
 def test_third_full_disk_after_agent_fails_task(fresh: Site) -> None:
     settings = write_git_wrapper(fresh, "*outbox*fetch*")
     (fresh.directory / "full").touch()
