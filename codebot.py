@@ -9602,6 +9602,27 @@ def check_settings(codebot: Codebot) -> Iterator[Finding]:
         )
 
 
+def check_access(work_dir: str) -> Iterator[Finding]:
+    """Check who else can change the work directory.
+
+    Whoever can write there can plant repositories with hooks, which git would run.
+    """
+    status = os.stat(work_dir)
+    if status.st_uid not in (0, os.geteuid()):
+        yield Finding(
+            "FAIL", f"{work_dir} belongs to another user. Use another --work-dir."
+        )
+    if status.st_mode & 0o077:
+        # Some systems let a user's own group write to everything.
+        is_writable = status.st_mode & 0o002
+        problem = "can be written to by" if is_writable else "is open to"
+        yield Finding(
+            "FAIL" if is_writable else "warn",
+            f"{work_dir} {problem} other users. If it is for codebot alone, run: chmod "
+            f"go-rwx {work_dir}; else use another --work-dir, such as a directory in it.",
+        )
+
+
 def check_safety(codebot: Codebot) -> Iterator[Finding]:
     """Look for ways in which others, or the agent, could reach codebot's secrets."""
     for path in codebot.config.secret_files:
@@ -9609,18 +9630,8 @@ def check_safety(codebot: Codebot) -> Iterator[Finding]:
             yield Finding(
                 "warn", f"{path} is open to other users; run: chmod go-rwx {path}"
             )
-    work_dir = codebot.config.work_dir
-    mode = os.stat(work_dir).st_mode if os.path.isdir(work_dir) else 0
-    if mode & 0o077:
-        # Who can write there can plant repositories with hooks, which git would run. (Some
-        # systems let a user's own group write to everything.)
-        is_writable = mode & 0o002
-        problem = "can be written to by" if is_writable else "is open to"
-        yield Finding(
-            "FAIL" if is_writable else "warn",
-            f"{work_dir} {problem} other users. If it is for codebot alone, run: chmod "
-            f"go-rwx {work_dir}; else use another --work-dir, such as a directory in it.",
-        )
+    if os.path.isdir(codebot.config.work_dir):
+        yield from check_access(codebot.config.work_dir)
     if codebot.sandbox.is_none:
         yield Finding("warn", f"{NO_SANDBOX_WARNING}.")
     if os.getpid() == 1:

@@ -15126,6 +15126,16 @@ def test_doubtful_things_are_logged_by_serve_and_listed_by_check(fresh: Site) ->
     assert "Traceback" not in log
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
+def test_work_directory_of_another_user_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    assert list(codebot.check_access(str(tmp_path))) == []
+    os.chown(tmp_path, 12345, -1)
+    [finding] = codebot.check_access(str(tmp_path))
+    assert finding.level == "FAIL"
+    assert "belongs to another user" in finding.message
+
+
 def test_work_directory_that_others_can_write_is_refused(fresh: Site) -> None:
     # They could plant a repository with hooks, which git would run.
     fresh.server.work_dir.mkdir(exist_ok=True)
