@@ -6190,7 +6190,8 @@ def test_and_commit(
     commit_id = workspace.write_commit(tree, base_commit, message)
     files = workspace.inspect_commit(base_commit, commit_id)
     run.log_event("git", f"Commit {commit_id}", files)
-    run.update(passed_attempt=attempts, files=run.redact(files))
+    files = INVISIBLE_RE.sub("\N{REPLACEMENT CHARACTER}", run.redact(files))
+    run.update(passed_attempt=attempts, files=files)
     return commit_id
 
 

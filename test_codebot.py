@@ -6254,6 +6254,13 @@ def test_first_fault_of_a_change_is_reported() -> None:
     assert scanner.fault == "it contains a secret in one"
 
 
+def test_list_of_files_shows_invisible_characters_of_names(shared: Site) -> None:
+    shared.agent.follow("echo 1 >'a\u202egnp.sh'; result Done")
+    result = shared.api.completed(shared.api.submit())
+    assert " a\N{REPLACEMENT CHARACTER}gnp.sh | 1 +" in result["files"]
+    assert "\u202e" not in shared.repository.pulls[-1]["body"]
+
+
 def test_change_beside_secret_like_text_is_pushed(shared: Site) -> None:
     armor = "-----BEGIN RSA PRIVATE KEY-----"
     shared.repository.commit({"old.ini": f"key = {MODEL_KEY}\n"})
