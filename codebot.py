@@ -10314,6 +10314,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 2 for bad settings or input."""
     flags = vars(make_parser().parse_args(arguments))
     reset_inherited_state()
+    # Bytes. With less, as after `ulimit -s 1024`, Python 3.13 crashes when a thread reads
+    # deeply nested JSON.
+    threading.stack_size(8 << 20)
     if isinstance(sys.stdout, io.TextIOWrapper):  # None if it was closed
         # As stderr does, print \xfc for an ü that the locale lacks.
         sys.stdout.reconfigure(errors="backslashreplace")

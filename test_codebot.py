@@ -15833,6 +15833,20 @@ def test_run_prints_progress_and_result(fresh: Site) -> None:
     assert status["result"]["work_dir"].startswith(str(work_dir))
 
 
+def test_deep_json_of_the_agent_is_no_crash_with_a_small_stack(fresh: Site) -> None:
+    fresh.agent.follow(f"head -c 100000 /dev/zero | tr '\\0' '['; echo; {SAY_HELLO}")
+    argv = ["sh", "-c", 'ulimit -s 1024; exec "$@"', "sh", *fresh.server.program()]
+    done = subprocess.run(
+        [*argv, *run_flags(fresh)],
+        cwd=fresh.server.start_dir,
+        env=fresh.server.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_run_of_failing_task_exits_with_1(fresh: Site) -> None:
     fresh.agent.follow("result Nothing")
     work_dir = fresh.directory / "kept"
