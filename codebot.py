@@ -1752,10 +1752,11 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 #
 # Known limitations of bwrap:
 # - The agent can read whatever codebot's user can read outside of the hidden directories.
-#   The home directory is hidden, but not its directories that PATH leads into: with
-#   ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml. Nor are the work
-#   directory and the TLS key of another codebot hidden: the agent of `run`, for example,
-#   can read those of a server that the same user runs.
+#   The homes that HOME and the user's account name are hidden, but not their directories
+#   that PATH leads into: with ~/.cargo/bin on PATH, the agent can read
+#   ~/.cargo/credentials.toml. Nor are the work directory and the TLS key of another
+#   codebot hidden: the agent of `run`, for example, can read those of a server that the
+#   same user runs.
 # - If .env or a key is created while an agent runs, or is a symlink that is changed then,
 #   that agent can read it, unless it is in a hidden directory.
 # - A file system that the host mounts while an agent runs, even because the agent named a
@@ -1788,6 +1789,7 @@ PROBE_TIMEOUT = 30.0  # seconds to try the sandbox, and before that to get a nod
 SYSTEM_DIRECTORIES = (
     "/etc",
     "/usr/bin",
+    "/usr/sbin",
     "/usr/lib",
     "/bin",
     "/lib",
@@ -1822,7 +1824,7 @@ def is_inside(path: str, directory: str) -> bool:
 def home_directories() -> set[str]:
     """Return the home that HOME names, and the one of the user's account.
 
-    A directory that programs need is left out: HOME may be / in a container.
+    One that holds a system directory is left out: HOME may be / in a container.
     """
     homes = {os.path.expanduser("~")}
     with contextlib.suppress(KeyError):  # a container may use a number without account
@@ -1830,8 +1832,9 @@ def home_directories() -> set[str]:
     needed = [*map(os.path.realpath, SYSTEM_DIRECTORIES)]
     return {
         home
-        for home in map(os.path.realpath, homes)
-        if not any(is_inside(path, home) for path in needed)
+        for home in map(os.path.realpath, homes - {""})
+        # The home of a service may be missing, or /dev/null.
+        if os.path.isdir(home) and not any(is_inside(path, home) for path in needed)
     }
 
 

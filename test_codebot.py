@@ -3313,22 +3313,38 @@ def test_missing_home_is_not_mounted(host: Host) -> None:
     assert host.mounts() == ["HIDDEN work", *shown_of("work")]
 
 
-@pytest.mark.parametrize("home", ["{root}/home", "", "/", "/usr", "/etc"])
+def use_account(host: Host, home: str) -> None:
+    """Let the user of the test have an account with this home."""
+    account = pwd.struct_passwd(("bot", "x", os.getuid(), 0, "", home, "/bin/sh"))
+    host.monkeypatch.setattr(pwd, "getpwuid", lambda uid: account)
+
+
+@pytest.mark.parametrize("home", ["home", "", "/", "/usr", "/etc"])
 def test_home_of_the_account_is_hidden_whatever_home_says(
     host: Host, home: str
 ) -> None:
-    host.monkeypatch.setenv("HOME", home.replace("{root}", str(host.root)))
-    own = os.path.realpath(pwd.getpwuid(os.getuid()).pw_dir)
+    own = host.make("account")
+    use_account(host, own)
     expected = {own}
     if home == "{root}/home":
         expected.add(f"{host.root}/home")
     assert codebot.home_directories() == expected
-    config = codebot.Config(
-        work_dir=host.make("work"), search_path=f"/usr/bin:{own}/tools/bin"
-    )
-    mounts = codebot.sandbox_mounts(config, host.make("work/task_1"), str(host.root))
-    assert codebot.Mount(codebot.HIDDEN, own) in mounts
-    assert f"{own}/tools" in codebot.tool_directories(config)
+    mounts = host.mounts(search_path=f"/usr/bin:{host.make('account/tools/bin')}")
+    assert mounts[:2] == ["HIDDEN account", "READ_ONLY account/tools"]
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "", "/nonexistent", "/usr/sbin", "/"])
+def test_home_of_an_account_that_is_none_is_not_hidden(host: Host, home: str) -> None:
+    use_account(host, home)
+    assert codebot.home_directories() == {f"{host.root}/home"}
+
+
+def test_user_without_account_has_the_home_that_home_names(host: Host) -> None:
+    def fail(uid: int) -> None:
+        raise KeyError(uid)
+
+    host.monkeypatch.setattr(pwd, "getpwuid", fail)
+    assert codebot.home_directories() == {f"{host.root}/home"}
 
 
 def test_home_that_is_root_is_not_hidden(host: Host) -> None:
