@@ -446,11 +446,11 @@ def find_paths(directory: str, pattern: str) -> list[str]:
 # - Settings are read from .env in the current directory, and they name programs. Do not
 #   run a codebot command in a directory that others can write to, such as a clone.
 # - Secrets are recognized only verbatim, or encoded in base64 on their own, without line
-#   breaks: in what is logged and sent to GitHub, those of 6 or more characters; in the
-#   files of a change, those of 16 or more (but not across the end of each 8 MiB of a
-#   line). An agent that writes a secret in another way, such as backwards, compressed, or
-#   as the name of an empty directory (which a tree can have, but no diff shows), can
-#   publish it.
+#   breaks, and not where a line of more than MAX_LINE_BYTES is split: in what is logged and
+#   sent to GitHub, those of 6 or more characters; in the files of a change, those of 16 or
+#   more. An agent that writes a secret in another way, such as backwards, compressed, or as
+#   the name of an empty directory (which a tree can have, but no diff shows), can publish
+#   it.
 # - Of the variables that the operator lists for the agent, codebot knows those whose names
 #   suggest a secret; in others it knows headers such as X-Api-Key, and addresses with a
 #   login, a query or parameters. It does not know a key in the path of an address.
@@ -1150,7 +1150,7 @@ KILL_GRACE = 2.0
 # Seconds that the agent may still run after its result or after a rejected key, and a
 # launcher after the program's end.
 RESULT_GRACE = 5.0
-MAX_LINE_BYTES = 8 << 20  # about; a longer line is split
+MAX_LINE_BYTES = 8 << 20  # a line is split after this, or up to READ_BYTES later
 READ_BYTES = 64 << 10  # of output read at a time; the limits are checked in between
 KEPT_LINES = 400  # how many of the last lines of a program's output are kept
 MAX_KEPT_CHARS = 10_000  # of each of these lines
@@ -1270,7 +1270,7 @@ class OutputFile:
             lines.append(bytes(self._partial_line))
             # The rest begins with the same character: in a diff, that says whether the
             # line is new.
-            self._partial_line[:] = self._partial_line[:1] + b"(continued) "
+            self._partial_line[:] = self._partial_line[:1] + b"(continued)"
         return [line.decode("utf-8", "replace").rstrip("\r") for line in lines]
 
     def keep(self, lines: Iterable[str]) -> None:

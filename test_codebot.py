@@ -13534,7 +13534,7 @@ def test_very_long_line_of_output_is_split_and_keeps_its_first_character(
     assert lines[-1] == "after"
     assert len(lines) > 4
     assert lines[1].startswith("-x")
-    assert all(line.startswith("-(continued) x") for line in lines[2:-1])
+    assert all(line.startswith("-(continued)x") for line in lines[2:-1])
     assert "".join(lines).count("x") == 250
 
 
