@@ -7561,7 +7561,7 @@ class Cleanup:
 # --- Requests and responses --------------------------------------------------
 
 MAX_HEADER_BYTES = 32 << 10  # request line and headers
-MAX_BODY_BYTES = 1 << 20  # a body, except GitHub's deliveries
+MAX_BODY_BYTES = 1 << 20  # a body, unless its route has another limit
 
 # A request line and a header. They are stricter than http.server: no HTTP/0.9, no bare CR
 # or LF, no folded header, no space before a colon (RFC 9112, sections 3 and 5).
@@ -9278,7 +9278,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # int() refuses more than 4,300 digits.
         length = float(headers.get("content-length", "0"))
         if length > limit:
-            raise HTTPError(413, f"The body is longer than {limit:,} bytes")
+            problem = "This path takes no body"
+            if limit:
+                problem = f"The body is longer than {limit:,} bytes"
+            raise HTTPError(413, problem)
         expects_continue = headers.get("expect", "").lower() == "100-continue"
         if length and expects_continue and self.request_version == "HTTP/1.1":
             self.handle_expect_100()
