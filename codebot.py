@@ -9665,12 +9665,12 @@ def short_keys(config: Config) -> Iterator[Finding]:
                 f"Key {number} of CODEBOT_API_KEYS has only {len(key)} characters and "
                 "may be guessed. Use one that `openssl rand -hex 32` makes.",
             )
-    if 0 < len(config.webhook_secret) < MIN_KEY_LENGTH:
+    if not config.no_github and 0 < len(config.webhook_secret) < MIN_KEY_LENGTH:
         yield Finding(
             "warn",
             f"GITHUB_WEBHOOK_SECRET has only {len(config.webhook_secret)} characters "
-            "and may be guessed. Use one that `openssl rand -hex 32` makes, here and at "
-            "GitHub.",
+            "and may be guessed. Use one that `openssl rand -hex 32` makes, in .env and "
+            "at GitHub.",
         )
 
 
