@@ -71,7 +71,7 @@ GLOSSARY
                  client calls a retry of a failed task makes a new task.)
   launcher       a command line that starts the agent and the tests on a node, which is
                  another computer of a cluster
-  redact         replace secrets in text with ***
+  redact         replace secrets in text with ***, if codebot recognizes them
 
 WHO IS TRUSTED WITH WHAT
   The operator   is trusted with everything: the settings, the App's key, the work
@@ -109,7 +109,8 @@ WHO IS TRUSTED WITH WHAT
                  - In bwrap it cannot see codebot's processes, the database, other
                    workspaces, or the directories of .env, the App's key and the TLS key,
                    and outside its own workspace it can write to no file of the host. It
-                   can still connect to sockets.
+                   can still connect to sockets and write to named pipes. The exceptions
+                   are among the known limitations of bwrap.
                  - Without a sandbox (CODEBOT_SANDBOX=none) it can do whatever codebot's
                    user can.
                  - codebot takes from it a tree of files, its words, and the cost and the
@@ -195,9 +196,9 @@ LIFE OF A JOB
   - An answer is in the store before it is posted. A retry finds it by its marker. It may be
     posted twice only if the first one, or its marker, was removed before a retry, or if
     GitHub carries out the first request late or does not list its answer yet.
-  A crash adds an interruption to every job that was running. So does a transient error
-  after which its agent must begin again. At the third, a job fails. What an agent was
-  doing is lost, with what that has cost.
+  A crash adds an interruption to every job that was running, and a transient error after
+  which the agent must begin again adds one to its own job. At the third, a job fails. What
+  an agent was doing is lost, with what that has cost.
 
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
@@ -612,7 +613,7 @@ def setting(
 ) -> Any:
     """Define a field of Config: its variable, parser, default and the flag's help.
 
-    Usually an empty variable counts as one that is not set.
+    An empty variable counts as one that is not set, unless it may be empty.
     """
     metadata = {
         "variable": variable,
@@ -1015,8 +1016,8 @@ class Redactor:
         """
         if len(text) <= length:
             return self(text)
-        # The cut may leave the beginning of a secret, which is shorter than the longest
-        # secret. So that many characters are cut off as well.
+        # The cut may leave the beginning of a secret. That is shorter than the longest
+        # secret, so as many characters as that has are cut off, too.
         longest = max(map(len, self._secrets), default=0)
         redacted = self(text[:length])
         return redacted[: max(0, len(redacted) - longest)]
@@ -1743,6 +1744,10 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 # the work directory, only the job's own directories and its repository's objects are
 # put back.
 #
+# Known limitation of every sandbox: only the host limits an agent's processes, disk space
+# and memory. If it fills the disk of the work directory, jobs are retried for a time and
+# then fail; while the database cannot be written, they wait.
+#
 # Known limitations without a sandbox (CODEBOT_SANDBOX=none):
 # - The agent can read and write whatever codebot's user can (the keys, the database, .env,
 #   codebot.py), read git's token while git runs, and signal codebot's processes.
@@ -1761,15 +1766,16 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 #   that agent can read it, unless it is in a hidden directory.
 # - A file system that the host mounts while an agent runs, even because the agent named a
 #   path of an automounter, appears in bwrap, and it can be written there.
-# - The agent can connect to abstract sockets, and to sockets and named pipes in directories
-#   that are not hidden. It shares the host's kernel, without a filter of system calls, and
-#   may reach the kernel's keyrings of codebot's user. bwrap before 0.8 lets the agent make
-#   user namespaces, in which it can reach more of the kernel. (If codebot runs as root, it
-#   refuses such a bwrap.)
-# - Only the host limits an agent's processes, disk space and memory. It can also fill
-#   memory through /dev/shm and the empty directories that cover hidden ones: both are
-#   writable until the command ends. If it fills the disk of the work directory, jobs are
-#   retried for a time and then fail; while the database cannot be written, they wait.
+# - The agent can connect to abstract sockets, and to sockets in directories that are not
+#   hidden, and write to named pipes there. It shares the host's kernel, without a filter of
+#   system calls, and may reach the kernel's keyrings of codebot's user. bwrap before 0.8
+#   lets the agent make user namespaces, in which it can reach more of the kernel. (If
+#   codebot runs as root, it refuses such a bwrap.)
+# - The agent can fill memory through /dev/shm and the empty directories that cover hidden
+#   ones. Both are writable, and vanish when the command ends.
+# - The agent can take leases (fcntl) on files of codebot's user that it can read, such as
+#   the mirror's objects. Others that open such a file then wait for up to 45 s, again and
+#   again, unless the host has `sysctl fs.leases-enable=0`.
 #
 # Known limitations of a launcher and of other sandboxes:
 # - With a launcher, the node sees the work directory. The directories that bwrap hides,
@@ -2155,6 +2161,8 @@ class Sandbox:
 # - The App's key can do whatever the App may do at GitHub, and a repository's token can
 #   write to every branch that is not protected. `check` reports missing permissions of the
 #   App, but none that it should not have.
+# - If somebody else opens a pull request for codebot's branch, in the moment between the
+#   push and codebot's own request, codebot takes it for its own.
 # - Pull requests are the App's. So a person who asked for a change may approve it, even
 #   where GitHub lets nobody approve their own.
 # - HTML comments and invisible characters are removed from text that people write on
@@ -2423,8 +2431,8 @@ class GitHub:
         self.attempts = GITHUB_ATTEMPTS
         self.requests_made = 0
         self.rate_limit_remaining: int | None = None
-        # GitHub's clock minus ours, in seconds, by the last response. It lags behind by the
-        # time that the response took to arrive.
+        # GitHub's clock minus ours, in seconds, by the last response. It is too small by
+        # the time that the response took to arrive.
         self.clock_skew = 0.0
         # No request is sent before this time: requests sent in spite of a rate limit may
         # get the App banned.
@@ -2682,7 +2690,7 @@ class GitHub:
         if seconds <= MAX_INLINE_WAIT:
             return seconds
         retry_at = time.time() + seconds
-        # Until then, no thread may send a request. (A 422 limits only what creates things.)
+        # Until then, no thread may send a request. (A 422 limits only creating something.)
         if is_limit and reply.status != 422:
             self.silent_until = max(self.silent_until, retry_at)
         raise TransientError(f"GitHub asked codebot to wait: {reply.error}", retry_at)
@@ -2930,7 +2938,8 @@ class GitHubRepository:
 # runs only inside the sandbox.
 #
 # Known limitations:
-# - git unpacks what the remote sends without fsck.
+# - git unpacks what the remote sends without fsck. A bug in git there would be a way to
+#   codebot.
 # - Data that is removed from a repository at GitHub stays in the mirror, where later agents
 #   can read it.
 #
@@ -3513,7 +3522,7 @@ CREATE TABLE jobs (
     --   'limit'               not classified: the pull request has had its reviews today
     request_kind TEXT NOT NULL DEFAULT '',
     -- For retries; see the table before run_steps. Times are in seconds since 1970.
-    interruptions INTEGER NOT NULL DEFAULT 0, -- runs of the agent that were lost
+    interruptions INTEGER NOT NULL DEFAULT 0, -- crashes, and lost runs of the agent
     not_before REAL NOT NULL DEFAULT 0, -- when the job may start; 0: at once
     transient_since REAL NOT NULL DEFAULT 0, -- when its transient errors began; 0: none
     cancel_requested INTEGER NOT NULL DEFAULT 0,
@@ -3945,7 +3954,7 @@ class Store:
         except sqlite3.Error:
             self.writable = False
             with contextlib.suppress(sqlite3.Error):
-                # If COMMIT fails, early versions of Python 3.9 leave it open.
+                # If COMMIT fails, early versions of Python 3.9 leave the transaction open.
                 self._writer.rollback()
             raise
         finally:
@@ -4430,7 +4439,7 @@ class Store:
                 insert_comment(db, task_id, job_id, comment)
                 reviewers[job_id] = comment.user
         for job_id, user in reviewers.items():
-            # %.99s: the name may be one of any length that a delivery claims.
+            # %.99s: a delivery may claim a name of any length.
             log.info("Task %s: %.99s commented on it (job %s)", task_id, user, job_id)
         return list(reviewers)
 
@@ -5535,7 +5544,7 @@ class Workspace:
 
 def outbox_path(config: Config, directory: str) -> str:
     """Return the path of the outbox that belongs to a task's directory."""
-    # The directory is task_[TICKET_]HEX.
+    # The directory is task_[TICKET_]HEX, or scratch_..., which has no outbox.
     digits = directory.rpartition("_")[2]
     return f"{config.work_dir}/outbox_{digits}.git"
 
@@ -6097,8 +6106,8 @@ def require_write_access(
 ) -> None:
     """Raise ``refusal`` unless GitHub reports that a person has write access now.
 
-    A commit has cost something, so a job that has one does not end at the first refusal.
-    It is retried, and then a refusal is believed. Nothing is pushed in between.
+    A commit has cost something. So for a job that has one, a refusal counts as a transient
+    error, and is believed only after such an error. Nothing is pushed meanwhile.
     """
     if github_repository.has_write_access(login):
         return
@@ -6827,8 +6836,8 @@ def answer_threads(review: Review) -> None:
         try:
             is_posted = post_answer(review, thread_key, members[0])
             if not is_posted and last.id != last.thread:
-                # Replies go to a thread's first comment, which was deleted. The reviewer's
-                # last one in that thread is answered in the conversation.
+                # Replies go to a thread's first comment, which was deleted. If the last
+                # comment is another, it is answered in the conversation.
                 last = dataclasses.replace(last, place="conversation")
                 post_answer(review, thread_key, last)
         except GitHubError as error:
@@ -6885,7 +6894,8 @@ def own_words(job: Job, answer: str) -> str:
 # One thread asks GitHub what has changed: at the start, when a webhook says so, and at a
 # fixed interval with --enable-polling. Webhooks and polling share the store. What it does
 # when GitHub does not answer as expected:
-#   GitHub cannot answer now       it looks again after a minute
+#   GitHub cannot answer now, or   it looks again after a minute
+#     answers in an unknown shape
 #   the rate limit is exhausted    it looks again when that ends
 #   GitHub refuses the App         it looks again after APP_REFUSED_DELAY
 #   GitHub refuses the look        it drops the look until the next poll, delivery or start;
@@ -7677,7 +7687,7 @@ class Response(NamedTuple):
     headers: Headers = NO_HEADERS
 
 
-# An answer that is sent piece by piece, as events come (WHATWG HTML, section 9.2,
+# A response that is sent piece by piece, as events come (WHATWG HTML, section 9.2,
 # "Server-sent events"). It yields b"" when there is nothing to send at the moment.
 EventStream = Iterator[bytes]
 
@@ -7772,7 +7782,7 @@ def log_refusal(path: str, request: Request, error: HTTPError) -> None:
 
 
 # --- API ---------------------------------------------------------------------
-# A handler returns its answer, or raises HTTPError.
+# A handler returns its response, or raises HTTPError.
 
 # The fields of a task, and the maximum number of characters in each.
 TASK_FIELDS = {
@@ -8997,7 +9007,7 @@ STATE_TIMEOUTS = {
 }
 SWEEP_INTERVAL = 0.5  # seconds between searches for late connections
 STREAM_INTERVAL = 0.25  # seconds between searches for new events
-CHUNK_BYTES = 64 << 10  # most bytes of a body read, or of an answer sent, at once
+CHUNK_BYTES = 64 << 10  # most bytes of a body read, or of a response sent, at once
 DEFAULT_HEADERS = {
     "Content-Type": "application/json",
     "Cache-Control": "no-store",
@@ -9139,7 +9149,7 @@ class ConnectionTable:
         """Hang up the connection that has waited longest for its client.
 
         Normally that is the oldest one that is waiting or receiving. But if more than half
-        of all connections are older than that one and sending, somebody leaves answers
+        of all connections are older than that one and sending, somebody leaves responses
         unread to keep others out. Then, and if none is waiting or receiving, it is the
         oldest one that is sending. Raises OSError if all connections are being handled.
         """
@@ -9249,7 +9259,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.command, self.path, self.request_version = self.requestline.split(" ")
         headers = parse_headers(self.request_version, lines)
         options = headers.get("connection", "").lower().replace(",", " ").split()
-        # An HTTP/1.0 client may take the end of the connection for the answer's end.
+        # An HTTP/1.0 client may take the end of the connection for the response's end.
         self.close_connection = self.request_version == "HTTP/1.0" or "close" in options
         self.is_read = "content-length" not in headers
         return headers
@@ -9257,7 +9267,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def dispatch(self, headers: Headers) -> Response | EventStream:
         """Find the route, ask its guard, read the body, and call the handler.
 
-        The body is freed when this returns: a client may take long to read the answer.
+        The body is freed when this returns: a client may take long to read the response.
         """
         path, _, query = ABSOLUTE_FORM_RE.sub("", self.path).partition("?")
         route, parameters = find_route(self.command, path or "/")
@@ -9306,7 +9316,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.write(body[CHUNK_BYTES:])
 
     def head(self, status: int, headers: Headers) -> bytes:
-        """Return the status line and the headers of an answer, and log it."""
+        """Return the status line and the headers of a response, and log it."""
         log.debug("%s: %s: %d", self.client_address[0], self.requestline, status)
         lines = [
             f"{self.protocol_version} {status} {http.client.responses[status]}",
@@ -9352,7 +9362,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Read and discard the rest of a refused request.
 
         If it were left unread, the system would reset the connection, and the client
-        might lose the answer. The client gets the time of a new request for this.
+        might lose the response. The client gets the time of a new request for this.
         """
         self.enter("receiving")
         end_tls(self.connection)

@@ -3326,8 +3326,10 @@ def test_home_of_the_account_is_hidden_whatever_home_says(
     own = host.make("account")
     use_account(host, own)
     expected = {own}
-    if home == "{root}/home":
-        expected.add(f"{host.root}/home")
+    if home == "home":
+        home = host.make("home")
+        expected.add(home)
+    host.monkeypatch.setenv("HOME", home)
     assert codebot.home_directories() == expected
     mounts = host.mounts(search_path=f"/usr/bin:{host.make('account/tools/bin')}")
     assert mounts[:2] == ["HIDDEN account", "READ_ONLY account/tools"]
