@@ -1460,7 +1460,7 @@ class ServerProcess:
         self.flags: tuple[str, ...] = ()
         self.limits: dict[str, Any] = {}
         self.settings: dict[str, str | None] = {}
-        self.older_processes = process_ids()
+        self.unrelated = process_ids()  # the processes that are not this server's
         for path in (self.start_dir, self.home, directory / "tmp"):
             path.mkdir()
 
@@ -1622,12 +1622,17 @@ class ServerProcess:
         """Return the processes, other than the server, that belong to this directory."""
         server = self._read_process(self.process.pid)[0] if self.process else b""
         strays = []
-        for pid in process_ids() - self.older_processes:
+        processes = process_ids()
+        self.unrelated &= processes  # a number may be given again
+        for pid in processes - self.unrelated:
             command, text = self._read_process(pid)
             if command in (b"", server):
                 continue
             if str(self.directory).encode() in text:
                 strays.append(f"{pid} {command!r}")
+            elif text:
+                # It is somebody else's and stays so; to read it again would take long.
+                self.unrelated.add(pid)
         return strays
 
     def _read_process(self, pid: int) -> tuple[bytes, bytes]:
