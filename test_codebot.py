@@ -1578,7 +1578,8 @@ class ServerProcess:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command that ends soon, in a fork of a codebot that is imported."""
         environment = self.environment(settings)
-        return forking_program().run(self.start_dir, environment, args, stdin)
+        code = limit_lines({})
+        return forking_program().run(self.start_dir, environment, args, stdin, code)
 
     def log(self) -> str:
         """Return what the server printed since the test began."""
@@ -1781,15 +1782,16 @@ class ForkingProgram:
         environment: Mapping[str, str],
         args: Sequence[str],
         text: str,
+        code: str,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end."""
+        """Run a command to its end, after this code."""
         with tempfile.TemporaryDirectory() as name:
             stdin, stdout, stderr = (Path(name, str(number)) for number in range(3))
             stdin.write_text(text)
             for file in (stdout, stderr):
                 file.touch()
             files = (stdin, stdout, stderr)
-            process = self.start(directory, environment, files, args)
+            process = self.start(directory, environment, files, args, code)
             try:
                 code = process.wait(30)
             finally:
@@ -13405,7 +13407,7 @@ def test_launched_sandbox_that_does_not_work_is_refused(
     settings, message = REFUSED_SANDBOXES[name]
     server = cluster.site.server
     arguments = ("serve", "--port", "0", "--work-dir", str(server.work_dir))
-    done = server.run(*arguments, **{**cluster.settings(), **settings})
+    done = server.run_forked(*arguments, **{**cluster.settings(), **settings})
     assert done.returncode == 2
     assert message in done.stderr
     cluster.assert_empty()
@@ -15154,7 +15156,9 @@ def test_doubtful_things_are_logged_by_serve_and_listed_by_check(fresh: Site) ->
     }
     fresh.server.work_dir.mkdir(exist_ok=True)
     fresh.server.work_dir.chmod(0o755)
-    done = fresh.server.run("check", *serve_arguments(fresh)[1:], *flags, **settings)
+    done = fresh.server.run_forked(
+        "check", *serve_arguments(fresh)[1:], *flags, **settings
+    )
     assert done.returncode == 0
     warnings = [line for line in done.stdout.splitlines() if line.startswith("warn  ")]
     assert len(warnings) == len(DOUBTS) + (os.getuid() == 0)
@@ -15182,7 +15186,7 @@ def test_work_directory_that_others_can_write_is_refused(fresh: Site) -> None:
     fresh.server.work_dir.mkdir(exist_ok=True)
     fresh.server.work_dir.chmod(0o1777)
     for command in ("serve", "check"):
-        done = fresh.server.run(command, *serve_arguments(fresh)[1:])
+        done = fresh.server.run_forked(command, *serve_arguments(fresh)[1:])
         assert done.returncode != 0
         advice = f"{fresh.server.work_dir} can be written to by other users."
         assert advice in done.stdout + done.stderr
@@ -15194,7 +15198,7 @@ def test_encrypted_tls_key_is_refused_without_a_prompt(fresh: Site) -> None:
     run_command(*key, "-out", "encrypted.pem", cwd=keys)
     flags = ("--tls-cert", f"{keys}/cert.pem", "--tls-key", f"{keys}/encrypted.pem")
     for command in ("serve", "check"):
-        done = fresh.server.run(command, *serve_arguments(fresh)[1:], *flags)
+        done = fresh.server.run_forked(command, *serve_arguments(fresh)[1:], *flags)
         assert done.returncode != 0
         advice = "one of them is not a PEM file, or is encrypted."
         assert advice in done.stdout + done.stderr
@@ -15404,7 +15408,7 @@ def kill_during_a_task(site: Site) -> None:
 def test_locked_database_at_the_start_is_told(fresh: Site) -> None:
     kill_during_a_task(fresh)
     with locked_database(fresh.server):
-        done = fresh.server.run(*serve_arguments(fresh))
+        done = fresh.server.run_forked(*serve_arguments(fresh))
     assert done.returncode == 2
     assert "cannot be used: database is locked. End programs" in done.stderr
     assert "Traceback" not in done.stderr
@@ -15842,7 +15846,9 @@ def run_flags(site: Site, *flags: str) -> list[str]:
 
 
 def test_run_prints_progress_and_result(fresh: Site) -> None:
-    done = fresh.server.run(*run_flags(fresh, "--test-command", "echo a; echo b"))
+    done = fresh.server.run_forked(
+        *run_flags(fresh, "--test-command", "echo a; echo b")
+    )
     assert done.returncode == 0
     status = json.loads(done.stdout)
     assert status["status"] == "completed"
@@ -15877,7 +15883,7 @@ def test_deep_json_of_the_agent_is_no_crash_with_a_small_stack(fresh: Site) -> N
 def test_run_of_failing_task_exits_with_1(fresh: Site) -> None:
     fresh.agent.follow("result Nothing")
     work_dir = fresh.directory / "kept"
-    done = fresh.server.run(*run_flags(fresh, "--work-dir", str(work_dir)))
+    done = fresh.server.run_forked(*run_flags(fresh, "--work-dir", str(work_dir)))
     assert done.returncode == 1
     assert json.loads(done.stdout)["reason"] == "no_changes"
     assert (work_dir / "codebot.db").exists()
@@ -15889,7 +15895,9 @@ def test_run_reads_task_from_json(fresh: Site, source: str) -> None:
     file = fresh.directory / "task.json"
     file.write_text(text)
     path = "-" if source == "stdin" else str(file)
-    done = fresh.server.run("run", "--task", path, "--ticket-id", "T-1", stdin=text)
+    done = fresh.server.run_forked(
+        "run", "--task", path, "--ticket-id", "T-1", stdin=text
+    )
     assert done.returncode == 0
     assert json.loads(done.stdout)["description"] == "Hi"
     assert json.loads(done.stdout)["ticket_id"] == "T-1"
