@@ -2171,6 +2171,12 @@ def limited(limited_site: Site) -> Iterator[Site]:
 # --- The file itself ---------------------------------------------------------
 
 
+@functools.cache
+def program_tree() -> ast.Module:
+    """Return the syntax tree of codebot.py, which takes long to make."""
+    return ast.parse(PROGRAM.read_text())
+
+
 def sections_by_line() -> list[int]:
     """Return the number of the section that each line of codebot.py is in."""
     numbers = []
@@ -2209,7 +2215,7 @@ def local_names(statement: ast.stmt) -> set[str]:
 
 def test_no_section_uses_a_name_of_a_later_section() -> None:
     section = sections_by_line()
-    statements = ast.parse(PROGRAM.read_text()).body
+    statements = program_tree().body
     defined: dict[str, int] = {}
     for statement in statements:
         for name in defined_names(statement):
@@ -2243,7 +2249,7 @@ def test_dangerous_thing_is_in_one_place(pattern: str, function: str) -> None:
     [match] = re.finditer(pattern, source)
     line = source[: match.start()].count("\n") + 1
     functions = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(program_tree()):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno is not None
             if node.lineno <= line <= node.end_lineno:
@@ -2274,7 +2280,7 @@ def test_every_exception_is_caught_in_three_places_only() -> None:
 
 def test_no_function_is_longer_than_45_lines() -> None:
     long = []
-    for node in ast.walk(ast.parse(PROGRAM.read_text())):
+    for node in ast.walk(program_tree()):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno is not None
             if node.end_lineno - node.lineno + 1 > 45:
@@ -2285,7 +2291,7 @@ def test_no_function_is_longer_than_45_lines() -> None:
 @pytest.mark.skipif(sys.version_info < (3, 10), reason="it does not list its modules")
 def test_only_standard_library_is_imported() -> None:
     names = set()
-    for node in ast.walk(ast.parse(PROGRAM.read_text())):
+    for node in ast.walk(program_tree()):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
