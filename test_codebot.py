@@ -8404,6 +8404,7 @@ def test_write_access_is_asked_at_each_start(pull: Pull) -> None:
 
 
 def test_change_of_a_reviewer_who_lost_write_access_is_not_pushed(pull: Pull) -> None:
+    before = pull.tip()
     pull.site.repository.permissions["gina"] = "write"
     pull.site.agent.follow(f"classify change; block; {MAKE_CHANGE}")
     pull.site.person("gina").inline("Say more")
@@ -8414,7 +8415,7 @@ def test_change_of_a_reviewer_who_lost_write_access_is_not_pushed(pull: Pull) ->
     assert review["reason"] == "cancelled"
     assert "gina has no write access" in review["error"]
     assert pull.answers() == []
-    assert pull.tip() == pull.commit
+    assert pull.tip() == before
 
 
 def test_change_is_pushed_although_github_denies_access_once(fresh: Site) -> None:
@@ -12096,7 +12097,8 @@ def test_https_keeps_connections_and_the_banner_says_so(secure_site: Site) -> No
     with contextlib.closing(connect_tls(secure_site)) as connection:
         assert get_over_tls(connection, "/health")["status"] == "healthy"
         used = connection.sock
-        assert get_over_tls(connection, "/api/tasks")["count"] == 0
+        listed = get_over_tls(connection, "/api/tasks")
+        assert listed["count"] == len(listed["tasks"])
         assert connection.sock is used
 
 
