@@ -1199,7 +1199,8 @@ NOISE_RE = re.compile(r"(hint:.*|remote:)?")
 CAUSE_RE = re.compile(r"(fatal|error|remote: error):|.*denied")
 DISK_FULL = "No space left on device|[Qq]uota exceeded"  # musl: "Quota exceeded"
 # Does not match when a remote reports that its own disk is full: "remote: fatal: ..."
-DISK_FULL_RE = re.compile(f"^(?!remote:).*({DISK_FULL})", re.MULTILINE)
+# Nor a file of that name: the reason stands at the end of a line.
+DISK_FULL_RE = re.compile(rf"^(?!remote:).*({DISK_FULL})\)?$", re.MULTILINE)
 
 
 def is_disk_full(directory: str) -> bool:

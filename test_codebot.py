@@ -7781,6 +7781,40 @@ def test_full_disk_during_clone_is_waited_for(fresh: Site) -> None:
     assert len(fresh.agent.runs()) == 1
 
 
+@pytest.mark.parametrize(
+    ("line", "is_full"),
+    [
+        ("fatal: write error: No space left on device", True),
+        ("error: file write error (No space left on device)", True),
+        ("sh: 1: cannot create x: Disk quota exceeded", True),
+        ('error: open("No space left on device"): Permission denied', False),
+        ("error: unable to index file 'No space left on device'", False),
+        ("remote: fatal: write error: No space left on device", False),
+    ],
+)
+def test_full_disk_is_told_from_the_name_of_a_file(line: str, is_full: bool) -> None:
+    match = codebot.DISK_FULL_RE.search(f"first\n{line}\nlast")
+    assert (match is not None) == is_full
+
+
+def test_thread_logs_a_database_error_in_one_line_and_tries_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(codebot, "DATABASE_RETRY_DELAY", 0.0)
+    app = codebot.Codebot(codebot.Config(work_dir=str(tmp_path), no_github=True))
+    errors = [sqlite3.OperationalError("disk I/O error")] * 2
+
+    def step() -> None:
+        if errors:
+            raise errors.pop()
+        app.stop.set()
+
+    codebot.repeat_until_stopped(app, step)
+    [first, second] = caplog.records
+    assert first.getMessage() == "Database: disk I/O error; the thread tries again"
+    assert second.exc_info is None
+
+
 def test_agent_that_says_that_the_disk_is_full_is_not_believed(shared: Site) -> None:
     shared.agent.follow(GIT_SAYS_FULL)
     error = shared.api.failed(shared.api.submit(), "agent_failed")
