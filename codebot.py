@@ -809,8 +809,9 @@ def read_settings(
             try:
                 values[field.name] = field.metadata["parse"](text)
             except ValueError as error:
-                # People write NAME=SECRET where only a name is expected.
-                shown = re.sub("(?s)=.*", "=***", hide_password(text))
+                # People write NAME=SECRET where only a name is expected. And what follows
+                # a quote may be JSON with a key.
+                shown = re.sub("(?s)([=\"']).*", r"\1***", hide_password(text))
                 problems.append(f"{name} {error} (it is {shown!r}).")
     return values
 

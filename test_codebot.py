@@ -2529,7 +2529,7 @@ def test_bad_setting_is_named_with_its_value_and_what_is_allowed(
     values, [problem] = read_settings(**{variable: text})
     assert values == {}
     assert problem.startswith(f"{variable} {advice}")
-    shown = re.sub("=.*", "=***", text)
+    shown = re.sub("([=\"']).*", r"\1***", text, flags=re.DOTALL)
     assert problem.endswith(f" (it is {shown!r}).")
 
 
@@ -2546,6 +2546,21 @@ def test_bad_setting_is_shown_without_its_password(text: str, shown: str) -> Non
     _, [problem] = read_settings(GITHUB_API_URL=text)
     assert problem.startswith("GITHUB_API_URL must be an address like")
     assert problem.endswith(f" (it is {shown!r}).")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        """--mcp-config '{"headers": {"X-Api-Key": "secret"}}""",
+        """--mcp-config {"key": "secret"}'""",
+        '--append-system-prompt "secret',
+    ],
+)
+def test_bad_arguments_are_shown_without_what_may_be_a_key(text: str) -> None:
+    _, [problem] = read_settings(CODEBOT_CLAUDE_ARGS=text)
+    assert "has an unclosed quote" in problem
+    assert "secret" not in problem
+    assert text.split()[0] in problem
 
 
 @pytest.mark.parametrize(
