@@ -2964,7 +2964,7 @@ class GitHubRepository:
 GIT = shlex.split(
     "git -c gc.auto=0 -c maintenance.auto=false -c core.fsync=all"
     " -c http.followRedirects=false -c http.lowSpeedLimit=1 -c http.lowSpeedTime=60"
-    " -c core.quotePath=false"
+    " -c core.quotePath=false -c core.hooksPath=/dev/null"
 )
 GIT_FETCH = shlex.split(
     "fetch --quiet --no-tags --no-recurse-submodules --no-write-fetch-head"

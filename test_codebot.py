@@ -6353,6 +6353,19 @@ def test_repository_in_the_repository_is_refused(shared: Site, case: str) -> Non
     assert "sub is a nested git repository or a submodule" in error
 
 
+def test_hook_in_a_mirror_or_outbox_does_not_run(tmp_path: Path) -> None:
+    config = codebot.Config(no_github=True, search_path=os.environ["PATH"])
+    directory = codebot.GitDirectory(config, f"{tmp_path}/git", lambda: None)
+    directory.local_git("init", "--quiet", "--bare", "--template=")
+    hook = tmp_path / "git" / "hooks" / "reference-transaction"
+    hook.parent.mkdir()
+    hook.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    hook.chmod(0o755)
+    blob = directory.local_git("hash-object", "-w", "--stdin").stdout[0]
+    directory.local_git("update-ref", "refs/x", blob)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_commit_of_agent_does_not_get_into_the_mirror_by_its_push(shared: Site) -> None:
     result = shared.api.completed(shared.api.submit())
     mirror = mirror_of(shared, shared.repository.name)
