@@ -2191,7 +2191,13 @@ MAX_CACHED_BYTES = 64 << 10  # of a reply; a longer one is not cached
 # Seconds until something new is visible in all parts of GitHub.
 VISIBILITY_DELAY = 50.0
 # Raised by code that reads a response which does not have the documented shape.
-UNKNOWN_SHAPE_ERRORS = (AttributeError, LookupError, TypeError, ValueError)
+UNKNOWN_SHAPE_ERRORS = (
+    AttributeError,
+    LookupError,
+    OverflowError,
+    TypeError,
+    ValueError,
+)
 
 
 class GitHubError(Exception):
@@ -2341,8 +2347,8 @@ def person_login(user: Json) -> str:
 def parse_comment(place: str, payload: JsonObject) -> Comment | None:
     """Parse a comment or review from the API or a webhook.
 
-    Returns None for bots, deleted users, empty texts and pending reviews. Raises
-    KeyError, TypeError or ValueError if the payload has an unexpected shape.
+    Returns None for bots, deleted users, empty texts and pending reviews. Raises one of
+    UNKNOWN_SHAPE_ERRORS if the payload has an unexpected shape.
     """
     user = person_login(payload["user"])
     text = visible_text(payload["body"] or "")

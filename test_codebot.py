@@ -9569,10 +9569,12 @@ def test_look_that_fails_slowly_is_repeated_some_time_after_it_failed(
     assert sync.waiting[codebot.EVERYTHING] == failed_at + delay
 
 
+@pytest.mark.parametrize("error", [KeyError("state"), OverflowError("infinity")])
 def test_response_of_unknown_shape_holds_up_no_other_look(
     sync: codebot.Sync,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    error: Exception,
 ) -> None:
     monkeypatch.setattr(codebot, "SYNC_INTERVAL", 0.01)
     first = codebot.Look("issue", 1, 1)
@@ -9581,7 +9583,7 @@ def test_response_of_unknown_shape_holds_up_no_other_look(
 
     def look_at(look: codebot.Look) -> None:
         if look == first:
-            raise KeyError("state")
+            raise error
 
     monkeypatch.setattr(sync, "look_at", look_at)
     sync.step()
