@@ -6512,7 +6512,15 @@ def test_footnote_after_any_mark_is_escaped(start: str) -> None:
     assert "\\[^1]:" in codebot.quoted("The agent", f"{start}[^1]: words")
 
 
-@pytest.mark.parametrize("text", ["<!-- x", "<!--x", "</blockquote>", "</BlockQuote>"])
+def test_quote_has_no_invisible_characters() -> None:
+    quote = codebot.quoted("The agent", "a\u202eb\u200b\n\u2066c")
+    assert quote == "The agent says:\n\n> ab\n> c\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<!-- x", "<!--x", "</blockquote>", "</BlockQuote>", "<\u200b!-- x"],
+)
 def test_quote_has_neither_its_end_nor_a_marker(text: str) -> None:
     assert "<" not in codebot.quoted("The agent", text)
 
