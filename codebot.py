@@ -869,6 +869,8 @@ def conflicting_settings(config: Config) -> Iterator[str]:
             "CODEBOT_ALLOWED_REPOSITORIES is empty. Name repositories, or use * to "
             "allow all."
         )
+    if "," in config.issue_label:  # GitHub would take it for two labels
+        yield "CODEBOT_ISSUE_LABEL must be one label, without a comma."
     if config.enable_polling and config.no_github:
         yield "--enable-polling and --no-github cannot be used together."
     if bool(config.tls_cert) != bool(config.tls_key):

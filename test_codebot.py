@@ -14939,6 +14939,10 @@ MISTAKES = {
         "DIR/start/.env, line 2: expected NAME=value.",
         files={"start/.env": "A=1\njunk\n"},
     ),
+    "two labels": Mistake(
+        "CODEBOT_ISSUE_LABEL must be one label, without a comma.",
+        {"CODEBOT_ISSUE_LABEL": "codebot,ai"},
+    ),
     "unclosed quote": Mistake(
         "CODEBOT_SANDBOX has an unclosed quote or a trailing backslash",
         {"CODEBOT_SANDBOX": '"env podman'},
