@@ -7226,6 +7226,9 @@ def repeat_until_stopped(codebot: Codebot, step: Callable[[], None]) -> None:
             step()
         except StopRequested:
             return
+        except sqlite3.Error as error:
+            log.error("Database: %s; the thread tries again", error)
+            codebot.stop.wait(DATABASE_RETRY_DELAY)
         except Exception:  # else the server would go on without this thread
             log.exception("Unexpected error; the thread continues")
             codebot.stop.wait(1.0)
