@@ -77,7 +77,7 @@ WHO IS TRUSTED WITH WHAT
   The operator   is trusted with everything: the settings, the App's key, the work
                  directory.
   A client       is whoever has an API key. It may read and cancel every task, and may
-                 submit and retry tasks for the repositories that
+                 submit and retry tasks (also those of issues) for the repositories that
                  CODEBOT_ALLOWED_REPOSITORIES allows. With --no-github these are, by
                  default, all repositories that codebot's user can reach. A task's test
                  command is a shell command, so a client can run anything in the sandbox.
@@ -106,11 +106,13 @@ WHO IS TRUSTED WITH WHAT
                    that other agents start, and the local network. On a cloud host it can
                    fetch the host's own credentials from the metadata address
                    (169.254.169.254), unless a firewall blocks that.
-                 - In bwrap it cannot see codebot's processes, the database, other
-                   workspaces, or the directories of .env, the App's key and the TLS key,
-                   and outside its own workspace it can write to no file of the host. It
-                   can still connect to sockets and write to named pipes. The exceptions
-                   are among the known limitations of bwrap.
+                 - In bwrap, these are hidden from it: codebot's processes, the work
+                   directory (with the database and other workspaces), the homes of
+                   codebot's user, /run, the host's /tmp, and the directories of .env, the
+                   App's key and the TLS key. It can read every other file that codebot's
+                   user can read. It can write to its own workspace only, but can connect to
+                   sockets and write to named pipes that are not hidden. The exceptions to
+                   this are listed in the section Sandbox.
                  - Without a sandbox (CODEBOT_SANDBOX=none) it can do whatever codebot's
                    user can.
                  - codebot takes from it a tree of files, its words, and the cost and the
@@ -160,13 +162,12 @@ WHERE SECRETS GO
                              sandbox other than bwrap
   passwords of proxies       to the proxy; to git at the remote and to all programs in
                              workspaces, in their environment; to the launcher and to a
-                             sandbox other than bwrap. One in ANTHROPIC_BASE_URL: where
-                             the model key goes.
+                             sandbox other than bwrap. (A password in
+                             ANTHROPIC_BASE_URL goes where the model key goes.)
   With --no-github, git commands that contact the remote get the environment with which
-  codebot was started, with the proxies and certificates of .env, including listed
-  variables, but without CODEBOT_API_KEYS, GITHUB_WEBHOOK_SECRET, the model's keys and
-  ANTHROPIC_BASE_URL, and without variables that make git print a trace or work in another
-  repository.
+  codebot was started, including listed variables, and the proxies and certificates of
+  .env. Taken out are CODEBOT_API_KEYS, GITHUB_WEBHOOK_SECRET, the model's keys and address,
+  and variables that make git print a trace or work in another repository.
   codebot writes none of these secrets into a named file. While a program runs, its
   input and output are in unlinked files (openssl's are a JWT's content and signature).
   But the agent's home keeps its session, with everything that the agent has printed.
@@ -179,10 +180,10 @@ LIFE OF A JOB
   pending   -> failed       it is cancelled
   running   -> pending      after a stop, a crash, or a transient error
   running   -> completed, failed
-  A pending review is deleted when its comments join one that is running. Every review
-  is deleted with its task. A review that is skipped, because nothing may or need be done,
-  is also deleted if it has cost nothing and has not failed; otherwise it ends as failed
-  (cancelled).
+  A pending review is deleted when its comments join a running review of the same
+  reviewer. Reviews are deleted with their task. A review on which codebot may not, or need
+  not, act is skipped: it is deleted if it has cost nothing and has not failed; otherwise it
+  ends as failed, with the reason cancelled.
 
   A task's phases are clone, agent, test, commit, push, pull_request; a review's are
   classify, clone, agent, test, commit, push, answer. With a launcher, both are in the
@@ -223,7 +224,7 @@ FILES in the work directory
   codebot.db     the record of all jobs        codebot.lock   held by the one codebot here
   mirrors/       HOST/OWNER/NAME.git           task_*/        a task's workspace
   outbox_*.git   a task's outbox               launched/      a record of each launch
-  scratch_*      needed for a short time       trash_*/       being removed
+  scratch_*      for one command               trash_*/       being removed
   While codebot runs, Python's temporary files, with programs' output, are also there.
   A mirror and the database each have a .lock file beside them. CODEBOT_DATABASE may put
   the database elsewhere.
@@ -454,7 +455,8 @@ def find_paths(directory: str, pattern: str) -> list[str]:
 #   it.
 # - Of the variables that the operator lists for the agent, codebot knows those whose names
 #   suggest a secret; in others it knows headers such as X-Api-Key, and addresses with a
-#   login, a query or parameters. It does not know a key in the path of an address.
+#   login, a query or parameters. It does not know a key in the path of an address, nor one
+#   in CODEBOT_CLAUDE_ARGS or another command line, which `ps` also shows.
 
 MODEL_KEY_NAMES = (
     "ANTHROPIC_API_KEY",
@@ -513,13 +515,13 @@ def parse_command(text: str) -> Sequence[str]:
 
 
 def parse_int(text: str, minimum: int, maximum: int) -> int:
-    # The length is limited because int() refuses thousands of digits in its own words.
+    # The length is limited because int() has a message of its own for very long numbers.
     if not re.fullmatch("[0-9]{1,16}", text) or not minimum <= int(text) <= maximum:
         raise ValueError(f"must be a whole number from {minimum} to {maximum}")
     return int(text)
 
 
-# The maximum is what functions that wait accept as seconds. Installation ids are smaller.
+# Python's functions that wait accept no larger number of seconds. All installation ids fit.
 parse_count = functools.partial(parse_int, minimum=1, maximum=4_000_000_000)
 parse_threads = functools.partial(parse_int, minimum=1, maximum=999)
 parse_attempts = functools.partial(parse_int, minimum=0, maximum=99)
@@ -801,7 +803,7 @@ def read_settings(
             name = flag_name(field.name)
             text = str(flag)
         may_be_empty = field.metadata["may_be_empty"] and name in variables
-        if flag == "":  # perhaps of a shell variable that is not set
+        if flag == "":  # such as --host "$HOST", where HOST is not set
             problems.append(f"{name} is empty.")
         elif re.search("[\ud800-\udfff]", text):  # bytes that are not UTF-8
             problems.append(f"{name} is not valid UTF-8.")
@@ -880,8 +882,8 @@ def conflicting_settings(config: Config) -> Iterator[str]:
 
 # A pattern of CODEBOT_ALLOWED_REPOSITORIES: * or OWNER/NAME.
 NAME_PATTERN_RE = re.compile(r"\*|[^:]*/[^:]*")
-# With --no-github, whole URLs are compared. A wildcard also matches slashes, so one before
-# the path could match another host: https://*.acme.com/a matches https://x/.acme.com/a.
+# With --no-github, whole URLs are compared. A wildcard also matches slashes, so none may
+# come before the path: https://*.acme.com/a would match https://evil/.acme.com/a.
 URL_PATTERN_RE = re.compile(
     r"""
       (\w+://)? ([^@/*?\[]+@)? \*       # every host: *, https://*, git@*
@@ -1119,7 +1121,8 @@ def login_secrets(word: str, is_proxy: bool) -> set[str]:
         https://token-of-the-feed@host   token-of-the-feed
         http://user:a/b@proxy            a/b
 
-    A login without a password counts from MIN_SEARCHED_LENGTH on. "" may be among them.
+    A user name without a password counts as one if it has at least MIN_SEARCHED_LENGTH
+    characters. "" may be among them.
     """
     address = re.sub("^[^/]*://", "", word)
     logins = [address.partition("/")[0].rpartition("@")[0]]
@@ -1158,8 +1161,8 @@ MAX_LINE_BYTES = 8 << 20  # a line is split after this, or up to READ_BYTES late
 READ_BYTES = 64 << 10  # of output read at a time; the limits are checked in between
 KEPT_LINES = 400  # how many of the last lines of a program's output are kept
 MAX_KEPT_CHARS = 10_000  # of each of these lines
-# With less free space codebot does not start, and if a program fails, the full disk is
-# taken for the cause.
+# With less free space codebot does not start, and the full disk is taken for the cause if a
+# program fails.
 FULL_DISK_BYTES = 1 << 20
 
 
@@ -1167,10 +1170,10 @@ def do_nothing(*args: object) -> None:
     pass
 
 
-# A LineHandler gets the new lines of a program's standard output. If it returns True, the
-# result is there: the program, such as an agent that hangs after its result, gets
-# RESULT_GRACE seconds to end by itself. Then codebot ends it, which is no failure. During
-# these seconds neither limits nor a stop are checked. Other return values mean nothing.
+# A LineHandler gets the new lines of a program's standard output. It returns True once the
+# program's work is done, else anything. The program then has RESULT_GRACE seconds to end by
+# itself; after that codebot ends it, and this counts as success. During these seconds no
+# limit and no stop is checked.
 LineHandler = Callable[[list[str]], object]
 
 
@@ -1246,8 +1249,8 @@ class OutputFile:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
-        # A program can empty its own output, with `>/dev/stdout`. Without O_APPEND, others
-        # that print here would go on at their old position, or overwrite what it prints.
+        # A program can empty its own output, with `>/dev/stdout`. With O_APPEND, what is
+        # printed next goes to the new end, not to the old position.
         fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
         self.last_lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
         self.has_new_bytes = False  # whether the last read_lines found any
@@ -1302,8 +1305,8 @@ printf '\\n%s\\n' "$0"
 sleep 0.3 2>/dev/null || sleep 1
 "$@"
 code=$?
-# A cluster ends a job by SIGTERM to the program (143) and to this shell. If this shell is
-# ended, too, it prints no exit code, and codebot sees a lost node, not a failed program.
+# A cluster ends a job by SIGTERM to the program (143) and to this shell. The pause lets it
+# arrive here, too: then codebot gets no exit code, and sees a lost node, not a failure.
 [ $code = 143 ] && sleep 1
 printf '\\n%s\\n' "$0 $code"
 """
@@ -1390,8 +1393,8 @@ class RunningProgram:
         """Note the program's start and exit code; return the lines that it printed."""
         output: list[str] = []
         for line in lines:
-            # On a node, a program in bwrap cannot read the sentinel. Otherwise it can (in
-            # the arguments of sh or in this output), and may forge its exit code.
+            # On a node, a program in bwrap cannot read the sentinel. Any other can (in the
+            # arguments of sh or in this output), and may forge its exit code.
             sentinel, _, code = line.partition(" ")
             # This counts even if the first sentinel was never read: the program may have
             # emptied the output before that.
@@ -1430,8 +1433,8 @@ class RunningProgram:
 
         Raises TransientError if the launcher, the node or the disk made it fail.
         """
-        # poll() is None if the program could not be ended. Its code does not matter then:
-        # there is a result, or the node has printed the code.
+        # poll() is None if the program could not be ended. Then its code does not matter:
+        # it has done its work, or the node has printed the code.
         code = self.child.poll() or 0
         if self.launch is not None:
             # Without an exit code from the node, something has ended the program or the
@@ -1466,7 +1469,8 @@ def signal_group(leader: int, number: int) -> bool:
     """Signal a process group. Returns whether it has members, including zombies."""
     try:
         os.killpg(leader, number)
-    except (ProcessLookupError, PermissionError):  # macOS: only a zombie is left
+    # PermissionError: it runs as another user or, on macOS, only a zombie is left.
+    except (ProcessLookupError, PermissionError):
         return False
     return True
 
@@ -1477,8 +1481,8 @@ def end_process_group(child: subprocess.Popen[bytes]) -> None:
     If the program still runs, the group gets SIGTERM and, after KILL_GRACE, SIGKILL. What
     a program has left behind at its own end gets SIGKILL at once.
 
-    That another group has this one's number by then is possible in theory only: the
-    kernel reuses a number after all others, and never while a group has it.
+    The number can belong to another group by then only if the kernel has used all others
+    meanwhile. It reuses none that a group has.
     """
     if child.poll() is None:
         signal_group(child.pid, signal.SIGTERM)
@@ -1565,8 +1569,8 @@ MAX_ENVIRONMENT_BYTES = 2 << 20
 def tagged_processes(run_tag: str) -> list[int]:
     """Return the ids of the processes whose CODEBOT_RUN begins with ``run_tag``.
 
-    See base_environment: no tag is the beginning of another one by accident, because each
-    of a tag's parts has a fixed length.
+    No tag is the beginning of another one by accident, because each of its parts has a
+    fixed length: see base_environment.
     """
     needle = f"\0CODEBOT_RUN={run_tag}".encode()
     found = []
@@ -1786,9 +1790,9 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 #   and its version, are determined on this host; a directory that exists only on the node
 #   is not hidden there. On the node, an agent may outlive bwrap (see end_bwrap) until the
 #   cluster ends it.
-# - What CODEBOT_SANDBOX or CODEBOT_LAUNCHER runs as another user, such as with sudo,
-#   cannot be ended. codebot does not wait for it, so it may change the workspace during
-#   later steps and runs.
+# - If CODEBOT_SANDBOX or CODEBOT_LAUNCHER changes the user, as sudo does, codebot cannot
+#   end the program. It does not wait for it, and cannot keep it from changing the workspace
+#   during later steps and runs.
 # - The agent can write to the HOME that the programs of CODEBOT_SANDBOX and
 #   CODEBOT_LAUNCHER get and, without bwrap, to the directory in which they start. These
 #   programs must not read settings of their own from there, such as ~/.docker.
@@ -2165,8 +2169,9 @@ class Sandbox:
 # - The App's key can do whatever the App may do at GitHub, and a repository's token can
 #   write to every branch that is not protected. `check` reports missing permissions of the
 #   App, but none that it should not have.
-# - If somebody else opens a pull request for codebot's branch, in the moment between the
-#   push and codebot's own request, codebot takes it for its own.
+# - If somebody else opens a pull request for codebot's branch before codebot's own request
+#   succeeds (usually at once, but later if GitHub fails), codebot takes it, with its text
+#   and base, for its own.
 # - Pull requests are the App's. So a person who asked for a change may approve it, even
 #   where GitHub lets nobody approve their own.
 # - HTML comments and invisible characters are removed from text that people write on
@@ -2389,7 +2394,8 @@ def github_error_text(status: int, payload: Json) -> str:
     return " ".join(" ".join(words).split())[:1000]
 
 
-# Two temporary reasons for a status of 422: comments and pull requests are made too fast;
+# They match errors in the form that github_error_text gives them. Two temporary reasons for
+# a status of 422: comments and pull requests are made too fast;
 # GitHub does not see a pushed branch, or its commit, yet.
 TOO_FAST_RE = re.compile(r"submitted too quickly|'code': 'abuse'")
 BRANCH_NOT_SEEN_RE = re.compile("'field': 'head', 'code': 'invalid'|No commits between")
@@ -2551,8 +2557,8 @@ class GitHub:
 
         ``path`` may also be a whole URL, for example of a list's next page.
         ``find_existing`` is called before every attempt, because an earlier one, perhaps
-        of an earlier run, may have taken effect although its response was lost. It
-        returns what it finds, or None.
+        of an earlier run, may have taken effect although its response was lost. What it
+        finds is returned, unless that is None.
         """
         url = f"{self.api}{path}" if path.startswith("/") else path
         is_token_renewed = False
@@ -2760,8 +2766,8 @@ class GitHubRepository:
 
     def __init__(self, github: GitHub, payload: JsonObject) -> None:
         self.github = github
-        # GitHub always sends an id. A server that imitates GitHub may send none; then
-        # requests about the repository use the lookup token.
+        # GitHub always sends an id. A server that imitates GitHub may send none; then the
+        # lookup token serves as the repository's.
         self.id = int(payload.get("id") or LOOKUP)
         self.full_name = str(payload["full_name"])
         self.is_archived = bool(payload.get("archived"))
@@ -2961,8 +2967,8 @@ class GitHubRepository:
 #   refuses repositories in its own work directory by their path, but not those in other
 #   work directories on this host, such as the ones that `run` leaves in /tmp, nor those
 #   that an ssh address reaches by another path.
-# - git before 2.45.1 (in the 2.39 series, before 2.39.4) runs the hooks of another user's
-#   repository on this host when it pushes there.
+# - git before 2.45.1 (in the 2.39 series, before 2.39.4), when it pushes to a repository of
+#   another user on this host, runs that user's hooks as codebot.
 # - codebot's credential may be allowed to change workflows.
 
 # gc is off, because workspaces read the mirror's objects. Redirects are off, because they
@@ -3070,7 +3076,7 @@ def check_local_remote(config: Config, path: str) -> None:
         resolved = os.path.realpath(path)
     except OSError:  # a directory on the way cannot be read
         resolved = "/proc"
-    # As written, because a symlink may lead elsewhere later; and where it leads now.
+    # The path as written, since a symlink in it may change, and where it leads now.
     for spelling in (re.sub("/+", "/", path), resolved):
         for directory in (config.work_dir, "/proc", "/dev"):
             if is_inside(spelling, directory):
@@ -3094,7 +3100,7 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
     if url.startswith("/"):
         check_local_remote(config, url)
     elif url.startswith("file:"):
-        # With a host, git and codebot could understand the path differently.
+        # With a host, git and codebot could disagree on where the path begins.
         if not re.fullmatch(r"file:///[^\[\]@]*", decoded_url):
             raise ValueError("must be file:///path without [ ] and @")
         check_local_remote(config, decoded_url.removeprefix("file://"))
@@ -3167,7 +3173,7 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 # How git_with_token interprets git's output. URLs and quoted names are removed first,
 # because they may contain any words.
 URL_OR_NAME_RE = re.compile(r"(?<!\w)'[^'\n]*'|https?://\S+")
-# LOGIN_RE is searched only in words with an "@": it could take minutes for another line.
+# LOGIN_RE is searched only in words with an "@": on a long line it could take minutes.
 WORD_WITH_AT_RE = re.compile(r"(?<!\S)\S+@")
 LOGIN_RE = re.compile(r"://[^\s/:@]*(:\S*)?@")
 AUTH_FAILED_RE = re.compile(
@@ -3382,7 +3388,7 @@ class Mirror(GitDirectory):
 
         Returns the branch's name and its tip at the remote. Callers must use this tip and
         not the mirror's branch: if the remote's was reset to an older commit, nothing is
-        fetched, and the mirror's stays ahead. Raises BranchNotFound.
+        fetched, and the mirror's stays newer. Raises BranchNotFound.
         """
         with self.lock() as descriptor:
             os.utime(descriptor)  # tells Cleanup when the mirror was last used
@@ -3454,7 +3460,8 @@ class Mirror(GitDirectory):
 
 
 # === II. The work ============================================================
-# Every state, every write, what an agent receives and what happens to its work.
+# All states of a job, all that is stored about it, what an agent receives, and what happens
+# to its work.
 
 # --- Store -------------------------------------------------------------------
 #
@@ -3604,8 +3611,9 @@ CREATE TABLE totals (
     checks INTEGER NOT NULL -- only so that check_writable has something to change
 );
 INSERT INTO totals (seconds, dollars, checks) VALUES (0, 0, 0);
--- The pending jobs whose turn it is. A task and the reviews of its pull request share one
--- workspace and one outbox, so they run one after the other, oldest first.
+-- The pending jobs that no older job of their task holds up; see not_before for when they
+-- are due. A task and the reviews of its pull request share one workspace and one outbox.
+-- So they run one after the other, oldest first.
 CREATE VIEW next_jobs AS
     SELECT id, kind, not_before, transient_since, seq FROM jobs
     WHERE status = 'pending'
@@ -4735,7 +4743,7 @@ def remove_tree(config: Config, path: str) -> None:
     remove_easily(path)
     if os.path.lexists(path):
         # rm never follows a link. chmod could be misled by a process that replaces files
-        # meanwhile, but would only give codebot's user access to its own files.
+        # meanwhile, but it only gives a file's owner more rights.
         script = 'chmod -R u+rwX -- "$1"; rm -rf -- "$1"'
         env = base_environment(config)
         with contextlib.suppress(LimitReached):
@@ -5058,8 +5066,8 @@ base=$1 tree=$2
 commit=$(g commit-tree -p "$base" -m "What the agent left" "$tree") &&
 g update-ref --no-deref HEAD "$commit" # not the branch, which may be locked
 """
-# Makes a commit on $1 of the patch on standard input, and cherry-picks it, because `git
-# apply` itself knows no renames. If it conflicts, prints the files in conflict.
+# Commits the patch on standard input on $1, and cherry-picks that commit: unlike `git
+# apply`, a cherry-pick follows renames. If it conflicts, prints the files in conflict.
 APPLY_SCRIPT = """
 base=$1
 in_other_index() ( # in a subshell, or the variable would stay set in some shells
@@ -5207,12 +5215,11 @@ class Workspace:
             "git", f"Branch {self.branch} from {base_name} at {base_commit}"
         )
 
-    # Programs in the sandbox
+    # Programs in the sandbox. The command lines of all are made by sandboxed.
     #
-    #   script             codebot's own scripts, on this host; through supervise
-    #   run_work           the agent and the tests, perhaps on a node; through supervise
-    #   fetch_into_outbox  git upload-pack, which git fetch starts
-    # The command lines of all three are made by sandboxed.
+    #   script              codebot's own scripts, on this host    --> run_in_sandbox
+    #   run_work            the agent and the tests, or on a node  --> run_in_sandbox
+    #   fetch_into_outbox   git upload-pack, which git fetch starts
 
     def environment(self, as_agent: bool) -> dict[str, str]:
         """Return the whole environment of a program in the workspace."""
@@ -5239,7 +5246,7 @@ class Workspace:
         """Run one of codebot's shell scripts in the sandbox, on this host."""
         argv = ["sh", "-c", GIT_FUNCTION + script, "sh", *arguments]
         command = SandboxedCommand(name="git", argv=argv, stdin=stdin)
-        return self.supervise(command, self.run.git_limits())
+        return self.run_in_sandbox(command, self.run.git_limits())
 
     def sandboxed(self, argv: Sequence[str], info_fds: Sequence[int]) -> list[str]:
         objects = self.mirror.objects
@@ -5283,7 +5290,7 @@ class Workspace:
             run.set_phase("queued")
         self.stop_earlier_launch()
         with launching(config, self.path, config.launch_timeout, start) as launch:
-            return self.supervise(command, limits, launch)
+            return self.run_in_sandbox(command, limits, launch)
 
     def stop_earlier_launch(self) -> None:
         """End what an earlier run left on a node. Raises TransientError if that fails."""
@@ -5293,7 +5300,7 @@ class Workspace:
                 "server's log"
             )
 
-    def supervise(
+    def run_in_sandbox(
         self,
         command: SandboxedCommand,
         limits: Limits,
@@ -5383,9 +5390,9 @@ class Workspace:
     def write_skip_list(self, base_commit: str) -> None:
         """Have fsck accept every .gitmodules that the base has already.
 
-        fsck also reads the base's again if the new tree has them, and they may have faults.
-        Files of other names are not listed: in an earlier job, an agent could have written
-        a bad .gitmodules under another name, and could rename it now.
+        Their faults are not the agent's, but fsck reads them again if the new tree has
+        them. Files of other names are not listed: in an earlier job, an agent may have
+        written a bad .gitmodules under another name, to rename it now.
         """
         blobs: list[str] = []
 
@@ -5406,14 +5413,13 @@ class Workspace:
         git fetch does not open the agent's .git: only a pack crosses.
         """
         # git fetch has sh run: bwrap … -- git upload-pack '/…/repo'. If the path were a
-        # file, git fetch itself would read it, as a bundle. In bwrap the agent cannot
-        # replace the directory with a file, as it is a mount point. In another sandbox it
-        # perhaps can.
+        # file, git fetch would read it as a bundle, outside the sandbox. In bwrap it is a
+        # mount point and stays a directory; in another sandbox an agent may replace it.
         argv = [*GIT, "-c", "fetch.fsckObjects=true"]
         # A relative path, because git takes commas and blanks in it for separators.
         argv += ["-c", "fetch.fsck.skipList=fsck-skip-list"]
-        # The base's .gitattributes may have such a fault. git ignores the line or the file
-        # (since 2.39.1), so an agent's own fault is accepted, too.
+        # The base may have such faults already. git ignores the line or the file (since
+        # 2.39.1), so it does no harm if an agent adds one.
         for fault in ("LineLength", "Large"):
             argv += ["-c", f"fetch.fsck.gitattributes{fault}=ignore"]
         argv += ["--git-dir", self.outbox.path, *GIT_FETCH]
@@ -5954,7 +5960,7 @@ def quoted(speaker: str, text: str) -> str:
     lines = [INVISIBLE_RE.sub("", line) for line in text.strip().splitlines()]
     text = "\n".join(lines)
     # The text must neither end the quote nor contain one of codebot's markers.
-    text = re.sub("<(?=!--|/blockquote)", "&lt;", text.strip(), flags=re.IGNORECASE)
+    text = re.sub("<(?=!--|/blockquote)", "&lt;", text, flags=re.IGNORECASE)
     text = FOOTNOTE_RE.sub(r"\\[", text)
     quote = "\n".join(f"> {line}".rstrip() for line in text.splitlines())
     return f"{speaker} says:\n\n{quote}\n"
@@ -6118,8 +6124,9 @@ def require_write_access(
 ) -> None:
     """Raise ``refusal`` unless GitHub reports that a person has write access now.
 
-    A commit has cost something. So for a job that has one, a refusal counts as a transient
-    error, and is believed only after such an error. Nothing is pushed meanwhile.
+    A commit has cost money, and GitHub may be wrong for a moment. So once there is one, the
+    first refusal only delays the job, as a transient error does; a refusal during a series
+    of transient errors ends it. Nothing is pushed in between.
     """
     if github_repository.has_write_access(login):
         return
@@ -6231,9 +6238,9 @@ def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
         tree, result = run_tests_once(workspace, command, attempt)
         if result.code == 0:
             return tree, attempt
-        # sh exits with these codes if it cannot start a command (of a script, the last
-        # one). Before the agent has seen a failure, usually the host lacks the command,
-        # which no run of the agent can mend.
+        # sh exits with these codes if it cannot start the command, or the last one of a
+        # script. At the first attempt this usually means that the host lacks it, which the
+        # agent cannot mend.
         if attempt == 1 and result.code in (126, 127):
             raise JobFailed(
                 "tests_failed",
@@ -6278,10 +6285,11 @@ def run_tests_once(
     tree, result = workspace.record_files()
     if not tree:
         workspace.run.log_event("git", f"Cannot read the files: {result.error}")
-        return "", result._replace(stdout=result.stderr)  # run_tests shows its stdout
+        # run_tests shows the standard output; git's reason is in its standard error.
+        return "", result._replace(stdout=result.stderr)
     result = run_test_command(workspace, command, attempt)
-    # If that fails: after a test that passed, the tree is committed anyway; after one that
-    # failed, the agent goes on with the files as the test has left them.
+    # That this may fail does no harm: after a test that passed, the recorded tree is
+    # committed; after one that failed, the agent goes on with what the test has left.
     workspace.script(RESTORE_SCRIPT, tree)
     return tree, result
 
@@ -6568,9 +6576,9 @@ def apply_daily_limit(run: JobRun) -> None:
 def may_appear_later(review: Review, comment: StoredComment) -> bool:
     """Return whether a comment that GitHub's lists lack may be too new for them.
 
-    The inline comments of a GitHub review are as old as their drafts, so the age of the
-    job counts as well. A draft may also have joined a job that has waited a long time. So
-    the first attempt never takes a comment for deleted.
+    A comment of a GitHub review has the date of its draft, so the age of the job counts,
+    too. A draft may even have joined a job that has waited a long time. So at the first
+    attempt, a missing comment is never taken for deleted.
     """
     job = review.run.job
     if not job.transient_since:  # this is the first attempt
@@ -6601,7 +6609,7 @@ def prepare_answers(review: Review) -> None:
     if commit and not review.workspace.outbox.has_commit(commit):
         # The outbox was lost, for example when the host lost power. Start over.
         run.update(commit_id="", answers={})
-    if not run.job.answers:  # answers, even empty ones, show that the work is done
+    if not run.job.answers:  # {}: the work is not done (an answer's text may be empty)
         for comment in review.comments:
             run.log_event("codebot", f"Comment by {comment.user}: {comment.text}")
         if run.job.request_kind not in ("none", "limit"):
@@ -6735,7 +6743,8 @@ def continue_session(
 
 def parse_answers(review: Review, answer: JsonObject) -> dict[str, str]:
     """Return an answer for each thread: its own, or else the agent's summary."""
-    # The CLI has checked them. If an agent forges others, its review fails.
+    # The CLI has checked them against ANSWER_SCHEMA. Others are forged: they raise an error
+    # here, and the review fails.
     entries = answer.get("answers") or []
     answers = {}
     for thread_key, members in group_by_thread(review.comments).items():
@@ -6757,7 +6766,8 @@ def push_review_commit(review: Review) -> None:
     """Push the change, on top of what others have pushed in the meantime.
 
     The push is never forced. If commits were removed from the branch, nothing is pushed,
-    as that would restore them. (Those removed just before the push are restored.)
+    as that would restore them. (Commits that are removed between this check and the push
+    are restored.)
 
     The branch's tip             What is done
       has the job's commit         nothing: an earlier run has pushed it
@@ -7264,10 +7274,11 @@ class Ending(NamedTuple):
 def run_job(codebot: Codebot, job: Job) -> None:
     """Run a job to its end, or until it is pending again.
 
-    A review that fails, and is not cancelled, goes on: store_failure stores the error and
-    drops the answers and the commit, and then its steps are those of report_failure. Like
-    any steps, these may be skipped or have to be retried. A review that fails while it
-    posts its answers ends at once.
+    A review that fails, other than by being cancelled, has a second round, which tells its
+    reviewer: store_failure stores the error, and because the job now has an error, its
+    steps are those of report_failure. That may also be skipped, or have to be retried; then
+    the next run begins with it. A review that fails while it posts its answers has no
+    second round.
     """
     run = JobRun(codebot, job)
     codebot.running[job.id] = run
@@ -7275,10 +7286,10 @@ def run_job(codebot: Codebot, job: Job) -> None:
         ending = run_steps(run)
         if must_tell_reviewer(run, ending):
             store_failure(run, ending)
-            ending = run_steps(run)  # from now on these are report_failure
+            ending = run_steps(run)  # the second round
         store_ending(run, ending)
     finally:
-        # Another worker may have started it again, once it was pending.
+        # Once it is pending again, another worker may run it.
         if codebot.running.get(job.id) is run:
             del codebot.running[job.id]
         codebot.jobs_due.set()  # another job may have waited for this one to end
@@ -8109,8 +8120,8 @@ def event_stream(codebot: Codebot, task_id: str, after: int) -> EventStream:
             last_sent = now
         yield message.encode()
     if not codebot.stop.is_set():
-        # An EventSource repeats the last id when it asks again; see task_logs. If there
-        # were no events, it has had none.
+        # An EventSource that asks again with the last id gets 204: see task_logs. If there
+        # were no events, it has had no id yet.
         end_id = "" if after else "id: 0\n"
         yield f"{end_id}event: end\ndata: {{}}\n\n".encode()
 
@@ -9095,8 +9106,9 @@ class Entry:
 class ConnectionTable:
     """All open connections, with their states and the sizes of unfinished bodies.
 
-    It hangs up the connections that are late, and those that must make room. Their
-    threads then get an OSError: from the socket, or from the next call here.
+    It drops connections that are late, and those that must make room, by shutting down
+    their sockets. Their threads then get an OSError: from the socket, or from the next call
+    here.
     """
 
     def __init__(self) -> None:
@@ -9118,7 +9130,7 @@ class ConnectionTable:
             self._entries.pop(connection, None)
 
     def enter(self, connection: socket.socket, state: str) -> None:
-        """Change the state of a connection. Raises OSError if it was hung up."""
+        """Change the state of a connection. Raises OSError if it was dropped."""
         with self._lock:
             entry = self._entry(connection)
             # The TLS handshake and the first request share one deadline.
@@ -9131,9 +9143,9 @@ class ConnectionTable:
                 self._entries[connection] = self._entries.pop(connection)
 
     def add_body_bytes(self, connection: socket.socket, size: int) -> None:
-        """Count more bytes of a body. Hang up the oldest if too many are in memory.
+        """Count more bytes of a body. Drop the oldest one if too many are in memory.
 
-        Raises OSError if this connection was hung up. Otherwise the thread would go on
+        Raises OSError if this connection was dropped. Otherwise the thread would go on
         reading data that had arrived before.
         """
         with self._lock:
@@ -9147,7 +9159,7 @@ class ConnectionTable:
                     self._drop(oldest)
 
     def drop_late(self, now: float) -> None:
-        """Hang up the connections that have been in one state for too long."""
+        """Drop the connections that have been in one state for too long."""
         with self._lock:
             for connection, entry in list(self._entries.items()):
                 if now > entry.since + STATE_TIMEOUTS[entry.state]:
@@ -9161,7 +9173,7 @@ class ConnectionTable:
     # With the lock held
 
     def _evict(self) -> None:
-        """Hang up the connection that has waited longest for its client.
+        """Drop the connection that has waited longest for its client.
 
         Normally that is the oldest one that is waiting or receiving. But if more than half
         of all connections are older than that one and sending, somebody leaves responses
@@ -9191,7 +9203,7 @@ class ConnectionTable:
         return self._entries[connection]
 
     def _drop(self, connection: socket.socket) -> None:
-        """Hang up: this wakes the thread that reads from the connection or writes to it."""
+        """Shut it down: this wakes the thread that reads from it or writes to it."""
         del self._entries[connection]
         with contextlib.suppress(OSError):
             # SSLSocket's own method would take the TLS state away from that thread.
@@ -9421,15 +9433,13 @@ def reserve_other_address(host: str, port: int) -> socket.socket | None:
             reserved.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         reserved.bind((address, port))
     except OSError as error:
-        if (
-            error.errno != errno.EADDRINUSE
-        ):  # most likely, this host has no such address
-            return None
-        raise ConfigError(
-            f"Another program uses, or has just used, port {port} on {address}, where "
-            "clients of localhost or of this host's name may connect. Stop it, or use "
-            "another --port."
-        ) from None
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"Another program uses, or has just used, port {port} on {address}, where "
+                "clients of localhost or of this host's name may connect. Stop it, or use "
+                "another --port."
+            ) from None
+        return None  # most likely, this host has no such address
     return reserved
 
 
@@ -9452,7 +9462,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.streams = threading.BoundedSemaphore(MAX_STREAMS)
         self.connections = ConnectionTable()
         self._next_sweep = 0.0
-        # 16 more, because threads whose connections were hung up may not have ended yet.
+        # 16 more, because threads whose connections were dropped may not have ended yet.
         self._pool = concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS + 16, "http")
         if ":" in config.host:
             self.address_family = socket.AF_INET6
@@ -9740,7 +9750,8 @@ HOST_CHECKS = (check_programs, check_settings, check_safety)
 #
 # The start: settings; log, signals and watchdog; locks of the work directory; checks;
 # database, sandbox and the App's key; port; threads.
-# The stop: workers, whose jobs are requeued; the process, and all connections with it.
+# The stop: the workers end, and their jobs are requeued; then the process ends, and all
+# connections with it.
 
 STOP_TIMEOUT = 10.0  # seconds that the workers have to end when codebot stops
 PR_SET_DUMPABLE = 4  # of prctl(2)
@@ -9790,7 +9801,7 @@ def set_up_process(codebot: Codebot, level: int) -> None:
     wanted = max(soft, min(hard, MAX_DESCRIPTORS))
     with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit of its own
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    # First the signals: Python ignores a KeyboardInterrupt during a fork.
+    # First the signals: a KeyboardInterrupt that is raised during a fork would be lost.
     stop_on_signals(codebot)
     fork_watchdog(codebot)
 
@@ -10153,7 +10164,7 @@ def all_findings(codebot: Codebot, problems: Sequence[str]) -> Iterator[Finding]
     yield Finding("ok", f"Python {sys.version.split()[0]}; settings from {source}")
     for problem in problems:
         yield Finding("FAIL", problem)
-    # As in start_app: programs' output goes to the work directory.
+    # check_work_dir comes first: then programs' output goes to the work directory.
     checks = [check_work_dir, *HOST_CHECKS, check_server, check_port]
     if not problems:
         checks.append(check_github)
@@ -10161,7 +10172,7 @@ def all_findings(codebot: Codebot, problems: Sequence[str]) -> Iterator[Finding]
 
 
 def check_command(flags: Flags) -> int:
-    """Check everything that the server needs. Takes the flags of serve."""
+    """Check what the server needs, while it does not run. Takes the flags of serve."""
     config, problems = read_config(flags, is_server=True)
     set_network_environment(config.variables)
     codebot = Codebot(config)
