@@ -1294,50 +1294,11 @@ class OutputFile:
         return os.fstat(self.file.fileno()).st_size
 
 
-# What follows about launches matters only with CODEBOT_LAUNCHER. Without it, there is no
-# Launch, and `launch` is None.
-
-# Runs a program on a node, between two lines with the sentinel, which is $0: see Launch.
-NODE_SCRIPT = """
-# An empty line comes first, as the launcher's last line may lack a line end.
-printf '\\n%s\\n' "$0"
-# This gives codebot time to read that: the program may empty the output (>/dev/stdout).
-sleep 0.3 2>/dev/null || sleep 1
-"$@"
-code=$?
-# A cluster ends a job by SIGTERM to the program (143) and to this shell. The pause lets it
-# arrive here, too: then codebot gets no exit code, and sees a lost node, not a failure.
-[ $code = 143 ] && sleep 1
-printf '\\n%s\\n' "$0 $code"
-"""
-
-
-class Launch(NamedTuple):
-    """One run of CODEBOT_LAUNCHER, which runs a program on a node of a cluster.
-
-    What is printed on standard output, and what it means:
-        the launcher's lines    it waits for a node; kept with its standard error
-        SENTINEL                the program starts on a node, and its limits begin
-        the program's lines     passed on
-        SENTINEL EXIT_CODE      the program has ended
-        the launcher's lines    kept with its standard error
-
-    Launchers differ in the meaning of their own exit codes. So the program's exit code
-    is printed on the node. If it is missing, the node or the cluster has failed.
-    """
-
-    prefix: Sequence[str]  # CODEBOT_LAUNCHER and NODE_SCRIPT, put before the program
-    sentinel: str
-    timeout: float  # seconds to wait for a node
-    on_start: Callable[[], None]  # called when the program starts on a node
-
-
 @dataclasses.dataclass
 class RunningProgram:
     """A program that was started, and the limits that apply to it.
 
-    If the program is launched, its limits apply from its start on a node. Otherwise
-    read_sentinels, is_on_node and node_code are not used.
+    LaunchedProgram, for a program on a node, replaces some of these methods.
     """
 
     child: subprocess.Popen[bytes]
@@ -1346,10 +1307,7 @@ class RunningProgram:
     stderr: OutputFile
     on_lines: LineHandler
     limits: Limits
-    launch: Launch | None
     is_trusted: bool  # whether codebot believes what it says about a full disk
-    is_on_node: bool = False  # launched, and no longer waiting for a node
-    node_code: int | None = None  # the exit code that was printed on the node
     started: float = dataclasses.field(default_factory=time.monotonic)
     last_output: float = dataclasses.field(default_factory=time.monotonic)
     grace_ends_at: float | None = None  # set when the program's work is done
@@ -1358,7 +1316,7 @@ class RunningProgram:
         """Pass on the output until the program ends. Raises what check_limits raises."""
         while True:
             # Checked before reading, so that no output before the exit is missed.
-            has_exited = self.child.poll() is not None
+            has_exited = self.has_exited()
             has_output = self.read_output(has_exited)
             if has_exited and not has_output:
                 return
@@ -1366,9 +1324,6 @@ class RunningProgram:
                 self.check_limits()
             elif time.monotonic() > self.grace_ends_at:
                 return
-            silence = time.monotonic() - self.last_output
-            if self.node_code is not None and not has_output and silence > RESULT_GRACE:
-                return  # the program has ended, but the launcher does not
             if not has_output:
                 # At most 0.1 s, and less at first, because exit_poll may never be ready.
                 age = time.monotonic() - self.started
@@ -1381,65 +1336,45 @@ class RunningProgram:
         if not (self.stdout.has_new_bytes or self.stderr.has_new_bytes):
             return False
         self.last_output = time.monotonic()  # even if the line has no end yet
-        if self.launch is not None:
-            lines = self.read_sentinels(lines, self.launch)
+        lines = self.program_lines(lines)
         self.stdout.keep(lines)
         self.stderr.keep(errors)
         if lines and self.on_lines(lines) is True and self.grace_ends_at is None:
             self.grace_ends_at = self.last_output + RESULT_GRACE
         return True
 
-    def read_sentinels(self, lines: list[str], launch: Launch) -> list[str]:
-        """Note the program's start and exit code; return the lines that it printed."""
-        output: list[str] = []
-        for line in lines:
-            # On a node, a program in bwrap cannot read the sentinel. Any other can (in the
-            # arguments of sh or in this output), and may forge its exit code.
-            sentinel, _, code = line.partition(" ")
-            # This counts even if the first sentinel was never read: the program may have
-            # emptied the output before that.
-            if sentinel == launch.sentinel and re.fullmatch("[0-9]{1,3}", code):
-                self.node_code = int(code)
-                if output[-1:] == [""]:  # NODE_SCRIPT's, not the program's
-                    output.pop()
-            elif self.is_on_node and self.node_code is None:  # between the sentinels
-                output.append(line)
-            elif line == launch.sentinel and not self.is_on_node:
-                self.is_on_node = True
-                self.started = self.last_output
-                self.stderr.last_lines.clear()  # the launcher's output
-                launch.on_start()
-            else:  # the launcher's output
-                self.stderr.keep([line])
-        return output
+    def has_exited(self) -> bool:
+        return self.child.poll() is not None
+
+    def program_lines(self, lines: list[str]) -> list[str]:
+        """Return those of the new lines that the program has printed: all."""
+        return lines
 
     def check_limits(self) -> None:
         """Raise LimitReached, StopRequested or Cancelled if the program must end."""
         now = time.monotonic()
         self.limits.check_stop()
-        if max(self.stdout.size(), self.stderr.size()) > MAX_OUTPUT_BYTES:
-            raise TooMuchOutput(f"printed more than {MAX_OUTPUT_BYTES >> 30} GiB")
-        if self.launch is not None and not self.is_on_node:
-            if now > self.started + self.launch.timeout:
-                raise NoFreeNode("got no free node")
-            return
+        self.check_output_size()
         if now > self.started + self.limits.timeout:
             raise TimedOut(f"took more than {self.limits.timeout:.0f} s")
         if now > self.last_output + self.limits.stall:
             raise Stalled("printed nothing for too long")
 
+    def check_output_size(self) -> None:
+        if max(self.stdout.size(), self.stderr.size()) > MAX_OUTPUT_BYTES:
+            raise TooMuchOutput(f"printed more than {MAX_OUTPUT_BYTES >> 30} GiB")
+
+    def exit_code(self) -> int:
+        # poll() is None if the program could not be ended. Then its code does not matter:
+        # it has done its work.
+        return self.child.poll() or 0
+
     def result(self) -> ProgramResult:
         """Return how the program ended.
 
-        Raises TransientError if the launcher, the node or the disk made it fail.
+        Raises TransientError if a full disk made it fail.
         """
-        # poll() is None if the program could not be ended. Then its code does not matter:
-        # it has done its work, or the node has printed the code.
-        code = self.child.poll() or 0
-        if self.launch is not None:
-            # Without an exit code from the node, something has ended the program or the
-            # node. This counts as a signal, because codebot's own stop may be the cause.
-            code = -signal.SIGTERM if self.node_code is None else self.node_code
+        code = self.exit_code()
         result = ProgramResult(
             code, [*self.stdout.last_lines], [*self.stderr.last_lines]
         )
@@ -1449,11 +1384,6 @@ class RunningProgram:
             raise_if_stop_arrives(self.limits.check_stop)
         if self.lacks_space(result):
             raise TransientError(f"The disk is full: {result.error}")
-        if self.launch is not None and self.node_code is None:
-            problem = "CODEBOT_LAUNCHER failed"
-            if self.is_on_node:
-                problem = "The cluster ended the program"
-            raise TransientError(f"{problem}: {result.error}")
         return result
 
     def lacks_space(self, result: ProgramResult) -> bool:
@@ -1523,24 +1453,23 @@ def run_program(
     limits: Limits = DEFAULT_LIMITS,
     on_lines: LineHandler = do_nothing,
     pass_fds: Sequence[int] = (),
-    launch: Launch | None = None,
     umask: int = PRIVATE_UMASK,
     is_trusted: bool = True,
+    program_type: Callable[..., RunningProgram] = RunningProgram,
 ) -> ProgramResult:
     """Run a program to its end, and end the processes that it leaves in its group.
 
     Raises OSError if it cannot start, and what RunningProgram's methods raise.
     """
-    command = argv if launch is None else [*launch.prefix, *argv]
     with contextlib.ExitStack() as files:
         stdin_file = files.enter_context(tempfile.TemporaryFile())
         stdout = OutputFile(files.enter_context(tempfile.TemporaryFile()))
         stderr = OutputFile(files.enter_context(tempfile.TemporaryFile()))
         stdin_file.write(stdin)
         stdin_file.seek(0)
-        log.debug("Running %s", command)
+        log.debug("Running %s", argv)
         child = subprocess.Popen(
-            command,
+            argv,
             cwd=cwd,
             env=env,
             stdin=stdin_file,
@@ -1551,8 +1480,8 @@ def run_program(
             umask=umask,
         )
         exit_poll = make_exit_poll(child.pid, files)
-        program = RunningProgram(
-            child, exit_poll, stdout, stderr, on_lines, limits, launch, is_trusted
+        program = program_type(
+            child, exit_poll, stdout, stderr, on_lines, limits, is_trusted
         )
         try:
             program.watch()
@@ -1636,9 +1565,9 @@ def copy_variables(config: Config, names: Iterable[str]) -> dict[str, str]:
 
 # --- Launcher ----------------------------------------------------------------
 #
-# Used only if CODEBOT_LAUNCHER is set. A launcher, such as `srun`, starts the agent and
-# the tests on a node of a cluster as soon as one is free. The node sees the work
-# directory at the same path.
+# Used only if CODEBOT_LAUNCHER is set; if it is not, skip this section. A launcher, such as
+# `srun`, starts the agent and the tests on a node of a cluster as soon as one is free. The
+# node sees the work directory at the same path.
 
 
 def launcher_argv(command: Sequence[str], workspace_path: str) -> list[str]:
@@ -1708,6 +1637,125 @@ def run_stop_command(config: Config, workspace_path: str) -> str:
     except (OSError, LimitReached, TransientError) as error:
         return str(error)
     return "" if result.code == 0 else result.error
+
+
+# Runs a program on a node, between two lines with the sentinel, which is $0: see Launch.
+NODE_SCRIPT = """
+# An empty line comes first, as the launcher's last line may lack a line end.
+printf '\\n%s\\n' "$0"
+# This gives codebot time to read that: the program may empty the output (>/dev/stdout).
+sleep 0.3 2>/dev/null || sleep 1
+"$@"
+code=$?
+# A cluster ends a job by SIGTERM to the program (143) and to this shell. The pause lets it
+# arrive here, too: then codebot gets no exit code, and sees a lost node, not a failure.
+[ $code = 143 ] && sleep 1
+printf '\\n%s\\n' "$0 $code"
+"""
+
+
+class Launch(NamedTuple):
+    """One run of CODEBOT_LAUNCHER, which runs a program on a node of a cluster.
+
+    What is printed on standard output, and what it means:
+        the launcher's lines    it waits for a node; kept with its standard error
+        SENTINEL                the program starts on a node, and its limits begin
+        the program's lines     passed on
+        SENTINEL EXIT_CODE      the program has ended
+        the launcher's lines    kept with its standard error
+
+    Launchers differ in the meaning of their own exit codes. So the program's exit code
+    is printed on the node. If it is missing, the node or the cluster has failed.
+    """
+
+    prefix: Sequence[str]  # CODEBOT_LAUNCHER and NODE_SCRIPT, put before the program
+    sentinel: str
+    timeout: float  # seconds to wait for a node
+    on_start: Callable[[], None]  # called when the program starts on a node
+
+
+class LaunchedProgram(RunningProgram):
+    """A launcher that was started, and the program that it runs on a node.
+
+    The program's limits apply from its start on a node.
+    """
+
+    def __init__(self, launch: Launch, *args: Any) -> None:
+        super().__init__(*args)
+        self.launch = launch
+        self.is_on_node = False  # no longer waiting for a node
+        self.node_code: int | None = None  # the exit code that was printed on the node
+
+    def has_exited(self) -> bool:
+        """Return whether the launcher has exited, or does not although the program has."""
+        silence = time.monotonic() - self.last_output
+        is_late = self.node_code is not None and silence > RESULT_GRACE
+        return is_late or super().has_exited()
+
+    def program_lines(self, lines: list[str]) -> list[str]:
+        """Note the program's start and exit code; return the lines that it printed."""
+        output: list[str] = []
+        for line in lines:
+            # On a node, a program in bwrap cannot read the sentinel. Any other can (in the
+            # arguments of sh or in this output), and may forge its exit code.
+            sentinel, _, code = line.partition(" ")
+            # This counts even if the first sentinel was never read: the program may have
+            # emptied the output before that.
+            if sentinel == self.launch.sentinel and re.fullmatch("[0-9]{1,3}", code):
+                self.node_code = int(code)
+                if output[-1:] == [""]:  # NODE_SCRIPT's, not the program's
+                    output.pop()
+            elif self.is_on_node and self.node_code is None:  # between the sentinels
+                output.append(line)
+            elif line == self.launch.sentinel and not self.is_on_node:
+                self.is_on_node = True
+                self.started = self.last_output
+                self.stderr.last_lines.clear()  # the launcher's output
+                self.launch.on_start()
+            else:  # the launcher's output
+                self.stderr.keep([line])
+        return output
+
+    def check_limits(self) -> None:
+        if self.is_on_node:
+            super().check_limits()
+            return
+        self.limits.check_stop()
+        self.check_output_size()
+        if time.monotonic() > self.started + self.launch.timeout:
+            raise NoFreeNode("got no free node")
+
+    def exit_code(self) -> int:
+        # Without an exit code from the node, something has ended the program or the node.
+        # This counts as a signal, because codebot's own stop may be the cause.
+        return -signal.SIGTERM if self.node_code is None else self.node_code
+
+    def result(self) -> ProgramResult:
+        """Return how the program ended.
+
+        Raises TransientError if the launcher, the node or a full disk made it fail.
+        """
+        result = super().result()
+        if self.node_code is None and self.grace_ends_at is None:
+            problem = "CODEBOT_LAUNCHER failed"
+            if self.is_on_node:
+                problem = "The cluster ended the program"
+            raise TransientError(f"{problem}: {result.error}")
+        return result
+
+
+def run_launched(
+    launch: Launch | None, argv: Sequence[str], env: Mapping[str, str], **options: Any
+) -> ProgramResult:
+    """Run a program on a node; on this host, if ``launch`` is None.
+
+    ``options`` are those of run_program.
+    """
+    if launch is None:
+        return run_program(argv, env, **options)
+    program_type = functools.partial(LaunchedProgram, launch)
+    argv = [*launch.prefix, *argv]
+    return run_program(argv, env, program_type=program_type, **options)
 
 
 @contextlib.contextmanager
@@ -2154,7 +2202,7 @@ class Sandbox:
         env = {**base_environment(config), "HOME": f"{workspace_path}/home"}
         limits = Limits(timeout=PROBE_TIMEOUT)
         with launching(config, workspace_path, PROBE_TIMEOUT, do_nothing) as launch:
-            return run_program(argv, env, cwd=repo, limits=limits, launch=launch)
+            return run_launched(launch, argv, env, cwd=repo, limits=limits)
 
 
 # --- GitHub ------------------------------------------------------------------
@@ -5316,7 +5364,8 @@ class Workspace:
         has_namespace = self.codebot.sandbox.is_bwrap and launch is None
         try:
             with self.ending_namespace(has_namespace) as info_fds:
-                return run_program(
+                return run_launched(
+                    launch,
                     self.sandboxed(command.argv, info_fds),
                     self.environment(command.as_agent),
                     cwd=cwd,
@@ -5324,7 +5373,6 @@ class Workspace:
                     limits=limits,
                     on_lines=command.on_lines,
                     pass_fds=info_fds,
-                    launch=launch,
                     umask=self.config.umask,
                     is_trusted=not command.as_agent,
                 )
