@@ -217,8 +217,8 @@ THREADS AND THEIR LOCKS
   has one for its tokens. Between processes there are locks of files (flock): of the work
   directory, the database, each mirror and each launch.
   When codebot dies, a forked process, the watchdog, ends the processes that codebot left
-  running, by CODEBOT_RUN in /proc and CODEBOT_LAUNCHER_STOP. The next start does so again,
-  and also ends what still runs in bwrap.
+  running, by CODEBOT_RUN in /proc and CODEBOT_LAUNCHER_STOP. The next start in this work
+  directory does so again, and also ends what still runs in bwrap.
 
 FILES in the work directory
   codebot.db     the record of all jobs        codebot.lock   held by the one codebot here
@@ -1832,6 +1832,10 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 # - The agent can take leases (fcntl) on files of codebot's user that it can read, such as
 #   the mirror's objects. Others that open such a file then wait for up to 45 s, again and
 #   again, unless the host has `sysctl fs.leases-enable=0`.
+# - If codebot is killed, an agent that is prepared for that (see end_bwrap) runs on until
+#   the next start with the same work directory, which `run` usually never uses again. If
+#   bwrap is older than 0.8, or /proc is mounted with hidepid, it can hide from that start,
+#   too.
 #
 # Known limitations of a launcher and of other sandboxes:
 # - With a launcher, the node sees the work directory. The directories that bwrap hides,
@@ -2050,12 +2054,18 @@ def end_bwrap(info: IO[bytes]) -> None:
     while time.monotonic() < deadline:
         try:
             status = pathlib.Path(f"/proc/{process}/status").read_text()
-        except OSError:  # it has ended
+        except OSError:
+            # It has ended. Or it has used PR_SET_DUMPABLE, and /proc is mounted with
+            # hidepid, which hides such a process from all but root.
+            if os.geteuid() != 0:
+                signal_processes([process], signal.SIGKILL)
             return
         # Another process that has its number by now is not the first of a namespace. When
-        # the first one is a zombie (Z), all others have ended.
+        # the first one is a zombie (Z) with one thread, all others have ended. With more
+        # threads, only its main thread has ended.
         is_first = re.search(r"^NSpid:.*\s1$", status, re.MULTILINE)
-        if not is_first or re.search("^State:\tZ", status, re.MULTILINE):
+        has_ended = re.search("^State:\tZ(.*\n)+Threads:\t1$", status, re.MULTILINE)
+        if not is_first or has_ended:
             return
         signal_processes([process], signal.SIGKILL)
         time.sleep(0.001)
@@ -2065,17 +2075,21 @@ def end_bwrap(info: IO[bytes]) -> None:
 def processes_in_workspaces(work_dir: str) -> list[int]:
     """Return the ids of processes to which bwrap shows a workspace in a work directory.
 
-    A process in bwrap can change its environment, but not its mounts.
+    A process in bwrap can change its environment, but (from bwrap 0.8 on) not its mounts.
     """
-    # The kernel writes a blank as \040, and a backslash as \134.
+    # The kernel writes a blank as \040, and a backslash as \134. The fifth field is where
+    # something is mounted; the fourth is what is mounted there.
     path = work_dir.replace("\\", "\\134").replace(" ", "\\040")
-    mount_re = re.compile(rf" {re.escape(path)}/(task|scratch)_[^/ ]+/repo ".encode())
-    found = []
-    for mounts in glob.glob("/proc/[0-9]*/mountinfo"):
+    pattern = rf"^(\S+ ){{4}}{re.escape(path)}/(task|scratch)_[^/ ]+/repo "
+    mount_re = re.compile(os.fsencode(pattern), re.MULTILINE)
+    found = set()
+    # Of a process whose main thread has ended, only the other threads have mounts.
+    for mounts in glob.glob("/proc/[0-9]*/task/[0-9]*/mountinfo"):
         with contextlib.suppress(OSError):
             if mount_re.search(pathlib.Path(mounts).read_bytes()):
-                found.append(int(mounts.split("/")[2]))
-    return found
+                found.add(int(mounts.split("/")[2]))
+    # If this process is among them, the host itself has such a mount, as have all others.
+    return [] if os.getpid() in found else sorted(found)
 
 
 @contextlib.contextmanager

@@ -3969,15 +3969,24 @@ def test_process_in_a_workspace_is_found_by_its_mounts(tmp_path: Path) -> None:
     assert codebot.processes_in_workspaces(str(work_dir)) == []
     repo = work_dir / "task_1" / "repo"
     repo.mkdir(parents=True)
-    argv = ["bwrap", "--ro-bind", "/", "/", "--bind", str(repo), str(repo)]
-    argv += ["sh", "-c", "echo ready; exec sleep 3120"]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
+    bwrap = ["bwrap", "--die-with-parent", "--ro-bind", "/", "/", "--bind", str(repo)]
+    command = ["sh", "-c", "echo ready; exec sleep 3120"]
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for place in (str(repo), "/mnt"):
+            argv = [*bwrap, place, *command]
+            process = stack.enter_context(
+                subprocess.Popen(argv, stdout=subprocess.PIPE)
+            )
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            process.stdout.readline()
+            processes.append(process.pid)
         found = codebot.processes_in_workspaces(str(work_dir))
         others = codebot.processes_in_workspaces(str(tmp_path))
-        codebot.signal_processes(found, signal.SIGKILL)
-    assert found
+        # bwrap runs the command in a process of its own.
+        parents = [Path(f"/proc/{n}/stat").read_text().split()[3] for n in found]
+    assert parents == [str(processes[0])]
     assert others == []
 
 
