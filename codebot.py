@@ -6017,10 +6017,10 @@ FOOTNOTE_RE = re.compile(r"(?<![^\s>.)*+\]-])\[(?=\^[^\] \t\r\n]{1,1000}\]:)")
 
 def quoted(speaker: str, text: str) -> str:
     """Return untrusted text as a quote that cannot pass for codebot's own words."""
-    if not text.strip():
-        return ""
     lines = [INVISIBLE_RE.sub("", line) for line in text.strip().splitlines()]
-    text = "\n".join(lines)
+    text = "\n".join(lines).strip()
+    if not text:
+        return ""
     # The text must neither end the quote nor contain one of codebot's markers.
     text = re.sub("<(?=!--|/blockquote)", "&lt;", text, flags=re.IGNORECASE)
     text = FOOTNOTE_RE.sub(r"\\[", text)

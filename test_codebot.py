@@ -6521,6 +6521,10 @@ def test_footnote_after_any_mark_is_escaped(start: str) -> None:
     assert "\\[^1]:" in codebot.quoted("The agent", f"{start}[^1]: words")
 
 
+def test_text_of_invisible_characters_is_not_quoted() -> None:
+    assert codebot.quoted("The agent", "\u200b \n\u2060") == ""
+
+
 def test_quote_has_no_invisible_characters() -> None:
     quote = codebot.quoted("The agent", "a\u202eb\u200b\n\u2066c")
     assert quote == "The agent says:\n\n> ab\n> c\n"
