@@ -107,12 +107,12 @@ WHO IS TRUSTED WITH WHAT
                    fetch the host's own credentials from the metadata address
                    (169.254.169.254), unless a firewall blocks that.
                  - In bwrap, these are hidden from it: codebot's processes, the work
-                   directory (with the database and other workspaces), the homes of
-                   codebot's user, /run, the host's /tmp, and the directories of .env, the
-                   App's key and the TLS key. It can read every other file that codebot's
-                   user can read. It can write to its own workspace only, but can connect to
-                   sockets and write to named pipes that are not hidden. The exceptions to
-                   this are listed in the section Sandbox.
+                   directory (with other workspaces), the homes of codebot's user, /run, the
+                   host's /tmp, and the directories of the database, .env, the App's key and
+                   the TLS key. It can read every other file that codebot's user can read.
+                   It can write to its own workspace only, but can connect to sockets and
+                   write to named pipes that are not hidden. The exceptions to this are
+                   listed in the section Sandbox.
                  - Without a sandbox (CODEBOT_SANDBOX=none) it can do whatever codebot's
                    user can.
                  - codebot takes from it a tree of files, its words, and the cost and the
@@ -1205,7 +1205,7 @@ NOISE_RE = re.compile(r"(hint:.*|remote:)?")
 CAUSE_RE = re.compile(r"(fatal|error|remote: error):|.*denied")
 DISK_FULL = "No space left on device|[Qq]uota exceeded"  # musl: "Quota exceeded"
 # Does not match when a remote reports that its own disk is full: "remote: fatal: ..."
-# Nor a file of that name: the reason stands at the end of a line.
+# Nor a file of that name: git, sh and bwrap print the reason at the end of a line.
 DISK_FULL_RE = re.compile(rf"^(?!remote:).*({DISK_FULL})\)?$", re.MULTILINE)
 
 
@@ -7298,7 +7298,7 @@ def repeat_until_stopped(codebot: Codebot, step: Callable[[], None]) -> None:
             step()
         except StopRequested:
             return
-        except sqlite3.Error as error:
+        except sqlite3.OperationalError as error:
             log.error("Database: %s; the thread tries again", error)
             codebot.stop.wait(DATABASE_RETRY_DELAY)
         except Exception:  # else the server would go on without this thread
@@ -9205,7 +9205,7 @@ class ConnectionTable:
                 self._entries[connection] = self._entries.pop(connection)
 
     def add_body_bytes(self, connection: socket.socket, size: int) -> None:
-        """Count more bytes of a body. Drop the oldest one if too many are in memory.
+        """Count more bytes of a body. If too many are in memory, drop a connection.
 
         Raises OSError if this connection was dropped. Otherwise the thread would go on
         reading data that had arrived before.
