@@ -1203,7 +1203,8 @@ SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
 # Lines that explain nothing: git's advice and empty lines, including a remote's.
 NOISE_RE = re.compile(r"(hint:.*|remote:)?")
 CAUSE_RE = re.compile(r"(fatal|error|remote: error):|.*denied")
-DISK_FULL = "No space left on device|[Qq]uota exceeded"  # musl: "Quota exceeded"
+# The last one is how musl says it.
+DISK_FULL = "No space left on device|Disk quota exceeded|: Quota exceeded"
 # Does not match when a remote reports that its own disk is full: "remote: fatal: ..."
 # Nor a file of that name: git, sh and bwrap print the reason at the end of a line.
 DISK_FULL_RE = re.compile(rf"^(?!remote:).*({DISK_FULL})\)?$", re.MULTILINE)

@@ -7836,9 +7836,11 @@ def test_full_disk_during_clone_is_waited_for(fresh: Site) -> None:
         ("fatal: write error: No space left on device", True),
         ("error: file write error (No space left on device)", True),
         ("sh: 1: cannot create x: Disk quota exceeded", True),
+        ("fatal: write error: Quota exceeded", True),
         ('error: open("No space left on device"): Permission denied', False),
         ("error: unable to index file 'No space left on device'", False),
         ("remote: fatal: write error: No space left on device", False),
+        ("error: the project's storage quota exceeded", False),
     ],
 )
 def test_full_disk_is_told_from_the_name_of_a_file(line: str, is_full: bool) -> None:
