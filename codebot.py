@@ -2134,8 +2134,8 @@ class Sandbox:
             wrapper = bwrap_command(
                 self.config, workspace_path, objects, self.disable_userns
             )
-            for descriptor in info_fds:
-                wrapper[1:1] = ["--info-fd", str(descriptor)]
+            if info_fds:
+                wrapper[1:1] = ["--info-fd", str(info_fds[0])]
         else:
             wrapper = [
                 word.replace("{task}", workspace_path).replace("{objects}", objects)
