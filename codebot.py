@@ -64,6 +64,8 @@ GLOSSARY
   lookup token   an installation token that only reads metadata, such as names and ids, of
                  all repositories that the App is installed on
   delivery       one webhook request, with its GUID
+  look           one round of the sync thread's questions to GitHub about an issue, a pull
+                 request or a repository
   marker         an HTML comment at the end of a comment of codebot's. A retry that finds it
                  does not post the comment again.
   answer         a comment in which codebot replies to a reviewer
@@ -7364,7 +7366,7 @@ def run_job(codebot: Codebot, job: Job) -> None:
 #   interruptions     crashes, and transient errors that threw away an agent's run. At
 #                     MAX_INTERRUPTIONS the job fails.
 #   transient_since   when the present series of transient errors began; 0: there is none.
-#                     At an error that comes RETRY_LIMIT later, the job fails.
+#                     If an error comes more than RETRY_LIMIT after that, the job fails.
 #   not_before        when the job may start; 0: at once
 # Both times are in seconds since 1970. What changes the columns, and where:
 #   a crash, in a     requeue_interrupted   interruptions + 1, not_before = 0
@@ -9712,7 +9714,7 @@ def check_settings(codebot: Codebot) -> Iterator[Finding]:
 def check_access(work_dir: str) -> Iterator[Finding]:
     """Check who else can change the work directory.
 
-    Whoever can write there can plant repositories with hooks, which git would run.
+    Whoever can write there can plant repositories whose configuration has git run programs.
     """
     status = os.stat(work_dir)
     if status.st_uid not in (0, os.geteuid()):

@@ -15281,7 +15281,7 @@ def test_work_directory_of_another_user_is_refused(tmp_path: Path) -> None:
 
 
 def test_work_directory_that_others_can_write_is_refused(fresh: Site) -> None:
-    # They could plant a repository with hooks, which git would run.
+    # They could plant a repository whose configuration has git run programs.
     fresh.server.work_dir.mkdir(exist_ok=True)
     fresh.server.work_dir.chmod(0o1777)
     for command in ("serve", "check"):
