@@ -2146,9 +2146,9 @@ class Sandbox:
         return [*wrapper, *argv]
 
     def describe(self) -> str:
-        if self.is_none:
-            return NO_SANDBOX_WARNING
         text = shlex.join(self.config.sandbox)
+        if self.is_none:
+            text = NO_SANDBOX_WARNING
         if self.config.launcher:
             text = f"{text}, launched by {shlex.join(self.config.launcher)}"
         return text

@@ -3937,6 +3937,13 @@ def write_bwrap_that_may_outlive_its_parent(site: Site) -> str:
     return write_bwrap(site, script)
 
 
+def test_launcher_is_named_although_there_is_no_sandbox() -> None:
+    config = codebot.Config(sandbox=("none",), launcher=("srun", "--quiet"))
+    text = codebot.Sandbox(config).describe()
+    assert text.startswith("NO SANDBOX")
+    assert text.endswith(", launched by srun --quiet")
+
+
 @needs_bwrap
 def test_sandbox_that_outlives_bwrap_is_ended(fresh: Site) -> None:
     path = write_bwrap_that_may_outlive_its_parent(fresh)
