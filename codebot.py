@@ -150,11 +150,12 @@ WHAT LEAVES THE HOST
   The agent and the tests can send anything they can read to anything the host can reach.
 
 WHERE SECRETS GO
-  API keys, webhook secret   nowhere; they are only compared. (`demo --keep` prints the key
-                             that it has made.) The database, the log and
-                             what clients get name a client by 8 hexadecimal digits of
-                             its key's SHA-256 and by its address. The page keeps its
-                             key in the browser's session.
+  API keys, webhook secret   nowhere; a key is only compared, and the secret only verifies
+                             signatures. (`demo --keep` prints the key that it has
+                             made.) The database, the log and what clients get name a
+                             client by 8 hexadecimal digits of its key's SHA-256 and by
+                             its address. The page keeps its key in the browser's
+                             session.
   the App's key              from its file to openssl, by the file's name; codebot reads
                              it, and the TLS key, to redact them
   the TLS key                from its file to Python's ssl
@@ -200,8 +201,8 @@ LIFE OF A JOB
     posted twice only if the first one, or its marker, was removed before a retry, or if
     GitHub carries out the first request late or does not list its answer yet.
   A crash adds an interruption to every job that was running, and a transient error after
-  which the agent must begin again adds one to its own job. At the third, a job fails. What
-  an agent was doing is lost, with what that has cost.
+  which the agent must begin again adds one to its own job. At the third since its work
+  was last saved, a job fails. What an agent was doing is lost, with what that has cost.
 
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
@@ -1191,7 +1192,7 @@ DEFAULT_LIMITS = Limits()
 
 
 def raise_if_stop_arrives(check_stop: Callable[[], None]) -> None:
-    """Raise StopRequested if a program was ended because codebot is being stopped.
+    """Raise what ``check_stop`` raises if that is why a program was ended by a signal.
 
     systemd signals all processes of a service, and the program may end before codebot
     gets its own signal.
@@ -1375,7 +1376,7 @@ class RunningProgram:
     def result(self) -> ProgramResult:
         """Return how the program ended.
 
-        Raises TransientError if a full disk made it fail.
+        Raises TransientError if a full disk made it fail, and what check_stop raises.
         """
         code = self.exit_code()
         result = ProgramResult(
@@ -1501,8 +1502,9 @@ MAX_ENVIRONMENT_BYTES = 2 << 20
 def tagged_processes(run_tag: str) -> list[int]:
     """Return the ids of the processes whose CODEBOT_RUN begins with ``run_tag``.
 
-    No tag is the beginning of another one by accident, because each of its parts has a
-    fixed length: see base_environment.
+    So the tag of a codebot process finds those of all its jobs. No tag is the beginning of
+    another one by accident, because each of its parts has a fixed length: see
+    base_environment.
     """
     needle = f"\0CODEBOT_RUN={run_tag}".encode()
     found = []
@@ -1546,7 +1548,7 @@ def base_environment(config: Config) -> dict[str, str]:
     """Return a program's minimal environment, which callers extend.
 
     CODEBOT_RUN is WORKDIR-PROCESS-JOB, such as 5f0c3a9d1e27-8b1d44c0-JOB: a hash of the
-    work directory, a random number for this codebot process, and the job's id.
+    work directory, a random number for this codebot process, and the job's id, if any.
     """
     return {
         "PATH": config.search_path,
@@ -1613,7 +1615,7 @@ def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") 
     with contextlib.suppress(FileNotFoundError), open(record, "r+b") as lock:
         # Another thread, or an earlier server's watchdog, may be stopping the same
         # launch. While this waits for the lock, the record may be removed, or replaced
-        # for a later launch, which may not be meant. So it is read again, by its path.
+        # for a later launch, which may not be meant. So it is read only now, by its path.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not record.read_text().startswith(record_prefix):
             return True
@@ -1816,8 +1818,8 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 #
 # Known limitations of bwrap:
 # - The agent can read whatever codebot's user can read outside of the hidden directories.
-#   The homes that HOME and the user's account name are hidden, but not their directories
-#   that PATH leads into: with ~/.cargo/bin on PATH, the agent can read
+#   The directory in HOME and the home of the user's account are hidden, but not the
+#   directories in them that PATH leads into: with ~/.cargo/bin on PATH, the agent can read
 #   ~/.cargo/credentials.toml. Nor are the work directory and the TLS key of another
 #   codebot hidden: the agent of `run`, for example, can read those of a server that the
 #   same user runs.
@@ -1841,6 +1843,8 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 #   too.
 #
 # Known limitations of a launcher and of other sandboxes:
+# - In another sandbox, what a command leaves running is found only by CODEBOT_RUN, as
+#   without a sandbox.
 # - With a launcher, the node sees the work directory. The directories that bwrap hides,
 #   and its version, are determined on this host; a directory that exists only on the node
 #   is not hidden there. On the node, an agent may outlive bwrap (see end_bwrap) until the
@@ -1922,7 +1926,8 @@ def hiding_problems(config: Config) -> Iterator[str]:
     homes = home_directories()
     needed = [*map(os.path.realpath, SYSTEM_DIRECTORIES)]
     for path in map(os.path.realpath, config.search_path.split(":")):
-        # Directories on PATH below a home directory are mounted over the covers.
+        # Directories on PATH below a home directory are mounted over its cover. (If they
+        # are in a private directory, they stay hidden.)
         if not any(is_inside(path, home) for home in homes):
             needed.append(path)
     for directory in sorted(private_directories(config)):
@@ -2154,7 +2159,7 @@ class Sandbox:
         return text
 
     def probe(self, *command: str) -> ProgramResult:
-        """Run a command, or `true`, in the same way as the agent. Return its result.
+        """Run a command, or `true`, through launcher and sandbox. Return its result.
 
         Raises ConfigError if the sandbox or the launcher does not work, and NoFreeNode
         if they could not be tried.
@@ -5072,7 +5077,7 @@ class JobRun:
 #   GitHubRepository   the same repository at GitHub, where its id identifies it
 #   Mirror             the local copy, written from the remote only
 #   Workspace.repo     the agent's clone, which borrows the mirror's objects
-#   Workspace.outbox   codebot's own repository, into which the agent's commit is fetched
+#   Workspace.outbox   codebot's own repository, for the recorded tree and its commit
 #
 # Known limitations:
 # - git unpacks, checks and compares the agent's objects outside the sandbox. A bug in git
@@ -5287,7 +5292,7 @@ class Workspace:
     #   fetch_into_outbox   git upload-pack, which git fetch starts
 
     def environment(self, as_agent: bool) -> dict[str, str]:
-        """Return the whole environment of a program in the workspace."""
+        """Return the whole environment of a program that run_in_sandbox runs."""
         env = base_environment(self.config)
         env.update(copy_variables(self.config, [*NETWORK_NAMES, "TZ"]))
         env["HOME"] = f"{self.path}/home"
@@ -5346,7 +5351,7 @@ class Workspace:
         def start() -> None:
             # The clock stood still during the wait for a node.
             run.deadline = time.monotonic() + limits.timeout
-            if command.as_agent:  # it is the agent
+            if command.as_agent:
                 run.agent_ran_since_save = True
                 run.update(transient_since=0.0)  # a series of transient errors is over
             run.set_phase(phase, attempt)
@@ -5391,6 +5396,7 @@ class Workspace:
                     on_lines=command.on_lines,
                     pass_fds=info_fds,
                     umask=self.config.umask,
+                    # (What a test prints on standard error goes to standard output.)
                     is_trusted=not command.as_agent,
                 )
         except LimitReached as error:
@@ -5409,10 +5415,9 @@ class Workspace:
     #   push             pushes it from the outbox
 
     def record_files(self) -> tuple[str, ProgramResult]:
-        """Return the tree of the files, and git's result.
+        """Return the tree of the files ("" if git cannot read them), and git's result.
 
-        Ignored files are in it only if they are tracked. It is "" if git cannot read the
-        files.
+        Ignored files are in the tree only if they are tracked.
         """
         result = self.script(RECORD_SCRIPT)
         if result.code != 0:
@@ -5448,7 +5453,7 @@ class Workspace:
                 "agent_failed", f"The agent left no usable repository: {error}"
             )
         fetched_tree, base_tree = trees.stdout  # in the order of the arguments
-        if fetched_tree != tree:  # an agent without a sandbox may have changed HEAD
+        if fetched_tree != tree:  # what an agent left running may have changed HEAD
             raise JobFailed("agent_failed", f"The tree of HEAD is not {tree} anymore")
         return tree != base_tree
 
@@ -5505,7 +5510,10 @@ class Workspace:
             raise self.run.limit_failure(error, "git") from None
 
     def write_commit(self, tree: str, parent: str, message: str) -> str:
-        """Make the job's one commit, in the App's name. Returns its id."""
+        """Make the job's one commit, in the name of the App or, without GitHub, codebot.
+
+        Returns its id.
+        """
         login = "codebot"
         address = "codebot@localhost"
         if self.codebot.github is not None:
@@ -6513,7 +6521,7 @@ def run_review(run: JobRun) -> None:
 
 
 def report_failure(run: JobRun) -> None:
-    """Post why a review failed, if its reviewer may still be answered. Fail with that.
+    """Post why a review failed, if its reviewer may still be answered; then fail with that.
 
     These are the steps of a review that has stored an error: see run_job.
     """
@@ -6524,7 +6532,7 @@ def report_failure(run: JobRun) -> None:
 
 
 def open_review(run: JobRun) -> Review:
-    """Return the review with its comments, if codebot may still act on them.
+    """Load the review's comments, and react to them, if codebot may still act on them.
 
     Raises ReviewSkipped if it may not, or if there are none.
     """
@@ -7341,9 +7349,9 @@ def run_job(codebot: Codebot, job: Job) -> None:
 
     A review that fails, other than by being cancelled, has a second round, which tells its
     reviewer: store_failure stores the error, and because the job now has an error, its
-    steps are those of report_failure. That may also be skipped, or have to be retried; then
-    the next run begins with it. A review that fails while it posts its answers has no
-    second round.
+    steps are those of report_failure. They may also be skipped, which ends the review, or
+    have to be retried; then the next run begins with them. A review that fails while it
+    posts its answers has no second round.
     """
     run = JobRun(codebot, job)
     codebot.running[job.id] = run
@@ -7391,8 +7399,8 @@ def run_steps(run: JobRun) -> Ending:
     What ends the steps:                   What becomes of the job:
       nothing                                completed
       JobFailed, and errors that are final   failed, with a reason
-      TransientError, a busy database,       pending, after a minute; failed if that
-      a full disk, a failed node, an App     goes on for too long, or costs too much
+      TransientError, a busy database,       pending, until a minute later or longer;
+      a full disk, a failed node, an App     failed if that goes on for too long
       that GitHub refuses (see AppRefused)
       StopRequested                          pending, at the next start
       Cancelled                              failed, as cancelled
