@@ -2453,15 +2453,10 @@ def base64url(data: bytes) -> str:
 
 def github_error_text(status: int, payload: Json) -> str:
     """Return the status of an error and GitHub's words for it, in one line."""
-    if not isinstance(payload, dict):
-        return f"{status} (no reason given)"
-    words = [str(status), str(payload.get("message", "(no reason given)"))]
-    errors = payload.get("errors")
-    for error in errors if isinstance(errors, list) else []:
-        if isinstance(error, dict):
-            error = error.get("message") or error
-        words.append(str(error))
-    return " ".join(" ".join(words).split())[:1000]
+    text = f"{status} (no reason given)"
+    if isinstance(payload, dict) and "message" in payload:
+        text = f"{status} {payload['message']} {payload.get('errors') or ''}"
+    return " ".join(text.split())[:1000]
 
 
 # They match errors in the form that github_error_text gives them. Two temporary reasons for
