@@ -788,9 +788,10 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
     return variables
 
 
-def hide_password(text: str) -> str:
-    """Replace USER:PASSWORD with *** in the addresses in a text: https://***@host."""
-    return re.sub(r"(\w+://)?[^\s:@]*:\S*@", r"\1***@", text)
+def hide_logins(text: str) -> str:
+    """Replace what may be a login in each word with ***: https://***@host."""
+    # It starts at the beginning of a word: otherwise a long line could take minutes.
+    return re.sub(r"(?<!\S)(\W?\w+://)?\S+@", r"\1***@", text)
 
 
 def read_settings(
@@ -816,7 +817,7 @@ def read_settings(
             except ValueError as error:
                 # People write NAME=SECRET where only a name is expected. And what follows
                 # a quote may be JSON with a key.
-                shown = re.sub("(?s)([=\"']).*", r"\1***", hide_password(text))
+                shown = re.sub("(?s)([=\"']).*", r"\1***", hide_logins(text))
                 problems.append(f"{name} {error} (it is {shown!r}).")
     return values
 
@@ -3238,9 +3239,6 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 # How git_with_token interprets git's output. URLs and quoted names are removed first,
 # because they may contain any words.
 URL_OR_NAME_RE = re.compile(r"(?<!\w)'[^'\n]*'|https?://\S+")
-# LOGIN_RE is searched only in words with an "@": on a long line it could take minutes.
-WORD_WITH_AT_RE = re.compile(r"(?<!\S)\S+@")
-LOGIN_RE = re.compile(r"://[^\s/:@]*(:\S*)?@")
 AUTH_FAILED_RE = re.compile(
     "could not read Username|Invalid username or token|Authentication failed"
 )
@@ -3346,9 +3344,7 @@ class GitDirectory:
             return result
         text = "\n".join([*result.stdout, *result.stderr])
         # The host's git configuration may put a login into the URL: url.*.insteadOf
-        error = WORD_WITH_AT_RE.sub(
-            lambda word: LOGIN_RE.sub("://***@", word[0]), result.error
-        )
+        error = hide_logins(result.error)
         # git was killed, perhaps by the host, for want of memory.
         if result.code in SIGNAL_EXIT_CODES or PART_KILLED_RE.search(text):
             code = f"exit code {result.code}"
@@ -7902,7 +7898,7 @@ def require_allowed_repository(config: Config, url: str) -> Repository:
     try:
         repository = parse_repository_url(config, url)
     except ValueError as error:
-        safe_url = hide_password(url)[:100]
+        safe_url = hide_logins(url)[:100]
         raise HTTPError(400, f"repository_url {error} (it is {safe_url!r})") from None
     if not is_allowed(config, repository.full_name):
         name = repository.full_name

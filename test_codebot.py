@@ -2538,7 +2538,7 @@ def test_bad_setting_is_named_with_its_value_and_what_is_allowed(
     [
         ("https://a:b@github.com", "https://***@github.com"),
         ("https://a:b/c@d@github.com", "https://***@github.com"),
-        ("https://token@github.com", "***@github.com"),
+        ("https://token@github.com", "https://***@github.com"),
         ("a:b@github.com", "***@github.com"),
     ],
 )
