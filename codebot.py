@@ -3192,18 +3192,15 @@ def default_test_command(config: Config, repository: Repository) -> str:
     return ""
 
 
-# Git sets these for its hooks and aliases, one of which may have started codebot. With
-# them, git would use a part of another repository.
-GIT_PLACE_NAMES = (
-    "GIT_DIR",
+# What the names of variables begin with that git at the remote does not inherit. The first
+# two would show the host's credentials in git's error messages. With the others, which a
+# hook that starts codebot may have, git would work in the hook's repository.
+UNWANTED_GIT_NAMES = (
+    "GIT_TRACE",
+    "GIT_CURL_VERBOSE",
     "GIT_COMMON_DIR",
-    "GIT_WORK_TREE",
-    "GIT_INDEX_FILE",
-    "GIT_OBJECT_DIRECTORY",
-    "GIT_ALTERNATE_OBJECT_DIRECTORIES",
-    "GIT_QUARANTINE_PATH",
-    "GIT_SHALLOW_FILE",
     "GIT_NAMESPACE",
+    "GIT_OBJECT_DIRECTORY",
 )
 
 
@@ -3213,11 +3210,9 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
     if config.no_github:
         # The host's own git configuration and ssh agent provide the credentials.
         inherited = dict(os.environ)
-        not_for_git = (*OWN_SECRET_NAMES, *MODEL_VARIABLE_NAMES, *GIT_PLACE_NAMES)
+        unwanted = (*UNWANTED_GIT_NAMES, *OWN_SECRET_NAMES, *MODEL_VARIABLE_NAMES)
         for name in os.environ:
-            # A trace would show the host's credentials in git's error messages.
-            is_trace = name.startswith(("GIT_TRACE", "GIT_CURL_VERBOSE"))
-            if is_trace or name in not_for_git:
+            if name.startswith(unwanted):
                 del inherited[name]
         for name in ("CODEBOT_RUN", "GIT_TERMINAL_PROMPT", "LC_ALL", "PATH"):
             inherited[name] = env[name]
