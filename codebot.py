@@ -1357,17 +1357,17 @@ class RunningProgram:
 
     def check_limits(self) -> None:
         """Raise LimitReached, StopRequested or Cancelled if the program must end."""
-        now = time.monotonic()
         self.limits.check_stop()
-        self.check_output_size()
+        if max(self.stdout.size(), self.stderr.size()) > MAX_OUTPUT_BYTES:
+            raise TooMuchOutput(f"printed more than {MAX_OUTPUT_BYTES >> 30} GiB")
+        self.check_time()
+
+    def check_time(self) -> None:
+        now = time.monotonic()
         if now > self.started + self.limits.timeout:
             raise TimedOut(f"took more than {self.limits.timeout:.0f} s")
         if now > self.last_output + self.limits.stall:
             raise Stalled("printed nothing for too long")
-
-    def check_output_size(self) -> None:
-        if max(self.stdout.size(), self.stderr.size()) > MAX_OUTPUT_BYTES:
-            raise TooMuchOutput(f"printed more than {MAX_OUTPUT_BYTES >> 30} GiB")
 
     def exit_code(self) -> int:
         # poll() is None if the program could not be ended. Then its code does not matter:
@@ -1645,7 +1645,8 @@ def run_stop_command(config: Config, workspace_path: str) -> str:
     return "" if result.code == 0 else result.error
 
 
-# Runs a program on a node, between two lines with the sentinel, which is $0: see Launch.
+# Runs a program on a node, between two lines with the sentinel, which is $0: see
+# LaunchedProgram.
 NODE_SCRIPT = """
 # An empty line comes first, as the launcher's last line may lack a line end.
 printf '\\n%s\\n' "$0"
@@ -1660,8 +1661,10 @@ printf '\\n%s\\n' "$0 $code"
 """
 
 
-class Launch(NamedTuple):
-    """One run of CODEBOT_LAUNCHER, which runs a program on a node of a cluster.
+class LaunchedProgram(RunningProgram):
+    """A launcher that was started, and the program that it runs on a node.
+
+    The program's limits apply from its start on a node.
 
     What is printed on standard output, and what it means:
         the launcher's lines    it waits for a node; kept with its standard error
@@ -1674,21 +1677,13 @@ class Launch(NamedTuple):
     is printed on the node. If it is missing, the node or the cluster has failed.
     """
 
-    prefix: Sequence[str]  # CODEBOT_LAUNCHER and NODE_SCRIPT, put before the program
-    sentinel: str
-    timeout: float  # seconds to wait for a node
-    on_start: Callable[[], None]  # called when the program starts on a node
-
-
-class LaunchedProgram(RunningProgram):
-    """A launcher that was started, and the program that it runs on a node.
-
-    The program's limits apply from its start on a node.
-    """
-
-    def __init__(self, launch: Launch, *args: Any) -> None:
+    def __init__(
+        self, sentinel: str, timeout: float, on_start: Callable[[], None], *args: Any
+    ) -> None:
         super().__init__(*args)
-        self.launch = launch
+        self.sentinel = sentinel
+        self.node_timeout = timeout  # seconds to wait for a node
+        self.on_start = on_start  # called when the program starts on a node
         self.is_on_node = False  # no longer waiting for a node
         self.node_code: int | None = None  # the exit code that was printed on the node
 
@@ -1707,28 +1702,25 @@ class LaunchedProgram(RunningProgram):
             sentinel, _, code = line.partition(" ")
             # This counts even if the first sentinel was never read: the program may have
             # emptied the output before that.
-            if sentinel == self.launch.sentinel and re.fullmatch("[0-9]{1,3}", code):
+            if sentinel == self.sentinel and re.fullmatch("[0-9]{1,3}", code):
                 self.node_code = int(code)
                 if output[-1:] == [""]:  # NODE_SCRIPT's, not the program's
                     output.pop()
             elif self.is_on_node and self.node_code is None:  # between the sentinels
                 output.append(line)
-            elif line == self.launch.sentinel and not self.is_on_node:
+            elif line == self.sentinel and not self.is_on_node:
                 self.is_on_node = True
                 self.started = self.last_output
                 self.stderr.last_lines.clear()  # the launcher's output
-                self.launch.on_start()
+                self.on_start()
             else:  # the launcher's output
                 self.stderr.keep([line])
         return output
 
-    def check_limits(self) -> None:
+    def check_time(self) -> None:
         if self.is_on_node:
-            super().check_limits()
-            return
-        self.limits.check_stop()
-        self.check_output_size()
-        if time.monotonic() > self.started + self.launch.timeout:
+            super().check_time()
+        elif time.monotonic() > self.started + self.node_timeout:
             raise NoFreeNode("got no free node")
 
     def exit_code(self) -> int:
@@ -1750,18 +1742,14 @@ class LaunchedProgram(RunningProgram):
         return result
 
 
-def run_launched(
-    launch: Launch | None, argv: Sequence[str], env: Mapping[str, str], **options: Any
-) -> ProgramResult:
-    """Run a program on a node; on this host, if ``launch`` is None.
+class Launch(NamedTuple):
+    """How run_program runs a program on a node: by default, on this host instead."""
 
-    ``options`` are those of run_program.
-    """
-    if launch is None:
-        return run_program(argv, env, **options)
-    program_type = functools.partial(LaunchedProgram, launch)
-    argv = [*launch.prefix, *argv]
-    return run_program(argv, env, program_type=program_type, **options)
+    prefix: Sequence[str] = ()  # CODEBOT_LAUNCHER and NODE_SCRIPT, before the program
+    program_type: Callable[..., RunningProgram] = RunningProgram
+
+
+NO_LAUNCH = Launch()
 
 
 @contextlib.contextmanager
@@ -1770,14 +1758,14 @@ def launching(
     workspace_path: str,
     timeout: float,
     on_start: Callable[[], None],
-) -> Iterator[Launch | None]:
+) -> Iterator[Launch]:
     """Record a launch and, at its end, stop whatever still runs.
 
-    Without a launcher, it calls ``on_start`` and yields None.
+    Without a launcher, it calls ``on_start`` and yields NO_LAUNCH.
     """
     if not config.launcher:
         on_start()
-        yield None
+        yield NO_LAUNCH
         return
     record = launch_record(config, workspace_path)
     record.parent.mkdir(exist_ok=True)
@@ -1785,8 +1773,9 @@ def launching(
     sentinel = uuid.uuid4().hex
     prefix = launcher_argv(config.launcher, workspace_path)
     prefix += ["sh", "-c", NODE_SCRIPT, sentinel]
+    program_type = functools.partial(LaunchedProgram, sentinel, timeout, on_start)
     try:
-        yield Launch(prefix, sentinel, timeout, on_start)
+        yield Launch(prefix, program_type)
     finally:
         stop_launched(config, workspace_path)
 
@@ -2221,11 +2210,15 @@ class Sandbox:
         script = 'echo works >probe && "$@"'
         objects = f"{workspace_path}/objects"
         argv = self.wrap(["sh", "-c", script, "sh", *command], workspace_path, objects)
-        repo = f"{workspace_path}/repo"
         env = {**base_environment(config), "HOME": f"{workspace_path}/home"}
-        limits = Limits(timeout=PROBE_TIMEOUT)
         with launching(config, workspace_path, PROBE_TIMEOUT, do_nothing) as launch:
-            return run_launched(launch, argv, env, cwd=repo, limits=limits)
+            return run_program(
+                [*launch.prefix, *argv],
+                env,
+                cwd=f"{workspace_path}/repo",
+                limits=Limits(timeout=PROBE_TIMEOUT),
+                program_type=launch.program_type,
+            )
 
 
 # --- GitHub ------------------------------------------------------------------
@@ -5360,7 +5353,7 @@ class Workspace:
         self,
         command: SandboxedCommand,
         limits: Limits,
-        launch: Launch | None = None,
+        launch: Launch = NO_LAUNCH,
     ) -> ProgramResult:
         """Run a command in the sandbox, then end all that it left running."""
         cwd = self.repo
@@ -5369,12 +5362,11 @@ class Workspace:
             # libraries from there. It changes to the repository.
             cwd = self.path
         # On this host, all processes in bwrap are in a PID namespace of their own.
-        has_namespace = self.codebot.sandbox.is_bwrap and launch is None
+        has_namespace = self.codebot.sandbox.is_bwrap and launch is NO_LAUNCH
         try:
             with self.ending_namespace(has_namespace) as info_fds:
-                return run_launched(
-                    launch,
-                    self.sandboxed(command.argv, info_fds),
+                return run_program(
+                    [*launch.prefix, *self.sandboxed(command.argv, info_fds)],
                     self.environment(command.as_agent),
                     cwd=cwd,
                     stdin=command.stdin,
@@ -5384,6 +5376,7 @@ class Workspace:
                     umask=self.config.umask,
                     # (What a test prints on standard error goes to standard output.)
                     is_trusted=not command.as_agent,
+                    program_type=launch.program_type,
                 )
         except LimitReached as error:
             raise self.run.limit_failure(error, command.name) from None
