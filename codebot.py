@@ -580,9 +580,9 @@ def parse_agent_env(text: str) -> Sequence[str]:
 
 # A rule owner/name=command. The owner and the name may contain wildcards.
 TEST_RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*=(.*)"
-# A rule with a URL or a path instead of owner/name. Such a line is an error: it is not run
-# as a command.
-WRONG_TEST_RULE = r"\s*[^\s=;&|]*/[^\s=;&|]*\s*="
+# Not a command: a comment, which sh would ignore, so that every test would pass; and a rule
+# with a URL or a path in place of owner/name.
+NO_COMMAND = r"#|[^\s=;&|]*/[^\s=;&|]*\s*="
 
 
 def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
@@ -593,19 +593,16 @@ def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
     # In .env all rules are on one line, separated by the two characters \ and n, as in
     # "a/b=make test\nc/d=tox". A \n that no owner/name= follows is part of the command.
     text = re.sub(rf"\\n(?={TEST_RULE})", "\n", text)
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     rules = []
-    for line in text.split("\n"):
+    for line in lines:
         rule = re.match(TEST_RULE, line)
-        if line.lstrip().startswith("#"):  # sh would ignore it, and the test would pass
-            raise ValueError("has a line that begins with #; there are no comments")
         if rule:
             rules.append((rule[1], rule[2].strip()))
-        elif re.match(WRONG_TEST_RULE, line):
-            raise ValueError("must name repositories as owner/name, or as */name")
-        elif line.strip():
-            rules.append(("*", line.strip()))
-    if sum(pattern == "*" for pattern, _ in rules) > 1:
-        raise ValueError("has two lines without owner/name=; join commands with &&")
+        elif len(lines) == 1 and not re.match(NO_COMMAND, line):
+            rules.append(("*", line))
+        else:
+            raise ValueError("must be one command, or lines owner/name=command")
     return tuple(rules)
 
 
