@@ -924,6 +924,7 @@ def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
     """Read the flags, the environment and ``.env`` in the current directory.
 
     Returns the settings, with the default in place of each bad value, and all problems.
+    Sets proxies and certificates in os.environ, where urllib and ssl find them.
     """
     problems: list[str] = []
     env_file = os.path.abspath(".env")
@@ -931,6 +932,10 @@ def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
     # If .env cannot be read, the settings that it holds are not reported as missing.
     was_env_file_read = not problems
     variables.update(os.environ)
+    for name in NETWORK_NAMES:
+        os.environ.pop(name, None)  # an empty value would count as a file name
+        if variables.get(name):
+            os.environ[name] = variables[name]
     values = read_settings(flags, variables, problems)
     values.setdefault("work_dir", os.path.realpath(Config.work_dir))
     config = Config(
@@ -943,21 +948,9 @@ def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
     return config, problems
 
 
-def set_network_environment(variables: Mapping[str, str]) -> None:
-    """Set proxies and certificates in os.environ, where urllib and ssl find them."""
-    for name in NETWORK_NAMES:
-        os.environ.pop(name, None)  # an empty value would count as a file name
-        if variables.get(name):
-            os.environ[name] = variables[name]
-
-
 def load_config(flags: Flags, is_server: bool = False) -> Config:
-    """Read the settings, and set codebot's network environment.
-
-    Raises ConfigError with all problems.
-    """
+    """Read the settings. Raises ConfigError with all problems."""
     config, problems = read_config(flags, is_server)
-    set_network_environment(config.variables)
     if problems:
         raise ConfigError("\n".join(problems))
     return config
@@ -10223,7 +10216,6 @@ def all_findings(codebot: Codebot, problems: Sequence[str]) -> Iterator[Finding]
 def check_command(flags: Flags) -> int:
     """Check what the server needs, while it does not run. Takes the flags of serve."""
     config, problems = read_config(flags, is_server=True)
-    set_network_environment(config.variables)
     codebot = Codebot(config)
     logging.disable()  # each problem is printed once, as a finding
     counts: collections.Counter[str] = collections.Counter()

@@ -2802,12 +2802,14 @@ def test_empty_variable_counts_as_not_set() -> None:
 
 
 def test_network_settings_are_set_in_the_environment_unless_they_are_empty(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in codebot.NETWORK_NAMES:
         monkeypatch.setenv(name, "")
-    variables = {"HTTPS_PROXY": "http://proxy", "SSL_CERT_FILE": ""}
-    codebot.set_network_environment(variables)
+    monkeypatch.delenv("HTTPS_PROXY")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("HTTPS_PROXY=http://proxy\nSSL_CERT_FILE=\n")
+    codebot.read_config({"umask": 0o077}, is_server=False)
     names = [name for name in codebot.NETWORK_NAMES if name in os.environ]
     assert names == ["HTTPS_PROXY"]
     assert os.environ["HTTPS_PROXY"] == "http://proxy"
