@@ -5528,31 +5528,20 @@ class Workspace:
         reached or GitHub refuses the App.
         """
         commit = self.run.job.commit_id
+        url = self.repository.url
         refspec = f"{commit}:refs/heads/{self.branch}"
         try:
             self.outbox.remote_git(
-                self.repository,
-                "push",
-                "--quiet",
-                "--no-verify",
-                "--",
-                self.repository.url,
-                refspec,
+                self.repository, "push", "--quiet", "--no-verify", "--", url, refspec
             )
-        except (GitFailed, TransientError) as error:
-            # The response to an earlier push, or to this one, may have been lost.
+        except GitFailed as error:
+            if isinstance(error, GitAuthFailed) and self.codebot.github is not None:
+                # The App may be suspended for a while; the commit has cost something.
+                raise TransientError(f"GitHub refuses the push: {error}") from None
+            # If a response is lost, git may send the request again, which is then rejected.
             if not self.remote_has(commit):
-                raise self.push_failure(error) from None
+                raise JobFailed("push_rejected", f"Failed to push: {error}") from None
         self.run.log_event("git", f"Pushed {commit} to {self.branch}")
-
-    def push_failure(self, error: Exception) -> Exception:
-        """Return the error for finished work that cannot be pushed."""
-        if isinstance(error, TransientError):
-            return error
-        if isinstance(error, GitAuthFailed) and self.codebot.github is not None:
-            # The App may be suspended for a while; the commit has cost something.
-            return TransientError(f"GitHub refuses the push: {error}")
-        return JobFailed("push_rejected", f"Failed to push: {error}")
 
     def remote_has(self, commit: str) -> bool:
         """Fetch the branch, and return whether it contains the commit."""
@@ -6212,8 +6201,8 @@ def fetch_or_fail(workspace: Workspace, branch: str, reason: str) -> tuple[str, 
         raise JobFailed(reason, message) from None
     except GitFailed as error:
         if isinstance(error, GitAuthFailed) and workspace.run.job.commit_id:
-            # The commit has cost something, so this is treated like a failed push.
-            raise workspace.push_failure(error) from None
+            # The commit has cost something, as in push().
+            raise TransientError(f"GitHub refuses git: {error}") from None
         message = workspace.mirror.with_advice(str(error))
         raise JobFailed(
             "clone_failed", f"Failed to clone repository: {message}"
