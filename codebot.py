@@ -5383,18 +5383,20 @@ class Workspace:
     #   inspect_commit   searches what it changes; then the caller stores its id
     #   push             pushes it from the outbox
 
-    def record_files(self) -> tuple[str, ProgramResult]:
-        """Return the tree of the files ("" if git cannot read them), and git's result.
+    def record_files(self) -> str:
+        """Return the tree of the files. Raises JobFailed if git cannot read them.
 
         Ignored files are in the tree only if they are tracked.
         """
         result = self.script(RECORD_SCRIPT)
-        if result.code != 0:
-            return "", result
         tree = "\n".join(result.stdout)
-        if not re.fullmatch("[0-9a-f]{40}", tree):  # something else wrote there
-            raise JobFailed("agent_failed", f"git printed no tree, but {tree[:200]!r}")
-        return tree, result
+        # Something else may have printed to standard output.
+        if result.code != 0 or not re.fullmatch("[0-9a-f]{40}", tree):
+            raise JobFailed(
+                "agent_failed",
+                f"The agent's changes could not be recorded: {result.error}",
+            )
+        return tree
 
     def collect_tree(self, base_commit: str, tree: str) -> bool:
         """Bring a recorded tree into the outbox. Returns whether it is not the base's.
@@ -6239,7 +6241,8 @@ def test_and_commit(
     if request.test_command:
         tree, attempts = run_tests(workspace, request.test_command)
     else:
-        tree = record_untested(workspace)
+        run.log_event("codebot", "No test command")
+        tree = workspace.record_files()
     run.set_phase("commit")
     if not workspace.collect_tree(base_commit, tree):
         return ""
@@ -6292,32 +6295,14 @@ def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
     )
 
 
-def record_untested(workspace: Workspace) -> str:
-    """Return the tree of the files. Raises JobFailed if git cannot read them."""
-    workspace.run.log_event("codebot", "No test command")
-    tree, result = workspace.record_files()
-    if not tree:
-        raise JobFailed(
-            "agent_failed",
-            f"The agent's changes could not be committed: {result.error}",
-        )
-    return tree
-
-
 def run_tests_once(
     workspace: Workspace, command: str, attempt: int
 ) -> tuple[str, ProgramResult]:
     """Run the test command on the files as they are, and bring these back afterward.
 
-    So the test cannot change what is committed. Returns the files' tree and the result. If
-    git cannot read the files, the result is git's: the agent is shown why, as if a test
-    had failed.
+    So the test cannot change what is committed. Returns the files' tree and the result.
     """
-    tree, result = workspace.record_files()
-    if not tree:
-        workspace.run.log_event("git", f"Cannot read the files: {result.error}")
-        # run_tests shows the standard output; git's reason is in its standard error.
-        return "", result._replace(stdout=result.stderr)
+    tree = workspace.record_files()
     result = run_test_command(workspace, command, attempt)
     # That this may fail does no harm: after a test that passed, the recorded tree is
     # committed; after one that failed, the agent goes on with what the test has left.
