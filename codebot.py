@@ -28,9 +28,9 @@ HOW TO READ THIS FILE
     secrets          Redactor, Workspace.environment, remote_environment
     programs         run_program, private_directories, sandbox_mounts, bwrap_command
     GitHub           GitHub.send, has_write_access
-    who can act      require_api_key, require_signature, require_write_access,
-                     look_up_repository, load_comments, Sync.obstacle,
-                     has_untrusted_edit, submit_issue, ROUTES
+    who can act      require_api_key, require_signature, require_labeler_access,
+                     require_reviewer_access, look_up_repository, load_comments,
+                     Sync.obstacle, has_untrusted_edit, submit_issue, ROUTES
     the agent        agent_command, run_task, run_review
     what is pushed   run_tests_once, collect_tree, fetch_into_outbox, inspect_commit,
                      DiffScanner, push_task_commit, push_review_commit
@@ -6147,26 +6147,10 @@ def require_labeler_access(workspace: Workspace) -> None:
     if github_repository is None or not run.job.submitted_by.startswith("github:"):
         return  # a client has submitted it
     login = run.job.submitted_by.removeprefix("github:")
-    problem = f"{login}, who labeled the issue, has no write access"
-    refusal = JobFailed("cancelled", problem)
-    require_write_access(run, github_repository, login, refusal)
-
-
-def require_write_access(
-    run: JobRun, github_repository: GitHubRepository, login: str, refusal: Exception
-) -> None:
-    """Raise ``refusal`` unless GitHub reports that a person has write access now.
-
-    A commit has cost money, and GitHub may be wrong for a moment. So once there is one, the
-    first refusal only delays the job, as a transient error does; a refusal during a series
-    of transient errors ends it. Nothing is pushed in between.
-    """
-    if github_repository.has_write_access(login):
-        return
-    was_delayed = run.job.transient_since > 0
-    if run.job.commit_id and not was_delayed:
-        raise TransientError(str(refusal))
-    raise refusal
+    if not github_repository.has_write_access(login):
+        raise JobFailed(
+            "cancelled", f"{login}, who labeled the issue, has no write access"
+        )
 
 
 def react_to_issue(workspace: Workspace) -> None:
@@ -6545,8 +6529,8 @@ def require_open_pull_request(review: Review) -> None:
 def require_reviewer_access(review: Review) -> None:
     """Raise ReviewSkipped unless the reviewer has write access to the repository now."""
     login = review.run.job.reviewer
-    refusal = ReviewSkipped(f"{login} has no write access")
-    require_write_access(review.run, review.github_repository, login, refusal)
+    if not review.github_repository.has_write_access(login):
+        raise ReviewSkipped(f"{login} has no write access")
 
 
 def load_comments(review: Review) -> Review:

@@ -8496,18 +8496,6 @@ def test_change_of_a_reviewer_who_lost_write_access_is_not_pushed(pull: Pull) ->
     assert pull.tip() == before
 
 
-def test_change_is_pushed_although_github_denies_access_once(fresh: Site) -> None:
-    limits = {"RETRY_DELAY": 0.1, "ACCESS_REFUSAL_TTL": 0.0}
-    fresh.server.start(limits=limits)
-    pull = open_pull(fresh, f"classify change; block; {MAKE_CHANGE}")
-    fresh.person("alice").inline("Say more")
-    fresh.agent.wait_until_blocked()
-    fresh.repository.fail("GET /collaborators/alice/permission", 404, {"message": ""})
-    fresh.agent.release()
-    assert pull.review()["status"] == "completed"
-    assert len(fresh.agent.runs("change")) == 1
-
-
 def test_change_that_is_reapplied_is_not_pushed_if_write_access_was_lost(
     fresh: Site,
 ) -> None:
@@ -10348,20 +10336,6 @@ def test_pull_request_is_kept_although_its_labeler_has_lost_write_access_since(
     fresh.server.restart()
     assert fresh.api.completed(task)["pr_number"] == 2
     assert len(fresh.repository.pulls) == 1
-
-
-def test_change_for_an_issue_is_pushed_although_github_denies_access_once(
-    fresh: Site,
-) -> None:
-    fresh.server.start(limits={"RETRY_DELAY": 0.1, "ACCESS_REFUSAL_TTL": 0.0})
-    fresh.agent.follow(f"block; {SAY_HELLO}")
-    issue = open_issue(fresh)
-    fresh.person("alice").label(issue.number)
-    fresh.agent.wait_until_blocked()
-    fresh.repository.fail("GET /collaborators/alice/permission", 404, {"message": ""})
-    fresh.agent.release()
-    fresh.api.completed(issue.task())
-    assert len(fresh.agent.runs()) == 1
 
 
 def test_label_event_is_handled_once(shared: Site) -> None:
