@@ -6854,31 +6854,19 @@ def answer_threads(review: Review) -> None:
     if run.job.request_kind == "limit":
         comments = comments[:1]
     for thread_key, members in group_by_thread(comments).items():
-        last = members[-1]
+        first = members[0]
+        body = run.redact(answer_body(run.job, thread_key, first))
+        marker = f"<!-- codebot answer {run.job.id} {thread_key} -->"
+        inline_thread = first.thread if first.place == "inline" else 0
         try:
-            is_posted = post_answer(review, thread_key, members[0])
-            if not is_posted and last.id != last.thread:
-                # Replies go to a thread's first comment, which was deleted. If the last
-                # comment is another, it is answered in the conversation.
-                last = dataclasses.replace(last, place="conversation")
-                post_answer(review, thread_key, last)
+            review.github_repository.post_once(
+                review.number, body, marker, inline_thread
+            )
+        except NotFound as error:  # replies go to a thread's first comment
+            log.info("No answer to %s, which was deleted: %s", thread_key, error)
         except GitHubError as error:
             message = f"GitHub refused the answer: {error}"
             raise JobFailed("internal", message) from None
-
-
-def post_answer(review: Review, thread_key: str, comment: Comment) -> bool:
-    """Post the answer of a thread, once. Returns False if the comment was deleted."""
-    run = review.run
-    body = run.redact(answer_body(run.job, thread_key, comment))
-    marker = f"<!-- codebot answer {run.job.id} {thread_key} -->"
-    inline_thread = comment.thread if comment.place == "inline" else 0
-    try:
-        review.github_repository.post_once(review.number, body, marker, inline_thread)
-    except NotFound as error:
-        log.info("No answer to %s, which was deleted: %s", thread_key, error)
-        return False
-    return True
 
 
 def answer_body(job: Job, thread_key: str, comment: Comment) -> str:
