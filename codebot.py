@@ -7451,14 +7451,8 @@ def store_ending(run: JobRun, ending: Ending) -> None:
     elif ending.outcome == "pending":
         if ending.error:
             pause = max(0.0, ending.not_before - time.time())
-            limit = f"after {RETRY_LIMIT[job.kind] / 3600:.0f} h of such errors"
-            if ending.interruptions:  # the agent has to begin again
-                limit = f"after {MAX_INTERRUPTIONS} such errors or crashes"
-            run.log_event(
-                "codebot",
-                f"{ending.error.rstrip('.')}. Trying again in {pause:.0f} s; codebot gives "
-                f"up {limit}",
-            )
+            message = f"{ending.error.rstrip('.')}. Trying again in {pause:.0f} s"
+            run.log_event("codebot", message)
             log.warning("Job %s: %s; retrying later", job.id, ending.error)
         run.codebot.until_database_works(
             run.store.requeue, job.id, ending.interruptions, ending.not_before
@@ -7475,9 +7469,7 @@ def finish_job(run: JobRun, ending: Ending) -> None:
     job = run.job
     error = ending.error
     if ending.outcome == "failed":
-        if ending.reason == "pull_request_failed":
-            error = f"{error.rstrip('.')}. Its branch {job.branch} was pushed"
-        elif job.push_started and ending.reason != "push_rejected":
+        if job.push_started and ending.reason != "push_rejected":
             error = f"{error.rstrip('.')}. Its branch {job.branch} may have been pushed"
         error = run.redact(error)[:10_000]
         if error != job.error:  # else store_failure has logged it

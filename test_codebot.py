@@ -13242,7 +13242,7 @@ def test_launcher_or_node_that_fails_is_no_failure_of_the_agent(
     assert messages[0].startswith("codebot: CODEBOT_LAUNCHER failed: ")
     assert messages[-1].startswith("codebot: The cluster ended the program: ")
     assert "the job ended with code 137" in messages[-1]
-    assert messages[-1].endswith("; codebot gives up after 3 such errors or crashes")
+    assert "Trying again in" in messages[-1]
     assert len(site.agent.runs()) == 2
 
 
