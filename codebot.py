@@ -3866,17 +3866,6 @@ def insert_label_event(db: sqlite3.Connection, event_id: int) -> None:
     )
 
 
-def insert_delivery(db: sqlite3.Connection, guid: str) -> bool:
-    cursor = db.execute(
-        """
-        INSERT INTO deliveries (guid, received_at) VALUES (:guid, :now)
-        ON CONFLICT DO NOTHING
-        """,
-        {"guid": guid, "now": utc_time()},
-    )
-    return cursor.rowcount == 1
-
-
 def add_to_totals(db: sqlite3.Connection, job_id: str, seconds: float = 0.0) -> None:
     """Add the cost of a job that has ended, and the seconds that it took, if any."""
     db.execute(
@@ -4471,22 +4460,24 @@ class Store:
 
     def add_delivery(self, guid: str) -> bool:
         """Remember a webhook delivery. Returns False if it was received before."""
-        with self._transaction() as db:
-            return insert_delivery(db, guid)
+        inserted = self._write(
+            """
+            INSERT INTO deliveries (guid, received_at) VALUES (:guid, :now)
+            ON CONFLICT DO NOTHING
+            """,
+            guid=guid,
+            now=utc_time(),
+        )
+        return inserted == 1
 
-    def queue_comments(
-        self, task_id: str, comments: Iterable[Comment], delivery: str = ""
-    ) -> list[str]:
-        """Add new comments to pending or new reviews, and return the reviews' ids.
+    def queue_comments(self, task_id: str, comments: Iterable[Comment]) -> list[str]:
+        """Add new comments to pending or new reviews. Returns the reviews' ids.
 
         All comments that one reviewer has waiting on one pull request form one review.
-        codebot's own comments and known ones are ignored, and so are all comments of a
-        known ``delivery``.
+        codebot's own comments and known ones are ignored.
         """
         reviewers = {}  # by the id of the job that answers them
         with self._transaction() as db:
-            if delivery and not insert_delivery(db, delivery):
-                return []
             for comment in comments:
                 if comment.user == OWN_NAME or is_comment_known(db, comment):
                     continue
@@ -8221,7 +8212,7 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
     if installation and installation["id"] != codebot.config.installation_id:
         raise NoAction("Another installation of the App")
     if event in COMMENT_EVENTS and action in ("created", "submitted"):
-        receive_comment(codebot, event, guid, payload)
+        receive_comment(codebot, event, payload)
     elif event == "pull_request" and action in ("closed", "reopened"):
         pull_request = pull_request_of(codebot, payload)
         remember_delivery(codebot, guid)
@@ -8256,15 +8247,13 @@ def pull_request_of(codebot: Codebot, payload: JsonObject) -> PullRequest:
     return pull_request
 
 
-def receive_comment(
-    codebot: Codebot, event: str, guid: str, payload: JsonObject
-) -> None:
+def receive_comment(codebot: Codebot, event: str, payload: JsonObject) -> None:
     pull_request = pull_request_of(codebot, payload)
     content = payload.get("comment") or payload["review"]
     comment = parse_comment(COMMENT_EVENTS[event], content)
     if comment is None:
         raise NoAction("Bot, deleted user or empty comment")
-    if not codebot.store.queue_comments(pull_request.task_id, [comment], guid):
+    if not codebot.store.queue_comments(pull_request.task_id, [comment]):
         raise NoAction("Duplicate delivery or comment")
     codebot.jobs_due.set()
 
