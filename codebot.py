@@ -4115,18 +4115,15 @@ class Store:
                 """,
                 values,
             ).fetchone()
-            is_new = row is None
-            if is_new:
+            if row is None:
                 insert_task(db, values, max_pending)
-                log.info("Task %s: submitted by %s", values["id"], submitted_by)
                 if issue.label_event_id is not None:
                     insert_label_event(db, issue.label_event_id)
                 row = db.execute("SELECT * FROM jobs WHERE id = :id", values).fetchone()
             job = make_job(row)
             if idempotency_key and job.request != request:
                 raise HTTPError(409, "This Idempotency-Key was used for another task")
-            if idempotency_key and not is_new:
-                log.info("Task %s: submitted again by %s", job.id, submitted_by)
+            log.info("Task %s: submitted by %s", job.id, submitted_by)
             return job
 
     def claim(self, job_id: str) -> Job | None:
