@@ -7644,21 +7644,15 @@ def parse_object(data: bytes) -> dict[str, Json]:
 Fields = dict[str, object]  # of a JSON object
 
 
-@dataclasses.dataclass
-class Request:
-    """A request whose headers have arrived. Its body is read when it is first needed."""
+class Request(NamedTuple):
+    """A request whose headers have arrived."""
 
     query: str
     headers: Headers  # names in lower case
     client_address: str
-    receive_body: Callable[[], bytes]
-    body: bytes | None = None  # None: it has not been read
-
-    def read_body(self) -> bytes:
-        """Return the body. Raises HTTPError if it is too long or incomplete."""
-        if self.body is None:
-            self.body = self.receive_body()
-        return self.body
+    # Returns the body, which is read at the first call. Raises HTTPError if it is too long
+    # or incomplete.
+    read_body: Callable[[], bytes]
 
     def parameters(self, *names: str) -> dict[str, str]:
         """Return the query's parameters. Only ``names`` are accepted, each once."""
@@ -9265,7 +9259,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path, _, query = ABSOLUTE_FORM_RE.sub("", self.path).partition("?")
         route, parameters = find_route(self.command, path or "/")
         receive_body = functools.partial(self.receive_body, headers, route.max_body)
-        request = Request(query, headers, self.client_address[0], receive_body)
+        # Read when it is first asked for, and only once.
+        read_body = functools.cache(receive_body)
+        request = Request(query, headers, self.client_address[0], read_body)
         codebot = self.server.codebot
         try:
             route.guard(codebot, request)
