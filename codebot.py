@@ -7741,18 +7741,17 @@ def require_signature(codebot: Codebot, request: Request) -> None:
         raise HTTPError(
             404, "Webhooks are off; they need GitHub and GITHUB_WEBHOOK_SECRET"
         )
-    refusal = HTTPError(
+    signature = request.headers.get("x-hub-signature-256", "").encode("latin-1")
+    if signature:  # without one, the body is not read
+        digest = hmac.new(secret.encode(), request.read_body(), "sha256").hexdigest()
+        if hmac.compare_digest(signature, f"sha256={digest}".encode()):
+            return
+    raise HTTPError(
         401,
         "X-Hub-Signature-256 is missing or does not match: set the webhook's secret at "
         "GitHub to the value of GITHUB_WEBHOOK_SECRET",
         {"WWW-Authenticate": 'X-Hub-Signature-256 realm="codebot"'},
     )
-    signature = request.headers.get("x-hub-signature-256", "").encode("latin-1")
-    if not signature:  # before the body is read
-        raise refusal
-    digest = hmac.new(secret.encode(), request.read_body(), "sha256").hexdigest()
-    if not hmac.compare_digest(signature, f"sha256={digest}".encode()):
-        raise refusal
 
 
 # When the next refusal may be logged, by the kind of refusal. It needs no lock: at worst,
