@@ -6946,47 +6946,37 @@ class Sync:
         self.waiting.setdefault(look, time.time())
 
     def take(self, look: Look) -> None:
-        """Take a look, and note when to repeat it, if at all."""
-        # This stays if try_look() raises an unexpected error.
+        """Take a look, and note when to repeat it, if at all.
+
+        A look that GitHub refuses is dropped, unless it is the look at everything: nothing
+        else might repeat that.
+        """
+        # This stays after any other error, which repeat_until_stopped logs.
         self.waiting[look] = time.time() + RETRY_DELAY
-        repeat_at = self.try_look(look)
+        repeat_at = 0.0
+        try:
+            self.look_at(look)
+            if look == EVERYTHING and self.config.enable_polling:
+                repeat_at = time.time() + self.config.poll_interval
+        except GitHubError as error:
+            log.warning("The look at %s was refused by GitHub: %s", look, error)
+            if look == EVERYTHING:
+                repeat_at = time.time() + APP_REFUSED_DELAY
+        except AppRefused as error:
+            log.warning("The look at %s will be repeated: %s", look, error)
+            repeat_at = time.time() + APP_REFUSED_DELAY
+        except TransientError as error:
+            log.warning("The look at %s will be repeated: %s", look, error)
+            repeat_at = max(time.time() + RETRY_DELAY, error.retry_at)
+        except UNKNOWN_SHAPE_ERRORS:  # it must not hold up the looks behind it
+            log.exception("The look at %s will be repeated", look)
+            repeat_at = time.time() + RETRY_DELAY
         del self.waiting[look]
         if repeat_at:
             self.waiting[look] = repeat_at
         elif look.look_twice:
             again = look._replace(look_twice=False)
             self.waiting[again] = time.time() + VISIBILITY_DELAY
-
-    def try_look(self, look: Look) -> float:
-        """Take a look. Returns when to repeat it, in seconds since 1970; 0: never.
-
-        It is repeated if GitHub cannot answer now, or in an unknown shape. If GitHub
-        refuses it, it is dropped, unless it is the look at everything: nothing else might
-        repeat that. With polling, that look is repeated in any case.
-        """
-        try:
-            self.look_at(look)
-        except GitHubError as error:
-            log.warning("The look at %s was refused by GitHub: %s", look, error)
-            if look == EVERYTHING:
-                return time.time() + APP_REFUSED_DELAY
-            return 0.0
-        except AppRefused as error:
-            log.warning("The look at %s will be repeated: %s", look, error)
-            return time.time() + APP_REFUSED_DELAY
-        except (TransientError, sqlite3.Error, OSError) as error:
-            log.warning("The look at %s will be repeated: %s", look, error)
-            retry_at = error.retry_at if isinstance(error, TransientError) else 0.0
-            return max(time.time() + RETRY_DELAY, retry_at)
-        except UNKNOWN_SHAPE_ERRORS:
-            log.exception(
-                "The look at %s will be repeated: the response has an unknown shape",
-                look,
-            )
-            return time.time() + RETRY_DELAY
-        if look == EVERYTHING and self.config.enable_polling:
-            return time.time() + self.config.poll_interval
-        return 0.0
 
     def look_at(self, look: Look) -> None:
         """Do what this kind of look is for."""

@@ -9553,6 +9553,7 @@ def sync(tmp_path: Path) -> codebot.Sync:
         (codebot.TransientError("GitHub did not answer"), codebot.RETRY_DELAY),
         # Perhaps forever, for each pull request of a repository that was taken out.
         (codebot.AppRefused("422"), codebot.APP_REFUSED_DELAY),
+        (KeyError("state"), codebot.RETRY_DELAY),
     ],
 )
 def test_look_that_fails_slowly_is_repeated_some_time_after_it_failed(
