@@ -883,17 +883,11 @@ def conflicting_settings(config: Config) -> Iterator[str]:
 
 # A pattern of CODEBOT_ALLOWED_REPOSITORIES: * or OWNER/NAME.
 NAME_PATTERN_RE = re.compile(r"\*|[^:]*/[^:]*")
-# With --no-github, whole URLs are compared. A wildcard also matches slashes, so none may
-# come before the path: https://*.acme.com/a would match https://evil/.acme.com/a.
-URL_PATTERN_RE = re.compile(
-    r"""
-      (\w+://)? ([^@/*?\[]+@)? \*       # every host: *, https://*, git@*
-    | /.*                              # a path
-    | \w+:// ([^/*?\[] | \[\[\])* /.*  # https://HOST/...; [[] stands for the [ of IPv6
-    | [\w.-]+@[\w.-]+:.*               # git@HOST:...
-    """,
-    re.VERBOSE,
-)
+# With --no-github, whole URLs are compared: *, https://HOST/..., file:///..., git@HOST:...
+# or /...
+# A wildcard also matches slashes, so none may come before the path: https://*.acme.com/a
+# would match https://evil/.acme.com/a.
+URL_PATTERN_RE = re.compile(r"\*|(\w+://[^/*?\[]+/|file:///|[\w.-]+@[\w.-]+:|/).*")
 
 
 def wrong_patterns(config: Config) -> Iterator[str]:
@@ -903,8 +897,8 @@ def wrong_patterns(config: Config) -> Iterator[str]:
     if config.no_github:
         pattern_re = URL_PATTERN_RE
         problem = (
-            "is not a whole URL with a path, such as 'https://HOST/team/*' of a host that "
-            "you trust, or it has a wildcard before the path."
+            "is not a whole URL with a path, such as 'https://HOST/team/*', or it has a "
+            "wildcard before the path."
         )
     for pattern in config.allowed:
         if not pattern_re.fullmatch(pattern):
@@ -9660,11 +9654,6 @@ def short_keys(config: Config) -> Iterator[Finding]:
         )
 
 
-def allows_any_host(config: Config) -> bool:
-    urls = [f"{scheme}://any-host.invalid/a/b" for scheme in ("http", "https")]
-    return any(is_allowed(config, url) for url in urls)
-
-
 def check_server(codebot: Codebot) -> Iterator[Finding]:
     """Check what only the server needs."""
     config = codebot.config
@@ -9682,7 +9671,7 @@ def check_server(codebot: Codebot) -> Iterator[Finding]:
             "GITHUB_WEBHOOK_SECRET is not set, so codebot learns of reviews and issues "
             "only when it starts. Set it, or use --enable-polling.",
         )
-    if config.no_github and allows_any_host(config):
+    if config.no_github and "*" in config.allowed:
         yield Finding(
             "warn",
             "CODEBOT_ALLOWED_REPOSITORIES allows every host, so a client can have git "
