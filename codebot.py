@@ -8188,20 +8188,15 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
     if event in COMMENT_EVENTS and action in ("created", "submitted"):
         receive_comment(codebot, event, payload)
     elif event == "pull_request" and action in ("closed", "reopened"):
-        pull_request = pull_request_of(codebot, payload)
+        task_id = pull_request_of(codebot, payload).task_id
         remember_delivery(codebot, guid)
-        task_id = pull_request.task_id
-        look = Look("pull_request", task_id=task_id, look_twice=True)
-        codebot.sync_queue.put(look)
+        codebot.sync_queue.put(Look("pull_request", task_id=task_id, look_twice=True))
     elif event == "issues" and action in ("labeled", "unlabeled"):
         receive_label(codebot, guid, payload)
     elif event == "ping":
         raise NoAction("The webhook works")
     else:
-        message = "codebot does not act on this event"
-        if action:
-            message = f"codebot does not act on the action {str(action)[:50]!r}"
-        raise NoAction(message)
+        raise NoAction("codebot does not act on this event or action")
 
 
 def remember_delivery(codebot: Codebot, guid: str) -> None:
@@ -8233,16 +8228,14 @@ def receive_comment(codebot: Codebot, event: str, payload: JsonObject) -> None:
 
 
 def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
-    if "label" not in payload:  # sent for each issue that had a label that was deleted
-        raise NoAction("A label was deleted from the repository")
-    label = payload["label"]["name"].lower()
+    # When a label is deleted, GitHub sends a delivery without it for each of its issues.
+    label = payload.get("label", {"name": ""})["name"].lower()
     if not label or label != codebot.config.issue_label.lower():
         raise NoAction("Not the label that turns an issue into a task")
     repository_id = int(payload["repository"]["id"])
     number = int(payload["issue"]["number"])
     remember_delivery(codebot, guid)
-    look = Look("issue", repository_id, number, look_twice=True)
-    codebot.sync_queue.put(look)
+    codebot.sync_queue.put(Look("issue", repository_id, number, look_twice=True))
 
 
 # --- Page --------------------------------------------------------------------
