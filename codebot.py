@@ -1524,11 +1524,6 @@ def end_processes(find: Callable[[str], list[int]], argument: str) -> None:
         log.error("Could not end processes: %s", processes)
 
 
-def end_tagged_processes(run_tag: str) -> None:
-    """End processes that have left their group."""
-    end_processes(tagged_processes, run_tag)
-
-
 def base_environment(config: Config) -> dict[str, str]:
     """Return a program's minimal environment, which callers extend.
 
@@ -4859,7 +4854,7 @@ class Codebot:
 
         Raises ConfigError if the database, the sandbox or the App's key cannot be used.
         """
-        end_tagged_processes(self.work_dir_tag)
+        end_processes(tagged_processes, self.work_dir_tag)
         end_processes(processes_in_workspaces, self.config.work_dir)
         stop_all_launched(self.config)
         for path in find_paths(self.config.work_dir, "scratch_*"):
@@ -5351,7 +5346,7 @@ class Workspace:
             raise self.run.limit_failure(error, command.name) from None
         finally:
             if not has_namespace:
-                end_tagged_processes(self.config.run_tag)
+                end_processes(tagged_processes, self.config.run_tag)
 
     # From the agent's work to a pushed commit
     #
@@ -9755,7 +9750,7 @@ def fork_watchdog(codebot: Codebot) -> None:
             signal.signal(number, signal.SIG_IGN)
         tempfile.tempdir = codebot.config.work_dir  # as in take_work_dir
         os.read(read_end, 1)  # returns when write_end is closed
-        end_tagged_processes(codebot.config.run_tag)
+        end_processes(tagged_processes, codebot.config.run_tag)
         # The next codebot on this work directory may already have launched processes.
         stop_all_launched(codebot.config, record_prefix=codebot.config.run_tag)
     finally:

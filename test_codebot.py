@@ -13632,7 +13632,7 @@ def test_process_that_left_its_group_may_clean_up(tmp_path: Path) -> None:
         start_new_session=True,
     ):
         wait_for((tmp_path / "ready").exists)
-        codebot.end_tagged_processes(tag)
+        codebot.end_processes(codebot.tagged_processes, tag)
     assert (tmp_path / "cleaned").read_text() == "clean\n"
 
 
