@@ -2855,8 +2855,6 @@ class GitHubRepository:
             permission = "none"
         if permission in ("admin", "write"):  # "maintain" is reported as "write"
             return True
-        if len(refusals) > 10_000:
-            refusals.clear()
         refusals[key] = time.monotonic() + ACCESS_REFUSAL_TTL
         return False
 
