@@ -6985,9 +6985,7 @@ class Sync:
         for repository_id, number in self.store.unfinished_issues():
             self.look_later(Look("issue", repository_id, number))
         for github_repository in self.github.repositories():
-            # A compatible server may send no id; then no look could name an issue.
-            has_id = github_repository.id != LOOKUP
-            if has_id and is_allowed(self.config, github_repository.full_name):
+            if is_allowed(self.config, github_repository.full_name):
                 self.look_later(Look("repository", github_repository.id))
 
     def look_for_issues(self, repository_id: int) -> None:
