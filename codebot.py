@@ -1939,13 +1939,6 @@ def agent_program_files(
             yield path
 
 
-def tops_in_tmp(paths: Iterable[str]) -> set[str]:
-    """Return /tmp/A for each path /tmp/A/..."""
-    return {
-        "/".join(path.split("/")[:3]) for path in paths if re.match("/tmp/[^/]+/", path)
-    }
-
-
 def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> list[Mount]:
     """Return bwrap's mounts over the read-only file system and the workspace's /tmp.
 
@@ -1963,8 +1956,6 @@ def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> list[Mo
         hidden     /home/bot
         read-only  /home/bot/.local
         hidden     /home/bot/.local/keys, /home/bot/run, /run, the work directory
-        read-only  the mirror's objects, hidden files that CODEBOT_CLAUDE_COMMAND names
-        writable   repo and home of the workspace
     With the key in ~/.local itself, all of ~/.local is hidden.
     """
     hidden = {"/run", *home_directories(), *private_directories(config)}
@@ -1982,8 +1973,10 @@ def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> list[Mo
     # bwrap makes the mount point /tmp/A/B there, the agent can replace /tmp/A with a
     # symlink. At the next command, bwrap before 0.12 would follow it, and make B on the
     # host (CVE-2026-87766). A mount cannot be replaced, so /tmp/A becomes one.
-    for directory in tops_in_tmp([*option_by_path, *visible, *writable]):
-        option_by_path.setdefault(directory, HIDDEN)
+    for path in [*option_by_path, *visible, *writable]:
+        match = re.match("(/tmp/[^/]+)/", path)
+        if match:
+            option_by_path.setdefault(match[1], HIDDEN)
     # sorted() puts each directory before those in it.
     mounts = [Mount(option_by_path[path], path) for path in sorted(option_by_path)]
     mounts += [Mount(READ_ONLY, path) for path in visible]
