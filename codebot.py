@@ -1714,10 +1714,7 @@ class LaunchedProgram(RunningProgram):
         """
         result = super().result()
         if self.node_code is None and self.grace_ends_at is None:
-            problem = "CODEBOT_LAUNCHER failed"
-            if self.is_on_node:
-                problem = "The cluster ended the program"
-            raise TransientError(f"{problem}: {result.error}")
+            raise TransientError(f"The launcher or its node failed: {result.error}")
         return result
 
 

@@ -13237,10 +13237,10 @@ def test_launcher_or_node_that_fails_is_no_failure_of_the_agent(
     os.killpg(job, signal.SIGKILL)
     site.api.completed(task)
     messages = [m for m in site.api.messages(task) if "Trying again in" in m]
-    assert messages[0].startswith("codebot: CODEBOT_LAUNCHER failed: ")
-    assert messages[-1].startswith("codebot: The cluster ended the program: ")
+    assert messages[0].startswith("codebot: The launcher or its node failed: ")
+    assert messages[-1].startswith("codebot: The launcher or its node failed: ")
     assert "the job ended with code 137" in messages[-1]
-    assert "Trying again in" in messages[-1]
+    assert "no such partition" in messages[0]
     assert len(site.agent.runs()) == 2
 
 
@@ -13256,7 +13256,7 @@ def test_sigterm_on_the_node_is_no_failure_of_the_agent(
     task = site.api.submit()
     site.api.completed(task)
     [message] = [m for m in site.api.messages(task) if "Trying again in" in m]
-    assert message.startswith("codebot: The cluster ended the program: ")
+    assert message.startswith("codebot: The launcher or its node failed: ")
 
 
 def test_launched_agent_that_ends_itself_is_not_run_again(
@@ -13418,7 +13418,7 @@ def test_launcher_that_never_works_is_not_tried_for_ever(
     cluster.broken.touch()
     task = cluster.site.api.submit()
     error = cluster.site.api.failed(task, "internal")
-    assert "CODEBOT_LAUNCHER failed" in error
+    assert "The launcher or its node failed" in error
 
 
 def test_wait_for_a_node_costs_neither_task_nor_test_time(
@@ -14078,7 +14078,7 @@ def test_task_is_tried_again_when_its_node_fails_on_slurm(on_slurm: SlurmSite) -
     site.agent.wait_until_blocked()
     site.agent.follow(SAY_HELLO)
     on_slurm.slurm.set_node("down")
-    wait_for(lambda: "The cluster ended the program" in str(site.api.messages(task)))
+    wait_for(lambda: "The launcher or its node failed" in str(site.api.messages(task)))
     on_slurm.slurm.set_node("resume")
     site.api.completed(task)
 
@@ -14093,7 +14093,7 @@ def test_task_is_tried_again_after_scancel_on_slurm(on_slurm: SlurmSite) -> None
     on_slurm.slurm.run("scancel", *on_slurm.slurm.jobs())
     site.api.completed(task)
     [message] = [
-        m for m in site.api.messages(task) if "The cluster ended the program" in m
+        m for m in site.api.messages(task) if "The launcher or its node failed" in m
     ]
     assert "CANCELLED" in message
 
@@ -14106,7 +14106,7 @@ def test_impossible_memory_is_refused_on_slurm(on_slurm: SlurmSite) -> None:
     arguments = ("serve", "--port", "0", "--work-dir", str(directory))
     done = server.run(*arguments, **settings)
     assert done.returncode == 2
-    assert "CODEBOT_LAUNCHER failed" in done.stderr
+    assert "The launcher or its node failed" in done.stderr
     assert "Memory specification can not be satisfied" in done.stderr
 
 
@@ -14941,7 +14941,7 @@ MISTAKES = {
         {"CODEBOT_LAUNCHER": "nosuch-srun", "CODEBOT_LAUNCHER_STOP": "true"},
     ),
     "launcher fails": Mistake(
-        "CODEBOT_LAUNCHER failed: no cluster.",
+        "The launcher or its node failed: no cluster.",
         {
             "CODEBOT_LAUNCHER": "sh -c 'echo no cluster >&2; exit 1'",
             "CODEBOT_LAUNCHER_STOP": "true",
