@@ -6574,21 +6574,14 @@ def prepare_answers(review: Review) -> None:
     if not run.job.answers:  # {}: the work is not done (an answer's text may be empty)
         for comment in review.comments:
             run.log_event("codebot", f"Comment by {comment.user}: {comment.text}")
-        if run.job.request_kind not in ("none", "limit"):
-            classify_and_carry_out(review)
+        text = format_comments("earlier-comment", earlier_comments(review))
+        text += format_comments("comment", review.comments)
+        if not run.job.request_kind:
+            classify(review, text)
+        if run.job.request_kind in ("question", "change"):
+            carry_out(review, text)
     if run.job.commit_id:
         push_review_commit(review)
-
-
-def classify_and_carry_out(review: Review) -> None:
-    """Let the agent classify the request, unless an earlier run has, and carry it out."""
-    run = review.run
-    text = format_comments("earlier-comment", earlier_comments(review))
-    text += format_comments("comment", review.comments)
-    if not run.job.request_kind:
-        classify(review, text)
-    if run.job.request_kind in ("question", "change"):
-        carry_out(review, text)
 
 
 def earlier_comments(review: Review) -> list[Comment]:
