@@ -5155,15 +5155,6 @@ class Workspace:
         outbox = outbox_path(self.config, directory)
         self.outbox = GitDirectory(self.config, outbox, run.check_stop)
 
-    @classmethod
-    def without_repository(cls, run: JobRun, directory: str) -> Workspace:
-        """Return a workspace in a directory that scratch_workspace has made.
-
-        In place of a mirror's objects, the sandbox shows its directory "objects". Nothing
-        uses its outbox, which does not exist.
-        """
-        return cls(run, Repository("", "", mirror_path=directory), directory)
-
     # Creation
 
     def clear(self, path: str) -> None:
@@ -6625,7 +6616,10 @@ def classify(review: Review, text: str) -> None:
     """
     run = review.run
     with scratch_workspace(run.config.work_dir) as path:
-        workspace = Workspace.without_repository(run, os.path.basename(path))
+        directory = os.path.basename(path)
+        # Its directory "objects" is shown in place of a mirror's. It has no outbox.
+        no_repository = Repository("", "", mirror_path=directory)
+        workspace = Workspace(run, no_repository, directory)
         prompt = f"Comments:\n{text}"
         answer = ask_agent(workspace, prompt, CLASSIFY_OPTIONS, phase="classify")
     kind = answer.get("kind")
