@@ -10242,11 +10242,8 @@ def reset_inherited_state() -> None:
     # If SIGCHLD were ignored, every program's exit code would be 0.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # If 0, 1 or 2 were closed, files and pipes of codebot's could get these numbers.
-    while True:
-        descriptor = os.open(os.devnull, os.O_RDWR)
-        if descriptor > 2:
-            os.close(descriptor)
-            return
+    while os.open(os.devnull, os.O_RDWR) < 2:
+        pass
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
