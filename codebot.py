@@ -8001,7 +8001,7 @@ def task_logs(
 def follow_log(
     codebot: Codebot, task_id: str, after: int = 0
 ) -> Iterator[Sequence[Event]]:
-    """Yield a task's new events, [] if there are none at the moment.
+    """Yield a task's new events, [] if there are none at the moment: then wait.
 
     Ends when no job can add any, or codebot is stopping.
     """
@@ -10121,16 +10121,10 @@ def run_for_demo(codebot: Codebot, *command: str) -> list[str]:
     return result.stdout
 
 
-def show_task(codebot: Codebot, port: int, fields: Mapping[str, str]) -> Json:
-    """Submit a task, as any client could, and print its states and phases.
-
-    Returns its last status.
-    """
+def show_task(codebot: Codebot, port: int, fields: Mapping[str, str]) -> Job:
+    """Submit a task, as any client could, and print its states and phases."""
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    headers = {
-        "Authorization": f"Bearer {codebot.config.api_keys[0]}",
-        "Accept": "text/event-stream",  # for the log
-    }
+    headers = {"Authorization": f"Bearer {codebot.config.api_keys[0]}"}
     client.request("POST", "/api/tasks/submit", json.dumps(fields), headers)
     answer = client.getresponse()
     task = json.load(answer)
@@ -10138,16 +10132,15 @@ def show_task(codebot: Codebot, port: int, fields: Mapping[str, str]) -> Json:
         codebot.wait()  # raises StopRequested if the server is stopping
         raise ConfigError(f"The demo's task was refused: {task['message']}.")
     print(f"Task:        {task['status']}", flush=True)
-    path = f"/api/tasks/{task['task_id']}"
-    client.request("GET", f"{path}/logs", headers=headers)
-    for line in client.getresponse():
-        if b'"source": "phase"' in line:
-            phase = json.loads(line[5:])["message"]  # after "data:"
-            print(f"Task:        running ({phase})", flush=True)
-    client.request("GET", f"{path}/status", headers=headers)
-    task = json.load(client.getresponse())
-    print(f"Task:        {task['status']}\n", flush=True)
-    return task
+    for events in follow_log(codebot, task["task_id"]):
+        for event in events:
+            if event.source == "phase":
+                print(f"Task:        running ({event.message})", flush=True)
+        if not events:
+            codebot.stop.wait(MAIN_INTERVAL)
+    job = find_task(codebot, task["task_id"])
+    print(f"Task:        {job.status}\n", flush=True)
+    return job
 
 
 def demo_command(flags: Flags) -> int:
@@ -10184,14 +10177,13 @@ def show_demo(codebot: Codebot, port: int, repository: str) -> int:
         "description": "Add a program that says hello",
         "test_command": "grep Hello hello.py",
     }
-    task = show_task(codebot, port, fields)
-    if task["status"] != "completed":
-        print(task.get("error", "The demo was interrupted."))
+    job = show_task(codebot, port, fields)
+    if job.status != "completed":
+        print(job.error or "The demo was interrupted.")
         return 1
-    branch = task["result"]["branch_name"]
-    show = ("git", "-C", repository, "show", "--format=", branch)
+    show = ("git", "-C", repository, "show", "--format=", job.branch)
     diff = "\n".join(run_for_demo(codebot, *show))
-    print(f"The diff of {branch}, which was pushed to the repository:\n\n{diff}")
+    print(f"The diff of {job.branch}, which was pushed to the repository:\n\n{diff}")
     print('\nDone. Next: a repository of your own; see README, "Quick start".')
     return 0
 
