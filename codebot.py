@@ -9595,27 +9595,25 @@ def check_safety(codebot: Codebot) -> Iterator[Finding]:
         )
 
 
-def short_keys(config: Config) -> Iterator[Finding]:
+def short_secrets(config: Config) -> Iterator[Finding]:
+    secrets = {}
+    if not config.no_github:
+        secrets["GITHUB_WEBHOOK_SECRET"] = config.webhook_secret
     for number, key in enumerate(config.api_keys, 1):
-        if len(key) < MIN_KEY_LENGTH:
+        secrets[f"Key {number} of CODEBOT_API_KEYS"] = key
+    for name, secret in secrets.items():
+        if 0 < len(secret) < MIN_KEY_LENGTH:
             yield Finding(
                 "warn",
-                f"Key {number} of CODEBOT_API_KEYS has only {len(key)} characters and "
-                "may be guessed. Use one that `openssl rand -hex 32` makes.",
+                f"{name} has only {len(secret)} characters and may be guessed. Use one "
+                "that `openssl rand -hex 32` makes.",
             )
-    if not config.no_github and 0 < len(config.webhook_secret) < MIN_KEY_LENGTH:
-        yield Finding(
-            "warn",
-            f"GITHUB_WEBHOOK_SECRET has only {len(config.webhook_secret)} characters "
-            "and may be guessed. Use one that `openssl rand -hex 32` makes, in .env and "
-            "at GitHub.",
-        )
 
 
 def check_server(codebot: Codebot) -> Iterator[Finding]:
     """Check what only the server needs."""
     config = codebot.config
-    yield from short_keys(config)
+    yield from short_secrets(config)
     is_loopback = config.host in LOOPBACK_NAMES or config.host.startswith("127.")
     if not is_loopback and not config.tls_cert:
         yield Finding(
