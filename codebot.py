@@ -4668,7 +4668,7 @@ def take_work_dir(config: Config) -> None:
     # CODEBOT_DATABASE may name a file in another server's work directory.
     # A missing directory is not made, because its disk may not be mounted.
     hold_lock(f"{database}.lock", "CODEBOT_DATABASE", make_directory=False)
-    if not os.path.exists(database) and find_paths(work_dir, "task_*"):
+    if not os.path.exists(database) and removable_paths(work_dir, "task"):
         # A new database would know none of them, and the cleanup would remove them.
         raise ConfigError(
             f"{work_dir} has tasks, but their database {database} is missing. Move it "
@@ -4717,14 +4717,26 @@ def hold_lock(path: str, option: str, make_directory: bool) -> None:
         ) from None
 
 
-# The paths that codebot may remove, relative to the work directory.
+# The names of the directories that codebot makes in the work directory and may remove. The
+# names of others there, such as scratch_results, do not match.
 REMOVABLE_RE = re.compile(
     r"""
-    (task|trash|scratch)_[^/]+ (/repo|/tmp)?
-    | outbox_[^/]+
+      task_ ([A-Za-z0-9-]+_)? [0-9a-f]{7}  # see name_workspace
+    | outbox_ [0-9a-f]{7} \.git
+    | scratch_ [a-z0-9_]{8}                # by tempfile
+    | trash_ [0-9a-f]{32}
     """,
     re.VERBOSE,
 )
+
+
+def removable_paths(work_dir: str, kind: str) -> list[str]:
+    """Return the paths of codebot's directories of a kind, such as "task"."""
+    return [
+        path
+        for path in find_paths(work_dir, f"{kind}_*")
+        if REMOVABLE_RE.fullmatch(os.path.basename(path))
+    ]
 
 
 def remove_tree(config: Config, path: str) -> None:
@@ -4734,7 +4746,8 @@ def remove_tree(config: Config, path: str) -> None:
     path is one that codebot creates in its work directory, and TransientError if some of
     it cannot be removed, such as files of another user's, or files in use on NFS.
     """
-    if not REMOVABLE_RE.fullmatch(os.path.relpath(path, config.work_dir)):
+    name, _, part = os.path.relpath(path, config.work_dir).partition("/")
+    if not REMOVABLE_RE.fullmatch(name) or part not in ("", "repo", "tmp"):
         raise ValueError(f"{path} is not a directory that codebot may remove")
     if os.path.islink(path):
         os.unlink(path)  # chmod would follow it
@@ -4845,7 +4858,7 @@ class Codebot:
         end_processes(tagged_processes, self.work_dir_tag)
         end_processes(processes_in_workspaces, self.config.work_dir)
         stop_all_launched(self.config)
-        for path in find_paths(self.config.work_dir, "scratch_*"):
+        for path in removable_paths(self.config.work_dir, "scratch"):
             discard(self.config.work_dir, path)
         self.store = Store(self.config.database_file)
         try:
@@ -7483,7 +7496,7 @@ class Cleanup:
         """Remove workspaces and outboxes that no job needs anymore."""
         work_dir = self.config.work_dir
         # Listed before the store is asked, so that it knows the job of each directory.
-        paths = find_paths(work_dir, "task_*")
+        paths = removable_paths(work_dir, "task")
         cutoff = utc_time(seconds_ago=self.config.retention)
         retained = self.codebot.store.retained_directories(cutoff)
         for path in paths:
@@ -7493,7 +7506,7 @@ class Cleanup:
             if directory not in retained | in_use:
                 discard(work_dir, outbox_path(self.config, directory))
                 discard(work_dir, path)
-        for path in find_paths(work_dir, "trash_*"):
+        for path in removable_paths(work_dir, "trash"):
             self.do_part(remove_tree, self.config, path)
 
     def maintain_mirror(self, path: str) -> None:

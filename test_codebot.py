@@ -8004,7 +8004,10 @@ def test_directory_that_cannot_be_removed_is_told(
         "mirrors/host/owner/name.git",
         "task_1234567/../codebot.db",
         "task_1234567/home",
+        "task_notes",
         "outbox_1234567.git/objects",
+        "scratch_results",
+        "trash_old",
         "/etc",
     ],
 )
@@ -8012,6 +8015,18 @@ def test_only_directories_of_jobs_may_be_removed(tmp_path: Path, path: str) -> N
     config = codebot.Config(work_dir=str(tmp_path))
     with pytest.raises(ValueError, match="may remove"):
         codebot.remove_tree(config, os.path.join(tmp_path, path))
+
+
+def test_directories_of_others_in_the_work_dir_stay(tmp_path: Path) -> None:
+    others = ["scratch_results", "trash_old", "task_notes"]
+    for name in [*others, "scratch_ab_12xyz"]:
+        (tmp_path / name).mkdir()
+    config = codebot.Config(work_dir=str(tmp_path), no_github=True, sandbox=("none",))
+    app = codebot.Codebot(config)
+    app.open()
+    codebot.Cleanup(app).remove_workspaces()
+    left = [path.name for path in tmp_path.iterdir() if path.is_dir()]
+    assert sorted(left) == sorted(others)
 
 
 def test_directory_that_takes_too_long_to_remove_is_tried_again_later(
