@@ -457,6 +457,17 @@ class Repository(Faulty):
         # Nothing packs the references, so that git need not be started.
         return (self.bare / "refs" / "heads" / name).is_file()
 
+    def references(self) -> tuple[tuple[str, bytes], ...]:
+        """Return the files on which it depends what git shows of the repository."""
+        places = ("HEAD", "config", "packed-refs", "refs/**")
+        found = []
+        for place in places:
+            for path in glob.glob(f"{self.bare}/{place}", recursive=True):
+                with contextlib.suppress(IsADirectoryError, FileNotFoundError):
+                    text = Path(path).read_bytes()
+                    found.append((path[len(str(self.bare)) :], text))
+        return tuple(sorted(found))
+
     def rename(self, name: str) -> None:
         """Rename it, as GitHub does: the old address redirects to the id."""
         old = self.bare
@@ -704,6 +715,7 @@ class Token:
         return self.permissions.get(name) in (access, "write")
 
 
+GIT_ANSWERS: dict[tuple[Any, ...], bytes] = {}  # see FakeGitHub.run_service()
 # What a signature with a key of 2048 bits has before the SHA-256 digest (RFC 8017, 9.2).
 SHA256_PADDING = f"1{'ff' * 202}003031300d060960864801650304020105000420"
 
@@ -747,7 +759,6 @@ class FakeGitHub(http.server.ThreadingHTTPServer, Faulty):
         self.faults: list[Fault] = []
         self.holds: list[Hold] = []
         self.lock = threading.Lock()  # guards faults and the creation of pull requests
-        self.git_capabilities = b""  # what git tells clients of protocol 2 first
         self.errors: list[BaseException | None] = []
         self.is_closing = False
         self.thread = threading.Thread(target=self.serve_until_closed)
@@ -1021,32 +1032,40 @@ class FakeGitHub(http.server.ThreadingHTTPServer, Faulty):
     def run_service(
         self, request: Request, repository: Repository, is_push: bool
     ) -> bytes:
-        """Answer as git-http-backend does, which would start git for each request."""
+        """Answer as git-http-backend does, which would start git for each request.
+
+        Git's answers, except to a push, follow from the request and the references. Most
+        tests begin with the same ones, and so git is asked once for each state of them.
+        """
         service = "receive-pack" if is_push else "upload-pack"
         argv = ["git", service, "--stateless-rpc", str(repository.bare)]
         protocol = request.headers.get("Git-Protocol", "")
         is_first = request.method == "GET"
-        # To a client of protocol 2, git first says what it can do. That does not depend
-        # on what is in the repository, and so git is asked for it once.
-        is_always_same = is_first and not is_push and protocol == "version=2"
-        if is_always_same and self.git_capabilities:
-            return self.git_capabilities
+        # To a client of protocol 2, git first says what it can do, which is always the same.
+        has_state = is_push or not is_first or protocol != "version=2"
         start = b""
         if is_first:
             argv.insert(3, "--advertise-refs")
-            if not is_always_same:
+            if has_state:
                 line = f"# service=git-{service}\n"
                 start = f"{len(line) + 4:04x}{line}0000".encode()
         body = request.body
         if request.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
-        env = {**GIT_ENVIRONMENT, "GIT_PROTOCOL": protocol}
-        done = subprocess.run(
-            argv, env=env, input=body, capture_output=True, check=True
-        )
-        if is_always_same:
-            self.git_capabilities = done.stdout
-        return start + done.stdout
+        state = repository.references() if has_state else ()
+        key = (service, is_first, protocol, body, state)
+        answer = GIT_ANSWERS.get(key)
+        if answer is None:
+            env = {**GIT_ENVIRONMENT, "GIT_PROTOCOL": protocol}
+            done = subprocess.run(
+                argv, env=env, input=body, capture_output=True, check=True
+            )
+            answer = start + done.stdout
+            is_question = is_first or not is_push
+            # With another state, it is unknown which of the two was answered.
+            if is_question and (not has_state or state == repository.references()):
+                GIT_ANSWERS[key] = answer
+        return answer
 
 
 class GitHubHandler(http.server.BaseHTTPRequestHandler):
@@ -1676,6 +1695,8 @@ class ServerProcess:
 
 FORKING_PROGRAM = """
 import json, os, signal, sys
+# The last three are what codebot would import in each fork.
+import _strptime, concurrent.futures.thread, encodings.idna
 sys.path.insert(0, sys.argv[1])
 import codebot
 
