@@ -2069,14 +2069,38 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture
-def fresh(tmp_path: Path, templates: Path) -> Iterator[Site]:
-    """A site of its own; the test starts the server."""
-    site = create_site(tmp_path, templates)
+@pytest.fixture(scope="session")
+def in_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where most sites are: git and SQLite wait for a disk at each step."""
+    parent = Path("/dev/shm")
+    if not os.access(parent, os.W_OK) or shutil.disk_usage(parent).free < 2 << 30:
+        parent = tmp_path_factory.mktemp("sites")
+    with tempfile.TemporaryDirectory(dir=parent, prefix="codebot-test-") as name:
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def site_in(directory: Path, templates: Path) -> Iterator[Site]:
+    """Make a site in a new directory, and close it in the end."""
+    site = create_site(Path(tempfile.mkdtemp(dir=directory)), templates)
     try:
         yield site
     finally:
         close_site(site)
+
+
+@pytest.fixture
+def fresh(in_memory: Path, templates: Path) -> Iterator[Site]:
+    """A site of its own; the test starts the server."""
+    with site_in(in_memory, templates) as site:
+        yield site
+
+
+@pytest.fixture
+def on_disk(tmp_path: Path, templates: Path) -> Iterator[Site]:
+    """The same where a sandbox and a remote may be, which is not below /dev."""
+    with site_in(tmp_path, templates) as site:
+        yield site
 
 
 # Limits, in seconds: long enough for a busy machine, short enough for many tests.
@@ -2091,11 +2115,8 @@ SHORT_WAITS = {
 
 
 @pytest.fixture(scope="session")
-def shared_site(
-    tmp_path_factory: pytest.TempPathFactory, templates: Path
-) -> Iterator[Site]:
-    site = create_site(tmp_path_factory.mktemp("shared"), templates)
-    try:
+def shared_site(in_memory: Path, templates: Path) -> Iterator[Site]:
+    with site_in(in_memory, templates) as site:
         limits = {
             **SHORT_WAITS,
             "GITHUB_ATTEMPTS": 2,
@@ -2113,8 +2134,6 @@ def shared_site(
             CODEBOT_TEST_ATTEMPTS="1",
         )
         yield site
-    finally:
-        close_site(site)
 
 
 @pytest.fixture
@@ -2157,11 +2176,8 @@ def wait_until_idle(site: Site) -> None:
 
 
 @pytest.fixture(scope="session")
-def limited_site(
-    tmp_path_factory: pytest.TempPathFactory, templates: Path
-) -> Iterator[Site]:
-    site = create_site(tmp_path_factory.mktemp("limited"), templates)
-    try:
+def limited_site(in_memory: Path, templates: Path) -> Iterator[Site]:
+    with site_in(in_memory, templates) as site:
         limits = {
             **SHORT_WAITS,
             "RETRY_LIMIT": {"task": 3600.0, "review": 0.6},
@@ -2177,8 +2193,6 @@ def limited_site(
             CODEBOT_TEST_COMMANDS="acme/tested=grep -q hello hello.txt",
         )
         yield site
-    finally:
-        close_site(site)
 
 
 @pytest.fixture
@@ -3832,15 +3846,15 @@ def test_agent_in_bwrap_writes_nothing_outside(report: SandboxReport) -> None:
 
 
 @needs_bwrap
-def test_bwrap_loads_no_library_from_the_repository(fresh: Site) -> None:
+def test_bwrap_loads_no_library_from_the_repository(on_disk: Site) -> None:
     library = {"libcap.so.2": "Not a library, but bwrap would try to load it."}
-    repository = fresh.github.create_repository("acme/hostile", library)
-    fresh.server.start(
+    repository = on_disk.github.create_repository("acme/hostile", library)
+    on_disk.server.start(
         CODEBOT_SANDBOX="bwrap",
         CODEBOT_AGENT_ENV="LD_LIBRARY_PATH",
         LD_LIBRARY_PATH="/opt/lib:",  # the empty entry is the current directory
     )
-    fresh.api.completed(fresh.api.submit(repository_url=repository.url))
+    on_disk.api.completed(on_disk.api.submit(repository_url=repository.url))
 
 
 @needs_bwrap
@@ -3957,29 +3971,29 @@ def test_launcher_is_named_although_there_is_no_sandbox() -> None:
 
 
 @needs_bwrap
-def test_sandbox_that_outlives_bwrap_is_ended(fresh: Site) -> None:
-    path = write_bwrap_that_may_outlive_its_parent(fresh)
-    fresh.agent.follow(f"env -i setsid sleep 3118 & {SAY_HELLO}")
-    fresh.server.start(CODEBOT_SANDBOX="bwrap", PATH=path)
-    fresh.api.completed(fresh.api.submit())
+def test_sandbox_that_outlives_bwrap_is_ended(on_disk: Site) -> None:
+    path = write_bwrap_that_may_outlive_its_parent(on_disk)
+    on_disk.agent.follow(f"env -i setsid sleep 3118 & {SAY_HELLO}")
+    on_disk.server.start(CODEBOT_SANDBOX="bwrap", PATH=path)
+    on_disk.api.completed(on_disk.api.submit())
     assert "sleep 3118" not in command_lines()
 
 
 @needs_bwrap
 def test_sandbox_that_outlives_a_killed_server_is_ended_by_the_next(
-    fresh: Site,
+    on_disk: Site,
 ) -> None:
-    path = write_bwrap_that_may_outlive_its_parent(fresh)
-    fresh.agent.follow("env -i setsid sleep 3119 & block; result")
-    fresh.server.start(CODEBOT_SANDBOX="bwrap", PATH=path)
-    task = fresh.api.submit()
-    fresh.agent.wait_until_blocked()
-    fresh.server.kill()
+    path = write_bwrap_that_may_outlive_its_parent(on_disk)
+    on_disk.agent.follow("env -i setsid sleep 3119 & block; result")
+    on_disk.server.start(CODEBOT_SANDBOX="bwrap", PATH=path)
+    task = on_disk.api.submit()
+    on_disk.agent.wait_until_blocked()
+    on_disk.server.kill()
     assert "sleep 3119" in command_lines()
-    fresh.agent.follow(SAY_HELLO)
-    fresh.server.restart()
+    on_disk.agent.follow(SAY_HELLO)
+    on_disk.server.restart()
     assert "sleep 3119" not in command_lines()
-    fresh.api.completed(task)
+    on_disk.api.completed(task)
 
 
 @needs_bwrap
@@ -5412,50 +5426,55 @@ def test_ticket_and_summary_are_made_safe(
     assert len(shared.repository.pulls[0]["title"]) < 256
 
 
-def test_without_github_branch_is_pushed_and_github_is_not_asked(fresh: Site) -> None:
-    fresh.server.start(
+def test_without_github_branch_is_pushed_and_github_is_not_asked(
+    on_disk: Site,
+) -> None:
+    on_disk.server.start(
         "--no-github", GITHUB_APP_ID=None, GITHUB_APP_PRIVATE_KEY_PATH=None
     )
-    url = str(fresh.repository.bare)
-    result = fresh.api.completed(fresh.api.submit(repository_url=url))
-    assert fresh.repository.show(result["branch_name"], "hello.txt") == "hello"
+    url = str(on_disk.repository.bare)
+    result = on_disk.api.completed(on_disk.api.submit(repository_url=url))
+    assert on_disk.repository.show(result["branch_name"], "hello.txt") == "hello"
     assert result["pr_url"] is None
-    missing = fresh.api.submit(repository_url=str(fresh.directory / "missing.git"))
-    error = fresh.api.failed(missing, "clone_failed")
+    missing = on_disk.api.submit(repository_url=str(on_disk.directory / "missing.git"))
+    error = on_disk.api.failed(missing, "clone_failed")
     assert "Failed to clone repository" in error
-    assert fresh.github.requests == []
+    assert on_disk.github.requests == []
 
 
-def test_shallow_remote_cannot_be_cloned(fresh: Site) -> None:
-    fresh.repository.commit({"second": "2\n"})
-    remote = fresh.directory / "remote"
-    url = fresh.repository.bare.as_uri()
+def test_shallow_remote_cannot_be_cloned(on_disk: Site) -> None:
+    on_disk.repository.commit({"second": "2\n"})
+    remote = on_disk.directory / "remote"
+    url = on_disk.repository.bare.as_uri()
     run_command("git", "clone", "-q", "--depth", "1", url, remote)
-    fresh.server.start(
+    on_disk.server.start(
         "--no-github", GITHUB_APP_ID=None, GITHUB_APP_PRIVATE_KEY_PATH=None
     )
-    task = fresh.api.submit(repository_url=str(remote))
-    assert "is a shallow clone" in fresh.api.failed(task, "clone_failed")
+    task = on_disk.api.submit(repository_url=str(remote))
+    assert "is a shallow clone" in on_disk.api.failed(task, "clone_failed")
 
 
 def test_files_of_workspace_and_local_remote_have_the_umask_of_the_operator(
-    fresh: Site,
+    on_disk: Site,
 ) -> None:
-    fresh.server.is_forked = False  # it inherits the umask of this process
+    on_disk.server.is_forked = False  # it inherits the umask of this process
     umask = os.umask(0o022)
     try:
-        fresh.server.start("--no-github")
-        task = fresh.api.submit(
-            repository_url=str(fresh.repository.bare),
+        on_disk.server.start("--no-github")
+        task = on_disk.api.submit(
+            repository_url=str(on_disk.repository.bare),
             test_command='test "$(stat -c %a README.md)" = 644',
         )
-        branch = fresh.api.completed(task)["branch_name"]
-        ref = fresh.repository.bare / "refs" / "heads" / branch
+        branch = on_disk.api.completed(task)["branch_name"]
+        ref = on_disk.repository.bare / "refs" / "heads" / branch
         assert stat.S_IMODE(ref.stat().st_mode) == 0o644
         # Nobody else reaches what codebot itself has made.
-        private = [fresh.server.work_dir / "mirrors", fresh.server.work_dir]
-        private += fresh.server.work_dir.glob("task_*")
-        private += fresh.server.work_dir.glob("outbox_*")
+        private = [
+            on_disk.server.work_dir / "mirrors",
+            on_disk.server.work_dir,
+        ]
+        private += on_disk.server.work_dir.glob("task_*")
+        private += on_disk.server.work_dir.glob("outbox_*")
         assert {stat.S_IMODE(path.stat().st_mode) for path in private} == {0o700}
     finally:
         os.umask(umask)
@@ -5611,9 +5630,9 @@ def test_mirrors_recover_from_killed_git(fresh: Site) -> None:
         assert repository.show(branch, "news") == "news", repository.name
 
 
-def test_fetch_that_is_ended_leaves_no_part_of_a_pack(fresh: Site) -> None:
+def test_fetch_that_is_ended_leaves_no_part_of_a_pack(on_disk: Site) -> None:
     # It may have filled the disk.
-    config = codebot.Config(no_github=True, work_dir=str(fresh.directory / "work"))
+    config = codebot.Config(no_github=True, work_dir=str(on_disk.directory / "work"))
     part = Path(config.work_dir, "mirror.git", "objects", "pack", "tmp_pack_a1b2c3")
 
     def end_fetch() -> None:
@@ -5621,7 +5640,7 @@ def test_fetch_that_is_ended_leaves_no_part_of_a_pack(fresh: Site) -> None:
         raise codebot.StopRequested()
 
     mirror = codebot.Mirror(config, str(part.parents[2]), codebot.do_nothing)
-    repository = codebot.parse_plain_remote(config, str(fresh.repository.bare))
+    repository = codebot.parse_plain_remote(config, str(on_disk.repository.bare))
     with mirror.lock():
         mirror.create_for(repository)
         part.parent.mkdir(exist_ok=True)
@@ -11674,11 +11693,8 @@ def test_http_1_0_client_gets_no_100(shared_site: Site) -> None:
 
 
 @pytest.fixture(scope="session")
-def hurried_site(
-    tmp_path_factory: pytest.TempPathFactory, templates: Path
-) -> Iterator[Site]:
-    site = create_site(tmp_path_factory.mktemp("hurried"), templates)
-    try:
+def hurried_site(in_memory: Path, templates: Path) -> Iterator[Site]:
+    with site_in(in_memory, templates) as site:
         limits = {
             "STATE_TIMEOUTS": {
                 **codebot.STATE_TIMEOUTS,
@@ -11691,8 +11707,6 @@ def hurried_site(
         }
         site.server.start(limits=limits)
         yield site
-    finally:
-        close_site(site)
 
 
 def drip(connection: socket.socket, data: bytes) -> bool:
@@ -11829,11 +11843,8 @@ def test_stream_that_is_not_read_is_dropped(hurried_site: Site) -> None:
 
 
 @pytest.fixture(scope="session")
-def crowded_site(
-    tmp_path_factory: pytest.TempPathFactory, templates: Path
-) -> Iterator[Site]:
-    site = create_site(tmp_path_factory.mktemp("crowded"), templates)
-    try:
+def crowded_site(in_memory: Path, templates: Path) -> Iterator[Site]:
+    with site_in(in_memory, templates) as site:
         limits = {
             "MAX_CONNECTIONS": 24,
             "MAX_BUFFERED_BYTES": 300_000,
@@ -11845,8 +11856,6 @@ def crowded_site(
             CODEBOT_API_KEYS=f"{API_KEY},{KEY_OF_ODD_BYTES}",
         )
         yield site
-    finally:
-        close_site(site)
 
 
 def test_too_many_connections_close_the_longest_waiting(crowded_site: Site) -> None:
@@ -13182,15 +13191,12 @@ class StandInCluster:
 
 @pytest.fixture(scope="session")
 def launching_site(
-    tmp_path_factory: pytest.TempPathFactory, templates: Path
+    in_memory: Path, templates: Path
 ) -> Iterator[tuple[Site, StandInCluster]]:
-    site = create_site(tmp_path_factory.mktemp("launching"), templates)
-    cluster = StandInCluster(site)
-    try:
+    with site_in(in_memory, templates) as site:
+        cluster = StandInCluster(site)
         cluster.start_server("--workers", "4", CODEBOT_TEST_ATTEMPTS="0")
         yield site, cluster
-    finally:
-        close_site(site)
 
 
 @pytest.fixture
@@ -15071,27 +15077,27 @@ def prepare_mistake(site: Site, mistake: Mistake) -> dict[str, str | None]:
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistake_ends_start_with_advice(fresh: Site, name: str) -> None:
+def test_mistake_ends_start_with_advice(on_disk: Site, name: str) -> None:
     mistake = MISTAKES[name]
-    port = fresh.github.server_address[1]
+    port = on_disk.github.server_address[1]
 
     def fill_in(text: str) -> str:
-        return text.replace("DIR", str(fresh.directory)).replace("PORT", str(port))
+        return text.replace("DIR", str(on_disk.directory)).replace("PORT", str(port))
 
     settings = {
         variable: text if text is None else fill_in(text)
-        for variable, text in prepare_mistake(fresh, mistake).items()
+        for variable, text in prepare_mistake(on_disk, mistake).items()
     }
-    flags = [*serve_arguments(fresh)[1:], *map(fill_in, mistake.flags)]
+    flags = [*serve_arguments(on_disk)[1:], *map(fill_in, mistake.flags)]
     advice = fill_in(mistake.advice)
-    done = fresh.server.run_forked("serve", *flags, **settings)
+    done = on_disk.server.run_forked("serve", *flags, **settings)
     assert done.returncode == 2
     assert done.stdout == ""
     lines = [line for line in done.stderr.splitlines() if " WARNING " not in line]
     assert [line for line in lines if line.startswith(f"codebot: {advice}")] == lines
     assert len(lines) == 1
     assert "Errno" not in done.stderr
-    done = fresh.server.run_forked("check", *flags, **settings)
+    done = on_disk.server.run_forked("check", *flags, **settings)
     assert done.returncode == 1
     assert f"FAIL  {advice}" in done.stdout
     assert done.stdout.count("FAIL") == 1
@@ -15304,16 +15310,16 @@ def test_encrypted_tls_key_is_refused_without_a_prompt(fresh: Site) -> None:
 
 
 @pytest.mark.parametrize("sandbox", ["none", pytest.param("bwrap", marks=needs_bwrap)])
-def test_path_of_work_directory_may_have_wildcards(fresh: Site, sandbox: str) -> None:
-    work_dir = fresh.directory / "a b [c] *?"
-    fresh.agent.work_dir = work_dir
-    fresh.server.work_dir = work_dir
-    fresh.server.start(CODEBOT_SANDBOX=sandbox)
-    result = fresh.api.completed(fresh.api.submit(test_command="git status"))
+def test_path_of_work_directory_may_have_wildcards(on_disk: Site, sandbox: str) -> None:
+    work_dir = on_disk.directory / "a b [c] *?"
+    on_disk.agent.work_dir = work_dir
+    on_disk.server.work_dir = work_dir
+    on_disk.server.start(CODEBOT_SANDBOX=sandbox)
+    result = on_disk.api.completed(on_disk.api.submit(test_command="git status"))
     assert result["work_dir"].startswith(f"{work_dir}/task_")
-    fresh.server.stop()
-    fresh.server.restart()  # it finds what is there
-    fresh.api.completed(fresh.api.submit())
+    on_disk.server.stop()
+    on_disk.server.restart()  # it finds what is there
+    on_disk.api.completed(on_disk.api.submit())
 
 
 @pytest.mark.parametrize("name", ["a:b", "a\nb", "a\udcff"])
@@ -16130,9 +16136,11 @@ def test_run_retries_like_the_server(fresh: Site) -> None:
 
 
 @pytest.mark.parametrize("command", ["run", "demo", "check"])
-def test_output_that_nobody_reads_gives_no_traceback(fresh: Site, command: str) -> None:
-    args = run_flags(fresh) if command == "run" else [command]
-    process = start_command(fresh, *args)
+def test_output_that_nobody_reads_gives_no_traceback(
+    on_disk: Site, command: str
+) -> None:
+    args = run_flags(on_disk) if command == "run" else [command]
+    process = start_command(on_disk, *args)
     assert process.stdout is not None
     process.stdout.close()
     assert process.stderr is not None
@@ -16140,7 +16148,7 @@ def test_output_that_nobody_reads_gives_no_traceback(fresh: Site, command: str) 
     assert process.wait(20) == 1
     assert "Traceback" not in errors
     assert "BrokenPipe" not in errors
-    wait_for(lambda: not fresh.server.strays())
+    wait_for(lambda: not on_disk.server.strays())
 
 
 def test_command_without_standard_output_gives_no_traceback(fresh: Site) -> None:
@@ -16177,12 +16185,14 @@ def test_exit_codes_are_seen_although_the_parent_ignores_children(fresh: Site) -
 # --- Commands: demo and main -------------------------------------------------
 
 
-def test_demo_shows_task_and_leaves_nothing(fresh: Site) -> None:
+def test_demo_shows_task_and_leaves_nothing(on_disk: Site) -> None:
     settings = {
-        name: None for name in fresh.server.environment() if name.startswith("CODEBOT")
+        name: None
+        for name in on_disk.server.environment()
+        if name.startswith("CODEBOT")
     }
     started = time.monotonic()
-    done = fresh.server.run("demo", **settings)
+    done = on_disk.server.run("demo", **settings)
     assert time.monotonic() - started < 10
     assert done.returncode == 0
     assert done.stderr == ""
@@ -16207,22 +16217,22 @@ Done\. Next: .*
 """
     assert re.fullmatch(expected, done.stdout), done.stdout
     for directory in ("tmp", "start", "home"):
-        assert list((fresh.directory / directory).iterdir()) == []
-    wait_for(lambda: fresh.server.strays() == [])
+        assert list((on_disk.directory / directory).iterdir()) == []
+    wait_for(lambda: on_disk.server.strays() == [])
 
 
-def test_demo_ignores_settings_and_git_configuration(fresh: Site) -> None:
-    (fresh.server.start_dir / ".env").write_text("junk")
+def test_demo_ignores_settings_and_git_configuration(on_disk: Site) -> None:
+    (on_disk.server.start_dir / ".env").write_text("junk")
     for path in ("home/.gitconfig", "xdg/git/config"):
-        file = fresh.directory / path
+        file = on_disk.directory / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("[protocol]\nallow = never\n")
-    done = fresh.server.run("demo", XDG_CONFIG_HOME=f"{fresh.directory}/xdg")
+    done = on_disk.server.run("demo", XDG_CONFIG_HOME=f"{on_disk.directory}/xdg")
     assert done.returncode == 0
 
 
-def test_demo_keeps_server_until_it_is_interrupted(fresh: Site) -> None:
-    process = start_command(fresh, "demo", "--keep")
+def test_demo_keeps_server_until_it_is_interrupted(on_disk: Site) -> None:
+    process = start_command(on_disk, "demo", "--keep")
     assert process.stdout is not None
     lines = []
     while not lines or "Ctrl-C" not in lines[-1]:
@@ -16240,7 +16250,7 @@ def test_demo_keeps_server_until_it_is_interrupted(fresh: Site) -> None:
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 0
     assert errors == ""
-    assert list((fresh.directory / "tmp").iterdir()) == []
+    assert list((on_disk.directory / "tmp").iterdir()) == []
 
 
 def test_server_that_is_stopped_during_its_start_still_answers(tmp_path: Path) -> None:
@@ -16255,19 +16265,21 @@ def test_server_that_is_stopped_during_its_start_still_answers(tmp_path: Path) -
     assert health.json["status"] == "stopping"
 
 
-def test_demo_that_is_interrupted_at_its_start_ends_at_once(fresh: Site) -> None:
-    pipe = fresh.directory / "pipe"
+def test_demo_that_is_interrupted_at_its_start_ends_at_once(
+    on_disk: Site,
+) -> None:
+    pipe = on_disk.directory / "pipe"
     os.mkfifo(pipe)
-    tools = fresh.directory / "tools"
+    tools = on_disk.directory / "tools"
     tools.mkdir()
     git = tools / "git"
-    marker = fresh.directory / "marker"
+    marker = on_disk.directory / "marker"
     wait = f'case "$*" in *mktree*) touch {marker}; read go <{pipe};; esac'
     git.write_text(f'#!/bin/sh\n{wait}\nexec {shutil.which("git")} "$@"\n')
     git.chmod(0o755)
     process = subprocess.Popen(
-        [*fresh.server.program(), "demo"],
-        env=fresh.server.environment({"PATH": f"{tools}:{os.environ['PATH']}"}),
+        [*on_disk.server.program(), "demo"],
+        env=on_disk.server.environment({"PATH": f"{tools}:{os.environ['PATH']}"}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -16278,11 +16290,11 @@ def test_demo_that_is_interrupted_at_its_start_ends_at_once(fresh: Site) -> None
     _, stderr = process.communicate(timeout=20)
     assert "Traceback" not in stderr
     assert process.returncode == 130
-    assert [*(fresh.directory / "tmp").iterdir()] == []
+    assert [*(on_disk.directory / "tmp").iterdir()] == []
 
 
-def test_demo_needs_git(fresh: Site) -> None:
-    done = fresh.server.run_forked("demo", PATH="/nonexistent")
+def test_demo_needs_git(on_disk: Site) -> None:
+    done = on_disk.server.run_forked("demo", PATH="/nonexistent")
     assert done.returncode == 2
     assert done.stderr == "codebot: The demo needs git on PATH. Install git.\n"
 
