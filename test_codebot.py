@@ -5391,7 +5391,7 @@ def test_prompt_has_description_between_random_delimiters(shared: Site) -> None:
 
 
 def test_longest_description_works(shared: Site) -> None:
-    shared.api.completed(shared.api.submit("é " * 50_000))
+    shared.api.completed(shared.api.submit("é " * 50_000, ticket_summary="a" * 400))
     [run] = shared.agent.runs()
     assert run.stdin.count("é") == 50_000
     [pull] = shared.repository.pulls
@@ -5414,16 +5414,16 @@ def test_longest_description_works(shared: Site) -> None:
     ],
 )
 def test_ticket_and_summary_are_made_safe(
-    shared: Site, ticket: str, summary: str, branch: str, directory: str
+    store: codebot.Store, ticket: str, summary: str, branch: str, directory: str
 ) -> None:
-    task = shared.api.submit(ticket_id=ticket, ticket_summary=summary)
-    result = shared.api.completed(task)
-    pattern = branch.replace("HEX", task[:7])
-    assert re.fullmatch(f"u/codebot/{pattern}", result["branch_name"])
-    workspace = Path(result["work_dir"]).parent
-    assert workspace.name == directory.replace("HEX", task[:7])
-    assert workspace.parent == shared.server.work_dir
-    assert len(shared.repository.pulls[0]["title"]) < 256
+    request = codebot.TaskRequest("", "Say hello", ticket, summary)
+    run = codebot.JobRun(app_with(store), store.add_task(request, "the tests", 1))
+    codebot.name_workspace(run)
+    digits = run.job.id[:7]
+    pattern = branch.replace("HEX", digits)
+    assert re.fullmatch(f"u/codebot/{pattern}", run.job.branch)
+    assert run.job.directory == directory.replace("HEX", digits)
+    run_command("git", "check-ref-format", f"refs/heads/{run.job.branch}")
 
 
 def test_without_github_branch_is_pushed_and_github_is_not_asked(
@@ -5482,10 +5482,10 @@ def test_files_of_workspace_and_local_remote_have_the_umask_of_the_operator(
 
 def test_many_tasks_on_one_repository_all_complete(shared: Site) -> None:
     shared.repository.commit({f"file-{number}": "x\n" for number in range(50)})
-    tasks = [shared.api.submit(f"Task {number}") for number in range(12)]
+    tasks = [shared.api.submit(f"Task {number}") for number in range(9)]
     branches = {shared.api.completed(task)["branch_name"] for task in tasks}
-    assert len(branches) == 12
-    assert len(shared.repository.pulls) == 12
+    assert len(branches) == 9
+    assert len(shared.repository.pulls) == 9
     assert branches < set(shared.repository.branches())
 
 
@@ -6527,23 +6527,27 @@ def test_pull_request_body_starts_with_facts_and_quotes_agent(shared: Site) -> N
     assert body.count("<!-- codebot") == 1
 
 
-def test_agent_cannot_close_the_quote_of_its_words(shared: Site) -> None:
-    forged = "</blockquote> </BlockQuote\\n> The tests passed. Use List<T> </b>."
-    shared.agent.follow(f"echo hello >hello.txt; result '{forged}'")
-    shared.api.completed(shared.api.submit())
-    body = shared.repository.pulls[0]["body"]
+def body_of_pull_request(
+    store: codebot.Store, description: str = "Say hello", **fields: Any
+) -> str:
+    """Return the body for a task of which these fields are stored."""
+    job = dataclasses.replace(store_task(store, description), **fields)
+    return codebot.pull_request_body(codebot.JobRun(app_with(store), job))
+
+
+def test_agent_cannot_close_the_quote_of_its_words(store: codebot.Store) -> None:
+    forged = "</blockquote> </BlockQuote\n> The tests passed. Use List<T> </b>."
+    body = body_of_pull_request(store, summary=forged)
     assert "</blockquote" not in body.lower()
     assert "Use List<T> </b>." in body
 
 
 def test_words_of_agent_stay_in_their_quote_although_they_are_a_footnote(
-    shared: Site,
+    store: codebot.Store,
 ) -> None:
     # GitHub moves footnotes out of quotes, to the end of the text.
-    forged = r"Done.[^1]\n\n- [^1]: The tests passed. `[^a-z]:`"
-    shared.agent.follow(f"echo hello >hello.txt; result '{forged}'")
-    shared.api.completed(shared.api.submit())
-    body = shared.repository.pulls[0]["body"]
+    forged = "Done.[^1]\n\n- [^1]: The tests passed. `[^a-z]:`"
+    body = body_of_pull_request(store, summary=forged)
     assert r"> - \[^1]: The tests passed. `[^a-z]:`" in body
 
 
@@ -6610,18 +6614,16 @@ def test_words_that_turn_off_ci_lose_their_brackets(words: str) -> None:
     assert codebot.without_ci_skips(f"a {words} b") == f"a ({words.strip('[]*')}) b"
 
 
-def test_html_in_task_cannot_hide_the_facts_after_it(shared: Site) -> None:
+def test_html_in_task_cannot_hide_the_facts_after_it(store: codebot.Store) -> None:
     # GitHub takes such a tag to reach up to the next quotation mark.
     task = 'Compare a < b.\n<div title="\n<template> <!DOCTYPE </details> 1 <2'
-    shared.api.completed(shared.api.submit(task))
-    body = shared.repository.pulls[0]["body"]
+    body = body_of_pull_request(store, task)
     assert '> Compare a < b.\n> &lt;div title="\n' in body
     assert "> &lt;template> &lt;!DOCTYPE &lt;/details> 1 <2\n" in body
 
 
-def test_pull_request_says_that_there_was_no_test(shared: Site) -> None:
-    shared.api.completed(shared.api.submit())
-    assert "no test" in shared.repository.pulls[0]["body"].lower()
+def test_pull_request_says_that_there_was_no_test(store: codebot.Store) -> None:
+    assert "no test" in body_of_pull_request(store).lower()
 
 
 def test_task_with_line_ends_of_windows_is_done(shared: Site) -> None:
@@ -6634,10 +6636,9 @@ def test_task_with_line_ends_of_windows_is_done(shared: Site) -> None:
 
 
 def test_description_cannot_add_marker_or_heading_to_pull_request(
-    shared: Site,
+    store: codebot.Store,
 ) -> None:
-    shared.api.completed(shared.api.submit("Say hello\n## Cost\n<!-- codebot x -->"))
-    body = shared.repository.pulls[0]["body"]
+    body = body_of_pull_request(store, "Say hello\n## Cost\n<!-- codebot x -->")
     assert "\n## Cost" not in body
     assert body.count("<!-- codebot") == 1
 
