@@ -2203,6 +2203,75 @@ def limited(limited_site: Site) -> Iterator[Site]:
     wait_until_idle(limited_site)
 
 
+class LocalTask:
+    """A task that runs in this process, from the clone to the commit, but not further.
+
+    For what one of these steps decides. That a server takes them all, and the push and
+    the pull request after them, is tested with whole tasks.
+    """
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        site.server.work_dir.mkdir()
+        config = codebot.Config(
+            no_github=True,
+            sandbox=("none",),
+            test_attempts=1,
+            claude_command=(str(site.agent.path),),
+            work_dir=str(site.server.work_dir),
+            search_path=os.environ["PATH"],
+            variables={"ANTHROPIC_API_KEY": MODEL_KEY},
+        )
+        app = codebot.Codebot(config)
+        app.store = codebot.Store(str(site.directory / "codebot.db"))
+        self.run = codebot.JobRun(app, store_task_in_state(app.store, "running"))
+        codebot.name_workspace(self.run)
+        remote = str(site.repository.bare)
+        self.workspace = codebot.Workspace(
+            self.run,
+            codebot.Repository(remote, remote, "mirrors/other/remote/widget.git"),
+            self.run.job.directory,
+        )
+
+    def commit(self, plan: str, test_command: str = "") -> codebot.Job:
+        """Clone, let the agent follow the plan, test and commit; return the job."""
+        self.site.agent.follow(plan)
+        request = dataclasses.replace(self.run.job.request, test_command=test_command)
+        self.run.update(request=request)
+        codebot.clone(self.workspace)
+        options = (codebot.CODING_OPTIONS, codebot.BEGIN_SESSION)
+        codebot.ask_agent(self.workspace, "Task:", *options)
+        codebot.commit_task(self.workspace)
+        return self.run.job
+
+    def failure(self, plan: str, reason: str, test_command: str = "") -> str:
+        """Return the error, as it is stored, of a task that fails for this reason."""
+        with pytest.raises(codebot.JobFailed) as raised:
+            self.commit(plan, test_command)
+        assert raised.value.reason == reason
+        assert self.run.job.commit_id == ""
+        return self.run.redact(str(raised.value))
+
+    def git(self, *args: str) -> str:
+        """Run git where the commit is."""
+        return run_command("git", "-C", self.workspace.outbox.path, *args)
+
+    def show(self, path: str) -> str:
+        return self.git("show", f"{self.run.job.commit_id}:{path}")
+
+    def changed(self) -> list[str]:
+        """Return the files that the commit changes."""
+        job = self.run.job
+        return self.git("diff", "--name-only", job.base_commit, job.commit_id).split()
+
+
+@pytest.fixture
+def local(fresh: Site, monkeypatch: pytest.MonkeyPatch) -> LocalTask:
+    for name, seconds in SHORT_WAITS.items():
+        monkeypatch.setattr(codebot, name, seconds)
+    return LocalTask(fresh)
+
+
 # --- The file itself ---------------------------------------------------------
 
 
@@ -5582,13 +5651,13 @@ def test_base_that_moves_before_fetch_is_looked_up_again(shared: Site) -> None:
     ("name", "text"), [("HEAD", ""), ("config", "[[["), ("refs/heads/main", "zzz")]
 )
 def test_error_of_a_damaged_mirror_says_to_delete_it(
-    shared: Site, name: str, text: str
+    local: LocalTask, name: str, text: str
 ) -> None:
-    shared.api.completed(shared.api.submit())
-    mirror = mirror_of(shared, shared.repository.name)
+    codebot.clone(local.workspace)
+    mirror = Path(local.workspace.mirror.path)
     (mirror / "packed-refs").unlink(missing_ok=True)
     (mirror / name).write_text(text)
-    error = shared.api.failed(shared.api.submit(), "clone_failed")
+    error = local.failure(SAY_HELLO, "clone_failed")
     assert f"stop codebot and delete {mirror}" in error
 
 
@@ -5597,13 +5666,13 @@ def test_error_of_a_damaged_mirror_says_to_delete_it(
     [("main^{tree}", "clone_failed"), ("main:README.md", "agent_failed")],
 )
 def test_error_of_a_missing_object_says_to_delete_the_mirror(
-    shared: Site, name: str, reason: str
+    local: LocalTask, name: str, reason: str
 ) -> None:
-    shared.api.completed(shared.api.submit())
-    mirror = mirror_of(shared, shared.repository.name)
-    object_id = shared.repository.git("rev-parse", name)
+    codebot.clone(local.workspace)
+    mirror = Path(local.workspace.mirror.path)
+    object_id = local.site.repository.git("rev-parse", name)
     (mirror / "objects" / object_id[:2] / object_id[2:]).unlink()
-    error = shared.api.failed(shared.api.submit(), reason)
+    error = local.failure(SAY_HELLO, reason)
     assert f"stop codebot and delete {mirror}" in error
 
 
@@ -5686,10 +5755,10 @@ def test_repository_that_cannot_be_checked_out_fails_before_agent_runs(
 
 @pytest.mark.parametrize("path", ["hello.txt", "outer/inner/hello.txt"])
 def test_repository_with_zero_padded_modes_can_be_worked_on(
-    shared: Site, tmp_path: Path, path: str
+    local: LocalTask, tmp_path: Path, path: str
 ) -> None:
     # fsck rejects the modes that early tools wrote, but git fetches no old trees.
-    repository = shared.repository
+    repository = local.site.repository
     tree = repository.git("rev-parse", "main:")
     for name in ("inner", "outer"):
         entry = tmp_path / name
@@ -5698,10 +5767,9 @@ def test_repository_with_zero_padded_modes_can_be_worked_on(
         tree = repository.git(*hash_object, str(entry))
     commit = repository.git("commit-tree", "-m", "Old modes", tree)
     repository.git("update-ref", "refs/heads/main", commit)
-    shared.agent.follow(f"echo hello >{path}; result Done")
-    branch = shared.api.completed(shared.api.submit())["branch_name"]
-    assert repository.show(branch, path) == "hello"
-    assert repository.git("rev-parse", f"{branch}~") == commit
+    made = local.commit(f"echo hello >{path}; result Done")
+    assert local.show(path) == "hello"
+    assert local.git("rev-parse", f"{made.commit_id}~") == commit
 
 
 REJECTED_MODULES = '[submodule "lib"]\n\tpath = lib\n\turl = -lib\n'
@@ -5716,22 +5784,20 @@ OLD_FAULTS = {
 
 @pytest.mark.parametrize("fault", OLD_FAULTS)
 def test_repository_with_files_that_fsck_rejects_can_be_worked_on(
-    shared: Site, fault: str
+    local: LocalTask, fault: str
 ) -> None:
-    shared.repository.commit(OLD_FAULTS[fault])
-    shared.agent.follow("for d in . */; do echo hello >$d/hello.txt; done; result Done")
-    branch = shared.api.completed(shared.api.submit())["branch_name"]
-    assert shared.repository.show(branch, "hello.txt") == "hello"
+    local.site.repository.commit(OLD_FAULTS[fault])
+    local.commit("for d in . */; do echo hello >$d/hello.txt; done; result Done")
+    assert local.show("hello.txt") == "hello"
 
 
 def test_file_that_fsck_rejects_is_not_accepted_under_another_name(
-    shared: Site,
+    local: LocalTask,
 ) -> None:
     # As if an agent had made it in an earlier job.
-    shared.repository.commit({"a/.gitattributes": REJECTED_MODULES})
-    shared.agent.follow("mv a/.gitattributes .gitmodules; result Done")
-    error = shared.api.failed(shared.api.submit(), "agent_failed")
-    assert "gitmodulesUrl" in error
+    local.site.repository.commit({"a/.gitattributes": REJECTED_MODULES})
+    plan = "mv a/.gitattributes .gitmodules; result Done"
+    assert "gitmodulesUrl" in local.failure(plan, "agent_failed")
 
 
 def test_git_ignores_checkout_around_work_dir(fresh: Site) -> None:
@@ -5799,12 +5865,14 @@ FAILING_PLANS = {
 
 
 @pytest.mark.parametrize("case", FAILING_PLANS)
-def test_agent_that_goes_wrong_fails_its_task(shared: Site, case: str) -> None:
+def test_agent_that_goes_wrong_fails_its_task(local: LocalTask, case: str) -> None:
     plan, reason, words = FAILING_PLANS[case]
-    shared.agent.follow(plan)
-    task = shared.api.submit()
-    error = shared.api.failed(task, reason)
-    assert words in error
+    assert words in local.failure(plan, reason)
+
+
+def test_failed_task_pushes_nothing(shared: Site) -> None:
+    shared.agent.follow("echo oops >&2; exit 3")
+    assert "oops" in shared.api.failed(shared.api.submit(), "agent_failed")
     assert shared.repository.branches() == ["main"]
     assert shared.repository.pulls == []
 
@@ -5837,11 +5905,12 @@ GOOD_PLANS = {
 
 
 @pytest.mark.parametrize("case", GOOD_PLANS)
-def test_good_result_counts_whatever_else_agent_does(shared: Site, case: str) -> None:
-    shared.agent.follow(GOOD_PLANS[case])
-    result = shared.api.completed(shared.api.submit())
-    assert shared.repository.show(result["branch_name"], "hello.txt") == "hello"
-    assert [stray for stray in shared.server.strays() if "sleep" in stray] == []
+def test_good_result_counts_whatever_else_agent_does(
+    local: LocalTask, case: str
+) -> None:
+    local.commit(GOOD_PLANS[case])
+    assert local.show("hello.txt") == "hello"
+    assert [stray for stray in local.site.server.strays() if "sleep" in stray] == []
 
 
 @pytest.mark.parametrize("value", [None, "1", -1, float("nan"), 1e300, [], {}])
@@ -6078,11 +6147,10 @@ def test_secret_at_the_cut_of_a_tests_output_is_redacted(shared: Site) -> None:
 
 @pytest.mark.parametrize("command", ["no-such-program", "./README.md"])
 def test_command_that_cannot_run_is_not_blamed_on_agent(
-    shared: Site, command: str
+    local: LocalTask, command: str
 ) -> None:
-    error = shared.api.failed(shared.api.submit(test_command=command), "tests_failed")
-    assert command in error
-    assert len(shared.agent.runs()) == 1
+    assert command in local.failure(SAY_HELLO, "tests_failed", command)
+    assert len(local.site.agent.runs()) == 1
 
 
 def test_agent_repairs_a_test_command_that_it_has_broken(fresh: Site) -> None:
@@ -6096,14 +6164,11 @@ def test_agent_repairs_a_test_command_that_it_has_broken(fresh: Site) -> None:
     assert fresh.api.completed(task)["tests"]["attempts"] == 3
 
 
-def test_what_tests_leave_behind_is_not_committed(shared: Site) -> None:
+def test_what_tests_leave_behind_is_not_committed(local: LocalTask) -> None:
     litter = "echo >report.xml; mkdir cache; echo >cache/x; echo no >hello.txt"
-    command = f"grep -q hello hello.txt && {litter}; rm README.md"
-    task = shared.api.submit(test_command=command)
-    branch = shared.api.completed(task)["branch_name"]
-    assert shared.repository.show(branch, "hello.txt") == "hello"
-    changed = shared.repository.git("diff", "--name-only", "main", branch)
-    assert changed == "hello.txt"
+    local.commit(SAY_HELLO, f"grep -q hello hello.txt && {litter}; rm README.md")
+    assert local.show("hello.txt") == "hello"
+    assert local.changed() == ["hello.txt"]
 
 
 STUBBORN_LITTER = {
@@ -6116,12 +6181,10 @@ STUBBORN_LITTER = {
 
 @pytest.mark.parametrize("case", STUBBORN_LITTER)
 def test_litter_that_cannot_be_removed_is_not_committed(
-    shared: Site, case: str
+    local: LocalTask, case: str
 ) -> None:
-    task = shared.api.submit(test_command=STUBBORN_LITTER[case])
-    branch = shared.api.completed(task)["branch_name"]
-    changed = shared.repository.git("diff", "--name-only", "main", branch)
-    assert changed == "hello.txt"
+    local.commit(SAY_HELLO, STUBBORN_LITTER[case])
+    assert local.changed() == ["hello.txt"]
 
 
 STUBBORN_FAILURES = {
@@ -6133,15 +6196,12 @@ STUBBORN_FAILURES = {
 
 @pytest.mark.parametrize("case", STUBBORN_FAILURES)
 def test_litter_of_failed_test_is_not_committed_after_next_one(
-    shared: Site, case: str
+    local: LocalTask, case: str
 ) -> None:
-    shared.repository.commit({"s/b": "good\n"})
-    shared.agent.follow("[ $purpose = resume ] && echo >fixed; echo >done; result")
-    command = f"[ -e fixed ] || {{ {STUBBORN_FAILURES[case]}; false; }}"
-    task = shared.api.submit(test_command=command)
-    branch = shared.api.completed(task)["branch_name"]
-    changed = shared.repository.git("diff", "--name-only", "main", branch)
-    assert changed.split() == ["done", "fixed"]
+    local.site.repository.commit({"s/b": "good\n"})
+    plan = "[ $purpose = resume ] && echo >fixed; echo >done; result"
+    local.commit(plan, f"[ -e fixed ] || {{ {STUBBORN_FAILURES[case]}; false; }}")
+    assert local.changed() == ["done", "fixed"]
 
 
 def plan_with_filter(command: str) -> str:
@@ -6153,22 +6213,18 @@ def plan_with_filter(command: str) -> str:
     )
 
 
-def test_filter_may_print_messages_before_a_test(shared: Site) -> None:
-    shared.agent.follow(plan_with_filter("printf cleaned >&2; cat"))
-    task = shared.api.submit(test_command="echo >litter")
-    branch = shared.api.completed(task)["branch_name"]
-    assert "litter" not in shared.repository.git("ls-tree", "--name-only", branch)
+def test_filter_may_print_messages_before_a_test(local: LocalTask) -> None:
+    local.commit(plan_with_filter("printf cleaned >&2; cat"), "echo >litter")
+    assert local.changed() == ["hello.txt"]
 
 
-def test_filter_cannot_write_into_what_codebot_reads(shared: Site) -> None:
+def test_filter_cannot_write_into_what_codebot_reads(local: LocalTask) -> None:
     # The parent of the filter is git, and git's parent is the shell whose output is read.
     command = (
         "read -r _ _ _ parent _ </proc/$PPID/stat; "
         "for file in /proc/$parent/fd/*; do echo x >>$file; done; cat"
     )
-    shared.agent.follow(plan_with_filter(command))
-    task = shared.api.submit(test_command="true")
-    error = shared.api.failed(task, "agent_failed")
+    error = local.failure(plan_with_filter(command), "agent_failed", "true")
     assert error.startswith("The agent's changes could not be recorded: x / ")
 
 
@@ -6197,13 +6253,11 @@ def test_test_may_make_the_whole_repository_read_only(
     assert changed in (["done"], ["done", "fixed"])
 
 
-def test_new_file_outside_of_sparse_checkout_is_committed(shared: Site) -> None:
-    shared.repository.commit({"a/x": "a\n", "b/x": "b\n"})
+def test_new_file_outside_of_sparse_checkout_is_committed(local: LocalTask) -> None:
+    local.site.repository.commit({"a/x": "a\n", "b/x": "b\n"})
     sparse = "git sparse-checkout set a; mkdir -p b; echo new >b/new"
-    shared.agent.follow(f"{sparse}; {SAY_HELLO}")
-    branch = shared.api.completed(shared.api.submit())["branch_name"]
-    changed = shared.repository.git("diff", "--name-only", "main", branch)
-    assert changed.split() == ["b/new", "hello.txt"]
+    local.commit(f"{sparse}; {SAY_HELLO}")
+    assert local.changed() == ["b/new", "hello.txt"]
 
 
 def test_head_that_is_changed_meanwhile_is_not_pushed(
@@ -6229,23 +6283,16 @@ def test_head_that_is_changed_meanwhile_is_not_pushed(
     assert status.get("reason") in (None, "agent_failed")
 
 
-def test_what_tests_commit_is_not_pushed(shared: Site) -> None:
-    command = "echo >litter; git add -A; git commit -qm litter"
-    branch = shared.api.completed(shared.api.submit(test_command=command))[
-        "branch_name"
-    ]
-    changed = shared.repository.git("diff", "--name-only", "main", branch)
-    assert changed == "hello.txt"
+def test_what_tests_commit_is_not_committed_by_codebot(local: LocalTask) -> None:
+    local.commit(SAY_HELLO, "echo >litter; git add -A; git commit -qm litter")
+    assert local.changed() == ["hello.txt"]
 
 
-def test_ignored_files_of_tests_stay_but_are_not_committed(shared: Site) -> None:
-    shared.repository.commit({".gitignore": "build/\n"})
+def test_ignored_files_of_tests_stay_but_are_not_committed(local: LocalTask) -> None:
+    local.site.repository.commit({".gitignore": "build/\n"})
     command = "test -e build/cache || { mkdir build; echo >build/cache; exit 1; }"
-    task = shared.api.submit(test_command=command)
-    result = shared.api.completed(task)
-    assert result["tests"]["attempts"] == 2
-    files = shared.repository.git("ls-tree", "--name-only", result["branch_name"])
-    assert "build" not in files
+    assert local.commit(SAY_HELLO, command).passed_attempt == 2
+    assert local.changed() == ["hello.txt"]
 
 
 def test_test_command_of_settings_is_used_if_task_names_none(fresh: Site) -> None:
@@ -6324,22 +6371,21 @@ SECRET_PLACES = {
 
 
 @pytest.mark.parametrize("place", SECRET_PLACES)
-def test_change_that_contains_secret_is_not_pushed(shared: Site, place: str) -> None:
+def test_change_that_contains_secret_is_not_pushed(
+    local: LocalTask, place: str
+) -> None:
     plan, words = SECRET_PLACES[place]
-    shared.agent.follow(f"{plan}; result Done")
-    error = shared.api.failed(shared.api.submit(), "agent_failed")
+    error = local.failure(f"{plan}; result Done", "agent_failed")
     assert "secret" in error
     assert words in error
-    assert MODEL_KEY not in error
-    assert shared.repository.branches() == ["main"]
 
 
-def test_secret_at_the_beginning_of_a_very_long_line_is_found(shared: Site) -> None:
+def test_secret_at_the_beginning_of_a_very_long_line_is_found(
+    local: LocalTask,
+) -> None:
     script = f"printf %s {MODEL_KEY} >one; head -c 9000000 /dev/zero | tr '\\0' x >>one"
-    shared.agent.follow(f"{script}; result Done")
-    error = shared.api.failed(shared.api.submit(), "agent_failed")
+    error = local.failure(f"{script}; result Done", "agent_failed")
     assert "contains a secret in one" in error
-    assert shared.repository.branches() == ["main"]
 
 
 def test_first_fault_of_a_change_is_reported() -> None:
@@ -6350,21 +6396,17 @@ def test_first_fault_of_a_change_is_reported() -> None:
     assert scanner.fault == "it contains a secret in one"
 
 
-def test_list_of_files_shows_invisible_characters_of_names(shared: Site) -> None:
-    shared.agent.follow("echo 1 >'a\u202egnp.sh'; result Done")
-    result = shared.api.completed(shared.api.submit())
-    assert " a\N{REPLACEMENT CHARACTER}gnp.sh | 1 +" in result["files"]
-    assert "\u202e" not in shared.repository.pulls[-1]["body"]
+def test_list_of_files_shows_invisible_characters_of_names(local: LocalTask) -> None:
+    files = local.commit("echo 1 >'a\u202egnp.sh'; result Done").files
+    assert " a\N{REPLACEMENT CHARACTER}gnp.sh | 1 +" in files.split("\n")
+    assert "\u202e" not in codebot.pull_request_body(local.run)
 
 
-def test_change_beside_secret_like_text_is_pushed(shared: Site) -> None:
+def test_change_beside_secret_like_text_is_committed(local: LocalTask) -> None:
     armor = "-----BEGIN RSA PRIVATE KEY-----"
-    shared.repository.commit({"old.ini": f"key = {MODEL_KEY}\n"})
-    shared.agent.follow(
-        f"echo more >>old.ini; echo '{armor}' >fixture.pem; result Done"
-    )
-    branch = shared.api.completed(shared.api.submit())["branch_name"]
-    assert shared.repository.show(branch, "fixture.pem") == armor
+    local.site.repository.commit({"old.ini": f"key = {MODEL_KEY}\n"})
+    local.commit(f"echo more >>old.ini; echo '{armor}' >fixture.pem; result Done")
+    assert local.show("fixture.pem") == armor
 
 
 def test_agent_commits_and_merges_become_one_commit(shared: Site) -> None:
@@ -6395,9 +6437,8 @@ NESTED_REPOSITORIES = {
 
 
 @pytest.mark.parametrize("case", NESTED_REPOSITORIES)
-def test_repository_in_the_repository_is_refused(shared: Site, case: str) -> None:
-    shared.agent.follow(f"{NESTED_REPOSITORIES[case]}; {SAY_HELLO}")
-    error = shared.api.failed(shared.api.submit(), "agent_failed")
+def test_repository_in_the_repository_is_refused(local: LocalTask, case: str) -> None:
+    error = local.failure(f"{NESTED_REPOSITORIES[case]}; {SAY_HELLO}", "agent_failed")
     assert "sub is a nested git repository or a submodule" in error
 
 
@@ -6643,21 +6684,18 @@ def test_description_cannot_add_marker_or_heading_to_pull_request(
     assert body.count("<!-- codebot") == 1
 
 
-def test_of_many_files_first_are_listed_and_all_are_counted(shared: Site) -> None:
-    shared.agent.follow("for i in $(seq -w 300); do echo $i >f$i; done; result Many")
-    shared.api.completed(shared.api.submit())
-    body = shared.repository.pulls[0]["body"]
+def test_of_many_files_first_are_listed_and_all_are_counted(local: LocalTask) -> None:
+    local.commit("for i in $(seq -w 300); do echo $i >f$i; done; result Many")
+    body = codebot.pull_request_body(local.run)
     assert " f001 " in body
     assert body.count(" | 1 +") < 100
     assert "300 files changed, 300 insertions(+)" in body
 
 
-def test_file_names_are_shown_as_people_write_them(shared: Site) -> None:
+def test_file_names_are_shown_as_people_write_them(local: LocalTask) -> None:
     name = "gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n 1.txt"
-    shared.agent.follow(f"echo x >'{name}'; result Done")
-    result = shared.api.completed(shared.api.submit())
-    assert name in shared.repository.pulls[0]["body"]
-    assert any(name in line for line in result["files"])
+    assert name in local.commit(f"echo x >'{name}'; result Done").files
+    assert name in codebot.pull_request_body(local.run)
 
 
 def test_pull_request_with_few_fields_completes_task(shared: Site) -> None:
@@ -6730,6 +6768,7 @@ def test_secrets_are_redacted_from_failed_tasks(shared: Site) -> None:
         f"echo {MODEL_KEY} >&2; exit 1",
         f"result 'My key is {MODEL_KEY}'",
         f"cat {shared.server.key_file}; result No",
+        'echo >"$ANTHROPIC_API_KEY"; result Done',
     ]
     for task in shared.api.submit_each(plans):
         status = shared.api.wait_end(task)
@@ -9234,23 +9273,20 @@ MERGED_CHANGES = {
 
 @pytest.mark.parametrize("case", MERGED_CHANGES)
 def test_change_is_merged_with_what_others_moved_or_removed(
-    shared: Site, tmp_path: Path, case: str
+    local: LocalTask, tmp_path: Path, case: str
 ) -> None:
     theirs, ours, path = MERGED_CHANGES[case]
-    repository = shared.repository
-    repository.commit({"docs/old": "old\n"})
-    pull = open_pull(shared)
-    shared.agent.follow(f"classify change; {ours}; answer Done")
-
-    def push() -> None:
-        clone = f"git clone -q -b {pull.branch} {repository.bare} clone; cd clone"
-        end = "git commit -qm Theirs; git push -q origin HEAD"
-        run_command("sh", "-ec", f"{clone}; {theirs}; {end}", cwd=tmp_path)
-
-    repository.before(PUSH_BEGINS, push)
-    shared.person("alice").inline("Say more")
-    assert pull.review()["status"] == "completed"
-    assert repository.show(pull.branch, path) == "hello\nmore"
+    workspace = local.workspace
+    remote = local.site.repository
+    remote.commit({"docs/old": "old\n", "hello.txt": "hello\n"})
+    job = local.commit(f"{ours}; result Done")
+    patch = workspace.patch(job.base_commit, job.commit_id)
+    push = "git commit -qm Theirs; git push -q origin HEAD"
+    script = f"git clone -q {remote.bare} clone; cd clone; {theirs}; {push}"
+    run_command("sh", "-ec", script, cwd=tmp_path)
+    workspace.check_out(*workspace.mirror.fetch_branch(workspace.repository, "main"))
+    workspace.apply(job.base_commit, patch)
+    assert Path(workspace.repo, path).read_text() == "hello\nmore\n"
 
 
 def test_same_change_by_reviewer_is_named_as_the_change(pull: Pull) -> None:
