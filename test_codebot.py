@@ -2216,7 +2216,7 @@ class LocalTask:
         config = codebot.Config(
             no_github=True,
             sandbox=("none",),
-            test_attempts=1,
+            api_keys=(API_KEY,),
             claude_command=(str(site.agent.path),),
             work_dir=str(site.server.work_dir),
             search_path=os.environ["PATH"],
@@ -4290,8 +4290,8 @@ STATE_CHANGES = {
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> codebot.Store:
-    return codebot.Store(str(tmp_path / "codebot.db"))
+def store(in_memory: Path) -> codebot.Store:
+    return codebot.Store(f"{tempfile.mkdtemp(dir=in_memory)}/codebot.db")
 
 
 def store_task(
@@ -6071,18 +6071,13 @@ def test_delimiters_of_test_output_are_random(shared: Site) -> None:
 
 
 def test_summary_says_what_was_done_before_and_after_failed_tests(
-    shared: Site,
+    local: LocalTask,
 ) -> None:
-    shared.agent.follow_each(
-        {
-            "The tests failed": "touch fixed; result 'Made the tests pass.'",
-            "Task:": "echo hello >hello.txt; result 'Said hello.'",
-        }
-    )
-    task = shared.api.submit(test_command="test -e fixed")
-    result = shared.api.completed(task)
-    assert result["summary"] == "Said hello.\n\nMade the tests pass."
-    body = shared.repository.pulls[0]["body"]
+    mend = "touch fixed; result 'Made the tests pass.'"
+    plan = f"[ $purpose = task ] && result 'Said hello.' || {{ {mend}; }}"
+    job = local.commit(f"echo hello >hello.txt; {plan}", "test -e fixed")
+    assert job.summary == "Said hello.\n\nMade the tests pass."
+    body = codebot.pull_request_body(local.run)
     assert "> Said hello.\n>\n> Made the tests pass." in body
 
 
@@ -6137,10 +6132,10 @@ def test_tests_that_keep_failing_fail_task_and_nothing_is_pushed(shared: Site) -
     assert (workspace / "hello.txt").exists()
 
 
-def test_secret_at_the_cut_of_a_tests_output_is_redacted(shared: Site) -> None:
+def test_secret_at_the_cut_of_a_tests_output_is_redacted(local: LocalTask) -> None:
     """What the cut leaves of a secret would match none."""
     command = f"echo {API_KEY}; head -c 1490 /dev/zero | tr '\\0' x; exit 7"
-    error = shared.api.failed(shared.api.submit(test_command=command), "tests_failed")
+    error = local.failure(SAY_HELLO, "tests_failed", command)
     assert "x" * 1490 in error
     assert "client" not in error
 
@@ -6153,15 +6148,13 @@ def test_command_that_cannot_run_is_not_blamed_on_agent(
     assert len(local.site.agent.runs()) == 1
 
 
-def test_agent_repairs_a_test_command_that_it_has_broken(fresh: Site) -> None:
-    fresh.server.start()
-    fresh.agent.follow(
+def test_agent_repairs_a_test_command_that_it_has_broken(local: LocalTask) -> None:
+    plan = (
         "if [ $purpose = task ]; then printf 'test -e done' >check; chmod +x check; "
         "elif [ -x check ]; then chmod -x check; "
         "else chmod +x check; echo >done; fi; result"
     )
-    task = fresh.api.submit(test_command="./check")
-    assert fresh.api.completed(task)["tests"]["attempts"] == 3
+    assert local.commit(plan, "./check").passed_attempt == 3
 
 
 def test_what_tests_leave_behind_is_not_committed(local: LocalTask) -> None:
@@ -6409,22 +6402,21 @@ def test_change_beside_secret_like_text_is_committed(local: LocalTask) -> None:
     assert local.show("fixture.pem") == armor
 
 
-def test_agent_commits_and_merges_become_one_commit(shared: Site) -> None:
-    shared.agent.follow(
+def test_agent_commits_and_merges_become_one_commit(local: LocalTask) -> None:
+    made = local.commit(
         "export GIT_AUTHOR_NAME=Boss GIT_COMMITTER_NAME=Boss\n"
         "export GIT_AUTHOR_DATE='2001-01-01 00:00:00 +0000'\n"
         "git checkout -q -b side; echo 1 >one; git add one; git commit -qm 'By Boss'\n"
         "git checkout -q -; git commit -q --allow-empty -m 'Empty'\n"
         "git merge -q --no-ff -m Merge side; echo 2 >two; result"
     )
-    branch = shared.api.completed(shared.api.submit())["branch_name"]
-    log = shared.repository.git("log", "--format=%s|%an|%cn|%as", f"main..{branch}")
+    own = f"{made.base_commit}..{made.commit_id}"
+    log = local.git("log", "--format=%s|%an|%cn|%as|%P", own)
     today = time.strftime("%Y-%m-%d", time.gmtime())
-    assert log == f"Say hello|acme-bot[bot]|acme-bot[bot]|{today}"
-    parents = shared.repository.git("log", "-1", "--format=%P", branch)
-    assert parents == shared.repository.git("rev-parse", "main")
-    assert shared.repository.show(branch, "one") == "1"
-    assert shared.repository.show(branch, "two") == "2"
+    main = local.site.repository.git("rev-parse", "main")
+    assert log == f"Say hello|codebot|codebot|{today}|{main}"
+    assert local.show("one") == "1"
+    assert local.show("two") == "2"
 
 
 MAKE_NESTED = "git init -q sub; git -C sub commit -q --allow-empty -m Nested"
@@ -14604,12 +14596,12 @@ class Browser:
 
 
 @pytest.fixture(scope="session")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+def chromium(in_memory: Path) -> Iterator[Browser]:
     names = ("chromium", "chromium-browser", "google-chrome")
     programs = [program for program in map(shutil.which, names) if program]
     if not programs:
         pytest.skip("no chromium on PATH")
-    browser = Browser(programs[0], tmp_path_factory.mktemp("chromium"))
+    browser = Browser(programs[0], Path(tempfile.mkdtemp(dir=in_memory)))
     try:
         browser.call("Browser.getVersion")
         yield browser
