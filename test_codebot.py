@@ -1256,7 +1256,7 @@ place='@PLACE@'
 (: >"$place/writable") 2>/dev/null || place=$HOME
 run=$(mktemp -d "$place/run.XXXXXX")
 printf '%s\0' "$@" >"$run/argv"
-env >"$run/env"
+export -p >"$run/env" # built into the shell, unlike env
 cat >"$run/stdin"
 case "$*" in
     *'"kind"'*) purpose=classify ;;
@@ -1410,8 +1410,8 @@ class AgentScript:
 
     def _read_run(self, directory: Path) -> AgentRun:
         argv = (directory / "argv").read_text().split("\0")[:-1]
-        lines = (directory / "env").read_text().splitlines()
-        pairs = [line.partition("=") for line in lines]
+        words = shlex.split((directory / "env").read_text())
+        pairs = [word.partition("=") for word in words if word != "export"]
         env = {name: value for name, _, value in pairs}
         return AgentRun(argv, env, (directory / "stdin").read_text())
 
@@ -2123,7 +2123,6 @@ def shared_site(in_memory: Path, templates: Path) -> Iterator[Site]:
             "MAX_INLINE_WAIT": 0.5,
             "DAILY_REVIEW_JOBS": 500,
             "MAX_PUSHES": 2,
-            "MAX_PATCH_BYTES": 100_000,
         }
         site.server.start(
             "--workers",
@@ -9214,23 +9213,32 @@ def test_change_is_put_on_top_of_what_others_pushed_and_never_forced(
     assert len(pull.site.agent.runs("change")) == 1
 
 
-def test_huge_change_is_not_put_on_top_of_what_others_pushed(pull: Pull) -> None:
-    noise = "head -c 200000 /dev/urandom >noise"
-    pull.site.agent.follow(f"classify change; {noise}; answer Done")
-    let_others_push_first(pull, {"theirs": f"{uuid.uuid4()}\n"})
-    pull.site.person("alice").inline("Add noise")
-    review = pull.review()
-    assert review["reason"] == "push_rejected"
-    assert "too large" in pull.answer()
-    assert pull.log(1) == ["Change theirs"]
+def put_on_top(local: LocalTask, plan: str, push: Callable[[], object]) -> None:
+    """Let the agent work and others push; put its change on top of theirs."""
+    workspace = local.workspace
+    job = local.commit(f"{plan}; result Done")
+    push()
+    patch = workspace.patch(job.base_commit, job.commit_id)
+    workspace.check_out(*workspace.mirror.fetch_branch(workspace.repository, "main"))
+    workspace.apply(job.base_commit, patch)
 
 
-def test_conflict_names_a_file_as_it_is_written(pull: Pull) -> None:
-    pull.site.agent.follow("classify change; echo mine >gr\u00fcn.txt; answer Done")
-    let_others_push_first(pull, {"gr\u00fcn.txt": "theirs\n"})
-    pull.site.person("alice").inline("Add it")
-    assert pull.review()["reason"] == "push_rejected"
-    assert "theirs: gr\u00fcn.txt." in pull.answer()
+def test_huge_change_is_not_put_on_top_of_what_others_pushed(
+    local: LocalTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "MAX_PATCH_BYTES", 100_000)
+    with pytest.raises(codebot.JobFailed, match="too large") as failed:
+        put_on_top(local, "head -c 200000 /dev/urandom >noise", codebot.do_nothing)
+    assert failed.value.reason == "push_rejected"
+
+
+def test_conflict_names_a_file_as_it_is_written(local: LocalTask) -> None:
+    def push() -> None:
+        local.site.repository.commit({"gr\u00fcn.txt": "theirs\n"})
+
+    with pytest.raises(codebot.JobFailed, match="theirs: gr\u00fcn.txt[.]") as failed:
+        put_on_top(local, "echo mine >gr\u00fcn.txt", push)
+    assert failed.value.reason == "push_rejected"
 
 
 def test_change_that_conflicts_with_others_is_not_pushed(pull: Pull) -> None:
@@ -9268,17 +9276,16 @@ def test_change_is_merged_with_what_others_moved_or_removed(
     local: LocalTask, tmp_path: Path, case: str
 ) -> None:
     theirs, ours, path = MERGED_CHANGES[case]
-    workspace = local.workspace
     remote = local.site.repository
     remote.commit({"docs/old": "old\n", "hello.txt": "hello\n"})
-    job = local.commit(f"{ours}; result Done")
-    patch = workspace.patch(job.base_commit, job.commit_id)
-    push = "git commit -qm Theirs; git push -q origin HEAD"
-    script = f"git clone -q {remote.bare} clone; cd clone; {theirs}; {push}"
-    run_command("sh", "-ec", script, cwd=tmp_path)
-    workspace.check_out(*workspace.mirror.fetch_branch(workspace.repository, "main"))
-    workspace.apply(job.base_commit, patch)
-    assert Path(workspace.repo, path).read_text() == "hello\nmore\n"
+
+    def push() -> None:
+        clone = f"git clone -q {remote.bare} clone; cd clone"
+        end = "git commit -qm Theirs; git push -q origin HEAD"
+        run_command("sh", "-ec", f"{clone}; {theirs}; {end}", cwd=tmp_path)
+
+    put_on_top(local, ours, push)
+    assert Path(local.workspace.repo, path).read_text() == "hello\nmore\n"
 
 
 def test_same_change_by_reviewer_is_named_as_the_change(pull: Pull) -> None:
