@@ -7037,8 +7037,13 @@ def test_pull_request_that_appears_late_is_found(fresh: Site) -> None:
     ],
 )
 def test_temporary_error_of_github_is_retried(
-    fresh: Site, status: int, value: Any, headers: dict[str, str]
+    fresh: Site,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    value: Any,
+    headers: dict[str, str],
 ) -> None:
+    monkeypatch.setattr(codebot, "GITHUB_RETRY_DELAY", 0.1)
     if "X-RateLimit-Remaining" in headers:
         headers = {**headers, "X-RateLimit-Reset": str(int(time.time()))}
     fresh.repository.fail("GET ", status, value, headers)
