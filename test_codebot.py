@@ -6220,13 +6220,11 @@ def test_filter_cannot_write_into_what_codebot_reads(local: LocalTask) -> None:
     assert error.startswith("The agent's changes could not be recorded: x / ")
 
 
-@pytest.mark.parametrize("test_command", [None, "true"])
+@pytest.mark.parametrize("test_command", ["", "true"])
 def test_files_that_git_cannot_read_fail_the_task(
-    shared: Site, test_command: str | None
+    local: LocalTask, test_command: str
 ) -> None:
-    shared.agent.follow("git init -q inner; result")
-    task = shared.api.submit(test_command=test_command)
-    error = shared.api.failed(task, "agent_failed")
+    error = local.failure("git init -q inner; result", "agent_failed", test_command)
     assert "does not have a commit checked out" in error
 
 
