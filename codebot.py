@@ -3410,7 +3410,9 @@ class Mirror(GitDirectory):
         name, commit = self.resolve_branch(repository, branch)
         ref = f"refs/heads/{name}"
         with self.lock():
-            if self.is_ancestor(commit, ref):
+            # Meanwhile a job of another repository with this name may have made a mirror.
+            self.create_for(repository)
+            if self.is_ancestor(commit, ref):  # there is nothing new
                 return name, commit
             result = self.fetch_all(repository)
             if self.is_ancestor(commit, ref):

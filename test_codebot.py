@@ -5718,6 +5718,35 @@ def test_fetch_that_is_ended_leaves_no_part_of_a_pack(on_disk: Site) -> None:
     assert not part.exists()
 
 
+def test_repository_is_not_fetched_into_the_mirror_of_another_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = codebot.Codebot(codebot.Config(work_dir=str(tmp_path)))
+    mirror = codebot.Mirror(app.config, str(tmp_path / "m.git"), codebot.do_nothing)
+
+    def repository(number: int) -> codebot.Repository:
+        assert app.github is not None
+        payload = {"id": number, "full_name": "acme/widget"}
+        known = codebot.GitHubRepository(app.github, payload)
+        return codebot.repository_at(known)
+
+    def resolve_branch(*args: object) -> tuple[str, str]:
+        with mirror.lock():  # meanwhile a job of the other repository makes its mirror
+            mirror.create_for(repository(2))
+        return "main", "1" * 40
+
+    def fetch_all(*args: object) -> codebot.ProgramResult:
+        fetched_into.append(Path(mirror.path, "codebot-repository-id").read_text())
+        return codebot.ProgramResult(0, [], [])
+
+    fetched_into: list[str] = []
+    monkeypatch.setattr(mirror, "resolve_branch", resolve_branch)
+    monkeypatch.setattr(mirror, "fetch_all", fetch_all)
+    with pytest.raises(codebot.TransientError, match="no longer has"):
+        mirror.fetch_branch(repository(1), "main")
+    assert fetched_into == ["1"]
+
+
 def test_repack_that_fails_leaves_no_part_of_a_pack(tmp_path: Path) -> None:
     # It may have filled the disk.
     tools = tmp_path / "tools"
