@@ -1785,10 +1785,10 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 # Known limitations of bwrap:
 # - The agent can read whatever codebot's user can read outside of the hidden directories.
 #   The directory in HOME and the home of the user's account are hidden, but not the
-#   directories in them that PATH leads into: with ~/.cargo/bin on PATH, the agent can read
-#   ~/.cargo/credentials.toml. Nor are the work directory and the TLS key of another
-#   codebot hidden: the agent of `run`, for example, can read those of a server that the
-#   same user runs.
+#   directories in them that PATH leads into, which `check` lists: with ~/.cargo/bin on
+#   PATH, the agent can read ~/.cargo/credentials.toml, and with ~/.config/yarn/bin all of
+#   ~/.config. Nor are the work directory and the TLS key of another codebot hidden: the
+#   agent of `run`, for example, can read those of a server that the same user runs.
 # - If .env or a key is created while an agent runs, or is a symlink that is changed then,
 #   that agent can read it, unless it is in a hidden directory.
 # - A file system that the host mounts while an agent runs, even because the agent named a
@@ -9987,6 +9987,10 @@ def check_sandbox(codebot: Codebot) -> Iterator[Finding]:
         return
     if not codebot.sandbox.is_none:
         yield Finding("ok", f"Sandbox: {codebot.sandbox.describe()}")
+    if codebot.sandbox.is_bwrap:
+        shown = {*tool_directories(config)} - private_directories(config)
+        for directory in sorted(shown):
+            yield Finding("ok", f"The agent can read {directory}: PATH leads into it")
     if not is_agent_missing(codebot):
         yield version_finding(shlex.join(command), result, "2.0")
 

@@ -15792,11 +15792,16 @@ def test_check_runs_agent_in_sandbox(tmp_path: Path, templates: Path) -> None:
     site.agent.path.write_text(
         f"#!/bin/sh\n[ -e {site.server.key_file} ] || echo 2.1.0\n"
     )
+    home = tmp_path / "home"
+    tools = home / ".config" / "yarn" / "bin"
+    tools.mkdir(parents=True)
+    path = f"{os.environ['PATH']}:{tools}"
     try:
-        done = run_check(site, CODEBOT_SANDBOX="bwrap")
+        done = run_check(site, CODEBOT_SANDBOX="bwrap", HOME=str(home), PATH=path)
     finally:
         close_site(site)
     assert "ok    Sandbox: bwrap\n" in done.stdout
+    assert f"ok    The agent can read {home}/.config: PATH leads into it" in done.stdout
     assert f"ok    {site.agent.path} 2.1.0\n" in done.stdout
 
 
