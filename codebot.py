@@ -69,6 +69,8 @@ GLOSSARY
   marker         an HTML comment at the end of a comment of codebot's. A retry that finds it
                  does not post the comment again.
   answer         a comment in which codebot replies to a reviewer
+  run            one pass of a worker over a job; a retried job has several. (CODEBOT_RUN
+                 names the codebot process and the job. The command `run` runs one task.)
   retry          a job runs again, after a transient error, a crash or a stop. (What a
                  client calls a retry of a failed task makes a new task.)
   launcher       a command line that starts the agent and the tests on a node, which is
@@ -87,7 +89,8 @@ WHO IS TRUSTED WITH WHAT
   A reviewer, and a person who labels an issue   have an effect only if GitHub reports
                  that they have write access to the repository. GitHub is asked at every
                  start of the job, before its agent runs, and again before its commit is
-                 pushed. Only a refusal is remembered, for a minute.
+                 pushed. A refusal is remembered for a minute. A grant is asked for again
+                 each time; GitHub's answer 304 (nothing has changed) counts as a grant.
                  Nobody else at GitHub can start the agent, but the text of a labeled issue
                  may be anyone's. Anyone's comment is stored as a pending review.
   Others at GitHub   can stop work, if GitHub lets them remove the label, or close or lock
@@ -123,8 +126,9 @@ WHO IS TRUSTED WITH WHAT
                  without the model's key and the listed variables in its environment.
   The model's provider   sees everything that the agent reads.
   The repository's own CI   runs what codebot pushed, perhaps with secrets of its own,
-                 before a person has read it. GitHub refuses changes to
-                 .github/workflows, but none to the scripts that these run.
+                 before a person has read it. GitHub refuses changes to .github/workflows,
+                 because codebot's tokens lack a permission for them, but none to the
+                 scripts that these run.
   A launcher, and a sandbox other than bwrap   get the environment variables of the agent
                  and the tests, including the model's key. codebot does not verify what
                  such a sandbox hides.
@@ -200,9 +204,8 @@ LIFE OF A JOB
   - An answer is in the store before it is posted. A retry finds it by its marker. It may be
     posted twice only if the first one, or its marker, was removed before a retry, or if
     GitHub carries out the first request late or does not list its answer yet.
-  A crash adds an interruption to every job that was running, and a transient error after
-  which the agent must begin again adds one to its own job. At the third since its work
-  was last saved, a job fails. What an agent was doing is lost, with what that has cost.
+  A crash loses what an agent was doing, and what that has cost. After three crashes or
+  paid retries with no saved work in between, a job fails: see the table before run_steps.
 
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
@@ -539,7 +542,8 @@ def parse_dollars(text: str) -> float:
 
 # Matches https://HOST:PORT/PATH, also with http, and with [HOST] for IPv6.
 ADDRESS_RE = re.compile(
-    r"(https?://([\w.-]+|\[[0-9a-f:]+\])(?::\d{1,5})?)((?:/[\w.~-]+)*)",
+    r"(?P<origin>https?://(?P<host>[\w.-]+|\[[0-9a-f:]+\])(:\d{1,5})?)"
+    r"(?P<path>(/[\w.~-]+)*)",
     re.ASCII | re.IGNORECASE,
 )
 
@@ -550,11 +554,11 @@ def parse_address(text: str) -> str:
     if not match:
         raise ValueError("must be an address like https://ghe.example.com")
     # GitHub's replies name the origin in lower case, and must not name another.
-    origin = match[1].lower()
-    is_loopback = match[2].lower().strip("[]") in LOOPBACK_NAMES
+    origin = match["origin"].lower()
+    is_loopback = match["host"].lower().strip("[]") in LOOPBACK_NAMES
     if origin.startswith("http:") and not is_loopback:
         raise ValueError("must begin with https:// (http:// only on this machine)")
-    return origin + match[3]
+    return origin + match["path"]
 
 
 def parse_search_path(text: str) -> str:
@@ -631,7 +635,7 @@ class Config:
     """All settings, read once at the start.
 
     A field with a help text has a flag. A field whose variable is "" has only the flag.
-    Flag and variable use the same parser. That of a switch, bool, gets the text "True".
+    Flag and variable use the same parser. A switch's parser is bool, and its text is "True".
     """
 
     api_keys: Sequence[str] = setting("CODEBOT_API_KEYS", split_commas, ())
@@ -693,8 +697,9 @@ class Config:
     # The remaining fields are not set by people. The first is the path of .env, which
     # need not exist.
     env_file: str = ""
-    # The umask with which codebot was started. The agent, the tests and scripts (in
-    # private directories) and git at the remote run with it; all else with PRIVATE_UMASK.
+    # The umask with which codebot was started: read_config sets it. The agent, the tests
+    # and scripts (in private directories) and git at the remote run with it; all else runs
+    # with PRIVATE_UMASK.
     umask: int = PRIVATE_UMASK
     # The value of CODEBOT_RUN in every program that codebot starts, by which it finds the
     # processes that they left running. For a job's programs it ends with the job's id.
@@ -752,12 +757,12 @@ def flag_name(field: str) -> str:
 #     A='x' "y"           'x' "y"
 #     A="x                an unclosed quote
 ENV_LINE_RE = re.compile(
-    r"""(?: export \s+ )? ([A-Za-z_]\w*) \s* = (?:
-            | \s* "(.*?)"
-            | \s* '(.*?)'
+    r"""( export \s+ )? (?P<name> [A-Za-z_]\w* ) \s* = (
+            | \s* "(?P<double> .*? )"
+            | \s* '(?P<single> .*? )'
             | \s* (?P<unclosed> "[^"]* | '[^']* )
             | \s* (?P<unquoted> \S.*? )
-        ) (?: \s+ [#].* )?
+        ) ( \s+ [#].* )?
     """,
     re.ASCII | re.VERBOSE,
 )
@@ -779,7 +784,8 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
         if match and match["unclosed"]:
             problems.append(f"{path}, line {number}: the quote is not closed.")
         elif match:
-            variables[match[1]] = match[2] or match[3] or match["unquoted"] or ""
+            value = match["double"] or match["single"] or match["unquoted"]
+            variables[match["name"]] = value or ""
         elif not re.match(r"\s*(#|$)", line):
             problems.append(f"{path}, line {number}: expected NAME=value.")
     return variables
@@ -797,13 +803,14 @@ def read_settings(
     """Return the parsed value of each setting that a flag, or else a variable, sets."""
     values: dict[str, Any] = {}
     for field in CONFIG_FIELDS:
-        name = field.metadata["variable"]
-        text = variables.get(name, "").strip(BLANKS)
+        variable = field.metadata["variable"]
+        text = variables.get(variable, "").strip(BLANKS)
+        may_be_empty = field.metadata["may_be_empty"] and variable in variables
+        name = variable  # for people
         flag = flags.get(field.name)
         if flag is not None:
             name = flag_name(field.name)
             text = str(flag)
-        may_be_empty = field.metadata["may_be_empty"] and name in variables
         if flag == "":  # such as --host "$HOST", where HOST is not set
             problems.append(f"{name} is empty.")
         elif re.search("[\ud800-\udfff]", text):  # bytes that are not UTF-8
@@ -905,13 +912,16 @@ def wrong_patterns(config: Config) -> Iterator[str]:
             yield f"CODEBOT_ALLOWED_REPOSITORIES: {pattern!r} {problem}"
 
 
-def is_allowed(config: Config, full_name: str) -> bool:
-    """Return whether CODEBOT_ALLOWED_REPOSITORIES allows a repository."""
+def is_allowed(config: Config, name: str) -> bool:
+    """Return whether CODEBOT_ALLOWED_REPOSITORIES allows a repository.
+
+    ``name`` is OWNER/NAME or, with --no-github, the whole URL.
+    """
     patterns = config.allowed
     if not config.no_github:  # names at GitHub are case-insensitive
-        full_name = full_name.lower()
+        name = name.lower()
         patterns = tuple(pattern.lower() for pattern in patterns)
-    return any(fnmatch.fnmatchcase(full_name, pattern) for pattern in patterns)
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
@@ -951,7 +961,8 @@ def load_config(flags: Flags, is_server: bool = False) -> Config:
 
 
 # Control characters, which could confuse a terminal, and lone surrogates, which SQLite
-# does not accept.
+# does not accept. They are replaced in the log and in events. (INVISIBLE_RE is for text
+# from and for GitHub; CONTROL_CHARACTER_RE, for a task's fields.)
 UNPRINTABLE_RE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 GITHUB_TOKEN_RE = re.compile(r"(gh[a-z]|github_pat)_[A-Za-z0-9._-]{36,}")
 MIN_REDACTED_LENGTH = 6  # redacting a shorter secret could mask ordinary words
