@@ -1170,9 +1170,9 @@ def do_nothing(*args: object) -> None:
 
 
 # A LineHandler gets the new lines of a program's standard output. It returns True once the
-# program's work is done, else anything. The program then has RESULT_GRACE seconds to end by
-# itself; after that codebot ends it, and this counts as success. During these seconds no
-# limit and no stop is checked.
+# program's work is done, else anything. (Only that of the agent does.) From then on no limit
+# and no stop is checked, and the exit code does not matter: the program may end by itself
+# within RESULT_GRACE; else codebot ends it.
 LineHandler = Callable[[list[str]], object]
 
 
@@ -1216,7 +1216,7 @@ def is_disk_full(directory: str) -> bool:
 class ProgramResult(NamedTuple):
     """The exit code of a program, and the last lines of its output."""
 
-    code: int  # meaningless if a LineHandler has returned True
+    code: int  # has no meaning if a LineHandler has returned True
     stdout: list[str]
     stderr: list[str]
 
@@ -1276,7 +1276,7 @@ class OutputFile:
         self._partial_line += rest
         if len(self._partial_line) > MAX_LINE_BYTES:
             lines.append(bytes(self._partial_line))
-            # The rest begins with the same character: in a diff, that says whether the
+            # The rest begins with the same character, which tells DiffScanner whether the
             # line is new.
             self._partial_line[:] = self._partial_line[:1] + b"(continued)"
         return [line.decode("utf-8", "replace").rstrip("\r") for line in lines]
@@ -1307,7 +1307,9 @@ class RunningProgram:
     stderr: OutputFile
     on_lines: LineHandler
     limits: Limits
-    is_trusted: bool  # whether codebot believes what it says about a full disk
+    # Whether codebot believes what the program prints about a full disk. Not if it is the
+    # agent: its words must not have a job retried.
+    may_report_full_disk: bool
     started: float = dataclasses.field(default_factory=time.monotonic)
     last_output: float = dataclasses.field(default_factory=time.monotonic)
     grace_ends_at: float | None = None  # set when the program's work is done
@@ -1325,9 +1327,10 @@ class RunningProgram:
             elif time.monotonic() > self.grace_ends_at:
                 return
             if not has_output:
-                # At most 0.1 s, and less at first, because exit_poll may never be ready.
                 age = time.monotonic() - self.started
-                self.exit_poll.poll(1000 * min(0.001 + age / 10, 0.1))
+                # Seconds: few at first, because exit_poll may never be ready.
+                pause = min(0.001 + age / 10, 0.1)
+                self.exit_poll.poll(1000 * pause)
 
     def read_output(self, has_exited: bool) -> bool:
         """Pass on new output. Returns whether there was any."""
@@ -1392,7 +1395,7 @@ class RunningProgram:
         if is_disk_full(tempfile.gettempdir()):
             return True
         says_full = DISK_FULL_RE.search("\n".join(result.stderr)) is not None
-        return self.is_trusted and says_full
+        return self.may_report_full_disk and says_full
 
 
 def signal_group(leader: int, number: int) -> bool:
@@ -1454,7 +1457,7 @@ def run_program(
     on_lines: LineHandler = do_nothing,
     pass_fds: Sequence[int] = (),
     umask: int = PRIVATE_UMASK,
-    is_trusted: bool = True,
+    may_report_full_disk: bool = True,
     program_type: Callable[..., RunningProgram] = RunningProgram,
 ) -> ProgramResult:
     """Run a program to its end, and end the processes that it leaves in its group.
@@ -1481,7 +1484,7 @@ def run_program(
         )
         exit_poll = make_exit_poll(child.pid, files)
         program = program_type(
-            child, exit_poll, stdout, stderr, on_lines, limits, is_trusted
+            child, exit_poll, stdout, stderr, on_lines, limits, may_report_full_disk
         )
         try:
             program.watch()
@@ -1596,18 +1599,17 @@ def launch_record(config: Config, workspace_path: str) -> pathlib.Path:
 def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") -> bool:
     """End what a launcher left running in a workspace. Returns False if that fails.
 
-    Nothing is done if the record does not begin with ``record_prefix``: the tag of a
-    codebot process, STOP_FAILED, or "" for any record.
+    Acts only if the record begins with ``record_prefix``: "" for any launch, the tag of a
+    codebot process for its launches, STOP_FAILED for one whose stop has failed.
     """
     record = launch_record(config, workspace_path)
-    # Without a record, nothing runs, or another stop has just ended it, perhaps while this
-    # one waited. The record is opened for writing because NFS requires that for an
-    # exclusive lock.
+    # Without a record, nothing runs. The record is opened for writing because NFS requires
+    # that for an exclusive lock.
     with contextlib.suppress(FileNotFoundError), open(record, "r+b") as lock:
-        # Another thread, or an earlier server's watchdog, may be stopping the same
-        # launch. While this waits for the lock, the record may be removed, or replaced
-        # for a later launch, which may not be meant. So it is read only now, by its path.
+        # Another thread, or an earlier server's watchdog, may be stopping the same launch.
         fcntl.flock(lock, fcntl.LOCK_EX)
+        # While this waited, the record may have been removed, or replaced for a later
+        # launch, which may not be meant. So it is read by its path, not from ``lock``.
         if not record.read_text().startswith(record_prefix):
             return True
         error = run_stop_command(config, workspace_path)
@@ -1689,10 +1691,10 @@ class LaunchedProgram(RunningProgram):
         for line in lines:
             # On a node, a program in bwrap cannot read the sentinel. Any other can (in the
             # arguments of sh or in this output), and may forge its exit code.
-            sentinel, _, code = line.partition(" ")
+            word, _, code = line.partition(" ")
             # This counts even if the first sentinel was never read: the program may have
             # emptied the output before that.
-            if sentinel == self.sentinel and re.fullmatch("[0-9]{1,3}", code):
+            if word == self.sentinel and re.fullmatch("[0-9]{1,3}", code):
                 self.node_code = int(code)
                 if output[-1:] == [""]:  # NODE_SCRIPT's, not the program's
                     output.pop()
@@ -2129,10 +2131,10 @@ class Sandbox:
         return text
 
     def probe(self, *command: str) -> ProgramResult:
-        """Run a command, or `true`, through launcher and sandbox. Return its result.
+        """Run a command, or `true`, through launcher and sandbox; return even a failure.
 
-        Raises ConfigError if the sandbox or the launcher does not work, and NoFreeNode
-        if they could not be tried.
+        If the sandbox works, the file "probe" is written on this host. Raises ConfigError
+        if it is missing, and NoFreeNode if the sandbox could not be tried.
         """
         config = self.config
         try:
@@ -2433,9 +2435,9 @@ def github_error_text(status: int, payload: Json) -> str:
     return " ".join(text.split())[:1000]
 
 
-# They match errors in the form that github_error_text gives them. Two temporary reasons for
-# a status of 422: comments and pull requests are made too fast;
-# GitHub does not see a pushed branch, or its commit, yet.
+# Two temporary reasons for a status of 422: comments and pull requests are made too fast;
+# GitHub does not see a pushed branch, or its commit, yet. The quotes are single ones because
+# github_error_text appends GitHub's list of errors as Python prints it.
 TOO_FAST_RE = re.compile(r"submitted too quickly|'code': 'abuse'")
 BRANCH_NOT_SEEN_RE = re.compile("'field': 'head', 'code': 'invalid'|No commits between")
 
@@ -2486,8 +2488,8 @@ class GitHub:
         self.attempts = GITHUB_ATTEMPTS
         self.requests_made = 0
         self.rate_limit_remaining: int | None = None
-        # GitHub's clock minus ours, in seconds, by the last response. It is too small by
-        # the time that the response took to arrive.
+        # GitHub's clock minus ours, in seconds, by the Date of the last response. (It is
+        # slightly too small, because the response took some time to arrive.)
         self.clock_skew = 0.0
         # No request is sent before this time: requests sent in spite of a rate limit may
         # get the App banned.
@@ -2819,9 +2821,9 @@ class GitHubRepository:
         self, path: str, body: Json, find_existing: Callable[[], Json] = do_nothing
     ) -> Json:
         """Post ``body``, unless ``find_existing`` finds that an earlier request did."""
-        url = f"{self.path}{path}"
+        whole_path = f"{self.path}{path}"
         try:
-            return self.github.call(url, self.id, body, find_existing).value
+            return self.github.call(whole_path, self.id, body, find_existing).value
         except (GitHubError, TransientError):
             # call() looks before each attempt. This covers the last one, and a refusal such
             # as "already exists".
@@ -5343,8 +5345,9 @@ class Workspace:
                     on_lines=command.on_lines,
                     pass_fds=info_fds,
                     umask=self.config.umask,
-                    # (What a test prints on standard error goes to standard output.)
-                    is_trusted=not command.as_agent,
+                    # A test is not believed either: all that it prints goes to standard
+                    # output. A script is, although git may run an agent's filter there.
+                    may_report_full_disk=not command.as_agent,
                     program_type=launch.program_type,
                 )
         except LimitReached as error:
