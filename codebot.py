@@ -1873,6 +1873,17 @@ def is_inside(path: str, directory: str) -> bool:
     return f"{path}/".startswith(f"{directory.rstrip('/')}/")
 
 
+# What an agent in bwrap sees at a path. The innermost of these that holds the path counts;
+# at the same path, the lowest line.
+#   read-only   /      everything that is not listed here
+#   read-only   ~/X    if PATH leads into it: tool_directories
+#   hidden      /run, the homes, other mounts of /proc; the work directory and the
+#               directories of .env, keys and databases: private_directories
+#   read-only   the mirror's objects, the target of /etc/resolv.conf, and hidden files that
+#               CODEBOT_CLAUDE_COMMAND names: agent_program_files
+#   writable    the workspace's repo and home, and its tmp as /tmp
+
+
 def home_directories() -> set[str]:
     """Return the home that HOME names, and the one of the user's account.
 
@@ -1952,15 +1963,9 @@ def agent_program_files(
 def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> list[Mount]:
     """Return bwrap's mounts over the read-only file system and the workspace's /tmp.
 
-    They are made in this order, and a later one covers an earlier one. First, an outer
-    directory before an inner one:
-        hidden     /run, home directories, private directories
-        read-only  directories at home that PATH leads into, unless they are private
-        hidden     /tmp/A, if anything is mounted below it
-    then
-        read-only  what programs need nevertheless: the mirror's objects, the target of
-                   /etc/resolv.conf, files that CODEBOT_CLAUDE_COMMAND names
-        writable   repo and home of the workspace
+    They are made in this order, and a later one covers an earlier one: what is hidden and
+    tool directories, an outer directory before an inner one; then the rest.
+
     For example, with HOME=/home/bot, ~/.local/bin on PATH, .env in /home/bot/run and the
     App's key in ~/.local/keys:
         hidden     /home/bot
@@ -3052,7 +3057,9 @@ def is_branch_name(name: str) -> bool:
     forbidden = (
         r"[\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]"
         r"|\.\.|@\{"
-        r"|//|/\.|\.lock(/|$)"  # a part that is empty, or is like .x or x.lock
+        r"|//"  # an empty part
+        r"|/\."  # a part like .x
+        r"|\.lock(/|$)"  # a part like x.lock
         r"|^[./-]|[./]$"  # the beginning and the end of the whole name
     )
     return not re.search(forbidden, name) and name not in ("", "@", "HEAD")
@@ -3111,9 +3118,10 @@ def check_local_remote(config: Config, path: str) -> None:
     try:
         resolved = os.path.realpath(path)
     except OSError:  # a directory on the way cannot be read
-        resolved = "/proc"
+        raise ValueError("must be a path that codebot can read") from None
     # The path as written, since a symlink in it may change, and where it leads now.
     for spelling in (re.sub("/+", "/", path), resolved):
+        # Paths such as /proc/self/cwd lead to the work directory by another name.
         for directory in (config.work_dir, "/proc", "/dev"):
             if is_inside(spelling, directory):
                 raise ValueError("must not be in the work directory, /proc or /dev")
@@ -3201,8 +3209,14 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
     }
 
 
-# How git_with_token interprets git's output. URLs and quoted names are removed first,
-# because they may contain any words.
+# What a failure of git at the remote becomes, in git_with_token. The first line that
+# applies counts:
+#   a signal ended git or a part of it     TransientError
+#   "rejected]", by no fault of its own    GitFailed
+#   no login, a wrong one, or HTTP 403     GitAuthFailed: tried again with a new token
+#   connection, TLS, 429, 5xx, full disk   TransientError
+#   anything else                          GitFailed
+# URLs and quoted names are removed first, because they may contain any words.
 URL_OR_NAME_RE = re.compile(r"(?<!\w)'[^'\n]*'|https?://\S+")
 AUTH_FAILED_RE = re.compile(
     "could not read Username|Invalid username or token|Authentication failed"
