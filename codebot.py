@@ -3552,7 +3552,7 @@ CREATE TABLE jobs (
     status TEXT NOT NULL DEFAULT 'pending'
         CHECK (status IN ('pending', 'running', 'completed', 'failed')),
     phase TEXT NOT NULL DEFAULT '',
-    attempt INTEGER NOT NULL DEFAULT 0,
+    attempt INTEGER NOT NULL DEFAULT 0, -- of the present phase; only for people
     submitted_at TEXT NOT NULL,
     started_at TEXT,
     completed_at TEXT,
@@ -3563,7 +3563,7 @@ CREATE TABLE jobs (
     ticket_id TEXT NOT NULL DEFAULT '',
     ticket_summary TEXT NOT NULL DEFAULT '',
     test_command TEXT NOT NULL DEFAULT '',
-    base_branch TEXT NOT NULL DEFAULT '',
+    base_branch TEXT NOT NULL DEFAULT '', -- '': the default branch
     idempotency_key TEXT UNIQUE,
     -- The issue that a task comes from, if any.
     issue_number INTEGER NOT NULL DEFAULT 0,
@@ -3592,7 +3592,7 @@ CREATE TABLE jobs (
     repository_id INTEGER NOT NULL DEFAULT 0,
     directory TEXT NOT NULL DEFAULT '', -- below the work directory
     branch TEXT NOT NULL DEFAULT '',
-    base_name TEXT NOT NULL DEFAULT '',
+    base_name TEXT NOT NULL DEFAULT '', -- the branch that base_branch stands for
     base_commit TEXT NOT NULL DEFAULT '',
     commit_id TEXT NOT NULL DEFAULT '',
     -- What the job's runs have reported and achieved, stored before any of it is published.
@@ -4272,7 +4272,8 @@ class Store:
         """Return the id of the pending job that claim should start next, or None.
 
         ``was_delayed`` selects the jobs that a transient error has delayed, or all others.
-        The one that has been due for longest comes first; among equals, the oldest.
+        The one that has been due for longest comes first. Among those that were never
+        delayed, whose not_before is 0, that is the oldest.
         """
         return self._read_one(
             only_value,
@@ -4495,8 +4496,8 @@ class Store:
         """Move the comments of the reviewer's pending review to this running one."""
         with self._transaction() as db:
             waiting_id = waiting_review(db, job.task_id, job.reviewer)
-            # It may be this job itself: stop_workers may have requeued it although its
-            # worker still runs.
+            # At a stop, this job becomes pending although its worker still runs. Then it
+            # may be the one that was found.
             if waiting_id in (None, job.id):
                 return
             values = {"id": job.id, "waiting_id": waiting_id}
@@ -4959,6 +4960,7 @@ class JobRun:
         self.is_cancelled = False  # another thread sets it
         self.started = time.monotonic()
         # When the agent and the tests must end; None until time_left() is first called.
+        # Workspace.run_work adds the time that it waits for a node.
         self.deadline: float | None = None
         self.events_left = MAX_OUTPUT_EVENTS  # in this phase
         # Set when the agent starts, and reset when work is saved.
@@ -5249,10 +5251,10 @@ class Workspace:
             "git", f"Branch {self.branch} from {base_name} at {base_commit}"
         )
 
-    # Programs in the sandbox. The command lines of all are made by sandboxed.
+    # Three methods start something in the sandbox. All get its command line from sandboxed.
     #
-    #   script              codebot's own scripts, on this host    --> run_in_sandbox
-    #   run_work            the agent and the tests, or on a node  --> run_in_sandbox
+    #   script              codebot's own scripts on this host, by run_in_sandbox
+    #   run_work            the agent and the tests, here or on a node, by run_in_sandbox
     #   fetch_into_outbox   git upload-pack, which git fetch starts
 
     def environment(self, as_agent: bool) -> dict[str, str]:
@@ -5434,8 +5436,10 @@ class Workspace:
         blobs: list[str] = []
 
         def note(lines: list[str]) -> None:
-            # Each line is ":OLD_MODE NEW_MODE OLD_ID NEW_ID A<TAB>NAME".
-            blobs.extend(f"{line.split()[3]}\n" for line in lines)
+            for line in lines:
+                # ":OLD_MODE NEW_MODE OLD_ID NEW_ID A<TAB>NAME"
+                _, _, _, new_id, _ = line.split(" ", 4)
+                blobs.append(f"{new_id}\n")
 
         diff = ("diff-tree", "-r", EMPTY_TREE, base_commit, "--")
         self.outbox.local_git(*diff, ":(glob)**/.gitmodules", on_lines=note)
@@ -5449,9 +5453,9 @@ class Workspace:
 
         git fetch does not open the agent's .git: only a pack crosses.
         """
-        # git fetch has sh run: bwrap … -- git upload-pack '/…/repo'. If the path were a
+        # git fetch has sh run: bwrap … -- git upload-pack '/…/repo'. If self.repo were a
         # file, git fetch would read it as a bundle, outside the sandbox. In bwrap it is a
-        # mount point and stays a directory; in another sandbox an agent may replace it.
+        # mount point, which no agent can replace; in another sandbox an agent may.
         argv = [*GIT, "-c", "fetch.fsckObjects=true"]
         # A relative path, because git takes commas and blanks in it for separators.
         argv += ["-c", "fetch.fsck.skipList=fsck-skip-list"]
@@ -5557,6 +5561,7 @@ class Workspace:
         Raises JobFailed if it is too large to keep in memory.
         """
         work_dir = self.config.work_dir
+        # If codebot is killed, the next start removes scratch_*.
         with tempfile.NamedTemporaryFile(prefix="scratch_", dir=work_dir) as file:
             self.outbox.local_git(
                 *GIT_DIFF,
@@ -5589,7 +5594,7 @@ class Workspace:
 
 def outbox_path(config: Config, directory: str) -> str:
     """Return the path of the outbox that belongs to a task's directory."""
-    # The directory is task_[TICKET_]HEX, or scratch_..., which has no outbox.
+    # task_[TICKET_]HEX. (scratch_..., for a classification, gets a path, but no outbox.)
     digits = directory.rpartition("_")[2]
     return f"{config.work_dir}/outbox_{digits}.git"
 
@@ -5782,7 +5787,8 @@ class AgentRun:
             self.result = event  # the last one counts
         elif event.get("subtype") == "api_retry":
             if event.get("error_status") == 401:
-                # Taken for a result, to end the run: the CLI would retry for three minutes.
+                # A result ends the run; the CLI would retry for three minutes. This one is
+                # no success: it has no subtype.
                 self.result = self.result or {"api_error_status": 401}
             self.log("agent", f"The model's API failed: {event.get('error')}")
         elif event["type"] in ("assistant", "user"):
@@ -6019,10 +6025,12 @@ def run_task(run: JobRun) -> None:
     """Run a task from the clone to the pull request. Each step can be repeated.
 
     What earlier runs have stored    What is left to do
-      commit_id, push_started          find the branch's pull request, or push the commit
-                                       and open it; the agent never runs again
-      commit_id                        push the commit; if the outbox was lost, everything
-      no commit_id                     everything, including the agent
+      no commit_id                     everything
+      commit_id, but no outbox         everything: it was lost
+      commit_id and the outbox         push the commit, open the pull request
+      push_started                     find the branch's pull request; else push (which
+                                       fails without the outbox) and open it. The agent
+                                       never runs again.
     """
     run.set_phase("clone")
     repository = look_up_repository(run)
@@ -6118,7 +6126,7 @@ def name_workspace(run: JobRun) -> None:
         return
     digits = job.id.replace("-", "")
     names = [digits[start : start + 7] for start in range(len(digits) - 6)]
-    # Take seven digits that no other directory has, and so no other outbox.
+    # The first seven digits in a row with which no other directory ends, and so no outbox.
     work_dir = run.config.work_dir
     name = next(name for name in names if not find_paths(work_dir, f"task_*{name}"))
     ticket = slugify(run.redact(job.request.ticket_id))
@@ -6419,7 +6427,8 @@ class Review(NamedTuple):
     workspace: Workspace
     # Set by load_comments:
     comments: Sequence[Comment] = ()  # to be answered
-    talk: Sequence[Comment] = ()  # all comments by the reviewer and by codebot
+    # All comments by the reviewer and by codebot, including those to be answered:
+    context: Sequence[Comment] = ()
 
 
 def run_review(run: JobRun) -> None:
@@ -6496,8 +6505,8 @@ def load_review(run: JobRun) -> Review:
 def refusal_error(run: JobRun, error: GitHubError) -> Exception:
     """Return the error for a repository or pull request that GitHub does not show.
 
-    Something new may not be visible in all parts of GitHub, so it is taken for gone only
-    after a transient error, such as the first one here.
+    At first it is transient, because something new may not be visible in all parts of
+    GitHub. If GitHub does not show it at a retry either, it is gone.
     """
     if isinstance(error, NotFound) and run.job.transient_since:
         return ReviewSkipped(f"it is not codebot's anymore: {error}")
@@ -6530,10 +6539,12 @@ def require_reviewer_access(review: Review) -> None:
 
 
 def load_comments(review: Review) -> Review:
-    """Return the review with its reviewer's comments, except those deleted since.
+    """Return the review with the comments that it answers.
 
-    Before the request is classified, the reviewer's other waiting comments join the
-    review.
+    Asks GitHub for all comments. Unless the request is classified, new comments are
+    queued, and those of this reviewer join this review. It answers those of its comments
+    whose author, GitHub confirms, is its reviewer. One that GitHub does not list was
+    deleted, or is too new.
     """
     run = review.run
     # A delivery is only a claim. GitHub is asked for the authors and the current texts.
@@ -6554,8 +6565,8 @@ def load_comments(review: Review) -> Review:
         if comment is not None and comment.user == run.job.reviewer:
             comments.append(comment)
     speakers = (OWN_NAME, run.job.reviewer)
-    talk = [comment for comment in current.values() if comment.user in speakers]
-    return review._replace(comments=comments, talk=talk)
+    context = [comment for comment in current.values() if comment.user in speakers]
+    return review._replace(comments=comments, context=context)
 
 
 def apply_daily_limit(run: JobRun) -> None:
@@ -6581,6 +6592,7 @@ def may_appear_later(review: Review, comment: StoredComment) -> bool:
         return True
     if job.submitted_at > utc_time(seconds_ago=VISIBILITY_DELAY):
         return True
+    # created_at is by GitHub's clock, which shows ours plus clock_skew.
     clock_skew = review.github_repository.github.clock_skew
     return comment.created_at > utc_time(seconds_ago=VISIBILITY_DELAY - clock_skew)
 
@@ -6605,7 +6617,8 @@ def prepare_answers(review: Review) -> None:
     if commit and not review.workspace.outbox.has_commit(commit):
         # The outbox was lost, for example when the host lost power. Start over.
         run.update(commit_id="", answers={})
-    if not run.job.answers:  # {}: the work is not done (an answer's text may be empty)
+    # {}: the work is not done. Once it is, each thread has an answer, perhaps an empty one.
+    if not run.job.answers:
         for comment in review.comments:
             run.log_event("codebot", f"Comment by {comment.user}: {comment.text}")
         text = format_comments("earlier-comment", earlier_comments(review))
@@ -6627,7 +6640,7 @@ def earlier_comments(review: Review) -> list[Comment]:
     threads = {comment.thread for comment in review.comments}
     earlier = [
         comment
-        for comment in review.talk
+        for comment in review.context
         if (comment.place != "inline" or comment.thread in threads)
         and comment not in review.comments
     ]
@@ -6660,7 +6673,8 @@ def classify(review: Review, text: str) -> None:
     run = review.run
     with scratch_workspace(run.config.work_dir) as path:
         directory = os.path.basename(path)
-        # Its directory "objects" is shown in place of a mirror's. It has no outbox.
+        # The sandbox shows the objects of a mirror. Here that is the scratch directory,
+        # whose "objects" is empty.
         no_repository = Repository("", "", mirror_path=directory)
         workspace = Workspace(run, no_repository, directory)
         prompt = f"Comments:\n{text}"
@@ -6774,7 +6788,7 @@ def push_review_commit(review: Review) -> None:
         if workspace.mirror.is_ancestor(run.job.commit_id, tip):
             return
         if tip != run.job.base_commit:
-            reapply_change(review, tip)
+            reapply_change(review, tip)  # makes a new commit, with the parent tip
             require_may_push(review)  # its tests may have taken hours
             fetch_tip_with(workspace, tip)  # raises if commits were removed meanwhile
         run.set_phase("push", attempt)
@@ -6784,10 +6798,10 @@ def push_review_commit(review: Review) -> None:
             tip = fetch_tip_with(workspace, run.job.base_commit)
             if tip == run.job.base_commit:
                 raise  # nobody has pushed meanwhile, so the remote refuses the commit
-        else:
-            # The answer will name the commit, so it must be there: else this raises.
-            fetch_tip_with(workspace, run.job.commit_id)
-            return
+            continue
+        # The answer will name the commit, so it must be there: else this raises.
+        fetch_tip_with(workspace, run.job.commit_id)
+        return
     raise JobFailed(
         "push_rejected",
         "Others pushed every time the change was ready. Comment again to have it redone "
@@ -6955,7 +6969,8 @@ class Sync:
         A look that GitHub refuses is dropped, unless it is the look at everything: nothing
         else might repeat that.
         """
-        # This stays after any other error, which repeat_until_stopped logs.
+        # Set first: after any other error, which repeat_until_stopped logs, the look is due
+        # again in a minute.
         self.waiting[look] = time.time() + RETRY_DELAY
         repeat_at = 0.0
         try:
@@ -7186,7 +7201,7 @@ TRANSIENT_ERRNOS = (
 )
 # The reason with which a job fails if a transient error lasts too long, by its phase.
 REASON_BY_PHASE = {
-    "": "clone_failed",
+    "": "clone_failed",  # before the first phase
     "clone": "clone_failed",
     "push": "push_rejected",
     "pull_request": "pull_request_failed",
