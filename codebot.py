@@ -7257,11 +7257,10 @@ class Ending(NamedTuple):
 def run_job(codebot: Codebot, job: Job) -> None:
     """Run a job to its end, or until it is pending again.
 
-    A review that fails, other than by being cancelled, has a second round, which tells its
-    reviewer: store_failure stores the error, and because the job now has an error, its
-    steps are those of report_failure. They may also be skipped, which ends the review, or
-    have to be retried; then the next run begins with them. A review that fails while it
-    posts its answers has no second round.
+    A review that fails is run a second time, to tell its reviewer: store_failure stores
+    the error, with which run_steps takes the steps of report_failure. These post the error
+    and raise it again, so the review ends as failed. If they are skipped, that ends the
+    review, too. If they have to be retried, the next run begins with them.
     """
     run = JobRun(codebot, job)
     codebot.running[job.id] = run
@@ -7269,7 +7268,7 @@ def run_job(codebot: Codebot, job: Job) -> None:
         ending = run_steps(run)
         if must_tell_reviewer(run, ending):
             store_failure(run, ending)
-            ending = run_steps(run)  # the second round
+            ending = run_steps(run)
         store_ending(run, ending)
     finally:
         # Once it is pending again, another worker may run it.
@@ -7477,12 +7476,13 @@ def finish_job(run: JobRun, ending: Ending) -> None:
 
 
 def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
-    """Fill each queue that is empty, with at most two jobs that are due.
+    """Wait until jobs may be due, for a second at most; then fill the queues.
 
-    One is a job that a transient error has delayed, the other is not. So neither retries
-    that always fail nor any number of new jobs hold up the others, except on the same
-    pull request. When a worker starts a job, jobs_due is set, and the next ones are
-    queued. ``only_job`` is the only job that may start.
+    Each queue that is empty gets the next job that a transient error has delayed, and the
+    next one that none has. So neither retries that always fail nor any number of new jobs
+    hold up the others, except on the same pull request. When a worker starts a job,
+    jobs_due is set, and the next ones are queued. ``only_job`` is the only job that may
+    start.
     """
     codebot.jobs_due.wait(TIMER_INTERVAL)
     codebot.jobs_due.clear()
@@ -7989,7 +7989,7 @@ def describe_result(codebot: Codebot, job: Job) -> Fields:
         "pr_number": None,
         "pr_state": None,
         "branch_name": job.branch,
-        # The task's clone. Config.work_dir is the directory of all tasks.
+        # The task's clone; not Config.work_dir, which is the directory of all tasks.
         "work_dir": f"{codebot.config.work_dir}/{job.directory}/repo",
         "commit": job.commit_id,
         "tests": tests,
@@ -8050,9 +8050,11 @@ def task_logs(
             {"task_id": task_id, "events": events, "count": len(events)}
         )
     is_live = codebot.store.has_unfinished_jobs(task_id)
+    # An EventSource reconnects after "event: end", with the last id that it got, and
+    # stays away after a 204.
     asks_again = after > 0 or "last-event-id" in request.headers
     if asks_again and not is_live and not codebot.store.events(task_id, after, 1):
-        return Response(204)  # an EventSource that gets this does not reconnect
+        return Response(204)
     return event_stream(codebot, task_id, after)
 
 
@@ -8088,8 +8090,7 @@ def event_stream(codebot: Codebot, task_id: str, after: int) -> EventStream:
             last_sent = now
         yield message.encode()
     if not codebot.stop.is_set():
-        # An EventSource that asks again with the last id gets 204: see task_logs. If there
-        # were no events, it has had no id yet.
+        # If there were no events, the client has had no id yet, which task_logs needs.
         end_id = "" if after else "id: 0\n"
         yield f"{end_id}event: end\ndata: {{}}\n\n".encode()
 
@@ -9258,7 +9259,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path, _, query = ABSOLUTE_FORM_RE.sub("", self.path).partition("?")
         route, parameters = find_route(self.command, path or "/")
         receive_body = functools.partial(self.receive_body, headers, route.max_body)
-        # Read when it is first asked for, and only once.
+        # The first call reads the body; later ones return it.
         read_body = functools.cache(receive_body)
         request = Request(query, headers, self.client_address[0], read_body)
         codebot = self.server.codebot
@@ -9273,7 +9274,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def receive_body(self, headers: Headers, limit: int) -> bytes:
         """Read the whole body and return it."""
-        # int() refuses more than 4,300 digits.
+        # int() would refuse more than 4,300 digits; so many are infinity.
         length = float(headers.get("content-length", "0"))
         if length > limit:
             problem = "This path takes no body"
@@ -10293,7 +10294,8 @@ def reset_inherited_state() -> None:
     """Undo what a parent, such as a shell script, may have done to this process."""
     # If SIGCHLD were ignored, every program's exit code would be 0.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    # If 0, 1 or 2 were closed, files and pipes of codebot's could get these numbers.
+    # If 0, 1 or 2 were closed, files and pipes of codebot's could get these numbers. open()
+    # takes the lowest one that is free. (The last descriptor stays open.)
     while os.open(os.devnull, os.O_RDWR) < 2:
         pass
 
