@@ -5387,13 +5387,14 @@ class Workspace:
         Ignored files are in the tree only if they are tracked.
         """
         result = self.script(RECORD_SCRIPT)
-        tree = "\n".join(result.stdout)
-        # Something else may have printed to standard output.
-        if result.code != 0 or not re.fullmatch("[0-9a-f]{40}", tree):
+        if result.code != 0:
             raise JobFailed(
                 "agent_failed",
                 f"The agent's changes could not be recorded: {result.error}",
             )
+        tree = "\n".join(result.stdout)
+        if not re.fullmatch("[0-9a-f]{40}", tree):  # something else wrote there
+            raise JobFailed("agent_failed", f"git printed no tree, but {tree[:200]!r}")
         return tree
 
     def collect_tree(self, base_commit: str, tree: str) -> bool:
