@@ -635,7 +635,7 @@ class Config:
     """All settings, read once at the start.
 
     A field with a help text has a flag. A field whose variable is "" has only the flag.
-    Flag and variable use the same parser. A switch's parser is bool, and its text is "True".
+    Flag and variable use the same parser. A switch's parser is bool; its text is "True".
     """
 
     api_keys: Sequence[str] = setting("CODEBOT_API_KEYS", split_commas, ())
@@ -1170,9 +1170,9 @@ def do_nothing(*args: object) -> None:
 
 
 # A LineHandler gets the new lines of a program's standard output. It returns True once the
-# program's work is done, else anything. (Only that of the agent does.) From then on no limit
-# and no stop is checked, and the exit code does not matter: the program may end by itself
-# within RESULT_GRACE; else codebot ends it.
+# program's work is done, else anything. (Only that of the agent does.) From then on no
+# limit and no stop is checked, and the exit code does not matter: the program may end by
+# itself within RESULT_GRACE; else codebot ends it.
 LineHandler = Callable[[list[str]], object]
 
 
@@ -2441,8 +2441,8 @@ def github_error_text(status: int, payload: Json) -> str:
 
 
 # Two temporary reasons for a status of 422: comments and pull requests are made too fast;
-# GitHub does not see a pushed branch, or its commit, yet. The quotes are single ones because
-# github_error_text appends GitHub's list of errors as Python prints it.
+# GitHub does not see a pushed branch, or its commit, yet. The quotes are single ones
+# because github_error_text appends GitHub's list of errors as Python prints it.
 TOO_FAST_RE = re.compile(r"submitted too quickly|'code': 'abuse'")
 BRANCH_NOT_SEEN_RE = re.compile("'field': 'head', 'code': 'invalid'|No commits between")
 
@@ -6291,15 +6291,6 @@ def run_tests_once(
 
     So the test cannot change what is committed. Returns the files' tree and the result.
     """
-    tree = workspace.record_files()
-    result = run_test_command(workspace, command, attempt)
-    # That this may fail does no harm: after a test that passed, the recorded tree is
-    # committed; after one that failed, the agent goes on with what the test has left.
-    workspace.script(RESTORE_SCRIPT, tree)
-    return tree, result
-
-
-def run_test_command(workspace: Workspace, command: str, attempt: int) -> ProgramResult:
     run = workspace.run
 
     def log_output(lines: list[str]) -> None:
@@ -6311,10 +6302,14 @@ def run_test_command(workspace: Workspace, command: str, attempt: int) -> Progra
         argv=["sh", "-c", 'sh -c "$1" 2>&1', "sh", command],
         on_lines=log_output,
     )
+    tree = workspace.record_files()
     run.log_event("codebot", f"Test command: {command}")
     result = workspace.run_work(test, "test", attempt)
     run.log_event("codebot", f"Exit code {result.code}")
-    return result
+    # That this may fail does no harm: after a test that passed, the recorded tree is
+    # committed; after one that failed, the agent goes on with what the test has left.
+    workspace.script(RESTORE_SCRIPT, tree)
+    return tree, result
 
 
 def pack_lines(lines: Iterable[str]) -> list[str]:
