@@ -34,6 +34,7 @@ HOW TO READ THIS FILE
     the agent        agent_command, run_task, run_review
     what is pushed   run_tests_once, collect_tree, fetch_into_outbox, inspect_commit,
                      DiffScanner, push_task_commit, push_review_commit
+    people's text    visible_text, person_login, delimited, quoted, escape_html, code_block
   The page is in part III, before the routes. Skip its style; its script never inserts
   HTML.
 
@@ -69,8 +70,10 @@ GLOSSARY
   marker         an HTML comment at the end of a comment of codebot's. A retry that finds it
                  does not post the comment again.
   answer         a comment in which codebot replies to a reviewer
-  run            one pass of a worker over a job; a retried job has several. (CODEBOT_RUN
-                 names the codebot process and the job. The command `run` runs one task.)
+  run            one pass of a worker over a job (JobRun); a retried job has several. Not
+                 to be confused with a run of the agent (AgentRun), of which a job may need
+                 several; with CODEBOT_RUN, which names the codebot process and the job; and
+                 with the command `run`.
   retry          a job runs again, after a transient error, a crash or a stop. (What a
                  client calls a retry of a failed task makes a new task.)
   launcher       a command line that starts the agent and the tests on a node, which is
@@ -88,9 +91,9 @@ WHO IS TRUSTED WITH WHAT
                  GitHub is not asked what the person behind the key may read or write.
   A reviewer, and a person who labels an issue   have an effect only if GitHub reports
                  that they have write access to the repository. GitHub is asked at every
-                 start of the job, before its agent runs, and again before its commit is
-                 pushed. A refusal is remembered for a minute. A grant is asked for again
-                 each time; GitHub's answer 304 (nothing has changed) counts as a grant.
+                 start of a review, before the agent of an issue's task runs, and again
+                 before a commit is pushed. A refusal is remembered for a minute. Otherwise
+                 each question is a request. (GitHub may answer 304: as before.)
                  Nobody else at GitHub can start the agent, but the text of a labeled issue
                  may be anyone's. Anyone's comment is stored as a pending review.
   Others at GitHub   can stop work, if GitHub lets them remove the label, or close or lock
@@ -341,7 +344,11 @@ class ConfigError(Exception):
 
 
 class HTTPError(Exception):
-    """Refuses a client's request with a status and a message."""
+    """Refuses a request with an HTTP status and a message.
+
+    Codebot.submit raises it for the sync thread, too, which then tries again later, and for
+    `run`, which prints it.
+    """
 
     def __init__(
         self, status: int, message: str, headers: Headers = NO_HEADERS
@@ -582,7 +589,8 @@ def parse_agent_env(text: str) -> Sequence[str]:
     return names
 
 
-# A rule owner/name=command. The owner and the name may contain wildcards.
+# A rule owner/name=command. The owner and the name may contain wildcards. An empty command
+# means no tests.
 TEST_RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*=(.*)"
 # Not a command: a comment, which sh would ignore, so that every test would pass; and a rule
 # with a URL or a path in place of owner/name.
@@ -663,7 +671,7 @@ class Config:
     claude_args: Sequence[str] = setting("CODEBOT_CLAUDE_ARGS", split_words, ())
     task_timeout: int = setting("CODEBOT_TASK_TIMEOUT", parse_count, 3600)
     stall_timeout: int = setting("CODEBOT_STALL_TIMEOUT", parse_count, 1200)
-    # 0: no limit by the operator
+    # For each task, and again for each review. 0: no limit by the operator
     budget: float = setting("CODEBOT_MAX_BUDGET_USD", parse_dollars, 0.0)
     max_turns: int = setting("CODEBOT_MAX_TURNS", parse_count, 0)
     test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", parse_attempts, 2)
@@ -1016,7 +1024,9 @@ class Redactor:
     def beginning(self, text: str, length: int) -> str:
         """Return the beginning of a text without secrets, at most ``length`` characters.
 
-        The rest is not looked at, because redacting megabytes takes time.
+        The rest is not looked at, because redacting megabytes takes time. A text that is
+        cut also loses as many characters as the longest secret has: some thousands, if that
+        is the App's key in base64.
         """
         if len(text) <= length:
             return self(text)
@@ -1062,7 +1072,7 @@ SECRET_NAME_RE = re.compile(
     "|session|webhook|_pat$",
     re.IGNORECASE,
 )
-# Matches an address with a query or parameters, which may be a key or a signature.
+# Matches an address with a query, parameters or a fragment: perhaps a key or a signature.
 ADDRESS_WITH_QUERY_RE = re.compile(r"\w://.*[?;#]")
 # Matches names of headers such as X-Api-Key, but not X-Portkey-Provider.
 SECRET_HEADER_RE = re.compile(
@@ -1368,8 +1378,8 @@ class RunningProgram:
             raise Stalled("printed nothing for too long")
 
     def exit_code(self) -> int:
-        # poll() is None if the program could not be ended. Then its code does not matter:
-        # it has done its work.
+        # poll() is None only if the program has done its work and then could not be ended.
+        # Then its code does not matter.
         return self.child.poll() or 0
 
     def result(self) -> ProgramResult:
@@ -1391,7 +1401,8 @@ class RunningProgram:
 
     def lacks_space(self, result: ProgramResult) -> bool:
         """Return whether a full disk is why the program failed."""
-        # The program may be unable to say so: its output is on that disk.
+        # The program may be unable to say so: its output is on that disk (the work
+        # directory's: see take_work_dir).
         if is_disk_full(tempfile.gettempdir()):
             return True
         says_full = DISK_FULL_RE.search("\n".join(result.stderr)) is not None
@@ -1597,10 +1608,11 @@ def launch_record(config: Config, workspace_path: str) -> pathlib.Path:
 
 
 def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") -> bool:
-    """End what a launcher left running in a workspace. Returns False if that fails.
+    """End what a launcher left running in a workspace, if anything.
 
-    Acts only if the record begins with ``record_prefix``: "" for any launch, the tag of a
-    codebot process for its launches, STOP_FAILED for one whose stop has failed.
+    Returns False only if CODEBOT_LAUNCHER_STOP has failed. Acts only if the record begins
+    with ``record_prefix``: "" for any launch, the tag of a codebot process for its
+    launches, STOP_FAILED for one whose stop has failed.
     """
     record = launch_record(config, workspace_path)
     # Without a record, nothing runs. The record is opened for writing because NFS requires
@@ -1680,7 +1692,10 @@ class LaunchedProgram(RunningProgram):
         self.node_code: int | None = None  # the exit code that was printed on the node
 
     def has_exited(self) -> bool:
-        """Return whether the launcher has exited, or does not although the program has."""
+        """Return whether the launcher has exited.
+
+        One that prints nothing for RESULT_GRACE, although the program has exited, counts.
+        """
         silence = time.monotonic() - self.last_output
         is_late = self.node_code is not None and silence > RESULT_GRACE
         return is_late or super().has_exited()
@@ -1692,8 +1707,8 @@ class LaunchedProgram(RunningProgram):
             # On a node, a program in bwrap cannot read the sentinel. Any other can (in the
             # arguments of sh or in this output), and may forge its exit code.
             word, _, code = line.partition(" ")
-            # This counts even if the first sentinel was never read: the program may have
-            # emptied the output before that.
+            # This counts even if the first sentinel was never read, because the program may
+            # have emptied the output before that. (Then on_start is never called.)
             if word == self.sentinel and re.fullmatch("[0-9]{1,3}", code):
                 self.node_code = int(code)
                 if output[-1:] == [""]:  # NODE_SCRIPT's, not the program's
@@ -1817,9 +1832,10 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 #   the mirror's objects. Others that open such a file then wait for up to 45 s, again and
 #   again, unless the host has `sysctl fs.leases-enable=0`.
 # - If codebot is killed, an agent that is prepared for that (see end_bwrap) runs on until
-#   the next start with the same work directory, which `run` usually never uses again. If
-#   bwrap is older than 0.8, or /proc is mounted with hidepid, it can hide from that start,
-#   too.
+#   the next start with the same work directory, which `run` usually never uses again.
+#   Meanwhile it can listen on codebot's port and be sent API keys; an open page sends its
+#   key every two seconds. If bwrap is older than 0.8, or /proc is mounted with hidepid, it
+#   can hide from that start, too.
 #
 # Known limitations of a launcher and of other sandboxes:
 # - In another sandbox, what a command leaves running is found only by CODEBOT_RUN, as
@@ -1882,6 +1898,7 @@ def is_inside(path: str, directory: str) -> bool:
 #   read-only   the mirror's objects, the target of /etc/resolv.conf, and hidden files that
 #               CODEBOT_CLAUDE_COMMAND names: agent_program_files
 #   writable    the workspace's repo and home, and its tmp as /tmp
+# (If one of these is /tmp/A/B, /tmp/A is hidden, too: see sandbox_mounts.)
 
 
 def home_directories() -> set[str]:
@@ -2040,14 +2057,16 @@ def end_bwrap(info: IO[bytes]) -> None:
         try:
             status = pathlib.Path(f"/proc/{process}/status").read_text()
         except OSError:
-            # It has ended. Or it has used PR_SET_DUMPABLE, and /proc is mounted with
-            # hidepid, which hides such a process from all but root.
+            # It has ended: then the signal has no effect. Or it has used PR_SET_DUMPABLE,
+            # and /proc is mounted with hidepid, which hides such a process from all but
+            # root.
             if os.geteuid() != 0:
                 signal_processes([process], signal.SIGKILL)
             return
-        # Another process that has its number by now is not the first of a namespace. When
-        # the first one is a zombie (Z) with one thread, all others have ended. With more
-        # threads, only its main thread has ended.
+        # NSpid ends with 1 only for the first process of a namespace. (Its number can
+        # belong to another such process only if the kernel has used all others meanwhile.)
+        # When it is a zombie (Z) with one thread, all others have ended. With more threads,
+        # only its main thread has ended.
         is_first = re.search(r"^NSpid:.*\s1$", status, re.MULTILINE)
         has_ended = re.search("^State:\tZ(.*\n)+Threads:\t1$", status, re.MULTILINE)
         if not is_first or has_ended:
@@ -2227,7 +2246,7 @@ class Sandbox:
 #   where GitHub lets nobody approve their own.
 # - HTML comments and invisible characters are removed from text that people write on
 #   GitHub, and so is everything after a <!-- without an end. Text that is hidden there in
-#   other ways, such as in the title of a link, is not removed.
+#   other ways is not removed, such as <?...?>, <![CDATA[...]]> or the title of a link.
 
 GITHUB_TIMEOUT = 30.0  # seconds that GitHub has to answer
 GITHUB_ATTEMPTS = 4  # how often a request to GitHub is sent, at most
@@ -2374,7 +2393,7 @@ INVISIBLE_RE = re.compile(
     "|[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0]"  # blank
     "|[\U000e0000-\U000e0fff]"  # tags, which spell invisible ASCII, and selectors
     "|[\ufe00-\ufe0f]"  # variation selectors
-    "|[\ufff9-\ufffb\U0001d173-\U0001d17a]"  # annotations, musical formatting
+    "|[\ufff0-\ufffb\U0001d173-\U0001d17a]"  # annotations, musical formatting
     "|[\U00013430-\U0001343f\U0001bca0-\U0001bca3]"  # hieroglyph and shorthand formatting
     "|[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters
 )
@@ -2503,7 +2522,8 @@ class GitHub:
         # Threads share these without a lock. Each step is atomic, and it does no harm if
         # two threads fetch the same token, or empty the same dict, at once.
         self._tokens: dict[Credential, tuple[str, float]] = {}  # each with its expiry
-        # By URL. GitHub answers 304 only if the reply would be the same now.
+        # By URL: each is always asked for with the same kind of credential. GitHub answers
+        # 304 only if the reply would be the same now.
         self._replies: dict[str, Reply] = {}
         # By repository and login: the monotonic time until which a refusal is remembered.
         self.access_refusals: dict[tuple[int, str], float] = {}
@@ -2623,7 +2643,7 @@ class GitHub:
             reply = self.send(url, self.token(credential), body)
             if 200 <= reply.status < 300:
                 return reply
-            if reply.status in (301, 302, 307, 308):
+            if reply.status in (301, 302, 307, 308):  # a POST stays a POST
                 url = urllib.parse.urljoin(url, reply.headers.get("Location", ""))
                 delay = 0.0
             elif reply.status == 401:
@@ -3172,7 +3192,8 @@ def default_test_command(config: Config, repository: Repository) -> str:
 
 # What the names of variables begin with that git at the remote does not inherit. The first
 # two would show the host's credentials in git's error messages. With the others, which a
-# hook that starts codebot may have, git would work in the hook's repository.
+# hook that starts codebot may have, git would work in the hook's repository. (GIT_DIR has
+# no effect: --git-dir overrides it.)
 UNWANTED_GIT_NAMES = (
     "GIT_TRACE",
     "GIT_CURL_VERBOSE",
@@ -3524,7 +3545,9 @@ class Mirror(GitDirectory):
 # The other methods read, or store something without changing a state.
 #
 # Known limitation: a new database, such as that of a new work directory, knows none of the
-# pull requests, and issues that still have the label become tasks again.
+# pull requests, and issues that still have the label become tasks again. If an older or
+# another database is put in place, the cleanup removes the workspaces and outboxes that it
+# does not know.
 
 # The states that each state may change to. Completed and failed are final.
 TRANSITIONS = {
@@ -3581,10 +3604,11 @@ CREATE TABLE jobs (
     --   'limit'               not classified: the pull request has had its reviews today
     request_kind TEXT NOT NULL DEFAULT '',
     -- For retries; see the table before run_steps. Times are in seconds since 1970.
-    interruptions INTEGER NOT NULL DEFAULT 0, -- crashes, and lost runs of the agent
+    interruptions INTEGER NOT NULL DEFAULT 0, -- crashes, and lost runs of the agent, since
+                                              -- work was last saved
     not_before REAL NOT NULL DEFAULT 0, -- when the job may start; 0: at once
     transient_since REAL NOT NULL DEFAULT 0, -- when its transient errors began; 0: none
-    cancel_requested INTEGER NOT NULL DEFAULT 0,
+    cancel_requested INTEGER NOT NULL DEFAULT 0, -- of a task; a review: JobRun.is_cancelled
     -- 1 once a task's push has begun: from then on it cannot be cancelled.
     push_started INTEGER NOT NULL DEFAULT 0,
     -- Progress, from which a job continues after a crash. A review has its task's
@@ -4537,8 +4561,9 @@ class Store:
     def request_kinds_of_last_day(self, task_id: str) -> list[str]:
         """Return the request kinds of a pull request's reviews of the last day.
 
-        Only started reviews count. Reviews by people without write access do not: they
-        are pending, or were deleted.
+        Only reviews that have started count, even if they are pending again. Those by
+        people without write access do not: they are pending, or were deleted at their
+        start.
         """
         return self._read(
             only_value,
@@ -4676,7 +4701,7 @@ class Store:
 DATABASE_RETRY_DELAY = 5.0  # seconds until a failed write to the database is retried
 MIN_GIT_TIMEOUT = 60.0  # seconds, at least, for a git command in a workspace
 MAX_EVENT_CHARS = 4000  # a longer event is truncated
-MAX_OUTPUT_EVENTS = 10_000  # kept from one run of the agent or of the tests
+MAX_OUTPUT_EVENTS = 10_000  # kept of one phase, from LIMITED_SOURCES
 # The sources of the events that count toward MAX_OUTPUT_EVENTS.
 LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")
 
@@ -5012,7 +5037,7 @@ class JobRun:
         self.log_event("phase", f"{phase}{suffix}")
 
     def time_left(self) -> float:
-        """Return the seconds left for the agent and the tests in all attempts together.
+        """Return the seconds left in this run for the agent and the tests, in all attempts.
 
         The first call starts the clock: at the checkout, or when a review is classified.
         Time that a slow network takes before that does not count.
@@ -5044,7 +5069,7 @@ class JobRun:
 # --- Workspace ---------------------------------------------------------------
 #
 # The agent can write anything into its workspace, so codebot runs git there only inside
-# the sandbox. codebot takes one thing from the workspace: the tree that the agent left. It
+# the sandbox. Of the files, codebot takes one thing: the tree that the agent left. It
 # makes the commit itself, in the outbox, a bare repository that bwrap does not show.
 #
 # One repository appears as
@@ -5056,7 +5081,8 @@ class JobRun:
 #
 # Known limitations:
 # - git unpacks, checks and compares the agent's objects outside the sandbox. A bug in git
-#   there would be a way to codebot.
+#   there would be a way to codebot. A file of millions of empty lines makes git take
+#   gigabytes of memory.
 # - "The tests passed" means that the command exited with 0 in a workspace where the agent
 #   could have changed the tests, and files in HOME that they read. An agent can have git
 #   record other contents than those that were tested, such as by a filter. What is recorded
@@ -5124,8 +5150,8 @@ in_other_index read-tree "$base" &&
 in_other_index apply --cached --whitespace=nowarn - &&
 tree=$(in_other_index write-tree) &&
 commit=$(g commit-tree -p "$base" -m codebot "$tree") &&
-g -c merge.directoryRenames=true cherry-pick --no-commit "$commit" >&2 && exit
-g diff --name-only --diff-filter=U
+g -c merge.directoryRenames=true cherry-pick --no-commit "$commit" >&2 && exit 0
+g diff --name-only --diff-filter=U # the files in conflict, if that is why it failed
 exit 1
 """
 # Variables that are set to 1 for the CLI.
@@ -5815,7 +5841,10 @@ class AgentRun:
         return {"summary": self.result.get("result")}
 
     def store_report(self, attempt: int) -> None:
-        """Store the run's summary; add its cost and turns, even if the run failed."""
+        """Store the run's summary; add its cost and turns, even if the run failed.
+
+        The first attempt's replaces that of an earlier run of the job.
+        """
         job = self.run.job
         words = str(self.answer().get("summary") or "")
         summary = self.run.redact.beginning(words, 100_000)
@@ -6252,6 +6281,9 @@ def test_and_commit(
 def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
     """Run the test command. If it fails, show the agent its output and try again.
 
+    The agent has run once. If attempt N of the tests fails, attempt N + 1 of the agent
+    follows.
+
     Returns the tree that passed, and how often the command ran. Raises JobFailed if the
     tests still fail or cannot be started.
     """
@@ -6613,7 +6645,8 @@ def prepare_answers(review: Review) -> None:
     if commit and not review.workspace.outbox.has_commit(commit):
         # The outbox was lost, for example when the host lost power. Start over.
         run.update(commit_id="", answers={})
-    # {}: the work is not done. Once it is, each thread has an answer, perhaps an empty one.
+    # {}: the work is not done (or there is none: the kinds "none" and "limit"). Once it is,
+    # each thread has an answer, perhaps an empty one.
     if not run.job.answers:
         for comment in review.comments:
             run.log_event("codebot", f"Comment by {comment.user}: {comment.text}")
@@ -6729,6 +6762,7 @@ def continue_session(
         )
     # The CLI would refuse to use the id of a broken session for a new one (tried).
     workspace.script('rm -rf "$HOME/.claude/projects"')
+    # The mirror's branch may be newer than the remote's. Here that does no harm.
     span = f"refs/heads/{review.task.base_name}...{base_commit}"
     diff = workspace.mirror.local_git(*GIT_DIFF, span, check=False)
     if diff.code != 0:  # the base is gone; perhaps it was merged
@@ -6847,7 +6881,10 @@ def reapply_change(review: Review, tip: str) -> None:
 
 
 def answer_threads(review: Review) -> None:
-    """Post one answer in each thread, unless an earlier run has done so."""
+    """Post one answer in each thread, unless an earlier run has done so.
+
+    If the reviewer wanted nothing, nothing is posted, not even an error.
+    """
     run = review.run
     comments = review.comments
     if run.job.request_kind == "none":
@@ -7075,7 +7112,8 @@ class Sync:
             github_repository.post_once(issue.number, text, marker)
         else:
             self.submit_issue(github_repository, issue, event)
-        # This event has been handled. Adding the label again makes another event.
+        # This event has been handled, even if there was an obstacle that is gone later.
+        # Adding the label again makes another event.
         self.store.add_label_event(event.id)
 
     def cancel_superseded(self, look: Look, event_id: int) -> None:
@@ -7112,7 +7150,7 @@ class Sync:
 
         GitHub's REST API reports only the time of an issue's latest change, not what was
         changed. A later comment could hide an edit, so every change counts.
-        An author with write access may edit the issue.
+        An author who has write access is trusted to edit the issue after the label, too.
         """
         if issue.author and github_repository.has_write_access(issue.author):
             return False
@@ -7253,10 +7291,10 @@ class Ending(NamedTuple):
 def run_job(codebot: Codebot, job: Job) -> None:
     """Run a job to its end, or until it is pending again.
 
-    A review that fails is run a second time, to tell its reviewer: store_failure stores
-    the error, with which run_steps takes the steps of report_failure. These post the error
-    and raise it again, so the review ends as failed. If they are skipped, that ends the
-    review, too. If they have to be retried, the next run begins with them.
+    A review that fails takes a second list of steps, to tell its reviewer. store_failure
+    stores the error in the job. So run_steps then takes the steps of report_failure, which
+    post the error and raise it again: the review ends as failed. If they are skipped, that
+    ends the review, too. If they have to be retried, the next run begins with them.
     """
     run = JobRun(codebot, job)
     codebot.running[job.id] = run
@@ -7379,6 +7417,7 @@ def ending_after_transient_error(
     job = run.job
     now = time.time()
     costs_money = run.agent_ran_since_save
+    # With the interruption that this run would add, require_may_run would refuse the next.
     is_too_often = costs_money and job.interruptions + 1 >= MAX_INTERRUPTIONS
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     if is_too_often or now > give_up_at:
@@ -7404,7 +7443,8 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
         return False
     if run.is_cancelled or ending.reason == "cancelled":
         return False
-    # The phase is this run's: each run begins with "" (see Store._transition).
+    # In the phase "answer", it was the posting that failed. (The phase is this run's: each
+    # run begins with "", see Store._transition.)
     return not job.error and job.phase != "answer"
 
 
@@ -7556,6 +7596,7 @@ class Cleanup:
         # Workspaces are kept for the retention, and may still read from the mirror.
         retention = MIRROR_RETENTION + self.config.retention
         with contextlib.suppress(BlockingIOError), mirror.lock(wait=False) as lock:
+            # The time of the lock file is when the mirror was last used: see fetch_branch.
             if os.fstat(lock).st_mtime < time.time() - retention:
                 discard(self.config.work_dir, path)
             else:
@@ -8971,7 +9012,8 @@ def page(codebot: Codebot, request: Request) -> Response:
 #
 # Known limitations:
 # - Anybody who reaches the port, such as an agent, can make GitHub's deliveries fail by
-#   sending large unsigned ones, which use up MAX_BUFFERED_BYTES.
+#   sending large unsigned ones, which use up MAX_BUFFERED_BYTES, and can keep others out by
+#   opening connections faster than they send their requests.
 # - The agent can listen on every port that is free. If clients know codebot by a name with
 #   several addresses, such as an IPv4 and an IPv6 address, the agent may listen at one at
 #   which codebot does not, and be sent API keys. With TLS, clients notice. (For localhost,
@@ -9070,8 +9112,8 @@ class ConnectionTable:
     def __init__(self) -> None:
         # Guards _entries, and each entry. While it is held, nothing waits for a client.
         self._lock = threading.Lock()
-        # A connection moves to the end when it begins to wait for a request. So the first
-        # one has spent the longest time on its request, whatever its state.
+        # In the order in which they began to wait for their present request: then a
+        # connection moves to the end. So the first one has spent the longest time on it.
         self._entries: dict[socket.socket, Entry] = {}
 
     def add(self, connection: socket.socket) -> None:
@@ -9264,7 +9306,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except HTTPError as error:
             log_refusal(route.path, request, error)
             raise
-        request.read_body()
+        request.read_body()  # now, so that no handler waits for a client
         self.enter("handling")
         return route.handler(codebot, request, **parameters)
 
