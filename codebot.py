@@ -3361,11 +3361,19 @@ class GitDirectory:
         raise GitFailed(error)
 
     def has_commit(self, commit: str) -> bool:
-        result = self.local_git("cat-file", "-e", f"{commit}^{{commit}}", check=False)
-        return result.code == 0
+        return self.says_yes("cat-file", "-e", f"{commit}^{{commit}}")
 
     def is_ancestor(self, old: str, new: str) -> bool:
-        result = self.local_git("merge-base", "--is-ancestor", old, new, check=False)
+        return self.says_yes("merge-base", "--is-ancestor", old, new)
+
+    def says_yes(self, *args: str) -> bool:
+        """Return whether git exits with 0.
+
+        Raises TransientError if it was killed, perhaps for want of memory: that is no "no".
+        """
+        result = self.local_git(*args, check=False)
+        if result.code in SIGNAL_EXIT_CODES:
+            raise TransientError(f"git {args[0]} was killed: {result.error}")
         return result.code == 0
 
 

@@ -7999,6 +7999,16 @@ def test_full_disk_at_the_start_is_told(
         codebot.take_work_dir(config)
 
 
+def test_commit_is_not_lost_because_git_was_killed(tmp_path: Path) -> None:
+    # For want of memory, for example. The task's agent would run again.
+    (tmp_path / "git").write_text("#!/bin/sh\nkill -9 $$\n")
+    (tmp_path / "git").chmod(0o755)
+    config = codebot.Config(work_dir=str(tmp_path), search_path=str(tmp_path))
+    outbox = codebot.GitDirectory(config, str(tmp_path / "o"), codebot.do_nothing)
+    with pytest.raises(codebot.TransientError, match="git cat-file was killed"):
+        outbox.has_commit("1" * 40)
+
+
 def test_full_disk_of_remote_is_not_taken_for_our_own(tmp_path: Path) -> None:
     remote, own = tmp_path / "remote.git", tmp_path / "own.git"
     for path in (remote, own):
