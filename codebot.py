@@ -590,9 +590,9 @@ def parse_agent_env(text: str) -> Sequence[str]:
 
 
 # A rule owner/name=command. The owner and the name may contain wildcards. An empty command
-# means no tests.
+# means no tests. A comment is no command: sh would ignore it, and every test would pass.
 TEST_RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*=(.*)"
-# Not a command: a comment, which sh would ignore, so that every test would pass; and a rule
+# Not a command for all repositories: a comment, or a rule with a comment as its command or
 # with a URL or a path in place of owner/name.
 NO_COMMAND = r"#|[^\s=;&|]*/[^\s=;&|]*\s*="
 
@@ -609,7 +609,7 @@ def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
     rules = []
     for line in lines:
         rule = re.match(TEST_RULE, line)
-        if rule:
+        if rule and not rule[2].strip().startswith("#"):
             rules.append((rule[1], rule[2].strip()))
         elif len(lines) == 1 and not re.match(NO_COMMAND, line):
             rules.append(("*", line))

@@ -2608,6 +2608,12 @@ def test_empty_setting_means_the_default(variable: str) -> None:
             "must be one command, or lines",
         ),
         ("CODEBOT_TEST_COMMANDS", "# make", "must be one command, or lines"),
+        ("CODEBOT_TEST_COMMANDS", "a/b= # make", "must be one command, or lines"),
+        (
+            "CODEBOT_TEST_COMMANDS",
+            r"a/b=make\nc/d= # off",
+            "must be one command, or lines",
+        ),
         ("CODEBOT_TEST_COMMANDS", "https://a.b/c/*=tox", "must be one command, or"),
         ("CODEBOT_TEST_COMMANDS", "*/src/a.git=tox", "must be one command, or lines"),
         (
