@@ -1867,6 +1867,8 @@ SYSTEM_DIRECTORIES = (
     "/sys",
 )
 WORKSPACE_PARTS = ("repo", "home", "tmp")
+# What the names of temporary workspaces and patches begin with; tempfile appends to it.
+SCRATCH = "scratch_codebot_"
 NO_SANDBOX_WARNING = (
     "NO SANDBOX (CODEBOT_SANDBOX=none): the agent can read and change whatever codebot "
     "can, including the keys and the database"
@@ -2102,7 +2104,7 @@ def scratch_workspace(work_dir: str) -> Iterator[str]:
 
     Its directory "objects" stands in for a mirror's.
     """
-    with tempfile.TemporaryDirectory(prefix="scratch_", dir=work_dir) as directory:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=work_dir) as directory:
         for part in (*WORKSPACE_PARTS, "objects"):
             os.mkdir(f"{directory}/{part}")
         yield directory
@@ -4781,12 +4783,12 @@ def hold_lock(path: str, option: str, make_directory: bool) -> None:
 
 
 # The names of the directories that codebot makes in the work directory and may remove. The
-# names of others there, such as scratch_results, do not match.
+# names of others there, such as scratch_projects, do not match.
 REMOVABLE_RE = re.compile(
     r"""
       task_ ([A-Za-z0-9-]+_)? [0-9a-f]{7}  # see name_workspace
     | outbox_ [0-9a-f]{7} \.git
-    | scratch_ [a-z0-9_]{8}                # by tempfile
+    | scratch_codebot_ [a-z0-9_]{8}        # SCRATCH, and what tempfile appends
     | trash_ [0-9a-f]{32}
     """,
     re.VERBOSE,
@@ -5597,7 +5599,7 @@ class Workspace:
         """
         work_dir = self.config.work_dir
         # If codebot is killed, the next start removes scratch_*.
-        with tempfile.NamedTemporaryFile(prefix="scratch_", dir=work_dir) as file:
+        with tempfile.NamedTemporaryFile(prefix=SCRATCH, dir=work_dir) as file:
             self.outbox.local_git(
                 *GIT_DIFF,
                 "--binary",

@@ -8137,8 +8137,8 @@ def test_only_directories_of_jobs_may_be_removed(tmp_path: Path, path: str) -> N
 
 
 def test_directories_of_others_in_the_work_dir_stay(tmp_path: Path) -> None:
-    others = ["scratch_results", "trash_old", "task_notes"]
-    for name in [*others, "scratch_ab_12xyz"]:
+    others = ["scratch_projects", "trash_old", "task_notes"]
+    for name in [*others, "scratch_codebot_ab_12xyz"]:
         (tmp_path / name).mkdir()
     config = codebot.Config(work_dir=str(tmp_path), no_github=True, sandbox=("none",))
     app = codebot.Codebot(config)
