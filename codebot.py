@@ -10080,9 +10080,12 @@ def check_sandbox(codebot: Codebot) -> Iterator[Finding]:
     if not codebot.sandbox.is_none:
         yield Finding("ok", f"Sandbox: {codebot.sandbox.describe()}")
     if codebot.sandbox.is_bwrap:
-        shown = {*tool_directories(config)} - private_directories(config)
-        for directory in sorted(shown):
-            yield Finding("ok", f"The agent can read {directory}: PATH leads into it")
+        hidden = home_directories() | private_directories(config)
+        for directory in sorted({*tool_directories(config)} - hidden):
+            if os.path.exists(directory):
+                yield Finding(
+                    "ok", f"The agent can read {directory}: PATH leads into it"
+                )
     if not is_agent_missing(codebot):
         yield version_finding(shlex.join(command), result, "2.0")
 
