@@ -177,7 +177,7 @@ WHERE SECRETS GO
   With --no-github, git commands that contact the remote get the environment with which
   codebot was started, including listed variables, and the proxies and certificates of
   .env. Taken out are CODEBOT_API_KEYS, GITHUB_WEBHOOK_SECRET, the model's keys and address,
-  and variables that make git print a trace or work in another repository.
+  and variables that make git print a trace, use another repository or refuse to work.
   codebot writes none of these secrets into a named file. While a program runs, its
   input and output are in unlinked files (openssl's are a JWT's content and signature).
   But the agent's home keeps its session, with everything that the agent has printed.
@@ -3194,14 +3194,16 @@ def default_test_command(config: Config, repository: Repository) -> str:
 
 # What the names of variables begin with that git at the remote does not inherit. The first
 # two would show the host's credentials in git's error messages. With the others, which a
-# hook that starts codebot may have, git would work in the hook's repository. (GIT_DIR has
-# no effect: --git-dir overrides it.)
+# hook that starts codebot may have, git would work in the hook's repository, or refuse to.
+# (GIT_DIR has no effect: --git-dir overrides it.)
 UNWANTED_GIT_NAMES = (
     "GIT_TRACE",
     "GIT_CURL_VERBOSE",
     "GIT_COMMON_DIR",
     "GIT_NAMESPACE",
     "GIT_OBJECT_DIRECTORY",
+    "GIT_ALTERNATE_OBJECT_DIRECTORIES",
+    "GIT_QUARANTINE_PATH",
 )
 
 

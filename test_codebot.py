@@ -6827,6 +6827,8 @@ def test_secrets_are_redacted_from_failed_tasks(shared: Site) -> None:
         ("GIT_COMMON_DIR", False),  # a hook that starts codebot may have these
         ("GIT_NAMESPACE", False),
         ("GIT_OBJECT_DIRECTORY", False),
+        ("GIT_ALTERNATE_OBJECT_DIRECTORIES", False),
+        ("GIT_QUARANTINE_PATH", False),
     ],
 )
 def test_git_at_other_remote_gets_environment_without_secrets(
