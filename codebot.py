@@ -3237,8 +3237,10 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 # What a failure of git at the remote becomes, in git_with_token. The first line that
 # applies counts:
 #   a signal ended git or a part of it     TransientError
-#   "rejected]", by no fault of its own    GitFailed
-#   no login, a wrong one, or HTTP 403     GitAuthFailed: tried again with a new token
+#   "rejected]", by no fault of the        GitFailed
+#     remote's own
+#   no login, a wrong one, or HTTP 403     GitAuthFailed: at GitHub, tried again with a
+#                                          new token
 #   connection, TLS, 429, 5xx, full disk   TransientError
 #   anything else                          GitFailed
 # URLs and quoted names are removed first, because they may contain any words.
@@ -6070,9 +6072,9 @@ def run_task(run: JobRun) -> None:
       no commit_id                     everything
       commit_id, but no outbox         everything: it was lost
       commit_id and the outbox         push the commit, open the pull request
-      push_started                     find the branch's pull request; else push (which
-                                       fails without the outbox) and open it. The agent
-                                       never runs again.
+      push_started                     find the branch's pull request; else push (without
+                                       the outbox, that fails unless the remote has the
+                                       commit) and open it. The agent never runs again.
     """
     run.set_phase("clone")
     repository = look_up_repository(run)
@@ -7303,10 +7305,11 @@ class Ending(NamedTuple):
 def run_job(codebot: Codebot, job: Job) -> None:
     """Run a job to its end, or until it is pending again.
 
-    A review that fails takes a second list of steps, to tell its reviewer. store_failure
-    stores the error in the job. So run_steps then takes the steps of report_failure, which
-    post the error and raise it again: the review ends as failed. If they are skipped, that
-    ends the review, too. If they have to be retried, the next run begins with them.
+    A review that fails may take a second list of steps, to tell its reviewer: see
+    must_tell_reviewer. store_failure stores the error in the job. So run_steps then takes
+    the steps of report_failure, which post the error and raise it again: the review ends as
+    failed. If they are skipped, that ends the review, too. If they have to be retried, the
+    next run begins with them.
     """
     run = JobRun(codebot, job)
     codebot.running[job.id] = run
@@ -8110,7 +8113,7 @@ def task_logs(
 def follow_log(
     codebot: Codebot, task_id: str, after: int = 0
 ) -> Iterator[Sequence[Event]]:
-    """Yield a task's new events, [] if there are none at the moment: then wait.
+    """Yield a task's new events; [] if there are none now, and the caller should wait.
 
     Ends when no job can add any, or codebot is stopping.
     """
