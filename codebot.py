@@ -72,7 +72,7 @@ GLOSSARY
   answer         a comment in which codebot replies to a reviewer
   run            one pass of a worker over a job (JobRun); a retried job has several. Not
                  to be confused with a run of the agent (AgentRun), of which a job may need
-                 several; with CODEBOT_RUN, which names the codebot process and the job; and
+                 several, with CODEBOT_RUN, which names the codebot process and the job, or
                  with the command `run`.
   retry          a job runs again, after a transient error, a crash or a stop. (What a
                  client calls a retry of a failed task makes a new task.)
@@ -233,7 +233,7 @@ FILES in the work directory
   codebot.db     the record of all jobs        codebot.lock   held by the one codebot here
   mirrors/       HOST/OWNER/NAME.git           task_*/        a task's workspace
   outbox_*.git   a task's outbox               launched/      a record of each launch
-  scratch_*      for one command               trash_*/       being removed
+  scratch_codebot_*   for one command          trash_*/       being removed
   While codebot runs, Python's temporary files, with programs' output, are also there.
   A mirror and the database each have a .lock file beside them. CODEBOT_DATABASE may put
   the database elsewhere.
@@ -253,8 +253,8 @@ WHERE THE DANGEROUS THINGS ARE
                             has_commit, patch and push;
                             and all git commands in the mirror, which fetches these
                             objects once they are pushed
-  removing directories      remove_tree; scratch_* and the demo's by tempfile; in the
-                            sandbox, what Workspace.script runs
+  removing directories      remove_tree; scratch directories and the demo's by
+                            tempfile; in the sandbox, what Workspace.script runs
   fork and exec             fork_watchdog; serve_command, with --debug
   calls of the C library    set_up_process
   SQL                       Store, and the steps of its transactions above it
@@ -1610,8 +1610,8 @@ def launch_record(config: Config, workspace_path: str) -> pathlib.Path:
 def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") -> bool:
     """End what a launcher left running in a workspace, if anything.
 
-    Returns False only if CODEBOT_LAUNCHER_STOP has failed. Acts only if the record begins
-    with ``record_prefix``: "" for any launch, the tag of a codebot process for its
+    Returns False if CODEBOT_LAUNCHER_STOP has failed or is not set. Acts only if the record
+    begins with ``record_prefix``: "" for any launch, the tag of a codebot process for its
     launches, STOP_FAILED for one whose stop has failed.
     """
     record = launch_record(config, workspace_path)
@@ -1694,7 +1694,8 @@ class LaunchedProgram(RunningProgram):
     def has_exited(self) -> bool:
         """Return whether the launcher has exited.
 
-        One that prints nothing for RESULT_GRACE, although the program has exited, counts.
+        It counts as exited, too, if it prints nothing for RESULT_GRACE after the program's
+        end.
         """
         silence = time.monotonic() - self.last_output
         is_late = self.node_code is not None and silence > RESULT_GRACE
@@ -2248,7 +2249,8 @@ class Sandbox:
 #   where GitHub lets nobody approve their own.
 # - HTML comments and invisible characters are removed from text that people write on
 #   GitHub, and so is everything after a <!-- without an end. Text that is hidden there in
-#   other ways is not removed, such as <?...?>, <![CDATA[...]]> or the title of a link.
+#   other ways is not removed, such as in <?...?>, in <![CDATA[...]]> or in the title of a
+#   link.
 
 GITHUB_TIMEOUT = 30.0  # seconds that GitHub has to answer
 GITHUB_ATTEMPTS = 4  # how often a request to GitHub is sent, at most
@@ -2395,7 +2397,7 @@ INVISIBLE_RE = re.compile(
     "|[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0]"  # blank
     "|[\U000e0000-\U000e0fff]"  # tags, which spell invisible ASCII, and selectors
     "|[\ufe00-\ufe0f]"  # variation selectors
-    "|[\ufff0-\ufffb\U0001d173-\U0001d17a]"  # annotations, musical formatting
+    "|[\ufff0-\ufffb\U0001d173-\U0001d17a]"  # unassigned, annotations, music
     "|[\U00013430-\U0001343f\U0001bca0-\U0001bca3]"  # hieroglyph and shorthand formatting
     "|[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters
 )
@@ -3193,9 +3195,9 @@ def default_test_command(config: Config, repository: Repository) -> str:
 
 
 # What the names of variables begin with that git at the remote does not inherit. The first
-# two would show the host's credentials in git's error messages. With the others, which a
-# hook that starts codebot may have, git would work in the hook's repository, or refuse to.
-# (GIT_DIR has no effect: --git-dir overrides it.)
+# two would show the host's credentials in git's error messages. A hook that starts codebot
+# may have the others. With them, git would use the hook's repository or its objects, or
+# refuse to update references. (GIT_DIR has no effect: --git-dir overrides it.)
 UNWANTED_GIT_NAMES = (
     "GIT_TRACE",
     "GIT_CURL_VERBOSE",
@@ -3237,8 +3239,8 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 # What a failure of git at the remote becomes, in git_with_token. The first line that
 # applies counts:
 #   a signal ended git or a part of it     TransientError
-#   "rejected]", by no fault of the        GitFailed
-#     remote's own
+#   "rejected]", unless the remote itself  GitFailed
+#     is at fault
 #   no login, a wrong one, or HTTP 403     GitAuthFailed: at GitHub, tried again with a
 #                                          new token
 #   connection, TLS, 429, 5xx, full disk   TransientError
@@ -3560,8 +3562,8 @@ class Mirror(GitDirectory):
 #
 # Known limitation: a new database, such as that of a new work directory, knows none of the
 # pull requests, and issues that still have the label become tasks again. If an older or
-# another database is put in place, the cleanup removes the workspaces and outboxes that it
-# does not know.
+# another database is put in place, the cleanup removes the workspaces and outboxes that
+# this database does not know.
 
 # The states that each state may change to. Completed and failed are final.
 TRANSITIONS = {
@@ -3622,7 +3624,8 @@ CREATE TABLE jobs (
                                               -- work was last saved
     not_before REAL NOT NULL DEFAULT 0, -- when the job may start; 0: at once
     transient_since REAL NOT NULL DEFAULT 0, -- when its transient errors began; 0: none
-    cancel_requested INTEGER NOT NULL DEFAULT 0, -- of a task; a review: JobRun.is_cancelled
+    -- Only of a task; for a review see JobRun.is_cancelled.
+    cancel_requested INTEGER NOT NULL DEFAULT 0,
     -- 1 once a task's push has begun: from then on it cannot be cancelled.
     push_started INTEGER NOT NULL DEFAULT 0,
     -- Progress, from which a job continues after a crash. A review has its task's
@@ -4575,9 +4578,8 @@ class Store:
     def request_kinds_of_last_day(self, task_id: str) -> list[str]:
         """Return the request kinds of a pull request's reviews of the last day.
 
-        Only reviews that have started count, even if they are pending again. Those by
-        people without write access do not: they are pending, or were deleted at their
-        start.
+        A pending review counts only if an earlier run has classified it. One by a person
+        without write access does not count: it is pending, or was deleted at its start.
         """
         return self._read(
             only_value,
@@ -4715,7 +4717,7 @@ class Store:
 DATABASE_RETRY_DELAY = 5.0  # seconds until a failed write to the database is retried
 MIN_GIT_TIMEOUT = 60.0  # seconds, at least, for a git command in a workspace
 MAX_EVENT_CHARS = 4000  # a longer event is truncated
-MAX_OUTPUT_EVENTS = 10_000  # kept of one phase, from LIMITED_SOURCES
+MAX_OUTPUT_EVENTS = 10_000  # kept of each attempt of a phase, from LIMITED_SOURCES
 # The sources of the events that count toward MAX_OUTPUT_EVENTS.
 LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")
 
@@ -5095,8 +5097,8 @@ class JobRun:
 #
 # Known limitations:
 # - git unpacks, checks and compares the agent's objects outside the sandbox. A bug in git
-#   there would be a way to codebot. A file of millions of empty lines makes git take
-#   gigabytes of memory.
+#   there would be a way to codebot. For 50 million empty lines (50 MB), git takes
+#   2 GB of memory.
 # - "The tests passed" means that the command exited with 0 in a workspace where the agent
 #   could have changed the tests, and files in HOME that they read. An agent can have git
 #   record other contents than those that were tested, such as by a filter. What is recorded
@@ -5602,7 +5604,7 @@ class Workspace:
         Raises JobFailed if it is too large to keep in memory.
         """
         work_dir = self.config.work_dir
-        # If codebot is killed, the next start removes scratch_*.
+        # If codebot is killed, the next start removes the file.
         with tempfile.NamedTemporaryFile(prefix=SCRATCH, dir=work_dir) as file:
             self.outbox.local_git(
                 *GIT_DIFF,
@@ -5635,7 +5637,8 @@ class Workspace:
 
 def outbox_path(config: Config, directory: str) -> str:
     """Return the path of the outbox that belongs to a task's directory."""
-    # task_[TICKET_]HEX. (scratch_..., for a classification, gets a path, but no outbox.)
+    # task_[TICKET_]HEX. (A scratch directory, for a classification, gets a path, too, but
+    # no outbox.)
     digits = directory.rpartition("_")[2]
     return f"{config.work_dir}/outbox_{digits}.git"
 
@@ -5857,7 +5860,7 @@ class AgentRun:
     def store_report(self, attempt: int) -> None:
         """Store the run's summary; add its cost and turns, even if the run failed.
 
-        The first attempt's replaces that of an earlier run of the job.
+        At attempt 1, the summary replaces any earlier one of the job.
         """
         job = self.run.job
         words = str(self.answer().get("summary") or "")
@@ -6073,8 +6076,9 @@ def run_task(run: JobRun) -> None:
       commit_id, but no outbox         everything: it was lost
       commit_id and the outbox         push the commit, open the pull request
       push_started                     find the branch's pull request; else push (without
-                                       the outbox, that fails unless the remote has the
-                                       commit) and open it. The agent never runs again.
+                                       the outbox, that fails unless the branch has the
+                                       commit already) and open it. The agent never runs
+                                       again.
     """
     run.set_phase("clone")
     repository = look_up_repository(run)
@@ -6296,7 +6300,7 @@ def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
     """Run the test command. If it fails, show the agent its output and try again.
 
     The agent has run once. If attempt N of the tests fails, attempt N + 1 of the agent
-    follows.
+    follows, unless N was the last or the command cannot be started.
 
     Returns the tree that passed, and how often the command ran. Raises JobFailed if the
     tests still fail or cannot be started.
@@ -6659,8 +6663,8 @@ def prepare_answers(review: Review) -> None:
     if commit and not review.workspace.outbox.has_commit(commit):
         # The outbox was lost, for example when the host lost power. Start over.
         run.update(commit_id="", answers={})
-    # {}: the work is not done (or there is none: the kinds "none" and "limit"). Once it is,
-    # each thread has an answer, perhaps an empty one.
+    # {}: the work is not done (or there is none: the kinds "none" and "limit"). Once it is
+    # done, each thread has an answer, perhaps an empty one.
     if not run.job.answers:
         for comment in review.comments:
             run.log_event("codebot", f"Comment by {comment.user}: {comment.text}")
@@ -7126,8 +7130,8 @@ class Sync:
             github_repository.post_once(issue.number, text, marker)
         else:
             self.submit_issue(github_repository, issue, event)
-        # This event has been handled, even if there was an obstacle that is gone later.
-        # Adding the label again makes another event.
+        # This event counts as handled, even if the obstacle goes away later. Adding the
+        # label again makes another event.
         self.store.add_label_event(event.id)
 
     def cancel_superseded(self, look: Look, event_id: int) -> None:
@@ -7164,7 +7168,8 @@ class Sync:
 
         GitHub's REST API reports only the time of an issue's latest change, not what was
         changed. A later comment could hide an edit, so every change counts.
-        An author who has write access is trusted to edit the issue after the label, too.
+        An author who has write access is trusted: they may edit the issue even after the
+        label.
         """
         if issue.author and github_repository.has_write_access(issue.author):
             return False
@@ -7432,7 +7437,8 @@ def ending_after_transient_error(
     job = run.job
     now = time.time()
     costs_money = run.agent_ran_since_save
-    # With the interruption that this run would add, require_may_run would refuse the next.
+    # With the interruption that this run would add, require_may_run would refuse the next
+    # one.
     is_too_often = costs_money and job.interruptions + 1 >= MAX_INTERRUPTIONS
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     if is_too_often or now > give_up_at:
@@ -9028,7 +9034,7 @@ def page(codebot: Codebot, request: Request) -> Response:
 # Known limitations:
 # - Anybody who reaches the port, such as an agent, can make GitHub's deliveries fail by
 #   sending large unsigned ones, which use up MAX_BUFFERED_BYTES, and can keep others out by
-#   opening connections faster than they send their requests.
+#   opening many connections before those have sent their requests.
 # - The agent can listen on every port that is free. If clients know codebot by a name with
 #   several addresses, such as an IPv4 and an IPv6 address, the agent may listen at one at
 #   which codebot does not, and be sent API keys. With TLS, clients notice. (For localhost,
@@ -9127,8 +9133,8 @@ class ConnectionTable:
     def __init__(self) -> None:
         # Guards _entries, and each entry. While it is held, nothing waits for a client.
         self._lock = threading.Lock()
-        # In the order in which they began to wait for their present request: then a
-        # connection moves to the end. So the first one has spent the longest time on it.
+        # Ordered by when each began to wait for its present request: at that moment it
+        # moves to the end. So the first one has spent the longest time on its request.
         self._entries: dict[socket.socket, Entry] = {}
 
     def add(self, connection: socket.socket) -> None:
