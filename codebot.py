@@ -1822,6 +1822,9 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 #   that agent can read it, unless it is in a hidden directory.
 # - A file system that the host mounts while an agent runs, even because the agent named a
 #   path of an automounter, appears in bwrap, and it can be written there.
+# - If /proc is also mounted elsewhere, such as in a chroot, the agent can read the command
+#   lines of other processes there. With a setuid bwrap before 0.8, it may also be able to
+#   read the environment of codebot's git, with its token.
 # - The agent can connect to abstract sockets, and to sockets in directories that are not
 #   hidden, and write to named pipes there. It shares the host's kernel, without a filter of
 #   system calls, and may reach the kernel's keyrings of codebot's user. bwrap before 0.8
@@ -1895,13 +1898,13 @@ def is_inside(path: str, directory: str) -> bool:
 # What an agent in bwrap sees at a path. The innermost of these that holds the path counts;
 # at the same path, the lowest line.
 #   read-only   /      everything that is not listed here
+#   its own     /dev and /proc
 #   read-only   ~/X    if PATH leads into it: tool_directories
-#   hidden      /run, the homes, other mounts of /proc; the work directory and the
-#               directories of .env, keys and databases: private_directories
+#   hidden      /run, the homes; the work directory and the directories of .env, keys and
+#               databases: private_directories; /tmp/A, if anything in it is listed here
 #   read-only   the mirror's objects, the target of /etc/resolv.conf, and hidden files that
 #               CODEBOT_CLAUDE_COMMAND names: agent_program_files
 #   writable    the workspace's repo and home, and its tmp as /tmp
-# (If one of these is /tmp/A/B, /tmp/A is hidden, too: see sandbox_mounts.)
 
 
 def home_directories() -> set[str]:
