@@ -5100,8 +5100,8 @@ class JobRun:
 #
 # Known limitations:
 # - git unpacks, checks and compares the agent's objects outside the sandbox. A bug in git
-#   there would be a way to codebot. For 50 million empty lines (50 MB), git takes
-#   2 GB of memory.
+#   there would be a way to codebot. For a file of 20 million empty lines (20 MB), git takes
+#   850 MB of memory.
 # - "The tests passed" means that the command exited with 0 in a workspace where the agent
 #   could have changed the tests, and files in HOME that they read. An agent can have git
 #   record other contents than those that were tested, such as by a filter. What is recorded
