@@ -2943,12 +2943,15 @@ class GitHubRepository:
     # Reactions and answers
 
     def react(self, paths: Iterable[str]) -> None:
-        """Add "eyes" reactions. If one of them fails, the rest is left out."""
-        try:
-            for path in paths:
+        """Add "eyes" reactions. If GitHub does not answer, the rest is left out."""
+        for path in paths:
+            try:
                 self.post(f"{path}/reactions", {"content": "eyes"})
-        except (GitHubError, TransientError) as error:
-            log.info("Could not add reactions: %s", error)
+            except GitHubError as error:
+                log.info("Could not add a reaction to %s: %s", path, error)
+            except TransientError as error:
+                log.info("Could not add reactions: %s", error)
+                return
 
     def post_once(
         self, number: int, body: str, marker: str, inline_thread: int = 0

@@ -9690,6 +9690,14 @@ def test_failed_reaction_holds_up_no_review(limited: Site) -> None:
     assert limited.repository.count(pattern) == 1
 
 
+def test_refused_reaction_leaves_out_no_other(limited: Site) -> None:
+    pull = open_pull(limited)
+    limited.repository.fail("POST /pulls/comments/*/reactions", 404)
+    limited.person("alice").review("", "Why?", "And why here?")
+    assert pull.review()["status"] == "completed"
+    assert len(pull.reactions()) == 1
+
+
 @pytest.fixture
 def sync(tmp_path: Path) -> codebot.Sync:
     app = codebot.Codebot(codebot.Config(work_dir=str(tmp_path)))
