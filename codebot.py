@@ -9521,6 +9521,9 @@ class Server(http.server.ThreadingHTTPServer):
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_INTERVAL
             self.connections.drop_late(now)
+            # Since Python 3.12, a race in the pool can count a busy thread as an idle one.
+            # A connection then waits for a thread until there is another task.
+            self._pool.submit(do_nothing)
 
     # Called by the connections' threads
 

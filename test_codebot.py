@@ -11989,6 +11989,19 @@ def test_flood_of_connections_does_not_refuse_a_request(crowded_site: Site) -> N
             assert crowded_site.api.get("/health").status == 200
 
 
+def test_pool_that_miscounts_its_idle_threads_answers_soon(tmp_path: Path) -> None:
+    config = codebot.Config(host="127.0.0.2", port=0, work_dir=str(tmp_path))
+    with codebot.Server(codebot.Codebot(config)) as server:
+        # A race in Python's pool does this: a thread that does not exist counts as idle.
+        server._pool._idle_semaphore.release()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = server.server_address
+        with socket.create_connection(address, timeout=10) as client:
+            client.sendall(raw_request("GET /health HTTP/1.0"))
+            assert client.recv(9) == b"HTTP/1.1 "
+        server.shutdown()
+
+
 def has_ipv6() -> bool:
     try:
         with socket.socket(socket.AF_INET6) as probe:
