@@ -16,8 +16,8 @@ cat and grep).
     python3 codebot.py run     run one task in the foreground
 
 HOW TO READ THIS FILE
-  Read it once, from the top. Code calls only what is above it or in its own section;
-  within a section the order is free. Comments may mention what comes later.
+  Read it once, from the top. Code calls only what is above it or in its own section.
+  Comments may mention what comes later.
   `run_task`, `run_review` and `report_failure` list the steps of a job.
   A table in `run_steps` says what each exception does to a job.
     I.   The boundary   how codebot runs programs, asks GitHub, and uses git
@@ -42,8 +42,7 @@ GLOSSARY
   job            a unit of work in the store: a task or a review
   task           a request to change a repository; ends in a pull request or, with
                  --no-github, in a pushed branch
-  review         a job that answers one reviewer's comments on one of codebot's pull
-                 requests
+  review         a job that answers one reviewer's comments on a pull request of codebot's
   GitHub review  what a person submits on a pull request at GitHub: a text and comments on
                  lines; to codebot, these are comments
   state          of a job: pending, running, completed or failed (the column and the API's
@@ -70,10 +69,9 @@ GLOSSARY
   marker         an HTML comment at the end of a comment of codebot's. A retry that finds it
                  does not post the comment again.
   answer         a comment in which codebot replies to a reviewer
-  run            one pass of a worker over a job (JobRun); a retried job has several. Not
-                 to be confused with a run of the agent (AgentRun), of which a job may need
-                 several, with CODEBOT_RUN, which names the codebot process and the job, or
-                 with the command `run`.
+  run            one pass of a worker over a job (JobRun); a retried job has several. Other
+                 things with this name: a run of the agent (AgentRun), CODEBOT_RUN (which
+                 names the codebot process and the job), and the command `run`
   retry          a job runs again, after a transient error, a crash or a stop. (What a
                  client calls a retry of a failed task makes a new task.)
   launcher       a command line that starts the agent and the tests on a node, which is
@@ -92,8 +90,7 @@ WHO IS TRUSTED WITH WHAT
   A reviewer, and a person who labels an issue   have an effect only if GitHub reports
                  that they have write access to the repository. GitHub is asked at every
                  start of a review, before the agent of an issue's task runs, and again
-                 before a commit is pushed. A refusal is remembered for a minute. Otherwise
-                 each question is a request. (GitHub may answer 304: as before.)
+                 before a commit is pushed. Only a refusal is remembered, for a minute.
                  Nobody else at GitHub can start the agent, but the text of a labeled issue
                  may be anyone's. Anyone's comment is stored as a pending review.
   Others at GitHub   can stop work, if GitHub lets them remove the label, or close or lock
@@ -138,10 +135,9 @@ WHO IS TRUSTED WITH WHAT
 
 WHAT LEAVES THE HOST
   to GitHub      requests sent by GitHub.send: for tokens, queries, reactions, pull
-                 requests, answers, and comments on issues. They contain
-                 words of the task, of the reviewer and of the agent, file names, the
-                 test command, the end of a failing test's output, time and cost, and
-                 error messages, all redacted.
+                 requests, answers, and comments on issues. They contain words of the task,
+                 of the reviewer and of the agent, file names, the test command, the end of
+                 a failing test's output, time and cost, and error messages, all redacted.
                  git lists branches, fetches and, after the checks by fsck and
                  DiffScanner, pushes the commit to codebot's own branch u/codebot/...,
                  whose name has the ticket's id and words of the task.
@@ -158,11 +154,10 @@ WHAT LEAVES THE HOST
 
 WHERE SECRETS GO
   API keys, webhook secret   nowhere; a key is only compared, and the secret only verifies
-                             signatures. (`demo --keep` prints the key that it has
-                             made.) The database, the log and what clients get name a
-                             client by 8 hexadecimal digits of its key's SHA-256 and by
-                             its address. The page keeps its key in the browser's
-                             session.
+                             signatures. (`demo --keep` prints the key that it made.)
+                             The database, the log and what clients get name a client
+                             by 8 hexadecimal digits of its key's SHA-256 and by its
+                             address. The page keeps its key in the browser's session.
   the App's key              from its file to openssl, by the file's name; codebot reads
                              it, and the TLS key, to redact them
   the TLS key                from its file to Python's ssl
@@ -249,10 +244,9 @@ WHERE THE DANGEROUS THINGS ARE
   what the agent sees       sandbox_mounts, bwrap_command, and Workspace.environment
   git on an agent's objects, outside the sandbox
                             fetch_into_outbox, which has fsck check them; then
-                            collect_tree, write_commit, inspect_commit,
-                            has_commit, patch and push;
-                            and all git commands in the mirror, which fetches these
-                            objects once they are pushed
+                            collect_tree, write_commit, inspect_commit, has_commit, patch
+                            and push; and all git commands in the mirror, which fetches
+                            these objects once they are pushed
   removing directories      remove_tree; scratch directories and the demo's by
                             tempfile; in the sandbox, what Workspace.script runs
   fork and exec             fork_watchdog; serve_command, with --debug
