@@ -340,8 +340,7 @@ class ConfigError(Exception):
 class HTTPError(Exception):
     """Refuses a request with an HTTP status and a message.
 
-    Codebot.submit raises it for the sync thread, too, which then tries again later, and for
-    `run`, which prints it.
+    Codebot.submit also raises it for the sync thread and for `run`.
     """
 
     def __init__(
@@ -385,8 +384,7 @@ class Cancelled(Exception):
 class LimitReached(Exception):
     """A program was ended by a limit.
 
-    The message is a predicate, such as "took more than 5 s". The caller puts the name of
-    the program before it.
+    The message is a predicate, such as "took more than 5 s". Callers add the program.
     """
 
 
@@ -443,8 +441,7 @@ def os_error_text(error: OSError) -> str:
 def find_paths(directory: str, pattern: str) -> list[str]:
     """Return the paths below a directory that match a pattern.
 
-    Unlike glob(), it also finds names that begin with a dot, and the directory's own path
-    may contain wildcards.
+    Unlike glob(), it finds names with a leading dot, and takes ``directory`` literally.
     """
     return [str(path) for path in pathlib.Path(directory).glob(pattern)]
 
@@ -492,8 +489,8 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 Flags = Mapping[str, Any]  # of the command line, by name; main() adds the umask
 
 
-# Parsers of settings. A parser refuses a text by raising ValueError. The message completes
-# a sentence that begins with the setting's name. `str` and `bool` also serve as parsers.
+# Parsers of settings. One that refuses a text raises ValueError, whose message completes a
+# sentence that begins with the setting's name.
 
 
 def split_commas(text: str) -> Sequence[str]:
@@ -586,8 +583,8 @@ def parse_agent_env(text: str) -> Sequence[str]:
 # A rule owner/name=command. The owner and the name may contain wildcards. An empty command
 # means no tests. A comment is no command: sh would ignore it, and every test would pass.
 TEST_RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*=(.*)"
-# Not a command for all repositories: a comment, or a rule with a comment as its command or
-# with a URL or a path in place of owner/name.
+# Not a command for all repositories: a comment, or a rule whose command is a comment or
+# whose owner/name is a URL or a path.
 NO_COMMAND = r"#|[^\s=;&|]*/[^\s=;&|]*\s*="
 
 
@@ -696,16 +693,12 @@ class Config:
     )
     tls_key: str = setting("", str, "", "private key (PEM)")
     debug: bool = setting("", bool, False, "verbose log; restart on changes")
-    # The remaining fields are not set by people. The first is the path of .env, which
-    # need not exist.
-    env_file: str = ""
-    # The umask with which codebot was started: read_config sets it. The agent, the tests
-    # and scripts (in private directories) and git at the remote run with it; all else runs
-    # with PRIVATE_UMASK.
+    # The remaining fields are not set by people.
+    env_file: str = ""  # the path of .env, which need not exist
+    # The umask with which codebot was started. FILES, above, says which programs have it;
+    # all else has PRIVATE_UMASK.
     umask: int = PRIVATE_UMASK
-    # The value of CODEBOT_RUN in every program that codebot starts, by which it finds the
-    # processes that they left running. For a job's programs it ends with the job's id.
-    run_tag: str = ""
+    run_tag: str = ""  # the value of CODEBOT_RUN: see base_environment
     # .env and the environment, with all their secrets
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -738,8 +731,7 @@ class Config:
     def secret_files(self) -> list[str]:
         """The files whose directories the sandbox hides.
 
-        A missing .env hides no directory, so that codebot can start in / if it gets its
-        settings from the environment.
+        A missing .env hides none, so that codebot can start in / without one.
         """
         paths = [self.env_file, self.key_file, self.tls_key]
         return [os.path.realpath(path) for path in paths if os.path.exists(path)]
@@ -831,8 +823,7 @@ def read_settings(
 def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
     """Yield a sentence for each required setting that is not set.
 
-    It looks at the variables, because a setting with a bad value is not missing:
-    read_settings has reported it.
+    It looks at the variables: a setting with a bad value, reported before, is not missing.
     """
     place = f"in {config.env_file}"
     if not os.path.exists(config.env_file):
@@ -857,7 +848,6 @@ def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
 
 
 def unreadable_files(config: Config) -> Iterator[str]:
-    """Yield a sentence for each configured file that cannot be read."""
     files = {"--tls-cert": config.tls_cert, "--tls-key": config.tls_key}
     if not config.no_github:
         files["GITHUB_APP_PRIVATE_KEY_PATH"] = config.key_file
@@ -875,7 +865,6 @@ def unreadable_files(config: Config) -> Iterator[str]:
 
 
 def conflicting_settings(config: Config) -> Iterator[str]:
-    """Yield a sentence for each setting that makes no sense, alone or with another."""
     if not split_commas(config.variables.get("CODEBOT_ALLOWED_REPOSITORIES", "*")):
         yield (
             "CODEBOT_ALLOWED_REPOSITORIES is empty. Name repositories, or use * to "
@@ -926,10 +915,10 @@ def is_allowed(config: Config, name: str) -> bool:
 
 
 def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
-    """Read the flags, the environment and ``.env`` in the current directory.
+    """Read the flags, the environment and ``.env``. Returns the settings and all problems.
 
-    Returns the settings, with the default in place of each bad value, and all problems.
-    Sets proxies and certificates in os.environ, where urllib and ssl find them.
+    A bad value is replaced by the default. Proxies and certificates are set in os.environ,
+    where urllib and ssl find them.
     """
     problems: list[str] = []
     env_file = os.path.abspath(".env")
@@ -962,8 +951,7 @@ def load_config(flags: Flags, is_server: bool = False) -> Config:
 
 
 # Control characters, which could confuse a terminal, and lone surrogates, which SQLite
-# does not accept. They are replaced in the log and in events. (INVISIBLE_RE is for text
-# from and for GitHub; CONTROL_CHARACTER_RE, for a task's fields.)
+# does not accept. They are replaced in the log and in events.
 UNPRINTABLE_RE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 GITHUB_TOKEN_RE = re.compile(r"(gh[a-z]|github_pat)_[A-Za-z0-9._-]{36,}")
 MIN_REDACTED_LENGTH = 6  # redacting a shorter secret could mask ordinary words
@@ -1006,8 +994,7 @@ class Redactor:
 
     def __call__(self, text: str) -> str:
         """Return ``text`` without secrets, terminal codes and unprintable characters."""
-        # A program may print a secret in two colors. (This protects against accidents.
-        # Somebody who wants to hide a secret has other ways.)
+        # A program may print a secret in two colors.
         text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
         for secret in self._secrets:
             text = text.replace(secret, "***")
@@ -1017,14 +1004,12 @@ class Redactor:
     def beginning(self, text: str, length: int) -> str:
         """Return the beginning of a text without secrets, at most ``length`` characters.
 
-        The rest is not looked at, because redacting megabytes takes time. A text that is
-        cut also loses as many characters as the longest secret has: some thousands, if that
-        is the App's key in base64.
+        The rest is not looked at, because redacting megabytes takes time. A cut text also
+        loses as many characters as the longest secret has: thousands, if that is a key.
         """
         if len(text) <= length:
             return self(text)
-        # The cut may leave the beginning of a secret. That is shorter than the longest
-        # secret, so as many characters as that has are cut off, too.
+        # The cut may leave the beginning of a secret, which is shorter than the longest.
         longest = max(map(len, self._secrets), default=0)
         redacted = self(text[:length])
         return redacted[: max(0, len(redacted) - longest)]
@@ -1058,8 +1043,7 @@ class LogFormatter(logging.Formatter):
 #     the password of an address with a login: login_secrets
 #     a whole address with a query or parameters: ADDRESS_WITH_QUERY_RE
 #
-# Matches names of variables such as GH_AUTH, AUTHORIZATION and SENTRY_DSN, but not
-# GIT_AUTHOR_NAME.
+# Matches variables such as GH_AUTH, AUTHORIZATION and SENTRY_DSN, but not GIT_AUTHOR_NAME.
 SECRET_NAME_RE = re.compile(
     "token|key|secret|pass|pwd|cred|auth(?!or)|authoriz|bearer|dsn|header|jwt|cookie"
     "|session|webhook|_pat$",
@@ -1077,8 +1061,7 @@ SECRET_HEADER_RE = re.compile(
 def configured_secrets(config: Config) -> set[str]:
     """Return all secrets in the settings.
 
-    Each line of a secret with several lines, such as a key, is also a secret, except
-    lines like "-----BEGIN ...".
+    Each line of a secret is also a secret, except lines like "-----BEGIN ...".
     """
     variables = config.variables
     names = [*MODEL_KEY_NAMES, *OWN_SECRET_NAMES]
@@ -1147,9 +1130,9 @@ def login_secrets(word: str, is_proxy: bool) -> set[str]:
 # --- Programs ----------------------------------------------------------------
 #
 # codebot starts every program here, in a process group of its own. A program gets only
-# the environment that the caller lists. The one exception is git at the remote with
-# --no-github, which inherits codebot's environment: see remote_environment. CODEBOT_RUN
-# is in every environment. By it codebot finds processes that have left their group.
+# the environment that the caller lists, except git at the remote with --no-github, which
+# inherits codebot's: see remote_environment. CODEBOT_RUN is in every environment. By it
+# codebot finds processes that have left their group.
 
 GIT_TIMEOUT = 1800.0  # seconds for one git command
 MAX_OUTPUT_BYTES = 1 << 30  # a program is ended when its output file is larger
@@ -1163,8 +1146,7 @@ MAX_LINE_BYTES = 8 << 20  # a line is split after this, or up to READ_BYTES late
 READ_BYTES = 64 << 10  # of output read at a time; the limits are checked in between
 KEPT_LINES = 400  # how many of the last lines of a program's output are kept
 MAX_KEPT_CHARS = 10_000  # of each of these lines
-# With less free space codebot does not start, and the full disk is taken for the cause if a
-# program fails.
+# With less free space codebot does not start, and blames the disk if a program fails.
 FULL_DISK_BYTES = 1 << 20
 
 
@@ -1193,8 +1175,7 @@ DEFAULT_LIMITS = Limits()
 def raise_if_stop_arrives(check_stop: Callable[[], None]) -> None:
     """Raise what ``check_stop`` raises if that is why a program was ended by a signal.
 
-    systemd signals all processes of a service, and the program may end before codebot
-    gets its own signal.
+    systemd signals all processes of a service; codebot may get its own signal later.
     """
     time.sleep(0.3)  # seconds; systemd sends both signals within milliseconds
     check_stop()
@@ -1202,13 +1183,13 @@ def raise_if_stop_arrives(check_stop: Callable[[], None]) -> None:
 
 # How Popen or a shell reports that a program was ended by SIGTERM (15) or SIGKILL (9).
 SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
-# Lines that explain nothing: git's advice and empty lines, including a remote's.
+# git's advice and empty lines, including a remote's.
 NOISE_RE = re.compile(r"(hint:.*|remote:)?")
 CAUSE_RE = re.compile(r"(fatal|error|remote: error):|.*denied")
 # The last one is how musl says it.
 DISK_FULL = "No space left on device|Disk quota exceeded|: Quota exceeded"
-# Does not match when a remote reports that its own disk is full: "remote: fatal: ..."
-# Nor a file of that name: git, sh and bwrap print the reason at the end of a line.
+# Matches neither a remote's report of its own full disk, "remote: fatal: ...", nor a file
+# of that name: git, sh and bwrap print the reason at the end of a line.
 DISK_FULL_RE = re.compile(rf"^(?!remote:).*({DISK_FULL})\)?$", re.MULTILINE)
 
 
@@ -1227,7 +1208,7 @@ class ProgramResult(NamedTuple):
     def error(self) -> str:
         """Why it failed: the first line that names a cause, and the last three lines.
 
-        They are from standard error or, if that is empty, from standard output.
+        They are from standard error, unless that is empty.
         """
         lines = [line.strip() for line in self.stderr or self.stdout]
         lines = [line for line in lines if not NOISE_RE.fullmatch(line)]
@@ -1246,8 +1227,7 @@ def shown_by_terminal(line: str) -> str:
 class OutputFile:
     """A program's output, in an unlinked file that is read while it grows.
 
-    It is not a pipe, because the Claude CLI loses output when a pipe is full (seen with
-    2.1.197).
+    The Claude CLI loses output when a pipe is full (seen with 2.1.197).
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -1263,8 +1243,8 @@ class OutputFile:
     def read_lines(self, has_exited: bool) -> list[str]:
         """Return the new lines. A last line without a line end counts after the exit."""
         if self.size() < self._position:
-            # `>/dev/stdout` has emptied the file. Output since the last read is lost.
-            # (If as much has been written again, codebot does not notice.)
+            # The file was emptied. Output since the last read is lost. (If as much has been
+            # written again, codebot does not notice.)
             self._position = 0
             self._partial_line.clear()
         data = os.pread(self.file.fileno(), READ_BYTES, self._position)
@@ -1279,8 +1259,7 @@ class OutputFile:
         self._partial_line += rest
         if len(self._partial_line) > MAX_LINE_BYTES:
             lines.append(bytes(self._partial_line))
-            # The rest begins with the same character, which tells DiffScanner whether the
-            # line is new.
+            # The same first character: it tells DiffScanner whether the line is new.
             self._partial_line[:] = self._partial_line[:1] + b"(continued)"
         return [line.decode("utf-8", "replace").rstrip("\r") for line in lines]
 
@@ -1310,8 +1289,7 @@ class RunningProgram:
     stderr: OutputFile
     on_lines: LineHandler
     limits: Limits
-    # Whether codebot believes what the program prints about a full disk. Not if it is the
-    # agent: its words must not have a job retried.
+    # False for the agent: its words must not have a job retried.
     may_report_full_disk: bool
     started: float = dataclasses.field(default_factory=time.monotonic)
     last_output: float = dataclasses.field(default_factory=time.monotonic)
@@ -1371,8 +1349,7 @@ class RunningProgram:
             raise Stalled("printed nothing for too long")
 
     def exit_code(self) -> int:
-        # poll() is None only if the program has done its work and then could not be ended.
-        # Then its code does not matter.
+        # None: it has done its work but could not be ended, so the code does not matter.
         return self.child.poll() or 0
 
     def result(self) -> ProgramResult:
@@ -1506,8 +1483,7 @@ def tagged_processes(run_tag: str) -> list[int]:
     """Return the ids of the processes whose CODEBOT_RUN begins with ``run_tag``.
 
     So the tag of a codebot process finds those of all its jobs. No tag is the beginning of
-    another one by accident, because each of its parts has a fixed length: see
-    base_environment.
+    another one by accident, because its parts have fixed lengths: see base_environment.
     """
     needle = f"\0CODEBOT_RUN={run_tag}".encode()
     found = []
@@ -1568,16 +1544,15 @@ def copy_variables(config: Config, names: Iterable[str]) -> dict[str, str]:
 
 # --- Launcher ----------------------------------------------------------------
 #
-# Used only if CODEBOT_LAUNCHER is set; if it is not, skip this section. A launcher, such as
-# `srun`, starts the agent and the tests on a node of a cluster as soon as one is free. The
-# node sees the work directory at the same path.
+# Skip this section unless CODEBOT_LAUNCHER is set. A launcher, such as `srun`, starts the
+# agent and the tests on a node of a cluster as soon as one is free. The node sees the work
+# directory at the same path.
 
 
 def launcher_argv(command: Sequence[str], workspace_path: str) -> list[str]:
-    """Fill in {task} and {job} in CODEBOT_LAUNCHER or CODEBOT_LAUNCHER_STOP.
+    """Fill in {task}, the workspace's path, and {job} in a launcher's command line.
 
-    {task} is the path of the workspace. {job} is the name of a job of the cluster, the same
-    for every launch in this workspace.
+    {job} is the name of a job of the cluster, the same for every launch in this workspace.
     """
     job_name = f"codebot-{os.path.basename(workspace_path)}"
     return [
@@ -1588,8 +1563,8 @@ def launcher_argv(command: Sequence[str], workspace_path: str) -> list[str]:
 
 # A launched program may outlive codebot. So each launch has a record: for the workspace
 # NAME, the file launched/NAME. It holds the run's tag or, after a stop that failed,
-# STOP_FAILED. CODEBOT_LAUNCHER_STOP ends whatever runs. It must also succeed if nothing
-# runs, because the record is removed only when it has succeeded.
+# STOP_FAILED. The record is removed only when CODEBOT_LAUNCHER_STOP has succeeded, so that
+# must also succeed if nothing runs.
 #
 # The run itself stops the program; if codebot dies, its watchdog does. If that fails,
 # the cleanup, the next run in the same workspace and the next start of codebot try again.
@@ -1608,8 +1583,7 @@ def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") 
     launches, STOP_FAILED for one whose stop has failed.
     """
     record = launch_record(config, workspace_path)
-    # Without a record, nothing runs. The record is opened for writing because NFS requires
-    # that for an exclusive lock.
+    # Without a record, nothing runs. NFS wants it opened for writing, for exclusive locks.
     with contextlib.suppress(FileNotFoundError), open(record, "r+b") as lock:
         # Another thread, or an earlier server's watchdog, may be stopping the same launch.
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -1642,8 +1616,7 @@ def run_stop_command(config: Config, workspace_path: str) -> str:
     return "" if result.code == 0 else result.error
 
 
-# Runs a program on a node, between two lines with the sentinel, which is $0: see
-# LaunchedProgram.
+# Runs a program between two lines with the sentinel, which is $0: see LaunchedProgram.
 NODE_SCRIPT = """
 # An empty line comes first, as the launcher's last line may lack a line end.
 printf '\\n%s\\n' "$0"
@@ -1660,8 +1633,6 @@ printf '\\n%s\\n' "$0 $code"
 
 class LaunchedProgram(RunningProgram):
     """A launcher that was started, and the program that it runs on a node.
-
-    The program's limits apply from its start on a node.
 
     What is printed on standard output, and what it means:
         the launcher's lines    it waits for a node; kept with its standard error
@@ -1680,15 +1651,14 @@ class LaunchedProgram(RunningProgram):
         super().__init__(*args)
         self.sentinel = sentinel
         self.node_timeout = timeout  # seconds to wait for a node
-        self.on_start = on_start  # called when the program starts on a node
+        self.on_start = on_start
         self.is_on_node = False  # no longer waiting for a node
         self.node_code: int | None = None  # the exit code that was printed on the node
 
     def has_exited(self) -> bool:
         """Return whether the launcher has exited.
 
-        It counts as exited, too, if it prints nothing for RESULT_GRACE after the program's
-        end.
+        It also counts as exited after RESULT_GRACE of silence since the program's end.
         """
         silence = time.monotonic() - self.last_output
         is_late = self.node_code is not None and silence > RESULT_GRACE
@@ -1725,8 +1695,8 @@ class LaunchedProgram(RunningProgram):
             raise NoFreeNode("got no free node")
 
     def exit_code(self) -> int:
-        # Without an exit code from the node, something has ended the program or the node.
-        # This counts as a signal, because codebot's own stop may be the cause.
+        # Without an exit code from the node, this counts as ended by a signal, because
+        # codebot's own stop may be the cause.
         return -signal.SIGTERM if self.node_code is None else self.node_code
 
     def result(self) -> ProgramResult:
@@ -1741,7 +1711,7 @@ class LaunchedProgram(RunningProgram):
 
 
 class Launch(NamedTuple):
-    """How run_program runs a program on a node: by default, on this host instead."""
+    """How run_program runs a program on a node or, by default, on this host."""
 
     prefix: Sequence[str] = ()  # CODEBOT_LAUNCHER and NODE_SCRIPT, before the program
     program_type: Callable[..., RunningProgram] = RunningProgram
@@ -1789,9 +1759,8 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 #
 # All programs in a workspace (the agent, the tests, git) run in a sandbox: bwrap, a
 # command line of the operator's or, with CODEBOT_SANDBOX=none, nothing. In bwrap the
-# whole file system is read-only, and private directories are covered by empty ones. Of
-# the work directory, only the job's own directories and its repository's objects are
-# put back.
+# file system is read-only, and private directories are covered by empty ones. Of the work
+# directory, only the job's own directories and its repository's objects are put back.
 #
 # Known limitation of every sandbox: only the host limits an agent's processes, disk space
 # and memory. If it fills the disk of the work directory, jobs are retried for a time and
@@ -1806,11 +1775,10 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 #
 # Known limitations of bwrap:
 # - The agent can read whatever codebot's user can read outside of the hidden directories.
-#   The directory in HOME and the home of the user's account are hidden, but not the
-#   directories in them that PATH leads into, which `check` lists: with ~/.cargo/bin on
-#   PATH, the agent can read ~/.cargo/credentials.toml, and with ~/.config/yarn/bin all of
-#   ~/.config. Nor are the work directory and the TLS key of another codebot hidden: the
-#   agent of `run`, for example, can read those of a server that the same user runs.
+#   The homes are hidden, but not the directories in them that PATH leads into, which
+#   `check` lists: with ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml,
+#   and with ~/.config/yarn/bin all of ~/.config. Nor are the work directory and the TLS key
+#   of another codebot hidden: the agent of `run` can read those of the same user's server.
 # - If .env or a key is created while an agent runs, or is a symlink that is changed then,
 #   that agent can read it, unless it is in a hidden directory.
 # - A file system that the host mounts while an agent runs, even because the agent named a
@@ -1835,22 +1803,20 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 #   can hide from that start, too.
 #
 # Known limitations of a launcher and of other sandboxes:
-# - In another sandbox, what a command leaves running is found only by CODEBOT_RUN, as
-#   without a sandbox.
+# - In another sandbox, what a command leaves running is found as without a sandbox.
 # - With a launcher, the node sees the work directory. The directories that bwrap hides,
 #   and its version, are determined on this host; a directory that exists only on the node
 #   is not hidden there. On the node, an agent may outlive bwrap (see end_bwrap) until the
 #   cluster ends it.
-# - If CODEBOT_SANDBOX or CODEBOT_LAUNCHER changes the user, as sudo does, codebot cannot
-#   end the program. It does not wait for it, and cannot keep it from changing the workspace
-#   during later steps and runs.
+# - If CODEBOT_SANDBOX or CODEBOT_LAUNCHER changes the user, as sudo does, codebot can
+#   neither end the program nor keep it from changing the workspace during later steps and
+#   runs. It does not wait for it.
 # - The agent can write to the HOME that the programs of CODEBOT_SANDBOX and
 #   CODEBOT_LAUNCHER get and, without bwrap, to the directory in which they start. These
 #   programs must not read settings of their own from there, such as ~/.docker.
 
 PROBE_TIMEOUT = 30.0  # seconds to try the sandbox, and before that to get a node
-# Directories that programs need and that therefore cannot be covered. hiding_problems
-# adds the directories on PATH.
+# Programs need these, so they cannot be covered. hiding_problems adds those on PATH.
 SYSTEM_DIRECTORIES = (
     "/etc",
     "/usr/bin",
@@ -1979,8 +1945,8 @@ def agent_program_files(
 def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> list[Mount]:
     """Return bwrap's mounts over the read-only file system and the workspace's /tmp.
 
-    They are made in this order, and a later one covers an earlier one: what is hidden and
-    tool directories, an outer directory before an inner one; then the rest.
+    A later one covers an earlier one. First come what is hidden and tool directories, an
+    outer directory before an inner one; then the rest.
 
     For example, with HOME=/home/bot, ~/.local/bin on PATH, .env in /home/bot/run and the
     App's key in ~/.local/keys:
@@ -2012,8 +1978,7 @@ def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> list[Mo
     mounts = [Mount(option_by_path[path], path) for path in sorted(option_by_path)]
     mounts += [Mount(READ_ONLY, path) for path in visible]
     mounts += [Mount(WRITABLE, path) for path in writable]
-    # bwrap cannot mount on a missing path. A missing directory has nothing to hide, and
-    # the agent cannot create it on the host.
+    # bwrap cannot mount on a missing path. The agent cannot create one on the host.
     return [mount for mount in mounts if os.path.exists(mount.path)]
 
 
@@ -2022,8 +1987,7 @@ def bwrap_command(
 ) -> list[str]:
     """Return a bwrap command line, to which the command to run is appended."""
     argv = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
-    # Otherwise root could write /proc/sys/kernel/core_pattern, which names a program
-    # that runs outside the sandbox.
+    # Otherwise root could set kernel.core_pattern to a program, to run outside the sandbox.
     argv += ["--remount-ro", "/proc"]
     argv += [WRITABLE, f"{workspace_path}/tmp", "/tmp"]
     for option, path in sandbox_mounts(config, workspace_path, objects):
@@ -2057,8 +2021,7 @@ def end_bwrap(info: IO[bytes]) -> None:
             status = pathlib.Path(f"/proc/{process}/status").read_text()
         except OSError:
             # It has ended: then the signal has no effect. Or it has used PR_SET_DUMPABLE,
-            # and /proc is mounted with hidepid, which hides such a process from all but
-            # root.
+            # and /proc with hidepid shows such a process only to root.
             if os.geteuid() != 0:
                 signal_processes([process], signal.SIGKILL)
             return
@@ -2097,10 +2060,7 @@ def processes_in_workspaces(work_dir: str) -> list[int]:
 
 @contextlib.contextmanager
 def scratch_workspace(work_dir: str) -> Iterator[str]:
-    """Make a workspace without a repository, for one command.
-
-    Its directory "objects" stands in for a mirror's.
-    """
+    """Make a workspace without a repository, whose "objects" stands in for a mirror's."""
     with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=work_dir) as directory:
         for part in (*WORKSPACE_PARTS, "objects"):
             os.mkdir(f"{directory}/{part}")
@@ -2113,7 +2073,7 @@ class Sandbox:
     def __init__(self, config: Config) -> None:
         self.config = config
         # Only the exact setting `bwrap` gets the mounts above. `/usr/bin/bwrap` counts as
-        # a sandbox of the operator's. Without options of its own it fails probe().
+        # a sandbox of the operator's and, without options, fails probe().
         self.is_bwrap = config.sandbox == ("bwrap",)
         self.is_none = config.sandbox == ("none",)
         self.disable_userns = True
@@ -2229,10 +2189,9 @@ class Sandbox:
 # --- GitHub ------------------------------------------------------------------
 #
 # This section makes all requests to GitHub's REST API, and uses only GET and POST. To act
-# as the App itself, codebot signs a JWT with the App's key. For everything else it uses
-# installation tokens: the lookup token, which can only read metadata, and a token for each
-# repository, which can read and write its contents, pull requests and issues. A token
-# lives for an hour and is kept in memory only.
+# as the App itself, codebot signs a JWT with the App's key. For all else it uses tokens,
+# which are kept in memory only: the lookup token, which can only read metadata, and one for
+# each repository, which can read and write its contents, pull requests and issues.
 #
 # Known limitations:
 # - The App's key can do whatever the App may do at GitHub, and a repository's token can
@@ -2255,18 +2214,16 @@ MAX_INLINE_WAIT = 5.0  # seconds; if GitHub asks for a longer wait, the job is r
 MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, even if GitHub or a proxy asks for more
 # "workflows" is left out, so GitHub refuses a push that changes .github/workflows.
 TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "write"}
-# Which token a request uses. A repository's id, which is above 0, means that repository's
-# token; LOOKUP and AS_APP are the other two values.
+# Which token a request uses: a repository's id (above 0) stands for its own token.
 Credential = int
-LOOKUP = 0  # the lookup token, which can only read metadata
+LOOKUP = 0  # the lookup token
 AS_APP = -1  # the App's own JWT
 TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take 34 MB
 MAX_CACHED_REPLIES = 4000  # a poll takes about four for each open pull request
 MAX_CACHED_BYTES = 64 << 10  # of a reply; a longer one is not cached
-# Seconds until something new is visible in all parts of GitHub.
-VISIBILITY_DELAY = 50.0
+VISIBILITY_DELAY = 50.0  # seconds until something new is visible in all parts of GitHub
 # Raised by code that reads a response which does not have the documented shape.
 UNKNOWN_SHAPE_ERRORS = (
     AttributeError,
@@ -2289,8 +2246,7 @@ class AppRefused(TransientError):
     """The App's key cannot sign, or GitHub rejected a JWT or token, or issued no token.
 
     The App may be suspended for a while, so the job is retried. Only a task without a
-    commit fails at once (in look_up_repository), because then the App is usually not
-    installed on the repository.
+    commit fails at once (in look_up_repository): usually the App is not installed there.
     """
 
 
@@ -2373,8 +2329,7 @@ class LabelEvent(NamedTuple):
 class NoRedirects(urllib.request.HTTPErrorProcessor):
     """Returns every response as it is, including redirects and errors.
 
-    By itself, urllib would follow a redirect to another host, with the token, and would
-    raise an exception for an error.
+    By itself, urllib would follow a redirect to another host, with the token.
     """
 
     def http_response(self, request: object, response: Any) -> Any:
@@ -2402,8 +2357,8 @@ INVISIBLE_RE = re.compile(
 def visible_text(text: str) -> str:
     """Remove what people do not see on GitHub: HTML comments, then invisible characters.
 
-    For example, "a <!-- b --> c" becomes "a  c". In a block of HTML, GitHub hides all
-    text after a comment without an end. Here it is cut everywhere, and a note says so.
+    In a block of HTML, GitHub hides all text after a comment without an end. Here it is cut
+    everywhere, and a note says so.
     """
     comment_ends = HTML_COMMENT_RE.findall(text)
     visible = INVISIBLE_RE.sub("", HTML_COMMENT_RE.sub("", text))
@@ -2460,8 +2415,8 @@ def github_error_text(status: int, payload: Json) -> str:
 
 
 # Two temporary reasons for a status of 422: comments and pull requests are made too fast;
-# GitHub does not see a pushed branch, or its commit, yet. The quotes are single ones
-# because github_error_text appends GitHub's list of errors as Python prints it.
+# GitHub does not see a pushed branch, or its commit, yet. The quotes are single because
+# github_error_text appends GitHub's list of errors as Python prints it.
 TOO_FAST_RE = re.compile(r"submitted too quickly|'code': 'abuse'")
 BRANCH_NOT_SEEN_RE = re.compile("'field': 'head', 'code': 'invalid'|No commits between")
 
@@ -2505,8 +2460,7 @@ class GitHub:
     ) -> None:
         self.config = config
         self.redact = redact
-        # wait(seconds=0.0) raises StopRequested once the server stops.
-        self.wait = wait
+        self.wait = wait  # wait(seconds=0.0) raises StopRequested once the server stops
         self.api = config.github_api
         self.timeout = GITHUB_TIMEOUT
         self.attempts = GITHUB_ATTEMPTS
@@ -2515,15 +2469,14 @@ class GitHub:
         # GitHub's clock minus ours, in seconds, by the Date of the last response. (It is
         # slightly too small, because the response took some time to arrive.)
         self.clock_skew = 0.0
-        # No request is sent before this time: requests sent in spite of a rate limit may
-        # get the App banned.
+        # No request is sent before this time: ignoring a limit could get the App banned.
         self.silent_until = 0.0
         self._bot: Bot | None = None
         # Threads share these without a lock. Each step is atomic, and it does no harm if
         # two threads fetch the same token, or empty the same dict, at once.
         self._tokens: dict[Credential, tuple[str, float]] = {}  # each with its expiry
-        # By URL: each is always asked for with the same kind of credential. GitHub answers
-        # 304 only if the reply would be the same now.
+        # By URL, as each URL is always asked for with the same kind of credential. GitHub
+        # answers 304 only if the reply would be the same now.
         self._replies: dict[str, Reply] = {}
         # By repository and login: the monotonic time until which a refusal is remembered.
         self.access_refusals: dict[tuple[int, str], float] = {}
@@ -2650,9 +2603,8 @@ class GitHub:
                 if not is_token_renewed:
                     self.forget_token(credential)
                     is_token_renewed = True
-                # For some seconds, a new token may not be known everywhere at GitHub. So
-                # the next attempts come after 0, 1 and 2 seconds.
-                delay = float(attempt)
+                # For some seconds, a new token may not be known everywhere at GitHub.
+                delay = float(attempt)  # seconds: 0, 1, 2
             else:
                 raise_if_refused(reply)
                 delay = self.pause_before_attempt(reply, attempt)
@@ -2661,7 +2613,6 @@ class GitHub:
     def last_attempt_error(
         self, credential: Credential, reply: Reply
     ) -> TransientError:
-        """Return the error for the response to the last attempt."""
         if reply.status != 401:
             return TransientError(f"GitHub did not answer: {reply.error}")
         if credential != AS_APP:
@@ -2832,8 +2783,7 @@ class GitHubRepository:
 
     def __init__(self, github: GitHub, payload: JsonObject) -> None:
         self.github = github
-        # GitHub always sends an id. A server that imitates GitHub may send none; then the
-        # lookup token serves as the repository's.
+        # A server that imitates GitHub may send no id. Then the lookup token is used.
         self.id = int(payload.get("id") or LOOKUP)
         self.full_name = str(payload["full_name"])
         self.is_archived = bool(payload.get("archived"))
@@ -2850,8 +2800,7 @@ class GitHubRepository:
         try:
             return self.github.call(whole_path, self.id, body, find_existing).value
         except (GitHubError, TransientError):
-            # call() looks before each attempt. This covers the last one, and a refusal such
-            # as "already exists".
+            # call() does not look after the last attempt or a refusal ("already exists").
             existing = find_existing()
             if existing is None:
                 raise
@@ -2866,9 +2815,8 @@ class GitHubRepository:
     def has_write_access(self, login: str) -> bool:
         """Ask GitHub whether a person may write now. In doubt, they may not.
 
-        `author_association` in payloads is wrong for private members, so it is not
-        used. A refusal is remembered for a minute, so that a flood of comments by
-        strangers does not use up the rate limit.
+        `author_association` in payloads is wrong for private members, so it is not used. A
+        refusal is remembered, so that a flood of comments does not use up the rate limit.
         """
         refusals = self.github.access_refusals
         key = (self.id, login.lower())
@@ -3012,16 +2960,13 @@ class GitHubRepository:
 
 # --- Git ---------------------------------------------------------------------
 #
-# codebot gives git a credential only in git_with_token, and only in two kinds of
-# directories: mirrors and outboxes. In bwrap, an agent can write to neither. The
-# token is in git's environment, never in a URL, an argument or a file. In a workspace, git
-# runs only inside the sandbox.
+# codebot gives git a credential only in git_with_token, and only in mirrors and outboxes.
+# In bwrap, an agent can write to neither. The token is in git's environment, never in a
+# URL, an argument or a file. In a workspace, git runs only inside the sandbox.
 #
 # Known limitations:
-# - git unpacks what the remote sends without fsck. A bug in git there would be a way to
-#   codebot.
-# - Data that is removed from a repository at GitHub stays in the mirror, where later agents
-#   can read it.
+# - git unpacks what the remote sends without fsck. A bug in git would be a way to codebot.
+# - Data removed from a repository at GitHub stays in the mirror, where agents can read it.
 #
 # Known limitations of --no-github:
 # - If a client names a git server of its own, that server receives what the git
@@ -3029,16 +2974,15 @@ class GitHubRepository:
 # - If a client names a local repository to which an agent can write, hooks that the agent
 #   plants there run as codebot's user, outside the sandbox, when git pushes. codebot
 #   refuses repositories in its own work directory by their path, but not those in other
-#   work directories on this host, such as the ones that `run` leaves in /tmp, nor those
-#   that an ssh address reaches by another path.
+#   work directories, such as the ones that `run` leaves in /tmp, nor those that an ssh
+#   address reaches by another path.
 # - git before 2.45.1 (in the 2.39 series, before 2.39.4), when it pushes to a repository of
 #   another user on this host, runs that user's hooks as codebot.
 # - codebot's credential may be allowed to change workflows.
 
 # gc is off, because workspaces read the mirror's objects. Redirects are off, because they
-# would carry the token to another host. git gives up on a server that sends less than a
-# byte a second for 60 seconds. `core.fsync` (git 2.36) keeps a power cut from leaving
-# empty files. Without quotePath, file names are printed as they are.
+# would carry the token to another host. git gives up on a server that is silent for 60
+# seconds. `core.fsync` (git 2.36) keeps a power cut from leaving empty files.
 GIT = shlex.split(
     "git -c gc.auto=0 -c maintenance.auto=false -c core.fsync=all"
     " -c http.followRedirects=false -c http.lowSpeedLimit=1 -c http.lowSpeedTime=60"
@@ -3151,10 +3095,7 @@ def check_local_remote(config: Config, path: str) -> None:
 
 
 def parse_plain_remote(config: Config, url: str) -> Repository:
-    """Return the repository at any git remote, for --no-github.
-
-    Raises ValueError with the reason.
-    """
+    """Return the repository at any git remote. Raises ValueError with the reason."""
     if not PLAIN_REMOTE_RE.fullmatch(url):
         raise ValueError(
             "must be http(s):// without a user, ssh://, file://, user@host:path or /path"
@@ -3193,9 +3134,9 @@ def default_test_command(config: Config, repository: Repository) -> str:
     return ""
 
 
-# What the names of variables begin with that git at the remote does not inherit. The first
-# two would show the host's credentials in git's error messages. A hook that starts codebot
-# may have the others. With them, git would use the hook's repository or its objects, or
+# Variables that begin with these are not inherited by git at the remote. The first two
+# would show the host's credentials in git's error messages. A hook that starts codebot may
+# have set the others. With them, git would use the hook's repository or its objects, or
 # refuse to update references. (GIT_DIR has no effect: --git-dir overrides it.)
 UNWANTED_GIT_NAMES = (
     "GIT_TRACE",
@@ -3209,7 +3150,7 @@ UNWANTED_GIT_NAMES = (
 
 
 def remote_environment(config: Config, token: str) -> dict[str, str]:
-    """Return the environment in which git uses the remote, including the credential."""
+    """Return git's environment for the remote, including the credential."""
     env = base_environment(config)
     if config.no_github:
         # The host's own git configuration and ssh agent provide the credentials.
@@ -3292,10 +3233,7 @@ class GitDirectory:
         stdin: bytes = b"",
         on_lines: LineHandler = do_nothing,
     ) -> ProgramResult:
-        """Run git without a credential, on this host only.
-
-        With ``check`` it raises GitFailed if git fails.
-        """
+        """Run git locally, without a credential. With ``check``, raises GitFailed."""
         result = self.run_git(args, base_environment(self.config), stdin, on_lines)
         if check and result.code != 0:
             raise GitFailed(f"git {args[0]}: {result.error}")
@@ -3325,7 +3263,7 @@ class GitDirectory:
     def remote_git(self, repository: Repository, *args: str) -> ProgramResult:
         """Run git against the remote, and again with a new token if the first is refused.
 
-        The remote's URL is in ``args``. Raises TransientError or GitFailed.
+        Raises TransientError or GitFailed.
         """
         if repository.github_repository is None:
             return self.git_with_token("", *args)
@@ -3462,9 +3400,9 @@ class Mirror(GitDirectory):
     def fetch_branch(self, repository: Repository, branch: str) -> tuple[str, str]:
         """Ask the remote for the branch's tip; fetch all branches if the mirror lacks it.
 
-        Returns the branch's name and its tip at the remote. Callers must use this tip and
-        not the mirror's branch: if the remote's was reset to an older commit, nothing is
-        fetched, and the mirror's stays newer. Raises BranchNotFound.
+        Returns the branch's name and its tip at the remote. Callers must not use the
+        mirror's branch: if the remote's was reset to an older commit, nothing is fetched,
+        and the mirror's stays newer. Raises BranchNotFound.
         """
         with self.lock() as descriptor:
             os.utime(descriptor)  # tells Cleanup when the mirror was last used
@@ -3486,11 +3424,10 @@ class Mirror(GitDirectory):
         raise TransientError(f"The remote no longer has {commit}, the tip of {name}")
 
     def create_for(self, repository: Repository) -> None:
-        """Create the mirror, unless this repository already has one.
+        """Create the mirror, unless this repository already has one. The lock must be held.
 
         A mirror of another repository, which had the name before, is discarded: otherwise
-        an agent could read its contents. (With --no-github, codebot cannot know that.) The
-        lock must be held.
+        an agent could read its contents. (With --no-github, codebot cannot know that.)
         """
         repository_id = "unknown"  # with --no-github
         if repository.github_repository is not None:
