@@ -3475,8 +3475,7 @@ class Mirror(GitDirectory):
 
 
 # === II. The work ============================================================
-# All states of a job, all that is stored about it, what an agent receives, and what happens
-# to its work.
+# Every state, all that is stored, what an agent receives, and what happens to its work.
 
 # --- Store -------------------------------------------------------------------
 #
@@ -3709,7 +3708,7 @@ class SourceIssue(NamedTuple):
     label_event_id: int | None  # None: a client retried the task
 
 
-NO_ISSUE = SourceIssue(0, 0, "", None)  # for a task that comes from no issue
+NO_ISSUE = SourceIssue(0, 0, "", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4107,10 +4106,9 @@ class Store:
             return job
 
     def claim(self, job_id: str) -> Job | None:
-        """Start a job and return it, or None if it must not start or already has.
+        """Start a job and return it, or None if it already has or must not start yet.
 
-        If a job must not start yet, the timer queues it again. A job that is queued twice
-        starts only once.
+        If it must not start yet, the timer queues it again.
         """
         values = {"id": job_id, "now": time.time()}
         with self._transaction() as db:
@@ -4169,8 +4167,7 @@ class Store:
     def requeue_interrupted(self, interruptions: int) -> None:
         """Requeue all running jobs. ``interruptions``: 1 after a crash, 0 at a stop.
 
-        The time limit for retries begins anew at each start and stop, because time without
-        a server must not count.
+        The time limit for retries begins anew: time without a server must not count.
         """
         running = self._read(only_value, "SELECT id FROM jobs WHERE status = 'running'")
         for job_id in running:
@@ -4249,8 +4246,7 @@ class Store:
         """Return the id of the pending job that claim should start next, or None.
 
         ``was_delayed`` selects the jobs that a transient error has delayed, or all others.
-        The one that has been due for longest comes first. Among those that were never
-        delayed, whose not_before is 0, that is the oldest.
+        The one that has been due for longest comes first; if not_before is 0, the oldest.
         """
         return self._read_one(
             only_value,
@@ -4473,8 +4469,7 @@ class Store:
         """Move the comments of the reviewer's pending review to this running one."""
         with self._transaction() as db:
             waiting_id = waiting_review(db, job.task_id, job.reviewer)
-            # At a stop, this job becomes pending although its worker still runs. Then it
-            # may be the one that was found.
+            # At a stop, this job becomes pending while its worker runs, and may be found.
             if waiting_id in (None, job.id):
                 return
             values = {"id": job.id, "waiting_id": waiting_id}
@@ -4654,15 +4649,13 @@ DATABASE_RETRY_DELAY = 5.0  # seconds until a failed write to the database is re
 MIN_GIT_TIMEOUT = 60.0  # seconds, at least, for a git command in a workspace
 MAX_EVENT_CHARS = 4000  # a longer event is truncated
 MAX_OUTPUT_EVENTS = 10_000  # kept of each attempt of a phase, from LIMITED_SOURCES
-# The sources of the events that count toward MAX_OUTPUT_EVENTS.
 LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")
 
 
 def take_work_dir(config: Config) -> None:
-    """Create and lock the work directory, and use it for temporary files.
+    """Create and lock the work directory; lock the database.
 
-    Also locks the database. Raises ConfigError if one of these fails, the disk is full,
-    or the database is missing although there are tasks.
+    Raises ConfigError if that fails, the disk is full, or there are tasks but no database.
     """
     work_dir = config.work_dir
     database = config.database_file
@@ -4708,9 +4701,8 @@ def hold_lock(path: str, option: str, make_directory: bool) -> None:
     try:
         if make_directory:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-        # The file is never closed. It must not be a symlink, with which another user
-        # could make codebot create a file elsewhere. Opening a FIFO for writing only
-        # would wait for a reader.
+        # This stays open. O_NOFOLLOW: with a symlink, another user could have a file made
+        # elsewhere. O_RDWR: opening a FIFO for writing only would wait for a reader.
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -4724,8 +4716,8 @@ def hold_lock(path: str, option: str, make_directory: bool) -> None:
         ) from None
 
 
-# The names of the directories that codebot makes in the work directory and may remove. The
-# names of others there, such as scratch_projects, do not match.
+# Matches the directories that codebot makes in the work directory and may remove, but no
+# others there, such as scratch_projects.
 REMOVABLE_RE = re.compile(
     r"""
       task_ ([A-Za-z0-9-]+_)? [0-9a-f]{7}  # see name_workspace
@@ -4779,9 +4771,9 @@ MAX_REMOVED_LEVELS = 100  # each takes two descriptors
 def remove_easily(name: str, parent: int | None = None, level: int = 0) -> None:
     """Remove a directory, except what is unwritable or too deep.
 
-    Never follows a symlink, even if one appears meanwhile, and takes little memory. By
-    contrast, shutil.rmtree keeps a list of a directory's files and, in Python 3.13, a path
-    for each level. That can be gigabytes: an agent can make 8,000 levels in a moment.
+    Never follows a symlink, even if one appears meanwhile, and takes little memory.
+    shutil.rmtree keeps a list of a directory's files and, in Python 3.13, a path for each
+    level. That can be gigabytes: an agent can make 8,000 levels in a moment.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
     with contextlib.suppress(OSError):
@@ -4800,9 +4792,7 @@ def remove_easily(name: str, parent: int | None = None, level: int = 0) -> None:
 
 
 class Look(NamedTuple):
-    """Asks the sync thread to look at one thing.
-
-    Its kind says what to look at. The fields named after it say which one:
+    """Asks the sync thread to look at one thing. These are the kinds, and their fields:
       "everything"
       "repository"     repository_id; to find its issues with the label
       "issue"          repository_id, number; an issue that has, or had, the label
@@ -4913,8 +4903,7 @@ class Codebot:
     def until_database_works(self, method: Callable[..., T], *args: object) -> T:
         """Call a method of Store until it succeeds, so that a full disk loses no result.
 
-        Raises StopRequested when the server stops. If the database is corrupt, the
-        error is raised at once.
+        Raises StopRequested at a stop, and the error at once if the database is corrupt.
         """
         while True:
             try:
@@ -4936,11 +4925,10 @@ class JobRun:
         self.job = job
         self.is_cancelled = False  # another thread sets it
         self.started = time.monotonic()
-        # When the agent and the tests must end; None until time_left() is first called.
-        # Workspace.run_work adds the time that it waits for a node.
+        # When the agent and the tests must end: see time_left. Workspace.run_work adds the
+        # time that it waits for a node.
         self.deadline: float | None = None
         self.events_left = MAX_OUTPUT_EVENTS  # in this phase
-        # Set when the agent starts, and reset when work is saved.
         self.agent_ran_since_save = False
 
     def check_stop(self) -> None:
@@ -4950,7 +4938,6 @@ class JobRun:
         self.codebot.wait()
 
     def log_event(self, source: str, *messages: str) -> None:
-        """Add messages of one source to the task's log."""
         self.log_entries([(source, message) for message in messages])
 
     def log_entries(self, entries: Sequence[tuple[str, str]]) -> None:
@@ -4973,11 +4960,7 @@ class JobRun:
         self.codebot.until_database_works(self.store.save_progress, self.job)
 
     def save_work(self, **changes: Any) -> None:
-        """Store finished work, as update() does.
-
-        No retry repeats this work or runs its agent again, so the counts of retries are
-        reset.
-        """
+        """Store finished work. No retry repeats it, so the counts of retries are reset."""
         self.update(interruptions=0, transient_since=0.0, **changes)
         self.agent_ran_since_save = False
 
@@ -4991,15 +4974,14 @@ class JobRun:
     def time_left(self) -> float:
         """Return the seconds left in this run for the agent and the tests, in all attempts.
 
-        The first call starts the clock: at the checkout, or when a review is classified.
-        Time that a slow network takes before that does not count.
+        The first call starts the clock: at the checkout, or when a review is classified. So
+        the time of a slow network does not count.
         """
         if self.deadline is None:
             self.deadline = time.monotonic() + self.config.task_timeout
         return max(0.1, self.deadline - time.monotonic())
 
     def limit_failure(self, error: LimitReached, program: str) -> JobFailed:
-        """Return the JobFailed for a limit that a program has reached."""
         if isinstance(error, TooMuchOutput):
             reason = "tests_failed" if self.job.phase == "test" else "agent_failed"
             return JobFailed(reason, f"{program} {error}")
@@ -5033,8 +5015,7 @@ class JobRun:
 #
 # Known limitations:
 # - git unpacks, checks and compares the agent's objects outside the sandbox. A bug in git
-#   there would be a way to codebot. For a file of 20 million empty lines (20 MB), git takes
-#   850 MB of memory.
+#   would be a way to codebot. For 20 million empty lines (20 MB), git takes 850 MB of RAM.
 # - "The tests passed" means that the command exited with 0 in a workspace where the agent
 #   could have changed the tests, and files in HOME that they read. An agent can have git
 #   record other contents than those that were tested, such as by a filter. What is recorded
@@ -5046,8 +5027,7 @@ class JobRun:
 MAX_PATCH_BYTES = 256 << 20
 # Every script of Workspace begins with this. It removes the lock files that a killed git
 # may have left, and defines `g`: git without hooks, fsmonitor, signing and gc. (The
-# checkout needs no `g`: its repository is new, and base_environment turns other
-# configuration off.)
+# checkout needs no `g`: in a new repository, base_environment is enough.)
 GIT_FUNCTION = """
 for lock in .git/index.lock .git/HEAD.lock; do
     if [ -e "$lock" ]; then rm -rf "$lock"; fi
@@ -5113,8 +5093,7 @@ AGENT_SWITCHES = (
     "CLAUDE_CODE_DISABLE_AUTO_MEMORY",
     # Without this, "@/path" in a prompt would include that file.
     "CLAUDE_CODE_DISABLE_ATTACHMENTS",
-    # Without this, commit titles, which anybody may have written, would be in the system
-    # prompt.
+    # Without this, anybody's commit titles would be in the system prompt.
     "CLAUDE_CODE_DISABLE_GIT_INSTRUCTIONS",
     "DISABLE_AUTOUPDATER",
     "DISABLE_TELEMETRY",
@@ -5123,8 +5102,6 @@ AGENT_SWITCHES = (
 
 
 class SandboxedCommand(NamedTuple):
-    """A command to run in a workspace."""
-
     name: str  # the name used in errors
     argv: Sequence[str]
     as_agent: bool = False  # with the model's key and all that only the agent gets
@@ -5142,8 +5119,7 @@ class DiffScanner:
 
     def read(self, lines: list[str]) -> None:
         """Note the fault of the lines, if any. A LineHandler."""
-        # Removed lines and hunk headings are not new. (With --unified=0, all other lines
-        # of a hunk are.)
+        # Removed lines and hunk headings are not new. (With --unified=0, all others are.)
         new = [line for line in lines if not line.startswith(("-", "@@"))]
         has_secret = self.redact.has_secret("\n".join(new))  # one call, as it is slow
         for line in new:
@@ -5182,8 +5158,7 @@ class Workspace:
     def clear(self, path: str) -> None:
         """Remove a directory or, if that fails, move it away for Cleanup.
 
-        Raises TransientError if neither is possible now, JobFailed if codebot's user may
-        do neither.
+        Raises TransientError if neither works now, JobFailed if codebot may do neither.
         """
         try:
             remove_tree(self.config, path)
@@ -5390,8 +5365,7 @@ class Workspace:
         # The name is new, so that no ref of an earlier collection is read by mistake.
         ref = f"refs/codebot/{uuid.uuid4().hex}"
         result = self.fetch_into_outbox(ref)
-        # If the agent made the repository shallow, git fetches nothing and exits with 0,
-        # but rev-parse fails.
+        # From a shallow repository, git fetches nothing and exits with 0; rev-parse fails.
         trees = self.outbox.local_git(
             "rev-parse", f"{ref}^{{tree}}", f"{base_commit}^{{tree}}", check=False
         )
@@ -5573,8 +5547,7 @@ class Workspace:
 
 def outbox_path(config: Config, directory: str) -> str:
     """Return the path of the outbox that belongs to a task's directory."""
-    # task_[TICKET_]HEX. (A scratch directory, for a classification, gets a path, too, but
-    # no outbox.)
+    # task_[TICKET_]HEX. (For a classification's scratch directory, there is no outbox.)
     digits = directory.rpartition("_")[2]
     return f"{config.work_dir}/outbox_{digits}.git"
 
@@ -5584,8 +5557,7 @@ def outbox_path(config: Config, directory: str) -> str:
 # The agent is the Claude CLI. It gets a prompt on its standard input, works in the
 # workspace and prints events as JSON lines (stream-json). What they say, including the
 # cost, is only the agent's claim. A repository's settings, hooks and MCP servers are not
-# loaded. But any code of the repository that the agent runs has the model's key in its
-# environment.
+# loaded. But code of the repository that the agent runs has the model's key.
 #
 # Known limitations:
 # - The agent's home, with its session, is kept for the reviews of its pull request: until
@@ -5767,8 +5739,7 @@ class AgentRun:
             self.result = event  # the last one counts
         elif event.get("subtype") == "api_retry":
             if event.get("error_status") == 401:
-                # A result ends the run; the CLI would retry for three minutes. This one is
-                # no success: it has no subtype.
+                # This ends the run, without success: the CLI would retry for three minutes.
                 self.result = self.result or {"api_error_status": 401}
             self.log("agent", f"The model's API failed: {event.get('error')}")
         elif event["type"] in ("assistant", "user"):
@@ -5887,10 +5858,10 @@ def ask_agent(
 ) -> JsonObject:
     """Run the agent once, within the job's time and budget; store its words and cost.
 
-    The prompt must begin with codebot's own words. If it began with untrusted text that
-    starts with a slash, the CLI would run that text as one of its commands.
-    Returns the JSON that a schema in ``options`` asks for, or an answer in plain words as
-    its "summary". Raises JobFailed unless the agent reports success.
+    The prompt must begin with codebot's own words: the CLI takes a prompt that begins with
+    a slash for one of its commands.
+
+    Returns AgentRun.answer(). Raises JobFailed unless the agent reports success.
     """
     run = workspace.run
     agent_run = AgentRun(run)
@@ -6235,8 +6206,8 @@ def test_and_commit(
 def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
     """Run the test command. If it fails, show the agent its output and try again.
 
-    The agent has run once. If attempt N of the tests fails, attempt N + 1 of the agent
-    follows, unless N was the last or the command cannot be started.
+    Attempt 1 of the agent came before. If attempt N of the tests fails, attempt N + 1 of
+    the agent follows, unless N was the last.
 
     Returns the tree that passed, and how often the command ran. Raises JobFailed if the
     tests still fail or cannot be started.
@@ -6247,9 +6218,8 @@ def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
         tree, result = run_tests_once(workspace, command, attempt)
         if result.code == 0:
             return tree, attempt
-        # sh exits with these codes if it cannot start the command, or the last one of a
-        # script. At the first attempt this usually means that the host lacks it, which the
-        # agent cannot mend.
+        # sh exits with these codes if it cannot start the command, or a script's last one.
+        # At the first attempt, the host usually lacks it, which the agent cannot mend.
         if attempt == 1 and result.code in (126, 127):
             raise JobFailed(
                 "tests_failed",
@@ -6386,8 +6356,7 @@ def pull_request_body(run: JobRun) -> str:
 
 DAILY_REVIEW_JOBS = 50  # reviews of one pull request in 24 hours
 MAX_PUSHES = 3  # attempts to push a review's change when others push at the same time
-# GitHub allows 80 writes a minute. A review that spent them on reactions, in every run,
-# would never get any further.
+# GitHub allows 80 writes a minute. The reactions, in each run, must not use them up.
 MAX_REACTIONS = 30
 LIMIT_TEXT = (
     f"This pull request has reached the limit of {DAILY_REVIEW_JOBS} requests to codebot "
@@ -6523,10 +6492,9 @@ def require_reviewer_access(review: Review) -> None:
 def load_comments(review: Review) -> Review:
     """Return the review with the comments that it answers.
 
-    Asks GitHub for all comments. Unless the request is classified, new comments are
-    queued, and those of this reviewer join this review. It answers those of its comments
-    whose author, GitHub confirms, is its reviewer. One that GitHub does not list was
-    deleted, or is too new.
+    Unless the request is classified, new comments are queued, and the reviewer's join this
+    review. It answers those whose author, GitHub confirms, is its reviewer. One that GitHub
+    does not list was deleted, or is too new.
     """
     run = review.run
     # A delivery is only a claim. GitHub is asked for the authors and the current texts.
@@ -6580,7 +6548,6 @@ def may_appear_later(review: Review, comment: StoredComment) -> bool:
 
 
 def react_to_comments(review: Review) -> None:
-    """Show on the comments that they have been picked up."""
     paths = {"inline": "/pulls/comments", "conversation": "/issues/comments"}
     review.github_repository.react(
         f"{paths[comment.place]}/{comment.id}"
@@ -6599,8 +6566,8 @@ def prepare_answers(review: Review) -> None:
     if commit and not review.workspace.outbox.has_commit(commit):
         # The outbox was lost, for example when the host lost power. Start over.
         run.update(commit_id="", answers={})
-    # {}: the work is not done (or there is none: the kinds "none" and "limit"). Once it is
-    # done, each thread has an answer, perhaps an empty one.
+    # {}: the work is not done (or is none: the kinds "none" and "limit"). Once it is done,
+    # each thread has an answer, perhaps an empty one.
     if not run.job.answers:
         for comment in review.comments:
             run.log_event("codebot", f"Comment by {comment.user}: {comment.text}")
@@ -6656,8 +6623,7 @@ def classify(review: Review, text: str) -> None:
     run = review.run
     with scratch_workspace(run.config.work_dir) as path:
         directory = os.path.basename(path)
-        # The sandbox shows the objects of a mirror. Here that is the scratch directory,
-        # whose "objects" is empty.
+        # The sandbox shows a mirror's objects: here the empty "objects" in this directory.
         no_repository = Repository("", "", mirror_path=directory)
         workspace = Workspace(run, no_repository, directory)
         prompt = f"Comments:\n{text}"
@@ -6733,8 +6699,7 @@ def continue_session(
 
 def parse_answers(review: Review, answer: JsonObject) -> dict[str, str]:
     """Return an answer for each thread: its own, or else the agent's summary."""
-    # The CLI has checked them against ANSWER_SCHEMA. Others are forged: they raise an error
-    # here, and the review fails.
+    # The CLI has checked them by ANSWER_SCHEMA. Forged ones raise an error: the job fails.
     entries = answer.get("answers") or []
     answers = {}
     for thread_key, members in group_by_thread(review.comments).items():
@@ -6756,8 +6721,7 @@ def push_review_commit(review: Review) -> None:
     """Push the change, on top of what others have pushed in the meantime.
 
     The push is never forced. If commits were removed from the branch, nothing is pushed,
-    as that would restore them. (Commits that are removed between this check and the push
-    are restored.)
+    as that would restore them. (Those removed after this check are restored.)
 
     The branch's tip             What is done
       has the job's commit         nothing: an earlier run has pushed it
@@ -6819,8 +6783,7 @@ def fetch_tip_with(workspace: Workspace, commit: str) -> str:
 def reapply_change(review: Review, tip: str) -> None:
     """Put the change on top of ``tip``, and test it there.
 
-    If ``tip`` has the same change already, ``tip`` becomes the job's commit, and the
-    answer names it.
+    If ``tip`` has the same change already, ``tip`` becomes the job's commit.
     """
     run = review.run
     run.log_event("git", f"Others pushed {tip}; reapplying the change on top of it")
@@ -6953,11 +6916,10 @@ class Sync:
     def take(self, look: Look) -> None:
         """Take a look, and note when to repeat it, if at all.
 
-        A look that GitHub refuses is dropped, unless it is the look at everything: nothing
-        else might repeat that.
+        If GitHub refuses it, it is dropped, except the look at everything, which nothing
+        else might repeat.
         """
-        # Set first: after any other error, which repeat_until_stopped logs, the look is due
-        # again in a minute.
+        # Set first: after an error that is not caught here, it is due again in a minute.
         self.waiting[look] = time.time() + RETRY_DELAY
         repeat_at = 0.0
         try:
@@ -6985,7 +6947,6 @@ class Sync:
             self.waiting[again] = time.time() + VISIBILITY_DELAY
 
     def look_at(self, look: Look) -> None:
-        """Do what this kind of look is for."""
         if look.kind == "pull_request":
             self.look_at_pull_request(look)
         elif look.kind == "ended_task":
@@ -7046,8 +7007,7 @@ class Sync:
         """Submit an issue with the label; cancel its task if the label was removed."""
         github_repository = self.github.repository_by_id(look.repository_id)
         event = github_repository.label_event(look.number, self.config.issue_label)
-        # It never had this label. If it has tasks, they come from a label that an earlier
-        # setting named.
+        # It never had this label. Its tasks, if any, come from another one, set earlier.
         if event is None:
             return
         self.cancel_superseded(look, event.id)
@@ -7103,9 +7063,8 @@ class Sync:
         """Return whether the issue's title or text may have been edited since the label.
 
         GitHub's REST API reports only the time of an issue's latest change, not what was
-        changed. A later comment could hide an edit, so every change counts.
-        An author who has write access is trusted: they may edit the issue even after the
-        label.
+        changed. A later comment could hide an edit, so every change counts. An author with
+        write access is trusted: they may edit the issue even after the label.
         """
         if issue.author and github_repository.has_write_access(issue.author):
             return False
@@ -7164,8 +7123,7 @@ class Sync:
             github_repository = self.github.repository_by_id(task.repository_id)
             github_repository.post_once(task.issue_number, text, marker)
         except GitHubError as error:
-            # The issue was deleted or locked, or GitHub has another reason to refuse.
-            # The comment is not tried again.
+            # The issue was deleted or locked, for example. There is no second attempt.
             log.warning("Task %s: cannot comment on its issue: %s", task_id, error)
         self.store.mark_reported(task_id)
 
@@ -7200,8 +7158,7 @@ REASON_BY_PHASE = {
 def repeat_until_stopped(codebot: Codebot, step: Callable[[], None]) -> None:
     """Do a thread's step once, and repeat it until the server stops.
 
-    Once even if the server is stopping already: the accept thread must answer a client that
-    may have connected.
+    Once even if it is stopping already: the accept thread must answer a waiting client.
     """
     while True:
         try:
@@ -7246,11 +7203,10 @@ class Ending(NamedTuple):
 def run_job(codebot: Codebot, job: Job) -> None:
     """Run a job to its end, or until it is pending again.
 
-    A review that fails may take a second list of steps, to tell its reviewer: see
-    must_tell_reviewer. store_failure stores the error in the job. So run_steps then takes
-    the steps of report_failure, which post the error and raise it again: the review ends as
-    failed. If they are skipped, that ends the review, too. If they have to be retried, the
-    next run begins with them.
+    A review that fails may have to tell its reviewer: see must_tell_reviewer. store_failure
+    stores the error in the job, so run_steps then takes the steps of report_failure, which
+    post the error and raise it again: the review ends as failed, or as skipped. If they
+    have to be retried, the next run begins with them.
     """
     run = JobRun(codebot, job)
     codebot.running[job.id] = run
@@ -7269,13 +7225,9 @@ def run_job(codebot: Codebot, job: Job) -> None:
             codebot.cleanup_wanted.set()  # its pull request may have been closed
 
 
-# What a retry depends on: three columns of jobs.
-#   interruptions     crashes, and transient errors that threw away an agent's run. At
-#                     MAX_INTERRUPTIONS the job fails.
-#   transient_since   when the present series of transient errors began; 0: there is none.
-#                     If an error comes more than RETRY_LIMIT after that, the job fails.
-#   not_before        when the job may start; 0: at once
-# Both times are in seconds since 1970. What changes the columns, and where:
+# What a retry depends on: three columns of jobs, which SCHEMA explains. A job fails at
+# MAX_INTERRUPTIONS interruptions, and at a transient error that comes more than RETRY_LIMIT
+# after transient_since. What changes the columns, and where:
 #   a crash, in a     requeue_interrupted   interruptions + 1, not_before = 0
 #     running job
 #   a stop, in a      requeue               not_before = 0
@@ -7373,8 +7325,7 @@ def ending_after_transient_error(
     job = run.job
     now = time.time()
     costs_money = run.agent_ran_since_save
-    # With the interruption that this run would add, require_may_run would refuse the next
-    # one.
+    # With one more interruption, require_may_run would refuse the next run.
     is_too_often = costs_money and job.interruptions + 1 >= MAX_INTERRUPTIONS
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     if is_too_often or now > give_up_at:
@@ -7400,8 +7351,7 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
         return False
     if run.is_cancelled or ending.reason == "cancelled":
         return False
-    # In the phase "answer", it was the posting that failed. (The phase is this run's: each
-    # run begins with "", see Store._transition.)
+    # In the phase "answer", it was the posting. (Each run begins with the phase "".)
     return not job.error and job.phase != "answer"
 
 
@@ -7428,7 +7378,6 @@ def store_failure(run: JobRun, ending: Ending) -> None:
 
 
 def store_ending(run: JobRun, ending: Ending) -> None:
-    """Complete, fail, requeue or delete the job."""
     job = run.job
     if run.is_cancelled and ending.outcome in ("failed", "pending"):
         # It was cancelled, whatever else went wrong meanwhile.
@@ -7449,10 +7398,7 @@ def store_ending(run: JobRun, ending: Ending) -> None:
 
 
 def finish_job(run: JobRun, ending: Ending) -> None:
-    """Complete or fail the job.
-
-    Its last event is written first, so that whoever follows the log sees it.
-    """
+    """Log the job's last event, for those who follow the log; then complete or fail it."""
     job = run.job
     error = ending.error
     if ending.outcome == "failed":
@@ -7473,9 +7419,8 @@ def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
 
     Each queue that is empty gets the next job that a transient error has delayed, and the
     next one that none has. So neither retries that always fail nor any number of new jobs
-    hold up the others, except on the same pull request. When a worker starts a job,
-    jobs_due is set, and the next ones are queued. ``only_job`` is the only job that may
-    start.
+    hold up the others, except on the same pull request. A worker that starts a job sets
+    jobs_due. ``only_job`` is the only job that may start.
     """
     codebot.jobs_due.wait(TIMER_INTERVAL)
     codebot.jobs_due.clear()
@@ -7506,8 +7451,8 @@ class Cleanup:
         self.mirrors_due = 0.0  # when to look at the mirrors, by time.monotonic()
 
     def step(self) -> None:
-        # The pause comes first. In it, sync usually queues the comments that people wrote
-        # while the server was down, so that the workspaces of these reviews are retained.
+        # During this pause after the start, sync usually queues the comments that people
+        # wrote while the server was down, which retains the workspaces of these reviews.
         self.codebot.cleanup_wanted.wait(min(CLEANUP_INTERVAL, self.config.retention))
         self.codebot.cleanup_wanted.clear()
         self.codebot.wait()
