@@ -7519,7 +7519,7 @@ REQUEST_LINE_RE = re.compile(
     rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ (?:/|(?i:https?)://)[!-~]* HTTP/1\.[01]\r\n"
 )
 HEADER_RE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n")
-# The part before the path in a request line that is meant for a proxy.
+# The part before the path in a request line for a proxy.
 ABSOLUTE_FORM_RE = re.compile(r"^https?://[^/?]*", re.IGNORECASE)
 # A name, an IPv4 address, or an IPv6 address in brackets; then an optional port. The
 # name and the port may be empty (RFC 3986, 3.2).
@@ -7551,8 +7551,7 @@ def read_head(file: io.BufferedReader) -> list[str]:
 def parse_headers(version: str, lines: Sequence[str]) -> dict[str, str]:
     """Return the headers by their names in lower case.
 
-    ``lines`` are the headers from read_head. Refuses headers that codebot and a proxy in
-    front of it might understand differently.
+    Refuses headers that codebot and a proxy in front of it might understand differently.
     """
     headers: dict[str, str] = {}
     for line in lines:
@@ -7596,8 +7595,7 @@ class Request(NamedTuple):
     query: str
     headers: Headers  # names in lower case
     client_address: str
-    # Returns the body, which is read at the first call. Raises HTTPError if it is too long
-    # or incomplete.
+    # Reads the body at the first call. Raises HTTPError if it is too long or incomplete.
     read_body: Callable[[], bytes]
 
     def parameters(self, *names: str) -> dict[str, str]:
@@ -7678,10 +7676,7 @@ def require_api_key(codebot: Codebot, request: Request) -> None:
 
 
 def require_signature(codebot: Codebot, request: Request) -> None:
-    """Require GitHub's HMAC of the body.
-
-    GitHub docs: "Validating webhook deliveries".
-    """
+    """Require GitHub's HMAC of the body (docs: "Validating webhook deliveries")."""
     secret = codebot.config.webhook_secret
     if not secret or codebot.github is None:
         raise HTTPError(
@@ -7700,8 +7695,8 @@ def require_signature(codebot: Codebot, request: Request) -> None:
     )
 
 
-# When the next refusal may be logged, by the kind of refusal. It needs no lock: at worst,
-# two threads write a line at the same time.
+# When the next refusal may be logged, by its kind. There is no lock: at worst, two threads
+# write a line at the same time.
 next_log_time: dict[str, float] = {}
 
 
@@ -7779,10 +7774,7 @@ def field_problem(name: str, value: object) -> str:
 
 
 def read_task_request(config: Config, fields: Fields) -> TaskRequest:
-    """Check a task's fields and return them as a request.
-
-    Raises HTTPError with a line for each bad field.
-    """
+    """Return a task's fields as a request. Raises HTTPError with a line per bad field."""
     problems = [
         f"{name} is missing" for name in REQUIRED_FIELDS if fields.get(name) is None
     ]
@@ -7809,8 +7801,7 @@ def queue_task(
     """Queue a task, or find the one with the same Idempotency-Key and fields."""
     key = request.headers.get("idempotency-key") or None
     if key and retry_of:
-        # The client may have used the same key to submit the task that has failed. No
-        # header has a line break, so this cannot be a key that a client sent.
+        # The failed task may have the same key. No client can send a key with a line break.
         key = f"{key}\nretry of {retry_of}"
     job = codebot.submit(task, submitter(request), key, issue)
     message = "Task queued successfully"
@@ -7902,7 +7893,6 @@ def task_status(codebot: Codebot, request: Request, task_id: str) -> Response:
 
 
 def describe_review(codebot: Codebot, review: Job) -> Fields:
-    """Return a review as the API shows it."""
     comments = codebot.store.comments(review.id)
     answers = [text for text in review.answers.values() if text]
     return {
@@ -7915,7 +7905,6 @@ def describe_review(codebot: Codebot, review: Job) -> Fields:
 
 
 def describe_result(codebot: Codebot, job: Job) -> Fields:
-    """Return the result of a completed task, as the API shows it."""
     tests = None
     if job.passed_attempt:
         tests = {
@@ -7989,8 +7978,7 @@ def task_logs(
             {"task_id": task_id, "events": events, "count": len(events)}
         )
     is_live = codebot.store.has_unfinished_jobs(task_id)
-    # An EventSource reconnects after "event: end", with the last id that it got, and
-    # stays away after a 204.
+    # An EventSource reconnects after "event: end", with its last id, but not after a 204.
     asks_again = after > 0 or "last-event-id" in request.headers
     if asks_again and not is_live and not codebot.store.events(task_id, after, 1):
         return Response(204)
@@ -8111,8 +8099,8 @@ class NoAction(Exception):
 def webhook(codebot: Codebot, request: Request) -> Response:
     """Accept a delivery from GitHub. A comment is on disk before the answer is sent.
 
-    For other events, the sync thread looks at GitHub, as it does at every start. What a
-    delivery says is logged only in part: %.99s writes at most 99 characters.
+    For other events, the sync thread looks at GitHub, as it does at every start. %.99s
+    logs at most 99 characters of what a delivery says.
     """
     event = request.headers.get("x-github-event", "")
     guid = request.headers.get("x-github-delivery", "")
@@ -8203,9 +8191,9 @@ def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
 
 # --- Page --------------------------------------------------------------------
 
-# The page asks for the API key once and keeps it in the tab's sessionStorage. Whatever
-# an agent, a reviewer or GitHub has written is shown as text, never parsed as HTML. The
-# policy in PAGE_HEADERS allows this style, this script and requests to this server.
+# The page keeps the API key in the tab's sessionStorage. What agents, reviewers or GitHub
+# have written is shown as text, never parsed as HTML. PAGE_HEADERS allows only this style,
+# this script and requests to this server.
 PAGE = r"""<!doctype html>
 <html lang="en">
 <head>
@@ -8909,8 +8897,8 @@ def page(codebot: Codebot, request: Request) -> Response:
 #   a request that is refused before its body was read
 #                     waiting -> receiving -> sending -> receiving, to discard the rest
 #                     -> closed
-# A connection is closed when it has been in one state for too long, or when there are too
-# many connections and it has waited longest for its client.
+# A connection is closed when it has been in one state for too long, or has waited longest
+# for its client when there are too many.
 #
 # Known limitations:
 # - Anybody who reaches the port, such as an agent, can make GitHub's deliveries fail by
@@ -9006,16 +8994,15 @@ class Entry:
 class ConnectionTable:
     """All open connections, with their states and the sizes of unfinished bodies.
 
-    It drops connections that are late, and those that must make room, by shutting down
-    their sockets. Their threads then get an OSError: from the socket, or from the next call
-    here.
+    It drops connections that are late, or must make room, by shutting down their sockets.
+    Their threads then get an OSError, from the socket or from the next call here.
     """
 
     def __init__(self) -> None:
         # Guards _entries, and each entry. While it is held, nothing waits for a client.
         self._lock = threading.Lock()
-        # Ordered by when each began to wait for its present request: at that moment it
-        # moves to the end. So the first one has spent the longest time on its request.
+        # A connection that begins to wait for a request moves to the end. So the first one
+        # has spent the longest time on its request.
         self._entries: dict[socket.socket, Entry] = {}
 
     def add(self, connection: socket.socket) -> None:
@@ -9043,10 +9030,9 @@ class ConnectionTable:
                 self._entries[connection] = self._entries.pop(connection)
 
     def add_body_bytes(self, connection: socket.socket, size: int) -> None:
-        """Count more bytes of a body. If too many are in memory, drop a connection.
+        """Count more bytes of a body. If too many are in memory, drop connections.
 
-        Raises OSError if this connection was dropped. Otherwise the thread would go on
-        reading data that had arrived before.
+        Raises OSError if this one was dropped before, so that its thread stops reading.
         """
         with self._lock:
             self._entry(connection).body_bytes += size
@@ -9123,9 +9109,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Answers the requests of one connection, in a thread of the pool.
 
     It uses these methods of http.server: setup() and finish(), which open and close rfile
-    and wfile; handle(), which calls handle_one_request() until close_connection is set;
-    handle_expect_100(), which sends 100 Continue; and date_time_string(). wfile has no
-    buffer.
+    and wfile (which has no buffer); handle(), which calls handle_one_request() until
+    close_connection is set; handle_expect_100() and date_time_string().
     """
 
     server: Server
@@ -9181,7 +9166,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             )
 
     def read_headers(self) -> dict[str, str]:
-        """Read the request line and the headers."""
         self.requestline, *lines = read_head(self.rfile)
         self.command, self.path, self.request_version = self.requestline.split(" ")
         headers = parse_headers(self.request_version, lines)
@@ -9199,7 +9183,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path, _, query = ABSOLUTE_FORM_RE.sub("", self.path).partition("?")
         route, parameters = find_route(self.command, path or "/")
         receive_body = functools.partial(self.receive_body, headers, route.max_body)
-        # The first call reads the body; later ones return it.
         read_body = functools.cache(receive_body)
         request = Request(query, headers, self.client_address[0], read_body)
         codebot = self.server.codebot
@@ -9213,7 +9196,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return route.handler(codebot, request, **parameters)
 
     def receive_body(self, headers: Headers, limit: int) -> bytes:
-        """Read the whole body and return it."""
         # int() would refuse more than 4,300 digits; so many are infinity.
         length = float(headers.get("content-length", "0"))
         if length > limit:
@@ -9288,10 +9270,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return
 
     def discard_input(self) -> None:
-        """Read and discard the rest of a refused request.
+        """Read and discard the rest of a refused request, in the time of a new one.
 
-        If it were left unread, the system would reset the connection, and the client
-        might lose the response. The client gets the time of a new request for this.
+        Else the system would reset the connection, and the client might lose the response.
         """
         self.enter("receiving")
         end_tls(self.connection)
@@ -9321,9 +9302,8 @@ def tls_context(config: Config) -> ssl.SSLContext:
 def reserve_other_address(host: str, port: int) -> socket.socket | None:
     """Take the port at the other address that "localhost" or this host's name may mean.
 
-    Otherwise an agent, which shares the host's network, could listen there, and clients
-    of localhost would send it the API key. codebot only takes the port and does not
-    listen on it, so clients are refused and go on to the right address.
+    Otherwise an agent could listen there, and clients of localhost would send it the API
+    key. codebot does not listen there, so clients are refused and try the right address.
     """
     address = OTHER_ADDRESSES.get(host)
     if address is None:
@@ -9356,8 +9336,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, codebot: Codebot) -> None:
         """Listen. Raises OSError if the address cannot be used.
 
-        Raises ConfigError if the TLS files cannot be used, or if another program has the
-        port at the other address of "localhost".
+        Raises ConfigError if the TLS files or the other address of "localhost" cannot.
         """
         config = codebot.config
         self.codebot = codebot
