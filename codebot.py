@@ -9397,8 +9397,8 @@ class Server(http.server.ThreadingHTTPServer):
 
 # --- Local checks ------------------------------------------------------------
 #
-# `serve` and `run` do not start if one of these checks fails; they log the warnings.
-# `run` skips what only a server needs. `check` shows all findings, and has more checks.
+# `serve` and `run` do not start if one of these checks fails, and log the warnings. `check`
+# shows all findings, and has more checks.
 
 SETTING_PREFIXES = ("CODEBOT_", "GITHUB_APP_", "GITHUB_WEBHOOK_", "GITHUB_ENTERPRISE_")
 # The oldest version of a program that works, by the command that prints the version.
@@ -9531,9 +9531,9 @@ def check_settings(codebot: Codebot) -> Iterator[Finding]:
 
 
 def check_access(work_dir: str) -> Iterator[Finding]:
-    """Check who else can change the work directory.
+    """Check who else can write to the work directory.
 
-    Whoever can write there can plant repositories whose configuration has git run programs.
+    They could plant repositories whose configuration has git run programs.
     """
     status = os.stat(work_dir)
     if status.st_uid not in (0, os.geteuid()):
@@ -9627,8 +9627,7 @@ HOST_CHECKS = (check_programs, check_settings, check_safety)
 #
 # The start: settings; log, signals and watchdog; locks of the work directory; checks;
 # database, sandbox and the App's key; port; threads.
-# The stop: the workers end, and their jobs are requeued; then the process ends, and all
-# connections with it.
+# The stop: the workers end; their jobs are requeued; the process and all connections end.
 
 STOP_TIMEOUT = 10.0  # seconds that the workers have to end when codebot stops
 PR_SET_DUMPABLE = 4  # of prctl(2)
@@ -9637,10 +9636,9 @@ MAX_DESCRIPTORS = 65536  # open files at the same time, if the host allows so ma
 
 
 def stop_on_signals(codebot: Codebot) -> None:
-    """Stop at the first SIGTERM, SIGINT or SIGHUP.
+    """Stop at the first SIGTERM, SIGINT or SIGHUP; at a later SIGTERM or SIGINT, at once.
 
-    End at once at a later SIGTERM or SIGINT. A later SIGHUP is ignored, because the shell
-    and the kernel may both report one hangup.
+    A later SIGHUP is ignored: the shell and the kernel may both report one hangup.
     """
 
     def handle(number: int, frame: object) -> None:
@@ -9648,8 +9646,8 @@ def stop_on_signals(codebot: Codebot) -> None:
             if number == signal.SIGHUP:
                 return
             os._exit(1)  # the watchdog ends what is left
-        # In a thread, because this handler interrupts the main thread, which may hold the
-        # locks that Event.set() and Thread.start() take.
+        # In a thread: the main thread, which this interrupts, may hold the locks that
+        # Event.set() and Thread.start() take.
         try:
             _thread.start_new_thread(codebot.stop.set, ())
         except RuntimeError:  # the host allows no more threads
@@ -9667,10 +9665,9 @@ def set_up_process(codebot: Codebot, level: int) -> None:
     handler.setFormatter(LogFormatter(codebot.redact))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     if sys.platform == "linux":
-        # Even without a sandbox, an agent that is not root cannot read codebot's memory.
-        # It can still read codebot's files.
+        # So an agent without a sandbox, unless it is root, cannot read codebot's memory.
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-    # A core dump could hold a token, and the host may keep it where an agent can read it.
+    # A core dump could hold a token, and be where an agent can read it.
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
     # Each connection takes a descriptor; remove_easily takes two for each level.
@@ -10219,8 +10216,8 @@ def reset_inherited_state() -> None:
     """Undo what a parent, such as a shell script, may have done to this process."""
     # If SIGCHLD were ignored, every program's exit code would be 0.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    # If 0, 1 or 2 were closed, files and pipes of codebot's could get these numbers. open()
-    # takes the lowest one that is free. (The last descriptor stays open.)
+    # If 0, 1 or 2 were closed, files of codebot's could get these numbers. os.open() takes
+    # the lowest that is free. (The last descriptor stays open.)
     while os.open(os.devnull, os.O_RDWR) < 2:
         pass
 
