@@ -69,9 +69,8 @@ GLOSSARY
   marker         an HTML comment at the end of a comment of codebot's. A retry that finds it
                  does not post the comment again.
   answer         a comment in which codebot replies to a reviewer
-  run            one pass of a worker over a job (JobRun); a retried job has several. Other
-                 things with this name: a run of the agent (AgentRun), CODEBOT_RUN (which
-                 names the codebot process and the job), and the command `run`
+  run            one pass of a worker over a job (JobRun); a retried job has several. A
+                 run of the agent is an AgentRun
   retry          a job runs again, after a transient error, a crash or a stop. (What a
                  client calls a retry of a failed task makes a new task.)
   launcher       a command line that starts the agent and the tests on a node, which is
@@ -9336,7 +9335,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, codebot: Codebot) -> None:
         """Listen. Raises OSError if the address cannot be used.
 
-        Raises ConfigError if the TLS files or the other address of "localhost" cannot.
+        Raises ConfigError if the TLS files cannot, or the other address of "localhost".
         """
         config = codebot.config
         self.codebot = codebot
