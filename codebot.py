@@ -898,7 +898,8 @@ def wrong_patterns(config: Config) -> Iterator[str]:
         )
     for pattern in config.allowed:
         if not pattern_re.fullmatch(pattern):
-            yield f"CODEBOT_ALLOWED_REPOSITORIES: {pattern!r} {problem}"
+            shown = hide_logins(pattern)
+            yield f"CODEBOT_ALLOWED_REPOSITORIES: {shown!r} {problem}"
 
 
 def is_allowed(config: Config, name: str) -> bool:

@@ -2764,6 +2764,12 @@ def test_allowed_pattern_that_matches_nothing_is_refused() -> None:
     assert "is not owner/name" in problem
 
 
+def test_password_in_allowed_pattern_is_not_shown() -> None:
+    config = codebot.Config(allowed=("https://user:secret@host",), no_github=True)
+    [problem] = codebot.conflicting_settings(config)
+    assert "'https://***@host' is not a whole URL" in problem
+
+
 @pytest.mark.parametrize(
     ("pattern", "is_refused"),
     [
