@@ -1339,7 +1339,8 @@ class RunningProgram:
         self.limits.check_stop()
         if max(self.stdout.size(), self.stderr.size()) > MAX_OUTPUT_BYTES:
             raise TooMuchOutput(f"printed more than {MAX_OUTPUT_BYTES >> 30} GiB")
-        self.check_time()
+        if not self.has_exited():  # else only its output is still being read
+            self.check_time()
 
     def check_time(self) -> None:
         now = time.monotonic()
