@@ -3516,7 +3516,7 @@ CANCELLED_TEXT = {
     "review": "The pull request was closed",
 }
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 SCHEMA = """
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -3615,7 +3615,8 @@ CREATE TABLE comments (
     task_id TEXT NOT NULL REFERENCES pull_requests(task_id) ON DELETE CASCADE,
     job_id TEXT REFERENCES jobs(id) ON DELETE SET NULL,
     text TEXT NOT NULL, -- for people; a review reads the comment from GitHub
-    created_at TEXT NOT NULL,
+    created_at TEXT NOT NULL, -- at GitHub, perhaps as a draft
+    received_at TEXT NOT NULL, -- by codebot
     PRIMARY KEY (place, id)
 );
 CREATE INDEX comments_by_job ON comments (job_id);
@@ -3770,7 +3771,7 @@ class StoredComment(NamedTuple):
     place: str
     id: int
     text: str
-    created_at: str
+    received_at: str
 
 
 class Event(NamedTuple):
@@ -3870,10 +3871,12 @@ def insert_comment(
 ) -> None:
     db.execute(
         """
-        INSERT INTO comments (place, id, task_id, job_id, text, created_at)
-        VALUES (:place, :id, :task_id, :job_id, :text, :created_at)
+        INSERT INTO comments (
+            place, id, task_id, job_id, text, created_at, received_at
+        )
+        VALUES (:place, :id, :task_id, :job_id, :text, :created_at, :now)
         """,
-        {**vars(comment), "task_id": task_id, "job_id": job_id},
+        {**vars(comment), "task_id": task_id, "job_id": job_id, "now": utc_time()},
     )
 
 
@@ -4500,7 +4503,7 @@ class Store:
         return self._read(
             StoredComment._make,
             """
-            SELECT place, id, text, created_at FROM comments WHERE job_id = :job_id
+            SELECT place, id, text, received_at FROM comments WHERE job_id = :job_id
             ORDER BY
                 CASE place WHEN 'review_text' THEN 1 ELSE 2 END, created_at, id
             """,
@@ -6511,7 +6514,7 @@ def load_comments(review: Review) -> Review:
     comments = []
     for stored in run.store.comments(run.job.id):
         comment = current.get((stored.place, stored.id))
-        if comment is None and may_appear_later(review, stored):
+        if comment is None and may_appear_later(stored):
             raise TransientError("GitHub does not list a comment yet")
         if comment is not None and comment.user == run.job.reviewer:
             comments.append(comment)
@@ -6531,21 +6534,12 @@ def apply_daily_limit(run: JobRun) -> None:
     run.update(request_kind="limit")
 
 
-def may_appear_later(review: Review, comment: StoredComment) -> bool:
+def may_appear_later(comment: StoredComment) -> bool:
     """Return whether a comment that GitHub's lists lack may be too new for them.
 
-    A comment of a GitHub review has the date of its draft, so the age of the job counts,
-    too. A draft may even have joined a job that has waited a long time. So at the first
-    attempt, a missing comment is never taken for deleted.
+    Its own date does not tell: that of a comment in a GitHub review is its draft's.
     """
-    job = review.run.job
-    if not job.transient_since:  # this is the first attempt
-        return True
-    if job.submitted_at > utc_time(seconds_ago=VISIBILITY_DELAY):
-        return True
-    # created_at is by GitHub's clock, which shows ours plus clock_skew.
-    clock_skew = review.github_repository.github.clock_skew
-    return comment.created_at > utc_time(seconds_ago=VISIBILITY_DELAY - clock_skew)
+    return comment.received_at > utc_time(seconds_ago=VISIBILITY_DELAY)
 
 
 def react_to_comments(review: Review) -> None:

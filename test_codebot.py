@@ -10235,13 +10235,26 @@ def test_what_is_written_while_a_retry_reads_the_comments_is_answered(
 
 
 def test_draft_that_joins_an_old_review_and_is_not_listed_yet_is_answered(
-    pull: Pull,
+    fresh: Site,
 ) -> None:
-    pull.site.repository.fail("GET /pulls/1/comments*", 200, [])
-    pull.site.person("alice").inline("Why?")
+    fresh.server.start(limits={"RETRY_DELAY": 0.1, "GITHUB_ATTEMPTS": 1})
+    pull = open_pull(fresh, ANSWER_QUESTION)
+    fresh.repository.fail("GET /pulls/1", 503, b"", always=True)
+    alice = fresh.person("alice")
+    alice.comment("Why?")
+    wait_for(lambda: "running -> pending" in fresh.server.log())  # it is retried
+    with fresh.server.database() as db:
+        db.execute("UPDATE jobs SET submitted_at = ?", (LONG_AGO,))
+    draft = alice.inline("And how?", webhook=False)
+    draft.created_at = github_time(-3600)
+    alice.announce(draft)
+    wait_for(lambda: "And how?" in str(fresh.api.status(pull.task)["reviews"]))
+    fresh.github.reset_faults()
+    fresh.repository.fail("GET /pulls/1/comments*", 200, [], always=True)
+    wait_for(lambda: "GitHub does not list a comment yet" in fresh.server.log())
+    fresh.github.reset_faults()
     assert pull.review()["status"] == "completed"
-    assert "Because" in pull.answer()
-    assert "GitHub does not list a comment yet" in pull.site.server.log()
+    assert len(pull.answers()) == 2
 
 
 def test_pull_request_that_github_does_not_show_everywhere_yet_is_answered(
