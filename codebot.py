@@ -7453,6 +7453,8 @@ class Cleanup:
         self.codebot.wait()
         # Disk space is freed first: a full disk may be why the database fails.
         self.do_part(self.remove_workspaces)
+        for path in removable_paths(self.config.work_dir, "trash"):
+            self.do_part(remove_tree, self.config, path)
         cutoff = utc_time(seconds_ago=self.config.retention)
         delivery_cutoff = utc_time(seconds_ago=DELIVERY_RETENTION)
         self.do_part(self.codebot.store.delete_expired, cutoff, delivery_cutoff)
@@ -7484,8 +7486,6 @@ class Cleanup:
             if directory not in retained | in_use:
                 discard(work_dir, outbox_path(self.config, directory))
                 discard(work_dir, path)
-        for path in removable_paths(work_dir, "trash"):
-            self.do_part(remove_tree, self.config, path)
 
     def maintain_mirror(self, path: str) -> None:
         """Remove a mirror that has not been used for a long time, or pack it."""

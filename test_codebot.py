@@ -8153,14 +8153,17 @@ def test_only_directories_of_jobs_may_be_removed(tmp_path: Path, path: str) -> N
         codebot.remove_tree(config, os.path.join(tmp_path, path))
 
 
-def test_directories_of_others_in_the_work_dir_stay(tmp_path: Path) -> None:
+def test_directories_of_others_in_the_work_dir_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "CLEANUP_INTERVAL", 0.0)
     others = ["scratch_projects", "trash_old", "task_notes"]
     for name in [*others, "scratch_codebot_ab_12xyz"]:
         (tmp_path / name).mkdir()
     config = codebot.Config(work_dir=str(tmp_path), no_github=True, sandbox=("none",))
     app = codebot.Codebot(config)
     app.open()
-    codebot.Cleanup(app).remove_workspaces()
+    codebot.Cleanup(app).step()
     left = [path.name for path in tmp_path.iterdir() if path.is_dir()]
     assert sorted(left) == sorted(others)
 
@@ -8275,6 +8278,19 @@ def test_workspaces_are_removed_although_database_is_locked(
         db.execute("BEGIN IMMEDIATE")
         codebot.Cleanup(app).step()
     assert [path.name for path in tmp_path.glob("t*")] == []
+
+
+def test_trash_is_removed_although_database_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "CLEANUP_INTERVAL", 0.0)
+    app = codebot.Codebot(codebot.Config(no_github=True, work_dir=str(tmp_path)))
+    app.store = codebot.Store(str(tmp_path / "codebot.db"))
+    (tmp_path / f"trash_{uuid.uuid4().hex}").mkdir()
+    with other_program(app.store) as db:
+        db.execute("DROP TABLE jobs")
+    codebot.Cleanup(app).step()
+    assert [path.name for path in tmp_path.glob("trash*")] == []
 
 
 def test_database_can_be_outside_work_directory(fresh: Site) -> None:
