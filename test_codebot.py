@@ -12290,6 +12290,18 @@ def test_invalid_last_event_id_is_named(shared: Site) -> None:
         assert "Last-Event-ID" in json.loads(stream.read())["message"]
 
 
+def test_stream_ends_with_a_line_in_the_log_if_the_database_fails(fresh: Site) -> None:
+    fresh.server.start()
+    task = submit_blocked(fresh)
+    with fresh.api.open_stream(task) as stream:
+        read_stream_until(stream, "I begin.")
+        with fresh.server.database() as db:
+            db.execute("ALTER TABLE events RENAME TO lost")
+        assert b"event: end" not in stream.read()
+    wait_for(lambda: "Database error during 'GET /api/tasks" in fresh.server.log())
+    assert "Traceback" not in fresh.server.log()
+
+
 def test_head_of_a_stream_sends_headers_only(shared: Site) -> None:
     with running_task(shared) as (task, _):
         line = f"HEAD /api/tasks/{task}/logs HTTP/1.1"
