@@ -9327,8 +9327,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     request_queue_size = 1024
     allow_reuse_port = False  # or an agent, as the same user, could share the port
-    # http.server's own method asks DNS for the name of this host.
-    server_bind = socketserver.TCPServer.server_bind
 
     def __init__(self, codebot: Codebot) -> None:
         """Listen. Raises OSError if the address cannot be used.
@@ -9353,6 +9351,12 @@ class Server(http.server.ThreadingHTTPServer):
             )
         # Kept, because without a reference the socket would be closed.
         self.other_address = reserve_other_address(config.host, self.server_port)
+
+    def server_bind(self) -> None:
+        if self.codebot.config.host == "::":  # all addresses, on every system
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        # http.server's own method asks DNS for the name of this host.
+        socketserver.TCPServer.server_bind(self)
 
     # Called by serve_forever, in its thread
 
