@@ -9531,36 +9531,42 @@ def check_settings(codebot: Codebot) -> Iterator[Finding]:
         )
 
 
-def check_access(work_dir: str) -> Iterator[Finding]:
-    """Check who else can write to the work directory.
+def check_access(path: str, option: str) -> Iterator[Finding]:
+    """Check who else can write to a directory of codebot's, which ``option`` names.
 
-    They could plant repositories whose configuration has git run programs.
+    In the work directory they could plant repositories whose configuration has git run
+    programs; beside the database, another database, with tasks of their own.
     """
-    status = os.stat(work_dir)
+    if not os.path.isdir(path):  # `check` does not create it
+        return
+    status = os.stat(path)
     if status.st_uid not in (0, os.geteuid()):
-        yield Finding(
-            "FAIL", f"{work_dir} belongs to another user. Use another --work-dir."
-        )
+        yield Finding("FAIL", f"{path} belongs to another user. Use another {option}.")
     if status.st_mode & 0o077:
         # Some systems let a user's own group write to everything.
         is_writable = status.st_mode & 0o002
         problem = "can be written to by" if is_writable else "is open to"
         yield Finding(
             "FAIL" if is_writable else "warn",
-            f"{work_dir} {problem} other users. If it is for codebot alone, run: chmod "
-            f"go-rwx {work_dir}; else use another --work-dir, such as a directory in it.",
+            f"{path} {problem} other users. If it is for codebot alone, run: chmod "
+            f"go-rwx {path}; else use another {option}, such as one in a new directory.",
         )
 
 
 def check_safety(codebot: Codebot) -> Iterator[Finding]:
     """Look for ways in which others, or the agent, could reach codebot's secrets."""
-    for path in codebot.config.secret_files:
+    config = codebot.config
+    for path in config.secret_files:
         if os.stat(path).st_mode & 0o077:
             yield Finding(
                 "warn", f"{path} is open to other users; run: chmod go-rwx {path}"
             )
-    if os.path.isdir(codebot.config.work_dir):
-        yield from check_access(codebot.config.work_dir)
+    yield from check_access(config.work_dir, "--work-dir")
+    if config.database:
+        directory = os.path.dirname(config.database)
+        findings = check_access(directory, "CODEBOT_DATABASE")
+        # That others may read the directory is no problem: the database is private.
+        yield from (finding for finding in findings if finding.level == "FAIL")
     if codebot.sandbox.is_none:
         yield Finding("warn", f"{NO_SANDBOX_WARNING}.")
     if os.getpid() == 1:

@@ -15493,11 +15493,25 @@ def test_doubtful_things_are_logged_by_serve_and_listed_by_check(fresh: Site) ->
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
 def test_work_directory_of_another_user_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
-    assert list(codebot.check_access(str(tmp_path))) == []
+    assert list(codebot.check_access(str(tmp_path), "--work-dir")) == []
     os.chown(tmp_path, 12345, -1)
-    [finding] = codebot.check_access(str(tmp_path))
+    [finding] = codebot.check_access(str(tmp_path), "--work-dir")
     assert finding.level == "FAIL"
     assert "belongs to another user" in finding.message
+
+
+def test_database_where_others_can_write_is_refused(fresh: Site) -> None:
+    # They could put one there before the start, with tasks of their own.
+    directory = fresh.directory / "shared"
+    directory.mkdir()
+    directory.chmod(0o1777)
+    done = fresh.server.run_forked(
+        "check",
+        *serve_arguments(fresh)[1:],
+        CODEBOT_DATABASE=str(directory / "jobs.db"),
+    )
+    assert f"FAIL  {directory} can be written to by other users." in done.stdout
+    assert "else use another CODEBOT_DATABASE" in done.stdout
 
 
 def test_work_directory_that_others_can_write_is_refused(fresh: Site) -> None:
