@@ -3307,12 +3307,12 @@ class GitDirectory:
         raise GitFailed(error)
 
     def has_commit(self, commit: str) -> bool:
-        return self.says_yes("cat-file", "-e", f"{commit}^{{commit}}")
+        return self.succeeds("cat-file", "-e", f"{commit}^{{commit}}")
 
     def is_ancestor(self, old: str, new: str) -> bool:
-        return self.says_yes("merge-base", "--is-ancestor", old, new)
+        return self.succeeds("merge-base", "--is-ancestor", old, new)
 
-    def says_yes(self, *args: str) -> bool:
+    def succeeds(self, *args: str) -> bool:
         """Return whether git exits with 0.
 
         Raises TransientError if it was killed, perhaps for want of memory: that is no "no".
