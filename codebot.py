@@ -4495,7 +4495,7 @@ class Store:
             id=job_id,
         )
 
-    def comments(self, job_id: str) -> list[StoredComment]:
+    def stored_comments(self, job_id: str) -> list[StoredComment]:
         """Return the comments that a review answers, oldest first.
 
         The text of a GitHub review comes before all other comments.
@@ -6512,7 +6512,7 @@ def load_comments(review: Review) -> Review:
         run.store.absorb_waiting_reviews(run.job)
         apply_daily_limit(run)
     comments = []
-    for stored in run.store.comments(run.job.id):
+    for stored in run.store.stored_comments(run.job.id):
         comment = current.get((stored.place, stored.id))
         if comment is None and may_appear_later(stored):
             raise TransientError("GitHub does not list a comment yet")
@@ -7888,7 +7888,7 @@ def task_status(codebot: Codebot, request: Request, task_id: str) -> Response:
 
 
 def describe_review(codebot: Codebot, review: Job) -> Fields:
-    comments = codebot.store.comments(review.id)
+    comments = codebot.store.stored_comments(review.id)
     answers = [text for text in review.answers.values() if text]
     return {
         **pick(review, "id", *JOB_FIELDS, "phase", "reviewer", "error", "reason"),

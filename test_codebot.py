@@ -4529,7 +4529,7 @@ def test_new_comment_joins_review_that_waits_for_its_retry(
     store.requeue(review.id, not_before=time.time())
     other = make_comment(2, "alice")
     assert store.queue_comments(pull_request.task_id, [other]) == [review.id]
-    assert [comment.id for comment in store.comments(review.id)] == [1, 2]
+    assert [comment.id for comment in store.stored_comments(review.id)] == [1, 2]
 
 
 def test_review_that_a_stop_has_requeued_does_not_absorb_itself(
@@ -4539,7 +4539,7 @@ def test_review_that_a_stop_has_requeued_does_not_absorb_itself(
     store.requeue(review.id)
     store.absorb_waiting_reviews(review)
     assert stored_job(store, review).status == "pending"
-    assert [comment.id for comment in store.comments(review.id)] == [1]
+    assert [comment.id for comment in store.stored_comments(review.id)] == [1]
 
 
 class StoreThatStartsAgain(codebot.Store):
