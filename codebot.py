@@ -91,11 +91,12 @@ WHO IS TRUSTED WITH WHAT
                  start of a review, before the agent of an issue's task runs, and again
                  before a commit is pushed. Only a refusal is remembered, for a minute.
                  Nobody else at GitHub can start the agent, but the text of a labeled issue
-                 may be anyone's. Anyone's comment is stored as a pending review.
-  Others at GitHub   can stop work, if GitHub lets them remove the label, or close or lock
-                 the pull request. A workflow that labels or comments with a person's
+                 may be anyone's. A comment by anybody else is stored as a review, which is
+                 skipped when it starts. A workflow that labels or comments with a person's
                  token counts as that person, and so does a machine account that is not a
                  bot of GitHub's.
+  Others at GitHub   can stop work, if GitHub lets them remove the label, or close or lock
+                 the pull request.
   GitHub         is believed, over TLS. A delivery is believed only if the signature of
                  its body is right. Even then it is never relied on for who wrote what,
                  who may write, or what is open: codebot asks GitHub.
@@ -115,8 +116,8 @@ WHO IS TRUSTED WITH WHAT
                    host's /tmp, and the directories of the database, .env, the App's key and
                    the TLS key. It can read every other file that codebot's user can read.
                    It can write to its own workspace only, but can connect to sockets and
-                   write to named pipes that are not hidden. The exceptions to this are
-                   listed in the section Sandbox.
+                   write to named pipes that are not hidden. The section Sandbox lists
+                   the exceptions.
                  - Without a sandbox (CODEBOT_SANDBOX=none) it can do whatever codebot's
                    user can.
                  - codebot takes from it a tree of files, its words, and the cost and the
@@ -164,16 +165,16 @@ WHERE SECRETS GO
   installation tokens        to GitHub; to git, in its environment
   model key, listed variables   to the agent, in its environment; to the launcher and to a
                              sandbox other than bwrap
-  passwords of proxies       to the proxy; to git at the remote and to all programs in
-                             workspaces, in their environment; to the launcher and to a
-                             sandbox other than bwrap. (A password in
+  passwords of proxies       to the proxy; to git commands that contact the remote and
+                             to all programs in workspaces, in their environment; to the
+                             launcher and to a sandbox other than bwrap. (A password in
                              ANTHROPIC_BASE_URL goes where the model key goes.)
   With --no-github, git commands that contact the remote get the environment with which
   codebot was started, including listed variables, and the proxies and certificates of
   .env. Taken out are CODEBOT_API_KEYS, GITHUB_WEBHOOK_SECRET, the model's keys and address,
   and variables that make git print a trace, use another repository or refuse to work.
   codebot writes none of these secrets into a named file. While a program runs, its
-  input and output are in unlinked files (openssl's are a JWT's content and signature).
+  input and output are in unlinked files.
   But the agent's home keeps its session, with everything that the agent has printed.
 
 KNOWN LIMITATIONS
@@ -450,12 +451,11 @@ def find_paths(directory: str, pattern: str) -> list[str]:
 # Known limitations:
 # - Settings are read from .env in the current directory, and they name programs. Do not
 #   run a codebot command in a directory that others can write to, such as a clone.
-# - Secrets are recognized only verbatim, or encoded in base64 on their own, without line
-#   breaks, and not where a line of more than MAX_LINE_BYTES is split: in what is logged and
-#   sent to GitHub, those of 6 or more characters; in the files of a change, those of 16 or
-#   more. An agent that writes a secret in another way, such as backwards, compressed, or as
-#   the name of an empty directory (which a tree can have, but no diff shows), can publish
-#   it.
+# - Secrets are recognized only verbatim, or on their own in base64 without line breaks.
+#   They need 6 characters in what is logged and sent to GitHub, and 16 in the files of a
+#   change. One is missed where a line of more than MAX_LINE_BYTES is split. An agent that
+#   writes a secret in another way, such as backwards, compressed, or as the name of an
+#   empty directory (which a tree can have, but no diff shows), can publish it.
 # - Of the variables that the operator lists for the agent, codebot knows those whose names
 #   suggest a secret; in others it knows headers such as X-Api-Key, and addresses with a
 #   login, a query or parameters. It does not know a key in the path of an address, nor one
@@ -550,7 +550,7 @@ def parse_address(text: str) -> str:
     match = ADDRESS_RE.fullmatch(text.rstrip("/"))
     if not match:
         raise ValueError("must be an address like https://ghe.example.com")
-    # GitHub's replies name the origin in lower case, and must not name another.
+    # In lower case, as in the URLs in GitHub's replies: GitHub.send compares them.
     origin = match["origin"].lower()
     is_loopback = match["host"].lower().strip("[]") in LOOPBACK_NAMES
     if origin.startswith("http:") and not is_loopback:
@@ -633,7 +633,7 @@ class Config:
     """All settings, read once at the start.
 
     A field with a help text has a flag. A field whose variable is "" has only the flag.
-    Flag and variable use the same parser. A switch's parser is bool; its text is "True".
+    Flag and variable use the same parser. A switch's parser is bool.
     """
 
     api_keys: Sequence[str] = setting("CODEBOT_API_KEYS", split_commas, ())
@@ -1129,10 +1129,10 @@ def login_secrets(word: str, is_proxy: bool) -> set[str]:
 
 # --- Programs ----------------------------------------------------------------
 #
-# codebot starts every program here, in a process group of its own. A program gets only
-# the environment that the caller lists, except git at the remote with --no-github, which
-# inherits codebot's: see remote_environment. CODEBOT_RUN is in every environment. By it
-# codebot finds processes that have left their group.
+# codebot starts every program here, in a process group of its own. A program gets only the
+# environment that the caller lists. The exception is git that contacts the remote with
+# --no-github, which inherits codebot's: see remote_environment. CODEBOT_RUN is in every
+# environment. By it codebot finds processes that have left their group.
 
 GIT_TIMEOUT = 1800.0  # seconds for one git command
 MAX_OUTPUT_BYTES = 1 << 30  # a program is ended when its output file is larger
@@ -1154,10 +1154,9 @@ def do_nothing(*args: object) -> None:
     pass
 
 
-# A LineHandler gets the new lines of a program's standard output. It returns True once the
-# program's work is done, else anything. (Only that of the agent does.) From then on no
-# limit and no stop is checked, and the exit code does not matter: the program may end by
-# itself within RESULT_GRACE; else codebot ends it.
+# A LineHandler gets the new lines of a program's standard output. If it returns True (only
+# the agent's does), the program's work is done: limits, stops and the exit code no longer
+# count, and codebot ends the program after RESULT_GRACE.
 LineHandler = Callable[[list[str]], object]
 
 
@@ -1233,7 +1232,7 @@ class OutputFile:
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
         # A program can empty its own output, with `>/dev/stdout`. With O_APPEND, what is
-        # printed next goes to the new end, not to the old position.
+        # printed next goes to the new end.
         fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
         self.last_lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
         self.has_new_bytes = False  # whether the last read_lines found any
@@ -1243,8 +1242,8 @@ class OutputFile:
     def read_lines(self, has_exited: bool) -> list[str]:
         """Return the new lines. A last line without a line end counts after the exit."""
         if self.size() < self._position:
-            # The file was emptied. Output since the last read is lost. (If as much has been
-            # written again, codebot does not notice.)
+            # It was emptied. Output since the last read is lost. (codebot does not notice
+            # that if as much has been written again.)
             self._position = 0
             self._partial_line.clear()
         data = os.pread(self.file.fileno(), READ_BYTES, self._position)
@@ -1396,8 +1395,7 @@ def end_process_group(child: subprocess.Popen[bytes]) -> None:
     If the program still runs, the group gets SIGTERM and, after KILL_GRACE, SIGKILL. What
     a program has left behind at its own end gets SIGKILL at once.
 
-    The number can belong to another group by then only if the kernel has used all others
-    meanwhile. It reuses none that a group has.
+    The kernel does not reuse a group's number while it has members, nor soon afterward.
     """
     if child.poll() is None:
         signal_group(child.pid, signal.SIGTERM)
@@ -1579,9 +1577,9 @@ def launch_record(config: Config, workspace_path: str) -> pathlib.Path:
 def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") -> bool:
     """End what a launcher left running in a workspace, if anything.
 
-    Returns False if CODEBOT_LAUNCHER_STOP has failed or is not set. Acts only if the record
-    begins with ``record_prefix``: "" for any launch, the tag of a codebot process for its
-    launches, STOP_FAILED for one whose stop has failed.
+    Returns False only if it had to act, and CODEBOT_LAUNCHER_STOP failed or is not set. It
+    acts if the record begins with ``record_prefix``: "" for any launch, the tag of a
+    codebot process for its launches, STOP_FAILED for one whose stop has failed.
     """
     record = launch_record(config, workspace_path)
     # Without a record, nothing runs. NFS wants it opened for writing, for exclusive locks.
@@ -1861,7 +1859,7 @@ def is_inside(path: str, directory: str) -> bool:
 #   its own     /dev and /proc
 #   read-only   ~/X    if PATH leads into it: tool_directories
 #   hidden      /run, the homes; the work directory and the directories of .env, keys and
-#               databases: private_directories; /tmp/A, if anything in it is listed here
+#               databases: private_directories; /tmp/A, if it holds a mount
 #   read-only   the mirror's objects, the target of /etc/resolv.conf, and hidden files that
 #               CODEBOT_CLAUDE_COMMAND names: agent_program_files
 #   writable    the workspace's repo and home, and its tmp as /tmp
@@ -2074,7 +2072,7 @@ class Sandbox:
     def __init__(self, config: Config) -> None:
         self.config = config
         # Only the exact setting `bwrap` gets the mounts above. `/usr/bin/bwrap` counts as
-        # a sandbox of the operator's and, without options, fails probe().
+        # another sandbox. Without options it gets no mounts and fails probe().
         self.is_bwrap = config.sandbox == ("bwrap",)
         self.is_none = config.sandbox == ("none",)
         self.disable_userns = True
@@ -2115,7 +2113,7 @@ class Sandbox:
         return text
 
     def probe(self, *command: str) -> ProgramResult:
-        """Run a command, or `true`, through launcher and sandbox; return even a failure.
+        """Run a command, or `true`, in the sandbox, through the launcher if there is one.
 
         If the sandbox works, the file "probe" is written on this host. Raises ConfigError
         if it is missing, and NoFreeNode if the sandbox could not be tried.
@@ -3135,9 +3133,9 @@ def default_test_command(config: Config, repository: Repository) -> str:
     return ""
 
 
-# Variables that begin with these are not inherited by git at the remote. The first two
-# would show the host's credentials in git's error messages. A hook that starts codebot may
-# have set the others. With them, git would use the hook's repository or its objects, or
+# git that contacts the remote does not inherit variables that begin with these. The first
+# two would show the host's credentials in git's error messages. A hook that starts codebot
+# may have set the others. With them, git would use the hook's repository or its objects, or
 # refuse to update references. (GIT_DIR has no effect: --git-dir overrides it.)
 UNWANTED_GIT_NAMES = (
     "GIT_TRACE",
@@ -3177,8 +3175,8 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
     }
 
 
-# What a failure of git at the remote becomes, in git_with_token. The first line that
-# applies counts:
+# What a failure of git that contacts the remote becomes, in git_with_token. The first line
+# that applies counts:
 #   a signal ended git or a part of it     TransientError
 #   "rejected]", unless the remote itself  GitFailed
 #     is at fault
@@ -3315,7 +3313,7 @@ class GitDirectory:
     def succeeds(self, *args: str) -> bool:
         """Return whether git exits with 0.
 
-        Raises TransientError if it was killed, perhaps for want of memory: that is no "no".
+        Raises TransientError if it was killed, perhaps for want of memory.
         """
         result = self.local_git(*args, check=False)
         if result.code in SIGNAL_EXIT_CODES:
@@ -4078,7 +4076,7 @@ class Store:
     ) -> Job:
         """Store a new task and return it.
 
-        If its idempotency key or label event is known, returns the existing task. Raises
+        If a task has its idempotency key or label event, returns that one. Raises
         HTTPError: 409 if the key was used with other fields, 503 if the queue is full.
         """
         values = {
@@ -4514,7 +4512,7 @@ class Store:
         """Return the request kinds of a pull request's reviews of the last day.
 
         A pending review counts only if an earlier run has classified it. One by a person
-        without write access does not count: it is pending, or was deleted at its start.
+        without write access does not count: it was deleted when it started.
         """
         return self._read(
             only_value,
@@ -5208,7 +5206,7 @@ class Workspace:
             "git", f"Branch {self.branch} from {base_name} at {base_commit}"
         )
 
-    # Three methods start something in the sandbox. All get its command line from sandboxed.
+    # Three methods start something in the sandbox. sandboxed makes their command lines.
     #
     #   script              codebot's own scripts on this host, by run_in_sandbox
     #   run_work            the agent and the tests, here or on a node, by run_in_sandbox
@@ -5410,9 +5408,9 @@ class Workspace:
 
         git fetch does not open the agent's .git: only a pack crosses.
         """
-        # git fetch has sh run: bwrap … -- git upload-pack '/…/repo'. If self.repo were a
-        # file, git fetch would read it as a bundle, outside the sandbox. In bwrap it is a
-        # mount point, which no agent can replace; in another sandbox an agent may.
+        # git fetch has sh run: bwrap … -- git upload-pack '/…/repo'. If an agent replaced
+        # self.repo with a file, git fetch would read that as a bundle, outside the sandbox.
+        # In bwrap no agent can: it is a mount point.
         argv = [*GIT, "-c", "fetch.fsckObjects=true"]
         # A relative path, because git takes commas and blanks in it for separators.
         argv += ["-c", "fetch.fsck.skipList=fsck-skip-list"]
@@ -5798,7 +5796,7 @@ class AgentRun:
         if not result:
             raise_if_stop_arrives(self.run.check_stop)
         is_success = result.get("subtype") == "success"
-        is_empty = result.get("num_turns") == 0
+        is_empty = result.get("num_turns") == 0  # the model was not asked
         if not is_success or is_empty or result.get("is_error"):
             raise self.failure(program)
 
@@ -5941,8 +5939,8 @@ def without_ci_skips(text: str) -> str:
 
 
 # GitHub shows a footnote ("[^1]: words") at the end of the text, outside of quotes. It
-# begins a line, perhaps after the mark of a list, a quote or a heading. After any other
-# character, such as a backtick, "[^1]:" is no footnote.
+# begins a line, perhaps after the mark of a list, a quote or a heading: (?<![^X]) means at
+# the start, or after one of X.
 FOOTNOTE_RE = re.compile(r"(?<![^\s>.)*+\]-])\[(?=\^[^\] \t\r\n]{1,1000}\]:)")
 
 
@@ -9273,7 +9271,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         self.enter("receiving")
         end_tls(self.connection)
-        # This also detaches the TLS state, so that the rest is read without decryption.
+        # It also detaches the TLS state: the rest is read without decryption.
         self.connection.shutdown(socket.SHUT_WR)
         buffer = bytearray(CHUNK_BYTES)  # reused: many would fragment the heap
         while self.connection.recv_into(buffer):
