@@ -582,8 +582,7 @@ def parse_agent_env(text: str) -> Sequence[str]:
 # A rule owner/name=command. The owner and the name may contain wildcards. An empty command
 # means no tests. A comment is no command: sh would ignore it, and every test would pass.
 TEST_RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*=(.*)"
-# Not a command for all repositories: a comment, or a rule whose command is a comment or
-# whose owner/name is a URL or a path.
+# Not a command but a mistake: a comment, or a first word with a slash and then a "=".
 NO_COMMAND = r"#|[^\s=;&|]*/[^\s=;&|]*\s*="
 
 
