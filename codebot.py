@@ -4865,7 +4865,7 @@ class Codebot:
             log.warning("The sandbox was not tested: the launcher %s", error)
         if self.github is not None:
             try:
-                self.github.sign_jwt()
+                self.github.token(AS_APP)
             except (GitHubError, TransientError, OSError) as error:
                 raise ConfigError(f"{error}.") from None
 
@@ -9976,7 +9976,7 @@ def check_github(codebot: Codebot) -> Iterator[Finding]:
     # resolv.conf(5): limits the wait for a dead DNS server, which is 20 s otherwise.
     os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
     try:
-        github.sign_jwt()
+        github.token(AS_APP)
         yield Finding("ok", f"The App's key {config.key_file} can sign")
         name = github.fetch_app()["name"]
         yield Finding("ok", f"GitHub answers at {github.api}; the App is {name}")
