@@ -4076,6 +4076,7 @@ def test_sandbox_that_outlives_a_killed_server_is_ended_by_the_next(
     on_disk.agent.follow("env -i setsid sleep 3119 & block; result")
     on_disk.server.start(CODEBOT_SANDBOX="bwrap", PATH=path)
     task = on_disk.api.submit()
+    wait_for(lambda: "sleep 3119" in command_lines())
     on_disk.agent.wait_until_blocked()
     on_disk.server.kill()
     assert "sleep 3119" in command_lines()
