@@ -5027,9 +5027,11 @@ class JobRun:
 # The largest change that is applied again on top of what others have pushed meanwhile.
 MAX_PATCH_BYTES = 256 << 20
 # Every script of Workspace begins with this. It removes the lock files that a killed git
-# may have left, and defines `g`: git without hooks, fsmonitor, signing and gc. (The
-# checkout needs no `g`: in a new repository, base_environment is enough.)
+# may have left, and defines `g`: git without hooks, fsmonitor, signing and gc. No script
+# uses the configuration in HOME, which is the agent's. (The checkout needs no `g`, because
+# its repository is new.)
 GIT_FUNCTION = """
+export GIT_CONFIG_GLOBAL=/dev/null
 for lock in .git/index.lock .git/HEAD.lock; do
     if [ -e "$lock" ]; then rm -rf "$lock"; fi
 done
@@ -5214,6 +5216,9 @@ class Workspace:
     def environment(self, as_agent: bool) -> dict[str, str]:
         """Return the whole environment of a program that run_in_sandbox runs."""
         env = base_environment(self.config)
+        # So that `git config --global` writes to this HOME, and not to /dev/null, which
+        # root could replace.
+        del env["GIT_CONFIG_GLOBAL"]
         env.update(copy_variables(self.config, [*NETWORK_NAMES, "TZ"]))
         env["HOME"] = f"{self.path}/home"
         env["TMPDIR"] = "/tmp"

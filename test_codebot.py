@@ -4060,6 +4060,16 @@ def test_launcher_is_named_although_there_is_no_sandbox() -> None:
 
 
 @needs_bwrap
+@needs_bwrap
+def test_git_in_the_workspace_has_a_global_configuration(sandboxed: Site) -> None:
+    command = "git config --global user.email a@b && git config --get user.email"
+    task = sandboxed.api.submit(test_command=command)
+    result = sandboxed.api.completed(task)
+    assert "test: a@b" in sandboxed.api.messages(task)
+    config = Path(result["work_dir"]).parent / "home" / ".gitconfig"
+    assert "a@b" in config.read_text()
+
+
 def test_sandbox_that_outlives_bwrap_is_ended(on_disk: Site) -> None:
     path = write_bwrap_that_may_outlive_its_parent(on_disk)
     on_disk.agent.follow(f"env -i setsid sleep 3118 & {SAY_HELLO}")
