@@ -2979,11 +2979,12 @@ class GitHubRepository:
 # - codebot's credential may be allowed to change workflows.
 
 # gc is off, because workspaces read the mirror's objects. Redirects are off, because they
-# would carry the token to another host. git gives up on a server that is silent for 60
-# seconds. `core.fsync` (git 2.36) keeps a power cut from leaving empty files.
+# would carry the token to another host. git gives up on a server that for 300 seconds
+# sends less than a byte a second, or only git's keep-alives. `core.fsync` (git 2.36) keeps
+# a power cut from leaving empty files.
 GIT = shlex.split(
     "git -c gc.auto=0 -c maintenance.auto=false -c core.fsync=all"
-    " -c http.followRedirects=false -c http.lowSpeedLimit=1 -c http.lowSpeedTime=60"
+    " -c http.followRedirects=false -c http.lowSpeedLimit=1 -c http.lowSpeedTime=300"
     " -c core.quotePath=false -c core.hooksPath=/dev/null"
 )
 GIT_FETCH = shlex.split(

@@ -6969,7 +6969,7 @@ def test_git_is_run_with_its_options() -> None:
         "core.quotePath": "false",
         "http.followRedirects": "false",
         "http.lowSpeedLimit": "1",
-        "http.lowSpeedTime": "60",
+        "http.lowSpeedTime": "300",
     }
     for name, value in options.items():
         assert run_command(*codebot.GIT, "config", "--get", name) == value
