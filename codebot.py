@@ -3190,15 +3190,15 @@ AUTH_FAILED_RE = re.compile(
     "could not read Username|Invalid username or token|Authentication failed"
 )
 TRANSIENT_GIT_ERROR_RE = re.compile(
-    # There is no connection, or it was lost.
-    r"Could not resolve|Couldn't resolve|[Ff]ailed to connect|Couldn't connect"
-    r"|Connection (refused|reset|timed out|closed)|[Tt]imed out|Operation too slow"
-    r"|RPC failed|early EOF|hung up|unexpected disconnect|Empty reply|Broken pipe"
-    r"|bytes of body are still expected|Recv failure|Send failure"
-    # TLS, including a bad certificate: finished work is retried for RETRY_LIMIT.
-    r"|SSL|TLS|server (certificate )?verification failed"
+    # There is no connection, it was lost, or TLS failed, even because of a bad certificate:
+    # finished work is retried for RETRY_LIMIT. (HTTP statuses of the remote are below. A
+    # status 4xx of a proxy is final.)
+    r"unable to access(?!.*(returned error|response 4|HTTP code 4))|RPC failed"
+    r"|Could not resolve|connect to host|Connection (reset|timed out|closed|to .* closed)"
+    r"|[Tt]imed out|early EOF|hung up|unexpected disconnect|Broken pipe"
+    r"|bytes of body are still expected"
     # The remote is overloaded, or has a fault of its own.
-    r"|returned error: (429|5\d\d)|Internal Server Error|commit_refs"
+    r"|returned error: (408|429|5\d\d)|Internal Server Error|commit_refs"
     f"|{DISK_FULL}"
 )
 # "! [remote rejected] main -> main (protected)": the remote refuses the push. A fault of

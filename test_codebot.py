@@ -6873,7 +6873,7 @@ def test_error_of_git_at_other_remote_shows_no_password_of_the_host(
 
 @pytest.mark.parametrize("login", ["x:" + 900 * "s", 900 * "s", "x:s@t", "sssss"])
 def test_login_in_error_of_git_is_hidden(tmp_path: Path, login: str) -> None:
-    error = f"fatal: unable to access 'https://{login}@host/a/b/': no route"
+    error = f"fatal: repository 'https://{login}@host/a/b/' not found"
     git = tmp_path / "git"
     git.write_text(f'#!/bin/sh\necho "{error}" >&2\nexit 128\n')
     git.chmod(0o755)
@@ -6882,6 +6882,55 @@ def test_login_in_error_of_git_is_hidden(tmp_path: Path, login: str) -> None:
     with pytest.raises(codebot.GitFailed) as failed:
         directory.git_with_token("", "ls-remote")
     assert str(failed.value) == error.replace(login, "***")
+
+
+# What git prints if the network fails (git 2.47.3 with libcurl 8.14, OpenSSH 10.0).
+NETWORK_ERRORS = [
+    "fatal: unable to access 'URL': CONNECT tunnel failed, response 502",
+    "fatal: unable to access 'URL': Received HTTP code 503 from proxy after CONNECT",
+    "fatal: unable to access 'URL': Proxy CONNECT aborted",
+    "fatal: unable to access 'URL': HTTP/2 stream 1 was not closed cleanly: CANCEL",
+    "fatal: unable to access 'URL': Error in the HTTP2 framing layer",
+    "fatal: unable to access 'URL': Connection died, tried 5 times before giving up",
+    "ssh: connect to host git.acme.com port 22: No route to host",
+    "ssh: connect to host git.acme.com port 22: Network is unreachable",
+    "Connection to git.acme.com closed by remote host.",
+    "fatal: unable to access 'URL': end of response with 466 bytes missing",
+    "fatal: unable to access 'URL': transfer closed with outstanding read data remaining",
+    "fatal: unable to access 'URL': The requested URL returned error: 408",
+]
+
+
+@pytest.mark.parametrize("error", NETWORK_ERRORS)
+def test_git_waits_for_the_network(tmp_path: Path, error: str) -> None:
+    git = tmp_path / "git"
+    git.write_text(f'#!/bin/sh\necho "{error}" >&2\nexit 128\n')
+    git.chmod(0o755)
+    config = codebot.Config(no_github=True, search_path=str(tmp_path))
+    directory = codebot.GitDirectory(config, f"{tmp_path}/mirror", codebot.do_nothing)
+    with pytest.raises(codebot.TransientError):
+        directory.git_with_token("", "push")
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 502 Bad Gateway\r\n\r\n"])
+def test_git_waits_for_a_proxy(tmp_path: Path, answer: bytes) -> None:
+    def refuse() -> None:
+        with listener.accept()[0] as connection:
+            connection.recv(4096)
+            connection.sendall(answer)
+
+    run_command("git", "init", "-q", "--bare", tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=refuse, daemon=True)
+        thread.start()
+        proxy = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        config = codebot.Config(
+            search_path=os.environ["PATH"], variables={"HTTPS_PROXY": proxy}
+        )
+        directory = codebot.GitDirectory(config, str(tmp_path), codebot.do_nothing)
+        with pytest.raises(codebot.TransientError, match="CONNECT"):
+            directory.git_with_token("", "ls-remote", "--", "https://github.com/a/b")
+        thread.join()
 
 
 def test_git_at_other_remote_gets_no_relative_path(
