@@ -953,6 +953,7 @@ def load_config(flags: Flags, is_server: bool = False) -> Config:
 # does not accept. They are replaced in the log and in events.
 UNPRINTABLE_RE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 GITHUB_TOKEN_RE = re.compile(r"(gh[a-z]|github_pat)_[A-Za-z0-9._-]{36,}")
+TOKEN_RETENTION = 7200.0  # seconds; a token is valid for one hour
 MIN_REDACTED_LENGTH = 6  # redacting a shorter secret could mask ordinary words
 MIN_SEARCHED_LENGTH = 16  # a shorter secret may occur in a change by chance
 
@@ -979,16 +980,16 @@ class Redactor:
 
     def __init__(self, config: Config) -> None:
         self._lock = threading.Lock()  # guards _tokens, and each update of _secrets
-        # Installation tokens live for an hour, JWTs for 9 minutes. Tokens before the last
-        # 500 are still redacted by GITHUB_TOKEN_RE, if they look like github.com's.
-        self._tokens: collections.deque[str] = collections.deque(maxlen=500)
+        self._tokens: dict[str, float] = {}  # each with the time when it is forgotten
         self._configured = configured_secrets(config)
         # Read without the lock, because the list is replaced and never changed.
         self._secrets = forms_of(self._configured)
 
     def add(self, token: str) -> None:
+        now = time.monotonic()
         with self._lock:
-            self._tokens.append(token)
+            self._tokens[token] = now + TOKEN_RETENTION
+            self._tokens = {key: end for key, end in self._tokens.items() if end > now}
             self._secrets = forms_of({*self._configured, *self._tokens})
 
     def __call__(self, text: str) -> str:

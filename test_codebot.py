@@ -3237,6 +3237,18 @@ def test_newest_token_is_redacted_after_many_others(redact: codebot.Redactor) ->
     assert redact("sk-model") == "***"
 
 
+def test_expired_tokens_do_not_slow_down_the_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    redact = codebot.Redactor(codebot.Config())
+    redact.add("an-old-installation-token")
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + codebot.TOKEN_RETENTION + 1)
+    redact.add("a-new-installation-token")
+    assert redact.has_secret("a-new-installation-token")
+    assert not redact.has_secret("an-old-installation-token")
+
+
 # --- Settings: what the sandbox shows ----------------------------------------
 
 MOUNT_NAMES = {
