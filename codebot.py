@@ -10263,6 +10263,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = 130
     except BrokenPipeError:  # nobody reads the output
         code = 1
+    except OSError as error:  # such as no usable directory for temporary files
+        log.debug("System error", exc_info=True)
+        print(f"codebot: System error on this host: {error}", file=sys.stderr)
+        code = 2
     return code
 
 

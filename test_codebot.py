@@ -8104,6 +8104,22 @@ def test_commit_is_not_lost_because_git_was_killed(tmp_path: Path) -> None:
         outbox.has_commit("1" * 40)
 
 
+@pytest.mark.parametrize("command", ["run", "demo"])
+def test_missing_temporary_directory_is_told_in_words(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    monkeypatch.chdir(tmp_path)
+    arguments = [command]
+    if command == "run":
+        arguments += ["--no-github", "--repository-url", "/srv/a", "--description", "x"]
+    assert codebot.main(arguments) == 2
+    assert "codebot: " in capsys.readouterr().err
+
+
 def test_full_disk_of_remote_is_not_taken_for_our_own(tmp_path: Path) -> None:
     remote, own = tmp_path / "remote.git", tmp_path / "own.git"
     for path in (remote, own):
