@@ -10231,6 +10231,10 @@ def reset_inherited_state() -> None:
     # the lowest that is free. (The last descriptor stays open.)
     while os.open(os.devnull, os.O_RDWR) < 2:
         pass
+    if sys.stderr is None:  # it was closed; print() takes None for stdout
+        sys.stderr = os.fdopen(2, "w")
+    # A blocked SIGTERM would not stop codebot.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

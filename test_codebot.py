@@ -15669,6 +15669,30 @@ def test_unwritable_work_directory_is_refused(fresh: Site) -> None:
     assert "codebot.lock: permission denied. Use another" in done.stderr
 
 
+BLOCK_AND_RUN = """
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_server_whose_parent_blocked_signals_can_be_stopped(fresh: Site) -> None:
+    argv = [sys.executable, "-c", BLOCK_AND_RUN, sys.executable, str(PROGRAM)]
+    with subprocess.Popen(
+        [*argv, *serve_arguments(fresh)],
+        env=fresh.server.environment(),
+        cwd=fresh.server.start_dir,
+        stdout=subprocess.PIPE,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()  # the server has started
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+
+
 def test_signal_during_start_ends_codebot_without_traceback(fresh: Site) -> None:
     directory = fresh.directory / "bin"
     directory.mkdir()
