@@ -16639,6 +16639,20 @@ def test_demo_that_is_interrupted_at_its_start_ends_at_once(
     assert [*(on_disk.directory / "tmp").iterdir()] == []
 
 
+def test_result_alone_is_on_stdout_if_stderr_is_closed(on_disk: Site) -> None:
+    program = shlex.join([sys.executable, str(PROGRAM), "run", "--no-github"])
+    argv = ["sh", "-c", f'{program} "$@" 2>&-', "sh"]
+    argv += ["--repository-url", str(on_disk.repository.bare), "--description", "x"]
+    done = subprocess.run(
+        [*argv, "--work-dir", str(on_disk.directory / "own")],
+        env=on_disk.server.environment(),
+        cwd=on_disk.server.start_dir,
+        stdout=subprocess.PIPE,
+        check=False,
+    )
+    assert json.loads(done.stdout)["status"] == "completed"
+
+
 def test_demo_needs_git(on_disk: Site) -> None:
     done = on_disk.server.run_forked("demo", PATH="/nonexistent")
     assert done.returncode == 2
