@@ -6433,7 +6433,9 @@ def open_review(run: JobRun) -> Review:
     review = load_comments(review)
     if not review.comments:
         raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} anymore")
-    react_to_comments(review)
+    # Not again at a retry (and not above the daily limit).
+    if not run.job.request_kind:
+        react_to_comments(review)
     return review
 
 

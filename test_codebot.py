@@ -9789,6 +9789,15 @@ def test_lost_answers_of_github_double_nothing(pull: Pull) -> None:
     assert counts in ([2, 1, 1, 1], [2, 2, 1, 1])
 
 
+def test_retries_of_a_review_add_no_reactions_again(pull: Pull) -> None:
+    pull.site.repository.fail("GET /info/refs*", 503, always=True)
+    pull.site.person("alice").review("", *["Why?"] * 5)
+    pull.site.server.wait_for_log("retrying later", 4)
+    pull.site.github.reset_faults()
+    pull.review()
+    assert pull.site.repository.count("POST /pulls/comments/*/reactions") == 5
+
+
 def test_failed_reaction_holds_up_no_review(limited: Site) -> None:
     pull = open_pull(limited)
     pattern = "POST /pulls/comments/*/reactions"
