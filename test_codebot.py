@@ -10316,6 +10316,22 @@ def test_comment_that_github_does_not_have_everywhere_yet_is_answered(
     assert "Because" in pull.answer()
 
 
+def test_comment_that_a_shifted_page_skips_is_answered(shared: Site) -> None:
+    pull = open_pull(shared)
+    carol = shared.person("carol")
+    first, *_ = [carol.comment("Hm", webhook=False) for _ in range(3)]
+    question = shared.person("alice").comment("Why?", webhook=False)
+    shared.github.page_size = 3
+    remove = functools.partial(shared.repository.comments.remove, first)
+    shared.repository.after("GET /issues/1/comments*", remove)
+    shared.person("alice").announce(question)
+    try:
+        assert pull.review()["status"] == "completed"
+    finally:
+        shared.github.page_size = 100
+    assert f"{question.id}." in pull.answer()
+
+
 def test_comment_that_comes_while_its_review_is_retried_is_answered(
     fresh: Site,
 ) -> None:
