@@ -6583,6 +6583,8 @@ def prepare_answers(review: Review) -> None:
             carry_out(review, text)
     if run.job.commit_id:
         push_review_commit(review)
+        # A retry pushes only on top of this: it does not restore what others remove now.
+        run.update(base_commit=run.job.commit_id)
 
 
 def earlier_comments(review: Review) -> list[Comment]:

@@ -9500,6 +9500,24 @@ def test_push_that_others_forestall_again_and_again_fails_review(pull: Pull) -> 
     assert pull.log(3).count("Change busy") == 2  # the limit of this server
 
 
+def test_pushed_change_that_is_removed_before_its_answer_does_not_come_back(
+    pull: Pull,
+) -> None:
+    pull.site.agent.follow(MAKE_CHANGE)
+    before = pull.tip()
+    answers = "POST /pulls/1/comments/*/replies"
+    pull.site.repository.fail(answers, always=True)
+    pull.site.person("alice").inline("Say more")
+    wait_for(lambda: pull.site.repository.count(answers))
+    pull.site.repository.git("update-ref", f"refs/heads/{pull.branch}", before)
+    pull.site.server.wait_for_log("retrying later")
+    pull.site.github.reset_faults()
+    review = pull.review()
+    assert pull.tip() == before
+    assert review["status"] == "failed"
+    assert "removed" in pull.answer()
+
+
 def test_removed_commits_do_not_come_back(pull: Pull) -> None:
     before = pull.tip()
     pull.site.repository.commit({"secret": "not for all\n"}, pull.branch)
