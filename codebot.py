@@ -6815,6 +6815,7 @@ def answer_threads(review: Review) -> None:
     run.set_phase("answer")
     if run.job.request_kind == "limit":
         comments = comments[:1]
+    refusal = ""
     for thread_key, members in group_by_thread(comments).items():
         first = members[0]
         body = run.redact(answer_body(run.job, thread_key, first))
@@ -6826,9 +6827,10 @@ def answer_threads(review: Review) -> None:
             )
         except NotFound as error:  # replies go to a thread's first comment
             log.info("No answer to %s, which was deleted: %s", thread_key, error)
-        except GitHubError as error:
-            message = f"GitHub refused the answer: {error}"
-            raise JobFailed("internal", message) from None
+        except GitHubError as error:  # the other threads still get their answers
+            refusal = f"GitHub refused the answer: {error}"
+    if refusal:
+        raise JobFailed("internal", refusal)
 
 
 def answer_body(job: Job, thread_key: str, comment: Comment) -> str:
