@@ -7089,11 +7089,13 @@ class Sync:
         changed, or its author has write access. Later comments do not count.
         """
         parts = [issue.body.strip() or issue.title]
+        # Asked once for each person, not for each comment.
+        has_write_access = functools.cache(github_repository.has_write_access)
         for payload in github_repository.pages(f"/issues/{issue.number}/comments"):
             comment = parse_comment("conversation", payload)
             if comment is None or payload["updated_at"] > event.created_at:
                 continue
-            if github_repository.has_write_access(comment.user):
+            if has_write_access(comment.user):
                 parts.append(f"Comment by {comment.user}:\n{comment.text}")
         repository = repository_at(github_repository)
         request = TaskRequest(

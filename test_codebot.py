@@ -10969,6 +10969,17 @@ def test_issue_that_is_labeled_again_after_change_becomes_task(shared: Site) -> 
     assert "Delete it all" in issue.prompt()
 
 
+def test_access_of_a_commenter_is_asked_once_for_an_issue(shared: Site) -> None:
+    shared.agent.follow(GIVE_UP)
+    issue = open_issue(shared)
+    bob = shared.person("bob", number=issue.number)
+    for number in range(5):
+        bob.comment(f"Number {number}", webhook=False)
+    shared.person("alice").label(issue.number)
+    issue.task()
+    assert shared.repository.count("GET /collaborators/bob/permission") == 1
+
+
 def test_author_with_write_access_may_rename_issue_after_label(shared: Site) -> None:
     shared.agent.follow(GIVE_UP)
     issue = open_issue(shared, "Say hello", login="alice")
