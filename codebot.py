@@ -7320,7 +7320,9 @@ def ending_of_skipped_review(run: JobRun, error: ReviewSkipped) -> Ending:
     """Return how a skipped review ends: deleted, unless it has cost money or failed."""
     log.info("Review %s is skipped: %s", run.job.id, error)
     has_cost = run.job.cost_usd is not None or run.agent_ran_since_save
-    if not has_cost and not run.job.error:  # a failed agent may report no cost
+    was_classified = run.job.request_kind not in ("", "limit")
+    # An agent that classified it, or failed, may have reported no cost.
+    if not (has_cost or was_classified or run.job.error):
         return Ending("deleted")
     return Ending("failed", "cancelled", f"The review was skipped: {error}")
 

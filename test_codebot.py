@@ -8671,6 +8671,17 @@ def test_delivery_and_comment_are_handled_once(pull: Pull) -> None:
     assert len(pull.site.agent.runs("classify")) == 2
 
 
+def test_skipped_review_whose_agent_reports_no_cost_is_kept(pull: Pull) -> None:
+    pull.site.agent.follow(f"cost=null; classify change; block; {MAKE_CHANGE}")
+    pull.site.person("alice").inline("Say more")
+    pull.site.agent.wait_until_blocked()
+    pull.site.repository.pulls_by_number[1]["locked"] = True
+    pull.site.agent.release()
+    pull.site.server.wait_for_log("is skipped")
+    pull.site.repository.pulls_by_number[1]["locked"] = False
+    assert pull.review()["reason"] == "cancelled"
+
+
 def test_comment_without_delivery_is_found_by_next_review(pull: Pull) -> None:
     pull.site.agent.follow("classify none")
     pull.site.person("bob").comment("The first", webhook=False)
