@@ -7501,8 +7501,8 @@ class Cleanup:
             # A review that needs the directory may have started since.
             in_use = {run.job.directory for run in list(self.codebot.running.values())}
             if directory not in retained | in_use:
-                discard(work_dir, outbox_path(self.config, directory))
-                discard(work_dir, path)
+                self.do_part(discard, work_dir, outbox_path(self.config, directory))
+                self.do_part(discard, work_dir, path)
 
     def maintain_mirror(self, path: str) -> None:
         """Remove a mirror that has not been used for a long time, or pack it."""

@@ -8368,6 +8368,33 @@ def test_workspaces_are_removed_although_database_is_locked(
     assert [path.name for path in tmp_path.glob("t*")] == []
 
 
+# Runs a command where something is mounted on the first file of the directory.
+WITH_MOUNT = [
+    *("unshare", "--map-root-user", "--mount", "sh", "-c"),
+    'mount -t tmpfs none "$(ls -U | head -n 1)" && exec "$@"',
+    "sh",
+]
+CLEAN_UP = """
+import codebot
+codebot.CLEANUP_INTERVAL = 0.0
+app = codebot.Codebot(codebot.Config(no_github=True, work_dir="."))
+app.store = codebot.Store("codebot.db")
+codebot.Cleanup(app).step()
+"""
+
+
+def test_workspace_that_cannot_be_moved_keeps_no_other(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"task_123456{number}").mkdir()
+    env = {**os.environ, "PYTHONPATH": str(PROGRAM.parent)}
+    argv = [*WITH_MOUNT, sys.executable, "-c", CLEAN_UP]
+    done = subprocess.run(argv, check=False, cwd=tmp_path, env=env, capture_output=True)
+    if b"mount" in done.stderr or b"unshare" in done.stderr:
+        pytest.skip("this host lets nobody mount anything")
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("t*"))) == 1
+
+
 def test_trash_is_removed_although_database_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
