@@ -8152,8 +8152,8 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
         receive_comment(codebot, event, payload)
     elif event == "pull_request" and action in ("closed", "reopened"):
         task_id = pull_request_of(codebot, payload).task_id
-        remember_delivery(codebot, guid)
         codebot.sync_queue.put(Look("pull_request", task_id=task_id, look_twice=True))
+        remember_delivery(codebot, guid)
     elif event == "issues" and action in ("labeled", "unlabeled"):
         receive_label(codebot, guid, payload)
     elif event == "ping":
@@ -8163,7 +8163,11 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
 
 
 def remember_delivery(codebot: Codebot, guid: str) -> None:
-    """Store the id of a delivery. Raises NoAction if it has been stored before."""
+    """Store the id of a delivery. Raises NoAction if it has been stored before.
+
+    A look is queued before this, so that one that GitHub refused can be had again with
+    "Redeliver" at GitHub.
+    """
     if not codebot.store.add_delivery(guid):
         raise NoAction("Duplicate delivery")
 
@@ -8197,8 +8201,8 @@ def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
         raise NoAction("Not the label that turns an issue into a task")
     repository_id = int(payload["repository"]["id"])
     number = int(payload["issue"]["number"])
-    remember_delivery(codebot, guid)
     codebot.sync_queue.put(Look("issue", repository_id, number, look_twice=True))
+    remember_delivery(codebot, guid)
 
 
 # --- Page --------------------------------------------------------------------

@@ -10873,6 +10873,24 @@ def test_label_put_on_and_taken_off_at_once_is_ignored(shared: Site) -> None:
     assert shared.repository.answers(issue.number) == []
 
 
+def test_delivery_that_is_sent_again_is_looked_at_again(shared: Site) -> None:
+    shared.agent.follow(GIVE_UP)
+    issue = open_issue(shared)
+    alice = shared.person("alice")
+    alice.label(issue.number, webhook=False)
+    label = {"name": "codebot"}
+    data = shared.repository.issues[issue.number]
+    payload = alice.payload("labeled", issue=data, label=label)
+    events = f"GET /issues/{issue.number}/events*"
+    shared.repository.fail(events, 403, always=True)
+    guid = str(uuid.uuid4())
+    shared.github.deliver("issues", payload, guid)
+    shared.server.wait_for_log("was refused by GitHub", 2)
+    shared.github.reset_faults()  # the operator has given the App the permission
+    assert shared.github.deliver("issues", payload, guid).status == 200
+    issue.task()
+
+
 def test_deletion_of_a_label_is_no_malformed_delivery(shared: Site) -> None:
     issue = open_issue(shared)
     payload = shared.person("alice").payload(
