@@ -9284,7 +9284,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for messages in events:
             self.write(messages)
             self.enter("handling")
-            if client.poll(0 if messages else STREAM_INTERVAL * 1000):
+            # While there are events, write() notices that the client has left.
+            if not messages and client.poll(STREAM_INTERVAL * 1000):
                 return
 
     def discard_input(self) -> None:

@@ -12533,6 +12533,17 @@ def test_invalid_last_event_id_is_named(shared: Site) -> None:
         assert "Last-Event-ID" in json.loads(stream.read())["message"]
 
 
+def test_client_that_has_sent_all_gets_the_whole_log(shared: Site) -> None:
+    task = shared.api.submit()
+    shared.api.completed(task)
+    head = f"GET /api/tasks/{task}/logs HTTP/1.1\r\nHost: x\r\n"
+    head += f"Authorization: Bearer {API_KEY}\r\nAccept: text/event-stream\r\n\r\n"
+    with shared.api.connect() as connection:
+        connection.sendall(head.encode())
+        connection.shutdown(socket.SHUT_WR)
+        assert b"event: end" in read_until_closed(connection)
+
+
 def test_stream_ends_with_a_line_in_the_log_if_the_database_fails(fresh: Site) -> None:
     fresh.server.start()
     task = submit_blocked(fresh)
