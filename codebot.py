@@ -3384,7 +3384,10 @@ class Mirror(GitDirectory):
         """
         url = repository.url
         ref = f"refs/heads/{branch}" if branch else "HEAD"
-        result = self.remote_git(repository, "ls-remote", "--symref", "--", url, ref)
+        # git also lists all branches whose names end with /HEAD. Only the last lines of its
+        # output are kept, so HEAD has to come last.
+        options = ("--symref", "--sort=-refname")
+        result = self.remote_git(repository, "ls-remote", *options, "--", url, ref)
         commit = ""
         # "ref: refs/heads/main<TAB>HEAD" (default branch only), then "COMMIT<TAB>REF"
         for line in result.stdout:

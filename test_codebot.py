@@ -5554,6 +5554,25 @@ def test_without_github_branch_is_pushed_and_github_is_not_asked(
     assert on_disk.github.requests == []
 
 
+def test_default_branch_is_found_among_many_branches_named_head(tmp_path: Path) -> None:
+    remote = tmp_path / "remote"
+    run_command("git", "init", "-q", "-b", "main", remote)
+    run_command("git", "commit", "-q", "--allow-empty", "-m", "First", cwd=remote)
+    commit = run_command("git", "rev-parse", "HEAD", cwd=remote)
+    count = codebot.KEPT_LINES
+    creations = "".join(
+        f"create refs/heads/x{number}/HEAD {commit}\n" for number in range(count)
+    )
+    run_command("git", "update-ref", "--stdin", cwd=remote, text=creations)
+    config = codebot.Config(
+        no_github=True, search_path=os.environ["PATH"], work_dir=str(tmp_path / "work")
+    )
+    repository = codebot.Repository(str(remote), str(remote), "mirror.git")
+    mirror = codebot.Mirror(config, str(tmp_path / "mirror.git"), codebot.do_nothing)
+    mirror.local_git("init", "--quiet", "--bare")
+    assert mirror.resolve_branch(repository, "") == ("main", commit)
+
+
 def test_shallow_remote_cannot_be_cloned(on_disk: Site) -> None:
     on_disk.repository.commit({"second": "2\n"})
     remote = on_disk.directory / "remote"
