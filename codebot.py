@@ -6205,6 +6205,8 @@ def test_and_commit(
         title = f"Answer the review of {title}"
     summary = quoted("The agent", run.job.summary)
     message = without_ci_skips(f"{run.redact(title)[:250]}\n\n{summary}")
+    # Again, because quoted() has removed invisible characters, perhaps from a secret.
+    message = run.redact(message)
     # The caller stores the id, to be pushed, only if inspect_commit raises no error.
     commit_id = workspace.write_commit(tree, base_commit, message)
     files = workspace.inspect_commit(base_commit, commit_id)

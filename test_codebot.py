@@ -6410,6 +6410,15 @@ def test_commit_has_app_as_author_and_title_and_summary(shared: Site) -> None:
     assert trailers == ""
 
 
+def test_secret_with_an_invisible_character_is_redacted_in_commit_message(
+    local: LocalTask,
+) -> None:
+    secret = f"{MODEL_KEY[:5]}\\u200b{MODEL_KEY[5:]}"
+    local.commit(f"{SAY_HELLO}; result 'My key is {secret}.'")
+    message = local.git("log", "-1", "--format=%B", local.run.job.commit_id)
+    assert "> My key is ***." in message
+
+
 def test_commit_message_cannot_turn_off_continuous_integration(shared: Site) -> None:
     done = "[CI skip] [no ci] [skip_ci] [ ci-skip ] [the CI run](x) cells[ci] [skip]"
     shared.agent.follow(f"echo hello >'[ci skip]'; result 'Done {done}.'")
