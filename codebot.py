@@ -3100,7 +3100,8 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
         raise ValueError(
             "must be http(s):// without a user, ssh://, file://, user@host:path or /path"
         )
-    decoded_url = urllib.parse.unquote(url)  # git decodes URLs, but not paths
+    # git decodes %2e in URLs, but not in paths such as /srv/a and user@host:a.
+    decoded_url = urllib.parse.unquote(url)
     if re.search(r"[/:]\.\.?(/|$)", decoded_url):
         raise ValueError("must not have . or .. in its path")
     if f"{config.work_dir}/" in f"{decoded_url}/":  # also in an ssh address
@@ -3567,7 +3568,8 @@ CREATE TABLE jobs (
     -- 1 once a task's push has begun: from then on it cannot be cancelled.
     push_started INTEGER NOT NULL DEFAULT 0,
     -- Progress, from which a job continues after a crash. A review has its task's
-    -- directory and branch. The commit's parent is base_commit.
+    -- directory and branch. The commit's parent is base_commit. (Once a review has pushed,
+    -- base_commit is the commit itself: see prepare_answers.)
     repository_id INTEGER NOT NULL DEFAULT 0,
     directory TEXT NOT NULL DEFAULT '', -- below the work directory
     branch TEXT NOT NULL DEFAULT '',
@@ -4208,7 +4210,11 @@ class Store:
                 add_to_totals(db, job_id)
 
     def begin_push(self, job_id: str) -> bool:
-        """Record that a task's push begins. Returns False if it is to be cancelled."""
+        """Record that a task's push begins. Returns False if it is to be cancelled.
+
+        This and request_cancel exclude each other: each tests the other's column in the
+        statement that sets its own.
+        """
         changed = self._write(
             "UPDATE jobs SET push_started = 1 WHERE id = :id AND cancel_requested = 0",
             id=job_id,
@@ -5420,7 +5426,7 @@ class Workspace:
         # git fetch has sh run: bwrap … -- git upload-pack '/…/repo'. If an agent replaced
         # self.repo with a file, git fetch would read that as a bundle, outside the sandbox.
         # In bwrap no agent can: it is a mount point.
-        argv = [*GIT, "-c", "fetch.fsckObjects=true"]
+        argv = [*GIT, "-c", "fetch.fsckObjects=true"]  # receive.* is for pushes only
         # A relative path, because git takes commas and blanks in it for separators.
         argv += ["-c", "fetch.fsck.skipList=fsck-skip-list"]
         # The base may have such faults already. git ignores the line or the file (since
@@ -6588,7 +6594,8 @@ def prepare_answers(review: Review) -> None:
             carry_out(review, text)
     if run.job.commit_id:
         push_review_commit(review)
-        # A retry pushes only on top of this: it does not restore what others remove now.
+        # From now on the pushed commit counts as the base. If a retry finds that the branch
+        # lacks it, others have removed it, and fetch_tip_with raises JobFailed.
         run.update(base_commit=run.job.commit_id)
 
 
@@ -7075,9 +7082,10 @@ class Sync:
     ) -> bool:
         """Return whether the issue's title or text may have been edited since the label.
 
-        GitHub's REST API reports only the time of an issue's latest change, not what was
-        changed. A later comment could hide an edit, so every change counts. An author with
-        write access is trusted: they may edit the issue even after the label.
+        The labeler (event.actor) has write access: see obstacle. The author may be anyone,
+        and may edit the issue later. Unless the author has write access, too, every change
+        since the label counts as an edit: GitHub's REST API reports only the time of the
+        latest one, not what was changed.
         """
         if issue.author and github_repository.has_write_access(issue.author):
             return False
@@ -7218,10 +7226,11 @@ class Ending(NamedTuple):
 def run_job(codebot: Codebot, job: Job) -> None:
     """Run a job to its end, or until it is pending again.
 
-    A review that fails may have to tell its reviewer: see must_tell_reviewer. store_failure
-    stores the error in the job, so run_steps then takes the steps of report_failure, which
-    post the error and raise it again: the review ends as failed, or as skipped. If they
-    have to be retried, the next run begins with them.
+    A failed review that must tell its reviewer takes two rounds:
+      1. run_steps returns "failed"; store_failure stores the reason and the error.
+      2. run_steps sees job.error and takes the steps of report_failure. These post the
+         error and raise it again: the review ends as failed.
+    If the second round has to be retried, the next run begins with it.
     """
     run = JobRun(codebot, job)
     codebot.running[job.id] = run
@@ -9664,7 +9673,7 @@ HOST_CHECKS = (check_programs, check_settings, check_safety)
 # The stop: the workers end; their jobs are requeued; the process and all connections end.
 
 STOP_TIMEOUT = 10.0  # seconds that the workers have to end when codebot stops
-PR_SET_DUMPABLE = 4  # of prctl(2)
+PR_SET_DUMPABLE = 4  # of prctl(2), from <linux/prctl.h>
 MAIN_INTERVAL = 0.1  # seconds: how often the main thread looks for what has changed
 MAX_DESCRIPTORS = 65536  # open files at the same time, if the host allows so many
 
@@ -9699,7 +9708,8 @@ def set_up_process(codebot: Codebot, level: int) -> None:
     handler.setFormatter(LogFormatter(codebot.redact))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     if sys.platform == "linux":
-        # So an agent without a sandbox, unless it is root, cannot read codebot's memory.
+        # So an agent without a sandbox, unless it is root, cannot read codebot's memory and
+        # environment. (Programs that codebot starts do not inherit this.)
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     # A core dump could hold a token, and be where an agent can read it.
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
