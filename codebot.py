@@ -1338,8 +1338,7 @@ class RunningProgram:
         self.limits.check_stop()
         if max(self.stdout.size(), self.stderr.size()) > MAX_OUTPUT_BYTES:
             raise TooMuchOutput(f"printed more than {MAX_OUTPUT_BYTES >> 30} GiB")
-        if not self.has_exited():  # else only its output is still being read
-            self.check_time()
+        self.check_time()
 
     def check_time(self) -> None:
         now = time.monotonic()

@@ -14070,24 +14070,6 @@ def test_program_that_outlives_its_result_may_clean_up(
     assert (tmp_path / "cleaned").read_text() == "clean\n"
 
 
-def test_program_that_ends_in_time_is_not_timed_out_while_its_output_is_read(
-    tmp_path: Path,
-) -> None:
-    started = time.monotonic()
-
-    def read_slowly(lines: list[str]) -> None:
-        wait_for(lambda: (tmp_path / "end").exists() and time.monotonic() > started + 2)
-
-    result = codebot.run_program(
-        ["sh", "-c", "echo 1; touch end"],
-        GIT_ENVIRONMENT,
-        cwd=str(tmp_path),
-        on_lines=read_slowly,
-        limits=codebot.Limits(timeout=1.5),
-    )
-    assert result.code == 0
-
-
 def test_long_line_of_output_is_cut_at_a_blank_or_omitted() -> None:
     with tempfile.TemporaryFile() as file:
         output = codebot.OutputFile(file)
