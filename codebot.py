@@ -1811,7 +1811,7 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 #   runs. It does not wait for it.
 # - The agent can write to the HOME that the programs of CODEBOT_SANDBOX and
 #   CODEBOT_LAUNCHER get and, without bwrap, to the directory in which they start. These
-#   programs must not read settings of their own from there, such as ~/.docker.
+#   programs must not read settings of their own from there: ~/.docker, ~/.gitconfig.
 
 PROBE_TIMEOUT = 30.0  # seconds to try the sandbox, and before that to get a node
 # Programs need these, so they cannot be covered. hiding_problems adds those on PATH.
@@ -1999,6 +1999,7 @@ def bwrap_command(
         # Otherwise, if codebot is root, the agent could mount and write control groups
         # in a user namespace of its own.
         argv += ["--unshare-user", "--disable-userns"]
+    argv += ["--unsetenv", "GIT_CONFIG_GLOBAL"]  # see Workspace.environment
     return [*argv, "--die-with-parent", "--chdir", f"{workspace_path}/repo", "--"]
 
 
@@ -5041,7 +5042,7 @@ MAX_PATCH_BYTES = 256 << 20
 # uses the configuration in HOME, which is the agent's. (The checkout needs no `g`, because
 # its repository is new.)
 GIT_FUNCTION = """
-export GIT_CONFIG_GLOBAL=/dev/null
+export GIT_CONFIG_GLOBAL=/dev/null XDG_CONFIG_HOME=/nonexistent
 for lock in .git/index.lock .git/HEAD.lock; do
     if [ -e "$lock" ]; then rm -rf "$lock"; fi
 done
@@ -5226,9 +5227,11 @@ class Workspace:
     def environment(self, as_agent: bool) -> dict[str, str]:
         """Return the whole environment of a program that run_in_sandbox runs."""
         env = base_environment(self.config)
-        # So that `git config --global` writes to this HOME, and not to /dev/null, which
-        # root could replace.
-        del env["GIT_CONFIG_GLOBAL"]
+        # `git config --global` must write to this HOME, and not to /dev/null, which root
+        # could replace. (In bwrap, bwrap_command sees to that: the git of a launcher or of
+        # another sandbox must not obey the agent's configuration.)
+        if self.codebot.sandbox.is_none and not self.config.launcher:
+            del env["GIT_CONFIG_GLOBAL"]
         env.update(copy_variables(self.config, [*NETWORK_NAMES, "TZ"]))
         env["HOME"] = f"{self.path}/home"
         env["TMPDIR"] = "/tmp"

@@ -4072,7 +4072,6 @@ def test_launcher_is_named_although_there_is_no_sandbox() -> None:
 
 
 @needs_bwrap
-@needs_bwrap
 def test_git_in_the_workspace_has_a_global_configuration(sandboxed: Site) -> None:
     command = "git config --global user.email a@b && git config --get user.email"
     task = sandboxed.api.submit(test_command=command)
@@ -4082,6 +4081,30 @@ def test_git_in_the_workspace_has_a_global_configuration(sandboxed: Site) -> Non
     assert "a@b" in config.read_text()
 
 
+@needs_bwrap
+def test_git_of_a_launcher_does_not_obey_the_configuration_of_the_agent(
+    on_disk: Site,
+) -> None:
+    outside = on_disk.directory / "outside"
+    marker = on_disk.directory / "marker"
+    run_command("git", "init", "-q", outside)
+    launcher = on_disk.directory / "launch"
+    launcher.write_text(f'#!/bin/sh\ngit -C {outside} status >&2\nexec "$@"\n')
+    launcher.chmod(0o755)
+    plant = f'git config --global core.fsmonitor "touch {marker}; :"'
+    on_disk.agent.follow(f"{plant}; {SAY_HELLO}")
+    on_disk.server.start(
+        CODEBOT_SANDBOX="bwrap",
+        CODEBOT_LAUNCHER=str(launcher),
+        CODEBOT_LAUNCHER_STOP="true",
+    )
+    on_disk.api.completed(on_disk.api.submit(test_command="true"))
+    [config] = on_disk.server.work_dir.glob("task_*/home/.gitconfig")
+    assert str(marker) in config.read_text()
+    assert not marker.exists()
+
+
+@needs_bwrap
 def test_sandbox_that_outlives_bwrap_is_ended(on_disk: Site) -> None:
     path = write_bwrap_that_may_outlive_its_parent(on_disk)
     on_disk.agent.follow(f"env -i setsid sleep 3118 & {SAY_HELLO}")
@@ -6261,6 +6284,12 @@ STUBBORN_LITTER = {
     "lock directory": "touch litter; mkdir .git/index.lock",
     "ignored by litter": "mkdir build; echo '*.o' >build/.gitignore; touch build/a.o",
 }
+
+
+def test_file_that_the_home_ignores_is_committed(local: LocalTask) -> None:
+    ignore = '"$HOME/.config/git/ignore"'
+    local.commit(f'mkdir -p "$HOME/.config/git"; echo "hello*" >{ignore}; {SAY_HELLO}')
+    assert local.changed() == ["hello.txt"]
 
 
 @pytest.mark.parametrize("case", STUBBORN_LITTER)
