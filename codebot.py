@@ -3184,7 +3184,8 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 #     is at fault
 #   no login, a wrong one, or HTTP 403     GitAuthFailed: at GitHub, tried again with a
 #                                          new token
-#   connection, TLS, 429, 5xx, full disk   TransientError
+#   connection, TLS, 408, 429, 5xx,        TransientError
+#     full disk
 #   anything else                          GitFailed
 # URLs and quoted names are removed first, because they may contain any words.
 URL_OR_NAME_RE = re.compile(r"(?<!\w)'[^'\n]*'|https?://\S+")
@@ -3192,13 +3193,17 @@ AUTH_FAILED_RE = re.compile(
     "could not read Username|Invalid username or token|Authentication failed"
 )
 TRANSIENT_GIT_ERROR_RE = re.compile(
-    # There is no connection, it was lost, or TLS failed, even because of a bad certificate:
-    # finished work is retried for RETRY_LIMIT. (HTTP statuses of the remote are below. A
-    # status 4xx of a proxy is final.)
-    r"unable to access(?!.*(returned error|response 4|HTTP code 4))|RPC failed"
-    r"|Could not resolve|connect to host|Connection (reset|timed out|closed|to .* closed)"
-    r"|[Tt]imed out|early EOF|hung up|unexpected disconnect|Broken pipe"
-    r"|bytes of body are still expected"
+    # There is no connection, or it was lost.
+    r"Could not resolve|Couldn't resolve|[Ff]ailed to connect|Couldn't connect"
+    r"|No route to host|Network is unreachable|Host is down"
+    r"|Connection (refused|reset|timed out|closed|died|to .* closed)|[Tt]imed out"
+    r"|Operation too slow|RPC failed|early EOF|hung up|unexpected disconnect|Empty reply"
+    r"|Broken pipe|Recv failure|Send failure|bytes of body are still expected"
+    r"|end of response with|transfer closed|HTTP/?2 (stream|framing)|SETTINGS frame"
+    # A proxy is overloaded, or restarts.
+    r"|CONNECT aborted|CONNECT tunnel failed, response 5|HTTP code 5\d\d from proxy"
+    # TLS, including a bad certificate: finished work is retried for RETRY_LIMIT.
+    r"|SSL|TLS|server (certificate )?verification failed"
     # The remote is overloaded, or has a fault of its own.
     r"|returned error: (408|429|5\d\d)|Internal Server Error|commit_refs"
     f"|{DISK_FULL}"

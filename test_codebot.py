@@ -6942,7 +6942,7 @@ def test_error_of_git_at_other_remote_shows_no_password_of_the_host(
 
 @pytest.mark.parametrize("login", ["x:" + 900 * "s", 900 * "s", "x:s@t", "sssss"])
 def test_login_in_error_of_git_is_hidden(tmp_path: Path, login: str) -> None:
-    error = f"fatal: repository 'https://{login}@host/a/b/' not found"
+    error = f"fatal: unable to access 'https://{login}@host/a/b/': no route"
     git = tmp_path / "git"
     git.write_text(f'#!/bin/sh\necho "{error}" >&2\nexit 128\n')
     git.chmod(0o755)
@@ -6978,6 +6978,26 @@ def test_git_waits_for_the_network(tmp_path: Path, error: str) -> None:
     config = codebot.Config(no_github=True, search_path=str(tmp_path))
     directory = codebot.GitDirectory(config, f"{tmp_path}/mirror", codebot.do_nothing)
     with pytest.raises(codebot.TransientError):
+        directory.git_with_token("", "push")
+
+
+FINAL_ERRORS = [
+    "fatal: unable to access '/home/bot/.config/git/config': Permission denied",
+    "fatal: unable to access 'URL': URL rejected: Bad IPv6 address",
+    "fatal: unable to access 'URL': URL using bad/illegal format or missing URL",
+    "fatal: unable to access 'URL': No authentication method was acceptable.",
+    "fatal: unable to access 'URL': CONNECT tunnel failed, response 407",
+]
+
+
+@pytest.mark.parametrize("error", FINAL_ERRORS)
+def test_git_does_not_wait_for_what_stays_wrong(tmp_path: Path, error: str) -> None:
+    git = tmp_path / "git"
+    git.write_text(f'#!/bin/sh\necho "{error}" >&2\nexit 128\n')
+    git.chmod(0o755)
+    config = codebot.Config(no_github=True, search_path=str(tmp_path))
+    directory = codebot.GitDirectory(config, f"{tmp_path}/mirror", codebot.do_nothing)
+    with pytest.raises(codebot.GitFailed):
         directory.git_with_token("", "push")
 
 
