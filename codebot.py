@@ -10310,7 +10310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # such as no usable directory for temporary files
         log.debug("System error", exc_info=True)
         print(f"codebot: System error on this host: {error}", file=sys.stderr)
-        code = 2
+        code = 1  # not 2, for bad input: `run` may have pushed already
     return code
 
 

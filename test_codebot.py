@@ -8193,7 +8193,7 @@ def test_missing_temporary_directory_is_told_in_words(
     arguments = [command]
     if command == "run":
         arguments += ["--no-github", "--repository-url", "/srv/a", "--description", "x"]
-    assert codebot.main(arguments) == 2
+    assert codebot.main(arguments) == 1
     assert "codebot: " in capsys.readouterr().err
 
 
