@@ -6451,8 +6451,8 @@ def open_review(run: JobRun) -> Review:
     review = load_comments(review)
     if not review.comments:
         raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} anymore")
-    # Not again at a retry (and not above the daily limit).
-    if not run.job.request_kind:
+    # Once, at the first attempt (and not above the daily limit).
+    if not (run.job.request_kind or run.job.transient_since):
         react_to_comments(review)
     return review
 

@@ -9931,6 +9931,25 @@ def test_retries_of_a_review_add_no_reactions_again(pull: Pull) -> None:
     assert pull.site.repository.count("POST /pulls/comments/*/reactions") == 5
 
 
+def test_reactions_are_added_once_although_the_launcher_fails(fresh: Site) -> None:
+    launcher = fresh.directory / "launch"
+    launcher.write_text('#!/bin/sh\n[ -e "$0.down" ] && exit 1\nexec "$@"\n')
+    launcher.chmod(0o755)
+    fresh.server.start(
+        limits={"RETRY_DELAY": 0.1},
+        CODEBOT_LAUNCHER=str(launcher),
+        CODEBOT_LAUNCHER_STOP="true",
+    )
+    pull = open_pull(fresh)
+    down = fresh.directory / "launch.down"
+    down.touch()
+    fresh.person("alice").review("", *["Why?"] * 5)
+    fresh.server.wait_for_log("retrying later", 4)
+    down.unlink()
+    pull.review()
+    assert fresh.repository.count("POST /pulls/comments/*/reactions") == 5
+
+
 def test_failed_reaction_holds_up_no_review(limited: Site) -> None:
     pull = open_pull(limited)
     pattern = "POST /pulls/comments/*/reactions"
