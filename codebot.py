@@ -9574,10 +9574,11 @@ def check_settings(codebot: Codebot) -> Iterator[Finding]:
         )
 
 
-def check_access(path: str, option: str) -> Iterator[Finding]:
-    """Check who else can write to a directory of codebot's, which ``option`` names.
+def check_access(path: str, option: str, unwanted: int) -> Iterator[Finding]:
+    """Check who else may use a directory of codebot's, which ``option`` names.
 
-    In the work directory they could plant repositories whose configuration has git run
+    ``unwanted`` are the permissions that it should not have. If others can write to it, in
+    the work directory they could plant repositories whose configuration has git run
     programs; beside the database, another database, with tasks of their own.
     """
     if not os.path.isdir(path):  # `check` does not create it
@@ -9585,7 +9586,7 @@ def check_access(path: str, option: str) -> Iterator[Finding]:
     status = os.stat(path)
     if status.st_uid not in (0, os.geteuid()):
         yield Finding("FAIL", f"{path} belongs to another user. Use another {option}.")
-    if status.st_mode & 0o077:
+    if status.st_mode & unwanted:
         # Some systems let a user's own group write to everything.
         is_writable = status.st_mode & 0o002
         problem = "can be written to by" if is_writable else "is open to"
@@ -9604,12 +9605,11 @@ def check_safety(codebot: Codebot) -> Iterator[Finding]:
             yield Finding(
                 "warn", f"{path} is open to other users; run: chmod go-rwx {path}"
             )
-    yield from check_access(config.work_dir, "--work-dir")
+    yield from check_access(config.work_dir, "--work-dir", unwanted=0o077)
     if config.database:
         directory = os.path.dirname(config.database)
-        findings = check_access(directory, "CODEBOT_DATABASE")
-        # That others may read the directory is no problem: the database is private.
-        yield from (finding for finding in findings if finding.level == "FAIL")
+        # Others may read the directory: the database itself is private.
+        yield from check_access(directory, "CODEBOT_DATABASE", unwanted=0o022)
     if codebot.sandbox.is_none:
         yield Finding("warn", f"{NO_SANDBOX_WARNING}.")
     if os.getpid() == 1:

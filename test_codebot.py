@@ -15791,11 +15791,20 @@ def test_doubtful_things_are_logged_by_serve_and_listed_by_check(fresh: Site) ->
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
 def test_work_directory_of_another_user_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
-    assert list(codebot.check_access(str(tmp_path), "--work-dir")) == []
+    assert list(codebot.check_access(str(tmp_path), "--work-dir", 0o077)) == []
     os.chown(tmp_path, 12345, -1)
-    [finding] = codebot.check_access(str(tmp_path), "--work-dir")
+    [finding] = codebot.check_access(str(tmp_path), "--work-dir", 0o077)
     assert finding.level == "FAIL"
     assert "belongs to another user" in finding.message
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o775, 0o2770])
+def test_database_where_a_group_can_write_is_doubtful(
+    tmp_path: Path, mode: int
+) -> None:
+    tmp_path.chmod(mode)
+    findings = list(codebot.check_access(str(tmp_path), "CODEBOT_DATABASE", 0o022))
+    assert [finding.level for finding in findings] == ["warn"]
 
 
 def test_database_where_others_can_write_is_refused(fresh: Site) -> None:
