@@ -7522,8 +7522,13 @@ class Cleanup:
             # A review that needs the directory may have started since.
             in_use = {run.job.directory for run in list(self.codebot.running.values())}
             if directory not in retained | in_use:
-                self.do_part(discard, work_dir, outbox_path(self.config, directory))
-                self.do_part(discard, work_dir, path)
+                self.do_part(self.discard_workspace, path)
+
+    def discard_workspace(self, path: str) -> None:
+        # The outbox comes first: if this has to be repeated, only the workspace leads to it.
+        outbox = outbox_path(self.config, os.path.basename(path))
+        discard(self.config.work_dir, outbox)
+        discard(self.config.work_dir, path)
 
     def maintain_mirror(self, path: str) -> None:
         """Remove a mirror that has not been used for a long time, or pack it."""

@@ -8445,10 +8445,10 @@ def test_workspaces_are_removed_although_database_is_locked(
     assert [path.name for path in tmp_path.glob("t*")] == []
 
 
-# Runs a command where something is mounted on the first file of the directory.
+# Runs a command where something is mounted on the directory $MOUNT.
 WITH_MOUNT = [
     *("unshare", "--map-root-user", "--mount", "sh", "-c"),
-    'mount -t tmpfs none "$(ls -U | head -n 1)" && exec "$@"',
+    'mount -t tmpfs none "$MOUNT" && exec "$@"',
     "sh",
 ]
 CLEAN_UP = """
@@ -8460,16 +8460,35 @@ codebot.Cleanup(app).step()
 """
 
 
-def test_workspace_that_cannot_be_moved_keeps_no_other(tmp_path: Path) -> None:
-    for number in range(3):
-        (tmp_path / f"task_123456{number}").mkdir()
-    env = {**os.environ, "PYTHONPATH": str(PROGRAM.parent)}
-    argv = [*WITH_MOUNT, sys.executable, "-c", CLEAN_UP]
-    done = subprocess.run(argv, check=False, cwd=tmp_path, env=env, capture_output=True)
+def clean_up(directory: Path, mount: str = "") -> None:
+    """Run Cleanup.step where something is mounted on a directory, or on none."""
+    env = {**os.environ, "PYTHONPATH": str(PROGRAM.parent), "MOUNT": mount}
+    argv = [sys.executable, "-c", CLEAN_UP]
+    if mount:
+        argv = WITH_MOUNT + argv
+    done = subprocess.run(
+        argv, check=False, cwd=directory, env=env, capture_output=True
+    )
     if b"mount" in done.stderr or b"unshare" in done.stderr:
         pytest.skip("this host lets nobody mount anything")
     assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.glob("t*"))) == 1
+
+
+def test_workspace_that_cannot_be_moved_keeps_no_other(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"task_123456{number}").mkdir()
+    first = os.listdir(tmp_path)[0]
+    clean_up(tmp_path, first)
+    assert [path.name for path in tmp_path.glob("t*")] == [first]
+
+
+def test_outbox_that_cannot_be_moved_is_removed_later(tmp_path: Path) -> None:
+    for name in ("outbox_1234567.git", "task_1234567"):
+        (tmp_path / name).mkdir()
+    clean_up(tmp_path, "outbox_1234567.git")
+    assert (tmp_path / "task_1234567").exists()
+    clean_up(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
 def test_trash_is_removed_although_database_fails(
