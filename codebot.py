@@ -9427,7 +9427,8 @@ class Server(http.server.ThreadingHTTPServer):
             self.connections.drop_late(now)
             # Since Python 3.12, a race in the pool can count a busy thread as an idle one.
             # A connection then waits for a thread until there is another task.
-            self._pool.submit(do_nothing)
+            with contextlib.suppress(RuntimeError):  # the host allows no more threads
+                self._pool.submit(do_nothing)
 
     # Called by the connections' threads
 
