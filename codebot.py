@@ -3573,8 +3573,8 @@ CREATE TABLE jobs (
     -- 1 once a task's push has begun: from then on it cannot be cancelled.
     push_started INTEGER NOT NULL DEFAULT 0,
     -- Progress, from which a job continues after a crash. A review has its task's
-    -- directory and branch. The commit's parent is base_commit. (Once a review has pushed,
-    -- base_commit is the commit itself: see prepare_answers.)
+    -- directory and branch. The commit's parent is base_commit. Once a review has pushed
+    -- its commit, base_commit is that commit.
     repository_id INTEGER NOT NULL DEFAULT 0,
     directory TEXT NOT NULL DEFAULT '', -- below the work directory
     branch TEXT NOT NULL DEFAULT '',
@@ -6599,10 +6599,9 @@ def prepare_answers(review: Review) -> None:
             classify(review, text)
         if run.job.request_kind in ("question", "change"):
             carry_out(review, text)
-    if run.job.commit_id:
+    if run.job.commit_id not in ("", run.job.base_commit):
         push_review_commit(review)
-        # From now on the pushed commit counts as the base. If a retry finds that the branch
-        # lacks it, others have removed it, and fetch_tip_with raises JobFailed.
+        # This shows that it was pushed: a retry does not restore what others remove now.
         run.update(base_commit=run.job.commit_id)
 
 
