@@ -174,7 +174,7 @@ WHERE SECRETS GO
   .env. Taken out are CODEBOT_API_KEYS, GITHUB_WEBHOOK_SECRET, the model's keys and address,
   and variables that make git print a trace, use another repository or refuse to work.
   codebot writes none of these secrets into a named file. While a program runs, its
-  input and output are in unlinked files.
+  input and output are in unlinked files (openssl's are a JWT's content and signature).
   But the agent's home keeps its session, with everything that the agent has printed.
 
 KNOWN LIMITATIONS
@@ -953,7 +953,7 @@ def load_config(flags: Flags, is_server: bool = False) -> Config:
 # does not accept. They are replaced in the log and in events.
 UNPRINTABLE_RE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 GITHUB_TOKEN_RE = re.compile(r"(gh[a-z]|github_pat)_[A-Za-z0-9._-]{36,}")
-TOKEN_RETENTION = 7200.0  # seconds; a token is valid for one hour
+TOKEN_RETENTION = 3900.0  # seconds; a token is valid for 3600
 MIN_REDACTED_LENGTH = 6  # redacting a shorter secret could mask ordinary words
 MIN_SEARCHED_LENGTH = 16  # a shorter secret may occur in a change by chance
 
@@ -1858,7 +1858,7 @@ def is_inside(path: str, directory: str) -> bool:
 #   its own     /dev and /proc
 #   read-only   ~/X    if PATH leads into it: tool_directories
 #   hidden      /run, the homes; the work directory and the directories of .env, keys and
-#               databases: private_directories; /tmp/A, if it holds a mount
+#               databases: private_directories; /tmp/A, if anything in it is listed here
 #   read-only   the mirror's objects, the target of /etc/resolv.conf, and hidden files that
 #               CODEBOT_CLAUDE_COMMAND names: agent_program_files
 #   writable    the workspace's repo and home, and its tmp as /tmp
@@ -6382,7 +6382,7 @@ def pull_request_body(run: JobRun) -> str:
 
 DAILY_REVIEW_JOBS = 50  # reviews of one pull request in 24 hours
 MAX_PUSHES = 3  # attempts to push a review's change when others push at the same time
-# GitHub allows 80 writes a minute. The reactions, in each run, must not use them up.
+# GitHub allows 80 writes a minute. The reactions must not use them up.
 MAX_REACTIONS = 30
 LIMIT_TEXT = (
     f"This pull request has reached the limit of {DAILY_REVIEW_JOBS} requests to codebot "
@@ -6538,8 +6538,8 @@ def load_comments(review: Review) -> Review:
     comments = []
     for stored in run.store.stored_comments(run.job.id):
         comment = current.get((stored.place, stored.id))
-        # One that a retry misses, too, was deleted. (If another one is deleted between the
-        # requests for two pages of a list, the list lacks a comment.)
+        # Never taken for deleted at the first attempt: a list lacks one if another comment
+        # is deleted between the requests for two of its pages.
         is_retry = run.job.transient_since > 0
         if comment is None and (not is_retry or may_appear_later(stored)):
             raise TransientError("GitHub does not list a comment yet")
@@ -9446,8 +9446,8 @@ class Server(http.server.ThreadingHTTPServer):
 
 # --- Local checks ------------------------------------------------------------
 #
-# `serve` and `run` do not start if one of these checks fails, and log the warnings. `check`
-# shows all findings, and has more checks.
+# `serve` and `run` do not start if one of these checks fails, and log the warnings. `run`
+# skips check_server. `check` shows all findings, and has more checks.
 
 SETTING_PREFIXES = ("CODEBOT_", "GITHUB_APP_", "GITHUB_WEBHOOK_", "GITHUB_ENTERPRISE_")
 # The oldest version of a program that works, by the command that prints the version.
