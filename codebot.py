@@ -3390,9 +3390,10 @@ class Mirror(GitDirectory):
         """
         url = repository.url
         ref = f"refs/heads/{branch}" if branch else "HEAD"
-        # git also lists all branches whose names end with /HEAD. Only the last lines of its
-        # output are kept, so HEAD has to come last.
-        options = ("--symref", "--sort=-refname")
+        # git also lists all branches whose names end with /HEAD or /refs/heads/BRANCH. Only
+        # the last lines of its output are kept, so ref has to come last: without as many
+        # last parts as it has, its name is empty.
+        options = ("--symref", f"--sort=-refname:rstrip={ref.count('/') + 1}")
         result = self.remote_git(repository, "ls-remote", *options, "--", url, ref)
         commit = ""
         # "ref: refs/heads/main<TAB>HEAD" (default branch only), then "COMMIT<TAB>REF"

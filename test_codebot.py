@@ -5577,23 +5577,27 @@ def test_without_github_branch_is_pushed_and_github_is_not_asked(
     assert on_disk.github.requests == []
 
 
-def test_default_branch_is_found_among_many_branches_named_head(tmp_path: Path) -> None:
+@pytest.mark.parametrize("branch", ["", "main", "f/x"])
+def test_branch_is_found_among_many_whose_names_end_with_it(
+    tmp_path: Path, branch: str
+) -> None:
     remote = tmp_path / "remote"
     run_command("git", "init", "-q", "-b", "main", remote)
     run_command("git", "commit", "-q", "--allow-empty", "-m", "First", cwd=remote)
     commit = run_command("git", "rev-parse", "HEAD", cwd=remote)
-    count = codebot.KEPT_LINES
-    creations = "".join(
-        f"create refs/heads/x{number}/HEAD {commit}\n" for number in range(count)
-    )
-    run_command("git", "update-ref", "--stdin", cwd=remote, text=creations)
+    names = ["refs/heads/f/x"]
+    for number in range(codebot.KEPT_LINES):
+        for end in ("HEAD", "refs/heads/main", "refs/heads/f/x"):
+            names += [f"refs/heads/{letter}{number}/{end}" for letter in "az"]
+    lines = [f"{commit} {name}\n" for name in names]
+    (remote / ".git" / "packed-refs").write_text("".join(lines))  # git is slower
     config = codebot.Config(
         no_github=True, search_path=os.environ["PATH"], work_dir=str(tmp_path / "work")
     )
     repository = codebot.Repository(str(remote), str(remote), "mirror.git")
     mirror = codebot.Mirror(config, str(tmp_path / "mirror.git"), codebot.do_nothing)
     mirror.local_git("init", "--quiet", "--bare")
-    assert mirror.resolve_branch(repository, "") == ("main", commit)
+    assert mirror.resolve_branch(repository, branch) == (branch or "main", commit)
 
 
 def test_shallow_remote_cannot_be_cloned(on_disk: Site) -> None:
