@@ -2089,7 +2089,7 @@ class Sandbox:
         ``objects`` is the mirror's object directory, which is shown read-only. ``info_fds``
         is the descriptor for end_bwrap, if any.
         """
-        if self.is_none:
+        if self.is_none and not self.config.launcher:
             return list(argv)
         if self.is_bwrap:
             wrapper = bwrap_command(
@@ -2097,12 +2097,15 @@ class Sandbox:
             )
             if info_fds:
                 wrapper[1:1] = ["--info-fd", str(info_fds[0])]
-        else:
+            return [*wrapper, *argv]
+        wrapper = []
+        if not self.is_none:
             wrapper = [
                 word.replace("{task}", workspace_path).replace("{objects}", objects)
                 for word in self.config.sandbox
             ]
-        return [*wrapper, *argv]
+        # As bwrap_command does: see Workspace.environment.
+        return [*wrapper, "env", "-u", "GIT_CONFIG_GLOBAL", *argv]
 
     def describe(self) -> str:
         text = shlex.join(self.config.sandbox)
@@ -5233,9 +5236,9 @@ class Workspace:
     def environment(self, as_agent: bool) -> dict[str, str]:
         """Return the whole environment of a program that run_in_sandbox runs."""
         env = base_environment(self.config)
-        # `git config --global` must write to this HOME, and not to /dev/null, which root
-        # could replace. (In bwrap, bwrap_command sees to that: the git of a launcher or of
-        # another sandbox must not obey the agent's configuration.)
+        # The agent's git uses the configuration in HOME, and not /dev/null, which root
+        # could replace. If there is a launcher or a sandbox, that begins behind them: see
+        # Sandbox.wrap. Their own git must not obey the agent.
         if self.codebot.sandbox.is_none and not self.config.launcher:
             del env["GIT_CONFIG_GLOBAL"]
         env.update(copy_variables(self.config, [*NETWORK_NAMES, "TZ"]))

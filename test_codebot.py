@@ -4206,6 +4206,17 @@ def test_planted_hooks_without_sandbox_see_no_secret(shared: Site) -> None:
 # --- The sandbox: how it is started ------------------------------------------
 
 
+@pytest.mark.parametrize("variable", ["CODEBOT_SANDBOX", "CODEBOT_LAUNCHER"])
+def test_git_has_a_global_configuration_in_another_sandbox_and_on_a_node(
+    fresh: Site, variable: str
+) -> None:
+    # Nothing is written: root would replace /dev/null.
+    fresh.server.start(**{variable: "env", "CODEBOT_LAUNCHER_STOP": "true"})
+    fresh.api.completed(fresh.api.submit())
+    [run] = fresh.agent.runs()
+    assert "GIT_CONFIG_GLOBAL" not in run.env
+
+
 def test_command_line_can_be_the_sandbox(fresh: Site) -> None:
     calls = fresh.directory / "calls"
     wrapper = fresh.directory / "wrapper"
@@ -4219,7 +4230,7 @@ def test_command_line_can_be_the_sandbox(fresh: Site) -> None:
     lines = calls.read_text().splitlines()
     prefix = f"{workspace} {objects} {{other}} "
     commands = [line[len(prefix) :] for line in lines if line.startswith(prefix)]
-    assert any(command.startswith(f"{fresh.agent.path} -p") for command in commands)
+    assert any(f"{fresh.agent.path} -p" in command for command in commands)
     assert "git upload-pack" in "\n".join(commands)
     assert any("true" in command for command in commands)
     [run] = fresh.agent.runs()
