@@ -6221,9 +6221,9 @@ def test_and_commit(
     if run.job.kind == "review":
         title = f"Answer the review of {title}"
     summary = quoted("The agent", run.job.summary)
-    message = without_ci_skips(f"{run.redact(title)[:250]}\n\n{summary}")
     # Again, because quoted() has removed invisible characters, perhaps from a secret.
-    message = run.redact(message)
+    message = run.redact(f"{run.redact(title)[:250]}\n\n{summary}")
+    message = without_ci_skips(message)  # last: *** around NO_CI is such a word, too
     # The caller stores the id, to be pushed, only if inspect_commit raises no error.
     commit_id = workspace.write_commit(tree, base_commit, message)
     files = workspace.inspect_commit(base_commit, commit_id)

@@ -6463,6 +6463,15 @@ def test_secret_with_an_invisible_character_is_redacted_in_commit_message(
     assert "> My key is ***." in message
 
 
+def test_redacting_a_commit_message_writes_no_words_that_turn_off_ci(
+    local: LocalTask,
+) -> None:
+    token = "g\\u200bhp_" + 36 * "a"
+    local.commit(f"{SAY_HELLO}; result 'Done. ***NO_CI{token}'")
+    message = local.git("log", "-1", "--format=%B", local.run.job.commit_id)
+    assert "> Done. (NO_CI)" in message
+
+
 def test_commit_message_cannot_turn_off_continuous_integration(shared: Site) -> None:
     done = "[CI skip] [no ci] [skip_ci] [ ci-skip ] [the CI run](x) cells[ci] [skip]"
     shared.agent.follow(f"echo hello >'[ci skip]'; result 'Done {done}.'")
