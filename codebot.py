@@ -3203,10 +3203,11 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     r"|Operation too slow|RPC failed|early EOF|hung up|unexpected disconnect|Empty reply"
     r"|Broken pipe|Recv failure|Send failure|bytes of body are still expected"
     r"|end of response with|transfer closed|HTTP/?2 (stream|framing)|SETTINGS frame"
-    # A proxy is overloaded, or restarts.
+    # A proxy is overloaded (5xx only), or restarts.
     r"|CONNECT aborted|CONNECT tunnel failed, response 5|HTTP code 5\d\d from proxy"
+    r"|connection to proxy closed|SOCKS5 connection to \S+ \([13456]\)"
     # TLS, including a bad certificate: finished work is retried for RETRY_LIMIT.
-    r"|SSL|TLS|server (certificate )?verification failed"
+    r"|SSL|TLS|gnutls_|server (certificate )?verification failed"
     # The remote is overloaded, or has a fault of its own.
     r"|returned error: (408|429|5\d\d)|Internal Server Error|commit_refs"
     f"|{DISK_FULL}"

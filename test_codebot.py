@@ -6991,6 +6991,9 @@ NETWORK_ERRORS = [
     "fatal: unable to access 'URL': end of response with 466 bytes missing",
     "fatal: unable to access 'URL': transfer closed with outstanding read data remaining",
     "fatal: unable to access 'URL': The requested URL returned error: 408",
+    "fatal: unable to access 'URL': gnutls_handshake() failed: Error in the pull function.",
+    "fatal: unable to access 'URL': connection to proxy closed",
+    "fatal: unable to access 'URL': cannot complete SOCKS5 connection to 127.0.0.1. (4)",
 ]
 
 
