@@ -4863,6 +4863,7 @@ class Codebot:
             "review": queue.Queue(),
         }
         self.sync_queue: queue.Queue[Look] = queue.Queue()
+        self.reacted_to: set[str] = set()  # see react_to_comments
         self.jobs_due = threading.Event()  # wakes the timer: a job may start
         self.cleanup_wanted = threading.Event()  # wakes the cleanup
         # By job id. Threads share it without a lock: each use is one atomic step.
@@ -6456,8 +6457,8 @@ def open_review(run: JobRun) -> Review:
     review = load_comments(review)
     if not review.comments:
         raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} anymore")
-    # Once, at the first attempt (and not above the daily limit).
-    if not (run.job.request_kind or run.job.transient_since):
+    # Not when a retry continues the work, nor above the daily limit.
+    if not run.job.request_kind:
         react_to_comments(review)
     return review
 
@@ -6575,12 +6576,17 @@ def may_appear_later(comment: StoredComment) -> bool:
 
 
 def react_to_comments(review: Review) -> None:
+    """React to each comment, once unless codebot is restarted."""
     paths = {"inline": "/pulls/comments", "conversation": "/issues/comments"}
-    review.github_repository.react(
-        f"{paths[comment.place]}/{comment.id}"
-        for comment in review.comments[:MAX_REACTIONS]
-        if comment.place in paths  # a GitHub review's text takes no reactions
-    )
+    reacted_to = review.run.codebot.reacted_to
+    new = []
+    for comment in review.comments[:MAX_REACTIONS]:
+        if comment.place in paths:  # a GitHub review's text takes no reactions
+            path = f"{paths[comment.place]}/{comment.id}"
+            if path not in reacted_to:
+                new.append(path)
+    reacted_to.update(new)
+    review.github_repository.react(new)
 
 
 # From the comments to a commit

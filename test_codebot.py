@@ -9996,6 +9996,15 @@ def test_reactions_are_added_once_although_the_launcher_fails(fresh: Site) -> No
     assert fresh.repository.count("POST /pulls/comments/*/reactions") == 5
 
 
+def test_reactions_come_although_github_failed_first(pull: Pull) -> None:
+    pull.site.repository.fail("GET /pulls/*/reviews*", 503, always=True)
+    pull.site.person("alice").inline("Why?")
+    pull.site.server.wait_for_log("retrying later")
+    pull.site.github.reset_faults()
+    pull.review()
+    assert len(pull.reactions()) == 1
+
+
 def test_failed_reaction_holds_up_no_review(limited: Site) -> None:
     pull = open_pull(limited)
     pattern = "POST /pulls/comments/*/reactions"
