@@ -195,9 +195,9 @@ LIFE OF A JOB
   phase queued while they wait for a node.
 
   - A task is on disk before the client gets its 202.
-  - A commit is in the store before it is pushed. A retry pushes the same commit again,
-    which changes nothing. (If the branch was deleted meanwhile, a task that has no pull
-    request yet restores it.)
+  - A commit is in the store before it is pushed. A retry of a task pushes it again, which
+    changes nothing. (If the branch was deleted meanwhile, a task that has no pull request
+    yet restores it.) A retry of a review does so only if no push was stored.
   - A retry finds a pull request by its branch.
   - An answer is in the store before it is posted. A retry finds it by its marker. It may be
     posted twice only if the first one, or its marker, was removed before a retry, or if
@@ -6421,10 +6421,10 @@ def run_review(run: JobRun) -> None:
       nothing                          classify the request, and go on as below
       request_kind question, change    have the agent answer, or make the change
       request_kind limit, none         post that the limit is reached, or nothing
-      answers                          push the commit, if there is one, and post the
-                                       answers (for an unclear request, these are
-                                       codebot's questions); if the outbox was lost, carry
-                                       out the request again
+      answers                          push the commit, if one was not pushed yet, and
+                                       post the answers (for an unclear request, these
+                                       are codebot's questions); if the outbox was lost
+                                       before the push, carry out the request again
       error                            see report_failure
 
     Raises ReviewSkipped if nothing is to be done.
@@ -6596,7 +6596,8 @@ def prepare_answers(review: Review) -> None:
     """Store the answers, unless an earlier run has, and push the commit."""
     run = review.run
     commit = run.job.commit_id
-    if commit and not review.workspace.outbox.has_commit(commit):
+    is_to_push = commit not in ("", run.job.base_commit)  # see below
+    if is_to_push and not review.workspace.outbox.has_commit(commit):
         # The outbox was lost, for example when the host lost power. Start over.
         run.update(commit_id="", answers={})
     # {}: the work is not done (or is none: the kinds "none" and "limit"). Once it is done,

@@ -9679,6 +9679,21 @@ def test_pushed_change_that_is_removed_before_its_answer_does_not_come_back(
     assert review["commit"] in pull.answer()
 
 
+def test_pushed_review_does_not_need_its_outbox(fresh: Site) -> None:
+    fresh.server.start(limits={"RETRY_DELAY": 0.3, "GITHUB_ATTEMPTS": 1})
+    pull = open_pull(fresh, MAKE_CHANGE)
+    fresh.repository.fail("POST /pulls/1/comments/*/replies", 503, always=True)
+    fresh.person("alice").inline("Say more")
+    fresh.server.wait_for_log("retrying later", 2)
+    tip = pull.tip()
+    runs = len(fresh.agent.runs())
+    shutil.rmtree(fresh.server.work_dir / f"outbox_{pull.task[:7]}.git")
+    fresh.github.reset_faults()
+    assert pull.review()["commit"] == pull.tip() == tip
+    assert tip in pull.answer()
+    assert len(fresh.agent.runs()) == runs
+
+
 def test_removed_commits_do_not_come_back(pull: Pull) -> None:
     before = pull.tip()
     pull.site.repository.commit({"secret": "not for all\n"}, pull.branch)
