@@ -9131,6 +9131,21 @@ def test_character_that_nobody_sees_is_removed(ends: str) -> None:
     assert codebot.visible_text(f"a{''.join(characters)}b") == "ab"
 
 
+def test_invisible_characters_of_a_commented_line_are_removed() -> None:
+    payload = {
+        "id": 1,
+        "user": {"login": "alice", "type": "User"},
+        "body": "Fine, thanks",
+        "created_at": "2026-01-01T00:00:00Z",
+        "path": "a\U000e0041.py",
+        "diff_hunk": "@@ -1 +1 @@\n+1\u200b\U000e0041",
+    }
+    comment = codebot.parse_comment("inline", payload)
+    assert comment is not None
+    assert comment.path == "a.py"
+    assert comment.diff_hunk == "@@ -1 +1 @@\n+1"
+
+
 @pytest.mark.parametrize("state", ["pending", "PENDING"])
 def test_review_that_is_not_submitted_yet_is_no_comment(state: str) -> None:
     payload = {
