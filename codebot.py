@@ -7162,7 +7162,8 @@ class Sync:
         text = self.codebot.redact(text)
         try:
             github_repository = self.github.repository_by_id(task.repository_id)
-            github_repository.post_once(task.issue_number, text, marker)
+            if is_allowed(self.config, github_repository.full_name):
+                github_repository.post_once(task.issue_number, text, marker)
         except GitHubError as error:
             # The issue was deleted or locked, for example. There is no second attempt.
             log.warning("Task %s: cannot comment on its issue: %s", task_id, error)

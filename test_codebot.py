@@ -10844,6 +10844,24 @@ def test_payload_cannot_make_up_a_label(shared: Site) -> None:
     assert shared.repository.answers(issue.number) == []
 
 
+def test_issue_of_a_repository_that_is_not_allowed_anymore_gets_no_comment(
+    fresh: Site,
+) -> None:
+    fresh.agent.follow(f"block; {SAY_HELLO}")
+    fresh.server.start()
+    issue = open_issue(fresh)
+    fresh.person("alice").label(issue.number)
+    task = issue.task()
+    fresh.agent.wait_until_blocked()
+    fresh.server.stop()
+    fresh.server.restart(CODEBOT_ALLOWED_REPOSITORIES="acme/other")
+    fresh.api.failed(task, "clone_failed")
+    with fresh.server.database() as db:
+        query = "SELECT is_reported FROM jobs"
+        wait_for(lambda: db.execute(query).fetchall() == [(1,)])
+    assert fresh.repository.count(f"POST /issues/{issue.number}/comments") == 0
+
+
 def test_task_of_a_labeler_who_lost_write_access_does_not_start(fresh: Site) -> None:
     fresh.repository.permissions["gina"] = "write"
     fresh.server.start()
