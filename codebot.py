@@ -7234,7 +7234,7 @@ STEPS = {"task": run_task, "review": run_review}
 class Ending(NamedTuple):
     """What becomes of a job when its steps have ended."""
 
-    outcome: str  # "completed", "failed", "pending", or "deleted"
+    status: str  # as in the store, or "deleted"
     reason: str = ""
     error: str = ""
     # Only for a job that is retried after a transient error:
@@ -7392,7 +7392,7 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
     more is posted.
     """
     job = run.job
-    if job.kind == "task" or ending.outcome != "failed":
+    if job.kind == "task" or ending.status != "failed":
         return False
     if run.is_cancelled or ending.reason == "cancelled":
         return False
@@ -7424,12 +7424,12 @@ def store_failure(run: JobRun, ending: Ending) -> None:
 
 def store_ending(run: JobRun, ending: Ending) -> None:
     job = run.job
-    if run.is_cancelled and ending.outcome in ("failed", "pending"):
+    if run.is_cancelled and ending.status in ("failed", "pending"):
         # It was cancelled, whatever else went wrong meanwhile.
         ending = Ending("failed", "cancelled", CANCELLED_TEXT[job.kind])
-    if ending.outcome == "deleted":
+    if ending.status == "deleted":
         run.codebot.until_database_works(run.store.drop_review, job.id)
-    elif ending.outcome == "pending":
+    elif ending.status == "pending":
         if ending.error:
             pause = max(0.0, ending.not_before - time.time())
             message = f"{ending.error.rstrip('.')}. Trying again in {pause:.0f} s"
@@ -7446,7 +7446,7 @@ def finish_job(run: JobRun, ending: Ending) -> None:
     """Log the job's last event, for those who follow the log; then complete or fail it."""
     job = run.job
     error = ending.error
-    if ending.outcome == "failed":
+    if ending.status == "failed":
         if job.push_started and ending.reason != "push_rejected":
             error = f"{error.rstrip('.')}. Its branch {job.branch} may have been pushed"
         error = run.redact(error)[:10_000]
@@ -7455,7 +7455,7 @@ def finish_job(run: JobRun, ending: Ending) -> None:
         log.info("Job %s: %s", job.id, error.partition("\n")[0])
     seconds = job.seconds or time.monotonic() - run.started  # for the totals
     run.codebot.until_database_works(
-        run.store.finish, job, seconds, ending.outcome, ending.reason, error
+        run.store.finish, job, seconds, ending.status, ending.reason, error
     )
 
 
