@@ -174,7 +174,7 @@ WHERE SECRETS GO
   .env. Taken out are CODEBOT_API_KEYS, GITHUB_WEBHOOK_SECRET, the model's keys and address,
   and variables that make git print a trace, use another repository or refuse to work.
   codebot writes none of these secrets into a named file. While a program runs, its
-  input and output are in unlinked files (openssl's are a JWT's content and signature).
+  input and output (openssl's: a JWT's content and signature) are in unlinked files.
   But the agent's home keeps its session, with everything that the agent has printed.
 
 KNOWN LIMITATIONS
@@ -187,8 +187,8 @@ LIFE OF A JOB
   running   -> completed, failed
   A pending review is deleted when its comments join a running review of the same
   reviewer. Reviews are deleted with their task. A review on which codebot may not, or need
-  not, act is skipped: it is deleted if it has cost nothing and has not failed; otherwise it
-  ends as failed, with the reason cancelled.
+  not, act is skipped: it is deleted, or ends as failed (reason: cancelled) if an agent has
+  worked on it or it had failed.
 
   A task's phases are clone, agent, test, commit, push, pull_request; a review's are
   classify, clone, agent, test, commit, push, answer. With a launcher, both are in the
@@ -524,7 +524,7 @@ def parse_int(text: str, minimum: int, maximum: int) -> int:
     return int(text)
 
 
-# Python's functions that wait accept no larger number of seconds. All installation ids fit.
+# All installation ids fit.
 parse_count = functools.partial(parse_int, minimum=1, maximum=4_000_000_000)
 parse_threads = functools.partial(parse_int, minimum=1, maximum=999)
 parse_attempts = functools.partial(parse_int, minimum=0, maximum=99)
@@ -582,7 +582,7 @@ def parse_agent_env(text: str) -> Sequence[str]:
 # A rule owner/name=command. The owner and the name may contain wildcards. An empty command
 # means no tests. A comment is no command: sh would ignore it, and every test would pass.
 TEST_RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*=(.*)"
-# Not a command but a mistake: a comment, or a first word with a slash and then a "=".
+# Mistakes: "# x", with which every test would pass, and a malformed rule "a/b =x".
 NO_COMMAND = r"#|[^\s=;&|]*/[^\s=;&|]*\s*="
 
 
@@ -850,9 +850,9 @@ def unreadable_files(config: Config) -> Iterator[str]:
     if not config.no_github:
         files["GITHUB_APP_PRIVATE_KEY_PATH"] = config.key_file
     for name, path in files.items():
-        # A named pipe is refused, because opening it could block forever.
         if re.search("-----BEGIN|LS0tLS1CRUdJTi", path):  # a key, perhaps in base64
             yield f"{name} must be the path of the key's file, not the key itself."
+        # isfile: opening a named pipe could block forever.
         elif path and not (
             os.path.isfile(path) and os.access(path, os.R_OK, effective_ids=True)
         ):
@@ -914,7 +914,9 @@ def is_allowed(config: Config, name: str) -> bool:
 
 
 def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
-    """Read the flags, the environment and ``.env``. Returns the settings and all problems.
+    """Read the flags, else the environment, else ``.env``.
+
+    Returns the settings and all problems.
 
     A bad value is replaced by the default. Proxies and certificates are set in os.environ,
     where urllib and ssl find them.
@@ -953,7 +955,7 @@ def load_config(flags: Flags, is_server: bool = False) -> Config:
 # does not accept. They are replaced in the log and in events.
 UNPRINTABLE_RE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 GITHUB_TOKEN_RE = re.compile(r"(gh[a-z]|github_pat)_[A-Za-z0-9._-]{36,}")
-TOKEN_RETENTION = 3900.0  # seconds; a token is valid for 3600
+TOKEN_RETENTION = 3900.0  # seconds; a token of github.com is valid for 3600
 MIN_REDACTED_LENGTH = 6  # redacting a shorter secret could mask ordinary words
 MIN_SEARCHED_LENGTH = 16  # a shorter secret may occur in a change by chance
 
@@ -1005,11 +1007,10 @@ class Redactor:
         """Return the beginning of a text without secrets, at most ``length`` characters.
 
         The rest is not looked at, because redacting megabytes takes time. A cut text also
-        loses as many characters as the longest secret has: thousands, if that is a key.
+        loses as many characters as the longest secret has, as it may end within one.
         """
         if len(text) <= length:
             return self(text)
-        # The cut may leave the beginning of a secret, which is shorter than the longest.
         longest = max(map(len, self._secrets), default=0)
         redacted = self(text[:length])
         return redacted[: max(0, len(redacted) - longest)]
@@ -1111,9 +1112,8 @@ def login_secrets(word: str, is_proxy: bool) -> set[str]:
     """
     address = re.sub("^[^/]*://", "", word)
     logins = [address.partition("/")[0].rpartition("@")[0]]
-    # A "/" in a password should be written as %2F, but some programs accept it as it is.
-    # Two forms with a path are not taken for that: HOST:PORT/PATH@2 and USER@HOST:PATH@2.
-    # (The address of a proxy has no path.)
+    # Some programs accept a password with a "/": USER:a/b@HOST. Not taken for that, except
+    # in a proxy's address, which has no path: HOST:80/PATH@2 and USER@HOST:PATH@2.
     if is_proxy or re.match(r"[^:/@]*:(?!\d+/)", address):
         logins.append(address.rpartition("@")[0])
     is_address = is_proxy or address != word
@@ -1370,8 +1370,7 @@ class RunningProgram:
 
     def lacks_space(self, result: ProgramResult) -> bool:
         """Return whether a full disk is why the program failed."""
-        # The program may be unable to say so: its output is on that disk (the work
-        # directory's: see take_work_dir).
+        # The program's output is on this disk, too, so the message may be missing.
         if is_disk_full(tempfile.gettempdir()):
             return True
         says_full = DISK_FULL_RE.search("\n".join(result.stderr)) is not None
@@ -1576,9 +1575,9 @@ def launch_record(config: Config, workspace_path: str) -> pathlib.Path:
 def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") -> bool:
     """End what a launcher left running in a workspace, if anything.
 
-    Returns False only if it had to act, and CODEBOT_LAUNCHER_STOP failed or is not set. It
-    acts if the record begins with ``record_prefix``: "" for any launch, the tag of a
-    codebot process for its launches, STOP_FAILED for one whose stop has failed.
+    Acts only on a record that begins with ``record_prefix``: "" for any launch, the tag of
+    a codebot process for its launches, STOP_FAILED for one whose stop has failed. Returns
+    False if CODEBOT_LAUNCHER_STOP failed or is not set.
     """
     record = launch_record(config, workspace_path)
     # Without a record, nothing runs. NFS wants it opened for writing, for exclusive locks.
@@ -1964,10 +1963,10 @@ def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> list[Mo
     visible += agent_program_files(config, {"/tmp": HIDDEN, **option_by_path})
     # The workspace's third part, tmp, is already mounted at /tmp.
     writable = [f"{workspace_path}/{part}" for part in ("repo", "home")]
-    # In the sandbox, /tmp is a directory of the workspace, in which the agent can write. If
-    # bwrap makes the mount point /tmp/A/B there, the agent can replace /tmp/A with a
-    # symlink. At the next command, bwrap before 0.12 would follow it, and make B on the
-    # host (CVE-2026-87766). A mount cannot be replaced, so /tmp/A becomes one.
+    # In the sandbox, /tmp is a directory of the workspace, where the agent can write. For a
+    # mount at /tmp/A/B, bwrap makes A/B in it. The agent could then replace A with a
+    # symlink, which bwrap before 0.12 follows at the next command (CVE-2026-87766). So A
+    # becomes a mount, which cannot be replaced.
     for path in [*option_by_path, *visible, *writable]:
         match = re.match("(/tmp/[^/]+)/", path)
         if match:
@@ -3578,8 +3577,8 @@ CREATE TABLE jobs (
     -- 1 once a task's push has begun: from then on it cannot be cancelled.
     push_started INTEGER NOT NULL DEFAULT 0,
     -- Progress, from which a job continues after a crash. A review has its task's
-    -- directory and branch. The commit's parent is base_commit. Once a review has pushed
-    -- its commit, base_commit is that commit.
+    -- directory and branch. base_commit is the commit's parent or, in a review that has
+    -- pushed, the commit itself.
     repository_id INTEGER NOT NULL DEFAULT 0,
     directory TEXT NOT NULL DEFAULT '', -- below the work directory
     branch TEXT NOT NULL DEFAULT '',
@@ -4120,7 +4119,7 @@ class Store:
             job = make_job(row)
             if idempotency_key and job.request != request:
                 raise HTTPError(409, "This Idempotency-Key was used for another task")
-            log.info("Task %s: submitted by %s", job.id, submitted_by)
+            log.info("Task %s: submitted by %s", job.id, submitted_by)  # perhaps again
             return job
 
     def claim(self, job_id: str) -> Job | None:
@@ -4268,7 +4267,7 @@ class Store:
         """Return the id of the pending job that claim should start next, or None.
 
         ``was_delayed`` selects the jobs that a transient error has delayed, or all others.
-        The one that has been due for longest comes first; if not_before is 0, the oldest.
+        The one that has been due for longest comes first.
         """
         return self._read_one(
             only_value,
@@ -5050,8 +5049,8 @@ class JobRun:
 MAX_PATCH_BYTES = 256 << 20
 # Every script of Workspace begins with this. It removes the lock files that a killed git
 # may have left, and defines `g`: git without hooks, fsmonitor, signing and gc. No script
-# uses the configuration in HOME, which is the agent's. (The checkout needs no `g`, because
-# its repository is new.)
+# uses the configuration in HOME, which is the agent's. (git 2.31 does.) The checkout needs
+# no `g`, because its repository is new.
 GIT_FUNCTION = """
 export GIT_CONFIG_GLOBAL=/dev/null XDG_CONFIG_HOME=/nonexistent
 for lock in .git/index.lock .git/HEAD.lock; do
@@ -5344,8 +5343,8 @@ class Workspace:
                     on_lines=command.on_lines,
                     pass_fds=info_fds,
                     umask=self.config.umask,
-                    # A test is not believed either: all that it prints goes to standard
-                    # output. A script is, although git may run an agent's filter there.
+                    # This concerns standard error. A test prints nothing there; a script
+                    # is believed, although git may run an agent's filter in it.
                     may_report_full_disk=not command.as_agent,
                     program_type=launch.program_type,
                 )
@@ -5436,14 +5435,13 @@ class Workspace:
 
         git fetch does not open the agent's .git: only a pack crosses.
         """
-        # git fetch has sh run: bwrap … -- git upload-pack '/…/repo'. If an agent replaced
-        # self.repo with a file, git fetch would read that as a bundle, outside the sandbox.
-        # In bwrap no agent can: it is a mount point.
+        # git fetch runs, by sh: bwrap … -- git upload-pack '/…/repo'. In bwrap, self.repo
+        # is a mount point. In another sandbox, an agent may replace it with a file, which
+        # git fetch would read as a bundle, outside the sandbox.
         argv = [*GIT, "-c", "fetch.fsckObjects=true"]  # receive.* is for pushes only
         # A relative path, because git takes commas and blanks in it for separators.
         argv += ["-c", "fetch.fsck.skipList=fsck-skip-list"]
-        # The base may have such faults already. git ignores the line or the file (since
-        # 2.39.1), so it does no harm if an agent adds one.
+        # Harmless: git (since 2.39.1) ignores such lines and files. The base may have some.
         for fault in ("LineLength", "Large"):
             argv += ["-c", f"fetch.fsck.gitattributes{fault}=ignore"]
         argv += ["--git-dir", self.outbox.path, *GIT_FETCH]
@@ -6125,7 +6123,7 @@ def is_only_push_left(workspace: Workspace) -> bool:
     """Return whether an earlier run has made the commit, and it was not lost."""
     job = workspace.run.job
     if job.push_started:
-        return True  # the remote may have it, and then the outbox is not needed
+        return True  # even without the outbox: see run_task
     return job.commit_id != "" and workspace.outbox.has_commit(job.commit_id)
 
 
@@ -6238,8 +6236,7 @@ def test_and_commit(
 def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
     """Run the test command. If it fails, show the agent its output and try again.
 
-    Attempt 1 of the agent came before. If attempt N of the tests fails, attempt N + 1 of
-    the agent follows, unless N was the last.
+    Attempt N of the tests follows attempt N of the agent, the first of which came before.
 
     Returns the tree that passed, and how often the command ran. Raises JobFailed if the
     tests still fail or cannot be started.
@@ -6526,9 +6523,9 @@ def require_reviewer_access(review: Review) -> None:
 def load_comments(review: Review) -> Review:
     """Return the review with the comments that it answers.
 
-    Unless the request is classified, new comments are queued, and the reviewer's join this
-    review. It answers those whose author, GitHub confirms, is its reviewer. One that GitHub
-    does not list was deleted, or is too new.
+    A review that is not classified yet first takes in the reviewer's newer comments; those
+    of others are queued. Only comments whose author, GitHub confirms, is the reviewer are
+    answered.
     """
     run = review.run
     # A delivery is only a claim. GitHub is asked for the authors and the current texts.
@@ -6544,8 +6541,8 @@ def load_comments(review: Review) -> Review:
     comments = []
     for stored in run.store.stored_comments(run.job.id):
         comment = current.get((stored.place, stored.id))
-        # Never taken for deleted at the first attempt: a list lacks one if another comment
-        # is deleted between the requests for two of its pages.
+        # Not taken for deleted at the first attempt: a deletion while the pages of a list
+        # were read may have shifted the rest.
         is_retry = run.job.transient_since > 0
         if comment is None and (not is_retry or may_appear_later(stored)):
             raise TransientError("GitHub does not list a comment yet")
@@ -6600,8 +6597,8 @@ def prepare_answers(review: Review) -> None:
     if is_to_push and not review.workspace.outbox.has_commit(commit):
         # The outbox was lost, for example when the host lost power. Start over.
         run.update(commit_id="", answers={})
-    # {}: the work is not done (or is none: the kinds "none" and "limit"). Once it is done,
-    # each thread has an answer, perhaps an empty one.
+    # Finished work has an answer for each thread, perhaps "". (The kinds "none" and "limit"
+    # have no work.)
     if not run.job.answers:
         for comment in review.comments:
             run.log_event("codebot", f"Comment by {comment.user}: {comment.text}")
@@ -6783,7 +6780,7 @@ def push_review_commit(review: Review) -> None:
             if tip == run.job.base_commit:
                 raise  # nobody has pushed meanwhile, so the remote refuses the commit
             continue
-        # The answer will name the commit, so it must be there: else this raises.
+        # Raises an error if the commit is not there: the answer will name it.
         fetch_tip_with(workspace, run.job.commit_id)
         return
     raise JobFailed(
@@ -7271,19 +7268,14 @@ def run_job(codebot: Codebot, job: Job) -> None:
 # What a retry depends on: three columns of jobs, which SCHEMA explains. A job fails at
 # MAX_INTERRUPTIONS interruptions, and at a transient error that comes more than RETRY_LIMIT
 # after transient_since. What changes the columns, and where:
-#   a crash, in a     requeue_interrupted   interruptions + 1, not_before = 0
-#     running job
-#   a stop, in a      requeue               not_before = 0
-#     running job
-#   start or stop     requeue_interrupted   transient_since = now, in pending jobs in which
-#     of the server                         it is not 0
-#   transient error   requeue               not_before = in a minute, or later if GitHub
-#                                           says so;
-#                                           transient_since = now, if it was 0;
-#                                           interruptions + 1, if an agent has run since
-#                                           work was last saved: a retry pays for it again
-#   an agent starts   Workspace.run_work    transient_since = 0
-#   work is saved     JobRun.save_work      interruptions = 0, transient_since = 0
+#   interruptions     + 1 by a crash (requeue_interrupted), and by a transient error after
+#                     which a retry pays for the agent again (requeue)
+#                     0 when work is saved (JobRun.save_work)
+#   transient_since   now by a transient error, if it was 0 (requeue), and by a start or
+#                     stop of the server, if it was not 0 (requeue_interrupted)
+#                     0 when an agent starts (Workspace.run_work) or work is saved
+#   not_before        in a minute, or later if GitHub says so, by a transient error
+#                     0 by a crash or stop
 # A stop that a second signal cuts short counts as a crash.
 
 
@@ -7298,8 +7290,8 @@ def run_steps(run: JobRun) -> Ending:
       that GitHub refuses (see AppRefused)
       StopRequested                          pending, at the next start
       Cancelled                              failed, as cancelled
-      ReviewSkipped                          the review is deleted; failed, as
-                                             cancelled, if it has cost something or failed
+      ReviewSkipped                          the review is deleted; failed, as cancelled,
+                                             if an agent has worked on it or it had failed
     """
     job = run.job  # as it was before the steps; its id and kind do not change
     try:
@@ -7374,7 +7366,7 @@ def ending_after_transient_error(
     is_too_often = costs_money and job.interruptions + 1 >= MAX_INTERRUPTIONS
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     if is_too_often or now > give_up_at:
-        # A review that only had to post its failure still fails with that.
+        # job.reason and job.error: of a review that had only its failure left to post.
         reason = job.reason or REASON_BY_PHASE.get(job.phase, "internal")
         return Ending("failed", reason, job.error or error)
     return Ending(
@@ -7537,7 +7529,7 @@ class Cleanup:
                 self.do_part(self.discard_workspace, path)
 
     def discard_workspace(self, path: str) -> None:
-        # The outbox comes first: if this has to be repeated, only the workspace leads to it.
+        # The outbox comes first: at the next attempt, only the workspace leads to it.
         outbox = outbox_path(self.config, os.path.basename(path))
         discard(self.config.work_dir, outbox)
         discard(self.config.work_dir, path)
@@ -8067,7 +8059,7 @@ def event_stream(codebot: Codebot, task_id: str, after: int) -> EventStream:
             last_sent = now
         yield message.encode()
     if not codebot.stop.is_set():
-        # If there were no events, the client has had no id yet, which task_logs needs.
+        # A client that got no events needs an id, for the 204 when it reconnects.
         end_id = "" if after else "id: 0\n"
         yield f"{end_id}event: end\ndata: {{}}\n\n".encode()
 
@@ -9599,7 +9591,7 @@ def check_access(path: str, option: str, unwanted: int) -> Iterator[Finding]:
     the work directory they could plant repositories whose configuration has git run
     programs; beside the database, another database, with tasks of their own.
     """
-    if not os.path.isdir(path):  # `check` does not create it
+    if not os.path.isdir(path):  # take_work_dir reports that
         return
     status = os.stat(path)
     if status.st_uid not in (0, os.geteuid()):
