@@ -3213,7 +3213,9 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
 )
 # "! [remote rejected] main -> main (protected)": the remote refuses the push. A fault of
 # the remote's own is excluded, because it is transient.
-REJECTED_RE = re.compile(r"rejected\](?!.*(Internal Server Error|commit_refs))")
+REJECTED_RE = re.compile(
+    r"^(?!.*(Internal Server Error|commit_refs)).*rejected\]", re.MULTILINE
+)
 # A program that git has started. (A remote's lines begin with "remote:".)
 PART_KILLED_RE = re.compile(r"^error: \S+ died of signal (9|15)$", re.MULTILINE)
 # Seconds until git is run again with a new token, which may not be known everywhere yet.

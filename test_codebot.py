@@ -7028,6 +7028,13 @@ def test_git_does_not_wait_for_what_stays_wrong(tmp_path: Path, error: str) -> N
         directory.git_with_token("", "push")
 
 
+def test_fault_of_the_remote_itself_is_no_refusal() -> None:
+    for line in ("Internal Server Error", "commit_refs"):
+        text = f" ! [remote rejected] main -> main ({line})"
+        assert not codebot.REJECTED_RE.search(f"first\n{text}\nlast")
+    assert codebot.REJECTED_RE.search("first\n ! [remote rejected] a -> a (no)\nlast")
+
+
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 502 Bad Gateway\r\n\r\n"])
 def test_git_waits_for_a_proxy(tmp_path: Path, answer: bytes) -> None:
     def refuse() -> None:
