@@ -2103,8 +2103,10 @@ class Sandbox:
                 word.replace("{task}", workspace_path).replace("{objects}", objects)
                 for word in self.config.sandbox
             ]
-        # As bwrap_command does: see Workspace.environment.
-        return [*wrapper, "env", "-u", "GIT_CONFIG_GLOBAL", *argv]
+        # As bwrap_command does: see Workspace.environment. (env would take a=b/claude for a
+        # variable.)
+        unset = 'unset GIT_CONFIG_GLOBAL; exec "$@"'
+        return [*wrapper, "sh", "-c", unset, "sh", *argv]
 
     def describe(self) -> str:
         text = shlex.join(self.config.sandbox)
@@ -5451,7 +5453,9 @@ class Workspace:
         env["GIT_ALLOW_PROTOCOL"] = "file"
         try:
             with self.ending_namespace(self.codebot.sandbox.is_bwrap) as info_fds:
-                upload_pack = self.sandboxed(["git", "upload-pack"], info_fds)
+                # Another sandbox may have set HOME to the agent's.
+                script = 'GIT_CONFIG_GLOBAL=/dev/null exec git upload-pack "$@"'
+                upload_pack = self.sandboxed(["sh", "-c", script, "sh"], info_fds)
                 argv += ["--upload-pack", shlex.join(upload_pack), "--"]
                 return run_program(
                     [*argv, self.repo, f"+HEAD:{ref}"],

@@ -4217,6 +4217,33 @@ def test_git_has_a_global_configuration_in_another_sandbox_and_on_a_node(
     assert "GIT_CONFIG_GLOBAL" not in run.env
 
 
+@pytest.mark.parametrize(
+    "config", ["[broken", "[uploadpack]\\n\\tpackObjectsHook = $HOME/hook"]
+)
+def test_upload_pack_in_another_sandbox_ignores_the_configuration_in_home(
+    fresh: Site, config: str
+) -> None:
+    wrapper = fresh.directory / "wrapper"
+    wrapper.write_text('#!/bin/sh\nexport HOME="$1/home"\nshift\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    fresh.server.start(CODEBOT_SANDBOX=f"{wrapper} {{task}}")
+    mark = fresh.directory / "mark"
+    fresh.agent.follow(
+        f'echo "touch {mark}" >"$HOME/hook"; chmod +x "$HOME/hook"; '
+        f'printf "{config}\\n" >"$HOME/.gitconfig"; {SAY_HELLO}'
+    )
+    fresh.api.completed(fresh.api.submit())
+    assert not mark.exists()
+
+
+def test_path_of_the_agent_program_may_contain_an_equals_sign(fresh: Site) -> None:
+    link = fresh.directory / "a=b" / "claude"
+    link.parent.mkdir()
+    link.symlink_to(fresh.agent.path)
+    fresh.server.start(CODEBOT_SANDBOX="nice", CODEBOT_CLAUDE_COMMAND=str(link))
+    fresh.api.completed(fresh.api.submit())
+
+
 def test_command_line_can_be_the_sandbox(fresh: Site) -> None:
     calls = fresh.directory / "calls"
     wrapper = fresh.directory / "wrapper"
