@@ -2398,7 +2398,9 @@ def parse_comment(place: str, payload: JsonObject) -> Comment | None:
         text=text,
         thread=int(payload.get("in_reply_to_id") or comment_id),
         created_at=str(payload.get("created_at") or payload["submitted_at"]),
-        path=INVISIBLE_RE.sub("", str(payload.get("path", ""))),
+        path=INVISIBLE_RE.sub(
+            "\N{REPLACEMENT CHARACTER}", str(payload.get("path", ""))
+        ),
         # `line` is null once the comment is outdated.
         line=int(payload.get("line") or payload.get("original_line") or 0),
         diff_hunk=INVISIBLE_RE.sub("", str(payload.get("diff_hunk") or "")),

@@ -9176,7 +9176,7 @@ def test_invisible_characters_of_a_commented_line_are_removed() -> None:
     }
     comment = codebot.parse_comment("inline", payload)
     assert comment is not None
-    assert comment.path == "a.py"
+    assert comment.path == "a\N{REPLACEMENT CHARACTER}.py"
     assert comment.diff_hunk == "@@ -1 +1 @@\n+1"
 
 
