@@ -582,7 +582,7 @@ def parse_agent_env(text: str) -> Sequence[str]:
 # A rule owner/name=command. The owner and the name may contain wildcards. An empty command
 # means no tests. A comment is no command: sh would ignore it, and every test would pass.
 TEST_RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*=(.*)"
-# Mistakes: "# x", with which every test would pass, and a malformed rule "a/b =x".
+# Mistakes: "# x", with which every test would pass, and a malformed rule "a/b/c=x".
 NO_COMMAND = r"#|[^\s=;&|]*/[^\s=;&|]*\s*="
 
 
@@ -1577,7 +1577,7 @@ def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") 
 
     Acts only on a record that begins with ``record_prefix``: "" for any launch, the tag of
     a codebot process for its launches, STOP_FAILED for one whose stop has failed. Returns
-    False if CODEBOT_LAUNCHER_STOP failed or is not set.
+    False only if it acted, and CODEBOT_LAUNCHER_STOP failed or is not set.
     """
     record = launch_record(config, workspace_path)
     # Without a record, nothing runs. NFS wants it opened for writing, for exclusive locks.
@@ -5349,8 +5349,9 @@ class Workspace:
                     on_lines=command.on_lines,
                     pass_fds=info_fds,
                     umask=self.config.umask,
-                    # This concerns standard error. A test prints nothing there; a script
-                    # is believed, although git may run an agent's filter in it.
+                    # This concerns standard error. A script is believed, although git may
+                    # run an agent's filter in it; so is a test, which could write there
+                    # through /proc. MAX_INTERRUPTIONS limits what that costs.
                     may_report_full_disk=not command.as_agent,
                     program_type=launch.program_type,
                 )
@@ -6581,7 +6582,7 @@ def may_appear_later(comment: StoredComment) -> bool:
 
 
 def react_to_comments(review: Review) -> None:
-    """React to each comment, once unless codebot is restarted."""
+    """Try to react to each comment, once unless codebot is restarted."""
     paths = {"inline": "/pulls/comments", "conversation": "/issues/comments"}
     reacted_to = review.run.codebot.reacted_to
     new = []
@@ -7276,14 +7277,14 @@ def run_job(codebot: Codebot, job: Job) -> None:
 # What a retry depends on: three columns of jobs, which SCHEMA explains. A job fails at
 # MAX_INTERRUPTIONS interruptions, and at a transient error that comes more than RETRY_LIMIT
 # after transient_since. What changes the columns, and where:
-#   interruptions     + 1 by a crash (requeue_interrupted), and by a transient error after
-#                     which a retry pays for the agent again (requeue)
+#   interruptions     + 1 by a crash, in a running job (requeue_interrupted), and by a
+#                     transient error after which a retry pays for the agent again (requeue)
 #                     0 when work is saved (JobRun.save_work)
 #   transient_since   now by a transient error, if it was 0 (requeue), and by a start or
 #                     stop of the server, if it was not 0 (requeue_interrupted)
 #                     0 when an agent starts (Workspace.run_work) or work is saved
 #   not_before        in a minute, or later if GitHub says so, by a transient error
-#                     0 by a crash or stop
+#                     0 by a crash or stop, in a running job
 # A stop that a second signal cuts short counts as a crash.
 
 
