@@ -7022,19 +7022,7 @@ NETWORK_ERRORS = [
     "fatal: unable to access 'URL': connection to proxy closed",
     "fatal: unable to access 'URL': cannot complete SOCKS5 connection to 127.0.0.1. (4)",
 ]
-
-
-@pytest.mark.parametrize("error", NETWORK_ERRORS)
-def test_git_waits_for_the_network(tmp_path: Path, error: str) -> None:
-    git = tmp_path / "git"
-    git.write_text(f'#!/bin/sh\necho "{error}" >&2\nexit 128\n')
-    git.chmod(0o755)
-    config = codebot.Config(no_github=True, search_path=str(tmp_path))
-    directory = codebot.GitDirectory(config, f"{tmp_path}/mirror", codebot.do_nothing)
-    with pytest.raises(codebot.TransientError):
-        directory.git_with_token("", "push")
-
-
+# And what it prints if the network is not the cause.
 FINAL_ERRORS = [
     "fatal: unable to access '/home/bot/.config/git/config': Permission denied",
     "fatal: unable to access 'URL': URL rejected: Bad IPv6 address",
@@ -7044,14 +7032,22 @@ FINAL_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("error", FINAL_ERRORS)
-def test_git_does_not_wait_for_what_stays_wrong(tmp_path: Path, error: str) -> None:
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        *((error, codebot.TransientError) for error in NETWORK_ERRORS),
+        *((error, codebot.GitFailed) for error in FINAL_ERRORS),
+    ],
+)
+def test_git_waits_for_the_network_but_not_for_what_stays_wrong(
+    tmp_path: Path, error: str, kind: type[Exception]
+) -> None:
     git = tmp_path / "git"
     git.write_text(f'#!/bin/sh\necho "{error}" >&2\nexit 128\n')
     git.chmod(0o755)
     config = codebot.Config(no_github=True, search_path=str(tmp_path))
     directory = codebot.GitDirectory(config, f"{tmp_path}/mirror", codebot.do_nothing)
-    with pytest.raises(codebot.GitFailed):
+    with pytest.raises(kind):
         directory.git_with_token("", "push")
 
 
