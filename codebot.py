@@ -2398,6 +2398,7 @@ def parse_comment(place: str, payload: JsonObject) -> Comment | None:
         text=text,
         thread=int(payload.get("in_reply_to_id") or comment_id),
         created_at=str(payload.get("created_at") or payload["submitted_at"]),
+        # What no reviewer can see in a path or in code must not reach the agent.
         path=INVISIBLE_RE.sub(
             "\N{REPLACEMENT CHARACTER}", str(payload.get("path", ""))
         ),
@@ -7397,7 +7398,7 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
         return False
     if run.is_cancelled or ending.reason == "cancelled":
         return False
-    # In the phase "answer", it was the posting. (Each run begins with the phase "".)
+    # In the phase "answer", the posting failed. (Each run begins with the phase "".)
     return not job.error and job.phase != "answer"
 
 
@@ -9392,7 +9393,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, codebot: Codebot) -> None:
         """Listen. Raises OSError if the address cannot be used.
 
-        Raises ConfigError if the TLS files cannot, or the other address of "localhost".
+        Raises ConfigError if the TLS files, or the other address of "localhost", cannot.
         """
         config = codebot.config
         self.codebot = codebot
@@ -9596,9 +9597,9 @@ def check_settings(codebot: Codebot) -> Iterator[Finding]:
 def check_access(path: str, option: str, unwanted: int) -> Iterator[Finding]:
     """Check who else may use a directory of codebot's, which ``option`` names.
 
-    ``unwanted`` are the permissions that it should not have. If others can write to it, in
-    the work directory they could plant repositories whose configuration has git run
-    programs; beside the database, another database, with tasks of their own.
+    ``unwanted`` are the permissions that it should not have. Whoever can write to the work
+    directory can plant repositories whose configuration has git run programs. Whoever can
+    write beside the database can plant another one, with tasks of their own.
     """
     if not os.path.isdir(path):  # take_work_dir reports that
         return
