@@ -6599,12 +6599,16 @@ def react_to_comments(review: Review) -> None:
 # From the comments to a commit
 
 
+def is_to_push(review: Job) -> bool:
+    """Return whether a review has a commit that no run of it has pushed."""
+    return review.commit_id not in ("", review.base_commit)
+
+
 def prepare_answers(review: Review) -> None:
     """Store the answers, unless an earlier run has, and push the commit."""
     run = review.run
-    commit = run.job.commit_id
-    is_to_push = commit not in ("", run.job.base_commit)  # see below
-    if is_to_push and not review.workspace.outbox.has_commit(commit):
+    has_commit = review.workspace.outbox.has_commit
+    if is_to_push(run.job) and not has_commit(run.job.commit_id):
         # The outbox was lost, for example when the host lost power. Start over.
         run.update(commit_id="", answers={})
     # Finished work has an answer for each thread, perhaps "". (The kinds "none" and "limit"
@@ -6618,9 +6622,9 @@ def prepare_answers(review: Review) -> None:
             classify(review, text)
         if run.job.request_kind in ("question", "change"):
             carry_out(review, text)
-    if run.job.commit_id not in ("", run.job.base_commit):
+    if is_to_push(run.job):
         push_review_commit(review)
-        # This shows that it was pushed: a retry does not restore what others remove now.
+        # Recorded, so that a retry does not restore what others remove now.
         run.update(base_commit=run.job.commit_id)
 
 
