@@ -3401,8 +3401,8 @@ class Mirror(GitDirectory):
         url = repository.url
         ref = f"refs/heads/{branch}" if branch else "HEAD"
         # git also lists all branches whose names end with /HEAD or /refs/heads/BRANCH. Only
-        # the last lines of its output are kept, so ref has to come last: without as many
-        # last parts as it has, its name is empty.
+        # the last lines of its output are kept, so ref has to come last. It does, because
+        # names are compared without as many last parts as ref has: of ref, nothing is left.
         options = ("--symref", f"--sort=-refname:rstrip={ref.count('/') + 1}")
         result = self.remote_git(repository, "ls-remote", *options, "--", url, ref)
         commit = ""
@@ -5056,8 +5056,8 @@ class JobRun:
 MAX_PATCH_BYTES = 256 << 20
 # Every script of Workspace begins with this. It removes the lock files that a killed git
 # may have left, and defines `g`: git without hooks, fsmonitor, signing and gc. No script
-# uses the configuration in HOME, which is the agent's. (git 2.31 does.) The checkout needs
-# no `g`, because its repository is new.
+# uses the configuration in HOME, which is the agent's. (With git 2.31, they do.) The
+# checkout needs no `g`, because its repository is new.
 GIT_FUNCTION = """
 export GIT_CONFIG_GLOBAL=/dev/null XDG_CONFIG_HOME=/nonexistent
 for lock in .git/index.lock .git/HEAD.lock; do
