@@ -2290,7 +2290,7 @@ class Comment:
     thread: int  # the id of the comment that a reply goes to
     created_at: str
     path: str = ""
-    line: int = 0  # 0: unknown
+    lines: str = ""  # see commented_lines
     diff_hunk: str = ""
 
 
@@ -2379,6 +2379,17 @@ def person_login(user: Json) -> str:
     return login
 
 
+def commented_lines(payload: JsonObject) -> str:
+    """Return the lines that a comment is on, such as "7" or "5-7"; "" if unknown."""
+    # Once a comment is outdated, `line` is null, and only its original lines are known.
+    prefix = "" if payload.get("line") else "original_"
+    numbers = [payload.get(f"{prefix}{name}") for name in ("start_line", "line")]
+    lines = "-".join(str(int(number)) for number in numbers if number)
+    if lines and payload.get("side") == "LEFT":
+        lines += " before the change"
+    return lines
+
+
 def parse_comment(place: str, payload: JsonObject) -> Comment | None:
     """Parse a comment or review from the API or a webhook.
 
@@ -2402,8 +2413,7 @@ def parse_comment(place: str, payload: JsonObject) -> Comment | None:
         path=INVISIBLE_RE.sub(
             "\N{REPLACEMENT CHARACTER}", str(payload.get("path", ""))
         ),
-        # `line` is null once the comment is outdated.
-        line=int(payload.get("line") or payload.get("original_line") or 0),
+        lines=commented_lines(payload),
         diff_hunk=INVISIBLE_RE.sub("", str(payload.get("diff_hunk") or "")),
     )
 
@@ -6653,7 +6663,7 @@ def format_comments(name: str, comments: Sequence[Comment]) -> str:
         if comment.path:
             # A file's name may contain quotes and line breaks.
             path = json.dumps(comment.path, ensure_ascii=False)
-            attributes += f' path={path} line="{comment.line or "?"}"'
+            attributes += f' path={path} line="{comment.lines or "?"}"'
         words = comment.text
         if comment.diff_hunk:
             hunk = comment.diff_hunk[-5000:]

@@ -9176,6 +9176,35 @@ def test_invisible_characters_of_a_commented_line_are_removed() -> None:
     assert comment.diff_hunk == "@@ -1 +1 @@\n+1"
 
 
+@pytest.mark.parametrize(
+    ("fields", "lines"),
+    [
+        ({"line": 14}, "14"),
+        ({"line": 14, "start_line": None, "original_start_line": 9}, "14"),
+        ({"line": 14, "start_line": 10, "original_line": 9}, "10-14"),
+        ({"line": None, "original_line": 9}, "9"),
+        ({"line": None, "original_line": 9, "original_start_line": 5}, "5-9"),
+        ({"line": 22, "side": "LEFT"}, "22 before the change"),
+        ({"line": 22, "side": "RIGHT"}, "22"),
+        ({"line": None, "side": "LEFT", "subject_type": "file"}, ""),
+        ({}, ""),
+    ],
+)
+def test_lines_of_comment_are_named(fields: dict[str, Any], lines: str) -> None:
+    payload = {
+        "id": 1,
+        "user": {"login": "alice", "type": "User"},
+        "body": "Delete these",
+        "created_at": "2026-01-01T00:00:00Z",
+        "path": "a.py",
+    }
+    comment = codebot.parse_comment("inline", {**payload, **fields})
+    assert comment is not None
+    assert comment.lines == lines
+    prompt = codebot.format_comments("comment", [comment])
+    assert f' path="a.py" line="{lines or "?"}">' in prompt
+
+
 @pytest.mark.parametrize("state", ["pending", "PENDING"])
 def test_review_that_is_not_submitted_yet_is_no_comment(state: str) -> None:
     payload = {
