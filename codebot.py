@@ -3202,7 +3202,7 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 #   no login, a wrong one, or HTTP 403     GitAuthFailed: at GitHub, tried again with a
 #                                          new token
 #   connection, TLS, 408, 429, 5xx,        TransientError
-#     full disk
+#     full disk; at GitHub, 301
 #   anything else                          GitFailed
 # URLs and quoted names are removed first, because they may contain any words.
 URL_OR_NAME_RE = re.compile(r"(?<!\w)'[^'\n]*'|https?://\S+")
@@ -3327,7 +3327,8 @@ class GitDirectory:
             raise GitAuthFailed("authentication failed")
         if "returned error: 403" in words:
             raise GitAuthFailed(error)
-        if TRANSIENT_GIT_ERROR_RE.search(words):
+        is_renamed = token != "" and "returned error: 301" in words  # just now
+        if is_renamed or TRANSIENT_GIT_ERROR_RE.search(words):
             raise TransientError(error)
         raise GitFailed(error)
 

@@ -7691,6 +7691,20 @@ def test_missing_repository_cannot_be_cloned(shared: Site) -> None:
     assert "not found" in shared.api.failed(shared.api.submit(), "clone_failed")
 
 
+def test_error_names_new_address_of_repository_renamed_before_the_push(
+    fresh: Site,
+) -> None:
+    fresh.server.start(limits={"RETRY_DELAY": 0.1})
+    fresh.agent.follow(f"block; {SAY_HELLO}")
+    task = fresh.api.submit()
+    fresh.agent.wait_until_blocked()
+    fresh.repository.rename(f"{fresh.repository.name}-renamed")
+    fresh.agent.release()
+    assert f"is now named {fresh.repository.name}" in fresh.api.failed(
+        task, "clone_failed"
+    )
+
+
 def test_error_names_new_address_of_renamed_repository(shared: Site) -> None:
     url = shared.repository.url
     shared.repository.rename(f"{shared.repository.name}-renamed")
@@ -10023,6 +10037,21 @@ def test_renamed_repository_keeps_working(shared: Site) -> None:
     shared.person("alice").inline("Say more")
     assert pull.review()["commit"] == pull.tip()
     assert pull.tip() in pull.answer()
+
+
+def test_change_is_pushed_although_repository_is_renamed_meanwhile(
+    fresh: Site,
+) -> None:
+    fresh.server.start(limits={"RETRY_DELAY": 0.1})
+    pull = open_pull(fresh, f"classify change; block; {MAKE_CHANGE}")
+    fresh.person("alice").inline("Say more")
+    fresh.agent.wait_until_blocked()
+    fresh.repository.rename(f"acme/renamed-{fresh.repository.id}")
+    fresh.agent.release()
+    review = pull.review()
+    assert review["status"] == "completed"
+    assert review["commit"] == pull.tip()
+    assert len(fresh.agent.runs("change")) == 1
 
 
 def test_repository_renamed_to_one_not_allowed_is_dropped(limited: Site) -> None:
