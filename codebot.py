@@ -6488,6 +6488,8 @@ def load_review(run: JobRun) -> Review:
     task = run.store.job(run.job.task_id)
     if pull_request is None or task is None or github is None:
         raise ReviewSkipped("its pull request is not codebot's anymore")
+    if pull_request.state != "open":  # perhaps it was reopened, unnoticed
+        run.codebot.sync_queue.put(Look("pull_request", task_id=task.id))
     try:
         github_repository = github.repository_by_id(pull_request.repository_id)
         repository = repository_at(github_repository)

@@ -9997,6 +9997,18 @@ def test_reopened_pull_request_begins_with_new_workspace_and_conversation(
     wait_for(lambda: not pull.workspace.exists())
 
 
+def test_review_notices_that_its_pull_request_was_reopened(fresh: Site) -> None:
+    fresh.server.start()
+    pull = open_pull(fresh)
+    alice = fresh.person("alice")
+    alice.close()
+    wait_for(lambda: pull_state(pull) == "closed")
+    alice.reopen(webhook=False)  # the delivery is lost
+    alice.comment("Why?")
+    wait_for(lambda: pull_state(pull) == "open")
+    assert pull.review()["status"] == "completed"
+
+
 def test_broken_conversation_is_begun_anew(shared: Site) -> None:
     pull = open_pull(shared, RESUME_IF_BEGUN)
     conversations = pull.workspace / "home" / ".claude" / "projects"
