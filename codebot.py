@@ -6645,7 +6645,7 @@ def earlier_comments(review: Review) -> list[Comment]:
     """Return the last 20 other comments by the reviewer and codebot, oldest first.
 
     They are from the conversation, with the texts of GitHub reviews, and from the
-    review's threads. Nobody else is listened to.
+    review's threads, and are truncated. Nobody else is listened to.
     """
     threads = {comment.thread for comment in review.comments}
     earlier = [
@@ -6655,7 +6655,10 @@ def earlier_comments(review: Review) -> list[Comment]:
         and comment not in review.comments
     ]
     earlier.sort(key=lambda comment: comment.created_at)
-    return earlier[-20:]
+    return [
+        dataclasses.replace(comment, text=truncate(comment.text, 5000))
+        for comment in earlier[-20:]
+    ]
 
 
 def format_comments(name: str, comments: Sequence[Comment]) -> str:

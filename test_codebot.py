@@ -9292,6 +9292,24 @@ def test_agent_sees_line_and_earlier_comments_of_thread(pull: Pull) -> None:
     assert "of its own" not in run.stdin
 
 
+def test_long_earlier_comments_are_truncated(pull: Pull) -> None:
+    pull.site.agent.follow(ANSWER_QUESTION)
+    alice = pull.site.person("alice")
+    for number in range(3):
+        alice.comment(f"Log {number}: {'x' * 60_000}", webhook=False)
+    long = f"Why {'y' * 60_000}?"
+    pull.site.person("bob").comment("Hm")
+    alice.comment("Why?")
+    pull.reviews(2)
+    alice.comment(long)
+    pull.reviews(3)
+    prompt = pull.site.agent.runs("question")[-1].stdin
+    assert long in prompt
+    for number in range(3):
+        assert f"Log {number}: xxx" in prompt
+    assert len(prompt) < 90_000
+
+
 AGENT_ANSWERS = {
     "unclear": ("classify unclear 'Which one?'", "Which one?"),
     "unclear with a secret": (f"classify unclear 'Which {MODEL_KEY}?'", "Which ***?"),
