@@ -6745,19 +6745,30 @@ def continue_session(
         )
     # The CLI would refuse to use the id of a broken session for a new one (tried).
     workspace.script('rm -rf "$HOME/.claude/projects"')
-    # The mirror's branch may be newer than the remote's. Here that does no harm.
-    span = f"refs/heads/{review.task.base_name}...{base_commit}"
-    diff = workspace.mirror.local_git(*GIT_DIFF, span, check=False)
-    if diff.code != 0:  # the base is gone; perhaps it was merged
-        span = f"{review.task.base_commit}...{base_commit}"
-        diff = workspace.mirror.local_git(*GIT_DIFF, span, check=False)
     task = delimited("task", task_text(review.task.request))
-    changes = delimited("diff", "\n".join(diff.stdout)[-200_000:])
+    changes = delimited("diff", pull_request_diff(review, base_commit))
     prompt += (
         f"The pull request was opened for this task:\n{task}"
         f"Its diff (of a long one, the last lines):\n{changes}"
     )
     return ask_agent(workspace, prompt, options, BEGIN_SESSION)
+
+
+def pull_request_diff(review: Review, commit: str) -> str:
+    """Return the diff of the pull request up to a commit; of a long one, the end."""
+    lines: collections.deque[str] = collections.deque(maxlen=5000)
+
+    def keep(new: list[str]) -> None:
+        lines.extend(line[:1000] for line in new)
+
+    # The mirror's branch may be newer than the remote's, which does no harm here. It may
+    # also be gone, for example if it was merged.
+    for base in (f"refs/heads/{review.task.base_name}", review.task.base_commit):
+        diff = (*GIT_DIFF, f"{base}...{commit}")
+        git = review.workspace.mirror.local_git(*diff, check=False, on_lines=keep)
+        if git.code == 0:
+            break
+    return "\n".join(lines)[-200_000:]
 
 
 def parse_answers(review: Review, answer: JsonObject) -> dict[str, str]:

@@ -9919,6 +9919,25 @@ def test_new_session_gets_the_diff_although_the_base_is_gone(shared: Site) -> No
     assert "diff --git a/hello.txt" in shared.agent.runs("question")[-1].stdin
 
 
+@pytest.mark.parametrize(
+    ("count", "is_complete"), [(700, True), (60_000, False)], ids=["long", "very long"]
+)
+def test_new_session_gets_many_lines_of_the_diff(
+    shared: Site, count: int, is_complete: bool
+) -> None:
+    pull = open_pull(shared)
+    numbers = "".join(f"{number}\n" for number in range(count))
+    shared.repository.commit({"a.txt": numbers, "b.txt": "The end\n"}, pull.branch)
+    shared.agent.follow(f"{LOSE_SESSION}; {ANSWER_QUESTION}")
+    shared.person("alice").comment("Why?")
+    assert pull.review()["status"] == "completed"
+    prompt = shared.agent.runs("question")[-1].stdin
+    assert "\n+The end\n" in prompt
+    assert f"\n+{count - 600}\n" in prompt
+    assert ("\n+0\n" in prompt) == is_complete
+    assert len(prompt) < 210_000
+
+
 def test_new_session_gets_no_diff_of_what_was_merged_into_the_branch(
     shared: Site,
 ) -> None:
