@@ -6886,20 +6886,30 @@ def answer_threads(review: Review) -> None:
         comments = comments[:1]
     refusal = ""
     for thread_key, members in group_by_thread(comments).items():
-        first = members[0]
-        body = run.redact(answer_body(run.job, thread_key, first))
-        marker = f"<!-- codebot answer {run.job.id} {thread_key} -->"
-        inline_thread = first.thread if first.place == "inline" else 0
         try:
-            review.github_repository.post_once(
-                review.number, body, marker, inline_thread
-            )
-        except NotFound as error:  # replies go to a thread's first comment
-            log.info("No answer to %s, which was deleted: %s", thread_key, error)
+            post_answer(review, thread_key, members[0])
         except GitHubError as error:  # the other threads still get their answers
             refusal = f"GitHub refused the answer: {error}"
     if refusal:
         raise JobFailed("internal", refusal)
+
+
+def post_answer(review: Review, thread_key: str, comment: Comment) -> None:
+    """Answer in the thread of a comment or, if that is gone, in the conversation.
+
+    If the reviewer's own comment was deleted, nothing is posted.
+    """
+    run = review.run
+    body = run.redact(answer_body(run.job, thread_key, comment))
+    marker = f"<!-- codebot answer {run.job.id} {thread_key} -->"
+    inline_thread = comment.thread if comment.place == "inline" else 0
+    try:
+        review.github_repository.post_once(review.number, body, marker, inline_thread)
+    except NotFound as error:  # a reply goes to a thread's first comment
+        log.info("The first comment of %s was deleted: %s", thread_key, error)
+        if comment.id != comment.thread:
+            moved = dataclasses.replace(comment, place="conversation")
+            post_answer(review, thread_key, moved)
 
 
 def answer_body(job: Job, thread_key: str, comment: Comment) -> str:

@@ -10540,7 +10540,23 @@ def test_reply_in_thread_whose_first_comment_was_deleted_is_carried_out(
     review = pull.review()
     assert review["status"] == "completed"
     assert review["commit"] == pull.tip()
-    assert pull.answers() == []  # replies go to a thread's first comment
+    assert "@alice says:\n\n> Say more" in pull.answer()
+    assert pull.tip() in pull.answer()
+
+
+def test_failure_in_thread_whose_first_comment_was_deleted_is_reported_once(
+    fresh: Site,
+) -> None:
+    fresh.server.start(limits={"RETRY_DELAY": 0.1})
+    pull = open_pull(fresh, "classify change; result 'I cannot' error true")
+    top = fresh.person("bob").inline("Hm", webhook=False)
+    reply = fresh.person("alice").inline("Say more", reply_to=top, webhook=False)
+    fresh.repository.comments.remove(top)
+    # GitHub posts the comment, but its answer is lost.
+    fresh.repository.lose_answer("POST /issues/1/comments")
+    fresh.person("alice").announce(reply)
+    assert pull.review()["status"] == "failed"
+    assert "I cannot" in pull.answer()
 
 
 @pytest.mark.parametrize(
