@@ -7992,12 +7992,15 @@ def task_status(codebot: Codebot, request: Request, task_id: str) -> Response:
 def describe_review(codebot: Codebot, review: Job) -> Fields:
     comments = codebot.store.stored_comments(review.id)
     answers = [text for text in review.answers.values() if text]
+    commit = review.commit_id
+    if is_to_push(review):  # nobody can find it yet
+        commit = ""
     return {
         **pick(review, "id", *JOB_FIELDS, "phase", "reviewer", "error", "reason"),
         "request": "\n\n".join(comment.text for comment in comments) or None,
         "kind": review.request_kind or None,  # a question or a change; not Job.kind
         "answer": "\n\n".join(answers) or None,
-        "commit": review.commit_id or None,
+        "commit": commit or None,
     }
 
 

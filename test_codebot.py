@@ -8873,7 +8873,9 @@ def test_skipped_review_whose_agent_reports_no_cost_is_kept(pull: Pull) -> None:
     pull.site.agent.release()
     pull.site.server.wait_for_log("is skipped")
     pull.site.repository.pulls_by_number[1]["locked"] = False
-    assert pull.review()["reason"] == "cancelled"
+    review = pull.review()
+    assert review["reason"] == "cancelled"
+    assert review["commit"] is None  # it was not pushed
 
 
 def test_comment_without_delivery_is_found_by_next_review(pull: Pull) -> None:
