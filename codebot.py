@@ -6850,7 +6850,8 @@ def fetch_tip_with(workspace: Workspace, commit: str) -> str:
     if not workspace.mirror.is_ancestor(commit, tip):
         raise JobFailed(
             "push_rejected",
-            f"Commits have been removed from the branch: it no longer has {commit}",
+            f"Commits have been removed from the branch: it no longer has {commit}. "
+            "Comment again to have the change made on top of the current branch.",
         )
     return tip
 
