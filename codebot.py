@@ -2223,7 +2223,9 @@ LOOKUP = 0  # the lookup token
 AS_APP = -1  # the App's own JWT
 TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
-MAX_GITHUB_BYTES = 64 << 20  # of one response; 100 of the longest comments take 34 MB
+PAGE_SIZE = 50  # entries of a list in one response: 100 is GitHub's limit
+# Of one response. A comment takes up to 0.3 MB, and its part of the diff another 0.5 MB.
+MAX_GITHUB_BYTES = 64 << 20
 MAX_CACHED_REPLIES = 4000  # a poll takes about four for each open pull request
 MAX_CACHED_BYTES = 64 << 10  # of a reply; a longer one is not cached
 VISIBILITY_DELAY = 50.0  # seconds until something new is visible in all parts of GitHub
@@ -2402,6 +2404,8 @@ def parse_comment(place: str, payload: JsonObject) -> Comment | None:
     if not user or not text.strip() or is_pending:
         return None
     comment_id = int(payload["id"])
+    # Of a new file, GitHub sends all lines up to the comment.
+    hunk = str(payload.get("diff_hunk") or "")[-5000:]
     return Comment(
         place=place,
         id=comment_id,
@@ -2414,7 +2418,7 @@ def parse_comment(place: str, payload: JsonObject) -> Comment | None:
             "\N{REPLACEMENT CHARACTER}", str(payload.get("path", ""))
         ),
         lines=commented_lines(payload),
-        diff_hunk=INVISIBLE_RE.sub("", str(payload.get("diff_hunk") or "")),
+        diff_hunk=INVISIBLE_RE.sub("", hunk),
     )
 
 
@@ -2713,7 +2717,7 @@ class GitHub:
         """Cache a reply: GitHub does not count a request that it answers with 304."""
         # A full page is not cached. After a 304 its old headers would be used, and they
         # lack the link to a next page that may exist by then.
-        is_full = isinstance(reply.entries, list) and len(reply.entries) >= 100
+        is_full = isinstance(reply.entries, list) and len(reply.entries) >= PAGE_SIZE
         if reply.status == 200 and "ETag" in reply.headers and not is_full:
             if len(self._replies) >= MAX_CACHED_REPLIES:
                 self._replies.clear()
@@ -2780,7 +2784,8 @@ class GitHub:
 
     def repositories(self) -> Iterator[GitHubRepository]:
         """Yield the installation's repositories."""
-        for payload in self.pages("/installation/repositories?per_page=100", LOOKUP):
+        path = f"/installation/repositories?per_page={PAGE_SIZE}"
+        for payload in self.pages(path, LOOKUP):
             yield GitHubRepository(self, payload)
 
     def repository_by_name(self, full_name: str) -> GitHubRepository:
@@ -2823,7 +2828,7 @@ class GitHubRepository:
             return existing
 
     def pages(self, path: str, **query: str) -> Iterator[Json]:
-        parameters = urllib.parse.urlencode({**query, "per_page": 100})
+        parameters = urllib.parse.urlencode({**query, "per_page": PAGE_SIZE})
         return self.github.pages(f"{self.path}{path}?{parameters}", self.id)
 
     # People
@@ -6673,8 +6678,7 @@ def format_comments(name: str, comments: Sequence[Comment]) -> str:
             attributes += f' path={path} line="{comment.lines or "?"}"'
         words = comment.text
         if comment.diff_hunk:
-            hunk = comment.diff_hunk[-5000:]
-            words = f"On this part of the diff:\n{hunk}\n\n{words}"
+            words = f"On this part of the diff:\n{comment.diff_hunk}\n\n{words}"
         text += delimited(name, words, attributes)
     return text
 

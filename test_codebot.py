@@ -7627,7 +7627,7 @@ def test_long_lists_are_not_kept_in_memory(pull: Pull) -> None:
     comments = [*repository.comments(1)]
     kept = [path.rpartition("/")[2] for path in github._replies]
     assert len(comments) >= 5
-    assert kept.count("comments?per_page=100") == 1  # the inline comments
+    assert kept.count("comments?per_page=50") == 1  # the inline comments
 
 
 def test_missing_signature_is_told(
@@ -9190,6 +9190,11 @@ def test_invisible_characters_of_a_commented_line_are_removed() -> None:
     assert comment is not None
     assert comment.path == "a\N{REPLACEMENT CHARACTER}.py"
     assert comment.diff_hunk == "@@ -1 +1 @@\n+1"
+    payload["diff_hunk"] = f"@@ -0,0 +1,900000 @@\n{'+line' * 99_999}\n+The end"
+    comment = codebot.parse_comment("inline", payload)
+    assert comment is not None
+    assert len(comment.diff_hunk) == 5000
+    assert comment.diff_hunk.endswith("\n+The end")
 
 
 @pytest.mark.parametrize(
