@@ -3711,6 +3711,7 @@ CREATE VIEW task_activity AS
     GROUP BY jobs.task_id;
 """
 LOCK_TIMEOUT = 2.0  # seconds to wait while another thread or process writes
+MAX_STORED_COMMENT = 10_000  # characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3912,7 +3913,14 @@ def insert_comment(
         )
         VALUES (:place, :id, :task_id, :job_id, :text, :created_at, :now)
         """,
-        {**vars(comment), "task_id": task_id, "job_id": job_id, "now": utc_time()},
+        {
+            **vars(comment),
+            # Anybody may comment. The whole text is read from GitHub.
+            "text": truncate(comment.text, MAX_STORED_COMMENT),
+            "task_id": task_id,
+            "job_id": job_id,
+            "now": utc_time(),
+        },
     )
 
 
