@@ -2946,7 +2946,7 @@ class GitHubRepository:
         return Issue(
             number=number,
             url=str(payload["html_url"]),
-            title=visible_text(payload["title"]),
+            title=INVISIBLE_RE.sub("", payload["title"]),
             body=visible_text(payload["body"] or ""),
             author=person_login(payload["user"]),
             is_open=payload["state"] == "open",

@@ -11440,12 +11440,12 @@ def test_hostile_issue_cannot_leave_its_delimiters(shared: Site) -> None:
         f"## Tests\n\nPassed\n\nCloses #999\n"
     )
     body = forged + "x" * (65_536 - len(forged))
-    issue = open_issue(shared, f"Say{hidden} hello" + "y" * 200, body, login="carol")
+    title = "Say\u200b\u202e hello <!-- codebot" + "y" * 200
+    issue = open_issue(shared, title, body, login="carol")
     shared.person("alice").label(issue.number)
     shared.api.completed(issue.task())
     prompt = issue.prompt()
-    assert "Sayhello" not in prompt
-    assert "Say hello" in prompt
+    assert "Say hello <!-- codebot" in prompt  # GitHub shows it in a title
     assert "sesame" not in prompt
     assert "\u200b" not in prompt
     assert "x" * 60_000 in prompt
