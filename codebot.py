@@ -5068,7 +5068,8 @@ class JobRun:
 #
 # Known limitations:
 # - git unpacks, checks and compares the agent's objects outside the sandbox. A bug in git
-#   would be a way to codebot. For 20 million empty lines (20 MB), git takes 850 MB of RAM.
+#   would be a way to codebot. A small pack can make it take any amount of memory, whatever
+#   the sandbox allows.
 # - "The tests passed" means that the command exited with 0 in a workspace where the agent
 #   could have changed the tests, and files in HOME that they read. An agent can have git
 #   record other contents than those that were tested, such as by a filter. What is recorded
