@@ -2594,6 +2594,11 @@ def test_empty_setting_means_the_default(variable: str) -> None:
             "nan",
             "must be a number greater than 0, for example",
         ),
+        (
+            "CODEBOT_MAX_BUDGET_USD",
+            "0.00",
+            "must be a number greater than 0, for example",
+        ),
         ("GITHUB_APP_INSTALLATION_ID", "abc", "must be a whole number from 1"),
         ("GITHUB_API_URL", "github.com", "must be an address like https://"),
         ("GITHUB_API_URL", "http://github.com", "must begin with https://"),
@@ -7535,6 +7540,96 @@ def test_github_is_not_asked_before_its_rate_limit_ends(shared: Site) -> None:
     assert len(shared.agent.runs()) == 1
 
 
+TOO_FAST = "422 Validation Failed: was submitted too quickly"
+NO_LIMIT = {"x-ratelimit-remaining": "4999"}
+
+
+def make_reply(status: int, headers: Mapping[str, str], error: str) -> codebot.Reply:
+    message = email.message.Message()
+    for name, value in headers.items():
+        message[name] = value
+    return codebot.Reply(status, message, error=error)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "error", "is_limit"),
+    [
+        (429, {}, "429 (no reason given)", True),
+        (403, {"retry-after": "1"}, "403 Wait", True),
+        (403, {"x-ratelimit-remaining": "0"}, "403 Wait", True),
+        (403, NO_LIMIT, "403 You have exceeded a Secondary Rate Limit", True),
+        (403, NO_LIMIT, "403 Resource not accessible by integration", False),
+        (404, {"retry-after": "1"}, "404 Not Found", False),
+        (422, {}, TOO_FAST, True),
+        (422, {"retry-after": "1"}, "422 Secondary rate limit is no field", False),
+    ],
+)
+def test_limit_of_github_is_recognized(
+    status: int, headers: dict[str, str], error: str, is_limit: bool
+) -> None:
+    assert codebot.is_rate_limit(make_reply(status, headers, error)) == is_limit
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "kind"),
+    [
+        (0, "connection refused", None),
+        (500, "500 suspended", None),
+        (429, "429 Wait", None),
+        (403, "403 This installation has been suspended", codebot.TransientError),
+        (404, "404 suspended", codebot.NotFound),
+        (410, "410 Gone", codebot.NotFound),
+        (422, "422 No commits between main and a", codebot.TransientError),
+        (400, "400 No commits between main and a", codebot.GitHubError),
+        (422, "422 Validation Failed", codebot.GitHubError),
+    ],
+)
+def test_refusal_of_github_has_a_type(
+    status: int, error: str, kind: type[Exception] | None
+) -> None:
+    reply = make_reply(status, {}, error)
+    if kind is None:
+        codebot.raise_if_refused(reply)
+        return
+    with pytest.raises(kind) as raised:
+        codebot.raise_if_refused(reply)
+    assert type(raised.value) is kind
+
+
+@pytest.mark.parametrize(
+    ("reply", "seconds", "is_silent"),
+    [
+        (make_reply(429, {}, ""), 60, True),
+        (make_reply(429, {"retry-after": "90"}, ""), 90, True),
+        (make_reply(429, {"retry-after": "soon"}, ""), 60, True),
+        (
+            make_reply(
+                429, {"x-ratelimit-remaining": "0", "x-ratelimit-reset": "soon"}, ""
+            ),
+            60,
+            True,
+        ),
+        (
+            make_reply(429, {**NO_LIMIT, "x-ratelimit-reset": "99999999999"}, ""),
+            60,
+            True,
+        ),
+        (make_reply(422, {}, TOO_FAST), 60, False),  # only creating is limited
+        (make_reply(503, {"retry-after": "90"}, ""), 90, False),
+    ],
+)
+def test_job_waits_as_long_as_github_asks(
+    reply: codebot.Reply, seconds: float, is_silent: bool
+) -> None:
+    app = codebot.Codebot(codebot.Config())
+    assert app.github is not None
+    started = time.time()
+    with pytest.raises(codebot.TransientError) as raised:
+        app.github.pause_before_attempt(reply, 0)
+    assert started + seconds <= raised.value.retry_at <= time.time() + seconds
+    assert app.github.silent_until == (raised.value.retry_at if is_silent else 0.0)
+
+
 def test_short_rate_limit_does_not_end_a_longer_one() -> None:
     app = codebot.Codebot(codebot.Config())
     assert app.github is not None
@@ -10828,6 +10923,18 @@ def test_pull_request_that_github_does_not_show_everywhere_yet_is_answered(
     pull.site.person("alice").comment("Why?")
     assert pull.review()["status"] == "completed"
     assert "GitHub does not show it, or refuses the App: 404" in pull.site.server.log()
+
+
+@pytest.mark.parametrize("error", ["403 Forbidden", "422 Validation Failed"])
+def test_review_waits_whenever_github_refuses_the_app(
+    store: codebot.Store, error: str
+) -> None:
+    review = dataclasses.replace(claim_review(store), transient_since=1.0)
+    run = codebot.JobRun(app_with(store), review)
+    refusal = codebot.refusal_error(run, codebot.GitHubError(error))
+    assert type(refusal) is codebot.TransientError
+    skip = codebot.refusal_error(run, codebot.NotFound("404 Not Found"))
+    assert type(skip) is codebot.ReviewSkipped
 
 
 def test_what_was_written_while_server_was_down_is_found_at_start(fresh: Site) -> None:
