@@ -9496,7 +9496,11 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self.connections.add(request)
-        self._pool.submit(self.process_request_thread, request, client_address)
+        try:
+            self._pool.submit(self.process_request_thread, request, client_address)
+        except RuntimeError:
+            # The host allows no more threads. The next one that is free serves it.
+            self.connections.evict()
 
     def service_actions(self) -> None:
         now = time.monotonic()

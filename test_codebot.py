@@ -12739,6 +12739,25 @@ def test_pool_that_miscounts_its_idle_threads_answers_soon(tmp_path: Path) -> No
         server.shutdown()
 
 
+def test_idle_client_makes_way_if_host_allows_no_more_threads(tmp_path: Path) -> None:
+    config = codebot.Config(host="127.0.0.2", port=0, work_dir=str(tmp_path))
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(codebot.Server(codebot.Codebot(config)))
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        stack.callback(server.shutdown)
+        idle, client = (socket.create_connection(server.server_address) for _ in "12")
+        stack.enter_context(idle)
+        stack.enter_context(client)
+        wait_for(lambda: len(server._pool._threads) == 2)
+        size = threading.stack_size(1 << 46)  # so large that no thread can start
+        stack.callback(threading.stack_size, size)
+        late = stack.enter_context(socket.create_connection(server.server_address))
+        late.settimeout(10)
+        late.sendall(raw_request("GET /x HTTP/1.0"))
+        assert late.recv(12) == b"HTTP/1.1 404"
+        assert is_closed(idle)
+
+
 def has_ipv6() -> bool:
     try:
         with socket.socket(socket.AF_INET6) as probe:
