@@ -5852,13 +5852,15 @@ class AgentRun:
         )
 
     def raise_if_failed(self, program: ProgramResult) -> None:
-        """Raise JobFailed unless the agent reports success.
+        """Raise JobFailed unless the agent reports success, TransientError if it could not.
 
         The exit code alone says nothing: an interrupted CLI exits with 0 (tried).
         """
         result = self.result
         if not result:
             raise_if_stop_arrives(self.run.check_stop)
+            if is_disk_full(tempfile.gettempdir()):  # the CLI may exit with 0 (tried)
+                raise TransientError("The disk is full: the agent's result is lost")
         is_success = result.get("subtype") == "success"
         is_empty = result.get("num_turns") == 0  # the model was not asked
         if not is_success or is_empty or result.get("is_error"):

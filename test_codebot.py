@@ -8315,6 +8315,22 @@ def test_agent_that_says_that_the_disk_is_full_is_not_believed(shared: Site) -> 
     assert "No space left" in error
 
 
+def test_result_that_a_full_disk_has_lost_is_no_failure(
+    store: codebot.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The CLI exits with 0 then (tried).
+    ended = codebot.ProgramResult(0, ['{"type":"assistant"}'], [])
+    agent_run = codebot.AgentRun(codebot.JobRun(app_with(store), claim_review(store)))
+    with pytest.raises(codebot.JobFailed, match="The agent failed"):
+        agent_run.raise_if_failed(ended)
+    monkeypatch.setattr(codebot, "FULL_DISK_BYTES", 1 << 62)
+    with pytest.raises(codebot.TransientError, match="The disk is full"):
+        agent_run.raise_if_failed(ended)
+    agent_run.result = {"subtype": "error_max_turns"}
+    with pytest.raises(codebot.JobFailed, match="The agent reached"):
+        agent_run.raise_if_failed(ended)
+
+
 def test_third_full_disk_after_agent_fails_task(fresh: Site) -> None:
     settings = write_git_wrapper(fresh, "*outbox*fetch*")
     (fresh.directory / "full").touch()
