@@ -1193,7 +1193,11 @@ DISK_FULL_RE = re.compile(rf"^(?!remote:).*({DISK_FULL})\)?$", re.MULTILINE)
 
 
 def is_disk_full(directory: str) -> bool:
-    return shutil.disk_usage(directory).free < FULL_DISK_BYTES
+    """Return whether a disk has no space for more bytes, or for more files."""
+    disk = os.statvfs(directory)
+    if disk.f_files and not disk.f_favail:  # f_files is 0 where files are not limited
+        return True
+    return disk.f_bavail * disk.f_frsize < FULL_DISK_BYTES
 
 
 class ProgramResult(NamedTuple):
@@ -7249,8 +7253,12 @@ MAINTENANCE_INTERVAL = 6 * 3600.0  # seconds between looks at the mirrors
 # Seconds that an unused mirror is kept, in addition to CODEBOT_TASK_RETENTION.
 MIRROR_RETENTION = 30 * 86400.0
 DELIVERY_RETENTION = 7 * 86400.0  # seconds; GitHub can redeliver for 3 days (GHES: 7)
-# The host is short of disk space, descriptors, memory or processes for a while.
+# The host is short of disk space, descriptors, memory or processes for a while, or the disk
+# or file server of the work directory fails.
 TRANSIENT_ERRNOS = (
+    errno.EIO,
+    errno.EROFS,
+    errno.ESTALE,
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EMFILE,

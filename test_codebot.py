@@ -8638,7 +8638,7 @@ def test_workspaces_are_removed_although_database_is_locked(
 # Runs a command where something is mounted on the directory $MOUNT.
 WITH_MOUNT = [
     *("unshare", "--map-root-user", "--mount", "sh", "-c"),
-    'mount -t tmpfs none "$MOUNT" && exec "$@"',
+    'mount -t tmpfs -o "$OPTIONS" none "$MOUNT" && exec "$@"',
     "sh",
 ]
 CLEAN_UP = """
@@ -8648,36 +8648,70 @@ app = codebot.Codebot(codebot.Config(no_github=True, work_dir="."))
 app.store = codebot.Store("codebot.db")
 codebot.Cleanup(app).step()
 """
+RUN_TASK = """
+import codebot
+app = codebot.Codebot(codebot.Config(no_github=True, work_dir="work"))
+app.store = codebot.Store("codebot.db")
+request = codebot.TaskRequest("https://git.acme.com/a", "Say hello")
+task = app.store.claim(app.store.add_task(request, "the tests", 1).id)
+codebot.run_job(app, task)
+print(app.store.job(task.id).status)
+"""
 
 
-def clean_up(directory: Path, mount: str = "") -> None:
-    """Run Cleanup.step where something is mounted on a directory, or on none."""
-    env = {**os.environ, "PYTHONPATH": str(PROGRAM.parent), "MOUNT": mount}
-    argv = [sys.executable, "-c", CLEAN_UP]
+def run_with_mount(
+    script: str, directory: Path, mount: str = "", options: str = "rw"
+) -> str:
+    """Run a Python script where something is mounted on a directory, or on none."""
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(PROGRAM.parent),
+        "MOUNT": mount,
+        "OPTIONS": options,
+    }
+    argv = [sys.executable, "-c", script]
     if mount:
         argv = WITH_MOUNT + argv
     done = subprocess.run(
-        argv, check=False, cwd=directory, env=env, capture_output=True
+        argv, check=False, cwd=directory, env=env, capture_output=True, text=True
     )
-    if b"mount" in done.stderr or b"unshare" in done.stderr:
+    if "mount" in done.stderr or "unshare" in done.stderr:
         pytest.skip("this host lets nobody mount anything")
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_task_waits_until_its_disk_can_be_written_again(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    assert run_with_mount(RUN_TASK, tmp_path, "work", "ro") == "pending\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "is_full"),
+    [("rw", False), ("nr_inodes=1", True), ("size=4k", True), ("nr_inodes=0", False)],
+)
+def test_disk_is_full_without_space_or_without_files(
+    tmp_path: Path, options: str, is_full: bool
+) -> None:
+    (tmp_path / "disk").mkdir()
+    script = "import codebot; print(codebot.is_disk_full('disk'))"
+    assert run_with_mount(script, tmp_path, "disk", options) == f"{is_full}\n"
 
 
 def test_workspace_that_cannot_be_moved_keeps_no_other(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"task_123456{number}").mkdir()
     first = os.listdir(tmp_path)[0]
-    clean_up(tmp_path, first)
+    run_with_mount(CLEAN_UP, tmp_path, first)
     assert [path.name for path in tmp_path.glob("t*")] == [first]
 
 
 def test_outbox_that_cannot_be_moved_is_removed_later(tmp_path: Path) -> None:
     for name in ("outbox_1234567.git", "task_1234567"):
         (tmp_path / name).mkdir()
-    clean_up(tmp_path, "outbox_1234567.git")
+    run_with_mount(CLEAN_UP, tmp_path, "outbox_1234567.git")
     assert (tmp_path / "task_1234567").exists()
-    clean_up(tmp_path)
+    run_with_mount(CLEAN_UP, tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
