@@ -3975,7 +3975,8 @@ class Store:
     def __init__(self, path: str) -> None:
         self.path = path
         self.writable = True  # whether the last write succeeded
-        self._write_lock = threading.Lock()  # guards _writer and its transaction
+        self._write_lock = threading.Lock()  # guards _writer, its transaction and _news
+        self._news: list[str] = []  # lines for the log, if the transaction is committed
         self._read_lock = threading.Lock()  # guards _reader
         try:
             self._writer = self._connect()
@@ -4024,10 +4025,13 @@ class Store:
             raise sqlite3.OperationalError("the database is busy")
         try:
             self._check_file()
+            self._news.clear()
             with self._writer:  # commits at the end, or rolls back after an error
                 self._writer.execute("BEGIN IMMEDIATE")
                 yield self._writer
             self.writable = True
+            for line in self._news:
+                log.info("%s", line)
         except sqlite3.Error:
             self.writable = False
             with contextlib.suppress(sqlite3.Error):
@@ -4114,7 +4118,7 @@ class Store:
         if cursor.rowcount == 0:
             raise WrongState(f"job {job_id} is not {old}")
         suffix = f" ({reason})" if reason else ""
-        log.info("Job %s: %s -> %s%s", job_id, old, new, suffix)
+        self._news.append(f"Job {job_id}: {old} -> {new}{suffix}")
 
     def add_task(
         self,
@@ -4154,7 +4158,7 @@ class Store:
             job = make_job(row)
             if idempotency_key and job.request != request:
                 raise HTTPError(409, "This Idempotency-Key was used for another task")
-            log.info("Task %s: submitted by %s", job.id, submitted_by)  # perhaps again
+            self._news.append(f"Task {job.id}: submitted by {submitted_by}")  # or again
             return job
 
     def claim(self, job_id: str) -> Job | None:

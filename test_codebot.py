@@ -4990,6 +4990,29 @@ def test_full_queue_refuses_a_task(store: codebot.Store) -> None:
     assert store.count_pending("task") == 2
 
 
+def test_log_tells_nothing_that_was_not_committed(
+    store: codebot.Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = store_task(store)
+    caplog.set_level(logging.INFO)
+    with other_program(store) as db:
+        # From now on COMMIT fails, as it does on a full disk.
+        db.execute(
+            "CREATE TABLE x (id REFERENCES jobs(id) DEFERRABLE INITIALLY DEFERRED)"
+        )
+        for event in ("INSERT", "UPDATE"):
+            db.execute(
+                f"CREATE TRIGGER {event}_fails AFTER {event} ON jobs "
+                "BEGIN INSERT INTO x VALUES ('no job'); END"
+            )
+    with pytest.raises(sqlite3.Error):
+        store_task(store)
+    with pytest.raises(sqlite3.Error):
+        store.claim(task.id)
+    assert caplog.messages == []
+    assert stored_job(store, task).status == "pending"
+
+
 def test_log_names_whoever_submits_a_task(
     store: codebot.Store, caplog: pytest.LogCaptureFixture
 ) -> None:
