@@ -3211,7 +3211,8 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 #   no login, a wrong one, or HTTP 403     GitAuthFailed: at GitHub, tried again with a
 #                                          new token
 #   connection, TLS, 408, 429, 5xx,        TransientError
-#     full disk; at GitHub, 301
+#     full disk, other shortages of the
+#     host, a hanging remote; at GitHub, 301
 #   anything else                          GitFailed
 # URLs and quoted names are removed first, because they may contain any words.
 URL_OR_NAME_RE = re.compile(r"(?<!\w)'[^'\n]*'|https?://\S+")
@@ -3319,7 +3320,10 @@ class GitDirectory:
         """
         env = remote_environment(self.config, token)
         # With --no-github, the remote may be a directory that others also use.
-        result = self.run_git(args, env, umask=self.config.umask)
+        try:
+            result = self.run_git(args, env, umask=self.config.umask)
+        except GitFailed as limit:  # it took too long
+            raise TransientError(str(limit)) from None
         if result.code == 0:
             return result
         text = "\n".join([*result.stdout, *result.stderr])

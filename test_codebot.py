@@ -7777,6 +7777,21 @@ def test_missing_signature_is_told(
 PUSH_BEGINS = "GET /info/refs?service=git-receive-pack"
 
 
+def test_remote_that_hangs_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ssh = tmp_path / "ssh"
+    ssh.write_text("#!/bin/sh\nexec sleep 60\n")
+    ssh.chmod(0o755)
+    monkeypatch.setenv("GIT_SSH", str(ssh))
+    config = codebot.Config(work_dir=str(tmp_path), no_github=True)
+    config = dataclasses.replace(config, search_path=os.environ["PATH"])
+    directory = codebot.GitDirectory(config, str(tmp_path), codebot.do_nothing)
+    directory.limits = codebot.Limits(timeout=0.2)
+    with pytest.raises(codebot.TransientError, match="git ls-remote took more than"):
+        directory.git_with_token("", "ls-remote", "git@git.acme.com:a")
+
+
 def test_token_that_git_refuses_is_renewed_once(shared: Site) -> None:
     refused = (401, b"Invalid username or token.")
     challenge = {"WWW-Authenticate": 'Basic realm="GitHub"'}
