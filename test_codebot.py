@@ -7883,7 +7883,7 @@ def test_git_that_is_told_429_is_retried(shared: Site) -> None:
     shared.api.completed(shared.api.submit())
 
 
-def test_git_waits_until_the_certificate_of_the_remote_may_report_full_disk(
+def test_git_waits_until_the_certificate_of_the_remote_is_accepted(
     templates: Path, tmp_path: Path
 ) -> None:
     keys = templates / "keys"
