@@ -1185,11 +1185,14 @@ SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
 # git's advice and empty lines, including a remote's.
 NOISE_RE = re.compile(r"(hint:.*|remote:)?")
 CAUSE_RE = re.compile(r"(fatal|error|remote: error):|.*denied")
-# The last one is how musl says it.
-DISK_FULL = "No space left on device|Disk quota exceeded|: Quota exceeded"
-# Matches neither a remote's report of its own full disk, "remote: fatal: ...", nor a file
-# of that name: git, sh and bwrap print the reason at the end of a line.
-DISK_FULL_RE = re.compile(rf"^(?!remote:).*({DISK_FULL})\)?$", re.MULTILINE)
+# What programs say if the host lacks disk space, or processes or memory.
+SHORTAGE = (
+    "No space left on device|Disk quota exceeded|: Quota exceeded"  # the last is musl's
+    "|Resource temporarily unavailable|Cannot fork|Cannot allocate memory"
+)
+# Matches neither a remote's report of its own shortage, "remote: fatal: ...", nor a file of
+# that name: git, sh and bwrap print the reason at the end of a line.
+SHORTAGE_RE = re.compile(rf"^(?!remote:).*({SHORTAGE})\)?$", re.MULTILINE)
 
 
 def is_disk_full(directory: str) -> bool:
@@ -1293,7 +1296,7 @@ class RunningProgram:
     on_lines: LineHandler
     limits: Limits
     # False for the agent: its words must not have a job retried.
-    may_report_full_disk: bool
+    may_report_shortage: bool
     started: float = dataclasses.field(default_factory=time.monotonic)
     last_output: float = dataclasses.field(default_factory=time.monotonic)
     grace_ends_at: float | None = None  # set when the program's work is done
@@ -1358,7 +1361,8 @@ class RunningProgram:
     def result(self) -> ProgramResult:
         """Return how the program ended.
 
-        Raises TransientError if a full disk made it fail, and what check_stop raises.
+        Raises TransientError if a full disk, or another shortage of the host's, made it
+        fail, and what check_stop raises.
         """
         code = self.exit_code()
         result = ProgramResult(
@@ -1368,17 +1372,12 @@ class RunningProgram:
             return result
         if code in SIGNAL_EXIT_CODES:
             raise_if_stop_arrives(self.limits.check_stop)
-        if self.lacks_space(result):
-            raise TransientError(f"The disk is full: {result.error}")
-        return result
-
-    def lacks_space(self, result: ProgramResult) -> bool:
-        """Return whether a full disk is why the program failed."""
-        # The program's output is on this disk, too, so the message may be missing.
+        # The program's output is on this disk, too, so its own message may be missing.
         if is_disk_full(tempfile.gettempdir()):
-            return True
-        says_full = DISK_FULL_RE.search("\n".join(result.stderr)) is not None
-        return self.may_report_full_disk and says_full
+            raise TransientError(f"The disk is full: {result.error}")
+        if self.may_report_shortage and SHORTAGE_RE.search("\n".join(result.stderr)):
+            raise TransientError(f"The host is short of resources: {result.error}")
+        return result
 
 
 def signal_group(leader: int, number: int) -> bool:
@@ -1439,7 +1438,7 @@ def run_program(
     on_lines: LineHandler = do_nothing,
     pass_fds: Sequence[int] = (),
     umask: int = PRIVATE_UMASK,
-    may_report_full_disk: bool = True,
+    may_report_shortage: bool = True,
     program_type: Callable[..., RunningProgram] = RunningProgram,
 ) -> ProgramResult:
     """Run a program to its end, and end the processes that it leaves in its group.
@@ -1466,7 +1465,7 @@ def run_program(
         )
         exit_poll = make_exit_poll(child.pid, files)
         program = program_type(
-            child, exit_poll, stdout, stderr, on_lines, limits, may_report_full_disk
+            child, exit_poll, stdout, stderr, on_lines, limits, may_report_shortage
         )
         try:
             program.watch()
@@ -3234,7 +3233,7 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     r"|SSL|TLS|gnutls_|server (certificate )?verification failed"
     # The remote is overloaded, or has a fault of its own.
     r"|returned error: (408|429|5\d\d)|Internal Server Error|commit_refs"
-    f"|{DISK_FULL}"
+    f"|{SHORTAGE}"
 )
 # "! [remote rejected] main -> main (protected)": the remote refuses the push. A fault of
 # the remote's own is excluded, because it is transient.
@@ -5390,7 +5389,7 @@ class Workspace:
                     # This concerns standard error. A script is believed, although git may
                     # run an agent's filter in it; so is a test, which could write there
                     # through /proc. MAX_INTERRUPTIONS limits what that costs.
-                    may_report_full_disk=not command.as_agent,
+                    may_report_shortage=not command.as_agent,
                     program_type=launch.program_type,
                 )
         except LimitReached as error:

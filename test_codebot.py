@@ -8311,21 +8311,24 @@ def test_full_disk_during_clone_is_waited_for(fresh: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "is_full"),
+    ("line", "is_shortage"),
     [
         ("fatal: write error: No space left on device", True),
         ("error: file write error (No space left on device)", True),
         ("sh: 1: cannot create x: Disk quota exceeded", True),
         ("fatal: write error: Quota exceeded", True),
+        ("sh: 7: Cannot fork", True),
+        ("fatal: cannot fork() for x: Resource temporarily unavailable", True),
+        ("fatal: mmap failed: Cannot allocate memory", True),
         ('error: open("No space left on device"): Permission denied', False),
         ("error: unable to index file 'No space left on device'", False),
         ("remote: fatal: write error: No space left on device", False),
         ("error: the project's storage quota exceeded", False),
     ],
 )
-def test_full_disk_is_told_from_the_name_of_a_file(line: str, is_full: bool) -> None:
-    match = codebot.DISK_FULL_RE.search(f"first\n{line}\nlast")
-    assert (match is not None) == is_full
+def test_shortage_is_told_from_the_name_of_a_file(line: str, is_shortage: bool) -> None:
+    match = codebot.SHORTAGE_RE.search(f"first\n{line}\nlast")
+    assert (match is not None) == is_shortage
 
 
 def test_thread_logs_a_database_error_in_one_line_and_tries_again(
@@ -8349,7 +8352,7 @@ def test_thread_logs_a_database_error_in_one_line_and_tries_again(
 def test_agent_that_says_that_the_disk_is_full_is_not_believed(shared: Site) -> None:
     shared.agent.follow(GIT_SAYS_FULL)
     error = shared.api.failed(shared.api.submit(), "agent_failed")
-    assert "The disk is full" not in error
+    assert "short of resources" not in error
     assert "No space left" in error
 
 
