@@ -116,6 +116,14 @@ def run_command(
     return done.stdout.strip()
 
 
+def write_script(path: Path, commands: str) -> Path:
+    """Write a program in sh, and its directory if that is missing; return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{commands}\n")
+    path.chmod(0o755)
+    return path
+
+
 def bwrap_works() -> bool:
     argv = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
     try:
@@ -4093,9 +4101,9 @@ def test_git_of_a_launcher_does_not_obey_the_configuration_of_the_agent(
     outside = on_disk.directory / "outside"
     marker = on_disk.directory / "marker"
     run_command("git", "init", "-q", outside)
-    launcher = on_disk.directory / "launch"
-    launcher.write_text(f'#!/bin/sh\ngit -C {outside} status >&2\nexec "$@"\n')
-    launcher.chmod(0o755)
+    launcher = write_script(
+        on_disk.directory / "launch", f'git -C {outside} status >&2\nexec "$@"'
+    )
     plant = f'git config --global core.fsmonitor "touch {marker}; :"'
     on_disk.agent.follow(f"{plant}; {SAY_HELLO}")
     on_disk.server.start(
@@ -4228,9 +4236,9 @@ def test_git_has_a_global_configuration_in_another_sandbox_and_on_a_node(
 def test_upload_pack_in_another_sandbox_ignores_the_configuration_in_home(
     fresh: Site, config: str
 ) -> None:
-    wrapper = fresh.directory / "wrapper"
-    wrapper.write_text('#!/bin/sh\nexport HOME="$1/home"\nshift\nexec "$@"\n')
-    wrapper.chmod(0o755)
+    wrapper = write_script(
+        fresh.directory / "wrapper", 'export HOME="$1/home"\nshift\nexec "$@"'
+    )
     fresh.server.start(CODEBOT_SANDBOX=f"{wrapper} {{task}}")
     mark = fresh.directory / "mark"
     fresh.agent.follow(
@@ -4251,10 +4259,8 @@ def test_path_of_the_agent_program_may_contain_an_equals_sign(fresh: Site) -> No
 
 def test_command_line_can_be_the_sandbox(fresh: Site) -> None:
     calls = fresh.directory / "calls"
-    wrapper = fresh.directory / "wrapper"
     log = f"echo \"$*\" | tr '\\n' ' ' >>{calls}; echo >>{calls}"
-    wrapper.write_text(f'#!/bin/sh\n{log}\nshift 3\nexec "$@"\n')
-    wrapper.chmod(0o755)
+    wrapper = write_script(fresh.directory / "wrapper", f'{log}\nshift 3\nexec "$@"')
     fresh.server.start(CODEBOT_SANDBOX=f"{wrapper} {{task}} {{objects}} {{other}}")
     result = fresh.api.completed(fresh.api.submit(test_command="true"))
     workspace = Path(result["work_dir"]).parent
@@ -4275,11 +4281,8 @@ def serve_arguments(site: Site) -> list[str]:
 
 def write_bwrap(site: Site, script: str) -> str:
     """Put a `bwrap` of its own first on PATH, and return PATH."""
-    tools = site.directory / "tools"
-    tools.mkdir()
-    (tools / "bwrap").write_text(f"#!/bin/sh\n{script}\n")
-    (tools / "bwrap").chmod(0o755)
-    return f"{tools}:{os.environ['PATH']}"
+    bwrap = write_script(site.directory / "tools" / "bwrap", script)
+    return f"{bwrap.parent}:{os.environ['PATH']}"
 
 
 @pytest.mark.parametrize("command", ["serve", "run"])
@@ -5913,16 +5916,14 @@ def test_repository_is_not_fetched_into_the_mirror_of_another_with_its_name(
 
 def test_repack_that_fails_leaves_no_part_of_a_pack(tmp_path: Path) -> None:
     # It may have filled the disk.
-    tools = tmp_path / "tools"
-    tools.mkdir()
     part = tmp_path / "mirror.git" / "objects" / "pack" / "tmp_pack_a1b2c3"
     part.parent.mkdir(parents=True)
     for number in range(codebot.MAX_PACKS + 1):
         (part.parent / f"{number}.pack").touch()
-    git = tools / "git"
-    git.write_text(f"#!/bin/sh\n: >{part}\necho 'fatal: no space' >&2\nexit 128\n")
-    git.chmod(0o755)
-    config = codebot.Config(work_dir=str(tmp_path), search_path=str(tools))
+    write_script(
+        tmp_path / "tools" / "git", f": >{part}; echo 'fatal: no space' >&2; exit 128"
+    )
+    config = codebot.Config(work_dir=str(tmp_path), search_path=f"{tmp_path}/tools")
     mirror = codebot.Mirror(config, str(part.parents[2]), codebot.do_nothing)
     with mirror.lock(), pytest.raises(codebot.GitFailed, match="git repack"):
         mirror.repack()
@@ -6653,9 +6654,7 @@ def test_hook_in_a_mirror_or_outbox_does_not_run(tmp_path: Path) -> None:
     directory = codebot.GitDirectory(config, f"{tmp_path}/git", lambda: None)
     directory.local_git("init", "--quiet", "--bare", "--template=")
     hook = tmp_path / "git" / "hooks" / "reference-transaction"
-    hook.parent.mkdir()
-    hook.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
-    hook.chmod(0o755)
+    write_script(hook, f"touch {tmp_path}/ran")
     blob = directory.local_git("hash-object", "-w", "--stdin").stdout[0]
     directory.local_git("update-ref", "refs/x", blob)
     assert not (tmp_path / "ran").exists()
@@ -6728,9 +6727,7 @@ def test_rejected_push_is_reported_in_words_of_remote(
     shared: Site, message: str
 ) -> None:
     hook = shared.repository.bare / "hooks" / "pre-receive"
-    hook.parent.mkdir()
-    hook.write_text(f'#!/bin/sh\necho "{message}" >&2; exit 1\n')
-    hook.chmod(0o755)
+    write_script(hook, f'echo "{message}" >&2; exit 1')
     error = shared.api.failed(shared.api.submit(), "push_rejected")
     assert message.replace(API_KEY, "***") in error
     assert shared.repository.pulls == []
@@ -7759,9 +7756,7 @@ def test_long_lists_are_not_kept_in_memory(pull: Pull) -> None:
 def test_missing_signature_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    openssl = tmp_path / "openssl"
-    openssl.write_text("#!/bin/sh\nexit 0\n")
-    openssl.chmod(0o755)
+    write_script(tmp_path / "openssl", "exit 0")
     path = f"{tmp_path}:{os.environ['PATH']}"
     monkeypatch.setenv("PATH", path)  # Popen looks there
     app = codebot.Codebot(codebot.Config(search_path=path))
@@ -8261,18 +8256,14 @@ def write_git_wrapper(
     ``words`` is a pattern of sh for git's arguments. Returns settings for the server.
     """
     real = shutil.which("git")
-    tools = site.directory / "tools"
-    tools.mkdir()
-    wrapper = tools / "git"
-    wrapper.write_text(
-        f"#!/bin/sh\n"
+    wrapper = write_script(
+        site.directory / "tools" / "git",
         f'case "$*" in {words}) if [ -e {site.directory}/full ]; then\n'
         f"echo x >>{site.directory}/refused\n"
         f"{failure}\n"
-        f'fi ;; esac\nexec {real} "$@"\n'
+        f'fi ;; esac\nexec {real} "$@"',
     )
-    wrapper.chmod(0o755)
-    return {"PATH": f"{tools}:{os.environ['PATH']}"}
+    return {"PATH": f"{wrapper.parent}:{os.environ['PATH']}"}
 
 
 @pytest.mark.parametrize(
@@ -8404,8 +8395,7 @@ def test_full_disk_at_the_start_is_told(
 
 def test_commit_is_not_lost_because_git_was_killed(tmp_path: Path) -> None:
     # For want of memory, for example. The task's agent would run again.
-    (tmp_path / "git").write_text("#!/bin/sh\nkill -9 $$\n")
-    (tmp_path / "git").chmod(0o755)
+    write_script(tmp_path / "git", "kill -9 $$")
     config = codebot.Config(work_dir=str(tmp_path), search_path=str(tmp_path))
     outbox = codebot.GitDirectory(config, str(tmp_path / "o"), codebot.do_nothing)
     with pytest.raises(codebot.TransientError, match="git cat-file was killed"):
@@ -8433,9 +8423,7 @@ def test_full_disk_of_remote_is_not_taken_for_our_own(tmp_path: Path) -> None:
     for path in (remote, own):
         run_command("git", "init", "-q", "--bare", path)
     hook = remote / "hooks" / "pre-receive"
-    hook.parent.mkdir(exist_ok=True)
-    hook.write_text("#!/bin/sh\necho 'Disk quota exceeded for acme' >&2; exit 1\n")
-    hook.chmod(0o755)
+    write_script(hook, "echo 'Disk quota exceeded for acme' >&2; exit 1")
     tree = run_command("git", "-C", own, "hash-object", "-wt", "tree", "/dev/null")
     commit = run_command("git", "-C", own, "commit-tree", "-m", "New", tree)
     config = codebot.Config(no_github=True, search_path=os.environ["PATH"])
@@ -8569,13 +8557,9 @@ def test_directory_that_takes_too_long_to_remove_is_tried_again_later(
 ) -> None:
     monkeypatch.setattr(codebot, "MAX_REMOVED_LEVELS", 0)
     monkeypatch.setattr(codebot, "MAX_OUTPUT_BYTES", 1000)
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    (tools / "rm").write_text("#!/bin/sh\nwhile :; do echo busy; done")
-    (tools / "rm").chmod(0o755)
-    config = codebot.Config(
-        work_dir=str(tmp_path), search_path=f"{tools}:{os.environ['PATH']}"
-    )
+    rm = write_script(tmp_path / "tools" / "rm", "while :; do echo busy; done")
+    search_path = f"{rm.parent}:{os.environ['PATH']}"
+    config = codebot.Config(work_dir=str(tmp_path), search_path=search_path)
     workspace = tmp_path / "task_1234567"
     (workspace / "repo").mkdir(parents=True)
     with pytest.raises(codebot.TransientError, match="cannot be removed"):
@@ -10365,9 +10349,9 @@ def test_retries_of_a_review_add_no_reactions_again(pull: Pull) -> None:
 
 
 def test_reactions_are_added_once_although_the_launcher_fails(fresh: Site) -> None:
-    launcher = fresh.directory / "launch"
-    launcher.write_text('#!/bin/sh\n[ -e "$0.down" ] && exit 1\nexec "$@"\n')
-    launcher.chmod(0o755)
+    launcher = write_script(
+        fresh.directory / "launch", '[ -e "$0.down" ] && exit 1\nexec "$@"'
+    )
     fresh.server.start(
         limits={"RETRY_DELAY": 0.1},
         CODEBOT_LAUNCHER=str(launcher),
@@ -10717,9 +10701,7 @@ def test_rejected_push_of_review_is_reported_in_words_of_remote(pull: Pull) -> N
     before = pull.tip()
     pull.site.agent.follow(MAKE_CHANGE)
     hook = pull.site.repository.bare / "hooks" / "pre-receive"
-    hook.parent.mkdir(exist_ok=True)
-    hook.write_text("#!/bin/sh\necho 'GH006: Protected branch' >&2; exit 1\n")
-    hook.chmod(0o755)
+    write_script(hook, "echo 'GH006: Protected branch' >&2; exit 1")
     pull.site.person("alice").inline("Say more")
     review = pull.review()
     hook.unlink()
@@ -14133,7 +14115,7 @@ def test_delivery_to_a_server_without_webhooks_is_logged(fresh: Site) -> None:
 
 # A node's processes are not codebot's: no sweep finds them, and no signal that the
 # launcher gets reaches them.
-LAUNCH_SCRIPT = """#!/bin/sh
+LAUNCH_SCRIPT = """
 name=$1
 shift
 echo "$name waits for a node"
@@ -14148,7 +14130,7 @@ exec 3<&0
 env -u CODEBOT_RUN setsid sh -c 'echo $$ >"$0"; exec "$@"' "@PLACE@/jobs/$name" "$@" <&3 &
 wait $! || echo "the job ended with code $?" >&2
 """
-STOP_SCRIPT = """#!/bin/sh
+STOP_SCRIPT = """
 if [ -e @PLACE@/unreachable ]; then
     echo "no controller" >&2
     exit 1
@@ -14170,9 +14152,7 @@ class StandInCluster:
         self.broken = self.place / "broken"
         self.unreachable = self.place / "unreachable"  # for the stop command
         for name, script in (("launch", LAUNCH_SCRIPT), ("stop", STOP_SCRIPT)):
-            file = self.place / name
-            file.write_text(script.replace("@PLACE@", str(self.place)))
-            file.chmod(0o755)
+            write_script(self.place / name, script.replace("@PLACE@", str(self.place)))
 
     def settings(self) -> dict[str, str]:
         return {
@@ -16421,13 +16401,11 @@ def test_server_whose_parent_blocked_signals_can_be_stopped(fresh: Site) -> None
 
 def test_signal_during_start_ends_codebot_without_traceback(fresh: Site) -> None:
     directory = fresh.directory / "bin"
-    directory.mkdir()
-    openssl = directory / "openssl"
-    openssl.write_text(
-        '#!/bin/sh\n[ "$1" = version ] && { echo OpenSSL 3.0.0; exit; }\n'
-        'touch "$0.started"; exec sleep 30\n'
+    write_script(
+        directory / "openssl",
+        '[ "$1" = version ] && { echo OpenSSL 3.0.0; exit; }\n'
+        'touch "$0.started"; exec sleep 30',
     )
-    openssl.chmod(0o755)
     process = subprocess.Popen(
         [*fresh.server.program(), *serve_arguments(fresh)],
         cwd=fresh.server.start_dir,
@@ -16788,9 +16766,7 @@ def test_check_lists_what_is_fine_and_says_what_is_next(fresh: Site) -> None:
 @needs_bwrap
 def test_check_runs_agent_in_sandbox(tmp_path: Path, templates: Path) -> None:
     site = create_site(tmp_path, templates)
-    site.agent.path.write_text(
-        f"#!/bin/sh\n[ -e {site.server.key_file} ] || echo 2.1.0\n"
-    )
+    write_script(site.agent.path, f"[ -e {site.server.key_file} ] || echo 2.1.0")
     home = tmp_path / "home"
     tools = home / ".config" / "yarn" / "bin"
     tools.mkdir(parents=True)
@@ -16829,11 +16805,10 @@ def test_check_goes_on_when_settings_are_missing(fresh: Site) -> None:
 
 
 def test_check_fails_if_the_agent_has_no_version(fresh: Site) -> None:
-    agent = fresh.directory / "broken"
-    agent.write_text(
-        f"#!/bin/sh\necho 2.1.0; echo no license: {MODEL_KEY} >&2; exit 3\n"
+    agent = write_script(
+        fresh.directory / "broken",
+        f"echo 2.1.0; echo no license: {MODEL_KEY} >&2; exit 3",
     )
-    agent.chmod(0o755)
     done = run_check(fresh, CODEBOT_CLAUDE_COMMAND=str(agent))
     assert done.returncode == 1
     assert f"FAIL  `{agent} --version` failed or" in done.stdout
@@ -17343,12 +17318,9 @@ def test_demo_that_is_interrupted_at_its_start_ends_at_once(
     pipe = on_disk.directory / "pipe"
     os.mkfifo(pipe)
     tools = on_disk.directory / "tools"
-    tools.mkdir()
-    git = tools / "git"
     marker = on_disk.directory / "marker"
     wait = f'case "$*" in *mktree*) touch {marker}; read go <{pipe};; esac'
-    git.write_text(f'#!/bin/sh\n{wait}\nexec {shutil.which("git")} "$@"\n')
-    git.chmod(0o755)
+    write_script(tools / "git", f'{wait}\nexec {shutil.which("git")} "$@"')
     process = subprocess.Popen(
         [*on_disk.server.program(), "demo"],
         env=on_disk.server.environment({"PATH": f"{tools}:{os.environ['PATH']}"}),
