@@ -3885,7 +3885,7 @@ class SandboxReport(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def sandboxed(templates: Path) -> Iterator[Site]:
+def sandboxed_site(templates: Path) -> Iterator[Site]:
     """A running server that uses bwrap. It is not in /tmp, which bwrap replaces."""
     with tempfile.TemporaryDirectory(prefix="codebot-test-", dir="/var/tmp") as name:
         site = create_site(Path(name).resolve(), templates)
@@ -3906,9 +3906,16 @@ def sandboxed(templates: Path) -> Iterator[Site]:
             close_site(site)
 
 
+@pytest.fixture
+def sandboxed(sandboxed_site: Site) -> Site:
+    """The server that uses bwrap, with an agent that has not run yet."""
+    sandboxed_site.agent.reset()
+    return sandboxed_site
+
+
 @pytest.fixture(scope="session")
-def report(sandboxed: Site) -> SandboxReport:
-    site = sandboxed
+def report(sandboxed_site: Site) -> SandboxReport:
+    site = sandboxed_site
     other = site.github.create_repository("acme/private")
     site.api.completed(site.api.submit(repository_url=other.url))
     paths = {
@@ -3926,7 +3933,6 @@ def report(sandboxed: Site) -> SandboxReport:
         plan += f"probe {shlex.quote(name)} {shlex.quote(command)}\n"
     site.agent.follow(f"{plan}result Probed")
     result = site.api.completed(site.api.submit("Look around"))
-    site.agent.follow(SAY_HELLO)
     report = Path(result["work_dir"], "report")
     results = {name: (report / name).read_text().strip() for name in PROBES}
     return SandboxReport(site, results, result)
@@ -3993,7 +3999,6 @@ def test_replaced_env_file_stays_hidden(sandboxed: Site) -> None:
     new.rename(env_file)
     sandboxed.agent.release()
     result = sandboxed.api.completed(task)
-    sandboxed.agent.follow(SAY_HELLO)
     assert sandboxed.repository.show(result["branch_name"], "seen") == ""
 
 
@@ -4046,7 +4051,6 @@ def test_planted_hooks_run_in_bwrap_only(sandboxed: Site) -> None:
     plan = PLANT_EVERYTHING.replace("TRACE", str(trace))
     sandboxed.agent.follow(f"{plan}\n{SAY_HELLO}")
     result = sandboxed.api.completed(sandboxed.api.submit("Plant hooks"))
-    sandboxed.agent.follow(SAY_HELLO)
     assert not trace.exists()
     home = Path(result["work_dir"]).parent / "home"
     environment = (home / "planted-env").read_text()  # the filter did run
@@ -4060,7 +4064,6 @@ def test_planted_hooks_run_in_bwrap_only(sandboxed: Site) -> None:
 def test_processes_that_agent_leaves_in_bwrap_are_ended(sandboxed: Site) -> None:
     sandboxed.agent.follow(f"env -i setsid sleep 3117 & {SAY_HELLO}")
     sandboxed.api.completed(sandboxed.api.submit("Leave a process"))
-    sandboxed.agent.follow(SAY_HELLO)
     wait_for(lambda: "sleep 3117" not in command_lines())
 
 
@@ -4187,14 +4190,12 @@ def test_objects_of_another_repository_cannot_be_borrowed(sandboxed: Site) -> No
     result = sandboxed.api.completed(sandboxed.api.submit("Borrow"))
     assert result["files"][0].strip().startswith("hello.txt |")
     assert len(result["files"]) == 2
-    sandboxed.agent.follow(SAY_HELLO)
 
 
 @needs_bwrap
 def test_agent_in_bwrap_is_told_that_it_is_in_a_sandbox(sandboxed: Site) -> None:
-    sandboxed.agent.reset()
-    sandboxed.api.completed(sandboxed.api.submit("Look at the environment"))
-    run = sandboxed.agent.runs()[-1]
+    sandboxed.api.completed(sandboxed.api.submit())
+    [run] = sandboxed.agent.runs()
     assert run.env["IS_SANDBOX"] == "1"
 
 
