@@ -1884,6 +1884,9 @@ class ApiClient:
     def get(self, path: str) -> Response:
         return self.request("GET", path)
 
+    def health(self) -> Response:
+        return self.request("GET", "/health", key="")
+
     def fields(self, description: str = "Say hello", **fields: Any) -> dict[str, Any]:
         """Return the body of a submit."""
         url = self.repository.url
@@ -5216,7 +5219,7 @@ def test_locked_database_refuses_submits_and_delays_no_reader(fresh: Site) -> No
             submits = [pool.submit(fresh.api.post_task, body) for _ in range(15)]
             for _ in range(3):
                 fresh.api.status(task)
-                assert fresh.api.request("GET", "/health", key="").status in (200, 503)
+                assert fresh.api.health().status in (200, 503)
             # Readers wait for no submit: they are answered before the first of them.
             assert not any(submit.done() for submit in submits)
             answers = [submit.result() for submit in submits]
@@ -5224,10 +5227,10 @@ def test_locked_database_refuses_submits_and_delays_no_reader(fresh: Site) -> No
         assert time.monotonic() - started < 15
         assert {answer.status for answer in answers} == {503}
         assert all(int(answer.headers["Retry-After"]) > 0 for answer in answers)
-        health = fresh.api.request("GET", "/health", key="")
+        health = fresh.api.health()
         assert health.json["status"] == "unhealthy"
     fresh.api.completed(fresh.api.submit())
-    assert fresh.api.request("GET", "/health", key="").status == 200
+    assert fresh.api.health().status == 200
     with locked_database(fresh.server):
         fresh.server.stop()
 
@@ -5256,17 +5259,13 @@ def test_retry_that_is_stored_late_still_happens(fresh: Site) -> None:
     fresh.api.completed(task)
 
 
-def unhealthy_answer(site: Site) -> Response | None:
-    answer = site.api.request("GET", "/health", key="")
-    return answer if answer.status == 503 else None
-
-
 def test_removed_database_is_unhealthy_and_refuses_submits(fresh: Site) -> None:
     fresh.server.start(limits={"DATABASE_TEST_INTERVAL": 0.1})
-    assert fresh.api.request("GET", "/health", key="").status == 200
+    assert fresh.api.health().status == 200
     for path in fresh.server.work_dir.glob("codebot.db*"):
         path.unlink()
-    answer = wait_for(lambda: unhealthy_answer(fresh))
+    wait_for(lambda: fresh.api.health().status == 503)
+    answer = fresh.api.health()
     assert answer.json["status"] == "unhealthy"
     assert int(answer.headers["Retry-After"]) > 0
     assert str(fresh.directory) not in answer.text
@@ -5284,7 +5283,7 @@ def test_corrupt_database_is_unhealthy_logged_and_never_500(fresh: Site) -> None
     for path in fresh.server.work_dir.glob("codebot.db*"):
         with path.open("r+b") as file:
             file.write(b"x" * path.stat().st_size)
-    wait_for(lambda: unhealthy_answer(fresh))
+    wait_for(lambda: fresh.api.health().status == 503)
     wait_for(lambda: fresh.api.post_task(fresh.api.fields()).status == 503)
     # Pages that SQLite has in its cache may still be read.
     for path in (f"/api/tasks/{tasks[1]}/status", "/api/tasks", "/metrics"):
@@ -8067,19 +8066,14 @@ def test_stopping_server_takes_no_work(fresh: Site) -> None:
     fresh.api.submit()
     fresh.agent.wait_until_blocked()
     fresh.server.signal(signal.SIGINT)
-    health = wait_for(lambda: stopping_health(fresh))
-    assert health.status == 503
+    wait_for(lambda: fresh.api.health().json["status"] == "stopping")
+    assert fresh.api.health().status == 503
     refused = fresh.api.post_task(fresh.api.fields())
     assert refused.status == 503
     assert "Retry-After" in refused.headers
     fresh.agent.release()
     assert fresh.server.wait_exit() == 0
     wait_for(lambda: not fresh.server.strays())
-
-
-def stopping_health(site: Site) -> Response | None:
-    health = site.api.request("GET", "/health", key="")
-    return health if health.json["status"] == "stopping" else None
 
 
 @pytest.mark.parametrize("step", ["look-up", "fetch", "agent", "test", "commit"])
@@ -9727,7 +9721,7 @@ def test_what_one_reviewer_has_waiting_is_one_job(pull: Pull) -> None:
     pull.site.person("alice").inline("The third")
     pull.site.person("alice").review("The fourth", "The fifth")
     assert pull.states() == ["running", "pending", "pending"]
-    health = pull.site.api.request("GET", "/health", key="").json
+    health = pull.site.api.health().json
     assert health["review_queue_size"] == 2
     pull.site.agent.release()
     reviews = pull.reviews(3)
@@ -13618,7 +13612,7 @@ def test_status_of_pending_and_running_task(limited: Site) -> None:
     assert status["phase"] == "agent"
     assert TIME_RE.fullmatch(status["started_at"])
     assert status["completed_at"] is None
-    health = limited.api.request("GET", "/health", key="")
+    health = limited.api.health()
     assert health.json["task_queue_size"] == 1
     assert limited.api.cancel(waiting) == 202
     assert limited.api.cancel(running) == 202
@@ -13918,7 +13912,7 @@ def fingerprint(key: str) -> str:
 
 
 def test_health_needs_no_key_and_shows_the_queues(shared_site: Site) -> None:
-    response = shared_site.api.request("GET", "/health", key="")
+    response = shared_site.api.health()
     assert response.status == 200
     assert response.json == {
         "status": "healthy",
