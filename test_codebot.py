@@ -8890,8 +8890,8 @@ def test_delivery_without_valid_signature_is_refused(
         signature = "sha256=" + hmac.new(b"another", body, "sha256").hexdigest()
     headers = {"X-Hub-Signature-256": signature}
     refused = pull.site.github.deliver("issue_comment", body, headers=headers)
-    assert refused.status == 401
-    assert "X-Hub-Signature-256" in refused.json["message"]
+    assert_is_error(refused, 401, "X-Hub-Signature-256 is missing or does not match")
+    assert refused.headers["WWW-Authenticate"]
     pull.assert_untouched()
 
 
@@ -12199,40 +12199,36 @@ def test_length_is_needed_only_where_a_body_is_read(shared_site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "length"),
+    ("path", "length", "limit"),
     [
-        ("/api/tasks/submit", MIB + 1),
-        ("/api/tasks/submit", 10**17),
-        ("/api/tasks/submit", 10**3000),
-        ("/api/tasks/submit", "9" * 5000),  # too long for int()
-        ("/api/tasks/no-such-task/cancel", MIB + 1),
-        ("/webhook", 25 * MIB + 1),
+        ("/api/tasks/submit", MIB + 1, "1,048,576"),
+        ("/api/tasks/submit", 10**17, "1,048,576"),
+        ("/api/tasks/submit", 10**3000, "1,048,576"),
+        ("/api/tasks/submit", "9" * 5000, "1,048,576"),  # too long for int()
+        ("/api/tasks/no-such-task/cancel", MIB + 1, "1,048,576"),
+        ("/webhook", 25 * MIB + 1, "26,214,400"),
     ],
 )
 def test_too_long_body_gets_413_before_it_is_sent(
-    shared_site: Site, path: str, length: int | str
+    shared_site: Site, path: str, length: int | str, limit: str
 ) -> None:
     line = f"POST {path} HTTP/1.1"
     signature = "X-Hub-Signature-256: sha256=0"
     data = raw_request(line, KEY_HEADER, signature, f"Content-Length: {length}")
     [response] = send_to(shared_site, data, GET_HEALTH)
-    assert_is_error(response, 413, "body")
+    assert_is_error(response, 413, f"The body is longer than {limit} bytes")
     assert response.headers["Connection"] == "close"
 
 
-@pytest.mark.parametrize("path", ["/webhook", "/webhook?x=1"])
-def test_query_does_not_lower_the_limit_of_a_delivery(
-    shared_site: Site, path: str
-) -> None:
+def test_query_does_not_lower_the_limit_of_a_delivery(shared_site: Site) -> None:
     data = raw_request(
-        f"POST {path} HTTP/1.1",
+        "POST /webhook?x=1 HTTP/1.1",
         "X-Hub-Signature-256: sha256=0",
         "Connection: close",
         body=b"x" * (2 * MIB),
     )
     [response] = send_to(shared_site, data)
     assert_is_error(response, 401, "does not match")
-    assert response.headers["WWW-Authenticate"]
 
 
 def test_longest_body_is_read(shared_site: Site) -> None:
@@ -14013,17 +14009,9 @@ def test_log_names_refused_keys_once_a_second_and_never_shows_them(
     assert API_KEY not in shared.server.log()
 
 
-def test_log_has_accepted_and_refused_deliveries(shared: Site) -> None:
-    shared.github.deliver("ping", {"zen": "x"}, guid="guid-of-a-ping")
-    lines = shared.server.log().splitlines()
-    assert len([x for x in lines if "guid-of-a-ping" in x and "ping" in x]) == 1
-
-    def is_refusal_logged() -> bool:
-        headers = {"X-Hub-Signature-256": "sha256=0"}
-        assert shared.github.deliver("ping", {}, headers=headers).status == 401
-        return "Refused webhook from 127.0.0.1" in shared.server.log()
-
-    wait_for(is_refusal_logged)
+def test_accepted_delivery_leaves_one_line_in_the_log(shared: Site) -> None:
+    shared.github.deliver("ping", {"zen": "x"}, guid="guid-1")
+    assert shared.server.log().count("Delivery guid-1 (ping)") == 1
 
 
 @pytest.mark.parametrize("payload", [b"junk", {"action": "closed"}])
@@ -14039,24 +14027,10 @@ def test_malformed_delivery_leaves_one_line_in_the_log(
     assert f" WARNING Delivery {guid} (pull_request): refused: {message}" in line
 
 
-@pytest.mark.parametrize(
-    ("headers", "status", "message"),
-    [
-        ({"X-GitHub-Delivery": ""}, 400, "X-GitHub-Delivery is missing"),
-        ({"X-Hub-Signature-256": ""}, 401, "X-Hub-Signature-256 is missing"),
-        ({"X-Hub-Signature-256": "sha256=0"}, 401, "X-Hub-Signature-256 is missing or"),
-        (
-            {"X-Hub-Signature-256": "x", "Content-Length": f"{26 * MIB}"},
-            413,
-            "The body is longer than 26,214,400 bytes",
-        ),
-    ],
-)
-def test_bad_delivery_is_refused(
-    shared_site: Site, headers: dict[str, str], status: int, message: str
-) -> None:
-    answer = shared_site.github.deliver("ping", {}, "", headers)
-    assert_is_error(answer, status, message)
+def test_delivery_without_guid_is_refused(shared_site: Site) -> None:
+    headers = {"X-GitHub-Delivery": ""}
+    answer = shared_site.github.deliver("ping", {}, headers=headers)
+    assert_is_error(answer, 400, "X-GitHub-Delivery is missing")
 
 
 def test_delivery_that_the_guard_refuses_is_logged(shared: Site) -> None:
@@ -14064,7 +14038,7 @@ def test_delivery_that_the_guard_refuses_is_logged(shared: Site) -> None:
     headers = {"X-Hub-Signature-256": "sha256=0"}
 
     def is_logged() -> bool:  # unless another was, less than a second ago
-        assert_is_error(shared.github.deliver("ping", {}, "", headers), 401, message)
+        shared.github.deliver("ping", {}, headers=headers)
         return f"Refused webhook from 127.0.0.1: {message}" in shared.server.log()
 
     wait_for(is_logged)
