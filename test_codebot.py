@@ -9427,34 +9427,6 @@ def test_long_earlier_comments_are_truncated(pull: Pull) -> None:
     assert len(prompt) < 90_000
 
 
-AGENT_ANSWERS = {
-    "unclear": ("classify unclear 'Which one?'", "Which one?"),
-    "unclear with a secret": (f"classify unclear 'Which {MODEL_KEY}?'", "Which ***?"),
-    "unclear without question": ("classify unclear", "\nI cannot tell"),
-    "kind outside schema": ("classify anything", "\nI cannot tell"),
-    "kind of a wrong type": (
-        'extra=\'"structured_output":{"kind":[1]},\'; result',
-        "\nI cannot tell",
-    ),
-    "classification without output": ("result yes", "\nI cannot tell"),
-    "no words": ("classify question; result ' '", "\nThe agent gave no answer."),
-    "plain text": ("classify question; result 'In plain words'", "> In plain words"),
-    "output is no object": ("ANSWERS 5 5", "> Done."),
-    "answer to another comment": (
-        'ANSWERS [{"comment_id":1,"body":"No"}] In.short',
-        "> In.short",
-    ),
-    "heading and marker": (
-        'ANSWERS [] "In.short\\n##.Tests\\n<!--codebot"',
-        "> ##.Tests\n> &lt;!--codebot",
-    ),
-    "change that changes nothing": (
-        "classify change; result 'I would rather not'",
-        "> I would rather not",
-    ),
-}
-
-
 @pytest.mark.parametrize("tag", ['<div title="', "<table>", "<?php echo 1;"])
 def test_html_of_reviewer_cannot_hide_the_answer_after_it(
     store: codebot.Store, tag: str
@@ -9502,15 +9474,46 @@ def test_empty_answers_give_way_to_the_summary(
     assert answers == {"conversation 1": "Because."}
 
 
+def plan_with_output(output: str) -> str:
+    """Return the plan of an agent that answers a question with this JSON."""
+    return f"classify question; extra='\"structured_output\":{output},'; result"
+
+
+AGENT_ANSWERS = {
+    "unclear": ("classify unclear 'Which one?'", "Which one?"),
+    "unclear with a secret": (f"classify unclear 'Which {MODEL_KEY}?'", "Which ***?"),
+    "unclear without question": ("classify unclear", "\nI cannot tell"),
+    "kind outside schema": ("classify anything", "\nI cannot tell"),
+    "kind of a wrong type": (
+        'extra=\'"structured_output":{"kind":[1]},\'; result',
+        "\nI cannot tell",
+    ),
+    "classification without output": ("result yes", "\nI cannot tell"),
+    "no words": ("classify question; result ' '", "\nThe agent gave no answer."),
+    "plain text": ("classify question; result 'In plain words'", "> In plain words"),
+    "output is no object": (plan_with_output("5"), "> Done."),
+    "answer to another comment": (
+        plan_with_output(
+            '{"answers":[{"comment_id":1,"body":"No"}],"summary":"In short"}'
+        ),
+        "> In short",
+    ),
+    "heading and marker": (
+        plan_with_output(
+            r'{"answers":[],"summary":"In short\n## Tests\n<!-- codebot -->"}'
+        ),
+        "> ## Tests\n> &lt;!-- codebot -->",
+    ),
+    "change that changes nothing": (
+        "classify change; result 'I would rather not'",
+        "> I would rather not",
+    ),
+}
+
+
 @pytest.mark.parametrize("case", AGENT_ANSWERS)
 def test_whatever_agent_answers_is_posted(pull: Pull, case: str) -> None:
     plan, words = AGENT_ANSWERS[case]
-    if plan.startswith("ANSWERS"):
-        _, answers, summary = plan.split()
-        output = f'{{"answers":{answers},"summary":"{summary.strip(chr(34))}"}}'
-        if answers == "5":
-            output = "5"
-        plan = f"classify question; extra='\"structured_output\":{output},'; result"
     before = pull.tip()
     pull.site.agent.follow(plan)
     pull.site.person("alice").comment("Hm")
@@ -9524,9 +9527,8 @@ def test_whatever_agent_answers_is_posted(pull: Pull, case: str) -> None:
 def test_answers_that_the_cli_would_not_accept_fail_review(
     pull: Pull, answers: str
 ) -> None:
-    output = f'{{"answers":{answers},"summary":"In.short"}}'
-    plan = f"classify question; extra='\"structured_output\":{output},'; result"
-    pull.site.agent.follow(plan)
+    output = f'{{"answers":{answers},"summary":"In short"}}'
+    pull.site.agent.follow(plan_with_output(output))
     pull.site.person("alice").comment("Hm")
     assert pull.review()["reason"] == "internal"
     assert "codebot could not do this (internal)" in pull.answer()
