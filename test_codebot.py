@@ -4453,8 +4453,10 @@ def claim_review(store: codebot.Store) -> codebot.Job:
     return review
 
 
-def app_with(store: codebot.Store) -> codebot.Codebot:
-    app = codebot.Codebot(codebot.Config(no_github=True, work_dir=store.path + ".dir"))
+def app_with(store: codebot.Store, **settings: Any) -> codebot.Codebot:
+    """Return a codebot with this store; by default, it does without GitHub."""
+    settings = {"no_github": True, "work_dir": f"{store.path}.dir", **settings}
+    app = codebot.Codebot(codebot.Config(**settings))
     app.store = store
     return app
 
@@ -4883,14 +4885,11 @@ def test_lost_commit_is_forgotten_before_the_clone(
     store: codebot.Store, tmp_path: Path
 ) -> None:
     # Else, if the clone fails, the task would seem to have a commit that waits.
-    work_dir = str(tmp_path / "work")
-    config = codebot.Config(no_github=True, work_dir=work_dir)
-    app = codebot.Codebot(config)
-    app.store = store
+    app = app_with(store)
     run = codebot.JobRun(app, store_task_in_state(store, "running"))
     run.update(commit_id="0" * 40)
     url = str(tmp_path / "missing.git")
-    repository = codebot.parse_plain_remote(config, url)
+    repository = codebot.parse_plain_remote(app.config, url)
     workspace = codebot.Workspace(run, repository, "task_1234567")
     assert not codebot.is_only_push_left(workspace)
     with pytest.raises(codebot.JobFailed) as failure:
@@ -5532,8 +5531,7 @@ def test_agent_has_no_tool_that_fetches_and_no_text_but_its_prompt(
 def test_smaller_limit_of_turns_counts(
     store: codebot.Store, of_operator: str, of_question: str
 ) -> None:
-    app = codebot.Codebot(codebot.Config(max_turns=int(of_operator)))
-    app.store = store
+    app = app_with(store, max_turns=int(of_operator))
     run = codebot.JobRun(app, store_task_in_state(store, "running"))
     argv = codebot.agent_command(run, codebot.ANSWER_OPTIONS, "")
     assert argv[argv.index("--max-turns") + 1] == of_question
@@ -5838,14 +5836,13 @@ def test_fetch_that_is_ended_leaves_no_part_of_a_pack(on_disk: Site) -> None:
 def test_repository_is_not_fetched_into_the_mirror_of_another_with_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app = codebot.Codebot(codebot.Config(work_dir=str(tmp_path)))
-    mirror = codebot.Mirror(app.config, str(tmp_path / "m.git"), codebot.do_nothing)
+    github = create_github()
+    config = codebot.Config(work_dir=str(tmp_path))
+    mirror = codebot.Mirror(config, str(tmp_path / "m.git"), codebot.do_nothing)
 
     def repository(number: int) -> codebot.Repository:
-        assert app.github is not None
         payload = {"id": number, "full_name": "acme/widget"}
-        known = codebot.GitHubRepository(app.github, payload)
-        return codebot.repository_at(known)
+        return codebot.repository_at(codebot.GitHubRepository(github, payload))
 
     def resolve_branch(*args: object) -> tuple[str, str]:
         with mirror.lock():  # meanwhile a job of the other repository makes its mirror
@@ -7232,17 +7229,21 @@ def test_lost_answer_is_asked_for_again_and_done_once(
     assert len(shared.agent.runs()) == 1
 
 
+def create_github(**settings: Any) -> codebot.GitHub:
+    """Return codebot's client of GitHub, to use in this process."""
+    github = codebot.Codebot(codebot.Config(**settings)).github
+    assert github is not None
+    return github
+
+
 def github_client(site: Site) -> codebot.GitHub:
-    """Return codebot's client of a site's GitHub, to use in this process."""
-    config = codebot.Config(
+    """Return codebot's client of a site's GitHub."""
+    return create_github(
         app_id="12345",
         installation_id=678,
         key_file=str(site.server.key_file),
         api_url=site.github.url,
     )
-    github = codebot.Codebot(config).github
-    assert github is not None
-    return github
 
 
 def test_pull_request_that_appears_late_is_found(fresh: Site) -> None:
@@ -7316,9 +7317,7 @@ def test_refusal_that_is_cut_off_is_retried() -> None:
         thread = threading.Thread(target=answer)
         thread.start()
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        github = codebot.Codebot(codebot.Config(api_url=address)).github
-        assert github is not None
-        reply = github.send(f"{address}/", "token", None)
+        reply = create_github(api_url=address).send(f"{address}/", "token", None)
         thread.join()
     assert reply.status == 0
 
@@ -7601,15 +7600,14 @@ def test_job_waits_as_long_as_github_asks(
 
 
 def test_short_rate_limit_does_not_end_a_longer_one() -> None:
-    app = codebot.Codebot(codebot.Config())
-    assert app.github is not None
+    github = create_github()
     started = time.time()
     for seconds in ("3600", "60"):
         headers = email.message.Message()
         headers["Retry-After"] = seconds
         with pytest.raises(codebot.TransientError):
-            app.github.pause_before_attempt(codebot.Reply(429, headers), 0)
-    assert app.github.silent_until >= started + 3600
+            github.pause_before_attempt(codebot.Reply(429, headers), 0)
+    assert github.silent_until >= started + 3600
 
 
 @pytest.mark.parametrize(
@@ -7620,16 +7618,14 @@ def test_short_rate_limit_does_not_end_a_longer_one() -> None:
     ],
 )
 def test_job_does_not_wait_for_ever(limit: dict[str, str]) -> None:
-    app = codebot.Codebot(codebot.Config())
-    assert app.github is not None
+    github = create_github()
     headers = email.message.Message()
     for name, value in limit.items():
         headers[name] = value
-    reply = codebot.Reply(429, headers)
     with pytest.raises(codebot.TransientError) as raised:
-        app.github.pause_before_attempt(reply, 0)
+        github.pause_before_attempt(codebot.Reply(429, headers), 0)
     assert raised.value.retry_at <= time.time() + 86400
-    assert app.github.silent_until <= time.time() + 86400
+    assert github.silent_until <= time.time() + 86400
 
 
 @pytest.mark.parametrize("status", [200, 404])
@@ -7642,12 +7638,11 @@ def test_json_that_is_nested_too_deeply_is_no_crash(shared: Site, status: int) -
 
 
 def test_impossible_date_of_github_is_ignored() -> None:
-    app = codebot.Codebot(codebot.Config())
-    assert app.github is not None
+    github = create_github()
     headers = email.message.Message()
     headers["Date"] = f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT"
-    app.github.read_headers(headers)
-    assert app.github.clock_skew == 0.0
+    github.read_headers(headers)
+    assert github.clock_skew == 0.0
 
 
 def test_task_fails_when_github_is_away_for_too_long(fresh: Site) -> None:
@@ -7680,8 +7675,7 @@ def test_key_of_another_app_fails_task(fresh: Site) -> None:
 def test_last_refusal_of_a_token_is_told_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    github = codebot.Codebot(codebot.Config()).github
-    assert github is not None
+    github = create_github()
     refusal = codebot.Reply(401, email.message.Message(), error="Bad credentials")
     pauses: list[float] = []
     monkeypatch.setattr(github, "token", lambda credential: "token")
@@ -7709,14 +7703,13 @@ def test_missing_signature_is_told(
     write_script(tmp_path / "openssl", "exit 0")
     path = f"{tmp_path}:{os.environ['PATH']}"
     monkeypatch.setenv("PATH", path)  # Popen looks there
-    app = codebot.Codebot(codebot.Config(search_path=path))
-    assert app.github is not None
+    github = create_github(search_path=path)
     with pytest.raises(codebot.AppRefused, match="openssl cannot sign"):
-        app.github.sign_jwt()
+        github.sign_jwt()
     # With a few bytes of free space, openssl prints nothing and exits with 0 (tried).
     monkeypatch.setattr(codebot, "FULL_DISK_BYTES", 1 << 62)
     with pytest.raises(codebot.TransientError, match="The disk is full"):
-        app.github.sign_jwt()
+        github.sign_jwt()
 
 
 PUSH_BEGINS = "GET /info/refs?service=git-receive-pack"
@@ -8410,15 +8403,13 @@ def test_unused_mirror_is_removed(fresh: Site) -> None:
 
 
 def test_directory_that_cannot_be_removed_is_moved_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: codebot.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(config: codebot.Config, path: str) -> None:
         raise codebot.TransientError("cannot be removed")
 
     monkeypatch.setattr(codebot, "remove_tree", fail)
-    app = codebot.Codebot(codebot.Config(work_dir=str(tmp_path), no_github=True))
-    app.store = codebot.Store(str(tmp_path / "codebot.db"))
-    run = codebot.JobRun(app, store_task(app.store))
+    run = codebot.JobRun(app_with(store, work_dir=str(tmp_path)), store_task(store))
     repository = codebot.Repository("", "", "mirror")
     workspace = codebot.Workspace(run, repository, "task_1234567")
     file = Path(workspace.repo, ".git", "config")
@@ -8579,17 +8570,15 @@ def test_removing_a_link_leaves_what_it_leads_to(tmp_path: Path) -> None:
 
 
 def test_workspaces_are_removed_although_database_is_locked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: codebot.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(codebot, "LOCK_TIMEOUT", 0.1)
     monkeypatch.setattr(codebot, "CLEANUP_INTERVAL", 0.1)
-    app = codebot.Codebot(codebot.Config(no_github=True, work_dir=str(tmp_path)))
-    app.store = codebot.Store(str(tmp_path / "codebot.db"))
     (tmp_path / "task_1234567").mkdir()
-    with other_program(app.store) as db:
+    with other_program(store) as db:
         db.execute("BEGIN IMMEDIATE")
-        codebot.Cleanup(app).step()
-    assert [path.name for path in tmp_path.glob("t*")] == []
+        codebot.Cleanup(app_with(store, work_dir=str(tmp_path))).step()
+    assert list(tmp_path.iterdir()) == []
 
 
 # Runs a command where something is mounted on the directory $MOUNT.
@@ -8673,16 +8662,14 @@ def test_outbox_that_cannot_be_moved_is_removed_later(tmp_path: Path) -> None:
 
 
 def test_trash_is_removed_although_database_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: codebot.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(codebot, "CLEANUP_INTERVAL", 0.0)
-    app = codebot.Codebot(codebot.Config(no_github=True, work_dir=str(tmp_path)))
-    app.store = codebot.Store(str(tmp_path / "codebot.db"))
     (tmp_path / f"trash_{uuid.uuid4().hex}").mkdir()
-    with other_program(app.store) as db:
+    with other_program(store) as db:
         db.execute("DROP TABLE jobs")
-    codebot.Cleanup(app).step()
-    assert [path.name for path in tmp_path.glob("trash*")] == []
+    codebot.Cleanup(app_with(store, work_dir=str(tmp_path))).step()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_database_can_be_outside_work_directory(fresh: Site) -> None:
@@ -9457,17 +9444,10 @@ def test_answer_quotes_what_the_reviewer_wrote_and_not_what_they_quote(
     assert body.startswith(f"@alice says:\n\n> {line}\n\n")
 
 
-def test_empty_answers_give_way_to_the_summary(
-    store: codebot.Store, tmp_path: Path
-) -> None:
-    app = codebot.Codebot(codebot.Config(no_github=True, work_dir=str(tmp_path)))
-    app.store = store
-    run = codebot.JobRun(app, store_task_in_state(store, "running"))
+def test_empty_answers_give_way_to_the_summary(store: codebot.Store) -> None:
+    run = codebot.JobRun(app_with(store), store_task_in_state(store, "running"))
     run.update(summary="Because.")
-    comment = codebot.Comment(
-        "conversation", 1, "alice", "Why?", 1, "2026-01-01T00:00:00Z"
-    )
-    parts: Any = (None, None, [comment])  # of a review; only its comments are read
+    parts: Any = (None, None, [make_comment(1, "alice")])  # only comments are read
     review = codebot.Review(run, run.job, 1, *parts)
     entries = [{"comment_id": 1, "body": ""}, {"comment_id": 1, "body": ""}]
     answers = codebot.parse_answers(review, {"answers": entries})
@@ -10330,9 +10310,8 @@ def test_refused_reaction_leaves_out_no_other(limited: Site) -> None:
 
 
 @pytest.fixture
-def sync(tmp_path: Path) -> codebot.Sync:
-    app = codebot.Codebot(codebot.Config(work_dir=str(tmp_path)))
-    app.store = codebot.Store(str(tmp_path / "codebot.db"))
+def sync(store: codebot.Store) -> codebot.Sync:
+    app = app_with(store, no_github=False)
     assert app.github is not None
     return codebot.Sync(app, app.github)
 
@@ -11467,13 +11446,10 @@ def test_issue_of_stranger_that_changed_after_label_needs_label_again(
     ("second", "is_untrusted"), [(0, False), (1, False), (2, True)]
 )
 def test_issue_of_a_bot_may_not_change_after_its_label(
-    store: codebot.Store, second: int, is_untrusted: bool
+    sync: codebot.Sync, second: int, is_untrusted: bool
 ) -> None:
     """Its author, who may be deleted, has no access, so GitHub need not be asked."""
-    app = codebot.Codebot(codebot.Config())
-    app.store = store
-    assert app.github is not None
-    repository = codebot.GitHubRepository(app.github, {"full_name": "acme/widget"})
+    repository = codebot.GitHubRepository(sync.github, {"full_name": "acme/widget"})
     issue = codebot.Issue(
         number=1,
         url="https://github.com/acme/widget/issues/1",
@@ -11485,7 +11461,6 @@ def test_issue_of_a_bot_may_not_change_after_its_label(
         updated_at=f"2026-01-01T00:00:0{second}Z",
     )
     event = codebot.LabelEvent(7, False, "alice", "2026-01-01T00:00:00Z")
-    sync = codebot.Sync(app, app.github)
     assert sync.has_untrusted_edit(repository, issue, event) == is_untrusted
 
 
@@ -17172,10 +17147,10 @@ def test_demo_keeps_server_until_it_is_interrupted(on_disk: Site) -> None:
     assert list((on_disk.directory / "tmp").iterdir()) == []
 
 
-def test_server_that_is_stopped_during_its_start_still_answers(tmp_path: Path) -> None:
-    config = codebot.Config(work_dir=str(tmp_path), port=0, no_github=True)
-    app = codebot.Codebot(config)
-    app.store = codebot.Store(config.database_file)
+def test_server_that_is_stopped_during_its_start_still_answers(
+    store: codebot.Store,
+) -> None:
+    app = app_with(store, port=0)
     app.stop.set()
     with codebot.running_server(app) as server:
         address = ("127.0.0.1", server.server_port)
