@@ -6596,9 +6596,15 @@ def test_repository_in_the_repository_is_refused(local: LocalTask, case: str) ->
     assert "sub is a nested git repository or a submodule" in error
 
 
+def git_directory(path: Path, **settings: Any) -> codebot.GitDirectory:
+    """Return codebot's access to a mirror or outbox; by default, without GitHub."""
+    settings = {"no_github": True, "search_path": os.environ["PATH"], **settings}
+    config = codebot.Config(**settings)
+    return codebot.GitDirectory(config, str(path), codebot.do_nothing)
+
+
 def test_hook_in_a_mirror_or_outbox_does_not_run(tmp_path: Path) -> None:
-    config = codebot.Config(no_github=True, search_path=os.environ["PATH"])
-    directory = codebot.GitDirectory(config, f"{tmp_path}/git", lambda: None)
+    directory = git_directory(tmp_path / "git")
     directory.local_git("init", "--quiet", "--bare", "--template=")
     hook = tmp_path / "git" / "hooks" / "reference-transaction"
     write_script(hook, f"touch {tmp_path}/ran")
@@ -6962,9 +6968,7 @@ def test_error_of_git_at_other_remote_shows_no_password_of_the_host(
 ) -> None:
     # Not a setting of codebot's, but git uses it.
     monkeypatch.setenv("ALL_PROXY", "http://user:my/password@127.0.0.1:1")
-    path = os.environ["PATH"]
-    config = codebot.Config(no_github=True, work_dir=str(tmp_path), search_path=path)
-    directory = codebot.GitDirectory(config, f"{tmp_path}/git", lambda: None)
+    directory = git_directory(tmp_path / "git")
     directory.local_git("init", "--quiet", "--bare")
     with pytest.raises(codebot.GitFailed, match="proxy") as error:
         directory.git_with_token("", "ls-remote", "--", "https://example.com/a/b")
@@ -6974,11 +6978,8 @@ def test_error_of_git_at_other_remote_shows_no_password_of_the_host(
 @pytest.mark.parametrize("login", ["x:" + 900 * "s", 900 * "s", "x:s@t", "sssss"])
 def test_login_in_error_of_git_is_hidden(tmp_path: Path, login: str) -> None:
     error = f"fatal: unable to access 'https://{login}@host/a/b/': no route"
-    git = tmp_path / "git"
-    git.write_text(f'#!/bin/sh\necho "{error}" >&2\nexit 128\n')
-    git.chmod(0o755)
-    config = codebot.Config(no_github=True, search_path=str(tmp_path))
-    directory = codebot.GitDirectory(config, f"{tmp_path}/mirror", codebot.do_nothing)
+    write_script(tmp_path / "git", f'echo "{error}" >&2; exit 128')
+    directory = git_directory(tmp_path / "mirror", search_path=str(tmp_path))
     with pytest.raises(codebot.GitFailed) as failed:
         directory.git_with_token("", "ls-remote")
     assert str(failed.value) == error.replace(login, "***")
@@ -7022,11 +7023,8 @@ FINAL_ERRORS = [
 def test_git_waits_for_the_network_but_not_for_what_stays_wrong(
     tmp_path: Path, error: str, kind: type[Exception]
 ) -> None:
-    git = tmp_path / "git"
-    git.write_text(f'#!/bin/sh\necho "{error}" >&2\nexit 128\n')
-    git.chmod(0o755)
-    config = codebot.Config(no_github=True, search_path=str(tmp_path))
-    directory = codebot.GitDirectory(config, f"{tmp_path}/mirror", codebot.do_nothing)
+    write_script(tmp_path / "git", f'echo "{error}" >&2; exit 128')
+    directory = git_directory(tmp_path / "mirror", search_path=str(tmp_path))
     with pytest.raises(kind):
         directory.git_with_token("", "push")
 
@@ -7050,10 +7048,8 @@ def test_git_waits_for_a_proxy(tmp_path: Path, answer: bytes) -> None:
         thread = threading.Thread(target=refuse, daemon=True)
         thread.start()
         proxy = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        config = codebot.Config(
-            search_path=os.environ["PATH"], variables={"HTTPS_PROXY": proxy}
-        )
-        directory = codebot.GitDirectory(config, str(tmp_path), codebot.do_nothing)
+        variables = {"HTTPS_PROXY": proxy}
+        directory = git_directory(tmp_path, no_github=False, variables=variables)
         with pytest.raises(codebot.TransientError, match="CONNECT"):
             directory.git_with_token("", "ls-remote", "--", "https://github.com/a/b")
         thread.join()
@@ -7833,8 +7829,7 @@ def test_git_waits_until_the_certificate_of_the_remote_is_accepted(
             context.wrap_socket(connection, server_side=True).close()
 
     run_command("git", "init", "-q", "--bare", tmp_path)
-    config = codebot.Config(no_github=True, search_path=os.environ["PATH"])
-    directory = codebot.GitDirectory(config, str(tmp_path), codebot.do_nothing)
+    directory = git_directory(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=shake_hands, daemon=True)
         thread.start()
@@ -8093,13 +8088,10 @@ def test_name_of_a_file_is_one_line_of_the_result(shared: Site) -> None:
 
 
 def test_failure_to_commit_names_the_command(tmp_path: Path) -> None:
-    config = codebot.Config(work_dir=str(tmp_path), search_path=os.environ["PATH"])
-    app = codebot.Codebot(dataclasses.replace(config, no_github=True))
-    path = str(tmp_path / "outbox.git")
-    outbox = codebot.GitDirectory(config, path, codebot.do_nothing)
+    outbox = git_directory(tmp_path / "outbox.git")
     outbox.local_git("init", "--quiet", "--bare")
     workspace = codebot.Workspace.__new__(codebot.Workspace)
-    workspace.codebot = app
+    workspace.codebot = codebot.Codebot(outbox.config)
     workspace.outbox = outbox
     with pytest.raises(codebot.GitFailed, match="^git commit-tree: fatal: "):
         workspace.write_commit("no-tree", "no-parent", "Title")
@@ -8319,8 +8311,7 @@ def test_full_disk_at_the_start_is_told(
 def test_commit_is_not_lost_because_git_was_killed(tmp_path: Path) -> None:
     # For want of memory, for example. The task's agent would run again.
     write_script(tmp_path / "git", "kill -9 $$")
-    config = codebot.Config(work_dir=str(tmp_path), search_path=str(tmp_path))
-    outbox = codebot.GitDirectory(config, str(tmp_path / "o"), codebot.do_nothing)
+    outbox = git_directory(tmp_path / "outbox.git", search_path=str(tmp_path))
     with pytest.raises(codebot.TransientError, match="git cat-file was killed"):
         outbox.has_commit("1" * 40)
 
@@ -8351,8 +8342,7 @@ def test_full_disk_of_remote_is_not_taken_for_our_own(tmp_path: Path) -> None:
     write_script(hook, "echo 'Disk quota exceeded for acme' >&2; exit 1")
     tree = run_command("git", "-C", own, "hash-object", "-wt", "tree", "/dev/null")
     commit = run_command("git", "-C", own, "commit-tree", "-m", "New", tree)
-    config = codebot.Config(no_github=True, search_path=os.environ["PATH"])
-    directory = codebot.GitDirectory(config, str(own), lambda: None)
+    directory = git_directory(own)
     refspec = f"{commit}:refs/heads/new"
     with pytest.raises(codebot.GitFailed, match="^remote: Disk quota exceeded"):
         directory.git_with_token("", "push", "--quiet", "--", str(remote), refspec)
