@@ -1589,8 +1589,14 @@ class ServerProcess:
         self, *args: str, stdin: str = "", **settings: str | None
     ) -> subprocess.CompletedProcess[str]:
         """Run one of codebot's commands to its end."""
+        return self.run_program([*self.program(), *args], stdin, **settings)
+
+    def run_program(
+        self, argv: Sequence[str], stdin: str = "", **settings: str | None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a program, such as a shell that runs codebot, as codebot is run."""
         return subprocess.run(
-            [*self.program(), *args],
+            argv,
             cwd=self.start_dir,
             env=self.environment(settings),
             input=stdin,
@@ -15991,14 +15997,7 @@ def test_tls_key_instead_of_its_path_is_not_shown(fresh: Site) -> None:
 
 def test_closed_stdin_instead_of_task_is_reported(fresh: Site) -> None:
     argv = ["sh", "-c", '"$@" <&-', "sh", *fresh.server.program(), "run", "--task", "-"]
-    done = subprocess.run(
-        argv,
-        cwd=fresh.server.start_dir,
-        env=fresh.server.environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = fresh.server.run_program(argv)
     assert done.returncode == 2
     assert "--task - is not JSON" in done.stderr
 
@@ -16243,13 +16242,8 @@ def test_signal_during_start_ends_codebot_without_traceback(fresh: Site) -> None
         '[ "$1" = version ] && { echo OpenSSL 3.0.0; exit; }\n'
         'touch "$0.started"; exec sleep 30',
     )
-    process = subprocess.Popen(
-        [*fresh.server.program(), *serve_arguments(fresh)],
-        cwd=fresh.server.start_dir,
-        env=fresh.server.environment({"PATH": f"{directory}:{os.environ['PATH']}"}),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    path = f"{directory}:{os.environ['PATH']}"
+    process = start_command(fresh, *serve_arguments(fresh), PATH=path)
     wait_for((directory / "openssl.started").exists)
     process.terminate()
     _, stderr = process.communicate(timeout=20)
@@ -16857,14 +16851,7 @@ def test_run_prints_progress_and_result(fresh: Site) -> None:
 def test_deep_json_of_the_agent_is_no_crash_with_a_small_stack(fresh: Site) -> None:
     fresh.agent.follow(f"head -c 100000 /dev/zero | tr '\\0' '['; echo; {SAY_HELLO}")
     argv = ["sh", "-c", 'ulimit -s 1024; exec "$@"', "sh", *fresh.server.program()]
-    done = subprocess.run(
-        [*argv, *run_flags(fresh)],
-        cwd=fresh.server.start_dir,
-        env=fresh.server.environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = fresh.server.run_program([*argv, *run_flags(fresh)])
     assert done.returncode == 0, done.stderr
 
 
@@ -16948,13 +16935,13 @@ def test_run_refuses_task_that_is_not_utf_8(shared: Site) -> None:
 
 
 def start_command(
-    site: Site, *args: str, limits: Mapping[str, Any] = {}
+    site: Site, *args: str, limits: Mapping[str, Any] = {}, **settings: str
 ) -> subprocess.Popen[str]:
     """Start a command of codebot's in the background."""
     return subprocess.Popen(
         [*site.server.program(limits), *args],
         cwd=site.server.start_dir,
-        env=site.server.environment(),
+        env=site.server.environment(settings),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -17037,15 +17024,8 @@ def test_output_that_nobody_reads_gives_no_traceback(
 
 def test_command_without_standard_output_gives_no_traceback(fresh: Site) -> None:
     argv = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, str(PROGRAM), "check"]
-    done = subprocess.run(
-        argv,
-        check=False,
-        cwd=fresh.server.start_dir,
-        env=fresh.server.environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert done.returncode in (0, 1)
+    done = fresh.server.run_program([*argv, *serve_arguments(fresh)[1:]])
+    assert done.returncode == 0
     assert "Traceback" not in done.stderr
 
 
@@ -17055,14 +17035,8 @@ def test_exit_codes_are_seen_although_the_parent_ignores_children(fresh: Site) -
         "os.execv(sys.argv[1], sys.argv[1:])"
     )
     argv = [sys.executable, "-c", script, sys.executable, str(PROGRAM)]
-    done = subprocess.run(
-        [*argv, *run_flags(fresh, "--test-command", "exit 3")],
-        check=False,
-        cwd=fresh.server.start_dir,
-        env=fresh.server.environment(),
-        capture_output=True,
-        text=True,
-    )
+    flags = run_flags(fresh, "--test-command", "exit 3")
+    done = fresh.server.run_program([*argv, *flags])
     assert json.loads(done.stdout)["reason"] == "tests_failed"
 
 
@@ -17158,13 +17132,8 @@ def test_demo_that_is_interrupted_at_its_start_ends_at_once(
     marker = on_disk.directory / "marker"
     wait = f'case "$*" in *mktree*) touch {marker}; read go <{pipe};; esac'
     write_script(tools / "git", f'{wait}\nexec {shutil.which("git")} "$@"')
-    process = subprocess.Popen(
-        [*on_disk.server.program(), "demo"],
-        env=on_disk.server.environment({"PATH": f"{tools}:{os.environ['PATH']}"}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    path = f"{tools}:{os.environ['PATH']}"
+    process = start_command(on_disk, "demo", PATH=path)
     wait_for(marker.exists)  # git makes the demo's repository
     process.send_signal(signal.SIGINT)
     pipe.write_text("go\n")
@@ -17178,13 +17147,8 @@ def test_result_alone_is_on_stdout_if_stderr_is_closed(on_disk: Site) -> None:
     program = shlex.join([sys.executable, str(PROGRAM), "run", "--no-github"])
     argv = ["sh", "-c", f'{program} "$@" 2>&-', "sh"]
     argv += ["--repository-url", str(on_disk.repository.bare), "--description", "x"]
-    done = subprocess.run(
-        [*argv, "--work-dir", str(on_disk.directory / "own")],
-        env=on_disk.server.environment(),
-        cwd=on_disk.server.start_dir,
-        stdout=subprocess.PIPE,
-        check=False,
-    )
+    argv += ["--work-dir", str(on_disk.directory / "own")]
+    done = on_disk.server.run_program(argv)
     assert json.loads(done.stdout)["status"] == "completed"
 
 
