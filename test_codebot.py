@@ -4262,8 +4262,9 @@ def test_command_line_can_be_the_sandbox(fresh: Site) -> None:
     assert run.env["IS_SANDBOX"] == "1"
 
 
-def serve_arguments(site: Site) -> list[str]:
-    return ["serve", "--port", "0", "--work-dir", str(site.server.work_dir)]
+def serve_flags(site: Site) -> list[str]:
+    """Return the flags of a command that may use any port."""
+    return ["--port", "0", "--work-dir", str(site.server.work_dir)]
 
 
 def write_bwrap(site: Site, script: str) -> str:
@@ -4276,9 +4277,7 @@ def write_bwrap(site: Site, script: str) -> str:
 def test_sandbox_that_does_not_start_is_refused(fresh: Site, command: str) -> None:
     help_text = "[ $1 = --help ] && exec echo '--disable-userns'"
     path = write_bwrap(fresh, f"{help_text}\necho 'no namespaces here' >&2; exit 1")
-    args = serve_arguments(fresh)
-    if command == "run":
-        args = ["run", "--repository-url", fresh.repository.url, "--description", "Hi"]
+    args = run_flags(fresh) if command == "run" else ["serve", *serve_flags(fresh)]
     done = fresh.server.run_forked(*args, CODEBOT_SANDBOX=None, PATH=path)
     assert done.returncode == 2
     assert "no namespaces here" in done.stderr
@@ -4288,8 +4287,9 @@ def test_sandbox_that_does_not_start_is_refused(fresh: Site, command: str) -> No
 @pytest.mark.skipif(os.getuid() != 0, reason="an old bwrap is refused for root only")
 def test_old_bwrap_is_refused_for_root(fresh: Site) -> None:
     path = write_bwrap(fresh, "[ $1 = --help ] && exec echo '--unshare-user'\nexit 0")
-    args = serve_arguments(fresh)
-    done = fresh.server.run_forked(*args, CODEBOT_SANDBOX=None, PATH=path)
+    done = fresh.server.run_forked(
+        "serve", *serve_flags(fresh), CODEBOT_SANDBOX=None, PATH=path
+    )
     assert done.returncode == 2
     assert "bwrap" in done.stderr
     assert "0.8" in done.stderr
@@ -4352,7 +4352,8 @@ def test_key_in_directory_that_cannot_be_hidden_is_refused(
     fresh: Site, key_file: str
 ) -> None:
     done = fresh.server.run_forked(
-        *serve_arguments(fresh),
+        "serve",
+        *serve_flags(fresh),
         CODEBOT_SANDBOX=None,
         GITHUB_APP_PRIVATE_KEY_PATH=key_file,
     )
@@ -5193,8 +5194,7 @@ def test_serve_exits_2_if_the_database_has_another_schema(fresh: Site) -> None:
     fresh.server.work_dir.mkdir()
     with fresh.server.database() as db:
         db.execute("CREATE TABLE tasks (id TEXT)")
-    work_dir = str(fresh.server.work_dir)
-    done = fresh.server.run_forked("serve", "--port", "0", "--work-dir", work_dir)
+    done = fresh.server.run_forked("serve", *serve_flags(fresh))
     assert done.returncode == 2
     assert "schema" in done.stderr
     assert "Traceback" not in done.stderr
@@ -14350,9 +14350,9 @@ def test_launched_sandbox_that_does_not_work_is_refused(
     cluster: StandInCluster, name: str
 ) -> None:
     settings, message = REFUSED_SANDBOXES[name]
-    server = cluster.site.server
-    arguments = ("serve", "--port", "0", "--work-dir", str(server.work_dir))
-    done = server.run_forked(*arguments, **{**cluster.settings(), **settings})
+    settings = {**cluster.settings(), **settings}
+    flags = serve_flags(cluster.site)
+    done = cluster.site.server.run_forked("serve", *flags, **settings)
     assert done.returncode == 2
     assert message in done.stderr
     cluster.assert_empty()
@@ -15931,7 +15931,7 @@ def test_mistake_ends_start_with_advice(on_disk: Site, name: str) -> None:
         variable: text if text is None else fill_in(text)
         for variable, text in prepare_mistake(on_disk, mistake).items()
     }
-    flags = [*serve_arguments(on_disk)[1:], *map(fill_in, mistake.flags)]
+    flags = [*serve_flags(on_disk), *map(fill_in, mistake.flags)]
     advice = fill_in(mistake.advice)
     done = on_disk.server.run_forked("serve", *flags, **settings)
     assert done.returncode == 2
@@ -15952,12 +15952,12 @@ def test_file_that_cannot_be_read_is_reported(fresh: Site) -> None:
     env_file = fresh.server.start_dir / ".env"
     env_file.write_text("CODEBOT_MAX_WORKERS=2\n")
     env_file.chmod(0)
-    done = fresh.server.run_forked(*serve_arguments(fresh), GITHUB_APP_ID=None)
+    done = fresh.server.run_forked("serve", *serve_flags(fresh), GITHUB_APP_ID=None)
     assert done.returncode == 2
     assert done.stderr == f"codebot: Cannot read {env_file}: permission denied.\n"
     env_file.unlink()
     fresh.server.key_file.chmod(0)
-    done = fresh.server.run_forked(*serve_arguments(fresh))
+    done = fresh.server.run_forked("serve", *serve_flags(fresh))
     assert done.returncode == 2
     unreadable = (
         f"{fresh.server.key_file} is not a file that user {os.getuid()} can read"
@@ -15968,21 +15968,22 @@ def test_file_that_cannot_be_read_is_reported(fresh: Site) -> None:
 def test_named_pipe_instead_of_key_is_refused(fresh: Site) -> None:
     pipe = fresh.directory / "pipe"
     os.mkfifo(pipe)
-    args = serve_arguments(fresh)
+    setting = {"GITHUB_APP_PRIVATE_KEY_PATH": str(pipe)}
     problem = f"GITHUB_APP_PRIVATE_KEY_PATH: {pipe} is not a file that user"
-    done = fresh.server.run_forked(*args, GITHUB_APP_PRIVATE_KEY_PATH=str(pipe))
+    done = fresh.server.run_forked("serve", *serve_flags(fresh), **setting)
     assert done.returncode == 2
     assert problem in done.stderr
-    done = fresh.server.run_forked("check", GITHUB_APP_PRIVATE_KEY_PATH=str(pipe))
-    assert problem in done.stdout
+    assert problem in fresh.server.run_forked("check", **setting).stdout
 
 
 def test_key_instead_of_its_path_is_not_shown(fresh: Site) -> None:
     key = fresh.server.key_file.read_text()
-    in_base64 = base64.b64encode(key.encode()).decode()
+    in_base64 = base64_of(key)
     for value, secret in ((key, key.splitlines()[1]), (in_base64, in_base64[40:])):
-        for command in (serve_arguments(fresh), ["check"]):
-            done = fresh.server.run_forked(*command, GITHUB_APP_PRIVATE_KEY_PATH=value)
+        for command in ("serve", "check"):
+            done = fresh.server.run_forked(
+                command, *serve_flags(fresh), GITHUB_APP_PRIVATE_KEY_PATH=value
+            )
             output = done.stdout + done.stderr
             assert "GITHUB_APP_PRIVATE_KEY_PATH must be the path" in output
             assert secret not in output
@@ -16004,7 +16005,8 @@ def test_closed_stdin_instead_of_task_is_reported(fresh: Site) -> None:
 
 def test_all_bad_settings_are_reported_at_once(fresh: Site) -> None:
     done = fresh.server.run_forked(
-        *serve_arguments(fresh),
+        "serve",
+        *serve_flags(fresh),
         "--workers",
         "0",
         CODEBOT_API_KEYS=None,
@@ -16040,7 +16042,8 @@ def test_openssl_is_needed_only_for_github(tmp_path: Path, no_github: bool) -> N
 def test_bad_line_of_env_file_hides_only_what_seems_to_be_missing(fresh: Site) -> None:
     (fresh.server.start_dir / ".env").write_text("junk\n")
     done = fresh.server.run_forked(
-        *serve_arguments(fresh),
+        "serve",
+        *serve_flags(fresh),
         "--tls-cert",
         "nope.pem",
         GITHUB_APP_ID=None,
@@ -16096,9 +16099,7 @@ def test_doubtful_things_are_logged_by_serve_and_listed_by_check(fresh: Site) ->
     }
     fresh.server.work_dir.mkdir(exist_ok=True)
     fresh.server.work_dir.chmod(0o755)
-    done = fresh.server.run_forked(
-        "check", *serve_arguments(fresh)[1:], *flags, **settings
-    )
+    done = fresh.server.run_forked("check", *serve_flags(fresh), *flags, **settings)
     assert done.returncode == 0
     warnings = [line for line in done.stdout.splitlines() if line.startswith("warn  ")]
     assert len(warnings) == len(DOUBTS) + (os.getuid() == 0)
@@ -16137,7 +16138,7 @@ def test_database_where_others_can_write_is_refused(fresh: Site) -> None:
     directory.chmod(0o1777)
     done = fresh.server.run_forked(
         "check",
-        *serve_arguments(fresh)[1:],
+        *serve_flags(fresh),
         CODEBOT_DATABASE=str(directory / "jobs.db"),
     )
     assert f"FAIL  {directory} can be written to by other users." in done.stdout
@@ -16149,7 +16150,7 @@ def test_work_directory_that_others_can_write_is_refused(fresh: Site) -> None:
     fresh.server.work_dir.mkdir(exist_ok=True)
     fresh.server.work_dir.chmod(0o1777)
     for command in ("serve", "check"):
-        done = fresh.server.run_forked(command, *serve_arguments(fresh)[1:])
+        done = fresh.server.run_forked(command, *serve_flags(fresh))
         assert done.returncode != 0
         advice = f"{fresh.server.work_dir} can be written to by other users."
         assert advice in done.stdout + done.stderr
@@ -16161,7 +16162,7 @@ def test_encrypted_tls_key_is_refused_without_a_prompt(fresh: Site) -> None:
     run_command(*key, "-out", "encrypted.pem", cwd=keys)
     flags = ("--tls-cert", f"{keys}/cert.pem", "--tls-key", f"{keys}/encrypted.pem")
     for command in ("serve", "check"):
-        done = fresh.server.run_forked(command, *serve_arguments(fresh)[1:], *flags)
+        done = fresh.server.run_forked(command, *serve_flags(fresh), *flags)
         assert done.returncode != 0
         advice = "one of them is not a PEM file, or is encrypted."
         assert advice in done.stdout + done.stderr
@@ -16206,7 +16207,7 @@ def test_lock_that_is_a_pipe_does_not_hang_the_start(tmp_path: Path) -> None:
 @not_as_root
 def test_unwritable_work_directory_is_refused(fresh: Site) -> None:
     fresh.server.work_dir.mkdir(mode=0o500)
-    done = fresh.server.run_forked(*serve_arguments(fresh))
+    done = fresh.server.run_forked("serve", *serve_flags(fresh))
     assert done.returncode == 2
     assert "codebot.lock: permission denied. Use another" in done.stderr
 
@@ -16221,7 +16222,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 def test_server_whose_parent_blocked_signals_can_be_stopped(fresh: Site) -> None:
     argv = [sys.executable, "-c", BLOCK_AND_RUN, sys.executable, str(PROGRAM)]
     with subprocess.Popen(
-        [*argv, *serve_arguments(fresh)],
+        [*argv, "serve", *serve_flags(fresh)],
         env=fresh.server.environment(),
         cwd=fresh.server.start_dir,
         stdout=subprocess.PIPE,
@@ -16243,7 +16244,7 @@ def test_signal_during_start_ends_codebot_without_traceback(fresh: Site) -> None
         'touch "$0.started"; exec sleep 30',
     )
     path = f"{directory}:{os.environ['PATH']}"
-    process = start_command(fresh, *serve_arguments(fresh), PATH=path)
+    process = start_command(fresh, "serve", *serve_flags(fresh), PATH=path)
     wait_for((directory / "openssl.started").exists)
     process.terminate()
     _, stderr = process.communicate(timeout=20)
@@ -16280,10 +16281,10 @@ def test_second_codebot_in_same_work_dir_is_refused(shared: Site) -> None:
         f"Cannot use {shared.server.work_dir}/codebot.lock: another codebot uses it. Stop that one, or use "
         "another --work-dir."
     )
-    done = shared.server.run_forked(*serve_arguments(shared))
+    done = shared.server.run_forked("serve", *serve_flags(shared))
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"codebot: {advice}"
-    done = shared.server.run_forked("check", *serve_arguments(shared)[1:])
+    done = shared.server.run_forked("check", *serve_flags(shared))
     assert done.returncode == 1
     assert f"FAIL  {advice}" in done.stdout
     shared.api.completed(shared.api.submit())  # the first one goes on
@@ -16388,7 +16389,7 @@ def kill_during_a_task(site: Site) -> None:
 def test_locked_database_at_the_start_is_told(fresh: Site) -> None:
     kill_during_a_task(fresh)
     with locked_database(fresh.server):
-        done = fresh.server.run_forked(*serve_arguments(fresh))
+        done = fresh.server.run_forked("serve", *serve_flags(fresh))
     assert done.returncode == 2
     assert "cannot be used: database is locked. End programs" in done.stderr
     assert "Traceback" not in done.stderr
@@ -16401,7 +16402,7 @@ def test_database_that_fails_during_the_start_is_told(fresh: Site) -> None:
             "CREATE TRIGGER full BEFORE UPDATE ON jobs BEGIN "
             "SELECT RAISE(ABORT, 'database or disk is full'); END"
         )
-    done = fresh.server.run_forked(*serve_arguments(fresh))
+    done = fresh.server.run_forked("serve", *serve_flags(fresh))
     assert done.returncode == 2
     assert "cannot be used: database or disk is full. Free space" in done.stderr
     assert "Traceback" not in done.stderr
@@ -16474,7 +16475,7 @@ def test_watchdog_survives_signals_and_ends_what_is_left(fresh: Site) -> None:
 def test_server_without_standard_input_has_a_watchdog(fresh: Site) -> None:
     argv = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, str(PROGRAM)]
     with subprocess.Popen(
-        [*argv, *serve_arguments(fresh)],
+        [*argv, "serve", *serve_flags(fresh)],
         cwd=fresh.server.start_dir,
         env=fresh.server.environment(),
         stdout=subprocess.PIPE,
@@ -16566,7 +16567,7 @@ def run_check(
     site: Site, *flags: str, **settings: str | None
 ) -> subprocess.CompletedProcess[str]:
     settings.setdefault("CODEBOT_API_KEYS", "0123456789abcdef0123456789abcdef")
-    arguments = (*serve_arguments(site)[1:], *flags)
+    arguments = (*serve_flags(site), *flags)
     return site.server.run_forked("check", *arguments, **settings)
 
 
@@ -17024,7 +17025,7 @@ def test_output_that_nobody_reads_gives_no_traceback(
 
 def test_command_without_standard_output_gives_no_traceback(fresh: Site) -> None:
     argv = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, str(PROGRAM), "check"]
-    done = fresh.server.run_program([*argv, *serve_arguments(fresh)[1:]])
+    done = fresh.server.run_program([*argv, *serve_flags(fresh)])
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
 
