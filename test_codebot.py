@@ -1317,6 +1317,15 @@ ANSWER_QUESTION = "classify question; answer Because"
 MAKE_CHANGE = "classify change; echo more >>hello.txt; answer Done"
 
 
+def plan_with_filter(command: str) -> str:
+    """Return the plan of an agent that has git run a command on each file it adds."""
+    return (
+        f"git config filter.x.clean {shlex.quote(command)}; "
+        "mkdir -p .git/info; echo '* filter=x' >.git/info/attributes; "
+        "echo hello >hello.txt; result"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class AgentRun:
     """One start of the agent, with what it was given."""
@@ -6094,12 +6103,8 @@ def test_agents_tests_and_git_that_hang_are_ended_and_others_are_not(
     hang = "trap '' TERM; setsid sleep 300 & while :; do sleep 0.1; echo COMMAND; done"
     silent = hang.replace("echo COMMAND", ":")
     talking = hang.replace("COMMAND", "hm")
-    slow_filter = (
-        f"git config filter.slow.clean '{silent}'; "
-        f"mkdir .git/info; echo '* filter=slow' >.git/info/attributes; {SAY_HELLO}"
-    )
     silent_agent, talking_agent, good, slow_git = fresh.api.submit_each(
-        [silent, talking, SAY_HELLO, slow_filter]
+        [silent, talking, SAY_HELLO, plan_with_filter(silent)]
     )
     silent_test = fresh.api.submit(test_command=silent)
     error = fresh.api.failed(silent_agent, "stalled")
@@ -6358,15 +6363,6 @@ def test_litter_of_failed_test_is_not_committed_after_next_one(
     plan = "[ $purpose = resume ] && echo >fixed; echo >done; result"
     local.commit(plan, f"[ -e fixed ] || {{ {STUBBORN_FAILURES[case]}; false; }}")
     assert local.changed() == ["done", "fixed"]
-
-
-def plan_with_filter(command: str) -> str:
-    """Return the plan of an agent that has git run a command on each file it adds."""
-    return (
-        f"git config filter.x.clean {shlex.quote(command)}; "
-        "mkdir -p .git/info; echo '* filter=x' >.git/info/attributes; "
-        "echo hello >hello.txt; result"
-    )
 
 
 def test_filter_may_print_messages_before_a_test(local: LocalTask) -> None:
@@ -6657,11 +6653,7 @@ def test_push_comes_from_outbox_outside_workspace(shared: Site) -> None:
 
 def test_slow_filter_of_one_agent_holds_up_no_other_task(shared: Site) -> None:
     wait = shared.agent.path.with_name("filter.sh")
-    setup = (
-        f"git config filter.slow.clean 'sh {wait}'; mkdir .git/info; "
-        "echo '* filter=slow' >.git/info/attributes"
-    )
-    shared.agent.follow_each({"Be slow.": f"{setup}; {SAY_HELLO}"})
+    shared.agent.follow_each({"Be slow.": plan_with_filter(f"sh {wait}")})
     wait.write_text(f"{shared.agent.block_command('filter')}; exec cat")
     slow = shared.api.submit("Be slow.")
     shared.agent.wait_until_blocked("filter")
@@ -7904,16 +7896,12 @@ class BlockedTasks:
         self.repositories: dict[str, Repository] = {}
         self.tasks: dict[str, str] = {}
         filter_file = site.directory / "filter.sh"
-        plant_filter = (
-            f"git config filter.wait.clean 'sh {filter_file}'; "
-            "mkdir .git/info; echo 'hello.txt filter=wait' >.git/info/attributes"
-        )
         plans = {}
         for step in steps:
             kind, text = CRASH_STEPS[step]
             plan = text if kind == "plan" else SAY_HELLO
             if kind == "filter":
-                plan = f"{plant_filter}; {SAY_HELLO}"
+                plan = plan_with_filter(f"sh {filter_file}")
             plans[f"Stop at {step}."] = plan
         site.agent.follow_each(plans)
         filter_file.write_text(f"{site.agent.block_command('commit')}; exec cat")
