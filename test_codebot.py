@@ -1460,6 +1460,11 @@ def command_lines() -> str:
     return "\n".join(lines)
 
 
+def unique_sleep() -> str:
+    """Return a command that no other process on this machine has, to look for it."""
+    return f"sleep {100_000 + uuid.uuid4().int % 100_000}"
+
+
 def process_ids() -> set[int]:
     return {int(name) for name in os.listdir("/proc") if name.isdecimal()}
 
@@ -4068,9 +4073,10 @@ def test_planted_hooks_run_in_bwrap_only(sandboxed: Site) -> None:
 
 @needs_bwrap
 def test_processes_that_agent_leaves_in_bwrap_are_ended(sandboxed: Site) -> None:
-    sandboxed.agent.follow(f"env -i setsid sleep 3117 & {SAY_HELLO}")
+    left = unique_sleep()
+    sandboxed.agent.follow(f"env -i setsid {left} & {SAY_HELLO}")
     sandboxed.api.completed(sandboxed.api.submit("Leave a process"))
-    wait_for(lambda: "sleep 3117" not in command_lines())
+    wait_for(lambda: left not in command_lines())
 
 
 def write_bwrap_that_may_outlive_its_parent(site: Site) -> str:
@@ -4129,10 +4135,11 @@ def test_git_of_a_launcher_does_not_obey_the_configuration_of_the_agent(
 @needs_bwrap
 def test_sandbox_that_outlives_bwrap_is_ended(on_disk: Site) -> None:
     path = write_bwrap_that_may_outlive_its_parent(on_disk)
-    on_disk.agent.follow(f"env -i setsid sleep 3118 & {SAY_HELLO}")
+    left = unique_sleep()
+    on_disk.agent.follow(f"env -i setsid {left} & {SAY_HELLO}")
     on_disk.server.start(CODEBOT_SANDBOX="bwrap", PATH=path)
     on_disk.api.completed(on_disk.api.submit())
-    assert "sleep 3118" not in command_lines()
+    assert left not in command_lines()
 
 
 @needs_bwrap
@@ -4140,16 +4147,17 @@ def test_sandbox_that_outlives_a_killed_server_is_ended_by_the_next(
     on_disk: Site,
 ) -> None:
     path = write_bwrap_that_may_outlive_its_parent(on_disk)
-    on_disk.agent.follow("env -i setsid sleep 3119 & block; result")
+    left = unique_sleep()
+    on_disk.agent.follow(f"env -i setsid {left} & block; result")
     on_disk.server.start(CODEBOT_SANDBOX="bwrap", PATH=path)
     task = on_disk.api.submit()
-    wait_for(lambda: "sleep 3119" in command_lines())
+    wait_for(lambda: left in command_lines())
     on_disk.agent.wait_until_blocked()
     on_disk.server.kill()
-    assert "sleep 3119" in command_lines()
+    assert left in command_lines()
     on_disk.agent.follow(SAY_HELLO)
     on_disk.server.restart()
-    assert "sleep 3119" not in command_lines()
+    assert left not in command_lines()
     on_disk.api.completed(task)
 
 
@@ -4160,7 +4168,7 @@ def test_process_in_a_workspace_is_found_by_its_mounts(tmp_path: Path) -> None:
     repo = work_dir / "task_1" / "repo"
     repo.mkdir(parents=True)
     bwrap = ["bwrap", "--die-with-parent", "--ro-bind", "/", "/", "--bind", str(repo)]
-    command = ["sh", "-c", "echo ready; exec sleep 3120"]
+    command = ["sh", "-c", "echo ready; exec sleep 600"]
     with contextlib.ExitStack() as stack:
         processes = []
         for place in (str(repo), "/mnt"):
@@ -16438,7 +16446,7 @@ def watchdog_of(server: ServerProcess) -> int:
 
 
 def test_watchdog_survives_signals_and_ends_what_is_left(fresh: Site) -> None:
-    fresh.agent.follow("setsid sleep 3119 & block")
+    fresh.agent.follow("setsid sleep 300 & block")
     fresh.server.start()
     watchdog = watchdog_of(fresh.server)
     fresh.api.submit()
