@@ -7390,27 +7390,26 @@ def test_task_waits_for_github_and_continues_where_it_stopped(
 ) -> None:
     shared.repository.fail(OUTAGES[step], 503, b"", always=True)
     task = shared.api.submit()
-    transition = re.compile(f"{task}: running -> pending")
-    wait_for(lambda: transition.search(shared.server.log()))
+    shared.server.wait_for_log(f"{task}: running -> pending")
     shared.github.reset_faults()
     shared.api.completed(task)
     assert len(shared.agent.runs()) == 1
     assert len(shared.repository.pulls) == 1
 
 
-def wait_with_a_commit(site: Site) -> str:
-    """Submit a task, and stop the server while the commit waits for GitHub."""
-    site.server.start(limits={"RETRY_DELAY": 0.1})
-    site.repository.fail("POST /git-receive-pack", 503, b"", always=True)
+def stop_while_commit_waits(site: Site, step: str = "POST /git-receive-pack") -> str:
+    """Submit a task, and stop the server while the commit waits in a step for GitHub."""
+    site.server.start(limits={"RETRY_DELAY": 0.1, "GITHUB_ATTEMPTS": 1})
+    site.repository.fail(step, 503, b"", always=True)
     task = site.api.submit()
-    wait_for(lambda: f"{task}: running -> pending" in site.server.log())
+    site.server.wait_for_log(f"{task}: running -> pending")
     site.server.stop()
     site.github.reset_faults()
     return task
 
 
 def test_waiting_commit_is_pushed_after_work_directory_was_moved(fresh: Site) -> None:
-    task = wait_with_a_commit(fresh)
+    task = stop_while_commit_waits(fresh)
     moved = fresh.server.work_dir.with_name("moved")
     fresh.server.work_dir.rename(moved)
     fresh.server.work_dir = moved
@@ -7420,7 +7419,7 @@ def test_waiting_commit_is_pushed_after_work_directory_was_moved(fresh: Site) ->
 
 
 def test_time_without_server_does_not_count_as_retrying(fresh: Site) -> None:
-    task = wait_with_a_commit(fresh)
+    task = stop_while_commit_waits(fresh)
     with fresh.server.database() as db:  # as if two hours had passed
         db.execute("UPDATE jobs SET transient_since = transient_since - 7200")
     fresh.repository.fail(PUSH_BEGINS, 503, b"")
@@ -7435,7 +7434,7 @@ def test_waiting_task_completes_although_others_pushed_to_its_branch(
 ) -> None:
     shared.repository.fail("POST /pulls", 503, b"", always=True)
     task = shared.api.submit()
-    wait_for(lambda: f"{task}: running -> pending" in shared.server.log())
+    shared.server.wait_for_log(f"{task}: running -> pending")
     [branch] = set(shared.repository.branches()) - {"main"}
     tip = shared.repository.commit({"more": "More\n"}, branch)
     shared.github.reset_faults()
@@ -7478,16 +7477,13 @@ def test_task_in_archived_repository_costs_nothing(shared: Site) -> None:
 
 
 def test_pushed_task_waits_until_app_may_open_its_pull_request(fresh: Site) -> None:
-    fresh.server.start(limits={"RETRY_DELAY": 0.2, "GITHUB_ATTEMPTS": 1})
-    fresh.repository.fail("POST /pulls", 503, b"", always=True)
-    task = fresh.api.submit()
-    wait_for(lambda: f"{task}: running -> pending" in fresh.server.log())
-    fresh.server.stop()
+    task = stop_while_commit_waits(fresh, "POST /pulls")
+    retries = fresh.server.log().count("running -> pending")
     refusal = {"message": "Unprocessable"}
     tokens = "POST /app/installations/*/access_tokens"
     fresh.github.fail(tokens, 422, refusal, always=True)
     fresh.server.restart()
-    wait_for(lambda: fresh.server.log().count(f"{task}: running -> pending") > 1)
+    fresh.server.wait_for_log("running -> pending", times=retries + 1)
     fresh.github.reset_faults()
     assert fresh.api.completed(task)["pr_number"] == 1
     assert len(fresh.agent.runs()) == 1
@@ -10445,7 +10441,7 @@ def test_what_is_written_while_a_review_waits_for_github_joins_it(pull: Pull) ->
     pull.site.repository.fail("GET /pulls/1", 503, b"", always=True)
     alice = pull.site.person("alice")
     alice.comment("Why?")
-    wait_for(lambda: "running -> pending" in pull.site.server.log())
+    pull.site.server.wait_for_log("running -> pending")
     alice.comment("And why?")
     alice.review("All in all", "and here", "and there")
     pull.site.github.reset_faults()
@@ -10460,7 +10456,7 @@ def test_commit_that_waits_for_the_remote_is_not_lost_to_another_review(
     pull.site.agent.follow(MAKE_CHANGE)
     pull.site.repository.fail("POST /git-receive-pack", 503, b"", always=True)
     pull.site.person("alice").inline("Say more")
-    wait_for(lambda: "running -> pending" in pull.site.server.log())
+    pull.site.server.wait_for_log("running -> pending")
     pull.site.agent.follow(ANSWER_QUESTION)
     pull.site.person("bob").comment("Why?")
     pull.site.server.wait_for_log("running -> pending", 3)
@@ -10829,7 +10825,7 @@ def test_comment_that_github_does_not_have_everywhere_yet_is_answered(
     comment = alice.comment("Why?", webhook=False)
     comment.created_at = github_time(-age)
     alice.announce(comment)
-    wait_for(lambda: "GitHub does not list a comment yet" in fresh.server.log())
+    fresh.server.wait_for_log("GitHub does not list a comment yet")
     fresh.github.reset_faults()
     assert pull.review()["status"] == "completed"
     assert "Because" in pull.answer()
@@ -10890,7 +10886,7 @@ def test_draft_that_joins_an_old_review_and_is_not_listed_yet_is_answered(
     fresh.repository.fail("GET /pulls/1", 503, b"", always=True)
     alice = fresh.person("alice")
     alice.comment("Why?")
-    wait_for(lambda: "running -> pending" in fresh.server.log())  # it is retried
+    fresh.server.wait_for_log("running -> pending")  # it is retried
     with fresh.server.database() as db:
         db.execute("UPDATE jobs SET submitted_at = ?", (LONG_AGO,))
     draft = alice.inline("And how?", webhook=False)
@@ -10899,7 +10895,7 @@ def test_draft_that_joins_an_old_review_and_is_not_listed_yet_is_answered(
     wait_for(lambda: "And how?" in str(fresh.api.status(pull.task)["reviews"]))
     fresh.github.reset_faults()
     fresh.repository.fail("GET /pulls/1/comments*", 200, [], always=True)
-    wait_for(lambda: "GitHub does not list a comment yet" in fresh.server.log())
+    fresh.server.wait_for_log("GitHub does not list a comment yet")
     fresh.github.reset_faults()
     assert pull.review()["status"] == "completed"
     assert len(pull.answers()) == 2
@@ -13028,7 +13024,7 @@ def test_stream_ends_with_a_line_in_the_log_if_the_database_fails(fresh: Site) -
         with fresh.server.database() as db:
             db.execute("ALTER TABLE events RENAME TO lost")
         assert b"event: end" not in stream.read()
-    wait_for(lambda: "Database error during 'GET /api/tasks" in fresh.server.log())
+    fresh.server.wait_for_log("Database error during 'GET /api/tasks")
     assert "Traceback" not in fresh.server.log()
 
 
