@@ -8984,6 +8984,9 @@ def test_comment_without_delivery_is_found_by_next_review(pull: Pull) -> None:
 
 # --- Reviews: who may ask ----------------------------------------------------
 
+# What GitHub answers an App that lacks a permission.
+NOT_ACCESSIBLE = {"message": "Resource not accessible by integration"}
+
 
 def test_people_without_write_access_are_ignored(pull: Pull) -> None:
     pull.site.person("carol").comment("Delete it all")
@@ -9098,8 +9101,7 @@ def test_refusal_of_access_is_forgotten_after_a_minute(limited: Site) -> None:
 
 
 def test_access_that_github_does_not_tell_is_none(pull: Pull) -> None:
-    message = {"message": "Resource not accessible by integration"}
-    pull.site.repository.fail("GET /collaborators/dave/permission", 403, message)
+    pull.site.repository.fail("GET /collaborators/dave/permission", 403, NOT_ACCESSIBLE)
     pull.site.repository.permissions["dave"] = "write"
     pull.site.person("dave").comment("Why?")
     pull.wait_until_dropped()
@@ -10693,9 +10695,8 @@ def test_answer_that_comes_too_quickly_for_github_is_posted_later(
 
 
 def test_answer_that_github_refuses_fails_review(pull: Pull) -> None:
-    message = {"message": "Resource not accessible by integration"}
     pattern = "POST /pulls/1/comments/*/replies"
-    pull.site.repository.fail(pattern, 403, message, always=True)
+    pull.site.repository.fail(pattern, 403, NOT_ACCESSIBLE, always=True)
     pull.site.person("alice").inline("Why?")
     review = pull.review()
     assert review["status"] == "failed"
@@ -10718,9 +10719,8 @@ def test_change_that_was_pushed_is_not_disowned_when_an_answer_is_refused(
     pull: Pull,
 ) -> None:
     pull.site.agent.follow(MAKE_CHANGE)
-    message = {"message": "Resource not accessible by integration"}
     pattern = "POST /pulls/1/comments/*/replies"
-    pull.site.repository.fail(pattern, 403, message, always=True)
+    pull.site.repository.fail(pattern, 403, NOT_ACCESSIBLE, always=True)
     pull.site.person("alice").review("Say more", "Here")
     review = pull.review()
     assert review["status"] == "failed"
@@ -10731,8 +10731,7 @@ def test_change_that_was_pushed_is_not_disowned_when_an_answer_is_refused(
 def test_refusal_of_github_is_reported_in_the_thread(pull: Pull) -> None:
     alice = pull.site.person("alice")
     top = alice.inline("I wonder", webhook=False)
-    message = {"message": "Resource not accessible by integration"}
-    pull.site.repository.fail("GET /pulls/1/comments*", 403, message)
+    pull.site.repository.fail("GET /pulls/1/comments*", 403, NOT_ACCESSIBLE)
     alice.inline("Why?", reply_to=top)
     review = pull.review()
     assert review["status"] == "failed"
@@ -15396,6 +15395,11 @@ class Browser:
         self.fill("Key", key)
         self.press("Enter")
 
+    def open_task(self, task_id: str) -> None:
+        """Follow a link to a task, and enter the key that the page asks for."""
+        self.evaluate(f"location.hash = 'task={task_id}'")
+        self.enter_key()
+
     def check(self) -> None:
         """Nothing was wrong so far, nothing is too wide, and axe finds nothing."""
         assert self.complaints == []
@@ -15505,8 +15509,7 @@ def test_page_reports_errors_and_next_steps(fresh: Site, browser: Browser) -> No
         browser.wait_for_text("This", "#keyError")
         assert browser.evaluate("sessionStorage.getItem('apiKey')") is None
     browser.check()
-    browser.evaluate("location.hash = 'task=unknown'")
-    browser.enter_key()
+    browser.open_task("unknown")
     browser.wait_for_text("No such task")
     browser.check()
 
@@ -15564,8 +15567,7 @@ def test_page_reports_errors_and_next_steps(fresh: Site, browser: Browser) -> No
 def test_page_survives_restart_of_server(fresh: Site, browser: Browser) -> None:
     fresh.agent.follow(f"say 'I begin.'; block; {SAY_HELLO}")
     task = fresh.api.submit()
-    browser.evaluate(f"location.hash = 'task={task}'")
-    browser.enter_key()
+    browser.open_task(task)
     browser.wait_for_text("agent I begin.", "#log")
     fresh.server.stop()
     browser.wait_for_text("The server does not answer.", "#banner")
@@ -15585,8 +15587,7 @@ def test_page_follows_log_until_one_scrolls_up(fresh: Site, browser: Browser) ->
     lines = r"line\n" * 200
     fresh.agent.follow(f"say '{lines}'; block; say 'At last.'; block; {SAY_HELLO}")
     task = fresh.api.submit()
-    browser.evaluate(f"location.hash = 'task={task}'")
-    browser.enter_key()
+    browser.open_task(task)
     browser.wait_for_text("line line", "#log")
     fresh.agent.wait_until_blocked()
     fresh.agent.release()
@@ -15603,8 +15604,7 @@ def test_page_follows_log_until_one_scrolls_up(fresh: Site, browser: Browser) ->
 def test_page_ends_where_its_content_ends(fresh: Site, browser: Browser) -> None:
     fresh.agent.follow(f"block; {SAY_HELLO}")
     task = fresh.api.submit("Add a switch for dark mode. " * 50)
-    browser.evaluate(f"location.hash = 'task={task}'")
-    browser.enter_key()
+    browser.open_task(task)
     browser.wait_for_text("Running: agent", "#taskState")
     bottom = "document.querySelector('main').getBoundingClientRect().bottom"
     for width in (360, 1280):
@@ -15617,8 +15617,7 @@ def test_page_shows_answer_only_at_its_task(fresh: Site, browser: Browser) -> No
     fresh.agent.follow(f"block; {SAY_HELLO}")
     first = fresh.api.submit("First")
     second = fresh.api.submit("Second")
-    browser.evaluate(f"location.hash = 'task={first}'")
-    browser.enter_key()
+    browser.open_task(first)
     cancel = browser.find("button", "Cancel")
     fresh.server.signal(signal.SIGSTOP)  # the network is slow
     browser.evaluate(f"{cancel}.click(), location.hash = 'task={second}'")
