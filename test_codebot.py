@@ -16650,7 +16650,22 @@ class GitHubProblem:
 
     line: str
     settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    arrange: Callable[[FakeGitHub], object] = lambda github: None
+    arrange: Callable[[FakeGitHub], object] = codebot.do_nothing
+
+
+def suspend_app(github: FakeGitHub) -> None:
+    installation = {
+        "account": {"login": "acme"},
+        "suspended_at": "2026-01-01T00:00:00Z",
+        "permissions": github.granted,
+        "events": github.subscribed,
+    }
+    github.fail("GET /app/installations/*", 200, installation)
+
+
+def receive_comments_only(github: FakeGitHub) -> None:
+    github.subscribed.remove("pull_request")
+    github.subscribed.remove("issues")
 
 
 GITHUB_PROBLEMS = {
@@ -16680,16 +16695,7 @@ GITHUB_PROBLEMS = {
     ),
     "App suspended": GitHubProblem(
         "FAIL  The installation is suspended. Unsuspend it at GitHub.",
-        arrange=lambda github: github.fail(
-            "GET /app/installations/*",
-            200,
-            {
-                "account": {"login": "acme"},
-                "suspended_at": "2026-01-01T00:00:00Z",
-                "permissions": github.granted,
-                "events": github.subscribed,
-            },
-        ),
+        arrange=suspend_app,
     ),
     "permission": GitHubProblem(
         "FAIL  Permission issues is read, but write is needed. Change it in the App's "
@@ -16699,10 +16705,7 @@ GITHUB_PROBLEMS = {
     "events": GitHubProblem(
         "warn  The App does not receive the events pull_request, issues. Subscribe to them "
         "in the App's settings, or use --enable-polling.",
-        arrange=lambda github: github.subscribed.__setitem__(
-            slice(None),
-            ["issue_comment", "pull_request_review", "pull_request_review_comment"],
-        ),
+        arrange=receive_comments_only,
     ),
     "repositories": GitHubProblem(
         "FAIL  No repository can be used. Add one to the installation at GitHub, or "
