@@ -6137,15 +6137,24 @@ def test_long_line_of_output_is_not_cut_in_a_secret() -> None:
     assert result.stdout == ["x" * 9990]
 
 
-def test_output_without_end_is_stopped_and_command_named(fresh: Site) -> None:
-    fresh.server.start("--workers", "2", limits={"MAX_OUTPUT_BYTES": 1 << 20})
-    endless_test = fresh.api.submit(test_command="yes")
-    error = fresh.api.failed(endless_test, "tests_failed")
-    assert "yes" in error
-    assert "printed more than" in error
-    fresh.agent.follow("yes | tr -d '\\n'")
-    error = fresh.api.failed(fresh.api.submit(), "agent_failed")
-    assert "printed more than" in error
+@pytest.mark.parametrize(
+    ("plan", "test_command", "reason", "program"),
+    [
+        (SAY_HELLO, "yes", "tests_failed", "The test command 'yes'"),
+        ("yes | tr -d '\\n'", "", "agent_failed", "/claude"),
+    ],
+)
+def test_output_without_end_is_stopped_and_program_named(
+    local: LocalTask,
+    monkeypatch: pytest.MonkeyPatch,
+    plan: str,
+    test_command: str,
+    reason: str,
+    program: str,
+) -> None:
+    monkeypatch.setattr(codebot, "MAX_OUTPUT_BYTES", 1 << 20)
+    error = local.failure(plan, reason, test_command)
+    assert f"{program} printed more than" in error
 
 
 def test_events_keep_line_breaks_and_long_ones_are_truncated(shared: Site) -> None:
