@@ -2477,8 +2477,8 @@ def test_readme_table_has_every_setting_with_its_default() -> None:
             for name in re.findall(r"`((?:CODEBOT|GITHUB)_[A-Z_]+)`", cells[1]):
                 rows[name] = cells[2]
     assert sorted(rows) == sorted(VARIABLES)
-    words = re.compile("(required.*|no limit|in the work directory|https://api.*)?")
-    shown = {n: text for n, text in rows.items() if not words.fullmatch(text)}
+    described = re.compile("(required.*|no limit|in the work directory|https://api.*)?")
+    shown = {n: text for n, text in rows.items() if not described.fullmatch(text)}
     for field in codebot.CONFIG_FIELDS:
         name = field.metadata["variable"]
         if name in shown:
@@ -2500,7 +2500,7 @@ def test_readme_names_every_field_of_a_status_and_of_the_list(
 # --- Errors ------------------------------------------------------------------
 
 
-def test_error_of_the_system_is_given_in_words() -> None:
+def test_system_error_is_shown_without_its_number() -> None:
     error = FileNotFoundError(errno.ENOENT, "No such file", "/x")
     assert codebot.os_error_text(error) == "no such file"
     assert codebot.os_error_text(OSError("Odd")) == "odd"
@@ -2518,12 +2518,12 @@ def refused_handshake(data: bytes) -> ssl.SSLError:
     return raised.value
 
 
-def test_error_of_tls_is_given_in_words() -> None:
+def test_tls_error_is_shown_without_its_code() -> None:
     text = codebot.os_error_text(refused_handshake(b"HTTP/1.1 400 Bad Request\r\n"))
     assert re.fullmatch("[a-z ]+", text)
 
 
-def test_error_of_a_certificate_is_given_in_words(templates: Path) -> None:
+def test_certificate_error_is_shown_without_its_code(templates: Path) -> None:
     keys = templates / "keys"
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(keys / "cert.pem", keys / "app.pem")
@@ -4207,13 +4207,13 @@ def test_objects_of_another_repository_cannot_be_borrowed(sandboxed: Site) -> No
 
 
 @needs_bwrap
-def test_agent_in_bwrap_is_told_that_it_is_in_a_sandbox(sandboxed: Site) -> None:
+def test_environment_in_bwrap_says_that_it_is_a_sandbox(sandboxed: Site) -> None:
     sandboxed.api.completed(sandboxed.api.submit())
     [run] = sandboxed.agent.runs()
     assert run.env["IS_SANDBOX"] == "1"
 
 
-def test_agent_without_sandbox_is_not_told_that_it_is_in_one(shared: Site) -> None:
+def test_environment_without_sandbox_does_not_say_that_it_is_one(shared: Site) -> None:
     shared.api.completed(shared.api.submit())
     [run] = shared.agent.runs()
     assert "IS_SANDBOX" not in run.env
@@ -6040,8 +6040,8 @@ FAILING_PLANS = {
 
 @pytest.mark.parametrize("case", FAILING_PLANS)
 def test_agent_that_goes_wrong_fails_its_task(local: LocalTask, case: str) -> None:
-    plan, reason, words = FAILING_PLANS[case]
-    assert words in local.failure(plan, reason)
+    plan, reason, message = FAILING_PLANS[case]
+    assert message in local.failure(plan, reason)
 
 
 def test_failed_task_pushes_nothing(shared: Site) -> None:
@@ -6559,10 +6559,10 @@ SECRET_PLACES = {
 def test_change_that_contains_secret_is_not_pushed(
     local: LocalTask, place: str
 ) -> None:
-    plan, words = SECRET_PLACES[place]
+    plan, shown = SECRET_PLACES[place]
     error = local.failure(f"{plan}; result Done", "agent_failed")
     assert "secret" in error
-    assert words in error
+    assert shown in error
 
 
 def test_secret_at_the_beginning_of_a_very_long_line_is_found(
@@ -7345,7 +7345,7 @@ def test_refusal_that_is_cut_off_is_retried() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "value", "words"),
+    ("status", "value", "message"),
     [
         (403, {"message": "Resource not accessible by integration"}, "not accessible"),
         (404, b"<html>no", "404"),
@@ -7353,10 +7353,10 @@ def test_refusal_that_is_cut_off_is_retried() -> None:
     ],
 )
 def test_refusal_of_github_is_final(
-    fresh: Site, status: int, value: Any, words: str
+    fresh: Site, status: int, value: Any, message: str
 ) -> None:
     fresh.repository.fail("GET ", status, value)
-    with pytest.raises(codebot.GitHubError, match=words):
+    with pytest.raises(codebot.GitHubError, match=message):
         github_client(fresh).repository_by_name(fresh.repository.name)
     assert fresh.repository.count("GET ") == 1
 
@@ -7647,7 +7647,9 @@ def test_job_does_not_wait_for_ever(limit: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("status", [200, 404])
-def test_json_that_is_nested_too_deeply_is_no_crash(shared: Site, status: int) -> None:
+def test_response_that_is_nested_too_deeply_is_an_error(
+    shared: Site, status: int
+) -> None:
     shared.repository.fail("GET /pulls*", status, b"[" * 200_000)
     task = shared.api.submit()
     ends = {200: ("completed", None), 404: ("failed", "pull_request_failed")}
@@ -7690,7 +7692,7 @@ def test_key_of_another_app_fails_task(fresh: Site) -> None:
     assert "GITHUB_APP_PRIVATE_KEY_PATH" in error
 
 
-def test_last_refusal_of_a_token_is_told_at_once(
+def test_last_refusal_of_a_token_is_raised_without_a_pause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     github = create_github()
@@ -7715,7 +7717,7 @@ def test_long_lists_are_not_kept_in_memory(pull: Pull) -> None:
     assert kept.count("comments?per_page=50") == 1  # the inline comments
 
 
-def test_missing_signature_is_told(
+def test_openssl_that_prints_no_signature_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_script(tmp_path / "openssl", "exit 0")
@@ -7834,7 +7836,7 @@ def test_outage_before_the_agent_ran_does_not_shorten_the_next_one(
     shared.api.completed(task)
 
 
-def test_git_that_is_told_429_is_retried(shared: Site) -> None:
+def test_git_is_retried_after_429(shared: Site) -> None:
     shared.repository.fail("GET /info/refs*", 429, b"slow down")
     shared.api.completed(shared.api.submit())
 
@@ -8182,16 +8184,16 @@ GIT_SAYS_FULL = "echo 'fatal: write error: No space left on device' >&2; exit 12
 
 
 def write_git_wrapper(
-    site: Site, words: str, failure: str = GIT_SAYS_FULL
+    site: Site, pattern: str, failure: str = GIT_SAYS_FULL
 ) -> dict[str, Any]:
     """Let git fail as long as the file `full` exists.
 
-    ``words`` is a pattern of sh for git's arguments. Returns settings for the server.
+    ``pattern`` is one of sh for git's arguments. Returns settings for the server.
     """
     real = shutil.which("git")
     wrapper = write_script(
         site.directory / "tools" / "git",
-        f'case "$*" in {words}) if [ -e {site.directory}/full ]; then\n'
+        f'case "$*" in {pattern}) if [ -e {site.directory}/full ]; then\n'
         f"echo x >>{site.directory}/refused\n"
         f"{failure}\n"
         f'fi ;; esac\nexec {real} "$@"',
@@ -8250,7 +8252,9 @@ def test_full_disk_during_clone_is_waited_for(fresh: Site) -> None:
         ("error: the project's storage quota exceeded", False),
     ],
 )
-def test_shortage_is_told_from_the_name_of_a_file(line: str, is_shortage: bool) -> None:
+def test_shortage_is_distinguished_from_a_file_name(
+    line: str, is_shortage: bool
+) -> None:
     match = codebot.SHORTAGE_RE.search(f"first\n{line}\nlast")
     assert (match is not None) == is_shortage
 
@@ -8317,7 +8321,7 @@ def test_program_that_fails_while_disk_is_full_is_no_final_failure(
         codebot.run_program(["false"], env)
 
 
-def test_full_disk_at_the_start_is_told(
+def test_full_disk_at_the_start_is_reported(
     fresh: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = codebot.Config(work_dir=str(fresh.server.work_dir))
@@ -8431,7 +8435,7 @@ def test_directory_that_cannot_be_removed_is_moved_away(
 
 
 @not_as_root
-def test_directory_that_cannot_be_removed_is_told(
+def test_directory_that_cannot_be_removed_is_a_transient_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = codebot.Config(work_dir=str(tmp_path), search_path="/nonexistent")
@@ -9110,7 +9114,7 @@ def test_refusal_of_access_is_forgotten_after_a_minute(limited: Site) -> None:
     wait_for(is_handled)
 
 
-def test_access_that_github_does_not_tell_is_none(pull: Pull) -> None:
+def test_access_that_github_does_not_show_counts_as_none(pull: Pull) -> None:
     pull.site.repository.fail("GET /collaborators/dave/permission", 403, NOT_ACCESSIBLE)
     pull.site.repository.permissions["dave"] = "write"
     pull.site.person("dave").comment("Why?")
@@ -9129,13 +9133,13 @@ DROPPED: dict[str, tuple[dict[str, Any], str]] = {
 def test_pull_request_that_codebot_may_not_act_on_is_dropped(
     pull: Pull, case: str
 ) -> None:
-    changes, words = DROPPED[case]
+    changes, reason = DROPPED[case]
     changed = {**pull.site.repository.pull_json(1), **changes}
     # When the comment arrives, everything is as it should be.
     pull.site.repository.fail("GET /pulls/1", 200, changed)
     pull.site.person("alice").comment("Why?")
     pull.wait_until_dropped()
-    assert words in pull.site.server.log().rpartition("is skipped")[2]
+    assert reason in pull.site.server.log().rpartition("is skipped")[2]
     pull.assert_untouched()
     if changed["state"] == "closed":
         # codebot looks at it once more, which the next test must not meet.
@@ -9504,12 +9508,12 @@ AGENT_ANSWERS = {
 
 @pytest.mark.parametrize("case", AGENT_ANSWERS)
 def test_whatever_agent_answers_is_posted(pull: Pull, case: str) -> None:
-    plan, words = AGENT_ANSWERS[case]
+    plan, answer = AGENT_ANSWERS[case]
     before = pull.tip()
     pull.site.agent.follow(plan)
     pull.site.person("alice").comment("Hm")
     assert pull.review()["status"] == "completed"
-    assert words in pull.answer()
+    assert answer in pull.answer()
     assert pull.answer().count("<!-- codebot") == 1
     assert pull.tip() == before
 
@@ -9558,9 +9562,9 @@ def test_change_is_pushed_and_answered_in_its_thread(pull: Pull) -> None:
     assert message.endswith("\n\nThe agent says:\n\n> Done.")
     assert pull.answer() == pull.reply(comment)
     assert "\n\n\n" not in pull.answer()
-    facts, _, words = pull.answer().partition("\n> ")
+    facts, _, quote = pull.answer().partition("\n> ")
     assert pull.tip() in facts
-    assert f"Done {comment.id}." in words
+    assert f"Done {comment.id}." in quote
     assert pull.reactions() == [("inline", comment.id)]
     [run] = pull.site.agent.runs("change")
     assert run.option("--resume") == pull.task
@@ -9853,7 +9857,7 @@ def test_change_is_merged_with_what_others_moved_or_removed(
     assert Path(local.workspace.repo, path).read_text() == "hello\nmore\n"
 
 
-def test_same_change_by_reviewer_is_named_as_the_change(pull: Pull) -> None:
+def test_commit_of_a_reviewer_with_the_same_change_is_reported(pull: Pull) -> None:
     pull.site.agent.follow(MAKE_CHANGE)
     text = pull.site.repository.show(pull.branch, "hello.txt")
     let_others_push_first(pull, {"hello.txt": f"{text}\nmore\n"})
@@ -11058,9 +11062,9 @@ class LabelledIssue:
         later = github_time(60)
         self.site.repository.issues[self.number].update(fields, updated_at=later)
 
-    def assert_ignored(self, words: str) -> None:
+    def assert_ignored(self, reason: str) -> None:
         """Wait until the log says why it is ignored; nothing has come of it."""
-        self.site.server.wait_for_log(words)
+        self.site.server.wait_for_log(reason)
         assert self.tasks() == []
         assert self.site.repository.answers(self.number) == []
         assert self.site.repository.reactions == []
@@ -13802,7 +13806,7 @@ def test_retry_with_the_idempotency_key_of_its_task_is_a_new_task(
     assert last not in (task, retried)
 
 
-def test_no_clients_key_can_take_the_place_of_a_retrys(shared: Site) -> None:
+def test_idempotency_key_of_a_client_cannot_be_that_of_a_retry(shared: Site) -> None:
     fields = shared.api.fields(repository_url=missing_url(shared))
     task = shared.api.post_task(fields).json["task_id"]
     shared.api.failed(task, "clone_failed")
@@ -15641,7 +15645,7 @@ def test_page_shows_answer_only_at_its_task(fresh: Site, browser: Browser) -> No
     fresh.api.failed(first, "cancelled")
 
 
-def test_page_tells_if_the_server_hangs(fresh: Site, browser: Browser) -> None:
+def test_page_shows_that_the_server_hangs(fresh: Site, browser: Browser) -> None:
     browser.enter_key()
     browser.wait_for_text("No tasks yet")
     hurry = "(ms) => timeout.call(AbortSignal, ms / 50)"
@@ -16047,7 +16051,7 @@ def test_bad_line_of_env_file_hides_only_what_seems_to_be_missing(fresh: Site) -
     assert conflict == "codebot: --tls-cert and --tls-key must be used together."
 
 
-DOUBTS = {
+WARNINGS = {
     "Unknown setting CODEBOT_APIKEYS; did you mean CODEBOT_API_KEYS?",
     "Unknown setting GITHUB_WEBHOOK_SECRETS; did you mean GITHUB_WEBHOOK_SECRET?",
     "Unknown setting GITHUB_ENTERPRISE_URI; did you mean GITHUB_ENTERPRISE_URL?",
@@ -16067,14 +16071,14 @@ DOUBTS = {
 @pytest.mark.parametrize(
     ("secret", "is_short"), [("", False), ("x" * 19, True), ("x" * 20, False)]
 )
-def test_short_webhook_secret_is_doubtful(secret: str, is_short: bool) -> None:
+def test_short_webhook_secret_is_warned_of(secret: str, is_short: bool) -> None:
     config = codebot.Config(webhook_secret=secret)
     messages = [finding.message for finding in codebot.short_secrets(config)]
     assert messages == [message for message in messages if "may be guessed" in message]
     assert len(messages) == is_short
 
 
-def test_doubtful_things_are_logged_by_serve_and_listed_by_check(fresh: Site) -> None:
+def test_warnings_are_logged_by_serve_and_listed_by_check(fresh: Site) -> None:
     env_file = fresh.server.start_dir / ".env"
     env_file.write_text("CODEBOT_APIKEYS=x\nCODEBOT_STALL_TIMEOUT=60\n")
     env_file.chmod(0o644)
@@ -16092,13 +16096,13 @@ def test_doubtful_things_are_logged_by_serve_and_listed_by_check(fresh: Site) ->
     fresh.server.work_dir.chmod(0o755)
     done = fresh.server.run_forked("check", *serve_flags(fresh), *flags, **settings)
     assert done.returncode == 0
-    warnings = [line for line in done.stdout.splitlines() if line.startswith("warn  ")]
-    assert len(warnings) == len(DOUBTS) + (os.getuid() == 0)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("warn  ")]
+    assert len(lines) == len(WARNINGS) + (os.getuid() == 0)
     fresh.server.start(*flags, **settings)
     log = fresh.server.log()
-    for doubt in DOUBTS:
-        assert [line for line in warnings if doubt in line], doubt
-        assert doubt in log
+    for warning in WARNINGS:
+        assert [line for line in lines if warning in line], warning
+        assert warning in log
     assert API_KEY not in done.stdout + log
     assert "Traceback" not in log
 
@@ -16114,7 +16118,7 @@ def test_work_directory_of_another_user_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o775, 0o2770])
-def test_database_where_a_group_can_write_is_doubtful(
+def test_database_where_a_group_can_write_is_warned_of(
     tmp_path: Path, mode: int
 ) -> None:
     tmp_path.chmod(mode)
@@ -16377,7 +16381,7 @@ def kill_during_a_task(site: Site) -> None:
     site.server.kill()
 
 
-def test_locked_database_at_the_start_is_told(fresh: Site) -> None:
+def test_locked_database_at_the_start_is_reported(fresh: Site) -> None:
     kill_during_a_task(fresh)
     with locked_database(fresh.server):
         done = fresh.server.run_forked("serve", *serve_flags(fresh))
@@ -16386,7 +16390,7 @@ def test_locked_database_at_the_start_is_told(fresh: Site) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_database_that_fails_during_the_start_is_told(fresh: Site) -> None:
+def test_database_that_fails_during_the_start_is_reported(fresh: Site) -> None:
     kill_during_a_task(fresh)
     with fresh.server.database() as db:
         db.execute(
@@ -16843,7 +16847,7 @@ def test_run_prints_progress_and_result(fresh: Site) -> None:
     assert status["result"]["work_dir"].startswith(str(work_dir))
 
 
-def test_deep_json_of_the_agent_is_no_crash_with_a_small_stack(fresh: Site) -> None:
+def test_deep_json_of_the_agent_is_ignored_even_with_a_small_stack(fresh: Site) -> None:
     fresh.agent.follow(f"head -c 100000 /dev/zero | tr '\\0' '['; echo; {SAY_HELLO}")
     argv = ["sh", "-c", 'ulimit -s 1024; exec "$@"', "sh", *fresh.server.program()]
     done = fresh.server.run_program([*argv, *run_flags(fresh)])
