@@ -3898,23 +3898,20 @@ class SandboxReport(NamedTuple):
 @pytest.fixture(scope="session")
 def sandboxed_site(templates: Path) -> Iterator[Site]:
     """A running server that uses bwrap. It is not in /tmp, which bwrap replaces."""
-    with tempfile.TemporaryDirectory(prefix="codebot-test-", dir="/var/tmp") as name:
-        site = create_site(Path(name).resolve(), templates)
+    directory = tempfile.TemporaryDirectory(prefix="codebot-test-", dir="/var/tmp")
+    with directory as name, site_in(Path(name).resolve(), templates) as site:
         keys = f"{ENV_FILE_KEY}, {API_KEY}"
         (site.server.start_dir / ".env").write_text(f"CODEBOT_API_KEYS={keys}\n")
         (site.server.home / "private").write_text("private")
         site.server.is_forked = False  # the agent looks for its command line in /proc
-        try:
-            site.server.start(
-                "--workers",
-                "2",
-                limits={"RESULT_GRACE": 0.3, "KILL_GRACE": 0.5},
-                CODEBOT_SANDBOX="bwrap",
-                CODEBOT_API_KEYS=None,
-            )
-            yield site
-        finally:
-            close_site(site)
+        site.server.start(
+            "--workers",
+            "2",
+            limits={"RESULT_GRACE": 0.3, "KILL_GRACE": 0.5},
+            CODEBOT_SANDBOX="bwrap",
+            CODEBOT_API_KEYS=None,
+        )
+        yield site
 
 
 @pytest.fixture
@@ -13080,21 +13077,15 @@ def test_head_of_a_stream_sends_headers_only(shared: Site) -> None:
 
 
 @pytest.fixture(scope="session")
-def secure_site(
-    tmp_path_factory: pytest.TempPathFactory, templates: Path
-) -> Iterator[Site]:
+def secure_site(in_memory: Path, templates: Path) -> Iterator[Site]:
     """A site whose server speaks TLS and waits 1.5 seconds for a handshake."""
-    site = create_site(tmp_path_factory.mktemp("secure"), templates)
-    certificate = str(templates / "keys" / "cert.pem")
-    try:
+    with site_in(in_memory, templates) as site:
         timeouts = {**codebot.STATE_TIMEOUTS, "receiving": 1.5}
         limits = {"STATE_TIMEOUTS": timeouts, "SWEEP_INTERVAL": 0.05}
-        key = str(site.server.key_file)
-        flags = ("--tls-cert", certificate, "--tls-key", key)
+        keys = site.server.key_file.parent
+        flags = ("--tls-cert", f"{keys}/cert.pem", "--tls-key", f"{keys}/app.pem")
         site.server.start(*flags, "--no-github", limits=limits)
         yield site
-    finally:
-        close_site(site)
 
 
 def client_context(site: Site) -> ssl.SSLContext:
@@ -16615,20 +16606,17 @@ def test_check_lists_what_is_fine_and_says_what_is_next(fresh: Site) -> None:
 
 
 @needs_bwrap
-def test_check_runs_agent_in_sandbox(tmp_path: Path, templates: Path) -> None:
-    site = create_site(tmp_path, templates)
-    write_script(site.agent.path, f"[ -e {site.server.key_file} ] || echo 2.1.0")
-    home = tmp_path / "home"
+def test_check_runs_agent_in_sandbox(on_disk: Site) -> None:
+    agent = on_disk.agent.path
+    write_script(agent, f"[ -e {on_disk.server.key_file} ] || echo 2.1.0")
+    home = on_disk.server.home
     tools = home / ".config" / "yarn" / "bin"
     tools.mkdir(parents=True)
     path = f"{os.environ['PATH']}:{tools}"
-    try:
-        done = run_check(site, CODEBOT_SANDBOX="bwrap", HOME=str(home), PATH=path)
-    finally:
-        close_site(site)
+    done = run_check(on_disk, CODEBOT_SANDBOX="bwrap", PATH=path)
     assert "ok    Sandbox: bwrap\n" in done.stdout
     assert f"ok    The agent can read {home}/.config: PATH leads into it" in done.stdout
-    assert f"ok    {site.agent.path} 2.1.0\n" in done.stdout
+    assert f"ok    {agent} 2.1.0\n" in done.stdout
 
 
 def test_check_says_where_env_file_is_expected(fresh: Site) -> None:
