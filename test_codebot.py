@@ -12443,32 +12443,30 @@ def test_truncated_body_is_never_processed(shared: Site) -> None:
     assert shared.repository.url not in listed_urls(shared)
 
 
-@pytest.mark.parametrize("header", ["", "X-API-Key: wrong"])
-@pytest.mark.parametrize("path", ["/api/tasks/submit", "/api/tasks/x/cancel"])
-def test_key_is_checked_before_the_body_arrives(
-    shared_site: Site, path: str, header: str
+WRONG_KEY = "X-API-Key: wrong"
+LONG_BODY = "Content-Length: 1000000"
+
+
+@pytest.mark.parametrize(
+    ("target", "headers", "status", "message"),
+    [
+        ("POST /api/tasks/submit", ["Content-Length: 9"], 401, "key is missing"),
+        ("POST /api/tasks/submit", [WRONG_KEY, LONG_BODY], 401, "key is not valid"),
+        ("POST /api/tasks/x/cancel", ["Content-Length: 9"], 401, "key is missing"),
+        ("POST /api/tasks/x/cancel", [WRONG_KEY, LONG_BODY], 401, "key is not valid"),
+        ("POST /webhook", [LONG_BODY], 401, "X-Hub-Signature-256 is missing"),
+        ("GET /", [LONG_BODY], 413, "body"),
+        ("GET /health", [LONG_BODY], 413, "body"),
+    ],
+)
+def test_request_without_a_key_is_refused_before_its_body_arrives(
+    shared_site: Site, target: str, headers: list[str], status: int, message: str
 ) -> None:
-    headers = [header, "Content-Length: 1000000"] if header else ["Content-Length: 9"]
-    [response] = send_to(shared_site, raw_request(f"POST {path} HTTP/1.1", *headers))
-    assert_is_error(response, 401, "key")
-    assert response.headers["Connection"] == "close"
-
-
-@pytest.mark.parametrize("path", ["/", "/health"])
-def test_body_of_a_request_without_key_is_not_read(
-    shared_site: Site, path: str
-) -> None:
-    data = raw_request(f"GET {path} HTTP/1.1", "Content-Length: 1000000")
+    data = raw_request(f"{target} HTTP/1.1", *headers)
     [response] = send_to(shared_site, data)
-    assert_is_error(response, 413, "body")
+    assert_is_error(response, status, message)
     assert response.headers["Connection"] == "close"
-
-
-def test_signature_header_is_needed_before_the_body_arrives(shared_site: Site) -> None:
-    data = raw_request("POST /webhook HTTP/1.1", "Content-Length: 1000000")
-    [response] = send_to(shared_site, data)
-    assert_is_error(response, 401, "X-Hub-Signature-256")
-    assert response.headers["WWW-Authenticate"]
+    assert ("WWW-Authenticate" in response.headers) == (status == 401)
 
 
 def test_client_that_sends_its_whole_body_still_gets_the_refusal(
@@ -15946,9 +15944,8 @@ def test_mistake_ends_start_with_advice(on_disk: Site, name: str) -> None:
     done = on_disk.server.run_forked("serve", *flags, **settings)
     assert done.returncode == 2
     assert done.stdout == ""
-    lines = [line for line in done.stderr.splitlines() if " WARNING " not in line]
-    assert [line for line in lines if line.startswith(f"codebot: {advice}")] == lines
-    assert len(lines) == 1
+    [line] = [line for line in done.stderr.splitlines() if " WARNING " not in line]
+    assert line.startswith(f"codebot: {advice}")
     assert "Errno" not in done.stderr
     done = on_disk.server.run_forked("check", *flags, **settings)
     assert done.returncode == 1
