@@ -4476,12 +4476,17 @@ def store_review(
     return job_id
 
 
+def claim(store: codebot.Store, job_id: str) -> codebot.Job:
+    """Start a job that may start; return it."""
+    job = store.claim(job_id)
+    assert job is not None
+    return job
+
+
 def claim_review(store: codebot.Store) -> codebot.Job:
     """Store a task that is completed and a review of its pull request; start that."""
     pull_request = store_pull_request(store, store_task_in_state(store, "completed"))
-    review = store.claim(store_review(store, pull_request, 1, "alice"))
-    assert review is not None
-    return review
+    return claim(store, store_review(store, pull_request, 1, "alice"))
 
 
 def app_with(store: codebot.Store, **settings: Any) -> codebot.Codebot:
@@ -4562,8 +4567,7 @@ def test_times_follow_the_states(store: codebot.Store) -> None:
     assert pending.submitted_at
     assert pending.started_at is None
     assert pending.completed_at is None
-    running = store.claim(pending.id)
-    assert running is not None
+    running = claim(store, pending.id)
     assert running.started_at >= pending.submitted_at
     store.requeue(pending.id)
     assert stored_job(store, pending).started_at is None
@@ -4592,14 +4596,11 @@ def test_reviews_of_one_pull_request_run_one_at_a_time_oldest_first(
     first = store_review(store, pull_request, 1, "alice")
     second = store_review(store, pull_request, 2, "bob")
     assert store.claim(second) is None
-    running = store.claim(first)
-    assert running is not None
+    claim(store, first)
     assert store.claim(second) is None
     store.requeue(first, not_before=time.time())
     assert store.claim(second) is None
-    running = store.claim(first)
-    assert running is not None
-    store.finish(running, 1.5, "completed")
+    store.finish(claim(store, first), 1.5, "completed")
     assert store.claim(second) is not None
 
 
@@ -4627,14 +4628,11 @@ def test_reviews_of_two_pull_requests_run_at_the_same_time(
 def test_new_comment_joins_review_that_waits_for_its_retry(
     store: codebot.Store,
 ) -> None:
-    task = store_task_in_state(store, "completed")
-    pull_request = store_pull_request(store, task)
-    review = store.claim(store_review(store, pull_request, 1, "alice"))
-    assert review is not None
+    review = claim_review(store)
     store.save_progress(review)
     store.requeue(review.id, not_before=time.time())
     other = make_comment(2, "alice")
-    assert store.queue_comments(pull_request.task_id, [other]) == [review.id]
+    assert store.queue_comments(review.task_id, [other]) == [review.id]
     assert [comment.id for comment in store.stored_comments(review.id)] == [1, 2]
 
 
@@ -4684,8 +4682,7 @@ def test_daily_limit_counts_reviews_that_were_started(store: codebot.Store) -> N
     review_id = store_review(store, pull_request, 1, "alice")
     store_review(store, pull_request, 2, "a-stranger")
     assert store.request_kinds_of_last_day(pull_request.task_id) == []
-    review = store.claim(review_id)
-    assert review is not None
+    review = claim(store, review_id)
     store.save_progress(dataclasses.replace(review, request_kind="limit"))
     assert store.request_kinds_of_last_day(pull_request.task_id) == ["limit"]
     store.requeue(review.id)
@@ -4832,8 +4829,7 @@ def test_review_that_must_wait_for_another_holds_up_no_third(
 def test_free_retry_of_interrupted_review_is_not_its_last(store: codebot.Store) -> None:
     review = claim_review(store)
     store.requeue(review.id, interruptions=codebot.MAX_INTERRUPTIONS)
-    review = store.claim(review.id)
-    assert review is not None
+    review = claim(store, review.id)
     run = codebot.JobRun(app_with(store), review)
     ending = codebot.ending_after_transient_error(run, "502")
     codebot.store_ending(run, ending)
@@ -4863,8 +4859,7 @@ def test_failure_that_the_reviewer_is_to_be_told_survives_retries(
     codebot.store_failure(run, failure)
     assert not codebot.must_tell_reviewer(run, failure)
     store.requeue(review.id)
-    again = store.claim(review.id)
-    assert again is not None
+    again = claim(store, review.id)
     assert (again.reason, again.error) == ("stalled", "No output")
     assert again.seconds > 0  # of the run that failed
 
@@ -4896,7 +4891,7 @@ def test_task_that_is_cancelled_while_its_retry_is_stored_does_not_wait_for_it(
     task = store_task_in_state(store, "running")
     store.request_cancel(task.id)
     store.requeue(task.id, not_before=time.time() + 3600)
-    assert store.claim(task.id)
+    assert store.claim(task.id) is not None
 
 
 def test_commit_of_a_task_that_was_just_cancelled_is_not_pushed(
@@ -5393,8 +5388,7 @@ def test_expired_task_keeps_its_log_and_workspace_while_it_is_reviewed(
     store.add_events(task.id, [("codebot", "Hello")])
     review = store_review(store, store_pull_request(store, task), 1, "alice")
     if review_state != "pending":
-        running = store.claim(review)
-        assert running is not None
+        running = claim(store, review)
         if review_state != "running":
             store.finish(running, 1.5, "completed")
     age_task(store, task)
@@ -5422,12 +5416,9 @@ def test_expired_task_of_an_issue_stays_until_it_is_reported(
 def test_expired_task_takes_its_pull_request_reviews_and_comments_along(
     store: codebot.Store,
 ) -> None:
-    task = store_task_in_state(store, "completed")
-    pull_request = store_pull_request(store, task)
-    review = store.claim(store_review(store, pull_request, 1, "alice"))
-    assert review is not None
+    review = claim_review(store)
     store.finish(review, 1.5, "completed")
-    store.save_pull_request_state(task.id, "closed")
+    store.save_pull_request_state(review.task_id, "closed")
     with other_program(store) as db:
         db.execute("UPDATE jobs SET completed_at = ?", (LONG_AGO,))
         db.execute("UPDATE pull_requests SET closed_at = ?", (LONG_AGO,))
