@@ -7620,23 +7620,21 @@ def test_refusal_of_github_has_a_type(
 def test_job_waits_as_long_as_github_asks(
     reply: codebot.Reply, seconds: float, is_silent: bool
 ) -> None:
-    app = codebot.Codebot(codebot.Config())
-    assert app.github is not None
+    github = create_github()
     started = time.time()
     with pytest.raises(codebot.TransientError) as raised:
-        app.github.pause_before_attempt(reply, 0)
+        github.pause_before_attempt(reply, 0)
     assert started + seconds <= raised.value.retry_at <= time.time() + seconds
-    assert app.github.silent_until == (raised.value.retry_at if is_silent else 0.0)
+    assert github.silent_until == (raised.value.retry_at if is_silent else 0.0)
 
 
 def test_short_rate_limit_does_not_end_a_longer_one() -> None:
     github = create_github()
     started = time.time()
     for seconds in ("3600", "60"):
-        headers = email.message.Message()
-        headers["Retry-After"] = seconds
+        reply = make_reply(429, {"Retry-After": seconds}, "")
         with pytest.raises(codebot.TransientError):
-            github.pause_before_attempt(codebot.Reply(429, headers), 0)
+            github.pause_before_attempt(reply, 0)
     assert github.silent_until >= started + 3600
 
 
@@ -7649,11 +7647,8 @@ def test_short_rate_limit_does_not_end_a_longer_one() -> None:
 )
 def test_job_does_not_wait_for_ever(limit: dict[str, str]) -> None:
     github = create_github()
-    headers = email.message.Message()
-    for name, value in limit.items():
-        headers[name] = value
     with pytest.raises(codebot.TransientError) as raised:
-        github.pause_before_attempt(codebot.Reply(429, headers), 0)
+        github.pause_before_attempt(make_reply(429, limit, ""), 0)
     assert raised.value.retry_at <= time.time() + 86400
     assert github.silent_until <= time.time() + 86400
 
@@ -7708,7 +7703,7 @@ def test_last_refusal_of_a_token_is_raised_without_a_pause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     github = create_github()
-    refusal = codebot.Reply(401, email.message.Message(), error="Bad credentials")
+    refusal = make_reply(401, {}, "Bad credentials")
     pauses: list[float] = []
     monkeypatch.setattr(github, "token", lambda credential: "token")
     monkeypatch.setattr(github, "send", lambda *request: refusal)
@@ -7750,13 +7745,9 @@ PUSH_BEGINS = "GET /info/refs?service=git-receive-pack"
 def test_remote_that_hangs_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ssh = tmp_path / "ssh"
-    ssh.write_text("#!/bin/sh\nexec sleep 60\n")
-    ssh.chmod(0o755)
+    ssh = write_script(tmp_path / "ssh", "exec sleep 60")
     monkeypatch.setenv("GIT_SSH", str(ssh))
-    config = codebot.Config(work_dir=str(tmp_path), no_github=True)
-    config = dataclasses.replace(config, search_path=os.environ["PATH"])
-    directory = codebot.GitDirectory(config, str(tmp_path), codebot.do_nothing)
+    directory = git_directory(tmp_path)
     directory.limits = codebot.Limits(timeout=0.2)
     with pytest.raises(codebot.TransientError, match="git ls-remote took more than"):
         directory.git_with_token("", "ls-remote", "git@git.acme.com:a")
