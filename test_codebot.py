@@ -2543,6 +2543,13 @@ def test_certificate_error_is_shown_without_its_code(templates: Path) -> None:
     assert re.fullmatch("certificate verify failed: self.signed certificate", text)
 
 
+def test_number_of_very_many_digits_takes_no_time() -> None:
+    # Early versions of Python 3.9 and 3.10 would take minutes.
+    value = codebot.parse_json('[-12, 1.5e3, "9", ' + "9" * 2_000_000 + "]")
+    assert value[:3] == [-12, 1500.0, "9"]
+    assert value[3] == 10**4300 - 1
+
+
 # --- Settings: parsing -------------------------------------------------------
 
 
