@@ -6349,9 +6349,10 @@ def run_tests_once(
     run.log_event("codebot", f"Test command: {command}")
     result = workspace.run_work(test, "test", attempt)
     run.log_event("codebot", f"Exit code {result.code}")
-    # That this may fail does no harm: after a test that passed, the recorded tree is
-    # committed; after one that failed, the agent goes on with what the test has left.
-    workspace.script(RESTORE_SCRIPT, tree)
+    # If this fails, the recorded tree is committed after a test that passed; after one that
+    # failed, the agent goes on with what the test has left.
+    with contextlib.suppress(JobFailed):
+        workspace.script(RESTORE_SCRIPT, tree)
     return tree, result
 
 

@@ -6414,6 +6414,16 @@ def test_test_may_make_the_whole_repository_read_only(
     assert changed in (["done"], ["done", "fixed"])
 
 
+def test_test_counts_although_its_files_cannot_be_brought_back(fresh: Site) -> None:
+    limits = {"MIN_GIT_TIMEOUT": 0.5, "KILL_GRACE": 0.2}
+    fresh.server.start(limits=limits, CODEBOT_TASK_TIMEOUT="2")
+    hang = "git config filter.x.smudge 'sleep 60'; mkdir -p .git/info"
+    attributes = "echo '* filter=x' >.git/info/attributes"
+    task = fresh.api.submit(test_command=f"{hang}; {attributes}; rm hello.txt")
+    result = fresh.api.completed(task)
+    assert fresh.repository.show(result["branch_name"], "hello.txt") == "hello"
+
+
 def test_new_file_outside_of_sparse_checkout_is_committed(local: LocalTask) -> None:
     local.site.repository.commit({"a/x": "a\n", "b/x": "b\n"})
     sparse = "git sparse-checkout set a; mkdir -p b; echo new >b/new"
