@@ -4833,6 +4833,57 @@ def test_review_that_must_wait_for_another_holds_up_no_third(
     assert store.due_job("review", was_delayed=False) == third
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "reason", "words"),
+    [
+        (codebot.JobFailed("no_changes", "Nothing"), "failed", "no_changes", "Nothing"),
+        (codebot.TransientError("502 later"), "pending", "", "502 later"),
+        (codebot.AppRefused("suspended"), "pending", "", "suspended"),
+        (sqlite3.OperationalError("locked"), "pending", "", "locked"),
+        (
+            OSError(errno.ENOSPC, "Full"),
+            "pending",
+            "",
+            "System error on this host: full",
+        ),
+        (OSError(errno.EACCES, "No"), "failed", "internal", "error on this host: no"),
+        (codebot.StopRequested(), "pending", "", ""),
+        (codebot.Cancelled(), "failed", "cancelled", "The task was cancelled"),
+        (codebot.ReviewSkipped("closed"), "deleted", "", ""),
+        (codebot.GitFailed("git init: no"), "failed", "internal", "git init: no"),
+        (codebot.GitHubError("422 No"), "failed", "internal", "422 No"),
+        (
+            ValueError("secret"),
+            "failed",
+            "internal",
+            "Internal error; see the server's",
+        ),
+        (sqlite3.DatabaseError("bad"), "failed", "internal", "Internal error; see the"),
+        (None, "completed", "", ""),
+    ],
+    ids=repr,
+)
+def test_error_of_a_step_decides_what_becomes_of_the_job(
+    store: codebot.Store,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception | None,
+    status: str,
+    reason: str,
+    words: str,
+) -> None:
+    def steps(run: codebot.JobRun) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setitem(codebot.STEPS, "task", steps)
+    run = codebot.JobRun(app_with(store), store_task_in_state(store, "running"))
+    ending = codebot.run_steps(run)
+    assert (ending.status, ending.reason) == (status, reason)
+    assert words in ending.error
+    is_delayed = status == "pending" and not isinstance(error, codebot.StopRequested)
+    assert (ending.not_before > time.time()) == is_delayed
+
+
 def test_free_retry_of_interrupted_review_is_not_its_last(store: codebot.Store) -> None:
     review = claim_review(store)
     store.requeue(review.id, interruptions=codebot.MAX_INTERRUPTIONS)
@@ -7295,6 +7346,28 @@ def github_client(site: Site) -> codebot.GitHub:
         key_file=str(site.server.key_file),
         api_url=site.github.url,
     )
+
+
+@pytest.mark.parametrize(
+    ("ref", "origin", "is_found"),
+    [
+        ("u/codebot/1/x", {"repo": {"id": 7}}, True),
+        ("u/codebot/1/x", {"repo": {}}, True),  # a server that imitates GitHub
+        ("u/codebot/1/x", {}, True),
+        ("u/codebot/1/x", {"repo": {"id": 8}}, False),  # of a fork
+        ("u/codebot/1/x", {"repo": None}, False),  # of a deleted fork
+        ("u/codebot/1/x-2", {"repo": {"id": 7}}, False),
+    ],
+)
+def test_pull_request_is_codebots_only_if_its_branch_is(
+    monkeypatch: pytest.MonkeyPatch, ref: str, origin: dict[str, Any], is_found: bool
+) -> None:
+    payload = {"id": 7, "full_name": "acme/widget"}
+    repository = codebot.GitHubRepository(create_github(), payload)
+    entry = {"head": {"ref": ref, **origin}}
+    monkeypatch.setattr(repository, "pages", lambda path, **query: [entry])
+    found = repository.find_pull_request("u/codebot/1/x")
+    assert found == (entry if is_found else None)
 
 
 def test_pull_request_that_appears_late_is_found(fresh: Site) -> None:
@@ -12539,6 +12612,18 @@ def hurried_site(in_memory: Path, templates: Path) -> Iterator[Site]:
         }
         site.server.start(limits=limits)
         yield site
+
+
+def test_event_after_a_long_silence_is_sent(
+    store: codebot.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "KEEPALIVE_INTERVAL", -1.0)
+    task = store_task_in_state(store, "running")
+    stream = codebot.event_stream(app_with(store), task.id, 0)
+    assert next(stream) == b": still here\n\n"
+    store.add_events(task.id, [("agent", "Hello")])
+    assert b'"message": "Hello"' in next(stream)
+    assert next(stream) == b": still here\n\n"
 
 
 def drip(connection: socket.socket, data: bytes) -> bool:
