@@ -8,7 +8,7 @@ codebot answers, or changes the code and pushes again.
 
 It needs Python 3.9 or newer with its standard library, and runs the programs git,
 openssl (with GitHub), bwrap, claude, and sh with chmod, rm and sleep (in the demo also
-cat and grep).
+cat and grep). It is for Linux; on macOS it works without bwrap.
 
     python3 codebot.py demo    try it: one task from end to end, no configuration
     python3 codebot.py check   check the requirements; says how to fix what it finds
@@ -65,7 +65,7 @@ GLOSSARY
                  all repositories that the App is installed on
   delivery       one webhook request, with its GUID
   look           one round of the sync thread's questions to GitHub about an issue, a pull
-                 request or a repository
+                 request, a repository, or all of these
   marker         an HTML comment at the end of a comment of codebot's. A retry that finds it
                  does not post the comment again.
   answer         a comment in which codebot replies to a reviewer
@@ -203,7 +203,7 @@ LIFE OF A JOB
     posted twice only if the first one, or its marker, was removed before a retry, or if
     GitHub carries out the first request late or does not list its answer yet.
   A crash loses what an agent was doing, and what that has cost. After three crashes or
-  paid retries with no saved work in between, a job fails: see the table before run_steps.
+  paid retries with no saved work in between, a job fails: see "What a retry depends on".
 
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
@@ -462,7 +462,8 @@ def find_paths(directory: str, pattern: str) -> list[str]:
 #   They need 6 characters in what is logged and sent to GitHub, and 16 in the files of a
 #   change. One is missed where a line of more than MAX_LINE_BYTES is split. An agent that
 #   writes a secret in another way, such as backwards, compressed, or as the name of an
-#   empty directory (which a tree can have, but no diff shows), can publish it.
+#   empty directory (which a tree can have, but no diff shows), can publish it. What looks
+#   like a token of GitHub is redacted in text, but not searched for in the files.
 # - Of the variables that the operator lists for the agent, codebot knows those whose names
 #   suggest a secret; in others it knows headers such as X-Api-Key, and addresses with a
 #   login, a query or parameters. It does not know a key in the path of an address, nor one
@@ -623,7 +624,7 @@ def setting(
 ) -> Any:
     """Define a field of Config: its variable, parser, default and the flag's help.
 
-    An empty variable counts as one that is not set, unless it may be empty.
+    An empty variable counts as not set, even if .env sets it, unless it may be empty.
     """
     metadata = {
         "variable": variable,
@@ -698,7 +699,7 @@ class Config:
     )
     tls_key: str = setting("", str, "", "private key (PEM)")
     debug: bool = setting("", bool, False, "verbose log; restart on changes")
-    # The remaining fields are not set by people.
+    # The remaining fields are no settings.
     env_file: str = ""  # the path of .env, which need not exist
     # The umask with which codebot was started. FILES, above, says which programs have it;
     # all else has PRIVATE_UMASK.
@@ -792,7 +793,7 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
 
 def hide_logins(text: str) -> str:
     """Replace what may be a login in each word with ***: https://***@host."""
-    # It starts at the beginning of a word: otherwise a long line could take minutes.
+    # (?<!\S): only from the beginning of a word, or a long line could take minutes.
     return re.sub(r"(?<!\S)(\W?\w+://)?\S+@", r"\1***@", text)
 
 
@@ -1322,7 +1323,7 @@ class RunningProgram:
                 return
             if not has_output:
                 age = time.monotonic() - self.started
-                # Seconds: few at first, because exit_poll may never be ready.
+                # Seconds: short at first, because exit_poll may never be ready.
                 pause = min(0.001 + age / 10, 0.1)
                 self.exit_poll.poll(1000 * pause)
 
@@ -1368,8 +1369,8 @@ class RunningProgram:
     def result(self) -> ProgramResult:
         """Return how the program ended.
 
-        Raises TransientError if a full disk, or another shortage of the host's, made it
-        fail, and what check_stop raises.
+        Raises what check_stop raises, and TransientError if it failed because the host
+        lacks disk space, memory or processes.
         """
         code = self.exit_code()
         result = ProgramResult(
@@ -1785,7 +1786,7 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 #   The homes are hidden, but not the directories in them that PATH leads into, which
 #   `check` lists: with ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml,
 #   and with ~/.config/yarn/bin all of ~/.config. Nor are the work directory and the TLS key
-#   of another codebot hidden: the agent of `run` can read those of the same user's server.
+#   of another codebot hidden: an agent of the command `run` can read those of a server.
 # - If .env or a key is created while an agent runs, or is a symlink that is changed then,
 #   that agent can read it, unless it is in a hidden directory.
 # - A file system that the host mounts while an agent runs, even because the agent named a
@@ -1804,7 +1805,7 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 #   the mirror's objects. Others that open such a file then wait for up to 45 s, again and
 #   again, unless the host has `sysctl fs.leases-enable=0`.
 # - If codebot is killed, an agent that is prepared for that (see end_bwrap) runs on until
-#   the next start with the same work directory, which `run` usually never uses again.
+#   the next start with the same work directory. (`run` usually makes a new one.)
 #   Meanwhile it can listen on codebot's port and be sent API keys; an open page sends its
 #   key every two seconds. If bwrap is older than 0.8, or /proc is mounted with hidepid, it
 #   can hide from that start, too.
@@ -2227,7 +2228,7 @@ MAX_INLINE_WAIT = 5.0  # seconds; if GitHub asks for a longer wait, the job is r
 MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, even if GitHub or a proxy asks for more
 # "workflows" is left out, so GitHub refuses a push that changes .github/workflows.
 TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "write"}
-# Which token a request uses: a repository's id (above 0) stands for its own token.
+# Which token a request uses. A number above 0 is a repository's id: its own token.
 Credential = int
 LOOKUP = 0  # the lookup token
 AS_APP = -1  # the App's own JWT
@@ -2359,7 +2360,8 @@ class NoRedirects(urllib.request.HTTPErrorProcessor):
 HTML_COMMENT_RE = re.compile(r"<!(?=--).*?(-->|\Z)", re.DOTALL)
 CUT_NOTE = "(text after an unclosed HTML comment was removed)"
 INVISIBLE_RE = re.compile(
-    "[\u00ad\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]"  # zero width, bidi
+    # zero width, bidi
+    "[\u00ad\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]"
     "|[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0]"  # blank
     "|[\U000e0000-\U000e0fff]"  # tags, which spell invisible ASCII, and selectors
     "|[\ufe00-\ufe0f]"  # variation selectors
@@ -2502,8 +2504,8 @@ class GitHub:
         # No request is sent before this time: ignoring a limit could get the App banned.
         self.silent_until = 0.0
         self._bot: Bot | None = None
-        # Threads share these without a lock. Each step is atomic, and it does no harm if
-        # two threads fetch the same token, or empty the same dict, at once.
+        # Threads share all that follows without a lock. Each step is atomic, and it does no
+        # harm if two threads fetch the same token, or empty the same dict, at once.
         self._tokens: dict[Credential, tuple[str, float]] = {}  # each with its expiry
         # By URL, as each URL is always asked for with the same kind of credential. GitHub
         # answers 304 only if the reply would be the same now.
@@ -3212,13 +3214,12 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 # What a failure of git that contacts the remote becomes, in git_with_token. The first line
 # that applies counts:
 #   a signal ended git or a part of it     TransientError
-#   "rejected]", unless the remote itself  GitFailed
-#     is at fault
+#   "rejected]", not by a remote's fault   GitFailed
 #   no login, a wrong one, or HTTP 403     GitAuthFailed: at GitHub, tried again with a
 #                                          new token
-#   connection, TLS, 408, 429, 5xx,        TransientError
-#     full disk, other shortages of the
-#     host, a hanging remote; at GitHub, 301
+#   connection, TLS, 408, 429, 5xx, a      TransientError
+#     shortage on the host, a time limit;
+#     at GitHub, 301
 #   anything else                          GitFailed
 # URLs and quoted names are removed first, because they may contain any words.
 URL_OR_NAME_RE = re.compile(r"(?<!\w)'[^'\n]*'|https?://\S+")
@@ -3328,7 +3329,7 @@ class GitDirectory:
         # With --no-github, the remote may be a directory that others also use.
         try:
             result = self.run_git(args, env, umask=self.config.umask)
-        except GitFailed as limit:  # it took too long
+        except GitFailed as limit:  # it was ended by a limit
             raise TransientError(str(limit)) from None
         if result.code == 0:
             return result
@@ -3346,7 +3347,8 @@ class GitDirectory:
             raise GitAuthFailed("authentication failed")
         if "returned error: 403" in words:
             raise GitAuthFailed(error)
-        is_renamed = token != "" and "returned error: 301" in words  # just now
+        # The repository was renamed after it was looked up.
+        is_renamed = token != "" and "returned error: 301" in words
         if is_renamed or TRANSIENT_GIT_ERROR_RE.search(words):
             raise TransientError(error)
         raise GitFailed(error)
@@ -3430,9 +3432,9 @@ class Mirror(GitDirectory):
         """
         url = repository.url
         ref = f"refs/heads/{branch}" if branch else "HEAD"
-        # git also lists all branches whose names end with /HEAD or /refs/heads/BRANCH. Only
-        # the last lines of its output are kept, so ref has to come last. It does, because
-        # names are compared without as many last parts as ref has: of ref, nothing is left.
+        # git also lists branches named .../HEAD or .../refs/heads/BRANCH, and only the last
+        # lines of its output are kept. So ref must come last. It does: names are sorted
+        # downward, without as many last parts as ref has, which leaves nothing of ref.
         options = ("--symref", f"--sort=-refname:rstrip={ref.count('/') + 1}")
         result = self.remote_git(repository, "ls-remote", *options, "--", url, ref)
         commit = ""
@@ -3604,7 +3606,7 @@ CREATE TABLE jobs (
     --   'none'                nothing, for example thanks
     --   'limit'               not classified: the pull request has had its reviews today
     request_kind TEXT NOT NULL DEFAULT '',
-    -- For retries; see the table before run_steps. Times are in seconds since 1970.
+    -- See "What a retry depends on". Times are in seconds since 1970.
     interruptions INTEGER NOT NULL DEFAULT 0, -- crashes, and lost runs of the agent, since
                                               -- work was last saved
     not_before REAL NOT NULL DEFAULT 0, -- when the job may start; 0: at once
@@ -5278,7 +5280,7 @@ class Workspace:
             "git", f"Branch {self.branch} from {base_name} at {base_commit}"
         )
 
-    # Three methods start something in the sandbox. sandboxed makes their command lines.
+    # Three methods start something in the sandbox, with command lines from sandboxed().
     #
     #   script              codebot's own scripts on this host, by run_in_sandbox
     #   run_work            the agent and the tests, here or on a node, by run_in_sandbox
@@ -5288,8 +5290,8 @@ class Workspace:
         """Return the whole environment of a program that run_in_sandbox runs."""
         env = base_environment(self.config)
         # The agent's git uses the configuration in HOME, and not /dev/null, which root
-        # could replace. If there is a launcher or a sandbox, that begins behind them: see
-        # Sandbox.wrap. Their own git must not obey the agent.
+        # could replace. The git of a launcher or a sandbox must not obey the agent, so
+        # behind these Sandbox.wrap takes the variable out.
         if self.codebot.sandbox.is_none and not self.config.launcher:
             del env["GIT_CONFIG_GLOBAL"]
         env.update(copy_variables(self.config, [*NETWORK_NAMES, "TZ"]))
@@ -5393,9 +5395,8 @@ class Workspace:
                     on_lines=command.on_lines,
                     pass_fds=info_fds,
                     umask=self.config.umask,
-                    # This concerns standard error. A script is believed, although git may
-                    # run an agent's filter in it; so is a test, which could write there
-                    # through /proc. MAX_INTERRUPTIONS limits what that costs.
+                    # Scripts and tests are believed, although an agent can fake this, by a
+                    # filter of git's or through /proc. MAX_INTERRUPTIONS limits the cost.
                     may_report_shortage=not command.as_agent,
                     program_type=launch.program_type,
                 )
@@ -5486,9 +5487,9 @@ class Workspace:
 
         git fetch does not open the agent's .git: only a pack crosses.
         """
-        # git fetch runs, by sh: bwrap … -- git upload-pack '/…/repo'. In bwrap, self.repo
-        # is a mount point. In another sandbox, an agent may replace it with a file, which
-        # git fetch would read as a bundle, outside the sandbox.
+        # git fetch has sh run this: bwrap … -- git upload-pack '/…/repo'. In bwrap,
+        # self.repo is a mount point. In another sandbox, an agent may replace it with a
+        # file, which git fetch would read as a bundle, outside the sandbox.
         argv = [*GIT, "-c", "fetch.fsckObjects=true"]  # receive.* is for pushes only
         # A relative path, because git takes commas and blanks in it for separators.
         argv += ["-c", "fetch.fsck.skipList=fsck-skip-list"]
@@ -5870,7 +5871,9 @@ class AgentRun:
         )
 
     def raise_if_failed(self, program: ProgramResult) -> None:
-        """Raise JobFailed unless the agent reports success, TransientError if it could not.
+        """Raise JobFailed unless the agent reports success.
+
+        Raises TransientError if a full disk has lost the report.
 
         The exit code alone says nothing: an interrupted CLI exits with 0 (tried).
         """
@@ -6221,7 +6224,9 @@ def clone(workspace: Workspace) -> None:
     run.update(base_name=base_name, base_commit=base_commit)
 
 
-def fetch_or_fail(workspace: Workspace, branch: str, reason: str) -> tuple[str, str]:
+def fetch_or_fail(
+    workspace: Workspace, branch: str, reason_if_missing: str
+) -> tuple[str, str]:
     """Fetch a branch into the mirror. Returns its name and commit."""
     try:
         return workspace.mirror.fetch_branch(workspace.repository, branch)
@@ -6229,7 +6234,7 @@ def fetch_or_fail(workspace: Workspace, branch: str, reason: str) -> tuple[str, 
         message = f"There is no branch {branch!r}"
         if not branch:
             message = "The repository is empty or has no default branch"
-        raise JobFailed(reason, message) from None
+        raise JobFailed(reason_if_missing, message) from None
     except GitFailed as error:
         if isinstance(error, GitAuthFailed) and workspace.run.job.commit_id:
             # The commit has cost something, as in push().
@@ -6294,7 +6299,7 @@ def test_and_commit(
 def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
     """Run the test command. If it fails, show the agent its output and try again.
 
-    Attempt N of the tests follows attempt N of the agent, the first of which came before.
+    The agent's first attempt came before this. Its attempt N precedes attempt N here.
 
     Returns the tree that passed, and how often the command ran. Raises JobFailed if the
     tests still fail or cannot be started.
@@ -6330,9 +6335,10 @@ def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
 def run_tests_once(
     workspace: Workspace, command: str, attempt: int
 ) -> tuple[str, ProgramResult]:
-    """Run the test command on the files as they are, and bring these back afterward.
+    """Record the files' tree, run the test command, and bring the files back.
 
-    So the test cannot change what is committed. Returns the files' tree and the result.
+    The recorded tree is what is committed, whatever the test does. Returns it and the
+    result.
     """
     run = workspace.run
 
@@ -6549,7 +6555,7 @@ def refusal_error(run: JobRun, error: GitHubError) -> Exception:
     """Return the error for a repository or pull request that GitHub does not show.
 
     At first it is transient, because something new may not be visible in all parts of
-    GitHub. If GitHub does not show it at a retry either, it is gone.
+    GitHub. With NotFound at a retry, it is gone.
     """
     if isinstance(error, NotFound) and run.job.transient_since:
         return ReviewSkipped(f"it is not codebot's anymore: {error}")
@@ -6602,8 +6608,8 @@ def load_comments(review: Review) -> Review:
     comments = []
     for stored in run.store.stored_comments(run.job.id):
         comment = current.get((stored.place, stored.id))
-        # Not taken for deleted at the first attempt: a deletion while the pages of a list
-        # were read may have shifted the rest.
+        # Taken for deleted only in a retry: another deletion while the pages of a list were
+        # read may have shifted this one out of them.
         is_retry = run.job.transient_since > 0
         if comment is None and (not is_retry or may_appear_later(stored)):
             raise TransientError("GitHub does not list a comment yet")
@@ -6658,8 +6664,8 @@ def is_to_push(review: Job) -> bool:
 def prepare_answers(review: Review) -> None:
     """Store the answers, unless an earlier run has, and push the commit."""
     run = review.run
-    has_commit = review.workspace.outbox.has_commit
-    if is_to_push(run.job) and not has_commit(run.job.commit_id):
+    outbox = review.workspace.outbox
+    if is_to_push(run.job) and not outbox.has_commit(run.job.commit_id):
         # The outbox was lost, for example when the host lost power. Start over.
         run.update(commit_id="", answers={})
     # Finished work has an answer for each thread, perhaps "". (The kinds "none" and "limit"
@@ -6792,7 +6798,7 @@ def continue_session(
 
 
 def pull_request_diff(review: Review, commit: str) -> str:
-    """Return the diff of the pull request up to a commit; of a long one, the end."""
+    """Return the end of the pull request's diff up to a commit: at most 5,000 lines."""
     lines: collections.deque[str] = collections.deque(maxlen=5000)
 
     def keep(new: list[str]) -> None:
@@ -6802,8 +6808,8 @@ def pull_request_diff(review: Review, commit: str) -> str:
     # also be gone, for example if it was merged.
     for base in (f"refs/heads/{review.task.base_name}", review.task.base_commit):
         diff = (*GIT_DIFF, f"{base}...{commit}")
-        git = review.workspace.mirror.local_git(*diff, check=False, on_lines=keep)
-        if git.code == 0:
+        result = review.workspace.mirror.local_git(*diff, check=False, on_lines=keep)
+        if result.code == 0:
             break
     return "\n".join(lines)[-200_000:]
 
@@ -6934,7 +6940,7 @@ def answer_threads(review: Review) -> None:
 def post_answer(review: Review, thread_key: str, comment: Comment) -> None:
     """Answer in the thread of a comment or, if that is gone, in the conversation.
 
-    If the reviewer's own comment was deleted, nothing is posted.
+    If that was the reviewer's own comment, nothing is posted.
     """
     run = review.run
     body = run.redact(answer_body(run.job, thread_key, comment))
@@ -6944,7 +6950,7 @@ def post_answer(review: Review, thread_key: str, comment: Comment) -> None:
         review.github_repository.post_once(review.number, body, marker, inline_thread)
     except NotFound as error:  # a reply goes to a thread's first comment
         log.info("The first comment of %s was deleted: %s", thread_key, error)
-        if comment.id != comment.thread:
+        if comment.id != comment.thread:  # that was another comment
             moved = dataclasses.replace(comment, place="conversation")
             post_answer(review, thread_key, moved)
 
@@ -7491,7 +7497,8 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
 def store_failure(run: JobRun, ending: Ending) -> None:
     """Store why a review failed.
 
-    save_work also resets `interruptions`, so that require_may_run lets the steps run again.
+    By save_work, as that resets `interruptions`: otherwise require_may_run would not let
+    the steps run again.
     """
     error = ending.error
     if run.job.commit_id and ending.reason in ("interrupted", "internal"):
@@ -8240,9 +8247,9 @@ class NoAction(Exception):
 def webhook(codebot: Codebot, request: Request) -> Response:
     """Accept a delivery from GitHub. A comment is on disk before the answer is sent.
 
-    For other events, the sync thread looks at GitHub, as it does at every start. %.99s
-    logs at most 99 characters of what a delivery says.
+    For other events, the sync thread looks at GitHub, as it does at every start.
     """
+    # %.99s, below, logs at most 99 characters of what a delivery says.
     event = request.headers.get("x-github-event", "")
     guid = request.headers.get("x-github-delivery", "")
     try:
@@ -8294,8 +8301,8 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
 def remember_delivery(codebot: Codebot, guid: str) -> None:
     """Store the id of a delivery. Raises NoAction if it has been stored before.
 
-    A look is queued before this, so that one that GitHub refused can be had again with
-    "Redeliver" at GitHub.
+    This decides only what is answered: the look is queued before, so that "Redeliver" at
+    GitHub brings back one that GitHub refused.
     """
     if not codebot.store.add_delivery(guid):
         raise NoAction("Duplicate delivery")
