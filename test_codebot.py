@@ -4884,6 +4884,16 @@ def test_error_of_a_step_decides_what_becomes_of_the_job(
     assert (ending.not_before > time.time()) == is_delayed
 
 
+def test_job_that_was_cancelled_before_its_steps_begin_does_not_begin(
+    store: codebot.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(codebot.STEPS, "task", lambda run: None)
+    run = codebot.JobRun(app_with(store), store_task_in_state(store, "running"))
+    assert codebot.run_steps(run).status == "completed"
+    store.request_cancel(run.job.id)
+    assert codebot.run_steps(run).reason == "cancelled"
+
+
 def test_free_retry_of_interrupted_review_is_not_its_last(store: codebot.Store) -> None:
     review = claim_review(store)
     store.requeue(review.id, interruptions=codebot.MAX_INTERRUPTIONS)
@@ -6066,6 +6076,7 @@ FAILING_PLANS = {
         "",
     ),
     "no changes": ("result 'Nothing to do here'", "no_changes", "Nothing to do here"),
+    "no changes and no words": ("result ' '", "no_changes", "It said: nothing"),
     "changes undone": (
         "echo x >x; git add x; git commit -qm x; git rm -q x; git commit -qm y; result No",
         "no_changes",
@@ -6256,6 +6267,20 @@ def test_budget_covers_all_attempts_together(fresh: Site) -> None:
     error = fresh.api.failed(fresh.api.submit(test_command="exit 1"), "budget")
     assert "CODEBOT_MAX_BUDGET_USD" in error
     assert len(fresh.agent.runs()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [("", "(no output)"), ([], "(no output)"), ([{"text": "a"}, {}], "a"), ("b", "b")],
+)
+def test_output_of_a_tool_becomes_an_event(
+    store: codebot.Store, content: Any, text: str
+) -> None:
+    agent_run = codebot.AgentRun(codebot.JobRun(app_with(store), claim_review(store)))
+    for is_error in (False, True):
+        block = {"type": "tool_result", "content": content, "is_error": is_error}
+        agent_run.read_block("user", block)
+    assert agent_run.entries == [("output", text), ("error", text)]
 
 
 # --- The test command --------------------------------------------------------
@@ -7578,6 +7603,19 @@ def test_pull_request_submitted_too_quickly_is_opened_later(shared: Site) -> Non
     shared.repository.fail("POST /pulls", 422, value, {"Retry-After": "1"})
     assert shared.api.completed(shared.api.submit())["pr_number"] == 1
     assert len(shared.agent.runs()) == 1
+
+
+def test_commit_waits_until_its_repository_is_unarchived(
+    store: codebot.Store,
+) -> None:
+    payload = {"id": 7, "full_name": "acme/widget", "archived": True}
+    at_github = codebot.GitHubRepository(create_github(), payload)
+    repository = codebot.repository_at(at_github)
+    task = store_task(store)
+    with pytest.raises(codebot.JobFailed, match="acme/widget is archived"):
+        codebot.require_usable_repository(task, repository, at_github)
+    task = dataclasses.replace(task, commit_id="a" * 40)
+    codebot.require_usable_repository(task, repository, at_github)
 
 
 def test_task_in_archived_repository_costs_nothing(shared: Site) -> None:
@@ -8995,6 +9033,7 @@ IGNORED_DELIVERIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "closed unknown pull request": ("pull_request", {"pull_request.number": 10**6}),
     "synchronized": ("pull_request", {"action": "synchronize"}),
+    "label of a pull request": ("pull_request", {"action": "labeled"}),
     "other event": ("push", {}),
     "installation": ("installation", {"action": "created"}),
     "other installation": ("issue_comment", {"installation.id": 679}),
