@@ -6938,19 +6938,23 @@ def answer_threads(review: Review) -> None:
 
 
 def post_answer(review: Review, thread_key: str, comment: Comment) -> None:
-    """Answer in the thread of a comment or, if that is gone, in the conversation.
+    """Answer a comment in its thread or, if that is gone, in the conversation.
 
-    If that was the reviewer's own comment, nothing is posted.
+    If the comment itself is gone, nothing is posted.
     """
     run = review.run
+    github_repository = review.github_repository
     body = run.redact(answer_body(run.job, thread_key, comment))
     marker = f"<!-- codebot answer {run.job.id} {thread_key} -->"
     inline_thread = comment.thread if comment.place == "inline" else 0
     try:
-        review.github_repository.post_once(review.number, body, marker, inline_thread)
+        github_repository.post_once(review.number, body, marker, inline_thread)
     except NotFound as error:  # a reply goes to a thread's first comment
-        log.info("The first comment of %s was deleted: %s", thread_key, error)
-        if comment.id != comment.thread:  # that was another comment
+        log.info("No answer to %s, which was deleted: %s", thread_key, error)
+        if not inline_thread:
+            return
+        current = github_repository.comments(review.number)
+        if comment.id in [other.id for other in current if other.place == "inline"]:
             moved = dataclasses.replace(comment, place="conversation")
             post_answer(review, thread_key, moved)
 

@@ -10886,6 +10886,29 @@ def test_refusal_of_github_is_reported_in_the_thread(pull: Pull) -> None:
     assert "Traceback" not in pull.site.server.log()
 
 
+def test_reply_that_was_deleted_with_its_thread_is_not_quoted(pull: Pull) -> None:
+    pull.site.agent.follow(f"classify change; block; {MAKE_CHANGE}")
+    top = pull.site.person("bob").inline("Hm", webhook=False)
+    reply = pull.site.person("alice").inline("Say more", reply_to=top)
+    pull.site.agent.wait_until_blocked()
+    for comment in (top, reply):
+        pull.site.repository.comments.remove(comment)
+    pull.site.agent.release()
+    assert pull.review()["commit"] == pull.tip()
+    assert pull.answers() == []
+
+
+def test_answer_to_a_pull_request_that_is_gone_is_given_up(pull: Pull) -> None:
+    pull.site.agent.follow("classify change; result 'I cannot' error true")
+    top = pull.site.person("bob").inline("Hm", webhook=False)
+    reply = pull.site.person("alice").inline("Say more", reply_to=top, webhook=False)
+    pull.site.repository.comments.remove(top)
+    pull.site.repository.fail("POST /issues/1/comments", 404, always=True)
+    pull.site.person("alice").announce(reply)
+    assert "I cannot" in pull.review()["error"]
+    assert pull.site.repository.count("POST /issues/1/comments") < 9
+
+
 def test_comment_deleted_before_answer_harms_nothing(pull: Pull) -> None:
     pull.site.agent.follow(f"classify change; block; {MAKE_CHANGE}")
     comment = pull.site.person("alice").inline("Say more")
