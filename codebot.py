@@ -1217,6 +1217,7 @@ class ProgramResult(NamedTuple):
     code: int  # has no meaning if a LineHandler has returned True
     stdout: list[str]
     stderr: list[str]
+    is_disk_full: bool = False  # then output may be missing
 
     @property
     def error(self) -> str:
@@ -1374,14 +1375,17 @@ class RunningProgram:
         """
         code = self.exit_code()
         result = ProgramResult(
-            code, [*self.stdout.last_lines], [*self.stderr.last_lines]
+            code,
+            [*self.stdout.last_lines],
+            [*self.stderr.last_lines],
+            # Asked now: the files of the output are on this disk, and are removed soon.
+            is_disk_full(tempfile.gettempdir()),
         )
         if code == 0 or self.grace_ends_at is not None:
             return result
         if code in SIGNAL_EXIT_CODES:
             raise_if_stop_arrives(self.limits.check_stop)
-        # The program's output is on this disk, too, so its own message may be missing.
-        if is_disk_full(tempfile.gettempdir()):
+        if result.is_disk_full:
             raise TransientError(f"The disk is full: {result.error}")
         if self.may_report_shortage and SHORTAGE_RE.search("\n".join(result.stderr)):
             raise TransientError(f"The host is short of resources: {result.error}")
@@ -2560,7 +2564,7 @@ class GitHub:
         # "RSA-SHA2-256(stdin)= 3e5f…" On a full disk there is nothing, not even an error.
         match = re.search("= ((?:[0-9a-f]{2})+)$", "".join(result.stdout))
         if match is None:
-            if is_disk_full(tempfile.gettempdir()):
+            if result.is_disk_full:
                 raise TransientError("The disk is full: openssl printed nothing")
             raise AppRefused(
                 "GITHUB_APP_PRIVATE_KEY_PATH: openssl cannot sign with "
@@ -5880,7 +5884,7 @@ class AgentRun:
         result = self.result
         if not result:
             raise_if_stop_arrives(self.run.check_stop)
-            if is_disk_full(tempfile.gettempdir()):  # the CLI may exit with 0 (tried)
+            if program.is_disk_full:  # the CLI may exit with 0 (tried)
                 raise TransientError("The disk is full: the agent's result is lost")
         is_success = result.get("subtype") == "success"
         is_empty = result.get("num_turns") == 0  # the model was not asked

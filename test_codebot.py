@@ -8424,6 +8424,7 @@ def test_result_that_a_full_disk_has_lost_is_no_failure(
     with pytest.raises(codebot.JobFailed, match="The agent failed"):
         agent_run.raise_if_failed(ended)
     monkeypatch.setattr(codebot, "FULL_DISK_BYTES", 1 << 62)
+    ended = codebot.run_program(["true"], {"PATH": os.environ["PATH"]})
     with pytest.raises(codebot.TransientError, match="The disk is full"):
         agent_run.raise_if_failed(ended)
     agent_run.result = {"subtype": "error_max_turns"}
