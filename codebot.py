@@ -3215,15 +3215,14 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
     }
 
 
-# What a failure of git that contacts the remote becomes, in git_with_token. The first line
+# What a failure of git that contacts the remote becomes, in remote_failure. The first line
 # that applies counts:
 #   a signal ended git or a part of it     TransientError
 #   "rejected]", not by a remote's fault   GitFailed
 #   no login, a wrong one, or HTTP 403     GitAuthFailed: at GitHub, tried again with a
 #                                          new token
 #   connection, TLS, 408, 429, 5xx, a      TransientError
-#     shortage on the host, a time limit;
-#     at GitHub, 301
+#     shortage on the host; at GitHub, 301
 #   anything else                          GitFailed
 # URLs and quoted names are removed first, because they may contain any words.
 URL_OR_NAME_RE = re.compile(r"(?<!\w)'[^'\n]*'|https?://\S+")
@@ -3256,6 +3255,28 @@ REJECTED_RE = re.compile(
 PART_KILLED_RE = re.compile(r"^error: \S+ died of signal (9|15)$", re.MULTILINE)
 # Seconds until git is run again with a new token, which may not be known everywhere yet.
 TOKEN_RETRY_DELAY = 3.0
+
+
+def remote_failure(result: ProgramResult, is_github: bool) -> Exception:
+    """Return the error for a failure of git that contacts the remote; see above."""
+    text = "\n".join([*result.stdout, *result.stderr])
+    # The host's git configuration may put a login into the URL: url.*.insteadOf
+    reason = hide_logins(result.error)
+    # git was killed, perhaps by the host, for want of memory.
+    if result.code in SIGNAL_EXIT_CODES or PART_KILLED_RE.search(text):
+        return TransientError(f"git was killed (exit code {result.code}): {reason}")
+    words = URL_OR_NAME_RE.sub("", text)
+    if REJECTED_RE.search(words):  # perhaps because of a file with any name
+        return GitFailed(reason)
+    if AUTH_FAILED_RE.search(words):
+        return GitAuthFailed("authentication failed")
+    if "returned error: 403" in words:
+        return GitAuthFailed(reason)
+    # The repository was renamed after it was looked up.
+    is_renamed = is_github and "returned error: 301" in words
+    if is_renamed or TRANSIENT_GIT_ERROR_RE.search(words):
+        return TransientError(reason)
+    return GitFailed(reason)
 
 
 class GitDirectory:
@@ -3330,32 +3351,18 @@ class GitDirectory:
         Raises TransientError, GitAuthFailed or GitFailed.
         """
         env = remote_environment(self.config, token)
-        # With --no-github, the remote may be a directory that others also use.
         try:
+            # With --no-github, the remote may be a directory that others also use.
             result = self.run_git(args, env, umask=self.config.umask)
-        except GitFailed as limit:  # it was ended by a limit
-            raise TransientError(str(limit)) from None
-        if result.code == 0:
-            return result
-        text = "\n".join([*result.stdout, *result.stderr])
-        # The host's git configuration may put a login into the URL: url.*.insteadOf
-        error = hide_logins(result.error)
-        # git was killed, perhaps by the host, for want of memory.
-        if result.code in SIGNAL_EXIT_CODES or PART_KILLED_RE.search(text):
-            code = f"exit code {result.code}"
-            raise TransientError(f"git was killed ({code}): {error}")
-        words = URL_OR_NAME_RE.sub("", text)
-        if REJECTED_RE.search(words):  # perhaps because of a file with any name
-            raise GitFailed(error)
-        if AUTH_FAILED_RE.search(words):
-            raise GitAuthFailed("authentication failed")
-        if "returned error: 403" in words:
-            raise GitAuthFailed(error)
-        # The repository was renamed after it was looked up.
-        is_renamed = token != "" and "returned error: 301" in words
-        if is_renamed or TRANSIENT_GIT_ERROR_RE.search(words):
-            raise TransientError(error)
-        raise GitFailed(error)
+        except TransientError as error:
+            raise TransientError(hide_logins(str(error))) from None
+        except GitFailed as error:  # it was ended by a limit
+            if args[0] == "fetch":  # it would take as long again
+                raise
+            raise TransientError(str(error)) from None
+        if result.code != 0:
+            raise remote_failure(result, is_github=token != "")
+        return result
 
     def has_commit(self, commit: str) -> bool:
         return self.succeeds("cat-file", "-e", f"{commit}^{{commit}}")

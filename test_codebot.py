@@ -7879,6 +7879,10 @@ def test_remote_that_hangs_is_tried_again(
     directory.limits = codebot.Limits(timeout=0.2)
     with pytest.raises(codebot.TransientError, match="git ls-remote took more than"):
         directory.git_with_token("", "ls-remote", "git@git.acme.com:a")
+    # A fetch would begin anew, and take as long again.
+    run_command("git", "init", "-q", "--bare", tmp_path)
+    with pytest.raises(codebot.GitFailed, match="git fetch took more than"):
+        directory.git_with_token("", "fetch", "git@git.acme.com:a")
 
 
 def test_token_that_git_refuses_is_renewed_once(shared: Site) -> None:
