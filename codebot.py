@@ -9546,8 +9546,11 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             self._pool.submit(self.process_request_thread, request, client_address)
         except RuntimeError:
-            # The host allows no more threads. The next one that is free serves it.
+            # The host allows no more threads. The next one that is free serves it, so
+            # another connection must end. If none can, evict() raises OSError.
+            self.connections.remove(request)
             self.connections.evict()
+            self.connections.add(request)
 
     def service_actions(self) -> None:
         now = time.monotonic()

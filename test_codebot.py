@@ -12902,6 +12902,26 @@ def test_idle_client_makes_way_if_host_allows_no_more_threads(tmp_path: Path) ->
         assert is_closed(idle)
 
 
+def test_connection_is_closed_if_host_allows_no_thread(tmp_path: Path) -> None:
+    config = codebot.Config(host="127.0.0.2", port=0, work_dir=str(tmp_path))
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(codebot.Server(codebot.Codebot(config)))
+        size = threading.stack_size()
+        thread = threading.Thread(
+            target=server.serve_forever, args=(0.01,), daemon=True
+        )
+        thread.start()
+        stack.callback(server.shutdown)
+        threading.stack_size(1 << 46)  # so large that no thread can start
+        stack.callback(threading.stack_size, size)
+        descriptors = os.listdir("/proc/self/fd")
+        for _ in range(5):
+            with socket.create_connection(server.server_address) as client:
+                client.settimeout(10)
+                assert client.recv(1) == b""
+        wait_for(lambda: len(os.listdir("/proc/self/fd")) <= len(descriptors))
+
+
 def has_ipv6() -> bool:
     try:
         with socket.socket(socket.AF_INET6) as probe:
