@@ -2401,7 +2401,10 @@ def commented_lines(payload: JsonObject) -> str:
     """Return the lines that a comment is on, such as "7" or "5-7"; "" if unknown."""
     # Once a comment is outdated, `line` is null, and only its original lines are known.
     prefix = "" if payload.get("line") else "original_"
-    numbers = [payload.get(f"{prefix}{name}") for name in ("start_line", "line")]
+    names = ["line"]
+    if payload.get("start_side") == payload.get("side"):
+        names = ["start_line", "line"]
+    numbers = [payload.get(f"{prefix}{name}") for name in names]
     lines = "-".join(str(int(number)) for number in numbers if number)
     if lines and payload.get("side") == "LEFT":
         lines += " before the change"
@@ -6818,6 +6821,7 @@ def pull_request_diff(review: Review, commit: str) -> str:
     # The mirror's branch may be newer than the remote's, which does no harm here. It may
     # also be gone, for example if it was merged.
     for base in (f"refs/heads/{review.task.base_name}", review.task.base_commit):
+        lines.clear()
         diff = (*GIT_DIFF, f"{base}...{commit}")
         result = review.workspace.mirror.local_git(*diff, check=False, on_lines=keep)
         if result.code == 0:
