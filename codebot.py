@@ -1872,7 +1872,7 @@ def is_inside(path: str, directory: str) -> bool:
 #   its own     /dev and /proc
 #   read-only   ~/X    if PATH leads into it: tool_directories
 #   hidden      /run, the homes; the work directory and the directories of .env, keys and
-#               databases: private_directories; /tmp/A, if anything in it is listed here
+#               databases: private_directories; /tmp/A, if a path in it is listed here
 #   read-only   the mirror's objects, the target of /etc/resolv.conf, and hidden files that
 #               CODEBOT_CLAUDE_COMMAND names: agent_program_files
 #   writable    the workspace's repo and home, and its tmp as /tmp
@@ -1959,13 +1959,6 @@ def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> list[Mo
 
     A later one covers an earlier one. First come what is hidden and tool directories, an
     outer directory before an inner one; then the rest.
-
-    For example, with HOME=/home/bot, ~/.local/bin on PATH, .env in /home/bot/run and the
-    App's key in ~/.local/keys:
-        hidden     /home/bot
-        read-only  /home/bot/.local
-        hidden     /home/bot/.local/keys, /home/bot/run, /run, the work directory
-    With the key in ~/.local itself, all of ~/.local is hidden.
     """
     hidden = {"/run", *home_directories(), *private_directories(config)}
     hidden -= {"/", "/tmp"}  # "/" cannot be covered; /tmp is already the workspace's
@@ -5822,12 +5815,12 @@ class AgentRun:
                 self.read_event(parse_json(line))
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 # The line is no event, or one of an unknown shape.
-                self.log("agent", shown_by_terminal(line))
+                self.note("agent", shown_by_terminal(line))
         self.run.log_entries(self.entries)  # in one transaction
         self.entries = []
         return bool(self.result)
 
-    def log(self, source: str, message: str) -> None:
+    def note(self, source: str, message: str) -> None:
         text = message.strip()
         if text:
             self.last_message = text
@@ -5840,7 +5833,7 @@ class AgentRun:
             if event.get("error_status") == 401:
                 # This ends the run, without success: the CLI would retry for three minutes.
                 self.result = self.result or {"api_error_status": 401}
-            self.log("agent", f"The model's API failed: {event.get('error')}")
+            self.note("agent", f"The model's API failed: {event.get('error')}")
         elif event["type"] in ("assistant", "user"):
             content = event["message"]["content"]
             blocks = content if isinstance(content, list) else []
@@ -5849,12 +5842,12 @@ class AgentRun:
 
     def read_block(self, speaker: str, block: dict[str, Json]) -> None:
         if block["type"] == "text" and speaker == "assistant":
-            self.log("agent", str(block["text"]))
+            self.note("agent", str(block["text"]))
         elif block["type"] == "tool_use":
-            self.log("tool", tool_call_text(block["name"], block["input"]))
+            self.note("tool", tool_call_text(block["name"], block["input"]))
         elif block["type"] == "tool_result":
             source = "error" if block.get("is_error") else "output"
-            self.log(source, tool_result_text(block["content"]) or "(no output)")
+            self.note(source, tool_result_text(block["content"]) or "(no output)")
 
     def answer(self) -> JsonObject:
         """Return the JSON that a schema asked for, or plain words as its "summary"."""
@@ -7592,7 +7585,7 @@ def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
                 job_ids.put(job_id)
 
 
-def probe_database(codebot: Codebot) -> None:
+def test_database(codebot: Codebot) -> None:
     """Wait a moment, and then write to the database to see whether that works."""
     codebot.wait(DATABASE_TEST_INTERVAL)
     try:
@@ -9974,7 +9967,7 @@ def running_server(codebot: Codebot) -> Iterator[Server]:
         workers += start_workers(codebot, "review", codebot.config.review_workers)
         start_thread(codebot, "sync", Sync(codebot, codebot.github).step)
     start_thread(codebot, "timer", functools.partial(queue_due_jobs, codebot))
-    start_thread(codebot, "database", functools.partial(probe_database, codebot))
+    start_thread(codebot, "database", functools.partial(test_database, codebot))
     start_thread(codebot, "cleanup", Cleanup(codebot).step)
     start_thread(codebot, "accept", lambda: server.serve_forever(SWEEP_INTERVAL))
     try:
