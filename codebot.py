@@ -6938,20 +6938,21 @@ def answer_threads(review: Review) -> None:
     refusal = ""
     for thread_key, members in group_by_thread(comments).items():
         try:
-            post_answer(review, thread_key, members[0])
+            post_answer(review, thread_key, members)
         except GitHubError as error:  # the other threads still get their answers
             refusal = f"GitHub refused the answer: {error}"
     if refusal:
         raise JobFailed("internal", refusal)
 
 
-def post_answer(review: Review, thread_key: str, comment: Comment) -> None:
-    """Answer a comment in its thread or, if that is gone, in the conversation.
+def post_answer(review: Review, thread_key: str, comments: Sequence[Comment]) -> None:
+    """Answer comments in their thread or, if that is gone, in the conversation.
 
-    If the comment itself is gone, nothing is posted.
+    There, the first one that still exists is quoted. If none does, nothing is posted.
     """
     run = review.run
     github_repository = review.github_repository
+    comment = comments[0]
     body = run.redact(answer_body(run.job, thread_key, comment))
     marker = f"<!-- codebot answer {run.job.id} {thread_key} -->"
     inline_thread = comment.thread if comment.place == "inline" else 0
@@ -6961,10 +6962,13 @@ def post_answer(review: Review, thread_key: str, comment: Comment) -> None:
         log.info("No answer to %s, which was deleted: %s", thread_key, error)
         if not inline_thread:
             return
-        current = github_repository.comments(review.number)
-        if comment.id in [other.id for other in current if other.place == "inline"]:
-            moved = dataclasses.replace(comment, place="conversation")
-            post_answer(review, thread_key, moved)
+        with contextlib.suppress(NotFound):  # the pull request is gone, too
+            current = [*github_repository.comments(review.number)]
+            ids = {other.id for other in current if other.place == "inline"}
+            left = [other for other in comments if other.id in ids]
+            if left:
+                moved = dataclasses.replace(left[0], place="conversation")
+                post_answer(review, thread_key, [moved])
 
 
 def answer_body(job: Job, thread_key: str, comment: Comment) -> str:

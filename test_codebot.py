@@ -10905,6 +10905,21 @@ def test_reply_that_was_deleted_with_its_thread_is_not_quoted(pull: Pull) -> Non
     assert pull.answers() == []
 
 
+def test_remaining_reply_of_a_deleted_thread_is_answered(pull: Pull) -> None:
+    pull.site.agent.follow(f"classify change; block; {MAKE_CHANGE}")
+    top = pull.site.person("bob").inline("Hm", webhook=False)
+    alice = pull.site.person("alice")
+    first = alice.inline("Say more", reply_to=top, webhook=False)
+    alice.inline("Really", reply_to=top, webhook=False)
+    alice.announce(first)
+    pull.site.agent.wait_until_blocked()
+    for comment in (top, first):
+        pull.site.repository.comments.remove(comment)
+    pull.site.agent.release()
+    assert pull.review()["commit"] == pull.tip()
+    assert pull.answer().startswith("@alice says:\n\n> Really\n\nThe change is in ")
+
+
 def test_answer_to_a_pull_request_that_is_gone_is_given_up(pull: Pull) -> None:
     pull.site.agent.follow("classify change; result 'I cannot' error true")
     top = pull.site.person("bob").inline("Hm", webhook=False)
