@@ -3033,6 +3033,10 @@ class GitFailed(Exception):
     """git failed and would fail again. The message is for people."""
 
 
+class GitTooSlow(GitFailed):
+    """git was ended by a limit."""
+
+
 class GitAuthFailed(GitFailed):
     """The remote rejects the credential, or does not permit it to do this."""
 
@@ -3322,7 +3326,7 @@ class GitDirectory:
                 umask=umask,
             )
         except LimitReached as error:
-            raise GitFailed(f"git {args[0]} {error}") from None
+            raise GitTooSlow(f"git {args[0]} {error}") from None
 
     def remote_git(self, repository: Repository, *args: str) -> ProgramResult:
         """Run git against the remote, and again with a new token if the first is refused.
@@ -3352,8 +3356,8 @@ class GitDirectory:
             result = self.run_git(args, env, umask=self.config.umask)
         except TransientError as error:
             raise TransientError(hide_logins(str(error))) from None
-        except GitFailed as error:  # it was ended by a limit
-            if args[0] == "fetch":  # it would take as long again
+        except GitTooSlow as error:
+            if args[0] == "fetch":  # a slow one would take as long again
                 raise
             raise TransientError(str(error)) from None
         if result.code != 0:
@@ -5591,6 +5595,8 @@ class Workspace:
         """Fetch the branch, and return whether it contains the commit."""
         try:
             _, tip = self.mirror.fetch_branch(self.repository, self.branch)
+        except GitTooSlow as error:  # as in fetch_or_fail
+            raise TransientError(f"git cannot fetch: {error}") from None
         except (BranchNotFound, GitFailed):
             return False
         return self.mirror.is_ancestor(commit, tip)
@@ -6243,7 +6249,8 @@ def fetch_or_fail(
             message = "The repository is empty or has no default branch"
         raise JobFailed(reason_if_missing, message) from None
     except GitFailed as error:
-        if isinstance(error, GitAuthFailed) and workspace.run.job.commit_id:
+        may_pass = isinstance(error, (GitAuthFailed, GitTooSlow))
+        if may_pass and workspace.run.job.commit_id:
             # The commit has cost something, as in push().
             raise TransientError(f"GitHub refuses git: {error}") from None
         message = workspace.mirror.with_advice(str(error))

@@ -7885,6 +7885,31 @@ def test_remote_that_hangs_is_tried_again(
         directory.git_with_token("", "fetch", "git@git.acme.com:a")
 
 
+class SlowMirror(codebot.Mirror):
+    """A mirror whose every fetch is ended by the time limit."""
+
+    def fetch_branch(
+        self, repository: codebot.Repository, branch: str
+    ) -> tuple[str, str]:
+        raise codebot.GitTooSlow("git fetch took more than 1800 s")
+
+
+def test_only_finished_work_waits_if_a_fetch_takes_too_long(
+    store: codebot.Store,
+) -> None:
+    run = codebot.JobRun(app_with(store), claim_review(store))
+    repository = codebot.Repository("https://git.acme.com/a", "a", "mirrors/a.git")
+    workspace = codebot.Workspace(run, repository, "task_1234567")
+    workspace.mirror = SlowMirror(run.config, "mirror", codebot.do_nothing)
+    with pytest.raises(codebot.JobFailed, match="git fetch took more than"):
+        codebot.fetch_or_fail(workspace, "main", "push_rejected")
+    run.job = dataclasses.replace(run.job, commit_id="a" * 40)
+    with pytest.raises(codebot.TransientError, match="git fetch took more than"):
+        codebot.fetch_or_fail(workspace, "main", "push_rejected")
+    with pytest.raises(codebot.TransientError, match="git fetch took more than"):
+        workspace.remote_has("a" * 40)
+
+
 def test_token_that_git_refuses_is_renewed_once(shared: Site) -> None:
     refused = (401, b"Invalid username or token.")
     challenge = {"WWW-Authenticate": 'Basic realm="GitHub"'}
