@@ -9226,14 +9226,17 @@ class ConnectionTable:
                 if now > entry.since + STATE_TIMEOUTS[entry.state]:
                     self._drop(connection)
 
-    def evict(self) -> None:
-        """Make room when no descriptor is left. Raises OSError if that is impossible."""
+    def evict(self, kept: socket.socket | None = None) -> None:
+        """Make room when no descriptor or, for ``kept``, no thread is left.
+
+        Raises OSError if that is impossible.
+        """
         with self._lock:
-            self._evict()
+            self._evict(kept)
 
     # With the lock held
 
-    def _evict(self) -> None:
+    def _evict(self, kept: socket.socket | None = None) -> None:
         """Drop the connection that has waited longest for its client.
 
         Normally that is the oldest one that is waiting or receiving. But if more than half
@@ -9244,6 +9247,8 @@ class ConnectionTable:
         idle = None
         slow_readers = []  # connections that are sending and older than the idle one
         for connection, entry in self._entries.items():
+            if connection is kept:
+                continue
             if entry.state in ("waiting", "receiving"):
                 idle = connection
                 break
@@ -9556,9 +9561,7 @@ class Server(http.server.ThreadingHTTPServer):
         except RuntimeError:
             # The host allows no more threads. The next one that is free serves it, so
             # another connection must end. If none can, evict() raises OSError.
-            self.connections.remove(request)
-            self.connections.evict()
-            self.connections.add(request)
+            self.connections.evict(kept=request)
 
     def service_actions(self) -> None:
         now = time.monotonic()

@@ -12929,6 +12929,7 @@ def test_idle_client_makes_way_if_host_allows_no_more_threads(tmp_path: Path) ->
     config = codebot.Config(host="127.0.0.2", port=0, work_dir=str(tmp_path))
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(codebot.Server(codebot.Codebot(config)))
+        server._next_sweep = float("inf")  # a sweep would start a thread
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         stack.callback(server.shutdown)
         idle, client = (socket.create_connection(server.server_address) for _ in "12")
@@ -12948,6 +12949,7 @@ def test_connection_is_closed_if_host_allows_no_thread(tmp_path: Path) -> None:
     config = codebot.Config(host="127.0.0.2", port=0, work_dir=str(tmp_path))
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(codebot.Server(codebot.Codebot(config)))
+        server._next_sweep = float("inf")  # a sweep would start a thread
         size = threading.stack_size()
         thread = threading.Thread(
             target=server.serve_forever, args=(0.01,), daemon=True
@@ -13043,6 +13045,8 @@ def test_clients_that_do_not_read_make_way_if_they_are_the_most() -> None:
         assert [is_closed(end) for end in theirs] == [True, False, False, False, False]
         table.evict()  # two of four are not the most
         assert [is_closed(end) for end in theirs] == [True, False, False, True, False]
+        table.evict(kept=own[4])
+        assert [is_closed(end) for end in theirs] == [True, True, False, True, False]
 
 
 @contextlib.contextmanager
