@@ -2394,9 +2394,9 @@ def commented_lines(payload: JsonObject) -> str:
     """Return the lines that a comment is on, such as "7" or "5-7"; "" if unknown."""
     # Once a comment is outdated, `line` is null, and only its original lines are known.
     prefix = "" if payload.get("line") else "original_"
-    names = ["line"]
-    if payload.get("start_side") == payload.get("side"):
-        names = ["start_line", "line"]
+    names = ["start_line", "line"]
+    if payload.get("start_side") not in (None, payload.get("side")):
+        names = ["line"]
     numbers = [payload.get(f"{prefix}{name}") for name in names]
     lines = "-".join(str(int(number)) for number in numbers if number)
     if lines and payload.get("side") == "LEFT":

@@ -9481,6 +9481,7 @@ def test_invisible_characters_of_a_commented_line_are_removed() -> None:
         ({"line": None, "original_line": 9, "original_start_line": 5}, "5-9"),
         ({"line": 22, "side": "LEFT"}, "22 before the change"),
         ({"line": 9, "start_line": 7, "start_side": "RIGHT", "side": "RIGHT"}, "7-9"),
+        ({"line": 9, "start_line": 7, "start_side": None, "side": "RIGHT"}, "7-9"),
         ({"line": 20, "start_line": 22, "start_side": "LEFT", "side": "RIGHT"}, "20"),
         ({"line": 22, "side": "RIGHT"}, "22"),
         ({"line": None, "side": "LEFT", "subject_type": "file"}, ""),
