@@ -8,7 +8,7 @@ codebot answers, or changes the code and pushes again.
 
 It needs Python 3.9 or newer with its standard library, and runs the programs git,
 openssl (with GitHub), bwrap, claude, and sh with chmod, rm and sleep (in the demo also
-cat and grep). It is for Linux; on macOS it works without bwrap.
+cat and grep). It is for Linux. On macOS, without bwrap, it is untested.
 
     python3 codebot.py demo    try it: one task from end to end, no configuration
     python3 codebot.py check   check the requirements; says how to fix what it finds
@@ -624,7 +624,7 @@ def setting(
 ) -> Any:
     """Define a field of Config: its variable, parser, default and the flag's help.
 
-    An empty variable counts as not set, even if .env sets it, unless it may be empty.
+    An empty variable counts as not set, and hides that of .env, unless it may be empty.
     """
     metadata = {
         "variable": variable,
@@ -699,7 +699,7 @@ class Config:
     )
     tls_key: str = setting("", str, "", "private key (PEM)")
     debug: bool = setting("", bool, False, "verbose log; restart on changes")
-    # The remaining fields are no settings.
+    # No variable or flag sets the remaining fields.
     env_file: str = ""  # the path of .env, which need not exist
     # The umask with which codebot was started. FILES, above, says which programs have it;
     # all else has PRIVATE_UMASK.
@@ -1193,7 +1193,7 @@ SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
 # git's advice and empty lines, including a remote's.
 NOISE_RE = re.compile(r"(hint:.*|remote:)?")
 CAUSE_RE = re.compile(r"(fatal|error|remote: error):|.*denied")
-# What programs say if the host lacks disk space, or processes or memory.
+# What programs say if the host lacks disk space, processes or memory.
 SHORTAGE = (
     "No space left on device|Disk quota exceeded|: Quota exceeded"  # the last is musl's
     "|Resource temporarily unavailable|Cannot fork|Cannot allocate memory"
@@ -1217,7 +1217,7 @@ class ProgramResult(NamedTuple):
     code: int  # has no meaning if a LineHandler has returned True
     stdout: list[str]
     stderr: list[str]
-    is_disk_full: bool = False  # then output may be missing
+    is_disk_full: bool = False  # when the program ended: then output may be missing
 
     @property
     def error(self) -> str:
@@ -1714,7 +1714,8 @@ class LaunchedProgram(RunningProgram):
     def result(self) -> ProgramResult:
         """Return how the program ended.
 
-        Raises TransientError if the launcher, the node or a full disk made it fail.
+        Raises what RunningProgram.result raises, and TransientError if the launcher or its
+        node failed.
         """
         result = super().result()
         if self.node_code is None and self.grace_ends_at is None:
@@ -2231,7 +2232,7 @@ LOOKUP = 0  # the lookup token
 AS_APP = -1  # the App's own JWT
 TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
-PAGE_SIZE = 50  # entries of a list in one response: 100 is GitHub's limit
+PAGE_SIZE = 50  # entries of a list in one response; GitHub allows 100
 # Of one response. A comment takes up to 0.3 MB, and its part of the diff another 0.5 MB.
 MAX_GITHUB_BYTES = 64 << 20
 MAX_CACHED_REPLIES = 4000  # a poll takes about four for each open pull request
@@ -5302,7 +5303,7 @@ class Workspace:
         env = base_environment(self.config)
         # The agent's git uses the configuration in HOME, and not /dev/null, which root
         # could replace. The git of a launcher or a sandbox must not obey the agent, so
-        # behind these Sandbox.wrap takes the variable out.
+        # behind these Sandbox.wrap takes GIT_CONFIG_GLOBAL out.
         if self.codebot.sandbox.is_none and not self.config.launcher:
             del env["GIT_CONFIG_GLOBAL"]
         env.update(copy_variables(self.config, [*NETWORK_NAMES, "TZ"]))
@@ -6252,7 +6253,7 @@ def fetch_or_fail(
         may_pass = isinstance(error, (GitAuthFailed, GitTooSlow))
         if may_pass and workspace.run.job.commit_id:
             # The commit has cost something, as in push().
-            raise TransientError(f"GitHub refuses git: {error}") from None
+            raise TransientError(f"git cannot fetch: {error}") from None
         message = workspace.mirror.with_advice(str(error))
         raise JobFailed(
             "clone_failed", f"Failed to clone repository: {message}"
@@ -6622,8 +6623,8 @@ def load_comments(review: Review) -> Review:
     comments = []
     for stored in run.store.stored_comments(run.job.id):
         comment = current.get((stored.place, stored.id))
-        # Taken for deleted only in a retry: another deletion while the pages of a list were
-        # read may have shifted this one out of them.
+        # Taken for deleted only in a retry, and if it is not new: another deletion while
+        # the pages of a list were read may have shifted this one out of them.
         is_retry = run.job.transient_since > 0
         if comment is None and (not is_retry or may_appear_later(stored)):
             raise TransientError("GitHub does not list a comment yet")
