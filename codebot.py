@@ -7597,7 +7597,7 @@ def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
                 job_ids.put(job_id)
 
 
-def test_database(codebot: Codebot) -> None:
+def try_database(codebot: Codebot) -> None:
     """Wait a moment, and then write to the database to see whether that works."""
     codebot.wait(DATABASE_TEST_INTERVAL)
     try:
@@ -9982,7 +9982,7 @@ def running_server(codebot: Codebot) -> Iterator[Server]:
         workers += start_workers(codebot, "review", codebot.config.review_workers)
         start_thread(codebot, "sync", Sync(codebot, codebot.github).step)
     start_thread(codebot, "timer", functools.partial(queue_due_jobs, codebot))
-    start_thread(codebot, "database", functools.partial(test_database, codebot))
+    start_thread(codebot, "database", functools.partial(try_database, codebot))
     start_thread(codebot, "cleanup", Cleanup(codebot).step)
     start_thread(codebot, "accept", lambda: server.serve_forever(SWEEP_INTERVAL))
     try:
