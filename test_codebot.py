@@ -9455,24 +9455,32 @@ def test_character_that_nobody_sees_is_removed(ends: str) -> None:
     assert codebot.visible_text(f"a{''.join(characters)}b") == "ab"
 
 
-def test_invisible_characters_of_a_commented_line_are_removed() -> None:
+def parse_inline_comment(**fields: Any) -> codebot.Comment:
+    """Return an inline comment with these fields, as codebot reads it."""
     payload = {
         "id": 1,
         "user": {"login": "alice", "type": "User"},
-        "body": "Fine, thanks",
+        "body": "Delete these",
         "created_at": "2026-01-01T00:00:00Z",
-        "path": "a\U000e0041.py",
-        "diff_hunk": "@@ -1 +1 @@\n+1\u200b\U000e0041",
+        "path": "a.py",
     }
-    comment = codebot.parse_comment("inline", payload)
+    comment = codebot.parse_comment("inline", {**payload, **fields})
     assert comment is not None
+    return comment
+
+
+def test_invisible_characters_of_a_commented_line_are_removed() -> None:
+    comment = parse_inline_comment(
+        path="a\U000e0041.py", diff_hunk="@@ -1 +1 @@\n+1\u200b\U000e0041"
+    )
     assert comment.path == "a\N{REPLACEMENT CHARACTER}.py"
     assert comment.diff_hunk == "@@ -1 +1 @@\n+1"
-    payload["diff_hunk"] = f"@@ -0,0 +1,900000 @@\n{'+line' * 99_999}\n+The end"
-    comment = codebot.parse_comment("inline", payload)
-    assert comment is not None
-    assert len(comment.diff_hunk) == 5000
-    assert comment.diff_hunk.endswith("\n+The end")
+
+
+def test_only_end_of_a_long_part_of_the_diff_is_kept() -> None:
+    hunk = f"@@ -0,0 +1,900000 @@\n{'+line' * 99_999}\n+The end"
+    comment = parse_inline_comment(diff_hunk=hunk)
+    assert comment.diff_hunk == hunk[-5000:]
 
 
 @pytest.mark.parametrize(
@@ -9493,15 +9501,7 @@ def test_invisible_characters_of_a_commented_line_are_removed() -> None:
     ],
 )
 def test_lines_of_comment_are_named(fields: dict[str, Any], lines: str) -> None:
-    payload = {
-        "id": 1,
-        "user": {"login": "alice", "type": "User"},
-        "body": "Delete these",
-        "created_at": "2026-01-01T00:00:00Z",
-        "path": "a.py",
-    }
-    comment = codebot.parse_comment("inline", {**payload, **fields})
-    assert comment is not None
+    comment = parse_inline_comment(**fields)
     assert comment.lines == lines
     prompt = codebot.format_comments("comment", [comment])
     assert f' path="a.py" line="{lines or "?"}">' in prompt
