@@ -3329,24 +3329,29 @@ class GitDirectory:
         except LimitReached as error:
             raise GitTooSlow(f"git {args[0]} {error}") from None
 
-    def remote_git(self, repository: Repository, *args: str) -> ProgramResult:
+    def remote_git(
+        self, repository: Repository, *args: str, on_lines: LineHandler = do_nothing
+    ) -> ProgramResult:
         """Run git against the remote, and again with a new token if the first is refused.
 
         Raises TransientError or GitFailed.
         """
         if repository.github_repository is None:
-            return self.git_with_token("", *args)
+            return self.git_with_token("", *args, on_lines=on_lines)
         github = repository.github_repository.github
         repository_id = repository.github_repository.id
         try:
-            return self.git_with_token(github.token(repository_id), *args)
+            token = github.token(repository_id)
+            return self.git_with_token(token, *args, on_lines=on_lines)
         except GitAuthFailed:
             github.forget_token(repository_id)
         token = github.token(repository_id)
         github.wait(TOKEN_RETRY_DELAY)
-        return self.git_with_token(token, *args)
+        return self.git_with_token(token, *args, on_lines=on_lines)
 
-    def git_with_token(self, token: str, *args: str) -> ProgramResult:
+    def git_with_token(
+        self, token: str, *args: str, on_lines: LineHandler = do_nothing
+    ) -> ProgramResult:
         """Run git against the remote. Only this function gives git a credential.
 
         Raises TransientError, GitAuthFailed or GitFailed.
@@ -3354,7 +3359,7 @@ class GitDirectory:
         env = remote_environment(self.config, token)
         try:
             # With --no-github, the remote may be a directory that others also use.
-            result = self.run_git(args, env, umask=self.config.umask)
+            result = self.run_git(args, env, on_lines=on_lines, umask=self.config.umask)
         except TransientError as error:
             raise TransientError(hide_logins(str(error))) from None
         except GitTooSlow as error:
@@ -3442,21 +3447,22 @@ class Mirror(GitDirectory):
 
         "" asks for the default branch. Raises BranchNotFound.
         """
-        url = repository.url
         ref = f"refs/heads/{branch}" if branch else "HEAD"
-        # git also lists branches named .../HEAD or .../refs/heads/BRANCH, and only the last
-        # lines of its output are kept. So ref must come last. It does: names are sorted
-        # downward, without as many last parts as ref has, which leaves nothing of ref.
-        options = ("--symref", f"--sort=-refname:rstrip={ref.count('/') + 1}")
-        result = self.remote_git(repository, "ls-remote", *options, "--", url, ref)
         commit = ""
-        # "ref: refs/heads/main<TAB>HEAD" (default branch only), then "COMMIT<TAB>REF"
-        for line in result.stdout:
-            value, _, name = line.partition("\t")
-            if value.startswith("ref: refs/heads/") and name == "HEAD":
-                branch = value.removeprefix("ref: refs/heads/")
-            elif name == ref:
-                commit = value
+
+        def read(lines: list[str]) -> None:
+            # "ref: refs/heads/main<TAB>HEAD" (default branch only), then "COMMIT<TAB>REF".
+            # git also lists branches named .../HEAD or .../refs/heads/BRANCH.
+            nonlocal branch, commit
+            for line in lines:
+                value, _, name = line.partition("\t")
+                if value.startswith("ref: refs/heads/") and name == "HEAD":
+                    branch = value.removeprefix("ref: refs/heads/")
+                elif name == ref:
+                    commit = value
+
+        args = ("ls-remote", "--symref", "--", repository.url, ref)
+        self.remote_git(repository, *args, on_lines=read)
         if not branch or not commit:
             raise BranchNotFound(branch)
         return branch, commit
