@@ -3367,7 +3367,7 @@ class GitDirectory:
                 raise
             raise TransientError(str(error)) from None
         if result.code != 0:
-            raise remote_failure(result, is_github=token != "")
+            raise remote_failure(result, is_github=not self.config.no_github)
         return result
 
     def has_commit(self, commit: str) -> bool:
