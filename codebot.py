@@ -5446,7 +5446,8 @@ class Workspace:
             )
         tree = "\n".join(result.stdout)
         if not re.fullmatch("[0-9a-f]{40}", tree):  # something else wrote there
-            raise JobFailed("agent_failed", f"git printed no tree, but {tree[:200]!r}")
+            words = self.run.redact(tree)[:200]
+            raise JobFailed("agent_failed", f"git printed no tree, but {words!r}")
         return tree
 
     def collect_tree(self, base_commit: str, tree: str) -> bool:
