@@ -5863,11 +5863,11 @@ class AgentRun:
             source = "error" if block.get("is_error") else "output"
             self.note(source, tool_result_text(block["content"]) or "(no output)")
 
-    def answer(self) -> JsonObject:
+    def output(self) -> JsonObject:
         """Return the JSON that a schema asked for, or plain words as its "summary"."""
-        answer = self.result.get("structured_output")
-        if isinstance(answer, dict):
-            return answer
+        output = self.result.get("structured_output")
+        if isinstance(output, dict):
+            return output
         return {"summary": self.result.get("result")}
 
     def store_report(self, attempt: int) -> None:
@@ -5876,7 +5876,7 @@ class AgentRun:
         At attempt 1, the summary replaces any earlier one of the job.
         """
         job = self.run.job
-        words = str(self.answer().get("summary") or "")
+        words = str(self.output().get("summary") or "")
         summary = self.run.redact.beginning(words, 100_000)
         if attempt > 1:  # it describes only the repair, not the whole change
             summary = f"{job.summary}\n\n{summary}".strip()[:100_000]
@@ -5971,7 +5971,7 @@ def ask_agent(
     The prompt must begin with codebot's own words: the CLI takes a prompt that begins with
     a slash for one of its commands.
 
-    Returns AgentRun.answer(). Raises JobFailed unless the agent reports success.
+    Returns AgentRun.output(). Raises JobFailed unless the agent reports success.
     """
     run = workspace.run
     agent_run = AgentRun(run)
@@ -5994,7 +5994,7 @@ def ask_agent(
     finally:
         agent_run.store_report(attempt)
     agent_run.raise_if_failed(result)
-    return agent_run.answer()
+    return agent_run.output()
 
 
 def agent_command(run: JobRun, options: AgentOptions, session_option: str) -> list[str]:
@@ -6678,9 +6678,9 @@ def react_to_comments(review: Review) -> None:
 # From the comments to a commit
 
 
-def is_to_push(review: Job) -> bool:
-    """Return whether a review has a commit that no run of it has pushed."""
-    return review.commit_id not in ("", review.base_commit)
+def is_to_push(job: Job) -> bool:
+    """Return whether a review has a commit of which no push was recorded."""
+    return job.commit_id not in ("", job.base_commit)
 
 
 def prepare_answers(review: Review) -> None:
@@ -6755,12 +6755,12 @@ def classify(review: Review, text: str) -> None:
         no_repository = Repository("", "", mirror_path=directory)
         workspace = Workspace(run, no_repository, directory)
         prompt = f"Comments:\n{text}"
-        answer = ask_agent(workspace, prompt, CLASSIFY_OPTIONS, phase="classify")
-    kind = answer.get("kind")
+        output = ask_agent(workspace, prompt, CLASSIFY_OPTIONS, phase="classify")
+    kind = output.get("kind")
     answers: dict[str, str] = {}
     if kind not in ("question", "change", "none"):
         kind = "unclear"
-        ask = run.redact(str(answer.get("ask") or ""))[:10_000]
+        ask = run.redact(str(output.get("ask") or ""))[:10_000]
         # Stored even if the question is empty: see prepare_answers.
         answers = dict.fromkeys(group_by_thread(review.comments), ask)
     run.save_work(request_kind=kind, answers=answers)
@@ -6785,12 +6785,12 @@ def carry_out(review: Review, text: str) -> None:
     commit_id = ""
     if run.job.request_kind == "question":
         prompt = f"Questions:\n{text}"
-        answer = continue_session(review, base_commit, prompt, ANSWER_OPTIONS)
+        output = continue_session(review, base_commit, prompt, ANSWER_OPTIONS)
     else:
         prompt = f"Review comments:\n{text}"
-        answer = continue_session(review, base_commit, prompt, CHANGE_OPTIONS)
+        output = continue_session(review, base_commit, prompt, CHANGE_OPTIONS)
         commit_id = test_and_commit(workspace, review.task.request, base_commit)
-    answers = parse_answers(review, answer)
+    answers = parse_answers(review, output)
     run.save_work(base_commit=base_commit, commit_id=commit_id, answers=answers)
 
 
@@ -6799,7 +6799,7 @@ def continue_session(
 ) -> JsonObject:
     """Continue the task's session; if it is lost, begin one with the task and the diff.
 
-    Returns the agent's answer.
+    Returns AgentRun.output().
     """
     workspace = review.workspace
     try:
@@ -6837,10 +6837,10 @@ def pull_request_diff(review: Review, commit: str) -> str:
     return "\n".join(lines)[-200_000:]
 
 
-def parse_answers(review: Review, answer: JsonObject) -> dict[str, str]:
+def parse_answers(review: Review, output: JsonObject) -> dict[str, str]:
     """Return an answer for each thread: its own, or else the agent's summary."""
     # The CLI has checked them by ANSWER_SCHEMA. Forged ones raise an error: the job fails.
-    entries = answer.get("answers") or []
+    entries = output.get("answers") or []
     answers = {}
     for thread_key, members in group_by_thread(review.comments).items():
         ids = {comment.id for comment in members}
@@ -7970,7 +7970,7 @@ def read_task_request(config: Config, fields: Fields) -> TaskRequest:
 def queue_task(
     codebot: Codebot,
     request: Request,
-    task: TaskRequest,
+    task_request: TaskRequest,
     issue: SourceIssue = NO_ISSUE,
     retry_of: str = "",
 ) -> Response:
@@ -7979,7 +7979,7 @@ def queue_task(
     if key and retry_of:
         # The failed task may have the same key. No client can send a key with a line break.
         key = f"{key}\nretry of {retry_of}"
-    job = codebot.submit(task, submitter(request), key, issue)
+    job = codebot.submit(task_request, submitter(request), key, issue)
     message = "Task queued successfully"
     if job.status != "pending":
         message = f"The task was submitted before; its status is {job.status}"
@@ -7999,8 +7999,7 @@ def submit_task(codebot: Codebot, request: Request) -> Response:
         fields = parse_object(body)
     except ValueError as error:
         raise HTTPError(400, f"The body {error}") from None
-    task = read_task_request(codebot.config, fields)
-    return queue_task(codebot, request, task)
+    return queue_task(codebot, request, read_task_request(codebot.config, fields))
 
 
 def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
@@ -8059,7 +8058,8 @@ def describe_task(codebot: Codebot, job: Job) -> Fields:
     else:
         fields["result"] = describe_result(codebot, job)
         fields["reviews"] = [
-            describe_review(codebot, review) for review in codebot.store.reviews(job.id)
+            describe_review(codebot, review_job)
+            for review_job in codebot.store.reviews(job.id)
         ]
     return fields
 
@@ -8068,16 +8068,16 @@ def task_status(codebot: Codebot, request: Request, task_id: str) -> Response:
     return json_response(describe_task(codebot, find_task(codebot, task_id)))
 
 
-def describe_review(codebot: Codebot, review: Job) -> Fields:
-    comments = codebot.store.stored_comments(review.id)
-    answers = [text for text in review.answers.values() if text]
-    commit = review.commit_id
-    if is_to_push(review):  # nobody can find it yet
+def describe_review(codebot: Codebot, job: Job) -> Fields:
+    comments = codebot.store.stored_comments(job.id)
+    answers = [text for text in job.answers.values() if text]
+    commit = job.commit_id
+    if is_to_push(job):  # nobody can find it yet
         commit = ""
     return {
-        **pick(review, "id", *JOB_FIELDS, "phase", "reviewer", "error", "reason"),
+        **pick(job, "id", *JOB_FIELDS, "phase", "reviewer", "error", "reason"),
         "request": "\n\n".join(comment.text for comment in comments) or None,
-        "kind": review.request_kind or None,  # a question or a change; not Job.kind
+        "kind": job.request_kind or None,  # a question or a change; not Job.kind
         "answer": "\n\n".join(answers) or None,
         "commit": commit or None,
     }
