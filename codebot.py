@@ -24,7 +24,7 @@ HOW TO READ THIS FILE
     II.  The work       every state, what an agent receives, what happens to its work
     III. The network    everything that can be requested from outside, and by whom
     IV.  Commands       how it is started and stopped
-  If you have only an hour, read these:
+  If you have an hour or two, read these, about 800 lines:
     secrets          Redactor, Workspace.environment, remote_environment
     programs         run_program, private_directories, sandbox_mounts, bwrap_command
     GitHub           GitHub.send, has_write_access
@@ -138,9 +138,10 @@ WHAT LEAVES THE HOST
                  requests, answers, and comments on issues. They contain words of the task,
                  of the reviewer and of the agent, file names, the test command, the end of
                  a failing test's output, time and cost, and error messages, all redacted.
-                 git lists branches, fetches and, after the checks by fsck and
-                 DiffScanner, pushes the commit to codebot's own branch u/codebot/...,
-                 whose name has the ticket's id and words of the task.
+                 (Error messages may name paths of this host.) git lists branches, fetches
+                 and, after the checks by fsck and DiffScanner, pushes the commit to
+                 codebot's own branch u/codebot/..., whose name has the ticket's id and
+                 words of the task.
   to the task's remote   with --no-github: the same requests by git
   to the model   what the agent sends: its prompt, and whatever it reads
   to a node      with a launcher: command lines, environment variables and input of the
@@ -178,7 +179,9 @@ WHERE SECRETS GO
   But the agent's home keeps its session, with everything that the agent has printed.
 
 KNOWN LIMITATIONS
-  They stand where the reader meets what is limited. Search for "Known limitation".
+  They stand where the reader meets what is limited: at the beginning of the sections
+  Settings and secrets, Sandbox, GitHub, Git, Store, Workspace, Agent, Task, Looking at
+  GitHub, and Routes and server. Those of Sandbox concern the host most.
 
 LIFE OF A JOB
   pending   -> running      a worker starts it
@@ -195,9 +198,9 @@ LIFE OF A JOB
   phase queued while they wait for a node.
 
   - A task is on disk before the client gets its 202.
-  - A commit is in the store before it is pushed. A retry of a task pushes it again, which
-    changes nothing. (If the branch was deleted meanwhile, a task that has no pull request
-    yet restores it.) A retry of a review does so only if no push was stored.
+  - A commit's id is in the store before the commit is pushed. A retry of a task pushes it
+    again, which changes nothing. (If the branch was deleted meanwhile, a task that has no
+    pull request yet restores it.) A retry of a review does so only if no push was stored.
   - A retry finds a pull request by its branch.
   - An answer is in the store before it is posted. A retry finds it by its marker. It may be
     posted twice only if the first one, or its marker, was removed before a retry, or if
@@ -2214,6 +2217,8 @@ class Sandbox:
 #   and base, for its own.
 # - Pull requests are the App's. So a person who asked for a change may approve it, even
 #   where GitHub lets nobody approve their own.
+# - If the address of GitHub is http://, for a tunnel on this machine, an agent can listen
+#   on its port while the tunnel is down, and be sent JWTs and tokens.
 # - HTML comments (also in code, where GitHub shows them) and invisible characters are
 #   removed from text that people write on GitHub, and so is everything after a <!-- without
 #   an end. Text that is hidden there in other ways is not removed, such as in <?...?>, in
@@ -6662,7 +6667,7 @@ def may_appear_later(comment: StoredComment) -> bool:
 
 
 def react_to_comments(review: Review) -> None:
-    """Try to react to each comment, once unless codebot is restarted."""
+    """React to each comment, if GitHub answers: at most once in this process."""
     paths = {"inline": "/pulls/comments", "conversation": "/issues/comments"}
     reacted_to = review.run.codebot.reacted_to
     new = []
@@ -8276,9 +8281,10 @@ class NoAction(Exception):
 
 
 def webhook(codebot: Codebot, request: Request) -> Response:
-    """Accept a delivery from GitHub. A comment is on disk before the answer is sent.
+    """Accept a delivery from GitHub. A comment is on disk before the response is sent.
 
-    For other events, the sync thread looks at GitHub, as it does at every start.
+    For a label or the end of a pull request, the sync thread looks at GitHub, as it does
+    at every start.
     """
     # %.99s, below, logs at most 99 characters of what a delivery says.
     event = request.headers.get("x-github-event", "")
