@@ -7,8 +7,8 @@ makes one commit, pushes a branch and opens a pull request. When reviewers comme
 codebot answers, or changes the code and pushes again.
 
 It needs Python 3.9 or newer with its standard library, and runs the programs git,
-openssl (with GitHub), bwrap, claude, and sh with chmod, rm and sleep (in the demo also
-cat and grep). It is for Linux. On macOS, without bwrap, it is untested.
+openssl (with GitHub), bwrap, claude, and sh with chmod, rm, sed and sleep (in the demo
+also cat and grep). It is for Linux. On macOS, without bwrap, it is untested.
 
     python3 codebot.py demo    try it: one task from end to end, no configuration
     python3 codebot.py check   check the requirements; says how to fix what it finds
@@ -5798,6 +5798,11 @@ CLASSIFY_OPTIONS = AgentOptions(
 # The CLI's options for the task's session, whose id is the task's id.
 BEGIN_SESSION = "--session-id"
 CONTINUE_SESSION = "--resume"
+# Removes from the session what the CLI has noted of its cost. Otherwise the cost of a run
+# that continues it would include that of all earlier ones (seen with 2.1.332).
+FORGET_COST_SCRIPT = """
+sed -i '/^{"type":"cost-state"/d' "$HOME"/.claude/projects/*/*.jsonl
+"""
 
 
 class SessionLost(JobFailed):
@@ -5980,6 +5985,8 @@ def ask_agent(
     """
     run = workspace.run
     agent_run = AgentRun(run)
+    if session_option == CONTINUE_SESSION:
+        workspace.script(FORGET_COST_SCRIPT)
     try:
         command = SandboxedCommand(
             name=run.config.claude_command[0],

@@ -6269,6 +6269,28 @@ def test_budget_covers_all_attempts_together(fresh: Site) -> None:
     assert len(fresh.agent.runs()) == 1
 
 
+# An agent that notes its session's cost in the session, and reports the total.
+AGENT_WITH_TOTAL_COST = """
+session=$HOME/.claude/projects/p/s.jsonl
+mkdir -p "${session%/*}"
+! grep -q '^{"type":"cost-state"' "$session" || cost=0.5
+cat >>"$session" <<END
+{"type":"user","text":"\\"type\\":\\"cost-state\\""}
+{"type":"cost-state","totalCostUSD":$cost}
+END
+say "$(grep -c '"user"' "$session") messages"
+[ $purpose = task ] || echo good >state
+result
+"""
+
+
+def test_cost_of_continued_session_counts_once(shared: Site) -> None:
+    shared.agent.follow(AGENT_WITH_TOTAL_COST)
+    task = shared.api.submit(test_command="grep good state")
+    assert shared.api.completed(task)["cost_usd"] == 0.5
+    assert "agent: 2 messages" in shared.api.messages(task)
+
+
 @pytest.mark.parametrize(
     ("content", "text"),
     [("", "(no output)"), ([], "(no output)"), ([{"text": "a"}, {}], "a"), ("b", "b")],
