@@ -7511,8 +7511,11 @@ def ending_after_transient_error(
     is_too_often = costs_money and job.interruptions + 1 >= MAX_INTERRUPTIONS
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     if is_too_often or now > give_up_at:
+        phase = job.phase
+        if job.commit_id and phase in ("", "clone"):  # of a retry, which begins anew
+            phase = "pull_request" if job.push_started else "push"
         # job.reason and job.error: of a review that had only its failure left to post.
-        reason = job.reason or REASON_BY_PHASE.get(job.phase, "internal")
+        reason = job.reason or REASON_BY_PHASE.get(phase, "internal")
         return Ending("failed", reason, job.error or error)
     return Ending(
         "pending",
@@ -7544,7 +7547,9 @@ def store_failure(run: JobRun, ending: Ending) -> None:
     the steps run again.
     """
     error = ending.error
-    if run.job.commit_id and ending.reason in ("interrupted", "internal"):
+    was_pushed = not is_to_push(run.job)
+    may_be_pushed = was_pushed or ending.reason in ("interrupted", "internal")
+    if run.job.commit_id and may_be_pushed:
         error += f". The commit {run.job.commit_id} may have been pushed"
     error = run.redact(error)[:10_000]
     # Logged now: if the reviewer cannot be told, the review may end with another error.

@@ -4917,6 +4917,35 @@ def test_finished_answer_is_posted_again_without_counting_interruptions(
     assert stored_job(store, review).interruptions == 0
 
 
+@pytest.mark.parametrize(
+    ("progress", "reason"),
+    [
+        ({"phase": "clone"}, "clone_failed"),
+        ({"phase": "clone", "commit_id": "c0ffee"}, "push_rejected"),
+        (
+            {"phase": "clone", "commit_id": "c0ffee", "push_started": True},
+            "pull_request_failed",
+        ),
+        ({"phase": "agent", "commit_id": ""}, "internal"),
+    ],
+)
+def test_task_that_waited_too_long_fails_in_the_step_that_was_left(
+    store: codebot.Store, progress: dict[str, Any], reason: str
+) -> None:
+    run = codebot.JobRun(app_with(store), store_task_in_state(store, "running"))
+    run.job = dataclasses.replace(run.job, transient_since=1.0, **progress)
+    assert codebot.ending_after_transient_error(run, "502").reason == reason
+
+
+def test_reviewer_of_a_pushed_commit_is_told_so_if_the_answer_fails(
+    store: codebot.Store,
+) -> None:
+    run = codebot.JobRun(app_with(store), claim_review(store))
+    run.update(commit_id="c0ffee", base_commit="c0ffee")
+    codebot.store_failure(run, codebot.Ending("failed", "push_rejected", "502"))
+    assert "c0ffee may have been pushed" in run.job.error
+
+
 def test_failure_that_the_reviewer_is_to_be_told_survives_retries(
     store: codebot.Store,
 ) -> None:
