@@ -2453,10 +2453,13 @@ def github_error_text(status: int, payload: Json) -> str:
 
 
 # Two temporary reasons for a status of 422: comments and pull requests are made too fast;
-# GitHub does not see a pushed branch, or its commit, yet. The quotes are single because
-# github_error_text appends GitHub's list of errors as Python prints it.
+# one part of GitHub does not see yet what another one has: a pushed branch, its commit, or
+# its pull request. The quotes are single because github_error_text appends GitHub's list
+# of errors as Python prints it.
 TOO_FAST_RE = re.compile(r"submitted too quickly|'code': 'abuse'")
-BRANCH_NOT_SEEN_RE = re.compile("'field': 'head', 'code': 'invalid'|No commits between")
+NOT_SEEN_YET_RE = re.compile(
+    "'field': 'head', 'code': 'invalid'|No commits between|pull request already exists"
+)
 
 
 def is_rate_limit(reply: Reply) -> bool:
@@ -2476,10 +2479,10 @@ def raise_if_refused(reply: Reply) -> None:
     status = reply.status
     if status == 0 or status >= 500 or is_rate_limit(reply):
         return
+    if status == 422 and NOT_SEEN_YET_RE.search(reply.error):
+        return
     if status == 403 and "suspended" in reply.error:  # temporary: the job waits
         raise TransientError(f"GitHub refuses the App: {reply.error}")
-    if status == 422 and BRANCH_NOT_SEEN_RE.search(reply.error):
-        raise TransientError(f"GitHub does not see the pushed branch: {reply.error}")
     if status in (404, 410):  # 410: it did exist
         raise NotFound(reply.error)
     raise GitHubError(reply.error)
@@ -2836,14 +2839,7 @@ class GitHubRepository:
     ) -> Json:
         """Post ``body``, unless ``find_existing`` finds that an earlier request did."""
         whole_path = f"{self.path}{path}"
-        try:
-            return self.github.call(whole_path, self.id, body, find_existing).value
-        except (GitHubError, TransientError):
-            # call() does not look after the last attempt or a refusal ("already exists").
-            existing = find_existing()
-            if existing is None:
-                raise
-            return existing
+        return self.github.call(whole_path, self.id, body, find_existing).value
 
     def pages(self, path: str, **query: str) -> Iterator[Json]:
         parameters = urllib.parse.urlencode({**query, "per_page": PAGE_SIZE})

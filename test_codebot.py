@@ -7451,7 +7451,7 @@ def test_pull_request_is_codebots_only_if_its_branch_is(
 
 
 def test_pull_request_that_appears_late_is_found(fresh: Site) -> None:
-    # The first request takes effect after the second look for it.
+    # The first request takes effect after the look that comes before the second one.
     fresh.server.start(limits={"GITHUB_TIMEOUT": 1.0})
     hold = fresh.repository.hold("POST /pulls")
 
@@ -7761,7 +7761,8 @@ def test_limit_of_github_is_recognized(
         (403, "403 This installation has been suspended", codebot.TransientError),
         (404, "404 suspended", codebot.NotFound),
         (410, "410 Gone", codebot.NotFound),
-        (422, "422 No commits between main and a", codebot.TransientError),
+        (422, "422 No commits between main and a", None),
+        (422, "422 A pull request already exists for acme:a", None),
         (400, "400 No commits between main and a", codebot.GitHubError),
         (422, "422 Validation Failed", codebot.GitHubError),
     ],
