@@ -9197,7 +9197,8 @@ class ConnectionTable:
 
     def __init__(self) -> None:
         # Guards _entries, and each entry. While it is held, nothing waits for a client.
-        self._lock = threading.Lock()
+        # An RLock, because add() calls evict().
+        self._lock = threading.RLock()
         # A connection that begins to wait for a request moves to the end. So the first one
         # has spent the longest time on its request.
         self._entries: dict[socket.socket, Entry] = {}
@@ -9206,7 +9207,7 @@ class ConnectionTable:
         """Add a waiting connection. Raises OSError if no other one can make room."""
         with self._lock:
             if len(self._entries) >= MAX_CONNECTIONS:
-                self._evict()
+                self.evict()
             self._entries[connection] = Entry(time.monotonic())
 
     def remove(self, connection: socket.socket) -> None:
@@ -9249,41 +9250,35 @@ class ConnectionTable:
                     self._drop(connection)
 
     def evict(self, kept: socket.socket | None = None) -> None:
-        """Make room when no descriptor or, for ``kept``, no thread is left.
+        """Drop the connection that has waited longest for its client, but not ``kept``.
 
-        Raises OSError if that is impossible.
-        """
-        with self._lock:
-            self._evict(kept)
-
-    # With the lock held
-
-    def _evict(self, kept: socket.socket | None = None) -> None:
-        """Drop the connection that has waited longest for its client.
-
-        Normally that is the oldest one that is waiting or receiving. But if more than half
-        of all connections are older than that one and sending, somebody leaves responses
-        unread to keep others out. Then, and if none is waiting or receiving, it is the
-        oldest one that is sending. Raises OSError if all connections are being handled.
+        Called when no place, descriptor or thread is left. Normally that is the oldest one
+        that is waiting or receiving. But if more than half of all connections are older
+        than that one and sending, somebody leaves responses unread to keep others out.
+        Then, and if none is waiting or receiving, it is the oldest one that is sending.
+        Raises OSError if all connections are being handled.
         """
         idle = None
         slow_readers = []  # connections that are sending and older than the idle one
-        for connection, entry in self._entries.items():
-            if connection is kept:
-                continue
-            if entry.state in ("waiting", "receiving"):
-                idle = connection
-                break
-            if entry.state == "sending":
-                slow_readers.append(connection)
-        victim = idle
-        if slow_readers and (
-            idle is None or len(slow_readers) > len(self._entries) / 2
-        ):
-            victim = slow_readers[0]
-        if victim is None:
-            raise ConnectionRefusedError("all connections are being handled")
-        self._drop(victim)
+        with self._lock:
+            for connection, entry in self._entries.items():
+                if connection is kept:
+                    continue
+                if entry.state in ("waiting", "receiving"):
+                    idle = connection
+                    break
+                if entry.state == "sending":
+                    slow_readers.append(connection)
+            victim = idle
+            if slow_readers and (
+                idle is None or len(slow_readers) > len(self._entries) / 2
+            ):
+                victim = slow_readers[0]
+            if victim is None:
+                raise ConnectionRefusedError("all connections are being handled")
+            self._drop(victim)
+
+    # With the lock held
 
     def _entry(self, connection: socket.socket) -> Entry:
         if connection not in self._entries:
