@@ -2654,8 +2654,10 @@ class GitHub:
     def last_attempt_error(
         self, credential: Credential, reply: Reply
     ) -> TransientError:
-        if reply.status != 401:
+        if reply.status == 0:
             return TransientError(f"GitHub did not answer: {reply.error}")
+        if reply.status != 401:
+            return TransientError(f"GitHub cannot do this now: {reply.error}")
         if credential != AS_APP:
             return AppRefused(f"GitHub rejected a new token ({reply.error})")
         return AppRefused(
