@@ -5928,7 +5928,7 @@ class AgentRun:
         if error.startswith("No conversation found"):
             return SessionLost("agent_failed", f"The agent lost its session: {error}")
         is_refused = result.get("api_error_status") in (401, 403)
-        says_login = result.get("is_error") and "/login" in error
+        says_login = result.get("is_error") and "/login" in str(result.get("result"))
         if is_refused or says_login:
             return JobFailed(
                 "agent_login",

@@ -6080,6 +6080,12 @@ PLAN_OF_BAD_TREE = (
 )
 FAILING_PLANS = {
     "no result": ("echo oops >&2; exit 3", "agent_failed", "oops"),
+    "crash": ("say Now; echo 'out of memory' >&2; exit 134", "agent_failed", "memory"),
+    "words about a login": (
+        'say \'I edit app/login.py\'; echo \'{"type":"result","is_error":true}\'',
+        "agent_failed",
+        "/login",
+    ),
     "is_error": ("result 'It broke' success true", "agent_failed", "It broke"),
     "error during execution": (
         "result 'It broke' error_during_execution true",
