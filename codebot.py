@@ -5922,6 +5922,8 @@ class AgentRun:
         texts = [result.get("result")]
         if isinstance(result.get("errors"), list):
             texts += result["errors"]
+        if program.stderr and not self.run.config.launcher:
+            texts.append(program.error)  # of a crash: the CLI prints little else there
         texts += [self.last_message, program.error]  # program.error is never empty
         first = next(text for text in texts if text)
         error = self.run.redact(str(first))[:1000]
