@@ -5453,6 +5453,11 @@ class Workspace:
             raise JobFailed("agent_failed", f"git printed no tree, but {words!r}")
         return tree
 
+    def is_changed_since(self, commit: str) -> bool:
+        """Return whether the files are not those of a commit in the outbox."""
+        tree = self.outbox.local_git("rev-parse", f"{commit}^{{tree}}").stdout
+        return tree != [self.record_files()]
+
     def collect_tree(self, base_commit: str, tree: str) -> bool:
         """Bring a recorded tree into the outbox. Returns whether it is not the base's.
 
@@ -6801,7 +6806,10 @@ def carry_out(review: Review, text: str) -> None:
     else:
         prompt = f"Review comments:\n{text}"
         output = continue_session(review, base_commit, prompt, CHANGE_OPTIONS)
-        commit_id = test_and_commit(workspace, review.task.request, base_commit)
+        # An agent that declines a change says why. A test that fails anyway must not take
+        # the place of its answer.
+        if workspace.is_changed_since(base_commit):
+            commit_id = test_and_commit(workspace, review.task.request, base_commit)
     answers = parse_answers(review, output)
     run.save_work(base_commit=base_commit, commit_id=commit_id, answers=answers)
 

@@ -9809,6 +9809,18 @@ def test_change_waits_while_github_refuses_git(pull: Pull) -> None:
     assert len(pull.site.agent.runs("change")) == 1
 
 
+def test_agent_that_declines_a_change_is_heard_although_the_tests_fail(
+    shared: Site,
+) -> None:
+    plan = "classify change; touch \"$HOME/broken\"; result 'I would rather not'"
+    pull = open_pull(shared, plan, test_command='[ ! -e "$HOME/broken" ]')
+    shared.person("alice").inline("Rename it")
+    assert pull.review()["status"] == "completed"
+    assert "No file was changed." in pull.answer()
+    assert "> I would rather not" in pull.answer()
+    assert shared.agent.runs("resume") == []
+
+
 def test_change_is_pushed_only_if_tests_pass(shared: Site) -> None:
     command = "echo it is $(cat hello.txt); grep -q hello hello.txt"
     pull = open_pull(shared, test_command=command)
@@ -10835,13 +10847,14 @@ def test_failure_is_reported_before_the_next_review_runs(fresh: Site) -> None:
     fresh.agent.wait_until_blocked()
     fresh.person("bob").inline("Say this")
     wait_for(lambda: len(pull.states()) == 2)
-    fresh.agent.follow("classify change; block bob; answer Done")
-    fresh.agent.release()
-    fresh.agent.wait_until_blocked("bob")
-    assert pull.states() == ["failed", "running"]
-    assert "codebot could not do this" in pull.reply(comment)
+    fresh.agent.follow(MAKE_CHANGE)
     fresh.agent.release()
     pull.reviews(2)
+    assert pull.states() == ["failed", "completed"]
+    assert "codebot could not do this" in pull.reply(comment)
+    messages = fresh.api.messages(pull.task)
+    told = messages.index("codebot: Review failed (agent_failed)")
+    assert told < messages.index("codebot: Comment by bob: Say this")
 
 
 def test_hanging_agent_is_reported_in_the_thread(limited: Site) -> None:
