@@ -8748,7 +8748,8 @@ function updateTimes() {
   for (const element of document.querySelectorAll('time')) {
     const from = Date.parse(element.dateTime);
     const to = Date.parse(element.dataset.to) || serverTime;
-    setText(element, formatDuration(Math.round((to - from) / 1000)));
+    // At least 0: a proxy may have set the response's Date by its own clock.
+    setText(element, formatDuration(Math.max(0, Math.round((to - from) / 1000))));
   }
 }
 
