@@ -6041,8 +6041,11 @@ def agent_command(run: JobRun, options: AgentOptions, session_option: str) -> li
 
 # --- Task --------------------------------------------------------------------
 #
-# Known limitation: "Fixes #1" and "@name" in the words of an agent or a task work at GitHub
-# as if a person had written them.
+# Known limitations:
+# - "Fixes #1" and "@name" in the words of an agent or a task work at GitHub as if a person
+#   had written them.
+# - A task's branch begins at the tip that the base had when it was cloned. If commits are
+#   removed from the base afterward, the branch still has them.
 
 MAX_BODY_CHARS = 65_000  # of a pull request or an answer; GitHub takes 65,536
 
