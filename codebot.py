@@ -5678,7 +5678,7 @@ def outbox_path(config: Config, directory: str) -> str:
 #   request is carried out.
 # - That the repository's Claude settings, hooks and MCP servers are not loaded, and that an
 #   answer only reads, depends on options and variables of the Claude CLI. `check` wants
-#   version 2.0 or newer, but nothing tests that the CLI honors them.
+#   version 2.0.64 or newer, which knows them, but nothing tests that it honors them.
 # - Without a budget, only the time and the turns limit what a run may cost. A budget relies
 #   on the cost that the agent reports, and a run that is interrupted reports none.
 
@@ -10195,7 +10195,8 @@ def check_sandbox(codebot: Codebot) -> Iterator[Finding]:
                     "ok", f"The agent can read {directory}: PATH leads into it"
                 )
     if not is_agent_missing(codebot):
-        yield version_finding(shlex.join(command), result, "2.0")
+        # 2.0.62 does not know --no-session-persistence (tried).
+        yield version_finding(shlex.join(command), result, "2.0.64")
 
 
 def check_github(codebot: Codebot) -> Iterator[Finding]:

@@ -16944,6 +16944,14 @@ def test_check_fails_if_the_agent_has_no_version(fresh: Site) -> None:
     assert "(exit code 3): no license: ***\n" in done.stdout
 
 
+def test_check_refuses_an_agent_that_is_too_old(fresh: Site) -> None:
+    write_script(fresh.agent.path, "echo '2.0.62 (Claude Code)'")
+    done = run_check(fresh)
+    assert done.returncode == 1
+    problem = f"FAIL  {fresh.agent.path} is 2.0.62. Install 2.0.64 or newer.\n"
+    assert problem in done.stdout
+
+
 def test_check_refuses_old_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
     codebot_app = codebot.Codebot(
         codebot.Config(no_github=True, claude_command=("sh",))
