@@ -6275,7 +6275,10 @@ def fetch_or_fail(
     except BranchNotFound:
         message = f"There is no branch {branch!r}"
         if not branch:
-            message = "The repository is empty or has no default branch"
+            message = (
+                "The repository is empty or has no default branch. If it has others, "
+                "name one as base_branch."
+            )
         raise JobFailed(reason_if_missing, message) from None
     except GitFailed as error:
         may_pass = isinstance(error, (GitAuthFailed, GitTooSlow))
