@@ -1878,7 +1878,7 @@ def is_inside(path: str, directory: str) -> bool:
 #   hidden      /run, the homes; the work directory and the directories of .env, keys and
 #               databases: private_directories; /tmp/A, if a path in it is listed here
 #   read-only   the mirror's objects, the target of /etc/resolv.conf, and hidden files that
-#               CODEBOT_CLAUDE_COMMAND names: agent_program_files
+#               CODEBOT_CLAUDE_COMMAND and SSL_CERT_FILE and the like name: needed_files
 #   writable    the workspace's repo and home, and its tmp as /tmp
 
 
@@ -1936,15 +1936,18 @@ def tool_directories(config: Config) -> Iterator[str]:
                 yield f"{home}/{first_part}"
 
 
-def agent_program_files(
-    config: Config, option_by_path: Mapping[str, str]
-) -> Iterator[str]:
-    """Yield the absolute paths of files in CODEBOT_CLAUDE_COMMAND that are hidden.
+def needed_files(config: Config, option_by_path: Mapping[str, str]) -> Iterator[str]:
+    """Yield the hidden files that the agent's program or a certificate setting names.
 
     Directories are not shown: they could hold private files. Nor are .env and keys.
     """
     program = shutil.which(config.claude_command[0], path=config.search_path) or ""
-    for word in (program, *config.claude_command[1:]):
+    words = {program, *config.claude_command[1:]}
+    words.update(copy_variables(config, NETWORK_NAMES).values())
+    while os.path.islink(program):  # it may lead into a home, and to more links there
+        program = os.path.join(os.path.dirname(program), os.readlink(program))
+        words.add(program)
+    for word in sorted(words):
         # Only the directory is resolved: Python finds a virtual environment by the
         # symlink through which it is called.
         directory, name = os.path.split(word)
@@ -1972,7 +1975,7 @@ def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> list[Mo
     # /etc/resolv.conf may be a symlink into /run.
     visible = [os.path.realpath("/etc/resolv.conf"), objects]
     # The host's /tmp is hidden by the workspace's.
-    visible += agent_program_files(config, {"/tmp": HIDDEN, **option_by_path})
+    visible += needed_files(config, {"/tmp": HIDDEN, **option_by_path})
     # The workspace's third part, tmp, is already mounted at /tmp.
     writable = [f"{workspace_path}/{part}" for part in ("repo", "home")]
     # In the sandbox, /tmp is a directory of the workspace, where the agent can write. For a

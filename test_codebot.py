@@ -3502,6 +3502,30 @@ def test_secret_file_that_agent_command_names_stays_hidden(host: Host) -> None:
     assert not [mount for mount in mounts if mount.endswith((".env", "settings"))]
 
 
+def test_target_of_a_link_to_the_agent_is_shown(host: Host) -> None:
+    host.make_file("home/.local/share/claude/2.1.0")
+    link = Path(host.make("home/.local/bin"), "claude")
+    link.symlink_to("../share/claude/2.1.0")
+    Path(host.make("bin"), "claude").symlink_to(link)
+    mounts = host.mounts(search_path=str(host.root / "bin"))
+    assert "READ_ONLY home/.local/bin/claude" in mounts
+    assert "READ_ONLY home/.local/share/claude/2.1.0" in mounts
+
+
+def test_certificates_beside_secrets_are_shown_alone(host: Host) -> None:
+    env_file = host.make_file("etc/.env")
+    certificates = host.make_file("etc/ca.pem")
+    variables = {
+        "SSL_CERT_FILE": certificates,
+        "NODE_EXTRA_CA_CERTS": certificates,
+        "HTTPS_PROXY": "http://proxy",
+        "GIT_SSL_CAINFO": env_file,  # by mistake
+    }
+    mounts = host.mounts(env_file=env_file, variables=variables)
+    assert "HIDDEN etc" in mounts
+    assert [mount for mount in mounts if "etc/" in mount] == ["READ_ONLY etc/ca.pem"]
+
+
 def test_script_that_agent_command_names_is_shown(host: Host) -> None:
     script = host.make_file("home/wrapper.sh")
     assert "READ_ONLY home/wrapper.sh" in host.mounts(claude_command=("sh", script))
