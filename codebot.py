@@ -3226,8 +3226,8 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 # that applies counts:
 #   a signal ended git or a part of it     TransientError
 #   "rejected]", not by a remote's fault   GitFailed
-#   no login, a wrong one, or HTTP 403     GitAuthFailed: at GitHub, tried again with a
-#                                          new token
+#   no login, a wrong one, HTTP 403, or    GitAuthFailed: at GitHub, tried again with a
+#     ssh's "Permission denied ("          new token
 #   connection, TLS, 408, 429, 5xx, a      TransientError
 #     shortage on the host; at GitHub, 301
 #   anything else                          GitFailed
@@ -3277,7 +3277,7 @@ def remote_failure(result: ProgramResult, is_github: bool) -> Exception:
         return GitFailed(reason)
     if AUTH_FAILED_RE.search(words):
         return GitAuthFailed("authentication failed")
-    if "returned error: 403" in words:
+    if re.search(r"returned error: 403|Permission denied \(", words):  # by ssh
         return GitAuthFailed(reason)
     # The repository was renamed after it was looked up.
     is_renamed = is_github and "returned error: 301" in words
@@ -5593,7 +5593,7 @@ class Workspace:
         """Push the job's commit to the branch. Pushing it again changes nothing.
 
         Raises JobFailed if the remote rejects it, TransientError if the remote cannot be
-        reached or GitHub refuses the App.
+        reached or refuses the login.
         """
         commit = self.run.job.commit_id
         url = self.repository.url
@@ -5603,9 +5603,10 @@ class Workspace:
                 self.repository, "push", "--quiet", "--no-verify", "--", url, refspec
             )
         except GitFailed as error:
-            if isinstance(error, GitAuthFailed) and self.codebot.github is not None:
-                # The App may be suspended for a while; the commit has cost something.
-                raise TransientError(f"GitHub refuses the push: {error}") from None
+            if isinstance(error, GitAuthFailed):
+                # The App may be suspended for a while, or a login has expired. The commit
+                # has cost something.
+                raise TransientError(f"The remote refuses the push: {error}") from None
             # If a response is lost, git may send the request again, which is then rejected.
             if not self.remote_has(commit):
                 raise JobFailed("push_rejected", f"Failed to push: {error}") from None

@@ -8022,9 +8022,28 @@ def test_commit_waits_while_github_refuses_the_push(
     task = shared.api.submit()
     shared.api.completed(task)
     [event] = [m for m in shared.api.messages(task) if "Trying again in" in m]
-    assert event.startswith("codebot: GitHub refuses the push: ")
+    assert event.startswith("codebot: The remote refuses the push: ")
     assert message in event
     assert len(shared.agent.runs()) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "git@git.acme.com: Permission denied (publickey).",
+        "fatal: could not read Username for 'https://git.acme.com': No such device",
+    ],
+)
+def test_commit_waits_until_the_host_can_log_in_again(
+    store: codebot.Store, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    run = codebot.JobRun(app_with(store), claim_review(store))
+    repository = codebot.Repository("git@git.acme.com:a", "a", "mirrors/a.git")
+    workspace = codebot.Workspace(run, repository, "task_1234567")
+    failed = codebot.ProgramResult(128, [], [words])
+    monkeypatch.setattr(workspace.outbox, "run_git", lambda *args, **options: failed)
+    with pytest.raises(codebot.TransientError, match="The remote refuses the push"):
+        workspace.push()
 
 
 def test_missing_repository_cannot_be_cloned(shared: Site) -> None:
