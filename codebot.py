@@ -4109,6 +4109,11 @@ class Store:
         """Write something, so that `writable` is up to date."""
         self._write("UPDATE totals SET checks = checks + 1")
 
+    def empty_wal(self) -> None:
+        """Move all data from the -wal file to the database, so that a copy is complete."""
+        with self._write_lock:
+            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
     # States
 
     def _transition(
@@ -9996,8 +10001,9 @@ def stop_workers(codebot: Codebot, workers: Sequence[threading.Thread]) -> None:
             jobs.put(None)
     for worker in workers:
         worker.join(max(0.0, deadline - time.monotonic()))
-    with contextlib.suppress(sqlite3.Error):  # jobs of workers that did not end
-        codebot.store.requeue_interrupted(interruptions=0)
+    with contextlib.suppress(sqlite3.Error):
+        codebot.store.requeue_interrupted(interruptions=0)  # those that did not end
+        codebot.store.empty_wal()
 
 
 def listen(codebot: Codebot) -> Server:

@@ -8293,6 +8293,17 @@ def test_stop_requeues_task_and_leaves_no_process(fresh: Site) -> None:
     fresh.api.completed(waiting)
 
 
+def test_copy_of_the_database_is_complete_after_a_stop(fresh: Site) -> None:
+    fresh.server.start()
+    task = fresh.api.submit()
+    fresh.api.completed(task)
+    fresh.server.stop()
+    copy = shutil.copy(fresh.server.work_dir / "codebot.db", fresh.directory / "copy")
+    with contextlib.closing(sqlite3.connect(copy)) as database:
+        rows = database.execute("SELECT id, status FROM jobs").fetchall()
+    assert rows == [(task, "completed")]
+
+
 def test_agent_that_ends_during_stop_is_requeued(fresh: Site) -> None:
     fresh.agent.follow("block; exit 3")
     fresh.server.start()
