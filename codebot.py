@@ -10165,7 +10165,7 @@ def run_command(flags: Flags) -> int:
 # --- check -------------------------------------------------------------------
 
 LOW_DISK_BYTES = 1 << 30  # `check` warns if less space is free
-CHECK_TIMEOUT = 1.5  # seconds for GitHub to answer; with a retry at most 5 in all
+CHECK_TIMEOUT = 1.5  # seconds for GitHub's first answer; with a retry at most 5 in all
 
 
 def check_port(codebot: Codebot) -> Iterator[Finding]:
@@ -10227,6 +10227,7 @@ def check_github(codebot: Codebot) -> Iterator[Finding]:
         yield Finding("ok", f"The App's key {config.key_file} can sign")
         name = github.fetch_app()["name"]
         yield Finding("ok", f"GitHub answers at {github.api}; the App is {name}")
+        github.timeout = GITHUB_TIMEOUT  # some answers take longer
         yield from check_installation(config, github)
         yield from check_repositories(config, github)
     except (GitHubError, AppRefused) as error:

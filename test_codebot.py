@@ -17139,6 +17139,22 @@ def test_check_asks_silent_github_twice_and_waits_five_seconds_at_most(
     assert f"FAIL  GitHub did not answer: {url}: timed out. Check" in done.stdout
 
 
+def test_check_gives_github_more_time_once_it_has_answered(
+    shared: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RES_OPTIONS", "")  # it changes this
+    github = github_client(shared)
+    app = codebot.Codebot(github.config)
+    app.github = github
+    timeouts = {
+        message.partition(" ")[0]: github.timeout
+        for _, message in codebot.check_github(app)
+    }
+    assert timeouts["GitHub"] == codebot.CHECK_TIMEOUT
+    assert timeouts["Installation"] == codebot.GITHUB_TIMEOUT
+    assert timeouts["Repositories:"] == codebot.GITHUB_TIMEOUT
+
+
 def test_check_names_a_proxy_that_is_no_host_name(fresh: Site) -> None:
     address = "https://ghe.example.com"
     done = run_check(fresh, GITHUB_API_URL=address, HTTPS_PROXY="http://p..x:1")
