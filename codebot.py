@@ -4800,8 +4800,15 @@ def hold_lock(path: str, option: str, make_directory: bool) -> None:
     """
     require_plain_path(path, option)
     try:
+        directory = os.path.dirname(path)
         if make_directory:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            os.makedirs(directory, exist_ok=True)
+        owner = os.stat(directory).st_uid
+        if owner not in (0, os.geteuid()):  # a file of root's would lock that user out
+            raise ConfigError(
+                f"{directory} belongs to user {owner}. Run codebot as that user, or use "
+                f"another {option}."
+            )
         # This stays open. O_NOFOLLOW: with a symlink, another user could have a file made
         # elsewhere. O_RDWR: opening a FIFO for writing only would wait for a reader.
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -9781,12 +9788,10 @@ def check_access(path: str, option: str, unwanted: int) -> Iterator[Finding]:
     """
     if not os.path.isdir(path):  # take_work_dir reports that
         return
-    status = os.stat(path)
-    if status.st_uid not in (0, os.geteuid()):
-        yield Finding("FAIL", f"{path} belongs to another user. Use another {option}.")
-    if status.st_mode & unwanted:
+    mode = os.stat(path).st_mode
+    if mode & unwanted:
         # Some systems let a user's own group write to everything.
-        is_writable = status.st_mode & 0o002
+        is_writable = mode & 0o002
         problem = "can be written to by" if is_writable else "is open to"
         yield Finding(
             "FAIL" if is_writable else "warn",

@@ -16232,8 +16232,7 @@ MISTAKES = {
     ),
     # It is not made: a disk that is not mounted must not look like a new database.
     "directory of the database missing": Mistake(
-        "Cannot use DIR/nowhere/x.db.lock: no such file or directory. Use another "
-        "CODEBOT_DATABASE.",
+        "Cannot use DIR/nowhere: no such file or directory. Use another CODEBOT_DATABASE.",
         {"CODEBOT_DATABASE": "DIR/nowhere/x.db"},
     ),
     "sandbox program fails": Mistake(
@@ -16468,12 +16467,11 @@ def test_warnings_are_logged_by_serve_and_listed_by_check(fresh: Site) -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
 def test_work_directory_of_another_user_is_refused(tmp_path: Path) -> None:
-    tmp_path.chmod(0o700)
-    assert list(codebot.check_access(str(tmp_path), "--work-dir", 0o077)) == []
     os.chown(tmp_path, 12345, -1)
-    [finding] = codebot.check_access(str(tmp_path), "--work-dir", 0o077)
-    assert finding.level == "FAIL"
-    assert "belongs to another user" in finding.message
+    with pytest.raises(codebot.ConfigError, match="belongs to user 12345. Run codebot"):
+        codebot.take_work_dir(codebot.Config(work_dir=str(tmp_path)))
+    # A lock of root's would keep that user out.
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o775, 0o2770])
