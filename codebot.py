@@ -9800,6 +9800,11 @@ def check_access(path: str, option: str, unwanted: int) -> Iterator[Finding]:
         )
 
 
+def is_noexec(path: str) -> bool:
+    flag = getattr(os, "ST_NOEXEC", 0)  # only Linux has it
+    return os.path.isdir(path) and os.statvfs(path).f_flag & flag != 0
+
+
 def check_safety(codebot: Codebot) -> Iterator[Finding]:
     """Look for ways in which others, or the agent, could reach codebot's secrets."""
     config = codebot.config
@@ -9809,6 +9814,12 @@ def check_safety(codebot: Codebot) -> Iterator[Finding]:
                 "warn", f"{path} is open to other users; run: chmod go-rwx {path}"
             )
     yield from check_access(config.work_dir, "--work-dir", unwanted=0o077)
+    if is_noexec(config.work_dir):
+        yield Finding(
+            "warn",
+            f"{config.work_dir} is on a file system with noexec, where no test can run "
+            "programs of the repository. Use another --work-dir.",
+        )
     if config.database:
         directory = os.path.dirname(config.database)
         # Others may read the directory: the database itself is private.

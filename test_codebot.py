@@ -16474,6 +16474,15 @@ def test_work_directory_of_another_user_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("options", "is_noexec"), [("noexec", True), ("rw", False)])
+def test_work_directory_whose_programs_cannot_run_is_noticed(
+    tmp_path: Path, options: str, is_noexec: bool
+) -> None:
+    (tmp_path / "work").mkdir()
+    script = "import codebot; print(codebot.is_noexec('work'))"
+    assert run_with_mount(script, tmp_path, "work", options) == f"{is_noexec}\n"
+
+
 @pytest.mark.parametrize("mode", [0o770, 0o775, 0o2770])
 def test_database_where_a_group_can_write_is_warned_of(
     tmp_path: Path, mode: int
