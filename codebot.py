@@ -3019,6 +3019,7 @@ class GitHubRepository:
 # - git before 2.45.1 (in the 2.39 series, before 2.39.4), when it pushes to a repository of
 #   another user on this host, runs that user's hooks as codebot.
 # - codebot's credential may be allowed to change workflows.
+# - What a hook of a local repository leaves running ends with the push, or with codebot.
 
 # gc is off, because workspaces read the mirror's objects. Redirects are off, because they
 # would carry the token to another host. git gives up on a server that for 300 seconds
