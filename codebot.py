@@ -29,7 +29,7 @@ HOW TO READ THIS FILE
     programs         run_program, private_directories, sandbox_mounts, bwrap_command
     GitHub           GitHub.send, has_write_access
     who can act      require_api_key, require_signature, require_labeler_access,
-                     require_reviewer_access, look_up_repository, load_comments,
+                     require_may_act, look_up_repository, load_comments,
                      Sync.obstacle, has_untrusted_edit, submit_issue, ROUTES
     the agent        agent_command, run_task, run_review
     what is pushed   run_tests_once, collect_tree, fetch_into_outbox, inspect_commit,
@@ -6580,8 +6580,7 @@ def open_review(run: JobRun) -> Review:
     Raises ReviewSkipped if it may not, or if there are none.
     """
     review = load_review(run)
-    require_open_pull_request(review)
-    require_reviewer_access(review)
+    require_may_act(review)
     review = load_comments(review)
     if not review.comments:
         raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} anymore")
@@ -6628,8 +6627,8 @@ def refusal_error(run: JobRun, error: GitHubError) -> Exception:
     return TransientError(f"GitHub does not show it, or refuses the App: {error}")
 
 
-def require_open_pull_request(review: Review) -> None:
-    """Raise ReviewSkipped unless the pull request is open and not locked.
+def require_may_act(review: Review) -> None:
+    """Raise ReviewSkipped unless the pull request is open, and its reviewer may write now.
 
     Its branch is codebot's, because find_pull_request accepts no other, and GitHub lets
     nobody change a pull request's head branch.
@@ -6644,10 +6643,6 @@ def require_open_pull_request(review: Review) -> None:
         raise ReviewSkipped(f"the pull request is {current.state}")
     if current.is_locked:
         raise ReviewSkipped("the conversation is locked")
-
-
-def require_reviewer_access(review: Review) -> None:
-    """Raise ReviewSkipped unless the reviewer has write access to the repository now."""
     login = review.run.job.reviewer
     if not review.github_repository.has_write_access(login):
         raise ReviewSkipped(f"{login} has no write access")
@@ -6918,13 +6913,13 @@ def push_review_commit(review: Review) -> None:
     run = review.run
     workspace = review.workspace
     for attempt in range(1, MAX_PUSHES + 1):
-        require_may_push(review)
+        require_may_act(review)  # the agent may have worked for hours
         tip = fetch_tip_with(workspace, run.job.base_commit)
         if workspace.mirror.is_ancestor(run.job.commit_id, tip):
             return
         if tip != run.job.base_commit:
             reapply_change(review, tip)  # makes a new commit, with the parent tip
-            require_may_push(review)  # its tests may have taken hours
+            require_may_act(review)  # its tests may have taken hours
             fetch_tip_with(workspace, tip)  # raises if commits were removed meanwhile
         run.set_phase("push", attempt)
         try:
@@ -6942,15 +6937,6 @@ def push_review_commit(review: Review) -> None:
         "Others pushed every time the change was ready. Comment again to have it redone "
         "on top of the current branch.",
     )
-
-
-def require_may_push(review: Review) -> None:
-    """Raise ReviewSkipped unless the pull request and the reviewer's access are as before.
-
-    The agent may have worked for hours since the review started.
-    """
-    require_open_pull_request(review)
-    require_reviewer_access(review)
 
 
 def fetch_tip_with(workspace: Workspace, commit: str) -> str:
