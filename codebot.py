@@ -7942,6 +7942,7 @@ MULTILINE_FIELDS = ("description", "test_command")
 JOB_FIELDS = ("status", "submitted_at", "started_at", "completed_at")
 CONTROL_CHARACTER_RE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 KEEPALIVE_INTERVAL = 15.0  # seconds after which a silent event stream sends a comment
+STREAM_INTERVAL = 0.25  # seconds between searches for new events in a followed log
 MAX_EVENTS_AT_ONCE = 100  # that are read from a log which is followed
 
 
@@ -8205,7 +8206,7 @@ def task_logs(
 def follow_log(
     codebot: Codebot, task_id: str, after: int = 0
 ) -> Iterator[Sequence[Event]]:
-    """Yield a task's new events; [] if there are none now, and the caller should wait.
+    """Yield a task's new events; [] after a moment without any.
 
     Ends when no job can add any, or codebot is stopping.
     """
@@ -8215,7 +8216,9 @@ def follow_log(
         events = codebot.store.events(task_id, after, MAX_EVENTS_AT_ONCE)
         if events:
             after = events[-1].seq
-        elif not is_live:
+        elif is_live:
+            codebot.stop.wait(STREAM_INTERVAL)
+        else:
             return
         yield events
 
@@ -9143,7 +9146,6 @@ STATE_TIMEOUTS = {
     "sending": 20.0,  # until the client has read CHUNK_BYTES
 }
 SWEEP_INTERVAL = 0.5  # seconds between searches for late connections
-STREAM_INTERVAL = 0.25  # seconds between searches for new events
 CHUNK_BYTES = 64 << 10  # most bytes of a body read, or of a response sent, at once
 DEFAULT_HEADERS = {
     "Content-Type": "application/json",
@@ -9492,7 +9494,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.write(messages)
             self.enter("handling")
             # While there are events, write() notices that the client has left.
-            if not messages and client.poll(STREAM_INTERVAL * 1000):
+            if not messages and client.poll(0):
                 return
 
     def discard_input(self) -> None:
@@ -10126,8 +10128,6 @@ def print_log(codebot: Codebot, task_id: str) -> None:
         for event in events:
             message = event.message.replace("\n", f"\n{'':31}")
             print(f"{event.time}  {event.source:8} {message}", file=sys.stderr)
-        if not events:
-            codebot.stop.wait(MAIN_INTERVAL)
 
 
 def run_command(flags: Flags) -> int:
@@ -10374,8 +10374,6 @@ def show_task(codebot: Codebot, port: int, fields: Mapping[str, str]) -> Job:
         for event in events:
             if event.source == "phase":
                 print(f"Task:        running ({event.message})", flush=True)
-        if not events:
-            codebot.stop.wait(MAIN_INTERVAL)
     job = find_task(codebot, task["task_id"])
     print(f"Task:        {job.status}\n", flush=True)
     return job
