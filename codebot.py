@@ -2155,8 +2155,6 @@ class Sandbox:
         except (TimedOut, TooMuchOutput) as error:
             problem = f"it {error}"
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ConfigError("The disk of the work directory is full.") from None
             # An error from fork names no file; the first program could not be started.
             program = error.filename or (config.launcher or config.sandbox)[0]
             problem = f"{program}: {os_error_text(error)}"
@@ -6890,9 +6888,7 @@ def parse_answers(review: Review, output: JsonObject) -> dict[str, str]:
         ids.add(members[0].thread)
         texts = [entry["body"] for entry in entries if entry["comment_id"] in ids]
         text = "\n\n".join(filter(None, texts)) or review.run.job.summary
-        answers[thread_key] = truncate(
-            review.run.redact.beginning(text, 100_000), 50_000
-        )
+        answers[thread_key] = review.run.redact.beginning(text, 100_000)
     return answers
 
 
