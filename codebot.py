@@ -623,18 +623,12 @@ def setting(
     parse: Callable[[str], object],
     default: object,
     about: str = "",
-    may_be_empty: bool = False,
 ) -> Any:
     """Define a field of Config: its variable, parser, default and the flag's help.
 
-    An empty variable counts as not set, and hides that of .env, unless it may be empty.
+    An empty variable counts as not set, and hides that of .env.
     """
-    metadata = {
-        "variable": variable,
-        "parse": parse,
-        "help": about,
-        "may_be_empty": may_be_empty,
-    }
+    metadata = {"variable": variable, "parse": parse, "help": about}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -677,8 +671,8 @@ class Config:
     test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", parse_attempts, 2)
     sandbox: Sequence[str] = setting("CODEBOT_SANDBOX", parse_command, ("bwrap",))
     agent_env: Sequence[str] = setting("CODEBOT_AGENT_ENV", parse_agent_env, ())
-    # Empty: no issue becomes a task.
-    issue_label: str = setting("CODEBOT_ISSUE_LABEL", str, "codebot", may_be_empty=True)
+    # Unlike other settings, its variable may be empty: then no issue becomes a task.
+    issue_label: str = setting("CODEBOT_ISSUE_LABEL", str, "codebot")
     test_commands: Sequence[tuple[str, str]] = setting(
         "CODEBOT_TEST_COMMANDS", parse_test_commands, ()
     )
@@ -808,7 +802,7 @@ def read_settings(
     for field in CONFIG_FIELDS:
         variable = field.metadata["variable"]
         text = variables.get(variable, "").strip(BLANKS)
-        may_be_empty = field.metadata["may_be_empty"] and variable in variables
+        is_label = variable == "CODEBOT_ISSUE_LABEL" and variable in variables
         name = variable  # for people
         flag = flags.get(field.name)
         if flag is not None:
@@ -818,7 +812,7 @@ def read_settings(
             problems.append(f"{name} is empty.")
         elif re.search("[\ud800-\udfff]", text):  # bytes that are not UTF-8
             problems.append(f"{name} is not valid UTF-8.")
-        elif text or may_be_empty:
+        elif text or is_label:
             try:
                 values[field.name] = field.metadata["parse"](text)
             except ValueError as error:
