@@ -4941,7 +4941,9 @@ class Codebot:
             "task": queue.Queue(),
             "review": queue.Queue(),
         }
-        self.sync_queue: queue.Queue[Look] = queue.Queue()
+        # When each look of the sync thread is due, 0.0 for at once. Other threads add looks,
+        # each in one atomic step.
+        self.looks: dict[Look, float] = {EVERYTHING: 0.0}
         self.reacted_to: set[str] = set()  # see react_to_comments
         self.jobs_due = threading.Event()  # wakes the timer: a job may start
         self.cleanup_wanted = threading.Event()  # wakes the cleanup
@@ -6473,7 +6475,7 @@ def create_pull_request(workspace: Workspace) -> None:
     log.info("Task %s: opened %s", run.job.id, new.url)
     # Somebody may have commented on it before it was stored.
     look = Look("pull_request", task_id=run.job.id, look_twice=True)
-    run.codebot.sync_queue.put(look)
+    run.codebot.looks[look] = 0.0
 
 
 def pull_request_body(run: JobRun) -> str:
@@ -6590,7 +6592,7 @@ def load_review(run: JobRun) -> Review:
     if pull_request is None or task is None or github is None:
         raise ReviewSkipped("its pull request is not codebot's anymore")
     if pull_request.state != "open":  # perhaps it was reopened, unnoticed
-        run.codebot.sync_queue.put(Look("pull_request", task_id=task.id))
+        run.codebot.looks[Look("pull_request", task_id=task.id)] = 0.0
     try:
         github_repository = github.repository_by_id(pull_request.repository_id)
         repository = repository_at(github_repository)
@@ -6631,7 +6633,7 @@ def require_may_act(review: Review) -> None:
         raise refusal_error(review.run, error) from None
     if current.state != "open":
         look = Look("pull_request", task_id=review.task.id)
-        review.run.codebot.sync_queue.put(look)
+        review.run.codebot.looks[look] = 0.0
         raise ReviewSkipped(f"the pull request is {current.state}")
     if current.is_locked:
         raise ReviewSkipped("the conversation is locked")
@@ -7064,7 +7066,7 @@ def own_words(job: Job, answer: str) -> str:
 # - Closing an issue stops no task. A review that runs or starts while its pull request is
 #   closed or locked ends for good, even if that is undone.
 
-SYNC_INTERVAL = 1.0  # seconds between checks for looks that are due and for ended tasks
+SYNC_INTERVAL = 0.25  # seconds between searches for looks that are due
 # Seconds until a look is repeated after GitHub has refused the App: see AppRefused.
 APP_REFUSED_DELAY = 900.0
 
@@ -7077,28 +7079,24 @@ class Sync:
         self.config = codebot.config
         self.store = codebot.store
         self.github = github
-        # When each look is due. The first one is at everything.
-        self.waiting: dict[Look, float] = {EVERYTHING: 0.0}
+        self.looks = codebot.looks
 
     def step(self) -> None:
-        """Wait a moment for new looks, and take those that are due."""
-        new_looks = self.codebot.sync_queue
-        with contextlib.suppress(queue.Empty):
-            look = new_looks.get(timeout=SYNC_INTERVAL)
-            self.waiting[look] = 0.0
-        while not new_looks.empty():
-            self.waiting[new_looks.get()] = 0.0
+        """Take the look that has been due for longest, or wait a moment if none is due.
+
+        Those that a delivery asks for are due at 0.0, so they come before those of a poll.
+        """
         for task_id in self.store.unreported_tasks():
             self.look_later(Look("ended_task", task_id=task_id))
-        # Looks that a delivery asked for are due at 0.0, so they come before those of a
-        # poll. If a delivery arrives meanwhile, the rest waits for the next step.
-        for look in sorted(self.waiting, key=lambda look: self.waiting[look]):
-            if self.waiting[look] <= time.time() and new_looks.empty():
-                self.take(look)
+        look = min(list(self.looks), key=lambda look: self.looks[look], default=None)
+        if look is not None and self.looks[look] <= time.time():
+            self.take(look)
+        else:
+            self.codebot.wait(SYNC_INTERVAL)
 
     def look_later(self, look: Look) -> None:
         """Note a look, unless it is waiting already."""
-        self.waiting.setdefault(look, time.time())
+        self.looks.setdefault(look, time.time())
 
     def take(self, look: Look) -> None:
         """Take a look, and note when to repeat it, if at all.
@@ -7106,32 +7104,32 @@ class Sync:
         If GitHub refuses it, it is dropped, except the look at everything, which nothing
         else might repeat.
         """
-        # Set first: after an error that is not caught here, it is due again in a minute.
-        self.waiting[look] = time.time() + RETRY_DELAY
-        repeat_at = 0.0
+        del self.looks[look]  # so that another thread can ask for it again
+        delay = RETRY_DELAY  # seconds until it is repeated; also after other errors
         try:
             self.look_at(look)
+            delay = 0.0
             if look == EVERYTHING and self.config.enable_polling:
-                repeat_at = time.time() + self.config.poll_interval
+                delay = self.config.poll_interval
         except GitHubError as error:
             log.warning("The look at %s was refused by GitHub: %s", look, error)
+            delay = 0.0
             if look == EVERYTHING:
-                repeat_at = time.time() + APP_REFUSED_DELAY
+                delay = APP_REFUSED_DELAY
         except AppRefused as error:
             log.warning("The look at %s will be repeated: %s", look, error)
-            repeat_at = time.time() + APP_REFUSED_DELAY
+            delay = APP_REFUSED_DELAY
         except TransientError as error:
             log.warning("The look at %s will be repeated: %s", look, error)
-            repeat_at = max(time.time() + RETRY_DELAY, error.retry_at)
+            delay = max(RETRY_DELAY, error.retry_at - time.time())
         except UNKNOWN_SHAPE_ERRORS:  # it must not hold up the looks behind it
             log.exception("The look at %s will be repeated", look)
-            repeat_at = time.time() + RETRY_DELAY
-        del self.waiting[look]
-        if repeat_at:
-            self.waiting[look] = repeat_at
-        elif look.look_twice:
+        finally:
+            if delay:
+                self.looks.setdefault(look, time.time() + delay)
+        if look.look_twice and not delay:
             again = look._replace(look_twice=False)
-            self.waiting[again] = time.time() + VISIBILITY_DELAY
+            self.looks[again] = time.time() + VISIBILITY_DELAY
 
     def look_at(self, look: Look) -> None:
         if look.kind == "pull_request":
@@ -8351,7 +8349,7 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
         receive_comment(codebot, event, payload)
     elif event == "pull_request" and action in ("closed", "reopened"):
         task_id = pull_request_of(codebot, payload).task_id
-        codebot.sync_queue.put(Look("pull_request", task_id=task_id, look_twice=True))
+        codebot.looks[Look("pull_request", task_id=task_id, look_twice=True)] = 0.0
         remember_delivery(codebot, guid)
     elif event == "issues" and action in ("labeled", "unlabeled"):
         receive_label(codebot, guid, payload)
@@ -8400,7 +8398,7 @@ def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
         raise NoAction("Not the label that turns an issue into a task")
     repository_id = int(payload["repository"]["id"])
     number = int(payload["issue"]["number"])
-    codebot.sync_queue.put(Look("issue", repository_id, number, look_twice=True))
+    codebot.looks[Look("issue", repository_id, number, look_twice=True)] = 0.0
     remember_delivery(codebot, guid)
 
 

@@ -10644,7 +10644,7 @@ def test_look_that_fails_slowly_is_repeated_some_time_after_it_failed(
 
     monkeypatch.setattr(sync, "look_at", fail)
     sync.take(codebot.EVERYTHING)
-    assert sync.waiting[codebot.EVERYTHING] == failed_at + delay
+    assert sync.looks[codebot.EVERYTHING] == failed_at + delay
 
 
 @pytest.mark.parametrize("error", [KeyError("state"), OverflowError("infinity")])
@@ -10657,16 +10657,17 @@ def test_response_of_unknown_shape_holds_up_no_other_look(
     monkeypatch.setattr(codebot, "SYNC_INTERVAL", 0.01)
     first = codebot.Look("issue", 1, 1)
     second = codebot.Look("issue", 1, 2)
-    sync.waiting = {first: 0.0, second: 0.0}
+    sync.looks = {first: 0.0, second: 0.0}
 
     def look_at(look: codebot.Look) -> None:
         if look == first:
             raise error
 
     monkeypatch.setattr(sync, "look_at", look_at)
-    sync.step()
-    assert list(sync.waiting) == [first]
-    assert sync.waiting[first] > time.time() + 50
+    for _ in range(2):
+        sync.step()
+    assert list(sync.looks) == [first]
+    assert sync.looks[first] > time.time() + 50
     assert str(first) in caplog.text
 
 
@@ -10696,15 +10697,57 @@ def test_delivery_is_looked_at_before_the_rest_of_a_poll(
     def look_at(look: codebot.Look) -> None:
         looks.append(look)
         if look == codebot.Look("repository", 1):
-            sync.codebot.sync_queue.put(delivered)
+            sync.looks[delivered] = 0.0
 
     monkeypatch.setattr(codebot, "SYNC_INTERVAL", 0.01)
     monkeypatch.setattr(sync, "look_at", look_at)
-    sync.waiting = {codebot.Look("repository", n): float(n) for n in (1, 2, 3)}
-    for _ in range(3):
+    sync.looks = {codebot.Look("repository", n): float(n) for n in (1, 2, 3)}
+    for _ in range(4):
         sync.step()
     assert looks[:2] == [codebot.Look("repository", 1), delivered]
     assert len(looks) == 4
+
+
+def test_look_that_is_asked_for_again_meanwhile_is_taken_again(
+    sync: codebot.Sync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = codebot.Look("issue", 7, 5)
+    looks = []
+
+    def look_at(look: codebot.Look) -> None:
+        looks.append(look)
+        if len(looks) == 1:
+            sync.looks[look] = 0.0
+            raise codebot.TransientError("GitHub did not answer")
+
+    monkeypatch.setattr(codebot, "SYNC_INTERVAL", 0.01)
+    monkeypatch.setattr(sync, "look_at", look_at)
+    sync.looks = {look: 0.0}
+    for _ in range(2):
+        sync.step()
+    assert looks == [look, look]
+    assert sync.looks == {}
+
+
+def test_ended_task_is_reported_although_other_looks_are_always_due(
+    sync: codebot.Sync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = codebot.Look("ended_task", task_id="t")
+    looks = []
+
+    def look_at(look: codebot.Look) -> None:
+        looks.append(look)
+        assert len(looks) < 10
+        if look != ended:
+            raise codebot.TransientError("GitHub did not answer")
+
+    monkeypatch.setattr(codebot, "RETRY_DELAY", 1e-9)
+    monkeypatch.setattr(sync.store, "unreported_tasks", lambda: ["t"])
+    monkeypatch.setattr(sync, "look_at", look_at)
+    sync.looks = {codebot.Look("issue", 7, number): 0.0 for number in (1, 2)}
+    for _ in range(4):
+        sync.step()
+    assert ended in looks
 
 
 def test_second_look_is_not_lost_to_one_that_waits(
@@ -10714,9 +10757,10 @@ def test_second_look_is_not_lost_to_one_that_waits(
     look = codebot.Look("issue", 7, 5)
     delivered = look._replace(look_twice=True)
     sync.look_later(look)
+    sync.looks[delivered] = 0.0
     sync.take(delivered)
-    assert sync.waiting[look] > time.time() + 10
-    assert delivered not in sync.waiting
+    assert sync.looks[look] > time.time() + 10
+    assert delivered not in sync.looks
 
 
 REVIEW_OUTAGES = [
