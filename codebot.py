@@ -5263,6 +5263,31 @@ class Workspace:
 
     # Creation
 
+    def fetch(self, branch: str, reason_if_missing: str) -> tuple[str, str]:
+        """Fetch a branch into the mirror. Returns its name and commit.
+
+        Raises JobFailed. But if the job has a commit, which has cost something, and the
+        remote may accept a later fetch, raises TransientError.
+        """
+        try:
+            return self.mirror.fetch_branch(self.repository, branch)
+        except BranchNotFound:
+            message = f"There is no branch {branch!r}"
+            if not branch:
+                message = (
+                    "The repository is empty or has no default branch. If it has others, "
+                    "name one as base_branch."
+                )
+            raise JobFailed(reason_if_missing, message) from None
+        except GitFailed as error:
+            may_pass = isinstance(error, (GitAuthFailed, GitTooSlow))
+            if may_pass and self.run.job.commit_id:
+                raise TransientError(f"git cannot fetch: {error}") from None
+            message = self.mirror.with_advice(str(error))
+            raise JobFailed(
+                "clone_failed", f"Failed to clone repository: {message}"
+            ) from None
+
     def clear(self, path: str) -> None:
         """Remove a directory or, if that fails, move it away for Cleanup.
 
@@ -5622,10 +5647,8 @@ class Workspace:
     def remote_has(self, commit: str) -> bool:
         """Fetch the branch, and return whether it contains the commit."""
         try:
-            _, tip = self.mirror.fetch_branch(self.repository, self.branch)
-        except GitTooSlow as error:  # as in fetch_or_fail
-            raise TransientError(f"git cannot fetch: {error}") from None
-        except (BranchNotFound, GitFailed):
+            _, tip = self.fetch(self.branch, "push_rejected")
+        except JobFailed:
             return False
         return self.mirror.is_ancestor(commit, tip)
 
@@ -6269,37 +6292,12 @@ def clone(workspace: Workspace) -> None:
         run.log_event("codebot", "Restarted after an interruption")
     if run.job.commit_id:
         run.update(commit_id="")  # its outbox was lost
-    base_name, base_commit = fetch_or_fail(
-        workspace, run.job.request.base_branch, "base_branch_not_found"
+    base_name, base_commit = workspace.fetch(
+        run.job.request.base_branch, "base_branch_not_found"
     )
     workspace.check_out(base_name, base_commit)
     workspace.make_outbox()
     run.update(base_name=base_name, base_commit=base_commit)
-
-
-def fetch_or_fail(
-    workspace: Workspace, branch: str, reason_if_missing: str
-) -> tuple[str, str]:
-    """Fetch a branch into the mirror. Returns its name and commit."""
-    try:
-        return workspace.mirror.fetch_branch(workspace.repository, branch)
-    except BranchNotFound:
-        message = f"There is no branch {branch!r}"
-        if not branch:
-            message = (
-                "The repository is empty or has no default branch. If it has others, "
-                "name one as base_branch."
-            )
-        raise JobFailed(reason_if_missing, message) from None
-    except GitFailed as error:
-        may_pass = isinstance(error, (GitAuthFailed, GitTooSlow))
-        if may_pass and workspace.run.job.commit_id:
-            # The commit has cost something, as in push().
-            raise TransientError(f"git cannot fetch: {error}") from None
-        message = workspace.mirror.with_advice(str(error))
-        raise JobFailed(
-            "clone_failed", f"Failed to clone repository: {message}"
-        ) from None
 
 
 def task_text(request: TaskRequest) -> str:
@@ -6812,7 +6810,7 @@ def carry_out(review: Review, text: str) -> None:
     run = review.run
     run.set_phase("clone")
     workspace = review.workspace
-    _, base_commit = fetch_or_fail(workspace, workspace.branch, "push_rejected")
+    _, base_commit = workspace.fetch(workspace.branch, "push_rejected")
     workspace.check_out(workspace.branch, base_commit)
     workspace.make_outbox()
     commit_id = ""
@@ -6936,7 +6934,7 @@ def fetch_tip_with(workspace: Workspace, commit: str) -> str:
 
     Raises JobFailed if the branch does not have ``commit`` (anymore).
     """
-    _, tip = fetch_or_fail(workspace, workspace.branch, "push_rejected")
+    _, tip = workspace.fetch(workspace.branch, "push_rejected")
     if not workspace.mirror.is_ancestor(commit, tip):
         raise JobFailed(
             "push_rejected",

@@ -7988,10 +7988,10 @@ def test_only_finished_work_waits_if_a_fetch_takes_too_long(
     workspace = codebot.Workspace(run, repository, "task_1234567")
     workspace.mirror = SlowMirror(run.config, "mirror", codebot.do_nothing)
     with pytest.raises(codebot.JobFailed, match="git fetch took more than"):
-        codebot.fetch_or_fail(workspace, "main", "push_rejected")
+        workspace.fetch("main", "push_rejected")
     run.job = dataclasses.replace(run.job, commit_id="a" * 40)
     with pytest.raises(codebot.TransientError, match="git fetch took more than"):
-        codebot.fetch_or_fail(workspace, "main", "push_rejected")
+        workspace.fetch("main", "push_rejected")
     with pytest.raises(codebot.TransientError, match="git fetch took more than"):
         workspace.remote_has("a" * 40)
 
