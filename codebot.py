@@ -39,6 +39,7 @@ HOW TO READ THIS FILE
   HTML.
 
 GLOSSARY
+  store          the database of all jobs; the class Store has all of its SQL
   job            a unit of work in the store: a task or a review
   task           a request to change a repository; ends in a pull request or, with
                  --no-github, in a pushed branch
@@ -56,6 +57,8 @@ GLOSSARY
   bwrap          bubblewrap, the default sandbox
   outbox         the bare repository in which codebot makes the commit and from which it
                  pushes; an agent in bwrap cannot see it
+  ticket         an id and a summary that a client may give a task; the number and title of
+                 an issue
   base           the branch that the agent's branch starts from
   base commit    the parent of codebot's commit: for a task the tip of the base, for a
                  review the tip of the pull request's branch
@@ -1864,8 +1867,8 @@ def is_inside(path: str, directory: str) -> bool:
     return f"{path}/".startswith(f"{directory.rstrip('/')}/")
 
 
-# What an agent in bwrap sees at a path. The innermost of these that holds the path counts;
-# at the same path, the lowest line.
+# What an agent in bwrap sees at a path: of the directories and files below that hold it,
+# the innermost one counts. If two lines name the same one, the lower line counts.
 #   read-only   /      everything that is not listed here
 #   its own     /dev and /proc
 #   read-only   ~/X    if PATH leads into it: tool_directories
