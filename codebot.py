@@ -5965,9 +5965,10 @@ class AgentRun:
         texts = [result.get("result")]
         if isinstance(result.get("errors"), list):
             texts += result["errors"]
-        if program.stderr and not self.run.config.launcher:
-            texts.append(program.error)  # of a crash: the CLI prints little else there
-        texts += [self.last_message, program.error]  # program.error is never empty
+        stderr = program.error if program.stderr else ""
+        if not self.run.config.launcher:  # else these may be the launcher's words
+            texts.append(stderr)  # of a crash: the CLI prints little else there
+        texts += [self.last_message, stderr, "it gave no result"]
         first = next(text for text in texts if text)
         error = self.run.redact(str(first))[:1000]
         if error.startswith("No conversation found"):

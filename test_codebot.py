@@ -6105,6 +6105,11 @@ PLAN_OF_BAD_TREE = (
 FAILING_PLANS = {
     "no result": ("echo oops >&2; exit 3", "agent_failed", "oops"),
     "crash": ("say Now; echo 'out of memory' >&2; exit 134", "agent_failed", "memory"),
+    "killed at the start": (
+        'echo \'{"type":"system","subtype":"init"}\'; exit 1',
+        "agent_failed",
+        "(exit code 1): it gave no result",
+    ),
     "words about a login": (
         'say \'I edit app/login.py\'; echo \'{"type":"result","is_error":true}\'',
         "agent_failed",
