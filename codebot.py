@@ -7,8 +7,8 @@ makes one commit, pushes a branch and opens a pull request. When reviewers comme
 codebot answers, or changes the code and pushes again.
 
 It needs Python 3.9 or newer with its standard library, and runs the programs git,
-openssl (with GitHub), bwrap, claude, and sh with chmod, rm, sed and sleep (in the demo
-also cat and grep). It is for Linux. On macOS, without bwrap, it is untested.
+openssl (with GitHub), bwrap, claude, and sh with chmod, find, rm, sed and sleep (in the
+demo also cat and grep). It is for Linux. On macOS, without bwrap, it is untested.
 
     python3 codebot.py demo    try it: one task from end to end, no configuration
     python3 codebot.py check   check the requirements; says how to fix what it finds
@@ -5712,7 +5712,8 @@ def outbox_path(config: Config, directory: str) -> str:
 # - The agent's home, with its session, is kept for the reviews of its pull request: until
 #   that is closed, or for CODEBOT_TASK_RETENTION after the last one. What has misled the
 #   agent once, or was left there by a test, is still there when a trusted reviewer's
-#   request is carried out.
+#   request is carried out. The CLI believes what is in the session: a test can change it so
+#   that, with 2.1.332, an answer may also read another directory.
 # - That the repository's Claude settings, hooks and MCP servers are not loaded, and that an
 #   answer only reads, depends on options and variables of the Claude CLI. `check` wants
 #   version 2.0.64 or newer, which knows them, but nothing tests that it honors them.
@@ -5839,10 +5840,20 @@ CLASSIFY_OPTIONS = AgentOptions(
 # The CLI's options for the task's session, whose id is the task's id.
 BEGIN_SESSION = "--session-id"
 CONTINUE_SESSION = "--resume"
-# Removes from the session what the CLI has noted of its cost. Otherwise the cost of a run
-# that continues it would include that of all earlier ones (seen with 2.1.332).
-FORGET_COST_SCRIPT = """
-sed -i '/^{"type":"cost-state"/d' "$HOME"/.claude/projects/*/*.jsonl
+# Prepares the agent's home for a run that continues the session. Of the CLI's files there,
+# only the session is kept: the CLI obeys settings that a test may have left in .claude.json
+# and remote-settings.json, even with --setting-sources "" (tried with 2.1.197 and 2.1.332).
+# From the session, the cost and the system prompt are removed that 2.1.332 notes in it.
+# Otherwise the run would report the cost of earlier ones, too, and send their prompt in
+# place of its own. (If the line of the prompt were deleted, the CLI might lose what came
+# before it.)
+PREPARE_HOME_SCRIPT = """
+chmod u+rwx "$HOME" && chmod -R u+rwX "$HOME/.claude/"
+rm -rf "$HOME/.claude.json"
+find "$HOME/.claude/" -mindepth 1 -maxdepth 1 ! -name projects -exec rm -rf {} +
+sed -i -e '/^{"type":"cost-state"/d' \\
+    -e 's/"attachment":{"type":"prompt_snapshot"/"attachment":{"type":"old_prompt"/' \\
+    "$HOME"/.claude/projects/*/*.jsonl
 """
 
 
@@ -6030,7 +6041,7 @@ def ask_agent(
     run = workspace.run
     agent_run = AgentRun(run)
     if session_option == CONTINUE_SESSION:
-        workspace.script(FORGET_COST_SCRIPT)
+        workspace.script(PREPARE_HOME_SCRIPT)
     try:
         command = SandboxedCommand(
             name=run.config.claude_command[0],

@@ -6333,26 +6333,49 @@ def test_budget_covers_all_attempts_together(fresh: Site) -> None:
     assert len(fresh.agent.runs()) == 1
 
 
-# An agent that notes its session's cost in the session, and reports the total.
-AGENT_WITH_TOTAL_COST = """
+# An agent that notes its cost and its prompt in the session, as the CLI does.
+AGENT_WITH_SESSION = """
 session=$HOME/.claude/projects/p/s.jsonl
-mkdir -p "${session%/*}"
+mkdir -p "${session%/*}" && touch "$session"
 ! grep -q '^{"type":"cost-state"' "$session" || cost=0.5
+say "prompts: $(grep -c '"attachment":{"type":"prompt_snapshot"' "$session")"
 cat >>"$session" <<END
 {"type":"user","text":"\\"type\\":\\"cost-state\\""}
+{"type":"attachment","attachment":{"type":"prompt_snapshot"}}
 {"type":"cost-state","totalCostUSD":$cost}
 END
-say "$(grep -c '"user"' "$session") messages"
+say "messages: $(grep -c '"user"' "$session")"
+say "files: $(cd "$HOME" && echo .claude* .claude/.[!.]* .claude/*)"
 [ $purpose = task ] || echo good >state
 result
 """
 
 
-def test_cost_of_continued_session_counts_once(shared: Site) -> None:
-    shared.agent.follow(AGENT_WITH_TOTAL_COST)
+def test_continued_session_has_neither_the_cost_nor_the_prompt_of_the_first_run(
+    shared: Site,
+) -> None:
+    shared.agent.follow(AGENT_WITH_SESSION)
     task = shared.api.submit(test_command="grep good state")
     assert shared.api.completed(task)["cost_usd"] == 0.5
-    assert "agent: 2 messages" in shared.api.messages(task)
+    messages = shared.api.messages(task)
+    assert messages.count("agent: prompts: 0") == 2
+    assert "agent: messages: 2" in messages
+
+
+def test_settings_that_a_test_leaves_do_not_reach_the_next_run(shared: Site) -> None:
+    shared.agent.follow(AGENT_WITH_SESSION)
+    command = """
+        grep good state && exit
+        cd "$HOME" && echo '{"env":{}}' >.claude.json
+        cp .claude.json .claude/.config.json
+        cp .claude.json .claude/remote-settings.json
+        chmod 500 . .claude
+        exit 1
+    """
+    task = shared.api.submit(test_command=command)
+    shared.api.completed(task)
+    files = "agent: files: .claude .claude/.[!.]* .claude/projects"
+    assert shared.api.messages(task).count(files) == 2
 
 
 @pytest.mark.parametrize(
