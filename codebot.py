@@ -293,6 +293,7 @@ import os
 import pathlib
 import pwd
 import queue
+import random
 import re
 import resource
 import select
@@ -2741,7 +2742,8 @@ class GitHub:
         is_full = isinstance(reply.entries, list) and len(reply.entries) >= PAGE_SIZE
         if reply.status == 200 and "ETag" in reply.headers and not is_full:
             if len(self._replies) >= MAX_CACHED_REPLIES:
-                self._replies.clear()
+                # At random: polls ask in the same order, so the oldest is the next one.
+                self._replies.pop(random.choice([*self._replies]), None)
             self._replies[url] = reply
 
     def pause_before_attempt(self, reply: Reply, attempt: int) -> float:

@@ -7955,6 +7955,16 @@ def test_last_refusal_of_a_token_is_raised_without_a_pause(
     assert pauses == [0.0, 0.0, 1.0, 2.0]  # the first two are no pauses
 
 
+def test_full_cache_keeps_most_of_its_replies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codebot, "MAX_CACHED_REPLIES", 10)
+    github = create_github()
+    urls = [f"https://api.github.com/repos/acme/{number}" for number in range(15)]
+    for url in urls:
+        github.remember_reply(url, make_reply(200, {"ETag": "x"}, error=""))
+    assert len(github._replies) == 10
+    assert urls[-1] in github._replies
+
+
 def test_long_lists_are_not_kept_in_memory(pull: Pull) -> None:
     github = github_client(pull.site)
     repository = github.repository_by_name(pull.site.repository.name)
