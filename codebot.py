@@ -6175,6 +6175,9 @@ def run_task(run: JobRun) -> None:
     workspace = Workspace(run, repository, run.job.directory)
     if is_only_push_left(workspace):
         run.log_event("codebot", f"Continued after commit {run.job.commit_id}")
+        # The outbox borrows objects of the mirror, which the operator may have deleted.
+        if not workspace.mirror.has_commit(run.job.base_commit):
+            workspace.fetch(run.job.base_name, "push_rejected")
     else:
         require_labeler_access(workspace)
         react_to_issue(workspace)

@@ -7657,6 +7657,14 @@ def stop_while_commit_waits(site: Site, step: str = "POST /git-receive-pack") ->
     return task
 
 
+def test_waiting_commit_is_pushed_after_its_mirror_was_deleted(fresh: Site) -> None:
+    task = stop_while_commit_waits(fresh)
+    shutil.rmtree(fresh.server.work_dir / "mirrors")
+    fresh.server.restart()
+    fresh.api.completed(task)
+    assert len(fresh.agent.runs()) == 1
+
+
 def test_waiting_commit_is_pushed_after_work_directory_was_moved(fresh: Site) -> None:
     task = stop_while_commit_waits(fresh)
     moved = fresh.server.work_dir.with_name("moved")
