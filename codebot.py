@@ -1492,6 +1492,18 @@ def run_program(
 MAX_ENVIRONMENT_BYTES = 2 << 20
 
 
+def read_environment(path: str) -> bytes:
+    """Read at most MAX_ENVIRONMENT_BYTES, in pieces: large buffers fragment the heap."""
+    environment = bytearray()
+    with open(path, "rb", buffering=0) as file:
+        while len(environment) < MAX_ENVIRONMENT_BYTES:
+            piece = file.read(READ_BYTES)
+            if not piece:
+                break
+            environment += piece
+    return bytes(environment)
+
+
 def tagged_processes(run_tag: str) -> list[int]:
     """Return the ids of the processes whose CODEBOT_RUN begins with ``run_tag``.
 
@@ -1501,8 +1513,8 @@ def tagged_processes(run_tag: str) -> list[int]:
     needle = f"\0CODEBOT_RUN={run_tag}".encode()
     found = []
     for path in glob.glob("/proc/[0-9]*/environ"):  # macOS has none
-        with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
-            if needle in b"\0" + file.read(MAX_ENVIRONMENT_BYTES):
+        with contextlib.suppress(OSError):
+            if needle in b"\0" + read_environment(path):
                 found.append(int(path.split("/")[2]))
     return found
 
