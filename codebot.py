@@ -2944,9 +2944,14 @@ class GitHubRepository:
                 return
 
     def post_once(
-        self, number: int, body: str, marker: str, inline_thread: int = 0
+        self,
+        number: int,
+        body: str,
+        marker: str,
+        inline_thread: int = 0,
+        since: str = "1970-01-01T00:00:00Z",
     ) -> None:
-        """Post a comment unless the bot has posted one with this marker.
+        """Post a comment unless the bot has posted one with this marker ``since`` a time.
 
         It goes to the conversation of the issue or pull request, or to a thread of inline
         comments. Raises NotFound if the comment that it answers was deleted.
@@ -2959,7 +2964,7 @@ class GitHubRepository:
         bot = self.github.bot()
 
         def find_existing() -> Json:
-            for payload in self.pages(list_path):
+            for payload in self.pages(list_path, since=since):
                 is_ours = (payload["user"] or {}).get("id") == bot.id
                 if is_ours and marker in (payload["body"] or ""):
                     return payload
@@ -7027,7 +7032,11 @@ def post_answer(review: Review, thread_key: str, comments: Sequence[Comment]) ->
     marker = f"<!-- codebot answer {run.job.id} {thread_key} -->"
     inline_thread = comment.thread if comment.place == "inline" else 0
     try:
-        github_repository.post_once(review.number, body, marker, inline_thread)
+        # An earlier answer is not older than the comment. Without this time, a review with
+        # many threads would read all comments of a long pull request for each of them.
+        github_repository.post_once(
+            review.number, body, marker, inline_thread, since=comment.created_at
+        )
     except NotFound as error:  # a reply goes to a thread's first comment
         log.info("No answer to %s, which was deleted: %s", thread_key, error)
         if not inline_thread:

@@ -638,11 +638,11 @@ class Repository(Faulty):
 
     @route("GET", "{repo}/pulls/{n}/reviews", "pull_requests:read")
     def list_reviews(self, request: Request, number: str) -> Reply:
-        return page(request, self.comment_list("review", int(number)))
+        return page(request, self.comment_list("review", int(number), request))
 
     @route("GET", "{repo}/pulls/{n}/comments", "pull_requests:read")
     def list_inline(self, request: Request, number: str) -> Reply:
-        return page(request, self.comment_list("inline", int(number)))
+        return page(request, self.comment_list("inline", int(number), request))
 
     @route("POST", "{repo}/pulls/{n}/comments/{n}/replies", "pull_requests:write")
     def reply(self, request: Request, number: str, comment: str) -> Reply:
@@ -677,7 +677,7 @@ class Repository(Faulty):
 
     @route("GET", "{repo}/issues/{n}/comments", "issues:read", "pull_requests:read")
     def list_conversation(self, request: Request, number: str) -> Reply:
-        return page(request, self.comment_list("conversation", int(number)))
+        return page(request, self.comment_list("conversation", int(number), request))
 
     @route("POST", "{repo}/issues/{n}/comments", "issues:write", "pull_requests:write")
     def create_comment(self, request: Request, number: str) -> Reply:
@@ -703,9 +703,10 @@ class Repository(Faulty):
             self.reactions.append((kind, comment_id))
         return Reply(201 if is_new else 200, {"content": "eyes"})
 
-    def comment_list(self, kind: str, number: int) -> list[Any]:
+    def comment_list(self, kind: str, number: int, request: Request) -> list[Any]:
         comments = [c for c in self.comments if (c.kind, c.number) == (kind, number)]
-        return [comment.json() for comment in comments]
+        since = request.parameters.get("since", "")
+        return [comment.json() for comment in comments if comment.updated_at >= since]
 
 
 # --- FakeGitHub: the server --------------------------------------------------
@@ -10605,6 +10606,14 @@ def test_lost_answers_of_github_double_nothing(pull: Pull) -> None:
     counts = [pull.site.repository.count(pattern) for pattern in patterns]
     # git's own HTTP client sends a push again if the connection was lost.
     assert counts in ([2, 1, 1, 1], [2, 2, 1, 1])
+
+
+def test_earlier_answer_is_looked_for_only_since_its_comment(pull: Pull) -> None:
+    comment = pull.site.person("alice").inline("Why?")
+    pull.review()
+    since = urllib.parse.quote(comment.created_at, safe="")
+    pattern = f"GET /pulls/1/comments?since={since}&per_page=50"
+    assert pull.site.repository.count(pattern) == 1
 
 
 def test_retries_of_a_review_add_no_reactions_again(pull: Pull) -> None:
