@@ -806,7 +806,7 @@ def read_settings(
     for field in CONFIG_FIELDS:
         variable = field.metadata["variable"]
         text = variables.get(variable, "").strip(BLANKS)
-        is_label = variable == "CODEBOT_ISSUE_LABEL" and variable in variables
+        may_be_empty = variable == "CODEBOT_ISSUE_LABEL" and variable in variables
         name = variable  # for people
         flag = flags.get(field.name)
         if flag is not None:
@@ -816,7 +816,7 @@ def read_settings(
             problems.append(f"{name} is empty.")
         elif re.search("[\ud800-\udfff]", text):  # bytes that are not UTF-8
             problems.append(f"{name} is not valid UTF-8.")
-        elif text or is_label:
+        elif text or may_be_empty:
             try:
                 values[field.name] = field.metadata["parse"](text)
             except ValueError as error:
@@ -933,8 +933,9 @@ def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
     problems: list[str] = []
     env_file = os.path.abspath(".env")
     variables = read_env_file(env_file, problems)
-    # If .env cannot be read, the settings that it holds are not reported as missing.
-    was_env_file_read = not problems
+    # If .env cannot be read, or has a bad line, the settings that may be there are not
+    # reported as missing.
+    is_env_file_good = not problems
     variables.update(os.environ)
     for name in NETWORK_NAMES:
         os.environ.pop(name, None)  # an empty value would count as a file name
@@ -945,7 +946,7 @@ def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
     config = Config(
         **values, env_file=env_file, umask=flags["umask"], variables=variables
     )
-    if was_env_file_read:
+    if is_env_file_good:
         problems += missing_settings(config, is_server)
     problems += unreadable_files(config)
     problems += conflicting_settings(config)
@@ -3419,7 +3420,7 @@ MAX_LOOSE_OBJECTS = 6700
 MAX_PACKS = 50
 # What git says if an object of a repository is missing or damaged.
 MISSING_OBJECT_RE = re.compile(
-    "bad object refs/heads/|ould not read [0-9a-f]{40}|unable to read [0-9a-f]{40}"
+    "bad object refs/heads/|[Cc]ould not read [0-9a-f]{40}|unable to read [0-9a-f]{40}"
     "|not a tree object|reference broken"
 )
 STALE_FILES = ("*.lock", "refs/**/*.lock", "objects/*/tmp_*", "objects/pack/.tmp-*")
@@ -5656,11 +5657,11 @@ class Workspace:
             self.outbox.remote_git(
                 self.repository, "push", "--quiet", "--no-verify", "--", url, refspec
             )
+        except GitAuthFailed as error:
+            # The App may be suspended for a while, or a login has expired. The commit has
+            # cost something.
+            raise TransientError(f"The remote refuses the push: {error}") from None
         except GitFailed as error:
-            if isinstance(error, GitAuthFailed):
-                # The App may be suspended for a while, or a login has expired. The commit
-                # has cost something.
-                raise TransientError(f"The remote refuses the push: {error}") from None
             # If a response is lost, git may send the request again, which is then rejected.
             if not self.remote_has(commit):
                 raise JobFailed("push_rejected", f"Failed to push: {error}") from None
@@ -5908,7 +5909,7 @@ class AgentRun:
         for line in lines:
             try:
                 self.read_event(parse_json(line))
-            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            except (*UNKNOWN_SHAPE_ERRORS, RecursionError):
                 # The line is no event, or one of an unknown shape.
                 self.note("agent", shown_by_terminal(line))
         self.run.log_entries(self.entries)  # in one transaction
@@ -5995,10 +5996,12 @@ class AgentRun:
         texts = [result.get("result")]
         if isinstance(result.get("errors"), list):
             texts += result["errors"]
-        stderr = program.error if program.stderr else ""
-        if not self.run.config.launcher:  # else these may be the launcher's words
-            texts.append(stderr)  # of a crash: the CLI prints little else there
-        texts += [self.last_message, stderr, "it gave no result"]
+        # A crash is reported on standard error, where the CLI prints little else. With a
+        # launcher, these may be the launcher's words, so they come last.
+        words = [program.error if program.stderr else "", self.last_message]
+        if self.run.config.launcher:
+            words.reverse()
+        texts += [*words, "it gave no result"]
         first = next(text for text in texts if text)
         error = self.run.redact(str(first))[:1000]
         if error.startswith("No conversation found"):
@@ -6009,7 +6012,7 @@ class AgentRun:
             return JobFailed(
                 "agent_login",
                 "The model's provider rejected the agent's key. The operator must set "
-                f"{MODEL_KEY_NAMES[0]} or {MODEL_KEY_NAMES[2]} in codebot's .env "
+                "ANTHROPIC_API_KEY or CLAUDE_CODE_OAUTH_TOKEN in codebot's .env "
                 f"(the agent: {error})",
             )
         if result.get("subtype") in ("error_max_budget_usd", "error_max_turns"):
@@ -7595,8 +7598,11 @@ def store_failure(run: JobRun, ending: Ending) -> None:
     the steps run again.
     """
     error = ending.error
-    was_pushed = not is_to_push(run.job)
-    may_be_pushed = was_pushed or ending.reason in ("interrupted", "internal")
+    # A push was recorded, or one may have succeeded that was not.
+    may_be_pushed = not is_to_push(run.job) or ending.reason in (
+        "interrupted",
+        "internal",
+    )
     if run.job.commit_id and may_be_pushed:
         error += f". The commit {run.job.commit_id} may have been pushed"
     error = run.redact(error)[:10_000]
@@ -8362,7 +8368,7 @@ def webhook(codebot: Codebot, request: Request) -> Response:
         return json_response({"message": str(reason)})
     # A field is missing or has the wrong type, or SQLite cannot store its value: a large
     # number (OverflowError), half of a surrogate pair (ValueError).
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+    except UNKNOWN_SHAPE_ERRORS:
         log.debug("Delivery %.99s is malformed", guid, exc_info=True)
         refusal = HTTPError(
             400, f"The payload of {event} is malformed, or X-GitHub-Delivery is missing"
@@ -9274,7 +9280,8 @@ class ConnectionTable:
         with self._lock:
             entry = self._entry(connection)
             # The TLS handshake and the first request share one deadline.
-            if state != "receiving" or entry.state != "receiving":
+            is_still_receiving = state == entry.state == "receiving"
+            if not is_still_receiving:
                 entry.since = time.monotonic()
             entry.state = state
             if state == "sending":
@@ -9790,7 +9797,7 @@ def check_settings(codebot: Codebot) -> Iterator[Finding]:
     if not copy_variables(config, MODEL_KEY_NAMES) and not config.agent_env:
         yield Finding(
             "warn",
-            f"No model key: set {MODEL_KEY_NAMES[0]} (or {MODEL_KEY_NAMES[2]}) in "
+            "No model key: set ANTHROPIC_API_KEY (or CLAUDE_CODE_OAUTH_TOKEN) in "
             f"{config.env_file}. A login in ~/.claude is not used.",
         )
 
