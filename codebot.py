@@ -30,7 +30,8 @@ HOW TO READ THIS FILE
     GitHub           GitHub.send, has_write_access
     who can act      require_api_key, require_signature, require_labeler_access,
                      require_may_act, look_up_repository, load_comments,
-                     Sync.obstacle, has_untrusted_edit, submit_issue, ROUTES
+                     Sync.obstacle, has_untrusted_edit, submit_issue, ROUTES,
+                     is_allowed, parse_repository_url, parse_comment
     the agent        agent_command, run_task, run_review
     what is pushed   run_tests_once, collect_tree, fetch_into_outbox, inspect_commit,
                      DiffScanner, push_task_commit, push_review_commit
@@ -49,7 +50,8 @@ GLOSSARY
   state          of a job: pending, running, completed or failed (the column and the API's
                  field are named status); see LIFE OF A JOB
   phase          what a running job is doing
-  event          an entry of a task's log
+  event          an entry of a task's log. (A label's and a webhook's events are GitHub's;
+                 the CLI's events are the lines that it prints.)
   agent          the Claude CLI process
   session        the agent's conversation with the model, kept in the workspace's home
   workspace      the directory in which an agent works: repo, home, tmp
@@ -325,7 +327,7 @@ log = logging.getLogger("codebot")
 
 __version__ = "1.0.0"
 
-# See "What a retry depends on", before run_steps.
+# See "What a retry depends on", in the section Store.
 MAX_INTERRUPTIONS = 3
 RETRY_DELAY = 60.0  # seconds until a job is retried after a transient error
 # Seconds after which a transient error is no longer retried.
@@ -539,7 +541,7 @@ def parse_int(text: str, minimum: int, maximum: int) -> int:
     return int(text)
 
 
-# All installation ids fit.
+# The maximum admits every installation id.
 parse_count = functools.partial(parse_int, minimum=1, maximum=4_000_000_000)
 parse_threads = functools.partial(parse_int, minimum=1, maximum=999)
 parse_attempts = functools.partial(parse_int, minimum=0, maximum=99)
@@ -595,9 +597,10 @@ def parse_agent_env(text: str) -> Sequence[str]:
 
 
 # A rule owner/name=command. The owner and the name may contain wildcards. An empty command
-# means no tests. A comment is no command: sh would ignore it, and every test would pass.
+# means no tests.
 TEST_RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*=(.*)"
-# Mistakes: "# x", with which every test would pass, and a malformed rule "a/b/c=x".
+# Mistakes that pass for a command: "# x", which sh ignores, so that every test would pass;
+# and a malformed rule "a/b/c=x".
 NO_COMMAND = r"#|[^\s=;&|]*/[^\s=;&|]*\s*="
 
 
@@ -872,6 +875,7 @@ def unreadable_files(config: Config) -> Iterator[str]:
 
 
 def conflicting_settings(config: Config) -> Iterator[str]:
+    # Not config.allowed: an empty variable counts there as not set, and would allow all.
     if not split_commas(config.variables.get("CODEBOT_ALLOWED_REPOSITORIES", "*")):
         yield (
             "CODEBOT_ALLOWED_REPOSITORIES is empty. Name repositories, or use * to "
@@ -1079,7 +1083,7 @@ def configured_secrets(config: Config) -> set[str]:
     names += filter(SECRET_NAME_RE.search, config.agent_env)
     secrets = {*config.api_keys}
     secrets.update(variables.get(name, "").strip(BLANKS) for name in names)
-    # With --no-github, git also uses ALL_PROXY.
+    # With --no-github, git also uses ALL_PROXY. (Some of NETWORK_NAMES are certificates.)
     proxies = (*NETWORK_NAMES, "ALL_PROXY", "all_proxy")
     for name in (*config.agent_env, *proxies, "ANTHROPIC_BASE_URL"):
         value = variables.get(name, "")
@@ -1117,13 +1121,14 @@ def login_secrets(word: str, is_proxy: bool) -> set[str]:
         https://token-of-the-feed@host   token-of-the-feed
         http://user:a/b@proxy            a/b
 
-    A user name without a password counts as one if it has at least MIN_SEARCHED_LENGTH
-    characters. "" may be among them.
+    A user name of at least MIN_SEARCHED_LENGTH characters, without a password, is taken
+    for one. The set may contain "".
     """
     address = re.sub("^[^/]*://", "", word)
     logins = [address.partition("/")[0].rpartition("@")[0]]
-    # Some programs accept a password with a "/": USER:a/b@HOST. Not taken for that, except
-    # in a proxy's address, which has no path: HOST:80/PATH@2 and USER@HOST:PATH@2.
+    # Some programs accept a password with a "/": USER:a/b@HOST. Then the login is all that
+    # precedes the last @. HOST:80/PATH@2 and USER@HOST:PATH@2 look alike, but have no such
+    # password. A proxy's address has no path, so there it is always taken for one.
     if is_proxy or re.match(r"[^:/@]*:(?!\d+/)", address):
         logins.append(address.rpartition("@")[0])
     is_address = is_proxy or address != word
@@ -1697,7 +1702,7 @@ class LaunchedProgram(RunningProgram):
             # On a node, a program in bwrap cannot read the sentinel. Any other can (in the
             # arguments of sh or in this output), and may forge its exit code.
             word, _, code = line.partition(" ")
-            # This counts even if the first sentinel was never read, because the program may
+            # A code counts even if the first sentinel was never read, because a program may
             # have emptied the output before that. (Then on_start is never called.)
             if word == self.sentinel and re.fullmatch("[0-9]{1,3}", code):
                 self.node_code = int(code)
@@ -1881,8 +1886,8 @@ def is_inside(path: str, directory: str) -> bool:
     return f"{path}/".startswith(f"{directory.rstrip('/')}/")
 
 
-# What an agent in bwrap sees at a path: of the directories and files below that hold it,
-# the innermost one counts. If two lines name the same one, the lower line counts.
+# What an agent in bwrap sees at a path. Of the places below that contain the path, the
+# innermost counts; of two lines for the same place, the lower line.
 #   read-only   /      everything that is not listed here
 #   its own     /dev and /proc
 #   read-only   ~/X    if PATH leads into it: tool_directories
@@ -2112,10 +2117,10 @@ class Sandbox:
         """Return the command line that runs ``argv`` in the sandbox of a workspace.
 
         ``objects`` is the mirror's object directory, which is shown read-only. ``info_fds``
-        is the descriptor for end_bwrap, if any.
+        holds one descriptor, for end_bwrap, or none.
         """
         if self.is_none and not self.config.launcher:
-            return list(argv)
+            return list(argv)  # nothing to unset: see Workspace.environment
         if self.is_bwrap:
             wrapper = bwrap_command(
                 self.config, workspace_path, objects, self.disable_userns
@@ -2243,7 +2248,8 @@ MAX_INLINE_WAIT = 5.0  # seconds; if GitHub asks for a longer wait, the job is r
 MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, even if GitHub or a proxy asks for more
 # "workflows" is left out, so GitHub refuses a push that changes .github/workflows.
 TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "write"}
-# Which token a request uses. A number above 0 is a repository's id: its own token.
+# Names the token that a request uses; it is not the token. A number above 0 is the id of a
+# repository, for that repository's token.
 Credential = int
 LOOKUP = 0  # the lookup token
 AS_APP = -1  # the App's own JWT
@@ -2413,6 +2419,7 @@ def commented_lines(payload: JsonObject) -> str:
     # Once a comment is outdated, `line` is null, and only its original lines are known.
     prefix = "" if payload.get("line") else "original_"
     names = ["start_line", "line"]
+    # If the range begins on the other side of the diff, its start counts other lines.
     if payload.get("start_side") not in (None, payload.get("side")):
         names = ["line"]
     numbers = [payload.get(f"{prefix}{name}") for name in names]
@@ -2760,9 +2767,10 @@ class GitHub:
             self._replies[url] = reply
 
     def pause_before_attempt(self, reply: Reply, attempt: int) -> float:
-        """Return the seconds until the next attempt.
+        """Return the seconds until the next attempt, if the thread may wait that long.
 
-        Raises TransientError if it is so long that the job must wait, not the thread.
+        Otherwise raises TransientError, so that the job waits. After a rate limit, no
+        thread may send a request until then: see silent_until.
         GitHub docs: "Rate limits for the REST API", "Best practices".
         """
         seconds = GITHUB_RETRY_DELAY * 2.0**attempt
@@ -2779,7 +2787,7 @@ class GitHub:
         if seconds <= MAX_INLINE_WAIT:
             return seconds
         retry_at = time.time() + seconds
-        # Until then, no thread may send a request. (A 422 limits only creating something.)
+        # (A 422 limits only creating something.)
         if is_limit and reply.status != 422:
             self.silent_until = max(self.silent_until, retry_at)
         raise TransientError(f"GitHub asked codebot to wait: {reply.error}", retry_at)
@@ -3093,6 +3101,14 @@ def is_branch_name(name: str) -> bool:
     return not re.search(forbidden, name) and name not in ("", "@", "HEAD")
 
 
+# One repository appears as
+#   Repository         its URL and name
+#   GitHubRepository   the same repository at GitHub, where its id identifies it
+#   Mirror             the local copy, written from the remote only
+#   Workspace.repo     the agent's clone, which borrows the mirror's objects
+#   Workspace.outbox   codebot's own repository, for the recorded tree and its commit
+
+
 class Repository(NamedTuple):
     """A remote repository, as a task names it."""
 
@@ -3241,7 +3257,7 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 # What a failure of git that contacts the remote becomes, in remote_failure. The first line
 # that applies counts:
 #   a signal ended git or a part of it     TransientError
-#   "rejected]", not by a remote's fault   GitFailed
+#   "rejected]": the remote refuses it     GitFailed (by a fault: TransientError)
 #   no login, a wrong one, HTTP 403, or    GitAuthFailed: at GitHub, tried again with a
 #     ssh's "Permission denied ("          new token
 #   connection, TLS, 408, 429, 5xx, a      TransientError
@@ -3591,6 +3607,19 @@ class Mirror(GitDirectory):
 # pull requests, and issues that still have the label become tasks again. If an older or
 # another database is put in place, the cleanup removes the workspaces and outboxes that
 # this database does not know.
+
+# What a retry depends on: three columns of jobs, which SCHEMA explains. A job fails at
+# MAX_INTERRUPTIONS interruptions, and at a transient error that comes more than RETRY_LIMIT
+# after transient_since. What changes the columns, and where:
+#   interruptions     + 1 by a crash, in a running job (requeue_interrupted), and by a
+#                     transient error after which a retry pays for the agent again (requeue)
+#                     0 when work is saved (JobRun.save_work)
+#   transient_since   now by a transient error, if it was 0 (requeue), and by a start or
+#                     stop of the server, if it was not 0 (requeue_interrupted)
+#                     0 when an agent starts (Workspace.run_work) or work is saved
+#   not_before        in a minute, or later if GitHub says so, by a transient error
+#                     0 by a crash or stop, in a running job
+# A stop that a second signal cuts short counts as a crash.
 
 # The states that each state may change to. Completed and failed are final.
 TRANSITIONS = {
@@ -4964,7 +4993,7 @@ class Codebot:
             "task": queue.Queue(),
             "review": queue.Queue(),
         }
-        # When each look of the sync thread is due, 0.0 for at once. Other threads add looks,
+        # When each look of the sync thread is due; 0.0: at once. Other threads add looks,
         # each in one atomic step.
         self.looks: dict[Look, float] = {EVERYTHING: 0.0}
         self.reacted_to: set[str] = set()  # see react_to_comments
@@ -5118,6 +5147,7 @@ class JobRun:
         if isinstance(error, NoFreeNode):
             limit = f"{self.config.launch_timeout} s (CODEBOT_LAUNCH_TIMEOUT)"
             return JobFailed("timeout", f"No node became free within {limit}")
+        # TimedOut
         limit = f"{self.config.task_timeout} s (CODEBOT_TASK_TIMEOUT)"
         return JobFailed("timeout", f"Timed out after {limit}")
 
@@ -5132,13 +5162,6 @@ class JobRun:
 # The agent can write anything into its workspace, so codebot runs git there only inside
 # the sandbox. Of the files, codebot takes one thing: the tree that the agent left. It
 # makes the commit itself, in the outbox, a bare repository that bwrap does not show.
-#
-# One repository appears as
-#   Repository         its URL and name
-#   GitHubRepository   the same repository at GitHub, where its id identifies it
-#   Mirror             the local copy, written from the remote only
-#   Workspace.repo     the agent's clone, which borrows the mirror's objects
-#   Workspace.outbox   codebot's own repository, for the recorded tree and its commit
 #
 # Known limitations:
 # - git unpacks, checks and compares the agent's objects outside the sandbox. A bug in git
@@ -5155,9 +5178,9 @@ class JobRun:
 # The largest change that is applied again on top of what others have pushed meanwhile.
 MAX_PATCH_BYTES = 256 << 20
 # Every script of Workspace begins with this. It removes the lock files that a killed git
-# may have left, and defines `g`: git without hooks, fsmonitor, signing and gc. No script
-# uses the configuration in HOME, which is the agent's. (With git 2.31, they do.) The
-# checkout needs no `g`, because its repository is new.
+# may have left, and defines `g`: git without hooks, fsmonitor, signing and gc. Scripts do
+# not use the configuration in HOME, which is the agent's. (git 2.31, which does not know
+# GIT_CONFIG_GLOBAL, does.) The checkout needs no `g`, because its repository is new.
 GIT_FUNCTION = """
 export GIT_CONFIG_GLOBAL=/dev/null XDG_CONFIG_HOME=/nonexistent
 for lock in .git/index.lock .git/HEAD.lock; do
@@ -5255,6 +5278,7 @@ class DiffScanner:
         has_secret = self.redact.has_secret("\n".join(new))  # one call, as it is slow
         for line in new:
             if line.startswith("diff --git "):
+                # Only for messages. Without " b/", the name is in quotes.
                 self.file = line.partition(" b/")[2] or line[len("diff --git ") :]
             elif line == "new file mode 160000" and not self.fault:
                 # This is how git shows a submodule, or a clone that the agent left.
@@ -5360,7 +5384,8 @@ class Workspace:
             "git", f"Branch {self.branch} from {base_name} at {base_commit}"
         )
 
-    # Three methods start something in the sandbox, with command lines from sandboxed().
+    # Three methods of this class start something in the sandbox, with command lines from
+    # sandboxed().
     #
     #   script              codebot's own scripts on this host, by run_in_sandbox
     #   run_work            the agent and the tests, here or on a node, by run_in_sandbox
@@ -5369,9 +5394,10 @@ class Workspace:
     def environment(self, as_agent: bool) -> dict[str, str]:
         """Return the whole environment of a program that run_in_sandbox runs."""
         env = base_environment(self.config)
-        # The agent's git uses the configuration in HOME, and not /dev/null, which root
-        # could replace. The git of a launcher or a sandbox must not obey the agent, so
-        # behind these Sandbox.wrap takes GIT_CONFIG_GLOBAL out.
+        # The agent's git must use the configuration in HOME: with /dev/null as the global
+        # one, `git config --global` of an agent run by root would replace /dev/null by a
+        # file. But the git of a launcher or a sandbox must not obey HOME, which is the
+        # agent's. There the variable stays, and Sandbox.wrap takes it out behind them.
         if self.codebot.sandbox.is_none and not self.config.launcher:
             del env["GIT_CONFIG_GLOBAL"]
         env.update(copy_variables(self.config, [*NETWORK_NAMES, "TZ"]))
@@ -5615,6 +5641,7 @@ class Workspace:
             address = f"{bot.id}+{bot.login}@users.noreply.{host}"
         identity = ("-c", f"user.name={login}", "-c", f"user.email={address}")
         argv = (*identity, "commit-tree", tree, "-p", parent)
+        # Not with check: its error would name "-c", the first argument.
         result = self.outbox.local_git(*argv, check=False, stdin=message.encode())
         if result.code != 0:
             raise GitFailed(f"git commit-tree: {result.error}")
@@ -5863,10 +5890,9 @@ CONTINUE_SESSION = "--resume"
 # Prepares the agent's home for a run that continues the session. Of the CLI's files there,
 # only the session is kept: the CLI obeys settings that a test may have left in .claude.json
 # and remote-settings.json, even with --setting-sources "" (tried with 2.1.197 and 2.1.332).
-# From the session, the cost and the system prompt are removed that 2.1.332 notes in it.
-# Otherwise the run would report the cost of earlier ones, too, and send their prompt in
-# place of its own. (If the line of the prompt were deleted, the CLI might lose what came
-# before it.)
+# In the session, 2.1.332 notes what it has cost and its system prompt. It would report that
+# cost again, and send that prompt in place of the run's own. So the cost's line is deleted,
+# and the prompt's is renamed: if it were deleted, the CLI might lose what came before it.
 PREPARE_HOME_SCRIPT = """
 chmod u+rwx "$HOME" && chmod -R u+rwX "$HOME/.claude/"
 rm -rf "$HOME/.claude.json"
@@ -6286,7 +6312,8 @@ def name_workspace(run: JobRun) -> None:
         return
     digits = job.id.replace("-", "")
     names = [digits[start : start + 7] for start in range(len(digits) - 6)]
-    # The first seven digits in a row with which no other directory ends, and so no outbox.
+    # The first seven digits in a row that end no other task's directory. Only these are in
+    # the name of the outbox.
     work_dir = run.config.work_dir
     name = next(name for name in names if not find_paths(work_dir, f"task_*{name}"))
     ticket = slugify(run.redact(job.request.ticket_id))
@@ -6384,7 +6411,8 @@ def test_and_commit(
     summary = quoted("The agent", run.job.summary)
     # Again, because quoted() has removed invisible characters, perhaps from a secret.
     message = run.redact(f"{run.redact(title)[:250]}\n\n{summary}")
-    message = without_ci_skips(message)  # last: *** around NO_CI is such a word, too
+    # After redact(), which writes ***: "***NO_CI***" turns off the CI, too.
+    message = without_ci_skips(message)
     # The caller stores the id, to be pushed, only if inspect_commit raises no error.
     commit_id = workspace.write_commit(tree, base_commit, message)
     files = workspace.inspect_commit(base_commit, commit_id)
@@ -6397,7 +6425,8 @@ def test_and_commit(
 def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
     """Run the test command. If it fails, show the agent its output and try again.
 
-    The agent's first attempt came before this. Its attempt N precedes attempt N here.
+    Agent and tests alternate, and share the number of the attempt: the agent's attempt 1
+    came before this.
 
     Returns the tree that passed, and how often the command ran. Raises JobFailed if the
     tests still fail or cannot be started.
@@ -6487,7 +6516,7 @@ def push_task_commit(workspace: Workspace) -> None:
     require_labeler_access(workspace)
     if not run.store.begin_push(run.job.id):
         raise Cancelled()
-    run.job = dataclasses.replace(run.job, push_started=True)
+    run.job = dataclasses.replace(run.job, push_started=True)  # as begin_push stored it
     workspace.push()
 
 
@@ -6701,8 +6730,9 @@ def load_comments(review: Review) -> Review:
     comments = []
     for stored in run.store.stored_comments(run.job.id):
         comment = current.get((stored.place, stored.id))
-        # Taken for deleted only in a retry, and if it is not new: another deletion while
-        # the pages of a list were read may have shifted this one out of them.
+        # One that GitHub does not list counts as deleted only in a retry, and only if it is
+        # not new. It may just have been missed: when another one is deleted between two
+        # pages, it moves from the later page to the one that was read already.
         is_retry = run.job.transient_since > 0
         if comment is None and (not is_retry or may_appear_later(stored)):
             raise TransientError("GitHub does not list a comment yet")
@@ -6750,7 +6780,10 @@ def react_to_comments(review: Review) -> None:
 
 
 def is_to_push(job: Job) -> bool:
-    """Return whether a review has a commit of which no push was recorded."""
+    """Return whether a review has a commit of which no push was recorded.
+
+    Recording the push makes the commit the base_commit: see prepare_answers.
+    """
     return job.commit_id not in ("", job.base_commit)
 
 
@@ -6761,8 +6794,8 @@ def prepare_answers(review: Review) -> None:
     if is_to_push(run.job) and not outbox.has_commit(run.job.commit_id):
         # The outbox was lost, for example when the host lost power. Start over.
         run.update(commit_id="", answers={})
-    # Finished work has an answer for each thread, perhaps "". (The kinds "none" and "limit"
-    # have no work.)
+    # There are no answers until the work is finished. Finished work has one for each
+    # thread, perhaps "". For "none" and "limit" there are never any, and nothing to do.
     if not run.job.answers:
         for comment in review.comments:
             run.log_event("codebot", f"Comment by {comment.user}: {comment.text}")
@@ -6948,7 +6981,9 @@ def push_review_commit(review: Review) -> None:
         if workspace.mirror.is_ancestor(run.job.commit_id, tip):
             return
         if tip != run.job.base_commit:
-            reapply_change(review, tip)  # makes a new commit, with the parent tip
+            # This makes a new commit on tip, or takes tip itself, if that has the change
+            # already: then the push changes nothing.
+            reapply_change(review, tip)
             require_may_act(review)  # its tests may have taken hours
             fetch_tip_with(workspace, tip)  # raises if commits were removed meanwhile
         run.set_phase("push", attempt)
@@ -7105,6 +7140,8 @@ def own_words(job: Job, answer: str) -> str:
 #   second, is not noticed, although the person who labeled it may not have seen it. If the
 #   author has no write access, any later change of the issue, even a comment by anybody,
 #   counts as an edit, and the label must be added again.
+# - If GitHub refuses to report the access of the person who labeled an issue, the label is
+#   ignored, and must be added again.
 # - Closing an issue stops no task. A review that runs or starts while its pull request is
 #   closed or locked ends for good, even if that is undone.
 
@@ -7234,7 +7271,7 @@ class Sync:
         """Submit an issue with the label; cancel its task if the label was removed."""
         github_repository = self.github.repository_by_id(look.repository_id)
         event = github_repository.label_event(look.number, self.config.issue_label)
-        # It never had this label. Its tasks, if any, come from another one, set earlier.
+        # It never had this label: its tasks, if any, come from an earlier setting.
         if event is None:
             return
         self.cancel_superseded(look, event.id)
@@ -7461,20 +7498,6 @@ def run_job(codebot: Codebot, job: Job) -> None:
             codebot.cleanup_wanted.set()  # its pull request may have been closed
 
 
-# What a retry depends on: three columns of jobs, which SCHEMA explains. A job fails at
-# MAX_INTERRUPTIONS interruptions, and at a transient error that comes more than RETRY_LIMIT
-# after transient_since. What changes the columns, and where:
-#   interruptions     + 1 by a crash, in a running job (requeue_interrupted), and by a
-#                     transient error after which a retry pays for the agent again (requeue)
-#                     0 when work is saved (JobRun.save_work)
-#   transient_since   now by a transient error, if it was 0 (requeue), and by a start or
-#                     stop of the server, if it was not 0 (requeue_interrupted)
-#                     0 when an agent starts (Workspace.run_work) or work is saved
-#   not_before        in a minute, or later if GitHub says so, by a transient error
-#                     0 by a crash or stop, in a running job
-# A stop that a second signal cuts short counts as a crash.
-
-
 def run_steps(run: JobRun) -> Ending:
     """Run the remaining steps of a job, and return what becomes of it.
 
@@ -7553,7 +7576,7 @@ def ending_after_transient_error(
 ) -> Ending:
     """Return a retry later, or a failure after too many interruptions or too long.
 
-    See "What a retry depends on", before run_steps.
+    See "What a retry depends on", in the section Store.
     """
     job = run.job
     now = time.time()
@@ -7563,7 +7586,8 @@ def ending_after_transient_error(
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     if is_too_often or now > give_up_at:
         phase = job.phase
-        if job.commit_id and phase in ("", "clone"):  # of a retry, which begins anew
+        # A retry passes these phases again on its way to the push.
+        if job.commit_id and phase in ("", "clone"):
             phase = "pull_request" if job.push_started else "push"
         # job.reason and job.error: of a review that had only its failure left to post.
         reason = job.reason or REASON_BY_PHASE.get(phase, "internal")
@@ -7728,7 +7752,8 @@ class Cleanup:
         retained = self.codebot.store.retained_directories(cutoff)
         for path in paths:
             directory = os.path.basename(path)
-            # A review that needs the directory may have started since.
+            # A review that needs the directory may have started since. (One that starts
+            # between this and the renaming loses it: then it begins a new session.)
             in_use = {run.job.directory for run in list(self.codebot.running.values())}
             if directory not in retained | in_use:
                 self.do_part(self.discard_workspace, path)
@@ -9312,13 +9337,16 @@ class ConnectionTable:
                     self._drop(connection)
 
     def evict(self, kept: socket.socket | None = None) -> None:
-        """Drop the connection that has waited longest for its client, but not ``kept``.
+        """Drop one connection, but not ``kept``: the first of these that there is.
 
-        Called when no place, descriptor or thread is left. Normally that is the oldest one
-        that is waiting or receiving. But if more than half of all connections are older
-        than that one and sending, somebody leaves responses unread to keep others out.
-        Then, and if none is waiting or receiving, it is the oldest one that is sending.
-        Raises OSError if all connections are being handled.
+          1. the oldest that is sending, if more than half of all connections are sending
+             and older than the oldest idle one: somebody leaves responses unread to keep
+             others out
+          2. the oldest idle one, which is waiting or receiving
+          3. the oldest that is sending
+
+        Called when no place, descriptor or thread is left. Raises OSError if all are being
+        handled.
         """
         idle = None
         slow_readers = []  # connections that are sending and older than the idle one
@@ -9538,7 +9566,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         self.enter("receiving")
         end_tls(self.connection)
-        # It also detaches the TLS state: the rest is read without decryption.
+        # SSLSocket.shutdown also detaches the TLS state: the rest is read undecrypted.
         self.connection.shutdown(socket.SHUT_WR)
         buffer = bytearray(CHUNK_BYTES)  # reused: many would fragment the heap
         while self.connection.recv_into(buffer):
@@ -9813,7 +9841,7 @@ def check_access(path: str, option: str, unwanted: int) -> Iterator[Finding]:
         return
     mode = os.stat(path).st_mode
     if mode & unwanted:
-        # Some systems let a user's own group write to everything.
+        # Only warned of a group that can write: on some systems it is the user's own.
         is_writable = mode & 0o002
         problem = "can be written to by" if is_writable else "is open to"
         yield Finding(
