@@ -9860,9 +9860,12 @@ def check_safety(codebot: Codebot) -> Iterator[Finding]:
     """Look for ways in which others, or the agent, could reach codebot's secrets."""
     config = codebot.config
     for path in config.secret_files:
-        if os.stat(path).st_mode & 0o077:
+        mode = os.stat(path).st_mode
+        if mode & 0o077:
+            # Whoever can write to .env names the programs that codebot runs.
             yield Finding(
-                "warn", f"{path} is open to other users; run: chmod go-rwx {path}"
+                "FAIL" if mode & 0o002 else "warn",
+                f"{path} is open to other users; run: chmod go-rwx {path}",
             )
     yield from check_access(config.work_dir, "--work-dir", unwanted=0o077)
     if is_noexec(config.work_dir):

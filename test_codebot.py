@@ -16564,6 +16564,23 @@ def test_warnings_are_logged_by_serve_and_listed_by_check(fresh: Site) -> None:
     assert "Traceback" not in log
 
 
+def test_env_file_that_others_can_write_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 1000)  # root is warned of, too
+    env_file = tmp_path / ".env"
+    env_file.touch()
+    app = codebot.Codebot(
+        codebot.Config(
+            work_dir=str(tmp_path / "work"), env_file=str(env_file), no_github=True
+        )
+    )
+    levels = {0o600: [], 0o640: ["warn"], 0o666: ["FAIL"]}
+    for mode, expected in levels.items():
+        env_file.chmod(mode)
+        assert [finding.level for finding in codebot.check_safety(app)] == expected
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
 def test_work_directory_of_another_user_is_refused(tmp_path: Path) -> None:
     os.chown(tmp_path, 12345, -1)
