@@ -850,7 +850,8 @@ def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
     ):
         if not config.no_github and not config.variables.get(name, "").strip(BLANKS):
             yield f"{name} is not set. Set it {place}, or start with --no-github."
-    if config.launcher and not config.launcher_stop:
+    launcher_stop = config.variables.get("CODEBOT_LAUNCHER_STOP", "").strip(BLANKS)
+    if config.launcher and not launcher_stop:
         yield (
             "CODEBOT_LAUNCHER_STOP is not set. Set it to the command that ends what "
             "CODEBOT_LAUNCHER started, for example scancel --quiet --name={job}."

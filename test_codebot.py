@@ -16372,6 +16372,12 @@ def prepare_mistake(site: Site, mistake: Mistake) -> dict[str, str | None]:
     return settings
 
 
+def test_bad_value_is_not_also_reported_as_missing() -> None:
+    variables = {"CODEBOT_LAUNCHER_STOP": "bin/stop"}  # a relative path is refused
+    config = codebot.Config(launcher=("srun",), no_github=True, variables=variables)
+    assert list(codebot.missing_settings(config, is_server=False)) == []
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_ends_start_with_advice(on_disk: Site, name: str) -> None:
     mistake = MISTAKES[name]
