@@ -5563,11 +5563,12 @@ class Workspace:
         trees = self.outbox.local_git(
             "rev-parse", f"{ref}^{{tree}}", f"{base_commit}^{{tree}}", check=False
         )
-        if result.code != 0 or trees.code != 0:
-            error = self.mirror.with_advice(result.error)
-            raise JobFailed(
-                "agent_failed", f"The agent left no usable repository: {error}"
-            )
+        for step in (result, trees):
+            if step.code != 0:
+                error = self.mirror.with_advice(step.error)
+                raise JobFailed(
+                    "agent_failed", f"The agent left no usable repository: {error}"
+                )
         fetched_tree, base_tree = trees.stdout  # in the order of the arguments
         if fetched_tree != tree:  # what an agent left running may have changed HEAD
             raise JobFailed("agent_failed", f"The tree of HEAD is not {tree} anymore")

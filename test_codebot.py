@@ -6153,6 +6153,11 @@ FAILING_PLANS = {
         "x is ignored",
     ),
     "no .git": ("rm -rf .git; echo x >x; result", "agent_failed", "git"),
+    "shallow repository": (
+        "echo x >x; git rev-parse HEAD >.git/shallow; result",
+        "agent_failed",
+        "unknown revision",
+    ),
     "broken HEAD": ("echo x >.git/HEAD; echo x >x; result", "agent_failed", ""),
     "unborn nested repository": ("git init -q sub; result", "agent_failed", "sub"),
     "tree that fsck rejects": (PLAN_OF_BAD_TREE, "agent_failed", "gitmodulesName"),
