@@ -6029,11 +6029,11 @@ class AgentRun:
         if isinstance(result.get("errors"), list):
             texts += result["errors"]
         # A crash is reported on standard error, where the CLI prints little else. With a
-        # launcher, these may be the launcher's words, so they come last.
+        # launcher, it may have the launcher's words, so it comes last.
         words = [program.error if program.stderr else "", self.last_message]
         if self.run.config.launcher:
             words.reverse()
-        texts += [*words, "it gave no result"]
+        texts += [*words, "it gave no reason"]
         first = next(text for text in texts if text)
         error = self.run.redact(str(first))[:1000]
         if error.startswith("No conversation found"):

@@ -6109,7 +6109,7 @@ FAILING_PLANS = {
     "killed at the start": (
         'echo \'{"type":"system","subtype":"init"}\'; exit 1',
         "agent_failed",
-        "(exit code 1): it gave no result",
+        "(exit code 1): it gave no reason",
     ),
     "words about a login": (
         'say \'I edit app/login.py\'; echo \'{"type":"result","is_error":true}\'',
