@@ -7214,7 +7214,8 @@ class Sync:
                 self.looks.setdefault(look, time.time() + delay)
         if look.look_twice and not delay:
             again = look._replace(look_twice=False)
-            self.looks[again] = time.time() + VISIBILITY_DELAY
+            if self.looks.get(again) != 0.0:  # not asked for meanwhile
+                self.looks[again] = time.time() + VISIBILITY_DELAY
 
     def look_at(self, look: Look) -> None:
         if look.kind == "pull_request":
