@@ -2762,7 +2762,7 @@ class GitHub:
         # lack the link to a next page that may exist by then.
         is_full = isinstance(reply.entries, list) and len(reply.entries) >= PAGE_SIZE
         if reply.status == 200 and "ETag" in reply.headers and not is_full:
-            if len(self._replies) >= MAX_CACHED_REPLIES:
+            if url not in self._replies and len(self._replies) >= MAX_CACHED_REPLIES:
                 # At random: polls ask in the same order, so the oldest is the next one.
                 self._replies.pop(random.choice([*self._replies]), None)
             self._replies[url] = reply
