@@ -6229,7 +6229,8 @@ def run_task(run: JobRun) -> None:
         run.log_event("codebot", f"Continued after commit {run.job.commit_id}")
         # The outbox borrows objects of the mirror, which the operator may have deleted.
         if not workspace.mirror.has_commit(run.job.base_commit):
-            workspace.fetch(run.job.base_name, "push_rejected")
+            with contextlib.suppress(JobFailed):  # the commit may be pushed already
+                workspace.fetch(run.job.base_name, "push_rejected")
     else:
         require_labeler_access(workspace)
         react_to_issue(workspace)

@@ -7671,6 +7671,15 @@ def test_waiting_commit_is_pushed_after_its_mirror_was_deleted(fresh: Site) -> N
     assert len(fresh.agent.runs()) == 1
 
 
+def test_pushed_commit_needs_neither_mirror_nor_base(fresh: Site) -> None:
+    task = stop_while_commit_waits(fresh, "POST /pulls")
+    shutil.rmtree(fresh.server.work_dir / "mirrors")
+    fresh.repository.git("branch", "-m", "main", "trunk")
+    fresh.server.restart()
+    error = fresh.api.failed(task, "pull_request_failed")
+    assert "There is no branch" not in error
+
+
 def test_waiting_commit_is_pushed_after_work_directory_was_moved(fresh: Site) -> None:
     task = stop_while_commit_waits(fresh)
     moved = fresh.server.work_dir.with_name("moved")
