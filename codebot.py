@@ -5764,9 +5764,10 @@ def outbox_path(config: Config, directory: str) -> str:
 # Known limitations:
 # - The agent's home, with its session, is kept for the reviews of its pull request: until
 #   that is closed, or for CODEBOT_TASK_RETENTION after the last one. What has misled the
-#   agent once, or was left there by a test, is still there when a trusted reviewer's
-#   request is carried out. The CLI believes what is in the session: a test can change it so
-#   that, with 2.1.332, an answer may also read another directory.
+#   agent once, or was left there by a test (but not the CLI's settings), is still there
+#   when a trusted reviewer's request is carried out. The CLI believes what is in the
+#   session: a test can change it so that, with 2.1.332, an answer may also read another
+#   directory.
 # - That the repository's Claude settings, hooks and MCP servers are not loaded, and that an
 #   answer only reads, depends on options and variables of the Claude CLI. `check` wants
 #   version 2.0.64 or newer, which knows them, but nothing tests that it honors them.
@@ -5900,12 +5901,16 @@ CONTINUE_SESSION = "--resume"
 # cost again, and send that prompt in place of the run's own. So the cost's line is deleted,
 # and the prompt's is renamed: if it were deleted, the CLI might lose what came before it.
 PREPARE_HOME_SCRIPT = """
-chmod u+rwx "$HOME" && chmod -R u+rwX "$HOME/.claude/"
-rm -rf "$HOME/.claude.json"
-find "$HOME/.claude/" -mindepth 1 -maxdepth 1 ! -name projects -exec rm -rf {} +
-sed -i -e '/^{"type":"cost-state"/d' \\
-    -e 's/"attachment":{"type":"prompt_snapshot"/"attachment":{"type":"old_prompt"/' \\
-    "$HOME"/.claude/projects/*/*.jsonl
+if [ "$HOME" = "$1" ]; then # a sandbox may have set another one, which is not codebot's
+    chmod u+rwx "$HOME"
+    if [ -L "$HOME/.claude" ]; then rm "$HOME/.claude"; fi # it may lead anywhere
+    chmod -R u+rwX "$HOME/.claude/"
+    rm -rf "$HOME/.claude.json"
+    find "$HOME/.claude/" -mindepth 1 -maxdepth 1 ! -name projects -exec rm -rf {} +
+fi
+find "$HOME/.claude/projects/" -mindepth 2 -maxdepth 2 -name '*.jsonl' -type f \\
+    -exec sed -i -e '/^{"type":"cost-state"/d' \\
+    -e 's/"attachment":{"type":"prompt_snapshot"/"attachment":{"type":"old_prompt"/' {} +
 """
 
 
@@ -6095,7 +6100,7 @@ def ask_agent(
     run = workspace.run
     agent_run = AgentRun(run)
     if session_option == CONTINUE_SESSION:
-        workspace.script(PREPARE_HOME_SCRIPT)
+        workspace.script(PREPARE_HOME_SCRIPT, f"{workspace.path}/home")
     try:
         command = SandboxedCommand(
             name=run.config.claude_command[0],

@@ -6368,6 +6368,40 @@ def test_continued_session_has_neither_the_cost_nor_the_prompt_of_the_first_run(
     assert "agent: messages: 2" in messages
 
 
+def prepare_home(home: Path, own_home: Path) -> None:
+    """Run the script that prepares a home, of which codebot's own is another or not."""
+    script = codebot.PREPARE_HOME_SCRIPT
+    # Its exit code has no meaning: there may be no session.
+    run_command("sh", "-c", f"HOME=$1; shift; {script} :", "sh", home, own_home)
+
+
+def test_odd_files_in_the_session_do_not_stop_its_preparation(tmp_path: Path) -> None:
+    projects = tmp_path / ".claude" / "projects" / "p"
+    (projects / "a.jsonl").mkdir(parents=True)
+    os.mkfifo(projects / "b.jsonl")
+    session = projects / "c.jsonl"
+    session.write_text('{"type":"cost-state"}\n{"type":"user"}\n')
+    prepare_home(tmp_path, tmp_path)
+    assert session.read_text() == '{"type":"user"}\n'
+
+
+@pytest.mark.parametrize("case", ["another home", "link"])
+def test_only_settings_in_codebots_own_home_are_removed(
+    tmp_path: Path, case: str
+) -> None:
+    own = tmp_path / "own"
+    other = tmp_path / "other"
+    own.mkdir()
+    (other / ".claude").mkdir(parents=True)
+    login = other / ".claude" / ".credentials.json"
+    login.touch()
+    if case == "link":
+        (own / ".claude").symlink_to(other / ".claude")
+    prepare_home(own if case == "link" else other, own)
+    assert login.exists()
+    assert not (own / ".claude").exists()
+
+
 def test_settings_that_a_test_leaves_do_not_reach_the_next_run(shared: Site) -> None:
     shared.agent.follow(AGENT_WITH_SESSION)
     command = """
