@@ -6194,6 +6194,10 @@ GOOD_PLANS = {
     ),
     "unrelated history": f"git checkout -q --orphan other; {SAY_HELLO}; git add -A; "
     "git commit -qm other",
+    "ignored file added": (
+        "mkdir -p .git/info; echo hello.txt >.git/info/exclude; "
+        f"{SAY_HELLO}; git add -f hello.txt"
+    ),
     "index lock left": f"{SAY_HELLO}; touch .git/index.lock",
     "branch lock left": f"{SAY_HELLO}; touch .git/$(git symbolic-ref HEAD).lock",
     "unfinished merge": (
@@ -16657,6 +16661,8 @@ def test_env_file_that_others_can_write_is_refused(
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
 def test_work_directory_of_another_user_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    assert list(codebot.check_access(str(tmp_path), "--work-dir", 0o077)) == []
     os.chown(tmp_path, 12345, -1)
     with pytest.raises(codebot.ConfigError, match="belongs to user 12345. Run codebot"):
         codebot.take_work_dir(codebot.Config(work_dir=str(tmp_path)))
