@@ -59,8 +59,8 @@ GLOSSARY
   bwrap          bubblewrap, the default sandbox
   outbox         the bare repository in which codebot makes the commit and from which it
                  pushes; an agent in bwrap cannot see it
-  ticket         an id and a summary that a client may give a task; the number and title of
-                 an issue
+  ticket         an id and a summary that a client may give a task; of a task from an
+                 issue, the issue's number and title
   base           the branch that the agent's branch starts from
   base commit    the parent of codebot's commit: for a task the tip of the base, for a
                  review the tip of the pull request's branch
@@ -1127,9 +1127,9 @@ def login_secrets(word: str, is_proxy: bool) -> set[str]:
     """
     address = re.sub("^[^/]*://", "", word)
     logins = [address.partition("/")[0].rpartition("@")[0]]
-    # Some programs accept a password with a "/": USER:a/b@HOST. Then the login is all that
-    # precedes the last @. HOST:80/PATH@2 and USER@HOST:PATH@2 look alike, but have no such
-    # password. A proxy's address has no path, so there it is always taken for one.
+    # Some programs accept a password with a "/": USER:a/b@HOST. So everything before the
+    # last @ is also tried as the login. Not in HOST:80/PATH@2 and USER@HOST:PATH@2, where
+    # the last @ is in a path. A proxy's address has no path, so in one it is always tried.
     if is_proxy or re.match(r"[^:/@]*:(?!\d+/)", address):
         logins.append(address.rpartition("@")[0])
     is_address = is_proxy or address != word
@@ -1959,9 +1959,10 @@ def tool_directories(config: Config) -> Iterator[str]:
 
 
 def needed_files(config: Config, option_by_path: Mapping[str, str]) -> Iterator[str]:
-    """Yield the hidden files that the agent's program or a certificate setting names.
+    """Yield the hidden files that CODEBOT_CLAUDE_COMMAND, SSL_CERT_FILE and the like name.
 
-    Directories are not shown: they could hold private files. Nor are .env and keys.
+    Words that are no absolute path, such as a proxy's address, are skipped. Directories are
+    not shown: they could hold private files. Nor are .env and keys.
     """
     program = shutil.which(config.claude_command[0], path=config.search_path) or ""
     words = {program, *config.claude_command[1:]}
@@ -2768,15 +2769,15 @@ class GitHub:
         is_full = isinstance(reply.entries, list) and len(reply.entries) >= PAGE_SIZE
         if reply.status == 200 and "ETag" in reply.headers and not is_full:
             if url not in self._replies and len(self._replies) >= MAX_CACHED_REPLIES:
-                # At random: polls ask in the same order, so the oldest is the next one.
+                # At random: polls ask in one order, so the oldest would be needed next.
                 self._replies.pop(random.choice([*self._replies]), None)
             self._replies[url] = reply
 
     def pause_before_attempt(self, reply: Reply, attempt: int) -> float:
         """Return the seconds until the next attempt, if the thread may wait that long.
 
-        Otherwise raises TransientError, so that the job waits. After a rate limit, no
-        thread may send a request until then: see silent_until.
+        Otherwise raises TransientError with retry_at, so that the job waits. If a rate
+        limit is the reason, no thread sends a request before that: see silent_until.
         GitHub docs: "Rate limits for the REST API", "Best practices".
         """
         seconds = GITHUB_RETRY_DELAY * 2.0**attempt
@@ -2793,7 +2794,7 @@ class GitHub:
         if seconds <= MAX_INLINE_WAIT:
             return seconds
         retry_at = time.time() + seconds
-        # (A 422 limits only creating something.)
+        # A 422 does not silence the threads: it limits only creating something.
         if is_limit and reply.status != 422:
             self.silent_until = max(self.silent_until, retry_at)
         raise TransientError(f"GitHub asked codebot to wait: {reply.error}", retry_at)
@@ -3263,10 +3264,11 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 # What a failure of git that contacts the remote becomes, in remote_failure. The first line
 # that applies counts:
 #   a signal ended git or a part of it     TransientError
-#   "rejected]": the remote refuses it     GitFailed (by a fault: TransientError)
+#   "rejected]" by the remote's rules      GitFailed
 #   no login, a wrong one, HTTP 403, or    GitAuthFailed: at GitHub, tried again with a
 #     ssh's "Permission denied ("          new token
 #   connection, TLS, 408, 429, 5xx, a      TransientError
+#     fault of the remote's own, a
 #     shortage on the host; at GitHub, 301
 #   anything else                          GitFailed
 # URLs and quoted names are removed first, because they may contain any words.
@@ -5016,7 +5018,7 @@ class Codebot:
         """End what an earlier server left running in the work directory; open the store.
 
         Raises ConfigError if the database, the sandbox or the App's key cannot be used,
-        StopRequested if the server is to stop meanwhile.
+        and StopRequested if the server is told to stop meanwhile.
         """
         end_processes(tagged_processes, self.work_dir_tag)
         end_processes(processes_in_workspaces, self.config.work_dir)
@@ -5404,10 +5406,10 @@ class Workspace:
     def environment(self, as_agent: bool) -> dict[str, str]:
         """Return the whole environment of a program that run_in_sandbox runs."""
         env = base_environment(self.config)
-        # The agent's git must use the configuration in HOME: with /dev/null as the global
-        # one, `git config --global` of an agent run by root would replace /dev/null by a
-        # file. But the git of a launcher or a sandbox must not obey HOME, which is the
-        # agent's. There the variable stays, and Sandbox.wrap takes it out behind them.
+        # GIT_CONFIG_GLOBAL is /dev/null here. The agent must not get it: as root, its
+        # `git config --global` would replace /dev/null by a file. But the git of a launcher
+        # or a sandbox needs it, so as not to obey HOME, which is the agent's. So with
+        # either, it is set here, and Sandbox.wrap unsets it for the program inside.
         if self.codebot.sandbox.is_none and not self.config.launcher:
             del env["GIT_CONFIG_GLOBAL"]
         env.update(copy_variables(self.config, [*NETWORK_NAMES, "TZ"]))
@@ -5628,7 +5630,8 @@ class Workspace:
                 script = 'GIT_CONFIG_GLOBAL=/dev/null exec git upload-pack "$@"'
                 upload_pack = self.sandboxed(["sh", "-c", script, "sh"], info_fds)
                 argv += ["--upload-pack", shlex.join(upload_pack), "--"]
-                # A shortage is believed, although upload-pack can fake one: as for scripts.
+                # may_report_shortage stays True, as for scripts: the agent, which may have
+                # changed what upload-pack prints, can cause a retry.
                 return run_program(
                     [*argv, self.repo, f"+HEAD:{ref}"],
                     env,
@@ -5771,9 +5774,9 @@ def outbox_path(config: Config, directory: str) -> str:
 # - The agent's home, with its session, is kept for the reviews of its pull request: until
 #   that is closed, or for CODEBOT_TASK_RETENTION after the last one. What has misled the
 #   agent once, or was left there by a test (but not the CLI's settings), is still there
-#   when a trusted reviewer's request is carried out. The CLI believes what is in the
-#   session: a test can change it so that, with 2.1.332, an answer may also read another
-#   directory.
+#   when a trusted reviewer's request is carried out. The CLI trusts the session,
+#   which a test can change: with 2.1.332, an agent that answers a question may then read
+#   another directory, too.
 # - That the repository's Claude settings, hooks and MCP servers are not loaded, and that an
 #   answer only reads, depends on options and variables of the Claude CLI. `check` wants
 #   version 2.0.64 or newer, which knows them, but nothing tests that it honors them.
@@ -5903,9 +5906,10 @@ CONTINUE_SESSION = "--resume"
 # Prepares the agent's home for a run that continues the session. Of the CLI's files there,
 # only the session is kept: the CLI obeys settings that a test may have left in .claude.json
 # and remote-settings.json, even with --setting-sources "" (tried with 2.1.197 and 2.1.332).
-# In the session, 2.1.332 notes what it has cost and its system prompt. It would report that
-# cost again, and send that prompt in place of the run's own. So the cost's line is deleted,
-# and the prompt's is renamed: if it were deleted, the CLI might lose what came before it.
+# 2.1.332 writes the cost so far and the system prompt into the session. When it continues,
+# it would report that cost again, and send that prompt in place of the run's own. So the
+# cost's line is deleted, and the prompt's is renamed: if that were deleted, the CLI might
+# lose what came before it.
 PREPARE_HOME_SCRIPT = """
 if [ "$HOME" = "$1" ]; then # a sandbox may have set another one, which is not codebot's
     chmod u+rwx "$HOME"
@@ -6040,7 +6044,7 @@ class AgentRun:
         if isinstance(result.get("errors"), list):
             texts += result["errors"]
         # A crash is reported on standard error, where the CLI prints little else. With a
-        # launcher, it may have the launcher's words, so it comes last.
+        # launcher, standard error may hold the launcher's words, so it comes last.
         words = [program.error if program.stderr else "", self.last_message]
         if self.run.config.launcher:
             words.reverse()
@@ -6241,7 +6245,7 @@ def run_task(run: JobRun) -> None:
         # The outbox borrows objects of the mirror, which the operator may have deleted.
         if not workspace.mirror.has_commit(run.job.base_commit):
             with contextlib.suppress(JobFailed):  # the commit may be pushed already
-                workspace.fetch(run.job.base_name, "push_rejected")
+                workspace.fetch(run.job.base_name, "base_branch_not_found")
     else:
         require_labeler_access(workspace)
         react_to_issue(workspace)
@@ -6330,8 +6334,8 @@ def name_workspace(run: JobRun) -> None:
         return
     digits = job.id.replace("-", "")
     names = [digits[start : start + 7] for start in range(len(digits) - 6)]
-    # The first seven digits in a row that end no other task's directory. Only these are in
-    # the name of the outbox.
+    # The first seven digits in a row that end no other task's directory. The name of the
+    # outbox has only these.
     work_dir = run.config.work_dir
     name = next(name for name in names if not find_paths(work_dir, f"task_*{name}"))
     ticket = slugify(run.redact(job.request.ticket_id))
@@ -6707,10 +6711,11 @@ def refusal_error(run: JobRun, error: GitHubError) -> Exception:
 
 
 def require_may_act(review: Review) -> None:
-    """Raise ReviewSkipped unless the pull request is open, and its reviewer may write now.
+    """Raise ReviewSkipped unless the pull request is open and not locked, and the review's
+    reviewer has write access to the repository now.
 
-    Its branch is codebot's, because find_pull_request accepts no other, and GitHub lets
-    nobody change a pull request's head branch.
+    The pull request's branch is codebot's, because find_pull_request accepts no other, and
+    GitHub lets nobody change a pull request's head branch.
     """
     try:
         current = review.github_repository.pull_request(review.number)
@@ -7198,11 +7203,12 @@ class Sync:
     def take(self, look: Look) -> None:
         """Take a look, and note when to repeat it, if at all.
 
-        If GitHub refuses it, it is dropped, except the look at everything, which nothing
-        else might repeat.
+        If GitHub refuses it, it is not repeated, except the look at everything, which
+        nothing else might repeat. (With look_twice, the second look is taken all the same.)
         """
         del self.looks[look]  # so that another thread can ask for it again
-        delay = RETRY_DELAY  # seconds until it is repeated; also after other errors
+        # Seconds until it is repeated, also after an error that is not caught here.
+        delay = RETRY_DELAY
         try:
             self.look_at(look)
             delay = 0.0
@@ -7641,7 +7647,7 @@ def store_failure(run: JobRun, ending: Ending) -> None:
     the steps run again.
     """
     error = ending.error
-    # A push was recorded, or one may have succeeded that was not.
+    # Either a push was recorded, or one may have succeeded without being recorded.
     may_be_pushed = not is_to_push(run.job) or ending.reason in (
         "interrupted",
         "internal",
@@ -8396,8 +8402,8 @@ class NoAction(Exception):
 def webhook(codebot: Codebot, request: Request) -> Response:
     """Accept a delivery from GitHub. A comment is on disk before the response is sent.
 
-    For a label or the end of a pull request, the sync thread looks at GitHub, as it does
-    at every start.
+    For a label that is added or removed, or a pull request that is closed or reopened, the
+    sync thread looks at GitHub, as it does at every start.
     """
     # %.99s, below, logs at most 99 characters of what a delivery says.
     event = request.headers.get("x-github-event", "")
@@ -9860,7 +9866,7 @@ def check_access(path: str, option: str, unwanted: int) -> Iterator[Finding]:
         return
     mode = os.stat(path).st_mode
     if mode & unwanted:
-        # Only warned of a group that can write: on some systems it is the user's own.
+        # If only the group can write, that is a warning: on some systems it is the user's.
         is_writable = mode & 0o002
         problem = "can be written to by" if is_writable else "is open to"
         yield Finding(
@@ -10091,7 +10097,8 @@ def stop_workers(codebot: Codebot, workers: Sequence[threading.Thread]) -> None:
     for worker in workers:
         worker.join(max(0.0, deadline - time.monotonic()))
     with contextlib.suppress(sqlite3.Error):
-        codebot.store.requeue_interrupted(interruptions=0)  # those that did not end
+        # The jobs of workers that did not end
+        codebot.store.requeue_interrupted(interruptions=0)
         codebot.store.empty_wal()
 
 
