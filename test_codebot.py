@@ -5426,9 +5426,15 @@ def test_corrupt_database_is_unhealthy_logged_and_never_500(fresh: Site) -> None
     fresh.github.hold("GET /repos/acme/missing")
     url = f"{fresh.github.url}/acme/missing"
     tasks = [fresh.api.submit(repository_url=url) for _ in range(2)]
-    for path in fresh.server.work_dir.glob("codebot.db*"):
-        with path.open("r+b") as file:
-            file.write(b"x" * path.stat().st_size)
+    database = fresh.server.work_dir / "codebot.db"
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as db:
+        # A write between two of the files would make the server trust its own cache.
+        db.execute("BEGIN IMMEDIATE")
+        # Last the file that holds the lock: closing it ends the lock.
+        for suffix in ("", "-wal", "-shm"):
+            path = database.with_name(f"codebot.db{suffix}")
+            with path.open("r+b") as file:
+                file.write(b"x" * path.stat().st_size)
     wait_for(lambda: fresh.api.health().status == 503)
     wait_for(lambda: fresh.api.post_task(fresh.api.fields()).status == 503)
     # Pages that SQLite has in its cache may still be read.
