@@ -2301,6 +2301,7 @@ class Reply(NamedTuple):
     headers: email.message.Message
     value: Json = None  # the JSON that was asked for
     error: str = ""  # what went wrong, if there is no value
+    size: int = 0  # of its body, in bytes
 
     @property
     def entries(self) -> Json:
@@ -2741,8 +2742,6 @@ class GitHub:
         status = response.status
         headers = response.headers
         self.read_headers(headers)
-        if len(body) > MAX_CACHED_BYTES:
-            del headers["ETag"]  # so that it is not cached
         try:
             value = json.loads(body)
         except (ValueError, RecursionError):
@@ -2751,7 +2750,7 @@ class GitHub:
             return Reply(status, headers, error=github_error_text(status, value))
         if value is None:
             return Reply(0, headers, error="the response is not JSON")
-        return Reply(status, headers, value)
+        return Reply(status, headers, value, size=len(body))
 
     def read_headers(self, headers: email.message.Message) -> None:
         """Record GitHub's clock and the remaining rate limit."""
@@ -2767,7 +2766,8 @@ class GitHub:
         # A full page is not cached. After a 304 its old headers would be used, and they
         # lack the link to a next page that may exist by then.
         is_full = isinstance(reply.entries, list) and len(reply.entries) >= PAGE_SIZE
-        if reply.status == 200 and "ETag" in reply.headers and not is_full:
+        is_cacheable = not is_full and reply.size <= MAX_CACHED_BYTES
+        if reply.status == 200 and "ETag" in reply.headers and is_cacheable:
             if url not in self._replies and len(self._replies) >= MAX_CACHED_REPLIES:
                 # At random: polls ask in one order, so the oldest would be needed next.
                 self._replies.pop(random.choice([*self._replies]), None)
