@@ -3464,10 +3464,10 @@ class Mirror(GitDirectory):
         return error
 
     @contextlib.contextmanager
-    def lock(self, wait: bool = True) -> Iterator[int]:
-        """Hold the mirror's lock, and yield its descriptor.
+    def lock(self, wait: bool = True) -> Iterator[None]:
+        """Hold the mirror's lock.
 
-        git inherits the descriptor, so the lock is held until git has ended, even if
+        git inherits its descriptor, so the lock is held until git has ended, even if
         codebot is killed. Without ``wait``, raises BlockingIOError if others hold the lock.
         """
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
@@ -3484,7 +3484,7 @@ class Mirror(GitDirectory):
                 time.sleep(0.01)
             self.inherited_fds = (file.fileno(),)
             try:
-                yield file.fileno()
+                yield
             finally:
                 self.inherited_fds = ()
 
@@ -3520,8 +3520,8 @@ class Mirror(GitDirectory):
         mirror's branch: if the remote's was reset to an older commit, nothing is fetched,
         and the mirror's stays newer. Raises BranchNotFound.
         """
-        with self.lock() as descriptor:
-            os.utime(descriptor)  # tells Cleanup when the mirror was last used
+        with self.lock():
+            os.utime(f"{self.path}.lock")  # tells Cleanup when the mirror was last used
             self.create_for(repository)
         # Without the lock: the repository's other jobs must not wait for the remote.
         name, commit = self.resolve_branch(repository, branch)
@@ -7794,9 +7794,9 @@ class Cleanup:
         mirror = Mirror(self.config, path, self.codebot.wait)
         # Workspaces are kept for the retention, and may still read from the mirror.
         retention = MIRROR_RETENTION + self.config.retention
-        with contextlib.suppress(BlockingIOError), mirror.lock(wait=False) as lock:
+        with contextlib.suppress(BlockingIOError), mirror.lock(wait=False):
             # The time of the lock file is when the mirror was last used: see fetch_branch.
-            if os.fstat(lock).st_mtime < time.time() - retention:
+            if os.path.getmtime(f"{path}.lock") < time.time() - retention:
                 discard(self.config.work_dir, path)
             else:
                 mirror.repack()
