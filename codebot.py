@@ -7616,6 +7616,12 @@ def ending_after_transient_error(
             phase = "pull_request" if job.push_started else "push"
         # job.reason and job.error: of a review that had only its failure left to post.
         reason = job.reason or REASON_BY_PHASE.get(phase, "internal")
+        # A push may have succeeded although its response was lost.
+        may_be_pushed = job.push_started or (job.kind == "review" and is_to_push(job))
+        if phase == "push" and may_be_pushed:
+            error = (
+                f"{error.rstrip('.')}. The commit {job.commit_id} may have been pushed"
+            )
         return Ending("failed", reason, job.error or error)
     return Ending(
         "pending",

@@ -4962,6 +4962,26 @@ def test_task_that_waited_too_long_fails_in_the_step_that_was_left(
     assert codebot.ending_after_transient_error(run, "502").reason == reason
 
 
+@pytest.mark.parametrize("push_started", [False, True])
+def test_task_whose_push_got_no_response_may_have_been_pushed(
+    store: codebot.Store, push_started: bool
+) -> None:
+    run = codebot.JobRun(app_with(store), store_task_in_state(store, "running"))
+    run.job = dataclasses.replace(
+        run.job,
+        transient_since=1.0,
+        phase="push",
+        commit_id="c0ffee",
+        push_started=push_started,
+    )
+    ending = codebot.ending_after_transient_error(run, "The remote hung up.")
+    assert ending.reason == "push_rejected"
+    expected = "The remote hung up."
+    if push_started:
+        expected = "The remote hung up. The commit c0ffee may have been pushed"
+    assert ending.error == expected
+
+
 def test_reviewer_of_a_pushed_commit_is_told_so_if_the_answer_fails(
     store: codebot.Store,
 ) -> None:
@@ -4969,6 +4989,16 @@ def test_reviewer_of_a_pushed_commit_is_told_so_if_the_answer_fails(
     run.update(commit_id="c0ffee", base_commit="c0ffee")
     codebot.store_failure(run, codebot.Ending("failed", "push_rejected", "502"))
     assert "c0ffee may have been pushed" in run.job.error
+
+
+def test_failed_review_says_once_that_its_commit_may_have_been_pushed(
+    store: codebot.Store,
+) -> None:
+    run = codebot.JobRun(app_with(store), claim_review(store))
+    pushed = {"phase": "clone", "commit_id": "c0ffee", "base_commit": "c0ffee"}
+    run.job = dataclasses.replace(run.job, transient_since=1.0, **pushed)
+    codebot.store_failure(run, codebot.ending_after_transient_error(run, "502"))
+    assert run.job.error == "502. The commit c0ffee may have been pushed"
 
 
 def test_failure_that_the_reviewer_is_to_be_told_survives_retries(
@@ -10993,6 +11023,7 @@ def test_review_that_waited_too_long_is_reported_and_not_pushed(
     assert review["status"] == "failed"
     assert review["reason"] == "push_rejected"
     assert review["error"] in pull.answer()
+    assert "may have been pushed" in review["error"]  # its response may be lost
     assert review["commit"] is None
     assert pull.tip() == pull.commit
 
