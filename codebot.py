@@ -962,7 +962,7 @@ def load_config(flags: Flags, is_server: bool = False) -> Config:
     """Read the settings. Raises ConfigError with all problems."""
     config, problems = read_config(flags, is_server)
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(Redactor(config)("\n".join(problems)))
     return config
 
 
@@ -10072,8 +10072,11 @@ def start_app(config: Config, checks: Sequence[Check], log_level: int) -> Codebo
         elif level == "warn":
             log.warning("%s", message)
     if problems:
-        raise ConfigError("\n".join(problems))
-    codebot.open()
+        raise ConfigError(codebot.redact("\n".join(problems)))
+    try:
+        codebot.open()
+    except ConfigError as error:  # it may quote what a program prints
+        raise ConfigError(codebot.redact(str(error))) from None
     codebot.store.requeue_interrupted(interruptions=1)
     return codebot
 

@@ -16447,6 +16447,21 @@ MISTAKES = {
         "The sandbox does not start: no box. Install bubblewrap",
         {"CODEBOT_SANDBOX": "sh -c 'echo no box >&2; exit 4' sh"},
     ),
+    "key in a bad setting": Mistake(
+        "CODEBOT_CLAUDE_ARGS has an unclosed quote or a trailing backslash (it is "
+        '"--key *** \'***").',
+        {
+            "ANTHROPIC_API_KEY": "sk-ant-0123456789",
+            "CODEBOT_CLAUDE_ARGS": "--key sk-ant-0123456789 'x",
+        },
+    ),
+    "key in what the sandbox prints": Mistake(
+        "The sandbox does not start: no box with ***. Install bubblewrap",
+        {
+            "ANTHROPIC_API_KEY": "sk-ant-0123456789",
+            "CODEBOT_SANDBOX": "sh -c 'echo no box with sk-ant-0123456789 >&2; exit 4' sh",
+        },
+    ),
     "database is no database": Mistake(
         "The database DIR/work/codebot.db cannot be used: file is not a database. End "
         "programs that hold it, make it writable, and free space on its disk; if it is "
