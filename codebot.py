@@ -16,8 +16,8 @@ demo also cat and grep). It is for Linux. On macOS, without bwrap, it is unteste
     python3 codebot.py run     run one task in the foreground
 
 HOW TO READ THIS FILE
-  Read it once, from the top. Code calls only what is above it or in its own section.
-  Comments may mention what comes later.
+  Read it once, from the top. Each part (I to IV) consists of sections. Code calls only
+  what is above it or in its own section; comments may mention what comes later.
   `run_task`, `run_review` and `report_failure` list the steps of a job.
   A table in `run_steps` says what each exception does to a job.
     I.   The boundary   how codebot runs programs, asks GitHub, and uses git
@@ -63,7 +63,8 @@ GLOSSARY
                  issue, the issue's number and title
   base           the branch that the agent's branch starts from
   base commit    the parent of codebot's commit: for a task the tip of the base, for a
-                 review the tip of the pull request's branch
+                 review the tip of the pull request's branch. (Once a review has pushed,
+                 its column base_commit holds codebot's commit itself.)
   installation token   a GitHub credential that is valid for one hour. A repository's
                  token reads and writes that repository.
   lookup token   an installation token that only reads metadata, such as names and ids, of
@@ -94,12 +95,14 @@ WHO IS TRUSTED WITH WHAT
   A reviewer, and a person who labels an issue   have an effect only if GitHub reports
                  that they have write access to the repository. GitHub is asked at every
                  start of a review, before the agent of an issue's task runs, and again
-                 before a commit is pushed. Only a refusal is remembered, for a minute.
+                 before a commit is pushed. A refusal is kept for a minute, a yes never.
                  Nobody else at GitHub can start the agent, but the text of a labeled issue
                  may be anyone's. A comment by anybody else is stored as a review, which is
                  skipped when it starts. A workflow that labels or comments with a person's
                  token counts as that person, and so does a machine account that is not a
-                 bot of GitHub's.
+                 bot of GitHub's. What others (people with write access, Apps) have edited
+                 into a person's comment, or into an issue whose author has write access,
+                 counts as that person's words.
   Others at GitHub   can stop work, if GitHub lets them remove the label, or close or lock
                  the pull request.
   GitHub         is believed, over TLS. A delivery is believed only if the signature of
@@ -117,9 +120,10 @@ WHO IS TRUSTED WITH WHAT
                    fetch the host's own credentials from the metadata address
                    (169.254.169.254), unless a firewall blocks that.
                  - In bwrap, these are hidden from it: codebot's processes, the work
-                   directory (with other workspaces), the homes of codebot's user, /run, the
-                   host's /tmp, and the directories of the database, .env, the App's key and
-                   the TLS key. It can read every other file that codebot's user can read.
+                   directory (with other workspaces), the home of codebot's user (and HOME,
+                   if that is another one), /run, the host's /tmp, and the directories of
+                   the database, .env, the App's key and the TLS key. It can read every
+                   other file that codebot's user can read.
                    It can write to its own workspace only, but can connect to sockets and
                    write to named pipes that are not hidden. The section Sandbox lists
                    the exceptions.
@@ -132,8 +136,8 @@ WHO IS TRUSTED WITH WHAT
   The model's provider   sees everything that the agent reads.
   The repository's own CI   runs what codebot pushed, perhaps with secrets of its own,
                  before a person has read it. GitHub refuses changes to .github/workflows,
-                 because codebot's tokens lack a permission for them, but none to the
-                 scripts that these run.
+                 because codebot's tokens lack the permission. It does not refuse changes to
+                 the scripts that workflows run.
   A launcher, and a sandbox other than bwrap   get the environment variables of the agent
                  and the tests, including the model's key. codebot does not verify what
                  such a sandbox hides.
@@ -179,9 +183,10 @@ WHERE SECRETS GO
   codebot was started, including listed variables, and the proxies and certificates of
   .env. Taken out are CODEBOT_API_KEYS, GITHUB_WEBHOOK_SECRET, the model's keys and address,
   and variables that make git print a trace, use another repository or refuse to work.
-  codebot writes none of these secrets into a named file. While a program runs, its
-  input and output (openssl's: a JWT's content and signature) are in unlinked files.
-  But the agent's home keeps its session, with everything that the agent has printed.
+  The watchdog, a fork of codebot, has them all in memory. codebot writes none of them into
+  a named file. While a program runs, its input and output (openssl's: a JWT's content and
+  signature) are in unlinked files. But the agent's home keeps its session, with everything
+  that the agent has printed.
 
 KNOWN LIMITATIONS
   They stand where the reader meets what is limited: at the beginning of the sections
@@ -205,13 +210,14 @@ LIFE OF A JOB
   - A task is on disk before the client gets its 202.
   - A commit's id is in the store before the commit is pushed. A retry of a task pushes it
     again, which changes nothing. (If the branch was deleted meanwhile, a task that has no
-    pull request yet restores it.) A retry of a review does so only if no push was stored.
+    pull request yet restores it.) A retry of a review pushes only if no push was stored.
   - A retry finds a pull request by its branch.
   - An answer is in the store before it is posted. A retry finds it by its marker. It may be
     posted twice only if the first one, or its marker, was removed before a retry, or if
     GitHub carries out the first request late or does not list its answer yet.
-  A crash loses what an agent was doing, and what that has cost. After three crashes or
-  paid retries with no saved work in between, a job fails: see "What a retry depends on".
+  A crash loses the work of a running agent, and the record of its cost. A job fails after
+  three crashes, or retries that pay for the agent again, with no saved work in between:
+  see "What a retry depends on".
 
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
@@ -228,9 +234,9 @@ THREADS AND THEIR LOCKS
   Store has a lock for its writing connection and one for its reading connection, Redactor
   has one for its tokens. Between processes there are locks of files (flock): of the work
   directory, the database, each mirror and each launch.
-  When codebot dies, a forked process, the watchdog, ends the processes that codebot left
-  running, by CODEBOT_RUN in /proc and CODEBOT_LAUNCHER_STOP. The next start in this work
-  directory does so again, and also ends what still runs in bwrap.
+  When codebot dies, a forked process, the watchdog, ends what codebot left running: it
+  finds processes in /proc by CODEBOT_RUN, and runs CODEBOT_LAUNCHER_STOP. The next start
+  in this work directory does so again, and also ends what still runs in bwrap.
 
 FILES in the work directory
   codebot.db     the record of all jobs        codebot.lock   held by the one codebot here
@@ -433,8 +439,8 @@ def parse_utc_time(timestamp: str) -> int:
 
 def parse_json(text: str) -> Json:
     """Parse JSON that anybody may have written. Raises ValueError or RecursionError."""
-    # For millions of digits int() takes minutes, and no other thread runs meanwhile. (From
-    # Python 3.9.14, 3.10.7 and 3.11 on, it refuses more than 4,300.)
+    # A number is cut after 4,300 digits (newer versions of Python refuse more): for
+    # millions, int() takes minutes, and no other thread runs meanwhile.
     return json.loads(text, parse_int=lambda digits: int(digits[:4300]))
 
 
@@ -467,9 +473,9 @@ def find_paths(directory: str, pattern: str) -> list[str]:
 # Known limitations:
 # - Settings are read from .env in the current directory, and they name programs. Do not
 #   run a codebot command in a directory that others can write to, such as a clone.
-# - Secrets are recognized only verbatim, or on their own in base64 without line breaks.
-#   They need 6 characters in what is logged and sent to GitHub, and 16 in the files of a
-#   change. One is missed where a line of more than MAX_LINE_BYTES is split. An agent that
+# - A secret is recognized only verbatim, or as the unbroken base64 of nothing but it.
+#   It needs 6 characters in what is logged and sent to GitHub, and 16 in the files of a
+#   change. It is missed where a line of more than MAX_LINE_BYTES is split. An agent that
 #   writes a secret in another way, such as backwards, compressed, or as the name of an
 #   empty directory (which a tree can have, but no diff shows), can publish it. What looks
 #   like a token of GitHub is redacted in text, but not searched for in the files.
@@ -739,9 +745,9 @@ class Config:
 
     @property
     def secret_files(self) -> list[str]:
-        """The files whose directories the sandbox hides.
+        """The files with secrets that exist. The sandbox hides their directories.
 
-        A missing .env hides none, so that codebot can start in / without one.
+        A missing .env is left out, so that codebot can start in / without one.
         """
         paths = [self.env_file, self.key_file, self.tls_key]
         return [os.path.realpath(path) for path in paths if os.path.exists(path)]
@@ -810,7 +816,7 @@ def read_settings(
         variable = field.metadata["variable"]
         text = variables.get(variable, "").strip(BLANKS)
         may_be_empty = variable == "CODEBOT_ISSUE_LABEL" and variable in variables
-        name = variable  # for people
+        name = variable  # for error messages
         flag = flags.get(field.name)
         if flag is not None:
             name = flag_name(field.name)
@@ -928,12 +934,11 @@ def is_allowed(config: Config, name: str) -> bool:
 
 
 def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
-    """Read the flags, else the environment, else ``.env``.
+    """Return the settings, and a sentence for each problem.
 
-    Returns the settings and all problems.
-
-    A bad value is replaced by the default. Proxies and certificates are set in os.environ,
-    where urllib and ssl find them.
+    A flag counts before the environment, and that before ``.env``. A bad value is replaced
+    by the default. Also sets proxies and certificates in os.environ, where urllib and ssl
+    find them.
     """
     problems: list[str] = []
     env_file = os.path.abspath(".env")
@@ -1122,14 +1127,14 @@ def login_secrets(word: str, is_proxy: bool) -> set[str]:
         https://token-of-the-feed@host   token-of-the-feed
         http://user:a/b@proxy            a/b
 
-    A user name of at least MIN_SEARCHED_LENGTH characters, without a password, is taken
-    for one. The set may contain "".
+    Without a password, a user name of at least MIN_SEARCHED_LENGTH characters counts as the
+    password. The set may contain "".
     """
     address = re.sub("^[^/]*://", "", word)
     logins = [address.partition("/")[0].rpartition("@")[0]]
-    # Some programs accept a password with a "/": USER:a/b@HOST. So everything before the
-    # last @ is also tried as the login. Not in HOST:80/PATH@2 and USER@HOST:PATH@2, where
-    # the last @ is in a path. A proxy's address has no path, so in one it is always tried.
+    # Some programs accept a password with a "/": USER:a/b@HOST. So the login may also be
+    # all that is before the last @, unless that is in a path, as in HOST:80/PATH@2 and
+    # USER@HOST:PATH@2. (A proxy's address has no path.)
     if is_proxy or re.match(r"[^:/@]*:(?!\d+/)", address):
         logins.append(address.rpartition("@")[0])
     is_address = is_proxy or address != word
@@ -1282,7 +1287,7 @@ class OutputFile:
         self._partial_line += rest
         if len(self._partial_line) > MAX_LINE_BYTES:
             lines.append(bytes(self._partial_line))
-            # The same first character: it tells DiffScanner whether the line is new.
+            # The rest gets the line's first character: DiffScanner needs the + or -.
             self._partial_line[:] = self._partial_line[:1] + b"(continued)"
         return [line.decode("utf-8", "replace").rstrip("\r") for line in lines]
 
@@ -1312,7 +1317,7 @@ class RunningProgram:
     stderr: OutputFile
     on_lines: LineHandler
     limits: Limits
-    # False for the agent: its words must not have a job retried.
+    # Whether SHORTAGE_RE in its standard error has the job retried. Not for the agent.
     may_report_shortage: bool
     started: float = dataclasses.field(default_factory=time.monotonic)
     last_output: float = dataclasses.field(default_factory=time.monotonic)
@@ -2056,8 +2061,8 @@ def end_bwrap(info: IO[bytes]) -> None:
         try:
             status = pathlib.Path(f"/proc/{process}/status").read_text()
         except OSError:
-            # It has ended: then the signal has no effect. Or it has used PR_SET_DUMPABLE,
-            # and /proc with hidepid shows such a process only to root.
+            # Either it has ended, and the signal has no effect; or it has used
+            # PR_SET_DUMPABLE, and /proc (with hidepid) shows it to nobody but root.
             if os.geteuid() != 0:
                 signal_processes([process], signal.SIGKILL)
             return
@@ -2255,8 +2260,8 @@ MAX_INLINE_WAIT = 5.0  # seconds; if GitHub asks for a longer wait, the job is r
 MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, even if GitHub or a proxy asks for more
 # "workflows" is left out, so GitHub refuses a push that changes .github/workflows.
 TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "write"}
-# Names the token that a request uses; it is not the token. A number above 0 is the id of a
-# repository, for that repository's token.
+# Which token a request uses (not the token itself): one of the two below or, if the number
+# is above 0, the token of the repository with this id.
 Credential = int
 LOOKUP = 0  # the lookup token
 AS_APP = -1  # the App's own JWT
@@ -2336,7 +2341,8 @@ class Comment:
     diff_hunk: str = ""
 
 
-OWN_NAME = "codebot (you)"  # nobody's login, because it has a space
+# Comment.user of the App's own comments. Nobody has this login, because it has a space.
+OWN_NAME = "codebot (you)"
 
 
 class CurrentPullRequest(NamedTuple):
@@ -3219,10 +3225,10 @@ def default_test_command(config: Config, repository: Repository) -> str:
     return ""
 
 
-# git that contacts the remote does not inherit variables that begin with these. The first
-# two would show the host's credentials in git's error messages. A hook that starts codebot
-# may have set the others. With them, git would use the hook's repository or its objects, or
-# refuse to update references. (GIT_DIR has no effect: --git-dir overrides it.)
+# With --no-github, git that contacts the remote inherits codebot's environment, but no
+# variable that begins with one of these. The first two would put the host's credentials in
+# git's error messages. A hook that starts codebot may have set the others: git would then
+# use the hook's repository, or refuse to update references. (--git-dir overrides GIT_DIR.)
 UNWANTED_GIT_NAMES = (
     "GIT_TRACE",
     "GIT_CURL_VERBOSE",
@@ -3313,11 +3319,11 @@ def remote_failure(result: ProgramResult, is_github: bool) -> Exception:
     if result.code in SIGNAL_EXIT_CODES or PART_KILLED_RE.search(text):
         return TransientError(f"git was killed (exit code {result.code}): {reason}")
     words = URL_OR_NAME_RE.sub("", text)
-    if REJECTED_RE.search(words):  # perhaps because of a file with any name
+    if REJECTED_RE.search(words):  # first, as the reason may quote a file of any name
         return GitFailed(reason)
     if AUTH_FAILED_RE.search(words):
         return GitAuthFailed("authentication failed")
-    if re.search(r"returned error: 403|Permission denied \(", words):  # by ssh
+    if re.search(r"returned error: 403|Permission denied \(", words):  # the second: ssh
         return GitAuthFailed(reason)
     # The repository was renamed after it was looked up.
     is_renamed = is_github and "returned error: 301" in words
@@ -3534,7 +3540,7 @@ class Mirror(GitDirectory):
             result = self.fetch_all(repository)
             if self.is_ancestor(commit, ref):
                 return name, commit
-        # git fetches nothing from a shallow clone, and exits with 0.
+        # From a shallow clone, git fetches nothing, warns, and exits with 0.
         if "shallow" in result.error:
             raise GitFailed(f"the remote is a shallow clone: {result.error}")
         raise TransientError(f"The remote no longer has {commit}, the tip of {name}")
@@ -3709,7 +3715,8 @@ CREATE TABLE jobs (
     files TEXT NOT NULL DEFAULT '', -- as git diff --stat shows them
     seconds REAL NOT NULL DEFAULT 0,
     answers TEXT NOT NULL DEFAULT '{}', -- by thread, as JSON
-    -- Why the job failed. A review stores both before it posts them.
+    -- Why the job failed, for programs and for people. A review stores both before it
+    -- posts them.
     reason TEXT NOT NULL DEFAULT '',
     error TEXT NOT NULL DEFAULT '',
     CHECK ((kind = 'task') = (task_id = id)),
@@ -4064,8 +4071,8 @@ class Store:
     def __init__(self, path: str) -> None:
         self.path = path
         self.writable = True  # whether the last write succeeded
-        self._write_lock = threading.Lock()  # guards _writer, its transaction and _news
-        self._news: list[str] = []  # lines for the log, if the transaction is committed
+        self._write_lock = threading.Lock()  # guards _writer and _log_lines
+        self._log_lines: list[str] = []  # logged once the transaction is committed
         self._read_lock = threading.Lock()  # guards _reader
         try:
             self._writer = self._connect()
@@ -4114,12 +4121,12 @@ class Store:
             raise sqlite3.OperationalError("the database is busy")
         try:
             self._check_file()
-            self._news.clear()
+            self._log_lines.clear()
             with self._writer:  # commits at the end, or rolls back after an error
                 self._writer.execute("BEGIN IMMEDIATE")
                 yield self._writer
             self.writable = True
-            for line in self._news:
+            for line in self._log_lines:
                 log.info("%s", line)
         except sqlite3.Error:
             self.writable = False
@@ -4215,7 +4222,7 @@ class Store:
         if cursor.rowcount == 0:
             raise WrongState(f"job {job_id} is not {old}")
         suffix = f" ({reason})" if reason else ""
-        self._news.append(f"Job {job_id}: {old} -> {new}{suffix}")
+        self._log_lines.append(f"Job {job_id}: {old} -> {new}{suffix}")
 
     def add_task(
         self,
@@ -4255,7 +4262,8 @@ class Store:
             job = make_job(row)
             if idempotency_key and job.request != request:
                 raise HTTPError(409, "This Idempotency-Key was used for another task")
-            self._news.append(f"Task {job.id}: submitted by {submitted_by}")  # or again
+            # Also if it was submitted before.
+            self._log_lines.append(f"Task {job.id}: submitted by {submitted_by}")
             return job
 
     def claim(self, job_id: str) -> Job | None:
@@ -5093,8 +5101,8 @@ class JobRun:
         self.job = job
         self.is_cancelled = False  # another thread sets it
         self.started = time.monotonic()
-        # When the agent and the tests must end: see time_left. Workspace.run_work adds the
-        # time that it waits for a node.
+        # When the agent and the tests must end: see time_left. Workspace.run_work sets it
+        # again after it has waited for a node.
         self.deadline: float | None = None
         self.events_left = MAX_OUTPUT_EVENTS  # in this phase
         self.agent_ran_since_save = False
@@ -5191,8 +5199,8 @@ class JobRun:
 MAX_PATCH_BYTES = 256 << 20
 # Every script of Workspace begins with this. It removes the lock files that a killed git
 # may have left, and defines `g`: git without hooks, fsmonitor, signing and gc. Scripts do
-# not use the configuration in HOME, which is the agent's. (git 2.31, which does not know
-# GIT_CONFIG_GLOBAL, does.) The checkout needs no `g`, because its repository is new.
+# not use the configuration in HOME, which is the agent's. (With git 2.31 they do: it does
+# not know GIT_CONFIG_GLOBAL.) The checkout needs no `g`, because its repository is new.
 GIT_FUNCTION = """
 export GIT_CONFIG_GLOBAL=/dev/null XDG_CONFIG_HOME=/nonexistent
 for lock in .git/index.lock .git/HEAD.lock; do
@@ -5285,7 +5293,8 @@ class DiffScanner:
 
     def read(self, lines: list[str]) -> None:
         """Note the fault of the lines, if any. A LineHandler."""
-        # Removed lines and hunk headings are not new. (With --unified=0, all others are.)
+        # Not removed lines and hunk headings. With --unified=0, the others are added lines,
+        # and headers with the names of files.
         new = [line for line in lines if not line.startswith(("-", "@@"))]
         has_secret = self.redact.has_secret("\n".join(new))  # one call, as it is slow
         for line in new:
@@ -6418,9 +6427,9 @@ def test_and_commit(
     fail or the commit must not be pushed.
     """
     run = workspace.run
-    attempts = 0
+    passed_attempt = 0  # none: there are no tests
     if request.test_command:
-        tree, attempts = run_tests(workspace, request.test_command)
+        tree, passed_attempt = run_tests(workspace, request.test_command)
     else:
         run.log_event("codebot", "No test command")
         tree = workspace.record_files()
@@ -6440,7 +6449,7 @@ def test_and_commit(
     files = workspace.inspect_commit(base_commit, commit_id)
     run.log_event("git", f"Commit {commit_id}", files)
     files = INVISIBLE_RE.sub("\N{REPLACEMENT CHARACTER}", run.redact(files))
-    run.update(passed_attempt=attempts, files=files)
+    run.update(passed_attempt=passed_attempt, files=files)
     return commit_id
 
 
@@ -6647,7 +6656,7 @@ def run_review(run: JobRun) -> None:
 
 
 def report_failure(run: JobRun) -> None:
-    """Post why a review failed, if its reviewer may still be answered; then fail with that.
+    """Post why a review failed, if codebot may still act on it. Then raise that failure.
 
     These are the steps of a review that has stored an error: see run_job.
     """
@@ -6711,11 +6720,11 @@ def refusal_error(run: JobRun, error: GitHubError) -> Exception:
 
 
 def require_may_act(review: Review) -> None:
-    """Raise ReviewSkipped unless the pull request is open and not locked, and the review's
-    reviewer has write access to the repository now.
+    """Raise ReviewSkipped unless codebot may act for the reviewer now.
 
-    The pull request's branch is codebot's, because find_pull_request accepts no other, and
-    GitHub lets nobody change a pull request's head branch.
+    The pull request must be open and not locked, and the reviewer must have write access.
+    The branch is codebot's: find_pull_request accepts no other, and GitHub lets nobody
+    change the head branch of a pull request.
     """
     try:
         current = review.github_repository.pull_request(review.number)
@@ -7013,8 +7022,7 @@ def push_review_commit(review: Review) -> None:
         try:
             workspace.push()
         except JobFailed:
-            tip = fetch_tip_with(workspace, run.job.base_commit)
-            if tip == run.job.base_commit:
+            if fetch_tip_with(workspace, run.job.base_commit) == run.job.base_commit:
                 raise  # nobody has pushed meanwhile, so the remote refuses the commit
             continue
         # Raises an error if the commit is not there: the answer will name it.
@@ -7207,7 +7215,7 @@ class Sync:
         nothing else might repeat. (With look_twice, the second look is taken all the same.)
         """
         del self.looks[look]  # so that another thread can ask for it again
-        # Seconds until it is repeated, also after an error that is not caught here.
+        # Seconds until it is repeated; 0: never. Other errors, not caught here, keep this.
         delay = RETRY_DELAY
         try:
             self.look_at(look)
@@ -7653,12 +7661,9 @@ def store_failure(run: JobRun, ending: Ending) -> None:
     the steps run again.
     """
     error = ending.error
-    # Either a push was recorded, or one may have succeeded without being recorded.
-    may_be_pushed = not is_to_push(run.job) or ending.reason in (
-        "interrupted",
-        "internal",
-    )
-    if run.job.commit_id and may_be_pushed:
+    # Its push was recorded, or the error does not tell whether it was pushed.
+    is_unknown = ending.reason in ("interrupted", "internal")
+    if run.job.commit_id and (is_unknown or not is_to_push(run.job)):
         error += f". The commit {run.job.commit_id} may have been pushed"
     error = run.redact(error)[:10_000]
     # Logged now: if the reviewer cannot be told, the review may end with another error.
@@ -8082,7 +8087,8 @@ def read_task_request(config: Config, fields: Fields) -> TaskRequest:
     problems = [
         f"{name} is missing" for name in REQUIRED_FIELDS if fields.get(name) is None
     ]
-    checked = list(fields.items())[:MAX_FIELDS]  # a task with more has unknown ones
+    # If there are more than MAX_FIELDS, one of those that are checked is unknown.
+    checked = list(fields.items())[:MAX_FIELDS]
     problems += [field_problem(name, value) for name, value in checked]
     if any(problems):
         raise HTTPError(400, "\n".join(filter(None, problems)))
@@ -9872,7 +9878,7 @@ def check_access(path: str, option: str, unwanted: int) -> Iterator[Finding]:
         return
     mode = os.stat(path).st_mode
     if mode & unwanted:
-        # If only the group can write, that is a warning: on some systems it is the user's.
+        # If only the group can write, that is a warning: it may be the user's own group.
         is_writable = mode & 0o002
         problem = "can be written to by" if is_writable else "is open to"
         yield Finding(
