@@ -63,8 +63,7 @@ GLOSSARY
                  issue, the issue's number and title
   base           the branch that the agent's branch starts from
   base commit    the parent of codebot's commit: for a task the tip of the base, for a
-                 review the tip of the pull request's branch. (Once a review has pushed,
-                 its column base_commit holds codebot's commit itself.)
+                 review the tip of the pull request's branch
   installation token   a GitHub credential that is valid for one hour. A repository's
                  token reads and writes that repository.
   lookup token   an installation token that only reads metadata, such as names and ids, of
@@ -3650,7 +3649,7 @@ CANCELLED_TEXT = {
     "review": "The pull request was closed",
 }
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 SCHEMA = """
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -3698,9 +3697,10 @@ CREATE TABLE jobs (
     cancel_requested INTEGER NOT NULL DEFAULT 0,
     -- 1 once a task's push has begun: from then on it cannot be cancelled.
     push_started INTEGER NOT NULL DEFAULT 0,
+    -- 1 once a review's commit is on the branch at GitHub.
+    is_pushed INTEGER NOT NULL DEFAULT 0,
     -- Progress, from which a job continues after a crash. A review has its task's
-    -- directory and branch. base_commit is the commit's parent or, in a review that has
-    -- pushed, the commit itself.
+    -- directory and branch. base_commit is the commit's parent.
     repository_id INTEGER NOT NULL DEFAULT 0,
     directory TEXT NOT NULL DEFAULT '', -- below the work directory
     branch TEXT NOT NULL DEFAULT '',
@@ -3874,6 +3874,7 @@ class Job:
     transient_since: float
     cancel_requested: bool
     push_started: bool
+    is_pushed: bool
     repository_id: int
     directory: str
     branch: str
@@ -4389,6 +4390,7 @@ class Store:
                 base_name = :base_name,
                 base_commit = :base_commit,
                 commit_id = :commit_id,
+                is_pushed = :is_pushed,
                 interruptions = :interruptions,
                 transient_since = :transient_since,
                 summary = :summary,
@@ -6812,11 +6814,8 @@ def react_to_comments(review: Review) -> None:
 
 
 def is_to_push(job: Job) -> bool:
-    """Return whether a review has a commit of which no push was recorded.
-
-    Recording the push makes the commit the base_commit: see prepare_answers.
-    """
-    return job.commit_id not in ("", job.base_commit)
+    """Return whether a review has a commit of which no push was recorded."""
+    return job.commit_id != "" and not job.is_pushed
 
 
 def prepare_answers(review: Review) -> None:
@@ -6840,7 +6839,7 @@ def prepare_answers(review: Review) -> None:
     if is_to_push(run.job):
         push_review_commit(review)
         # Recorded, so that a retry does not restore what others remove now.
-        run.update(base_commit=run.job.commit_id)
+        run.update(is_pushed=True)
 
 
 def earlier_comments(review: Review) -> list[Comment]:
@@ -7620,7 +7619,7 @@ def ending_after_transient_error(
     if is_too_often or now > give_up_at:
         phase = job.phase
         # A retry passes these phases again on its way to the push.
-        if job.commit_id and phase in ("", "clone"):
+        if job.commit_id and not job.is_pushed and phase in ("", "clone"):
             phase = "pull_request" if job.push_started else "push"
         # job.reason and job.error: of a review that had only its failure left to post.
         reason = job.reason or REASON_BY_PHASE.get(phase, "internal")
@@ -7661,9 +7660,9 @@ def store_failure(run: JobRun, ending: Ending) -> None:
     the steps run again.
     """
     error = ending.error
-    # Its push was recorded, or the error does not tell whether it was pushed.
+    # The error may not tell whether it was pushed.
     is_unknown = ending.reason in ("interrupted", "internal")
-    if run.job.commit_id and (is_unknown or not is_to_push(run.job)):
+    if run.job.commit_id and (run.job.is_pushed or is_unknown):
         error += f". The commit {run.job.commit_id} may have been pushed"
     error = run.redact(error)[:10_000]
     # Logged now: if the reviewer cannot be told, the review may end with another error.

@@ -4986,7 +4986,7 @@ def test_reviewer_of_a_pushed_commit_is_told_so_if_the_answer_fails(
     store: codebot.Store,
 ) -> None:
     run = codebot.JobRun(app_with(store), claim_review(store))
-    run.update(commit_id="c0ffee", base_commit="c0ffee")
+    run.update(commit_id="c0ffee", is_pushed=True)
     codebot.store_failure(run, codebot.Ending("failed", "push_rejected", "502"))
     assert "c0ffee may have been pushed" in run.job.error
 
@@ -4995,9 +4995,11 @@ def test_failed_review_says_once_that_its_commit_may_have_been_pushed(
     store: codebot.Store,
 ) -> None:
     run = codebot.JobRun(app_with(store), claim_review(store))
-    pushed = {"phase": "clone", "commit_id": "c0ffee", "base_commit": "c0ffee"}
+    pushed = {"phase": "clone", "commit_id": "c0ffee", "is_pushed": True}
     run.job = dataclasses.replace(run.job, transient_since=1.0, **pushed)
-    codebot.store_failure(run, codebot.ending_after_transient_error(run, "502"))
+    ending = codebot.ending_after_transient_error(run, "502")
+    assert ending.reason == "clone_failed"
+    codebot.store_failure(run, ending)
     assert run.job.error == "502. The commit c0ffee may have been pushed"
 
 
