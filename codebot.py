@@ -1203,8 +1203,10 @@ def raise_if_stop_arrives(check_stop: Callable[[], None]) -> None:
 # How Popen or a shell reports that a program was ended by SIGTERM (15) or SIGKILL (9).
 SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
 # git's advice and empty lines, including a remote's.
-NOISE_RE = re.compile(r"(hint:.*|remote:)?")
-CAUSE_RE = re.compile(r"(fatal|error|remote: error):|.*denied")
+NOISE_RE = re.compile(
+    "(hint:.*|remote:|Please make sure you have .*|and the repository exists.)?"
+)
+CAUSE_RE = re.compile(r"(remote: )?(fatal|error):|.*denied")
 # What programs say if the host lacks disk space, processes or memory.
 SHORTAGE = (
     "No space left on device|Disk quota exceeded|: Quota exceeded"  # the last is musl's
@@ -3296,12 +3298,14 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     r"|SSL|TLS|gnutls_|server (certificate )?verification failed"
     # The remote is overloaded, or has a fault of its own.
     r"|returned error: (408|429|5\d\d)|Internal Server Error|commit_refs"
+    "|unpacker error"
     f"|{SHORTAGE}"
 )
 # "! [remote rejected] main -> main (protected)": the remote refuses the push. A fault of
 # the remote's own is excluded, because it is transient.
 REJECTED_RE = re.compile(
-    r"^(?!.*(Internal Server Error|commit_refs)).*rejected\]", re.MULTILINE
+    r"^(?!.*(Internal Server Error|commit_refs|unpacker error)).*rejected\]",
+    re.MULTILINE,
 )
 # A program that git has started. (A remote's lines begin with "remote:".)
 PART_KILLED_RE = re.compile(r"^error: \S+ died of signal (9|15)$", re.MULTILINE)

@@ -7328,6 +7328,8 @@ NETWORK_ERRORS = [
     "fatal: unable to access 'URL': gnutls_handshake() failed: Error in the pull function.",
     "fatal: unable to access 'URL': connection to proxy closed",
     "fatal: unable to access 'URL': cannot complete SOCKS5 connection to 127.0.0.1. (4)",
+    # The remote's disk is full, or read-only.
+    "! [remote rejected] a -> a (unpacker error)",
 ]
 # And what it prints if the network is not the cause.
 FINAL_ERRORS = [
@@ -7356,7 +7358,7 @@ def test_git_waits_for_the_network_but_not_for_what_stays_wrong(
 
 
 def test_fault_of_the_remote_itself_is_no_refusal() -> None:
-    for line in ("Internal Server Error", "commit_refs"):
+    for line in ("Internal Server Error", "commit_refs", "unpacker error"):
         text = f" ! [remote rejected] main -> main ({line})"
         assert not codebot.REJECTED_RE.search(f"first\n{text}\nlast")
     assert codebot.REJECTED_RE.search("first\n ! [remote rejected] a -> a (no)\nlast")
@@ -15138,9 +15140,9 @@ hint: See the "Note about fast-forwards" in 'git push --help' for details.
         (
             SSH_REFUSAL,
             (
-                "git@git.acme.com: Permission denied (publickey). / fatal: Could not "
-                "read from remote repository. / Please make sure you have the correct "
-                "access rights / and the repository exists."
+                "Warning: Permanently added 'git.acme.com' (ED25519) to the list of known "
+                "hosts. / git@git.acme.com: Permission denied (publickey). / fatal: Could "
+                "not read from remote repository."
             ),
         ),
         (
@@ -15152,6 +15154,10 @@ hint: See the "Note about fast-forwards" in 'git push --help' for details.
                 "repository rule violations) / error: failed to push some refs to "
                 "'https://github.com/acme/widget.git'"
             ),
+        ),
+        (
+            "remote: fatal: no space\na\nb\nc\nd\n",
+            "remote: fatal: no space / b / c / d",
         ),
         ("a\nb\nfatal: c\nd\n", "a / b / fatal: c / d"),
         ("a\nb\nc\nfatal: d\ne\n", "c / fatal: d / e"),
