@@ -3281,7 +3281,7 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 # URLs and quoted names are removed first, because they may contain any words.
 URL_OR_NAME_RE = re.compile(r"(?<!\w)'[^'\n]*'|https?://\S+")
 AUTH_FAILED_RE = re.compile(
-    "could not read Username|Invalid username or token|Authentication failed"
+    "could not read (Username|Password)|Invalid username or token|Authentication failed"
 )
 TRANSIENT_GIT_ERROR_RE = re.compile(
     # There is no connection, or it was lost.
@@ -5340,8 +5340,8 @@ class Workspace:
     def fetch(self, branch: str, reason_if_missing: str) -> tuple[str, str]:
         """Fetch a branch into the mirror. Returns its name and commit.
 
-        Raises JobFailed. But if the job has a commit, which has cost something, and the
-        remote may accept a later fetch, raises TransientError.
+        Raises JobFailed if there is no such branch. After any other failure, raises
+        TransientError if the job has a commit, which has cost something, else JobFailed.
         """
         try:
             return self.mirror.fetch_branch(self.repository, branch)
@@ -5354,10 +5354,9 @@ class Workspace:
                 )
             raise JobFailed(reason_if_missing, message) from None
         except GitFailed as error:
-            may_pass = isinstance(error, (GitAuthFailed, GitTooSlow))
-            if may_pass and self.run.job.commit_id:
-                raise TransientError(f"git cannot fetch: {error}") from None
             message = self.mirror.with_advice(str(error))
+            if self.run.job.commit_id:
+                raise TransientError(f"git cannot fetch: {message}") from None
             raise JobFailed(
                 "clone_failed", f"Failed to clone repository: {message}"
             ) from None

@@ -8110,28 +8110,41 @@ def test_remote_that_hangs_is_tried_again(
         directory.git_with_token("", "fetch", "git@git.acme.com:a")
 
 
-class SlowMirror(codebot.Mirror):
-    """A mirror whose every fetch is ended by the time limit."""
+class FailingMirror(codebot.Mirror):
+    """A mirror whose every fetch fails."""
+
+    error: codebot.GitFailed
 
     def fetch_branch(
         self, repository: codebot.Repository, branch: str
     ) -> tuple[str, str]:
-        raise codebot.GitTooSlow("git fetch took more than 1800 s")
+        raise self.error
 
 
-def test_only_finished_work_waits_if_a_fetch_takes_too_long(
-    store: codebot.Store,
+@pytest.mark.parametrize(
+    "error",
+    [
+        codebot.GitTooSlow("git fetch took more than 1800 s"),
+        codebot.GitAuthFailed("authentication failed"),
+        # As if a disk were not mounted, or GitHub answered 404 for a moment.
+        codebot.GitFailed("fatal: '/srv/a' does not appear to be a git repository"),
+    ],
+)
+def test_only_finished_work_waits_if_a_fetch_fails(
+    store: codebot.Store, error: codebot.GitFailed
 ) -> None:
+    message = re.escape(str(error))
     run = codebot.JobRun(app_with(store), claim_review(store))
     repository = codebot.Repository("https://git.acme.com/a", "a", "mirrors/a.git")
     workspace = codebot.Workspace(run, repository, "task_1234567")
-    workspace.mirror = SlowMirror(run.config, "mirror", codebot.do_nothing)
-    with pytest.raises(codebot.JobFailed, match="git fetch took more than"):
+    workspace.mirror = FailingMirror(run.config, "mirror", codebot.do_nothing)
+    workspace.mirror.error = error
+    with pytest.raises(codebot.JobFailed, match=message):
         workspace.fetch("main", "push_rejected")
     run.job = dataclasses.replace(run.job, commit_id="a" * 40)
-    with pytest.raises(codebot.TransientError, match="git fetch took more than"):
+    with pytest.raises(codebot.TransientError, match=message):
         workspace.fetch("main", "push_rejected")
-    with pytest.raises(codebot.TransientError, match="git fetch took more than"):
+    with pytest.raises(codebot.TransientError, match=message):
         workspace.remote_has("a" * 40)
 
 
@@ -8171,6 +8184,7 @@ def test_commit_waits_while_github_refuses_the_push(
     [
         "git@git.acme.com: Permission denied (publickey).",
         "fatal: could not read Username for 'https://git.acme.com': No such device",
+        "fatal: could not read Password for 'https://a@git.acme.com': No such device",
     ],
 )
 def test_commit_waits_until_the_host_can_log_in_again(
