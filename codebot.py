@@ -5198,6 +5198,9 @@ class JobRun:
 #   files that git ignores, which the commit lacks. An agent can have git record other
 #   contents than those that were tested, such as by a filter. What is recorded is inspected
 #   before it is pushed.
+# - If files break the repository's own rules for line ends (`text` or `eol` in
+#   .gitattributes), git records them as changed although nobody has touched them. Then
+#   codebot commits that, too, even if the agent has done nothing.
 # - A change may move a submodule that the repository has to any commit. A change is not
 #   pushed if its diff, without the contents of deleted files, exceeds 1 GiB.
 
