@@ -767,8 +767,8 @@ def flag_name(field: str) -> str:
 #     A="x                an unclosed quote
 ENV_LINE_RE = re.compile(
     r"""( export \s+ )? (?P<name> [A-Za-z_]\w* ) \s* = (
-            | \s* "(?P<double> .*? )"
-            | \s* '(?P<single> .*? )'
+            | \s* "(?P<double> [^"]* )"
+            | \s* '(?P<single> [^']* )'
             | \s* (?P<unclosed> "[^"]* | '[^']* )
             | \s* (?P<unquoted> \S.*? )
         ) ( \s+ [#].* )?

@@ -2906,6 +2906,8 @@ def test_settings_show_no_secret() -> None:
         ("NAME='a\"b'", 'a"b'),
         ("NAME='\"'", '"'),
         ("NAME='a b' \"c\"", "'a b' \"c\""),
+        ("NAME='a b' 'c' # d", "'a b' 'c'"),
+        ('NAME="a","b"', '"a","b"'),
         ("NAME=a'b", "a'b"),
         ("NAME=a\xa0", "a\xa0"),
         ("NAME=value\r", "value"),
