@@ -8596,7 +8596,8 @@ input, textarea { font-weight: 400; }
 #outcome strong { min-width: 7rem; }
 
 #log { height: 60vh; overflow-y: auto; background: var(--page); }
-#log:empty::before { content: "No entries"; padding: .5rem; color: var(--muted); }
+#log:empty::before { content: "No entries, or none that are still kept"; }
+#log:empty::before { padding: .5rem; color: var(--muted); }
 .event {
   display: grid;
   grid-template-columns: 4.2rem 4.2rem 1fr;
@@ -8672,7 +8673,7 @@ details:not([open]) .message { overflow: hidden; white-space: pre; }
           placeholder="Add a switch for dark mode to the settings page …"></textarea>
       </label>
       <label>Test command
-        <input name="test_command" placeholder="python -m pytest">
+        <textarea name="test_command" rows="2" placeholder="python -m pytest"></textarea>
       </label>
       <label>Base branch
         <input name="base_branch" placeholder="the default branch">
@@ -8721,6 +8722,7 @@ details:not([open]) .message { overflow: hidden; white-space: pre; }
 // refresh() fetches its data from the server and redraws what has changed: see redraw.
 
 const REFRESH_INTERVAL = 2000; // milliseconds
+const MAX_ROWS = 300; // in the list of tasks
 const ANSWER_TIMEOUT = 60000; // milliseconds; a whole answer may take this long
 // What a user can do next, by the reason of a failed task.
 const ADVICE = {
@@ -8925,7 +8927,7 @@ function saveKey(event) {
   event.preventDefault();
   const key = ui.key.value.trim();
   ui.keyForm.reset();
-  const isKey = /^[!-~]+$/.test(key); // only such a key can be sent in a header
+  const isKey = /^[ -~]+$/.test(key); // only such a key can be sent in a header
   setText(ui.keyError, isKey ? '' : 'This is not an API key.');
   if (!isKey) return;
   apiKey = key;
@@ -8942,10 +8944,12 @@ function forgetKey() {
 
 async function refreshList() {
   const state = ui.filter.querySelector(':checked').value;
-  const { tasks } = await callApi(`?limit=300&status=${state}`);
+  const { tasks } = await callApi(`?limit=${MAX_ROWS}&status=${state}`);
   redraw(ui.rows, tasks, () => tasks.map(taskRow));
-  const message = state ? 'No task is in this state.' : 'No tasks yet.';
-  setText(ui.noRows, tasks.length > 0 ? '' : message);
+  let message = state ? 'No task is in this state.' : 'No tasks yet.';
+  if (tasks.length > 0) message = '';
+  if (tasks.length === MAX_ROWS) message = 'Older tasks are not shown.';
+  setText(ui.noRows, message);
 }
 
 function taskRow(task) {
@@ -9096,7 +9100,7 @@ function resultCard(result) {
     create('h2', {}, 'Result'),
     paragraph(result.summary),
     namedLine('Pull request', url ? externalLink(url, pullRequest) : 'None'),
-    namedLine('Tests', tests ? `Passed: ${tests.command}` : 'No test command'),
+    namedLine('Tests', paragraph(tests ? `Passed: ${tests.command}` : 'No test command')),
     namedLine('Branch', create('code', {}, result.branch_name)),
     namedLine('Commit', create('code', {}, result.commit)),
     namedLine('Agent', agentText(result)),

@@ -16070,7 +16070,7 @@ def test_page_shows_task_from_submit_to_result_and_review(
     browser.call("Page.reload")  # the key is kept
     browser.fill("Repository", f" {fresh.repository.url} ")
     browser.fill("What should change", "Say hello\n\nTo everybody.")
-    browser.fill("Test command", "test -s hello.txt")
+    browser.fill("Test command", "cd .\ntest -s hello.txt")
     browser.click("button", "Submit task")
     browser.wait_for_text(f"agent I read {MARKUP}.", "#log")  # while it runs
     browser.wait_for_text("Running: agent", "#taskState")
@@ -16088,7 +16088,11 @@ def test_page_shows_task_from_submit_to_result_and_review(
     [pull] = fresh.repository.pulls
     assert "Wrote hello.txt." in outcome
     assert "Pull request #1 · open" in outcome
-    assert "Passed: test -s hello.txt" in outcome
+    assert "Passed: cd . test -s hello.txt" in outcome
+    [task] = fresh.api.get("/api/tasks").json["tasks"]
+    assert (
+        fresh.api.status(task["task_id"])["test_command"] == "cd .\ntest -s hello.txt"
+    )
     assert pull["head"]["ref"] in outcome
     assert "hello.txt | 1 +" in outcome
     link = browser.find("link", "Pull request #1")
@@ -16111,9 +16115,13 @@ def test_page_shows_task_from_submit_to_result_and_review(
 
 
 def test_page_reports_errors_and_next_steps(fresh: Site, browser: Browser) -> None:
-    for wrong in ("wrong-key", "schlüssel"):
+    for wrong, error in (
+        ("wrong-key", "This API key is not valid"),
+        ("wrong key", "This API key is not valid"),
+        ("schlüssel", "This is not an API key."),
+    ):
         browser.enter_key(wrong)
-        browser.wait_for_text("This", "#keyError")
+        browser.wait_for_text(error, "#keyError")
         assert browser.evaluate("sessionStorage.getItem('apiKey')") is None
     browser.check()
     browser.open_task("unknown")
@@ -16206,6 +16214,28 @@ def test_page_follows_log_until_one_scrolls_up(fresh: Site, browser: Browser) ->
     browser.wait_for_text("Completed", "#taskState")
     browser.wait_for_text("codebot Completed", "#log")
     assert browser.evaluate("ui.log.scrollTop") == 0
+
+
+def test_page_says_that_its_list_is_cut(fresh: Site, browser: Browser) -> None:
+    with fresh.server.database() as db:
+        db.execute(
+            """
+            WITH RECURSIVE numbers(n) AS (
+                SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < 299
+            )
+            INSERT INTO jobs (
+                id, kind, task_id, status, submitted_at, completed_at, submitted_by
+            )
+            SELECT n, 'task', n, 'failed', :now, :now, 'a' FROM numbers
+            """,
+            {"now": codebot.utc_time()},
+        )
+    browser.enter_key()
+    rows = "document.querySelectorAll('#rows li').length"
+    wait_for(lambda: browser.evaluate(rows) == 299)
+    assert browser.text("#noRows") == ""
+    fresh.api.completed(fresh.api.submit())
+    browser.wait_for_text("Older tasks are not shown", "#noRows")
 
 
 def test_page_ends_where_its_content_ends(fresh: Site, browser: Browser) -> None:
