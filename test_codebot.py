@@ -2173,6 +2173,7 @@ def shared_site(in_memory: Path, templates: Path) -> Iterator[Site]:
             CODEBOT_REVIEW_WORKERS="2",
             CODEBOT_TEST_ATTEMPTS="1",
         )
+        wait_for_first_look(site)
         yield site
 
 
@@ -2182,6 +2183,11 @@ def shared(shared_site: Site) -> Iterator[Site]:
     use_new_repository(shared_site)
     yield shared_site
     wait_until_idle(shared_site)
+
+
+def wait_for_first_look(site: Site) -> None:
+    """Wait until the look at the start is over: it must not meet what a test does."""
+    wait_for(lambda: site.repository.count("GET /issues"))
 
 
 def use_new_repository(site: Site) -> None:
@@ -2232,6 +2238,7 @@ def limited_site(in_memory: Path, templates: Path) -> Iterator[Site]:
             CODEBOT_STALL_TIMEOUT="2",
             CODEBOT_TEST_COMMANDS="acme/tested=grep -q hello hello.txt",
         )
+        wait_for_first_look(site)
         yield site
 
 
@@ -11792,7 +11799,6 @@ def test_label_that_github_does_not_show_everywhere_yet_counts(shared: Site) -> 
 def test_label_whose_event_github_does_not_show_everywhere_yet_becomes_task(
     shared: Site, answer: tuple[Any, ...]
 ) -> None:
-    wait_until_deliveries_are_handled(shared)  # and so is the look at the start
     issue = open_issue(shared)
     shared.repository.fail(f"GET /issues/{issue.number}/events*", *answer)
     shared.person("alice").label(issue.number)
@@ -15186,9 +15192,27 @@ def test_error_of_program_has_its_cause_and_its_end(stderr: str, error: str) -> 
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_output_is_kept_although_program_opens_it_again(stream: str) -> None:
-    script = (
-        f"echo one >&2; echo two; : >/dev/{stream}; sleep 0.3; echo a >/dev/{stream}"
+def test_output_is_kept_although_program_opens_it_again(
+    tmp_path: Path, stream: str
+) -> None:
+    script = f"""
+        wait_for_reader() {{ touch new; while [ -e new ]; do sleep 0.01; done; }}
+        echo one >&2; echo two; wait_for_reader
+        : >/dev/{stream}; wait_for_reader
+        echo a >/dev/{stream}; echo b; echo c >&2
+    """
+    checks = itertools.count()
+
+    def check() -> None:
+        # It follows a read, and only the second one's is sure to have come after "new".
+        if (tmp_path / "new").exists() and next(checks) % 2:
+            (tmp_path / "new").unlink()
+
+    result = codebot.run_program(
+        ["sh", "-c", script],
+        {"PATH": os.environ["PATH"]},
+        cwd=str(tmp_path),
+        limits=codebot.Limits(check_stop=check),
     )
     env = {"PATH": os.environ["PATH"]}
     result = codebot.run_program(["sh", "-c", f"{script}; echo b; echo c >&2"], env)
@@ -17217,8 +17241,10 @@ def test_debug_server_restarts_when_env_file_changes(fresh: Site) -> None:
     env_file.write_text("CODEBOT_API_KEYS=key-1\n")
     fresh.server.start_file("--debug", CODEBOT_API_KEYS=None)
     assert "with 1 API key(s)" in fresh.server.log()
-    env_file.write_text("CODEBOT_API_KEYS=key-1,key-2\n")
-    os.utime(env_file, (1, 1))
+    changed = env_file.with_name("changed")
+    changed.write_text("CODEBOT_API_KEYS=key-1,key-2\n")
+    os.utime(changed, (1, 1))
+    changed.replace(env_file)  # in one step, or the server may restart twice
     fresh.server.wait_for_log("Starting server", times=2)
     fresh.server.wait_until_ready(fresh.server.log().index("with 2 API key(s)"))
 
