@@ -63,6 +63,7 @@ import codebot
 # --- Helpers -----------------------------------------------------------------
 
 PROGRAM = Path(codebot.__file__).resolve()
+README = PROGRAM.with_name("README.md")
 API_KEY = "the-key-of-a-client"
 OTHER_API_KEY = "the-key-of-another-client"
 MODEL_KEY = "sk-ant-of-the-model"
@@ -2479,7 +2480,7 @@ def test_env_example_has_every_setting_with_its_default() -> None:
 
 def test_readme_table_has_every_setting_with_its_default() -> None:
     rows = {}
-    for line in PROGRAM.with_name("README.md").read_text().splitlines():
+    for line in README.read_text().splitlines():
         cells = [cell.strip() for cell in line.split("|")]
         if len(cells) > 3:
             for name in re.findall(r"`((?:CODEBOT|GITHUB)_[A-Z_]+)`", cells[1]):
@@ -2497,7 +2498,7 @@ def test_readme_table_has_every_setting_with_its_default() -> None:
 def test_readme_names_every_field_of_a_status_and_of_the_list(
     store: codebot.Store,
 ) -> None:
-    text = PROGRAM.with_name("README.md").read_text()
+    text = README.read_text()
     store_task(store)
     [listed] = store.tasks("", 10, sys.maxsize)
     names = {*TASK_KEYS, *listed}
@@ -10179,9 +10180,8 @@ def test_comments_of_strangers_do_not_use_up_daily_limit(limited: Site) -> None:
     pull = open_pull(limited, "block; classify none")
     limited.person("alice").comment("Thanks!")
     limited.agent.wait_until_blocked()
-    for number in range(3):
-        limited.person(f"stranger-{number}").comment("Hello")
-    limited.person("bob").comment("Thanks!")
+    for login in ("mallory", "trudy", "bob", "oscar", "eve"):
+        limited.person(login).comment("Thanks!")
     limited.agent.follow("classify none")
     limited.agent.release()
     kinds = [(review["reviewer"], review["kind"]) for review in pull.reviews(2)]
@@ -10403,8 +10403,9 @@ def test_removed_commits_do_not_come_back(pull: Pull) -> None:
     assert pull.tip() == before
 
 
-def test_change_on_top_is_tested_and_removed_commits_do_not_come_back(
-    shared: Site,
+@pytest.mark.parametrize("event", ["removed", "closed"])
+def test_change_on_top_is_not_pushed_after_what_happened_during_its_test(
+    shared: Site, event: str
 ) -> None:
     script = shared.directory / "second-test.sh"
     script.write_text("exit 0\n")
@@ -10418,10 +10419,14 @@ def test_change_on_top_is_tested_and_removed_commits_do_not_come_back(
     shared.repository.before(PUSH_BEGINS, push)
     shared.person("alice").inline("Say more")
     shared.agent.wait_until_blocked("test")
-    shared.repository.git("update-ref", f"refs/heads/{pull.branch}", pull.commit)
+    if event == "removed":
+        shared.repository.git("update-ref", f"refs/heads/{pull.branch}", pull.commit)
+    else:
+        shared.person("alice").close(webhook=False)
+    tip = pull.tip()
     shared.agent.release()
-    assert "removed" in pull.review()["error"]
-    assert pull.tip() == pull.commit
+    assert event in pull.review()["error"]
+    assert pull.tip() == tip
 
 
 def test_pushed_change_that_is_removed_again_is_not_claimed(pull: Pull) -> None:
@@ -11290,15 +11295,19 @@ def test_remaining_reply_of_a_deleted_thread_is_answered(pull: Pull) -> None:
     assert pull.answer().startswith("@alice says:\n\n> Really\n\nThe change is in ")
 
 
-def test_answer_to_a_pull_request_that_is_gone_is_given_up(pull: Pull) -> None:
+@pytest.mark.parametrize("lost", ["GET /pulls/1/reviews*", "POST /issues/1/comments"])
+def test_answer_to_a_pull_request_that_is_gone_is_given_up(
+    pull: Pull, lost: str
+) -> None:
     pull.site.agent.follow("classify change; result 'I cannot' error true")
     top = pull.site.person("bob").inline("Hm", webhook=False)
     reply = pull.site.person("alice").inline("Say more", reply_to=top, webhook=False)
     pull.site.repository.comments.remove(top)
-    pull.site.repository.fail("POST /issues/1/comments", 404, always=True)
+    fail = functools.partial(pull.site.repository.fail, lost, 404, always=True)
+    pull.site.repository.after("POST /pulls/1/comments/*/replies", fail)
     pull.site.person("alice").announce(reply)
     assert "I cannot" in pull.review()["error"]
-    assert pull.site.repository.count("POST /issues/1/comments") < 9
+    assert pull.site.repository.count(lost) < 9
 
 
 def test_comment_deleted_before_answer_harms_nothing(pull: Pull) -> None:
@@ -13453,6 +13462,21 @@ def test_answer_stays_if_another_client_leaves_while_room_is_made(
         assert set(table._entries) == {reading, new}
 
 
+def test_body_that_is_being_handled_makes_no_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(codebot, "MAX_BUFFERED_BYTES", 10)
+    table = codebot.ConnectionTable()
+    with socket.socket() as handled, socket.socket() as uploading:
+        for connection in (handled, uploading):
+            table.add(connection)
+            table.enter(connection, "receiving")
+        table.add_body_bytes(handled, 8)
+        table.enter(handled, "handling")
+        table.add_body_bytes(uploading, 8)
+        assert set(table._entries) == {handled}
+
+
 def begin_upload(site: Site) -> socket.socket:
     """Begin a body of 290,000 bytes for the webhook, where no key is needed."""
     connection = site.api.connect()
@@ -13492,6 +13516,13 @@ def test_body_without_a_key_takes_no_room_from_others(crowded_site: Site) -> Non
             assert response.status == 401
         upload.sendall(b"x" * 40_000)
         assert receive_response(upload).status == 401
+
+
+def test_body_takes_no_room_once_its_request_is_answered(crowded_site: Site) -> None:
+    line = "POST /api/tasks/submit HTTP/1.1"
+    data = raw_request(line, KEY_HEADER, body=b"[" + b" " * 200_000 + b"]")
+    responses = send_to(crowded_site, data, data, GET_AND_CLOSE)
+    assert [response.status for response in responses] == [400, 400, 200]
 
 
 def test_malformed_request_is_not_logged_as_the_one_before(fresh: Site) -> None:
@@ -13600,8 +13631,8 @@ def test_invalid_last_event_id_is_named(shared: Site) -> None:
 
 
 def test_client_that_has_sent_all_gets_the_whole_log(shared: Site) -> None:
-    task = shared.api.submit()
-    shared.api.completed(task)
+    task = submit_failing(shared)
+    add_events(shared, task, ["x"] * 10 * codebot.MAX_EVENTS_AT_ONCE)
     head = f"GET /api/tasks/{task}/logs HTTP/1.1\r\nHost: x\r\n"
     head += f"Authorization: Bearer {API_KEY}\r\nAccept: text/event-stream\r\n\r\n"
     with shared.api.connect() as connection:
@@ -14010,6 +14041,25 @@ def test_submit_is_answered_with_the_id_and_address_of_the_task(shared: Site) ->
     shared.api.wait_end(task)
 
 
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_example_in_the_readme_submits_a_task_and_waits_for_its_end(
+    shared: Site,
+) -> None:
+    [script] = re.findall(r"```sh\n(url=.*?)```", README.read_text(), re.DOTALL)
+    for old, new in {
+        "localhost:5000": "{}:{}".format(*shared.server.address),
+        "YOUR-KEY": API_KEY,
+        "https://github.com/acme/widget": shared.repository.url,
+        "sleep 5": "sleep 0.1",
+    }.items():
+        assert script.count(old) == 1
+        script = script.replace(old, new)
+    output = run_command("sh", "-c", script)
+    assert '"status": "completed"' in output
+    [task] = shared.api.get("/api/tasks?limit=1").json["tasks"]
+    assert task["description"] == "Accept two-digit years"
+
+
 def test_idempotency_key_gives_one_task_and_its_current_status(shared: Site) -> None:
     body = json.dumps(shared.api.fields(repository_url=missing_url(shared)))
     headers = {"Idempotency-Key": f"key/{shared.repository.id}"}
@@ -14363,6 +14413,16 @@ def test_retry_makes_one_new_task_with_the_same_fields(shared: Site) -> None:
     assert status["submitted_by"] == f"{fingerprint(OTHER_API_KEY)} 127.0.0.1"
 
 
+def test_task_of_a_repository_that_is_not_allowed_anymore_is_not_retried(
+    fresh: Site,
+) -> None:
+    fresh.server.start()
+    task = submit_failing(fresh)
+    fresh.server.stop()
+    fresh.server.restart(CODEBOT_ALLOWED_REPOSITORIES="acme/other")
+    assert_is_error(fresh.api.retry(task), 403, "acme/missing")
+
+
 def test_retry_with_the_idempotency_key_of_its_task_is_a_new_task(
     shared: Site,
 ) -> None:
@@ -14385,7 +14445,9 @@ def test_idempotency_key_of_a_client_cannot_be_that_of_a_retry(shared: Site) -> 
     task = shared.api.post_task(fields).json["task_id"]
     shared.api.failed(task, "clone_failed")
     other = {**fields, "description": "Something else"}
-    shared.api.post_task(other, {"Idempotency-Key": f"retry of {task}: k"})
+    for separator in (" ", "\t"):  # all that a header may have
+        headers = {"Idempotency-Key": f"k{separator}retry of {task}"}
+        assert shared.api.post_task(other, headers).status == 202
     assert shared.api.retry(task, {"Idempotency-Key": "k"}).status == 202
 
 
@@ -15214,8 +15276,6 @@ def test_output_is_kept_although_program_opens_it_again(
         cwd=str(tmp_path),
         limits=codebot.Limits(check_stop=check),
     )
-    env = {"PATH": os.environ["PATH"]}
-    result = codebot.run_program(["sh", "-c", f"{script}; echo b; echo c >&2"], env)
     both = {"stdout": ["b"], "stderr": ["c"]}
     both[stream].insert(0, "a")
     assert result.stdout[-len(both["stdout"]) :] == both["stdout"]
@@ -15644,7 +15704,6 @@ def test_agent_is_in_bwrap_on_slurm(on_slurm: SlurmSite) -> None:
 
 # --- Containers --------------------------------------------------------------
 
-README = PROGRAM.parent / "README.md"
 # podman as far as the README's script uses it: it passes the environment on.
 PODMAN_SCRIPT = r"""#!@PYTHON@
 import os, sys
@@ -16743,6 +16802,23 @@ def test_short_webhook_secret_is_warned_of(secret: str, is_short: bool) -> None:
     assert len(messages) == is_short
 
 
+def test_variable_for_the_agent_that_is_not_set_is_warned_of() -> None:
+    config = codebot.Config(
+        no_github=True, agent_env=("MY_OWN", "MISSING"), variables={"MY_OWN": "x"}
+    )
+    messages = [f.message for f in codebot.check_settings(codebot.Codebot(config))]
+    assert messages == ["CODEBOT_AGENT_ENV names MISSING, which is not set."]
+
+
+def test_codebot_that_is_the_first_process_of_its_container_warns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = codebot.Codebot(codebot.Config(no_github=True, work_dir=str(tmp_path)))
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    messages = [finding.message for finding in codebot.check_safety(app)]
+    assert [message for message in messages if "with --init" in message]
+
+
 def test_warnings_are_logged_by_serve_and_listed_by_check(fresh: Site) -> None:
     env_file = fresh.server.start_dir / ".env"
     env_file.write_text("CODEBOT_APIKEYS=x\nCODEBOT_STALL_TIMEOUT=60\n")
@@ -17155,6 +17231,7 @@ def test_watchdog_survives_signals_and_ends_what_is_left(fresh: Site) -> None:
     fresh.agent.wait_until_blocked()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(watchdog, number)
+    assert os.getsid(watchdog) == watchdog  # a terminal reaches it with no other one
     fresh.server.kill()
     wait_for(lambda: not fresh.server.strays())
 
@@ -17514,6 +17591,28 @@ def test_check_wants_utf_8(fresh: Site) -> None:
     assert "UTF-8" not in done.stdout
 
 
+def test_check_wants_the_event_issues_only_with_a_label(fresh: Site) -> None:
+    fresh.github.subscribed.remove("issues")
+    assert "does not receive the events issues" in run_check(fresh).stdout
+    done = run_check(fresh, CODEBOT_ISSUE_LABEL="")
+    assert "does not receive the events" not in done.stdout
+
+
+def test_check_warns_of_a_disk_that_is_almost_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)  # take_work_dir changes it
+    monkeypatch.setattr(codebot, "LOW_DISK_BYTES", 1 << 60)
+    config = codebot.Config(no_github=True, sandbox=("none",), work_dir=str(tmp_path))
+    messages = [
+        finding.message
+        for finding in codebot.check_work_dir(codebot.Codebot(config))
+        if finding.level == "warn"
+    ]
+    assert len(messages) == 1
+    assert re.match(r"Only \d+ MiB are free on its disk", messages[0])
+
+
 def test_check_without_events_but_with_polling_is_fine(fresh: Site) -> None:
     fresh.github.subscribed.clear()
     done = run_check(fresh, "--enable-polling", GITHUB_WEBHOOK_SECRET=None)
@@ -17543,7 +17642,8 @@ def run_flags(site: Site, *flags: str) -> list[str]:
 
 def test_run_prints_progress_and_result(fresh: Site) -> None:
     done = fresh.server.run_forked(
-        *run_flags(fresh, "--test-command", "echo a; echo b")
+        *run_flags(fresh, "--test-command", "echo a; echo b"),
+        CODEBOT_DATABASE=str(fresh.directory / "of another work directory"),
     )
     assert done.returncode == 0
     status = json.loads(done.stdout)
@@ -17553,6 +17653,7 @@ def test_run_prints_progress_and_result(fresh: Site) -> None:
     lines = done.stderr.splitlines()
     [work_dir] = (fresh.directory / "tmp").iterdir()
     assert lines[0] == f"Work directory: {work_dir} (it is kept)"
+    assert (work_dir / "codebot.db").exists()
     assert [line for line in lines if line.startswith("Sandbox: NO SANDBOX")]
     phases = [line.split()[-1] for line in lines if "Z  phase " in line]
     expected = ["clone", "agent", "test", "commit", "push", "pull_request"]
