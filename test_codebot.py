@@ -86,7 +86,7 @@ T = TypeVar("T")
 
 
 def wait_for(
-    condition: Callable[[], T | None], seconds: float = 20, pause: float = 0.01
+    condition: Callable[[], T | None], seconds: float = 40, pause: float = 0.01
 ) -> T:
     """Return the first true value of ``condition``; fail after some seconds."""
     deadline = time.monotonic() + seconds
@@ -240,7 +240,7 @@ class Hold:
 
     def pause(self) -> None:
         self.reached.set()
-        assert self.released.wait(30), "the test did not release the request"
+        assert self.released.wait(120), "the test did not release the request"
 
     def wait(self, seconds: float = 20) -> None:
         """Wait until the request has come."""
@@ -5405,9 +5405,8 @@ def test_locked_database_refuses_submits_and_delays_no_reader(fresh: Site) -> No
         with concurrent.futures.ThreadPoolExecutor(15) as pool:
             body = fresh.api.fields()
             submits = [pool.submit(fresh.api.post_task, body) for _ in range(15)]
-            for _ in range(3):
-                fresh.api.status(task)
-                assert fresh.api.health().status in (200, 503)
+            fresh.api.status(task)
+            assert fresh.api.health().status in (200, 503)
             # Readers wait for no submit: they are answered before the first of them.
             assert not any(submit.done() for submit in submits)
             answers = [submit.result() for submit in submits]
@@ -5425,7 +5424,7 @@ def test_locked_database_refuses_submits_and_delays_no_reader(fresh: Site) -> No
 
 def test_retry_that_is_stored_late_still_happens(fresh: Site) -> None:
     limits = {
-        "LOCK_TIMEOUT": 0.05,
+        "LOCK_TIMEOUT": 0.2,  # not less: the server must not be busy with itself so long
         "DATABASE_RETRY_DELAY": 0.1,
         "DATABASE_TEST_INTERVAL": 0.1,
         "RETRY_DELAY": 0.1,
@@ -7507,7 +7506,8 @@ def test_no_secret_is_on_a_command_line(shared: Site) -> None:
     shared.agent.follow(f"block; {SAY_HELLO}")
 
     def check_command_lines(running: str) -> None:
-        lines = command_lines()
+        # Not of all processes: other tests, which may run now, put the same keys there.
+        lines = "\n".join(shared.server.strays()).replace(r"\x00", " ")
         assert running in lines
         secrets = [*shared.server.secrets(), MODEL_KEY]
         assert not [secret for secret in secrets if secret in lines]
@@ -7670,7 +7670,7 @@ def test_refusal_that_is_cut_off_is_retried() -> None:
             connection.sendall(head + body[:20])
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=answer)
+        thread = threading.Thread(target=answer, daemon=True)
         thread.start()
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         reply = create_github(api_url=address).send(f"{address}/", "token", None)
@@ -8303,7 +8303,8 @@ def test_redirect_of_git_does_not_lead_past_allowed_list(fresh: Site) -> None:
             self.end_headers()
 
     with http.server.HTTPServer(("127.0.0.1", 0), Redirector) as redirector:
-        thread = threading.Thread(target=redirector.serve_forever, args=(0.02,))
+        serve = functools.partial(redirector.serve_forever, 0.02)
+        thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         allowed = f"http://127.0.0.1:{redirector.server_port}"
         fresh.server.start("--no-github", CODEBOT_ALLOWED_REPOSITORIES=f"{allowed}/*")
@@ -8378,6 +8379,7 @@ class BlockedTasks:
     def check_results(self) -> None:
         """Check that each has one pull request, and no committed work was redone."""
         for step, task in self.tasks.items():
+            self.site.api.wait_end(task, 60)  # of many that run at the same time
             result = self.site.api.completed(task)
             repository = self.repositories[step]
             urls = [pull["html_url"] for pull in repository.pulls]
@@ -8392,7 +8394,7 @@ COMMITTED_STEPS = ("push", "pushed", "pull request", "pull request opened")
 
 def test_killed_in_any_step_task_has_one_pull_request(fresh: Site) -> None:
     workers = str(len(CRASH_STEPS) + 1)
-    limits = {"RESULT_GRACE": 30.0, "KILL_GRACE": 30.0}
+    limits = {"RESULT_GRACE": 120.0, "KILL_GRACE": 120.0}
     fresh.server.start("--workers", workers, limits=limits)
     blocked = BlockedTasks(fresh, CRASH_STEPS)
     fresh.agent.follow("trap '' TERM; block cancelled; result")
@@ -8413,7 +8415,7 @@ def test_killed_in_any_step_task_has_one_pull_request(fresh: Site) -> None:
 
 
 def test_stopped_in_any_step_task_has_one_pull_request(fresh: Site) -> None:
-    limits = {"RESULT_GRACE": 30.0, "STOP_TIMEOUT": 1.0, "KILL_GRACE": 0.5}
+    limits = {"RESULT_GRACE": 120.0, "STOP_TIMEOUT": 1.0, "KILL_GRACE": 0.5}
     fresh.server.start("--workers", str(len(CRASH_STEPS)), limits=limits)
     blocked = BlockedTasks(fresh, CRASH_STEPS)
     fresh.agent.follow(SAY_HELLO)
@@ -8834,9 +8836,9 @@ def test_old_task_loses_log_and_workspace_and_row_when_pull_request_is_closed(
     for task in finished:
         assert fresh.api.status(task)["status"] == "completed"
         assert fresh.api.messages(task) == []
+    [first] = [t for t in finished if fresh.api.status(t)["result"]["pr_number"] == 1]
     fresh.person("alice", number=1).merge()
-    first = [t for t in finished if fresh.api.status(t)["result"]["pr_number"] == 1]
-    path = f"/api/tasks/{first[0]}/status"
+    path = f"/api/tasks/{first}/status"
     wait_for(lambda: fresh.api.get(path).status == 404)
     assert fresh.api.status(running)["status"] == "running"
     fresh.agent.release()
@@ -9861,8 +9863,7 @@ def test_long_earlier_comments_are_truncated(pull: Pull) -> None:
     for number in range(3):
         alice.comment(f"Log {number}: {'x' * 60_000}", webhook=False)
     long = f"Why {'y' * 60_000}?"
-    pull.site.person("bob").comment("Hm")
-    alice.comment("Why?")
+    pull.site.person("bob").comment("Hm")  # its review finds alice's comments
     pull.reviews(2)
     alice.comment(long)
     pull.reviews(3)
