@@ -2764,7 +2764,14 @@ def test_setting_that_is_not_utf_8_is_refused_and_not_shown(variable: str) -> No
 
 @pytest.mark.parametrize(
     ("pattern", "is_refused"),
-    [("acme", True), ("acme*", True), ("acme/*", False), ("*", False), ("*/w?", False)],
+    [
+        ("acme", True),
+        ("acme*", True),
+        ("https://github.com/acme/*", True),
+        ("acme/*", False),
+        ("*", False),
+        ("*/w?", False),
+    ],
 )
 def test_allowed_pattern_without_owner_or_name_is_refused(
     pattern: str, is_refused: bool
@@ -2818,13 +2825,10 @@ def test_command_with_paths_and_equal_signs_is_a_command(command: str) -> None:
     assert codebot.parse_test_commands(command) == (("*", command),)
 
 
-def test_allowed_pattern_that_matches_nothing_is_refused() -> None:
-    names = codebot.Config(allowed=("acme/*",), no_github=True)
-    [problem] = codebot.conflicting_settings(names)
+def test_allowed_pattern_without_url_is_refused_without_github() -> None:
+    config = codebot.Config(allowed=("acme/*",), no_github=True)
+    [problem] = codebot.conflicting_settings(config)
     assert "'acme/*' is not a whole URL" in problem
-    urls = codebot.Config(allowed=("https://github.com/acme/*",))
-    [problem] = codebot.conflicting_settings(urls)
-    assert "is not owner/name" in problem
 
 
 def test_password_in_allowed_pattern_is_not_shown() -> None:
@@ -4122,11 +4126,11 @@ def write_bwrap_that_may_outlive_its_parent(site: Site) -> str:
     """Put a `bwrap` first on PATH that the end of its parent does not end.
 
     An agent can bring this about: it attaches to the first process of its PID namespace, as
-    a debugger does, and makes it call prctl(PR_SET_PDEATHSIG, 0).
+    a debugger does, makes it call prctl(PR_SET_PDEATHSIG, 0), and changes its environment.
     """
     script = (
         'for word; do shift; [ "$word" = --die-with-parent ] || set -- "$@" "$word"; '
-        f'done; exec {shutil.which("bwrap")} "$@"'
+        f'done; unset CODEBOT_RUN; exec {shutil.which("bwrap")} "$@"'
     )
     return write_bwrap(site, script)
 
@@ -5945,7 +5949,7 @@ def test_base_that_moves_before_fetch_is_looked_up_again(shared: Site) -> None:
         repository.git("update-ref", "refs/heads/main", new)
 
     # The branch has moved between the answer and the fetch.
-    repository.after("GET /info/refs?service=git-upload-pack", force_push)
+    repository.after("POST /git-upload-pack", force_push)
     result = shared.api.completed(shared.api.submit())
     main = repository.git("rev-parse", "main")
     assert repository.git("rev-parse", f"{result['commit']}^") == main
@@ -6613,18 +6617,18 @@ def test_what_tests_leave_behind_is_not_committed(local: LocalTask) -> None:
     assert local.changed() == ["hello.txt"]
 
 
+def test_file_that_the_home_ignores_is_committed(local: LocalTask) -> None:
+    ignore = '"$HOME/.config/git/ignore"'
+    local.commit(f'mkdir -p "$HOME/.config/git"; echo "hello*" >{ignore}; {SAY_HELLO}')
+    assert local.changed() == ["hello.txt"]
+
+
 STUBBORN_LITTER = {
     "unwritable": "mkdir -p mod/x; echo >mod/x/f; chmod 555 mod/x mod",
     "lock file": "touch litter .git/index.lock",
     "lock directory": "touch litter; mkdir .git/index.lock",
     "ignored by litter": "mkdir build; echo '*.o' >build/.gitignore; touch build/a.o",
 }
-
-
-def test_file_that_the_home_ignores_is_committed(local: LocalTask) -> None:
-    ignore = '"$HOME/.config/git/ignore"'
-    local.commit(f'mkdir -p "$HOME/.config/git"; echo "hello*" >{ignore}; {SAY_HELLO}')
-    assert local.changed() == ["hello.txt"]
 
 
 @pytest.mark.parametrize("case", STUBBORN_LITTER)
@@ -8108,6 +8112,7 @@ PUSH_BEGINS = "GET /info/refs?service=git-receive-pack"
 def test_remote_that_hangs_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(codebot, "KILL_GRACE", 0.2)
     ssh = write_script(tmp_path / "ssh", "exec sleep 60")
     monkeypatch.setenv("GIT_SSH", str(ssh))
     directory = git_directory(tmp_path)
@@ -8320,7 +8325,8 @@ def test_redirect_of_git_does_not_lead_past_allowed_list(fresh: Site) -> None:
 
 CRASH_STEPS = {
     "look-up": ("before", "GET /info/refs?service=git-upload-pack"),
-    "fetch": ("after", "POST /git-upload-pack"),
+    "branches": ("after", "POST /git-upload-pack"),
+    "fetch": ("fetch", "POST /git-upload-pack"),
     "agent": ("plan", "block agent; echo hello >hello.txt; result"),
     "result": ("plan", "echo hello >hello.txt; result; block result"),
     "test": ("test", ""),
@@ -8361,6 +8367,10 @@ class BlockedTasks:
         if kind == "before":
             hold = repository.hold(pattern)
         elif kind == "after":
+            hold = repository.hold_answer(pattern)
+        elif kind == "fetch":
+            for _ in range(2):  # git ls-remote and git fetch ask for the branches first
+                repository.before(pattern, codebot.do_nothing)
             hold = repository.hold_answer(pattern)
         fields = {"repository_url": repository.url}
         if kind == "test":
@@ -8498,7 +8508,9 @@ def test_stopping_server_takes_no_work(fresh: Site) -> None:
     wait_for(lambda: not fresh.server.strays())
 
 
-@pytest.mark.parametrize("step", ["look-up", "fetch", "agent", "test", "commit"])
+@pytest.mark.parametrize(
+    "step", ["look-up", "branches", "fetch", "agent", "test", "commit"]
+)
 def test_cancelled_task_fails_and_its_processes_end(shared: Site, step: str) -> None:
     blocked = BlockedTasks(shared, [step])
     task = blocked.tasks[step]
@@ -8857,6 +8869,25 @@ def test_unused_mirror_is_removed(fresh: Site) -> None:
     wait_for(lambda: not mirror.exists())
 
 
+def test_mirror_that_was_used_lately_is_kept(local: LocalTask) -> None:
+    codebot.clone(local.workspace)
+    mirror = local.workspace.mirror.path
+    os.utime(f"{mirror}.lock", (1, 1))  # as if it was made in 1970
+    local.workspace.fetch("main", "clone_failed")
+    codebot.Cleanup(local.run.codebot).maintain_mirror(mirror)
+    assert os.path.exists(mirror)
+
+
+def test_cleanup_does_not_wait_for_a_mirror_in_use(local: LocalTask) -> None:
+    codebot.clone(local.workspace)
+    mirror = local.workspace.mirror
+    local.run.codebot.stop.set()  # else it would wait for ever
+    with mirror.lock():
+        os.utime(f"{mirror.path}.lock", (1, 1))  # as if it was used last in 1970
+        codebot.Cleanup(local.run.codebot).maintain_mirror(mirror.path)
+    assert os.path.exists(mirror.path)
+
+
 def test_directory_that_cannot_be_removed_is_moved_away(
     store: codebot.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -8961,7 +8992,7 @@ def test_ordinary_directory_is_removed_without_a_program(
 DEEP_DIRECTORY = """
 import os, sys
 os.chdir(sys.argv[1])
-for _ in range(3000):
+for _ in range(1500):
     os.mkdir("d" * 255)
     os.chdir("d" * 255)
 """
@@ -9027,12 +9058,13 @@ def test_removing_a_link_leaves_what_it_leads_to(tmp_path: Path) -> None:
 def test_workspaces_are_removed_although_database_is_locked(
     store: codebot.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(codebot, "LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(codebot, "LOCK_TIMEOUT", 0.1)  # of a store that is opened now
     monkeypatch.setattr(codebot, "CLEANUP_INTERVAL", 0.1)
+    app = app_with(codebot.Store(store.path), work_dir=str(tmp_path))
     (tmp_path / "task_1234567").mkdir()
     with other_program(store) as db:
         db.execute("BEGIN IMMEDIATE")
-        codebot.Cleanup(app_with(store, work_dir=str(tmp_path))).step()
+        codebot.Cleanup(app).step()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -17235,6 +17267,24 @@ def test_watchdog_survives_signals_and_ends_what_is_left(fresh: Site) -> None:
     assert os.getsid(watchdog) == watchdog  # a terminal reaches it with no other one
     fresh.server.kill()
     wait_for(lambda: not fresh.server.strays())
+
+
+def test_what_a_killed_server_and_its_watchdog_have_left_is_ended_by_the_next(
+    fresh: Site,
+) -> None:
+    left = unique_sleep()
+    fresh.agent.follow(f"setsid {left} & block")
+    fresh.server.start()
+    watchdog = watchdog_of(fresh.server)
+    task = fresh.api.submit()
+    fresh.agent.wait_until_blocked()
+    os.kill(watchdog, signal.SIGKILL)
+    fresh.server.kill()
+    assert left in command_lines()
+    fresh.agent.follow(SAY_HELLO)
+    fresh.server.restart()
+    assert left not in command_lines()
+    fresh.api.completed(task)
 
 
 def test_server_without_standard_input_has_a_watchdog(fresh: Site) -> None:
