@@ -763,14 +763,12 @@ def flag_name(field: str) -> str:
 #     A="x y" # comment   x y
 #     A='x "y"'           x "y"
 #     A=x#y # comment     x#y
-#     A='x' "y"           'x' "y"
-#     A="x                an unclosed quote
+# Anything else that begins with a quote is refused: A="x  A="x","y"  A='x' "y"
 ENV_LINE_RE = re.compile(
     r"""( export \s+ )? (?P<name> [A-Za-z_]\w* ) \s* = (
             | \s* "(?P<double> [^"]* )"
             | \s* '(?P<single> [^']* )'
-            | \s* (?P<unclosed> "[^"]* | '[^']* )
-            | \s* (?P<unquoted> \S.*? )
+            | \s* (?P<unquoted> [^\s"'].*? )
         ) ( \s+ [#].* )?
     """,
     re.ASCII | re.VERBOSE,
@@ -790,13 +788,14 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
         return variables
     for number, line in enumerate(text.split("\n"), 1):
         match = ENV_LINE_RE.fullmatch(line.strip(BLANKS))
-        if match and match["unclosed"]:
-            problems.append(f"{path}, line {number}: the quote is not closed.")
-        elif match:
+        if match:
             value = match["double"] or match["single"] or match["unquoted"]
             variables[match["name"]] = value or ""
         elif not re.match(r"\s*(#|$)", line):
-            problems.append(f"{path}, line {number}: expected NAME=value.")
+            problems.append(
+                f"{path}, line {number}: expected NAME=value, with quotes only around the "
+                "whole value."
+            )
     return variables
 
 
