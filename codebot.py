@@ -6258,10 +6258,6 @@ def run_task(run: JobRun) -> None:
     workspace = Workspace(run, repository, run.job.directory)
     if is_only_push_left(workspace):
         run.log_event("codebot", f"Continued after commit {run.job.commit_id}")
-        # The outbox borrows objects of the mirror, which the operator may have deleted.
-        if not workspace.mirror.has_commit(run.job.base_commit):
-            with contextlib.suppress(JobFailed):  # the commit may be pushed already
-                workspace.fetch(run.job.base_name, "base_branch_not_found")
     else:
         require_labeler_access(workspace)
         react_to_issue(workspace)
@@ -6552,6 +6548,10 @@ def push_task_commit(workspace: Workspace) -> None:
         # The branch was pushed. It may be merged and deleted: a push would restore it.
         return
     require_labeler_access(workspace)
+    # The outbox borrows objects of the mirror, which the operator may have deleted.
+    if not workspace.mirror.has_commit(run.job.base_commit):
+        with contextlib.suppress(JobFailed):  # the commit may be pushed already
+            workspace.fetch(run.job.base_name, "base_branch_not_found")
     if not run.store.begin_push(run.job.id):
         raise Cancelled()
     run.job = dataclasses.replace(run.job, push_started=True)  # as begin_push stored it

@@ -7795,6 +7795,27 @@ def test_time_without_server_does_not_count_as_retrying(fresh: Site) -> None:
     assert fresh.server.log().count("running -> pending") == retries + 1
 
 
+@pytest.mark.parametrize("fault", ["damaged mirror", "no remote"])
+def test_opened_pull_request_is_found_although_nothing_can_be_fetched(
+    fresh: Site, fault: str
+) -> None:
+    fresh.server.start()
+    hold = fresh.repository.hold_answer("POST /pulls")
+    task = fresh.api.submit()
+    hold.wait()
+    fresh.server.kill()
+    hold.release()
+    fresh.github.reset_faults()
+    if fault == "damaged mirror":
+        (mirror_of(fresh, fresh.repository.name) / "HEAD").write_text("")
+    else:
+        shutil.rmtree(fresh.server.work_dir / "mirrors")
+        fetch = "GET /info/refs?service=git-upload-pack"
+        fresh.repository.fail(fetch, 404, always=True)
+    fresh.server.restart()
+    assert fresh.api.completed(task)["pr_number"] == 1
+
+
 def test_waiting_task_completes_although_others_pushed_to_its_branch(
     shared: Site,
 ) -> None:
