@@ -1203,7 +1203,8 @@ def raise_if_stop_arrives(check_stop: Callable[[], None]) -> None:
 SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
 # git's advice and empty lines, including a remote's.
 NOISE_RE = re.compile(
-    "(hint:.*|remote:|Please make sure you have .*|and the repository exists.)?"
+    "(hint:.*|remote:|Please make sure you have the correct access rights"
+    "|and the repository exists.)?"
 )
 CAUSE_RE = re.compile(r"(remote: )?(fatal|error):|.*denied")
 # What programs say if the host lacks disk space, processes or memory.
@@ -3301,9 +3302,11 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     f"|{SHORTAGE}"
 )
 # "! [remote rejected] main -> main (protected)": the remote refuses the push. A fault of
-# the remote's own is excluded, because it is transient.
+# the remote's own is excluded, because it is transient. "unpacker error" may be either: a
+# full disk, or a rule (receive.fsckObjects, receive.maxInputSize), which another line names.
 REJECTED_RE = re.compile(
-    r"^(?!.*(Internal Server Error|commit_refs|unpacker error)).*rejected\]",
+    "^remote: fatal: (fsck error|pack exceeds)"
+    r"|^(?!.*(Internal Server Error|commit_refs|unpacker error)).*rejected\]",
     re.MULTILINE,
 )
 # A program that git has started. (A remote's lines begin with "remote:".)

@@ -7353,6 +7353,11 @@ FINAL_ERRORS = [
     "fatal: unable to access 'URL': URL using bad/illegal format or missing URL",
     "fatal: unable to access 'URL': No authentication method was acceptable.",
     "fatal: unable to access 'URL': CONNECT tunnel failed, response 407",
+    "remote: fatal: fsck error in packed object\n! [remote rejected] a -> a (unpacker error)",
+    (
+        "remote: fatal: pack exceeds maximum allowed size\n"
+        "! [remote rejected] a -> a (unpacker error)"
+    ),
 ]
 
 
@@ -15299,6 +15304,7 @@ hint: See the "Note about fast-forwards" in 'git push --help' for details.
             "remote: fatal: no space\na\nb\nc\nd\n",
             "remote: fatal: no space / b / c / d",
         ),
+        ("Please make sure you have run it.\n", "Please make sure you have run it."),
         ("a\nb\nfatal: c\nd\n", "a / b / fatal: c / d"),
         ("a\nb\nc\nfatal: d\ne\n", "c / fatal: d / e"),
         ("a\nb\nc\nd\ne\n", "c / d / e"),
