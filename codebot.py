@@ -94,7 +94,7 @@ WHO IS TRUSTED WITH WHAT
   A reviewer, and a person who labels an issue   have an effect only if GitHub reports
                  that they have write access to the repository. GitHub is asked at every
                  start of a review, before the agent of an issue's task runs, and again
-                 before a commit is pushed. A refusal is kept for a minute, a yes never.
+                 before a commit is pushed. A refusal is remembered for a minute.
                  Nobody else at GitHub can start the agent, but the text of a labeled issue
                  may be anyone's. A comment by anybody else is stored as a review, which is
                  skipped when it starts. A workflow that labels or comments with a person's
@@ -182,10 +182,10 @@ WHERE SECRETS GO
   codebot was started, including listed variables, and the proxies and certificates of
   .env. Taken out are CODEBOT_API_KEYS, GITHUB_WEBHOOK_SECRET, the model's keys and address,
   and variables that make git print a trace, use another repository or refuse to work.
-  The watchdog, a fork of codebot, has them all in memory. codebot writes none of them into
-  a named file. While a program runs, its input and output (openssl's: a JWT's content and
-  signature) are in unlinked files. But the agent's home keeps its session, with everything
-  that the agent has printed.
+  The watchdog, a fork of codebot, has those of the settings in its memory, but no token.
+  codebot writes none of these secrets into a named file. While a program runs, its input
+  and output (openssl's: a JWT's content and signature) are in unlinked files. But the
+  agent's home keeps its session, with everything that the agent has printed.
 
 KNOWN LIMITATIONS
   They stand where the reader meets what is limited: at the beginning of the sections
@@ -472,7 +472,7 @@ def find_paths(directory: str, pattern: str) -> list[str]:
 # Known limitations:
 # - Settings are read from .env in the current directory, and they name programs. Do not
 #   run a codebot command in a directory that others can write to, such as a clone.
-# - A secret is recognized only verbatim, or as the unbroken base64 of nothing but it.
+# - A secret is recognized only verbatim, or in base64 that encodes it alone, in one line.
 #   It needs 6 characters in what is logged and sent to GitHub, and 16 in the files of a
 #   change. It is missed where a line of more than MAX_LINE_BYTES is split. An agent that
 #   writes a secret in another way, such as backwards, compressed, or as the name of an
@@ -3532,7 +3532,9 @@ class Mirror(GitDirectory):
         and the mirror's stays newer. Raises BranchNotFound.
         """
         with self.lock():
-            os.utime(f"{self.path}.lock")  # tells Cleanup when the mirror was last used
+            # Tells Cleanup when the mirror was last used. It makes the file if somebody
+            # has removed it while this thread waited for the lock.
+            pathlib.Path(f"{self.path}.lock").touch()
             self.create_for(repository)
         # Without the lock: the repository's other jobs must not wait for the remote.
         name, commit = self.resolve_branch(repository, branch)
@@ -4269,7 +4271,7 @@ class Store:
             job = make_job(row)
             if idempotency_key and job.request != request:
                 raise HTTPError(409, "This Idempotency-Key was used for another task")
-            # Also if it was submitted before.
+            # Logged again if the task was submitted before.
             self._log_lines.append(f"Task {job.id}: submitted by {submitted_by}")
             return job
 
@@ -5709,7 +5711,7 @@ class Workspace:
         """Push the job's commit to the branch. Pushing it again changes nothing.
 
         Raises JobFailed if the remote rejects it, TransientError if the remote cannot be
-        reached or refuses the login.
+        reached, refuses the login, or cannot be asked whether it has the commit.
         """
         commit = self.run.job.commit_id
         url = self.repository.url
@@ -7222,7 +7224,8 @@ class Sync:
         nothing else might repeat. (With look_twice, the second look is taken all the same.)
         """
         del self.looks[look]  # so that another thread can ask for it again
-        # Seconds until it is repeated; 0: never. Other errors, not caught here, keep this.
+        # Seconds until it is repeated; 0: never. An error that is not caught here leaves
+        # it so.
         delay = RETRY_DELAY
         try:
             self.look_at(look)
@@ -7626,9 +7629,13 @@ def ending_after_transient_error(
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     if is_too_often or now > give_up_at:
         phase = job.phase
-        # A retry passes these phases again on its way to the push.
-        if job.commit_id and not job.is_pushed and phase in ("", "clone"):
-            phase = "pull_request" if job.push_started else "push"
+        # A retry passes these phases again on its way to the step that is left.
+        if job.commit_id and phase in ("", "clone"):
+            phase = "push"
+            if job.push_started:
+                phase = "pull_request"
+            elif job.is_pushed:
+                phase = "answer"
         # job.reason and job.error: of a review that had only its failure left to post.
         reason = job.reason or REASON_BY_PHASE.get(phase, "internal")
         # A push may have succeeded although its response was lost.
@@ -7668,7 +7675,7 @@ def store_failure(run: JobRun, ending: Ending) -> None:
     the steps run again.
     """
     error = ending.error
-    # The error may not tell whether it was pushed.
+    # It was pushed, or the error does not tell whether it was.
     is_unknown = ending.reason in ("interrupted", "internal")
     if run.job.commit_id and (run.job.is_pushed or is_unknown):
         error += f". The commit {run.job.commit_id} may have been pushed"
@@ -8598,8 +8605,11 @@ input, textarea { font-weight: 400; }
 #outcome strong { min-width: 7rem; }
 
 #log { height: 60vh; overflow-y: auto; background: var(--page); }
-#log:empty::before { content: "No entries, or none that are still kept"; }
-#log:empty::before { padding: .5rem; color: var(--muted); }
+#log:empty::before {
+  content: "No entries. A finished task’s log is removed after a while.";
+  padding: .5rem;
+  color: var(--muted);
+}
 .event {
   display: grid;
   grid-template-columns: 4.2rem 4.2rem 1fr;
@@ -8950,7 +8960,7 @@ async function refreshList() {
   redraw(ui.rows, tasks, () => tasks.map(taskRow));
   let message = state ? 'No task is in this state.' : 'No tasks yet.';
   if (tasks.length > 0) message = '';
-  if (tasks.length === MAX_ROWS) message = 'Older tasks are not shown.';
+  if (tasks.length === MAX_ROWS) message = `Only the newest ${MAX_ROWS} are shown.`;
   setText(ui.noRows, message);
 }
 

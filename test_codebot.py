@@ -5014,7 +5014,7 @@ def test_failed_review_says_once_that_its_commit_may_have_been_pushed(
     pushed = {"phase": "clone", "commit_id": "c0ffee", "is_pushed": True}
     run.job = dataclasses.replace(run.job, transient_since=1.0, **pushed)
     ending = codebot.ending_after_transient_error(run, "502")
-    assert ending.reason == "clone_failed"
+    assert ending.reason == "internal"
     codebot.store_failure(run, ending)
     assert run.job.error == "502. The commit c0ffee may have been pushed"
 
@@ -8904,6 +8904,24 @@ def test_mirror_that_was_used_lately_is_kept(local: LocalTask) -> None:
     local.workspace.fetch("main", "clone_failed")
     codebot.Cleanup(local.run.codebot).maintain_mirror(mirror)
     assert os.path.exists(mirror)
+
+
+def test_mirror_whose_lock_file_is_removed_during_the_wait_is_fetched(
+    local: LocalTask,
+) -> None:
+    codebot.clone(local.workspace)
+    other = local.workspace.mirror
+    lock = contextlib.ExitStack()
+    lock.enter_context(other.lock())
+
+    def remove_file_and_unlock() -> None:  # called during the wait
+        Path(f"{other.path}.lock").unlink(missing_ok=True)
+        lock.close()
+
+    local.workspace.mirror = codebot.Mirror(
+        local.run.config, other.path, remove_file_and_unlock
+    )
+    assert local.workspace.fetch("main", "clone_failed")[0] == "main"
 
 
 def test_cleanup_does_not_wait_for_a_mirror_in_use(local: LocalTask) -> None:
@@ -16380,7 +16398,7 @@ def test_page_says_that_its_list_is_cut(fresh: Site, browser: Browser) -> None:
     wait_for(lambda: browser.evaluate(rows) == 299)
     assert browser.text("#noRows") == ""
     fresh.api.completed(fresh.api.submit())
-    browser.wait_for_text("Older tasks are not shown", "#noRows")
+    browser.wait_for_text("Only the newest 300 are shown", "#noRows")
 
 
 def test_page_ends_where_its_content_ends(fresh: Site, browser: Browser) -> None:
