@@ -7628,29 +7628,36 @@ def ending_after_transient_error(
     is_too_often = costs_money and job.interruptions + 1 >= MAX_INTERRUPTIONS
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     if is_too_often or now > give_up_at:
-        phase = job.phase
-        # A retry passes these phases again on its way to the step that is left.
-        if job.commit_id and phase in ("", "clone"):
-            phase = "push"
-            if job.push_started:
-                phase = "pull_request"
-            elif job.is_pushed:
-                phase = "answer"
-        # job.reason and job.error: of a review that had only its failure left to post.
-        reason = job.reason or REASON_BY_PHASE.get(phase, "internal")
-        # A push may have succeeded although its response was lost.
-        may_be_pushed = job.push_started or (job.kind == "review" and is_to_push(job))
-        if phase == "push" and may_be_pushed:
-            error = (
-                f"{error.rstrip('.')}. The commit {job.commit_id} may have been pushed"
-            )
-        return Ending("failed", reason, job.error or error)
+        return ending_after_last_retry(job, error)
     return Ending(
         "pending",
         error=error,
         interruptions=int(costs_money),
         not_before=max(now + RETRY_DELAY, retry_at),
     )
+
+
+def ending_after_last_retry(job: Job, error: str) -> Ending:
+    """Return how a job ends that is not retried anymore after a transient error."""
+    phase = remaining_phase(job)
+    # A push may have succeeded although its response was lost.
+    may_be_pushed = job.push_started or (job.kind == "review" and is_to_push(job))
+    if phase == "push" and may_be_pushed:
+        error = f"{error.rstrip('.')}. The commit {job.commit_id} may have been pushed"
+    # job.reason and job.error: of a review that had only its failure left to post.
+    reason = job.reason or REASON_BY_PHASE.get(phase, "internal")
+    return Ending("failed", reason, job.error or error)
+
+
+def remaining_phase(job: Job) -> str:
+    """Return the phase that a job is in, or the one that it is on its way to again."""
+    if not job.commit_id or job.phase not in ("", "clone"):
+        return job.phase
+    if job.push_started:
+        return "pull_request"
+    if job.is_pushed:
+        return "answer"
+    return "push"
 
 
 def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
