@@ -5932,16 +5932,21 @@ CONTINUE_SESSION = "--resume"
 # cost's line is deleted, and the prompt's is renamed: if that were deleted, the CLI might
 # lose what came before it.
 PREPARE_HOME_SCRIPT = """
+set -e # a file that cannot be removed must not be obeyed
 if [ "$HOME" = "$1" ]; then # a sandbox may have set another one, which is not codebot's
     chmod u+rwx "$HOME"
     if [ -L "$HOME/.claude" ]; then rm "$HOME/.claude"; fi # it may lead anywhere
-    chmod -R u+rwX "$HOME/.claude/"
     rm -rf "$HOME/.claude.json"
-    find "$HOME/.claude/" -mindepth 1 -maxdepth 1 ! -name projects -exec rm -rf {} +
+    if [ -d "$HOME/.claude" ]; then
+        chmod -R u+rwX "$HOME/.claude"
+        find "$HOME/.claude" -mindepth 1 -maxdepth 1 ! -name projects -exec rm -rf {} +
+    fi
 fi
-find "$HOME/.claude/projects/" -mindepth 2 -maxdepth 2 -name '*.jsonl' -type f \\
-    -exec sed -i -e '/^{"type":"cost-state"/d' \\
-    -e 's/"attachment":{"type":"prompt_snapshot"/"attachment":{"type":"old_prompt"/' {} +
+if [ -d "$HOME/.claude/projects" ]; then
+    find "$HOME/.claude/projects/" -mindepth 2 -maxdepth 2 -name '*.jsonl' -type f \\
+        -exec sed -i -e '/^{"type":"cost-state"/d' -e \\
+        's/"attachment":{"type":"prompt_snapshot"/"attachment":{"type":"old_prompt"/' {} +
+fi
 """
 
 
@@ -6131,7 +6136,10 @@ def ask_agent(
     run = workspace.run
     agent_run = AgentRun(run)
     if session_option == CONTINUE_SESSION:
-        workspace.script(PREPARE_HOME_SCRIPT, f"{workspace.path}/home")
+        cleaned = workspace.script(PREPARE_HOME_SCRIPT, f"{workspace.path}/home")
+        if cleaned.code != 0:
+            message = f"Settings cannot be removed from HOME: {cleaned.error}"
+            raise JobFailed("agent_failed", message)
     try:
         command = SandboxedCommand(
             name=run.config.claude_command[0],

@@ -6427,9 +6427,8 @@ def test_continued_session_has_neither_the_cost_nor_the_prompt_of_the_first_run(
 
 def prepare_home(home: Path, own_home: Path) -> None:
     """Run the script that prepares a home, of which codebot's own is another or not."""
-    script = codebot.PREPARE_HOME_SCRIPT
-    # Its exit code has no meaning: there may be no session.
-    run_command("sh", "-c", f"HOME=$1; shift; {script} :", "sh", home, own_home)
+    script = f"HOME=$1; shift; {codebot.PREPARE_HOME_SCRIPT}"
+    run_command("sh", "-c", script, "sh", home, own_home)
 
 
 def test_odd_files_in_the_session_do_not_stop_its_preparation(tmp_path: Path) -> None:
@@ -6457,6 +6456,15 @@ def test_only_settings_in_codebots_own_home_are_removed(
     prepare_home(own if case == "link" else other, own)
     assert login.exists()
     assert not (own / ".claude").exists()
+
+
+def test_job_fails_if_settings_in_the_home_cannot_be_removed(fresh: Site) -> None:
+    stubborn = write_script(fresh.directory / "bin" / "rm", "echo no way >&2; exit 1")
+    fresh.agent.follow(AGENT_WITH_SESSION)
+    fresh.server.start(PATH=f"{stubborn.parent}:{os.environ['PATH']}")
+    error = fresh.api.failed(fresh.api.submit(test_command="exit 1"), "agent_failed")
+    assert error == "Settings cannot be removed from HOME: no way"
+    assert len(fresh.agent.runs()) == 1
 
 
 def test_settings_that_a_test_leaves_do_not_reach_the_next_run(shared: Site) -> None:
