@@ -3745,6 +3745,7 @@ def test_any_remote_is_accepted_without_github(url: str) -> None:
         "file:///srv/%2e%2e/etc",
         "https://git.acme.com/a/../b",
         "https://git.acme.com/a/..",
+        "https://git.acme.com/a/..?/b",
         "https://git.acme.com/a\nb",
         "file://host/srv/git",
         "file:///srv/git/a@b",
