@@ -50,8 +50,11 @@ GLOSSARY
   state          of a job: pending, running, completed or failed (the column and the API's
                  field are named status); see LIFE OF A JOB
   phase          what a running job is doing
+  classify       find out what a reviewer wants, by an agent without tools
   event          an entry of a task's log. (A label's and a webhook's events are GitHub's;
                  the CLI's events are the lines that it prints.)
+  App            the GitHub App as which codebot acts at GitHub; the operator makes it
+  codebot's user the account on this host that runs codebot; not a login at GitHub
   agent          the Claude CLI process
   session        the agent's conversation with the model, kept in the workspace's home
   workspace      the directory in which an agent works: repo, home, tmp
@@ -69,13 +72,15 @@ GLOSSARY
   lookup token   an installation token that only reads metadata, such as names and ids, of
                  all repositories that the App is installed on
   delivery       one webhook request, with its GUID
-  look           one round of the sync thread's questions to GitHub about an issue, a pull
-                 request, a repository, or all of these
+  look           one step of the sync thread: it asks GitHub about an issue, a pull request
+                 or a repository, notes such looks, or reports the end of a task
   marker         an HTML comment at the end of a comment of codebot's. A retry that finds it
                  does not post the comment again.
   answer         a comment in which codebot replies to a reviewer
   run            one pass of a worker over a job (JobRun); a retried job has several. A
-                 run of the agent is an AgentRun
+                 run of the agent is an AgentRun. The command `run` runs one task.
+                 CODEBOT_RUN marks all processes that a codebot process has started.
+  attempt        of the agent and the tests, which alternate within a run: 1, 2, 3 ...
   retry          a job runs again, after a transient error, a crash or a stop. (What a
                  client calls a retry of a failed task makes a new task.)
   launcher       a command line that starts the agent and the tests on a node, which is
@@ -198,9 +203,9 @@ LIFE OF A JOB
   running   -> pending      after a stop, a crash, or a transient error
   running   -> completed, failed
   A pending review is deleted when its comments join a running review of the same
-  reviewer. Reviews are deleted with their task. A review on which codebot may not, or need
-  not, act is skipped: it is deleted, or ends as failed (reason: cancelled) if an agent has
-  worked on it or it had failed.
+  reviewer. Reviews are deleted with their task. If codebot may not, or need not, act on a
+  review, the review is skipped. If an agent has worked on it, or it had failed before, it
+  ends as failed (reason: cancelled); else it is deleted.
 
   A task's phases are clone, agent, test, commit, push, pull_request; a review's are
   classify, clone, agent, test, commit, push, answer. With a launcher, both are in the
@@ -211,12 +216,12 @@ LIFE OF A JOB
     again, which changes nothing. (If the branch was deleted meanwhile, a task that has no
     pull request yet restores it.) A retry of a review pushes only if no push was stored.
   - A retry finds a pull request by its branch.
-  - An answer is in the store before it is posted. A retry finds it by its marker. It may be
-    posted twice only if the first one, or its marker, was removed before a retry, or if
-    GitHub carries out the first request late or does not list its answer yet.
-  A crash loses the work of a running agent, and the record of its cost. A job fails after
-  three crashes, or retries that pay for the agent again, with no saved work in between:
-  see "What a retry depends on".
+  - An answer is in the store before it is posted. A retry finds it by its marker. It is
+    posted twice only if somebody has removed the first one or its marker, or if GitHub,
+    at the retry, has not posted or does not list the first one yet.
+  A crash loses the work of a running agent, and the record of its cost. Each crash counts,
+  and each retry that must run the agent again. At three the job fails; saved work sets the
+  count to 0: see "What a retry depends on", in the section Store.
 
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
@@ -230,8 +235,8 @@ THREADS AND THEIR LOCKS
   cleanup        removes what is past its retention, packs mirrors, and runs
                  CODEBOT_LAUNCHER_STOP again where it has failed
   A signal starts one more thread, which sets Codebot.stop.
-  Store has a lock for its writing connection and one for its reading connection, Redactor
-  has one for its tokens. Between processes there are locks of files (flock): of the work
+  Store has two locks, for its writing and its reading connection. Redactor has one, for
+  its tokens. Between processes there are locks of files (flock): of the work
   directory, the database, each mirror and each launch.
   When codebot dies, a forked process, the watchdog, ends what codebot left running: it
   finds processes in /proc by CODEBOT_RUN, and runs CODEBOT_LAUNCHER_STOP. The next start
@@ -438,8 +443,8 @@ def parse_utc_time(timestamp: str) -> int:
 
 def parse_json(text: str) -> Json:
     """Parse JSON that anybody may have written. Raises ValueError or RecursionError."""
-    # A number is cut after 4,300 digits (newer versions of Python refuse more): for
-    # millions, int() takes minutes, and no other thread runs meanwhile.
+    # Of a number, only the first 4,300 digits count (newer versions of Python refuse more).
+    # For millions of digits, int() takes minutes, and no other thread runs meanwhile.
     return json.loads(text, parse_int=lambda digits: int(digits[:4300]))
 
 
@@ -472,12 +477,13 @@ def find_paths(directory: str, pattern: str) -> list[str]:
 # Known limitations:
 # - Settings are read from .env in the current directory, and they name programs. Do not
 #   run a codebot command in a directory that others can write to, such as a clone.
-# - A secret is recognized only verbatim, or in base64 that encodes it alone, in one line.
-#   It needs 6 characters in what is logged and sent to GitHub, and 16 in the files of a
-#   change. It is missed where a line of more than MAX_LINE_BYTES is split. An agent that
-#   writes a secret in another way, such as backwards, compressed, or as the name of an
-#   empty directory (which a tree can have, but no diff shows), can publish it. What looks
-#   like a token of GitHub is redacted in text, but not searched for in the files.
+# - A secret is recognized only as it is, or as base64 of the secret alone, without line
+#   breaks. One of less than 6 characters is not redacted in what is logged and sent to
+#   GitHub; one of less than 16 is not searched for in the files of a change. A secret is
+#   missed where a line of more than MAX_LINE_BYTES is split. An agent that writes a secret
+#   in another way, such as backwards, compressed, or as the name of an empty directory
+#   (which a tree can have, but no diff shows), can publish it. What looks like a token of
+#   GitHub is redacted in text, but not searched for in the files.
 # - Of the variables that the operator lists for the agent, codebot knows those whose names
 #   suggest a secret; in others it knows headers such as X-Api-Key, and addresses with a
 #   login, a query or parameters. It does not know a key in the path of an address, nor one
@@ -546,8 +552,8 @@ def parse_int(text: str, minimum: int, maximum: int) -> int:
     return int(text)
 
 
-# The maximum admits every installation id.
-parse_count = functools.partial(parse_int, minimum=1, maximum=4_000_000_000)
+# For seconds, sizes and ids. The maximum admits every installation id.
+parse_whole_number = functools.partial(parse_int, minimum=1, maximum=4_000_000_000)
 parse_threads = functools.partial(parse_int, minimum=1, maximum=999)
 parse_attempts = functools.partial(parse_int, minimum=0, maximum=99)
 parse_port = functools.partial(parse_int, minimum=0, maximum=65535)
@@ -657,14 +663,17 @@ class Config:
         "CODEBOT_MAX_WORKERS", parse_threads, 1, "tasks that run at once (default 1)"
     )
     review_workers: int = setting("CODEBOT_REVIEW_WORKERS", parse_threads, 1)
-    queue_size: int = setting("CODEBOT_MAX_QUEUE_SIZE", parse_count, 100)
-    retention: int = setting("CODEBOT_TASK_RETENTION", parse_count, 86400)
+    queue_size: int = setting("CODEBOT_MAX_QUEUE_SIZE", parse_whole_number, 100)
+    retention: int = setting("CODEBOT_TASK_RETENTION", parse_whole_number, 86400)
     app_id: str = setting("GITHUB_APP_ID", str, "")
     key_file: str = setting("GITHUB_APP_PRIVATE_KEY_PATH", str, "")
-    installation_id: int = setting("GITHUB_APP_INSTALLATION_ID", parse_count, 0)
+    installation_id: int = setting("GITHUB_APP_INSTALLATION_ID", parse_whole_number, 0)
     webhook_secret: str = setting("GITHUB_WEBHOOK_SECRET", str, "")
     poll_interval: int = setting(
-        "CODEBOT_POLL_INTERVAL", parse_count, 300, "seconds between polls (default 300)"
+        "CODEBOT_POLL_INTERVAL",
+        parse_whole_number,
+        300,
+        "seconds between polls (default 300)",
     )
     api_url: str = setting("GITHUB_API_URL", parse_address, "")
     enterprise_url: str = setting("GITHUB_ENTERPRISE_URL", parse_address, "")
@@ -675,11 +684,11 @@ class Config:
         "CODEBOT_CLAUDE_COMMAND", parse_command, ("claude",)
     )
     claude_args: Sequence[str] = setting("CODEBOT_CLAUDE_ARGS", split_words, ())
-    task_timeout: int = setting("CODEBOT_TASK_TIMEOUT", parse_count, 3600)
-    stall_timeout: int = setting("CODEBOT_STALL_TIMEOUT", parse_count, 1200)
+    task_timeout: int = setting("CODEBOT_TASK_TIMEOUT", parse_whole_number, 3600)
+    stall_timeout: int = setting("CODEBOT_STALL_TIMEOUT", parse_whole_number, 1200)
     # For each task, and again for each review. 0: no limit by the operator
     budget: float = setting("CODEBOT_MAX_BUDGET_USD", parse_dollars, 0.0)
-    max_turns: int = setting("CODEBOT_MAX_TURNS", parse_count, 0)
+    max_turns: int = setting("CODEBOT_MAX_TURNS", parse_whole_number, 0)
     test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", parse_attempts, 2)
     sandbox: Sequence[str] = setting("CODEBOT_SANDBOX", parse_command, ("bwrap",))
     agent_env: Sequence[str] = setting("CODEBOT_AGENT_ENV", parse_agent_env, ())
@@ -690,7 +699,7 @@ class Config:
     )
     launcher: Sequence[str] = setting("CODEBOT_LAUNCHER", parse_command, ())
     launcher_stop: Sequence[str] = setting("CODEBOT_LAUNCHER_STOP", parse_command, ())
-    launch_timeout: int = setting("CODEBOT_LAUNCH_TIMEOUT", parse_count, 86400)
+    launch_timeout: int = setting("CODEBOT_LAUNCH_TIMEOUT", parse_whole_number, 86400)
     database: str = setting("CODEBOT_DATABASE", os.path.realpath, "")
     search_path: str = setting("PATH", parse_search_path, os.defpath)
     host: str = setting("", str, "127.0.0.1", "address to listen on (127.0.0.1)")
@@ -800,7 +809,7 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
 
 
 def hide_logins(text: str) -> str:
-    """Replace what may be a login in each word with ***: https://***@host."""
+    """Replace the login in each address, also in what may be one: https://***@host."""
     # (?<!\S): only from the beginning of a word, or a long line could take minutes.
     return re.sub(r"(?<!\S)(\W?\w+://)?\S+@", r"\1***@", text)
 
@@ -978,7 +987,7 @@ MIN_REDACTED_LENGTH = 6  # redacting a shorter secret could mask ordinary words
 MIN_SEARCHED_LENGTH = 16  # a shorter secret may occur in a change by chance
 
 
-def forms_of(secrets: Iterable[str]) -> list[str]:
+def with_base64(secrets: Iterable[str]) -> list[str]:
     """Return the secrets that are long enough, and their base64.
 
     The longest comes first, because it may contain a shorter one.
@@ -1003,14 +1012,14 @@ class Redactor:
         self._tokens: dict[str, float] = {}  # each with the time when it is forgotten
         self._configured = configured_secrets(config)
         # Read without the lock, because the list is replaced and never changed.
-        self._secrets = forms_of(self._configured)
+        self._secrets = with_base64(self._configured)
 
     def add(self, token: str) -> None:
         now = time.monotonic()
         with self._lock:
             self._tokens[token] = now + TOKEN_RETENTION
             self._tokens = {key: end for key, end in self._tokens.items() if end > now}
-            self._secrets = forms_of({*self._configured, *self._tokens})
+            self._secrets = with_base64({*self._configured, *self._tokens})
 
     def __call__(self, text: str) -> str:
         """Return ``text`` without secrets, terminal codes and unprintable characters."""
@@ -1191,7 +1200,7 @@ DEFAULT_LIMITS = Limits()
 
 
 def raise_if_stop_arrives(check_stop: Callable[[], None]) -> None:
-    """Raise what ``check_stop`` raises if that is why a program was ended by a signal.
+    """Wait a moment, then call ``check_stop``, after a program was ended by a signal.
 
     systemd signals all processes of a service; codebot may get its own signal later.
     """
@@ -1318,7 +1327,7 @@ class RunningProgram:
     stderr: OutputFile
     on_lines: LineHandler
     limits: Limits
-    # Whether SHORTAGE_RE in its standard error has the job retried. Not for the agent.
+    # False for the agent: its words about a full disk must not cause a retry.
     may_report_shortage: bool
     started: float = dataclasses.field(default_factory=time.monotonic)
     last_output: float = dataclasses.field(default_factory=time.monotonic)
@@ -1360,7 +1369,7 @@ class RunningProgram:
         return self.child.poll() is not None
 
     def program_lines(self, lines: list[str]) -> list[str]:
-        """Return those of the new lines that the program has printed: all."""
+        """Return the program's own lines. A launcher prints others: see LaunchedProgram."""
         return lines
 
     def check_limits(self) -> None:
@@ -1469,7 +1478,8 @@ def run_program(
 ) -> ProgramResult:
     """Run a program to its end, and end the processes that it leaves in its group.
 
-    Raises OSError if it cannot start, and what RunningProgram's methods raise.
+    Raises OSError if it cannot start; LimitReached, StopRequested or Cancelled if it must
+    end early; TransientError if the host lacks disk space, memory or processes.
     """
     with contextlib.ExitStack() as files:
         stdin_file = files.enter_context(tempfile.TemporaryFile())
@@ -1967,8 +1977,8 @@ def tool_directories(config: Config) -> Iterator[str]:
 def needed_files(config: Config, option_by_path: Mapping[str, str]) -> Iterator[str]:
     """Yield the hidden files that CODEBOT_CLAUDE_COMMAND, SSL_CERT_FILE and the like name.
 
-    Words that are no absolute path, such as a proxy's address, are skipped. Directories are
-    not shown: they could hold private files. Nor are .env and keys.
+    Words that are not absolute paths, such as a proxy's address, are skipped. Directories,
+    which could hold private files, are not shown; nor are .env and keys.
     """
     program = shutil.which(config.claude_command[0], path=config.search_path) or ""
     words = {program, *config.claude_command[1:]}
@@ -2147,8 +2157,8 @@ class Sandbox:
                 word.replace("{task}", workspace_path).replace("{objects}", objects)
                 for word in self.config.sandbox
             ]
-        # As bwrap_command does: see Workspace.environment. (env would take a=b/claude for a
-        # variable.)
+        # As bwrap_command does: see Workspace.environment. (Not by `env -u`, which takes a
+        # program such as a=b/claude for a variable.)
         unset = 'unset GIT_CONFIG_GLOBAL; exec "$@"'
         return [*wrapper, "sh", "-c", unset, "sh", *argv]
 
@@ -2184,7 +2194,7 @@ class Sandbox:
         except (TimedOut, TooMuchOutput) as error:
             problem = f"it {error}"
         except OSError as error:
-            # An error from fork names no file; the first program could not be started.
+            # If fork failed, the error names no file: then name the program to start.
             program = error.filename or (config.launcher or config.sandbox)[0]
             problem = f"{program}: {os_error_text(error)}"
         raise ConfigError(
@@ -2198,8 +2208,8 @@ class Sandbox:
     def inspect_bwrap(self) -> None:
         """Find out whether bwrap can disable user namespaces, as it can from 0.8 on.
 
-        Raises ConfigError if it cannot and codebot runs as root, or if bwrap cannot hide
-        a directory.
+        Raises ConfigError if bwrap is too old for that and codebot runs as root, or if a
+        private directory cannot be hidden, because programs need it.
         """
         problems = [*hiding_problems(self.config)]
         if problems:
@@ -2261,9 +2271,8 @@ MAX_INLINE_WAIT = 5.0  # seconds; if GitHub asks for a longer wait, the job is r
 MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, even if GitHub or a proxy asks for more
 # "workflows" is left out, so GitHub refuses a push that changes .github/workflows.
 TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "write"}
-# Which token a request uses (not the token itself): one of the two below or, if the number
-# is above 0, the token of the repository with this id.
-Credential = int
+# Which token a request uses: LOOKUP, AS_APP, or the id of the repository whose token it is.
+TokenScope = int
 LOOKUP = 0  # the lookup token
 AS_APP = -1  # the App's own JWT
 TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
@@ -2548,32 +2557,32 @@ class GitHub:
         self.silent_until = 0.0
         self._bot: Bot | None = None
         # Threads share all that follows without a lock. Each step is atomic, and it does no
-        # harm if two threads fetch the same token, or empty the same dict, at once.
-        self._tokens: dict[Credential, tuple[str, float]] = {}  # each with its expiry
-        # By URL, as each URL is always asked for with the same kind of credential. GitHub
-        # answers 304 only if the reply would be the same now.
+        # harm if two threads fetch the same token at once.
+        self._tokens: dict[TokenScope, tuple[str, float]] = {}  # each with its expiry
+        # By URL, as each URL is always asked for with the same scope. GitHub answers 304
+        # only if the reply would be the same now.
         self._replies: dict[str, Reply] = {}
         # By repository and login: the monotonic time until which a refusal is remembered.
         self.access_refusals: dict[tuple[int, str], float] = {}
         # This changes urlopen in the whole process, but only send() uses it.
         urllib.request.install_opener(urllib.request.build_opener(NoRedirects))
 
-    # Credentials
+    # Tokens
 
-    def token(self, credential: Credential) -> str:
+    def token(self, scope: TokenScope) -> str:
         """Return a token that is valid for at least 5 minutes."""
-        token, expiry = self._tokens.get(credential, ("", 0.0))
+        token, expiry = self._tokens.get(scope, ("", 0.0))
         if expiry < self.github_time() + TOKEN_MARGIN:
-            if credential == AS_APP:
+            if scope == AS_APP:
                 token, expiry = self.sign_jwt()
             else:
-                token, expiry = self.request_token(credential)
+                token, expiry = self.request_token(scope)
             self.redact.add(token)
-            self._tokens[credential] = (token, expiry)
+            self._tokens[scope] = (token, expiry)
         return token
 
-    def forget_token(self, credential: Credential) -> None:
-        self._tokens.pop(credential, None)
+    def forget_token(self, scope: TokenScope) -> None:
+        self._tokens.pop(scope, None)
 
     def github_time(self) -> float:
         """Return the time by GitHub's clock, in seconds since 1970."""
@@ -2613,11 +2622,11 @@ class GitHub:
             )
         return f"{signed}.{base64url(bytes.fromhex(match[1]))}", expiry
 
-    def request_token(self, credential: Credential) -> tuple[str, float]:
+    def request_token(self, scope: TokenScope) -> tuple[str, float]:
         """Return a new installation token, and its expiry."""
         body: JsonObject = {"permissions": {"metadata": "read"}}
-        if credential != LOOKUP:
-            body = {"repository_ids": [credential], "permissions": TOKEN_PERMISSIONS}
+        if scope != LOOKUP:
+            body = {"repository_ids": [scope], "permissions": TOKEN_PERMISSIONS}
         path = f"/app/installations/{self.config.installation_id}/access_tokens"
         try:
             reply = self.call(path, AS_APP, body)
@@ -2643,7 +2652,7 @@ class GitHub:
     def call(
         self,
         path: str,
-        credential: Credential,
+        scope: TokenScope,
         body: Json = None,
         find_existing: Callable[[], Json] = do_nothing,
     ) -> Reply:
@@ -2668,7 +2677,7 @@ class GitHub:
                     "GitHub's rate limit is exhausted", retry_at=self.silent_until
                 )
             # Without a valid token in memory, token() gets one by a call() as the App.
-            reply = self.send(url, self.token(credential), body)
+            reply = self.send(url, self.token(scope), body)
             if 200 <= reply.status < 300:
                 return reply
             if reply.status in (301, 302, 307, 308):  # a POST stays a POST
@@ -2676,23 +2685,21 @@ class GitHub:
                 delay = 0.0
             elif reply.status == 401:
                 if not is_token_renewed:
-                    self.forget_token(credential)
+                    self.forget_token(scope)
                     is_token_renewed = True
                 # For some seconds, a new token may not be known everywhere at GitHub.
                 delay = float(attempt)  # seconds: 0, 1, 2
             else:
                 raise_if_refused(reply)
                 delay = self.pause_before_attempt(reply, attempt)
-        raise self.last_attempt_error(credential, reply)
+        raise self.last_attempt_error(scope, reply)
 
-    def last_attempt_error(
-        self, credential: Credential, reply: Reply
-    ) -> TransientError:
+    def last_attempt_error(self, scope: TokenScope, reply: Reply) -> TransientError:
         if reply.status == 0:
             return TransientError(f"GitHub did not answer: {reply.error}")
         if reply.status != 401:
             return TransientError(f"GitHub cannot do this now: {reply.error}")
-        if credential != AS_APP:
+        if scope != AS_APP:
             return AppRefused(f"GitHub rejected a new token ({reply.error})")
         return AppRefused(
             "GitHub rejected the App's key: GITHUB_APP_PRIVATE_KEY_PATH and "
@@ -2806,10 +2813,10 @@ class GitHub:
             self.silent_until = max(self.silent_until, retry_at)
         raise TransientError(f"GitHub asked codebot to wait: {reply.error}", retry_at)
 
-    def pages(self, path: str, credential: Credential) -> Iterator[Json]:
+    def pages(self, path: str, scope: TokenScope) -> Iterator[Json]:
         """Yield the entries of all pages of a list."""
         while path:
-            reply = self.call(path, credential)
+            reply = self.call(path, scope)
             yield from reply.entries
             link = re.search(r'<([^>]+)>; *rel="next"', reply.headers.get("Link", ""))
             path = link[1] if link else ""
@@ -2866,21 +2873,21 @@ class GitHubRepository:
         self.id = int(payload.get("id") or LOOKUP)
         self.full_name = str(payload["full_name"])
         self.is_archived = bool(payload.get("archived"))
-        self.path = f"/repos/{self.full_name}"
+        self.api_path = f"/repos/{self.full_name}"
 
     def get(self, path: str) -> Json:
-        return self.github.call(f"{self.path}{path}", self.id).value
+        return self.github.call(f"{self.api_path}{path}", self.id).value
 
     def post(
         self, path: str, body: Json, find_existing: Callable[[], Json] = do_nothing
     ) -> Json:
         """Post ``body``, unless ``find_existing`` finds that an earlier request did."""
-        whole_path = f"{self.path}{path}"
+        whole_path = f"{self.api_path}{path}"
         return self.github.call(whole_path, self.id, body, find_existing).value
 
     def pages(self, path: str, **query: str) -> Iterator[Json]:
         parameters = urllib.parse.urlencode({**query, "per_page": PAGE_SIZE})
-        return self.github.pages(f"{self.path}{path}?{parameters}", self.id)
+        return self.github.pages(f"{self.api_path}{path}?{parameters}", self.id)
 
     # People
 
@@ -2974,10 +2981,11 @@ class GitHubRepository:
         inline_thread: int = 0,
         since: str = "1970-01-01T00:00:00Z",
     ) -> None:
-        """Post a comment unless the bot has posted one with this marker ``since`` a time.
+        """Post a comment, unless the bot has posted one with this marker already.
 
-        It goes to the conversation of the issue or pull request, or to a thread of inline
-        comments. Raises NotFound if the comment that it answers was deleted.
+        Only comments since the time ``since`` are searched for the marker. The new one goes
+        to the conversation of the issue or pull request, or to a thread of inline comments.
+        Raises NotFound if the comment that it answers was deleted.
         """
         list_path = f"/issues/{number}/comments"
         post_path = list_path
@@ -3246,11 +3254,12 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
     env = base_environment(config)
     if config.no_github:
         # The host's own git configuration and ssh agent provide the credentials.
-        inherited = dict(os.environ)
         unwanted = (*UNWANTED_GIT_NAMES, *OWN_SECRET_NAMES, *MODEL_VARIABLE_NAMES)
-        for name in os.environ:
-            if name.startswith(unwanted):
-                del inherited[name]
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(unwanted)
+        }
         for name in ("CODEBOT_RUN", "GIT_TERMINAL_PROMPT", "LC_ALL", "PATH"):
             inherited[name] = env[name]
         inherited["GIT_ALLOW_PROTOCOL"] = "https:http:ssh:file"
@@ -4878,7 +4887,8 @@ def hold_lock(path: str, option: str, make_directory: bool) -> None:
         if make_directory:
             os.makedirs(directory, exist_ok=True)
         owner = os.stat(directory).st_uid
-        if owner not in (0, os.geteuid()):  # a file of root's would lock that user out
+        # If root ran codebot here, the owner could not open the files afterward.
+        if owner not in (0, os.geteuid()):
             raise ConfigError(
                 f"{directory} belongs to user {owner}. Run codebot as that user, or use "
                 f"another {option}."
@@ -4935,7 +4945,7 @@ def remove_tree(config: Config, path: str) -> None:
         return
     # This comes first because a program needs temporary files, and a full disk may have
     # no space for them (seen with XFS).
-    remove_easily(path)
+    remove_most(path)
     if os.path.lexists(path):
         # rm never follows a link. chmod could be misled by a process that replaces files
         # meanwhile, but it only gives a file's owner more rights.
@@ -4950,8 +4960,8 @@ def remove_tree(config: Config, path: str) -> None:
 MAX_REMOVED_LEVELS = 100  # each takes two descriptors
 
 
-def remove_easily(name: str, parent: int | None = None, level: int = 0) -> None:
-    """Remove a directory, except what is unwritable or too deep.
+def remove_most(name: str, parent: int | None = None, level: int = 0) -> None:
+    """Remove a directory, except what is unwritable or too deep. Raises no OSError.
 
     Never follows a symlink, even if one appears meanwhile, and takes little memory.
     shutil.rmtree keeps a list of a directory's files and, in Python 3.13, a path for each
@@ -4967,7 +4977,7 @@ def remove_easily(name: str, parent: int | None = None, level: int = 0) -> None:
                         if not entry.is_dir(follow_symlinks=False):
                             os.unlink(entry.name, dir_fd=directory)
                         elif level < MAX_REMOVED_LEVELS:
-                            remove_easily(entry.name, directory, level + 1)
+                            remove_most(entry.name, directory, level + 1)
         finally:
             os.close(directory)
         os.rmdir(name, dir_fd=parent)
@@ -5074,6 +5084,10 @@ class Codebot:
         self.jobs_due.set()
         return job
 
+    def look_now(self, look: Look) -> None:
+        """Have the sync thread take a look as soon as it can."""
+        self.looks[look] = 0.0
+
     def wait(self, seconds: float = 0.0) -> None:
         """Wait, or raise StopRequested once the server is to stop. 0 only checks."""
         if self.stop.wait(seconds):
@@ -5168,6 +5182,7 @@ class JobRun:
         return max(0.1, self.deadline - time.monotonic())
 
     def limit_failure(self, error: LimitReached, program: str) -> JobFailed:
+        """Return the failure of a job whose program was ended by a limit."""
         if isinstance(error, TooMuchOutput):
             reason = "tests_failed" if self.job.phase == "test" else "agent_failed"
             return JobFailed(reason, f"{program} {error}")
@@ -5458,6 +5473,7 @@ class Workspace:
         return self.run_in_sandbox(command, self.run.git_limits())
 
     def sandboxed(self, argv: Sequence[str], info_fds: Sequence[int]) -> list[str]:
+        """Return the command line that runs ``argv`` in this workspace's sandbox."""
         objects = self.mirror.objects
         return self.codebot.sandbox.wrap(argv, self.path, objects, info_fds)
 
@@ -5534,8 +5550,8 @@ class Workspace:
                     on_lines=command.on_lines,
                     pass_fds=info_fds,
                     umask=self.config.umask,
-                    # Scripts and tests are believed, although an agent can fake this, by a
-                    # filter of git's or through /proc. MAX_INTERRUPTIONS limits the cost.
+                    # A script or test that reports a shortage causes a retry. An agent can
+                    # fake that (a git filter, /proc). MAX_INTERRUPTIONS limits the cost.
                     may_report_shortage=not command.as_agent,
                     program_type=launch.program_type,
                 )
@@ -6592,8 +6608,7 @@ def create_pull_request(workspace: Workspace) -> None:
     run.log_event("codebot", f"Pull request {new.number}: {new.url}")
     log.info("Task %s: opened %s", run.job.id, new.url)
     # Somebody may have commented on it before it was stored.
-    look = Look("pull_request", task_id=run.job.id, look_twice=True)
-    run.codebot.looks[look] = 0.0
+    run.codebot.look_now(Look("pull_request", task_id=run.job.id, look_twice=True))
 
 
 def pull_request_body(run: JobRun) -> str:
@@ -6710,7 +6725,7 @@ def load_review(run: JobRun) -> Review:
     if pull_request is None or task is None or github is None:
         raise ReviewSkipped("its pull request is not codebot's anymore")
     if pull_request.state != "open":  # perhaps it was reopened, unnoticed
-        run.codebot.looks[Look("pull_request", task_id=task.id)] = 0.0
+        run.codebot.look_now(Look("pull_request", task_id=task.id))
     try:
         github_repository = github.repository_by_id(pull_request.repository_id)
         repository = repository_at(github_repository)
@@ -6743,16 +6758,15 @@ def require_may_act(review: Review) -> None:
     """Raise ReviewSkipped unless codebot may act for the reviewer now.
 
     The pull request must be open and not locked, and the reviewer must have write access.
-    The branch is codebot's: find_pull_request accepts no other, and GitHub lets nobody
-    change the head branch of a pull request.
+    The branch is codebot's: find_pull_request made sure of that before the pull request was
+    stored, and GitHub lets nobody change the head branch of a pull request.
     """
     try:
         current = review.github_repository.pull_request(review.number)
     except GitHubError as error:
         raise refusal_error(review.run, error) from None
     if current.state != "open":
-        look = Look("pull_request", task_id=review.task.id)
-        review.run.codebot.looks[look] = 0.0
+        review.run.codebot.look_now(Look("pull_request", task_id=review.task.id))
         raise ReviewSkipped(f"the pull request is {current.state}")
     if current.is_locked:
         raise ReviewSkipped("the conversation is locked")
@@ -6765,8 +6779,8 @@ def load_comments(review: Review) -> Review:
     """Return the review with the comments that it answers.
 
     A review that is not classified yet first takes in the reviewer's newer comments; those
-    of others are queued. Only comments whose author, GitHub confirms, is the reviewer are
-    answered.
+    of others are queued. A comment is answered only if GitHub says that the reviewer wrote
+    it.
     """
     run = review.run
     # A delivery is only a claim. GitHub is asked for the authors and the current texts.
@@ -6815,7 +6829,7 @@ def may_appear_later(comment: StoredComment) -> bool:
 
 
 def react_to_comments(review: Review) -> None:
-    """React to each comment, if GitHub answers: at most once in this process."""
+    """React to each comment, once in this process. It is not tried again if that fails."""
     paths = {"inline": "/pulls/comments", "conversation": "/issues/comments"}
     reacted_to = review.run.codebot.reacted_to
     new = []
@@ -7026,7 +7040,7 @@ def push_review_commit(review: Review) -> None:
     workspace = review.workspace
     for attempt in range(1, MAX_PUSHES + 1):
         require_may_act(review)  # the agent may have worked for hours
-        tip = fetch_tip_with(workspace, run.job.base_commit)
+        tip = fetch_tip_after(workspace, run.job.base_commit)
         if workspace.mirror.is_ancestor(run.job.commit_id, tip):
             return
         if tip != run.job.base_commit:
@@ -7034,16 +7048,16 @@ def push_review_commit(review: Review) -> None:
             # already: then the push changes nothing.
             reapply_change(review, tip)
             require_may_act(review)  # its tests may have taken hours
-            fetch_tip_with(workspace, tip)  # raises if commits were removed meanwhile
+            fetch_tip_after(workspace, tip)  # raises if commits were removed meanwhile
         run.set_phase("push", attempt)
         try:
             workspace.push()
         except JobFailed:
-            if fetch_tip_with(workspace, run.job.base_commit) == run.job.base_commit:
+            if fetch_tip_after(workspace, run.job.base_commit) == run.job.base_commit:
                 raise  # nobody has pushed meanwhile, so the remote refuses the commit
             continue
         # Raises an error if the commit is not there: the answer will name it.
-        fetch_tip_with(workspace, run.job.commit_id)
+        fetch_tip_after(workspace, run.job.commit_id)
         return
     raise JobFailed(
         "push_rejected",
@@ -7052,8 +7066,8 @@ def push_review_commit(review: Review) -> None:
     )
 
 
-def fetch_tip_with(workspace: Workspace, commit: str) -> str:
-    """Fetch the branch and return its tip.
+def fetch_tip_after(workspace: Workspace, commit: str) -> str:
+    """Fetch the branch and return its tip, which is ``commit`` or comes after it.
 
     Raises JobFailed if the branch does not have ``commit`` (anymore).
     """
@@ -7430,9 +7444,9 @@ class Sync:
         if pull_request is not None:
             text = f"The pull request is {pull_request.url}."
         else:
-            reason = code_block(truncate(task.error, 5000))
+            error = code_block(truncate(task.error, 5000))
             text = (
-                f"The task failed ({task.reason}):\n\n{reason}\nTo start it again, "
+                f"The task failed ({task.reason}):\n\n{error}\nTo start it again, "
                 "remove the label, if it is still there, and add it again."
             )
         marker = f"<!-- codebot task {task_id} -->"
@@ -7481,7 +7495,8 @@ REASON_BY_PHASE = {
 def repeat_until_stopped(codebot: Codebot, step: Callable[[], None]) -> None:
     """Do a thread's step once, and repeat it until the server stops.
 
-    Once even if it is stopping already: the accept thread must answer a waiting client.
+    The step is done even if the server stops already: a client may wait for the accept
+    thread.
     """
     while True:
         try:
@@ -8032,8 +8047,8 @@ def require_signature(codebot: Codebot, request: Request) -> None:
     )
 
 
-# When the next refusal may be logged, by its kind. There is no lock: at worst, two threads
-# write a line at the same time.
+# When the next refusal of a "webhook" or an "API key" may be logged. There is no lock: at
+# worst, two threads write a line at the same time.
 next_log_time: dict[str, float] = {}
 
 
@@ -8116,7 +8131,8 @@ def read_task_request(config: Config, fields: Fields) -> TaskRequest:
     problems = [
         f"{name} is missing" for name in REQUIRED_FIELDS if fields.get(name) is None
     ]
-    # If there are more than MAX_FIELDS, one of those that are checked is unknown.
+    # There are fewer known names than MAX_FIELDS. So if some fields are not checked, one of
+    # the checked ones is unknown, and the task is refused.
     checked = list(fields.items())[:MAX_FIELDS]
     problems += [field_problem(name, value) for name, value in checked]
     if any(problems):
@@ -8446,7 +8462,7 @@ def webhook(codebot: Codebot, request: Request) -> Response:
     For a label that is added or removed, or a pull request that is closed or reopened, the
     sync thread looks at GitHub, as it does at every start.
     """
-    # %.99s, below, logs at most 99 characters of what a delivery says.
+    # In the log below, %.99s means: at most 99 characters of what the delivery says.
     event = request.headers.get("x-github-event", "")
     guid = request.headers.get("x-github-delivery", "")
     try:
@@ -8485,7 +8501,7 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
         receive_comment(codebot, event, payload)
     elif event == "pull_request" and action in ("closed", "reopened"):
         task_id = pull_request_of(codebot, payload).task_id
-        codebot.looks[Look("pull_request", task_id=task_id, look_twice=True)] = 0.0
+        codebot.look_now(Look("pull_request", task_id=task_id, look_twice=True))
         remember_delivery(codebot, guid)
     elif event == "issues" and action in ("labeled", "unlabeled"):
         receive_label(codebot, guid, payload)
@@ -8498,8 +8514,8 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
 def remember_delivery(codebot: Codebot, guid: str) -> None:
     """Store the id of a delivery. Raises NoAction if it has been stored before.
 
-    This decides only what is answered: the look is queued before, so that "Redeliver" at
-    GitHub brings back one that GitHub refused.
+    Callers ask for the look before they call this. So a delivery that is sent again (with
+    "Redeliver" at GitHub) has the sync thread look again; only the response differs.
     """
     if not codebot.store.add_delivery(guid):
         raise NoAction("Duplicate delivery")
@@ -8534,7 +8550,7 @@ def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
         raise NoAction("Not the label that turns an issue into a task")
     repository_id = int(payload["repository"]["id"])
     number = int(payload["issue"]["number"])
-    codebot.looks[Look("issue", repository_id, number, look_twice=True)] = 0.0
+    codebot.look_now(Look("issue", repository_id, number, look_twice=True))
     remember_delivery(codebot, guid)
 
 
@@ -9412,11 +9428,11 @@ class ConnectionTable:
     def evict(self, kept: socket.socket | None = None) -> None:
         """Drop one connection, but not ``kept``: the first of these that there is.
 
-          1. the oldest that is sending, if more than half of all connections are sending
-             and older than the oldest idle one: somebody leaves responses unread to keep
-             others out
-          2. the oldest idle one, which is waiting or receiving
-          3. the oldest that is sending
+          1. the oldest slow reader, if more than half of all connections are slow readers:
+             somebody leaves responses unread to keep others out. A slow reader is sending,
+             and older than the oldest idle connection.
+          2. the oldest idle connection: one that is waiting or receiving
+          3. the oldest slow reader
 
         Called when no place, descriptor or thread is left. Raises OSError if all are being
         handled.
@@ -9756,7 +9772,8 @@ class Server(http.server.ThreadingHTTPServer):
     # Called by the connections' threads
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # of a client that is gone
+        # An OSError means that the client is gone.
+        if not isinstance(sys.exc_info()[1], OSError):
             log.exception("%s: error in a connection", client_address[0])
 
     def shutdown_request(self, request: Any) -> None:
@@ -9914,7 +9931,7 @@ def check_access(path: str, option: str, unwanted: int) -> Iterator[Finding]:
         return
     mode = os.stat(path).st_mode
     if mode & unwanted:
-        # If only the group can write, that is a warning: it may be the user's own group.
+        # FAIL only if everybody can write. A group may be the user's own: a warning.
         is_writable = mode & 0o002
         problem = "can be written to by" if is_writable else "is open to"
         yield Finding(
@@ -10062,7 +10079,7 @@ def set_up_process(codebot: Codebot, level: int) -> None:
     # A core dump could hold a token, and be where an agent can read it.
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
-    # Each connection takes a descriptor; remove_easily takes two for each level.
+    # Each connection takes a descriptor; remove_most takes two for each level.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max(soft, min(hard, MAX_DESCRIPTORS))
     with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit of its own
@@ -10075,7 +10092,7 @@ def set_up_process(codebot: Codebot, level: int) -> None:
 def fork_watchdog(codebot: Codebot) -> None:
     """Fork a process that ends what this one leaves running, however this one ends.
 
-    It has the settings, with their secrets, but neither a lock nor the database.
+    It has the settings and the keys, but no tokens, no lock and not the database.
     """
     read_end, write_end = os.pipe()  # write_end is closed when this process ends
     if os.fork() != 0:
@@ -10101,7 +10118,7 @@ def fork_watchdog(codebot: Codebot) -> None:
 def start_app(config: Config, checks: Sequence[Check], log_level: int) -> Codebot:
     """Take the work directory, check the host, and requeue what a crash interrupted.
 
-    Raises ConfigError with everything that would make every task fail.
+    Raises ConfigError with all failed checks, or with the first thing that open() refuses.
     """
     codebot = Codebot(config)
     # This forks the watchdog, which must inherit neither the locks nor the database.
@@ -10278,7 +10295,7 @@ def run_command(flags: Flags) -> int:
     request = read_task_request(config, read_task_flags(flags))
     if not flags["work_dir"]:
         work_dir = os.path.realpath(tempfile.mkdtemp(prefix="codebot-"))
-        # CODEBOT_DATABASE belongs to another work directory.
+        # CODEBOT_DATABASE, if it is set, is a server's: this run needs one of its own.
         config = dataclasses.replace(config, work_dir=work_dir, database="")
     print(f"Work directory: {config.work_dir} (it is kept)", file=sys.stderr)
     codebot = start_app(config, HOST_CHECKS, logging.WARNING)
@@ -10333,7 +10350,7 @@ def check_work_dir(codebot: Codebot) -> Iterator[Finding]:
 
 
 def check_sandbox(codebot: Codebot) -> Iterator[Finding]:
-    """Run the agent's program in the sandbox, as a task would."""
+    """Run the agent's program in the sandbox, as a task would. Needs the work directory."""
     config = codebot.config
     if config.launcher and not config.launcher_stop:
         return  # a process launched here could not be ended

@@ -9095,7 +9095,7 @@ def test_directory_that_becomes_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "target")
-    codebot.remove_easily(str(tmp_path / "link"))
+    codebot.remove_most(str(tmp_path / "link"))
     assert (tmp_path / "target" / "file").exists()
 
 
