@@ -8473,6 +8473,9 @@ def webhook(codebot: Codebot, request: Request) -> Response:
     except NoAction as reason:
         log.info("Delivery %.99s (%.99s): %s", guid, event, reason)
         return json_response({"message": str(reason)})
+    except sqlite3.Error as error:
+        log.error("Delivery %.99s (%.99s): %s", guid, event, error)
+        raise
     # A field is missing or has the wrong type, or SQLite cannot store its value: a large
     # number (OverflowError), half of a surrogate pair (ValueError).
     except UNKNOWN_SHAPE_ERRORS:
@@ -8538,7 +8541,13 @@ def receive_comment(codebot: Codebot, event: str, payload: JsonObject) -> None:
     comment = parse_comment(COMMENT_EVENTS[event], content)
     if comment is None:
         raise NoAction("Bot, deleted user or empty comment")
-    if not codebot.store.queue_comments(pull_request.task_id, [comment]):
+    task_id = pull_request.task_id
+    try:
+        is_new = codebot.store.queue_comments(task_id, [comment])
+    except sqlite3.Error:  # GitHub will not send it again: read it there later
+        codebot.look_now(Look("pull_request", task_id=task_id))
+        raise
+    if not is_new:
         raise NoAction("Duplicate delivery or comment")
     codebot.jobs_due.set()
 

@@ -5429,6 +5429,17 @@ def test_locked_database_refuses_submits_and_delays_no_reader(fresh: Site) -> No
         fresh.server.stop()
 
 
+def test_comment_that_cannot_be_stored_is_read_from_github_later(fresh: Site) -> None:
+    fresh.server.start(limits={"LOCK_TIMEOUT": 0.2, **SHORT_WAITS})
+    pull = open_pull(fresh, "classify none")
+    alice = fresh.person("alice")
+    comment = alice.comment("Thanks!", webhook=False)
+    with locked_database(fresh.server):
+        alice.announce(comment)
+        fresh.server.wait_for_log("(issue_comment): database is locked")
+    assert pull.review()["kind"] == "none"
+
+
 def test_retry_that_is_stored_late_still_happens(fresh: Site) -> None:
     limits = {
         "LOCK_TIMEOUT": 0.2,  # not less: the server must not be busy with itself so long
