@@ -5094,8 +5094,19 @@ class Codebot:
             raise StopRequested()
 
     def cancel(self, job_id: str) -> None:
-        """Cancel a task. Raises WrongState if it is too late."""
-        self.store.request_cancel(job_id)
+        """Cancel a task. Raises WrongState if it is too late.
+
+        A running task also ends if that cannot be stored: it may be what fills the disk.
+        """
+        try:
+            self.store.request_cancel(job_id)
+        except sqlite3.Error:
+            self.end_run(job_id)
+            raise
+        self.end_run(job_id)
+
+    def end_run(self, job_id: str) -> None:
+        """End the run of a cancelled task, unless its push has begun."""
         run = self.running.get(job_id)
         if run is not None:
             run.is_cancelled = True

@@ -5440,6 +5440,29 @@ def test_comment_that_cannot_be_stored_is_read_from_github_later(fresh: Site) ->
     assert pull.review()["kind"] == "none"
 
 
+def test_task_can_be_cancelled_while_the_database_is_locked(fresh: Site) -> None:
+    fresh.agent.follow(f"block; {SAY_HELLO}")
+    fresh.server.start(limits={"LOCK_TIMEOUT": 0.2, "DATABASE_RETRY_DELAY": 0.1})
+    task = fresh.api.submit()
+    fresh.agent.wait_until_blocked()
+    with locked_database(fresh.server):
+        assert fresh.api.cancel(task) == 503
+        # Its agent may be what has filled the disk of the database.
+        wait_for(lambda: not fresh.server.strays())
+    fresh.api.failed(task, "cancelled")
+
+
+def test_push_is_not_cancelled_while_the_database_is_locked(fresh: Site) -> None:
+    fresh.server.start(limits={"LOCK_TIMEOUT": 0.2, "DATABASE_RETRY_DELAY": 0.1})
+    hold = fresh.repository.hold("POST /git-receive-pack")
+    task = fresh.api.submit()
+    hold.wait()
+    with locked_database(fresh.server):
+        assert fresh.api.cancel(task) == 503
+    hold.release()
+    fresh.api.completed(task)
+
+
 def test_retry_that_is_stored_late_still_happens(fresh: Site) -> None:
     limits = {
         "LOCK_TIMEOUT": 0.2,  # not less: the server must not be busy with itself so long
