@@ -4281,7 +4281,10 @@ class Store:
             if idempotency_key and job.request != request:
                 raise HTTPError(409, "This Idempotency-Key was used for another task")
             # Logged again if the task was submitted before.
-            self._log_lines.append(f"Task {job.id}: submitted by {submitted_by}")
+            url = request.repository_url
+            self._log_lines.append(
+                f"Task {job.id}: submitted by {submitted_by} for {url}"
+            )
             return job
 
     def claim(self, job_id: str) -> Job | None:

@@ -5200,7 +5200,7 @@ def test_log_names_whoever_submits_a_task(
     request = codebot.TaskRequest("url", "Do it")
     for submitter in ("alice", "bob"):
         store.add_task(request, submitter, 9, idempotency_key="key-1")
-    assert "submitted by alice" in caplog.text
+    assert "submitted by alice for url" in caplog.text
     assert "submitted by bob" in caplog.text
     with pytest.raises(codebot.HTTPError):
         other = codebot.TaskRequest("url", "Do something else")
