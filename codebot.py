@@ -7353,7 +7353,7 @@ class Sync:
         # It never had this label: its tasks, if any, come from an earlier setting.
         if event is None:
             return
-        self.cancel_superseded(look, event.id)
+        self.cancel_superseded(look, event)
         if event.is_removal or self.store.is_label_event_known(event.id):
             return
         issue = github_repository.issue(look.number)
@@ -7373,7 +7373,7 @@ class Sync:
         # label again makes another event.
         self.store.add_label_event(event.id)
 
-    def cancel_superseded(self, look: Look, event_id: int) -> None:
+    def cancel_superseded(self, look: Look, event: LabelEvent) -> None:
         """Cancel the tasks of earlier label events: their label was removed since."""
         for task_id in self.store.superseded_tasks(
             look.repository_id, look.number, event_id
@@ -7381,7 +7381,9 @@ class Sync:
             with contextlib.suppress(WrongState):
                 self.codebot.cancel(task_id)
                 log.info(
-                    "Task %s: cancelled because its issue's label was removed", task_id
+                    "Task %s: cancelled, as its issue's label was removed; last change by %s",
+                    task_id,
+                    event.actor or "a bot or a deleted user",
                 )
 
     def obstacle(

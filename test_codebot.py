@@ -12231,8 +12231,9 @@ def test_removing_label_cancels_task(shared: Site) -> None:
     alice = shared.person("alice")
     alice.label(issue.number)
     shared.agent.wait_until_blocked()
-    alice.unlabel(issue.number)
+    shared.person("carol").unlabel(issue.number)
     shared.api.failed(issue.task(), "cancelled")
+    shared.server.wait_for_log("its issue's label was removed; last change by carol")
     [comment] = issue.comments()
     assert "To start it again, remove the label, if it is still there" in comment
     assert shared.repository.pulls == []
