@@ -2122,8 +2122,11 @@ def scratch_workspace(work_dir: str) -> Iterator[str]:
 class Sandbox:
     """Wraps the commands that run in a workspace, and checks that this works."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(
+        self, config: Config, check_stop: Callable[[], None] = do_nothing
+    ) -> None:
         self.config = config
+        self.probe_limits = Limits(PROBE_TIMEOUT, check_stop=check_stop)
         # Only the exact setting `bwrap` gets the mounts above. `/usr/bin/bwrap` counts as
         # another sandbox. Without options it gets no mounts and fails probe().
         self.is_bwrap = config.sandbox == ("bwrap",)
@@ -2215,7 +2218,7 @@ class Sandbox:
         if problems:
             raise ConfigError("\n".join(problems))
         env = base_environment(self.config)
-        limits = Limits(timeout=PROBE_TIMEOUT)
+        limits = self.probe_limits
         help_text = run_program(["bwrap", "--help"], env, limits=limits).stdout
         self.disable_userns = any("--disable-userns" in line for line in help_text)
         if not self.disable_userns and os.getuid() == 0:
@@ -2236,7 +2239,7 @@ class Sandbox:
                 [*launch.prefix, *argv],
                 env,
                 cwd=f"{workspace_path}/repo",
-                limits=Limits(timeout=PROBE_TIMEOUT),
+                limits=self.probe_limits,
                 program_type=launch.program_type,
             )
 
@@ -5027,7 +5030,7 @@ class Codebot:
         self.config = config
         self.redact = Redactor(config)
         self.stop = threading.Event()
-        self.sandbox = Sandbox(config)
+        self.sandbox = Sandbox(config, self.wait)
         self.github: GitHub | None = None
         if not config.no_github:
             self.github = GitHub(config, self.redact, self.wait)
@@ -5111,7 +5114,7 @@ class Codebot:
     def end_run(self, job_id: str) -> None:
         """End the run of a cancelled task, unless its push has begun."""
         run = self.running.get(job_id)
-        if run is not None:
+        if run is not None and not run.job.push_started:
             run.is_cancelled = True
 
     def until_database_works(self, method: Callable[..., T], *args: object) -> T:
@@ -7376,7 +7379,7 @@ class Sync:
     def cancel_superseded(self, look: Look, event: LabelEvent) -> None:
         """Cancel the tasks of earlier label events: their label was removed since."""
         for task_id in self.store.superseded_tasks(
-            look.repository_id, look.number, event_id
+            look.repository_id, look.number, event.id
         ):
             with contextlib.suppress(WrongState):
                 self.codebot.cancel(task_id)

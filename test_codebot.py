@@ -17140,6 +17140,21 @@ def test_signal_during_start_ends_codebot_without_traceback(fresh: Site) -> None
     assert "Traceback" not in stderr
 
 
+def test_signal_ends_the_test_of_the_sandbox(fresh: Site) -> None:
+    started = fresh.directory / "started"
+    process = start_command(
+        fresh,
+        "serve",
+        *serve_flags(fresh),
+        CODEBOT_SANDBOX=f"sh -c 'touch {started}; exec sleep 60' sh",
+    )
+    wait_for(started.exists)
+    process.terminate()
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+
+
 def test_database_of_another_codebot_is_refused(fresh: Site) -> None:
     database = str(fresh.directory / "shared.db")
     fresh.server.start(CODEBOT_DATABASE=database)
