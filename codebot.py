@@ -8563,8 +8563,9 @@ def receive_comment(codebot: Codebot, event: str, payload: JsonObject) -> None:
     task_id = pull_request.task_id
     try:
         is_new = codebot.store.queue_comments(task_id, [comment])
-    except sqlite3.Error:  # GitHub will not send it again: read it there later
-        codebot.look_now(Look("pull_request", task_id=task_id))
+    except sqlite3.Error:
+        # GitHub does not send it again, so the sync thread reads it at GitHub later.
+        codebot.look_now(Look("pull_request", task_id=task_id, look_twice=True))
         raise
     if not is_new:
         raise NoAction("Duplicate delivery or comment")
