@@ -5967,18 +5967,19 @@ CONTINUE_SESSION = "--resume"
 PREPARE_HOME_SCRIPT = """
 set -e # a file that cannot be removed must not be obeyed
 if [ "$HOME" = "$1" ]; then # a sandbox may have set another one, which is not codebot's
-    chmod u+rwx "$HOME"
+    chmod u+rwx "$HOME" || : # it only helps rm, which decides
     if [ -L "$HOME/.claude" ]; then rm "$HOME/.claude"; fi # it may lead anywhere
     rm -rf "$HOME/.claude.json"
     if [ -d "$HOME/.claude" ]; then
-        chmod -R u+rwX "$HOME/.claude"
+        chmod -R u+rwX "$HOME/.claude" || :
         find "$HOME/.claude" -mindepth 1 -maxdepth 1 ! -name projects -exec rm -rf {} +
     fi
 fi
 if [ -d "$HOME/.claude/projects" ]; then
     find "$HOME/.claude/projects/" -mindepth 2 -maxdepth 2 -name '*.jsonl' -type f \\
         -exec sed -i -e '/^{"type":"cost-state"/d' -e \\
-        's/"attachment":{"type":"prompt_snapshot"/"attachment":{"type":"old_prompt"/' {} +
+        's/"attachment":{"type":"prompt_snapshot"/"attachment":{"type":"old_prompt"/' {} + ||
+        [ "$HOME" != "$1" ] # another home may have sessions that are not this task's
 fi
 """
 
@@ -6171,7 +6172,7 @@ def ask_agent(
     if session_option == CONTINUE_SESSION:
         cleaned = workspace.script(PREPARE_HOME_SCRIPT, f"{workspace.path}/home")
         if cleaned.code != 0:
-            message = f"Settings cannot be removed from HOME: {cleaned.error}"
+            message = f"The agent's home cannot be prepared: {cleaned.error}"
             raise JobFailed("agent_failed", message)
     try:
         command = SandboxedCommand(

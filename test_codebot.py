@@ -6502,7 +6502,7 @@ def test_job_fails_if_settings_in_the_home_cannot_be_removed(fresh: Site) -> Non
     fresh.agent.follow(AGENT_WITH_SESSION)
     fresh.server.start(PATH=f"{stubborn.parent}:{os.environ['PATH']}")
     error = fresh.api.failed(fresh.api.submit(test_command="exit 1"), "agent_failed")
-    assert error == "Settings cannot be removed from HOME: no way"
+    assert error == "The agent's home cannot be prepared: no way"
     assert len(fresh.agent.runs()) == 1
 
 
