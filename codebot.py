@@ -8215,13 +8215,14 @@ def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
 
 def cancel_task(codebot: Codebot, request: Request, task_id: str) -> Response:
     find_task(codebot, task_id)  # raises HTTPError if there is none
+    # Logged first: a running task also ends if the request cannot be stored.
+    log.info("Task %s: cancel requested by %s", task_id, submitter(request))
     try:
         codebot.cancel(task_id)
     except WrongState:
         raise HTTPError(
             409, "The task has ended, or its commit may have been pushed"
         ) from None
-    log.info("Task %s: cancel requested by %s", task_id, submitter(request))
     status = find_task(codebot, task_id).status
     return json_response(
         {"task_id": task_id, "status": status, "message": "Cancellation requested"}, 202

@@ -5453,6 +5453,7 @@ def test_task_can_be_cancelled_while_the_database_is_locked(fresh: Site) -> None
         assert fresh.api.cancel(task) == 503
         # Its agent may be what has filled the disk of the database.
         wait_for(lambda: not fresh.server.strays())
+    assert f"Task {task}: cancel requested by" in fresh.server.log()
     fresh.api.failed(task, "cancelled")
 
 
