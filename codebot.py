@@ -50,10 +50,10 @@ GLOSSARY
   state          of a job: pending, running, completed or failed (the column and the API's
                  field are named status); see LIFE OF A JOB
   phase          what a running job is doing
-  classify       find out what a reviewer wants, by an agent without tools
+  classify       have an agent without tools find out what a reviewer wants
   event          an entry of a task's log. (A label's and a webhook's events are GitHub's;
                  the CLI's events are the lines that it prints.)
-  App            the GitHub App as which codebot acts at GitHub; the operator makes it
+  App            the GitHub App through which codebot acts; the operator creates it
   codebot's user the account on this host that runs codebot; not a login at GitHub
   agent          the Claude CLI process
   session        the agent's conversation with the model, kept in the workspace's home
@@ -73,14 +73,16 @@ GLOSSARY
                  all repositories that the App is installed on
   delivery       one webhook request, with its GUID
   look           one step of the sync thread: it asks GitHub about an issue, a pull request
-                 or a repository, notes such looks, or reports the end of a task
+                 or a repository, finds out which of these to look at next, or reports the
+                 end of a task
   marker         an HTML comment at the end of a comment of codebot's. A retry that finds it
                  does not post the comment again.
   answer         a comment in which codebot replies to a reviewer
   run            one pass of a worker over a job (JobRun); a retried job has several. A
                  run of the agent is an AgentRun. The command `run` runs one task.
                  CODEBOT_RUN marks all processes that a codebot process has started.
-  attempt        of the agent and the tests, which alternate within a run: 1, 2, 3 ...
+  attempt        one round of the agent and the tests within a run, or one try of a
+                 review's push: 1, 2, 3 ...
   retry          a job runs again, after a transient error, a crash or a stop. (What a
                  client calls a retry of a failed task makes a new task.)
   launcher       a command line that starts the agent and the tests on a node, which is
@@ -187,10 +189,10 @@ WHERE SECRETS GO
   codebot was started, including listed variables, and the proxies and certificates of
   .env. Taken out are CODEBOT_API_KEYS, GITHUB_WEBHOOK_SECRET, the model's keys and address,
   and variables that make git print a trace, use another repository or refuse to work.
-  The watchdog, a fork of codebot, has those of the settings in its memory, but no token.
-  codebot writes none of these secrets into a named file. While a program runs, its input
-  and output (openssl's: a JWT's content and signature) are in unlinked files. But the
-  agent's home keeps its session, with everything that the agent has printed.
+  The watchdog, a fork of codebot, has all of these secrets in its memory, except JWTs and
+  installation tokens. codebot writes none of them into a named file. While a program runs,
+  its input and output (openssl's: a JWT's content and signature) are in unlinked files. But
+  the agent's home keeps its session, with everything that the agent has printed.
 
 KNOWN LIMITATIONS
   They stand where the reader meets what is limited: at the beginning of the sections
@@ -478,8 +480,8 @@ def find_paths(directory: str, pattern: str) -> list[str]:
 # - Settings are read from .env in the current directory, and they name programs. Do not
 #   run a codebot command in a directory that others can write to, such as a clone.
 # - A secret is recognized only as it is, or as base64 of the secret alone, without line
-#   breaks. One of less than 6 characters is not redacted in what is logged and sent to
-#   GitHub; one of less than 16 is not searched for in the files of a change. A secret is
+#   breaks. One of fewer than 6 characters is not redacted in what is logged and sent to
+#   GitHub; one of fewer than 16 is not searched for in the files of a change. A secret is
 #   missed where a line of more than MAX_LINE_BYTES is split. An agent that writes a secret
 #   in another way, such as backwards, compressed, or as the name of an empty directory
 #   (which a tree can have, but no diff shows), can publish it. What looks like a token of
@@ -552,7 +554,7 @@ def parse_int(text: str, minimum: int, maximum: int) -> int:
     return int(text)
 
 
-# For seconds, sizes and ids. The maximum admits every installation id.
+# For seconds, counts and ids. The maximum admits every installation id.
 parse_whole_number = functools.partial(parse_int, minimum=1, maximum=4_000_000_000)
 parse_threads = functools.partial(parse_int, minimum=1, maximum=999)
 parse_attempts = functools.partial(parse_int, minimum=0, maximum=99)
@@ -802,14 +804,14 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
             variables[match["name"]] = value or ""
         elif not re.match(r"\s*(#|$)", line):
             problems.append(
-                f"{path}, line {number}: expected NAME=value, with quotes only around the "
-                "whole value."
+                f"{path}, line {number}: expected NAME=value; a value that begins with a "
+                "quote must end with it, and not contain it."
             )
     return variables
 
 
 def hide_logins(text: str) -> str:
-    """Replace the login in each address, also in what may be one: https://***@host."""
+    """Replace what may be a login, before the last @ of a word: https://***@host."""
     # (?<!\S): only from the beginning of a word, or a long line could take minutes.
     return re.sub(r"(?<!\S)(\W?\w+://)?\S+@", r"\1***@", text)
 
@@ -3315,7 +3317,7 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
 )
 # "! [remote rejected] main -> main (protected)": the remote refuses the push. A fault of
 # the remote's own is excluded, because it is transient. "unpacker error" may be either: a
-# full disk, or a rule (receive.fsckObjects, receive.maxInputSize), which another line names.
+# full disk, or a rule (receive.fsckObjects, receive.maxInputSize). Another line says so.
 REJECTED_RE = re.compile(
     "^remote: fatal: (fsck error|pack exceeds)"
     r"|^(?!.*(Internal Server Error|commit_refs|unpacker error)).*rejected\]",
@@ -3544,8 +3546,8 @@ class Mirror(GitDirectory):
         and the mirror's stays newer. Raises BranchNotFound.
         """
         with self.lock():
-            # Tells Cleanup when the mirror was last used. It makes the file if somebody
-            # has removed it while this thread waited for the lock.
+            # Tells Cleanup when the mirror was last used. (touch() makes the file anew if
+            # somebody removed it while this thread waited for the lock.)
             pathlib.Path(f"{self.path}.lock").touch()
             self.create_for(repository)
         # Without the lock: the repository's other jobs must not wait for the remote.
@@ -6582,7 +6584,7 @@ def pack_lines(lines: Iterable[str]) -> list[str]:
 
 
 def push_task_commit(workspace: Workspace) -> None:
-    """Push the stored commit. From here on the task cannot be cancelled."""
+    """Push the stored commit. After begin_push, the task cannot be cancelled."""
     run = workspace.run
     run.set_phase("push")
     github_repository = workspace.repository.github_repository
@@ -7264,8 +7266,8 @@ class Sync:
         nothing else might repeat. (With look_twice, the second look is taken all the same.)
         """
         del self.looks[look]  # so that another thread can ask for it again
-        # Seconds until it is repeated; 0: never. An error that is not caught here leaves
-        # it so.
+        # Seconds until it is repeated; 0: never. It is also repeated after an error that
+        # is not caught here.
         delay = RETRY_DELAY
         try:
             self.look_at(look)
@@ -7385,7 +7387,8 @@ class Sync:
             with contextlib.suppress(WrongState):
                 self.codebot.cancel(task_id)
                 log.info(
-                    "Task %s: cancelled, as its issue's label was removed; last change by %s",
+                    "Task %s: cancelled because its issue's label was removed; the label "
+                    "was last changed by %s",
                     task_id,
                     event.actor or "a bot or a deleted user",
                 )
@@ -7515,8 +7518,8 @@ REASON_BY_PHASE = {
 def repeat_until_stopped(codebot: Codebot, step: Callable[[], None]) -> None:
     """Do a thread's step once, and repeat it until the server stops.
 
-    The step is done even if the server stops already: a client may wait for the accept
-    thread.
+    The step is done even if the server is stopping already: a client may be waiting for
+    the accept thread.
     """
     while True:
         try:
@@ -9460,9 +9463,8 @@ class ConnectionTable:
         """Drop one connection, but not ``kept``: the first of these that there is.
 
           1. the oldest slow reader, if more than half of all connections are slow readers:
-             somebody leaves responses unread to keep others out. A slow reader is sending,
-             and older than the oldest idle connection.
-          2. the oldest idle connection: one that is waiting or receiving
+             somebody leaves responses unread to keep others out
+          2. the oldest idle connection
           3. the oldest slow reader
 
         Called when no place, descriptor or thread is left. Raises OSError if all are being
@@ -10123,7 +10125,7 @@ def set_up_process(codebot: Codebot, level: int) -> None:
 def fork_watchdog(codebot: Codebot) -> None:
     """Fork a process that ends what this one leaves running, however this one ends.
 
-    It has the settings and the keys, but no tokens, no lock and not the database.
+    It has the settings and the keys, but no token, lock or database.
     """
     read_end, write_end = os.pipe()  # write_end is closed when this process ends
     if os.fork() != 0:
@@ -10381,7 +10383,7 @@ def check_work_dir(codebot: Codebot) -> Iterator[Finding]:
 
 
 def check_sandbox(codebot: Codebot) -> Iterator[Finding]:
-    """Run the agent's program in the sandbox, as a task would. Needs the work directory."""
+    """Run the agent's program in the sandbox, as a task would, in the work directory."""
     config = codebot.config
     if config.launcher and not config.launcher_stop:
         return  # a process launched here could not be ended
