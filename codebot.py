@@ -3470,7 +3470,7 @@ MAX_PACKS = 50
 # What git says if an object of a repository is missing or damaged.
 MISSING_OBJECT_RE = re.compile(
     "bad object refs/heads/|[Cc]ould not read [0-9a-f]{40}|unable to read [0-9a-f]{40}"
-    "|not a tree object|reference broken"
+    "|unable to read sha1 file|cannot read object|unpack tree object|reference broken"
 )
 STALE_FILES = ("*.lock", "refs/**/*.lock", "objects/*/tmp_*", "objects/pack/.tmp-*")
 
@@ -5265,8 +5265,10 @@ git init -q --template= &&
 printf '%s\\n' "$objects" >.git/objects/info/alternates &&
 git config remote.origin.url "$url" &&
 git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
-git ls-tree "$base_commit" >/dev/null && # without that tree, git 2.34 checks out nothing
-git -c checkout.workers=2 checkout -q --no-track -b "$branch" "$base_commit"
+git symbolic-ref HEAD "refs/heads/$branch" &&
+git update-ref HEAD "$base_commit" &&
+# Not git checkout: it exits with 0 even if it could not write all files.
+git -c checkout.workers=2 read-tree -m -u HEAD
 """
 # Adds all files to the index and prints the id of their tree.
 RECORD_SCRIPT = """

@@ -6013,19 +6013,27 @@ def test_error_of_a_damaged_mirror_says_to_delete_it(
     assert f"stop codebot and delete {mirror}" in error
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [("main^{tree}", "clone_failed"), ("main:README.md", "agent_failed")],
-)
+@pytest.mark.parametrize("name", ["main^{tree}", "main:README.md"])
 def test_error_of_a_missing_object_says_to_delete_the_mirror(
-    local: LocalTask, name: str, reason: str
+    local: LocalTask, name: str
 ) -> None:
     codebot.clone(local.workspace)
     mirror = Path(local.workspace.mirror.path)
     object_id = local.site.repository.git("rev-parse", name)
     (mirror / "objects" / object_id[:2] / object_id[2:]).unlink()
-    error = local.failure(SAY_HELLO, reason)
+    error = local.failure(SAY_HELLO, "clone_failed")
     assert f"stop codebot and delete {mirror}" in error
+
+
+def test_checkout_without_a_file_is_no_success(fresh: Site) -> None:
+    fresh.repository.commit({"big": 200_000 * "x"})
+    # As if the disk were full. (git checkout would exit with 0.)
+    limit = """sh -c 'trap "" XFSZ; ulimit -f 100; exec "$@"' sh"""
+    fresh.server.start(CODEBOT_SANDBOX=limit)
+    error = fresh.api.failed(fresh.api.submit(), "clone_failed")
+    assert error.startswith("Failed to check out main: ")
+    assert "unable to write file" in error
+    assert fresh.agent.runs() == []
 
 
 def test_mirrors_recover_from_killed_git(fresh: Site) -> None:
