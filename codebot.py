@@ -1177,7 +1177,7 @@ READ_BYTES = 64 << 10  # of output read at a time; the limits are checked in bet
 KEPT_LINES = 400  # how many of the last lines of a program's output are kept
 MAX_KEPT_CHARS = 10_000  # of each of these lines
 # With less free space codebot does not start, and blames the disk if a program fails.
-FULL_DISK_BYTES = 1 << 20
+FULL_DISK_BYTES = 16 << 20
 
 
 def do_nothing(*args: object) -> None:
@@ -1222,6 +1222,7 @@ CAUSE_RE = re.compile(r"(remote: )?(fatal|error):|.*denied")
 SHORTAGE = (
     "No space left on device|Disk quota exceeded|: Quota exceeded"  # the last is musl's
     "|Resource temporarily unavailable|Cannot fork|Cannot allocate memory"
+    "|Out of memory, malloc failed.*"
 )
 # Matches neither a remote's report of its own shortage, "remote: fatal: ...", nor a file of
 # that name: git, sh and bwrap print the reason at the end of a line.
@@ -3329,14 +3330,20 @@ PART_KILLED_RE = re.compile(r"^error: \S+ died of signal (9|15)$", re.MULTILINE)
 TOKEN_RETRY_DELAY = 3.0
 
 
+def raise_if_killed(result: ProgramResult) -> None:
+    """Raise TransientError if git or a part of it was killed, perhaps for want of memory."""
+    text = "\n".join([*result.stdout, *result.stderr])
+    was_killed = result.code in SIGNAL_EXIT_CODES or PART_KILLED_RE.search(text)
+    if result.code != 0 and was_killed:
+        reason = hide_logins(result.error)
+        raise TransientError(f"git was killed (exit code {result.code}): {reason}")
+
+
 def remote_failure(result: ProgramResult, is_github: bool) -> Exception:
     """Return the error for a failure of git that contacts the remote; see above."""
     text = "\n".join([*result.stdout, *result.stderr])
     # The host's git configuration may put a login into the URL: url.*.insteadOf
     reason = hide_logins(result.error)
-    # git was killed, perhaps by the host, for want of memory.
-    if result.code in SIGNAL_EXIT_CODES or PART_KILLED_RE.search(text):
-        return TransientError(f"git was killed (exit code {result.code}): {reason}")
     words = URL_OR_NAME_RE.sub("", text)
     if REJECTED_RE.search(words):  # first, as the reason may quote a file of any name
         return GitFailed(reason)
@@ -3373,8 +3380,12 @@ class GitDirectory:
         stdin: bytes = b"",
         on_lines: LineHandler = do_nothing,
     ) -> ProgramResult:
-        """Run git locally, without a credential. With ``check``, raises GitFailed."""
+        """Run git locally, without a credential.
+
+        Raises TransientError if it was killed and, with ``check``, GitFailed if it failed.
+        """
         result = self.run_git(args, base_environment(self.config), stdin, on_lines)
+        raise_if_killed(result)
         if check and result.code != 0:
             raise GitFailed(f"git {args[0]}: {result.error}")
         return result
@@ -3437,6 +3448,7 @@ class GitDirectory:
             if args[0] == "fetch":  # a slow one would take as long again
                 raise
             raise TransientError(str(error)) from None
+        raise_if_killed(result)
         if result.code != 0:
             raise remote_failure(result, is_github=not self.config.no_github)
         return result
@@ -3448,14 +3460,8 @@ class GitDirectory:
         return self.succeeds("merge-base", "--is-ancestor", old, new)
 
     def succeeds(self, *args: str) -> bool:
-        """Return whether git exits with 0.
-
-        Raises TransientError if it was killed, perhaps for want of memory.
-        """
-        result = self.local_git(*args, check=False)
-        if result.code in SIGNAL_EXIT_CODES:
-            raise TransientError(f"git {args[0]} was killed: {result.error}")
-        return result.code == 0
+        """Return whether git exits with 0."""
+        return self.local_git(*args, check=False).code == 0
 
 
 def discard(work_dir: str, path: str) -> None:
@@ -5628,6 +5634,7 @@ class Workspace:
         # The name is new, so that no ref of an earlier collection is read by mistake.
         ref = f"refs/codebot/{uuid.uuid4().hex}"
         result = self.fetch_into_outbox(ref)
+        raise_if_killed(result)
         # From a shallow repository, git fetches nothing and exits with 0; rev-parse fails.
         trees = self.outbox.local_git(
             "rev-parse", f"{ref}^{{tree}}", f"{base_commit}^{{tree}}", check=False

@@ -8870,12 +8870,31 @@ def test_full_disk_at_the_start_is_reported(
         codebot.take_work_dir(config)
 
 
-def test_commit_is_not_lost_because_git_was_killed(tmp_path: Path) -> None:
-    # For want of memory, for example. The task's agent would run again.
-    write_script(tmp_path / "git", "kill -9 $$")
+@pytest.mark.parametrize(
+    "end",
+    [
+        "kill -9 $$",
+        "echo error: index-pack died of signal 9 >&2; exit 128",
+        "echo 'fatal: Out of memory, malloc failed (tried to allocate 9 bytes)' >&2; exit 1",
+    ],
+)
+def test_work_is_not_lost_because_git_lacked_memory(tmp_path: Path, end: str) -> None:
+    # The task's agent would run again.
+    write_script(tmp_path / "git", end)
     outbox = git_directory(tmp_path / "outbox.git", search_path=str(tmp_path))
-    with pytest.raises(codebot.TransientError, match="git cat-file was killed"):
-        outbox.has_commit("1" * 40)
+    for check in (True, False):
+        with pytest.raises(codebot.TransientError):
+            outbox.local_git("cat-file", check=check)
+
+
+def test_work_is_not_lost_because_the_fetch_of_it_is_killed(local: LocalTask) -> None:
+    tools = local.site.directory / "tools"
+    kill = 'case "$*" in *--upload-pack*) kill -9 $$;; esac'
+    write_script(tools / "git", f'{kill}; exec {shutil.which("git")} "$@"')
+    path = f"{tools}:{os.environ['PATH']}"
+    local.workspace.config = dataclasses.replace(local.run.config, search_path=path)
+    with pytest.raises(codebot.TransientError, match="git was killed"):
+        local.commit(SAY_HELLO)
 
 
 @pytest.mark.parametrize("command", ["run", "demo"])
