@@ -6352,8 +6352,8 @@ def look_up_repository(run: JobRun) -> Repository:
         # GitHub refuses the token if the App is not installed on the repository.
         github.token(github_repository.id)
     except (AppRefused, GitHubError) as error:
-        if job.commit_id and isinstance(error, AppRefused):
-            raise  # finished work is retried for RETRY_LIMIT
+        if job.commit_id:  # finished work is retried for RETRY_LIMIT
+            raise TransientError(str(error)) from None
         message = str(error)
         if isinstance(error, NotFound):
             message = (

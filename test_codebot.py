@@ -8620,7 +8620,8 @@ def test_cancel_is_refused_once_push_has_begun(shared: Site) -> None:
 def test_error_says_whether_the_branch_may_have_been_pushed(
     fresh: Site, has_pushed: bool
 ) -> None:
-    fresh.server.start()
+    retries = {"RETRY_DELAY": 0.1, "RETRY_LIMIT": {"task": 0.3, "review": 0.3}}
+    fresh.server.start(limits=retries)
     step = "GET /pulls*" if has_pushed else "POST /git-receive-pack"
     hold = fresh.repository.hold(step)
     task = fresh.api.submit()
@@ -8633,7 +8634,8 @@ def test_error_says_whether_the_branch_may_have_been_pushed(
             db.execute("UPDATE jobs SET push_started = 0")
     fresh.repository.fail("GET ", 404, always=True)
     fresh.server.restart()
-    error = fresh.api.failed(task, "clone_failed")
+    reason = "pull_request_failed" if has_pushed else "push_rejected"
+    error = fresh.api.failed(task, reason)
     assert ("may have been pushed" in error) == has_pushed
 
 
