@@ -3331,7 +3331,7 @@ TOKEN_RETRY_DELAY = 3.0
 
 
 def raise_if_killed(result: ProgramResult) -> None:
-    """Raise TransientError if git or a part of it was killed, perhaps for want of memory."""
+    """Raise TransientError if git, or a part of it, was killed, as for want of memory."""
     text = "\n".join([*result.stdout, *result.stderr])
     was_killed = result.code in SIGNAL_EXIT_CODES or PART_KILLED_RE.search(text)
     if result.code != 0 and was_killed:
@@ -6761,7 +6761,7 @@ def load_review(run: JobRun) -> Review:
         if not is_allowed(run.config, repository.full_name):
             raise ReviewSkipped(f"{repository.full_name} is not an allowed repository")
     except GitHubError as error:
-        raise refusal_error(run, error) from None
+        raise refusal_error(error) from None
     workspace = Workspace(run, repository, run.job.directory)
     return Review(
         run,
@@ -6772,14 +6772,12 @@ def load_review(run: JobRun) -> Review:
     )
 
 
-def refusal_error(run: JobRun, error: GitHubError) -> Exception:
-    """Return the error for a repository or pull request that GitHub does not show.
+def refusal_error(error: GitHubError) -> TransientError:
+    """Return the error if GitHub does not show a review's repository or pull request.
 
-    At first it is transient, because something new may not be visible in all parts of
-    GitHub. With NotFound at a retry, it is gone.
+    Even "not found" is transient: something new may not be visible in all parts of GitHub,
+    and a repository may be taken out of the App's installation for a while.
     """
-    if isinstance(error, NotFound) and run.job.transient_since:
-        return ReviewSkipped(f"it is not codebot's anymore: {error}")
     return TransientError(f"GitHub does not show it, or refuses the App: {error}")
 
 
@@ -6793,7 +6791,7 @@ def require_may_act(review: Review) -> None:
     try:
         current = review.github_repository.pull_request(review.number)
     except GitHubError as error:
-        raise refusal_error(review.run, error) from None
+        raise refusal_error(error) from None
     if current.state != "open":
         review.run.codebot.look_now(Look("pull_request", task_id=review.task.id))
         raise ReviewSkipped(f"the pull request is {current.state}")
@@ -6813,10 +6811,7 @@ def load_comments(review: Review) -> Review:
     """
     run = review.run
     # A delivery is only a claim. GitHub is asked for the authors and the current texts.
-    current = {
-        (comment.place, comment.id): comment
-        for comment in review.github_repository.comments(review.number)
-    }
+    current = current_comments(review)
     if not run.job.request_kind:
         # Some may not be delivered yet, for example the rest of a GitHub review.
         run.store.queue_comments(run.job.task_id, current.values())
@@ -6836,6 +6831,18 @@ def load_comments(review: Review) -> Review:
     speakers = (OWN_NAME, run.job.reviewer)
     context = [comment for comment in current.values() if comment.user in speakers]
     return review._replace(comments=comments, context=context)
+
+
+def current_comments(review: Review) -> dict[tuple[str, int], Comment]:
+    """Return the comments that GitHub lists now, by place and id."""
+    try:
+        comments = list(review.github_repository.comments(review.number))
+    except GitHubError as error:
+        # Finished work is retried for RETRY_LIMIT; another refusal is reported at once.
+        if review.run.job.commit_id or isinstance(error, NotFound):
+            raise refusal_error(error) from None
+        raise
+    return {(comment.place, comment.id): comment for comment in comments}
 
 
 def apply_daily_limit(run: JobRun) -> None:

@@ -11637,16 +11637,34 @@ def test_pull_request_that_github_does_not_show_everywhere_yet_is_answered(
     assert "GitHub does not show it, or refuses the App: 404" in pull.site.server.log()
 
 
-@pytest.mark.parametrize("error", ["403 Forbidden", "422 Validation Failed"])
-def test_review_waits_whenever_github_refuses_the_app(
-    store: codebot.Store, error: str
+def fail_push_and_then(repository: Repository, pattern: str, status: int) -> None:
+    """Fail one push, and at the retry one request of GitHub's API."""
+    then = functools.partial(repository.fail, pattern, status)
+    unavailable = Reply(503, {"message": "Service Unavailable"})
+    push = "POST /git-receive-pack"
+    repository.add_fault(Fault(push, before=then, reply=unavailable))
+
+
+@pytest.mark.parametrize("status", [403, 404])
+@pytest.mark.parametrize("lost", ["GET /pulls/1", "GET /pulls/1/comments*"])
+def test_finished_change_waits_whenever_github_does_not_show_something(
+    pull: Pull, lost: str, status: int
 ) -> None:
-    review = dataclasses.replace(claim_review(store), transient_since=1.0)
-    run = codebot.JobRun(app_with(store), review)
-    refusal = codebot.refusal_error(run, codebot.GitHubError(error))
-    assert type(refusal) is codebot.TransientError
-    skip = codebot.refusal_error(run, codebot.NotFound("404 Not Found"))
-    assert type(skip) is codebot.ReviewSkipped
+    pull.site.agent.follow(MAKE_CHANGE)
+    fail_push_and_then(pull.site.repository, lost, status)
+    pull.site.person("alice").inline("Say more")
+    assert pull.review()["status"] == "completed"
+    assert pull.tip() in pull.answer()
+    assert len(pull.site.agent.runs("change")) == 1
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_finished_task_waits_whenever_github_does_not_show_its_repository(
+    shared: Site, status: int
+) -> None:
+    fail_push_and_then(shared.repository, "GET ", status)
+    shared.api.completed(shared.api.submit())
+    assert len(shared.agent.runs()) == 1
 
 
 def test_what_was_written_while_server_was_down_is_found_at_start(fresh: Site) -> None:
