@@ -1222,7 +1222,7 @@ CAUSE_RE = re.compile(r"(remote: )?(fatal|error):|.*denied")
 SHORTAGE = (
     "No space left on device|Disk quota exceeded|: Quota exceeded"  # the last is musl's
     "|Resource temporarily unavailable|Cannot fork|Cannot allocate memory"
-    "|Out of memory, malloc failed.*"
+    r"|Out of memory, \w+ failed( \(tried to allocate \d+ bytes)?"
 )
 # Matches neither a remote's report of its own shortage, "remote: fatal: ...", nor a file of
 # that name: git, sh and bwrap print the reason at the end of a line.

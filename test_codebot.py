@@ -8878,6 +8878,7 @@ def test_full_disk_at_the_start_is_reported(
         "kill -9 $$",
         "echo error: index-pack died of signal 9 >&2; exit 128",
         "echo 'fatal: Out of memory, malloc failed (tried to allocate 9 bytes)' >&2; exit 1",
+        "echo 'fatal: Out of memory, realloc failed' >&2; exit 128",
     ],
 )
 def test_work_is_not_lost_because_git_lacked_memory(tmp_path: Path, end: str) -> None:
