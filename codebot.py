@@ -3476,7 +3476,8 @@ MAX_PACKS = 50
 # What git says if an object of a repository is missing or damaged.
 MISSING_OBJECT_RE = re.compile(
     "bad object refs/heads/|[Cc]ould not read [0-9a-f]{40}|unable to read [0-9a-f]{40}"
-    "|unable to read sha1 file|cannot read object|unpack tree object|reference broken"
+    "|unable to read (tree|sha1 file)|cannot read object|unpack tree object"
+    "|reference broken"
 )
 STALE_FILES = ("*.lock", "refs/**/*.lock", "objects/*/tmp_*", "objects/pack/.tmp-*")
 

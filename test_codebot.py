@@ -6013,10 +6013,11 @@ def test_error_of_a_damaged_mirror_says_to_delete_it(
     assert f"stop codebot and delete {mirror}" in error
 
 
-@pytest.mark.parametrize("name", ["main^{tree}", "main:README.md"])
+@pytest.mark.parametrize("name", ["main^{tree}", "main:d", "main:README.md"])
 def test_error_of_a_missing_object_says_to_delete_the_mirror(
     local: LocalTask, name: str
 ) -> None:
+    local.site.repository.commit({"d/f": "x"})
     codebot.clone(local.workspace)
     mirror = Path(local.workspace.mirror.path)
     object_id = local.site.repository.git("rev-parse", name)
