@@ -11660,6 +11660,21 @@ def test_finished_change_waits_whenever_github_does_not_show_something(
     assert len(pull.site.agent.runs("change")) == 1
 
 
+def test_finished_answer_waits_if_github_refuses_to_list_the_comments(
+    pull: Pull,
+) -> None:
+    refuse = functools.partial(
+        pull.site.repository.fail, "GET /pulls/1/comments*", 403, NOT_ACCESSIBLE
+    )
+    replies = "POST /pulls/1/comments/*/replies"
+    unavailable = Reply(503, {"message": "Service Unavailable"})
+    for before in (codebot.do_nothing, refuse):  # both attempts of the first run
+        pull.site.repository.add_fault(Fault(replies, before=before, reply=unavailable))
+    pull.site.person("alice").inline("Why?")
+    assert pull.review()["status"] == "completed"
+    assert len(pull.answers()) == 1
+
+
 @pytest.mark.parametrize("status", [403, 404])
 def test_finished_task_waits_whenever_github_does_not_show_its_repository(
     shared: Site, status: int
