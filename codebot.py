@@ -1176,7 +1176,8 @@ MAX_LINE_BYTES = 8 << 20  # a line is split after this, or up to READ_BYTES late
 READ_BYTES = 64 << 10  # of output read at a time; the limits are checked in between
 KEPT_LINES = 400  # how many of the last lines of a program's output are kept
 MAX_KEPT_CHARS = 10_000  # of each of these lines
-# With less free space codebot does not start, and blames the disk if a program fails.
+# With less free space codebot does not start, and blames the disk if a program fails: even
+# with some megabytes left, git's own words may have been lost.
 FULL_DISK_BYTES = 16 << 20
 
 
@@ -3283,8 +3284,8 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
     }
 
 
-# What a failure of git that contacts the remote becomes, in remote_failure. The first line
-# that applies counts:
+# What a failure of git that contacts the remote becomes, in raise_if_killed (the first line
+# of this table) and in remote_failure (the others). The first line that applies counts:
 #   a signal ended git or a part of it     TransientError
 #   "rejected]" by the remote's rules      GitFailed
 #   no login, a wrong one, HTTP 403, or    GitAuthFailed: at GitHub, tried again with a
@@ -6333,7 +6334,8 @@ def look_up_repository(run: JobRun) -> Repository:
     """Return the repository and store its id, if GitHub gives a token for it.
 
     Raises JobFailed if the repository is not allowed (the settings may have changed since
-    the task was submitted), was renamed, or cannot be used.
+    the task was submitted) or was renamed. If it cannot be used, raises JobFailed or, once
+    there is a commit, TransientError.
     """
     job = run.job
     try:
@@ -6353,8 +6355,6 @@ def look_up_repository(run: JobRun) -> Repository:
         # GitHub refuses the token if the App is not installed on the repository.
         github.token(github_repository.id)
     except (AppRefused, GitHubError) as error:
-        if job.commit_id:  # finished work is retried for RETRY_LIMIT
-            raise TransientError(str(error)) from None
         message = str(error)
         if isinstance(error, NotFound):
             message = (
@@ -6362,6 +6362,8 @@ def look_up_repository(run: JobRun) -> Repository:
                 "on it. Add it at …/settings/installations/"
                 f"{run.config.installation_id} ({error})"
             )
+        if job.commit_id:  # finished work is retried for RETRY_LIMIT
+            raise TransientError(message) from None
         raise JobFailed(
             "clone_failed", f"Failed to clone repository: {message}"
         ) from None
@@ -6774,12 +6776,15 @@ def load_review(run: JobRun) -> Review:
 
 
 def refusal_error(error: GitHubError) -> TransientError:
-    """Return the error if GitHub does not show a review's repository or pull request.
+    """Return the error if GitHub does not show what a review is about.
 
     Even "not found" is transient: something new may not be visible in all parts of GitHub,
     and a repository may be taken out of the App's installation for a while.
     """
-    return TransientError(f"GitHub does not show it, or refuses the App: {error}")
+    return TransientError(
+        "GitHub does not show the pull request, its repository or its comments, or refuses "
+        f"the App: {error}"
+    )
 
 
 def require_may_act(review: Review) -> None:

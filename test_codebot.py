@@ -11636,7 +11636,7 @@ def test_pull_request_that_github_does_not_show_everywhere_yet_is_answered(
     pull.site.repository.fail("GET /pulls/1", 404, {"message": "Not Found"})
     pull.site.person("alice").comment("Why?")
     assert pull.review()["status"] == "completed"
-    assert "GitHub does not show it, or refuses the App: 404" in pull.site.server.log()
+    assert "or refuses the App: 404 Not Found" in pull.site.server.log()
 
 
 def fail_push_and_then(repository: Repository, pattern: str, status: int) -> None:
