@@ -7859,17 +7859,22 @@ def test_time_without_server_does_not_count_as_retrying(fresh: Site) -> None:
     assert fresh.server.log().count("running -> pending") == retries + 1
 
 
+def kill_when_pull_request_is_opened(site: Site) -> str:
+    """Submit a task, and kill the server before GitHub answers that it is opened."""
+    site.server.start()
+    hold = site.repository.hold_answer("POST /pulls")
+    task = site.api.submit()
+    hold.wait()
+    site.server.kill()
+    site.github.reset_faults()
+    return task
+
+
 @pytest.mark.parametrize("fault", ["damaged mirror", "no remote"])
 def test_opened_pull_request_is_found_although_nothing_can_be_fetched(
     fresh: Site, fault: str
 ) -> None:
-    fresh.server.start()
-    hold = fresh.repository.hold_answer("POST /pulls")
-    task = fresh.api.submit()
-    hold.wait()
-    fresh.server.kill()
-    hold.release()
-    fresh.github.reset_faults()
+    task = kill_when_pull_request_is_opened(fresh)
     if fault == "damaged mirror":
         (mirror_of(fresh, fresh.repository.name) / "HEAD").write_text("")
     else:
@@ -7956,12 +7961,7 @@ def test_pushed_task_waits_until_app_may_open_its_pull_request(fresh: Site) -> N
 def test_branch_that_was_merged_and_deleted_meanwhile_is_not_pushed_again(
     fresh: Site,
 ) -> None:
-    fresh.server.start()
-    hold = fresh.repository.hold_answer("POST /pulls")
-    task = fresh.api.submit()
-    hold.wait()
-    fresh.server.kill()
-    fresh.github.reset_faults()
+    task = kill_when_pull_request_is_opened(fresh)
     [branch] = set(fresh.repository.branches()) - {"main"}
     fresh.repository.pulls[0].update(state="closed", merged=True)
     fresh.repository.git("update-ref", "-d", f"refs/heads/{branch}")
