@@ -9492,11 +9492,12 @@ class ConnectionTable:
           2. the oldest idle connection
           3. the oldest slow reader
 
-        Called when no place, descriptor or thread is left. Raises OSError if all are being
+        An idle connection is waiting or receiving. A slow reader is sending, and older than
+        the oldest idle connection. Called when no place, descriptor or thread is left. Raises OSError if all are being
         handled.
         """
         idle = None
-        slow_readers = []  # connections that are sending and older than the idle one
+        slow_readers = []
         with self._lock:
             for connection, entry in self._entries.items():
                 if connection is kept:
