@@ -7810,6 +7810,15 @@ def test_task_waits_for_github_and_continues_where_it_stopped(
     assert len(shared.repository.pulls) == 1
 
 
+def submit_and_kill(site: Site, hold: Hold) -> str:
+    """Submit a task, and kill the server when the task is at this hold."""
+    task = site.api.submit()
+    hold.wait()
+    site.server.kill()
+    site.github.reset_faults()
+    return task
+
+
 def stop_while_commit_waits(site: Site, step: str = "POST /git-receive-pack") -> str:
     """Submit a task, and stop the server while the commit waits in a step for GitHub."""
     site.server.start(limits={"RETRY_DELAY": 0.1, "GITHUB_ATTEMPTS": 1})
@@ -7859,22 +7868,12 @@ def test_time_without_server_does_not_count_as_retrying(fresh: Site) -> None:
     assert fresh.server.log().count("running -> pending") == retries + 1
 
 
-def kill_when_pull_request_is_opened(site: Site) -> str:
-    """Submit a task, and kill the server before GitHub answers that it is opened."""
-    site.server.start()
-    hold = site.repository.hold_answer("POST /pulls")
-    task = site.api.submit()
-    hold.wait()
-    site.server.kill()
-    site.github.reset_faults()
-    return task
-
-
 @pytest.mark.parametrize("fault", ["damaged mirror", "no remote"])
 def test_opened_pull_request_is_found_although_nothing_can_be_fetched(
     fresh: Site, fault: str
 ) -> None:
-    task = kill_when_pull_request_is_opened(fresh)
+    fresh.server.start()
+    task = submit_and_kill(fresh, fresh.repository.hold_answer("POST /pulls"))
     if fault == "damaged mirror":
         (mirror_of(fresh, fresh.repository.name) / "HEAD").write_text("")
     else:
@@ -7961,7 +7960,8 @@ def test_pushed_task_waits_until_app_may_open_its_pull_request(fresh: Site) -> N
 def test_branch_that_was_merged_and_deleted_meanwhile_is_not_pushed_again(
     fresh: Site,
 ) -> None:
-    task = kill_when_pull_request_is_opened(fresh)
+    fresh.server.start()
+    task = submit_and_kill(fresh, fresh.repository.hold_answer("POST /pulls"))
     [branch] = set(fresh.repository.branches()) - {"main"}
     fresh.repository.pulls[0].update(state="closed", merged=True)
     fresh.repository.git("update-ref", "-d", f"refs/heads/{branch}")
@@ -8624,11 +8624,7 @@ def test_error_says_whether_the_branch_may_have_been_pushed(
     retries = {"RETRY_DELAY": 0.1, "RETRY_LIMIT": {"task": 0.3, "review": 0.3}}
     fresh.server.start(limits=retries)
     step = "GET /pulls*" if has_pushed else "POST /git-receive-pack"
-    hold = fresh.repository.hold(step)
-    task = fresh.api.submit()
-    hold.wait()
-    fresh.server.kill()
-    fresh.github.reset_faults()
+    task = submit_and_kill(fresh, fresh.repository.hold(step))
     if not has_pushed:
         # As if it had been killed a moment before, when the commit was stored.
         with fresh.server.database() as db:
@@ -8705,11 +8701,7 @@ def test_tasks_with_equal_digits_have_outboxes_of_their_own(shared: Site) -> Non
 
 def test_pushed_task_continues_in_moved_work_dir_without_mirror(fresh: Site) -> None:
     fresh.server.start()
-    hold = fresh.repository.hold("POST /pulls")
-    task = fresh.api.submit()
-    hold.wait()
-    fresh.server.kill()
-    fresh.github.reset_faults()
+    task = submit_and_kill(fresh, fresh.repository.hold("POST /pulls"))
     shutil.rmtree(fresh.server.work_dir / "mirrors")
     moved = fresh.directory / "moved"
     fresh.server.work_dir.rename(moved)
