@@ -9493,8 +9493,8 @@ class ConnectionTable:
           3. the oldest slow reader
 
         An idle connection is waiting or receiving. A slow reader is sending, and older than
-        the oldest idle connection. Called when no place, descriptor or thread is left. Raises OSError if all are being
-        handled.
+        the oldest idle connection. Called when no place, descriptor or thread is left.
+        Raises OSError if all are being handled.
         """
         idle = None
         slow_readers = []
