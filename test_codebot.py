@@ -13464,45 +13464,92 @@ def test_pool_that_miscounts_its_idle_threads_answers_soon(tmp_path: Path) -> No
         server.shutdown()
 
 
-def test_idle_client_makes_way_if_host_allows_no_more_threads(tmp_path: Path) -> None:
-    config = codebot.Config(host="127.0.0.2", port=0, work_dir=str(tmp_path))
+# A server that serves until its input ends, and after its first line starts no thread.
+SERVE_WITHOUT_NEW_THREADS = """
+import sys, threading
+sys.path.insert(0, sys.argv[1])
+import codebot
+config = codebot.Config(host="127.0.0.2", port=0, work_dir=sys.argv[2])
+server = codebot.Server(codebot.Codebot(config))
+server._next_sweep = float("inf")  # a sweep would start a thread
+threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+print(server.server_port, flush=True)
+sys.stdin.readline()
+threading.stack_size(1 << 46)  # so large that no thread can start
+print("No thread can start", flush=True)
+sys.stdin.read()
+server.shutdown()
+"""
+
+
+class LimitedServer:
+    """A server in a process of its own, on a host that allows no more threads."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        argv = [sys.executable, "-c", SERVE_WITHOUT_NEW_THREADS]
+        self.process = subprocess.Popen(
+            [*argv, str(PROGRAM.parent), str(tmp_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.address = ("127.0.0.2", int(self.read_line()))
+
+    def read_line(self) -> str:
+        assert self.process.stdout
+        return self.process.stdout.readline()
+
+    def refuse_threads(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        assert self.read_line() == "No thread can start\n"
+
+    def count(self, directory: str) -> int:
+        """Count its threads ("task") or its descriptors ("fd")."""
+        return len(os.listdir(f"/proc/{self.process.pid}/{directory}"))
+
+    def close(self) -> None:
+        self.process.communicate(timeout=60)
+        assert self.process.returncode == 0
+
+
+@pytest.fixture
+def limited_server(tmp_path: Path) -> Iterator[LimitedServer]:
+    server = LimitedServer(tmp_path)
+    yield server
+    server.close()
+
+
+def test_idle_client_makes_way_if_host_allows_no_more_threads(
+    limited_server: LimitedServer,
+) -> None:
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(codebot.Server(codebot.Codebot(config)))
-        server._next_sweep = float("inf")  # a sweep would start a thread
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        stack.callback(server.shutdown)
-        idle, client = (socket.create_connection(server.server_address) for _ in "12")
-        stack.enter_context(idle)
-        stack.enter_context(client)
-        wait_for(lambda: len(server._pool._threads) == 2)
-        size = threading.stack_size(1 << 46)  # so large that no thread can start
-        stack.callback(threading.stack_size, size)
-        late = stack.enter_context(socket.create_connection(server.server_address))
+        threads = limited_server.count("task")
+        idle, client = (
+            stack.enter_context(socket.create_connection(limited_server.address))
+            for _ in "12"
+        )
+        wait_for(lambda: limited_server.count("task") == threads + 2)
+        limited_server.refuse_threads()
+        late = stack.enter_context(socket.create_connection(limited_server.address))
         late.settimeout(10)
         late.sendall(raw_request("GET /x HTTP/1.0"))
         assert late.recv(12) == b"HTTP/1.1 404"
         assert is_closed(idle)
+        assert not is_closed(client)
 
 
-def test_connection_is_closed_if_host_allows_no_thread(tmp_path: Path) -> None:
-    config = codebot.Config(host="127.0.0.2", port=0, work_dir=str(tmp_path))
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(codebot.Server(codebot.Codebot(config)))
-        server._next_sweep = float("inf")  # a sweep would start a thread
-        size = threading.stack_size()
-        thread = threading.Thread(
-            target=server.serve_forever, args=(0.01,), daemon=True
-        )
-        thread.start()
-        stack.callback(server.shutdown)
-        threading.stack_size(1 << 46)  # so large that no thread can start
-        stack.callback(threading.stack_size, size)
-        descriptors = os.listdir("/proc/self/fd")
-        for _ in range(5):
-            with socket.create_connection(server.server_address) as client:
-                client.settimeout(10)
-                assert client.recv(1) == b""
-        wait_for(lambda: len(os.listdir("/proc/self/fd")) <= len(descriptors))
+def test_connection_is_closed_if_host_allows_no_thread(
+    limited_server: LimitedServer,
+) -> None:
+    limited_server.refuse_threads()
+    descriptors = limited_server.count("fd")
+    for _ in range(5):
+        with socket.create_connection(limited_server.address) as client:
+            client.settimeout(10)
+            assert client.recv(1) == b""
+    wait_for(lambda: limited_server.count("fd") <= descriptors)
 
 
 def has_ipv6() -> bool:
