@@ -10099,7 +10099,6 @@ HOST_CHECKS = (check_programs, check_settings, check_safety)
 STOP_TIMEOUT = 10.0  # seconds that the workers have to end when codebot stops
 PR_SET_DUMPABLE = 4  # of prctl(2), from <linux/prctl.h>
 MAIN_INTERVAL = 0.1  # seconds: how often the main thread looks for what has changed
-MAX_DESCRIPTORS = 65536  # open files at the same time, if the host allows so many
 
 
 def stop_on_signals(codebot: Codebot) -> None:
@@ -10138,11 +10137,6 @@ def set_up_process(codebot: Codebot, level: int) -> None:
     # A core dump could hold a token, and be where an agent can read it.
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
-    # Each connection takes a descriptor; remove_most takes two for each level.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = max(soft, min(hard, MAX_DESCRIPTORS))
-    with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit of its own
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     # First the signals: a KeyboardInterrupt that is raised during a fork would be lost.
     stop_on_signals(codebot)
     fork_watchdog(codebot)

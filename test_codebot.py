@@ -9117,8 +9117,6 @@ for _ in range(1500):
 """
 MEASURED_REMOVAL = """
 import os, resource, sys, codebot
-_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, codebot.MAX_DESCRIPTORS), hard))
 config = codebot.Config(work_dir=sys.argv[1], search_path=os.environ["PATH"])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 codebot.remove_tree(config, sys.argv[1] + "/task_1234567")
