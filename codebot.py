@@ -10677,24 +10677,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def reset_inherited_state() -> None:
-    """Undo what a parent, such as a shell script, may have done to this process."""
-    # If SIGCHLD were ignored, every program's exit code would be 0.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    # If 0, 1 or 2 were closed, files of codebot's could get these numbers. os.open() takes
-    # the lowest that is free. (The last descriptor stays open.)
-    while os.open(os.devnull, os.O_RDWR) < 2:
-        pass
-    if sys.stderr is None:  # it was closed; print() takes None for stdout
-        sys.stderr = os.fdopen(2, "w")
-    # A blocked SIGTERM would not stop codebot.
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 2 for bad settings or input."""
     flags = vars(make_parser().parse_args(arguments))
-    reset_inherited_state()
+    # If the parent ignores SIGCHLD, every program's exit code would be 0.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # Bytes. With less, as after `ulimit -s 1024`, Python 3.13 crashes when a thread reads
     # deeply nested JSON.
     threading.stack_size(8 << 20)

@@ -16948,13 +16948,6 @@ def test_tls_key_instead_of_its_path_is_not_shown(fresh: Site) -> None:
     assert "kkk" not in done.stdout + done.stderr
 
 
-def test_closed_stdin_instead_of_task_is_reported(fresh: Site) -> None:
-    argv = ["sh", "-c", '"$@" <&-', "sh", *fresh.server.program(), "run", "--task", "-"]
-    done = fresh.server.run_program(argv)
-    assert done.returncode == 2
-    assert "--task - is not JSON" in done.stderr
-
-
 def test_all_bad_settings_are_reported_at_once(fresh: Site) -> None:
     done = fresh.server.run_forked(
         "serve",
@@ -17206,30 +17199,6 @@ def test_unwritable_work_directory_is_refused(fresh: Site) -> None:
     done = fresh.server.run_forked("serve", *serve_flags(fresh))
     assert done.returncode == 2
     assert "codebot.lock: permission denied. Use another" in done.stderr
-
-
-BLOCK_AND_RUN = """
-import os, signal, sys
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-os.execv(sys.argv[1], sys.argv[1:])
-"""
-
-
-def test_server_whose_parent_blocked_signals_can_be_stopped(fresh: Site) -> None:
-    argv = [sys.executable, "-c", BLOCK_AND_RUN, sys.executable, str(PROGRAM)]
-    with subprocess.Popen(
-        [*argv, "serve", *serve_flags(fresh)],
-        env=fresh.server.environment(),
-        cwd=fresh.server.start_dir,
-        stdout=subprocess.PIPE,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            process.stdout.readline()  # the server has started
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(10) == 0
-        finally:
-            process.kill()
 
 
 def test_signal_during_start_ends_codebot_without_traceback(fresh: Site) -> None:
@@ -17500,27 +17469,6 @@ def test_what_a_killed_server_and_its_watchdog_have_left_is_ended_by_the_next(
     fresh.server.restart()
     assert left not in command_lines()
     fresh.api.completed(task)
-
-
-def test_server_without_standard_input_has_a_watchdog(fresh: Site) -> None:
-    argv = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, str(PROGRAM)]
-    with subprocess.Popen(
-        [*argv, "serve", *serve_flags(fresh)],
-        cwd=fresh.server.start_dir,
-        env=fresh.server.environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline().startswith("HTTP API enabled")
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-            [watchdog] = children.read_text().split()
-            stat = Path(f"/proc/{watchdog}/stat")
-            wait_for(lambda: stat.read_text().split()[2] == "S")  # it is no zombie
-        finally:
-            process.terminate()
-            process.communicate()
 
 
 PRINT_DUMPABLE = """
@@ -18222,15 +18170,6 @@ def test_demo_that_is_interrupted_at_its_start_ends_at_once(
     assert "Traceback" not in stderr
     assert process.returncode == 130
     assert [*(on_disk.directory / "tmp").iterdir()] == []
-
-
-def test_result_alone_is_on_stdout_if_stderr_is_closed(on_disk: Site) -> None:
-    program = shlex.join([sys.executable, str(PROGRAM), "run", "--no-github"])
-    argv = ["sh", "-c", f'{program} "$@" 2>&-', "sh"]
-    argv += ["--repository-url", str(on_disk.repository.bare), "--description", "x"]
-    argv += ["--work-dir", str(on_disk.directory / "own")]
-    done = on_disk.server.run_program(argv)
-    assert json.loads(done.stdout)["status"] == "completed"
 
 
 def test_demo_needs_git(on_disk: Site) -> None:
