@@ -9961,13 +9961,6 @@ def check_settings(codebot: Codebot) -> Iterator[Finding]:
             f"CODEBOT_STALL_TIMEOUT is {config.stall_timeout} s, but the agent prints "
             "nothing while a command runs, up to 600 s. Set it to 900 or more.",
         )
-    for pattern, _ in config.test_commands:
-        if config.no_github and re.match(r"[\w.-]+/", pattern):
-            yield Finding(
-                "warn",
-                f"CODEBOT_TEST_COMMANDS: {pattern!r} matches nothing: with --no-github the "
-                f"whole URL is compared. Write '*{pattern.rstrip('*')}*'.",
-            )
     for name in config.agent_env:
         if not config.variables.get(name):
             yield Finding("warn", f"CODEBOT_AGENT_ENV names {name}, which is not set.")

@@ -2789,26 +2789,6 @@ def test_allowed_pattern_without_owner_or_name_is_refused(
     assert [*codebot.conflicting_settings(plain)] == []
 
 
-RULE_WARNING = (
-    "CODEBOT_TEST_COMMANDS: 'acme/*' matches nothing: with --no-github the whole URL is "
-    "compared. Write '*acme/*'."
-)
-
-
-@pytest.mark.parametrize(
-    ("no_github", "warnings"), [(False, []), (True, [RULE_WARNING])]
-)
-def test_rule_for_tests_that_matches_no_url_is_warned_of(
-    tmp_path: Path, no_github: bool, warnings: list[str]
-) -> None:
-    rules = codebot.parse_test_commands("acme/*=make test\\n*/widget*=tox")
-    config = codebot.Config(
-        test_commands=rules, no_github=no_github, work_dir=str(tmp_path)
-    )
-    messages = [f.message for f in codebot.check_settings(codebot.Codebot(config))]
-    assert [text for text in messages if "matches nothing" in text] == warnings
-
-
 @pytest.mark.parametrize(
     "command",
     [
