@@ -9931,19 +9931,10 @@ def is_agent_missing(codebot: Codebot) -> bool:
 
 def unknown_settings(config: Config) -> Iterator[Finding]:
     known = {field.metadata["variable"] for field in CONFIG_FIELDS}
-    flags = {
-        f"CODEBOT_{field.name.upper()}": field.name
-        for field in CONFIG_FIELDS
-        if not field.metadata["variable"]
-    }
     for name in sorted(config.variables.keys() - {*known, "CODEBOT_RUN"}):
         if name.startswith(SETTING_PREFIXES):
-            matches = difflib.get_close_matches(name, known, 1)
-            hint = ". Remove it."
-            if name in flags:
-                hint = f"; use the flag {flag_name(flags[name])}."
-            elif matches:
-                hint = f"; did you mean {matches[0]}?"
+            matches = difflib.get_close_matches(name, known, 1, cutoff=0.9)
+            hint = f"; did you mean {matches[0]}?" if matches else ""
             yield Finding("warn", f"Unknown setting {name}{hint}")
 
 

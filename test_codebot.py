@@ -16985,7 +16985,7 @@ WARNINGS = {
     "Unknown setting CODEBOT_APIKEYS; did you mean CODEBOT_API_KEYS?",
     "Unknown setting GITHUB_WEBHOOK_SECRETS; did you mean GITHUB_WEBHOOK_SECRET?",
     "Unknown setting GITHUB_ENTERPRISE_URI; did you mean GITHUB_ENTERPRISE_URL?",
-    "Unknown setting CODEBOT_PORT; use the flag --port.",
+    "Unknown setting CODEBOT_PORT",  # there is no similar one
     "is open to other users. If it is for codebot alone, run: chmod go-rwx ",
     "CODEBOT_STALL_TIMEOUT is 60 s, but the agent prints nothing while a command runs",
     "No model key: set ANTHROPIC_API_KEY (or CLAUDE_CODE_OAUTH_TOKEN) in",
