@@ -7874,16 +7874,14 @@ class Cleanup:
     def remove_workspaces(self) -> None:
         """Remove workspaces and outboxes that no job needs anymore."""
         work_dir = self.config.work_dir
-        # Listed before the store is asked, so that it knows the job of each directory.
+        # Listed before the store is asked, so that it knows the job of each directory. A
+        # review that starts after that, on a task past its retention, loses the directory.
+        # It then begins a new session, or fails.
         paths = removable_paths(work_dir, "task")
         cutoff = utc_time(seconds_ago=self.config.retention)
         retained = self.codebot.store.retained_directories(cutoff)
         for path in paths:
-            directory = os.path.basename(path)
-            # A review that needs the directory may have started since. (One that starts
-            # between this and the renaming loses it: then it begins a new session.)
-            in_use = {run.job.directory for run in list(self.codebot.running.values())}
-            if directory not in retained | in_use:
+            if os.path.basename(path) not in retained:
                 self.do_part(self.discard_workspace, path)
 
     def discard_workspace(self, path: str) -> None:
