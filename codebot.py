@@ -10361,7 +10361,6 @@ def run_command(flags: Flags) -> int:
 
 # --- check -------------------------------------------------------------------
 
-LOW_DISK_BYTES = 1 << 30  # `check` warns if less space is free
 CHECK_TIMEOUT = 1.5  # seconds for GitHub's first answer; with a retry at most 5 in all
 
 
@@ -10378,9 +10377,6 @@ def check_work_dir(codebot: Codebot) -> Iterator[Finding]:
     if os.path.exists(config.database_file):
         Store(config.database_file)  # raises ConfigError if it cannot be used
     yield Finding("ok", f"Work directory {config.work_dir}")
-    free = shutil.disk_usage(config.work_dir).free
-    if free < LOW_DISK_BYTES:
-        yield Finding("warn", f"Only {free >> 20} MiB are free on its disk. Free some.")
     yield from check_sandbox(codebot)
 
 

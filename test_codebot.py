@@ -17792,21 +17792,6 @@ def test_check_wants_the_event_issues_only_with_a_label(fresh: Site) -> None:
     assert "does not receive the events" not in done.stdout
 
 
-def test_check_warns_of_a_disk_that_is_almost_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", None)  # take_work_dir changes it
-    monkeypatch.setattr(codebot, "LOW_DISK_BYTES", 1 << 60)
-    config = codebot.Config(no_github=True, sandbox=("none",), work_dir=str(tmp_path))
-    messages = [
-        finding.message
-        for finding in codebot.check_work_dir(codebot.Codebot(config))
-        if finding.level == "warn"
-    ]
-    assert len(messages) == 1
-    assert re.match(r"Only \d+ MiB are free on its disk", messages[0])
-
-
 def test_check_without_events_but_with_polling_is_fine(fresh: Site) -> None:
     fresh.github.subscribed.clear()
     done = run_check(fresh, "--enable-polling", GITHUB_WEBHOOK_SECRET=None)
