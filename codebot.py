@@ -10675,7 +10675,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"codebot: {line}", file=sys.stderr)
         code = 2
     except sqlite3.Error as error:  # after Store has opened the database
-        log.debug("Database", exc_info=True)
         print(
             f"codebot: The database cannot be used: {error}. Free space on its disk; if "
             "it is damaged, use a new --work-dir (and CODEBOT_DATABASE, if that is set).",
@@ -10684,10 +10683,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = 2
     except (KeyboardInterrupt, StopRequested):  # a signal during the start
         code = 130
-    except BrokenPipeError:  # nobody reads the output
-        code = 1
     except OSError as error:  # such as no usable directory for temporary files
-        log.debug("System error", exc_info=True)
         print(f"codebot: System error on this host: {error}", file=sys.stderr)
         code = 1  # not 2, for bad input: `run` may have pushed already
     return code
