@@ -2381,7 +2381,6 @@ class Issue(NamedTuple):
     body: str
     author: str
     is_open: bool
-    is_locked: bool
     updated_at: str
 
 
@@ -3021,7 +3020,6 @@ class GitHubRepository:
             body=visible_text(payload["body"] or ""),
             author=person_login(payload["user"]),
             is_open=payload["state"] == "open",
-            is_locked=bool(payload.get("locked")),
             updated_at=str(payload["updated_at"]),
         )
 
@@ -7426,8 +7424,6 @@ class Sync:
             return f"{github_repository.full_name} is not an allowed repository"
         if not issue.is_open:
             return "it is closed"
-        if issue.is_locked:
-            return "it is locked"
         if not event.actor:
             return "a bot or a deleted user put the label on it"
         if not github_repository.has_write_access(event.actor):

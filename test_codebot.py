@@ -11944,7 +11944,6 @@ def test_label_event_is_handled_once(shared: Site) -> None:
         ("robot", "Bot", {}, "a bot or a deleted user"),
         ("acme-bot[bot]", "Bot", {}, "a bot or a deleted user"),
         ("alice", "User", {"state": "closed"}, "closed"),
-        ("alice", "User", {"locked": True}, "locked"),
     ],
 )
 def test_label_is_ignored(
@@ -12187,7 +12186,6 @@ def test_issue_of_a_bot_may_not_change_after_its_label(
         body="Text",
         author="",
         is_open=True,
-        is_locked=False,
         updated_at=f"2026-01-01T00:00:0{second}Z",
     )
     event = codebot.LabelEvent(7, False, "alice", "2026-01-01T00:00:00Z")
