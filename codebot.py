@@ -10659,9 +10659,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Bytes. With less, as after `ulimit -s 1024`, Python 3.13 crashes when a thread reads
     # deeply nested JSON.
     threading.stack_size(8 << 20)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # None if it was closed
-        # As stderr does, print \xfc for an ü that the locale lacks.
-        sys.stdout.reconfigure(errors="backslashreplace")
     flags["umask"] = os.umask(PRIVATE_UMASK)
     try:
         code: int = flags["function"](flags)

@@ -17767,13 +17767,6 @@ def test_check_names_a_proxy_that_is_no_host_name(fresh: Site) -> None:
     assert "Check GITHUB_API_URL, the network, HTTPS_PROXY" in line
 
 
-def test_check_prints_what_the_locale_lacks(fresh: Site) -> None:
-    work_dir = f"{fresh.server.start_dir}/w\u00f6rk"
-    done = fresh.server.run("check", "--work-dir", work_dir, PYTHONIOENCODING="ascii")
-    assert "Traceback" not in done.stderr
-    assert r"w\xf6rk" in done.stdout
-
-
 def test_check_wants_utf_8(fresh: Site) -> None:
     """Otherwise a test command with an umlaut could not be started."""
     locale = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
