@@ -7671,12 +7671,9 @@ def require_may_run(run: JobRun) -> None:
 
 
 def ending_of_skipped_review(run: JobRun, error: ReviewSkipped) -> Ending:
-    """Return how a skipped review ends: deleted, unless it has cost money or failed."""
+    """Return how a skipped review ends: deleted, unless it was classified or failed."""
     log.info("Review %s is skipped: %s", run.job.id, error)
-    has_cost = run.job.cost_usd is not None or run.agent_ran_since_save
-    was_classified = run.job.request_kind not in ("", "limit")
-    # An agent that classified it, or failed, may have reported no cost.
-    if not (has_cost or was_classified or run.job.error):
+    if run.job.request_kind in ("", "limit") and not run.job.error:
         return Ending("deleted")
     return Ending("failed", "cancelled", f"The review was skipped: {error}")
 
