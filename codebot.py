@@ -7758,7 +7758,6 @@ def store_failure(run: JobRun, ending: Ending) -> None:
         # Comments that the reviewer writes from now on become a review of their own.
         request_kind=run.job.request_kind or "unclear",
         answers={},
-        seconds=run.job.seconds or time.monotonic() - run.started,
         reason=ending.reason,
         error=error,
     )

@@ -5014,7 +5014,6 @@ def test_failure_that_the_reviewer_is_to_be_told_survives_retries(
     store.requeue(review.id)
     again = claim(store, review.id)
     assert (again.reason, again.error) == ("stalled", "No output")
-    assert again.seconds > 0  # of the run that failed
 
 
 @pytest.mark.parametrize("status", ["failed", "pending"])
