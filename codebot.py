@@ -9953,24 +9953,21 @@ def check_settings(codebot: Codebot) -> Iterator[Finding]:
         )
 
 
-def check_access(path: str, option: str, unwanted: int) -> Iterator[Finding]:
-    """Check who else may use a directory of codebot's, which ``option`` names.
+def check_access(path: str, unwanted: int) -> Iterator[Finding]:
+    """Check who else may use a file or a directory of codebot's, if it exists.
 
-    ``unwanted`` are the permissions that it should not have. Whoever can write to the work
-    directory can plant repositories whose configuration has git run programs. Whoever can
-    write beside the database can plant another one, with tasks of their own.
+    ``unwanted`` are the permissions that it should not have. Whoever can write to .env
+    names the programs that codebot runs. Whoever can write to the work directory can plant
+    repositories whose configuration has git run programs. Whoever can write beside the
+    database can plant another one, with tasks of their own.
     """
-    if not os.path.isdir(path):  # take_work_dir reports that
-        return
-    mode = os.stat(path).st_mode
+    mode = os.stat(path).st_mode if os.path.exists(path) else 0
     if mode & unwanted:
         # FAIL only if everybody can write. A group may be the user's own: a warning.
-        is_writable = mode & 0o002
-        problem = "can be written to by" if is_writable else "is open to"
         yield Finding(
-            "FAIL" if is_writable else "warn",
-            f"{path} {problem} other users. If it is for codebot alone, run: chmod "
-            f"go-rwx {path}; else use another {option}, such as one in a new directory.",
+            "FAIL" if mode & 0o002 else "warn",
+            f"{path} is open to other users. If it is for codebot alone, run: chmod "
+            f"go-rwx {path}; else have codebot use another one.",
         )
 
 
@@ -9982,15 +9979,8 @@ def is_noexec(path: str) -> bool:
 def check_safety(codebot: Codebot) -> Iterator[Finding]:
     """Look for ways in which others, or the agent, could reach codebot's secrets."""
     config = codebot.config
-    for path in config.secret_files:
-        mode = os.stat(path).st_mode
-        if mode & 0o077:
-            # Whoever can write to .env names the programs that codebot runs.
-            yield Finding(
-                "FAIL" if mode & 0o002 else "warn",
-                f"{path} is open to other users; run: chmod go-rwx {path}",
-            )
-    yield from check_access(config.work_dir, "--work-dir", unwanted=0o077)
+    for path in (*config.secret_files, config.work_dir):
+        yield from check_access(path, unwanted=0o077)
     if is_noexec(config.work_dir):
         yield Finding(
             "warn",
@@ -10000,7 +9990,7 @@ def check_safety(codebot: Codebot) -> Iterator[Finding]:
     if config.database:
         directory = os.path.dirname(config.database)
         # Others may read the directory: the database itself is private.
-        yield from check_access(directory, "CODEBOT_DATABASE", unwanted=0o022)
+        yield from check_access(directory, unwanted=0o022)
     if codebot.sandbox.is_none:
         yield Finding("warn", f"{NO_SANDBOX_WARNING}.")
     if os.getpid() == 1:

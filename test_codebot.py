@@ -16983,11 +16983,11 @@ WARNINGS = {
     "Unknown setting GITHUB_WEBHOOK_SECRETS; did you mean GITHUB_WEBHOOK_SECRET?",
     "Unknown setting GITHUB_ENTERPRISE_URI; did you mean GITHUB_ENTERPRISE_URL?",
     "Unknown setting CODEBOT_PORT",  # there is no similar one
-    "is open to other users. If it is for codebot alone, run: chmod go-rwx ",
+    "/work is open to other users. If it is for codebot alone, run: chmod go-rwx ",
     "CODEBOT_STALL_TIMEOUT is 60 s, but the agent prints nothing while a command runs",
     "No model key: set ANTHROPIC_API_KEY (or CLAUDE_CODE_OAUTH_TOKEN) in",
-    "/.env is open to other users; run: chmod go-rwx ",
-    "/app.pem is open to other users; run: chmod go-rwx ",
+    "/.env is open to other users. If it is for codebot alone, run: chmod go-rwx ",
+    "/app.pem is open to other users. If it is for codebot alone, run: chmod go-rwx ",
     "NO SANDBOX (CODEBOT_SANDBOX=none): the agent can read and change whatever",
     "Key 2 of CODEBOT_API_KEYS has only 5 characters and may be guessed.",
     "API keys are sent unencrypted to 0.0.0.0. Use --tls-cert and --tls-key, or a",
@@ -17071,7 +17071,7 @@ def test_env_file_that_others_can_write_is_refused(
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
 def test_work_directory_of_another_user_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
-    assert list(codebot.check_access(str(tmp_path), "--work-dir", 0o077)) == []
+    assert list(codebot.check_access(str(tmp_path), 0o077)) == []
     os.chown(tmp_path, 12345, -1)
     with pytest.raises(codebot.ConfigError, match="belongs to user 12345. Run codebot"):
         codebot.take_work_dir(codebot.Config(work_dir=str(tmp_path)))
@@ -17093,7 +17093,7 @@ def test_database_where_a_group_can_write_is_warned_of(
     tmp_path: Path, mode: int
 ) -> None:
     tmp_path.chmod(mode)
-    findings = list(codebot.check_access(str(tmp_path), "CODEBOT_DATABASE", 0o022))
+    findings = list(codebot.check_access(str(tmp_path), 0o022))
     assert [finding.level for finding in findings] == ["warn"]
 
 
@@ -17107,8 +17107,7 @@ def test_database_where_others_can_write_is_refused(fresh: Site) -> None:
         *serve_flags(fresh),
         CODEBOT_DATABASE=str(directory / "jobs.db"),
     )
-    assert f"FAIL  {directory} can be written to by other users." in done.stdout
-    assert "else use another CODEBOT_DATABASE" in done.stdout
+    assert f"FAIL  {directory} is open to other users." in done.stdout
 
 
 def test_work_directory_that_others_can_write_is_refused(fresh: Site) -> None:
@@ -17118,7 +17117,7 @@ def test_work_directory_that_others_can_write_is_refused(fresh: Site) -> None:
     for command in ("serve", "check"):
         done = fresh.server.run_forked(command, *serve_flags(fresh))
         assert done.returncode != 0
-        advice = f"{fresh.server.work_dir} can be written to by other users."
+        advice = f"{fresh.server.work_dir} is open to other users."
         assert advice in done.stdout + done.stderr
 
 
