@@ -2637,7 +2637,11 @@ class GitHub:
         try:
             reply = self.call(path, AS_APP, body)
         except NotFound as error:
-            raise AppRefused(self.unknown_installation_text(error)) from None
+            raise AppRefused(
+                f"GitHub does not know installation {self.config.installation_id} of this "
+                "App. GITHUB_APP_INSTALLATION_ID is the number at the end of the address "
+                f"…/settings/installations/… ({error})"
+            ) from None
         except GitHubError as error:
             raise AppRefused(
                 f"GitHub issues no token: {error}. If the App's installation does not "
@@ -2645,13 +2649,6 @@ class GitHub:
                 f"…/settings/installations/{self.config.installation_id}"
             ) from None
         return str(reply.value["token"]), parse_utc_time(reply.value["expires_at"])
-
-    def unknown_installation_text(self, error: NotFound) -> str:
-        return (
-            f"GitHub does not know installation {self.config.installation_id} of this "
-            "App. GITHUB_APP_INSTALLATION_ID is the number at the end of the address "
-            f"…/settings/installations/… ({error})"
-        )
 
     # Requests
 
@@ -2840,11 +2837,9 @@ class GitHub:
             ) from None
 
     def installation(self) -> Json:
-        path = f"/app/installations/{self.config.installation_id}"
-        try:
-            return self.call(path, AS_APP).value
-        except NotFound as error:
-            raise GitHubError(self.unknown_installation_text(error)) from None
+        return self.call(
+            f"/app/installations/{self.config.installation_id}", AS_APP
+        ).value
 
     def bot(self) -> Bot:
         if self._bot is None:
@@ -10390,6 +10385,7 @@ def check_github(codebot: Codebot) -> Iterator[Finding]:
         name = github.fetch_app()["name"]
         yield Finding("ok", f"GitHub answers at {github.api}; the App is {name}")
         github.timeout = GITHUB_TIMEOUT  # some answers take longer
+        github.token(LOOKUP)  # refused if the installation is unknown or suspended
         yield from check_installation(config, github)
         yield from check_repositories(config, github)
     except (GitHubError, AppRefused) as error:
@@ -10412,8 +10408,6 @@ def check_installation(config: Config, github: GitHub) -> Iterator[Finding]:
     installation = github.installation()
     owner = installation["account"]["login"]
     yield Finding("ok", f"Installation {config.installation_id} of {owner}")
-    if installation.get("suspended_at"):
-        yield Finding("FAIL", "The installation is suspended. Unsuspend it at GitHub.")
     for name, needed in TOKEN_PERMISSIONS.items():
         granted = installation["permissions"].get(name, "none")
         if granted != needed:

@@ -17615,16 +17615,6 @@ class GitHubProblem:
     arrange: Callable[[FakeGitHub], object] = codebot.do_nothing
 
 
-def suspend_app(github: FakeGitHub) -> None:
-    installation = {
-        "account": {"login": "acme"},
-        "suspended_at": "2026-01-01T00:00:00Z",
-        "permissions": github.granted,
-        "events": github.subscribed,
-    }
-    github.fail("GET /app/installations/*", 200, installation)
-
-
 def receive_comments_only(github: FakeGitHub) -> None:
     github.subscribed.remove("pull_request")
     github.subscribed.remove("issues")
@@ -17656,8 +17646,12 @@ GITHUB_PROBLEMS = {
         arrange=lambda github: github.fail("GET /app", 200, {"hello": "world"}),
     ),
     "App suspended": GitHubProblem(
-        "FAIL  The installation is suspended. Unsuspend it at GitHub.",
-        arrange=suspend_app,
+        "403 This installation has been suspended",
+        arrange=lambda github: github.fail(
+            "POST /app/installations/*",
+            403,
+            {"message": "This installation has been suspended"},
+        ),
     ),
     "permission": GitHubProblem(
         "FAIL  Permission issues is read, but write is needed. Change it in the App's "
