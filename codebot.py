@@ -2448,15 +2448,8 @@ def commented_lines(payload: JsonObject) -> str:
     """Return the lines that a comment is on, such as "7" or "5-7"; "" if unknown."""
     # Once a comment is outdated, `line` is null, and only its original lines are known.
     prefix = "" if payload.get("line") else "original_"
-    names = ["start_line", "line"]
-    # If the range begins on the other side of the diff, its start counts other lines.
-    if payload.get("start_side") not in (None, payload.get("side")):
-        names = ["line"]
-    numbers = [payload.get(f"{prefix}{name}") for name in names]
-    lines = "-".join(str(int(number)) for number in numbers if number)
-    if lines and payload.get("side") == "LEFT":
-        lines += " before the change"
-    return lines
+    numbers = [payload.get(f"{prefix}{name}") for name in ("start_line", "line")]
+    return "-".join(str(int(number)) for number in numbers if number)
 
 
 def parse_comment(place: str, payload: JsonObject) -> Comment | None:
