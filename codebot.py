@@ -3398,29 +3398,24 @@ class GitDirectory:
         except LimitReached as error:
             raise GitTooSlow(f"git {args[0]} {error}") from None
 
-    def remote_git(
-        self, repository: Repository, *args: str, on_lines: LineHandler = do_nothing
-    ) -> ProgramResult:
+    def remote_git(self, repository: Repository, *args: str) -> ProgramResult:
         """Run git against the remote, and again with a new token if the first is refused.
 
         Raises TransientError or GitFailed.
         """
         if repository.github_repository is None:
-            return self.git_with_token("", *args, on_lines=on_lines)
+            return self.git_with_token("", *args)
         github = repository.github_repository.github
         repository_id = repository.github_repository.id
         try:
-            token = github.token(repository_id)
-            return self.git_with_token(token, *args, on_lines=on_lines)
+            return self.git_with_token(github.token(repository_id), *args)
         except GitAuthFailed:
             github.forget_token(repository_id)
         token = github.token(repository_id)
         github.wait(TOKEN_RETRY_DELAY)
-        return self.git_with_token(token, *args, on_lines=on_lines)
+        return self.git_with_token(token, *args)
 
-    def git_with_token(
-        self, token: str, *args: str, on_lines: LineHandler = do_nothing
-    ) -> ProgramResult:
+    def git_with_token(self, token: str, *args: str) -> ProgramResult:
         """Run git against the remote. Only this function gives git a credential.
 
         Raises TransientError, GitAuthFailed or GitFailed.
@@ -3428,7 +3423,7 @@ class GitDirectory:
         env = remote_environment(self.config, token)
         try:
             # With --no-github, the remote may be a directory that others also use.
-            result = self.run_git(args, env, on_lines=on_lines, umask=self.config.umask)
+            result = self.run_git(args, env, umask=self.config.umask)
         except TransientError as error:
             raise TransientError(hide_logins(str(error))) from None
         except GitTooSlow as error:
@@ -3514,20 +3509,16 @@ class Mirror(GitDirectory):
         """
         ref = f"refs/heads/{branch}" if branch else "HEAD"
         commit = ""
-
-        def read(lines: list[str]) -> None:
-            # "ref: refs/heads/main<TAB>HEAD" (default branch only), then "COMMIT<TAB>REF".
-            # git also lists branches named .../HEAD or .../refs/heads/BRANCH.
-            nonlocal branch, commit
-            for line in lines:
-                value, _, name = line.partition("\t")
-                if value.startswith("ref: refs/heads/") and name == "HEAD":
-                    branch = value.removeprefix("ref: refs/heads/")
-                elif name == ref:
-                    commit = value
-
         args = ("ls-remote", "--symref", "--", repository.url, ref)
-        self.remote_git(repository, *args, on_lines=read)
+        # "ref: refs/heads/main<TAB>HEAD" (default branch only), then "COMMIT<TAB>REF". git
+        # also lists branches named .../HEAD or .../refs/heads/BRANCH: the branch is not
+        # found if there are more of them than KEPT_LINES.
+        for line in self.remote_git(repository, *args).stdout:
+            value, _, name = line.partition("\t")
+            if value.startswith("ref: refs/heads/") and name == "HEAD":
+                branch = value.removeprefix("ref: refs/heads/")
+            elif name == ref:
+                commit = value
         if not branch or not commit:
             raise BranchNotFound(branch)
         return branch, commit
