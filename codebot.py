@@ -3079,10 +3079,6 @@ class GitFailed(Exception):
     """git failed and would fail again. The message is for people."""
 
 
-class GitTooSlow(GitFailed):
-    """git was ended by a limit."""
-
-
 class GitAuthFailed(GitFailed):
     """The remote rejects the credential, or does not permit it to do this."""
 
@@ -3396,7 +3392,8 @@ class GitDirectory:
                 umask=umask,
             )
         except LimitReached as error:
-            raise GitTooSlow(f"git {args[0]} {error}") from None
+            # No retry: it would take as long, or print as much, again.
+            raise GitFailed(f"git {args[0]} {error}") from None
 
     def remote_git(self, repository: Repository, *args: str) -> ProgramResult:
         """Run git against the remote, and again with a new token if the first is refused.
@@ -3426,10 +3423,6 @@ class GitDirectory:
             result = self.run_git(args, env, umask=self.config.umask)
         except TransientError as error:
             raise TransientError(hide_logins(str(error))) from None
-        except GitTooSlow as error:
-            if args[0] == "fetch":  # a slow one would take as long again
-                raise
-            raise TransientError(str(error)) from None
         raise_if_killed(result)
         if result.code != 0:
             raise remote_failure(result, is_github=not self.config.no_github)
