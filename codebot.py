@@ -2498,17 +2498,15 @@ def github_error_text(status: int, payload: Json) -> str:
 # one part of GitHub does not see yet what another one has: a pushed branch, its commit, or
 # its pull request. The quotes are single because github_error_text appends GitHub's list
 # of errors as Python prints it.
-TOO_FAST_RE = re.compile(r"submitted too quickly|'code': 'abuse'")
-NOT_SEEN_YET_RE = re.compile(
-    "'field': 'head', 'code': 'invalid'|No commits between|pull request already exists"
+TEMPORARY_422_RE = re.compile(
+    "submitted too quickly|'code': 'abuse'"
+    "|'field': 'head', 'code': 'invalid'|No commits between|pull request already exists"
 )
 
 
 def is_rate_limit(reply: Reply) -> bool:
     if reply.status == 429:
         return True
-    if reply.status == 422:
-        return bool(TOO_FAST_RE.search(reply.error))
     return reply.status == 403 and (
         "retry-after" in reply.headers
         or reply.headers.get("x-ratelimit-remaining") == "0"
@@ -2521,7 +2519,7 @@ def raise_if_refused(reply: Reply) -> None:
     status = reply.status
     if status == 0 or status >= 500 or is_rate_limit(reply):
         return
-    if status == 422 and NOT_SEEN_YET_RE.search(reply.error):
+    if status == 422 and TEMPORARY_422_RE.search(reply.error):
         return
     if status == 403 and "suspended" in reply.error:  # temporary: the job waits
         raise TransientError(f"GitHub refuses the App: {reply.error}")
@@ -2804,8 +2802,7 @@ class GitHub:
         if seconds <= MAX_INLINE_WAIT:
             return seconds
         retry_at = time.time() + seconds
-        # A 422 does not silence the threads: it limits only creating something.
-        if is_limit and reply.status != 422:
+        if is_limit:
             self.silent_until = max(self.silent_until, retry_at)
         raise TransientError(f"GitHub asked codebot to wait: {reply.error}", retry_at)
 

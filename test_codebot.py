@@ -7962,7 +7962,7 @@ def make_reply(status: int, headers: Mapping[str, str], error: str) -> codebot.R
         (403, NO_LIMIT, "403 You have exceeded a Secondary Rate Limit", True),
         (403, NO_LIMIT, "403 Resource not accessible by integration", False),
         (404, {"retry-after": "1"}, "404 Not Found", False),
-        (422, {}, TOO_FAST, True),
+        (422, {}, TOO_FAST, False),  # only creating is limited
         (422, {"retry-after": "1"}, "422 Secondary rate limit is no field", False),
     ],
 )
@@ -7982,6 +7982,7 @@ def test_limit_of_github_is_recognized(
         (404, "404 suspended", codebot.NotFound),
         (410, "410 Gone", codebot.NotFound),
         (422, "422 No commits between main and a", None),
+        (422, TOO_FAST, None),
         (422, "422 A pull request already exists for acme:a", None),
         (400, "400 No commits between main and a", codebot.GitHubError),
         (422, "422 Validation Failed", codebot.GitHubError),
@@ -8017,7 +8018,6 @@ def test_refusal_of_github_has_a_type(
             60,
             True,
         ),
-        (make_reply(422, {}, TOO_FAST), 60, False),  # only creating is limited
         (make_reply(503, {"retry-after": "90"}, ""), 90, False),
     ],
 )
