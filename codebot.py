@@ -2745,8 +2745,6 @@ class GitHub:
                 break
             if time.monotonic() > deadline or len(body) > MAX_GITHUB_BYTES:
                 raise TimeoutError("the response is too slow or too long")
-        if response.length:  # this many bytes are missing; read1() raises no error
-            raise http.client.IncompleteRead(bytes(body), response.length)
         status = response.status
         headers = response.headers
         self.read_headers(headers)

@@ -7690,24 +7690,6 @@ def test_pull_request_is_opened_after_temporary_error(
     assert len(shared.agent.runs()) == 1
 
 
-def test_refusal_that_is_cut_off_is_retried() -> None:
-    body = b'{"message": "You have exceeded a secondary rate limit"}'
-    head = f"HTTP/1.1 403 Forbidden\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-
-    def answer() -> None:
-        with listener.accept()[0] as connection:
-            connection.recv(65536)
-            connection.sendall(head + body[:20])
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=answer, daemon=True)
-        thread.start()
-        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        reply = create_github(api_url=address).send(f"{address}/", "token", None)
-        thread.join()
-    assert reply.status == 0
-
-
 @pytest.mark.parametrize(
     ("status", "value", "message"),
     [
