@@ -2325,13 +2325,6 @@ class Reply(NamedTuple):
     error: str = ""  # what went wrong, if there is no value
     size: int = 0  # of its body, in bytes
 
-    @property
-    def entries(self) -> Json:
-        """The entries, if this is a page of a list."""
-        if isinstance(self.value, dict):  # the list of an installation's repositories
-            return self.value.get("repositories")
-        return self.value
-
 
 class Bot(NamedTuple):
     """The App's own user, in whose name codebot commits and comments."""
@@ -2770,8 +2763,9 @@ class GitHub:
     def remember_reply(self, url: str, reply: Reply) -> None:
         """Cache a reply: GitHub does not count a request that it answers with 304."""
         # A full page is not cached. After a 304 its old headers would be used, and they
-        # lack the link to a next page that may exist by then.
-        is_full = isinstance(reply.entries, list) and len(reply.entries) >= PAGE_SIZE
+        # lack the link to a next page that may exist by then. (The list of repositories
+        # is no plain list; it has their number, so a new one changes every page.)
+        is_full = isinstance(reply.value, list) and len(reply.value) >= PAGE_SIZE
         is_cacheable = not is_full and reply.size <= MAX_CACHED_BYTES
         if reply.status == 200 and "ETag" in reply.headers and is_cacheable:
             if url not in self._replies and len(self._replies) >= MAX_CACHED_REPLIES:
@@ -2808,7 +2802,10 @@ class GitHub:
         """Yield the entries of all pages of a list."""
         while path:
             reply = self.call(path, scope)
-            yield from reply.entries
+            entries = reply.value
+            if isinstance(entries, dict):  # the list of an installation's repositories
+                entries = entries["repositories"]
+            yield from entries
             link = re.search(r'<([^>]+)>; *rel="next"', reply.headers.get("Link", ""))
             path = link[1] if link else ""
 
