@@ -2448,13 +2448,12 @@ def commented_lines(payload: JsonObject) -> str:
 def parse_comment(place: str, payload: JsonObject) -> Comment | None:
     """Parse a comment or review from the API or a webhook.
 
-    Returns None for bots, deleted users, empty texts and pending reviews. Raises one of
+    Returns None for bots, deleted users and empty texts. Raises one of
     UNKNOWN_SHAPE_ERRORS if the payload has an unexpected shape.
     """
     user = person_login(payload["user"])
     text = visible_text(payload["body"] or "")
-    is_pending = payload.get("state") in ("pending", "PENDING")  # not submitted yet
-    if not user or not text.strip() or is_pending:
+    if not user or not text.strip():
         return None
     comment_id = int(payload["id"])
     # Of a new file, GitHub sends all lines up to the comment.

@@ -9409,7 +9409,6 @@ IGNORED_DELIVERIES: dict[str, tuple[str, dict[str, Any]]] = {
         "pull_request_review",
         {"review.state": "approved", "review.body": None},
     ),
-    "pending review": ("pull_request_review", {"review.state": "pending"}),
     "dismissed review": ("pull_request_review", {"action": "dismissed"}),
     "comment on issue": ("issue_comment", {"issue": {"number": 2}}),
     "unknown pull request": ("issue_comment", {"issue.number": 10**6}),
@@ -9855,18 +9854,6 @@ def test_lines_of_comment_are_named(fields: dict[str, Any], lines: str) -> None:
     assert comment.lines == lines
     prompt = codebot.format_comments("comment", [comment])
     assert f' path="a.py" line="{lines or "?"}">' in prompt
-
-
-@pytest.mark.parametrize("state", ["pending", "PENDING"])
-def test_review_that_is_not_submitted_yet_is_no_comment(state: str) -> None:
-    payload = {
-        "id": 1,
-        "user": {"login": "alice", "type": "User"},
-        "body": "Delete it all",
-        "submitted_at": "2026-01-01T00:00:00Z",
-    }
-    assert codebot.parse_comment("review_text", payload) is not None
-    assert codebot.parse_comment("review_text", {**payload, "state": state}) is None
 
 
 def test_thousands_of_comments_of_html_are_read_at_once() -> None:
