@@ -3459,11 +3459,11 @@ class Mirror(GitDirectory):
         return error
 
     @contextlib.contextmanager
-    def lock(self, wait: bool = True) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Hold the mirror's lock.
 
         git inherits its descriptor, so the lock is held until git has ended, even if
-        codebot is killed. Without ``wait``, raises BlockingIOError if others hold the lock.
+        codebot is killed.
         """
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         with open(f"{self.path}.lock", "ab") as file:
@@ -3473,10 +3473,8 @@ class Mirror(GitDirectory):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
-                    if not wait:
-                        raise
-                self.limits.check_stop()
-                time.sleep(0.01)
+                    self.limits.check_stop()
+                    time.sleep(0.01)
             self.inherited_fds = (file.fileno(),)
             try:
                 yield
@@ -7834,7 +7832,7 @@ class Cleanup:
         mirror = Mirror(self.config, path, self.codebot.wait)
         # Workspaces are kept for the retention, and may still read from the mirror.
         retention = MIRROR_RETENTION + self.config.retention
-        with contextlib.suppress(BlockingIOError), mirror.lock(wait=False):
+        with mirror.lock():
             # The time of the lock file is when the mirror was last used: see fetch_branch.
             if os.path.getmtime(f"{path}.lock") < time.time() - retention:
                 discard(self.config.work_dir, path)

@@ -8923,16 +8923,6 @@ def test_mirror_whose_lock_file_is_removed_during_the_wait_is_fetched(
     assert local.workspace.fetch("main", "clone_failed")[0] == "main"
 
 
-def test_cleanup_does_not_wait_for_a_mirror_in_use(local: LocalTask) -> None:
-    codebot.clone(local.workspace)
-    mirror = local.workspace.mirror
-    local.run.codebot.stop.set()  # else it would wait for ever
-    with mirror.lock():
-        os.utime(f"{mirror.path}.lock", (1, 1))  # as if it was used last in 1970
-        codebot.Cleanup(local.run.codebot).maintain_mirror(mirror.path)
-    assert os.path.exists(mirror.path)
-
-
 def test_directory_that_cannot_be_removed_is_moved_away(
     store: codebot.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
