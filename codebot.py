@@ -264,8 +264,8 @@ WHERE THE DANGEROUS THINGS ARE
   what the agent sees       sandbox_mounts, bwrap_command, and Workspace.environment
   git on an agent's objects, outside the sandbox
                             fetch_into_outbox, which has fsck check them; then
-                            collect_tree, write_commit, inspect_commit, has_commit, patch
-                            and push; and all git commands in the mirror, which fetches
+                            collect_tree, write_commit, inspect_commit, patch and
+                            push; and all git commands in the mirror, which fetches
                             these objects once they are pushed
   removing directories      remove_tree; scratch directories and the demo's by
                             tempfile; in the sandbox, what Workspace.script runs
@@ -6248,18 +6248,15 @@ def run_task(run: JobRun) -> None:
 
     What earlier runs have stored    What is left to do
       no commit_id                     everything
-      commit_id, but no outbox         everything: it was lost
-      commit_id and the outbox         push the commit, open the pull request
-      push_started                     find the branch's pull request; else push (without
-                                       the outbox, that fails unless the branch has the
-                                       commit already) and open it. The agent never runs
-                                       again.
+      commit_id                        push the commit, open the pull request
+      push_started                     find the branch's pull request; else push again and
+                                       open it
     """
     run.set_phase("clone")
     repository = look_up_repository(run)
     name_workspace(run)
     workspace = Workspace(run, repository, run.job.directory)
-    if is_only_push_left(workspace):
+    if run.job.commit_id:
         run.log_event("codebot", f"Continued after commit {run.job.commit_id}")
     else:
         require_labeler_access(workspace)
@@ -6361,14 +6358,6 @@ def name_workspace(run: JobRun) -> None:
     run.update(directory=directory, branch=branch)
 
 
-def is_only_push_left(workspace: Workspace) -> bool:
-    """Return whether an earlier run has made the commit, and it was not lost."""
-    job = workspace.run.job
-    if job.push_started:
-        return True  # even without the outbox: see run_task
-    return job.commit_id != "" and workspace.outbox.has_commit(job.commit_id)
-
-
 def require_labeler_access(workspace: Workspace) -> None:
     """Raise JobFailed if whoever labeled the task's issue has no write access now."""
     run = workspace.run
@@ -6395,8 +6384,6 @@ def clone(workspace: Workspace) -> None:
     run = workspace.run
     if run.job.interruptions or run.job.base_commit:
         run.log_event("codebot", "Restarted after an interruption")
-    if run.job.commit_id:
-        run.update(commit_id="")  # its outbox was lost
     base_name, base_commit = workspace.fetch(
         run.job.request.base_branch, "base_branch_not_found"
     )
@@ -6653,8 +6640,7 @@ def run_review(run: JobRun) -> None:
       request_kind limit, none         post that the limit is reached, or nothing
       answers                          push the commit, if one was not pushed yet, and
                                        post the answers (for an unclear request, these
-                                       are codebot's questions); if the outbox was lost
-                                       before the push, carry out the request again
+                                       are codebot's questions)
       error                            see report_failure
 
     Raises ReviewSkipped if nothing is to be done.
@@ -6841,10 +6827,6 @@ def is_to_push(job: Job) -> bool:
 def prepare_answers(review: Review) -> None:
     """Store the answers, unless an earlier run has, and push the commit."""
     run = review.run
-    outbox = review.workspace.outbox
-    if is_to_push(run.job) and not outbox.has_commit(run.job.commit_id):
-        # The outbox was lost, for example when the host lost power. Start over.
-        run.update(commit_id="", answers={})
     # There are no answers until the work is finished. Finished work has one for each
     # thread, perhaps "". For "none" and "limit" there are never any, and nothing to do.
     if not run.job.answers:

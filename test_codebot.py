@@ -5040,23 +5040,6 @@ def test_commit_of_a_task_that_was_just_cancelled_is_not_pushed(
     assert not stored_job(store, run.job).push_started
 
 
-def test_lost_commit_is_forgotten_before_the_clone(
-    store: codebot.Store, tmp_path: Path
-) -> None:
-    # Else, if the clone fails, the task would seem to have a commit that waits.
-    app = app_with(store)
-    run = codebot.JobRun(app, store_task_in_state(store, "running"))
-    run.update(commit_id="0" * 40)
-    url = str(tmp_path / "missing.git")
-    repository = codebot.parse_plain_remote(app.config, url)
-    workspace = codebot.Workspace(run, repository, "task_1234567")
-    assert not codebot.is_only_push_left(workspace)
-    with pytest.raises(codebot.JobFailed) as failure:
-        codebot.clone(workspace)
-    assert failure.value.reason == "clone_failed"
-    assert stored_job(store, run.job).commit_id == ""
-
-
 def test_retry_is_not_claimed_before_its_time(store: codebot.Store) -> None:
     job = store_task_in_state(store, "running")
     store.requeue(job.id, interruptions=1, not_before=time.time() + 1000)
@@ -11044,21 +11027,6 @@ def test_commit_that_waits_for_the_remote_is_not_lost_to_another_review(
     assert [review["status"] for review in reviews] == ["completed"] * 2
     assert len(pull.site.agent.runs("change")) == 1
     assert len(pull.answers()) == 2
-
-
-def test_review_begins_anew_if_its_commit_was_lost(fresh: Site) -> None:
-    fresh.server.start()
-    pull = open_pull(fresh, MAKE_CHANGE)
-    hold = fresh.repository.hold("POST /git-receive-pack")
-    fresh.person("alice").inline("Say more")
-    hold.wait()
-    fresh.server.kill()
-    fresh.github.reset_faults()
-    shutil.rmtree(fresh.server.work_dir / f"outbox_{pull.task[:7]}.git")
-    fresh.server.restart()
-    assert pull.review()["status"] == "completed"
-    assert len(fresh.agent.runs("change")) == 2
-    assert pull.tip() in pull.answer()
 
 
 def test_finished_review_is_published_in_spite_of_interruptions(fresh: Site) -> None:
