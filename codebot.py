@@ -6922,10 +6922,10 @@ def carry_out(review: Review, text: str) -> None:
     commit_id = ""
     if run.job.request_kind == "question":
         prompt = f"Questions:\n{text}"
-        output = continue_session(review, base_commit, prompt, ANSWER_OPTIONS)
+        output = continue_session(review, prompt, ANSWER_OPTIONS)
     else:
         prompt = f"Review comments:\n{text}"
-        output = continue_session(review, base_commit, prompt, CHANGE_OPTIONS)
+        output = continue_session(review, prompt, CHANGE_OPTIONS)
         # An agent that declines a change says why. A test that fails anyway must not take
         # the place of its answer.
         if workspace.is_changed_since(base_commit):
@@ -6934,10 +6934,8 @@ def carry_out(review: Review, text: str) -> None:
     run.save_work(base_commit=base_commit, commit_id=commit_id, answers=answers)
 
 
-def continue_session(
-    review: Review, base_commit: str, prompt: str, options: AgentOptions
-) -> JsonObject:
-    """Continue the task's session; if it is lost, begin one with the task and the diff.
+def continue_session(review: Review, prompt: str, options: AgentOptions) -> JsonObject:
+    """Continue the task's session; if it is lost, begin one with the task.
 
     Returns AgentRun.output().
     """
@@ -6951,30 +6949,9 @@ def continue_session(
     # The CLI would refuse to use the id of a broken session for a new one (tried).
     workspace.script('rm -rf "$HOME/.claude/projects"')
     task = delimited("task", task_text(review.task.request))
-    changes = delimited("diff", pull_request_diff(review, base_commit))
-    prompt += (
-        f"The pull request was opened for this task:\n{task}"
-        f"Its diff (of a long one, the last lines):\n{changes}"
-    )
+    base_commit = review.task.base_commit
+    prompt += f"The pull request began at {base_commit}, for this task:\n{task}"
     return ask_agent(workspace, prompt, options, BEGIN_SESSION)
-
-
-def pull_request_diff(review: Review, commit: str) -> str:
-    """Return the end of the pull request's diff up to a commit: at most 5,000 lines."""
-    lines: collections.deque[str] = collections.deque(maxlen=5000)
-
-    def keep(new: list[str]) -> None:
-        lines.extend(line[:1000] for line in new)
-
-    # The mirror's branch may be newer than the remote's, which does no harm here. It may
-    # also be gone, for example if it was merged.
-    for base in (f"refs/heads/{review.task.base_name}", review.task.base_commit):
-        lines.clear()
-        diff = (*GIT_DIFF, f"{base}...{commit}")
-        result = review.workspace.mirror.local_git(*diff, check=False, on_lines=keep)
-        if result.code == 0:
-            break
-    return "\n".join(lines)[-200_000:]
 
 
 def parse_answers(review: Review, output: JsonObject) -> dict[str, str]:
