@@ -7068,10 +7068,7 @@ def answer_threads(review: Review) -> None:
 
 
 def post_answer(review: Review, thread_key: str, comments: Sequence[Comment]) -> None:
-    """Answer comments in their thread or, if that is gone, in the conversation.
-
-    There, the first one that still exists is quoted. If none does, nothing is posted.
-    """
+    """Answer comments in their thread, unless its first comment was deleted."""
     run = review.run
     github_repository = review.github_repository
     comment = comments[0]
@@ -7086,15 +7083,6 @@ def post_answer(review: Review, thread_key: str, comments: Sequence[Comment]) ->
         )
     except NotFound as error:  # a reply goes to a thread's first comment
         log.info("No answer to %s, which was deleted: %s", thread_key, error)
-        if not inline_thread:
-            return
-        with contextlib.suppress(NotFound):  # the pull request is gone, too
-            current = [*github_repository.comments(review.number)]
-            ids = {other.id for other in current if other.place == "inline"}
-            left = [other for other in comments if other.id in ids]
-            if left:
-                moved = dataclasses.replace(left[0], place="conversation")
-                post_answer(review, thread_key, [moved])
 
 
 def answer_body(job: Job, thread_key: str, comment: Comment) -> str:
