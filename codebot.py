@@ -6090,15 +6090,9 @@ def tool_call_text(name: str, inputs: JsonObject) -> str:
 
     Inputs that are text, such as a path, come first: the CLI begins with `replace_all`.
     """
-    texts = []
-    others = []
-    for key, value in inputs.items():
-        if isinstance(value, str):
-            texts.append(f"{key}: {value}")
-        else:
-            others.append(f"{key}: {json.dumps(value, ensure_ascii=False)}")
+    items = sorted(inputs.items(), key=lambda item: not isinstance(item[1], str))
     # The first input's name is left out: "Bash: ls".
-    _, _, text = "\n".join(texts + others).partition(": ")
+    _, _, text = "\n".join(f"{key}: {value}" for key, value in items).partition(": ")
     return f"{name}: {text}"
 
 

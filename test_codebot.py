@@ -6360,8 +6360,8 @@ def test_events_keep_line_breaks_and_long_ones_are_truncated(shared: Site) -> No
     assert "tool: Bash: ls -l" in messages
     assert "output: total 0\nhello.txt" in messages
     assert "error: no such file" in messages
-    assert 'tool: TaskList: ["ü", null]' in messages
-    assert "tool: Edit: a.py\nold_string: x\nreplace_all: false" in messages
+    assert "tool: TaskList: ['ü', None]" in messages
+    assert "tool: Edit: a.py\nold_string: x\nreplace_all: False" in messages
     [long] = [m for m in messages if m.startswith("agent: xxx")]
     assert long.count("x") == 4000
     assert long.endswith("… (truncated)")
