@@ -3416,14 +3416,8 @@ class GitDirectory:
             raise remote_failure(result, is_github=not self.config.no_github)
         return result
 
-    def has_commit(self, commit: str) -> bool:
-        return self.succeeds("cat-file", "-e", f"{commit}^{{commit}}")
-
     def is_ancestor(self, old: str, new: str) -> bool:
-        return self.succeeds("merge-base", "--is-ancestor", old, new)
-
-    def succeeds(self, *args: str) -> bool:
-        """Return whether git exits with 0."""
+        args = ("merge-base", "--is-ancestor", old, new)
         return self.local_git(*args, check=False).code == 0
 
 
@@ -6533,10 +6527,6 @@ def push_task_commit(workspace: Workspace) -> None:
         # The branch was pushed. It may be merged and deleted: a push would restore it.
         return
     require_labeler_access(workspace)
-    # The outbox borrows objects of the mirror, which the operator may have deleted.
-    if not workspace.mirror.has_commit(run.job.base_commit):
-        with contextlib.suppress(JobFailed):  # the commit may be pushed already
-            workspace.fetch(run.job.base_name, "base_branch_not_found")
     if not run.store.begin_push(run.job.id):
         raise Cancelled()
     run.job = dataclasses.replace(run.job, push_started=True)  # as begin_push stored it

@@ -7755,14 +7755,6 @@ def stop_while_commit_waits(site: Site, step: str = "POST /git-receive-pack") ->
     return task
 
 
-def test_waiting_commit_is_pushed_after_its_mirror_was_deleted(fresh: Site) -> None:
-    task = stop_while_commit_waits(fresh)
-    shutil.rmtree(fresh.server.work_dir / "mirrors")
-    fresh.server.restart()
-    fresh.api.completed(task)
-    assert len(fresh.agent.runs()) == 1
-
-
 def test_pushed_commit_needs_neither_mirror_nor_base(fresh: Site) -> None:
     task = stop_while_commit_waits(fresh, "POST /pulls")
     shutil.rmtree(fresh.server.work_dir / "mirrors")
