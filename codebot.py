@@ -6757,13 +6757,7 @@ def current_comments(review: Review) -> dict[tuple[str, int], Comment]:
     try:
         comments = list(review.github_repository.comments(review.number))
     except GitHubError as error:
-        job = review.run.job
-        # What is finished waits: a commit, answers, or a failure that is to be posted.
-        # Otherwise a refusal is reported at once; "not found" may be a matter of seconds.
-        is_finished = job.commit_id or job.answers or job.error
-        if is_finished or isinstance(error, NotFound):
-            raise refusal_error(error) from None
-        raise
+        raise refusal_error(error) from None
     return {(comment.place, comment.id): comment for comment in comments}
 
 

@@ -11187,18 +11187,6 @@ def test_change_that_was_pushed_is_not_disowned_when_an_answer_is_refused(
     assert pull.tip() in pull.answer()
 
 
-def test_refusal_of_github_is_reported_in_the_thread(pull: Pull) -> None:
-    alice = pull.site.person("alice")
-    top = alice.inline("I wonder", webhook=False)
-    pull.site.repository.fail("GET /pulls/1/comments*", 403, NOT_ACCESSIBLE)
-    alice.inline("Why?", reply_to=top)
-    review = pull.review()
-    assert review["status"] == "failed"
-    assert review["error"] in pull.answer()
-    assert "not accessible by integration" in review["error"]
-    assert "Traceback" not in pull.site.server.log()
-
-
 def test_reply_in_thread_whose_first_comment_was_deleted_gets_no_answer(
     pull: Pull,
 ) -> None:
