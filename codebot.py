@@ -7069,10 +7069,7 @@ def answer_body(job: Job, thread_key: str, comment: Comment) -> str:
     question = ""
     if comment.place != "inline":
         # In the conversation, nothing else shows which comment is answered.
-        lines = comment.text.strip().splitlines()
-        # Not what the comment itself quotes.
-        own_lines = [line for line in lines if line.strip() and line[0] != ">"]
-        first_line = (own_lines or lines)[0][:200]
+        first_line = comment.text.strip().splitlines()[0][:200]
         question = quoted(f"@{comment.user}", escape_html(first_line))
     parts = [question, own_words(job, answer), quoted("The agent", answer)]
     text = "\n\n".join(part.strip() for part in parts if part)

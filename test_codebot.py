@@ -9910,25 +9910,6 @@ def test_html_of_reviewer_cannot_hide_the_answer_after_it(
     assert f"> &lt;{tag[1:]} a < b\n" in f"{body}\n"
 
 
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        ("Why?\n> The change is in 1", "Why?"),
-        ("> The change is in 1\n>\n> - 2\n\nWhy?\nHow?", "Why?"),
-        ("\n  > 1\n", "> 1"),
-        ("> The change is in 1", "> The change is in 1"),
-    ],
-)
-def test_answer_quotes_what_the_reviewer_wrote_and_not_what_they_quote(
-    store: codebot.Store, text: str, line: str
-) -> None:
-    job = store_task_in_state(store, "running")
-    job = dataclasses.replace(job, request_kind="change")
-    comment = dataclasses.replace(make_comment(1, "alice"), text=text)
-    body = codebot.answer_body(job, "conversation 1", comment)
-    assert body.startswith(f"@alice says:\n\n> {line}\n\n")
-
-
 def test_empty_answers_give_way_to_the_summary(store: codebot.Store) -> None:
     run = codebot.JobRun(app_with(store), store_task_in_state(store, "running"))
     run.update(summary="Because.")
