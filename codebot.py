@@ -1331,8 +1331,6 @@ class RunningProgram:
     stderr: OutputFile
     on_lines: LineHandler
     limits: Limits
-    # False for the agent: its words about a full disk must not cause a retry.
-    may_report_shortage: bool
     started: float = dataclasses.field(default_factory=time.monotonic)
     last_output: float = dataclasses.field(default_factory=time.monotonic)
     grace_ends_at: float | None = None  # set when the program's work is done
@@ -1414,7 +1412,8 @@ class RunningProgram:
             raise_if_stop_arrives(self.limits.check_stop)
         if result.is_disk_full:
             raise TransientError(f"The disk is full: {result.error}")
-        if self.may_report_shortage and SHORTAGE_RE.search("\n".join(result.stderr)):
+        # An agent can fake this, and cause a retry. MAX_INTERRUPTIONS limits the cost.
+        if SHORTAGE_RE.search("\n".join(result.stderr)):
             raise TransientError(f"The host is short of resources: {result.error}")
         return result
 
@@ -1477,7 +1476,6 @@ def run_program(
     on_lines: LineHandler = do_nothing,
     pass_fds: Sequence[int] = (),
     umask: int = PRIVATE_UMASK,
-    may_report_shortage: bool = True,
     program_type: Callable[..., RunningProgram] = RunningProgram,
 ) -> ProgramResult:
     """Run a program to its end, and end the processes that it leaves in its group.
@@ -1504,9 +1502,7 @@ def run_program(
             umask=umask,
         )
         exit_poll = make_exit_poll(child.pid, files)
-        program = program_type(
-            child, exit_poll, stdout, stderr, on_lines, limits, may_report_shortage
-        )
+        program = program_type(child, exit_poll, stdout, stderr, on_lines, limits)
         try:
             program.watch()
         finally:
@@ -5516,9 +5512,6 @@ class Workspace:
                     on_lines=command.on_lines,
                     pass_fds=info_fds,
                     umask=self.config.umask,
-                    # A script or test that reports a shortage causes a retry. An agent can
-                    # fake that (a git filter, /proc). MAX_INTERRUPTIONS limits the cost.
-                    may_report_shortage=not command.as_agent,
                     program_type=launch.program_type,
                 )
         except LimitReached as error:
@@ -5634,8 +5627,6 @@ class Workspace:
                 script = 'GIT_CONFIG_GLOBAL=/dev/null exec git upload-pack "$@"'
                 upload_pack = self.sandboxed(["sh", "-c", script, "sh"], info_fds)
                 argv += ["--upload-pack", shlex.join(upload_pack), "--"]
-                # may_report_shortage stays True, as for scripts: the agent, which may have
-                # changed what upload-pack prints, can cause a retry.
                 return run_program(
                     [*argv, self.repo, f"+HEAD:{ref}"],
                     env,

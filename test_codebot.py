@@ -8712,13 +8712,6 @@ def test_thread_logs_a_database_error_in_one_line_and_tries_again(
     assert second.exc_info is None
 
 
-def test_agent_that_says_that_the_disk_is_full_is_not_believed(shared: Site) -> None:
-    shared.agent.follow(GIT_SAYS_FULL)
-    error = shared.api.failed(shared.api.submit(), "agent_failed")
-    assert "short of resources" not in error
-    assert "No space left" in error
-
-
 def test_result_that_a_full_disk_has_lost_is_no_failure(
     store: codebot.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
