@@ -1553,15 +1553,13 @@ def end_processes(find: Callable[[str], list[int]], argument: str) -> None:
     processes = find(argument)
     # SIGTERM is sent only once, because a second one could disturb their cleanup.
     signal_processes(processes, signal.SIGTERM)
-    deadline = time.monotonic() + KILL_GRACE
-    while processes and time.monotonic() < deadline:
+    grace_end = time.monotonic() + KILL_GRACE
+    # Seconds; SIGKILL takes far less, even if some have forked meanwhile.
+    while processes and time.monotonic() < grace_end + 20.0:
         time.sleep(0.02)
         processes = find(argument)
-    deadline = time.monotonic() + 20.0  # seconds; it takes far less
-    while processes and time.monotonic() < deadline:
-        signal_processes(processes, signal.SIGKILL)
-        time.sleep(0.02)
-        processes = find(argument)  # some may have forked
+        if time.monotonic() > grace_end:
+            signal_processes(processes, signal.SIGKILL)
     if processes:
         log.error("Could not end processes: %s", processes)
 
