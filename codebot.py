@@ -1868,10 +1868,12 @@ def stop_all_launched(
 #   programs must not read settings of their own from there: ~/.docker, ~/.gitconfig.
 
 PROBE_TIMEOUT = 30.0  # seconds to try the sandbox, and before that to get a node
-# Programs need these, so they cannot be covered. hiding_problems adds those on PATH.
+# Programs need these, so they cannot be covered. (If a directory on PATH is in a private
+# one, it is covered, and the agent lacks its programs.)
 SYSTEM_DIRECTORIES = (
     "/etc",
     "/usr/bin",
+    "/usr/local/bin",
     "/usr/sbin",
     "/usr/lib",
     "/bin",
@@ -1946,14 +1948,8 @@ def private_directories(config: Config) -> set[str]:
 
 
 def hiding_problems(config: Config) -> Iterator[str]:
-    """Yield a sentence for each private directory that programs also need."""
-    homes = home_directories()
+    """Yield a sentence for each private directory with a system directory in it."""
     needed = [*map(os.path.realpath, SYSTEM_DIRECTORIES)]
-    for path in map(os.path.realpath, config.search_path.split(":")):
-        # Directories on PATH below a home directory are mounted over its cover. (If they
-        # are in a private directory, they stay hidden.)
-        if not any(is_inside(path, home) for home in homes):
-            needed.append(path)
     for directory in sorted(private_directories(config)):
         if any(is_inside(path, directory) for path in needed):
             yield (
