@@ -846,14 +846,11 @@ def read_settings(
 
 
 def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
-    """Yield a sentence for each required setting that is not set.
-
-    It looks at the variables: a setting with a bad value, reported before, is not missing.
-    """
+    """Yield a sentence for each required setting that is not set."""
     place = f"in {config.env_file}"
     if not os.path.exists(config.env_file):
         place += " (not found; copy .env.example)"
-    if is_server and not split_commas(config.variables.get("CODEBOT_API_KEYS", "")):
+    if is_server and not config.api_keys:
         yield (
             f"CODEBOT_API_KEYS is not set. Set it {place} to a key generated with "
             "`openssl rand -hex 32`; separate several keys with commas."
@@ -865,8 +862,7 @@ def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
     ):
         if not config.no_github and not config.variables.get(name, "").strip(BLANKS):
             yield f"{name} is not set. Set it {place}, or start with --no-github."
-    launcher_stop = config.variables.get("CODEBOT_LAUNCHER_STOP", "").strip(BLANKS)
-    if config.launcher and not launcher_stop:
+    if config.launcher and not config.launcher_stop:
         yield (
             "CODEBOT_LAUNCHER_STOP is not set. Set it to the command that ends what "
             "CODEBOT_LAUNCHER started, for example scancel --quiet --name={job}."
