@@ -912,18 +912,14 @@ URL_PATTERN_RE = re.compile(r"\*|(\w+://[^/*?\[]+/|file:///|[\w.-]+@[\w.-]+:|/).
 
 def wrong_patterns(config: Config) -> Iterator[str]:
     """Yield a sentence for each pattern that matches nothing, or too much."""
-    pattern_re = NAME_PATTERN_RE
-    problem = "is not owner/name; to allow all repositories of an owner, write owner/*."
-    if config.no_github:
-        pattern_re = URL_PATTERN_RE
-        problem = (
-            "is not a whole URL with a path, such as 'https://HOST/team/*', or it has a "
-            "wildcard before the path."
-        )
+    pattern_re = URL_PATTERN_RE if config.no_github else NAME_PATTERN_RE
     for pattern in config.allowed:
         if not pattern_re.fullmatch(pattern):
-            shown = hide_logins(pattern)
-            yield f"CODEBOT_ALLOWED_REPOSITORIES: {shown!r} {problem}"
+            yield (
+                f"CODEBOT_ALLOWED_REPOSITORIES: {hide_logins(pattern)!r} must be owner/name "
+                "or owner/* or, with --no-github, a whole URL with a path, such as "
+                "https://HOST/team/*, without a wildcard before the path."
+            )
 
 
 def is_allowed(config: Config, name: str) -> bool:

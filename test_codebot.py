@@ -2778,8 +2778,9 @@ def test_allowed_pattern_without_owner_or_name_is_refused(
 ) -> None:
     config = codebot.Config(allowed=("a/b", pattern))
     problem = (
-        f"CODEBOT_ALLOWED_REPOSITORIES: {pattern!r} is not owner/name; to allow all "
-        "repositories of an owner, write owner/*."
+        f"CODEBOT_ALLOWED_REPOSITORIES: {pattern!r} must be owner/name or owner/* or, "
+        "with --no-github, a whole URL with a path, such as https://HOST/team/*, without "
+        "a wildcard before the path."
     )
     expected = [problem] if is_refused else []
     assert [*codebot.conflicting_settings(config)] == expected
@@ -2808,13 +2809,13 @@ def test_command_with_paths_and_equal_signs_is_a_command(command: str) -> None:
 def test_allowed_pattern_without_url_is_refused_without_github() -> None:
     config = codebot.Config(allowed=("acme/*",), no_github=True)
     [problem] = codebot.conflicting_settings(config)
-    assert "'acme/*' is not a whole URL" in problem
+    assert "'acme/*' must be owner/name" in problem
 
 
 def test_password_in_allowed_pattern_is_not_shown() -> None:
     config = codebot.Config(allowed=("https://user:secret@host",), no_github=True)
     [problem] = codebot.conflicting_settings(config)
-    assert "'https://***@host' is not a whole URL" in problem
+    assert "'https://***@host' must be owner/name" in problem
 
 
 @pytest.mark.parametrize(
