@@ -2126,8 +2126,6 @@ class Sandbox:
         ``objects`` is the mirror's object directory, which is shown read-only. ``info_fds``
         holds one descriptor, for end_bwrap, or none.
         """
-        if self.is_none and not self.config.launcher:
-            return list(argv)  # nothing to unset: see Workspace.environment
         if self.is_bwrap:
             wrapper = bwrap_command(
                 self.config, workspace_path, objects, self.disable_userns
@@ -5387,10 +5385,8 @@ class Workspace:
         env = base_environment(self.config)
         # GIT_CONFIG_GLOBAL is /dev/null here. The agent must not get it: as root, its
         # `git config --global` would replace /dev/null by a file. But the git of a launcher
-        # or a sandbox needs it, so as not to obey HOME, which is the agent's. So with
-        # either, it is set here, and Sandbox.wrap unsets it for the program inside.
-        if self.codebot.sandbox.is_none and not self.config.launcher:
-            del env["GIT_CONFIG_GLOBAL"]
+        # or a sandbox needs it, so as not to obey HOME, which is the agent's. So it is set
+        # here, and Sandbox.wrap unsets it for the program inside.
         env.update(copy_variables(self.config, [*NETWORK_NAMES, "TZ"]))
         env["HOME"] = f"{self.path}/home"
         env["TMPDIR"] = "/tmp"
