@@ -9619,8 +9619,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.other_address = reserve_other_address(config.host, self.server_port)
 
     def server_bind(self) -> None:
-        if self.codebot.config.host == "::":  # all addresses, on every system
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         # http.server's own method asks DNS for the name of this host.
         socketserver.TCPServer.server_bind(self)
 

@@ -13286,40 +13286,6 @@ def test_nobody_else_can_listen_at_localhost(tmp_path: Path) -> None:
             codebot.Server(codebot.Codebot(port))
 
 
-# Runs a command where sockets for "::" take no IPv4 connections by default.
-WITHOUT_IPV4 = [
-    *("unshare", "--map-root-user", "--net", "sh", "-c"),
-    'echo 1 >/proc/sys/net/ipv6/bindv6only && exec "$@"',
-    "sh",
-]
-PRINT_V6ONLY = """
-import socket, sys
-import codebot
-app = codebot.Codebot(codebot.Config(host="::", port=0, work_dir=sys.argv[1]))
-server = codebot.Server(app)
-print(server.socket.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
-"""
-
-
-def has_own_network() -> bool:
-    try:
-        subprocess.run([*WITHOUT_IPV4, "true"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        return False
-    return True
-
-
-@pytest.mark.skipif(not has_own_network(), reason="this host lets nobody set that")
-def test_nobody_else_can_listen_at_ipv4_if_host_is_all_addresses(
-    tmp_path: Path,
-) -> None:
-    python = [sys.executable, "-c", PRINT_V6ONLY, str(tmp_path)]
-    done = subprocess.run(
-        [*WITHOUT_IPV4, *python], cwd=PROGRAM.parent, capture_output=True, check=True
-    )
-    assert done.stdout == b"0\n"
-
-
 def test_clients_that_do_not_read_make_way_if_they_are_the_most() -> None:
     table = codebot.ConnectionTable()
     with contextlib.ExitStack() as stack:
