@@ -2513,7 +2513,7 @@ class GitHub:
         self.timeout = GITHUB_TIMEOUT
         self.attempts = GITHUB_ATTEMPTS
         self.requests_made = 0
-        self.rate_limit_remaining: int | None = None
+        self.rate_limit_remaining = "NaN"  # not known yet, as Prometheus writes it
         # GitHub's clock minus ours, in seconds, by the Date of the last response. (It is
         # slightly too small, because the response took some time to arrive.)
         self.clock_skew = 0.0
@@ -2726,7 +2726,7 @@ class GitHub:
         """Record GitHub's clock and the remaining rate limit."""
         remaining = headers.get("x-ratelimit-remaining", "")
         if remaining.isdecimal():
-            self.rate_limit_remaining = int(remaining)
+            self.rate_limit_remaining = remaining
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             date = email.utils.parsedate_to_datetime(headers["Date"])
             self.clock_skew = date.timestamp() - time.time()
@@ -8303,9 +8303,6 @@ codebot_agent_dollars_total {dollars:.15g}
 # HELP codebot_github_requests_total Requests to GitHub.
 # TYPE codebot_github_requests_total counter
 codebot_github_requests_total {github.requests_made}
-"""
-    if github and github.rate_limit_remaining is not None:  # None: not known yet
-        text += f"""\
 # HELP codebot_github_rate_remaining Requests GitHub allows.
 # TYPE codebot_github_rate_remaining gauge
 codebot_github_rate_remaining {github.rate_limit_remaining}
