@@ -9452,10 +9452,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # int() would refuse more than 4,300 digits; so many are infinity.
         length = float(headers.get("content-length", "0"))
         if length > limit:
-            problem = "This path takes no body"
-            if limit:
-                problem = f"The body is longer than {limit:,} bytes"
-            raise HTTPError(413, problem)
+            raise HTTPError(413, f"The body is longer than {limit:,} bytes")
         expects_continue = headers.get("expect", "").lower() == "100-continue"
         if length and expects_continue and self.request_version == "HTTP/1.1":
             self.handle_expect_100()
