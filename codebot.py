@@ -9506,8 +9506,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.write(self.head(200, STREAM_HEADERS))
             if self.command != "HEAD":
                 self.send_events(events)
-        except sqlite3.Error as error:
-            log.error("Database error during %r: %s", self.requestline, error)
         finally:
             self.server.streams.release()
 
