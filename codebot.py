@@ -5324,24 +5324,9 @@ class Workspace:
                 "clone_failed", f"Failed to clone repository: {message}"
             ) from None
 
-    def clear(self, path: str) -> None:
-        """Remove a directory or, if that fails, move it away for Cleanup.
-
-        Raises TransientError if neither works now, JobFailed if codebot may do neither.
-        """
-        try:
-            remove_tree(self.config, path)
-        except TransientError as error:
-            try:
-                discard(self.config.work_dir, path)
-            except PermissionError:  # a retry would not help
-                raise JobFailed("internal", str(error)) from None
-            except OSError:
-                raise error from None
-
     def make_outbox(self) -> None:
         """Make an empty outbox that borrows the mirror's objects."""
-        self.clear(self.outbox.path)
+        remove_tree(self.config, self.outbox.path)
         self.outbox.local_git("init", "--quiet", "--bare", "--template=")
         # A relative path, so that the work directory can be moved.
         objects = os.path.relpath(self.mirror.objects, f"{self.outbox.path}/objects")
@@ -5355,7 +5340,7 @@ class Workspace:
         if self.run.job.kind == "review":  # it continues the session in home
             to_remove = [self.repo, f"{self.path}/tmp"]
         for path in to_remove:
-            self.clear(path)
+            remove_tree(self.config, path)
         for part in WORKSPACE_PARTS:
             os.makedirs(f"{self.path}/{part}", exist_ok=True)
         result = self.script(

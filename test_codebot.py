@@ -8886,25 +8886,6 @@ def test_mirror_whose_lock_file_is_removed_during_the_wait_is_fetched(
     assert local.workspace.fetch("main", "clone_failed")[0] == "main"
 
 
-def test_directory_that_cannot_be_removed_is_moved_away(
-    store: codebot.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(config: codebot.Config, path: str) -> None:
-        raise codebot.TransientError("cannot be removed")
-
-    monkeypatch.setattr(codebot, "remove_tree", fail)
-    run = codebot.JobRun(app_with(store, work_dir=str(tmp_path)), store_task(store))
-    repository = codebot.Repository("", "", "mirror")
-    workspace = codebot.Workspace(run, repository, "task_1234567")
-    file = Path(workspace.repo, ".git", "config")
-    file.parent.mkdir(parents=True)
-    file.touch()
-    workspace.clear(workspace.repo)
-    assert not os.path.lexists(workspace.repo)
-    [moved] = tmp_path.glob("trash_*/.git/config")
-    assert moved.exists()
-
-
 @not_as_root
 def test_directory_that_cannot_be_removed_is_a_transient_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
