@@ -9287,8 +9287,8 @@ class ConnectionTable:
                 if now > entry.since + STATE_TIMEOUTS[entry.state]:
                     self._drop(connection)
 
-    def evict(self, kept: socket.socket | None = None) -> None:
-        """Drop one connection, but not ``kept``: the first of these that there is.
+    def evict(self) -> None:
+        """Drop one connection: the first of these that there is.
 
           1. the oldest slow reader, if more than half of all connections are slow readers:
              somebody leaves responses unread to keep others out
@@ -9296,15 +9296,13 @@ class ConnectionTable:
           3. the oldest slow reader
 
         An idle connection is waiting or receiving. A slow reader is sending, and older than
-        the oldest idle connection. Called when no place, descriptor or thread is left.
-        Raises OSError if all are being handled.
+        the oldest idle connection. Called when no place or descriptor is left. Raises
+        OSError if all are being handled.
         """
         idle = None
         slow_readers = []
         with self._lock:
             for connection, entry in self._entries.items():
-                if connection is kept:
-                    continue
                 if entry.state in ("waiting", "receiving"):
                     idle = connection
                     break
@@ -9607,12 +9605,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self.connections.add(request)
-        try:
+        # If the host allows no more threads, the next one that is free serves it.
+        with contextlib.suppress(RuntimeError):
             self._pool.submit(self.process_request_thread, request, client_address)
-        except RuntimeError:
-            # The host allows no more threads. The next one that is free serves it, so
-            # another connection must end. If none can, evict() raises OSError.
-            self.connections.evict(kept=request)
 
     def service_actions(self) -> None:
         now = time.monotonic()
