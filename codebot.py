@@ -8325,13 +8325,9 @@ def webhook(codebot: Codebot, request: Request) -> Response:
     except NoAction as reason:
         log.info("Delivery %.99s (%.99s): %s", guid, event, reason)
         return json_response({"message": str(reason)})
-    except sqlite3.Error as error:
-        log.error("Delivery %.99s (%.99s): %s", guid, event, error)
-        raise
     # A field is missing or has the wrong type, or SQLite cannot store its value: a large
     # number (OverflowError), half of a surrogate pair (ValueError).
     except UNKNOWN_SHAPE_ERRORS:
-        log.debug("Delivery %.99s is malformed", guid, exc_info=True)
         refusal = HTTPError(
             400, f"The payload of {event} is malformed, or X-GitHub-Delivery is missing"
         )
