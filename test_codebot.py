@@ -15770,6 +15770,10 @@ MARKUP = "<img src=x onerror=alert(1)>"
 AXE = os.environ.get("CODEBOT_AXE", "")  # axe.min.js of npm's axe-core
 
 
+class BrowserRefused(Exception):
+    """The browser did not do what it was asked to, as while it loads a page."""
+
+
 class Browser:
     """A Chromium without a window. It speaks the DevTools protocol: JSON and a NUL."""
 
@@ -15806,7 +15810,8 @@ class Browser:
         while True:
             answer = self.receive()
             if answer.get("id") == self.last_id:
-                assert "error" not in answer, answer
+                if "error" in answer:
+                    raise BrowserRefused(answer)
                 result: dict[str, Any] = answer["result"]
                 return result
             if answer.get("method") == "Runtime.exceptionThrown":
@@ -15877,8 +15882,14 @@ class Browser:
         return " ".join(self.evaluate(shown).split())
 
     def wait_for_text(self, text: str, selector: str = "body") -> None:
+        def is_shown() -> bool:
+            try:
+                return text in self.text(selector)
+            except BrowserRefused:  # the page is loaded again
+                return False
+
         try:
-            wait_for(lambda: text in self.text(selector))
+            wait_for(is_shown)
         except AssertionError:
             state = self.evaluate("`${document.readyState} ${location.href}`")
             shown = self.text(selector)
