@@ -3025,11 +3025,11 @@ class GitHubRepository:
 # gc is off, because workspaces read the mirror's objects. Redirects are off, because they
 # would carry the token to another host. git gives up on a server that for 300 seconds
 # sends less than a byte a second, or only git's keep-alives. `core.fsync` (git 2.36) keeps
-# a power cut from leaving empty files.
+# a power cut from leaving empty files. What git fetches, it keeps as a pack.
 GIT = shlex.split(
     "git -c gc.auto=0 -c maintenance.auto=false -c core.fsync=all"
     " -c http.followRedirects=false -c http.lowSpeedLimit=1 -c http.lowSpeedTime=300"
-    " -c core.quotePath=false -c core.hooksPath=/dev/null"
+    " -c core.quotePath=false -c core.hooksPath=/dev/null -c fetch.unpackLimit=1"
 )
 GIT_FETCH = shlex.split(
     "fetch --quiet --no-tags --no-recurse-submodules --no-write-fetch-head"
@@ -3402,9 +3402,7 @@ def discard(work_dir: str, path: str) -> None:
         os.rename(path, f"{work_dir}/trash_{uuid.uuid4().hex}")
 
 
-# A mirror with more of either is repacked. These are git's own limits.
-MAX_LOOSE_OBJECTS = 6700
-MAX_PACKS = 50
+MAX_PACKS = 200  # a mirror with more is repacked
 # What git says if an object of a repository is missing or damaged.
 MISSING_OBJECT_RE = re.compile(
     "bad object refs/heads/|[Cc]ould not read [0-9a-f]{40}|unable to read [0-9a-f]{40}"
@@ -3539,10 +3537,7 @@ class Mirror(GitDirectory):
     def repack(self) -> None:
         """Repack the mirror if fetches have left many files. The lock must be held."""
         self.remove_stale_files()
-        # As git gc --auto does, count one of the 256 directories of loose objects.
-        loose = find_paths(self.objects, "17/*")
-        packs = find_paths(self.objects, "pack/*.pack")
-        if len(loose) > MAX_LOOSE_OBJECTS / 256 or len(packs) > MAX_PACKS:
+        if len(find_paths(self.objects, "pack/*.pack")) > MAX_PACKS:
             # Workspaces may borrow objects that no branch of the mirror reaches anymore.
             try:
                 self.local_git("repack", "-a", "-d", "--keep-unreachable", "-q")

@@ -5958,6 +5958,11 @@ def test_error_of_a_missing_object_says_to_delete_the_mirror(
     local.site.repository.commit({"d/f": "x"})
     codebot.clone(local.workspace)
     mirror = Path(local.workspace.mirror.path)
+    packs = (mirror / "objects" / "pack").rename(mirror / "moved")
+    for pack in packs.glob("*.pack"):
+        with pack.open("rb") as file:
+            unpack = ["git", "-C", mirror, "unpack-objects", "-q"]
+            subprocess.run(unpack, stdin=file, check=True)
     object_id = local.site.repository.git("rev-parse", name)
     (mirror / "objects" / object_id[:2] / object_id[2:]).unlink()
     error = local.failure(SAY_HELLO, "clone_failed")
