@@ -4115,11 +4115,7 @@ class Store:
 
     def empty_wal(self) -> None:
         """Move all data from the -wal file to the database, so that a copy is complete."""
-        if self._write_lock.acquire(timeout=LOCK_TIMEOUT):
-            try:
-                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            finally:
-                self._write_lock.release()
+        self._read(tuple, "PRAGMA wal_checkpoint(TRUNCATE)")
 
     # States
 
