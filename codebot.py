@@ -3761,7 +3761,6 @@ CREATE VIEW task_activity AS
     GROUP BY jobs.task_id;
 """
 LOCK_TIMEOUT = 2.0  # seconds to wait while another thread or process writes
-MAX_STORED_COMMENT = 10_000  # characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3959,8 +3958,6 @@ def insert_comment(
         """,
         {
             **vars(comment),
-            # Anybody may comment. The whole text is read from GitHub.
-            "text": truncate(comment.text, MAX_STORED_COMMENT),
             "task_id": task_id,
             "job_id": job_id,
             "now": utc_time(),

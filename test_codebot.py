@@ -4662,14 +4662,6 @@ def test_new_comment_joins_review_that_waits_for_its_retry(
     assert [comment.id for comment in store.stored_comments(review.id)] == [1, 2]
 
 
-def test_text_of_long_comment_is_stored_in_part(store: codebot.Store) -> None:
-    pull_request = store_pull_request(store, store_task_in_state(store, "completed"))
-    comment = dataclasses.replace(make_comment(1, "mallory"), text="x" * 65_536)
-    [job_id] = store.queue_comments(pull_request.task_id, [comment])
-    [stored] = store.stored_comments(job_id)
-    assert re.fullmatch(r"x{10000} … \(truncated\)", stored.text)
-
-
 def test_review_that_a_stop_has_requeued_does_not_absorb_itself(
     store: codebot.Store,
 ) -> None:
