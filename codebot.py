@@ -4544,13 +4544,13 @@ class Store:
         )
         return inserted == 1
 
-    def queue_comments(self, task_id: str, comments: Iterable[Comment]) -> list[str]:
-        """Add new comments to pending or new reviews. Returns the reviews' ids.
+    def queue_comments(self, task_id: str, comments: Iterable[Comment]) -> bool:
+        """Add new comments to pending or new reviews. Returns whether there are any.
 
         All comments that one reviewer has waiting on one pull request form one review.
         codebot's own comments and known ones are ignored.
         """
-        reviewers = {}  # by the id of the job that answers them
+        has_new = False
         with self._transaction() as db:
             for comment in comments:
                 if comment.user == OWN_NAME or is_comment_known(db, comment):
@@ -4559,11 +4559,11 @@ class Store:
                 if job_id is None:
                     job_id = insert_review(db, task_id, comment.user)
                 insert_comment(db, task_id, job_id, comment)
-                reviewers[job_id] = comment.user
-        for job_id, user in reviewers.items():
-            # %.99s: a delivery may claim a name of any length.
-            log.info("Task %s: %.99s commented on it (job %s)", task_id, user, job_id)
-        return list(reviewers)
+                self._log_lines.append(
+                    f"Task {task_id}: {comment.user} commented on it (job {job_id})"
+                )
+                has_new = True
+        return has_new
 
     def absorb_waiting_reviews(self, job: Job) -> None:
         """Move the comments of the reviewer's pending review to this running one."""
