@@ -3476,16 +3476,14 @@ class Mirror(GitDirectory):
         mirror's branch: if the remote's was reset to an older commit, nothing is fetched,
         and the mirror's stays newer. Raises BranchNotFound.
         """
+        # Without the lock: the repository's other jobs must not wait for the remote. git
+        # ls-remote needs no mirror.
+        name, commit = self.resolve_branch(repository, branch)
+        ref = f"refs/heads/{name}"
         with self.lock():
             # Tells Cleanup when the mirror was last used. (touch() makes the file anew if
             # somebody removed it while this thread waited for the lock.)
             pathlib.Path(f"{self.path}.lock").touch()
-            self.create_for(repository)
-        # Without the lock: the repository's other jobs must not wait for the remote.
-        name, commit = self.resolve_branch(repository, branch)
-        ref = f"refs/heads/{name}"
-        with self.lock():
-            # Meanwhile a job of another repository with this name may have made a mirror.
             self.create_for(repository)
             if self.is_ancestor(commit, ref):  # there is nothing new
                 return name, commit
