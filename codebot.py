@@ -3278,7 +3278,7 @@ TOKEN_RETRY_DELAY = 3.0
 
 def raise_if_killed(result: ProgramResult) -> None:
     """Raise TransientError if git, or a part of it, was killed, as for want of memory."""
-    text = "\n".join([*result.stdout, *result.stderr])
+    text = "\n".join(result.stderr)
     was_killed = result.code in SIGNAL_EXIT_CODES or PART_KILLED_RE.search(text)
     if result.code != 0 and was_killed:
         reason = hide_logins(result.error)
@@ -3287,10 +3287,9 @@ def raise_if_killed(result: ProgramResult) -> None:
 
 def remote_failure(result: ProgramResult, is_github: bool) -> Exception:
     """Return the error for a failure of git that contacts the remote; see above."""
-    text = "\n".join([*result.stdout, *result.stderr])
     # The host's git configuration may put a login into the URL: url.*.insteadOf
     reason = hide_logins(result.error)
-    words = URL_OR_NAME_RE.sub("", text)
+    words = URL_OR_NAME_RE.sub("", "\n".join(result.stderr))
     if REJECTED_RE.search(words):  # first, as the reason may quote a file of any name
         return GitFailed(reason)
     if AUTH_FAILED_RE.search(words):
