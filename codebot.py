@@ -2405,11 +2405,9 @@ def visible_text(text: str) -> str:
 
 def person_login(user: Json) -> str:
     """Return the login of a person; "" for a bot or a deleted user."""
-    user = user or {}
-    login = str(user.get("login") or "")
-    if user.get("type") == "Bot" or login.endswith("[bot]"):
+    if not user or user.get("type") == "Bot":
         return ""
-    return login
+    return str(user.get("login") or "")
 
 
 def commented_lines(payload: JsonObject) -> str:
