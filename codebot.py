@@ -2764,7 +2764,7 @@ class GitHub:
             return seconds
         retry_at = time.time() + seconds
         if is_limit:
-            self.silent_until = max(self.silent_until, retry_at)
+            self.silent_until = retry_at
         raise TransientError(f"GitHub asked codebot to wait: {reply.error}", retry_at)
 
     def pages(self, path: str, scope: TokenScope) -> Iterator[Json]:

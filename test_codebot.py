@@ -7987,16 +7987,6 @@ def test_job_waits_as_long_as_github_asks(
     assert github.silent_until == (raised.value.retry_at if is_silent else 0.0)
 
 
-def test_short_rate_limit_does_not_end_a_longer_one() -> None:
-    github = create_github()
-    started = time.time()
-    for seconds in ("3600", "60"):
-        reply = make_reply(429, {"Retry-After": seconds}, "")
-        with pytest.raises(codebot.TransientError):
-            github.pause_before_attempt(reply, 0)
-    assert github.silent_until >= started + 3600
-
-
 @pytest.mark.parametrize(
     "limit",
     [
