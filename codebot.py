@@ -1669,6 +1669,7 @@ printf '\\n%s\\n' "$0 $code"
 """
 
 
+@dataclasses.dataclass
 class LaunchedProgram(RunningProgram):
     """A launcher that was started, and the program that it runs on a node.
 
@@ -1683,15 +1684,11 @@ class LaunchedProgram(RunningProgram):
     is printed on the node. If it is missing, the node or the cluster has failed.
     """
 
-    def __init__(
-        self, sentinel: str, timeout: float, on_start: Callable[[], None], *args: Any
-    ) -> None:
-        super().__init__(*args)
-        self.sentinel = sentinel
-        self.node_timeout = timeout  # seconds to wait for a node
-        self.on_start = on_start
-        self.is_on_node = False  # no longer waiting for a node
-        self.node_code: int | None = None  # the exit code that was printed on the node
+    sentinel: str = ""
+    node_timeout: float = 0.0  # seconds to wait for a node
+    on_start: Callable[[], None] = do_nothing
+    is_on_node: bool = False  # no longer waiting for a node
+    node_code: int | None = None  # the exit code that was printed on the node
 
     def has_exited(self) -> bool:
         """Return whether the launcher has exited.
@@ -1780,7 +1777,9 @@ def launching(
     sentinel = uuid.uuid4().hex
     prefix = launcher_argv(config.launcher, workspace_path)
     prefix += ["sh", "-c", NODE_SCRIPT, sentinel]
-    program_type = functools.partial(LaunchedProgram, sentinel, timeout, on_start)
+    program_type = functools.partial(
+        LaunchedProgram, sentinel=sentinel, node_timeout=timeout, on_start=on_start
+    )
     try:
         yield Launch(prefix, program_type)
     finally:
