@@ -1906,6 +1906,12 @@ def is_inside(path: str, directory: str) -> bool:
 #   writable    the workspace's repo and home, and its tmp as /tmp
 
 
+def holds_system_directory(directory: str) -> bool:
+    return any(
+        is_inside(os.path.realpath(path), directory) for path in SYSTEM_DIRECTORIES
+    )
+
+
 def home_directories() -> set[str]:
     """Return the home that HOME names, and the one of the user's account.
 
@@ -1914,12 +1920,11 @@ def home_directories() -> set[str]:
     homes = {os.path.expanduser("~")}
     with contextlib.suppress(KeyError):  # a container may use a number without account
         homes.add(pwd.getpwuid(os.getuid()).pw_dir)
-    needed = [*map(os.path.realpath, SYSTEM_DIRECTORIES)]
     return {
         home
         for home in map(os.path.realpath, homes - {""})
         # The home of a service may be missing, or /dev/null.
-        if os.path.isdir(home) and not any(is_inside(path, home) for path in needed)
+        if os.path.isdir(home) and not holds_system_directory(home)
     }
 
 
@@ -1935,9 +1940,8 @@ def private_directories(config: Config) -> set[str]:
 
 def hiding_problems(config: Config) -> Iterator[str]:
     """Yield a sentence for each private directory with a system directory in it."""
-    needed = [*map(os.path.realpath, SYSTEM_DIRECTORIES)]
     for directory in sorted(private_directories(config)):
-        if any(is_inside(path, directory) for path in needed):
+        if holds_system_directory(directory):
             yield (
                 f"{directory} holds .env, a key or codebot's files, but the sandbox "
                 "cannot hide it, because programs need it. Move those files to a "
