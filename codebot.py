@@ -2156,7 +2156,7 @@ class Sandbox:
         return text
 
     def probe(self, *command: str) -> ProgramResult:
-        """Run a command, or `true`, in the sandbox, through the launcher if there is one.
+        """Run a command, if any, in the sandbox, through the launcher if there is one.
 
         If the sandbox works, the file "probe" is written on this host. Raises ConfigError
         if it is missing, and NoFreeNode if the sandbox could not be tried.
@@ -2166,7 +2166,7 @@ class Sandbox:
             if self.is_bwrap:
                 self.inspect_bwrap()
             with scratch_workspace(config.work_dir) as workspace_path:
-                result = self.run_probe(workspace_path, command or ("true",))
+                result = self.run_probe(workspace_path, command)
                 if os.path.exists(f"{workspace_path}/repo/probe"):
                     return result
             problem = result.error
