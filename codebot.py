@@ -6669,10 +6669,14 @@ def load_comments(review: Review) -> Review:
     """
     run = review.run
     # A delivery is only a claim. GitHub is asked for the authors and the current texts.
-    current = current_comments(review)
+    try:
+        listed = list(review.github_repository.comments(review.number))
+    except GitHubError as error:
+        raise refusal_error(error) from None
+    current = {(comment.place, comment.id): comment for comment in listed}
     if not run.job.request_kind:
         # Some may not be delivered yet, for example the rest of a GitHub review.
-        run.store.queue_comments(run.job.task_id, current.values())
+        run.store.queue_comments(run.job.task_id, listed)
         run.store.absorb_waiting_reviews(run.job)
         apply_daily_limit(run)
     comments = []
@@ -6687,17 +6691,8 @@ def load_comments(review: Review) -> Review:
         if comment is not None and comment.user == run.job.reviewer:
             comments.append(comment)
     speakers = (OWN_NAME, run.job.reviewer)
-    context = [comment for comment in current.values() if comment.user in speakers]
+    context = [comment for comment in listed if comment.user in speakers]
     return review._replace(comments=comments, context=context)
-
-
-def current_comments(review: Review) -> dict[tuple[str, int], Comment]:
-    """Return the comments that GitHub lists now, by place and id."""
-    try:
-        comments = list(review.github_repository.comments(review.number))
-    except GitHubError as error:
-        raise refusal_error(error) from None
-    return {(comment.place, comment.id): comment for comment in comments}
 
 
 def apply_daily_limit(run: JobRun) -> None:
