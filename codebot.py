@@ -6685,8 +6685,10 @@ def load_comments(review: Review) -> Review:
         # One that GitHub does not list counts as deleted only in a retry, and only if it is
         # not new. It may just have been missed: when another one is deleted between two
         # pages, it moves from the later page to the one that was read already.
+        # (Its own date does not tell: that of a comment in a GitHub review is its draft's.)
+        is_new = stored.received_at > utc_time(seconds_ago=VISIBILITY_DELAY)
         is_retry = run.job.transient_since > 0
-        if comment is None and (not is_retry or may_appear_later(stored)):
+        if comment is None and (is_new or not is_retry):
             raise TransientError("GitHub does not list a comment yet")
         if comment is not None and comment.user == run.job.reviewer:
             comments.append(comment)
@@ -6704,14 +6706,6 @@ def apply_daily_limit(run: JobRun) -> None:
     if "limit" in kinds:
         raise ReviewSkipped("its pull request has had too many reviews today")
     run.update(request_kind="limit")
-
-
-def may_appear_later(comment: StoredComment) -> bool:
-    """Return whether a comment that GitHub's lists lack may be too new for them.
-
-    Its own date does not tell: that of a comment in a GitHub review is its draft's.
-    """
-    return comment.received_at > utc_time(seconds_ago=VISIBILITY_DELAY)
 
 
 def react_to_comments(review: Review) -> None:
