@@ -6457,14 +6457,10 @@ def push_task_commit(workspace: Workspace) -> None:
     run = workspace.run
     run.set_phase("push")
     github_repository = workspace.repository.github_repository
-    was_pushing = run.job.push_started  # in an earlier run
-    if (
-        was_pushing
-        and github_repository is not None
-        and github_repository.find_pull_request(run.job.branch) is not None
-    ):
-        # The branch was pushed. It may be merged and deleted: a push would restore it.
-        return
+    if run.job.push_started and github_repository is not None:  # by an earlier run
+        if github_repository.find_pull_request(run.job.branch) is not None:
+            # The branch was pushed. It may be merged and deleted: a push would restore it.
+            return
     require_labeler_access(workspace)
     if not run.store.begin_push(run.job.id):
         raise Cancelled()
