@@ -1834,18 +1834,19 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 # - The agent can take leases (fcntl) on files of codebot's user that it can read, such as
 #   the mirror's objects. Others that open such a file then wait for up to 45 s, again and
 #   again, unless the host has `sysctl fs.leases-enable=0`.
-# - If codebot is killed, an agent that is prepared for that (see end_bwrap) runs on until
-#   the next start with the same work directory. (`run` usually makes a new one.)
-#   Meanwhile it can listen on codebot's port and be sent API keys; an open page sends its
-#   key every two seconds. If bwrap is older than 0.8, or /proc is mounted with hidepid, it
-#   can hide from that start, too.
+# - An agent that is prepared for it (see processes_in_workspaces) can outlive its command,
+#   and change the workspace during the tests, until its job's run ends. If codebot is
+#   killed, it runs on until the next start with the same work directory. (`run` usually
+#   makes a new one.) Meanwhile it can listen on codebot's port and be sent API keys; an
+#   open page sends its key every two seconds. If bwrap is older than 0.8, or /proc is
+#   mounted with hidepid, it can hide from both.
 #
 # Known limitations of a launcher and of other sandboxes:
 # - In another sandbox, what a command leaves running is found as without a sandbox.
 # - With a launcher, the node sees the work directory. The directories that bwrap hides,
 #   and its version, are determined on this host; a directory that exists only on the node
-#   is not hidden there. On the node, an agent may outlive bwrap (see end_bwrap) until the
-#   cluster ends it.
+#   is not hidden there. On the node, an agent may outlive bwrap (see
+#   processes_in_workspaces) until the cluster ends it.
 # - If CODEBOT_SANDBOX or CODEBOT_LAUNCHER changes the user, as sudo does, codebot can
 #   neither end the program nor keep it from changing the workspace during later steps and
 #   runs. It does not wait for it.
@@ -2040,49 +2041,20 @@ def bwrap_command(
     return [*argv, "--die-with-parent", "--chdir", f"{workspace_path}/repo", "--"]
 
 
-def end_bwrap(info: IO[bytes]) -> None:
-    """End all processes in bwrap's PID namespace, by ending the first one.
+def processes_in_workspaces(path: str) -> list[int]:
+    """Return the ids of processes to which bwrap shows a workspace.
 
-    The kernel ends that one together with bwrap. But an agent can prevent this: it attaches
-    to the first process, as a debugger does, and has it call prctl(PR_SET_PDEATHSIG, 0).
-    ``info`` is what bwrap has written to --info-fd, which the agent cannot reach.
-    """
-    match = re.search(rb'"child-pid": ([0-9]+)', os.pread(info.fileno(), 1000, 0))
-    if match is None:  # bwrap did not start
-        return
-    process = int(match[1])
-    deadline = time.monotonic() + KILL_GRACE
-    while time.monotonic() < deadline:
-        try:
-            status = pathlib.Path(f"/proc/{process}/status").read_text()
-        except OSError:
-            # Either it has ended, and the signal has no effect; or it has used
-            # PR_SET_DUMPABLE, and /proc (with hidepid) shows it to nobody but root.
-            if os.geteuid() != 0:
-                signal_processes([process], signal.SIGKILL)
-            return
-        # NSpid ends with 1 only for the first process of a namespace. (Its number can
-        # belong to another such process only if the kernel has used all others meanwhile.)
-        # When it is a zombie (Z) with one thread, all others have ended. With more threads,
-        # only its main thread has ended.
-        is_first = re.search(r"^NSpid:.*\s1$", status, re.MULTILINE)
-        has_ended = re.search("^State:\tZ(.*\n)+Threads:\t1$", status, re.MULTILINE)
-        if not is_first or has_ended:
-            return
-        signal_processes([process], signal.SIGKILL)
-        time.sleep(0.001)
-    log.error("Could not end process %d, the first one in a sandbox", process)
+    ``path`` is that of the workspace, or of a work directory, for all workspaces in it.
 
-
-def processes_in_workspaces(work_dir: str) -> list[int]:
-    """Return the ids of processes to which bwrap shows a workspace in a work directory.
-
-    A process in bwrap can change its environment, but (from bwrap 0.8 on) not its mounts.
+    The kernel ends these processes together with bwrap. But an agent can prevent this: it
+    attaches to the first one, as a debugger does, and has it call
+    prctl(PR_SET_PDEATHSIG, 0). It can also change the environment of processes in bwrap,
+    but (from bwrap 0.8 on) not their mounts.
     """
     # The kernel writes a blank as \040, and a backslash as \134. The fifth field is where
     # something is mounted; the fourth is what is mounted there.
-    path = work_dir.replace("\\", "\\134").replace(" ", "\\040")
-    pattern = rf"^(\S+ ){{4}}{re.escape(path)}/(task|scratch)_[^/ ]+/repo "
+    path = path.replace("\\", "\\134").replace(" ", "\\040")
+    pattern = rf"^(\S+ ){{4}}{re.escape(path)}(/(task|scratch)_[^/ ]+)?/repo "
     mount_re = re.compile(os.fsencode(pattern), re.MULTILINE)
     found = set()
     # Of a process whose main thread has ended, only the other threads have mounts.
@@ -2122,19 +2094,15 @@ class Sandbox:
         argv: Sequence[str],
         workspace_path: str,
         objects: str,
-        info_fds: Sequence[int] = (),
     ) -> list[str]:
         """Return the command line that runs ``argv`` in the sandbox of a workspace.
 
-        ``objects`` is the mirror's object directory, which is shown read-only. ``info_fds``
-        holds one descriptor, for end_bwrap, or none.
+        ``objects`` is the mirror's object directory, which is shown read-only.
         """
         if self.is_bwrap:
             wrapper = bwrap_command(
                 self.config, workspace_path, objects, self.disable_userns
             )
-            if info_fds:
-                wrapper[1:1] = ["--info-fd", str(info_fds[0])]
             return [*wrapper, *argv]
         wrapper = []
         if not self.is_none:
@@ -5382,25 +5350,10 @@ class Workspace:
         command = SandboxedCommand(name="git", argv=argv, stdin=stdin)
         return self.run_in_sandbox(command, self.run.git_limits())
 
-    def sandboxed(self, argv: Sequence[str], info_fds: Sequence[int]) -> list[str]:
+    def sandboxed(self, argv: Sequence[str]) -> list[str]:
         """Return the command line that runs ``argv`` in this workspace's sandbox."""
         objects = self.mirror.objects
-        return self.codebot.sandbox.wrap(argv, self.path, objects, info_fds)
-
-    @contextlib.contextmanager
-    def ending_namespace(self, has_namespace: bool) -> Iterator[Sequence[int]]:
-        """End what a command in bwrap leaves running; see end_bwrap.
-
-        Yields the descriptor that bwrap needs for this; () without a namespace.
-        """
-        if not has_namespace:
-            yield ()
-            return
-        with tempfile.TemporaryFile() as info:
-            try:
-                yield (info.fileno(),)
-            finally:
-                end_bwrap(info)
+        return self.codebot.sandbox.wrap(argv, self.path, objects)
 
     def run_work(
         self, command: SandboxedCommand, phase: str, attempt: int
@@ -5447,25 +5400,22 @@ class Workspace:
             # bwrap itself must not start where the agent can write, as it may load
             # libraries from there. It changes to the repository.
             cwd = self.path
-        # On this host, all processes in bwrap are in a PID namespace of their own.
-        has_namespace = self.codebot.sandbox.is_bwrap and launch is NO_LAUNCH
         try:
-            with self.ending_namespace(has_namespace) as info_fds:
-                return run_program(
-                    [*launch.prefix, *self.sandboxed(command.argv, info_fds)],
-                    self.environment(command.as_agent),
-                    cwd=cwd,
-                    stdin=command.stdin,
-                    limits=limits,
-                    on_lines=command.on_lines,
-                    pass_fds=info_fds,
-                    umask=self.config.umask,
-                    program_type=launch.program_type,
-                )
+            return run_program(
+                [*launch.prefix, *self.sandboxed(command.argv)],
+                self.environment(command.as_agent),
+                cwd=cwd,
+                stdin=command.stdin,
+                limits=limits,
+                on_lines=command.on_lines,
+                umask=self.config.umask,
+                program_type=launch.program_type,
+            )
         except LimitReached as error:
             raise self.run.limit_failure(error, command.name) from None
         finally:
-            if not has_namespace:
+            # bwrap ends what is in it (but see end_escaped_processes).
+            if not self.codebot.sandbox.is_bwrap or launch is not NO_LAUNCH:
                 end_processes(tagged_processes, self.config.run_tag)
 
     # From the agent's work to a pushed commit
@@ -5567,21 +5517,19 @@ class Workspace:
         for fault in ("LineLength", "Large"):
             argv += ["-c", f"fetch.fsck.gitattributes{fault}=ignore"]
         argv += ["--git-dir", self.outbox.path, *GIT_FETCH]
+        # Another sandbox may have set HOME to the agent's.
+        script = 'GIT_CONFIG_GLOBAL=/dev/null exec git upload-pack "$@"'
+        upload_pack = self.sandboxed(["sh", "-c", script, "sh"])
+        argv += ["--upload-pack", shlex.join(upload_pack), "--"]
         env = base_environment(self.config)
         env["GIT_ALLOW_PROTOCOL"] = "file"
         try:
-            with self.ending_namespace(self.codebot.sandbox.is_bwrap) as info_fds:
-                # Another sandbox may have set HOME to the agent's.
-                script = 'GIT_CONFIG_GLOBAL=/dev/null exec git upload-pack "$@"'
-                upload_pack = self.sandboxed(["sh", "-c", script, "sh"], info_fds)
-                argv += ["--upload-pack", shlex.join(upload_pack), "--"]
-                return run_program(
-                    [*argv, self.repo, f"+HEAD:{ref}"],
-                    env,
-                    cwd=self.outbox.path,
-                    limits=self.run.git_limits(),
-                    pass_fds=info_fds,
-                )
+            return run_program(
+                [*argv, self.repo, f"+HEAD:{ref}"],
+                env,
+                cwd=self.outbox.path,
+                limits=self.run.git_limits(),
+            )
         except LimitReached as error:
             raise self.run.limit_failure(error, "git") from None
 
@@ -6457,10 +6405,13 @@ def push_task_commit(workspace: Workspace) -> None:
     run = workspace.run
     run.set_phase("push")
     github_repository = workspace.repository.github_repository
-    if run.job.push_started and github_repository is not None:  # by an earlier run
-        if github_repository.find_pull_request(run.job.branch) is not None:
-            # The branch was pushed. It may be merged and deleted: a push would restore it.
-            return
+    if (
+        run.job.push_started  # by an earlier run
+        and github_repository is not None
+        and github_repository.find_pull_request(run.job.branch) is not None
+    ):
+        # The branch was pushed. It may be merged and deleted: a push would restore it.
+        return
     require_labeler_access(workspace)
     if not run.store.begin_push(run.job.id):
         raise Cancelled()
@@ -7386,6 +7337,7 @@ def run_job(codebot: Codebot, job: Job) -> None:
     codebot.running[job.id] = run
     try:
         ending = run_steps(run)
+        end_escaped_processes(run)
         if must_tell_reviewer(run, ending):
             store_failure(run, ending)
             ending = run_steps(run)
@@ -7444,6 +7396,13 @@ def run_steps(run: JobRun) -> Ending:
     except Exception:
         log.exception("Job %s", job.id)
         return Ending("failed", "internal", "Internal error; see the server's log")
+
+
+def end_escaped_processes(run: JobRun) -> None:
+    """End what has outlived bwrap in the job's workspace; see processes_in_workspaces."""
+    if run.codebot.sandbox.is_bwrap and run.job.directory:
+        path = f"{run.config.work_dir}/{run.job.directory}"
+        end_processes(processes_in_workspaces, path)
 
 
 def require_may_run(run: JobRun) -> None:

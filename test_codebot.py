@@ -4204,10 +4204,12 @@ def test_process_in_a_workspace_is_found_by_its_mounts(tmp_path: Path) -> None:
             process.stdout.readline()
             processes.append(process.pid)
         found = codebot.processes_in_workspaces(str(work_dir))
+        found_by_workspace = codebot.processes_in_workspaces(f"{work_dir}/task_1")
         others = codebot.processes_in_workspaces(str(tmp_path))
         # bwrap runs the command in a process of its own.
         parents = [Path(f"/proc/{n}/stat").read_text().split()[3] for n in found]
     assert parents == [str(processes[0])]
+    assert found_by_workspace == found
     assert others == []
 
 
