@@ -1468,13 +1468,17 @@ def run_program(
     on_lines: LineHandler = do_nothing,
     pass_fds: Sequence[int] = (),
     umask: int = PRIVATE_UMASK,
+    launcher: Sequence[str] = (),
     program_type: Callable[..., RunningProgram] = RunningProgram,
 ) -> ProgramResult:
     """Run a program to its end, and end the processes that it leaves in its group.
 
+    ``launcher``, which only `launching` sets, comes first in the command line.
+
     Raises OSError if it cannot start; LimitReached, StopRequested or Cancelled if it must
     end early; TransientError if the host lacks disk space, memory or processes.
     """
+    argv = [*launcher, *argv]
     with contextlib.ExitStack() as files:
         stdin_file = files.enter_context(tempfile.TemporaryFile())
         stdout = OutputFile(files.enter_context(tempfile.TemporaryFile()))
@@ -1500,6 +1504,9 @@ def run_program(
         finally:
             end_process_group(child)
         return program.result()
+
+
+RunFunction = Callable[..., ProgramResult]  # run_program, perhaps through a launcher
 
 
 # Linux usually starts no program with a larger environment, but a process can declare
@@ -1746,42 +1753,35 @@ class LaunchedProgram(RunningProgram):
         return result
 
 
-class Launch(NamedTuple):
-    """How run_program runs a program on a node or, by default, on this host."""
-
-    prefix: Sequence[str] = ()  # CODEBOT_LAUNCHER and NODE_SCRIPT, before the program
-    program_type: Callable[..., RunningProgram] = RunningProgram
-
-
-NO_LAUNCH = Launch()
-
-
 @contextlib.contextmanager
 def launching(
     config: Config,
     workspace_path: str,
     timeout: float,
     on_start: Callable[[], None],
-) -> Iterator[Launch]:
-    """Record a launch and, at its end, stop whatever still runs.
+) -> Iterator[RunFunction]:
+    """Yield run_program, to be called once, with the launcher in front of the program.
 
-    Without a launcher, it calls ``on_start`` and yields NO_LAUNCH.
+    Records the launch and, at its end, stops whatever still runs. Without a launcher,
+    calls ``on_start`` and yields run_program itself.
     """
     if not config.launcher:
         on_start()
-        yield NO_LAUNCH
+        yield run_program
         return
     record = launch_record(config, workspace_path)
     record.parent.mkdir(exist_ok=True)
     record.write_text(config.run_tag)
     sentinel = uuid.uuid4().hex
-    prefix = launcher_argv(config.launcher, workspace_path)
-    prefix += ["sh", "-c", NODE_SCRIPT, sentinel]
+    launcher = launcher_argv(config.launcher, workspace_path)
+    launcher += ["sh", "-c", NODE_SCRIPT, sentinel]
     program_type = functools.partial(
         LaunchedProgram, sentinel=sentinel, node_timeout=timeout, on_start=on_start
     )
     try:
-        yield Launch(prefix, program_type)
+        yield functools.partial(
+            run_program, launcher=launcher, program_type=program_type
+        )
     finally:
         stop_launched(config, workspace_path)
 
@@ -2185,12 +2185,8 @@ class Sandbox:
         argv = self.wrap(["sh", "-c", script, "sh", *command], workspace_path, objects)
         env = {**base_environment(config), "HOME": f"{workspace_path}/home"}
         with launching(config, workspace_path, PROBE_TIMEOUT, do_nothing) as launch:
-            return run_program(
-                [*launch.prefix, *argv],
-                env,
-                cwd=f"{workspace_path}/repo",
-                limits=self.probe_limits,
-                program_type=launch.program_type,
+            return launch(
+                argv, env, cwd=f"{workspace_path}/repo", limits=self.probe_limits
             )
 
 
@@ -5392,7 +5388,7 @@ class Workspace:
         self,
         command: SandboxedCommand,
         limits: Limits,
-        launch: Launch = NO_LAUNCH,
+        launch: RunFunction = run_program,
     ) -> ProgramResult:
         """Run a command in the sandbox, then end all that it left running."""
         cwd = self.repo
@@ -5401,21 +5397,20 @@ class Workspace:
             # libraries from there. It changes to the repository.
             cwd = self.path
         try:
-            return run_program(
-                [*launch.prefix, *self.sandboxed(command.argv)],
+            return launch(
+                self.sandboxed(command.argv),
                 self.environment(command.as_agent),
                 cwd=cwd,
                 stdin=command.stdin,
                 limits=limits,
                 on_lines=command.on_lines,
                 umask=self.config.umask,
-                program_type=launch.program_type,
             )
         except LimitReached as error:
             raise self.run.limit_failure(error, command.name) from None
         finally:
             # bwrap ends what is in it (but see end_escaped_processes).
-            if not self.codebot.sandbox.is_bwrap or launch is not NO_LAUNCH:
+            if not self.codebot.sandbox.is_bwrap or launch is not run_program:
                 end_processes(tagged_processes, self.config.run_tag)
 
     # From the agent's work to a pushed commit
