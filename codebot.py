@@ -886,6 +886,14 @@ def unreadable_files(config: Config) -> Iterator[str]:
             )
 
 
+# A pattern of CODEBOT_ALLOWED_REPOSITORIES: * or OWNER/NAME.
+NAME_PATTERN_RE = re.compile(r"\*|[^:]*/[^:]*")
+# With --no-github, whole URLs are compared. A pattern is *, or begins with https://HOST/,
+# file:///, git@HOST: or /. A wildcard also matches slashes, so none may come before the
+# path: https://*.acme.com/a would match https://evil/.acme.com/a.
+URL_PATTERN_RE = re.compile(r"\*|(\w+://[^/*?\[]+/|file:///|[\w.-]+@[\w.-]+:|/).*")
+
+
 def conflicting_settings(config: Config) -> Iterator[str]:
     # Not config.allowed: an empty variable counts there as not set, and would allow all.
     if not split_commas(config.variables.get("CODEBOT_ALLOWED_REPOSITORIES", "*")):
@@ -899,19 +907,7 @@ def conflicting_settings(config: Config) -> Iterator[str]:
         yield "--enable-polling and --no-github cannot be used together."
     if bool(config.tls_cert) != bool(config.tls_key):
         yield "--tls-cert and --tls-key must be used together."
-    yield from wrong_patterns(config)
-
-
-# A pattern of CODEBOT_ALLOWED_REPOSITORIES: * or OWNER/NAME.
-NAME_PATTERN_RE = re.compile(r"\*|[^:]*/[^:]*")
-# With --no-github, whole URLs are compared. A pattern is *, or begins with https://HOST/,
-# file:///, git@HOST: or /. A wildcard also matches slashes, so none may come before the
-# path: https://*.acme.com/a would match https://evil/.acme.com/a.
-URL_PATTERN_RE = re.compile(r"\*|(\w+://[^/*?\[]+/|file:///|[\w.-]+@[\w.-]+:|/).*")
-
-
-def wrong_patterns(config: Config) -> Iterator[str]:
-    """Yield a sentence for each pattern that matches nothing, or too much."""
+    # A pattern that matches nothing, or too much.
     pattern_re = URL_PATTERN_RE if config.no_github else NAME_PATTERN_RE
     for pattern in config.allowed:
         if not pattern_re.fullmatch(pattern):
