@@ -639,12 +639,12 @@ def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
 
 
 def setting(
-    variable: str,
-    parse: Callable[[str], object],
-    default: object,
+    variable: str = "",
+    default: object = "",
+    parse: Callable[[str], object] = str,
     about: str = "",
 ) -> Any:
-    """Define a field of Config: its variable, parser, default and the flag's help.
+    """Define a field of Config: its variable, default, parser and the flag's help.
 
     An empty variable counts as not set, and hides that of .env.
     """
@@ -660,65 +660,63 @@ class Config:
     Flag and variable use the same parser. A switch's parser is bool.
     """
 
-    api_keys: Sequence[str] = setting("CODEBOT_API_KEYS", split_commas, ())
+    api_keys: Sequence[str] = setting("CODEBOT_API_KEYS", (), split_commas)
     workers: int = setting(
-        "CODEBOT_MAX_WORKERS", parse_threads, 1, "tasks that run at once (default 1)"
+        "CODEBOT_MAX_WORKERS", 1, parse_threads, "tasks that run at once (default 1)"
     )
-    review_workers: int = setting("CODEBOT_REVIEW_WORKERS", parse_threads, 1)
-    queue_size: int = setting("CODEBOT_MAX_QUEUE_SIZE", parse_whole_number, 100)
-    retention: int = setting("CODEBOT_TASK_RETENTION", parse_whole_number, 86400)
-    app_id: str = setting("GITHUB_APP_ID", str, "")
-    key_file: str = setting("GITHUB_APP_PRIVATE_KEY_PATH", str, "")
-    installation_id: int = setting("GITHUB_APP_INSTALLATION_ID", parse_whole_number, 0)
-    webhook_secret: str = setting("GITHUB_WEBHOOK_SECRET", str, "")
+    review_workers: int = setting("CODEBOT_REVIEW_WORKERS", 1, parse_threads)
+    queue_size: int = setting("CODEBOT_MAX_QUEUE_SIZE", 100, parse_whole_number)
+    retention: int = setting("CODEBOT_TASK_RETENTION", 86400, parse_whole_number)
+    app_id: str = setting("GITHUB_APP_ID")
+    key_file: str = setting("GITHUB_APP_PRIVATE_KEY_PATH")
+    installation_id: int = setting("GITHUB_APP_INSTALLATION_ID", 0, parse_whole_number)
+    webhook_secret: str = setting("GITHUB_WEBHOOK_SECRET")
     poll_interval: int = setting(
         "CODEBOT_POLL_INTERVAL",
-        parse_whole_number,
         300,
+        parse_whole_number,
         "seconds between polls (default 300)",
     )
-    api_url: str = setting("GITHUB_API_URL", parse_address, "")
-    enterprise_url: str = setting("GITHUB_ENTERPRISE_URL", parse_address, "")
+    api_url: str = setting("GITHUB_API_URL", parse=parse_address)
+    enterprise_url: str = setting("GITHUB_ENTERPRISE_URL", parse=parse_address)
     allowed: Sequence[str] = setting(
-        "CODEBOT_ALLOWED_REPOSITORIES", split_commas, ("*",)
+        "CODEBOT_ALLOWED_REPOSITORIES", ("*",), split_commas
     )
     claude_command: Sequence[str] = setting(
-        "CODEBOT_CLAUDE_COMMAND", parse_command, ("claude",)
+        "CODEBOT_CLAUDE_COMMAND", ("claude",), parse_command
     )
-    claude_args: Sequence[str] = setting("CODEBOT_CLAUDE_ARGS", split_words, ())
-    task_timeout: int = setting("CODEBOT_TASK_TIMEOUT", parse_whole_number, 3600)
-    stall_timeout: int = setting("CODEBOT_STALL_TIMEOUT", parse_whole_number, 1200)
+    claude_args: Sequence[str] = setting("CODEBOT_CLAUDE_ARGS", (), split_words)
+    task_timeout: int = setting("CODEBOT_TASK_TIMEOUT", 3600, parse_whole_number)
+    stall_timeout: int = setting("CODEBOT_STALL_TIMEOUT", 1200, parse_whole_number)
     # For each task, and again for each review. 0: no limit by the operator
-    budget: float = setting("CODEBOT_MAX_BUDGET_USD", parse_dollars, 0.0)
-    max_turns: int = setting("CODEBOT_MAX_TURNS", parse_whole_number, 0)
-    test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", parse_attempts, 2)
-    sandbox: Sequence[str] = setting("CODEBOT_SANDBOX", parse_command, ("bwrap",))
-    agent_env: Sequence[str] = setting("CODEBOT_AGENT_ENV", parse_agent_env, ())
+    budget: float = setting("CODEBOT_MAX_BUDGET_USD", 0.0, parse_dollars)
+    max_turns: int = setting("CODEBOT_MAX_TURNS", 0, parse_whole_number)
+    test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", 2, parse_attempts)
+    sandbox: Sequence[str] = setting("CODEBOT_SANDBOX", ("bwrap",), parse_command)
+    agent_env: Sequence[str] = setting("CODEBOT_AGENT_ENV", (), parse_agent_env)
     # Unlike other settings, its variable may be empty: then no issue becomes a task.
-    issue_label: str = setting("CODEBOT_ISSUE_LABEL", str, "codebot")
+    issue_label: str = setting("CODEBOT_ISSUE_LABEL", "codebot")
     test_commands: Sequence[tuple[str, str]] = setting(
-        "CODEBOT_TEST_COMMANDS", parse_test_commands, ()
+        "CODEBOT_TEST_COMMANDS", (), parse_test_commands
     )
-    launcher: Sequence[str] = setting("CODEBOT_LAUNCHER", parse_command, ())
-    launcher_stop: Sequence[str] = setting("CODEBOT_LAUNCHER_STOP", parse_command, ())
-    launch_timeout: int = setting("CODEBOT_LAUNCH_TIMEOUT", parse_whole_number, 86400)
-    database: str = setting("CODEBOT_DATABASE", os.path.realpath, "")
-    search_path: str = setting("PATH", parse_search_path, os.defpath)
-    host: str = setting("", str, "127.0.0.1", "address to listen on (127.0.0.1)")
-    port: int = setting("", parse_port, 5000, "port to listen on (5000; 0: a free one)")
+    launcher: Sequence[str] = setting("CODEBOT_LAUNCHER", (), parse_command)
+    launcher_stop: Sequence[str] = setting("CODEBOT_LAUNCHER_STOP", (), parse_command)
+    launch_timeout: int = setting("CODEBOT_LAUNCH_TIMEOUT", 86400, parse_whole_number)
+    database: str = setting("CODEBOT_DATABASE", parse=os.path.realpath)
+    search_path: str = setting("PATH", os.defpath, parse_search_path)
+    host: str = setting(default="127.0.0.1", about="address to listen on (127.0.0.1)")
+    port: int = setting("", 5000, parse_port, "port to listen on (5000; 0: a free one)")
     work_dir: str = setting(
         "",
-        os.path.realpath,
         "codebot_workspace",
+        os.path.realpath,
         "directory for all of codebot's files (./codebot_workspace; run makes a new one)",
     )
-    enable_polling: bool = setting("", bool, False, "ask GitHub at a fixed interval")
-    no_github: bool = setting("", bool, False, "any git remote; no pull requests")
-    tls_cert: str = setting(
-        "", str, "", "certificate (PEM); enables HTTPS with --tls-key"
-    )
-    tls_key: str = setting("", str, "", "private key (PEM)")
-    debug: bool = setting("", bool, False, "verbose log; restart on changes")
+    enable_polling: bool = setting("", False, bool, "ask GitHub at a fixed interval")
+    no_github: bool = setting("", False, bool, "any git remote; no pull requests")
+    tls_cert: str = setting(about="certificate (PEM); enables HTTPS with --tls-key")
+    tls_key: str = setting(about="private key (PEM)")
+    debug: bool = setting("", False, bool, "verbose log; restart on changes")
     # No variable or flag sets the remaining fields.
     env_file: str = ""  # the path of .env, which need not exist
     # The umask with which codebot was started. FILES, above, says which programs have it;
