@@ -461,8 +461,7 @@ def os_error_text(error: OSError) -> str:
     """Return the description of an error, without its number and path."""
     text = error.strerror or str(error)
     # "[SSL: WRONG_VERSION] wrong version (_ssl.c:1129)" becomes "wrong version".
-    text = re.sub(r"^\[.*?\] ", "", text)
-    text = re.sub(r" \(_ssl\.c:\d+\)$", "", text)
+    text = re.sub(r"^\[.*?\] | \(_ssl\.c:\d+\)$", "", text)
     return text.lower().rstrip(".")
 
 
