@@ -375,7 +375,7 @@ class HTTPError(Exception):
 class JobFailed(Exception):
     """Ends a job as failed. The message is for people; ``reason`` is for programs.
 
-    A reason is a fixed name, such as "no_changes". README explains all reasons.
+    README lists all reasons, such as "no_changes".
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -403,10 +403,7 @@ class Cancelled(Exception):
 
 
 class LimitReached(Exception):
-    """A program was ended by a limit.
-
-    The message is a predicate, such as "took more than 5 s". Callers add the program.
-    """
+    """A program was ended by a limit. The message lacks a subject: "took more than 5 s"."""
 
 
 class TimedOut(LimitReached):
@@ -476,19 +473,17 @@ def find_paths(directory: str, pattern: str) -> list[str]:
 # --- Settings and secrets ----------------------------------------------------
 #
 # Known limitations:
-# - Settings are read from .env in the current directory, and they name programs. Do not
-#   run a codebot command in a directory that others can write to, such as a clone.
+# - .env in the current directory names programs that codebot runs. Do not run a codebot
+#   command in a directory that others can write to, such as a clone.
 # - A secret is recognized only as it is, or as base64 of the secret alone, without line
-#   breaks. One of fewer than 6 characters is not redacted in what is logged and sent to
-#   GitHub; one of fewer than 16 is not searched for in the files of a change. A secret is
-#   missed where a line of more than MAX_LINE_BYTES is split. An agent that writes a secret
-#   in another way, such as backwards, compressed, or as the name of an empty directory
-#   (which a tree can have, but no diff shows), can publish it. What looks like a token of
-#   GitHub is redacted in text, but not searched for in the files.
-# - Of the variables that the operator lists for the agent, codebot knows those whose names
-#   suggest a secret; in others it knows headers such as X-Api-Key, and addresses with a
-#   login, a query or parameters. It does not know a key in the path of an address, nor one
-#   in CODEBOT_CLAUDE_ARGS or another command line, which `ps` also shows.
+#   breaks. One of fewer than 6 characters is not redacted; one of fewer than 16 is not
+#   searched for in the files of a change, nor is what only looks like a token of GitHub. A
+#   secret is missed where a line of more than MAX_LINE_BYTES is split. An agent can publish
+#   a secret by writing it in another way, such as backwards, compressed, or as the name of
+#   an empty directory (which a tree can have, but no diff shows).
+# - In the variables that the operator lists for the agent, codebot knows only the secrets
+#   under "What is a secret", below: not a key in the path of an address. It knows none in
+#   CODEBOT_CLAUDE_ARGS or another command line, which `ps` also shows.
 
 MODEL_KEY_NAMES = (
     "ANTHROPIC_API_KEY",
@@ -517,8 +512,7 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 Flags = Mapping[str, Any]  # of the command line, by name; main() adds the umask
 
 
-# Parsers of settings. One that refuses a text raises ValueError, whose message completes a
-# sentence that begins with the setting's name.
+# Parsers of settings. They raise ValueError, whose message follows the setting's name.
 
 
 def split_commas(text: str) -> Sequence[str]:
@@ -534,10 +528,7 @@ def split_words(text: str) -> Sequence[str]:
 
 
 def parse_command(text: str) -> Sequence[str]:
-    """Split a command line. Refuses a program with a relative path.
-
-    In a workspace, such a path would lead into the repository.
-    """
+    """Split a command line. Refuses a relative path, which may lead into a repository."""
     words = split_words(text)
     if not re.fullmatch("/.*|[^/]+", words[0]):
         raise ValueError(
@@ -608,11 +599,9 @@ def parse_agent_env(text: str) -> Sequence[str]:
     return names
 
 
-# A rule owner/name=command. The owner and the name may contain wildcards. An empty command
-# means no tests.
+# owner/name=command, perhaps with wildcards in both names. No command: no tests.
 TEST_RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*=(.*)"
-# Mistakes that pass for a command: "# x", which sh ignores, so that every test would pass;
-# and a malformed rule "a/b/c=x".
+# Mistakes that pass for a command: "# x", with which every test would pass, and "a/b/c=x".
 NO_COMMAND = r"#|[^\s=;&|]*/[^\s=;&|]*\s*="
 
 
@@ -621,8 +610,8 @@ def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
 
     The first rule that matches a repository counts.
     """
-    # In .env all rules are on one line, separated by the two characters \ and n, as in
-    # "a/b=make test\nc/d=tox". A \n that no owner/name= follows is part of the command.
+    # In .env, a \ and an n separate the rules: "a/b=make test\nc/d=tox". If no owner/name=
+    # follows, they are part of the command.
     text = re.sub(rf"\\n(?={TEST_RULE})", "\n", text)
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     rules = []
@@ -718,8 +707,7 @@ class Config:
     debug: bool = setting("", False, bool, "verbose log; restart on changes")
     # No variable or flag sets the remaining fields.
     env_file: str = ""  # the path of .env, which need not exist
-    # The umask with which codebot was started. FILES, above, says which programs have it;
-    # all else has PRIVATE_UMASK.
+    # The umask with which codebot was started. FILES, above, says which programs get it.
     umask: int = PRIVATE_UMASK
     run_tag: str = ""  # the value of CODEBOT_RUN: see base_environment
     # .env and the environment, with all their secrets
@@ -752,10 +740,7 @@ class Config:
 
     @property
     def secret_files(self) -> list[str]:
-        """The files with secrets that exist. The sandbox hides their directories.
-
-        A missing .env is left out, so that codebot can start in / without one.
-        """
+        """The files with secrets that exist. (codebot can start in / without a .env.)"""
         paths = [self.env_file, self.key_file, self.tls_key]
         return [os.path.realpath(path) for path in paths if os.path.exists(path)]
 
@@ -835,8 +820,7 @@ def read_settings(
             try:
                 values[field.name] = field.metadata["parse"](text)
             except ValueError as error:
-                # People write NAME=SECRET where only a name is expected. And what follows
-                # a quote may be JSON with a key.
+                # It may be NAME=SECRET instead of a name, or JSON with a key.
                 shown = re.sub("(?s)([=\"']).*", r"\1***", hide_logins(text))
                 problems.append(f"{name} {error} (it is {shown!r}).")
     return values
@@ -909,17 +893,14 @@ def conflicting_settings(config: Config) -> Iterator[str]:
     for pattern in config.allowed:
         if not pattern_re.fullmatch(pattern):
             yield (
-                f"CODEBOT_ALLOWED_REPOSITORIES: {hide_logins(pattern)!r} must be owner/name "
-                "or owner/* or, with --no-github, a whole URL with a path, such as "
+                f"CODEBOT_ALLOWED_REPOSITORIES: {hide_logins(pattern)!r} must be "
+                "owner/name or owner/* or, with --no-github, a whole URL with a path, such as "
                 "https://HOST/team/*, without a wildcard before the path."
             )
 
 
 def is_allowed(config: Config, name: str) -> bool:
-    """Return whether CODEBOT_ALLOWED_REPOSITORIES allows a repository.
-
-    ``name`` is OWNER/NAME or, with --no-github, the whole URL.
-    """
+    """Return whether OWNER/NAME or, with --no-github, a whole URL is allowed."""
     patterns = config.allowed
     if not config.no_github:  # names at GitHub are case-insensitive
         name = name.lower()
@@ -930,9 +911,8 @@ def is_allowed(config: Config, name: str) -> bool:
 def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
     """Return the settings, and a sentence for each problem.
 
-    A flag counts before the environment, and that before ``.env``. A bad value is replaced
-    by the default. Also sets proxies and certificates in os.environ, where urllib and ssl
-    find them.
+    Flags override the environment, and that overrides .env. The default replaces a bad
+    value. Also sets proxies and certificates in os.environ, for urllib and ssl.
     """
     problems: list[str] = []
     env_file = os.path.abspath(".env")
@@ -975,19 +955,17 @@ MIN_SEARCHED_LENGTH = 16  # a shorter secret may occur in a change by chance
 
 
 def with_base64(secrets: Iterable[str]) -> list[str]:
-    """Return the secrets that are long enough, and their base64.
-
-    The longest comes first, because it may contain a shorter one.
-    """
+    """Return the secrets that are long enough, and their base64."""
     forms = set()
     for secret in secrets:
         if len(secret) >= MIN_REDACTED_LENGTH:
             forms.add(secret)
             data = secret.encode("utf-8", "surrogateescape")
-            # git sends base64("x-access-token:" + TOKEN). It contains base64(TOKEN),
-            # because the prefix has 15 bytes, and every 3 bytes become 4 characters.
+            # It is also in base64("x-access-token:" + TOKEN), which git sends: the prefix
+            # has 15 bytes, and every 3 bytes become 4 characters.
             for encode in (base64.b64encode, base64.urlsafe_b64encode):
                 forms.add(encode(data).decode().rstrip("="))
+    # The longest comes first, because it may contain a shorter one.
     return sorted(forms, key=len, reverse=True)
 
 
@@ -1020,8 +998,8 @@ class Redactor:
     def beginning(self, text: str, length: int) -> str:
         """Return the beginning of a text without secrets, at most ``length`` characters.
 
-        The rest is not looked at, because redacting megabytes takes time. A cut text also
-        loses as many characters as the longest secret has, as it may end within one.
+        The rest is not looked at, as redacting megabytes is slow. A cut text may end within
+        a secret, so as many characters as the longest one has are cut, too.
         """
         if len(text) <= length:
             return self(text)
@@ -1074,10 +1052,7 @@ SECRET_HEADER_RE = re.compile(
 
 
 def configured_secrets(config: Config) -> set[str]:
-    """Return all secrets in the settings.
-
-    Each line of a secret is also a secret, except lines like "-----BEGIN ...".
-    """
+    """Return all secrets in the settings, and each line of them but "-----BEGIN ..."."""
     variables = config.variables
     names = [*MODEL_KEY_NAMES, *OWN_SECRET_NAMES]
     names += filter(SECRET_NAME_RE.search, config.agent_env)
@@ -1126,9 +1101,9 @@ def login_secrets(word: str, is_proxy: bool) -> set[str]:
     """
     address = re.sub("^[^/]*://", "", word)
     logins = [address.partition("/")[0].rpartition("@")[0]]
-    # Some programs accept a password with a "/": USER:a/b@HOST. So the login may also be
-    # all that is before the last @, unless that is in a path, as in HOST:80/PATH@2 and
-    # USER@HOST:PATH@2. (A proxy's address has no path.)
+    # Some programs accept a password with a "/": USER:a/b@HOST. So all that is before the
+    # last @ is also taken for a login, unless that @ is in a path, as in HOST:80/PATH@2
+    # and USER@HOST:PATH@2. (A proxy's address has no path.)
     if is_proxy or re.match(r"[^:/@]*:(?!\d+/)", address):
         logins.append(address.rpartition("@")[0])
     is_address = is_proxy or address != word
