@@ -1120,14 +1120,12 @@ def login_secrets(word: str, is_proxy: bool) -> set[str]:
 # --- Programs ----------------------------------------------------------------
 #
 # codebot starts every program here, in a process group of its own. A program gets only the
-# environment that the caller lists. The exception is git that contacts the remote with
-# --no-github, which inherits codebot's: see remote_environment. CODEBOT_RUN is in every
-# environment. By it codebot finds processes that have left their group.
+# environment that the caller lists; but see remote_environment. CODEBOT_RUN is in every
+# environment: by it codebot finds processes that have left their group.
 
 GIT_TIMEOUT = 1800.0  # seconds for one git command
 MAX_OUTPUT_BYTES = 1 << 30  # a program is ended when its output file is larger
-# Seconds between SIGTERM and SIGKILL, so that git can remove its lock files. (What runs
-# in bwrap is killed at once.)
+# Seconds from SIGTERM to SIGKILL: git removes its lock files. (In bwrap: killed at once.)
 KILL_GRACE = 2.0
 # Seconds that the agent may still run after its result or after a rejected key, and a
 # launcher after the program's end.
@@ -1136,8 +1134,8 @@ MAX_LINE_BYTES = 8 << 20  # a line is split after this, or up to READ_BYTES late
 READ_BYTES = 64 << 10  # of output read at a time; the limits are checked in between
 KEPT_LINES = 400  # how many of the last lines of a program's output are kept
 MAX_KEPT_CHARS = 10_000  # of each of these lines
-# With less free space codebot does not start, and blames the disk if a program fails: even
-# with some megabytes left, git's own words may have been lost.
+# With less free space codebot does not start, and blames the disk if a program fails: then
+# git's own words may be lost.
 FULL_DISK_BYTES = 16 << 20
 
 
@@ -1145,9 +1143,9 @@ def do_nothing(*args: object) -> None:
     pass
 
 
-# A LineHandler gets the new lines of a program's standard output. If it returns True (only
-# the agent's does), the program's work is done: limits, stops and the exit code no longer
-# count, and codebot ends the program after RESULT_GRACE.
+# Gets the new lines of a program's standard output. If it returns True (only the agent's
+# does), the program's work is done: limits, stops and the exit code no longer count, and
+# codebot ends the program after RESULT_GRACE.
 LineHandler = Callable[[list[str]], object]
 
 
@@ -1163,11 +1161,9 @@ DEFAULT_LIMITS = Limits()
 
 
 def raise_if_stop_arrives(check_stop: Callable[[], None]) -> None:
-    """Wait a moment, then call ``check_stop``, after a program was ended by a signal.
-
-    systemd signals all processes of a service; codebot may get its own signal later.
-    """
-    time.sleep(0.3)  # seconds; systemd sends both signals within milliseconds
+    """Wait a moment, then call ``check_stop``, after a program was ended by a signal."""
+    # Seconds. systemd signals all processes of a service, codebot perhaps some ms later.
+    time.sleep(0.3)
     check_stop()
 
 
@@ -1185,8 +1181,8 @@ SHORTAGE = (
     "|Resource temporarily unavailable|Cannot fork|Cannot allocate memory"
     r"|Out of memory, \w+ failed( \(tried to allocate \d+ bytes)?"
 )
-# Matches neither a remote's report of its own shortage, "remote: fatal: ...", nor a file of
-# that name: git, sh and bwrap print the reason at the end of a line.
+# Not "remote: fatal: ...", the remote's own shortage, nor a file of that name: git, sh and
+# bwrap print the reason at the end of a line.
 SHORTAGE_RE = re.compile(rf"^(?!remote:).*({SHORTAGE})\)?$", re.MULTILINE)
 
 
@@ -1208,10 +1204,7 @@ class ProgramResult(NamedTuple):
 
     @property
     def error(self) -> str:
-        """Why it failed: the first line that names a cause, and the last three lines.
-
-        They are from standard error, unless that is empty.
-        """
+        """Why it failed: the first line that names a cause, and the last three lines."""
         lines = [line.strip() for line in self.stderr or self.stdout]
         lines = [line for line in lines if not NOISE_RE.fullmatch(line)]
         if len(lines) > 4:
@@ -1229,13 +1222,12 @@ def shown_by_terminal(line: str) -> str:
 class OutputFile:
     """A program's output, in an unlinked file that is read while it grows.
 
-    The Claude CLI loses output when a pipe is full (seen with 2.1.197).
+    Not a pipe: the Claude CLI loses output when one is full (seen with 2.1.197).
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
-        # A program can empty its own output, with `>/dev/stdout`. With O_APPEND, what is
-        # printed next goes to the new end.
+        # A program can empty it, with `>/dev/stdout`. Then O_APPEND writes to the new end.
         fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
         self.last_lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
         self.has_new_bytes = False  # whether the last read_lines found any
@@ -1245,8 +1237,7 @@ class OutputFile:
     def read_lines(self, has_exited: bool) -> list[str]:
         """Return the new lines. A last line without a line end counts after the exit."""
         if self.size() < self._position:
-            # It was emptied. Output since the last read is lost. (codebot does not notice
-            # that if as much has been written again.)
+            # It was emptied. (This is not noticed if as much has been written again.)
             self._position = 0
             self._partial_line.clear()
         data = os.pread(self.file.fileno(), READ_BYTES, self._position)
@@ -1391,10 +1382,8 @@ def signal_group(leader: int, number: int) -> bool:
 def end_process_group(child: subprocess.Popen[bytes]) -> None:
     """End all processes of a program's group.
 
-    If the program still runs, the group gets SIGTERM and, after KILL_GRACE, SIGKILL. What
-    a program has left behind at its own end gets SIGKILL at once.
-
-    The kernel does not reuse a group's number while it has members, nor soon afterward.
+    What a program has left behind at its own end gets SIGKILL at once. The kernel does not
+    reuse a group's number while it has members, nor soon afterward.
     """
     if child.poll() is None:
         signal_group(child.pid, signal.SIGTERM)
@@ -1477,8 +1466,8 @@ def run_program(
 RunFunction = Callable[..., ProgramResult]  # run_program, perhaps through a launcher
 
 
-# Linux usually starts no program with a larger environment, but a process can declare
-# gigabytes of its memory to be its environment.
+# Linux usually starts no program with a larger one, but a process can declare gigabytes of
+# its memory to be its environment.
 MAX_ENVIRONMENT_BYTES = 2 << 20
 
 
@@ -1497,8 +1486,8 @@ def read_environment(path: str) -> bytes:
 def tagged_processes(run_tag: str) -> list[int]:
     """Return the ids of the processes whose CODEBOT_RUN begins with ``run_tag``.
 
-    So the tag of a codebot process finds those of all its jobs. No tag is the beginning of
-    another one by accident, because its parts have fixed lengths: see base_environment.
+    The parts of a tag have fixed lengths: see base_environment. So a codebot process's tag
+    finds its jobs' processes, and no others.
     """
     needle = f"\0CODEBOT_RUN={run_tag}".encode()
     found = []
@@ -1576,11 +1565,9 @@ def launcher_argv(command: Sequence[str], workspace_path: str) -> list[str]:
 
 # A launched program may outlive codebot. So each launch has a record: for the workspace
 # NAME, the file launched/NAME. It holds the run's tag or, after a stop that failed,
-# STOP_FAILED. The record is removed only when CODEBOT_LAUNCHER_STOP has succeeded, so that
-# must also succeed if nothing runs.
-#
-# The run itself stops the program; if codebot dies, its watchdog does. If that fails,
-# the cleanup, the next run in the same workspace and the next start of codebot try again.
+# STOP_FAILED. It is removed only when CODEBOT_LAUNCHER_STOP has succeeded, which it must
+# also do if nothing runs. The run itself stops the program; if codebot dies, its watchdog
+# does. After a failure the cleanup, the next run in the workspace and the next start retry.
 STOP_FAILED = "stop failed"
 
 
@@ -1600,8 +1587,8 @@ def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") 
     with contextlib.suppress(FileNotFoundError), open(record, "r+b") as lock:
         # Another thread, or an earlier server's watchdog, may be stopping the same launch.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # While this waited, the record may have been removed, or replaced for a later
-        # launch, which may not be meant. So it is read by its path, not from ``lock``.
+        # Meanwhile the record may have been removed, or replaced for a later launch, which
+        # may not be meant. So it is read by its path, not from ``lock``.
         if not record.read_text().startswith(record_prefix):
             return True
         error = run_stop_command(config, workspace_path)
@@ -1655,8 +1642,8 @@ class LaunchedProgram(RunningProgram):
         SENTINEL EXIT_CODE      the program has ended
         the launcher's lines    kept with its standard error
 
-    Launchers differ in the meaning of their own exit codes. So the program's exit code
-    is printed on the node. If it is missing, the node or the cluster has failed.
+    The exit codes of launchers differ in meaning. If the program's own is not printed, the
+    node or the cluster has failed.
     """
 
     sentinel: str = ""
@@ -1666,10 +1653,7 @@ class LaunchedProgram(RunningProgram):
     node_code: int | None = None  # the exit code that was printed on the node
 
     def has_exited(self) -> bool:
-        """Return whether the launcher has exited.
-
-        It also counts as exited after RESULT_GRACE of silence since the program's end.
-        """
+        """Return whether the launcher has exited, or is silent after the program's end."""
         silence = time.monotonic() - self.last_output
         is_late = self.node_code is not None and silence > RESULT_GRACE
         return is_late or super().has_exited()
@@ -1678,11 +1662,11 @@ class LaunchedProgram(RunningProgram):
         """Note the program's start and exit code; return the lines that it printed."""
         output: list[str] = []
         for line in lines:
-            # On a node, a program in bwrap cannot read the sentinel. Any other can (in the
-            # arguments of sh or in this output), and may forge its exit code.
+            # A program that is not in bwrap can read the sentinel (in the arguments of sh
+            # or in this output), and may forge its exit code.
             word, _, code = line.partition(" ")
-            # A code counts even if the first sentinel was never read, because a program may
-            # have emptied the output before that. (Then on_start is never called.)
+            # It counts even if the program has emptied the output before the first sentinel
+            # was read. (Then on_start is never called.)
             if word == self.sentinel and re.fullmatch("[0-9]{1,3}", code):
                 self.node_code = int(code)
                 if output[-1:] == [""]:  # NODE_SCRIPT's, not the program's
@@ -1705,16 +1689,11 @@ class LaunchedProgram(RunningProgram):
             raise NoFreeNode("got no free node")
 
     def exit_code(self) -> int:
-        # Without an exit code from the node, this counts as ended by a signal, because
-        # codebot's own stop may be the cause.
+        # None counts as ended by a signal, because codebot's own stop may be the cause.
         return -signal.SIGTERM if self.node_code is None else self.node_code
 
     def result(self) -> ProgramResult:
-        """Return how the program ended.
-
-        Raises what RunningProgram.result raises, and TransientError if the launcher or its
-        node failed.
-        """
+        """Also raises TransientError if the launcher or its node failed."""
         result = super().result()
         if self.node_code is None and self.grace_ends_at is None:
             raise TransientError(f"The launcher or its node failed: {result.error}")
