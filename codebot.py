@@ -1245,15 +1245,14 @@ class OutputFile:
         if has_exited and not data and self._partial_line:
             data = b"\n"  # the line end that the last line lacks
         self.has_new_bytes = bool(data)
-        *lines, rest = data.split(b"\n")
-        if lines:
-            lines[0] = bytes(self._partial_line) + lines[0]
-            self._partial_line.clear()
-        self._partial_line += rest
+        self._partial_line += data
+        lines = []
+        if b"\n" in data:
+            *lines, self._partial_line = self._partial_line.split(b"\n")
         if len(self._partial_line) > MAX_LINE_BYTES:
-            lines.append(bytes(self._partial_line))
+            lines.append(self._partial_line)
             # The rest gets the line's first character: DiffScanner needs the + or -.
-            self._partial_line[:] = self._partial_line[:1] + b"(continued)"
+            self._partial_line = self._partial_line[:1] + b"(continued)"
         return [line.decode("utf-8", "replace").rstrip("\r") for line in lines]
 
     def keep(self, lines: Iterable[str]) -> None:
