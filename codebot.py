@@ -740,7 +740,10 @@ class Config:
 
     @property
     def secret_files(self) -> list[str]:
-        """The files with secrets that exist. (codebot can start in / without a .env.)"""
+        """The files with secrets that exist. The sandbox hides their directories.
+
+        A missing .env is left out, so that codebot can start in / without one.
+        """
         paths = [self.env_file, self.key_file, self.tls_key]
         return [os.path.realpath(path) for path in paths if os.path.exists(path)]
 
@@ -1125,7 +1128,8 @@ def login_secrets(word: str, is_proxy: bool) -> set[str]:
 
 GIT_TIMEOUT = 1800.0  # seconds for one git command
 MAX_OUTPUT_BYTES = 1 << 30  # a program is ended when its output file is larger
-# Seconds from SIGTERM to SIGKILL: git removes its lock files. (In bwrap: killed at once.)
+# Seconds between SIGTERM and SIGKILL, so that git can remove its lock files. (What runs
+# in bwrap is killed at once.)
 KILL_GRACE = 2.0
 # Seconds that the agent may still run after its result or after a rejected key, and a
 # launcher after the program's end.
@@ -1162,8 +1166,8 @@ DEFAULT_LIMITS = Limits()
 
 def raise_if_stop_arrives(check_stop: Callable[[], None]) -> None:
     """Wait a moment, then call ``check_stop``, after a program was ended by a signal."""
-    # Seconds. systemd signals all processes of a service, codebot perhaps some ms later.
-    time.sleep(0.3)
+    # systemd signals all processes of a service, codebot perhaps some milliseconds later.
+    time.sleep(0.3)  # seconds
     check_stop()
 
 
