@@ -2746,6 +2746,7 @@ class GitHubRepository:
         self.full_name = str(payload["full_name"])
         self.is_archived = bool(payload.get("archived"))
         self.api_path = f"/repos/{self.full_name}"
+        self.url = f"{github.config.git_address}/{self.full_name}"
 
     def get(self, path: str) -> Json:
         return self.github.call(f"{self.api_path}{path}", self.id).value
@@ -3084,17 +3085,9 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
     return Repository(url, url, mirror)
 
 
-def repository_at(github_repository: GitHubRepository) -> Repository:
-    """Return a repository at GitHub, as a task would name it."""
-    config = github_repository.github.config
-    url = f"{config.git_address}/{github_repository.full_name}"
-    repository = parse_repository_url(config, url)
-    return repository._replace(github_repository=github_repository)
-
-
-def default_test_command(config: Config, repository: Repository) -> str:
+def default_test_command(config: Config, full_name: str) -> str:
     """Return the command of CODEBOT_TEST_COMMANDS for a repository, or ""."""
-    name = repository.full_name.lower()
+    name = full_name.lower()
     for pattern, command in config.test_commands:
         if fnmatch.fnmatchcase(name, pattern.lower()):
             return command
@@ -6504,11 +6497,12 @@ def load_review(run: JobRun) -> Review:
         run.codebot.look_now(Look("pull_request", task_id=task.id))
     try:
         github_repository = github.repository_by_id(pull_request.repository_id)
-        repository = repository_at(github_repository)
+        repository = parse_repository_url(run.config, github_repository.url)
         if not is_allowed(run.config, repository.full_name):
             raise ReviewSkipped(f"{repository.full_name} is not an allowed repository")
     except GitHubError as error:
         raise refusal_error(error) from None
+    repository = repository._replace(github_repository=github_repository)
     workspace = Workspace(run, repository, run.job.directory)
     return Review(
         run,
@@ -7150,13 +7144,12 @@ class Sync:
                 continue
             if has_write_access(comment.user):
                 parts.append(f"Comment by {comment.user}:\n{comment.text}")
-        repository = repository_at(github_repository)
         request = TaskRequest(
-            repository_url=f"{self.config.git_address}/{github_repository.full_name}",
+            repository_url=github_repository.url,
             description="\n\n".join(parts)[:100_000],
             ticket_id=str(issue.number),
             ticket_summary=issue.title.strip()[:500] or f"Issue {issue.number}",
-            test_command=default_test_command(self.config, repository),
+            test_command=default_test_command(self.config, github_repository.full_name),
         )
         source = SourceIssue(github_repository.id, issue.number, issue.url, event.id)
         try:
@@ -7871,7 +7864,7 @@ def read_task_request(config: Config, fields: Fields) -> TaskRequest:
         texts[name] = str(value or "").replace("\r\n", "\n")  # sh takes CR as text
     repository = require_allowed_repository(config, texts["repository_url"])
     if not texts.get("test_command"):
-        texts["test_command"] = default_test_command(config, repository)
+        texts["test_command"] = default_test_command(config, repository.full_name)
     return TaskRequest(**texts)
 
 

@@ -3845,7 +3845,7 @@ def test_first_matching_test_command_is_used(name: str, command: str) -> None:
     rules = (("acme/*", "make test"), ("*", "tox"))
     config = codebot.Config(test_commands=rules)
     repository = codebot.parse_repository_url(config, f"https://github.com/{name}")
-    assert codebot.default_test_command(config, repository) == command
+    assert codebot.default_test_command(config, repository.full_name) == command
 
 
 # --- The sandbox: what the agent sees ----------------------------------------
@@ -6032,7 +6032,9 @@ def test_repository_is_not_fetched_into_the_mirror_of_another_with_its_name(
 
     def repository(number: int) -> codebot.Repository:
         payload = {"id": number, "full_name": "acme/widget"}
-        return codebot.repository_at(codebot.GitHubRepository(github, payload))
+        at_github = codebot.GitHubRepository(github, payload)
+        found = codebot.parse_repository_url(github.config, at_github.url)
+        return found._replace(github_repository=at_github)
 
     def resolve_branch(*args: object) -> tuple[str, str]:
         with mirror.lock():  # meanwhile a job of the other repository makes its mirror
@@ -7846,7 +7848,7 @@ def test_commit_waits_until_its_repository_is_unarchived(
 ) -> None:
     payload = {"id": 7, "full_name": "acme/widget", "archived": True}
     at_github = codebot.GitHubRepository(create_github(), payload)
-    repository = codebot.repository_at(at_github)
+    repository = codebot.parse_repository_url(at_github.github.config, at_github.url)
     task = store_task(store)
     with pytest.raises(codebot.JobFailed, match="acme/widget is archived"):
         codebot.require_usable_repository(task, repository, at_github)
