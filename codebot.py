@@ -3189,8 +3189,9 @@ def raise_if_killed(result: ProgramResult) -> None:
     text = "\n".join(result.stderr)
     was_killed = result.code in SIGNAL_EXIT_CODES or PART_KILLED_RE.search(text)
     if result.code != 0 and was_killed:
-        reason = hide_logins(result.error)
-        raise TransientError(f"git was killed (exit code {result.code}): {reason}")
+        raise TransientError(
+            f"git was killed (exit code {result.code}): {result.error}"
+        )
 
 
 def remote_failure(result: ProgramResult, is_github: bool) -> Exception:
@@ -3238,7 +3239,6 @@ class GitDirectory:
         Raises TransientError if it was killed and, with ``check``, GitFailed if it failed.
         """
         result = self.run_git(args, base_environment(self.config), stdin, on_lines)
-        raise_if_killed(result)
         if check and result.code != 0:
             raise GitFailed(f"git {args[0]}: {result.error}")
         return result
@@ -3251,8 +3251,9 @@ class GitDirectory:
         on_lines: LineHandler = do_nothing,
         umask: int = PRIVATE_UMASK,
     ) -> ProgramResult:
+        """Run git. Raises TransientError if it was killed, GitFailed at a limit."""
         try:
-            return run_program(
+            result = run_program(
                 [*GIT, "--git-dir", self.path, *args],
                 env,
                 stdin=stdin,
@@ -3264,6 +3265,8 @@ class GitDirectory:
         except LimitReached as error:
             # No retry: it would take as long, or print as much, again.
             raise GitFailed(f"git {args[0]} {error}") from None
+        raise_if_killed(result)
+        return result
 
     def remote_git(self, repository: Repository, *args: str) -> ProgramResult:
         """Run git against the remote, and again with a new token if the first is refused.
@@ -3293,14 +3296,13 @@ class GitDirectory:
             result = self.run_git(args, env, umask=self.config.umask)
         except TransientError as error:
             raise TransientError(hide_logins(str(error))) from None
-        raise_if_killed(result)
         if result.code != 0:
             raise remote_failure(result, is_github=not self.config.no_github)
         return result
 
     def is_ancestor(self, old: str, new: str) -> bool:
-        args = ("merge-base", "--is-ancestor", old, new)
-        return self.local_git(*args, check=False).code == 0
+        result = self.local_git("merge-base", "--is-ancestor", old, new, check=False)
+        return result.code == 0
 
 
 def discard(work_dir: str, path: str) -> None:
