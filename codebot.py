@@ -3786,8 +3786,7 @@ def make_job(row: sqlite3.Row) -> Job:
     return from_row(Job, {**dict(row), "request": request, "answers": answers})
 
 
-def make_pull_request(row: sqlite3.Row) -> PullRequest:
-    return from_row(PullRequest, row)
+make_pull_request = functools.partial(from_row, PullRequest)
 
 
 def only_value(row: sqlite3.Row) -> Any:
