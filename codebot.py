@@ -2707,11 +2707,6 @@ class GitHub:
                 f"Server set GITHUB_ENTERPRISE_URL ({self.api}/app answered {error})"
             ) from None
 
-    def installation(self) -> Json:
-        return self.call(
-            f"/app/installations/{self.config.installation_id}", AS_APP
-        ).value
-
     def bot(self) -> Bot:
         if self._bot is None:
             login = f"{self.fetch_app()['slug']}[bot]"
@@ -10089,7 +10084,8 @@ def check_github(codebot: Codebot) -> Iterator[Finding]:
 
 
 def check_installation(config: Config, github: GitHub) -> Iterator[Finding]:
-    installation = github.installation()
+    path = f"/app/installations/{config.installation_id}"
+    installation = github.call(path, AS_APP).value
     owner = installation["account"]["login"]
     yield Finding("ok", f"Installation {config.installation_id} of {owner}")
     for name, needed in TOKEN_PERMISSIONS.items():
