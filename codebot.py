@@ -3981,12 +3981,10 @@ class Store:
 
     def _check_file(self) -> None:
         # Writes to a deleted file would seem to succeed.
-        try:
-            is_same = os.stat(self.path).st_ino == self._inode
-        except OSError:
-            is_same = False
-        if not is_same:
-            raise sqlite3.OperationalError("the database file was removed or replaced")
+        with contextlib.suppress(OSError):
+            if os.stat(self.path).st_ino == self._inode:
+                return
+        raise sqlite3.OperationalError("the database file was removed or replaced")
 
     def _read(
         self, make: Callable[[sqlite3.Row], T], sql: str, **values: Any
