@@ -2142,26 +2142,23 @@ class Sandbox:
 
 # --- GitHub ------------------------------------------------------------------
 #
-# This section makes all requests to GitHub's REST API, and uses only GET and POST. To act
-# as the App itself, codebot signs a JWT with the App's key. For all else it uses tokens,
-# which are kept in memory only: the lookup token, which can only read metadata, and one for
-# each repository, which can read and write its contents, pull requests and issues.
+# All requests to GitHub's REST API are made here, with GET and POST only. As the App,
+# codebot signs a JWT with the App's key. For all else it uses the lookup token and one
+# token for each repository, which it keeps in memory only.
 #
 # Known limitations:
 # - The App's key can do whatever the App may do at GitHub, and a repository's token can
 #   write to every branch that is not protected. `check` reports missing permissions of the
 #   App, but none that it should not have.
-# - If somebody else opens a pull request for codebot's branch before codebot's own request
-#   succeeds (usually at once, but later if GitHub fails), codebot takes it, with its text
-#   and base, for its own.
+# - A pull request that somebody else opens for codebot's branch, before codebot does, is
+#   taken for codebot's own, with its text and base.
 # - Pull requests are the App's. So a person who asked for a change may approve it, even
 #   where GitHub lets nobody approve their own.
 # - If the address of GitHub is http://, for a tunnel on this machine, an agent can listen
 #   on its port while the tunnel is down, and be sent JWTs and tokens.
-# - HTML comments (also in code, where GitHub shows them) and invisible characters are
-#   removed from text that people write on GitHub, and so is everything after a <!-- without
-#   an end. Text that is hidden there in other ways is not removed, such as in <?...?>, in
-#   <![CDATA[...]]> or in the title of a link.
+# - From people's text, HTML comments (also in code, where GitHub shows them) and invisible
+#   characters are removed: see visible_text. Text that GitHub hides in other ways is not,
+#   such as in <?...?>, in <![CDATA[...]]> or in the title of a link.
 
 GITHUB_TIMEOUT = 30.0  # seconds that GitHub has to answer
 GITHUB_ATTEMPTS = 4  # how often a request to GitHub is sent, at most
@@ -2227,10 +2224,7 @@ class Bot(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Comment:
-    """A text on a pull request, usually one that a person wrote.
-
-    The text of a GitHub review is one comment, and each inline comment is another.
-    """
+    """A text on a pull request. A GitHub review can have several."""
 
     place: str  # where it is: "review_text", "inline" (on a line) or "conversation"
     id: int
@@ -2290,9 +2284,8 @@ class NoRedirects(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
-# The group is the comment's end. "<!-->" is also a comment. A comment without an end
-# matches up to the end of the text (`\Z`), with an empty group. If it did not match, a
-# text with thousands of "<!--" would be searched for an end from each of them.
+# The group is the comment's end. It is empty if there is none: if that did not match, a
+# text would be searched again from each of thousands of "<!--". "<!-->" is a comment, too.
 HTML_COMMENT_RE = re.compile(r"<!(?=--).*?(-->|\Z)", re.DOTALL)
 CUT_NOTE = "(text after an unclosed HTML comment was removed)"
 INVISIBLE_RE = re.compile(
@@ -2378,8 +2371,7 @@ def github_error_text(status: int, payload: Json) -> str:
 
 # Two temporary reasons for a status of 422: comments and pull requests are made too fast;
 # one part of GitHub does not see yet what another one has: a pushed branch, its commit, or
-# its pull request. The quotes are single because github_error_text appends GitHub's list
-# of errors as Python prints it.
+# its pull request. The quotes are Python's: see github_error_text.
 TEMPORARY_422_RE = re.compile(
     "submitted too quickly|'code': 'abuse'"
     "|'field': 'head', 'code': 'invalid'|No commits between|pull request already exists"
@@ -2429,8 +2421,7 @@ class GitHub:
         self.attempts = GITHUB_ATTEMPTS
         self.requests_made = 0
         self.rate_limit_remaining = "NaN"  # not known yet, as Prometheus writes it
-        # GitHub's clock minus ours, in seconds, by the Date of the last response. (It is
-        # slightly too small, because the response took some time to arrive.)
+        # GitHub's clock minus ours, in seconds, by the Date of the last response.
         self.clock_skew = 0.0
         # No request is sent before this time: ignoring a limit could get the App banned.
         self.silent_until = 0.0
@@ -2438,8 +2429,7 @@ class GitHub:
         # Threads share all that follows without a lock. Each step is atomic, and it does no
         # harm if two threads fetch the same token at once.
         self._tokens: dict[TokenScope, tuple[str, float]] = {}  # each with its expiry
-        # By URL, as each URL is always asked for with the same scope. GitHub answers 304
-        # only if the reply would be the same now.
+        # By URL, as each URL is always asked for with the same scope.
         self._replies: dict[str, Reply] = {}
         # By repository and login: the monotonic time until which a refusal is remembered.
         self.access_refusals: dict[tuple[int, str], float] = {}
@@ -2543,7 +2533,6 @@ class GitHub:
             self.wait(delay)
             existing = find_existing()
             if existing is not None:
-                # As if this request had created it.
                 return Reply(200, email.message.Message(), existing)
             if self.silent_until > time.time():
                 raise TransientError(
@@ -2648,9 +2637,9 @@ class GitHub:
 
     def remember_reply(self, url: str, reply: Reply) -> None:
         """Cache a reply: GitHub does not count a request that it answers with 304."""
-        # A full page is not cached. After a 304 its old headers would be used, and they
-        # lack the link to a next page that may exist by then. (The list of repositories
-        # is no plain list; it has their number, so a new one changes every page.)
+        # Not a full page: after a 304, its old headers would lack the link to a next page
+        # that exists by then. (The list of repositories is no plain list. It has their
+        # number, so a new one changes every page.)
         is_full = isinstance(reply.value, list) and len(reply.value) >= PAGE_SIZE
         is_cacheable = not is_full and reply.size <= MAX_CACHED_BYTES
         if reply.status == 200 and "ETag" in reply.headers and is_cacheable:
@@ -2660,10 +2649,10 @@ class GitHub:
             self._replies[url] = reply
 
     def pause_before_attempt(self, reply: Reply, attempt: int) -> float:
-        """Return the seconds until the next attempt, if the thread may wait that long.
+        """Return the seconds until the next attempt, at most MAX_INLINE_WAIT.
 
-        Otherwise raises TransientError with retry_at, so that the job waits. If a rate
-        limit is the reason, no thread sends a request before that: see silent_until.
+        For a longer wait, raises TransientError with retry_at. If a rate limit is the
+        reason, no thread sends a request before that: see silent_until.
         GitHub docs: "Rate limits for the REST API", "Best practices".
         """
         seconds = GITHUB_RETRY_DELAY * 2.0**attempt
@@ -2715,7 +2704,6 @@ class GitHub:
         return self._bot
 
     def repositories(self) -> Iterator[GitHubRepository]:
-        """Yield the installation's repositories."""
         path = f"/installation/repositories?per_page={PAGE_SIZE}"
         for payload in self.pages(path, LOOKUP):
             yield GitHubRepository(self, payload)
