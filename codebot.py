@@ -2913,9 +2913,8 @@ class GitHubRepository:
 #   configuration of codebot's user sends to every server.
 # - If a client names a local repository to which an agent can write, hooks that the agent
 #   plants there run as codebot's user, outside the sandbox, when git pushes. codebot
-#   refuses repositories in its own work directory by their path, but not those in other
-#   work directories, such as the ones that `run` leaves in /tmp, nor those that an ssh
-#   address reaches by another path.
+#   refuses paths in its own work directory, but not in others, such as those that `run`
+#   leaves in /tmp, nor ssh addresses that lead there by another path.
 # - git before 2.45.1 (in the 2.39 series, before 2.39.4), when it pushes to a repository of
 #   another user on this host, runs that user's hooks as codebot.
 # - codebot's credential may be allowed to change workflows.
@@ -2972,14 +2971,6 @@ def is_branch_name(name: str) -> bool:
         r"|^[./-]|[./]$"  # the beginning and the end of the whole name
     )
     return not re.search(forbidden, name) and name not in ("", "@", "HEAD")
-
-
-# One repository appears as
-#   Repository         its URL and name
-#   GitHubRepository   the same repository at GitHub, where its id identifies it
-#   Mirror             the local copy, written from the remote only
-#   Workspace.repo     the agent's clone, which borrows the mirror's objects
-#   Workspace.outbox   codebot's own repository, for the recorded tree and its commit
 
 
 class Repository(NamedTuple):
@@ -3120,8 +3111,8 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
     }
 
 
-# What a failure of git that contacts the remote becomes, in raise_if_killed (the first line
-# of this table) and in remote_failure (the others). The first line that applies counts:
+# What a failure of git that contacts the remote becomes, in raise_if_killed (the first
+# line) and remote_failure. The first line that applies counts:
 #   a signal ended git or a part of it     TransientError
 #   "rejected]" by the remote's rules      GitFailed
 #   no login, a wrong one, HTTP 403, or    GitAuthFailed: at GitHub, tried again with a
@@ -3161,7 +3152,7 @@ REJECTED_RE = re.compile(
     r"|^(?!.*(Internal Server Error|commit_refs|unpacker error)).*rejected\]",
     re.MULTILINE,
 )
-# A program that git has started. (A remote's lines begin with "remote:".)
+# A program that git has started.
 PART_KILLED_RE = re.compile(r"^error: \S+ died of signal (9|15)$", re.MULTILINE)
 # Seconds until git is run again with a new token, which may not be known everywhere yet.
 TOKEN_RETRY_DELAY = 3.0
@@ -3217,10 +3208,7 @@ class GitDirectory:
         stdin: bytes = b"",
         on_lines: LineHandler = do_nothing,
     ) -> ProgramResult:
-        """Run git locally, without a credential.
-
-        Raises TransientError if it was killed and, with ``check``, GitFailed if it failed.
-        """
+        """Run git without a credential. With ``check``, raises GitFailed if it fails."""
         result = self.run_git(args, base_environment(self.config), stdin, on_lines)
         if check and result.code != 0:
             raise GitFailed(f"git {args[0]}: {result.error}")
@@ -3252,7 +3240,7 @@ class GitDirectory:
         return result
 
     def remote_git(self, repository: Repository, *args: str) -> ProgramResult:
-        """Run git against the remote, and again with a new token if the first is refused.
+        """Run git against the remote, twice if it refuses the token: then with a new one.
 
         Raises TransientError or GitFailed.
         """
@@ -3321,8 +3309,7 @@ class Mirror(GitDirectory):
     def lock(self) -> Iterator[None]:
         """Hold the mirror's lock.
 
-        git inherits its descriptor, so the lock is held until git has ended, even if
-        codebot is killed.
+        git inherits it, so it is held until git has ended, even if codebot is killed.
         """
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         with open(f"{self.path}.lock", "ab") as file:
@@ -3349,8 +3336,8 @@ class Mirror(GitDirectory):
         commit = ""
         args = ("ls-remote", "--symref", "--", repository.url, ref)
         # "ref: refs/heads/main<TAB>HEAD" (default branch only), then "COMMIT<TAB>REF". git
-        # also lists branches named .../HEAD or .../refs/heads/BRANCH: the branch is not
-        # found if there are more of them than KEPT_LINES.
+        # also lists branches named .../HEAD or .../refs/heads/BRANCH; with more than
+        # KEPT_LINES of these, the branch may not be found.
         for line in self.remote_git(repository, *args).stdout:
             value, _, name = line.partition("\t")
             if value.startswith("ref: refs/heads/") and name == "HEAD":
@@ -3362,19 +3349,16 @@ class Mirror(GitDirectory):
         return branch, commit
 
     def fetch_branch(self, repository: Repository, branch: str) -> tuple[str, str]:
-        """Ask the remote for the branch's tip; fetch all branches if the mirror lacks it.
+        """Return a branch's name and its tip at the remote, which the mirror then has.
 
-        Returns the branch's name and its tip at the remote. Callers must not use the
-        mirror's branch: if the remote's was reset to an older commit, nothing is fetched,
-        and the mirror's stays newer. Raises BranchNotFound.
+        The mirror's own branch may be newer: if the remote's was reset to an older commit,
+        nothing is fetched. Raises BranchNotFound.
         """
-        # Without the lock: the repository's other jobs must not wait for the remote. git
-        # ls-remote needs no mirror.
+        # Without the lock: the repository's other jobs must not wait for the remote.
         name, commit = self.resolve_branch(repository, branch)
         ref = f"refs/heads/{name}"
         with self.lock():
-            # Tells Cleanup when the mirror was last used. (touch() makes the file anew if
-            # somebody removed it while this thread waited for the lock.)
+            # Tells Cleanup when the mirror was last used.
             pathlib.Path(f"{self.path}.lock").touch()
             self.create_for(repository)
             if self.is_ancestor(commit, ref):  # there is nothing new
