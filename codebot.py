@@ -3427,23 +3427,12 @@ class Mirror(GitDirectory):
 # All SQL is here. The table of jobs is the record of the work. When a method of Store
 # returns, its changes are on disk and survive a power cut (synchronous=FULL).
 #
-# These methods create jobs, end them, or change their state:
-#   add_task                       -> pending
-#   queue_comments                 -> pending     a review, unless the comment joins one
-#   claim                  pending -> running
-#   finish                 running -> completed, failed
-#   requeue, requeue_interrupted
-#                          running -> pending     after a stop or crash, or for a retry
-#   request_cancel         pending -> failed      a running task is only asked to end
-#   drop_review            deletes a running review
-#   absorb_waiting_reviews deletes a pending review, whose comments join a running one
-#   delete_expired         deletes tasks, with their reviews
-# The other methods read, or store something without changing a state.
+# Jobs are made by add_task and queue_comments, and deleted by drop_review,
+# absorb_waiting_reviews and delete_expired. _transition makes all changes of state.
 #
-# Known limitation: a new database, such as that of a new work directory, knows none of the
-# pull requests, and issues that still have the label become tasks again. If an older or
-# another database is put in place, the cleanup removes the workspaces and outboxes that
-# this database does not know.
+# Known limitation: a new database, such as that of a new work directory, knows no pull
+# requests, and issues that still have the label become tasks again. If an older or another
+# database is put in place, the cleanup removes workspaces and outboxes that it lacks.
 
 # What a retry depends on: three columns of jobs, which SCHEMA explains. A job fails at
 # MAX_INTERRUPTIONS interruptions, and at a transient error that comes more than RETRY_LIMIT
@@ -4078,10 +4067,7 @@ class Store:
             return job
 
     def claim(self, job_id: str) -> Job | None:
-        """Start a job and return it, or None if it already has or must not start yet.
-
-        If it must not start yet, the timer queues it again.
-        """
+        """Start a job and return it, or None if it has started or must not start yet."""
         values = {"id": job_id, "now": time.time()}
         with self._transaction() as db:
             row = db.execute(
@@ -4104,11 +4090,7 @@ class Store:
     def requeue(
         self, job_id: str, interruptions: int = 0, not_before: float = 0.0
     ) -> None:
-        """Make a running job pending again.
-
-        ``interruptions`` is added to the job's count: 1 after a crash, or if the retry
-        costs money. ``not_before`` is when to retry after a transient error, else 0.
-        """
+        """Make a running job pending again: see "What a retry depends on"."""
         with self._transaction() as db:
             self._transition(db, job_id, "running", "pending")
             db.execute(
@@ -4180,7 +4162,7 @@ class Store:
         return changed == 1
 
     def save_progress(self, job: Job) -> None:
-        """Store the fields that a run changes, for a restart and for people to see."""
+        """Store the fields that a run changes."""
         values = {**vars(job), "answers": json.dumps(job.answers)}
         self._write(
             """
@@ -4255,10 +4237,7 @@ class Store:
         return self._read_one(make_job, "SELECT * FROM jobs WHERE id = :id", id=job_id)
 
     def tasks(self, status: str, limit: int, before_seq: int) -> list[dict[str, Json]]:
-        """Return tasks as the API lists them, newest first.
-
-        An empty ``status`` means all.
-        """
+        """Return tasks as the API lists them, newest first. No ``status`` means all."""
         sql = """
             SELECT * FROM task_list
             WHERE seq < :before ORDER BY seq DESC LIMIT :limit
@@ -4274,10 +4253,7 @@ class Store:
         return tasks
 
     def add_events(self, task_id: str, events: Sequence[tuple[str, str]]) -> None:
-        """Add (source, message) pairs to a task's log.
-
-        If the events cannot be written, they are lost, but the task goes on.
-        """
+        """Add (source, message) pairs to a task's log, if the database can be written."""
         if not events:
             return
         now = utc_time()
@@ -4463,10 +4439,7 @@ class Store:
         )
 
     def stored_comments(self, job_id: str) -> list[StoredComment]:
-        """Return the comments that a review answers, oldest first.
-
-        The text of a GitHub review comes before all other comments.
-        """
+        """Return a review's comments by age, but texts of GitHub reviews first."""
         return self._read(
             StoredComment._make,
             """
