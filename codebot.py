@@ -2425,7 +2425,7 @@ class GitHub:
         self.clock_skew = 0.0
         # No request is sent before this time: ignoring a limit could get the App banned.
         self.silent_until = 0.0
-        self._bot: Bot | None = None
+        self.bot = functools.cache(self.fetch_bot)
         # Threads share all that follows without a lock. Each step is atomic, and it does no
         # harm if two threads fetch the same token at once.
         self._tokens: dict[TokenScope, tuple[str, float]] = {}  # each with its expiry
@@ -2696,12 +2696,10 @@ class GitHub:
                 f"Server set GITHUB_ENTERPRISE_URL ({self.api}/app answered {error})"
             ) from None
 
-    def bot(self) -> Bot:
-        if self._bot is None:
-            login = f"{self.fetch_app()['slug']}[bot]"
-            user = self.call(f"/users/{urllib.parse.quote(login)}", LOOKUP).value
-            self._bot = Bot(login, int(user["id"]))
-        return self._bot
+    def fetch_bot(self) -> Bot:
+        login = f"{self.fetch_app()['slug']}[bot]"
+        user = self.call(f"/users/{urllib.parse.quote(login)}", LOOKUP).value
+        return Bot(login, int(user["id"]))
 
     def repositories(self) -> Iterator[GitHubRepository]:
         path = f"/installation/repositories?per_page={PAGE_SIZE}"
