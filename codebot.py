@@ -2248,11 +2248,6 @@ class CurrentPullRequest(NamedTuple):
     is_locked: bool
 
 
-class OpenedPullRequest(NamedTuple):
-    number: int
-    url: str
-
-
 class Issue(NamedTuple):
     number: int
     url: str
@@ -2784,12 +2779,12 @@ class GitHubRepository:
 
     def open_pull_request(
         self, branch: str, base: str, title: str, body: str
-    ) -> OpenedPullRequest:
-        """Open the branch's pull request, or return the one that it already has."""
+    ) -> tuple[int, str]:
+        """Open the branch's pull request, unless it has one. Returns its number and URL."""
         fields = {"title": title, "body": body, "head": branch, "base": base}
         find_existing = functools.partial(self.find_pull_request, branch)
         payload = self.post("/pulls", fields, find_existing)
-        return OpenedPullRequest(int(payload["number"]), str(payload["html_url"]))
+        return int(payload["number"]), str(payload["html_url"])
 
     def pull_request(self, number: int) -> CurrentPullRequest:
         payload = self.get(f"/pulls/{number}")
@@ -4319,7 +4314,7 @@ class Store:
 
     # Pull requests and comments
 
-    def add_pull_request(self, job: Job, new: OpenedPullRequest) -> None:
+    def add_pull_request(self, job: Job, number: int, url: str) -> None:
         """Store a task's pull request, unless it is stored already."""
         self._write(
             """
@@ -4331,7 +4326,8 @@ class Store:
             """,
             task_id=job.id,
             repository_id=job.repository_id,
-            **new._asdict(),
+            number=number,
+            url=url,
         )
 
     def pull_request(self, task_id: str) -> PullRequest | None:
@@ -6304,16 +6300,16 @@ def create_pull_request(workspace: Workspace) -> None:
     title = without_ci_skips(run.redact(run.job.request.title)[:250])
     body = pull_request_body(run)
     try:
-        new = github_repository.open_pull_request(
+        number, url = github_repository.open_pull_request(
             run.job.branch, run.job.base_name, title, body
         )
     except GitHubError as error:
         raise JobFailed(
             "pull_request_failed", f"GitHub refused the pull request: {error}"
         ) from None
-    run.codebot.until_database_works(run.store.add_pull_request, run.job, new)
-    run.log_event("codebot", f"Pull request {new.number}: {new.url}")
-    log.info("Task %s: opened %s", run.job.id, new.url)
+    run.codebot.until_database_works(run.store.add_pull_request, run.job, number, url)
+    run.log_event("codebot", f"Pull request {number}: {url}")
+    log.info("Task %s: opened %s", run.job.id, url)
     # Somebody may have commented on it before it was stored.
     run.codebot.look_now(Look("pull_request", task_id=run.job.id, look_twice=True))
 

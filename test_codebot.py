@@ -4477,8 +4477,7 @@ def store_pull_request(
     store: codebot.Store, task: codebot.Job, number: int = 1
 ) -> codebot.PullRequest:
     url = f"https://github.com/acme/widget/pull/{number}"
-    new = codebot.OpenedPullRequest(number=number, url=url)
-    store.add_pull_request(task, new)
+    store.add_pull_request(task, number, url)
     pull_request = store.pull_request(task.id)
     assert pull_request is not None
     return pull_request
