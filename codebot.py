@@ -3847,12 +3847,7 @@ def insert_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
             branch
         FROM jobs WHERE id = :task_id
         """,
-        {
-            "id": job_id,
-            "now": utc_time(),
-            "task_id": task_id,
-            "reviewer": reviewer,
-        },
+        {"id": job_id, "now": utc_time(), "task_id": task_id, "reviewer": reviewer},
     )
     return job_id
 
