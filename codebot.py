@@ -2753,12 +2753,11 @@ class GitHubRepository:
         url_login = urllib.parse.quote(login, safe="")
         try:
             payload = self.get(f"/collaborators/{url_login}/permission")
-            permission = payload["permission"]
+            # "maintain" is reported as "write".
+            if payload["permission"] in ("admin", "write"):
+                return True
         except GitHubError as error:
             log.info("GitHub did not report the access of %s: %s", login, error)
-            permission = "none"
-        if permission in ("admin", "write"):  # "maintain" is reported as "write"
-            return True
         refusals[key] = time.monotonic() + ACCESS_REFUSAL_TTL
         return False
 
