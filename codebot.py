@@ -2366,7 +2366,8 @@ def github_error_text(status: int, payload: Json) -> str:
 
 # Two temporary reasons for a status of 422: comments and pull requests are made too fast;
 # one part of GitHub does not see yet what another one has: a pushed branch, its commit, or
-# its pull request. The quotes are Python's: see github_error_text.
+# its pull request. The quotes are single because github_error_text appends GitHub's list
+# of errors as Python prints it.
 TEMPORARY_422_RE = re.compile(
     "submitted too quickly|'code': 'abuse'"
     "|'field': 'head', 'code': 'invalid'|No commits between|pull request already exists"
@@ -2965,6 +2966,14 @@ def is_branch_name(name: str) -> bool:
     return not re.search(forbidden, name) and name not in ("", "@", "HEAD")
 
 
+# One repository appears as
+#   Repository         its URL and name
+#   GitHubRepository   the same repository at GitHub, where its id identifies it
+#   Mirror             the local copy, written from the remote only
+#   Workspace.repo     the agent's clone, which borrows the mirror's objects
+#   Workspace.outbox   codebot's own repository, for the recorded tree and its commit
+
+
 class Repository(NamedTuple):
     """A remote repository, as a task names it."""
 
@@ -3232,7 +3241,7 @@ class GitDirectory:
         return result
 
     def remote_git(self, repository: Repository, *args: str) -> ProgramResult:
-        """Run git against the remote, twice if it refuses the token: then with a new one.
+        """Run git against the remote, and again with a new token if the first is refused.
 
         Raises TransientError or GitFailed.
         """
@@ -3301,7 +3310,8 @@ class Mirror(GitDirectory):
     def lock(self) -> Iterator[None]:
         """Hold the mirror's lock.
 
-        git inherits it, so it is held until git has ended, even if codebot is killed.
+        git inherits its descriptor, so the lock is held until git has ended, even if
+        codebot is killed.
         """
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         with open(f"{self.path}.lock", "ab") as file:
