@@ -5088,23 +5088,25 @@ class DiffScanner:
     def __init__(self, redact: Redactor) -> None:
         self.redact = redact
         self.file = ""  # the file that the next lines are about
-        self.fault = ""  # why the change must not be pushed
 
     def read(self, lines: list[str]) -> None:
-        """Note the fault of the lines, if any. A LineHandler."""
+        """Raise JobFailed if the change must not be pushed. A LineHandler."""
         # Not removed lines and hunk headings. With --unified=0, the others are added lines,
         # and headers with the names of files.
         new = [line for line in lines if not line.startswith(("-", "@@"))]
         has_secret = self.redact.has_secret("\n".join(new))  # one call, as it is slow
+        fault = ""
         for line in new:
             if line.startswith("diff --git "):
                 # Only for messages. Without " b/", the name is in quotes.
                 self.file = line.partition(" b/")[2] or line[len("diff --git ") :]
-            elif line == "new file mode 160000" and not self.fault:
+            elif line == "new file mode 160000":
                 # This is how git shows a submodule, or a clone that the agent left.
-                self.fault = f"{self.file} is a nested git repository or a submodule"
-            if has_secret and not self.fault and self.redact.has_secret(line):
-                self.fault = f"it contains a secret in {self.file}"
+                fault = f"{self.file} is a nested git repository or a submodule"
+            if has_secret and self.redact.has_secret(line):
+                fault = f"it contains a secret in {self.file}"
+            if fault:
+                raise JobFailed("agent_failed", f"The change was not pushed: {fault}")
 
 
 class Workspace:
@@ -5447,9 +5449,6 @@ class Workspace:
                 f"The change could not be checked: {error}"
             )
             raise JobFailed("agent_failed", message) from None
-        if scanner.fault:
-            message = f"The change was not pushed: {scanner.fault}"
-            raise JobFailed("agent_failed", message)
         return "\n".join(files)
 
     def push(self) -> None:

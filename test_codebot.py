@@ -6865,9 +6865,10 @@ def test_secret_at_the_beginning_of_a_very_long_line_is_found(
 def test_first_fault_of_a_change_is_reported() -> None:
     secret = "a-key-of-20-letters."
     scanner = codebot.DiffScanner(codebot.Redactor(codebot.Config(api_keys=(secret,))))
-    scanner.read(["diff --git a/one b/one", f"+{secret}"])
-    scanner.read(["diff --git a/two b/two", "new file mode 160000"])
-    assert scanner.fault == "it contains a secret in one"
+    lines = ["diff --git a/one b/one", f"+{secret}"]
+    lines += ["diff --git a/two b/two", "new file mode 160000"]
+    with pytest.raises(codebot.JobFailed, match="it contains a secret in one$"):
+        scanner.read(lines)
 
 
 def test_list_of_files_shows_invisible_characters_of_names(local: LocalTask) -> None:
