@@ -5470,19 +5470,27 @@ class Workspace:
             raise TransientError(f"The remote refuses the push: {error}") from None
         except GitFailed as error:
             # If a response is lost, git may send the request again, which is then rejected.
-            if not self.remote_has(commit):
+            try:
+                self.fetch_tip_after(commit)
+            except JobFailed:
                 raise JobFailed("push_rejected", f"Failed to push: {error}") from None
         self.run.log_event("git", f"Pushed {commit} to {self.branch}")
 
-    def remote_has(self, commit: str) -> bool:
-        """Fetch the branch, and return whether it contains the commit."""
-        try:
-            _, tip = self.fetch(self.branch, "push_rejected")
-        except JobFailed:
-            return False
-        return self.mirror.is_ancestor(commit, tip)
-
     # Changes on top of what others pushed
+
+    def fetch_tip_after(self, commit: str) -> str:
+        """Fetch the branch and return its tip, which is ``commit`` or comes after it.
+
+        Raises JobFailed if the branch does not have ``commit`` (anymore).
+        """
+        _, tip = self.fetch(self.branch, "push_rejected")
+        if not self.mirror.is_ancestor(commit, tip):
+            raise JobFailed(
+                "push_rejected",
+                f"Commits have been removed from the branch: it no longer has {commit}. "
+                "Comment again to have the change made on top of the current branch.",
+            )
+        return tip
 
     def patch(self, base_commit: str, commit: str) -> bytes:
         """Return the change that a commit in the outbox makes, as a patch.
@@ -6715,7 +6723,7 @@ def push_review_commit(review: Review) -> None:
     workspace = review.workspace
     for attempt in range(1, MAX_PUSHES + 1):
         require_may_act(review)  # the agent may have worked for hours
-        tip = fetch_tip_after(workspace, run.job.base_commit)
+        tip = workspace.fetch_tip_after(run.job.base_commit)
         if workspace.mirror.is_ancestor(run.job.commit_id, tip):
             return
         if tip != run.job.base_commit:
@@ -6723,37 +6731,22 @@ def push_review_commit(review: Review) -> None:
             # already: then the push changes nothing.
             reapply_change(review, tip)
             require_may_act(review)  # its tests may have taken hours
-            fetch_tip_after(workspace, tip)  # raises if commits were removed meanwhile
+            workspace.fetch_tip_after(tip)  # raises if commits were removed meanwhile
         run.set_phase("push", attempt)
         try:
             workspace.push()
         except JobFailed:
-            if fetch_tip_after(workspace, run.job.base_commit) == run.job.base_commit:
+            if workspace.fetch_tip_after(run.job.base_commit) == run.job.base_commit:
                 raise  # nobody has pushed meanwhile, so the remote refuses the commit
             continue
         # Raises an error if the commit is not there: the answer will name it.
-        fetch_tip_after(workspace, run.job.commit_id)
+        workspace.fetch_tip_after(run.job.commit_id)
         return
     raise JobFailed(
         "push_rejected",
         "Others pushed every time the change was ready. Comment again to have it redone "
         "on top of the current branch.",
     )
-
-
-def fetch_tip_after(workspace: Workspace, commit: str) -> str:
-    """Fetch the branch and return its tip, which is ``commit`` or comes after it.
-
-    Raises JobFailed if the branch does not have ``commit`` (anymore).
-    """
-    _, tip = workspace.fetch(workspace.branch, "push_rejected")
-    if not workspace.mirror.is_ancestor(commit, tip):
-        raise JobFailed(
-            "push_rejected",
-            f"Commits have been removed from the branch: it no longer has {commit}. "
-            "Comment again to have the change made on top of the current branch.",
-        )
-    return tip
 
 
 def reapply_change(review: Review, tip: str) -> None:

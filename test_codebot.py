@@ -8140,7 +8140,7 @@ def test_only_finished_work_waits_if_a_fetch_fails(
     with pytest.raises(codebot.TransientError, match=message):
         workspace.fetch("main", "push_rejected")
     with pytest.raises(codebot.TransientError, match=message):
-        workspace.remote_has("a" * 40)
+        workspace.fetch_tip_after("a" * 40)
 
 
 def test_token_that_git_refuses_is_renewed_once(shared: Site) -> None:
