@@ -6102,12 +6102,10 @@ def name_workspace(run: JobRun) -> None:
     job = run.job
     if job.directory:
         return
-    digits = job.id.replace("-", "")
-    names = [digits[start : start + 7] for start in range(len(digits) - 6)]
-    # The first seven digits in a row that end no other task's directory. The name of the
-    # outbox has only these.
-    work_dir = run.config.work_dir
-    name = next(name for name in names if not find_paths(work_dir, f"task_*{name}"))
+    name = job.id[:7]
+    # No other task's directory may end so: the name of the outbox has only these digits.
+    while find_paths(run.config.work_dir, f"task_*{name}"):
+        name = uuid.uuid4().hex[:7]
     ticket = slugify(run.redact(job.request.ticket_id))
     slug = slugify(run.redact(job.request.subject).lower()) or "task"
     directory = "_".join(filter(None, ("task", ticket, name)))
