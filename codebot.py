@@ -6377,8 +6377,7 @@ class Review(NamedTuple):
     workspace: Workspace
     # Set by load_comments:
     comments: Sequence[Comment] = ()  # to be answered
-    # All comments by the reviewer and by codebot, including those to be answered:
-    context: Sequence[Comment] = ()
+    listed: Sequence[Comment] = ()  # all that GitHub has, by anyone
 
 
 def run_review(run: JobRun) -> None:
@@ -6520,9 +6519,7 @@ def load_comments(review: Review) -> Review:
             raise TransientError("GitHub does not list a comment yet")
         if comment is not None and comment.user == run.job.reviewer:
             comments.append(comment)
-    speakers = (OWN_NAME, run.job.reviewer)
-    context = [comment for comment in listed if comment.user in speakers]
-    return review._replace(comments=comments, context=context)
+    return review._replace(comments=comments, listed=listed)
 
 
 def apply_daily_limit(run: JobRun) -> None:
@@ -6587,8 +6584,9 @@ def earlier_comments(review: Review) -> list[Comment]:
     threads = {comment.thread for comment in review.comments}
     earlier = [
         comment
-        for comment in review.context
-        if (comment.place != "inline" or comment.thread in threads)
+        for comment in review.listed
+        if comment.user in (OWN_NAME, review.run.job.reviewer)
+        and (comment.place != "inline" or comment.thread in threads)
         and comment not in review.comments
     ]
     earlier.sort(key=lambda comment: comment.created_at)
