@@ -5369,12 +5369,11 @@ class Workspace:
         def note(lines: list[str]) -> None:
             for line in lines:
                 # ":OLD_MODE NEW_MODE OLD_ID NEW_ID A<TAB>NAME"
-                _, _, _, new_id, _ = line.split(" ", 4)
-                blobs.append(f"{new_id}\n")
+                blobs.append(line.split()[3])
 
         diff = ("diff-tree", "-r", EMPTY_TREE, base_commit, "--")
         self.outbox.local_git(*diff, ":(glob)**/.gitmodules", on_lines=note)
-        pathlib.Path(self.outbox.path, "fsck-skip-list").write_text("".join(blobs))
+        pathlib.Path(self.outbox.path, "fsck-skip-list").write_text("\n".join(blobs))
 
     def fetch_into_outbox(self, ref: str) -> ProgramResult:
         """Fetch HEAD of the workspace's repository.
