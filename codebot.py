@@ -6536,12 +6536,11 @@ def react_to_comments(review: Review) -> None:
     """React to each comment, once in this process. It is not tried again if that fails."""
     paths = {"inline": "/pulls/comments", "conversation": "/issues/comments"}
     reacted_to = review.run.codebot.reacted_to
-    new = []
-    for comment in review.comments[:MAX_REACTIONS]:
-        if comment.place in paths:  # a GitHub review's text takes no reactions
-            path = f"{paths[comment.place]}/{comment.id}"
-            if path not in reacted_to:
-                new.append(path)
+    new = {
+        f"{paths[comment.place]}/{comment.id}"
+        for comment in review.comments[:MAX_REACTIONS]
+        if comment.place in paths  # a GitHub review's text takes no reactions
+    } - reacted_to
     reacted_to.update(new)
     review.github_repository.react(new)
 
