@@ -4607,8 +4607,8 @@ def take_work_dir(config: Config) -> None:
             f"The disk of {work_dir} is full. Free some space. While codebot is not "
             "running, task_*/repo and task_*/tmp in it can be removed."
         )
-    # CODEBOT_DATABASE may name a file in another server's work directory.
-    # A missing directory is not made, because its disk may not be mounted.
+    # It may be in another server's work directory. A missing directory is not made, because
+    # its disk may not be mounted.
     hold_lock(f"{database}.lock", "CODEBOT_DATABASE", make_directory=False)
     if not os.path.exists(database) and removable_paths(work_dir, "task"):
         # A new database would know none of them, and the cleanup would remove them.
@@ -4666,8 +4666,7 @@ def hold_lock(path: str, option: str, make_directory: bool) -> None:
         ) from None
 
 
-# Matches the directories that codebot makes in the work directory and may remove, but no
-# others there, such as scratch_projects.
+# The directories in the work directory that codebot makes and may remove.
 REMOVABLE_RE = re.compile(
     r"""
       task_ ([A-Za-z0-9-]+_)? [0-9a-f]{7}  # see name_workspace
@@ -4689,11 +4688,10 @@ def removable_paths(work_dir: str, kind: str) -> list[str]:
 
 
 def remove_tree(config: Config, path: str) -> None:
-    """Remove a directory that an agent may have made unwritable or very deep.
+    """Remove a directory, if it exists. An agent may have made it unwritable or very deep.
 
-    The directory may be missing. Symlinks are not followed. Raises ValueError unless the
-    path is one that codebot creates in its work directory, and TransientError if some of
-    it cannot be removed, such as files of another user's, or files in use on NFS.
+    Symlinks are not followed. Raises ValueError unless codebot makes such directories, and
+    TransientError if some of it cannot be removed, such as another user's files.
     """
     name, _, part = os.path.relpath(path, config.work_dir).partition("/")
     if not REMOVABLE_RE.fullmatch(name) or part not in ("", "repo", "tmp"):
@@ -4701,12 +4699,10 @@ def remove_tree(config: Config, path: str) -> None:
     if os.path.islink(path):
         os.unlink(path)  # chmod would follow it
         return
-    # This comes first because a program needs temporary files, and a full disk may have
-    # no space for them (seen with XFS).
-    remove_most(path)
+    remove_most(path)  # first: a full disk may have no space for a program's files
     if os.path.lexists(path):
-        # rm never follows a link. chmod could be misled by a process that replaces files
-        # meanwhile, but it only gives a file's owner more rights.
+        # rm never follows a link. chmod may, if a process replaces files meanwhile, but it
+        # only gives a file's owner more rights.
         script = 'chmod -R u+rwX -- "$1"; rm -rf -- "$1"'
         env = base_environment(config)
         with contextlib.suppress(LimitReached):
@@ -4721,9 +4717,8 @@ MAX_REMOVED_LEVELS = 100  # each takes two descriptors
 def remove_most(name: str, parent: int | None = None, level: int = 0) -> None:
     """Remove a directory, except what is unwritable or too deep. Raises no OSError.
 
-    Never follows a symlink, even if one appears meanwhile, and takes little memory.
-    shutil.rmtree keeps a list of a directory's files and, in Python 3.13, a path for each
-    level. That can be gigabytes: an agent can make 8,000 levels in a moment.
+    Never follows a symlink, even if one appears meanwhile. Takes little memory, where
+    shutil.rmtree may take gigabytes: an agent can make 8,000 levels in a moment.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
     with contextlib.suppress(OSError):
@@ -4746,10 +4741,10 @@ class Look(NamedTuple):
       "everything"
       "repository"     repository_id; to find its issues with the label
       "issue"          repository_id, number; an issue that has, or had, the label
-      "pull_request"   task_id; the pull request of this task
+      "pull_request"   task_id
       "ended_task"     task_id; to report the task's end on its issue
-    With look_twice, something has just changed. GitHub may not show that yet, so codebot
-    looks a second time, VISIBILITY_DELAY later.
+    With look_twice, codebot looks again after VISIBILITY_DELAY: GitHub may not show yet
+    what has just changed.
     """
 
     kind: str
@@ -4790,8 +4785,7 @@ class Codebot:
             "task": queue.Queue(),
             "review": queue.Queue(),
         }
-        # When each look of the sync thread is due; 0.0: at once. Other threads add looks,
-        # each in one atomic step.
+        # When each look is due; 0.0: at once. Threads add looks, each in one atomic step.
         self.looks: dict[Look, float] = {EVERYTHING: 0.0}
         self.reacted_to: set[str] = set()  # see react_to_comments
         self.jobs_due = threading.Event()  # wakes the timer: a job may start
@@ -4852,14 +4846,11 @@ class Codebot:
             raise StopRequested()
 
     def cancel(self, job_id: str) -> None:
-        """Cancel a task. Raises WrongState if it is too late.
-
-        A running task also ends if that cannot be stored: it may be what fills the disk.
-        """
+        """Cancel a task. Raises WrongState if it is too late."""
         try:
             self.store.request_cancel(job_id)
         except sqlite3.Error:
-            self.end_run(job_id)
+            self.end_run(job_id)  # it may be what fills the disk
             raise
         self.end_run(job_id)
 
@@ -4894,8 +4885,7 @@ class JobRun:
         self.job = job
         self.is_cancelled = False  # another thread sets it
         self.started = time.monotonic()
-        # When the agent and the tests must end: see time_left. Workspace.run_work sets it
-        # again after it has waited for a node.
+        # See time_left. Workspace.run_work sets it again after it has waited for a node.
         self.deadline: float | None = None
         self.events_left = MAX_OUTPUT_EVENTS  # in this phase
         self.agent_ran_since_save = False
@@ -4943,8 +4933,8 @@ class JobRun:
     def time_left(self) -> float:
         """Return the seconds left in this run for the agent and the tests, in all attempts.
 
-        The first call starts the clock: at the checkout, or when a review is classified. So
-        the time of a slow network does not count.
+        The first call starts the clock, at the checkout or when a review is classified: the
+        time of a slow network does not count.
         """
         if self.deadline is None:
             self.deadline = time.monotonic() + self.config.task_timeout
@@ -4979,25 +4969,22 @@ class JobRun:
 #
 # Known limitations:
 # - git unpacks, checks and compares the agent's objects outside the sandbox. A bug in git
-#   would be a way to codebot. A small pack can make it take any amount of memory, whatever
-#   the sandbox allows.
+#   would be a way to codebot. A small pack can make it take any amount of memory.
 # - "The tests passed" means that the command exited with 0 in a workspace where the agent
 #   could have changed the tests, and files in HOME that they read. The workspace also has
-#   files that git ignores, which the commit lacks. An agent can have git record other
-#   contents than those that were tested, such as by a filter. What is recorded is inspected
-#   before it is pushed.
+#   files that git ignores, which the commit lacks. By a filter, an agent can have git
+#   record other contents than were tested. What is recorded is inspected.
 # - If files break the repository's own rules for line ends (`text` or `eol` in
-#   .gitattributes), git records them as changed although nobody has touched them. Then
-#   codebot commits that, too, even if the agent has done nothing.
+#   .gitattributes), codebot commits what git makes of them, even if nobody changed them.
 # - A change may move a submodule that the repository has to any commit. A change is not
 #   pushed if its diff, without the contents of deleted files, exceeds 1 GiB.
 
 # The largest change that is applied again on top of what others have pushed meanwhile.
 MAX_PATCH_BYTES = 256 << 20
-# Every script of Workspace begins with this. It removes the lock files that a killed git
-# may have left, and defines `g`: git without hooks, fsmonitor, signing and gc. Scripts do
-# not use the configuration in HOME, which is the agent's. (With git 2.31 they do: it does
-# not know GIT_CONFIG_GLOBAL.) The checkout needs no `g`, because its repository is new.
+# Every script of Workspace begins with this. It removes the lock files of a killed git,
+# and defines `g`: git without hooks, fsmonitor, signing and gc. The configuration in HOME
+# is the agent's. (Only git 2.31 uses it: it does not know GIT_CONFIG_GLOBAL.) The checkout
+# needs no `g`, because its repository is new.
 GIT_FUNCTION = """
 export GIT_CONFIG_GLOBAL=/dev/null XDG_CONFIG_HOME=/nonexistent
 for lock in .git/index.lock .git/HEAD.lock; do
@@ -5024,8 +5011,8 @@ git -c checkout.workers=2 read-tree -m -u HEAD
 RECORD_SCRIPT = """
 g add -A >&2 && g write-tree
 """
-# Brings back the files of the tree $1, whatever a test has changed. Other files are
-# removed, but ignored ones, such as installed packages, stay.
+# Brings back the files of the tree $1. Removes others, but not ignored ones, such as
+# installed packages.
 RESTORE_SCRIPT = """
 restore() {
     g read-tree "$1" && g checkout-index -q -f -a && g clean -q -ff -d &&
@@ -5112,9 +5099,9 @@ class DiffScanner:
 class Workspace:
     """The directory in which a job's agent works, and the outbox beside it.
 
-    Its path is the same for all jobs of a task, because the agent's session is found by
-    this path. The home directory, which holds the session, is kept between jobs. The
-    rest is made anew, so that nothing that an agent left in .git reaches the next job.
+    All jobs of a task have the same path, by which the CLI finds the session, and the same
+    home, which holds it. The rest is made anew, so that nothing that an agent left in .git
+    reaches the next job.
     """
 
     def __init__(self, run: JobRun, repository: Repository, directory: str) -> None:
@@ -5135,7 +5122,7 @@ class Workspace:
     def fetch(self, branch: str, reason_if_missing: str) -> tuple[str, str]:
         """Fetch a branch into the mirror. Returns its name and commit.
 
-        Raises JobFailed if there is no such branch. After any other failure, raises
+        Raises JobFailed if there is no such branch. If the fetch fails, raises
         TransientError if the job has a commit, which has cost something, else JobFailed.
         """
         try:
@@ -5190,9 +5177,7 @@ class Workspace:
             "git", f"Branch {self.branch} from {base_name} at {base_commit}"
         )
 
-    # Three methods of this class start something in the sandbox, with command lines from
-    # sandboxed().
-    #
+    # Three methods start something in the sandbox, with command lines from sandboxed():
     #   script              codebot's own scripts on this host, by run_in_sandbox
     #   run_work            the agent and the tests, here or on a node, by run_in_sandbox
     #   fetch_into_outbox   git upload-pack, which git fetch starts
@@ -5200,10 +5185,9 @@ class Workspace:
     def environment(self, as_agent: bool) -> dict[str, str]:
         """Return the whole environment of a program that run_in_sandbox runs."""
         env = base_environment(self.config)
-        # GIT_CONFIG_GLOBAL is /dev/null here. The agent must not get it: as root, its
-        # `git config --global` would replace /dev/null by a file. But the git of a launcher
-        # or a sandbox needs it, so as not to obey HOME, which is the agent's. So it is set
-        # here, and Sandbox.wrap unsets it for the program inside.
+        # GIT_CONFIG_GLOBAL is /dev/null here, so that the git of a launcher or a sandbox
+        # does not obey HOME, which is the agent's. Sandbox.wrap unsets it for the program
+        # inside: as root, the agent's `git config --global` would replace /dev/null.
         env.update(copy_variables(self.config, [*NETWORK_NAMES, "TZ"]))
         env["HOME"] = f"{self.path}/home"
         env["TMPDIR"] = "/tmp"
@@ -5275,8 +5259,8 @@ class Workspace:
         """Run a command in the sandbox, then end all that it left running."""
         cwd = self.repo
         if self.codebot.sandbox.is_bwrap:
-            # bwrap itself must not start where the agent can write, as it may load
-            # libraries from there. It changes to the repository.
+            # bwrap must not start where the agent can write, as it may load libraries from
+            # there. It changes to the repository.
             cwd = self.path
         try:
             return launch(
@@ -5295,8 +5279,7 @@ class Workspace:
             if not self.codebot.sandbox.is_bwrap or launch is not run_program:
                 end_processes(tagged_processes, self.config.run_tag)
 
-    # From the agent's work to a pushed commit
-    #
+    # From the agent's work to a pushed commit:
     #   record_files     returns the tree of the agent's files; the tests run on them
     #   collect_tree     commits that tree in the sandbox; fetches it into the outbox, where
     #                    fsck checks it
@@ -5360,9 +5343,8 @@ class Workspace:
     def write_skip_list(self, base_commit: str) -> None:
         """Have fsck accept every .gitmodules that the base has already.
 
-        Their faults are not the agent's, but fsck reads them again if the new tree has
-        them. Files of other names are not listed: in an earlier job, an agent may have
-        written a bad .gitmodules under another name, to rename it now.
+        Their faults are not the agent's. Files of other names are not listed: one of them
+        may be an agent's bad .gitmodules from an earlier job, to be renamed now.
         """
         blobs: list[str] = []
 
@@ -5433,8 +5415,8 @@ class Workspace:
         """Return a summary of the commit's changes, as git diff --stat prints it.
 
         Raises JobFailed if the commit must not be pushed. The agent's .gitattributes hide
-        nothing from this check: git would read them from a work tree, or (in 2.43) from
-        the commit that a bare repository's HEAD names. The outbox has neither.
+        nothing: git would read them from a work tree, or (in 2.43) from the commit that
+        HEAD names. The outbox has neither.
         """
         scanner = DiffScanner(self.codebot.redact)
         diff = (*GIT_DIFF, "--no-renames", base_commit, commit)
@@ -5464,8 +5446,7 @@ class Workspace:
                 self.repository, "push", "--quiet", "--no-verify", "--", url, refspec
             )
         except GitAuthFailed as error:
-            # The App may be suspended for a while, or a login has expired. The commit has
-            # cost something.
+            # The App may be suspended for a while, or a login has expired.
             raise TransientError(f"The remote refuses the push: {error}") from None
         except GitFailed as error:
             # If a response is lost, git may send the request again, which is then rejected.
@@ -5529,8 +5510,7 @@ class Workspace:
 
 
 def outbox_path(config: Config, directory: str) -> str:
-    """Return the path of the outbox that belongs to a task's directory."""
-    # task_[TICKET_]HEX. (For a classification's scratch directory, there is no outbox.)
+    """Return the path of the outbox of a task's directory, task_[TICKET_]HEX."""
     digits = directory.rpartition("_")[2]
     return f"{config.work_dir}/outbox_{digits}.git"
 
