@@ -5519,19 +5519,17 @@ def outbox_path(config: Config, directory: str) -> str:
 #
 # The agent is the Claude CLI. It gets a prompt on its standard input, works in the
 # workspace and prints events as JSON lines (stream-json). What they say, including the
-# cost, is only the agent's claim. A repository's settings, hooks and MCP servers are not
-# loaded. But code of the repository that the agent runs has the model's key.
+# cost, is only the agent's claim. Code of the repository that it runs has the model's key.
 #
 # Known limitations:
 # - The agent's home, with its session, is kept for the reviews of its pull request: until
 #   that is closed, or for CODEBOT_TASK_RETENTION after the last one. What has misled the
 #   agent once, or was left there by a test (but not the CLI's settings), is still there
-#   when a trusted reviewer's request is carried out. The CLI trusts the session,
-#   which a test can change: with 2.1.332, an agent that answers a question may then read
-#   another directory, too.
+#   when a trusted reviewer's request is carried out. A test can change the session: with
+#   2.1.332, an agent that answers a question may then read another directory, too.
 # - That the repository's Claude settings, hooks and MCP servers are not loaded, and that an
-#   answer only reads, depends on options and variables of the Claude CLI. `check` wants
-#   version 2.0.64 or newer, which knows them, but nothing tests that it honors them.
+#   answer only reads, depends on options and variables of the CLI. `check` wants version
+#   2.0.64 or newer, which knows them, but nothing tests that it honors them.
 # - Without a budget, only the time and the turns limit what a run may cost. A budget relies
 #   on the cost that the agent reports, and a run that is interrupted reports none.
 
@@ -5652,16 +5650,15 @@ CLASSIFY_OPTIONS = AgentOptions(
     ),
     max_turns=4,
 )
-# The CLI's options for the task's session, whose id is the task's id.
+# Options for the task's session, whose id is the task's.
 BEGIN_SESSION = "--session-id"
 CONTINUE_SESSION = "--resume"
-# Prepares the agent's home for a run that continues the session. Of the CLI's files there,
-# only the session is kept: the CLI obeys settings that a test may have left in .claude.json
-# and remote-settings.json, even with --setting-sources "" (tried with 2.1.197 and 2.1.332).
-# 2.1.332 writes the cost so far and the system prompt into the session. When it continues,
-# it would report that cost again, and send that prompt in place of the run's own. So the
-# cost's line is deleted, and the prompt's is renamed: if that were deleted, the CLI might
-# lose what came before it.
+# Prepares the agent's home for a run that continues the session. Of the CLI's files, only
+# the session is kept: the CLI obeys settings that a test may have left in .claude.json and
+# remote-settings.json, even with --setting-sources "" (tried with 2.1.197 and 2.1.332).
+# 2.1.332 would report the cost that stands in the session again, and use the system prompt
+# there instead of the run's own. So the cost's line is deleted, and the prompt's is
+# renamed: without it, the CLI might lose what came before it.
 PREPARE_HOME_SCRIPT = """
 set -e # a file that cannot be removed must not be obeyed
 if [ "$HOME" = "$1" ]; then # a sandbox may have set another one, which is not codebot's
@@ -5732,7 +5729,7 @@ class AgentRun:
             self.result = event  # the last one counts
         elif event.get("subtype") == "api_retry":
             if event.get("error_status") == 401:
-                # This ends the run, without success: the CLI would retry for three minutes.
+                # This ends the run, which would fail only after three minutes.
                 self.result = self.result or {"api_error_status": 401}
             self.note("agent", f"The model's API failed: {event.get('error')}")
         elif event["type"] in ("assistant", "user"):
@@ -5781,14 +5778,13 @@ class AgentRun:
     def raise_if_failed(self, program: ProgramResult) -> None:
         """Raise JobFailed unless the agent reports success.
 
-        Raises TransientError if a full disk has lost the report.
-
-        The exit code alone says nothing: an interrupted CLI exits with 0 (tried).
+        Raises TransientError if a full disk has lost the report. The exit code says
+        nothing: then, and when it is interrupted, the CLI may exit with 0 (tried).
         """
         result = self.result
         if not result:
             raise_if_stop_arrives(self.run.check_stop)
-            if program.is_disk_full:  # the CLI may exit with 0 (tried)
+            if program.is_disk_full:
                 raise TransientError("The disk is full: the agent's result is lost")
         is_success = result.get("subtype") == "success"
         is_empty = result.get("num_turns") == 0  # the model was not asked
@@ -5801,8 +5797,8 @@ class AgentRun:
         texts = [result.get("result")]
         if isinstance(result.get("errors"), list):
             texts += result["errors"]
-        # A crash is reported on standard error, where the CLI prints little else. With a
-        # launcher, standard error may hold the launcher's words, so it comes last.
+        # A crash is reported on standard error, where the CLI prints little else. But a
+        # launcher's words may be there, too: then it comes last.
         words = [program.error if program.stderr else "", self.last_message]
         if self.run.config.launcher:
             words.reverse()
@@ -5828,10 +5824,8 @@ class AgentRun:
 
 
 def tool_call_text(name: str, inputs: JsonObject) -> str:
-    """Return a tool call as text: its name and first input in one line, then the others.
-
-    Inputs that are text, such as a path, come first: the CLI begins with `replace_all`.
-    """
+    """Return a tool call's name and first input in one line, then the other inputs."""
+    # Texts, such as a path, come first: the CLI begins with `replace_all`.
     items = sorted(inputs.items(), key=lambda item: not isinstance(item[1], str))
     # The first input's name is left out: "Bash: ls".
     _, _, text = "\n".join(f"{key}: {value}" for key, value in items).partition(": ")
@@ -5854,10 +5848,8 @@ def ask_agent(
 ) -> JsonObject:
     """Run the agent once, within the job's time and budget; store its words and cost.
 
-    The prompt must begin with codebot's own words: the CLI takes a prompt that begins with
-    a slash for one of its commands.
-
-    Returns AgentRun.output(). Raises JobFailed unless the agent reports success.
+    The prompt must begin with codebot's own words: one that begins with a slash would be a
+    command of the CLI's. Returns AgentRun.output(). Raises JobFailed without success.
     """
     run = workspace.run
     agent_run = AgentRun(run)
