@@ -5917,9 +5917,9 @@ MAX_BODY_CHARS = 65_000  # of a pull request or an answer; GitHub takes 65,536
 
 # Text for GitHub
 
-# A squash merge makes its commit message from the pull request's title and body. With
-# words such as "[skip ci]" in it, the repository's CI would not test the commit (GitHub
-# docs: "Skipping workflow runs"; other CI systems have words of their own).
+# With words such as "[skip ci]" in a commit's message, CI does not test it (GitHub docs:
+# "Skipping workflow runs"; other CI systems have words of their own). A squash merge makes
+# the message from the pull request's title and body.
 CI_SKIP_RE = re.compile(
     r"\[( *skip[ _-][^\[\]\n]{1,50}|[^\[\]\n]{1,50}[ _-]skip *| *no[ _-]ci *)\]",
     re.IGNORECASE,
@@ -6001,9 +6001,8 @@ def run_task(run: JobRun) -> None:
 def look_up_repository(run: JobRun) -> Repository:
     """Return the repository and store its id, if GitHub gives a token for it.
 
-    Raises JobFailed if the repository is not allowed (the settings may have changed since
-    the task was submitted) or was renamed. If it cannot be used, raises JobFailed or, once
-    there is a commit, TransientError.
+    Raises JobFailed if it is not allowed (the settings may have changed) or was renamed. If
+    it cannot be used, raises JobFailed or, once there is a commit, TransientError.
     """
     job = run.job
     try:
@@ -6046,7 +6045,7 @@ def require_usable_repository(
 ) -> None:
     """Raise JobFailed if the task's repository was renamed, replaced or archived.
 
-    A commit that is made already can wait until the repository is unarchived.
+    A commit that exists can wait until the repository is unarchived.
     """
     if github_repository.full_name.lower() != repository.full_name.lower():
         raise JobFailed(
@@ -6176,11 +6175,8 @@ def test_and_commit(
 def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
     """Run the test command. If it fails, show the agent its output and try again.
 
-    Agent and tests alternate, and share the number of the attempt: the agent's attempt 1
-    came before this.
-
-    Returns the tree that passed, and how often the command ran. Raises JobFailed if the
-    tests still fail or cannot be started.
+    Agent and tests alternate, and share the number of the attempt. Returns the tree that
+    passed, and its attempt. Raises JobFailed if the tests still fail or cannot be started.
     """
     run = workspace.run
     attempts = run.config.test_attempts + 1
@@ -6213,9 +6209,9 @@ def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
 def run_tests_once(
     workspace: Workspace, command: str, attempt: int
 ) -> tuple[str, ProgramResult]:
-    """Record the files' tree, run the test command, and bring the files back.
+    """Record the files' tree, which is committed if the test passes; run the test command.
 
-    The recorded tree is what is committed, whatever the test does. Returns it and the
+    Then bring the files back, whatever the test has changed. Returns the tree and the
     result.
     """
     run = workspace.run
@@ -6233,8 +6229,7 @@ def run_tests_once(
     run.log_event("codebot", f"Test command: {command}")
     result = workspace.run_work(test, "test", attempt)
     run.log_event("codebot", f"Exit code {result.code}")
-    # If this fails, the recorded tree is committed after a test that passed; after one that
-    # failed, the agent goes on with what the test has left.
+    # If this fails after a test that failed, the agent goes on with what the test has left.
     with contextlib.suppress(JobFailed):
         workspace.script(RESTORE_SCRIPT, tree)
     return tree, result
@@ -6261,7 +6256,7 @@ def push_task_commit(workspace: Workspace) -> None:
         and github_repository is not None
         and github_repository.find_pull_request(run.job.branch) is not None
     ):
-        # The branch was pushed. It may be merged and deleted: a push would restore it.
+        # It may be merged, and its branch deleted: a push would restore it.
         return
     require_labeler_access(workspace)
     if not run.store.begin_push(run.job.id):
