@@ -18,7 +18,7 @@ demo also cat and grep). It is for Linux. On macOS, without bwrap, it is unteste
 HOW TO READ THIS FILE
   Read it once, from the top. Each part (I to IV) consists of sections. Code calls only
   what is above it or in its own section; comments may mention what comes later.
-  `run_task`, `run_review` and `report_failure` list the steps of a job.
+  `run_task` and `run_review` list the steps of a job.
   A table in `run_steps` says what each exception does to a job.
     I.   The boundary   how codebot runs programs, asks GitHub, and uses git
     II.  The work       every state, what an agent receives, what happens to its work
@@ -6356,25 +6356,25 @@ def run_review(run: JobRun) -> None:
       answers                          push the commit, if one was not pushed yet, and
                                        post the answers (for an unclear request, these
                                        are codebot's questions)
-      error                            see report_failure
+      error                            post the error, and raise it again: see run_job
 
     Raises ReviewSkipped if nothing is to be done.
     """
-    review = open_review(run)
-    prepare_answers(review)
-    answer_threads(review)
+    try:
+        review = open_review(run)
+        if not run.job.error:
+            prepare_answers(review)
+        answer_threads(review)
+    except GitHubError as error:
+        # Even "not found": something new may not be visible in all parts of GitHub, and a
+        # repository may be taken out of the App's installation for a while.
+        raise TransientError(
+            f"GitHub does not show what the review needs, or refuses the App: {error}"
+        ) from None
+    if run.job.error:
+        run.log_event("codebot", f"Review failed ({run.job.reason})")
+        raise JobFailed(run.job.reason, run.job.error)
     run.log_event("codebot", f"Review completed ({run.job.request_kind})")
-
-
-def report_failure(run: JobRun) -> None:
-    """Post why a review failed, if codebot may still act on it. Then raise that failure.
-
-    These are the steps of a review that has stored an error: see run_job.
-    """
-    review = open_review(run)
-    answer_threads(review)
-    run.log_event("codebot", f"Review failed ({run.job.reason})")
-    raise JobFailed(run.job.reason, run.job.error)
 
 
 def open_review(run: JobRun) -> Review:
@@ -6402,13 +6402,10 @@ def load_review(run: JobRun) -> Review:
         raise ReviewSkipped("its pull request is not codebot's anymore")
     if pull_request.state != "open":  # perhaps it was reopened, unnoticed
         run.codebot.look_now(Look("pull_request", task_id=task.id))
-    try:
-        github_repository = github.repository_by_id(pull_request.repository_id)
-        repository = parse_repository_url(run.config, github_repository.url)
-        if not is_allowed(run.config, repository.full_name):
-            raise ReviewSkipped(f"{repository.full_name} is not an allowed repository")
-    except GitHubError as error:
-        raise refusal_error(error) from None
+    github_repository = github.repository_by_id(pull_request.repository_id)
+    repository = parse_repository_url(run.config, github_repository.url)
+    if not is_allowed(run.config, repository.full_name):
+        raise ReviewSkipped(f"{repository.full_name} is not an allowed repository")
     repository = repository._replace(github_repository=github_repository)
     workspace = Workspace(run, repository, run.job.directory)
     return Review(
@@ -6420,18 +6417,6 @@ def load_review(run: JobRun) -> Review:
     )
 
 
-def refusal_error(error: GitHubError) -> TransientError:
-    """Return the error if GitHub does not show what a review is about.
-
-    Even "not found" is transient: something new may not be visible in all parts of GitHub,
-    and a repository may be taken out of the App's installation for a while.
-    """
-    return TransientError(
-        "GitHub does not show the pull request, its repository or its comments, or refuses "
-        f"the App: {error}"
-    )
-
-
 def require_may_act(review: Review) -> None:
     """Raise ReviewSkipped unless codebot may act for the reviewer now.
 
@@ -6439,10 +6424,7 @@ def require_may_act(review: Review) -> None:
     The branch is codebot's: find_pull_request made sure of that before the pull request was
     stored, and GitHub lets nobody change the head branch of a pull request.
     """
-    try:
-        current = review.github_repository.pull_request(review.number)
-    except GitHubError as error:
-        raise refusal_error(error) from None
+    current = review.github_repository.pull_request(review.number)
     if current.state != "open":
         review.run.codebot.look_now(Look("pull_request", task_id=review.task.id))
         raise ReviewSkipped(f"the pull request is {current.state}")
@@ -6462,10 +6444,7 @@ def load_comments(review: Review) -> Review:
     """
     run = review.run
     # A delivery is only a claim. GitHub is asked for the authors and the current texts.
-    try:
-        listed = list(review.github_repository.comments(review.number))
-    except GitHubError as error:
-        raise refusal_error(error) from None
+    listed = list(review.github_repository.comments(review.number))
     current = {(comment.place, comment.id): comment for comment in listed}
     if not run.job.request_kind:
         # Some may not be delivered yet, for example the rest of a GitHub review.
@@ -7157,8 +7136,8 @@ def run_job(codebot: Codebot, job: Job) -> None:
 
     A failed review that must tell its reviewer takes two rounds:
       1. run_steps returns "failed"; store_failure stores the reason and the error.
-      2. run_steps sees job.error and takes the steps of report_failure. These post the
-         error and raise it again: the review ends as failed.
+      2. run_review sees job.error, posts it and raises it again: the review ends as
+         failed.
     If the second round has to be retried, the next run begins with it.
     """
     run = JobRun(codebot, job)
@@ -7196,10 +7175,7 @@ def run_steps(run: JobRun) -> Ending:
     job = run.job  # as it was before the steps; its id and kind do not change
     try:
         require_may_run(run)
-        steps = STEPS[job.kind]
-        if job.error:
-            steps = report_failure
-        steps(run)
+        STEPS[job.kind](run)
         return Ending("completed")
     except ReviewSkipped as error:
         return ending_of_skipped_review(run, error)
