@@ -6420,9 +6420,8 @@ def load_review(run: JobRun) -> Review:
 def require_may_act(review: Review) -> None:
     """Raise ReviewSkipped unless codebot may act for the reviewer now.
 
-    The pull request must be open and not locked, and the reviewer must have write access.
-    The branch is codebot's: find_pull_request made sure of that before the pull request was
-    stored, and GitHub lets nobody change the head branch of a pull request.
+    The branch is codebot's: find_pull_request made sure of that, and GitHub lets nobody
+    change the head branch of a pull request.
     """
     current = review.github_repository.pull_request(review.number)
     if current.state != "open":
@@ -6439,11 +6438,9 @@ def load_comments(review: Review) -> Review:
     """Return the review with the comments that it answers.
 
     A review that is not classified yet first takes in the reviewer's newer comments; those
-    of others are queued. A comment is answered only if GitHub says that the reviewer wrote
-    it.
+    of others are queued. A delivery is only a claim: authors and texts are GitHub's.
     """
     run = review.run
-    # A delivery is only a claim. GitHub is asked for the authors and the current texts.
     listed = list(review.github_repository.comments(review.number))
     current = {(comment.place, comment.id): comment for comment in listed}
     if not run.job.request_kind:
@@ -6455,9 +6452,8 @@ def load_comments(review: Review) -> Review:
     for stored in run.store.stored_comments(run.job.id):
         comment = current.get((stored.place, stored.id))
         # One that GitHub does not list counts as deleted only in a retry, and only if it is
-        # not new. It may just have been missed: when another one is deleted between two
-        # pages, it moves from the later page to the one that was read already.
-        # (Its own date does not tell: that of a comment in a GitHub review is its draft's.)
+        # not new. It may just have been missed: if another one is deleted meanwhile, it
+        # moves to a page that was read already. (Its own date may be its draft's.)
         is_new = stored.received_at > utc_time(seconds_ago=VISIBILITY_DELAY)
         is_retry = run.job.transient_since > 0
         if comment is None and (is_new or not is_retry):
@@ -6502,8 +6498,8 @@ def is_to_push(job: Job) -> bool:
 def prepare_answers(review: Review) -> None:
     """Store the answers, unless an earlier run has, and push the commit."""
     run = review.run
-    # There are no answers until the work is finished. Finished work has one for each
-    # thread, perhaps "". For "none" and "limit" there are never any, and nothing to do.
+    # Finished work has an answer for each thread, perhaps "". For "none" and "limit" there
+    # are never any, and nothing to do.
     if not run.job.answers:
         for comment in review.comments:
             run.log_event("codebot", f"Comment by {comment.user}: {comment.text}")
@@ -6515,15 +6511,13 @@ def prepare_answers(review: Review) -> None:
             carry_out(review, text)
     if is_to_push(run.job):
         push_review_commit(review)
-        # Recorded, so that a retry does not restore what others remove now.
-        run.update(is_pushed=True)
+        run.update(is_pushed=True)  # a retry must not restore what others remove now
 
 
 def earlier_comments(review: Review) -> list[Comment]:
     """Return the last 20 other comments by the reviewer and codebot, oldest first.
 
-    They are from the conversation, with the texts of GitHub reviews, and from the
-    review's threads, and are truncated. Nobody else is listened to.
+    They are truncated. Those of other inline threads are left out.
     """
     threads = {comment.thread for comment in review.comments}
     earlier = [
@@ -6602,8 +6596,7 @@ def carry_out(review: Review, text: str) -> None:
     else:
         prompt = f"Review comments:\n{text}"
         output = continue_session(review, prompt, CHANGE_OPTIONS)
-        # An agent that declines a change says why. A test that fails anyway must not take
-        # the place of its answer.
+        # If the agent declines the change, a failing test must not replace its answer.
         if workspace.is_changed_since(base_commit):
             commit_id = test_and_commit(workspace, review.task.request, base_commit)
     answers = parse_answers(review, output)
@@ -6622,7 +6615,7 @@ def continue_session(review: Review, prompt: str, options: AgentOptions) -> Json
         workspace.run.log_event(
             "codebot", "The agent's session is lost; a new one begins"
         )
-    # The CLI would refuse to use the id of a broken session for a new one (tried).
+    # The CLI refuses the id of a broken session for a new one (tried).
     workspace.script('rm -rf "$HOME/.claude/projects"')
     task = delimited("task", task_text(review.task.request))
     base_commit = review.task.base_commit
@@ -6632,7 +6625,7 @@ def continue_session(review: Review, prompt: str, options: AgentOptions) -> Json
 
 def parse_answers(review: Review, output: JsonObject) -> dict[str, str]:
     """Return an answer for each thread: its own, or else the agent's summary."""
-    # The CLI has checked them by ANSWER_SCHEMA. Forged ones raise an error: the job fails.
+    # The CLI has checked them by ANSWER_SCHEMA. With forged ones, the job fails.
     entries = output.get("answers") or []
     answers = {}
     for thread_key, members in group_by_thread(review.comments).items():
@@ -6651,8 +6644,8 @@ def parse_answers(review: Review, output: JsonObject) -> dict[str, str]:
 def push_review_commit(review: Review) -> None:
     """Push the change, on top of what others have pushed in the meantime.
 
-    The push is never forced. If commits were removed from the branch, nothing is pushed,
-    as that would restore them. (Those removed after this check are restored.)
+    The push is never forced. If commits were removed from the branch, nothing is pushed, as
+    that would restore them (as it does those removed after this check).
 
     The branch's tip             What is done
       has the job's commit         nothing: an earlier run has pushed it
@@ -6707,10 +6700,7 @@ def reapply_change(review: Review, tip: str) -> None:
 
 
 def answer_threads(review: Review) -> None:
-    """Post one answer in each thread, unless an earlier run has done so.
-
-    If the reviewer wanted nothing, nothing is posted, not even an error.
-    """
+    """Post one answer in each thread, or nothing, not even an error, if none is wanted."""
     run = review.run
     comments = review.comments
     if run.job.request_kind == "none":
@@ -6737,8 +6727,8 @@ def post_answer(review: Review, thread_key: str, comments: Sequence[Comment]) ->
     marker = f"<!-- codebot answer {run.job.id} {thread_key} -->"
     inline_thread = comment.thread if comment.place == "inline" else 0
     try:
-        # An earlier answer is not older than the comment. Without this time, a review with
-        # many threads would read all comments of a long pull request for each of them.
+        # An earlier answer is not older than the comment. Without ``since``, each thread
+        # would read all comments of a long pull request.
         github_repository.post_once(
             review.number, body, marker, inline_thread, since=comment.created_at
         )
