@@ -9286,10 +9286,7 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_port = False  # or an agent, as the same user, could share the port
 
     def __init__(self, codebot: Codebot) -> None:
-        """Listen. Raises OSError if the address cannot be used.
-
-        Raises ConfigError if the TLS files, or the other address of "localhost", cannot.
-        """
+        """Listen. Raises ConfigError if an address or a TLS file cannot be used."""
         config = codebot.config
         self.codebot = codebot
         self.streams = threading.BoundedSemaphore(MAX_STREAMS)
@@ -9299,7 +9296,15 @@ class Server(http.server.ThreadingHTTPServer):
         self._pool = concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS + 16, "http")
         if ":" in config.host:
             self.address_family = socket.AF_INET6
-        super().__init__((config.host, config.port), Handler)
+        try:
+            super().__init__((config.host, config.port), Handler)
+        except OSError as error:
+            reason = os_error_text(error)
+            raise ConfigError(
+                f"Port {config.port} on {config.host} cannot be used: {reason}. Stop the "
+                "program that uses it, if one does, or use another --port (above 1023, "
+                "unless you are root) or --host."
+            ) from None
         self.server_port = self.server_address[1]
         # Accepting does not wait for the TLS handshake: Handler.handle performs it.
         if config.tls_cert:
@@ -9708,26 +9713,13 @@ def stop_workers(codebot: Codebot, workers: Sequence[threading.Thread]) -> None:
         codebot.store.empty_wal()
 
 
-def listen(codebot: Codebot) -> Server:
-    """Open the server's port. Raises ConfigError if that is not possible."""
-    config = codebot.config
-    try:
-        return Server(codebot)
-    except OSError as error:
-        raise ConfigError(
-            f"Port {config.port} on {config.host} cannot be used: {os_error_text(error)}. "
-            "Stop the program that uses it, if one does, or use another --port (above "
-            "1023, unless you are root) or --host."
-        ) from None
-
-
 @contextlib.contextmanager
 def running_server(codebot: Codebot) -> Iterator[Server]:
     """Run the server and the threads behind it.
 
     After the block the jobs are pending again. The server ends with the process.
     """
-    server = listen(codebot)
+    server = Server(codebot)
     workers = start_workers(codebot, "task", codebot.config.workers)
     if codebot.github is not None:
         workers += start_workers(codebot, "review", codebot.config.review_workers)
@@ -9870,7 +9862,7 @@ CHECK_TIMEOUT = 1.5  # seconds for GitHub's first answer; with a retry at most 5
 def check_port(codebot: Codebot) -> Iterator[Finding]:
     config = codebot.config
     # Without TLS: check_server has reported what is wrong with its files.
-    listen(Codebot(dataclasses.replace(config, tls_cert=""))).server_close()
+    Server(Codebot(dataclasses.replace(config, tls_cert=""))).server_close()
     yield Finding("ok", f"Port {config.port} on {config.host} can be used")
 
 
