@@ -9838,7 +9838,7 @@ def run_command(flags: Flags) -> int:
         print_log(codebot, job.id)
     finally:
         stop_workers(codebot, workers)
-    job = codebot.store.job(job.id) or job
+    job = find_task(codebot, job.id)
     if job.status == "pending":  # a signal came first
         try:
             codebot.cancel(job.id)
@@ -9849,7 +9849,7 @@ def run_command(flags: Flags) -> int:
                 "the task.",
                 file=sys.stderr,
             )
-        job = codebot.store.job(job.id) or job
+        job = find_task(codebot, job.id)
     print(json.dumps(describe_task(codebot, job), indent=2))
     return 0 if job.status == "completed" else 1
 
