@@ -7800,7 +7800,6 @@ def pick(record: Job | TaskRequest, *names: str) -> Fields:
 
 
 def describe_task(codebot: Codebot, job: Job) -> Fields:
-    """Return a task as the API shows it."""
     fields = {
         "task_id": job.id,
         **pick(job, *JOB_FIELDS, "submitted_by", "issue_url"),
@@ -7854,7 +7853,6 @@ def describe_result(codebot: Codebot, job: Job) -> Fields:
         "pr_number": None,
         "pr_state": None,
         "branch_name": job.branch,
-        # The task's clone; not Config.work_dir, which is the directory of all tasks.
         "work_dir": f"{codebot.config.work_dir}/{job.directory}/repo",
         "commit": job.commit_id,
         "tests": tests,
@@ -8849,11 +8847,8 @@ def page(codebot: Codebot, request: Request) -> Response:
 # The connection's states:
 #   a request         waiting -> receiving -> handling -> sending -> waiting
 #   an event stream   ... -> handling -> sending -> handling -> sending ... -> closed
-#   a request that is refused before its body was read
-#                     waiting -> receiving -> sending -> receiving, to discard the rest
-#                     -> closed
-# A connection is closed when it has been in one state for too long, or has waited longest
-# for its client when there are too many.
+#   one refused before its body was read
+#                     ... -> sending -> receiving, to discard the body -> closed
 #
 # Known limitations:
 # - Anybody who reaches the port, such as an agent, can make GitHub's deliveries fail by
@@ -9001,7 +8996,6 @@ class ConnectionTable:
                     self._drop(oldest)
 
     def drop_late(self, now: float) -> None:
-        """Drop the connections that have been in one state for too long."""
         with self._lock:
             for connection, entry in list(self._entries.items()):
                 if now > entry.since + STATE_TIMEOUTS[entry.state]:
@@ -9012,12 +9006,11 @@ class ConnectionTable:
 
           1. the oldest slow reader, if more than half of all connections are slow readers:
              somebody leaves responses unread to keep others out
-          2. the oldest idle connection
+          2. the oldest idle connection, which is waiting or receiving
           3. the oldest slow reader
 
-        An idle connection is waiting or receiving. A slow reader is sending, and older than
-        the oldest idle connection. Called when no place or descriptor is left. Raises
-        OSError if all are being handled.
+        A slow reader is sending, and older than the oldest idle connection. Raises OSError
+        if all are being handled.
         """
         idle = None
         slow_readers = []
@@ -9193,7 +9186,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
     def write(self, data: bytes | memoryview) -> None:
-        """Send ``data`` as fast as the client reads."""
         for start in range(0, len(data), CHUNK_BYTES):
             self.enter("sending")  # each chunk gets the full time
             self.wfile.write(data[start : start + CHUNK_BYTES])
@@ -9394,7 +9386,6 @@ def run_checks(codebot: Codebot, checks: Iterable[Check]) -> Iterator[Finding]:
 
 
 def version_finding(command: str, result: ProgramResult, least: str) -> Finding:
-    """Return a finding about the version that a program printed."""
     match = re.search(r"[0-9]+(\.[0-9]+)+", " ".join(result.stdout))
     if result.code != 0 or match is None:
         return Finding(
@@ -9549,7 +9540,6 @@ def short_secrets(config: Config) -> Iterator[Finding]:
 
 
 def check_server(codebot: Codebot) -> Iterator[Finding]:
-    """Check what only the server needs."""
     config = codebot.config
     yield from short_secrets(config)
     is_loopback = config.host in LOOPBACK_NAMES or config.host.startswith("127.")
@@ -9584,7 +9574,6 @@ HOST_CHECKS = (check_programs, check_settings, check_safety)
 #
 # The start: settings; log, signals and watchdog; locks of the work directory; checks;
 # database, sandbox and the App's key; port; threads.
-# The stop: the workers end; their jobs are requeued; the process and all connections end.
 
 STOP_TIMEOUT = 10.0  # seconds that the workers have to end when codebot stops
 PR_SET_DUMPABLE = 4  # of prctl(2), from <linux/prctl.h>
@@ -9633,10 +9622,7 @@ def set_up_process(codebot: Codebot, level: int) -> None:
 
 
 def fork_watchdog(codebot: Codebot) -> None:
-    """Fork a process that ends what this one leaves running, however this one ends.
-
-    It has the settings and the keys, but no token, lock or database.
-    """
+    """Fork a process that ends what this one leaves running, however this one ends."""
     read_end, write_end = os.pipe()  # write_end is closed when this process ends
     if os.fork() != 0:
         os.close(read_end)
@@ -9715,10 +9701,7 @@ def stop_workers(codebot: Codebot, workers: Sequence[threading.Thread]) -> None:
 
 @contextlib.contextmanager
 def running_server(codebot: Codebot) -> Iterator[Server]:
-    """Run the server and the threads behind it.
-
-    After the block the jobs are pending again. The server ends with the process.
-    """
+    """Run the server and the threads behind it. The server ends with the process."""
     server = Server(codebot)
     workers = start_workers(codebot, "task", codebot.config.workers)
     if codebot.github is not None:
@@ -9761,7 +9744,6 @@ Requeued:      {pending} job(s)"""
 
 
 def file_times(config: Config) -> list[float]:
-    """Return when codebot.py and .env were last changed."""
     times = []
     for path in (os.path.abspath(__file__), config.env_file):
         with contextlib.suppress(OSError):  # an editor may be replacing it
@@ -9777,7 +9759,6 @@ def serve_command(flags: Flags) -> int:
     is_changed = False
     level = logging.DEBUG if config.debug else logging.INFO
     codebot = start_app(config, [*HOST_CHECKS, check_server], level)
-    # This includes the jobs that start_app has requeued.
     pending = sum(map(codebot.store.count_pending, codebot.queues))
     with running_server(codebot) as server:
         print_banner(codebot, server.server_port, pending)
@@ -9901,7 +9882,6 @@ def check_sandbox(codebot: Codebot) -> Iterator[Finding]:
 
 
 def check_github(codebot: Codebot) -> Iterator[Finding]:
-    """Ask GitHub for the App, its installation and its repositories."""
     config = codebot.config
     github = codebot.github
     if github is None:
