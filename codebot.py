@@ -8073,9 +8073,8 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
     if event in COMMENT_EVENTS and action in ("created", "submitted"):
         receive_comment(codebot, event, payload)
     elif event == "pull_request" and action in ("closed", "reopened"):
-        task_id = pull_request_of(codebot, payload).task_id
-        codebot.look_now(Look("pull_request", task_id=task_id, look_twice=True))
-        remember_delivery(codebot, guid)
+        look = Look("pull_request", task_id=task_of(codebot, payload))
+        look_and_remember(codebot, guid, look)
     elif event == "issues" and action in ("labeled", "unlabeled"):
         receive_label(codebot, guid, payload)
     elif event == "ping":
@@ -8084,17 +8083,18 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
         raise NoAction("codebot does not act on this event or action")
 
 
-def remember_delivery(codebot: Codebot, guid: str) -> None:
-    """Store the id of a delivery. Raises NoAction if it has been stored before.
+def look_and_remember(codebot: Codebot, guid: str, look: Look) -> None:
+    """Have the sync thread look, also if the delivery is sent again ("Redeliver").
 
-    Callers ask for the look before they call this. So a delivery that is sent again (with
-    "Redeliver" at GitHub) has the sync thread look again; only the response differs.
+    Raises NoAction if the delivery was received before.
     """
+    codebot.look_now(look._replace(look_twice=True))
     if not codebot.store.add_delivery(guid):
         raise NoAction("Duplicate delivery")
 
 
-def pull_request_of(codebot: Codebot, payload: JsonObject) -> PullRequest:
+def task_of(codebot: Codebot, payload: JsonObject) -> str:
+    """Return the id of the task whose pull request a delivery is about."""
     repository_id = int(payload["repository"]["id"])
     # GitHub reports a comment in the conversation as a comment on an issue.
     subject = payload.get("issue") or payload["pull_request"]
@@ -8102,16 +8102,15 @@ def pull_request_of(codebot: Codebot, payload: JsonObject) -> PullRequest:
     pull_request = codebot.store.pull_request_by_number(repository_id, number)
     if pull_request is None:
         raise NoAction("Not a pull request that codebot opened")
-    return pull_request
+    return pull_request.task_id
 
 
 def receive_comment(codebot: Codebot, event: str, payload: JsonObject) -> None:
-    pull_request = pull_request_of(codebot, payload)
+    task_id = task_of(codebot, payload)
     content = payload.get("comment") or payload["review"]
     comment = parse_comment(COMMENT_EVENTS[event], content)
     if comment is None:
         raise NoAction("Bot, deleted user or empty comment")
-    task_id = pull_request.task_id
     try:
         is_new = codebot.store.queue_comments(task_id, [comment])
     except sqlite3.Error:
@@ -8130,8 +8129,7 @@ def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
         raise NoAction("Not the label that turns an issue into a task")
     repository_id = int(payload["repository"]["id"])
     number = int(payload["issue"]["number"])
-    codebot.look_now(Look("issue", repository_id, number, look_twice=True))
-    remember_delivery(codebot, guid)
+    look_and_remember(codebot, guid, Look("issue", repository_id, number))
 
 
 # --- Page --------------------------------------------------------------------
