@@ -6769,14 +6769,7 @@ def own_words(job: Job, answer: str) -> str:
 # --- Looking at GitHub -------------------------------------------------------
 #
 # One thread asks GitHub what has changed: at the start, when a webhook says so, and at a
-# fixed interval with --enable-polling. Webhooks and polling share the store. What it does
-# when GitHub does not answer as expected:
-#   GitHub cannot answer now, or   it looks again after a minute
-#     answers in an unknown shape
-#   the rate limit is exhausted    it looks again when that ends
-#   GitHub refuses the App         it looks again after APP_REFUSED_DELAY
-#   GitHub refuses the look        it drops the look until the next poll, delivery or start;
-#                                  only the look at everything is repeated
+# fixed interval with --enable-polling. Webhooks and polling share the store.
 #
 # Known limitations:
 # - Without --enable-polling, a lost delivery goes unnoticed until the next start, or until
@@ -6825,12 +6818,12 @@ class Sync:
     def take(self, look: Look) -> None:
         """Take a look, and note when to repeat it, if at all.
 
-        If GitHub refuses it, it is not repeated, except the look at everything, which
-        nothing else might repeat. (With look_twice, the second look is taken all the same.)
+        A look that GitHub refuses is dropped until the next poll, delivery or start, except
+        the look at everything, which nothing else might repeat. (With look_twice, the
+        second look is taken all the same.)
         """
         del self.looks[look]  # so that another thread can ask for it again
-        # Seconds until it is repeated; 0: never. It is also repeated after an error that
-        # is not caught here.
+        # Seconds until it is repeated, also after an error that is not caught; 0: never.
         delay = RETRY_DELAY
         try:
             self.look_at(look)
@@ -6973,12 +6966,10 @@ class Sync:
     def has_untrusted_edit(
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> bool:
-        """Return whether the issue's title or text may have been edited since the label.
+        """Return whether somebody without write access may have edited it since the label.
 
-        The labeler (event.actor) has write access: see obstacle. The author may be anyone,
-        and may edit the issue later. Unless the author has write access, too, every change
-        since the label counts as an edit: GitHub's REST API reports only the time of the
-        latest one, not what was changed.
+        The author may be anyone. Every change since the label counts as an edit: GitHub's
+        REST API reports only the time of the latest one, not what was changed.
         """
         if issue.author and github_repository.has_write_access(issue.author):
             return False
@@ -6989,13 +6980,10 @@ class Sync:
     def submit_issue(
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> None:
-        """Submit the issue as a task.
-
-        Its title and body count as they are now: since it was labeled, they have not
-        changed, or its author has write access. Later comments do not count.
+        """Submit the issue as a task, with the comments from before the label, if their
+        authors have write access. For title and body, see has_untrusted_edit.
         """
         parts = [issue.body.strip() or issue.title]
-        # Asked once for each person, not for each comment.
         has_write_access = functools.cache(github_repository.has_write_access)
         for payload in github_repository.pages(f"/issues/{issue.number}/comments"):
             comment = parse_comment("conversation", payload)
@@ -7097,7 +7085,6 @@ def repeat_until_stopped(codebot: Codebot, step: Callable[[], None]) -> None:
 
 
 def worker_step(codebot: Codebot, kind: str) -> None:
-    """Take one job from a queue, and run it."""
     job_id = codebot.queues[kind].get()
     if job_id is None:
         return  # the server is stopping
@@ -7269,26 +7256,18 @@ def remaining_phase(job: Job) -> str:
 
 
 def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
-    """Return whether a review has failed and its reviewer has not been told yet.
-
-    If it was the posting that failed, of the answers or of an earlier failure, nothing
-    more is posted.
-    """
+    """Return whether a review has failed and its reviewer has not been told yet."""
     job = run.job
     if job.kind == "task" or ending.status != "failed":
         return False
     if run.is_cancelled or ending.reason == "cancelled":
         return False
-    # In the phase "answer", the posting failed. (Each run begins with the phase "".)
+    # If the posting failed, of an earlier failure or of answers, nothing more is posted.
     return not job.error and job.phase != "answer"
 
 
 def store_failure(run: JobRun, ending: Ending) -> None:
-    """Store why a review failed.
-
-    By save_work, as that resets `interruptions`: otherwise require_may_run would not let
-    the steps run again.
-    """
+    """Store why a review failed, by save_work: require_may_run must let it run again."""
     error = ending.error
     # It was pushed, or the error does not tell whether it was.
     is_unknown = ending.reason in ("interrupted", "internal")
@@ -7349,8 +7328,8 @@ def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
 
     Each queue that is empty gets the next job that a transient error has delayed, and the
     next one that none has. So neither retries that always fail nor any number of new jobs
-    hold up the others, except on the same pull request. A worker that starts a job sets
-    jobs_due. ``only_job`` is the only job that may start.
+    hold up the others, except on the same pull request. ``only_job`` is the only job that
+    may start.
     """
     codebot.jobs_due.wait(TIMER_INTERVAL)
     codebot.jobs_due.clear()
@@ -8031,12 +8010,8 @@ class NoAction(Exception):
 
 
 def webhook(codebot: Codebot, request: Request) -> Response:
-    """Accept a delivery from GitHub. A comment is on disk before the response is sent.
-
-    For a label that is added or removed, or a pull request that is closed or reopened, the
-    sync thread looks at GitHub, as it does at every start.
-    """
-    # In the log below, %.99s means: at most 99 characters of what the delivery says.
+    """Accept a delivery from GitHub. A comment is on disk before the response is sent."""
+    # %.99s in the log: at most 99 characters of what the delivery says.
     event = request.headers.get("x-github-event", "")
     guid = request.headers.get("x-github-delivery", "")
     try:
