@@ -206,8 +206,8 @@ LIFE OF A JOB
   running   -> completed, failed
   A pending review is deleted when its comments join a running review of the same
   reviewer. Reviews are deleted with their task. If codebot may not, or need not, act on a
-  review, the review is skipped. If an agent has worked on it, or it had failed before, it
-  ends as failed (reason: cancelled); else it is deleted.
+  review, the review is skipped. If it has been classified, or had failed before, it ends
+  as failed (reason: cancelled); else it is deleted.
 
   A task's phases are clone, agent, test, commit, push, pull_request; a review's are
   classify, clone, agent, test, commit, push, answer. With a launcher, both are in the
@@ -1513,7 +1513,7 @@ def end_processes(find: Callable[[str], list[int]], argument: str) -> None:
     # SIGTERM is sent only once, because a second one could disturb their cleanup.
     signal_processes(processes, signal.SIGTERM)
     grace_end = time.monotonic() + KILL_GRACE
-    # Seconds; SIGKILL takes far less, even if some have forked meanwhile.
+    # SIGKILL takes far less than 20 seconds, even if some have forked meanwhile.
     while processes and time.monotonic() < grace_end + 20.0:
         time.sleep(0.02)
         processes = find(argument)
@@ -1789,7 +1789,7 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 #   killed, it runs on until the next start with the same work directory. (`run` usually
 #   makes a new one.) Meanwhile it can listen on codebot's port and be sent API keys; an
 #   open page sends its key every two seconds. If bwrap is older than 0.8, or /proc is
-#   mounted with hidepid, it can hide from both.
+#   mounted with hidepid, codebot may not find it even then.
 #
 # Known limitations of a launcher and of other sandboxes:
 # - In another sandbox, what a command leaves running is found as without a sandbox.
@@ -2039,12 +2039,7 @@ class Sandbox:
         self.is_none = config.sandbox == ("none",)
         self.disable_userns = True
 
-    def wrap(
-        self,
-        argv: Sequence[str],
-        workspace_path: str,
-        objects: str,
-    ) -> list[str]:
+    def wrap(self, argv: Sequence[str], workspace_path: str, objects: str) -> list[str]:
         """Return the command line that runs ``argv`` in the sandbox of a workspace.
 
         ``objects`` is the mirror's object directory, which is shown read-only.
@@ -2465,12 +2460,15 @@ class GitHub:
         claims = {"iat": now - 60, "exp": expiry, "iss": self.config.app_id}
         parts = [base64url(json.dumps(part).encode()) for part in (header, claims)]
         signed = ".".join(parts)
-        result = run_program(
-            ["openssl", "dgst", "-sha256", "-hex", "-sign", self.config.key_file],
-            base_environment(self.config),
-            stdin=signed.encode(),
-            limits=Limits(check_stop=self.wait),
-        )
+        try:
+            result = run_program(
+                ["openssl", "dgst", "-sha256", "-hex", "-sign", self.config.key_file],
+                base_environment(self.config),
+                stdin=signed.encode(),
+                limits=Limits(check_stop=self.wait),
+            )
+        except LimitReached as error:  # the key's file system hangs
+            raise TransientError(f"openssl {error}") from None
         # "RSA-SHA2-256(stdin)= 3e5f…" On a full disk there is nothing, not even an error.
         match = re.search("= ((?:[0-9a-f]{2})+)$", "".join(result.stdout))
         if match is None:
@@ -3235,8 +3233,11 @@ class GitDirectory:
                 umask=umask,
             )
         except LimitReached as error:
+            message = f"git {args[0]} {error}"
+            if args[0] == "push":  # the remote hangs, and the commit has cost something
+                raise TransientError(message) from None
             # No retry: it would take as long, or print as much, again.
-            raise GitFailed(f"git {args[0]} {error}") from None
+            raise GitFailed(message) from None
         raise_if_killed(result)
         return result
 
@@ -3411,7 +3412,7 @@ class Mirror(GitDirectory):
                 os.unlink(path)
 
     def repack(self) -> None:
-        """Repack the mirror if fetches have left many files. The lock must be held."""
+        """Repack the mirror if fetches have left many packs. The lock must be held."""
         self.remove_stale_files()
         if len(find_paths(self.objects, "pack/*.pack")) > MAX_PACKS:
             # Workspaces may borrow objects that no branch of the mirror reaches anymore.
@@ -4405,7 +4406,7 @@ class Store:
                     job_id = insert_review(db, task_id, comment.user)
                 insert_comment(db, task_id, job_id, comment)
                 self._log_lines.append(
-                    f"Task {task_id}: {comment.user} commented on it (job {job_id})"
+                    f"Task {task_id}: {comment.user:.99} commented on it (job {job_id})"
                 )
                 has_new = True
         return has_new
@@ -5509,6 +5510,12 @@ class Workspace:
         )
 
 
+def end_escaped_processes(run: JobRun, directory: str) -> None:
+    """End what has outlived bwrap in a workspace; see processes_in_workspaces."""
+    if run.codebot.sandbox.is_bwrap and directory:
+        end_processes(processes_in_workspaces, f"{run.config.work_dir}/{directory}")
+
+
 def outbox_path(config: Config, directory: str) -> str:
     """Return the path of the outbox of a task's directory, task_[TICKET_]HEX."""
     digits = directory.rpartition("_")[2]
@@ -5871,8 +5878,8 @@ def ask_agent(
         raise JobFailed(
             "agent_failed",
             f"The agent cannot be started: {os_error_text(error)}: "
-            f"{error.filename}. The operator must install it, or change "
-            "CODEBOT_CLAUDE_COMMAND, CODEBOT_SANDBOX or CODEBOT_LAUNCHER.",
+            f"{error.filename}. The operator must install it, or change CODEBOT_SANDBOX "
+            "or CODEBOT_LAUNCHER.",
         ) from None
     finally:
         agent_run.store_report(attempt)
@@ -6562,7 +6569,10 @@ def classify(review: Review, text: str) -> None:
         no_repository = Repository("", "", mirror_path=directory)
         workspace = Workspace(run, no_repository, directory)
         prompt = f"Comments:\n{text}"
-        output = ask_agent(workspace, prompt, CLASSIFY_OPTIONS, phase="classify")
+        try:
+            output = ask_agent(workspace, prompt, CLASSIFY_OPTIONS, phase="classify")
+        finally:
+            end_escaped_processes(run, directory)
     kind = output.get("kind")
     answers: dict[str, str] = {}
     if kind not in ("question", "change", "none"):
@@ -6619,7 +6629,7 @@ def continue_session(review: Review, prompt: str, options: AgentOptions) -> Json
     workspace.script('rm -rf "$HOME/.claude/projects"')
     task = delimited("task", task_text(review.task.request))
     base_commit = review.task.base_commit
-    prompt += f"The pull request began at {base_commit}, for this task:\n{task}"
+    prompt += f"The branch began at commit {base_commit}, for this task:\n{task}"
     return ask_agent(workspace, prompt, options, BEGIN_SESSION)
 
 
@@ -7121,7 +7131,7 @@ def run_job(codebot: Codebot, job: Job) -> None:
     codebot.running[job.id] = run
     try:
         ending = run_steps(run)
-        end_escaped_processes(run)
+        end_escaped_processes(run, run.job.directory)
         if must_tell_reviewer(run, ending):
             store_failure(run, ending)
             ending = run_steps(run)
@@ -7147,7 +7157,7 @@ def run_steps(run: JobRun) -> Ending:
       StopRequested                          pending, at the next start
       Cancelled                              failed, as cancelled
       ReviewSkipped                          the review is deleted; failed, as cancelled,
-                                             if an agent has worked on it or it had failed
+                                             if it was classified or had failed
     """
     job = run.job  # as it was before the steps; its id and kind do not change
     try:
@@ -7177,13 +7187,6 @@ def run_steps(run: JobRun) -> Ending:
     except Exception:
         log.exception("Job %s", job.id)
         return Ending("failed", "internal", "Internal error; see the server's log")
-
-
-def end_escaped_processes(run: JobRun) -> None:
-    """End what has outlived bwrap in the job's workspace; see processes_in_workspaces."""
-    if run.codebot.sandbox.is_bwrap and run.job.directory:
-        path = f"{run.config.work_dir}/{run.job.directory}"
-        end_processes(processes_in_workspaces, path)
 
 
 def require_may_run(run: JobRun) -> None:
@@ -9295,7 +9298,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self.connections.add(request)
-        # If the host allows no more threads, the next one that is free serves it.
+        # The host may allow no more threads: then the next one that is free serves this.
         with contextlib.suppress(RuntimeError):
             self._pool.submit(self.process_request_thread, request, client_address)
 
@@ -9414,7 +9417,7 @@ def unknown_settings(config: Config) -> Iterator[Finding]:
     for name in sorted(config.variables.keys() - {*known, "CODEBOT_RUN"}):
         if name.startswith(SETTING_PREFIXES):
             matches = difflib.get_close_matches(name, known, 1, cutoff=0.9)
-            hint = f"; did you mean {matches[0]}?" if matches else ""
+            hint = f"; did you mean {matches[0]}?" if matches else ". Remove it."
             yield Finding("warn", f"Unknown setting {name}{hint}")
 
 
@@ -9753,8 +9756,7 @@ def read_task_flags(flags: Flags) -> Fields:
     path = flags["task"]
     try:
         if path == "-":
-            with open(0, "rb", closefd=False) as file:  # sys.stdin may be None
-                fields = parse_object(file.read())
+            fields = parse_object(sys.stdin.buffer.read())
         elif path:
             fields = parse_object(pathlib.Path(path).read_bytes())
     except OSError as error:
@@ -9877,7 +9879,8 @@ def check_github(codebot: Codebot) -> Iterator[Finding]:
     except TransientError as error:
         yield Finding(
             "FAIL",
-            f"{error}. Check GITHUB_API_URL, the network, HTTPS_PROXY and SSL_CERT_FILE.",
+            f"{error}. If GitHub cannot be reached, check GITHUB_API_URL, the network, "
+            "HTTPS_PROXY and SSL_CERT_FILE.",
         )
     except UNKNOWN_SHAPE_ERRORS:
         yield Finding(
@@ -10114,7 +10117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags["umask"] = os.umask(PRIVATE_UMASK)
     try:
         code: int = flags["function"](flags)
-        print(end="", flush=True)  # os._exit does not flush; sys.stdout may be None
+        sys.stdout.flush()  # os._exit does not
     except (ConfigError, HTTPError) as error:  # HTTPError: from the task of `run`
         for line in str(error).splitlines():
             print(f"codebot: {line}", file=sys.stderr)

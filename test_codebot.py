@@ -4166,6 +4166,17 @@ def test_sandbox_that_outlives_bwrap_is_ended(on_disk: Site) -> None:
 
 
 @needs_bwrap
+def test_sandbox_that_outlives_the_classification_is_ended(on_disk: Site) -> None:
+    path = write_bwrap_that_may_outlive_its_parent(on_disk)
+    left = unique_sleep()
+    on_disk.server.start(CODEBOT_SANDBOX="bwrap", PATH=path)
+    pull = open_pull(on_disk, f"env -i setsid {left} & classify none")
+    on_disk.person("alice").inline("Thanks")
+    assert pull.review()["kind"] == "none"
+    assert left not in command_lines()
+
+
+@needs_bwrap
 def test_sandbox_that_outlives_a_killed_server_is_ended_by_the_next(
     on_disk: Site,
 ) -> None:
@@ -8103,6 +8114,22 @@ def test_openssl_that_prints_no_signature_is_an_error(
 
 
 PUSH_BEGINS = "GET /info/refs?service=git-receive-pack"
+
+
+def test_push_that_hangs_is_tried_again(
+    local: LocalTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "KILL_GRACE", 0.2)
+    local.commit(SAY_HELLO)
+    hook = Path(local.site.repository.bare, "hooks", "pre-receive")
+    write_script(hook, "sleep 60")
+    outbox = local.workspace.outbox
+    outbox.limits = codebot.Limits(timeout=0.5)
+    with pytest.raises(codebot.TransientError, match="git push took more than"):
+        local.workspace.push()
+    hook.unlink()
+    outbox.limits = codebot.Limits()
+    local.workspace.push()
 
 
 class FailingMirror(codebot.Mirror):
@@ -17287,8 +17314,9 @@ GITHUB_PROBLEMS = {
         {"GITHUB_API_URL": "", "GITHUB_ENTERPRISE_URL": "ADDRESS"},
     ),
     "connection refused": GitHubProblem(
-        "FAIL  GitHub did not answer: http://127.0.0.1:9: connection refused. Check "
-        "GITHUB_API_URL, the network, HTTPS_PROXY and SSL_CERT_FILE.",
+        "FAIL  GitHub did not answer: http://127.0.0.1:9: connection refused. If "
+        "GitHub cannot be reached, check GITHUB_API_URL, the network, HTTPS_PROXY and "
+        "SSL_CERT_FILE.",
         {"GITHUB_API_URL": "http://127.0.0.1:9"},
     ),
     "another service": GitHubProblem(
@@ -17363,7 +17391,7 @@ def test_check_asks_silent_github_twice_and_waits_five_seconds_at_most(
     assert connections == 2
     first_pause = 0.5  # seconds, of GitHub.pause_before_attempt
     assert connections * codebot.CHECK_TIMEOUT + first_pause < 5
-    assert f"FAIL  GitHub did not answer: {url}: timed out. Check" in done.stdout
+    assert f"FAIL  GitHub did not answer: {url}: timed out. If" in done.stdout
 
 
 def test_check_gives_github_more_time_once_it_has_answered(
@@ -17387,7 +17415,7 @@ def test_check_names_a_proxy_that_is_no_host_name(fresh: Site) -> None:
     done = run_check(fresh, GITHUB_API_URL=address, HTTPS_PROXY="http://p..x:1")
     [line] = [line for line in done.stdout.splitlines() if address in line]
     assert "label empty" in line
-    assert "Check GITHUB_API_URL, the network, HTTPS_PROXY" in line
+    assert "check GITHUB_API_URL, the network, HTTPS_PROXY" in line
 
 
 def test_check_wants_utf_8(fresh: Site) -> None:
