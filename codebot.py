@@ -1433,9 +1433,8 @@ def run_program(
 ) -> ProgramResult:
     """Run a program to its end, and end the processes that it leaves in its group.
 
-    ``launcher``, which only `launching` sets, comes first in the command line.
-
-    Raises OSError if it cannot start; LimitReached, StopRequested or Cancelled if it must
+    ``launcher``, which only `launching` sets, comes first in the command line. Raises
+    OSError if the program cannot start; LimitReached, StopRequested or Cancelled if it must
     end early; TransientError if the host lacks disk space, memory or processes.
     """
     argv = [*launcher, *argv]
@@ -1469,8 +1468,8 @@ def run_program(
 RunFunction = Callable[..., ProgramResult]  # run_program, perhaps through a launcher
 
 
-# Linux usually starts no program with a larger one, but a process can declare gigabytes of
-# its memory to be its environment.
+# Linux usually starts no program with a larger environment, but a process can declare
+# gigabytes of its memory to be its environment.
 MAX_ENVIRONMENT_BYTES = 2 << 20
 
 
@@ -10117,7 +10116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags["umask"] = os.umask(PRIVATE_UMASK)
     try:
         code: int = flags["function"](flags)
-        sys.stdout.flush()  # os._exit does not
+        print(end="", flush=True)  # os._exit does not flush; sys.stdout may be None
     except (ConfigError, HTTPError) as error:  # HTTPError: from the task of `run`
         for line in str(error).splitlines():
             print(f"codebot: {line}", file=sys.stderr)
