@@ -897,8 +897,8 @@ def conflicting_settings(config: Config) -> Iterator[str]:
         if not pattern_re.fullmatch(pattern):
             yield (
                 f"CODEBOT_ALLOWED_REPOSITORIES: {hide_logins(pattern)!r} must be "
-                "owner/name or owner/* or, with --no-github, a whole URL with a path, such as "
-                "https://HOST/team/*, without a wildcard before the path."
+                "owner/name or owner/* or, with --no-github, a whole URL with a path, such "
+                "as https://HOST/team/*, without a wildcard before the path."
             )
 
 
@@ -6628,7 +6628,9 @@ def continue_session(review: Review, prompt: str, options: AgentOptions) -> Json
     workspace.script('rm -rf "$HOME/.claude/projects"')
     task = delimited("task", task_text(review.task.request))
     base_commit = review.task.base_commit
-    prompt += f"The branch began at commit {base_commit}, for this task:\n{task}"
+    prompt += (
+        f"The branch has a change for this task, made after {base_commit}:\n{task}"
+    )
     return ask_agent(workspace, prompt, options, BEGIN_SESSION)
 
 

@@ -10567,9 +10567,11 @@ def test_reopened_pull_request_begins_with_new_workspace_and_conversation(
     assert lost.option("--resume") == pull.task
     assert begun.option("--session-id") == pull.task
     assert resumed.option("--resume") == pull.task
-    # The new conversation knows the task, and where the branch begins.
+    # The new conversation knows the task, and that the branch has a change for it.
     assert "Say hello" in begun.stdin
-    assert pull.site.repository.git("rev-parse", "main") in begun.stdin
+    base_commit = pull.site.repository.git("rev-parse", "main")
+    words = f"The branch has a change for this task, made after {base_commit}:"
+    assert words in begun.stdin
     alice.merge()
     wait_for(lambda: pull_state(pull) == "merged")
     wait_for(lambda: not pull.workspace.exists())
