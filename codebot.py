@@ -3041,7 +3041,8 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
         )
     # git decodes %2e in URLs, but not in paths such as /srv/a and user@host:a.
     decoded_url = urllib.parse.unquote(url)
-    if re.search(r"[/:]\.\.?([/?#]|$)", decoded_url):
+    # Some servers take \ for /, and ignore what follows a ;
+    if re.search(r"[/:\\]\.\.?([/?#;\\]|$)", decoded_url):
         raise ValueError("must not have . or .. in its path")
     if f"{config.work_dir}/" in f"{decoded_url}/":  # also in an ssh address
         raise ValueError("must not be in the work directory")

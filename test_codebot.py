@@ -3723,6 +3723,8 @@ def test_any_remote_is_accepted_without_github(url: str) -> None:
         "https://git.acme.com/a/../b",
         "https://git.acme.com/a/..",
         "https://git.acme.com/a/..?/b",
+        "https://git.acme.com/a/..;/b",  # Tomcat ignores what follows a semicolon
+        "https://git.acme.com/a/\\..\\b",
         "https://git.acme.com/a\nb",
         "file://host/srv/git",
         "file:///srv/git/a@b",
