@@ -9354,11 +9354,12 @@ Check = Callable[[Codebot], Iterator[Finding]]
 
 
 def run_checks(codebot: Codebot, checks: Iterable[Check]) -> Iterator[Finding]:
-    """Yield the findings. A ConfigError becomes the last findings of its check."""
+    """Yield the findings. An error of a check becomes its last findings."""
     for check in checks:
         try:
             yield from check(codebot)
-        except ConfigError as error:
+        # TransientError: the host is too short of resources to run a check's program.
+        except (ConfigError, TransientError) as error:
             for problem in str(error).splitlines():
                 yield Finding("FAIL", problem)
 

@@ -17189,6 +17189,20 @@ def run_check(
     return site.server.run_forked("check", *arguments, **settings)
 
 
+def test_check_of_a_host_without_memory_is_no_traceback(fresh: Site) -> None:
+    # git prints this if it cannot start a process.
+    script = "echo 'fatal: fork: Cannot allocate memory' >&2; exit 1"
+    git = write_script(fresh.directory / "programs" / "git", script)
+    path = f"{git.parent}:{os.environ['PATH']}"
+    for command in ("serve", "check"):
+        done = fresh.server.run_forked(command, *serve_flags(fresh), PATH=path)
+        assert done.returncode != 0
+        assert (
+            "The host is short of resources: fatal: fork" in done.stdout + done.stderr
+        )
+        assert "Traceback" not in done.stderr
+
+
 def test_check_lists_what_is_fine_and_says_what_is_next(fresh: Site) -> None:
     fresh.github.create_repository("acme/gadget")
     fresh.github.create_repository("other/secret")
