@@ -871,7 +871,7 @@ def unreadable_files(config: Config) -> Iterator[str]:
 
 
 # A pattern of CODEBOT_ALLOWED_REPOSITORIES: * or OWNER/NAME.
-NAME_PATTERN_RE = re.compile(r"\*|[^:]*/[^:]*")
+NAME_PATTERN_RE = re.compile(r"\*|[^:/]+/[^:/]+")
 # With --no-github, whole URLs are compared. A pattern is *, or begins with https://HOST/,
 # file:///, git@HOST: or /. A wildcard also matches slashes, so none may come before the
 # path: https://*.acme.com/a would match https://evil/.acme.com/a.

@@ -2767,6 +2767,9 @@ def test_setting_that_is_not_utf_8_is_refused_and_not_shown(variable: str) -> No
     [
         ("acme", True),
         ("acme*", True),
+        ("acme/widget/x", True),
+        ("/widget", True),
+        ("acme/", True),
         ("https://github.com/acme/*", True),
         ("acme/*", False),
         ("*", False),
