@@ -6,9 +6,9 @@ runs Claude Code on the task in a clone of the repository, in a sandbox, runs th
 makes one commit, pushes a branch and opens a pull request. When reviewers comment on it,
 codebot answers, or changes the code and pushes again.
 
-It needs Python 3.9 or newer with its standard library, and runs the programs git,
-openssl (with GitHub), bwrap, claude, and sh with chmod, find, rm, sed and sleep (in the
-demo also cat and grep). It is for Linux. On macOS, without bwrap, it is untested.
+It needs only Python 3.9 or newer and these programs: git, openssl (with GitHub), bwrap,
+claude, and sh, whose scripts use chmod, find, rm, sed and sleep (in the demo also cat and
+grep). It is for Linux. On macOS there is no sandbox, and nothing is tested.
 
     python3 codebot.py demo    try it: one task from end to end, no configuration
     python3 codebot.py check   check the requirements; says how to fix what it finds
@@ -72,17 +72,16 @@ GLOSSARY
   lookup token   an installation token that only reads metadata, such as names and ids, of
                  all repositories that the App is installed on
   delivery       one webhook request, with its GUID
-  look           one step of the sync thread: it asks GitHub about an issue, a pull request
-                 or a repository, finds out which of these to look at next, or reports the
-                 end of a task
+  look           one step of the sync thread. It asks GitHub about an issue or a pull
+                 request, or finds those to look at next, or reports the end of a task.
   marker         an HTML comment at the end of a comment of codebot's. A retry that finds it
                  does not post the comment again.
   answer         a comment in which codebot replies to a reviewer
   run            one pass of a worker over a job (JobRun); a retried job has several. A
                  run of the agent is an AgentRun. The command `run` runs one task.
                  CODEBOT_RUN marks all processes that a codebot process has started.
-  attempt        one round of the agent and the tests within a run, or one try of a
-                 review's push: 1, 2, 3 ...
+  attempt        one round of the agent and the tests within a run, one try of a review's
+                 push, or one sending of a request to GitHub: 1, 2, 3 ...
   retry          a job runs again, after a transient error, a crash or a stop. (What a
                  client calls a retry of a failed task makes a new task.)
   launcher       a command line that starts the agent and the tests on a node, which is
@@ -104,11 +103,11 @@ WHO IS TRUSTED WITH WHAT
                  before a commit is pushed. A refusal is remembered for a minute.
                  Nobody else at GitHub can start the agent, but the text of a labeled issue
                  may be anyone's. A comment by anybody else is stored as a review, which is
-                 skipped when it starts. A workflow that labels or comments with a person's
-                 token counts as that person, and so does a machine account that is not a
-                 bot of GitHub's. What others (people with write access, Apps) have edited
-                 into a person's comment, or into an issue whose author has write access,
-                 counts as that person's words.
+                 skipped when it starts, before an agent reads it. A workflow that labels or
+                 comments with a person's token counts as that person, and so does a machine
+                 account that is not a bot of GitHub's. What others (people with write
+                 access, Apps) have edited into a person's comment, or into an issue whose
+                 author has write access, counts as that person's words.
   Others at GitHub   can stop work, if GitHub lets them remove the label, or close or lock
                  the pull request.
   GitHub         is believed, over TLS. A delivery is believed only if the signature of
@@ -205,9 +204,9 @@ LIFE OF A JOB
   running   -> pending      after a stop, a crash, or a transient error
   running   -> completed, failed
   A pending review is deleted when its comments join a running review of the same
-  reviewer. Reviews are deleted with their task. If codebot may not, or need not, act on a
-  review, the review is skipped. If it has been classified, or had failed before, it ends
-  as failed (reason: cancelled); else it is deleted.
+  reviewer. Reviews are deleted with their task. A review that codebot may not, or need
+  not, act on is skipped: it ends as failed (reason: cancelled) if it was classified or
+  had failed before; else it is deleted.
 
   A task's phases are clone, agent, test, commit, push, pull_request; a review's are
   classify, clone, agent, test, commit, push, answer. With a launcher, both are in the
@@ -216,14 +215,15 @@ LIFE OF A JOB
   - A task is on disk before the client gets its 202.
   - A commit's id is in the store before the commit is pushed. A retry of a task pushes it
     again, which changes nothing. (If the branch was deleted meanwhile, a task that has no
-    pull request yet restores it.) A retry of a review pushes only if no push was stored.
+    pull request yet restores it.) A retry of a review pushes only if is_pushed is not
+    stored yet; what the branch has already is not pushed again.
   - A retry finds a pull request by its branch.
   - An answer is in the store before it is posted. A retry finds it by its marker. It is
     posted twice only if somebody has removed the first one or its marker, or if GitHub,
     at the retry, has not posted or does not list the first one yet.
-  A crash loses the work of a running agent, and the record of its cost. Each crash counts,
-  and each retry that must run the agent again. At three the job fails; saved work sets the
-  count to 0: see "What a retry depends on", in the section Store.
+  A crash loses the work of a running agent, and the record of its cost. A job counts its
+  crashes, and its retries that must run the agent again. At three it fails. Saved work sets
+  the count to 0: see "What a retry depends on", in the section Store.
 
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
@@ -458,7 +458,7 @@ def os_error_text(error: OSError) -> str:
     """Return the description of an error, without its number and path."""
     text = error.strerror or str(error)
     # "[SSL: WRONG_VERSION] wrong version (_ssl.c:1129)" becomes "wrong version".
-    text = re.sub(r"^\[.*?\] | \(_ssl\.c:\d+\)$", "", text)
+    text = re.sub(r"^\[.*?\][ ]|[ ]\(_ssl\.c:\d+\)$", "", text)
     return text.lower().rstrip(".")
 
 
@@ -679,6 +679,7 @@ class Config:
     # For each task, and again for each review. 0: no limit by the operator
     budget: float = setting("CODEBOT_MAX_BUDGET_USD", 0.0, parse_dollars)
     max_turns: int = setting("CODEBOT_MAX_TURNS", 0, parse_whole_number)
+    # How often the agent may repair failing tests: the tests run once more than that.
     test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", 2, parse_attempts)
     sandbox: Sequence[str] = setting("CODEBOT_SANDBOX", ("bwrap",), parse_command)
     agent_env: Sequence[str] = setting("CODEBOT_AGENT_ENV", (), parse_agent_env)
@@ -844,6 +845,7 @@ def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
         "GITHUB_APP_PRIVATE_KEY_PATH",
         "GITHUB_APP_INSTALLATION_ID",
     ):
+        # The variable, not the field: a bad value is another problem, reported elsewhere.
         if not config.no_github and not config.variables.get(name, "").strip(BLANKS):
             yield f"{name} is not set. Set it {place}, or start with --no-github."
     if config.launcher and not config.launcher_stop:
@@ -859,7 +861,7 @@ def unreadable_files(config: Config) -> Iterator[str]:
         files["GITHUB_APP_PRIVATE_KEY_PATH"] = config.key_file
     for name, path in files.items():
         if re.search("-----BEGIN|LS0tLS1CRUdJTi", path):  # a key, perhaps in base64
-            yield f"{name} must be the path of the key's file, not the key itself."
+            yield f"{name} must be the path of a file, not what is in it."
         # isfile: opening a named pipe could block forever.
         elif path and not (
             os.path.isfile(path) and os.access(path, os.R_OK, effective_ids=True)
@@ -964,8 +966,8 @@ def with_base64(secrets: Iterable[str]) -> list[str]:
         if len(secret) >= MIN_REDACTED_LENGTH:
             forms.add(secret)
             data = secret.encode("utf-8", "surrogateescape")
-            # It is also in base64("x-access-token:" + TOKEN), which git sends: the prefix
-            # has 15 bytes, and every 3 bytes become 4 characters.
+            # This also finds a token in what git sends: base64("x-access-token:" + TOKEN)
+            # ends with base64(TOKEN), because the prefix has 15 bytes, a multiple of 3.
             for encode in (base64.b64encode, base64.urlsafe_b64encode):
                 forms.add(encode(data).decode().rstrip("="))
     # The longest comes first, because it may contain a shorter one.
@@ -1001,8 +1003,8 @@ class Redactor:
     def beginning(self, text: str, length: int) -> str:
         """Return the beginning of a text without secrets, at most ``length`` characters.
 
-        The rest is not looked at, as redacting megabytes is slow. A cut text may end within
-        a secret, so as many characters as the longest one has are cut, too.
+        The rest is not looked at, as redacting megabytes is slow. The cut may split a
+        secret, so a piece as long as the longest secret is removed from the end, too.
         """
         if len(text) <= length:
             return self(text)
@@ -1138,8 +1140,8 @@ MAX_LINE_BYTES = 8 << 20  # a line is split after this, or up to READ_BYTES late
 READ_BYTES = 64 << 10  # of output read at a time; the limits are checked in between
 KEPT_LINES = 400  # how many of the last lines of a program's output are kept
 MAX_KEPT_CHARS = 10_000  # of each of these lines
-# With less free space codebot does not start, and blames the disk if a program fails: then
-# git's own words may be lost.
+# With less free space, codebot does not start, and if a program fails, codebot assumes that
+# the disk is the cause: the program's own message may be lost.
 FULL_DISK_BYTES = 16 << 20
 
 
@@ -1173,7 +1175,7 @@ def raise_if_stop_arrives(check_stop: Callable[[], None]) -> None:
 
 # How Popen or a shell reports that a program was ended by SIGTERM (15) or SIGKILL (9).
 SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
-# git's advice and empty lines, including a remote's.
+# Lines that name no cause: empty ones and git's advice, of this git or the remote's.
 NOISE_RE = re.compile(
     "(hint:.*|remote:|Please make sure you have the correct access rights"
     "|and the repository exists.)?"
@@ -1185,8 +1187,8 @@ SHORTAGE = (
     "|Resource temporarily unavailable|Cannot fork|Cannot allocate memory"
     r"|Out of memory, \w+ failed( \(tried to allocate \d+ bytes)?"
 )
-# Not "remote: fatal: ...", the remote's own shortage, nor a file of that name: git, sh and
-# bwrap print the reason at the end of a line.
+# Only at the end of a line, where git, sh and bwrap print the reason: a file's name does
+# not count. Nor does "remote: fatal: ...", which is about the remote's disk.
 SHORTAGE_RE = re.compile(rf"^(?!remote:).*({SHORTAGE})\)?$", re.MULTILINE)
 
 
@@ -1664,8 +1666,9 @@ class LaunchedProgram(RunningProgram):
         """Note the program's start and exit code; return the lines that it printed."""
         output: list[str] = []
         for line in lines:
-            # A program that is not in bwrap can read the sentinel (in the arguments of sh
-            # or in this output), and may forge its exit code.
+            # A program may find the sentinel, in the arguments of sh or by reading its own
+            # output (even in bwrap, if the launcher passes on this file). Then it can forge
+            # its exit code.
             word, _, code = line.partition(" ")
             # It counts even if the program has emptied the output before the first sentinel
             # was read. (Then on_start is never called.)
@@ -2032,8 +2035,8 @@ class Sandbox:
     ) -> None:
         self.config = config
         self.probe_limits = Limits(PROBE_TIMEOUT, check_stop=check_stop)
-        # Only the exact setting `bwrap` gets the mounts above. `/usr/bin/bwrap` counts as
-        # another sandbox. Without options it gets no mounts and fails probe().
+        # Only the exact setting `bwrap` hides what is listed above. `/usr/bin/bwrap`, or
+        # bwrap with options, counts as another sandbox and hides only what its options say.
         self.is_bwrap = config.sandbox == ("bwrap",)
         self.is_none = config.sandbox == ("none",)
         self.disable_userns = True
@@ -2273,8 +2276,9 @@ class NoRedirects(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
-# The group is the comment's end. It is empty if there is none: if that did not match, a
-# text would be searched again from each of thousands of "<!--". "<!-->" is a comment, too.
+# The group is the comment's end, or "" if it has none and goes on to the end of the text.
+# (It must match even then, or each of thousands of "<!--" would be searched to the end.)
+# "<!-->" is a comment, too.
 HTML_COMMENT_RE = re.compile(r"<!(?=--).*?(-->|\Z)", re.DOTALL)
 CUT_NOTE = "(text after an unclosed HTML comment was removed)"
 INVISIBLE_RE = re.compile(
@@ -2297,7 +2301,7 @@ def visible_text(text: str) -> str:
     """
     comment_ends = HTML_COMMENT_RE.findall(text)
     visible = INVISIBLE_RE.sub("", HTML_COMMENT_RE.sub("", text))
-    if "" in comment_ends and visible.strip():
+    if "" in comment_ends and visible.strip():  # else the text counts as empty
         visible += CUT_NOTE
     return visible
 
@@ -2379,7 +2383,7 @@ def is_rate_limit(reply: Reply) -> bool:
 
 
 def raise_if_refused(reply: Reply) -> None:
-    """Raise an error if another attempt now would get the same response."""
+    """Raise an error unless this failed request may succeed if it is sent again."""
     status = reply.status
     if status == 0 or status >= 500 or is_rate_limit(reply):
         return
@@ -2582,7 +2586,7 @@ class GitHub:
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 reply = self.read_reply(response)
-        # UnicodeError: the name of a host or proxy is none, such as "proxy..corp".
+        # UnicodeError: a host or proxy has an impossible name, such as "proxy..corp".
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             reason = getattr(error, "reason", error)  # the cause of a URLError
             if isinstance(reason, OSError):
@@ -2608,7 +2612,7 @@ class GitHub:
                 raise TimeoutError("the response is too slow or too long")
         status = response.status
         headers = response.headers
-        self.read_headers(headers)
+        self.note_headers(headers)
         try:
             value = json.loads(body)
         except (ValueError, RecursionError):
@@ -2619,7 +2623,7 @@ class GitHub:
             return Reply(0, headers, error="the response is not JSON")
         return Reply(status, headers, value, size=len(body))
 
-    def read_headers(self, headers: email.message.Message) -> None:
+    def note_headers(self, headers: email.message.Message) -> None:
         """Record GitHub's clock and the remaining rate limit."""
         remaining = headers.get("x-ratelimit-remaining", "")
         if remaining.isdecimal():
@@ -2913,7 +2917,7 @@ class GitHubRepository:
 # gc is off, because workspaces read the mirror's objects. Redirects are off, because they
 # would carry the token to another host. git gives up on a server that for 300 seconds
 # sends less than a byte a second, or only git's keep-alives. `core.fsync` (git 2.36) keeps
-# a power cut from leaving empty files. What git fetches, it keeps as a pack.
+# a power cut from leaving empty files. With unpackLimit=1, each fetch is kept as one pack.
 GIT = shlex.split(
     "git -c gc.auto=0 -c maintenance.auto=false -c core.fsync=all"
     " -c http.followRedirects=false -c http.lowSpeedLimit=1 -c http.lowSpeedTime=300"
@@ -3158,7 +3162,7 @@ TOKEN_RETRY_DELAY = 3.0
 
 
 def raise_if_killed(result: ProgramResult) -> None:
-    """Raise TransientError if git, or a part of it, was killed, as for want of memory."""
+    """Raise TransientError if git, or a program that it started, was killed."""
     text = "\n".join(result.stderr)
     was_killed = result.code in SIGNAL_EXIT_CODES or PART_KILLED_RE.search(text)
     if result.code != 0 and was_killed:
@@ -3499,8 +3503,8 @@ CREATE TABLE jobs (
     --   ''                    not classified yet. While the job is also pending, the
     --                         reviewer's next comments join it.
     --   'question', 'change'
-    --   'unclear'             codebot asks back; or the review failed before it was
-    --                         classified: see store_failure
+    --   'unclear'             codebot asks back. Also of a review that failed before it was
+    --                         classified (it has an error): see store_failure
     --   'none'                nothing, for example thanks
     --   'limit'               not classified: the pull request has had its reviews today
     request_kind TEXT NOT NULL DEFAULT '',
@@ -4204,7 +4208,8 @@ class Store:
             """
             SELECT id FROM next_jobs
             WHERE kind = :kind AND not_before <= :now
-                AND (transient_since > 0) = :was_delayed AND :only_job IN ('', id)
+                AND (transient_since > 0) = :was_delayed
+                AND (:only_job = '' OR :only_job = id)
             ORDER BY not_before, seq LIMIT 1
             """,
             kind=kind,
@@ -4415,7 +4420,7 @@ class Store:
         """Move the comments of the reviewer's pending review to this running one."""
         with self._transaction() as db:
             waiting_id = waiting_review(db, job.task_id, job.reviewer)
-            # At a stop, this job becomes pending while its worker runs, and may be found.
+            # At a stop, this job may be pending already, and so be the one that was found.
             if waiting_id in (None, job.id):
                 return
             values = {"id": job.id, "waiting_id": waiting_id}
@@ -4738,7 +4743,9 @@ def remove_most(name: str, parent: int | None = None, level: int = 0) -> None:
 
 
 class Look(NamedTuple):
-    """Asks the sync thread to look at one thing. These are the kinds, and their fields:
+    """Asks the sync thread to look at one thing.
+
+    The kinds, and the fields that each needs:
       "everything"
       "repository"     repository_id; to find its issues with the label
       "issue"          repository_id, number; an issue that has, or had, the label
@@ -5185,10 +5192,10 @@ class Workspace:
 
     def environment(self, as_agent: bool) -> dict[str, str]:
         """Return the whole environment of a program that run_in_sandbox runs."""
-        env = base_environment(self.config)
-        # GIT_CONFIG_GLOBAL is /dev/null here, so that the git of a launcher or a sandbox
+        # Its GIT_CONFIG_GLOBAL is /dev/null, so that the git of a launcher or a sandbox
         # does not obey HOME, which is the agent's. Sandbox.wrap unsets it for the program
         # inside: as root, the agent's `git config --global` would replace /dev/null.
+        env = base_environment(self.config)
         env.update(copy_variables(self.config, [*NETWORK_NAMES, "TZ"]))
         env["HOME"] = f"{self.path}/home"
         env["TMPDIR"] = "/tmp"
@@ -5307,8 +5314,8 @@ class Workspace:
 
     def is_changed_since(self, commit: str) -> bool:
         """Return whether the files are not those of a commit in the outbox."""
-        tree = self.outbox.local_git("rev-parse", f"{commit}^{{tree}}").stdout
-        return tree != [self.record_files()]
+        result = self.outbox.local_git("rev-parse", f"{commit}^{{tree}}")
+        return self.record_files() != result.stdout[0]
 
     def collect_tree(self, base_commit: str, tree: str) -> bool:
         """Bring a recorded tree into the outbox. Returns whether it is not the base's.
@@ -5785,8 +5792,8 @@ class AgentRun:
     def raise_if_failed(self, program: ProgramResult) -> None:
         """Raise JobFailed unless the agent reports success.
 
-        Raises TransientError if a full disk has lost the report. The exit code says
-        nothing: then, and when it is interrupted, the CLI may exit with 0 (tried).
+        Raises TransientError if a full disk has lost the report. The exit code is not used:
+        on a full disk, or when it is interrupted, the CLI may exit with 0 (tried).
         """
         result = self.result
         if not result:
@@ -5959,7 +5966,7 @@ def quoted(speaker: str, text: str) -> str:
 
 
 def escape_html(text: str) -> str:
-    """Return text in which HTML is shown: an unclosed tag could hide what follows.
+    """Return text whose HTML is shown as text: an unclosed tag could hide what follows.
 
     The agent's words need not be escaped: they always come last.
     """
@@ -6236,7 +6243,8 @@ def run_tests_once(
     run.log_event("codebot", f"Test command: {command}")
     result = workspace.run_work(test, "test", attempt)
     run.log_event("codebot", f"Exit code {result.code}")
-    # If this fails after a test that failed, the agent goes on with what the test has left.
+    # It may fail. If the test passed, the tree is what counts; if not, the agent goes on
+    # with what the test has left.
     with contextlib.suppress(JobFailed):
         workspace.script(RESTORE_SCRIPT, tree)
     return tree, result
@@ -6341,7 +6349,7 @@ NO_ANSWER_TEXT = {
 
 
 class Review(NamedTuple):
-    """One run of a review, with the current data from GitHub and the store."""
+    """A running review, with what GitHub and the store say about it now."""
 
     run: JobRun
     task: Job
@@ -6458,9 +6466,10 @@ def load_comments(review: Review) -> Review:
     comments = []
     for stored in run.store.stored_comments(run.job.id):
         comment = current.get((stored.place, stored.id))
-        # One that GitHub does not list counts as deleted only in a retry, and only if it is
-        # not new. It may just have been missed: if another one is deleted meanwhile, it
-        # moves to a page that was read already. (Its own date may be its draft's.)
+        # A comment that GitHub does not list counts as deleted only in a retry, and only if
+        # codebot has had it for a while. Until then it may be missing by chance: when
+        # another one is deleted, it moves to a page that was read already. (received_at,
+        # because created_at may be a draft's.)
         is_new = stored.received_at > utc_time(seconds_ago=VISIBILITY_DELAY)
         is_retry = run.job.transient_since > 0
         if comment is None and (is_new or not is_retry):
@@ -6992,8 +7001,10 @@ class Sync:
     def submit_issue(
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> None:
-        """Submit the issue as a task, with the comments from before the label, if their
-        authors have write access. For title and body, see has_untrusted_edit.
+        """Submit the issue as a task, with its comments that may be trusted.
+
+        These are older than the label, and their authors have write access. For title and
+        body, see has_untrusted_edit.
         """
         parts = [issue.body.strip() or issue.title]
         has_write_access = functools.cache(github_repository.has_write_access)
@@ -7272,7 +7283,9 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
 
 
 def store_failure(run: JobRun, ending: Ending) -> None:
-    """Store why a review failed, by save_work: require_may_run must let it run again."""
+    """Store why a review failed. save_work also resets the counts of retries, else
+    require_may_run might refuse the second round.
+    """
     error = ending.error
     # It was pushed, or the error does not tell whether it was.
     is_unknown = ending.reason in ("interrupted", "internal")
@@ -9123,7 +9136,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return route.handler(codebot, request, **parameters)
 
     def receive_body(self, headers: Headers, limit: int) -> bytes:
-        # int() would refuse more than 4,300 digits; so many are infinity.
+        # Not int(), which refuses more than 4,300 digits: float() makes infinity of them.
         length = float(headers.get("content-length", "0"))
         if length > limit:
             raise HTTPError(413, f"The body is longer than {limit:,} bytes")
@@ -9667,9 +9680,9 @@ def stop_workers(codebot: Codebot, workers: Sequence[threading.Thread]) -> None:
     """Stop the workers. Their jobs are pending afterward."""
     deadline = time.monotonic() + STOP_TIMEOUT
     codebot.stop.set()
-    for jobs in codebot.queues.values():
+    for job_ids in codebot.queues.values():
         for _ in workers:
-            jobs.put(None)
+            job_ids.put(None)
     for worker in workers:
         worker.join(max(0.0, deadline - time.monotonic()))
     with contextlib.suppress(sqlite3.Error):
