@@ -1430,16 +1430,14 @@ def run_program(
     on_lines: LineHandler = do_nothing,
     pass_fds: Sequence[int] = (),
     umask: int = PRIVATE_UMASK,
-    launcher: Sequence[str] = (),
     program_type: Callable[..., RunningProgram] = RunningProgram,
 ) -> ProgramResult:
     """Run a program to its end, and end the processes that it leaves in its group.
 
-    ``launcher``, which only `launching` sets, comes first in the command line. Raises
-    OSError if the program cannot start; LimitReached, StopRequested or Cancelled if it must
-    end early; TransientError if the host lacks disk space, memory or processes.
+    Only `launching` sets ``program_type``. Raises OSError if the program cannot start;
+    LimitReached, StopRequested or Cancelled if it must end early; TransientError if the
+    host lacks disk space, memory or processes.
     """
-    argv = [*launcher, *argv]
     with contextlib.ExitStack() as files:
         stdin_file = files.enter_context(tempfile.TemporaryFile())
         stdout = OutputFile(files.enter_context(tempfile.TemporaryFile()))
@@ -1730,10 +1728,15 @@ def launching(
     program_type = functools.partial(
         LaunchedProgram, sentinel=sentinel, node_timeout=timeout, on_start=on_start
     )
+
+    def launch(
+        argv: Sequence[str], env: Mapping[str, str], **options: Any
+    ) -> ProgramResult:
+        argv = [*launcher, *argv]
+        return run_program(argv, env, program_type=program_type, **options)
+
     try:
-        yield functools.partial(
-            run_program, launcher=launcher, program_type=program_type
-        )
+        yield launch
     finally:
         stop_launched(config, workspace_path)
 
