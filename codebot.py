@@ -51,8 +51,8 @@ GLOSSARY
                  field are named status); see LIFE OF A JOB
   phase          what a running job is doing
   classify       have an agent without tools find out what a reviewer wants
-  event          an entry of a task's log. (A label's and a webhook's events are GitHub's;
-                 the CLI's events are the lines that it prints.)
+  event          an entry of a task's log. (A label event and a webhook's event are
+                 GitHub's; an event of the CLI is a line that it prints.)
   App            the GitHub App through which codebot acts; the operator creates it
   codebot's user the account on this host that runs codebot; not a login at GitHub
   agent          the Claude CLI process
@@ -131,7 +131,7 @@ WHO IS TRUSTED WITH WHAT
                    other file that codebot's user can read.
                    It can write to its own workspace only, but can connect to sockets and
                    write to named pipes that are not hidden. The section Sandbox lists
-                   the exceptions.
+                   where this does not hold.
                  - Without a sandbox (CODEBOT_SANDBOX=none) it can do whatever codebot's
                    user can.
                  - codebot takes from it a tree of files, its words, and the cost and the
@@ -475,6 +475,8 @@ def find_paths(directory: str, pattern: str) -> list[str]:
 # Known limitations:
 # - .env in the current directory names programs that codebot runs. Do not run a codebot
 #   command in a directory that others can write to, such as a clone.
+# - If GitHub's address begins with http://, which only loopback may, and NO_PROXY does not
+#   list it, the proxy of HTTP_PROXY gets codebot's tokens.
 # - A secret is recognized only as it is, or as base64 of the secret alone, without line
 #   breaks. One of fewer than 6 characters is not redacted; one of fewer than 16 is not
 #   searched for in the files of a change, nor is what only looks like a token of GitHub. A
@@ -602,7 +604,7 @@ def parse_agent_env(text: str) -> Sequence[str]:
 # owner/name=command, perhaps with wildcards in both names. No command: no tests.
 TEST_RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*=(.*)"
 # Mistakes that pass for a command: "# x", with which every test would pass, and "a/b/c=x".
-NO_COMMAND = r"#|[^\s=;&|]*/[^\s=;&|]*\s*="
+MISTAKE = r"#|[^\s=;&|]*/[^\s=;&|]*\s*="
 
 
 def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
@@ -619,7 +621,7 @@ def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
         rule = re.match(TEST_RULE, line)
         if rule and not rule[2].strip().startswith("#"):
             rules.append((rule[1], rule[2].strip()))
-        elif len(lines) == 1 and not re.match(NO_COMMAND, line):
+        elif len(lines) == 1 and not re.match(MISTAKE, line):
             rules.append(("*", line))
         else:
             raise ValueError("must be one command, or lines owner/name=command")
@@ -1206,7 +1208,7 @@ class ProgramResult(NamedTuple):
     code: int  # has no meaning if a LineHandler has returned True
     stdout: list[str]
     stderr: list[str]
-    is_disk_full: bool = False  # when the program ended: then output may be missing
+    disk_was_full: bool = False  # when the program ended: then output may be missing
 
     @property
     def error(self) -> str:
@@ -1366,7 +1368,7 @@ class RunningProgram:
             return result
         if code in SIGNAL_EXIT_CODES:
             raise_if_stop_arrives(self.limits.check_stop)
-        if result.is_disk_full:
+        if result.disk_was_full:
             raise TransientError(f"The disk is full: {result.error}")
         # An agent can fake this, and cause a retry. MAX_INTERRUPTIONS limits the cost.
         if SHORTAGE_RE.search("\n".join(result.stderr)):
@@ -1488,8 +1490,8 @@ def read_environment(path: str) -> bytes:
 def tagged_processes(run_tag: str) -> list[int]:
     """Return the ids of the processes whose CODEBOT_RUN begins with ``run_tag``.
 
-    The parts of a tag have fixed lengths: see base_environment. So a codebot process's tag
-    finds its jobs' processes, and no others.
+    It must not be empty. The parts of a tag have fixed lengths: see base_environment. So a
+    codebot process's tag finds its jobs' processes, and no others.
     """
     needle = f"\0CODEBOT_RUN={run_tag}".encode()
     found = []
@@ -1755,9 +1757,9 @@ def stop_all_launched(config: Config, record_prefix: str = "") -> None:
 # file system is read-only, and private directories are covered by empty ones. Of the work
 # directory, only the job's own directories and its repository's objects are put back.
 #
-# Known limitation of every sandbox: only the host limits an agent's processes, disk space
-# and memory. If it fills the disk of the work directory, jobs are retried for a time and
-# then fail; while the database cannot be written, they wait.
+# Known limitation of every sandbox: codebot does not limit an agent's processes, disk space
+# and memory; only the host can. If an agent fills the disk of the work directory, jobs are
+# retried for a time and then fail; while the database cannot be written, they wait.
 #
 # Known limitations without a sandbox (CODEBOT_SANDBOX=none):
 # - The agent can read and write whatever codebot's user can (the keys, the database, .env,
@@ -1856,7 +1858,7 @@ def is_inside(path: str, directory: str) -> bool:
 #   its own     /dev and /proc
 #   read-only   ~/X    if PATH leads into it: tool_directories
 #   hidden      /run, the homes; the work directory and the directories of .env, keys and
-#               databases: private_directories; /tmp/A, if a path in it is listed here
+#               databases: private_directories; /tmp/A, if another path here lies in it
 #   read-only   the mirror's objects, the target of /etc/resolv.conf, and hidden files that
 #               CODEBOT_CLAUDE_COMMAND and SSL_CERT_FILE and the like name: needed_files
 #   writable    the workspace's repo and home, and its tmp as /tmp
@@ -2076,8 +2078,8 @@ class Sandbox:
     def probe(self, *command: str) -> ProgramResult:
         """Run a command, if any, in the sandbox, through the launcher if there is one.
 
-        If the sandbox works, the file "probe" is written on this host. Raises ConfigError
-        if it is missing, and NoFreeNode if the sandbox could not be tried.
+        The sandbox works if the file "probe" then exists on this host. Raises ConfigError
+        if that file is missing, and NoFreeNode if the sandbox could not be tried.
         """
         config = self.config
         try:
@@ -2478,7 +2480,7 @@ class GitHub:
         # "RSA-SHA2-256(stdin)= 3e5f…" On a full disk there is nothing, not even an error.
         match = re.search("= ((?:[0-9a-f]{2})+)$", "".join(result.stdout))
         if match is None:
-            if result.is_disk_full:
+            if result.disk_was_full:
                 raise TransientError("The disk is full: openssl printed nothing")
             raise AppRefused(
                 "GITHUB_APP_PRIVATE_KEY_PATH: openssl cannot sign with "
@@ -3152,7 +3154,7 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
 )
 # "! [remote rejected] main -> main (protected)": the remote refuses the push. A fault of
 # the remote's own is excluded, because it is transient. "unpacker error" may be either: a
-# full disk, or a rule (receive.fsckObjects, receive.maxInputSize). Another line says so.
+# full disk, or a rule (receive.fsckObjects, receive.maxInputSize). Another line says which.
 REJECTED_RE = re.compile(
     "^remote: fatal: (fsck error|pack exceeds)"
     r"|^(?!.*(Internal Server Error|commit_refs|unpacker error)).*rejected\]",
@@ -3536,7 +3538,7 @@ CREATE TABLE jobs (
     cost_usd REAL, -- as the agent reports it; NULL: unknown
     num_turns INTEGER NOT NULL DEFAULT 0,
     files TEXT NOT NULL DEFAULT '', -- as git diff --stat shows them
-    seconds REAL NOT NULL DEFAULT 0,
+    seconds REAL NOT NULL DEFAULT 0, -- that a task's run took until its commit; 0: none
     answers TEXT NOT NULL DEFAULT '{}', -- by thread, as JSON
     -- Why the job failed, for programs and for people. A review stores both before it
     -- posts them.
@@ -3747,6 +3749,7 @@ def from_row(row_type: type[T], row: sqlite3.Row | Mapping[str, Any]) -> T:
 
 
 def make_job(row: sqlite3.Row) -> Job:
+    """Make a job, and its request, from a row of jobs."""
     request = from_row(TaskRequest, row)
     answers = json.loads(row["answers"])
     return from_row(Job, {**dict(row), "request": request, "answers": answers})
@@ -4433,7 +4436,7 @@ class Store:
             db.execute("DELETE FROM jobs WHERE id = :waiting_id", values)
 
     def drop_review(self, job_id: str) -> None:
-        """Delete a running review that codebot must not, or cannot, act on.
+        """Delete a running review that is skipped.
 
         Its comments stay, without a job, so that they are not queued again.
         """
@@ -4746,14 +4749,15 @@ def remove_most(name: str, parent: int | None = None, level: int = 0) -> None:
 
 
 class Look(NamedTuple):
-    """Asks the sync thread to look at one thing.
+    """What the sync thread is to look at.
 
-    The kinds, and the fields that each needs:
-      "everything"
-      "repository"     repository_id; to find its issues with the label
-      "issue"          repository_id, number; an issue that has, or had, the label
-      "pull_request"   task_id
-      "ended_task"     task_id; to report the task's end on its issue
+    kind             other fields            what is done
+    "everything"                             find what follows
+    "repository"     repository_id           find its issues with the label
+    "issue"          repository_id, number   submit or cancel its task
+    "pull_request"   task_id                 store its state, queue new comments
+    "ended_task"     task_id                 report the end of the task on its issue
+
     With look_twice, codebot looks again after VISIBILITY_DELAY: GitHub may not show yet
     what has just changed.
     """
@@ -4866,7 +4870,7 @@ class Codebot:
         self.end_run(job_id)
 
     def end_run(self, job_id: str) -> None:
-        """End the run of a cancelled task, unless its push has begun."""
+        """Have the run of a cancelled task end, unless its push has begun."""
         run = self.running.get(job_id)
         if run is not None and not run.job.push_started:
             run.is_cancelled = True
@@ -4993,9 +4997,9 @@ class JobRun:
 # The largest change that is applied again on top of what others have pushed meanwhile.
 MAX_PATCH_BYTES = 256 << 20
 # Every script of Workspace begins with this. It removes the lock files of a killed git,
-# and defines `g`: git without hooks, fsmonitor, signing and gc. The configuration in HOME
-# is the agent's. (Only git 2.31 uses it: it does not know GIT_CONFIG_GLOBAL.) The checkout
-# needs no `g`, because its repository is new.
+# and defines `g`: git without hooks, fsmonitor, signing and gc. It turns off the agent's
+# configuration in HOME. (git 2.31 does not know GIT_CONFIG_GLOBAL, and reads it.) The
+# checkout needs no `g`, because its repository is new.
 GIT_FUNCTION = """
 export GIT_CONFIG_GLOBAL=/dev/null XDG_CONFIG_HOME=/nonexistent
 for lock in .git/index.lock .git/HEAD.lock; do
@@ -5321,7 +5325,7 @@ class Workspace:
         return self.record_files() != result.stdout[0]
 
     def collect_tree(self, base_commit: str, tree: str) -> bool:
-        """Bring a recorded tree into the outbox. Returns whether it is not the base's.
+        """Bring a recorded tree into the outbox. Returns whether it differs from the base.
 
         Raises JobFailed if the repository is not usable anymore.
         """
@@ -5380,13 +5384,13 @@ class Workspace:
         # self.repo is a mount point. In another sandbox, an agent may replace it with a
         # file, which git fetch would read as a bundle, outside the sandbox.
         argv = [*GIT, "-c", "fetch.fsckObjects=true"]  # receive.* is for pushes only
-        # A relative path, because git takes commas and blanks in it for separators.
+        # A relative path: in this option, git takes commas and blanks for separators.
         argv += ["-c", "fetch.fsck.skipList=fsck-skip-list"]
         # Harmless: git (since 2.39.1) ignores such lines and files. The base may have some.
         for fault in ("LineLength", "Large"):
             argv += ["-c", f"fetch.fsck.gitattributes{fault}=ignore"]
         argv += ["--git-dir", self.outbox.path, *GIT_FETCH]
-        # Another sandbox may have set HOME to the agent's.
+        # In a sandbox other than bwrap, HOME may be the agent's, with its .gitconfig.
         script = 'GIT_CONFIG_GLOBAL=/dev/null exec git upload-pack "$@"'
         upload_pack = self.sandboxed(["sh", "-c", script, "sh"])
         argv += ["--upload-pack", shlex.join(upload_pack), "--"]
@@ -5801,7 +5805,7 @@ class AgentRun:
         result = self.result
         if not result:
             raise_if_stop_arrives(self.run.check_stop)
-            if program.is_disk_full:
+            if program.disk_was_full:
                 raise TransientError("The disk is full: the agent's result is lost")
         is_success = result.get("subtype") == "success"
         is_empty = result.get("num_turns") == 0  # the model was not asked
@@ -5875,14 +5879,14 @@ def ask_agent(
         if cleaned.code != 0:
             message = f"The agent's home cannot be prepared: {cleaned.error}"
             raise JobFailed("agent_failed", message)
+    command = SandboxedCommand(
+        name=run.config.claude_command[0],
+        argv=agent_command(run, options, session_option),
+        as_agent=True,
+        stdin=prompt.encode("utf-8", "replace"),
+        on_lines=agent_run.read,
+    )
     try:
-        command = SandboxedCommand(
-            name=run.config.claude_command[0],
-            argv=agent_command(run, options, session_option),
-            as_agent=True,
-            stdin=prompt.encode("utf-8", "replace"),
-            on_lines=agent_run.read,
-        )
         result = workspace.run_work(command, phase, attempt)
     except (FileNotFoundError, PermissionError) as error:
         raise JobFailed(
@@ -6105,7 +6109,7 @@ def require_labeler_access(workspace: Workspace) -> None:
     run = workspace.run
     github_repository = workspace.repository.github_repository
     if github_repository is None or not run.job.submitted_by.startswith("github:"):
-        return  # a client has submitted it
+        return  # submitted by a client, whose name is hexadecimal digits: see submitter
     login = run.job.submitted_by.removeprefix("github:")
     if not github_repository.has_write_access(login):
         raise JobFailed(
@@ -6517,8 +6521,8 @@ def is_to_push(job: Job) -> bool:
 def prepare_answers(review: Review) -> None:
     """Store the answers, unless an earlier run has, and push the commit."""
     run = review.run
-    # Finished work has an answer for each thread, perhaps "". For "none" and "limit" there
-    # are never any, and nothing to do.
+    # Once the work is done, each thread has an answer, perhaps "". Only for "none" and
+    # "limit" there are no answers, but no work either.
     if not run.job.answers:
         for comment in review.comments:
             run.log_event("codebot", f"Comment by {comment.user}: {comment.text}")
@@ -6747,7 +6751,9 @@ def post_answer(review: Review, thread_key: str, comments: Sequence[Comment]) ->
     run = review.run
     github_repository = review.github_repository
     comment = comments[0]
+    # Redact before truncating: a secret that was cut in two would not be found.
     body = run.redact(answer_body(run.job, thread_key, comment))
+    body = truncate(body, MAX_BODY_CHARS)
     marker = f"<!-- codebot answer {run.job.id} {thread_key} -->"
     inline_thread = comment.thread if comment.place == "inline" else 0
     try:
@@ -6769,8 +6775,7 @@ def answer_body(job: Job, thread_key: str, comment: Comment) -> str:
         first_line = comment.text.strip().splitlines()[0][:200]
         question = quoted(f"@{comment.user}", escape_html(first_line))
     parts = [question, own_words(job, answer), quoted("The agent", answer)]
-    text = "\n\n".join(part.strip() for part in parts if part)
-    return truncate(text, MAX_BODY_CHARS)
+    return "\n\n".join(part.strip() for part in parts if part)
 
 
 def own_words(job: Job, answer: str) -> str:
@@ -7120,9 +7125,6 @@ def worker_step(codebot: Codebot, kind: str) -> None:
         run_job(codebot, job)
 
 
-STEPS = {"task": run_task, "review": run_review}
-
-
 class Ending(NamedTuple):
     """What becomes of a job when its steps have ended."""
 
@@ -7178,7 +7180,10 @@ def run_steps(run: JobRun) -> Ending:
     job = run.job  # as it was before the steps; its id and kind do not change
     try:
         require_may_run(run)
-        STEPS[job.kind](run)
+        if job.kind == "task":
+            run_task(run)
+        else:
+            run_review(run)
         return Ending("completed")
     except ReviewSkipped as error:
         return ending_of_skipped_review(run, error)
@@ -7264,7 +7269,7 @@ def ending_after_last_retry(job: Job, error: str) -> Ending:
 
 
 def remaining_phase(job: Job) -> str:
-    """Return the phase that a job is in, or the one that it is on its way to again."""
+    """Return the job's phase or, if a retry only repeats the clone, the one after it."""
     if not job.commit_id or job.phase not in ("", "clone"):
         return job.phase
     if job.push_started:
@@ -7281,7 +7286,7 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
         return False
     if run.is_cancelled or ending.reason == "cancelled":
         return False
-    # If the posting failed, of an earlier failure or of answers, nothing more is posted.
+    # If codebot could not post the answers or an earlier error, it posts nothing more.
     return not job.error and job.phase != "answer"
 
 
@@ -7347,10 +7352,9 @@ def finish_job(run: JobRun, ending: Ending) -> None:
 def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
     """Wait until jobs may be due, for a second at most; then fill the queues.
 
-    Each queue that is empty gets the next job that a transient error has delayed, and the
-    next one that none has. So neither retries that always fail nor any number of new jobs
-    hold up the others, except on the same pull request. ``only_job`` is the only job that
-    may start.
+    Each queue that is empty gets two jobs: the next one that no transient error has
+    delayed, and the next one that one has. So neither new jobs nor retries hold up the
+    others, except on the same pull request. ``only_job`` is the only job that may start.
     """
     codebot.jobs_due.wait(TIMER_INTERVAL)
     codebot.jobs_due.clear()
@@ -8860,7 +8864,7 @@ MAX_BUFFERED_BYTES = 64 << 20  # of all request bodies, as they were received, t
 STATE_TIMEOUTS = {
     "waiting": 75.0,  # for a request
     "receiving": 20.0,  # a whole request; the first one with the TLS handshake
-    "handling": 3600.0,  # codebot's own work: a handler takes seconds at most
+    "handling": 3600.0,  # codebot's own work, which should take seconds
     "sending": 20.0,  # until the client has read CHUNK_BYTES
 }
 SWEEP_INTERVAL = 0.5  # seconds between searches for late connections
@@ -9125,8 +9129,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         path, _, query = ABSOLUTE_FORM_RE.sub("", self.path).partition("?")
         route, parameters = find_route(self.command, path or "/")
-        receive_body = functools.partial(self.receive_body, headers, route.max_body)
-        read_body = functools.cache(receive_body)
+        read_body = functools.cache(lambda: self.receive_body(headers, route.max_body))
         request = Request(query, headers, self.client_address[0], read_body)
         codebot = self.server.codebot
         try:

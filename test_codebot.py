@@ -4909,7 +4909,7 @@ def test_error_of_a_step_decides_what_becomes_of_the_job(
         if error is not None:
             raise error
 
-    monkeypatch.setitem(codebot.STEPS, "task", steps)
+    monkeypatch.setattr(codebot, "run_task", steps)
     run = codebot.JobRun(app_with(store), store_task_in_state(store, "running"))
     ending = codebot.run_steps(run)
     assert (ending.status, ending.reason) == (status, reason)
@@ -4921,7 +4921,7 @@ def test_error_of_a_step_decides_what_becomes_of_the_job(
 def test_job_that_was_cancelled_before_its_steps_begin_does_not_begin(
     store: codebot.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(codebot.STEPS, "task", lambda run: None)
+    monkeypatch.setattr(codebot, "run_task", lambda run: None)
     run = codebot.JobRun(app_with(store), store_task_in_state(store, "running"))
     assert codebot.run_steps(run).status == "completed"
     store.request_cancel(run.job.id)
@@ -8037,7 +8037,7 @@ def test_impossible_date_of_github_is_ignored() -> None:
     github = create_github()
     headers = email.message.Message()
     headers["Date"] = f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT"
-    github.read_headers(headers)
+    github.note_headers(headers)
     assert github.clock_skew == 0.0
 
 
