@@ -4182,6 +4182,24 @@ def test_sandbox_that_outlives_the_classification_is_ended(on_disk: Site) -> Non
 
 
 @needs_bwrap
+def test_what_a_launcher_leaves_beside_bwrap_is_ended(on_disk: Site) -> None:
+    left = unique_sleep()
+    launcher = write_script(
+        on_disk.directory / "launch",
+        f'[ -e "$0.on" ] && setsid {left} >&2 &\nexec "$@"',
+    )
+    on_disk.agent.follow(SAY_HELLO)
+    on_disk.server.start(
+        CODEBOT_SANDBOX="bwrap",
+        CODEBOT_LAUNCHER=str(launcher),
+        CODEBOT_LAUNCHER_STOP="true",
+    )
+    (on_disk.directory / "launch.on").touch()  # not for the test of the sandbox
+    on_disk.api.completed(on_disk.api.submit())
+    assert left not in command_lines()
+
+
+@needs_bwrap
 def test_sandbox_that_outlives_a_killed_server_is_ended_by_the_next(
     on_disk: Site,
 ) -> None:
@@ -4731,6 +4749,17 @@ def test_daily_limit_counts_reviews_that_were_started(store: codebot.Store) -> N
         sql = "UPDATE jobs SET submitted_at = ? WHERE kind = 'review'"
         database.execute(sql, [LONG_AGO])
     assert store.request_kinds_of_last_day(pull_request.task_id) == []
+
+
+def test_long_login_is_cut_in_the_log(
+    store: codebot.Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    task = store_task(store)
+    store_pull_request(store, task)
+    store.queue_comments(task.id, [make_comment(1, "a" * 5000)])
+    assert f"{'a' * 99} commented" in caplog.text
+    assert "a" * 100 not in caplog.text
 
 
 def test_waiting_review_takes_only_comments_of_its_reviewer_and_pull_request(
@@ -7611,6 +7640,14 @@ def github_client(site: Site) -> codebot.GitHub:
     )
 
 
+def test_app_is_asked_for_its_login_only_once(shared: Site) -> None:
+    github = github_client(shared)
+    assert github.bot().login == BOT["login"]
+    requests_made = github.requests_made
+    github.bot()
+    assert github.requests_made == requests_made
+
+
 @pytest.mark.parametrize(
     ("ref", "origin", "is_found"),
     [
@@ -8115,6 +8152,19 @@ def test_openssl_that_prints_no_signature_is_an_error(
     # With a few bytes of free space, openssl prints nothing and exits with 0 (tried).
     monkeypatch.setattr(codebot, "FULL_DISK_BYTES", 1 << 62)
     with pytest.raises(codebot.TransientError, match="The disk is full"):
+        github.sign_jwt()
+
+
+def test_openssl_that_hangs_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    write_script(tmp_path / "openssl", "exec sleep 60")
+    monkeypatch.setenv("PATH", path)  # Popen looks there
+    github = create_github(search_path=path)
+    limits = functools.partial(codebot.Limits, timeout=0.3)
+    monkeypatch.setattr(codebot, "Limits", limits)
+    with pytest.raises(codebot.TransientError, match="openssl took more than"):
         github.sign_jwt()
 
 
@@ -8897,6 +8947,13 @@ def test_mirror_that_was_used_lately_is_kept(local: LocalTask) -> None:
     local.workspace.fetch("main", "clone_failed")
     codebot.Cleanup(local.run.codebot).maintain_mirror(mirror)
     assert os.path.exists(mirror)
+
+
+def test_fetched_objects_are_kept_as_a_pack(local: LocalTask) -> None:
+    codebot.clone(local.workspace)
+    objects = Path(local.workspace.mirror.objects)
+    assert list(objects.glob("pack/*.pack"))
+    assert not list(objects.glob("??/*"))
 
 
 def test_mirror_whose_lock_file_is_removed_during_the_wait_is_fetched(
@@ -13184,7 +13241,13 @@ import sys, threading
 sys.path.insert(0, sys.argv[1])
 import codebot
 config = codebot.Config(host="127.0.0.2", port=0, work_dir=sys.argv[2])
-server = codebot.Server(codebot.Codebot(config))
+class Server(codebot.Server):
+    def process_request(self, request, client_address):
+        try:
+            super().process_request(request, client_address)
+        finally:
+            print("Accepted", flush=True)
+server = Server(codebot.Codebot(config))
 server._next_sweep = float("inf")  # a sweep would start a thread
 threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
 print(server.server_port, flush=True)
@@ -13219,9 +13282,6 @@ class LimitedServer:
         self.process.stdin.flush()
         assert self.read_line() == "No thread can start\n"
 
-    def count_threads(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/task"))
-
     def close(self) -> None:
         self.process.communicate(timeout=60)
         assert self.process.returncode == 0
@@ -13237,11 +13297,17 @@ def limited_server(tmp_path: Path) -> Iterator[LimitedServer]:
 def test_client_waits_for_a_thread_if_host_allows_no_more(
     limited_server: LimitedServer,
 ) -> None:
-    threads = limited_server.count_threads()
     idle = socket.create_connection(limited_server.address)
-    wait_for(lambda: limited_server.count_threads() == threads + 1)
+    assert limited_server.read_line() == "Accepted\n"
     limited_server.refuse_threads()
-    with socket.create_connection(limited_server.address) as late:
+    with contextlib.ExitStack() as stack:
+        # When the second one is accepted, the server is done with the first one.
+        late, _ = (
+            stack.enter_context(socket.create_connection(limited_server.address))
+            for _ in "12"
+        )
+        assert limited_server.read_line() == "Accepted\n"
+        assert limited_server.read_line() == "Accepted\n"
         late.settimeout(10)
         late.sendall(raw_request("GET /x HTTP/1.0"))
         idle.close()
