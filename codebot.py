@@ -1127,8 +1127,9 @@ def login_secrets(word: str, is_proxy: bool) -> set[str]:
 # --- Programs ----------------------------------------------------------------
 #
 # codebot starts every program here, in a process group of its own. A program gets only the
-# environment that the caller lists; but see remote_environment. CODEBOT_RUN is in every
-# environment: by it codebot finds processes that have left their group.
+# environment that the caller lists, except git that contacts the remote with --no-github:
+# see remote_environment. CODEBOT_RUN is in every environment: by it codebot finds
+# processes that have left their group.
 
 GIT_TIMEOUT = 1800.0  # seconds for one git command
 MAX_OUTPUT_BYTES = 1 << 30  # a program is ended when its output file is larger
@@ -1151,9 +1152,9 @@ def do_nothing(*args: object) -> None:
     pass
 
 
-# Gets the new lines of a program's standard output. If it returns True (only the agent's
-# does), the program's work is done: limits, stops and the exit code no longer count, and
-# codebot ends the program after RESULT_GRACE.
+# Gets the new lines of a program's standard output. If it raises an error, the program is
+# ended. If it returns True (only the agent's does), the program's work is done: limits,
+# stops and the exit code no longer count, and codebot ends it after RESULT_GRACE.
 LineHandler = Callable[[list[str]], object]
 
 
@@ -1245,7 +1246,8 @@ class OutputFile:
     def read_lines(self, has_exited: bool) -> list[str]:
         """Return the new lines. A last line without a line end counts after the exit."""
         if self.size() < self._position:
-            # It was emptied. (This is not noticed if as much has been written again.)
+            # It was emptied. What was printed since the last read is lost. (This is not
+            # noticed if as much has been written again.)
             self._position = 0
             self._partial_line.clear()
         data = os.pread(self.file.fileno(), READ_BYTES, self._position)
@@ -1490,8 +1492,8 @@ def read_environment(path: str) -> bytes:
 def tagged_processes(run_tag: str) -> list[int]:
     """Return the ids of the processes whose CODEBOT_RUN begins with ``run_tag``.
 
-    It must not be empty. The parts of a tag have fixed lengths: see base_environment. So a
-    codebot process's tag finds its jobs' processes, and no others.
+    It must not be empty. The parts of a tag have fixed lengths: see base_environment. So
+    the tag of a codebot process finds what it and its jobs have started, and nothing else.
     """
     needle = f"\0CODEBOT_RUN={run_tag}".encode()
     found = []
@@ -3122,6 +3124,7 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 # What a failure of git that contacts the remote becomes, in raise_if_killed (the first
 # line) and remote_failure. The first line that applies counts:
 #   a signal ended git or a part of it     TransientError
+#   a limit ended it (in run_git)          TransientError for a push, else GitFailed
 #   "rejected]" by the remote's rules      GitFailed
 #   no login, a wrong one, HTTP 403, or    GitAuthFailed: at GitHub, tried again with a
 #     ssh's "Permission denied ("          new token
@@ -3160,7 +3163,7 @@ REJECTED_RE = re.compile(
     r"|^(?!.*(Internal Server Error|commit_refs|unpacker error)).*rejected\]",
     re.MULTILINE,
 )
-# A program that git has started.
+# A program that git has started. (A remote's lines begin with "remote:".)
 PART_KILLED_RE = re.compile(r"^error: \S+ died of signal (9|15)$", re.MULTILINE)
 # Seconds until git is run again with a new token, which may not be known everywhere yet.
 TOKEN_RETRY_DELAY = 3.0
@@ -3230,7 +3233,11 @@ class GitDirectory:
         on_lines: LineHandler = do_nothing,
         umask: int = PRIVATE_UMASK,
     ) -> ProgramResult:
-        """Run git. Raises TransientError if it was killed, GitFailed at a limit."""
+        """Run git.
+
+        Raises TransientError if it was killed, or if a push exceeded a limit; GitFailed if
+        another command did.
+        """
         try:
             result = run_program(
                 [*GIT, "--git-dir", self.path, *args],
@@ -3243,7 +3250,8 @@ class GitDirectory:
             )
         except LimitReached as error:
             message = f"git {args[0]} {error}"
-            if args[0] == "push":  # the remote hangs, and the commit has cost something
+            # Perhaps the remote hangs, and the commit has cost something.
+            if args[0] == "push":
                 raise TransientError(message) from None
             # No retry: it would take as long, or print as much, again.
             raise GitFailed(message) from None
@@ -3444,7 +3452,8 @@ class Mirror(GitDirectory):
 #
 # Known limitation: a new database, such as that of a new work directory, knows no pull
 # requests, and issues that still have the label become tasks again. If an older or another
-# database is put in place, the cleanup removes workspaces and outboxes that it lacks.
+# database is put in place, the cleanup removes the workspaces and outboxes that this
+# database does not know.
 
 # What a retry depends on: three columns of jobs, which SCHEMA explains. A job fails at
 # MAX_INTERRUPTIONS interruptions, and at a transient error that comes more than RETRY_LIMIT
@@ -4449,7 +4458,7 @@ class Store:
         )
 
     def stored_comments(self, job_id: str) -> list[StoredComment]:
-        """Return a review's comments by age, but texts of GitHub reviews first."""
+        """Return a review's comments, oldest first, but texts of GitHub reviews before."""
         return self._read(
             StoredComment._make,
             """
@@ -4619,8 +4628,8 @@ def take_work_dir(config: Config) -> None:
             f"The disk of {work_dir} is full. Free some space. While codebot is not "
             "running, task_*/repo and task_*/tmp in it can be removed."
         )
-    # It may be in another server's work directory. A missing directory is not made, because
-    # its disk may not be mounted.
+    # The database may be in another server's work directory. A missing directory is not
+    # made, because its disk may not be mounted.
     hold_lock(f"{database}.lock", "CODEBOT_DATABASE", make_directory=False)
     if not os.path.exists(database) and removable_paths(work_dir, "task"):
         # A new database would know none of them, and the cleanup would remove them.
@@ -4702,8 +4711,9 @@ def removable_paths(work_dir: str, kind: str) -> list[str]:
 def remove_tree(config: Config, path: str) -> None:
     """Remove a directory, if it exists. An agent may have made it unwritable or very deep.
 
-    Symlinks are not followed. Raises ValueError unless codebot makes such directories, and
-    TransientError if some of it cannot be removed, such as another user's files.
+    Symlinks are not followed. Raises ValueError unless the path is one that codebot makes
+    in its work directory, and TransientError if some of it cannot be removed, such as
+    another user's files.
     """
     name, _, part = os.path.relpath(path, config.work_dir).partition("/")
     if not REMOVABLE_RE.fullmatch(name) or part not in ("", "repo", "tmp"):
@@ -5451,7 +5461,7 @@ class Workspace:
         """Push the job's commit to the branch. Pushing it again changes nothing.
 
         Raises JobFailed if the remote rejects it, TransientError if the remote cannot be
-        reached, refuses the login, or cannot be asked whether it has the commit.
+        reached, hangs, refuses the login, or cannot be asked whether it has the commit.
         """
         commit = self.run.job.commit_id
         url = self.repository.url
@@ -6386,13 +6396,13 @@ def run_review(run: JobRun) -> None:
         review = open_review(run)
         if not run.job.error:
             prepare_answers(review)
-        answer_threads(review)
     except GitHubError as error:
         # Even "not found": something new may not be visible in all parts of GitHub, and a
         # repository may be taken out of the App's installation for a while.
         raise TransientError(
             f"GitHub does not show what the review needs, or refuses the App: {error}"
         ) from None
+    answer_threads(review)
     if run.job.error:
         run.log_event("codebot", f"Review failed ({run.job.reason})")
         raise JobFailed(run.job.reason, run.job.error)
@@ -6672,8 +6682,8 @@ def parse_answers(review: Review, output: JsonObject) -> dict[str, str]:
 def push_review_commit(review: Review) -> None:
     """Push the change, on top of what others have pushed in the meantime.
 
-    The push is never forced. If commits were removed from the branch, nothing is pushed, as
-    that would restore them (as it does those removed after this check).
+    The push is never forced. If commits were removed from the branch, nothing is pushed,
+    as that would restore them. (Those removed after this check are restored.)
 
     The branch's tip             What is done
       has the job's commit         nothing: an earlier run has pushed it
@@ -6728,7 +6738,10 @@ def reapply_change(review: Review, tip: str) -> None:
 
 
 def answer_threads(review: Review) -> None:
-    """Post one answer in each thread, or nothing, not even an error, if none is wanted."""
+    """Post one answer in each thread, unless an earlier run has done so.
+
+    If the reviewer wanted nothing, nothing is posted, not even an error.
+    """
     run = review.run
     comments = review.comments
     if run.job.request_kind == "none":
@@ -6995,10 +7008,11 @@ class Sync:
     def has_untrusted_edit(
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> bool:
-        """Return whether somebody without write access may have edited it since the label.
+        """Return whether somebody without write access may have edited the issue.
 
-        The author may be anyone. Every change since the label counts as an edit: GitHub's
-        REST API reports only the time of the latest one, not what was changed.
+        The labeler has write access: see obstacle. The author may be anyone. Every change
+        since the label counts as an edit: GitHub's REST API reports only the time of the
+        latest one, not what was changed.
         """
         if issue.author and github_repository.has_write_access(issue.author):
             return False
@@ -7291,8 +7305,10 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
 
 
 def store_failure(run: JobRun, ending: Ending) -> None:
-    """Store why a review failed. save_work also resets the counts of retries, else
-    require_may_run might refuse the second round.
+    """Store why a review failed.
+
+    By save_work, which sets `interruptions` to 0: else require_may_run could refuse the
+    steps that tell the reviewer.
     """
     error = ending.error
     # It was pushed, or the error does not tell whether it was.
@@ -9007,8 +9023,8 @@ class ConnectionTable:
           2. the oldest idle connection, which is waiting or receiving
           3. the oldest slow reader
 
-        A slow reader is sending, and older than the oldest idle connection. Raises OSError
-        if all are being handled.
+        A slow reader is sending, and older than the oldest idle connection. Called when no
+        place or descriptor is left. Raises OSError if all are being handled.
         """
         idle = None
         slow_readers = []
@@ -9778,7 +9794,8 @@ def read_task_flags(flags: Flags) -> Fields:
     path = flags["task"]
     try:
         if path == "-":
-            fields = parse_object(sys.stdin.buffer.read())
+            with open(0, "rb", closefd=False) as file:  # sys.stdin may be None
+                fields = parse_object(file.read())
         elif path:
             fields = parse_object(pathlib.Path(path).read_bytes())
     except OSError as error:
