@@ -6452,6 +6452,7 @@ def load_review(run: JobRun) -> Review:
 def require_may_act(review: Review) -> None:
     """Raise ReviewSkipped unless codebot may act for the reviewer now.
 
+    The pull request must be open and not locked, and the reviewer must have write access.
     The branch is codebot's: find_pull_request made sure of that, and GitHub lets nobody
     change the head branch of a pull request.
     """
@@ -6550,7 +6551,8 @@ def prepare_answers(review: Review) -> None:
 def earlier_comments(review: Review) -> list[Comment]:
     """Return the last 20 other comments by the reviewer and codebot, oldest first.
 
-    They are truncated. Those of other inline threads are left out.
+    They are truncated. Those of other inline threads are left out, and nobody else is
+    listened to.
     """
     threads = {comment.thread for comment in review.comments}
     earlier = [
@@ -7873,6 +7875,7 @@ def describe_result(codebot: Codebot, job: Job) -> Fields:
         "pr_number": None,
         "pr_state": None,
         "branch_name": job.branch,
+        # The task's clone; not Config.work_dir, which is the directory of all tasks.
         "work_dir": f"{codebot.config.work_dir}/{job.directory}/repo",
         "commit": job.commit_id,
         "tests": tests,
@@ -9636,7 +9639,10 @@ def set_up_process(codebot: Codebot, level: int) -> None:
 
 
 def fork_watchdog(codebot: Codebot) -> None:
-    """Fork a process that ends what this one leaves running, however this one ends."""
+    """Fork a process that ends what this one leaves running, however this one ends.
+
+    It has the settings and the keys, but no token, lock or database.
+    """
     read_end, write_end = os.pipe()  # write_end is closed when this process ends
     if os.fork() != 0:
         os.close(read_end)
