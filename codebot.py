@@ -3804,6 +3804,13 @@ def insert_task(
     )
 
 
+def is_to_be_cancelled(db: sqlite3.Connection, job_id: str) -> bool:
+    rows = db.execute(
+        "SELECT 1 FROM jobs WHERE id = :id AND cancel_requested = 1", {"id": job_id}
+    )
+    return rows.fetchone() is not None
+
+
 def insert_label_event(db: sqlite3.Connection, event_id: int) -> None:
     db.execute(
         "INSERT INTO label_events (id) VALUES (:id) ON CONFLICT DO NOTHING",
@@ -4099,8 +4106,13 @@ class Store:
     def finish(
         self, job: Job, seconds: float, status: str, reason: str = "", error: str = ""
     ) -> None:
-        """Complete or fail a running job; add ``seconds`` and its cost to the totals."""
+        """Complete or fail a running job; add ``seconds`` and its cost to the totals.
+
+        A task that was cancelled just before it failed fails as cancelled.
+        """
         with self._transaction() as db:
+            if status == "failed" and is_to_be_cancelled(db, job.id):
+                reason, error = "cancelled", CANCELLED_TEXT[job.kind]
             self._transition(db, job.id, "running", status, reason, error)
             add_to_totals(db, job.id, seconds)
 
@@ -4114,7 +4126,8 @@ class Store:
                 """
                 UPDATE jobs SET
                     interruptions = interruptions + :interruptions,
-                    not_before = :not_before,
+                    -- A task that is to be cancelled starts again only to end.
+                    not_before = CASE cancel_requested WHEN 0 THEN :not_before ELSE 0 END,
                     transient_since = CASE
                         WHEN :not_before > 0 AND transient_since = 0 THEN :now
                         ELSE transient_since

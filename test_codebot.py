@@ -5066,6 +5066,25 @@ def test_cancelled_run_fails_as_cancelled_however_its_steps_end(
     assert (task.status, task.reason) == ("failed", "cancelled")
 
 
+def test_task_that_is_cancelled_while_its_failure_is_stored_fails_as_cancelled(
+    store: codebot.Store,
+) -> None:
+    task = store_task_in_state(store, "running")
+    store.request_cancel(task.id)  # after the run has looked whether it is cancelled
+    store.finish(task, 1.0, "failed", "agent_failed", "The agent failed")
+    task = stored_job(store, task)
+    assert (task.reason, task.error) == ("cancelled", "The task was cancelled")
+
+
+def test_task_that_is_cancelled_while_its_retry_is_stored_does_not_wait_for_it(
+    store: codebot.Store,
+) -> None:
+    task = store_task_in_state(store, "running")
+    store.request_cancel(task.id)
+    store.requeue(task.id, not_before=time.time() + 3600)
+    assert store.claim(task.id) is not None
+
+
 def test_commit_of_a_task_that_was_just_cancelled_is_not_pushed(
     store: codebot.Store, tmp_path: Path
 ) -> None:
