@@ -1745,9 +1745,14 @@ def launching(
         stop_launched(config, workspace_path)
 
 
-def stop_all_launched(config: Config, record_prefix: str = "") -> None:
+def stop_all_launched(
+    config: Config,
+    record_prefix: str = "",
+    check_stop: Callable[[], None] = do_nothing,
+) -> None:
     """End what a launcher left running in any workspace; see stop_launched."""
     for path in find_paths(config.work_dir, "launched/*"):
+        check_stop()  # each one may take a minute
         workspace_path = f"{config.work_dir}/{os.path.basename(path)}"
         stop_launched(config, workspace_path, record_prefix)
 
@@ -4840,7 +4845,7 @@ class Codebot:
         """
         end_processes(tagged_processes, self.work_dir_tag)
         end_processes(processes_in_workspaces, self.config.work_dir)
-        stop_all_launched(self.config)
+        stop_all_launched(self.config, check_stop=self.wait)
         for path in removable_paths(self.config.work_dir, "scratch"):
             discard(self.config.work_dir, path)
         self.store = Store(self.config.database_file)

@@ -15012,6 +15012,26 @@ def test_stop_waits_for_another_stop_of_the_same_launch(tmp_path: Path) -> None:
     assert (tmp_path / "stops").read_text() == "stop\n"
 
 
+def test_signal_during_the_start_is_heard_between_two_stops(tmp_path: Path) -> None:
+    stops = tmp_path / "stops"
+    config = codebot.Config(
+        work_dir=str(tmp_path),
+        search_path=os.environ["PATH"],
+        launcher_stop=("sh", "-c", f"echo stop >>{stops}"),
+    )
+    (tmp_path / "launched").mkdir()
+    for name in ("task_1234567", "task_7654321"):
+        codebot.launch_record(config, f"{tmp_path}/{name}").write_text("tag")
+
+    def check_stop() -> None:
+        if stops.exists():
+            raise codebot.StopRequested
+
+    with pytest.raises(codebot.StopRequested):
+        codebot.stop_all_launched(config, check_stop=check_stop)
+    assert stops.read_text() == "stop\n"
+
+
 def test_stop_whose_setting_was_removed_keeps_the_record(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
