@@ -6121,10 +6121,11 @@ def name_workspace(run: JobRun) -> None:
     job = run.job
     if job.directory:
         return
-    name = job.id[:7]
+    digits = job.id.replace("-", "")
     # No other task's directory may end so: the name of the outbox has only these digits.
-    while find_paths(run.config.work_dir, f"task_*{name}"):
-        name = uuid.uuid4().hex[:7]
+    while find_paths(run.config.work_dir, f"task_*{digits[:7]}"):
+        digits = digits[1:]
+    name = digits[:7]
     ticket = slugify(run.redact(job.request.ticket_id))
     slug = slugify(run.redact(job.request.subject).lower()) or "task"
     directory = "_".join(filter(None, ("task", ticket, name)))
@@ -6137,7 +6138,7 @@ def require_labeler_access(workspace: Workspace) -> None:
     run = workspace.run
     github_repository = workspace.repository.github_repository
     if github_repository is None or not run.job.submitted_by.startswith("github:"):
-        return  # submitted by a client, whose name is hexadecimal digits: see submitter
+        return  # by a client, as "1a2b3c4d 127.0.0.1" (see submitter), or by `run`
     login = run.job.submitted_by.removeprefix("github:")
     if not github_repository.has_write_access(login):
         raise JobFailed(
