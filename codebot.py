@@ -6773,18 +6773,16 @@ def answer_threads(review: Review) -> None:
     refusal = ""
     for thread_key, members in group_by_thread(comments).items():
         try:
-            post_answer(review, thread_key, members)
+            post_answer(review, thread_key, members[0])
         except GitHubError as error:  # the other threads still get their answers
             refusal = f"GitHub refused the answer: {error}"
     if refusal:
         raise JobFailed("internal", refusal)
 
 
-def post_answer(review: Review, thread_key: str, comments: Sequence[Comment]) -> None:
-    """Answer comments in their thread, unless its first comment was deleted."""
+def post_answer(review: Review, thread_key: str, comment: Comment) -> None:
+    """Post the answer of a comment's thread, unless its first comment was deleted."""
     run = review.run
-    github_repository = review.github_repository
-    comment = comments[0]
     # Redact before truncating: a secret that was cut in two would not be found.
     body = run.redact(answer_body(run.job, thread_key, comment))
     body = truncate(body, MAX_BODY_CHARS)
@@ -6793,7 +6791,7 @@ def post_answer(review: Review, thread_key: str, comments: Sequence[Comment]) ->
     try:
         # An earlier answer is not older than the comment. Without ``since``, each thread
         # would read all comments of a long pull request.
-        github_repository.post_once(
+        review.github_repository.post_once(
             review.number, body, marker, inline_thread, since=comment.created_at
         )
     except NotFound as error:  # a reply goes to a thread's first comment
