@@ -1131,7 +1131,7 @@ def login_secrets(word: str, is_proxy: bool) -> set[str]:
 # see remote_environment. CODEBOT_RUN is in every environment: by it codebot finds
 # processes that have left their group.
 
-GIT_TIMEOUT = 1800.0  # seconds for one git command
+GIT_TIMEOUT = 1800.0  # seconds for a program without a limit of its own, such as git
 MAX_OUTPUT_BYTES = 1 << 30  # a program is ended when its output file is larger
 # Seconds between SIGTERM and SIGKILL, so that git can remove its lock files. (What runs
 # in bwrap is killed at once.)
@@ -1813,7 +1813,9 @@ def stop_all_launched(
 #   processes_in_workspaces) until the cluster ends it.
 # - If CODEBOT_SANDBOX or CODEBOT_LAUNCHER changes the user, as sudo does, codebot can
 #   neither end the program nor keep it from changing the workspace during later steps and
-#   runs. It does not wait for it.
+#   runs. It does not wait for it. Nor may it be able to remove the program's files: then
+#   the next run in the workspace is retried until somebody has removed the directory that
+#   its error names, or until it fails.
 # - The agent can write to the HOME that the programs of CODEBOT_SANDBOX and
 #   CODEBOT_LAUNCHER get and, without bwrap, to the directory in which they start. These
 #   programs must not read settings of their own from there: ~/.docker, ~/.gitconfig.
