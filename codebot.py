@@ -1798,12 +1798,12 @@ def stop_all_launched(
 # - The agent can take leases (fcntl) on files of codebot's user that it can read, such as
 #   the mirror's objects. Others that open such a file then wait for up to 45 s, again and
 #   again, unless the host has `sysctl fs.leases-enable=0`.
-# - An agent that is prepared for it (see processes_in_workspaces) can outlive its command,
-#   and change the workspace during the tests, until its job's run ends. If codebot is
-#   killed, it runs on until the next start with the same work directory. (`run` usually
-#   makes a new one.) Meanwhile it can listen on codebot's port and be sent API keys; an
-#   open page sends its key every two seconds. If bwrap is older than 0.8, or /proc is
-#   mounted with hidepid, codebot may not find it even then.
+# - If codebot is killed, an agent that is prepared for that (see processes_in_workspaces)
+#   runs on until the next start with the same work directory. (`run` usually makes a new
+#   one.) Meanwhile it can listen on codebot's port and be sent API keys; an open page sends
+#   its key every two seconds. In the same way, a git filter of the agent's can go on until
+#   the job's run ends. If bwrap is older than 0.8, or /proc is mounted with hidepid,
+#   codebot may find neither.
 #
 # Known limitations of a launcher and of other sandboxes:
 # - In another sandbox, what a command leaves running is found as without a sandbox.
@@ -5284,8 +5284,11 @@ class Workspace:
         if config.launcher:
             run.set_phase("queued")
         self.stop_earlier_launch()
-        with launching(config, self.path, config.launch_timeout, start) as launch:
-            return self.run_in_sandbox(command, limits, launch)
+        try:
+            with launching(config, self.path, config.launch_timeout, start) as launch:
+                return self.run_in_sandbox(command, limits, launch)
+        finally:
+            end_escaped_processes(run, os.path.basename(self.path))
 
     def stop_earlier_launch(self) -> None:
         """End what an earlier run left on a node. Raises TransientError if that fails."""
@@ -6618,10 +6621,7 @@ def classify(review: Review, text: str) -> None:
         no_repository = Repository("", "", mirror_path=directory)
         workspace = Workspace(run, no_repository, directory)
         prompt = f"Comments:\n{text}"
-        try:
-            output = ask_agent(workspace, prompt, CLASSIFY_OPTIONS, phase="classify")
-        finally:
-            end_escaped_processes(run, directory)
+        output = ask_agent(workspace, prompt, CLASSIFY_OPTIONS, phase="classify")
     kind = output.get("kind")
     answers: dict[str, str] = {}
     if kind not in ("question", "change", "none"):
@@ -7184,6 +7184,7 @@ def run_job(codebot: Codebot, job: Job) -> None:
     codebot.running[job.id] = run
     try:
         ending = run_steps(run)
+        # Also done after the agent and the tests; but git may have run filters since.
         end_escaped_processes(run, run.job.directory)
         if must_tell_reviewer(run, ending):
             store_failure(run, ending)

@@ -4171,6 +4171,21 @@ def test_sandbox_that_outlives_bwrap_is_ended(on_disk: Site) -> None:
 
 
 @needs_bwrap
+def test_sandbox_that_outlives_the_agent_is_ended_before_the_tests(
+    on_disk: Site,
+) -> None:
+    path = write_bwrap_that_may_outlive_its_parent(on_disk)
+    left = unique_sleep()
+    testing = unique_sleep()
+    on_disk.agent.follow(f"env -i setsid {left} & {SAY_HELLO}")
+    on_disk.server.start(CODEBOT_SANDBOX="bwrap", PATH=path)
+    task = on_disk.api.submit(test_command=f"exec {testing}")
+    wait_for(lambda: testing in command_lines())
+    assert left not in command_lines()
+    on_disk.api.cancel(task)
+
+
+@needs_bwrap
 def test_sandbox_that_outlives_the_classification_is_ended(on_disk: Site) -> None:
     path = write_bwrap_that_may_outlive_its_parent(on_disk)
     left = unique_sleep()
