@@ -7129,7 +7129,9 @@ REASON_BY_PHASE = {
 }
 
 
-def repeat_until_stopped(codebot: Codebot, step: Callable[[], None]) -> None:
+def repeat_until_stopped(
+    codebot: Codebot, step: Callable[..., None], *args: object
+) -> None:
     """Do a thread's step once, and repeat it until the server stops.
 
     The step is done even if the server is stopping already: a client may be waiting for
@@ -7137,7 +7139,7 @@ def repeat_until_stopped(codebot: Codebot, step: Callable[[], None]) -> None:
     """
     while True:
         try:
-            step()
+            step(*args)
         except StopRequested:
             return
         except sqlite3.OperationalError as error:
@@ -9710,51 +9712,57 @@ def start_app(config: Config, checks: Sequence[Check], log_level: int) -> Codebo
 
 
 def start_thread(
-    codebot: Codebot, name: str, step: Callable[[], None]
+    codebot: Codebot, name: str, step: Callable[..., None], *args: object
 ) -> threading.Thread:
     thread = threading.Thread(
-        target=repeat_until_stopped, name=name, args=(codebot, step), daemon=True
+        target=repeat_until_stopped, name=name, args=(codebot, step, *args), daemon=True
     )
     thread.start()
     return thread
 
 
-def start_workers(codebot: Codebot, kind: str, count: int) -> list[threading.Thread]:
-    step = functools.partial(worker_step, codebot, kind)
-    return [start_thread(codebot, f"{kind}-{number}", step) for number in range(count)]
+@contextlib.contextmanager
+def running_workers(codebot: Codebot, only_job: str = "") -> Iterator[None]:
+    """Run the threads that do the jobs, or ``only_job``, and stop them at the end.
 
-
-def stop_workers(codebot: Codebot, workers: Sequence[threading.Thread]) -> None:
-    """Stop the workers. Their jobs are pending afterward."""
-    deadline = time.monotonic() + STOP_TIMEOUT
-    codebot.stop.set()
-    for job_ids in codebot.queues.values():
-        for _ in workers:
-            job_ids.put(None)
-    for worker in workers:
-        worker.join(max(0.0, deadline - time.monotonic()))
-    with contextlib.suppress(sqlite3.Error):
-        # The jobs of workers that did not end
-        codebot.store.requeue_interrupted(interruptions=0)
-        codebot.store.empty_wal()
+    Jobs that have not ended by then are pending afterward.
+    """
+    counts = {"task": codebot.config.workers}
+    if codebot.github is not None:
+        counts["review"] = codebot.config.review_workers
+    workers = []
+    for kind, count in counts.items():
+        for number in range(count):
+            name = f"{kind}-{number}"
+            workers.append(start_thread(codebot, name, worker_step, codebot, kind))
+    start_thread(codebot, "timer", queue_due_jobs, codebot, only_job)
+    try:
+        yield
+    finally:
+        deadline = time.monotonic() + STOP_TIMEOUT
+        codebot.stop.set()
+        for job_ids in codebot.queues.values():
+            for _ in workers:
+                job_ids.put(None)
+        for worker in workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
+        with contextlib.suppress(sqlite3.Error):
+            # The jobs of workers that did not end
+            codebot.store.requeue_interrupted(interruptions=0)
+            codebot.store.empty_wal()
 
 
 @contextlib.contextmanager
 def running_server(codebot: Codebot) -> Iterator[Server]:
     """Run the server and the threads behind it. The server ends with the process."""
     server = Server(codebot)
-    workers = start_workers(codebot, "task", codebot.config.workers)
-    if codebot.github is not None:
-        workers += start_workers(codebot, "review", codebot.config.review_workers)
-        start_thread(codebot, "sync", Sync(codebot, codebot.github).step)
-    start_thread(codebot, "timer", functools.partial(queue_due_jobs, codebot))
-    start_thread(codebot, "database", functools.partial(try_database, codebot))
-    start_thread(codebot, "cleanup", Cleanup(codebot).step)
-    start_thread(codebot, "accept", lambda: server.serve_forever(SWEEP_INTERVAL))
-    try:
+    with running_workers(codebot):
+        if codebot.github is not None:
+            start_thread(codebot, "sync", Sync(codebot, codebot.github).step)
+        start_thread(codebot, "database", try_database, codebot)
+        start_thread(codebot, "cleanup", Cleanup(codebot).step)
+        start_thread(codebot, "accept", server.serve_forever, SWEEP_INTERVAL)
         yield server
-    finally:
-        stop_workers(codebot, workers)
 
 
 def print_banner(codebot: Codebot, port: int, pending: int) -> None:
@@ -9853,12 +9861,8 @@ def run_command(flags: Flags) -> int:
     print(codebot.redact(f"Sandbox: {codebot.sandbox.describe()}"), file=sys.stderr)
     codebot.wait()  # raises StopRequested if a signal came during the start
     job = codebot.submit(request, "command line")
-    workers = start_workers(codebot, "task", 1)
-    start_thread(codebot, "timer", functools.partial(queue_due_jobs, codebot, job.id))
-    try:
+    with running_workers(codebot, job.id):
         print_log(codebot, job.id)
-    finally:
-        stop_workers(codebot, workers)
     job = find_task(codebot, job.id)
     if job.status == "pending":  # a signal came first
         try:
