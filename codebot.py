@@ -234,8 +234,9 @@ THREADS AND THEIR LOCKS
                  comments on issues
   timer          queues jobs that are due
   database       writes to the database now and then, to see whether that works
-  cleanup        removes what is past its retention, packs mirrors, and runs
-                 CODEBOT_LAUNCHER_STOP again where it has failed
+  cleanup        removes what is past its retention, and runs CODEBOT_LAUNCHER_STOP
+                 again where it has failed
+  mirrors        packs mirrors, and removes unused ones
   A signal starts one more thread, which sets Codebot.stop.
   Store has two locks, for its writing and its reading connection. Redactor has one, for
   its tokens. Between processes there are locks of files (flock): of the work
@@ -3071,7 +3072,7 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
         if not re.fullmatch(r"file:///[^\[\]@]*", decoded_url):
             raise ValueError("must be file:///path without [ ] and @")
         check_local_remote(config, decoded_url.removeprefix("file://"))
-    # As deep as mirrors/HOST/OWNER/NAME.git, so that Cleanup finds it.
+    # As deep as mirrors/HOST/OWNER/NAME.git, so that maintain_mirrors finds it.
     mirror = f"mirrors/other/remote/{sha256_hex(url)[:20]}.git"
     return Repository(url, url, mirror)
 
@@ -3303,7 +3304,7 @@ class GitDirectory:
 
 
 def discard(work_dir: str, path: str) -> None:
-    """Move a directory away in one step; Cleanup removes it later."""
+    """Move a directory away in one step; clean_up removes it later."""
     with contextlib.suppress(FileNotFoundError):
         os.rename(path, f"{work_dir}/trash_{uuid.uuid4().hex}")
 
@@ -3385,7 +3386,7 @@ class Mirror(GitDirectory):
         name, commit = self.resolve_branch(repository, branch)
         ref = f"refs/heads/{name}"
         with self.lock():
-            # Tells Cleanup when the mirror was last used.
+            # Tells maintain_mirror when the mirror was last used.
             pathlib.Path(f"{self.path}.lock").touch()
             self.create_for(repository)
             if self.is_ancestor(commit, ref):  # there is nothing new
@@ -7416,71 +7417,71 @@ def try_database(codebot: Codebot) -> None:
         log.error("The database cannot be written: %s", error)
 
 
-class Cleanup:
-    """Removes data that is past its retention, and keeps mirrors small."""
+def clean_up(codebot: Codebot) -> None:
+    """Wait until it is time, and then remove the data that is past its retention."""
+    config = codebot.config
+    # During this pause after the start, sync usually queues the comments that people
+    # wrote while the server was down, which retains the workspaces of these reviews.
+    codebot.cleanup_wanted.wait(min(CLEANUP_INTERVAL, config.retention))
+    codebot.cleanup_wanted.clear()
+    codebot.wait()
+    # Disk space is freed first: a full disk may be why the database fails.
+    do_part(remove_workspaces, codebot)
+    for path in removable_paths(config.work_dir, "trash"):
+        do_part(remove_tree, config, path)
+    cutoff = utc_time(seconds_ago=config.retention)
+    delivery_cutoff = utc_time(seconds_ago=DELIVERY_RETENTION)
+    do_part(codebot.store.delete_expired, cutoff, delivery_cutoff)
+    do_part(stop_all_launched, config, STOP_FAILED)
 
-    def __init__(self, codebot: Codebot) -> None:
-        self.codebot = codebot
-        self.config = codebot.config
-        self.mirrors_due = 0.0  # when to look at the mirrors, by time.monotonic()
 
-    def step(self) -> None:
-        # During this pause after the start, sync usually queues the comments that people
-        # wrote while the server was down, which retains the workspaces of these reviews.
-        self.codebot.cleanup_wanted.wait(min(CLEANUP_INTERVAL, self.config.retention))
-        self.codebot.cleanup_wanted.clear()
-        self.codebot.wait()
-        # Disk space is freed first: a full disk may be why the database fails.
-        self.do_part(self.remove_workspaces)
-        for path in removable_paths(self.config.work_dir, "trash"):
-            self.do_part(remove_tree, self.config, path)
-        cutoff = utc_time(seconds_ago=self.config.retention)
-        delivery_cutoff = utc_time(seconds_ago=DELIVERY_RETENTION)
-        self.do_part(self.codebot.store.delete_expired, cutoff, delivery_cutoff)
-        self.do_part(stop_all_launched, self.config, STOP_FAILED)
-        if time.monotonic() < self.mirrors_due:
-            return
-        self.mirrors_due = time.monotonic() + MAINTENANCE_INTERVAL
-        for path in find_paths(self.config.work_dir, "mirrors/*/*/*.git"):
-            self.do_part(self.maintain_mirror, path)
+def do_part(part: Callable[..., None], *args: object) -> None:
+    """Do one part of the cleanup. If it fails, the other parts are still done."""
+    try:
+        part(*args)
+    except (OSError, sqlite3.Error, GitFailed, TransientError) as error:
+        log.warning("Cleanup: %s", error)
 
-    def do_part(self, part: Callable[..., None], *args: object) -> None:
-        """Do one part of the work. If it fails, the other parts are still done."""
-        try:
-            part(*args)
-        except (OSError, sqlite3.Error, GitFailed, TransientError) as error:
-            log.warning("Cleanup: %s", error)
 
-    def remove_workspaces(self) -> None:
-        """Remove workspaces and outboxes that no job needs anymore."""
-        work_dir = self.config.work_dir
-        # Listed before the store is asked, so that it knows the job of each directory. A
-        # review that starts after that, on a task past its retention, loses the directory.
-        # It then begins a new session, or fails.
-        paths = removable_paths(work_dir, "task")
-        cutoff = utc_time(seconds_ago=self.config.retention)
-        retained = self.codebot.store.retained_directories(cutoff)
-        for path in paths:
-            if os.path.basename(path) not in retained:
-                self.do_part(self.discard_workspace, path)
+def remove_workspaces(codebot: Codebot) -> None:
+    """Remove workspaces and outboxes that no job needs anymore."""
+    config = codebot.config
+    # Listed before the store is asked, so that it knows the job of each directory. A
+    # review that starts after that, on a task past its retention, loses the directory.
+    # It then begins a new session, or fails.
+    paths = removable_paths(config.work_dir, "task")
+    cutoff = utc_time(seconds_ago=config.retention)
+    retained = codebot.store.retained_directories(cutoff)
+    for path in paths:
+        if os.path.basename(path) not in retained:
+            do_part(discard_workspace, config, path)
 
-    def discard_workspace(self, path: str) -> None:
-        # The outbox comes first: at the next attempt, only the workspace leads to it.
-        outbox = outbox_path(self.config, os.path.basename(path))
-        discard(self.config.work_dir, outbox)
-        discard(self.config.work_dir, path)
 
-    def maintain_mirror(self, path: str) -> None:
-        """Remove a mirror that has not been used for a long time, or pack it."""
-        mirror = Mirror(self.config, path, self.codebot.wait)
-        # Workspaces are kept for the retention, and may still read from the mirror.
-        retention = MIRROR_RETENTION + self.config.retention
-        with mirror.lock():
-            # The time of the lock file is when the mirror was last used: see fetch_branch.
-            if os.path.getmtime(f"{path}.lock") < time.time() - retention:
-                discard(self.config.work_dir, path)
-            else:
-                mirror.repack()
+def discard_workspace(config: Config, path: str) -> None:
+    # The outbox comes first: at the next attempt, only the workspace leads to it.
+    discard(config.work_dir, outbox_path(config, os.path.basename(path)))
+    discard(config.work_dir, path)
+
+
+def maintain_mirrors(codebot: Codebot) -> None:
+    """Pack the mirrors, or remove unused ones; then wait until the next time."""
+    for path in find_paths(codebot.config.work_dir, "mirrors/*/*/*.git"):
+        do_part(maintain_mirror, codebot, path)
+    codebot.wait(MAINTENANCE_INTERVAL)
+
+
+def maintain_mirror(codebot: Codebot, path: str) -> None:
+    """Remove a mirror that has not been used for a long time, or pack it."""
+    config = codebot.config
+    mirror = Mirror(config, path, codebot.wait)
+    # Workspaces are kept for the retention, and may still read from the mirror.
+    retention = MIRROR_RETENTION + config.retention
+    with mirror.lock():
+        # The time of the lock file is when the mirror was last used: see fetch_branch.
+        if os.path.getmtime(f"{path}.lock") < time.time() - retention:
+            discard(config.work_dir, path)
+        else:
+            mirror.repack()
 
 
 # === III. The network ========================================================
@@ -9760,7 +9761,8 @@ def running_server(codebot: Codebot) -> Iterator[Server]:
         if codebot.github is not None:
             start_thread(codebot, "sync", Sync(codebot, codebot.github).step)
         start_thread(codebot, "database", try_database, codebot)
-        start_thread(codebot, "cleanup", Cleanup(codebot).step)
+        start_thread(codebot, "cleanup", clean_up, codebot)
+        start_thread(codebot, "mirrors", maintain_mirrors, codebot)
         start_thread(codebot, "accept", server.serve_forever, SWEEP_INTERVAL)
         yield server
 

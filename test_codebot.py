@@ -8977,7 +8977,7 @@ def test_mirror_that_was_used_lately_is_kept(local: LocalTask) -> None:
     mirror = local.workspace.mirror.path
     os.utime(f"{mirror}.lock", (1, 1))  # as if it was made in 1970
     local.workspace.fetch("main", "clone_failed")
-    codebot.Cleanup(local.run.codebot).maintain_mirror(mirror)
+    codebot.maintain_mirror(local.run.codebot, mirror)
     assert os.path.exists(mirror)
 
 
@@ -9055,7 +9055,7 @@ def test_directories_of_others_in_the_work_dir_stay(
     config = codebot.Config(work_dir=str(tmp_path), no_github=True, sandbox=("none",))
     app = codebot.Codebot(config)
     app.open()
-    codebot.Cleanup(app).step()
+    codebot.clean_up(app)
     left = [path.name for path in tmp_path.iterdir() if path.is_dir()]
     assert sorted(left) == sorted(others)
 
@@ -9161,7 +9161,7 @@ def test_workspaces_are_removed_although_database_is_locked(
     (tmp_path / "task_1234567").mkdir()
     with other_program(store) as db:
         db.execute("BEGIN IMMEDIATE")
-        codebot.Cleanup(app).step()
+        codebot.clean_up(app)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -9176,7 +9176,7 @@ import codebot
 codebot.CLEANUP_INTERVAL = 0.0
 app = codebot.Codebot(codebot.Config(no_github=True, work_dir="."))
 app.store = codebot.Store("codebot.db")
-codebot.Cleanup(app).step()
+codebot.clean_up(app)
 """
 RUN_TASK = """
 import codebot
@@ -9252,7 +9252,7 @@ def test_trash_is_removed_although_database_fails(
     (tmp_path / f"trash_{uuid.uuid4().hex}").mkdir()
     with other_program(store) as db:
         db.execute("DROP TABLE jobs")
-    codebot.Cleanup(app_with(store, work_dir=str(tmp_path))).step()
+    codebot.clean_up(app_with(store, work_dir=str(tmp_path)))
     assert list(tmp_path.iterdir()) == []
 
 
