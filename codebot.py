@@ -2714,9 +2714,12 @@ class GitHub:
         return Bot(login, int(user["id"]))
 
     def repositories(self) -> Iterator[GitHubRepository]:
+        """Yield the installation's repositories that the settings allow."""
         path = f"/installation/repositories?per_page={PAGE_SIZE}"
         for payload in self.pages(path, LOOKUP):
-            yield GitHubRepository(self, payload)
+            github_repository = GitHubRepository(self, payload)
+            if github_repository.is_allowed:
+                yield github_repository
 
     def repository_by_name(self, full_name: str) -> GitHubRepository:
         """Return the repository with this name, even if it has been renamed since."""
@@ -2737,6 +2740,7 @@ class GitHubRepository:
         # A server that imitates GitHub may send no id. Then the lookup token is used.
         self.id = int(payload.get("id") or LOOKUP)
         self.full_name = str(payload["full_name"])
+        self.is_allowed = is_allowed(github.config, self.full_name)
         self.is_archived = bool(payload.get("archived"))
         self.api_path = f"/repos/{self.full_name}"
         self.url = f"{github.config.git_address}/{self.full_name}"
@@ -6460,9 +6464,10 @@ def load_review(run: JobRun) -> Review:
     if pull_request.state != "open":  # perhaps it was reopened, unnoticed
         run.codebot.look_now(Look("pull_request", task_id=task.id))
     github_repository = github.repository_by_id(pull_request.repository_id)
+    if not github_repository.is_allowed:
+        name = github_repository.full_name
+        raise ReviewSkipped(f"{name} is not an allowed repository")
     repository = parse_repository_url(run.config, github_repository.url)
-    if not is_allowed(run.config, repository.full_name):
-        raise ReviewSkipped(f"{repository.full_name} is not an allowed repository")
     repository = repository._replace(github_repository=github_repository)
     workspace = Workspace(run, repository, run.job.directory)
     return Review(
@@ -6937,8 +6942,7 @@ class Sync:
         for repository_id, number in self.store.unfinished_issues():
             self.look_later(Look("issue", repository_id, number))
         for github_repository in self.github.repositories():
-            if is_allowed(self.config, github_repository.full_name):
-                self.look_later(Look("repository", github_repository.id))
+            self.look_later(Look("repository", github_repository.id))
 
     def look_for_issues(self, repository_id: int) -> None:
         """Ask for a look at each issue of a repository that has the label."""
@@ -6965,7 +6969,7 @@ class Sync:
                 if run.job.kind == "review" and run.job.task_id == task_id:
                     run.is_cancelled = True
             self.codebot.cleanup_wanted.set()
-        elif is_allowed(self.config, github_repository.full_name):
+        elif github_repository.is_allowed:
             comments = list(github_repository.comments(pull_request.number))
             self.store.queue_comments(task_id, comments)
             self.codebot.jobs_due.set()
@@ -7017,7 +7021,7 @@ class Sync:
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
     ) -> str:
         """Return why an issue cannot become a task, "" if it can."""
-        if not is_allowed(self.config, github_repository.full_name):
+        if not github_repository.is_allowed:
             return f"{github_repository.full_name} is not an allowed repository"
         if not issue.is_open:
             return "it is closed"
@@ -7091,7 +7095,7 @@ class Sync:
         text = self.codebot.redact(text)
         try:
             github_repository = self.github.repository_by_id(task.repository_id)
-            if is_allowed(self.config, github_repository.full_name):
+            if github_repository.is_allowed:
                 github_repository.post_once(task.issue_number, text, marker)
         except GitHubError as error:
             # The issue was deleted or locked, for example. There is no second attempt.
@@ -9944,7 +9948,7 @@ def check_github(codebot: Codebot) -> Iterator[Finding]:
         github.timeout = GITHUB_TIMEOUT  # some answers take longer
         github.token(LOOKUP)  # refused if the installation is unknown or suspended
         yield from check_installation(config, github)
-        yield from check_repositories(config, github)
+        yield from check_repositories(github)
     except (GitHubError, AppRefused) as error:
         yield Finding("FAIL", f"{error}.")
     except TransientError as error:
@@ -9987,13 +9991,9 @@ def check_installation(config: Config, github: GitHub) -> Iterator[Finding]:
         )
 
 
-def check_repositories(config: Config, github: GitHub) -> Iterator[Finding]:
+def check_repositories(github: GitHub) -> Iterator[Finding]:
     """List the repositories that tasks may name."""
-    names = [
-        github_repository.full_name
-        for github_repository in github.repositories()
-        if is_allowed(config, github_repository.full_name)
-    ]
+    names = [repository.full_name for repository in github.repositories()]
     if names:
         yield Finding("ok", f"Repositories: {', '.join(names)}")
     else:
