@@ -4793,15 +4793,14 @@ class Look(NamedTuple):
     "pull_request"   task_id                 store its state, queue new comments
     "ended_task"     task_id                 report the end of the task on its issue
 
-    With look_twice, codebot looks again after VISIBILITY_DELAY: GitHub may not show yet
-    what has just changed.
+    is_second: see Codebot.look_now.
     """
 
     kind: str
     repository_id: int = 0
     number: int = 0
     task_id: str = ""
-    look_twice: bool = False
+    is_second: bool = False
 
     def __str__(self) -> str:
         subjects = {
@@ -4887,8 +4886,13 @@ class Codebot:
         return job
 
     def look_now(self, look: Look) -> None:
-        """Have the sync thread take a look as soon as it can."""
+        """Have the sync thread take a look as soon as it can, and a second one later.
+
+        GitHub may not show yet what has just changed.
+        """
         self.looks[look] = 0.0
+        second = look._replace(is_second=True)
+        self.looks[second] = time.time() + VISIBILITY_DELAY
 
     def wait(self, seconds: float = 0.0) -> None:
         """Wait, or raise StopRequested once the server is to stop. 0 only checks."""
@@ -6347,7 +6351,7 @@ def create_pull_request(workspace: Workspace) -> None:
     run.log_event("codebot", f"Pull request {number}: {url}")
     log.info("Task %s: opened %s", run.job.id, url)
     # Somebody may have commented on it before it was stored.
-    run.codebot.look_now(Look("pull_request", task_id=run.job.id, look_twice=True))
+    run.codebot.look_now(Look("pull_request", task_id=run.job.id))
 
 
 def pull_request_body(run: JobRun) -> str:
@@ -6888,8 +6892,7 @@ class Sync:
         """Take a look, and note when to repeat it, if at all.
 
         A look that GitHub refuses is dropped until the next poll, delivery or start, except
-        the look at everything, which nothing else might repeat. (With look_twice, the
-        second look is taken all the same.)
+        the look at everything, which nothing else might repeat.
         """
         del self.looks[look]  # so that another thread can ask for it again
         # Seconds until it is repeated, also after an error that is not caught; 0: never.
@@ -6915,24 +6918,18 @@ class Sync:
         finally:
             if delay:
                 self.looks.setdefault(look, time.time() + delay)
-        if look.look_twice and not delay:
-            again = look._replace(look_twice=False)
-            if self.looks.get(again) != 0.0:  # not asked for meanwhile
-                self.looks[again] = time.time() + VISIBILITY_DELAY
 
     def look_at(self, look: Look) -> None:
-        if look.kind == "pull_request":
-            self.look_at_pull_request(look)
-        elif look.kind == "ended_task":
-            self.report_task(look.task_id)
-        elif look.kind == "issue":
-            self.look_at_issue(look)
-        elif look.kind == "repository":
-            self.look_for_issues(look.repository_id)
-        else:  # "everything"
-            self.poll()
+        actions = {
+            "everything": self.poll,
+            "repository": self.look_for_issues,
+            "issue": self.look_at_issue,
+            "pull_request": self.look_at_pull_request,
+            "ended_task": self.report_task,
+        }
+        actions[look.kind](look)
 
-    def poll(self) -> None:
+    def poll(self, _: Look) -> None:
         """Ask for a look at everything that may have changed."""
         for pull_request in self.store.unmerged_pull_requests():
             task_id = pull_request.task_id
@@ -6944,11 +6941,11 @@ class Sync:
         for github_repository in self.github.repositories():
             self.look_later(Look("repository", github_repository.id))
 
-    def look_for_issues(self, repository_id: int) -> None:
+    def look_for_issues(self, look: Look) -> None:
         """Ask for a look at each issue of a repository that has the label."""
-        github_repository = self.github.repository_by_id(repository_id)
+        github_repository = self.github.repository_by_id(look.repository_id)
         for number in github_repository.issues_with_label(self.config.issue_label):
-            self.look_later(Look("issue", repository_id, number))
+            self.look_later(Look("issue", look.repository_id, number))
 
     # Pull requests
 
@@ -7077,8 +7074,9 @@ class Sync:
                 f"{issue.url} cannot be submitted yet: {error}"
             ) from None
 
-    def report_task(self, task_id: str) -> None:
+    def report_task(self, look: Look) -> None:
         """Comment, once, on the issue of a task that has ended."""
+        task_id = look.task_id
         task = self.store.job(task_id)
         if task is None:
             return
@@ -8134,7 +8132,7 @@ def look_and_remember(codebot: Codebot, guid: str, look: Look) -> None:
 
     Raises NoAction if the delivery was received before.
     """
-    codebot.look_now(look._replace(look_twice=True))
+    codebot.look_now(look)
     if not codebot.store.add_delivery(guid):
         raise NoAction("Duplicate delivery")
 
@@ -8161,7 +8159,7 @@ def receive_comment(codebot: Codebot, event: str, payload: JsonObject) -> None:
         is_new = codebot.store.queue_comments(task_id, [comment])
     except sqlite3.Error:
         # GitHub does not send it again, so the sync thread reads it at GitHub later.
-        codebot.look_now(Look("pull_request", task_id=task_id, look_twice=True))
+        codebot.look_now(Look("pull_request", task_id=task_id))
         raise
     if not is_new:
         raise NoAction("Duplicate delivery or comment")
