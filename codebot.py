@@ -9412,6 +9412,18 @@ class Finding(NamedTuple):
     message: str
 
 
+def ok(message: str) -> Finding:
+    return Finding("ok", message)
+
+
+def warn(message: str) -> Finding:
+    return Finding("warn", message)
+
+
+def fail(message: str) -> Finding:
+    return Finding("FAIL", message)
+
+
 # A check may also raise ConfigError: see run_checks.
 Check = Callable[[Codebot], Iterator[Finding]]
 
@@ -9424,22 +9436,21 @@ def run_checks(codebot: Codebot, checks: Iterable[Check]) -> Iterator[Finding]:
         # TransientError: the host is too short of resources to run a check's program.
         except (ConfigError, TransientError) as error:
             for problem in str(error).splitlines():
-                yield Finding("FAIL", problem)
+                yield fail(problem)
 
 
 def version_finding(command: str, result: ProgramResult, least: str) -> Finding:
     match = re.search(r"[0-9]+(\.[0-9]+)+", " ".join(result.stdout))
     if result.code != 0 or match is None:
-        return Finding(
-            "FAIL",
+        return fail(
             f"`{command}` failed or printed no version (exit code {result.code}): "
-            f"{result.error}",
+            f"{result.error}"
         )
     version = [int(part) for part in match[0].split(".")]
     name = command.split()[0]
     if version < [int(part) for part in least.split(".")]:
-        return Finding("FAIL", f"{name} is {match[0]}. Install {least} or newer.")
-    return Finding("ok", f"{name} {match[0]}")
+        return fail(f"{name} is {match[0]}. Install {least} or newer.")
+    return ok(f"{name} {match[0]}")
 
 
 def check_programs(codebot: Codebot) -> Iterator[Finding]:
@@ -9450,23 +9461,20 @@ def check_programs(codebot: Codebot) -> Iterator[Finding]:
         try:
             yield version_finding(command, run_program(command.split(), env), least)
         except OSError as error:
-            yield Finding(
-                "FAIL",
+            yield fail(
                 f"`{command}` cannot be run: {os_error_text(error)}. Version {least} or "
-                "newer is needed.",
+                "newer is needed."
             )
     if sqlite3.sqlite_version_info < (3, 31):
-        yield Finding(
-            "FAIL",
+        yield fail(
             f"This Python has SQLite {sqlite3.sqlite_version}. Use one with 3.31 or "
-            "newer.",
+            "newer."
         )
     if is_agent_missing(codebot):
-        yield Finding(
-            "FAIL",
+        yield fail(
             f"{codebot.config.claude_command[0]} was not found. Install Claude Code "
             "(npm install -g @anthropic-ai/claude-code), or set CODEBOT_CLAUDE_COMMAND. "
-            f"PATH is {codebot.config.search_path}.",
+            f"PATH is {codebot.config.search_path}."
         )
 
 
@@ -9484,31 +9492,28 @@ def unknown_settings(config: Config) -> Iterator[Finding]:
         if name.startswith(SETTING_PREFIXES):
             matches = difflib.get_close_matches(name, known, 1, cutoff=0.9)
             hint = f"; did you mean {matches[0]}?" if matches else ". Remove it."
-            yield Finding("warn", f"Unknown setting {name}{hint}")
+            yield warn(f"Unknown setting {name}{hint}")
 
 
 def check_settings(codebot: Codebot) -> Iterator[Finding]:
     config = codebot.config
     if sys.getfilesystemencoding() != "utf-8":  # that of arguments and paths
-        yield Finding(
-            "FAIL",
-            "Python does not use UTF-8 here. Set PYTHONUTF8=1, or LANG to a UTF-8 locale.",
+        yield fail(
+            "Python does not use UTF-8 here. Set PYTHONUTF8=1, or LANG to a UTF-8 locale."
         )
     yield from unknown_settings(config)
     if config.stall_timeout < MIN_STALL_TIMEOUT:
-        yield Finding(
-            "warn",
+        yield warn(
             f"CODEBOT_STALL_TIMEOUT is {config.stall_timeout} s, but the agent prints "
-            "nothing while a command runs, up to 600 s. Set it to 900 or more.",
+            "nothing while a command runs, up to 600 s. Set it to 900 or more."
         )
     for name in config.agent_env:
         if not config.variables.get(name):
-            yield Finding("warn", f"CODEBOT_AGENT_ENV names {name}, which is not set.")
+            yield warn(f"CODEBOT_AGENT_ENV names {name}, which is not set.")
     if not copy_variables(config, MODEL_KEY_NAMES) and not config.agent_env:
-        yield Finding(
-            "warn",
+        yield warn(
             "No model key: set ANTHROPIC_API_KEY (or CLAUDE_CODE_OAUTH_TOKEN) in "
-            f"{config.env_file}. A login in ~/.claude is not used.",
+            f"{config.env_file}. A login in ~/.claude is not used."
         )
 
 
@@ -9541,43 +9546,37 @@ def check_safety(codebot: Codebot) -> Iterator[Finding]:
     for path in (*config.secret_files, config.work_dir):
         yield from check_access(path, unwanted=0o077)
     if is_noexec(config.work_dir):
-        yield Finding(
-            "warn",
+        yield warn(
             f"{config.work_dir} is on a file system with noexec, where no test can run "
-            "programs of the repository. Use another --work-dir.",
+            "programs of the repository. Use another --work-dir."
         )
     if config.database:
         directory = os.path.dirname(config.database)
         # Others may read the directory: the database itself is private.
         yield from check_access(directory, unwanted=0o022)
     if codebot.sandbox.is_none:
-        yield Finding("warn", f"{NO_SANDBOX_WARNING}.")
+        yield warn(f"{NO_SANDBOX_WARNING}.")
     if os.getpid() == 1:
-        yield Finding(
-            "warn",
+        yield warn(
             "codebot is the first process of its container, where ended programs stay as "
-            "zombies until none can start. Start the container with --init.",
+            "zombies until none can start. Start the container with --init."
         )
     if os.getuid() == 0:
-        yield Finding(
-            "warn",
+        yield warn(
             "codebot runs as root, so the agent can read every file that is not "
-            "hidden from it. Run codebot as a user of its own.",
+            "hidden from it. Run codebot as a user of its own."
         )
 
 
 def short_secrets(config: Config) -> Iterator[Finding]:
-    secrets = {}
-    if not config.no_github:
-        secrets["GITHUB_WEBHOOK_SECRET"] = config.webhook_secret
+    secrets = {"GITHUB_WEBHOOK_SECRET": config.webhook_secret}
     for number, key in enumerate(config.api_keys, 1):
         secrets[f"Key {number} of CODEBOT_API_KEYS"] = key
     for name, secret in secrets.items():
         if 0 < len(secret) < MIN_KEY_LENGTH:
-            yield Finding(
-                "warn",
+            yield warn(
                 f"{name} has only {len(secret)} characters and may be guessed. Use one "
-                "that `openssl rand -hex 32` makes.",
+                "that `openssl rand -hex 32` makes."
             )
 
 
@@ -9586,24 +9585,21 @@ def check_server(codebot: Codebot) -> Iterator[Finding]:
     yield from short_secrets(config)
     is_loopback = config.host in LOOPBACK_NAMES or config.host.startswith("127.")
     if not is_loopback and not config.tls_cert:
-        yield Finding(
-            "warn",
+        yield warn(
             f"API keys are sent unencrypted to {config.host}. Use --tls-cert and "
-            "--tls-key, or a reverse proxy.",
+            "--tls-key, or a reverse proxy."
         )
     if not (config.no_github or config.webhook_secret or config.enable_polling):
-        yield Finding(
-            "warn",
+        yield warn(
             "GITHUB_WEBHOOK_SECRET is not set, so codebot learns of reviews and issues "
-            "only when it starts. Set it, or use --enable-polling.",
+            "only when it starts. Set it, or use --enable-polling."
         )
     if config.no_github and "*" in config.allowed:
-        yield Finding(
-            "warn",
+        yield warn(
             "CODEBOT_ALLOWED_REPOSITORIES allows every host, so a client can have git "
             "contact the client's own host, which then receives what git sends to every "
             "host (GIT_ASKPASS, credential.helper, http.extraHeader). Name repositories, "
-            "such as https://git.example.com/team/*.",
+            "such as https://git.example.com/team/*."
         )
     if config.tls_cert and config.tls_key:
         tls_context(config)
@@ -9892,7 +9888,7 @@ def check_port(codebot: Codebot) -> Iterator[Finding]:
     config = codebot.config
     # Without TLS: check_server has reported what is wrong with its files.
     Server(Codebot(dataclasses.replace(config, tls_cert=""))).server_close()
-    yield Finding("ok", f"Port {config.port} on {config.host} can be used")
+    yield ok(f"Port {config.port} on {config.host} can be used")
 
 
 def check_work_dir(codebot: Codebot) -> Iterator[Finding]:
@@ -9900,7 +9896,7 @@ def check_work_dir(codebot: Codebot) -> Iterator[Finding]:
     take_work_dir(config)
     if os.path.exists(config.database_file):
         Store(config.database_file)  # raises ConfigError if it cannot be used
-    yield Finding("ok", f"Work directory {config.work_dir}")
+    yield ok(f"Work directory {config.work_dir}")
     yield from check_sandbox(codebot)
 
 
@@ -9913,17 +9909,15 @@ def check_sandbox(codebot: Codebot) -> Iterator[Finding]:
     try:
         result = codebot.sandbox.probe(*command)
     except NoFreeNode as error:
-        yield Finding("warn", f"The sandbox was not tested: the launcher {error}.")
+        yield warn(f"The sandbox was not tested: the launcher {error}.")
         return
     if not codebot.sandbox.is_none:
-        yield Finding("ok", f"Sandbox: {codebot.sandbox.describe()}")
+        yield ok(f"Sandbox: {codebot.sandbox.describe()}")
     if codebot.sandbox.is_bwrap:
         hidden = home_directories() | private_directories(config)
         for directory in sorted({*tool_directories(config)} - hidden):
             if os.path.exists(directory):
-                yield Finding(
-                    "ok", f"The agent can read {directory}: PATH leads into it"
-                )
+                yield ok(f"The agent can read {directory}: PATH leads into it")
     if not is_agent_missing(codebot):
         # 2.0.62 does not know --no-session-persistence (tried).
         yield version_finding(shlex.join(command), result, "2.0.64")
@@ -9940,25 +9934,23 @@ def check_github(codebot: Codebot) -> Iterator[Finding]:
     os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
     try:
         github.token(AS_APP)
-        yield Finding("ok", f"The App's key {config.key_file} can sign")
+        yield ok(f"The App's key {config.key_file} can sign")
         name = github.fetch_app()["name"]
-        yield Finding("ok", f"GitHub answers at {github.api}; the App is {name}")
+        yield ok(f"GitHub answers at {github.api}; the App is {name}")
         github.timeout = GITHUB_TIMEOUT  # some answers take longer
         github.token(LOOKUP)  # refused if the installation is unknown or suspended
         yield from check_installation(config, github)
         yield from check_repositories(github)
     except (GitHubError, AppRefused) as error:
-        yield Finding("FAIL", f"{error}.")
+        yield fail(f"{error}.")
     except TransientError as error:
-        yield Finding(
-            "FAIL",
+        yield fail(
             f"{error}. If GitHub cannot be reached, check GITHUB_API_URL, the network, "
-            "HTTPS_PROXY and SSL_CERT_FILE.",
+            "HTTPS_PROXY and SSL_CERT_FILE."
         )
     except UNKNOWN_SHAPE_ERRORS:
-        yield Finding(
-            "FAIL",
-            f"{github.api} does not answer as GitHub does. Check GITHUB_API_URL.",
+        yield fail(
+            f"{github.api} does not answer as GitHub does. Check GITHUB_API_URL."
         )
     except OSError:
         return  # openssl is missing, as check_programs has reported
@@ -9968,24 +9960,22 @@ def check_installation(config: Config, github: GitHub) -> Iterator[Finding]:
     path = f"/app/installations/{config.installation_id}"
     installation = github.call(path, AS_APP).value
     owner = installation["account"]["login"]
-    yield Finding("ok", f"Installation {config.installation_id} of {owner}")
+    yield ok(f"Installation {config.installation_id} of {owner}")
     for name, needed in TOKEN_PERMISSIONS.items():
         granted = installation["permissions"].get(name, "none")
         if granted != needed:
-            yield Finding(
-                "FAIL",
+            yield fail(
                 f"Permission {name} is {granted}, but {needed} is needed. Change it in "
-                "the App's settings, and accept the change in the installation.",
+                "the App's settings, and accept the change in the installation."
             )
     events = ["pull_request", *COMMENT_EVENTS]
     if config.issue_label:
         events.append("issues")
     missing = [event for event in events if event not in installation["events"]]
     if missing and not config.enable_polling:
-        yield Finding(
-            "warn",
+        yield warn(
             f"The App does not receive the events {', '.join(missing)}. Subscribe to them "
-            "in the App's settings, or use --enable-polling.",
+            "in the App's settings, or use --enable-polling."
         )
 
 
@@ -9993,12 +9983,11 @@ def check_repositories(github: GitHub) -> Iterator[Finding]:
     """List the repositories that tasks may name."""
     names = [repository.full_name for repository in github.repositories()]
     if names:
-        yield Finding("ok", f"Repositories: {', '.join(names)}")
+        yield ok(f"Repositories: {', '.join(names)}")
     else:
-        yield Finding(
-            "FAIL",
+        yield fail(
             "No repository can be used. Add one to the installation at GitHub, or "
-            "correct CODEBOT_ALLOWED_REPOSITORIES.",
+            "correct CODEBOT_ALLOWED_REPOSITORIES."
         )
 
 
@@ -10007,9 +9996,9 @@ def all_findings(codebot: Codebot, problems: Sequence[str]) -> Iterator[Finding]
     source = f"{env_file} and the environment"
     if not os.path.exists(env_file):
         source = f"the environment; there is no {env_file}"
-    yield Finding("ok", f"Python {sys.version.split()[0]}; settings from {source}")
+    yield ok(f"Python {sys.version.split()[0]}; settings from {source}")
     for problem in problems:
-        yield Finding("FAIL", problem)
+        yield fail(problem)
     # check_work_dir comes first: then programs' output goes to the work directory.
     checks = [check_work_dir, *HOST_CHECKS, check_server, check_port]
     if not problems:
