@@ -9863,18 +9863,15 @@ def run_command(flags: Flags) -> int:
     job = codebot.submit(request, "command line")
     with running_workers(codebot, job.id):
         print_log(codebot, job.id)
+    with contextlib.suppress(WrongState):  # it has ended, or its push has begun
+        codebot.cancel(job.id)
     job = find_task(codebot, job.id)
-    if job.status == "pending":  # a signal came first
-        try:
-            codebot.cancel(job.id)
-        except WrongState:  # its push has begun
-            print(
-                f"Branch {job.branch} may have been pushed already. A server with "
-                f"--work-dir {config.work_dir}, and with the database there, will finish "
-                "the task.",
-                file=sys.stderr,
-            )
-        job = find_task(codebot, job.id)
+    if job.status == "pending":
+        print(
+            f"Branch {job.branch} may have been pushed already. A server with --work-dir "
+            f"{config.work_dir}, and with the database there, will finish the task.",
+            file=sys.stderr,
+        )
     print(json.dumps(describe_task(codebot, job), indent=2))
     return 0 if job.status == "completed" else 1
 
