@@ -1926,63 +1926,58 @@ def tool_directories(config: Config) -> Iterator[str]:
                 yield f"{home}/{first_part}"
 
 
-def needed_files(config: Config, option_by_path: Mapping[str, str]) -> Iterator[str]:
+def needed_files(config: Config, options: Mapping[str, str]) -> Iterator[str]:
     """Yield the hidden files that CODEBOT_CLAUDE_COMMAND, SSL_CERT_FILE and the like name.
 
     Words that are not absolute paths, such as a proxy's address, are skipped. Directories,
     which could hold private files, are not shown; nor are .env and keys.
     """
     program = shutil.which(config.claude_command[0], path=config.search_path) or ""
-    words = {program, *config.claude_command[1:]}
-    words.update(copy_variables(config, NETWORK_NAMES).values())
+    words = [program, *config.claude_command[1:]]
+    words += copy_variables(config, NETWORK_NAMES).values()
     while os.path.islink(program):  # it may lead into a home, and to more links there
         program = os.path.join(os.path.dirname(program), os.readlink(program))
-        words.add(program)
-    for word in sorted(words):
+        words.append(program)
+    for word in filter(os.path.isabs, words):
         # Only the directory is resolved: Python finds a virtual environment by the
         # symlink through which it is called.
         directory, name = os.path.split(word)
         path = os.path.join(os.path.realpath(directory), name)
-        enclosing = [place for place in option_by_path if is_inside(path, place)]
-        innermost = max(enclosing, key=len, default="")
-        is_hidden = option_by_path.get(innermost) == HIDDEN
-        is_file = word.startswith("/") and os.path.isfile(path)
+        option = READ_ONLY
+        for place in sorted(options):  # the innermost comes last
+            if is_inside(path, place):
+                option = options[place]
         is_secret = os.path.realpath(path) in config.secret_files
-        if is_hidden and is_file and not is_secret:
+        if option == HIDDEN and os.path.isfile(path) and not is_secret:
             yield path
 
 
 def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> list[Mount]:
     """Return bwrap's mounts over the read-only file system and the workspace's /tmp.
 
-    A later one covers an earlier one. First come what is hidden and tool directories, an
-    outer directory before an inner one; then the rest.
+    Each directory comes before those in it, because a later mount covers an earlier one.
     """
-    hidden = {"/run", *home_directories(), *private_directories(config)}
-    hidden -= {"/", "/tmp"}  # "/" cannot be covered; /tmp is already the workspace's
-    option_by_path = dict.fromkeys(tool_directories(config), READ_ONLY)
-    # A tool directory that is itself to be hidden becomes HIDDEN.
-    option_by_path.update(dict.fromkeys(hidden, HIDDEN))
-    # /etc/resolv.conf may be a symlink into /run.
-    visible = [os.path.realpath("/etc/resolv.conf"), objects]
-    # The host's /tmp is hidden by the workspace's.
-    visible += needed_files(config, {"/tmp": HIDDEN, **option_by_path})
-    # The workspace's third part, tmp, is already mounted at /tmp.
-    writable = [f"{workspace_path}/{part}" for part in ("repo", "home")]
+    hidden = {"/run", "/tmp", *home_directories(), *private_directories(config)}
+    options = dict.fromkeys(tool_directories(config), READ_ONLY)
+    options.update(dict.fromkeys(hidden, HIDDEN))  # even if it is a tool directory
+    visible = [*needed_files(config, options), objects]
+    visible.append(os.path.realpath("/etc/resolv.conf"))  # perhaps in /run
+    options.update(dict.fromkeys(visible, READ_ONLY))
+    for part in ("repo", "home"):
+        options[f"{workspace_path}/{part}"] = WRITABLE
     # In the sandbox, /tmp is a directory of the workspace, where the agent can write. For a
     # mount at /tmp/A/B, bwrap makes A/B in it. The agent could then replace A with a
     # symlink, which bwrap before 0.12 follows at the next command (CVE-2026-87766). So A
     # becomes a mount, which cannot be replaced.
-    for path in [*option_by_path, *visible, *writable]:
+    for path in [*options]:
         match = re.match("(/tmp/[^/]+)/", path)
         if match:
-            option_by_path.setdefault(match[1], HIDDEN)
-    # sorted() puts each directory before those in it.
-    mounts = [Mount(option_by_path[path], path) for path in sorted(option_by_path)]
-    mounts += [Mount(READ_ONLY, path) for path in visible]
-    mounts += [Mount(WRITABLE, path) for path in writable]
+            options.setdefault(match[1], HIDDEN)
+    del options["/tmp"]  # bwrap_command mounts the workspace's there
     # bwrap cannot mount on a missing path. The agent cannot create one on the host.
-    return [mount for mount in mounts if os.path.exists(mount.path)]
+    return [
+        Mount(options[path], path) for path in sorted(options) if os.path.exists(path)
+    ]
 
 
 def bwrap_command(

@@ -3353,8 +3353,8 @@ def shown_of(work_dir: str) -> list[str]:
     """Return the mounts that put the parts of the workspace back."""
     return [
         f"READ_ONLY {work_dir}/mirrors/h/o/n.git/objects",
-        f"WRITABLE {work_dir}/task_1234567/repo",
         f"WRITABLE {work_dir}/task_1234567/home",
+        f"WRITABLE {work_dir}/task_1234567/repo",
     ]
 
 
@@ -3407,10 +3407,10 @@ def test_tools_of_path_in_home_are_shown_read_only(host: Host) -> None:
 
 def test_workspace_directly_in_tmp_cannot_be_replaced() -> None:
     with tempfile.TemporaryDirectory(prefix="task_", dir="/tmp") as workspace:
-        for part in codebot.WORKSPACE_PARTS:
+        for part in (*codebot.WORKSPACE_PARTS, "objects"):
             os.mkdir(f"{workspace}/{part}")
         config = codebot.Config(work_dir="/tmp")
-        mounts = codebot.sandbox_mounts(config, workspace, workspace)
+        mounts = codebot.sandbox_mounts(config, workspace, f"{workspace}/objects")
     hidden = codebot.Mount(codebot.HIDDEN, workspace)
     repo = codebot.Mount(codebot.WRITABLE, f"{workspace}/repo")
     assert mounts.index(hidden) < mounts.index(repo)
@@ -3429,7 +3429,8 @@ def test_directory_in_tmp_above_what_is_mounted_cannot_be_replaced(
         config = codebot.Config(
             work_dir=host.make("work"), key_file=key_file, claude_command=command
         )
-        mounts = codebot.sandbox_mounts(config, host.make("work/task_1"), top)
+        workspace = host.make("work/task_1")
+        mounts = codebot.sandbox_mounts(config, workspace, f"{workspace}/objects")
     assert codebot.Mount(codebot.HIDDEN, top) in mounts
 
 
@@ -3476,9 +3477,12 @@ def test_agent_beside_a_key_in_tool_directory_is_shown_alone(host: Host) -> None
         key_file=host.make_file("home/.local/claude/app.pem"),
         claude_command=(agent,),
     )
-    assert "READ_ONLY home/.local" in mounts
-    assert "HIDDEN home/.local/claude" in mounts
-    assert mounts[-3] == "READ_ONLY home/.local/claude/claude"  # after the covers
+    assert mounts[:4] == [
+        "HIDDEN home",
+        "READ_ONLY home/.local",
+        "HIDDEN home/.local/claude",
+        "READ_ONLY home/.local/claude/claude",
+    ]
 
 
 def test_hidden_directory_that_agent_command_names_stays_hidden(host: Host) -> None:
