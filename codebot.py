@@ -1439,7 +1439,7 @@ def run_program(
 ) -> ProgramResult:
     """Run a program to its end, and end the processes that it leaves in its group.
 
-    Only `launching` sets ``program_type``. Raises OSError if the program cannot start;
+    Only `launch` sets ``program_type``. Raises OSError if the program cannot start;
     LimitReached, StopRequested or Cancelled if it must end early; TransientError if the
     host lacks disk space, memory or processes.
     """
@@ -1468,9 +1468,6 @@ def run_program(
         finally:
             end_process_group(child)
         return program.result()
-
-
-RunFunction = Callable[..., ProgramResult]  # run_program, perhaps through a launcher
 
 
 # Linux usually starts no program with a larger environment, but a process can declare
@@ -1708,40 +1705,37 @@ class LaunchedProgram(RunningProgram):
         return result
 
 
-@contextlib.contextmanager
-def launching(
+def launch(
     config: Config,
     workspace_path: str,
-    timeout: float,
+    node_timeout: float,
     on_start: Callable[[], None],
-) -> Iterator[RunFunction]:
-    """Yield run_program, to be called once, with the launcher in front of the program.
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    **options: Any,
+) -> ProgramResult:
+    """Run a program, as run_program does, through the launcher if there is one.
 
-    Records the launch and, at its end, stops whatever still runs. Without a launcher,
-    calls ``on_start`` and yields run_program itself.
+    Calls ``on_start`` when the program starts: at once, or when a node is free. Records
+    the launch and, at its end, stops whatever still runs.
     """
     if not config.launcher:
         on_start()
-        yield run_program
-        return
+        return run_program(argv, env, **options)
     record = launch_record(config, workspace_path)
     record.parent.mkdir(exist_ok=True)
     record.write_text(config.run_tag)
     sentinel = uuid.uuid4().hex
     launcher = launcher_argv(config.launcher, workspace_path)
-    launcher += ["sh", "-c", NODE_SCRIPT, sentinel]
+    argv = [*launcher, "sh", "-c", NODE_SCRIPT, sentinel, *argv]
     program_type = functools.partial(
-        LaunchedProgram, sentinel=sentinel, node_timeout=timeout, on_start=on_start
+        LaunchedProgram,
+        sentinel=sentinel,
+        node_timeout=node_timeout,
+        on_start=on_start,
     )
-
-    def launch(
-        argv: Sequence[str], env: Mapping[str, str], **options: Any
-    ) -> ProgramResult:
-        argv = [*launcher, *argv]
-        return run_program(argv, env, program_type=program_type, **options)
-
     try:
-        yield launch
+        return run_program(argv, env, program_type=program_type, **options)
     finally:
         stop_launched(config, workspace_path)
 
@@ -2141,10 +2135,16 @@ class Sandbox:
         objects = f"{workspace_path}/objects"
         argv = self.wrap(["sh", "-c", script, "sh", *command], workspace_path, objects)
         env = {**base_environment(config), "HOME": f"{workspace_path}/home"}
-        with launching(config, workspace_path, PROBE_TIMEOUT, do_nothing) as launch:
-            return launch(
-                argv, env, cwd=f"{workspace_path}/repo", limits=self.probe_limits
-            )
+        return launch(
+            config,
+            workspace_path,
+            PROBE_TIMEOUT,
+            do_nothing,
+            argv,
+            env,
+            cwd=f"{workspace_path}/repo",
+            limits=self.probe_limits,
+        )
 
 
 # --- GitHub ------------------------------------------------------------------
@@ -5288,9 +5288,11 @@ class Workspace:
         if config.launcher:
             run.set_phase("queued")
         self.stop_earlier_launch()
+        run_function = functools.partial(
+            launch, config, self.path, config.launch_timeout, start
+        )
         try:
-            with launching(config, self.path, config.launch_timeout, start) as launch:
-                return self.run_in_sandbox(command, limits, launch)
+            return self.run_in_sandbox(command, limits, run_function)
         finally:
             end_escaped_processes(run, os.path.basename(self.path))
 
@@ -5306,7 +5308,7 @@ class Workspace:
         self,
         command: SandboxedCommand,
         limits: Limits,
-        launch: RunFunction = run_program,
+        run_function: Callable[..., ProgramResult] = run_program,
     ) -> ProgramResult:
         """Run a command in the sandbox, then end all that it left running."""
         cwd = self.repo
@@ -5315,7 +5317,7 @@ class Workspace:
             # there. It changes to the repository.
             cwd = self.path
         try:
-            return launch(
+            return run_function(
                 self.sandboxed(command.argv),
                 self.environment(command.as_agent),
                 cwd=cwd,
@@ -5328,7 +5330,7 @@ class Workspace:
             raise self.run.limit_failure(error, command.name) from None
         finally:
             # bwrap ends what is in it (but see end_escaped_processes).
-            if not self.codebot.sandbox.is_bwrap or launch is not run_program:
+            if not self.codebot.sandbox.is_bwrap or self.config.launcher:
                 end_processes(tagged_processes, self.config.run_tag)
 
     # From the agent's work to a pushed commit:
