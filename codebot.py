@@ -602,30 +602,29 @@ def parse_agent_env(text: str) -> Sequence[str]:
     return names
 
 
-# owner/name=command, perhaps with wildcards in both names. No command: no tests.
-TEST_RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*=(.*)"
-# Mistakes that pass for a command: "# x", with which every test would pass, and "a/b/c=x".
-MISTAKE = r"#|[^\s=;&|]*/[^\s=;&|]*\s*="
+# The beginning of a rule: owner/name=, perhaps with wildcards in both names.
+RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*="
+# A rule, or a mistake: "# x", with which every test would pass, or "a/b/c=x".
+NO_COMMAND = r"#|[^\s=;&|]*/[^\s=;&|]*\s*="
 
 
 def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
     """Parse one command for all repositories, or lines ``owner/name=command``.
 
-    The first rule that matches a repository counts.
+    The first rule that matches a repository counts. Without a command: no tests.
     """
     # In .env, a \ and an n separate the rules: "a/b=make test\nc/d=tox". If no owner/name=
     # follows, they are part of the command.
-    text = re.sub(rf"\\n(?={TEST_RULE})", "\n", text)
+    text = re.sub(rf"\\n(?={RULE})", "\n", text)
     lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if len(lines) == 1 and not re.match(NO_COMMAND, lines[0]):
+        return (("*", lines[0]),)
     rules = []
     for line in lines:
-        rule = re.match(TEST_RULE, line)
-        if rule and not rule[2].strip().startswith("#"):
-            rules.append((rule[1], rule[2].strip()))
-        elif len(lines) == 1 and not re.match(MISTAKE, line):
-            rules.append(("*", line))
-        else:
+        rule = re.fullmatch(rf"{RULE}\s*(?![\s#])(.*)", line)
+        if not rule:
             raise ValueError("must be one command, or lines owner/name=command")
+        rules.append((rule[1], rule[2]))
     return tuple(rules)
 
 
