@@ -560,25 +560,25 @@ def parse_dollars(text: str) -> float:
     return float(text)
 
 
-# Matches https://HOST:PORT/PATH, also with http, and with [HOST] for IPv6.
+# Matches https://HOST:PORT/PATH, and http:// on loopback; no user, query or fragment.
 ADDRESS_RE = re.compile(
-    r"(?P<origin>https?://(?P<host>[\w.-]+|\[[0-9a-f:]+\])(:\d{1,5})?)"
+    r"(?P<origin>"
+    r"(https://([\w.-]+|\[[0-9a-f:]+\])|http://(localhost|127\.0\.0\.1|\[::1\]))"
+    r"(:\d{1,5})?)"
     r"(?P<path>(/[\w.~-]+)*)",
     re.ASCII | re.IGNORECASE,
 )
 
 
 def parse_address(text: str) -> str:
-    """Accept https anywhere and http on loopback, without user, query or fragment."""
     match = ADDRESS_RE.fullmatch(text.rstrip("/"))
     if not match:
-        raise ValueError("must be an address like https://ghe.example.com")
+        raise ValueError(
+            "must be an address like https://ghe.example.com; http:// is only for this "
+            "machine"
+        )
     # In lower case, as in the URLs in GitHub's replies: GitHub.send compares them.
-    origin = match["origin"].lower()
-    is_loopback = match["host"].lower().strip("[]") in LOOPBACK_NAMES
-    if origin.startswith("http:") and not is_loopback:
-        raise ValueError("must begin with https:// (http:// only on this machine)")
-    return origin + match["path"]
+    return match["origin"].lower() + match["path"]
 
 
 def parse_search_path(text: str) -> str:
