@@ -589,16 +589,20 @@ def parse_search_path(text: str) -> str:
     return ":".join(entries)
 
 
+# Matches the name of a variable, but not of codebot's own, nor of those that it sets.
+AGENT_VARIABLE_RE = re.compile(
+    r"(?!CODEBOT_|GITHUB_APP_|GITHUB_WEBHOOK_|(HOME|PATH|TMPDIR)$)[A-Za-z_]\w*",
+    re.ASCII,
+)
+
+
 def parse_agent_env(text: str) -> Sequence[str]:
     names = split_commas(text)
-    for name in names:
-        is_own = name.startswith(("CODEBOT_", "GITHUB_APP_", "GITHUB_WEBHOOK_"))
-        is_fixed = name in ("HOME", "PATH", "TMPDIR")
-        if is_own or is_fixed or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-            raise ValueError(
-                "must list names of environment variables, without codebot's own, which "
-                "the agent must not see, and without HOME, PATH and TMPDIR"
-            )
+    if not all(map(AGENT_VARIABLE_RE.fullmatch, names)):
+        raise ValueError(
+            "must list names of environment variables, without codebot's own, which "
+            "the agent must not see, and without HOME, PATH and TMPDIR"
+        )
     return names
 
 
