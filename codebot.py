@@ -4741,14 +4741,11 @@ def remove_tree(config: Config, path: str) -> None:
     name, _, part = os.path.relpath(path, config.work_dir).partition("/")
     if not REMOVABLE_RE.fullmatch(name) or part not in ("", "repo", "tmp"):
         raise ValueError(f"{path} is not a directory that codebot may remove")
-    if os.path.islink(path):
-        os.unlink(path)  # chmod would follow it
-        return
     remove_most(path)  # first: a full disk may have no space for a program's files
     if os.path.lexists(path):
         # rm never follows a link. chmod may, if a process replaces files meanwhile, but it
         # only gives a file's owner more rights.
-        script = 'chmod -R u+rwX -- "$1"; rm -rf -- "$1"'
+        script = '[ -L "$1" ] || chmod -R u+rwX -- "$1"; rm -rf -- "$1"'
         env = base_environment(config)
         with contextlib.suppress(LimitReached):
             run_program(["sh", "-c", script, "sh", path], env)
@@ -4760,22 +4757,24 @@ MAX_REMOVED_LEVELS = 100  # each takes two descriptors
 
 
 def remove_most(name: str, parent: int | None = None, level: int = 0) -> None:
-    """Remove a directory, except what is unwritable or too deep. Raises no OSError.
+    """Remove a file or directory, except what is unwritable or too deep.
 
-    Never follows a symlink, even if one appears meanwhile. Takes little memory, where
-    shutil.rmtree may take gigabytes: an agent can make 8,000 levels in a moment.
+    Raises no OSError. Never follows a symlink, even if one appears meanwhile. Takes little
+    memory, where shutil.rmtree may take gigabytes: an agent can make 8,000 levels in a
+    moment.
     """
+    with contextlib.suppress(OSError):
+        os.unlink(name, dir_fd=parent)  # fails if it is a directory
+        return
+    if level > MAX_REMOVED_LEVELS:
+        return
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
     with contextlib.suppress(OSError):
         directory = os.open(name, flags, dir_fd=parent)
         try:
             with os.scandir(directory) as entries:
                 for entry in entries:
-                    with contextlib.suppress(OSError):
-                        if not entry.is_dir(follow_symlinks=False):
-                            os.unlink(entry.name, dir_fd=directory)
-                        elif level < MAX_REMOVED_LEVELS:
-                            remove_most(entry.name, directory, level + 1)
+                    remove_most(entry.name, directory, level + 1)
         finally:
             os.close(directory)
         os.rmdir(name, dir_fd=parent)
