@@ -4666,26 +4666,19 @@ def take_work_dir(config: Config) -> None:
     tempfile.tempdir = work_dir
 
 
-def require_plain_path(path: str, option: str) -> None:
-    """Raise ConfigError, which names ``option``, if programs could misread a path.
-
-    PATH and the like are split at colons, git's list of alternates at line breaks.
-    """
-    if ":" in path or not path.isprintable():
-        raise ConfigError(
-            f"Cannot use {path!r}: it contains a colon or an unprintable character. Use "
-            f"another {option}."
-        )
-
-
 def hold_lock(path: str, option: str, make_directory: bool) -> None:
     """Lock a file until this process ends. Make it, if it is missing.
 
     Raises ConfigError, which names ``option``, if that is impossible.
     """
-    require_plain_path(path, option)
+    # Programs split PATH and the like at colons, git its list of alternates at line breaks.
+    if ":" in path or not path.isprintable():
+        raise ConfigError(
+            f"Cannot use {path!r}: it contains a colon or an unprintable character. Use "
+            f"another {option}."
+        )
+    directory = os.path.dirname(path)
     try:
-        directory = os.path.dirname(path)
         if make_directory:
             os.makedirs(directory, exist_ok=True)
         owner = os.stat(directory).st_uid
@@ -4699,14 +4692,15 @@ def hold_lock(path: str, option: str, make_directory: bool) -> None:
         # elsewhere. O_RDWR: opening a FIFO for writing only would wait for a reader.
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        reason = os_error_text(error)
-        advice = "Use"
-        if isinstance(error, BlockingIOError):
-            reason = "another codebot uses it"
-            advice = "Stop that one, or use"
+    except BlockingIOError:
         raise ConfigError(
-            f"Cannot use {error.filename or path}: {reason}. {advice} another {option}."
+            f"Cannot use {path}: another codebot uses it. Stop that one, or use another "
+            f"{option}."
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot use {error.filename or path}: {os_error_text(error)}. Use another "
+            f"{option}."
         ) from None
 
 
