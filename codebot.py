@@ -3814,13 +3814,6 @@ def insert_task(
     )
 
 
-def is_to_be_cancelled(db: sqlite3.Connection, job_id: str) -> bool:
-    rows = db.execute(
-        "SELECT 1 FROM jobs WHERE id = :id AND cancel_requested = 1", {"id": job_id}
-    )
-    return rows.fetchone() is not None
-
-
 def insert_label_event(db: sqlite3.Connection, event_id: int) -> None:
     db.execute(
         "INSERT INTO label_events (id) VALUES (:id) ON CONFLICT DO NOTHING",
@@ -3902,7 +3895,8 @@ class Store:
     """The database. If it cannot be used, methods raise sqlite3.Error.
 
     Only add_events logs that error instead. One connection writes and one reads, each
-    behind its own lock. In WAL mode a reader does not wait for a writer.
+    behind its own lock. In WAL mode a reader does not wait for a writer; within a
+    transaction, it sees what was stored before.
     """
 
     def __init__(self, path: str) -> None:
@@ -4121,8 +4115,10 @@ class Store:
         A task that was cancelled just before it failed fails as cancelled.
         """
         with self._transaction() as db:
-            if status == "failed" and is_to_be_cancelled(db, job.id):
-                reason, error = "cancelled", CANCELLED_TEXT[job.kind]
+            stored = self.job(job.id)
+            if status == "failed" and stored is not None and stored.cancel_requested:
+                reason = "cancelled"
+                error = CANCELLED_TEXT[job.kind]
             self._transition(db, job.id, "running", status, reason, error)
             add_to_totals(db, job.id, seconds)
 
