@@ -3002,28 +3002,18 @@ class Repository(NamedTuple):
     github_repository: GitHubRepository | None = None
 
 
-GITHUB_REMOTE_RE = re.compile(
-    r"(?P<base>.+?)/(?P<owner>[A-Za-z0-9][\w.-]{0,99})/(?P<name>[\w.-]{1,100}?)"
-    r"(\.git)?/?",
-    re.ASCII,
-)
-
-
 def parse_repository_url(config: Config, url: str) -> Repository:
     """Return the repository that a URL names. Raises ValueError with the reason."""
     if config.no_github:
         return parse_plain_remote(config, url)
     base = config.git_address
     host = base.partition("://")[2]
-    ssh_base = f"git@{host}:"
-    if url.lower().startswith(ssh_base):
-        url = f"{base}/{url[len(ssh_base) :]}"
-    match = GITHUB_REMOTE_RE.fullmatch(url)
-    if (
-        not match
-        or match["base"].lower() != base
-        or match["name"] in (".", "..", ".git")
-    ):
+    pattern = (
+        rf"(?i:{re.escape(base)}/|git@{re.escape(host)}:)"
+        r"(?P<owner>[A-Za-z0-9][\w.-]{0,99})/(?P<name>[\w.-]{1,100}?)(\.git)?/?"
+    )
+    match = re.fullmatch(pattern, url, re.ASCII)
+    if not match or match["name"] in (".", "..", ".git"):
         raise ValueError(f"must look like {base}/OWNER/NAME")
     full_name = f"{match['owner']}/{match['name']}"
     host_directory = re.sub("[:/]", "_", host)  # it may have a path, with GHES
