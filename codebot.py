@@ -6189,9 +6189,8 @@ def test_and_commit(
     fail or the commit must not be pushed.
     """
     run = workspace.run
-    passed_attempt = 0  # none: there are no tests
     if request.test_command:
-        tree, passed_attempt = run_tests(workspace, request.test_command)
+        tree = run_tests(workspace, request.test_command)
     else:
         run.log_event("codebot", "No test command")
         tree = workspace.record_files()
@@ -6211,22 +6210,29 @@ def test_and_commit(
     files = workspace.inspect_commit(base_commit, commit_id)
     run.log_event("git", f"Commit {commit_id}", files)
     files = INVISIBLE_RE.sub("\N{REPLACEMENT CHARACTER}", run.redact(files))
-    run.update(passed_attempt=passed_attempt, files=files)
+    run.update(files=files)
     return commit_id
 
 
-def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
+def run_tests(workspace: Workspace, command: str) -> str:
     """Run the test command. If it fails, show the agent its output and try again.
 
-    Agent and tests alternate, and share the number of the attempt. Returns the tree that
-    passed, and its attempt. Raises JobFailed if the tests still fail or cannot be started.
+    Returns the tree that passed, and stores its attempt. Raises JobFailed if the tests
+    still fail or cannot be started.
     """
     run = workspace.run
-    attempts = run.config.test_attempts + 1
-    for attempt in range(1, attempts + 1):
-        tree, result = run_tests_once(workspace, command, attempt)
+    prompt = ""
+    for attempt in range(1, run.config.test_attempts + 2):
+        if prompt:
+            ask_agent(workspace, prompt, CODING_OPTIONS, CONTINUE_SESSION, attempt)
+        tree = workspace.record_files()
+        result = run_tests_once(workspace, command, attempt)
+        # This undoes what the test has changed. If it fails, the agent goes on with that.
+        with contextlib.suppress(JobFailed):
+            workspace.script(RESTORE_SCRIPT, tree)
         if result.code == 0:
-            return tree, attempt
+            run.update(passed_attempt=attempt)
+            return tree
         # sh exits with these codes if it cannot start the command, or a script's last one.
         # At the first attempt, the host usually lacks it, which the agent cannot mend.
         if attempt == 1 and result.code in (126, 127):
@@ -6235,13 +6241,11 @@ def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
                 f"The test command {command!r} cannot be started: {result.error}",
             )
         output = run.redact("\n".join(result.stdout))
-        if attempt < attempts:
-            prompt = (
-                f"The tests failed with exit code {result.code}. Change the code so that "
-                f"they pass. The command:\n{delimited('command', command)}"
-                f"The end of its output:\n{delimited('output', output[-20_000:])}"
-            )
-            ask_agent(workspace, prompt, CODING_OPTIONS, CONTINUE_SESSION, attempt + 1)
+        prompt = (
+            f"The tests failed with exit code {result.code}. Change the code so that "
+            f"they pass. The command:\n{delimited('command', command)}"
+            f"The end of its output:\n{delimited('output', output[-20_000:])}"
+        )
     end = output[-1500:].strip() or "(no output)"
     raise JobFailed(
         "tests_failed",
@@ -6249,14 +6253,8 @@ def run_tests(workspace: Workspace, command: str) -> tuple[str, int]:
     )
 
 
-def run_tests_once(
-    workspace: Workspace, command: str, attempt: int
-) -> tuple[str, ProgramResult]:
-    """Record the files' tree, which is committed if the test passes; run the test command.
-
-    Then bring the files back, whatever the test has changed. Returns the tree and the
-    result.
-    """
+def run_tests_once(workspace: Workspace, command: str, attempt: int) -> ProgramResult:
+    """Run the test command in the sandbox, and log its output."""
     run = workspace.run
 
     def log_output(lines: list[str]) -> None:
@@ -6268,15 +6266,10 @@ def run_tests_once(
         argv=["sh", "-c", 'sh -c "$1" 2>&1', "sh", command],
         on_lines=log_output,
     )
-    tree = workspace.record_files()
     run.log_event("codebot", f"Test command: {command}")
     result = workspace.run_work(test, "test", attempt)
     run.log_event("codebot", f"Exit code {result.code}")
-    # It may fail. If the test passed, the tree is what counts; if not, the agent goes on
-    # with what the test has left.
-    with contextlib.suppress(JobFailed):
-        workspace.script(RESTORE_SCRIPT, tree)
-    return tree, result
+    return result
 
 
 def pack_lines(lines: Iterable[str]) -> list[str]:
