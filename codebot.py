@@ -290,7 +290,6 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
-import email.message
 import email.utils
 import errno
 import fcntl
@@ -2186,6 +2185,7 @@ ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembere
 PAGE_SIZE = 50  # entries of a list in one response; GitHub allows 100
 # Of one response. A comment takes up to 0.3 MB, and its part of the diff another 0.5 MB.
 MAX_GITHUB_BYTES = 64 << 20
+REDIRECTS = (301, 302, 307, 308)  # a POST stays a POST
 MAX_CACHED_REPLIES = 4000  # a poll takes about four for each open pull request
 MAX_CACHED_BYTES = 64 << 10  # of a reply; a longer one is not cached
 VISIBILITY_DELAY = 50.0  # seconds until something new is visible in all parts of GitHub
@@ -2219,8 +2219,8 @@ class Reply(NamedTuple):
     """A response from GitHub, or the reason why there is none."""
 
     status: int  # 0: there was no usable response
-    headers: email.message.Message
     value: Json = None  # the JSON that was asked for
+    headers: Headers = NO_HEADERS  # found by their names in any case
     error: str = ""  # what went wrong, if there is no value
     size: int = 0  # of its body, in bytes
 
@@ -2375,13 +2375,14 @@ def github_error_text(status: int, payload: Json) -> str:
     return " ".join(text.split())[:1000]
 
 
-# Two temporary reasons for a status of 422: comments and pull requests are made too fast;
-# one part of GitHub does not see yet what another one has: a pushed branch, its commit, or
-# its pull request. The quotes are single because github_error_text appends GitHub's list
-# of errors as Python prints it.
-TEMPORARY_422_RE = re.compile(
-    "submitted too quickly|'code': 'abuse'"
-    "|'field': 'head', 'code': 'invalid'|No commits between|pull request already exists"
+# The beginnings of temporary errors, besides those that is_rate_limit knows: the App is
+# suspended; comments and pull requests are made too fast; one part of GitHub does not see
+# yet what another one has: a pushed branch, its commit, or its pull request. The quotes are
+# single because github_error_text appends GitHub's list of errors as Python prints it.
+TEMPORARY_ERROR_RE = re.compile(
+    "403 .*suspended"
+    "|422 .*(submitted too quickly|'code': 'abuse'|'field': 'head', 'code': 'invalid'"
+    "|No commits between|pull request already exists)"
 )
 
 
@@ -2393,20 +2394,6 @@ def is_rate_limit(reply: Reply) -> bool:
         or reply.headers.get("x-ratelimit-remaining") == "0"
         or "secondary rate limit" in reply.error.lower()
     )
-
-
-def raise_if_refused(reply: Reply) -> None:
-    """Raise an error unless this failed request may succeed if it is sent again."""
-    status = reply.status
-    if status == 0 or status >= 500 or is_rate_limit(reply):
-        return
-    if status == 422 and TEMPORARY_422_RE.search(reply.error):
-        return
-    if status == 403 and "suspended" in reply.error:  # temporary: the job waits
-        raise TransientError(f"GitHub refuses the App: {reply.error}")
-    if status in (404, 410):  # 410: it did exist
-        raise NotFound(reply.error)
-    raise GitHubError(reply.error)
 
 
 class GitHub:
@@ -2543,7 +2530,7 @@ class GitHub:
             self.wait(delay)
             existing = find_existing()
             if existing is not None:
-                return Reply(200, email.message.Message(), existing)
+                return Reply(200, existing)
             if self.silent_until > time.time():
                 raise TransientError(
                     "GitHub's rate limit is exhausted", retry_at=self.silent_until
@@ -2552,32 +2539,65 @@ class GitHub:
             reply = self.send(url, self.token(scope), body)
             if 200 <= reply.status < 300:
                 return reply
-            if reply.status in (301, 302, 307, 308):  # a POST stays a POST
+            error = self.temporary_error(reply, scope)
+            if reply.status in REDIRECTS:
                 url = urllib.parse.urljoin(url, reply.headers.get("Location", ""))
-                delay = 0.0
-            elif reply.status == 401:
-                if not is_token_renewed:
-                    self.forget_token(scope)
-                    is_token_renewed = True
-                # For some seconds, a new token may not be known everywhere at GitHub.
-                delay = float(attempt)  # seconds: 0, 1, 2
-            else:
-                raise_if_refused(reply)
-                delay = self.pause_before_attempt(reply, attempt)
-        raise self.last_attempt_error(scope, reply)
+            if reply.status == 401 and not is_token_renewed:
+                self.forget_token(scope)
+                is_token_renewed = True
+            delay = GITHUB_RETRY_DELAY * 2.0**attempt
+            delay = max(delay, error.retry_at - time.time())
+            if delay > MAX_INLINE_WAIT:
+                break
+        if is_rate_limit(reply):
+            self.silent_until = error.retry_at
+        raise error
 
-    def last_attempt_error(self, scope: TokenScope, reply: Reply) -> TransientError:
-        if reply.status == 0:
+    def temporary_error(self, reply: Reply, scope: TokenScope) -> TransientError:
+        """Return the error of a request that may succeed if it is sent again.
+
+        If GitHub has refused it for good, raises GitHubError.
+        """
+        status = reply.status
+        if status == 0:
             return TransientError(f"GitHub did not answer: {reply.error}")
-        if reply.status != 401:
-            return TransientError(f"GitHub cannot do this now: {reply.error}")
-        if scope != AS_APP:
+        if status == 401 and scope == AS_APP:
+            return AppRefused(
+                "GitHub rejected the App's key: GITHUB_APP_PRIVATE_KEY_PATH and "
+                f"GITHUB_APP_ID {self.config.app_id} do not belong to the same App "
+                f"({reply.error})"
+            )
+        if status == 401:  # for some seconds, some of GitHub may not know a new token
             return AppRefused(f"GitHub rejected a new token ({reply.error})")
-        return AppRefused(
-            "GitHub rejected the App's key: GITHUB_APP_PRIVATE_KEY_PATH and "
-            f"GITHUB_APP_ID {self.config.app_id} do not belong to the same App "
-            f"({reply.error})"
-        )
+        if status in (404, 410):  # 410: it did exist
+            raise NotFound(reply.error)
+        if (
+            status in REDIRECTS
+            or status >= 500
+            or is_rate_limit(reply)
+            or TEMPORARY_ERROR_RE.match(reply.error)
+        ):
+            retry_at = self.retry_time(reply)
+            return TransientError(f"GitHub cannot do this now: {reply.error}", retry_at)
+        raise GitHubError(reply.error)
+
+    def retry_time(self, reply: Reply) -> float:
+        """Return the time at which a request may be sent again; 0.0 if it is not limited.
+
+        GitHub docs: "Rate limits for the REST API", "Best practices".
+        """
+        headers = reply.headers
+        retry_after = headers.get("retry-after", "")
+        reset = headers.get("x-ratelimit-reset", "")
+        if retry_after.isdecimal():
+            seconds = float(retry_after)
+        elif not is_rate_limit(reply):
+            return 0.0
+        elif headers.get("x-ratelimit-remaining") == "0" and reset.isdecimal():
+            seconds = float(reset) - self.github_time() + 1
+        else:
+            seconds = 60.0
+        return time.time() + min(seconds, MAX_RATE_LIMIT_WAIT)
 
     def send(self, url: str, token: str, body: Json) -> Reply:
         """Send one request. This is the only function that does."""
@@ -2604,7 +2624,7 @@ class GitHub:
             reason = getattr(error, "reason", error)  # the cause of a URLError
             if isinstance(reason, OSError):
                 reason = os_error_text(reason)
-            reply = Reply(0, email.message.Message(), error=f"{self.api}: {reason}")
+            reply = Reply(0, error=f"{self.api}: {reason}")
         log.debug("GitHub: %s %s: %s", request.get_method(), url, reply.status)
         if reply.status == 304 and cached is not None:
             return cached
@@ -2624,24 +2644,25 @@ class GitHub:
             if time.monotonic() > deadline or len(body) > MAX_GITHUB_BYTES:
                 raise TimeoutError("the response is too slow or too long")
         status = response.status
-        headers = response.headers
+        headers: Headers = response.headers
         self.note_headers(headers)
         try:
             value = json.loads(body)
         except (ValueError, RecursionError):
             value = None
         if status >= 300:
-            return Reply(status, headers, error=github_error_text(status, value))
+            error = github_error_text(status, value)
+            return Reply(status, headers=headers, error=error)
         if value is None:
-            return Reply(0, headers, error="the response is not JSON")
-        return Reply(status, headers, value, size=len(body))
+            return Reply(0, error="the response is not JSON")
+        return Reply(status, value, headers, size=len(body))
 
-    def note_headers(self, headers: email.message.Message) -> None:
+    def note_headers(self, headers: Headers) -> None:
         """Record GitHub's clock and the remaining rate limit."""
         remaining = headers.get("x-ratelimit-remaining", "")
         if remaining.isdecimal():
             self.rate_limit_remaining = remaining
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
+        with contextlib.suppress(*UNKNOWN_SHAPE_ERRORS):
             date = email.utils.parsedate_to_datetime(headers["Date"])
             self.clock_skew = date.timestamp() - time.time()
 
@@ -2657,31 +2678,6 @@ class GitHub:
                 # At random: polls ask in one order, so the oldest would be needed next.
                 self._replies.pop(random.choice([*self._replies]), None)
             self._replies[url] = reply
-
-    def pause_before_attempt(self, reply: Reply, attempt: int) -> float:
-        """Return the seconds until the next attempt, at most MAX_INLINE_WAIT.
-
-        For a longer wait, raises TransientError with retry_at. If a rate limit is the
-        reason, no thread sends a request before that: see silent_until.
-        GitHub docs: "Rate limits for the REST API", "Best practices".
-        """
-        seconds = GITHUB_RETRY_DELAY * 2.0**attempt
-        is_limit = is_rate_limit(reply)
-        if is_limit:
-            seconds = 60.0  # as GitHub's docs ask, unless a header says otherwise
-            reset = reply.headers.get("x-ratelimit-reset", "")
-            if reply.headers.get("x-ratelimit-remaining") == "0" and reset.isdecimal():
-                seconds = float(reset) - self.github_time() + 1
-        retry_after = reply.headers.get("retry-after", "")
-        if retry_after.isdecimal():
-            seconds = float(retry_after)
-        seconds = min(max(seconds, GITHUB_RETRY_DELAY), MAX_RATE_LIMIT_WAIT)
-        if seconds <= MAX_INLINE_WAIT:
-            return seconds
-        retry_at = time.time() + seconds
-        if is_limit:
-            self.silent_until = retry_at
-        raise TransientError(f"GitHub asked codebot to wait: {reply.error}", retry_at)
 
     def pages(self, path: str, scope: TokenScope) -> Iterator[Json]:
         """Yield the entries of all pages of a list."""

@@ -7997,10 +7997,7 @@ NO_LIMIT = {"x-ratelimit-remaining": "4999"}
 
 
 def make_reply(status: int, headers: Mapping[str, str], error: str) -> codebot.Reply:
-    message = email.message.Message()
-    for name, value in headers.items():
-        message[name] = value
-    return codebot.Reply(status, message, error=error)
+    return codebot.Reply(status, headers=headers, error=error)
 
 
 @pytest.mark.parametrize(
@@ -8025,29 +8022,36 @@ def test_limit_of_github_is_recognized(
 @pytest.mark.parametrize(
     ("status", "error", "kind"),
     [
-        (0, "connection refused", None),
-        (500, "500 suspended", None),
-        (429, "429 Wait", None),
+        (0, "connection refused", codebot.TransientError),
+        (500, "500 suspended", codebot.TransientError),
+        (429, "429 Wait", codebot.TransientError),
         (403, "403 This installation has been suspended", codebot.TransientError),
         (404, "404 suspended", codebot.NotFound),
         (410, "410 Gone", codebot.NotFound),
-        (422, "422 No commits between main and a", None),
-        (422, TOO_FAST, None),
-        (422, "422 A pull request already exists for acme:a", None),
+        (422, "422 No commits between main and a", codebot.TransientError),
+        (422, TOO_FAST, codebot.TransientError),
+        (422, "422 A pull request already exists for acme:a", codebot.TransientError),
         (400, "400 No commits between main and a", codebot.GitHubError),
         (422, "422 Validation Failed", codebot.GitHubError),
     ],
 )
 def test_refusal_of_github_has_a_type(
-    status: int, error: str, kind: type[Exception] | None
+    status: int, error: str, kind: type[Exception]
 ) -> None:
     reply = make_reply(status, {}, error)
-    if kind is None:
-        codebot.raise_if_refused(reply)
-        return
     with pytest.raises(kind) as raised:
-        codebot.raise_if_refused(reply)
+        raise create_github().temporary_error(reply, codebot.LOOKUP)
     assert type(raised.value) is kind
+
+
+def refused_github(
+    monkeypatch: pytest.MonkeyPatch, refusal: codebot.Reply
+) -> codebot.GitHub:
+    """Return a client of a GitHub that always answers with this reply."""
+    github = create_github()
+    monkeypatch.setattr(github, "token", lambda scope: "token")
+    monkeypatch.setattr(github, "send", lambda *request: refusal)
+    return github
 
 
 @pytest.mark.parametrize(
@@ -8072,12 +8076,15 @@ def test_refusal_of_github_has_a_type(
     ],
 )
 def test_job_waits_as_long_as_github_asks(
-    reply: codebot.Reply, seconds: float, is_silent: bool
+    monkeypatch: pytest.MonkeyPatch,
+    reply: codebot.Reply,
+    seconds: float,
+    is_silent: bool,
 ) -> None:
-    github = create_github()
+    github = refused_github(monkeypatch, reply)
     started = time.time()
     with pytest.raises(codebot.TransientError) as raised:
-        github.pause_before_attempt(reply, 0)
+        github.call("/app", codebot.AS_APP)
     assert started + seconds <= raised.value.retry_at <= time.time() + seconds
     assert github.silent_until == (raised.value.retry_at if is_silent else 0.0)
 
@@ -8085,14 +8092,16 @@ def test_job_waits_as_long_as_github_asks(
 @pytest.mark.parametrize(
     "limit",
     [
-        {"Retry-After": "9" * 20},
+        {"retry-after": "9" * 20},
         {"x-ratelimit-remaining": "0", "x-ratelimit-reset": "1" * 13},  # milliseconds
     ],
 )
-def test_job_does_not_wait_for_ever(limit: dict[str, str]) -> None:
-    github = create_github()
+def test_job_does_not_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch, limit: dict[str, str]
+) -> None:
+    github = refused_github(monkeypatch, make_reply(429, limit, ""))
     with pytest.raises(codebot.TransientError) as raised:
-        github.pause_before_attempt(make_reply(429, limit, ""), 0)
+        github.call("/app", codebot.AS_APP)
     assert raised.value.retry_at <= time.time() + 86400
     assert github.silent_until <= time.time() + 86400
 
@@ -8110,9 +8119,7 @@ def test_response_that_is_nested_too_deeply_is_an_error(
 
 def test_impossible_date_of_github_is_ignored() -> None:
     github = create_github()
-    headers = email.message.Message()
-    headers["Date"] = f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT"
-    github.note_headers(headers)
+    github.note_headers({"Date": f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT"})
     assert github.clock_skew == 0.0
 
 
@@ -8146,15 +8153,12 @@ def test_key_of_another_app_fails_task(fresh: Site) -> None:
 def test_last_refusal_of_a_token_is_raised_without_a_pause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    github = create_github()
-    refusal = make_reply(401, {}, "Bad credentials")
+    github = refused_github(monkeypatch, make_reply(401, {}, "Bad credentials"))
     pauses: list[float] = []
-    monkeypatch.setattr(github, "token", lambda credential: "token")
-    monkeypatch.setattr(github, "send", lambda *request: refusal)
     monkeypatch.setattr(github, "wait", pauses.append)
     with pytest.raises(codebot.AppRefused, match="Bad credentials"):
         github.call("/app", codebot.AS_APP)
-    assert pauses == [0.0, 0.0, 1.0, 2.0]  # the first two are no pauses
+    assert pauses == [0.0, 0.5, 1.0, 2.0]  # the first one is no pause
 
 
 def test_full_cache_keeps_most_of_its_replies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17473,6 +17477,7 @@ GITHUB_PROBLEMS = {
             "POST /app/installations/*",
             403,
             {"message": "This installation has been suspended"},
+            always=True,
         ),
     ),
     "permission": GitHubProblem(
