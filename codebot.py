@@ -9012,33 +9012,25 @@ class ConnectionTable:
                     self._drop(connection)
 
     def evict(self) -> None:
-        """Drop one connection: the first of these that there is.
+        """Drop the oldest connection that is idle or, if none is, the oldest sending one.
 
-          1. the oldest slow reader, if more than half of all connections are slow readers:
-             somebody leaves responses unread to keep others out
-          2. the oldest idle connection, which is waiting or receiving
-          3. the oldest slow reader
-
-        A slow reader is sending, and older than the oldest idle connection. Called when no
-        place or descriptor is left. Raises OSError if all are being handled.
+        Called when no place or descriptor is left. Raises OSError if all are being handled.
         """
-        idle = None
-        slow_readers = []
+        idle = []
+        sending = []
         with self._lock:
             for connection, entry in self._entries.items():
-                if entry.state in ("waiting", "receiving"):
-                    idle = connection
-                    break
                 if entry.state == "sending":
-                    slow_readers.append(connection)
-            victim = idle
-            if slow_readers and (
-                idle is None or len(slow_readers) > len(self._entries) / 2
-            ):
-                victim = slow_readers[0]
-            if victim is None:
+                    sending.append(connection)
+                elif entry.state != "handling":
+                    idle.append(connection)
+            victims = idle + sending
+            # Then somebody leaves responses unread to keep others out.
+            if len(sending) > len(self._entries) / 2:
+                victims = sending
+            if not victims:
                 raise ConnectionRefusedError("all connections are being handled")
-            self._drop(victim)
+            self._drop(victims[0])
 
     # With the lock held
 
