@@ -9167,26 +9167,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = dict(response.headers)
         if response.status != 204:
             headers["Content-Length"] = str(len(response.body))
-        head = self.head(response.status, headers)
-        # Not copied: it may be long, and the client slow.
-        body = memoryview(b"" if self.command == "HEAD" else response.body)
-        self.write(head + body[:CHUNK_BYTES])
-        self.write(body[CHUNK_BYTES:])
+        data = self.head(response.status, headers)
+        if self.command != "HEAD":
+            data += response.body
+        self.write(data)
 
     def head(self, status: int, headers: Headers) -> bytes:
         """Return the status line and the headers of a response, and log it."""
         log.debug("%s: %s: %d", self.client_address[0], self.requestline, status)
-        lines = [
-            f"{self.protocol_version} {status} {http.client.responses[status]}",
-            f"Date: {self.date_time_string()}",
-        ]
-        for name, value in {**DEFAULT_HEADERS, **headers}.items():
-            lines.append(f"{name}: {value}")
+        fields = {"Date": self.date_time_string(), **DEFAULT_HEADERS, **headers}
         if self.close_connection:
-            lines.append("Connection: close")
-        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+            fields["Connection"] = "close"
+        text = f"{self.protocol_version} {status} {http.client.responses[status]}\r\n"
+        for name, value in fields.items():
+            text += f"{name}: {value}\r\n"
+        return f"{text}\r\n".encode("latin-1")
 
-    def write(self, data: bytes | memoryview) -> None:
+    def write(self, data: bytes) -> None:
         for start in range(0, len(data), CHUNK_BYTES):
             self.enter("sending")  # each chunk gets the full time
             self.wfile.write(data[start : start + CHUNK_BYTES])
@@ -9200,21 +9197,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             self.close_connection = True  # the end of the connection ends the stream
             self.write(self.head(200, STREAM_HEADERS))
-            if self.command != "HEAD":
-                self.send_events(events)
+            if self.command == "HEAD":
+                return
+            client = select.poll()
+            # Nothing is expected from the client but the end of the connection.
+            client.register(self.connection, select.POLLIN)
+            for messages in events:
+                self.write(messages)
+                self.enter("handling")
+                # While there are events, write() notices that the client has left.
+                if not messages and client.poll(0):
+                    return
         finally:
             self.server.streams.release()
-
-    def send_events(self, events: EventStream) -> None:
-        client = select.poll()
-        # Nothing is expected from the client but the end of the connection.
-        client.register(self.connection, select.POLLIN)
-        for messages in events:
-            self.write(messages)
-            self.enter("handling")
-            # While there are events, write() notices that the client has left.
-            if not messages and client.poll(0):
-                return
 
     def discard_input(self) -> None:
         """Read and discard the rest of a refused request, in the time of a new one.
