@@ -7923,17 +7923,16 @@ def task_logs(
     parameter = request.parameters("after").get("after")
     after_text = request.headers.get("last-event-id") or parameter or "0"
     after = read_number("after, or Last-Event-ID,", after_text, 0, 10**15)
+    is_live = codebot.store.has_unfinished_jobs(task_id)  # asked first: see follow_log
+    events = [event._asdict() for event in codebot.store.events(task_id, after)]
     if "text/event-stream" not in request.headers.get("accept", ""):
-        events = [event._asdict() for event in codebot.store.events(task_id, after)]
         return json_response(
             {"task_id": task_id, "events": events, "count": len(events)}
         )
-    is_live = codebot.store.has_unfinished_jobs(task_id)
-    # An EventSource reconnects after "event: end", with its last id, but not after a 204.
-    asks_again = after > 0 or "last-event-id" in request.headers
-    if asks_again and not is_live and not codebot.store.events(task_id, after, 1):
-        return Response(204)
-    return event_stream(codebot, task_id, after)
+    if events or is_live:
+        return event_stream(codebot, task_id, after)
+    # An EventSource reconnects after "event: end", but not after this.
+    return Response(204)
 
 
 def follow_log(
@@ -7961,8 +7960,7 @@ def event_stream(codebot: Codebot, task_id: str, after: int) -> EventStream:
     for events in follow_log(codebot, task_id, after):
         message = ""
         for event in events:
-            after = event.seq
-            message += f"id: {after}\ndata: {json.dumps(event._asdict())}\n\n"
+            message += f"id: {event.seq}\ndata: {json.dumps(event._asdict())}\n\n"
         now = time.monotonic()
         if not message and now > last_sent + KEEPALIVE_INTERVAL:
             message = ": still here\n\n"
@@ -7970,9 +7968,7 @@ def event_stream(codebot: Codebot, task_id: str, after: int) -> EventStream:
             last_sent = now
         yield message.encode()
     if not codebot.stop.is_set():
-        # A client that got no events needs an id, for the 204 when it reconnects.
-        end_id = "" if after else "id: 0\n"
-        yield f"{end_id}event: end\ndata: {{}}\n\n".encode()
+        yield b"event: end\ndata: {}\n\n"
 
 
 def health(codebot: Codebot, request: Request) -> Response:
