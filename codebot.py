@@ -7547,17 +7547,20 @@ class Request(NamedTuple):
     # Reads the body at the first call. Raises HTTPError if it is too long or incomplete.
     read_body: Callable[[], bytes]
 
-    def parameters(self, *names: str) -> dict[str, str]:
-        """Return the query's parameters. Only ``names`` are accepted, each once."""
-        parameters: dict[str, str] = {}
+    def parameters(self, *names: str) -> list[str]:
+        """Return the values of all parameters that the query may have; "" if one is absent.
+
+        Raises HTTPError if there are others, or one has two values.
+        """
+        values = dict.fromkeys(names, "")
         for name, value in urllib.parse.parse_qsl(self.query, keep_blank_values=True):
-            if name not in names or name in parameters:
+            if name not in names or values[name]:
                 known = ", ".join(names)
                 raise HTTPError(
                     400, f"Bad parameter {name[:100]!r}; use {known}, each at most once"
                 )
-            parameters[name] = value
-        return parameters
+            values[name] = value
+        return list(values.values())
 
 
 class Response(NamedTuple):
@@ -7895,13 +7898,11 @@ def read_number(name: str, text: str, minimum: int, maximum: int) -> int:
 
 
 def list_tasks(codebot: Codebot, request: Request) -> Response:
-    parameters = request.parameters("status", "limit", "before")
-    status = parameters.get("status", "")
+    status, limit_text, before = request.parameters("status", "limit", "before")
     if status and status not in JOB_STATES:
         states = ", ".join(JOB_STATES)
         raise HTTPError(400, f"status {status[:100]!r} is not one of {states}")
-    limit = read_number("limit", parameters.get("limit") or "100", 1, 1000)
-    before = parameters.get("before")
+    limit = read_number("limit", limit_text or "100", 1, 1000)
     before_seq = sys.maxsize
     if before:
         task = codebot.store.job(before)
@@ -7920,7 +7921,7 @@ def task_logs(
     JSON has at most 1,000 of them; an event stream has all, then those to come.
     """
     find_task(codebot, task_id)  # raises HTTPError if there is none
-    parameter = request.parameters("after").get("after")
+    [parameter] = request.parameters("after")
     after_text = request.headers.get("last-event-id") or parameter or "0"
     after = read_number("after, or Last-Event-ID,", after_text, 0, 10**15)
     is_live = codebot.store.has_unfinished_jobs(task_id)  # asked first: see follow_log
