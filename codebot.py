@@ -539,7 +539,7 @@ def parse_command(text: str) -> Sequence[str]:
     return words
 
 
-def parse_int(text: str, minimum: int, maximum: int) -> int:
+def parse_int(minimum: int, maximum: int, text: str) -> int:
     # The length is limited because int() has a message of its own for very long numbers.
     if not re.fullmatch("[0-9]{1,16}", text) or not minimum <= int(text) <= maximum:
         raise ValueError(f"must be a whole number from {minimum} to {maximum}")
@@ -547,10 +547,10 @@ def parse_int(text: str, minimum: int, maximum: int) -> int:
 
 
 # For seconds, counts and ids. The maximum admits every installation id.
-parse_whole_number = functools.partial(parse_int, minimum=1, maximum=4_000_000_000)
-parse_threads = functools.partial(parse_int, minimum=1, maximum=999)
-parse_attempts = functools.partial(parse_int, minimum=0, maximum=99)
-parse_port = functools.partial(parse_int, minimum=0, maximum=65535)
+parse_whole_number = functools.partial(parse_int, 1, 4_000_000_000)
+parse_threads = functools.partial(parse_int, 1, 999)
+parse_attempts = functools.partial(parse_int, 0, 99)
+parse_port = functools.partial(parse_int, 0, 65535)
 
 
 def parse_dollars(text: str) -> float:
@@ -7892,7 +7892,7 @@ def describe_result(codebot: Codebot, job: Job) -> Fields:
 
 def read_number(name: str, text: str, minimum: int, maximum: int) -> int:
     try:
-        return parse_int(text, minimum, maximum)
+        return parse_int(minimum, maximum, text)
     except ValueError as error:
         raise HTTPError(400, f"{name} {error} (it is {text[:100]!r})") from None
 
