@@ -5211,20 +5211,23 @@ class Workspace:
 
     def environment(self, as_agent: bool) -> dict[str, str]:
         """Return the whole environment of a program that run_in_sandbox runs."""
-        # Its GIT_CONFIG_GLOBAL is /dev/null, so that the git of a launcher or a sandbox
-        # does not obey HOME, which is the agent's. Sandbox.wrap unsets it for the program
-        # inside: as root, the agent's `git config --global` would replace /dev/null.
-        env = base_environment(self.config)
-        env.update(copy_variables(self.config, [*NETWORK_NAMES, "TZ"]))
-        env["HOME"] = f"{self.path}/home"
-        env["TMPDIR"] = "/tmp"
-        if not self.codebot.sandbox.is_bwrap:
-            env["TMPDIR"] = f"{self.path}/tmp"
-        # If the agent removes .git, git must not search the parent directories for one.
-        env["GIT_CEILING_DIRECTORIES"] = self.path
-        for role in ("AUTHOR", "COMMITTER"):
-            env[f"GIT_{role}_NAME"] = "codebot"
-            env[f"GIT_{role}_EMAIL"] = "codebot@localhost"
+        env = {
+            # Its GIT_CONFIG_GLOBAL is /dev/null, so that the git of a launcher or a sandbox
+            # does not obey HOME, which is the agent's. Sandbox.wrap unsets it for the
+            # program inside: as root, `git config --global` would replace /dev/null.
+            **base_environment(self.config),
+            **copy_variables(self.config, [*NETWORK_NAMES, "TZ"]),
+            "HOME": f"{self.path}/home",
+            "TMPDIR": f"{self.path}/tmp",
+            # If the agent removes .git, git must not search the parent directories.
+            "GIT_CEILING_DIRECTORIES": self.path,
+            "GIT_AUTHOR_NAME": "codebot",
+            "GIT_AUTHOR_EMAIL": "codebot@localhost",
+            "GIT_COMMITTER_NAME": "codebot",
+            "GIT_COMMITTER_EMAIL": "codebot@localhost",
+        }
+        if self.codebot.sandbox.is_bwrap:
+            env["TMPDIR"] = "/tmp"  # the same directory: see sandbox_mounts
         if not self.codebot.sandbox.is_none:
             env["IS_SANDBOX"] = "1"  # else the CLI refuses to work as root
         if as_agent:
