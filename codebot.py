@@ -3819,32 +3819,6 @@ def add_to_totals(db: sqlite3.Connection, job_id: str, seconds: float = 0.0) -> 
     )
 
 
-def is_comment_known(db: sqlite3.Connection, comment: Comment) -> bool:
-    rows = db.execute(
-        "SELECT 1 FROM comments WHERE place = :place AND id = :id", vars(comment)
-    )
-    return rows.fetchone() is not None
-
-
-def insert_comment(
-    db: sqlite3.Connection, task_id: str, job_id: str, comment: Comment
-) -> None:
-    db.execute(
-        """
-        INSERT INTO comments (
-            place, id, task_id, job_id, text, created_at, received_at
-        )
-        VALUES (:place, :id, :task_id, :job_id, :text, :created_at, :now)
-        """,
-        {
-            **vars(comment),
-            "task_id": task_id,
-            "job_id": job_id,
-            "now": utc_time(),
-        },
-    )
-
-
 def waiting_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str | None:
     """Return the id of a reviewer's pending review that is not classified yet."""
     row = db.execute(
@@ -4424,12 +4398,24 @@ class Store:
         has_new = False
         with self._transaction() as db:
             for comment in comments:
-                if comment.user == OWN_NAME or is_comment_known(db, comment):
+                values = {**vars(comment), "task_id": task_id, "now": utc_time()}
+                known = db.execute(
+                    "SELECT 1 FROM comments WHERE place = :place AND id = :id", values
+                )
+                if comment.user == OWN_NAME or known.fetchone() is not None:
                     continue
                 job_id = waiting_review(db, task_id, comment.user)
                 if job_id is None:
                     job_id = insert_review(db, task_id, comment.user)
-                insert_comment(db, task_id, job_id, comment)
+                db.execute(
+                    """
+                    INSERT INTO comments (
+                        place, id, task_id, job_id, text, created_at, received_at
+                    )
+                    VALUES (:place, :id, :task_id, :job_id, :text, :created_at, :now)
+                    """,
+                    {**values, "job_id": job_id},
+                )
                 self._log_lines.append(
                     f"Task {task_id}: {comment.user:.99} commented on it (job {job_id})"
                 )
