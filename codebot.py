@@ -5967,8 +5967,9 @@ FOOTNOTE_RE = re.compile(r"(?<![^\s>.)*+\]-])\[(?=\^[^\] \t\r\n]{1,1000}\]:)")
 
 def quoted(speaker: str, text: str) -> str:
     """Return untrusted text as a quote that cannot pass for codebot's own words."""
-    lines = [INVISIBLE_RE.sub("", line) for line in text.strip().splitlines()]
-    text = "\n".join(lines).strip()
+    # Line ends of all kinds come first: some are invisible characters, too.
+    text = "\n".join(text.splitlines())
+    text = INVISIBLE_RE.sub("", text).strip()
     if not text:
         return ""
     # The text must neither end the quote nor contain one of codebot's markers.
