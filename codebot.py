@@ -10112,25 +10112,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # deeply nested JSON.
     threading.stack_size(8 << 20)
     flags["umask"] = os.umask(PRIVATE_UMASK)
+    message = ""
     try:
         code: int = flags["function"](flags)
         print(end="", flush=True)  # os._exit does not flush; sys.stdout may be None
     except (ConfigError, HTTPError) as error:  # HTTPError: from the task of `run`
-        for line in str(error).splitlines():
-            print(f"codebot: {line}", file=sys.stderr)
         code = 2
+        message = str(error)
     except sqlite3.Error as error:  # after Store has opened the database
-        print(
-            f"codebot: The database cannot be used: {error}. Free space on its disk; if "
-            "it is damaged, use a new --work-dir (and CODEBOT_DATABASE, if that is set).",
-            file=sys.stderr,
-        )
         code = 2
+        message = (
+            f"The database cannot be used: {error}. Free space on its disk; if it is "
+            "damaged, use a new --work-dir (and CODEBOT_DATABASE, if that is set)."
+        )
     except (KeyboardInterrupt, StopRequested):  # a signal during the start
         code = 130
     except OSError as error:  # such as no usable directory for temporary files
-        print(f"codebot: System error on this host: {error}", file=sys.stderr)
         code = 1  # not 2, for bad input: `run` may have pushed already
+        message = f"System error on this host: {error}"
+    for line in message.splitlines():
+        print(f"codebot: {line}", file=sys.stderr)
     return code
 
 
