@@ -757,6 +757,12 @@ class Config:
 CONFIG_FIELDS = [f for f in dataclasses.fields(Config) if f.metadata]
 
 
+def copy_variables(config: Config, names: Iterable[str]) -> dict[str, str]:
+    """Return the named variables that are set and not empty."""
+    variables = config.variables
+    return {name: variables[name] for name in names if variables.get(name)}
+
+
 def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
@@ -931,15 +937,14 @@ def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
     # reported as missing.
     is_env_file_good = not problems
     variables.update(os.environ)
-    for name in NETWORK_NAMES:
-        os.environ.pop(name, None)  # an empty value would count as a file name
-        if variables.get(name):
-            os.environ[name] = variables[name]
     values = read_settings(flags, variables, problems)
     values.setdefault("work_dir", os.path.realpath(Config.work_dir))
     config = Config(
         **values, env_file=env_file, umask=flags["umask"], variables=variables
     )
+    for name in NETWORK_NAMES:
+        os.environ.pop(name, None)  # an empty value would count as a file name
+    os.environ.update(copy_variables(config, NETWORK_NAMES))
     if is_env_file_good:
         problems += missing_settings(config, is_server)
     problems += unreadable_files(config)
@@ -1043,8 +1048,7 @@ class LogFormatter(logging.Formatter):
 #   a variable listed for the agent whose name suggests a secret: SECRET_NAME_RE
 #   in the other listed variables, and in the addresses of proxies and of the model:
 #     the last word of a header such as "X-Api-Key: WORD": header_secrets
-#     the password of an address with a login: login_secrets
-#     a whole address with a query or parameters: ADDRESS_WITH_QUERY_RE
+#     the password of an address, or a whole address with a query: address_secrets
 #
 # Matches variables such as GH_AUTH, AUTHORIZATION and SENTRY_DSN, but not GIT_AUTHOR_NAME.
 SECRET_NAME_RE = re.compile(
@@ -1063,25 +1067,21 @@ SECRET_HEADER_RE = re.compile(
 
 def configured_secrets(config: Config) -> set[str]:
     """Return all secrets in the settings, and each line of them but "-----BEGIN ..."."""
-    variables = config.variables
     names = [*MODEL_KEY_NAMES, *OWN_SECRET_NAMES]
     names += filter(SECRET_NAME_RE.search, config.agent_env)
-    secrets = {*config.api_keys}
-    secrets.update(variables.get(name, "").strip(BLANKS) for name in names)
-    # With --no-github, git also uses ALL_PROXY. (Some of NETWORK_NAMES are certificates.)
-    proxies = (*NETWORK_NAMES, "ALL_PROXY", "all_proxy")
-    for name in (*config.agent_env, *proxies, "ANTHROPIC_BASE_URL"):
-        value = variables.get(name, "")
-        secrets.update(header_secrets(value))
-        for word in value.split():
-            secrets.update(login_secrets(word, is_proxy=name in proxies))
-            if ADDRESS_WITH_QUERY_RE.search(word):
-                secrets.add(word)
+    secrets = {*config.api_keys, *copy_variables(config, names).values()}
     for path in (config.key_file, config.tls_key):
         if os.path.isfile(path):  # reading from a pipe could block forever
             with contextlib.suppress(OSError, ValueError):
-                text = pathlib.Path(path).read_text()
-                secrets.update({text, text.strip()})
+                secrets.add(pathlib.Path(path).read_text())
+    # With --no-github, git also uses ALL_PROXY. (Some of NETWORK_NAMES are certificates.)
+    proxies = (*NETWORK_NAMES, "ALL_PROXY", "all_proxy")
+    names = [*config.agent_env, *proxies, "ANTHROPIC_BASE_URL"]
+    for name, value in copy_variables(config, names).items():
+        secrets.update(header_secrets(value))
+        for word in value.split():
+            secrets.update(address_secrets(word, is_proxy=name in proxies))
+    secrets |= {secret.strip(BLANKS) for secret in secrets}
     for line in "\n".join(secrets).splitlines():
         line = line.strip()
         if not line.startswith("-----"):
@@ -1098,33 +1098,35 @@ def header_secrets(headers: str) -> Iterator[str]:
             yield words[-1]
 
 
-def login_secrets(word: str, is_proxy: bool) -> set[str]:
-    """Return what may be the password, if a word is an address with a login.
+def address_secrets(word: str, is_proxy: bool) -> Iterator[str]:
+    """Yield what may be secret, if a word is an address with a query or with a login.
 
+        https://host/a?key=secret        all of it
         https://user:p%40ss@host         p%40ss, p@ss
         user:pass@host                   pass
         https://token-of-the-feed@host   token-of-the-feed
         http://user:a/b@proxy            a/b
 
     Without a password, a user name of at least MIN_SEARCHED_LENGTH characters counts as the
-    password. The set may contain "".
+    password. May yield "".
     """
+    if ADDRESS_WITH_QUERY_RE.search(word):
+        yield word
     address = re.sub("^[^/]*://", "", word)
+    is_address = is_proxy or address != word
     logins = [address.partition("/")[0].rpartition("@")[0]]
     # Some programs accept a password with a "/": USER:a/b@HOST. So all that is before the
     # last @ is also taken for a login, unless that @ is in a path, as in HOST:80/PATH@2
     # and USER@HOST:PATH@2. (A proxy's address has no path.)
     if is_proxy or re.match(r"[^:/@]*:(?!\d+/)", address):
         logins.append(address.rpartition("@")[0])
-    is_address = is_proxy or address != word
-    passwords = set()
     for login in logins:
         user, _, password = login.partition(":")
-        is_long = len(user) >= MIN_SEARCHED_LENGTH and "/" not in user
-        if is_address and is_long and not password:
-            password = user  # it is a token, as in https://token@host
-        passwords |= {password, urllib.parse.unquote(password)}
-    return passwords
+        is_token = is_address and len(user) >= MIN_SEARCHED_LENGTH and "/" not in user
+        if is_token and not password:
+            password = user
+        yield password
+        yield urllib.parse.unquote(password)
 
 
 # --- Programs ----------------------------------------------------------------
@@ -1542,12 +1544,6 @@ def base_environment(config: Config) -> dict[str, str]:
         "GIT_TERMINAL_PROMPT": "0",
         "CODEBOT_RUN": config.run_tag,
     }
-
-
-def copy_variables(config: Config, names: Iterable[str]) -> dict[str, str]:
-    """Return the named variables that are set and not empty."""
-    variables = config.variables
-    return {name: variables[name] for name in names if variables.get(name)}
 
 
 # --- Launcher ----------------------------------------------------------------
