@@ -303,6 +303,7 @@ import http.server
 import io
 import json
 import logging
+import math
 import os
 import pathlib
 import pwd
@@ -988,18 +989,18 @@ class Redactor:
     """Replaces secrets with ``***`` in events, in text for GitHub, and in the log."""
 
     def __init__(self, config: Config) -> None:
-        self._lock = threading.Lock()  # guards _tokens, and each update of _secrets
-        self._tokens: dict[str, float] = {}  # each with the time when it is forgotten
-        self._configured = configured_secrets(config)
+        self._lock = threading.Lock()  # guards each update of the next two
+        # The secrets, each with the time when it is forgotten
+        self._ends = dict.fromkeys(configured_secrets(config), math.inf)
         # Read without the lock, because the list is replaced and never changed.
-        self._secrets = with_base64(self._configured)
+        self._secrets = with_base64(self._ends)
 
     def add(self, token: str) -> None:
         now = time.monotonic()
         with self._lock:
-            self._tokens[token] = now + TOKEN_RETENTION
-            self._tokens = {key: end for key, end in self._tokens.items() if end > now}
-            self._secrets = with_base64({*self._configured, *self._tokens})
+            self._ends[token] = now + TOKEN_RETENTION
+            self._ends = {key: end for key, end in self._ends.items() if end > now}
+            self._secrets = with_base64(self._ends)
 
     def __call__(self, text: str) -> str:
         """Return ``text`` without secrets, terminal codes and unprintable characters."""
