@@ -1299,20 +1299,21 @@ class RunningProgram:
     limits: Limits
     started: float = dataclasses.field(default_factory=time.monotonic)
     last_output: float = dataclasses.field(default_factory=time.monotonic)
-    grace_ends_at: float | None = None  # set when the program's work is done
+    is_done: bool = False  # whether a LineHandler has returned True
+    ends_at: float = float("inf")  # set by end_soon
 
     def watch(self) -> None:
         """Pass on the output until the program ends. Raises what check_limits raises."""
         while True:
             # Checked before reading, so that no output before the exit is missed.
-            has_exited = self.has_exited()
+            has_exited = self.child.poll() is not None
             has_output = self.read_output(has_exited)
             if has_exited and not has_output:
                 return
-            if self.grace_ends_at is None:
-                self.check_limits()
-            elif time.monotonic() > self.grace_ends_at:
+            if time.monotonic() > self.ends_at:
                 return
+            if not self.is_done:
+                self.check_limits()
             if not has_output:
                 age = time.monotonic() - self.started
                 # Seconds: short at first, because exit_poll may never be ready.
@@ -1326,19 +1327,20 @@ class RunningProgram:
         if not (self.stdout.has_new_bytes or self.stderr.has_new_bytes):
             return False
         self.last_output = time.monotonic()  # even if the line has no end yet
-        lines = self.program_lines(lines)
-        self.stdout.keep(lines)
+        self.handle_lines(lines)
         self.stderr.keep(errors)
-        if lines and self.on_lines(lines) is True and self.grace_ends_at is None:
-            self.grace_ends_at = self.last_output + RESULT_GRACE
         return True
 
-    def has_exited(self) -> bool:
-        return self.child.poll() is not None
+    def handle_lines(self, lines: list[str]) -> None:
+        """Keep the lines of standard output, and pass them on."""
+        self.stdout.keep(lines)
+        if lines and self.on_lines(lines) is True:
+            self.is_done = True
+            self.end_soon()
 
-    def program_lines(self, lines: list[str]) -> list[str]:
-        """Return the program's own lines. A launcher prints others: see LaunchedProgram."""
-        return lines
+    def end_soon(self) -> None:
+        """Let the program be ended after RESULT_GRACE, if it does not end by itself."""
+        self.ends_at = min(self.ends_at, self.last_output + RESULT_GRACE)
 
     def check_limits(self) -> None:
         """Raise LimitReached, StopRequested or Cancelled if the program must end."""
@@ -1372,7 +1374,7 @@ class RunningProgram:
             # Asked now: the files of the output are on this disk, and are removed soon.
             is_disk_full(tempfile.gettempdir()),
         )
-        if code == 0 or self.grace_ends_at is not None:
+        if code == 0 or self.is_done:
             return result
         if code in SIGNAL_EXIT_CODES:
             raise_if_stop_arrives(self.limits.check_stop)
@@ -1655,14 +1657,8 @@ class LaunchedProgram(RunningProgram):
     is_on_node: bool = False  # no longer waiting for a node
     node_code: int | None = None  # the exit code that was printed on the node
 
-    def has_exited(self) -> bool:
-        """Return whether the launcher has exited, or is silent after the program's end."""
-        silence = time.monotonic() - self.last_output
-        is_late = self.node_code is not None and silence > RESULT_GRACE
-        return is_late or super().has_exited()
-
-    def program_lines(self, lines: list[str]) -> list[str]:
-        """Note the program's start and exit code; return the lines that it printed."""
+    def handle_lines(self, lines: list[str]) -> None:
+        """Note the program's start and exit code; pass on the lines that it printed."""
         output: list[str] = []
         for line in lines:
             # A program may find the sentinel, in the arguments of sh or by reading its own
@@ -1673,6 +1669,7 @@ class LaunchedProgram(RunningProgram):
             # was read. (Then on_start is never called.)
             if word == self.sentinel and re.fullmatch("[0-9]{1,3}", code):
                 self.node_code = int(code)
+                self.end_soon()
                 if output[-1:] == [""]:  # NODE_SCRIPT's, not the program's
                     output.pop()
             elif self.is_on_node and self.node_code is None:  # between the sentinels
@@ -1684,7 +1681,7 @@ class LaunchedProgram(RunningProgram):
                 self.on_start()
             else:  # the launcher's output
                 self.stderr.keep([line])
-        return output
+        super().handle_lines(output)
 
     def check_time(self) -> None:
         if self.is_on_node:
@@ -1699,7 +1696,7 @@ class LaunchedProgram(RunningProgram):
     def result(self) -> ProgramResult:
         """Also raises TransientError if the launcher or its node failed."""
         result = super().result()
-        if self.node_code is None and self.grace_ends_at is None:
+        if self.node_code is None and not self.is_done:
             raise TransientError(f"The launcher or its node failed: {result.error}")
         return result
 
