@@ -1478,20 +1478,34 @@ def run_program(
 
 
 # Linux usually starts no program with a larger environment, but a process can declare
-# gigabytes of its memory to be its environment.
-MAX_ENVIRONMENT_BYTES = 2 << 20
+# gigabytes of its memory to be its environment. A list of mounts this long has 20,000.
+MAX_PROCESS_FILE_BYTES = 2 << 20
 
 
-def read_environment(path: str) -> bytes:
-    """Read at most MAX_ENVIRONMENT_BYTES, in pieces: large buffers fragment the heap."""
-    environment = bytearray()
+def read_process_file(path: str) -> bytes:
+    """Read at most MAX_PROCESS_FILE_BYTES, in pieces: large buffers fragment the heap."""
+    data = bytearray()
     with open(path, "rb", buffering=0) as file:
-        while len(environment) < MAX_ENVIRONMENT_BYTES:
+        while len(data) < MAX_PROCESS_FILE_BYTES:
             piece = file.read(READ_BYTES)
             if not piece:
                 break
-            environment += piece
-    return bytes(environment)
+            data += piece
+    return bytes(data)
+
+
+def find_processes(files: str, pattern: str) -> list[int]:
+    """Return the ids of the processes with a file in /proc/ID/ that matches a pattern.
+
+    macOS has no /proc.
+    """
+    regex = re.compile(os.fsencode(pattern))
+    found = set()
+    for path in glob.glob(f"/proc/[0-9]*/{files}"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if regex.search(read_process_file(path)):
+                found.add(int(path.split("/")[2]))
+    return sorted(found)
 
 
 def tagged_processes(run_tag: str) -> list[int]:
@@ -1500,13 +1514,7 @@ def tagged_processes(run_tag: str) -> list[int]:
     It must not be empty. The parts of a tag have fixed lengths: see base_environment. So
     the tag of a codebot process finds what it and its jobs have started, and nothing else.
     """
-    needle = f"\0CODEBOT_RUN={run_tag}".encode()
-    found = []
-    for path in glob.glob("/proc/[0-9]*/environ"):  # macOS has none
-        with contextlib.suppress(OSError):
-            if needle in b"\0" + read_environment(path):
-                found.append(int(path.split("/")[2]))
-    return found
+    return find_processes("environ", rf"(\A|\0)CODEBOT_RUN={run_tag}")
 
 
 def signal_processes(processes: Iterable[int], number: int) -> None:
@@ -2006,16 +2014,11 @@ def processes_in_workspaces(path: str) -> list[int]:
     # The kernel writes a blank as \040, and a backslash as \134. The fifth field is where
     # something is mounted; the fourth is what is mounted there.
     path = path.replace("\\", "\\134").replace(" ", "\\040")
-    pattern = rf"^(\S+ ){{4}}{re.escape(path)}(/(task|scratch)_[^/ ]+)?/repo "
-    mount_re = re.compile(os.fsencode(pattern), re.MULTILINE)
-    found = set()
+    pattern = rf"(?m)^(\S+ ){{4}}{re.escape(path)}(/(task|scratch)_[^/ ]+)?/repo "
     # Of a process whose main thread has ended, only the other threads have mounts.
-    for mounts in glob.glob("/proc/[0-9]*/task/[0-9]*/mountinfo"):
-        with contextlib.suppress(OSError):
-            if mount_re.search(pathlib.Path(mounts).read_bytes()):
-                found.add(int(mounts.split("/")[2]))
+    found = find_processes("task/[0-9]*/mountinfo", pattern)
     # If this process is among them, the host itself has such a mount, as have all others.
-    return [] if os.getpid() in found else sorted(found)
+    return [] if os.getpid() in found else found
 
 
 @contextlib.contextmanager
