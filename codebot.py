@@ -1978,29 +1978,6 @@ def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> list[Mo
     ]
 
 
-def bwrap_command(
-    config: Config, workspace_path: str, objects: str, disable_userns: bool
-) -> list[str]:
-    """Return a bwrap command line, to which the command to run is appended."""
-    argv = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
-    # Otherwise root could set kernel.core_pattern to a program, to run outside the sandbox.
-    argv += ["--remount-ro", "/proc"]
-    argv += [WRITABLE, f"{workspace_path}/tmp", "/tmp"]
-    for option, path in sandbox_mounts(config, workspace_path, objects):
-        argv += [option, path]
-        if option != HIDDEN:
-            argv.append(path)
-    # The network is the host's, because the agent has to reach the model. In a session of
-    # its own, it cannot type into the terminal that a launcher may have on a node.
-    argv += ["--unshare-pid", "--unshare-ipc", "--new-session", "--cap-drop", "ALL"]
-    if disable_userns:
-        # Otherwise, if codebot is root, the agent could mount and write control groups
-        # in a user namespace of its own.
-        argv += ["--unshare-user", "--disable-userns"]
-    argv += ["--unsetenv", "GIT_CONFIG_GLOBAL"]  # see Workspace.environment
-    return [*argv, "--die-with-parent", "--chdir", f"{workspace_path}/repo", "--"]
-
-
 def processes_in_workspaces(path: str) -> list[int]:
     """Return the ids of processes to which bwrap shows a workspace.
 
@@ -2049,21 +2026,37 @@ class Sandbox:
 
         ``objects`` is the mirror's object directory, which is shown read-only.
         """
-        if self.is_bwrap:
-            wrapper = bwrap_command(
-                self.config, workspace_path, objects, self.disable_userns
-            )
-            return [*wrapper, *argv]
         wrapper = []
-        if not self.is_none:
+        if self.is_bwrap:
+            wrapper = self.bwrap_command(workspace_path, objects)
+        elif not self.is_none:
             wrapper = [
                 word.replace("{task}", workspace_path).replace("{objects}", objects)
                 for word in self.config.sandbox
             ]
-        # As bwrap_command does: see Workspace.environment. (Not by `env -u`, which takes a
-        # program such as a=b/claude for a variable.)
+        # See Workspace.environment. (Not by `env -u`, which takes a program such as
+        # a=b/claude for a variable.)
         unset = 'unset GIT_CONFIG_GLOBAL; exec "$@"'
         return [*wrapper, "sh", "-c", unset, "sh", *argv]
+
+    def bwrap_command(self, workspace_path: str, objects: str) -> list[str]:
+        """Return bwrap's command line, to which the command to run is appended."""
+        argv = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
+        # Otherwise root could set kernel.core_pattern to a program, to run outside.
+        argv += ["--remount-ro", "/proc"]
+        argv += [WRITABLE, f"{workspace_path}/tmp", "/tmp"]
+        for option, path in sandbox_mounts(self.config, workspace_path, objects):
+            argv += [option, path]
+            if option != HIDDEN:
+                argv.append(path)
+        # The network is the host's, because the agent has to reach the model. In a session
+        # of its own, it cannot type into the terminal that a launcher may have on a node.
+        argv += ["--unshare-pid", "--unshare-ipc", "--new-session", "--cap-drop", "ALL"]
+        if self.disable_userns:
+            # Otherwise, if codebot is root, the agent could mount and write control groups
+            # in a user namespace of its own.
+            argv += ["--unshare-user", "--disable-userns"]
+        return [*argv, "--die-with-parent", "--chdir", f"{workspace_path}/repo", "--"]
 
     def describe(self) -> str:
         text = shlex.join(self.config.sandbox)
