@@ -265,7 +265,7 @@ WHERE THE DANGEROUS THINGS ARE
   what the agent sees       sandbox_mounts, bwrap_command, and Workspace.environment
   git on an agent's objects, outside the sandbox
                             fetch_into_outbox, which has fsck check them; then
-                            collect_tree, write_commit, inspect_commit, patch and
+                            collect_tree, write_commit, inspect_commit, pack_change and
                             push; and all git commands in the mirror, which fetches
                             these objects once they are pushed
   removing directories      remove_tree; scratch directories and the demo's by
@@ -1836,7 +1836,7 @@ SYSTEM_DIRECTORIES = (
     "/sys",
 )
 WORKSPACE_PARTS = ("repo", "home", "tmp")
-# What the names of temporary workspaces and patches begin with; tempfile appends to it.
+# What the names of temporary workspaces begin with; tempfile appends to it.
 SCRATCH = "scratch_codebot_"
 NO_SANDBOX_WARNING = (
     "NO SANDBOX (CODEBOT_SANDBOX=none): the agent can read and change whatever codebot "
@@ -4982,8 +4982,8 @@ class JobRun:
 # - A change may move a submodule that the repository has to any commit. A change is not
 #   pushed if its diff, without the contents of deleted files, exceeds 1 GiB.
 
-# The largest change that is applied again on top of what others have pushed meanwhile.
-MAX_PATCH_BYTES = 256 << 20
+# The largest pack of a change that is applied on top of what others pushed meanwhile.
+MAX_CHANGE_BYTES = 256 << 20
 # Every script of Workspace begins with this. It removes the lock files of a killed git,
 # and defines `g`: git without hooks, fsmonitor, signing and gc. It turns off the agent's
 # configuration in HOME. (git 2.31 does not know GIT_CONFIG_GLOBAL, and reads it.) The
@@ -5032,21 +5032,12 @@ base=$1 tree=$2
 commit=$(g commit-tree -p "$base" -m "What the agent left" "$tree") &&
 g update-ref --no-deref HEAD "$commit" # not the branch, which may be locked
 """
-# Commits the patch on standard input on $1, and cherry-picks that commit: unlike `git
-# apply`, a cherry-pick follows renames. If it conflicts, prints the files in conflict.
+# Cherry-picks the commit $1, of which a pack is on standard input. If that conflicts,
+# prints the files in conflict.
 APPLY_SCRIPT = """
-base=$1
-in_other_index() ( # in a subshell, or the variable would stay set in some shells
-    GIT_INDEX_FILE=.git/codebot-index
-    export GIT_INDEX_FILE
-    g "$@"
-)
-in_other_index read-tree "$base" &&
-in_other_index apply --cached --whitespace=nowarn - &&
-tree=$(in_other_index write-tree) &&
-commit=$(g commit-tree -p "$base" -m codebot "$tree") &&
-g -c merge.directoryRenames=true cherry-pick --no-commit "$commit" >&2 && exit 0
-g diff --name-only --diff-filter=U # the files in conflict, if that is why it failed
+g index-pack --stdin >&2 &&
+g -c merge.directoryRenames=true cherry-pick --no-commit "$1" >&2 && exit 0
+g diff --name-only --diff-filter=U
 exit 1
 """
 # Variables that are set to 1 for the CLI.
@@ -5483,33 +5474,29 @@ class Workspace:
             )
         return tip
 
-    def patch(self, base_commit: str, commit: str) -> bytes:
-        """Return the change that a commit in the outbox makes, as a patch.
+    def pack_change(self, base_commit: str, commit: str) -> bytes:
+        """Return a pack of what a commit in the outbox adds to ``base_commit``.
 
         Raises JobFailed if it is too large to keep in memory.
         """
-        work_dir = self.config.work_dir
-        # If codebot is killed, the next start removes the file.
-        with tempfile.NamedTemporaryFile(prefix=SCRATCH, dir=work_dir) as file:
-            self.outbox.local_git(
-                *GIT_DIFF,
-                "--binary",
-                "--full-index",
-                f"--output={file.name}",
-                base_commit,
-                commit,
+        # The files that git makes there are removed with the outbox.
+        prefix = f"{self.outbox.path}/change"
+        revisions = f"{commit}\n^{base_commit}".encode()
+        packing = self.outbox.local_git(
+            "pack-objects", "--quiet", "--revs", prefix, stdin=revisions
+        )
+        pack = pathlib.Path(f"{prefix}-{packing.stdout[0]}.pack")
+        if pack.stat().st_size > MAX_CHANGE_BYTES:
+            raise JobFailed(
+                "push_rejected",
+                "Others have pushed in the meantime, and the change is too large to apply "
+                "on top of theirs. Comment again to have it redone.",
             )
-            if os.path.getsize(file.name) > MAX_PATCH_BYTES:
-                raise JobFailed(
-                    "push_rejected",
-                    "Others have pushed in the meantime, and the change is too large to "
-                    "apply on top of theirs. Comment again to have it redone.",
-                )
-            return pathlib.Path(file.name).read_bytes()
+        return pack.read_bytes()
 
-    def apply(self, base_commit: str, patch: bytes) -> None:
-        """Apply a patch of ``base_commit`` to the files. Raises JobFailed on a conflict."""
-        result = self.script(APPLY_SCRIPT, base_commit, stdin=patch)
+    def apply(self, commit: str, pack: bytes) -> None:
+        """Apply a commit's change to the files. Raises JobFailed on a conflict."""
+        result = self.script(APPLY_SCRIPT, commit, stdin=pack)
         if result.code == 0:
             return
         files = ", ".join(result.stdout) or result.error
@@ -6709,9 +6696,9 @@ def reapply_change(review: Review, tip: str) -> None:
     run = review.run
     run.log_event("git", f"Others pushed {tip}; reapplying the change on top of it")
     workspace = review.workspace
-    patch = workspace.patch(run.job.base_commit, run.job.commit_id)
+    pack = workspace.pack_change(run.job.base_commit, run.job.commit_id)
     workspace.check_out(workspace.branch, tip)
-    workspace.apply(run.job.base_commit, patch)
+    workspace.apply(run.job.commit_id, pack)
     commit_id = test_and_commit(workspace, review.task.request, tip)
     if not commit_id:  # nothing is left to change
         commit_id = tip

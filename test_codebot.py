@@ -10342,15 +10342,15 @@ def put_on_top(local: LocalTask, plan: str, push: Callable[[], object]) -> None:
     workspace = local.workspace
     job = local.commit(f"{plan}; result Done")
     push()
-    patch = workspace.patch(job.base_commit, job.commit_id)
+    pack = workspace.pack_change(job.base_commit, job.commit_id)
     workspace.check_out(*workspace.mirror.fetch_branch(workspace.repository, "main"))
-    workspace.apply(job.base_commit, patch)
+    workspace.apply(job.commit_id, pack)
 
 
 def test_huge_change_is_not_put_on_top_of_what_others_pushed(
     local: LocalTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(codebot, "MAX_PATCH_BYTES", 100_000)
+    monkeypatch.setattr(codebot, "MAX_CHANGE_BYTES", 100_000)
     with pytest.raises(codebot.JobFailed, match="too large") as failed:
         put_on_top(local, "head -c 200000 /dev/urandom >noise", codebot.do_nothing)
     assert failed.value.reason == "push_rejected"
