@@ -340,11 +340,6 @@ log = logging.getLogger("codebot")
 
 __version__ = "1.0.0"
 
-# See "What a retry depends on", in the section Store.
-MAX_INTERRUPTIONS = 3
-RETRY_DELAY = 60.0  # seconds until a job is retried after a transient error
-# Seconds after which a transient error is no longer retried.
-RETRY_LIMIT = {"task": 3600.0, "review": 86400.0}
 PRIVATE_UMASK = 0o077  # other users must not read what codebot creates
 
 T = TypeVar("T")
@@ -3441,18 +3436,21 @@ class Mirror(GitDirectory):
 # database is put in place, the cleanup removes the workspaces and outboxes that this
 # database does not know.
 
-# What a retry depends on: three columns of jobs, which SCHEMA explains. A job fails at
-# MAX_INTERRUPTIONS interruptions, and at a transient error that comes more than RETRY_LIMIT
-# after transient_since. What changes the columns, and where:
+# What a retry depends on: these limits, and three columns of jobs, which SCHEMA explains.
+# What changes the columns, and where:
 #   interruptions     + 1 by a crash, in a running job (requeue_interrupted), and by a
 #                     transient error after which a retry pays for the agent again (requeue)
 #                     0 when work is saved (JobRun.save_work)
 #   transient_since   now by a transient error, if it was 0 (requeue), and by a start or
 #                     stop of the server, if it was not 0 (requeue_interrupted)
 #                     0 when an agent starts (Workspace.run_work) or work is saved
-#   not_before        in a minute, or later if GitHub says so, by a transient error
+#   not_before        after RETRY_DELAY, or when GitHub says, by a transient error
 #                     0 by a crash or stop, in a running job
 # A stop that a second signal cuts short counts as a crash.
+MAX_INTERRUPTIONS = 3  # at which a job fails
+RETRY_DELAY = 60.0  # seconds, at least, from a transient error to the retry
+# Seconds after transient_since. A later transient error fails the job.
+RETRY_LIMIT = {"task": 3600.0, "review": 86400.0}
 
 # The states that each state may change to. Completed and failed are final.
 TRANSITIONS = {
