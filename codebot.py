@@ -3517,8 +3517,7 @@ CREATE TABLE jobs (
     push_started INTEGER NOT NULL DEFAULT 0,
     -- 1 once a review's commit is on the branch at GitHub.
     is_pushed INTEGER NOT NULL DEFAULT 0,
-    -- Progress, from which a job continues after a crash. A review has its task's
-    -- directory and branch. base_commit is the commit's parent.
+    -- Progress, from which a job continues. A review has its task's directory and branch.
     repository_id INTEGER NOT NULL DEFAULT 0,
     directory TEXT NOT NULL DEFAULT '', -- below the work directory
     branch TEXT NOT NULL DEFAULT '',
@@ -3533,8 +3532,7 @@ CREATE TABLE jobs (
     files TEXT NOT NULL DEFAULT '', -- as git diff --stat shows them
     seconds REAL NOT NULL DEFAULT 0, -- that a task's run took until its commit; 0: none
     answers TEXT NOT NULL DEFAULT '{}', -- by thread, as JSON
-    -- Why the job failed, for programs and for people. A review stores both before it
-    -- posts them.
+    -- Why the job failed, for programs and for people
     reason TEXT NOT NULL DEFAULT '',
     error TEXT NOT NULL DEFAULT '',
     CHECK ((kind = 'task') = (task_id = id)),
@@ -3585,9 +3583,8 @@ CREATE TABLE totals (
     checks INTEGER NOT NULL -- only so that check_writable has something to change
 );
 INSERT INTO totals (seconds, dollars, checks) VALUES (0, 0, 0);
--- The pending jobs that no older job of their task holds up; see not_before for when they
--- are due. A task and the reviews of its pull request share one workspace and one outbox.
--- So they run one after the other, oldest first.
+-- The pending jobs, due or not, that no older job of their task holds up. A task and the
+-- reviews of its pull request share a workspace and an outbox: they run one by one.
 CREATE VIEW next_jobs AS
     SELECT id, kind, not_before, transient_since, seq FROM jobs
     WHERE status = 'pending'
@@ -3613,9 +3610,8 @@ CREATE VIEW task_list AS
     FROM jobs AS job
     LEFT JOIN pull_requests ON pull_requests.task_id = job.id
     WHERE job.kind = 'task';
--- `active_until` is when the last job of a task, the task itself or a review, has ended.
--- It is NULL while one of these jobs is unfinished. Meanwhile nothing of the task is
--- removed, and its log may grow.
+-- `active_until` is when the last job of a task, itself or a review, has ended. It is NULL
+-- while one is unfinished: then nothing of the task is removed, and its log may grow.
 CREATE VIEW task_activity AS
     SELECT jobs.task_id,
         MAX(jobs.directory) AS directory, -- all jobs of a task have the same, or ''
@@ -3742,7 +3738,6 @@ def from_row(row_type: type[T], row: sqlite3.Row | Mapping[str, Any]) -> T:
 
 
 def make_job(row: sqlite3.Row) -> Job:
-    """Make a job, and its request, from a row of jobs."""
     request = from_row(TaskRequest, row)
     answers = json.loads(row["answers"])
     return from_row(Job, {**dict(row), "request": request, "answers": answers})
@@ -3752,7 +3747,6 @@ make_pull_request = functools.partial(from_row, PullRequest)
 
 
 def only_value(row: sqlite3.Row) -> Any:
-    """Return the value of a row that has one column."""
     return row[0]
 
 
@@ -4183,7 +4177,6 @@ class Store:
         """Return the id of the pending job that claim should start next, or None.
 
         ``was_delayed`` selects the jobs that a transient error has delayed, or all others.
-        The one that has been due for longest comes first.
         """
         return self._read_one(
             only_value,
@@ -4201,10 +4194,7 @@ class Store:
         )
 
     def count_pending(self, kind: str, up_to_seq: int = sys.maxsize) -> int:
-        """Return how many jobs are pending.
-
-        For the ``seq`` of a pending job, this is its position in the queue, from 1.
-        """
+        """Count the pending jobs, or those up to a pending job: its position, from 1."""
         counts = self._read(
             only_value,
             """
@@ -4282,7 +4272,6 @@ class Store:
         )
 
     def has_unfinished_jobs(self, task_id: str) -> bool:
-        """Return whether a task has unfinished jobs, so that its log may still grow."""
         unfinished = self._read(
             only_value,
             "SELECT 1 FROM task_activity WHERE task_id = :id AND active_until IS NULL",
@@ -4291,7 +4280,6 @@ class Store:
         return bool(unfinished)
 
     def task_counts(self) -> list[tuple[str, str, int]]:
-        """Return the number of tasks by status and reason."""
         return self._read(
             tuple,
             """
@@ -4451,8 +4439,7 @@ class Store:
     def request_kinds_of_last_day(self, task_id: str) -> list[str]:
         """Return the request kinds of a pull request's reviews of the last day.
 
-        A pending review counts only if an earlier run has classified it. One by a person
-        without write access does not count: it was deleted when it started.
+        One by a person without write access is not among them: it was deleted.
         """
         return self._read(
             only_value,
@@ -4470,10 +4457,7 @@ class Store:
     def superseded_tasks(
         self, repository_id: int, number: int, event_id: int
     ) -> list[str]:
-        """Return an issue's unfinished tasks that an earlier label event created.
-
-        Retries by clients are not among them, because no label event created them.
-        """
+        """Return an issue's unfinished tasks that an earlier label event created."""
         return self._read(
             only_value,
             """
@@ -4494,12 +4478,10 @@ class Store:
         return bool(known)
 
     def add_label_event(self, event_id: int) -> None:
-        """Remember that a label event has been handled."""
         with self._transaction() as db:
             insert_label_event(db, event_id)
 
     def unfinished_issues(self) -> list[tuple[int, int]]:
-        """Return the repository id and number of each issue with unfinished tasks."""
         return self._read(
             tuple,
             """
@@ -4915,7 +4897,6 @@ class JobRun:
         self.store.add_events(self.job.task_id, events)
 
     def update(self, **changes: Any) -> None:
-        """Change fields of the job, and store them."""
         self.job = dataclasses.replace(self.job, **changes)
         self.codebot.until_database_works(self.store.save_progress, self.job)
 
