@@ -6317,7 +6317,7 @@ class Review(NamedTuple):
 
     run: JobRun
     task: Job
-    number: int  # of the pull request
+    pull_request: PullRequest
     github_repository: GitHubRepository
     workspace: Workspace
     # Set by load_comments:
@@ -6340,7 +6340,9 @@ def run_review(run: JobRun) -> None:
     Raises ReviewSkipped if nothing is to be done.
     """
     try:
-        review = open_review(run)
+        review = load_review(run)
+        require_may_act(review)
+        review = load_comments(review)
         if not run.job.error:
             prepare_answers(review)
     except GitHubError as error:
@@ -6356,22 +6358,6 @@ def run_review(run: JobRun) -> None:
     run.log_event("codebot", f"Review completed ({run.job.request_kind})")
 
 
-def open_review(run: JobRun) -> Review:
-    """Load the review's comments, and react to them, if codebot may still act on them.
-
-    Raises ReviewSkipped if it may not, or if there are none.
-    """
-    review = load_review(run)
-    require_may_act(review)
-    review = load_comments(review)
-    if not review.comments:
-        raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} anymore")
-    # Not when a retry continues the work, nor above the daily limit.
-    if not run.job.request_kind:
-        react_to_comments(review)
-    return review
-
-
 def load_review(run: JobRun) -> Review:
     """Return the review, with its repository under the name that it has now."""
     github = run.codebot.github
@@ -6379,8 +6365,6 @@ def load_review(run: JobRun) -> Review:
     task = run.store.job(run.job.task_id)
     if pull_request is None or task is None or github is None:
         raise ReviewSkipped("its pull request is not codebot's anymore")
-    if pull_request.state != "open":  # perhaps it was reopened, unnoticed
-        run.codebot.look_now(Look("pull_request", task_id=task.id))
     github_repository = github.repository_by_id(pull_request.repository_id)
     if not github_repository.is_allowed:
         name = github_repository.full_name
@@ -6388,13 +6372,7 @@ def load_review(run: JobRun) -> Review:
     repository = parse_repository_url(run.config, github_repository.url)
     repository = repository._replace(github_repository=github_repository)
     workspace = Workspace(run, repository, run.job.directory)
-    return Review(
-        run,
-        task,
-        pull_request.number,
-        github_repository,
-        workspace,
-    )
+    return Review(run, task, pull_request, github_repository, workspace)
 
 
 def require_may_act(review: Review) -> None:
@@ -6404,9 +6382,12 @@ def require_may_act(review: Review) -> None:
     The branch is codebot's: find_pull_request made sure of that, and GitHub lets nobody
     change the head branch of a pull request.
     """
-    current = review.github_repository.pull_request(review.number)
-    if current.state != "open":
+    pull_request = review.pull_request
+    current = review.github_repository.pull_request(pull_request.number)
+    # The store may not know yet that it was closed or reopened.
+    if pull_request.state != "open" or current.state != "open":
         review.run.codebot.look_now(Look("pull_request", task_id=review.task.id))
+    if current.state != "open":
         raise ReviewSkipped(f"the pull request is {current.state}")
     if current.is_locked:
         raise ReviewSkipped("the conversation is locked")
@@ -6420,9 +6401,10 @@ def load_comments(review: Review) -> Review:
 
     A review that is not classified yet first takes in the reviewer's newer comments; those
     of others are queued. A delivery is only a claim: authors and texts are GitHub's.
+    Raises ReviewSkipped if there are no comments, or too many reviews.
     """
     run = review.run
-    listed = list(review.github_repository.comments(review.number))
+    listed = list(review.github_repository.comments(review.pull_request.number))
     current = {(comment.place, comment.id): comment for comment in listed}
     if not run.job.request_kind:
         # Some may not be delivered yet, for example the rest of a GitHub review.
@@ -6442,6 +6424,8 @@ def load_comments(review: Review) -> Review:
             raise TransientError("GitHub does not list a comment yet")
         if comment is not None and comment.user == run.job.reviewer:
             comments.append(comment)
+    if not comments:
+        raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} anymore")
     return review._replace(comments=comments, listed=listed)
 
 
@@ -6488,6 +6472,7 @@ def prepare_answers(review: Review) -> None:
         text = format_comments("earlier-comment", earlier_comments(review))
         text += format_comments("comment", review.comments)
         if not run.job.request_kind:
+            react_to_comments(review)
             classify(review, text)
         if run.job.request_kind in ("question", "change"):
             carry_out(review, text)
@@ -6718,7 +6703,11 @@ def post_answer(review: Review, thread_key: str, comment: Comment) -> None:
         # An earlier answer is not older than the comment. Without ``since``, each thread
         # would read all comments of a long pull request.
         review.github_repository.post_once(
-            review.number, body, marker, inline_thread, since=comment.created_at
+            review.pull_request.number,
+            body,
+            marker,
+            inline_thread,
+            since=comment.created_at,
         )
     except NotFound as error:  # a reply goes to a thread's first comment
         log.info("No answer to %s, which was deleted: %s", thread_key, error)
