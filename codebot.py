@@ -6302,13 +6302,14 @@ DAILY_REVIEW_JOBS = 50  # reviews of one pull request in 24 hours
 MAX_PUSHES = 3  # attempts to push a review's change when others push at the same time
 # GitHub allows 80 writes a minute. The reactions must not use them up.
 MAX_REACTIONS = 30
-LIMIT_TEXT = (
-    f"This pull request has reached the limit of {DAILY_REVIEW_JOBS} requests to codebot "
-    "in 24 hours. codebot ignores further comments for now; comment again tomorrow."
-)
-NO_ANSWER_TEXT = {
+# What codebot says, by what the reviewer wants, if it has made no commit. If the agent has
+# answered, only the words for a change are used.
+OWN_WORDS = {
     "question": "The agent gave no answer.",
+    "change": "No file was changed.",
     "unclear": "I cannot tell whether this is a question or a change. What should I do?",
+    "limit": f"This pull request has reached the limit of {DAILY_REVIEW_JOBS} requests to "
+    "codebot in 24 hours. codebot ignores further comments for now; comment again tomorrow.",
 }
 
 
@@ -6685,6 +6686,8 @@ def answer_threads(review: Review) -> None:
     for thread_key, members in group_by_thread(comments).items():
         try:
             post_answer(review, thread_key, members[0])
+        except NotFound as error:  # a reply goes to a thread's first comment
+            log.info("No answer to %s, which was deleted: %s", thread_key, error)
         except GitHubError as error:  # the other threads still get their answers
             refusal = f"GitHub refused the answer: {error}"
     if refusal:
@@ -6692,25 +6695,22 @@ def answer_threads(review: Review) -> None:
 
 
 def post_answer(review: Review, thread_key: str, comment: Comment) -> None:
-    """Post the answer of a comment's thread, unless its first comment was deleted."""
+    """Post the answer to a thread, whose first comment is given, unless it was posted."""
     run = review.run
     # Redact before truncating: a secret that was cut in two would not be found.
     body = run.redact(answer_body(run.job, thread_key, comment))
     body = truncate(body, MAX_BODY_CHARS)
     marker = f"<!-- codebot answer {run.job.id} {thread_key} -->"
     inline_thread = comment.thread if comment.place == "inline" else 0
-    try:
-        # An earlier answer is not older than the comment. Without ``since``, each thread
-        # would read all comments of a long pull request.
-        review.github_repository.post_once(
-            review.pull_request.number,
-            body,
-            marker,
-            inline_thread,
-            since=comment.created_at,
-        )
-    except NotFound as error:  # a reply goes to a thread's first comment
-        log.info("No answer to %s, which was deleted: %s", thread_key, error)
+    # An earlier answer is not older than the comment. Without ``since``, each thread would
+    # read all comments of a long pull request.
+    review.github_repository.post_once(
+        review.pull_request.number,
+        body,
+        marker,
+        inline_thread,
+        since=comment.created_at,
+    )
 
 
 def answer_body(job: Job, thread_key: str, comment: Comment) -> str:
@@ -6730,16 +6730,12 @@ def own_words(job: Job, answer: str) -> str:
     if job.error:
         error = code_block(truncate(job.error, 5000))
         return f"codebot could not do this ({job.reason}):\n\n{error}"
-    if job.request_kind == "limit":
-        return LIMIT_TEXT
     if job.commit_id:
         tests = "\n\nThe tests passed." if job.passed_attempt else ""
         return f"The change is in {job.commit_id}.{tests}"
-    if job.request_kind == "change":
-        return "No file was changed."
-    if not answer.strip():
-        return NO_ANSWER_TEXT[job.request_kind]
-    return ""
+    if answer.strip() and job.request_kind != "change":
+        return ""
+    return OWN_WORDS[job.request_kind]
 
 
 # --- Looking at GitHub -------------------------------------------------------
