@@ -7093,14 +7093,12 @@ def run_job(codebot: Codebot, job: Job) -> None:
         if must_tell_reviewer(run, ending):
             store_failure(run, ending)
             ending = run_steps(run)
-        store_ending(run, ending)
     finally:
-        # Once it is pending again, another worker may run it.
-        if codebot.running.get(job.id) is run:
-            del codebot.running[job.id]
-        codebot.jobs_due.set()  # another job may have waited for this one to end
-        if run.is_cancelled:
-            codebot.cleanup_wanted.set()  # its pull request may have been closed
+        del codebot.running[job.id]
+    store_ending(run, ending)  # after that another worker may run the job again
+    codebot.jobs_due.set()  # another job may have waited for this one to end
+    if run.is_cancelled:
+        codebot.cleanup_wanted.set()  # its pull request may have been closed
 
 
 def run_steps(run: JobRun) -> Ending:
