@@ -9669,7 +9669,7 @@ Page:          {url}/
 Health:        {url}/health
 Sandbox:       {codebot.redact(codebot.sandbox.describe())}
 Requeued:      {pending} job(s)"""
-    print(banner, flush=True)
+    print(banner)
 
 
 def file_times(config: Config) -> list[float]:
@@ -9892,7 +9892,7 @@ def check_command(flags: Flags) -> int:
     counts: collections.Counter[str] = collections.Counter()
     for level, message in all_findings(codebot, problems):
         counts[level] += 1
-        print(f"{level:5} {codebot.redact(message)}", flush=True)
+        print(f"{level:5} {codebot.redact(message)}")
     if counts["FAIL"]:
         print(f"{counts['FAIL']} problem(s). Fix them, and run check again.")
         return 1
@@ -9946,13 +9946,13 @@ def show_task(codebot: Codebot, port: int, fields: Mapping[str, str]) -> Job:
     if answer.status != 202:
         codebot.wait()  # raises StopRequested if the server is stopping
         raise ConfigError(f"The demo's task was refused: {task['message']}.")
-    print(f"Task:        {task['status']}", flush=True)
+    print(f"Task:        {task['status']}")
     for events in follow_log(codebot, task["task_id"]):
         for event in events:
             if event.source == "phase":
-                print(f"Task:        running ({event.message})", flush=True)
+                print(f"Task:        running ({event.message})")
     job = find_task(codebot, task["task_id"])
-    print(f"Task:        {job.status}\n", flush=True)
+    print(f"Task:        {job.status}\n")
     return job
 
 
@@ -9974,7 +9974,7 @@ def demo_command(flags: Flags) -> int:
             if flags["keep"]:
                 print(f"\nPage:        http://localhost:{server.server_port}/")
                 print(f"API key:     {codebot.config.api_keys[0]}")
-                print("Press Ctrl-C to end.", flush=True)
+                print("Press Ctrl-C to end.")
                 while not codebot.stop.wait(MAIN_INTERVAL):
                     pass  # not one long wait, which a signal may not interrupt on macOS
     return code
@@ -10051,10 +10051,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # deeply nested JSON.
     threading.stack_size(8 << 20)
     flags["umask"] = os.umask(PRIVATE_UMASK)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # None if it is closed
+        sys.stdout.reconfigure(line_buffering=True)  # os._exit flushes nothing
     message = ""
     try:
         code: int = flags["function"](flags)
-        print(end="", flush=True)  # os._exit does not flush; sys.stdout may be None
     except (ConfigError, HTTPError) as error:  # HTTPError: from the task of `run`
         code = 2
         message = str(error)
