@@ -6740,8 +6740,8 @@ def own_words(job: Job, answer: str) -> str:
 
 # --- Looking at GitHub -------------------------------------------------------
 #
-# One thread asks GitHub what has changed: at the start, when a webhook says so, and at a
-# fixed interval with --enable-polling. Webhooks and polling share the store.
+# One thread asks GitHub what has changed: at the start, when a webhook says so, and with
+# --enable-polling at a fixed interval.
 #
 # Known limitations:
 # - Without --enable-polling, a lost delivery goes unnoticed until the next start, or until
@@ -6756,8 +6756,7 @@ def own_words(job: Job, answer: str) -> str:
 #   closed or locked ends for good, even if that is undone.
 
 SYNC_INTERVAL = 0.25  # seconds between searches for looks that are due
-# Seconds until a look is repeated after GitHub has refused the App: see AppRefused.
-APP_REFUSED_DELAY = 900.0
+APP_REFUSED_DELAY = 900.0  # seconds until a look is repeated after AppRefused
 
 
 class Sync:
@@ -6771,10 +6770,7 @@ class Sync:
         self.looks = codebot.looks
 
     def step(self) -> None:
-        """Take the look that has been due for longest, or wait a moment if none is due.
-
-        Those that a delivery asks for are due at 0.0, so they come before those of a poll.
-        """
+        """Take the look that has been due for longest; those of deliveries come first."""
         for task_id in self.store.unreported_tasks():
             self.look_later(Look("ended_task", task_id=task_id))
         look = min(list(self.looks), key=lambda look: self.looks[look], default=None)
@@ -6895,8 +6891,7 @@ class Sync:
             github_repository.post_once(issue.number, text, marker)
         else:
             self.submit_issue(github_repository, issue, event)
-        # This event counts as handled, even if the obstacle goes away later. Adding the
-        # label again makes another event.
+        # Even if the obstacle goes away later: adding the label again makes a new event.
         self.store.add_label_event(event.id)
 
     def cancel_superseded(self, look: Look, event: LabelEvent) -> None:
@@ -7006,11 +7001,9 @@ TIMER_INTERVAL = 1.0  # seconds between checks for jobs that are due, at most
 CLEANUP_INTERVAL = 60.0  # seconds between cleanups, at most
 DATABASE_TEST_INTERVAL = 10.0  # seconds between tests of the database
 MAINTENANCE_INTERVAL = 6 * 3600.0  # seconds between looks at the mirrors
-# Seconds that an unused mirror is kept, in addition to CODEBOT_TASK_RETENTION.
-MIRROR_RETENTION = 30 * 86400.0
+MIRROR_RETENTION = 30 * 86400.0  # seconds: see maintain_mirror
 DELIVERY_RETENTION = 7 * 86400.0  # seconds; GitHub can redeliver for 3 days (GHES: 7)
-# The host is short of disk space, descriptors, memory or processes for a while, or the disk
-# or file server of the work directory fails.
+# A shortage on the host, or a failure of the work directory's disk or file server.
 TRANSIENT_ERRNOS = (
     errno.EIO,
     errno.EROFS,
@@ -7034,10 +7027,9 @@ REASON_BY_PHASE = {
 def repeat_until_stopped(
     codebot: Codebot, step: Callable[..., None], *args: object
 ) -> None:
-    """Do a thread's step once, and repeat it until the server stops.
+    """Repeat a thread's step until the server stops.
 
-    The step is done even if the server is stopping already: a client may be waiting for
-    the accept thread.
+    It is done at least once: a client may be waiting for the accept thread.
     """
     while True:
         try:
@@ -7080,8 +7072,7 @@ def run_job(codebot: Codebot, job: Job) -> None:
 
     A failed review that must tell its reviewer takes two rounds:
       1. run_steps returns "failed"; store_failure stores the reason and the error.
-      2. run_review sees job.error, posts it and raises it again: the review ends as
-         failed.
+      2. run_review sees job.error, posts it and raises it again: the review fails.
     If the second round has to be retried, the next run begins with it.
     """
     run = JobRun(codebot, job)
@@ -7174,10 +7165,7 @@ def ending_of_skipped_review(run: JobRun, error: ReviewSkipped) -> Ending:
 def ending_after_transient_error(
     run: JobRun, error: str, retry_at: float = 0.0
 ) -> Ending:
-    """Return a retry later, or a failure after too many interruptions or too long.
-
-    See "What a retry depends on", in the section Store.
-    """
+    """Return a retry or a failure: see "What a retry depends on", in the section Store."""
     job = run.job
     now = time.time()
     costs_money = run.agent_ran_since_save
@@ -7231,8 +7219,7 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
 def store_failure(run: JobRun, ending: Ending) -> None:
     """Store why a review failed.
 
-    By save_work, which sets `interruptions` to 0: else require_may_run could refuse the
-    steps that tell the reviewer.
+    As saved work: else require_may_run could refuse the steps that tell the reviewer.
     """
     error = ending.error
     # It was pushed, or the error does not tell whether it was.
@@ -7292,9 +7279,9 @@ def finish_job(run: JobRun, ending: Ending) -> None:
 def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
     """Wait until jobs may be due, for a second at most; then fill the queues.
 
-    Each queue that is empty gets two jobs: the next one that no transient error has
-    delayed, and the next one that one has. So neither new jobs nor retries hold up the
-    others, except on the same pull request. ``only_job`` is the only job that may start.
+    Each empty queue gets one job that no transient error has delayed and one that one has,
+    so neither kind holds up the other, except on the same pull request. ``only_job`` is the
+    only job that may start.
     """
     codebot.jobs_due.wait(TIMER_INTERVAL)
     codebot.jobs_due.clear()
@@ -9305,7 +9292,6 @@ def fail(message: str) -> Finding:
     return Finding("FAIL", message)
 
 
-# A check may also raise ConfigError: see run_checks.
 Check = Callable[[Codebot], Iterator[Finding]]
 
 
