@@ -3651,16 +3651,15 @@ class TaskRequest:
         return f"{ticket}{self.subject}"
 
 
-class SourceIssue(NamedTuple):
-    """The issue that a task comes from, and the event that put the label on it."""
+class Origin(NamedTuple):
+    """Who submits a task, and the issue that it comes from, if any."""
 
-    repository_id: int
-    issue_number: int
-    issue_url: str
-    label_event_id: int | None  # None: a client retried the task
-
-
-NO_ISSUE = SourceIssue(0, 0, "", None)
+    submitted_by: str
+    idempotency_key: str | None = None
+    repository_id: int = 0
+    issue_number: int = 0
+    issue_url: str = ""
+    label_event_id: int | None = None  # of the event that put the label on the issue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3991,14 +3990,7 @@ class Store:
         suffix = f" ({reason})" if reason else ""
         self._log_lines.append(f"Job {job_id}: {old} -> {new}{suffix}")
 
-    def add_task(
-        self,
-        request: TaskRequest,
-        submitted_by: str,
-        max_pending: int,
-        idempotency_key: str | None = None,
-        issue: SourceIssue = NO_ISSUE,
-    ) -> Job:
+    def add_task(self, request: TaskRequest, origin: Origin, max_pending: int) -> Job:
         """Store a new task and return it.
 
         If a task has its idempotency key or label event, returns that one. Raises
@@ -4006,11 +3998,9 @@ class Store:
         """
         values = {
             **vars(request),
-            **issue._asdict(),
+            **origin._asdict(),
             "id": str(uuid.uuid4()),
             "submitted_at": utc_time(),
-            "submitted_by": submitted_by,
-            "idempotency_key": idempotency_key,
         }
         with self._transaction() as db:
             row = db.execute(
@@ -4023,16 +4013,16 @@ class Store:
             ).fetchone()
             if row is None:
                 insert_task(db, values, max_pending)
-                if issue.label_event_id is not None:
-                    insert_label_event(db, issue.label_event_id)
+                if origin.label_event_id is not None:
+                    insert_label_event(db, origin.label_event_id)
                 row = db.execute("SELECT * FROM jobs WHERE id = :id", values).fetchone()
             job = make_job(row)
-            if idempotency_key and job.request != request:
+            if origin.idempotency_key and job.request != request:
                 raise HTTPError(409, "This Idempotency-Key was used for another task")
             # Logged again if the task was submitted before.
             url = request.repository_url
             self._log_lines.append(
-                f"Task {job.id}: submitted by {submitted_by} for {url}"
+                f"Task {job.id}: submitted by {origin.submitted_by} for {url}"
             )
             return job
 
@@ -4794,23 +4784,11 @@ class Codebot:
             except (GitHubError, TransientError, OSError) as error:
                 raise ConfigError(f"{error}.") from None
 
-    def submit(
-        self,
-        request: TaskRequest,
-        submitted_by: str,
-        idempotency_key: str | None = None,
-        issue: SourceIssue = NO_ISSUE,
-    ) -> Job:
+    def submit(self, request: TaskRequest, origin: Origin) -> Job:
         """Store a task and queue it. Raises HTTPError if it is refused."""
         if self.stop.is_set():
             raise HTTPError(503, "The server is stopping", {"Retry-After": "30"})
-        job = self.store.add_task(
-            request,
-            submitted_by,
-            self.config.queue_size,
-            idempotency_key,
-            issue,
-        )
+        job = self.store.add_task(request, origin, self.config.queue_size)
         self.jobs_due.set()
         return job
 
@@ -6960,9 +6938,15 @@ class Sync:
             ticket_summary=issue.title.strip()[:500] or f"Issue {issue.number}",
             test_command=default_test_command(self.config, github_repository.full_name),
         )
-        source = SourceIssue(github_repository.id, issue.number, issue.url, event.id)
+        origin = Origin(
+            submitted_by=f"github:{event.actor}",
+            repository_id=github_repository.id,
+            issue_number=issue.number,
+            issue_url=issue.url,
+            label_event_id=event.id,
+        )
         try:
-            self.codebot.submit(request, f"github:{event.actor}", issue=source)
+            self.codebot.submit(request, origin)
         except HTTPError as error:  # the queue is full, or the server stops
             raise TransientError(
                 f"{issue.url} cannot be submitted yet: {error}"
@@ -7658,19 +7642,9 @@ def read_task_request(config: Config, fields: Fields) -> TaskRequest:
     return TaskRequest(**texts)
 
 
-def queue_task(
-    codebot: Codebot,
-    request: Request,
-    task_request: TaskRequest,
-    issue: SourceIssue = NO_ISSUE,
-    retry_of: str = "",
-) -> Response:
+def queue_task(codebot: Codebot, request: TaskRequest, origin: Origin) -> Response:
     """Queue a task, or find the one with the same Idempotency-Key and fields."""
-    key = request.headers.get("idempotency-key") or None
-    if key and retry_of:
-        # The failed task may have the same key. No client can send a key with a line break.
-        key = f"{key}\nretry of {retry_of}"
-    job = codebot.submit(task_request, submitter(request), key, issue)
+    job = codebot.submit(request, origin)
     message = "Task queued successfully"
     if job.status != "pending":
         message = f"The task was submitted before; its status is {job.status}"
@@ -7690,7 +7664,9 @@ def submit_task(codebot: Codebot, request: Request) -> Response:
         fields = parse_object(body)
     except ValueError as error:
         raise HTTPError(400, f"The body {error}") from None
-    return queue_task(codebot, request, read_task_request(codebot.config, fields))
+    task_request = read_task_request(codebot.config, fields)
+    key = request.headers.get("idempotency-key") or None
+    return queue_task(codebot, task_request, Origin(submitter(request), key))
 
 
 def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
@@ -7700,9 +7676,15 @@ def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
     # The settings may have changed since.
     require_allowed_repository(codebot.config, job.request.repository_url)
     log.info("Task %s: retry requested by %s", task_id, submitter(request))
+    key = request.headers.get("idempotency-key") or None
+    if key:
+        # The failed task may have the same key. No client can send a key with a line break.
+        key = f"{key}\nretry of {task_id}"
     # Without the label's event: removing the label must not cancel a client's retry.
-    issue = SourceIssue(job.repository_id, job.issue_number, job.issue_url, None)
-    return queue_task(codebot, request, job.request, issue, task_id)
+    origin = Origin(
+        submitter(request), key, job.repository_id, job.issue_number, job.issue_url
+    )
+    return queue_task(codebot, job.request, origin)
 
 
 def cancel_task(codebot: Codebot, request: Request, task_id: str) -> Response:
@@ -9727,7 +9709,7 @@ def run_command(flags: Flags) -> int:
     codebot = start_app(config, HOST_CHECKS, logging.WARNING)
     print(codebot.redact(f"Sandbox: {codebot.sandbox.describe()}"), file=sys.stderr)
     codebot.wait()  # raises StopRequested if a signal came during the start
-    job = codebot.submit(request, "command line")
+    job = codebot.submit(request, Origin("command line"))
     with running_workers(codebot, job.id):
         print_log(codebot, job.id)
     with contextlib.suppress(WrongState):  # it has ended, or its push has begun

@@ -4506,7 +4506,8 @@ def store_task(
     **options: Any,
 ) -> codebot.Job:
     request = codebot.TaskRequest("https://github.com/acme/widget", description)
-    return store.add_task(request, "the tests", max_pending, **options)
+    origin = codebot.Origin("the tests", **options)
+    return store.add_task(request, origin, max_pending)
 
 
 def stored_job(store: codebot.Store, job: codebot.Job) -> codebot.Job:
@@ -4872,7 +4873,7 @@ def test_task_that_comes_while_another_is_in_the_queue_starts_soon(
     request = store_task(store).request
     app.jobs_due.set()
     codebot.queue_due_jobs(app)
-    task = app.submit(request, "the tests")
+    task = app.submit(request, codebot.Origin("the tests"))
     codebot.queue_due_jobs(app)  # the queue still has the first
     codebot.worker_step(app, "task")
     assert app.jobs_due.is_set()
@@ -5221,12 +5222,12 @@ def test_log_names_whoever_submits_a_task(
     caplog.set_level(logging.INFO)
     request = codebot.TaskRequest("url", "Do it")
     for submitter in ("alice", "bob"):
-        store.add_task(request, submitter, 9, idempotency_key="key-1")
+        store.add_task(request, codebot.Origin(submitter, "key-1"), 9)
     assert "submitted by alice for url" in caplog.text
     assert "submitted by bob" in caplog.text
     with pytest.raises(codebot.HTTPError):
         other = codebot.TaskRequest("url", "Do something else")
-        store.add_task(other, "carol", 9, idempotency_key="key-1")
+        store.add_task(other, codebot.Origin("carol", "key-1"), 9)
     assert "carol" not in caplog.text
 
 
@@ -5251,7 +5252,7 @@ def test_idempotency_key_is_refused_after_a_change_of_test_commands(
     def add_task(test_command: str) -> codebot.Job:
         config = codebot.Config(test_commands=(("*", test_command),))
         request = codebot.read_task_request(config, fields)
-        return store.add_task(request, "a client", 10, "k")
+        return store.add_task(request, codebot.Origin("a client", "k"), 10)
 
     job = add_task("make test")
     assert add_task("make test") == job
@@ -5262,19 +5263,17 @@ def test_idempotency_key_is_refused_after_a_change_of_test_commands(
 
 def test_label_event_becomes_a_task_once(store: codebot.Store) -> None:
     url = "https://github.com/acme/widget/issues/3"
-    label = codebot.SourceIssue(7, issue_number=3, issue_url=url, label_event_id=55)
-    job = store_task(store, issue=label)
-    assert store_task(store, issue=label) == job
-    assert store_task(store, "Edited meanwhile", issue=label) == job
+    issue = {"repository_id": 7, "issue_number": 3, "issue_url": url}
+    job = store_task(store, **issue, label_event_id=55)
+    assert store_task(store, **issue, label_event_id=55) == job
+    assert store_task(store, "Edited meanwhile", **issue, label_event_id=55) == job
     assert store.is_label_event_known(55)  # at once: a crash may come next
-    other = codebot.SourceIssue(7, issue_number=3, issue_url=url, label_event_id=56)
-    assert store_task(store, issue=other).id != job.id
+    assert store_task(store, **issue, label_event_id=56).id != job.id
     assert job.issue_url == url
 
 
 def test_only_a_later_label_event_supersedes_a_task(store: codebot.Store) -> None:
-    label = codebot.SourceIssue(7, issue_number=3, issue_url="", label_event_id=55)
-    task = store_task(store, issue=label)
+    task = store_task(store, repository_id=7, issue_number=3, label_event_id=55)
     assert store.superseded_tasks(7, 3, event_id=54) == []  # GitHub lags
     assert store.superseded_tasks(7, 3, event_id=55) == []
     assert store.superseded_tasks(7, 3, event_id=56) == [task.id]
@@ -5638,8 +5637,7 @@ def test_expired_task_keeps_its_log_and_workspace_while_it_is_reviewed(
 def test_expired_task_of_an_issue_stays_until_it_is_reported(
     store: codebot.Store,
 ) -> None:
-    label = codebot.SourceIssue(7, 3, "https://github.com/acme/widget/issues/3", 55)
-    task = store_task(store, issue=label)
+    task = store_task(store, repository_id=7, issue_number=3, label_event_id=55)
     store.claim(task.id)
     store.finish(stored_job(store, task), 1.5, "failed", "timeout", "Timed out")
     age_task(store, task)
@@ -5835,7 +5833,8 @@ def test_ticket_and_summary_are_made_safe(
     store: codebot.Store, ticket: str, summary: str, branch: str, directory: str
 ) -> None:
     request = codebot.TaskRequest("", "Say hello", ticket, summary)
-    run = codebot.JobRun(app_with(store), store.add_task(request, "the tests", 1))
+    task = store.add_task(request, codebot.Origin("the tests"), 1)
+    run = codebot.JobRun(app_with(store), task)
     codebot.name_workspace(run)
     digits = run.job.id[:7]
     pattern = branch.replace("HEX", digits)
@@ -9191,7 +9190,8 @@ import codebot
 app = codebot.Codebot(codebot.Config(no_github=True, work_dir="work"))
 app.store = codebot.Store("codebot.db")
 request = codebot.TaskRequest("https://git.acme.com/a", "Say hello")
-task = app.store.claim(app.store.add_task(request, "the tests", 1).id)
+task = app.store.add_task(request, codebot.Origin("the tests"), 1)
+task = app.store.claim(task.id)
 codebot.run_job(app, task)
 print(app.store.job(task.id).status)
 """
