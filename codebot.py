@@ -3625,6 +3625,7 @@ CREATE VIEW task_activity AS
     GROUP BY jobs.task_id;
 """
 LOCK_TIMEOUT = 2.0  # seconds to wait while another thread or process writes
+DELIVERY_RETENTION = 7 * 86400.0  # seconds; GitHub can redeliver for 3 days (GHES: 7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4497,8 +4498,8 @@ class Store:
 
     # Retention
 
-    def retained_directories(self, cutoff: str) -> set[str]:
-        """Return the workspaces of tasks that have been active since ``cutoff``.
+    def retained_directories(self, retention: float) -> set[str]:
+        """Return the workspaces of tasks with activity in the last ``retention`` seconds.
 
         Once the pull request is closed, only an unfinished job retains the workspace.
         """
@@ -4509,50 +4510,50 @@ class Store:
             WHERE active_until IS NULL
                 OR (active_until >= :cutoff AND pr_state NOT IN ('closed', 'merged'))
             """,
-            cutoff=cutoff,
+            cutoff=utc_time(seconds_ago=retention),
         )
         return set(directories)
 
-    def delete_expired(self, cutoff: str, delivery_cutoff: str) -> None:
+    def delete_expired(self, retention: float) -> None:
         """Delete old logs, old tasks without an open pull request, and old deliveries.
 
         Deletes at most 5,000 events and 100 tasks at a time, as other writers wait.
         """
-        values = {"cutoff": cutoff, "delivery_cutoff": delivery_cutoff}
-        with self._transaction() as db:
-            db.execute(
-                """
-                DELETE FROM events WHERE seq IN (
-                    SELECT events.seq FROM task_activity
-                    JOIN events ON events.task_id = task_activity.task_id
-                    WHERE active_until < :cutoff LIMIT 5000
-                )
-                """,
-                values,
+        cutoff = utc_time(seconds_ago=retention)
+        self._write(
+            """
+            DELETE FROM events WHERE seq IN (
+                SELECT events.seq FROM task_activity
+                JOIN events ON events.task_id = task_activity.task_id
+                WHERE active_until < :cutoff LIMIT 5000
             )
-            db.execute(
-                """
-                DELETE FROM jobs WHERE id IN (
-                    SELECT task.id FROM task_activity
-                    JOIN jobs AS task ON task.id = task_activity.task_id
-                    WHERE active_until < :cutoff
-                        AND (task.issue_number = 0 OR task.is_reported = 1)
-                        AND NOT EXISTS (
-                            SELECT 1 FROM pull_requests
-                            WHERE pull_requests.task_id = task.id
-                                AND (closed_at IS NULL OR closed_at >= :cutoff)
-                        )
-                        AND NOT EXISTS (
-                            SELECT 1 FROM events WHERE events.task_id = task.id
-                        )
-                    LIMIT 100
-                )
-                """,
-                values,
+            """,
+            cutoff=cutoff,
+        )
+        self._write(
+            """
+            DELETE FROM jobs WHERE id IN (
+                SELECT task.id FROM task_activity
+                JOIN jobs AS task ON task.id = task_activity.task_id
+                WHERE active_until < :cutoff
+                    AND (task.issue_number = 0 OR task.is_reported = 1)
+                    AND NOT EXISTS (
+                        SELECT 1 FROM pull_requests
+                        WHERE pull_requests.task_id = task.id
+                            AND (closed_at IS NULL OR closed_at >= :cutoff)
+                    )
+                    AND NOT EXISTS (
+                        SELECT 1 FROM events WHERE events.task_id = task.id
+                    )
+                LIMIT 100
             )
-            db.execute(
-                "DELETE FROM deliveries WHERE received_at < :delivery_cutoff", values
-            )
+            """,
+            cutoff=cutoff,
+        )
+        self._write(
+            "DELETE FROM deliveries WHERE received_at < :cutoff",
+            cutoff=utc_time(seconds_ago=DELIVERY_RETENTION),
+        )
 
 
 # --- Running jobs ------------------------------------------------------------
@@ -6986,7 +6987,6 @@ CLEANUP_INTERVAL = 60.0  # seconds between cleanups, at most
 DATABASE_TEST_INTERVAL = 10.0  # seconds between tests of the database
 MAINTENANCE_INTERVAL = 6 * 3600.0  # seconds between looks at the mirrors
 MIRROR_RETENTION = 30 * 86400.0  # seconds: see maintain_mirror
-DELIVERY_RETENTION = 7 * 86400.0  # seconds; GitHub can redeliver for 3 days (GHES: 7)
 # A shortage on the host, or a failure of the work directory's disk or file server.
 TRANSIENT_ERRNOS = (
     errno.EIO,
@@ -7299,9 +7299,7 @@ def clean_up(codebot: Codebot) -> None:
     do_part(remove_workspaces, codebot)
     for path in removable_paths(config.work_dir, "trash"):
         do_part(remove_tree, config, path)
-    cutoff = utc_time(seconds_ago=config.retention)
-    delivery_cutoff = utc_time(seconds_ago=DELIVERY_RETENTION)
-    do_part(codebot.store.delete_expired, cutoff, delivery_cutoff)
+    do_part(codebot.store.delete_expired, config.retention)
     do_part(stop_all_launched, config, STOP_FAILED)
 
 
@@ -7320,8 +7318,7 @@ def remove_workspaces(codebot: Codebot) -> None:
     # review that starts after that, on a task past its retention, loses the directory.
     # It then begins a new session, or fails.
     paths = removable_paths(config.work_dir, "task")
-    cutoff = utc_time(seconds_ago=config.retention)
-    retained = codebot.store.retained_directories(cutoff)
+    retained = codebot.store.retained_directories(config.retention)
     for path in paths:
         if os.path.basename(path) not in retained:
             do_part(discard_workspace, config, path)

@@ -5570,8 +5570,7 @@ def age_task(store: codebot.Store, task: codebot.Job) -> None:
 
 def delete_expired(store: codebot.Store) -> None:
     """Delete what is older than a minute."""
-    a_minute_ago = codebot.utc_time(seconds_ago=60)
-    store.delete_expired(a_minute_ago, a_minute_ago)
+    store.delete_expired(60)
 
 
 EVERYTHING = {"row", "log", "workspace"}
@@ -5608,7 +5607,7 @@ def test_retention_keeps_row_log_and_workspace(
     if closed == "long ago":
         with other_program(store) as db:
             db.execute("UPDATE pull_requests SET closed_at = ?", (LONG_AGO,))
-    directories = store.retained_directories(codebot.utc_time(seconds_ago=60))
+    directories = store.retained_directories(60)
     delete_expired(store)
     assert ("workspace" in retained) == ("task_1" in directories)
     assert ("row" in retained) == (store.job(task.id) is not None)
@@ -5628,7 +5627,7 @@ def test_expired_task_keeps_its_log_and_workspace_while_it_is_reviewed(
         if review_state != "running":
             store.finish(running, 1.5, "completed")
     age_task(store, task)
-    assert "task_1" in store.retained_directories(codebot.utc_time(seconds_ago=60))
+    assert "task_1" in store.retained_directories(60)
     delete_expired(store)
     assert store.job(task.id) is not None
     assert store.events(task.id, 0)
