@@ -355,10 +355,7 @@ class ConfigError(Exception):
 
 
 class HTTPError(Exception):
-    """Refuses a request with an HTTP status and a message.
-
-    Codebot.submit also raises it for the sync thread and for `run`.
-    """
+    """Refuses a request, or a task from an issue or `run`, with an HTTP status."""
 
     def __init__(
         self, status: int, message: str, headers: Headers = NO_HEADERS
@@ -369,10 +366,7 @@ class HTTPError(Exception):
 
 
 class JobFailed(Exception):
-    """Ends a job as failed. The message is for people; ``reason`` is for programs.
-
-    README lists all reasons, such as "no_changes".
-    """
+    """Ends a job as failed. README lists the reasons, such as "no_changes"."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -380,13 +374,11 @@ class JobFailed(Exception):
 
 
 class TransientError(Exception):
-    """Something that the job needs is unavailable; the job is retried later.
-
-    ``retry_at`` (seconds since 1970) is when GitHub accepts requests again, if known.
-    """
+    """Something that the job needs is unavailable; the job is retried later."""
 
     def __init__(self, message: str, retry_at: float = 0.0) -> None:
         super().__init__(message)
+        # Seconds since 1970: when GitHub accepts requests again, if known
         self.retry_at = retry_at
 
 
@@ -459,10 +451,7 @@ def os_error_text(error: OSError) -> str:
 
 
 def find_paths(directory: str, pattern: str) -> list[str]:
-    """Return the paths below a directory that match a pattern.
-
-    Unlike glob(), it finds names with a leading dot, and takes ``directory`` literally.
-    """
+    """Like glob(), but finds names with a leading dot and takes ``directory`` literally."""
     return [str(path) for path in pathlib.Path(directory).glob(pattern)]
 
 
@@ -479,9 +468,8 @@ def find_paths(directory: str, pattern: str) -> list[str]:
 #   secret is missed where a line of more than MAX_LINE_BYTES is split. An agent can publish
 #   a secret by writing it in another way, such as backwards, compressed, or as the name of
 #   an empty directory (which a tree can have, but no diff shows).
-# - In the variables that the operator lists for the agent, codebot knows only the secrets
-#   under "What is a secret", below: not a key in the path of an address. It knows none in
-#   CODEBOT_CLAUDE_ARGS or another command line, which `ps` also shows.
+# - codebot knows only the secrets under "What is a secret", below: not a key in the path of
+#   an address, and none in CODEBOT_CLAUDE_ARGS or another command line, which `ps` shows.
 
 MODEL_KEY_NAMES = (
     "ANTHROPIC_API_KEY",
@@ -601,19 +589,15 @@ def parse_agent_env(text: str) -> Sequence[str]:
     return names
 
 
-# The beginning of a rule: owner/name=, perhaps with wildcards in both names.
+# owner/name=, perhaps with wildcards in both names. If nothing follows: no tests.
 RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*="
 # A rule, or a mistake: "# x", with which every test would pass, or "a/b/c=x".
 NO_COMMAND = r"#|[^\s=;&|]*/[^\s=;&|]*\s*="
 
 
 def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
-    """Parse one command for all repositories, or lines ``owner/name=command``.
-
-    The first rule that matches a repository counts. Without a command: no tests.
-    """
-    # In .env, a \ and an n separate the rules: "a/b=make test\nc/d=tox". If no owner/name=
-    # follows, they are part of the command.
+    """Parse one command for all repositories, or lines ``owner/name=command``."""
+    # In .env, a \ and an n before owner/name= end a line: "a/b=make test\nc/d=tox".
     text = re.sub(rf"\\n(?={RULE})", "\n", text)
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if len(lines) == 1 and not re.match(NO_COMMAND, lines[0]):
@@ -645,8 +629,7 @@ def setting(
 class Config:
     """All settings, read once at the start.
 
-    A field with a help text has a flag. A field whose variable is "" has only the flag.
-    Flag and variable use the same parser. A switch's parser is bool.
+    A field with a help text has a flag; if its variable is "", it has only the flag.
     """
 
     api_keys: Sequence[str] = setting("CODEBOT_API_KEYS", (), split_commas)
@@ -838,7 +821,6 @@ def read_settings(
 
 
 def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
-    """Yield a sentence for each required setting that is not set."""
     place = f"in {config.env_file}"
     if not os.path.exists(config.env_file):
         place += " (not found; copy .env.example)"
@@ -900,7 +882,6 @@ def conflicting_settings(config: Config) -> Iterator[str]:
         yield "--enable-polling and --no-github cannot be used together."
     if bool(config.tls_cert) != bool(config.tls_key):
         yield "--tls-cert and --tls-key must be used together."
-    # A pattern that matches nothing, or too much.
     pattern_re = URL_PATTERN_RE if config.no_github else NAME_PATTERN_RE
     for pattern in config.allowed:
         if not pattern_re.fullmatch(pattern):
@@ -929,8 +910,7 @@ def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
     problems: list[str] = []
     env_file = os.path.abspath(".env")
     variables = read_env_file(env_file, problems)
-    # If .env cannot be read, or has a bad line, the settings that may be there are not
-    # reported as missing.
+    # What a bad line, or an unreadable .env, may set is not reported as missing.
     is_env_file_good = not problems
     variables.update(os.environ)
     values = read_settings(flags, variables, problems)
@@ -1097,14 +1077,11 @@ def header_secrets(headers: str) -> Iterator[str]:
 def address_secrets(word: str, is_proxy: bool) -> Iterator[str]:
     """Yield what may be secret, if a word is an address with a query or with a login.
 
-        https://host/a?key=secret        all of it
-        https://user:p%40ss@host         p%40ss, p@ss
-        user:pass@host                   pass
-        https://token-of-the-feed@host   token-of-the-feed
-        http://user:a/b@proxy            a/b
-
-    Without a password, a user name of at least MIN_SEARCHED_LENGTH characters counts as the
-    password. May yield "".
+    https://host/a?key=secret        all of it
+    https://user:p%40ss@host         p%40ss, p@ss
+    user:pass@host                   pass
+    https://token-of-the-feed@host   token-of-the-feed (a short name is no token)
+    http://user:a/b@proxy            a/b
     """
     if ADDRESS_WITH_QUERY_RE.search(word):
         yield word
