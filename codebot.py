@@ -366,7 +366,10 @@ class HTTPError(Exception):
 
 
 class JobFailed(Exception):
-    """Ends a job as failed. README lists the reasons, such as "no_changes"."""
+    """Ends a job as failed. The message is for people; ``reason`` is for programs.
+
+    README lists all reasons, such as "no_changes".
+    """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -596,7 +599,10 @@ NO_COMMAND = r"#|[^\s=;&|]*/[^\s=;&|]*\s*="
 
 
 def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
-    """Parse one command for all repositories, or lines ``owner/name=command``."""
+    """Parse one command for all repositories, or lines ``owner/name=command``.
+
+    The first rule that matches a repository counts.
+    """
     # In .env, a \ and an n before owner/name= end a line: "a/b=make test\nc/d=tox".
     text = re.sub(rf"\\n(?={RULE})", "\n", text)
     lines = [line.strip() for line in text.split("\n") if line.strip()]
@@ -1077,11 +1083,11 @@ def header_secrets(headers: str) -> Iterator[str]:
 def address_secrets(word: str, is_proxy: bool) -> Iterator[str]:
     """Yield what may be secret, if a word is an address with a query or with a login.
 
-    https://host/a?key=secret        all of it
-    https://user:p%40ss@host         p%40ss, p@ss
-    user:pass@host                   pass
-    https://token-of-the-feed@host   token-of-the-feed (a short name is no token)
-    http://user:a/b@proxy            a/b
+        https://host/a?key=secret        all of it
+        https://user:p%40ss@host         p%40ss, p@ss
+        user:pass@host                   pass
+        https://token-of-the-feed@host   token-of-the-feed (a short name is no token)
+        http://user:a/b@proxy            a/b
     """
     if ADDRESS_WITH_QUERY_RE.search(word):
         yield word
@@ -7953,22 +7959,16 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
         raise NoAction("Another installation of the App")
     if event in COMMENT_EVENTS and action in ("created", "submitted"):
         receive_comment(codebot, event, payload)
-    elif event == "pull_request" and action in ("closed", "reopened"):
+        return
+    if event == "pull_request" and action in ("closed", "reopened"):
         look = Look("pull_request", task_id=task_of(codebot, payload))
-        look_and_remember(codebot, guid, look)
     elif event == "issues" and action in ("labeled", "unlabeled"):
-        receive_label(codebot, guid, payload)
+        look = look_of_label(codebot, payload)
     elif event == "ping":
         raise NoAction("The webhook works")
     else:
         raise NoAction("codebot does not act on this event or action")
-
-
-def look_and_remember(codebot: Codebot, guid: str, look: Look) -> None:
-    """Have the sync thread look, also if the delivery is sent again ("Redeliver").
-
-    Raises NoAction if the delivery was received before.
-    """
+    # First, so that the sync thread also looks if the delivery is sent again ("Redeliver").
     codebot.look_now(look)
     if not codebot.store.add_delivery(guid):
         raise NoAction("Duplicate delivery")
@@ -8003,14 +8003,15 @@ def receive_comment(codebot: Codebot, event: str, payload: JsonObject) -> None:
     codebot.jobs_due.set()
 
 
-def receive_label(codebot: Codebot, guid: str, payload: JsonObject) -> None:
+def look_of_label(codebot: Codebot, payload: JsonObject) -> Look:
+    """Return the look that a change of an issue's labels asks for."""
     # When a label is deleted, GitHub sends a delivery without it for each of its issues.
     label = payload.get("label", {"name": ""})["name"].lower()
     if not label or label != codebot.config.issue_label.lower():
         raise NoAction("Not the label that turns an issue into a task")
     repository_id = int(payload["repository"]["id"])
     number = int(payload["issue"]["number"])
-    look_and_remember(codebot, guid, Look("issue", repository_id, number))
+    return Look("issue", repository_id, number)
 
 
 # --- Page --------------------------------------------------------------------
