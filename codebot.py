@@ -1083,11 +1083,11 @@ def header_secrets(headers: str) -> Iterator[str]:
 def address_secrets(word: str, is_proxy: bool) -> Iterator[str]:
     """Yield what may be secret, if a word is an address with a query or with a login.
 
-        https://host/a?key=secret        all of it
-        https://user:p%40ss@host         p%40ss, p@ss
-        user:pass@host                   pass
-        https://token-of-the-feed@host   token-of-the-feed (a short name is no token)
-        http://user:a/b@proxy            a/b
+    https://host/a?key=secret        all of it
+    https://user:p%40ss@host         p%40ss, p@ss
+    user:pass@host                   pass
+    https://token-of-the-feed@host   token-of-the-feed (a short name is no token)
+    http://user:a/b@proxy            a/b
     """
     if ADDRESS_WITH_QUERY_RE.search(word):
         yield word
@@ -6270,8 +6270,9 @@ OWN_WORDS = {
     "question": "The agent gave no answer.",
     "change": "No file was changed.",
     "unclear": "I cannot tell whether this is a question or a change. What should I do?",
-    "limit": f"This pull request has reached the limit of {DAILY_REVIEW_JOBS} requests to "
-    "codebot in 24 hours. codebot ignores further comments for now; comment again tomorrow.",
+    "limit": f"This pull request has reached the limit of {DAILY_REVIEW_JOBS} requests "
+    "to codebot in 24 hours. codebot ignores further comments for now; comment again "
+    "tomorrow.",
 }
 
 
