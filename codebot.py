@@ -496,7 +496,6 @@ OWN_SECRET_NAMES = ("CODEBOT_API_KEYS", "GITHUB_WEBHOOK_SECRET")
 # Stripped from settings. strip() without an argument would also remove U+00A0, which
 # may be the last character of a key.
 BLANKS = " \t\r\n"
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 Flags = Mapping[str, Any]  # of the command line, by name; main() adds the umask
 
@@ -9229,6 +9228,7 @@ SETTING_PREFIXES = ("CODEBOT_", "GITHUB_APP_", "GITHUB_WEBHOOK_", "GITHUB_ENTERP
 OLDEST_VERSIONS = {"git --version": "2.31", "openssl version": "1.1.1"}
 MIN_KEY_LENGTH = 20  # characters; a shorter key or webhook secret could be guessed
 MIN_STALL_TIMEOUT = 900  # seconds: the agent waits in silence for its commands
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 class Finding(NamedTuple):
