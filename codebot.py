@@ -2856,20 +2856,19 @@ class GitHubRepository:
 
     def label_event(self, number: int, label: str) -> LabelEvent | None:
         """Return the last event about a label of an issue; None if it never had it."""
-        last = None
+        event = None
         for payload in self.pages(f"/issues/{number}/events"):  # oldest first
             if payload["event"] not in ("labeled", "unlabeled"):
                 continue
-            if payload["label"]["name"].lower() == label.lower():
-                last = payload
-        if last is None:
-            return None
-        return LabelEvent(
-            id=int(last["id"]),
-            is_removal=last["event"] == "unlabeled",
-            actor=person_login(last["actor"]),
-            created_at=str(last["created_at"]),
-        )
+            if payload["label"]["name"].lower() != label.lower():
+                continue
+            event = LabelEvent(
+                id=int(payload["id"]),
+                is_removal=payload["event"] == "unlabeled",
+                actor=person_login(payload["actor"]),
+                created_at=str(payload["created_at"]),
+            )
+        return event
 
 
 # --- Git ---------------------------------------------------------------------
