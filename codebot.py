@@ -2743,6 +2743,11 @@ class GitHubRepository:
         refusals[key] = time.monotonic() + ACCESS_REFUSAL_TTL
         return False
 
+    def is_own(self, comment: JsonObject) -> bool:
+        """Return whether the App has written a comment."""
+        author = comment["user"] or {}  # null: a deleted user
+        return author.get("id") == self.github.bot().id
+
     # Pull requests
 
     def find_pull_request(self, branch: str) -> Json:
@@ -2776,7 +2781,6 @@ class GitHubRepository:
 
     def comments(self, number: int) -> Iterator[Comment]:
         """Yield the comments on a pull request by people and, as OWN_NAME, by codebot."""
-        bot = self.github.bot()
         paths = {
             "review_text": f"/pulls/{number}/reviews",
             "inline": f"/pulls/{number}/comments",
@@ -2784,7 +2788,7 @@ class GitHubRepository:
         }
         for place, path in paths.items():
             for payload in self.pages(path):
-                if (payload["user"] or {}).get("id") == bot.id:
+                if self.is_own(payload):
                     payload = {**payload, "user": {"login": OWN_NAME}}
                 comment = parse_comment(place, payload)
                 if comment is not None:
@@ -2822,12 +2826,10 @@ class GitHubRepository:
         if inline_thread:
             list_path = f"/pulls/{number}/comments"
             post_path = f"{list_path}/{inline_thread}/replies"
-        bot = self.github.bot()
 
         def find_existing() -> Json:
             for payload in self.pages(list_path, since=since):
-                is_ours = (payload["user"] or {}).get("id") == bot.id
-                if is_ours and marker in (payload["body"] or ""):
+                if self.is_own(payload) and marker in (payload["body"] or ""):
                     return payload
             return None
 
