@@ -1227,8 +1227,14 @@ class OutputFile:
         self._partial_line = bytearray()
 
     def read_lines(self, has_exited: bool) -> list[str]:
-        """Return the new lines. A last line without a line end counts after the exit."""
-        if self.size() < self._position:
+        """Return the new lines. A last line without a line end counts after the exit.
+
+        Raises TooMuchOutput.
+        """
+        size = os.fstat(self.file.fileno()).st_size
+        if size > MAX_OUTPUT_BYTES:
+            raise TooMuchOutput(f"printed more than {MAX_OUTPUT_BYTES >> 30} GiB")
+        if size < self._position:
             # It was emptied. What was printed since the last read is lost. (This is not
             # noticed if as much has been written again.)
             self._position = 0
@@ -1257,9 +1263,6 @@ class OutputFile:
                 text = text[:MAX_KEPT_CHARS].rpartition(" ")[0] or "(long line omitted)"
             self.last_lines.append(text)
 
-    def size(self) -> int:
-        return os.fstat(self.file.fileno()).st_size
-
 
 @dataclasses.dataclass
 class RunningProgram:
@@ -1280,7 +1283,10 @@ class RunningProgram:
     ends_at: float = float("inf")  # set by end_soon
 
     def watch(self) -> None:
-        """Pass on the output until the program ends. Raises what check_limits raises."""
+        """Pass on the output until the program ends.
+
+        Raises TooMuchOutput, and what check_limits raises.
+        """
         while True:
             # Checked before reading, so that no output before the exit is missed.
             has_exited = self.child.poll() is not None
@@ -1320,13 +1326,8 @@ class RunningProgram:
         self.ends_at = min(self.ends_at, self.last_output + RESULT_GRACE)
 
     def check_limits(self) -> None:
-        """Raise LimitReached, StopRequested or Cancelled if the program must end."""
+        """Raise TimedOut, Stalled, StopRequested or Cancelled if the program must end."""
         self.limits.check_stop()
-        if max(self.stdout.size(), self.stderr.size()) > MAX_OUTPUT_BYTES:
-            raise TooMuchOutput(f"printed more than {MAX_OUTPUT_BYTES >> 30} GiB")
-        self.check_time()
-
-    def check_time(self) -> None:
         now = time.monotonic()
         if now > self.started + self.limits.timeout:
             raise TimedOut(f"took more than {self.limits.timeout:.0f} s")
@@ -1668,10 +1669,13 @@ class LaunchedProgram(RunningProgram):
                 self.stderr.keep([line])
         super().handle_lines(output)
 
-    def check_time(self) -> None:
+    def check_limits(self) -> None:
+        """Also raises NoFreeNode."""
         if self.is_on_node:
-            super().check_time()
-        elif time.monotonic() > self.started + self.node_timeout:
+            super().check_limits()
+            return
+        self.limits.check_stop()
+        if time.monotonic() > self.started + self.node_timeout:
             raise NoFreeNode("got no free node")
 
     def exit_code(self) -> int:
