@@ -5293,16 +5293,12 @@ class Workspace:
         Their faults are not the agent's. Files of other names are not listed: one of them
         may be an agent's bad .gitmodules from an earlier job, to be renamed now.
         """
-        blobs: list[str] = []
-
-        def note(lines: list[str]) -> None:
-            for line in lines:
-                # ":OLD_MODE NEW_MODE OLD_ID NEW_ID A<TAB>NAME"
-                blobs.append(line.split()[3])
-
+        lines: list[str] = []  # all, not only the last ones
         diff = ("diff-tree", "-r", EMPTY_TREE, base_commit, "--")
-        self.outbox.local_git(*diff, ":(glob)**/.gitmodules", on_lines=note)
-        pathlib.Path(self.outbox.path, "fsck-skip-list").write_text("\n".join(blobs))
+        self.outbox.local_git(*diff, ":(glob)**/.gitmodules", on_lines=lines.extend)
+        # ":OLD_MODE NEW_MODE OLD_ID NEW_ID A<TAB>NAME"
+        blobs = "\n".join(line.split()[3] for line in lines)
+        pathlib.Path(self.outbox.path, "fsck-skip-list").write_text(blobs)
 
     def fetch_into_outbox(self, ref: str) -> ProgramResult:
         """Fetch HEAD of the workspace's repository.
