@@ -3788,8 +3788,13 @@ def add_to_totals(db: sqlite3.Connection, job_id: str, seconds: float = 0.0) -> 
     )
 
 
-def waiting_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str | None:
-    """Return the id of a reviewer's pending review that is not classified yet."""
+def review_to_join(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
+    """Return the id of the reviewer's pending review that is not classified yet.
+
+    If there is none, creates one, with its task's directory and branch.
+    """
+    job_id = str(uuid.uuid4())
+    values = {"id": job_id, "task_id": task_id, "reviewer": reviewer, "now": utc_time()}
     row = db.execute(
         """
         SELECT id FROM jobs
@@ -3797,14 +3802,10 @@ def waiting_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str |
             AND status = 'pending' AND request_kind = ''
         ORDER BY seq DESC LIMIT 1
         """,
-        {"task_id": task_id, "reviewer": reviewer},
+        values,
     ).fetchone()
-    return row["id"] if row else None
-
-
-def insert_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
-    """Create a review with its task's directory and branch, and return its id."""
-    job_id = str(uuid.uuid4())
+    if row is not None:
+        return str(row["id"])
     db.execute(
         """
         INSERT INTO jobs (
@@ -3815,7 +3816,7 @@ def insert_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
             branch
         FROM jobs WHERE id = :task_id
         """,
-        {"id": job_id, "now": utc_time(), "task_id": task_id, "reviewer": reviewer},
+        values,
     )
     return job_id
 
@@ -4358,9 +4359,7 @@ class Store:
                 )
                 if comment.user == OWN_NAME or known.fetchone() is not None:
                     continue
-                job_id = waiting_review(db, task_id, comment.user)
-                if job_id is None:
-                    job_id = insert_review(db, task_id, comment.user)
+                job_id = review_to_join(db, task_id, comment.user)
                 db.execute(
                     """
                     INSERT INTO comments (
@@ -4377,17 +4376,27 @@ class Store:
         return has_new
 
     def absorb_waiting_reviews(self, job: Job) -> None:
-        """Move the comments of the reviewer's pending review to this running one."""
+        """Move the comments of the reviewer's pending reviews to this running one."""
+        # `id != :id`: at a stop, this job may be pending already.
         with self._transaction() as db:
-            waiting_id = waiting_review(db, job.task_id, job.reviewer)
-            # At a stop, this job may be pending already, and so be the one that was found.
-            if waiting_id in (None, job.id):
-                return
-            values = {"id": job.id, "waiting_id": waiting_id}
             db.execute(
-                "UPDATE comments SET job_id = :id WHERE job_id = :waiting_id", values
+                """
+                UPDATE comments SET job_id = :id WHERE job_id IN (
+                    SELECT id FROM jobs
+                    WHERE task_id = :task_id AND reviewer = :reviewer
+                        AND status = 'pending' AND request_kind = '' AND id != :id
+                )
+                """,
+                vars(job),
             )
-            db.execute("DELETE FROM jobs WHERE id = :waiting_id", values)
+            db.execute(
+                """
+                DELETE FROM jobs
+                WHERE task_id = :task_id AND reviewer = :reviewer
+                    AND status = 'pending' AND request_kind = '' AND id != :id
+                """,
+                vars(job),
+            )
 
     def drop_review(self, job_id: str) -> None:
         """Delete a running review that is skipped.
