@@ -3089,10 +3089,10 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
     }
 
 
-# What a failure of git that contacts the remote becomes, in raise_if_killed (the first
-# line) and remote_failure. The first line that applies counts:
+# What a failure of git that contacts the remote becomes. The first line that applies
+# counts; those from the third on are in remote_failure:
 #   a signal ended git or a part of it     TransientError
-#   a limit ended it (in run_git)          TransientError for a push, else GitFailed
+#   a limit ended it                       TransientError for a push, else GitFailed
 #   "rejected]" by the remote's rules      GitFailed
 #   no login, a wrong one, HTTP 403, or    GitAuthFailed: at GitHub, tried again with a
 #     ssh's "Permission denied ("          new token
@@ -3137,16 +3137,6 @@ PART_KILLED_RE = re.compile(r"^error: \S+ died of signal (9|15)$", re.MULTILINE)
 TOKEN_RETRY_DELAY = 3.0
 
 
-def raise_if_killed(result: ProgramResult) -> None:
-    """Raise TransientError if git, or a program that it started, was killed."""
-    text = "\n".join(result.stderr)
-    was_killed = result.code in SIGNAL_EXIT_CODES or PART_KILLED_RE.search(text)
-    if result.code != 0 and was_killed:
-        raise TransientError(
-            f"git was killed (exit code {result.code}): {result.error}"
-        )
-
-
 def remote_failure(result: ProgramResult, is_github: bool) -> Exception:
     """Return the error for a failure of git that contacts the remote; see above."""
     # The host's git configuration may put a login into the URL: url.*.insteadOf
@@ -3187,43 +3177,34 @@ class GitDirectory:
         stdin: bytes = b"",
         on_lines: LineHandler = do_nothing,
     ) -> ProgramResult:
-        """Run git without a credential. With ``check``, raises GitFailed if it fails."""
-        result = self.run_git(args, base_environment(self.config), stdin, on_lines)
+        """Run git without a credential.
+
+        Raises GitFailed if it exceeds a limit or, with ``check``, if it fails.
+        """
+        env = base_environment(self.config)
+        try:
+            result = self.run_git(args, env, stdin=stdin, on_lines=on_lines)
+        except LimitReached as error:
+            raise GitFailed(f"git {args[0]} {error}") from None
         if check and result.code != 0:
             raise GitFailed(f"git {args[0]}: {result.error}")
         return result
 
     def run_git(
-        self,
-        args: Sequence[str],
-        env: Mapping[str, str],
-        stdin: bytes = b"",
-        on_lines: LineHandler = do_nothing,
-        umask: int = PRIVATE_UMASK,
+        self, args: Sequence[str], env: Mapping[str, str], **options: Any
     ) -> ProgramResult:
-        """Run git.
+        """Run git. ``options`` are those of run_program, which raises LimitReached.
 
-        Raises TransientError if it was killed, or if a push exceeded a limit; GitFailed if
-        another command did.
+        Also raises TransientError if git, or a program that it started, was killed.
         """
-        try:
-            result = run_program(
-                [*GIT, "--git-dir", self.path, *args],
-                env,
-                stdin=stdin,
-                limits=self.limits,
-                on_lines=on_lines,
-                pass_fds=self.inherited_fds,
-                umask=umask,
+        argv = [*GIT, "--git-dir", self.path, *args]
+        options.setdefault("limits", self.limits)
+        result = run_program(argv, env, pass_fds=self.inherited_fds, **options)
+        was_part_killed = PART_KILLED_RE.search("\n".join(result.stderr))
+        if result.code != 0 and (was_part_killed or result.code in SIGNAL_EXIT_CODES):
+            raise TransientError(
+                f"git was killed (exit code {result.code}): {result.error}"
             )
-        except LimitReached as error:
-            message = f"git {args[0]} {error}"
-            # Perhaps the remote hangs, and the commit has cost something.
-            if args[0] == "push":
-                raise TransientError(message) from None
-            # No retry: it would take as long, or print as much, again.
-            raise GitFailed(message) from None
-        raise_if_killed(result)
         return result
 
     def remote_git(self, repository: Repository, *args: str) -> ProgramResult:
@@ -3254,6 +3235,11 @@ class GitDirectory:
             result = self.run_git(args, env, umask=self.config.umask)
         except TransientError as error:
             raise TransientError(hide_logins(str(error))) from None
+        except LimitReached as error:
+            # A push is retried: the remote may hang, and the commit has cost something.
+            # Anything else would take as long, or print as much, again.
+            error_type = TransientError if args[0] == "push" else GitFailed
+            raise error_type(f"git {args[0]} {error}") from None
         if result.code != 0:
             raise remote_failure(result, is_github=not self.config.no_github)
         return result
@@ -5280,7 +5266,6 @@ class Workspace:
         # The name is new, so that no ref of an earlier collection is read by mistake.
         ref = f"refs/codebot/{uuid.uuid4().hex}"
         result = self.fetch_into_outbox(ref)
-        raise_if_killed(result)
         # From a shallow repository, git fetches nothing and exits with 0; rev-parse fails.
         trees = self.outbox.local_git(
             "rev-parse", f"{ref}^{{tree}}", f"{base_commit}^{{tree}}", check=False
@@ -5320,22 +5305,21 @@ class Workspace:
         # git fetch has sh run this: bwrap … -- git upload-pack '/…/repo'. In bwrap,
         # self.repo is a mount point. In another sandbox, an agent may replace it with a
         # file, which git fetch would read as a bundle, outside the sandbox.
-        argv = [*GIT, "-c", "fetch.fsckObjects=true"]  # receive.* is for pushes only
+        args = ["-c", "fetch.fsckObjects=true"]  # receive.* is for pushes only
         # A relative path: in this option, git takes commas and blanks for separators.
-        argv += ["-c", "fetch.fsck.skipList=fsck-skip-list"]
+        args += ["-c", "fetch.fsck.skipList=fsck-skip-list"]
         # Harmless: git (since 2.39.1) ignores such lines and files. The base may have some.
         for fault in ("LineLength", "Large"):
-            argv += ["-c", f"fetch.fsck.gitattributes{fault}=ignore"]
-        argv += ["--git-dir", self.outbox.path, *GIT_FETCH]
+            args += ["-c", f"fetch.fsck.gitattributes{fault}=ignore"]
         # In a sandbox other than bwrap, HOME may be the agent's, with its .gitconfig.
         script = 'GIT_CONFIG_GLOBAL=/dev/null exec git upload-pack "$@"'
         upload_pack = self.sandboxed(["sh", "-c", script, "sh"])
-        argv += ["--upload-pack", shlex.join(upload_pack), "--"]
+        args += [*GIT_FETCH, "--upload-pack", shlex.join(upload_pack), "--"]
         env = base_environment(self.config)
         env["GIT_ALLOW_PROTOCOL"] = "file"
         try:
-            return run_program(
-                [*argv, self.repo, f"+HEAD:{ref}"],
+            return self.outbox.run_git(
+                [*args, self.repo, f"+HEAD:{ref}"],
                 env,
                 cwd=self.outbox.path,
                 limits=self.run.git_limits(),
