@@ -1082,11 +1082,14 @@ def header_secrets(headers: str) -> Iterator[str]:
 def address_secrets(word: str, is_proxy: bool) -> Iterator[str]:
     """Yield what may be secret, if a word is an address with a query or with a login.
 
-    https://host/a?key=secret        all of it
-    https://user:p%40ss@host         p%40ss, p@ss
-    user:pass@host                   pass
-    https://token-of-the-feed@host   token-of-the-feed (a short name is no token)
-    http://user:a/b@proxy            a/b
+        https://host/a?key=secret        all of it
+        https://user:p%40ss@host         p%40ss, p@ss
+        user:pass@host                   pass
+        https://token-of-the-feed@host   token-of-the-feed
+        http://user:a/b@proxy            a/b
+
+    Without a password, a user name of at least MIN_SEARCHED_LENGTH characters counts as the
+    password. May yield "".
     """
     if ADDRESS_WITH_QUERY_RE.search(word):
         yield word
