@@ -6232,7 +6232,7 @@ def pull_request_body(run: JobRun) -> str:
     speaker = f"Issue #{job.issue_number}" if job.issue_number else "The submitter"
     tests = "No test command was given.\n"
     if job.passed_attempt:
-        command = code_block(truncate(run.redact(job.request.test_command), 1000))
+        command = code_block(job.request.test_command)
         tests = f"Passed (attempt {job.passed_attempt}):\n\n{command}"
     facts = ""
     if job.cost_usd is not None:
@@ -6687,7 +6687,7 @@ def answer_body(job: Job, thread_key: str, comment: Comment) -> str:
 def own_words(job: Job, answer: str) -> str:
     """Return codebot's own words, or "" if the agent's answer says it all."""
     if job.error:
-        error = code_block(truncate(job.error, 5000))
+        error = code_block(job.error)
         return f"codebot could not do this ({job.reason}):\n\n{error}"
     if job.commit_id:
         tests = "\n\nThe tests passed." if job.passed_attempt else ""
@@ -6943,7 +6943,7 @@ class Sync:
         if pull_request is not None:
             text = f"The pull request is {pull_request.url}."
         else:
-            error = code_block(truncate(task.error, 5000))
+            error = code_block(task.error)
             text = (
                 f"The task failed ({task.reason}):\n\n{error}\nTo start it again, "
                 "remove the label, if it is still there, and add it again."
