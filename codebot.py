@@ -2996,8 +2996,10 @@ def parse_repository_url(config: Config, url: str) -> Repository:
 
 
 # For --no-github: a user only before an ssh host, and nothing that looks like an option.
+# In file://, nothing by which git and codebot could disagree on the path.
 PLAIN_REMOTE_RE = re.compile(
-    r"(https?://(?![^/]*@)|(ssh|file)://|/|\w[\w.-]*@\w[\w.-]*:)[^-].*", re.ASCII
+    r"(https?://(?![^/]*@)|ssh://|file:///(?!.*[@%\[\]])|/|\w[\w.-]*@\w[\w.-]*:)[^-].*",
+    re.ASCII,
 )
 
 
@@ -3019,7 +3021,8 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
     """Return the repository at any git remote. Raises ValueError with the reason."""
     if not PLAIN_REMOTE_RE.fullmatch(url):
         raise ValueError(
-            "must be http(s):// without a user, ssh://, file://, user@host:path or /path"
+            "must be http(s):// without a user, ssh://, file:///path without [ ] @ and %, "
+            "user@host:path or /path"
         )
     # git decodes %2e in URLs, but not in paths such as /srv/a and user@host:a.
     decoded_url = urllib.parse.unquote(url)
@@ -3028,13 +3031,9 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
         raise ValueError("must not have . or .. in its path")
     if f"{config.work_dir}/" in f"{decoded_url}/":  # also in an ssh address
         raise ValueError("must not be in the work directory")
-    if url.startswith("/"):
-        check_local_remote(config, url)
-    elif url.startswith("file:"):
-        # With a host, git and codebot could disagree on where the path begins.
-        if not re.fullmatch(r"file:///[^\[\]@]*", decoded_url):
-            raise ValueError("must be file:///path without [ ] and @")
-        check_local_remote(config, decoded_url.removeprefix("file://"))
+    path = url.removeprefix("file://")
+    if path.startswith("/"):
+        check_local_remote(config, path)
     # As deep as mirrors/HOST/OWNER/NAME.git, so that maintain_mirrors finds it.
     mirror = f"mirrors/other/remote/{sha256_hex(url)[:20]}.git"
     return Repository(url, url, mirror)
