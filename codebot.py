@@ -1903,9 +1903,9 @@ def tool_directories(config: Config) -> Iterator[str]:
     """Yield the directories at home that PATH leads into: ~/.local for ~/.local/bin."""
     for home in home_directories():
         for path in map(os.path.realpath, config.search_path.split(":")):
-            if path.startswith(f"{home}/"):
-                first_part = os.path.relpath(path, home).split("/")[0]
-                yield f"{home}/{first_part}"
+            match = re.match(f"{re.escape(home)}/[^/]+", path)
+            if match:
+                yield match[0]
 
 
 def needed_files(config: Config, options: Mapping[str, str]) -> Iterator[str]:
