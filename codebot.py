@@ -3907,10 +3907,10 @@ class Store:
         rows = self._read(make, sql, **values)
         return rows[0] if rows else None
 
-    def _write(self, sql: str, **values: Any) -> int:
-        """Run one statement. Returns the number of rows that it changed."""
+    def _write(self, sql: str, **values: Any) -> bool:
+        """Run one statement. Returns whether it changed a row."""
         with self._transaction() as db:
-            return db.execute(sql, values).rowcount
+            return db.execute(sql, values).rowcount > 0
 
     def check_writable(self) -> None:
         """Write something, so that `writable` is up to date."""
@@ -4100,11 +4100,10 @@ class Store:
         This and request_cancel exclude each other: each tests the other's column in the
         statement that sets its own.
         """
-        changed = self._write(
+        return self._write(
             "UPDATE jobs SET push_started = 1 WHERE id = :id AND cancel_requested = 0",
             id=job_id,
         )
-        return changed == 1
 
     def save_progress(self, job: Job) -> None:
         """Store the fields that a run changes."""
@@ -4322,7 +4321,7 @@ class Store:
 
     def add_delivery(self, guid: str) -> bool:
         """Remember a webhook delivery. Returns False if it was received before."""
-        inserted = self._write(
+        return self._write(
             """
             INSERT INTO deliveries (guid, received_at) VALUES (:guid, :now)
             ON CONFLICT DO NOTHING
@@ -4330,7 +4329,6 @@ class Store:
             guid=guid,
             now=utc_time(),
         )
-        return inserted == 1
 
     def queue_comments(self, task_id: str, comments: Iterable[Comment]) -> bool:
         """Add new comments to pending or new reviews. Returns whether there are any.
