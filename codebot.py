@@ -9858,7 +9858,7 @@ def demo_config(directory: str) -> Config:
     """Return settings that need nothing on the host but git, sh, cat and grep."""
     return Config(
         api_keys=(uuid.uuid4().hex,),  # other users of this machine can also connect
-        claude_command=("sh", f"{directory}/agent"),
+        claude_command=("sh", "-c", DEMO_AGENT_SCRIPT),
         sandbox=("none",),
         search_path=parse_search_path(os.environ.get("PATH", os.defpath)),
         port=0,
@@ -9902,7 +9902,6 @@ def demo_command(flags: Flags) -> int:
         directory = os.path.realpath(directory)
         # The user's own git configuration must have no effect.
         os.environ.update(HOME=directory, XDG_CONFIG_HOME=directory)
-        pathlib.Path(directory, "agent").write_text(DEMO_AGENT_SCRIPT)
         codebot = start_app(demo_config(directory), (), logging.WARNING)
         repository = f"{directory}/hello.git"
         run_for_demo(codebot, "sh", "-c", DEMO_REPOSITORY_SCRIPT, "sh", repository)
