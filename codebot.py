@@ -3627,7 +3627,7 @@ class TaskRequest:
         return f"{ticket}{self.subject}"
 
 
-class Origin(NamedTuple):
+class Submission(NamedTuple):
     """Who submits a task, and the issue that it comes from, if any."""
 
     submitted_by: str
@@ -3967,7 +3967,9 @@ class Store:
         suffix = f" ({reason})" if reason else ""
         self._log_lines.append(f"Job {job_id}: {old} -> {new}{suffix}")
 
-    def add_task(self, request: TaskRequest, origin: Origin, max_pending: int) -> Job:
+    def add_task(
+        self, request: TaskRequest, submission: Submission, max_pending: int
+    ) -> Job:
         """Store a new task and return it.
 
         If a task has its idempotency key or label event, returns that one. Raises
@@ -3975,7 +3977,7 @@ class Store:
         """
         values = {
             **vars(request),
-            **origin._asdict(),
+            **submission._asdict(),
             "id": str(uuid.uuid4()),
             "submitted_at": utc_time(),
         }
@@ -3990,16 +3992,16 @@ class Store:
             ).fetchone()
             if row is None:
                 insert_task(db, values, max_pending)
-                if origin.label_event_id is not None:
-                    insert_label_event(db, origin.label_event_id)
+                if submission.label_event_id is not None:
+                    insert_label_event(db, submission.label_event_id)
                 row = db.execute("SELECT * FROM jobs WHERE id = :id", values).fetchone()
             job = make_job(row)
-            if origin.idempotency_key and job.request != request:
+            if submission.idempotency_key and job.request != request:
                 raise HTTPError(409, "This Idempotency-Key was used for another task")
             # Logged again if the task was submitted before.
             url = request.repository_url
             self._log_lines.append(
-                f"Task {job.id}: submitted by {origin.submitted_by} for {url}"
+                f"Task {job.id}: submitted by {submission.submitted_by} for {url}"
             )
             return job
 
@@ -4767,11 +4769,11 @@ class Codebot:
             except (GitHubError, TransientError, OSError) as error:
                 raise ConfigError(f"{error}.") from None
 
-    def submit(self, request: TaskRequest, origin: Origin) -> Job:
+    def submit(self, request: TaskRequest, submission: Submission) -> Job:
         """Store a task and queue it. Raises HTTPError if it is refused."""
         if self.stop.is_set():
             raise HTTPError(503, "The server is stopping", {"Retry-After": "30"})
-        job = self.store.add_task(request, origin, self.config.queue_size)
+        job = self.store.add_task(request, submission, self.config.queue_size)
         self.jobs_due.set()
         return job
 
@@ -6916,7 +6918,7 @@ class Sync:
             ticket_summary=issue.title.strip()[:500] or f"Issue {issue.number}",
             test_command=default_test_command(self.config, github_repository.full_name),
         )
-        origin = Origin(
+        submission = Submission(
             submitted_by=f"github:{event.actor}",
             repository_id=github_repository.id,
             issue_number=issue.number,
@@ -6924,7 +6926,7 @@ class Sync:
             label_event_id=event.id,
         )
         try:
-            self.codebot.submit(request, origin)
+            self.codebot.submit(request, submission)
         except HTTPError as error:  # the queue is full, or the server stops
             raise TransientError(
                 f"{issue.url} cannot be submitted yet: {error}"
@@ -7616,9 +7618,11 @@ def read_task_request(config: Config, fields: Fields) -> TaskRequest:
     return TaskRequest(**texts)
 
 
-def queue_task(codebot: Codebot, request: TaskRequest, origin: Origin) -> Response:
+def queue_task(
+    codebot: Codebot, request: TaskRequest, submission: Submission
+) -> Response:
     """Queue a task, or find the one with the same Idempotency-Key and fields."""
-    job = codebot.submit(request, origin)
+    job = codebot.submit(request, submission)
     message = "Task queued successfully"
     if job.status != "pending":
         message = f"The task was submitted before; its status is {job.status}"
@@ -7640,7 +7644,7 @@ def submit_task(codebot: Codebot, request: Request) -> Response:
         raise HTTPError(400, f"The body {error}") from None
     task_request = read_task_request(codebot.config, fields)
     key = request.headers.get("idempotency-key") or None
-    return queue_task(codebot, task_request, Origin(submitter(request), key))
+    return queue_task(codebot, task_request, Submission(submitter(request), key))
 
 
 def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
@@ -7655,10 +7659,10 @@ def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
         # The failed task may have the same key. No client can send a key with a line break.
         key = f"{key}\nretry of {task_id}"
     # Without the label's event: removing the label must not cancel a client's retry.
-    origin = Origin(
+    submission = Submission(
         submitter(request), key, job.repository_id, job.issue_number, job.issue_url
     )
-    return queue_task(codebot, job.request, origin)
+    return queue_task(codebot, job.request, submission)
 
 
 def cancel_task(codebot: Codebot, request: Request, task_id: str) -> Response:
@@ -9679,7 +9683,7 @@ def run_command(flags: Flags) -> int:
     codebot = start_app(config, HOST_CHECKS, logging.WARNING)
     print(codebot.redact(f"Sandbox: {codebot.sandbox.describe()}"), file=sys.stderr)
     codebot.wait()  # raises StopRequested if a signal came during the start
-    job = codebot.submit(request, Origin("command line"))
+    job = codebot.submit(request, Submission("command line"))
     with running_workers(codebot, job.id):
         print_log(codebot, job.id)
     with contextlib.suppress(WrongState):  # it has ended, or its push has begun

@@ -4506,8 +4506,8 @@ def store_task(
     **options: Any,
 ) -> codebot.Job:
     request = codebot.TaskRequest("https://github.com/acme/widget", description)
-    origin = codebot.Origin("the tests", **options)
-    return store.add_task(request, origin, max_pending)
+    submission = codebot.Submission("the tests", **options)
+    return store.add_task(request, submission, max_pending)
 
 
 def stored_job(store: codebot.Store, job: codebot.Job) -> codebot.Job:
@@ -4873,7 +4873,7 @@ def test_task_that_comes_while_another_is_in_the_queue_starts_soon(
     request = store_task(store).request
     app.jobs_due.set()
     codebot.queue_due_jobs(app)
-    task = app.submit(request, codebot.Origin("the tests"))
+    task = app.submit(request, codebot.Submission("the tests"))
     codebot.queue_due_jobs(app)  # the queue still has the first
     codebot.worker_step(app, "task")
     assert app.jobs_due.is_set()
@@ -5222,12 +5222,12 @@ def test_log_names_whoever_submits_a_task(
     caplog.set_level(logging.INFO)
     request = codebot.TaskRequest("url", "Do it")
     for submitter in ("alice", "bob"):
-        store.add_task(request, codebot.Origin(submitter, "key-1"), 9)
+        store.add_task(request, codebot.Submission(submitter, "key-1"), 9)
     assert "submitted by alice for url" in caplog.text
     assert "submitted by bob" in caplog.text
     with pytest.raises(codebot.HTTPError):
         other = codebot.TaskRequest("url", "Do something else")
-        store.add_task(other, codebot.Origin("carol", "key-1"), 9)
+        store.add_task(other, codebot.Submission("carol", "key-1"), 9)
     assert "carol" not in caplog.text
 
 
@@ -5252,7 +5252,7 @@ def test_idempotency_key_is_refused_after_a_change_of_test_commands(
     def add_task(test_command: str) -> codebot.Job:
         config = codebot.Config(test_commands=(("*", test_command),))
         request = codebot.read_task_request(config, fields)
-        return store.add_task(request, codebot.Origin("a client", "k"), 10)
+        return store.add_task(request, codebot.Submission("a client", "k"), 10)
 
     job = add_task("make test")
     assert add_task("make test") == job
@@ -5832,7 +5832,7 @@ def test_ticket_and_summary_are_made_safe(
     store: codebot.Store, ticket: str, summary: str, branch: str, directory: str
 ) -> None:
     request = codebot.TaskRequest("", "Say hello", ticket, summary)
-    task = store.add_task(request, codebot.Origin("the tests"), 1)
+    task = store.add_task(request, codebot.Submission("the tests"), 1)
     run = codebot.JobRun(app_with(store), task)
     codebot.name_workspace(run)
     digits = run.job.id[:7]
@@ -9189,7 +9189,7 @@ import codebot
 app = codebot.Codebot(codebot.Config(no_github=True, work_dir="work"))
 app.store = codebot.Store("codebot.db")
 request = codebot.TaskRequest("https://git.acme.com/a", "Say hello")
-task = app.store.add_task(request, codebot.Origin("the tests"), 1)
+task = app.store.add_task(request, codebot.Submission("the tests"), 1)
 task = app.store.claim(task.id)
 codebot.run_job(app, task)
 print(app.store.job(task.id).status)
