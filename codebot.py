@@ -265,7 +265,7 @@ WHERE THE DANGEROUS THINGS ARE
   what the agent sees       sandbox_mounts, bwrap_command, and Workspace.environment
   git on an agent's objects, outside the sandbox
                             fetch_into_outbox, which has fsck check them; then
-                            collect_tree, write_commit, inspect_commit, pack_change and
+                            collect_tree, write_commit, inspect_commit, reapply and
                             push; and all git commands in the mirror, which fetches
                             these objects once they are pushed
   removing directories      remove_tree; scratch directories and the demo's by
@@ -5410,14 +5410,15 @@ class Workspace:
             )
         return tip
 
-    def pack_change(self, base_commit: str, commit: str) -> bytes:
-        """Return a pack of what a commit in the outbox adds to ``base_commit``.
+    def reapply(self, tip: str) -> None:
+        """Check out ``tip``, and apply the change of the job's commit to its files.
 
-        Raises JobFailed if it is too large to keep in memory.
+        Raises JobFailed if they conflict, or if the change is too large to keep in memory.
         """
+        job = self.run.job
         # The files that git makes there are removed with the outbox.
         prefix = f"{self.outbox.path}/change"
-        revisions = f"{commit}\n^{base_commit}".encode()
+        revisions = f"{job.commit_id}\n^{job.base_commit}".encode()
         packing = self.outbox.local_git(
             "pack-objects", "--quiet", "--revs", prefix, stdin=revisions
         )
@@ -5428,19 +5429,15 @@ class Workspace:
                 "Others have pushed in the meantime, and the change is too large to apply "
                 "on top of theirs. Comment again to have it redone.",
             )
-        return pack.read_bytes()
-
-    def apply(self, commit: str, pack: bytes) -> None:
-        """Apply a commit's change to the files. Raises JobFailed on a conflict."""
-        result = self.script(APPLY_SCRIPT, commit, stdin=pack)
-        if result.code == 0:
-            return
-        files = ", ".join(result.stdout) or result.error
-        raise JobFailed(
-            "push_rejected",
-            "Others have pushed in the meantime, and the change conflicts with theirs: "
-            f"{files}. Comment again to have it redone on top of the current branch.",
-        )
+        self.check_out(self.branch, tip)
+        result = self.script(APPLY_SCRIPT, job.commit_id, stdin=pack.read_bytes())
+        if result.code != 0:
+            files = ", ".join(result.stdout) or result.error
+            raise JobFailed(
+                "push_rejected",
+                "Others have pushed in the meantime, and the change conflicts with theirs: "
+                f"{files}. Comment again to have it redone on top of the current branch.",
+            )
 
 
 def end_escaped_processes(run: JobRun, directory: str) -> None:
@@ -6619,9 +6616,7 @@ def reapply_change(review: Review, tip: str) -> None:
     run = review.run
     run.log_event("git", f"Others pushed {tip}; reapplying the change on top of it")
     workspace = review.workspace
-    pack = workspace.pack_change(run.job.base_commit, run.job.commit_id)
-    workspace.check_out(workspace.branch, tip)
-    workspace.apply(run.job.commit_id, pack)
+    workspace.reapply(tip)
     commit_id = test_and_commit(workspace, review.task.request, tip)
     if not commit_id:  # nothing is left to change
         commit_id = tip

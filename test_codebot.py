@@ -10339,11 +10339,10 @@ def test_change_is_put_on_top_of_what_others_pushed_and_never_forced(
 def put_on_top(local: LocalTask, plan: str, push: Callable[[], object]) -> None:
     """Let the agent work and others push; put its change on top of theirs."""
     workspace = local.workspace
-    job = local.commit(f"{plan}; result Done")
+    local.commit(f"{plan}; result Done")
     push()
-    pack = workspace.pack_change(job.base_commit, job.commit_id)
-    workspace.check_out(*workspace.mirror.fetch_branch(workspace.repository, "main"))
-    workspace.apply(job.commit_id, pack)
+    _, tip = workspace.mirror.fetch_branch(workspace.repository, "main")
+    workspace.reapply(tip)
 
 
 def test_huge_change_is_not_put_on_top_of_what_others_pushed(
