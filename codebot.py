@@ -6488,13 +6488,13 @@ def classify(review: Review, text: str) -> None:
         prompt = f"Comments:\n{text}"
         output = ask_agent(workspace, prompt, CLASSIFY_OPTIONS, phase="classify")
     kind = output.get("kind")
-    answers: dict[str, str] = {}
-    if kind not in ("question", "change", "none"):
-        kind = "unclear"
-        ask = run.redact(str(output.get("ask") or ""))[:10_000]
-        # Stored even if the question is empty: see prepare_answers.
-        answers = dict.fromkeys(group_by_thread(review.comments), ask)
-    run.save_work(request_kind=kind, answers=answers)
+    if kind in ("question", "change", "none"):
+        run.save_work(request_kind=kind)
+        return
+    question = run.redact(str(output.get("ask") or ""))[:10_000]
+    # Stored even if the question is empty: see prepare_answers.
+    answers = dict.fromkeys(group_by_thread(review.comments), question)
+    run.save_work(request_kind="unclear", answers=answers)
 
 
 def group_by_thread(comments: Sequence[Comment]) -> dict[str, list[Comment]]:
