@@ -17533,7 +17533,7 @@ def test_check_asks_silent_github_twice_and_waits_five_seconds_at_most(
                 silent.accept()[0].close()
                 connections += 1
     assert connections == 2
-    first_pause = 0.5  # seconds, of GitHub.pause_before_attempt
+    first_pause = 0.5  # seconds, of GitHub.call
     assert connections * codebot.CHECK_TIMEOUT + first_pause < 5
     assert f"FAIL  GitHub did not answer: {url}: timed out. If" in done.stdout
 
