@@ -33,7 +33,7 @@ HOW TO READ THIS FILE
                      Sync.obstacle, has_untrusted_edit, submit_issue, ROUTES,
                      is_allowed, parse_repository_url, parse_comment
     the agent        agent_command, run_task, run_review
-    what is pushed   run_tests_once, collect_tree, fetch_into_outbox, inspect_commit,
+    what is pushed   run_tests, collect_tree, fetch_into_outbox, inspect_commit,
                      DiffScanner, push_task_commit, push_review_commit
     people's text    visible_text, person_login, delimited, quoted, escape_html, code_block
   The page is in part III, before the routes. Skip its style; its script never inserts
