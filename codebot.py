@@ -1495,7 +1495,7 @@ def tagged_processes(run_tag: str) -> list[int]:
     It must not be empty. The parts of a tag have fixed lengths: see base_environment. So
     the tag of a codebot process finds what it and its jobs have started, and nothing else.
     """
-    return find_processes("environ", rf"(\A|\0)CODEBOT_RUN={run_tag}")
+    return find_processes("environ", f"CODEBOT_RUN={run_tag}")
 
 
 def signal_processes(processes: Iterable[int], number: int) -> None:
