@@ -6959,7 +6959,7 @@ class Sync:
 TIMER_INTERVAL = 1.0  # seconds between checks for jobs that are due, at most
 CLEANUP_INTERVAL = 60.0  # seconds between cleanups, at most
 DATABASE_TEST_INTERVAL = 10.0  # seconds between tests of the database
-MAINTENANCE_INTERVAL = 6 * 3600.0  # seconds between looks at the mirrors
+MAINTENANCE_INTERVAL = 3600.0  # seconds between rounds through the mirrors
 MIRROR_RETENTION = 30 * 86400.0  # seconds: see maintain_mirror
 # A shortage on the host, or a failure of the work directory's disk or file server.
 TRANSIENT_ERRNOS = (
@@ -7305,10 +7305,12 @@ def discard_workspace(config: Config, path: str) -> None:
 
 
 def maintain_mirrors(codebot: Codebot) -> None:
-    """Pack the mirrors, or remove unused ones; then wait until the next time."""
+    """Wait until it is time, and then pack the mirrors, or remove unused ones."""
+    # First: after a long time without the server, a commit that waits in an outbox, which
+    # borrows the mirror's objects, is pushed without using (and touching) the mirror.
+    codebot.wait(MAINTENANCE_INTERVAL)
     for path in find_paths(codebot.config.work_dir, "mirrors/*/*/*.git"):
         do_part(maintain_mirror, codebot, path)
-    codebot.wait(MAINTENANCE_INTERVAL)
 
 
 def maintain_mirror(codebot: Codebot, path: str) -> None:

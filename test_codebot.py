@@ -7855,6 +7855,17 @@ def test_pushed_commit_needs_neither_mirror_nor_base(fresh: Site) -> None:
     assert "There is no branch" not in error
 
 
+def test_waiting_commit_is_pushed_after_a_long_time_without_server(
+    fresh: Site,
+) -> None:
+    task = stop_while_commit_waits(fresh)
+    lock = f"{mirror_of(fresh, fresh.repository.name)}.lock"
+    os.utime(lock, (1, 1))  # as if the mirror was used last in 1970
+    fresh.server.restart()
+    fresh.api.completed(task)
+    assert len(fresh.agent.runs()) == 1
+
+
 def test_waiting_commit_is_pushed_after_work_directory_was_moved(fresh: Site) -> None:
     task = stop_while_commit_waits(fresh)
     moved = fresh.server.work_dir.with_name("moved")
@@ -8969,7 +8980,7 @@ def test_old_task_loses_log_and_workspace_and_row_when_pull_request_is_closed(
 
 def test_unused_mirror_is_removed(fresh: Site) -> None:
     repository = fresh.github.create_repository("acme/.github")
-    limits = {"MAINTENANCE_INTERVAL": 0.1, "CLEANUP_INTERVAL": 0.1}
+    limits = {"MAINTENANCE_INTERVAL": 0.1}
     fresh.server.start(limits=limits, CODEBOT_TASK_RETENTION="1")
     fresh.api.completed(fresh.api.submit(repository_url=repository.url))
     mirror = mirror_of(fresh, "acme/.github")
