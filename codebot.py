@@ -2524,7 +2524,7 @@ class GitHub:
             if delay > MAX_INLINE_WAIT:
                 break
         if is_rate_limit(reply):
-            self.silent_until = error.retry_at
+            self.silent_until = max(self.silent_until, error.retry_at)
         raise error
 
     def temporary_error(self, reply: Reply, scope: TokenScope) -> TransientError:

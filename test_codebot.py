@@ -8098,6 +8098,23 @@ def test_job_waits_as_long_as_github_asks(
     assert github.silent_until == (raised.value.retry_at if is_silent else 0.0)
 
 
+def test_short_limit_does_not_shorten_that_of_another_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    github = create_github()
+    until = time.time() + 3600
+
+    def send(*request: Any) -> codebot.Reply:
+        github.silent_until = until  # another thread has got a longer limit meanwhile
+        return make_reply(429, {"retry-after": "90"}, "")
+
+    monkeypatch.setattr(github, "token", lambda scope: "token")
+    monkeypatch.setattr(github, "send", send)
+    with pytest.raises(codebot.TransientError):
+        github.call("/app", codebot.AS_APP)
+    assert github.silent_until == until
+
+
 @pytest.mark.parametrize(
     "limit",
     [
