@@ -2998,7 +2998,7 @@ def parse_repository_url(config: Config, url: str) -> Repository:
 # For --no-github: a user only before an ssh host, and nothing that looks like an option.
 # In file://, nothing by which git and codebot could disagree on the path.
 PLAIN_REMOTE_RE = re.compile(
-    r"(https?://(?![^/]*@)|ssh://|file:///(?!.*[@%\[\]])|/|\w[\w.-]*@\w[\w.-]*:)[^-].*",
+    r"(https?://(?![^/]*@)|ssh://|file://(?=/)(?!.*[@%\[\]])|/|\w[\w.-]*@\w[\w.-]*:)[^-].*",
     re.ASCII,
 )
 
