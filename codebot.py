@@ -6228,7 +6228,8 @@ def pull_request_body(run: JobRun) -> str:
     speaker = f"Issue #{job.issue_number}" if job.issue_number else "The submitter"
     tests = "No test command was given.\n"
     if job.passed_attempt:
-        command = code_block(job.request.test_command)
+        # A client's has at most 10,000 characters, but one of the settings may be longer.
+        command = code_block(truncate(run.redact(job.request.test_command), 10_000))
         tests = f"Passed (attempt {job.passed_attempt}):\n\n{command}"
     facts = ""
     if job.cost_usd is not None:

@@ -7244,6 +7244,16 @@ def test_html_in_task_cannot_hide_the_facts_after_it(store: codebot.Store) -> No
     assert "> &lt;template> &lt;!DOCTYPE &lt;/details> 1 <2\n" in body
 
 
+def test_long_test_command_leaves_room_for_what_follows(store: codebot.Store) -> None:
+    request = codebot.TaskRequest(
+        "", "Say hello", test_command="true # " + "x" * 70_000
+    )
+    fields = {"request": request, "passed_attempt": 1, "summary": "I said hello."}
+    body = body_of_pull_request(store, **fields)
+    assert "x" * 9_000 in body
+    assert "I said hello." in body
+
+
 def test_pull_request_says_that_there_was_no_test(store: codebot.Store) -> None:
     assert "no test" in body_of_pull_request(store).lower()
 
