@@ -3280,6 +3280,13 @@ def test_secret_is_redacted_where_a_long_text_is_cut() -> None:
     assert 0 < len(redact.beginning("a" * 300, 200)) <= 200
 
 
+def test_token_of_github_is_redacted_where_a_long_text_is_cut() -> None:
+    text = f"{'beginning ' * 100}ghp_{'0' * 36} {'end ' * 1000}"
+    redact = codebot.Redactor(codebot.Config())
+    for length in range(1000, 1045):
+        assert "0" not in redact.beginning(text, length)
+
+
 def test_newest_token_is_redacted_after_many_others(redact: codebot.Redactor) -> None:
     for number in range(600):
         redact.add(f"token-number-{number}")
