@@ -3625,7 +3625,7 @@ class TaskRequest:
     def title(self) -> str:
         """The title of the commit and the pull request."""
         ticket = f"{self.ticket_id.strip()}: " if self.ticket_id else ""
-        return f"{ticket}{self.subject}"
+        return INVISIBLE_RE.sub("", f"{ticket}{self.subject}")
 
 
 class Submission(NamedTuple):

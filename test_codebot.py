@@ -7197,6 +7197,13 @@ def test_text_of_invisible_characters_is_not_quoted() -> None:
     assert codebot.quoted("The agent", "\u200b \n\u2060") == ""
 
 
+def test_title_has_no_invisible_characters() -> None:
+    request = codebot.TaskRequest(
+        "", "x", ticket_id="T", ticket_summary="H\u202ei\u200b"
+    )
+    assert request.title == "T: Hi"
+
+
 def test_quote_has_no_invisible_characters() -> None:
     quote = codebot.quoted("The agent", "a\u202eb\u200b\n\u2066c")
     assert quote == "The agent says:\n\n> ab\n> c\n"
