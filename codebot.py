@@ -6910,7 +6910,7 @@ class Sync:
                 parts.append(f"Comment by {comment.user}:\n{comment.text}")
         request = TaskRequest(
             repository_url=github_repository.url,
-            description="\n\n".join(parts)[:100_000],
+            description=truncate("\n\n".join(parts), 99_000),
             ticket_id=str(issue.number),
             ticket_summary=issue.title.strip()[:500] or f"Issue {issue.number}",
             test_command=default_test_command(self.config, github_repository.full_name),

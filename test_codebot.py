@@ -11695,6 +11695,18 @@ def wait_until_deliveries_are_handled(site: Site) -> None:
     other.comments()
 
 
+def test_agent_learns_that_a_long_issue_was_truncated(shared: Site) -> None:
+    shared.agent.follow(GIVE_UP)
+    issue = open_issue(shared, body="x" * 60_000)
+    bob = shared.person("bob", number=issue.number)
+    bob.comment("y" * 60_000, webhook=False)
+    shared.person("alice").label(issue.number)
+    status = shared.api.status(issue.task())
+    assert status["description"].endswith("y … (truncated)")
+    issue.comments()
+    assert status["description"] in issue.prompt()
+
+
 def test_labeled_issue_becomes_task_and_pull_request(shared: Site) -> None:
     issue = open_issue(shared, "Greet people", "In a file.", login="carol")
     shared.person("alice").label(issue.number, webhook=False)
