@@ -2748,6 +2748,8 @@ class GitHubRepository:
                 return True
         except GitHubError as error:
             log.info("GitHub did not report the access of %s: %s", login, error)
+        if len(refusals) >= MAX_CACHED_REPLIES:  # so that a flood does not fill memory
+            refusals.clear()
         refusals[key] = time.monotonic() + ACCESS_REFUSAL_TTL
         return False
 
