@@ -593,8 +593,9 @@ def parse_agent_env(text: str) -> Sequence[str]:
 
 # owner/name=, perhaps with wildcards in both names. If nothing follows: no tests.
 RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*="
-# A rule, or a mistake: "# x", with which every test would pass, or "a/b/c=x".
-NO_COMMAND = r"#|[^\s=;&|]*/[^\s=;&|]*\s*="
+# What is no command: a rule, a broken rule such as "a/b/c=x", or "# x", with which every
+# test would pass.
+NOT_A_COMMAND = r"#|[^\s=;&|]*/[^\s=;&|]*\s*="
 
 
 def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
@@ -605,7 +606,7 @@ def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
     # In .env, a \ and an n before owner/name= end a line: "a/b=make test\nc/d=tox".
     text = re.sub(rf"\\n(?={RULE})", "\n", text)
     lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if len(lines) == 1 and not re.match(NO_COMMAND, lines[0]):
+    if len(lines) == 1 and not re.match(NOT_A_COMMAND, lines[0]):
         return (("*", lines[0]),)
     rules = []
     for line in lines:
@@ -969,18 +970,19 @@ class Redactor:
     """Replaces secrets with ``***`` in events, in text for GitHub, and in the log."""
 
     def __init__(self, config: Config) -> None:
-        self._lock = threading.Lock()  # guards each update of the next two
-        # The secrets, each with the time when it is forgotten
-        self._ends = dict.fromkeys(configured_secrets(config), math.inf)
+        self._lock = threading.Lock()  # held while _expiries and _secrets are updated
+        # The secrets, each with the monotonic time when it is forgotten
+        self._expiries = dict.fromkeys(configured_secrets(config), math.inf)
         # Read without the lock, because the list is replaced and never changed.
-        self._secrets = with_base64(self._ends)
+        self._secrets = with_base64(self._expiries)
 
     def add(self, token: str) -> None:
         now = time.monotonic()
         with self._lock:
-            self._ends[token] = now + TOKEN_RETENTION
-            self._ends = {key: end for key, end in self._ends.items() if end > now}
-            self._secrets = with_base64(self._ends)
+            self._expiries[token] = now + TOKEN_RETENTION
+            current = {key: end for key, end in self._expiries.items() if end > now}
+            self._expiries = current
+            self._secrets = with_base64(self._expiries)
 
     def __call__(self, text: str) -> str:
         """Return ``text`` without secrets, terminal codes and unprintable characters."""
@@ -1118,7 +1120,7 @@ def address_secrets(word: str, is_proxy: bool) -> Iterator[str]:
 # see remote_environment. CODEBOT_RUN is in every environment: by it codebot finds
 # processes that have left their group.
 
-GIT_TIMEOUT = 1800.0  # seconds for a program without a limit of its own, such as git
+DEFAULT_TIMEOUT = 1800.0  # seconds, for a program whose caller sets no limit
 MAX_OUTPUT_BYTES = 1 << 30  # a program is ended when its output file is larger
 # Seconds between SIGTERM and SIGKILL, so that git can remove its lock files. (What runs
 # in bwrap is killed at once.)
@@ -1148,8 +1150,8 @@ LineHandler = Callable[[list[str]], object]
 class Limits(NamedTuple):
     """What can end a program early. ``check_stop`` raises StopRequested or Cancelled."""
 
-    timeout: float = GIT_TIMEOUT  # seconds
-    stall: float = float("inf")  # seconds without output
+    timeout: float = DEFAULT_TIMEOUT  # seconds
+    stall: float = math.inf  # seconds without output
     check_stop: Callable[[], None] = do_nothing
 
 
@@ -1284,7 +1286,7 @@ class RunningProgram:
     started: float = dataclasses.field(default_factory=time.monotonic)
     last_output: float = dataclasses.field(default_factory=time.monotonic)
     is_done: bool = False  # whether a LineHandler has returned True
-    ends_at: float = float("inf")  # set by end_soon
+    ends_at: float = math.inf  # set by end_soon
 
     def watch(self) -> None:
         """Pass on the output until the program ends.
@@ -1821,8 +1823,6 @@ SYSTEM_DIRECTORIES = (
     "/sys",
 )
 WORKSPACE_PARTS = ("repo", "home", "tmp")
-# What the names of temporary workspaces begin with; tempfile appends to it.
-SCRATCH = "scratch_codebot_"
 NO_SANDBOX_WARNING = (
     "NO SANDBOX (CODEBOT_SANDBOX=none): the agent can read and change whatever codebot "
     "can, including the keys and the database"
@@ -1986,7 +1986,8 @@ def processes_in_workspaces(path: str) -> list[int]:
 @contextlib.contextmanager
 def scratch_workspace(work_dir: str) -> Iterator[str]:
     """Make a workspace without a repository, whose "objects" stands in for a mirror's."""
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=work_dir) as directory:
+    prefix = "scratch_codebot_"  # tempfile appends to it: see REMOVABLE_RE
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=work_dir) as directory:
         for part in (*WORKSPACE_PARTS, "objects"):
             os.mkdir(f"{directory}/{part}")
         yield directory
@@ -2514,7 +2515,7 @@ class GitHub:
             reply = self.send(url, self.token(scope), body)
             if 200 <= reply.status < 300:
                 return reply
-            error = self.temporary_error(reply, scope)
+            error = self.retryable_error(reply, scope)
             if reply.status in REDIRECTS:
                 url = urllib.parse.urljoin(url, reply.headers.get("Location", ""))
             if reply.status == 401 and not is_token_renewed:
@@ -2528,8 +2529,8 @@ class GitHub:
             self.silent_until = max(self.silent_until, error.retry_at)
         raise error
 
-    def temporary_error(self, reply: Reply, scope: TokenScope) -> TransientError:
-        """Return the error of a request that may succeed if it is sent again.
+    def retryable_error(self, reply: Reply, scope: TokenScope) -> TransientError:
+        """Return the error of a failed request, if it may be sent again.
 
         If GitHub has refused it for good, raises GitHubError.
         """
@@ -3779,12 +3780,13 @@ def add_to_totals(db: sqlite3.Connection, job_id: str, seconds: float = 0.0) -> 
     )
 
 
-def review_to_join(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
-    """Return the id of the reviewer's pending review that is not classified yet.
+def find_or_create_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
+    """Return the id of the review that a reviewer's new comment joins.
 
-    If there is none, creates one, with its task's directory and branch.
+    That is a pending one that is not classified yet or, if there is none, a new one with
+    its task's directory and branch.
     """
-    job_id = str(uuid.uuid4())
+    job_id = str(uuid.uuid4())  # of the new review, if one is added
     values = {"id": job_id, "task_id": task_id, "reviewer": reviewer, "now": utc_time()}
     row = db.execute(
         """
@@ -4345,12 +4347,12 @@ class Store:
         with self._transaction() as db:
             for comment in comments:
                 values = {**vars(comment), "task_id": task_id, "now": utc_time()}
-                known = db.execute(
+                same_comment = db.execute(
                     "SELECT 1 FROM comments WHERE place = :place AND id = :id", values
                 )
-                if comment.user == OWN_NAME or known.fetchone() is not None:
+                if comment.user == OWN_NAME or same_comment.fetchone() is not None:
                     continue
-                job_id = review_to_join(db, task_id, comment.user)
+                job_id = find_or_create_review(db, task_id, comment.user)
                 db.execute(
                     """
                     INSERT INTO comments (
@@ -4625,7 +4627,7 @@ REMOVABLE_RE = re.compile(
     r"""
       task_ ([A-Za-z0-9-]+_)? [0-9a-f]{7}  # see name_workspace
     | outbox_ [0-9a-f]{7} \.git
-    | scratch_codebot_ [a-z0-9_]{8}        # SCRATCH, and what tempfile appends
+    | scratch_codebot_ [a-z0-9_]{8}        # see scratch_workspace
     | trash_ [0-9a-f]{32}
     """,
     re.VERBOSE,
@@ -5170,8 +5172,8 @@ class Workspace:
         config = self.config
         limits = Limits(run.time_left(), config.stall_timeout, run.check_stop)
 
-        def start() -> None:
-            # The clock stood still during the wait for a node.
+        def begin_phase() -> None:
+            # The time of the wait for a node does not count.
             run.deadline = time.monotonic() + limits.timeout
             if command.as_agent:
                 run.agent_ran_since_save = True
@@ -5182,7 +5184,7 @@ class Workspace:
             run.set_phase("queued")
         self.stop_earlier_launch()
         run_function = functools.partial(
-            launch, config, self.path, config.launch_timeout, start
+            launch, config, self.path, config.launch_timeout, begin_phase
         )
         try:
             return self.run_in_sandbox(command, limits, run_function)
@@ -6416,7 +6418,7 @@ def react_to_comments(review: Review) -> None:
 # From the comments to a commit
 
 
-def is_to_push(job: Job) -> bool:
+def has_unpushed_commit(job: Job) -> bool:
     """Return whether a review has a commit of which no push was recorded."""
     return job.commit_id != "" and not job.is_pushed
 
@@ -6436,7 +6438,7 @@ def prepare_answers(review: Review) -> None:
             classify(review, text)
         if run.job.request_kind in ("question", "change"):
             carry_out(review, text)
-    if is_to_push(run.job):
+    if has_unpushed_commit(run.job):
         push_review_commit(review)
         run.update(is_pushed=True)  # a retry must not restore what others remove now
 
@@ -7130,16 +7132,16 @@ def ending_after_transient_error(
     """Return a retry or a failure: see "What a retry depends on", in the section Store."""
     job = run.job
     now = time.time()
-    costs_money = run.agent_ran_since_save
+    must_repeat_agent = run.agent_ran_since_save  # which costs money again
     # With one more interruption, require_may_run would refuse the next run.
-    is_too_often = costs_money and job.interruptions + 1 >= MAX_INTERRUPTIONS
+    is_too_often = must_repeat_agent and job.interruptions + 1 >= MAX_INTERRUPTIONS
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     if is_too_often or now > give_up_at:
         return ending_after_last_retry(job, error)
     return Ending(
         "pending",
         error=error,
-        interruptions=int(costs_money),
+        interruptions=int(must_repeat_agent),
         not_before=max(now + RETRY_DELAY, retry_at),
     )
 
@@ -7148,7 +7150,9 @@ def ending_after_last_retry(job: Job, error: str) -> Ending:
     """Return how a job ends that is not retried anymore after a transient error."""
     phase = remaining_phase(job)
     # A push may have succeeded although its response was lost.
-    may_be_pushed = job.push_started or (job.kind == "review" and is_to_push(job))
+    may_be_pushed = job.push_started or (
+        job.kind == "review" and has_unpushed_commit(job)
+    )
     if phase == "push" and may_be_pushed:
         error = f"{error.rstrip('.')}. The commit {job.commit_id} may have been pushed"
     # job.reason and job.error: of a review that had only its failure left to post.
@@ -7620,10 +7624,10 @@ def read_task_request(config: Config, fields: Fields) -> TaskRequest:
 
 
 def queue_task(
-    codebot: Codebot, request: TaskRequest, submission: Submission
+    codebot: Codebot, task_request: TaskRequest, submission: Submission
 ) -> Response:
     """Queue a task, or find the one with the same Idempotency-Key and fields."""
-    job = codebot.submit(request, submission)
+    job = codebot.submit(task_request, submission)
     message = "Task queued successfully"
     if job.status != "pending":
         message = f"The task was submitted before; its status is {job.status}"
@@ -7724,7 +7728,7 @@ def describe_review(codebot: Codebot, job: Job) -> Fields:
     comments = codebot.store.stored_comments(job.id)
     answers = [text for text in job.answers.values() if text]
     commit = job.commit_id
-    if is_to_push(job):  # nobody can find it yet
+    if has_unpushed_commit(job):  # nobody can find it yet
         commit = ""
     return {
         **pick(job, "id", *JOB_FIELDS, "phase", "reviewer", "error", "reason"),
@@ -8225,7 +8229,7 @@ details:not([open]) .message { overflow: hidden; white-space: pre; }
 
 const REFRESH_INTERVAL = 2000; // milliseconds
 const MAX_ROWS = 300; // in the list of tasks
-const ANSWER_TIMEOUT = 60000; // milliseconds; a whole answer may take this long
+const RESPONSE_TIMEOUT = 60000; // milliseconds, for a whole response
 // What a user can do next, by the reason of a failed task.
 const ADVICE = {
   clone_failed: 'Check the address and whether codebot may read this repository.',
@@ -8257,7 +8261,7 @@ let openedTask = null; // the task in view
 // Returns the fields of a successful answer. Throws an Error with the answer's status.
 async function callApi(path, options = {}) {
   const headers = { Authorization: `Bearer ${apiKey}`, ...options.headers };
-  const signal = AbortSignal.timeout?.(ANSWER_TIMEOUT); // not in browsers before 2022
+  const signal = AbortSignal.timeout?.(RESPONSE_TIMEOUT); // not in browsers before 2022
   let response;
   let fields;
   try {
@@ -9884,9 +9888,9 @@ def show_task(codebot: Codebot, port: int, fields: Mapping[str, str]) -> Job:
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     headers = {"Authorization": f"Bearer {codebot.config.api_keys[0]}"}
     client.request("POST", "/api/tasks/submit", json.dumps(fields), headers)
-    answer = client.getresponse()
-    task = json.load(answer)
-    if answer.status != 202:
+    response = client.getresponse()
+    task = json.load(response)
+    if response.status != 202:
         codebot.wait()  # raises StopRequested if the server is stopping
         raise ConfigError(f"The demo's task was refused: {task['message']}.")
     print(f"Task:        {task['status']}")

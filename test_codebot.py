@@ -8076,7 +8076,7 @@ def test_refusal_of_github_has_a_type(
 ) -> None:
     reply = make_reply(status, {}, error)
     with pytest.raises(kind) as raised:
-        raise create_github().temporary_error(reply, codebot.LOOKUP)
+        raise create_github().retryable_error(reply, codebot.LOOKUP)
     assert type(raised.value) is kind
 
 
