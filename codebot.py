@@ -7,8 +7,8 @@ makes one commit, pushes a branch and opens a pull request. When reviewers comme
 codebot answers, or changes the code and pushes again.
 
 It needs only Python 3.9 or newer and these programs: git, openssl (with GitHub), bwrap,
-claude, and sh, whose scripts use chmod, find, rm, sed and sleep (in the demo also cat and
-grep). It is for Linux. On macOS there is no sandbox, and nothing is tested.
+claude and sh. Its shell scripts also use chmod, find, rm, sed and sleep; the demo's use cat
+and grep. It is for Linux. On macOS there is no sandbox, and nothing is tested.
 
     python3 codebot.py demo    try it: one task from end to end, no configuration
     python3 codebot.py check   check the requirements; says how to fix what it finds
@@ -25,13 +25,14 @@ HOW TO READ THIS FILE
     III. The network    everything that can be requested from outside, and by whom
     IV.  Commands       how it is started and stopped
   If you have an hour or two, read these, about 800 lines:
-    secrets          Redactor, Workspace.environment, remote_environment
+    secrets          configured_secrets, Redactor, Workspace.environment,
+                     remote_environment
     programs         run_program, private_directories, sandbox_mounts, bwrap_command
     GitHub           GitHub.send, has_write_access
     who can act      require_api_key, require_signature, require_labeler_access,
                      require_may_act, look_up_repository, load_comments,
                      Sync.obstacle, has_untrusted_edit, submit_issue, ROUTES,
-                     is_allowed, parse_repository_url, parse_comment
+                     Handler.dispatch, is_allowed, parse_repository_url, parse_comment
     the agent        agent_command, run_task, run_review
     what is pushed   run_tests, collect_tree, fetch_into_outbox, inspect_commit,
                      DiffScanner, push_task_commit, push_review_commit
@@ -48,7 +49,8 @@ GLOSSARY
   GitHub review  what a person submits on a pull request at GitHub: a text and comments on
                  lines; to codebot, these are comments
   state          of a job: pending, running, completed or failed (the column and the API's
-                 field are named status); see LIFE OF A JOB
+                 field are named status); see LIFE OF A JOB. A pull request and a
+                 connection have states of their own.
   phase          what a running job is doing
   classify       have an agent without tools find out what a reviewer wants
   event          an entry of a task's log. (A label event and a webhook's event are
@@ -105,9 +107,9 @@ WHO IS TRUSTED WITH WHAT
                  may be anyone's. A comment by anybody else is stored as a review, which is
                  skipped when it starts, before an agent reads it. A workflow that labels or
                  comments with a person's token counts as that person, and so does a machine
-                 account that is not a bot of GitHub's. What others (people with write
-                 access, Apps) have edited into a person's comment, or into an issue whose
-                 author has write access, counts as that person's words.
+                 account that is not a bot of GitHub's. If somebody else with write access,
+                 or an App, edits a person's comment, or an issue whose author has write
+                 access, the edit counts as that person's words.
   Others at GitHub   can stop work, if GitHub lets them remove the label, or close or lock
                  the pull request.
   GitHub         is believed, over TLS. A delivery is believed only if the signature of
@@ -221,9 +223,9 @@ LIFE OF A JOB
   - An answer is in the store before it is posted. A retry finds it by its marker. It is
     posted twice only if somebody has removed the first one or its marker, or if GitHub,
     at the retry, has not posted or does not list the first one yet.
-  A crash loses the work of a running agent, and the record of its cost. A job counts its
-  crashes, and its retries that must run the agent again. At three it fails. Saved work sets
-  the count to 0: see "What a retry depends on", in the section Store.
+  A crash loses what a running agent has done, and the record of its cost. Since its work
+  was last saved, a job counts its crashes and the retries that must run the agent again.
+  When the count is three, the job fails: see "What a retry depends on", in Store.
 
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
@@ -239,7 +241,7 @@ THREADS AND THEIR LOCKS
   mirrors        packs mirrors, and removes unused ones
   A signal starts one more thread, which sets Codebot.stop.
   Store has two locks, for its writing and its reading connection. Redactor has one, for
-  its tokens. Between processes there are locks of files (flock): of the work
+  its secrets. Between processes there are locks of files (flock): of the work
   directory, the database, each mirror and each launch.
   When codebot dies, a forked process, the watchdog, ends what codebot left running: it
   finds processes in /proc by CODEBOT_RUN, and runs CODEBOT_LAUNCHER_STOP. The next start
@@ -262,7 +264,7 @@ WHERE THE DANGEROUS THINGS ARE
   signals to processes      signal_group, signal_processes
   requests by HTTP          GitHub.send, with urlopen; the demo, to its own server
   git with a credential     GitDirectory.git_with_token
-  what the agent sees       sandbox_mounts, bwrap_command, and Workspace.environment
+  what the agent sees       sandbox_mounts, Sandbox.bwrap_command, and Workspace.environment
   git on an agent's objects, outside the sandbox
                             fetch_into_outbox, which has fsck check them; then
                             collect_tree, write_commit, inspect_commit, reapply and
@@ -449,7 +451,7 @@ def os_error_text(error: OSError) -> str:
     """Return the description of an error, without its number and path."""
     text = error.strerror or str(error)
     # "[SSL: WRONG_VERSION] wrong version (_ssl.c:1129)" becomes "wrong version".
-    text = re.sub(r"^\[.*?\][ ]|[ ]\(_ssl\.c:\d+\)$", "", text)
+    text = re.sub(r"^\[.*?\] | \(_ssl\.c:\d+\)$", "", text)
     return text.lower().rstrip(".")
 
 
@@ -591,7 +593,8 @@ def parse_agent_env(text: str) -> Sequence[str]:
     return names
 
 
-# owner/name=, perhaps with wildcards in both names. If nothing follows: no tests.
+# The beginning of a rule: owner/name=, where both names may have wildcards. If nothing
+# follows it, the repository has no tests.
 RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*="
 # What is no command: a rule, a broken rule such as "a/b/c=x", or "# x", with which every
 # test would pass.
@@ -625,7 +628,7 @@ def setting(
 ) -> Any:
     """Define a field of Config: its variable, default, parser and the flag's help.
 
-    An empty variable counts as not set, and hides that of .env.
+    A variable that is set to nothing counts as not set, even if .env gives it a value.
     """
     metadata = {"variable": variable, "parse": parse, "help": about}
     return dataclasses.field(default=default, metadata=metadata)
@@ -714,7 +717,7 @@ class Config:
 
     @property
     def git_address(self) -> str:
-        """The address of git, derived from the API's.
+        """GitHub's address for git and for people, derived from the API's.
 
         https://ghe.acme.com/api/v3   https://ghe.acme.com
         https://api.github.com        https://github.com
@@ -733,7 +736,7 @@ class Config:
     def secret_files(self) -> list[str]:
         """The files with secrets that exist. The sandbox hides their directories.
 
-        A missing .env is left out, so that codebot can start in / without one.
+        A missing .env is left out: its directory may be /, which cannot be hidden.
         """
         paths = [self.env_file, self.key_file, self.tls_key]
         return [os.path.realpath(path) for path in paths if os.path.exists(path)]
@@ -916,7 +919,7 @@ def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
     problems: list[str] = []
     env_file = os.path.abspath(".env")
     variables = read_env_file(env_file, problems)
-    # What a bad line, or an unreadable .env, may set is not reported as missing.
+    # If .env is unreadable or has a bad line, no setting is reported as missing.
     is_env_file_good = not problems
     variables.update(os.environ)
     values = read_settings(flags, variables, problems)
@@ -1050,7 +1053,7 @@ SECRET_HEADER_RE = re.compile(
 
 
 def configured_secrets(config: Config) -> set[str]:
-    """Return all secrets in the settings, and each line of them but "-----BEGIN ..."."""
+    """Return all secrets in the settings, and their lines except "-----BEGIN ..."."""
     names = [*MODEL_KEY_NAMES, *OWN_SECRET_NAMES]
     names += filter(SECRET_NAME_RE.search, config.agent_env)
     secrets = {*config.api_keys, *copy_variables(config, names).values()}
@@ -1142,8 +1145,9 @@ def do_nothing(*args: object) -> None:
 
 
 # Gets the new lines of a program's standard output. If it raises an error, the program is
-# ended. If it returns True (only the agent's does), the program's work is done: limits,
-# stops and the exit code no longer count, and codebot ends it after RESULT_GRACE.
+# ended. If it returns True (only the agent's does), the program's work is done: of the
+# limits only MAX_OUTPUT_BYTES still counts, stops and the exit code no longer do, and
+# codebot ends it after RESULT_GRACE.
 LineHandler = Callable[[list[str]], object]
 
 
@@ -1159,7 +1163,7 @@ DEFAULT_LIMITS = Limits()
 
 
 def raise_if_stop_arrives(check_stop: Callable[[], None]) -> None:
-    """Wait a moment, then call ``check_stop``, after a program was ended by a signal."""
+    """Call ``check_stop`` a moment after a signal has ended a program."""
     # systemd signals all processes of a service, codebot perhaps some milliseconds later.
     time.sleep(0.3)  # seconds
     check_stop()
@@ -1371,7 +1375,10 @@ class RunningProgram:
 
 
 def signal_group(leader: int, number: int) -> bool:
-    """Signal a process group. Returns whether it has members, including zombies."""
+    """Signal a process group. Returns whether it has members that codebot may signal.
+
+    Zombies count as members.
+    """
     try:
         os.killpg(leader, number)
     # PermissionError: it runs as another user or, on macOS, only a zombie is left.
@@ -1461,8 +1468,8 @@ def run_program(
         return program.result()
 
 
-# Linux usually starts no program with a larger environment, but a process can declare
-# gigabytes of its memory to be its environment. A list of mounts this long has 20,000.
+# Of a file in /proc. Few programs have a larger environment, but a process can declare
+# gigabytes of its memory to be its environment. A list of 20,000 mounts is this long.
 MAX_PROCESS_FILE_BYTES = 2 << 20
 
 
@@ -1479,9 +1486,9 @@ def read_process_file(path: str) -> bytes:
 
 
 def find_processes(files: str, pattern: str) -> list[int]:
-    """Return the ids of the processes with a file in /proc/ID/ that matches a pattern.
+    """Return the ids of the processes with a file whose content matches ``pattern``.
 
-    macOS has no /proc.
+    ``files`` names the files below /proc/ID/, perhaps with wildcards. macOS has no /proc.
     """
     regex = re.compile(os.fsencode(pattern))
     found = set()
@@ -1657,8 +1664,8 @@ class LaunchedProgram(RunningProgram):
             # output (even in bwrap, if the launcher passes on this file). Then it can forge
             # its exit code.
             word, _, code = line.partition(" ")
-            # It counts even if the program has emptied the output before the first sentinel
-            # was read. (Then on_start is never called.)
+            # The exit code counts even if the first sentinel was not read, because the
+            # program has emptied the output. (Then on_start is never called.)
             if word == self.sentinel and re.fullmatch("[0-9]{1,3}", code):
                 self.node_code = int(code)
                 self.end_soon()
@@ -1668,7 +1675,7 @@ class LaunchedProgram(RunningProgram):
                 output.append(line)
             elif line == self.sentinel and not self.is_on_node:
                 self.is_on_node = True
-                self.started = self.last_output
+                self.started = self.last_output  # read_output has just set it to now
                 self.stderr.last_lines.clear()  # the launcher's output
                 self.on_start()
             else:  # the launcher's output
@@ -1765,8 +1772,9 @@ def stop_all_launched(
 # - The agent can read whatever codebot's user can read outside of the hidden directories.
 #   The homes are hidden, but not the directories in them that PATH leads into, which
 #   `check` lists: with ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml,
-#   and with ~/.config/yarn/bin all of ~/.config. Nor are the work directory and the TLS key
-#   of another codebot hidden: an agent of the command `run` can read those of a server.
+#   and with ~/.local/bin all of ~/.local, such as ~/.local/share/keyrings. Nor are the work
+#   directory and the TLS key of another codebot hidden: an agent of the command `run` can
+#   read those of a server.
 # - If .env or a key is created while an agent runs, or is a symlink that is changed then,
 #   that agent can read it, unless it is in a hidden directory.
 # - A file system that the host mounts while an agent runs, even because the agent named a
@@ -1787,9 +1795,9 @@ def stop_all_launched(
 # - If codebot is killed, an agent that is prepared for that (see processes_in_workspaces)
 #   runs on until the next start with the same work directory. (`run` usually makes a new
 #   one.) Meanwhile it can listen on codebot's port and be sent API keys; an open page sends
-#   its key every two seconds. In the same way, a git filter of the agent's can go on until
-#   the job's run ends. If bwrap is older than 0.8, or /proc is mounted with hidepid,
-#   codebot may find neither.
+#   its key every two seconds. In the same way, a git filter that the agent has configured
+#   can outlive its git command, until the job's run ends. If bwrap is older than 0.8, or
+#   /proc is mounted with hidepid, codebot may find neither.
 #
 # Known limitations of a launcher and of other sandboxes:
 # - In another sandbox, what a command leaves running is found as without a sandbox.
@@ -1848,7 +1856,7 @@ def is_inside(path: str, directory: str) -> bool:
 # What an agent in bwrap sees at a path. Of the places below that contain the path, the
 # innermost counts; of two lines for the same place, the lower line.
 #   read-only   /      everything that is not listed here
-#   its own     /dev and /proc
+#   its own     /dev and /proc, which bwrap makes for the sandbox
 #   read-only   ~/X    if PATH leads into it: tool_directories
 #   hidden      /run, the homes; the work directory and the directories of .env, keys and
 #               databases: private_directories; /tmp/A, if another path here lies in it
@@ -1912,6 +1920,7 @@ def tool_directories(config: Config) -> Iterator[str]:
 def needed_files(config: Config, options: Mapping[str, str]) -> Iterator[str]:
     """Yield the hidden files that CODEBOT_CLAUDE_COMMAND, SSL_CERT_FILE and the like name.
 
+    ``options`` has the mount option of each place that the table above lists before them.
     Words that are not absolute paths, such as a proxy's address, are skipped. Directories,
     which could hold private files, are not shown; nor are .env and keys.
     """
@@ -2143,7 +2152,8 @@ class Sandbox:
 #   on its port while the tunnel is down, and be sent JWTs and tokens.
 # - From people's text, HTML comments (also in code, where GitHub shows them) and invisible
 #   characters are removed: see visible_text. Text that GitHub hides in other ways is not,
-#   such as in <?...?>, in <![CDATA[...]]> or in the title of a link.
+#   such as in a line "[//]: # (text)", in <?...?>, in <![CDATA[...]]> or in the title of a
+#   link. Whoever labels an issue should read its source ("Edit"), not only what is shown.
 
 GITHUB_TIMEOUT = 30.0  # seconds that GitHub has to answer
 GITHUB_ATTEMPTS = 4  # how often a request to GitHub is sent, at most
@@ -2196,7 +2206,7 @@ class Reply(NamedTuple):
 
     status: int  # 0: there was no usable response
     value: Json = None  # the JSON that was asked for
-    headers: Headers = NO_HEADERS  # found by their names in any case
+    headers: Headers = NO_HEADERS  # their names match in upper and lower case
     error: str = ""  # what went wrong, if there is no value
     size: int = 0  # of its body, in bytes
 
@@ -2235,6 +2245,8 @@ class CurrentPullRequest(NamedTuple):
 
 
 class Issue(NamedTuple):
+    """An issue as GitHub reports it now. Its texts are only what people see there."""
+
     number: int
     url: str
     title: str
@@ -2321,7 +2333,7 @@ def parse_comment(place: str, payload: JsonObject) -> Comment | None:
     if not user or not text.strip():
         return None
     comment_id = int(payload["id"])
-    # Of a new file, GitHub sends all lines up to the comment.
+    # Only the end: of a new file, GitHub sends all lines up to the comment.
     hunk = str(payload.get("diff_hunk") or "")[-5000:]
     return Comment(
         place=place,
@@ -2448,7 +2460,7 @@ class GitHub:
             )
         except LimitReached as error:  # the key's file system hangs
             raise TransientError(f"openssl {error}") from None
-        # "RSA-SHA2-256(stdin)= 3e5f…" On a full disk there is nothing, not even an error.
+        # It prints "RSA-SHA2-256(stdin)= 3e5f…". On a full disk this and the error are lost.
         match = re.search("= ((?:[0-9a-f]{2})+)$", "".join(result.stdout))
         if match is None:
             if result.disk_was_full:
@@ -2532,7 +2544,7 @@ class GitHub:
     def retryable_error(self, reply: Reply, scope: TokenScope) -> TransientError:
         """Return the error of a failed request, if it may be sent again.
 
-        If GitHub has refused it for good, raises GitHubError.
+        Raises GitHubError if GitHub has refused it for good.
         """
         status = reply.status
         if status == 0:
@@ -2609,7 +2621,7 @@ class GitHub:
         return reply
 
     def read_reply(self, response: Any) -> Reply:
-        """Read a response, in not much more time than the timeout."""
+        """Read a response. May take up to twice the timeout."""
         deadline = time.monotonic() + self.timeout
         body = bytearray()
         while True:
@@ -2645,8 +2657,8 @@ class GitHub:
     def remember_reply(self, url: str, reply: Reply) -> None:
         """Cache a reply: GitHub does not count a request that it answers with 304."""
         # Not a full page: after a 304, its old headers would lack the link to a next page
-        # that exists by then. (The list of repositories is no plain list. It has their
-        # number, so a new one changes every page.)
+        # that exists by then. (The list of repositories is an object that also has their
+        # number. So a new repository changes every page.)
         is_full = isinstance(reply.value, list) and len(reply.value) >= PAGE_SIZE
         is_cacheable = not is_full and reply.size <= MAX_CACHED_BYTES
         if reply.status == 200 and "ETag" in reply.headers and is_cacheable:
@@ -2891,7 +2903,8 @@ class GitHubRepository:
 # URL, an argument or a file. In a workspace, git runs only inside the sandbox.
 #
 # Known limitations:
-# - git unpacks what the remote sends without fsck. A bug in git would be a way to codebot.
+# - git unpacks what the remote sends without fsck. Through a bug in git, the remote could
+#   run code as codebot's user.
 # - Data removed from a repository at GitHub stays in the mirror, where agents can read it.
 #
 # Known limitations of --no-github:
@@ -3415,15 +3428,15 @@ class Mirror(GitDirectory):
 # database is put in place, the cleanup removes the workspaces and outboxes that this
 # database does not know.
 
-# What a retry depends on: these limits, and three columns of jobs, which SCHEMA explains.
-# What changes the columns, and where:
+# What a retry depends on: the limits below this table, and three columns of jobs, which
+# SCHEMA explains. What changes the columns, and where:
 #   interruptions     + 1 by a crash, in a running job (requeue_interrupted), and by a
 #                     transient error after which a retry pays for the agent again (requeue)
 #                     0 when work is saved (JobRun.save_work)
 #   transient_since   now by a transient error, if it was 0 (requeue), and by a start or
 #                     stop of the server, if it was not 0 (requeue_interrupted)
 #                     0 when an agent starts (Workspace.run_work) or work is saved
-#   not_before        after RETRY_DELAY, or when GitHub says, by a transient error
+#   not_before        in RETRY_DELAY, or later if GitHub says so, by a transient error
 #                     0 by a crash or stop, in a running job
 # A stop that a second signal cuts short counts as a crash.
 MAX_INTERRUPTIONS = 3  # at which a job fails
@@ -3483,7 +3496,8 @@ CREATE TABLE jobs (
     --   'unclear'             codebot asks back. Also of a review that failed before it was
     --                         classified (it has an error): see store_failure
     --   'none'                nothing, for example thanks
-    --   'limit'               not classified: the pull request has had its reviews today
+    --   'limit'               not classified: the pull request has used up its reviews of
+    --                         the last 24 hours
     request_kind TEXT NOT NULL DEFAULT '',
     -- See "What a retry depends on". Times are in seconds since 1970.
     interruptions INTEGER NOT NULL DEFAULT 0, -- crashes, and lost runs of the agent, since
@@ -3818,8 +3832,8 @@ class Store:
     """The database. If it cannot be used, methods raise sqlite3.Error.
 
     Only add_events logs that error instead. One connection writes and one reads, each
-    behind its own lock. In WAL mode a reader does not wait for a writer; within a
-    transaction, it sees what was stored before.
+    behind its own lock. In WAL mode a reader does not wait for a writer, and sees
+    nothing of a transaction that is not committed yet.
     """
 
     def __init__(self, path: str) -> None:
@@ -4034,7 +4048,7 @@ class Store:
             stored = self.job(job.id)
             if status == "failed" and stored is not None and stored.cancel_requested:
                 reason = "cancelled"
-                error = CANCELLED_TEXT[job.kind]
+                error = CANCELLED_TEXT["task"]  # only tasks have cancel_requested
             self._transition(db, job.id, "running", status, reason, error)
             add_to_totals(db, job.id, seconds)
 
@@ -4149,7 +4163,8 @@ class Store:
     def due_job(self, kind: str, was_delayed: bool, only_job: str = "") -> str | None:
         """Return the id of the pending job that claim should start next, or None.
 
-        ``was_delayed`` selects the jobs that a transient error has delayed, or all others.
+        ``was_delayed`` selects the jobs that a transient error has delayed, or all others:
+        see queue_due_jobs.
         """
         return self._read_one(
             only_value,
@@ -4167,7 +4182,7 @@ class Store:
         )
 
     def count_pending(self, kind: str, up_to_seq: int = sys.maxsize) -> int:
-        """Count the pending jobs, or those up to a pending job: its position, from 1."""
+        """Count pending jobs: all, or up to one by its seq. That is its position, from 1."""
         counts = self._read(
             only_value,
             """
@@ -4363,7 +4378,7 @@ class Store:
                     {**values, "job_id": job_id},
                 )
                 self._log_lines.append(
-                    f"Task {task_id}: {comment.user:.99} commented on it (job {job_id})"
+                    f"Task {task_id}: {comment.user[:99]} commented on it (job {job_id})"
                 )
                 has_new = True
         return has_new
@@ -4405,7 +4420,7 @@ class Store:
         )
 
     def stored_comments(self, job_id: str) -> list[StoredComment]:
-        """Return a review's comments, oldest first, but texts of GitHub reviews before."""
+        """Return a review's comments: first the texts of GitHub reviews; oldest first."""
         return self._read(
             StoredComment._make,
             """
@@ -4419,7 +4434,8 @@ class Store:
     def request_kinds_of_last_day(self, task_id: str) -> list[str]:
         """Return the request kinds of a pull request's reviews of the last day.
 
-        One by a person without write access is not among them: it was deleted.
+        A pending one is among them only if an earlier run has classified it; one by a
+        person without write access is not: it was deleted when it started.
         """
         return self._read(
             only_value,
@@ -4589,7 +4605,7 @@ def hold_lock(path: str, option: str, make_directory: bool) -> None:
 
     Raises ConfigError, which names ``option``, if that is impossible.
     """
-    # Programs split PATH and the like at colons, git its list of alternates at line breaks.
+    # git splits GIT_CEILING_DIRECTORIES at colons, its list of alternates at line breaks.
     if ":" in path or not path.isprintable():
         raise ConfigError(
             f"Cannot use {path!r}: it contains a colon or an unprintable character. Use "
@@ -4891,7 +4907,10 @@ class JobRun:
         return max(0.1, self.deadline - time.monotonic())
 
     def limit_failure(self, error: LimitReached, program: str) -> JobFailed:
-        """Return the failure of a job whose program was ended by a limit."""
+        """Return the failure of a job whose program was ended by a limit.
+
+        ``program`` is the name by which people know it.
+        """
         if isinstance(error, TooMuchOutput):
             reason = "tests_failed" if self.job.phase == "test" else "agent_failed"
             return JobFailed(reason, f"{program} {error}")
@@ -4918,8 +4937,9 @@ class JobRun:
 # makes the commit itself, in the outbox, a bare repository that bwrap does not show.
 #
 # Known limitations:
-# - git unpacks, checks and compares the agent's objects outside the sandbox. A bug in git
-#   would be a way to codebot. A small pack can make it take any amount of memory.
+# - git unpacks, checks and compares the agent's objects outside the sandbox. Through a bug
+#   in git, an agent could run code as codebot's user. A small pack can make git take any
+#   amount of memory.
 # - "The tests passed" means that the command exited with 0 in a workspace where the agent
 #   could have changed the tests, and files in HOME that they read. The workspace also has
 #   files that git ignores, which the commit lacks. By a filter, an agent can have git
@@ -4932,9 +4952,9 @@ class JobRun:
 # The largest pack of a change that is applied on top of what others pushed meanwhile.
 MAX_CHANGE_BYTES = 256 << 20
 # Every script of Workspace begins with this. It removes the lock files of a killed git,
-# and defines `g`: git without hooks, fsmonitor, signing and gc. It turns off the agent's
-# configuration in HOME. (git 2.31 does not know GIT_CONFIG_GLOBAL, and reads it.) The
-# checkout needs no `g`, because its repository is new.
+# and defines `g`: git without hooks, fsmonitor, signing, gc and sparse checkout. It turns
+# off the agent's configuration in HOME. (git 2.31 does not know GIT_CONFIG_GLOBAL: it reads
+# that configuration.) The checkout needs no `g`, because its repository is new.
 GIT_FUNCTION = """
 export GIT_CONFIG_GLOBAL=/dev/null XDG_CONFIG_HOME=/nonexistent
 for lock in .git/index.lock .git/HEAD.lock; do
@@ -5141,7 +5161,7 @@ class Workspace:
             "GIT_COMMITTER_EMAIL": "codebot@localhost",
         }
         if self.codebot.sandbox.is_bwrap:
-            env["TMPDIR"] = "/tmp"  # the same directory: see sandbox_mounts
+            env["TMPDIR"] = "/tmp"  # the same directory: see bwrap_command
         if not self.codebot.sandbox.is_none:
             env["IS_SANDBOX"] = "1"  # else the CLI refuses to work as root
         if as_agent:
@@ -5224,7 +5244,8 @@ class Workspace:
         except LimitReached as error:
             raise self.run.limit_failure(error, command.name) from None
         finally:
-            # bwrap ends what is in it (but see end_escaped_processes).
+            # bwrap ends what is in it (but see end_escaped_processes), but not what a
+            # launcher leaves beside it.
             if not self.codebot.sandbox.is_bwrap or self.config.launcher:
                 end_processes(tagged_processes, self.config.run_tag)
 
@@ -5294,7 +5315,7 @@ class Workspace:
         Their faults are not the agent's. Files of other names are not listed: one of them
         may be an agent's bad .gitmodules from an earlier job, to be renamed now.
         """
-        lines: list[str] = []  # all, not only the last ones
+        lines: list[str] = []  # all; a ProgramResult has only the last ones
         diff = ("diff-tree", "-r", EMPTY_TREE, base_commit, "--")
         self.outbox.local_git(*diff, ":(glob)**/.gitmodules", on_lines=lines.extend)
         # ":OLD_MODE NEW_MODE OLD_ID NEW_ID A<TAB>NAME"
@@ -5769,9 +5790,10 @@ def tool_call_text(name: str, inputs: JsonObject) -> str:
     """Return a tool call's name and first input in one line, then the other inputs."""
     # Texts, such as a path, come first: the CLI begins with `replace_all`.
     items = sorted(inputs.items(), key=lambda item: not isinstance(item[1], str))
-    # The first input's name is left out: "Bash: ls".
-    _, _, text = "\n".join(f"{key}: {value}" for key, value in items).partition(": ")
-    return f"{name}: {text}"
+    lines = [f"{key}: {value}" for key, value in items]
+    if items:  # the first input's name is left out: "Bash: ls"
+        lines[0] = str(items[0][1])
+    return f"{name}: " + "\n".join(lines)
 
 
 def tool_result_text(content: Json) -> str:
@@ -5791,7 +5813,7 @@ def ask_agent(
     """Run the agent once, within the job's time and budget; store its words and cost.
 
     The prompt must begin with codebot's own words: one that begins with a slash would be a
-    command of the CLI's. Returns AgentRun.output(). Raises JobFailed without success.
+    command of the CLI's. Returns AgentRun.output(). Raises JobFailed if the agent fails.
     """
     run = workspace.run
     agent_run = AgentRun(run)
@@ -5875,9 +5897,8 @@ def without_ci_skips(text: str) -> str:
 
 
 # GitHub shows a footnote ("[^1]: words") at the end of the text, outside of quotes. It
-# begins a line, perhaps after the mark of a list, a quote or a heading: (?<![^X]) means at
-# the start, or after one of X.
-FOOTNOTE_RE = re.compile(r"(?<![^\s>.)*+\]-])\[(?=\^[^\] \t\r\n]{1,1000}\]:)")
+# begins a line, perhaps after the mark of a list, a quote or a heading.
+FOOTNOTE_RE = re.compile(r"(?:^|(?<=[\s>.)*+\]-]))\[(?=\^[^\] \t\r\n]{1,1000}\]:)")
 
 
 def quoted(speaker: str, text: str) -> str:
@@ -5942,10 +5963,11 @@ def run_task(run: JobRun) -> None:
 
 
 def look_up_repository(run: JobRun) -> Repository:
-    """Return the repository and store its id, if GitHub gives a token for it.
+    """Find the task's repository at GitHub, store its id, and return it.
 
-    Raises JobFailed if it is not allowed (the settings may have changed) or was renamed. If
-    it cannot be used, raises JobFailed or, once there is a commit, TransientError.
+    Raises JobFailed if it is not allowed (the settings may have changed), or was renamed,
+    replaced or archived. If GitHub does not show it or gives no token for it, raises
+    JobFailed or, once there is a commit, TransientError.
     """
     job = run.job
     try:
@@ -6128,7 +6150,8 @@ def run_tests(workspace: Workspace, command: str) -> str:
             ask_agent(workspace, prompt, CODING_OPTIONS, CONTINUE_SESSION, attempt)
         tree = workspace.record_files()
         result = run_tests_once(workspace, command, attempt)
-        # This undoes what the test has changed. If it fails, the agent goes on with that.
+        # Undo what the test has changed. If that fails, the agent goes on with what the
+        # test has left; what is committed is the tree.
         with contextlib.suppress(JobFailed):
             workspace.script(RESTORE_SCRIPT, tree)
         if result.code == 0:
@@ -6262,8 +6285,8 @@ DAILY_REVIEW_JOBS = 50  # reviews of one pull request in 24 hours
 MAX_PUSHES = 3  # attempts to push a review's change when others push at the same time
 # GitHub allows 80 writes a minute. The reactions must not use them up.
 MAX_REACTIONS = 30
-# What codebot says, by what the reviewer wants, if it has made no commit. If the agent has
-# answered, only the words for a change are used.
+# codebot's own words in an answer without a commit, by the kind of request. If the agent
+# has answered, codebot adds its own words only for a change.
 OWN_WORDS = {
     "question": "The agent gave no answer.",
     "change": "No file was changed.",
@@ -6376,10 +6399,10 @@ def load_comments(review: Review) -> Review:
     comments = []
     for stored in run.store.stored_comments(run.job.id):
         comment = current.get((stored.place, stored.id))
-        # A comment that GitHub does not list counts as deleted only in a retry, and only if
-        # codebot has had it for a while. Until then it may be missing by chance: when
-        # another one is deleted, it moves to a page that was read already. (received_at,
-        # because created_at may be a draft's.)
+        # A comment that GitHub does not list may be missing by chance: if another one is
+        # deleted meanwhile, it moves to a page that was read already. So it counts as
+        # deleted only in a retry, and only if codebot has had it for a while. (created_at
+        # does not say that: it may be a draft's.)
         is_new = stored.received_at > utc_time(seconds_ago=VISIBILITY_DELAY)
         is_retry = run.job.transient_since > 0
         if comment is None and (is_new or not is_retry):
@@ -6426,8 +6449,8 @@ def has_unpushed_commit(job: Job) -> bool:
 def prepare_answers(review: Review) -> None:
     """Store the answers, unless an earlier run has, and push the commit."""
     run = review.run
-    # Once the work is done, each thread has an answer, perhaps "". Only for "none" and
-    # "limit" there are no answers, but no work either.
+    # Empty until the work is done; then each thread has an answer, perhaps "". (For "none"
+    # and "limit" it stays empty, but there is no work.)
     if not run.job.answers:
         for comment in review.comments:
             run.log_event("codebot", f"Comment by {comment.user}: {comment.text}")
@@ -6654,7 +6677,7 @@ def answer_threads(review: Review) -> None:
 
 
 def post_answer(review: Review, thread_key: str, comment: Comment) -> None:
-    """Post the answer to a thread, whose first comment is given, unless it was posted."""
+    """Post a thread's answer, unless it was posted. ``comment`` is the thread's first."""
     run = review.run
     # Redact before truncating: a secret that was cut in two would not be found.
     body = run.redact(answer_body(run.job, thread_key, comment))
@@ -6729,7 +6752,7 @@ class Sync:
         self.looks = codebot.looks
 
     def step(self) -> None:
-        """Take the look that has been due for longest; those of deliveries come first."""
+        """Take the look that has been due for longest; those of look_now come first."""
         for task_id in self.store.unreported_tasks():
             self.look_later(Look("ended_task", task_id=task_id))
         look = min(list(self.looks), key=lambda look: self.looks[look], default=None)
@@ -7185,7 +7208,7 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
 def store_failure(run: JobRun, ending: Ending) -> None:
     """Store why a review failed.
 
-    As saved work: else require_may_run could refuse the steps that tell the reviewer.
+    It counts as saved work, or require_may_run could refuse to tell the reviewer.
     """
     error = ending.error
     # It was pushed, or the error does not tell whether it was.
@@ -7245,9 +7268,9 @@ def finish_job(run: JobRun, ending: Ending) -> None:
 def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
     """Wait until jobs may be due, for a second at most; then fill the queues.
 
-    Each empty queue gets one job that no transient error has delayed and one that one has,
-    so neither kind holds up the other, except on the same pull request. ``only_job`` is the
-    only job that may start.
+    Each empty queue gets up to two jobs: one that a transient error has delayed, and one
+    that was not delayed. So delayed jobs do not hold up the others, nor the others them,
+    except on the same pull request. ``only_job``, if given, is the only one that may start.
     """
     codebot.jobs_due.wait(TIMER_INTERVAL)
     codebot.jobs_due.clear()
@@ -7286,7 +7309,7 @@ def clean_up(codebot: Codebot) -> None:
 
 
 def do_part(part: Callable[..., None], *args: object) -> None:
-    """Do one part of the cleanup. If it fails, the other parts are still done."""
+    """Do one part of the cleanup, or one mirror. If it fails, the others are still done."""
     try:
         part(*args)
     except (OSError, sqlite3.Error, GitFailed, TransientError) as error:
@@ -8252,13 +8275,13 @@ const ui = {}; // the elements with an id
 for (const element of document.querySelectorAll('[id]')) ui[element.id] = element;
 
 let apiKey = sessionStorage.getItem('apiKey') || '';
-let serverTime = 0; // of the last answer, in milliseconds
+let serverTime = 0; // of the last response, in milliseconds
 let refreshTimer = 0;
 let openedTask = null; // the task in view
 
 // --- Requests
 
-// Returns the fields of a successful answer. Throws an Error with the answer's status.
+// Returns the fields of a successful response. Throws an Error with the status of another.
 async function callApi(path, options = {}) {
   const headers = { Authorization: `Bearer ${apiKey}`, ...options.headers };
   const signal = AbortSignal.timeout?.(RESPONSE_TIMEOUT); // not in browsers before 2022
@@ -8646,7 +8669,7 @@ async function readLog(task) {
   if (task !== openedTask || added.length === 0) return;
   task.lastSeq = added.at(-1).seq;
   addToLog(added.map(logLine));
-  await readLog(task); // there may be more: one answer has at most 1,000 events
+  await readLog(task); // there may be more: a response has at most 1,000 events
 }
 
 // Keeps the end of the log in view, unless the user has scrolled up or selected text.
@@ -8763,7 +8786,8 @@ STREAM_HEADERS = {
     "Content-Type": "text/event-stream",
     "X-Accel-Buffering": "no",  # or nginx would collect the events
 }
-# By --host: the other address that clients of "localhost" or of this host's name may try.
+# For a value of --host: the other address to which a client may connect that knows codebot
+# as "localhost" or by this host's name.
 OTHER_ADDRESSES = {
     "127.0.0.1": "::1",
     "localhost": "::1",
@@ -8885,9 +8909,10 @@ class ConnectionTable:
                     self._drop(connection)
 
     def evict(self) -> None:
-        """Drop the oldest connection that is idle or, if none is, the oldest sending one.
+        """Drop the oldest idle connection or, if there is none, the oldest sending one.
 
-        Called when no place or descriptor is left. Raises OSError if all are being handled.
+        An idle one is waiting or receiving. Called when no place or descriptor is left.
+        Raises OSError if all are being handled.
         """
         idle = []
         sending = []
@@ -8898,8 +8923,8 @@ class ConnectionTable:
                 elif entry.state != "handling":
                     idle.append(connection)
             victims = idle + sending
-            # Then somebody leaves responses unread to keep others out.
             if len(sending) > len(self._entries) / 2:
+                # Somebody leaves responses unread to keep others out.
                 victims = sending
             if not victims:
                 raise ConnectionRefusedError("all connections are being handled")
@@ -8981,7 +9006,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.error("Database error during %r: %s", self.requestline, error)
             message = "The database cannot be used at the moment; retry later"
             return error_response(HTTPError(503, message, {"Retry-After": "10"}))
-        except OSError:  # of the connection: a handler raises none of its own
+        # The client is gone, or codebot has dropped the connection: the handler of a route
+        # raises no OSError of its own.
+        except OSError:
             raise
         except Exception:
             log.exception("Error during %r", self.requestline)
@@ -9349,7 +9376,7 @@ def check_access(path: str, unwanted: int) -> Iterator[Finding]:
     """Check who else may use a file or a directory of codebot's, if it exists.
 
     ``unwanted`` are the permissions that it should not have. Whoever can write to .env
-    names the programs that codebot runs. Whoever can write to the work directory can plant
+    chooses what codebot runs. Whoever can write to the work directory can plant
     repositories whose configuration has git run programs. Whoever can write beside the
     database can plant another one, with tasks of their own.
     """
@@ -9620,6 +9647,7 @@ Requeued:      {pending} job(s)"""
 
 
 def file_times(config: Config) -> list[float]:
+    """Return when this file and .env were last changed."""
     times = []
     for path in (os.path.abspath(__file__), config.env_file):
         with contextlib.suppress(OSError):  # an editor may be replacing it
@@ -9691,6 +9719,7 @@ def run_command(flags: Flags) -> int:
     job = codebot.submit(request, Submission("command line"))
     with running_workers(codebot, job.id):
         print_log(codebot, job.id)
+    # A task that a signal has left unfinished must not go on later.
     with contextlib.suppress(WrongState):  # it has ended, or its push has begun
         codebot.cancel(job.id)
     job = find_task(codebot, job.id)
@@ -9706,7 +9735,7 @@ def run_command(flags: Flags) -> int:
 
 # --- check -------------------------------------------------------------------
 
-CHECK_TIMEOUT = 1.5  # seconds for GitHub's first answer; with a retry at most 5 in all
+CHECK_TIMEOUT = 1.5  # seconds for GitHub's first response; with a retry, at most 5
 
 
 def check_port(codebot: Codebot) -> Iterator[Finding]:
@@ -9762,7 +9791,7 @@ def check_github(codebot: Codebot) -> Iterator[Finding]:
         yield ok(f"The App's key {config.key_file} can sign")
         name = github.fetch_app()["name"]
         yield ok(f"GitHub answers at {github.api}; the App is {name}")
-        github.timeout = GITHUB_TIMEOUT  # some answers take longer
+        github.timeout = GITHUB_TIMEOUT  # some responses take longer
         github.token(LOOKUP)  # refused if the installation is unknown or suspended
         yield from check_installation(config, github)
         yield from check_repositories(github)
@@ -9909,7 +9938,7 @@ def demo_command(flags: Flags) -> int:
         raise ConfigError("The demo needs git on PATH. Install git.")
     with tempfile.TemporaryDirectory(prefix="codebot-demo-") as directory:
         directory = os.path.realpath(directory)
-        # The user's own git configuration must have no effect.
+        # So ~/.gitconfig has no effect. (GIT_CONFIG_* variables and /etc/gitconfig have.)
         os.environ.update(HOME=directory, XDG_CONFIG_HOME=directory)
         codebot = start_app(demo_config(directory), (), logging.WARNING)
         repository = f"{directory}/hello.git"
@@ -10022,6 +10051,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def end_with_traceback(*error: Any) -> None:
+    """Print an error that main did not expect, and exit at once."""
     sys.__excepthook__(*error)
     os._exit(1)
 
