@@ -357,7 +357,7 @@ class ConfigError(Exception):
 
 
 class HTTPError(Exception):
-    """Refuses a request, or a task from an issue or `run`, with an HTTP status."""
+    """A request, or a task from an issue or from `run`, is refused with an HTTP status."""
 
     def __init__(
         self, status: int, message: str, headers: Headers = NO_HEADERS
@@ -383,7 +383,7 @@ class TransientError(Exception):
 
     def __init__(self, message: str, retry_at: float = 0.0) -> None:
         super().__init__(message)
-        # Seconds since 1970: when GitHub accepts requests again, if known
+        # When GitHub accepts requests again, in seconds since 1970. 0: not known
         self.retry_at = retry_at
 
 
@@ -396,7 +396,7 @@ class Cancelled(Exception):
 
 
 class LimitReached(Exception):
-    """A program was ended by a limit. The message lacks a subject: "took more than 5 s"."""
+    """A limit ended a program. The message has no subject, as in "took more than 5 s"."""
 
 
 class TimedOut(LimitReached):
@@ -435,8 +435,8 @@ def parse_utc_time(timestamp: str) -> int:
 
 def parse_json(text: str) -> Json:
     """Parse JSON that anybody may have written. Raises ValueError or RecursionError."""
-    # Of a number, only the first 4,300 digits count (newer versions of Python refuse more).
-    # For millions of digits, int() takes minutes, and no other thread runs meanwhile.
+    # int() needs minutes for millions of digits, and no other thread runs meanwhile. So
+    # only the first 4,300 digits of a number count. (Newer versions of Python refuse more.)
     return json.loads(text, parse_int=lambda digits: int(digits[:4300]))
 
 
@@ -456,7 +456,7 @@ def os_error_text(error: OSError) -> str:
 
 
 def find_paths(directory: str, pattern: str) -> list[str]:
-    """Like glob(), but finds names with a leading dot and takes ``directory`` literally."""
+    """Return paths as glob() does, also of dot files. ``directory`` is taken literally."""
     return [str(path) for path in pathlib.Path(directory).glob(pattern)]
 
 
