@@ -465,16 +465,17 @@ def find_paths(directory: str, pattern: str) -> list[str]:
 # Known limitations:
 # - .env in the current directory names programs that codebot runs. Do not run a codebot
 #   command in a directory that others can write to, such as a clone.
-# - If GitHub's address begins with http://, which only loopback may, and NO_PROXY does not
-#   list it, the proxy of HTTP_PROXY gets codebot's tokens.
+# - GitHub's address may begin with http:// only on loopback. If NO_PROXY does not list that
+#   address, the proxy of HTTP_PROXY gets codebot's tokens.
 # - A secret is recognized only as it is, or as base64 of the secret alone, without line
-#   breaks. One of fewer than 6 characters is not redacted; one of fewer than 16 is not
-#   searched for in the files of a change, nor is what only looks like a token of GitHub. A
-#   secret is missed where a line of more than MAX_LINE_BYTES is split. An agent can publish
-#   a secret by writing it in another way, such as backwards, compressed, or as the name of
-#   an empty directory (which a tree can have, but no diff shows).
-# - codebot knows only the secrets under "What is a secret", below: not a key in the path of
-#   an address, and none in CODEBOT_CLAUDE_ARGS or another command line, which `ps` shows.
+#   breaks. A secret of fewer than 6 characters is not redacted. The files of a change are
+#   not searched for secrets of fewer than 16 characters, nor for what only looks like a
+#   token of GitHub. A secret is missed where a line of more than MAX_LINE_BYTES is split.
+#   An agent can publish a secret by writing it in another way, such as backwards,
+#   compressed, or as the name of an empty directory (a tree can have it, no diff shows it).
+# - codebot knows only the secrets under "What is a secret", below. A key in the path of an
+#   address is not among them. Nor is a secret in CODEBOT_CLAUDE_ARGS or in another command
+#   line, which `ps` shows.
 
 MODEL_KEY_NAMES = (
     "ANTHROPIC_API_KEY",
@@ -495,8 +496,8 @@ NETWORK_NAMES = (
     "NODE_EXTRA_CA_CERTS",
 )
 OWN_SECRET_NAMES = ("CODEBOT_API_KEYS", "GITHUB_WEBHOOK_SECRET")
-# Stripped from settings. strip() without an argument would also remove U+00A0, which
-# may be the last character of a key.
+# These characters are stripped from settings. strip() without an argument would also remove
+# U+00A0, which may be the last character of a key.
 BLANKS = " \t\r\n"
 
 Flags = Mapping[str, Any]  # of the command line, by name; main() adds the umask
@@ -528,7 +529,7 @@ def parse_command(text: str) -> Sequence[str]:
 
 
 def parse_int(minimum: int, maximum: int, text: str) -> int:
-    # The length is limited because int() has a message of its own for very long numbers.
+    # {1,16}: for a very long number, int() would raise an error with another message.
     if not re.fullmatch("[0-9]{1,16}", text) or not minimum <= int(text) <= maximum:
         raise ValueError(f"must be a whole number from {minimum} to {maximum}")
     return int(text)
@@ -564,7 +565,7 @@ def parse_address(text: str) -> str:
             "must be an address like https://ghe.example.com; http:// is only for this "
             "machine"
         )
-    # In lower case, as in the URLs in GitHub's replies: GitHub.send compares them.
+    # GitHub.send compares this address with those in GitHub's replies, in lower case.
     return match["origin"].lower() + match["path"]
 
 
@@ -576,7 +577,7 @@ def parse_search_path(text: str) -> str:
     return ":".join(entries)
 
 
-# Matches the name of a variable, but not of codebot's own, nor of those that it sets.
+# Matches a variable's name, unless the variable is codebot's own or codebot sets it.
 AGENT_VARIABLE_RE = re.compile(
     r"(?!CODEBOT_|GITHUB_APP_|GITHUB_WEBHOOK_|(HOME|PATH|TMPDIR)$)[A-Za-z_]\w*",
     re.ASCII,
@@ -596,8 +597,11 @@ def parse_agent_env(text: str) -> Sequence[str]:
 # The beginning of a rule: owner/name=, where both names may have wildcards. If nothing
 # follows it, the repository has no tests.
 RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*="
-# What is no command: a rule, a broken rule such as "a/b/c=x", or "# x", with which every
-# test would pass.
+# Matches a line that is not one command for all repositories:
+#     make X=a/b    no match
+#     a/b=make      a rule
+#     a/b/c=x       a broken rule, which is refused
+#     # x           refused: as a command, it would let every test pass
 NOT_A_COMMAND = r"#|[^\s=;&|]*/[^\s=;&|]*\s*="
 
 
@@ -628,7 +632,7 @@ def setting(
 ) -> Any:
     """Define a field of Config: its variable, default, parser and the flag's help.
 
-    A variable that is set to nothing counts as not set, even if .env gives it a value.
+    An empty variable counts as not set. In the environment, it also hides the one in .env.
     """
     metadata = {"variable": variable, "parse": parse, "help": about}
     return dataclasses.field(default=default, metadata=metadata)
@@ -638,7 +642,7 @@ def setting(
 class Config:
     """All settings, read once at the start.
 
-    A field with a help text has a flag; if its variable is "", it has only the flag.
+    A field with a help text has a flag. A field whose variable is "" has only the flag.
     """
 
     api_keys: Sequence[str] = setting("CODEBOT_API_KEYS", (), split_commas)
@@ -669,14 +673,14 @@ class Config:
     claude_args: Sequence[str] = setting("CODEBOT_CLAUDE_ARGS", (), split_words)
     task_timeout: int = setting("CODEBOT_TASK_TIMEOUT", 3600, parse_whole_number)
     stall_timeout: int = setting("CODEBOT_STALL_TIMEOUT", 1200, parse_whole_number)
-    # For each task, and again for each review. 0: no limit by the operator
+    # US dollars for each task, and again for each review. 0: the operator sets no limit
     budget: float = setting("CODEBOT_MAX_BUDGET_USD", 0.0, parse_dollars)
     max_turns: int = setting("CODEBOT_MAX_TURNS", 0, parse_whole_number)
     # How often the agent may repair failing tests: the tests run once more than that.
     test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", 2, parse_attempts)
     sandbox: Sequence[str] = setting("CODEBOT_SANDBOX", ("bwrap",), parse_command)
     agent_env: Sequence[str] = setting("CODEBOT_AGENT_ENV", (), parse_agent_env)
-    # Unlike other settings, its variable may be empty: then no issue becomes a task.
+    # Only this variable counts when it is empty: then no issue becomes a task.
     issue_label: str = setting("CODEBOT_ISSUE_LABEL", "codebot")
     test_commands: Sequence[tuple[str, str]] = setting(
         "CODEBOT_TEST_COMMANDS", (), parse_test_commands
@@ -734,7 +738,7 @@ class Config:
 
     @property
     def secret_files(self) -> list[str]:
-        """The files with secrets that exist. The sandbox hides their directories.
+        """The existing files with secrets. The sandbox hides their directories.
 
         A missing .env is left out: its directory may be /, which cannot be hidden.
         """
@@ -797,7 +801,7 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
 
 def hide_logins(text: str) -> str:
     """Replace what may be a login, before the last @ of a word: https://***@host."""
-    # (?<!\S): only from the beginning of a word, or a long line could take minutes.
+    # (?<!\S) finds beginnings of words. Without it, a long line could take minutes.
     return re.sub(r"(?<!\S)(\W?\w+://)?\S+@", r"\1***@", text)
 
 
@@ -823,7 +827,7 @@ def read_settings(
             try:
                 values[field.name] = field.metadata["parse"](text)
             except ValueError as error:
-                # It may be NAME=SECRET instead of a name, or JSON with a key.
+                # A bad value may be NAME=SECRET instead of a name, or JSON with a key.
                 shown = re.sub("(?s)([=\"']).*", r"\1***", hide_logins(text))
                 problems.append(f"{name} {error} (it is {shown!r}).")
     return values
@@ -843,7 +847,7 @@ def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
         "GITHUB_APP_PRIVATE_KEY_PATH",
         "GITHUB_APP_INSTALLATION_ID",
     ):
-        # The variable, not the field: a bad value is another problem, reported elsewhere.
+        # The variable is tested: a bad value, which read_settings reports, sets no field.
         if not config.no_github and not config.variables.get(name, "").strip(BLANKS):
             yield f"{name} is not set. Set it {place}, or start with --no-github."
     if config.launcher and not config.launcher_stop:
@@ -860,7 +864,7 @@ def unreadable_files(config: Config) -> Iterator[str]:
     for name, path in files.items():
         if re.search("-----BEGIN|LS0tLS1CRUdJTi", path):  # a key, perhaps in base64
             yield f"{name} must be the path of a file, not what is in it."
-        # isfile: opening a named pipe could block forever.
+        # isfile() refuses a named pipe: opening it could block forever.
         elif path and not (
             os.path.isfile(path) and os.access(path, os.R_OK, effective_ids=True)
         ):
@@ -873,13 +877,13 @@ def unreadable_files(config: Config) -> Iterator[str]:
 # A pattern of CODEBOT_ALLOWED_REPOSITORIES: * or OWNER/NAME.
 NAME_PATTERN_RE = re.compile(r"\*|[^:/]+/[^:/]+")
 # With --no-github, whole URLs are compared. A pattern is *, or begins with https://HOST/,
-# file:///, git@HOST: or /. A wildcard also matches slashes, so none may come before the
-# path: https://*.acme.com/a would match https://evil/.acme.com/a.
+# file:///, git@HOST: or /. A wildcard also matches slashes: https://*.acme.com/a would
+# match https://evil/.acme.com/a. So no wildcard may come before the path.
 URL_PATTERN_RE = re.compile(r"\*|(\w+://[^/*?\[]+/|file:///|[\w.-]+@[\w.-]+:|/).*")
 
 
 def conflicting_settings(config: Config) -> Iterator[str]:
-    # Not config.allowed: an empty variable counts there as not set, and would allow all.
+    # An empty variable would count as not set, and allow all. So it is refused.
     if not split_commas(config.variables.get("CODEBOT_ALLOWED_REPOSITORIES", "*")):
         yield (
             "CODEBOT_ALLOWED_REPOSITORIES is empty. Name repositories, or use * to "
@@ -913,8 +917,8 @@ def is_allowed(config: Config, name: str) -> bool:
 def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
     """Return the settings, and a sentence for each problem.
 
-    Flags override the environment, and that overrides .env. The default replaces a bad
-    value. Also sets proxies and certificates in os.environ, for urllib and ssl.
+    Flags override the environment, which overrides .env. The default replaces a bad value.
+    Proxies and certificates are also set in os.environ, for urllib and ssl.
     """
     problems: list[str] = []
     env_file = os.path.abspath(".env")
@@ -945,8 +949,8 @@ def load_config(flags: Flags, is_server: bool = False) -> Config:
     return config
 
 
-# Control characters, which could confuse a terminal, and lone surrogates, which SQLite
-# does not accept. They are replaced in the log and in events.
+# Redactor replaces these: control characters, which could confuse a terminal, and lone
+# surrogates, which SQLite does not accept.
 UNPRINTABLE_RE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 GITHUB_TOKEN_RE = re.compile(r"(gh[a-z]|github_pat)_[A-Za-z0-9._-]{36,}")
 TOKEN_RETENTION = 3900.0  # seconds; a token of github.com is valid for 3600
@@ -961,8 +965,8 @@ def with_base64(secrets: Iterable[str]) -> list[str]:
         if len(secret) >= MIN_REDACTED_LENGTH:
             forms.add(secret)
             data = secret.encode("utf-8", "surrogateescape")
-            # This also finds a token in what git sends: base64("x-access-token:" + TOKEN)
-            # ends with base64(TOKEN), because the prefix has 15 bytes, a multiple of 3.
+            # git sends base64("x-access-token:" + TOKEN). It ends with base64(TOKEN), which
+            # is thus found there, because the prefix has 15 bytes, a multiple of 3.
             for encode in (base64.b64encode, base64.urlsafe_b64encode):
                 forms.add(encode(data).decode().rstrip("="))
     # The longest comes first, because it may contain a shorter one.
@@ -976,7 +980,7 @@ class Redactor:
         self._lock = threading.Lock()  # held while _expiries and _secrets are updated
         # The secrets, each with the monotonic time when it is forgotten
         self._expiries = dict.fromkeys(configured_secrets(config), math.inf)
-        # Read without the lock, because the list is replaced and never changed.
+        # This list is read without the lock, because it is replaced and never changed.
         self._secrets = with_base64(self._expiries)
 
     def add(self, token: str) -> None:
@@ -999,18 +1003,18 @@ class Redactor:
     def beginning(self, text: str, length: int) -> str:
         """Return the beginning of a text without secrets, at most ``length`` characters.
 
-        The rest is not looked at, as redacting megabytes is slow. The cut may split a
-        secret, so a piece as long as the longest secret is removed from the end, too.
+        Redacting megabytes is slow, so the text is cut first. The cut may split a secret.
+        So a piece as long as the longest secret is removed from the end, too.
         """
         if len(text) <= length:
             return self(text)
-        # 100: also of a token that only GITHUB_TOKEN_RE knows.
+        # A token that only GITHUB_TOKEN_RE recognizes counts as 100 characters.
         longest = max([100, *map(len, self._secrets)])
         redacted = self(text[:length])
         return redacted[: max(0, len(redacted) - longest)]
 
     def has_secret(self, text: str) -> bool:
-        """Return whether a text contains a secret that is not too short."""
+        """Return whether a text has a secret of at least MIN_SEARCHED_LENGTH characters."""
         return any(
             secret in text
             for secret in self._secrets
@@ -1061,7 +1065,7 @@ def configured_secrets(config: Config) -> set[str]:
         if os.path.isfile(path):  # reading from a pipe could block forever
             with contextlib.suppress(OSError, ValueError):
                 secrets.add(pathlib.Path(path).read_text())
-    # With --no-github, git also uses ALL_PROXY. (Some of NETWORK_NAMES are certificates.)
+    # With --no-github, git also uses ALL_PROXY. The paths of certificates do no harm here.
     proxies = (*NETWORK_NAMES, "ALL_PROXY", "all_proxy")
     names = [*config.agent_env, *proxies, "ANTHROPIC_BASE_URL"]
     for name, value in copy_variables(config, names).items():
@@ -1103,8 +1107,8 @@ def address_secrets(word: str, is_proxy: bool) -> Iterator[str]:
     is_address = is_proxy or address != word
     logins = [address.partition("/")[0].rpartition("@")[0]]
     # Some programs accept a password with a "/": USER:a/b@HOST. So all that is before the
-    # last @ is also taken for a login, unless that @ is in a path, as in HOST:80/PATH@2
-    # and USER@HOST:PATH@2. (A proxy's address has no path.)
+    # last @ also counts as a login, unless that @ is in a path, as in HOST:80/PATH@2 and
+    # USER@HOST:DIR/PATH@2. (A proxy's address has no path.)
     if is_proxy or re.match(r"[^:/@]*:(?!\d+/)", address):
         logins.append(address.rpartition("@")[0])
     for login in logins:
