@@ -1123,24 +1123,24 @@ def address_secrets(word: str, is_proxy: bool) -> Iterator[str]:
 # --- Programs ----------------------------------------------------------------
 #
 # codebot starts every program here, in a process group of its own. A program gets only the
-# environment that the caller lists, except git that contacts the remote with --no-github:
-# see remote_environment. CODEBOT_RUN is in every environment: by it codebot finds
-# processes that have left their group.
+# environment that the caller lists. The exception is git that contacts the remote with
+# --no-github: see remote_environment. Every environment has CODEBOT_RUN, by which codebot
+# finds processes that have left their group.
 
 DEFAULT_TIMEOUT = 1800.0  # seconds, for a program whose caller sets no limit
 MAX_OUTPUT_BYTES = 1 << 30  # a program is ended when its output file is larger
 # Seconds between SIGTERM and SIGKILL, so that git can remove its lock files. (What runs
 # in bwrap is killed at once.)
 KILL_GRACE = 2.0
-# Seconds that the agent may still run after its result or after a rejected key, and a
-# launcher after the program's end.
+# Seconds that the agent may still run after its result or after a rejected key. Only with
+# a launcher: also how long the launcher may still run after the program's end.
 RESULT_GRACE = 5.0
 MAX_LINE_BYTES = 8 << 20  # a line is split after this, or up to READ_BYTES later
 READ_BYTES = 64 << 10  # of output read at a time; the limits are checked in between
 KEPT_LINES = 400  # how many of the last lines of a program's output are kept
 MAX_KEPT_CHARS = 10_000  # of each of these lines
-# With less free space, codebot does not start, and if a program fails, codebot assumes that
-# the disk is the cause: the program's own message may be lost.
+# With less free space, codebot does not start. If a program fails then, codebot assumes
+# that the disk is the cause, because the program's own message may be lost.
 FULL_DISK_BYTES = 16 << 20
 
 
@@ -1148,10 +1148,10 @@ def do_nothing(*args: object) -> None:
     pass
 
 
-# Gets the new lines of a program's standard output. If it raises an error, the program is
-# ended. If it returns True (only the agent's does), the program's work is done: of the
-# limits only MAX_OUTPUT_BYTES still counts, stops and the exit code no longer do, and
-# codebot ends it after RESULT_GRACE.
+# A function that gets the new lines of a program's standard output. If it raises an error,
+# the program is ended. If it returns True (only the agent's does), the program's work is
+# done, and codebot ends the program after RESULT_GRACE. Stops, the exit code and all limits
+# except MAX_OUTPUT_BYTES no longer count.
 LineHandler = Callable[[list[str]], object]
 
 
@@ -1168,27 +1168,29 @@ DEFAULT_LIMITS = Limits()
 
 def raise_if_stop_arrives(check_stop: Callable[[], None]) -> None:
     """Call ``check_stop`` a moment after a signal has ended a program."""
-    # systemd signals all processes of a service, codebot perhaps some milliseconds later.
+    # systemd signals all processes of a service. codebot's signal may come a moment later.
     time.sleep(0.3)  # seconds
     check_stop()
 
 
 # How Popen or a shell reports that a program was ended by SIGTERM (15) or SIGKILL (9).
 SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
-# Lines that name no cause: empty ones and git's advice, of this git or the remote's.
+# Matches lines that name no cause: empty ones, and advice of git here or at the remote.
 NOISE_RE = re.compile(
     "(hint:.*|remote:|Please make sure you have the correct access rights"
     "|and the repository exists.)?"
 )
 CAUSE_RE = re.compile(r"(remote: )?(fatal|error):|.*denied")
-# What programs say if the host lacks disk space, processes or memory.
+# Matches what programs say if the host lacks disk space, processes or memory.
 SHORTAGE = (
     "No space left on device|Disk quota exceeded|: Quota exceeded"  # the last is musl's
     "|Resource temporarily unavailable|Cannot fork|Cannot allocate memory"
     r"|Out of memory, \w+ failed( \(tried to allocate \d+ bytes)?"
 )
-# Only at the end of a line, where git, sh and bwrap print the reason: a file's name does
-# not count. Nor does "remote: fatal: ...", which is about the remote's disk.
+# Matches SHORTAGE at the end of a line, where git, sh and bwrap print the reason:
+#     sh: 1: Cannot fork                          match
+#     cannot create 'Cannot fork'                 no match: a file's name
+#     remote: fatal: No space left on device      no match: the remote's disk
 SHORTAGE_RE = re.compile(rf"^(?!remote:).*({SHORTAGE})\)?$", re.MULTILINE)
 
 
@@ -1206,17 +1208,17 @@ class ProgramResult(NamedTuple):
     code: int  # has no meaning if a LineHandler has returned True
     stdout: list[str]
     stderr: list[str]
-    disk_was_full: bool = False  # when the program ended: then output may be missing
+    disk_was_full: bool = False  # at the program's end; if so, output may be missing
 
     @property
     def error(self) -> str:
-        """Why it failed: the first line that names a cause, and the last three lines."""
+        """Why the program failed: the first line with a cause, and the last three lines."""
         lines = [line.strip() for line in self.stderr or self.stdout]
         lines = [line for line in lines if not NOISE_RE.fullmatch(line)]
         if len(lines) > 4:
             causes = [line for line in lines[:-3] if CAUSE_RE.match(line)]
             lines = causes[:1] + lines[-3:]
-        # It is not truncated, because a secret cut in two would not be redacted later.
+        # The text is not truncated: a secret cut in two would not be redacted later.
         return " / ".join(lines) or "no output"
 
 
@@ -1228,12 +1230,12 @@ def shown_by_terminal(line: str) -> str:
 class OutputFile:
     """A program's output, in an unlinked file that is read while it grows.
 
-    Not a pipe: the Claude CLI loses output when one is full (seen with 2.1.197).
+    No pipe is used: the Claude CLI loses output when a pipe is full (seen with 2.1.197).
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
-        # A program can empty it, with `>/dev/stdout`. Then O_APPEND writes to the new end.
+        # A program's `>/dev/stdout` empties the file. O_APPEND then writes to the new end.
         fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
         self.last_lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
         self.has_new_bytes = False  # whether the last read_lines found any
@@ -1241,7 +1243,7 @@ class OutputFile:
         self._partial_line = bytearray()
 
     def read_lines(self, has_exited: bool) -> list[str]:
-        """Return the new lines. A last line without a line end counts after the exit.
+        """Return the new lines. An unfinished last line is returned only after the exit.
 
         Raises TooMuchOutput.
         """
@@ -1249,8 +1251,8 @@ class OutputFile:
         if size > MAX_OUTPUT_BYTES:
             raise TooMuchOutput(f"printed more than {MAX_OUTPUT_BYTES >> 30} GiB")
         if size < self._position:
-            # It was emptied. What was printed since the last read is lost. (This is not
-            # noticed if as much has been written again.)
+            # The program has emptied the file. What it had printed since the last read is
+            # lost. (codebot does not notice this if as much has been written again.)
             self._position = 0
             self._partial_line.clear()
         data = os.pread(self.file.fileno(), READ_BYTES, self._position)
@@ -1282,7 +1284,7 @@ class OutputFile:
 class RunningProgram:
     """A program that was started, and the limits that apply to it.
 
-    LaunchedProgram, for a program on a node, replaces some of these methods.
+    Only with a launcher: LaunchedProgram replaces some of these methods.
     """
 
     child: subprocess.Popen[bytes]
@@ -1294,7 +1296,7 @@ class RunningProgram:
     started: float = dataclasses.field(default_factory=time.monotonic)
     last_output: float = dataclasses.field(default_factory=time.monotonic)
     is_done: bool = False  # whether a LineHandler has returned True
-    ends_at: float = math.inf  # set by end_soon
+    ends_at: float = math.inf  # monotonic time, set by end_soon
 
     def watch(self) -> None:
         """Pass on the output until the program ends.
@@ -1302,7 +1304,7 @@ class RunningProgram:
         Raises TooMuchOutput, and what check_limits raises.
         """
         while True:
-            # Checked before reading, so that no output before the exit is missed.
+            # The exit is checked before the output is read, so that no output is missed.
             has_exited = self.child.poll() is not None
             has_output = self.read_output(has_exited)
             if has_exited and not has_output:
@@ -1313,7 +1315,7 @@ class RunningProgram:
                 self.check_limits()
             if not has_output:
                 age = time.monotonic() - self.started
-                # Seconds: short at first, because exit_poll may never be ready.
+                # Seconds. The pause is short at first: exit_poll may never be ready.
                 pause = min(0.001 + age / 10, 0.1)
                 self.exit_poll.poll(1000 * pause)
 
@@ -1336,7 +1338,7 @@ class RunningProgram:
             self.end_soon()
 
     def end_soon(self) -> None:
-        """Let the program be ended after RESULT_GRACE, if it does not end by itself."""
+        """Give the program RESULT_GRACE to end by itself. After that, it is ended."""
         self.ends_at = min(self.ends_at, self.last_output + RESULT_GRACE)
 
     def check_limits(self) -> None:
@@ -1349,7 +1351,8 @@ class RunningProgram:
             raise Stalled("printed nothing for too long")
 
     def exit_code(self) -> int:
-        # None: it has done its work but could not be ended, so the code does not matter.
+        # poll() returns None if the program could not be ended after its work was done.
+        # Then the exit code does not matter.
         return self.child.poll() or 0
 
     def result(self) -> ProgramResult:
@@ -1363,7 +1366,7 @@ class RunningProgram:
             code,
             [*self.stdout.last_lines],
             [*self.stderr.last_lines],
-            # Asked now: the files of the output are on this disk, and are removed soon.
+            # This must come before the files of the output, on the same disk, are removed.
             is_disk_full(tempfile.gettempdir()),
         )
         if code == 0 or self.is_done:
@@ -1372,7 +1375,7 @@ class RunningProgram:
             raise_if_stop_arrives(self.limits.check_stop)
         if result.disk_was_full:
             raise TransientError(f"The disk is full: {result.error}")
-        # An agent can fake this, and cause a retry. MAX_INTERRUPTIONS limits the cost.
+        # An agent can fake such a line to cause a retry. MAX_INTERRUPTIONS limits the cost.
         if SHORTAGE_RE.search("\n".join(result.stderr)):
             raise TransientError(f"The host is short of resources: {result.error}")
         return result
@@ -1385,7 +1388,7 @@ def signal_group(leader: int, number: int) -> bool:
     """
     try:
         os.killpg(leader, number)
-    # PermissionError: it runs as another user or, on macOS, only a zombie is left.
+    # PermissionError: the group runs as another user or, on macOS, has only a zombie left.
     except (ProcessLookupError, PermissionError):
         return False
     return True
@@ -1394,8 +1397,8 @@ def signal_group(leader: int, number: int) -> bool:
 def end_process_group(child: subprocess.Popen[bytes]) -> None:
     """End all processes of a program's group.
 
-    What a program has left behind at its own end gets SIGKILL at once. The kernel does not
-    reuse a group's number while it has members, nor soon afterward.
+    If the program itself has ended, the rest of the group gets SIGKILL at once. The kernel
+    does not reuse a group's number while the group has members, nor soon afterward.
     """
     if child.poll() is None:
         signal_group(child.pid, signal.SIGTERM)
@@ -1410,7 +1413,7 @@ def end_process_group(child: subprocess.Popen[bytes]) -> None:
     try:
         child.wait(KILL_GRACE)
     except subprocess.TimeoutExpired:
-        # It runs as another user, by way of sudo, or waits for a dead file system.
+        # The program runs as another user, through sudo, or waits for a dead file system.
         log.error("Process %d (%s) cannot be ended", child.pid, child.args)
 
 
@@ -1441,9 +1444,9 @@ def run_program(
 ) -> ProgramResult:
     """Run a program to its end, and end the processes that it leaves in its group.
 
-    Only `launch` sets ``program_type``. Raises OSError if the program cannot start;
-    LimitReached, StopRequested or Cancelled if it must end early; TransientError if the
-    host lacks disk space, memory or processes.
+    Raises OSError if the program cannot start; LimitReached, StopRequested or Cancelled if
+    it must end early; TransientError if the host lacks disk space, memory or processes.
+    Only with a launcher: `launch` sets ``program_type``.
     """
     with contextlib.ExitStack() as files:
         stdin_file = files.enter_context(tempfile.TemporaryFile())
@@ -1472,8 +1475,8 @@ def run_program(
         return program.result()
 
 
-# Of a file in /proc. Few programs have a larger environment, but a process can declare
-# gigabytes of its memory to be its environment. A list of 20,000 mounts is this long.
+# The limit for a file in /proc. A process can declare gigabytes of its memory to be its
+# environment, but few environments are larger. A list of 20,000 mounts is this long.
 MAX_PROCESS_FILE_BYTES = 2 << 20
 
 
@@ -1497,7 +1500,7 @@ def find_processes(files: str, pattern: str) -> list[int]:
     regex = re.compile(os.fsencode(pattern))
     found = set()
     for path in glob.glob(f"/proc/[0-9]*/{files}"):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
+        with contextlib.suppress(OSError):  # the process has ended or is another user's
             if regex.search(read_process_file(path)):
                 found.add(int(path.split("/")[2]))
     return sorted(found)
@@ -1506,8 +1509,8 @@ def find_processes(files: str, pattern: str) -> list[int]:
 def tagged_processes(run_tag: str) -> list[int]:
     """Return the ids of the processes whose CODEBOT_RUN begins with ``run_tag``.
 
-    It must not be empty. The parts of a tag have fixed lengths: see base_environment. So
-    the tag of a codebot process finds what it and its jobs have started, and nothing else.
+    ``run_tag`` must not be empty. Its parts have fixed lengths: see base_environment. So
+    a codebot process's tag finds what that process and its jobs started, and nothing else.
     """
     return find_processes("environ", f"CODEBOT_RUN={run_tag}")
 
@@ -1524,7 +1527,7 @@ def end_processes(find: Callable[[str], list[int]], argument: str) -> None:
     # SIGTERM is sent only once, because a second one could disturb their cleanup.
     signal_processes(processes, signal.SIGTERM)
     grace_end = time.monotonic() + KILL_GRACE
-    # SIGKILL takes far less than 20 seconds, even if some have forked meanwhile.
+    # SIGKILL takes far less than 20 seconds, even if some processes have forked meanwhile.
     while processes and time.monotonic() < grace_end + 20.0:
         time.sleep(0.02)
         processes = find(argument)
