@@ -1574,11 +1574,11 @@ def launcher_argv(command: Sequence[str], workspace_path: str) -> list[str]:
     ]
 
 
-# A launched program may outlive codebot. So each launch has a record: for the workspace
-# NAME, the file launched/NAME. It holds the run's tag or, after a stop that failed,
-# STOP_FAILED. It is removed only when CODEBOT_LAUNCHER_STOP has succeeded, which it must
-# also do if nothing runs. The run itself stops the program; if codebot dies, its watchdog
-# does. After a failure the cleanup, the next run in the workspace and the next start retry.
+# A launched program may outlive codebot. So each launch in a workspace NAME has a record,
+# the file launched/NAME. The record holds the run's tag or, after a failed stop,
+# STOP_FAILED. It is removed only when CODEBOT_LAUNCHER_STOP has succeeded. (The command
+# must also succeed if nothing runs.) The run itself stops its program. If codebot dies, its
+# watchdog does. After a failure, the cleanup, the next run here and the next start retry.
 STOP_FAILED = "stop failed"
 
 
@@ -1591,21 +1591,21 @@ def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") 
 
     Acts only on a record that begins with ``record_prefix``: "" for any launch, the tag of
     a codebot process for its launches, STOP_FAILED for one whose stop has failed. Returns
-    False only if it acted, and CODEBOT_LAUNCHER_STOP failed or is not set.
+    False only if there is such a record, and CODEBOT_LAUNCHER_STOP failed or is not set.
     """
     record = launch_record(config, workspace_path)
-    # Without a record, nothing runs. NFS wants it opened for writing, for exclusive locks.
+    # Without a record, nothing runs. On NFS, an exclusive lock needs "+" (write access).
     with contextlib.suppress(FileNotFoundError), open(record, "r+b") as lock:
         # Another thread, or an earlier server's watchdog, may be stopping the same launch.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # Meanwhile the record may have been removed, or replaced for a later launch, which
-        # may not be meant. So it is read by its path, not from ``lock``.
+        # While this call waited, the record may have been removed, or replaced by that of
+        # a later launch, which may not be meant. So it is read by its path, not ``lock``.
         if not record.read_text().startswith(record_prefix):
             return True
         error = run_stop_command(config, workspace_path)
         if error:
             log.warning("CODEBOT_LAUNCHER_STOP failed for %s: %s", record.name, error)
-            # If the disk is full, the next launch here or the next start tries again.
+            # If a full disk prevents this, only the next run here and the next start retry.
             with contextlib.suppress(OSError):
                 record.write_text(STOP_FAILED)
             return False
@@ -1653,8 +1653,8 @@ class LaunchedProgram(RunningProgram):
         SENTINEL EXIT_CODE      the program has ended
         the launcher's lines    kept with its standard error
 
-    The exit codes of launchers differ in meaning. If the program's own is not printed, the
-    node or the cluster has failed.
+    The exit codes of launchers differ in meaning, so they are not used. If the program's
+    exit code is not printed, the node or the cluster has failed.
     """
 
     sentinel: str = ""
@@ -1667,16 +1667,16 @@ class LaunchedProgram(RunningProgram):
         """Note the program's start and exit code; pass on the lines that it printed."""
         output: list[str] = []
         for line in lines:
-            # A program may find the sentinel, in the arguments of sh or by reading its own
-            # output (even in bwrap, if the launcher passes on this file). Then it can forge
-            # its exit code.
+            # A program may find the sentinel in the arguments of sh, or in its own output
+            # (even in bwrap, if the launcher passes on this file). Then it can forge its
+            # exit code.
             word, _, code = line.partition(" ")
-            # The exit code counts even if the first sentinel was not read, because the
-            # program has emptied the output. (Then on_start is never called.)
+            # If the program has emptied the output, the first sentinel may be lost. Then
+            # on_start is never called, but the exit code still counts.
             if word == self.sentinel and re.fullmatch("[0-9]{1,3}", code):
                 self.node_code = int(code)
                 self.end_soon()
-                if output[-1:] == [""]:  # NODE_SCRIPT's, not the program's
+                if output[-1:] == [""]:  # this empty line is NODE_SCRIPT's
                     output.pop()
             elif self.is_on_node and self.node_code is None:  # between the sentinels
                 output.append(line)
@@ -1690,7 +1690,7 @@ class LaunchedProgram(RunningProgram):
         super().handle_lines(output)
 
     def check_limits(self) -> None:
-        """Also raises NoFreeNode."""
+        """Raise NoFreeNode, too, if no node becomes free in time."""
         if self.is_on_node:
             super().check_limits()
             return
@@ -1699,11 +1699,11 @@ class LaunchedProgram(RunningProgram):
             raise NoFreeNode("got no free node")
 
     def exit_code(self) -> int:
-        # None counts as ended by a signal, because codebot's own stop may be the cause.
+        # A missing exit code counts as SIGTERM: codebot's own stop may be the cause.
         return -signal.SIGTERM if self.node_code is None else self.node_code
 
     def result(self) -> ProgramResult:
-        """Also raises TransientError if the launcher or its node failed."""
+        """Raise TransientError, too, if the launcher or its node failed."""
         result = super().result()
         if self.node_code is None and not self.is_done:
             raise TransientError(f"The launcher or its node failed: {result.error}")
@@ -1721,8 +1721,8 @@ def launch(
 ) -> ProgramResult:
     """Run a program, as run_program does, through the launcher if there is one.
 
-    Calls ``on_start`` when the program starts: at once, or when a node is free. Records
-    the launch and, at its end, stops whatever still runs.
+    Calls ``on_start`` when the program starts: at once, or when a node is free. Only with
+    a launcher: the launch is recorded and, at its end, whatever still runs is stopped.
     """
     if not config.launcher:
         on_start()
