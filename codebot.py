@@ -3430,25 +3430,27 @@ class Mirror(GitDirectory):
 # Jobs are made by add_task and queue_comments, and deleted by drop_review,
 # absorb_waiting_reviews and delete_expired. _transition makes all changes of state.
 #
-# Known limitation: a new database, such as that of a new work directory, knows no pull
-# requests, and issues that still have the label become tasks again. If an older or another
-# database is put in place, the cleanup removes the workspaces and outboxes that this
-# database does not know.
+# Known limitations:
+# - A new database, such as that of a new work directory, knows no pull requests. Issues
+#   that still have the label become tasks again.
+# - If an older or another database is put in place, the cleanup removes the workspaces and
+#   outboxes that this database does not know.
 
-# What a retry depends on: the limits below this table, and three columns of jobs, which
-# SCHEMA explains. What changes the columns, and where:
-#   interruptions     + 1 by a crash, in a running job (requeue_interrupted), and by a
-#                     transient error after which a retry pays for the agent again (requeue)
-#                     0 when work is saved (JobRun.save_work)
-#   transient_since   now by a transient error, if it was 0 (requeue), and by a start or
-#                     stop of the server, if it was not 0 (requeue_interrupted)
-#                     0 when an agent starts (Workspace.run_work) or work is saved
-#   not_before        in RETRY_DELAY, or later if GitHub says so, by a transient error
-#                     0 by a crash or stop, in a running job
+# What a retry depends on: the limits below, and these columns of jobs (see SCHEMA).
+#   column            becomes         when
+#   interruptions     + 1             a crash ends a run (requeue_interrupted)
+#                     + 1             a transient error ends a run, and the retry must pay
+#                                     for the agent again (requeue)
+#                     0               work is saved (JobRun.save_work)
+#   transient_since   now, if 0       a transient error ends a run (requeue)
+#                     now, if not 0   the server starts or stops (requeue_interrupted)
+#                     0               an agent starts (Workspace.run_work), or work is saved
+#   not_before        in RETRY_DELAY  a transient error ends a run; later if GitHub says so
+#                     0               a crash or a stop ends a run
 # A stop that a second signal cuts short counts as a crash.
-MAX_INTERRUPTIONS = 3  # at which a job fails
+MAX_INTERRUPTIONS = 3  # a job with this many fails
 RETRY_DELAY = 60.0  # seconds, at least, from a transient error to the retry
-# Seconds after transient_since. A later transient error fails the job.
+# Seconds from transient_since. After that, a transient error fails the job.
 RETRY_LIMIT = {"task": 3600.0, "review": 86400.0}
 
 # The states that each state may change to. Completed and failed are final.
@@ -3790,7 +3792,7 @@ def insert_label_event(db: sqlite3.Connection, event_id: int) -> None:
 
 
 def add_to_totals(db: sqlite3.Connection, job_id: str, seconds: float = 0.0) -> None:
-    """Add the cost of a job that has ended, and the seconds that it took, if any."""
+    """Add to the totals an ended job's cost, and the ``seconds`` that it took."""
     db.execute(
         """
         UPDATE totals SET
@@ -3804,10 +3806,10 @@ def add_to_totals(db: sqlite3.Connection, job_id: str, seconds: float = 0.0) -> 
 def find_or_create_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
     """Return the id of the review that a reviewer's new comment joins.
 
-    That is a pending one that is not classified yet or, if there is none, a new one with
-    its task's directory and branch.
+    The comment joins a pending review that is not classified yet. If there is none, a new
+    review is made, with its task's directory and branch.
     """
-    job_id = str(uuid.uuid4())  # of the new review, if one is added
+    job_id = str(uuid.uuid4())  # used only for a new review
     values = {"id": job_id, "task_id": task_id, "reviewer": reviewer, "now": utc_time()}
     row = db.execute(
         """
@@ -3836,25 +3838,24 @@ def find_or_create_review(db: sqlite3.Connection, task_id: str, reviewer: str) -
 
 
 class Store:
-    """The database. If it cannot be used, methods raise sqlite3.Error.
+    """The database. Methods except add_events raise sqlite3.Error if it cannot be used.
 
-    Only add_events logs that error instead. One connection writes and one reads, each
-    behind its own lock. In WAL mode a reader does not wait for a writer, and sees
-    nothing of a transaction that is not committed yet.
+    One connection writes and another one reads. Each has its own lock. In WAL mode, a
+    reader does not wait for a writer, and sees only transactions that are committed.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.writable = True  # whether the last write succeeded
         self._write_lock = threading.Lock()  # guards _writer and _log_lines
-        self._log_lines: list[str] = []  # logged once the transaction is committed
+        self._log_lines: list[str] = []  # to be logged after the commit
         self._read_lock = threading.Lock()  # guards _reader
         try:
             self._writer = self._connect()
             self._create_schema()
             self._reader = self._connect()
             self._inode = os.stat(path).st_ino
-            self.check_writable()  # SQLite also opens a file that it may only read
+            self.check_writable()  # SQLite opens a read-only file without an error
         except sqlite3.Error as error:
             raise ConfigError(
                 f"The database {path} cannot be used: {error}. End programs that hold "
@@ -3890,7 +3891,7 @@ class Store:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Run the block in one write transaction, which is on disk when it ends."""
+        """Run the block in one write transaction. Its changes are on disk afterward."""
         if not self._write_lock.acquire(timeout=LOCK_TIMEOUT):
             self.writable = False
             raise sqlite3.OperationalError("the database is busy")
@@ -3906,7 +3907,7 @@ class Store:
         except sqlite3.Error:
             self.writable = False
             with contextlib.suppress(sqlite3.Error):
-                # If COMMIT fails, early versions of Python 3.9 leave the transaction open.
+                # Early versions of Python 3.9 leave the transaction open if COMMIT fails.
                 self._writer.rollback()
             raise
         finally:
@@ -3939,7 +3940,7 @@ class Store:
             return db.execute(sql, values).rowcount > 0
 
     def check_writable(self) -> None:
-        """Write something, so that `writable` is up to date."""
+        """Write something, so that ``writable`` says whether writing works now."""
         self._write("UPDATE totals SET checks = checks + 1")
 
     def empty_wal(self) -> None:
@@ -3998,8 +3999,9 @@ class Store:
     ) -> Job:
         """Store a new task and return it.
 
-        If a task has its idempotency key or label event, returns that one. Raises
-        HTTPError: 409 if the key was used with other fields, 503 if the queue is full.
+        A stored task with the same idempotency key or label event is returned instead.
+        Raises HTTPError: 409 if the key was used with other fields, 503 if the queue is
+        full.
         """
         values = {
             **vars(request),
@@ -4024,7 +4026,7 @@ class Store:
             job = make_job(row)
             if submission.idempotency_key and job.request != request:
                 raise HTTPError(409, "This Idempotency-Key was used for another task")
-            # Logged again if the task was submitted before.
+            # A repeated submission of the same task is logged too.
             url = request.repository_url
             self._log_lines.append(
                 f"Task {job.id}: submitted by {submission.submitted_by} for {url}"
@@ -4032,7 +4034,7 @@ class Store:
             return job
 
     def claim(self, job_id: str) -> Job | None:
-        """Start a job and return it, or None if it has started or must not start yet."""
+        """Start a job and return it. Returns None if it is not pending or must wait."""
         values = {"id": job_id, "now": time.time()}
         with self._transaction() as db:
             row = db.execute(
@@ -4049,7 +4051,7 @@ class Store:
     ) -> None:
         """Complete or fail a running job; add ``seconds`` and its cost to the totals.
 
-        A task that was cancelled just before it failed fails as cancelled.
+        If a cancellation was requested before a task fails, it fails as cancelled.
         """
         with self._transaction() as db:
             stored = self.job(job.id)
@@ -4086,13 +4088,14 @@ class Store:
             )
 
     def requeue_interrupted(self, interruptions: int) -> None:
-        """Requeue all running jobs. ``interruptions``: 1 after a crash, 0 at a stop.
+        """Requeue all running jobs. ``interruptions`` is 1 after a crash, 0 at a stop.
 
-        The time limit for retries begins anew: time without a server must not count.
+        For all pending jobs, the time limit for retries begins anew, because the time
+        without a server must not count.
         """
         running = self._read(only_value, "SELECT id FROM jobs WHERE status = 'running'")
         for job_id in running:
-            with contextlib.suppress(WrongState):  # it has just ended
+            with contextlib.suppress(WrongState):  # the job has just ended
                 self.requeue(job_id, interruptions)
         self._write(
             """
@@ -4105,7 +4108,7 @@ class Store:
     def request_cancel(self, job_id: str) -> None:
         """Fail a pending task, or ask a running one to end.
 
-        Raises WrongState if it has ended, or its commit may have been pushed.
+        Raises WrongState if the task has ended, or if its push has begun.
         """
         error = CANCELLED_TEXT["task"]
         with self._transaction() as db:
@@ -4118,15 +4121,15 @@ class Store:
             )
             if cursor.rowcount == 0:
                 raise WrongState(f"job {job_id} can no longer be cancelled")
-            with contextlib.suppress(WrongState):  # it is running
+            with contextlib.suppress(WrongState):  # the task is running
                 self._transition(db, job_id, "pending", "failed", "cancelled", error)
                 add_to_totals(db, job_id)
 
     def begin_push(self, job_id: str) -> bool:
-        """Record that a task's push begins. Returns False if it is to be cancelled.
+        """Record that a task's push begins. Returns False if the task is to be cancelled.
 
-        This and request_cancel exclude each other: each tests the other's column in the
-        statement that sets its own.
+        Only one of begin_push and request_cancel can succeed. Each sets its own column in a
+        statement that also tests the other's column.
         """
         return self._write(
             "UPDATE jobs SET push_started = 1 WHERE id = :id AND cancel_requested = 0",
@@ -4170,8 +4173,8 @@ class Store:
     def due_job(self, kind: str, was_delayed: bool, only_job: str = "") -> str | None:
         """Return the id of the pending job that claim should start next, or None.
 
-        ``was_delayed`` selects the jobs that a transient error has delayed, or all others:
-        see queue_due_jobs.
+        If ``was_delayed``, only jobs that a transient error has delayed count; otherwise
+        only the others. queue_due_jobs says why.
         """
         return self._read_one(
             only_value,
@@ -4189,7 +4192,7 @@ class Store:
         )
 
     def count_pending(self, kind: str, up_to_seq: int = sys.maxsize) -> int:
-        """Count pending jobs: all, or up to one by its seq. That is its position, from 1."""
+        """Count the pending jobs, or those up to a job's seq: its position, from 1."""
         counts = self._read(
             only_value,
             """
@@ -4223,7 +4226,7 @@ class Store:
         return tasks
 
     def add_events(self, task_id: str, events: Sequence[tuple[str, str]]) -> None:
-        """Add (source, message) pairs to a task's log, if the database can be written."""
+        """Add (source, message) pairs to a task's log. A database error loses them."""
         if not events:
             return
         now = utc_time()
@@ -4360,10 +4363,10 @@ class Store:
         )
 
     def queue_comments(self, task_id: str, comments: Iterable[Comment]) -> bool:
-        """Add new comments to pending or new reviews. Returns whether there are any.
+        """Add new comments to reviews. Returns whether any comment is new.
 
-        All comments that one reviewer has waiting on one pull request form one review.
-        codebot's own comments and known ones are ignored.
+        A comment joins its reviewer's waiting review: see find_or_create_review. Comments
+        by codebot, and those that the store has already, are ignored.
         """
         has_new = False
         with self._transaction() as db:
@@ -4391,8 +4394,8 @@ class Store:
         return has_new
 
     def absorb_waiting_reviews(self, job: Job) -> None:
-        """Move the comments of the reviewer's pending reviews to this running one."""
-        # `id != :id`: at a stop, this job may be pending already.
+        """Merge the reviewer's pending, unclassified reviews into this running one."""
+        # `id != :id` protects this review: at a stop, it may be pending already.
         with self._transaction() as db:
             db.execute(
                 """
@@ -4427,7 +4430,7 @@ class Store:
         )
 
     def stored_comments(self, job_id: str) -> list[StoredComment]:
-        """Return a review's comments: first the texts of GitHub reviews; oldest first."""
+        """Return comments: first the texts of GitHub reviews, each group oldest first."""
         return self._read(
             StoredComment._make,
             """
@@ -4441,8 +4444,8 @@ class Store:
     def request_kinds_of_last_day(self, task_id: str) -> list[str]:
         """Return the request kinds of a pull request's reviews of the last day.
 
-        A pending one is among them only if an earlier run has classified it; one by a
-        person without write access is not: it was deleted when it started.
+        A pending review counts only if an earlier run has classified it. A review by a
+        person without write access does not count, because it was deleted when it started.
         """
         return self._read(
             only_value,
@@ -4511,9 +4514,10 @@ class Store:
     # Retention
 
     def retained_directories(self, retention: float) -> set[str]:
-        """Return the workspaces of tasks with activity in the last ``retention`` seconds.
+        """Return the names of the workspaces that must be kept.
 
-        Once the pull request is closed, only an unfinished job retains the workspace.
+        An unfinished job keeps its task's workspace. After its last job, it is kept for
+        ``retention`` seconds, unless the pull request is closed or merged.
         """
         directories = self._read(
             only_value,
@@ -4529,7 +4533,7 @@ class Store:
     def delete_expired(self, retention: float) -> None:
         """Delete old logs, old tasks without an open pull request, and old deliveries.
 
-        Deletes at most 5,000 events and 100 tasks at a time, as other writers wait.
+        Each call deletes at most 5,000 events and 100 tasks, because other writers wait.
         """
         cutoff = utc_time(seconds_ago=retention)
         self._write(
