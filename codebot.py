@@ -4579,7 +4579,7 @@ class Store:
 DATABASE_RETRY_DELAY = 5.0  # seconds until a failed write to the database is retried
 MIN_GIT_TIMEOUT = 60.0  # seconds, at least, for a git command in a workspace
 MAX_EVENT_CHARS = 4000  # a longer event is truncated
-MAX_OUTPUT_EVENTS = 10_000  # kept of each attempt of a phase, from LIMITED_SOURCES
+MAX_OUTPUT_EVENTS = 10_000  # kept from LIMITED_SOURCES, in each attempt of a phase
 LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")
 
 
@@ -4596,11 +4596,11 @@ def take_work_dir(config: Config) -> None:
             f"The disk of {work_dir} is full. Free some space. While codebot is not "
             "running, task_*/repo and task_*/tmp in it can be removed."
         )
-    # The database may be in another server's work directory. A missing directory is not
-    # made, because its disk may not be mounted.
+    # The database has its own lock, because it may be in another server's work directory.
+    # If its directory is missing, it is not made: its disk may not be mounted.
     hold_lock(f"{database}.lock", "CODEBOT_DATABASE", make_directory=False)
     if not os.path.exists(database) and removable_paths(work_dir, "task"):
-        # A new database would know none of them, and the cleanup would remove them.
+        # A new database would not know these tasks: the cleanup would remove their files.
         raise ConfigError(
             f"{work_dir} has tasks, but their database {database} is missing. Move it "
             f"there, together with {database}-wal if there is one, or use another "
@@ -4616,7 +4616,8 @@ def hold_lock(path: str, option: str, make_directory: bool) -> None:
 
     Raises ConfigError, which names ``option``, if that is impossible.
     """
-    # git splits GIT_CEILING_DIRECTORIES at colons, its list of alternates at line breaks.
+    # Two lists for git contain paths in the work directory. git splits
+    # GIT_CEILING_DIRECTORIES at colons, and a list of alternates at line breaks.
     if ":" in path or not path.isprintable():
         raise ConfigError(
             f"Cannot use {path!r}: it contains a colon or an unprintable character. Use "
@@ -4627,14 +4628,14 @@ def hold_lock(path: str, option: str, make_directory: bool) -> None:
         if make_directory:
             os.makedirs(directory, exist_ok=True)
         owner = os.stat(directory).st_uid
-        # If root ran codebot here, the owner could not open the files afterward.
+        # Root is refused too: the owner could not open files that root makes here.
         if owner not in (0, os.geteuid()):
             raise ConfigError(
                 f"{directory} belongs to user {owner}. Run codebot as that user, or use "
                 f"another {option}."
             )
-        # This stays open. O_NOFOLLOW: with a symlink, another user could have a file made
-        # elsewhere. O_RDWR: opening a FIFO for writing only would wait for a reader.
+        # The descriptor stays open. Without O_NOFOLLOW, another user's symlink could make
+        # codebot create a file elsewhere. With O_WRONLY, a FIFO would wait for a reader.
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -4673,17 +4674,17 @@ def removable_paths(work_dir: str, kind: str) -> list[str]:
 def remove_tree(config: Config, path: str) -> None:
     """Remove a directory, if it exists. An agent may have made it unwritable or very deep.
 
-    Symlinks are not followed. Raises ValueError unless the path is one that codebot makes
-    in its work directory, and TransientError if some of it cannot be removed, such as
-    another user's files.
+    Nothing is removed through a symlink. Raises ValueError if codebot does not make such a
+    path in its work directory. Raises TransientError if some of the directory remains,
+    for example another user's files.
     """
     name, _, part = os.path.relpath(path, config.work_dir).partition("/")
     if not REMOVABLE_RE.fullmatch(name) or part not in ("", "repo", "tmp"):
         raise ValueError(f"{path} is not a directory that codebot may remove")
-    remove_most(path)  # first: a full disk may have no space for a program's files
+    remove_most(path)  # first: it needs no disk space; a program's output does
     if os.path.lexists(path):
-        # rm never follows a link. chmod may, if a process replaces files meanwhile, but it
-        # only gives a file's owner more rights.
+        # rm never follows a symlink. chmod may follow one if a process replaces files
+        # meanwhile, but chmod only gives a file's owner more rights.
         script = '[ -L "$1" ] || chmod -R u+rwX -- "$1"; rm -rf -- "$1"'
         env = base_environment(config)
         with contextlib.suppress(LimitReached):
@@ -4692,15 +4693,15 @@ def remove_tree(config: Config, path: str) -> None:
         raise TransientError(f"{path} cannot be removed")
 
 
-MAX_REMOVED_LEVELS = 100  # each takes two descriptors
+MAX_REMOVED_LEVELS = 100  # each level keeps two descriptors open
 
 
 def remove_most(name: str, parent: int | None = None, level: int = 0) -> None:
     """Remove a file or directory, except what is unwritable or too deep.
 
-    Raises no OSError. Never follows a symlink, even if one appears meanwhile. Takes little
-    memory, where shutil.rmtree may take gigabytes: an agent can make 8,000 levels in a
-    moment.
+    Raises no OSError. Never follows a symlink, even if one appears meanwhile. An agent can
+    make 8,000 levels in a moment. With so many, shutil.rmtree may take gigabytes of memory;
+    this function takes little.
     """
     with contextlib.suppress(OSError):
         os.unlink(name, dir_fd=parent)  # fails if it is a directory
@@ -4723,13 +4724,13 @@ class Look(NamedTuple):
     """What the sync thread is to look at.
 
     kind             other fields            what is done
-    "everything"                             find what follows
+    "everything"                             add looks at all that may have changed
     "repository"     repository_id           find its issues with the label
     "issue"          repository_id, number   submit or cancel its task
     "pull_request"   task_id                 store its state, queue new comments
     "ended_task"     task_id                 report the end of the task on its issue
 
-    is_second: see Codebot.look_now.
+    ``is_second`` marks the second look of Codebot.look_now.
     """
 
     kind: str
@@ -4753,7 +4754,7 @@ EVERYTHING = Look("everything")
 
 
 class Codebot:
-    """What the threads share. The queues of jobs carry ids; the store is the record."""
+    """What the threads share. Its queues carry only job ids; the store is the record."""
 
     def __init__(self, config: Config) -> None:
         self.work_dir_tag = sha256_hex(config.work_dir)[:12]
@@ -4770,12 +4771,13 @@ class Codebot:
             "task": queue.Queue(),
             "review": queue.Queue(),
         }
-        # When each look is due; 0.0: at once. Threads add looks, each in one atomic step.
+        # When each look is due; 0.0 means at once. Threads add looks without a lock: each
+        # addition is one atomic step.
         self.looks: dict[Look, float] = {EVERYTHING: 0.0}
         self.reacted_to: set[str] = set()  # see react_to_comments
         self.jobs_due = threading.Event()  # wakes the timer: a job may start
         self.cleanup_wanted = threading.Event()  # wakes the cleanup
-        # By job id. Threads share it without a lock: each use is one atomic step.
+        # The runs by job id. Threads share it without a lock: each use is one atomic step.
         self.running: dict[str, JobRun] = {}
         self.store: Store  # set by open(); the checks before it need no database
 
@@ -4810,16 +4812,16 @@ class Codebot:
         return job
 
     def look_now(self, look: Look) -> None:
-        """Have the sync thread take a look as soon as it can, and a second one later.
+        """Have the sync thread take a look as soon as it can, and again later.
 
-        GitHub may not show yet what has just changed.
+        The second look finds what GitHub did not show yet at the first.
         """
         self.looks[look] = 0.0
         second = look._replace(is_second=True)
         self.looks[second] = time.time() + VISIBILITY_DELAY
 
     def wait(self, seconds: float = 0.0) -> None:
-        """Wait, or raise StopRequested once the server is to stop. 0 only checks."""
+        """Wait. Raises StopRequested once the server is to stop. With 0, it only checks."""
         if self.stop.wait(seconds):
             raise StopRequested()
 
@@ -4828,7 +4830,7 @@ class Codebot:
         try:
             self.store.request_cancel(job_id)
         except sqlite3.Error:
-            self.end_run(job_id)  # it may be what fills the disk
+            self.end_run(job_id)  # the run may be what fills the disk
             raise
         self.end_run(job_id)
 
@@ -4841,7 +4843,7 @@ class Codebot:
     def until_database_works(self, method: Callable[..., T], *args: object) -> T:
         """Call a method of Store until it succeeds, so that a full disk loses no result.
 
-        Raises StopRequested at a stop, and the error at once if the database is corrupt.
+        Raises StopRequested at a stop. A corrupt database's error is raised at once.
         """
         while True:
             try:
@@ -4863,9 +4865,10 @@ class JobRun:
         self.job = job
         self.is_cancelled = False  # another thread sets it
         self.started = time.monotonic()
-        # See time_left. Workspace.run_work sets it again after it has waited for a node.
+        # Set by time_left, and again by Workspace.run_work, because the wait for a node of
+        # a launcher does not count.
         self.deadline: float | None = None
-        self.events_left = MAX_OUTPUT_EVENTS  # in this phase
+        self.events_left = MAX_OUTPUT_EVENTS  # in this attempt of the phase
         self.agent_ran_since_save = False
 
     def check_stop(self) -> None:
@@ -4896,7 +4899,7 @@ class JobRun:
         self.codebot.until_database_works(self.store.save_progress, self.job)
 
     def save_work(self, **changes: Any) -> None:
-        """Store finished work. No retry repeats it, so the counts of retries are reset."""
+        """Store work that no retry will repeat. The limits of retries begin anew."""
         self.update(interruptions=0, transient_since=0.0, **changes)
         self.agent_ran_since_save = False
 
@@ -4910,8 +4913,8 @@ class JobRun:
     def time_left(self) -> float:
         """Return the seconds left in this run for the agent and the tests, in all attempts.
 
-        The first call starts the clock, at the checkout or when a review is classified: the
-        time of a slow network does not count.
+        The first call starts the clock: at the checkout or, in a review, when it is
+        classified. A slow fetch before that does not count.
         """
         if self.deadline is None:
             self.deadline = time.monotonic() + self.config.task_timeout
@@ -4920,7 +4923,7 @@ class JobRun:
     def limit_failure(self, error: LimitReached, program: str) -> JobFailed:
         """Return the failure of a job whose program was ended by a limit.
 
-        ``program`` is the name by which people know it.
+        ``program`` is the program's name, for people.
         """
         if isinstance(error, TooMuchOutput):
             reason = "tests_failed" if self.job.phase == "test" else "agent_failed"
@@ -4931,7 +4934,7 @@ class JobRun:
         if isinstance(error, NoFreeNode):
             limit = f"{self.config.launch_timeout} s (CODEBOT_LAUNCH_TIMEOUT)"
             return JobFailed("timeout", f"No node became free within {limit}")
-        # TimedOut
+        # The remaining type is TimedOut.
         limit = f"{self.config.task_timeout} s (CODEBOT_TASK_TIMEOUT)"
         return JobFailed("timeout", f"Timed out after {limit}")
 
