@@ -4947,7 +4947,7 @@ class JobRun:
 # --- Workspace ---------------------------------------------------------------
 #
 # The agent can write anything into its workspace, so codebot runs git there only inside
-# the sandbox. Of the files, codebot takes one thing: the tree that the agent left. It
+# the sandbox. Of the files there, codebot takes only the tree that the agent left. codebot
 # makes the commit itself, in the outbox, a bare repository that bwrap does not show.
 #
 # Known limitations:
@@ -4956,19 +4956,19 @@ class JobRun:
 #   amount of memory.
 # - "The tests passed" means that the command exited with 0 in a workspace where the agent
 #   could have changed the tests, and files in HOME that they read. The workspace also has
-#   files that git ignores, which the commit lacks. By a filter, an agent can have git
-#   record other contents than were tested. What is recorded is inspected.
+#   files that git ignores, which the commit lacks. With a filter of git's, an agent can
+#   have other contents committed than were tested. codebot inspects those committed.
 # - If files break the repository's own rules for line ends (`text` or `eol` in
 #   .gitattributes), codebot commits what git makes of them, even if nobody changed them.
-# - A change may move a submodule that the repository has to any commit. A change is not
-#   pushed if its diff, without the contents of deleted files, exceeds 1 GiB.
+# - A change may set a submodule that the repository already has to any commit.
+# - A change is not pushed if its diff exceeds 1 GiB, without contents of deleted files.
 
-# The largest pack of a change that is applied on top of what others pushed meanwhile.
+# The largest pack of a change that Workspace.reapply reads into memory.
 MAX_CHANGE_BYTES = 256 << 20
-# Every script of Workspace begins with this. It removes the lock files of a killed git,
-# and defines `g`: git without hooks, fsmonitor, signing, gc and sparse checkout. It turns
-# off the agent's configuration in HOME. (git 2.31 does not know GIT_CONFIG_GLOBAL: it reads
-# that configuration.) The checkout needs no `g`, because its repository is new.
+# Every script of Workspace begins with this. It removes the lock files of a killed git, and
+# turns off the agent's configuration in HOME. (git 2.31 does not know GIT_CONFIG_GLOBAL, so
+# it reads that configuration.) Scripts that use the agent's .git call `g`: git without
+# hooks, fsmonitor, signing, gc and sparse checkout. The checkout makes a new .git.
 GIT_FUNCTION = """
 export GIT_CONFIG_GLOBAL=/dev/null XDG_CONFIG_HOME=/nonexistent
 for lock in .git/index.lock .git/HEAD.lock; do
@@ -4980,6 +4980,7 @@ g() {
         -c core.quotePath=false "$@"
 }
 """
+# Makes a repository that borrows the mirror's objects, and checks out the base commit.
 CHECKOUT_SCRIPT = """
 objects=$1 url=$2 base_name=$3 base_commit=$4 branch=$5
 git init -q --template= &&
@@ -4995,8 +4996,8 @@ git -c checkout.workers=2 read-tree -m -u HEAD
 RECORD_SCRIPT = """
 g add -A >&2 && g write-tree
 """
-# Brings back the files of the tree $1. Removes others, but not ignored ones, such as
-# installed packages.
+# Restores the files of the tree $1. Removes all other files, except those that git ignores,
+# such as installed packages.
 RESTORE_SCRIPT = """
 restore() {
     g read-tree "$1" && g checkout-index -q -f -a && g clean -q -ff -d &&
@@ -5013,8 +5014,8 @@ base=$1 tree=$2
 commit=$(g commit-tree -p "$base" -m "What the agent left" "$tree") &&
 g update-ref --no-deref HEAD "$commit" # not the branch, which may be locked
 """
-# Cherry-picks the commit $1, of which a pack is on standard input. If that conflicts,
-# prints the files in conflict.
+# Reads a pack with the commit $1 from standard input, and cherry-picks that commit. If that
+# conflicts, prints the names of the files in conflict.
 APPLY_SCRIPT = """
 g index-pack --stdin >&2 &&
 g -c merge.directoryRenames=true cherry-pick --no-commit "$1" >&2 && exit 0
@@ -5053,14 +5054,14 @@ class DiffScanner:
 
     def read(self, lines: list[str]) -> None:
         """Raise JobFailed if the change must not be pushed. A LineHandler."""
-        # Not removed lines and hunk headings. With --unified=0, the others are added lines,
-        # and headers with the names of files.
+        # Removed lines and hunk headings are left out. With --unified=0, the rest are added
+        # lines, and headers with the names of files.
         new = [line for line in lines if not line.startswith(("-", "@@"))]
         has_secret = self.redact.has_secret("\n".join(new))  # one call, as it is slow
         fault = ""
         for line in new:
             if line.startswith("diff --git "):
-                # Only for messages. Without " b/", the name is in quotes.
+                # Only for messages. If git quotes the name, there is no " b/".
                 self.file = line.partition(" b/")[2] or line[len("diff --git ") :]
             elif line == "new file mode 160000":
                 # This is how git shows a submodule, or a clone that the agent left.
@@ -5074,9 +5075,9 @@ class DiffScanner:
 class Workspace:
     """The directory in which a job's agent works, and the outbox beside it.
 
-    All jobs of a task have the same path, by which the CLI finds the session, and the same
-    home, which holds it. The rest is made anew, so that nothing that an agent left in .git
-    reaches the next job.
+    A task and its reviews have the same path, by which the CLI finds the session, and the
+    same home, which holds the session. Each job makes the rest anew, so that nothing that
+    an agent left in .git reaches the next job.
     """
 
     def __init__(self, run: JobRun, repository: Repository, directory: str) -> None:
@@ -5097,8 +5098,8 @@ class Workspace:
     def fetch(self, branch: str, reason_if_missing: str) -> tuple[str, str]:
         """Fetch a branch into the mirror. Returns its name and commit.
 
-        Raises JobFailed if there is no such branch. If the fetch fails, raises
-        TransientError if the job has a commit, which has cost something, else JobFailed.
+        Raises JobFailed if there is no such branch. If the fetch fails, raises JobFailed
+        or, once the job has a commit (which has cost something), TransientError.
         """
         try:
             return self.mirror.fetch_branch(self.repository, branch)
@@ -5160,9 +5161,10 @@ class Workspace:
     def environment(self, as_agent: bool) -> dict[str, str]:
         """Return the whole environment of a program that run_in_sandbox runs."""
         env = {
-            # Its GIT_CONFIG_GLOBAL is /dev/null, so that the git of a launcher or a sandbox
-            # does not obey HOME, which is the agent's. Sandbox.wrap unsets it for the
-            # program inside: as root, `git config --global` would replace /dev/null.
+            # base_environment sets GIT_CONFIG_GLOBAL to /dev/null. Without that, a git that
+            # a launcher or a sandbox runs would obey the configuration in the agent's HOME.
+            # Sandbox.wrap unsets the variable for the program inside. Otherwise, as root,
+            # `git config --global` would replace /dev/null.
             **base_environment(self.config),
             **copy_variables(self.config, [*NETWORK_NAMES, "TZ"]),
             "HOME": f"{self.path}/home",
@@ -5200,14 +5202,14 @@ class Workspace:
     ) -> ProgramResult:
         """Run the agent or the tests in the sandbox, on a node if there is a launcher.
 
-        The phase begins when they start: at once, or when a node is free.
+        The phase begins when the program starts: at once, or when a node is free.
         """
         run = self.run
         config = self.config
         limits = Limits(run.time_left(), config.stall_timeout, run.check_stop)
 
         def begin_phase() -> None:
-            # The time of the wait for a node does not count.
+            # Only with a launcher: the time spent waiting for a node does not count.
             run.deadline = time.monotonic() + limits.timeout
             if command.as_agent:
                 run.agent_ran_since_save = True
@@ -5226,7 +5228,7 @@ class Workspace:
             end_escaped_processes(run, os.path.basename(self.path))
 
     def stop_earlier_launch(self) -> None:
-        """End what an earlier run left on a node. Raises TransientError if that fails."""
+        """End what a launcher left on a node in an earlier run, or raise TransientError."""
         if not stop_launched(self.config, self.path):
             raise TransientError(
                 "Processes that an earlier run left on a node could not be ended; see the "
@@ -5242,8 +5244,8 @@ class Workspace:
         """Run a command in the sandbox, then end all that it left running."""
         cwd = self.repo
         if self.codebot.sandbox.is_bwrap:
-            # bwrap must not start where the agent can write, as it may load libraries from
-            # there. It changes to the repository.
+            # bwrap may load libraries from the directory where it starts, so the agent must
+            # not be able to write there. bwrap itself changes to the repository.
             cwd = self.path
         try:
             return run_function(
@@ -5258,8 +5260,8 @@ class Workspace:
         except LimitReached as error:
             raise self.run.limit_failure(error, command.name) from None
         finally:
-            # bwrap ends what is in it (but see end_escaped_processes), but not what a
-            # launcher leaves beside it.
+            # What runs in bwrap ends with bwrap (but see end_escaped_processes). Without
+            # bwrap, or with a launcher, other processes may be left.
             if not self.codebot.sandbox.is_bwrap or self.config.launcher:
                 end_processes(tagged_processes, self.config.run_tag)
 
@@ -5283,13 +5285,13 @@ class Workspace:
                 f"The agent's changes could not be recorded: {result.error}",
             )
         tree = "\n".join(result.stdout)
-        if not re.fullmatch("[0-9a-f]{40}", tree):  # something else wrote there
+        if not re.fullmatch("[0-9a-f]{40}", tree):  # not only git has printed
             words = self.run.redact(tree)[:200]
             raise JobFailed("agent_failed", f"git printed no tree, but {words!r}")
         return tree
 
     def is_changed_since(self, commit: str) -> bool:
-        """Return whether the files are not those of a commit in the outbox."""
+        """Return whether the workspace's files differ from a commit that the outbox has."""
         result = self.outbox.local_git("rev-parse", f"{commit}^{{tree}}")
         return self.record_files() != result.stdout[0]
 
@@ -5319,20 +5321,21 @@ class Workspace:
                     "agent_failed", f"The agent left no usable repository: {error}"
                 )
         fetched_tree, base_tree = trees.stdout  # in the order of the arguments
-        if fetched_tree != tree:  # what an agent left running may have changed HEAD
+        if fetched_tree != tree:  # a process that the agent left may have changed HEAD
             raise JobFailed("agent_failed", f"The tree of HEAD is not {tree} anymore")
         return tree != base_tree
 
     def write_skip_list(self, base_commit: str) -> None:
         """Have fsck accept every .gitmodules that the base has already.
 
-        Their faults are not the agent's. Files of other names are not listed: one of them
-        may be an agent's bad .gitmodules from an earlier job, to be renamed now.
+        The faults of these files are not the agent's. Files with other names are not
+        listed: in an earlier job, an agent may have added a bad .gitmodules under another
+        name, and may rename it now.
         """
-        lines: list[str] = []  # all; a ProgramResult has only the last ones
+        lines: list[str] = []  # all of them: a ProgramResult has only the last lines
         diff = ("diff-tree", "-r", EMPTY_TREE, base_commit, "--")
         self.outbox.local_git(*diff, ":(glob)**/.gitmodules", on_lines=lines.extend)
-        # ":OLD_MODE NEW_MODE OLD_ID NEW_ID A<TAB>NAME"
+        # Each line is ":OLD_MODE NEW_MODE OLD_ID NEW_ID A<TAB>NAME".
         blobs = "\n".join(line.split()[3] for line in lines)
         pathlib.Path(self.outbox.path, "fsck-skip-list").write_text(blobs)
 
@@ -5345,12 +5348,14 @@ class Workspace:
         git fetch does not open the agent's .git: only a pack crosses.
         """
         # git fetch has sh run this: bwrap … -- git upload-pack '/…/repo'. In bwrap,
-        # self.repo is a mount point. In another sandbox, an agent may replace it with a
-        # file, which git fetch would read as a bundle, outside the sandbox.
+        # self.repo is a mount point, so it stays a directory. In another sandbox, an agent
+        # may replace it with a file. git fetch would read that file as a bundle, outside
+        # the sandbox.
         args = ["-c", "fetch.fsckObjects=true"]  # receive.* is for pushes only
-        # A relative path: in this option, git takes commas and blanks for separators.
+        # The path is relative, because git splits this option at commas and blanks.
         args += ["-c", "fetch.fsck.skipList=fsck-skip-list"]
-        # Harmless: git (since 2.39.1) ignores such lines and files. The base may have some.
+        # fsck accepts lines and files of .gitattributes that are too long, because the base
+        # may have some. They are harmless: git (since 2.39.1) ignores them.
         for fault in ("LineLength", "Large"):
             args += ["-c", f"fetch.fsck.gitattributes{fault}=ignore"]
         # In a sandbox other than bwrap, HOME may be the agent's, with its .gitconfig.
@@ -5370,7 +5375,7 @@ class Workspace:
             raise self.run.limit_failure(error, "git") from None
 
     def write_commit(self, tree: str, parent: str, message: str) -> str:
-        """Make the job's one commit, in the name of the App or, without GitHub, codebot.
+        """Make the job's one commit, in the name of the App or (--no-github) of codebot.
 
         Returns its id.
         """
@@ -5383,7 +5388,7 @@ class Workspace:
             address = f"{bot.id}+{bot.login}@users.noreply.{host}"
         identity = ("-c", f"user.name={login}", "-c", f"user.email={address}")
         argv = (*identity, "commit-tree", tree, "-p", parent)
-        # Not with check: its error would name "-c", the first argument.
+        # check is off, because its error would only name the first argument, "-c".
         result = self.outbox.local_git(*argv, check=False, stdin=message.encode())
         if result.code != 0:
             raise GitFailed(f"git commit-tree: {result.error}")
@@ -5393,8 +5398,8 @@ class Workspace:
         """Return a summary of the commit's changes, as git diff --stat prints it.
 
         Raises JobFailed if the commit must not be pushed. The agent's .gitattributes hide
-        nothing: git would read them from a work tree, or (in 2.43) from the commit that
-        HEAD names. The outbox has neither.
+        nothing from the search: git would read them from a work tree or, in 2.43, from the
+        commit that HEAD names. The outbox has neither.
         """
         scanner = DiffScanner(self.codebot.redact)
         diff = (*GIT_DIFF, "--no-renames", base_commit, commit)
@@ -5427,7 +5432,8 @@ class Workspace:
             # The App may be suspended for a while, or a login has expired.
             raise TransientError(f"The remote refuses the push: {error}") from None
         except GitFailed as error:
-            # If a response is lost, git may send the request again, which is then rejected.
+            # The branch may have the commit: if the response to a push is lost, git may
+            # send the push again, and the second one is rejected.
             try:
                 self.fetch_tip_after(commit)
             except JobFailed:
@@ -5453,10 +5459,10 @@ class Workspace:
     def reapply(self, tip: str) -> None:
         """Check out ``tip``, and apply the change of the job's commit to its files.
 
-        Raises JobFailed if they conflict, or if the change is too large to keep in memory.
+        Raises JobFailed if the change conflicts with them, or is too large for memory.
         """
         job = self.run.job
-        # The files that git makes there are removed with the outbox.
+        # git makes files with this prefix, which are removed with the outbox.
         prefix = f"{self.outbox.path}/change"
         revisions = f"{job.commit_id}\n^{job.base_commit}".encode()
         packing = self.outbox.local_git(
