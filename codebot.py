@@ -5502,17 +5502,18 @@ def outbox_path(config: Config, directory: str) -> str:
 #
 # The agent is the Claude CLI. It gets a prompt on its standard input, works in the
 # workspace and prints events as JSON lines (stream-json). What they say, including the
-# cost, is only the agent's claim. Code of the repository that it runs has the model's key.
+# cost, is only the agent's claim. If the agent runs code of the repository, that code has
+# the model's key.
 #
 # Known limitations:
 # - The agent's home, with its session, is kept for the reviews of its pull request: until
-#   that is closed, or for CODEBOT_TASK_RETENTION after the last one. What has misled the
-#   agent once, or was left there by a test (but not the CLI's settings), is still there
-#   when a trusted reviewer's request is carried out. A test can change the session: with
+#   that is closed, or for CODEBOT_TASK_RETENTION after the last review. When a trusted
+#   reviewer's request is carried out, the home still has what misled the agent once, and
+#   what a test left there (but not the CLI's settings). A test can change the session: with
 #   2.1.332, an agent that answers a question may then read another directory, too.
-# - That the repository's Claude settings, hooks and MCP servers are not loaded, and that an
-#   answer only reads, depends on options and variables of the CLI. `check` wants version
-#   2.0.64 or newer, which knows them, but nothing tests that it honors them.
+# - codebot relies on options and variables of the CLI for two things: the repository's
+#   Claude settings, hooks and MCP servers are not loaded, and an answer only reads. `check`
+#   wants version 2.0.64 or newer, which knows them, but nothing tests that it honors them.
 # - Without a budget, only the time and the turns limit what a run may cost. A budget relies
 #   on the cost that the agent reports, and a run that is interrupted reports none.
 
@@ -5580,7 +5581,7 @@ class AgentOptions(NamedTuple):
     max_turns: int = 0  # 0: no limit but the operator's
 
 
-# For a run that may change files, and for one that only reads.
+# WRITING_ARGUMENTS are for a run that may change files, the others for one that only reads.
 WRITING_ARGUMENTS = (
     "--permission-mode",
     "bypassPermissions",
@@ -5637,11 +5638,12 @@ CLASSIFY_OPTIONS = AgentOptions(
 BEGIN_SESSION = "--session-id"
 CONTINUE_SESSION = "--resume"
 # Prepares the agent's home for a run that continues the session. Of the CLI's files, only
-# the session is kept: the CLI obeys settings that a test may have left in .claude.json and
-# remote-settings.json, even with --setting-sources "" (tried with 2.1.197 and 2.1.332).
-# 2.1.332 would report the cost that stands in the session again, and use the system prompt
-# there instead of the run's own. So the cost's line is deleted, and the prompt's is
-# renamed: without it, the CLI might lose what came before it.
+# the session is kept. A test may have left settings in .claude.json and
+# remote-settings.json, and the CLI obeys these even with --setting-sources "" (tried with
+# 2.1.197 and 2.1.332). The session has the cost and the system prompt of earlier runs.
+# 2.1.332 would report that cost again, and use that prompt instead of the new run's. So the
+# line with the cost is deleted. The line with the prompt is only renamed: without this
+# line, the CLI might lose what came before it.
 PREPARE_HOME_SCRIPT = """
 set -e # a file that cannot be removed must not be obeyed
 if [ "$HOME" = "$1" ]; then # a sandbox may have set another one, which is not codebot's
@@ -5690,7 +5692,7 @@ class AgentRun:
         self.entries: list[tuple[str, str]] = []  # for the task's log
 
     def read(self, lines: list[str]) -> bool:
-        """Handle new events. A LineHandler: True, once there is a result, ends the run."""
+        """Handle new events. A LineHandler: returns True, to end the run, at a result."""
         for line in lines:
             try:
                 self.read_event(parse_json(line))
@@ -5712,7 +5714,7 @@ class AgentRun:
             self.result = event  # the last one counts
         elif event.get("subtype") == "api_retry":
             if event.get("error_status") == 401:
-                # This ends the run, which would fail only after three minutes.
+                # A result ends the run now. The CLI would fail only after three minutes.
                 self.result = self.result or {"api_error_status": 401}
             self.note("agent", f"The model's API failed: {event.get('error')}")
         elif event["type"] in ("assistant", "user"):
@@ -5731,21 +5733,21 @@ class AgentRun:
             self.note(source, tool_result_text(block["content"]) or "(no output)")
 
     def output(self) -> JsonObject:
-        """Return the JSON that a schema asked for, or plain words as its "summary"."""
+        """Return the JSON that a schema asked for or, without it, {"summary": words}."""
         output = self.result.get("structured_output")
         if isinstance(output, dict):
             return output
         return {"summary": self.result.get("result")}
 
     def store_report(self, attempt: int) -> None:
-        """Store the run's summary; add its cost and turns, even if the run failed.
+        """Store the run's summary, and add its cost and turns, even if the run failed.
 
         At attempt 1, the summary replaces any earlier one of the job.
         """
         job = self.run.job
         words = str(self.output().get("summary") or "")
         summary = self.run.redact.beginning(words, 100_000)
-        if attempt > 1:  # it describes only the repair, not the whole change
+        if attempt > 1:  # the new one describes only the repair
             summary = f"{job.summary}\n\n{summary}".strip()[:100_000]
         total = job.cost_usd
         cost = reported_number(self.result, "total_cost_usd")
@@ -5780,8 +5782,8 @@ class AgentRun:
         texts = [result.get("result")]
         if isinstance(result.get("errors"), list):
             texts += result["errors"]
-        # A crash is reported on standard error, where the CLI prints little else. But a
-        # launcher's words may be there, too: then it comes last.
+        # The CLI reports a crash on standard error, and prints little else there. Only with
+        # a launcher: its messages may be there, too, so standard error comes last.
         words = [program.error if program.stderr else "", self.last_message]
         if self.run.config.launcher:
             words.reverse()
@@ -5808,7 +5810,7 @@ class AgentRun:
 
 def tool_call_text(name: str, inputs: JsonObject) -> str:
     """Return a tool call's name and first input in one line, then the other inputs."""
-    # Texts, such as a path, come first: the CLI begins with `replace_all`.
+    # Texts, such as a path, come first. The CLI puts `replace_all` before them.
     items = sorted(inputs.items(), key=lambda item: not isinstance(item[1], str))
     lines = [f"{key}: {value}" for key, value in items]
     if items:  # the first input's name is left out: "Bash: ls"
@@ -5832,7 +5834,7 @@ def ask_agent(
 ) -> JsonObject:
     """Run the agent once, within the job's time and budget; store its words and cost.
 
-    The prompt must begin with codebot's own words: one that begins with a slash would be a
+    The prompt must begin with codebot's own words: if it began with a slash, it would be a
     command of the CLI's. Returns AgentRun.output(). Raises JobFailed if the agent fails.
     """
     run = workspace.run
