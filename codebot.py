@@ -5903,9 +5903,12 @@ MAX_BODY_CHARS = 65_000  # of a pull request or an answer; GitHub takes 65,536
 
 # Text for GitHub
 
-# With words such as "[skip ci]" in a commit's message, CI does not test it (GitHub docs:
+# CI does not test a commit whose message has words such as "[skip ci]" (GitHub docs:
 # "Skipping workflow runs"; other CI systems have words of their own). A squash merge makes
 # the message from the pull request's title and body.
+#   [skip ci]   ->  (skip ci)      [no ci]        ->  (no ci)
+#   [ci-skip]   ->  (ci-skip)      [do not skip]  ->  (do not skip)
+#   [skip], skip ci                    unchanged
 CI_SKIP_RE = re.compile(
     r"\[( *skip[ _-][^\[\]\n]{1,50}|[^\[\]\n]{1,50}[ _-]skip *| *no[ _-]ci *)\]",
     re.IGNORECASE,
@@ -5918,14 +5921,16 @@ def without_ci_skips(text: str) -> str:
     return CI_SKIP_RE.sub(r"(\1)", text)
 
 
-# GitHub shows a footnote ("[^1]: words") at the end of the text, outside of quotes. It
-# begins a line, perhaps after the mark of a list, a quote or a heading.
+# GitHub shows a footnote at the end of the whole text, even if its line is in a quote. Such
+# a line begins with the footnote, perhaps after the mark of a list, a quote or a heading.
+#   [^1]: words  ->  \[^1]: words      1. > [^1]: words  ->  1. > \[^1]: words
+#   words[^1]        unchanged         words[^1]: words      unchanged
 FOOTNOTE_RE = re.compile(r"(?:^|(?<=[\s>.)*+\]-]))\[(?=\^[^\] \t\r\n]{1,1000}\]:)")
 
 
 def quoted(speaker: str, text: str) -> str:
     """Return untrusted text as a quote that cannot pass for codebot's own words."""
-    # Line ends of all kinds come first: some are invisible characters, too.
+    # Line ends of all kinds become "\n" first, because INVISIBLE_RE would remove some.
     text = "\n".join(text.splitlines())
     text = INVISIBLE_RE.sub("", text).strip()
     if not text:
@@ -5938,9 +5943,9 @@ def quoted(speaker: str, text: str) -> str:
 
 
 def escape_html(text: str) -> str:
-    """Return text whose HTML is shown as text: an unclosed tag could hide what follows.
+    """Return text whose HTML is shown as text, as an unclosed tag could hide what follows.
 
-    The agent's words need not be escaped: they always come last.
+    The agent's words need no escaping, because they always come last.
     """
     return re.sub("<(?=[A-Za-z/!?])", "&lt;", text)
 
@@ -5950,7 +5955,7 @@ def code_block(text: str) -> str:
     fence = "```"
     while fence in text:
         fence += "`"
-    text = text.replace("<!--", "<! --")  # so that it cannot contain a marker
+    text = text.replace("<!--", "<! --")  # it must not contain a marker
     return f"{fence}\n{text}\n{fence}\n"
 
 
@@ -5963,8 +5968,8 @@ def run_task(run: JobRun) -> None:
     What earlier runs have stored    What is left to do
       no commit_id                     everything
       commit_id                        push the commit, open the pull request
-      push_started                     find the branch's pull request; else push again and
-                                       open it
+      push_started                     find the branch's pull request; if there is none,
+                                       push again and open it
     """
     run.set_phase("clone")
     repository = look_up_repository(run)
@@ -5987,9 +5992,9 @@ def run_task(run: JobRun) -> None:
 def look_up_repository(run: JobRun) -> Repository:
     """Find the task's repository at GitHub, store its id, and return it.
 
-    Raises JobFailed if it is not allowed (the settings may have changed), or was renamed,
-    replaced or archived. If GitHub does not show it or gives no token for it, raises
-    JobFailed or, once there is a commit, TransientError.
+    Raises JobFailed if the repository is not allowed (the settings may have changed), or
+    was renamed, replaced or archived. If GitHub does not show it or gives no token for it,
+    raises JobFailed or, once there is a commit, TransientError.
     """
     job = run.job
     try:
@@ -6022,7 +6027,7 @@ def look_up_repository(run: JobRun) -> Repository:
             "clone_failed", f"Failed to clone repository: {message}"
         ) from None
     require_usable_repository(job, repository, github_repository)
-    github.bot()  # the commit needs it; ask now, before the agent costs anything
+    github.bot()  # write_commit needs it: ask before the agent costs anything
     run.update(repository_id=github_repository.id)
     return repository._replace(github_repository=github_repository)
 
@@ -6032,7 +6037,7 @@ def require_usable_repository(
 ) -> None:
     """Raise JobFailed if the task's repository was renamed, replaced or archived.
 
-    A commit that exists can wait until the repository is unarchived.
+    A task that has a commit may wait until its repository is unarchived.
     """
     if github_repository.full_name.lower() != repository.full_name.lower():
         raise JobFailed(
@@ -6060,7 +6065,7 @@ def name_workspace(run: JobRun) -> None:
     if job.directory:
         return
     digits = job.id.replace("-", "")
-    # No other task's directory may end so: the name of the outbox has only these digits.
+    # Only these digits are in the name of the outbox, so no two directories may share them.
     while find_paths(run.config.work_dir, f"task_*{digits[:7]}"):
         digits = digits[1:]
     name = digits[:7]
@@ -6076,7 +6081,7 @@ def require_labeler_access(workspace: Workspace) -> None:
     run = workspace.run
     github_repository = workspace.repository.github_repository
     if github_repository is None or not run.job.submitted_by.startswith("github:"):
-        return  # by a client, as "1a2b3c4d 127.0.0.1" (see submitter), or by `run`
+        return  # submitted by a client ("1a2b3c4d 127.0.0.1": see submitter) or by `run`
     login = run.job.submitted_by.removeprefix("github:")
     if not github_repository.has_write_access(login):
         raise JobFailed(
@@ -6146,9 +6151,9 @@ def test_and_commit(
     if run.job.kind == "review":
         title = f"Answer the review of {title}"
     summary = quoted("The agent", run.job.summary)
-    # Again, because quoted() has removed invisible characters, perhaps from a secret.
+    # Redact again: quoted() has removed invisible characters, perhaps from a secret.
     message = run.redact(f"{run.redact(title)[:250]}\n\n{summary}")
-    # After redact(), which writes ***: "***NO_CI***" turns off the CI, too.
+    # This comes after redact(), which writes ***, because "***NO_CI***" turns off the CI.
     message = without_ci_skips(message)
     # The caller stores the id, to be pushed, only if inspect_commit raises no error.
     commit_id = workspace.write_commit(tree, base_commit, message)
@@ -6173,14 +6178,14 @@ def run_tests(workspace: Workspace, command: str) -> str:
         tree = workspace.record_files()
         result = run_tests_once(workspace, command, attempt)
         # Undo what the test has changed. If that fails, the agent goes on with what the
-        # test has left; what is committed is the tree.
+        # test has left. A commit gets the tree, which was recorded before the test.
         with contextlib.suppress(JobFailed):
             workspace.script(RESTORE_SCRIPT, tree)
         if result.code == 0:
             run.update(passed_attempt=attempt)
             return tree
-        # sh exits with these codes if it cannot start the command, or a script's last one.
-        # At the first attempt, the host usually lacks it, which the agent cannot mend.
+        # sh exits with 126 or 127 if it cannot start the command, or a script's last one.
+        # At attempt 1, the host usually lacks the program, which the agent cannot mend.
         if attempt == 1 and result.code in (126, 127):
             raise JobFailed(
                 "tests_failed",
@@ -6208,7 +6213,7 @@ def run_tests_once(workspace: Workspace, command: str, attempt: int) -> ProgramR
 
     test = SandboxedCommand(
         name=f"The test command {command!r}",
-        # The outer sh joins both streams, in the order in which the command prints.
+        # The outer sh joins standard output and standard error, in the order of printing.
         argv=["sh", "-c", 'sh -c "$1" 2>&1', "sh", command],
         on_lines=log_output,
     )
@@ -6219,7 +6224,7 @@ def run_tests_once(workspace: Workspace, command: str, attempt: int) -> ProgramR
 
 
 def pack_lines(lines: Iterable[str]) -> list[str]:
-    """Join lines into as few texts as fit into events. A longer line stays alone."""
+    """Join lines into texts that each fit into an event; a longer line stays alone."""
     texts: list[str] = []
     for line in lines:
         if texts and len(texts[-1]) + 1 + len(line) <= MAX_EVENT_CHARS:
@@ -6239,7 +6244,7 @@ def push_task_commit(workspace: Workspace) -> None:
         and github_repository is not None
         and github_repository.find_pull_request(run.job.branch) is not None
     ):
-        # It may be merged, and its branch deleted: a push would restore it.
+        # The pull request may be merged and its branch deleted. A push would restore it.
         return
     require_labeler_access(workspace)
     if not run.store.begin_push(run.job.id):
@@ -6268,7 +6273,7 @@ def create_pull_request(workspace: Workspace) -> None:
     run.codebot.until_database_works(run.store.add_pull_request, run.job, number, url)
     run.log_event("codebot", f"Pull request {number}: {url}")
     log.info("Task %s: opened %s", run.job.id, url)
-    # Somebody may have commented on it before it was stored.
+    # Somebody may have commented on the pull request before it was stored.
     run.codebot.look_now(Look("pull_request", task_id=run.job.id))
 
 
@@ -6278,7 +6283,7 @@ def pull_request_body(run: JobRun) -> str:
     speaker = f"Issue #{job.issue_number}" if job.issue_number else "The submitter"
     tests = "No test command was given.\n"
     if job.passed_attempt:
-        # A client's has at most 10,000 characters, but one of the settings may be longer.
+        # A client's command has at most 10,000 characters; the operator's may have more.
         command = code_block(truncate(run.redact(job.request.test_command), 10_000))
         tests = f"Passed (attempt {job.passed_attempt}):\n\n{command}"
     facts = ""
@@ -6287,7 +6292,7 @@ def pull_request_body(run: JobRun) -> str:
     facts += f"Done in {job.seconds:.0f} s.\n"
     if job.issue_number:
         facts += f"Closes #{job.issue_number}\n"
-    # Redact before truncating: a secret that was cut in two would not be found.
+    # Redact before truncating: a secret that is cut in two would not be found.
     task = truncate(run.redact(task_text(job.request)), 10_000)
     task = quoted(speaker, escape_html(task))
     files = code_block(truncate(job.files, 10_000))
@@ -6297,7 +6302,7 @@ def pull_request_body(run: JobRun) -> str:
         f"{facts}\n### Summary\n\n{summary}"
     )
     body = without_ci_skips(run.redact(body))[:MAX_BODY_CHARS]
-    # The marker is for other programs: codebot finds the pull request by its branch.
+    # This marker is for other programs. codebot finds the pull request by its branch.
     return f"{body}\n<!-- codebot task {job.id} -->\n"
 
 
