@@ -6313,7 +6313,7 @@ MAX_PUSHES = 3  # attempts to push a review's change when others push at the sam
 # GitHub allows 80 writes a minute. The reactions must not use them up.
 MAX_REACTIONS = 30
 # codebot's own words in an answer without a commit, by the kind of request. If the agent
-# has answered, codebot adds its own words only for a change.
+# has answered, only those for a change are added.
 OWN_WORDS = {
     "question": "The agent gave no answer.",
     "change": "No file was changed.",
@@ -6344,9 +6344,9 @@ def run_review(run: JobRun) -> None:
       nothing                          classify the request, and go on as below
       request_kind question, change    have the agent answer, or make the change
       request_kind limit, none         post that the limit is reached, or nothing
-      answers                          push the commit, if one was not pushed yet, and
-                                       post the answers (for an unclear request, these
-                                       are codebot's questions)
+      answers                          push the commit, if there is one that was not
+                                       pushed yet, and post the answers (for an unclear
+                                       request, a question to the reviewer)
       error                            post the error, and raise it again: see run_job
 
     Raises ReviewSkipped if nothing is to be done.
@@ -6358,8 +6358,8 @@ def run_review(run: JobRun) -> None:
         if not run.job.error:
             prepare_answers(review)
     except GitHubError as error:
-        # Even "not found": something new may not be visible in all parts of GitHub, and a
-        # repository may be taken out of the App's installation for a while.
+        # NotFound is transient, too: something new may not be visible in all parts of
+        # GitHub, and a repository may be taken out of the App's installation for a while.
         raise TransientError(
             f"GitHub does not show what the review needs, or refuses the App: {error}"
         ) from None
@@ -6396,7 +6396,7 @@ def require_may_act(review: Review) -> None:
     """
     pull_request = review.pull_request
     current = review.github_repository.pull_request(pull_request.number)
-    # The store may not know yet that it was closed or reopened.
+    # The store may not know yet that the pull request was closed or reopened.
     if pull_request.state != "open" or current.state != "open":
         review.run.codebot.look_now(Look("pull_request", task_id=review.task.id))
     if current.state != "open":
@@ -6411,25 +6411,25 @@ def require_may_act(review: Review) -> None:
 def load_comments(review: Review) -> Review:
     """Return the review with the comments that it answers.
 
-    A review that is not classified yet first takes in the reviewer's newer comments; those
-    of others are queued. A delivery is only a claim: authors and texts are GitHub's.
-    Raises ReviewSkipped if there are no comments, or too many reviews.
+    Authors and texts come from GitHub, because a delivery is only a claim. If the review
+    is not classified yet, it takes in the reviewer's newer comments first. Those of others
+    are queued. Raises ReviewSkipped if there are no comments, or too many reviews.
     """
     run = review.run
     listed = list(review.github_repository.comments(review.pull_request.number))
     current = {(comment.place, comment.id): comment for comment in listed}
     if not run.job.request_kind:
-        # Some may not be delivered yet, for example the rest of a GitHub review.
+        # Some comments may not be delivered yet, such as the rest of a GitHub review.
         run.store.queue_comments(run.job.task_id, listed)
         run.store.absorb_waiting_reviews(run.job)
         apply_daily_limit(run)
     comments = []
     for stored in run.store.stored_comments(run.job.id):
         comment = current.get((stored.place, stored.id))
-        # A comment that GitHub does not list may be missing by chance: if another one is
-        # deleted meanwhile, it moves to a page that was read already. So it counts as
-        # deleted only in a retry, and only if codebot has had it for a while. (created_at
-        # does not say that: it may be a draft's.)
+        # A comment that GitHub does not list counts as deleted only in a retry, and only if
+        # codebot has had it for a while. It may be missing by chance: if another comment is
+        # deleted meanwhile, this one moves to a page that was read already. (created_at
+        # cannot replace received_at, because it may be the time of a draft.)
         is_new = stored.received_at > utc_time(seconds_ago=VISIBILITY_DELAY)
         is_retry = run.job.transient_since > 0
         if comment is None and (is_new or not is_retry):
@@ -6443,7 +6443,7 @@ def load_comments(review: Review) -> Review:
 
 def apply_daily_limit(run: JobRun) -> None:
     """Skip a review above the daily limit, but let the first one of a day say so."""
-    # This review, which is running, is one of them.
+    # The kinds include that of this review, which is running.
     kinds = run.store.request_kinds_of_last_day(run.job.task_id)
     if len(kinds) - kinds.count("limit") <= DAILY_REVIEW_JOBS:
         return
@@ -6453,7 +6453,7 @@ def apply_daily_limit(run: JobRun) -> None:
 
 
 def react_to_comments(review: Review) -> None:
-    """React to each comment, once in this process. It is not tried again if that fails."""
+    """React to each comment at most once in this process, even if the reaction fails."""
     paths = {"inline": "/pulls/comments", "conversation": "/issues/comments"}
     reacted_to = review.run.codebot.reacted_to
     new = {
@@ -6476,8 +6476,8 @@ def has_unpushed_commit(job: Job) -> bool:
 def prepare_answers(review: Review) -> None:
     """Store the answers, unless an earlier run has, and push the commit."""
     run = review.run
-    # Empty until the work is done; then each thread has an answer, perhaps "". (For "none"
-    # and "limit" it stays empty, but there is no work.)
+    # job.answers is empty until the work is done. Then each thread has an entry, which may
+    # be "". For the kinds "none" and "limit", answers stays empty, but there is no work.
     if not run.job.answers:
         for comment in review.comments:
             run.log_event("codebot", f"Comment by {comment.user}: {comment.text}")
@@ -6496,8 +6496,8 @@ def prepare_answers(review: Review) -> None:
 def earlier_comments(review: Review) -> list[Comment]:
     """Return the last 20 other comments by the reviewer and codebot, oldest first.
 
-    They are truncated. Those of other inline threads are left out, and nobody else is
-    listened to.
+    Comments by anybody else are left out, and so are those in inline threads that this
+    review does not answer. Each text is truncated.
     """
     threads = {comment.thread for comment in review.comments}
     earlier = [
@@ -6538,7 +6538,7 @@ def classify(review: Review, text: str) -> None:
     run = review.run
     with scratch_workspace(run.config.work_dir) as path:
         directory = os.path.basename(path)
-        # The sandbox shows a mirror's objects: here the empty "objects" in this directory.
+        # In place of a mirror's objects, the sandbox shows the empty directory "objects".
         no_repository = Repository("", "", mirror_path=directory)
         workspace = Workspace(run, no_repository, directory)
         prompt = f"Comments:\n{text}"
@@ -6548,7 +6548,7 @@ def classify(review: Review, text: str) -> None:
         run.save_work(request_kind=kind)
         return
     question = run.redact(str(output.get("ask") or ""))[:10_000]
-    # Stored even if the question is empty: see prepare_answers.
+    # The entries are stored even if the question is empty: see prepare_answers.
     answers = dict.fromkeys(group_by_thread(review.comments), question)
     run.save_work(request_kind="unclear", answers=answers)
 
@@ -6576,7 +6576,7 @@ def carry_out(review: Review, text: str) -> None:
     else:
         prompt = f"Review comments:\n{text}"
         output = continue_session(review, prompt, CHANGE_OPTIONS)
-        # If the agent declines the change, a failing test must not replace its answer.
+        # Without a change, no test runs: its failure would replace the agent's answer.
         if workspace.is_changed_since(base_commit):
             commit_id = test_and_commit(workspace, review.task.request, base_commit)
     answers = parse_answers(review, output)
@@ -6595,7 +6595,7 @@ def continue_session(review: Review, prompt: str, options: AgentOptions) -> Json
         workspace.run.log_event(
             "codebot", "The agent's session is lost; a new one begins"
         )
-    # The CLI refuses the id of a broken session for a new one (tried).
+    # A broken session is removed, because the CLI refuses its id for a new one (tried).
     workspace.script('rm -rf "$HOME/.claude/projects"')
     task = delimited("task", task_text(review.task.request))
     base_commit = review.task.base_commit
@@ -6606,8 +6606,8 @@ def continue_session(review: Review, prompt: str, options: AgentOptions) -> Json
 
 
 def parse_answers(review: Review, output: JsonObject) -> dict[str, str]:
-    """Return an answer for each thread: its own, or else the agent's summary."""
-    # The CLI has checked them by ANSWER_SCHEMA. With forged ones, the job fails.
+    """Return an answer for each thread: the agent's answers to it, or else its summary."""
+    # The CLI has checked the output by ANSWER_SCHEMA. With forged output, the job fails.
     entries = output.get("answers") or []
     answers = {}
     for thread_key, members in group_by_thread(review.comments).items():
@@ -6627,7 +6627,7 @@ def push_review_commit(review: Review) -> None:
     """Push the change, on top of what others have pushed in the meantime.
 
     The push is never forced. If commits were removed from the branch, nothing is pushed,
-    as that would restore them. (Those removed after this check are restored.)
+    because a push would restore them. (Commits removed after the check are restored.)
 
     The branch's tip             What is done
       has the job's commit         nothing: an earlier run has pushed it
@@ -6642,8 +6642,8 @@ def push_review_commit(review: Review) -> None:
         if workspace.mirror.is_ancestor(run.job.commit_id, tip):
             return
         if tip != run.job.base_commit:
-            # This makes a new commit on tip, or takes tip itself, if that has the change
-            # already: then the push changes nothing.
+            # This makes a new commit on top of tip. But if tip already has the change, tip
+            # becomes the job's commit, and the push changes nothing.
             reapply_change(review, tip)
             require_may_act(review)  # its tests may have taken hours
             workspace.fetch_tip_after(tip)  # raises if commits were removed meanwhile
@@ -6654,7 +6654,7 @@ def push_review_commit(review: Review) -> None:
             if workspace.fetch_tip_after(run.job.base_commit) == run.job.base_commit:
                 raise  # nobody has pushed meanwhile, so the remote refuses the commit
             continue
-        # Raises an error if the commit is not there: the answer will name it.
+        # The answer will name the commit, so this raises an error if the branch lacks it.
         workspace.fetch_tip_after(run.job.commit_id)
         return
     raise JobFailed(
@@ -6704,15 +6704,15 @@ def answer_threads(review: Review) -> None:
 
 
 def post_answer(review: Review, thread_key: str, comment: Comment) -> None:
-    """Post a thread's answer, unless it was posted. ``comment`` is the thread's first."""
+    """Post a thread's answer, unless it was posted; ``comment`` is the first it answers."""
     run = review.run
     # Redact before truncating: a secret that was cut in two would not be found.
     body = run.redact(answer_body(run.job, thread_key, comment))
     body = truncate(body, MAX_BODY_CHARS)
     marker = f"<!-- codebot answer {run.job.id} {thread_key} -->"
     inline_thread = comment.thread if comment.place == "inline" else 0
-    # An earlier answer is not older than the comment. Without ``since``, each thread would
-    # read all comments of a long pull request.
+    # An answer that was posted is not older than the comment. Without ``since``, codebot
+    # would read all comments of a long pull request for each thread.
     review.github_repository.post_once(
         review.pull_request.number,
         body,
@@ -6723,7 +6723,7 @@ def post_answer(review: Review, thread_key: str, comment: Comment) -> None:
 
 
 def answer_body(job: Job, thread_key: str, comment: Comment) -> str:
-    """Return codebot's own words, followed by the agent's, quoted as such."""
+    """Return codebot's own words, followed by the agent's words as a quote of the agent."""
     answer = job.answers.get(thread_key, "")
     question = ""
     if comment.place != "inline":
