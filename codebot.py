@@ -6755,21 +6755,21 @@ def own_words(job: Job, answer: str) -> str:
 # Known limitations:
 # - Without --enable-polling, a lost delivery goes unnoticed until the next start, or until
 #   something else has codebot look at the same issue or pull request.
-# - An edit of an issue that was made just before the label, or in the same or the next
-#   second, is not noticed, although the person who labeled it may not have seen it. If the
-#   author has no write access, any later change of the issue, even a comment by anybody,
-#   counts as an edit, and the label must be added again.
+# - An edit of an issue is not noticed if it was made just before the label, or in the same
+#   or the next second. The person who labeled the issue may not have seen the edit. If the
+#   author has no write access, any later change of the issue counts as an edit, even a
+#   comment by anybody. The label must then be added again.
 # - If GitHub refuses to report the access of the person who labeled an issue, the label is
 #   ignored, and must be added again.
 # - Closing an issue stops no task. A review that runs or starts while its pull request is
-#   closed or locked ends for good, even if that is undone.
+#   closed or locked ends for good, even if the pull request is reopened or unlocked.
 
 SYNC_INTERVAL = 0.25  # seconds between searches for looks that are due
 APP_REFUSED_DELAY = 900.0  # seconds until a look is repeated after AppRefused
 
 
 class Sync:
-    """What the sync thread does: it looks at pull requests and at issues with the label."""
+    """The steps of the sync thread, which looks at pull requests and at labeled issues."""
 
     def __init__(self, codebot: Codebot, github: GitHub) -> None:
         self.codebot = codebot
@@ -6779,7 +6779,7 @@ class Sync:
         self.looks = codebot.looks
 
     def step(self) -> None:
-        """Take the look that has been due for longest; those of look_now come first."""
+        """Take the look that has been due for longest. A look of look_now comes first."""
         for task_id in self.store.unreported_tasks():
             self.look_later(Look("ended_task", task_id=task_id))
         look = min(list(self.looks), key=lambda look: self.looks[look], default=None)
@@ -6795,11 +6795,11 @@ class Sync:
     def take(self, look: Look) -> None:
         """Take a look, and note when to repeat it, if at all.
 
-        A look that GitHub refuses is dropped until the next poll, delivery or start, except
-        the look at everything, which nothing else might repeat.
+        A look that GitHub refuses is dropped, until a poll, a delivery or a start asks for
+        it again. The look at everything is repeated: nothing else might ask for it.
         """
         del self.looks[look]  # so that another thread can ask for it again
-        # Seconds until it is repeated, also after an error that is not caught; 0: never.
+        # Seconds until the look is repeated; 0: never. This value is for unexpected errors.
         delay = RETRY_DELAY
         try:
             self.look_at(look)
@@ -6865,7 +6865,7 @@ class Sync:
             self.store.save_pull_request_state(task_id, current.state)
             log.info("Pull request %s is now %s", pull_request.url, current.state)
         if current.state != "open":
-            # Pending reviews are skipped when they start.
+            # Running reviews are cancelled. Pending ones are skipped when they start.
             for run in list(self.codebot.running.values()):
                 if run.job.kind == "review" and run.job.task_id == task_id:
                     run.is_cancelled = True
@@ -6881,7 +6881,7 @@ class Sync:
         """Submit an issue with the label; cancel its task if the label was removed."""
         github_repository = self.github.repository_by_id(look.repository_id)
         event = github_repository.label_event(look.number, self.config.issue_label)
-        # It never had this label: its tasks, if any, come from an earlier setting.
+        # The issue never had this label. Tasks of it, if any, come from an earlier setting.
         if event is None:
             return
         self.cancel_superseded(look, event)
@@ -6900,7 +6900,7 @@ class Sync:
             github_repository.post_once(issue.number, text, marker)
         else:
             self.submit_issue(github_repository, issue, event)
-        # Even if the obstacle goes away later: adding the label again makes a new event.
+        # The event stays known, even if the obstacle goes away: a new label is a new event.
         self.store.add_label_event(event.id)
 
     def cancel_superseded(self, look: Look, event: LabelEvent) -> None:
@@ -6936,9 +6936,9 @@ class Sync:
     ) -> bool:
         """Return whether somebody without write access may have edited the issue.
 
-        The labeler has write access: see obstacle. The author may be anyone. Every change
-        since the label counts as an edit: GitHub's REST API reports only the time of the
-        latest one, not what was changed.
+        The labeler has write access: see obstacle. The author may be anyone. GitHub's REST
+        API reports only the time of the latest change, not what was changed. So every
+        change since the label counts as an edit.
         """
         if issue.author and github_repository.has_write_access(issue.author):
             return False
@@ -6951,8 +6951,8 @@ class Sync:
     ) -> None:
         """Submit the issue as a task, with its comments that may be trusted.
 
-        These are older than the label, and their authors have write access. For title and
-        body, see has_untrusted_edit.
+        A comment is trusted if it has not changed since the label and its author has write
+        access. For the title and the body, see has_untrusted_edit.
         """
         parts = [issue.body.strip() or issue.title]
         has_write_access = functools.cache(github_repository.has_write_access)
