@@ -7017,7 +7017,7 @@ CLEANUP_INTERVAL = 60.0  # seconds between cleanups, at most
 DATABASE_TEST_INTERVAL = 10.0  # seconds between tests of the database
 MAINTENANCE_INTERVAL = 3600.0  # seconds between rounds through the mirrors
 MIRROR_RETENTION = 30 * 86400.0  # seconds: see maintain_mirror
-# A shortage on the host, or a failure of the work directory's disk or file server.
+# Errors that may pass: a shortage on the host, or a failing disk or file server.
 TRANSIENT_ERRNOS = (
     errno.EIO,
     errno.EROFS,
@@ -7043,7 +7043,7 @@ def repeat_until_stopped(
 ) -> None:
     """Repeat a thread's step until the server stops.
 
-    It is done at least once: a client may be waiting for the accept thread.
+    The step is done at least once: a client may be waiting for the accept thread.
     """
     while True:
         try:
@@ -7066,7 +7066,7 @@ def worker_step(codebot: Codebot, kind: str) -> None:
         return  # the server is stopping
     job = codebot.until_database_works(codebot.store.claim, job_id)
     if job is not None:
-        codebot.jobs_due.set()  # the next ones may be queued
+        codebot.jobs_due.set()  # the timer may queue the next ones
         run_job(codebot, job)
 
 
@@ -7078,7 +7078,7 @@ class Ending(NamedTuple):
     error: str = ""
     # Only for a job that is retried after a transient error:
     interruptions: int = 0  # to be added to the job's
-    not_before: float = 0.0
+    not_before: float = 0.0  # seconds since 1970
 
 
 def run_job(codebot: Codebot, job: Job) -> None:
@@ -7093,7 +7093,7 @@ def run_job(codebot: Codebot, job: Job) -> None:
     codebot.running[job.id] = run
     try:
         ending = run_steps(run)
-        # Also done after the agent and the tests; but git may have run filters since.
+        # This also follows the agent and the tests, but git may have run filters since.
         end_escaped_processes(run, run.job.directory)
         if must_tell_reviewer(run, ending):
             store_failure(run, ending)
@@ -7112,10 +7112,10 @@ def run_steps(run: JobRun) -> Ending:
     What ends the steps:                   What becomes of the job:
       nothing                                completed
       JobFailed, and errors that are final   failed, with a reason
-      TransientError, a busy database,       pending, until a minute later or longer;
-      a full disk, a failed node, an App     failed if that goes on for too long
+      TransientError, a busy database,       pending, for a minute or longer; failed if
+      a full disk, a failed node, an App     the errors go on for too long
       that GitHub refuses (see AppRefused)
-      StopRequested                          pending, at the next start
+      StopRequested                          pending, until the next start
       Cancelled                              failed, as cancelled
       ReviewSkipped                          the review is deleted; failed, as cancelled,
                                              if it was classified or had failed
@@ -7154,7 +7154,7 @@ def run_steps(run: JobRun) -> Ending:
 
 
 def require_may_run(run: JobRun) -> None:
-    """Raise Cancelled if it was requested, JobFailed after too many interruptions."""
+    """Raise Cancelled after a request to cancel, JobFailed at MAX_INTERRUPTIONS."""
     # The job may have been cancelled before it was in `running`.
     stored = run.store.job(run.job.id)
     if stored is None or stored.cancel_requested:
@@ -7197,7 +7197,7 @@ def ending_after_transient_error(
 
 
 def ending_after_last_retry(job: Job, error: str) -> Ending:
-    """Return how a job ends that is not retried anymore after a transient error."""
+    """Return how a job ends if a transient error does not lead to another retry."""
     phase = remaining_phase(job)
     # A push may have succeeded although its response was lost.
     may_be_pushed = job.push_started or (
@@ -7205,13 +7205,16 @@ def ending_after_last_retry(job: Job, error: str) -> Ending:
     )
     if phase == "push" and may_be_pushed:
         error = f"{error.rstrip('.')}. The commit {job.commit_id} may have been pushed"
-    # job.reason and job.error: of a review that had only its failure left to post.
+    # A review that had only its failure left to post has job.reason and job.error.
     reason = job.reason or REASON_BY_PHASE.get(phase, "internal")
     return Ending("failed", reason, job.error or error)
 
 
 def remaining_phase(job: Job) -> str:
-    """Return the job's phase or, if a retry only repeats the clone, the one after it."""
+    """Return the phase that a job has reached.
+
+    A retry of a job that has its commit repeats only the clone before it goes on.
+    """
     if not job.commit_id or job.phase not in ("", "clone"):
         return job.phase
     if job.push_started:
@@ -7235,19 +7238,21 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
 def store_failure(run: JobRun, ending: Ending) -> None:
     """Store why a review failed.
 
-    It counts as saved work, or require_may_run could refuse to tell the reviewer.
+    The failure counts as saved work. Otherwise require_may_run could refuse the second
+    round of run_job, and nobody would tell the reviewer.
     """
     error = ending.error
-    # It was pushed, or the error does not tell whether it was.
+    # After these reasons, codebot does not know whether the commit was pushed.
     is_unknown = ending.reason in ("interrupted", "internal")
     if run.job.commit_id and (run.job.is_pushed or is_unknown):
         error += f". The commit {run.job.commit_id} may have been pushed"
     error = run.redact(error)[:10_000]
-    # Logged now: if the reviewer cannot be told, the review may end with another error.
+    # The error is logged now. If the reviewer cannot be told, the review may end with
+    # another error.
     run.log_event("codebot", f"Failed ({ending.reason}): {error}")
     run.save_work(
         commit_id="",
-        # Comments that the reviewer writes from now on become a review of their own.
+        # With a kind, the review takes in no newer comments. They become another review.
         request_kind=run.job.request_kind or "unclear",
         answers={},
         reason=ending.reason,
@@ -7258,7 +7263,7 @@ def store_failure(run: JobRun, ending: Ending) -> None:
 def store_ending(run: JobRun, ending: Ending) -> None:
     job = run.job
     if run.is_cancelled and ending.status in ("failed", "pending"):
-        # It was cancelled, whatever else went wrong meanwhile.
+        # A cancelled job fails as cancelled, whatever else went wrong.
         ending = Ending("failed", "cancelled", CANCELLED_TEXT[job.kind])
     if ending.status == "deleted":
         run.codebot.until_database_works(run.store.drop_review, job.id)
@@ -7276,7 +7281,7 @@ def store_ending(run: JobRun, ending: Ending) -> None:
 
 
 def finish_job(run: JobRun, ending: Ending) -> None:
-    """Log the job's last event, for those who follow the log; then complete or fail it."""
+    """Complete or fail a job. Its last event is logged first, or follow_log may miss it."""
     job = run.job
     error = ending.error
     if ending.status == "failed":
@@ -7296,8 +7301,8 @@ def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
     """Wait until jobs may be due, for a second at most; then fill the queues.
 
     Each empty queue gets up to two jobs: one that a transient error has delayed, and one
-    that was not delayed. So delayed jobs do not hold up the others, nor the others them,
-    except on the same pull request. ``only_job``, if given, is the only one that may start.
+    that was not delayed. So neither kind holds up the other, except on the same pull
+    request. ``only_job``, if given, is the only job that may start.
     """
     codebot.jobs_due.wait(TIMER_INTERVAL)
     codebot.jobs_due.clear()
@@ -7322,8 +7327,8 @@ def try_database(codebot: Codebot) -> None:
 def clean_up(codebot: Codebot) -> None:
     """Wait until it is time, and then remove the data that is past its retention."""
     config = codebot.config
-    # During this pause after the start, sync usually queues the comments that people
-    # wrote while the server was down, which retains the workspaces of these reviews.
+    # After a start, the sync thread usually uses this pause to queue the comments that
+    # people wrote while the server was down. The workspaces of these reviews are retained.
     codebot.cleanup_wanted.wait(min(CLEANUP_INTERVAL, config.retention))
     codebot.cleanup_wanted.clear()
     codebot.wait()
@@ -7332,6 +7337,7 @@ def clean_up(codebot: Codebot) -> None:
     for path in removable_paths(config.work_dir, "trash"):
         do_part(remove_tree, config, path)
     do_part(codebot.store.delete_expired, config.retention)
+    # Only with a launcher: CODEBOT_LAUNCHER_STOP runs again where it has failed.
     do_part(stop_all_launched, config, STOP_FAILED)
 
 
@@ -7346,9 +7352,9 @@ def do_part(part: Callable[..., None], *args: object) -> None:
 def remove_workspaces(codebot: Codebot) -> None:
     """Remove workspaces and outboxes that no job needs anymore."""
     config = codebot.config
-    # Listed before the store is asked, so that it knows the job of each directory. A
-    # review that starts after that, on a task past its retention, loses the directory.
-    # It then begins a new session, or fails.
+    # The directories are listed before the store is asked, so that it knows their jobs. A
+    # review that starts after that, on a task past its retention, loses the task's
+    # directory. The review then begins a new session, or fails.
     paths = removable_paths(config.work_dir, "task")
     retained = codebot.store.retained_directories(config.retention)
     for path in paths:
@@ -7357,15 +7363,16 @@ def remove_workspaces(codebot: Codebot) -> None:
 
 
 def discard_workspace(config: Config, path: str) -> None:
-    # The outbox comes first: at the next attempt, only the workspace leads to it.
+    # The outbox comes first: if this fails, only the workspace leads a later cleanup to it.
     discard(config.work_dir, outbox_path(config, os.path.basename(path)))
     discard(config.work_dir, path)
 
 
 def maintain_mirrors(codebot: Codebot) -> None:
     """Wait until it is time, and then pack the mirrors, or remove unused ones."""
-    # First: after a long time without the server, a commit that waits in an outbox, which
-    # borrows the mirror's objects, is pushed without using (and touching) the mirror.
+    # The wait comes first. After a long time without the server, a retry may push a commit
+    # from an outbox. The outbox needs objects of the mirror, but such a push does not
+    # count as a use of the mirror.
     codebot.wait(MAINTENANCE_INTERVAL)
     for path in find_paths(codebot.config.work_dir, "mirrors/*/*/*.git"):
         do_part(maintain_mirror, codebot, path)
