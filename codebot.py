@@ -7400,13 +7400,13 @@ def maintain_mirror(codebot: Codebot, path: str) -> None:
 MAX_HEADER_BYTES = 32 << 10  # request line and headers
 MAX_BODY_BYTES = 1 << 20  # a body, unless its route has another limit
 
-# A request line and a header. They are stricter than http.server: no HTTP/0.9, no bare CR
-# or LF, no folded header, no space before a colon (RFC 9112, sections 3 and 5).
+# These patterns are stricter than http.server: no HTTP/0.9, no bare CR or LF, no folded
+# header, no space before a colon (RFC 9112, sections 3 and 5).
 REQUEST_LINE_RE = re.compile(
     rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ (?:/|(?i:https?)://)[!-~]* HTTP/1\.[01]\r\n"
 )
 HEADER_RE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n")
-# The part before the path in a request line for a proxy.
+# Scheme and host, if a request line has a whole URL. Clients send that to a proxy.
 ABSOLUTE_FORM_RE = re.compile(r"^https?://[^/?]*", re.IGNORECASE)
 # A name, an IPv4 address, or an IPv6 address in brackets; then an optional port. The
 # name and the port may be empty (RFC 3986, 3.2).
@@ -7463,7 +7463,7 @@ def parse_headers(version: str, lines: Sequence[str]) -> dict[str, str]:
 
 
 def parse_object(data: bytes) -> dict[str, Json]:
-    """Return a JSON object. Raises ValueError, whose message ends a sentence."""
+    """Return a JSON object. Raises ValueError with words such as "is not a JSON object"."""
     try:
         value = parse_json(data.decode())
     except (ValueError, RecursionError) as error:
@@ -7486,9 +7486,9 @@ class Request(NamedTuple):
     read_body: Callable[[], bytes]
 
     def parameters(self, *names: str) -> list[str]:
-        """Return the values of all parameters that the query may have; "" if one is absent.
+        """Return the values of the parameters ``names``, in order; "" if one is absent.
 
-        Raises HTTPError if there are others, or one has two values.
+        Raises HTTPError if the query has another parameter, or one has two values.
         """
         values = dict.fromkeys(names, "")
         for name, value in urllib.parse.parse_qsl(self.query, keep_blank_values=True):
