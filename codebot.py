@@ -7536,7 +7536,7 @@ def allow_anyone(codebot: Codebot, request: Request) -> None:
 def sent_key(request: Request) -> bytes:
     """Return the API key that the client sent, b"" if it sent none.
 
-    It is in Authorization: Bearer KEY or, without that, in X-API-Key: KEY.
+    The key is in Authorization: Bearer KEY or, without that, in X-API-Key: KEY.
     """
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not key:
@@ -7591,7 +7591,7 @@ next_log_time: dict[str, float] = {}
 
 
 def log_refusal(path: str, request: Request, error: HTTPError) -> None:
-    """Log a guard's refusal: one line a second, so that a flood cannot fill the disk."""
+    """Log a guard's refusal, at most one line a second: a flood must not fill the disk."""
     now = time.monotonic()
     subject = "webhook" if path == "/webhook" else "API key"
     if now >= next_log_time.get(subject, 0.0):
