@@ -7618,7 +7618,7 @@ JOB_FIELDS = ("status", "submitted_at", "started_at", "completed_at")
 CONTROL_CHARACTER_RE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 KEEPALIVE_INTERVAL = 15.0  # seconds after which a silent event stream sends a comment
 STREAM_INTERVAL = 0.25  # seconds between searches for new events in a followed log
-MAX_EVENTS_AT_ONCE = 100  # that are read from a log which is followed
+MAX_EVENTS_AT_ONCE = 100  # events that one read of a followed log returns
 
 
 def require_allowed_repository(config: Config, url: str) -> Repository:
@@ -7720,7 +7720,7 @@ def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
     if key:
         # The failed task may have the same key. No client can send a key with a line break.
         key = f"{key}\nretry of {task_id}"
-    # Without the label's event: removing the label must not cancel a client's retry.
+    # The label's event is left out: removing the label must not cancel a client's retry.
     submission = Submission(
         submitter(request), key, job.repository_id, job.issue_number, job.issue_url
     )
@@ -7729,7 +7729,7 @@ def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
 
 def cancel_task(codebot: Codebot, request: Request, task_id: str) -> Response:
     find_task(codebot, task_id)  # raises HTTPError if there is none
-    # Logged first: a running task also ends if the request cannot be stored.
+    # The log line comes first: a running task ends even if the request cannot be stored.
     log.info("Task %s: cancel requested by %s", task_id, submitter(request))
     try:
         codebot.cancel(task_id)
@@ -7856,7 +7856,7 @@ def task_logs(
 ) -> Response | EventStream:
     """Return a task's events after a sequence number: Last-Event-ID, or else ``after``.
 
-    JSON has at most 1,000 of them; an event stream has all, then those to come.
+    A JSON response has at most 1,000 events. An event stream has all, and those to come.
     """
     find_task(codebot, task_id)  # raises HTTPError if there is none
     [parameter] = request.parameters("after")
@@ -7870,19 +7870,19 @@ def task_logs(
         )
     if events or is_live:
         return event_stream(codebot, task_id, after)
-    # An EventSource reconnects after "event: end", but not after this.
+    # An EventSource reconnects after "event: end", but not after status 204.
     return Response(204)
 
 
 def follow_log(
     codebot: Codebot, task_id: str, after: int = 0
 ) -> Iterator[Sequence[Event]]:
-    """Yield a task's new events; [] after a moment without any.
+    """Yield a task's new events, and [] after each moment without new events.
 
-    Ends when no job can add any, or codebot is stopping.
+    The iterator ends when no job can add events, or codebot is stopping.
     """
     while not codebot.stop.is_set():
-        # Asked before the events are read, or a task's last event could be missed.
+        # The store is asked before the events are read, or the last event could be missed.
         is_live = codebot.store.has_unfinished_jobs(task_id)
         events = codebot.store.events(task_id, after, MAX_EVENTS_AT_ONCE)
         if events:
