@@ -7983,7 +7983,7 @@ class NoAction(Exception):
 
 def webhook(codebot: Codebot, request: Request) -> Response:
     """Accept a delivery from GitHub. A comment is on disk before the response is sent."""
-    # %.99s in the log: at most 99 characters of what the delivery says.
+    # %.99s: the log gets at most 99 characters of each value from the delivery.
     event = request.headers.get("x-github-event", "")
     guid = request.headers.get("x-github-delivery", "")
     try:
@@ -7994,8 +7994,8 @@ def webhook(codebot: Codebot, request: Request) -> Response:
     except NoAction as reason:
         log.info("Delivery %.99s (%.99s): %s", guid, event, reason)
         return json_response({"message": str(reason)})
-    # A field is missing or has the wrong type, or SQLite cannot store its value: a large
-    # number (OverflowError), half of a surrogate pair (ValueError).
+    # These errors mean that a field is missing or has the wrong type, or that SQLite cannot
+    # store a value: a large number (OverflowError), half of a surrogate pair (ValueError).
     except UNKNOWN_SHAPE_ERRORS:
         refusal = HTTPError(
             400, f"The payload of {event} is malformed, or X-GitHub-Delivery is missing"
@@ -8028,7 +8028,8 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
         raise NoAction("The webhook works")
     else:
         raise NoAction("codebot does not act on this event or action")
-    # First, so that the sync thread also looks if the delivery is sent again ("Redeliver").
+    # The look comes before the test for a duplicate: the sync thread also looks if GitHub
+    # sends the delivery again ("Redeliver").
     codebot.look_now(look)
     if not codebot.store.add_delivery(guid):
         raise NoAction("Duplicate delivery")
@@ -8055,7 +8056,7 @@ def receive_comment(codebot: Codebot, event: str, payload: JsonObject) -> None:
     try:
         is_new = codebot.store.queue_comments(task_id, [comment])
     except sqlite3.Error:
-        # GitHub does not send it again, so the sync thread reads it at GitHub later.
+        # GitHub does not repeat the delivery, so the sync thread reads the comment later.
         codebot.look_now(Look("pull_request", task_id=task_id))
         raise
     if not is_new:
@@ -8065,7 +8066,8 @@ def receive_comment(codebot: Codebot, event: str, payload: JsonObject) -> None:
 
 def look_of_label(codebot: Codebot, payload: JsonObject) -> Look:
     """Return the look that a change of an issue's labels asks for."""
-    # When a label is deleted, GitHub sends a delivery without it for each of its issues.
+    # When a label is deleted, GitHub sends a delivery for each issue that had the label.
+    # This delivery does not name the label.
     label = payload.get("label", {"name": ""})["name"].lower()
     if not label or label != codebot.config.issue_label.lower():
         raise NoAction("Not the label that turns an issue into a task")
