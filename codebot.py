@@ -8789,17 +8789,17 @@ def page(codebot: Codebot, request: Request) -> Response:
 # The connection's states:
 #   a request         waiting -> receiving -> handling -> sending -> waiting
 #   an event stream   ... -> handling -> sending -> handling -> sending ... -> closed
-#   one refused before its body was read
+#   a request that is refused before its body was read
 #                     ... -> sending -> receiving, to discard the body -> closed
 #
 # Known limitations:
-# - Anybody who reaches the port, such as an agent, can make GitHub's deliveries fail by
-#   sending large unsigned ones, which use up MAX_BUFFERED_BYTES, and can keep others out by
-#   opening many connections before those have sent their requests.
-# - The agent can listen on every port that is free. If clients know codebot by a name with
-#   several addresses, such as an IPv4 and an IPv6 address, the agent may listen at one at
-#   which codebot does not, and be sent API keys. With TLS, clients notice. (For localhost,
-#   see reserve_other_address.)
+# - Anybody who reaches the port, such as an agent, can make GitHub's deliveries fail: large
+#   unsigned deliveries use up MAX_BUFFERED_BYTES. Many new connections can keep others out:
+#   codebot drops other connections whose requests have not arrived yet.
+# - The agent can listen on every port that is free. A name by which clients know codebot
+#   may have several addresses, such as an IPv4 and an IPv6 address. The agent may listen at
+#   one where codebot does not, and then receives API keys. With TLS, clients notice. For
+#   localhost, see reserve_other_address.
 
 MAX_CONNECTIONS = 512
 MAX_STREAMS = 128  # event streams that are open at the same time
@@ -8822,8 +8822,8 @@ STREAM_HEADERS = {
     "Content-Type": "text/event-stream",
     "X-Accel-Buffering": "no",  # or nginx would collect the events
 }
-# For a value of --host: the other address to which a client may connect that knows codebot
-# as "localhost" or by this host's name.
+# By the value of --host, the other address to which clients may connect if they know
+# codebot as "localhost" or by this host's name.
 OTHER_ADDRESSES = {
     "127.0.0.1": "::1",
     "localhost": "::1",
@@ -8845,8 +8845,8 @@ class Route(NamedTuple):
 GET = ("GET", "HEAD")
 POST = ("POST",)
 TASK_PATH = "/api/tasks/(?P<task_id>[^/]+)"
-# Everything that the network can reach, with the guard that must let it pass. What needs
-# no key takes no body, except GitHub's deliveries.
+# Everything that the network can reach, with the guard that must let the request pass. A
+# route that needs no key takes no body, except that of GitHub's deliveries.
 ROUTES = (
     Route(GET, "/", allow_anyone, page, max_body=0),
     Route(GET, "/health", allow_anyone, health, max_body=0),
@@ -8886,16 +8886,16 @@ class Entry:
 class ConnectionTable:
     """All open connections, with their states and the sizes of unfinished bodies.
 
-    It drops connections that are late, or must make room, by shutting down their sockets.
-    Their threads then get an OSError, from the socket or from the next call here.
+    The table drops a connection that is late, or must make room: it shuts down the socket.
+    The connection's thread then gets an OSError, from the socket or from the table.
     """
 
     def __init__(self) -> None:
         # Guards _entries, and each entry. While it is held, nothing waits for a client.
         # An RLock, because add() calls evict().
         self._lock = threading.RLock()
-        # A connection that begins to wait for a request moves to the end. So the first one
-        # has spent the longest time on its request.
+        # A connection moves to the end when it begins to wait for a request. So the first
+        # one has spent the longest time on waiting for its request and serving it.
         self._entries: dict[socket.socket, Entry] = {}
 
     def add(self, connection: socket.socket) -> None:
@@ -8926,7 +8926,7 @@ class ConnectionTable:
     def add_body_bytes(self, connection: socket.socket, size: int) -> None:
         """Count more bytes of a body. If too many are in memory, drop connections.
 
-        Raises OSError if this one was dropped before, so that its thread stops reading.
+        Raises OSError if ``connection`` was dropped before: its thread must stop reading.
         """
         with self._lock:
             self._entry(connection).body_bytes += size
@@ -8947,8 +8947,8 @@ class ConnectionTable:
     def evict(self) -> None:
         """Drop the oldest idle connection or, if there is none, the oldest sending one.
 
-        An idle one is waiting or receiving. Called when no place or descriptor is left.
-        Raises OSError if all are being handled.
+        An idle connection is waiting or receiving. This is called when no place or no
+        descriptor is left. Raises OSError if all connections are being handled.
         """
         idle = []
         sending = []
@@ -8974,7 +8974,7 @@ class ConnectionTable:
         return self._entries[connection]
 
     def _drop(self, connection: socket.socket) -> None:
-        """Shut it down: this wakes the thread that reads from it or writes to it."""
+        """Shut a connection down. This wakes the thread that reads from or writes to it."""
         del self._entries[connection]
         with contextlib.suppress(OSError):
             # SSLSocket's own method would take the TLS state away from that thread.
@@ -8993,9 +8993,10 @@ def end_tls(connection: socket.socket) -> None:
 class Handler(http.server.BaseHTTPRequestHandler):
     """Answers the requests of one connection, in a thread of the pool.
 
-    It uses these methods of http.server: setup() and finish(), which open and close rfile
-    and wfile (which has no buffer); handle(), which calls handle_one_request() until
-    close_connection is set; handle_expect_100() and date_time_string().
+    These methods of http.server are used:
+      setup(), finish()   open and close rfile and wfile; wfile has no buffer
+      handle()            calls handle_one_request() until close_connection is set
+      handle_expect_100(), date_time_string()
     """
 
     server: Server
@@ -9042,8 +9043,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.error("Database error during %r: %s", self.requestline, error)
             message = "The database cannot be used at the moment; retry later"
             return error_response(HTTPError(503, message, {"Retry-After": "10"}))
-        # The client is gone, or codebot has dropped the connection: the handler of a route
-        # raises no OSError of its own.
+        # An OSError means here that the client is gone, or that codebot has dropped the
+        # connection. A route's handler raises no OSError of its own.
         except OSError:
             raise
         except Exception:
@@ -9082,7 +9083,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return route.handler(codebot, request, **parameters)
 
     def receive_body(self, headers: Headers, limit: int) -> bytes:
-        # Not int(), which refuses more than 4,300 digits: float() makes infinity of them.
+        # float() makes infinity of a very long number. int() refuses over 4,300 digits.
         length = float(headers.get("content-length", "0"))
         if length > limit:
             raise HTTPError(413, f"The body is longer than {limit:,} bytes")
@@ -9141,14 +9142,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for messages in events:
                 self.write(messages)
                 self.enter("handling")
-                # While there are events, write() notices that the client has left.
+                # poll() notices that the client has left. With events, write() does.
                 if not messages and client.poll(0):
                     return
         finally:
             self.server.streams.release()
 
     def discard_input(self) -> None:
-        """Read and discard the rest of a refused request, in the time of a new one.
+        """Read and discard the rest of a refused request, within the time for a new one.
 
         Else the system would reset the connection, and the client might lose the response.
         """
@@ -9165,7 +9166,7 @@ def tls_context(config: Config) -> ssl.SSLContext:
     """Return the context for HTTPS. Raises ConfigError if a TLS file cannot be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # With no password given, OpenSSL prompts on the terminal if the key is encrypted.
+    # The empty password keeps OpenSSL from asking on the terminal if the key is encrypted.
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key, password="")
     except OSError as error:
@@ -9180,8 +9181,8 @@ def tls_context(config: Config) -> ssl.SSLContext:
 def reserve_other_address(host: str, port: int) -> socket.socket | None:
     """Take the port at the other address that "localhost" or this host's name may mean.
 
-    Otherwise an agent could listen there, and clients of localhost would send it the API
-    key. codebot does not listen there, so clients are refused and try the right address.
+    An agent that listened there would get API keys from clients of localhost. codebot takes
+    the port but does not listen, so clients are refused and try the right address.
     """
     address = OTHER_ADDRESSES.get(host)
     if address is None:
@@ -9254,7 +9255,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self.connections.add(request)
-        # The host may allow no more threads: then the next one that is free serves this.
+        # RuntimeError: the host allows no more threads. The next free thread serves this
+        # connection.
         with contextlib.suppress(RuntimeError):
             self._pool.submit(self.process_request_thread, request, client_address)
 
@@ -9264,7 +9266,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._next_sweep = now + SWEEP_INTERVAL
             self.connections.drop_late(now)
             # Since Python 3.12, a race in the pool can count a busy thread as an idle one.
-            # A connection then waits for a thread until there is another task.
+            # A connection then waits for a thread until the pool gets something else to do.
             with contextlib.suppress(RuntimeError):  # the host allows no more threads
                 self._pool.submit(do_nothing)
 
