@@ -9322,7 +9322,7 @@ Check = Callable[[Codebot], Iterator[Finding]]
 
 
 def run_checks(codebot: Codebot, checks: Iterable[Check]) -> Iterator[Finding]:
-    """Yield the findings. An error of a check becomes its last findings."""
+    """Yield the findings. If a check raises an error, each line of it is a finding."""
     for check in checks:
         try:
             yield from check(codebot)
@@ -9390,7 +9390,7 @@ def unknown_settings(config: Config) -> Iterator[Finding]:
 
 def check_settings(codebot: Codebot) -> Iterator[Finding]:
     config = codebot.config
-    if sys.getfilesystemencoding() != "utf-8":  # that of arguments and paths
+    if sys.getfilesystemencoding() != "utf-8":  # used for arguments and paths
         yield fail(
             "Python does not use UTF-8 here. Set PYTHONUTF8=1, or LANG to a UTF-8 locale."
         )
@@ -9420,7 +9420,7 @@ def check_access(path: str, unwanted: int) -> Iterator[Finding]:
     """
     mode = os.stat(path).st_mode if os.path.exists(path) else 0
     if mode & unwanted:
-        # FAIL only if everybody can write. A group may be the user's own: a warning.
+        # FAIL if everybody can write, else a warning: a group may be the user's own.
         yield Finding(
             "FAIL" if mode & 0o002 else "warn",
             f"{path} is open to other users. If it is for codebot alone, run: chmod "
