@@ -9503,16 +9503,16 @@ HOST_CHECKS = (check_programs, check_settings, check_safety)
 
 # --- serve -------------------------------------------------------------------
 #
-# The start: settings; log, signals and watchdog; locks of the work directory; checks;
-# database, sandbox and the App's key; port; threads.
+# The order of the start: settings; log, signals and watchdog; locks of the work directory
+# and the database; checks; database, sandbox and the App's key; port; threads.
 
 STOP_TIMEOUT = 10.0  # seconds that the workers have to end when codebot stops
 PR_SET_DUMPABLE = 4  # of prctl(2), from <linux/prctl.h>
-MAIN_INTERVAL = 0.1  # seconds: how often the main thread looks for what has changed
+MAIN_INTERVAL = 0.1  # seconds between checks by the main thread
 
 
 def stop_on_signals(codebot: Codebot) -> None:
-    """Stop at the first SIGTERM, SIGINT or SIGHUP; at a later SIGTERM or SIGINT, at once.
+    """Stop at SIGTERM, SIGINT or SIGHUP, and exit at once at a later SIGTERM or SIGINT.
 
     A later SIGHUP is ignored: the shell and the kernel may both report one hangup.
     """
@@ -9522,8 +9522,8 @@ def stop_on_signals(codebot: Codebot) -> None:
             if number == signal.SIGHUP:
                 return
             os._exit(1)  # the watchdog ends what is left
-        # In a thread: the main thread, which this interrupts, may hold the locks that
-        # Event.set() and Thread.start() take.
+        # A new thread sets the event: the main thread, which this handler interrupts, may
+        # hold the locks that Event.set() and Thread.start() take.
         try:
             _thread.start_new_thread(codebot.stop.set, ())
         except RuntimeError:  # the host allows no more threads
@@ -9541,13 +9541,13 @@ def set_up_process(codebot: Codebot, level: int) -> None:
     handler.setFormatter(LogFormatter(codebot.redact))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     if sys.platform == "linux":
-        # So an agent without a sandbox, unless it is root, cannot read codebot's memory and
-        # environment. (Programs that codebot starts do not inherit this.)
+        # This keeps an agent without a sandbox, unless it is root, from reading codebot's
+        # memory and environment. Programs that codebot starts do not inherit this.
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     # A core dump could hold a token, and be where an agent can read it.
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
-    # First the signals: a KeyboardInterrupt that is raised during a fork would be lost.
+    # The signals come first: a KeyboardInterrupt raised during the fork would be lost.
     stop_on_signals(codebot)
     fork_watchdog(codebot)
 
@@ -9555,7 +9555,7 @@ def set_up_process(codebot: Codebot, level: int) -> None:
 def fork_watchdog(codebot: Codebot) -> None:
     """Fork a process that ends what this one leaves running, however this one ends.
 
-    It has the settings and the keys, but no token, lock or database.
+    The watchdog has the settings and the keys, but no token, lock or database.
     """
     read_end, write_end = os.pipe()  # write_end is closed when this process ends
     if os.fork() != 0:
@@ -9564,7 +9564,7 @@ def fork_watchdog(codebot: Codebot) -> None:
     try:
         os.close(write_end)
         nowhere = os.open(os.devnull, os.O_RDWR)
-        for descriptor in (0, 1, 2):  # a reader of our output must not wait for this
+        for descriptor in (0, 1, 2):  # the output must end before the watchdog does
             os.dup2(nowhere, descriptor)
         os.setsid()  # a hangup or ^C in the terminal does not reach it
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -9572,7 +9572,8 @@ def fork_watchdog(codebot: Codebot) -> None:
         tempfile.tempdir = codebot.config.work_dir  # as in take_work_dir
         os.read(read_end, 1)  # returns when write_end is closed
         end_processes(tagged_processes, codebot.config.run_tag)
-        # The next codebot on this work directory may already have launched processes.
+        # Only with a launcher. The prefix spares what the next codebot on this work
+        # directory may already have launched.
         stop_all_launched(codebot.config, record_prefix=codebot.config.run_tag)
     finally:
         os._exit(0)  # also after an error, which nobody could see
@@ -9639,7 +9640,7 @@ def running_workers(codebot: Codebot, only_job: str = "") -> Iterator[None]:
         for worker in workers:
             worker.join(max(0.0, deadline - time.monotonic()))
         with contextlib.suppress(sqlite3.Error):
-            # The jobs of workers that did not end
+            # Jobs whose workers did not end in time
             codebot.store.requeue_interrupted(interruptions=0)
             codebot.store.empty_wal()
 
