@@ -9749,7 +9749,7 @@ def run_command(flags: Flags) -> int:
     request = read_task_request(config, read_task_flags(flags))
     if not flags["work_dir"]:
         work_dir = os.path.realpath(tempfile.mkdtemp(prefix="codebot-"))
-        # CODEBOT_DATABASE, if it is set, is a server's: this run needs one of its own.
+        # CODEBOT_DATABASE, if it is set, is a server's. This task needs its own database.
         config = dataclasses.replace(config, work_dir=work_dir, database="")
     print(f"Work directory: {config.work_dir} (it is kept)", file=sys.stderr)
     codebot = start_app(config, HOST_CHECKS, logging.WARNING)
