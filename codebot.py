@@ -9779,7 +9779,7 @@ CHECK_TIMEOUT = 1.5  # seconds for GitHub's first response; with a retry, at mos
 
 def check_port(codebot: Codebot) -> Iterator[Finding]:
     config = codebot.config
-    # Without TLS: check_server has reported what is wrong with its files.
+    # TLS is left out, because check_server has reported what is wrong with its files.
     Server(Codebot(dataclasses.replace(config, tls_cert=""))).server_close()
     yield ok(f"Port {config.port} on {config.host} can be used")
 
@@ -9812,7 +9812,7 @@ def check_sandbox(codebot: Codebot) -> Iterator[Finding]:
             if os.path.exists(directory):
                 yield ok(f"The agent can read {directory}: PATH leads into it")
     if not is_agent_missing(codebot):
-        # 2.0.62 does not know --no-session-persistence (tried).
+        # Claude Code 2.0.62 does not know --no-session-persistence (tried).
         yield version_finding(shlex.join(command), result, "2.0.64")
 
 
@@ -9823,7 +9823,7 @@ def check_github(codebot: Codebot) -> Iterator[Finding]:
         return
     github.timeout = CHECK_TIMEOUT
     github.attempts = 2
-    # resolv.conf(5): limits the wait for a dead DNS server, which is 20 s otherwise.
+    # This limits the wait for a dead DNS server, which is 20 s by default (resolv.conf(5)).
     os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
     try:
         github.token(AS_APP)
@@ -9892,7 +9892,7 @@ def all_findings(codebot: Codebot, problems: Sequence[str]) -> Iterator[Finding]
     yield ok(f"Python {sys.version.split()[0]}; settings from {source}")
     for problem in problems:
         yield fail(problem)
-    # check_work_dir comes first: then programs' output goes to the work directory.
+    # check_work_dir comes first, so that programs' output goes to the work directory.
     checks = [check_work_dir, *HOST_CHECKS, check_server, check_port]
     if not problems:
         checks.append(check_github)
