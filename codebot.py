@@ -9977,7 +9977,7 @@ def demo_command(flags: Flags) -> int:
         raise ConfigError("The demo needs git on PATH. Install git.")
     with tempfile.TemporaryDirectory(prefix="codebot-demo-") as directory:
         directory = os.path.realpath(directory)
-        # So ~/.gitconfig has no effect. (GIT_CONFIG_* variables and /etc/gitconfig have.)
+        # This keeps ~/.gitconfig out. (GIT_CONFIG_* variables and /etc/gitconfig do apply.)
         os.environ.update(HOME=directory, XDG_CONFIG_HOME=directory)
         codebot = start_app(demo_config(directory), (), logging.WARNING)
         repository = f"{directory}/hello.git"
