@@ -10061,8 +10061,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = vars(make_parser().parse_args(arguments))
     # If the parent ignores SIGCHLD, every program's exit code would be 0.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    # Bytes. With less, as after `ulimit -s 1024`, Python 3.13 crashes when a thread reads
-    # deeply nested JSON.
+    # In bytes. With a smaller stack, as after `ulimit -s 1024`, Python 3.13 crashes when a
+    # thread reads deeply nested JSON.
     threading.stack_size(8 << 20)
     flags["umask"] = os.umask(PRIVATE_UMASK)
     if isinstance(sys.stdout, io.TextIOWrapper):  # None if it is closed
@@ -10082,7 +10082,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, StopRequested):  # a signal during the start
         code = 130
     except OSError as error:  # such as no usable directory for temporary files
-        code = 1  # not 2, for bad input: `run` may have pushed already
+        code = 1  # not 2, which means bad input: `run` may have pushed already
         message = f"System error on this host: {error}"
     for line in message.splitlines():
         print(f"codebot: {line}", file=sys.stderr)
