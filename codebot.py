@@ -6130,6 +6130,18 @@ def commit_task(workspace: Workspace) -> None:
     run.save_work(commit_id=commit_id, seconds=time.monotonic() - run.started)
 
 
+def commit_message(run: JobRun, request: TaskRequest) -> str:
+    """Return the message of a job's commit: what it is for, and the agent's summary."""
+    title = request.title
+    if run.job.kind == "review":
+        title = f"Answer the review of {title}"
+    summary = quoted("The agent", run.job.summary)
+    # Redact again: quoted() has removed invisible characters, perhaps from a secret.
+    message = run.redact(f"{run.redact(title)[:250]}\n\n{summary}")
+    # This comes after redact(), which writes ***, because "***NO_CI***" turns off the CI.
+    return without_ci_skips(message)
+
+
 def test_and_commit(
     workspace: Workspace, request: TaskRequest, base_commit: str
 ) -> str:
@@ -6147,14 +6159,7 @@ def test_and_commit(
     run.set_phase("commit")
     if not workspace.collect_tree(base_commit, tree):
         return ""
-    title = request.title
-    if run.job.kind == "review":
-        title = f"Answer the review of {title}"
-    summary = quoted("The agent", run.job.summary)
-    # Redact again: quoted() has removed invisible characters, perhaps from a secret.
-    message = run.redact(f"{run.redact(title)[:250]}\n\n{summary}")
-    # This comes after redact(), which writes ***, because "***NO_CI***" turns off the CI.
-    message = without_ci_skips(message)
+    message = commit_message(run, request)
     # The caller stores the id, to be pushed, only if inspect_commit raises no error.
     commit_id = workspace.write_commit(tree, base_commit, message)
     files = workspace.inspect_commit(base_commit, commit_id)
@@ -6430,9 +6435,9 @@ def load_comments(review: Review) -> Review:
         # codebot has had it for a while. It may be missing by chance: if another comment is
         # deleted meanwhile, this one moves to a page that was read already. (created_at
         # cannot replace received_at, because it may be the time of a draft.)
-        is_new = stored.received_at > utc_time(seconds_ago=VISIBILITY_DELAY)
-        is_retry = run.job.transient_since > 0
-        if comment is None and (is_new or not is_retry):
+        is_old = stored.received_at <= utc_time(seconds_ago=VISIBILITY_DELAY)
+        is_deleted = is_old and run.job.transient_since > 0
+        if comment is None and not is_deleted:
             raise TransientError("GitHub does not list a comment yet")
         if comment is not None and comment.user == run.job.reviewer:
             comments.append(comment)
@@ -7198,7 +7203,7 @@ def ending_after_transient_error(
 
 def ending_after_last_retry(job: Job, error: str) -> Ending:
     """Return how a job ends if a transient error does not lead to another retry."""
-    phase = remaining_phase(job)
+    phase = reached_phase(job)
     # A push may have succeeded although its response was lost.
     may_be_pushed = job.push_started or (
         job.kind == "review" and has_unpushed_commit(job)
@@ -7210,7 +7215,7 @@ def ending_after_last_retry(job: Job, error: str) -> Ending:
     return Ending("failed", reason, job.error or error)
 
 
-def remaining_phase(job: Job) -> str:
+def reached_phase(job: Job) -> str:
     """Return the phase that a job has reached.
 
     A retry of a job that has its commit repeats only the clone before it goes on.
@@ -7371,8 +7376,8 @@ def discard_workspace(config: Config, path: str) -> None:
 def maintain_mirrors(codebot: Codebot) -> None:
     """Wait until it is time, and then pack the mirrors, or remove unused ones."""
     # The wait comes first. After a long time without the server, a retry may push a commit
-    # from an outbox. The outbox needs objects of the mirror, but such a push does not
-    # count as a use of the mirror.
+    # from an outbox, which needs objects of the mirror. Such a push does not count as a use
+    # of the mirror, which would be removed before.
     codebot.wait(MAINTENANCE_INTERVAL)
     for path in find_paths(codebot.config.work_dir, "mirrors/*/*/*.git"):
         do_part(maintain_mirror, codebot, path)
@@ -8956,7 +8961,7 @@ class ConnectionTable:
             for connection, entry in self._entries.items():
                 if entry.state == "sending":
                     sending.append(connection)
-                elif entry.state != "handling":
+                elif entry.state in ("waiting", "receiving"):
                     idle.append(connection)
             victims = idle + sending
             if len(sending) > len(self._entries) / 2:
