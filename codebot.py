@@ -1759,71 +1759,72 @@ def stop_all_launched(
 
 # --- Sandbox -----------------------------------------------------------------
 #
-# All programs in a workspace (the agent, the tests, git) run in a sandbox: bwrap, a
-# command line of the operator's or, with CODEBOT_SANDBOX=none, nothing. In bwrap the
-# file system is read-only, and private directories are covered by empty ones. Of the work
+# All programs in a workspace (the agent, the tests, git) run in the sandbox that
+# CODEBOT_SANDBOX names: bwrap, another command line of the operator's, or none. In bwrap
+# the file system is read-only, and empty directories cover the private ones. Of the work
 # directory, only the job's own directories and its repository's objects are put back.
 #
 # Known limitation of every sandbox: codebot does not limit an agent's processes, disk space
 # and memory; only the host can. If an agent fills the disk of the work directory, jobs are
-# retried for a time and then fail; while the database cannot be written, they wait.
+# retried for a time and then fail. While the database cannot be written, jobs wait.
 #
 # Known limitations without a sandbox (CODEBOT_SANDBOX=none):
 # - The agent can read and write whatever codebot's user can (the keys, the database, .env,
 #   codebot.py), read git's token while git runs, and signal codebot's processes.
-# - codebot finds processes that a job left running by the variable CODEBOT_RUN in their
-#   environment, in /proc. A process that removes the variable outlives the job, as does
-#   one whose environment the kernel does not show to codebot, such as ssh-agent's.
+# - codebot looks in /proc for processes that a job left running. It recognizes them by
+#   CODEBOT_RUN in their environment. A process that removes this variable outlives the job.
+#   So does one whose environment the kernel does not show to codebot, such as ssh-agent.
 #
 # Known limitations of bwrap:
 # - The agent can read whatever codebot's user can read outside of the hidden directories.
-#   The homes are hidden, but not the directories in them that PATH leads into, which
-#   `check` lists: with ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml,
-#   and with ~/.local/bin all of ~/.local, such as ~/.local/share/keyrings. Nor are the work
-#   directory and the TLS key of another codebot hidden: an agent of the command `run` can
-#   read those of a server.
+#   The homes are hidden, except for the directories in them that PATH leads into. `check`
+#   lists these. With ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml.
+#   With ~/.local/bin, it can read all of ~/.local, such as ~/.local/share/keyrings.
+# - The work directory and the TLS key of another codebot are not hidden. So an agent of the
+#   command `run` can read those of a server.
 # - If .env or a key is created while an agent runs, or is a symlink that is changed then,
 #   that agent can read it, unless it is in a hidden directory.
-# - A file system that the host mounts while an agent runs, even because the agent named a
-#   path of an automounter, appears in bwrap, and it can be written there.
+# - A file system that the host mounts while an agent runs appears in bwrap, and can be
+#   written there. An agent can cause such a mount: it names a path of an automounter.
 # - If /proc is also mounted elsewhere, such as in a chroot, the agent can read the command
 #   lines of other processes there. With a setuid bwrap before 0.8, it may also be able to
 #   read the environment of codebot's git, with its token.
-# - The agent can connect to abstract sockets, and to sockets in directories that are not
-#   hidden, and write to named pipes there. It shares the host's kernel, without a filter of
-#   system calls, and may reach the kernel's keyrings of codebot's user. bwrap before 0.8
-#   lets the agent make user namespaces, in which it can reach more of the kernel. (If
-#   codebot runs as root, it refuses such a bwrap.)
+# - The agent can connect to abstract sockets. In directories that are not hidden, it can
+#   connect to sockets and write to named pipes.
+# - The agent shares the host's kernel, without a filter of system calls. It may reach the
+#   kernel's keyrings of codebot's user. bwrap before 0.8 lets it make user namespaces, in
+#   which it can reach more of the kernel. (codebot as root refuses such a bwrap.)
 # - The agent can fill memory through /dev/shm and the empty directories that cover hidden
 #   ones. Both are writable, and vanish when the command ends.
 # - The agent can take leases (fcntl) on files of codebot's user that it can read, such as
 #   the mirror's objects. Others that open such a file then wait for up to 45 s, again and
 #   again, unless the host has `sysctl fs.leases-enable=0`.
 # - If codebot is killed, an agent that is prepared for that (see processes_in_workspaces)
-#   runs on until the next start with the same work directory. (`run` usually makes a new
-#   one.) Meanwhile it can listen on codebot's port and be sent API keys; an open page sends
-#   its key every two seconds. In the same way, a git filter that the agent has configured
-#   can outlive its git command, until the job's run ends. If bwrap is older than 0.8, or
-#   /proc is mounted with hidepid, codebot may find neither.
+#   runs on until codebot starts again with the same work directory. (The command `run`
+#   usually makes a new work directory.) Meanwhile the agent can listen on codebot's port
+#   and receive API keys. An open page sends its key every two seconds.
+# - A git filter that the agent has configured can, in the same way, outlive its git command
+#   until the job's run ends. If bwrap is older than 0.8, or /proc is mounted with hidepid,
+#   codebot may find neither such an agent nor such a filter.
 #
 # Known limitations of a launcher and of other sandboxes:
-# - In another sandbox, what a command leaves running is found as without a sandbox.
-# - With a launcher, the node sees the work directory. The directories that bwrap hides,
-#   and its version, are determined on this host; a directory that exists only on the node
+# - In other sandboxes, codebot finds what a command left running as without a sandbox.
+# - With a launcher, the node sees the work directory. codebot determines on this host which
+#   directories bwrap hides, and bwrap's version. A directory that exists only on the node
 #   is not hidden there. On the node, an agent may outlive bwrap (see
 #   processes_in_workspaces) until the cluster ends it.
-# - If CODEBOT_SANDBOX or CODEBOT_LAUNCHER changes the user, as sudo does, codebot can
-#   neither end the program nor keep it from changing the workspace during later steps and
-#   runs. It does not wait for it. Nor may it be able to remove the program's files: then
-#   the next run in the workspace is retried until somebody has removed the directory that
-#   its error names, or until it fails.
-# - The agent can write to the HOME that the programs of CODEBOT_SANDBOX and
-#   CODEBOT_LAUNCHER get and, without bwrap, to the directory in which they start. These
-#   programs must not read settings of their own from there: ~/.docker, ~/.gitconfig.
+# - If CODEBOT_SANDBOX or CODEBOT_LAUNCHER changes the user, as sudo does, codebot cannot
+#   end the program and does not wait for it. The program can still change the workspace
+#   during later steps and runs. codebot may also be unable to remove the program's files.
+#   Then the next job in the workspace is retried until somebody has removed the directory
+#   that its error names, or until the job fails.
+# - The programs of CODEBOT_SANDBOX and CODEBOT_LAUNCHER must not read settings such as
+#   ~/.docker and ~/.gitconfig from their HOME, nor from the directory in which they start.
+#   The agent can write to that HOME and, without bwrap, to that directory.
 
-PROBE_TIMEOUT = 30.0  # seconds to try the sandbox, and before that to get a node
-# Programs need these, so they cannot be covered. (If a directory on PATH is in a private
-# one, it is covered, and the agent lacks its programs.)
+PROBE_TIMEOUT = 30.0  # seconds to try the sandbox; with a launcher, also to get a node
+# A directory that holds one of these cannot be hidden, because programs need them. (Another
+# directory on PATH may be hidden with a private one. Then the agent lacks its programs.)
 SYSTEM_DIRECTORIES = (
     "/etc",
     "/usr/bin",
@@ -1879,9 +1880,9 @@ def holds_system_directory(directory: str) -> bool:
 
 
 def home_directories() -> set[str]:
-    """Return the home that HOME names, and the one of the user's account.
+    """Return the home that HOME names, and the home of the user's account.
 
-    One that holds a system directory is left out: HOME may be / in a container.
+    A home that holds a system directory is left out. (In a container, HOME may be /.)
     """
     homes = {os.path.expanduser("~")}
     with contextlib.suppress(KeyError):  # a container may use a number without account
@@ -1897,7 +1898,7 @@ def home_directories() -> set[str]:
 def private_directories(config: Config) -> set[str]:
     """Return the directories that the agent must not see."""
     files = [*config.secret_files, config.database_file]
-    # `run` has a database of its own, but it hides the server's, too.
+    # The command `run` has a database of its own. It also hides the server's database.
     server_database = config.variables.get("CODEBOT_DATABASE", "").strip(BLANKS)
     if server_database:
         files.append(os.path.realpath(server_database))
@@ -1927,14 +1928,14 @@ def tool_directories(config: Config) -> Iterator[str]:
 def needed_files(config: Config, options: Mapping[str, str]) -> Iterator[str]:
     """Yield the hidden files that CODEBOT_CLAUDE_COMMAND, SSL_CERT_FILE and the like name.
 
-    ``options`` has the mount option of each place that the table above lists before them.
-    Words that are not absolute paths, such as a proxy's address, are skipped. Directories,
-    which could hold private files, are not shown; nor are .env and keys.
+    ``options`` has the mount option of each place in the earlier lines of the table above.
+    Words that are not absolute paths, such as a proxy's address, are skipped. Directories
+    are not shown, because they could hold private files. Neither are .env and keys.
     """
     program = shutil.which(config.claude_command[0], path=config.search_path) or ""
     words = [program, *config.claude_command[1:]]
     words += copy_variables(config, NETWORK_NAMES).values()
-    while os.path.islink(program):  # it may lead into a home, and to more links there
+    while os.path.islink(program):  # each link of the chain may lead into a home
         program = os.path.join(os.path.dirname(program), os.readlink(program))
         words.append(program)
     for word in filter(os.path.isabs, words):
@@ -1958,9 +1959,9 @@ def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> list[Mo
     """
     hidden = {"/run", "/tmp", *home_directories(), *private_directories(config)}
     options = dict.fromkeys(tool_directories(config), READ_ONLY)
-    options.update(dict.fromkeys(hidden, HIDDEN))  # even if it is a tool directory
+    options.update(dict.fromkeys(hidden, HIDDEN))  # overrides a tool directory
     visible = [*needed_files(config, options), objects]
-    visible.append(os.path.realpath("/etc/resolv.conf"))  # perhaps in /run
+    visible.append(os.path.realpath("/etc/resolv.conf"))  # may lie in /run
     options.update(dict.fromkeys(visible, READ_ONLY))
     for part in ("repo", "home"):
         options[f"{workspace_path}/{part}"] = WRITABLE
@@ -1972,8 +1973,8 @@ def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> list[Mo
         match = re.match("(/tmp/[^/]+)/", path)
         if match:
             options.setdefault(match[1], HIDDEN)
-    del options["/tmp"]  # bwrap_command mounts the workspace's there
-    # bwrap cannot mount on a missing path. The agent cannot create one on the host.
+    del options["/tmp"]  # bwrap_command mounts the workspace's tmp there
+    # bwrap cannot mount on missing paths, and the agent cannot create them on the host.
     return [
         Mount(options[path], path) for path in sorted(options) if os.path.exists(path)
     ]
@@ -1982,27 +1983,27 @@ def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> list[Mo
 def processes_in_workspaces(path: str) -> list[int]:
     """Return the ids of processes to which bwrap shows a workspace.
 
-    ``path`` is that of the workspace, or of a work directory, for all workspaces in it.
+    ``path`` is a workspace, or a work directory, which stands for all workspaces in it.
 
     The kernel ends these processes together with bwrap. But an agent can prevent this: it
-    attaches to the first one, as a debugger does, and has it call
-    prctl(PR_SET_PDEATHSIG, 0). It can also change the environment of processes in bwrap,
-    but (from bwrap 0.8 on) not their mounts.
+    attaches to the first process, as a debugger does, and has that process call
+    prctl(PR_SET_PDEATHSIG, 0). An agent can also change the environment of processes in
+    bwrap. So they are found by their mounts, which it cannot change from bwrap 0.8 on.
     """
-    # The kernel writes a blank as \040, and a backslash as \134. The fifth field is where
-    # something is mounted; the fourth is what is mounted there.
+    # A line of mountinfo: "36 35 8:1 /srv/w/task_1/repo /srv/w/task_1/repo rw ...". The
+    # fifth field is the mount point. A blank is written \040, and a backslash \134.
     path = path.replace("\\", "\\134").replace(" ", "\\040")
     pattern = rf"(?m)^(\S+ ){{4}}{re.escape(path)}(/(task|scratch)_[^/ ]+)?/repo "
-    # Of a process whose main thread has ended, only the other threads have mounts.
+    # All threads are searched: a main thread that has ended has no mounts anymore.
     found = find_processes("task/[0-9]*/mountinfo", pattern)
-    # If this process is among them, the host itself has such a mount, as have all others.
+    # If codebot itself is found, the mount is the host's, and every process has it.
     return [] if os.getpid() in found else found
 
 
 @contextlib.contextmanager
 def scratch_workspace(work_dir: str) -> Iterator[str]:
     """Make a workspace without a repository, whose "objects" stands in for a mirror's."""
-    prefix = "scratch_codebot_"  # tempfile appends to it: see REMOVABLE_RE
+    prefix = "scratch_codebot_"  # REMOVABLE_RE knows it, and what tempfile appends
     with tempfile.TemporaryDirectory(prefix=prefix, dir=work_dir) as directory:
         for part in (*WORKSPACE_PARTS, "objects"):
             os.mkdir(f"{directory}/{part}")
@@ -2036,27 +2037,28 @@ class Sandbox:
                 word.replace("{task}", workspace_path).replace("{objects}", objects)
                 for word in self.config.sandbox
             ]
-        # See Workspace.environment. (Not by `env -u`, which takes a program such as
-        # a=b/claude for a variable.)
+        # Workspace.environment says why this variable is unset. `env -u` would not do: it
+        # takes a program such as a=b/claude for a variable.
         unset = 'unset GIT_CONFIG_GLOBAL; exec "$@"'
         return [*wrapper, "sh", "-c", unset, "sh", *argv]
 
     def bwrap_command(self, workspace_path: str, objects: str) -> list[str]:
         """Return bwrap's command line, to which the command to run is appended."""
         argv = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
-        # Otherwise root could set kernel.core_pattern to a program, to run outside.
+        # /proc is read-only: otherwise an agent run by root could set kernel.core_pattern
+        # to a program, which would run outside of the sandbox.
         argv += ["--remount-ro", "/proc"]
         argv += [WRITABLE, f"{workspace_path}/tmp", "/tmp"]
         for option, path in sandbox_mounts(self.config, workspace_path, objects):
             argv += [option, path]
             if option != HIDDEN:
                 argv.append(path)
-        # The network is the host's, because the agent has to reach the model. In a session
-        # of its own, it cannot type into the terminal that a launcher may have on a node.
+        # The network is the host's, because the agent has to reach the model. Only with a
+        # launcher: --new-session keeps the agent from typing into a terminal on the node.
         argv += ["--unshare-pid", "--unshare-ipc", "--new-session", "--cap-drop", "ALL"]
         if self.disable_userns:
-            # Otherwise, if codebot is root, the agent could mount and write control groups
-            # in a user namespace of its own.
+            # If codebot is root, the agent could otherwise make a user namespace, and mount
+            # and write control groups in it.
             argv += ["--unshare-user", "--disable-userns"]
         return [*argv, "--die-with-parent", "--chdir", f"{workspace_path}/repo", "--"]
 
@@ -2069,10 +2071,10 @@ class Sandbox:
         return text
 
     def probe(self, *command: str) -> ProgramResult:
-        """Run a command, if any, in the sandbox, through the launcher if there is one.
+        """Try the sandbox, through the launcher if any, and run ``command`` in it, if any.
 
         The sandbox works if the file "probe" then exists on this host. Raises ConfigError
-        if that file is missing, and NoFreeNode if the sandbox could not be tried.
+        if it does not exist and, only with a launcher, NoFreeNode if no node became free.
         """
         config = self.config
         try:
@@ -2087,7 +2089,7 @@ class Sandbox:
                 problem = (
                     f"what it writes to {workspace_path} is not there on this host"
                 )
-        except TransientError as error:  # the launcher failed, or the disk is full
+        except TransientError as error:  # a launcher failed, or the disk is full
             raise ConfigError(f"{error}.") from None
         except (TimedOut, TooMuchOutput) as error:
             problem = f"it {error}"
@@ -2106,8 +2108,8 @@ class Sandbox:
     def inspect_bwrap(self) -> None:
         """Find out whether bwrap can disable user namespaces, as it can from 0.8 on.
 
-        Raises ConfigError if bwrap is too old for that and codebot runs as root, or if a
-        private directory cannot be hidden, because programs need it.
+        Raises ConfigError if bwrap cannot do that and codebot runs as root. Also raises it
+        if a private directory cannot be hidden, because programs need it.
         """
         problems = [*hiding_problems(self.config)]
         if problems:
@@ -2123,7 +2125,7 @@ class Sandbox:
             )
 
     def run_probe(self, workspace_path: str, command: Sequence[str]) -> ProgramResult:
-        """Write the file "probe" through launcher and sandbox, then run a command."""
+        """Write the file "probe" in the sandbox, and then run a command in it, if any."""
         config = self.config
         script = 'echo works >probe && "$@"'
         objects = f"{workspace_path}/objects"
