@@ -2145,24 +2145,25 @@ class Sandbox:
 
 # --- GitHub ------------------------------------------------------------------
 #
-# All requests to GitHub's REST API are made here, with GET and POST only. As the App,
-# codebot signs a JWT with the App's key. For all else it uses the lookup token and one
-# token for each repository, which it keeps in memory only.
+# All requests to GitHub's REST API are made here, with GET and POST only. For requests as
+# the App, codebot signs a JWT with the App's key. For all others it uses the lookup token
+# and one token for each repository. It keeps these tokens in memory only.
 #
 # Known limitations:
 # - The App's key can do whatever the App may do at GitHub, and a repository's token can
-#   write to every branch that is not protected. `check` reports missing permissions of the
-#   App, but none that it should not have.
+#   write to every branch that is not protected. `check` reports permissions that the App
+#   lacks, but not permissions that it should not have.
 # - A pull request that somebody else opens for codebot's branch, before codebot does, is
 #   taken for codebot's own, with its text and base.
 # - Pull requests are the App's. So a person who asked for a change may approve it, even
 #   where GitHub lets nobody approve their own.
 # - If the address of GitHub is http://, for a tunnel on this machine, an agent can listen
-#   on its port while the tunnel is down, and be sent JWTs and tokens.
-# - From people's text, HTML comments (also in code, where GitHub shows them) and invisible
-#   characters are removed: see visible_text. Text that GitHub hides in other ways is not,
-#   such as in a line "[//]: # (text)", in <?...?>, in <![CDATA[...]]> or in the title of a
-#   link. Whoever labels an issue should read its source ("Edit"), not only what is shown.
+#   on the tunnel's port while the tunnel is down, and receive JWTs and tokens.
+# - codebot removes HTML comments and invisible characters from people's text (see
+#   visible_text), even the comments in code, which GitHub shows. It does not remove text
+#   that GitHub hides in other ways, such as in a line "[//]: # (text)", in <?...?>, in
+#   <![CDATA[...]]> or in the title of a link. Whoever labels an issue should read its
+#   source ("Edit"), not only what is shown.
 
 GITHUB_TIMEOUT = 30.0  # seconds that GitHub has to answer
 GITHUB_ATTEMPTS = 4  # how often a request to GitHub is sent, at most
@@ -2178,11 +2179,11 @@ AS_APP = -1  # the App's own JWT
 TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 PAGE_SIZE = 50  # entries of a list in one response; GitHub allows 100
-# Of one response. A comment takes up to 0.3 MB, and its part of the diff another 0.5 MB.
+# Bytes of a response. Each comment in it has up to 0.3 MB of text and 0.5 MB of the diff.
 MAX_GITHUB_BYTES = 64 << 20
-REDIRECTS = (301, 302, 307, 308)  # a POST stays a POST
+REDIRECTS = (301, 302, 307, 308)  # followed with the same method: a POST stays a POST
 MAX_CACHED_REPLIES = 4000  # a poll takes about four for each open pull request
-MAX_CACHED_BYTES = 64 << 10  # of a reply; a longer one is not cached
+MAX_CACHED_BYTES = 64 << 10  # bytes of a reply; a longer reply is not cached
 VISIBILITY_DELAY = 50.0  # seconds until something new is visible in all parts of GitHub
 # Raised by code that reads a response which does not have the documented shape.
 UNKNOWN_SHAPE_ERRORS = (
@@ -2205,7 +2206,7 @@ class NotFound(GitHubError):
 class AppRefused(TransientError):
     """The App's key cannot sign, or GitHub rejected a JWT or token, or issued no token.
 
-    The App may be suspended for a while, so the job is retried. Only a task without a
+    The job is retried, because the App may be suspended for a while. Only a task without a
     commit fails at once (in look_up_repository): usually the App is not installed there.
     """
 
@@ -2286,9 +2287,11 @@ class NoRedirects(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
-# The group is the comment's end, or "" if it has none and goes on to the end of the text.
-# (It must match even then, or each of thousands of "<!--" would be searched to the end.)
-# "<!-->" is a comment, too.
+# text                match          group: the end of the comment
+# "a <!-- b --> c"    "<!-- b -->"   "-->"
+# "a <!--> c"         "<!-->"        "-->"
+# "a <!-- b"          "<!-- b"       ""
+# The last text must match, or thousands of "<!--" would each be searched to the end.
 HTML_COMMENT_RE = re.compile(r"<!(?=--).*?(-->|\Z)", re.DOTALL)
 CUT_NOTE = "(text after an unclosed HTML comment was removed)"
 INVISIBLE_RE = re.compile(
@@ -2306,12 +2309,12 @@ INVISIBLE_RE = re.compile(
 def visible_text(text: str) -> str:
     """Remove what people do not see on GitHub: HTML comments, then invisible characters.
 
-    In a block of HTML, GitHub hides all text after a comment without an end. Here it is cut
-    everywhere, and a note says so.
+    In a block of HTML, GitHub hides all text after an unclosed comment. codebot removes
+    such text everywhere, and adds a note.
     """
     comment_ends = HTML_COMMENT_RE.findall(text)
     visible = INVISIBLE_RE.sub("", HTML_COMMENT_RE.sub("", text))
-    if "" in comment_ends and visible.strip():  # else the text counts as empty
+    if "" in comment_ends and visible.strip():  # an otherwise empty text gets no note
         visible += CUT_NOTE
     return visible
 
@@ -2342,7 +2345,7 @@ def parse_comment(place: str, payload: JsonObject) -> Comment | None:
     if not user or not text.strip():
         return None
     comment_id = int(payload["id"])
-    # Only the end: of a new file, GitHub sends all lines up to the comment.
+    # The end is enough: for a new file, GitHub sends all lines up to the comment.
     hunk = str(payload.get("diff_hunk") or "")[-5000:]
     return Comment(
         place=place,
@@ -2365,17 +2368,19 @@ def base64url(data: bytes) -> str:
 
 
 def github_error_text(status: int, payload: Json) -> str:
-    """Return the status of an error and GitHub's words for it, in one line."""
+    """Return the status of an error and GitHub's message, in one line."""
     text = f"{status} (no reason given)"
     if isinstance(payload, dict) and "message" in payload:
         text = f"{status} {payload['message']} {payload.get('errors') or ''}"
     return " ".join(text.split())[:1000]
 
 
-# The beginnings of temporary errors, besides those that is_rate_limit knows: the App is
-# suspended; comments and pull requests are made too fast; one part of GitHub does not see
-# yet what another one has: a pushed branch, its commit, or its pull request. The quotes are
-# single because github_error_text appends GitHub's list of errors as Python prints it.
+# Temporary errors, besides those that is_rate_limit recognizes:
+#   403 ...suspended                         the App is suspended
+#   422 ...submitted too quickly, 'abuse'    comments or pull requests are made too fast
+#   422 ...'field': 'head', No commits,      a part of GitHub does not see a pushed branch,
+#       already exists                       its commit or its pull request yet
+# The quotes are single, because github_error_text appends a list as Python prints it.
 TEMPORARY_ERROR_RE = re.compile(
     "403 .*suspended"
     "|422 .*(submitted too quickly|'code': 'abuse'|'field': 'head', 'code': 'invalid'"
@@ -2420,7 +2425,7 @@ class GitHub:
         # Threads share all that follows without a lock. Each step is atomic, and it does no
         # harm if two threads fetch the same token at once.
         self._tokens: dict[TokenScope, tuple[str, float]] = {}  # each with its expiry
-        # By URL, as each URL is always asked for with the same scope.
+        # The key is only the URL, because each URL is always used with the same scope.
         self._replies: dict[str, Reply] = {}
         # By repository and login: the monotonic time until which a refusal is remembered.
         self.access_refusals: dict[tuple[int, str], float] = {}
@@ -2456,7 +2461,7 @@ class GitHub:
         now = int(self.github_time())
         expiry = now + 540
         header = {"alg": "RS256", "typ": "JWT"}
-        # 60 seconds: GitHub rejects a JWT that, by its clock, was issued in the future.
+        # 60 seconds ago: GitHub rejects a JWT that its own clock puts into the future.
         claims = {"iat": now - 60, "exp": expiry, "iss": self.config.app_id}
         parts = [base64url(json.dumps(part).encode()) for part in (header, claims)]
         signed = ".".join(parts)
@@ -2469,7 +2474,7 @@ class GitHub:
             )
         except LimitReached as error:  # the key's file system hangs
             raise TransientError(f"openssl {error}") from None
-        # It prints "RSA-SHA2-256(stdin)= 3e5f…". On a full disk this and the error are lost.
+        # openssl prints "RSA-SHA2-256(stdin)= 3e5f…". If the disk is full, nothing arrives.
         match = re.search("= ((?:[0-9a-f]{2})+)$", "".join(result.stdout))
         if match is None:
             if result.disk_was_full:
@@ -2516,9 +2521,9 @@ class GitHub:
         """Send a GET, or a POST if there is a body, and retry as GitHub's docs ask.
 
         ``path`` may also be a whole URL, for example of a list's next page.
-        ``find_existing`` is called before every attempt, because an earlier one, perhaps
-        of an earlier run, may have taken effect although its response was lost. What it
-        finds is returned, unless that is None.
+        ``find_existing`` is called before every attempt. If it finds something, that is
+        returned and nothing is sent. An earlier attempt, perhaps of an earlier run, may
+        have taken effect although its response was lost.
         """
         url = f"{self.api}{path}" if path.startswith("/") else path
         is_token_renewed = False
@@ -2532,7 +2537,7 @@ class GitHub:
                 raise TransientError(
                     "GitHub's rate limit is exhausted", retry_at=self.silent_until
                 )
-            # Without a valid token in memory, token() gets one by a call() as the App.
+            # token() may call this method, as the App, to get a new token.
             reply = self.send(url, self.token(scope), body)
             if 200 <= reply.status < 300:
                 return reply
@@ -2564,7 +2569,7 @@ class GitHub:
                 f"GITHUB_APP_ID {self.config.app_id} do not belong to the same App "
                 f"({reply.error})"
             )
-        if status == 401:  # for some seconds, some of GitHub may not know a new token
+        if status == 401:  # for some seconds, parts of GitHub may not know a new token
             return AppRefused(f"GitHub rejected a new token ({reply.error})")
         if status in (404, 410):  # 410: it did exist
             raise NotFound(reply.error)
@@ -2579,7 +2584,7 @@ class GitHub:
         raise GitHubError(reply.error)
 
     def retry_time(self, reply: Reply) -> float:
-        """Return the time at which a request may be sent again; 0.0 if it is not limited.
+        """Return when a request may be sent again, in Unix time; 0.0 if it is not limited.
 
         GitHub docs: "Rate limits for the REST API", "Best practices".
         """
@@ -2630,7 +2635,7 @@ class GitHub:
         return reply
 
     def read_reply(self, response: Any) -> Reply:
-        """Read a response. May take up to twice the timeout."""
+        """Read a response. This may take up to twice the timeout."""
         deadline = time.monotonic() + self.timeout
         body = bytearray()
         while True:
@@ -2664,15 +2669,15 @@ class GitHub:
             self.clock_skew = date.timestamp() - time.time()
 
     def remember_reply(self, url: str, reply: Reply) -> None:
-        """Cache a reply: GitHub does not count a request that it answers with 304."""
-        # Not a full page: after a 304, its old headers would lack the link to a next page
-        # that exists by then. (The list of repositories is an object that also has their
-        # number. So a new repository changes every page.)
+        """Cache a reply. GitHub does not count a request that it answers with 304."""
+        # A full page of a list is not cached. After a 304, its old headers would lack the
+        # link to a next page that exists by then. (Pages of repositories need no such rule:
+        # each has the total number, so a new repository changes all of them.)
         is_full = isinstance(reply.value, list) and len(reply.value) >= PAGE_SIZE
         is_cacheable = not is_full and reply.size <= MAX_CACHED_BYTES
         if reply.status == 200 and "ETag" in reply.headers and is_cacheable:
             if url not in self._replies and len(self._replies) >= MAX_CACHED_REPLIES:
-                # At random: polls ask in one order, so the oldest would be needed next.
+                # A random one, because polls ask in one order: the oldest is needed next.
                 self._replies.pop(random.choice([*self._replies]), None)
             self._replies[url] = reply
 
@@ -2755,7 +2760,7 @@ class GitHubRepository:
     def has_write_access(self, login: str) -> bool:
         """Ask GitHub whether a person may write now. In doubt, they may not.
 
-        `author_association` in payloads is wrong for private members, so it is not used. A
+        `author_association` in payloads is not used: it is wrong for private members. A
         refusal is remembered, so that a flood of comments does not use up the rate limit.
         """
         refusals = self.github.access_refusals
@@ -2765,7 +2770,7 @@ class GitHubRepository:
         url_login = urllib.parse.quote(login, safe="")
         try:
             payload = self.get(f"/collaborators/{url_login}/permission")
-            # "maintain" is reported as "write".
+            # GitHub reports the role "maintain" as "write".
             if payload["permission"] in ("admin", "write"):
                 return True
         except GitHubError as error:
@@ -2790,7 +2795,7 @@ class GitHubRepository:
             # `repo` is null for a deleted fork, and a compatible server may leave it out.
             origin = head.get("repo", {})
             is_ours = origin is not None and origin.get("id", self.id) == self.id
-            # GitHub's filter has also returned other branches.
+            # GitHub's filter `head` may also return other branches.
             if is_ours and head["ref"] == branch:
                 return payload
         return None
@@ -2829,7 +2834,7 @@ class GitHubRepository:
     # Reactions and answers
 
     def react(self, paths: Iterable[str]) -> None:
-        """Add "eyes" reactions. If GitHub does not answer, the rest is left out."""
+        """Add "eyes" reactions. If GitHub cannot answer now, the rest is left out."""
         for path in paths:
             try:
                 self.post(f"{path}/reactions", {"content": "eyes"})
@@ -2849,9 +2854,9 @@ class GitHubRepository:
     ) -> None:
         """Post a comment, unless the bot has posted one with this marker already.
 
-        Only comments since the time ``since`` are searched for the marker. The new one goes
-        to the conversation of the issue or pull request, or to a thread of inline comments.
-        Raises NotFound if the comment that it answers was deleted.
+        Only comments since the time ``since`` are searched for the marker. The new comment
+        goes to the thread of inline comments, if given, else to the issue's or pull
+        request's conversation. Raises NotFound if the comment that it answers was deleted.
         """
         list_path = f"/issues/{number}/comments"
         post_path = list_path
@@ -2882,14 +2887,14 @@ class GitHubRepository:
         )
 
     def issues_with_label(self, label: str) -> list[int]:
-        """Return the numbers of the open issues (no pull requests) with a label."""
+        """Return the numbers of the open issues with a label, without pull requests."""
         entries = self.pages("/issues", labels=label, state="open")
         return [
             int(entry["number"]) for entry in entries if "pull_request" not in entry
         ]
 
     def label_event(self, number: int, label: str) -> LabelEvent | None:
-        """Return the last event about a label of an issue; None if it never had it."""
+        """Return an issue's last event about a label; None if it never had that label."""
         event = None
         for payload in self.pages(f"/issues/{number}/events"):  # oldest first
             if payload["event"] not in ("labeled", "unlabeled"):
