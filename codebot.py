@@ -2926,16 +2926,16 @@ class GitHubRepository:
 #   configuration of codebot's user sends to every server.
 # - If a client names a local repository to which an agent can write, hooks that the agent
 #   plants there run as codebot's user, outside the sandbox, when git pushes. codebot
-#   refuses paths in its own work directory, but not in others, such as those that `run`
-#   leaves in /tmp, nor ssh addresses that lead there by another path.
-# - git before 2.45.1 (in the 2.39 series, before 2.39.4), when it pushes to a repository of
-#   another user on this host, runs that user's hooks as codebot.
+#   refuses paths in its own work directory. It accepts paths in other directories (such as
+#   those that `run` leaves in /tmp) and ssh addresses that lead to its own by another path.
+# - If git is older than 2.45.1 (in the 2.39 series, than 2.39.4) and pushes to a repository
+#   of another user on this host, it runs that user's hooks as codebot's user.
 # - codebot's credential may be allowed to change workflows.
 # - What a hook of a local repository leaves running ends with the push, or with codebot.
 
 # gc is off, because workspaces read the mirror's objects. Redirects are off, because they
-# would carry the token to another host. git gives up on a server that for 300 seconds
-# sends less than a byte a second, or only git's keep-alives. `core.fsync` (git 2.36) keeps
+# would carry the token to another host. git gives up on a server if, for 300 seconds, it
+# sends less than a byte a second or only git's keep-alives. `core.fsync` (git 2.36) keeps
 # a power cut from leaving empty files. With unpackLimit=1, each fetch is kept as one pack.
 GIT = shlex.split(
     "git -c gc.auto=0 -c maintenance.auto=false -c core.fsync=all"
@@ -2967,7 +2967,7 @@ def sha256_hex(text: str) -> str:
 
 def slugify(text: str) -> str:
     """Turn ``text`` into a part of a branch or directory name, which may be empty."""
-    # normalize() takes 20 s for 100,000 accents, and no other thread runs meanwhile.
+    # Only 400: normalize() takes 20 s for 100,000 accents, and blocks all other threads.
     letters = unicodedata.normalize("NFKD", text[:400])
     letters = letters.encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9]+", "-", letters).strip("-")[:40].strip("-")
@@ -3026,8 +3026,12 @@ def parse_repository_url(config: Config, url: str) -> Repository:
     )
 
 
-# For --no-github: a user only before an ssh host, and nothing that looks like an option.
-# In file://, nothing by which git and codebot could disagree on the path.
+# With --no-github, these remotes are accepted:
+#   https://host/a  ssh://u@host/a  u@host:a  file:///a  /a
+# These are refused:
+#   https://u@host/a                only an ssh host may have a user
+#   -a  u@host:-a                   git or ssh could take it for an option
+#   file://host/a  file:///a%2eb    git and codebot could disagree on the path
 PLAIN_REMOTE_RE = re.compile(
     r"(https?://(?![^/]*@)|ssh://|file://(?=/)(?!.*[@%\[\]])|/|\w[\w.-]*@\w[\w.-]*:)[^-].*",
     re.ASCII,
@@ -3040,7 +3044,7 @@ def check_local_remote(config: Config, path: str) -> None:
         resolved = os.path.realpath(path)
     except OSError:  # a directory on the way cannot be read
         raise ValueError("must be a path that codebot can read") from None
-    # The path as written, since a symlink in it may change, and where it leads now.
+    # The path where it leads now, and the path as written: a symlink in it may change.
     for spelling in (re.sub("/+", "/", path), resolved):
         # Paths such as /proc/self/cwd lead to the work directory by another name.
         for directory in (config.work_dir, "/proc", "/dev"):
@@ -3055,7 +3059,7 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
             "must be http(s):// without a user, ssh://, file:///path without [ ] @ and %, "
             "user@host:path or /path"
         )
-    # git decodes %2e in URLs, but not in paths such as /srv/a and user@host:a.
+    # Every remote is decoded. git decodes %2e only in URLs, not in /srv/a and user@host:a.
     decoded_url = urllib.parse.unquote(url)
     # Some servers take \ for /, and ignore what follows a ;
     if re.search(r"[/:\\]\.\.?([/?#;\\]|$)", decoded_url):
@@ -3065,7 +3069,7 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
     path = url.removeprefix("file://")
     if path.startswith("/"):
         check_local_remote(config, path)
-    # As deep as mirrors/HOST/OWNER/NAME.git, so that maintain_mirrors finds it.
+    # As many parts as in mirrors/HOST/OWNER/NAME.git, so that maintain_mirrors finds it.
     mirror = f"mirrors/other/remote/{sha256_hex(url)[:20]}.git"
     return Repository(url, url, mirror)
 
@@ -3082,7 +3086,7 @@ def default_test_command(config: Config, full_name: str) -> str:
 # With --no-github, git that contacts the remote inherits codebot's environment, but no
 # variable that begins with one of these. The first two would put the host's credentials in
 # git's error messages. A hook that starts codebot may have set the others: git would then
-# use the hook's repository, or refuse to update references. (--git-dir overrides GIT_DIR.)
+# use the hook's repository, or refuse to update references. (--git-dir replaces GIT_DIR.)
 UNWANTED_GIT_NAMES = (
     "GIT_TRACE",
     "GIT_CURL_VERBOSE",
@@ -3122,18 +3126,18 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
     }
 
 
-# What a failure of git that contacts the remote becomes. The first line that applies
-# counts; those from the third on are in remote_failure:
+# The exception for a failure of git that contacts the remote. The first line that applies
+# counts. run_git and git_with_token apply the first two lines, remote_failure the others.
 #   a signal ended git or a part of it     TransientError
-#   a limit ended it                       TransientError for a push, else GitFailed
+#   a limit ended git                      TransientError for a push, else GitFailed
 #   "rejected]" by the remote's rules      GitFailed
-#   no login, a wrong one, HTTP 403, or    GitAuthFailed: at GitHub, tried again with a
-#     ssh's "Permission denied ("          new token
+#   no login, a wrong login, HTTP 403,     GitAuthFailed: at GitHub, git runs again with a
+#     or ssh's "Permission denied ("       new token
 #   connection, TLS, 408, 429, 5xx, a      TransientError
 #     fault of the remote's own, a
 #     shortage on the host; at GitHub, 301
 #   anything else                          GitFailed
-# URLs and quoted names are removed first, because they may contain any words.
+# remote_failure first removes URLs and quoted names, because they may contain any words.
 URL_OR_NAME_RE = re.compile(r"(?<!\w)'[^'\n]*'|https?://\S+")
 AUTH_FAILED_RE = re.compile(
     "could not read (Username|Password)|Invalid username or token|Authentication failed"
@@ -3156,17 +3160,20 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     "|unpacker error"
     f"|{SHORTAGE}"
 )
-# "! [remote rejected] main -> main (protected)": the remote refuses the push. A fault of
-# the remote's own is excluded, because it is transient. "unpacker error" may be either: a
-# full disk, or a rule (receive.fsckObjects, receive.maxInputSize). Another line says which.
+# The remote's rules refuse the push:
+#   "! [remote rejected] main -> main (protected)"              yes
+#   "! [remote rejected] main -> main (Internal Server Error)"  no: it is transient
+#   "! [remote rejected] main -> main (unpacker error)"         no: the disk may be full
+#   the same, with "remote: fatal: pack exceeds ..."            yes: receive.maxInputSize
+#   the same, with "remote: fatal: fsck error ..."              yes: receive.fsckObjects
 REJECTED_RE = re.compile(
     "^remote: fatal: (fsck error|pack exceeds)"
     r"|^(?!.*(Internal Server Error|commit_refs|unpacker error)).*rejected\]",
     re.MULTILINE,
 )
-# A program that git has started. (A remote's lines begin with "remote:".)
+# A program that git started on this host. (Lines of the remote begin with "remote:".)
 PART_KILLED_RE = re.compile(r"^error: \S+ died of signal (9|15)$", re.MULTILINE)
-# Seconds until git is run again with a new token, which may not be known everywhere yet.
+# Seconds before git runs again with a new token, which parts of GitHub may not know yet.
 TOKEN_RETRY_DELAY = 3.0
 
 
@@ -3175,13 +3182,13 @@ def remote_failure(result: ProgramResult, is_github: bool) -> Exception:
     # The host's git configuration may put a login into the URL: url.*.insteadOf
     reason = hide_logins(result.error)
     words = URL_OR_NAME_RE.sub("", "\n".join(result.stderr))
-    if REJECTED_RE.search(words):  # first, as the reason may quote a file of any name
+    if REJECTED_RE.search(words):  # first, because the reason may quote any file name
         return GitFailed(reason)
     if AUTH_FAILED_RE.search(words):
         return GitAuthFailed("authentication failed")
-    if re.search(r"returned error: 403|Permission denied \(", words):  # the second: ssh
+    if re.search(r"returned error: 403|Permission denied \(", words):  # HTTP or ssh
         return GitAuthFailed(reason)
-    # The repository was renamed after it was looked up.
+    # 301: the repository was renamed after it was looked up.
     is_renamed = is_github and "returned error: 301" in words
     if is_renamed or TRANSIENT_GIT_ERROR_RE.search(words):
         return TransientError(reason)
@@ -3200,7 +3207,7 @@ class GitDirectory:
         self.config = config
         self.path = path
         self.limits = Limits(check_stop=check_stop)
-        # Descriptors that git inherits: the lock's, while Mirror.lock holds it.
+        # Descriptors that git inherits: that of Mirror.lock, while the lock is held.
         self.inherited_fds: tuple[int, ...] = ()
 
     def local_git(
@@ -3212,7 +3219,7 @@ class GitDirectory:
     ) -> ProgramResult:
         """Run git without a credential.
 
-        Raises GitFailed if it exceeds a limit or, with ``check``, if it fails.
+        Raises GitFailed if git exceeds a limit or, with ``check``, if it fails.
         """
         env = base_environment(self.config)
         try:
@@ -3226,9 +3233,9 @@ class GitDirectory:
     def run_git(
         self, args: Sequence[str], env: Mapping[str, str], **options: Any
     ) -> ProgramResult:
-        """Run git. ``options`` are those of run_program, which raises LimitReached.
+        """Run git with run_program's ``options``.
 
-        Also raises TransientError if git, or a program that it started, was killed.
+        Raises LimitReached, and TransientError if git or a program it started was killed.
         """
         argv = [*GIT, "--git-dir", self.path, *args]
         options.setdefault("limits", self.limits)
@@ -3264,13 +3271,13 @@ class GitDirectory:
         """
         env = remote_environment(self.config, token)
         try:
-            # With --no-github, the remote may be a directory that others also use.
+            # This umask, because with --no-github others may also use the remote directory.
             result = self.run_git(args, env, umask=self.config.umask)
         except TransientError as error:
             raise TransientError(hide_logins(str(error))) from None
         except LimitReached as error:
             # A push is retried: the remote may hang, and the commit has cost something.
-            # Anything else would take as long, or print as much, again.
+            # Other commands are not: they would take as long, or print as much, again.
             error_type = TransientError if args[0] == "push" else GitFailed
             raise error_type(f"git {args[0]} {error}") from None
         if result.code != 0:
@@ -3289,7 +3296,7 @@ def discard(work_dir: str, path: str) -> None:
 
 
 MAX_PACKS = 200  # a mirror with more is repacked
-# What git says if an object of a repository is missing or damaged.
+# What git prints if an object of a repository is missing or damaged.
 MISSING_OBJECT_RE = re.compile(
     "bad object refs/heads/|[Cc]ould not read [0-9a-f]{40}|unable to read [0-9a-f]{40}"
     "|unable to read (tree|sha1 file)|cannot read object|unpack tree object"
@@ -3313,9 +3320,9 @@ class Mirror(GitDirectory):
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the mirror's lock.
+        """Hold the mirror's lock, which everything that writes to the mirror must hold.
 
-        git inherits its descriptor, so the lock is held until git has ended, even if
+        git inherits the lock's descriptor. So the lock is held until git has ended, even if
         codebot is killed.
         """
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
@@ -3342,9 +3349,9 @@ class Mirror(GitDirectory):
         ref = f"refs/heads/{branch}" if branch else "HEAD"
         commit = ""
         args = ("ls-remote", "--symref", "--", repository.url, ref)
-        # "ref: refs/heads/main<TAB>HEAD" (default branch only), then "COMMIT<TAB>REF". git
-        # also lists branches named .../HEAD or .../refs/heads/BRANCH; with more than
-        # KEPT_LINES of these, the branch may not be found.
+        # git prints "ref: refs/heads/main<TAB>HEAD" (for the default branch only), then
+        # "COMMIT<TAB>REF". It also lists branches named .../HEAD or .../refs/heads/BRANCH.
+        # If there are more than KEPT_LINES of these, the branch may not be found.
         for line in self.remote_git(repository, *args).stdout:
             value, _, name = line.partition("\t")
             if value.startswith("ref: refs/heads/") and name == "HEAD":
@@ -3358,14 +3365,14 @@ class Mirror(GitDirectory):
     def fetch_branch(self, repository: Repository, branch: str) -> tuple[str, str]:
         """Return a branch's name and its tip at the remote, which the mirror then has.
 
-        The mirror's own branch may be newer: if the remote's was reset to an older commit,
-        nothing is fetched. Raises BranchNotFound.
+        Nothing is fetched if the mirror's branch contains that tip. So the mirror's branch
+        stays newer if the remote's was reset to an older commit. Raises BranchNotFound.
         """
-        # Without the lock: the repository's other jobs must not wait for the remote.
+        # The lock is not held here, so that the repository's other jobs need not wait.
         name, commit = self.resolve_branch(repository, branch)
         ref = f"refs/heads/{name}"
         with self.lock():
-            # Tells maintain_mirror when the mirror was last used.
+            # The file's time tells maintain_mirror when the mirror was last used.
             pathlib.Path(f"{self.path}.lock").touch()
             self.create_for(repository)
             if self.is_ancestor(commit, ref):  # there is nothing new
@@ -3381,8 +3388,8 @@ class Mirror(GitDirectory):
     def create_for(self, repository: Repository) -> None:
         """Create the mirror, unless this repository already has one. The lock must be held.
 
-        A mirror of another repository, which had the name before, is discarded: otherwise
-        an agent could read its contents. (With --no-github, codebot cannot know that.)
+        The mirror of another repository, which had this name before, is discarded, so that
+        no agent can read it. (With --no-github, codebot cannot tell the two apart.)
         """
         repository_id = "unknown"  # with --no-github
         if repository.github_repository is not None:
