@@ -1724,7 +1724,7 @@ class ServerProcess:
 # --- ForkingProgram ----------------------------------------------------------
 
 FORKING_PROGRAM = """
-import json, os, signal, sys
+import ctypes, json, os, signal, sys
 # The last three are what codebot would import in each fork.
 import _strptime, concurrent.futures.thread, encodings.idna
 sys.path.insert(0, sys.argv[1])
@@ -1741,6 +1741,8 @@ def report_ended(*_):
         pass
 
 signal.signal(signal.SIGCHLD, report_ended)
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 for line in sys.stdin:
     if os.fork() == 0:
         break
@@ -1790,6 +1792,9 @@ class ForkingProgram:
     Each is a process with its own environment, directory, input and output, but without
     the start of Python and the import, which take 0.1 s. Only /proc tells the difference:
     there it has the command line and the environment of this.
+
+    It also reaps what they leave behind, as init does: there are inits that take seconds,
+    for which codebot would wait whenever it ends a program that has a child.
     """
 
     def __init__(self) -> None:
@@ -1858,7 +1863,8 @@ class ForkingProgram:
         for line in self.process.stdout:
             pid, *code = line.split()
             if code:
-                codes.pop(pid).set_result(int(code[0]))
+                if pid in codes:  # not one that a server has left behind
+                    codes.pop(pid).set_result(int(code[0]))
             else:
                 codes[pid] = concurrent.futures.Future()
                 self.started.put(ForkedProcess(int(pid), codes[pid]))
