@@ -1450,7 +1450,12 @@ class AgentScript:
 
 
 # Limits of every server of the tests: what it waits for without a reason to.
-SHORT_PAUSES = {"SYNC_INTERVAL": 0.1, "TIMER_INTERVAL": 0.1, "GITHUB_RETRY_DELAY": 0.1}
+SHORT_PAUSES = {
+    "SYNC_INTERVAL": 0.03,
+    "TIMER_INTERVAL": 0.03,
+    "STREAM_INTERVAL": 0.03,
+    "GITHUB_RETRY_DELAY": 0.03,
+}
 
 
 def command_lines() -> str:
