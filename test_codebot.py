@@ -2160,9 +2160,9 @@ def on_disk(tmp_path: Path, templates: Path) -> Iterator[Site]:
 SHORT_WAITS = {
     "RESULT_GRACE": 0.3,
     "KILL_GRACE": 0.5,
-    "RETRY_DELAY": 0.3,
-    "TOKEN_RETRY_DELAY": 0.3,
-    "APP_REFUSED_DELAY": 0.3,
+    "RETRY_DELAY": 0.1,
+    "TOKEN_RETRY_DELAY": 0.1,
+    "APP_REFUSED_DELAY": 0.1,
     "VISIBILITY_DELAY": 0.0,
 }
 
