@@ -11699,7 +11699,9 @@ class LabelledIssue:
         assert self.site.repository.reactions == []
 
 
-GIVE_UP = "exit 1"  # for tests that end with what the agent is asked
+# For tests that end with what the agent is asked. Without a result, codebot would wait
+# whether a signal to all of a service has ended the agent.
+GIVE_UP = "result 'I give up.' error_during_execution true"
 
 
 def open_issue(
