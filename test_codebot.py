@@ -1628,11 +1628,15 @@ class ServerProcess:
         )
 
     def run_forked(
-        self, *args: str, stdin: str = "", **settings: str | None
+        self,
+        *args: str,
+        stdin: str = "",
+        limits: Mapping[str, Any] = {},
+        **settings: str | None,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command that ends soon, in a fork of a codebot that is imported."""
         environment = self.environment(settings)
-        code = limit_lines({})
+        code = limit_lines(limits)
         return forking_program().run(self.start_dir, environment, args, stdin, code)
 
     def log(self) -> str:
@@ -17397,11 +17401,14 @@ def test_debug_server_restarts_when_env_file_changes(fresh: Site) -> None:
 
 
 def run_check(
-    site: Site, *flags: str, **settings: str | None
+    site: Site,
+    *flags: str,
+    limits: Mapping[str, Any] = {},
+    **settings: str | None,
 ) -> subprocess.CompletedProcess[str]:
     settings.setdefault("CODEBOT_API_KEYS", "0123456789abcdef0123456789abcdef")
     arguments = (*serve_flags(site), *flags)
-    return site.server.run_forked("check", *arguments, **settings)
+    return site.server.run_forked("check", *arguments, limits=limits, **settings)
 
 
 def test_check_of_a_host_without_memory_is_no_traceback(fresh: Site) -> None:
@@ -17615,7 +17622,8 @@ def test_check_asks_silent_github_twice_and_waits_five_seconds_at_most(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        done = run_check(fresh, GITHUB_API_URL=url)
+        limits = {"CHECK_TIMEOUT": 0.2}
+        done = run_check(fresh, limits=limits, GITHUB_API_URL=url)
         silent.setblocking(False)
         connections = 0
         with contextlib.suppress(BlockingIOError):
