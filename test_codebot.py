@@ -17226,7 +17226,8 @@ def kill_during_a_task(site: Site) -> None:
 def test_locked_database_at_the_start_is_reported(fresh: Site) -> None:
     kill_during_a_task(fresh)
     with locked_database(fresh.server):
-        done = fresh.server.run_forked("serve", *serve_flags(fresh))
+        limits = {"LOCK_TIMEOUT": 0.2}
+        done = fresh.server.run_forked("serve", *serve_flags(fresh), limits=limits)
     assert done.returncode == 2
     assert "cannot be used: database is locked. End programs" in done.stderr
     assert "Traceback" not in done.stderr
