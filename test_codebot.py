@@ -6389,7 +6389,7 @@ def test_agents_tests_and_git_that_hang_are_ended_and_others_are_not(
         "--workers",
         "5",
         limits={"KILL_GRACE": 0.2, "MIN_GIT_TIMEOUT": 1.0},
-        CODEBOT_TASK_TIMEOUT="8",  # for the agent, git and the tests together
+        CODEBOT_TASK_TIMEOUT="5",  # for the agent, git and the tests together
         CODEBOT_STALL_TIMEOUT="2",
     )
     hang = "trap '' TERM; setsid sleep 300 & while :; do sleep 0.1; echo COMMAND; done"
@@ -9141,6 +9141,7 @@ def test_directory_that_takes_too_long_to_remove_is_tried_again_later(
 ) -> None:
     monkeypatch.setattr(codebot, "MAX_REMOVED_LEVELS", 0)
     monkeypatch.setattr(codebot, "MAX_OUTPUT_BYTES", 1000)
+    monkeypatch.setattr(codebot, "KILL_GRACE", 0.1)
     rm = write_script(tmp_path / "tools" / "rm", "while :; do echo busy; done")
     search_path = f"{rm.parent}:{os.environ['PATH']}"
     config = codebot.Config(work_dir=str(tmp_path), search_path=search_path)
@@ -17830,7 +17831,7 @@ def start_command(
 
 def test_interrupted_run_ends_cleanly(fresh: Site) -> None:
     fresh.agent.follow("block")
-    process = start_command(fresh, *run_flags(fresh))
+    process = start_command(fresh, *run_flags(fresh), limits={"KILL_GRACE": 0.5})
     fresh.agent.wait_until_blocked()
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=20)
