@@ -15035,7 +15035,7 @@ def test_stop_that_fails_is_tried_again(cluster: StandInCluster) -> None:
 def test_launcher_that_never_works_is_not_tried_for_ever(
     cluster: StandInCluster,
 ) -> None:
-    retries = {"RETRY_DELAY": 0.1, "RETRY_LIMIT": {"task": 1.0, "review": 1.0}}
+    retries = {"RETRY_DELAY": 0.1, "RETRY_LIMIT": {"task": 0.3, "review": 0.3}}
     cluster.start_server_with({**LAUNCH_LIMITS, **retries})
     cluster.broken.touch()
     task = cluster.site.api.submit()
