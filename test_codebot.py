@@ -7079,10 +7079,10 @@ def test_slow_filter_of_one_agent_holds_up_no_other_task(shared: Site) -> None:
 
 def test_slow_git_and_output_without_line_end_are_not_silence(fresh: Site) -> None:
     fresh.server.start("--workers", "2", CODEBOT_STALL_TIMEOUT="2")
-    slow = "git config filter.slow.clean 'sleep 2.5; cat'"
+    slow = "git config filter.slow.clean 'sleep 2.2; cat'"
     attributes = "echo 'hello.txt filter=slow' >.gitattributes"
     [slow_git] = fresh.api.submit_each([f"{slow}; {attributes}; {SAY_HELLO}"])
-    dots = "for i in 1 2 3 4 5 6; do printf .; sleep 0.5; done"
+    dots = "for i in 1 2 3 4 5 6 7 8; do printf .; sleep 0.3; done"
     dotted = fresh.api.submit("Print dots", test_command=dots)
     fresh.api.completed(slow_git)
     fresh.api.completed(dotted)
@@ -14909,9 +14909,10 @@ def test_launcher_may_print_a_line_without_an_end(cluster: StandInCluster) -> No
 def test_launched_test_that_empties_its_output_has_a_time_limit(
     cluster: StandInCluster,
 ) -> None:
-    change_launcher(cluster, "exec 3<&0", "sleep 1.2; exec 3<&0")  # a busy node
-    cluster.start_server(CODEBOT_TASK_TIMEOUT="3")
-    task = cluster.site.api.submit(test_command=": >/dev/stdout; sleep 8")
+    busy = 'case "$*" in *sleep?60*) sleep 1.2 ;; esac'  # no node is free for the test
+    change_launcher(cluster, "exec 3<&0", f"{busy}; exec 3<&0")
+    cluster.start_server(CODEBOT_TASK_TIMEOUT="2")
+    task = cluster.site.api.submit(test_command=": >/dev/stdout; sleep 60")
     cluster.site.api.failed(task, "timeout")
 
 
@@ -15047,11 +15048,11 @@ def test_wait_for_a_node_costs_neither_task_nor_test_time(
     cluster: StandInCluster,
 ) -> None:
     api = cluster.site.api
-    cluster.start_server(CODEBOT_STALL_TIMEOUT="4", CODEBOT_TASK_TIMEOUT="4")
+    cluster.start_server(CODEBOT_STALL_TIMEOUT="2", CODEBOT_TASK_TIMEOUT="2")
     cluster.busy.touch()
     task = api.submit(test_command="sleep 0.4")
     api.wait_phase(task, "queued")
-    over = time.monotonic() + 4.2
+    over = time.monotonic() + 2.2
     wait_for(lambda: time.monotonic() > over)
     assert api.status(task)["phase"] == "queued"
     cluster.busy.unlink()
