@@ -14718,7 +14718,13 @@ fi
 read job <"@PLACE@/jobs/$1" && kill -KILL "-$job"
 exit 0
 """
-LAUNCH_LIMITS = {"RESULT_GRACE": 0.2, "KILL_GRACE": 0.5, "RETRY_DELAY": 0.1}
+LAUNCH_LIMITS = {
+    "RESULT_GRACE": 0.2,
+    "KILL_GRACE": 0.5,
+    "RETRY_DELAY": 0.1,
+    # A pause before each program, for one that empties its output.
+    "NODE_SCRIPT": codebot.NODE_SCRIPT.replace("sleep 0.3 ", "sleep 0.02 "),
+}
 
 
 class StandInCluster:
@@ -14911,7 +14917,8 @@ def test_launched_test_that_empties_its_output_has_a_time_limit(
 ) -> None:
     busy = 'case "$*" in *sleep?60*) sleep 1.2 ;; esac'  # no node is free for the test
     change_launcher(cluster, "exec 3<&0", f"{busy}; exec 3<&0")
-    cluster.start_server(CODEBOT_TASK_TIMEOUT="2")
+    limits = {**LAUNCH_LIMITS, "NODE_SCRIPT": codebot.NODE_SCRIPT}
+    cluster.start_server_with(limits, CODEBOT_TASK_TIMEOUT="2")
     task = cluster.site.api.submit(test_command=": >/dev/stdout; sleep 60")
     cluster.site.api.failed(task, "timeout")
 
