@@ -13156,7 +13156,7 @@ def hurried_site(in_memory: Path, templates: Path) -> Iterator[Site]:
         limits = {
             "STATE_TIMEOUTS": {
                 **codebot.STATE_TIMEOUTS,
-                "receiving": 1.2,
+                "receiving": 0.8,
                 "waiting": 0.3,
                 "sending": 0.5,
             },
