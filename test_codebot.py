@@ -15205,7 +15205,11 @@ CLEANS_UP = 'trap "sleep 0.2; echo clean >>cleaned; exit" TERM; echo ready >read
     ],
     ids=["leader", "child"],
 )
-def test_program_that_is_ended_may_clean_up(tmp_path: Path, script: str) -> None:
+def test_program_that_is_ended_may_clean_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    monkeypatch.setattr(codebot, "KILL_GRACE", 1.0)
+
     def check() -> None:
         if (tmp_path / "ready").exists():
             raise codebot.Cancelled
