@@ -1954,7 +1954,7 @@ class ApiClient:
         """Wait until the task has completed or failed; return its status."""
         # To read the log costs the server nothing, unlike a request.
         end = re.compile(f"{task_id}: .* -> (completed|failed)")
-        wait_for(lambda: end.search(self.server.log()), seconds, pause=0.03)
+        wait_for(lambda: end.search(self.server.log()), seconds)
         latest: dict[str, Any] = {}
 
         def has_ended() -> bool:
@@ -2013,7 +2013,7 @@ class ApiClient:
             states = {review["status"] for review in latest}
             return len(latest) >= count and states <= {"completed", "failed"}
 
-        wait_for(have_ended, pause=0.05)
+        wait_for(have_ended)
         assert len(latest) == count, latest
         return latest
 
