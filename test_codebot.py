@@ -1455,6 +1455,8 @@ SHORT_PAUSES = {
     "TIMER_INTERVAL": 0.03,
     "STREAM_INTERVAL": 0.03,
     "GITHUB_RETRY_DELAY": 0.03,
+    # This pause before each program on a node is for one that empties its output.
+    "NODE_SCRIPT": codebot.NODE_SCRIPT.replace("sleep 0.3 ", "sleep 0.02 "),
 }
 
 
@@ -14718,13 +14720,7 @@ fi
 read job <"@PLACE@/jobs/$1" && kill -KILL "-$job"
 exit 0
 """
-LAUNCH_LIMITS = {
-    "RESULT_GRACE": 0.2,
-    "KILL_GRACE": 0.5,
-    "RETRY_DELAY": 0.1,
-    # A pause before each program, for one that empties its output.
-    "NODE_SCRIPT": codebot.NODE_SCRIPT.replace("sleep 0.3 ", "sleep 0.02 "),
-}
+LAUNCH_LIMITS = {"RESULT_GRACE": 0.2, "KILL_GRACE": 0.5, "RETRY_DELAY": 0.1}
 
 
 class StandInCluster:
