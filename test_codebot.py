@@ -10555,7 +10555,7 @@ def test_pushed_change_that_is_removed_before_its_answer_does_not_come_back(
 
 
 def test_pushed_review_does_not_need_its_outbox(fresh: Site) -> None:
-    fresh.server.start(limits={"RETRY_DELAY": 0.3, "GITHUB_ATTEMPTS": 1})
+    fresh.server.start(limits={"RETRY_DELAY": 0.1, "GITHUB_ATTEMPTS": 1})
     pull = open_pull(fresh, MAKE_CHANGE)
     fresh.repository.fail("POST /pulls/1/comments/*/replies", 503, always=True)
     fresh.person("alice").inline("Say more")
@@ -10660,7 +10660,7 @@ def test_closed_delivery_alone_ends_nothing(pull: Pull) -> None:
 def test_merge_that_github_does_not_show_everywhere_yet_is_noticed(
     fresh: Site,
 ) -> None:
-    fresh.server.start(limits={"VISIBILITY_DELAY": 0.3})
+    fresh.server.start(limits={"VISIBILITY_DELAY": 0.1})
     pull = open_pull(fresh)
     fresh.repository.fail("GET /pulls/1", 200, dict(fresh.repository.pull_json(1)))
     fresh.person("alice").merge()
@@ -10670,7 +10670,7 @@ def test_merge_that_github_does_not_show_everywhere_yet_is_noticed(
 def test_comment_on_a_new_pull_request_is_noticed_although_github_lags(
     fresh: Site,
 ) -> None:
-    fresh.server.start(limits={"VISIBILITY_DELAY": 0.3})
+    fresh.server.start(limits={"VISIBILITY_DELAY": 0.1})
     alice = fresh.person("alice")
     fresh.repository.after("POST /pulls", lambda: alice.comment("Why?", webhook=False))
     fresh.repository.fail("GET /pulls/1", 404)
@@ -11911,7 +11911,7 @@ def test_label_that_was_removed_and_added_again_counts_although_github_lags(
     fresh: Site,
 ) -> None:
     fresh.agent.follow(GIVE_UP)
-    fresh.server.start(limits={"VISIBILITY_DELAY": 0.3})
+    fresh.server.start(limits={"VISIBILITY_DELAY": 0.1})
     alice = fresh.person("alice")
     issue = open_issue(fresh)
     alice.label(issue.number)
