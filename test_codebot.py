@@ -9016,7 +9016,17 @@ def test_old_task_loses_log_and_workspace_and_row_when_pull_request_is_closed(
     fresh: Site,
 ) -> None:
     limits = {"CLEANUP_INTERVAL": 0.1}
-    fresh.server.start("--workers", "3", limits=limits, CODEBOT_TASK_RETENTION="1")
+    fresh.server.start("--workers", "3", limits=limits, CODEBOT_TASK_RETENTION="3600")
+
+    def age() -> None:
+        """Let all that has ended have ended two hours ago."""
+        then = codebot.utc_time(seconds_ago=7200)
+        with fresh.server.database() as db:
+            jobs = "UPDATE jobs SET completed_at = ? WHERE completed_at IS NOT NULL"
+            db.execute(jobs, (then,))
+            pulls = "UPDATE pull_requests SET closed_at = ? WHERE closed_at IS NOT NULL"
+            db.execute(pulls, (then,))
+
     unwritable = f"mkdir stiff; touch stiff/file; chmod 500 stiff; {SAY_HELLO}"
     deep = f"(cd $HOME; mkdir -p c/e {'d/' * 1500}; chmod 0 c); {SAY_HELLO}"
     plans = [unwritable, deep, "block; exit 1"]
@@ -9024,18 +9034,23 @@ def test_old_task_loses_log_and_workspace_and_row_when_pull_request_is_closed(
     fresh.agent.wait_until_blocked()
     for task in finished:
         fresh.api.completed(task)
+    age()
     kept = {f"task_{running[:7]}", f"outbox_{running[:7]}.git"}
     wait_for(lambda: fresh.server.job_directories() == kept)
+    wait_for(lambda: not any(map(fresh.api.messages, finished)))
     for task in finished:
         assert fresh.api.status(task)["status"] == "completed"
         assert fresh.api.messages(task) == []
     [first] = [t for t in finished if fresh.api.status(t)["result"]["pr_number"] == 1]
     fresh.person("alice", number=1).merge()
     path = f"/api/tasks/{first}/status"
+    wait_for(lambda: fresh.api.get(path).json["result"]["pr_state"] == "merged")
+    age()
     wait_for(lambda: fresh.api.get(path).status == 404)
     assert fresh.api.status(running)["status"] == "running"
     fresh.agent.release()
     fresh.server.wait_for_log(f"{running}: running -> failed (agent_failed")
+    age()
     wait_for(lambda: fresh.api.get(f"/api/tasks/{running}/status").status == 404)
 
 
