@@ -13188,6 +13188,7 @@ def test_event_after_a_long_silence_is_sent(
     store: codebot.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(codebot, "KEEPALIVE_INTERVAL", -1.0)
+    monkeypatch.setattr(codebot, "STREAM_INTERVAL", 0.03)
     task = store_task_in_state(store, "running")
     stream = codebot.event_stream(app_with(store), task.id, 0)
     assert next(stream) == b": still here\n\n"
