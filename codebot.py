@@ -1512,6 +1512,7 @@ def tagged_processes(run_tag: str) -> list[int]:
     ``run_tag`` must not be empty. Its parts have fixed lengths: see base_environment. So
     a codebot process's tag finds what that process and its jobs started, and nothing else.
     """
+    # Without (\A|\0) before it: re finds a pattern with a fixed beginning 50 times as fast.
     return find_processes("environ", f"CODEBOT_RUN={run_tag}")
 
 
@@ -3461,7 +3462,11 @@ class Mirror(GitDirectory):
 #                     0               an agent starts (Workspace.run_work), or work is saved
 #   not_before        in RETRY_DELAY  a transient error ends a run; later if GitHub says so
 #                     0               a crash or a stop ends a run
-# A stop that a second signal cuts short counts as a crash.
+# A stop that a second signal cuts short counts as a crash. An example: a task has stored its
+# commit, and GitHub does not answer from 12:00 on.
+#   12:00   the push fails: transient_since = 12:00, not_before = 12:01
+#   12:01   the same each minute; interruptions stays 0, because no agent has to run again
+#   13:01   more than RETRY_LIMIT has passed since 12:00, so the task fails
 MAX_INTERRUPTIONS = 3  # a job with this many fails
 RETRY_DELAY = 60.0  # seconds, at least, from a transient error to the retry
 # Seconds from transient_since. After that, a transient error fails the job.
