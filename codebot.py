@@ -5962,9 +5962,10 @@ def quoted(speaker: str, text: str) -> str:
 
 
 def escape_html(text: str) -> str:
-    """Return text whose HTML is shown as text, as an unclosed tag could hide what follows.
+    """Return a quote whose HTML is shown as text: an unclosed tag could hide what follows.
 
-    The agent's words need no escaping, because they always come last.
+    quoted() must come first: the characters that it removes could split a tag. The agent's
+    words need no escaping, because they always come last.
     """
     return re.sub("<(?=[A-Za-z/!?])", "&lt;", text)
 
@@ -6318,7 +6319,7 @@ def pull_request_body(run: JobRun) -> str:
         facts += f"Closes #{job.issue_number}\n"
     # Redact before truncating: a secret that is cut in two would not be found.
     task = truncate(run.redact(task_text(job.request)), 10_000)
-    task = quoted(speaker, escape_html(task))
+    task = escape_html(quoted(speaker, task))
     files = code_block(truncate(job.files, 10_000))
     summary = quoted("The agent", truncate(job.summary, 20_000))
     body = (
@@ -6753,7 +6754,7 @@ def answer_body(job: Job, thread_key: str, comment: Comment) -> str:
     if comment.place != "inline":
         # In the conversation, nothing else shows which comment is answered.
         first_line = comment.text.strip().splitlines()[0][:200]
-        question = quoted(f"@{comment.user}", escape_html(first_line))
+        question = escape_html(quoted(f"@{comment.user}", first_line))
     parts = [question, own_words(job, answer), quoted("The agent", answer)]
     return "\n\n".join(part.strip() for part in parts if part)
 

@@ -7269,7 +7269,8 @@ def test_words_that_turn_off_ci_lose_their_brackets(words: str) -> None:
 
 def test_html_in_task_cannot_hide_the_facts_after_it(store: codebot.Store) -> None:
     # GitHub takes such a tag to reach up to the next quotation mark.
-    task = 'Compare a < b.\n<div title="\n<template> <!DOCTYPE </details> 1 <2'
+    # An invisible character does not help, because it is removed.
+    task = 'Compare a < b.\n<\u200bdiv title="\n<template> <!DOCTYPE </details> 1 <2'
     body = body_of_pull_request(store, task)
     assert '> Compare a < b.\n> &lt;div title="\n' in body
     assert "> &lt;template> &lt;!DOCTYPE &lt;/details> 1 <2\n" in body
