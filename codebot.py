@@ -596,7 +596,7 @@ def parse_agent_env(text: str) -> Sequence[str]:
 
 # The beginning of a rule: owner/name=, where both names may have wildcards. If nothing
 # follows it, the repository has no tests.
-RULE = r"\s*([\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*="
+RULE = r"\s*((?!\.)[\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*="
 # Matches a line that is not one command for all repositories:
 #     make X=a/b    no match
 #     a/b=make      a rule

@@ -2694,6 +2694,7 @@ def test_empty_setting_means_the_default(variable: str) -> None:
             "must be one command, or lines",
         ),
         ("CODEBOT_TEST_COMMANDS", "# make", "must be one command, or lines"),
+        ("CODEBOT_TEST_COMMANDS", "./run=x", "must be one command, or lines"),
         ("CODEBOT_TEST_COMMANDS", "a/b= # make", "must be one command, or lines"),
         (
             "CODEBOT_TEST_COMMANDS",
