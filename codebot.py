@@ -6214,7 +6214,7 @@ def run_tests(workspace: Workspace, command: str) -> str:
         if attempt == 1 and result.code in (126, 127):
             raise JobFailed(
                 "tests_failed",
-                f"The test command {command!r} cannot be started: {result.error}",
+                f"The test command ({command}) cannot be started: {result.error}",
             )
         output = run.redact("\n".join(result.stdout))
         prompt = (
@@ -6237,7 +6237,7 @@ def run_tests_once(workspace: Workspace, command: str, attempt: int) -> ProgramR
         run.log_event("test", *pack_lines(shown_by_terminal(line) for line in lines))
 
     test = SandboxedCommand(
-        name=f"The test command {command!r}",
+        name=f"The test command ({command})",
         # The outer sh joins standard output and standard error, in the order of printing.
         argv=["sh", "-c", 'sh -c "$1" 2>&1', "sh", command],
         on_lines=log_output,

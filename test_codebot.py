@@ -6427,7 +6427,7 @@ def test_long_line_of_output_is_not_cut_in_a_secret() -> None:
 @pytest.mark.parametrize(
     ("plan", "test_command", "reason", "program"),
     [
-        (SAY_HELLO, "yes", "tests_failed", "The test command 'yes'"),
+        (SAY_HELLO, "yes", "tests_failed", "The test command (yes)"),
         ("yes | tr -d '\\n'", "", "agent_failed", "/claude"),
     ],
 )
@@ -6442,6 +6442,14 @@ def test_output_without_end_is_stopped_and_program_named(
     monkeypatch.setattr(codebot, "MAX_OUTPUT_BYTES", 1 << 20)
     error = local.failure(plan, reason, test_command)
     assert f"{program} printed more than" in error
+
+
+def test_secret_with_a_quote_is_redacted_in_an_error(local: LocalTask) -> None:
+    local.run.redact.add("don't\\tell-this-secret")
+    command = "exit 127 # don't\\tell-this-secret"
+    error = local.failure(SAY_HELLO, "tests_failed", command)
+    assert "exit 127 # ***" in error
+    assert "tell-this" not in error
 
 
 def test_events_keep_line_breaks_and_long_ones_are_truncated(shared: Site) -> None:
