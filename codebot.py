@@ -3670,7 +3670,8 @@ class TaskRequest:
     def title(self) -> str:
         """The title of the commit and the pull request."""
         ticket = f"{self.ticket_id.strip()}: " if self.ticket_id else ""
-        return INVISIBLE_RE.sub("", f"{ticket}{self.subject}")
+        title = INVISIBLE_RE.sub("", f"{ticket}{self.subject}").strip()
+        return title or "Task"  # GitHub refuses an empty title
 
 
 class Submission(NamedTuple):

@@ -7223,6 +7223,11 @@ def test_text_of_invisible_characters_is_not_quoted() -> None:
     assert codebot.quoted("The agent", "\u200b \n\u2060") == ""
 
 
+def test_title_is_not_empty() -> None:
+    request = codebot.TaskRequest("", "\ufeff\nFix the typo")
+    assert request.title == "Task"
+
+
 def test_title_has_no_invisible_characters() -> None:
     request = codebot.TaskRequest(
         "", "x", ticket_id="T", ticket_summary="H\u202ei\u200b"
