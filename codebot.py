@@ -7516,15 +7516,15 @@ class Request(NamedTuple):
 
         Raises HTTPError if the query has another parameter, or one has two values.
         """
-        values = dict.fromkeys(names, "")
+        values: dict[str, str] = {}
         for name, value in urllib.parse.parse_qsl(self.query, keep_blank_values=True):
-            if name not in names or values[name]:
+            if name not in names or name in values:
                 known = ", ".join(names)
                 raise HTTPError(
                     400, f"Bad parameter {name[:100]!r}; use {known}, each at most once"
                 )
             values[name] = value
-        return list(values.values())
+        return [values.get(name, "") for name in names]
 
 
 class Response(NamedTuple):

@@ -14425,6 +14425,7 @@ def test_list_shows_the_beginning_of_a_description(shared: Site) -> None:
         ("status=PENDING", "status"),
         ("before=no-such-task", "before"),
         ("limit=1&limit=2", "limit"),
+        ("limit=&limit=2", "limit"),
         ("offset=1", "offset"),
         ("limit=1&x", "x"),
     ],
