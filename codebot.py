@@ -9784,10 +9784,12 @@ def run_command(flags: Flags) -> int:
     job = codebot.submit(request, Submission("command line"))
     with running_workers(codebot, job.id):
         print_log(codebot, job.id)
-    # A task that a signal has left unfinished must not go on later.
-    with contextlib.suppress(WrongState):  # it has ended, or its push has begun
-        codebot.cancel(job.id)
     job = find_task(codebot, job.id)
+    if job.completed_at is None:
+        # A task that a signal has left unfinished must not go on later.
+        with contextlib.suppress(WrongState):  # its push has begun
+            codebot.cancel(job.id)
+        job = find_task(codebot, job.id)
     if job.status == "pending":
         print(
             f"Branch {job.branch} may have been pushed already. A server with --work-dir "
