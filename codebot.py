@@ -24,13 +24,13 @@ HOW TO READ THIS FILE
     II.  The work       every state, what an agent receives, what happens to its work
     III. The network    everything that can be requested from outside, and by whom
     IV.  Commands       how it is started and stopped
-  If you have an hour or two, read these, about 800 lines:
+  If you have an hour or two, read these, about 900 lines:
     secrets          configured_secrets, Redactor, Workspace.environment,
                      remote_environment
     programs         run_program, private_directories, sandbox_mounts, bwrap_command
     GitHub           GitHub.send, has_write_access
     who can act      require_api_key, require_signature, require_labeler_access,
-                     require_may_act, look_up_repository, load_comments,
+                     require_may_act, find_repository, load_comments,
                      Sync.obstacle, has_untrusted_edit, submit_issue, ROUTES,
                      Handler.dispatch, is_allowed, parse_repository_url, parse_comment
     the agent        agent_command, run_task, run_review
@@ -79,6 +79,11 @@ GLOSSARY
   marker         an HTML comment at the end of a comment of codebot's. A retry that finds it
                  does not post the comment again.
   answer         a comment in which codebot replies to a reviewer
+  thread         of comments: a discussion of one line at GitHub. Any other thread is one
+                 of the program's.
+  request        an HTTP request; a TaskRequest; or what a reviewer wants (request_kind)
+  kind           of a job: task or review; of a look: see Look. The API's kind of a review
+                 is its request_kind.
   run            one pass of a worker over a job (JobRun); a retried job has several. A
                  run of the agent is an AgentRun. The command `run` runs one task.
                  CODEBOT_RUN marks all processes that a codebot process has started.
@@ -131,9 +136,9 @@ WHO IS TRUSTED WITH WHAT
                    if that is another one), /run, the host's /tmp, and the directories of
                    the database, .env, the App's key and the TLS key. It can read every
                    other file that codebot's user can read.
-                   It can write to its own workspace only, but can connect to sockets and
-                   write to named pipes that are not hidden. The section Sandbox lists
-                   where this does not hold.
+                   On disk, it can write to its own workspace only. It can connect to
+                   sockets and write to named pipes that are not hidden. The section
+                   Sandbox lists where this does not hold.
                  - Without a sandbox (CODEBOT_SANDBOX=none) it can do whatever codebot's
                    user can.
                  - codebot takes from it a tree of files, its words, and the cost and the
@@ -170,8 +175,9 @@ WHAT LEAVES THE HOST
   The agent and the tests can send anything they can read to anything the host can reach.
 
 WHERE SECRETS GO
-  API keys, webhook secret   nowhere; a key is only compared, and the secret only verifies
-                             signatures. (`demo --keep` prints the key that it made.)
+  API keys, webhook secret   stay in codebot's memory; a key is only compared, and the
+                             secret only verifies signatures. (`demo --keep` prints the
+                             key that it made.)
                              The database, the log and what clients get name a client
                              by 8 hexadecimal digits of its key's SHA-256 and by its
                              address. The page keeps its key in the browser's session.
@@ -192,8 +198,9 @@ WHERE SECRETS GO
   and variables that make git print a trace, use another repository or refuse to work.
   The watchdog, a fork of codebot, has all of these secrets in its memory, except JWTs and
   installation tokens. codebot writes none of them into a named file. While a program runs,
-  its input and output (openssl's: a JWT's content and signature) are in unlinked files. But
-  the agent's home keeps its session, with everything that the agent has printed.
+  its input and output (openssl's: a JWT's content and signature) are in unlinked files,
+  which on NFS have a name (.nfs...) until they are closed. The agent's home keeps its
+  session, with everything that the agent has printed.
 
 KNOWN LIMITATIONS
   They stand where the reader meets what is limited: at the beginning of the sections
@@ -217,14 +224,15 @@ LIFE OF A JOB
   - A task is on disk before the client gets its 202.
   - A commit's id is in the store before the commit is pushed. A retry of a task pushes it
     again, which changes nothing. (If the branch was deleted meanwhile, a task that has no
-    pull request yet restores it.) A retry of a review pushes only if is_pushed is not
-    stored yet; what the branch has already is not pushed again.
+    pull request yet restores it.) A retry of a review pushes only if no earlier run has
+    stored that it pushed (is_pushed), and only a commit that the branch lacks.
   - A retry finds a pull request by its branch.
   - An answer is in the store before it is posted. A retry finds it by its marker. It is
     posted twice only if somebody has removed the first one or its marker, or if GitHub,
     at the retry, has not posted or does not list the first one yet.
-  A crash loses what a running agent has done, and the record of its cost. Since its work
-  was last saved, a job counts its crashes and the retries that must run the agent again.
+  A crash loses what a running agent has done, and the record of its cost. It also loses
+  the looks, so the first look after a start is at everything. Since its work was last
+  saved, a job counts its crashes and the retries that must run the agent again.
   When the count is three, the job fails: see "What a retry depends on", in Store.
 
 THREADS AND THEIR LOCKS
@@ -676,11 +684,11 @@ class Config:
     # US dollars for each task, and again for each review. 0: the operator sets no limit
     budget: float = setting("CODEBOT_MAX_BUDGET_USD", 0.0, parse_dollars)
     max_turns: int = setting("CODEBOT_MAX_TURNS", 0, parse_whole_number)
-    # How often the agent may repair failing tests: the tests run once more than that.
+    # How many times the agent may repair failing tests. The tests run once more than that.
     test_attempts: int = setting("CODEBOT_TEST_ATTEMPTS", 2, parse_attempts)
     sandbox: Sequence[str] = setting("CODEBOT_SANDBOX", ("bwrap",), parse_command)
     agent_env: Sequence[str] = setting("CODEBOT_AGENT_ENV", (), parse_agent_env)
-    # Only this variable counts when it is empty: then no issue becomes a task.
+    # Unlike other variables, this one may be empty. Then no issue becomes a task.
     issue_label: str = setting("CODEBOT_ISSUE_LABEL", "codebot")
     test_commands: Sequence[tuple[str, str]] = setting(
         "CODEBOT_TEST_COMMANDS", (), parse_test_commands
@@ -1139,8 +1147,8 @@ MAX_LINE_BYTES = 8 << 20  # a line is split after this, or up to READ_BYTES late
 READ_BYTES = 64 << 10  # of output read at a time; the limits are checked in between
 KEPT_LINES = 400  # how many of the last lines of a program's output are kept
 MAX_KEPT_CHARS = 10_000  # of each of these lines
-# With less free space, codebot does not start. If a program fails then, codebot assumes
-# that the disk is the cause, because the program's own message may be lost.
+# With less free space, codebot does not start. If a program fails while there is less,
+# codebot assumes that the disk is the cause: the program's own message may be lost.
 FULL_DISK_BYTES = 16 << 20
 
 
@@ -1805,8 +1813,9 @@ def stop_all_launched(
 #   usually makes a new work directory.) Meanwhile the agent can listen on codebot's port
 #   and receive API keys. An open page sends its key every two seconds.
 # - A git filter that the agent has configured can, in the same way, outlive its git command
-#   until the job's run ends. If bwrap is older than 0.8, or /proc is mounted with hidepid,
-#   codebot may find neither such an agent nor such a filter.
+#   until the job's run ends. codebot may find neither such an agent nor such a filter
+#   if bwrap is older than 0.8, if /proc is mounted with hidepid, or if the host has
+#   more than about 20,000 mounts (see MAX_PROCESS_FILE_BYTES).
 #
 # Known limitations of a launcher and of other sandboxes:
 # - In other sandboxes, codebot finds what a command left running as without a sandbox.
@@ -2167,7 +2176,7 @@ class Sandbox:
 #   source ("Edit"), not only what is shown.
 
 GITHUB_TIMEOUT = 30.0  # seconds that GitHub has to answer
-GITHUB_ATTEMPTS = 4  # how often a request to GitHub is sent, at most
+GITHUB_ATTEMPTS = 4  # times that a request to GitHub is sent, at most
 GITHUB_RETRY_DELAY = 0.5  # seconds before the second attempt; doubles with each attempt
 MAX_INLINE_WAIT = 5.0  # seconds; if GitHub asks for a longer wait, the job is requeued
 MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, even if GitHub or a proxy asks for more
@@ -2179,6 +2188,7 @@ LOOKUP = 0  # the lookup token
 AS_APP = -1  # the App's own JWT
 TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
+MAX_ACCESS_REFUSALS = 4000  # remembered at once; anybody who comments can add one
 PAGE_SIZE = 50  # entries of a list in one response; GitHub allows 100
 # Bytes of a response. Each comment in it has up to 0.3 MB of text and 0.5 MB of the diff.
 MAX_GITHUB_BYTES = 64 << 20
@@ -2207,8 +2217,8 @@ class NotFound(GitHubError):
 class AppRefused(TransientError):
     """The App's key cannot sign, or GitHub rejected a JWT or token, or issued no token.
 
-    The job is retried, because the App may be suspended for a while. Only a task without a
-    commit fails at once (in look_up_repository): usually the App is not installed there.
+    The job is retried, because the operator may correct this. Only a task without a
+    commit fails at once (find_repository): usually the App is not installed there.
     """
 
 
@@ -2376,13 +2386,13 @@ def github_error_text(status: int, payload: Json) -> str:
     return " ".join(text.split())[:1000]
 
 
-# Temporary errors, besides those that is_rate_limit recognizes:
+# Transient errors, besides those that is_rate_limit recognizes:
 #   403 ...suspended                         the App is suspended
 #   422 ...submitted too quickly, 'abuse'    comments or pull requests are made too fast
 #   422 ...'field': 'head', No commits,      a part of GitHub does not see a pushed branch,
 #       already exists                       its commit or its pull request yet
 # The quotes are single, because github_error_text appends a list as Python prints it.
-TEMPORARY_ERROR_RE = re.compile(
+TRANSIENT_GITHUB_ERROR_RE = re.compile(
     "403 .*suspended"
     "|422 .*(submitted too quickly|'code': 'abuse'|'field': 'head', 'code': 'invalid'"
     "|No commits between|pull request already exists)"
@@ -2557,9 +2567,9 @@ class GitHub:
         raise error
 
     def retryable_error(self, reply: Reply, scope: TokenScope) -> TransientError:
-        """Return the error of a failed request, if it may be sent again.
+        """Return a TransientError if a failed request may be sent again.
 
-        Raises GitHubError if GitHub has refused it for good.
+        Otherwise, raise GitHubError: GitHub has refused it for good.
         """
         status = reply.status
         if status == 0:
@@ -2578,14 +2588,14 @@ class GitHub:
             status in REDIRECTS
             or status >= 500
             or is_rate_limit(reply)
-            or TEMPORARY_ERROR_RE.match(reply.error)
+            or TRANSIENT_GITHUB_ERROR_RE.match(reply.error)
         ):
             retry_at = self.retry_time(reply)
             return TransientError(f"GitHub cannot do this now: {reply.error}", retry_at)
         raise GitHubError(reply.error)
 
     def retry_time(self, reply: Reply) -> float:
-        """Return when a request may be sent again, in Unix time; 0.0 if it is not limited.
+        """Return when a request may be sent again (seconds since 1970); 0.0: any time.
 
         GitHub docs: "Rate limits for the REST API", "Best practices".
         """
@@ -2682,7 +2692,7 @@ class GitHub:
                 self._replies.pop(random.choice([*self._replies]), None)
             self._replies[url] = reply
 
-    def pages(self, path: str, scope: TokenScope) -> Iterator[Json]:
+    def entries(self, path: str, scope: TokenScope) -> Iterator[Json]:
         """Yield the entries of all pages of a list."""
         while path:
             reply = self.call(path, scope)
@@ -2713,7 +2723,7 @@ class GitHub:
     def repositories(self) -> Iterator[GitHubRepository]:
         """Yield the installation's repositories that the settings allow."""
         path = f"/installation/repositories?per_page={PAGE_SIZE}"
-        for payload in self.pages(path, LOOKUP):
+        for payload in self.entries(path, LOOKUP):
             github_repository = GitHubRepository(self, payload)
             if github_repository.is_allowed:
                 yield github_repository
@@ -2752,9 +2762,9 @@ class GitHubRepository:
         whole_path = f"{self.api_path}{path}"
         return self.github.call(whole_path, self.id, body, find_existing).value
 
-    def pages(self, path: str, **query: str) -> Iterator[Json]:
+    def entries(self, path: str, **query: str) -> Iterator[Json]:
         parameters = urllib.parse.urlencode({**query, "per_page": PAGE_SIZE})
-        return self.github.pages(f"{self.api_path}{path}?{parameters}", self.id)
+        return self.github.entries(f"{self.api_path}{path}?{parameters}", self.id)
 
     # People
 
@@ -2776,7 +2786,7 @@ class GitHubRepository:
                 return True
         except GitHubError as error:
             log.info("GitHub did not report the access of %s: %s", login, error)
-        if len(refusals) >= MAX_CACHED_REPLIES:  # so that a flood does not fill memory
+        if len(refusals) >= MAX_ACCESS_REFUSALS:  # a flood must not fill memory
             refusals.clear()
         refusals[key] = time.monotonic() + ACCESS_REFUSAL_TTL
         return False
@@ -2791,7 +2801,7 @@ class GitHubRepository:
     def find_pull_request(self, branch: str) -> Json:
         """Return GitHub's entry for the branch's pull request, or None."""
         owner = self.full_name.split("/")[0]
-        for payload in self.pages("/pulls", head=f"{owner}:{branch}", state="all"):
+        for payload in self.entries("/pulls", head=f"{owner}:{branch}", state="all"):
             head = payload["head"]
             # `repo` is null for a deleted fork, and a compatible server may leave it out.
             origin = head.get("repo", {})
@@ -2825,7 +2835,7 @@ class GitHubRepository:
             "conversation": f"/issues/{number}/comments",
         }
         for place, path in paths.items():
-            for payload in self.pages(path):
+            for payload in self.entries(path):
                 if self.is_own(payload):
                     payload = {**payload, "user": {"login": OWN_NAME}}
                 comment = parse_comment(place, payload)
@@ -2866,7 +2876,7 @@ class GitHubRepository:
             post_path = f"{list_path}/{inline_thread}/replies"
 
         def find_existing() -> Json:
-            for payload in self.pages(list_path, since=since):
+            for payload in self.entries(list_path, since=since):
                 if self.is_own(payload) and marker in (payload["body"] or ""):
                     return payload
             return None
@@ -2889,7 +2899,7 @@ class GitHubRepository:
 
     def issues_with_label(self, label: str) -> list[int]:
         """Return the numbers of the open issues with a label, without pull requests."""
-        entries = self.pages("/issues", labels=label, state="open")
+        entries = self.entries("/issues", labels=label, state="open")
         return [
             int(entry["number"]) for entry in entries if "pull_request" not in entry
         ]
@@ -2897,7 +2907,7 @@ class GitHubRepository:
     def label_event(self, number: int, label: str) -> LabelEvent | None:
         """Return an issue's last event about a label; None if it never had that label."""
         event = None
-        for payload in self.pages(f"/issues/{number}/events"):  # oldest first
+        for payload in self.entries(f"/issues/{number}/events"):  # oldest first
             if payload["event"] not in ("labeled", "unlabeled"):
                 continue
             if payload["label"]["name"].lower() != label.lower():
@@ -3085,8 +3095,9 @@ def default_test_command(config: Config, full_name: str) -> str:
 
 
 # With --no-github, git that contacts the remote inherits codebot's environment, but no
-# variable that begins with one of these. The first two would put the host's credentials in
-# git's error messages. A hook that starts codebot may have set the others: git would then
+# variable that begins with one of these. GIT_TRACE and GIT_CURL_VERBOSE would put the
+# host's credentials in git's error messages. A hook that starts codebot may have set the
+# others: git would then
 # use the hook's repository, or refuse to update references. (--git-dir replaces GIT_DIR.)
 UNWANTED_GIT_NAMES = (
     "GIT_TRACE",
@@ -3462,8 +3473,8 @@ class Mirror(GitDirectory):
 #                     0               an agent starts (Workspace.run_work), or work is saved
 #   not_before        in RETRY_DELAY  a transient error ends a run; later if GitHub says so
 #                     0               a crash or a stop ends a run
-# A stop that a second signal cuts short counts as a crash. An example: a task has stored its
-# commit, and GitHub does not answer from 12:00 on.
+# A stop that a second signal cuts short counts as a crash.
+# An example: a task has stored its commit, and GitHub does not answer from 12:00 on.
 #   12:00   the push fails: transient_since = 12:00, not_before = 12:01
 #   12:01   the same each minute; interruptions stays 0, because no agent has to run again
 #   13:01   more than RETRY_LIMIT has passed since 12:00, so the task fails
@@ -4054,7 +4065,10 @@ class Store:
             return job
 
     def claim(self, job_id: str) -> Job | None:
-        """Start a job and return it. Returns None if it is not pending or must wait."""
+        """Start a job and return it.
+
+        Returns None if it is not pending, not due, or behind an older job of its task.
+        """
         values = {"id": job_id, "now": time.time()}
         with self._transaction() as db:
             row = db.execute(
@@ -4212,7 +4226,7 @@ class Store:
         )
 
     def count_pending(self, kind: str, up_to_seq: int = sys.maxsize) -> int:
-        """Count the pending jobs, or those up to a job's seq: its position, from 1."""
+        """Count the pending jobs. Up to a job's seq, this is its place in the queue."""
         counts = self._read(
             only_value,
             """
@@ -4744,7 +4758,7 @@ class Look(NamedTuple):
     """What the sync thread is to look at.
 
     kind             other fields            what is done
-    "everything"                             add looks at all that may have changed
+    "everything"                             note looks at what may have changed
     "repository"     repository_id           find its issues with the label
     "issue"          repository_id, number   submit or cancel its task
     "pull_request"   task_id                 store its state, queue new comments
@@ -5993,7 +6007,7 @@ def run_task(run: JobRun) -> None:
                                        push again and open it
     """
     run.set_phase("clone")
-    repository = look_up_repository(run)
+    repository = find_repository(run)
     name_workspace(run)
     workspace = Workspace(run, repository, run.job.directory)
     if run.job.commit_id:
@@ -6010,7 +6024,7 @@ def run_task(run: JobRun) -> None:
     run.log_event("codebot", "Completed")
 
 
-def look_up_repository(run: JobRun) -> Repository:
+def find_repository(run: JobRun) -> Repository:
     """Find the task's repository at GitHub, store its id, and return it.
 
     Raises JobFailed if the repository is not allowed (the settings may have changed), or
@@ -6789,6 +6803,8 @@ def own_words(job: Job, answer: str) -> str:
 #   ignored, and must be added again.
 # - Closing an issue stops no task. A review that runs or starts while its pull request is
 #   closed or locked ends for good, even if the pull request is reopened or unlocked.
+# - The text of a labeled issue can imitate the "Comment by NAME:" that codebot puts before
+#   comments. So the agent cannot tell a person's comment from the words of the author.
 
 SYNC_INTERVAL = 0.25  # seconds between searches for looks that are due
 APP_REFUSED_DELAY = 900.0  # seconds until a look is repeated after AppRefused
@@ -6825,7 +6841,8 @@ class Sync:
         it again. The look at everything is repeated: nothing else might ask for it.
         """
         del self.looks[look]  # so that another thread can ask for it again
-        # Seconds until the look is repeated; 0: never. This value is for unexpected errors.
+        # Seconds until the look is repeated; 0: never. An error that is not named below
+        # keeps this value.
         delay = RETRY_DELAY
         try:
             self.look_at(look)
@@ -6982,7 +6999,7 @@ class Sync:
         """
         parts = [issue.body.strip() or issue.title]
         has_write_access = functools.cache(github_repository.has_write_access)
-        for payload in github_repository.pages(f"/issues/{issue.number}/comments"):
+        for payload in github_repository.entries(f"/issues/{issue.number}/comments"):
             comment = parse_comment("conversation", payload)
             if comment is None or payload["updated_at"] > event.created_at:
                 continue
@@ -6990,6 +7007,7 @@ class Sync:
                 parts.append(f"Comment by {comment.user}:\n{comment.text}")
         request = TaskRequest(
             repository_url=github_repository.url,
+            # With truncate()'s note, less than a client's 100,000 characters
             description=truncate("\n\n".join(parts), 99_000),
             ticket_id=str(issue.number),
             ticket_summary=issue.title.strip()[:500] or f"Issue {issue.number}",
@@ -7222,6 +7240,12 @@ def ending_after_transient_error(
     )
 
 
+# An error says "may have been pushed" in three places:
+#   ending_after_last_retry   the retries of a push have run out
+#   store_failure             a review fails after its commit, perhaps after the push
+#   finish_job                a task fails after begin_push
+
+
 def ending_after_last_retry(job: Job, error: str) -> Ending:
     """Return how a job ends if a transient error does not lead to another retry."""
     phase = reached_phase(job)
@@ -7239,7 +7263,8 @@ def ending_after_last_retry(job: Job, error: str) -> Ending:
 def reached_phase(job: Job) -> str:
     """Return the phase that a job has reached.
 
-    A retry of a job that has its commit repeats only the clone before it goes on.
+    A retry of a job that has its commit repeats only the clone before it goes on. After
+    begin_push, a clone that fails counts as "pull_request".
     """
     if not job.commit_id or job.phase not in ("", "clone"):
         return job.phase
@@ -7380,7 +7405,8 @@ def remove_workspaces(codebot: Codebot) -> None:
     config = codebot.config
     # The directories are listed before the store is asked, so that it knows their jobs. A
     # review that starts after that, on a task past its retention, loses the task's
-    # directory. The review then begins a new session, or fails.
+    # directory. Even while it runs, it then begins a new
+    # session or fails; nothing wrong is pushed.
     paths = removable_paths(config.work_dir, "task")
     retained = codebot.store.retained_directories(config.retention)
     for path in paths:
@@ -7514,7 +7540,7 @@ class Request(NamedTuple):
     def parameters(self, *names: str) -> list[str]:
         """Return the values of the parameters ``names``, in order; "" if one is absent.
 
-        Raises HTTPError if the query has another parameter, or one has two values.
+        Raises HTTPError if the query has another parameter, or one twice.
         """
         values: dict[str, str] = {}
         for name, value in urllib.parse.parse_qsl(self.query, keep_blank_values=True):
@@ -7889,6 +7915,7 @@ def task_logs(
     after_text = request.headers.get("last-event-id") or parameter or "0"
     after = read_number("after, or Last-Event-ID,", after_text, 0, 10**15)
     is_live = codebot.store.has_unfinished_jobs(task_id)  # asked first: see follow_log
+    # A stream only learns from this whether there are any: event_stream reads them again.
     events = [event._asdict() for event in codebot.store.events(task_id, after)]
     if "text/event-stream" not in request.headers.get("accept", ""):
         return json_response(
@@ -8009,7 +8036,6 @@ class NoAction(Exception):
 
 def webhook(codebot: Codebot, request: Request) -> Response:
     """Accept a delivery from GitHub. A comment is on disk before the response is sent."""
-    # %.99s: the log gets at most 99 characters of each value from the delivery.
     event = request.headers.get("x-github-event", "")
     guid = request.headers.get("x-github-delivery", "")
     try:
@@ -8018,6 +8044,7 @@ def webhook(codebot: Codebot, request: Request) -> Response:
         payload = parse_object(request.read_body())
         receive_event(codebot, event, guid, payload)
     except NoAction as reason:
+        # %.99s: the log gets at most 99 characters of each value from the delivery.
         log.info("Delivery %.99s (%.99s): %s", guid, event, reason)
         return json_response({"message": str(reason)})
     # These errors mean that a field is missing or has the wrong type, or that SQLite cannot
@@ -8901,7 +8928,7 @@ def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
 
 
 @dataclasses.dataclass
-class Entry:
+class ConnectionEntry:
     """What the table knows about one connection."""
 
     since: float  # when its state began, by time.monotonic()
@@ -8922,14 +8949,14 @@ class ConnectionTable:
         self._lock = threading.RLock()
         # A connection moves to the end when it begins to wait for a request. So the first
         # one has spent the longest time on waiting for its request and serving it.
-        self._entries: dict[socket.socket, Entry] = {}
+        self._entries: dict[socket.socket, ConnectionEntry] = {}
 
     def add(self, connection: socket.socket) -> None:
         """Add a waiting connection. Raises OSError if no other one can make room."""
         with self._lock:
             if len(self._entries) >= MAX_CONNECTIONS:
                 self.evict()
-            self._entries[connection] = Entry(time.monotonic())
+            self._entries[connection] = ConnectionEntry(time.monotonic())
 
     def remove(self, connection: socket.socket) -> None:
         with self._lock:
@@ -8971,9 +8998,10 @@ class ConnectionTable:
                     self._drop(connection)
 
     def evict(self) -> None:
-        """Drop the oldest idle connection or, if there is none, the oldest sending one.
+        """Drop the oldest idle connection; if none is idle, the oldest sending one.
 
-        An idle connection is waiting or receiving. This is called when no place or no
+        If most connections are sending, the oldest of these is dropped in any case. An
+        idle connection is waiting or receiving. This is called when no place or no
         descriptor is left. Raises OSError if all connections are being handled.
         """
         idle = []
@@ -8994,7 +9022,7 @@ class ConnectionTable:
 
     # With the lock held
 
-    def _entry(self, connection: socket.socket) -> Entry:
+    def _entry(self, connection: socket.socket) -> ConnectionEntry:
         if connection not in self._entries:
             raise ConnectionAbortedError("it timed out, or was closed to make room")
         return self._entries[connection]
@@ -9299,7 +9327,7 @@ class Server(http.server.ThreadingHTTPServer):
     # Called by the connections' threads
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        # An OSError means that the client is gone.
+        # An OSError means that the client is gone, or was dropped: see Handler.respond.
         if not isinstance(sys.exc_info()[1], OSError):
             log.exception("%s: error in a connection", client_address[0])
 
@@ -9446,9 +9474,9 @@ def check_access(path: str, unwanted: int) -> Iterator[Finding]:
     """
     mode = os.stat(path).st_mode if os.path.exists(path) else 0
     if mode & unwanted:
-        # FAIL if everybody can write, else a warning: a group may be the user's own.
-        yield Finding(
-            "FAIL" if mode & 0o002 else "warn",
+        # fail if everybody can write, else warn: a group may be the user's own.
+        report = fail if mode & 0o002 else warn
+        yield report(
             f"{path} is open to other users. If it is for codebot alone, run: chmod "
             f"go-rwx {path}; else have codebot use another one.",
         )
@@ -9590,7 +9618,7 @@ def fork_watchdog(codebot: Codebot) -> None:
     try:
         os.close(write_end)
         nowhere = os.open(os.devnull, os.O_RDWR)
-        for descriptor in (0, 1, 2):  # the output must end before the watchdog does
+        for descriptor in (0, 1, 2):  # readers of the output must not wait for it
             os.dup2(nowhere, descriptor)
         os.setsid()  # a hangup or ^C in the terminal does not reach it
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -9802,12 +9830,12 @@ def run_command(flags: Flags) -> int:
 
 # --- check -------------------------------------------------------------------
 
-CHECK_TIMEOUT = 1.5  # seconds for GitHub's first response; with a retry, at most 5
+CHECK_TIMEOUT = 1.5  # seconds for GitHub's first response; if it is silent, 5 in all
 
 
 def check_port(codebot: Codebot) -> Iterator[Finding]:
     config = codebot.config
-    # TLS is left out, because check_server has reported what is wrong with its files.
+    # A Server needs a Codebot. TLS is left out: check_server has reported what is wrong.
     Server(Codebot(dataclasses.replace(config, tls_cert=""))).server_close()
     yield ok(f"Port {config.port} on {config.host} can be used")
 

@@ -7760,7 +7760,7 @@ def test_pull_request_is_codebots_only_if_its_branch_is(
     payload = {"id": 7, "full_name": "acme/widget"}
     repository = codebot.GitHubRepository(create_github(), payload)
     entry = {"head": {"ref": ref, **origin}}
-    monkeypatch.setattr(repository, "pages", lambda path, **query: [entry])
+    monkeypatch.setattr(repository, "entries", lambda path, **query: [entry])
     found = repository.find_pull_request("u/codebot/1/x")
     assert found == (entry if is_found else None)
 
@@ -9779,7 +9779,7 @@ def test_refusal_of_access_is_remembered(pull: Pull) -> None:
 
 
 def test_refusals_of_access_do_not_fill_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codebot, "MAX_CACHED_REPLIES", 3)
+    monkeypatch.setattr(codebot, "MAX_ACCESS_REFUSALS", 3)
     github = refused_github(monkeypatch, make_reply(404, {}, ""))
     payload = {"id": 7, "full_name": "acme/widget"}
     repository = codebot.GitHubRepository(github, payload)
