@@ -10137,7 +10137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except (KeyboardInterrupt, StopRequested):  # a signal during the start
         code = 130
-    except OSError as error:  # such as no usable directory for temporary files
+    # Such as no usable directory for temporary files, or too little memory for a program
+    except (OSError, TransientError) as error:
         code = 1  # not 2, which means bad input: `run` may have pushed already
         message = f"System error on this host: {error}"
     for line in message.splitlines():

@@ -18069,6 +18069,16 @@ def test_demo_needs_git(on_disk: Site) -> None:
     assert done.stderr == "codebot: The demo needs git on PATH. Install git.\n"
 
 
+def test_demo_on_a_host_without_memory_ends_with_one_line(on_disk: Site) -> None:
+    error = "fatal: fork: Cannot allocate memory"
+    write_script(on_disk.directory / "git", f"echo '{error}' >&2; exit 128")
+    path = f"{on_disk.directory}:{os.environ['PATH']}"
+    done = on_disk.server.run_forked("demo", PATH=path)
+    assert done.returncode == 1
+    assert re.fullmatch("codebot: System error on this host: .+\n", done.stderr)
+    assert error in done.stderr
+
+
 def test_version_is_printed(fresh: Site) -> None:
     done = fresh.server.run("--version")
     assert done.returncode == 0
