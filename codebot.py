@@ -7914,14 +7914,13 @@ def task_logs(
     [parameter] = request.parameters("after")
     after_text = request.headers.get("last-event-id") or parameter or "0"
     after = read_number("after, or Last-Event-ID,", after_text, 0, 10**15)
-    is_live = codebot.store.has_unfinished_jobs(task_id)  # asked first: see follow_log
-    # A stream only learns from this whether there are any: event_stream reads them again.
-    events = [event._asdict() for event in codebot.store.events(task_id, after)]
     if "text/event-stream" not in request.headers.get("accept", ""):
+        events = [event._asdict() for event in codebot.store.events(task_id, after)]
         return json_response(
             {"task_id": task_id, "events": events, "count": len(events)}
         )
-    if events or is_live:
+    is_live = codebot.store.has_unfinished_jobs(task_id)  # asked first: see follow_log
+    if is_live or codebot.store.events(task_id, after, limit=1):
         return event_stream(codebot, task_id, after)
     # An EventSource reconnects after "event: end", but not after status 204.
     return Response(204)
