@@ -8050,7 +8050,8 @@ def webhook(codebot: Codebot, request: Request) -> Response:
     # store a value: a large number (OverflowError), half of a surrogate pair (ValueError).
     except UNKNOWN_SHAPE_ERRORS:
         refusal = HTTPError(
-            400, f"The payload of {event} is malformed, or X-GitHub-Delivery is missing"
+            400,
+            f"The payload of {event[:99]} is malformed, or X-GitHub-Delivery is missing",
         )
         if "form" in request.headers.get("content-type", ""):
             refusal = HTTPError(
