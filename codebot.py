@@ -7137,7 +7137,7 @@ def run_job(codebot: Codebot, job: Job) -> None:
     codebot.running[job.id] = run
     try:
         ending = run_steps(run)
-        # This also follows the agent and the tests, but git may have run filters since.
+        # The same was done after the agent and the tests. git may have run filters since.
         end_escaped_processes(run, run.job.directory)
         if must_tell_reviewer(run, ending):
             store_failure(run, ending)
@@ -7405,8 +7405,8 @@ def remove_workspaces(codebot: Codebot) -> None:
     config = codebot.config
     # The directories are listed before the store is asked, so that it knows their jobs. A
     # review that starts after that, on a task past its retention, loses the task's
-    # directory. Even while it runs, it then begins a new
-    # session or fails; nothing wrong is pushed.
+    # directory, perhaps while it runs. It then begins a new session or fails; nothing wrong
+    # is pushed.
     paths = removable_paths(config.work_dir, "task")
     retained = codebot.store.retained_directories(config.retention)
     for path in paths:
@@ -7424,7 +7424,7 @@ def maintain_mirrors(codebot: Codebot) -> None:
     """Wait until it is time, and then pack the mirrors, or remove unused ones."""
     # The wait comes first. After a long time without the server, a retry may push a commit
     # from an outbox, which needs objects of the mirror. Such a push does not count as a use
-    # of the mirror, which would be removed before.
+    # of the mirror. Without the wait, an old mirror would be removed before the push.
     codebot.wait(MAINTENANCE_INTERVAL)
     for path in find_paths(codebot.config.work_dir, "mirrors/*/*/*.git"):
         do_part(maintain_mirror, codebot, path)
@@ -8046,8 +8046,9 @@ def webhook(codebot: Codebot, request: Request) -> Response:
         # %.99s: the log gets at most 99 characters of each value from the delivery.
         log.info("Delivery %.99s (%.99s): %s", guid, event, reason)
         return json_response({"message": str(reason)})
-    # These errors mean that a field is missing or has the wrong type, or that SQLite cannot
-    # store a value: a large number (OverflowError), half of a surrogate pair (ValueError).
+    # These errors mean that the delivery has no id, that its payload is no JSON object,
+    # that a field is missing or has the wrong type, or that SQLite cannot store a value: a
+    # large number (OverflowError) or half of a surrogate pair (ValueError).
     except UNKNOWN_SHAPE_ERRORS:
         refusal = HTTPError(
             400,
@@ -8370,7 +8371,8 @@ let openedTask = null; // the task in view
 
 // --- Requests
 
-// Returns the fields of a successful response. Throws an Error with the status of another.
+// Returns the fields of a successful response. For any other, throws an Error with its
+// status; without a response, an Error without one.
 async function callApi(path, options = {}) {
   const headers = { Authorization: `Bearer ${apiKey}`, ...options.headers };
   const signal = AbortSignal.timeout?.(RESPONSE_TIMEOUT); // not in browsers before 2022
@@ -8848,7 +8850,7 @@ def page(codebot: Codebot, request: Request) -> Response:
 # Known limitations:
 # - Anybody who reaches the port, such as an agent, can make GitHub's deliveries fail: large
 #   unsigned deliveries use up MAX_BUFFERED_BYTES. Many new connections can keep others out:
-#   codebot drops other connections whose requests have not arrived yet.
+#   to make room for them, codebot drops those whose requests have not arrived yet.
 # - The agent can listen on every port that is free. A name by which clients know codebot
 #   may have several addresses, such as an IPv4 and an IPv6 address. The agent may listen at
 #   one where codebot does not, and then receives API keys. With TLS, clients notice. For
@@ -9324,10 +9326,11 @@ class Server(http.server.ThreadingHTTPServer):
             with contextlib.suppress(RuntimeError):  # the host allows no more threads
                 self._pool.submit(do_nothing)
 
-    # Called by the connections' threads
+    # Called by the connections' threads; for a connection without a place, by serve_forever
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        # An OSError means that the client is gone, or was dropped: see Handler.respond.
+        # An OSError means that the client is gone or was dropped (see Handler.respond), or
+        # that there was no place for it (see ConnectionTable.evict).
         if not isinstance(sys.exc_info()[1], OSError):
             log.exception("%s: error in a connection", client_address[0])
 
@@ -9478,7 +9481,7 @@ def check_access(path: str, unwanted: int) -> Iterator[Finding]:
         report = fail if mode & 0o002 else warn
         yield report(
             f"{path} is open to other users. If it is for codebot alone, run: chmod "
-            f"go-rwx {path}; else have codebot use another one.",
+            f"go-rwx {path}; else have codebot use another one."
         )
 
 
@@ -9670,8 +9673,9 @@ def start_thread(
 
 @contextlib.contextmanager
 def running_workers(codebot: Codebot, only_job: str = "") -> Iterator[None]:
-    """Run the threads that do the jobs, or ``only_job``, and stop them at the end.
+    """Run the threads that do the jobs, and stop them at the end.
 
+    ``only_job``, if given, is the only job that may start.
     Jobs that have not ended by then are pending afterward.
     """
     counts = {"task": codebot.config.workers}
@@ -9830,7 +9834,9 @@ def run_command(flags: Flags) -> int:
 
 # --- check -------------------------------------------------------------------
 
-CHECK_TIMEOUT = 1.5  # seconds for GitHub's first response; if it is silent, 5 in all
+CHECK_TIMEOUT = (
+    1.5  # seconds for GitHub's first response; with the retry at most 5 in all
+)
 
 
 def check_port(codebot: Codebot) -> Iterator[Finding]:

@@ -11736,8 +11736,8 @@ class LabelledIssue:
         assert self.site.repository.reactions == []
 
 
-# For tests that end with what the agent is asked. Without a result, codebot would wait
-# whether a signal to all of a service has ended the agent.
+# For tests that end with what the agent is asked. Without a result, codebot would wait to
+# see whether a signal to the whole service has ended the agent.
 GIVE_UP = "result 'I give up.' error_during_execution true"
 
 
