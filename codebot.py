@@ -3680,9 +3680,10 @@ class TaskRequest:
     @property
     def title(self) -> str:
         """The title of the commit and the pull request."""
-        ticket = f"{self.ticket_id.strip()}: " if self.ticket_id else ""
-        title = INVISIBLE_RE.sub("", f"{ticket}{self.subject}").strip()
-        return title or "Task"  # GitHub refuses an empty title
+        ticket = INVISIBLE_RE.sub("", self.ticket_id).strip()
+        subject = INVISIBLE_RE.sub("", self.subject).strip()
+        subject = subject or "Task"  # GitHub refuses an empty title
+        return f"{ticket}: {subject}" if ticket else subject
 
 
 class Submission(NamedTuple):

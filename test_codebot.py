@@ -7223,9 +7223,16 @@ def test_text_of_invisible_characters_is_not_quoted() -> None:
     assert codebot.quoted("The agent", "\u200b \n\u2060") == ""
 
 
-def test_title_is_not_empty() -> None:
-    request = codebot.TaskRequest("", "\ufeff\nFix the typo")
-    assert request.title == "Task"
+@pytest.mark.parametrize(
+    ("ticket", "description", "title"),
+    [
+        ("", "\ufeff\nFix it", "Task"),
+        ("F-1", "\u200b", "F-1: Task"),
+        ("\u200b", "x", "x"),
+    ],
+)
+def test_title_is_not_empty(ticket: str, description: str, title: str) -> None:
+    assert codebot.TaskRequest("", description, ticket_id=ticket).title == title
 
 
 def test_title_has_no_invisible_characters() -> None:
