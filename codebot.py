@@ -3097,8 +3097,8 @@ def default_test_command(config: Config, full_name: str) -> str:
 # With --no-github, git that contacts the remote inherits codebot's environment, but no
 # variable that begins with one of these. GIT_TRACE and GIT_CURL_VERBOSE would put the
 # host's credentials in git's error messages. A hook that starts codebot may have set the
-# others: git would then
-# use the hook's repository, or refuse to update references. (--git-dir replaces GIT_DIR.)
+# others: git would then use the hook's repository, or refuse to update references.
+# (--git-dir replaces GIT_DIR.)
 UNWANTED_GIT_NAMES = (
     "GIT_TRACE",
     "GIT_CURL_VERBOSE",
@@ -3608,7 +3608,7 @@ CREATE INDEX comments_by_task ON comments (task_id);
 -- The label events that codebot has handled. They outlive the tasks.
 CREATE TABLE label_events (id INTEGER PRIMARY KEY);
 CREATE TABLE deliveries (guid TEXT PRIMARY KEY, received_at TEXT NOT NULL);
--- One row: the totals of all jobs, including deleted ones.
+-- One row: the totals of all jobs that have ended, including deleted ones.
 CREATE TABLE totals (
     seconds REAL NOT NULL,
     dollars REAL NOT NULL,
@@ -4322,7 +4322,7 @@ class Store:
         )
 
     def totals(self) -> tuple[float, float]:
-        """Return the seconds that all jobs took and the dollars that they cost."""
+        """Return the seconds that all ended jobs took and the dollars that they cost."""
         return self._read(tuple, "SELECT seconds, dollars FROM totals")[0]
 
     # Pull requests and comments
@@ -4479,8 +4479,8 @@ class Store:
     def request_kinds_of_last_day(self, task_id: str) -> list[str]:
         """Return the request kinds of a pull request's reviews of the last day.
 
-        A pending review counts only if an earlier run has classified it. A review by a
-        person without write access does not count, because it was deleted when it started.
+        A pending review counts only if an earlier run has classified it. A review that was
+        skipped before it was classified does not count, because it was deleted.
         """
         return self._read(
             only_value,
@@ -4759,7 +4759,7 @@ class Look(NamedTuple):
     """What the sync thread is to look at.
 
     kind             other fields            what is done
-    "everything"                             note looks at what may have changed
+    "everything"                             add a look at each thing that may have changed
     "repository"     repository_id           find its issues with the label
     "issue"          repository_id, number   submit or cancel its task
     "pull_request"   task_id                 store its state, queue new comments
@@ -6484,7 +6484,7 @@ def load_comments(review: Review) -> Review:
 
 def apply_daily_limit(run: JobRun) -> None:
     """Skip a review above the daily limit, but let the first one of a day say so."""
-    # The kinds include that of this review, which is running.
+    # The kinds include that of this review, unless it was submitted more than a day ago.
     kinds = run.store.request_kinds_of_last_day(run.job.task_id)
     if len(kinds) - kinds.count("limit") <= DAILY_REVIEW_JOBS:
         return
