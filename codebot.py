@@ -845,7 +845,9 @@ def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
     place = f"in {config.env_file}"
     if not os.path.exists(config.env_file):
         place += " (not found; copy .env.example)"
-    if is_server and not config.api_keys:
+    # The variables are tested: a bad value, which read_settings reports, sets no field.
+    variables = config.variables
+    if is_server and not split_commas(variables.get("CODEBOT_API_KEYS", "")):
         yield (
             f"CODEBOT_API_KEYS is not set. Set it {place} to a key generated with "
             "`openssl rand -hex 32`; separate several keys with commas."
@@ -855,10 +857,10 @@ def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
         "GITHUB_APP_PRIVATE_KEY_PATH",
         "GITHUB_APP_INSTALLATION_ID",
     ):
-        # The variable is tested: a bad value, which read_settings reports, sets no field.
-        if not config.no_github and not config.variables.get(name, "").strip(BLANKS):
+        if not config.no_github and not variables.get(name, "").strip(BLANKS):
             yield f"{name} is not set. Set it {place}, or start with --no-github."
-    if config.launcher and not config.launcher_stop:
+    launcher_stop = variables.get("CODEBOT_LAUNCHER_STOP", "").strip(BLANKS)
+    if config.launcher and not launcher_stop:
         yield (
             "CODEBOT_LAUNCHER_STOP is not set. Set it to the command that ends what "
             "CODEBOT_LAUNCHER started, for example scancel --quiet --name={job}."

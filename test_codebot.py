@@ -2640,6 +2640,12 @@ def test_empty_setting_means_the_default(variable: str) -> None:
     assert read_settings(**{variable: " "}) == ({}, [])
 
 
+def test_bad_value_is_not_also_reported_as_missing() -> None:
+    variables = {"CODEBOT_API_KEYS": "a\udcff", "CODEBOT_LAUNCHER_STOP": "bin/stop"}
+    config = codebot.Config(no_github=True, launcher=("srun",), variables=variables)
+    assert [*codebot.missing_settings(config, is_server=True)] == []
+
+
 @pytest.mark.parametrize(
     ("variable", "text", "advice"),
     [
