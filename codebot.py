@@ -1678,9 +1678,9 @@ class LaunchedProgram(RunningProgram):
         """Note the program's start and exit code; pass on the lines that it printed."""
         output: list[str] = []
         for line in lines:
-            # A program may find the sentinel in the arguments of sh, or in its own output
-            # (even in bwrap, if the launcher passes on this file). Then it can forge its
-            # exit code.
+            # A program may find the sentinel in the arguments of sh or, even in bwrap, in
+            # the file of its output, if the launcher gives it that file and not a pipe.
+            # Then it can forge its exit code.
             word, _, code = line.partition(" ")
             # If the program has emptied the output, the first sentinel may be lost. Then
             # on_start is never called, but the exit code still counts.
@@ -2229,7 +2229,7 @@ class Reply(NamedTuple):
 
     status: int  # 0: there was no usable response
     value: Json = None  # the JSON that was asked for
-    headers: Headers = NO_HEADERS  # their names match in upper and lower case
+    headers: Headers = NO_HEADERS  # a lookup ignores the case of their names
     error: str = ""  # what went wrong, if there is no value
     size: int = 0  # of its body, in bytes
 
@@ -3142,14 +3142,15 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 
 # The exception for a failure of git that contacts the remote. The first line that applies
 # counts. run_git and git_with_token apply the first two lines, remote_failure the others.
+# (Before all of these, run_program raises TransientError for a shortage on this host.)
 #   a signal ended git or a part of it     TransientError
 #   a limit ended git                      TransientError for a push, else GitFailed
 #   "rejected]" by the remote's rules      GitFailed
 #   no login, a wrong login, HTTP 403,     GitAuthFailed: at GitHub, git runs again with a
 #     or ssh's "Permission denied ("       new token
 #   connection, TLS, 408, 429, 5xx, a      TransientError
-#     fault of the remote's own, a
-#     shortage on the host; at GitHub, 301
+#     fault or a shortage at the remote;
+#     at GitHub, 301
 #   anything else                          GitFailed
 # remote_failure first removes URLs and quoted names, because they may contain any words.
 URL_OR_NAME_RE = re.compile(r"(?<!\w)'[^'\n]*'|https?://\S+")
