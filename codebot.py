@@ -6640,7 +6640,9 @@ def continue_session(review: Review, prompt: str, options: AgentOptions) -> Json
             "codebot", "The agent's session is lost; a new one begins"
         )
     # A broken session is removed, because the CLI refuses its id for a new one (tried).
-    workspace.script('rm -rf "$HOME/.claude/projects"')
+    # Only this one: a sandbox may set another HOME, with the sessions of other tasks.
+    script = 'rm -rf "$HOME"/.claude/projects/*/"$1"*'
+    workspace.script(script, workspace.run.job.task_id)
     task = delimited("task", task_text(review.task.request))
     base_commit = review.task.base_commit
     prompt += (

@@ -10759,12 +10759,15 @@ def test_review_of_closed_pull_request_that_has_cost_something_is_kept(
 # is broken; nor begin one with the id of one that is there (tried with the real CLI).
 RESUME_IF_BEGUN = """
 classify change
-conversation=$HOME/.claude/projects/conversation
+id=${*##*--resume }
+id=${id##*--session-id }
+directory=$HOME/.claude/projects/repo
+conversation=$directory/${id%% *}.jsonl
 if [ "${*#*--resume}" != "$*" ]; then
     [ -s "$conversation" ] || { echo "No conversation found with session ID: x"; exit 1; }
 else
     [ ! -e "$conversation" ] || { echo "Session ID x is already in use."; exit 1; }
-    mkdir -p "$HOME/.claude/projects"
+    mkdir -p "$directory"
     echo begun >"$conversation"
 fi
 echo more >>hello.txt
@@ -10815,13 +10818,19 @@ def test_review_notices_that_its_pull_request_was_reopened(fresh: Site) -> None:
     assert pull.review()["status"] == "completed"
 
 
-def test_broken_conversation_is_begun_anew(shared: Site) -> None:
+def test_broken_conversation_is_begun_anew_and_others_are_kept(shared: Site) -> None:
     pull = open_pull(shared, RESUME_IF_BEGUN)
-    conversations = pull.workspace / "home" / ".claude" / "projects"
+    conversations = pull.workspace / "home" / ".claude" / "projects" / "repo"
     conversations.mkdir(parents=True)
-    (conversations / "conversation").touch()
+    broken = conversations / f"{pull.task}.jsonl"
+    # A sandbox may set a HOME that has conversations of other tasks.
+    other = conversations / "other.jsonl"
+    broken.touch()
+    other.touch()
     shared.person("alice").inline("Say more")
     assert pull.review()["commit"] == pull.tip()
+    assert broken.read_text() == "begun\n"
+    assert other.exists()
 
 
 def test_start_keeps_the_conversation_of_those_who_wrote_meanwhile(fresh: Site) -> None:
