@@ -4433,26 +4433,20 @@ class Store:
 
     def absorb_waiting_reviews(self, job: Job) -> None:
         """Merge the reviewer's pending, unclassified reviews into this running one."""
-        # `id != :id` protects this review: at a stop, it may be pending already.
         with self._transaction() as db:
-            db.execute(
+            # `id != :id` protects this review: at a stop, it may be pending already.
+            waiting = db.execute(
                 """
-                UPDATE comments SET job_id = :id WHERE job_id IN (
-                    SELECT id FROM jobs
-                    WHERE task_id = :task_id AND reviewer = :reviewer
-                        AND status = 'pending' AND request_kind = '' AND id != :id
-                )
-                """,
-                vars(job),
-            )
-            db.execute(
-                """
-                DELETE FROM jobs
+                SELECT id FROM jobs
                 WHERE task_id = :task_id AND reviewer = :reviewer
                     AND status = 'pending' AND request_kind = '' AND id != :id
                 """,
                 vars(job),
-            )
+            ).fetchall()
+            for row in waiting:
+                ids = {"old": row["id"], "new": job.id}
+                db.execute("UPDATE comments SET job_id = :new WHERE job_id = :old", ids)
+                db.execute("DELETE FROM jobs WHERE id = :old", ids)
 
     def drop_review(self, job_id: str) -> None:
         """Delete a running review that is skipped.
