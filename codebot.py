@@ -7856,10 +7856,11 @@ def describe_result(codebot: Codebot, job: Job) -> Fields:
             "passed": True,  # a task whose tests fail has no result
             "attempts": job.passed_attempt,
         }
-    result: Fields = {
-        "pr_url": None,
-        "pr_number": None,
-        "pr_state": None,
+    pull_request = codebot.store.pull_request(job.id)
+    return {
+        "pr_url": pull_request and pull_request.url,
+        "pr_number": pull_request and pull_request.number,
+        "pr_state": pull_request and pull_request.state,
         "branch_name": job.branch,
         # The task's clone; not Config.work_dir, which is the directory of all tasks.
         "work_dir": f"{codebot.config.work_dir}/{job.directory}/repo",
@@ -7872,12 +7873,6 @@ def describe_result(codebot: Codebot, job: Job) -> Fields:
         "files": job.files.split("\n"),
         "seconds": round(job.seconds, 3),
     }
-    pull_request = codebot.store.pull_request(job.id)
-    if pull_request:
-        result["pr_url"] = pull_request.url
-        result["pr_number"] = pull_request.number
-        result["pr_state"] = pull_request.state
-    return result
 
 
 def read_number(name: str, text: str, minimum: int, maximum: int) -> int:
@@ -7964,16 +7959,16 @@ def event_stream(codebot: Codebot, task_id: str, after: int) -> EventStream:
 
 def health(codebot: Codebot, request: Request) -> Response:
     """Return whether the server and its database work. Nothing is written."""
-    sizes = {"review_queue_size": 0, "task_queue_size": 0}
+    reviews = tasks = 0
     status = "healthy" if codebot.store.writable else "unhealthy"
     try:
-        for kind in ("review", "task"):
-            sizes[f"{kind}_queue_size"] = codebot.store.count_pending(kind)
+        reviews = codebot.store.count_pending("review")
+        tasks = codebot.store.count_pending("task")
     except sqlite3.Error:
         status = "unhealthy"
     if codebot.stop.is_set():
         status = "stopping"
-    fields = {"status": status, **sizes}
+    fields = {"status": status, "review_queue_size": reviews, "task_queue_size": tasks}
     if status == "healthy":
         return json_response(fields)
     return json_response(fields, 503, {"Retry-After": "10"})
