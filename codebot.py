@@ -9358,16 +9358,9 @@ class Finding(NamedTuple):
     message: str
 
 
-def ok(message: str) -> Finding:
-    return Finding("ok", message)
-
-
-def warn(message: str) -> Finding:
-    return Finding("warn", message)
-
-
-def fail(message: str) -> Finding:
-    return Finding("FAIL", message)
+ok = functools.partial(Finding, "ok")
+warn = functools.partial(Finding, "warn")
+fail = functools.partial(Finding, "FAIL")
 
 
 Check = Callable[[Codebot], Iterator[Finding]]
@@ -9947,8 +9940,7 @@ def all_findings(codebot: Codebot, problems: Sequence[str]) -> Iterator[Finding]
     if not os.path.exists(env_file):
         source = f"the environment; there is no {env_file}"
     yield ok(f"Python {sys.version.split()[0]}; settings from {source}")
-    for problem in problems:
-        yield fail(problem)
+    yield from map(fail, problems)
     # check_work_dir comes first, so that programs' output goes to the work directory.
     checks = [check_work_dir, *HOST_CHECKS, check_server, check_port]
     if not problems:
