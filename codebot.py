@@ -196,6 +196,7 @@ WHERE SECRETS GO
   codebot was started, including listed variables, and the proxies and certificates of
   .env. Taken out are CODEBOT_API_KEYS, GITHUB_WEBHOOK_SECRET, the model's keys and address,
   and variables that make git print a trace, use another repository or refuse to work.
+  Hooks of a repository on this host, to which git pushes, get the same environment.
   The watchdog, a fork of codebot, has all of these secrets in its memory, except JWTs and
   installation tokens. codebot writes none of them into a named file. While a program runs,
   its input and output (openssl's: a JWT's content and signature) are in unlinked files,
@@ -231,9 +232,9 @@ LIFE OF A JOB
     posted twice only if somebody has removed the first one or its marker, or if GitHub,
     at the retry, has not posted or does not list the first one yet.
   A crash loses what a running agent has done, and the record of its cost. It also loses
-  the looks, so the first look after a start is at everything. Since its work was last
-  saved, a job counts its crashes and the retries that must run the agent again.
-  When the count is three, the job fails: see "What a retry depends on", in Store.
+  the looks, so the first look after a start is at everything. A crash adds 1 to a job's
+  count of interruptions, and so does an error after which the agent must run again. Saved
+  work sets it to 0. At 3, the job fails: see "What a retry depends on", in Store.
 
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
@@ -602,8 +603,8 @@ def parse_agent_env(text: str) -> Sequence[str]:
     return names
 
 
-# The beginning of a rule: owner/name=, where both names may have wildcards. If nothing
-# follows it, the repository has no tests.
+# A regular expression for the beginning of a rule: owner/name=. Both names may have
+# wildcards. A rule with nothing after it says that the repository has no tests.
 RULE = r"\s*((?!\.)[\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*="
 # Matches a line that is not one command for all repositories:
 #     make X=a/b    no match
@@ -767,7 +768,8 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-# Matches NAME=VALUE, perhaps with a comment:
+# Matches NAME=VALUE, perhaps with a comment. The value may be empty: the first of the four
+# alternatives after the "=" is.
 #     A="x y" # comment   x y
 #     A='x "y"'           x "y"
 #     A=x#y # comment     x#y
@@ -845,7 +847,7 @@ def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
     place = f"in {config.env_file}"
     if not os.path.exists(config.env_file):
         place += " (not found; copy .env.example)"
-    # The variables are tested: a bad value, which read_settings reports, sets no field.
+    # Not the fields: a bad value, which read_settings has reported, sets no field.
     variables = config.variables
     if is_server and not split_commas(variables.get("CODEBOT_API_KEYS", "")):
         yield (
@@ -1159,9 +1161,9 @@ def do_nothing(*args: object) -> None:
 
 
 # A function that gets the new lines of a program's standard output. If it raises an error,
-# the program is ended. If it returns True (only the agent's does), the program's work is
-# done, and codebot ends the program after RESULT_GRACE. Stops, the exit code and all limits
-# except MAX_OUTPUT_BYTES no longer count.
+# codebot ends the program and raises the error. If it returns True, the program's work is
+# done: codebot ends it after RESULT_GRACE, and ignores its exit code, requests to stop, and
+# all limits except MAX_OUTPUT_BYTES. Only AgentRun.read returns True.
 LineHandler = Callable[[list[str]], object]
 
 
@@ -1177,8 +1179,10 @@ DEFAULT_LIMITS = Limits()
 
 
 def raise_if_stop_arrives(check_stop: Callable[[], None]) -> None:
-    """Call ``check_stop`` a moment after a signal has ended a program."""
-    # systemd signals all processes of a service. codebot's signal may come a moment later.
+    """Wait a moment, then call ``check_stop``: was a program ended because codebot stops?
+
+    systemd signals all processes of a service, and codebot perhaps a moment later.
+    """
     time.sleep(0.3)  # seconds
     check_stop()
 
@@ -1305,7 +1309,7 @@ class RunningProgram:
     limits: Limits
     started: float = dataclasses.field(default_factory=time.monotonic)
     last_output: float = dataclasses.field(default_factory=time.monotonic)
-    is_done: bool = False  # whether a LineHandler has returned True
+    is_done: bool = False  # on_lines has returned True: see LineHandler
     ends_at: float = math.inf  # monotonic time, set by end_soon
 
     def watch(self) -> None:
@@ -2039,7 +2043,7 @@ class Sandbox:
     def wrap(self, argv: Sequence[str], workspace_path: str, objects: str) -> list[str]:
         """Return the command line that runs ``argv`` in the sandbox of a workspace.
 
-        ``objects`` is the mirror's object directory, which is shown read-only.
+        ``objects`` is the mirror's object directory. In bwrap, it is read-only.
         """
         wrapper = []
         if self.is_bwrap:
@@ -2049,8 +2053,8 @@ class Sandbox:
                 word.replace("{task}", workspace_path).replace("{objects}", objects)
                 for word in self.config.sandbox
             ]
-        # Workspace.environment says why this variable is unset. `env -u` would not do: it
-        # takes a program such as a=b/claude for a variable.
+        # git in the sandbox may use the configuration in the agent's HOME; git outside may
+        # not (see Workspace.environment). `env -u` would take a=b/claude for a variable.
         unset = 'unset GIT_CONFIG_GLOBAL; exec "$@"'
         return [*wrapper, "sh", "-c", unset, "sh", *argv]
 
@@ -2187,7 +2191,7 @@ TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "w
 # Which token a request uses: LOOKUP, AS_APP, or the id of the repository whose token it is.
 TokenScope = int
 LOOKUP = 0  # the lookup token
-AS_APP = -1  # the App's own JWT
+AS_APP = -1  # no token, but a JWT of the App
 TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
 MAX_ACCESS_REFUSALS = 4000  # remembered at once; anybody who comments can add one
@@ -2300,7 +2304,7 @@ class NoRedirects(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
-# text                match          group: the end of the comment
+# text                match          group 1, which ends the comment
 # "a <!-- b --> c"    "<!-- b -->"   "-->"
 # "a <!--> c"         "<!-->"        "-->"
 # "a <!-- b"          "<!-- b"       ""
@@ -2438,7 +2442,7 @@ class GitHub:
         # Threads share all that follows without a lock. Each step is atomic, and it does no
         # harm if two threads fetch the same token at once.
         self._tokens: dict[TokenScope, tuple[str, float]] = {}  # each with its expiry
-        # The key is only the URL, because each URL is always used with the same scope.
+        # By URL. (Requests for the same URL always use the same scope.)
         self._replies: dict[str, Reply] = {}
         # By repository and login: the monotonic time until which a refusal is remembered.
         self.access_refusals: dict[tuple[int, str], float] = {}
@@ -2648,7 +2652,7 @@ class GitHub:
         return reply
 
     def read_reply(self, response: Any) -> Reply:
-        """Read a response. This may take up to twice the timeout."""
+        """Read a response. The last read may begin at the deadline: twice the timeout."""
         deadline = time.monotonic() + self.timeout
         body = bytearray()
         while True:
@@ -2690,7 +2694,7 @@ class GitHub:
         is_cacheable = not is_full and reply.size <= MAX_CACHED_BYTES
         if reply.status == 200 and "ETag" in reply.headers and is_cacheable:
             if url not in self._replies and len(self._replies) >= MAX_CACHED_REPLIES:
-                # A random one, because polls ask in one order: the oldest is needed next.
+                # Not the oldest: polls ask in a fixed order, so they need it next.
                 self._replies.pop(random.choice([*self._replies]), None)
             self._replies[url] = reply
 
@@ -3052,7 +3056,10 @@ PLAIN_REMOTE_RE = re.compile(
 
 
 def check_local_remote(config: Config, path: str) -> None:
-    """Raise ValueError if an agent could plant hooks in a repository at this path."""
+    """Raise ValueError if a path leads into the work directory, /proc or /dev.
+
+    In a repository there, an agent could plant hooks.
+    """
     try:
         resolved = os.path.realpath(path)
     except OSError:  # a directory on the way cannot be read
@@ -3275,8 +3282,8 @@ class GitDirectory:
             return self.git_with_token(github.token(repository_id), *args)
         except GitAuthFailed:
             github.forget_token(repository_id)
-        token = github.token(repository_id)
-        github.wait(TOKEN_RETRY_DELAY)
+            token = github.token(repository_id)
+            github.wait(TOKEN_RETRY_DELAY)
         return self.git_with_token(token, *args)
 
     def git_with_token(self, token: str, *args: str) -> ProgramResult:
@@ -3300,6 +3307,7 @@ class GitDirectory:
         return result
 
     def is_ancestor(self, old: str, new: str) -> bool:
+        """Return whether ``new`` contains ``old``; False also if one is missing here."""
         result = self.local_git("merge-base", "--is-ancestor", old, new, check=False)
         return result.code == 0
 
@@ -3380,8 +3388,8 @@ class Mirror(GitDirectory):
     def fetch_branch(self, repository: Repository, branch: str) -> tuple[str, str]:
         """Return a branch's name and its tip at the remote, which the mirror then has.
 
-        Nothing is fetched if the mirror's branch contains that tip. So the mirror's branch
-        stays newer if the remote's was reset to an older commit. Raises BranchNotFound.
+        Nothing is fetched if the mirror's branch contains that tip. (If the remote's branch
+        was reset to an older commit, the mirror's stays ahead.) Raises BranchNotFound.
         """
         # The lock is not held here, so that the repository's other jobs need not wait.
         name, commit = self.resolve_branch(repository, branch)
@@ -4055,6 +4063,7 @@ class Store:
             ).fetchone()
             if row is None:
                 insert_task(db, values, max_pending)
+                # With the task: a crash must not leave only one of the two.
                 if submission.label_event_id is not None:
                     insert_label_event(db, submission.label_event_id)
                 row = db.execute("SELECT * FROM jobs WHERE id = :id", values).fetchone()
@@ -4102,7 +4111,10 @@ class Store:
     def requeue(
         self, job_id: str, interruptions: int = 0, not_before: float = 0.0
     ) -> None:
-        """Make a running job pending again: see "What a retry depends on"."""
+        """Make a running job pending again, and add ``interruptions`` to its count.
+
+        See "What a retry depends on".
+        """
         with self._transaction() as db:
             self._transition(db, job_id, "running", "pending")
             db.execute(
@@ -4209,7 +4221,7 @@ class Store:
     # Queues
 
     def due_job(self, kind: str, was_delayed: bool, only_job: str = "") -> str | None:
-        """Return the id of the pending job that claim should start next, or None.
+        """Return the id of the job that a worker should claim next, or None.
 
         If ``was_delayed``, only jobs that a transient error has delayed count; otherwise
         only the others. queue_due_jobs says why.
@@ -4616,7 +4628,7 @@ LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")
 
 
 def take_work_dir(config: Config) -> None:
-    """Create and lock the work directory; lock the database.
+    """Create and lock the work directory; lock the database; have tempfile use it.
 
     Raises ConfigError if that fails, the disk is full, or there are tasks but no database.
     """
@@ -4648,8 +4660,8 @@ def hold_lock(path: str, option: str, make_directory: bool) -> None:
 
     Raises ConfigError, which names ``option``, if that is impossible.
     """
-    # Two lists for git contain paths in the work directory. git splits
-    # GIT_CEILING_DIRECTORIES at colons, and a list of alternates at line breaks.
+    # git gets lists of such paths. It splits GIT_CEILING_DIRECTORIES at colons, and the
+    # file objects/info/alternates at line breaks.
     if ":" in path or not path.isprintable():
         raise ConfigError(
             f"Cannot use {path!r}: it contains a colon or an unprintable character. Use "
@@ -4998,9 +5010,9 @@ class JobRun:
 # The largest pack of a change that Workspace.reapply reads into memory.
 MAX_CHANGE_BYTES = 256 << 20
 # Every script of Workspace begins with this. It removes the lock files of a killed git, and
-# turns off the agent's configuration in HOME. (git 2.31 does not know GIT_CONFIG_GLOBAL, so
-# it reads that configuration.) Scripts that use the agent's .git call `g`: git without
-# hooks, fsmonitor, signing, gc and sparse checkout. The checkout makes a new .git.
+# has git ignore the configuration in the agent's HOME. (git 2.31 still reads it, because it
+# does not know GIT_CONFIG_GLOBAL.) `g` is git without hooks, fsmonitor, signing, gc and
+# sparse checkout, for scripts that use the agent's .git. The checkout makes a new .git.
 GIT_FUNCTION = """
 export GIT_CONFIG_GLOBAL=/dev/null XDG_CONFIG_HOME=/nonexistent
 for lock in .git/index.lock .git/HEAD.lock; do
@@ -5241,7 +5253,7 @@ class Workspace:
         limits = Limits(run.time_left(), config.stall_timeout, run.check_stop)
 
         def begin_phase() -> None:
-            # Only with a launcher: the time spent waiting for a node does not count.
+            # With a launcher, the wait for a node does not count; else nothing changes.
             run.deadline = time.monotonic() + limits.timeout
             if command.as_agent:
                 run.agent_ran_since_save = True
@@ -5383,7 +5395,7 @@ class Workspace:
         # self.repo is a mount point, so it stays a directory. In another sandbox, an agent
         # may replace it with a file. git fetch would read that file as a bundle, outside
         # the sandbox.
-        args = ["-c", "fetch.fsckObjects=true"]  # receive.* is for pushes only
+        args = ["-c", "fetch.fsckObjects=true"]
         # The path is relative, because git splits this option at commas and blanks.
         args += ["-c", "fetch.fsck.skipList=fsck-skip-list"]
         # fsck accepts lines and files of .gitattributes that are too long, because the base
@@ -6211,7 +6223,7 @@ def run_tests(workspace: Workspace, command: str) -> str:
     run = workspace.run
     prompt = ""
     for attempt in range(1, run.config.test_attempts + 2):
-        if prompt:
+        if attempt > 1:
             ask_agent(workspace, prompt, CODING_OPTIONS, CONTINUE_SESSION, attempt)
         tree = workspace.record_files()
         result = run_tests_once(workspace, command, attempt)
@@ -6514,8 +6526,8 @@ def has_unpushed_commit(job: Job) -> bool:
 def prepare_answers(review: Review) -> None:
     """Store the answers, unless an earlier run has, and push the commit."""
     run = review.run
-    # job.answers is empty until the work is done. Then each thread has an entry, which may
-    # be "". For the kinds "none" and "limit", answers stays empty, but there is no work.
+    # job.answers has an entry for each thread, perhaps "", once the agent's work is stored.
+    # For the kinds "none" and "limit" it stays empty, and no work is left to do.
     if not run.job.answers:
         for comment in review.comments:
             run.log_event("codebot", f"Comment by {comment.user}: {comment.text}")
@@ -6576,7 +6588,7 @@ def classify(review: Review, text: str) -> None:
     run = review.run
     with scratch_workspace(run.config.work_dir) as path:
         directory = os.path.basename(path)
-        # In place of a mirror's objects, the sandbox shows the empty directory "objects".
+        # The Workspace takes this for a mirror; its "objects" is an empty directory.
         no_repository = Repository("", "", mirror_path=directory)
         workspace = Workspace(run, no_repository, directory)
         prompt = f"Comments:\n{text}"
@@ -7247,7 +7259,7 @@ def ending_after_transient_error(
 
 
 def ending_after_last_retry(job: Job, error: str) -> Ending:
-    """Return how a job ends if a transient error does not lead to another retry."""
+    """Return how a job fails when a transient error is not retried anymore."""
     phase = reached_phase(job)
     # A push may have succeeded although its response was lost.
     may_be_pushed = job.push_started or (
@@ -7261,10 +7273,10 @@ def ending_after_last_retry(job: Job, error: str) -> Ending:
 
 
 def reached_phase(job: Job) -> str:
-    """Return the phase that a job has reached.
+    """Return the phase in which a job failed, for its reason.
 
-    A retry of a job that has its commit repeats only the clone before it goes on. After
-    begin_push, a clone that fails counts as "pull_request".
+    A retry of a job that has its commit is in the phase "clone" again at first. That counts
+    as the phase that the retry would go on with.
     """
     if not job.commit_id or job.phase not in ("", "clone"):
         return job.phase
@@ -7803,7 +7815,7 @@ def find_task(codebot: Codebot, task_id: str) -> Job:
 
 
 def pick(record: Job | TaskRequest, *names: str) -> Fields:
-    """Return fields as the API shows them, with null for unknown values."""
+    """Return fields as the API shows them: null for "", 0 and None."""
     return {name: getattr(record, name) or None for name in names}
 
 
@@ -8077,8 +8089,8 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
         raise NoAction("The webhook works")
     else:
         raise NoAction("codebot does not act on this event or action")
-    # The look comes before the test for a duplicate: the sync thread also looks if GitHub
-    # sends the delivery again ("Redeliver").
+    # The look comes first, so that somebody can cause another one: "Redeliver" at GitHub
+    # sends the delivery with the same GUID.
     codebot.look_now(look)
     if not codebot.store.add_delivery(guid):
         raise NoAction("Duplicate delivery")
@@ -8995,11 +9007,11 @@ class ConnectionTable:
                     self._drop(connection)
 
     def evict(self) -> None:
-        """Drop the oldest idle connection; if none is idle, the oldest sending one.
+        """Drop one connection, because no place or no descriptor is left.
 
-        If most connections are sending, the oldest of these is dropped in any case. An
-        idle connection is waiting or receiving. This is called when no place or no
-        descriptor is left. Raises OSError if all connections are being handled.
+        If more than half are sending, the oldest of these is dropped. Otherwise the oldest
+        one that is waiting or receiving is; if there is none, the oldest sending one.
+        Raises OSError if all are being handled.
         """
         idle = []
         sending = []
@@ -9822,9 +9834,7 @@ def run_command(flags: Flags) -> int:
 
 # --- check -------------------------------------------------------------------
 
-CHECK_TIMEOUT = (
-    1.5  # seconds for GitHub's first response; with the retry at most 5 in all
-)
+CHECK_TIMEOUT = 1.5  # seconds for GitHub's first response; with the retry, at most 5
 
 
 def check_port(codebot: Codebot) -> Iterator[Finding]:
