@@ -1619,7 +1619,13 @@ def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") 
             return True
         error = run_stop_command(config, workspace_path)
         if error:
-            log.warning("CODEBOT_LAUNCHER_STOP failed for %s: %s", record.name, error)
+            log.warning(
+                "CODEBOT_LAUNCHER_STOP failed for %s: %s. It is tried again until it "
+                "succeeds; if nothing of this name runs anymore, remove %s",
+                record.name,
+                error.rstrip("."),
+                record,
+            )
             # If a full disk prevents this, only the next run here and the next start retry.
             with contextlib.suppress(OSError):
                 record.write_text(STOP_FAILED)
@@ -1756,6 +1762,9 @@ def launch(
     )
     try:
         return run_program(argv, env, program_type=program_type, **options)
+    except FileNotFoundError:  # there is no such launcher, so nothing was started
+        record.unlink()
+        raise
     finally:
         stop_launched(config, workspace_path)
 
@@ -2113,6 +2122,10 @@ class Sandbox:
             # If fork failed, the error names no file: then name the program to start.
             program = error.filename or (config.launcher or config.sandbox)[0]
             problem = f"{program}: {os_error_text(error)}"
+            if config.launcher and program == config.launcher[0]:
+                raise ConfigError(
+                    f"The launcher does not start: {problem}. Correct CODEBOT_LAUNCHER."
+                ) from None
         raise ConfigError(
             f"The sandbox does not start: {problem.rstrip('.')}. Install bubblewrap (apt "
             "install bubblewrap) if it is missing, or correct CODEBOT_SANDBOX or "

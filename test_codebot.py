@@ -15213,9 +15213,22 @@ def test_stop_whose_setting_was_removed_keeps_the_record(
     assert not codebot.stop_launched(config, workspace)
     assert record.read_text() == codebot.STOP_FAILED
     assert (
-        "CODEBOT_LAUNCHER_STOP failed for task_1234567: the setting is missing"
-        in caplog.text
+        "CODEBOT_LAUNCHER_STOP failed for task_1234567: the setting is missing. It is "
+        "tried again until it succeeds; if nothing of this name runs anymore, remove "
+        f"{record}\n" in caplog.text
     )
+
+
+def test_launcher_that_does_not_exist_leaves_no_record(tmp_path: Path) -> None:
+    config = codebot.Config(
+        work_dir=str(tmp_path),
+        launcher=("nosuch-srun",),
+        launcher_stop=("nosuch-scancel",),
+    )
+    workspace = str(tmp_path / "task_1234567")
+    with pytest.raises(FileNotFoundError):
+        codebot.launch(config, workspace, 1.0, list, ["true"], {"PATH": "/bin"})
+    assert not codebot.launch_record(config, workspace).exists()
 
 
 @pytest.mark.parametrize(
@@ -16682,7 +16695,8 @@ MISTAKES = {
         {"CODEBOT_LAUNCHER": "env"},
     ),
     "launcher missing": Mistake(
-        "The sandbox does not start: nosuch-srun: no such file or directory.",
+        "The launcher does not start: nosuch-srun: no such file or directory. Correct "
+        "CODEBOT_LAUNCHER.",
         {"CODEBOT_LAUNCHER": "nosuch-srun", "CODEBOT_LAUNCHER_STOP": "true"},
     ),
     "launcher fails": Mistake(
