@@ -10007,6 +10007,7 @@ def demo_config(directory: str) -> Config:
     """Return settings that need nothing on the host but git, sh, cat and grep."""
     return Config(
         api_keys=(uuid.uuid4().hex,),  # other users of this machine can also connect
+        allowed=(f"{directory}/*",),  # the stand-in must not push to a real one
         claude_command=("sh", "-c", DEMO_AGENT_SCRIPT),
         sandbox=("none",),
         search_path=parse_search_path(os.environ.get("PATH", os.defpath)),
@@ -10060,6 +10061,7 @@ def demo_command(flags: Flags) -> int:
             if flags["keep"]:
                 print(f"\nPage:        http://localhost:{server.server_port}/")
                 print(f"API key:     {codebot.config.api_keys[0]}")
+                print(f"Repository:  {repository} (only this one can be used)")
                 print("Press Ctrl-C to end.")
                 while not codebot.stop.wait(MAIN_INTERVAL):
                     pass  # not one long wait, which a signal may not interrupt on macOS

@@ -18060,6 +18060,12 @@ def test_demo_keeps_server_until_it_is_interrupted(on_disk: Site) -> None:
     headers = {"Authorization": f"Bearer {key}"}
     tasks = send_request(address, "GET", "/api/tasks", headers=headers).json
     assert tasks["count"] == 1
+    [repository] = re.findall(r"Repository: +(\S+) \(only this one can be used\)", text)
+    for url, status in ((repository, 202), ("https://github.com/acme/widget", 403)):
+        fields = {"repository_url": url, "description": "Say hello"}
+        body = json.dumps(fields).encode()
+        response = send_request(address, "POST", "/api/tasks/submit", body, headers)
+        assert response.status == status
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 0
