@@ -9436,8 +9436,8 @@ def check_programs(codebot: Codebot) -> Iterator[Finding]:
     if is_agent_missing(codebot):
         yield fail(
             f"{codebot.config.claude_command[0]} was not found. Install Claude Code "
-            "(npm install -g @anthropic-ai/claude-code), or set CODEBOT_CLAUDE_COMMAND. "
-            f"PATH is {codebot.config.search_path}."
+            '(see README, "Requirements"), or correct CODEBOT_CLAUDE_COMMAND or PATH '
+            f"({codebot.config.search_path})."
         )
 
 

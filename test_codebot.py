@@ -16736,8 +16736,8 @@ MISTAKES = {
         programs=("openssl", "sh", "echo"),
     ),
     "agent missing": Mistake(
-        "nowhere-claude was not found. Install Claude Code (npm install -g "
-        "@anthropic-ai/claude-code), or set CODEBOT_CLAUDE_COMMAND.",
+        'nowhere-claude was not found. Install Claude Code (see README, "Requirements"), '
+        "or correct CODEBOT_CLAUDE_COMMAND or PATH (",
         {"CODEBOT_CLAUDE_COMMAND": "nowhere-claude"},
     ),
     "work directory is a file": Mistake(
