@@ -2532,8 +2532,9 @@ class GitHub:
                 f"…/settings/installations/… ({error})"
             ) from None
         except GitHubError as error:
+            reason = str(error).rstrip(".")
             raise AppRefused(
-                f"GitHub issues no token: {error}. If the App's installation does not "
+                f"GitHub issues no token: {reason}. If the App's installation does not "
                 "include this repository, or lacks a permission, change it at "
                 f"…/settings/installations/{self.config.installation_id}"
             ) from None
@@ -5206,9 +5207,10 @@ class Workspace:
         if result.code != 0:
             error = self.mirror.with_advice(result.error)
             raise JobFailed("clone_failed", f"Failed to check out {base_name}: {error}")
-        self.run.log_event(
-            "git", f"Branch {self.branch} from {base_name} at {base_commit}"
-        )
+        message = f"Branch {self.branch} from {base_name} at {base_commit}"
+        if base_name == self.branch:  # a review goes on with the task's branch
+            message = f"Branch {self.branch} at {base_commit}"
+        self.run.log_event("git", message)
 
     # Three methods start something in the sandbox, with command lines from sandboxed():
     #   script              codebot's own scripts on this host, by run_in_sandbox
@@ -5854,12 +5856,14 @@ class AgentRun:
         if is_refused or says_login:
             return JobFailed(
                 "agent_login",
-                "The model's provider rejected the agent's key. The operator must set "
-                "ANTHROPIC_API_KEY or CLAUDE_CODE_OAUTH_TOKEN in codebot's .env "
+                "The agent has no key, or the model's provider rejected it. The operator "
+                "must set ANTHROPIC_API_KEY or CLAUDE_CODE_OAUTH_TOKEN in codebot's .env "
                 f"(the agent: {error})",
             )
         if result.get("subtype") in ("error_max_budget_usd", "error_max_turns"):
-            limits = "CODEBOT_MAX_BUDGET_USD, CODEBOT_MAX_TURNS or codebot's own limit"
+            limits = "CODEBOT_MAX_TURNS or codebot's own limit of turns"
+            if result["subtype"] == "error_max_budget_usd":
+                limits = "CODEBOT_MAX_BUDGET_USD"
             return JobFailed("budget", f"The agent reached {limits}: {error}")
         message = f"The agent failed (exit code {program.code}): {error}"
         return JobFailed("agent_failed", message)
@@ -6356,7 +6360,10 @@ def pull_request_body(run: JobRun) -> str:
     if job.issue_number:
         facts += f"Closes #{job.issue_number}\n"
     # Redact before truncating: a secret that is cut in two would not be found.
-    task = truncate(run.redact(task_text(job.request)), 10_000)
+    request = job.request
+    if job.issue_number:  # the issue's own title does not begin with its number
+        request = dataclasses.replace(request, ticket_id="")
+    task = truncate(run.redact(task_text(request)), 10_000)
     task = escape_html(quoted(speaker, task))
     files = code_block(truncate(job.files, 10_000))
     summary = quoted("The agent", truncate(job.summary, 20_000))
@@ -6803,7 +6810,8 @@ def own_words(job: Job, answer: str) -> str:
     """Return codebot's own words, or "" if the agent's answer says it all."""
     if job.error:
         error = code_block(job.error)
-        return f"codebot could not do this ({job.reason}):\n\n{error}"
+        again = "To have it try again, comment again."
+        return f"codebot could not do this ({job.reason}):\n\n{error}\n{again}"
     if job.commit_id:
         tests = "\n\nThe tests passed." if job.passed_attempt else ""
         return f"The change is in {job.commit_id}.{tests}"
@@ -6875,18 +6883,18 @@ class Sync:
             if look == EVERYTHING and self.config.enable_polling:
                 delay = self.config.poll_interval
         except GitHubError as error:
-            log.warning("The look at %s was refused by GitHub: %s", look, error)
+            log.warning("Looking at %s was refused by GitHub: %s", look, error)
             delay = 0.0
             if look == EVERYTHING:
                 delay = APP_REFUSED_DELAY
         except AppRefused as error:
-            log.warning("The look at %s will be repeated: %s", look, error)
+            log.warning("Looking at %s failed and will be repeated: %s", look, error)
             delay = APP_REFUSED_DELAY
         except TransientError as error:
-            log.warning("The look at %s will be repeated: %s", look, error)
+            log.warning("Looking at %s failed and will be repeated: %s", look, error)
             delay = max(RETRY_DELAY, error.retry_at - time.time())
         except UNKNOWN_SHAPE_ERRORS:  # it must not hold up the looks behind it
-            log.exception("The look at %s will be repeated", look)
+            log.exception("Looking at %s failed and will be repeated", look)
         finally:
             if delay:
                 self.looks.setdefault(look, time.time() + delay)
@@ -7366,7 +7374,8 @@ def finish_job(run: JobRun, ending: Ending) -> None:
         error = run.redact(error)[:10_000]
         if error != job.error:  # else store_failure has logged it
             run.log_event("codebot", f"Failed ({ending.reason}): {error}")
-        log.info("Job %s: %s", job.id, error.partition("\n")[0])
+        first_line, _, rest = error.partition("\n")
+        log.info("Job %s: %s%s", job.id, first_line, " …" if rest else "")
     seconds = job.seconds or time.monotonic() - run.started  # for the totals
     run.codebot.until_database_works(
         run.store.finish, job, seconds, ending.status, ending.reason, error
@@ -8029,7 +8038,7 @@ codebot_agent_dollars_total {dollars:.15g}
 # HELP codebot_github_requests_total Requests to GitHub.
 # TYPE codebot_github_requests_total counter
 codebot_github_requests_total {github.requests_made}
-# HELP codebot_github_rate_remaining Requests GitHub allows.
+# HELP codebot_github_rate_remaining Requests left before the rate limit.
 # TYPE codebot_github_rate_remaining gauge
 codebot_github_rate_remaining {github.rate_limit_remaining}
 """
@@ -8117,7 +8126,7 @@ def task_of(codebot: Codebot, payload: JsonObject) -> str:
     number = int(subject["number"])
     pull_request = codebot.store.pull_request_by_number(repository_id, number)
     if pull_request is None:
-        raise NoAction("Not a pull request that codebot opened")
+        raise NoAction("Not a pull request of a task in this work directory")
     return pull_request.task_id
 
 
@@ -8723,7 +8732,8 @@ function outcomeSection(status) {
   if (status.status === 'completed') return resultCard(status.result);
   if (status.status === 'failed') return errorCard(status);
   const position = status.queue_position;
-  return position ? [paragraph(`Waiting: number ${position} in the queue.`)] : [];
+  const words = 'If it has run before, the log says when it runs again.';
+  return position ? [paragraph(`Waiting: number ${position} in the queue. ${words}`)] : [];
 }
 
 function errorCard({ reason, error }) {
@@ -9778,7 +9788,7 @@ def serve_command(flags: Flags) -> int:
         print_banner(codebot, server.server_port, pending)
         while not (is_changed or codebot.stop.wait(MAIN_INTERVAL)):
             is_changed = config.debug and file_times(config) != times
-        log.info("Stopping")
+        log.info("A file has changed: restarting" if is_changed else "Stopping")
     if is_changed:
         os.umask(config.umask)
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)

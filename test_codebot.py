@@ -6295,9 +6295,13 @@ FAILING_PLANS = {
     "over budget": (
         "result 'Too dear' error_max_budget_usd true",
         "budget",
-        "Too dear",
+        "The agent reached CODEBOT_MAX_BUDGET_USD: Too dear",
     ),
-    "too many turns": ("result 'Too long' error_max_turns true", "budget", "Too long"),
+    "too many turns": (
+        "result 'Too long' error_max_turns true",
+        "budget",
+        "The agent reached CODEBOT_MAX_TURNS or codebot's own limit of turns: Too long",
+    ),
     "errors of a wrong type": (
         'echo \'{"type":"result","is_error":true,"errors":{"a":1}}\'',
         "agent_failed",
@@ -6705,7 +6709,7 @@ def test_tests_that_keep_failing_fail_task_and_nothing_is_pushed(shared: Site) -
         "it is broken\n1\n2\n3\n4\n5\n6"
     )
     [line] = [x for x in shared.server.log().split("\n") if "tests still fail" in x]
-    assert line.endswith("Their output ends with:")  # the rest is in the task's log
+    assert line.endswith("Their output ends with: …")  # the rest is in the task's log
     assert "it is broken" not in shared.server.log()
     assert len(shared.agent.runs()) == 2
     assert shared.repository.branches() == ["main"]
@@ -11296,8 +11300,11 @@ def test_failure_is_reported_before_the_next_review_runs(fresh: Site) -> None:
     fresh.agent.release()
     pull.reviews(2)
     assert pull.states() == ["failed", "completed"]
-    assert "codebot could not do this" in pull.reply(comment)
+    reply = pull.reply(comment)
+    assert "codebot could not do this (agent_failed):" in reply
+    assert "To have it try again, comment again." in reply
     messages = fresh.api.messages(pull.task)
+    assert f"git: Branch {pull.branch} at {pull.commit}" in messages
     told = messages.index("codebot: Review failed (agent_failed)")
     assert told < messages.index("codebot: Comment by bob: Say this")
 
@@ -11801,7 +11808,7 @@ def test_labeled_issue_becomes_task_and_pull_request(shared: Site) -> None:
     [pull] = shared.repository.pulls
     assert pull["title"] == "1: Greet people"
     assert "Closes #1\n" in pull["body"]
-    assert "Issue #1 says:\n\n> 1: Greet people\n>\n> In a file.\n" in pull["body"]
+    assert "Issue #1 says:\n\n> Greet people\n>\n> In a file.\n" in pull["body"]
     assert "Greet people" in issue.prompt()
     assert "In a file." in issue.prompt()
     status = shared.api.status(task)
@@ -17473,6 +17480,8 @@ def test_debug_server_restarts_when_env_file_changes(fresh: Site) -> None:
     changed.replace(env_file)  # in one step, or the server may restart twice
     fresh.server.wait_for_log("Starting server", times=2)
     fresh.server.wait_until_ready(fresh.server.log().index("with 2 API key(s)"))
+    assert "A file has changed: restarting" in fresh.server.log()
+    assert "Stopping" not in fresh.server.log()
 
 
 # --- Commands: check ---------------------------------------------------------
@@ -17764,13 +17773,16 @@ def test_check_without_events_but_with_polling_is_fine(fresh: Site) -> None:
 def test_task_says_that_installation_lacks_repository(shared: Site) -> None:
     shared.api.completed(shared.api.submit())  # afterwards there is a look-up token
     other = shared.github.create_repository("acme/hidden")
-    message = {"message": "There is at least one repository that is not accessible"}
+    message = {"message": "There is at least one repository that is not accessible."}
     shared.github.fail("POST /app/installations/*/access_tokens", 422, message)
     task = shared.api.submit(repository_url=other.url)
     error = shared.api.failed(task, "clone_failed")
     assert "does not include this repository, or lacks a permission" in error
     assert error.endswith("/settings/installations/678")
-    assert "GitHub issues no token: 422 There is at least one" in error
+    assert (
+        "GitHub issues no token: 422 There is at least one repository that is not "
+        "accessible. If the App's installation"
+    ) in error
 
 
 # --- Commands: run -----------------------------------------------------------
