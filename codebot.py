@@ -1217,17 +1217,21 @@ def is_disk_full(directory: str) -> bool:
 
 
 class ProgramResult(NamedTuple):
-    """The exit code of a program, and the last lines of its output."""
+    """The exit code of a program, and the last KEPT_LINES of its output.
+
+    The last line has no line end.
+    """
 
     code: int  # has no meaning if a LineHandler has returned True
-    stdout: list[str]
-    stderr: list[str]
+    stdout: str
+    stderr: str
     disk_was_full: bool = False  # at the program's end; if so, output may be missing
 
     @property
     def error(self) -> str:
         """Why the program failed: the first line with a cause, and the last three lines."""
-        lines = [line.strip() for line in self.stderr or self.stdout]
+        output = self.stderr or self.stdout
+        lines = [line.strip() for line in output.split("\n")]
         lines = [line for line in lines if not NOISE_RE.fullmatch(line)]
         if len(lines) > 4:
             causes = [line for line in lines[:-3] if CAUSE_RE.match(line)]
@@ -1378,8 +1382,8 @@ class RunningProgram:
         code = self.exit_code()
         result = ProgramResult(
             code,
-            [*self.stdout.last_lines],
-            [*self.stderr.last_lines],
+            "\n".join(self.stdout.last_lines),
+            "\n".join(self.stderr.last_lines),
             # This must come before the files of the output, on the same disk, are removed.
             is_disk_full(tempfile.gettempdir()),
         )
@@ -1390,7 +1394,7 @@ class RunningProgram:
         if result.disk_was_full:
             raise TransientError(f"The disk is full: {result.error}")
         # An agent can fake such a line to cause a retry. MAX_INTERRUPTIONS limits the cost.
-        if SHORTAGE_RE.search("\n".join(result.stderr)):
+        if SHORTAGE_RE.search(result.stderr):
             raise TransientError(f"The host is short of resources: {result.error}")
         return result
 
@@ -2146,7 +2150,7 @@ class Sandbox:
         env = base_environment(self.config)
         limits = self.probe_limits
         help_text = run_program(["bwrap", "--help"], env, limits=limits).stdout
-        self.disable_userns = any("--disable-userns" in line for line in help_text)
+        self.disable_userns = "--disable-userns" in help_text
         if not self.disable_userns and os.getuid() == 0:
             raise ConfigError(
                 "bwrap is older than 0.8, so an agent run by root could change the "
@@ -2505,7 +2509,7 @@ class GitHub:
         except LimitReached as error:  # the key's file system hangs
             raise TransientError(f"openssl {error}") from None
         # openssl prints "RSA-SHA2-256(stdin)= 3e5f…". If the disk is full, nothing arrives.
-        match = re.search("= ((?:[0-9a-f]{2})+)$", "".join(result.stdout))
+        match = re.search("= ((?:[0-9a-f]{2})+)$", result.stdout)
         if match is None:
             if result.disk_was_full:
                 raise TransientError("The disk is full: openssl printed nothing")
@@ -3217,7 +3221,7 @@ def remote_failure(result: ProgramResult, is_github: bool) -> Exception:
     """Return the error for a failure of git that contacts the remote; see above."""
     # The host's git configuration may put a login into the URL: url.*.insteadOf
     reason = hide_logins(result.error)
-    words = URL_OR_NAME_RE.sub("", "\n".join(result.stderr))
+    words = URL_OR_NAME_RE.sub("", result.stderr)
     if REJECTED_RE.search(words):  # first, because the reason may quote any file name
         return GitFailed(reason)
     if AUTH_FAILED_RE.search(words):
@@ -3276,7 +3280,7 @@ class GitDirectory:
         argv = [*GIT, "--git-dir", self.path, *args]
         options.setdefault("limits", self.limits)
         result = run_program(argv, env, pass_fds=self.inherited_fds, **options)
-        was_part_killed = PART_KILLED_RE.search("\n".join(result.stderr))
+        was_part_killed = PART_KILLED_RE.search(result.stderr)
         if result.code != 0 and (was_part_killed or result.code in SIGNAL_EXIT_CODES):
             raise TransientError(
                 f"git was killed (exit code {result.code}): {result.error}"
@@ -3389,7 +3393,7 @@ class Mirror(GitDirectory):
         # git prints "ref: refs/heads/main<TAB>HEAD" (for the default branch only), then
         # "COMMIT<TAB>REF". It also lists branches named .../HEAD or .../refs/heads/BRANCH.
         # If there are more than KEPT_LINES of these, the branch may not be found.
-        for line in self.remote_git(repository, *args).stdout:
+        for line in self.remote_git(repository, *args).stdout.split("\n"):
             value, _, name = line.partition("\t")
             if value.startswith("ref: refs/heads/") and name == "HEAD":
                 branch = value.removeprefix("ref: refs/heads/")
@@ -5343,7 +5347,7 @@ class Workspace:
                 "agent_failed",
                 f"The agent's changes could not be recorded: {result.error}",
             )
-        tree = "\n".join(result.stdout)
+        tree = result.stdout
         if not re.fullmatch("[0-9a-f]{40}", tree):  # not only git has printed
             words = self.run.redact(tree)[:200]
             raise JobFailed("agent_failed", f"git printed no tree, but {words!r}")
@@ -5352,7 +5356,7 @@ class Workspace:
     def is_changed_since(self, commit: str) -> bool:
         """Return whether the workspace's files differ from a commit that the outbox has."""
         result = self.outbox.local_git("rev-parse", f"{commit}^{{tree}}")
-        return self.record_files() != result.stdout[0]
+        return self.record_files() != result.stdout
 
     def collect_tree(self, base_commit: str, tree: str) -> bool:
         """Bring a recorded tree into the outbox. Returns whether it differs from the base.
@@ -5379,7 +5383,7 @@ class Workspace:
                 raise JobFailed(
                     "agent_failed", f"The agent left no usable repository: {error}"
                 )
-        fetched_tree, base_tree = trees.stdout  # in the order of the arguments
+        fetched_tree, base_tree = trees.stdout.split("\n")  # in the arguments' order
         if fetched_tree != tree:  # a process that the agent left may have changed HEAD
             raise JobFailed("agent_failed", f"The tree of HEAD is not {tree} anymore")
         return tree != base_tree
@@ -5451,7 +5455,7 @@ class Workspace:
         result = self.outbox.local_git(*argv, check=False, stdin=message.encode())
         if result.code != 0:
             raise GitFailed(f"git commit-tree: {result.error}")
-        return result.stdout[0]
+        return result.stdout
 
     def inspect_commit(self, base_commit: str, commit: str) -> str:
         """Return a summary of the commit's changes, as git diff --stat prints it.
@@ -5472,7 +5476,7 @@ class Workspace:
                 f"The change could not be checked: {error}"
             )
             raise JobFailed("agent_failed", message) from None
-        return "\n".join(files)
+        return files
 
     def push(self) -> None:
         """Push the job's commit to the branch. Pushing it again changes nothing.
@@ -5527,7 +5531,7 @@ class Workspace:
         packing = self.outbox.local_git(
             "pack-objects", "--quiet", "--revs", prefix, stdin=revisions
         )
-        pack = pathlib.Path(f"{prefix}-{packing.stdout[0]}.pack")
+        pack = pathlib.Path(f"{prefix}-{packing.stdout}.pack")
         if pack.stat().st_size > MAX_CHANGE_BYTES:
             raise JobFailed(
                 "push_rejected",
@@ -5537,7 +5541,7 @@ class Workspace:
         self.check_out(self.branch, tip)
         result = self.script(APPLY_SCRIPT, job.commit_id, stdin=pack.read_bytes())
         if result.code != 0:
-            files = ", ".join(result.stdout) or result.error
+            files = result.stdout.replace("\n", ", ") or result.error
             raise JobFailed(
                 "push_rejected",
                 "Others have pushed in the meantime, and the change conflicts with theirs: "
@@ -6258,7 +6262,7 @@ def run_tests(workspace: Workspace, command: str) -> str:
                 "tests_failed",
                 f"The test command ({command}) cannot be started: {result.error}",
             )
-        output = run.redact("\n".join(result.stdout))
+        output = run.redact(result.stdout)
         prompt = (
             f"The tests failed with exit code {result.code}. Change the code so that "
             f"they pass. The command:\n{delimited('command', command)}"
@@ -9413,7 +9417,7 @@ def run_checks(codebot: Codebot, checks: Iterable[Check]) -> Iterator[Finding]:
 
 
 def version_finding(command: str, result: ProgramResult, least: str) -> Finding:
-    match = re.search(r"[0-9]+(\.[0-9]+)+", " ".join(result.stdout))
+    match = re.search(r"[0-9]+(\.[0-9]+)+", result.stdout)
     if result.code != 0 or match is None:
         return fail(
             f"`{command}` failed or printed no version (exit code {result.code}): "
@@ -10027,7 +10031,7 @@ def demo_config(directory: str) -> Config:
     )
 
 
-def run_for_demo(codebot: Codebot, *command: str) -> list[str]:
+def run_for_demo(codebot: Codebot, *command: str) -> str:
     result = run_program(command, base_environment(codebot.config))
     if result.code != 0:
         raise ConfigError(f"The demo's repository cannot be used: {result.error}")
@@ -10093,7 +10097,7 @@ def show_demo(codebot: Codebot, port: int, repository: str) -> int:
         print(job.error or "The demo was interrupted.")
         return 1
     show = ("git", "-C", repository, "show", "--format=", job.branch)
-    diff = "\n".join(run_for_demo(codebot, *show))
+    diff = run_for_demo(codebot, *show)
     print(f"The diff of {job.branch}, which was pushed to the repository:\n\n{diff}")
     print('\nDone. Next: a repository of your own; see README, "Quick start".')
     return 0

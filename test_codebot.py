@@ -4481,8 +4481,7 @@ def test_program_in_bwrap_has_a_session_of_its_own(tmp_path: Path) -> None:
     config = codebot.Config(search_path=search_path, work_dir=str(tmp_path))
     # The ids of its processes are bwrap's own. That of another's session is shown as 0.
     result = codebot.Sandbox(config).probe("cut", "-d ", "-f6", "/proc/self/stat")
-    [session] = result.stdout
-    assert int(session) > 0
+    assert int(result.stdout) > 0
 
 
 @needs_bwrap
@@ -6157,7 +6156,7 @@ def test_repository_is_not_fetched_into_the_mirror_of_another_with_its_name(
 
     def fetch_all(*args: object) -> codebot.ProgramResult:
         fetched_into.append(Path(mirror.path, "codebot-repository-id").read_text())
-        return codebot.ProgramResult(0, [], [])
+        return codebot.ProgramResult(0, "", "")
 
     fetched_into: list[str] = []
     monkeypatch.setattr(mirror, "resolve_branch", resolve_branch)
@@ -6425,13 +6424,13 @@ def test_agents_tests_and_git_that_hang_are_ended_and_others_are_not(
 def test_program_has_a_session_of_its_own_and_thus_no_terminal() -> None:
     script = "cut -d ' ' -f 6 /proc/$$/stat"  # the session
     result = codebot.run_program(["sh", "-c", script], {"PATH": os.defpath})
-    assert int(result.stdout[0]) != os.getsid(0)
+    assert int(result.stdout) != os.getsid(0)
 
 
 def test_long_line_of_output_is_not_cut_in_a_secret() -> None:
     script = "head -c 9990 /dev/zero | tr '\\0' x; echo ' the-secret-of-codebot end'"
     result = codebot.run_program(["sh", "-c", script], {"PATH": os.defpath})
-    assert result.stdout == ["x" * 9990]
+    assert result.stdout == "x" * 9990
 
 
 @pytest.mark.parametrize(
@@ -7055,7 +7054,7 @@ def test_hook_in_a_mirror_or_outbox_does_not_run(tmp_path: Path) -> None:
     directory.local_git("init", "--quiet", "--bare", "--template=")
     hook = tmp_path / "git" / "hooks" / "reference-transaction"
     write_script(hook, f"touch {tmp_path}/ran")
-    blob = directory.local_git("hash-object", "-w", "--stdin").stdout[0]
+    blob = directory.local_git("hash-object", "-w", "--stdin").stdout
     directory.local_git("update-ref", "refs/x", blob)
     assert not (tmp_path / "ran").exists()
 
@@ -8414,7 +8413,7 @@ def test_commit_waits_until_the_host_can_log_in_again(
     run = codebot.JobRun(app_with(store), claim_review(store))
     repository = codebot.Repository("git@git.acme.com:a", "a", "mirrors/a.git")
     workspace = codebot.Workspace(run, repository, "task_1234567")
-    failed = codebot.ProgramResult(128, [], [words])
+    failed = codebot.ProgramResult(128, "", words)
     monkeypatch.setattr(workspace.outbox, "run_git", lambda *args, **options: failed)
     with pytest.raises(codebot.TransientError, match="The remote refuses the push"):
         workspace.push()
@@ -8934,7 +8933,7 @@ def test_result_that_a_full_disk_has_lost_is_no_failure(
     store: codebot.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The CLI exits with 0 then (tried).
-    ended = codebot.ProgramResult(0, ['{"type":"assistant"}'], [])
+    ended = codebot.ProgramResult(0, '{"type":"assistant"}', "")
     agent_run = codebot.AgentRun(codebot.JobRun(app_with(store), claim_review(store)))
     with pytest.raises(codebot.JobFailed, match="The agent failed"):
         agent_run.raise_if_failed(ended)
@@ -15417,7 +15416,7 @@ hint: See the "Note about fast-forwards" in 'git push --help' for details.
     ],
 )
 def test_error_of_program_has_its_cause_and_its_end(stderr: str, error: str) -> None:
-    assert codebot.ProgramResult(1, [], stderr.split("\n")).error == error
+    assert codebot.ProgramResult(1, "", stderr).error == error
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
@@ -15443,10 +15442,10 @@ def test_output_is_kept_although_program_opens_it_again(
         cwd=str(tmp_path),
         limits=codebot.Limits(check_stop=check),
     )
-    both = {"stdout": ["b"], "stderr": ["c"]}
-    both[stream].insert(0, "a")
-    assert result.stdout[-len(both["stdout"]) :] == both["stdout"]
-    assert result.stderr[-len(both["stderr"]) :] == both["stderr"]
+    both = {"stdout": "b", "stderr": "c"}
+    both[stream] = f"a\n{both[stream]}"
+    assert result.stdout.endswith(both["stdout"])
+    assert result.stderr.endswith(both["stderr"])
 
 
 # --- The launcher: Slurm -----------------------------------------------------
