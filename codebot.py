@@ -1880,11 +1880,6 @@ READ_ONLY = "--ro-bind"
 WRITABLE = "--bind"
 
 
-class Mount(NamedTuple):
-    option: str
-    path: str
-
-
 def is_inside(path: str, directory: str) -> bool:
     """Return whether ``path`` is ``directory`` or lies in it. Both are absolute."""
     return f"{path}/".startswith(f"{directory.rstrip('/')}/")
@@ -1981,8 +1976,8 @@ def needed_files(config: Config, options: Mapping[str, str]) -> Iterator[str]:
             yield path
 
 
-def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> list[Mount]:
-    """Return bwrap's mounts over the read-only file system and the workspace's /tmp.
+def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> dict[str, str]:
+    """Return what bwrap mounts over the read-only file system: an option for each path.
 
     Each directory comes before those in it, because a later mount covers an earlier one.
     """
@@ -2004,9 +1999,7 @@ def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> list[Mo
             options.setdefault(match[1], HIDDEN)
     del options["/tmp"]  # bwrap_command mounts the workspace's tmp there
     # bwrap cannot mount on missing paths, and the agent cannot create them on the host.
-    return [
-        Mount(options[path], path) for path in sorted(options) if os.path.exists(path)
-    ]
+    return {path: options[path] for path in sorted(options) if os.path.exists(path)}
 
 
 def processes_in_workspaces(path: str) -> list[int]:
@@ -2078,7 +2071,8 @@ class Sandbox:
         # to a program, which would run outside of the sandbox.
         argv += ["--remount-ro", "/proc"]
         argv += [WRITABLE, f"{workspace_path}/tmp", "/tmp"]
-        for option, path in sandbox_mounts(self.config, workspace_path, objects):
+        mounts = sandbox_mounts(self.config, workspace_path, objects)
+        for path, option in mounts.items():
             argv += [option, path]
             if option != HIDDEN:
                 argv.append(path)

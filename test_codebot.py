@@ -3368,10 +3368,11 @@ class Host:
             self.make(f"{workspace}/{part}")
         objects = self.make(f"{work_dir}/mirrors/h/o/n.git/objects")
         lines = []
-        for mount in codebot.sandbox_mounts(config, workspace, objects):
-            if codebot.is_inside(mount.path, str(self.root)):
-                path = os.path.relpath(mount.path, self.root)
-                lines.append(f"{MOUNT_NAMES[mount.option]} {path}")
+        mounts = codebot.sandbox_mounts(config, workspace, objects)
+        for path, option in mounts.items():
+            if codebot.is_inside(path, str(self.root)):
+                name = os.path.relpath(path, self.root)
+                lines.append(f"{MOUNT_NAMES[option]} {name}")
         return lines
 
 
@@ -3442,9 +3443,9 @@ def test_workspace_directly_in_tmp_cannot_be_replaced() -> None:
             os.mkdir(f"{workspace}/{part}")
         config = codebot.Config(work_dir="/tmp")
         mounts = codebot.sandbox_mounts(config, workspace, f"{workspace}/objects")
-    hidden = codebot.Mount(codebot.HIDDEN, workspace)
-    repo = codebot.Mount(codebot.WRITABLE, f"{workspace}/repo")
-    assert mounts.index(hidden) < mounts.index(repo)
+    assert mounts[workspace] == codebot.HIDDEN
+    assert mounts[f"{workspace}/repo"] == codebot.WRITABLE
+    assert [*mounts].index(workspace) < [*mounts].index(f"{workspace}/repo")
 
 
 @pytest.mark.parametrize("name", ["keys/app.pem", "bin/claude"])
@@ -3462,7 +3463,7 @@ def test_directory_in_tmp_above_what_is_mounted_cannot_be_replaced(
         )
         workspace = host.make("work/task_1")
         mounts = codebot.sandbox_mounts(config, workspace, f"{workspace}/objects")
-    assert codebot.Mount(codebot.HIDDEN, top) in mounts
+    assert mounts[top] == codebot.HIDDEN
 
 
 def test_database_of_the_server_is_hidden_from_the_agent_of_run(tmp_path: Path) -> None:
