@@ -248,7 +248,7 @@ THREADS AND THEIR LOCKS
   cleanup        removes what is past its retention, and runs CODEBOT_LAUNCHER_STOP
                  again where it has failed
   mirrors        packs mirrors, and removes unused ones
-  A signal starts one more thread, which sets Codebot.stop.
+  A signal starts one more thread, which sets STOP.
   Store has two locks, for its writing and its reading connection. Redactor has one, for
   its secrets. Between processes there are locks of files (flock): of the work
   directory, the database, each mirror and each launch.
@@ -430,6 +430,16 @@ class ReviewSkipped(Exception):
 
 class WrongState(Exception):
     """The job is not in the state that the transition requires."""
+
+
+# Set once codebot is to stop: there is one codebot in a process.
+STOP = threading.Event()
+
+
+def wait(seconds: float = 0.0) -> None:
+    """Wait. Raises StopRequested once codebot is to stop. With 0, it only checks."""
+    if STOP.wait(seconds):
+        raise StopRequested()
 
 
 def utc_time(*, seconds_ago: float = 0.0) -> str:
@@ -2035,11 +2045,9 @@ def scratch_workspace(work_dir: str) -> Iterator[str]:
 class Sandbox:
     """Wraps the commands that run in a workspace, and checks that this works."""
 
-    def __init__(
-        self, config: Config, check_stop: Callable[[], None] = do_nothing
-    ) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
-        self.probe_limits = Limits(PROBE_TIMEOUT, check_stop=check_stop)
+        self.probe_limits = Limits(PROBE_TIMEOUT, check_stop=wait)
         # Only the exact setting `bwrap` hides what is listed above. `/usr/bin/bwrap`, or
         # bwrap with options, counts as another sandbox and hides only what its options say.
         self.is_bwrap = config.sandbox == ("bwrap",)
@@ -2434,12 +2442,9 @@ class GitHub:
     be started. A response of an unknown shape raises one of UNKNOWN_SHAPE_ERRORS.
     """
 
-    def __init__(
-        self, config: Config, redact: Redactor, wait: Callable[..., None]
-    ) -> None:
+    def __init__(self, config: Config, redact: Redactor) -> None:
         self.config = config
         self.redact = redact
-        self.wait = wait  # wait(seconds=0.0) raises StopRequested once the server stops
         self.api = config.github_api
         self.timeout = GITHUB_TIMEOUT
         self.attempts = GITHUB_ATTEMPTS
@@ -2498,7 +2503,7 @@ class GitHub:
                 ["openssl", "dgst", "-sha256", "-hex", "-sign", self.config.key_file],
                 base_environment(self.config),
                 stdin=signed.encode(),
-                limits=Limits(check_stop=self.wait),
+                limits=Limits(check_stop=wait),
             )
         except LimitReached as error:  # the key's file system hangs
             raise TransientError(f"openssl {error}") from None
@@ -2558,7 +2563,7 @@ class GitHub:
         is_token_renewed = False
         delay = 0.0
         for attempt in range(self.attempts):
-            self.wait(delay)
+            wait(delay)
             existing = find_existing()
             if existing is not None:
                 return Reply(200, existing)
@@ -3295,7 +3300,7 @@ class GitDirectory:
         except GitAuthFailed:
             github.forget_token(repository_id)
             token = github.token(repository_id)
-            github.wait(TOKEN_RETRY_DELAY)
+            wait(TOKEN_RETRY_DELAY)
         return self.git_with_token(token, *args)
 
     def git_with_token(self, token: str, *args: str) -> ProgramResult:
@@ -4818,11 +4823,10 @@ class Codebot:
         config = dataclasses.replace(config, run_tag=run_tag)
         self.config = config
         self.redact = Redactor(config)
-        self.stop = threading.Event()
-        self.sandbox = Sandbox(config, self.wait)
+        self.sandbox = Sandbox(config)
         self.github: GitHub | None = None
         if not config.no_github:
-            self.github = GitHub(config, self.redact, self.wait)
+            self.github = GitHub(config, self.redact)
         self.queues: dict[str, queue.Queue[str | None]] = {
             "task": queue.Queue(),
             "review": queue.Queue(),
@@ -4845,7 +4849,7 @@ class Codebot:
         """
         end_processes(tagged_processes, self.work_dir_tag)
         end_processes(processes_in_workspaces, self.config.work_dir)
-        stop_all_launched(self.config, check_stop=self.wait)
+        stop_all_launched(self.config, check_stop=wait)
         for path in removable_paths(self.config.work_dir, "scratch"):
             discard(self.config.work_dir, path)
         self.store = Store(self.config.database_file)
@@ -4861,7 +4865,7 @@ class Codebot:
 
     def submit(self, request: TaskRequest, submission: Submission) -> Job:
         """Store a task and queue it. Raises HTTPError if it is refused."""
-        if self.stop.is_set():
+        if STOP.is_set():
             raise HTTPError(503, "The server is stopping", {"Retry-After": "30"})
         job = self.store.add_task(request, submission, self.config.queue_size)
         self.jobs_due.set()
@@ -4875,11 +4879,6 @@ class Codebot:
         self.looks[look] = 0.0
         second = look._replace(is_second=True)
         self.looks[second] = time.time() + VISIBILITY_DELAY
-
-    def wait(self, seconds: float = 0.0) -> None:
-        """Wait. Raises StopRequested once the server is to stop. With 0, it only checks."""
-        if self.stop.wait(seconds):
-            raise StopRequested()
 
     def cancel(self, job_id: str) -> None:
         """Cancel a task. Raises WrongState if it is too late."""
@@ -4896,17 +4895,18 @@ class Codebot:
         if run is not None and not run.job.push_started:
             run.is_cancelled = True
 
-    def until_database_works(self, method: Callable[..., T], *args: object) -> T:
-        """Call a method of Store until it succeeds, so that a full disk loses no result.
 
-        Raises StopRequested at a stop. A corrupt database's error is raised at once.
-        """
-        while True:
-            try:
-                return method(*args)
-            except sqlite3.OperationalError as error:
-                log.error("Database: %s; retrying", error)
-            self.wait(DATABASE_RETRY_DELAY)
+def until_database_works(method: Callable[..., T], *args: object) -> T:
+    """Call a method of Store until it succeeds, so that a full disk loses no result.
+
+    Raises StopRequested at a stop. A corrupt database's error is raised at once.
+    """
+    while True:
+        try:
+            return method(*args)
+        except sqlite3.OperationalError as error:
+            log.error("Database: %s; retrying", error)
+        wait(DATABASE_RETRY_DELAY)
 
 
 class JobRun:
@@ -4931,7 +4931,7 @@ class JobRun:
         """Raise StopRequested or Cancelled if the run must end."""
         if self.is_cancelled:
             raise Cancelled()
-        self.codebot.wait()
+        wait()
 
     def log_event(self, source: str, *messages: str) -> None:
         self.log_entries([(source, message) for message in messages])
@@ -4952,7 +4952,7 @@ class JobRun:
 
     def update(self, **changes: Any) -> None:
         self.job = dataclasses.replace(self.job, **changes)
-        self.codebot.until_database_works(self.store.save_progress, self.job)
+        until_database_works(self.store.save_progress, self.job)
 
     def save_work(self, **changes: Any) -> None:
         """Store work that no retry will repeat. The limits of retries begin anew."""
@@ -6335,7 +6335,7 @@ def create_pull_request(workspace: Workspace) -> None:
         raise JobFailed(
             "pull_request_failed", f"GitHub refused the pull request: {error}"
         ) from None
-    run.codebot.until_database_works(run.store.add_pull_request, run.job, number, url)
+    until_database_works(run.store.add_pull_request, run.job, number, url)
     run.log_event("codebot", f"Pull request {number}: {url}")
     log.info("Task %s: opened %s", run.job.id, url)
     # Somebody may have commented on the pull request before it was stored.
@@ -6859,7 +6859,7 @@ class Sync:
         if look is not None and self.looks[look] <= time.time():
             self.take(look)
         else:
-            self.codebot.wait(SYNC_INTERVAL)
+            wait(SYNC_INTERVAL)
 
     def look_later(self, look: Look) -> None:
         """Note a look, unless it is waiting already."""
@@ -7113,9 +7113,7 @@ REASON_BY_PHASE = {
 }
 
 
-def repeat_until_stopped(
-    codebot: Codebot, step: Callable[..., None], *args: object
-) -> None:
+def repeat_until_stopped(step: Callable[..., None], *args: object) -> None:
     """Repeat a thread's step until the server stops.
 
     The step is done at least once: a client may be waiting for the accept thread.
@@ -7127,11 +7125,11 @@ def repeat_until_stopped(
             return
         except sqlite3.OperationalError as error:
             log.error("Database: %s; the thread tries again", error)
-            codebot.stop.wait(DATABASE_RETRY_DELAY)
+            STOP.wait(DATABASE_RETRY_DELAY)
         except Exception:  # else the server would go on without this thread
             log.exception("Unexpected error; the thread continues")
-            codebot.stop.wait(1.0)
-        if codebot.stop.is_set():
+            STOP.wait(1.0)
+        if STOP.is_set():
             return
 
 
@@ -7139,7 +7137,7 @@ def worker_step(codebot: Codebot, kind: str) -> None:
     job_id = codebot.queues[kind].get()
     if job_id is None:
         return  # the server is stopping
-    job = codebot.until_database_works(codebot.store.claim, job_id)
+    job = until_database_works(codebot.store.claim, job_id)
     if job is not None:
         codebot.jobs_due.set()  # the timer may queue the next ones
         run_job(codebot, job)
@@ -7348,14 +7346,14 @@ def store_ending(run: JobRun, ending: Ending) -> None:
         # A cancelled job fails as cancelled, whatever else went wrong.
         ending = Ending("failed", "cancelled", CANCELLED_TEXT[job.kind])
     if ending.status == "deleted":
-        run.codebot.until_database_works(run.store.drop_review, job.id)
+        until_database_works(run.store.drop_review, job.id)
     elif ending.status == "pending":
         if ending.error:
             pause = max(0.0, ending.not_before - time.time())
             message = f"{ending.error.rstrip('.')}. Trying again in {pause:.0f} s"
             run.log_event("codebot", message)
             log.warning("Job %s: %s; retrying later", job.id, ending.error)
-        run.codebot.until_database_works(
+        until_database_works(
             run.store.requeue, job.id, ending.interruptions, ending.not_before
         )
     else:
@@ -7375,7 +7373,7 @@ def finish_job(run: JobRun, ending: Ending) -> None:
         first_line, _, rest = error.partition("\n")
         log.info("Job %s: %s%s", job.id, first_line, " …" if rest else "")
     seconds = job.seconds or time.monotonic() - run.started  # for the totals
-    run.codebot.until_database_works(
+    until_database_works(
         run.store.finish, job, seconds, ending.status, ending.reason, error
     )
 
@@ -7400,7 +7398,7 @@ def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
 
 def try_database(codebot: Codebot) -> None:
     """Wait a moment, and then write to the database to see whether that works."""
-    codebot.wait(DATABASE_TEST_INTERVAL)
+    wait(DATABASE_TEST_INTERVAL)
     try:
         codebot.store.check_writable()
     except sqlite3.Error as error:
@@ -7414,7 +7412,7 @@ def clean_up(codebot: Codebot) -> None:
     # people wrote while the server was down. The workspaces of these reviews are retained.
     codebot.cleanup_wanted.wait(min(CLEANUP_INTERVAL, config.retention))
     codebot.cleanup_wanted.clear()
-    codebot.wait()
+    wait()
     # Disk space is freed first: a full disk may be why the database fails.
     do_part(remove_workspaces, codebot)
     for path in removable_paths(config.work_dir, "trash"):
@@ -7457,7 +7455,7 @@ def maintain_mirrors(codebot: Codebot) -> None:
     # The wait comes first. After a long time without the server, a retry may push a commit
     # from an outbox, which needs objects of the mirror. Such a push does not count as a use
     # of the mirror. Without the wait, an old mirror would be removed before the push.
-    codebot.wait(MAINTENANCE_INTERVAL)
+    wait(MAINTENANCE_INTERVAL)
     for path in find_paths(codebot.config.work_dir, "mirrors/*/*/*.git"):
         do_part(maintain_mirror, codebot, path)
 
@@ -7465,7 +7463,7 @@ def maintain_mirrors(codebot: Codebot) -> None:
 def maintain_mirror(codebot: Codebot, path: str) -> None:
     """Remove a mirror that has not been used for a long time, or pack it."""
     config = codebot.config
-    mirror = Mirror(config, path, codebot.wait)
+    mirror = Mirror(config, path, wait)
     # Workspaces are kept for the retention, and may still read from the mirror.
     retention = MIRROR_RETENTION + config.retention
     with mirror.lock():
@@ -7960,14 +7958,14 @@ def follow_log(
 
     The iterator ends when no job can add events, or codebot is stopping.
     """
-    while not codebot.stop.is_set():
+    while not STOP.is_set():
         # The store is asked before the events are read, or the last event could be missed.
         is_live = codebot.store.has_unfinished_jobs(task_id)
         events = codebot.store.events(task_id, after, MAX_EVENTS_AT_ONCE)
         if events:
             after = events[-1].seq
         elif is_live:
-            codebot.stop.wait(STREAM_INTERVAL)
+            STOP.wait(STREAM_INTERVAL)
         else:
             return
         yield events
@@ -7985,7 +7983,7 @@ def event_stream(codebot: Codebot, task_id: str, after: int) -> EventStream:
         if message:
             last_sent = now
         yield message.encode()
-    if not codebot.stop.is_set():
+    if not STOP.is_set():
         yield b"event: end\ndata: {}\n\n"
 
 
@@ -7998,7 +7996,7 @@ def health(codebot: Codebot, request: Request) -> Response:
         tasks = codebot.store.count_pending("task")
     except sqlite3.Error:
         status = "unhealthy"
-    if codebot.stop.is_set():
+    if STOP.is_set():
         status = "stopping"
     fields = {"status": status, "review_queue_size": reviews, "task_queue_size": tasks}
     if status == "healthy":
@@ -9589,21 +9587,21 @@ PR_SET_DUMPABLE = 4  # of prctl(2), from <linux/prctl.h>
 MAIN_INTERVAL = 0.1  # seconds between checks by the main thread
 
 
-def stop_on_signals(codebot: Codebot) -> None:
+def stop_on_signals() -> None:
     """Stop at SIGTERM, SIGINT or SIGHUP, and exit at once at a later SIGTERM or SIGINT.
 
     A later SIGHUP is ignored: the shell and the kernel may both report one hangup.
     """
 
     def handle(number: int, frame: object) -> None:
-        if codebot.stop.is_set():
+        if STOP.is_set():
             if number == signal.SIGHUP:
                 return
             os._exit(1)  # the watchdog ends what is left
         # A new thread sets the event: the main thread, which this handler interrupts, may
         # hold the locks that Event.set() and Thread.start() take.
         try:
-            _thread.start_new_thread(codebot.stop.set, ())
+            _thread.start_new_thread(STOP.set, ())
         except RuntimeError:  # the host allows no more threads
             raise StopRequested() from None
 
@@ -9626,7 +9624,7 @@ def set_up_process(codebot: Codebot, level: int) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
     # The signals come first: a KeyboardInterrupt raised during the fork would be lost.
-    stop_on_signals(codebot)
+    stop_on_signals()
     fork_watchdog(codebot)
 
 
@@ -9683,10 +9681,10 @@ def start_app(config: Config, checks: Sequence[Check], log_level: int) -> Codebo
 
 
 def start_thread(
-    codebot: Codebot, name: str, step: Callable[..., None], *args: object
+    name: str, step: Callable[..., None], *args: object
 ) -> threading.Thread:
     thread = threading.Thread(
-        target=repeat_until_stopped, name=name, args=(codebot, step, *args), daemon=True
+        target=repeat_until_stopped, name=name, args=(step, *args), daemon=True
     )
     thread.start()
     return thread
@@ -9706,13 +9704,13 @@ def running_workers(codebot: Codebot, only_job: str = "") -> Iterator[None]:
     for kind, count in counts.items():
         for number in range(count):
             name = f"{kind}-{number}"
-            workers.append(start_thread(codebot, name, worker_step, codebot, kind))
-    start_thread(codebot, "timer", queue_due_jobs, codebot, only_job)
+            workers.append(start_thread(name, worker_step, codebot, kind))
+    start_thread("timer", queue_due_jobs, codebot, only_job)
     try:
         yield
     finally:
         deadline = time.monotonic() + STOP_TIMEOUT
-        codebot.stop.set()
+        STOP.set()
         for job_ids in codebot.queues.values():
             for _ in workers:
                 job_ids.put(None)
@@ -9730,11 +9728,11 @@ def running_server(codebot: Codebot) -> Iterator[Server]:
     server = Server(codebot)
     with running_workers(codebot):
         if codebot.github is not None:
-            start_thread(codebot, "sync", Sync(codebot, codebot.github).step)
-        start_thread(codebot, "database", try_database, codebot)
-        start_thread(codebot, "cleanup", clean_up, codebot)
-        start_thread(codebot, "mirrors", maintain_mirrors, codebot)
-        start_thread(codebot, "accept", server.serve_forever, SWEEP_INTERVAL)
+            start_thread("sync", Sync(codebot, codebot.github).step)
+        start_thread("database", try_database, codebot)
+        start_thread("cleanup", clean_up, codebot)
+        start_thread("mirrors", maintain_mirrors, codebot)
+        start_thread("accept", server.serve_forever, SWEEP_INTERVAL)
         yield server
 
 
@@ -9784,7 +9782,7 @@ def serve_command(flags: Flags) -> int:
     pending = sum(map(codebot.store.count_pending, codebot.queues))
     with running_server(codebot) as server:
         print_banner(codebot, server.server_port, pending)
-        while not (is_changed or codebot.stop.wait(MAIN_INTERVAL)):
+        while not (is_changed or STOP.wait(MAIN_INTERVAL)):
             is_changed = config.debug and file_times(config) != times
         log.info("A file has changed: restarting" if is_changed else "Stopping")
     if is_changed:
@@ -9833,7 +9831,7 @@ def run_command(flags: Flags) -> int:
     print(f"Work directory: {config.work_dir} (it is kept)", file=sys.stderr)
     codebot = start_app(config, HOST_CHECKS, logging.WARNING)
     print(codebot.redact(f"Sandbox: {codebot.sandbox.describe()}"), file=sys.stderr)
-    codebot.wait()  # raises StopRequested if a signal came during the start
+    wait()  # raises StopRequested if a signal came during the start
     job = codebot.submit(request, Submission("command line"))
     with running_workers(codebot, job.id):
         print_log(codebot, job.id)
@@ -10040,7 +10038,7 @@ def show_task(codebot: Codebot, port: int, fields: Mapping[str, str]) -> Job:
     response = client.getresponse()
     task = json.load(response)
     if response.status != 202:
-        codebot.wait()  # raises StopRequested if the server is stopping
+        wait()  # raises StopRequested if the server is stopping
         raise ConfigError(f"The demo's task was refused: {task['message']}.")
     print(f"Task:        {task['status']}")
     for events in follow_log(codebot, task["task_id"]):
@@ -10063,7 +10061,7 @@ def demo_command(flags: Flags) -> int:
         codebot = start_app(demo_config(directory), (), logging.WARNING)
         repository = f"{directory}/hello.git"
         run_for_demo(codebot, "sh", "-c", DEMO_REPOSITORY_SCRIPT, "sh", repository)
-        codebot.wait()  # raises StopRequested if a signal came during the start
+        wait()  # raises StopRequested if a signal came during the start
         with running_server(codebot) as server:
             code = show_demo(codebot, server.server_port, repository)
             if flags["keep"]:
@@ -10071,7 +10069,7 @@ def demo_command(flags: Flags) -> int:
                 print(f"API key:     {codebot.config.api_keys[0]}")
                 print(f"Repository:  {repository} (only this one can be used)")
                 print("Press Ctrl-C to end.")
-                while not codebot.stop.wait(MAIN_INTERVAL):
+                while not STOP.wait(MAIN_INTERVAL):
                     pass  # not one long wait, which a signal may not interrupt on macOS
     return code
 

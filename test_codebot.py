@@ -4529,6 +4529,14 @@ STATE_CHANGES = {
 
 
 @pytest.fixture
+def stop(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Return an event that stops codebot in this process, but only during this test."""
+    event = threading.Event()
+    monkeypatch.setattr(codebot, "STOP", event)
+    return event
+
+
+@pytest.fixture
 def store(in_memory: Path) -> codebot.Store:
     return codebot.Store(f"{tempfile.mkdtemp(dir=in_memory)}/codebot.db")
 
@@ -4779,12 +4787,12 @@ class StoreThatStartsAgain(codebot.Store):
 
 
 def test_job_that_another_worker_has_started_again_stays_among_the_running(
-    tmp_path: Path,
+    tmp_path: Path, stop: threading.Event
 ) -> None:
     store = StoreThatStartsAgain(str(tmp_path / "codebot.db"))
     app = store.app = app_with(store)
     job = store_task_in_state(store, "running")
-    app.stop.set()
+    stop.set()
     codebot.run_job(app, stored_job(store, job))
     assert list(app.running) == [job.id]
 
@@ -8257,7 +8265,7 @@ def test_last_refusal_of_a_token_is_raised_without_a_pause(
 ) -> None:
     github = refused_github(monkeypatch, make_reply(401, {}, "Bad credentials"))
     pauses: list[float] = []
-    monkeypatch.setattr(github, "wait", pauses.append)
+    monkeypatch.setattr(codebot, "wait", pauses.append)
     with pytest.raises(codebot.AppRefused, match="Bad credentials"):
         github.call("/app", codebot.AS_APP)
     assert pauses == [0.0, 0.5, 1.0, 2.0]  # the first one is no pause
@@ -8913,18 +8921,19 @@ def test_shortage_is_distinguished_from_a_file_name(
 
 
 def test_thread_logs_a_database_error_in_one_line_and_tries_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    stop: threading.Event,
 ) -> None:
     monkeypatch.setattr(codebot, "DATABASE_RETRY_DELAY", 0.0)
-    app = codebot.Codebot(codebot.Config(work_dir=str(tmp_path), no_github=True))
     errors = [sqlite3.OperationalError("disk I/O error")] * 2
 
     def step() -> None:
         if errors:
             raise errors.pop()
-        app.stop.set()
+        stop.set()
 
-    codebot.repeat_until_stopped(app, step)
+    codebot.repeat_until_stopped(step)
     [first, second] = caplog.records
     assert first.getMessage() == "Database: disk I/O error; the thread tries again"
     assert second.exc_info is None
@@ -17361,11 +17370,10 @@ SIGNAL_DURING_WAIT = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import codebot
-app = codebot.Codebot(codebot.Config(no_github=True))
-codebot.stop_on_signals(app)
-with app.stop._cond:  # the lock that the main thread holds for moments in stop.wait()
+codebot.stop_on_signals()
+with codebot.STOP._cond:  # the lock that the main thread holds for moments in STOP.wait()
     os.kill(os.getpid(), signal.SIGTERM)
-assert app.stop.wait(10)
+assert codebot.STOP.wait(10)
 """
 
 
@@ -18086,15 +18094,20 @@ def test_demo_keeps_server_until_it_is_interrupted(on_disk: Site) -> None:
 
 
 def test_server_that_is_stopped_during_its_start_still_answers(
-    store: codebot.Store,
+    store: codebot.Store, stop: threading.Event
 ) -> None:
     app = app_with(store, port=0)
-    app.stop.set()
+    app.cleanup_wanted.set()  # the thread need not wait for it
+    stop.set()
     with codebot.running_server(app) as server:
         address = ("127.0.0.1", server.server_port)
         health = send_request(address, "GET", "/health", b"", {})
         server.shutdown()
     assert health.json["status"] == "stopping"
+    for thread in threading.enumerate():
+        if thread.name in ("timer", "database", "cleanup", "mirrors", "accept"):
+            thread.join(10)  # while the event is still set
+            assert not thread.is_alive()
 
 
 def test_demo_that_is_interrupted_at_its_start_ends_at_once(
