@@ -967,7 +967,8 @@ def load_config(flags: Flags, is_server: bool = False) -> Config:
     """Read the settings. Raises ConfigError with all problems."""
     config, problems = read_config(flags, is_server)
     if problems:
-        raise ConfigError(Redactor(config)("\n".join(problems)))
+        redact.add(configured_secrets(config), math.inf)  # main() prints the problems
+        raise ConfigError("\n".join(problems))
     return config
 
 
@@ -996,19 +997,23 @@ def with_base64(secrets: Iterable[str]) -> list[str]:
 
 
 class Redactor:
-    """Replaces secrets with ``***`` in events, in text for GitHub, and in the log."""
+    """Replaces secrets with ``***`` in all that codebot logs, prints, stores or publishes.
 
-    def __init__(self, config: Config) -> None:
+    There is one, ``redact``. It gets the secrets of the settings when they are read or
+    used (load_config, Codebot), and each token when codebot gets it.
+    """
+
+    def __init__(self) -> None:
         self._lock = threading.Lock()  # held while _expiries and _secrets are updated
         # The secrets, each with the monotonic time when it is forgotten
-        self._expiries = dict.fromkeys(configured_secrets(config), math.inf)
+        self._expiries: dict[str, float] = {}
         # This list is read without the lock, because it is replaced and never changed.
-        self._secrets = with_base64(self._expiries)
+        self._secrets: list[str] = []
 
-    def add(self, token: str) -> None:
+    def add(self, secrets: Iterable[str], retention: float = TOKEN_RETENTION) -> None:
         now = time.monotonic()
         with self._lock:
-            self._expiries[token] = now + TOKEN_RETENTION
+            self._expiries.update(dict.fromkeys(secrets, now + retention))
             current = {key: end for key, end in self._expiries.items() if end > now}
             self._expiries = current
             self._secrets = with_base64(self._expiries)
@@ -1044,16 +1049,15 @@ class Redactor:
         )
 
 
+redact = Redactor()
+
+
 class LogFormatter(logging.Formatter):
     """Writes the log without secrets."""
 
-    def __init__(self, redact: Redactor) -> None:
-        super().__init__("%(asctime)s %(threadName)s %(levelname)s %(message)s")
-        self._redact = redact
-
     def format(self, record: logging.LogRecord) -> str:
         """Indent further lines, so that an agent's words cannot pass for an entry."""
-        return self._redact(super().format(record)).replace("\n", "\n    ")
+        return redact(super().format(record)).replace("\n", "\n    ")
 
 
 # What is a secret:
@@ -2442,9 +2446,8 @@ class GitHub:
     be started. A response of an unknown shape raises one of UNKNOWN_SHAPE_ERRORS.
     """
 
-    def __init__(self, config: Config, redact: Redactor) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
-        self.redact = redact
         self.api = config.github_api
         self.timeout = GITHUB_TIMEOUT
         self.attempts = GITHUB_ATTEMPTS
@@ -2475,7 +2478,7 @@ class GitHub:
                 token, expiry = self.sign_jwt()
             else:
                 token, expiry = self.request_token(scope)
-            self.redact.add(token)
+            redact.add([token])
             self._tokens[scope] = (token, expiry)
         return token
 
@@ -4822,11 +4825,11 @@ class Codebot:
         run_tag = f"{self.work_dir_tag}-{uuid.uuid4().hex[:8]}-"
         config = dataclasses.replace(config, run_tag=run_tag)
         self.config = config
-        self.redact = Redactor(config)
+        redact.add(configured_secrets(config), math.inf)
         self.sandbox = Sandbox(config)
         self.github: GitHub | None = None
         if not config.no_github:
-            self.github = GitHub(config, self.redact)
+            self.github = GitHub(config)
         self.queues: dict[str, queue.Queue[str | None]] = {
             "task": queue.Queue(),
             "review": queue.Queue(),
@@ -4917,7 +4920,6 @@ class JobRun:
         run_tag = f"{codebot.config.run_tag}{job.id}"
         self.config = dataclasses.replace(codebot.config, run_tag=run_tag)
         self.store = codebot.store
-        self.redact = codebot.redact
         self.job = job
         self.is_cancelled = False  # another thread sets it
         self.started = time.monotonic()
@@ -4946,7 +4948,7 @@ class JobRun:
                     continue
                 if self.events_left == 0:
                     message = "(further output omitted)"
-            text = self.redact.beginning(message, 100_000)
+            text = redact.beginning(message, 100_000)
             events.append((source, truncate(text, MAX_EVENT_CHARS)))
         self.store.add_events(self.job.task_id, events)
 
@@ -5104,8 +5106,7 @@ class SandboxedCommand(NamedTuple):
 class DiffScanner:
     """Searches the output of git diff, of any length, for what must not be pushed."""
 
-    def __init__(self, redact: Redactor) -> None:
-        self.redact = redact
+    def __init__(self) -> None:
         self.file = ""  # the file that the next lines are about
 
     def read(self, lines: list[str]) -> None:
@@ -5113,7 +5114,7 @@ class DiffScanner:
         # Removed lines and hunk headings are left out. With --unified=0, the rest are added
         # lines, and headers with the names of files.
         new = [line for line in lines if not line.startswith(("-", "@@"))]
-        has_secret = self.redact.has_secret("\n".join(new))  # one call, as it is slow
+        has_secret = redact.has_secret("\n".join(new))  # one call, as it is slow
         fault = ""
         for line in new:
             if line.startswith("diff --git "):
@@ -5122,7 +5123,7 @@ class DiffScanner:
             elif line == "new file mode 160000":
                 # This is how git shows a submodule, or a clone that the agent left.
                 fault = f"{self.file} is a nested git repository or a submodule"
-            if has_secret and self.redact.has_secret(line):
+            if has_secret and redact.has_secret(line):
                 fault = f"it contains a secret in {self.file}"
             if fault:
                 raise JobFailed("agent_failed", f"The change was not pushed: {fault}")
@@ -5343,7 +5344,7 @@ class Workspace:
             )
         tree = result.stdout
         if not re.fullmatch("[0-9a-f]{40}", tree):  # not only git has printed
-            words = self.run.redact(tree)[:200]
+            words = redact(tree)[:200]
             raise JobFailed("agent_failed", f"git printed no tree, but {words!r}")
         return tree
 
@@ -5458,7 +5459,7 @@ class Workspace:
         nothing from the search: git would read them from a work tree or, in 2.43, from the
         commit that HEAD names. The outbox has neither.
         """
-        scanner = DiffScanner(self.codebot.redact)
+        scanner = DiffScanner()
         diff = (*GIT_DIFF, "--no-renames", base_commit, commit)
         try:
             files = self.outbox.local_git(*diff, "--stat=100", "--stat-count=50").stdout
@@ -5803,7 +5804,7 @@ class AgentRun:
         """
         job = self.run.job
         words = str(self.output().get("summary") or "")
-        summary = self.run.redact.beginning(words, 100_000)
+        summary = redact.beginning(words, 100_000)
         if attempt > 1:  # the new one describes only the repair
             summary = f"{job.summary}\n\n{summary}".strip()[:100_000]
         total = job.cost_usd
@@ -5846,7 +5847,7 @@ class AgentRun:
             words.reverse()
         texts += [*words, "it gave no reason"]
         first = next(text for text in texts if text)
-        error = self.run.redact(str(first))[:1000]
+        error = redact(str(first))[:1000]
         if error.startswith("No conversation found"):
             return SessionLost("agent_failed", f"The agent lost its session: {error}")
         is_refused = result.get("api_error_status") in (401, 403)
@@ -6129,8 +6130,8 @@ def name_workspace(run: JobRun) -> None:
     while find_paths(run.config.work_dir, f"task_*{digits[:7]}"):
         digits = digits[1:]
     name = digits[:7]
-    ticket = slugify(run.redact(job.request.ticket_id))
-    slug = slugify(run.redact(job.request.subject).lower()) or "task"
+    ticket = slugify(redact(job.request.ticket_id))
+    slug = slugify(redact(job.request.subject).lower()) or "task"
     directory = "_".join(filter(None, ("task", ticket, name)))
     branch = "/".join(filter(None, ("u/codebot", ticket, name, slug)))
     run.update(directory=directory, branch=branch)
@@ -6197,7 +6198,7 @@ def commit_message(run: JobRun, request: TaskRequest) -> str:
         title = f"Answer the review of {title}"
     summary = quoted("The agent", run.job.summary)
     # Redact again: quoted() has removed invisible characters, perhaps from a secret.
-    message = run.redact(f"{run.redact(title)[:250]}\n\n{summary}")
+    message = redact(f"{redact(title)[:250]}\n\n{summary}")
     # This comes after redact(), which writes ***, because "***NO_CI***" turns off the CI.
     return without_ci_skips(message)
 
@@ -6224,7 +6225,7 @@ def test_and_commit(
     commit_id = workspace.write_commit(tree, base_commit, message)
     files = workspace.inspect_commit(base_commit, commit_id)
     run.log_event("git", f"Commit {commit_id}", files)
-    files = INVISIBLE_RE.sub("\N{REPLACEMENT CHARACTER}", run.redact(files))
+    files = INVISIBLE_RE.sub("\N{REPLACEMENT CHARACTER}", redact(files))
     run.update(files=files)
     return commit_id
 
@@ -6256,7 +6257,7 @@ def run_tests(workspace: Workspace, command: str) -> str:
                 "tests_failed",
                 f"The test command ({command}) cannot be started: {result.error}",
             )
-        output = run.redact(result.stdout)
+        output = redact(result.stdout)
         prompt = (
             f"The tests failed with exit code {result.code}. Change the code so that "
             f"they pass. The command:\n{delimited('command', command)}"
@@ -6325,7 +6326,7 @@ def create_pull_request(workspace: Workspace) -> None:
     if github_repository is None:
         return
     run.set_phase("pull_request")
-    title = without_ci_skips(run.redact(run.job.request.title)[:250])
+    title = without_ci_skips(redact(run.job.request.title)[:250])
     body = pull_request_body(run)
     try:
         number, url = github_repository.open_pull_request(
@@ -6349,7 +6350,7 @@ def pull_request_body(run: JobRun) -> str:
     tests = "No test command was given.\n"
     if job.passed_attempt:
         # A client's command has at most 10,000 characters; the operator's may have more.
-        command = code_block(truncate(run.redact(job.request.test_command), 10_000))
+        command = code_block(truncate(redact(job.request.test_command), 10_000))
         tests = f"Passed (attempt {job.passed_attempt}):\n\n{command}"
     facts = ""
     if job.cost_usd is not None:
@@ -6361,7 +6362,7 @@ def pull_request_body(run: JobRun) -> str:
     request = job.request
     if job.issue_number:  # the issue's own title does not begin with its number
         request = dataclasses.replace(request, ticket_id="")
-    task = truncate(run.redact(task_text(request)), 10_000)
+    task = truncate(redact(task_text(request)), 10_000)
     task = escape_html(quoted(speaker, task))
     files = code_block(truncate(job.files, 10_000))
     summary = quoted("The agent", truncate(job.summary, 20_000))
@@ -6369,7 +6370,7 @@ def pull_request_body(run: JobRun) -> str:
         f"### Task\n\n{task}\n### Files\n\n{files}\n### Tests\n\n{tests}\n"
         f"{facts}\n### Summary\n\n{summary}"
     )
-    body = without_ci_skips(run.redact(body))[:MAX_BODY_CHARS]
+    body = without_ci_skips(redact(body))[:MAX_BODY_CHARS]
     # This marker is for other programs. codebot finds the pull request by its branch.
     return f"{body}\n<!-- codebot task {job.id} -->\n"
 
@@ -6615,7 +6616,7 @@ def classify(review: Review, text: str) -> None:
     if kind in ("question", "change", "none"):
         run.save_work(request_kind=kind)
         return
-    question = run.redact(str(output.get("ask") or ""))[:10_000]
+    question = redact(str(output.get("ask") or ""))[:10_000]
     # The entries are stored even if the question is empty: see prepare_answers.
     answers = dict.fromkeys(group_by_thread(review.comments), question)
     run.save_work(request_kind="unclear", answers=answers)
@@ -6686,7 +6687,7 @@ def parse_answers(review: Review, output: JsonObject) -> dict[str, str]:
         ids.add(members[0].thread)
         texts = [entry["body"] for entry in entries if entry["comment_id"] in ids]
         text = "\n\n".join(filter(None, texts)) or review.run.job.summary
-        answers[thread_key] = review.run.redact.beginning(text, 100_000)
+        answers[thread_key] = redact.beginning(text, 100_000)
     return answers
 
 
@@ -6777,7 +6778,7 @@ def post_answer(review: Review, thread_key: str, comment: Comment) -> None:
     """Post a thread's answer, unless it was posted; ``comment`` is the first it answers."""
     run = review.run
     # Redact before truncating: a secret that was cut in two would not be found.
-    body = run.redact(answer_body(run.job, thread_key, comment))
+    body = redact(answer_body(run.job, thread_key, comment))
     body = truncate(body, MAX_BODY_CHARS)
     marker = f"<!-- codebot answer {run.job.id} {thread_key} -->"
     inline_thread = comment.thread if comment.place == "inline" else 0
@@ -7074,7 +7075,7 @@ class Sync:
                 "remove the label, if it is still there, and add it again."
             )
         marker = f"<!-- codebot task {task_id} -->"
-        text = self.codebot.redact(text)
+        text = redact(text)
         try:
             github_repository = self.github.repository_by_id(task.repository_id)
             if github_repository.is_allowed:
@@ -7326,7 +7327,7 @@ def store_failure(run: JobRun, ending: Ending) -> None:
     is_unknown = ending.reason in ("interrupted", "internal")
     if run.job.commit_id and (run.job.is_pushed or is_unknown):
         error += f". The commit {run.job.commit_id} may have been pushed"
-    error = run.redact(error)[:10_000]
+    error = redact(error)[:10_000]
     # The error is logged now. If the reviewer cannot be told, the review may end with
     # another error.
     run.log_event("codebot", f"Failed ({ending.reason}): {error}")
@@ -7367,7 +7368,7 @@ def finish_job(run: JobRun, ending: Ending) -> None:
     if ending.status == "failed":
         if job.push_started and ending.reason != "push_rejected":
             error = f"{error.rstrip('.')}. Its branch {job.branch} may have been pushed"
-        error = run.redact(error)[:10_000]
+        error = redact(error)[:10_000]
         if error != job.error:  # else store_failure has logged it
             run.log_event("codebot", f"Failed ({ending.reason}): {error}")
         first_line, _, rest = error.partition("\n")
@@ -7882,7 +7883,7 @@ def describe_result(codebot: Codebot, job: Job) -> Fields:
     tests = None
     if job.passed_attempt:
         tests = {
-            "command": codebot.redact(job.request.test_command),
+            "command": redact(job.request.test_command),
             "passed": True,  # a task whose tests fail has no result
             "attempts": job.passed_attempt,
         }
@@ -9614,7 +9615,9 @@ def stop_on_signals() -> None:
 def set_up_process(codebot: Codebot, level: int) -> None:
     """Set up the log, the signals and the watchdog, before any thread starts."""
     handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter(codebot.redact))
+    handler.setFormatter(
+        LogFormatter("%(asctime)s %(threadName)s %(levelname)s %(message)s")
+    )
     logging.basicConfig(level=level, handlers=[handler], force=True)
     if sys.platform == "linux":
         # This keeps an agent without a sandbox, unless it is root, from reading codebot's
@@ -9671,11 +9674,8 @@ def start_app(config: Config, checks: Sequence[Check], log_level: int) -> Codebo
         elif level == "warn":
             log.warning("%s", message)
     if problems:
-        raise ConfigError(codebot.redact("\n".join(problems)))
-    try:
-        codebot.open()
-    except ConfigError as error:  # it may quote what a program prints
-        raise ConfigError(codebot.redact(str(error))) from None
+        raise ConfigError("\n".join(problems))
+    codebot.open()
     codebot.store.requeue_interrupted(interruptions=1)
     return codebot
 
@@ -9757,7 +9757,7 @@ API endpoints: {url}/api/tasks/submit
 Webhook:       {webhook}
 Page:          {url}/
 Health:        {url}/health
-Sandbox:       {codebot.redact(codebot.sandbox.describe())}
+Sandbox:       {redact(codebot.sandbox.describe())}
 Requeued:      {pending} job(s)"""
     print(banner)
 
@@ -9830,7 +9830,7 @@ def run_command(flags: Flags) -> int:
         config = dataclasses.replace(config, work_dir=work_dir, database="")
     print(f"Work directory: {config.work_dir} (it is kept)", file=sys.stderr)
     codebot = start_app(config, HOST_CHECKS, logging.WARNING)
-    print(codebot.redact(f"Sandbox: {codebot.sandbox.describe()}"), file=sys.stderr)
+    print(redact(f"Sandbox: {codebot.sandbox.describe()}"), file=sys.stderr)
     wait()  # raises StopRequested if a signal came during the start
     job = codebot.submit(request, Submission("command line"))
     with running_workers(codebot, job.id):
@@ -9985,7 +9985,7 @@ def check_command(flags: Flags) -> int:
     counts: collections.Counter[str] = collections.Counter()
     for level, message in all_findings(codebot, problems):
         counts[level] += 1
-        print(f"{level:5} {codebot.redact(message)}")
+        print(f"{level:5} {redact(message)}")
     if counts["FAIL"]:
         print(f"{counts['FAIL']} problem(s). Fix them, and run check again.")
         return 1
@@ -10165,7 +10165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, TransientError) as error:
         code = 1  # not 2, which means bad input: `run` may have pushed already
         message = f"System error on this host: {error}"
-    for line in message.splitlines():
+    for line in redact(message).splitlines():  # it may quote what a program prints
         print(f"codebot: {line}", file=sys.stderr)
     return code
 

@@ -31,6 +31,7 @@ import http.server
 import itertools
 import json
 import logging
+import math
 import os
 import pwd
 import queue
@@ -2315,7 +2316,7 @@ class LocalTask:
             self.commit(plan, test_command)
         assert raised.value.reason == reason
         assert self.run.job.commit_id == ""
-        return self.run.redact(str(raised.value))
+        return codebot.redact(str(raised.value))
 
     def git(self, *args: str) -> str:
         """Run git where the commit is."""
@@ -2328,6 +2329,19 @@ class LocalTask:
         """Return the files that the commit changes."""
         job = self.run.job
         return self.git("diff", "--name-only", job.base_commit, job.commit_id).split()
+
+
+@pytest.fixture(autouse=True)
+def forget_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the secrets of one test from those that run later in this process."""
+    monkeypatch.setattr(codebot, "redact", codebot.Redactor())
+
+
+def redactor_of(config: codebot.Config) -> codebot.Redactor:
+    """Return a redactor that knows the secrets of these settings."""
+    redactor = codebot.Redactor()
+    redactor.add(codebot.configured_secrets(config), math.inf)
+    return redactor
 
 
 @pytest.fixture
@@ -3031,7 +3045,7 @@ def base64_of(text: str) -> str:
 
 
 @pytest.fixture
-def redact(tmp_path: Path) -> codebot.Redactor:
+def redact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> codebot.Redactor:
     key_file = tmp_path / "key.pem"
     key_file.write_text(PEM_KEY)
     config = codebot.Config(
@@ -3076,8 +3090,9 @@ def redact(tmp_path: Path) -> codebot.Redactor:
             "ANTHROPIC_AUTH_TOKEN": "8-bit-token-\udca0",
         },
     )
-    redactor = codebot.Redactor(config)
-    redactor.add("v1.installation-token")
+    redactor = redactor_of(config)
+    redactor.add(["v1.installation-token"])
+    monkeypatch.setattr(codebot, "redact", redactor)
     return redactor
 
 
@@ -3123,7 +3138,7 @@ def test_secret_is_redacted(redact: codebot.Redactor, secret: str) -> None:
 def test_password_of_a_proxy_with_a_slash_is_redacted() -> None:
     # urllib accepts it. git does not, and its error shows the whole address.
     address = "http://user:proxy/password@proxy:80"
-    redact = codebot.Redactor(codebot.Config(variables={"HTTPS_PROXY": address}))
+    redact = redactor_of(codebot.Config(variables={"HTTPS_PROXY": address}))
     assert redact(f"HTTPS_PROXY={address}") == "HTTPS_PROXY=http://user:***@proxy:80"
 
 
@@ -3150,13 +3165,13 @@ def test_password_of_a_proxy_with_a_slash_is_redacted() -> None:
 )
 def test_variable_with_the_name_of_a_secret_is_redacted(name: str) -> None:
     config = codebot.Config(agent_env=(name,), variables={name: "its-value"})
-    assert codebot.Redactor(config)("its-value") == "***"
+    assert redactor_of(config)("its-value") == "***"
 
 
 @pytest.mark.parametrize("name", ["GIT_AUTHOR_NAME", "MY_PATH", "MY_PATTERN"])
 def test_variable_with_another_name_is_not_redacted(name: str) -> None:
     config = codebot.Config(agent_env=(name,), variables={name: "its-value"})
-    assert codebot.Redactor(config)("its-value") == "its-value"
+    assert redactor_of(config)("its-value") == "its-value"
 
 
 @pytest.mark.parametrize(
@@ -3192,31 +3207,31 @@ def test_last_word_of_a_secret_header_is_a_secret(name: str) -> None:
 )
 def test_login_in_an_address_is_redacted(name: str, address: str, secret: str) -> None:
     config = codebot.Config(agent_env=("MY_URL",), variables={name: address})
-    assert codebot.Redactor(config)(secret) == "***"
+    assert redactor_of(config)(secret) == "***"
 
 
 @pytest.mark.parametrize("mark", "?;#")
 def test_address_with_a_signature_is_redacted(mark: str) -> None:
     url = f"https://store.example.com/a{mark}signature"
     config = codebot.Config(agent_env=("MY_URL",), variables={"MY_URL": url})
-    assert codebot.Redactor(config)(f"GET {url}") == "GET ***"
+    assert redactor_of(config)(f"GET {url}") == "GET ***"
 
 
 def test_tls_key_is_redacted(tmp_path: Path) -> None:
     tls_key = tmp_path / "tls.pem"
     tls_key.write_text(PEM_KEY)
-    redact = codebot.Redactor(codebot.Config(tls_key=str(tls_key)))
+    redact = redactor_of(codebot.Config(tls_key=str(tls_key)))
     assert redact("MIIEowIBAAKCAQEA") == "***"
 
 
 @pytest.mark.parametrize(("secret", "shown"), [("12345", "12345"), ("123456", "***")])
 def test_secret_of_six_characters_is_redacted(secret: str, shown: str) -> None:
-    assert codebot.Redactor(codebot.Config(api_keys=(secret,)))(secret) == shown
+    assert redactor_of(codebot.Config(api_keys=(secret,)))(secret) == shown
 
 
 def test_both_kinds_of_base64_are_redacted() -> None:
     secret = "???>>>~~~"
-    redact = codebot.Redactor(codebot.Config(api_keys=(secret,)))
+    redact = redactor_of(codebot.Config(api_keys=(secret,)))
     for encode in (base64.b64encode, base64.urlsafe_b64encode):
         assert redact(encode(secret.encode()).decode()) == "***"
 
@@ -3246,7 +3261,7 @@ def test_secret_of_agent_is_searched_for_in_a_change_unless_it_is_short(
 ) -> None:
     secret = "s" * length
     config = codebot.Config(agent_env=("MY_TOKEN",), variables={"MY_TOKEN": secret})
-    assert codebot.Redactor(config).has_secret(f"key = {secret}\n") == is_found
+    assert redactor_of(config).has_secret(f"key = {secret}\n") == is_found
 
 
 @pytest.mark.parametrize(
@@ -3281,7 +3296,7 @@ def test_log_is_redacted_with_its_traceback(redact: codebot.Redactor) -> None:
     record = logging.LogRecord(
         "codebot", logging.ERROR, "", 1, "%s", ("api-key-1",), error
     )
-    text = codebot.LogFormatter(redact).format(record)
+    text = codebot.LogFormatter().format(record)
     assert "api-key-1" not in text
     assert "ValueError: ***" in text
 
@@ -3289,14 +3304,14 @@ def test_log_is_redacted_with_its_traceback(redact: codebot.Redactor) -> None:
 def test_message_cannot_forge_a_line_of_the_log(redact: codebot.Redactor) -> None:
     message = "tests failed\n2026-01-01 00:00:00 MainThread INFO Stopping"
     record = logging.LogRecord("codebot", logging.INFO, "", 1, message, (), None)
-    first, second = codebot.LogFormatter(redact).format(record).split("\n")
+    first, second = codebot.LogFormatter().format(record).split("\n")
     assert first.endswith("tests failed")
     assert second.startswith("    2026")
 
 
 def test_secret_is_redacted_where_a_long_text_is_cut() -> None:
     secret = "0123456789" * 10
-    redact = codebot.Redactor(codebot.Config(api_keys=(secret,)))
+    redact = redactor_of(codebot.Config(api_keys=(secret,)))
     text = f"beginning {secret * 1000}"
     for length in range(950, 1050):
         assert not re.search("[0-9]", redact.beginning(text, length))
@@ -3306,14 +3321,14 @@ def test_secret_is_redacted_where_a_long_text_is_cut() -> None:
 
 def test_token_of_github_is_redacted_where_a_long_text_is_cut() -> None:
     text = f"{'beginning ' * 100}ghp_{'0' * 36} {'end ' * 1000}"
-    redact = codebot.Redactor(codebot.Config())
+    redact = codebot.Redactor()
     for length in range(1000, 1045):
         assert "0" not in redact.beginning(text, length)
 
 
 def test_newest_token_is_redacted_after_many_others(redact: codebot.Redactor) -> None:
     for number in range(600):
-        redact.add(f"token-number-{number}")
+        redact.add([f"token-number-{number}"])
     assert redact("token-number-599") == "***"
     assert redact("sk-model") == "***"
 
@@ -3321,11 +3336,11 @@ def test_newest_token_is_redacted_after_many_others(redact: codebot.Redactor) ->
 def test_expired_tokens_do_not_slow_down_the_search(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    redact = codebot.Redactor(codebot.Config())
-    redact.add("an-old-installation-token")
+    redact = codebot.Redactor()
+    redact.add(["an-old-installation-token"])
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + codebot.TOKEN_RETENTION + 1)
-    redact.add("a-new-installation-token")
+    redact.add(["a-new-installation-token"])
     assert redact.has_secret("a-new-installation-token")
     assert not redact.has_secret("an-old-installation-token")
 
@@ -6463,7 +6478,7 @@ def test_output_without_end_is_stopped_and_program_named(
 
 
 def test_secret_with_a_quote_is_redacted_in_an_error(local: LocalTask) -> None:
-    local.run.redact.add("don't\\tell-this-secret")
+    codebot.redact.add(["don't\\tell-this-secret"])
     command = "exit 127 # don't\\tell-this-secret"
     error = local.failure(SAY_HELLO, "tests_failed", command)
     assert "exit 127 # ***" in error
@@ -6999,7 +7014,8 @@ def test_secret_at_the_beginning_of_a_very_long_line_is_found(
 
 def test_first_fault_of_a_change_is_reported() -> None:
     secret = "a-key-of-20-letters."
-    scanner = codebot.DiffScanner(codebot.Redactor(codebot.Config(api_keys=(secret,))))
+    codebot.redact.add([secret])
+    scanner = codebot.DiffScanner()
     lines = ["diff --git a/one b/one", f"+{secret}"]
     lines += ["diff --git a/two b/two", "new file mode 160000"]
     with pytest.raises(codebot.JobFailed, match="it contains a secret in one$"):
