@@ -4240,7 +4240,7 @@ class Store:
 
     # Queues
 
-    def due_job(self, kind: str, was_delayed: bool, only_job: str = "") -> str | None:
+    def due_job(self, kind: str, was_delayed: bool) -> str | None:
         """Return the id of the job that a worker should claim next, or None.
 
         If ``was_delayed``, only jobs that a transient error has delayed count; otherwise
@@ -4252,13 +4252,11 @@ class Store:
             SELECT id FROM next_jobs
             WHERE kind = :kind AND not_before <= :now
                 AND (transient_since > 0) = :was_delayed
-                AND (:only_job = '' OR :only_job = id)
             ORDER BY not_before, seq LIMIT 1
             """,
             kind=kind,
             now=time.time(),
             was_delayed=was_delayed,
-            only_job=only_job,
         )
 
     def count_pending(self, kind: str, up_to_seq: int = sys.maxsize) -> int:
@@ -7379,12 +7377,12 @@ def finish_job(run: JobRun, ending: Ending) -> None:
     )
 
 
-def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
+def queue_due_jobs(codebot: Codebot) -> None:
     """Wait until jobs may be due, for a second at most; then fill the queues.
 
     Each empty queue gets up to two jobs: one that a transient error has delayed, and one
     that was not delayed. So neither kind holds up the other, except on the same pull
-    request. ``only_job``, if given, is the only job that may start.
+    request.
     """
     codebot.jobs_due.wait(TIMER_INTERVAL)
     codebot.jobs_due.clear()
@@ -7392,7 +7390,7 @@ def queue_due_jobs(codebot: Codebot, only_job: str = "") -> None:
         if not job_ids.empty():
             continue
         for was_delayed in (False, True):
-            job_id = codebot.store.due_job(kind, was_delayed, only_job)
+            job_id = codebot.store.due_job(kind, was_delayed)
             if job_id is not None:
                 job_ids.put(job_id)
 
@@ -7955,7 +7953,7 @@ def task_logs(
 def follow_log(
     codebot: Codebot, task_id: str, after: int = 0
 ) -> Iterator[Sequence[Event]]:
-    """Yield a task's new events, and [] after each moment without new events.
+    """Yield a task's new events, and [] at each moment without new events.
 
     The iterator ends when no job can add events, or codebot is stopping.
     """
@@ -7963,13 +7961,13 @@ def follow_log(
         # The store is asked before the events are read, or the last event could be missed.
         is_live = codebot.store.has_unfinished_jobs(task_id)
         events = codebot.store.events(task_id, after, MAX_EVENTS_AT_ONCE)
-        if events:
-            after = events[-1].seq
-        elif is_live:
-            STOP.wait(STREAM_INTERVAL)
-        else:
+        if not (is_live or events):
             return
         yield events
+        if events:
+            after = events[-1].seq
+        else:
+            STOP.wait(STREAM_INTERVAL)
 
 
 def event_stream(codebot: Codebot, task_id: str, after: int) -> EventStream:
@@ -9691,10 +9689,9 @@ def start_thread(
 
 
 @contextlib.contextmanager
-def running_workers(codebot: Codebot, only_job: str = "") -> Iterator[None]:
-    """Run the threads that do the jobs, and stop them at the end.
+def running_workers(codebot: Codebot) -> Iterator[None]:
+    """Run the threads that do the queued jobs, and stop them at the end.
 
-    ``only_job``, if given, is the only job that may start.
     Jobs that have not ended by then are pending afterward.
     """
     counts = {"task": codebot.config.workers}
@@ -9705,7 +9702,6 @@ def running_workers(codebot: Codebot, only_job: str = "") -> Iterator[None]:
         for number in range(count):
             name = f"{kind}-{number}"
             workers.append(start_thread(name, worker_step, codebot, kind))
-    start_thread("timer", queue_due_jobs, codebot, only_job)
     try:
         yield
     finally:
@@ -9727,6 +9723,7 @@ def running_server(codebot: Codebot) -> Iterator[Server]:
     """Run the server and the threads behind it. The server ends with the process."""
     server = Server(codebot)
     with running_workers(codebot):
+        start_thread("timer", queue_due_jobs, codebot)
         if codebot.github is not None:
             start_thread("sync", Sync(codebot, codebot.github).step)
         start_thread("database", try_database, codebot)
@@ -9812,9 +9809,15 @@ def read_task_flags(flags: Flags) -> Fields:
     return {**fields, **given}
 
 
-def print_log(codebot: Codebot, task_id: str) -> None:
-    """Print a task's events until the task has ended, or codebot is stopped."""
+def follow_task(codebot: Codebot, task_id: str) -> None:
+    """Print a task's events until the task has ended, or codebot is stopped.
+
+    The task is queued here whenever it may be due, and no timer runs: it would also start
+    other jobs of the work directory.
+    """
     for events in follow_log(codebot, task_id):
+        if codebot.queues["task"].empty():
+            codebot.queues["task"].put(task_id)
         for event in events:
             message = event.message.replace("\n", f"\n{'':31}")
             print(f"{event.time}  {event.source:8} {message}", file=sys.stderr)
@@ -9833,8 +9836,8 @@ def run_command(flags: Flags) -> int:
     print(redact(f"Sandbox: {codebot.sandbox.describe()}"), file=sys.stderr)
     wait()  # raises StopRequested if a signal came during the start
     job = codebot.submit(request, Submission("command line"))
-    with running_workers(codebot, job.id):
-        print_log(codebot, job.id)
+    with running_workers(codebot):
+        follow_task(codebot, job.id)
     job = find_task(codebot, job.id)
     if job.completed_at is None:
         # A task that a signal has left unfinished must not go on later.
