@@ -4840,29 +4840,18 @@ class Codebot:
         self.cleanup_wanted = threading.Event()  # wakes the cleanup
         # The runs by job id. Threads share it without a lock: each use is one atomic step.
         self.running: dict[str, JobRun] = {}
-        self.store: Store  # set by open(); the checks before it need no database
+        self.store: Store  # set by start_app; the checks before that need no database
 
-    def open(self) -> None:
-        """End what an earlier server left running in the work directory; open the store.
+    def end_leftovers(self) -> None:
+        """End what an earlier server left running in the work directory.
 
-        Raises ConfigError if the database, the sandbox or the App's key cannot be used,
-        and StopRequested if the server is told to stop meanwhile.
+        Raises StopRequested if the server is told to stop meanwhile.
         """
         end_processes(tagged_processes, self.work_dir_tag)
         end_processes(processes_in_workspaces, self.config.work_dir)
         stop_all_launched(self.config, check_stop=wait)
         for path in removable_paths(self.config.work_dir, "scratch"):
             discard(self.config.work_dir, path)
-        self.store = Store(self.config.database_file)
-        try:
-            self.sandbox.probe()
-        except NoFreeNode as error:
-            log.warning("The sandbox was not tested: the launcher %s", error)
-        if self.github is not None:
-            try:
-                self.github.token(AS_APP)
-            except (GitHubError, TransientError, OSError) as error:
-                raise ConfigError(f"{error}.") from None
 
     def submit(self, request: TaskRequest, submission: Submission) -> Job:
         """Store a task and queue it. Raises HTTPError if it is refused."""
@@ -9573,13 +9562,41 @@ def check_server(codebot: Codebot) -> Iterator[Finding]:
         tls_context(config)
 
 
+def check_sandbox(codebot: Codebot, *command: str) -> Iterator[Finding]:
+    """Try the sandbox, and run ``command`` in it, if any: the agent with --version."""
+    config = codebot.config
+    try:
+        result = codebot.sandbox.probe(*command)
+    except NoFreeNode as error:
+        yield warn(f"The sandbox was not tested: the launcher {error}.")
+        return
+    if not codebot.sandbox.is_none:
+        yield ok(f"Sandbox: {codebot.sandbox.describe()}")
+    if codebot.sandbox.is_bwrap:
+        hidden = home_directories() | private_directories(config)
+        for directory in sorted({*tool_directories(config)} - hidden):
+            if os.path.exists(directory):
+                yield ok(f"The agent can read {directory}: PATH leads into it")
+    if command and not is_agent_missing(codebot):
+        # Claude Code 2.0.62 does not know --no-session-persistence (tried).
+        yield version_finding(shlex.join(command), result, "2.0.64")
+
+
+def check_app_key(codebot: Codebot) -> Iterator[Finding]:
+    if codebot.github is not None:
+        with contextlib.suppress(OSError):  # openssl is missing: see check_programs
+            codebot.github.token(AS_APP)
+            yield ok(f"The App's key {codebot.config.key_file} can sign")
+
+
 HOST_CHECKS = (check_programs, check_settings, check_safety)
+START_CHECKS = (*HOST_CHECKS, check_sandbox, check_app_key)
 
 
 # --- serve -------------------------------------------------------------------
 #
 # The order of the start: settings; log, signals and watchdog; locks of the work directory
-# and the database; checks; database, sandbox and the App's key; port; threads.
+# and the database; what an earlier server left running; checks; database; port; threads.
 
 STOP_TIMEOUT = 10.0  # seconds that the workers have to end when codebot stops
 PR_SET_DUMPABLE = 4  # of prctl(2), from <linux/prctl.h>
@@ -9659,12 +9676,13 @@ def fork_watchdog(codebot: Codebot) -> None:
 def start_app(config: Config, checks: Sequence[Check], log_level: int) -> Codebot:
     """Take the work directory, check the host, and requeue what a crash interrupted.
 
-    Raises ConfigError with all failed checks, or with the first thing that open() refuses.
+    Raises ConfigError with all failed checks.
     """
     codebot = Codebot(config)
     # This forks the watchdog, which must inherit neither the locks nor the database.
     set_up_process(codebot, log_level)
     take_work_dir(config)
+    codebot.end_leftovers()
     problems = []
     for level, message in run_checks(codebot, checks):
         if level == "FAIL":
@@ -9673,7 +9691,7 @@ def start_app(config: Config, checks: Sequence[Check], log_level: int) -> Codebo
             log.warning("%s", message)
     if problems:
         raise ConfigError("\n".join(problems))
-    codebot.open()
+    codebot.store = Store(config.database_file)
     codebot.store.requeue_interrupted(interruptions=1)
     return codebot
 
@@ -9775,7 +9793,7 @@ def serve_command(flags: Flags) -> int:
     times = file_times(config)
     is_changed = False
     level = logging.DEBUG if config.debug else logging.INFO
-    codebot = start_app(config, [*HOST_CHECKS, check_server], level)
+    codebot = start_app(config, [*START_CHECKS, check_server], level)
     pending = sum(map(codebot.store.count_pending, codebot.queues))
     with running_server(codebot) as server:
         print_banner(codebot, server.server_port, pending)
@@ -9832,7 +9850,7 @@ def run_command(flags: Flags) -> int:
         # CODEBOT_DATABASE, if it is set, is a server's. This task needs its own database.
         config = dataclasses.replace(config, work_dir=work_dir, database="")
     print(f"Work directory: {config.work_dir} (it is kept)", file=sys.stderr)
-    codebot = start_app(config, HOST_CHECKS, logging.WARNING)
+    codebot = start_app(config, START_CHECKS, logging.WARNING)
     print(redact(f"Sandbox: {codebot.sandbox.describe()}"), file=sys.stderr)
     wait()  # raises StopRequested if a signal came during the start
     job = codebot.submit(request, Submission("command line"))
@@ -9872,30 +9890,9 @@ def check_work_dir(codebot: Codebot) -> Iterator[Finding]:
     if os.path.exists(config.database_file):
         Store(config.database_file)  # raises ConfigError if it cannot be used
     yield ok(f"Work directory {config.work_dir}")
-    yield from check_sandbox(codebot)
-
-
-def check_sandbox(codebot: Codebot) -> Iterator[Finding]:
-    """Run the agent's program in the sandbox, as a task would, in the work directory."""
-    config = codebot.config
-    if config.launcher and not config.launcher_stop:
-        return  # a process launched here could not be ended
-    command = [*config.claude_command, "--version"]
-    try:
-        result = codebot.sandbox.probe(*command)
-    except NoFreeNode as error:
-        yield warn(f"The sandbox was not tested: the launcher {error}.")
-        return
-    if not codebot.sandbox.is_none:
-        yield ok(f"Sandbox: {codebot.sandbox.describe()}")
-    if codebot.sandbox.is_bwrap:
-        hidden = home_directories() | private_directories(config)
-        for directory in sorted({*tool_directories(config)} - hidden):
-            if os.path.exists(directory):
-                yield ok(f"The agent can read {directory}: PATH leads into it")
-    if not is_agent_missing(codebot):
-        # Claude Code 2.0.62 does not know --no-session-persistence (tried).
-        yield version_finding(shlex.join(command), result, "2.0.64")
+    # Without CODEBOT_LAUNCHER_STOP, a process launched here could not be ended.
+    if config.launcher_stop or not config.launcher:
+        yield from check_sandbox(codebot, *config.claude_command, "--version")
 
 
 def check_github(codebot: Codebot) -> Iterator[Finding]:
@@ -9908,8 +9905,7 @@ def check_github(codebot: Codebot) -> Iterator[Finding]:
     # This limits the wait for a dead DNS server, which is 20 s by default (resolv.conf(5)).
     os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
     try:
-        github.token(AS_APP)
-        yield ok(f"The App's key {config.key_file} can sign")
+        yield from check_app_key(codebot)
         name = github.fetch_app()["name"]
         yield ok(f"GitHub answers at {github.api}; the App is {name}")
         github.timeout = GITHUB_TIMEOUT  # some responses take longer

@@ -9204,7 +9204,8 @@ def test_directories_of_others_in_the_work_dir_stay(
         (tmp_path / name).mkdir()
     config = codebot.Config(work_dir=str(tmp_path), no_github=True, sandbox=("none",))
     app = codebot.Codebot(config)
-    app.open()
+    app.end_leftovers()
+    app.store = codebot.Store(config.database_file)
     codebot.clean_up(app)
     left = [path.name for path in tmp_path.iterdir() if path.is_dir()]
     assert sorted(left) == sorted(others)
@@ -16864,6 +16865,20 @@ def test_mistake_ends_start_with_advice(on_disk: Site, name: str) -> None:
     assert f"FAIL  {advice}" in done.stdout
     assert done.stdout.count("FAIL") == 1
     assert "Errno" not in done.stdout + done.stderr
+
+
+def test_start_reports_sandbox_and_key_together(fresh: Site) -> None:
+    key_file = fresh.directory / "junk"
+    key_file.write_text("junk\n")
+    done = fresh.server.run_forked(
+        "serve",
+        *serve_flags(fresh),
+        CODEBOT_SANDBOX="nosuch-podman",
+        GITHUB_APP_PRIVATE_KEY_PATH=str(key_file),
+    )
+    assert done.returncode == 2
+    assert "codebot: The sandbox does not start: nosuch-podman" in done.stderr
+    assert "codebot: GITHUB_APP_PRIVATE_KEY_PATH: openssl cannot sign" in done.stderr
 
 
 @not_as_root
