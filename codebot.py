@@ -4854,9 +4854,8 @@ class Codebot:
             discard(self.config.work_dir, path)
 
     def submit(self, request: TaskRequest, submission: Submission) -> Job:
-        """Store a task and queue it. Raises HTTPError if it is refused."""
-        if STOP.is_set():
-            raise HTTPError(503, "The server is stopping", {"Retry-After": "30"})
+        """Store a task and queue it. Raises HTTPError to refuse it, or StopRequested."""
+        wait()
         job = self.store.add_task(request, submission, self.config.queue_size)
         self.jobs_due.set()
         return job
@@ -7041,7 +7040,7 @@ class Sync:
         )
         try:
             self.codebot.submit(request, submission)
-        except HTTPError as error:  # the queue is full, or the server stops
+        except HTTPError as error:  # the queue is full
             raise TransientError(
                 f"{issue.url} cannot be submitted yet: {error}"
             ) from None
@@ -9108,20 +9107,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             return self.dispatch(self.read_headers())
         except HTTPError as error:
-            return error_response(error)
+            refusal = error
+        except StopRequested:
+            refusal = HTTPError(503, "The server is stopping", {"Retry-After": "30"})
         except sqlite3.Error as error:
             log.error("Database error during %r: %s", self.requestline, error)
             message = "The database cannot be used at the moment; retry later"
-            return error_response(HTTPError(503, message, {"Retry-After": "10"}))
+            refusal = HTTPError(503, message, {"Retry-After": "10"})
         # An OSError means here that the client is gone, or that codebot has dropped the
         # connection. A route's handler raises no OSError of its own.
         except OSError:
             raise
         except Exception:
             log.exception("Error during %r", self.requestline)
-            return error_response(
-                HTTPError(500, "Internal error; see the server's log")
-            )
+            refusal = HTTPError(500, "Internal error; see the server's log")
+        return error_response(refusal)
 
     def read_headers(self) -> dict[str, str]:
         self.requestline, *lines = read_head(self.rfile)
@@ -9852,7 +9852,6 @@ def run_command(flags: Flags) -> int:
     print(f"Work directory: {config.work_dir} (it is kept)", file=sys.stderr)
     codebot = start_app(config, START_CHECKS, logging.WARNING)
     print(redact(f"Sandbox: {codebot.sandbox.describe()}"), file=sys.stderr)
-    wait()  # raises StopRequested if a signal came during the start
     job = codebot.submit(request, Submission("command line"))
     with running_workers(codebot):
         follow_task(codebot, job.id)

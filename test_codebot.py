@@ -8732,6 +8732,7 @@ def test_stopping_server_takes_no_work(fresh: Site) -> None:
     assert fresh.api.health().status == 503
     refused = fresh.api.post_task(fresh.api.fields())
     assert refused.status == 503
+    assert refused.json["message"] == "The server is stopping"
     assert "Retry-After" in refused.headers
     fresh.agent.release()
     assert fresh.server.wait_exit() == 0
