@@ -2109,7 +2109,8 @@ class Sandbox:
         """Try the sandbox, through the launcher if any, and run ``command`` in it, if any.
 
         The sandbox works if the file "probe" then exists on this host. Raises ConfigError
-        if it does not exist and, only with a launcher, NoFreeNode if no node became free.
+        if it does not exist, TransientError as run_program and, only with a launcher,
+        NoFreeNode if no node became free.
         """
         config = self.config
         try:
@@ -2124,8 +2125,6 @@ class Sandbox:
                 problem = (
                     f"what it writes to {workspace_path} is not there on this host"
                 )
-        except TransientError as error:  # a launcher failed, or the disk is full
-            raise ConfigError(f"{error}.") from None
         except (TimedOut, TooMuchOutput) as error:
             problem = f"it {error}"
         except OSError as error:
@@ -9390,7 +9389,8 @@ def run_checks(codebot: Codebot, checks: Iterable[Check]) -> Iterator[Finding]:
     for check in checks:
         try:
             yield from check(codebot)
-        # TransientError: the host is too short of resources to run a check's program.
+        # TransientError: the host lacks resources to run a check's program, or a launcher
+        # has failed.
         except (ConfigError, TransientError) as error:
             for problem in str(error).splitlines():
                 yield fail(problem)

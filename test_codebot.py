@@ -16734,7 +16734,7 @@ MISTAKES = {
         {"CODEBOT_LAUNCHER": "nosuch-srun", "CODEBOT_LAUNCHER_STOP": "true"},
     ),
     "launcher fails": Mistake(
-        "The launcher or its node failed: no cluster.",
+        "The launcher or its node failed: no cluster",
         {
             "CODEBOT_LAUNCHER": "sh -c 'echo no cluster >&2; exit 1'",
             "CODEBOT_LAUNCHER_STOP": "true",
