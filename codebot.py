@@ -9301,7 +9301,7 @@ class Server(http.server.ThreadingHTTPServer):
             ) from None
         self.server_port = self.server_address[1]
         # Accepting does not wait for the TLS handshake: Handler.handle performs it.
-        if config.tls_cert:
+        if config.tls_cert and config.tls_key:  # read_config refuses one alone
             self.socket = tls_context(config).wrap_socket(
                 self.socket, server_side=True, do_handshake_on_connect=False
             )
@@ -9558,8 +9558,9 @@ def check_server(codebot: Codebot) -> Iterator[Finding]:
             "host (GIT_ASKPASS, credential.helper, http.extraHeader). Name repositories, "
             "such as https://git.example.com/team/*."
         )
-    if config.tls_cert and config.tls_key:
-        tls_context(config)
+    # This raises ConfigError if codebot cannot listen. `serve` listens after all checks.
+    Server(codebot).server_close()
+    yield ok(f"Port {config.port} on {config.host} can be used")
 
 
 def check_sandbox(codebot: Codebot, *command: str) -> Iterator[Finding]:
@@ -9876,13 +9877,6 @@ def run_command(flags: Flags) -> int:
 CHECK_TIMEOUT = 1.5  # seconds for GitHub's first response; with the retry, at most 5
 
 
-def check_port(codebot: Codebot) -> Iterator[Finding]:
-    config = codebot.config
-    # A Server needs a Codebot. TLS is left out: check_server has reported what is wrong.
-    Server(Codebot(dataclasses.replace(config, tls_cert=""))).server_close()
-    yield ok(f"Port {config.port} on {config.host} can be used")
-
-
 def check_work_dir(codebot: Codebot) -> Iterator[Finding]:
     config = codebot.config
     take_work_dir(config)
@@ -9969,7 +9963,7 @@ def all_findings(codebot: Codebot, problems: Sequence[str]) -> Iterator[Finding]
     yield ok(f"Python {sys.version.split()[0]}; settings from {source}")
     yield from map(fail, problems)
     # check_work_dir comes first, so that programs' output goes to the work directory.
-    checks = [check_work_dir, *HOST_CHECKS, check_server, check_port]
+    checks = [check_work_dir, *HOST_CHECKS, check_server]
     if not problems:
         checks.append(check_github)
     yield from run_checks(codebot, checks)

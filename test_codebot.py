@@ -16868,18 +16868,21 @@ def test_mistake_ends_start_with_advice(on_disk: Site, name: str) -> None:
     assert "Errno" not in done.stdout + done.stderr
 
 
-def test_start_reports_sandbox_and_key_together(fresh: Site) -> None:
+def test_start_reports_sandbox_key_and_port_together(fresh: Site) -> None:
     key_file = fresh.directory / "junk"
     key_file.write_text("junk\n")
     done = fresh.server.run_forked(
         "serve",
         *serve_flags(fresh),
+        "--port",
+        str(fresh.github.server_address[1]),
         CODEBOT_SANDBOX="nosuch-podman",
         GITHUB_APP_PRIVATE_KEY_PATH=str(key_file),
     )
     assert done.returncode == 2
     assert "codebot: The sandbox does not start: nosuch-podman" in done.stderr
     assert "codebot: GITHUB_APP_PRIVATE_KEY_PATH: openssl cannot sign" in done.stderr
+    assert re.search("codebot: Port [0-9]+ on 127.0.0.1 cannot be used", done.stderr)
 
 
 @not_as_root
@@ -17323,7 +17326,8 @@ def test_server_warns_if_clients_may_name_any_host(
     pattern: str, is_warned: bool
 ) -> None:
     # git would send it the credentials that are not bound to a host.
-    app = codebot.Codebot(codebot.Config(no_github=True, allowed=(pattern,)))
+    config = codebot.Config(no_github=True, allowed=(pattern,), port=0)
+    app = codebot.Codebot(config)
     messages = [message for _, message in codebot.check_server(app)]
     assert any("every host" in message for message in messages) == is_warned
 
