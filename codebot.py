@@ -3817,17 +3817,7 @@ def only_value(row: sqlite3.Row) -> Any:
 # Steps of Store's transactions
 
 
-def insert_task(
-    db: sqlite3.Connection, values: Mapping[str, str | int | None], max_pending: int
-) -> None:
-    """Insert a task. Raises HTTPError 503 if ``max_pending`` tasks are waiting."""
-    rows = db.execute(
-        "SELECT COUNT(*) FROM jobs WHERE kind = 'task' AND status = 'pending'"
-    )
-    pending = rows.fetchone()[0]
-    if pending >= max_pending:
-        message = f"The queue is full ({pending} waiting); retry in 60 s"
-        raise HTTPError(503, message, {"Retry-After": "60"})
+def insert_task(db: sqlite3.Connection, values: Mapping[str, str | int | None]) -> None:
     db.execute(
         """
         INSERT INTO jobs (
@@ -4081,7 +4071,11 @@ class Store:
                 values,
             ).fetchone()
             if row is None:
-                insert_task(db, values, max_pending)
+                pending = self.count_pending("task")
+                if pending >= max_pending:
+                    message = f"The queue is full ({pending} waiting); retry in 60 s"
+                    raise HTTPError(503, message, {"Retry-After": "60"})
+                insert_task(db, values)
                 # With the task: a crash must not leave only one of the two.
                 if submission.label_event_id is not None:
                     insert_label_event(db, submission.label_event_id)
