@@ -7129,6 +7129,7 @@ class Ending(NamedTuple):
     status: str  # as in the store, or "deleted"
     reason: str = ""
     error: str = ""
+    gave_up: bool = False  # whether it failed because a transient error lasted too long
     # Only for a job that is retried after a transient error:
     interruptions: int = 0  # to be added to the job's
     not_before: float = 0.0  # seconds since 1970
@@ -7240,33 +7241,15 @@ def ending_after_transient_error(
     is_too_often = must_repeat_agent and job.interruptions + 1 >= MAX_INTERRUPTIONS
     give_up_at = (job.transient_since or now) + RETRY_LIMIT[job.kind]
     if is_too_often or now > give_up_at:
-        return ending_after_last_retry(job, error)
+        # A review that had only its failure left to post has job.reason and job.error.
+        reason = job.reason or REASON_BY_PHASE.get(reached_phase(job), "internal")
+        return Ending("failed", reason, job.error or error, gave_up=True)
     return Ending(
         "pending",
         error=error,
         interruptions=int(must_repeat_agent),
         not_before=max(now + RETRY_DELAY, retry_at),
     )
-
-
-# An error says "may have been pushed" in three places:
-#   ending_after_last_retry   the retries of a push have run out
-#   store_failure             a review fails after its commit, perhaps after the push
-#   finish_job                a task fails after begin_push
-
-
-def ending_after_last_retry(job: Job, error: str) -> Ending:
-    """Return how a job fails when a transient error is not retried anymore."""
-    phase = reached_phase(job)
-    # A push may have succeeded although its response was lost.
-    may_be_pushed = job.push_started or (
-        job.kind == "review" and has_unpushed_commit(job)
-    )
-    if phase == "push" and may_be_pushed:
-        error = f"{error.rstrip('.')}. The commit {job.commit_id} may have been pushed"
-    # A review that had only its failure left to post has job.reason and job.error.
-    reason = job.reason or REASON_BY_PHASE.get(phase, "internal")
-    return Ending("failed", reason, job.error or error)
 
 
 def reached_phase(job: Job) -> str:
@@ -7295,21 +7278,37 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
     return not job.error and job.phase != "answer"
 
 
+def failure_text(run: JobRun, ending: Ending) -> str:
+    """Return a failed job's error, redacted, and log it unless an earlier run has.
+
+    It says so if the commit may be on the branch at the remote: a push may have succeeded
+    although its response was lost.
+    """
+    job = run.job
+    if job.kind == "task":
+        was_rejected = ending.reason == "push_rejected" and not ending.gave_up
+        may_be_pushed = job.push_started and not was_rejected
+    else:
+        is_unknown = ending.gave_up or ending.reason in ("interrupted", "internal")
+        may_be_pushed = job.commit_id != "" and (job.is_pushed or is_unknown)
+    error = ending.error
+    if may_be_pushed:
+        commit = f"The commit {job.commit_id} may have been pushed to {job.branch}"
+        error = f"{error.rstrip('.')}. {commit}"
+    error = redact(error)[:10_000]
+    if error != job.error:
+        run.log_event("codebot", f"Failed ({ending.reason}): {error}")
+    return error
+
+
 def store_failure(run: JobRun, ending: Ending) -> None:
     """Store why a review failed.
 
     The failure counts as saved work. Otherwise require_may_run could refuse the second
-    round of run_job, and nobody would tell the reviewer.
+    round of run_job, and nobody would tell the reviewer. (If the reviewer cannot be told,
+    the review may end with another error.)
     """
-    error = ending.error
-    # After these reasons, codebot does not know whether the commit was pushed.
-    is_unknown = ending.reason in ("interrupted", "internal")
-    if run.job.commit_id and (run.job.is_pushed or is_unknown):
-        error += f". The commit {run.job.commit_id} may have been pushed"
-    error = redact(error)[:10_000]
-    # The error is logged now. If the reviewer cannot be told, the review may end with
-    # another error.
-    run.log_event("codebot", f"Failed ({ending.reason}): {error}")
+    error = failure_text(run, ending)
     run.save_work(
         commit_id="",
         # With a kind, the review takes in no newer comments. They become another review.
@@ -7337,25 +7336,16 @@ def store_ending(run: JobRun, ending: Ending) -> None:
             run.store.requeue, job.id, ending.interruptions, ending.not_before
         )
     else:
-        finish_job(run, ending)
-
-
-def finish_job(run: JobRun, ending: Ending) -> None:
-    """Complete or fail a job. Its last event is logged first, or follow_log may miss it."""
-    job = run.job
-    error = ending.error
-    if ending.status == "failed":
-        if job.push_started and ending.reason != "push_rejected":
-            error = f"{error.rstrip('.')}. Its branch {job.branch} may have been pushed"
-        error = redact(error)[:10_000]
-        if error != job.error:  # else store_failure has logged it
-            run.log_event("codebot", f"Failed ({ending.reason}): {error}")
-        first_line, _, rest = error.partition("\n")
-        log.info("Job %s: %s%s", job.id, first_line, " …" if rest else "")
-    seconds = job.seconds or time.monotonic() - run.started  # for the totals
-    until_database_works(
-        run.store.finish, job, seconds, ending.status, ending.reason, error
-    )
+        # The last event is logged before the job ends, or follow_log may miss it.
+        error = ""
+        if ending.status == "failed":
+            error = failure_text(run, ending)
+            first_line, _, rest = error.partition("\n")
+            log.info("Job %s: %s%s", job.id, first_line, " …" if rest else "")
+        seconds = job.seconds or time.monotonic() - run.started  # for the totals
+        until_database_works(
+            run.store.finish, job, seconds, ending.status, ending.reason, error
+        )
 
 
 def queue_due_jobs(codebot: Codebot) -> None:

@@ -5086,6 +5086,7 @@ def test_task_whose_push_got_no_response_may_have_been_pushed(
         run.job,
         transient_since=1.0,
         phase="push",
+        branch="u/codebot/1",
         commit_id="c0ffee",
         push_started=push_started,
     )
@@ -5093,8 +5094,15 @@ def test_task_whose_push_got_no_response_may_have_been_pushed(
     assert ending.reason == "push_rejected"
     expected = "The remote hung up."
     if push_started:
-        expected = "The remote hung up. The commit c0ffee may have been pushed"
-    assert ending.error == expected
+        expected += " The commit c0ffee may have been pushed to u/codebot/1"
+    assert codebot.failure_text(run, ending) == expected
+
+
+def test_task_whose_push_was_rejected_was_not_pushed(store: codebot.Store) -> None:
+    run = codebot.JobRun(app_with(store), store_task_in_state(store, "running"))
+    run.job = dataclasses.replace(run.job, commit_id="c0ffee", push_started=True)
+    ending = codebot.Ending("failed", "push_rejected", "Failed to push: protected")
+    assert codebot.failure_text(run, ending) == ending.error
 
 
 def test_reviewer_of_a_pushed_commit_is_told_so_if_the_answer_fails(
@@ -5111,11 +5119,11 @@ def test_failed_review_says_once_that_its_commit_may_have_been_pushed(
 ) -> None:
     run = codebot.JobRun(app_with(store), claim_review(store))
     pushed = {"phase": "clone", "commit_id": "c0ffee", "is_pushed": True}
-    run.job = dataclasses.replace(run.job, transient_since=1.0, **pushed)
+    run.job = dataclasses.replace(run.job, transient_since=1.0, branch="b", **pushed)
     ending = codebot.ending_after_transient_error(run, "502")
     assert ending.reason == "internal"
     codebot.store_failure(run, ending)
-    assert run.job.error == "502. The commit c0ffee may have been pushed"
+    assert run.job.error == "502. The commit c0ffee may have been pushed to b"
 
 
 def test_failure_that_the_reviewer_is_to_be_told_survives_retries(
