@@ -5128,6 +5128,8 @@ class Workspace:
         self.mirror = Mirror(self.config, mirror, run.check_stop)
         outbox = outbox_path(self.config, directory)
         self.outbox = GitDirectory(self.config, outbox, run.check_stop)
+        self.base_commit = ""  # set by check_out
+        self.base_tree = ""  # of the base commit
 
     # Creation
 
@@ -5185,6 +5187,9 @@ class Workspace:
         if result.code != 0:
             error = self.mirror.with_advice(result.error)
             raise JobFailed("clone_failed", f"Failed to check out {base_name}: {error}")
+        tree = self.mirror.local_git("rev-parse", f"{base_commit}^{{tree}}")
+        self.base_tree = tree.stdout
+        self.base_commit = base_commit
         message = f"Branch {self.branch} from {base_name} at {base_commit}"
         if base_name == self.branch:  # a review goes on with the task's branch
             message = f"Branch {self.branch} at {base_commit}"
@@ -5327,42 +5332,33 @@ class Workspace:
             raise JobFailed("agent_failed", f"git printed no tree, but {words!r}")
         return tree
 
-    def is_changed_since(self, commit: str) -> bool:
-        """Return whether the workspace's files differ from a commit that the outbox has."""
-        result = self.outbox.local_git("rev-parse", f"{commit}^{{tree}}")
-        return self.record_files() != result.stdout
-
-    def collect_tree(self, base_commit: str, tree: str) -> bool:
-        """Bring a recorded tree into the outbox. Returns whether it differs from the base.
+    def collect_tree(self, tree: str) -> None:
+        """Bring a recorded tree into the outbox.
 
         Raises JobFailed if the repository is not usable anymore.
         """
-        result = self.script(COMMIT_SCRIPT, base_commit, tree)
+        result = self.script(COMMIT_SCRIPT, self.base_commit, tree)
         if result.code != 0:
             raise JobFailed(
                 "agent_failed",
                 f"The agent's changes could not be committed: {result.error}",
             )
-        self.write_skip_list(base_commit)
+        self.write_skip_list()
         # The name is new, so that no ref of an earlier collection is read by mistake.
         ref = f"refs/codebot/{uuid.uuid4().hex}"
         result = self.fetch_into_outbox(ref)
         # From a shallow repository, git fetches nothing and exits with 0; rev-parse fails.
-        trees = self.outbox.local_git(
-            "rev-parse", f"{ref}^{{tree}}", f"{base_commit}^{{tree}}", check=False
-        )
-        for step in (result, trees):
+        fetched = self.outbox.local_git("rev-parse", f"{ref}^{{tree}}", check=False)
+        for step in (result, fetched):
             if step.code != 0:
                 error = self.mirror.with_advice(step.error)
                 raise JobFailed(
                     "agent_failed", f"The agent left no usable repository: {error}"
                 )
-        fetched_tree, base_tree = trees.stdout.split("\n")  # in the arguments' order
-        if fetched_tree != tree:  # a process that the agent left may have changed HEAD
+        if fetched.stdout != tree:  # a process that was left may have changed HEAD
             raise JobFailed("agent_failed", f"The tree of HEAD is not {tree} anymore")
-        return tree != base_tree
 
-    def write_skip_list(self, base_commit: str) -> None:
+    def write_skip_list(self) -> None:
         """Have fsck accept every .gitmodules that the base has already.
 
         The faults of these files are not the agent's. Files with other names are not
@@ -5370,7 +5366,7 @@ class Workspace:
         name, and may rename it now.
         """
         lines: list[str] = []  # all of them: a ProgramResult has only the last lines
-        diff = ("diff-tree", "-r", EMPTY_TREE, base_commit, "--")
+        diff = ("diff-tree", "-r", EMPTY_TREE, self.base_tree, "--")
         self.outbox.local_git(*diff, ":(glob)**/.gitmodules", on_lines=lines.extend)
         # Each line is ":OLD_MODE NEW_MODE OLD_ID NEW_ID A<TAB>NAME".
         blobs = "\n".join(line.split()[3] for line in lines)
@@ -5411,7 +5407,7 @@ class Workspace:
         except LimitReached as error:
             raise self.run.limit_failure(error, "git") from None
 
-    def write_commit(self, tree: str, parent: str, message: str) -> str:
+    def write_commit(self, tree: str, message: str) -> str:
         """Make the job's one commit, in the name of the App or (--no-github) of codebot.
 
         Returns its id.
@@ -5424,14 +5420,14 @@ class Workspace:
             login = bot.login
             address = f"{bot.id}+{bot.login}@users.noreply.{host}"
         identity = ("-c", f"user.name={login}", "-c", f"user.email={address}")
-        argv = (*identity, "commit-tree", tree, "-p", parent)
+        argv = (*identity, "commit-tree", tree, "-p", self.base_commit)
         # check is off, because its error would only name the first argument, "-c".
         result = self.outbox.local_git(*argv, check=False, stdin=message.encode())
         if result.code != 0:
             raise GitFailed(f"git commit-tree: {result.error}")
         return result.stdout
 
-    def inspect_commit(self, base_commit: str, commit: str) -> str:
+    def inspect_commit(self, commit: str) -> str:
         """Return a summary of the commit's changes, as git diff --stat prints it.
 
         Raises JobFailed if the commit must not be pushed. The agent's .gitattributes hide
@@ -5439,7 +5435,7 @@ class Workspace:
         commit that HEAD names. The outbox has neither.
         """
         scanner = DiffScanner()
-        diff = (*GIT_DIFF, "--no-renames", base_commit, commit)
+        diff = (*GIT_DIFF, "--no-renames", self.base_commit, commit)
         try:
             files = self.outbox.local_git(*diff, "--stat=100", "--stat-count=50").stdout
             # Binary files are also searched, but not what deleted files contained.
@@ -6160,7 +6156,7 @@ def task_text(request: TaskRequest) -> str:
 def commit_task(workspace: Workspace) -> None:
     """Test and commit the agent's changes, and store the commit's id."""
     run = workspace.run
-    commit_id = test_and_commit(workspace, run.job.request, run.job.base_commit)
+    commit_id = test_and_commit(workspace, run.job.request)
     if not commit_id:
         words = run.job.summary.strip()[:2000] or "nothing"
         raise JobFailed(
@@ -6182,10 +6178,8 @@ def commit_message(run: JobRun, request: TaskRequest) -> str:
     return without_ci_skips(message)
 
 
-def test_and_commit(
-    workspace: Workspace, request: TaskRequest, base_commit: str
-) -> str:
-    """Test the workspace's files, and make one commit of them on ``base_commit``.
+def test_and_commit(workspace: Workspace, request: TaskRequest) -> str:
+    """Test the workspace's files, and make one commit of them on the base commit.
 
     Returns the commit's id, or "" if nothing was changed. Raises JobFailed if the tests
     fail or the commit must not be pushed.
@@ -6197,12 +6191,13 @@ def test_and_commit(
         run.log_event("codebot", "No test command")
         tree = workspace.record_files()
     run.set_phase("commit")
-    if not workspace.collect_tree(base_commit, tree):
+    if tree == workspace.base_tree:
         return ""
+    workspace.collect_tree(tree)
     message = commit_message(run, request)
     # The caller stores the id, to be pushed, only if inspect_commit raises no error.
-    commit_id = workspace.write_commit(tree, base_commit, message)
-    files = workspace.inspect_commit(base_commit, commit_id)
+    commit_id = workspace.write_commit(tree, message)
+    files = workspace.inspect_commit(commit_id)
     run.log_event("git", f"Commit {commit_id}", files)
     files = INVISIBLE_RE.sub("\N{REPLACEMENT CHARACTER}", redact(files))
     run.update(files=files)
@@ -6625,8 +6620,8 @@ def carry_out(review: Review, text: str) -> None:
         prompt = f"Review comments:\n{text}"
         output = continue_session(review, prompt, CHANGE_OPTIONS)
         # Without a change, no test runs: its failure would replace the agent's answer.
-        if workspace.is_changed_since(base_commit):
-            commit_id = test_and_commit(workspace, review.task.request, base_commit)
+        if workspace.record_files() != workspace.base_tree:
+            commit_id = test_and_commit(workspace, review.task.request)
     answers = parse_answers(review, output)
     run.save_work(base_commit=base_commit, commit_id=commit_id, answers=answers)
 
@@ -6723,7 +6718,7 @@ def reapply_change(review: Review, tip: str) -> None:
     run.log_event("git", f"Others pushed {tip}; reapplying the change on top of it")
     workspace = review.workspace
     workspace.reapply(tip)
-    commit_id = test_and_commit(workspace, review.task.request, tip)
+    commit_id = test_and_commit(workspace, review.task.request)
     if not commit_id:  # nothing is left to change
         commit_id = tip
     run.save_work(base_commit=tip, commit_id=commit_id)

@@ -8803,8 +8803,9 @@ def test_failure_to_commit_names_the_command(tmp_path: Path) -> None:
     workspace = codebot.Workspace.__new__(codebot.Workspace)
     workspace.codebot = codebot.Codebot(outbox.config)
     workspace.outbox = outbox
+    workspace.base_commit = "no-parent"
     with pytest.raises(codebot.GitFailed, match="^git commit-tree: fatal: "):
-        workspace.write_commit("no-tree", "no-parent", "Title")
+        workspace.write_commit("no-tree", "Title")
 
 
 def test_cancelled_pending_task_never_starts(fresh: Site) -> None:
