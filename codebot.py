@@ -5333,7 +5333,7 @@ class Workspace:
         return tree
 
     def collect_tree(self, tree: str) -> None:
-        """Bring a recorded tree into the outbox.
+        """Bring a recorded tree into the outbox: see also write_commit.
 
         Raises JobFailed if the repository is not usable anymore.
         """
@@ -5344,19 +5344,12 @@ class Workspace:
                 f"The agent's changes could not be committed: {result.error}",
             )
         self.write_skip_list()
-        # The name is new, so that no ref of an earlier collection is read by mistake.
-        ref = f"refs/codebot/{uuid.uuid4().hex}"
-        result = self.fetch_into_outbox(ref)
-        # From a shallow repository, git fetches nothing and exits with 0; rev-parse fails.
-        fetched = self.outbox.local_git("rev-parse", f"{ref}^{{tree}}", check=False)
-        for step in (result, fetched):
-            if step.code != 0:
-                error = self.mirror.with_advice(step.error)
-                raise JobFailed(
-                    "agent_failed", f"The agent left no usable repository: {error}"
-                )
-        if fetched.stdout != tree:  # a process that was left may have changed HEAD
-            raise JobFailed("agent_failed", f"The tree of HEAD is not {tree} anymore")
+        result = self.fetch_into_outbox()
+        if result.code != 0:
+            error = self.mirror.with_advice(result.error)
+            raise JobFailed(
+                "agent_failed", f"The agent left no usable repository: {error}"
+            )
 
     def write_skip_list(self) -> None:
         """Have fsck accept every .gitmodules that the base has already.
@@ -5372,7 +5365,7 @@ class Workspace:
         blobs = "\n".join(line.split()[3] for line in lines)
         pathlib.Path(self.outbox.path, "fsck-skip-list").write_text(blobs)
 
-    def fetch_into_outbox(self, ref: str) -> ProgramResult:
+    def fetch_into_outbox(self) -> ProgramResult:
         """Fetch HEAD of the workspace's repository.
 
             in the sandbox                        outside the sandbox
@@ -5398,8 +5391,10 @@ class Workspace:
         env = base_environment(self.config)
         env["GIT_ALLOW_PROTOCOL"] = "file"
         try:
+            # The ref is never read: write_commit needs only the objects. (git fetches them,
+            # but does not write the ref, if the agent has made its repository shallow.)
             return self.outbox.run_git(
-                [*args, self.repo, f"+HEAD:{ref}"],
+                [*args, self.repo, "+HEAD:refs/codebot/agent"],
                 env,
                 cwd=self.outbox.path,
                 limits=self.run.git_limits(),
@@ -5410,7 +5405,8 @@ class Workspace:
     def write_commit(self, tree: str, message: str) -> str:
         """Make the job's one commit, in the name of the App or (--no-github) of codebot.
 
-        Returns its id.
+        Returns its id. Raises JobFailed if the tree was not fetched: a process that the
+        agent left may have changed HEAD.
         """
         login = "codebot"
         address = "codebot@localhost"
@@ -5421,10 +5417,12 @@ class Workspace:
             address = f"{bot.id}+{bot.login}@users.noreply.{host}"
         identity = ("-c", f"user.name={login}", "-c", f"user.email={address}")
         argv = (*identity, "commit-tree", tree, "-p", self.base_commit)
-        # check is off, because its error would only name the first argument, "-c".
         result = self.outbox.local_git(*argv, check=False, stdin=message.encode())
         if result.code != 0:
-            raise GitFailed(f"git commit-tree: {result.error}")
+            raise JobFailed(
+                "agent_failed",
+                f"The agent left no usable repository: git commit-tree: {result.error}",
+            )
         return result.stdout
 
     def inspect_commit(self, commit: str) -> str:

@@ -6351,11 +6351,6 @@ FAILING_PLANS = {
         "x is ignored",
     ),
     "no .git": ("rm -rf .git; echo x >x; result", "agent_failed", "git"),
-    "shallow repository": (
-        "echo x >x; git rev-parse HEAD >.git/shallow; result",
-        "agent_failed",
-        "unknown revision",
-    ),
     "broken HEAD": ("echo x >.git/HEAD; echo x >x; result", "agent_failed", ""),
     "unborn nested repository": ("git init -q sub; result", "agent_failed", "sub"),
     "tree that fsck rejects": (PLAN_OF_BAD_TREE, "agent_failed", "gitmodulesName"),
@@ -6366,6 +6361,14 @@ FAILING_PLANS = {
 def test_agent_that_goes_wrong_fails_its_task(local: LocalTask, case: str) -> None:
     plan, reason, message = FAILING_PLANS[case]
     assert message in local.failure(plan, reason)
+
+
+def test_tree_is_not_committed_if_head_has_changed_meanwhile(
+    local: LocalTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As if a process that the agent left had put HEAD back.
+    monkeypatch.setattr(codebot, "COMMIT_SCRIPT", "git rev-parse -q --verify HEAD")
+    assert "usable repository" in local.failure(SAY_HELLO, "agent_failed")
 
 
 def test_failed_task_pushes_nothing(shared: Site) -> None:
@@ -6385,6 +6388,7 @@ GOOD_PLANS = {
     "line of 9 MB": f"head -c 9000000 /dev/zero | tr '\\0' x; echo; {SAY_HELLO}",
     "words that look like an error": "echo hello >hello.txt; result 'Added /login'",
     "lone surrogate": r"echo hello >hello.txt; result 'half a letter: \ud800'",
+    "shallow repository": f"git rev-parse HEAD >.git/shallow; {SAY_HELLO}",
     "detached HEAD": f"git checkout -q --detach; {SAY_HELLO}",
     "branch deleted": (
         "b=$(git symbolic-ref HEAD); git checkout -q --detach; "
@@ -8804,7 +8808,7 @@ def test_failure_to_commit_names_the_command(tmp_path: Path) -> None:
     workspace.codebot = codebot.Codebot(outbox.config)
     workspace.outbox = outbox
     workspace.base_commit = "no-parent"
-    with pytest.raises(codebot.GitFailed, match="^git commit-tree: fatal: "):
+    with pytest.raises(codebot.JobFailed, match=": git commit-tree: fatal: "):
         workspace.write_commit("no-tree", "Title")
 
 
