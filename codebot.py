@@ -34,8 +34,8 @@ HOW TO READ THIS FILE
                      Sync.obstacle, has_untrusted_edit, submit_issue, ROUTES,
                      Handler.dispatch, is_allowed, parse_repository_url, parse_comment
     the agent        agent_command, run_task, run_review
-    what is pushed   run_tests, collect_tree, fetch_into_outbox, inspect_commit,
-                     DiffScanner, push_task_commit, push_review_commit
+    what is pushed   run_tests, collect_tree, inspect_commit, DiffScanner,
+                     push_task_commit, push_review_commit
     people's text    visible_text, person_login, delimited, quoted, escape_html, code_block
   The page is in part III, before the routes. Skip its style; its script never inserts
   HTML.
@@ -275,10 +275,10 @@ WHERE THE DANGEROUS THINGS ARE
   git with a credential     GitDirectory.git_with_token
   what the agent sees       sandbox_mounts, Sandbox.bwrap_command, and Workspace.environment
   git on an agent's objects, outside the sandbox
-                            fetch_into_outbox, which has fsck check them; then
-                            collect_tree, write_commit, inspect_commit, reapply and
-                            push; and all git commands in the mirror, which fetches
-                            these objects once they are pushed
+                            collect_tree, which has fsck check them; then
+                            write_commit, inspect_commit, reapply and push; and all git
+                            commands in the mirror, which fetches these objects once
+                            they are pushed
   removing directories      remove_tree; scratch directories and the demo's by
                             tempfile; in the sandbox, what Workspace.script runs
   fork and exec             fork_watchdog; serve_command, with --debug
@@ -5006,6 +5006,7 @@ MAX_CHANGE_BYTES = 256 << 20
 # has git ignore the configuration in the agent's HOME. (git 2.31 still reads it, because it
 # does not know GIT_CONFIG_GLOBAL.) `g` is git without hooks, fsmonitor, signing, gc and
 # sparse checkout, for scripts that use the agent's .git. The checkout makes a new .git.
+# UPLOAD_SCRIPT has this, too.
 GIT_FUNCTION = """
 export GIT_CONFIG_GLOBAL=/dev/null XDG_CONFIG_HOME=/nonexistent
 for lock in .git/index.lock .git/HEAD.lock; do
@@ -5045,11 +5046,15 @@ if ! restore "$1" 2>/dev/null; then
     restore "$1"
 fi
 """
-# Makes a commit on top of $1 with the tree $2.
-COMMIT_SCRIPT = """
-base=$1 tree=$2
-commit=$(g commit-tree -p "$base" -m "What the agent left" "$tree") &&
-g update-ref --no-deref HEAD "$commit" # not the branch, which may be locked
+# Makes a commit on top of $1 with the tree $2, and sends it to git fetch, which starts this
+# in the outbox. bwrap has changed to the repository, $3, already.
+UPLOAD_SCRIPT = f"""
+cd "$3" || exit 1
+{GIT_FUNCTION}
+commit=$(g -c user.name=codebot -c user.email=codebot@localhost \\
+    commit-tree -p "$1" -m "What the agent left" "$2") &&
+g update-ref --no-deref HEAD "$commit" && # not the branch, which may be locked
+exec git upload-pack "$3"
 """
 # Reads a pack with the commit $1 from standard input, and cherry-picks that commit. If that
 # conflicts, prints the names of the files in conflict.
@@ -5198,7 +5203,7 @@ class Workspace:
     # Three methods start something in the sandbox, with command lines from sandboxed():
     #   script              codebot's own scripts on this host, by run_in_sandbox
     #   run_work            the agent and the tests, here or on a node, by run_in_sandbox
-    #   fetch_into_outbox   git upload-pack, which git fetch starts
+    #   collect_tree        git upload-pack, which git fetch starts
 
     def environment(self, as_agent: bool) -> dict[str, str]:
         """Return the whole environment of a program that run_in_sandbox runs."""
@@ -5332,25 +5337,6 @@ class Workspace:
             raise JobFailed("agent_failed", f"git printed no tree, but {words!r}")
         return tree
 
-    def collect_tree(self, tree: str) -> None:
-        """Bring a recorded tree into the outbox: see also write_commit.
-
-        Raises JobFailed if the repository is not usable anymore.
-        """
-        result = self.script(COMMIT_SCRIPT, self.base_commit, tree)
-        if result.code != 0:
-            raise JobFailed(
-                "agent_failed",
-                f"The agent's changes could not be committed: {result.error}",
-            )
-        self.write_skip_list()
-        result = self.fetch_into_outbox()
-        if result.code != 0:
-            error = self.mirror.with_advice(result.error)
-            raise JobFailed(
-                "agent_failed", f"The agent left no usable repository: {error}"
-            )
-
     def write_skip_list(self) -> None:
         """Have fsck accept every .gitmodules that the base has already.
 
@@ -5365,18 +5351,19 @@ class Workspace:
         blobs = "\n".join(line.split()[3] for line in lines)
         pathlib.Path(self.outbox.path, "fsck-skip-list").write_text(blobs)
 
-    def fetch_into_outbox(self) -> ProgramResult:
-        """Fetch HEAD of the workspace's repository.
+    def collect_tree(self, tree: str) -> None:
+        """Commit a recorded tree in the sandbox, and fetch that commit into the outbox.
 
             in the sandbox                        outside the sandbox
             agent's .git -> git upload-pack  -->  git fetch, with fsck -> outbox
 
-        git fetch does not open the agent's .git: only a pack crosses.
+        git fetch does not open the agent's .git: only a pack crosses. Raises JobFailed if
+        the repository is not usable anymore.
         """
-        # git fetch has sh run this: bwrap … -- git upload-pack '/…/repo'. In bwrap,
-        # self.repo is a mount point, so it stays a directory. In another sandbox, an agent
-        # may replace it with a file. git fetch would read that file as a bundle, outside
-        # the sandbox.
+        self.write_skip_list()
+        # git fetch has sh run this: bwrap … -- sh -c … '/…/repo'. In bwrap, self.repo is a
+        # mount point, so it stays a directory. In another sandbox, an agent may replace it
+        # with a file. git fetch would read that file as a bundle, outside the sandbox.
         args = ["-c", "fetch.fsckObjects=true"]
         # The path is relative, because git splits this option at commas and blanks.
         args += ["-c", "fetch.fsck.skipList=fsck-skip-list"]
@@ -5384,23 +5371,24 @@ class Workspace:
         # may have some. They are harmless: git (since 2.39.1) ignores them.
         for fault in ("LineLength", "Large"):
             args += ["-c", f"fetch.fsck.gitattributes{fault}=ignore"]
-        # In a sandbox other than bwrap, HOME may be the agent's, with its .gitconfig.
-        script = 'GIT_CONFIG_GLOBAL=/dev/null exec git upload-pack "$@"'
-        upload_pack = self.sandboxed(["sh", "-c", script, "sh"])
-        args += [*GIT_FETCH, "--upload-pack", shlex.join(upload_pack), "--"]
-        env = base_environment(self.config)
-        env["GIT_ALLOW_PROTOCOL"] = "file"
+        upload = self.sandboxed(
+            ["sh", "-c", UPLOAD_SCRIPT, "sh", self.base_commit, tree]
+        )
+        args += [*GIT_FETCH, "--upload-pack", shlex.join(upload), "--"]
+        # The ref is never read: write_commit needs only the objects. (git fetches them, but
+        # does not write the ref, if the agent has made its repository shallow.)
+        args += [self.repo, "+HEAD:refs/codebot/agent"]
+        env = {**base_environment(self.config), "GIT_ALLOW_PROTOCOL": "file"}
+        limits = self.run.git_limits()
         try:
-            # The ref is never read: write_commit needs only the objects. (git fetches them,
-            # but does not write the ref, if the agent has made its repository shallow.)
-            return self.outbox.run_git(
-                [*args, self.repo, "+HEAD:refs/codebot/agent"],
-                env,
-                cwd=self.outbox.path,
-                limits=self.run.git_limits(),
-            )
+            result = self.outbox.run_git(args, env, cwd=self.outbox.path, limits=limits)
         except LimitReached as error:
             raise self.run.limit_failure(error, "git") from None
+        if result.code != 0:
+            advice = self.mirror.with_advice(result.error)
+            raise JobFailed(
+                "agent_failed", f"The agent left no usable repository: {advice}"
+            )
 
     def write_commit(self, tree: str, message: str) -> str:
         """Make the job's one commit, in the name of the App or (--no-github) of codebot.

@@ -6367,7 +6367,7 @@ def test_tree_is_not_committed_if_head_has_changed_meanwhile(
     local: LocalTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As if a process that the agent left had put HEAD back.
-    monkeypatch.setattr(codebot, "COMMIT_SCRIPT", "git rev-parse -q --verify HEAD")
+    monkeypatch.setattr(codebot, "UPLOAD_SCRIPT", 'exec git upload-pack "$3"')
     assert "usable repository" in local.failure(SAY_HELLO, "agent_failed")
 
 
