@@ -2276,19 +2276,19 @@ class LocalTask:
     the pull request after them, is tested with whole tasks.
     """
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, **settings: Any) -> None:
         self.site = site
         site.server.work_dir.mkdir()
-        config = codebot.Config(
-            no_github=True,
-            sandbox=("none",),
-            api_keys=(API_KEY,),
-            claude_command=(str(site.agent.path),),
-            work_dir=str(site.server.work_dir),
-            search_path=os.environ["PATH"],
-            variables={"ANTHROPIC_API_KEY": MODEL_KEY},
-        )
-        app = codebot.Codebot(config)
+        defaults: dict[str, Any] = {
+            "no_github": True,
+            "sandbox": ("none",),
+            "api_keys": (API_KEY,),
+            "claude_command": (str(site.agent.path),),
+            "work_dir": str(site.server.work_dir),
+            "search_path": os.environ["PATH"],
+            "variables": {"ANTHROPIC_API_KEY": MODEL_KEY},
+        }
+        app = codebot.Codebot(codebot.Config(**{**defaults, **settings}))
         app.store = codebot.Store(str(site.directory / "codebot.db"))
         self.run = codebot.JobRun(app, store_task_in_state(app.store, "running"))
         codebot.name_workspace(self.run)
@@ -4362,13 +4362,13 @@ def test_planted_hooks_without_sandbox_see_no_secret(shared: Site) -> None:
 # --- The sandbox: how it is started ------------------------------------------
 
 
-@pytest.mark.parametrize("variable", ["CODEBOT_SANDBOX", "CODEBOT_LAUNCHER"])
+@pytest.mark.parametrize("setting", ["sandbox", "launcher"])
 def test_git_has_a_global_configuration_in_another_sandbox_and_on_a_node(
-    fresh: Site, variable: str
+    fresh: Site, setting: str
 ) -> None:
     # Nothing is written: root would replace /dev/null.
-    fresh.server.start(**{variable: "env", "CODEBOT_LAUNCHER_STOP": "true"})
-    fresh.api.completed(fresh.api.submit())
+    settings = {setting: ("env",), "launcher_stop": ("true",)}
+    LocalTask(fresh, **settings).commit(SAY_HELLO)
     [run] = fresh.agent.runs()
     assert "GIT_CONFIG_GLOBAL" not in run.env
 
@@ -4382,13 +4382,11 @@ def test_upload_pack_in_another_sandbox_ignores_the_configuration_in_home(
     wrapper = write_script(
         fresh.directory / "wrapper", 'export HOME="$1/home"\nshift\nexec "$@"'
     )
-    fresh.server.start(CODEBOT_SANDBOX=f"{wrapper} {{task}}")
     mark = fresh.directory / "mark"
-    fresh.agent.follow(
+    LocalTask(fresh, sandbox=(str(wrapper), "{task}")).commit(
         f'echo "touch {mark}" >"$HOME/hook"; chmod +x "$HOME/hook"; '
         f'printf "{config}\\n" >"$HOME/.gitconfig"; {SAY_HELLO}'
     )
-    fresh.api.completed(fresh.api.submit())
     assert not mark.exists()
 
 
@@ -4396,8 +4394,9 @@ def test_path_of_the_agent_program_may_contain_an_equals_sign(fresh: Site) -> No
     link = fresh.directory / "a=b" / "claude"
     link.parent.mkdir()
     link.symlink_to(fresh.agent.path)
-    fresh.server.start(CODEBOT_SANDBOX="nice", CODEBOT_CLAUDE_COMMAND=str(link))
-    fresh.api.completed(fresh.api.submit())
+    task = LocalTask(fresh, sandbox=("nice",), claude_command=(str(link),))
+    task.commit(SAY_HELLO)
+    assert task.show("hello.txt") == "hello"
 
 
 def test_command_line_can_be_the_sandbox(fresh: Site) -> None:
@@ -6117,9 +6116,8 @@ def test_error_of_a_missing_object_says_to_delete_the_mirror(
 def test_checkout_without_a_file_is_no_success(fresh: Site) -> None:
     fresh.repository.commit({"big": 200_000 * "x"})
     # As if the disk were full. (git checkout would exit with 0.)
-    limit = """sh -c 'trap "" XFSZ; ulimit -f 100; exec "$@"' sh"""
-    fresh.server.start(CODEBOT_SANDBOX=limit)
-    error = fresh.api.failed(fresh.api.submit(), "clone_failed")
+    limit = ("sh", "-c", 'trap "" XFSZ; ulimit -f 100; exec "$@"', "sh")
+    error = LocalTask(fresh, sandbox=limit).failure(SAY_HELLO, "clone_failed")
     assert error.startswith("Failed to check out main: ")
     assert "unable to write file" in error
     assert fresh.agent.runs() == []
@@ -6277,14 +6275,13 @@ def test_file_that_fsck_rejects_is_not_accepted_under_another_name(
     assert "gitmodulesUrl" in local.failure(plan, "agent_failed")
 
 
-def test_git_ignores_checkout_around_work_dir(fresh: Site) -> None:
-    run_command("git", "init", "-q", fresh.directory)
-    (fresh.directory / "staged").write_text("the operator's\n")
-    run_command("git", "add", "staged", cwd=fresh.directory)
-    fresh.agent.follow("rm -rf .git; result Done")
-    fresh.server.start()
-    fresh.api.failed(fresh.api.submit(), "agent_failed")
-    status = run_command("git", "status", "-s", "-uno", cwd=fresh.directory)
+def test_git_ignores_checkout_around_work_dir(local: LocalTask) -> None:
+    around = local.site.directory
+    run_command("git", "init", "-q", around)
+    (around / "staged").write_text("the operator's\n")
+    run_command("git", "add", "staged", cwd=around)
+    local.failure("rm -rf .git; result Done", "agent_failed")
+    status = run_command("git", "status", "-s", "-uno", cwd=around)
     assert status == "A  staged"
 
 
@@ -6547,8 +6544,7 @@ def test_events_of_agent_are_limited(fresh: Site) -> None:
 
 
 def test_budget_covers_all_attempts_together(fresh: Site) -> None:
-    fresh.server.start(CODEBOT_MAX_BUDGET_USD="0.25")
-    error = fresh.api.failed(fresh.api.submit(test_command="exit 1"), "budget")
+    error = LocalTask(fresh, budget=0.25).failure(SAY_HELLO, "budget", "exit 1")
     assert "CODEBOT_MAX_BUDGET_USD" in error
     assert len(fresh.agent.runs()) == 1
 
@@ -6617,9 +6613,8 @@ def test_only_settings_in_codebots_own_home_are_removed(
 
 def test_job_fails_if_settings_in_the_home_cannot_be_removed(fresh: Site) -> None:
     stubborn = write_script(fresh.directory / "bin" / "rm", "echo no way >&2; exit 1")
-    fresh.agent.follow(AGENT_WITH_SESSION)
-    fresh.server.start(PATH=f"{stubborn.parent}:{os.environ['PATH']}")
-    error = fresh.api.failed(fresh.api.submit(test_command="exit 1"), "agent_failed")
+    task = LocalTask(fresh, search_path=f"{stubborn.parent}:{os.environ['PATH']}")
+    error = task.failure(AGENT_WITH_SESSION, "agent_failed", "exit 1")
     assert error == "The agent's home cannot be prepared: no way"
     assert len(fresh.agent.runs()) == 1
 
