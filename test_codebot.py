@@ -4215,12 +4215,14 @@ def test_git_of_a_launcher_does_not_obey_the_configuration_of_the_agent(
 
 
 @needs_bwrap
-def test_sandbox_that_outlives_bwrap_is_ended(on_disk: Site) -> None:
+def test_sandbox_that_outlives_a_filter_of_git_is_ended(on_disk: Site) -> None:
     path = write_bwrap_that_may_outlive_its_parent(on_disk)
     left = unique_sleep()
-    on_disk.agent.follow(f"env -i setsid {left} & {SAY_HELLO}")
+    leave = f"env -i setsid {left} >/dev/null 2>&1 & : >$HOME/filtered; cat"
+    on_disk.agent.follow(plan_with_filter(leave))
     on_disk.server.start(CODEBOT_SANDBOX="bwrap", PATH=path)
-    on_disk.api.completed(on_disk.api.submit())
+    result = on_disk.api.completed(on_disk.api.submit())
+    assert (Path(result["work_dir"]).parent / "home" / "filtered").exists()
     assert left not in command_lines()
 
 
