@@ -4161,26 +4161,6 @@ def test_processes_that_agent_leaves_in_bwrap_are_ended(sandboxed: Site) -> None
     wait_for(lambda: left not in command_lines())
 
 
-def write_bwrap_that_may_outlive_its_parent(site: Site) -> str:
-    """Put a `bwrap` first on PATH that the end of its parent does not end.
-
-    An agent can bring this about: it attaches to the first process of its PID namespace, as
-    a debugger does, makes it call prctl(PR_SET_PDEATHSIG, 0), and changes its environment.
-    """
-    script = (
-        'for word; do shift; [ "$word" = --die-with-parent ] || set -- "$@" "$word"; '
-        f'done; unset CODEBOT_RUN; exec {shutil.which("bwrap")} "$@"'
-    )
-    return write_bwrap(site, script)
-
-
-def test_launcher_is_named_although_there_is_no_sandbox() -> None:
-    config = codebot.Config(sandbox=("none",), launcher=("srun", "--quiet"))
-    text = codebot.Sandbox(config).describe()
-    assert text.startswith("NO SANDBOX")
-    assert text.endswith(", launched by srun --quiet")
-
-
 @needs_bwrap
 def test_git_in_the_workspace_has_a_global_configuration(sandboxed: Site) -> None:
     command = "git config --global user.email a@b && git config --get user.email"
@@ -4212,6 +4192,25 @@ def test_git_of_a_launcher_does_not_obey_the_configuration_of_the_agent(
     [config] = on_disk.server.work_dir.glob("task_*/home/.gitconfig")
     assert str(marker) in config.read_text()
     assert not marker.exists()
+
+
+def write_bwrap(site: Site, script: str) -> str:
+    """Put a `bwrap` of its own first on PATH, and return PATH."""
+    bwrap = write_script(site.directory / "tools" / "bwrap", script)
+    return f"{bwrap.parent}:{os.environ['PATH']}"
+
+
+def write_bwrap_that_may_outlive_its_parent(site: Site) -> str:
+    """Put a `bwrap` first on PATH that the end of its parent does not end.
+
+    An agent can bring this about: it attaches to the first process of its PID namespace, as
+    a debugger does, makes it call prctl(PR_SET_PDEATHSIG, 0), and changes its environment.
+    """
+    script = (
+        'for word; do shift; [ "$word" = --die-with-parent ] || set -- "$@" "$word"; '
+        f'done; unset CODEBOT_RUN; exec {shutil.which("bwrap")} "$@"'
+    )
+    return write_bwrap(site, script)
 
 
 @needs_bwrap
@@ -4424,12 +4423,6 @@ def serve_flags(site: Site) -> list[str]:
     return ["--port", "0", "--work-dir", str(site.server.work_dir)]
 
 
-def write_bwrap(site: Site, script: str) -> str:
-    """Put a `bwrap` of its own first on PATH, and return PATH."""
-    bwrap = write_script(site.directory / "tools" / "bwrap", script)
-    return f"{bwrap.parent}:{os.environ['PATH']}"
-
-
 @pytest.mark.parametrize("command", ["serve", "run"])
 def test_sandbox_that_does_not_start_is_refused(fresh: Site, command: str) -> None:
     help_text = "[ $1 = --help ] && exec echo '--disable-userns'"
@@ -4515,6 +4508,13 @@ def test_key_in_directory_that_cannot_be_hidden_is_refused(
     assert done.returncode == 2
     directory = os.path.dirname(os.path.realpath(key_file))
     assert f"codebot: {directory} holds .env" in done.stderr
+
+
+def test_launcher_is_named_although_there_is_no_sandbox() -> None:
+    config = codebot.Config(sandbox=("none",), launcher=("srun", "--quiet"))
+    text = codebot.Sandbox(config).describe()
+    assert text.startswith("NO SANDBOX")
+    assert text.endswith(", launched by srun --quiet")
 
 
 def test_server_warns_that_there_is_no_sandbox(shared_site: Site) -> None:
