@@ -6843,17 +6843,18 @@ def test_files_that_git_cannot_read_fail_the_task(
 
 # In bwrap, not even root may write to a read-only directory.
 @needs_bwrap
-@pytest.mark.parametrize("after", ["true", "[ -e fixed ]"])
+@pytest.mark.parametrize(
+    ("after", "expected"), [("true", ["done"]), ("[ -e fixed ]", ["done", "fixed"])]
+)
 def test_test_may_make_the_whole_repository_read_only(
-    sandboxed: Site, after: str
+    sandboxed: Site, after: str, expected: list[str]
 ) -> None:
     repository = sandboxed.github.create_repository(f"acme/read-only-{len(after)}")
     sandboxed.agent.follow("[ $purpose = resume ] && echo >fixed; echo >done; result")
     command = f"echo bad >README.md; echo >litter; chmod -R a-w .; {after}"
     task = sandboxed.api.submit(repository_url=repository.url, test_command=command)
     branch = sandboxed.api.completed(task)["branch_name"]
-    changed = repository.git("diff", "--name-only", "main", branch).split()
-    assert changed in (["done"], ["done", "fixed"])
+    assert repository.git("diff", "--name-only", "main", branch).split() == expected
 
 
 def test_test_counts_although_its_files_cannot_be_brought_back(fresh: Site) -> None:
