@@ -4165,17 +4165,7 @@ def test_processes_that_agent_leaves_in_bwrap_are_ended(sandboxed: Site) -> None
 
 
 @needs_bwrap
-def test_git_in_the_workspace_has_a_global_configuration(sandboxed: Site) -> None:
-    command = "git config --global user.email a@b && git config --get user.email"
-    task = sandboxed.api.submit(test_command=command)
-    result = sandboxed.api.completed(task)
-    assert "test: a@b" in sandboxed.api.messages(task)
-    config = Path(result["work_dir"]).parent / "home" / ".gitconfig"
-    assert "a@b" in config.read_text()
-
-
-@needs_bwrap
-def test_git_of_a_launcher_does_not_obey_the_configuration_of_the_agent(
+def test_agent_has_a_git_configuration_that_git_of_a_launcher_ignores(
     on_disk: Site,
 ) -> None:
     outside = on_disk.directory / "outside"
@@ -4185,13 +4175,16 @@ def test_git_of_a_launcher_does_not_obey_the_configuration_of_the_agent(
         on_disk.directory / "launch", f'git -C {outside} status >&2\nexec "$@"'
     )
     plant = f'git config --global core.fsmonitor "touch {marker}; :"'
-    on_disk.agent.follow(f"{plant}; {SAY_HELLO}")
+    read = 'say "$(git config --get core.fsmonitor)"'
+    on_disk.agent.follow(f"{plant}; {read}; {SAY_HELLO}")
     on_disk.server.start(
         CODEBOT_SANDBOX="bwrap",
         CODEBOT_LAUNCHER=str(launcher),
         CODEBOT_LAUNCHER_STOP="true",
     )
-    on_disk.api.completed(on_disk.api.submit(test_command="true"))
+    task = on_disk.api.submit(test_command="true")
+    on_disk.api.completed(task)
+    assert f"agent: touch {marker}; :" in on_disk.api.messages(task)
     [config] = on_disk.server.work_dir.glob("task_*/home/.gitconfig")
     assert str(marker) in config.read_text()
     assert not marker.exists()
