@@ -1861,11 +1861,11 @@ class ForkingProgram:
             files = (stdin, stdout, stderr)
             process = self.start(directory, environment, files, args, code)
             try:
-                code = process.wait(30)
+                exit_code = process.wait(30)
             finally:
                 process.kill()
             return subprocess.CompletedProcess(
-                args, code, stdout.read_text(), stderr.read_text()
+                args, exit_code, stdout.read_text(), stderr.read_text()
             )
 
     def _read_reports(self) -> None:
@@ -3975,7 +3975,6 @@ class SandboxReport(NamedTuple):
 
     site: Site
     results: dict[str, str]
-    result: dict[str, Any]
 
 
 @pytest.fixture(scope="session")
@@ -4026,7 +4025,7 @@ def report(sandboxed_site: Site) -> SandboxReport:
     result = site.api.completed(site.api.submit("Look around"))
     report = Path(result["work_dir"], "report")
     results = {name: (report / name).read_text().strip() for name in PROBES}
-    return SandboxReport(site, results, result)
+    return SandboxReport(site, results)
 
 
 @needs_bwrap
