@@ -3593,18 +3593,20 @@ def use_account(host: Host, home: str) -> None:
     host.monkeypatch.setattr(pwd, "getpwuid", lambda uid: account)
 
 
-@pytest.mark.parametrize("home", ["home", "", "/", "/usr", "/etc"])
-def test_home_of_the_account_is_hidden_whatever_home_says(
+def test_home_of_the_account_is_hidden_beside_another_home(host: Host) -> None:
+    use_account(host, host.make("account"))
+    mounts = host.mounts()
+    assert mounts == ["HIDDEN account", "HIDDEN home", "HIDDEN work", *shown_of("work")]
+
+
+@pytest.mark.parametrize("home", ["", "/", "/usr", "/etc"])
+def test_home_of_the_account_is_hidden_if_home_names_no_home(
     host: Host, home: str
 ) -> None:
     own = host.make("account")
     use_account(host, own)
-    expected = {own}
-    if home == "home":
-        home = host.make("home")
-        expected.add(home)
     host.monkeypatch.setenv("HOME", home)
-    assert codebot.home_directories() == expected
+    assert codebot.home_directories() == {own}
     mounts = host.mounts(search_path=f"/usr/bin:{host.make('account/tools/bin')}")
     assert mounts[:2] == ["HIDDEN account", "READ_ONLY account/tools"]
 
