@@ -2361,6 +2361,17 @@ def program_tree() -> ast.Module:
     return ast.parse(PROGRAM.read_text())
 
 
+@functools.cache
+def program_functions() -> list[tuple[str, range]]:
+    """Return the functions of codebot.py by name, each with its lines."""
+    functions = []
+    for node in ast.walk(program_tree()):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno is not None
+            functions.append((node.name, range(node.lineno, node.end_lineno + 1)))
+    return functions
+
+
 def sections_by_line() -> list[int]:
     """Return the number of the section that each line of codebot.py is in."""
     numbers = []
@@ -2432,13 +2443,7 @@ def test_dangerous_thing_is_in_one_place(pattern: str, function: str) -> None:
     source = PROGRAM.read_text()
     [match] = re.finditer(pattern, source)
     line = source[: match.start()].count("\n") + 1
-    functions = []
-    for node in ast.walk(program_tree()):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno is not None
-            if node.lineno <= line <= node.end_lineno:
-                functions.append(node.name)
-    assert function in functions
+    assert function in [name for name, lines in program_functions() if line in lines]
 
 
 @pytest.mark.parametrize(
@@ -2463,13 +2468,7 @@ def test_every_exception_is_caught_in_three_places_only() -> None:
 
 
 def test_no_function_is_longer_than_45_lines() -> None:
-    long = []
-    for node in ast.walk(program_tree()):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno is not None
-            if node.end_lineno - node.lineno + 1 > 45:
-                long.append(node.name)
-    assert long == []
+    assert [name for name, lines in program_functions() if len(lines) > 45] == []
 
 
 @pytest.mark.skipif(sys.version_info < (3, 10), reason="it does not list its modules")
