@@ -5933,16 +5933,13 @@ def test_branch_is_found_among_many_whose_names_end_with_it(
     assert mirror.resolve_branch(repository, branch) == (branch or "main", commit)
 
 
-def test_shallow_remote_cannot_be_cloned(on_disk: Site) -> None:
-    on_disk.repository.commit({"second": "2\n"})
-    remote = on_disk.directory / "remote"
-    url = on_disk.repository.bare.as_uri()
-    run_command("git", "clone", "-q", "--depth", "1", url, remote)
-    on_disk.server.start(
-        "--no-github", GITHUB_APP_ID=None, GITHUB_APP_PRIVATE_KEY_PATH=None
-    )
-    task = on_disk.api.submit(repository_url=str(remote))
-    assert "is a shallow clone" in on_disk.api.failed(task, "clone_failed")
+def test_shallow_remote_cannot_be_cloned(local: LocalTask) -> None:
+    local.site.repository.commit({"second": "2\n"})
+    remote = local.site.repository.bare
+    whole = remote.rename(remote.with_name("whole.git"))
+    clone = ("git", "clone", "-q", "--bare", "--depth", "1")
+    run_command(*clone, whole.as_uri(), remote)
+    assert "is a shallow clone" in local.failure(SAY_HELLO, "clone_failed")
 
 
 def test_files_of_workspace_and_local_remote_have_the_umask_of_the_operator(
