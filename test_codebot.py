@@ -2318,6 +2318,11 @@ class LocalTask:
         assert self.run.job.commit_id == ""
         return codebot.redact(str(raised.value))
 
+    def messages(self) -> list[str]:
+        """Return the log as "source: message", as ApiClient does."""
+        events = self.run.store.events(self.run.job.id, 0)
+        return [f"{event.source}: {event.message}" for event in events]
+
     def git(self, *args: str) -> str:
         """Run git where the commit is."""
         return run_command("git", "-C", self.workspace.outbox.path, *args)
@@ -6516,16 +6521,19 @@ def test_events_keep_line_breaks_and_long_ones_are_truncated(shared: Site) -> No
     assert any(result["branch_name"] in m for m in pushed)
 
 
-def test_events_of_agent_are_limited(fresh: Site) -> None:
-    fresh.agent.follow(f"for i in $(seq 1 300); do say $i; done; {SAY_HELLO}")
-    fresh.server.start(limits={"MAX_OUTPUT_EVENTS": 50})
-    task = fresh.api.submit()
-    fresh.api.completed(task)
-    messages = fresh.api.messages(task)
-    assert len([m for m in messages if m.startswith("agent: ")]) == 50
-    assert any("omitted" in m for m in messages)
-    # What codebot itself logs is kept all the same.
-    assert "phase: pull_request" in messages
+def test_events_of_agent_are_limited(
+    local: LocalTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "MAX_OUTPUT_EVENTS", 5)
+    local.commit(f"for i in 1 2 3 4 5 6 7; do say $i; done; {SAY_HELLO}")
+    messages = local.messages()
+    agent = [message for message in messages if message.startswith("agent: ")]
+    assert agent == [
+        *(f"agent: {number}" for number in (1, 2, 3, 4)),
+        "agent: (further output omitted)",
+    ]
+    # What codebot itself logs then is kept all the same.
+    assert messages[messages.index(agent[-1]) + 1] == "codebot: No test command"
 
 
 def test_budget_covers_all_attempts_together(fresh: Site) -> None:
@@ -6696,15 +6704,12 @@ def test_long_output_of_tests_is_logged_to_its_end(shared: Site) -> None:
 
 
 def test_flood_of_output_of_tests_is_logged_with_its_beginning(
-    fresh: Site,
+    local: LocalTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits = {"MAX_OUTPUT_EVENTS": 5}
-    fresh.server.start(limits=limits, CODEBOT_TEST_ATTEMPTS="1")
-    fresh.agent.follow_each({"The tests failed": "touch fixed; result Fixed"})
+    monkeypatch.setattr(codebot, "MAX_OUTPUT_EVENTS", 5)
     command = "seq 10000 30000; test -e fixed"
-    task = fresh.api.submit(test_command=command)
-    fresh.api.completed(task)
-    messages = fresh.api.messages(task)
+    local.commit("[ $purpose = resume ] && touch fixed; echo >new; result", command)
+    messages = local.messages()
     for code in (1, 0):
         begin = messages.index(f"codebot: Test command: {command}")
         end = messages.index(f"codebot: Exit code {code}")
@@ -6842,14 +6847,16 @@ def test_test_may_make_the_whole_repository_read_only(
     assert repository.git("diff", "--name-only", "main", branch).split() == expected
 
 
-def test_test_counts_although_its_files_cannot_be_brought_back(fresh: Site) -> None:
-    limits = {"MIN_GIT_TIMEOUT": 0.5, "KILL_GRACE": 0.2}
-    fresh.server.start(limits=limits, CODEBOT_TASK_TIMEOUT="2")
+def test_test_counts_although_its_files_cannot_be_brought_back(
+    fresh: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "MIN_GIT_TIMEOUT", 0.5)
+    monkeypatch.setattr(codebot, "KILL_GRACE", 0.1)
     hang = "git config filter.x.smudge 'sleep 60'; mkdir -p .git/info"
     attributes = "echo '* filter=x' >.git/info/attributes"
-    task = fresh.api.submit(test_command=f"{hang}; {attributes}; rm hello.txt")
-    result = fresh.api.completed(task)
-    assert fresh.repository.show(result["branch_name"], "hello.txt") == "hello"
+    task = LocalTask(fresh, task_timeout=2)
+    task.commit(SAY_HELLO, f"{hang}; {attributes}; rm hello.txt")
+    assert task.show("hello.txt") == "hello"
 
 
 def test_new_file_outside_of_sparse_checkout_is_committed(local: LocalTask) -> None:
