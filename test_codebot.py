@@ -6561,12 +6561,11 @@ result
 
 
 def test_continued_session_has_neither_the_cost_nor_the_prompt_of_the_first_run(
-    shared: Site,
+    local: LocalTask,
 ) -> None:
-    shared.agent.follow(AGENT_WITH_SESSION)
-    task = shared.api.submit(test_command="grep good state")
-    assert shared.api.completed(task)["cost_usd"] == 0.5
-    messages = shared.api.messages(task)
+    job = local.commit(AGENT_WITH_SESSION, "grep good state")
+    assert job.cost_usd == 0.5
+    messages = local.messages()
     assert messages.count("agent: prompts: 0") == 2
     assert "agent: messages: 2" in messages
 
@@ -6612,8 +6611,9 @@ def test_job_fails_if_settings_in_the_home_cannot_be_removed(fresh: Site) -> Non
     assert len(fresh.agent.runs()) == 1
 
 
-def test_settings_that_a_test_leaves_do_not_reach_the_next_run(shared: Site) -> None:
-    shared.agent.follow(AGENT_WITH_SESSION)
+def test_settings_that_a_test_leaves_do_not_reach_the_next_run(
+    local: LocalTask,
+) -> None:
     command = """
         grep good state && exit
         cd "$HOME" && echo '{"env":{}}' >.claude.json
@@ -6622,10 +6622,9 @@ def test_settings_that_a_test_leaves_do_not_reach_the_next_run(shared: Site) -> 
         chmod 500 . .claude
         exit 1
     """
-    task = shared.api.submit(test_command=command)
-    shared.api.completed(task)
+    local.commit(AGENT_WITH_SESSION, command)
     files = "agent: files: .claude .claude/.[!.]* .claude/projects"
-    assert shared.api.messages(task).count(files) == 2
+    assert local.messages().count(files) == 2
 
 
 @pytest.mark.parametrize(
@@ -6689,18 +6688,17 @@ def test_summary_says_what_was_done_before_and_after_failed_tests(
     assert "> Said hello.\n>\n> Made the tests pass." in body
 
 
-def test_long_output_of_tests_is_logged_to_its_end(shared: Site) -> None:
-    task = shared.api.submit(test_command="seq 10000 14000")
-    shared.api.completed(task)
+def test_long_output_of_tests_is_logged_to_its_end(local: LocalTask) -> None:
+    local.commit(SAY_HELLO, "seq 10000 14000")
     output = []
-    for message in shared.api.messages(task):
+    for message in local.messages():
         source, _, text = message.partition(": ")
         if source == "test" or text.startswith("Exit code"):
             assert len(text) <= codebot.MAX_EVENT_CHARS
             output += text.split("\n")
     numbers = [str(number) for number in range(10000, 14001)]
     assert output == [*numbers, "Exit code 0"]
-    assert "codebot: Test command: seq 10000 14000" in shared.api.messages(task)
+    assert "codebot: Test command: seq 10000 14000" in local.messages()
 
 
 def test_flood_of_output_of_tests_is_logged_with_its_beginning(
