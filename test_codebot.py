@@ -4067,6 +4067,13 @@ def test_agent_in_bwrap_writes_nothing_outside(report: SandboxReport) -> None:
 
 
 @needs_bwrap
+def test_tmp_in_bwrap_is_that_of_the_workspace(report: SandboxReport) -> None:
+    assert report.results["write own directories"] == "fine"
+    files = report.site.server.work_dir.glob("task_*/tmp/x")
+    assert len([*files]) == 1
+
+
+@needs_bwrap
 def test_bwrap_loads_no_library_from_the_repository(on_disk: Site) -> None:
     library = {"libcap.so.2": "Not a library, but bwrap would try to load it."}
     repository = on_disk.github.create_repository("acme/hostile", library)
@@ -4486,6 +4493,17 @@ def test_program_in_bwrap_has_a_session_of_its_own(tmp_path: Path) -> None:
     # The ids of its processes are bwrap's own. That of another's session is shown as 0.
     result = codebot.Sandbox(config).probe("cut", "-d ", "-f6", "/proc/self/stat")
     assert int(result.stdout) > 0
+
+
+@needs_bwrap
+@pytest.mark.parametrize("kind", ["ipc", "pid"])
+def test_program_in_bwrap_has_a_namespace_of_its_own(tmp_path: Path, kind: str) -> None:
+    config = codebot.Config(search_path=os.environ["PATH"], work_dir=str(tmp_path))
+    link = f"/proc/self/ns/{kind}"
+    result = codebot.Sandbox(config).probe("readlink", link)
+    namespace = result.stdout
+    assert namespace.startswith(f"{kind}:")
+    assert namespace != os.readlink(link)
 
 
 @needs_bwrap
