@@ -4656,6 +4656,17 @@ def app_with(store: codebot.Store, **settings: Any) -> codebot.Codebot:
     return app
 
 
+def task_run(store: codebot.Store, **settings: Any) -> codebot.JobRun:
+    """Start a task and return its run."""
+    app = app_with(store, **settings)
+    return codebot.JobRun(app, store_task_in_state(store, "running"))
+
+
+def review_run(store: codebot.Store) -> codebot.JobRun:
+    """Start a review of a completed task's pull request and return its run."""
+    return codebot.JobRun(app_with(store), claim_review(store))
+
+
 @contextlib.contextmanager
 def other_program(store: codebot.Store) -> Iterator[sqlite3.Connection]:
     """Open the database as another program would."""
@@ -5032,7 +5043,7 @@ def test_error_of_a_step_decides_what_becomes_of_the_job(
             raise error
 
     monkeypatch.setattr(codebot, "run_task", steps)
-    run = codebot.JobRun(app_with(store), store_task_in_state(store, "running"))
+    run = task_run(store)
     ending = codebot.run_steps(run)
     assert (ending.status, ending.reason) == (status, reason)
     assert words in ending.error
@@ -5044,7 +5055,7 @@ def test_job_that_was_cancelled_before_its_steps_begin_does_not_begin(
     store: codebot.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(codebot, "run_task", lambda run: None)
-    run = codebot.JobRun(app_with(store), store_task_in_state(store, "running"))
+    run = task_run(store)
     assert codebot.run_steps(run).status == "completed"
     store.request_cancel(run.job.id)
     assert codebot.run_steps(run).reason == "cancelled"
@@ -5063,14 +5074,14 @@ def test_free_retry_of_interrupted_review_is_not_its_last(store: codebot.Store) 
 def test_finished_answer_is_posted_again_without_counting_interruptions(
     store: codebot.Store,
 ) -> None:
-    review = claim_review(store)
-    run = codebot.JobRun(app_with(store), review)
+    run = review_run(store)
     run.agent_ran_since_save = True
     run.save_work(answers={"conversation 1": "Yes."})
     ending = codebot.ending_after_transient_error(run, "502")
     codebot.store_ending(run, ending)
-    assert stored_job(store, review).status == "pending"
-    assert stored_job(store, review).interruptions == 0
+    review = stored_job(store, run.job)
+    assert review.status == "pending"
+    assert review.interruptions == 0
 
 
 @pytest.mark.parametrize(
@@ -5088,7 +5099,7 @@ def test_finished_answer_is_posted_again_without_counting_interruptions(
 def test_task_that_waited_too_long_fails_in_the_step_that_was_left(
     store: codebot.Store, progress: dict[str, Any], reason: str
 ) -> None:
-    run = codebot.JobRun(app_with(store), store_task_in_state(store, "running"))
+    run = task_run(store)
     run.job = dataclasses.replace(run.job, transient_since=1.0, **progress)
     assert codebot.ending_after_transient_error(run, "502").reason == reason
 
@@ -5097,7 +5108,7 @@ def test_task_that_waited_too_long_fails_in_the_step_that_was_left(
 def test_task_whose_push_got_no_response_may_have_been_pushed(
     store: codebot.Store, push_started: bool
 ) -> None:
-    run = codebot.JobRun(app_with(store), store_task_in_state(store, "running"))
+    run = task_run(store)
     run.job = dataclasses.replace(
         run.job,
         transient_since=1.0,
@@ -5124,7 +5135,7 @@ def test_task_whose_push_was_rejected_was_not_pushed(store: codebot.Store) -> No
 def test_reviewer_of_a_pushed_commit_is_told_so_if_the_answer_fails(
     store: codebot.Store,
 ) -> None:
-    run = codebot.JobRun(app_with(store), claim_review(store))
+    run = review_run(store)
     run.update(commit_id="c0ffee", is_pushed=True)
     codebot.store_failure(run, codebot.Ending("failed", "push_rejected", "502"))
     assert "c0ffee may have been pushed" in run.job.error
@@ -5133,7 +5144,7 @@ def test_reviewer_of_a_pushed_commit_is_told_so_if_the_answer_fails(
 def test_failed_review_says_once_that_its_commit_may_have_been_pushed(
     store: codebot.Store,
 ) -> None:
-    run = codebot.JobRun(app_with(store), claim_review(store))
+    run = review_run(store)
     pushed = {"phase": "clone", "commit_id": "c0ffee", "is_pushed": True}
     run.job = dataclasses.replace(run.job, transient_since=1.0, branch="b", **pushed)
     ending = codebot.ending_after_transient_error(run, "502")
@@ -5145,14 +5156,13 @@ def test_failed_review_says_once_that_its_commit_may_have_been_pushed(
 def test_failure_that_the_reviewer_is_to_be_told_survives_retries(
     store: codebot.Store,
 ) -> None:
-    review = claim_review(store)
-    run = codebot.JobRun(app_with(store), review)
+    run = review_run(store)
     failure = codebot.Ending("failed", "stalled", "No output")
     assert codebot.must_tell_reviewer(run, failure)
     codebot.store_failure(run, failure)
     assert not codebot.must_tell_reviewer(run, failure)
-    store.requeue(review.id)
-    again = claim(store, review.id)
+    store.requeue(run.job.id)
+    again = claim(store, run.job.id)
     assert (again.reason, again.error) == ("stalled", "No output")
 
 
@@ -5160,7 +5170,7 @@ def test_failure_that_the_reviewer_is_to_be_told_survives_retries(
 def test_cancelled_run_fails_as_cancelled_however_its_steps_end(
     store: codebot.Store, status: str
 ) -> None:
-    run = codebot.JobRun(app_with(store), store_task_in_state(store, "running"))
+    run = task_run(store)
     run.is_cancelled = True
     codebot.store_ending(run, codebot.Ending(status, "internal", "502"))
     task = stored_job(store, run.job)
@@ -5189,9 +5199,8 @@ def test_task_that_is_cancelled_while_its_retry_is_stored_does_not_wait_for_it(
 def test_commit_of_a_task_that_was_just_cancelled_is_not_pushed(
     store: codebot.Store, tmp_path: Path
 ) -> None:
-    app = app_with(store)
-    run = codebot.JobRun(app, store_task_in_state(store, "running"))
-    repository = codebot.parse_plain_remote(app.config, str(tmp_path / "remote.git"))
+    run = task_run(store)
+    repository = codebot.parse_plain_remote(run.config, str(tmp_path / "remote.git"))
     workspace = codebot.Workspace(run, repository, "task_1234567")
     store.request_cancel(run.job.id)
     with pytest.raises(codebot.Cancelled):
@@ -5869,8 +5878,7 @@ def test_agent_has_no_tool_that_fetches_and_no_text_but_its_prompt(
 def test_smaller_limit_of_turns_counts(
     store: codebot.Store, of_operator: str, of_question: str
 ) -> None:
-    app = app_with(store, max_turns=int(of_operator))
-    run = codebot.JobRun(app, store_task_in_state(store, "running"))
+    run = task_run(store, max_turns=int(of_operator))
     argv = codebot.agent_command(run, codebot.ANSWER_OPTIONS, "")
     assert argv[argv.index("--max-turns") + 1] == of_question
 
@@ -6660,7 +6668,7 @@ def test_settings_that_a_test_leaves_do_not_reach_the_next_run(
 def test_output_of_a_tool_becomes_an_event(
     store: codebot.Store, content: Any, text: str
 ) -> None:
-    agent_run = codebot.AgentRun(codebot.JobRun(app_with(store), claim_review(store)))
+    agent_run = codebot.AgentRun(review_run(store))
     for is_error in (False, True):
         block = {"type": "tool_result", "content": content, "is_error": is_error}
         agent_run.read_block("user", block)
@@ -8401,7 +8409,7 @@ def test_only_finished_work_waits_if_a_fetch_fails(
     store: codebot.Store, error: codebot.GitFailed
 ) -> None:
     message = re.escape(str(error))
-    run = codebot.JobRun(app_with(store), claim_review(store))
+    run = review_run(store)
     repository = codebot.Repository("https://git.acme.com/a", "a", "mirrors/a.git")
     workspace = codebot.Workspace(run, repository, "task_1234567")
     workspace.mirror = FailingMirror(run.config, "mirror", codebot.do_nothing)
@@ -8457,7 +8465,7 @@ def test_commit_waits_while_github_refuses_the_push(
 def test_commit_waits_until_the_host_can_log_in_again(
     store: codebot.Store, monkeypatch: pytest.MonkeyPatch, words: str
 ) -> None:
-    run = codebot.JobRun(app_with(store), claim_review(store))
+    run = review_run(store)
     repository = codebot.Repository("git@git.acme.com:a", "a", "mirrors/a.git")
     workspace = codebot.Workspace(run, repository, "task_1234567")
     failed = codebot.ProgramResult(128, "", words)
@@ -8984,7 +8992,7 @@ def test_result_that_a_full_disk_has_lost_is_no_failure(
 ) -> None:
     # The CLI exits with 0 then (tried).
     ended = codebot.ProgramResult(0, '{"type":"assistant"}', "")
-    agent_run = codebot.AgentRun(codebot.JobRun(app_with(store), claim_review(store)))
+    agent_run = codebot.AgentRun(review_run(store))
     with pytest.raises(codebot.JobFailed, match="The agent failed"):
         agent_run.raise_if_failed(ended)
     monkeypatch.setattr(codebot, "FULL_DISK_BYTES", 1 << 62)
@@ -10183,7 +10191,7 @@ def test_html_of_reviewer_cannot_hide_the_answer_after_it(
 
 
 def test_empty_answers_give_way_to_the_summary(store: codebot.Store) -> None:
-    run = codebot.JobRun(app_with(store), store_task_in_state(store, "running"))
+    run = task_run(store)
     run.update(summary="Because.")
     parts: Any = (None, None, [make_comment(1, "alice")])  # only comments are read
     review = codebot.Review(run, run.job, 1, *parts)
