@@ -5045,7 +5045,8 @@ def test_error_of_a_step_decides_what_becomes_of_the_job(
     monkeypatch.setattr(codebot, "run_task", steps)
     run = task_run(store)
     ending = codebot.run_steps(run)
-    assert (ending.status, ending.reason) == (status, reason)
+    assert ending.status == status
+    assert ending.reason == reason
     assert words in ending.error
     is_delayed = status == "pending" and not isinstance(error, codebot.StopRequested)
     assert (ending.not_before > time.time()) == is_delayed
@@ -5163,7 +5164,8 @@ def test_failure_that_the_reviewer_is_to_be_told_survives_retries(
     assert not codebot.must_tell_reviewer(run, failure)
     store.requeue(run.job.id)
     again = claim(store, run.job.id)
-    assert (again.reason, again.error) == ("stalled", "No output")
+    assert again.reason == "stalled"
+    assert again.error == "No output"
 
 
 @pytest.mark.parametrize("status", ["failed", "pending"])
@@ -5174,7 +5176,8 @@ def test_cancelled_run_fails_as_cancelled_however_its_steps_end(
     run.is_cancelled = True
     codebot.store_ending(run, codebot.Ending(status, "internal", "502"))
     task = stored_job(store, run.job)
-    assert (task.status, task.reason) == ("failed", "cancelled")
+    assert task.status == "failed"
+    assert task.reason == "cancelled"
 
 
 def test_task_that_is_cancelled_while_its_failure_is_stored_fails_as_cancelled(
@@ -5184,7 +5187,8 @@ def test_task_that_is_cancelled_while_its_failure_is_stored_fails_as_cancelled(
     store.request_cancel(task.id)  # after the run has looked whether it is cancelled
     store.finish(task, 1.0, "failed", "agent_failed", "The agent failed")
     task = stored_job(store, task)
-    assert (task.reason, task.error) == ("cancelled", "The task was cancelled")
+    assert task.reason == "cancelled"
+    assert task.error == "The task was cancelled"
 
 
 def test_task_that_is_cancelled_while_its_retry_is_stored_does_not_wait_for_it(
@@ -5515,7 +5519,9 @@ def locked_database(server: ServerProcess) -> Iterator[None]:
         db.execute("ROLLBACK")
 
 
-def test_locked_database_refuses_submits_and_delays_no_reader(fresh: Site) -> None:
+def test_locked_database_refuses_submits_but_neither_readers_nor_a_stop(
+    fresh: Site,
+) -> None:
     fresh.server.start(limits={"LOCK_TIMEOUT": 1.0})
     task = fresh.api.submit()
     fresh.api.completed(task)
@@ -5885,8 +5891,9 @@ def test_smaller_limit_of_turns_counts(
 
 def test_prompt_has_description_between_random_delimiters(shared: Site) -> None:
     text = "/help is no command here"
-    for _ in range(2):
-        shared.api.completed(shared.api.submit(text))
+    tasks = [shared.api.submit(text) for _ in range(2)]
+    for task in tasks:
+        shared.api.completed(task)
     prompts = [run.stdin for run in shared.agent.runs()]
     assert not prompts[0].startswith("/")
     lines = [prompt.split("\n") for prompt in prompts]
@@ -6702,7 +6709,7 @@ def test_failing_test_is_shown_to_agent_in_same_session(shared: Site) -> None:
 
 def test_delimiters_of_test_output_are_random(shared: Site) -> None:
     shared.agent.follow("echo >x; result")
-    tasks = [shared.api.submit(test_command="echo it failed; false") for _ in "12"]
+    tasks = [shared.api.submit(test_command="echo it failed; false") for _ in range(2)]
     for task in tasks:
         shared.api.failed(task, "tests_failed")
     prompts = [run.stdin.split("\n") for run in shared.agent.runs("resume")]
@@ -6992,17 +6999,12 @@ def test_commit_message_cannot_turn_off_continuous_integration(shared: Site) -> 
     branch = shared.api.completed(task)["branch_name"]
     message = shared.repository.git("log", "-1", "--format=%B", branch)
     assert message.startswith("(skip actions): Say hello (skip ci) (no_ci)\n")
-    assert (
-        "> Done (CI skip) (no ci) (skip_ci) ( ci-skip ) [the CI run](x) cells[ci] [skip]."
-        in message
-    )
+    shown = "(CI skip) (no ci) (skip_ci) ( ci-skip ) [the CI run](x) cells[ci] [skip]"
+    assert f"> Done {shown}." in message
     # A squash merge may make a commit's message of it.
     body = shared.repository.pulls[0]["body"]
     assert "> Say hello (skip ci) (no_ci)\n" in body
-    assert (
-        "> Done (CI skip) (no ci) (skip_ci) ( ci-skip ) [the CI run](x) cells[ci] [skip]."
-        in body
-    )
+    assert f"> Done {shown}." in body
     assert " (ci skip) | 1 +" in body
 
 
