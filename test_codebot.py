@@ -7857,14 +7857,19 @@ def test_pull_request_that_appears_late_is_found(fresh: Site) -> None:
     ("status", "value", "headers"),
     [
         (500, b"<html>", {}),
-        (503, b"", {"Retry-After": "1"}),
-        (429, {"message": "slow down"}, {"Retry-After": "1"}),
+        (503, b"", {"Retry-After": "0"}),
+        (429, {"message": "slow down"}, {"Retry-After": "0"}),
         (
             403,
             {"message": "You have exceeded a secondary rate limit"},
-            {"Retry-After": "1"},
+            {"Retry-After": "0"},
         ),
-        (403, {"message": "no more"}, {"X-RateLimit-Remaining": "0"}),
+        # The limit ended in 1970.
+        (
+            403,
+            {"message": "no more"},
+            {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "1"},
+        ),
         (401, {"message": "Bad credentials"}, {}),
     ],
 )
@@ -7875,9 +7880,7 @@ def test_temporary_error_of_github_is_retried(
     value: Any,
     headers: dict[str, str],
 ) -> None:
-    monkeypatch.setattr(codebot, "GITHUB_RETRY_DELAY", 0.1)
-    if "X-RateLimit-Remaining" in headers:
-        headers = {**headers, "X-RateLimit-Reset": str(int(time.time()))}
+    monkeypatch.setattr(codebot, "GITHUB_RETRY_DELAY", 0.01)
     fresh.repository.fail("GET ", status, value, headers)
     found = github_client(fresh).repository_by_name(fresh.repository.name)
     assert found.id == fresh.repository.id
