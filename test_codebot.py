@@ -8872,18 +8872,6 @@ def test_tasks_with_equal_digits_have_outboxes_of_their_own(shared: Site) -> Non
     assert Path(result["work_dir"]).parent.name == f"task_{digits[1:8]}"
 
 
-def test_pushed_task_continues_in_moved_work_dir_without_mirror(fresh: Site) -> None:
-    fresh.server.start()
-    task = submit_and_kill(fresh, fresh.repository.hold("POST /pulls"))
-    shutil.rmtree(fresh.server.work_dir / "mirrors")
-    moved = fresh.directory / "moved"
-    fresh.server.work_dir.rename(moved)
-    fresh.server.work_dir = moved
-    fresh.server.restart()
-    assert fresh.api.completed(task)["pr_number"] == 1
-    assert len(fresh.agent.runs()) == 1
-
-
 # --- The disk ----------------------------------------------------------------
 
 
