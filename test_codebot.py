@@ -11416,26 +11416,15 @@ def test_answer_that_github_refuses_fails_review(pull: Pull) -> None:
     assert "Traceback" not in pull.site.server.log()
 
 
-def test_refused_answer_holds_up_no_answer_in_another_thread(pull: Pull) -> None:
+def test_refused_answer_disowns_no_change_and_holds_up_no_other_answer(
+    pull: Pull,
+) -> None:
     pull.site.agent.follow(MAKE_CHANGE)
     pull.site.repository.fail("POST /pulls/1/comments/*/replies", 422)
     pull.site.person("alice").review("", "Say more", "Here, too")
     review = pull.review()
     assert review["status"] == "failed"
     assert "refused the answer" in review["error"]
-    assert review["commit"] == pull.tip()
-    assert pull.tip() in pull.answer()
-
-
-def test_change_that_was_pushed_is_not_disowned_when_an_answer_is_refused(
-    pull: Pull,
-) -> None:
-    pull.site.agent.follow(MAKE_CHANGE)
-    pattern = "POST /pulls/1/comments/*/replies"
-    pull.site.repository.fail(pattern, 403, NOT_ACCESSIBLE, always=True)
-    pull.site.person("alice").review("Say more", "Here")
-    review = pull.review()
-    assert review["status"] == "failed"
     assert review["commit"] == pull.tip()
     assert pull.tip() in pull.answer()
 
