@@ -9713,19 +9713,6 @@ def test_delivery_and_comment_are_handled_once(pull: Pull) -> None:
     assert len(pull.site.agent.runs("classify")) == 2
 
 
-def test_skipped_review_whose_agent_reports_no_cost_is_kept(pull: Pull) -> None:
-    pull.site.agent.follow(f"cost=null; classify change; block; {MAKE_CHANGE}")
-    pull.site.person("alice").inline("Say more")
-    pull.site.agent.wait_until_blocked()
-    pull.site.repository.pulls_by_number[1]["locked"] = True
-    pull.site.agent.release()
-    pull.site.server.wait_for_log("is skipped")
-    pull.site.repository.pulls_by_number[1]["locked"] = False
-    review = pull.review()
-    assert review["reason"] == "cancelled"
-    assert review["commit"] is None  # it was not pushed
-
-
 def test_comment_without_delivery_is_found_by_next_review(pull: Pull) -> None:
     pull.site.agent.follow("classify none")
     pull.site.person("bob").comment("The first", webhook=False)
@@ -10785,17 +10772,25 @@ def test_closing_ends_running_review_and_removes_workspace(shared: Site) -> None
     wait_for(lambda: not list(shared.server.work_dir.glob("trash_*")))
 
 
-def test_review_of_closed_pull_request_that_has_cost_something_is_kept(
-    shared: Site,
+@pytest.mark.parametrize("case", DROPPED)
+def test_change_is_not_pushed_if_codebot_may_no_longer_act(
+    shared: Site, case: str
 ) -> None:
-    pull = open_pull(shared, f"classify change; block; {MAKE_CHANGE}")
+    changes, reason = DROPPED[case]
+    pull = open_pull(shared, f"cost=null; classify change; block; {MAKE_CHANGE}")
     shared.person("alice").inline("Say more")
     shared.agent.wait_until_blocked()
-    shared.person("alice").close(webhook=False)
+    shared.repository.pulls_by_number[1].update(changes)
     shared.agent.release()
-    assert pull.review()["reason"] == "cancelled"
+    # The review is kept, because the agent has worked, although it reports no cost.
+    review = pull.review()
+    assert review["reason"] == "cancelled"
+    assert reason in review["error"]
+    assert review["commit"] is None
     assert pull.answers() == []
     assert pull.tip() == pull.commit
+    state = "open" if case == "locked" else case
+    wait_for(lambda: pull_state(pull) == state)
 
 
 # The agent cannot resume a conversation that its home directory does not have, or that
@@ -10887,18 +10882,6 @@ def test_start_keeps_the_conversation_of_those_who_wrote_meanwhile(fresh: Site) 
     fresh.server.restart()
     assert pull.review()["commit"] == pull.tip()
     assert (pull.workspace / "home" / "conversation").exists()
-
-
-def test_pull_request_merged_meanwhile_gets_no_push(shared: Site) -> None:
-    pull = open_pull(shared, f"classify change; block; {MAKE_CHANGE}")
-    shared.person("alice").inline("Say more")
-    shared.agent.wait_until_blocked()
-    shared.person("alice").merge(webhook=False)
-    shared.agent.release()
-    pull.wait_until_dropped()
-    wait_for(lambda: pull_state(pull) == "merged")
-    assert pull.answers() == []
-    assert pull.tip() == pull.commit
 
 
 def test_renamed_repository_keeps_working(shared: Site) -> None:
