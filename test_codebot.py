@@ -11281,10 +11281,12 @@ def test_failure_is_reported_in_the_thread(pull: Pull, case: str) -> None:
 
 
 @pytest.mark.parametrize("step", ["answer", "locked"])
-def test_log_has_the_failure_also_if_nobody_can_be_told(pull: Pull, step: str) -> None:
+def test_failed_review_and_its_log_are_kept_if_nobody_can_be_told(
+    pull: Pull, step: str
+) -> None:
     old = len(pull.site.api.messages(pull.task))
     locked = {**pull.site.repository.pull_json(1), "locked": True}
-    pull.site.agent.follow("classify change; block; exit 3")
+    pull.site.agent.follow("block; exit 3")  # it neither classifies nor tells its cost
     pull.site.person("alice").inline("Say more")
     pull.site.agent.wait_until_blocked()
     if step == "answer":
@@ -11297,17 +11299,6 @@ def test_log_has_the_failure_also_if_nobody_can_be_told(pull: Pull, step: str) -
     failures = [m for m in log if m.startswith("codebot: Failed (")]
     assert len(failures) == 2  # what went wrong, and why nobody was told
     assert failures[0].startswith("codebot: Failed (agent_failed): ")
-
-
-def test_failed_review_is_kept_if_nobody_can_be_told(pull: Pull) -> None:
-    locked = {**pull.site.repository.pull_json(1), "locked": True}
-    pull.site.agent.follow("block; exit 3")  # it does not tell its cost
-    pull.site.person("alice").inline("Say more")
-    pull.site.agent.wait_until_blocked()
-    pull.site.repository.fail("GET /pulls/1", 200, locked)
-    pull.site.agent.release()
-    pull.wait_until_dropped()
-    assert pull.states() == ["failed"]
 
 
 def test_failure_is_reported_before_the_next_review_runs(fresh: Site) -> None:
