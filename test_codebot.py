@@ -8846,30 +8846,24 @@ def test_cancelled_pending_task_never_starts(fresh: Site) -> None:
     assert not [run for run in fresh.agent.runs() if "Second" in run.stdin]
 
 
-def test_directory_that_exists_is_not_used(shared: Site) -> None:
-    hold = shared.repository.hold("GET *")
-    task = shared.api.submit("Say hello")
-    hold.wait()
-    taken = shared.server.work_dir / f"task_{task[:7]}"
-    taken.mkdir()
-    hold.release()
-    result = shared.api.completed(task)
-    digits = task.replace("-", "")[1:8]
-    assert Path(result["work_dir"]).parent.name == f"task_{digits}"
-    assert result["branch_name"] == f"u/codebot/{digits}/say-hello"
-    assert list(taken.iterdir()) == []
-
-
-def test_tasks_with_equal_digits_have_outboxes_of_their_own(shared: Site) -> None:
+@pytest.mark.parametrize("directory", ["task_{}", "task_AB-1_{}"])
+def test_digits_of_a_directory_that_exists_are_not_used(
+    shared: Site, directory: str
+) -> None:
     hold = shared.repository.hold("GET *")
     task = shared.api.submit("Say hello")
     hold.wait()
     digits = task.replace("-", "")
-    taken = shared.server.work_dir / f"task_AB-1_{digits[:7]}"
+    taken = shared.server.work_dir / directory.format(digits[:7])
     taken.mkdir()
     hold.release()
     result = shared.api.completed(task)
-    assert Path(result["work_dir"]).parent.name == f"task_{digits[1:8]}"
+    # The next seven: the name of an outbox has nothing but the digits.
+    name = digits[1:8]
+    assert Path(result["work_dir"]).parent.name == f"task_{name}"
+    assert result["branch_name"] == f"u/codebot/{name}/say-hello"
+    assert (shared.server.work_dir / f"outbox_{name}.git").exists()
+    assert list(taken.iterdir()) == []
 
 
 # --- The disk ----------------------------------------------------------------
