@@ -12282,23 +12282,12 @@ def test_label_put_on_again_makes_new_task(shared: Site) -> None:
     assert len(shared.repository.pulls) == 1
 
 
-def test_repository_that_cannot_be_asked_does_not_hide_issues_of_others(
-    fresh: Site,
-) -> None:
-    other = fresh.github.create_repository("acme/other")
-    fresh.repository.fail("GET /issues", 502, always=True)
-    fresh.repository = other
-    fresh.api.repository = other
-    issue = open_issue(fresh)
-    fresh.person("alice").label(issue.number, webhook=False)
-    fresh.server.start(limits={"GITHUB_ATTEMPTS": 1})
-    fresh.api.completed(issue.task())
-
-
-def test_repository_of_unknown_shape_does_not_hide_issues_of_others(
+def test_repositories_that_cannot_be_read_do_not_hide_issues_of_others(
     fresh: Site,
 ) -> None:
     fresh.github.create_repository("acme/no name")
+    down = fresh.github.create_repository("acme/down")
+    down.fail("GET /issues*", 502, always=True)
     odd = fresh.github.create_repository("acme/odd")
     odd.fail("GET /issues*", 200, [{"title": "without a number"}], always=True)
     other = fresh.github.create_repository("acme/other")
@@ -12306,7 +12295,7 @@ def test_repository_of_unknown_shape_does_not_hide_issues_of_others(
     fresh.api.repository = other
     issue = open_issue(fresh)
     fresh.person("alice").label(issue.number, webhook=False)
-    fresh.server.start()
+    fresh.server.start(limits={"GITHUB_ATTEMPTS": 1})
     fresh.api.completed(issue.task())
 
 
