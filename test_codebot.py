@@ -7946,9 +7946,13 @@ def test_task_fails_when_github_refuses_its_pull_request(shared: Site) -> None:
 
 
 def test_redirect_to_another_host_is_not_followed(shared: Site) -> None:
-    location = {"Location": "http://localhost:1/elsewhere"}
+    # The same server under another name, so that to follow it would work.
+    url = shared.github.url.replace("127.0.0.1", "localhost")
+    location = {"Location": f"{url}/repositories/{shared.repository.id}/pulls"}
     shared.repository.fail("POST /pulls", 307, {}, location)
-    shared.api.failed(shared.api.submit(), "pull_request_failed")
+    error = shared.api.failed(shared.api.submit(), "pull_request_failed")
+    assert f"GitHub redirected to another host: {url}" in error
+    assert shared.repository.pulls == []
 
 
 def test_redirect_on_same_host_keeps_method_and_body(shared: Site) -> None:
