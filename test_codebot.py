@@ -7482,7 +7482,9 @@ def test_secrets_are_redacted_from_failed_tasks(shared: Site) -> None:
     ]
     for task in shared.api.submit_each(plans):
         status = shared.api.wait_end(task)
+        assert status["status"] == "failed"
         text = json.dumps(status) + "\n".join(shared.api.messages(task))
+        assert "***" in text
         for secret in [*shared.server.secrets(), MODEL_KEY]:
             assert secret not in text
 
