@@ -10946,16 +10946,7 @@ def test_earlier_answer_is_looked_for_only_since_its_comment(pull: Pull) -> None
     assert pull.site.repository.count(pattern) == 1
 
 
-def test_retries_of_a_review_add_no_reactions_again(pull: Pull) -> None:
-    pull.site.repository.fail("GET /info/refs*", 503, always=True)
-    pull.site.person("alice").review("", *["Why?"] * 5)
-    pull.site.server.wait_for_log("retrying later", 4)
-    pull.site.github.reset_faults()
-    pull.review()
-    assert pull.site.repository.count("POST /pulls/comments/*/reactions") == 5
-
-
-def test_reactions_are_added_once_although_the_launcher_fails(fresh: Site) -> None:
+def test_retries_of_a_review_add_no_reactions_again(fresh: Site) -> None:
     launcher = write_script(
         fresh.directory / "launch", '[ -e "$0.down" ] && exit 1\nexec "$@"'
     )
@@ -10967,9 +10958,12 @@ def test_reactions_are_added_once_although_the_launcher_fails(fresh: Site) -> No
     pull = open_pull(fresh)
     down = fresh.directory / "launch.down"
     down.touch()
+    fresh.repository.fail("GET /info/refs*", 503, always=True)
     fresh.person("alice").review("", *["Why?"] * 5)
-    fresh.server.wait_for_log("retrying later", 4)
+    fresh.server.wait_for_log("retrying later", 2)  # before it is classified
     down.unlink()
+    fresh.server.wait_for_log("error: 503", 2)  # and after
+    fresh.github.reset_faults()
     pull.review()
     assert fresh.repository.count("POST /pulls/comments/*/reactions") == 5
 
