@@ -7873,6 +7873,7 @@ def test_pull_request_that_appears_late_is_found(fresh: Site) -> None:
             {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "1"},
         ),
         (401, {"message": "Bad credentials"}, {}),
+        pytest.param(200, b"[" * 200_000, {}, id="nested too deeply"),
     ],
 )
 def test_temporary_error_of_github_is_retried(
@@ -7925,6 +7926,7 @@ def test_pull_request_is_opened_after_temporary_error(
         (403, {"message": "Resource not accessible by integration"}, "not accessible"),
         (404, b"<html>no", "404"),
         (410, {"message": "Gone"}, "Gone"),
+        pytest.param(404, b"[" * 200_000, "404", id="nested too deeply"),
     ],
 )
 def test_refusal_of_github_is_final(
@@ -8265,17 +8267,6 @@ def test_job_does_not_wait_for_ever(
         github.call("/app", codebot.AS_APP)
     assert raised.value.retry_at <= time.time() + 86400
     assert github.silent_until <= time.time() + 86400
-
-
-@pytest.mark.parametrize("status", [200, 404])
-def test_response_that_is_nested_too_deeply_is_an_error(
-    shared: Site, status: int
-) -> None:
-    shared.repository.fail("GET /pulls*", status, b"[" * 200_000)
-    task = shared.api.submit()
-    ends = {200: ("completed", None), 404: ("failed", "pull_request_failed")}
-    end = shared.api.wait_end(task)
-    assert (end["status"], end.get("reason")) == ends[status]
 
 
 def test_impossible_date_of_github_is_ignored() -> None:
