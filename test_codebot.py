@@ -11721,13 +11721,13 @@ class LabelledIssue:
         [run] = self.site.agent.runs("task")
         return run.stdin
 
-    def announce(self, login: str = "alice", action: str = "labeled") -> Response:
+    def announce(self, login: str = "alice", guid: str = "") -> Response:
         """Deliver a label event by hand. ``login`` is only what the payload says."""
         sender = self.site.person(login)
         issue = self.site.repository.issues[self.number]
         label = {"name": "codebot"}
-        payload = sender.payload(action, issue=issue, label=label)
-        return self.site.github.deliver("issues", payload)
+        payload = sender.payload("labeled", issue=issue, label=label)
+        return self.site.github.deliver("issues", payload, guid)
 
     def look(self) -> None:
         """Announce the label, and wait until codebot asks for the issue's events."""
@@ -12037,18 +12037,14 @@ def test_label_put_on_and_taken_off_at_once_is_ignored(shared: Site) -> None:
 def test_delivery_that_is_sent_again_is_looked_at_again(shared: Site) -> None:
     shared.agent.follow(GIVE_UP)
     issue = open_issue(shared)
-    alice = shared.person("alice")
-    alice.label(issue.number, webhook=False)
-    label = {"name": "codebot"}
-    data = shared.repository.issues[issue.number]
-    payload = alice.payload("labeled", issue=data, label=label)
+    shared.person("alice").label(issue.number, webhook=False)
     events = f"GET /issues/{issue.number}/events*"
     shared.repository.fail(events, 403, always=True)
     guid = str(uuid.uuid4())
-    shared.github.deliver("issues", payload, guid)
+    issue.announce(guid=guid)
     shared.server.wait_for_log("was refused by GitHub", 2)
     shared.github.reset_faults()  # the operator has given the App the permission
-    assert shared.github.deliver("issues", payload, guid).status == 200
+    assert issue.announce(guid=guid).status == 200
     issue.task()
 
 
