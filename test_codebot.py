@@ -7596,11 +7596,21 @@ def test_git_waits_for_the_network_but_not_for_what_stays_wrong(
         directory.git_with_token("", "push")
 
 
-def test_fault_of_the_remote_itself_is_no_refusal() -> None:
-    for line in ("Internal Server Error", "commit_refs", "unpacker error"):
-        text = f" ! [remote rejected] main -> main ({line})"
-        assert not codebot.REJECTED_RE.search(f"first\n{text}\nlast")
-    assert codebot.REJECTED_RE.search("first\n ! [remote rejected] a -> a (no)\nlast")
+@pytest.mark.parametrize(
+    ("reason", "is_refusal"),
+    [
+        ("no", True),
+        ("Internal Server Error", False),
+        ("commit_refs", False),
+        ("unpacker error", False),
+    ],
+)
+def test_fault_of_the_remote_itself_is_no_refusal(
+    reason: str, is_refusal: bool
+) -> None:
+    line = f" ! [remote rejected] main -> main ({reason})"
+    match = codebot.REJECTED_RE.search(f"first\n{line}\nlast")
+    assert (match is not None) == is_refusal
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 502 Bad Gateway\r\n\r\n"])
