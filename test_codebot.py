@@ -315,6 +315,11 @@ class Faulty(abc.ABC):
         return hold
 
 
+# Requests that many tests let wait or fail (REPLIES: to comments on a line).
+FETCH_BEGINS = "GET /info/refs?service=git-upload-pack"
+PUSH_BEGINS = "GET /info/refs?service=git-receive-pack"
+REPLIES = "POST /pulls/1/comments/*/replies"
+
 ROUTES: list[tuple[str, re.Pattern[str], Sequence[str], Callable[..., Reply]]] = []
 Handler = TypeVar("Handler", bound=Callable[..., Reply])
 
@@ -7740,7 +7745,7 @@ def test_scripts_in_the_workspace_run_git_with_their_options(tmp_path: Path) -> 
 
 
 def test_no_secret_is_on_a_command_line(shared: Site) -> None:
-    steps = ("GET /info/refs?service=git-upload-pack", "POST /git-receive-pack")
+    steps = (FETCH_BEGINS, "POST /git-receive-pack")
     fetch, push = [shared.repository.hold(step) for step in steps]
     url = f"{shared.repository.url}.git"
     shared.agent.follow(f"block; {SAY_HELLO}")
@@ -7784,9 +7789,9 @@ def test_tokens_are_for_one_repository_and_few_permissions(shared: Site) -> None
 @pytest.mark.parametrize(
     "pattern",
     [
-        "GET /info/refs?service=git-upload-pack",
+        FETCH_BEGINS,
         "POST /git-upload-pack",
-        "GET /info/refs?service=git-receive-pack",
+        PUSH_BEGINS,
         "POST /git-receive-pack",
         "POST /pulls",
     ],
@@ -7977,7 +7982,7 @@ def test_redirect_on_same_host_keeps_method_and_body(shared: Site) -> None:
 
 OUTAGES = {
     "look-up": "GET *",
-    "clone": "GET /info/refs?service=git-upload-pack",
+    "clone": FETCH_BEGINS,
     "fetch": "POST /git-upload-pack",
     "push": "POST /git-receive-pack",
     "pull request": "POST /pulls",
@@ -8068,8 +8073,7 @@ def test_opened_pull_request_is_found_although_nothing_can_be_fetched(
         (mirror_of(fresh, fresh.repository.name) / "HEAD").write_text("")
     else:
         shutil.rmtree(fresh.server.work_dir / "mirrors")
-        fetch = "GET /info/refs?service=git-upload-pack"
-        fresh.repository.fail(fetch, 404, always=True)
+        fresh.repository.fail(FETCH_BEGINS, 404, always=True)
     fresh.server.restart()
     assert fresh.api.completed(task)["pr_number"] == 1
 
@@ -8372,9 +8376,6 @@ def test_openssl_that_hangs_is_tried_again(
         github.sign_jwt()
 
 
-PUSH_BEGINS = "GET /info/refs?service=git-receive-pack"
-
-
 def test_push_that_hangs_is_tried_again(
     local: LocalTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -8521,7 +8522,7 @@ def test_outage_during_first_task_costs_no_run_of_the_agent(fresh: Site) -> None
 def test_outage_before_the_agent_ran_does_not_shorten_the_next_one(
     shared: Site,
 ) -> None:
-    shared.repository.fail("GET /info/refs?service=git-upload-pack", 503, b"")
+    shared.repository.fail(FETCH_BEGINS, 503, b"")
     shared.agent.follow(f"block; {SAY_HELLO}")
     task = shared.api.submit()
     shared.agent.wait_until_blocked()
@@ -8589,7 +8590,7 @@ def test_redirect_of_git_does_not_lead_past_allowed_list(fresh: Site) -> None:
 # --- Stop, crash, cancel, retry ----------------------------------------------
 
 CRASH_STEPS = {
-    "look-up": ("before", "GET /info/refs?service=git-upload-pack"),
+    "look-up": ("before", FETCH_BEGINS),
     "branches": ("after", "POST /git-upload-pack"),
     "fetch": ("fetch", "POST /git-upload-pack"),
     "agent": ("plan", "block agent; echo hello >hello.txt; result"),
@@ -10277,9 +10278,8 @@ def test_change_waits_while_github_refuses_git(pull: Pull) -> None:
     pull.site.agent.follow(f"[ $purpose = classify ] || block; {MAKE_CHANGE}")
     pull.site.person("alice").inline("Say more")
     pull.site.agent.wait_until_blocked()
-    fetch = "GET /info/refs?service=git-upload-pack"
     for _ in range(2):  # the second time with a new token
-        pull.site.repository.fail(fetch, 403, b"Your account is suspended.")
+        pull.site.repository.fail(FETCH_BEGINS, 403, b"Your account is suspended.")
     pull.site.agent.release()
     assert pull.review()["status"] == "completed"
     assert len(pull.site.agent.runs("change")) == 1
@@ -10618,10 +10618,9 @@ def test_pushed_change_that_is_removed_before_its_answer_does_not_come_back(
 ) -> None:
     pull.site.agent.follow(MAKE_CHANGE)
     before = pull.tip()
-    answers = "POST /pulls/1/comments/*/replies"
-    pull.site.repository.fail(answers, always=True)
+    pull.site.repository.fail(REPLIES, always=True)
     pull.site.person("alice").inline("Say more")
-    wait_for(lambda: pull.site.repository.count(answers))
+    wait_for(lambda: pull.site.repository.count(REPLIES))
     pull.site.repository.git("update-ref", f"refs/heads/{pull.branch}", before)
     pull.site.server.wait_for_log("retrying later")
     pull.site.github.reset_faults()
@@ -10633,7 +10632,7 @@ def test_pushed_change_that_is_removed_before_its_answer_does_not_come_back(
 
 def test_pushed_review_does_not_need_its_outbox(shared: Site) -> None:
     pull = open_pull(shared, MAKE_CHANGE)
-    shared.repository.fail("POST /pulls/1/comments/*/replies", 503, always=True)
+    shared.repository.fail(REPLIES, 503, always=True)
     shared.person("alice").inline("Say more")
     shared.server.wait_for_log("retrying later", 2)
     tip = pull.tip()
@@ -10925,7 +10924,7 @@ def test_lost_answers_of_github_double_nothing(pull: Pull) -> None:
     patterns = [
         "POST /pulls/comments/*/reactions",
         "POST /git-receive-pack",
-        "POST /pulls/1/comments/*/replies",
+        REPLIES,
         "POST /issues/1/comments",
     ]
     for pattern in patterns:
@@ -11146,9 +11145,9 @@ def test_second_look_is_not_lost_to_one_that_waits(
 
 REVIEW_OUTAGES = [
     "GET /collaborators/*",
-    "GET /info/refs?service=git-upload-pack",
-    "GET /info/refs?service=git-receive-pack",
-    "POST /pulls/1/comments/*/replies",
+    FETCH_BEGINS,
+    PUSH_BEGINS,
+    REPLIES,
 ]
 
 
@@ -11205,14 +11204,13 @@ def test_finished_review_is_published_in_spite_of_interruptions(fresh: Site) -> 
     limits = {"RETRY_DELAY": 0.2, "GITHUB_ATTEMPTS": 1, "MAX_INTERRUPTIONS": 2}
     fresh.server.start(limits=limits)
     pull = open_pull(fresh, f"block; {MAKE_CHANGE}")
-    replies = "POST /pulls/1/comments/*/replies"
-    fresh.repository.fail(replies, 503, b"", always=True)
+    fresh.repository.fail(REPLIES, 503, b"", always=True)
     fresh.person("alice").inline("Say more")
     fresh.agent.wait_until_blocked()
     fresh.server.kill()
     fresh.server.restart()
     fresh.agent.release()
-    wait_for(lambda: fresh.repository.count(replies))
+    wait_for(lambda: fresh.repository.count(REPLIES))
     fresh.server.kill()
     fresh.github.reset_faults()
     fresh.server.restart()
@@ -11225,7 +11223,7 @@ def test_failure_says_that_the_commit_of_the_review_may_have_been_pushed(
 ) -> None:
     fresh.server.start(limits={"MAX_INTERRUPTIONS": 1})
     pull = open_pull(fresh, MAKE_CHANGE)
-    hold = fresh.repository.hold("POST /pulls/1/comments/*/replies")
+    hold = fresh.repository.hold(REPLIES)
     fresh.person("alice").inline("Say more")
     hold.wait()
     fresh.server.kill()
@@ -11285,7 +11283,7 @@ def test_failed_review_and_its_log_are_kept_if_nobody_can_be_told(
     pull.site.person("alice").inline("Say more")
     pull.site.agent.wait_until_blocked()
     if step == "answer":
-        pull.site.repository.fail("POST /pulls/1/comments/*/replies", 422)
+        pull.site.repository.fail(REPLIES, 422)
     else:
         pull.site.repository.fail("GET /pulls/1", 200, locked)
     pull.site.agent.release()
@@ -11339,9 +11337,7 @@ def test_rejected_push_of_review_is_reported_in_words_of_remote(pull: Pull) -> N
     assert last == "codebot: Review failed (push_rejected)"
 
 
-@pytest.mark.parametrize(
-    "pattern", ["GET /pulls/1/comments*", "POST /pulls/1/comments/*/replies"]
-)
+@pytest.mark.parametrize("pattern", ["GET /pulls/1/comments*", REPLIES])
 def test_review_waits_while_app_is_refused(pull: Pull, pattern: str) -> None:
     for _ in range(2):
         pull.site.repository.fail(pattern, 401, {"message": "Bad credentials"})
@@ -11369,15 +11365,14 @@ def test_answer_that_comes_too_quickly_for_github_is_posted_later(
     pull: Pull, error: Any
 ) -> None:
     refusal = validation_failed(error)
-    pull.site.repository.fail("POST /pulls/1/comments/*/replies", 422, refusal)
+    pull.site.repository.fail(REPLIES, 422, refusal)
     comment = pull.site.person("alice").inline("Why?")
     assert pull.review()["status"] == "completed"
     assert pull.reply(comment)
 
 
 def test_answer_that_github_refuses_fails_review(pull: Pull) -> None:
-    pattern = "POST /pulls/1/comments/*/replies"
-    pull.site.repository.fail(pattern, 403, NOT_ACCESSIBLE, always=True)
+    pull.site.repository.fail(REPLIES, 403, NOT_ACCESSIBLE, always=True)
     pull.site.person("alice").inline("Why?")
     review = pull.review()
     assert review["status"] == "failed"
@@ -11389,7 +11384,7 @@ def test_refused_answer_disowns_no_change_and_holds_up_no_other_answer(
     pull: Pull,
 ) -> None:
     pull.site.agent.follow(MAKE_CHANGE)
-    pull.site.repository.fail("POST /pulls/1/comments/*/replies", 422)
+    pull.site.repository.fail(REPLIES, 422)
     pull.site.person("alice").review("", "Say more", "Here, too")
     review = pull.review()
     assert review["status"] == "failed"
@@ -11428,8 +11423,8 @@ REVIEW_CRASH_STEPS = {
     "agent": ("plan", "classify change; block agent"),
     "push": ("before", "POST /git-receive-pack"),
     "pushed": ("after", "POST /git-receive-pack"),
-    "answered": ("after", "POST /pulls/1/comments/*/replies"),
-    "question answered": ("after", "POST /pulls/1/comments/*/replies"),
+    "answered": ("after", REPLIES),
+    "question answered": ("after", REPLIES),
 }
 
 
@@ -11606,10 +11601,9 @@ def test_finished_answer_waits_if_github_refuses_to_list_the_comments(
     refuse = functools.partial(
         pull.site.repository.fail, "GET /pulls/1/comments*", 403, NOT_ACCESSIBLE
     )
-    replies = "POST /pulls/1/comments/*/replies"
     unavailable = Reply(503, {"message": "Service Unavailable"})
     for before in (codebot.do_nothing, refuse):  # both attempts of the first run
-        pull.site.repository.add_fault(Fault(replies, before=before, reply=unavailable))
+        pull.site.repository.add_fault(Fault(REPLIES, before=before, reply=unavailable))
     pull.site.person("alice").inline("Why?")
     assert pull.review()["status"] == "completed"
     assert len(pull.answers()) == 1
