@@ -9497,6 +9497,10 @@ class Pull:
     def tip(self) -> str:
         return self.site.repository.git("rev-parse", self.branch)
 
+    def move_branch(self, commit: str) -> None:
+        """Let others force the branch to a commit."""
+        self.site.repository.git("update-ref", f"refs/heads/{self.branch}", commit)
+
     def log(self, count: int) -> list[str]:
         """Return the subjects of the last commits of the branch."""
         log = self.site.repository.git("log", f"-{count}", "--format=%s", self.branch)
@@ -10599,12 +10603,8 @@ def test_push_by_others_right_after_ours_does_no_harm(pull: Pull) -> None:
 
 def test_push_that_others_forestall_again_and_again_fails_review(pull: Pull) -> None:
     pull.site.agent.follow(MAKE_CHANGE)
-
-    def push() -> None:
-        pull.site.repository.commit({"busy": f"{uuid.uuid4()}\n"}, pull.branch)
-
     for _ in range(3):
-        pull.site.repository.before(PUSH_BEGINS, push)
+        let_others_push_first(pull, {"busy": f"{uuid.uuid4()}\n"})
     pull.site.person("alice").inline("Say more")
     review = pull.review()
     assert review["status"] == "failed"
@@ -10621,7 +10621,7 @@ def test_pushed_change_that_is_removed_before_its_answer_does_not_come_back(
     pull.site.repository.fail(REPLIES, always=True)
     pull.site.person("alice").inline("Say more")
     wait_for(lambda: pull.site.repository.count(REPLIES))
-    pull.site.repository.git("update-ref", f"refs/heads/{pull.branch}", before)
+    pull.move_branch(before)
     pull.site.server.wait_for_log("retrying later")
     pull.site.github.reset_faults()
     review = pull.review()
@@ -10650,7 +10650,7 @@ def test_removed_commits_do_not_come_back(pull: Pull) -> None:
     pull.site.agent.follow(f"classify change; block; {MAKE_CHANGE}")
     pull.site.person("alice").inline("Say more")
     pull.site.agent.wait_until_blocked()
-    pull.site.repository.git("update-ref", f"refs/heads/{pull.branch}", before)
+    pull.move_branch(before)
     pull.site.agent.release()
     review = pull.review()
     assert review["status"] == "failed"
@@ -10676,7 +10676,7 @@ def test_change_on_top_is_not_pushed_after_what_happened_during_its_test(
     shared.person("alice").inline("Say more")
     shared.agent.wait_until_blocked("test")
     if event == "removed":
-        shared.repository.git("update-ref", f"refs/heads/{pull.branch}", pull.commit)
+        pull.move_branch(pull.commit)
     else:
         shared.person("alice").close(webhook=False)
     tip = pull.tip()
@@ -10687,11 +10687,7 @@ def test_change_on_top_is_not_pushed_after_what_happened_during_its_test(
 
 def test_pushed_change_that_is_removed_again_is_not_claimed(pull: Pull) -> None:
     pull.site.agent.follow(MAKE_CHANGE)
-    before = pull.tip()
-
-    def remove() -> None:
-        pull.site.repository.git("update-ref", f"refs/heads/{pull.branch}", before)
-
+    remove = functools.partial(pull.move_branch, pull.tip())
     pull.site.repository.after("POST /git-receive-pack", remove)
     pull.site.person("alice").inline("Say more")
     review = pull.review()
@@ -10705,7 +10701,7 @@ def test_deleted_branch_fails_review(pull: Pull) -> None:
     pull.site.repository.git("update-ref", "-d", f"refs/heads/{pull.branch}")
     pull.site.person("alice").inline("Why?")
     review = pull.review()
-    pull.site.repository.git("update-ref", f"refs/heads/{pull.branch}", tip)
+    pull.move_branch(tip)
     assert review["status"] == "failed"
     assert pull.branch in pull.answer()
 
