@@ -7855,9 +7855,12 @@ def test_pull_request_is_codebots_only_if_its_branch_is(
     assert found == (entry if is_found else None)
 
 
-def test_pull_request_that_appears_late_is_found(fresh: Site) -> None:
+def test_pull_request_that_appears_late_is_found(
+    fresh: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The first request takes effect after the look that comes before the second one.
-    fresh.server.start(limits={"GITHUB_TIMEOUT": 1.0})
+    monkeypatch.setattr(codebot, "GITHUB_TIMEOUT", 0.5)
+    monkeypatch.setattr(codebot, "GITHUB_RETRY_DELAY", 0.01)
     hold = fresh.repository.hold("POST /pulls")
 
     def let_first_go() -> None:
@@ -7865,8 +7868,11 @@ def test_pull_request_that_appears_late_is_found(fresh: Site) -> None:
         wait_for(lambda: fresh.repository.pulls)
 
     fresh.repository.before("POST /pulls", let_first_go)
-    result = fresh.api.completed(fresh.api.submit())
-    assert result["pr_number"] == 1
+    fresh.repository.commit({"hello.txt": "hello"}, "u/codebot/1/x")
+    found = github_client(fresh).repository_by_name(fresh.repository.name)
+    number, _ = found.open_pull_request("u/codebot/1/x", "main", "Say hello", "")
+    assert number == 1
+    assert fresh.repository.count("POST /pulls") == 2
     assert len(fresh.repository.pulls) == 1
 
 
@@ -8301,10 +8307,12 @@ def test_task_fails_when_github_is_away_for_too_long(fresh: Site) -> None:
     assert "127.0.0.1:9" in error
 
 
-def test_jwt_follows_clock_of_github(fresh: Site) -> None:
+def test_jwt_follows_clock_of_github(
+    fresh: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "GITHUB_RETRY_DELAY", 0.01)
     fresh.github.clock_skew = 5000
-    fresh.server.start()
-    fresh.api.completed(fresh.api.submit())
+    assert github_client(fresh).bot().login == BOT["login"]
     issued = [claims["iat"] for claims in fresh.github.verified_jwts.values()]
     assert max(issued) > time.time() + 4000
 
