@@ -10432,9 +10432,11 @@ def test_what_one_reviewer_has_waiting_is_one_job(pull: Pull) -> None:
 def test_daily_limit_is_announced_once(limited: Site) -> None:
     pull = open_pull(limited, "classify none")
     alice = limited.person("alice")
-    for count in range(1, 4):
+    for count in (1, 2):
         alice.comment("Thanks!")
         pull.reviews(count)
+    alice.review("Thanks!", "Here", "And here")
+    pull.reviews(3)
     assert len(limited.agent.runs("classify")) == 2
     assert "tomorrow" in pull.answer()
     alice.comment("Thanks!")
@@ -10445,6 +10447,20 @@ def test_daily_limit_is_announced_once(limited: Site) -> None:
     assert len(limited.api.reviews(other.task, 1)) == 1
     assert len(pull.reviews(3)) == 3
     assert len(pull.answers()) == 1
+
+
+def test_review_above_daily_limit_does_not_count(limited: Site) -> None:
+    pull = open_pull(limited, "classify none")
+    for count in (1, 2, 3):
+        limited.person("alice").comment("Thanks!")
+        pull.reviews(count)
+    with limited.server.database() as db:  # as if the first one was a day older
+        first = "SELECT MIN(seq) FROM jobs WHERE kind = 'review' AND task_id = ?"
+        sql = f"UPDATE jobs SET submitted_at = ? WHERE seq = ({first})"
+        db.execute(sql, (LONG_AGO, pull.task))
+    limited.person("alice").comment("Thanks!")
+    kinds = [review["kind"] for review in pull.reviews(4)]
+    assert kinds == ["none", "none", "limit", "none"]
 
 
 def test_comments_of_strangers_do_not_use_up_daily_limit(limited: Site) -> None:
