@@ -12165,6 +12165,24 @@ def test_issue_of_stranger_that_changed_after_label_needs_label_again(
     assert shared.repository.count(f"GET /issues/{issue.number}/comments*") == 1
 
 
+def test_advice_to_label_a_changed_issue_again_is_posted_once(shared: Site) -> None:
+    issue = open_issue(shared, login="carol")
+    shared.person("alice").label(issue.number, webhook=False)
+    edit(issue)
+    # The answer is lost, and then GitHub is away, so that the look is repeated.
+    comments = f"GET /issues/{issue.number}/comments*"
+    away = functools.partial(shared.repository.fail, comments, 503, always=True)
+    post = f"POST /issues/{issue.number}/comments"
+    shared.repository.add_fault(Fault(post, after=away, lose_answer=True))
+    issue.announce()
+    shared.server.wait_for_log("will be repeated")
+    looks = shared.repository.count(comments)
+    shared.github.reset_faults()
+    wait_for(lambda: shared.repository.count(comments) > looks)
+    wait_until_deliveries_are_handled(shared)
+    assert len(issue.comments()) == 1
+
+
 @pytest.mark.parametrize(
     ("second", "is_untrusted"), [(0, False), (1, False), (2, True)]
 )
