@@ -16685,7 +16685,7 @@ MISTAKES = {
         "--tls-cert and --tls-key must be used together.",
         flags=("--tls-cert", "DIR/keys/cert.pem"),
     ),
-    "key of another certificate": Mistake(
+    "TLS key is no key": Mistake(
         "--tls-cert and --tls-key cannot be used: ",
         flags=("--tls-cert", "DIR/keys/cert.pem", "--tls-key", "DIR/junk"),
         files=JUNK,
@@ -16827,6 +16827,28 @@ def prepare_mistake(site: Site, mistake: Mistake) -> dict[str, str | None]:
     return settings
 
 
+def assert_start_is_refused(
+    site: Site, advice: str, flags: Sequence[str], **settings: str | None
+) -> None:
+    """Check that `serve` ends with this advice only, and that `check` gives it, too.
+
+    The advice is the beginning of a line; if it ends with a line end, all of it.
+    """
+    done = site.server.run_forked("serve", *flags, **settings)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    lines = done.stderr.splitlines(keepends=True)
+    [line] = [line for line in lines if " WARNING " not in line]
+    assert line.startswith(f"codebot: {advice}")
+    assert "Errno" not in done.stderr
+    done = site.server.run_forked("check", *flags, **settings)
+    assert done.returncode == 1
+    assert f"FAIL  {advice}" in done.stdout
+    assert done.stdout.count("FAIL") == 1
+    assert "Errno" not in done.stdout
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_ends_start_with_advice(on_disk: Site, name: str) -> None:
     mistake = MISTAKES[name]
@@ -16840,18 +16862,7 @@ def test_mistake_ends_start_with_advice(on_disk: Site, name: str) -> None:
         for variable, text in prepare_mistake(on_disk, mistake).items()
     }
     flags = [*serve_flags(on_disk), *map(fill_in, mistake.flags)]
-    advice = fill_in(mistake.advice)
-    done = on_disk.server.run_forked("serve", *flags, **settings)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    [line] = [line for line in done.stderr.splitlines() if " WARNING " not in line]
-    assert line.startswith(f"codebot: {advice}")
-    assert "Errno" not in done.stderr
-    done = on_disk.server.run_forked("check", *flags, **settings)
-    assert done.returncode == 1
-    assert f"FAIL  {advice}" in done.stdout
-    assert done.stdout.count("FAIL") == 1
-    assert "Errno" not in done.stdout + done.stderr
+    assert_start_is_refused(on_disk, fill_in(mistake.advice), flags, **settings)
 
 
 def test_start_reports_sandbox_key_and_port_together(fresh: Site) -> None:
@@ -16892,12 +16903,9 @@ def test_file_that_cannot_be_read_is_reported(fresh: Site) -> None:
 def test_named_pipe_instead_of_key_is_refused(fresh: Site) -> None:
     pipe = fresh.directory / "pipe"
     os.mkfifo(pipe)
+    advice = f"GITHUB_APP_PRIVATE_KEY_PATH: {pipe} is not a file that user"
     setting = {"GITHUB_APP_PRIVATE_KEY_PATH": str(pipe)}
-    problem = f"GITHUB_APP_PRIVATE_KEY_PATH: {pipe} is not a file that user"
-    done = fresh.server.run_forked("serve", *serve_flags(fresh), **setting)
-    assert done.returncode == 2
-    assert problem in done.stderr
-    assert problem in fresh.server.run_forked("check", **setting).stdout
+    assert_start_is_refused(fresh, advice, serve_flags(fresh), **setting)
 
 
 def test_key_instead_of_its_path_is_not_shown(fresh: Site) -> None:
@@ -17097,23 +17105,17 @@ def test_database_where_others_can_write_is_refused(fresh: Site) -> None:
     directory = fresh.directory / "shared"
     directory.mkdir()
     directory.chmod(0o1777)
-    done = fresh.server.run_forked(
-        "check",
-        *serve_flags(fresh),
-        CODEBOT_DATABASE=str(directory / "jobs.db"),
-    )
-    assert f"FAIL  {directory} is open to other users." in done.stdout
+    advice = f"{directory} is open to other users."
+    setting = {"CODEBOT_DATABASE": f"{directory}/jobs.db"}
+    assert_start_is_refused(fresh, advice, serve_flags(fresh), **setting)
 
 
 def test_work_directory_that_others_can_write_is_refused(fresh: Site) -> None:
     # They could plant a repository whose configuration has git run programs.
     fresh.server.work_dir.mkdir(exist_ok=True)
     fresh.server.work_dir.chmod(0o1777)
-    for command in ("serve", "check"):
-        done = fresh.server.run_forked(command, *serve_flags(fresh))
-        assert done.returncode != 0
-        advice = f"{fresh.server.work_dir} is open to other users."
-        assert advice in done.stdout + done.stderr
+    advice = f"{fresh.server.work_dir} is open to other users."
+    assert_start_is_refused(fresh, advice, serve_flags(fresh))
 
 
 def test_encrypted_tls_key_is_refused_without_a_prompt(fresh: Site) -> None:
@@ -17207,37 +17209,26 @@ def test_database_of_another_codebot_is_refused(fresh: Site) -> None:
     database = str(fresh.directory / "shared.db")
     fresh.server.start(CODEBOT_DATABASE=database)
     advice = (
-        f"Cannot use {database}.lock: another codebot uses it. Stop that one, or use another "
-        "CODEBOT_DATABASE."
+        f"Cannot use {database}.lock: another codebot uses it. Stop that one, or use "
+        "another CODEBOT_DATABASE.\n"
     )
-    flags = ("--port", "0", "--work-dir", str(fresh.directory / "other"))
-    done = fresh.server.run_forked("serve", *flags, CODEBOT_DATABASE=database)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == f"codebot: {advice}"
-    done = fresh.server.run_forked("check", *flags, CODEBOT_DATABASE=database)
-    assert done.returncode == 1
-    assert f"FAIL  {advice}" in done.stdout
+    flags = ("--port", "0", "--work-dir", f"{fresh.directory}/other")
+    assert_start_is_refused(fresh, advice, flags, CODEBOT_DATABASE=database)
 
 
 def test_database_in_work_directory_of_another_codebot_is_refused(shared: Site) -> None:
-    database = str(shared.server.work_dir / "codebot.db")
-    flags = ("--port", "0", "--work-dir", str(shared.directory / "other"))
-    done = shared.server.run_forked("serve", *flags, CODEBOT_DATABASE=database)
-    assert done.returncode == 2
-    assert f"Cannot use {database}.lock: another codebot uses it." in done.stderr
+    database = f"{shared.server.work_dir}/codebot.db"
+    advice = f"Cannot use {database}.lock: another codebot uses it."
+    flags = ("--port", "0", "--work-dir", f"{shared.directory}/other")
+    assert_start_is_refused(shared, advice, flags, CODEBOT_DATABASE=database)
 
 
 def test_second_codebot_in_same_work_dir_is_refused(shared: Site) -> None:
     advice = (
-        f"Cannot use {shared.server.work_dir}/codebot.lock: another codebot uses it. Stop that one, or use "
-        "another --work-dir."
+        f"Cannot use {shared.server.work_dir}/codebot.lock: another codebot uses it. "
+        "Stop that one, or use another --work-dir.\n"
     )
-    done = shared.server.run_forked("serve", *serve_flags(shared))
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == f"codebot: {advice}"
-    done = shared.server.run_forked("check", *serve_flags(shared))
-    assert done.returncode == 1
-    assert f"FAIL  {advice}" in done.stdout
+    assert_start_is_refused(shared, advice, serve_flags(shared))
     shared.api.completed(shared.api.submit())  # the first one goes on
 
 
