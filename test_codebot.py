@@ -17983,11 +17983,10 @@ def test_run_leaves_other_tasks_of_work_directory_alone(fresh: Site) -> None:
 def test_run_retries_like_the_server(fresh: Site) -> None:
     fresh.repository.fail("POST /pulls", status=502)
     limits = {"GITHUB_ATTEMPTS": 1, "RETRY_DELAY": 0.1}
-    process = start_command(fresh, *run_flags(fresh), limits=limits)
-    stdout, stderr = process.communicate(timeout=30)
-    assert process.returncode == 0
-    assert json.loads(stdout)["status"] == "completed"
-    assert "Trying again in" in stderr
+    done = fresh.server.run_forked(*run_flags(fresh), limits=limits)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["status"] == "completed"
+    assert "Trying again in" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["run", "demo", "check"])
@@ -18034,7 +18033,7 @@ def test_demo_shows_task_and_leaves_nothing(on_disk: Site) -> None:
         if name.startswith("CODEBOT")
     }
     started = time.monotonic()
-    done = on_disk.server.run("demo", **settings)
+    done = on_disk.server.run_forked("demo", **settings)
     assert time.monotonic() - started < 10
     assert done.returncode == 0
     assert done.stderr == ""
@@ -18069,7 +18068,7 @@ def test_demo_ignores_settings_and_git_configuration(on_disk: Site) -> None:
         file = on_disk.directory / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("[protocol]\nallow = never\n")
-    done = on_disk.server.run("demo", XDG_CONFIG_HOME=f"{on_disk.directory}/xdg")
+    done = on_disk.server.run_forked("demo", XDG_CONFIG_HOME=f"{on_disk.directory}/xdg")
     assert done.returncode == 0
 
 
@@ -18155,7 +18154,7 @@ def test_demo_on_a_host_without_memory_ends_with_one_line(on_disk: Site) -> None
 
 
 def test_version_is_printed(fresh: Site) -> None:
-    done = fresh.server.run("--version")
+    done = fresh.server.run_forked("--version")
     assert done.returncode == 0
     assert done.stdout == f"codebot {codebot.__version__}\n"
 
