@@ -12623,9 +12623,9 @@ def assert_is_error(response: Response, status: int, message: str) -> None:
     assert response.text.endswith("\n")
 
 
-def submit_blocked(site: Site, plan: str = SAY_HELLO) -> str:
-    """Submit a task whose agent waits for agent.release() and then follows a plan."""
-    site.agent.follow(f"say 'I begin.'; block; {plan}")
+def submit_blocked(site: Site, plan: str = f"block; {SAY_HELLO}") -> str:
+    """Submit a task and wait until its agent blocks; agent.release() lets it go on."""
+    site.agent.follow(plan)
     task = site.api.submit()
     site.agent.wait_until_blocked()
     return task
@@ -13740,7 +13740,7 @@ def test_key_of_8_bit_characters_works(crowded_site: Site) -> None:
 
 
 def test_stream_sends_events_live_and_ends_with_the_task(shared: Site) -> None:
-    task = submit_blocked(shared)
+    task = submit_blocked(shared, f"say 'I begin.'; block; {SAY_HELLO}")
     with shared.api.open_stream(task) as stream:
         assert stream.status == 200
         assert stream.headers["Content-Type"] == "text/event-stream"
@@ -13810,7 +13810,7 @@ def test_client_that_has_sent_all_gets_the_whole_log(shared: Site) -> None:
 
 def test_stream_ends_and_says_so_in_the_log_if_the_database_fails(fresh: Site) -> None:
     fresh.server.start()
-    task = submit_blocked(fresh)
+    task = submit_blocked(fresh, "say 'I begin.'; block")
     with fresh.api.open_stream(task) as stream:
         read_stream_until(stream, "I begin.")
         with fresh.server.database() as db:
@@ -13931,7 +13931,7 @@ def test_plain_http_and_resets_on_the_tls_port_harm_nobody(secure_site: Site) ->
 
 def test_stop_closes_idle_unfinished_and_streaming_connections(fresh: Site) -> None:
     fresh.server.start()
-    task = submit_blocked(fresh)
+    task = submit_blocked(fresh, "say 'I begin.'; block")
     with contextlib.ExitStack() as stack:
         idle = stack.enter_context(fresh.api.connect())
         assert is_answering(idle)
@@ -14892,9 +14892,7 @@ def test_agent_and_tests_are_launched_and_git_is_not(launching: StandInCluster) 
 
 def test_launched_agent_that_is_cancelled_is_ended(launching: StandInCluster) -> None:
     site = launching.site
-    site.agent.follow("trap '' TERM; block")
-    task = site.api.submit()
-    site.agent.wait_until_blocked()
+    task = submit_blocked(site, "trap '' TERM; block")
     assert launching.jobs()
     site.api.cancel(task)
     site.api.failed(task, "cancelled")
@@ -15048,9 +15046,7 @@ def test_workspace_is_not_used_again_before_its_job_is_ended(
     launching: StandInCluster,
 ) -> None:
     site = launching.site
-    site.agent.follow("touch unfinished; block")
-    task = site.api.submit()
-    site.agent.wait_until_blocked()
+    task = submit_blocked(site, "touch unfinished; block")
     site.agent.follow(SAY_HELLO)
     [job] = launching.jobs()
     launching.unreachable.touch()
@@ -15071,9 +15067,7 @@ def test_workspace_is_not_used_again_before_its_job_is_ended(
 @pytest.mark.parametrize("end", ["kill", "stop"])
 def test_launched_job_ends_with_codebot(launching: StandInCluster, end: str) -> None:
     site = launching.site
-    site.agent.follow("trap '' TERM; block")
-    task = site.api.submit()
-    site.agent.wait_until_blocked()
+    task = submit_blocked(site, "trap '' TERM; block")
     assert launching.jobs()
     getattr(site.server, end)()
     launching.assert_empty()
@@ -15099,9 +15093,7 @@ def test_job_that_outlived_the_host_is_ended_by_the_next_start(
 def test_stop_that_fails_is_tried_again(cluster: StandInCluster) -> None:
     site = cluster.site
     cluster.start_server_with({**LAUNCH_LIMITS, "CLEANUP_INTERVAL": 0.1})
-    site.agent.follow("block")
-    task = site.api.submit()
-    site.agent.wait_until_blocked()
+    task = submit_blocked(site, "block")
     cluster.unreachable.touch()
     site.api.cancel(task)
     site.server.wait_for_log("CODEBOT_LAUNCHER_STOP failed")
@@ -15783,9 +15775,7 @@ def test_cancel_in_each_phase_on_slurm(on_slurm: SlurmSite, name: str) -> None:
 @inside_only
 def test_killed_codebot_leaves_nothing_on_slurm(on_slurm: SlurmSite) -> None:
     site = on_slurm.site
-    site.agent.follow("trap '' TERM; block")
-    task = site.api.submit()
-    site.agent.wait_until_blocked()
+    task = submit_blocked(site, "trap '' TERM; block")
     assert on_slurm.slurm.jobs()
     site.server.kill()
     on_slurm.assert_empty()
@@ -15831,9 +15821,7 @@ def test_queue_may_wait_longer_than_the_stall_limit_on_slurm(
 @inside_only
 def test_task_is_tried_again_when_its_node_fails_on_slurm(on_slurm: SlurmSite) -> None:
     site = on_slurm.site
-    site.agent.follow(f"block; {SAY_HELLO}")
-    task = site.api.submit()
-    site.agent.wait_until_blocked()
+    task = submit_blocked(site)
     site.agent.follow(SAY_HELLO)
     on_slurm.slurm.set_node("down")
     wait_for(lambda: "The launcher or its node failed" in str(site.api.messages(task)))
@@ -15844,9 +15832,7 @@ def test_task_is_tried_again_when_its_node_fails_on_slurm(on_slurm: SlurmSite) -
 @inside_only
 def test_task_is_tried_again_after_scancel_on_slurm(on_slurm: SlurmSite) -> None:
     site = on_slurm.site
-    site.agent.follow(f"block; {SAY_HELLO}")
-    task = site.api.submit()
-    site.agent.wait_until_blocked()
+    task = submit_blocked(site)
     site.agent.follow(SAY_HELLO)
     on_slurm.slurm.run("scancel", *on_slurm.slurm.jobs())
     site.api.completed(task)
@@ -16024,9 +16010,7 @@ def test_task_completes_in_containers(podman: PodmanSite) -> None:
 @pytest.mark.parametrize("plan", ["block", "trap '' TERM; block"])
 def test_cancelled_task_leaves_no_container(podman: PodmanSite, plan: str) -> None:
     site = podman.site
-    site.agent.follow(plan)
-    task = site.api.submit()
-    site.agent.wait_until_blocked()
+    task = submit_blocked(site, plan)
     started = time.monotonic()
     site.api.cancel(task)
     site.api.failed(task, "cancelled")
@@ -16067,9 +16051,7 @@ def test_cancel_while_upload_pack_hangs_leaves_no_container(podman: PodmanSite) 
 @needs_podman
 def test_killed_codebot_leaves_no_container(podman: PodmanSite) -> None:
     site = podman.site
-    site.agent.follow("trap '' TERM; block")
-    task = site.api.submit()
-    site.agent.wait_until_blocked()
+    task = submit_blocked(site, "trap '' TERM; block")
     site.server.kill()
     podman.assert_empty()
     site.agent.follow(SAY_HELLO)
@@ -17323,10 +17305,8 @@ def test_start_prints_no_secret_of_a_sandbox(
 
 def kill_during_a_task(site: Site) -> str:
     """Leave a task as a power cut does, for the next start; return its id."""
-    site.agent.follow("block")
     site.server.start()
-    task = site.api.submit()
-    site.agent.wait_until_blocked()
+    task = submit_blocked(site, "block")
     site.server.kill()
     return task
 
@@ -17355,10 +17335,8 @@ def test_database_that_fails_during_the_start_is_reported(fresh: Site) -> None:
 
 
 def test_hangup_stops_server_in_order(fresh: Site) -> None:
-    fresh.agent.follow("block")
     fresh.server.start()
-    task = fresh.api.submit()
-    fresh.agent.wait_until_blocked()
+    task = submit_blocked(fresh, "block")
     for _ in range(2):  # from the shell and from the kernel
         fresh.server.signal(signal.SIGHUP)
         fresh.server.wait_for_log("Stopping")
@@ -17367,10 +17345,8 @@ def test_hangup_stops_server_in_order(fresh: Site) -> None:
 
 
 def test_second_signal_ends_server_at_once(fresh: Site) -> None:
-    fresh.agent.follow("trap '' TERM; block; sleep 30")
     fresh.server.start(limits={"KILL_GRACE": 60.0})
-    fresh.api.submit()
-    fresh.agent.wait_until_blocked()
+    submit_blocked(fresh, "trap '' TERM; block; sleep 30")
     fresh.server.signal(signal.SIGTERM)
     fresh.server.wait_for_log("Stopping")
     fresh.server.signal(signal.SIGINT)
@@ -17406,11 +17382,9 @@ def watchdog_of(server: ServerProcess) -> int:
 
 
 def test_watchdog_survives_signals_and_ends_what_is_left(fresh: Site) -> None:
-    fresh.agent.follow("setsid sleep 300 & block")
     fresh.server.start()
     watchdog = watchdog_of(fresh.server)
-    fresh.api.submit()
-    fresh.agent.wait_until_blocked()
+    submit_blocked(fresh, "setsid sleep 300 & block")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(watchdog, number)
     assert os.getsid(watchdog) == watchdog  # a terminal reaches it with no other one
@@ -17422,11 +17396,9 @@ def test_what_a_killed_server_and_its_watchdog_have_left_is_ended_by_the_next(
     fresh: Site,
 ) -> None:
     left = unique_sleep()
-    fresh.agent.follow(f"setsid {left} & block")
     fresh.server.start()
     watchdog = watchdog_of(fresh.server)
-    task = fresh.api.submit()
-    fresh.agent.wait_until_blocked()
+    task = submit_blocked(fresh, f"setsid {left} & block")
     os.kill(watchdog, signal.SIGKILL)
     fresh.server.kill()
     assert left in command_lines()
