@@ -15165,6 +15165,16 @@ def test_launched_sandbox_that_does_not_work_is_refused(
     cluster.assert_empty()
 
 
+def add_launch_record(
+    config: codebot.Config, name: str = "task_1234567", tag: str = "tag"
+) -> Path:
+    """Record that something was launched for a workspace, and so has to be stopped."""
+    record = codebot.launch_record(config, f"{config.work_dir}/{name}")
+    record.parent.mkdir(exist_ok=True)
+    record.write_text(tag)
+    return record
+
+
 def test_stop_waits_for_another_stop_of_the_same_launch(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
@@ -15173,11 +15183,8 @@ def test_stop_waits_for_another_stop_of_the_same_launch(tmp_path: Path) -> None:
         search_path=os.environ["PATH"],
         launcher_stop=("sh", "-c", f"echo stop >>{tmp_path}/stops; read x <{fifo}"),
     )
-    workspace = str(tmp_path / "task_1234567")
-    record = codebot.launch_record(config, workspace)
-    record.parent.mkdir()
-    record.write_text("tag")
-    inode = record.stat().st_ino
+    inode = add_launch_record(config).stat().st_ino
+    workspace = f"{tmp_path}/task_1234567"
 
     def is_second_waiting() -> bool:
         locks = Path("/proc/locks").read_text().splitlines()
@@ -15201,9 +15208,8 @@ def test_signal_during_the_start_is_heard_between_two_stops(tmp_path: Path) -> N
         search_path=os.environ["PATH"],
         launcher_stop=("sh", "-c", f"echo stop >>{stops}"),
     )
-    (tmp_path / "launched").mkdir()
     for name in ("task_1234567", "task_7654321"):
-        codebot.launch_record(config, f"{tmp_path}/{name}").write_text("tag")
+        add_launch_record(config, name)
 
     def check_stop() -> None:
         if stops.exists():
@@ -15218,11 +15224,8 @@ def test_stop_whose_setting_was_removed_keeps_the_record(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = codebot.Config(work_dir=str(tmp_path), search_path=os.environ["PATH"])
-    workspace = str(tmp_path / "task_1234567")
-    record = codebot.launch_record(config, workspace)
-    record.parent.mkdir()
-    record.write_text("tag")
-    assert not codebot.stop_launched(config, workspace)
+    record = add_launch_record(config)
+    assert not codebot.stop_launched(config, f"{tmp_path}/task_1234567")
     assert record.read_text() == codebot.STOP_FAILED
     assert (
         "CODEBOT_LAUNCHER_STOP failed for task_1234567: the setting is missing. It is "
@@ -15244,7 +15247,7 @@ def test_launcher_that_does_not_exist_leaves_no_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "is_stopped"),
+    ("tag", "is_stopped"),
     [
         ("host-codebot-job", True),
         ("host-other-job", False),
@@ -15252,16 +15255,14 @@ def test_launcher_that_does_not_exist_leaves_no_record(tmp_path: Path) -> None:
     ],
 )
 def test_watchdog_stops_only_what_its_own_codebot_launched(
-    tmp_path: Path, text: str, is_stopped: bool
+    tmp_path: Path, tag: str, is_stopped: bool
 ) -> None:
     config = codebot.Config(
         work_dir=str(tmp_path),
         search_path=os.environ["PATH"],
         launcher_stop=("true",),
     )
-    record = codebot.launch_record(config, str(tmp_path / "task_1234567"))
-    record.parent.mkdir()
-    record.write_text(text)
+    record = add_launch_record(config, tag=tag)
     codebot.stop_all_launched(config, record_prefix="host-codebot-")
     assert record.exists() != is_stopped
 
