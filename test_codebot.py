@@ -17162,31 +17162,22 @@ def test_unwritable_work_directory_is_refused(fresh: Site) -> None:
     assert "codebot.lock: permission denied. Use another" in done.stderr
 
 
-def test_signal_during_start_ends_codebot_without_traceback(fresh: Site) -> None:
-    directory = fresh.directory / "bin"
-    write_script(
-        directory / "openssl",
-        '[ "$1" = version ] && { echo OpenSSL 3.0.0; exit; }\n'
-        'touch "$0.started"; exec sleep 30',
-    )
-    path = f"{directory}:{os.environ['PATH']}"
-    process = start_command(fresh, "serve", *serve_flags(fresh), PATH=path)
-    wait_for((directory / "openssl.started").exists)
-    process.terminate()
-    _, stderr = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert "Traceback" not in stderr
-
-
-def test_signal_ends_the_test_of_the_sandbox(fresh: Site) -> None:
-    started = fresh.directory / "started"
-    process = start_command(
-        fresh,
-        "serve",
-        *serve_flags(fresh),
-        CODEBOT_SANDBOX=f"sh -c 'touch {started}; exec sleep 60' sh",
-    )
-    wait_for(started.exists)
+@pytest.mark.parametrize(
+    ("program", "script", "settings"),
+    [
+        ("openssl", '[ "$1" != version ] || exec echo OpenSSL 3.0.0', {}),
+        ("box", "", {"CODEBOT_SANDBOX": "box"}),
+    ],
+    ids=["App's key", "sandbox"],
+)
+def test_signal_while_key_or_sandbox_is_tested_ends_the_start(
+    fresh: Site, program: str, script: str, settings: dict[str, str]
+) -> None:
+    hang = 'touch "$0.started"; exec sleep 30'
+    path = write_script(fresh.directory / "bin" / program, f"{script}\n{hang}")
+    settings = {"PATH": f"{path.parent}:{os.environ['PATH']}", **settings}
+    process = start_command(fresh, "serve", *serve_flags(fresh), **settings)
+    wait_for(path.with_suffix(".started").exists)
     process.terminate()
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130
