@@ -14818,7 +14818,14 @@ class StandInCluster:
         self.busy = self.place / "busy"  # no node is free
         self.broken = self.place / "broken"
         self.unreachable = self.place / "unreachable"  # for the stop command
-        for name, script in (("launch", LAUNCH_SCRIPT), ("stop", STOP_SCRIPT)):
+        self.write_programs()
+
+    def write_programs(self, last_command: str = "") -> None:
+        """Write the launcher, which ends with this command, and the stop command."""
+        for name, script in (
+            ("launch", LAUNCH_SCRIPT + last_command),
+            ("stop", STOP_SCRIPT),
+        ):
             write_script(self.place / name, script.replace("@PLACE@", str(self.place)))
 
     def settings(self) -> dict[str, str]:
@@ -14876,6 +14883,7 @@ def launching(launching_site: tuple[Site, StandInCluster]) -> Iterator[StandInCl
         file.unlink(missing_ok=True)
     wait_until_idle(site)
     cluster.assert_empty()
+    cluster.write_programs()
 
 
 @pytest.fixture
@@ -14983,12 +14991,11 @@ def change_launcher(cluster: StandInCluster, old: str, new: str) -> None:
     launch.write_text(script.replace(old, new))
 
 
-def test_launcher_may_print_a_line_without_an_end(cluster: StandInCluster) -> None:
-    change_launcher(cluster, 'echo "$name waits for a node"', "printf 'waiting… '")
-    cluster.start_server()
-    task = cluster.site.api.submit(test_command="echo tested")
-    cluster.site.api.completed(task)
-    assert "test: tested" in cluster.site.api.messages(task)
+def test_launcher_may_print_a_line_without_an_end(launching: StandInCluster) -> None:
+    change_launcher(launching, 'echo "$name waits for a node"', "printf 'waiting… '")
+    task = launching.site.api.submit(test_command="echo tested")
+    launching.site.api.completed(task)
+    assert "test: tested" in launching.site.api.messages(task)
 
 
 def test_launched_test_that_empties_its_output_has_a_time_limit(
@@ -15002,21 +15009,18 @@ def test_launched_test_that_empties_its_output_has_a_time_limit(
     cluster.site.api.failed(task, "timeout")
 
 
-def test_launcher_that_outlives_its_program_is_ended(cluster: StandInCluster) -> None:
-    launch = cluster.place / "launch"
-    launch.write_text(launch.read_text() + "sleep 600\n")
-    cluster.start_server(CODEBOT_STALL_TIMEOUT="5")
-    cluster.site.api.completed(cluster.site.api.submit(test_command="echo tested"))
+def test_launcher_that_outlives_its_program_is_ended(launching: StandInCluster) -> None:
+    launching.write_programs("sleep 600")
+    task = launching.site.api.submit(test_command="echo tested")
+    launching.site.api.completed(task)
 
 
 def test_words_of_the_launcher_after_the_end_are_not_the_programs(
-    cluster: StandInCluster,
+    launching: StandInCluster,
 ) -> None:
-    launch = cluster.place / "launch"
-    launch.write_text(launch.read_text() + "echo pod deleted\n")
-    cluster.start_server()
-    cluster.site.agent.follow("say 'I give up'; exit 1")
-    error = cluster.site.api.failed(cluster.site.api.submit(), "agent_failed")
+    launching.write_programs("echo pod deleted")
+    launching.site.agent.follow("say 'I give up'; exit 1")
+    error = launching.site.api.failed(launching.site.api.submit(), "agent_failed")
     assert "I give up" in error
 
 
