@@ -17243,20 +17243,21 @@ def test_lock_that_is_a_symlink_is_refused(
 # --- Commands: serve ---------------------------------------------------------
 
 
-def test_start_prints_addresses_and_what_was_requeued(fresh: Site) -> None:
-    fresh.server.start(CODEBOT_API_KEYS="key-1, key-2")
-    url = f"http://localhost:{fresh.server.port}"
+def test_start_prints_addresses_and_what_was_requeued(shared_site: Site) -> None:
+    server = shared_site.server
+    log = server.log_file.read_text()
+    url = f"http://localhost:{server.port}"
     assert (
         "HTTP API enabled with 2 API key(s)\n"
-        f"Starting server on port {fresh.server.port}...\n"
+        f"Starting server on port {server.port}...\n"
         f"API endpoints: {url}/api/tasks/submit\n"
         f"               {url}/api/tasks/{{task_id}}/status\n"
         f"               {url}/api/tasks\n"
         f"Webhook:       {url}/webhook\n"
         f"Page:          {url}/\n"
         f"Health:        {url}/health\n"
-    ) in fresh.server.log()
-    assert "Requeued:      0 job(s)\n" in fresh.server.log()
+    ) in log
+    assert "Requeued:      0 job(s)\n" in log
 
 
 @pytest.mark.parametrize(
@@ -17304,16 +17305,15 @@ def test_start_prints_no_secret_of_a_sandbox(
     assert "sk-model" not in capsys.readouterr().out
 
 
-def kill_during_a_task(site: Site) -> str:
-    """Leave a task as a power cut does, for the next start; return its id."""
-    site.server.start()
-    task = submit_blocked(site, "block")
-    site.server.kill()
-    return task
+def leave_running_task(site: Site) -> None:
+    """Leave a task in the database as a power cut does, for the next start to requeue."""
+    site.server.work_dir.mkdir(mode=0o700)
+    store = codebot.Store(f"{site.server.work_dir}/codebot.db")
+    store_task_in_state(store, "running")
 
 
 def test_locked_database_at_the_start_is_reported(fresh: Site) -> None:
-    kill_during_a_task(fresh)
+    leave_running_task(fresh)
     with locked_database(fresh.server):
         limits = {"LOCK_TIMEOUT": 0.2}
         done = fresh.server.run_forked("serve", *serve_flags(fresh), limits=limits)
@@ -17323,7 +17323,7 @@ def test_locked_database_at_the_start_is_reported(fresh: Site) -> None:
 
 
 def test_database_that_fails_during_the_start_is_reported(fresh: Site) -> None:
-    kill_during_a_task(fresh)
+    leave_running_task(fresh)
     with fresh.server.database() as db:
         db.execute(
             "CREATE TRIGGER full BEFORE UPDATE ON jobs BEGIN "
@@ -17942,7 +17942,9 @@ def test_push_of_interrupted_run_is_finished_by_a_server(fresh: Site) -> None:
 
 
 def test_run_leaves_other_tasks_of_work_directory_alone(fresh: Site) -> None:
-    other = kill_during_a_task(fresh)
+    fresh.server.start()
+    other = submit_blocked(fresh, "block")
+    fresh.server.kill()
     assert len(fresh.agent.runs()) == 1
     fresh.agent.follow(SAY_HELLO)
     work_dir = ("--work-dir", str(fresh.server.work_dir))
