@@ -12670,6 +12670,15 @@ def listed_urls(site: Site) -> list[str]:
     return [task["repository_url"] for task in tasks]
 
 
+def list_ids(site: Site, query: str) -> list[str]:
+    """Return the ids of the tasks that the list has for a query."""
+    response = site.api.get(f"/api/tasks?{query}")
+    assert response.status == 200, response
+    tasks = response.json["tasks"]
+    assert response.json["count"] == len(tasks)
+    return [task["task_id"] for task in tasks]
+
+
 def read_stream_until(stream: http.client.HTTPResponse, text: str) -> str:
     received = ""
     while text not in received:
@@ -13241,19 +13250,6 @@ def hurried_site(in_memory: Path, templates: Path) -> Iterator[Site]:
         yield site
 
 
-def test_event_after_a_long_silence_is_sent(
-    store: codebot.Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(codebot, "KEEPALIVE_INTERVAL", -1.0)
-    monkeypatch.setattr(codebot, "STREAM_INTERVAL", 0.03)
-    task = store_task_in_state(store, "running")
-    stream = codebot.event_stream(app_with(store), task.id, 0)
-    assert next(stream) == b": still here\n\n"
-    store.add_events(task.id, [("agent", "Hello")])
-    assert b'"message": "Hello"' in next(stream)
-    assert next(stream) == b": still here\n\n"
-
-
 def drip(connection: socket.socket, data: bytes) -> bool:
     """Send a byte every 50 ms. Return whether the server closed the connection."""
     connection.settimeout(0.05)
@@ -13376,6 +13372,19 @@ def test_silent_stream_sends_a_comment_line(hurried_site: Site) -> None:
         with hurried_site.api.open_stream(task, last) as stream:
             assert stream.readline().startswith(b":")
             assert stream.readline() == b"\n"
+
+
+def test_event_after_a_long_silence_is_sent(
+    store: codebot.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "KEEPALIVE_INTERVAL", -1.0)
+    monkeypatch.setattr(codebot, "STREAM_INTERVAL", 0.03)
+    task = store_task_in_state(store, "running")
+    stream = codebot.event_stream(app_with(store), task.id, 0)
+    assert next(stream) == b": still here\n\n"
+    store.add_events(task.id, [("agent", "Hello")])
+    assert b'"message": "Hello"' in next(stream)
+    assert next(stream) == b": still here\n\n"
 
 
 def test_stream_that_is_not_read_is_dropped(hurried_site: Site) -> None:
@@ -14395,14 +14404,6 @@ def test_unknown_task_gets_404(
     assert_is_error(response, 404, "No such task")
 
 
-def list_ids(site: Site, query: str) -> list[str]:
-    response = site.api.get(f"/api/tasks?{query}")
-    assert response.status == 200, response
-    tasks = response.json["tasks"]
-    assert response.json["count"] == len(tasks)
-    return [task["task_id"] for task in tasks]
-
-
 def test_list_has_pages_and_filters(shared: Site) -> None:
     first = submit_failing(shared)
     second = shared.api.submit()
@@ -14523,6 +14524,11 @@ def test_logs_return_1000_events_at_most(shared: Site) -> None:
 # --- API: cancel and retry ---------------------------------------------------
 
 
+def fingerprint(key: str) -> str:
+    """Return what codebot shows of an API key."""
+    return hashlib.sha256(key.encode()).hexdigest()[:8]
+
+
 def test_only_an_unfinished_task_is_cancelled_and_only_a_failed_one_retried(
     limited: Site,
 ) -> None:
@@ -14623,10 +14629,6 @@ def test_idempotency_key_of_a_client_cannot_be_that_of_a_retry(shared: Site) -> 
 
 
 # --- API: health, metrics and the audit trail --------------------------------
-
-
-def fingerprint(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()[:8]
 
 
 def test_health_needs_no_key_and_shows_the_queues(shared_site: Site) -> None:
@@ -15477,6 +15479,7 @@ def test_output_is_kept_although_program_opens_it_again(
 
 SLURM_PROGRAMS = ("slurmctld", "slurmd", "srun", "scancel", "squeue", "scontrol")
 SLURM_HELPERS = ("munged", "ip", "unshare")
+MUNGE_FILES = ("key", "pid", "log", "seed")
 SLURM_CONFIG = """
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
@@ -15615,9 +15618,6 @@ class SlurmCluster:
             "CODEBOT_LAUNCHER": f"{env} {srun} --mem={memory}",
             "CODEBOT_LAUNCHER_STOP": f"{env} scancel --quiet --name={{job}}",
         }
-
-
-MUNGE_FILES = ("key", "pid", "log", "seed")
 
 
 class IsolatedServer(ServerProcess):
@@ -16585,6 +16585,21 @@ def test_page_parses_no_text_and_loads_nothing(forbidden: str) -> None:
 
 
 # --- Commands: mistakes at the start -----------------------------------------
+
+
+def start_command(
+    site: Site, *args: str, limits: Mapping[str, Any] = {}, **settings: str
+) -> subprocess.Popen[str]:
+    """Start a command of codebot's in the background."""
+    return subprocess.Popen(
+        [*site.server.program(limits), *args],
+        cwd=site.server.start_dir,
+        env=site.server.environment(settings),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17894,21 +17909,6 @@ def test_run_refuses_task_that_is_not_utf_8(shared: Site) -> None:
     done = shared.server.run_forked("run", "--task", str(file))
     assert done.returncode == 2
     assert done.stderr.startswith(f"codebot: --task {file} is not JSON in UTF-8 (")
-
-
-def start_command(
-    site: Site, *args: str, limits: Mapping[str, Any] = {}, **settings: str
-) -> subprocess.Popen[str]:
-    """Start a command of codebot's in the background."""
-    return subprocess.Popen(
-        [*site.server.program(limits), *args],
-        cwd=site.server.start_dir,
-        env=site.server.environment(settings),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def test_interrupted_run_ends_cleanly(fresh: Site) -> None:
