@@ -14530,7 +14530,8 @@ def test_only_an_unfinished_task_is_cancelled_and_only_a_failed_one_retried(
     limited: Site,
 ) -> None:
     failed = submit_failing(limited)
-    assert_is_error(limited.api.request("POST", f"/api/tasks/{failed}/cancel"), 409, "")
+    answer = limited.api.request("POST", f"/api/tasks/{failed}/cancel")
+    assert_is_error(answer, 409, "The task has ended")
     running = submit_blocked(limited)
     assert_is_error(limited.api.retry(running), 409, "running")
     waiting = limited.api.submit()
