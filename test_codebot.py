@@ -15354,17 +15354,24 @@ def test_very_long_line_of_output_is_split_and_keeps_its_first_character(
     assert "".join(lines).count("x") == 250
 
 
-def test_process_with_a_large_environment_is_found() -> None:
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(0, id="small"),
+        pytest.param(65_536 - 20, id="tag is read in two pieces"),
+        pytest.param(120_000, id="tag is read later"),
+    ],
+)
+def test_process_is_found_by_its_environment_of_any_size(size: int) -> None:
     tag = uuid.uuid4().hex
-    for size in (0, 65_536 - 20, 120_000):  # the second one's tag is read in two pieces
-        variables = {"A": "x" * size, "CODEBOT_RUN": f"{tag}-job", **GIT_ENVIRONMENT}
-        with subprocess.Popen(["sleep", "60"], env=variables) as process:
-            try:
-                # Its environment is visible some moments after its program has started.
-                found = wait_for(lambda: codebot.tagged_processes(tag))
-            finally:
-                process.kill()
-            assert found == [process.pid]
+    variables = {"A": "x" * size, "CODEBOT_RUN": f"{tag}-job", **GIT_ENVIRONMENT}
+    with subprocess.Popen(["sleep", "60"], env=variables) as process:
+        try:
+            # Its environment is visible some moments after its program has started.
+            found = wait_for(lambda: codebot.tagged_processes(tag))
+        finally:
+            process.kill()
+        assert found == [process.pid]
 
 
 def test_process_that_left_its_group_may_clean_up(tmp_path: Path) -> None:
@@ -17059,21 +17066,21 @@ def test_warnings_are_logged_by_serve_and_listed_by_check(fresh: Site) -> None:
     assert "Traceback" not in log
 
 
+@pytest.mark.parametrize(
+    ("mode", "levels"), [(0o600, []), (0o640, ["warn"]), (0o666, ["FAIL"])]
+)
 def test_env_file_that_others_can_write_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, levels: list[str]
 ) -> None:
     monkeypatch.setattr(os, "getuid", lambda: 1000)  # root is warned of, too
     env_file = tmp_path / ".env"
     env_file.touch()
-    app = codebot.Codebot(
-        codebot.Config(
-            work_dir=str(tmp_path / "work"), env_file=str(env_file), no_github=True
-        )
+    env_file.chmod(mode)
+    config = codebot.Config(
+        work_dir=f"{tmp_path}/work", env_file=str(env_file), no_github=True
     )
-    levels = {0o600: [], 0o640: ["warn"], 0o666: ["FAIL"]}
-    for mode, expected in levels.items():
-        env_file.chmod(mode)
-        assert [finding.level for finding in codebot.check_safety(app)] == expected
+    findings = list(codebot.check_safety(codebot.Codebot(config)))
+    assert [finding.level for finding in findings] == levels
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
