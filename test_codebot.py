@@ -13936,6 +13936,7 @@ def test_plain_http_and_resets_on_the_tls_port_harm_nobody(secure_site: Site) ->
             assert get_over_tls(connection, "/health")["status"] == "healthy"
         with contextlib.suppress(ConnectionError):
             assert b"HTTP/1.1 200" not in read_until_closed(plain)
+    assert "Traceback" not in secure_site.server.log()
 
 
 # Stopping
