@@ -808,7 +808,7 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
         return variables
     for number, line in enumerate(text.split("\n"), 1):
         match = ENV_LINE_RE.fullmatch(line.strip(BLANKS))
-        if match:
+        if match and "\0" not in line:  # no environment can hold a NUL
             value = match["double"] or match["single"] or match["unquoted"]
             variables[match["name"]] = value or ""
         elif not re.match(r"\s*(#|$)", line):

@@ -2968,6 +2968,7 @@ def test_line_of_env_file(tmp_path: Path, line: str, value: str) -> None:
         (b"A=1\njunk\n", 2),
         (b"A-B=1\n", 1),
         (b"\xff\xfeA\x00=\x00", 1),  # UTF-16
+        (b"A=b\0c\n", 1),
         (b"\nA='b\n", 2),
         (b'A="b c # d\n', 1),
         (b'A="b","c"\n', 1),
