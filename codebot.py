@@ -28,11 +28,12 @@ HOW TO READ THIS FILE
     secrets          configured_secrets, Redactor, Workspace.environment,
                      remote_environment
     programs         run_program, private_directories, sandbox_mounts, bwrap_command
-    GitHub           GitHub.send, has_write_access
+    GitHub           GitHub.send, has_write_access, GitDirectory.git_with_token
     who can act      require_api_key, require_signature, require_labeler_access,
                      require_may_act, find_repository, load_comments,
-                     Sync.obstacle, has_untrusted_edit, submit_issue, ROUTES,
-                     Handler.dispatch, is_allowed, parse_repository_url, parse_comment
+                     Sync.obstacle, Sync.has_untrusted_edit, Sync.submit_issue, ROUTES,
+                     Handler.dispatch, is_allowed, parse_repository_url,
+                     parse_plain_remote (--no-github), parse_comment
     the agent        agent_command, run_task, run_review
     what is pushed   run_tests, collect_tree, inspect_commit, DiffScanner,
                      push_task_commit, push_review_commit
@@ -64,8 +65,8 @@ GLOSSARY
   bwrap          bubblewrap, the default sandbox
   outbox         the bare repository in which codebot makes the commit and from which it
                  pushes; an agent in bwrap cannot see it
-  ticket         an id and a summary that a client may give a task; of a task from an
-                 issue, the issue's number and title
+  ticket         an id and a summary that a client may give a task. For a task from an
+                 issue, they are the issue's number and title.
   base           the branch that the agent's branch starts from
   base commit    the parent of codebot's commit: for a task the tip of the base, for a
                  review the tip of the pull request's branch
@@ -198,7 +199,8 @@ WHERE SECRETS GO
   and variables that make git print a trace, use another repository or refuse to work.
   Hooks of a repository on this host, to which git pushes, get the same environment.
   The watchdog, a fork of codebot, has all of these secrets in its memory, except JWTs and
-  installation tokens. codebot writes none of them into a named file. While a program runs,
+  installation tokens. codebot writes none of them into a named file. (A secret that
+  somebody writes into a task or a comment is in the database.) While a program runs,
   its input and output (openssl's: a JWT's content and signature) are in unlinked files,
   which on NFS have a name (.nfs...) until they are closed. The agent's home keeps its
   session, with everything that the agent has printed.
@@ -397,7 +399,7 @@ class TransientError(Exception):
 
 
 class StopRequested(Exception):
-    """The server is stopping; the job is requeued."""
+    """codebot is stopping. A running job is requeued."""
 
 
 class Cancelled(Exception):
@@ -672,7 +674,7 @@ class Config:
     queue_size: int = setting("CODEBOT_MAX_QUEUE_SIZE", 100, parse_whole_number)
     retention: int = setting("CODEBOT_TASK_RETENTION", 86400, parse_whole_number)
     app_id: str = setting("GITHUB_APP_ID")
-    key_file: str = setting("GITHUB_APP_PRIVATE_KEY_PATH")
+    key_file: str = setting("GITHUB_APP_PRIVATE_KEY_PATH")  # of the App's key
     installation_id: int = setting("GITHUB_APP_INSTALLATION_ID", 0, parse_whole_number)
     webhook_secret: str = setting("GITHUB_WEBHOOK_SECRET")
     poll_interval: int = setting(
@@ -997,9 +999,10 @@ def with_base64(secrets: Iterable[str]) -> list[str]:
 
 
 class Redactor:
-    """Replaces secrets with ``***`` in all that codebot logs, prints, stores or publishes.
+    """Replaces secrets with ``***`` in the log, in events, and in what codebot publishes.
 
-    There is one, ``redact``. It gets the secrets of the settings when they are read or
+    Requests and comments are stored, and shown to clients, as they were sent. There is one
+    Redactor, ``redact``. It gets the secrets of the settings when they are read or
     used (load_config, Codebot), and each token when codebot gets it.
     """
 
@@ -1193,9 +1196,9 @@ DEFAULT_LIMITS = Limits()
 
 
 def raise_if_stop_arrives(check_stop: Callable[[], None]) -> None:
-    """Wait a moment, then call ``check_stop``: was a program ended because codebot stops?
+    """Call ``check_stop`` after a moment, when a signal may have ended a program.
 
-    systemd signals all processes of a service, and codebot perhaps a moment later.
+    systemd signals all processes of a service. The signal may reach codebot last.
     """
     time.sleep(0.3)  # seconds
     check_stop()
@@ -1413,13 +1416,13 @@ class RunningProgram:
         return result
 
 
-def signal_group(leader: int, number: int) -> bool:
+def signal_group(leader: int, signal_number: int) -> bool:
     """Signal a process group. Returns whether it has members that codebot may signal.
 
     Zombies count as members.
     """
     try:
-        os.killpg(leader, number)
+        os.killpg(leader, signal_number)
     # PermissionError: the group runs as another user or, on macOS, has only a zombie left.
     except (ProcessLookupError, PermissionError):
         return False
@@ -1436,7 +1439,7 @@ def end_process_group(child: subprocess.Popen[bytes]) -> None:
         signal_group(child.pid, signal.SIGTERM)
         deadline = time.monotonic() + KILL_GRACE
         # poll() reaps the program, which would otherwise stay in the group as a zombie.
-        # Signal 0 has no effect: it only tests whether the group has members.
+        # Signal 0 ends nothing: it only tests whether the group has members.
         while child.poll() is None or signal_group(child.pid, 0):
             if time.monotonic() > deadline:
                 break
@@ -1548,10 +1551,10 @@ def tagged_processes(run_tag: str) -> list[int]:
     return find_processes("environ", f"CODEBOT_RUN={run_tag}")
 
 
-def signal_processes(processes: Iterable[int], number: int) -> None:
+def signal_processes(processes: Iterable[int], signal_number: int) -> None:
     for process in processes:
         with contextlib.suppress(OSError):  # it has ended
-            os.kill(process, number)
+            os.kill(process, signal_number)
 
 
 def end_processes(find: Callable[[str], list[int]], argument: str) -> None:
@@ -2056,7 +2059,7 @@ class Sandbox:
         # bwrap with options, counts as another sandbox and hides only what its options say.
         self.is_bwrap = config.sandbox == ("bwrap",)
         self.is_none = config.sandbox == ("none",)
-        self.disable_userns = True
+        self.disable_userns = True  # inspect_bwrap finds out whether bwrap can
 
     def wrap(self, argv: Sequence[str], workspace_path: str, objects: str) -> list[str]:
         """Return the command line that runs ``argv`` in the sandbox of a workspace.
@@ -2108,9 +2111,9 @@ class Sandbox:
     def probe(self, *command: str) -> ProgramResult:
         """Try the sandbox, through the launcher if any, and run ``command`` in it, if any.
 
-        The sandbox works if the file "probe" then exists on this host. Raises ConfigError
-        if it does not exist, TransientError as run_program and, only with a launcher,
-        NoFreeNode if no node became free.
+        The sandbox works if the file "probe" then exists on this host; else ConfigError is
+        raised. Also raises TransientError, as run_program does. Only with a launcher:
+        raises TransientError if it fails, and NoFreeNode if no node becomes free.
         """
         config = self.config
         try:
@@ -2374,7 +2377,7 @@ def commented_lines(payload: JsonObject) -> str:
 
 
 def parse_comment(place: str, payload: JsonObject) -> Comment | None:
-    """Parse a comment or review from the API or a webhook.
+    """Parse a comment or a GitHub review, from the API or from a webhook.
 
     Returns None for bots, deleted users and empty texts. Raises one of
     UNKNOWN_SHAPE_ERRORS if the payload has an unexpected shape.
@@ -3487,6 +3490,8 @@ class Mirror(GitDirectory):
 # absorb_waiting_reviews and delete_expired. _transition makes all changes of state.
 #
 # Known limitations:
+# - CODEBOT_MAX_QUEUE_SIZE limits only tasks. Every login that can comment on a pull request
+#   of codebot's can have a pending review there, even without write access.
 # - A new database, such as that of a new work directory, knows no pull requests. Issues
 #   that still have the label become tasks again.
 # - If an older or another database is put in place, the cleanup removes the workspaces and
@@ -4881,7 +4886,9 @@ class Codebot:
 def until_database_works(method: Callable[..., T], *args: object) -> T:
     """Call a method of Store until it succeeds, so that a full disk loses no result.
 
-    Raises StopRequested at a stop. A corrupt database's error is raised at once.
+    Only OperationalError leads to a new try: the database is busy, its disk is full, or its
+    file is gone. Other errors, such as WrongState, are raised. Raises StopRequested at a
+    stop.
     """
     while True:
         try:
@@ -4932,6 +4939,7 @@ class JobRun:
         self.store.add_events(self.job.task_id, events)
 
     def update(self, **changes: Any) -> None:
+        """Change fields of the job, and wait until the store has them."""
         self.job = dataclasses.replace(self.job, **changes)
         until_database_works(self.store.save_progress, self.job)
 
@@ -4941,6 +4949,7 @@ class JobRun:
         self.agent_ran_since_save = False
 
     def set_phase(self, phase: str, attempt: int = 0) -> None:
+        """Begin a phase, unless the run must end: see check_stop."""
         self.check_stop()
         self.update(phase=phase, attempt=attempt)
         self.events_left = MAX_OUTPUT_EVENTS
@@ -6363,7 +6372,7 @@ class Review(NamedTuple):
     workspace: Workspace
     # Set by load_comments:
     comments: Sequence[Comment] = ()  # to be answered
-    listed: Sequence[Comment] = ()  # all that GitHub has, by anyone
+    listed: Sequence[Comment] = ()  # all by people and by codebot
 
 
 def run_review(run: JobRun) -> None:
@@ -7259,11 +7268,11 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
     return not job.error and job.phase != "answer"
 
 
-def failure_text(run: JobRun, ending: Ending) -> str:
-    """Return a failed job's error, redacted, and log it unless an earlier run has.
+def log_failure(run: JobRun, ending: Ending) -> str:
+    """Log a failed job's error, unless an earlier run has. Returns it, redacted.
 
-    It says so if the commit may be on the branch at the remote: a push may have succeeded
-    although its response was lost.
+    The error says so if the commit may be on the branch at the remote: a push may have
+    succeeded although its response was lost.
     """
     job = run.job
     if job.kind == "task":
@@ -7289,7 +7298,7 @@ def store_failure(run: JobRun, ending: Ending) -> None:
     round of run_job, and nobody would tell the reviewer. (If the reviewer cannot be told,
     the review may end with another error.)
     """
-    error = failure_text(run, ending)
+    error = log_failure(run, ending)
     run.save_work(
         commit_id="",
         # With a kind, the review takes in no newer comments. They become another review.
@@ -7301,6 +7310,7 @@ def store_failure(run: JobRun, ending: Ending) -> None:
 
 
 def store_ending(run: JobRun, ending: Ending) -> None:
+    """Delete, requeue or finish the job, as ``ending`` says, and log a failure."""
     job = run.job
     if run.is_cancelled and ending.status in ("failed", "pending"):
         # A cancelled job fails as cancelled, whatever else went wrong.
@@ -7320,7 +7330,7 @@ def store_ending(run: JobRun, ending: Ending) -> None:
         # The last event is logged before the job ends, or follow_log may miss it.
         error = ""
         if ending.status == "failed":
-            error = failure_text(run, ending)
+            error = log_failure(run, ending)
             first_line, _, rest = error.partition("\n")
             log.info("Job %s: %s%s", job.id, first_line, " …" if rest else "")
         seconds = job.seconds or time.monotonic() - run.started  # for the totals
@@ -7360,7 +7370,7 @@ def clean_up(codebot: Codebot) -> None:
     """Wait until it is time, and then remove the data that is past its retention."""
     config = codebot.config
     # After a start, the sync thread usually uses this pause to queue the comments that
-    # people wrote while the server was down. The workspaces of these reviews are retained.
+    # people wrote while the server was down. So the workspaces of these reviews are kept.
     codebot.cleanup_wanted.wait(min(CLEANUP_INTERVAL, config.retention))
     codebot.cleanup_wanted.clear()
     wait()
@@ -9427,7 +9437,8 @@ def check_settings(codebot: Codebot) -> Iterator[Finding]:
     if config.stall_timeout < MIN_STALL_TIMEOUT:
         yield warn(
             f"CODEBOT_STALL_TIMEOUT is {config.stall_timeout} s, but the agent prints "
-            "nothing while a command runs, up to 600 s. Set it to 900 or more."
+            f"nothing while a command runs, up to 600 s. Set it to {MIN_STALL_TIMEOUT} "
+            "or more."
         )
     for name in config.agent_env:
         if not config.variables.get(name):
@@ -9615,7 +9626,8 @@ def set_up_process(codebot: Codebot, level: int) -> None:
 def fork_watchdog(codebot: Codebot) -> None:
     """Fork a process that ends what this one leaves running, however this one ends.
 
-    The watchdog has the settings and the keys, but no token, lock or database.
+    The watchdog has the settings and all keys in memory, also those of the model, but no
+    JWT, installation token, lock or database.
     """
     read_end, write_end = os.pipe()  # write_end is closed when this process ends
     if os.fork() != 0:

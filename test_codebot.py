@@ -5129,14 +5129,14 @@ def test_task_whose_push_got_no_response_may_have_been_pushed(
     expected = "The remote hung up."
     if push_started:
         expected += " The commit c0ffee may have been pushed to u/codebot/1"
-    assert codebot.failure_text(run, ending) == expected
+    assert codebot.log_failure(run, ending) == expected
 
 
 def test_task_whose_push_was_rejected_was_not_pushed(store: codebot.Store) -> None:
     run = codebot.JobRun(app_with(store), store_task_in_state(store, "running"))
     run.job = dataclasses.replace(run.job, commit_id="c0ffee", push_started=True)
     ending = codebot.Ending("failed", "push_rejected", "Failed to push: protected")
-    assert codebot.failure_text(run, ending) == ending.error
+    assert codebot.log_failure(run, ending) == ending.error
 
 
 def test_reviewer_of_a_pushed_commit_is_told_so_if_the_answer_fails(
