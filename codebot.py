@@ -1206,6 +1206,8 @@ def raise_if_stop_arrives(check_stop: Callable[[], None]) -> None:
 
 # How Popen or a shell reports that a program was ended by SIGTERM (15) or SIGKILL (9).
 SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
+# The expressions from here to SHORTAGE_RE choose the words of errors, and decide about
+# retries. Nothing else depends on them.
 # Matches lines that name no cause: empty ones, and advice of git here or at the remote.
 NOISE_RE = re.compile(
     "(hint:.*|remote:|Please make sure you have the correct access rights"
@@ -2417,7 +2419,8 @@ def github_error_text(status: int, payload: Json) -> str:
     return " ".join(text.split())[:1000]
 
 
-# Transient errors, besides those that is_rate_limit recognizes:
+# Transient errors, besides those that is_rate_limit recognizes. This decides only whether
+# something is tried again.
 #   403 ...suspended                         the App is suspended
 #   422 ...submitted too quickly, 'abuse'    comments or pull requests are made too fast
 #   422 ...'field': 'head', No commits,      a part of GitHub does not see a pushed branch,
@@ -3169,9 +3172,11 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
     }
 
 
-# The exception for a failure of git that contacts the remote. The first line that applies
-# counts. run_git and git_with_token apply the first two lines, remote_failure the others.
-# (Before all of these, run_program raises TransientError for a shortage on this host.)
+# The exception for a failure of git that contacts the remote. All of this, down to
+# TOKEN_RETRY_DELAY, decides only whether something is tried again. The first line that
+# applies counts. run_git and git_with_token apply the first two lines, remote_failure the
+# others. (Before all of these, run_program raises TransientError for a shortage on this
+# host.)
 #   a signal ended git or a part of it     TransientError
 #   a limit ended git                      TransientError for a push, else GitFailed
 #   "rejected]" by the remote's rules      GitFailed
