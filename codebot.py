@@ -3119,6 +3119,21 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
     return Repository(url, url, mirror)
 
 
+def require_allowed_repository(config: Config, url: str) -> Repository:
+    """Return the repository of a task. Raises HTTPError if codebot must not use it."""
+    try:
+        repository = parse_repository_url(config, url)
+    except ValueError as error:
+        safe_url = hide_logins(url)[:100]
+        raise HTTPError(400, f"repository_url {error} (it is {safe_url!r})") from None
+    if not is_allowed(config, repository.full_name):
+        name = repository.full_name
+        raise HTTPError(
+            403, f"repository_url: {name} is not in CODEBOT_ALLOWED_REPOSITORIES"
+        )
+    return repository
+
+
 def default_test_command(config: Config, full_name: str) -> str:
     """Return the command of CODEBOT_TEST_COMMANDS for a repository, or ""."""
     name = full_name.lower()
@@ -6034,14 +6049,9 @@ def find_repository(run: JobRun) -> Repository:
     """
     job = run.job
     try:
-        repository = parse_repository_url(run.config, job.request.repository_url)
-    except ValueError as error:
-        raise JobFailed("clone_failed", f"The repository's URL {error}") from None
-    if not is_allowed(run.config, repository.full_name):
-        raise JobFailed(
-            "clone_failed",
-            f"{repository.full_name} is not in CODEBOT_ALLOWED_REPOSITORIES",
-        )
+        repository = require_allowed_repository(run.config, job.request.repository_url)
+    except HTTPError as error:
+        raise JobFailed("clone_failed", str(error)) from None
     github = run.codebot.github
     if github is None:
         return repository
@@ -7667,21 +7677,6 @@ CONTROL_CHARACTER_RE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 KEEPALIVE_INTERVAL = 15.0  # seconds after which a silent event stream sends a comment
 STREAM_INTERVAL = 0.25  # seconds between searches for new events in a followed log
 MAX_EVENTS_AT_ONCE = 100  # events that one read of a followed log returns
-
-
-def require_allowed_repository(config: Config, url: str) -> Repository:
-    """Return the repository of a task. Raises HTTPError if codebot may not use it."""
-    try:
-        repository = parse_repository_url(config, url)
-    except ValueError as error:
-        safe_url = hide_logins(url)[:100]
-        raise HTTPError(400, f"repository_url {error} (it is {safe_url!r})") from None
-    if not is_allowed(config, repository.full_name):
-        name = repository.full_name
-        raise HTTPError(
-            403, f"repository_url: {name} is not in CODEBOT_ALLOWED_REPOSITORIES"
-        )
-    return repository
 
 
 def field_problem(name: str, value: object) -> str:
