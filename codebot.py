@@ -6521,11 +6521,6 @@ def react_to_comments(review: Review) -> None:
 # From the comments to a commit
 
 
-def has_unpushed_commit(job: Job) -> bool:
-    """Return whether a review has a commit of which no push was recorded."""
-    return job.commit_id != "" and not job.is_pushed
-
-
 def prepare_answers(review: Review) -> None:
     """Store the answers, unless an earlier run has, and push the commit."""
     run = review.run
@@ -6541,7 +6536,7 @@ def prepare_answers(review: Review) -> None:
             classify(review, text)
         if run.job.request_kind in ("question", "change"):
             carry_out(review, text)
-    if has_unpushed_commit(run.job):
+    if run.job.commit_id and not run.job.is_pushed:
         push_review_commit(review)
         run.update(is_pushed=True)  # a retry must not restore what others remove now
 
@@ -7827,9 +7822,7 @@ def task_status(codebot: Codebot, request: Request, task_id: str) -> Response:
 def describe_review(codebot: Codebot, job: Job) -> Fields:
     comments = codebot.store.stored_comments(job.id)
     answers = [text for text in job.answers.values() if text]
-    commit = job.commit_id
-    if has_unpushed_commit(job):  # nobody can find it yet
-        commit = ""
+    commit = job.commit_id if job.is_pushed else ""  # until then nobody can find it
     return {
         **pick(job, "id", *JOB_FIELDS, "phase", "reviewer", "error", "reason"),
         "request": "\n\n".join(comment.text for comment in comments) or None,
