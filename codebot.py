@@ -3663,9 +3663,9 @@ CREATE INDEX comments_by_task ON comments (task_id);
 -- The label events that codebot has handled. They outlive the tasks.
 CREATE TABLE label_events (id INTEGER PRIMARY KEY);
 CREATE TABLE deliveries (guid TEXT PRIMARY KEY, received_at TEXT NOT NULL);
--- One row: the totals of all jobs that have ended, including deleted ones.
+-- One row: the totals of all jobs, including deleted ones.
 CREATE TABLE totals (
-    seconds REAL NOT NULL,
+    seconds REAL NOT NULL, -- of jobs that have ended
     dollars REAL NOT NULL,
     checks INTEGER NOT NULL -- only so that check_writable has something to change
 );
@@ -3865,18 +3865,6 @@ def insert_label_event(db: sqlite3.Connection, event_id: int) -> None:
     db.execute(
         "INSERT INTO label_events (id) VALUES (:id) ON CONFLICT DO NOTHING",
         {"id": event_id},
-    )
-
-
-def add_to_totals(db: sqlite3.Connection, job_id: str, seconds: float = 0.0) -> None:
-    """Add to the totals an ended job's cost, and the ``seconds`` that it took."""
-    db.execute(
-        """
-        UPDATE totals SET
-            seconds = seconds + :seconds,
-            dollars = dollars + (SELECT IFNULL(cost_usd, 0) FROM jobs WHERE id = :id)
-        """,
-        {"id": job_id, "seconds": seconds},
     )
 
 
@@ -4134,7 +4122,7 @@ class Store:
     def finish(
         self, job: Job, seconds: float, status: str, reason: str = "", error: str = ""
     ) -> None:
-        """Complete or fail a running job; add ``seconds`` and its cost to the totals.
+        """Complete or fail a running job; add ``seconds`` to the totals.
 
         If a cancellation was requested before a task fails, it fails as cancelled.
         """
@@ -4144,7 +4132,7 @@ class Store:
                 reason = "cancelled"
                 error = CANCELLED_TEXT["task"]  # only tasks have cancel_requested
             self._transition(db, job.id, "running", status, reason, error)
-            add_to_totals(db, job.id, seconds)
+            db.execute("UPDATE totals SET seconds = seconds + :new", {"new": seconds})
 
     def requeue(
         self, job_id: str, interruptions: int = 0, not_before: float = 0.0
@@ -4211,7 +4199,6 @@ class Store:
                 raise WrongState(f"job {job_id} can no longer be cancelled")
             with contextlib.suppress(WrongState):  # the task is running
                 self._transition(db, job_id, "pending", "failed", "cancelled", error)
-                add_to_totals(db, job_id)
 
     def begin_push(self, job_id: str) -> bool:
         """Record that a task's push begins. Returns False if the task is to be cancelled.
@@ -4225,36 +4212,47 @@ class Store:
         )
 
     def save_progress(self, job: Job) -> None:
-        """Store the fields that a run changes."""
+        """Store the fields that a run changes, and add its new cost to the totals."""
         values = {**vars(job), "answers": json.dumps(job.answers)}
-        self._write(
-            """
-            UPDATE jobs SET
-                phase = :phase,
-                attempt = :attempt,
-                request_kind = :request_kind,
-                repository_id = :repository_id,
-                directory = :directory,
-                branch = :branch,
-                base_name = :base_name,
-                base_commit = :base_commit,
-                commit_id = :commit_id,
-                is_pushed = :is_pushed,
-                interruptions = :interruptions,
-                transient_since = :transient_since,
-                summary = :summary,
-                passed_attempt = :passed_attempt,
-                cost_usd = :cost_usd,
-                num_turns = :num_turns,
-                files = :files,
-                seconds = :seconds,
-                answers = :answers,
-                reason = :reason,
-                error = :error
-            WHERE id = :id
-            """,
-            **values,
-        )
+        with self._transaction() as db:
+            db.execute(
+                """
+                UPDATE totals SET dollars = dollars + (
+                    -- This is 0 unless an agent has just reported a cost.
+                    IFNULL(:cost_usd, 0)
+                    - IFNULL((SELECT cost_usd FROM jobs WHERE id = :id), 0)
+                )
+                """,
+                values,
+            )
+            db.execute(
+                """
+                UPDATE jobs SET
+                    phase = :phase,
+                    attempt = :attempt,
+                    request_kind = :request_kind,
+                    repository_id = :repository_id,
+                    directory = :directory,
+                    branch = :branch,
+                    base_name = :base_name,
+                    base_commit = :base_commit,
+                    commit_id = :commit_id,
+                    is_pushed = :is_pushed,
+                    interruptions = :interruptions,
+                    transient_since = :transient_since,
+                    summary = :summary,
+                    passed_attempt = :passed_attempt,
+                    cost_usd = :cost_usd,
+                    num_turns = :num_turns,
+                    files = :files,
+                    seconds = :seconds,
+                    answers = :answers,
+                    reason = :reason,
+                    error = :error
+                WHERE id = :id
+                """,
+                values,
+            )
 
     # Queues
 
@@ -4373,7 +4371,7 @@ class Store:
         )
 
     def totals(self) -> tuple[float, float]:
-        """Return the seconds that all ended jobs took and the dollars that they cost."""
+        """Return the seconds that all ended jobs took, and the dollars of all jobs."""
         return self._read(tuple, "SELECT seconds, dollars FROM totals")[0]
 
     # Pull requests and comments

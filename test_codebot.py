@@ -5412,6 +5412,17 @@ def test_cost_of_task_that_is_cancelled_before_its_retry_is_counted(
     assert store.totals() == (0, 0.25)
 
 
+def test_cost_of_a_skipped_review_is_counted_once(store: codebot.Store) -> None:
+    pull = store_pull_request(store, store_task_in_state(store, "completed"))
+    _, dollars = store.totals()
+    review = store.claim(store_review(store, pull, 1, "alice"))
+    assert review is not None
+    for cost in (0.1, 0.1, 0.3):  # in all runs of its agent so far
+        store.save_progress(dataclasses.replace(review, cost_usd=cost))
+    store.drop_review(review.id)
+    assert store.totals()[1] - dollars == pytest.approx(0.3)
+
+
 def test_a_transaction_is_on_disk_when_it_ends(store: codebot.Store) -> None:
     full = 2  # sqlite.org/pragma.html#pragma_synchronous
     with store._transaction() as db:
