@@ -5405,7 +5405,11 @@ class Workspace:
         # The ref is never read: write_commit needs only the objects. (git fetches them, but
         # does not write the ref, if the agent has made its repository shallow.)
         args += [self.repo, "+HEAD:refs/codebot/agent"]
-        env = {**base_environment(self.config), "GIT_ALLOW_PROTOCOL": "file"}
+        env = {
+            **base_environment(self.config),
+            "GIT_ALLOW_PROTOCOL": "file",
+            "GIT_CEILING_DIRECTORIES": self.path,  # for UPLOAD_SCRIPT: see environment
+        }
         limits = self.run.git_limits()
         try:
             result = self.outbox.run_git(args, env, cwd=self.outbox.path, limits=limits)

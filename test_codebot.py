@@ -6333,6 +6333,12 @@ def test_git_ignores_checkout_around_work_dir(local: LocalTask) -> None:
     assert status == "A  staged"
 
 
+def test_commit_ignores_checkout_around_work_dir(local: LocalTask) -> None:
+    run_command("git", "init", "-q", local.site.directory)
+    error = local.failure(SAY_HELLO, "agent_failed", "rm -rf .git")
+    assert "not a git repository" in error
+
+
 # --- What the agent does -----------------------------------------------------
 
 LOGIN_EXPIRED = "Not logged in · Please run /login"
@@ -6413,7 +6419,7 @@ def test_tree_is_not_committed_if_head_has_changed_meanwhile(
 ) -> None:
     # As if a process that the agent left had put HEAD back.
     monkeypatch.setattr(codebot, "UPLOAD_SCRIPT", 'exec git upload-pack "$3"')
-    assert "usable repository" in local.failure(SAY_HELLO, "agent_failed")
+    assert "git commit-tree: " in local.failure(SAY_HELLO, "agent_failed")
 
 
 def test_failed_task_pushes_nothing(shared: Site) -> None:
