@@ -968,8 +968,8 @@ def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
 def load_config(flags: Flags, is_server: bool = False) -> Config:
     """Read the settings. Raises ConfigError with all problems."""
     config, problems = read_config(flags, is_server)
+    redact.add(configured_secrets(config), math.inf)  # main() prints errors
     if problems:
-        redact.add(configured_secrets(config), math.inf)  # main() prints the problems
         raise ConfigError("\n".join(problems))
     return config
 
@@ -999,7 +999,7 @@ def with_base64(secrets: Iterable[str]) -> list[str]:
 
 
 class Redactor:
-    """Replaces secrets with ``***`` in the log, in events, and in what codebot publishes.
+    """Replaces secrets with ``***`` in events, the log, errors, and text for GitHub.
 
     Requests and comments are stored, and shown to clients, as they were sent. There is one
     Redactor, ``redact``. It gets the secrets of the settings when they are read or
