@@ -9977,7 +9977,8 @@ def demo_config(directory: str) -> Config:
     """Return settings that need nothing on the host but git, sh, cat and grep."""
     return Config(
         api_keys=(uuid.uuid4().hex,),  # other users of this machine can also connect
-        allowed=(f"{directory}/*",),  # the stand-in must not push to a real one
+        # The stand-in agent must not change a real repository.
+        allowed=(f"{glob.escape(directory)}/*",),
         claude_command=("sh", "-c", DEMO_AGENT_SCRIPT),
         sandbox=("none",),
         search_path=parse_search_path(os.environ.get("PATH", os.defpath)),
