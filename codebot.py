@@ -1614,9 +1614,10 @@ def launcher_argv(command: Sequence[str], workspace_path: str) -> list[str]:
 
 # A launched program may outlive codebot. So each launch in a workspace NAME has a record,
 # the file launched/NAME. The record holds the run's tag or, after a failed stop,
-# STOP_FAILED. It is removed only when CODEBOT_LAUNCHER_STOP has succeeded. (The command
-# must also succeed if nothing runs.) The run itself stops its program. If codebot dies, its
-# watchdog does. After a failure, the cleanup, the next run here and the next start retry.
+# STOP_FAILED. It is removed only if the launcher did not start, or when
+# CODEBOT_LAUNCHER_STOP has succeeded. (The command must also succeed if nothing runs.) The
+# run itself stops its program. If codebot dies, its watchdog does. After a failure, the
+# cleanup, the next run here and the next start retry.
 STOP_FAILED = "stop failed"
 
 
@@ -1643,8 +1644,8 @@ def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") 
         error = run_stop_command(config, workspace_path)
         if error:
             log.warning(
-                "CODEBOT_LAUNCHER_STOP failed for %s: %s. It is tried again until it "
-                "succeeds; if nothing of this name runs anymore, remove %s",
+                "CODEBOT_LAUNCHER_STOP failed for codebot-%s: %s. A server tries again "
+                "until it succeeds; if no job of this name is left, remove %s",
                 record.name,
                 error.rstrip("."),
                 record,
@@ -1785,7 +1786,8 @@ def launch(
     )
     try:
         return run_program(argv, env, program_type=program_type, **options)
-    except FileNotFoundError:  # there is no such launcher, so nothing was started
+    # There is no such launcher, or it is not executable, so nothing was started.
+    except (FileNotFoundError, PermissionError):
         record.unlink()
         raise
     finally:
@@ -2136,7 +2138,7 @@ class Sandbox:
             # If fork failed, the error names no file: then name the program to start.
             program = error.filename or (config.launcher or config.sandbox)[0]
             problem = f"{program}: {os_error_text(error)}"
-            if config.launcher and program == config.launcher[0]:
+            if config.launcher and error.filename == config.launcher[0]:
                 raise ConfigError(
                     f"The launcher does not start: {problem}. Correct CODEBOT_LAUNCHER."
                 ) from None

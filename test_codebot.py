@@ -15262,8 +15262,8 @@ def test_stop_whose_setting_was_removed_keeps_the_record(
     assert not codebot.stop_launched(config, f"{tmp_path}/task_1234567")
     assert record.read_text() == codebot.STOP_FAILED
     assert (
-        "CODEBOT_LAUNCHER_STOP failed for task_1234567: the setting is missing. It is "
-        "tried again until it succeeds; if nothing of this name runs anymore, remove "
+        "CODEBOT_LAUNCHER_STOP failed for codebot-task_1234567: the setting is missing. "
+        "A server tries again until it succeeds; if no job of this name is left, remove "
         f"{record}\n" in caplog.text
     )
 
