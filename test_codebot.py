@@ -17916,6 +17916,9 @@ def test_run_reads_task_from_json(fresh: Site, source: str) -> None:
             '{"repository_url": "x", "description": "x", "descripton": "x"}',
             "Unknown field 'descripton'; did you mean 'description'?",
         ),
+        # A secret that got into the wrong place is not printed.
+        (("--task", "-"), json.dumps({MODEL_KEY: ""}), "repository_url is missing"),
+        (("--task", MODEL_KEY), "", "Cannot read ***: no such file or directory"),
     ],
 )
 def test_run_refuses_bad_task(
@@ -17926,6 +17929,7 @@ def test_run_refuses_bad_task(
     assert done.stdout == ""
     assert done.stderr.startswith(f"codebot: {advice}")
     assert "Errno" not in done.stderr
+    assert MODEL_KEY not in done.stderr
     assert list((shared.directory / "tmp").iterdir()) == []
 
 
@@ -18033,8 +18037,10 @@ def test_demo_shows_task_and_leaves_nothing(on_disk: Site) -> None:
         for name in on_disk.server.environment()
         if name.startswith("CODEBOT")
     }
+    temporary = on_disk.directory / "tmp[x]"
+    temporary.mkdir()
     started = time.monotonic()
-    done = on_disk.server.run_forked("demo", **settings)
+    done = on_disk.server.run_forked("demo", **settings, TMPDIR=str(temporary))
     assert time.monotonic() - started < 10
     assert done.returncode == 0
     assert done.stderr == ""
@@ -18058,7 +18064,7 @@ diff --git a/hello\.py b/hello\.py
 Done\. Next: .*
 """
     assert re.fullmatch(expected, done.stdout), done.stdout
-    for directory in ("tmp", "start", "home"):
+    for directory in (temporary.name, "start", "home"):
         assert list((on_disk.directory / directory).iterdir()) == []
     wait_for(lambda: on_disk.server.strays() == [])
 
