@@ -245,7 +245,7 @@ THREADS AND THEIR LOCKS
   task-N, review-N   one job at a time; tasks have one queue, reviews another
   sync           asks GitHub what has changed, submits and cancels jobs accordingly, and
                  comments on issues
-  timer          queues jobs that are due
+  timer          queues jobs that are due; but the command `run` queues its one task itself
   database       writes to the database now and then, to see whether that works
   cleanup        removes what is past its retention, and runs CODEBOT_LAUNCHER_STOP
                  again where it has failed
@@ -282,7 +282,7 @@ WHERE THE DANGEROUS THINGS ARE
                             commands in the mirror, which fetches these objects once
                             they are pushed
   removing directories      remove_tree; scratch directories and the demo's by
-                            tempfile; in the sandbox, what Workspace.script runs
+                            tempfile; in the sandbox, Workspace's scripts
   fork and exec             fork_watchdog; serve_command, with --debug
   calls of the C library    set_up_process
   SQL                       Store, and the steps of its transactions above it
@@ -399,7 +399,7 @@ class TransientError(Exception):
 
 
 class StopRequested(Exception):
-    """codebot is stopping. A running job is requeued."""
+    """codebot is to stop. A running job is requeued, and a new task is refused."""
 
 
 class Cancelled(Exception):
@@ -616,7 +616,7 @@ def parse_agent_env(text: str) -> Sequence[str]:
 
 
 # A regular expression for the beginning of a rule: owner/name=. Both names may have
-# wildcards. A rule with nothing after it says that the repository has no tests.
+# wildcards. A rule that ends at the = says that the repository has no tests.
 RULE = r"\s*((?!\.)[\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*="
 # Matches a line that is not one command for all repositories:
 #     make X=a/b    no match
@@ -859,7 +859,8 @@ def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
     place = f"in {config.env_file}"
     if not os.path.exists(config.env_file):
         place += " (not found; copy .env.example)"
-    # Not the fields: a bad value, which read_settings has reported, sets no field.
+    # The variables are tested, not the fields: a bad value, which read_settings has
+    # reported, sets no field.
     variables = config.variables
     if is_server and not split_commas(variables.get("CODEBOT_API_KEYS", "")):
         yield (
@@ -2679,7 +2680,7 @@ class GitHub:
         return reply
 
     def read_reply(self, response: Any) -> Reply:
-        """Read a response. The last read may begin at the deadline: twice the timeout."""
+        """Read a response. The last read may begin late: this takes twice the timeout."""
         deadline = time.monotonic() + self.timeout
         body = bytearray()
         while True:
@@ -4664,7 +4665,7 @@ LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")
 
 
 def take_work_dir(config: Config) -> None:
-    """Create and lock the work directory; lock the database; have tempfile use it.
+    """Create and lock the work directory, and have tempfile use it; lock the database.
 
     Raises ConfigError if that fails, the disk is full, or there are tasks but no database.
     """
@@ -4873,7 +4874,7 @@ class Codebot:
 
     def submit(self, request: TaskRequest, submission: Submission) -> Job:
         """Store a task and queue it. Raises HTTPError to refuse it, or StopRequested."""
-        wait()
+        wait()  # no new task once codebot is to stop
         job = self.store.add_task(request, submission, self.config.queue_size)
         self.jobs_due.set()
         return job
@@ -5076,7 +5077,7 @@ if ! restore "$1" 2>/dev/null; then
 fi
 """
 # Makes a commit on top of $1 with the tree $2, and sends it to git fetch, which starts this
-# in the outbox. bwrap has changed to the repository, $3, already.
+# in the outbox. $3 is the repository. In bwrap, the cd changes nothing.
 UPLOAD_SCRIPT = f"""
 cd "$3" || exit 1
 {GIT_FUNCTION}
@@ -5232,7 +5233,7 @@ class Workspace:
     # Three methods start something in the sandbox, with command lines from sandboxed():
     #   script              codebot's own scripts on this host, by run_in_sandbox
     #   run_work            the agent and the tests, here or on a node, by run_in_sandbox
-    #   collect_tree        git upload-pack, which git fetch starts
+    #   collect_tree        UPLOAD_SCRIPT, which git fetch starts
 
     def environment(self, as_agent: bool) -> dict[str, str]:
         """Return the whole environment of a program that run_in_sandbox runs."""
@@ -5503,8 +5504,7 @@ class Workspace:
         if not self.mirror.is_ancestor(commit, tip):
             raise JobFailed(
                 "push_rejected",
-                f"Commits have been removed from the branch: it no longer has {commit}. "
-                "Comment again to have the change made on top of the current branch.",
+                f"Commits have been removed from the branch: it no longer has {commit}",
             )
         return tip
 
@@ -5525,7 +5525,7 @@ class Workspace:
             raise JobFailed(
                 "push_rejected",
                 "Others have pushed in the meantime, and the change is too large to apply "
-                "on top of theirs. Comment again to have it redone.",
+                "on top of theirs",
             )
         self.check_out(self.branch, tip)
         result = self.script(APPLY_SCRIPT, job.commit_id, stdin=pack.read_bytes())
@@ -5534,7 +5534,7 @@ class Workspace:
             raise JobFailed(
                 "push_rejected",
                 "Others have pushed in the meantime, and the change conflicts with theirs: "
-                f"{files}. Comment again to have it redone on top of the current branch.",
+                f"{files}",
             )
 
 
@@ -6711,11 +6711,7 @@ def push_review_commit(review: Review) -> None:
         # The answer will name the commit, so this raises an error if the branch lacks it.
         workspace.fetch_tip_after(run.job.commit_id)
         return
-    raise JobFailed(
-        "push_rejected",
-        "Others pushed every time the change was ready. Comment again to have it redone "
-        "on top of the current branch.",
-    )
+    raise JobFailed("push_rejected", "Others pushed every time the change was ready")
 
 
 def reapply_change(review: Review, tip: str) -> None:
@@ -7133,7 +7129,8 @@ class Ending(NamedTuple):
     status: str  # as in the store, or "deleted"
     reason: str = ""
     error: str = ""
-    gave_up: bool = False  # whether it failed because a transient error lasted too long
+    # Whether it failed because transient errors lasted too long or came too often.
+    gave_up: bool = False
     # Only for a job that is retried after a transient error:
     interruptions: int = 0  # to be added to the job's
     not_before: float = 0.0  # seconds since 1970
@@ -7947,7 +7944,8 @@ def event_stream(codebot: Codebot, task_id: str, after: int) -> EventStream:
 
 def health(codebot: Codebot, request: Request) -> Response:
     """Return whether the server and its database work. Nothing is written."""
-    reviews = tasks = 0
+    reviews = 0
+    tasks = 0
     status = "healthy" if codebot.store.writable else "unhealthy"
     try:
         reviews = codebot.store.count_pending("review")
@@ -8686,7 +8684,7 @@ function outcomeSection(status) {
   if (status.status === 'completed') return resultCard(status.result);
   if (status.status === 'failed') return errorCard(status);
   const position = status.queue_position;
-  const words = 'If it has run before, the log says when it runs again.';
+  const words = 'If the task has run before, its log says when it runs again.';
   return position ? [paragraph(`Waiting: number ${position} in the queue. ${words}`)] : [];
 }
 
