@@ -6743,33 +6743,26 @@ def answer_threads(review: Review) -> None:
         comments = comments[:1]
     refusal = ""
     for thread_key, members in group_by_thread(comments).items():
+        comment = members[0]  # the first one that is answered
+        inline_thread = comment.thread if comment.place == "inline" else 0
+        # Redact before truncating: a secret that was cut in two would not be found.
+        body = redact(answer_body(run.job, thread_key, comment))
         try:
-            post_answer(review, thread_key, members[0])
+            # An answer that was posted is not older than the comment. Without ``since``,
+            # codebot would read all comments of a long pull request for each thread.
+            review.github_repository.post_once(
+                review.pull_request.number,
+                truncate(body, MAX_BODY_CHARS),
+                f"<!-- codebot answer {run.job.id} {thread_key} -->",
+                inline_thread,
+                since=comment.created_at,
+            )
         except NotFound as error:  # a reply goes to a thread's first comment
             log.info("No answer to %s, which was deleted: %s", thread_key, error)
         except GitHubError as error:  # the other threads still get their answers
             refusal = f"GitHub refused the answer: {error}"
     if refusal:
         raise JobFailed("internal", refusal)
-
-
-def post_answer(review: Review, thread_key: str, comment: Comment) -> None:
-    """Post a thread's answer, unless it was posted; ``comment`` is the first it answers."""
-    run = review.run
-    # Redact before truncating: a secret that was cut in two would not be found.
-    body = redact(answer_body(run.job, thread_key, comment))
-    body = truncate(body, MAX_BODY_CHARS)
-    marker = f"<!-- codebot answer {run.job.id} {thread_key} -->"
-    inline_thread = comment.thread if comment.place == "inline" else 0
-    # An answer that was posted is not older than the comment. Without ``since``, codebot
-    # would read all comments of a long pull request for each thread.
-    review.github_repository.post_once(
-        review.pull_request.number,
-        body,
-        marker,
-        inline_thread,
-        since=comment.created_at,
-    )
 
 
 def answer_body(job: Job, thread_key: str, comment: Comment) -> str:
