@@ -1951,17 +1951,6 @@ def private_directories(config: Config) -> set[str]:
     return {config.work_dir, *map(os.path.dirname, files)}
 
 
-def hiding_problems(config: Config) -> Iterator[str]:
-    """Yield a sentence for each private directory with a system directory in it."""
-    for directory in sorted(private_directories(config)):
-        if holds_system_directory(directory):
-            yield (
-                f"{directory} holds .env, a key or codebot's files, but the sandbox "
-                "cannot hide it, because programs need it. Move those files to a "
-                "directory of their own."
-            )
-
-
 def tool_directories(config: Config) -> Iterator[str]:
     """Yield the directories at home that PATH leads into: ~/.local for ~/.local/bin."""
     for home in home_directories():
@@ -2157,9 +2146,13 @@ class Sandbox:
         Raises ConfigError if bwrap cannot do that and codebot runs as root. Also raises it
         if a private directory cannot be hidden, because programs need it.
         """
-        problems = [*hiding_problems(self.config)]
-        if problems:
-            raise ConfigError("\n".join(problems))
+        directories = sorted(private_directories(self.config))
+        needed = ", ".join(filter(holds_system_directory, directories))
+        if needed:
+            raise ConfigError(
+                f"The sandbox cannot hide {needed}, because programs need it. Move .env, "
+                "keys and codebot's files from there to a directory of their own."
+            )
         env = base_environment(self.config)
         limits = self.probe_limits
         help_text = run_program(["bwrap", "--help"], env, limits=limits).stdout
@@ -9348,15 +9341,14 @@ Check = Callable[[Codebot], Iterator[Finding]]
 
 
 def run_checks(codebot: Codebot, checks: Iterable[Check]) -> Iterator[Finding]:
-    """Yield the findings. If a check raises an error, each line of it is a finding."""
+    """Yield the findings. If a check raises an error, that is a finding, too."""
     for check in checks:
         try:
             yield from check(codebot)
         # TransientError: the host lacks resources to run a check's program, or a launcher
         # has failed.
         except (ConfigError, TransientError) as error:
-            for problem in str(error).splitlines():
-                yield fail(problem)
+            yield fail(str(error))
 
 
 def version_finding(command: str, result: ProgramResult, least: str) -> Finding:

@@ -3662,8 +3662,15 @@ def test_directory_that_programs_need_cannot_be_hidden(
 ) -> None:
     values: dict[str, Any] = {"work_dir": host.make("work"), **settings}
     config = codebot.Config(**values)
-    problem = next(codebot.hiding_problems(config))
-    assert problem.startswith(f"{directory} holds .env")
+    message = f"^The sandbox cannot hide {directory}, "
+    with pytest.raises(codebot.ConfigError, match=message):
+        codebot.Sandbox(config).inspect_bwrap()
+
+
+def test_all_directories_that_cannot_be_hidden_are_named() -> None:
+    config = codebot.Config(work_dir="/usr", env_file="/etc/passwd")
+    with pytest.raises(codebot.ConfigError, match="cannot hide /etc, /usr, because"):
+        codebot.Sandbox(config).inspect_bwrap()
 
 
 def test_secret_beside_tools_can_be_hidden(host: Host) -> None:
@@ -3672,7 +3679,9 @@ def test_secret_beside_tools_can_be_hidden(host: Host) -> None:
         search_path=host.make("tools/bin"),
         env_file=host.make_file("tools/.env"),
     )
-    assert [*codebot.hiding_problems(config)] == []
+    directories = codebot.private_directories(config)
+    assert f"{host.root}/tools" in directories
+    assert not any(map(codebot.holds_system_directory, directories))
 
 
 # --- Settings: names of repositories and branches ----------------------------
@@ -4528,7 +4537,7 @@ def test_key_in_directory_that_cannot_be_hidden_is_refused(fresh: Site) -> None:
         GITHUB_APP_PRIVATE_KEY_PATH="/etc/hosts",
     )
     assert done.returncode == 2
-    assert "codebot: /etc holds .env" in done.stderr
+    assert "codebot: The sandbox cannot hide /etc, because" in done.stderr
 
 
 def test_launcher_is_named_although_there_is_no_sandbox() -> None:
