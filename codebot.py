@@ -5380,8 +5380,8 @@ class Workspace:
             in the sandbox                        outside the sandbox
             agent's .git -> git upload-pack  -->  git fetch, with fsck -> outbox
 
-        git fetch does not open the agent's .git: only a pack crosses. Raises JobFailed if
-        the repository is not usable anymore.
+        git fetch does not open the agent's .git: only a pack crosses. Raises GitFailed if
+        the repository is not usable anymore, JobFailed if git exceeds a limit.
         """
         self.write_skip_list()
         # git fetch has sh run this: bwrap … -- sh -c … '/…/repo'. In bwrap, self.repo is a
@@ -5412,15 +5412,12 @@ class Workspace:
         except LimitReached as error:
             raise self.run.limit_failure(error, "git") from None
         if result.code != 0:
-            advice = self.mirror.with_advice(result.error)
-            raise JobFailed(
-                "agent_failed", f"The agent left no usable repository: {advice}"
-            )
+            raise GitFailed(f"git fetch: {result.error}")
 
     def write_commit(self, tree: str, message: str) -> str:
         """Make the job's one commit, in the name of the App or (--no-github) of codebot.
 
-        Returns its id. Raises JobFailed if the tree was not fetched: a process that the
+        Returns its id. Raises GitFailed if the tree was not fetched: a process that the
         agent left may have changed HEAD.
         """
         login = "codebot"
@@ -5434,31 +5431,23 @@ class Workspace:
         argv = (*identity, "commit-tree", tree, "-p", self.base_commit)
         result = self.outbox.local_git(*argv, check=False, stdin=message.encode())
         if result.code != 0:
-            raise JobFailed(
-                "agent_failed",
-                f"The agent left no usable repository: git commit-tree: {result.error}",
-            )
+            raise GitFailed(f"git commit-tree: {result.error}")
         return result.stdout
 
     def inspect_commit(self, commit: str) -> str:
         """Return a summary of the commit's changes, as git diff --stat prints it.
 
-        Raises JobFailed if the commit must not be pushed. The agent's .gitattributes hide
-        nothing from the search: git would read them from a work tree or, in 2.43, from the
-        commit that HEAD names. The outbox has neither.
+        Raises JobFailed if the commit must not be pushed, GitFailed if that cannot be
+        found out. The agent's .gitattributes hide nothing from the search: git would read
+        them from a work tree or, in 2.43, from the commit that HEAD names. The outbox has
+        neither.
         """
         scanner = DiffScanner()
         diff = (*GIT_DIFF, "--no-renames", self.base_commit, commit)
-        try:
-            files = self.outbox.local_git(*diff, "--stat=100", "--stat-count=50").stdout
-            # Binary files are also searched, but not what deleted files contained.
-            shown = ("--text", "--irreversible-delete", "--unified=0")
-            self.outbox.local_git(*diff, *shown, on_lines=scanner.read)
-        except GitFailed as error:
-            message = self.mirror.with_advice(
-                f"The change could not be checked: {error}"
-            )
-            raise JobFailed("agent_failed", message) from None
+        files = self.outbox.local_git(*diff, "--stat=100", "--stat-count=50").stdout
+        # Binary files are also searched, but not what deleted files contained.
+        shown = ("--text", "--irreversible-delete", "--unified=0")
+        self.outbox.local_git(*diff, *shown, on_lines=scanner.read)
         return files
 
     def push(self) -> None:
@@ -6200,11 +6189,17 @@ def test_and_commit(workspace: Workspace, request: TaskRequest) -> str:
     run.set_phase("commit")
     if tree == workspace.base_tree:
         return ""
-    workspace.collect_tree(tree)
-    message = commit_message(run, request)
-    # The caller stores the id, to be pushed, only if inspect_commit raises no error.
-    commit_id = workspace.write_commit(tree, message)
-    files = workspace.inspect_commit(commit_id)
+    try:
+        workspace.collect_tree(tree)
+        message = commit_message(run, request)
+        # The caller stores the id, to be pushed, only if inspect_commit raises no error.
+        commit_id = workspace.write_commit(tree, message)
+        files = workspace.inspect_commit(commit_id)
+    except GitFailed as error:
+        reason = workspace.mirror.with_advice(str(error))
+        raise JobFailed(
+            "agent_failed", f"The agent's change could not be committed: {reason}"
+        ) from None
     run.log_event("git", f"Commit {commit_id}", files)
     files = INVISIBLE_RE.sub("\N{REPLACEMENT CHARACTER}", redact(files))
     run.update(files=files)

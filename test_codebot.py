@@ -6428,7 +6428,10 @@ def test_tree_is_not_committed_if_head_has_changed_meanwhile(
 ) -> None:
     # As if a process that the agent left had put HEAD back.
     monkeypatch.setattr(codebot, "UPLOAD_SCRIPT", 'exec git upload-pack "$3"')
-    assert "git commit-tree: " in local.failure(SAY_HELLO, "agent_failed")
+    error = local.failure(SAY_HELLO, "agent_failed")
+    assert error.startswith(
+        "The agent's change could not be committed: git commit-tree"
+    )
 
 
 def test_failed_task_pushes_nothing(shared: Site) -> None:
@@ -8867,7 +8870,7 @@ def test_failure_to_commit_names_the_command(tmp_path: Path) -> None:
     workspace.codebot = codebot.Codebot(outbox.config)
     workspace.outbox = outbox
     workspace.base_commit = "no-parent"
-    with pytest.raises(codebot.JobFailed, match=": git commit-tree: fatal: "):
+    with pytest.raises(codebot.GitFailed, match="^git commit-tree: fatal: "):
         workspace.write_commit("no-tree", "Title")
 
 
