@@ -9251,8 +9251,9 @@ class Server(http.server.ThreadingHTTPServer):
                 "unless you are root) or --host."
             ) from None
         self.server_port = self.server_address[1]
-        # Accepting does not wait for the TLS handshake: Handler.handle performs it.
-        if config.tls_cert and config.tls_key:  # read_config refuses one alone
+        # Accepting does not wait for the TLS handshake: Handler.handle performs it. Both
+        # are tested, because `check` goes on after it has reported that one is missing.
+        if config.tls_cert and config.tls_key:
             self.socket = tls_context(config).wrap_socket(
                 self.socket, server_side=True, do_handshake_on_connect=False
             )
@@ -9340,8 +9341,8 @@ def run_checks(codebot: Codebot, checks: Iterable[Check]) -> Iterator[Finding]:
     for check in checks:
         try:
             yield from check(codebot)
-        # TransientError: the host lacks resources to run a check's program, or a launcher
-        # has failed.
+        # TransientError: the host lacks resources to run a check's program, a launcher has
+        # failed, or the App's key cannot sign (AppRefused).
         except (ConfigError, TransientError) as error:
             yield fail(str(error))
 
@@ -9627,9 +9628,10 @@ def fork_watchdog(codebot: Codebot) -> None:
 
 
 def start_app(config: Config, checks: Sequence[Check], log_level: int) -> Codebot:
-    """Take the work directory, check the host, and requeue what a crash interrupted.
+    """Take the work directory, check the host, open the store, and requeue running jobs.
 
-    Raises ConfigError with all failed checks.
+    What an earlier codebot left running is ended before the checks: it may use the port.
+    Raises ConfigError, with all failed checks if there are any.
     """
     codebot = Codebot(config)
     # This forks the watchdog, which must inherit neither the locks nor the database.
@@ -9783,8 +9785,8 @@ def read_task_flags(flags: Flags) -> Fields:
 def follow_task(codebot: Codebot, task_id: str) -> None:
     """Print a task's events until the task has ended, or codebot is stopped.
 
-    The task is queued here whenever it may be due, and no timer runs: it would also start
-    other jobs of the work directory.
+    The task is queued here again and again; Store.claim starts it only when it is due. The
+    server's timer is not used: it would also start other jobs of the work directory.
     """
     for events in follow_log(codebot, task_id):
         if codebot.queues["task"].empty():
