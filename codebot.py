@@ -1787,9 +1787,11 @@ def launch(
     )
     try:
         return run_program(argv, env, program_type=program_type, **options)
-    # There is no such launcher, or it is not executable, so nothing was started.
-    except (FileNotFoundError, PermissionError):
-        record.unlink()
+    except OSError as error:
+        # Only an error that names the launcher means that nothing was started. Others may
+        # come later: an output file on NFS can no longer be read.
+        if error.filename == launcher[0]:
+            record.unlink()
         raise
     finally:
         stop_launched(config, workspace_path)

@@ -15280,7 +15280,10 @@ def test_stop_whose_setting_was_removed_keeps_the_record(
     )
 
 
-def test_launcher_that_does_not_exist_leaves_no_record(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["nosuch-srun", "/etc/passwd"])
+def test_launcher_that_cannot_be_started_leaves_no_record(
+    tmp_path: Path, launcher: str
+) -> None:
     config = codebot.Config(
         work_dir=str(tmp_path),
         launcher=("nosuch-srun",),
@@ -15290,6 +15293,26 @@ def test_launcher_that_does_not_exist_leaves_no_record(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         codebot.launch(config, workspace, 1.0, list, ["true"], {"PATH": "/bin"})
     assert not codebot.launch_record(config, workspace).exists()
+
+
+def test_launch_with_an_error_after_its_start_keeps_its_record(tmp_path: Path) -> None:
+    config = codebot.Config(
+        work_dir=str(tmp_path),
+        search_path=os.environ["PATH"],
+        launcher=("env",),
+        launcher_stop=("false",),
+    )
+    workspace = str(tmp_path / "task_1234567")
+    env = {"PATH": os.environ["PATH"]}
+
+    def refuse(lines: list[str]) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with pytest.raises(PermissionError):
+        codebot.launch(
+            config, workspace, 5.0, list, ["echo", "x"], env, on_lines=refuse
+        )
+    assert codebot.launch_record(config, workspace).read_text() == codebot.STOP_FAILED
 
 
 @pytest.mark.parametrize(
