@@ -434,7 +434,7 @@ class WrongState(Exception):
     """The job is not in the state that the transition requires."""
 
 
-# Set once codebot is to stop: there is one codebot in a process.
+# Set as soon as codebot is to stop. It is global, because a process has one codebot.
 STOP = threading.Event()
 
 
@@ -780,8 +780,8 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-# Matches NAME=VALUE, perhaps with a comment. The value may be empty: the first of the four
-# alternatives after the "=" is.
+# Matches NAME=VALUE, perhaps with a comment. After the "=", the first of the four
+# alternatives is empty, because the value may be empty.
 #     A="x y" # comment   x y
 #     A='x "y"'           x "y"
 #     A=x#y # comment     x#y
@@ -1002,9 +1002,10 @@ def with_base64(secrets: Iterable[str]) -> list[str]:
 class Redactor:
     """Replaces secrets with ``***`` in events, the log, errors, and text for GitHub.
 
-    Requests and comments are stored, and shown to clients, as they were sent. There is one
-    Redactor, ``redact``. It gets the secrets of the settings when they are read or
-    used (load_config, Codebot), and each token when codebot gets it.
+    Requests and comments are not redacted before they are stored and shown to clients.
+    There is one Redactor, ``redact``. It gets the secrets of the settings in load_config
+    (before errors are printed) and in Codebot (for `check` and `demo`, which do not call
+    load_config), and each token when codebot gets it.
     """
 
     def __init__(self) -> None:
@@ -2107,9 +2108,10 @@ class Sandbox:
     def probe(self, *command: str) -> ProgramResult:
         """Try the sandbox, through the launcher if any, and run ``command`` in it, if any.
 
-        The sandbox works if the file "probe" then exists on this host; else ConfigError is
-        raised. Also raises TransientError, as run_program does. Only with a launcher:
-        raises TransientError if it fails, and NoFreeNode if no node becomes free.
+        The sandbox works if the file "probe" then exists on this host. Raises ConfigError
+        if it does not exist, and TransientError or StopRequested as run_program does. Only
+        with a launcher: raises TransientError if the launcher or its node fails, and
+        NoFreeNode if no node becomes free.
         """
         config = self.config
         try:
@@ -2152,8 +2154,8 @@ class Sandbox:
         needed = ", ".join(filter(holds_system_directory, directories))
         if needed:
             raise ConfigError(
-                f"The sandbox cannot hide {needed}, because programs need it. Move .env, "
-                "keys and codebot's files from there to a directory of their own."
+                f"The sandbox cannot hide {needed}, because programs need what is there. "
+                "Move .env, keys and codebot's files to a directory of their own."
             )
         env = base_environment(self.config)
         limits = self.probe_limits
@@ -2445,7 +2447,7 @@ class GitHub:
     """GitHub's REST API.
 
     Every request raises GitHubError if GitHub refuses it, TransientError if GitHub
-    cannot answer now, StopRequested when the server stops, and OSError if openssl cannot
+    cannot answer now, StopRequested once codebot is to stop, and OSError if openssl cannot
     be started. A response of an unknown shape raises one of UNKNOWN_SHAPE_ERRORS.
     """
 
@@ -2675,7 +2677,7 @@ class GitHub:
         return reply
 
     def read_reply(self, response: Any) -> Reply:
-        """Read a response. The last read may begin late: this takes twice the timeout."""
+        """Read a response. It may take twice the timeout: the last read may begin late."""
         deadline = time.monotonic() + self.timeout
         body = bytearray()
         while True:

@@ -15286,11 +15286,11 @@ def test_launcher_that_cannot_be_started_leaves_no_record(
 ) -> None:
     config = codebot.Config(
         work_dir=str(tmp_path),
-        launcher=("nosuch-srun",),
+        launcher=(launcher,),
         launcher_stop=("nosuch-scancel",),
     )
     workspace = str(tmp_path / "task_1234567")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises((FileNotFoundError, PermissionError)):
         codebot.launch(config, workspace, 1.0, list, ["true"], {"PATH": "/bin"})
     assert not codebot.launch_record(config, workspace).exists()
 
