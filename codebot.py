@@ -5402,9 +5402,9 @@ class Workspace:
             ["sh", "-c", UPLOAD_SCRIPT, "sh", self.base_commit, tree]
         )
         args += [*GIT_FETCH, "--upload-pack", shlex.join(upload), "--"]
-        # The ref is never read: write_commit needs only the objects. (git fetches them, but
-        # does not write the ref, if the agent has made its repository shallow.)
-        args += [self.repo, "+HEAD:refs/codebot/agent"]
+        # No ref is written: write_commit needs only the objects. The lock of a ref could
+        # outlive a killed git, and a retry of a review goes on in the same outbox.
+        args += [self.repo, "HEAD"]
         env = {
             **base_environment(self.config),
             "GIT_ALLOW_PROTOCOL": "file",

@@ -6423,6 +6423,18 @@ def test_agent_that_goes_wrong_fails_its_task(local: LocalTask, case: str) -> No
     assert message in local.failure(plan, reason)
 
 
+def test_outbox_has_no_ref_whose_lock_could_outlive_a_killed_git(
+    local: LocalTask,
+) -> None:
+    local.commit(SAY_HELLO)
+    outbox = local.workspace.outbox
+    assert (
+        outbox.local_git("cat-file", "-t", local.run.job.commit_id).stdout == "commit"
+    )
+    assert outbox.local_git("for-each-ref").stdout == ""
+    assert not Path(outbox.path, "FETCH_HEAD").exists()
+
+
 def test_tree_is_not_committed_if_head_has_changed_meanwhile(
     local: LocalTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
