@@ -7276,6 +7276,9 @@ def log_failure(run: JobRun, ending: Ending) -> str:
         may_be_pushed = job.push_started and not was_rejected
     else:
         is_unknown = ending.gave_up or ending.reason in ("interrupted", "internal")
+        # The push may have been cut short: by a crash, or as the pull request was closed.
+        if ending.reason == "cancelled" and reached_phase(job) == "push":
+            is_unknown = True
         may_be_pushed = job.commit_id != "" and (job.is_pushed or is_unknown)
     error = ending.error
     if may_be_pushed:

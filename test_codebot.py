@@ -5141,8 +5141,23 @@ def test_task_whose_push_got_no_response_may_have_been_pushed(
     assert codebot.log_failure(run, ending) == expected
 
 
+@pytest.mark.parametrize("phase", ["push", "commit"])
+def test_review_that_was_cancelled_during_its_push_may_have_been_pushed(
+    store: codebot.Store, phase: str
+) -> None:
+    run = review_run(store)
+    run.job = dataclasses.replace(
+        run.job, phase=phase, branch="u/codebot/1", commit_id="c0ffee"
+    )
+    expected = "The pull request was closed"
+    ending = codebot.Ending("failed", "cancelled", expected)
+    if phase == "push":
+        expected += ". The commit c0ffee may have been pushed to u/codebot/1"
+    assert codebot.log_failure(run, ending) == expected
+
+
 def test_task_whose_push_was_rejected_was_not_pushed(store: codebot.Store) -> None:
-    run = codebot.JobRun(app_with(store), store_task_in_state(store, "running"))
+    run = task_run(store)
     run.job = dataclasses.replace(run.job, commit_id="c0ffee", push_started=True)
     ending = codebot.Ending("failed", "push_rejected", "Failed to push: protected")
     assert codebot.log_failure(run, ending) == ending.error
