@@ -267,8 +267,9 @@ FILES in the work directory
   A mirror and the database each have a .lock file beside them. CODEBOT_DATABASE may put
   the database elsewhere.
   Only codebot's user may read what codebot writes (umask 077). git commands that contact
-  the remote, the agent, the tests and codebot's scripts have the umask with which codebot
-  was started; what they write here is in directories that only codebot's user may enter.
+  the remote, the agent, the tests and codebot's scripts (but not UPLOAD_SCRIPT) have the
+  umask with which codebot was started; what they write here is in directories that only
+  codebot's user may enter.
 
 WHERE THE DANGEROUS THINGS ARE
   Popen                     run_program
@@ -3445,7 +3446,7 @@ class Mirror(GitDirectory):
             result = self.fetch_all(repository)
             if self.is_ancestor(commit, ref):
                 return name, commit
-        # From a shallow clone, git fetches nothing, warns, and exits with 0.
+        # From a shallow clone, git updates no branch, warns, and exits with 0.
         if "shallow" in result.error:
             raise GitFailed(f"the remote is a shallow clone: {result.error}")
         raise TransientError(f"The remote no longer has {commit}, the tip of {name}")
@@ -4259,8 +4260,8 @@ class Store:
     def due_job(self, kind: str, was_delayed: bool) -> str | None:
         """Return the id of the job that a worker should claim next, or None.
 
-        If ``was_delayed``, only jobs that a transient error has delayed count; otherwise
-        only the others. queue_due_jobs says why.
+        If ``was_delayed``, only jobs that a transient error has delayed since the start
+        count; otherwise only the others. queue_due_jobs says why.
         """
         return self._read_one(
             only_value,
@@ -5433,6 +5434,7 @@ class Workspace:
             address = f"{bot.id}+{bot.login}@users.noreply.{host}"
         identity = ("-c", f"user.name={login}", "-c", f"user.email={address}")
         argv = (*identity, "commit-tree", tree, "-p", self.base_commit)
+        # check is off, because its error would name the first argument, "-c".
         result = self.outbox.local_git(*argv, check=False, stdin=message.encode())
         if result.code != 0:
             raise GitFailed(f"git commit-tree: {result.error}")
@@ -6338,10 +6340,10 @@ def pull_request_body(run: JobRun) -> str:
     facts += f"Done in {job.seconds:.0f} s.\n"
     if job.issue_number:
         facts += f"Closes #{job.issue_number}\n"
-    # Redact before truncating: a secret that is cut in two would not be found.
     request = job.request
     if job.issue_number:  # the issue's own title does not begin with its number
         request = dataclasses.replace(request, ticket_id="")
+    # Redact before truncating: a secret that is cut in two would not be found.
     task = truncate(redact(task_text(request)), 10_000)
     task = escape_html(quoted(speaker, task))
     files = code_block(truncate(job.files, 10_000))
@@ -6475,10 +6477,11 @@ def load_comments(review: Review) -> Review:
     comments = []
     for stored in run.store.stored_comments(run.job.id):
         comment = current.get((stored.place, stored.id))
-        # A comment that GitHub does not list counts as deleted only in a retry, and only if
-        # codebot has had it for a while. It may be missing by chance: if another comment is
-        # deleted meanwhile, this one moves to a page that was read already. (created_at
-        # cannot replace received_at, because it may be the time of a draft.)
+        # A comment that GitHub does not list counts as deleted only in a retry after a
+        # transient error, and only if codebot has had it for a while. It may be missing by
+        # chance: if another comment is deleted meanwhile, this one moves to a page that was
+        # read already. (created_at cannot replace received_at, because it may be the time
+        # of a draft.)
         is_old = stored.received_at <= utc_time(seconds_ago=VISIBILITY_DELAY)
         is_deleted = is_old and run.job.transient_since > 0
         if comment is None and not is_deleted:
@@ -7241,8 +7244,8 @@ def ending_after_transient_error(
 def reached_phase(job: Job) -> str:
     """Return the phase in which a job failed, for its reason.
 
-    A retry of a job that has its commit is in the phase "clone" again at first. That counts
-    as the phase that the retry would go on with.
+    A retry of a job that has its commit is in no phase, or in "clone", at first. That
+    counts as the phase that the retry would go on with.
     """
     if not job.commit_id or job.phase not in ("", "clone"):
         return job.phase
@@ -7265,7 +7268,7 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
 
 
 def log_failure(run: JobRun, ending: Ending) -> str:
-    """Log a failed job's error, unless an earlier run has. Returns it, redacted.
+    """Log a failed job's error, unless store_failure has. Returns it, redacted.
 
     The error says so if the commit may be on the branch at the remote: a push may have
     succeeded although its response was lost.
