@@ -5704,6 +5704,16 @@ fi
 """
 
 
+def remove_session(workspace: Workspace) -> None:
+    """Remove the task's session, if any, so that a new one can begin.
+
+    It may be broken or unfinished, and the CLI refuses its id for a new one (tried). Only
+    this one is removed: a sandbox may set another HOME, with the sessions of other tasks.
+    """
+    script = 'rm -rf "$HOME"/.claude/projects/*/"$1"*'
+    workspace.script(script, workspace.run.job.task_id)
+
+
 class SessionLost(JobFailed):
     """The agent cannot continue: its home directory no longer has the session."""
 
@@ -6138,12 +6148,15 @@ def react_to_issue(workspace: Workspace) -> None:
 def clone(workspace: Workspace) -> None:
     """Bring the mirror up to date and make the workspace."""
     run = workspace.run
-    if run.job.interruptions or run.job.base_commit:
+    is_restarted = run.job.interruptions > 0 or run.job.base_commit != ""
+    if is_restarted:
         run.log_event("codebot", "Restarted after an interruption")
     base_name, base_commit = workspace.fetch(
         run.job.request.base_branch, "base_branch_not_found"
     )
     workspace.check_out(base_name, base_commit)
+    if is_restarted:
+        remove_session(workspace)
     workspace.make_outbox()
     run.update(base_name=base_name, base_commit=base_commit)
 
@@ -6642,10 +6655,7 @@ def continue_session(review: Review, prompt: str, options: AgentOptions) -> Json
         workspace.run.log_event(
             "codebot", "The agent's session is lost; a new one begins"
         )
-    # A broken session is removed, because the CLI refuses its id for a new one (tried).
-    # Only this one: a sandbox may set another HOME, with the sessions of other tasks.
-    script = 'rm -rf "$HOME"/.claude/projects/*/"$1"*'
-    workspace.script(script, workspace.run.job.task_id)
+    remove_session(workspace)
     task = delimited("task", task_text(review.task.request))
     base_commit = review.task.base_commit
     prompt += (

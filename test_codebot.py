@@ -6450,6 +6450,22 @@ def test_outbox_has_no_ref_whose_lock_could_outlive_a_killed_git(
     assert not Path(outbox.path, "FETCH_HEAD").exists()
 
 
+def test_restarted_task_begins_its_session_anew_in_another_home(fresh: Site) -> None:
+    home = fresh.directory / "operators"
+    home.mkdir()
+    task = LocalTask(fresh, sandbox=("env", f"HOME={home}"))
+    plan = (
+        'session=$HOME/.claude/projects/repo/${*##*--session-id }; [ ! -e "$session" ] '
+        f'|| exit 1; mkdir -p "${{session%/*}}"; touch "$session"; {SAY_HELLO}'
+    )
+    task.commit(plan)
+    session = home / ".claude" / "projects" / "repo" / "other.jsonl"
+    session.touch()
+    task.run.update(commit_id="")  # as if a crash had come before the commit
+    task.commit(plan)
+    assert session.exists()
+
+
 def test_tree_is_not_committed_if_head_has_changed_meanwhile(
     local: LocalTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
