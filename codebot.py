@@ -4355,12 +4355,8 @@ class Store:
         )
 
     def has_unfinished_jobs(self, task_id: str) -> bool:
-        unfinished = self._read(
-            only_value,
-            "SELECT 1 FROM task_activity WHERE task_id = :id AND active_until IS NULL",
-            id=task_id,
-        )
-        return bool(unfinished)
+        sql = "SELECT 1 FROM task_activity WHERE task_id = :id AND active_until IS NULL"
+        return self._read_one(only_value, sql, id=task_id) is not None
 
     def task_counts(self) -> list[tuple[str, str, int]]:
         return self._read(
@@ -4557,10 +4553,8 @@ class Store:
         )
 
     def is_label_event_known(self, event_id: int) -> bool:
-        known = self._read(
-            only_value, "SELECT 1 FROM label_events WHERE id = :id", id=event_id
-        )
-        return bool(known)
+        sql = "SELECT 1 FROM label_events WHERE id = :id"
+        return self._read_one(only_value, sql, id=event_id) is not None
 
     def add_label_event(self, event_id: int) -> None:
         with self._transaction() as db:
