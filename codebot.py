@@ -38,11 +38,14 @@ HOW TO READ THIS FILE
     what is pushed   run_tests, collect_tree, inspect_commit, DiffScanner,
                      push_task_commit, push_review_commit
     people's text    visible_text, person_login, delimited, quoted, escape_html, code_block
+  Skip at first what only chooses the words of an error or decides about a retry: NOISE_RE
+  to SHORTAGE_RE, TRANSIENT_GITHUB_ERROR_RE, URL_OR_NAME_RE to remote_failure,
+  AgentRun.failure, reached_phase, log_failure. Without a launcher, skip that section, too.
   The page is in part III, before the routes. Skip its style; its script never inserts
   HTML.
 
 GLOSSARY
-  store          the database of all jobs; the class Store has all of its SQL
+  store          the database of all jobs; all of its SQL is in the section Store
   job            a unit of work in the store: a task or a review
   task           a request to change a repository; ends in a pull request or, with
                  --no-github, in a pushed branch
@@ -101,9 +104,10 @@ WHO IS TRUSTED WITH WHAT
                  directory.
   A client       is whoever has an API key. It may read and cancel every task, and may
                  submit and retry tasks (also those of issues) for the repositories that
-                 CODEBOT_ALLOWED_REPOSITORIES allows. With --no-github these are, by
-                 default, all repositories that codebot's user can reach. A task's test
-                 command is a shell command, so a client can run anything in the sandbox.
+                 CODEBOT_ALLOWED_REPOSITORIES allows. By default, these are all on which
+                 the App is installed or, with --no-github, all that codebot's user can
+                 reach. A task's test command is a shell command, so a client can run
+                 anything in the sandbox.
                  GitHub is not asked what the person behind the key may read or write.
   A reviewer, and a person who labels an issue   have an effect only if GitHub reports
                  that they have write access to the repository. GitHub is asked at every
@@ -112,10 +116,10 @@ WHO IS TRUSTED WITH WHAT
                  Nobody else at GitHub can start the agent, but the text of a labeled issue
                  may be anyone's. A comment by anybody else is stored as a review, which is
                  skipped when it starts, before an agent reads it. A workflow that labels or
-                 comments with a person's token counts as that person, and so does a machine
-                 account that is not a bot of GitHub's. If somebody else with write access,
-                 or an App, edits a person's comment, or an issue whose author has write
-                 access, the edit counts as that person's words.
+                 comments with a person's token counts as that person. A machine account
+                 that GitHub does not list as a bot counts as a person. If somebody else
+                 with write access, or an App, edits a person's comment, or an issue whose
+                 author has write access, the edit counts as that person's words.
   Others at GitHub   can stop work, if GitHub lets them remove the label, or close or lock
                  the pull request.
   GitHub         is believed, over TLS. A delivery is believed only if the signature of
@@ -206,9 +210,9 @@ WHERE SECRETS GO
   session, with everything that the agent has printed.
 
 KNOWN LIMITATIONS
-  They stand where the reader meets what is limited: at the beginning of the sections
-  Settings and secrets, Sandbox, GitHub, Git, Store, Workspace, Agent, Task, Looking at
-  GitHub, and Routes and server. Those of Sandbox concern the host most.
+  Each is listed at the beginning of the section that it concerns: Settings and secrets,
+  Sandbox, GitHub, Git, Store, Workspace, Agent, Task, Looking at GitHub, Routes and server.
+  Read those of Sandbox first: they concern the host most.
 
 LIFE OF A JOB
   pending   -> running      a worker starts it
@@ -234,9 +238,10 @@ LIFE OF A JOB
     posted twice only if somebody has removed the first one or its marker, or if GitHub,
     at the retry, has not posted or does not list the first one yet.
   A crash loses what a running agent has done, and the record of its cost. It also loses
-  the looks, so the first look after a start is at everything. A crash adds 1 to a job's
-  count of interruptions, and so does an error after which the agent must run again. Saved
-  work sets it to 0. At 3, the job fails: see "What a retry depends on", in Store.
+  the looks, so the first look after a start is at everything. Each job has a count of
+  interruptions. A crash adds 1 to it, and so does an error after which the agent must run
+  again. Saved work sets it to 0. At 3, the job fails: see "What a retry depends on", in
+  Store.
 
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
@@ -266,9 +271,9 @@ FILES in the work directory
   While codebot runs, Python's temporary files, with programs' output, are also there.
   A mirror and the database each have a .lock file beside them. CODEBOT_DATABASE may put
   the database elsewhere.
-  Only codebot's user may read what codebot writes (umask 077). git commands that contact
-  the remote, the agent, the tests and codebot's scripts (but not UPLOAD_SCRIPT) have the
-  umask with which codebot was started; what they write here is in directories that only
+  Only codebot's user may read what codebot writes (umask 077). Three kinds of programs have
+  the umask with which codebot was started: git that contacts the remote, the agent and the
+  tests, and what Workspace.script runs. What they write here is in directories that only
   codebot's user may enter.
 
 WHERE THE DANGEROUS THINGS ARE
@@ -382,7 +387,7 @@ class HTTPError(Exception):
 class JobFailed(Exception):
     """Ends a job as failed. The message is for people; ``reason`` is for programs.
 
-    README lists all reasons, such as "no_changes".
+    ADVICE, in the script of the page, has all reasons, such as "no_changes".
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -599,7 +604,9 @@ def parse_search_path(text: str) -> str:
     return ":".join(entries)
 
 
-# Matches a variable's name, unless the variable is codebot's own or codebot sets it.
+# Matches the name of a variable that CODEBOT_AGENT_ENV may list. A listed one overrides
+# what Workspace.environment sets for the agent, such as LC_ALL. HOME, PATH and TMPDIR are
+# refused.
 AGENT_VARIABLE_RE = re.compile(
     r"(?!CODEBOT_|GITHUB_APP_|GITHUB_WEBHOOK_|(HOME|PATH|TMPDIR)$)[A-Za-z_]\w*",
     re.ASCII,
@@ -1164,8 +1171,8 @@ MAX_OUTPUT_BYTES = 1 << 30  # a program is ended when its output file is larger
 # Seconds between SIGTERM and SIGKILL, so that git can remove its lock files. (What runs
 # in bwrap is killed at once.)
 KILL_GRACE = 2.0
-# Seconds that the agent may still run after its result or after a rejected key. Only with
-# a launcher: also how long the launcher may still run after the program's end.
+# Seconds that the agent may still run after it has printed its result, or that its key was
+# rejected. Only with a launcher: also how long the launcher may outlive the program.
 RESULT_GRACE = 5.0
 MAX_LINE_BYTES = 8 << 20  # a line is split after this, or up to READ_BYTES later
 READ_BYTES = 64 << 10  # of output read at a time; the limits are checked in between
@@ -2281,7 +2288,7 @@ class Comment:
     id: int
     user: str
     text: str  # only what people see on GitHub
-    thread: int  # the id of the comment that a reply goes to
+    thread: int  # the id of the thread's first comment, to which an answer goes
     created_at: str
     path: str = ""
     lines: str = ""  # see commented_lines
@@ -2463,7 +2470,7 @@ class GitHub:
         self.clock_skew = 0.0
         # No request is sent before this time: ignoring a limit could get the App banned.
         self.silent_until = 0.0
-        self.bot = functools.cache(self.fetch_bot)
+        self.bot = functools.cache(self.fetch_bot)  # bot() asks GitHub only once
         # Threads share all that follows without a lock. Each step is atomic, and it does no
         # harm if two threads fetch the same token at once.
         self._tokens: dict[TokenScope, tuple[str, float]] = {}  # each with its expiry
@@ -2584,7 +2591,7 @@ class GitHub:
             reply = self.send(url, self.token(scope), body)
             if 200 <= reply.status < 300:
                 return reply
-            error = self.retryable_error(reply, scope)
+            error = self.retryable_error(reply, scope)  # or raises GitHubError
             if reply.status in REDIRECTS:
                 url = urllib.parse.urljoin(url, reply.headers.get("Location", ""))
             if reply.status == 401 and not is_token_renewed:
@@ -2776,7 +2783,8 @@ class GitHubRepository:
 
     def __init__(self, github: GitHub, payload: JsonObject) -> None:
         self.github = github
-        # A server that imitates GitHub may send no id. Then the lookup token is used.
+        # A server that imitates GitHub may send no id. Then all requests and git use the
+        # lookup token.
         self.id = int(payload.get("id") or LOOKUP)
         self.full_name = str(payload["full_name"])
         self.is_allowed = is_allowed(github.config, self.full_name)
@@ -2977,7 +2985,7 @@ class GitHubRepository:
 # - What a hook of a local repository leaves running ends with the push, or with codebot.
 
 # gc is off, because workspaces read the mirror's objects. Redirects are off, because they
-# would carry the token to another host. git gives up on a server if, for 300 seconds, it
+# would carry the token to another host. git gives up on a server that, for 300 seconds,
 # sends less than a byte a second or only git's keep-alives. `core.fsync` (git 2.36) keeps
 # a power cut from leaving empty files. With unpackLimit=1, each fetch is kept as one pack.
 GIT = shlex.split(
@@ -3105,7 +3113,8 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
             "must be http(s):// without a user, ssh://, file:///path without [ ] @ and %, "
             "user@host:path or /path"
         )
-    # Every remote is decoded. git decodes %2e only in URLs, not in /srv/a and user@host:a.
+    # git decodes %2e only in URLs. Here it is decoded in every remote: that refuses a few
+    # harmless names such as /srv/%2e%2e, and accepts nothing more.
     decoded_url = urllib.parse.unquote(url)
     # Some servers take \ for /, and ignore what follows a ;
     if re.search(r"[/:\\]\.\.?([/?#;\\]|$)", decoded_url):
@@ -4140,7 +4149,8 @@ class Store:
     ) -> None:
         """Make a running job pending again, and add ``interruptions`` to its count.
 
-        See "What a retry depends on".
+        ``not_before`` is 0 unless a transient error is the cause. See "What a retry depends
+        on".
         """
         with self._transaction() as db:
             self._transition(db, job_id, "running", "pending")
@@ -6550,8 +6560,9 @@ def prepare_answers(review: Review) -> None:
 def earlier_comments(review: Review) -> list[Comment]:
     """Return the last 20 other comments by the reviewer and codebot, oldest first.
 
-    Comments by anybody else are left out, and so are those in inline threads that this
-    review does not answer. Each text is truncated.
+    Comments by anybody else are left out (but an answer of codebot's may quote a line of
+    theirs), and so are those in inline threads that this review does not answer. Each text
+    is truncated.
     """
     threads = {comment.thread for comment in review.comments}
     earlier = [
@@ -6592,7 +6603,8 @@ def classify(review: Review, text: str) -> None:
     run = review.run
     with scratch_workspace(run.config.work_dir) as path:
         directory = os.path.basename(path)
-        # The Workspace takes this for a mirror; its "objects" is an empty directory.
+        # The Workspace takes this for a mirror, whose "objects" is an empty directory here.
+        # Nothing is committed, so the outbox, for which it also has a path, is never made.
         no_repository = Repository("", "", mirror_path=directory)
         workspace = Workspace(run, no_repository, directory)
         prompt = f"Comments:\n{text}"
@@ -6827,7 +6839,8 @@ class Sync:
         """Take the look that has been due for longest. A look of look_now comes first."""
         for task_id in self.store.unreported_tasks():
             self.look_later(Look("ended_task", task_id=task_id))
-        look = min(list(self.looks), key=lambda look: self.looks[look], default=None)
+        looks = list(self.looks)  # a copy: other threads add looks
+        look = min(looks, key=lambda each: self.looks[each], default=None)
         if look is not None and self.looks[look] <= time.time():
             self.take(look)
         else:
@@ -7088,7 +7101,8 @@ REASON_BY_PHASE = {
 def repeat_until_stopped(step: Callable[..., None], *args: object) -> None:
     """Repeat a thread's step until the server stops.
 
-    The step is done at least once: a client may be waiting for the accept thread.
+    The step is done at least once: after a stop during the start, the accept thread still
+    has to answer the demo's client.
     """
     while True:
         try:
@@ -7106,6 +7120,7 @@ def repeat_until_stopped(step: Callable[..., None], *args: object) -> None:
 
 
 def worker_step(codebot: Codebot, kind: str) -> None:
+    """Take a job's id from the queue, and run the job if the store lets it start."""
     job_id = codebot.queues[kind].get()
     if job_id is None:
         return  # the server is stopping
@@ -8826,8 +8841,8 @@ def page(codebot: Codebot, request: Request) -> Response:
 #
 # Known limitations:
 # - Anybody who reaches the port, such as an agent, can make GitHub's deliveries fail: large
-#   unsigned deliveries use up MAX_BUFFERED_BYTES. Many new connections can keep others out:
-#   to make room for them, codebot drops those whose requests have not arrived yet.
+#   deliveries with a wrong signature use up MAX_BUFFERED_BYTES. Many new connections can
+#   keep others out: to make room, codebot drops those whose requests have not arrived yet.
 # - The agent can listen on every port that is free. A name by which clients know codebot
 #   may have several addresses, such as an IPv4 and an IPv6 address. The agent may listen at
 #   one where codebot does not, and then receives API keys. With TLS, clients notice. For
@@ -8835,7 +8850,7 @@ def page(codebot: Codebot, request: Request) -> Response:
 
 MAX_CONNECTIONS = 512
 MAX_STREAMS = 128  # event streams that are open at the same time
-MAX_BUFFERED_BYTES = 64 << 20  # of all request bodies, as they were received, together
+MAX_BUFFERED_BYTES = 64 << 20  # of all request bodies together, without what was parsed
 # The states of a connection, and the seconds that it may stay in each.
 STATE_TIMEOUTS = {
     "waiting": 75.0,  # for a request
@@ -9271,7 +9286,8 @@ class Server(http.server.ThreadingHTTPServer):
             self.socket = tls_context(config).wrap_socket(
                 self.socket, server_side=True, do_handshake_on_connect=False
             )
-        # Kept, because without a reference the socket would be closed.
+        # Kept, because without a reference Python closes the socket, as happens at the end
+        # of check_server.
         self.other_address = reserve_other_address(config.host, self.server_port)
 
     def server_bind(self) -> None:
@@ -9541,7 +9557,7 @@ def check_sandbox(codebot: Codebot, *command: str) -> Iterator[Finding]:
         yield ok(f"Sandbox: {codebot.sandbox.describe()}")
     if codebot.sandbox.is_bwrap:
         hidden = home_directories() | private_directories(config)
-        for directory in sorted({*tool_directories(config)} - hidden):
+        for directory in sorted(set(tool_directories(config)) - hidden):
             if os.path.exists(directory):
                 yield ok(f"The agent can read {directory}: PATH leads into it")
     if command and not is_agent_missing(codebot):
