@@ -9086,7 +9086,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             return self.dispatch(self.read_headers())
         except HTTPError as error:
-            refusal = error
+            # A variable of this function would keep the error, and the error's traceback
+            # this function's frame: a cycle, with the request's body in it.
+            return error_response(error)
         except StopRequested:
             refusal = HTTPError(503, "The server is stopping", {"Retry-After": "30"})
         except sqlite3.Error as error:

@@ -22,6 +22,7 @@ import email.utils
 import errno
 import fnmatch
 import functools
+import gc
 import glob
 import gzip
 import hashlib
@@ -53,6 +54,7 @@ import threading
 import time
 import urllib.parse
 import uuid
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -13771,6 +13773,27 @@ def test_body_without_a_key_takes_no_room_from_others(crowded_site: Site) -> Non
             assert response.status == 401
         upload.sendall(b"x" * 40_000)
         assert receive_response(upload).status == 401
+
+
+def test_body_of_a_refused_request_is_freed_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bodies = []
+
+    def refuse(self: codebot.Handler, headers: object) -> None:
+        body = codebot.Config()  # stands for it: bytes have no weak references
+        bodies.append(weakref.ref(body))
+        raise codebot.HTTPError(401, "The signature does not match")
+
+    monkeypatch.setattr(codebot.Handler, "read_headers", lambda self: {})
+    monkeypatch.setattr(codebot.Handler, "dispatch", refuse)
+    gc.disable()
+    try:
+        codebot.Handler.__new__(codebot.Handler).respond()
+        [body] = bodies
+        assert body() is None
+    finally:
+        gc.enable()
 
 
 def test_body_takes_no_room_once_its_request_is_answered(crowded_site: Site) -> None:
