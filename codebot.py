@@ -5393,9 +5393,9 @@ class Workspace:
         the repository is not usable anymore, JobFailed if git exceeds a limit.
         """
         self.write_skip_list()
-        # git fetch has sh run this: bwrap … -- sh -c … '/…/repo'. In bwrap, self.repo is a
-        # mount point, so it stays a directory. In another sandbox, an agent may replace it
-        # with a file. git fetch would read that file as a bundle, outside the sandbox.
+        # git fetch has sh run this: bwrap … -- sh -c … '/…/repo'. The repository is a URL,
+        # not a path: at a path, git would take a file for a bundle and read it outside the
+        # sandbox, and before 2.46 without fsck. (In bwrap, self.repo stays a directory.)
         args = ["-c", "fetch.fsckObjects=true"]
         # The path is relative, because git splits this option at commas and blanks.
         args += ["-c", "fetch.fsck.skipList=fsck-skip-list"]
@@ -5409,7 +5409,7 @@ class Workspace:
         args += [*GIT_FETCH, "--upload-pack", shlex.join(upload), "--"]
         # No ref is written: write_commit needs only the objects. The lock of a ref could
         # outlive a killed git, and a retry of a review goes on in the same outbox.
-        args += [self.repo, "HEAD"]
+        args += [f"file://{urllib.parse.quote(self.repo)}", "HEAD"]
         env = {
             **base_environment(self.config),
             "GIT_ALLOW_PROTOCOL": "file",

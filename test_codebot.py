@@ -6452,6 +6452,22 @@ def test_outbox_has_no_ref_whose_lock_could_outlive_a_killed_git(
     assert not Path(outbox.path, "FETCH_HEAD").exists()
 
 
+def test_repository_that_became_a_bundle_is_not_read(local: LocalTask) -> None:
+    # The filter runs when codebot undoes what the test has changed. After that, nothing
+    # but git fetch uses the repository. (Before git 2.46, fsck checks no bundle.)
+    replace = (
+        "cat; [ -d ../repo ] && mv ../repo ../old && mv ../old/.git/bundle ../repo"
+    )
+    plan = (
+        "echo hello >hello.txt; git add -A; git commit -qm x; "
+        "git bundle create -q .git/bundle HEAD; git reset -q --soft HEAD^; "
+        f"git config filter.x.smudge {shlex.quote(replace)}; "
+        "mkdir -p .git/info; echo '* filter=x' >.git/info/attributes; result"
+    )
+    assert "git fetch: " in local.failure(plan, "agent_failed", "true")
+    assert os.path.isfile(local.workspace.repo)
+
+
 def test_restarted_task_begins_its_session_anew_in_another_home(fresh: Site) -> None:
     home = fresh.directory / "operators"
     home.mkdir()
