@@ -3607,7 +3607,8 @@ CREATE TABLE jobs (
     interruptions INTEGER NOT NULL DEFAULT 0, -- crashes, and lost runs of the agent, since
                                               -- work was last saved
     not_before REAL NOT NULL DEFAULT 0, -- when the job may start; 0: at once
-    transient_since REAL NOT NULL DEFAULT 0, -- when its transient errors began; 0: none
+    -- Since when it has transient errors; 0: none since the start.
+    transient_since REAL NOT NULL DEFAULT 0,
     -- Only of a task; for a review see JobRun.is_cancelled.
     cancel_requested INTEGER NOT NULL DEFAULT 0,
     -- 1 once a task's push has begun: from then on it cannot be cancelled.
@@ -5079,7 +5080,7 @@ if ! restore "$1" 2>/dev/null; then
 fi
 """
 # Makes a commit on top of $1 with the tree $2, and sends it to git fetch, which starts this
-# in the outbox. $3 is the repository. In bwrap, the cd changes nothing.
+# in the outbox. $3 is the repository, where bwrap starts anyway.
 UPLOAD_SCRIPT = f"""
 cd "$3" || exit 1
 {GIT_FUNCTION}
@@ -7287,10 +7288,10 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
 
 
 def log_failure(run: JobRun, ending: Ending) -> str:
-    """Log a failed job's error, unless store_failure has. Returns it, redacted.
+    """Return a failed job's error, as it is stored, and log it unless store_failure has.
 
-    The error says so if the commit may be on the branch at the remote: a push may have
-    succeeded although its response was lost.
+    It is redacted, and says so if the commit may be on the branch at the remote: a push
+    may have succeeded although its response was lost.
     """
     job = run.job
     if job.kind == "task":
@@ -9376,7 +9377,7 @@ def run_checks(codebot: Codebot, checks: Iterable[Check]) -> Iterator[Finding]:
         # TransientError: the host lacks resources to run a check's program, a launcher has
         # failed, or the App's key cannot sign (AppRefused).
         except (ConfigError, TransientError) as error:
-            yield fail(str(error))
+            yield fail(f"{str(error).rstrip('.')}.")
 
 
 def version_finding(command: str, result: ProgramResult, least: str) -> Finding:
