@@ -5709,14 +5709,22 @@ fi
 """
 
 
+REMOVE_SESSION_SCRIPT = """
+if [ "$HOME" = "$1" ]; then
+    rm -rf "$HOME/.claude/projects" # it may be a file or a link that an agent left
+else # a sandbox has set another one, which may have the sessions of other tasks
+    rm -rf "$HOME"/.claude/projects/*/"$2"*
+fi
+"""
+
+
 def remove_session(workspace: Workspace) -> None:
     """Remove the task's session, if any, so that a new one can begin.
 
-    It may be broken or unfinished, and the CLI refuses its id for a new one (tried). Only
-    this one is removed: a sandbox may set another HOME, with the sessions of other tasks.
+    It may be broken or unfinished, and the CLI refuses its id for a new one (tried).
     """
-    script = 'rm -rf "$HOME"/.claude/projects/*/"$1"*'
-    workspace.script(script, workspace.run.job.task_id)
+    home = f"{workspace.path}/home"
+    workspace.script(REMOVE_SESSION_SCRIPT, home, workspace.run.job.task_id)
 
 
 class SessionLost(JobFailed):
