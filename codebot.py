@@ -8050,16 +8050,16 @@ def webhook(codebot: Codebot, request: Request) -> Response:
     # that a field is missing or has the wrong type, or that SQLite cannot store a value: a
     # large number (OverflowError) or half of a surrogate pair (ValueError).
     except UNKNOWN_SHAPE_ERRORS:
-        refusal = HTTPError(
-            400,
-            f"The payload of {event[:99]} is malformed, or X-GitHub-Delivery is missing",
+        status = 400
+        message = (
+            f"The payload of {event[:99]} is malformed, or X-GitHub-Delivery is missing"
         )
         if "form" in request.headers.get("content-type", ""):
-            refusal = HTTPError(
-                415, "Set the content type of the App's webhook to application/json"
-            )
-        log.warning("Delivery %.99s (%.99s): refused: %s", guid, event, refusal)
-        raise refusal from None
+            status = 415
+            message = "Set the content type of the App's webhook to application/json"
+        log.warning("Delivery %.99s (%.99s): refused: %s", guid, event, message)
+        # No variable holds the error, which would keep the body: see Handler.respond.
+        raise HTTPError(status, message) from None
     action = payload.get("action")
     log.info("Delivery %.99s (%.99s, %.99s): Accepted", guid, event, action)
     return json_response({"message": "Accepted"}, 202)

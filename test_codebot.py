@@ -13826,6 +13826,19 @@ def test_body_of_a_refused_request_is_freed_at_once(
         gc.enable()
 
 
+def test_body_of_a_malformed_delivery_is_freed_at_once(store: codebot.Store) -> None:
+    request = codebot.Request("", {}, "127.0.0.1", lambda: b"payload=%7B%7D")
+    read_body = weakref.ref(request.read_body)  # it holds the body, once that was read
+    gc.disable()
+    try:
+        with pytest.raises(codebot.HTTPError) as raised:
+            codebot.webhook(app_with(store), request)
+        del raised, request
+        assert read_body() is None
+    finally:
+        gc.enable()
+
+
 def test_body_takes_no_room_once_its_request_is_answered(crowded_site: Site) -> None:
     line = "POST /api/tasks/submit HTTP/1.1"
     data = raw_request(line, KEY_HEADER, body=b"[" + b" " * 200_000 + b"]")
