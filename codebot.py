@@ -3607,7 +3607,7 @@ CREATE TABLE jobs (
     interruptions INTEGER NOT NULL DEFAULT 0, -- crashes, and lost runs of the agent, since
                                               -- work was last saved
     not_before REAL NOT NULL DEFAULT 0, -- when the job may start; 0: at once
-    -- Since when it has transient errors; 0: none since the start.
+    -- Since when it has transient errors; 0: none.
     transient_since REAL NOT NULL DEFAULT 0,
     -- Only of a task; for a review see JobRun.is_cancelled.
     cancel_requested INTEGER NOT NULL DEFAULT 0,
@@ -4271,8 +4271,8 @@ class Store:
     def due_job(self, kind: str, was_delayed: bool) -> str | None:
         """Return the id of the job that a worker should claim next, or None.
 
-        If ``was_delayed``, only jobs that a transient error has delayed since the start
-        count; otherwise only the others. queue_due_jobs says why.
+        If ``was_delayed``, only jobs that a transient error has delayed count; otherwise
+        only the others. queue_due_jobs says why.
         """
         return self._read_one(
             only_value,

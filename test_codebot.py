@@ -5122,6 +5122,14 @@ def test_task_that_waited_too_long_fails_in_the_step_that_was_left(
     assert codebot.ending_after_transient_error(run, "502").reason == reason
 
 
+def test_delayed_task_is_still_delayed_after_a_start(store: codebot.Store) -> None:
+    # Otherwise tasks that were not delayed could hold it up for ever.
+    task = store_task_in_state(store, "running")
+    store.requeue(task.id, not_before=time.time() - 1)
+    store.requeue_interrupted(interruptions=0)
+    assert store.due_job("task", was_delayed=True) == task.id
+
+
 @pytest.mark.parametrize("push_started", [False, True])
 def test_task_whose_push_got_no_response_may_have_been_pushed(
     store: codebot.Store, push_started: bool
