@@ -16639,7 +16639,8 @@ def test_page_survives_restart_of_server(fresh: Site, browser: Browser) -> None:
     fresh.server.flags += ("--port", str(fresh.server.port))
     fresh.server.restart()
     browser.wait_for_text("Completed", "#taskState")
-    assert browser.text("#banner") == ""
+    # The page has drawn the state, and removes its error once it has also read the log.
+    wait_for(lambda: browser.text("#banner") == "")
     count = len(fresh.api.events(task))
     lines = "document.querySelectorAll('.event').length"
     wait_for(lambda: browser.evaluate(lines) == count)
