@@ -5038,8 +5038,8 @@ MAX_CHANGE_BYTES = 256 << 20
 # Every script of Workspace begins with this. It removes the lock files of a killed git, and
 # has git ignore the configuration in the agent's HOME. (git 2.31 still reads it, because it
 # does not know GIT_CONFIG_GLOBAL.) `g` is git without hooks, fsmonitor, signing, gc and
-# sparse checkout, for scripts that use the agent's .git. The checkout makes a new .git.
-# UPLOAD_SCRIPT has this, too.
+# sparse checkout, for scripts that use the agent's .git. (The checkout makes a new .git.)
+# UPLOAD_SCRIPT contains this, too.
 GIT_FUNCTION = """
 export GIT_CONFIG_GLOBAL=/dev/null XDG_CONFIG_HOME=/nonexistent
 for lock in .git/index.lock .git/HEAD.lock; do
@@ -5712,7 +5712,7 @@ fi
 REMOVE_SESSION_SCRIPT = """
 if [ "$HOME" = "$1" ]; then
     rm -rf "$HOME/.claude/projects" # it may be a file or a link that an agent left
-else # a sandbox has set another one, which may have the sessions of other tasks
+else # a sandbox has set another HOME, which may have the sessions of other tasks
     rm -rf "$HOME"/.claude/projects/*/"$2"*
 fi
 """
@@ -8859,7 +8859,8 @@ def page(codebot: Codebot, request: Request) -> Response:
 
 MAX_CONNECTIONS = 512
 MAX_STREAMS = 128  # event streams that are open at the same time
-MAX_BUFFERED_BYTES = 64 << 20  # of all request bodies together, without what was parsed
+# Of all request bodies together. What they are parsed into does not count.
+MAX_BUFFERED_BYTES = 64 << 20
 # The states of a connection, and the seconds that it may stay in each.
 STATE_TIMEOUTS = {
     "waiting": 75.0,  # for a request
@@ -9003,8 +9004,8 @@ class ConnectionTable:
     def evict(self) -> None:
         """Drop one connection, because no place or no descriptor is left.
 
-        If more than half are sending, the oldest of these is dropped. Otherwise the oldest
-        one that is waiting or receiving is; if there is none, the oldest sending one.
+        If more than half are sending, it is the oldest of these. Otherwise it is the oldest
+        that is waiting or receiving or, if there is none, the oldest that is sending.
         Raises OSError if all are being handled.
         """
         idle = []
