@@ -7302,17 +7302,14 @@ def log_failure(run: JobRun, ending: Ending) -> str:
     may have succeeded although its response was lost.
     """
     job = run.job
-    if job.kind == "task":
-        was_rejected = ending.reason == "push_rejected" and not ending.gave_up
-        may_be_pushed = job.push_started and not was_rejected
-    else:
-        is_unknown = ending.gave_up or ending.reason in ("interrupted", "internal")
-        # The push may have been cut short: by a crash, or as the pull request was closed.
-        if ending.reason == "cancelled" and reached_phase(job) == "push":
-            is_unknown = True
-        may_be_pushed = job.commit_id != "" and (job.is_pushed or is_unknown)
+    has_begun = job.push_started
+    if job.kind == "review":  # which has no push_started
+        has_begun = job.commit_id != "" and reached_phase(job) in ("push", "answer")
+    was_rejected = ending.reason == "push_rejected" and not (
+        ending.gave_up or job.is_pushed
+    )
     error = ending.error
-    if may_be_pushed:
+    if has_begun and not was_rejected:
         commit = f"The commit {job.commit_id} may have been pushed to {job.branch}"
         error = f"{error.rstrip('.')}. {commit}"
     error = redact(error)[:10_000]

@@ -5192,6 +5192,9 @@ def test_failed_review_says_once_that_its_commit_may_have_been_pushed(
     assert ending.reason == "internal"
     codebot.store_failure(run, ending)
     assert run.job.error == "502. The commit c0ffee may have been pushed to b"
+    # In the second round, run_review raises the stored error again.
+    ending = codebot.Ending("failed", "internal", run.job.error)
+    assert codebot.log_failure(run, ending) == run.job.error
 
 
 def test_failure_that_the_reviewer_is_to_be_told_survives_retries(
