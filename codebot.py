@@ -5228,10 +5228,7 @@ class Workspace:
         tree = self.mirror.local_git("rev-parse", f"{base_commit}^{{tree}}")
         self.base_tree = tree.stdout
         self.base_commit = base_commit
-        message = f"Branch {self.branch} from {base_name} at {base_commit}"
-        if base_name == self.branch:  # a review goes on with the task's branch
-            message = f"Branch {self.branch} at {base_commit}"
-        self.run.log_event("git", message)
+        self.run.log_event("git", f"Branch {base_name} at {base_commit}")
 
     # Three methods start something in the sandbox, with command lines from sandboxed():
     #   script              codebot's own scripts on this host, by run_in_sandbox
