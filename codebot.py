@@ -3563,7 +3563,7 @@ CANCELLED_TEXT = {
     "review": "The pull request was closed",
 }
 
-SCHEMA_VERSION = 9
+SCHEMA_VERSION = 10
 SCHEMA = """
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -3592,6 +3592,11 @@ CREATE TABLE jobs (
     issue_url TEXT NOT NULL DEFAULT '',
     label_event_id INTEGER UNIQUE,
     is_reported INTEGER NOT NULL DEFAULT 0, -- 1: the end was reported there, or cannot be
+    -- The pull request that a task has opened, if any.
+    pr_number INTEGER NOT NULL DEFAULT 0,
+    pr_url TEXT NOT NULL DEFAULT '',
+    pr_state TEXT NOT NULL DEFAULT '' CHECK (pr_state IN ('', 'open', 'closed', 'merged')),
+    pr_closed_at TEXT,
     reviewer TEXT NOT NULL DEFAULT '', -- the login of a review's reviewer
     -- What the reviewer wants:
     --   ''                    not classified yet. While the job is also pending, the
@@ -3634,7 +3639,8 @@ CREATE TABLE jobs (
     reason TEXT NOT NULL DEFAULT '',
     error TEXT NOT NULL DEFAULT '',
     CHECK ((kind = 'task') = (task_id = id)),
-    CHECK ((status IN ('completed', 'failed')) = (completed_at IS NOT NULL))
+    CHECK ((status IN ('completed', 'failed')) = (completed_at IS NOT NULL)),
+    CHECK ((pr_number > 0) = (pr_state != ''))
 );
 CREATE INDEX jobs_by_kind ON jobs (kind, seq);
 CREATE INDEX jobs_by_status ON jobs (status, kind, seq);
@@ -3642,6 +3648,8 @@ CREATE INDEX jobs_by_task ON jobs (task_id, status, seq);
 CREATE INDEX jobs_by_reviewer ON jobs (task_id, reviewer, status);
 CREATE INDEX unreported_jobs ON jobs (is_reported)
     WHERE issue_number > 0 AND is_reported = 0;
+CREATE INDEX jobs_by_pull_request ON jobs (repository_id, pr_number)
+    WHERE pr_number > 0;
 CREATE TABLE events (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     task_id TEXT NOT NULL REFERENCES jobs(id) ON DELETE CASCADE,
@@ -3650,19 +3658,10 @@ CREATE TABLE events (
     message TEXT NOT NULL
 );
 CREATE INDEX events_by_task ON events (task_id, seq);
-CREATE TABLE pull_requests (
-    task_id TEXT NOT NULL PRIMARY KEY REFERENCES jobs(id) ON DELETE CASCADE,
-    repository_id INTEGER NOT NULL,
-    number INTEGER NOT NULL,
-    url TEXT NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('open', 'closed', 'merged')),
-    closed_at TEXT
-);
-CREATE INDEX pull_requests_by_number ON pull_requests (repository_id, number);
 CREATE TABLE comments (
     place TEXT NOT NULL CHECK (place IN ('review_text', 'inline', 'conversation')),
     id INTEGER NOT NULL,
-    task_id TEXT NOT NULL REFERENCES pull_requests(task_id) ON DELETE CASCADE,
+    task_id TEXT NOT NULL REFERENCES jobs(id) ON DELETE CASCADE,
     job_id TEXT REFERENCES jobs(id) ON DELETE SET NULL,
     text TEXT NOT NULL, -- for people; a review reads the comment from GitHub
     created_at TEXT NOT NULL, -- at GitHub, perhaps as a draft
@@ -3694,33 +3693,30 @@ CREATE VIEW next_jobs AS
 -- The API's list of tasks. Texts are cut here, so that a list reads no long ones.
 CREATE VIEW task_list AS
     SELECT
-        job.id AS task_id, job.status, job.submitted_at, job.started_at,
-        job.completed_at, job.repository_url,
-        SUBSTR(job.description, 1, 200) AS description,
-        CASE job.ticket_summary
-            WHEN '' THEN SUBSTR(job.description, 1, 200)
-            ELSE job.ticket_summary
+        id AS task_id, status, submitted_at, started_at, completed_at, repository_url,
+        SUBSTR(description, 1, 200) AS description,
+        CASE ticket_summary
+            WHEN '' THEN SUBSTR(description, 1, 200)
+            ELSE ticket_summary
         END AS title,
-        NULLIF(job.reason, '') AS reason,
-        pull_requests.number AS pr_number,
-        NULLIF(job.issue_url, '') AS issue_url,
-        job.seq
-    FROM jobs AS job
-    LEFT JOIN pull_requests ON pull_requests.task_id = job.id
-    WHERE job.kind = 'task';
+        NULLIF(reason, '') AS reason,
+        NULLIF(pr_number, 0) AS pr_number,
+        NULLIF(issue_url, '') AS issue_url,
+        seq
+    FROM jobs
+    WHERE kind = 'task';
 -- `active_until` is when the last job of a task, itself or a review, has ended. It is NULL
 -- while one is unfinished: then nothing of the task is removed, and its log may grow.
 CREATE VIEW task_activity AS
-    SELECT jobs.task_id,
-        MAX(jobs.directory) AS directory, -- all jobs of a task have the same, or ''
-        IFNULL(pull_requests.state, '') AS pr_state,
+    SELECT task_id,
+        MAX(directory) AS directory, -- all jobs of a task have the same, or ''
+        MAX(pr_state) AS pr_state, -- '' in reviews
         CASE
-            WHEN SUM(jobs.completed_at IS NULL) > 0 THEN NULL
-            ELSE MAX(jobs.completed_at)
+            WHEN SUM(completed_at IS NULL) > 0 THEN NULL
+            ELSE MAX(completed_at)
         END AS active_until
     FROM jobs
-    LEFT JOIN pull_requests ON pull_requests.task_id = jobs.task_id
-    GROUP BY jobs.task_id;
+    GROUP BY task_id;
 """
 LOCK_TIMEOUT = 2.0  # seconds to wait while another thread or process writes
 DELIVERY_RETENTION = 7 * 86400.0  # seconds; GitHub can redeliver for 3 days (GHES: 7)
@@ -3781,6 +3777,9 @@ class Job:
     request: TaskRequest
     issue_number: int
     issue_url: str
+    pr_number: int
+    pr_url: str
+    pr_state: str
     reviewer: str
     request_kind: str
     interruptions: int
@@ -3803,17 +3802,6 @@ class Job:
     answers: Mapping[str, str]
     reason: str
     error: str
-
-
-@dataclasses.dataclass(frozen=True)
-class PullRequest:
-    """A pull request that codebot opened."""
-
-    task_id: str
-    repository_id: int
-    number: int
-    url: str
-    state: str
 
 
 class StoredComment(NamedTuple):
@@ -3841,9 +3829,6 @@ def make_job(row: sqlite3.Row) -> Job:
     request = from_row(TaskRequest, row)
     answers = json.loads(row["answers"])
     return from_row(Job, {**dict(row), "request": request, "answers": answers})
-
-
-make_pull_request = functools.partial(from_row, PullRequest)
 
 
 def only_value(row: sqlite3.Row) -> Any:
@@ -4384,59 +4369,49 @@ class Store:
 
     # Pull requests and comments
 
-    def add_pull_request(self, job: Job, number: int, url: str) -> None:
+    def add_pull_request(self, task_id: str, number: int, url: str) -> None:
         """Store a task's pull request, unless it is stored already."""
         self._write(
             """
-            INSERT INTO pull_requests (
-                task_id, repository_id, number, url, state
-            ) VALUES (
-                :task_id, :repository_id, :number, :url, 'open'
-            ) ON CONFLICT DO NOTHING
+            UPDATE jobs SET pr_number = :number, pr_url = :url, pr_state = 'open'
+            WHERE id = :task_id AND pr_number = 0
             """,
-            task_id=job.id,
-            repository_id=job.repository_id,
+            task_id=task_id,
             number=number,
             url=url,
         )
 
-    def pull_request(self, task_id: str) -> PullRequest | None:
+    def task_of_pull_request(self, repository_id: int, number: int) -> str | None:
+        """Return the id of the task that has opened a pull request, or None."""
         return self._read_one(
-            make_pull_request,
-            "SELECT * FROM pull_requests WHERE task_id = :id",
-            id=task_id,
-        )
-
-    def pull_request_by_number(
-        self, repository_id: int, number: int
-    ) -> PullRequest | None:
-        return self._read_one(
-            make_pull_request,
+            only_value,
             """
-            SELECT * FROM pull_requests
-            WHERE repository_id = :repository_id AND number = :number
+            SELECT id FROM jobs
+            WHERE repository_id = :repository_id AND pr_number = :number
+                AND pr_number > 0
             """,
             repository_id=repository_id,
             number=number,
         )
 
-    def unmerged_pull_requests(self) -> list[PullRequest]:
-        """Return the pull requests that may still get comments or be reopened."""
+    def tasks_with_unmerged_pull_request(self) -> list[str]:
+        """Return the tasks whose pull request may still get comments or be reopened."""
         return self._read(
-            make_pull_request, "SELECT * FROM pull_requests WHERE state != 'merged'"
+            only_value,
+            "SELECT id FROM jobs WHERE pr_number > 0 AND pr_state != 'merged'",
         )
 
     def save_pull_request_state(self, task_id: str, state: str) -> None:
         """Store the state that GitHub has confirmed."""
         self._write(
             """
-            UPDATE pull_requests SET
-                state = :state,
-                closed_at = CASE
+            UPDATE jobs SET
+                pr_state = :state,
+                pr_closed_at = CASE
                     WHEN :state = 'open' THEN NULL
-                    ELSE IFNULL(closed_at, :now)
+                    ELSE IFNULL(pr_closed_at, :now)
                 END
-            WHERE task_id = :task_id
+            WHERE id = :task_id
             """,
             task_id=task_id,
             state=state,
@@ -4637,11 +4612,7 @@ class Store:
                 JOIN jobs AS task ON task.id = task_activity.task_id
                 WHERE active_until < :cutoff
                     AND (task.issue_number = 0 OR task.is_reported = 1)
-                    AND NOT EXISTS (
-                        SELECT 1 FROM pull_requests
-                        WHERE pull_requests.task_id = task.id
-                            AND (closed_at IS NULL OR closed_at >= :cutoff)
-                    )
+                    AND (task.pr_number = 0 OR task.pr_closed_at < :cutoff)
                     AND NOT EXISTS (
                         SELECT 1 FROM events WHERE events.task_id = task.id
                     )
@@ -6341,7 +6312,7 @@ def create_pull_request(workspace: Workspace) -> None:
         raise JobFailed(
             "pull_request_failed", f"GitHub refused the pull request: {error}"
         ) from None
-    until_database_works(run.store.add_pull_request, run.job, number, url)
+    until_database_works(run.store.add_pull_request, run.job.id, number, url)
     run.log_event("codebot", f"Pull request {number}: {url}")
     log.info("Task %s: opened %s", run.job.id, url)
     # Somebody may have commented on the pull request before it was stored.
@@ -6403,7 +6374,6 @@ class Review(NamedTuple):
 
     run: JobRun
     task: Job
-    pull_request: PullRequest
     github_repository: GitHubRepository
     workspace: Workspace
     # Set by load_comments:
@@ -6447,18 +6417,17 @@ def run_review(run: JobRun) -> None:
 def load_review(run: JobRun) -> Review:
     """Return the review, with its repository under the name that it has now."""
     github = run.codebot.github
-    pull_request = run.store.pull_request(run.job.task_id)
     task = run.store.job(run.job.task_id)
-    if pull_request is None or task is None or github is None:
+    if task is None or github is None:
         raise ReviewSkipped("its pull request is not codebot's anymore")
-    github_repository = github.repository_by_id(pull_request.repository_id)
+    github_repository = github.repository_by_id(task.repository_id)
     if not github_repository.is_allowed:
         name = github_repository.full_name
         raise ReviewSkipped(f"{name} is not an allowed repository")
     repository = parse_repository_url(run.config, github_repository.url)
     repository = repository._replace(github_repository=github_repository)
     workspace = Workspace(run, repository, run.job.directory)
-    return Review(run, task, pull_request, github_repository, workspace)
+    return Review(run, task, github_repository, workspace)
 
 
 def require_may_act(review: Review) -> None:
@@ -6468,10 +6437,9 @@ def require_may_act(review: Review) -> None:
     The branch is codebot's: find_pull_request made sure of that, and GitHub lets nobody
     change the head branch of a pull request.
     """
-    pull_request = review.pull_request
-    current = review.github_repository.pull_request(pull_request.number)
+    current = review.github_repository.pull_request(review.task.pr_number)
     # The store may not know yet that the pull request was closed or reopened.
-    if pull_request.state != "open" or current.state != "open":
+    if review.task.pr_state != "open" or current.state != "open":
         review.run.codebot.look_now(Look("pull_request", task_id=review.task.id))
     if current.state != "open":
         raise ReviewSkipped(f"the pull request is {current.state}")
@@ -6490,7 +6458,7 @@ def load_comments(review: Review) -> Review:
     are queued. Raises ReviewSkipped if there are no comments, or too many reviews.
     """
     run = review.run
-    listed = list(review.github_repository.comments(review.pull_request.number))
+    listed = list(review.github_repository.comments(review.task.pr_number))
     current = {(comment.place, comment.id): comment for comment in listed}
     if not run.job.request_kind:
         # Some comments may not be delivered yet, such as the rest of a GitHub review.
@@ -6768,7 +6736,7 @@ def answer_threads(review: Review) -> None:
             # An answer that was posted is not older than the comment. Without ``since``,
             # codebot would read all comments of a long pull request for each thread.
             review.github_repository.post_once(
-                review.pull_request.number,
+                review.task.pr_number,
                 truncate(body, MAX_BODY_CHARS),
                 f"<!-- codebot answer {run.job.id} {thread_key} -->",
                 inline_thread,
@@ -6900,8 +6868,7 @@ class Sync:
 
     def poll(self, _: Look) -> None:
         """Ask for a look at everything that may have changed."""
-        for pull_request in self.store.unmerged_pull_requests():
-            task_id = pull_request.task_id
+        for task_id in self.store.tasks_with_unmerged_pull_request():
             self.look_later(Look("pull_request", task_id=task_id))
         if not self.config.issue_label:
             return
@@ -6921,14 +6888,14 @@ class Sync:
     def look_at_pull_request(self, look: Look) -> None:
         """Store a pull request's state, and queue the new comments on it."""
         task_id = look.task_id
-        pull_request = self.store.pull_request(task_id)
-        if pull_request is None:
+        task = self.store.job(task_id)
+        if task is None:
             return
-        github_repository = self.github.repository_by_id(pull_request.repository_id)
-        current = github_repository.pull_request(pull_request.number)
-        if current.state != pull_request.state:
+        github_repository = self.github.repository_by_id(task.repository_id)
+        current = github_repository.pull_request(task.pr_number)
+        if current.state != task.pr_state:
             self.store.save_pull_request_state(task_id, current.state)
-            log.info("Pull request %s is now %s", pull_request.url, current.state)
+            log.info("Pull request %s is now %s", task.pr_url, current.state)
         if current.state != "open":
             # Running reviews are cancelled. Pending ones are skipped when they start.
             for run in list(self.codebot.running.values()):
@@ -6936,7 +6903,7 @@ class Sync:
                     run.is_cancelled = True
             self.codebot.cleanup_wanted.set()
         elif github_repository.is_allowed:
-            comments = list(github_repository.comments(pull_request.number))
+            comments = list(github_repository.comments(task.pr_number))
             self.store.queue_comments(task_id, comments)
             self.codebot.jobs_due.set()
 
@@ -7055,9 +7022,8 @@ class Sync:
         task = self.store.job(task_id)
         if task is None:
             return
-        pull_request = self.store.pull_request(task_id)
-        if pull_request is not None:
-            text = f"The pull request is {pull_request.url}."
+        if task.pr_url:
+            text = f"The pull request is {task.pr_url}."
         else:
             error = code_block(task.error)
             text = (
@@ -7854,11 +7820,8 @@ def describe_result(codebot: Codebot, job: Job) -> Fields:
             "passed": True,  # a task whose tests fail has no result
             "attempts": job.passed_attempt,
         }
-    pull_request = codebot.store.pull_request(job.id)
     return {
-        "pr_url": pull_request and pull_request.url,
-        "pr_number": pull_request and pull_request.number,
-        "pr_state": pull_request and pull_request.state,
+        **pick(job, "pr_url", "pr_number", "pr_state"),
         "branch_name": job.branch,
         # The task's clone; not Config.work_dir, which is the directory of all tasks.
         "work_dir": f"{codebot.config.work_dir}/{job.directory}/repo",
@@ -8089,10 +8052,10 @@ def task_of(codebot: Codebot, payload: JsonObject) -> str:
     # GitHub reports a comment in the conversation as a comment on an issue.
     subject = payload.get("issue") or payload["pull_request"]
     number = int(subject["number"])
-    pull_request = codebot.store.pull_request_by_number(repository_id, number)
-    if pull_request is None:
+    task_id = codebot.store.task_of_pull_request(repository_id, number)
+    if task_id is None:
         raise NoAction("Not a pull request of a task in this work directory")
-    return pull_request.task_id
+    return task_id
 
 
 def receive_comment(codebot: Codebot, event: str, payload: JsonObject) -> None:

@@ -4619,12 +4619,11 @@ def store_task_in_state(store: codebot.Store, state: str) -> codebot.Job:
 
 def store_pull_request(
     store: codebot.Store, task: codebot.Job, number: int = 1
-) -> codebot.PullRequest:
+) -> codebot.Job:
+    """Store a task's pull request; return the task."""
     url = f"https://github.com/acme/widget/pull/{number}"
-    store.add_pull_request(task, number, url)
-    pull_request = store.pull_request(task.id)
-    assert pull_request is not None
-    return pull_request
+    store.add_pull_request(task.id, number, url)
+    return stored_job(store, task)
 
 
 def make_comment(comment_id: int, user: str) -> codebot.Comment:
@@ -4639,14 +4638,14 @@ def make_comment(comment_id: int, user: str) -> codebot.Comment:
 
 
 def store_review(
-    store: codebot.Store, pull_request: codebot.PullRequest, comment_id: int, user: str
+    store: codebot.Store, task: codebot.Job, comment_id: int, user: str
 ) -> str:
     """Queue a comment that starts a review; return the id of the review."""
     comment = make_comment(comment_id, user)
-    assert store.queue_comments(pull_request.task_id, [comment])
+    assert store.queue_comments(task.id, [comment])
     [job_id] = [
         review.id
-        for review in store.reviews(pull_request.task_id)
+        for review in store.reviews(task.id)
         if comment_id in [stored.id for stored in store.stored_comments(review.id)]
     ]
     return job_id
@@ -4860,16 +4859,16 @@ def test_daily_limit_counts_reviews_that_were_started(store: codebot.Store) -> N
     pull_request = store_pull_request(store, store_task_in_state(store, "completed"))
     review_id = store_review(store, pull_request, 1, "alice")
     store_review(store, pull_request, 2, "a-stranger")
-    assert store.request_kinds_of_last_day(pull_request.task_id) == []
+    assert store.request_kinds_of_last_day(pull_request.id) == []
     review = claim(store, review_id)
     store.save_progress(dataclasses.replace(review, request_kind="limit"))
-    assert store.request_kinds_of_last_day(pull_request.task_id) == ["limit"]
+    assert store.request_kinds_of_last_day(pull_request.id) == ["limit"]
     store.requeue(review.id)
-    assert store.request_kinds_of_last_day(pull_request.task_id) == ["limit"]
+    assert store.request_kinds_of_last_day(pull_request.id) == ["limit"]
     with other_program(store) as database:
         sql = "UPDATE jobs SET submitted_at = ? WHERE kind = 'review'"
         database.execute(sql, [LONG_AGO])
-    assert store.request_kinds_of_last_day(pull_request.task_id) == []
+    assert store.request_kinds_of_last_day(pull_request.id) == []
 
 
 def test_long_login_is_cut_in_the_log(
@@ -5009,9 +5008,9 @@ def test_review_that_must_wait_for_another_holds_up_no_third(
     store: codebot.Store,
 ) -> None:
     review = claim_review(store)
-    pull_request = store.pull_request(review.task_id)
-    assert pull_request is not None
-    store_review(store, pull_request, 2, "bob")  # waits for alice's
+    task = store.job(review.task_id)
+    assert task is not None
+    store_review(store, task, 2, "bob")  # waits for alice's
     other = store_pull_request(store, store_task_in_state(store, "completed"), 2)
     third = store_review(store, other, 3, "bob")
     assert store.due_job("review", was_delayed=False) == third
@@ -5491,8 +5490,10 @@ def test_check_of_the_database_writes_each_time(store: codebot.Store) -> None:
         ("jobs", "submitted_by = NULL"),
         ("jobs", "repository_url = NULL"),
         ("jobs", "error = NULL"),
-        ("pull_requests", "state = 'draft'"),
-        ("pull_requests", "task_id = NULL"),
+        ("jobs", "pr_state = 'draft'"),
+        ("jobs", "pr_state = ''"),  # of a pull request
+        ("jobs", "pr_number = 0"),  # of an open one
+        ("jobs", "pr_url = NULL"),
         ("comments", "place = 'email'"),
         ("comments", "text = NULL"),
         ("events", "message = NULL"),
@@ -5757,7 +5758,7 @@ def test_retention_keeps_row_log_and_workspace(
         age_task(store, task)
     if closed == "long ago":
         with other_program(store) as db:
-            db.execute("UPDATE pull_requests SET closed_at = ?", (LONG_AGO,))
+            db.execute("UPDATE jobs SET pr_closed_at = ?", (LONG_AGO,))
     directories = store.retained_directories(60)
     delete_expired(store)
     assert ("workspace" in retained) == ("task_1" in directories)
@@ -5806,9 +5807,9 @@ def test_expired_task_takes_its_pull_request_reviews_and_comments_along(
     store.save_pull_request_state(review.task_id, "closed")
     with other_program(store) as db:
         db.execute("UPDATE jobs SET completed_at = ?", (LONG_AGO,))
-        db.execute("UPDATE pull_requests SET closed_at = ?", (LONG_AGO,))
+        db.execute("UPDATE jobs SET pr_closed_at = ?", (LONG_AGO,))
         delete_expired(store)
-        for table in ("jobs", "pull_requests", "comments"):
+        for table in ("jobs", "comments"):
             assert db.execute(f"SELECT COUNT(*) FROM {table}").fetchone() == (0,), table
 
 
@@ -9229,7 +9230,7 @@ def test_old_task_loses_log_and_workspace_and_row_when_pull_request_is_closed(
         with fresh.server.database() as db:
             jobs = "UPDATE jobs SET completed_at = ? WHERE completed_at IS NOT NULL"
             db.execute(jobs, (then,))
-            pulls = "UPDATE pull_requests SET closed_at = ? WHERE closed_at IS NOT NULL"
+            pulls = "UPDATE jobs SET pr_closed_at = ? WHERE pr_closed_at IS NOT NULL"
             db.execute(pulls, (then,))
 
     unwritable = f"mkdir stiff; touch stiff/file; chmod 500 stiff; {SAY_HELLO}"
@@ -10299,7 +10300,7 @@ def test_empty_answers_give_way_to_the_summary(store: codebot.Store) -> None:
     run = task_run(store)
     run.update(summary="Because.")
     parts: Any = (None, None, [make_comment(1, "alice")])  # only comments are read
-    review = codebot.Review(run, run.job, 1, *parts)
+    review = codebot.Review(run, run.job, *parts)
     entries = [{"comment_id": 1, "body": ""}, {"comment_id": 1, "body": ""}]
     answers = codebot.parse_answers(review, {"answers": entries})
     assert answers == {"conversation 1": "Because."}
