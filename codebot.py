@@ -3393,6 +3393,12 @@ class Mirror(GitDirectory):
             return f"{error}. If the mirror is damaged, stop codebot and delete {self.path}"
         return error
 
+    def remove_stale_files(self) -> None:
+        """Remove what a killed git left. The lock must be held: it keeps other gits out."""
+        for pattern in STALE_FILES:
+            for path in find_paths(self.path, pattern):
+                os.unlink(path)
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the mirror's lock, which everything that writes to the mirror must hold.
@@ -3412,9 +3418,11 @@ class Mirror(GitDirectory):
                     time.sleep(0.01)
             self.inherited_fds = (file.fileno(),)
             try:
+                self.remove_stale_files()
                 yield
             finally:
                 self.inherited_fds = ()
+                self.remove_stale_files()  # they may have filled the disk
 
     def resolve_branch(self, repository: Repository, branch: str) -> tuple[str, str]:
         """Return a branch's name and its commit at the remote.
@@ -3478,34 +3486,20 @@ class Mirror(GitDirectory):
 
     def fetch_all(self, repository: Repository) -> ProgramResult:
         """Fetch all branches. The lock must be held."""
-        self.remove_stale_files()
-        try:
-            return self.remote_git(
-                repository,
-                *GIT_FETCH,
-                "--prune",
-                "--",
-                repository.url,
-                "+refs/heads/*:refs/heads/*",
-            )
-        finally:
-            self.remove_stale_files()  # a fetch that failed may have filled the disk
-
-    def remove_stale_files(self) -> None:
-        """Remove what a killed git left. The lock must be held: it keeps other gits out."""
-        for pattern in STALE_FILES:
-            for path in find_paths(self.path, pattern):
-                os.unlink(path)
+        return self.remote_git(
+            repository,
+            *GIT_FETCH,
+            "--prune",
+            "--",
+            repository.url,
+            "+refs/heads/*:refs/heads/*",
+        )
 
     def repack(self) -> None:
         """Repack the mirror if fetches have left many packs. The lock must be held."""
-        self.remove_stale_files()
         if len(find_paths(self.objects, "pack/*.pack")) > MAX_PACKS:
             # Workspaces may borrow objects that no branch of the mirror reaches anymore.
-            try:
-                self.local_git("repack", "-a", "-d", "--keep-unreachable", "-q")
-            finally:
-                self.remove_stale_files()  # a repack that failed may have filled the disk
+            self.local_git("repack", "-a", "-d", "--keep-unreachable", "-q")
 
 
 # === II. The work ============================================================
