@@ -1166,7 +1166,6 @@ def address_secrets(word: str, is_proxy: bool) -> Iterator[str]:
 # --no-github: see remote_environment. Every environment has CODEBOT_RUN, by which codebot
 # finds processes that have left their group.
 
-DEFAULT_TIMEOUT = 1800.0  # seconds, for a program whose caller sets no limit
 MAX_OUTPUT_BYTES = 1 << 30  # a program is ended when its output file is larger
 # Seconds between SIGTERM and SIGKILL, so that git can remove its lock files. (What runs
 # in bwrap is killed at once.)
@@ -1197,7 +1196,7 @@ LineHandler = Callable[[list[str]], object]
 class Limits(NamedTuple):
     """What can end a program early. ``check_stop`` raises StopRequested or Cancelled."""
 
-    timeout: float = DEFAULT_TIMEOUT  # seconds
+    timeout: float = 1800.0  # seconds, unless the caller sets another limit
     stall: float = math.inf  # seconds without output
     check_stop: Callable[[], None] = do_nothing
 
@@ -2345,7 +2344,6 @@ class NoRedirects(urllib.request.HTTPErrorProcessor):
 # "a <!-- b"          "<!-- b"       ""
 # The last text must match, or thousands of "<!--" would each be searched to the end.
 HTML_COMMENT_RE = re.compile(r"<!(?=--).*?(-->|\Z)", re.DOTALL)
-CUT_NOTE = "(text after an unclosed HTML comment was removed)"
 INVISIBLE_RE = re.compile(
     # zero width, bidi
     "[\u00ad\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]"
@@ -2367,7 +2365,7 @@ def visible_text(text: str) -> str:
     comment_ends = HTML_COMMENT_RE.findall(text)
     visible = INVISIBLE_RE.sub("", HTML_COMMENT_RE.sub("", text))
     if "" in comment_ends and visible.strip():  # an otherwise empty text gets no note
-        visible += CUT_NOTE
+        visible += "(text after an unclosed HTML comment was removed)"
     return visible
 
 
