@@ -210,9 +210,8 @@ WHERE SECRETS GO
   session, with everything that the agent has printed.
 
 KNOWN LIMITATIONS
-  Each is listed at the beginning of the section that it concerns: Settings and secrets,
-  Sandbox, GitHub, Git, Store, Workspace, Agent, Task, Looking at GitHub, Routes and server.
-  Read those of Sandbox first: they concern the host most.
+  Each is listed at the head of the section that it concerns. Read those of Sandbox first:
+  they concern the host most.
 
 LIFE OF A JOB
   pending   -> running      a worker starts it
@@ -238,10 +237,10 @@ LIFE OF A JOB
     posted twice only if somebody has removed the first one or its marker, or if GitHub,
     at the retry, has not posted or does not list the first one yet.
   A crash loses what a running agent has done, and the record of its cost. It also loses
-  the looks, so the first look after a start is at everything. Each job has a count of
-  interruptions. A crash adds 1 to it, and so does an error after which the agent must run
-  again. Saved work sets it to 0. At 3, the job fails: see "What a retry depends on", in
-  Store.
+  the looks, so the first look after a start is at everything.
+  A crash interrupts a job, and so does an error after which the agent must run again. At
+  the third interruption since work was last saved, the job fails: see "What a retry
+  depends on", in Store.
 
 THREADS AND THEIR LOCKS
   main           starts everything, waits for a signal, then ends everything
@@ -250,7 +249,7 @@ THREADS AND THEIR LOCKS
   task-N, review-N   one job at a time; tasks have one queue, reviews another
   sync           asks GitHub what has changed, submits and cancels jobs accordingly, and
                  comments on issues
-  timer          queues jobs that are due; but the command `run` queues its one task itself
+  timer          queues jobs that are due (the command `run` queues its one task itself)
   database       writes to the database now and then, to see whether that works
   cleanup        removes what is past its retention, and runs CODEBOT_LAUNCHER_STOP
                  again where it has failed
