@@ -3554,7 +3554,7 @@ CANCELLED_TEXT = {
     "review": "The pull request was closed",
 }
 
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 SCHEMA = """
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -3663,7 +3663,6 @@ CREATE INDEX comments_by_job ON comments (job_id);
 CREATE INDEX comments_by_task ON comments (task_id);
 -- The label events that codebot has handled. They outlive the tasks.
 CREATE TABLE label_events (id INTEGER PRIMARY KEY);
-CREATE TABLE deliveries (guid TEXT PRIMARY KEY, received_at TEXT NOT NULL);
 -- One row: the totals of all jobs, including deleted ones.
 CREATE TABLE totals (
     seconds REAL NOT NULL, -- of jobs that have ended
@@ -3710,7 +3709,6 @@ CREATE VIEW task_activity AS
     GROUP BY task_id;
 """
 LOCK_TIMEOUT = 2.0  # seconds to wait while another thread or process writes
-DELIVERY_RETENTION = 7 * 86400.0  # seconds; GitHub can redeliver for 3 days (GHES: 7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4409,17 +4407,6 @@ class Store:
             now=utc_time(),
         )
 
-    def add_delivery(self, guid: str) -> bool:
-        """Remember a webhook delivery. Returns False if it was received before."""
-        return self._write(
-            """
-            INSERT INTO deliveries (guid, received_at) VALUES (:guid, :now)
-            ON CONFLICT DO NOTHING
-            """,
-            guid=guid,
-            now=utc_time(),
-        )
-
     def queue_comments(self, task_id: str, comments: Iterable[Comment]) -> bool:
         """Add new comments to reviews. Returns whether any comment is new.
 
@@ -4581,7 +4568,7 @@ class Store:
         return set(directories)
 
     def delete_expired(self, retention: float) -> None:
-        """Delete old logs, old tasks without an open pull request, and old deliveries.
+        """Delete old logs, and old tasks without an open pull request.
 
         Each call deletes at most 5,000 events and 100 tasks, because other writers wait.
         """
@@ -4611,10 +4598,6 @@ class Store:
             )
             """,
             cutoff=cutoff,
-        )
-        self._write(
-            "DELETE FROM deliveries WHERE received_at < :cutoff",
-            cutoff=utc_time(seconds_ago=DELIVERY_RETENTION),
         )
 
 
@@ -7986,22 +7969,18 @@ def webhook(codebot: Codebot, request: Request) -> Response:
     event = request.headers.get("x-github-event", "")
     guid = request.headers.get("x-github-delivery", "")
     try:
-        if not guid:
-            raise ValueError("the delivery has no id")
         payload = parse_object(request.read_body())
-        receive_event(codebot, event, guid, payload)
+        receive_event(codebot, event, payload)
     except NoAction as reason:
         # %.99s: the log gets at most 99 characters of each value from the delivery.
         log.info("Delivery %.99s (%.99s): %s", guid, event, reason)
         return json_response({"message": str(reason)})
-    # These errors mean that the delivery has no id, that its payload is no JSON object,
-    # that a field is missing or has the wrong type, or that SQLite cannot store a value: a
-    # large number (OverflowError) or half of a surrogate pair (ValueError).
+    # These errors mean that the payload is no JSON object, that a field is missing or has
+    # the wrong type, or that SQLite cannot store a value: a large number (OverflowError) or
+    # half of a surrogate pair (ValueError).
     except UNKNOWN_SHAPE_ERRORS:
         status = 400
-        message = (
-            f"The payload of {event[:99]} is malformed, or X-GitHub-Delivery is missing"
-        )
+        message = f"The payload of {event[:99]} is malformed"
         if "form" in request.headers.get("content-type", ""):
             status = 415
             message = "Set the content type of the App's webhook to application/json"
@@ -8013,7 +7992,7 @@ def webhook(codebot: Codebot, request: Request) -> Response:
     return json_response({"message": "Accepted"}, 202)
 
 
-def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) -> None:
+def receive_event(codebot: Codebot, event: str, payload: JsonObject) -> None:
     """Note what an event is about. Raises any error that a malformed payload causes."""
     action = payload.get("action")
     installation = payload.get("installation")
@@ -8021,20 +8000,14 @@ def receive_event(codebot: Codebot, event: str, guid: str, payload: JsonObject) 
         raise NoAction("Another installation of the App")
     if event in COMMENT_EVENTS and action in ("created", "submitted"):
         receive_comment(codebot, event, payload)
-        return
-    if event == "pull_request" and action in ("closed", "reopened"):
-        look = Look("pull_request", task_id=task_of(codebot, payload))
+    elif event == "pull_request" and action in ("closed", "reopened"):
+        codebot.look_now(Look("pull_request", task_id=task_of(codebot, payload)))
     elif event == "issues" and action in ("labeled", "unlabeled"):
-        look = look_of_label(codebot, payload)
+        codebot.look_now(look_of_label(codebot, payload))
     elif event == "ping":
         raise NoAction("The webhook works")
     else:
         raise NoAction("codebot does not act on this event or action")
-    # The look comes first, so that somebody can cause another one: "Redeliver" at GitHub
-    # sends the delivery with the same GUID.
-    codebot.look_now(look)
-    if not codebot.store.add_delivery(guid):
-        raise NoAction("Duplicate delivery")
 
 
 def task_of(codebot: Codebot, payload: JsonObject) -> str:
