@@ -1622,10 +1622,9 @@ def launcher_argv(command: Sequence[str], workspace_path: str) -> list[str]:
 
 # A launched program may outlive codebot. So each launch in a workspace NAME has a record,
 # the file launched/NAME. The record holds the run's tag or, after a failed stop,
-# STOP_FAILED. It is removed only if the launcher did not start, or when
-# CODEBOT_LAUNCHER_STOP has succeeded. (The command must also succeed if nothing runs.) The
-# run itself stops its program. If codebot dies, its watchdog does. After a failure, the
-# cleanup, the next run here and the next start retry.
+# STOP_FAILED. It is removed only when CODEBOT_LAUNCHER_STOP has succeeded. (The command
+# must also succeed if nothing runs.) The run itself stops its program. If codebot dies, its
+# watchdog does. After a failure, the cleanup, the next run here and the next start retry.
 STOP_FAILED = "stop failed"
 
 
@@ -1794,12 +1793,6 @@ def launch(
     )
     try:
         return run_program(argv, env, program_type=program_type, **options)
-    except OSError as error:
-        # Only an error that names the launcher means that nothing was started. Others may
-        # come later: an output file on NFS can no longer be read.
-        if error.filename == launcher[0]:
-            record.unlink()
-        raise
     finally:
         stop_launched(config, workspace_path)
 

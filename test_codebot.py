@@ -15390,7 +15390,7 @@ def test_launcher_that_cannot_be_started_leaves_no_record(
     config = codebot.Config(
         work_dir=str(tmp_path),
         launcher=(launcher,),
-        launcher_stop=("nosuch-scancel",),
+        launcher_stop=("true",),
     )
     workspace = str(tmp_path / "task_1234567")
     with pytest.raises((FileNotFoundError, PermissionError)):
@@ -15398,7 +15398,9 @@ def test_launcher_that_cannot_be_started_leaves_no_record(
     assert not codebot.launch_record(config, workspace).exists()
 
 
-def test_launch_with_an_error_after_its_start_keeps_its_record(tmp_path: Path) -> None:
+def test_launch_with_an_error_keeps_its_record_if_the_stop_fails(
+    tmp_path: Path,
+) -> None:
     config = codebot.Config(
         work_dir=str(tmp_path),
         search_path=os.environ["PATH"],
