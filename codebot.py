@@ -2201,13 +2201,16 @@ class Sandbox:
 #   where GitHub lets nobody approve their own.
 # - If the address of GitHub is http://, for a tunnel on this machine, an agent can listen
 #   on the tunnel's port while the tunnel is down, and receive JWTs and tokens.
+# - GITHUB_TIMEOUT limits how long GitHub may be silent, and how long a body may take. With
+#   headers that come slowly or without an end, GitHub or a proxy can hold up a thread for
+#   longer: the sync thread, or a job's, even if the job is cancelled. A stop ends that.
 # - codebot removes HTML comments and invisible characters from people's text (see
 #   visible_text), even the comments in code, which GitHub shows. It does not remove text
 #   that GitHub hides in other ways, such as in a line "[//]: # (text)", in <?...?>, in
 #   <![CDATA[...]]> or in the title of a link. Whoever labels an issue should read its
 #   source ("Edit"), not only what is shown.
 
-GITHUB_TIMEOUT = 30.0  # seconds that GitHub has to answer
+GITHUB_TIMEOUT = 30.0  # seconds that GitHub may be silent; also for a whole body
 GITHUB_ATTEMPTS = 4  # times that a request to GitHub is sent, at most
 GITHUB_RETRY_DELAY = 0.5  # seconds before the second attempt; doubles with each attempt
 MAX_INLINE_WAIT = 5.0  # seconds; if GitHub asks for a longer wait, the job is requeued
@@ -2675,7 +2678,7 @@ class GitHub:
         return reply
 
     def read_reply(self, response: Any) -> Reply:
-        """Read a response. It may take twice the timeout: the last read may begin late."""
+        """Read the body. It may take twice the timeout: the last read may begin late."""
         deadline = time.monotonic() + self.timeout
         body = bytearray()
         while True:
