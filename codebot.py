@@ -3075,9 +3075,11 @@ def parse_repository_url(config: Config, url: str) -> Repository:
 # These are refused:
 #   https://u@host/a                only an ssh host may have a user
 #   -a  u@host:-a                   git or ssh could take it for an option
+#   ssh://`a`/b  ssh://%0a@host/a   ssh may put such a name into a shell's command line
 #   file://host/a  file:///a%2eb    git and codebot could disagree on the path
 PLAIN_REMOTE_RE = re.compile(
-    r"(https?://(?![^/]*@)|ssh://|file://(?=/)(?!.*[@%\[\]])|/|\w[\w.-]*@\w[\w.-]*:)[^-].*",
+    r"(https?://(?![^/]*@)|ssh://(?=[\w.@:\[\]-]+/)|file://(?=/)(?!.*[@%\[\]])|/"
+    r"|\w[\w.-]*@\w[\w.-]*:)[^-].*",
     re.ASCII,
 )
 
@@ -3103,8 +3105,8 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
     """Return the repository at any git remote. Raises ValueError with the reason."""
     if not PLAIN_REMOTE_RE.fullmatch(url):
         raise ValueError(
-            "must be http(s):// without a user, ssh://, file:///path without [ ] @ and %, "
-            "user@host:path or /path"
+            "must be http(s):// without a user, ssh://user@host/path with plain names, "
+            "file:///path without [ ] @ and %, user@host:path or /path"
         )
     # git decodes %2e only in URLs. Here it is decoded in every remote: that refuses a few
     # harmless names such as /srv/%2e%2e, and accepts nothing more.

@@ -3771,6 +3771,7 @@ def test_other_repository_url_on_github_is_refused(url: str) -> None:
         "/var/lib/codebot2/a.git",
         "http://[::1]:3000/a.git",
         "ssh://git@[2001:db8::1]/a.git",
+        "ssh://team-1.ci_bot@git.acme.com/~team/a%20b+c.git",
     ],
 )
 def test_any_remote_is_accepted_without_github(url: str) -> None:
@@ -3792,6 +3793,9 @@ def test_any_remote_is_accepted_without_github(url: str) -> None:
         "https://user@git.acme.com/a",
         "https://user:password@git.acme.com/a",
         "ssh://-oProxyCommand=x/a",
+        "ssh://$[+]%0aid%0a@git.acme.com/a",  # CVE-2025-61984
+        "ssh://`id`/a",  # CVE-2023-51385
+        "ssh://git@%2dx/a",
         "-x@host:path",
         "host:path",
         "git@host:-x",
