@@ -121,7 +121,8 @@ WHO IS TRUSTED WITH WHAT
                  with write access, or an App, edits a person's comment, or an issue whose
                  author has write access, the edit counts as that person's words.
   Others at GitHub   can stop work, if GitHub lets them remove the label, or close or lock
-                 the pull request.
+                 the pull request. Their comments can delay work: see Store, and Looking at
+                 GitHub.
   GitHub         is believed, over TLS. A delivery is believed only if the signature of
                  its body is right. Even then it is never relied on for who wrote what,
                  who may write, or what is open: codebot asks GitHub.
