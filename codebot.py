@@ -2294,7 +2294,7 @@ class Comment:
 OWN_NAME = "codebot (you)"
 
 
-class CurrentPullRequest(NamedTuple):
+class PullRequest(NamedTuple):
     """A pull request as GitHub reports it now."""
 
     state: str  # "open", "closed" or "merged"
@@ -2854,9 +2854,9 @@ class GitHubRepository:
         payload = self.post("/pulls", fields, find_existing)
         return int(payload["number"]), str(payload["html_url"])
 
-    def pull_request(self, number: int) -> CurrentPullRequest:
+    def pull_request(self, number: int) -> PullRequest:
         payload = self.get(f"/pulls/{number}")
-        return CurrentPullRequest(
+        return PullRequest(
             state="merged" if payload.get("merged") else str(payload["state"]),
             is_locked=bool(payload.get("locked")),
         )
