@@ -2276,6 +2276,17 @@ def limited(limited_site: Site) -> Iterator[Site]:
     wait_until_idle(limited_site)
 
 
+@functools.cache
+def fetched_mirror(templates: Path) -> Path:
+    """Return the mirror that codebot makes of the repository of each site."""
+    path = templates / "work" / "mirror.git"
+    config = codebot.Config(no_github=True, work_dir=str(path.parent))
+    remote = codebot.parse_plain_remote(config, str(templates / "bare"))
+    mirror = codebot.Mirror(config, str(path), codebot.do_nothing)
+    mirror.fetch_branch(remote, "main")
+    return path
+
+
 class LocalTask:
     """A task that runs in this process, from the clone to the commit, but not further.
 
@@ -2305,6 +2316,9 @@ class LocalTask:
             codebot.Repository(remote, remote, "mirrors/other/remote/widget.git"),
             self.run.job.directory,
         )
+        # Of commits that the test adds, git fetches only those.
+        mirror = Path(self.workspace.mirror.path)
+        copy_files(fetched_mirror(site.github.templates), mirror)
 
     def commit(self, plan: str, test_command: str = "") -> codebot.Job:
         """Clone, let the agent follow the plan, test and commit; return the job."""
