@@ -6150,9 +6150,8 @@ def test_second_task_fetches_only_what_is_new(shared: Site) -> None:
 
 def test_other_spelling_of_name_uses_same_mirror(shared: Site) -> None:
     owner, name = shared.repository.name.split("/")
-    shared.api.completed(shared.api.submit())
     url = f"{shared.github.url}/{owner.upper()}/{name.title()}.git"
-    shared.api.completed(shared.api.submit("Again", repository_url=url))
+    shared.api.completed(shared.api.submit(repository_url=url))
     mirrors = shared.server.work_dir.glob("mirrors/*/*/*.git")
     found = [m for m in mirrors if m.stem.lower() == name]
     assert found == [mirror_of(shared, shared.repository.name)]
@@ -6215,27 +6214,27 @@ def test_checkout_without_a_file_is_no_success(fresh: Site) -> None:
     assert fresh.agent.runs() == []
 
 
-def test_mirrors_recover_from_killed_git(fresh: Site) -> None:
-    dotted = fresh.github.create_repository("acme/.github")
-    fresh.server.start()
-    for repository in (fresh.repository, dotted):
-        fresh.api.completed(fresh.api.submit(repository_url=repository.url))
-    fresh.server.kill()
-    for repository in (fresh.repository, dotted):
-        mirror = mirror_of(fresh, repository.name)
-        (mirror / "packed-refs.lock").touch()
-        (mirror / "refs" / "heads" / "main.lock").touch()
-        repository.commit({"news": "news\n"})
-    begun = fresh.github.create_repository("acme/begun", {"news": "news\n"})
-    mirror = mirror_of(fresh, begun.name)
-    (mirror / "refs").mkdir(parents=True)
-    (mirror / "HEAD").write_text("ref: refs/heads/main\n")
-    (mirror / "config.lock").touch()
-    fresh.server.restart()
-    for repository in (fresh.repository, dotted, begun):
-        task = fresh.api.submit("Again", repository_url=repository.url)
-        branch = fresh.api.completed(task)["branch_name"]
-        assert repository.show(branch, "news") == "news", repository.name
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_mirror_recovers_from_killed_git(fresh: Site, is_begun: bool) -> None:
+    path = fresh.server.work_dir / ".github.git"
+    branches = path / "refs" / "heads"
+    if is_begun:
+        branches.mkdir(parents=True)
+        (path / "HEAD").write_text("ref: refs/heads/main\n")
+        (path / "config.lock").touch()
+    else:
+        copy_files(fetched_mirror(fresh.github.templates), path)
+        shutil.copyfile(branches / "main", branches / "deleted-by-others")
+        (path / "packed-refs.lock").touch()
+    (branches / "main.lock").touch()
+    commit = fresh.repository.commit({"news": "news\n"})
+    config = codebot.Config(no_github=True, work_dir=str(path.parent))
+    remote = str(fresh.repository.bare)
+    mirror = codebot.Mirror(config, str(path), codebot.do_nothing)
+    repository = codebot.Repository(remote, remote, path.name)
+    assert mirror.fetch_branch(repository, "main") == ("main", commit)
+    assert mirror.local_git("show", "main:news").stdout == "news"
+    assert [branch.name for branch in branches.iterdir()] == ["main"]
 
 
 def test_fetch_that_is_ended_leaves_no_part_of_a_pack(on_disk: Site) -> None:
@@ -6342,9 +6341,11 @@ def test_repository_with_zero_padded_modes_can_be_worked_on(
 REJECTED_MODULES = '[submodule "lib"]\n\tpath = lib\n\turl = -lib\n'
 # What repositories at GitHub have from before fsck checked it.
 OLD_FAULTS = {
-    "root": {".gitmodules": REJECTED_MODULES},
-    "directory": {"vendor/.gitmodules": REJECTED_MODULES},
-    "attributes": {".gitattributes": "*.c " + 400 * " -text" + "\n"},
+    "few": {
+        ".gitmodules": REJECTED_MODULES,
+        "vendor/.gitmodules": f"{REJECTED_MODULES}# other\n",
+        ".gitattributes": "*.c " + 400 * " -text" + "\n",
+    },
     "many": {f"{n}/.gitmodules": f"{REJECTED_MODULES}# {n}\n" for n in range(500)},
 }
 
