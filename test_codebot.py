@@ -2320,14 +2320,18 @@ class LocalTask:
         mirror = Path(self.workspace.mirror.path)
         copy_files(fetched_mirror(site.github.templates), mirror)
 
-    def commit(self, plan: str, test_command: str = "") -> codebot.Job:
-        """Clone, let the agent follow the plan, test and commit; return the job."""
+    def ask_agent(self, plan: str) -> None:
+        """Clone, and let the agent follow the plan."""
         self.site.agent.follow(plan)
-        request = dataclasses.replace(self.run.job.request, test_command=test_command)
-        self.run.update(request=request)
         codebot.clone(self.workspace)
         options = (codebot.CODING_OPTIONS, codebot.BEGIN_SESSION)
         codebot.ask_agent(self.workspace, "Task:", *options)
+
+    def commit(self, plan: str, test_command: str = "") -> codebot.Job:
+        """Clone, let the agent follow the plan, test and commit; return the job."""
+        request = dataclasses.replace(self.run.job.request, test_command=test_command)
+        self.run.update(request=request)
+        self.ask_agent(plan)
         codebot.commit_task(self.workspace)
         return self.run.job
 
@@ -2657,6 +2661,7 @@ def read_settings(**variables: str) -> tuple[dict[str, Any], list[str]]:
             ("/opt/c", "-v", "a/b"),
         ),
         ("CODEBOT_SANDBOX", "none", "sandbox", ("none",)),
+        ("CODEBOT_SANDBOX", "box {task} {x}", "sandbox", ("box", "{task}", "{x}")),
         ("CODEBOT_AGENT_ENV", "A_B, c1", "agent_env", ("A_B", "c1")),
         ("CODEBOT_TEST_COMMANDS", "make a=b", "test_commands", (("*", "make a=b"),)),
         (
@@ -4118,13 +4123,18 @@ def test_tmp_in_bwrap_is_that_of_the_workspace(report: SandboxReport) -> None:
 @needs_bwrap
 def test_bwrap_loads_no_library_from_the_repository(on_disk: Site) -> None:
     library = {"libcap.so.2": "Not a library, but bwrap would try to load it."}
-    repository = on_disk.github.create_repository("acme/hostile", library)
-    on_disk.server.start(
-        CODEBOT_SANDBOX="bwrap",
-        CODEBOT_AGENT_ENV="LD_LIBRARY_PATH",
-        LD_LIBRARY_PATH="/opt/lib:",  # the empty entry is the current directory
+    on_disk.repository.commit(library)
+    # The empty entry is the current directory.
+    variables = {"LD_LIBRARY_PATH": "/opt/lib:"}
+    task = LocalTask(
+        on_disk,
+        sandbox=("bwrap",),
+        agent_env=("LD_LIBRARY_PATH",),
+        variables=variables,
     )
-    on_disk.api.completed(on_disk.api.submit(repository_url=repository.url))
+    task.commit(SAY_HELLO)
+    [run] = on_disk.agent.runs()
+    assert run.env["LD_LIBRARY_PATH"] == "/opt/lib:"
 
 
 @needs_bwrap
@@ -4218,6 +4228,15 @@ def test_processes_that_agent_leaves_in_bwrap_are_ended(sandboxed: Site) -> None
     wait_for(lambda: left not in command_lines())
 
 
+def launched_in_bwrap(site: Site, launcher: Path) -> LocalTask:
+    return LocalTask(
+        site,
+        sandbox=("bwrap",),
+        launcher=(str(launcher),),
+        launcher_stop=("true",),
+    )
+
+
 @needs_bwrap
 def test_agent_has_a_git_configuration_that_git_of_a_launcher_ignores(
     on_disk: Site,
@@ -4230,16 +4249,10 @@ def test_agent_has_a_git_configuration_that_git_of_a_launcher_ignores(
     )
     plant = f'git config --global core.fsmonitor "touch {marker}; :"'
     read = 'say "$(git config --get core.fsmonitor)"'
-    on_disk.agent.follow(f"{plant}; {read}; {SAY_HELLO}")
-    on_disk.server.start(
-        CODEBOT_SANDBOX="bwrap",
-        CODEBOT_LAUNCHER=str(launcher),
-        CODEBOT_LAUNCHER_STOP="true",
-    )
-    task = on_disk.api.submit(test_command="true")
-    on_disk.api.completed(task)
-    assert f"agent: touch {marker}; :" in on_disk.api.messages(task)
-    [config] = on_disk.server.work_dir.glob("task_*/home/.gitconfig")
+    task = launched_in_bwrap(on_disk, launcher)
+    task.commit(f"{plant}; {read}; {SAY_HELLO}", "true")
+    assert f"agent: touch {marker}; :" in task.messages()
+    config = Path(task.workspace.path, "home", ".gitconfig")
     assert str(marker) in config.read_text()
     assert not marker.exists()
 
@@ -4281,13 +4294,10 @@ def test_sandbox_that_outlives_the_agent_is_ended_before_the_tests(
 ) -> None:
     path = write_bwrap_that_may_outlive_its_parent(on_disk)
     left = unique_sleep()
-    testing = unique_sleep()
-    on_disk.agent.follow(f"env -i setsid {left} & {SAY_HELLO}")
-    on_disk.server.start(CODEBOT_SANDBOX="bwrap", PATH=path)
-    task = on_disk.api.submit(test_command=f"exec {testing}")
-    wait_for(lambda: testing in command_lines())
+    task = LocalTask(on_disk, sandbox=("bwrap",), search_path=path)
+    task.ask_agent(f"env -i setsid {left} & : >left; result")
+    assert Path(task.workspace.repo, "left").exists()
     assert left not in command_lines()
-    on_disk.api.cancel(task)
 
 
 @needs_bwrap
@@ -4305,17 +4315,10 @@ def test_sandbox_that_outlives_the_classification_is_ended(on_disk: Site) -> Non
 def test_what_a_launcher_leaves_beside_bwrap_is_ended(on_disk: Site) -> None:
     left = unique_sleep()
     launcher = write_script(
-        on_disk.directory / "launch",
-        f'[ -e "$0.on" ] && setsid {left} >&2 &\nexec "$@"',
+        on_disk.directory / "launch", f': >"$0.ran"; setsid {left} >&2 &\nexec "$@"'
     )
-    on_disk.agent.follow(SAY_HELLO)
-    on_disk.server.start(
-        CODEBOT_SANDBOX="bwrap",
-        CODEBOT_LAUNCHER=str(launcher),
-        CODEBOT_LAUNCHER_STOP="true",
-    )
-    (on_disk.directory / "launch.on").touch()  # not for the test of the sandbox
-    on_disk.api.completed(on_disk.api.submit())
+    launched_in_bwrap(on_disk, launcher).ask_agent(SAY_HELLO)
+    assert (on_disk.directory / "launch.ran").exists()
     assert left not in command_lines()
 
 
@@ -4385,9 +4388,11 @@ def test_objects_of_another_repository_cannot_be_borrowed(sandboxed: Site) -> No
     assert len(result["files"]) == 2
 
 
-def test_environment_without_sandbox_does_not_say_that_it_is_one(shared: Site) -> None:
-    shared.api.completed(shared.api.submit())
-    [run] = shared.agent.runs()
+def test_environment_without_sandbox_does_not_say_that_it_is_one(
+    local: LocalTask,
+) -> None:
+    local.ask_agent(SAY_HELLO)
+    [run] = local.site.agent.runs()
     assert "IS_SANDBOX" not in run.env
 
 
@@ -4447,16 +4452,14 @@ def test_command_line_can_be_the_sandbox(fresh: Site) -> None:
     calls = fresh.directory / "calls"
     log = f"echo \"$*\" | tr '\\n' ' ' >>{calls}; echo >>{calls}"
     wrapper = write_script(fresh.directory / "wrapper", f'{log}\nshift 3\nexec "$@"')
-    fresh.server.start(CODEBOT_SANDBOX=f"{wrapper} {{task}} {{objects}} {{other}}")
-    result = fresh.api.completed(fresh.api.submit(test_command="true"))
-    workspace = Path(result["work_dir"]).parent
-    objects = mirror_of(fresh, fresh.repository.name) / "objects"
+    task = LocalTask(fresh, sandbox=(str(wrapper), "{task}", "{objects}", "{other}"))
+    task.commit(SAY_HELLO, "test -e hello.txt")
     lines = calls.read_text().splitlines()
-    prefix = f"{workspace} {objects} {{other}} "
+    prefix = f"{task.workspace.path} {task.workspace.mirror.objects} {{other}} "
     commands = [line[len(prefix) :] for line in lines if line.startswith(prefix)]
     assert any(f"{fresh.agent.path} -p" in command for command in commands)
     assert "git upload-pack" in "\n".join(commands)
-    assert any("true" in command for command in commands)
+    assert any("test -e hello.txt" in command for command in commands)
     [run] = fresh.agent.runs()
     assert run.env["IS_SANDBOX"] == "1"
 
