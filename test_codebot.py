@@ -6537,7 +6537,7 @@ def test_tree_is_not_committed_if_head_has_changed_meanwhile(
 
 
 def test_failed_task_pushes_nothing(shared: Site) -> None:
-    shared.agent.follow("echo oops >&2; exit 3")
+    shared.agent.follow("echo hello >hello.txt; echo oops >&2; exit 3")
     assert "oops" in shared.api.failed(shared.api.submit(), "agent_failed")
     assert shared.repository.branches() == ["main"]
     assert shared.repository.pulls == []
