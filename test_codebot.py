@@ -16775,19 +16775,30 @@ def test_page_parses_no_text_and_loads_nothing(forbidden: str) -> None:
 # --- Commands: mistakes at the start -----------------------------------------
 
 
-def start_command(
-    site: Site, *args: str, limits: Mapping[str, Any] = {}, **settings: str
-) -> subprocess.Popen[str]:
-    """Start a command of codebot's in the background."""
-    return subprocess.Popen(
-        [*site.server.program(limits), *args],
-        cwd=site.server.start_dir,
-        env=site.server.environment(settings),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+class BackgroundCommand:
+    """A command of codebot's that a signal ends, and what it prints."""
+
+    def __init__(
+        self, site: Site, *args: str, limits: Mapping[str, Any] = {}, **settings: str
+    ) -> None:
+        self.stdout = site.directory / "stdout"
+        self.stderr = site.directory / "stderr"
+        for file in (self.stdout, self.stderr):
+            file.touch()
+        self.process = forking_program().start(
+            site.server.start_dir,
+            site.server.environment(settings),
+            (Path(os.devnull), self.stdout, self.stderr),
+            args,
+            limit_lines(limits),
+        )
+
+    def end(self, number: int) -> int:
+        """Send the signal; return the exit code. Nothing of codebot's has crashed."""
+        self.process.send_signal(number)
+        code = self.process.wait(20)
+        assert "Traceback" not in self.stderr.read_text()
+        return code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17383,12 +17394,9 @@ def test_signal_while_key_or_sandbox_is_tested_ends_the_start(
     hang = 'touch "$0.started"; exec sleep 30'
     path = write_script(fresh.directory / "bin" / program, f"{script}\n{hang}")
     settings = {"PATH": f"{path.parent}:{os.environ['PATH']}", **settings}
-    process = start_command(fresh, "serve", *serve_flags(fresh), **settings)
+    command = BackgroundCommand(fresh, "serve", *serve_flags(fresh), **settings)
     wait_for(path.with_suffix(".started").exists)
-    process.terminate()
-    _, stderr = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert "Traceback" not in stderr
+    assert command.end(signal.SIGTERM) == 130
 
 
 def test_database_of_another_codebot_is_refused(fresh: Site) -> None:
@@ -18107,28 +18115,26 @@ def test_run_refuses_task_that_is_not_utf_8(shared: Site) -> None:
 
 def test_interrupted_run_ends_cleanly(fresh: Site) -> None:
     fresh.agent.follow("block")
-    process = start_command(fresh, *run_flags(fresh), limits={"KILL_GRACE": 0.5})
+    limits = {"KILL_GRACE": 0.5}
+    command = BackgroundCommand(fresh, *run_flags(fresh), limits=limits)
     fresh.agent.wait_until_blocked()
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=20)
-    assert process.returncode == 1
-    assert json.loads(stdout)["reason"] == "cancelled"
-    assert json.loads(stdout)["error"] == "The task was cancelled"
-    assert "Traceback" not in stderr
+    assert command.end(signal.SIGINT) == 1
+    status = json.loads(command.stdout.read_text())
+    assert status["reason"] == "cancelled"
+    assert status["error"] == "The task was cancelled"
     wait_for(lambda: fresh.server.strays() == [])
 
 
 def test_push_of_interrupted_run_is_finished_by_a_server(fresh: Site) -> None:
     fresh.repository.fail("POST /pulls", status=502, always=True)
     work_dir = ("--work-dir", str(fresh.server.work_dir))
-    process = start_command(fresh, *run_flags(fresh, *work_dir))
+    command = BackgroundCommand(fresh, *run_flags(fresh, *work_dir))
     wait_for(lambda: fresh.repository.count("POST /pulls"))
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=20)
-    assert process.returncode == 1
-    task = json.loads(stdout)
+    assert command.end(signal.SIGINT) == 1
+    task = json.loads(command.stdout.read_text())
     assert task["status"] == "pending"
-    assert "may have been pushed already. A server with --work-dir" in stderr
+    advice = "may have been pushed already. A server with --work-dir"
+    assert advice in command.stderr.read_text()
     fresh.github.reset_faults()
     fresh.server.start()
     fresh.api.completed(task["task_id"])
@@ -18163,14 +18169,23 @@ def test_output_that_nobody_reads_gives_no_traceback(
     on_disk: Site, command: str
 ) -> None:
     args = run_flags(on_disk) if command == "run" else [command]
-    process = start_command(on_disk, *args)
-    assert process.stdout is not None
-    process.stdout.close()
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    assert process.wait(20) == 1
-    assert "Traceback" not in errors
-    assert "BrokenPipe" not in errors
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "wb") as nobody:
+        done = subprocess.run(
+            [*on_disk.server.program(), *args],
+            cwd=on_disk.server.start_dir,
+            env=on_disk.server.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=nobody,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
     wait_for(lambda: not on_disk.server.strays())
 
 
@@ -18244,13 +18259,9 @@ def test_demo_ignores_settings_and_git_configuration(on_disk: Site) -> None:
 
 
 def test_demo_keeps_server_until_it_is_interrupted(on_disk: Site) -> None:
-    process = start_command(on_disk, "demo", "--keep")
-    assert process.stdout is not None
-    lines = []
-    while not lines or "Ctrl-C" not in lines[-1]:
-        lines.append(process.stdout.readline())
-        assert lines[-1], lines
-    text = "".join(lines)
+    command = BackgroundCommand(on_disk, "demo", "--keep")
+    wait_for(lambda: "Ctrl-C" in command.stdout.read_text())
+    text = command.stdout.read_text()
     [port] = re.findall(r"Server: +http://localhost:(\d+)/", text)
     [key] = re.findall(r"API key: +([0-9a-f]{32})\n", text)
     address = ("127.0.0.1", int(port))
@@ -18264,10 +18275,8 @@ def test_demo_keeps_server_until_it_is_interrupted(on_disk: Site) -> None:
         body = json.dumps(fields).encode()
         response = send_request(address, "POST", "/api/tasks/submit", body, headers)
         assert response.status == status
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode == 0
-    assert errors == ""
+    assert command.end(signal.SIGINT) == 0
+    assert command.stderr.read_text() == ""
     assert list((on_disk.directory / "tmp").iterdir()) == []
 
 
@@ -18298,14 +18307,12 @@ def test_demo_that_is_interrupted_at_its_start_ends_at_once(
     wait = f'case "$*" in *mktree*) touch {marker}; read go <{pipe};; esac'
     write_script(tools / "git", f'{wait}\nexec {shutil.which("git")} "$@"')
     path = f"{tools}:{os.environ['PATH']}"
-    process = start_command(on_disk, "demo", PATH=path)
+    command = BackgroundCommand(on_disk, "demo", PATH=path)
     wait_for(marker.exists)  # git makes the demo's repository
-    process.send_signal(signal.SIGINT)
+    command.process.send_signal(signal.SIGINT)
     pipe.write_text("go\n")
-    stdout, stderr = process.communicate(timeout=20)
-    assert stdout == ""
-    assert "Traceback" not in stderr
-    assert process.returncode == 130
+    assert command.end(0) == 130
+    assert command.stdout.read_text() == ""
     assert [*(on_disk.directory / "tmp").iterdir()] == []
 
 
