@@ -18000,6 +18000,11 @@ def run_flags(site: Site, *flags: str) -> list[str]:
     return ["run", "--repository-url", url, "--description", "Say hello", *flags]
 
 
+def failing_run_flags(site: Site, *flags: str) -> list[str]:
+    """Return the command line of a run that fails without git and without an agent."""
+    return run_flags(site, "--repository-url", missing_url(site), *flags)
+
+
 def test_run_prints_progress_and_result(fresh: Site) -> None:
     done = fresh.server.run_forked(
         *run_flags(fresh, "--test-command", "echo a; echo b"),
@@ -18024,31 +18029,31 @@ def test_run_prints_progress_and_result(fresh: Site) -> None:
 
 
 def test_deep_json_of_the_agent_is_ignored_even_with_a_small_stack(fresh: Site) -> None:
-    fresh.agent.follow(f"head -c 100000 /dev/zero | tr '\\0' '['; echo; {SAY_HELLO}")
+    fresh.agent.follow("head -c 100000 /dev/zero | tr '\\0' '['; echo; result Nothing")
     argv = ["sh", "-c", 'ulimit -s 1024; exec "$@"', "sh", *fresh.server.program()]
     done = fresh.server.run_program([*argv, *run_flags(fresh)])
-    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["reason"] == "no_changes", done.stderr
 
 
 def test_run_of_failing_task_exits_with_1(fresh: Site) -> None:
-    fresh.agent.follow("result Nothing")
     work_dir = fresh.directory / "kept"
-    done = fresh.server.run_forked(*run_flags(fresh, "--work-dir", str(work_dir)))
+    flags = failing_run_flags(fresh, "--work-dir", str(work_dir))
+    done = fresh.server.run_forked(*flags)
     assert done.returncode == 1
-    assert json.loads(done.stdout)["reason"] == "no_changes"
+    assert json.loads(done.stdout)["reason"] == "clone_failed"
     assert (work_dir / "codebot.db").exists()
 
 
 @pytest.mark.parametrize("source", ["file", "stdin"])
 def test_run_reads_task_from_json(fresh: Site, source: str) -> None:
-    text = json.dumps({"repository_url": fresh.repository.url, "description": "Hi"})
+    text = json.dumps({"repository_url": missing_url(fresh), "description": "Hi"})
     file = fresh.directory / "task.json"
     file.write_text(text)
     path = "-" if source == "stdin" else str(file)
     done = fresh.server.run_forked(
         "run", "--task", path, "--ticket-id", "T-1", stdin=text
     )
-    assert done.returncode == 0
+    assert json.loads(done.stdout)["reason"] == "clone_failed"
     assert json.loads(done.stdout)["description"] == "Hi"
     assert json.loads(done.stdout)["ticket_id"] == "T-1"
 
@@ -18142,26 +18147,21 @@ def test_push_of_interrupted_run_is_finished_by_a_server(fresh: Site) -> None:
 
 
 def test_run_leaves_other_tasks_of_work_directory_alone(fresh: Site) -> None:
-    fresh.server.start()
-    other = submit_blocked(fresh, "block")
-    fresh.server.kill()
-    assert len(fresh.agent.runs()) == 1
-    fresh.agent.follow(SAY_HELLO)
+    leave_running_task(fresh)
     work_dir = ("--work-dir", str(fresh.server.work_dir))
     done = fresh.server.run_forked(*run_flags(fresh, *work_dir))
     assert done.returncode == 0
-    assert len(fresh.agent.runs()) == 2
-    fresh.server.restart()
-    fresh.api.completed(other)
+    with fresh.server.database() as db:
+        states = db.execute("SELECT status FROM jobs ORDER BY seq").fetchall()
+    assert states == [("pending",), ("completed",)]
 
 
 def test_run_retries_like_the_server(fresh: Site) -> None:
-    fresh.repository.fail("POST /pulls", status=502)
+    fresh.github.fail("GET /repos/acme/missing", 502)
     limits = {"GITHUB_ATTEMPTS": 1, "RETRY_DELAY": 0.1}
-    done = fresh.server.run_forked(*run_flags(fresh), limits=limits)
-    assert done.returncode == 0
-    assert json.loads(done.stdout)["status"] == "completed"
+    done = fresh.server.run_forked(*failing_run_flags(fresh), limits=limits)
     assert "Trying again in" in done.stderr
+    assert "404 Not Found" in json.loads(done.stdout)["error"]
 
 
 @pytest.mark.parametrize("command", ["run", "demo", "check"])
@@ -18218,6 +18218,15 @@ def test_demo_shows_task_and_leaves_nothing(on_disk: Site) -> None:
     }
     temporary = on_disk.directory / "tmp[x]"
     temporary.mkdir()
+    # Settings and git's configuration are ignored: what reads one of these files fails.
+    files = [
+        on_disk.directory / path
+        for path in ("start/.env", "home/.gitconfig", "xdg/git/config")
+    ]
+    files[2].parent.mkdir(parents=True)
+    for file in files:
+        file.write_text("[")
+    settings["XDG_CONFIG_HOME"] = f"{on_disk.directory}/xdg"
     started = time.monotonic()
     done = on_disk.server.run_forked("demo", **settings, TMPDIR=str(temporary))
     assert time.monotonic() - started < 10
@@ -18243,19 +18252,10 @@ diff --git a/hello\.py b/hello\.py
 Done\. Next: .*
 """
     assert re.fullmatch(expected, done.stdout), done.stdout
-    for directory in (temporary.name, "start", "home"):
-        assert list((on_disk.directory / directory).iterdir()) == []
+    assert os.listdir(temporary) == []
+    for file in files:
+        assert os.listdir(file.parent) == [file.name]
     wait_for(lambda: on_disk.server.strays() == [])
-
-
-def test_demo_ignores_settings_and_git_configuration(on_disk: Site) -> None:
-    (on_disk.server.start_dir / ".env").write_text("junk")
-    for path in ("home/.gitconfig", "xdg/git/config"):
-        file = on_disk.directory / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("[")  # any git that reads it ends with "bad config line"
-    done = on_disk.server.run_forked("demo", XDG_CONFIG_HOME=f"{on_disk.directory}/xdg")
-    assert done.returncode == 0
 
 
 def test_demo_keeps_server_until_it_is_interrupted(on_disk: Site) -> None:
