@@ -14310,14 +14310,18 @@ def test_invalid_field_gets_400_and_is_named(
     assert_is_error(response, 400, message)
 
 
-def test_review_is_no_task_of_the_api(pull: Pull) -> None:
-    pull.site.person("alice").review("", "Why?")
-    review_id = pull.review()["id"]
-    for path in ("status", "logs"):
-        answer = pull.site.api.request("GET", f"/api/tasks/{review_id}/{path}")
-        assert_is_error(answer, 404, "No such task")
-    answer = pull.site.api.request("GET", f"/api/tasks?before={review_id}")
-    assert_is_error(answer, 400, "before: no such task")
+def test_review_is_no_task_of_the_api(store: codebot.Store) -> None:
+    task = store_task_in_state(store, "completed")
+    review = store_review(store, store_pull_request(store, task), 1, "alice")
+    request = codebot.Request(f"before={review}", {}, "127.0.0.1", bytes)
+    for route in codebot.ROUTES:
+        if "task_id" in route.path:
+            with pytest.raises(codebot.HTTPError, match="No such task") as raised:
+                route.handler(app_with(store), request, task_id=review)
+            assert raised.value.status == 404
+    with pytest.raises(codebot.HTTPError, match="before: no such task") as raised:
+        codebot.list_tasks(app_with(store), request)
+    assert raised.value.status == 400
 
 
 @pytest.mark.parametrize(
@@ -17337,8 +17341,8 @@ def test_encrypted_tls_key_is_refused_without_a_prompt(fresh: Site) -> None:
         assert "PEM pass phrase" not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("sandbox", ["none", pytest.param("bwrap", marks=needs_bwrap)])
-def test_path_of_work_directory_may_have_wildcards(on_disk: Site, sandbox: str) -> None:
+def test_path_of_work_directory_may_have_wildcards(on_disk: Site) -> None:
+    sandbox = "bwrap" if bwrap_works() else "none"
     work_dir = on_disk.directory / "a b [c] *?"
     on_disk.agent.work_dir = work_dir
     on_disk.server.work_dir = work_dir
@@ -17423,7 +17427,7 @@ def test_second_codebot_in_same_work_dir_is_refused(shared: Site) -> None:
         "Stop that one, or use another --work-dir.\n"
     )
     assert_start_is_refused(shared, advice, serve_flags(shared))
-    shared.api.completed(shared.api.submit())  # the first one goes on
+    submit_failing(shared)  # the first one goes on
 
 
 @pytest.mark.parametrize(
@@ -17642,13 +17646,13 @@ def test_programs_write_no_core_dumps(fresh: Site) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
     if hard == 0:
         pytest.skip("this host allows no core dumps")
-    fresh.server.is_forked = False  # it inherits the limit of this process
+    sandbox = "sh -c 'echo the limit is $(ulimit -Sc) >&2; exit 4' sh"
     resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
-    try:
-        fresh.server.start()
+    try:  # not in a fork, which would not inherit the limit of this process
+        done = fresh.server.run("serve", *serve_flags(fresh), CODEBOT_SANDBOX=sandbox)
     finally:
         resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
-    fresh.api.completed(fresh.api.submit(test_command='[ "$(ulimit -Sc)" = 0 ]'))
+    assert "The sandbox does not start: the limit is 0. Install" in done.stderr
 
 
 @not_as_root
@@ -17978,7 +17982,7 @@ def test_check_without_events_but_with_polling_is_fine(fresh: Site) -> None:
 
 
 def test_task_says_that_installation_lacks_repository(shared: Site) -> None:
-    shared.api.completed(shared.api.submit())  # afterwards there is a look-up token
+    submit_failing(shared)  # afterwards there is a look-up token
     other = shared.github.create_repository("acme/hidden")
     message = {"message": "There is at least one repository that is not accessible."}
     shared.github.fail("POST /app/installations/*/access_tokens", 422, message)
@@ -18202,9 +18206,9 @@ def test_exit_codes_are_seen_although_the_parent_ignores_children(fresh: Site) -
         "os.execv(sys.argv[1], sys.argv[1:])"
     )
     argv = [sys.executable, "-c", script, sys.executable, str(PROGRAM)]
-    flags = run_flags(fresh, "--test-command", "exit 3")
-    done = fresh.server.run_program([*argv, *flags])
-    assert json.loads(done.stdout)["reason"] == "tests_failed"
+    write_script(fresh.agent.path, "echo 2.1.0; exit 3")
+    done = fresh.server.run_program([*argv, "check", *serve_flags(fresh)])
+    assert "--version` failed or printed no version (exit code 3)" in done.stdout
 
 
 # --- Commands: demo and main -------------------------------------------------
