@@ -16320,7 +16320,7 @@ class Browser:
         )
         self.received = b""
         self.last_id = 0
-        self.session = ""  # of the page that is open
+        self.session = ""  # of the only tab
         self.complaints: list[Any] = []  # failed scripts, broken policies
 
     def close(self) -> None:
@@ -16363,29 +16363,28 @@ class Browser:
         value: dict[str, Any] = json.loads(message)
         return value
 
-    def open(self, url: str) -> None:
-        """Open a page in a new tab, and so with an empty sessionStorage.
-
-        Storage of other kinds belongs to the address, and each server has its own port. A
-        browser context for each page would take 0.5 s.
-        """
+    def open_tab(self) -> None:
+        """Open the tab for all pages; one for each of them would take 0.1 s."""
         target = self.call("Target.createTarget", url="about:blank")
         attached = self.call(
             "Target.attachToTarget", targetId=target["targetId"], flatten=True
         )
         self.session = attached["sessionId"]
-        self.complaints.clear()
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
         self.call("Page.addScriptToEvaluateOnNewDocument", source=IMPATIENCE)
+
+    def open(self, url: str) -> None:
+        """Open a page. Its storage is empty: that of others belongs to other ports."""
+        self.complaints.clear()
         self.show_as("light", 1280)
         answer = self.call("Page.navigate", url=url)
         assert "errorText" not in answer, answer
         self.wait_for_text("API key")
 
     def shut(self) -> None:
-        self.call("Page.close")
-        self.session = ""
+        self.evaluate("sessionStorage.clear()")  # a port may be used again
+        self.call("Page.navigate", url="about:blank")
 
     def show_as(self, scheme: str, width: int) -> None:
         """Choose the colour scheme and the width. All of the page is in view."""
@@ -16494,7 +16493,7 @@ def chromium(in_memory: Path) -> Iterator[Browser]:
         pytest.skip("no chromium on PATH")
     browser = Browser(programs[0], Path(tempfile.mkdtemp(dir=in_memory)))
     try:
-        browser.call("Browser.getVersion")
+        browser.open_tab()
         yield browser
     finally:
         browser.close()
@@ -16686,7 +16685,7 @@ def test_page_says_that_its_list_is_cut(fresh: Site, browser: Browser) -> None:
     rows = "document.querySelectorAll('#rows li').length"
     wait_for(lambda: browser.evaluate(rows) == 299)
     assert browser.text("#noRows") == ""
-    fresh.api.completed(fresh.api.submit())
+    submit_failing(fresh)
     browser.wait_for_text("Only the newest 300 are shown", "#noRows")
 
 
@@ -16703,19 +16702,18 @@ def test_page_ends_where_its_content_ends(fresh: Site, browser: Browser) -> None
 
 
 def test_page_shows_answer_only_at_its_task(fresh: Site, browser: Browser) -> None:
-    fresh.agent.follow(f"block; {SAY_HELLO}")
-    first = fresh.api.submit("First")
-    second = fresh.api.submit("Second")
-    browser.open_task(first)
-    cancel = browser.find("button", "Cancel")
-    fresh.server.signal(signal.SIGSTOP)  # the network is slow
-    browser.evaluate(f"{cancel}.click(), location.hash = 'task={second}'")
-    fresh.server.signal(signal.SIGCONT)
-    browser.wait_for_text("Second", "#taskTitle")
-    answered = """performance.getEntriesByType('resource')
-        .some((entry) => entry.name.endsWith('/cancel'))"""
-    wait_for(lambda: browser.evaluate(answered))
-    assert browser.text("#actionMessage") == ""
+    second = submit_failing(fresh, "Second")
+    with running_task(fresh) as (first, _):
+        browser.open_task(first)
+        cancel = browser.find("button", "Cancel")
+        fresh.server.signal(signal.SIGSTOP)  # the network is slow
+        browser.evaluate(f"{cancel}.click(), location.hash = 'task={second}'")
+        fresh.server.signal(signal.SIGCONT)
+        browser.wait_for_text("Second", "#taskTitle")
+        answered = """performance.getEntriesByType('resource')
+            .some((entry) => entry.name.endsWith('/cancel'))"""
+        wait_for(lambda: browser.evaluate(answered))
+        assert browser.text("#actionMessage") == ""
     fresh.api.failed(first, "cancelled")
 
 
