@@ -14756,13 +14756,15 @@ def test_retry_makes_one_new_task_with_the_same_fields(shared: Site) -> None:
 
 
 def test_task_of_a_repository_that_is_not_allowed_anymore_is_not_retried(
-    fresh: Site,
+    store: codebot.Store,
 ) -> None:
-    fresh.server.start()
-    task = submit_failing(fresh)
-    fresh.server.stop()
-    fresh.server.restart(CODEBOT_ALLOWED_REPOSITORIES="acme/other")
-    assert_is_error(fresh.api.retry(task), 403, "acme/missing")
+    task = store_task_in_state(store, "failed")
+    request = codebot.Request("", {}, "127.0.0.1", bytes)
+    app = app_with(store, no_github=False, allowed=("acme/other",))
+    with pytest.raises(codebot.HTTPError, match="acme/widget is not in") as raised:
+        codebot.retry_task(app, request, task.id)
+    assert raised.value.status == 403
+    assert len(store.tasks("", 10, sys.maxsize)) == 1
 
 
 def test_retry_with_the_idempotency_key_of_its_task_is_a_new_task(
@@ -18062,7 +18064,6 @@ def test_run_reads_task_from_json(fresh: Site, source: str) -> None:
             "--task - is not JSON in UTF-8 (Expecting value: line 1 column 1",
         ),
         (("--task", "-"), "[1]", "--task - is not a JSON object."),
-        (("--task", "-"), '{"description": "x"}', "repository_url is missing"),
         (
             ("--repository-url", "x", "--description", "x", "--test-command", ""),
             "",
