@@ -17332,9 +17332,17 @@ def test_path_of_work_directory_may_have_wildcards(on_disk: Site) -> None:
     on_disk.server.start(CODEBOT_SANDBOX=sandbox)
     result = on_disk.api.completed(on_disk.api.submit(test_command="git status"))
     assert result["work_dir"].startswith(f"{work_dir}/task_")
-    on_disk.server.stop()
-    on_disk.server.restart()  # it finds what is there
-    on_disk.api.completed(on_disk.api.submit())
+
+
+def test_wildcards_in_the_path_of_a_directory_match_only_themselves(
+    tmp_path: Path,
+) -> None:
+    for name in ("a b [c] *?", "a b c xy"):
+        (tmp_path / name / "task_1234567").mkdir(parents=True)
+        (tmp_path / name / ".hidden").mkdir()
+    directory = f"{tmp_path}/a b [c] *?"
+    assert codebot.find_paths(directory, "task_*") == [f"{directory}/task_1234567"]
+    assert len(codebot.find_paths(directory, "*")) == 2
 
 
 @pytest.mark.parametrize("name", ["a:b", "a\nb", "a\udcff"])
