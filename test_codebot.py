@@ -7545,13 +7545,6 @@ def test_file_names_are_shown_as_people_write_them(local: LocalTask) -> None:
     assert name in codebot.pull_request_body(local.run)
 
 
-def test_pull_request_with_few_fields_completes_task(shared: Site) -> None:
-    url = f"{shared.repository.url}/pull/1000000"
-    fields = {"number": 1_000_000, "html_url": url, "state": "open"}
-    shared.repository.fail("POST /pulls", 201, fields)
-    assert shared.api.completed(shared.api.submit())["pr_url"] == url
-
-
 # --- Secrets -----------------------------------------------------------------
 
 
@@ -7987,6 +7980,13 @@ def test_pull_request_is_codebots_only_if_its_branch_is(
     assert found == (entry if is_found else None)
 
 
+def open_pull_request(site: Site) -> tuple[int, str]:
+    """Push a branch, and let codebot's client open its pull request."""
+    site.repository.commit({"hello.txt": "hello"}, "u/codebot/1/x")
+    found = github_client(site).repository_by_name(site.repository.name)
+    return found.open_pull_request("u/codebot/1/x", "main", "Say hello", "")
+
+
 def test_pull_request_that_appears_late_is_found(
     fresh: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -8000,10 +8000,7 @@ def test_pull_request_that_appears_late_is_found(
         wait_for(lambda: fresh.repository.pulls)
 
     fresh.repository.before("POST /pulls", let_first_go)
-    fresh.repository.commit({"hello.txt": "hello"}, "u/codebot/1/x")
-    found = github_client(fresh).repository_by_name(fresh.repository.name)
-    number, _ = found.open_pull_request("u/codebot/1/x", "main", "Say hello", "")
-    assert number == 1
+    assert open_pull_request(fresh)[0] == 1
     assert fresh.repository.count("POST /pulls") == 2
     assert len(fresh.repository.pulls) == 1
 
@@ -8065,12 +8062,12 @@ def validation_failed(error: Any) -> dict[str, Any]:
     ],
 )
 def test_pull_request_is_opened_after_temporary_error(
-    shared: Site, status: int, value: Any
+    fresh: Site, monkeypatch: pytest.MonkeyPatch, status: int, value: Any
 ) -> None:
-    shared.repository.fail("POST /pulls", status, value)
-    assert shared.api.completed(shared.api.submit())["pr_number"] == 1
-    assert shared.repository.count("POST /pulls") == 2
-    assert len(shared.agent.runs()) == 1
+    monkeypatch.setattr(codebot, "GITHUB_RETRY_DELAY", 0.01)
+    fresh.repository.fail("POST /pulls", status, value)
+    assert open_pull_request(fresh)[0] == 1
+    assert fresh.repository.count("POST /pulls") == 2
 
 
 @pytest.mark.parametrize(
@@ -8102,20 +8099,29 @@ def test_task_fails_when_github_refuses_its_pull_request(shared: Site) -> None:
     assert branch in error
 
 
-def test_redirect_to_another_host_is_not_followed(shared: Site) -> None:
+def test_few_fields_of_a_new_pull_request_suffice(fresh: Site) -> None:
+    url = f"{fresh.repository.url}/pull/1000000"
+    fields = {"number": 1_000_000, "html_url": url, "state": "open"}
+    fresh.repository.fail("POST /pulls", 201, fields)
+    assert open_pull_request(fresh) == (1_000_000, url)
+
+
+def test_redirect_to_another_host_is_not_followed(fresh: Site) -> None:
     # The same server under another name, so that to follow it would work.
-    url = shared.github.url.replace("127.0.0.1", "localhost")
-    location = {"Location": f"{url}/repositories/{shared.repository.id}/pulls"}
-    shared.repository.fail("POST /pulls", 307, {}, location)
-    error = shared.api.failed(shared.api.submit(), "pull_request_failed")
-    assert f"GitHub redirected to another host: {url}" in error
-    assert shared.repository.pulls == []
+    url = fresh.github.url.replace("127.0.0.1", "localhost")
+    location = {"Location": f"{url}/repositories/{fresh.repository.id}/pulls"}
+    fresh.repository.fail("POST /pulls", 307, {}, location)
+    message = f"GitHub redirected to another host: {url}"
+    with pytest.raises(codebot.GitHubError, match=message):
+        open_pull_request(fresh)
+    assert fresh.repository.pulls == []
 
 
-def test_redirect_on_same_host_keeps_method_and_body(shared: Site) -> None:
-    location = {"Location": f"/repositories/{shared.repository.id}/pulls"}
-    shared.repository.fail("POST /pulls", 307, {}, location)
-    assert shared.api.completed(shared.api.submit())["pr_number"] == 1
+def test_redirect_on_same_host_keeps_method_and_body(fresh: Site) -> None:
+    location = {"Location": f"/repositories/{fresh.repository.id}/pulls"}
+    fresh.repository.fail("POST /pulls", 307, {}, location)
+    assert open_pull_request(fresh)[0] == 1
+    assert fresh.repository.pulls[0]["title"] == "Say hello"
 
 
 OUTAGES = {
