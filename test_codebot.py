@@ -6844,12 +6844,10 @@ def test_failing_test_is_shown_to_agent_in_same_session(shared: Site) -> None:
     assert command in shared.repository.pulls[0]["body"]
 
 
-def test_delimiters_of_test_output_are_random(shared: Site) -> None:
-    shared.agent.follow("echo >x; result")
-    tasks = [shared.api.submit(test_command="echo it failed; false") for _ in range(2)]
-    for task in tasks:
-        shared.api.failed(task, "tests_failed")
-    prompts = [run.stdin.split("\n") for run in shared.agent.runs("resume")]
+def test_delimiters_of_test_output_are_random(local: LocalTask) -> None:
+    command = "echo it failed; false"
+    local.failure("echo >x; result", "tests_failed", command)
+    prompts = [run.stdin.split("\n") for run in local.site.agent.runs("resume")]
     assert len(prompts) == 2
     delimiters = {lines[lines.index("it failed") - 1] for lines in prompts}
     assert len(delimiters) == 2
@@ -7077,17 +7075,13 @@ def test_ignored_files_of_tests_stay_but_are_not_committed(local: LocalTask) -> 
     assert local.changed() == ["hello.txt"]
 
 
-def test_test_command_of_settings_is_used_if_task_names_none(fresh: Site) -> None:
-    fresh.github.create_repository("acme/other")
-    fresh.server.start(
-        CODEBOT_TEST_COMMANDS="acme/wid*=echo ours\nacme/other=echo theirs"
-    )
-    task = fresh.api.submit()
-    result = fresh.api.completed(task)
-    assert result["tests"]["command"] == "echo ours"
-    assert "test: ours" in fresh.api.messages(task)
-    named = fresh.api.completed(fresh.api.submit(test_command="echo mine"))
-    assert named["tests"]["command"] == "echo mine"
+def test_test_command_of_settings_is_used_if_task_names_none() -> None:
+    config = codebot.Config(test_commands=(("acme/wid*", "ours"), ("*", "theirs")))
+    url = "https://github.com/acme/widget"
+    fields = {"repository_url": url, "description": "Say hello"}
+    assert codebot.read_task_request(config, fields).test_command == "ours"
+    named = {**fields, "test_command": "mine"}
+    assert codebot.read_task_request(config, named).test_command == "mine"
 
 
 # --- The commit and the push -------------------------------------------------
@@ -7145,34 +7139,47 @@ def test_commit_message_cannot_turn_off_continuous_integration(shared: Site) -> 
     assert " (ci skip) | 1 +" in body
 
 
+def git_directory(path: Path, **settings: Any) -> codebot.GitDirectory:
+    """Return codebot's access to a mirror or outbox; by default, without GitHub."""
+    settings = {"no_github": True, "search_path": os.environ["PATH"], **settings}
+    config = codebot.Config(**settings)
+    return codebot.GitDirectory(config, str(path), codebot.do_nothing)
+
+
+def workspace_without_files(
+    outbox: codebot.GitDirectory, base_commit: str
+) -> codebot.Workspace:
+    """Return a workspace that has only what its steps in the outbox need."""
+    workspace = codebot.Workspace.__new__(codebot.Workspace)
+    workspace.codebot = codebot.Codebot(outbox.config)
+    workspace.outbox = outbox
+    workspace.base_commit = base_commit
+    return workspace
+
+
+# The name of a file, its text, and the name in the error.
 SECRET_PLACES = {
-    "in a file": ('echo "key = $ANTHROPIC_API_KEY" >settings.ini', "settings.ini"),
-    "after a forged header": (
-        'printf "++ b/\\n%s" "$ANTHROPIC_API_KEY" >settings.ini',
-        "settings.ini",
-    ),
-    "before a carriage return": (
-        """printf 'key=%s\\rx\\n' "$ANTHROPIC_API_KEY" >settings.ini""",
-        "settings.ini",
-    ),
-    "in a binary file": ("""printf '\\0%s' "$ANTHROPIC_API_KEY" >data""", "data"),
-    "in a name": ('echo x >"$ANTHROPIC_API_KEY"', "***"),
-    "in the name of an empty file": (': >"$ANTHROPIC_API_KEY"', "***"),
-    "in a quoted name": (
-        """echo "$ANTHROPIC_API_KEY" >'a"b'""",
-        "it contains a secret in",
-    ),
+    "in a file": ("settings.ini", f"key = {MODEL_KEY}\n", "settings.ini"),
+    "after a forged header": ("settings.ini", f"++ b/\n{MODEL_KEY}", "settings.ini"),
+    "before a carriage return": ("settings.ini", f"{MODEL_KEY}\rx\n", "settings.ini"),
+    "in a binary file": ("data", f"\0{MODEL_KEY}", "data"),
+    "in a name": (MODEL_KEY, "x\n", "***"),
+    "in the name of an empty file": (MODEL_KEY, "", "***"),
+    "in a file with a quoted name": ('a"b', f"{MODEL_KEY}\n", r'"a/a\"b" "b/a\"b"'),
 }
 
 
-@pytest.mark.parametrize("place", SECRET_PLACES)
-def test_change_that_contains_secret_is_not_pushed(
-    local: LocalTask, place: str
-) -> None:
-    plan, shown = SECRET_PLACES[place]
-    error = local.failure(f"{plan}; result Done", "agent_failed")
-    assert "secret" in error
-    assert shown in error
+@pytest.mark.parametrize("case", SECRET_PLACES)
+def test_commit_with_a_secret_is_refused(fresh: Site, case: str) -> None:
+    path, text, shown = SECRET_PLACES[case]
+    codebot.redact.add([MODEL_KEY])
+    commit = fresh.repository.commit({path: text}, "with-secret")
+    workspace = workspace_without_files(git_directory(fresh.repository.bare), "main")
+    with pytest.raises(codebot.JobFailed) as failed:
+        workspace.inspect_commit(commit)
+    assert failed.value.reason == "agent_failed"
+    error = codebot.redact(str(failed.value))
+    assert error.endswith(f": it contains a secret in {shown}")
 
 
 def test_secret_at_the_beginning_of_a_very_long_line_is_found(
@@ -7236,13 +7243,6 @@ NESTED_REPOSITORIES = {
 def test_repository_in_the_repository_is_refused(local: LocalTask, case: str) -> None:
     error = local.failure(f"{NESTED_REPOSITORIES[case]}; {SAY_HELLO}", "agent_failed")
     assert "sub is a nested git repository or a submodule" in error
-
-
-def git_directory(path: Path, **settings: Any) -> codebot.GitDirectory:
-    """Return codebot's access to a mirror or outbox; by default, without GitHub."""
-    settings = {"no_github": True, "search_path": os.environ["PATH"], **settings}
-    config = codebot.Config(**settings)
-    return codebot.GitDirectory(config, str(path), codebot.do_nothing)
 
 
 def test_hook_in_a_mirror_or_outbox_does_not_run(tmp_path: Path) -> None:
@@ -7514,13 +7514,17 @@ def test_pull_request_says_that_there_was_no_test(store: codebot.Store) -> None:
     assert "no test" in body_of_pull_request(store).lower()
 
 
-def test_task_with_line_ends_of_windows_is_done(shared: Site) -> None:
-    command = "test -e hello.txt &&\r\ntest 1 = 1"
-    task = shared.api.submit("Say hello\r\n\r\nPlease.", test_command=command)
-    shared.api.completed(task)
-    body = shared.repository.pulls[0]["body"]
-    assert "> Please.\n" in body
-    assert "test -e hello.txt &&\ntest 1 = 1\n" in body
+def test_line_ends_of_windows_are_replaced() -> None:
+    request = codebot.read_task_request(
+        codebot.Config(),
+        {
+            "repository_url": "https://github.com/acme/widget",
+            "description": "Say hello\r\n\r\nPlease.",
+            "test_command": "test -e hello.txt &&\r\ntest 1 = 1",
+        },
+    )
+    assert request.description == "Say hello\n\nPlease."
+    assert request.test_command == "test -e hello.txt &&\ntest 1 = 1"
 
 
 def test_description_cannot_add_marker_or_heading_to_pull_request(
@@ -8964,10 +8968,7 @@ def test_name_of_a_file_is_one_line_of_the_result(shared: Site) -> None:
 def test_failure_to_commit_names_the_command(tmp_path: Path) -> None:
     outbox = git_directory(tmp_path / "outbox.git")
     outbox.local_git("init", "--quiet", "--bare")
-    workspace = codebot.Workspace.__new__(codebot.Workspace)
-    workspace.codebot = codebot.Codebot(outbox.config)
-    workspace.outbox = outbox
-    workspace.base_commit = "no-parent"
+    workspace = workspace_without_files(outbox, "no-parent")
     with pytest.raises(codebot.GitFailed, match="^git commit-tree: fatal: "):
         workspace.write_commit("no-tree", "Title")
 
@@ -10303,11 +10304,16 @@ def test_html_of_reviewer_cannot_hide_the_answer_after_it(
     assert f"> &lt;{tag[1:]} a < b\n" in f"{body}\n"
 
 
-def test_empty_answers_give_way_to_the_summary(store: codebot.Store) -> None:
+def review_of(comment: codebot.Comment, store: codebot.Store) -> codebot.Review:
+    """Return a review of a comment that is about to be answered."""
     run = task_run(store)
-    run.update(summary="Because.")
-    parts: Any = (None, None, [make_comment(1, "alice")])  # only comments are read
-    review = codebot.Review(run, run.job, *parts)
+    parts: Any = (None, None, [comment])  # only comments are read
+    return codebot.Review(run, run.job, *parts)
+
+
+def test_empty_answers_give_way_to_the_summary(store: codebot.Store) -> None:
+    review = review_of(make_comment(1, "alice"), store)
+    review.run.update(summary="Because.")
     entries = [{"comment_id": 1, "body": ""}, {"comment_id": 1, "body": ""}]
     answers = codebot.parse_answers(review, {"answers": entries})
     assert answers == {"conversation 1": "Because."}
@@ -10362,11 +10368,17 @@ def test_whatever_agent_answers_is_posted(pull: Pull, case: str) -> None:
     assert pull.tip() == before
 
 
-@pytest.mark.parametrize("answers", ["7", "[5]", "[{}]", '[{"comment_id":[1]}]'])
-def test_answers_that_the_cli_would_not_accept_fail_review(
-    pull: Pull, answers: str
+@pytest.mark.parametrize("answers", [7, [5], [{}], [{"comment_id": [1]}]])
+def test_answers_that_the_cli_would_not_accept_are_an_error(
+    store: codebot.Store, answers: Any
 ) -> None:
-    output = f'{{"answers":{answers},"summary":"In short"}}'
+    review = review_of(make_comment(1, "alice"), store)
+    with pytest.raises((KeyError, TypeError)):
+        codebot.parse_answers(review, {"answers": answers})
+
+
+def test_answers_that_the_cli_would_not_accept_fail_review(pull: Pull) -> None:
+    output = '{"answers":7,"summary":"In short"}'
     pull.site.agent.follow(plan_with_output(output))
     pull.site.person("alice").comment("Hm")
     assert pull.review()["reason"] == "internal"
