@@ -7007,18 +7007,15 @@ def test_files_that_git_cannot_read_fail_the_task(
 
 # In bwrap, not even root may write to a read-only directory.
 @needs_bwrap
-@pytest.mark.parametrize(
-    ("after", "expected"), [("true", ["done"]), ("[ -e fixed ]", ["done", "fixed"])]
-)
-def test_test_may_make_the_whole_repository_read_only(
-    sandboxed: Site, after: str, expected: list[str]
-) -> None:
-    repository = sandboxed.github.create_repository(f"acme/read-only-{len(after)}")
+def test_test_may_make_the_whole_repository_read_only(sandboxed: Site) -> None:
+    repository = sandboxed.github.create_repository("acme/read-only")
     sandboxed.agent.follow("[ $purpose = resume ] && echo >fixed; echo >done; result")
-    command = f"echo bad >README.md; echo >litter; chmod -R a-w .; {after}"
+    # It fails, and when the agent has made another file it passes.
+    command = "echo bad >README.md; echo >litter; chmod -R a-w .; [ -e fixed ]"
     task = sandboxed.api.submit(repository_url=repository.url, test_command=command)
     branch = sandboxed.api.completed(task)["branch_name"]
-    assert repository.git("diff", "--name-only", "main", branch).split() == expected
+    changed = repository.git("diff", "--name-only", "main", branch)
+    assert changed.split() == ["done", "fixed"]
 
 
 def test_test_counts_although_its_files_cannot_be_brought_back(
@@ -7255,8 +7252,15 @@ def test_hook_in_a_mirror_or_outbox_does_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_commit_of_agent_does_not_get_into_the_mirror_by_its_push(shared: Site) -> None:
-    result = shared.api.completed(shared.api.submit())
+def test_push_comes_from_outbox_and_adds_nothing_to_the_mirror(shared: Site) -> None:
+    hold = shared.repository.hold("POST /git-receive-pack")
+    task = shared.api.submit()
+    hold.wait()
+    outbox = shared.server.work_dir / f"outbox_{task[:7]}.git"  # outside the workspace
+    lines = command_lines()
+    assert re.search(rf"^git .*--git-dir {outbox} push ", lines, re.MULTILINE)
+    hold.release()
+    result = shared.api.completed(task)
     mirror = mirror_of(shared, shared.repository.name)
     blob = shared.repository.git("rev-parse", f"{result['commit']}:hello.txt")
     for name in (result["commit"], blob):
@@ -7267,17 +7271,6 @@ def test_commit_of_agent_does_not_get_into_the_mirror_by_its_push(shared: Site) 
         assert done.returncode != 0
     refs = run_command("git", "-C", mirror, "for-each-ref", "--format=%(refname)")
     assert refs == "refs/heads/main"
-
-
-def test_push_comes_from_outbox_outside_workspace(shared: Site) -> None:
-    hold = shared.repository.hold("POST /git-receive-pack")
-    task = shared.api.submit()
-    hold.wait()
-    outbox = shared.server.work_dir / f"outbox_{task[:7]}.git"
-    lines = command_lines()
-    assert re.search(rf"^git .*--git-dir {outbox} push ", lines, re.MULTILINE)
-    hold.release()
-    shared.api.completed(task)
 
 
 def test_slow_filter_of_one_agent_holds_up_no_other_task(shared: Site) -> None:
@@ -7304,17 +7297,9 @@ def test_slow_git_and_output_without_line_end_are_not_silence(fresh: Site) -> No
     fresh.api.completed(dotted)
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        f"GH013: Push cannot contain {API_KEY}",
-        # The name of a file is the agent's.
-        "error: File Authentication failed is 120.00 MB; this exceeds GitHub's limit",
-    ],
-)
-def test_rejected_push_is_reported_in_words_of_remote(
-    shared: Site, message: str
-) -> None:
+def test_rejected_push_is_reported_in_words_of_remote(shared: Site) -> None:
+    # The name of a file is the agent's.
+    message = f"GH013: File Authentication failed must not contain {API_KEY}"
     hook = shared.repository.bare / "hooks" / "pre-receive"
     write_script(hook, f'echo "{message}" >&2; exit 1')
     error = shared.api.failed(shared.api.submit(), "push_rejected")
@@ -8991,24 +8976,23 @@ def test_cancelled_pending_task_never_starts(fresh: Site) -> None:
     assert not [run for run in fresh.agent.runs() if "Second" in run.stdin]
 
 
-@pytest.mark.parametrize("directory", ["task_{}", "task_AB-1_{}"])
-def test_digits_of_a_directory_that_exists_are_not_used(
-    shared: Site, directory: str
-) -> None:
+def test_digits_of_a_directory_that_exists_are_not_used(shared: Site) -> None:
     hold = shared.repository.hold("GET *")
     task = shared.api.submit("Say hello")
     hold.wait()
     digits = task.replace("-", "")
-    taken = shared.server.work_dir / directory.format(digits[:7])
-    taken.mkdir()
+    names = (f"task_{digits[:7]}", f"task_AB-1_{digits[1:8]}")
+    taken = [shared.server.work_dir / name for name in names]
+    for path in taken:
+        path.mkdir()
     hold.release()
     result = shared.api.completed(task)
     # The next seven: the name of an outbox has nothing but the digits.
-    name = digits[1:8]
+    name = digits[2:9]
     assert Path(result["work_dir"]).parent.name == f"task_{name}"
     assert result["branch_name"] == f"u/codebot/{name}/say-hello"
     assert (shared.server.work_dir / f"outbox_{name}.git").exists()
-    assert list(taken.iterdir()) == []
+    assert [list(path.iterdir()) for path in taken] == [[], []]
 
 
 # --- The disk ----------------------------------------------------------------
