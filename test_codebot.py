@@ -9661,22 +9661,50 @@ def open_pull(site: Site, plan: str = ANSWER_QUESTION, **fields: Any) -> Pull:
     )
 
 
+def open_common_pull(site: Site, name: str, **fields: Any) -> Pull:
+    """Open a pull request that many tests use, on a repository of its own."""
+    repository = site.github.create_repository(name)
+    api = ApiClient(site.server, repository)
+    site = dataclasses.replace(site, repository=repository, api=api)
+    return open_pull(site, **fields)
+
+
+@contextlib.contextmanager
+def reused(pull: Pull) -> Iterator[Pull]:
+    """Make an open pull request as good as new, but for its branch."""
+    forget_past(pull.site)
+    pull.site.repository.comments.clear()
+    pull.site.agent.follow(ANSWER_QUESTION)
+    pull.forget()
+    yield pull
+    wait_until_idle(pull.site)
+
+
 @pytest.fixture(scope="session")
 def common_pull(shared_site: Site) -> Pull:
-    repository = shared_site.github.create_repository("acme/common")
-    api = ApiClient(shared_site.server, repository)
-    return open_pull(dataclasses.replace(shared_site, repository=repository, api=api))
+    return open_common_pull(shared_site, "acme/common")
 
 
 @pytest.fixture
 def pull(common_pull: Pull) -> Iterator[Pull]:
     """An open pull request on the shared server, which other tests use too."""
-    forget_past(common_pull.site)
-    common_pull.site.repository.comments.clear()
-    common_pull.site.agent.follow(ANSWER_QUESTION)
-    common_pull.forget()
-    yield common_pull
-    wait_until_idle(common_pull.site)
+    with reused(common_pull):
+        yield common_pull
+
+
+@pytest.fixture(scope="session")
+def common_limited_pull(limited_site: Site) -> Pull:
+    return open_common_pull(limited_site, "acme/common")
+
+
+@pytest.fixture
+def limited_pull(common_limited_pull: Pull) -> Iterator[Pull]:
+    """The same on the limited server, as if all its reviews were of another day."""
+    with common_limited_pull.site.server.database() as db:
+        sql = "UPDATE jobs SET submitted_at = ? WHERE kind = 'review'"
+        db.execute(sql, (LONG_AGO,))
+    with reused(common_limited_pull):
+        yield common_limited_pull
 
 
 def make_payload(site: Site, event: str, changes: Mapping[str, Any]) -> Any:
@@ -9920,29 +9948,6 @@ def test_change_of_a_reviewer_who_lost_write_access_is_not_pushed(pull: Pull) ->
     assert pull.tip() == before
 
 
-def test_change_that_is_reapplied_is_not_pushed_if_write_access_was_lost(
-    shared: Site,
-) -> None:
-    blocked = shared.agent.block_command("test")
-    pull = open_pull(
-        shared, MAKE_CHANGE, test_command=f"test ! -e news || {{ {blocked}; }}"
-    )
-    alice = shared.person("alice")
-    hold = shared.repository.hold(PUSH_BEGINS)
-    alice.inline("Say more")
-    hold.wait()
-    shared.repository.commit({"news": "news\n"}, pull.branch)
-    hold.release()
-    shared.agent.wait_until_blocked("test")
-    tip = pull.tip()
-    del shared.repository.permissions["alice"]
-    shared.agent.release()
-    review = pull.review()
-    assert review["reason"] == "cancelled"
-    assert "alice has no write access" in review["error"]
-    assert pull.tip() == tip
-
-
 def test_refusal_of_access_is_remembered(pull: Pull) -> None:
     for number in range(1, 4):
         pull.site.person("frank").comment("Delete it all")
@@ -9961,15 +9966,16 @@ def test_refusals_of_access_do_not_fill_memory(monkeypatch: pytest.MonkeyPatch) 
     assert len(github.access_refusals) <= 3
 
 
-def test_refusal_of_access_is_forgotten_after_a_minute(limited: Site) -> None:
-    pull = open_pull(limited, "classify none")
-    limited.person("carol").comment("Thanks!")
-    pull.wait_until_dropped()
-    limited.repository.permissions["carol"] = "write"
+def test_refusal_of_access_is_forgotten_after_a_minute(limited_pull: Pull) -> None:
+    limited_pull.site.agent.follow("classify none")
+    heidi = limited_pull.site.person("heidi")
+    heidi.comment("Thanks!")
+    limited_pull.wait_until_dropped()
+    limited_pull.site.repository.permissions["heidi"] = "write"
 
     def is_handled() -> bool:
-        limited.person("carol").comment("Thanks!")
-        return "completed" in pull.states()
+        heidi.comment("Thanks!")
+        return "completed" in limited_pull.states()
 
     wait_for(is_handled)
 
@@ -10553,24 +10559,24 @@ def test_what_one_reviewer_has_waiting_is_one_job(pull: Pull) -> None:
         assert text not in first.stdin + other.stdin
 
 
-def test_daily_limit_is_announced_once(limited: Site) -> None:
-    pull = open_pull(limited, "classify none")
-    alice = limited.person("alice")
+def test_daily_limit_is_announced_once(limited_pull: Pull, limited: Site) -> None:
+    limited.agent.follow("classify none")
+    alice = limited_pull.site.person("alice")
     for count in (1, 2):
         alice.comment("Thanks!")
-        pull.reviews(count)
+        limited_pull.reviews(count)
     alice.review("Thanks!", "Here", "And here")
-    pull.reviews(3)
+    limited_pull.reviews(3)
     assert len(limited.agent.runs("classify")) == 2
-    assert "tomorrow" in pull.answer()
+    assert "tomorrow" in limited_pull.answer()
     alice.comment("Thanks!")
-    limited.person("bob").comment("Thanks!")
+    limited_pull.site.person("bob").comment("Thanks!")
     # Another pull request has a limit of its own.
-    other = open_pull(limited, "classify none", description="Something else")
-    limited.person("bob", number=2).comment("Thanks!")
-    assert len(limited.api.reviews(other.task, 1)) == 1
-    assert len(pull.reviews(3)) == 3
-    assert len(pull.answers()) == 1
+    other = open_pull(limited, "classify none")
+    limited.person("bob").comment("Thanks!")
+    assert other.review()["kind"] == "none"
+    assert len(limited_pull.reviews(3)) == 3
+    assert len(limited_pull.answers()) == 1
 
 
 def test_review_above_daily_limit_does_not_count(limited: Site) -> None:
@@ -10587,17 +10593,19 @@ def test_review_above_daily_limit_does_not_count(limited: Site) -> None:
     assert kinds == ["none", "none", "limit", "none"]
 
 
-def test_comments_of_strangers_do_not_use_up_daily_limit(limited: Site) -> None:
-    pull = open_pull(limited, "block; classify none")
-    limited.person("alice").comment("Thanks!")
-    limited.agent.wait_until_blocked()
+def test_comments_of_strangers_do_not_use_up_daily_limit(limited_pull: Pull) -> None:
+    site = limited_pull.site
+    site.agent.follow("block; classify none")
+    site.person("alice").comment("Thanks!")
+    site.agent.wait_until_blocked()
     for login in ("mallory", "trudy", "bob", "oscar", "eve"):
-        limited.person(login).comment("Thanks!")
-    limited.agent.follow("classify none")
-    limited.agent.release()
-    kinds = [(review["reviewer"], review["kind"]) for review in pull.reviews(2)]
+        site.person(login).comment("Thanks!")
+    site.agent.follow("classify none")
+    site.agent.release()
+    reviews = limited_pull.reviews(2)
+    kinds = [(review["reviewer"], review["kind"]) for review in reviews]
     assert kinds == [("alice", "none"), ("bob", "none")]
-    assert pull.answers() == []
+    assert limited_pull.answers() == []
 
 
 def test_reviews_of_one_pull_request_run_one_after_the_other(
@@ -10778,18 +10786,19 @@ def test_pushed_change_that_is_removed_before_its_answer_does_not_come_back(
     assert review["commit"] in pull.answer()
 
 
-def test_pushed_review_does_not_need_its_outbox(shared: Site) -> None:
-    pull = open_pull(shared, MAKE_CHANGE)
-    shared.repository.fail(REPLIES, 503, always=True)
-    shared.person("alice").inline("Say more")
-    shared.server.wait_for_log("retrying later", 2)
+def test_pushed_review_does_not_need_its_outbox(pull: Pull) -> None:
+    site = pull.site
+    site.agent.follow(MAKE_CHANGE)
+    site.repository.fail(REPLIES, 503, always=True)
+    site.person("alice").inline("Say more")
+    site.server.wait_for_log("retrying later", 2)
     tip = pull.tip()
-    runs = len(shared.agent.runs())
-    shutil.rmtree(shared.server.work_dir / f"outbox_{pull.task[:7]}.git")
-    shared.github.reset_faults()
+    runs = len(site.agent.runs())
+    shutil.rmtree(site.server.work_dir / f"outbox_{pull.task[:7]}.git")
+    site.github.reset_faults()
     assert pull.review()["commit"] == pull.tip() == tip
     assert tip in pull.answer()
-    assert len(shared.agent.runs()) == runs
+    assert len(site.agent.runs()) == runs
 
 
 def test_removed_commits_do_not_come_back(pull: Pull) -> None:
@@ -10807,29 +10816,38 @@ def test_removed_commits_do_not_come_back(pull: Pull) -> None:
     assert pull.tip() == before
 
 
-@pytest.mark.parametrize("event", ["removed", "closed"])
 def test_change_on_top_is_not_pushed_after_what_happened_during_its_test(
-    shared: Site, event: str
+    shared: Site,
 ) -> None:
-    script = shared.directory / "second-test.sh"
+    script = shared.directory / "test-on-top.sh"
     script.write_text("exit 0\n")
-    pull = open_pull(shared, MAKE_CHANGE, test_command=f"sh {script}")
-    block = shared.agent.block_command("test")
+    pull = open_pull(shared, test_command=f"sh {script}")
+    shared.repository.permissions["gina"] = "write"
 
-    def push() -> None:
-        shared.repository.commit({"secret": "not for all\n"}, pull.branch)
-        script.write_text(f"{block}\n")
+    def block_test_on_top() -> None:
+        """Let others push before codebot, which tests its change on top of theirs."""
+        script.write_text("exit 0\n")
+        shared.agent.follow(MAKE_CHANGE)
+        hold = shared.repository.hold(PUSH_BEGINS)
+        shared.person("gina").inline("Say more")
+        hold.wait()
+        shared.repository.commit({"theirs": f"{uuid.uuid4()}\n"}, pull.branch)
+        script.write_text(f"{shared.agent.block_command('test')}\n")
+        hold.release()
+        shared.agent.wait_until_blocked("test")
 
-    shared.repository.before(PUSH_BEGINS, push)
-    shared.person("alice").inline("Say more")
-    shared.agent.wait_until_blocked("test")
-    if event == "removed":
-        pull.move_branch(pull.commit)
-    else:
-        shared.person("alice").close(webhook=False)
-    tip = pull.tip()
+    block_test_on_top()
+    pull.move_branch(pull.commit)
     shared.agent.release()
-    assert event in pull.review()["error"]
+    assert "removed" in pull.review()["error"]
+    assert pull.tip() == pull.commit
+    block_test_on_top()
+    tip = pull.tip()
+    del shared.repository.permissions["gina"]
+    shared.agent.release()
+    review = pull.reviews(2)[1]
+    assert review["reason"] == "cancelled"
+    assert "gina has no write access" in review["error"]
     assert pull.tip() == tip
 
 
@@ -11000,13 +11018,13 @@ def test_review_notices_that_its_pull_request_was_reopened(fresh: Site) -> None:
     assert pull.review()["status"] == "completed"
 
 
-def test_broken_conversation_is_begun_anew(shared: Site) -> None:
-    pull = open_pull(shared, RESUME_IF_BEGUN)
+def test_broken_conversation_is_begun_anew(pull: Pull) -> None:
+    pull.site.agent.follow(RESUME_IF_BEGUN)
     conversations = pull.workspace / "home" / ".claude" / "projects" / "repo"
     conversations.mkdir(parents=True)
     broken = conversations / f"{pull.task}.jsonl"
     broken.touch()
-    shared.person("alice").inline("Say more")
+    pull.site.person("alice").inline("Say more")
     assert pull.review()["commit"] == pull.tip()
     assert broken.read_text() == "begun\n"
 
@@ -11024,18 +11042,11 @@ def test_start_keeps_the_conversation_of_those_who_wrote_meanwhile(fresh: Site) 
     assert (pull.workspace / "home" / "conversation").exists()
 
 
-def test_renamed_repository_keeps_working(shared: Site) -> None:
-    pull = open_pull(shared, MAKE_CHANGE)
-    shared.repository.rename("acme/gadget")
-    shared.person("alice").inline("Say more")
-    assert pull.review()["commit"] == pull.tip()
-    assert pull.tip() in pull.answer()
-
-
-def test_change_is_pushed_although_repository_is_renamed_meanwhile(
+def test_repository_that_is_renamed_before_and_during_a_review_keeps_working(
     shared: Site,
 ) -> None:
     pull = open_pull(shared, f"classify change; block; {MAKE_CHANGE}")
+    shared.repository.rename("acme/gadget")
     shared.person("alice").inline("Say more")
     shared.agent.wait_until_blocked()
     shared.repository.rename(f"acme/renamed-{shared.repository.id}")
@@ -11043,6 +11054,7 @@ def test_change_is_pushed_although_repository_is_renamed_meanwhile(
     review = pull.review()
     assert review["status"] == "completed"
     assert review["commit"] == pull.tip()
+    assert pull.tip() in pull.answer()
     assert len(shared.agent.runs("change")) == 1
 
 
@@ -11117,23 +11129,22 @@ def test_reactions_come_although_github_failed_first(pull: Pull) -> None:
     assert len(pull.reactions()) == 1
 
 
-def test_failed_reaction_holds_up_no_review(limited: Site) -> None:
-    pull = open_pull(limited)
+def test_failed_reaction_holds_up_no_review(limited_pull: Pull) -> None:
+    site = limited_pull.site
     pattern = "POST /pulls/comments/*/reactions"
-    limited.repository.fail(pattern, 502, always=True)
-    limited.person("alice").review("", "Why?", "And why here?")
-    assert pull.review()["status"] == "completed"
-    assert "Trying again" not in str(limited.api.messages(pull.task))
+    site.repository.fail(pattern, 502, always=True)
+    site.person("alice").review("", "Why?", "And why here?")
+    assert limited_pull.review()["status"] == "completed"
+    assert "running -> pending" not in site.server.log()
     # Once GitHub has failed to answer, the other comments get no reaction.
-    assert limited.repository.count(pattern) == 1
+    assert site.repository.count(pattern) == 1
 
 
-def test_refused_reaction_leaves_out_no_other(limited: Site) -> None:
-    pull = open_pull(limited)
-    limited.repository.fail("POST /pulls/comments/*/reactions", 404)
-    limited.person("alice").review("", "Why?", "And why here?")
-    assert pull.review()["status"] == "completed"
-    assert len(pull.reactions()) == 1
+def test_refused_reaction_leaves_out_no_other(limited_pull: Pull) -> None:
+    limited_pull.site.repository.fail("POST /pulls/comments/*/reactions", 404)
+    limited_pull.site.person("alice").review("", "Why?", "And why here?")
+    assert limited_pull.review()["status"] == "completed"
+    assert len(limited_pull.reactions()) == 1
 
 
 @pytest.fixture
@@ -11375,18 +11386,19 @@ def test_failure_says_that_the_commit_of_the_review_may_have_been_pushed(
 
 
 def test_review_that_waited_too_long_is_reported_and_not_pushed(
-    limited: Site,
+    limited_pull: Pull,
 ) -> None:
-    pull = open_pull(limited, MAKE_CHANGE)
-    limited.repository.fail("POST /git-receive-pack", 503, b"", always=True)
-    limited.person("alice").inline("Say more")
-    review = pull.review()
+    site = limited_pull.site
+    site.agent.follow(MAKE_CHANGE)
+    site.repository.fail("POST /git-receive-pack", 503, b"", always=True)
+    site.person("alice").inline("Say more")
+    review = limited_pull.review()
     assert review["status"] == "failed"
     assert review["reason"] == "push_rejected"
-    assert review["error"] in pull.answer()
+    assert review["error"] in limited_pull.answer()
     assert "may have been pushed" in review["error"]  # its response may be lost
     assert review["commit"] is None
-    assert pull.tip() == pull.commit
+    assert limited_pull.tip() == limited_pull.commit
 
 
 FAILING_REVIEWS = {
@@ -11454,12 +11466,12 @@ def test_failure_is_reported_before_the_next_review_runs(fresh: Site) -> None:
     assert told < messages.index("codebot: Comment by bob: Say this")
 
 
-def test_hanging_agent_is_reported_in_the_thread(limited: Site) -> None:
-    pull = open_pull(limited, "exec sleep 300")
-    limited.person("alice").inline("Say more")
-    review = pull.review()
+def test_hanging_agent_is_reported_in_the_thread(limited_pull: Pull) -> None:
+    limited_pull.site.agent.follow("exec sleep 300")
+    limited_pull.site.person("alice").inline("Say more")
+    review = limited_pull.review()
     assert review["reason"] == "stalled"
-    assert review["error"] in pull.answer()
+    assert review["error"] in limited_pull.answer()
 
 
 def test_rejected_push_of_review_is_reported_in_words_of_remote(pull: Pull) -> None:
@@ -11635,19 +11647,16 @@ def test_comment_that_github_does_not_have_everywhere_yet_is_answered(
     assert "Because" in pull.answer()
 
 
-def test_comment_that_a_shifted_page_skips_is_answered(shared: Site) -> None:
-    pull = open_pull(shared)
-    carol = shared.person("carol")
+def test_comment_that_a_shifted_page_skips_is_answered(pull: Pull) -> None:
+    site = pull.site
+    carol = site.person("carol")
     first, *_ = [carol.comment("Hm", webhook=False) for _ in range(3)]
-    question = shared.person("alice").comment("Why?", webhook=False)
-    shared.github.page_size = 3
-    remove = functools.partial(shared.repository.comments.remove, first)
-    shared.repository.after("GET /issues/1/comments*", remove)
-    shared.person("alice").announce(question)
-    try:
-        assert pull.review()["status"] == "completed"
-    finally:
-        shared.github.page_size = 100
+    question = site.person("alice").comment("Why?", webhook=False)
+    site.github.page_size = 3
+    remove = functools.partial(site.repository.comments.remove, first)
+    site.repository.after("GET /issues/1/comments*", remove)
+    site.person("alice").announce(question)
+    assert pull.review()["status"] == "completed"
     assert f"{question.id}." in pull.answer()
 
 
