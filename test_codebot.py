@@ -1323,6 +1323,9 @@ block() {  # [NAME]: waits until the test releases it; is never silent for long
 }
 """
 SAY_HELLO = "echo hello >hello.txt; result 'Wrote hello.txt.'"
+# For tests that end with what the agent is asked. Without a result, codebot would wait to
+# see whether a signal to the whole service has ended the agent.
+GIVE_UP = "result 'I give up.' error_during_execution true"
 ANSWER_QUESTION = "classify question; answer Because"
 MAKE_CHANGE = "classify change; echo more >>hello.txt; answer Done"
 
@@ -8566,8 +8569,9 @@ def test_only_finished_work_waits_if_a_fetch_fails(
 def test_token_that_git_refuses_is_renewed_once(shared: Site) -> None:
     refused = (401, b"Invalid username or token.")
     challenge = {"WWW-Authenticate": 'Basic realm="GitHub"'}
+    shared.agent.follow(GIVE_UP)
     shared.repository.fail("GET /info/refs*", *refused, challenge)
-    shared.api.completed(shared.api.submit())
+    shared.api.failed(shared.api.submit(), "agent_failed")  # it has been cloned
     shared.repository.fail("GET /info/refs*", *refused, challenge, always=True)
     error = shared.api.failed(shared.api.submit(), "clone_failed")
     assert error == "Failed to clone repository: authentication failed"
@@ -8653,7 +8657,7 @@ def test_outage_before_the_agent_ran_does_not_shorten_the_next_one(
     shared: Site,
 ) -> None:
     shared.repository.fail(FETCH_BEGINS, 503, b"")
-    shared.agent.follow(f"block; {SAY_HELLO}")
+    shared.agent.follow(f"block; {GIVE_UP}")
     task = shared.api.submit()
     shared.agent.wait_until_blocked()
     assert "Trying again in" in str(shared.api.messages(task))
@@ -8661,8 +8665,6 @@ def test_outage_before_the_agent_ran_does_not_shorten_the_next_one(
         query = "SELECT transient_since FROM jobs WHERE id = ?"
         rows = database.execute(query, (task,)).fetchall()
     assert rows == [(0.0,)]
-    shared.agent.release()
-    shared.api.completed(task)
 
 
 def test_git_waits_until_the_certificate_of_the_remote_is_accepted(
@@ -8959,7 +8961,7 @@ def test_failure_to_commit_names_the_command(tmp_path: Path) -> None:
 
 
 def test_cancelled_pending_task_never_starts(fresh: Site) -> None:
-    fresh.agent.follow("block; echo x >x; result")
+    fresh.agent.follow(f"block; {GIVE_UP}")
     fresh.server.start()
     first = fresh.api.submit("First")
     second = fresh.api.submit("Second")
@@ -8970,8 +8972,8 @@ def test_cancelled_pending_task_never_starts(fresh: Site) -> None:
     assert fresh.api.cancel(second) == 202
     assert fresh.api.status(second)["reason"] == "cancelled"
     fresh.agent.release()
-    fresh.api.completed(first)
-    fresh.api.completed(third)
+    fresh.api.failed(first, "agent_failed")
+    fresh.api.failed(third, "agent_failed")
     assert len(fresh.agent.runs()) == 2
     assert not [run for run in fresh.agent.runs() if "Second" in run.stdin]
 
@@ -11904,11 +11906,6 @@ class LabelledIssue:
         assert self.site.repository.reactions == []
 
 
-# For tests that end with what the agent is asked. Without a result, codebot would wait to
-# see whether a signal to the whole service has ended the agent.
-GIVE_UP = "result 'I give up.' error_during_execution true"
-
-
 def open_issue(
     site: Site, title: str = "Say hello", body: str = "Please.", login: str = "alice"
 ) -> LabelledIssue:
@@ -12097,6 +12094,7 @@ def test_label_that_github_does_not_show_everywhere_yet_counts(shared: Site) -> 
 def test_label_whose_event_github_does_not_show_everywhere_yet_becomes_task(
     shared: Site, answer: tuple[Any, ...]
 ) -> None:
+    shared.agent.follow(GIVE_UP)
     issue = open_issue(shared)
     shared.repository.fail(f"GET /issues/{issue.number}/events*", *answer)
     shared.person("alice").label(issue.number)
@@ -12129,9 +12127,9 @@ def test_new_label_in_settings_cancels_no_task_of_the_old_one(fresh: Site) -> No
     task = issue.task()
     fresh.agent.wait_until_blocked()
     fresh.server.stop()
-    fresh.agent.follow(SAY_HELLO)
+    fresh.agent.follow(GIVE_UP)
     fresh.server.restart(CODEBOT_ISSUE_LABEL="ai")
-    fresh.api.completed(task)
+    fresh.api.failed(task, "agent_failed")
 
 
 def test_label_that_was_ignored_becomes_no_task_later(shared: Site) -> None:
@@ -12454,8 +12452,9 @@ def test_repositories_that_cannot_be_read_do_not_hide_issues_of_others(
     fresh.api.repository = other
     issue = open_issue(fresh)
     fresh.person("alice").label(issue.number, webhook=False)
+    fresh.agent.follow(GIVE_UP)
     fresh.server.start(limits={"GITHUB_ATTEMPTS": 1})
-    fresh.api.completed(issue.task())
+    issue.task()
 
 
 def test_removing_label_during_push_is_too_late(shared: Site) -> None:
@@ -12508,9 +12507,10 @@ def test_issue_waits_for_github(shared: Site) -> None:
     for pattern in outages:
         for _ in range(2):
             shared.repository.fail(pattern, 503, b"")
+    shared.agent.follow(GIVE_UP)
     issue = open_issue(shared)
     shared.person("alice").label(issue.number)
-    shared.api.completed(issue.task())
+    shared.api.failed(issue.task(), "agent_failed")
     assert len(issue.comments()) == 1
     assert len(shared.agent.runs()) == 1
 
