@@ -8136,15 +8136,6 @@ def test_task_waits_for_github_in_any_step_and_continues_where_it_stopped(
     assert len(shared.repository.pulls) == 1
 
 
-def submit_and_kill(site: Site, hold: Hold) -> str:
-    """Submit a task, and kill the server when the task is at this hold."""
-    task = site.api.submit()
-    hold.wait()
-    site.server.kill()
-    site.github.reset_faults()
-    return task
-
-
 def stop_while_commit_waits(site: Site, step: str = "POST /git-receive-pack") -> str:
     """Submit a task, and stop the server while the commit waits in a step for GitHub."""
     site.server.start(limits={"RETRY_DELAY": 0.1, "GITHUB_ATTEMPTS": 1})
@@ -8165,51 +8156,50 @@ def test_pushed_commit_needs_neither_mirror_nor_base(fresh: Site) -> None:
     assert "There is no branch" not in error
 
 
-def test_waiting_commit_is_pushed_after_a_long_time_without_server(
+def test_waiting_commit_is_pushed_after_a_long_time_without_server_and_a_move(
     fresh: Site,
 ) -> None:
     task = stop_while_commit_waits(fresh)
     lock = f"{mirror_of(fresh, fresh.repository.name)}.lock"
     os.utime(lock, (1, 1))  # as if the mirror was used last in 1970
-    fresh.server.restart()
-    fresh.api.completed(task)
-    assert len(fresh.agent.runs()) == 1
-
-
-def test_waiting_commit_is_pushed_after_work_directory_was_moved(fresh: Site) -> None:
-    task = stop_while_commit_waits(fresh)
+    with fresh.server.database() as db:  # as if two hours had passed
+        db.execute("UPDATE jobs SET transient_since = transient_since - 7200")
     moved = fresh.server.work_dir.with_name("moved")
     fresh.server.work_dir.rename(moved)
     fresh.server.work_dir = moved
-    fresh.server.restart()
-    fresh.api.completed(task)
-    assert len(fresh.agent.runs()) == 1
-
-
-def test_time_without_server_does_not_count_as_retrying(fresh: Site) -> None:
-    task = stop_while_commit_waits(fresh)
-    with fresh.server.database() as db:  # as if two hours had passed
-        db.execute("UPDATE jobs SET transient_since = transient_since - 7200")
+    # Time without the server does not count as retrying: there is one more retry.
     fresh.repository.fail(PUSH_BEGINS, 503, b"")
     retries = fresh.server.log().count("running -> pending")
     fresh.server.restart()
     fresh.api.completed(task)
     assert fresh.server.log().count("running -> pending") == retries + 1
+    assert len(fresh.agent.runs()) == 1
 
 
-@pytest.mark.parametrize("fault", ["damaged mirror", "no remote"])
-def test_opened_pull_request_is_found_although_nothing_can_be_fetched(
-    fresh: Site, fault: str
+def test_opened_pull_request_is_found_after_a_crash_whatever_happened_since(
+    fresh: Site,
 ) -> None:
-    fresh.server.start()
-    task = submit_and_kill(fresh, fresh.repository.hold_answer("POST /pulls"))
-    if fault == "damaged mirror":
-        (mirror_of(fresh, fresh.repository.name) / "HEAD").write_text("")
-    else:
-        shutil.rmtree(fresh.server.work_dir / "mirrors")
-        fresh.repository.fail(FETCH_BEGINS, 404, always=True)
+    fresh.server.start("--workers", "3")
+    names = ("acme/damaged-mirror", "acme/no-remote", "acme/merged")
+    repositories = [fresh.github.create_repository(name) for name in names]
+    damaged, missing, merged = repositories
+    tasks = []
+    for repository in repositories:
+        hold = repository.hold_answer("POST /pulls")
+        tasks.append(fresh.api.submit(repository_url=repository.url))
+        hold.wait()
+    fresh.server.kill()
+    fresh.github.reset_faults()
+    (mirror_of(fresh, damaged.name) / "HEAD").write_text("")
+    shutil.rmtree(mirror_of(fresh, missing.name))
+    missing.fail(FETCH_BEGINS, 404, always=True)
+    merged.pulls[0].update(state="closed", merged=True)
+    [branch] = set(merged.branches()) - {"main"}
+    merged.git("update-ref", "-d", f"refs/heads/{branch}")
     fresh.server.restart()
-    assert fresh.api.completed(task)["pr_number"] == 1
+    for task in tasks:
+        assert fresh.api.completed(task)["pr_number"] == 1
+    assert merged.branches() == ["main"]  # it is not pushed again
 
 
 def test_waiting_task_completes_although_others_pushed_to_its_branch(
@@ -8259,19 +8249,6 @@ def test_pushed_task_waits_until_app_may_open_its_pull_request(fresh: Site) -> N
     fresh.github.reset_faults()
     assert fresh.api.completed(task)["pr_number"] == 1
     assert len(fresh.agent.runs()) == 1
-
-
-def test_branch_that_was_merged_and_deleted_meanwhile_is_not_pushed_again(
-    fresh: Site,
-) -> None:
-    fresh.server.start()
-    task = submit_and_kill(fresh, fresh.repository.hold_answer("POST /pulls"))
-    [branch] = set(fresh.repository.branches()) - {"main"}
-    fresh.repository.pulls[0].update(state="closed", merged=True)
-    fresh.repository.git("update-ref", "-d", f"refs/heads/{branch}")
-    fresh.server.restart()
-    assert fresh.api.completed(task)["pr_number"] == 1
-    assert fresh.repository.branches() == ["main"]
 
 
 def test_github_is_not_asked_before_its_rate_limit_ends(shared: Site) -> None:
@@ -8844,32 +8821,23 @@ def test_third_crash_in_a_row_fails_task(fresh: Site) -> None:
     wait_for(lambda: not fresh.server.strays())
 
 
-def test_stop_requeues_task_and_leaves_no_process(fresh: Site) -> None:
+def test_stop_requeues_tasks_in_one_file_and_leaves_no_process(fresh: Site) -> None:
     fresh.agent.follow("setsid sleep 300 & block")
     fresh.server.start()
     task = fresh.api.submit()
     waiting = fresh.api.submit("Another")
     fresh.agent.wait_until_blocked()
     fresh.server.stop()
-    with fresh.server.database() as database:
-        rows = database.execute("SELECT status FROM jobs").fetchall()
-    assert rows == [("pending",), ("pending",)]
+    # A copy of this one file has everything.
+    copy = shutil.copy(fresh.server.work_dir / "codebot.db", fresh.directory / "copy")
+    with contextlib.closing(sqlite3.connect(copy)) as database:
+        rows = database.execute("SELECT id, status FROM jobs").fetchall()
+    assert sorted(rows) == sorted([(task, "pending"), (waiting, "pending")])
     fresh.agent.follow(SAY_HELLO)
     fresh.server.restart()
     assert "Requeued:      2 job(s)\n" in fresh.server.log()
     fresh.api.completed(task)
     fresh.api.completed(waiting)
-
-
-def test_copy_of_the_database_is_complete_after_a_stop(fresh: Site) -> None:
-    fresh.server.start()
-    task = fresh.api.submit()
-    fresh.api.completed(task)
-    fresh.server.stop()
-    copy = shutil.copy(fresh.server.work_dir / "codebot.db", fresh.directory / "copy")
-    with contextlib.closing(sqlite3.connect(copy)) as database:
-        rows = database.execute("SELECT id, status FROM jobs").fetchall()
-    assert rows == [(task, "completed")]
 
 
 def test_agent_that_ends_during_stop_is_requeued(fresh: Site) -> None:
@@ -8924,23 +8892,28 @@ def test_cancel_is_refused_once_push_has_begun(shared: Site) -> None:
     assert len(blocked.repositories["push"].pulls) == 1
 
 
-@pytest.mark.parametrize("has_pushed", [False, True])
-def test_error_says_whether_the_branch_may_have_been_pushed(
-    fresh: Site, has_pushed: bool
-) -> None:
+def test_error_says_whether_the_branch_may_have_been_pushed(fresh: Site) -> None:
     retries = {"RETRY_DELAY": 0.1, "RETRY_LIMIT": {"task": 0.3, "review": 0.3}}
-    fresh.server.start(limits=retries)
-    step = "GET /pulls*" if has_pushed else "POST /git-receive-pack"
-    task = submit_and_kill(fresh, fresh.repository.hold(step))
-    if not has_pushed:
-        # As if it had been killed a moment before, when the commit was stored.
-        with fresh.server.database() as db:
-            db.execute("UPDATE jobs SET push_started = 0")
-    fresh.repository.fail("GET ", 404, always=True)
+    fresh.server.start("--workers", "2", limits=retries)
+    tasks = []
+    for step in ("POST /git-receive-pack", "GET /pulls*"):
+        repository = fresh.github.create_repository(f"acme/widget-{len(tasks)}")
+        hold = repository.hold(step)
+        tasks.append(fresh.api.submit(repository_url=repository.url))
+        hold.wait()
+    fresh.server.kill()
+    fresh.github.reset_faults()
+    unpushed, pushed = tasks
+    # As if it had been killed a moment before, when the commit was stored.
+    with fresh.server.database() as db:
+        db.execute("UPDATE jobs SET push_started = 0 WHERE id = ?", (unpushed,))
+    for repository in fresh.github.repositories:
+        repository.fail("GET ", 404, always=True)
     fresh.server.restart()
-    reason = "pull_request_failed" if has_pushed else "push_rejected"
-    error = fresh.api.failed(task, reason)
-    assert ("may have been pushed" in error) == has_pushed
+    error = fresh.api.failed(unpushed, "push_rejected")
+    assert "may have been pushed" not in error
+    error = fresh.api.failed(pushed, "pull_request_failed")
+    assert "may have been pushed" in error
 
 
 def test_name_of_a_file_is_one_line_of_the_result(shared: Site) -> None:
