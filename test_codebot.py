@@ -8694,7 +8694,6 @@ def test_redirect_of_git_does_not_lead_past_allowed_list(fresh: Site) -> None:
 # --- Stop, crash, cancel, retry ----------------------------------------------
 
 CRASH_STEPS = {
-    "look-up": ("before", FETCH_BEGINS),
     "branches": ("after", "POST /git-upload-pack"),
     "fetch": ("fetch", "POST /git-upload-pack"),
     "agent": ("plan", "block agent; echo hello >hello.txt; result"),
@@ -8870,9 +8869,7 @@ def test_stopping_server_takes_no_work(fresh: Site) -> None:
     wait_for(lambda: not fresh.server.strays())
 
 
-@pytest.mark.parametrize(
-    "step", ["look-up", "branches", "fetch", "agent", "test", "commit"]
-)
+@pytest.mark.parametrize("step", ["branches", "fetch", "agent", "test", "commit"])
 def test_cancelled_task_fails_and_its_processes_end(shared: Site, step: str) -> None:
     blocked = BlockedTasks(shared, [step])
     task = blocked.tasks[step]
