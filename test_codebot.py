@@ -11440,35 +11440,28 @@ def test_rejected_push_of_review_is_reported_in_words_of_remote(pull: Pull) -> N
     assert last == "codebot: Review failed (push_rejected)"
 
 
-@pytest.mark.parametrize("pattern", ["GET /pulls/1/comments*", REPLIES])
-def test_review_waits_while_app_is_refused(pull: Pull, pattern: str) -> None:
-    for _ in range(2):
-        pull.site.repository.fail(pattern, 401, {"message": "Bad credentials"})
+def test_review_waits_while_app_is_refused_or_suspended(pull: Pull) -> None:
+    refused = {"message": "Bad credentials"}
+    suspended = {"message": "This installation has been suspended"}
+    comments = "GET /pulls/1/comments*"
+    for pattern, status, body in [
+        (comments, 401, refused),
+        (comments, 403, suspended),
+        (REPLIES, 401, refused),
+    ]:
+        for _ in range(2):
+            pull.site.repository.fail(pattern, status, body)
     comment = pull.site.person("alice").inline("Why?")
     assert pull.review()["status"] == "completed"
+    assert pull.site.server.log().count("running -> pending") == 3
     assert pull.answer() == pull.reply(comment)
     assert len(pull.site.agent.runs("question")) == 1
 
 
-def test_review_waits_while_app_is_suspended(pull: Pull) -> None:
-    message = {"message": "This installation has been suspended"}
-    pull.site.repository.fail("GET /pulls/1/comments*", 403, message)
-    pull.site.person("alice").inline("Why?")
-    assert pull.review()["status"] == "completed"
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        {"resource": "PullRequestReview", "code": "abuse", "field": "base"},
-        "was submitted too quickly",
-    ],
-)
-def test_answer_that_comes_too_quickly_for_github_is_posted_later(
-    pull: Pull, error: Any
-) -> None:
-    refusal = validation_failed(error)
-    pull.site.repository.fail(REPLIES, 422, refusal)
+def test_answer_that_comes_too_quickly_for_github_is_posted_later(pull: Pull) -> None:
+    abuse = {"resource": "PullRequestReview", "code": "abuse", "field": "base"}
+    for error in (abuse, "was submitted too quickly"):
+        pull.site.repository.fail(REPLIES, 422, validation_failed(error))
     comment = pull.site.person("alice").inline("Why?")
     assert pull.review()["status"] == "completed"
     assert pull.reply(comment)
@@ -11581,21 +11574,23 @@ def test_killed_in_any_step_review_has_one_push_and_one_answer(fresh: Site) -> N
 
 
 # An inline comment of a GitHub review may have been drafted long before.
-@pytest.mark.parametrize("age", [0.0, 3600.0])
 def test_comment_that_github_does_not_have_everywhere_yet_is_answered(
-    fresh: Site, age: float
+    fresh: Site,
 ) -> None:
     fresh.server.start(limits={"RETRY_DELAY": 0.1})
     pull = open_pull(fresh, ANSWER_QUESTION)
-    fresh.repository.fail("GET /issues/1/comments*", 200, [], always=True)
     alice = fresh.person("alice")
-    comment = alice.comment("Why?", webhook=False)
-    comment.created_at = github_time(-age)
-    alice.announce(comment)
-    fresh.server.wait_for_log("GitHub does not list a comment yet")
-    fresh.github.reset_faults()
-    assert pull.review()["status"] == "completed"
-    assert "Because" in pull.answer()
+    for age in (0.0, 3600.0):
+        pull.forget()
+        fresh.server.log_start = fresh.server.log_file.stat().st_size
+        fresh.repository.fail("GET /issues/1/comments*", 200, [], always=True)
+        comment = alice.comment("Why?", webhook=False)
+        comment.created_at = github_time(-age)
+        alice.announce(comment)
+        fresh.server.wait_for_log("GitHub does not list a comment yet")
+        fresh.github.reset_faults()
+        assert pull.review()["status"] == "completed"
+        assert f"Because {comment.id}." in pull.answer()
 
 
 def test_comment_that_a_shifted_page_skips_is_answered(pull: Pull) -> None:
