@@ -9567,7 +9567,9 @@ class Pull:
         return self.site.repository.reactions[self.old_reactions :]
 
     def tip(self) -> str:
-        return self.site.repository.git("rev-parse", self.branch)
+        # As in has_branch, git need not be started.
+        branch = self.site.repository.bare / "refs" / "heads" / self.branch
+        return branch.read_text().strip()
 
     def move_branch(self, commit: str) -> None:
         """Let others force the branch to a commit."""
