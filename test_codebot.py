@@ -8913,11 +8913,15 @@ def test_error_says_whether_the_branch_may_have_been_pushed(fresh: Site) -> None
     assert "may have been pushed" in error
 
 
-def test_name_of_a_file_is_one_line_of_the_result(shared: Site) -> None:
+def test_name_of_a_file_is_one_line_of_the_result(
+    fresh: Site, store: codebot.Store
+) -> None:
     # A separator of lines in Unicode, which git does not quote.
-    shared.agent.follow("touch \"$(printf 'a\\342\\200\\250b.py')\"; result")
-    result = shared.api.completed(shared.api.submit())
-    file, total = result["files"]
+    commit = fresh.repository.commit({"a\u2028b.py": ""}, "new")
+    workspace = workspace_without_files(git_directory(fresh.repository.bare), "main")
+    files = workspace.inspect_commit(commit)
+    job = dataclasses.replace(store_task(store), files=files)
+    file, total = codebot.describe_result(app_with(store), job)["files"]
     assert file.split(" | ")[0].strip() == "a\u2028b.py"
     assert total.strip().startswith("1 file changed")
 
