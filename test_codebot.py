@@ -11579,13 +11579,13 @@ def test_killed_in_any_step_review_has_one_push_and_one_answer(fresh: Site) -> N
         assert len(runs) == (3 if step == "agent" else 2), step
 
 
-# An inline comment of a GitHub review may have been drafted long before.
 def test_comment_that_github_does_not_have_everywhere_yet_is_answered(
     fresh: Site,
 ) -> None:
     fresh.server.start(limits={"RETRY_DELAY": 0.1})
     pull = open_pull(fresh, ANSWER_QUESTION)
     alice = fresh.person("alice")
+    # An inline comment of a GitHub review may have been drafted long before.
     for age in (0.0, 3600.0):
         pull.forget()
         fresh.server.log_start = fresh.server.log_file.stat().st_size
