@@ -8795,8 +8795,10 @@ def test_killed_in_any_step_task_has_one_pull_request(fresh: Site) -> None:
 
 def test_stopped_in_any_step_task_has_one_pull_request(fresh: Site) -> None:
     limits = {"RESULT_GRACE": 120.0, "STOP_TIMEOUT": 1.0, "KILL_GRACE": 0.5}
-    fresh.server.start("--workers", str(len(CRASH_STEPS)), limits=limits)
-    blocked = BlockedTasks(fresh, CRASH_STEPS)
+    # As long as an answer of GitHub is missing, codebot cannot know what took effect.
+    steps = [step for step, (kind, _) in CRASH_STEPS.items() if kind != "after"]
+    fresh.server.start("--workers", str(len(steps)), limits=limits)
+    blocked = BlockedTasks(fresh, steps)
     fresh.agent.follow(SAY_HELLO)
     fresh.server.stop()
     blocked.release()
