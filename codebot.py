@@ -4454,6 +4454,9 @@ class Store:
                 ids = {"old": row["id"], "new": job.id}
                 db.execute("UPDATE comments SET job_id = :new WHERE job_id = :old", ids)
                 db.execute("DELETE FROM jobs WHERE id = :old", ids)
+                self._log_lines.append(
+                    f"Job {row['id']}: its comments join job {job.id}"
+                )
 
     def drop_review(self, job_id: str) -> None:
         """Delete a running review that is skipped.

@@ -4856,6 +4856,19 @@ def test_review_that_a_stop_has_requeued_does_not_absorb_itself(
     assert [comment.id for comment in store.stored_comments(review.id)] == [1]
 
 
+def test_review_that_joins_a_running_one_is_named_in_the_log(
+    store: codebot.Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    review = claim_review(store)
+    store.queue_comments(review.task_id, [make_comment(2, "alice")])
+    [waiting] = [
+        other.id for other in store.reviews(review.task_id) if other.id != review.id
+    ]
+    caplog.set_level(logging.INFO)
+    store.absorb_waiting_reviews(review)
+    assert caplog.messages == [f"Job {waiting}: its comments join job {review.id}"]
+
+
 class StoreThatStartsAgain(codebot.Store):
     """A store whose requeued job is at once started by another worker."""
 
