@@ -8137,6 +8137,7 @@ input, textarea { font-weight: 400; }
 
 #log { height: 60vh; overflow-y: auto; background: var(--page); }
 #log:empty::before {
+  display: block;
   content: "No entries. A finished task’s log is removed after a while.";
   padding: .5rem;
   color: var(--muted);

@@ -16641,6 +16641,19 @@ def test_page_follows_log_until_one_scrolls_up(fresh: Site, browser: Browser) ->
     assert browser.evaluate("ui.log.scrollTop") == 0
 
 
+def test_page_says_in_a_block_that_a_log_is_empty(
+    fresh: Site, browser: Browser
+) -> None:
+    fresh.agent.follow("block")
+    tasks = [fresh.api.submit() for _ in range(3)]  # for two workers
+    browser.open_task(tasks[-1])
+    browser.wait_for_text("Pending", "#taskState")
+    style = "getComputedStyle(ui.log, '::before')"
+    assert "No entries." in browser.evaluate(f"{style}.content")
+    # Otherwise, on a phone, only the first of its lines would be indented.
+    assert browser.evaluate(f"{style}.display") == "block"
+
+
 def test_page_says_that_its_list_is_cut(fresh: Site, browser: Browser) -> None:
     add_failed_tasks(fresh, 299)
     browser.enter_key()
