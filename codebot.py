@@ -8134,6 +8134,7 @@ input, textarea { font-weight: 400; }
 #rows a { display: block; padding: .6rem 1rem; color: inherit; text-decoration: none; }
 #rows a:hover { background: var(--page); }
 #outcome strong { min-width: 7rem; }
+#reviews > div > * + * { margin-top: .35rem; }
 
 #log { height: 60vh; overflow-y: auto; background: var(--page); }
 #log:empty::before {
