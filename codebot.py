@@ -2011,7 +2011,8 @@ def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> dict[st
         match = re.match("(/tmp/[^/]+)/", path)
         if match:
             options.setdefault(match[1], HIDDEN)
-    del options["/tmp"]  # bwrap_command mounts the workspace's tmp there
+    # /tmp was listed only for needed_files: bwrap_command mounts the workspace's tmp there.
+    del options["/tmp"]
     # bwrap cannot mount on missing paths, and the agent cannot create them on the host.
     return {path: options[path] for path in sorted(options) if os.path.exists(path)}
 
