@@ -1899,7 +1899,7 @@ NO_SANDBOX_WARNING = (
 )
 
 
-# bwrap's options for mounting a directory over the read-only file system.
+# bwrap's options for mounting something over the read-only file system.
 HIDDEN = "--tmpfs"
 READ_ONLY = "--ro-bind"
 WRITABLE = "--bind"
