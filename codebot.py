@@ -8878,8 +8878,8 @@ class ConnectionTable:
         # Guards _entries, and each entry. While it is held, nothing waits for a client.
         # An RLock, because add() calls evict().
         self._lock = threading.RLock()
-        # A connection moves to the end when it begins to wait for a request. So the first
-        # one has spent the longest time on waiting for its request and serving it.
+        # In the order in which they began to wait for their present request, the oldest
+        # first.
         self._entries: dict[socket.socket, ConnectionEntry] = {}
 
     def add(self, connection: socket.socket) -> None:
