@@ -4661,7 +4661,7 @@ def hold_lock(path: str, option: str, make_directory: bool) -> None:
         if make_directory:
             os.makedirs(directory, exist_ok=True)
         owner = os.stat(directory).st_uid
-        # Root is refused too: the owner could not open files that root makes here.
+        # Even if codebot runs as root: the owner could not open files that it makes here.
         if owner not in (0, os.geteuid()):
             raise ConfigError(
                 f"{directory} belongs to user {owner}. Run codebot as that user, or use "
