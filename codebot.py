@@ -1027,8 +1027,11 @@ class Redactor:
         now = time.monotonic()
         with self._lock:
             self._expiries.update(dict.fromkeys(secrets, now + retention))
-            current = {key: end for key, end in self._expiries.items() if end > now}
-            self._expiries = current
+            self._expiries = {
+                secret: expiry
+                for secret, expiry in self._expiries.items()
+                if expiry > now
+            }
             self._secrets = with_base64(self._expiries)
 
     def __call__(self, text: str) -> str:
