@@ -1919,7 +1919,8 @@ def is_inside(path: str, directory: str) -> bool:
 #   its own     /dev and /proc, which bwrap makes for the sandbox
 #   read-only   ~/X    if PATH leads into it: tool_directories
 #   hidden      /run, the homes; the work directory and the directories of .env, keys and
-#               databases: private_directories; /tmp/A, if another path here lies in it
+#               databases: private_directories; a directory of the host's /tmp, if it
+#               holds another place of this table: sandbox_mounts
 #   read-only   the mirror's objects, the target of /etc/resolv.conf, and hidden files that
 #               CODEBOT_CLAUDE_COMMAND and SSL_CERT_FILE and the like name: needed_files
 #   writable    the workspace's repo and home, and its tmp as /tmp
