@@ -4653,8 +4653,9 @@ def hold_lock(path: str, option: str, make_directory: bool) -> None:
 
     Raises ConfigError, which names ``option``, if that is impossible.
     """
-    # git gets lists of such paths. It splits GIT_CEILING_DIRECTORIES at colons, and the
-    # file objects/info/alternates at line breaks.
+    # git gets lists of paths in the work directory. It splits GIT_CEILING_DIRECTORIES at
+    # colons, and the file objects/info/alternates at line breaks. (The database's path
+    # never reaches git. One rule for both is simpler.)
     if ":" in path or not path.isprintable():
         raise ConfigError(
             f"Cannot use {path!r}: it contains a colon or an unprintable character. Use "
