@@ -4422,10 +4422,10 @@ class Store:
         with self._transaction() as db:
             for comment in comments:
                 values = {**vars(comment), "task_id": task_id, "now": utc_time()}
-                same_comment = db.execute(
+                row = db.execute(
                     "SELECT 1 FROM comments WHERE place = :place AND id = :id", values
-                )
-                if comment.user == OWN_NAME or same_comment.fetchone() is not None:
+                ).fetchone()
+                if comment.user == OWN_NAME or row is not None:
                     continue
                 job_id = find_or_create_review(db, task_id, comment.user)
                 db.execute(
