@@ -7722,7 +7722,11 @@ def retry_task(codebot: Codebot, request: Request, task_id: str) -> Response:
         key = f"{key}\nretry of {task_id}"
     # The label's event is left out: removing the label must not cancel a client's retry.
     submission = Submission(
-        submitter(request), key, job.repository_id, job.issue_number, job.issue_url
+        submitted_by=submitter(request),
+        idempotency_key=key,
+        repository_id=job.repository_id,
+        issue_number=job.issue_number,
+        issue_url=job.issue_url,
     )
     return queue_task(codebot, job.request, submission)
 
