@@ -5798,7 +5798,8 @@ class AgentRun:
             texts += result["errors"]
         # The CLI reports a crash on standard error, and prints little else there. Only with
         # a launcher: its messages may be there, too, so standard error comes last.
-        words = [program.error if program.stderr else "", self.last_message]
+        crash = program.error if program.stderr else ""
+        words = [crash, self.last_message]
         if self.run.config.launcher:
             words.reverse()
         texts += [*words, "it gave no reason"]
