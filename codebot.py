@@ -40,8 +40,8 @@ HOW TO READ THIS FILE
     people's text    visible_text, person_login, delimited, quoted, escape_html, code_block
   Skip at first what only chooses the words of an error or decides about a retry: NOISE_RE
   to SHORTAGE_RE, TRANSIENT_GITHUB_ERROR_RE, URL_OR_NAME_RE to remote_failure,
-  AgentRun.failure, reached_phase, log_failure. Without a launcher, skip that section, too.
-  The page is in part III, before the routes. Skip its style; its script never inserts
+  AgentRun.failure, reached_phase, error_to_store. Without a launcher, skip that section,
+  too. The page is in part III, before the routes. Skip its style; its script never inserts
   HTML.
 
 GLOSSARY
@@ -7241,27 +7241,24 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
     return not job.error and job.phase != "answer"
 
 
-def log_failure(run: JobRun, ending: Ending) -> str:
-    """Return a failed job's error, as it is stored, and log it unless store_failure has.
+def error_to_store(job: Job, ending: Ending) -> str:
+    """Return the error of a failed job as it is stored.
 
     It is redacted, and says so if the commit may be on the branch at the remote: a push
     may have succeeded although its response was lost.
     """
-    job = run.job
-    has_begun = job.push_started
+    push_has_begun = job.push_started
     if job.kind == "review":  # which has no push_started
-        has_begun = job.commit_id != "" and reached_phase(job) in ("push", "answer")
+        phase = reached_phase(job)
+        push_has_begun = job.commit_id != "" and phase in ("push", "answer")
     was_rejected = ending.reason == "push_rejected" and not (
         ending.gave_up or job.is_pushed
     )
     error = ending.error
-    if has_begun and not was_rejected:
+    if push_has_begun and not was_rejected:
         commit = f"The commit {job.commit_id} may have been pushed to {job.branch}"
         error = f"{error.rstrip('.')}. {commit}"
-    error = redact(error)[:10_000]
-    if error != job.error:
-        run.log_event("codebot", f"Failed ({ending.reason}): {error}")
-    return error
+    return redact(error)[:10_000]
 
 
 def store_failure(run: JobRun, ending: Ending) -> None:
@@ -7271,7 +7268,8 @@ def store_failure(run: JobRun, ending: Ending) -> None:
     round of run_job, and nobody would tell the reviewer. (If the reviewer cannot be told,
     the review may end with another error.)
     """
-    error = log_failure(run, ending)
+    error = error_to_store(run.job, ending)
+    run.log_event("codebot", f"Failed ({ending.reason}): {error}")
     run.save_work(
         commit_id="",
         # With a kind, the review takes in no newer comments. They become another review.
@@ -7303,7 +7301,9 @@ def store_ending(run: JobRun, ending: Ending) -> None:
         # The last event is logged before the job ends, or follow_log may miss it.
         error = ""
         if ending.status == "failed":
-            error = log_failure(run, ending)
+            error = error_to_store(job, ending)
+            if error != job.error:  # else store_failure has logged it
+                run.log_event("codebot", f"Failed ({ending.reason}): {error}")
             first_line, _, rest = error.partition("\n")
             log.info("Job %s: %s%s", job.id, first_line, " …" if rest else "")
         seconds = job.seconds or time.monotonic() - run.started  # for the totals

@@ -5184,7 +5184,7 @@ def test_task_whose_push_got_no_response_may_have_been_pushed(
     expected = "The remote hung up."
     if push_started:
         expected += " The commit c0ffee may have been pushed to u/codebot/1"
-    assert codebot.log_failure(run, ending) == expected
+    assert codebot.error_to_store(run.job, ending) == expected
 
 
 @pytest.mark.parametrize("phase", ["push", "commit"])
@@ -5199,14 +5199,14 @@ def test_review_that_was_cancelled_during_its_push_may_have_been_pushed(
     ending = codebot.Ending("failed", "cancelled", expected)
     if phase == "push":
         expected += ". The commit c0ffee may have been pushed to u/codebot/1"
-    assert codebot.log_failure(run, ending) == expected
+    assert codebot.error_to_store(run.job, ending) == expected
 
 
 def test_task_whose_push_was_rejected_was_not_pushed(store: codebot.Store) -> None:
     run = task_run(store)
     run.job = dataclasses.replace(run.job, commit_id="c0ffee", push_started=True)
     ending = codebot.Ending("failed", "push_rejected", "Failed to push: protected")
-    assert codebot.log_failure(run, ending) == ending.error
+    assert codebot.error_to_store(run.job, ending) == ending.error
 
 
 def test_reviewer_of_a_pushed_commit_is_told_so_if_the_answer_fails(
@@ -5230,7 +5230,7 @@ def test_failed_review_says_once_that_its_commit_may_have_been_pushed(
     assert run.job.error == "502. The commit c0ffee may have been pushed to b"
     # In the second round, run_review raises the stored error again.
     ending = codebot.Ending("failed", "internal", run.job.error)
-    assert codebot.log_failure(run, ending) == run.job.error
+    assert codebot.error_to_store(run.job, ending) == run.job.error
 
 
 def test_failure_that_the_reviewer_is_to_be_told_survives_retries(
