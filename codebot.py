@@ -7357,7 +7357,7 @@ def clean_up(codebot: Codebot) -> None:
 
 
 def do_part(part: Callable[..., None], *args: object) -> None:
-    """Do one part of the cleanup, or one mirror. If it fails, the others are still done."""
+    """Do a part of the cleanup or maintain a mirror. A failure does not stop the rest."""
     try:
         part(*args)
     except (OSError, sqlite3.Error, GitFailed, TransientError) as error:
