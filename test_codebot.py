@@ -10799,30 +10799,36 @@ def test_change_on_top_is_not_pushed_after_what_happened_during_its_test(
     pull = open_pull(shared, test_command=f"sh {script}")
     shared.repository.permissions["gina"] = "write"
 
-    def block_test_on_top() -> None:
-        """Let others push before codebot, which tests its change on top of theirs."""
+    def block_test_on_top(login: str) -> str:
+        """Let others push before codebot tests its change on top; return their commit."""
         script.write_text("exit 0\n")
         shared.agent.follow(MAKE_CHANGE)
         hold = shared.repository.hold(PUSH_BEGINS)
-        shared.person("gina").inline("Say more")
+        shared.person(login).inline("Say more")
         hold.wait()
-        shared.repository.commit({"theirs": f"{uuid.uuid4()}\n"}, pull.branch)
+        theirs = {"theirs": f"{uuid.uuid4()}\n"}
+        tip = shared.repository.commit(theirs, pull.branch)
         script.write_text(f"{shared.agent.block_command('test')}\n")
         hold.release()
         shared.agent.wait_until_blocked("test")
+        return tip
 
-    block_test_on_top()
+    block_test_on_top("gina")
     pull.move_branch(pull.commit)
     shared.agent.release()
     assert "removed" in pull.review()["error"]
     assert pull.tip() == pull.commit
-    block_test_on_top()
-    tip = pull.tip()
+    tip = block_test_on_top("gina")
     del shared.repository.permissions["gina"]
     shared.agent.release()
     review = pull.reviews(2)[1]
     assert review["reason"] == "cancelled"
     assert "gina has no write access" in review["error"]
+    assert pull.tip() == tip
+    tip = block_test_on_top("alice")
+    shared.person("alice").close(webhook=False)
+    shared.agent.release()
+    assert "closed" in pull.reviews(3)[2]["error"]
     assert pull.tip() == tip
 
 
