@@ -6113,14 +6113,12 @@ def react_to_issue(workspace: Workspace) -> None:
 def clone(workspace: Workspace) -> None:
     """Bring the mirror up to date and make the workspace."""
     run = workspace.run
-    is_restarted = run.job.interruptions > 0 or run.job.base_commit != ""
-    if is_restarted:
-        run.log_event("codebot", "Restarted after an interruption")
     base_name, base_commit = workspace.fetch(
         run.job.request.base_branch, "base_branch_not_found"
     )
     workspace.check_out(base_name, base_commit)
-    if is_restarted:
+    if run.job.base_commit:  # an earlier run may have begun the session
+        run.log_event("codebot", "Restarted after an interruption")
         remove_session(workspace)
     workspace.make_outbox()
     run.update(base_name=base_name, base_commit=base_commit)
