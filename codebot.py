@@ -964,6 +964,7 @@ def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
     config = Config(
         **values, env_file=env_file, umask=flags["umask"], variables=variables
     )
+    redact.add(configured_secrets(config), math.inf)
     for name in NETWORK_NAMES:
         os.environ.pop(name, None)  # an empty value would count as a file name
     os.environ.update(copy_variables(config, NETWORK_NAMES))
@@ -977,7 +978,6 @@ def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
 def load_config(flags: Flags, is_server: bool = False) -> Config:
     """Read the settings. Raises ConfigError with all problems."""
     config, problems = read_config(flags, is_server)
-    redact.add(configured_secrets(config), math.inf)  # main() prints errors
     if problems:
         raise ConfigError("\n".join(problems))
     return config
@@ -1011,9 +1011,8 @@ class Redactor:
     """Replaces secrets with ``***`` in events, the log, errors, and text for GitHub.
 
     Requests and comments are not redacted before they are stored and shown to clients.
-    There is one Redactor, ``redact``. It gets the secrets of the settings in load_config
-    (before errors are printed) and in Codebot (for `check` and `demo`, which do not call
-    load_config), and each token when codebot gets it.
+    There is one Redactor, ``redact``. It gets the secrets of the settings in read_config,
+    before errors are printed, and each token when codebot gets it.
     """
 
     def __init__(self) -> None:
@@ -4799,7 +4798,6 @@ class Codebot:
         run_tag = f"{self.work_dir_tag}-{uuid.uuid4().hex[:8]}-"
         config = dataclasses.replace(config, run_tag=run_tag)
         self.config = config
-        redact.add(configured_secrets(config), math.inf)
         self.sandbox = Sandbox(config)
         self.github: GitHub | None = None
         if not config.no_github:

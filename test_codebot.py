@@ -2309,7 +2309,9 @@ class LocalTask:
             "search_path": os.environ["PATH"],
             "variables": {"ANTHROPIC_API_KEY": MODEL_KEY},
         }
-        app = codebot.Codebot(codebot.Config(**{**defaults, **settings}))
+        config = codebot.Config(**{**defaults, **settings})
+        codebot.redact.add(codebot.configured_secrets(config), math.inf)
+        app = codebot.Codebot(config)
         app.store = codebot.Store(str(site.directory / "codebot.db"))
         self.run = codebot.JobRun(app, store_task_in_state(app.store, "running"))
         codebot.name_workspace(self.run)
@@ -17497,6 +17499,7 @@ def test_start_prints_no_secret_of_a_sandbox(
         sandbox=("podman", "run", "--env=ANTHROPIC_API_KEY=sk-model", "image"),
         variables={"ANTHROPIC_API_KEY": "sk-model"},
     )
+    codebot.redact.add(codebot.configured_secrets(config), math.inf)
     codebot.print_banner(codebot.Codebot(config), 5000, 0)
     assert "sk-model" not in capsys.readouterr().out
 
