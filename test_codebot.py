@@ -4992,6 +4992,16 @@ def test_write_that_waits_too_long_for_another_is_unhealthy(
     assert store.writable
 
 
+def test_transaction_that_changes_nothing_does_not_make_the_database_healthy(
+    store: codebot.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "LOCK_TIMEOUT", 0.01)
+    with store._write_lock, pytest.raises(sqlite3.OperationalError, match="busy"):
+        store.check_writable()
+    store.mark_reported("no such task")
+    assert not store.writable
+
+
 @pytest.mark.parametrize("interruptions", [0, 1])
 def test_interrupted_jobs_are_requeued_and_others_are_not(
     store: codebot.Store, interruptions: int
