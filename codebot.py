@@ -5008,11 +5008,10 @@ g() {
 # Makes a repository that borrows the mirror's objects, and checks out the base commit.
 CHECKOUT_SCRIPT = """
 objects=$1 url=$2 base_name=$3 base_commit=$4 branch=$5
-git init -q --template= &&
+git init -q --template= --initial-branch="$branch" &&
 printf '%s\\n' "$objects" >.git/objects/info/alternates &&
 git config remote.origin.url "$url" &&
 git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&
-git symbolic-ref HEAD "refs/heads/$branch" &&
 git update-ref HEAD "$base_commit" &&
 # Not git checkout: it exits with 0 even if it could not write all files.
 git -c checkout.workers=2 read-tree -m -u HEAD
