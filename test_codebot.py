@@ -2366,6 +2366,12 @@ class LocalTask:
         return self.git("diff", "--name-only", job.base_commit, job.commit_id).split()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def freeze_tests() -> None:
+    """Keep Python from looking for garbage among the tests, which takes 0.1 s each time."""
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def forget_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the secrets of one test from those that run later in this process."""
