@@ -785,7 +785,7 @@ class FakeGitHub(http.server.ThreadingHTTPServer, Faulty):
     def serve_until_closed(self) -> None:
         """Wait for connections, unlike serve_forever without looking 50 times a second."""
         while not self.is_closing:
-            self.handle_request()
+            self.process_request(*self.get_request())
 
     def close(self) -> None:
         self.reset_faults()
