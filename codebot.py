@@ -2030,11 +2030,12 @@ def processes_in_workspaces(path: str) -> list[int]:
     prctl(PR_SET_PDEATHSIG, 0). An agent can also change the environment of processes in
     bwrap. So they are found by their mounts, which it cannot change from bwrap 0.8 on.
     """
-    # A line of mountinfo: "36 35 8:1 /srv/w/task_1/repo /srv/w/task_1/repo rw ...". Only
-    # the mount point comes before rw or ro. A blank is written \040, a backslash \134.
+    # A line of mountinfo: "36 35 8:1 /srv/w/task_1/repo /srv/w/task_1/repo rw - ext4
+    # /dev/sda1 rw". The mount point is what comes before rw or ro and, unlike the device,
+    # before the dash. A blank is written \040, a backslash \134.
     path = path.replace("\\", "\\134").replace(" ", "\\040")
     # The pattern has a fixed beginning, because re finds such a one much faster.
-    pattern = rf" {re.escape(path)}(/(task|scratch)_[^/ ]+)?/repo r[ow]"
+    pattern = rf" {re.escape(path)}(/(task|scratch)_[^/ ]+)?/repo r[ow].* - "
     # All threads are searched: a main thread that has ended has no mounts anymore.
     found = find_processes("task/[0-9]*/mountinfo", pattern)
     # If codebot itself is found, the mount is the host's, and every process has it.

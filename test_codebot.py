@@ -4381,6 +4381,22 @@ def test_process_in_a_workspace_is_found_by_its_mounts(tmp_path: Path) -> None:
     assert others == []
 
 
+def test_mount_whose_device_has_the_name_of_a_workspace_is_ignored(
+    tmp_path: Path,
+) -> None:
+    argv = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    argv.append('mount -t tmpfs "$0" /mnt && echo ready && exec sleep 600')
+    argv.append(f"{tmp_path}/task_1/repo")
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        is_ready = process.stdout.readline() == b"ready\n"
+        found = codebot.processes_in_workspaces(str(tmp_path))
+        process.kill()
+    if not is_ready:
+        pytest.skip("this host lets nobody mount anything")
+    assert found == []
+
+
 @needs_bwrap
 def test_objects_of_another_repository_cannot_be_borrowed(sandboxed: Site) -> None:
     number = len(sandboxed.github.repositories)
