@@ -3826,6 +3826,8 @@ def test_any_remote_is_accepted_without_github(url: str) -> None:
         "ssh://$[+]%0aid%0a@git.acme.com/a",  # CVE-2025-61984
         "ssh://`id`/a",  # CVE-2023-51385
         "ssh://git@%2dx/a",
+        "ssh://git@-host/a",
+        "ssh://[git@-host]:22/a",
         "-x@host:path",
         "host:path",
         "git@host:-x",
