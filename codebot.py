@@ -3085,9 +3085,14 @@ def parse_repository_url(config: Config, url: str) -> Repository:
 #   ssh://`a`/b  ssh://%0a@host/a   ssh may put such a name into a shell's command line
 #   file://host/a  file:///a%2eb    git and codebot could disagree on the path
 PLAIN_REMOTE_RE = re.compile(
-    r"(https?://(?![^/]*@)|ssh://(?![^/]*@-)(?=[\w.@:\[\]-]+/)"
-    r"|file://(?=/)(?!.*[@%\[\]])|/|\w[\w.-]*@\w[\w.-]*:)[^-].*",
-    re.ASCII,
+    r"""
+      https?:// (?! [^/]*@ ) [^-] .*
+    | ssh:// ( \w[\w.-]* @ )? ( \w[\w.-]* | \[ [0-9A-Fa-f:]+ \] ) ( :[0-9]+ )? / .*
+    | file:// (?= / ) (?! .* [@%\[\]] ) .*
+    | / [^-] .*
+    | \w[\w.-]* @ \w[\w.-]* : [^-] .*
+    """,
+    re.ASCII | re.VERBOSE,
 )
 
 
