@@ -1466,6 +1466,8 @@ SHORT_PAUSES = {
     "TIMER_INTERVAL": 0.1,  # only for jobs that are delayed; others wake the timer
     "STREAM_INTERVAL": 0.03,
     "GITHUB_RETRY_DELAY": 0.03,
+    # Not short: a second look must not come to a test that injects a fault for another.
+    "VISIBILITY_DELAY": 3600.0,
     # This pause before each program on a node is for one that empties its output.
     "NODE_SCRIPT": codebot.NODE_SCRIPT.replace("sleep 0.3 ", "sleep 0.02 "),
 }
@@ -1746,13 +1748,13 @@ class ServerProcess:
 # --- ForkingProgram ----------------------------------------------------------
 
 FORKING_PROGRAM = """
-import ctypes, json, os, signal, sys
+import ctypes, json, os, select, signal, sys
 # The last three are what codebot would import in each fork.
 import _strptime, concurrent.futures.thread, encodings.idna
 sys.path.insert(0, sys.argv[1])
 import codebot
 
-def report_ended(*_):
+def report_ended():
     try:
         while True:
             child, status = os.waitpid(-1, os.WNOHANG)
@@ -1762,15 +1764,29 @@ def report_ended(*_):
     except ChildProcessError:  # there is none
         pass
 
-signal.signal(signal.SIGCHLD, report_ended)
+# Python calls a handler late if the signal comes just before a read that then waits. So
+# the handler does nothing, and this waits for what each signal also writes to a pipe.
+signals, signals_in = os.pipe()
+os.set_blocking(signals_in, False)
+signal.set_wakeup_fd(signals_in)
+signal.signal(signal.SIGCHLD, lambda *_: None)
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-for line in sys.stdin:
-    if os.fork() == 0:
-        break
-else:
-    os.killpg(0, signal.SIGTERM)  # also servers that a killed pytest has left
+while True:
+    ready = select.select([0, signals], [], [])[0]
+    if signals in ready:
+        os.read(signals, 4096)
+        report_ended()
+    if 0 in ready:
+        line = sys.stdin.readline()
+        if not line:
+            os.killpg(0, signal.SIGTERM)  # also servers that a killed pytest has left
+        if os.fork() == 0:
+            break
+signal.set_wakeup_fd(-1)
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+os.close(signals)
+os.close(signals_in)
 os.write(1, b"%d\\n" % os.getpid())
 start = json.loads(line)
 os.chdir(start["directory"])
