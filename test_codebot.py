@@ -5021,25 +5021,17 @@ def test_requeue_keeps_progress_and_counts_interruptions(store: codebot.Store) -
     assert requeued.branch == "u/x"
 
 
-def test_write_that_waits_too_long_for_another_is_unhealthy(
+def test_database_is_unhealthy_from_a_failed_write_until_something_is_written(
     store: codebot.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(codebot, "LOCK_TIMEOUT", 0.01)
     with store._write_lock, pytest.raises(sqlite3.OperationalError, match="busy"):
         store.check_writable()
+    assert not store.writable
+    store.mark_reported("no such task")  # changes nothing
     assert not store.writable
     store.check_writable()
     assert store.writable
-
-
-def test_transaction_that_changes_nothing_does_not_make_the_database_healthy(
-    store: codebot.Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(codebot, "LOCK_TIMEOUT", 0.01)
-    with store._write_lock, pytest.raises(sqlite3.OperationalError, match="busy"):
-        store.check_writable()
-    store.mark_reported("no such task")
-    assert not store.writable
 
 
 @pytest.mark.parametrize("interruptions", [0, 1])
