@@ -2034,7 +2034,7 @@ def processes_in_workspaces(path: str) -> list[int]:
     # /dev/sda1 rw". The mount point is what comes before rw or ro and, unlike the device,
     # before the dash. A blank is written \040, a backslash \134.
     path = path.replace("\\", "\\134").replace(" ", "\\040")
-    # The pattern has a fixed beginning, because re finds such a one much faster.
+    # It begins with a fixed text, by which re finds a match much faster.
     pattern = rf" {re.escape(path)}(/(task|scratch)_[^/ ]+)?/repo r[ow].* - "
     # All threads are searched: a main thread that has ended has no mounts anymore.
     found = find_processes("task/[0-9]*/mountinfo", pattern)
@@ -2217,7 +2217,7 @@ class Sandbox:
 #   <![CDATA[...]]> or in the title of a link. Whoever labels an issue should read its
 #   source ("Edit"), not only what is shown.
 
-GITHUB_TIMEOUT = 30.0  # seconds that GitHub may be silent; also for a whole body
+GITHUB_TIMEOUT = 30.0  # seconds that GitHub may be silent, or take for a body
 GITHUB_ATTEMPTS = 4  # times that a request to GitHub is sent, at most
 GITHUB_RETRY_DELAY = 0.5  # seconds before the second attempt; doubles with each attempt
 MAX_INLINE_WAIT = 5.0  # seconds; if GitHub asks for a longer wait, the job is requeued
