@@ -1461,7 +1461,7 @@ class AgentScript:
 
 
 # Limits of every server of the tests: what it waits for without a reason to.
-SHORT_PAUSES = {
+SERVER_PAUSES = {
     "SYNC_INTERVAL": 0.03,
     "TIMER_INTERVAL": 0.1,  # only for jobs that are delayed; others wake the timer
     "STREAM_INTERVAL": 0.03,
@@ -1494,7 +1494,7 @@ def process_ids() -> set[int]:
 def limit_lines(limits: Mapping[str, Any]) -> str:
     """Return the Python code that gives codebot smaller limits."""
     lines = []
-    for name, value in {**SHORT_PAUSES, **limits}.items():
+    for name, value in {**SERVER_PAUSES, **limits}.items():
         assert hasattr(codebot, name), f"codebot has no limit {name}"
         lines.append(f"codebot.{name} = {value!r}")
     return "\n".join(lines)
