@@ -3103,7 +3103,7 @@ def check_local_remote(config: Config, path: str) -> None:
     """
     try:
         resolved = os.path.realpath(path)
-    except OSError:  # a directory on the way cannot be read
+    except OSError:  # another user's /proc/PID/cwd, in older Python
         raise ValueError("must be a path that codebot can read") from None
     # The path where it leads now, and the path as written: a symlink in it may change.
     for spelling in (re.sub("/+", "/", path), resolved):
