@@ -2122,6 +2122,7 @@ class Sandbox:
         config = self.config
         try:
             if self.is_bwrap:
+                self.check_private_directories()
                 self.inspect_bwrap()
             with scratch_workspace(config.work_dir) as workspace_path:
                 result = self.run_probe(workspace_path, command)
@@ -2150,12 +2151,8 @@ class Sandbox:
             "CODEBOT_SANDBOX=none."
         )
 
-    def inspect_bwrap(self) -> None:
-        """Find out whether bwrap can disable user namespaces, as it can from 0.8 on.
-
-        Raises ConfigError if bwrap cannot do that and codebot runs as root. Also raises it
-        if a private directory cannot be hidden, because programs need it.
-        """
+    def check_private_directories(self) -> None:
+        """Raise ConfigError if one cannot be hidden, because programs need it."""
         directories = sorted(private_directories(self.config))
         needed = ", ".join(filter(holds_system_directory, directories))
         if needed:
@@ -2163,6 +2160,12 @@ class Sandbox:
                 f"The sandbox cannot hide {needed}, because programs need what is there. "
                 "Move .env, keys and codebot's files to a directory of their own."
             )
+
+    def inspect_bwrap(self) -> None:
+        """Find out whether bwrap can disable user namespaces, as it can from 0.8 on.
+
+        Raises ConfigError if bwrap cannot do that and codebot runs as root.
+        """
         env = base_environment(self.config)
         limits = self.probe_limits
         help_text = run_program(["bwrap", "--help"], env, limits=limits).stdout
