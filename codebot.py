@@ -1154,8 +1154,8 @@ def address_secrets(word: str, is_proxy: bool) -> Iterator[str]:
         logins.append(address.rpartition("@")[0])
     for login in logins:
         user, _, password = login.partition(":")
-        is_token = is_address and len(user) >= MIN_SEARCHED_LENGTH and "/" not in user
-        if is_token and not password:
+        is_long = len(user) >= MIN_SEARCHED_LENGTH
+        if not password and is_address and is_long and "/" not in user:
             password = user
         yield password
         yield urllib.parse.unquote(password)
