@@ -7257,6 +7257,7 @@ def error_to_store(job: Job, ending: Ending) -> str:
     if job.kind == "review":  # which has no push_started
         phase = reached_phase(job)
         push_has_begun = job.commit_id != "" and phase in ("push", "answer")
+    # With gave_up, the reason only names the phase: see REASON_BY_PHASE.
     was_rejected = ending.reason == "push_rejected" and not (
         ending.gave_up or job.is_pushed
     )
