@@ -8945,7 +8945,7 @@ class ConnectionTable:
                     self._drop(connection)
 
     def evict(self) -> None:
-        """Drop one connection, because no place or no descriptor is left.
+        """Drop one connection, because the table is full or no descriptor is left.
 
         If more than half are sending, it is the oldest of these. Otherwise it is the oldest
         that is waiting or receiving or, if there is none, the oldest that is sending.
@@ -9276,11 +9276,11 @@ class Server(http.server.ThreadingHTTPServer):
             with contextlib.suppress(RuntimeError):  # the host allows no more threads
                 self._pool.submit(do_nothing)
 
-    # Called by the connections' threads; for a connection without a place, by serve_forever
+    # Called by a connection's thread or, if the table was full, by serve_forever
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         # An OSError means that the client is gone or was dropped (see Handler.respond), or
-        # that there was no place for it (see ConnectionTable.evict).
+        # that the table was full (see ConnectionTable.evict).
         if not isinstance(sys.exc_info()[1], OSError):
             log.exception("%s: error in a connection", client_address[0])
 
