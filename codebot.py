@@ -1523,8 +1523,9 @@ def run_program(
         return program.result()
 
 
-# The limit for a file in /proc. A process can declare gigabytes of its memory to be its
-# environment, but few environments are larger. A list of 20,000 mounts is this long.
+# The most that is read of a file in /proc. Few environments are larger, but a process can
+# declare gigabytes of its memory to be its environment. A list of 20,000 mounts is this
+# long.
 MAX_PROCESS_FILE_BYTES = 2 << 20
 
 
