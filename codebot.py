@@ -1970,9 +1970,9 @@ def tool_directories(config: Config) -> Iterator[str]:
 def needed_files(config: Config, options: Mapping[str, str]) -> Iterator[str]:
     """Yield the hidden files that CODEBOT_CLAUDE_COMMAND, SSL_CERT_FILE and the like name.
 
-    ``options`` has the mount option of each place in the earlier lines of the table above.
-    Words that are not absolute paths, such as a proxy's address, are skipped. Directories
-    are not shown, because they could hold private files. Neither are .env and keys.
+    ``options`` has the mount option of each hidden directory and each tool directory. Words
+    that are not absolute paths, such as a proxy's address, are skipped. Directories are not
+    shown, because they could hold private files. Neither are .env and keys.
     """
     program = shutil.which(config.claude_command[0], path=config.search_path) or ""
     words = [program, *config.claude_command[1:]]
