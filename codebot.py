@@ -6459,15 +6459,16 @@ def load_comments(review: Review) -> Review:
     comments = []
     for stored in run.store.stored_comments(run.job.id):
         comment = current.get((stored.place, stored.id))
-        # A list may lack a comment by chance: if another one is deleted meanwhile, this one
-        # moves to a page that was read already. So a missing comment counts as deleted only
-        # in a retry after a transient error, and only if codebot has had it for a while.
-        # (created_at cannot replace received_at: it may be the time of a draft.)
-        is_old = stored.received_at <= utc_time(seconds_ago=VISIBILITY_DELAY)
-        is_deleted = is_old and run.job.transient_since > 0
-        if comment is None and not is_deleted:
-            raise TransientError("GitHub does not list a comment yet")
-        if comment is not None and comment.user == run.job.reviewer:
+        if comment is None:
+            # A list may lack a comment by chance: if another one is deleted meanwhile, this
+            # one moves to a page that was read already. So it counts as deleted only in a
+            # retry after a transient error, and only if codebot has had it for a while.
+            # (created_at cannot replace received_at: it may be the time of a draft.)
+            is_old = stored.received_at <= utc_time(seconds_ago=VISIBILITY_DELAY)
+            is_deleted = is_old and run.job.transient_since > 0
+            if not is_deleted:
+                raise TransientError("GitHub does not list a comment yet")
+        elif comment.user == run.job.reviewer:
             comments.append(comment)
     if not comments:
         raise ReviewSkipped(f"GitHub has no comment by {run.job.reviewer} anymore")
