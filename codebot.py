@@ -5825,10 +5825,13 @@ class AgentRun:
                 "must set ANTHROPIC_API_KEY or CLAUDE_CODE_OAUTH_TOKEN in codebot's .env "
                 f"(the agent: {error})",
             )
-        if result.get("subtype") in ("error_max_budget_usd", "error_max_turns"):
+        subtype = result.get("subtype")
+        if subtype == "error_max_budget_usd":
+            return JobFailed(
+                "budget", f"The agent reached CODEBOT_MAX_BUDGET_USD: {error}"
+            )
+        if subtype == "error_max_turns":
             limits = "CODEBOT_MAX_TURNS or codebot's own limit of turns"
-            if result["subtype"] == "error_max_budget_usd":
-                limits = "CODEBOT_MAX_BUDGET_USD"
             return JobFailed("budget", f"The agent reached {limits}: {error}")
         message = f"The agent failed (exit code {program.code}): {error}"
         return JobFailed("agent_failed", message)
