@@ -535,7 +535,7 @@ Flags = Mapping[str, Any]  # of the command line, by name; main() adds the umask
 
 def split_commas(text: str) -> Sequence[str]:
     parts = [part.strip(BLANKS) for part in text.split(",")]
-    return tuple(part for part in parts if part)
+    return tuple(filter(None, parts))
 
 
 def split_words(text: str) -> Sequence[str]:
@@ -5812,7 +5812,7 @@ class AgentRun:
         if self.run.config.launcher:
             words.reverse()
         texts += [*words, "it gave no reason"]
-        first = next(text for text in texts if text)
+        first = next(filter(None, texts))
         error = redact(str(first))[:1000]
         if error.startswith("No conversation found"):
             return SessionLost("agent_failed", f"The agent lost its session: {error}")
@@ -7800,7 +7800,7 @@ def task_status(codebot: Codebot, request: Request, task_id: str) -> Response:
 
 def describe_review(codebot: Codebot, job: Job) -> Fields:
     comments = codebot.store.stored_comments(job.id)
-    answers = [text for text in job.answers.values() if text]
+    answers = filter(None, job.answers.values())
     commit = job.commit_id if job.is_pushed else ""  # until then nobody can find it
     return {
         **pick(job, "id", *JOB_FIELDS, "phase", "reviewer", "error", "reason"),
