@@ -5742,9 +5742,9 @@ class AgentRun:
             self.note("agent", f"The model's API failed: {event.get('error')}")
         elif event["type"] in ("assistant", "user"):
             content = event["message"]["content"]
-            blocks = content if isinstance(content, list) else []
-            for block in blocks:
-                self.read_block(event["type"], block)
+            if isinstance(content, list):
+                for block in content:
+                    self.read_block(event["type"], block)
 
     def read_block(self, speaker: str, block: dict[str, Json]) -> None:
         if block["type"] == "text" and speaker == "assistant":
