@@ -5099,7 +5099,7 @@ class DiffScanner:
         for line in new:
             if line.startswith("diff --git "):
                 # Only for messages. If git quotes the name, there is no " b/".
-                self.file = line.partition(" b/")[2] or line[len("diff --git ") :]
+                self.file = line.partition(" b/")[2] or line.removeprefix("diff --git ")
             elif line == "new file mode 160000":
                 # This is how git shows a submodule, or a clone that the agent left.
                 fault = f"{self.file} is a nested git repository or a submodule"
