@@ -7242,7 +7242,7 @@ def reached_phase(job: Job) -> str:
 
 
 def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
-    """Return whether a review has failed and its reviewer has not been told yet."""
+    """Return whether the reviewer is to be told that their review has failed."""
     job = run.job
     if job.kind == "task" or ending.status != "failed":
         return False
