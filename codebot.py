@@ -7253,10 +7253,10 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
 
 
 def error_to_store(job: Job, ending: Ending) -> str:
-    """Return the error of a failed job as it is stored.
+    """Return the error of a failed job as it is stored, in redacted form.
 
-    It is redacted, and says so if the commit may be on the branch at the remote: a push
-    may have succeeded although its response was lost.
+    A note follows it if the commit may be on the branch at the remote: a push may have
+    succeeded although its response was lost.
     """
     push_has_begun = job.push_started
     if job.kind == "review":  # which has no push_started
@@ -7328,8 +7328,7 @@ def queue_due_jobs(codebot: Codebot) -> None:
     """Wait until jobs may be due, for a second at most; then fill the queues.
 
     Each empty queue gets up to two jobs: one that a transient error has delayed, and one
-    that was not delayed. So neither kind holds up the other, except on the same pull
-    request.
+    that was not delayed. So neither holds up the other, except on the same pull request.
     """
     codebot.jobs_due.wait(TIMER_INTERVAL)
     codebot.jobs_due.clear()
