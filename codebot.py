@@ -8546,12 +8546,12 @@ async function submitTask(event) {
   const headers = { 'Content-Type': 'application/json', 'Idempotency-Key': draftKey };
   const options = { method: 'POST', headers, body: JSON.stringify(fields) };
   try {
-    const answer = await callApi('/submit', options);
+    const { task_id: id } = await callApi('/submit', options);
     showErrors('');
     ui.taskForm.reset();
     ui.taskForm.elements.repository_url.value = fields.repository_url;
     renewDraftKey();
-    location.hash = `task=${answer.task_id}`;
+    location.hash = `task=${id}`;
   } catch (error) {
     showErrors(apiKey ? error.message : ''); // without a key, the key form says why
   }
@@ -8634,10 +8634,10 @@ async function postAction(action) {
   const task = openedTask;
   const options = { method: 'POST', headers: { 'Idempotency-Key': task.retryKey } };
   try {
-    const answer = await callApi(`${task.path}/${action}`, options);
+    const { task_id: id, message } = await callApi(`${task.path}/${action}`, options);
     if (task !== openedTask) return; // the user has left it meanwhile
-    setText(ui.actionMessage, answer.message);
-    if (action === 'retry') location.hash = `task=${answer.task_id}`;
+    setText(ui.actionMessage, message);
+    if (action === 'retry') location.hash = `task=${id}`;
     refresh();
   } catch (error) {
     if (task === openedTask) setText(ui.actionMessage, error.message);
