@@ -9767,8 +9767,8 @@ def read_task_flags(flags: Flags) -> Fields:
         raise ConfigError(f"Cannot read {path}: {os_error_text(error)}.") from None
     except ValueError as error:
         raise ConfigError(f"--task {path} {error}.") from None
-    given = {name: flags[name] for name in TASK_FIELDS if flags[name] is not None}
-    return {**fields, **given}
+    overrides = {name: flags[name] for name in TASK_FIELDS if flags[name] is not None}
+    return {**fields, **overrides}
 
 
 def follow_task(codebot: Codebot, task_id: str) -> None:
