@@ -6703,9 +6703,8 @@ def reapply_change(review: Review, tip: str) -> None:
     workspace = review.workspace
     workspace.reapply(tip)
     commit_id = test_and_commit(workspace, review.task.request)
-    if not commit_id:  # nothing is left to change
-        commit_id = tip
-    run.save_work(base_commit=tip, commit_id=commit_id)
+    # There is no commit if nothing was left to change.
+    run.save_work(base_commit=tip, commit_id=commit_id or tip)
 
 
 def answer_threads(review: Review) -> None:
