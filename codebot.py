@@ -3521,7 +3521,7 @@ class Mirror(GitDirectory):
 # All SQL is here. The table of jobs is the record of the work. When a method of Store
 # returns, its changes are on disk and survive a power cut (synchronous=FULL).
 #
-# Jobs are made by add_task and queue_comments, and deleted by drop_review,
+# Jobs are made by add_task and queue_comments, and deleted by delete_review,
 # absorb_waiting_reviews and delete_expired. _transition makes all changes of state.
 #
 # Known limitations:
@@ -4474,7 +4474,7 @@ class Store:
                     f"Job {row['id']}: its comments join job {job.id}"
                 )
 
-    def drop_review(self, job_id: str) -> None:
+    def delete_review(self, job_id: str) -> None:
         """Delete a running review that is skipped.
 
         Its comments stay, without a job, so that they are not queued again.
@@ -7298,7 +7298,7 @@ def store_ending(run: JobRun, ending: Ending) -> None:
         # A cancelled job fails as cancelled, whatever else went wrong.
         ending = Ending("failed", "cancelled", CANCELLED_TEXT[job.kind])
     if ending.status == "deleted":
-        until_database_works(run.store.drop_review, job.id)
+        until_database_works(run.store.delete_review, job.id)
     elif ending.status == "pending":
         if ending.error:
             pause = max(0.0, ending.not_before - time.time())

@@ -4979,14 +4979,14 @@ def test_waiting_review_takes_only_comments_of_its_reviewer_and_pull_request(
 
 def test_only_a_running_review_is_dropped(store: codebot.Store) -> None:
     task = store_task_in_state(store, "running")
-    store.drop_review(task.id)
+    store.delete_review(task.id)
     assert stored_job(store, task).status == "running"
     pull = store_pull_request(store, store_task_in_state(store, "completed"))
     review = store_review(store, pull, 1, "alice")
-    store.drop_review(review)
+    store.delete_review(review)
     assert store.job(review) is not None
     store.claim(review)
-    store.drop_review(review)
+    store.delete_review(review)
     assert store.job(review) is None
 
 
@@ -5536,7 +5536,7 @@ def test_cost_of_a_skipped_review_is_counted_once(store: codebot.Store) -> None:
     assert review is not None
     for cost in (0.1, 0.1, 0.3):  # in all runs of its agent so far
         store.save_progress(dataclasses.replace(review, cost_usd=cost))
-    store.drop_review(review.id)
+    store.delete_review(review.id)
     assert store.totals()[1] - dollars == pytest.approx(0.3)
 
 
