@@ -3085,12 +3085,13 @@ def parse_repository_url(config: Config, url: str) -> Repository:
 #   https://host/a  ssh://u@host/a  u@host:a  file:///a  /a
 # These are refused:
 #   https://u@host/a                only an ssh host may have a user
+#   https:///u@host/a               curl ignores a third slash
 #   -a  u@host:-a  ssh://u@-a/b     git or ssh could take it for an option
 #   ssh://`a`/b  ssh://%0a@host/a   ssh may put such a name into a shell's command line
 #   file://host/a  file:///a%2eb    git and codebot could disagree on the path
 PLAIN_REMOTE_RE = re.compile(
     r"""
-      https?:// (?! [^/]*@ ) [^-] .*
+      https?:// (?! [^/]*@ ) [^/-] .*
     | ssh:// ( \w[\w.-]* @ )? ( \w[\w.-]* | \[ [0-9A-Fa-f:]+ \] ) ( :[0-9]+ )? / .*
     | file:// (?= / ) (?! .* [@%\[\]] ) .*
     | / [^-] .*

@@ -3838,6 +3838,7 @@ def test_any_remote_is_accepted_without_github(url: str) -> None:
         "git::https://a/b",
         "https://user@git.acme.com/a",
         "https://user:password@git.acme.com/a",
+        "https:///user:password@git.acme.com/a",  # curl ignores the third slash
         "ssh://-oProxyCommand=x/a",
         "ssh://$[+]%0aid%0a@git.acme.com/a",  # CVE-2025-61984
         "ssh://`id`/a",  # CVE-2023-51385
