@@ -2117,8 +2117,8 @@ class Sandbox:
 
         The sandbox works if the file "probe" then exists on this host. Raises ConfigError
         if it does not exist, and TransientError or StopRequested as run_program does. Only
-        with a launcher: raises TransientError if the launcher or its node fails, and
-        NoFreeNode if no node becomes free.
+        with a launcher: raises ConfigError if CODEBOT_LAUNCHER_STOP fails, TransientError
+        if the launcher or its node fails, and NoFreeNode if no node becomes free.
         """
         config = self.config
         try:
@@ -2184,7 +2184,7 @@ class Sandbox:
         objects = f"{workspace_path}/objects"
         argv = self.wrap(["sh", "-c", script, "sh", *command], workspace_path, objects)
         env = {**base_environment(config), "HOME": f"{workspace_path}/home"}
-        return launch(
+        result = launch(
             config,
             workspace_path,
             PROBE_TIMEOUT,
@@ -2194,6 +2194,15 @@ class Sandbox:
             cwd=f"{workspace_path}/repo",
             limits=self.probe_limits,
         )
+        if config.launcher:
+            # launch() has run this command, too, but it only logs a failure.
+            error = run_stop_command(config, workspace_path)
+            if error:
+                raise ConfigError(
+                    f"CODEBOT_LAUNCHER_STOP failed: {error.rstrip('.')}. Correct it; it "
+                    "must succeed even if nothing runs."
+                )
+        return result
 
 
 # --- GitHub ------------------------------------------------------------------

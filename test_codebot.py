@@ -16952,6 +16952,14 @@ MISTAKES = {
             "CODEBOT_LAUNCHER_STOP": "true",
         },
     ),
+    "stop of the launcher fails": Mistake(
+        "CODEBOT_LAUNCHER_STOP failed: no cluster. Correct it; it must succeed even if "
+        "nothing runs.",
+        {
+            "CODEBOT_LAUNCHER": "env",
+            "CODEBOT_LAUNCHER_STOP": "sh -c 'echo no cluster. >&2; exit 1'",
+        },
+    ),
     "sandbox program missing": Mistake(
         "The sandbox does not start: nosuch-podman: no such file or directory. Install "
         "bubblewrap (apt install bubblewrap) if it is missing, or correct CODEBOT_SANDBOX "
