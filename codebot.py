@@ -3009,6 +3009,9 @@ GIT = shlex.split(
 GIT_FETCH = shlex.split(
     "fetch --quiet --no-tags --no-recurse-submodules --no-write-fetch-head"
 )
+# Without --no-recurse-submodules, a setting of the host (with --no-github) could have git
+# push only submodules, and exit with 0.
+GIT_PUSH = shlex.split("push --quiet --no-verify --no-recurse-submodules")
 GIT_DIFF = shlex.split("diff --no-ext-diff --no-textconv --no-color")
 EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # in every SHA-1 repository
 
@@ -5441,9 +5444,7 @@ class Workspace:
         url = self.repository.url
         refspec = f"{commit}:refs/heads/{self.branch}"
         try:
-            self.outbox.remote_git(
-                self.repository, "push", "--quiet", "--no-verify", "--", url, refspec
-            )
+            self.outbox.remote_git(self.repository, *GIT_PUSH, "--", url, refspec)
         except GitAuthFailed as error:
             # The App may be suspended for a while, or a login has expired.
             raise TransientError(f"The remote refuses the push: {error}") from None

@@ -8566,6 +8566,18 @@ def test_push_that_hangs_is_tried_again(
     local.workspace.push()
 
 
+def test_configuration_of_the_host_for_submodules_prevents_no_push(
+    local: LocalTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With it, git push exits with 0 and pushes nothing."""
+    config = tmp_path / "gitconfig"
+    config.write_text("[push]\n\trecurseSubmodules = only\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(config))
+    job = local.commit(SAY_HELLO)
+    local.workspace.push()
+    assert local.site.repository.has_branch(job.branch)
+
+
 class FailingMirror(codebot.Mirror):
     """A mirror whose every fetch fails."""
 
