@@ -10082,9 +10082,22 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def open_standard_files() -> None:
+    """Open /dev/null as each of 0, 1 and 2 that is closed, as 0 is after `<&-`.
+
+    Otherwise a pipe or a lock would get that number, and fork_watchdog would replace it.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 2 for bad settings or input."""
     flags = vars(make_parser().parse_args(arguments))
+    open_standard_files()
     # If the parent ignores SIGCHLD, every program's exit code would be 0.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # In bytes. With a smaller stack, as after `ulimit -s 1024`, Python 3.13 crashes when a

@@ -1572,11 +1572,14 @@ class ServerProcess:
         """Start it again with the same flags, limits and settings, but for changes."""
         self.start(*self.flags, limits=self.limits, **{**self.settings, **changes})
 
-    def start_file(self, *flags: str, **settings: str | None) -> None:
-        """Start codebot.py itself, as a user does."""
+    def start_file(
+        self, *flags: str, redirection: str = "", **settings: str | None
+    ) -> None:
+        """Start codebot.py itself, as a user does, perhaps with a shell's redirection."""
         self.flags = flags
         self.settings = settings
-        self._start([sys.executable, str(PROGRAM)])
+        shell = ["sh", "-c", f'exec "$@" {redirection}', "sh"]
+        self._start([*shell, sys.executable, str(PROGRAM)])
 
     def _start(self, program: list[str]) -> None:
         """Start this program, or without one a fork."""
@@ -17653,6 +17656,17 @@ def test_watchdog_survives_signals_and_ends_what_is_left(fresh: Site) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(watchdog, number)
     assert os.getsid(watchdog) == watchdog  # a terminal reaches it with no other one
+    fresh.server.kill()
+    wait_for(lambda: not fresh.server.strays())
+
+
+@pytest.mark.parametrize("redirection", ["<&-", "2>&-"])
+def test_watchdog_of_a_server_with_a_closed_standard_file_ends_what_is_left(
+    fresh: Site, redirection: str
+) -> None:
+    """It waits at a pipe, which must not get the number of that file."""
+    fresh.server.start_file(redirection=redirection)
+    submit_blocked(fresh, "setsid sleep 300 & block")
     fresh.server.kill()
     wait_for(lambda: not fresh.server.strays())
 
