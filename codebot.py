@@ -10092,12 +10092,14 @@ def open_standard_files() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stderr is None:  # it was closed; print() would write to standard output
+        sys.stderr = os.fdopen(2, "w", errors="replace")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 2 for bad settings or input."""
-    flags = vars(make_parser().parse_args(arguments))
     open_standard_files()
+    flags = vars(make_parser().parse_args(arguments))
     # If the parent ignores SIGCHLD, every program's exit code would be 0.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # In bytes. With a smaller stack, as after `ulimit -s 1024`, Python 3.13 crashes when a

@@ -18253,6 +18253,12 @@ def test_output_that_nobody_reads_gives_no_traceback(
     wait_for(lambda: not on_disk.server.strays())
 
 
+def test_run_without_standard_error_prints_only_the_result(fresh: Site) -> None:
+    argv = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, str(PROGRAM)]
+    done = fresh.server.run_program([*argv, *failing_run_flags(fresh)])
+    assert json.loads(done.stdout)["reason"] == "clone_failed"
+
+
 def test_command_without_standard_output_gives_no_traceback(fresh: Site) -> None:
     argv = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, str(PROGRAM), "check"]
     done = fresh.server.run_program([*argv, *serve_flags(fresh)])
