@@ -5016,9 +5016,11 @@ def test_requeue_keeps_progress_and_counts_interruptions(store: codebot.Store) -
         job, phase="push", directory="task_1", commit_id="c" * 40, branch="u/x"
     )
     store.save_progress(changed)
+    assert store.begin_push(job.id)
     store.requeue(job.id, interruptions=1)
     requeued = stored_job(store, job)
     assert requeued.interruptions == 1
+    assert requeued.push_started
     assert requeued.phase == ""
     assert requeued.directory == "task_1"
     assert requeued.commit_id == "c" * 40
@@ -8965,30 +8967,6 @@ def test_cancel_is_refused_once_push_has_begun(shared: Site) -> None:
     blocked.release()
     shared.api.completed(blocked.tasks["push"])
     assert len(blocked.repositories["push"].pulls) == 1
-
-
-def test_error_says_whether_the_branch_may_have_been_pushed(fresh: Site) -> None:
-    retries = {"RETRY_DELAY": 0.1, "RETRY_LIMIT": {"task": 0.3, "review": 0.3}}
-    fresh.server.start("--workers", "2", limits=retries)
-    tasks = []
-    for step in ("POST /git-receive-pack", "GET /pulls*"):
-        repository = fresh.github.create_repository(f"acme/widget-{len(tasks)}")
-        hold = repository.hold(step)
-        tasks.append(fresh.api.submit(repository_url=repository.url))
-        hold.wait()
-    fresh.server.kill()
-    fresh.github.reset_faults()
-    unpushed, pushed = tasks
-    # As if it had been killed a moment before, when the commit was stored.
-    with fresh.server.database() as db:
-        db.execute("UPDATE jobs SET push_started = 0 WHERE id = ?", (unpushed,))
-    for repository in fresh.github.repositories:
-        repository.fail("GET ", 404, always=True)
-    fresh.server.restart()
-    error = fresh.api.failed(unpushed, "push_rejected")
-    assert "may have been pushed" not in error
-    error = fresh.api.failed(pushed, "pull_request_failed")
-    assert "may have been pushed" in error
 
 
 def test_name_of_a_file_is_one_line_of_the_result(
