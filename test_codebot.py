@@ -6071,6 +6071,21 @@ def test_ticket_and_summary_are_made_safe(
     run_command("git", "check-ref-format", f"refs/heads/{run.job.branch}")
 
 
+def test_digits_of_a_directory_that_exists_are_not_used(store: codebot.Store) -> None:
+    run = task_run(store)
+    digits = run.job.id.replace("-", "")
+    for name in (f"task_{digits[:7]}", f"task_AB-1_{digits[1:8]}"):
+        os.makedirs(f"{run.config.work_dir}/{name}")
+    codebot.name_workspace(run)
+    # The next seven: the name of an outbox has nothing but the digits.
+    name = digits[2:9]
+    assert run.job.directory == f"task_{name}"
+    assert run.job.branch == f"u/codebot/{name}/say-hello"
+    repository = codebot.parse_plain_remote(run.config, "/srv/a")
+    outbox = codebot.Workspace(run, repository, run.job.directory).outbox
+    assert outbox.path == f"{run.config.work_dir}/outbox_{name}.git"
+
+
 def test_without_github_branch_is_pushed_and_github_is_not_asked(
     on_disk: Site,
 ) -> None:
@@ -9006,25 +9021,6 @@ def test_cancelled_pending_task_never_starts(fresh: Site) -> None:
     fresh.api.failed(third, "agent_failed")
     assert len(fresh.agent.runs()) == 2
     assert not [run for run in fresh.agent.runs() if "Second" in run.stdin]
-
-
-def test_digits_of_a_directory_that_exists_are_not_used(shared: Site) -> None:
-    hold = shared.repository.hold("GET *")
-    task = shared.api.submit("Say hello")
-    hold.wait()
-    digits = task.replace("-", "")
-    names = (f"task_{digits[:7]}", f"task_AB-1_{digits[1:8]}")
-    taken = [shared.server.work_dir / name for name in names]
-    for path in taken:
-        path.mkdir()
-    hold.release()
-    result = shared.api.completed(task)
-    # The next seven: the name of an outbox has nothing but the digits.
-    name = digits[2:9]
-    assert Path(result["work_dir"]).parent.name == f"task_{name}"
-    assert result["branch_name"] == f"u/codebot/{name}/say-hello"
-    assert (shared.server.work_dir / f"outbox_{name}.git").exists()
-    assert [list(path.iterdir()) for path in taken] == [[], []]
 
 
 # --- The disk ----------------------------------------------------------------
