@@ -6220,17 +6220,27 @@ def test_new_repository_under_old_name_does_not_show_old_objects(shared: Site) -
     assert plans not in objects
 
 
-def test_second_task_fetches_only_what_is_new(shared: Site) -> None:
+def mirror_at_github(site: Site) -> tuple[codebot.Mirror, codebot.Repository]:
+    """Return an empty mirror, and the site's repository, which it is to fetch."""
+    github = github_client(site)
+    config = dataclasses.replace(github.config, work_dir=str(site.server.work_dir))
+    mirror = codebot.Mirror(config, f"{config.work_dir}/m.git", codebot.do_nothing)
+    found = github.repository_by_name(site.repository.name)
+    repository = codebot.parse_repository_url(config, found.url)
+    return mirror, repository._replace(github_repository=found)
+
+
+def test_mirror_fetches_only_what_is_new(fresh: Site) -> None:
     noise = base64.b64encode(os.urandom(300_000)).decode()
-    shared.repository.commit({"noise": noise})
-    before = shared.github.git_bytes_sent
-    shared.api.completed(shared.api.submit())
-    assert shared.github.git_bytes_sent - before > 200_000
-    shared.repository.commit({"small": "news\n"})
-    before = shared.github.git_bytes_sent
-    result = shared.api.completed(shared.api.submit("And again"))
-    assert shared.repository.show(result["branch_name"], "small") == "news"
-    assert shared.github.git_bytes_sent - before < 20_000
+    fresh.repository.commit({"noise": noise})
+    mirror, repository = mirror_at_github(fresh)
+    mirror.fetch_branch(repository, "main")
+    before = fresh.github.git_bytes_sent
+    assert before > 200_000
+    commit = fresh.repository.commit({"small": "news\n"})
+    assert mirror.fetch_branch(repository, "main") == ("main", commit)
+    assert mirror.local_git("show", "main:small").stdout == "news"
+    assert fresh.github.git_bytes_sent - before < 20_000
 
 
 def test_other_spelling_of_name_uses_same_mirror(shared: Site) -> None:
@@ -6242,19 +6252,20 @@ def test_other_spelling_of_name_uses_same_mirror(shared: Site) -> None:
     assert found == [mirror_of(shared, shared.repository.name)]
 
 
-def test_base_that_moves_before_fetch_is_looked_up_again(shared: Site) -> None:
-    repository = shared.repository
-    identity = ("-c", "user.name=x", "-c", "user.email=x@x")
+def test_base_that_moves_before_fetch_is_looked_up_again(fresh: Site) -> None:
+    git = fresh.repository.git
 
     def force_push() -> None:
-        new = repository.git(*identity, "commit-tree", "-m", "New", "main^{tree}")
-        repository.git("update-ref", "refs/heads/main", new)
+        new = git("commit-tree", "-m", "New", "main^{tree}")
+        git("update-ref", "refs/heads/main", new)
 
-    # The branch has moved between the answer and the fetch.
-    repository.after("POST /git-upload-pack", force_push)
-    result = shared.api.completed(shared.api.submit())
-    main = repository.git("rev-parse", "main")
-    assert repository.git("rev-parse", f"{result['commit']}^") == main
+    mirror, repository = mirror_at_github(fresh)
+    # The branch moves between the answer and the fetch.
+    fresh.repository.after("POST /git-upload-pack", force_push)
+    with pytest.raises(codebot.TransientError, match="no longer has"):
+        mirror.fetch_branch(repository, "main")
+    main = git("rev-parse", "main")
+    assert mirror.fetch_branch(repository, "main") == ("main", main)
 
 
 @pytest.mark.parametrize(
