@@ -8771,7 +8771,8 @@ def test_git_waits_until_the_certificate_of_the_remote_is_accepted(
         thread.join()
 
 
-def test_redirect_of_git_does_not_lead_past_allowed_list(fresh: Site) -> None:
+def test_git_follows_no_redirect(fresh: Site, tmp_path: Path) -> None:
+    # It would lead past CODEBOT_ALLOWED_REPOSITORIES.
     class Redirector(http.server.BaseHTTPRequestHandler):
         def log_message(self, *args: Any) -> None:
             pass
@@ -8781,17 +8782,15 @@ def test_redirect_of_git_does_not_lead_past_allowed_list(fresh: Site) -> None:
             self.send_header("Location", f"{fresh.github.url}{self.path}")
             self.end_headers()
 
+    directory = git_directory(tmp_path / "git")
+    directory.local_git("init", "--quiet", "--bare")
     with http.server.HTTPServer(("127.0.0.1", 0), Redirector) as redirector:
-        serve = functools.partial(redirector.serve_forever, 0.02)
-        thread = threading.Thread(target=serve, daemon=True)
+        thread = threading.Thread(target=redirector.handle_request, daemon=True)
         thread.start()
-        allowed = f"http://127.0.0.1:{redirector.server_port}"
-        fresh.server.start("--no-github", CODEBOT_ALLOWED_REPOSITORIES=f"{allowed}/*")
-        task = fresh.api.submit(repository_url=f"{allowed}/acme/widget.git")
-        error = fresh.api.failed(task, "clone_failed")
-        redirector.shutdown()
+        url = f"http://127.0.0.1:{redirector.server_port}/acme/widget.git"
+        with pytest.raises(codebot.GitFailed, match="302"):
+            directory.git_with_token("", "ls-remote", "--", url)
         thread.join()
-    assert "302" in error
     assert fresh.github.requests == []
 
 
