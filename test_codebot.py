@@ -8188,7 +8188,10 @@ def test_few_fields_of_a_new_pull_request_suffice(fresh: Site) -> None:
     assert open_pull_request(fresh) == (1_000_000, url)
 
 
-def test_redirect_to_another_host_is_not_followed(fresh: Site) -> None:
+def test_redirect_to_another_host_is_not_followed(
+    fresh: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "GITHUB_RETRY_DELAY", 0.01)
     # The same server under another name, so that to follow it would work.
     url = fresh.github.url.replace("127.0.0.1", "localhost")
     location = {"Location": f"{url}/repositories/{fresh.repository.id}/pulls"}
@@ -8199,7 +8202,10 @@ def test_redirect_to_another_host_is_not_followed(fresh: Site) -> None:
     assert fresh.repository.pulls == []
 
 
-def test_redirect_on_same_host_keeps_method_and_body(fresh: Site) -> None:
+def test_redirect_on_same_host_keeps_method_and_body(
+    fresh: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "GITHUB_RETRY_DELAY", 0.01)
     location = {"Location": f"/repositories/{fresh.repository.id}/pulls"}
     fresh.repository.fail("POST /pulls", 307, {}, location)
     assert open_pull_request(fresh)[0] == 1
