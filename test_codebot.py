@@ -6700,7 +6700,7 @@ def test_agents_tests_and_git_that_hang_are_ended_and_others_are_not(
         CODEBOT_TASK_TIMEOUT="5",  # for the agent, git and the tests together
         CODEBOT_STALL_TIMEOUT="2",
     )
-    hang = "trap '' TERM; setsid sleep 300 & while :; do sleep 0.1; echo COMMAND; done"
+    hang = "trap '' TERM; setsid sleep 300 & while :; do sleep 0.5; echo COMMAND; done"
     silent = hang.replace("echo COMMAND", ":")
     talking = hang.replace("COMMAND", "hm")
     silent_agent, talking_agent, good, slow_git = fresh.api.submit_each(
