@@ -7403,12 +7403,13 @@ def test_rejected_push_is_reported_in_words_of_remote(shared: Site) -> None:
 
 
 def test_push_that_remote_rejects_without_a_message_has_its_reason(
-    shared: Site,
+    local: LocalTask,
 ) -> None:
-    shared.repository.git("config", "receive.hideRefs", "refs/heads/u")
-    error = shared.api.failed(shared.api.submit(), "push_rejected")
-    assert "remote rejected" in error
-    assert "hidden ref" in error
+    local.commit(SAY_HELLO)
+    local.site.repository.git("config", "receive.hideRefs", "refs/heads/u")
+    with pytest.raises(codebot.JobFailed, match="remote rejected.*hidden ref") as error:
+        local.workspace.push()
+    assert error.value.reason == "push_rejected"
 
 
 # --- The pull request --------------------------------------------------------
