@@ -2854,6 +2854,22 @@ def test_value_in_list_of_variables_for_agent_is_not_shown(text: str) -> None:
     assert problem.endswith("=***').")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "./setup.sh;FOO=1 make",
+        "./configure&&CC=gcc make",
+        "./gradlew -Pa=b test",
+        "PATH=/opt/bin:$PATH make",
+        "/usr/bin/env A=b make",
+        "/opt/venv/bin/pytest --maxfail=1",  # no name of a repository
+        "[ ./a = ./b ]",
+    ],
+)
+def test_command_with_paths_and_equal_signs_is_a_command(command: str) -> None:
+    assert codebot.parse_test_commands(command) == (("*", command),)
+
+
 @pytest.mark.parametrize("variable", ["CODEBOT_API_KEYS", "CODEBOT_MAX_WORKERS"])
 def test_setting_that_is_not_utf_8_is_refused_and_not_shown(variable: str) -> None:
     values, problems = read_settings(**{variable: "abc\udca0"})
@@ -2886,22 +2902,6 @@ def test_allowed_pattern_without_owner_or_name_is_refused(
     )
     expected = [problem] if is_refused else []
     assert [*codebot.conflicting_settings(config)] == expected
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "./setup.sh;FOO=1 make",
-        "./configure&&CC=gcc make",
-        "./gradlew -Pa=b test",
-        "PATH=/opt/bin:$PATH make",
-        "/usr/bin/env A=b make",
-        "/opt/venv/bin/pytest --maxfail=1",  # no name of a repository
-        "[ ./a = ./b ]",
-    ],
-)
-def test_command_with_paths_and_equal_signs_is_a_command(command: str) -> None:
-    assert codebot.parse_test_commands(command) == (("*", command),)
 
 
 def test_allowed_pattern_without_url_is_refused_without_github() -> None:
@@ -7298,6 +7298,27 @@ def test_list_of_files_shows_invisible_characters_of_names(local: LocalTask) -> 
     assert "\u202e" not in codebot.pull_request_body(local.run)
 
 
+def test_name_of_a_file_is_one_line_of_the_result(
+    fresh: Site, store: codebot.Store
+) -> None:
+    # A separator of lines in Unicode, which git does not quote.
+    commit = fresh.repository.commit({"a\u2028b.py": ""}, "new")
+    workspace = workspace_without_files(git_directory(fresh.repository.bare), "main")
+    files = workspace.inspect_commit(commit)
+    job = dataclasses.replace(store_task(store), files=files)
+    file, total = codebot.describe_result(app_with(store), job)["files"]
+    assert file.split(" | ")[0].strip() == "a\u2028b.py"
+    assert total.strip().startswith("1 file changed")
+
+
+def test_failure_to_commit_names_the_command(tmp_path: Path) -> None:
+    outbox = git_directory(tmp_path / "outbox.git")
+    outbox.local_git("init", "--quiet", "--bare")
+    workspace = workspace_without_files(outbox, "no-parent")
+    with pytest.raises(codebot.GitFailed, match="^git commit-tree: fatal: "):
+        workspace.write_commit("no-tree", "Title")
+
+
 def test_change_beside_secret_like_text_is_committed(local: LocalTask) -> None:
     armor = "-----BEGIN RSA PRIVATE KEY-----"
     local.site.repository.commit({"old.ini": f"key = {MODEL_KEY}\n"})
@@ -8999,27 +9020,6 @@ def test_cancel_is_refused_once_push_has_begun(shared: Site) -> None:
     blocked.release()
     shared.api.completed(blocked.tasks["push"])
     assert len(blocked.repositories["push"].pulls) == 1
-
-
-def test_name_of_a_file_is_one_line_of_the_result(
-    fresh: Site, store: codebot.Store
-) -> None:
-    # A separator of lines in Unicode, which git does not quote.
-    commit = fresh.repository.commit({"a\u2028b.py": ""}, "new")
-    workspace = workspace_without_files(git_directory(fresh.repository.bare), "main")
-    files = workspace.inspect_commit(commit)
-    job = dataclasses.replace(store_task(store), files=files)
-    file, total = codebot.describe_result(app_with(store), job)["files"]
-    assert file.split(" | ")[0].strip() == "a\u2028b.py"
-    assert total.strip().startswith("1 file changed")
-
-
-def test_failure_to_commit_names_the_command(tmp_path: Path) -> None:
-    outbox = git_directory(tmp_path / "outbox.git")
-    outbox.local_git("init", "--quiet", "--bare")
-    workspace = workspace_without_files(outbox, "no-parent")
-    with pytest.raises(codebot.GitFailed, match="^git commit-tree: fatal: "):
-        workspace.write_commit("no-tree", "Title")
 
 
 def test_cancelled_pending_task_never_starts(fresh: Site) -> None:
