@@ -476,13 +476,13 @@ class Repository(Faulty):
 
     def references(self) -> tuple[tuple[str, bytes], ...]:
         """Return the files on which it depends what git shows of the repository."""
-        places = ("HEAD", "config", "packed-refs", "refs/**")
+        paths = [f"{self.bare}/{name}" for name in ("HEAD", "config", "packed-refs")]
+        for directory, _, names in os.walk(f"{self.bare}/refs"):
+            paths += [f"{directory}/{name}" for name in names]
         found = []
-        for place in places:
-            for path in glob.glob(f"{self.bare}/{place}", recursive=True):
-                with contextlib.suppress(IsADirectoryError, FileNotFoundError):
-                    text = Path(path).read_bytes()
-                    found.append((path[len(str(self.bare)) :], text))
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+                found.append((path[len(str(self.bare)) :], file.read()))
         return tuple(sorted(found))
 
     def rename(self, name: str) -> None:
