@@ -6203,23 +6203,6 @@ def test_empty_repository_has_no_base_branch(shared: Site) -> None:
     assert shared.agent.runs() == []
 
 
-def test_new_repository_under_old_name_does_not_show_old_objects(shared: Site) -> None:
-    name = shared.repository.name
-    old_readme = shared.repository.git("rev-parse", "main:README.md")
-    shared.repository.commit({"plans": "the plans\n"})
-    plans = shared.repository.git("rev-parse", "main:plans")
-    shared.api.completed(shared.api.submit())
-    shared.repository.rename(f"{name}-private")
-    shared.repository = shared.github.create_repository(name)
-    shared.api.repository = shared.repository
-    list_objects = "git cat-file --batch-all-objects --batch-check >objects"
-    shared.agent.follow(f"{list_objects}; result Done")
-    branch = shared.api.completed(shared.api.submit())["branch_name"]
-    objects = shared.repository.show(branch, "objects")
-    assert old_readme in objects  # which both have
-    assert plans not in objects
-
-
 def mirror_at_github(site: Site) -> tuple[codebot.Mirror, codebot.Repository]:
     """Return an empty mirror, and the site's repository, which it is to fetch."""
     github = github_client(site)
@@ -6241,6 +6224,25 @@ def test_mirror_fetches_only_what_is_new(fresh: Site) -> None:
     assert mirror.fetch_branch(repository, "main") == ("main", commit)
     assert mirror.local_git("show", "main:small").stdout == "news"
     assert fresh.github.git_bytes_sent - before < 20_000
+
+
+def test_new_repository_under_old_name_does_not_show_old_objects(fresh: Site) -> None:
+    name = fresh.repository.name
+    readme = fresh.repository.git("rev-parse", "main:README.md")
+    fresh.repository.commit({"plans": "the plans\n"})
+    plans = fresh.repository.git("rev-parse", "main:plans")
+    mirror, old = mirror_at_github(fresh)
+    mirror.fetch_branch(old, "main")
+    list_objects = ("cat-file", "--batch-all-objects", "--batch-check")
+    assert plans in mirror.local_git(*list_objects).stdout
+    fresh.repository.rename(f"{name}-private")
+    fresh.repository = fresh.github.create_repository(name)
+    mirror, new = mirror_at_github(fresh)
+    assert new.mirror_path == old.mirror_path
+    mirror.fetch_branch(new, "main")
+    objects = mirror.local_git(*list_objects).stdout  # which agents can read
+    assert readme in objects  # which both have
+    assert plans not in objects
 
 
 def test_other_spelling_of_name_uses_same_mirror(shared: Site) -> None:
