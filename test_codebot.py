@@ -2666,6 +2666,7 @@ def read_settings(**variables: str) -> tuple[dict[str, Any], list[str]]:
         ("CODEBOT_API_KEYS", "\ta\xa0,b\xa0 ", "api_keys", ("a\xa0", "b\xa0")),
         ("CODEBOT_MAX_WORKERS", "3", "workers", 3),
         ("CODEBOT_TEST_ATTEMPTS", "0", "test_attempts", 0),
+        ("CODEBOT_MAX_TURNS", "9", "max_turns", 9),
         ("CODEBOT_MAX_BUDGET_USD", "2.50", "budget", 2.5),
         ("GITHUB_APP_INSTALLATION_ID", "123456789", "installation_id", 123456789),
         (
@@ -2690,6 +2691,7 @@ def read_settings(**variables: str) -> tuple[dict[str, Any], list[str]]:
             "claude_command",
             ("/opt/c", "-v", "a/b"),
         ),
+        ("CODEBOT_CLAUDE_ARGS", "-m 'a b'", "claude_args", ("-m", "a b")),
         ("CODEBOT_SANDBOX", "none", "sandbox", ("none",)),
         ("CODEBOT_SANDBOX", "box {task} {x}", "sandbox", ("box", "{task}", "{x}")),
         ("CODEBOT_AGENT_ENV", "A_B, c1", "agent_env", ("A_B", "c1")),
@@ -5969,25 +5971,6 @@ def test_phases_and_attempts_are_logged_in_order(shared: Site) -> None:
     ]
 
 
-def test_prompt_goes_to_stdin_and_limits_become_options(fresh: Site) -> None:
-    fresh.server.start(
-        CODEBOT_MAX_TURNS="9",
-        CODEBOT_MAX_BUDGET_USD="2.5",
-        CODEBOT_CLAUDE_ARGS="--model 'my model'",
-    )
-    task = fresh.api.submit("--help; say $(hello) …", ticket_summary="-x")
-    fresh.api.completed(task)
-    [run] = fresh.agent.runs()
-    assert "--help; say $(hello) …" in run.stdin
-    assert not any("hello" in word for word in run.argv)
-    assert run.option("--session-id") == task
-    assert run.option("--max-turns") == "9"
-    assert run.option("--model") == "my model"
-    assert float(run.option("--max-budget-usd") or 0) == 2.5
-    assert run.option("--setting-sources") == ""
-    assert "--strict-mcp-config" in run.argv
-
-
 def test_agent_has_no_tool_that_fetches_and_no_text_but_its_prompt(
     shared: Site,
 ) -> None:
@@ -6010,27 +5993,42 @@ def test_agent_has_no_tool_that_fetches_and_no_text_but_its_prompt(
     assert [name for name in switches if run.env.get(name) != "1"] == []
 
 
-@pytest.mark.parametrize(("of_operator", "of_question"), [("9", "9"), ("50", "20")])
+def test_settings_and_limits_become_options_of_the_agent(store: codebot.Store) -> None:
+    run = task_run(store, max_turns=9, budget=2.5, claude_args=("--model", "my model"))
+    options = (codebot.CODING_OPTIONS, codebot.BEGIN_SESSION)
+    agent = AgentRun(codebot.agent_command(run, *options), env={}, stdin="")
+    assert agent.option("--session-id") == run.job.id
+    assert agent.option("--max-turns") == "9"
+    assert float(agent.option("--max-budget-usd") or 0) == 2.5
+    assert agent.option("--setting-sources") == ""
+    assert "--strict-mcp-config" in agent.argv
+    assert agent.argv[-2:] == ["--model", "my model"]
+
+
+@pytest.mark.parametrize(("of_operator", "of_question"), [(9, 9), (50, 20)])
 def test_smaller_limit_of_turns_counts(
-    store: codebot.Store, of_operator: str, of_question: str
+    store: codebot.Store, of_operator: int, of_question: int
 ) -> None:
-    run = task_run(store, max_turns=int(of_operator))
+    run = task_run(store, max_turns=of_operator)
     argv = codebot.agent_command(run, codebot.ANSWER_OPTIONS, "")
-    assert argv[argv.index("--max-turns") + 1] == of_question
+    assert argv[argv.index("--max-turns") + 1] == str(of_question)
 
 
-def test_prompt_has_description_between_random_delimiters(shared: Site) -> None:
-    text = "/help is no command here"
+def test_prompt_has_description_between_random_delimiters_and_goes_to_stdin(
+    shared: Site,
+) -> None:
+    text = "/help is no command here, --help no option; say $(hello) …"
     shared.agent.follow(GIVE_UP)
     delimiters = set()
     for _ in range(2):
         shared.api.failed(shared.api.submit(text), "agent_failed")
     for run in shared.agent.runs():
         assert not run.stdin.startswith("/")
-        match = re.search(f"<task-(.+)>\n{text}\n</task-(.+)>\n", run.stdin)
+        match = re.search(f"<task-(.+)>\n{re.escape(text)}\n</task-(.+)>\n", run.stdin)
         assert match
         assert match[1] == match[2]
         delimiters.add(match[1])
+        assert not any("hello" in word for word in run.argv)
     assert len(delimiters) == 2
 
 
