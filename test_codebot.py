@@ -4846,6 +4846,107 @@ def test_claim_of_unknown_job_returns_none(store: codebot.Store) -> None:
     assert store.claim("no-such-job") is None
 
 
+def test_requeue_keeps_progress_and_counts_interruptions(store: codebot.Store) -> None:
+    job = store_task_in_state(store, "running")
+    changed = dataclasses.replace(
+        job, phase="push", directory="task_1", commit_id="c" * 40, branch="u/x"
+    )
+    store.save_progress(changed)
+    assert store.begin_push(job.id)
+    store.requeue(job.id, interruptions=1)
+    requeued = stored_job(store, job)
+    assert requeued.interruptions == 1
+    assert requeued.push_started
+    assert requeued.phase == ""
+    assert requeued.directory == "task_1"
+    assert requeued.commit_id == "c" * 40
+    assert requeued.branch == "u/x"
+
+
+@pytest.mark.parametrize("interruptions", [0, 1])
+def test_interrupted_jobs_are_requeued_and_others_are_not(
+    store: codebot.Store, interruptions: int
+) -> None:
+    jobs = {state: store_task_in_state(store, state) for state in STATES}
+    store.requeue_interrupted(interruptions)
+    assert stored_job(store, jobs["running"]).status == "pending"
+    assert stored_job(store, jobs["running"]).interruptions == interruptions
+    for state in ("pending", "completed", "failed"):
+        assert stored_job(store, jobs[state]) == jobs[state]
+
+
+# Comments and their reviews
+
+
+def test_waiting_review_takes_only_comments_of_its_reviewer_and_pull_request(
+    store: codebot.Store,
+) -> None:
+    tasks = [store_task_in_state(store, "completed") for _ in range(2)]
+    pulls = [store_pull_request(store, task, n) for n, task in enumerate(tasks, 1)]
+    first = store_review(store, pulls[0], 1, "alice")
+    others = {store_review(store, pulls[0], 2, "bob")}
+    others.add(store_review(store, pulls[1], 3, "alice"))
+    assert len({first, *others}) == 3
+    assert store_review(store, pulls[0], 4, "alice") == first
+    # The ids of inline comments may be equal to those of others.
+    inline = dataclasses.replace(make_comment(4, "alice"), place="inline")
+    assert store.queue_comments(pulls[0].task_id, [inline])
+    assert inline.place in [stored.place for stored in store.stored_comments(first)]
+
+
+def test_new_comment_joins_review_that_waits_for_its_retry(
+    store: codebot.Store,
+) -> None:
+    review = claim_review(store)
+    store.save_progress(review)
+    store.requeue(review.id, not_before=time.time())
+    other = make_comment(2, "alice")
+    assert store.queue_comments(review.task_id, [other])
+    assert [comment.id for comment in store.stored_comments(review.id)] == [1, 2]
+
+
+def test_review_that_a_stop_has_requeued_does_not_absorb_itself(
+    store: codebot.Store,
+) -> None:
+    review = claim_review(store)
+    store.requeue(review.id)
+    store.absorb_waiting_reviews(review)
+    assert stored_job(store, review).status == "pending"
+    assert [comment.id for comment in store.stored_comments(review.id)] == [1]
+
+
+def test_review_that_joins_a_running_one_is_named_in_the_log(
+    store: codebot.Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    review = claim_review(store)
+    store.queue_comments(review.task_id, [make_comment(2, "alice")])
+    [waiting] = [
+        other.id for other in store.reviews(review.task_id) if other.id != review.id
+    ]
+    caplog.set_level(logging.INFO)
+    store.absorb_waiting_reviews(review)
+    assert caplog.messages == [f"Job {waiting}: its comments join job {review.id}"]
+
+
+def test_own_comment_of_codebot_is_not_queued(store: codebot.Store) -> None:
+    task = store_task_in_state(store, "completed")
+    store_pull_request(store, task)
+    own = codebot.Comment("conversation", 1, codebot.OWN_NAME, "Hi", 1, "")
+    assert not store.queue_comments(task.id, [own])
+    assert store.reviews(task.id) == []
+
+
+def test_long_login_is_cut_in_the_log(
+    store: codebot.Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    task = store_task(store)
+    store_pull_request(store, task)
+    store.queue_comments(task.id, [make_comment(1, "a" * 5000)])
+    assert f"{'a' * 99} commented" in caplog.text
+    assert "a" * 100 not in caplog.text
+
+
 def test_reviews_of_one_pull_request_run_one_at_a_time_oldest_first(
     store: codebot.Store,
 ) -> None:
@@ -4883,61 +4984,25 @@ def test_reviews_of_two_pull_requests_run_at_the_same_time(
         assert store.claim(review) is not None
 
 
-def test_new_comment_joins_review_that_waits_for_its_retry(
-    store: codebot.Store,
-) -> None:
-    review = claim_review(store)
-    store.save_progress(review)
-    store.requeue(review.id, not_before=time.time())
-    other = make_comment(2, "alice")
-    assert store.queue_comments(review.task_id, [other])
-    assert [comment.id for comment in store.stored_comments(review.id)] == [1, 2]
+def test_only_a_running_review_is_dropped(store: codebot.Store) -> None:
+    task = store_task_in_state(store, "running")
+    store.delete_review(task.id)
+    assert stored_job(store, task).status == "running"
+    pull = store_pull_request(store, store_task_in_state(store, "completed"))
+    review = store_review(store, pull, 1, "alice")
+    store.delete_review(review)
+    assert store.job(review) is not None
+    store.claim(review)
+    store.delete_review(review)
+    assert store.job(review) is None
 
 
-def test_review_that_a_stop_has_requeued_does_not_absorb_itself(
-    store: codebot.Store,
-) -> None:
-    review = claim_review(store)
-    store.requeue(review.id)
-    store.absorb_waiting_reviews(review)
-    assert stored_job(store, review).status == "pending"
-    assert [comment.id for comment in store.stored_comments(review.id)] == [1]
-
-
-def test_review_that_joins_a_running_one_is_named_in_the_log(
-    store: codebot.Store, caplog: pytest.LogCaptureFixture
-) -> None:
-    review = claim_review(store)
-    store.queue_comments(review.task_id, [make_comment(2, "alice")])
-    [waiting] = [
-        other.id for other in store.reviews(review.task_id) if other.id != review.id
+def test_review_is_not_shown_as_a_task(store: codebot.Store) -> None:
+    task = store_task_in_state(store, "completed")
+    store_review(store, store_pull_request(store, task), 1, "alice")
+    assert [fields["task_id"] for fields in store.tasks("", 10, sys.maxsize)] == [
+        task.id
     ]
-    caplog.set_level(logging.INFO)
-    store.absorb_waiting_reviews(review)
-    assert caplog.messages == [f"Job {waiting}: its comments join job {review.id}"]
-
-
-class StoreThatStartsAgain(codebot.Store):
-    """A store whose requeued job is at once started by another worker."""
-
-    app: codebot.Codebot
-
-    def requeue(self, job_id: str, *args: Any, **kwargs: Any) -> None:
-        super().requeue(job_id, *args, **kwargs)
-        job = self.claim(job_id)
-        assert job is not None
-        self.app.running[job_id] = codebot.JobRun(self.app, job)
-
-
-def test_job_that_another_worker_has_started_again_stays_among_the_running(
-    tmp_path: Path, stop: threading.Event
-) -> None:
-    store = StoreThatStartsAgain(str(tmp_path / "codebot.db"))
-    app = store.app = app_with(store)
-    job = store_task_in_state(store, "running")
-    stop.set()
-    codebot.run_job(app, stored_job(store, job))
-    assert list(app.running) == [job.id]
 
 
 def test_daily_limit_counts_reviews_that_were_started(store: codebot.Store) -> None:
@@ -4956,102 +5021,7 @@ def test_daily_limit_counts_reviews_that_were_started(store: codebot.Store) -> N
     assert store.request_kinds_of_last_day(pull_request.id) == []
 
 
-def test_long_login_is_cut_in_the_log(
-    store: codebot.Store, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    task = store_task(store)
-    store_pull_request(store, task)
-    store.queue_comments(task.id, [make_comment(1, "a" * 5000)])
-    assert f"{'a' * 99} commented" in caplog.text
-    assert "a" * 100 not in caplog.text
-
-
-def test_waiting_review_takes_only_comments_of_its_reviewer_and_pull_request(
-    store: codebot.Store,
-) -> None:
-    tasks = [store_task_in_state(store, "completed") for _ in range(2)]
-    pulls = [store_pull_request(store, task, n) for n, task in enumerate(tasks, 1)]
-    first = store_review(store, pulls[0], 1, "alice")
-    others = {store_review(store, pulls[0], 2, "bob")}
-    others.add(store_review(store, pulls[1], 3, "alice"))
-    assert len({first, *others}) == 3
-    assert store_review(store, pulls[0], 4, "alice") == first
-    # The ids of inline comments may be equal to those of others.
-    inline = dataclasses.replace(make_comment(4, "alice"), place="inline")
-    assert store.queue_comments(pulls[0].task_id, [inline])
-    assert inline.place in [stored.place for stored in store.stored_comments(first)]
-
-
-def test_only_a_running_review_is_dropped(store: codebot.Store) -> None:
-    task = store_task_in_state(store, "running")
-    store.delete_review(task.id)
-    assert stored_job(store, task).status == "running"
-    pull = store_pull_request(store, store_task_in_state(store, "completed"))
-    review = store_review(store, pull, 1, "alice")
-    store.delete_review(review)
-    assert store.job(review) is not None
-    store.claim(review)
-    store.delete_review(review)
-    assert store.job(review) is None
-
-
-def test_own_comment_of_codebot_is_not_queued(store: codebot.Store) -> None:
-    task = store_task_in_state(store, "completed")
-    store_pull_request(store, task)
-    own = codebot.Comment("conversation", 1, codebot.OWN_NAME, "Hi", 1, "")
-    assert not store.queue_comments(task.id, [own])
-    assert store.reviews(task.id) == []
-
-
-def test_review_is_not_shown_as_a_task(store: codebot.Store) -> None:
-    task = store_task_in_state(store, "completed")
-    store_review(store, store_pull_request(store, task), 1, "alice")
-    assert [fields["task_id"] for fields in store.tasks("", 10, sys.maxsize)] == [
-        task.id
-    ]
-
-
-def test_requeue_keeps_progress_and_counts_interruptions(store: codebot.Store) -> None:
-    job = store_task_in_state(store, "running")
-    changed = dataclasses.replace(
-        job, phase="push", directory="task_1", commit_id="c" * 40, branch="u/x"
-    )
-    store.save_progress(changed)
-    assert store.begin_push(job.id)
-    store.requeue(job.id, interruptions=1)
-    requeued = stored_job(store, job)
-    assert requeued.interruptions == 1
-    assert requeued.push_started
-    assert requeued.phase == ""
-    assert requeued.directory == "task_1"
-    assert requeued.commit_id == "c" * 40
-    assert requeued.branch == "u/x"
-
-
-def test_database_is_unhealthy_from_a_failed_write_until_something_is_written(
-    store: codebot.Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(codebot, "LOCK_TIMEOUT", 0.01)
-    with store._write_lock, pytest.raises(sqlite3.OperationalError, match="busy"):
-        store.check_writable()
-    assert not store.writable
-    store.mark_reported("no such task")  # changes nothing
-    assert not store.writable
-    store.check_writable()
-    assert store.writable
-
-
-@pytest.mark.parametrize("interruptions", [0, 1])
-def test_interrupted_jobs_are_requeued_and_others_are_not(
-    store: codebot.Store, interruptions: int
-) -> None:
-    jobs = {state: store_task_in_state(store, state) for state in STATES}
-    store.requeue_interrupted(interruptions)
-    assert stored_job(store, jobs["running"]).status == "pending"
-    assert stored_job(store, jobs["running"]).interruptions == interruptions
-    for state in ("pending", "completed", "failed"):
-        assert stored_job(store, jobs[state]) == jobs[state]
+# Which job is due
 
 
 def test_task_that_comes_while_another_is_in_the_queue_starts_soon(
@@ -5103,6 +5073,45 @@ def test_review_that_must_wait_for_another_holds_up_no_third(
     other = store_pull_request(store, store_task_in_state(store, "completed"), 2)
     third = store_review(store, other, 3, "bob")
     assert store.due_job("review", was_delayed=False) == third
+
+
+def test_retry_is_not_claimed_before_its_time(store: codebot.Store) -> None:
+    job = store_task_in_state(store, "running")
+    store.requeue(job.id, interruptions=1, not_before=time.time() + 1000)
+    assert store.claim(job.id) is None
+    assert store.due_job("task", was_delayed=True) is None
+    assert stored_job(store, job).status == "pending"
+    assert stored_job(store, job).interruptions == 1
+
+
+def test_retry_is_claimed_when_it_is_due(store: codebot.Store) -> None:
+    job = store_task_in_state(store, "running")
+    store.requeue(job.id, not_before=time.time())
+    assert store.due_job("task", was_delayed=True) == job.id
+    assert store.due_job("task", was_delayed=False) is None
+    assert store.due_job("review", was_delayed=True) is None
+    assert store.claim(job.id) is not None
+
+
+def test_second_retry_keeps_the_time_of_the_first(store: codebot.Store) -> None:
+    job = store_task_in_state(store, "running")
+    store.requeue(job.id, not_before=time.time())
+    first = stored_job(store, job).transient_since
+    assert time.time() - 60 < first <= time.time()
+    store.claim(job.id)
+    store.requeue(job.id, not_before=time.time())
+    assert stored_job(store, job).transient_since == first
+
+
+def test_delayed_task_is_still_delayed_after_a_start(store: codebot.Store) -> None:
+    # Otherwise tasks that were not delayed could hold it up for ever.
+    task = store_task_in_state(store, "running")
+    store.requeue(task.id, not_before=time.time() - 1)
+    store.requeue_interrupted(interruptions=0)
+    assert store.due_job("task", was_delayed=True) == task.id
+
+
+# How a run ends
 
 
 @pytest.mark.parametrize(
@@ -5157,14 +5166,27 @@ def test_error_of_a_step_decides_what_becomes_of_the_job(
     assert (ending.not_before > time.time()) == is_delayed
 
 
-def test_job_that_was_cancelled_before_its_steps_begin_does_not_begin(
-    store: codebot.Store, monkeypatch: pytest.MonkeyPatch
+class StoreThatStartsAgain(codebot.Store):
+    """A store whose requeued job is at once started by another worker."""
+
+    app: codebot.Codebot
+
+    def requeue(self, job_id: str, *args: Any, **kwargs: Any) -> None:
+        super().requeue(job_id, *args, **kwargs)
+        job = self.claim(job_id)
+        assert job is not None
+        self.app.running[job_id] = codebot.JobRun(self.app, job)
+
+
+def test_job_that_another_worker_has_started_again_stays_among_the_running(
+    tmp_path: Path, stop: threading.Event
 ) -> None:
-    monkeypatch.setattr(codebot, "run_task", lambda run: None)
-    run = task_run(store)
-    assert codebot.run_steps(run).status == "completed"
-    store.request_cancel(run.job.id)
-    assert codebot.run_steps(run).reason == "cancelled"
+    store = StoreThatStartsAgain(str(tmp_path / "codebot.db"))
+    app = store.app = app_with(store)
+    job = store_task_in_state(store, "running")
+    stop.set()
+    codebot.run_job(app, stored_job(store, job))
+    assert list(app.running) == [job.id]
 
 
 def test_free_retry_of_interrupted_review_is_not_its_last(store: codebot.Store) -> None:
@@ -5208,14 +5230,6 @@ def test_task_that_waited_too_long_fails_in_the_step_that_was_left(
     run = task_run(store)
     run.job = dataclasses.replace(run.job, transient_since=1.0, **progress)
     assert codebot.ending_after_transient_error(run, "502").reason == reason
-
-
-def test_delayed_task_is_still_delayed_after_a_start(store: codebot.Store) -> None:
-    # Otherwise tasks that were not delayed could hold it up for ever.
-    task = store_task_in_state(store, "running")
-    store.requeue(task.id, not_before=time.time() - 1)
-    store.requeue_interrupted(interruptions=0)
-    assert store.due_job("task", was_delayed=True) == task.id
 
 
 @pytest.mark.parametrize("push_started", [False, True])
@@ -5299,6 +5313,19 @@ def test_failure_that_the_reviewer_is_to_be_told_survives_retries(
     assert again.error == "No output"
 
 
+# Cancelling
+
+
+def test_job_that_was_cancelled_before_its_steps_begin_does_not_begin(
+    store: codebot.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "run_task", lambda run: None)
+    run = task_run(store)
+    assert codebot.run_steps(run).status == "completed"
+    store.request_cancel(run.job.id)
+    assert codebot.run_steps(run).reason == "cancelled"
+
+
 @pytest.mark.parametrize("status", ["failed", "pending"])
 def test_cancelled_run_fails_as_cancelled_however_its_steps_end(
     store: codebot.Store, status: str
@@ -5341,34 +5368,6 @@ def test_commit_of_a_task_that_was_just_cancelled_is_not_pushed(
     with pytest.raises(codebot.Cancelled):
         codebot.push_task_commit(workspace)
     assert not stored_job(store, run.job).push_started
-
-
-def test_retry_is_not_claimed_before_its_time(store: codebot.Store) -> None:
-    job = store_task_in_state(store, "running")
-    store.requeue(job.id, interruptions=1, not_before=time.time() + 1000)
-    assert store.claim(job.id) is None
-    assert store.due_job("task", was_delayed=True) is None
-    assert stored_job(store, job).status == "pending"
-    assert stored_job(store, job).interruptions == 1
-
-
-def test_retry_is_claimed_when_it_is_due(store: codebot.Store) -> None:
-    job = store_task_in_state(store, "running")
-    store.requeue(job.id, not_before=time.time())
-    assert store.due_job("task", was_delayed=True) == job.id
-    assert store.due_job("task", was_delayed=False) is None
-    assert store.due_job("review", was_delayed=True) is None
-    assert store.claim(job.id) is not None
-
-
-def test_second_retry_keeps_the_time_of_the_first(store: codebot.Store) -> None:
-    job = store_task_in_state(store, "running")
-    store.requeue(job.id, not_before=time.time())
-    first = stored_job(store, job).transient_since
-    assert time.time() - 60 < first <= time.time()
-    store.claim(job.id)
-    store.requeue(job.id, not_before=time.time())
-    assert stored_job(store, job).transient_since == first
 
 
 def test_cancel_is_refused_once_the_push_has_begun(store: codebot.Store) -> None:
@@ -5651,6 +5650,19 @@ def test_serve_exits_2_if_the_database_has_another_schema(fresh: Site) -> None:
 
 
 # A database that cannot be used
+
+
+def test_database_is_unhealthy_from_a_failed_write_until_something_is_written(
+    store: codebot.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "LOCK_TIMEOUT", 0.01)
+    with store._write_lock, pytest.raises(sqlite3.OperationalError, match="busy"):
+        store.check_writable()
+    assert not store.writable
+    store.mark_reported("no such task")  # changes nothing
+    assert not store.writable
+    store.check_writable()
+    assert store.writable
 
 
 @contextlib.contextmanager
