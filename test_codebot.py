@@ -6345,6 +6345,30 @@ def test_mirror_recovers_from_killed_git(fresh: Site, is_begun: bool) -> None:
     assert [branch.name for branch in branches.iterdir()] == ["main"]
 
 
+def test_mirror_is_locked_for_one_job_at_a_time(tmp_path: Path) -> None:
+    def give_up() -> None:
+        raise codebot.StopRequested()
+
+    path = str(tmp_path / "mirror.git")
+    mirror = codebot.Mirror(codebot.Config(), path, codebot.do_nothing)
+    same = codebot.Mirror(codebot.Config(), path, give_up)
+    with mirror.lock(), pytest.raises(codebot.StopRequested), same.lock():
+        pass
+    with same.lock():
+        pass
+
+
+def test_git_in_a_mirror_inherits_its_lock(tmp_path: Path) -> None:
+    # So that it has the lock as long as it runs, even if codebot is killed.
+    git = write_script(tmp_path / "tools" / "git", "readlink /proc/$$/fd/*; :")
+    path = f"{git.parent}:{os.environ['PATH']}"
+    config = codebot.Config(search_path=path, work_dir=str(tmp_path))
+    mirror = codebot.Mirror(config, str(tmp_path / "m.git"), codebot.do_nothing)
+    with mirror.lock():
+        lines = mirror.local_git("fetch").stdout.split("\n")
+    assert f"{mirror.path}.lock" in lines
+
+
 def test_fetch_that_is_ended_leaves_no_part_of_a_pack(on_disk: Site) -> None:
     # It may have filled the disk.
     config = codebot.Config(no_github=True, work_dir=str(on_disk.directory / "work"))
