@@ -3006,7 +3006,7 @@ def test_settings_show_no_secret() -> None:
         ("NAME=\udcff", "\udcff"),  # not UTF-8; the setting is refused for it
     ],
 )
-def test_line_of_env_file(tmp_path: Path, line: str, value: str) -> None:
+def test_line_of_env_file_is_read(tmp_path: Path, line: str, value: str) -> None:
     problems: list[str] = []
     text = f"{line}\n# NAME=comment\n\n"
     (tmp_path / ".env").write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -3456,7 +3456,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     return Host(tmp_path.resolve(), monkeypatch)
 
 
-def shown_of(work_dir: str) -> list[str]:
+def workspace_mounts(work_dir: str) -> list[str]:
     """Return the mounts that put the parts of the workspace back."""
     return [
         f"READ_ONLY {work_dir}/mirrors/h/o/n.git/objects",
@@ -3467,12 +3467,15 @@ def shown_of(work_dir: str) -> list[str]:
 
 def test_home_and_work_dir_are_hidden_and_workspace_is_put_back(host: Host) -> None:
     covers = ["HIDDEN home", "HIDDEN work"]
-    assert host.mounts() == [*covers, *shown_of("work")]
+    assert host.mounts() == [*covers, *workspace_mounts("work")]
 
 
 def test_work_dir_in_home_is_hidden_after_home(host: Host) -> None:
     covers = ["HIDDEN home", "HIDDEN home/work"]
-    assert host.mounts(work_dir="home/work") == [*covers, *shown_of("home/work")]
+    assert host.mounts(work_dir="home/work") == [
+        *covers,
+        *workspace_mounts("home/work"),
+    ]
 
 
 def test_directories_of_secrets_are_hidden(host: Host) -> None:
@@ -3491,7 +3494,7 @@ def test_directories_of_secrets_are_hidden(host: Host) -> None:
         "HIDDEN keys/app",
         "HIDDEN work",
     ]
-    assert mounts[len(hidden) :] == shown_of("work")
+    assert mounts[len(hidden) :] == workspace_mounts("work")
 
 
 def test_key_behind_a_symlink_is_hidden_where_it_really_is(host: Host) -> None:
@@ -3505,7 +3508,7 @@ def test_home_behind_a_symlink_is_hidden_where_it_really_is(host: Host) -> None:
     link = host.root / "link"
     link.symlink_to(host.make("real"))
     host.monkeypatch.setenv("HOME", str(link))
-    assert host.mounts() == ["HIDDEN real", "HIDDEN work", *shown_of("work")]
+    assert host.mounts() == ["HIDDEN real", "HIDDEN work", *workspace_mounts("work")]
 
 
 def test_tools_of_path_in_home_are_shown_read_only(host: Host) -> None:
@@ -3654,7 +3657,7 @@ def test_script_that_agent_command_names_is_shown(host: Host) -> None:
 
 def test_missing_home_is_not_mounted(host: Host) -> None:
     host.monkeypatch.setenv("HOME", f"{host.root}/nowhere")
-    assert host.mounts() == ["HIDDEN work", *shown_of("work")]
+    assert host.mounts() == ["HIDDEN work", *workspace_mounts("work")]
 
 
 def use_account(host: Host, home: str) -> None:
@@ -3666,7 +3669,12 @@ def use_account(host: Host, home: str) -> None:
 def test_home_of_the_account_is_hidden_beside_another_home(host: Host) -> None:
     use_account(host, host.make("account"))
     mounts = host.mounts()
-    assert mounts == ["HIDDEN account", "HIDDEN home", "HIDDEN work", *shown_of("work")]
+    assert mounts == [
+        "HIDDEN account",
+        "HIDDEN home",
+        "HIDDEN work",
+        *workspace_mounts("work"),
+    ]
 
 
 @pytest.mark.parametrize("home", ["", "/", "/usr", "/etc"])
@@ -3918,7 +3926,7 @@ def test_symlink_into_the_work_directory_is_no_remote(
         ((), "acme/widget", False),
     ],
 )
-def test_allowed_repositories(
+def test_repository_is_allowed_if_a_pattern_matches_its_name(
     allowed: tuple[str, ...], name: str, expected: bool
 ) -> None:
     config = codebot.Config(allowed=allowed)
