@@ -8395,24 +8395,38 @@ def test_commit_waits_until_its_repository_is_unarchived(
     codebot.require_usable_repository(task, repository, at_github)
 
 
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(401, "GITHUB_APP_PRIVATE_KEY_PATH and"), (422, "GitHub issues no token")],
+)
+def test_commit_waits_while_github_refuses_the_app_and_a_new_task_fails(
+    fresh: Site,
+    store: codebot.Store,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    message: str,
+) -> None:
+    monkeypatch.setattr(codebot, "GITHUB_RETRY_DELAY", 0.01)
+    pattern = "POST /app/installations/*/access_tokens"
+    fresh.github.fail(pattern, status, always=True)
+    app = codebot.Codebot(github_client(fresh).config)
+    app.store = store
+    request = codebot.TaskRequest(fresh.repository.url, "Say hello")
+    task = store.add_task(request, codebot.Submission("the tests"), 1)
+    run = codebot.JobRun(app, claim(store, task.id))
+    with pytest.raises(codebot.JobFailed, match=message) as error:
+        codebot.find_repository(run)
+    assert error.value.reason == "clone_failed"
+    run.update(commit_id="a" * 40)
+    with pytest.raises(codebot.TransientError, match=message):
+        codebot.find_repository(run)
+
+
 def test_task_in_archived_repository_costs_nothing(shared: Site) -> None:
     fields = {**shared.repository.json(), "archived": True}
     shared.repository.fail("GET ", 200, fields, always=True)
     assert "archived" in shared.api.failed(shared.api.submit(), "clone_failed")
     assert shared.agent.runs() == []
-
-
-def test_pushed_task_waits_until_app_may_open_its_pull_request(fresh: Site) -> None:
-    task = stop_while_commit_waits(fresh, "POST /pulls")
-    retries = fresh.server.log().count("running -> pending")
-    refusal = {"message": "Unprocessable"}
-    tokens = "POST /app/installations/*/access_tokens"
-    fresh.github.fail(tokens, 422, refusal, always=True)
-    fresh.server.restart()
-    fresh.server.wait_for_log("running -> pending", times=retries + 1)
-    fresh.github.reset_faults()
-    assert fresh.api.completed(task)["pr_number"] == 1
-    assert len(fresh.agent.runs()) == 1
 
 
 def test_github_is_not_asked_before_its_rate_limit_ends(shared: Site) -> None:
@@ -8584,13 +8598,6 @@ def test_jwt_follows_clock_of_github(
     assert github_client(fresh).bot().login == BOT["login"]
     issued = [claims["iat"] for claims in fresh.github.verified_jwts.values()]
     assert max(issued) > time.time() + 4000
-
-
-def test_key_of_another_app_fails_task(fresh: Site) -> None:
-    run_command("openssl", "genrsa", "-out", fresh.server.key_file, "2048")
-    fresh.server.start(limits={"GITHUB_ATTEMPTS": 2})
-    error = fresh.api.failed(fresh.api.submit(), "clone_failed")
-    assert "GITHUB_APP_PRIVATE_KEY_PATH" in error
 
 
 def test_last_refusal_of_a_token_is_raised_without_a_pause(
