@@ -8578,16 +8578,14 @@ def test_impossible_date_of_github_is_ignored() -> None:
     assert github.clock_skew == 0.0
 
 
-def test_task_fails_when_github_is_away_for_too_long(fresh: Site) -> None:
-    limits = {
-        "RETRY_DELAY": 0.1,
-        "RETRY_LIMIT": {"task": 0.5, "review": 1.0},
-        "GITHUB_ATTEMPTS": 1,
-    }
-    fresh.server.start(limits=limits, GITHUB_API_URL="http://127.0.0.1:9")
-    task = fresh.api.submit(repository_url="http://127.0.0.1:9/acme/widget")
-    error = fresh.api.failed(task, "clone_failed")
-    assert "127.0.0.1:9" in error
+def test_github_that_cannot_be_reached_is_named_in_a_transient_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(codebot, "GITHUB_RETRY_DELAY", 0.01)
+    github = create_github(api_url="http://127.0.0.1:9")
+    monkeypatch.setattr(github, "token", lambda scope: "token")
+    with pytest.raises(codebot.TransientError, match="127.0.0.1:9"):
+        github.repository_by_name("acme/widget")
 
 
 def test_jwt_follows_clock_of_github(
