@@ -9782,6 +9782,20 @@ def limited_pull(common_limited_pull: Pull) -> Iterator[Pull]:
         yield common_limited_pull
 
 
+@pytest.fixture(scope="session")
+def common_patient_pull(in_memory: Path, templates: Path) -> Iterator[Pull]:
+    with site_in(in_memory, templates) as site:
+        site.server.start(limits={"RETRY_DELAY": 0.1, "GITHUB_ATTEMPTS": 1})
+        yield open_pull(site)
+
+
+@pytest.fixture
+def patient_pull(common_patient_pull: Pull) -> Iterator[Pull]:
+    """The same where what GitHub does not list is soon looked for again, for an hour."""
+    with reused(common_patient_pull):
+        yield common_patient_pull
+
+
 def make_payload(site: Site, event: str, changes: Mapping[str, Any]) -> Any:
     """Return a delivery of alice's, with changed fields ("comment.id")."""
     alice = site.person("alice")
@@ -11703,24 +11717,21 @@ def test_killed_in_any_step_review_has_one_push_and_one_answer(fresh: Site) -> N
         assert len(runs) == (3 if step == "agent" else 2), step
 
 
+# An inline comment of a GitHub review may have been drafted long before.
+@pytest.mark.parametrize("age", [0.0, 3600.0])
 def test_comment_that_github_does_not_have_everywhere_yet_is_answered(
-    fresh: Site,
+    patient_pull: Pull, age: float
 ) -> None:
-    fresh.server.start(limits={"RETRY_DELAY": 0.1})
-    pull = open_pull(fresh, ANSWER_QUESTION)
-    alice = fresh.person("alice")
-    # An inline comment of a GitHub review may have been drafted long before.
-    for age in (0.0, 3600.0):
-        pull.forget()
-        fresh.server.log_start = fresh.server.log_file.stat().st_size
-        fresh.repository.fail("GET /issues/1/comments*", 200, [], always=True)
-        comment = alice.comment("Why?", webhook=False)
-        comment.created_at = github_time(-age)
-        alice.announce(comment)
-        fresh.server.wait_for_log("GitHub does not list a comment yet")
-        fresh.github.reset_faults()
-        assert pull.review()["status"] == "completed"
-        assert f"Because {comment.id}." in pull.answer()
+    site = patient_pull.site
+    site.repository.fail("GET /issues/1/comments*", 200, [], always=True)
+    alice = site.person("alice")
+    comment = alice.comment("Why?", webhook=False)
+    comment.created_at = github_time(-age)
+    alice.announce(comment)
+    site.server.wait_for_log("GitHub does not list a comment yet")
+    site.github.reset_faults()
+    assert patient_pull.review()["status"] == "completed"
+    assert f"Because {comment.id}." in patient_pull.answer()
 
 
 def test_comment_that_a_shifted_page_skips_is_answered(pull: Pull) -> None:
@@ -11737,57 +11748,52 @@ def test_comment_that_a_shifted_page_skips_is_answered(pull: Pull) -> None:
 
 
 def test_comment_that_comes_while_its_review_is_retried_is_answered(
-    fresh: Site,
+    patient_pull: Pull,
 ) -> None:
-    fresh.server.start(limits={"RETRY_DELAY": 0.1})
-    pull = open_pull(fresh, ANSWER_QUESTION)
+    repository = patient_pull.site.repository
     comments = "GET /issues/1/comments*"
-    alice = fresh.person("alice")
-    fresh.repository.fail(comments, 200, [])
-    fresh.repository.after(comments, lambda: alice.comment("And how?"))
+    alice = patient_pull.site.person("alice")
+    repository.fail(comments, 200, [])
+    repository.after(comments, lambda: alice.comment("And how?"))
     alice.comment("Why?")
-    wait_for(lambda: "And how?" in "".join(pull.answers()))
+    wait_for(lambda: "And how?" in "".join(patient_pull.answers()))
 
 
 def test_what_is_written_while_a_retry_reads_the_comments_is_answered(
-    fresh: Site,
+    patient_pull: Pull,
 ) -> None:
-    fresh.server.start(limits={"RETRY_DELAY": 0.1, "GITHUB_ATTEMPTS": 1})
-    pull = open_pull(fresh, ANSWER_QUESTION)
-    comments = "GET /issues/1/comments*"
-    wait_for(lambda: fresh.repository.count(comments) == 1)  # the look at a new one
-    fresh.repository.fail("GET /pulls/1", 503, b"")
-    hold = fresh.repository.hold(comments)
-    alice = fresh.person("alice")
+    site = patient_pull.site
+    site.repository.fail("GET /pulls/1", 503, b"")
+    hold = site.repository.hold("GET /issues/1/comments*")
+    alice = site.person("alice")
     alice.comment("Why?")
     hold.wait()
     alice.review("And all in all?")  # the texts of reviews have been listed already
-    fresh.github.reset_faults()
-    assert pull.review()["status"] == "completed"
-    assert len(pull.answers()) == 2
+    hold.release()
+    assert patient_pull.review()["status"] == "completed"
+    assert len(patient_pull.answers()) == 2
 
 
 def test_draft_that_joins_an_old_review_and_is_not_listed_yet_is_answered(
-    fresh: Site,
+    patient_pull: Pull,
 ) -> None:
-    fresh.server.start(limits={"RETRY_DELAY": 0.1, "GITHUB_ATTEMPTS": 1})
-    pull = open_pull(fresh, ANSWER_QUESTION)
-    fresh.repository.fail("GET /pulls/1", 503, b"", always=True)
-    alice = fresh.person("alice")
+    site = patient_pull.site
+    site.repository.fail("GET /pulls/1", 503, b"", always=True)
+    alice = site.person("alice")
     alice.comment("Why?")
-    fresh.server.wait_for_log("running -> pending")  # it is retried
-    with fresh.server.database() as db:
+    site.server.wait_for_log("running -> pending")  # it is retried
+    with site.server.database() as db:
         db.execute("UPDATE jobs SET submitted_at = ?", (LONG_AGO,))
     draft = alice.inline("And how?", webhook=False)
     draft.created_at = github_time(-3600)
     alice.announce(draft)
-    wait_for(lambda: "And how?" in str(fresh.api.status(pull.task)["reviews"]))
-    fresh.github.reset_faults()
-    fresh.repository.fail("GET /pulls/1/comments*", 200, [], always=True)
-    fresh.server.wait_for_log("GitHub does not list a comment yet")
-    fresh.github.reset_faults()
-    assert pull.review()["status"] == "completed"
-    assert len(pull.answers()) == 2
+    wait_for(lambda: "And how?" in str(site.api.status(patient_pull.task)["reviews"]))
+    site.github.reset_faults()
+    site.repository.fail("GET /pulls/1/comments*", 200, [], always=True)
+    site.server.wait_for_log("GitHub does not list a comment yet")
+    site.github.reset_faults()
+    assert patient_pull.review()["status"] == "completed"
+    assert len(patient_pull.answers()) == 2
 
 
 def test_pull_request_that_github_does_not_show_everywhere_yet_is_answered(
