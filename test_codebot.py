@@ -10668,17 +10668,18 @@ def test_daily_limit_is_announced_once(limited_pull: Pull, limited: Site) -> Non
     assert len(limited_pull.answers()) == 1
 
 
-def test_review_above_daily_limit_does_not_count(limited: Site) -> None:
-    pull = open_pull(limited, "classify none")
+def test_review_above_daily_limit_does_not_count(limited_pull: Pull) -> None:
+    site = limited_pull.site
+    site.agent.follow("classify none")
     for count in (1, 2, 3):
-        limited.person("alice").comment("Thanks!")
-        pull.reviews(count)
-    with limited.server.database() as db:  # as if the first one was a day older
-        first = "SELECT MIN(seq) FROM jobs WHERE kind = 'review' AND task_id = ?"
+        site.person("alice").comment("Thanks!")
+        limited_pull.reviews(count)
+    with site.server.database() as db:  # as if the first one was a day older
+        first = "SELECT MIN(seq) FROM jobs WHERE kind = 'review' AND submitted_at > ?"
         sql = f"UPDATE jobs SET submitted_at = ? WHERE seq = ({first})"
-        db.execute(sql, (LONG_AGO, pull.task))
-    limited.person("alice").comment("Thanks!")
-    kinds = [review["kind"] for review in pull.reviews(4)]
+        db.execute(sql, (LONG_AGO, LONG_AGO))
+    site.person("alice").comment("Thanks!")
+    kinds = [review["kind"] for review in limited_pull.reviews(4)]
     assert kinds == ["none", "none", "limit", "none"]
 
 
