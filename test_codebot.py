@@ -9329,7 +9329,9 @@ def test_unused_mirror_is_removed(fresh: Site) -> None:
     repository = fresh.github.create_repository("acme/.github")
     limits = {"MAINTENANCE_INTERVAL": 0.1}
     fresh.server.start(limits=limits, CODEBOT_TASK_RETENTION="1")
-    fresh.api.completed(fresh.api.submit(repository_url=repository.url))
+    fresh.agent.follow(GIVE_UP)
+    task = fresh.api.submit(repository_url=repository.url)
+    fresh.api.failed(task, "agent_failed")
     mirror = mirror_of(fresh, "acme/.github")
     assert mirror.exists()
     os.utime(f"{mirror}.lock", (1, 1))  # as if it was used last in 1970
@@ -9627,7 +9629,7 @@ def test_database_can_be_outside_work_directory(fresh: Site) -> None:
     directory = fresh.directory / "elsewhere"
     directory.mkdir()
     fresh.server.start(CODEBOT_DATABASE=str(directory / "jobs.db"))
-    fresh.api.completed(fresh.api.submit())
+    submit_failing(fresh)
     assert (directory / "jobs.db").exists()
     assert not (fresh.server.work_dir / "codebot.db").exists()
 
@@ -15297,7 +15299,7 @@ def test_workspace_is_not_used_again_before_its_job_is_ended(
 ) -> None:
     site = launching.site
     task = submit_blocked(site, "touch unfinished; block")
-    site.agent.follow(SAY_HELLO)
+    site.agent.follow(GIVE_UP)
     [job] = launching.jobs()
     launching.unreachable.touch()
     # Only the launcher dies, as if the connection to the node was lost.
@@ -15311,7 +15313,7 @@ def test_workspace_is_not_used_again_before_its_job_is_ended(
     [work] = site.server.work_dir.glob(f"task_{task[:7]}/repo")
     assert (work / "unfinished").exists()
     launching.unreachable.unlink()
-    site.api.completed(task)
+    site.api.failed(task, "agent_failed")
 
 
 def test_launched_job_ends_with_codebot(launching: StandInCluster) -> None:
@@ -15325,9 +15327,9 @@ def test_launched_job_ends_with_codebot(launching: StandInCluster) -> None:
     assert launching.jobs()
     site.server.stop()
     launching.assert_empty()
-    site.agent.follow(SAY_HELLO)
+    site.agent.follow(GIVE_UP)
     site.server.restart()
-    site.api.completed(task)
+    site.api.failed(task, "agent_failed")
 
 
 def test_job_that_outlived_the_host_is_ended_by_the_next_start(
@@ -17728,10 +17730,10 @@ def test_what_a_killed_server_and_its_watchdog_have_left_is_ended_by_the_next(
     os.kill(watchdog, signal.SIGKILL)
     fresh.server.kill()
     assert left in command_lines()
-    fresh.agent.follow(SAY_HELLO)
+    fresh.agent.follow(GIVE_UP)
     fresh.server.restart()
     assert left not in command_lines()
-    fresh.api.completed(task)
+    fresh.api.failed(task, "agent_failed")
 
 
 PRINT_DUMPABLE = """
@@ -18260,11 +18262,11 @@ def test_push_of_interrupted_run_is_finished_by_a_server(fresh: Site) -> None:
 def test_run_leaves_other_tasks_of_work_directory_alone(fresh: Site) -> None:
     leave_running_task(fresh)
     work_dir = ("--work-dir", str(fresh.server.work_dir))
-    done = fresh.server.run_forked(*run_flags(fresh, *work_dir))
-    assert done.returncode == 0
+    done = fresh.server.run_forked(*failing_run_flags(fresh, *work_dir))
+    assert json.loads(done.stdout)["reason"] == "clone_failed"
     with fresh.server.database() as db:
         states = db.execute("SELECT status FROM jobs ORDER BY seq").fetchall()
-    assert states == [("pending",), ("completed",)]
+    assert states == [("pending",), ("failed",)]
 
 
 def test_run_retries_like_the_server(fresh: Site) -> None:
