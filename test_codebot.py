@@ -10392,10 +10392,19 @@ def review_of(comment: codebot.Comment, store: codebot.Store) -> codebot.Review:
     return codebot.Review(run, run.job, *parts)
 
 
-def test_empty_answers_give_way_to_the_summary(store: codebot.Store) -> None:
+@pytest.mark.parametrize(
+    "entries",
+    [
+        pytest.param([], id="none"),
+        pytest.param([{"comment_id": 1, "body": ""}] * 2, id="empty"),
+        pytest.param([{"comment_id": 2, "body": "No"}], id="to another comment"),
+    ],
+)
+def test_comment_without_an_answer_of_its_own_is_answered_with_the_summary(
+    store: codebot.Store, entries: list[dict[str, Any]]
+) -> None:
     review = review_of(make_comment(1, "alice"), store)
     review.run.update(summary="Because.")
-    entries = [{"comment_id": 1, "body": ""}, {"comment_id": 1, "body": ""}]
     answers = codebot.parse_answers(review, {"answers": entries})
     assert answers == {"conversation 1": "Because."}
 
@@ -10418,12 +10427,6 @@ AGENT_ANSWERS = {
     "no words": ("classify question; result ' '", "\nThe agent gave no answer."),
     "plain text": ("classify question; result 'In plain words'", "> In plain words"),
     "output is no object": (plan_with_output("5"), "> Done."),
-    "answer to another comment": (
-        plan_with_output(
-            '{"answers":[{"comment_id":1,"body":"No"}],"summary":"In short"}'
-        ),
-        "> In short",
-    ),
     "heading and marker": (
         plan_with_output(
             r'{"answers":[],"summary":"In short\n## Tests\n<!-- codebot -->"}'
