@@ -2024,9 +2024,9 @@ class ApiClient:
         events: list[dict[str, Any]] = answer.json["events"]
         return events
 
-    def messages(self, task_id: str) -> list[str]:
+    def messages(self, task_id: str, after: int = 0) -> list[str]:
         """Return the log as "source: message"."""
-        events = self.events(task_id)
+        events = self.events(task_id, after)
         return [f"{event['source']}: {event['message']}" for event in events]
 
     def reviews(self, task_id: str, count: int) -> list[dict[str, Any]]:
@@ -9649,9 +9649,12 @@ class Pull:
     old_reviews: int = 0
     old_answers: int = 0
     old_reactions: int = 0
+    last_old_event: int = 0
 
     def forget(self) -> None:
         """Let everything up to now count as old."""
+        for event in self.site.api.events(self.task, self.last_old_event):
+            self.last_old_event = event["seq"]
         self.old_reviews = len(self.site.api.status(self.task)["reviews"])
         self.old_answers = len(self.site.repository.answers())
         self.old_reactions = len(self.site.repository.reactions)
@@ -9689,6 +9692,10 @@ class Pull:
 
     def reactions(self) -> list[tuple[str, int]]:
         return self.site.repository.reactions[self.old_reactions :]
+
+    def messages(self) -> list[str]:
+        """Return the new part of the task's log as "source: message"."""
+        return self.site.api.messages(self.task, self.last_old_event)
 
     def tip(self) -> str:
         # As in has_branch, git need not be started.
@@ -10476,7 +10483,7 @@ def test_thanks_get_no_answer(pull: Pull) -> None:
     assert review["kind"] == "none"
     assert review["answer"] is None
     assert pull.answers() == []
-    assert pull.site.api.messages(pull.task)[-1] == "codebot: Review completed (none)"
+    assert pull.messages()[-1] == "codebot: Review completed (none)"
     assert len(pull.site.agent.runs()) == 1
 
 
@@ -10642,7 +10649,7 @@ def test_what_one_reviewer_has_waiting_is_one_job(pull: Pull) -> None:
         "The second",
         "The third",
     ]
-    messages = pull.site.api.messages(pull.task)
+    messages = pull.messages()
     for text in ("The first", "The second", "The third", "The fourth", "The fifth"):
         assert f"codebot: Comment by alice: {text}" in messages
     first, *later = pull.site.agent.runs("classify")
@@ -11530,7 +11537,6 @@ def test_failure_is_reported_in_the_thread(pull: Pull, case: str) -> None:
 def test_failed_review_and_its_log_are_kept_if_nobody_can_be_told(
     pull: Pull, step: str
 ) -> None:
-    old = len(pull.site.api.messages(pull.task))
     locked = {**pull.site.repository.pull_json(1), "locked": True}
     pull.site.agent.follow("block; exit 3")  # it neither classifies nor tells its cost
     pull.site.person("alice").inline("Say more")
@@ -11541,8 +11547,7 @@ def test_failed_review_and_its_log_are_kept_if_nobody_can_be_told(
         pull.site.repository.fail("GET /pulls/1", 200, locked)
     pull.site.agent.release()
     assert pull.review()["status"] == "failed"
-    log = pull.site.api.messages(pull.task)[old:]
-    failures = [m for m in log if m.startswith("codebot: Failed (")]
+    failures = [m for m in pull.messages() if m.startswith("codebot: Failed (")]
     assert len(failures) == 2  # what went wrong, and why nobody was told
     assert failures[0].startswith("codebot: Failed (agent_failed): ")
 
@@ -11586,8 +11591,7 @@ def test_rejected_push_of_review_is_reported_in_words_of_remote(pull: Pull) -> N
     assert review["reason"] == "push_rejected"
     assert "GH006: Protected branch" in pull.answer()
     assert pull.tip() == before
-    last = pull.site.api.messages(pull.task)[-1]
-    assert last == "codebot: Review failed (push_rejected)"
+    assert pull.messages()[-1] == "codebot: Review failed (push_rejected)"
 
 
 def test_review_waits_while_app_is_refused_or_suspended(pull: Pull) -> None:
