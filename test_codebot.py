@@ -11552,24 +11552,25 @@ def test_failed_review_and_its_log_are_kept_if_nobody_can_be_told(
     assert failures[0].startswith("codebot: Failed (agent_failed): ")
 
 
-def test_failure_is_reported_before_the_next_review_runs(fresh: Site) -> None:
-    fresh.server.start(CODEBOT_REVIEW_WORKERS="1")
-    pull = open_pull(fresh, "classify change; block; exit 3")
-    comment = fresh.person("alice").inline("Say more")
-    fresh.agent.wait_until_blocked()
-    fresh.person("bob").inline("Say this")
-    wait_for(lambda: len(pull.states()) == 2)
-    fresh.agent.follow(MAKE_CHANGE)
-    fresh.agent.release()
+def test_failure_is_reported_before_the_next_review_runs(pull: Pull) -> None:
+    site = pull.site
+    before = pull.tip()
+    site.agent.follow("classify change; block; exit 3")
+    comment = site.person("alice").inline("Say more")
+    site.agent.wait_until_blocked()
+    site.person("bob").inline("Say this")
+    assert pull.states() == ["running", "pending"]
+    site.agent.follow("classify none")
+    site.agent.release()
     pull.reviews(2)
     assert pull.states() == ["failed", "completed"]
     reply = pull.reply(comment)
     assert "codebot could not do this (agent_failed):" in reply
     assert "To have it try again, comment again." in reply
-    messages = fresh.api.messages(pull.task)
-    assert f"git: Branch {pull.branch} at {pull.commit}" in messages
-    told = messages.index("codebot: Review failed (agent_failed)")
-    assert told < messages.index("codebot: Comment by bob: Say this")
+    messages = pull.messages()
+    assert f"git: Branch {pull.branch} at {before}" in messages
+    reported = messages.index("codebot: Review failed (agent_failed)")
+    assert reported < messages.index("codebot: Comment by bob: Say this")
 
 
 def test_hanging_agent_is_reported_in_the_thread(limited_pull: Pull) -> None:
