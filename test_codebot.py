@@ -9771,7 +9771,10 @@ def common_pull(shared_site: Site) -> Pull:
 
 @pytest.fixture
 def pull(common_pull: Pull) -> Iterator[Pull]:
-    """An open pull request on the shared server, which other tests use too."""
+    """An open pull request on the shared server, which other tests use too.
+
+    Without another plan, agents take each comment for a question and answer it.
+    """
     with reused(common_pull):
         yield common_pull
 
@@ -9991,7 +9994,6 @@ def test_people_without_write_access_are_ignored(pull: Pull) -> None:
 
 
 def test_delivery_cannot_put_words_into_mouth_of_reviewer(pull: Pull) -> None:
-    pull.site.agent.follow(ANSWER_QUESTION)
     alice = pull.site.person("alice")
     comment = alice.comment("Why hello?", webhook=False)
     payload = alice.comment_payload(comment)
@@ -10339,7 +10341,6 @@ def test_file_name_cannot_leave_its_delimiter(pull: Pull) -> None:
 
 
 def test_agent_sees_line_and_earlier_comments_of_thread(pull: Pull) -> None:
-    pull.site.agent.follow(ANSWER_QUESTION)
     alice = pull.site.person("alice")
     top = alice.inline("Why hello?", webhook=False)
     alice.inline("A thread of its own", webhook=False)
@@ -10365,7 +10366,6 @@ def test_agent_sees_line_and_earlier_comments_of_thread(pull: Pull) -> None:
 
 
 def test_long_earlier_comments_are_truncated(pull: Pull) -> None:
-    pull.site.agent.follow(ANSWER_QUESTION)
     alice = pull.site.person("alice")
     for number in range(3):
         alice.comment(f"Log {number}: {'x' * 60_000}", webhook=False)
