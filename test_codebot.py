@@ -11575,10 +11575,11 @@ def test_failure_is_reported_before_the_next_review_runs(pull: Pull) -> None:
 
 def test_hanging_agent_is_reported_in_the_thread(limited_pull: Pull) -> None:
     limited_pull.site.agent.follow("exec sleep 300")
-    limited_pull.site.person("alice").inline("Say more")
+    comment = limited_pull.site.person("alice").inline("Say more")
     review = limited_pull.review()
     assert review["reason"] == "stalled"
     assert review["error"] in limited_pull.answer()
+    assert limited_pull.answer() == limited_pull.reply(comment)
 
 
 def test_rejected_push_of_review_is_reported_in_words_of_remote(pull: Pull) -> None:
