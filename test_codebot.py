@@ -15089,14 +15089,12 @@ class StandInCluster:
             "CODEBOT_LAUNCHER_STOP": f"{self.place}/stop {{job}}",
         }
 
-    def start_server(self, *flags: str, **settings: str) -> None:
-        self.start_server_with(LAUNCH_LIMITS, *flags, **settings)
-
-    def start_server_with(
-        self, limits: Mapping[str, Any], *flags: str, **settings: str
+    def start_server(
+        self, *flags: str, limits: Mapping[str, Any] = {}, **settings: str
     ) -> None:
-        settings = {**self.settings(), **settings}
-        self.site.server.start(*flags, limits=limits, **settings)
+        all_limits = {**LAUNCH_LIMITS, **limits}
+        all_settings = {**self.settings(), **settings}
+        self.site.server.start(*flags, limits=all_limits, **all_settings)
 
     def jobs(self) -> list[int]:
         """Return the jobs that run; what nobody has waited for yet does not."""
@@ -15262,8 +15260,8 @@ def test_launched_test_that_empties_its_output_has_a_time_limit(
 ) -> None:
     busy = 'case "$*" in *sleep?60*) sleep 1.2 ;; esac'  # no node is free for the test
     change_launcher(cluster, "exec 3<&0", f"{busy}; exec 3<&0")
-    limits = {**LAUNCH_LIMITS, "NODE_SCRIPT": codebot.NODE_SCRIPT}
-    cluster.start_server_with(limits, CODEBOT_TASK_TIMEOUT="2")
+    limits = {"NODE_SCRIPT": codebot.NODE_SCRIPT}
+    cluster.start_server(limits=limits, CODEBOT_TASK_TIMEOUT="2")
     task = cluster.site.api.submit(test_command=": >/dev/stdout; sleep 60")
     cluster.site.api.failed(task, "timeout")
 
@@ -15354,7 +15352,7 @@ def test_job_that_outlived_the_host_is_ended_by_the_next_start(
 
 def test_stop_that_fails_is_tried_again(cluster: StandInCluster) -> None:
     site = cluster.site
-    cluster.start_server_with({**LAUNCH_LIMITS, "CLEANUP_INTERVAL": 0.1})
+    cluster.start_server(limits={"CLEANUP_INTERVAL": 0.1})
     task = submit_blocked(site, "block")
     cluster.unreachable.touch()
     site.api.cancel(task)
@@ -15367,8 +15365,7 @@ def test_stop_that_fails_is_tried_again(cluster: StandInCluster) -> None:
 def test_launcher_that_never_works_is_not_tried_for_ever(
     cluster: StandInCluster,
 ) -> None:
-    retries = {"RETRY_DELAY": 0.1, "RETRY_LIMIT": {"task": 0.3, "review": 0.3}}
-    cluster.start_server_with({**LAUNCH_LIMITS, **retries})
+    cluster.start_server(limits={"RETRY_LIMIT": {"task": 0.3, "review": 0.3}})
     cluster.broken.touch()
     task = cluster.site.api.submit()
     error = cluster.site.api.failed(task, "internal")
@@ -15393,8 +15390,7 @@ def test_wait_for_a_node_costs_neither_task_nor_test_time(
 def test_server_starts_although_no_node_is_free(cluster: StandInCluster) -> None:
     site = cluster.site
     cluster.busy.touch()
-    limits = {**LAUNCH_LIMITS, "PROBE_TIMEOUT": 0.3}
-    site.server.start(limits=limits, **cluster.settings(), CODEBOT_LAUNCH_TIMEOUT="1")
+    cluster.start_server(limits={"PROBE_TIMEOUT": 0.3}, CODEBOT_LAUNCH_TIMEOUT="1")
     site.server.wait_for_log("was not tested: the launcher got no free node")
     error = site.api.failed(site.api.submit(), "timeout")
     assert error == "No node became free within 1 s (CODEBOT_LAUNCH_TIMEOUT)"
