@@ -12001,6 +12001,14 @@ def open_issue(
     return LabelledIssue(site, site.person(login).open_issue(title, body))
 
 
+def is_reported(issue: LabelledIssue) -> bool:
+    """Return whether codebot has noted that nothing is left to say on the issue."""
+    with issue.site.server.database() as database:
+        sql = "SELECT MIN(is_reported) FROM jobs WHERE issue_url = ?"
+        rows = database.execute(sql, [issue.url]).fetchall()
+    return rows == [(1,)]
+
+
 def wait_until_deliveries_are_handled(site: Site) -> None:
     """Label another issue: what was delivered before it has been looked at by its end."""
     site.agent.follow(GIVE_UP)
@@ -12086,9 +12094,7 @@ def test_issue_of_a_repository_that_is_not_allowed_anymore_gets_no_comment(
     fresh.server.stop()
     fresh.server.restart(CODEBOT_ALLOWED_REPOSITORIES="acme/other")
     fresh.api.failed(task, "clone_failed")
-    with fresh.server.database() as db:
-        query = "SELECT is_reported FROM jobs"
-        wait_for(lambda: db.execute(query).fetchall() == [(1,)])
+    wait_for(lambda: is_reported(issue))
     assert fresh.repository.count(f"POST /issues/{issue.number}/comments") == 0
 
 
@@ -12575,14 +12581,6 @@ def test_lost_answers_of_github_give_one_task_and_comment(shared: Site) -> None:
     assert len(issue.comments()) == 1
     assert len(shared.repository.pulls) == 1
     assert shared.repository.count("POST /issues/1/comments") == 1
-
-
-def is_reported(issue: LabelledIssue) -> bool:
-    """Return whether codebot has noted that the issue has its comment."""
-    with issue.site.server.database() as database:
-        sql = "SELECT MIN(is_reported) FROM jobs WHERE issue_url = ?"
-        rows = database.execute(sql, [issue.url]).fetchall()
-    return rows == [(1,)]
 
 
 def test_issue_waits_for_github(shared: Site) -> None:
