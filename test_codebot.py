@@ -11877,8 +11877,7 @@ def test_what_was_written_while_server_was_down_is_found_at_start(fresh: Site) -
     fresh.server.restart()
     wait_for(lambda: len(pull.answers()) == len(comments) + 1)
     for comment in comments:
-        answers = [a for a in pull.answers() if f"Because {comment.id}." in a]
-        assert answers
+        assert f"Because {comment.id}." in "".join(pull.answers())
     # All that each of them had waiting was one job, besides the interrupted one.
     wait_for(lambda: {*pull.states()} == {"completed"})
     assert len(pull.states()) == 3
@@ -16686,7 +16685,7 @@ def test_page_reports_errors_and_next_steps(fresh: Site, browser: Browser) -> No
     assert "not a branch" in browser.field_error("Base branch")
     browser.check()
 
-    fresh.agent.follow("result 'I give up.' error_during_execution true")
+    fresh.agent.follow(GIVE_UP)
     browser.fill("Base branch", "")
     browser.click("button", "Submit task")
     browser.wait_for_text("Failed: agent failed")
@@ -17917,13 +17916,10 @@ def test_check_refuses_an_agent_that_is_too_old(fresh: Site) -> None:
 
 
 def test_check_refuses_old_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
-    codebot_app = codebot.Codebot(
-        codebot.Config(no_github=True, claude_command=("sh",))
-    )
+    app = codebot.Codebot(codebot.Config(no_github=True, claude_command=("sh",)))
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 26, 0))
-    findings = [f for f in codebot.check_programs(codebot_app) if f.level == "FAIL"]
-    assert len(findings) == 1
-    assert "Use one with 3.31 or newer" in findings[0].message
+    [failure] = [f for f in codebot.check_programs(app) if f.level == "FAIL"]
+    assert "Use one with 3.31 or newer" in failure.message
 
 
 def test_check_changes_nothing_but_work_dir(fresh: Site) -> None:
@@ -18475,4 +18471,4 @@ def test_help_describes_commands_and_flags(fresh: Site) -> None:
         "--tls-cert",
         "--tls-key",
     ):
-        assert re.search(rf"^  {flag}\b.*(\s+)[a-z]", done.stdout, re.MULTILINE)
+        assert re.search(rf"^  {flag}\b.*\s+[a-z]", done.stdout, re.MULTILINE)
