@@ -10567,7 +10567,7 @@ def test_change_is_pushed_only_if_tests_pass(shared: Site) -> None:
     assert pull.tip() == pushed
 
 
-def test_job_finds_fresh_workspace_but_its_home(pull: Pull) -> None:
+def test_job_finds_a_fresh_workspace_and_its_old_home(pull: Pull) -> None:
     pull.site.agent.follow(
         "classify change; mkdir -p .git/hooks; echo x >.git/hooks/planted; "
         "git config planted.by agent; "
@@ -11206,7 +11206,7 @@ def test_earlier_answer_is_looked_for_only_since_its_comment(pull: Pull) -> None
     assert pull.site.repository.count(pattern) == 1
 
 
-def test_retries_of_a_review_add_no_reactions_again(fresh: Site) -> None:
+def test_retries_of_a_review_repeat_no_reaction(fresh: Site) -> None:
     launcher = write_script(
         fresh.directory / "launch", '[ -e "$0.down" ] && exit 1\nexec "$@"'
     )
@@ -11657,7 +11657,9 @@ def test_reply_in_thread_whose_first_comment_was_deleted_gets_no_answer(
     assert pull.answers() == []
 
 
-def test_comment_deleted_before_answer_harms_nothing(pull: Pull) -> None:
+def test_change_is_pushed_although_its_comment_was_deleted_meanwhile(
+    pull: Pull,
+) -> None:
     pull.site.agent.follow(f"classify change; block; {MAKE_CHANGE}")
     comment = pull.site.person("alice").inline("Say more")
     pull.site.agent.wait_until_blocked()
@@ -12165,7 +12167,7 @@ def test_label_event_is_handled_once(shared: Site) -> None:
         ("alice", "User", {"state": "closed"}, "it is closed"),
     ],
 )
-def test_label_is_ignored(
+def test_label_is_ignored_unless_somebody_with_write_access_put_it_on_an_open_issue(
     shared: Site, login: str, kind: str, changes: dict[str, Any], reason: str
 ) -> None:
     issue = open_issue(shared)
@@ -14566,7 +14568,7 @@ TASK_KEYS = {
 TIME_RE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 
-def test_status_of_pending_and_running_task(limited: Site) -> None:
+def test_status_of_unfinished_task_shows_its_place_or_its_phase(limited: Site) -> None:
     running = submit_blocked(limited)
     waiting = limited.api.submit()
     status = limited.api.status(waiting)
@@ -14588,7 +14590,7 @@ def test_status_of_pending_and_running_task(limited: Site) -> None:
     assert limited.api.cancel(running) == 202
 
 
-def test_status_of_completed_task(shared: Site) -> None:
+def test_status_of_completed_task_has_its_fields_and_its_result(shared: Site) -> None:
     fields = {
         "ticket_id": "AB-7",
         "ticket_summary": "Greet people",
@@ -14632,7 +14634,7 @@ def test_status_of_completed_task(shared: Site) -> None:
     assert result["seconds"] > 0
 
 
-def test_status_of_failed_task(shared: Site) -> None:
+def test_status_of_failed_task_has_its_error_and_its_reason(shared: Site) -> None:
     task = submit_failing(shared)
     status = shared.api.status(task)
     assert status.keys() == TASK_KEYS | {"error", "reason"}
@@ -14657,7 +14659,7 @@ def test_unknown_task_gets_404(
     assert_is_error(response, 404, "No such task")
 
 
-def test_list_has_pages_and_filters(shared: Site) -> None:
+def test_list_has_the_newest_first_in_pages_and_by_status(shared: Site) -> None:
     first = submit_failing(shared)
     second = shared.api.submit()
     third = submit_failing(shared)
@@ -17820,7 +17822,9 @@ def run_check(
     return site.server.run_forked("check", *arguments, limits=limits, **settings)
 
 
-def test_check_of_a_host_without_memory_is_no_traceback(fresh: Site) -> None:
+def test_start_without_memory_on_the_host_says_so_without_a_traceback(
+    fresh: Site,
+) -> None:
     # git prints this if it cannot start a process.
     script = "echo 'fatal: fork: Cannot allocate memory' >&2; exit 1"
     git = write_script(fresh.directory / "programs" / "git", script)
