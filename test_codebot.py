@@ -4001,6 +4001,201 @@ def test_first_matching_test_command_is_used(name: str, command: str) -> None:
     assert codebot.default_test_command(config, repository.full_name) == command
 
 
+# --- Programs ----------------------------------------------------------------
+
+# What srun and podman do when they are ended: they need a moment to clean up.
+CLEANS_UP = 'trap "sleep 0.2; echo clean >>cleaned; exit" TERM; echo ready >ready'
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        f"{CLEANS_UP}; sleep 60 & wait",
+        f"sh -c '{CLEANS_UP}; sleep 60 & wait'; :",  # its parent ends at once
+    ],
+    ids=["leader", "child"],
+)
+def test_program_that_is_ended_may_clean_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    monkeypatch.setattr(codebot, "KILL_GRACE", 1.0)
+
+    def check() -> None:
+        if (tmp_path / "ready").exists():
+            raise codebot.Cancelled
+
+    with pytest.raises(codebot.Cancelled):
+        codebot.run_program(
+            ["sh", "-c", script],
+            GIT_ENVIRONMENT,
+            cwd=str(tmp_path),
+            limits=codebot.Limits(check_stop=check),
+        )
+    assert (tmp_path / "cleaned").read_text() == "clean\n"
+
+
+def test_program_that_outlives_its_result_may_clean_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "RESULT_GRACE", 0.0)
+    codebot.run_program(
+        ["sh", "-c", f"{CLEANS_UP}; echo result; sleep 60 & wait"],
+        GIT_ENVIRONMENT,
+        cwd=str(tmp_path),
+        on_lines=lambda lines: True,
+    )
+    assert (tmp_path / "cleaned").read_text() == "clean\n"
+
+
+def test_long_line_of_output_is_cut_at_a_blank_or_omitted() -> None:
+    with tempfile.TemporaryFile() as file:
+        output = codebot.OutputFile(file)
+        output.keep(["a" * 9000 + " " + "b" * 9000, "c" * 10_001])
+    assert list(output.last_lines) == ["a" * 9000, "(long line omitted)"]
+
+
+def test_very_long_line_of_output_is_split_and_keeps_its_first_character(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(codebot, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(codebot, "READ_BYTES", 60)
+    lines: list[str] = []
+    codebot.run_program(
+        ["sh", "-c", f"echo before; printf -- '-{'x' * 250}\\n'; echo after"],
+        GIT_ENVIRONMENT,
+        on_lines=lines.extend,
+    )
+    assert lines[0] == "before"
+    assert lines[-1] == "after"
+    assert len(lines) > 4
+    assert lines[1].startswith("-x")
+    assert all(line.startswith("-(continued)x") for line in lines[2:-1])
+    assert "".join(lines).count("x") == 250
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(0, id="small"),
+        pytest.param(65_536 - 20, id="tag is read in two pieces"),
+        pytest.param(120_000, id="tag is read later"),
+    ],
+)
+def test_process_is_found_by_its_environment_of_any_size(size: int) -> None:
+    tag = uuid.uuid4().hex
+    variables = {"A": "x" * size, "CODEBOT_RUN": f"{tag}-job", **GIT_ENVIRONMENT}
+    with subprocess.Popen(["sleep", "60"], env=variables) as process:
+        try:
+            # Its environment is visible some moments after its program has started.
+            found = wait_for(lambda: codebot.tagged_processes(tag))
+        finally:
+            process.kill()
+        assert found == [process.pid]
+
+
+def test_process_that_left_its_group_may_clean_up(tmp_path: Path) -> None:
+    tag = uuid.uuid4().hex
+    script = f"{CLEANS_UP}; while :; do sleep 0.05; done"
+    with subprocess.Popen(
+        ["sh", "-c", script],
+        cwd=tmp_path,
+        env={**GIT_ENVIRONMENT, "CODEBOT_RUN": f"{tag}-1"},
+        start_new_session=True,
+    ):
+        wait_for((tmp_path / "ready").exists)
+        codebot.end_processes(codebot.tagged_processes, tag)
+    assert (tmp_path / "cleaned").read_text() == "clean\n"
+
+
+SSH_REFUSAL = """\
+Warning: Permanently added 'git.acme.com' (ED25519) to the list of known hosts.
+git@git.acme.com: Permission denied (publickey).
+fatal: Could not read from remote repository.
+
+Please make sure you have the correct access rights
+and the repository exists.
+"""
+# As GitHub's pre-receive hook and git print it.
+SECRET_REFUSAL = """\
+remote: error: GH013: Repository rule violations found for refs/heads/u/codebot/x.        
+remote: 
+remote: - GITHUB PUSH PROTECTION        
+remote:   Push cannot contain secrets        
+remote: 
+remote:     (?) Learn how to resolve a blocked push        
+remote: 
+To https://github.com/acme/widget.git
+ ! [remote rejected] abc -> u/codebot/x (push declined due to repository rule violations)
+error: failed to push some refs to 'https://github.com/acme/widget.git'
+hint: See the "Note about fast-forwards" in 'git push --help' for details.
+"""
+
+
+@pytest.mark.parametrize(
+    ("stderr", "error"),
+    [
+        (
+            SSH_REFUSAL,
+            (
+                "Warning: Permanently added 'git.acme.com' (ED25519) to the list of known "
+                "hosts. / git@git.acme.com: Permission denied (publickey). / fatal: Could "
+                "not read from remote repository."
+            ),
+        ),
+        (
+            SECRET_REFUSAL,
+            (
+                "remote: error: GH013: Repository rule violations found for "
+                "refs/heads/u/codebot/x. / To https://github.com/acme/widget.git / "
+                "! [remote rejected] abc -> u/codebot/x (push declined due to "
+                "repository rule violations) / error: failed to push some refs to "
+                "'https://github.com/acme/widget.git'"
+            ),
+        ),
+        (
+            "remote: fatal: no space\na\nb\nc\nd\n",
+            "remote: fatal: no space / b / c / d",
+        ),
+        ("Please make sure you have run it.\n", "Please make sure you have run it."),
+        ("a\nb\nfatal: c\nd\n", "a / b / fatal: c / d"),
+        ("a\nb\nc\nfatal: d\ne\n", "c / fatal: d / e"),
+        ("a\nb\nc\nd\ne\n", "c / d / e"),
+        ("  hint: a\nremote: \n\n", "no output"),
+    ],
+)
+def test_error_of_program_has_its_cause_and_its_end(stderr: str, error: str) -> None:
+    assert codebot.ProgramResult(1, "", stderr).error == error
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_output_is_kept_although_program_opens_it_again(
+    tmp_path: Path, stream: str
+) -> None:
+    script = f"""
+        wait_for_reader() {{ touch new; while [ -e new ]; do sleep 0.01; done; }}
+        echo one >&2; echo two; wait_for_reader
+        : >/dev/{stream}; wait_for_reader
+        echo a >/dev/{stream}; echo b; echo c >&2
+    """
+    checks = itertools.count()
+
+    def check() -> None:
+        # It follows a read, and only the second one's is sure to have come after "new".
+        if (tmp_path / "new").exists() and next(checks) % 2:
+            (tmp_path / "new").unlink()
+
+    result = codebot.run_program(
+        ["sh", "-c", script],
+        {"PATH": os.environ["PATH"]},
+        cwd=str(tmp_path),
+        limits=codebot.Limits(check_stop=check),
+    )
+    both = {"stdout": "b", "stderr": "c"}
+    both[stream] = f"a\n{both[stream]}"
+    assert result.stdout.endswith(both["stdout"])
+    assert result.stderr.endswith(both["stderr"])
+
+
 # --- The sandbox: what the agent sees ----------------------------------------
 
 ENV_FILE_KEY = "key-in-the-env-file"
@@ -15547,201 +15742,6 @@ def test_watchdog_stops_only_what_its_own_codebot_launched(
     record = add_launch_record(config, tag=tag)
     codebot.stop_all_launched(config, record_prefix="host-codebot-")
     assert record.exists() != is_stopped
-
-
-# --- Ending programs ---------------------------------------------------------
-
-# What srun and podman do when they are ended: they need a moment to clean up.
-CLEANS_UP = 'trap "sleep 0.2; echo clean >>cleaned; exit" TERM; echo ready >ready'
-
-
-@pytest.mark.parametrize(
-    "script",
-    [
-        f"{CLEANS_UP}; sleep 60 & wait",
-        f"sh -c '{CLEANS_UP}; sleep 60 & wait'; :",  # its parent ends at once
-    ],
-    ids=["leader", "child"],
-)
-def test_program_that_is_ended_may_clean_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
-) -> None:
-    monkeypatch.setattr(codebot, "KILL_GRACE", 1.0)
-
-    def check() -> None:
-        if (tmp_path / "ready").exists():
-            raise codebot.Cancelled
-
-    with pytest.raises(codebot.Cancelled):
-        codebot.run_program(
-            ["sh", "-c", script],
-            GIT_ENVIRONMENT,
-            cwd=str(tmp_path),
-            limits=codebot.Limits(check_stop=check),
-        )
-    assert (tmp_path / "cleaned").read_text() == "clean\n"
-
-
-def test_program_that_outlives_its_result_may_clean_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(codebot, "RESULT_GRACE", 0.0)
-    codebot.run_program(
-        ["sh", "-c", f"{CLEANS_UP}; echo result; sleep 60 & wait"],
-        GIT_ENVIRONMENT,
-        cwd=str(tmp_path),
-        on_lines=lambda lines: True,
-    )
-    assert (tmp_path / "cleaned").read_text() == "clean\n"
-
-
-def test_long_line_of_output_is_cut_at_a_blank_or_omitted() -> None:
-    with tempfile.TemporaryFile() as file:
-        output = codebot.OutputFile(file)
-        output.keep(["a" * 9000 + " " + "b" * 9000, "c" * 10_001])
-    assert list(output.last_lines) == ["a" * 9000, "(long line omitted)"]
-
-
-def test_very_long_line_of_output_is_split_and_keeps_its_first_character(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(codebot, "MAX_LINE_BYTES", 100)
-    monkeypatch.setattr(codebot, "READ_BYTES", 60)
-    lines: list[str] = []
-    codebot.run_program(
-        ["sh", "-c", f"echo before; printf -- '-{'x' * 250}\\n'; echo after"],
-        GIT_ENVIRONMENT,
-        on_lines=lines.extend,
-    )
-    assert lines[0] == "before"
-    assert lines[-1] == "after"
-    assert len(lines) > 4
-    assert lines[1].startswith("-x")
-    assert all(line.startswith("-(continued)x") for line in lines[2:-1])
-    assert "".join(lines).count("x") == 250
-
-
-@pytest.mark.parametrize(
-    "size",
-    [
-        pytest.param(0, id="small"),
-        pytest.param(65_536 - 20, id="tag is read in two pieces"),
-        pytest.param(120_000, id="tag is read later"),
-    ],
-)
-def test_process_is_found_by_its_environment_of_any_size(size: int) -> None:
-    tag = uuid.uuid4().hex
-    variables = {"A": "x" * size, "CODEBOT_RUN": f"{tag}-job", **GIT_ENVIRONMENT}
-    with subprocess.Popen(["sleep", "60"], env=variables) as process:
-        try:
-            # Its environment is visible some moments after its program has started.
-            found = wait_for(lambda: codebot.tagged_processes(tag))
-        finally:
-            process.kill()
-        assert found == [process.pid]
-
-
-def test_process_that_left_its_group_may_clean_up(tmp_path: Path) -> None:
-    tag = uuid.uuid4().hex
-    script = f"{CLEANS_UP}; while :; do sleep 0.05; done"
-    with subprocess.Popen(
-        ["sh", "-c", script],
-        cwd=tmp_path,
-        env={**GIT_ENVIRONMENT, "CODEBOT_RUN": f"{tag}-1"},
-        start_new_session=True,
-    ):
-        wait_for((tmp_path / "ready").exists)
-        codebot.end_processes(codebot.tagged_processes, tag)
-    assert (tmp_path / "cleaned").read_text() == "clean\n"
-
-
-SSH_REFUSAL = """\
-Warning: Permanently added 'git.acme.com' (ED25519) to the list of known hosts.
-git@git.acme.com: Permission denied (publickey).
-fatal: Could not read from remote repository.
-
-Please make sure you have the correct access rights
-and the repository exists.
-"""
-# As GitHub's pre-receive hook and git print it.
-SECRET_REFUSAL = """\
-remote: error: GH013: Repository rule violations found for refs/heads/u/codebot/x.        
-remote: 
-remote: - GITHUB PUSH PROTECTION        
-remote:   Push cannot contain secrets        
-remote: 
-remote:     (?) Learn how to resolve a blocked push        
-remote: 
-To https://github.com/acme/widget.git
- ! [remote rejected] abc -> u/codebot/x (push declined due to repository rule violations)
-error: failed to push some refs to 'https://github.com/acme/widget.git'
-hint: See the "Note about fast-forwards" in 'git push --help' for details.
-"""
-
-
-@pytest.mark.parametrize(
-    ("stderr", "error"),
-    [
-        (
-            SSH_REFUSAL,
-            (
-                "Warning: Permanently added 'git.acme.com' (ED25519) to the list of known "
-                "hosts. / git@git.acme.com: Permission denied (publickey). / fatal: Could "
-                "not read from remote repository."
-            ),
-        ),
-        (
-            SECRET_REFUSAL,
-            (
-                "remote: error: GH013: Repository rule violations found for "
-                "refs/heads/u/codebot/x. / To https://github.com/acme/widget.git / "
-                "! [remote rejected] abc -> u/codebot/x (push declined due to "
-                "repository rule violations) / error: failed to push some refs to "
-                "'https://github.com/acme/widget.git'"
-            ),
-        ),
-        (
-            "remote: fatal: no space\na\nb\nc\nd\n",
-            "remote: fatal: no space / b / c / d",
-        ),
-        ("Please make sure you have run it.\n", "Please make sure you have run it."),
-        ("a\nb\nfatal: c\nd\n", "a / b / fatal: c / d"),
-        ("a\nb\nc\nfatal: d\ne\n", "c / fatal: d / e"),
-        ("a\nb\nc\nd\ne\n", "c / d / e"),
-        ("  hint: a\nremote: \n\n", "no output"),
-    ],
-)
-def test_error_of_program_has_its_cause_and_its_end(stderr: str, error: str) -> None:
-    assert codebot.ProgramResult(1, "", stderr).error == error
-
-
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_output_is_kept_although_program_opens_it_again(
-    tmp_path: Path, stream: str
-) -> None:
-    script = f"""
-        wait_for_reader() {{ touch new; while [ -e new ]; do sleep 0.01; done; }}
-        echo one >&2; echo two; wait_for_reader
-        : >/dev/{stream}; wait_for_reader
-        echo a >/dev/{stream}; echo b; echo c >&2
-    """
-    checks = itertools.count()
-
-    def check() -> None:
-        # It follows a read, and only the second one's is sure to have come after "new".
-        if (tmp_path / "new").exists() and next(checks) % 2:
-            (tmp_path / "new").unlink()
-
-    result = codebot.run_program(
-        ["sh", "-c", script],
-        {"PATH": os.environ["PATH"]},
-        cwd=str(tmp_path),
-        limits=codebot.Limits(check_stop=check),
-    )
-    both = {"stdout": "b", "stderr": "c"}
-    both[stream] = f"a\n{both[stream]}"
-    assert result.stdout.endswith(both["stdout"])
-    assert result.stderr.endswith(both["stderr"])
 
 
 # --- The launcher: Slurm -----------------------------------------------------
