@@ -12129,7 +12129,7 @@ def test_polling_finds_comments_and_state_without_webhooks(fresh: Site) -> None:
 
 
 @dataclasses.dataclass
-class LabelledIssue:
+class LabeledIssue:
     """An issue, and what codebot makes of it."""
 
     site: Site
@@ -12193,11 +12193,11 @@ class LabelledIssue:
 
 def open_issue(
     site: Site, title: str = "Say hello", body: str = "Please.", login: str = "alice"
-) -> LabelledIssue:
-    return LabelledIssue(site, site.person(login).open_issue(title, body))
+) -> LabeledIssue:
+    return LabeledIssue(site, site.person(login).open_issue(title, body))
 
 
-def is_reported(issue: LabelledIssue) -> bool:
+def is_reported(issue: LabeledIssue) -> bool:
     """Return whether codebot has noted that nothing is left to say on the issue."""
     with issue.site.server.database() as database:
         sql = "SELECT MIN(is_reported) FROM jobs WHERE issue_url = ?"
@@ -12537,18 +12537,18 @@ def test_comments_of_people_with_write_access_are_included(shared: Site) -> None
         assert text not in issue.prompt()
 
 
-def edit(issue: LabelledIssue) -> None:
+def edit(issue: LabeledIssue) -> None:
     issue.change(body="Delete it all")
 
 
-def edit_and_comment(issue: LabelledIssue) -> None:
+def edit_and_comment(issue: LabeledIssue) -> None:
     edit(issue)
     carol = issue.site.person("carol", number=issue.number)
     comment = carol.comment("By the way", webhook=False)
     comment.updated_at = issue.site.repository.issues[issue.number]["updated_at"]
 
 
-def rename(issue: LabelledIssue) -> None:
+def rename(issue: LabeledIssue) -> None:
     """Change the title on GitHub, long after the label."""
     issue.change(title="Delete it all")
     event = {
@@ -12561,14 +12561,14 @@ def rename(issue: LabelledIssue) -> None:
     issue.site.repository.label_events.append(event)
 
 
-def edit_and_rename(issue: LabelledIssue) -> None:
+def edit_and_rename(issue: LabeledIssue) -> None:
     edit(issue)
     rename(issue)
 
 
 @pytest.mark.parametrize("change", [edit, edit_and_comment, edit_and_rename, rename])
 def test_issue_of_stranger_that_changed_after_label_needs_label_again(
-    shared: Site, change: Callable[[LabelledIssue], None]
+    shared: Site, change: Callable[[LabeledIssue], None]
 ) -> None:
     issue = open_issue(shared, login="carol")
     shared.person("alice").label(issue.number, webhook=False)
@@ -12825,7 +12825,7 @@ def test_report_waits_while_app_is_refused(limited: Site) -> None:
 def test_label_in_renamed_repository_becomes_task(shared: Site) -> None:
     issue = open_issue(shared)
     shared.repository.rename(f"acme/renamed-{shared.repository.id}")
-    issue = LabelledIssue(shared, issue.number)
+    issue = LabeledIssue(shared, issue.number)
     shared.repository.issues[issue.number]["html_url"] = issue.url
     shared.person("alice").label(issue.number)
     result = shared.api.completed(issue.task())
@@ -12922,7 +12922,7 @@ def test_killed_in_any_step_issue_has_one_pull_request_and_one_comment(
     fresh: Site,
 ) -> None:
     fresh.server.start("--workers", "3")
-    issues: dict[str, LabelledIssue] = {}
+    issues: dict[str, LabeledIssue] = {}
     for step, pattern in ISSUE_CRASH_STEPS.items():
         repository = fresh.github.create_repository(f"acme/step-{len(issues)}")
         issue = open_issue(dataclasses.replace(fresh, repository=repository))
@@ -16468,7 +16468,7 @@ class Browser:
         self.call("Page.navigate", url="about:blank")
 
     def show_as(self, scheme: str, width: int) -> None:
-        """Choose the colour scheme and the width. All of the page is in view."""
+        """Choose the color scheme and the width. All of the page is in view."""
         size = {"width": width, "height": 2400, "deviceScaleFactor": 1}
         self.call("Emulation.setDeviceMetricsOverride", mobile=width < 600, **size)
         feature = {"name": "prefers-color-scheme", "value": scheme}
@@ -18092,7 +18092,7 @@ def test_check_without_events_but_with_polling_is_fine(fresh: Site) -> None:
 
 
 def test_task_says_that_installation_lacks_repository(shared: Site) -> None:
-    submit_failing(shared)  # afterwards there is a look-up token
+    submit_failing(shared)  # afterwards there is a lookup token
     other = shared.github.create_repository("acme/hidden")
     message = {"message": "There is at least one repository that is not accessible."}
     shared.github.fail("POST /app/installations/*/access_tokens", 422, message)
