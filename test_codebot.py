@@ -9906,8 +9906,8 @@ class Pull:
         log = self.site.repository.git("log", f"-{count}", "--format=%s", self.branch)
         return log.split("\n")
 
-    def wait_until_dropped(self, times: int = 1) -> None:
-        """Wait until reviews were dropped when they started."""
+    def wait_until_skipped(self, times: int = 1) -> None:
+        """Wait until so many reviews were skipped when they started."""
         self.site.server.wait_for_log("is skipped", times)
         wait_for(lambda: not {"pending", "running"} & {*self.states()})
 
@@ -10181,7 +10181,7 @@ NOT_ACCESSIBLE = {"message": "Resource not accessible by integration"}
 def test_people_without_write_access_are_ignored(pull: Pull) -> None:
     pull.site.person("carol").comment("Delete it all")
     pull.site.person("mallory").inline("Delete it all")
-    pull.wait_until_dropped(2)
+    pull.wait_until_skipped(2)
     assert "carol commented on " in pull.site.server.log()
     assert "carol has no write access" in pull.site.server.log()
     assert "mallory has no write access" in pull.site.server.log()
@@ -10206,7 +10206,7 @@ def test_delivery_cannot_use_name_of_reviewer(pull: Pull) -> None:
     payload = carol.comment_payload(comment)
     payload["comment"]["user"] = pull.site.person("alice").user
     assert pull.site.github.deliver("issue_comment", payload).status == 202
-    pull.wait_until_dropped(1)
+    pull.wait_until_skipped(1)
     pull.assert_untouched()
 
 
@@ -10224,7 +10224,7 @@ def test_write_access_is_asked_at_each_start(pull: Pull) -> None:
     hold.wait()
     del pull.site.repository.permissions["erin"]
     hold.release()
-    pull.wait_until_dropped()
+    pull.wait_until_skipped()
     assert len(pull.reviews(2)) == 2
 
 
@@ -10246,7 +10246,7 @@ def test_change_of_a_reviewer_who_lost_write_access_is_not_pushed(pull: Pull) ->
 def test_refusal_of_access_is_remembered(pull: Pull) -> None:
     for number in range(1, 4):
         pull.site.person("frank").comment("Delete it all")
-        pull.wait_until_dropped(number)
+        pull.wait_until_skipped(number)
     assert pull.site.repository.count("GET /collaborators/frank/permission") == 1
     pull.assert_untouched()
 
@@ -10265,7 +10265,7 @@ def test_refusal_of_access_is_forgotten_after_a_minute(limited_pull: Pull) -> No
     limited_pull.site.agent.follow("classify none")
     heidi = limited_pull.site.person("heidi")
     heidi.comment("Thanks!")
-    limited_pull.wait_until_dropped()
+    limited_pull.wait_until_skipped()
     limited_pull.site.repository.permissions["heidi"] = "write"
 
     def is_handled() -> bool:
@@ -10279,27 +10279,27 @@ def test_access_that_github_does_not_show_counts_as_none(pull: Pull) -> None:
     pull.site.repository.fail("GET /collaborators/dave/permission", 403, NOT_ACCESSIBLE)
     pull.site.repository.permissions["dave"] = "write"
     pull.site.person("dave").comment("Why?")
-    pull.wait_until_dropped()
+    pull.wait_until_skipped()
     pull.assert_untouched()
 
 
-DROPPED: dict[str, tuple[dict[str, Any], str]] = {
+CLOSED_OR_LOCKED: dict[str, tuple[dict[str, Any], str]] = {
     "locked": ({"locked": True}, "locked"),
     "closed": ({"state": "closed"}, "closed"),
     "merged": ({"state": "closed", "merged": True}, "merged"),
 }
 
 
-@pytest.mark.parametrize("case", DROPPED)
-def test_pull_request_that_codebot_may_not_act_on_is_dropped(
+@pytest.mark.parametrize("case", CLOSED_OR_LOCKED)
+def test_review_of_pull_request_that_codebot_may_not_act_on_is_skipped(
     pull: Pull, case: str
 ) -> None:
-    changes, reason = DROPPED[case]
+    changes, reason = CLOSED_OR_LOCKED[case]
     changed = {**pull.site.repository.pull_json(1), **changes}
     # When the comment arrives, everything is as it should be.
     pull.site.repository.fail("GET /pulls/1", 200, changed)
     pull.site.person("alice").comment("Why?")
-    pull.wait_until_dropped()
+    pull.wait_until_skipped()
     assert reason in pull.site.server.log().rpartition("is skipped")[2]
     pull.assert_untouched()
     if changed["state"] == "closed":
@@ -10307,13 +10307,13 @@ def test_pull_request_that_codebot_may_not_act_on_is_dropped(
         wait_for(lambda: pull.site.repository.count("GET /issues/1/comments*"))
 
 
-def test_comment_that_was_deleted_is_dropped(pull: Pull) -> None:
+def test_review_of_deleted_comment_is_skipped(pull: Pull) -> None:
     hold = pull.site.repository.hold("GET /pulls/1")
     comment = pull.site.person("alice").inline("Why?")
     hold.wait()
     pull.site.repository.comments.remove(comment)
     hold.release()
-    pull.wait_until_dropped()
+    pull.wait_until_skipped()
     pull.assert_untouched()
 
 
@@ -11237,11 +11237,11 @@ def test_closing_ends_running_review_and_removes_workspace(shared: Site) -> None
     wait_for(lambda: not list(shared.server.work_dir.glob("trash_*")))
 
 
-@pytest.mark.parametrize("case", DROPPED)
+@pytest.mark.parametrize("case", CLOSED_OR_LOCKED)
 def test_change_is_not_pushed_if_codebot_may_no_longer_act(
     shared: Site, case: str
 ) -> None:
-    changes, reason = DROPPED[case]
+    changes, reason = CLOSED_OR_LOCKED[case]
     pull = open_pull(shared, f"cost=null; classify change; block; {MAKE_CHANGE}")
     shared.person("alice").inline("Say more")
     shared.agent.wait_until_blocked()
@@ -11287,7 +11287,7 @@ def test_reopened_pull_request_begins_with_new_workspace_and_conversation(
     wait_for(lambda: pull_state(pull) == "closed")
     wait_for(lambda: not pull.workspace.exists())
     alice.comment("Too late")
-    pull.wait_until_dropped()
+    pull.wait_until_skipped()
     alice.reopen()
     wait_for(lambda: pull_state(pull) == "open")
     for count in (1, 2):
@@ -11361,11 +11361,13 @@ def test_repository_that_is_renamed_before_and_during_a_review_keeps_working(
     assert len(shared.agent.runs("change")) == 1
 
 
-def test_repository_renamed_to_one_not_allowed_is_dropped(limited: Site) -> None:
+def test_review_in_repository_renamed_to_one_not_allowed_is_skipped(
+    limited: Site,
+) -> None:
     pull = open_pull(limited)
     limited.repository.rename(f"other/{limited.repository.id}")
     limited.person("alice").inline("Why?")
-    pull.wait_until_dropped()
+    pull.wait_until_skipped()
     assert "not an allowed repository" in limited.server.log()
     assert pull.answers() == []
 
