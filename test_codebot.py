@@ -12732,24 +12732,6 @@ def test_label_put_on_again_makes_new_task(shared: Site) -> None:
     assert len(shared.repository.pulls) == 1
 
 
-def test_repositories_that_cannot_be_read_do_not_hide_issues_of_others(
-    fresh: Site,
-) -> None:
-    fresh.github.create_repository("acme/no name")
-    down = fresh.github.create_repository("acme/down")
-    down.fail("GET /issues*", 502, always=True)
-    odd = fresh.github.create_repository("acme/odd")
-    odd.fail("GET /issues*", 200, [{"title": "without a number"}], always=True)
-    other = fresh.github.create_repository("acme/other")
-    fresh.repository = other
-    fresh.api.repository = other
-    issue = open_issue(fresh)
-    fresh.person("alice").label(issue.number, webhook=False)
-    fresh.agent.follow(GIVE_UP)
-    fresh.server.start(limits={"GITHUB_ATTEMPTS": 1})
-    issue.task()
-
-
 def test_removing_label_during_push_is_too_late(shared: Site) -> None:
     issue = open_issue(shared)
     alice = shared.person("alice")
@@ -12887,15 +12869,26 @@ def test_empty_label_turns_issues_off(fresh: Site) -> None:
     assert fresh.repository.count("GET /issues/1*") == 0
 
 
-def test_labels_put_on_while_server_was_down_are_found_at_start(fresh: Site) -> None:
+# What GitHub answers when it is asked for the issues of a repository.
+UNREADABLE_ISSUES: dict[str, tuple[int, Any]] = {
+    "acme/disabled": (410, {"message": "Issues are disabled"}),
+    "acme/refused": (401, {"message": "Bad credentials"}),
+    "acme/down": (502, None),
+    "acme/odd": (200, [{"title": "without a number"}]),
+}
+
+
+def test_labels_put_on_while_server_was_down_are_found_although_some_cannot_be_read(
+    fresh: Site,
+) -> None:
     fresh.github.page_size = 2
     alice = fresh.person("alice")
-    disabled = fresh.github.create_repository("acme/disabled")
-    refused = fresh.github.create_repository("acme/refused")
+    fresh.github.create_repository("acme/no name")
+    for name, (status, body) in UNREADABLE_ISSUES.items():
+        unreadable = fresh.github.create_repository(name)
+        unreadable.fail("GET /issues*", status, body, always=True)
     other = fresh.github.create_repository("acme/other")
     site = dataclasses.replace(fresh, repository=other)
-    disabled.fail("GET /issues*", 410, {"message": "Issues are disabled"}, always=True)
-    refused.fail("GET /issues*", 401, {"message": "Bad credentials"}, always=True)
     issues = [open_issue(fresh, f"Number {number}") for number in range(3)]
     issues.append(open_issue(site))
     for issue in issues:
