@@ -17725,7 +17725,7 @@ def test_what_a_killed_server_and_its_watchdog_have_left_is_ended_by_the_next(
     task = submit_blocked(fresh, f"setsid {left} & block")
     os.kill(watchdog, signal.SIGKILL)
     fresh.server.kill()
-    assert left in command_lines()
+    wait_for(lambda: left in command_lines())
     fresh.agent.follow(GIVE_UP)
     fresh.server.restart()
     assert left not in command_lines()
