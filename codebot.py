@@ -2557,17 +2557,12 @@ class GitHub:
         path = f"/app/installations/{self.config.installation_id}/access_tokens"
         try:
             reply = self.call(path, AS_APP, body)
-        except NotFound as error:
-            raise AppRefused(
-                f"GitHub does not know installation {self.config.installation_id} of this "
-                "App. GITHUB_APP_INSTALLATION_ID is the number at the end of the address "
-                f"…/settings/installations/… ({error})"
-            ) from None
         except GitHubError as error:
             reason = str(error).rstrip(".")
             raise AppRefused(
-                f"GitHub issues no token: {reason}. If the App's installation does not "
-                "include this repository, or lacks a permission, change it at "
+                f"GitHub issues no token: {reason}. GITHUB_APP_INSTALLATION_ID must be "
+                "the number of the App's installation, which must include this repository "
+                "and have all permissions: see "
                 f"…/settings/installations/{self.config.installation_id}"
             ) from None
         return str(reply.value["token"]), parse_utc_time(reply.value["expires_at"])

@@ -17958,9 +17958,9 @@ GITHUB_PROBLEMS = {
         arrange=register_another_key,
     ),
     "installation id": GitHubProblem(
-        "FAIL  GitHub does not know installation 11111 of this App. "
-        "GITHUB_APP_INSTALLATION_ID is the number at the end of the address "
-        "…/settings/installations/… (404 Not Found).",
+        "FAIL  GitHub issues no token: 404 Not Found. GITHUB_APP_INSTALLATION_ID must be "
+        "the number of the App's installation, which must include this repository and have "
+        "all permissions: see …/settings/installations/11111.",
         {"GITHUB_APP_INSTALLATION_ID": "11111"},
     ),
     "no Enterprise Server": GitHubProblem(
@@ -18093,11 +18093,11 @@ def test_task_says_that_installation_lacks_repository(shared: Site) -> None:
     shared.github.fail("POST /app/installations/*/access_tokens", 422, message)
     task = shared.api.submit(repository_url=other.url)
     error = shared.api.failed(task, "clone_failed")
-    assert "does not include this repository, or lacks a permission" in error
+    assert "must include this repository and have all permissions" in error
     assert error.endswith("/settings/installations/678")
     assert (
         "GitHub issues no token: 422 There is at least one repository that is not "
-        "accessible. If the App's installation"
+        "accessible. GITHUB_APP_INSTALLATION_ID must be"
     ) in error
 
 
