@@ -864,16 +864,14 @@ def read_settings(
 
 
 def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
-    place = f"in {config.env_file}"
-    if not os.path.exists(config.env_file):
-        place += " (not found; copy .env.example)"
     # The variables are tested, not the fields: a bad value, which read_settings has
     # reported, sets no field.
     variables = config.variables
     if is_server and not split_commas(variables.get("CODEBOT_API_KEYS", "")):
         yield (
-            f"CODEBOT_API_KEYS is not set. Set it {place} to a key generated with "
-            "`openssl rand -hex 32`; separate several keys with commas."
+            f"CODEBOT_API_KEYS is not set. Set it in {config.env_file} (see .env.example) "
+            "to a key generated with `openssl rand -hex 32`; separate several keys with "
+            "commas."
         )
     for name in (
         "GITHUB_APP_ID",
@@ -881,7 +879,10 @@ def missing_settings(config: Config, is_server: bool) -> Iterator[str]:
         "GITHUB_APP_INSTALLATION_ID",
     ):
         if not config.no_github and not variables.get(name, "").strip(BLANKS):
-            yield f"{name} is not set. Set it {place}, or start with --no-github."
+            yield (
+                f"{name} is not set. Set it in {config.env_file} (see .env.example), or "
+                "start with --no-github."
+            )
     launcher_stop = variables.get("CODEBOT_LAUNCHER_STOP", "").strip(BLANKS)
     if config.launcher and not launcher_stop:
         yield (

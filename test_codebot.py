@@ -16917,13 +16917,13 @@ def error_text(number: int) -> str:
 
 MISTAKES = {
     "no API key": Mistake(
-        "CODEBOT_API_KEYS is not set. Set it in DIR/start/.env (not found; copy "
-        ".env.example) to a key generated with `openssl rand -hex 32`; separate several "
-        "keys with commas.",
+        "CODEBOT_API_KEYS is not set. Set it in DIR/start/.env (see .env.example) to a key "
+        "generated with `openssl rand -hex 32`; separate several keys with commas.",
         {"CODEBOT_API_KEYS": None},
     ),
     "setting missing in .env": Mistake(
-        "GITHUB_APP_ID is not set. Set it in DIR/start/.env, or start with --no-github.",
+        "GITHUB_APP_ID is not set. Set it in DIR/start/.env (see .env.example), or start "
+        "with --no-github.",
         {"GITHUB_APP_ID": None},
         files={"start/.env": ""},
     ),
