@@ -1260,7 +1260,10 @@ class ProgramResult(NamedTuple):
 
     @property
     def error(self) -> str:
-        """Why the program failed: the first line with a cause, and the last three lines."""
+        """Why the program failed: the first line with a cause, and the last three lines.
+
+        Without the last period, because the text becomes part of a sentence.
+        """
         output = self.stderr or self.stdout
         lines = [line.strip() for line in output.split("\n")]
         lines = [line for line in lines if not NOISE_RE.fullmatch(line)]
@@ -1268,7 +1271,7 @@ class ProgramResult(NamedTuple):
             causes = [line for line in lines[:-3] if CAUSE_RE.match(line)]
             lines = causes[:1] + lines[-3:]
         # The text is not truncated: a secret cut in two would not be redacted later.
-        return " / ".join(lines) or "no output"
+        return " / ".join(lines).rstrip(".") or "no output"
 
 
 def shown_by_terminal(line: str) -> str:
@@ -1659,7 +1662,7 @@ def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") 
                 "CODEBOT_LAUNCHER_STOP failed for codebot-%s: %s. A server tries again "
                 "until it succeeds; if no job of this name is left, remove %s",
                 record.name,
-                error.rstrip("."),
+                error,
                 record,
             )
             # If a full disk prevents this, only the next run here and the next start retry.
@@ -2146,7 +2149,7 @@ class Sandbox:
                     f"The launcher does not start: {problem}. Correct CODEBOT_LAUNCHER."
                 ) from None
         raise ConfigError(
-            f"The sandbox does not start: {problem.rstrip('.')}. Install bubblewrap (apt "
+            f"The sandbox does not start: {problem}. Install bubblewrap (apt "
             "install bubblewrap) if it is missing, or correct CODEBOT_SANDBOX or "
             "CODEBOT_LAUNCHER if you have set them; for other causes, see README, "
             '"Troubleshooting"; or accept an agent that can read codebot\'s secrets with '
@@ -2200,7 +2203,7 @@ class Sandbox:
             error = run_stop_command(config, workspace_path)
             if error:
                 raise ConfigError(
-                    f"CODEBOT_LAUNCHER_STOP failed: {error.rstrip('.')}. Correct it; it "
+                    f"CODEBOT_LAUNCHER_STOP failed: {error}. Correct it; it "
                     "must succeed even if nothing runs."
                 )
         return result
@@ -2434,11 +2437,11 @@ def base64url(data: bytes) -> str:
 
 
 def github_error_text(status: int, payload: Json) -> str:
-    """Return the status of an error and GitHub's message, in one line."""
+    """Return the status of an error and GitHub's message, in one line without a period."""
     text = f"{status} (no reason given)"
     if isinstance(payload, dict) and "message" in payload:
         text = f"{status} {payload['message']} {payload.get('errors') or ''}"
-    return " ".join(text.split())[:1000]
+    return " ".join(text.split()).rstrip(".")[:1000]
 
 
 # Transient errors, besides those that is_rate_limit recognizes. This decides only whether
@@ -2559,9 +2562,8 @@ class GitHub:
         try:
             reply = self.call(path, AS_APP, body)
         except GitHubError as error:
-            reason = str(error).rstrip(".")
             raise AppRefused(
-                f"GitHub issues no token: {reason}. GITHUB_APP_INSTALLATION_ID must be "
+                f"GitHub issues no token: {error}. GITHUB_APP_INSTALLATION_ID must be "
                 "the number of the App's installation, which must include this repository "
                 "and have all permissions: see "
                 f"…/settings/installations/{self.config.installation_id}"

@@ -4139,7 +4139,7 @@ hint: See the "Note about fast-forwards" in 'git push --help' for details.
             (
                 "Warning: Permanently added 'git.acme.com' (ED25519) to the list of known "
                 "hosts. / git@git.acme.com: Permission denied (publickey). / fatal: Could "
-                "not read from remote repository."
+                "not read from remote repository"
             ),
         ),
         (
@@ -4156,7 +4156,7 @@ hint: See the "Note about fast-forwards" in 'git push --help' for details.
             "remote: fatal: no space\na\nb\nc\nd\n",
             "remote: fatal: no space / b / c / d",
         ),
-        ("Please make sure you have run it.\n", "Please make sure you have run it."),
+        ("Please make sure you have run it.\n", "Please make sure you have run it"),
         ("a\nb\nfatal: c\nd\n", "a / b / fatal: c / d"),
         ("a\nb\nc\nfatal: d\ne\n", "c / fatal: d / e"),
         ("a\nb\nc\nd\ne\n", "c / d / e"),
