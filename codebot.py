@@ -3004,8 +3004,11 @@ GIT = shlex.split(
     " -c http.followRedirects=false -c http.lowSpeedLimit=1 -c http.lowSpeedTime=300"
     " -c core.quotePath=false -c core.hooksPath=/dev/null -c fetch.unpackLimit=1"
 )
+# --no-write-commit-graph overrides the host's configuration (with --no-github): a killed git
+# would leave a lock in the mirror that fails every fetch of something new.
 GIT_FETCH = shlex.split(
     "fetch --quiet --no-tags --no-recurse-submodules --no-write-fetch-head"
+    " --no-write-commit-graph"
 )
 # Without --no-recurse-submodules, a setting of the host (with --no-github) could have git
 # push only submodules, and exit with 0.

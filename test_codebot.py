@@ -6572,6 +6572,20 @@ def test_git_in_a_mirror_inherits_its_lock(tmp_path: Path) -> None:
     assert f"{mirror.path}.lock" in lines
 
 
+def test_fetch_writes_no_commit_graph_even_if_the_host_configures_it(
+    local: LocalTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed git leaves the lock of its list, with which later fetches fail."""
+    config = tmp_path / "gitconfig"
+    config.write_text("[fetch]\n\twriteCommitGraph = true\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(config))
+    graphs = Path(local.workspace.mirror.objects, "info", "commit-graphs")
+    graphs.mkdir(parents=True)
+    (graphs / "commit-graph-chain.lock").touch()
+    commit = local.site.repository.commit({"news": "news\n"})
+    assert local.workspace.fetch("main", "clone_failed") == ("main", commit)
+
+
 def test_fetch_that_is_ended_leaves_no_part_of_a_pack(on_disk: Site) -> None:
     # It may have filled the disk.
     config = codebot.Config(no_github=True, work_dir=str(on_disk.directory / "work"))
