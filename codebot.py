@@ -10103,6 +10103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = vars(make_parser().parse_args(arguments))
     # If the parent ignores SIGCHLD, every program's exit code would be 0.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # If the parent blocks signals, codebot and its programs would inherit that.
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     # In bytes. With a smaller stack, as after `ulimit -s 1024`, Python 3.13 crashes when a
     # thread reads deeply nested JSON.
     threading.stack_size(8 << 20)

@@ -1573,13 +1573,12 @@ class ServerProcess:
         self.start(*self.flags, limits=self.limits, **{**self.settings, **changes})
 
     def start_file(
-        self, *flags: str, redirection: str = "", **settings: str | None
+        self, *flags: str, parent: Sequence[str] = (), **settings: str | None
     ) -> None:
-        """Start codebot.py itself, as a user does, perhaps with a shell's redirection."""
+        """Start codebot.py itself, as a user does, perhaps by a parent that execs it."""
         self.flags = flags
         self.settings = settings
-        shell = ["sh", "-c", f'exec "$@" {redirection}', "sh"]
-        self._start([*shell, sys.executable, str(PROGRAM)])
+        self._start([*parent, sys.executable, str(PROGRAM)])
 
     def _start(self, program: list[str]) -> None:
         """Start this program, or without one a fork."""
@@ -17669,6 +17668,17 @@ def test_hangup_stops_server_in_order(fresh: Site) -> None:
     assert f"{task}: running -> pending" in fresh.server.log()
 
 
+def test_signals_that_the_parent_blocks_stop_the_server(fresh: Site) -> None:
+    script = (
+        "import os, signal, sys; "
+        "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    fresh.server.start_file(parent=[sys.executable, "-c", script])
+    fresh.server.signal(signal.SIGTERM)
+    assert fresh.server.wait_exit() == 0
+
+
 def test_second_signal_ends_server_at_once(fresh: Site) -> None:
     fresh.server.start(limits={"KILL_GRACE": 60.0})
     submit_blocked(fresh, "trap '' TERM; block; sleep 30")
@@ -17724,7 +17734,7 @@ def test_watchdog_of_a_server_with_a_closed_standard_file_ends_what_is_left(
     fresh: Site, redirection: str
 ) -> None:
     """It waits at a pipe, which must not get the number of that file."""
-    fresh.server.start_file(redirection=redirection)
+    fresh.server.start_file(parent=["sh", "-c", f'exec "$@" {redirection}', "sh"])
     submit_blocked(fresh, "setsid sleep 300 & block")
     fresh.server.kill()
     wait_for(lambda: not fresh.server.strays())
