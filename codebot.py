@@ -10110,7 +10110,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threading.stack_size(8 << 20)
     flags["umask"] = os.umask(PRIVATE_UMASK)
     if isinstance(sys.stdout, io.TextIOWrapper):  # None if it is closed
-        sys.stdout.reconfigure(line_buffering=True)  # os._exit flushes nothing
+        # line_buffering: os._exit flushes nothing. errors: its encoding may lack a character
+        # of a message. (Standard error is like that anyway.)
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     message = ""
     try:
         code: int = flags["function"](flags)

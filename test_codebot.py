@@ -18096,6 +18096,13 @@ def test_check_wants_utf_8(fresh: Site) -> None:
     assert "UTF-8" not in done.stdout
 
 
+def test_check_prints_what_the_encoding_of_its_output_lacks(fresh: Site) -> None:
+    settings = {"PYTHONIOENCODING": "ascii", "CODEBOT_SANDBOX": "/bin/b\u00fc"}
+    done = fresh.server.run("check", *serve_flags(fresh), **settings)
+    assert "/bin/b\\xfc: no such file or directory" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
 def test_check_wants_the_event_issues_only_with_a_label(fresh: Site) -> None:
     fresh.github.subscribed.remove("issues")
     assert "does not receive the events issues" in run_check(fresh).stdout
