@@ -3181,8 +3181,8 @@ def default_test_command(config: Config, full_name: str) -> str:
 # With --no-github, git that contacts the remote inherits codebot's environment, but no
 # variable that begins with one of these. GIT_TRACE and GIT_CURL_VERBOSE would put the
 # host's credentials in git's error messages. A hook that starts codebot may have set the
-# others: git would then use the hook's repository, or refuse to update references.
-# (--git-dir replaces GIT_DIR.)
+# others: git would then use the hook's repository, refuse to update references, or look for
+# attributes in a commit that is not there. (--git-dir replaces GIT_DIR.)
 UNWANTED_GIT_NAMES = (
     "GIT_TRACE",
     "GIT_CURL_VERBOSE",
@@ -3191,6 +3191,7 @@ UNWANTED_GIT_NAMES = (
     "GIT_OBJECT_DIRECTORY",
     "GIT_ALTERNATE_OBJECT_DIRECTORIES",
     "GIT_QUARANTINE_PATH",
+    "GIT_ATTR_SOURCE",
 )
 
 

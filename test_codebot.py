@@ -7996,6 +7996,7 @@ def test_secrets_are_redacted_from_failed_tasks(shared: Site) -> None:
         ("GIT_OBJECT_DIRECTORY", False),
         ("GIT_ALTERNATE_OBJECT_DIRECTORIES", False),
         ("GIT_QUARANTINE_PATH", False),
+        ("GIT_ATTR_SOURCE", False),
     ],
 )
 def test_git_at_other_remote_gets_environment_without_secrets(
