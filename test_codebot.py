@@ -7341,7 +7341,7 @@ def test_filter_cannot_write_into_what_codebot_reads(local: LocalTask) -> None:
         "for file in /proc/$parent/fd/*; do echo x >>$file; done; cat"
     )
     error = local.failure(plan_with_filter(command), "agent_failed", "true")
-    assert error.startswith("git printed no tree, but 'x\\n")
+    assert error.startswith("The agent's changes could not be recorded: x / ")
 
 
 @pytest.mark.parametrize("test_command", ["", "true"])
