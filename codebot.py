@@ -6413,7 +6413,6 @@ def run_review(run: JobRun) -> None:
         ) from None
     answer_threads(review)
     if run.job.error:
-        run.log_event("codebot", f"Review failed ({run.job.reason})")
         raise JobFailed(run.job.reason, run.job.error)
     run.log_event("codebot", f"Review completed ({run.job.request_kind})")
 

@@ -11780,7 +11780,7 @@ def test_failure_is_reported_before_the_next_review_runs(pull: Pull) -> None:
     assert "To have it try again, comment again." in reply
     messages = pull.messages()
     assert f"git: Branch {pull.branch} at {before}" in messages
-    reported = messages.index("codebot: Review failed (agent_failed)")
+    reported = messages.index("phase: answer")
     assert reported < messages.index("codebot: Comment by bob: Say this")
 
 
@@ -11804,7 +11804,9 @@ def test_rejected_push_of_review_is_reported_in_words_of_remote(pull: Pull) -> N
     assert review["reason"] == "push_rejected"
     assert "GH006: Protected branch" in pull.answer()
     assert pull.tip() == before
-    assert pull.messages()[-1] == "codebot: Review failed (push_rejected)"
+    failed, last = pull.messages()[-2:]
+    assert failed.startswith("codebot: Failed (push_rejected): ")
+    assert last == "phase: answer"
 
 
 def test_review_waits_while_app_is_refused_or_suspended(pull: Pull) -> None:
