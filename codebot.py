@@ -6405,13 +6405,13 @@ def run_review(run: JobRun) -> None:
         review = load_comments(review)
         if not run.job.error:
             prepare_answers(review)
+        answer_threads(review)
     except GitHubError as error:
         # NotFound is transient, too: something new may not be visible in all parts of
         # GitHub, and a repository may be taken out of the App's installation for a while.
         raise TransientError(
             f"GitHub does not show what the review needs, or refuses the App: {error}"
         ) from None
-    answer_threads(review)
     if run.job.error:
         raise JobFailed(run.job.reason, run.job.error)
     run.log_event("codebot", f"Review completed ({run.job.request_kind})")
@@ -6745,6 +6745,8 @@ def answer_threads(review: Review) -> None:
                 since=comment.created_at,
             )
         except NotFound as error:  # a reply goes to a thread's first comment
+            # If GitHub does not show the pull request either, this raises NotFound.
+            review.github_repository.pull_request(review.task.pr_number)
             log.info("No answer to %s, which was deleted: %s", thread_key, error)
         except GitHubError as error:  # the other threads still get their answers
             refusal = f"GitHub refused the answer: {error}"

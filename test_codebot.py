@@ -12065,6 +12065,20 @@ def test_finished_answer_waits_if_github_refuses_to_list_the_comments(
     assert len(pull.answers()) == 1
 
 
+def test_finished_answer_waits_if_github_does_not_show_the_pull_request(
+    pull: Pull,
+) -> None:
+    pull.site.agent.follow(f"classify question; block; {ANSWER_QUESTION}")
+    pull.site.person("alice").comment("Why?")
+    pull.site.agent.wait_until_blocked()
+    for path in ("/issues/1/comments*", "/pulls/1"):
+        pull.site.repository.fail(f"GET {path}", 404)
+    pull.site.agent.release()
+    assert pull.review()["status"] == "completed"
+    assert len(pull.answers()) == 1
+    assert len(pull.site.agent.runs("question")) == 1
+
+
 def test_finished_task_waits_whenever_github_does_not_show_its_repository(
     shared: Site,
 ) -> None:
