@@ -1840,6 +1840,9 @@ def stop_all_launched(
 #   The homes are hidden, except for the directories in them that PATH leads into. `check`
 #   lists these. With ~/.cargo/bin on PATH, the agent can read ~/.cargo/credentials.toml.
 #   With ~/.local/bin, it can read all of ~/.local, such as ~/.local/share/keyrings.
+#   A home that holds a system directory, such as / or /usr, is not hidden at all.
+# - What is hidden can be read at every other path where it is mounted, too, such as that of
+#   a bind mount or of a whole btrfs file system. So can copies of it, such as snapshots.
 # - The work directory and the TLS key of another codebot are not hidden. So an agent of the
 #   command `run` can read those of a server.
 # - If .env or a key is created while an agent runs, or is a symlink that is changed then,
