@@ -3757,8 +3757,9 @@ class TaskRequest:
     @property
     def subject(self) -> str:
         """What the change is about, in one line."""
-        text = self.ticket_summary or self.description
-        return text.strip().splitlines()[0].strip()
+        if self.ticket_summary:
+            return " ".join(self.ticket_summary.split())  # U+2028 may be in it
+        return self.description.strip().splitlines()[0].strip()
 
     @property
     def title(self) -> str:

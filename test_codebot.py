@@ -7799,6 +7799,12 @@ def test_title_has_no_invisible_characters() -> None:
     assert request.title == "T: Hi"
 
 
+def test_title_has_all_of_a_summary_with_a_line_separator() -> None:
+    request = codebot.TaskRequest("", "x", ticket_summary="Say\u2028hello")
+    assert request.title == "Say hello"
+    assert codebot.task_text(request) == "Say hello\n\nx"
+
+
 def test_quote_has_no_invisible_characters() -> None:
     quote = codebot.quoted("The agent", "a\u202eb\u200b\n\u2066c")
     assert quote == "The agent says:\n\n> ab\n> c\n"
