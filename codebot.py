@@ -5181,10 +5181,14 @@ class Workspace:
         """Make an empty outbox that borrows the mirror's objects."""
         remove_tree(self.config, self.outbox.path)
         self.outbox.local_git("init", "--quiet", "--bare", "--template=")
+        self.borrow_objects()
+
+    def borrow_objects(self) -> None:
+        """Have the outbox borrow the mirror's objects, besides those that it has."""
         # A relative path, so that the work directory can be moved.
         objects = os.path.relpath(self.mirror.objects, f"{self.outbox.path}/objects")
-        alternates = pathlib.Path(f"{self.outbox.path}/objects/info/alternates")
-        alternates.write_text(f"{objects}\n")
+        with open(f"{self.outbox.path}/objects/info/alternates", "a") as alternates:
+            alternates.write(f"{objects}\n")  # git ignores a second such line
 
     def check_out(self, base_name: str, base_commit: str) -> None:
         """Make fresh directories and a repository with the branch checked out."""
@@ -5494,6 +5498,7 @@ class Workspace:
                 "Others have pushed in the meantime, and the change is too large to apply "
                 "on top of theirs",
             )
+        self.borrow_objects()  # a repository that was renamed has another mirror now
         self.check_out(self.branch, tip)
         result = self.script(APPLY_SCRIPT, job.commit_id, stdin=pack.read_bytes())
         if result.code != 0:

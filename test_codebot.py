@@ -11381,6 +11381,21 @@ def test_repository_that_is_renamed_before_and_during_a_review_keeps_working(
     assert len(shared.agent.runs("change")) == 1
 
 
+def test_change_is_put_on_top_of_others_although_repository_was_renamed(
+    shared: Site,
+) -> None:
+    pull = open_pull(shared, f"classify change; block; {MAKE_CHANGE}")
+    shared.person("alice").inline("Say more")
+    shared.agent.wait_until_blocked()
+    shared.repository.rename(f"acme/renamed-{shared.repository.id}")
+    shared.repository.commit({"theirs": "x\n"}, pull.branch)
+    shared.agent.release()
+    review = pull.review()
+    assert review["status"] == "completed"
+    assert review["commit"] == pull.tip()
+    assert pull.log(2)[1] == "Change theirs"
+
+
 def test_review_in_repository_renamed_to_one_not_allowed_is_skipped(
     limited: Site,
 ) -> None:
