@@ -6803,8 +6803,8 @@ def own_words(job: Job, answer: str) -> str:
 #   comment by anybody. The label must then be added again.
 # - If GitHub refuses to report the access of the person who labeled an issue, the label is
 #   ignored, and must be added again.
-# - Closing an issue stops no task. A review that runs or starts while its pull request is
-#   closed or locked ends for good, even if the pull request is reopened or unlocked.
+# - Closing or deleting an issue stops no task. A review that runs or starts while its pull
+#   request is closed or locked ends for good, even if it is reopened or unlocked.
 # - The text of a labeled issue can imitate the "Comment by NAME:" that codebot puts before
 #   comments. So the agent cannot tell a person's comment from the words of the author.
 
