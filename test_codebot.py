@@ -6560,15 +6560,25 @@ def test_mirror_is_locked_for_one_job_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def test_git_in_a_mirror_inherits_its_lock(tmp_path: Path) -> None:
-    # So that it has the lock as long as it runs, even if codebot is killed.
-    git = write_script(tmp_path / "tools" / "git", "readlink /proc/$$/fd/*; :")
+def test_fetch_into_a_mirror_holds_its_lock_and_git_inherits_it(
+    on_disk: Site,
+) -> None:
+    # So that git has the lock as long as it runs, even if codebot is killed.
+    log = on_disk.directory / "log"
+    script = f"""
+        echo "$* $(readlink /proc/$$/fd/* | tr '\\n' ' ')" >>{log}
+        exec {shutil.which("git")} "$@"
+    """
+    git = write_script(on_disk.directory / "tools" / "git", script)
     path = f"{git.parent}:{os.environ['PATH']}"
-    config = codebot.Config(search_path=path, work_dir=str(tmp_path))
-    mirror = codebot.Mirror(config, str(tmp_path / "m.git"), codebot.do_nothing)
-    with mirror.lock():
-        lines = mirror.local_git("fetch").stdout.split("\n")
-    assert f"{mirror.path}.lock" in lines
+    work_dir = str(on_disk.directory / "work")
+    config = codebot.Config(no_github=True, search_path=path, work_dir=work_dir)
+    mirror = codebot.Mirror(config, f"{work_dir}/m.git", codebot.do_nothing)
+    repository = codebot.parse_plain_remote(config, str(on_disk.repository.bare))
+    mirror.fetch_branch(repository, "main")
+    gits = log.read_text().splitlines()
+    [fetch] = [line for line in gits if " fetch " in line]
+    assert f" {mirror.path}.lock " in fetch
 
 
 def test_fetch_writes_no_commit_graph_even_if_the_host_configures_it(
