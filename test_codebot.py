@@ -4166,6 +4166,12 @@ def test_error_of_program_has_its_cause_and_its_end(stderr: str, error: str) -> 
     assert codebot.ProgramResult(1, "", stderr).error == error
 
 
+def test_secret_that_ends_with_the_period_of_an_error_is_redacted() -> None:
+    codebot.redact.add(["secret-with-a-period."])
+    result = codebot.ProgramResult(1, "", "denied: secret-with-a-period.\n")
+    assert codebot.redact(result.error) == "denied: ***"
+
+
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_output_is_kept_although_program_opens_it_again(
     tmp_path: Path, stream: str
