@@ -2206,6 +2206,7 @@ class Sandbox:
             # launch() has run this command, too, but it only logs a failure.
             error = run_stop_command(config, workspace_path)
             if error:
+                raise_if_stop_arrives(self.probe_limits.check_stop)
                 raise ConfigError(
                     f"CODEBOT_LAUNCHER_STOP failed: {error}. Correct it; it "
                     "must succeed even if nothing runs."

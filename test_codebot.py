@@ -15788,6 +15788,30 @@ def test_launch_with_an_error_keeps_its_record_if_the_stop_fails(
     assert codebot.launch_record(config, workspace).read_text() == codebot.STOP_FAILED
 
 
+def test_signal_that_also_ends_the_stop_of_the_probe_is_no_fault_of_the_setting(
+    tmp_path: Path,
+) -> None:
+    """The probe runs it twice: the launch does, and then the probe itself."""
+    (tmp_path / "work").mkdir()
+    script = f"cd {tmp_path}; test -e one || exec touch one; touch two; kill $$"
+    config = codebot.Config(
+        work_dir=str(tmp_path / "work"),
+        search_path=os.environ["PATH"],
+        sandbox=("none",),
+        launcher=("env",),
+        launcher_stop=("sh", "-c", script),
+    )
+
+    def check_stop() -> None:
+        if (tmp_path / "two").exists():
+            raise codebot.StopRequested
+
+    sandbox = codebot.Sandbox(config)
+    sandbox.probe_limits = codebot.Limits(check_stop=check_stop)
+    with pytest.raises(codebot.StopRequested):
+        sandbox.probe()
+
+
 @pytest.mark.parametrize(
     ("tag", "is_stopped"),
     [
