@@ -3009,8 +3009,8 @@ GIT = shlex.split(
     " -c http.followRedirects=false -c http.lowSpeedLimit=1 -c http.lowSpeedTime=300"
     " -c core.quotePath=false -c core.hooksPath=/dev/null -c fetch.unpackLimit=1"
 )
-# --no-write-commit-graph overrides the host's configuration (with --no-github): a killed git
-# would leave a lock in the mirror that fails every fetch of something new.
+# --no-write-commit-graph overrides the host's configuration (with --no-github): a killed
+# git would leave a lock in the mirror that fails every fetch of something new.
 GIT_FETCH = shlex.split(
     "fetch --quiet --no-tags --no-recurse-submodules --no-write-fetch-head"
     " --no-write-commit-graph"
@@ -10120,8 +10120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threading.stack_size(8 << 20)
     flags["umask"] = os.umask(PRIVATE_UMASK)
     if isinstance(sys.stdout, io.TextIOWrapper):  # None if it is closed
-        # line_buffering: os._exit flushes nothing. errors: its encoding may lack a character
-        # of a message. (Standard error is like that anyway.)
+        # line_buffering: os._exit flushes nothing. errors: its encoding may lack a
+        # character of a message. (Standard error is like that anyway.)
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     message = ""
     try:
