@@ -17735,7 +17735,7 @@ def test_database_that_fails_during_the_start_is_reported(fresh: Site) -> None:
         )
     done = fresh.server.run_forked("serve", *serve_flags(fresh))
     assert done.returncode == 1
-    assert "System error on this host: database or disk is full" in done.stderr
+    assert "cannot be used: database or disk is full. Free space" in done.stderr
     assert "Traceback" not in done.stderr
 
 
