@@ -5355,13 +5355,14 @@ class Workspace:
     def write_skip_list(self) -> None:
         """Have fsck accept every .gitmodules that the base has already.
 
-        The faults of these files are not the agent's. Files with other names are not
-        listed: in an earlier job, an agent may have added a bad .gitmodules under another
-        name, and may rename it now.
+        The faults of these files are not the agent's. The case of the name does not count,
+        as in fsck. Files with other names are not listed: in an earlier job, an agent may
+        have added a bad .gitmodules under another name, and may rename it now.
         """
         lines: list[str] = []  # all of them: a ProgramResult has only the last lines
         diff = ("diff-tree", "-r", EMPTY_TREE, self.base_tree, "--")
-        self.outbox.local_git(*diff, ":(glob)**/.gitmodules", on_lines=lines.extend)
+        files = ":(glob,icase)**/.gitmodules"
+        self.outbox.local_git(*diff, files, on_lines=lines.extend)
         # Each line is ":OLD_MODE NEW_MODE OLD_ID NEW_ID A<TAB>NAME".
         blobs = "\n".join(line.split()[3] for line in lines)
         pathlib.Path(self.outbox.path, "fsck-skip-list").write_text(blobs)

@@ -6708,6 +6708,7 @@ OLD_FAULTS = {
     "few": {
         ".gitmodules": REJECTED_MODULES,
         "vendor/.gitmodules": f"{REJECTED_MODULES}# other\n",
+        "docs/.GitModules": f"{REJECTED_MODULES}# in another case\n",
         ".gitattributes": "*.c " + 400 * " -text" + "\n",
     },
     "many": {f"{n}/.gitmodules": f"{REJECTED_MODULES}# {n}\n" for n in range(500)},
