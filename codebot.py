@@ -6036,8 +6036,15 @@ def run_task(run: JobRun) -> None:
         prompt = f"Task:\n{delimited('task', task_text(run.job.request))}"
         ask_agent(workspace, prompt, CODING_OPTIONS, BEGIN_SESSION)
         commit_task(workspace)
-    push_task_commit(workspace)
-    create_pull_request(workspace)
+    try:
+        push_task_commit(workspace)
+        create_pull_request(workspace)
+    except NotFound as error:  # perhaps for a while: see run_review
+        raise TransientError(f"GitHub does not show the repository: {error}") from None
+    except GitHubError as error:
+        raise JobFailed(
+            "pull_request_failed", f"GitHub refused the pull request: {error}"
+        ) from None
     run.log_event("codebot", "Completed")
 
 
@@ -6320,14 +6327,9 @@ def create_pull_request(workspace: Workspace) -> None:
     run.set_phase("pull_request")
     title = without_ci_skips(redact(run.job.request.title)[:250])
     body = pull_request_body(run)
-    try:
-        number, url = github_repository.open_pull_request(
-            run.job.branch, run.job.base_name, title, body
-        )
-    except GitHubError as error:
-        raise JobFailed(
-            "pull_request_failed", f"GitHub refused the pull request: {error}"
-        ) from None
+    number, url = github_repository.open_pull_request(
+        run.job.branch, run.job.base_name, title, body
+    )
     until_database_works(run.store.add_pull_request, run.job.id, number, url)
     run.log_event("codebot", f"Pull request {number}: {url}")
     log.info("Task %s: opened %s", run.job.id, url)

@@ -8532,6 +8532,19 @@ def test_task_waits_for_github_in_any_step_and_continues_where_it_stopped(
     assert len(shared.repository.pulls) == 1
 
 
+def test_pushed_task_waits_until_github_shows_its_repository(shared: Site) -> None:
+    # As if it had been taken out of the App's installation: in the first run, and in the
+    # next two, before the branch's pull request is searched for and before it is opened.
+    outages = ["GET /pulls", "GET /pulls", "POST /pulls"]
+    for pattern in outages:
+        shared.repository.fail(pattern, 404)
+    task = shared.api.submit()
+    shared.api.completed(task)
+    assert shared.server.log().count(f"{task}: running -> pending") == len(outages)
+    assert len(shared.agent.runs()) == 1
+    assert len(shared.repository.pulls) == 1
+
+
 def stop_while_commit_waits(site: Site, step: str = "POST /git-receive-pack") -> str:
     """Submit a task, and stop the server while the commit waits in a step for GitHub."""
     site.server.start(limits={"RETRY_DELAY": 0.1, "GITHUB_ATTEMPTS": 1})
