@@ -6302,7 +6302,6 @@ def pack_lines(lines: Iterable[str]) -> list[str]:
 def push_task_commit(workspace: Workspace) -> None:
     """Push the stored commit. After begin_push, the task cannot be cancelled."""
     run = workspace.run
-    run.set_phase("push")
     github_repository = workspace.repository.github_repository
     if (
         run.job.push_started  # by an earlier run
@@ -6311,6 +6310,7 @@ def push_task_commit(workspace: Workspace) -> None:
     ):
         # The pull request may be merged and its branch deleted. A push would restore it.
         return
+    run.set_phase("push")
     require_labeler_access(workspace)
     if not run.store.begin_push(run.job.id):
         raise Cancelled()

@@ -8545,6 +8545,16 @@ def test_pushed_task_waits_until_github_shows_its_repository(shared: Site) -> No
     assert len(shared.repository.pulls) == 1
 
 
+def test_search_for_pull_request_that_fails_too_long_is_no_rejected_push(
+    fresh: Site,
+) -> None:
+    limits = {"RETRY_DELAY": 0.1, "RETRY_LIMIT": {"task": 0.0}, "GITHUB_ATTEMPTS": 1}
+    fresh.server.start(limits=limits)
+    fresh.repository.fail("GET /pulls", 503, always=True)
+    error = fresh.api.failed(fresh.api.submit(), "pull_request_failed")
+    assert "may have been pushed" in error
+
+
 def stop_while_commit_waits(site: Site, step: str = "POST /git-receive-pack") -> str:
     """Submit a task, and stop the server while the commit waits in a step for GitHub."""
     site.server.start(limits={"RETRY_DELAY": 0.1, "GITHUB_ATTEMPTS": 1})
