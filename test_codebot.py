@@ -14726,6 +14726,17 @@ def test_all_invalid_fields_are_named_at_once(shared_site: Site) -> None:
     ]
 
 
+def test_refusal_names_no_more_than_a_hundred_of_many_invalid_fields(
+    shared_site: Site,
+) -> None:
+    fields = {f"descriptio{number}": None for number in range(40_000)}
+    response = shared_site.api.post_task({**fields, **shared_site.api.fields()})
+    assert response.status == 400
+    lines = response.json["message"].splitlines()
+    assert len(lines) == 100
+    assert lines[-1] == "Unknown field 'descriptio99'; did you mean 'description'?"
+
+
 def test_refused_submits_store_nothing(shared: Site) -> None:
     for fields, _ in INVALID_FIELDS:
         assert shared.api.post_task(shared.api.fields(**fields)).status == 400
