@@ -4498,15 +4498,27 @@ class Store:
     def delete_review(self, job_id: str) -> None:
         """Delete a running review that is skipped.
 
-        Its comments stay, without a job, so that they are not queued again.
+        Its comments stay, so that they are not queued again, but without a job and without
+        the text, which anybody may have written: it must not fill the disk.
         """
-        self._write(
-            """
-            DELETE FROM jobs
-            WHERE id = :id AND kind = 'review' AND status = 'running'
-            """,
-            id=job_id,
-        )
+        values = {"id": job_id}
+        with self._transaction() as db:
+            db.execute(
+                """
+                UPDATE comments SET text = '' WHERE job_id = (
+                    SELECT id FROM jobs
+                    WHERE id = :id AND kind = 'review' AND status = 'running'
+                )
+                """,
+                values,
+            )
+            db.execute(
+                """
+                DELETE FROM jobs
+                WHERE id = :id AND kind = 'review' AND status = 'running'
+                """,
+                values,
+            )
 
     def stored_comments(self, job_id: str) -> list[StoredComment]:
         """Return comments: first the texts of GitHub reviews, each group oldest first."""

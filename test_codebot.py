@@ -5205,6 +5205,16 @@ def test_only_a_running_review_is_dropped(store: codebot.Store) -> None:
     assert store.job(review) is None
 
 
+def test_text_of_a_skipped_comment_is_not_kept(store: codebot.Store) -> None:
+    pull = store_pull_request(store, store_task_in_state(store, "completed"))
+    review = claim(store, store_review(store, pull, 1, "mallory"))
+    other = store_review(store, pull, 2, "alice")
+    store.delete_review(review.id)
+    rows = store._reader.execute("SELECT id, text, job_id FROM comments ORDER BY id")
+    assert [tuple(row) for row in rows] == [(1, "", None), (2, "Why?", other)]
+    assert not store.queue_comments(pull.id, [make_comment(1, "mallory")])
+
+
 def test_review_is_not_shown_as_a_task(store: codebot.Store) -> None:
     task = store_task_in_state(store, "completed")
     store_review(store, store_pull_request(store, task), 1, "alice")
