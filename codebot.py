@@ -121,8 +121,8 @@ WHO IS TRUSTED WITH WHAT
                  with write access, or an App, edits a person's comment, or an issue whose
                  author has write access, the edit counts as that person's words.
   Others at GitHub   can stop work, if GitHub lets them remove the label, or close or lock
-                 the pull request. Their comments can delay work: see Store, and Looking at
-                 GitHub.
+                 the pull request. Their comments and edits can delay work: see Store, and
+                 Looking at GitHub.
   GitHub         is believed, over TLS. A delivery is believed only if the signature of
                  its body is right. Even then it is never relied on for who wrote what,
                  who may write, or what is open: codebot asks GitHub.
@@ -6822,6 +6822,9 @@ def own_words(job: Job, answer: str) -> str:
 #   ignored, and must be added again.
 # - Closing or deleting an issue stops no task. A review that runs or starts while its pull
 #   request is closed or locked ends for good, even if it is reopened or unlocked.
+# - A look reads all comments of a pull request, or all events of an issue, 50 at a time.
+#   Anybody who may comment, or who renames their own issue again and again, can make that
+#   thousands. Then polls can use up GitHub's rate limit, which delays all work.
 # - The text of a labeled issue can imitate the "Comment by NAME:" that codebot puts before
 #   comments. So the agent cannot tell a person's comment from the words of the author.
 
