@@ -9583,6 +9583,7 @@ START_CHECKS = (*HOST_CHECKS, check_sandbox, check_app_key)
 
 STOP_TIMEOUT = 10.0  # seconds that the workers have to end when codebot stops
 PR_SET_DUMPABLE = 4  # of prctl(2), from <linux/prctl.h>
+M_MMAP_THRESHOLD = -3  # of mallopt(3), from <malloc.h>
 MAIN_INTERVAL = 0.1  # seconds between checks by the main thread
 
 
@@ -9620,7 +9621,13 @@ def set_up_process(codebot: Codebot, level: int) -> None:
     if sys.platform == "linux":
         # This keeps an agent without a sandbox, unless it is root, from reading codebot's
         # memory and environment. Programs that codebot starts do not inherit this.
-        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+        c_library = ctypes.CDLL(None)
+        c_library.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+        with contextlib.suppress(AttributeError):  # it is glibc's
+            # Large blocks go back to the system as soon as they are freed. By itself, glibc
+            # would keep them for their thread. So threads that have read a body, one after
+            # another, would together take far more than MAX_BUFFERED_BYTES.
+            c_library.mallopt(M_MMAP_THRESHOLD, 128 << 10)
     # A core dump could hold a token, and be where an agent can read it.
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
