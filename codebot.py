@@ -1270,8 +1270,7 @@ class ProgramResult(NamedTuple):
         if len(lines) > 4:
             causes = [line for line in lines[:-3] if CAUSE_RE.match(line)]
             lines = causes[:1] + lines[-3:]
-        # The text is not truncated: a secret cut in two would not be redacted later. And it
-        # is redacted here, because a secret may end with the period.
+        # It is redacted now: a secret may end with the period, and would then not be found.
         return redact(" / ".join(lines)).rstrip(".") or "no output"
 
 
