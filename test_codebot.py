@@ -16304,6 +16304,8 @@ def test_agent_is_in_bwrap_on_slurm(on_slurm: SlurmSite) -> None:
     site.agent.follow(f"{SAY_PLACE}; ls -A {site.server.work_dir} >seen; {SAY_HELLO}")
     task = site.api.submit()
     result = site.api.completed(task)
+    site.server.kill()
+    on_slurm.start_server()  # for the other tests: without a sandbox
     seen = site.repository.show(result["branch_name"], "seen")
     assert re.fullmatch(r"mirrors\ntask_[0-9a-f]{7}", seen)
     assert "on a node" in str(site.api.messages(task))
