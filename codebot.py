@@ -2160,7 +2160,7 @@ class Sandbox:
         )
 
     def check_private_directories(self) -> None:
-        """Raise ConfigError if one cannot be hidden, because programs need it."""
+        """Raise ConfigError if programs need one, so that it cannot be hidden."""
         directories = sorted(private_directories(self.config))
         needed = ", ".join(filter(holds_system_directory, directories))
         if needed:
