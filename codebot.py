@@ -2201,8 +2201,8 @@ class Sandbox:
             cwd=f"{workspace_path}/repo",
             limits=self.probe_limits,
         )
-        if config.launcher:
-            # launch() has run this command, too, but it only logs a failure.
+        # If the stop command failed, launch() has left the record, and only logged why.
+        if launch_record(config, workspace_path).exists():
             error = run_stop_command(config, workspace_path)
             if error:
                 raise_if_stop_arrives(self.probe_limits.check_stop)

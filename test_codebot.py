@@ -15855,19 +15855,18 @@ def test_launch_with_an_error_keeps_its_record_if_the_stop_fails(
 def test_signal_that_also_ends_the_stop_of_the_probe_is_no_fault_of_the_setting(
     tmp_path: Path,
 ) -> None:
-    """The probe runs it twice: the launch does, and then the probe itself."""
     (tmp_path / "work").mkdir()
-    script = f"cd {tmp_path}; test -e one || exec touch one; touch two; kill $$"
+    stopped = tmp_path / "stopped"
     config = codebot.Config(
         work_dir=str(tmp_path / "work"),
         search_path=os.environ["PATH"],
         sandbox=("none",),
         launcher=("env",),
-        launcher_stop=("sh", "-c", script),
+        launcher_stop=("sh", "-c", f"touch {stopped}; kill $$"),
     )
 
     def check_stop() -> None:
-        if (tmp_path / "two").exists():
+        if stopped.exists():
             raise codebot.StopRequested
 
     sandbox = codebot.Sandbox(config)
