@@ -6597,13 +6597,19 @@ def test_fetch_into_a_mirror_holds_its_lock_and_git_inherits_it(
     assert f" {mirror.path}.lock " in fetch
 
 
+def configure_git(monkeypatch: pytest.MonkeyPatch, file: Path, text: str) -> None:
+    """Give the host's git a configuration, which codebot uses with --no-github."""
+    file.write_text(text)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(file))
+
+
 def test_fetch_writes_no_commit_graph_even_if_the_host_configures_it(
     local: LocalTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A killed git leaves the lock of its list, with which later fetches fail."""
-    config = tmp_path / "gitconfig"
-    config.write_text("[fetch]\n\twriteCommitGraph = true\n")
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(config))
+    configure_git(
+        monkeypatch, tmp_path / "gitconfig", "[fetch]\n\twriteCommitGraph = true\n"
+    )
     graphs = Path(local.workspace.mirror.objects, "info", "commit-graphs")
     graphs.mkdir(parents=True)
     (graphs / "commit-graph-chain.lock").touch()
@@ -8943,9 +8949,9 @@ def test_configuration_of_the_host_for_submodules_prevents_no_push(
     local: LocalTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With it, git push exits with 0 and pushes nothing."""
-    config = tmp_path / "gitconfig"
-    config.write_text("[push]\n\trecurseSubmodules = only\n")
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(config))
+    configure_git(
+        monkeypatch, tmp_path / "gitconfig", "[push]\n\trecurseSubmodules = only\n"
+    )
     job = local.commit(SAY_HELLO)
     local.workspace.push()
     assert local.site.repository.has_branch(job.branch)
