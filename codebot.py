@@ -8489,6 +8489,7 @@ function runTime(job) {
 function showView() {
   openedTask = null;
   document.title = 'codebot';
+  setText(ui.announcer, '');
   const [view, taskId] = location.hash.split('=');
   if (!apiKey) showSection(ui.keyView);
   else if (view === '#task') openTask(taskId);

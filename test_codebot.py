@@ -16814,6 +16814,7 @@ def test_page_shows_task_from_submit_to_result_and_review(
     browser.check()
     browser.click("link", "codebot")
     browser.wait_for_text("Completed acme/widget#1")
+    assert browser.text("#announcer") == ""  # no longer the state of that task
     browser.check()
 
 
