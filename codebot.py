@@ -7908,7 +7908,7 @@ def task_logs(
     [parameter] = request.parameters("after")
     after_text = request.headers.get("last-event-id") or parameter or "0"
     after = read_number("after, or Last-Event-ID,", after_text, 0, 10**15)
-    if "text/event-stream" not in request.headers.get("accept", ""):
+    if "text/event-stream" not in request.headers.get("accept", "").lower():
         events = [event._asdict() for event in codebot.store.events(task_id, after)]
         return json_response(
             {"task_id": task_id, "events": events, "count": len(events)}

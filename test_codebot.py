@@ -14340,6 +14340,12 @@ def test_stream_sends_events_live_and_ends_with_the_task(shared: Site) -> None:
     assert ids == [str(event["seq"]) for event in events]
 
 
+def test_stream_can_be_asked_for_in_capitals(shared: Site) -> None:
+    task = submit_failing(shared)
+    with shared.api.open_stream(task, {"Accept": "Text/Event-Stream"}) as stream:
+        assert stream.headers["Content-Type"] == "text/event-stream"
+
+
 def test_stream_resumes_after_last_event_id(shared: Site) -> None:
     task = submit_failing(shared)
     add_events(shared, task, [f"Number {number}" for number in range(300)])
