@@ -2176,8 +2176,10 @@ class Sandbox:
         """
         env = base_environment(self.config)
         limits = self.probe_limits
-        help_text = run_program(["bwrap", "--help"], env, limits=limits).stdout
-        self.disable_userns = "--disable-userns" in help_text
+        result = run_program(["bwrap", "--help"], env, limits=limits)
+        if result.code != 0:
+            return  # bwrap does not start at all: run_probe reports why
+        self.disable_userns = "--disable-userns" in result.stdout
         if not self.disable_userns and os.getuid() == 0:
             raise ConfigError(
                 "bwrap is older than 0.8, so an agent run by root could change the "

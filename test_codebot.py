@@ -4729,8 +4729,18 @@ def serve_flags(site: Site) -> list[str]:
 
 
 @pytest.mark.parametrize("command", ["serve", "run"])
-def test_sandbox_that_does_not_start_is_refused(fresh: Site, command: str) -> None:
-    help_text = "[ $1 = --help ] && exec echo '--disable-userns'"
+@pytest.mark.parametrize(
+    "help_text",
+    [
+        pytest.param(
+            "[ $1 = --help ] && exec echo '--disable-userns'", id="help works"
+        ),
+        pytest.param("", id="help fails"),  # as without a library that bwrap needs
+    ],
+)
+def test_sandbox_that_does_not_start_is_refused(
+    fresh: Site, command: str, help_text: str
+) -> None:
     path = write_bwrap(fresh, f"{help_text}\necho 'no namespaces here' >&2; exit 1")
     args = run_flags(fresh) if command == "run" else ["serve", *serve_flags(fresh)]
     done = fresh.server.run_forked(*args, CODEBOT_SANDBOX=None, PATH=path)
