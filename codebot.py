@@ -1766,7 +1766,9 @@ class LaunchedProgram(RunningProgram):
         """Raise TransientError, too, if the launcher or its node failed."""
         result = super().result()
         if self.node_code is None and not self.is_done:
-            raise TransientError(f"The launcher or its node failed: {result.error}")
+            # The launcher's words are in stderr. In stdout are only the program's.
+            reason = result._replace(stdout="").error
+            raise TransientError(f"The launcher or its node failed: {reason}")
         return result
 
 

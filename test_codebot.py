@@ -15561,6 +15561,23 @@ def test_launcher_or_node_that_fails_is_no_failure_of_the_agent(
     assert len(site.agent.runs()) == 2
 
 
+def test_words_of_the_agent_are_not_the_reason_why_its_node_failed(
+    launching: StandInCluster,
+) -> None:
+    site = launching.site
+    words = ' || echo "the job ended with code $?" >&2'
+    change_launcher(launching, words, " 2>/dev/null")
+    site.agent.follow(f"say 'I am at work'; block; {SAY_HELLO}")
+    task = site.api.submit()
+    site.agent.wait_until_blocked()
+    site.agent.follow(SAY_HELLO)
+    [job] = launching.jobs()
+    os.killpg(job, signal.SIGKILL)
+    site.api.completed(task)
+    [message] = [m for m in site.api.messages(task) if "Trying again in" in m]
+    assert message.startswith("codebot: The launcher or its node failed: no output. ")
+
+
 def test_sigterm_on_the_node_is_no_failure_of_the_agent(
     launching: StandInCluster,
 ) -> None:
