@@ -1043,19 +1043,6 @@ class Redactor:
         text = GITHUB_TOKEN_RE.sub("***", text)
         return UNPRINTABLE_RE.sub("\N{REPLACEMENT CHARACTER}", text)
 
-    def beginning(self, text: str, length: int) -> str:
-        """Return the beginning of a text without secrets, at most ``length`` characters.
-
-        Redacting megabytes is slow, so the text is cut first. The cut may split a secret.
-        So a piece as long as the longest secret is removed from the end, too.
-        """
-        if len(text) <= length:
-            return self(text)
-        # A token that only GITHUB_TOKEN_RE recognizes counts as 100 characters.
-        longest = max([100, *map(len, self._secrets)])
-        redacted = self(text[:length])
-        return redacted[: max(0, len(redacted) - longest)]
-
     def has_secret(self, text: str) -> bool:
         """Return whether a text has a secret of at least MIN_SEARCHED_LENGTH characters."""
         return any(
@@ -4958,8 +4945,8 @@ class JobRun:
                     continue
                 if self.events_left == 0:
                     message = "(further output omitted)"
-            text = redact.beginning(message, 100_000)
-            events.append((source, truncate(text, MAX_EVENT_CHARS)))
+            text = truncate(redact(message), MAX_EVENT_CHARS)
+            events.append((source, text))
         self.store.add_events(self.job.task_id, events)
 
     def update(self, **changes: Any) -> None:
@@ -5806,7 +5793,7 @@ class AgentRun:
         """
         job = self.run.job
         words = str(self.output().get("summary") or "")
-        summary = redact.beginning(words, 100_000)
+        summary = redact(words)[:100_000]
         if attempt > 1:  # the new one describes only the repair
             summary = f"{job.summary}\n\n{summary}".strip()[:100_000]
         total = job.cost_usd
@@ -6687,7 +6674,7 @@ def parse_answers(review: Review, output: JsonObject) -> dict[str, str]:
         ids.add(members[0].thread)
         texts = [entry["body"] for entry in entries if entry["comment_id"] in ids]
         text = "\n\n".join(filter(None, texts)) or review.run.job.summary
-        answers[thread_key] = redact.beginning(text, 100_000)
+        answers[thread_key] = redact(text)[:100_000]
     return answers
 
 
