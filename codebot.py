@@ -10116,11 +10116,8 @@ def open_standard_files() -> None:
 
     Otherwise a pipe or a lock would get that number, and fork_watchdog would replace it.
     """
-    for descriptor in (0, 1, 2):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    while os.open(os.devnull, os.O_RDWR) <= 2:  # the lowest number that is free
+        pass
     if sys.stderr is None:  # it was closed; print() would write to standard output
         sys.stderr = os.fdopen(2, "w", errors="replace")
 
