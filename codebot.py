@@ -2242,7 +2242,6 @@ LOOKUP = 0  # the lookup token
 AS_APP = -1  # no token, but a JWT of the App
 TOKEN_MARGIN = 300.0  # seconds that a token must still be valid
 ACCESS_REFUSAL_TTL = 60.0  # seconds that a refusal of write access is remembered
-MAX_ACCESS_REFUSALS = 4000  # remembered at once; anybody who comments can add one
 PAGE_SIZE = 50  # entries of a list in one response; GitHub allows 100
 # Bytes of a response. Each comment in it has up to 0.3 MB of text and 0.5 MB of the diff.
 MAX_GITHUB_BYTES = 64 << 20
@@ -2832,8 +2831,7 @@ class GitHubRepository:
                 return True
         except GitHubError as error:
             log.info("GitHub did not report the access of %s: %s", login, error)
-        if len(refusals) >= MAX_ACCESS_REFUSALS:  # a flood must not fill memory
-            refusals.clear()
+        # Entries stay until codebot ends: an attacker would need an account for each.
         refusals[key] = time.monotonic() + ACCESS_REFUSAL_TTL
         return False
 

@@ -10325,16 +10325,6 @@ def test_refusal_of_access_is_remembered(pull: Pull) -> None:
     pull.assert_untouched()
 
 
-def test_refusals_of_access_do_not_fill_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codebot, "MAX_ACCESS_REFUSALS", 3)
-    github = refused_github(monkeypatch, make_reply(404, {}, ""))
-    payload = {"id": 7, "full_name": "acme/widget"}
-    repository = codebot.GitHubRepository(github, payload)
-    for number in range(9):
-        assert not repository.has_write_access(f"person-{number}")
-    assert len(github.access_refusals) <= 3
-
-
 def test_refusal_of_access_is_forgotten_after_a_minute(limited_pull: Pull) -> None:
     limited_pull.site.agent.follow("classify none")
     heidi = limited_pull.site.person("heidi")
