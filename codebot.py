@@ -1212,7 +1212,6 @@ NOISE_RE = re.compile(
     "(hint:.*|remote:|Please make sure you have the correct access rights"
     "|and the repository exists.)?"
 )
-CAUSE_RE = re.compile(r"(remote: )?(fatal|error):|.*denied")
 # Matches what programs say if the host lacks disk space, processes or memory.
 SHORTAGE = (
     "No space left on device|Disk quota exceeded|: Quota exceeded"  # the last is musl's
@@ -1247,7 +1246,7 @@ class ProgramResult(NamedTuple):
 
     @property
     def error(self) -> str:
-        """Why the program failed: the first line with a cause, and the last three lines.
+        """Why the program failed: the first line, and the last three lines.
 
         Without the last period, because the text becomes part of a sentence.
         """
@@ -1255,8 +1254,7 @@ class ProgramResult(NamedTuple):
         lines = [line.strip() for line in output.split("\n")]
         lines = [line for line in lines if not NOISE_RE.fullmatch(line)]
         if len(lines) > 4:
-            causes = [line for line in lines[:-3] if CAUSE_RE.match(line)]
-            lines = causes[:1] + lines[-3:]
+            lines = lines[:1] + lines[-3:]
         # It is redacted now: a secret may end with the period, and would then not be found.
         return redact(" / ".join(lines)).rstrip(".") or "no output"
 

@@ -4140,12 +4140,13 @@ hint: See the "Note about fast-forwards" in 'git push --help' for details.
         ),
         ("Please make sure you have run it.\n", "Please make sure you have run it"),
         ("a\nb\nfatal: c\nd\n", "a / b / fatal: c / d"),
-        ("a\nb\nc\nfatal: d\ne\n", "c / fatal: d / e"),
-        ("a\nb\nc\nd\ne\n", "c / d / e"),
+        ("a\nb\nc\nd\ne\n", "a / c / d / e"),
         ("  hint: a\nremote: \n\n", "no output"),
     ],
 )
-def test_error_of_program_has_its_cause_and_its_end(stderr: str, error: str) -> None:
+def test_error_of_program_has_its_beginning_and_its_end(
+    stderr: str, error: str
+) -> None:
     assert codebot.ProgramResult(1, "", stderr).error == error
 
 
