@@ -10142,15 +10142,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = str(error)
     except (KeyboardInterrupt, StopRequested):  # a signal during the start
         code = 130
-    except sqlite3.Error as error:  # after Store has opened the database
+    # Such as a full disk (sqlite3.Error, after Store has opened the database), no usable
+    # directory for temporary files, or too little memory for a program
+    except (sqlite3.Error, OSError, TransientError) as error:
         code = 1  # not 2, which means bad input: `run` may have pushed already
-        message = (
-            f"The database cannot be used: {error}. Free space on its disk; if it is "
-            "damaged, use a new --work-dir (and CODEBOT_DATABASE, if that is set)."
-        )
-    # Such as no usable directory for temporary files, or too little memory for a program
-    except (OSError, TransientError) as error:
-        code = 1  # for the same reason
         message = f"System error on this host: {error}"
     for line in redact(message).splitlines():  # it may quote what a program prints
         print(f"codebot: {line}", file=sys.stderr)

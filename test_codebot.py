@@ -17819,7 +17819,7 @@ def test_database_that_fails_during_the_start_is_reported(fresh: Site) -> None:
         )
     done = fresh.server.run_forked("serve", *serve_flags(fresh))
     assert done.returncode == 1
-    assert "cannot be used: database or disk is full. Free space" in done.stderr
+    assert "on this host: database or disk is full" in done.stderr
     assert "Traceback" not in done.stderr
 
 
