@@ -1460,10 +1460,11 @@ class AgentScript:
 # --- ServerProcess -----------------------------------------------------------
 
 
-# Limits of every server of the tests: what it waits for without a reason to.
+# Limits of every server of the tests: what it waits for without a reason to. Several
+# servers are idle in each process of pytest, and so the first two are not very short.
 SERVER_PAUSES = {
-    "SYNC_INTERVAL": 0.03,
-    "TIMER_INTERVAL": 0.1,  # only for jobs that are delayed; others wake the timer
+    "SYNC_INTERVAL": 0.1,
+    "TIMER_INTERVAL": 0.2,  # only for jobs that are delayed; others wake the timer
     "STREAM_INTERVAL": 0.03,
     "GITHUB_RETRY_DELAY": 0.03,
     # Not short: a second look must not come to a test that injects a fault for another.
