@@ -1316,9 +1316,9 @@ block() {  # [NAME]: waits until the test releases it; is never silent for long
     : >"$place/blocked-$1"
     pauses=0
     while [ ! -e "$place/released-@GENERATION@" ]; do
-        sleep 0.04
+        sleep 0.1
         pauses=$((pauses + 1))
-        [ $((pauses % 12)) != 0 ] || echo
+        [ $((pauses % 5)) != 0 ] || echo
     done
 }
 """
@@ -1405,7 +1405,7 @@ class AgentScript:
     def block_command(self, name: str) -> str:
         """Return a command that blocks as a plan's block does (without a sandbox)."""
         released = self.place / f"released-{self.generation}"
-        wait = f"while [ ! -e {released} ]; do sleep 0.02; done"
+        wait = f"while [ ! -e {released} ]; do sleep 0.1; done"
         return f": >{self.place}/blocked-{name}; {wait}"
 
     def wait_until_blocked(self, name: str = "") -> None:
