@@ -2344,12 +2344,18 @@ class LocalTask:
         mirror = Path(self.workspace.mirror.path)
         copy_files(fetched_mirror(site.github.templates), mirror)
 
-    def ask_agent(self, plan: str) -> None:
-        """Clone, and let the agent follow the plan."""
+    def run_agent(self, plan: str) -> None:
+        """Let the agent follow the plan, in an empty directory if nothing is cloned."""
         self.site.agent.follow(plan)
-        codebot.clone(self.workspace)
+        for part in codebot.WORKSPACE_PARTS:
+            os.makedirs(f"{self.workspace.path}/{part}", exist_ok=True)
         options = (codebot.CODING_OPTIONS, codebot.BEGIN_SESSION)
         codebot.ask_agent(self.workspace, "Task:", *options)
+
+    def ask_agent(self, plan: str) -> None:
+        """Clone, and let the agent follow the plan."""
+        codebot.clone(self.workspace)
+        self.run_agent(plan)
 
     def commit(self, plan: str, test_command: str = "") -> codebot.Job:
         """Clone, let the agent follow the plan, test and commit; return the job."""
@@ -6766,10 +6772,7 @@ LOGIN_EXPIRED = "Not logged in · Please run /login"
 LOGIN_RETRY = json.dumps(
     {"type": "system", "subtype": "api_retry", "attempt": 1, "error_status": 401}
 )
-PLAN_OF_BAD_TREE = (
-    "printf '[submodule \"../x\"]\\n\\tpath = a\\n\\turl = b\\n' >.gitmodules; result"
-)
-FAILING_PLANS = {
+FAILING_RUNS = {
     "no result": ("echo oops >&2; exit 3", "agent_failed", "oops"),
     "crash": ("say Now; echo 'out of memory' >&2; exit 134", "agent_failed", "memory"),
     "killed at the start": (
@@ -6810,6 +6813,24 @@ FAILING_PLANS = {
         "agent_failed",
         "",
     ),
+}
+
+
+@pytest.mark.parametrize("case", FAILING_RUNS)
+def test_run_of_agent_that_goes_wrong_fails_its_task(
+    local: LocalTask, case: str
+) -> None:
+    plan, reason, message = FAILING_RUNS[case]
+    with pytest.raises(codebot.JobFailed) as failed:
+        local.run_agent(plan)
+    assert failed.value.reason == reason
+    assert message in str(failed.value)
+
+
+PLAN_OF_BAD_TREE = (
+    "printf '[submodule \"../x\"]\\n\\tpath = a\\n\\turl = b\\n' >.gitmodules; result"
+)
+FAILING_PLANS = {
     "no changes": ("result 'Nothing to do here'", "no_changes", "Nothing to do here"),
     "no changes and no words": ("result ' '", "no_changes", "It said: nothing"),
     "changes undone": (
@@ -6830,7 +6851,9 @@ FAILING_PLANS = {
 
 
 @pytest.mark.parametrize("case", FAILING_PLANS)
-def test_agent_that_goes_wrong_fails_its_task(local: LocalTask, case: str) -> None:
+def test_work_of_agent_that_goes_wrong_fails_its_task(
+    local: LocalTask, case: str
+) -> None:
     plan, reason, message = FAILING_PLANS[case]
     assert message in local.failure(plan, reason)
 
@@ -6918,7 +6941,7 @@ def test_failed_task_pushes_nothing(shared: Site) -> None:
     assert shared.repository.pulls == []
 
 
-GOOD_PLANS = {
+GOOD_RUNS = {
     "exit code after result": f"{SAY_HELLO}; exit 9",
     "stays after result": f"{SAY_HELLO}; sleep 300",
     "login refused after result": f"{SAY_HELLO}; echo '{LOGIN_RETRY}'",
@@ -6927,6 +6950,20 @@ GOOD_PLANS = {
     "odd lines": f"seq 1 2000; echo 'no json'; echo '[]'; echo '{{\"type\":3}}'; {SAY_HELLO}",
     "line of 9 MB": f"head -c 9000000 /dev/zero | tr '\\0' x; echo; {SAY_HELLO}",
     "words that look like an error": "echo hello >hello.txt; result 'Added /login'",
+}
+
+
+@pytest.mark.parametrize("case", GOOD_RUNS)
+def test_good_result_counts_whatever_else_agent_prints_or_starts(
+    local: LocalTask, case: str
+) -> None:
+    local.run_agent(GOOD_RUNS[case])
+    assert local.run.job.cost_usd == 0.25
+    assert Path(local.workspace.repo, "hello.txt").read_text() == "hello\n"
+    assert [stray for stray in local.site.server.strays() if "sleep" in stray] == []
+
+
+GOOD_PLANS = {
     "lone surrogate": r"echo hello >hello.txt; result 'half a letter: \ud800'",
     "shallow repository": f"git rev-parse HEAD >.git/shallow; {SAY_HELLO}",
     "detached HEAD": f"git checkout -q --detach; {SAY_HELLO}",
@@ -6951,12 +6988,11 @@ GOOD_PLANS = {
 
 
 @pytest.mark.parametrize("case", GOOD_PLANS)
-def test_good_result_counts_whatever_else_agent_does(
+def test_change_is_committed_whatever_else_agent_does(
     local: LocalTask, case: str
 ) -> None:
     local.commit(GOOD_PLANS[case])
     assert local.show("hello.txt") == "hello"
-    assert [stray for stray in local.site.server.strays() if "sleep" in stray] == []
 
 
 @pytest.mark.parametrize("value", [None, "1", -1, float("nan"), 1e300, [], {}])
