@@ -6184,24 +6184,6 @@ def test_task_becomes_pull_request(shared: Site) -> None:
     assert (workspace / "repo" / "hello.txt").exists()
 
 
-def test_phases_and_attempts_are_logged_in_order(shared: Site) -> None:
-    shared.agent.follow("[ $purpose = resume ] && echo >fixed; echo >new; result")
-    task = shared.api.submit(test_command="test -e fixed")
-    shared.api.completed(task)
-    events = shared.api.events(task)
-    phases = [e["message"] for e in events if e["source"] == "phase"]
-    assert phases == [
-        "clone",
-        "agent",
-        "test",
-        "agent, attempt 2",
-        "test, attempt 2",
-        "commit",
-        "push",
-        "pull_request",
-    ]
-
-
 def test_agent_has_no_tool_that_fetches_and_no_text_but_its_prompt(
     shared: Site,
 ) -> None:
@@ -7238,7 +7220,9 @@ def test_output_of_a_tool_becomes_an_event(
 # --- The test command --------------------------------------------------------
 
 
-def test_failing_test_is_shown_to_agent_in_same_session(shared: Site) -> None:
+def test_failing_test_is_shown_to_agent_in_same_session_and_phases_are_logged(
+    shared: Site,
+) -> None:
     shared.agent.follow(
         "[ $purpose = resume ] && echo good >state || echo bad >state; result"
     )
@@ -7256,7 +7240,20 @@ def test_failing_test_is_shown_to_agent_in_same_session(shared: Site) -> None:
     output = lines.index("bad")
     assert "bad" not in first.stdin
     assert re.search(r"\w{8}", lines[output - 1])
-    assert "test: bad" in shared.api.messages(task)
+    messages = shared.api.messages(task)
+    assert "test: bad" in messages
+    assert [message for message in messages if message.startswith("phase: ")] == [
+        "phase: clone",
+        "phase: agent",
+        "phase: test",
+        "phase: agent, attempt 2",
+        "phase: test, attempt 2",
+        "phase: commit",
+        "phase: push",
+        "phase: pull_request",
+    ]
+    pushed = [message for message in messages if message.startswith("git: ")]
+    assert any(result["branch_name"] in message for message in pushed)
     assert command in shared.repository.pulls[0]["body"]
 
 
