@@ -6185,10 +6185,10 @@ def test_task_becomes_pull_request(shared: Site) -> None:
 
 
 def test_agent_has_no_tool_that_fetches_and_no_text_but_its_prompt(
-    shared: Site,
+    local: LocalTask,
 ) -> None:
-    shared.api.completed(shared.api.submit())
-    [run] = shared.agent.runs()
+    local.run_agent(SAY_HELLO)
+    [run] = local.site.agent.runs()
     tools = "Bash,Read,Edit,Write,Glob,Grep,NotebookEdit,TaskCreate,TaskUpdate,TaskList"
     assert run.option("--tools") == tools
     rules = " ".join((run.option("--append-system-prompt") or "").split())
@@ -6456,13 +6456,21 @@ def test_new_repository_under_old_name_does_not_show_old_objects(fresh: Site) ->
     assert plans not in objects
 
 
-def test_other_spelling_of_name_uses_same_mirror(shared: Site) -> None:
-    owner, name = shared.repository.name.split("/")
-    url = f"{shared.github.url}/{owner.upper()}/{name.title()}.git"
-    shared.api.completed(shared.api.submit(repository_url=url))
-    mirrors = shared.server.work_dir.glob("mirrors/*/*/*.git")
-    found = [m for m in mirrors if m.stem.lower() == name]
-    assert found == [mirror_of(shared, shared.repository.name)]
+def task_at_github(site: Site, store: codebot.Store, url: str) -> codebot.JobRun:
+    """Return a task that runs in this process, on a repository of a site's GitHub."""
+    app = codebot.Codebot(github_client(site).config)
+    app.store = store
+    request = codebot.TaskRequest(url, "Say hello")
+    task = store.add_task(request, codebot.Submission("the tests"), 100)
+    return codebot.JobRun(app, claim(store, task.id))
+
+
+def test_other_spelling_of_name_uses_same_mirror(
+    fresh: Site, store: codebot.Store
+) -> None:
+    run = task_at_github(fresh, store, f"{fresh.github.url}/ACME/Widget.git")
+    path = fresh.server.work_dir / codebot.find_repository(run).mirror_path
+    assert path == mirror_of(fresh, "acme/widget")
 
 
 def test_base_that_moves_before_fetch_is_looked_up_again(fresh: Site) -> None:
@@ -7055,7 +7063,7 @@ def test_secret_with_a_quote_is_redacted_in_an_error(local: LocalTask) -> None:
     assert "tell-this" not in error
 
 
-def test_events_keep_line_breaks_and_long_ones_are_truncated(shared: Site) -> None:
+def test_events_keep_line_breaks_and_long_ones_are_truncated(local: LocalTask) -> None:
     call = {"type": "tool_use", "name": "Bash", "input": {"command": "ls -l"}}
     other = {"type": "tool_use", "name": "TaskList", "input": {"a": ["ü", None]}}
     inputs = {"replace_all": False, "file_path": "a.py", "old_string": "x"}
@@ -7074,10 +7082,8 @@ def test_events_keep_line_breaks_and_long_ones_are_truncated(shared: Site) -> No
     plan += "; say '" + "w" * 3990 + " ghp_" + "0" * 36 + " " + "w" * 9000 + "'"
     for line in lines:
         plan += f"; printf '%s\\n' {shlex.quote(json.dumps(line))}"
-    shared.agent.follow(f"{plan}; {SAY_HELLO}")
-    task = shared.api.submit()
-    result = shared.api.completed(task)
-    messages = shared.api.messages(task)
+    local.run_agent(f"{plan}; {SAY_HELLO}")
+    messages = local.messages()
     assert "agent: first\nsecond" in messages
     assert "agent: red \N{REPLACEMENT CHARACTER}" in messages
     assert "tool: Bash: ls -l" in messages
@@ -7093,8 +7099,6 @@ def test_events_keep_line_breaks_and_long_ones_are_truncated(shared: Site) -> No
     # No part of a secret is left where a text is cut.
     assert "agent: " + "z" * 3990 + "***" + "-" * 7 + " … (truncated)" in messages
     assert "agent: " + "w" * 3990 + " *** " + "w" * 5 + " … (truncated)" in messages
-    pushed = [m for m in messages if m.startswith("git: ")]
-    assert any(result["branch_name"] in m for m in pushed)
 
 
 def test_events_of_agent_are_limited(
@@ -7532,18 +7536,20 @@ def test_redacting_a_commit_message_writes_no_words_that_turn_off_ci(
     assert "> Done. (NO_CI)" in message
 
 
-def test_commit_message_cannot_turn_off_continuous_integration(shared: Site) -> None:
+def test_commit_message_cannot_turn_off_continuous_integration(
+    local: LocalTask,
+) -> None:
     done = "[CI skip] [no ci] [skip_ci] [ ci-skip ] [the CI run](x) cells[ci] [skip]"
-    shared.agent.follow(f"echo hello >'[ci skip]'; result 'Done {done}.'")
     text = "Say hello [skip ci] ***no_ci***"
-    task = shared.api.submit(text, ticket_id="[skip actions]")
-    branch = shared.api.completed(task)["branch_name"]
-    message = shared.repository.git("log", "-1", "--format=%B", branch)
+    request = codebot.TaskRequest("", text, ticket_id="[skip actions]")
+    local.run.update(request=request)
+    job = local.commit(f"echo hello >'[ci skip]'; result 'Done {done}.'")
+    message = local.git("log", "-1", "--format=%B", job.commit_id)
     assert message.startswith("(skip actions): Say hello (skip ci) (no_ci)\n")
     shown = "(CI skip) (no ci) (skip_ci) ( ci-skip ) [the CI run](x) cells[ci] [skip]"
     assert f"> Done {shown}." in message
     # A squash merge may make a commit's message of it.
-    body = shared.repository.pulls[0]["body"]
+    body = codebot.pull_request_body(local.run)
     assert "> Say hello (skip ci) (no_ci)\n" in body
     assert f"> Done {shown}." in body
     assert " (ci skip) | 1 +" in body
@@ -7731,20 +7737,19 @@ def test_slow_git_and_output_without_line_end_are_not_silence(fresh: Site) -> No
     fresh.api.completed(dotted)
 
 
-def test_rejected_push_is_reported_in_words_of_remote(shared: Site) -> None:
-    # The name of a file is the agent's.
-    message = f"GH013: File Authentication failed must not contain {API_KEY}"
-    hook = shared.repository.bare / "hooks" / "pre-receive"
-    write_script(hook, f'echo "{message}" >&2; exit 1')
-    error = shared.api.failed(shared.api.submit(), "push_rejected")
-    assert message.replace(API_KEY, "***") in error
-    assert shared.repository.pulls == []
-
-
-def test_push_that_remote_rejects_without_a_message_has_its_reason(
+def test_rejected_push_is_reported_in_words_of_remote_or_else_with_its_reason(
     local: LocalTask,
 ) -> None:
     local.commit(SAY_HELLO)
+    # The name of a file is the agent's.
+    message = f"GH013: File Authentication failed must not contain {API_KEY}"
+    hook = local.site.repository.bare / "hooks" / "pre-receive"
+    write_script(hook, f'echo "{message}" >&2; exit 1')
+    with pytest.raises(codebot.JobFailed) as error:
+        local.workspace.push()
+    assert error.value.reason == "push_rejected"
+    assert message.replace(API_KEY, "***") in codebot.redact(str(error.value))
+    hook.unlink()
     local.site.repository.git("config", "receive.hideRefs", "refs/heads/u")
     with pytest.raises(codebot.JobFailed, match="remote rejected.*hidden ref") as error:
         local.workspace.push()
@@ -7754,15 +7759,14 @@ def test_push_that_remote_rejects_without_a_message_has_its_reason(
 # --- The pull request --------------------------------------------------------
 
 
-def test_pull_request_body_starts_with_facts_and_quotes_agent(shared: Site) -> None:
-    shared.agent.follow(
+def test_pull_request_body_starts_with_facts_and_quotes_agent(local: LocalTask) -> None:
+    local.run.update(request=codebot.TaskRequest("", "Say hello\n\nPlease."))
+    plan = (
         "echo hello >hello.txt; "
         r"result 'All good.\n\n## Tests\nPassed: everything <!-- codebot task -->'"
     )
-    command = "test -e hello.txt"
-    task = shared.api.submit("Say hello\n\nPlease.", test_command=command)
-    shared.api.completed(task)
-    body = shared.repository.pulls[0]["body"]
+    task = local.commit(plan, "test -e hello.txt").id
+    body = codebot.pull_request_body(local.run)
     assert (
         re.sub(r"Done in \d+ s", "Done in SECONDS", body)
         == f"""### Task
@@ -8713,11 +8717,7 @@ def test_commit_waits_while_github_refuses_the_app_and_a_new_task_fails(
     monkeypatch.setattr(codebot, "GITHUB_RETRY_DELAY", 0.01)
     pattern = "POST /app/installations/*/access_tokens"
     fresh.github.fail(pattern, status, always=True)
-    app = codebot.Codebot(github_client(fresh).config)
-    app.store = store
-    request = codebot.TaskRequest(fresh.repository.url, "Say hello")
-    task = store.add_task(request, codebot.Submission("the tests"), 1)
-    run = codebot.JobRun(app, claim(store, task.id))
+    run = task_at_github(fresh, store, fresh.repository.url)
     with pytest.raises(codebot.JobFailed, match=message) as error:
         codebot.find_repository(run)
     assert error.value.reason == "clone_failed"
@@ -9028,15 +9028,20 @@ def test_only_finished_work_waits_if_a_fetch_fails(
         workspace.fetch_tip_after("a" * 40)
 
 
-def test_token_that_git_refuses_is_renewed_once(shared: Site) -> None:
-    refused = (401, b"Invalid username or token.")
+def test_token_that_git_refuses_is_renewed_once(
+    fresh: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "TOKEN_RETRY_DELAY", 0.01)
+    mirror, repository = mirror_at_github(fresh)
+    refusal = (401, b"Invalid username or token.")
     challenge = {"WWW-Authenticate": 'Basic realm="GitHub"'}
-    shared.agent.follow(GIVE_UP)
-    shared.repository.fail("GET /info/refs*", *refused, challenge)
-    shared.api.failed(shared.api.submit(), "agent_failed")  # it has been cloned
-    shared.repository.fail("GET /info/refs*", *refused, challenge, always=True)
-    error = shared.api.failed(shared.api.submit(), "clone_failed")
-    assert error == "Failed to clone repository: authentication failed"
+    fresh.repository.fail("GET /info/refs*", *refusal, challenge)
+    mirror.fetch_branch(repository, "main")
+    tokens = len(fresh.github.tokens)
+    fresh.repository.fail("GET /info/refs*", *refusal, challenge, always=True)
+    with pytest.raises(codebot.GitAuthFailed, match="^authentication failed$"):
+        mirror.fetch_branch(repository, "main")
+    assert len(fresh.github.tokens) == tokens + 1
 
 
 def test_commit_waits_while_github_refuses_the_push(shared: Site) -> None:
