@@ -6924,13 +6924,6 @@ def test_tree_is_not_committed_if_head_has_changed_meanwhile(
     )
 
 
-def test_failed_task_pushes_nothing(shared: Site) -> None:
-    shared.agent.follow("echo hello >hello.txt; echo oops >&2; exit 3")
-    assert "oops" in shared.api.failed(shared.api.submit(), "agent_failed")
-    assert shared.repository.branches() == ["main"]
-    assert shared.repository.pulls == []
-
-
 GOOD_RUNS = {
     "exit code after result": f"{SAY_HELLO}; exit 9",
     "stays after result": f"{SAY_HELLO}; sleep 300",
@@ -7324,6 +7317,7 @@ def test_tests_that_keep_failing_fail_task_and_nothing_is_pushed(shared: Site) -
     assert "it is broken" not in shared.server.log()
     assert len(shared.agent.runs()) == 2
     assert shared.repository.branches() == ["main"]
+    assert shared.repository.pulls == []
     [workspace] = shared.server.work_dir.glob(f"task_{task[:7]}/repo")
     assert (workspace / "hello.txt").exists()
 
@@ -9101,12 +9095,16 @@ def test_error_names_new_address_of_renamed_repository(shared: Site) -> None:
     assert shared.agent.runs() == []
 
 
-def test_outage_during_first_task_costs_no_run_of_the_agent(fresh: Site) -> None:
-    for _ in range(3):
-        fresh.github.fail("GET /users/*", 502, b"")
-    fresh.server.start(limits={"RETRY_DELAY": 0.1, "GITHUB_ATTEMPTS": 1})
-    fresh.api.completed(fresh.api.submit())
-    assert len(fresh.agent.runs()) == 1
+def test_new_task_waits_for_the_login_of_the_app_before_its_agent_runs(
+    fresh: Site, store: codebot.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "GITHUB_RETRY_DELAY", 0.01)
+    fresh.github.fail("GET /users/*", 502, b"", always=True)
+    run = task_at_github(fresh, store, fresh.repository.url)
+    with pytest.raises(codebot.TransientError, match="502"):
+        codebot.find_repository(run)  # the first step of a task
+    fresh.github.reset_faults()
+    assert codebot.find_repository(run).full_name == "acme/widget"
 
 
 def test_outage_before_the_agent_ran_does_not_shorten_the_next_one(
