@@ -4749,43 +4749,23 @@ def remove_tree(config: Config, path: str) -> None:
     name, _, part = os.path.relpath(path, config.work_dir).partition("/")
     if not REMOVABLE_RE.fullmatch(name) or part not in ("", "repo", "tmp"):
         raise ValueError(f"{path} is not a directory that codebot may remove")
-    remove_most(path)  # first: it needs no disk space; a program's output does
     if os.path.lexists(path):
         # rm never follows a symlink. chmod may follow one if a process replaces files
         # meanwhile, but chmod only gives a file's owner more rights.
-        script = '[ -L "$1" ] || chmod -R u+rwX -- "$1"; rm -rf -- "$1"'
+        script = """
+            rm -rf -- "$1" 2>/dev/null && exit
+            [ -L "$1" ] || chmod -R u+rwX -- "$1"
+            rm -rf -- "$1"
+        """
         env = base_environment(config)
-        with contextlib.suppress(LimitReached):
+        try:
             run_program(["sh", "-c", script, "sh", path], env)
+        except LimitReached:
+            pass  # some of it remains, most likely
+        except OSError:  # a full disk may have no file left for the program's output
+            shutil.rmtree(path, ignore_errors=True)
     if os.path.lexists(path):
         raise TransientError(f"{path} cannot be removed")
-
-
-MAX_REMOVED_LEVELS = 100  # each level keeps two descriptors open
-
-
-def remove_most(name: str, parent: int | None = None, level: int = 0) -> None:
-    """Remove a file or directory, except what is unwritable or too deep.
-
-    Raises no OSError. Never follows a symlink, even if one appears meanwhile. An agent can
-    make 8,000 levels in a moment. With so many, shutil.rmtree may take gigabytes of memory;
-    this function takes little.
-    """
-    with contextlib.suppress(OSError):
-        os.unlink(name, dir_fd=parent)  # fails if it is a directory
-        return
-    if level > MAX_REMOVED_LEVELS:
-        return
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-    with contextlib.suppress(OSError):
-        directory = os.open(name, flags, dir_fd=parent)
-        try:
-            with os.scandir(directory) as entries:
-                for entry in entries:
-                    remove_most(entry.name, directory, level + 1)
-        finally:
-            os.close(directory)
-        os.rmdir(name, dir_fd=parent)
 
 
 class Look(NamedTuple):

@@ -9726,7 +9726,6 @@ def test_directories_of_others_in_the_work_dir_stay(
 def test_directory_that_takes_too_long_to_remove_is_tried_again_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(codebot, "MAX_REMOVED_LEVELS", 0)
     monkeypatch.setattr(codebot, "MAX_OUTPUT_BYTES", 1000)
     monkeypatch.setattr(codebot, "KILL_GRACE", 0.1)
     rm = write_script(tmp_path / "tools" / "rm", "while :; do echo busy; done")
@@ -9795,14 +9794,6 @@ def test_link_that_cannot_be_removed_is_not_followed(tmp_path: Path) -> None:
     codebot.remove_tree(config, str(link))
     assert not os.path.lexists(link)
     assert target.stat().st_mode & 0o777 == 0o500
-
-
-def test_directory_that_becomes_a_link_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "target").mkdir()
-    (tmp_path / "target" / "file").touch()
-    (tmp_path / "link").symlink_to(tmp_path / "target")
-    codebot.remove_most(str(tmp_path / "link"))
-    assert (tmp_path / "target" / "file").exists()
 
 
 def test_removing_a_link_leaves_what_it_leads_to(tmp_path: Path) -> None:
