@@ -5882,13 +5882,6 @@ def ask_agent(
     )
     try:
         result = workspace.run_work(command, phase, attempt)
-    except (FileNotFoundError, PermissionError) as error:
-        raise JobFailed(
-            "agent_failed",
-            f"The agent cannot be started: {os_error_text(error)}: "
-            f"{error.filename}. The operator must install it, or change CODEBOT_SANDBOX "
-            "or CODEBOT_LAUNCHER.",
-        ) from None
     finally:
         agent_run.store_report(attempt)
     agent_run.raise_if_failed(result)
