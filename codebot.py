@@ -8003,14 +8003,10 @@ def webhook(codebot: Codebot, request: Request) -> Response:
     # the wrong type, or that SQLite cannot store a value: a large number (OverflowError) or
     # half of a surrogate pair (ValueError).
     except UNKNOWN_SHAPE_ERRORS:
-        status = 400
-        message = f"The payload of {event[:99]} is malformed"
-        if "form" in request.headers.get("content-type", ""):
-            status = 415
-            message = "Set the content type of the App's webhook to application/json"
+        message = f"The payload of {event[:99]} is malformed, or not application/json"
         log.warning("Delivery %.99s (%.99s): refused: %s", guid, event, message)
         # No variable holds the error, which would keep the body: see Handler.respond.
-        raise HTTPError(status, message) from None
+        raise HTTPError(400, message) from None
     action = payload.get("action")
     log.info("Delivery %.99s (%.99s, %.99s): Accepted", guid, event, action)
     return json_response({"message": "Accepted"}, 202)

@@ -10155,7 +10155,7 @@ def test_delivery_may_be_larger_than_other_bodies(shared: Site) -> None:
 def test_delivery_as_form_is_refused_with_advice(shared: Site) -> None:
     headers = {"Content-Type": "application/x-www-form-urlencoded"}
     refused = shared.github.deliver("ping", b"payload=%7B%7D", headers=headers)
-    assert refused.status == 415
+    assert refused.status == 400
     assert "application/json" in refused.json["message"]
 
 
