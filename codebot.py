@@ -7314,8 +7314,7 @@ def store_ending(run: JobRun, ending: Ending) -> None:
             error = error_to_store(job, ending)
             if error != job.error:  # else store_failure has logged it
                 run.log_event("codebot", f"Failed ({ending.reason}): {error}")
-            first_line, _, rest = error.partition("\n")
-            log.info("Job %s: %s%s", job.id, first_line, " …" if rest else "")
+            log.info("Job %s: %s", job.id, error.partition("\n")[0])
         seconds = job.seconds or time.monotonic() - run.started  # for the totals
         until_database_works(
             run.store.finish, job, seconds, ending.status, ending.reason, error
