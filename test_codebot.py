@@ -9751,6 +9751,18 @@ def test_ordinary_directory_is_removed_without_a_program(
     assert not workspace.exists()
 
 
+def run_code(code: str, *args: str | Path) -> str:
+    """Run Python code in a process of its own, a fork that has imported codebot.
+
+    Return what it prints. Its arguments are in ``start["arguments"]``.
+    """
+    texts = [str(arg) for arg in args]
+    code = f"{code}\nsys.exit()"
+    done = forking_program().run(Path("/"), GIT_ENVIRONMENT, texts, "", code)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 DEEP_DIRECTORY = """
 import os, sys
 os.chdir(sys.argv[1])
@@ -9759,10 +9771,11 @@ for _ in range(1500):
     os.chdir("d" * 255)
 """
 MEASURED_REMOVAL = """
-import os, resource, sys, codebot
-config = codebot.Config(work_dir=sys.argv[1], search_path=os.environ["PATH"])
+import resource
+[work_dir] = start["arguments"]
+config = codebot.Config(work_dir=work_dir, search_path=os.environ["PATH"])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-codebot.remove_tree(config, sys.argv[1] + "/task_1234567")
+codebot.remove_tree(config, work_dir + "/task_1234567")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
@@ -9771,8 +9784,7 @@ def test_removing_a_deep_directory_takes_little_memory(tmp_path: Path) -> None:
     workspace = tmp_path / "task_1234567"
     workspace.mkdir()
     run_command(sys.executable, "-c", DEEP_DIRECTORY, workspace)
-    argv = (sys.executable, "-c", MEASURED_REMOVAL, tmp_path)
-    kibibytes = run_command(*argv, cwd=PROGRAM.parent, PYTHONDONTWRITEBYTECODE="1")
+    kibibytes = run_code(MEASURED_REMOVAL, tmp_path)
     assert not workspace.exists()
     assert int(kibibytes) < 50_000
 
@@ -10584,10 +10596,9 @@ def test_lines_of_comment_are_named(fields: dict[str, Any], lines: str) -> None:
 
 def test_thousands_of_comments_of_html_are_read_at_once() -> None:
     # With a simple pattern it would take minutes, and all threads would stand still.
-    lines = [f"import os, sys; sys.path.insert(0, {str(PROGRAM.parent)!r})"]
-    lines += ["import codebot", "codebot.visible_text('<!--' * 100_000)"]
+    lines = ["codebot.visible_text('<!--' * 100_000)"]
     lines += ["codebot.visible_text('<!---->' * 1_000_000 + '\\U0001f600')"]
-    subprocess.run([sys.executable, "-c", "; ".join(lines)], timeout=30, check=True)
+    run_code("\n".join(lines))
 
 
 def test_delimiters_of_comments_are_random(pull: Pull) -> None:
@@ -17087,6 +17098,15 @@ class BackgroundCommand:
         return code
 
 
+def run_after(
+    code: str, site: Site, *args: str, **settings: str | None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of codebot's as ServerProcess.run_forked does, after this code."""
+    environment = site.server.environment(settings)
+    code = f"{limit_lines({})}\n{code}"
+    return forking_program().run(site.server.start_dir, environment, args, "", code)
+
+
 @dataclasses.dataclass(frozen=True)
 class Mistake:
     """What is wrong when codebot starts, and the advice that it has to give.
@@ -17875,9 +17895,6 @@ def test_second_signal_ends_server_at_once(fresh: Site) -> None:
 
 
 SIGNAL_DURING_WAIT = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import codebot
 codebot.stop_on_signals()
 with codebot.STOP._cond:  # the lock that the main thread holds for moments in STOP.wait()
     os.kill(os.getpid(), signal.SIGTERM)
@@ -17886,8 +17903,7 @@ assert codebot.STOP.wait(10)
 
 
 def test_signal_that_interrupts_a_wait_for_the_stop_is_not_lost() -> None:
-    argv = [sys.executable, "-c", SIGNAL_DURING_WAIT, str(PROGRAM.parent)]
-    subprocess.run(argv, check=True, timeout=20)
+    run_code(SIGNAL_DURING_WAIT)
 
 
 def watchdog_of(server: ServerProcess) -> int:
@@ -17939,31 +17955,28 @@ def test_what_a_killed_server_and_its_watchdog_have_left_is_ended_by_the_next(
 
 
 PRINT_DUMPABLE = """
-import ctypes, logging, sys
-sys.path.insert(0, sys.argv[1])
-import codebot
-config = codebot.Config(no_github=True, work_dir=sys.argv[2])
+import logging
+[work_dir] = start["arguments"]
+config = codebot.Config(no_github=True, work_dir=work_dir)
 codebot.set_up_process(codebot.Codebot(config), logging.WARNING)
 print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))  # PR_GET_DUMPABLE
 """
 
 
 def test_server_is_not_dumpable(tmp_path: Path) -> None:
-    argv = [sys.executable, "-c", PRINT_DUMPABLE, str(PROGRAM.parent), tmp_path]
-    assert run_command(*argv) == "0"
+    assert run_code(PRINT_DUMPABLE, tmp_path) == "0\n"
 
 
 def test_programs_write_no_core_dumps(fresh: Site) -> None:
     """One of git's would hold a token; the host may keep it where an agent can read it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     if hard == 0:
         pytest.skip("this host allows no core dumps")
     sandbox = "sh -c 'echo the limit is $(ulimit -Sc) >&2; exit 4' sh"
-    resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
-    try:  # not in a fork, which would not inherit the limit of this process
-        done = fresh.server.run("serve", *serve_flags(fresh), CODEBOT_SANDBOX=sandbox)
-    finally:
-        resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
+    lift = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_CORE, ({hard}, {hard}))"
+    )
+    done = run_after(lift, fresh, "serve", *serve_flags(fresh), CODEBOT_SANDBOX=sandbox)
     assert "The sandbox does not start: the limit is 0. Install" in done.stderr
 
 
@@ -18490,20 +18503,8 @@ def test_output_that_nobody_reads_gives_no_traceback(
     on_disk: Site, command: str
 ) -> None:
     args = run_flags(on_disk) if command == "run" else [command]
-    read_end, write_end = os.pipe()
-    os.close(read_end)
-    with open(write_end, "wb") as nobody:
-        done = subprocess.run(
-            [*on_disk.server.program(), *args],
-            cwd=on_disk.server.start_dir,
-            env=on_disk.server.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=nobody,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=30,
-            check=False,
-        )
+    hang_up = "read_end, write_end = os.pipe(); os.close(read_end)"
+    done = run_after(f"{hang_up}; os.dup2(write_end, 1)", on_disk, *args)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
@@ -18511,26 +18512,22 @@ def test_output_that_nobody_reads_gives_no_traceback(
 
 
 def test_run_without_standard_error_prints_only_the_result(fresh: Site) -> None:
-    argv = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, str(PROGRAM)]
+    argv = ["sh", "-c", 'exec "$@" 2>&-', "sh", *fresh.server.program()]
     done = fresh.server.run_program([*argv, *failing_run_flags(fresh)])
     assert json.loads(done.stdout)["reason"] == "clone_failed"
 
 
 def test_command_without_standard_output_gives_no_traceback(fresh: Site) -> None:
-    argv = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, str(PROGRAM), "check"]
+    argv = ["sh", "-c", 'exec "$@" >&-', "sh", *fresh.server.program(), "check"]
     done = fresh.server.run_program([*argv, *serve_flags(fresh)])
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
 
 
 def test_exit_codes_are_seen_although_the_parent_ignores_children(fresh: Site) -> None:
-    script = (
-        "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
-        "os.execv(sys.argv[1], sys.argv[1:])"
-    )
-    argv = [sys.executable, "-c", script, sys.executable, str(PROGRAM)]
     write_script(fresh.agent.path, "echo 2.1.0; exit 3")
-    done = fresh.server.run_program([*argv, "check", *serve_flags(fresh)])
+    ignore = "signal.signal(signal.SIGCHLD, signal.SIG_IGN)"  # exec keeps this
+    done = run_after(ignore, fresh, "check", *serve_flags(fresh))
     assert "--version` failed or printed no version (exit code 3)" in done.stdout
 
 
