@@ -11214,12 +11214,12 @@ def test_change_on_top_is_not_pushed_after_what_happened_during_its_test(
     pull = open_pull(shared, test_command=f"sh {script}")
     shared.repository.permissions["gina"] = "write"
 
-    def block_test_on_top(login: str) -> str:
+    def block_test_on_top() -> str:
         """Let others push before codebot tests its change on top; return their commit."""
         script.write_text("exit 0\n")
         shared.agent.follow(MAKE_CHANGE)
         hold = shared.repository.hold(PUSH_BEGINS)
-        shared.person(login).inline("Say more")
+        shared.person("gina").inline("Say more")
         hold.wait()
         theirs = {"theirs": f"{uuid.uuid4()}\n"}
         tip = shared.repository.commit(theirs, pull.branch)
@@ -11228,22 +11228,17 @@ def test_change_on_top_is_not_pushed_after_what_happened_during_its_test(
         shared.agent.wait_until_blocked("test")
         return tip
 
-    block_test_on_top("gina")
+    block_test_on_top()
     pull.move_branch(pull.commit)
     shared.agent.release()
     assert "removed" in pull.review()["error"]
     assert pull.tip() == pull.commit
-    tip = block_test_on_top("gina")
+    tip = block_test_on_top()
     del shared.repository.permissions["gina"]
     shared.agent.release()
     review = pull.reviews(2)[1]
     assert review["reason"] == "cancelled"
     assert "gina has no write access" in review["error"]
-    assert pull.tip() == tip
-    tip = block_test_on_top("alice")
-    shared.person("alice").close(webhook=False)
-    shared.agent.release()
-    assert "closed" in pull.reviews(3)[2]["error"]
     assert pull.tip() == tip
 
 
@@ -11330,25 +11325,20 @@ def test_closing_ends_running_review_and_removes_workspace(shared: Site) -> None
     wait_for(lambda: not list(shared.server.work_dir.glob("trash_*")))
 
 
-@pytest.mark.parametrize("case", CLOSED_OR_LOCKED)
-def test_change_is_not_pushed_if_codebot_may_no_longer_act(
-    shared: Site, case: str
-) -> None:
-    changes, reason = CLOSED_OR_LOCKED[case]
+def test_change_is_not_pushed_to_a_pull_request_that_was_closed(shared: Site) -> None:
     pull = open_pull(shared, f"cost=null; classify change; block; {MAKE_CHANGE}")
     shared.person("alice").inline("Say more")
     shared.agent.wait_until_blocked()
-    shared.repository.pulls_by_number[1].update(changes)
+    shared.person("alice").close(webhook=False)
     shared.agent.release()
     # The review is kept, because the agent has worked, although it reports no cost.
     review = pull.review()
     assert review["reason"] == "cancelled"
-    assert reason in review["error"]
+    assert "closed" in review["error"]
     assert review["commit"] is None
     assert pull.answers() == []
     assert pull.tip() == pull.commit
-    state = "open" if case == "locked" else case
-    wait_for(lambda: pull_state(pull) == state)
+    wait_for(lambda: pull_state(pull) == "closed")
 
 
 # The agent cannot resume a conversation that its home directory does not have, or that
@@ -11427,14 +11417,14 @@ def test_broken_conversation_is_begun_anew(pull: Pull) -> None:
 
 def test_start_keeps_the_conversation_of_those_who_wrote_meanwhile(fresh: Site) -> None:
     fresh.server.start()
-    pull = open_pull(fresh, MAKE_CHANGE)
+    pull = open_pull(fresh)
     (pull.workspace / "home" / "conversation").touch()
     fresh.server.stop()
     with fresh.server.database() as db:  # the server was down for days
         db.execute("UPDATE jobs SET completed_at = '2020-01-01T00:00:00Z'")
-    fresh.person("alice").inline("Say more", webhook=False)
+    fresh.person("alice").inline("Why?", webhook=False)
     fresh.server.restart()
-    assert pull.review()["commit"] == pull.tip()
+    assert pull.review()["status"] == "completed"
     assert (pull.workspace / "home" / "conversation").exists()
 
 
@@ -11446,27 +11436,14 @@ def test_repository_that_is_renamed_before_and_during_a_review_keeps_working(
     shared.person("alice").inline("Say more")
     shared.agent.wait_until_blocked()
     shared.repository.rename(f"acme/renamed-{shared.repository.id}")
-    shared.agent.release()
-    review = pull.review()
-    assert review["status"] == "completed"
-    assert review["commit"] == pull.tip()
-    assert pull.tip() in pull.answer()
-    assert len(shared.agent.runs("change")) == 1
-
-
-def test_change_is_put_on_top_of_others_although_repository_was_renamed(
-    shared: Site,
-) -> None:
-    pull = open_pull(shared, f"classify change; block; {MAKE_CHANGE}")
-    shared.person("alice").inline("Say more")
-    shared.agent.wait_until_blocked()
-    shared.repository.rename(f"acme/renamed-{shared.repository.id}")
     shared.repository.commit({"theirs": "x\n"}, pull.branch)
     shared.agent.release()
     review = pull.review()
     assert review["status"] == "completed"
     assert review["commit"] == pull.tip()
+    assert pull.tip() in pull.answer()
     assert pull.log(2)[1] == "Change theirs"
+    assert len(shared.agent.runs("change")) == 1
 
 
 def test_review_in_repository_renamed_to_one_not_allowed_is_skipped(
@@ -11815,7 +11792,6 @@ def test_review_that_waited_too_long_is_reported_and_not_pushed(
 
 
 FAILING_REVIEWS = {
-    "agent fails": ("classify change; exit 3", "agent_failed"),
     "classification fails": ("exit 3", "agent_failed"),
     "no repository left": (
         "classify change; rm -rf .git; echo x >x; answer Done",
@@ -12138,12 +12114,11 @@ def test_finished_change_waits_whenever_github_does_not_show_something(
     pull: Pull,
 ) -> None:
     pull.site.agent.follow(MAKE_CHANGE)
-    for lost in ("GET /pulls/1", "GET /pulls/1/comments*"):
-        for status in (403, 404):
-            fail_push_and_then(pull.site.repository, lost, status)
+    fail_push_and_then(pull.site.repository, "GET /pulls/1", 403)
+    fail_push_and_then(pull.site.repository, "GET /pulls/1/comments*", 404)
     pull.site.person("alice").inline("Say more")
     assert pull.review()["status"] == "completed"
-    assert pull.site.server.log().count("running -> pending") == 2 * 4
+    assert pull.site.server.log().count("running -> pending") == 2 * 2
     assert pull.tip() in pull.answer()
     assert len(pull.site.agent.runs("change")) == 1
 
