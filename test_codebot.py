@@ -16728,11 +16728,15 @@ class Browser:
     def check(self) -> None:
         """Nothing was wrong so far, nothing is too wide, and axe finds nothing."""
         assert self.complaints == []
-        for scheme, width in itertools.product(("dark", "light"), (360, 1280)):
+        views = [("dark", 360), ("light", 1280)]
+        if AXE:
+            views += [("dark", 1280), ("light", 360)]
+        for scheme, width in views:
             self.show_as(scheme, width)
             assert self.evaluate("document.documentElement.scrollWidth") <= width
             if AXE:
                 self.run_axe()
+        self.show_as("light", 1280)
 
     def run_axe(self) -> None:
         self.evaluate(f"{Path(AXE).read_text()}; 0")
@@ -16756,10 +16760,16 @@ def chromium(in_memory: Path) -> Iterator[Browser]:
 
 
 @pytest.fixture
-def browser(fresh: Site, chromium: Browser) -> Iterator[Browser]:
-    """A browser with the page of a new server, before a key was entered."""
-    fresh.server.start("--workers", "2", limits={"RESULT_GRACE": 0.3})
-    chromium.open("http://{}:{}/".format(*fresh.server.address))
+def browser(request: pytest.FixtureRequest, chromium: Browser) -> Iterator[Browser]:
+    """A browser with the page of the test's site, before a key was entered.
+
+    On a site that others use, the page shows their tasks, too.
+    """
+    [name] = {"fresh", "shared", "limited"} & {*request.fixturenames}
+    site = request.getfixturevalue(name)
+    if name == "fresh":
+        site.server.start("--workers", "2", limits={"RESULT_GRACE": 0.3})
+    chromium.open("http://{}:{}/".format(*site.server.address))
     yield chromium
     chromium.shut()
 
@@ -16918,30 +16928,30 @@ def test_page_survives_restart_of_server(fresh: Site, browser: Browser) -> None:
     browser.check()
 
 
-def test_page_follows_log_until_one_scrolls_up(fresh: Site, browser: Browser) -> None:
+def test_page_follows_log_until_one_scrolls_up(shared: Site, browser: Browser) -> None:
     lines = r"line\n" * 200
-    fresh.agent.follow(f"say '{lines}'; block; say 'At last.'; block; {SAY_HELLO}")
-    task = fresh.api.submit()
+    shared.agent.follow(f"say '{lines}'; block; say 'At last.'; block; {SAY_HELLO}")
+    task = shared.api.submit()
     browser.open_task(task)
     browser.wait_for_text("line line", "#log")
-    fresh.agent.wait_until_blocked()
-    fresh.agent.release()
+    shared.agent.wait_until_blocked()
+    shared.agent.release()
     browser.wait_for_text("At last.", "#log")
     position = "ui.log.scrollTop + ui.log.clientHeight"
     assert browser.evaluate(f"{position} > ui.log.scrollHeight - 2")
     browser.evaluate("ui.log.scrollTop = 0")
-    fresh.agent.release()
+    shared.agent.release()
     browser.wait_for_text("Completed", "#taskState")
     browser.wait_for_text("codebot Completed", "#log")
     assert browser.evaluate("ui.log.scrollTop") == 0
 
 
 def test_page_says_in_a_block_that_a_log_is_empty(
-    fresh: Site, browser: Browser
+    limited: Site, browser: Browser
 ) -> None:
-    fresh.agent.follow("block")
-    tasks = [fresh.api.submit() for _ in range(3)]  # for two workers
-    browser.open_task(tasks[-1])
+    submit_blocked(limited, "block; result")
+    task = limited.api.submit()  # for the only worker
+    browser.open_task(task)
     browser.wait_for_text("Pending", "#taskState")
     style = "getComputedStyle(ui.log, '::before')"
     assert "No entries." in browser.evaluate(f"{style}.content")
@@ -16959,9 +16969,9 @@ def test_page_says_that_its_list_is_cut(fresh: Site, browser: Browser) -> None:
     browser.wait_for_text("Only the newest 300 are shown", "#noRows")
 
 
-def test_page_ends_where_its_content_ends(fresh: Site, browser: Browser) -> None:
-    fresh.agent.follow(f"block; {SAY_HELLO}")
-    task = fresh.api.submit("Add a switch for dark mode. " * 50)
+def test_page_ends_where_its_content_ends(shared: Site, browser: Browser) -> None:
+    shared.agent.follow(f"block; {SAY_HELLO}")
+    task = shared.api.submit("Add a switch for dark mode. " * 50)
     browser.open_task(task)
     browser.wait_for_text("Running: agent", "#taskState")
     bottom = "document.querySelector('main').getBoundingClientRect().bottom"
@@ -16971,40 +16981,42 @@ def test_page_ends_where_its_content_ends(fresh: Site, browser: Browser) -> None
         assert height <= max(2400, browser.evaluate(f"{bottom} + scrollY"))
 
 
-def test_page_shows_answer_only_at_its_task(fresh: Site, browser: Browser) -> None:
-    second = submit_failing(fresh, "Second")
-    with running_task(fresh) as (first, _):
+def test_page_shows_answer_only_at_its_task(shared: Site, browser: Browser) -> None:
+    second = submit_failing(shared, "Second")
+    with running_task(shared) as (first, _):
         browser.open_task(first)
         cancel = browser.find("button", "Cancel")
-        fresh.server.signal(signal.SIGSTOP)  # the network is slow
+        shared.server.signal(signal.SIGSTOP)  # the network is slow
         browser.evaluate(f"{cancel}.click(), location.hash = 'task={second}'")
-        fresh.server.signal(signal.SIGCONT)
+        shared.server.signal(signal.SIGCONT)
         browser.wait_for_text("Second", "#taskTitle")
         answered = """performance.getEntriesByType('resource')
             .some((entry) => entry.name.endsWith('/cancel'))"""
         wait_for(lambda: browser.evaluate(answered))
         assert browser.text("#actionMessage") == ""
-    fresh.api.failed(first, "cancelled")
+    shared.api.failed(first, "cancelled")
 
 
-def test_page_shows_that_the_server_hangs(fresh: Site, browser: Browser) -> None:
+def test_page_shows_that_the_server_hangs(shared: Site, browser: Browser) -> None:
     browser.enter_key()
-    browser.wait_for_text("No tasks yet")
+    browser.find("button", "New task")
     hurry = "(ms) => timeout.call(AbortSignal, ms / 50)"
     browser.evaluate(
         f"window.timeout = AbortSignal.timeout, AbortSignal.timeout = {hurry}, 0"
     )
-    fresh.server.signal(signal.SIGSTOP)
+    shared.server.signal(signal.SIGSTOP)
     try:
         # A request that was sent before may have the long timeout.
         browser.evaluate("refresh(), 0")
         browser.wait_for_text("The server does not answer. Trying again", "#banner")
     finally:
-        fresh.server.signal(signal.SIGCONT)
+        shared.server.signal(signal.SIGCONT)
     wait_for(lambda: browser.text("#banner") == "")
 
 
-def test_page_keeps_form_and_not_its_error_if_key_is_refused(browser: Browser) -> None:
+def test_page_keeps_form_and_not_its_error_if_key_is_refused(
+    shared: Site, browser: Browser
+) -> None:
     browser.evaluate("location.hash = 'new'")
     browser.enter_key()
     browser.fill("What should change", "Keep me")
