@@ -17106,6 +17106,7 @@ class Mistake:
     flags: tuple[str, ...] = ()
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     programs: tuple[str, ...] = ()  # all that PATH has, if that matters
+    needs_github: bool = False  # otherwise it starts with --no-github, in half the time
 
 
 JUNK = {"junk": "junk\n"}
@@ -17128,22 +17129,26 @@ MISTAKES = {
         "with --no-github.",
         {"GITHUB_APP_ID": None},
         files={"start/.env": ""},
+        needs_github=True,
     ),
     "key file missing": Mistake(
         "GITHUB_APP_PRIVATE_KEY_PATH: DIR/nope.pem is not a file that user "
         f"{os.getuid()} can read. Correct the path (~ is not expanded), or change its "
         "owner or mode.",
         {"GITHUB_APP_PRIVATE_KEY_PATH": "DIR/nope.pem"},
+        needs_github=True,
     ),
     "key file is a directory": Mistake(
         "GITHUB_APP_PRIVATE_KEY_PATH: DIR/keys is not a file that user",
         {"GITHUB_APP_PRIVATE_KEY_PATH": "DIR/keys"},
+        needs_github=True,
     ),
     "key file is no key": Mistake(
         "GITHUB_APP_PRIVATE_KEY_PATH: openssl cannot sign with DIR/junk. If it is not a "
         'private key, download it again: the App\'s settings, "Generate a private key"',
         {"GITHUB_APP_PRIVATE_KEY_PATH": "DIR/junk"},
         files=JUNK,
+        needs_github=True,
     ),
     "port number": Mistake(
         "--port must be a whole number from 0 to 65535 (it is '99999').",
@@ -17167,7 +17172,7 @@ MISTAKES = {
     ),
     "polling without GitHub": Mistake(
         "--enable-polling and --no-github cannot be used together.",
-        flags=("--enable-polling", "--no-github"),
+        flags=("--enable-polling",),
     ),
     "certificate without key": Mistake(
         "--tls-cert and --tls-key must be used together.",
@@ -17181,6 +17186,7 @@ MISTAKES = {
     "secret is not UTF-8": Mistake(
         "GITHUB_WEBHOOK_SECRET is not valid UTF-8.",
         {"GITHUB_WEBHOOK_SECRET": "abc\udca0"},
+        needs_github=True,
     ),
     "agent in the workspace": Mistake(
         "CODEBOT_CLAUDE_COMMAND must begin with the name of a program on PATH or with "
@@ -17245,6 +17251,7 @@ MISTAKES = {
         "`openssl version` cannot be run: no such file or directory. Version 1.1.1 or newer is "
         "needed.",
         programs=("git", "sh", "echo"),
+        needs_github=True,
     ),
     "git too old": Mistake(
         "git is 2.25.1. Install 2.31 or newer.",
@@ -17354,6 +17361,8 @@ def test_mistake_ends_start_with_advice(fresh: Site, name: str) -> None:
         for variable, text in prepare_mistake(fresh, mistake).items()
     }
     flags = [*serve_flags(fresh), *map(fill_in, mistake.flags)]
+    if not mistake.needs_github:
+        flags.append("--no-github")
     assert_start_is_refused(fresh, fill_in(mistake.advice), flags, **settings)
 
 
