@@ -15586,7 +15586,10 @@ def change_launcher(cluster: StandInCluster, old: str, new: str) -> None:
     launch.write_text(script.replace(old, new))
 
 
-def test_launcher_may_print_a_line_without_an_end(launching: StandInCluster) -> None:
+def test_launcher_may_print_a_line_without_an_end_and_outlive_its_program(
+    launching: StandInCluster,
+) -> None:
+    launching.write_programs("sleep 600")
     change_launcher(launching, 'echo "$name waits for a node"', "printf 'waiting… '")
     task = launching.site.api.submit(test_command="echo tested")
     launching.site.api.completed(task)
@@ -15602,12 +15605,6 @@ def test_launched_test_that_empties_its_output_has_a_time_limit(
     cluster.start_server(limits=limits, CODEBOT_TASK_TIMEOUT="2")
     task = cluster.site.api.submit(test_command=": >/dev/stdout; sleep 60")
     cluster.site.api.failed(task, "timeout")
-
-
-def test_launcher_that_outlives_its_program_is_ended(launching: StandInCluster) -> None:
-    launching.write_programs("sleep 600")
-    task = launching.site.api.submit(test_command="echo tested")
-    launching.site.api.completed(task)
 
 
 def test_words_of_the_launcher_after_the_end_are_not_the_programs(
