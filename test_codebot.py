@@ -11029,23 +11029,6 @@ def let_others_push_first(pull: Pull, files: Mapping[str, str]) -> None:
     pull.site.repository.before(PUSH_BEGINS, push)
 
 
-def test_change_is_put_on_top_of_what_others_pushed_and_never_forced(
-    pull: Pull,
-) -> None:
-    pull.site.agent.follow(MAKE_CHANGE)
-    let_others_push_first(pull, {"theirs": f"{uuid.uuid4()}\n"})
-    pull.site.person("alice").inline("Say more")
-    review = pull.review()
-    assert review["status"] == "completed"
-    assert review["commit"] == pull.tip()
-    assert pull.tip() in pull.answer()
-    [ours, theirs] = pull.log(2)
-    assert "Say hello" in ours
-    assert theirs == "Change theirs"
-    assert pull.site.repository.show(pull.branch, "hello.txt").endswith("more")
-    assert len(pull.site.agent.runs("change")) == 1
-
-
 def put_on_top(local: LocalTask, plan: str, push: Callable[[], object]) -> None:
     """Let the agent work and others push; put its change on top of theirs."""
     workspace = local.workspace
@@ -11428,7 +11411,7 @@ def test_start_keeps_the_conversation_of_those_who_wrote_meanwhile(fresh: Site) 
     assert (pull.workspace / "home" / "conversation").exists()
 
 
-def test_repository_that_is_renamed_before_and_during_a_review_keeps_working(
+def test_change_is_put_on_top_of_others_although_repository_is_renamed_meanwhile(
     shared: Site,
 ) -> None:
     pull = open_pull(shared, f"classify change; block; {MAKE_CHANGE}")
