@@ -11419,13 +11419,16 @@ def test_change_is_put_on_top_of_others_although_repository_is_renamed_meanwhile
     shared.person("alice").inline("Say more")
     shared.agent.wait_until_blocked()
     shared.repository.rename(f"acme/renamed-{shared.repository.id}")
-    shared.repository.commit({"theirs": "x\n"}, pull.branch)
+    let_others_push_first(pull, {"theirs": "x\n"})
     shared.agent.release()
     review = pull.review()
     assert review["status"] == "completed"
     assert review["commit"] == pull.tip()
     assert pull.tip() in pull.answer()
-    assert pull.log(2)[1] == "Change theirs"
+    [ours, theirs] = pull.log(2)
+    assert "Say hello" in ours
+    assert theirs == "Change theirs"
+    assert shared.repository.show(pull.branch, "hello.txt").endswith("more")
     assert len(shared.agent.runs("change")) == 1
 
 
@@ -18252,18 +18255,16 @@ def test_check_names_a_proxy_that_is_no_host_name(fresh: Site) -> None:
     assert "check GITHUB_API_URL, the network, HTTPS_PROXY" in line
 
 
-def test_check_wants_utf_8(fresh: Site) -> None:
+def test_check_wants_utf_8_except_for_its_output(fresh: Site) -> None:
     """Otherwise a test command with an umlaut could not be started."""
     locale = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = fresh.server.run("check", **locale)
     assert "FAIL  Python does not use UTF-8 here. Set PYTHONUTF8=1" in done.stdout
-    done = fresh.server.run("check", **{**locale, "PYTHONUTF8": "1"})
-    assert "UTF-8" not in done.stdout
-
-
-def test_check_prints_what_the_encoding_of_its_output_lacks(fresh: Site) -> None:
-    settings = {"PYTHONIOENCODING": "ascii", "CODEBOT_SANDBOX": "/bin/b\u00fc"}
+    # It prints what the encoding of its output lacks.
+    output = {"PYTHONIOENCODING": "ascii", "CODEBOT_SANDBOX": "/bin/b\u00fc"}
+    settings = {**locale, **output, "PYTHONUTF8": "1"}
     done = fresh.server.run("check", *serve_flags(fresh), **settings)
+    assert "UTF-8" not in done.stdout
     assert "/bin/b\\xfc: no such file or directory" in done.stdout
     assert "Traceback" not in done.stderr
 
