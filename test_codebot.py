@@ -11733,18 +11733,17 @@ def test_commit_that_waits_for_the_remote_is_not_lost_to_another_review(
 
 
 def test_finished_review_is_published_in_spite_of_interruptions(fresh: Site) -> None:
-    limits = {"RETRY_DELAY": 0.2, "GITHUB_ATTEMPTS": 1, "MAX_INTERRUPTIONS": 2}
-    fresh.server.start(limits=limits)
+    fresh.server.start(limits={"MAX_INTERRUPTIONS": 2})
     pull = open_pull(fresh, f"block; {ANSWER_QUESTION}")
-    fresh.repository.fail(REPLIES, 503, b"", always=True)
+    hold = fresh.repository.hold(REPLIES)
     fresh.person("alice").inline("Why?")
     fresh.agent.wait_until_blocked()
     fresh.server.kill()
     fresh.server.restart()
     fresh.agent.release()
-    wait_for(lambda: fresh.repository.count(REPLIES))
+    hold.wait()
     fresh.server.kill()
-    fresh.github.reset_faults()
+    hold.release()
     fresh.server.restart()
     assert pull.review()["status"] == "completed"
     assert "Because" in pull.answer()
