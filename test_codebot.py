@@ -11073,37 +11073,24 @@ def test_change_that_conflicts_with_others_is_not_pushed(pull: Pull) -> None:
     pull.site.repository.commit({"hello.txt": f"{before}\n"}, pull.branch)
 
 
-# What others push, what the agent changes, and a file in which both meet.
-MERGED_CHANGES = {
-    "renamed file": ("git mv hello.txt hi.txt", "echo more >>hello.txt", "hi.txt"),
-    "file removed by both": (
-        "git rm -q README.md",
-        "rm README.md; echo more >>hello.txt",
-        "hello.txt",
-    ),
-    "new file in a renamed directory": (
-        "git mv docs texts",
-        "cp hello.txt docs/new; echo more >>docs/new",
-        "texts/new",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", MERGED_CHANGES)
 def test_change_is_merged_with_what_others_moved_or_removed(
-    local: LocalTask, tmp_path: Path, case: str
+    local: LocalTask, tmp_path: Path
 ) -> None:
-    theirs, ours, path = MERGED_CHANGES[case]
     remote = local.site.repository
     remote.commit({"docs/old": "old\n", "hello.txt": "hello\n"})
 
     def push() -> None:
         clone = f"git clone -q {remote.bare} clone; cd clone"
+        change = "git mv hello.txt hi.txt; git rm -q README.md; git mv docs texts"
         end = "git commit -qm Theirs; git push -q origin HEAD"
-        run_command("sh", "-ec", f"{clone}; {theirs}; {end}", cwd=tmp_path)
+        run_command("sh", "-ec", f"{clone}; {change}; {end}", cwd=tmp_path)
 
+    ours = "echo more >>hello.txt; rm README.md; echo new >docs/new"
     put_on_top(local, ours, push)
-    assert Path(local.workspace.repo, path).read_text() == "hello\nmore\n"
+    repo = Path(local.workspace.repo)
+    assert (repo / "hi.txt").read_text() == "hello\nmore\n"
+    assert (repo / "texts" / "new").read_text() == "new\n"
+    assert not (repo / "README.md").exists()  # both have removed it
 
 
 def test_commit_of_a_reviewer_with_the_same_change_is_reported(pull: Pull) -> None:
