@@ -11132,35 +11132,25 @@ def test_push_that_others_forestall_again_and_again_fails_review(pull: Pull) -> 
     assert pull.log(3).count("Change busy") == 2  # the limit of this server
 
 
-def test_pushed_change_that_is_removed_before_its_answer_does_not_come_back(
+def test_pushed_change_that_is_removed_with_its_outbox_does_not_come_back(
     pull: Pull,
 ) -> None:
-    pull.site.agent.follow(MAKE_CHANGE)
+    site = pull.site
+    site.agent.follow(MAKE_CHANGE)
     before = pull.tip()
-    pull.site.repository.fail(REPLIES, always=True)
-    pull.site.person("alice").inline("Say more")
-    wait_for(lambda: pull.site.repository.count(REPLIES))
+    site.repository.fail(REPLIES, always=True)
+    site.person("alice").inline("Say more")
+    site.server.wait_for_log("retrying later")
+    pushed = pull.tip()
     pull.move_branch(before)
-    pull.site.server.wait_for_log("retrying later")
-    pull.site.github.reset_faults()
+    shutil.rmtree(site.server.work_dir / f"outbox_{pull.task[:7]}.git")
+    runs = len(site.agent.runs())
+    site.github.reset_faults()
     review = pull.review()
     assert pull.tip() == before
     assert review["status"] == "completed"
-    assert review["commit"] in pull.answer()
-
-
-def test_pushed_review_does_not_need_its_outbox(pull: Pull) -> None:
-    site = pull.site
-    site.agent.follow(MAKE_CHANGE)
-    site.repository.fail(REPLIES, 503, always=True)
-    site.person("alice").inline("Say more")
-    site.server.wait_for_log("retrying later", 2)
-    tip = pull.tip()
-    runs = len(site.agent.runs())
-    shutil.rmtree(site.server.work_dir / f"outbox_{pull.task[:7]}.git")
-    site.github.reset_faults()
-    assert pull.review()["commit"] == pull.tip() == tip
-    assert tip in pull.answer()
+    assert review["commit"] == pushed
+    assert pushed in pull.answer()
     assert len(site.agent.runs()) == runs
 
 
@@ -11346,12 +11336,15 @@ def test_reopened_pull_request_begins_with_new_workspace_and_conversation(
     pull.wait_until_skipped()
     alice.reopen()
     wait_for(lambda: pull_state(pull) == "open")
-    for count in (1, 2):
-        alice.inline("Say more")
-        assert pull.reviews(count)[-1]["commit"] == pull.tip()
+    alice.inline("Say more")
+    assert pull.review()["commit"] == pull.tip()
+    assert shared.repository.show(pull.branch, "hello.txt") == "hello\nmore"
+    shared.agent.follow(RESUME_IF_BEGUN.replace("change", "question"))
+    alice.inline("Why?")
+    assert pull.reviews(2)[-1]["status"] == "completed"
     assert len(pull.answers()) == 2
-    assert shared.repository.show(pull.branch, "hello.txt") == "hello\nmore\nmore"
-    lost, begun, resumed = shared.agent.runs("change")
+    lost, begun = shared.agent.runs("change")
+    [resumed] = shared.agent.runs("question")
     assert lost.option("--resume") == pull.task
     assert begun.option("--session-id") == pull.task
     assert resumed.option("--resume") == pull.task
