@@ -1533,14 +1533,18 @@ def read_process_file(path: str) -> bytes:
 def find_processes(files: str, pattern: str) -> list[int]:
     """Return the ids of the processes with a file whose content matches ``pattern``.
 
-    ``files`` names the files below /proc/ID/, perhaps with wildcards. macOS has no /proc.
+    ``files`` names a file below /proc/ID/, or with wildcards several, of which the first
+    that can be read counts. macOS has no /proc.
     """
     regex = re.compile(os.fsencode(pattern))
-    found = set()
-    for path in glob.glob(f"/proc/[0-9]*/{files}"):
-        with contextlib.suppress(OSError):  # the process has ended or is another user's
-            if regex.search(read_process_file(path)):
-                found.add(int(path.split("/")[2]))
+    found = []
+    for process in glob.glob("/proc/[0-9]*"):
+        for path in glob.iglob(f"{process}/{files}"):
+            # OSError: the process or thread has ended, or is another user's.
+            with contextlib.suppress(OSError):
+                if regex.search(read_process_file(path)):
+                    found.append(int(process.removeprefix("/proc/")))
+                break
     return sorted(found)
 
 
@@ -2031,7 +2035,7 @@ def processes_in_workspaces(path: str) -> list[int]:
     path = path.replace("\\", "\\134").replace(" ", "\\040")
     # It begins with a fixed text, by which re finds a match much faster.
     pattern = rf" {re.escape(path)}(/(task|scratch)_[^/ ]+)?/repo r[ow].* - "
-    # All threads are searched: a main thread that has ended has no mounts anymore.
+    # Any thread will do, but a main thread that has ended has no mounts anymore.
     found = find_processes("task/[0-9]*/mountinfo", pattern)
     # If codebot itself is found, the mount is the host's, and every process has it.
     return [] if os.getpid() in found else found

@@ -4604,6 +4604,40 @@ def test_process_in_a_workspace_is_found_by_its_mounts(tmp_path: Path) -> None:
     assert others == []
 
 
+def process_states() -> str:
+    """Return the lines "ID (NAME) STATE PARENT ..." of all processes."""
+    lines = []
+    for path in glob.glob("/proc/[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # the process has ended
+            lines.append(Path(path).read_text())
+    return "".join(lines)
+
+
+@needs_bwrap
+def test_process_whose_main_thread_has_ended_is_found_by_its_mounts(
+    tmp_path: Path,
+) -> None:
+    repo = tmp_path / "task_1" / "repo"
+    repo.mkdir(parents=True)
+    code = (
+        "import ctypes, threading, time; "
+        "threading.Thread(target=time.sleep, args=(600,)).start(); "
+        "ctypes.CDLL(None).pthread_exit(None)"
+    )
+    bwrap = ["bwrap", "--die-with-parent", "--ro-bind", "/", "/", "--bind"]
+    argv = [*bwrap, str(repo), str(repo), sys.executable, "-c", code]
+
+    with subprocess.Popen(argv) as process:
+        try:
+            # bwrap runs the command in a process of its own. Z: its main thread has ended
+            started = rf"(\d+) \(.*\) Z {process.pid} "
+            [expected] = wait_for(lambda: re.findall(started, process_states()))
+            found = codebot.processes_in_workspaces(str(tmp_path))
+        finally:
+            process.kill()
+    assert found == [int(expected)]
+
+
 def test_mount_whose_device_has_the_name_of_a_workspace_is_ignored(
     tmp_path: Path,
 ) -> None:
