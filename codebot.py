@@ -1160,8 +1160,8 @@ MAX_OUTPUT_BYTES = 1 << 30  # a program is ended when its output file is larger
 # Seconds between SIGTERM and SIGKILL, so that git can remove its lock files. (What runs
 # in bwrap is killed at once.)
 KILL_GRACE = 2.0
-# Seconds that the agent may still run after it has printed its result, or that its key was
-# rejected. Only with a launcher: also how long the launcher may outlive the program.
+# Seconds that the agent may still run after it has reported its result or a rejected key.
+# Only with a launcher: also how long the launcher may outlive the program.
 RESULT_GRACE = 5.0
 MAX_LINE_BYTES = 8 << 20  # a line is split after this, or up to READ_BYTES later
 READ_BYTES = 64 << 10  # of output read at a time; the limits are checked in between
