@@ -2077,7 +2077,7 @@ class Sandbox:
                 for word in self.config.sandbox
             ]
         # git in the sandbox may use the configuration in the agent's HOME; git outside may
-        # not (see Workspace.environment). `env -u` would take a=b/claude for a variable.
+        # not (see Workspace.environment). `env -u` would take a path with = for a variable.
         unset = 'unset GIT_CONFIG_GLOBAL; exec "$@"'
         return [*wrapper, "sh", "-c", unset, "sh", *argv]
 
