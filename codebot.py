@@ -2282,7 +2282,7 @@ class Reply(NamedTuple):
 
     status: int  # 0: there was no usable response
     value: Json = None  # the JSON that was asked for
-    headers: Headers = NO_HEADERS  # a lookup ignores the case of their names
+    headers: Headers = NO_HEADERS  # the case of their names does not matter
     error: str = ""  # what went wrong, if there is no value
     size: int = 0  # of its body, in bytes
 
