@@ -2477,6 +2477,8 @@ class GitHub:
         self.api = config.github_api
         self.timeout = GITHUB_TIMEOUT
         self.attempts = GITHUB_ATTEMPTS
+        # Threads share all that follows without a lock. At worst, two of them fetch the
+        # same token, or one overwrites what another has just noted.
         self.requests_made = 0
         self.rate_limit_remaining = "NaN"  # not known yet, as Prometheus writes it
         # GitHub's clock minus ours, in seconds, by the Date of the last response.
@@ -2484,8 +2486,6 @@ class GitHub:
         # No request is sent before this time: ignoring a limit could get the App banned.
         self.silent_until = 0.0
         self.bot = functools.cache(self.fetch_bot)  # bot() asks GitHub only once
-        # Threads share all that follows without a lock. Each step is atomic, and it does no
-        # harm if two threads fetch the same token at once.
         self._tokens: dict[TokenScope, tuple[str, float]] = {}  # each with its expiry
         # By URL. (Requests for the same URL always use the same scope.)
         self._replies: dict[str, Reply] = {}
