@@ -2497,7 +2497,7 @@ class GitHub:
     # Tokens
 
     def token(self, scope: TokenScope) -> str:
-        """Return a token that is valid for at least 5 minutes."""
+        """Return a token that is valid for at least TOKEN_MARGIN."""
         token, expiry = self._tokens.get(scope, ("", 0.0))
         if expiry < self.github_time() + TOKEN_MARGIN:
             if scope == AS_APP:
