@@ -1186,7 +1186,7 @@ LineHandler = Callable[[list[str]], object]
 class Limits(NamedTuple):
     """What can end a program early. ``check_stop`` raises StopRequested or Cancelled."""
 
-    timeout: float = 1800.0  # seconds, unless the caller sets another limit
+    timeout: float = 1800.0  # seconds
     stall: float = math.inf  # seconds without output
     check_stop: Callable[[], None] = do_nothing
 
