@@ -5590,7 +5590,7 @@ class AgentOptions(NamedTuple):
     max_turns: int = 0  # 0: no limit but the operator's
 
 
-# WRITING_ARGUMENTS are for a run that may change files, the others for one that only reads.
+# For a run that may change files, and for one that only reads
 WRITING_ARGUMENTS = (
     "--permission-mode",
     "bypassPermissions",
