@@ -6343,7 +6343,7 @@ def pull_request_body(run: JobRun) -> str:
 
 # --- Review ------------------------------------------------------------------
 
-DAILY_REVIEW_JOBS = 50  # reviews of one pull request in 24 hours
+MAX_DAILY_REVIEWS = 50  # reviews of one pull request in 24 hours
 MAX_PUSHES = 3  # attempts to push a review's change when others push at the same time
 # GitHub allows 80 writes a minute. The reactions must not use them up.
 MAX_REACTIONS = 30
@@ -6353,7 +6353,7 @@ OWN_WORDS = {
     "question": "The agent gave no answer.",
     "change": "No file was changed.",
     "unclear": "I cannot tell whether this is a question or a change. What should I do?",
-    "limit": f"This pull request has reached the limit of {DAILY_REVIEW_JOBS} requests "
+    "limit": f"This pull request has reached the limit of {MAX_DAILY_REVIEWS} requests "
     "to codebot in 24 hours. codebot ignores further comments for now; comment again "
     "tomorrow.",
 }
@@ -6477,7 +6477,7 @@ def apply_daily_limit(run: JobRun) -> None:
     """Skip a review above the daily limit, but let the first one of a day say so."""
     # The kinds include that of this review, unless it was submitted more than a day ago.
     kinds = run.store.request_kinds_of_last_day(run.job.task_id)
-    if len(kinds) - kinds.count("limit") <= DAILY_REVIEW_JOBS:
+    if len(kinds) - kinds.count("limit") <= MAX_DAILY_REVIEWS:
         return
     if "limit" in kinds:
         raise ReviewSkipped("its pull request has had too many reviews today")

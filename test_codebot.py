@@ -2210,7 +2210,7 @@ def shared_site(in_memory: Path, templates: Path) -> Iterator[Site]:
             **SHORT_WAITS,
             "GITHUB_ATTEMPTS": 2,
             "MAX_INLINE_WAIT": 0.5,
-            "DAILY_REVIEW_JOBS": 500,
+            "MAX_DAILY_REVIEWS": 500,
             "MAX_PUSHES": 2,
         }
         site.server.start(
@@ -2276,7 +2276,7 @@ def limited_site(in_memory: Path, templates: Path) -> Iterator[Site]:
             **SHORT_WAITS,
             "RETRY_LIMIT": {"task": 3600.0, "review": 0.6},
             "GITHUB_ATTEMPTS": 1,
-            "DAILY_REVIEW_JOBS": 2,
+            "MAX_DAILY_REVIEWS": 2,
             "ACCESS_REFUSAL_TTL": 0.3,
         }
         site.server.start(
@@ -13214,7 +13214,7 @@ def read_stream_until(stream: http.client.HTTPResponse, text: str) -> str:
         ("KEEPALIVE_INTERVAL", 15.0),
         ("DATABASE_TEST_INTERVAL", 10.0),
         ("LOCK_TIMEOUT", 2.0),  # twice at most: for other writers and other programs
-        ("DAILY_REVIEW_JOBS", 50),
+        ("MAX_DAILY_REVIEWS", 50),
         ("ACCESS_REFUSAL_TTL", 60.0),
         ("RETRY_LIMIT", {"task": 3600.0, "review": 86400.0}),
     ],
