@@ -1642,7 +1642,7 @@ def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") 
         # Another thread, or an earlier server's watchdog, may be stopping the same launch.
         fcntl.flock(lock, fcntl.LOCK_EX)
         # While this call waited, the record may have been removed, or replaced by that of
-        # a later launch, which may not be meant. So it is read by its path, not ``lock``.
+        # a later launch, whose tag may differ. So it is read by its path, not ``lock``.
         if not record.read_text().startswith(record_prefix):
             return True
         error = run_stop_command(config, workspace_path)
