@@ -8085,6 +8085,7 @@ def test_secrets_are_redacted_from_failed_tasks(shared: Site) -> None:
         ("GIT_TRACE_CURL", False),
         ("GIT_CURL_VERBOSE", False),
         ("GIT_COMMON_DIR", False),  # a hook that starts codebot may have these
+        ("GIT_WORK_TREE", False),
         ("GIT_NAMESPACE", False),
         ("GIT_OBJECT_DIRECTORY", False),
         ("GIT_ALTERNATE_OBJECT_DIRECTORIES", False),
