@@ -4822,8 +4822,8 @@ class Codebot:
             "task": queue.Queue(),
             "review": queue.Queue(),
         }
-        # When each look is due; 0.0 means at once. Threads add looks without a lock: each
-        # addition is one atomic step.
+        # When each look is due, in monotonic time, because the clock may be set back. 0.0
+        # means at once. Threads add looks without a lock: each addition is one atomic step.
         self.looks: dict[Look, float] = {EVERYTHING: 0.0}
         self.reacted_to: set[str] = set()  # see react_to_comments
         self.jobs_due = threading.Event()  # wakes the timer: a job may start
@@ -4857,7 +4857,7 @@ class Codebot:
         """
         self.looks[look] = 0.0
         second = look._replace(is_second=True)
-        self.looks[second] = time.time() + VISIBILITY_DELAY
+        self.looks[second] = time.monotonic() + VISIBILITY_DELAY
 
     def cancel(self, job_id: str) -> None:
         """Cancel a task. Raises WrongState if it is too late."""
@@ -6809,14 +6809,14 @@ class Sync:
             self.look_later(Look("ended_task", task_id=task_id))
         looks = list(self.looks)  # a copy: other threads add looks
         look = min(looks, key=lambda each: self.looks[each], default=None)
-        if look is not None and self.looks[look] <= time.time():
+        if look is not None and self.looks[look] <= time.monotonic():
             self.take(look)
         else:
             wait(SYNC_INTERVAL)
 
     def look_later(self, look: Look) -> None:
         """Note a look, unless it is waiting already."""
-        self.looks.setdefault(look, time.time())
+        self.looks.setdefault(look, time.monotonic())
 
     def take(self, look: Look) -> None:
         """Take a look, and note when to repeat it, if at all.
@@ -6848,7 +6848,7 @@ class Sync:
             log.exception("Looking at %s failed and will be repeated", look)
         finally:
             if delay:
-                self.looks.setdefault(look, time.time() + delay)
+                self.looks.setdefault(look, time.monotonic() + delay)
 
     def look_at(self, look: Look) -> None:
         actions = {
