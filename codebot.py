@@ -2559,9 +2559,10 @@ class GitHub:
             reply = self.call(path, AS_APP, body)
         except GitHubError as error:
             raise AppRefused(
-                f"GitHub issues no token: {error}. GITHUB_APP_INSTALLATION_ID must be "
-                "the number of the App's installation, which must include this repository "
-                "and have all permissions: see "
+                f"GitHub issues no token: {error}. At {self.api}, GITHUB_APP_ID must be "
+                "the id of the App, and GITHUB_APP_INSTALLATION_ID the number of its "
+                "installation, which must include this repository and have all "
+                "permissions: see "
                 f"…/settings/installations/{self.config.installation_id}"
             ) from None
         return str(reply.value["token"]), parse_utc_time(reply.value["expires_at"])

@@ -8401,6 +8401,19 @@ def github_client(site: Site) -> codebot.GitHub:
     )
 
 
+def test_refused_token_names_the_address_and_both_ids(shared: Site) -> None:
+    client = github_client(shared)
+    config = dataclasses.replace(client.config, app_id="99")
+    with pytest.raises(codebot.AppRefused) as error:
+        codebot.GitHub(config).token(codebot.LOOKUP)
+    assert str(error.value) == (
+        "GitHub issues no token: 404 Integration not found. At "
+        f"{shared.github.url}, GITHUB_APP_ID must be the id of the App, and "
+        "GITHUB_APP_INSTALLATION_ID the number of its installation, which must include "
+        "this repository and have all permissions: see …/settings/installations/678"
+    )
+
+
 def test_app_is_asked_for_its_login_only_once(shared: Site) -> None:
     github = github_client(shared)
     assert github.bot().login == BOT["login"]
@@ -18186,9 +18199,10 @@ GITHUB_PROBLEMS = {
         arrange=register_another_key,
     ),
     "installation id": GitHubProblem(
-        "FAIL  GitHub issues no token: 404 Not Found. GITHUB_APP_INSTALLATION_ID must be "
-        "the number of the App's installation, which must include this repository and have "
-        "all permissions: see …/settings/installations/11111.",
+        "FAIL  GitHub issues no token: 404 Not Found. At ADDRESS, GITHUB_APP_ID must be "
+        "the id of the App, and GITHUB_APP_INSTALLATION_ID the number of its installation, "
+        "which must include this repository and have all permissions: see "
+        "…/settings/installations/11111.",
         {"GITHUB_APP_INSTALLATION_ID": "11111"},
     ),
     "no Enterprise Server": GitHubProblem(
@@ -18330,7 +18344,7 @@ def test_task_says_that_installation_lacks_repository(shared: Site) -> None:
     assert error.endswith("/settings/installations/678")
     assert (
         "GitHub issues no token: 422 There is at least one repository that is not "
-        "accessible. GITHUB_APP_INSTALLATION_ID must be"
+        f"accessible. At {shared.github.url}, GITHUB_APP_ID must be"
     ) in error
 
 
