@@ -2623,7 +2623,8 @@ class GitHub:
             return TransientError(f"GitHub did not answer: {reply.error}")
         if status == 401 and scope == AS_APP:
             return AppRefused(
-                "GitHub rejected the App's key: GITHUB_APP_PRIVATE_KEY_PATH and "
+                "GitHub rejected the App's key: it was deleted there, or "
+                "GITHUB_APP_PRIVATE_KEY_PATH and "
                 f"GITHUB_APP_ID {self.config.app_id} do not belong to the same App "
                 f"({reply.error})"
             )

@@ -18193,9 +18193,9 @@ GITHUB_PROBLEMS = {
         "App's page",
         {"GITHUB_APP_ID": "99"},
     ),
-    "key of another App": GitHubProblem(
-        "FAIL  GitHub rejected the App's key: GITHUB_APP_PRIVATE_KEY_PATH and "
-        "GITHUB_APP_ID 12345 do not belong to the same App",
+    "key of another App, or a deleted key": GitHubProblem(
+        "FAIL  GitHub rejected the App's key: it was deleted there, or "
+        "GITHUB_APP_PRIVATE_KEY_PATH and GITHUB_APP_ID 12345 do not belong to the same App",
         arrange=register_another_key,
     ),
     "installation id": GitHubProblem(
