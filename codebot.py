@@ -4720,7 +4720,8 @@ def hold_lock(path: str, option: str, make_directory: bool) -> None:
         ) from None
     except OSError as error:
         raise ConfigError(
-            f"Cannot use {error.filename or path}: {os_error_text(error)}. Use another "
+            f"Cannot use {error.filename or path}: {os_error_text(error)}. If this is the "
+            "right place, mount its disk, or correct its owner or mode; else use another "
             f"{option}."
         ) from None
 

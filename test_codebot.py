@@ -17290,17 +17290,20 @@ MISTAKES = {
         {"CODEBOT_CLAUDE_COMMAND": "nowhere-claude"},
     ),
     "work directory is a file": Mistake(
-        "Cannot use DIR/junk: file exists. Use another --work-dir.",
+        "Cannot use DIR/junk: file exists. If this is the right place, mount its disk, or "
+        "correct its owner or mode; else use another --work-dir.",
         flags=("--work-dir", "DIR/junk"),
         files=JUNK,
     ),
     "work directory unusable": Mistake(
-        "Cannot use /proc/x: no such file or directory. Use another --work-dir.",
+        "Cannot use /proc/x: no such file or directory. If this is the right place, mount "
+        "its disk, or correct its owner or mode; else use another --work-dir.",
         flags=("--work-dir", "/proc/x"),
     ),
     # It is not made: a disk that is not mounted must not look like a new database.
     "directory of the database missing": Mistake(
-        "Cannot use DIR/nowhere: no such file or directory. Use another CODEBOT_DATABASE.",
+        "Cannot use DIR/nowhere: no such file or directory. If this is the right place, "
+        "mount its disk, or correct its owner or mode; else use another CODEBOT_DATABASE.",
         {"CODEBOT_DATABASE": "DIR/nowhere/x.db"},
     ),
     "key in a bad setting": Mistake(
@@ -17712,7 +17715,7 @@ def test_unwritable_work_directory_is_refused(fresh: Site) -> None:
     fresh.server.work_dir.mkdir(mode=0o500)
     done = fresh.server.run_forked("serve", *serve_flags(fresh))
     assert done.returncode == 2
-    assert "codebot.lock: permission denied. Use another" in done.stderr
+    assert "codebot.lock: permission denied. If this is the" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -17779,7 +17782,9 @@ def test_lock_that_is_a_symlink_is_refused(
     config = codebot.Config(
         work_dir=str(work_dir), database=str(tmp_path / "shared.db")
     )
-    advice = rf"Cannot use {re.escape(str(path))}: .*\. Use another {option}\."
+    advice = (
+        rf"Cannot use {re.escape(str(path))}: .*\. If .*; else use another {option}\."
+    )
     with pytest.raises(codebot.ConfigError, match=advice):
         codebot.take_work_dir(config)
     assert target.read_text() == "precious"
