@@ -3998,7 +3998,9 @@ class Store:
         with contextlib.suppress(OSError):
             if os.stat(self.path).st_ino == self._inode:
                 return
-        raise sqlite3.OperationalError("the database file was removed or replaced")
+        raise sqlite3.OperationalError(
+            "the database file was removed or replaced; put it back, or restart codebot"
+        )
 
     def _read(
         self, make: Callable[[sqlite3.Row], T], sql: str, **values: Any

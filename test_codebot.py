@@ -6032,7 +6032,7 @@ def test_removed_database_is_unhealthy_and_refuses_submits(fresh: Site) -> None:
     refused = fresh.api.post_task(fresh.api.fields())
     assert refused.status == 503
     assert int(refused.headers["Retry-After"]) > 0
-    assert "removed" in fresh.server.log()
+    assert "removed or replaced; put it back, or restart codebot" in fresh.server.log()
 
 
 def test_corrupt_database_is_unhealthy_logged_and_never_500(fresh: Site) -> None:
