@@ -4662,7 +4662,8 @@ LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")
 def take_work_dir(config: Config) -> None:
     """Create and lock the work directory, and have tempfile use it; lock the database.
 
-    Raises ConfigError if that fails, the disk is full, or there are tasks but no database.
+    Raises ConfigError if that fails, the disk is full, or the directory was used before
+    but there is no database.
     """
     work_dir = config.work_dir
     database = config.database_file
@@ -4675,10 +4676,13 @@ def take_work_dir(config: Config) -> None:
     # The database has its own lock, because it may be in another server's work directory.
     # If its directory is missing, it is not made: its disk may not be mounted.
     hold_lock(f"{database}.lock", "CODEBOT_DATABASE", make_directory=False)
-    if not os.path.exists(database) and removable_paths(work_dir, "task"):
-        # A new database would not know these tasks: the cleanup would remove their files.
+    has_mirrors = os.path.exists(f"{work_dir}/mirrors")
+    was_used = has_mirrors or removable_paths(work_dir, "task")
+    if was_used and not os.path.exists(database):
+        # A new database would know no task and no pull request. The cleanup would remove
+        # the files of the tasks, and issues with the label would become tasks again.
         raise ConfigError(
-            f"{work_dir} has tasks, but their database {database} is missing. Move it "
+            f"{work_dir} was used before, but its database {database} is missing. Move it "
             f"there, together with {database}-wal if there is one, or use another "
             "--work-dir."
         )

@@ -17329,10 +17329,17 @@ MISTAKES = {
     ),
     # A new one would know none of the tasks, and their commits would be removed.
     "database of the tasks missing": Mistake(
-        "DIR/work has tasks, but their database DIR/x.db is missing. Move it there, "
+        "DIR/work was used before, but its database DIR/x.db is missing. Move it there, "
         "together with DIR/x.db-wal if there is one, or use another --work-dir.",
         {"CODEBOT_DATABASE": "DIR/x.db"},
         files={"work/task_1234567": ""},
+    ),
+    # A new one would know none of the pull requests, and repeat the tasks of issues.
+    "database of removed tasks missing": Mistake(
+        "DIR/work was used before, but its database DIR/x.db is missing. Move it there, "
+        "together with DIR/x.db-wal if there is one, or use another --work-dir.",
+        {"CODEBOT_DATABASE": "DIR/x.db"},
+        files={"work/mirrors": ""},
     ),
 }
 
