@@ -3544,6 +3544,8 @@ class Mirror(GitDirectory):
 #   that still have the label become tasks again.
 # - If an older or another database is put in place, the cleanup removes the workspaces and
 #   outboxes that this database does not know.
+# - A job waits for its retry by the host's clock. If that is set back, it waits that much
+#   longer, even after a new start. Cancelling a task ends its wait.
 
 # What a retry depends on: the limits below, and these columns of jobs (see SCHEMA).
 #   column            becomes         when
