@@ -6118,15 +6118,18 @@ def name_workspace(run: JobRun) -> None:
 
 
 def require_labeler_access(workspace: Workspace) -> None:
-    """Raise JobFailed if whoever labeled the task's issue has no write access now."""
+    """Raise JobFailed unless whoever labeled the task's issue has write access now."""
     run = workspace.run
-    github_repository = workspace.repository.github_repository
-    if github_repository is None or not run.job.submitted_by.startswith("github:"):
+    if not run.job.submitted_by.startswith("github:"):
         return  # submitted by a client ("1a2b3c4d 127.0.0.1": see submitter) or by `run`
     login = run.job.submitted_by.removeprefix("github:")
-    if not github_repository.has_write_access(login):
+    github_repository = workspace.repository.github_repository
+    # None: codebot was started again, now with --no-github, and cannot ask GitHub.
+    if github_repository is None or not github_repository.has_write_access(login):
         raise JobFailed(
-            "cancelled", f"{login}, who labeled the issue, has no write access"
+            "cancelled",
+            f"GitHub does not confirm that {login}, who labeled the issue, has write "
+            "access",
         )
 
 

@@ -12441,8 +12441,26 @@ def test_task_of_a_labeler_who_lost_write_access_does_not_start(fresh: Site) -> 
     del fresh.repository.permissions["gina"]
     hold.release()
     error = fresh.api.failed(task, "cancelled")
-    assert error == "gina, who labeled the issue, has no write access"
+    assert error == (
+        "GitHub does not confirm that gina, who labeled the issue, has write access"
+    )
     assert fresh.agent.runs() == []
+
+
+def test_task_of_an_issue_does_not_start_where_github_cannot_be_asked(
+    fresh: Site,
+) -> None:
+    fresh.server.start()
+    issue = open_issue(fresh)
+    hold = fresh.github.hold("GET /users/*")
+    fresh.person("alice").label(issue.number)
+    hold.wait()
+    task = issue.task()
+    fresh.server.stop()
+    hold.release()
+    fresh.server.start("--no-github")
+    error = fresh.api.failed(task, "cancelled")
+    assert "GitHub does not confirm that alice" in error
 
 
 def test_change_of_a_labeler_who_lost_write_access_is_not_pushed(shared: Site) -> None:
