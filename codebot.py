@@ -6800,6 +6800,8 @@ def own_words(job: Job, answer: str) -> str:
 # - A look reads all comments of a pull request, or all events of an issue, 50 at a time.
 #   Anybody who may comment, or who renames their own issue again and again, can make that
 #   thousands. Then polls can use up GitHub's rate limit, which delays all work.
+# - If a repository is deleted, or taken out of the App's installation, the records of its
+#   pull requests that were not merged are kept, and each poll logs a warning about each.
 # - The text of a labeled issue can imitate the "Comment by NAME:" that codebot puts before
 #   comments. So the agent cannot tell a person's comment from the words of the author.
 
