@@ -4760,7 +4760,7 @@ def remove_tree(config: Config, path: str) -> None:
 
     Nothing is removed through a symlink. Raises ValueError if codebot does not make such a
     path in its work directory. Raises TransientError if some of the directory remains,
-    for example another user's files.
+    for example another user's files, and StopRequested once codebot is to stop.
     """
     name, _, part = os.path.relpath(path, config.work_dir).partition("/")
     if not REMOVABLE_RE.fullmatch(name) or part not in ("", "repo", "tmp"):
@@ -4774,8 +4774,9 @@ def remove_tree(config: Config, path: str) -> None:
             rm -rf -- "$1"
         """
         env = base_environment(config)
+        limits = Limits(check_stop=wait)
         try:
-            run_program(["sh", "-c", script, "sh", path], env)
+            run_program(["sh", "-c", script, "sh", path], env, limits=limits)
         except LimitReached:
             pass  # some of it remains, most likely
         except OSError:  # a full disk may have no file left for the program's output

@@ -9785,6 +9785,20 @@ def test_directory_that_takes_too_long_to_remove_is_tried_again_later(
         codebot.remove_tree(config, str(workspace))
 
 
+def test_removal_that_a_stop_ends_is_no_error(
+    tmp_path: Path, stop: threading.Event
+) -> None:
+    # systemd ends all processes of a service.
+    stop.set()
+    rm = write_script(tmp_path / "tools" / "rm", "kill $PPID")
+    search_path = f"{rm.parent}:{os.environ['PATH']}"
+    config = codebot.Config(work_dir=str(tmp_path), search_path=search_path)
+    workspace = tmp_path / "task_1234567"
+    (workspace / "repo").mkdir(parents=True)
+    with pytest.raises(codebot.StopRequested):
+        codebot.remove_tree(config, str(workspace))
+
+
 def test_ordinary_directory_is_removed_without_a_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
