@@ -4780,7 +4780,8 @@ def remove_tree(config: Config, path: str) -> None:
         except LimitReached:
             pass  # some of it remains, most likely
         except OSError:  # a full disk may have no file left for the program's output
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(RecursionError):  # it is very deep
+                shutil.rmtree(path, ignore_errors=True)
     if os.path.lexists(path):
         raise TransientError(f"{path} cannot be removed")
 

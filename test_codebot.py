@@ -9851,6 +9851,23 @@ def test_removing_a_deep_directory_takes_little_memory(tmp_path: Path) -> None:
     assert int(kibibytes) < 50_000
 
 
+def test_deep_directory_on_a_full_disk_does_not_stop_the_cleanup(
+    store: codebot.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "CLEANUP_INTERVAL", 0.0)
+    for _ in range(2):
+        (tmp_path / f"trash_{uuid.uuid4().hex}").mkdir()
+    deep, other = codebot.removable_paths(str(tmp_path), "trash")
+    run_command(sys.executable, "-c", DEEP_DIRECTORY, deep)
+    settings = {"work_dir": str(tmp_path), "search_path": os.environ["PATH"]}
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(tempfile, "tempdir", "/nonexistent")  # no output of programs
+        codebot.clean_up(app_with(store, **settings))
+    assert not os.path.exists(other)
+    codebot.clean_up(app_with(store, **settings))
+    assert not os.path.exists(deep)
+
+
 @not_as_root
 def test_link_that_cannot_be_removed_is_not_followed(tmp_path: Path) -> None:
     config = codebot.Config(work_dir=str(tmp_path), search_path=os.environ["PATH"])
