@@ -10786,6 +10786,22 @@ def test_comment_without_an_answer_of_its_own_is_answered_with_the_summary(
     assert answers == {"conversation 1": "Because."}
 
 
+def test_no_part_of_a_secret_is_left_where_a_summary_or_an_answer_is_cut(
+    store: codebot.Store,
+) -> None:
+    codebot.redact.add([API_KEY])
+    words = "x" * 99_990 + API_KEY + "-" * 9000
+    kept = "x" * 99_990 + "***" + "-" * 7
+    review = review_of(make_comment(1, "alice"), store)
+    agent_run = codebot.AgentRun(review.run)
+    agent_run.result = {"result": words}
+    agent_run.store_report(1)
+    assert review.run.job.summary == kept
+    answer = {"comment_id": 1, "body": words}
+    answers = codebot.parse_answers(review, {"answers": [answer]})
+    assert answers == {"conversation 1": kept}
+
+
 def plan_with_output(output: str) -> str:
     """Return the plan of an agent that answers a question with this JSON."""
     return f"classify question; extra='\"structured_output\":{output},'; result"
