@@ -6193,15 +6193,15 @@ def test_many_expired_tasks_are_deleted_in_parts(store: codebot.Store) -> None:
 
 def test_task_becomes_pull_request(shared: Site) -> None:
     task = shared.api.submit(
-        "Say hello\n\nPlease.", ticket_id="AB-7", ticket_summary="Greet people"
+        "Say hello\n\nPlease.", ticket_id="AB-7", ticket_summary="Greet [no ci]"
     )
     result = shared.api.completed(task)
     branch = result["branch_name"]
-    assert branch == f"u/codebot/AB-7/{task[:7]}/greet-people"
+    assert branch == f"u/codebot/AB-7/{task[:7]}/greet-no-ci"
     assert shared.repository.branches() == ["main", branch]
     assert shared.repository.show(branch, "hello.txt") == "hello"
     [pull] = shared.repository.pulls
-    assert pull["title"] == "AB-7: Greet people"
+    assert pull["title"] == "AB-7: Greet (no ci)"  # a squash merge may use it
     assert pull["base"]["ref"] == "main"
     assert pull["head"]["ref"] == branch
     assert result["pr_url"] == pull["html_url"]
