@@ -17078,8 +17078,10 @@ def test_page_shows_answer_only_at_its_task(shared: Site, browser: Browser) -> N
         browser.open_task(first)
         cancel = browser.find("button", "Cancel")
         shared.server.signal(signal.SIGSTOP)  # the network is slow
-        browser.evaluate(f"{cancel}.click(), location.hash = 'task={second}'")
-        shared.server.signal(signal.SIGCONT)
+        try:
+            browser.evaluate(f"{cancel}.click(), location.hash = 'task={second}'")
+        finally:
+            shared.server.signal(signal.SIGCONT)
         browser.wait_for_text("Second", "#taskTitle")
         answered = """performance.getEntriesByType('resource')
             .some((entry) => entry.name.endsWith('/cancel'))"""
