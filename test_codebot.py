@@ -16722,7 +16722,7 @@ class Browser:
         self.call("Page.addScriptToEvaluateOnNewDocument", source=IMPATIENCE)
 
     def open(self, url: str) -> None:
-        """Open a page. Its storage is empty: that of others belongs to other ports."""
+        """Open a page. Its storage is empty: shut has removed that of other tests."""
         self.complaints.clear()
         self.show_as("light", 1280)
         answer = self.call("Page.navigate", url=url)
@@ -16730,7 +16730,7 @@ class Browser:
         self.wait_for_text("API key")
 
     def shut(self) -> None:
-        self.evaluate("sessionStorage.clear()")  # a port may be used again
+        self.evaluate("sessionStorage.clear()")  # a port is used again
         self.call("Page.navigate", url="about:blank")
 
     def show_as(self, scheme: str, width: int) -> None:
