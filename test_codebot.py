@@ -12194,10 +12194,11 @@ def test_finished_change_waits_whenever_github_does_not_show_something(
 ) -> None:
     pull.site.agent.follow(MAKE_CHANGE)
     fail_push_and_then(pull.site.repository, "GET /pulls/1", 403)
+    fail_push_and_then(pull.site.repository, "GET /pulls/1", 404)
     fail_push_and_then(pull.site.repository, "GET /pulls/1/comments*", 404)
     pull.site.person("alice").inline("Say more")
     assert pull.review()["status"] == "completed"
-    assert pull.site.server.log().count("running -> pending") == 2 * 2
+    assert pull.site.server.log().count("running -> pending") == 2 * 3
     assert pull.tip() in pull.answer()
     assert len(pull.site.agent.runs("change")) == 1
 
