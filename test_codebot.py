@@ -128,7 +128,14 @@ def write_script(path: Path, commands: str) -> Path:
     return path
 
 
+def bwrap_forbids_user_namespaces() -> bool:
+    """Whether bwrap has --disable-userns (0.8 or newer)."""
+    done = subprocess.run(["bwrap", "--help"], capture_output=True, check=False)
+    return b"--disable-userns" in done.stdout + done.stderr
+
+
 def bwrap_works() -> bool:
+    """Whether bwrap starts here. For root, codebot refuses one older than 0.8."""
     argv = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
     try:
         done = subprocess.run(
@@ -136,13 +143,8 @@ def bwrap_works() -> bool:
         )
     except FileNotFoundError:
         return False
-    return done.returncode == 0
-
-
-def bwrap_forbids_user_namespaces() -> bool:
-    """Whether bwrap has --disable-userns (0.8 or newer)."""
-    done = subprocess.run(["bwrap", "--help"], capture_output=True, check=False)
-    return b"--disable-userns" in done.stdout + done.stderr
+    is_refused = os.getuid() == 0 and not bwrap_forbids_user_namespaces()
+    return done.returncode == 0 and not is_refused
 
 
 # An exception in a thread of a test fails the test.
@@ -2331,6 +2333,8 @@ class LocalTask:
         config = codebot.Config(**{**defaults, **settings})
         codebot.redact.add(codebot.configured_secrets(config), math.inf)
         app = codebot.Codebot(config)
+        if app.sandbox.is_bwrap:
+            app.sandbox.inspect_bwrap()  # as each start of a server does
         app.store = codebot.Store(str(site.directory / "codebot.db"))
         self.run = codebot.JobRun(app, store_task_in_state(app.store, "running"))
         codebot.name_workspace(self.run)
@@ -9717,14 +9721,11 @@ def test_mirror_whose_lock_file_is_removed_during_the_wait_is_fetched(
 
 
 @not_as_root
-def test_directory_that_cannot_be_removed_is_a_transient_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_directory_that_cannot_be_removed_is_a_transient_error(tmp_path: Path) -> None:
     config = codebot.Config(work_dir=str(tmp_path), search_path="/nonexistent")
     workspace = tmp_path / "task_1234567"
     (workspace / "repo").mkdir(parents=True)
     workspace.chmod(0o500)  # as if it belonged to another user
-    monkeypatch.setattr(codebot, "run_program", codebot.do_nothing)
     with pytest.raises(codebot.TransientError, match="cannot be removed"):
         codebot.remove_tree(config, str(workspace))
     workspace.chmod(0o700)
