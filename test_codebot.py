@@ -7752,10 +7752,10 @@ def test_slow_filter_of_one_agent_holds_up_no_other_task(shared: Site) -> None:
 
 
 def test_slow_git_and_output_without_line_end_are_not_silence(fresh: Site) -> None:
-    task = LocalTask(fresh, stall_timeout=2)
-    dots = "for i in 1 2 3 4 5 6 7 8; do printf .; sleep 0.3; done"
-    task.commit(plan_with_filter("sleep 2.2; cat"), dots)
-    assert "test: ........" in task.messages()
+    task = LocalTask(fresh, stall_timeout=1)
+    dots = "for i in 1 2 3 4 5 6; do printf .; sleep 0.2; done"
+    task.commit(plan_with_filter("sleep 1.1; cat"), dots)
+    assert "test: ......" in task.messages()
 
 
 def test_rejected_push_is_reported_in_words_of_remote_or_else_with_its_reason(
@@ -12505,7 +12505,7 @@ def test_task_of_an_issue_does_not_start_where_github_cannot_be_asked(
     fresh.person("alice").label(issue.number)
     hold.wait()
     task = issue.task()
-    fresh.server.stop()
+    fresh.server.kill()
     hold.release()
     fresh.server.start("--no-github")
     error = fresh.api.failed(task, "cancelled")
@@ -17985,7 +17985,8 @@ def test_signals_that_the_parent_blocks_stop_the_server(fresh: Site) -> None:
 
 
 def test_second_signal_ends_server_at_once(fresh: Site) -> None:
-    fresh.server.start(limits={"KILL_GRACE": 60.0})
+    # A signal that comes just before Python begins to wait is noticed after that wait.
+    fresh.server.start(limits={"KILL_GRACE": 60.0, "STOP_TIMEOUT": 5.0})
     submit_blocked(fresh, "trap '' TERM; block; sleep 30")
     fresh.server.signal(signal.SIGTERM)
     fresh.server.wait_for_log("Stopping")
