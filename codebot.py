@@ -6346,8 +6346,11 @@ def pull_request_body(run: JobRun) -> str:
     facts += f"Done in {job.seconds:.0f} s.\n"
     if job.issue_number:
         facts += f"Closes #{job.issue_number}\n"
+    request = job.request
+    if job.issue_number:  # the issue's own title does not begin with its number
+        request = dataclasses.replace(request, ticket_id="")
     # Redact before truncating: a secret that is cut in two would not be found.
-    task = truncate(redact(task_text(job.request)), 10_000)
+    task = truncate(redact(task_text(request)), 10_000)
     task = escape_html(quoted(speaker, task))
     files = code_block(truncate(job.files, 10_000))
     summary = quoted("The agent", truncate(job.summary, 20_000))

@@ -12422,7 +12422,7 @@ def test_labeled_issue_becomes_task_and_pull_request(shared: Site) -> None:
     [pull] = shared.repository.pulls
     assert pull["title"] == "1: Greet people"
     assert "Closes #1\n" in pull["body"]
-    assert "Issue #1 says:\n\n> 1: Greet people\n>\n> In a file.\n" in pull["body"]
+    assert "Issue #1 says:\n\n> Greet people\n>\n> In a file.\n" in pull["body"]
     assert "Greet people" in issue.prompt()
     assert "In a file." in issue.prompt()
     status = shared.api.status(task)
