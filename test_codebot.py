@@ -4624,8 +4624,8 @@ def test_process_whose_main_thread_has_ended_is_found_by_its_mounts(
     repo = tmp_path / "task_1" / "repo"
     repo.mkdir(parents=True)
     code = (
-        "import ctypes, threading, time; "
-        "threading.Thread(target=time.sleep, args=(600,)).start(); "
+        "import ctypes, threading; "
+        "threading.Thread(target=threading.Event().wait).start(); "
         "ctypes.CDLL(None).pthread_exit(None)"
     )
     bwrap = ["bwrap", "--die-with-parent", "--ro-bind", "/", "/", "--bind"]
