@@ -4766,8 +4766,9 @@ def remove_tree(config: Config, path: str) -> None:
     if not REMOVABLE_RE.fullmatch(name) or part not in ("", "repo", "tmp"):
         raise ValueError(f"{path} is not a directory that codebot may remove")
     if os.path.lexists(path):
-        # rm never follows a symlink. chmod may follow one if a process replaces files
-        # meanwhile, but chmod only gives a file's owner more rights.
+        # chmod is only for what rm cannot remove. rm never follows a symlink. chmod may
+        # follow one if a process replaces files meanwhile, but it only gives a file's owner
+        # more rights.
         script = """
             rm -rf -- "$1" 2>/dev/null && exit
             [ -L "$1" ] || chmod -R u+rwX -- "$1"
