@@ -12479,14 +12479,19 @@ def test_issue_of_a_repository_that_is_not_allowed_anymore_gets_no_comment(
     assert fresh.repository.count(f"POST /issues/{issue.number}/comments") == 0
 
 
+def start_labeled_task(site: Site, login: str) -> tuple[str, Hold]:
+    """Start a server and the task of an issue. It waits until the hold is released."""
+    site.server.start()
+    issue = open_issue(site)
+    hold = site.github.hold("GET /users/*")
+    site.person(login).label(issue.number)
+    hold.wait()
+    return issue.task(), hold
+
+
 def test_task_of_a_labeler_who_lost_write_access_does_not_start(fresh: Site) -> None:
     fresh.repository.permissions["gina"] = "write"
-    fresh.server.start()
-    issue = open_issue(fresh)
-    hold = fresh.github.hold("GET /users/*")
-    fresh.person("gina").label(issue.number)
-    hold.wait()
-    task = issue.task()
+    task, hold = start_labeled_task(fresh, "gina")
     del fresh.repository.permissions["gina"]
     hold.release()
     error = fresh.api.failed(task, "cancelled")
@@ -12499,17 +12504,13 @@ def test_task_of_a_labeler_who_lost_write_access_does_not_start(fresh: Site) -> 
 def test_task_of_an_issue_does_not_start_where_github_cannot_be_asked(
     fresh: Site,
 ) -> None:
-    fresh.server.start()
-    issue = open_issue(fresh)
-    hold = fresh.github.hold("GET /users/*")
-    fresh.person("alice").label(issue.number)
-    hold.wait()
-    task = issue.task()
+    task, hold = start_labeled_task(fresh, "alice")
     fresh.server.kill()
     hold.release()
     fresh.server.start("--no-github")
     error = fresh.api.failed(task, "cancelled")
     assert "GitHub does not confirm that alice" in error
+    assert fresh.agent.runs() == []
 
 
 def test_change_of_a_labeler_who_lost_write_access_is_not_pushed(shared: Site) -> None:
