@@ -1594,6 +1594,10 @@ def base_environment(config: Config) -> dict[str, str]:
         "GIT_CONFIG_GLOBAL": "/dev/null",
         "GIT_ATTR_NOSYSTEM": "1",  # /etc/gitattributes could hide files from DiffScanner
         "GIT_TERMINAL_PROMPT": "0",
+        # How git makes repositories. git 3 has other defaults, but GitHub's are like this,
+        # and after a kill, codebot removes the lock files of this format.
+        "GIT_DEFAULT_HASH": "sha1",
+        "GIT_DEFAULT_REF_FORMAT": "files",
         "CODEBOT_RUN": config.run_tag,
     }
 
@@ -2981,6 +2985,7 @@ class GitHubRepository:
 # - Data removed from a repository at GitHub stays in the mirror, where agents can read it.
 #
 # Known limitations of --no-github:
+# - A repository must use SHA-1. (In git 3, a new one uses SHA-256.)
 # - If a client names a git server of its own, that server receives what the git
 #   configuration of codebot's user sends to every server.
 # - If a client names a local repository to which an agent can write, hooks that the agent

@@ -6569,6 +6569,20 @@ def test_checkout_without_a_file_is_no_success(fresh: Site) -> None:
     assert fresh.agent.runs() == []
 
 
+def test_defaults_of_git_3_change_no_repository_of_codebot(fresh: Site) -> None:
+    # In git 2, these variables set what is the default in git 3.
+    defaults = "${GIT_DEFAULT_HASH=sha256} ${GIT_DEFAULT_REF_FORMAT=reftable}"
+    git_3 = write_script(
+        fresh.directory / "tools" / "git",
+        f": {defaults}\nexport GIT_DEFAULT_HASH GIT_DEFAULT_REF_FORMAT\n"
+        f'exec {shutil.which("git")} "$@"',
+    )
+    fresh.server.start(PATH=f"{git_3.parent}:{os.environ['PATH']}")
+    fresh.api.completed(fresh.api.submit())
+    # A killed git 2 or 3 leaves lock files that codebot knows.
+    assert not [*fresh.server.work_dir.glob("**/reftable")]
+
+
 @pytest.mark.parametrize("is_begun", [False, True])
 def test_mirror_recovers_from_killed_git(fresh: Site, is_begun: bool) -> None:
     path = fresh.server.work_dir / ".github.git"
@@ -8277,6 +8291,8 @@ def test_programs_get_no_configuration_of_the_host() -> None:
         "GIT_CONFIG_GLOBAL": "/dev/null",
         "GIT_ATTR_NOSYSTEM": "1",
         "GIT_TERMINAL_PROMPT": "0",
+        "GIT_DEFAULT_HASH": "sha1",
+        "GIT_DEFAULT_REF_FORMAT": "files",
     }
 
 
