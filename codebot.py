@@ -4661,6 +4661,7 @@ class Store:
 
 DATABASE_RETRY_DELAY = 5.0  # seconds until a failed write to the database is retried
 MIN_GIT_TIMEOUT = 60.0  # seconds, at least, for a git command in a workspace
+MAX_MESSAGE_CHARS = 100_000  # of an event's message, before it is redacted
 MAX_EVENT_CHARS = 4000  # a longer event is truncated
 MAX_OUTPUT_EVENTS = 10_000  # kept from LIMITED_SOURCES, in each attempt of a phase
 LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")
@@ -4945,9 +4946,12 @@ class JobRun:
                     continue
                 if self.events_left == 0:
                     message = "(further output omitted)"
-            # Cut first, because a hostile line of megabytes takes a second to redact. A
-            # secret that is cut in two here is far behind what is kept.
-            text = redact(message[:100_000])
+            # Cut first, because a hostile line of megabytes takes a second to redact.
+            text = redact(message[:MAX_MESSAGE_CHARS])
+            # A secret may be cut in two there. That is far behind what is kept, unless
+            # almost all before it were secrets or terminal codes.
+            if len(message) > MAX_MESSAGE_CHARS and len(text) < 4 * MAX_EVENT_CHARS:
+                text = "(long text omitted)"
             events.append((source, truncate(text, MAX_EVENT_CHARS)))
         self.store.add_events(self.job.task_id, events)
 

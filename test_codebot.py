@@ -7146,6 +7146,24 @@ def test_events_keep_line_breaks_and_long_ones_are_truncated(local: LocalTask) -
     assert "agent: " + "w" * 3990 + " *** " + "w" * 5 + " … (truncated)" in messages
 
 
+@pytest.mark.parametrize(
+    "beginning",
+    ["{key}\n" * 2000, "\x1b[31m" * 19_990 + "{key}"],
+    ids=["keys", "colors"],
+)
+def test_secret_that_is_cut_in_two_is_not_logged(
+    store: codebot.Store, beginning: str
+) -> None:
+    key = "key-of-the-model-" + "0123456789" * 9
+    codebot.redact.add([key])
+    run = task_run(store)
+    run.log_event("output", beginning.format(key=key) + "x" * 9000)
+    run.log_event("output", "y" * 200_000)
+    omitted, truncated = store.events(run.job.id, after=0)
+    assert omitted.message == "(long text omitted)"
+    assert truncated.message == "y" * codebot.MAX_EVENT_CHARS + " … (truncated)"
+
+
 def test_events_of_agent_are_limited(
     local: LocalTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
