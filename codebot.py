@@ -7296,9 +7296,7 @@ def error_to_store(job: Job, ending: Ending) -> str:
         phase = reached_phase(job)
         push_has_begun = job.commit_id != "" and phase in ("push", "answer")
     # With gave_up, the reason only names the phase: see REASON_BY_PHASE.
-    was_rejected = ending.reason == "push_rejected" and not (
-        ending.gave_up or job.is_pushed
-    )
+    was_rejected = ending.reason == "push_rejected" and not ending.gave_up
     error = ending.error
     if push_has_begun and not was_rejected:
         commit = f"The commit {job.commit_id} may have been pushed to {job.branch}"

@@ -5537,7 +5537,7 @@ def test_reviewer_of_a_pushed_commit_is_told_so_if_the_answer_fails(
 ) -> None:
     run = review_run(store)
     run.update(commit_id="c0ffee", is_pushed=True)
-    codebot.store_failure(run, codebot.Ending("failed", "push_rejected", "502"))
+    codebot.store_failure(run, codebot.Ending("failed", "interrupted", "crashed"))
     assert "c0ffee may have been pushed" in run.job.error
 
 
