@@ -5387,7 +5387,8 @@ class Workspace:
         self.write_skip_list()
         # git fetch has sh run this: bwrap … -- sh -c … '/…/repo'. The repository is a URL,
         # not a path: at a path, git would take a file for a bundle and read it outside the
-        # sandbox, and before 2.46 without fsck. (In bwrap, self.repo stays a directory.)
+        # sandbox, and before 2.46 without fsck. (In bwrap, repo is a mount, which the agent
+        # cannot replace.)
         args = ["-c", "fetch.fsckObjects=true"]
         # The path is relative, because git splits this option at commas and blanks.
         args += ["-c", "fetch.fsck.skipList=fsck-skip-list"]
