@@ -2238,7 +2238,7 @@ class Sandbox:
 GITHUB_TIMEOUT = 30.0  # seconds that GitHub may be silent, or take for a body
 GITHUB_ATTEMPTS = 4  # times that a request to GitHub is sent, at most
 GITHUB_RETRY_DELAY = 0.5  # seconds before the second attempt; doubles with each attempt
-MAX_INLINE_WAIT = 5.0  # seconds; if GitHub asks for a longer wait, the job is requeued
+MAX_INLINE_WAIT = 5.0  # seconds; instead of a longer wait, GitHub.call raises an error
 MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, even if GitHub or a proxy asks for more
 # "workflows" is left out, so GitHub refuses a push that changes .github/workflows.
 TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "write"}
