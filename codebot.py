@@ -268,7 +268,7 @@ FILES in the work directory
   mirrors/       HOST/OWNER/NAME.git           task_*/        a task's workspace
   outbox_*.git   a task's outbox               launched/      a record of each launch
   scratch_codebot_*   for one command          trash_*/       being removed
-  While codebot runs, Python's temporary files, with programs' output, are also there.
+  While a program runs, its input and output are also there, in files without a name.
   A mirror and the database each have a .lock file beside them. CODEBOT_DATABASE may put
   the database elsewhere.
   Only codebot's user may read what codebot writes (umask 077). Three kinds of programs have
