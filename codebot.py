@@ -1205,8 +1205,10 @@ def raise_if_stop_arrives(check_stop: Callable[[], None]) -> None:
 
 # How Popen or a shell reports that a program was ended by SIGTERM (15) or SIGKILL (9).
 SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
+
 # The expressions from here to SHORTAGE_RE choose the words of errors, and decide about
 # retries. Nothing else depends on them.
+
 # Matches lines that name no cause: empty ones, and advice of git here or at the remote.
 NOISE_RE = re.compile(
     "(hint:.*|remote:|Please make sure you have the correct access rights"
