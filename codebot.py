@@ -4606,6 +4606,11 @@ class Store:
 
     # Retention
 
+    def has_directory(self, digits: str) -> bool:
+        """Return whether a task's directory, even a removed one, ends with ``digits``."""
+        sql = "SELECT 1 FROM jobs WHERE directory LIKE '%' || :digits"
+        return self._read_one(only_value, sql, digits=digits) is not None
+
     def retained_directories(self, retention: float) -> set[str]:
         """Return the names of the workspaces that must be kept.
 
@@ -6123,8 +6128,11 @@ def name_workspace(run: JobRun) -> None:
     if job.directory:
         return
     digits = job.id.replace("-", "")
-    # Only these digits are in the name of the outbox, so no two directories may share them.
-    while find_paths(run.config.work_dir, f"task_*{digits[:7]}"):
+    # Only these digits are in the name of the outbox, so no two tasks may share them. The
+    # store also knows the tasks whose directory was removed: a review makes it again.
+    while run.store.has_directory(digits[:7]) or find_paths(
+        run.config.work_dir, f"task_*{digits[:7]}"
+    ):
         digits = digits[1:]
     name = digits[:7]
     ticket = slugify(redact(job.request.ticket_id))

@@ -6335,6 +6335,18 @@ def test_digits_of_a_directory_that_exists_are_not_used(store: codebot.Store) ->
     assert outbox.path == f"{run.config.work_dir}/outbox_{name}.git"
 
 
+def test_digits_of_a_task_whose_directory_was_removed_are_not_used(
+    store: codebot.Store,
+) -> None:
+    run = task_run(store)
+    digits = run.job.id.replace("-", "")
+    directory = f"task_AB-1_{digits[:7]}"
+    store.save_progress(dataclasses.replace(store_task(store), directory=directory))
+    # A review of that task would make the directory again, and its outbox.
+    codebot.name_workspace(run)
+    assert run.job.directory == f"task_{digits[1:8]}"
+
+
 def test_without_github_branch_is_pushed_and_github_is_not_asked(
     on_disk: Site,
 ) -> None:
