@@ -6825,6 +6825,7 @@ def own_words(job: Job, answer: str) -> str:
 #   ignored, and must be added again.
 # - Closing or deleting an issue stops no task. A review that runs or starts while its pull
 #   request is closed or locked ends for good, even if it is reopened or unlocked.
+#   Once a pull request has been closed for CODEBOT_TASK_RETENTION, codebot forgets it.
 # - A look reads all comments of a pull request, or all events of an issue, 50 at a time.
 #   Anybody who may comment, or who renames their own issue again and again, can make that
 #   thousands. Then polls can use up GitHub's rate limit, which delays all work.
@@ -8083,7 +8084,7 @@ def task_of(codebot: Codebot, payload: JsonObject) -> str:
     number = int(subject["number"])
     task_id = codebot.store.task_of_pull_request(repository_id, number)
     if task_id is None:
-        raise NoAction("Not a pull request of a task in this work directory")
+        raise NoAction("No task in this work directory has this pull request (anymore)")
     return task_id
 
 
