@@ -3029,6 +3029,10 @@ class GitAuthFailed(GitFailed):
     """The remote rejects the credential, or does not permit it to do this."""
 
 
+class PushRejected(GitFailed):
+    """The remote's rules refuse the push."""
+
+
 class BranchNotFound(Exception):
     """The remote has no such branch, or no default branch."""
 
@@ -3235,13 +3239,14 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 # host.)
 #   a signal ended git or a part of it     TransientError
 #   a limit ended git                      TransientError for a push, else GitFailed
-#   "rejected]" by the remote's rules      GitFailed
+#   "rejected]" by the remote's rules      PushRejected
 #   no login, a wrong login, HTTP 403,     GitAuthFailed: at GitHub, git runs again with a
 #     or ssh's "Permission denied ("       new token
 #   connection, TLS, 408, 429, 5xx, a      TransientError
 #     fault or a shortage at the remote;
 #     at GitHub, 301
-#   anything else                          GitFailed
+#   anything else                          GitFailed, which Workspace.push turns into
+#                                            TransientError
 # remote_failure first removes URLs and quoted names, because they may contain any words.
 URL_OR_NAME_RE = re.compile(r"(?<!\w)'[^'\n]*'|https?://\S+")
 AUTH_FAILED_RE = re.compile(
@@ -3288,7 +3293,7 @@ def remote_failure(result: ProgramResult, is_github: bool) -> Exception:
     reason = hide_logins(result.error)
     words = URL_OR_NAME_RE.sub("", result.stderr)
     if REJECTED_RE.search(words):  # first, because the reason may quote any file name
-        return GitFailed(reason)
+        return PushRejected(reason)
     if AUTH_FAILED_RE.search(words):
         return GitAuthFailed("authentication failed")
     if re.search(r"returned error: 403|Permission denied \(", words):  # HTTP or ssh
@@ -5463,24 +5468,25 @@ class Workspace:
     def push(self) -> None:
         """Push the job's commit to the branch. Pushing it again changes nothing.
 
-        Raises JobFailed if the remote rejects it, TransientError if the remote cannot be
-        reached, hangs, refuses the login, or cannot be asked whether it has the commit.
+        Raises JobFailed if the remote rejects it, TransientError if it fails in another
+        way, or if the remote cannot be asked whether it has the commit.
         """
         commit = self.run.job.commit_id
         url = self.repository.url
         refspec = f"{commit}:refs/heads/{self.branch}"
         try:
             self.outbox.remote_git(self.repository, *GIT_PUSH, "--", url, refspec)
-        except GitAuthFailed as error:
-            # The App may be suspended for a while, or a login has expired.
-            raise TransientError(f"The remote refuses the push: {error}") from None
-        except GitFailed as error:
+        except PushRejected as error:
             # The branch may have the commit: if the response to a push is lost, git may
             # send the push again, and the second one is rejected.
             try:
                 self.fetch_tip_after(commit)
             except JobFailed:
                 raise JobFailed("push_rejected", f"Failed to push: {error}") from None
+        except GitFailed as error:
+            # The App may be suspended for a while, a login may have expired, or GitHub or a
+            # proxy answers 404, or with a page of HTML, for a moment.
+            raise TransientError(f"The push failed: {error}") from None
         self.run.log_event("git", f"Pushed {commit} to {self.branch}")
 
     # Changes on top of what others pushed

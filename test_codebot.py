@@ -9136,10 +9136,22 @@ def test_commit_waits_while_github_refuses_the_push(shared: Site) -> None:
     task = shared.api.submit()
     shared.api.completed(task)
     events = [m for m in shared.api.messages(task) if "Trying again in" in m]
-    prefix = "codebot: The remote refuses the push: "
+    prefix = "codebot: The push failed: "
     login, suspended = [event.partition(prefix)[2] for event in events]
     assert login.startswith("authentication failed")
     assert "returned error: 403" in suspended
+    assert len(shared.agent.runs()) == 1
+
+
+def test_commit_waits_if_its_push_fails_without_being_rejected(shared: Site) -> None:
+    html = b"<html>\nThe page of a proxy\n</html>\n"
+    for status, body in [(404, b"Not Found"), (200, html)]:
+        shared.repository.fail(PUSH_BEGINS, status, body)
+    task = shared.api.submit()
+    shared.api.completed(task)
+    log = "\n".join(shared.api.messages(task))
+    assert re.search("The push failed: .*not found.* Trying again in", log)
+    assert re.search("The push failed: .*not valid.* Trying again in", log)
     assert len(shared.agent.runs()) == 1
 
 
@@ -9159,7 +9171,7 @@ def test_commit_waits_until_the_host_can_log_in_again(
     workspace = codebot.Workspace(run, repository, "task_1234567")
     failed = codebot.ProgramResult(128, "", words)
     monkeypatch.setattr(workspace.outbox, "run_git", lambda *args, **options: failed)
-    with pytest.raises(codebot.TransientError, match="The remote refuses the push"):
+    with pytest.raises(codebot.TransientError, match="The push failed"):
         workspace.push()
 
 
