@@ -5094,10 +5094,14 @@ g update-ref --no-deref HEAD "$commit" && # not the branch, which may be locked
 exec git upload-pack "$3"
 """
 # Reads a pack with the commit $1 from standard input, and cherry-picks that commit. If that
-# conflicts, prints the names of the files in conflict.
+# conflicts, prints the names of the files in conflict. Files that break the repository's
+# rules for line ends would count as changed, and git overwrites no changed file. So they
+# are added first, and git merges all versions as if they kept the rules (renormalize).
 APPLY_SCRIPT = """
 g index-pack --stdin >&2 &&
-g -c merge.directoryRenames=true cherry-pick --no-commit "$1" >&2 && exit 0
+g add -A >&2 &&
+g -c merge.directoryRenames=true -c merge.renormalize=true \\
+    cherry-pick --no-commit "$1" >&2 && exit 0
 g diff --name-only --diff-filter=U
 exit 1
 """

@@ -11247,6 +11247,22 @@ def test_change_is_merged_with_what_others_moved_or_removed(
     assert not (repo / "README.md").exists()  # both have removed it
 
 
+@pytest.mark.parametrize(
+    ("plan", "file"),
+    [("echo new >new.txt", "new.txt"), ("echo new >>old.txt", "old.txt")],
+)
+def test_change_is_merged_although_files_break_the_rules_for_line_ends(
+    local: LocalTask, plan: str, file: str
+) -> None:
+    remote = local.site.repository
+    remote.commit({".gitattributes": "* text\n", "old.txt": "1\r\n2\r\n"})
+    push = functools.partial(remote.commit, {"theirs": "3\n"})
+    put_on_top(local, plan, push)
+    repo = Path(local.workspace.repo)
+    assert (repo / file).read_text().endswith("new\n")
+    assert (repo / "theirs").read_text() == "3\n"
+
+
 def test_commit_of_a_reviewer_with_the_same_change_is_reported(pull: Pull) -> None:
     pull.site.agent.follow(MAKE_CHANGE)
     text = pull.site.repository.show(pull.branch, "hello.txt")
