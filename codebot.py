@@ -5098,7 +5098,7 @@ exec git upload-pack "$3"
 # rules for line ends would count as changed, and git overwrites no changed file. So they
 # are added first, and git merges all versions as if they kept the rules (renormalize).
 APPLY_SCRIPT = """
-g index-pack --stdin >&2 &&
+g index-pack --stdin >/dev/null && # it prints the name of the pack
 g add -A >&2 &&
 g -c merge.directoryRenames=true -c merge.renormalize=true \\
     cherry-pick --no-commit "$1" >&2 && exit 0

@@ -11263,6 +11263,17 @@ def test_change_is_merged_although_files_break_the_rules_for_line_ends(
     assert (repo / "theirs").read_text() == "3\n"
 
 
+def test_reason_of_git_for_not_merging_is_reported(local: LocalTask) -> None:
+    def make_merge() -> None:
+        job = local.run.job
+        tree = f"{job.commit_id}^{{tree}}"
+        parents = ("-p", job.base_commit, "-p", job.commit_id)
+        local.run.update(commit_id=local.git("commit-tree", "-m", "x", *parents, tree))
+
+    with pytest.raises(codebot.JobFailed, match="theirs: error: commit .* is a merge"):
+        put_on_top(local, "echo hello >hello.txt", make_merge)
+
+
 def test_commit_of_a_reviewer_with_the_same_change_is_reported(pull: Pull) -> None:
     pull.site.agent.follow(MAKE_CHANGE)
     text = pull.site.repository.show(pull.branch, "hello.txt")
