@@ -5043,17 +5043,18 @@ MAX_CHANGE_BYTES = 256 << 20
 # Every script of Workspace begins with this. It removes the lock files of a killed git, and
 # has git ignore the configuration in the agent's HOME. (git 2.31 still reads it, because it
 # does not know GIT_CONFIG_GLOBAL.) `g` is git without hooks, fsmonitor, signing, gc and
-# sparse checkout, for scripts that use the agent's .git. (The checkout makes a new .git.)
-# UPLOAD_SCRIPT contains this, too.
+# sparse checkout, for scripts that use the agent's .git. It takes the files of this
+# directory, as the tests do, even if the agent has set core.worktree or core.bare. (The
+# checkout makes a new .git.) UPLOAD_SCRIPT contains this, too.
 GIT_FUNCTION = """
 export GIT_CONFIG_GLOBAL=/dev/null XDG_CONFIG_HOME=/nonexistent
 for lock in .git/index.lock .git/HEAD.lock; do
     if [ -e "$lock" ]; then rm -rf "$lock"; fi
 done
 g() {
-    git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c commit.gpgSign=false \\
-        -c gc.auto=0 -c maintenance.auto=false -c core.sparseCheckout=false \\
-        -c core.quotePath=false "$@"
+    git --work-tree=. -c core.hooksPath=/dev/null -c core.fsmonitor=false \\
+        -c commit.gpgSign=false -c gc.auto=0 -c maintenance.auto=false \\
+        -c core.sparseCheckout=false -c core.quotePath=false "$@"
 }
 """
 # Makes a repository that borrows the mirror's objects, and checks out the base commit.

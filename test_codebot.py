@@ -7013,6 +7013,8 @@ def test_good_result_counts_whatever_else_agent_prints_or_starts(
 GOOD_PLANS = {
     "lone surrogate": r"echo hello >hello.txt; result 'half a letter: \ud800'",
     "shallow repository": f"git rev-parse HEAD >.git/shallow; {SAY_HELLO}",
+    "work tree elsewhere": f'git config core.worktree "$TMPDIR"; {SAY_HELLO}',
+    "bare repository": f"git config core.bare true; {SAY_HELLO}",
     "detached HEAD": f"git checkout -q --detach; {SAY_HELLO}",
     "branch deleted": (
         "b=$(git symbolic-ref HEAD); git checkout -q --detach; "
