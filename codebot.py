@@ -5031,10 +5031,12 @@ class JobRun:
 #   amount of memory.
 # - "The tests passed" means that the command exited with 0 in a workspace where the agent
 #   could have changed the tests, and files in HOME that they read. The workspace also has
-#   files that git ignores, which the commit lacks. With a filter of git's, an agent can
-#   have other contents committed than were tested. codebot inspects those committed.
-# - If files break the repository's own rules for line ends (`text` or `eol` in
-#   .gitattributes), codebot commits what git makes of them, even if nobody changed them.
+#   files that git ignores, and files in submodules, which the commit lacks. With a filter,
+#   another setting of git's or a mark in its index, an agent can have other contents
+#   committed than were tested. codebot inspects those committed.
+# - If files break the repository's own .gitattributes (`text`, `eol`, `ident` or
+#   `working-tree-encoding`), codebot commits what git makes of them, even if nobody changed
+#   them.
 # - A change may set a submodule that the repository already has to any commit.
 # - A change is not pushed if its diff exceeds 1 GiB, without contents of deleted files.
 
@@ -5096,8 +5098,8 @@ exec git upload-pack "$3"
 """
 # Reads a pack with the commit $1 from standard input, and cherry-picks that commit. If that
 # conflicts, prints the names of the files in conflict. Files that break the repository's
-# rules for line ends would count as changed, and git overwrites no changed file. So they
-# are added first, and git merges all versions as if they kept the rules (renormalize).
+# .gitattributes would count as changed, and git overwrites no changed file. So they are
+# added first, and git merges all versions as if they kept its rules (renormalize).
 APPLY_SCRIPT = """
 g index-pack --stdin >/dev/null && # it prints the name of the pack
 g add -A >&2 &&
