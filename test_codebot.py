@@ -3996,23 +3996,23 @@ def test_first_matching_test_command_is_used(name: str, command: str) -> None:
 
 # --- Programs ----------------------------------------------------------------
 
-# What srun and podman do when they are ended: they need a moment to clean up.
-CLEANS_UP = 'trap "sleep 0.2; echo clean >>cleaned; exit" TERM; echo ready >ready'
+# What srun and podman do when they are ended: they need a moment to clean up. By setsid
+# it leaves its group, because there are inits that take seconds to reap an orphan.
+CLEANS_UP = (
+    'trap "sleep 0.1; echo clean >>cleaned; exec setsid true" TERM; echo ready >ready'
+)
+NEVER_ENDS = "while :; do sleep 0.05; done"
 
 
 @pytest.mark.parametrize(
     "script",
     [
-        f"{CLEANS_UP}; sleep 60 & wait",
-        f"sh -c '{CLEANS_UP}; sleep 60 & wait'; :",  # its parent ends at once
+        f"{CLEANS_UP}; {NEVER_ENDS}",
+        f"sh -c '{CLEANS_UP}; {NEVER_ENDS}'; :",  # its parent ends at once
     ],
     ids=["leader", "child"],
 )
-def test_program_that_is_ended_may_clean_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
-) -> None:
-    monkeypatch.setattr(codebot, "KILL_GRACE", 1.0)
-
+def test_program_that_is_ended_may_clean_up(tmp_path: Path, script: str) -> None:
     def check() -> None:
         if (tmp_path / "ready").exists():
             raise codebot.Cancelled
@@ -4032,7 +4032,7 @@ def test_program_that_outlives_its_result_may_clean_up(
 ) -> None:
     monkeypatch.setattr(codebot, "RESULT_GRACE", 0.0)
     codebot.run_program(
-        ["sh", "-c", f"{CLEANS_UP}; echo result; sleep 60 & wait"],
+        ["sh", "-c", f"{CLEANS_UP}; echo result; {NEVER_ENDS}"],
         GIT_ENVIRONMENT,
         cwd=str(tmp_path),
         on_lines=lambda lines: True,
@@ -4088,9 +4088,8 @@ def test_process_is_found_by_its_environment_of_any_size(size: int) -> None:
 
 def test_process_that_left_its_group_may_clean_up(tmp_path: Path) -> None:
     tag = uuid.uuid4().hex
-    script = f"{CLEANS_UP}; while :; do sleep 0.05; done"
     with subprocess.Popen(
-        ["sh", "-c", script],
+        ["sh", "-c", f"{CLEANS_UP}; {NEVER_ENDS}"],
         cwd=tmp_path,
         env={**GIT_ENVIRONMENT, "CODEBOT_RUN": f"{tag}-1"},
         start_new_session=True,
