@@ -2422,6 +2422,12 @@ def local(fresh: Site, monkeypatch: pytest.MonkeyPatch) -> LocalTask:
     return LocalTask(fresh)
 
 
+@pytest.fixture
+def quick_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a node start programs as soon as it does for the servers of the tests."""
+    monkeypatch.setattr(codebot, "NODE_SCRIPT", SERVER_PAUSES["NODE_SCRIPT"])
+
+
 # --- The file itself ---------------------------------------------------------
 
 
@@ -4474,6 +4480,7 @@ def launched_in_bwrap(site: Site, launcher: Path) -> LocalTask:
     )
 
 
+@pytest.mark.usefixtures("quick_node")
 @needs_bwrap
 def test_agent_has_a_git_configuration_that_git_of_a_launcher_ignores(
     on_disk: Site,
@@ -4548,6 +4555,7 @@ def test_sandbox_that_outlives_the_classification_is_ended(on_disk: Site) -> Non
     assert left not in command_lines()
 
 
+@pytest.mark.usefixtures("quick_node")
 @needs_bwrap
 def test_what_a_launcher_leaves_beside_bwrap_is_ended(on_disk: Site) -> None:
     left = unique_sleep()
@@ -4698,6 +4706,7 @@ def test_planted_hooks_without_sandbox_see_no_secret(shared: Site) -> None:
 # --- The sandbox: how it is started ------------------------------------------
 
 
+@pytest.mark.usefixtures("quick_node")
 @pytest.mark.parametrize("setting", ["sandbox", "launcher"])
 def test_git_has_a_global_configuration_in_another_sandbox_and_on_a_node(
     fresh: Site, setting: str
@@ -16031,6 +16040,7 @@ def test_launcher_that_cannot_be_started_leaves_no_record(
     assert not codebot.launch_record(config, workspace).exists()
 
 
+@pytest.mark.usefixtures("quick_node")
 def test_launch_with_an_error_keeps_its_record_if_the_stop_fails(
     tmp_path: Path,
 ) -> None:
@@ -16053,6 +16063,7 @@ def test_launch_with_an_error_keeps_its_record_if_the_stop_fails(
     assert codebot.launch_record(config, workspace).read_text() == codebot.STOP_FAILED
 
 
+@pytest.mark.usefixtures("quick_node")
 def test_signal_that_also_ends_the_stop_of_the_probe_is_no_fault_of_the_setting(
     tmp_path: Path,
 ) -> None:
