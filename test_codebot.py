@@ -4878,8 +4878,8 @@ def test_launcher_is_named_although_there_is_no_sandbox() -> None:
 
 def test_server_warns_that_there_is_no_sandbox(shared_site: Site) -> None:
     log = shared_site.server.log_file.read_text()
-    assert "CODEBOT_SANDBOX=none" in log
-    assert "NO SANDBOX" in log
+    assert " WARNING NO SANDBOX (CODEBOT_SANDBOX=none): the agent can read" in log
+    assert re.search("^Sandbox: +NO SANDBOX", log, re.MULTILINE)
 
 
 @needs_bwrap
