@@ -4462,14 +4462,6 @@ def test_planted_hooks_run_in_bwrap_only(sandboxed: Site) -> None:
     assert ".gitattributes" in files
 
 
-@needs_bwrap
-def test_processes_that_agent_leaves_in_bwrap_are_ended(sandboxed: Site) -> None:
-    left = unique_sleep()
-    sandboxed.agent.follow(f"env -i setsid {left} & {SAY_HELLO}")
-    sandboxed.api.completed(sandboxed.api.submit("Leave a process"))
-    wait_for(lambda: left not in command_lines())
-
-
 def launched_in_bwrap(site: Site, launcher: Path) -> LocalTask:
     return LocalTask(
         site,
