@@ -3934,6 +3934,7 @@ def test_repository_is_allowed_if_a_pattern_matches_its_name(
 
 GOOD_BRANCHES = ["main", "feat/ü", "a.b", "v1;rm", "a@b", "x" * 200]
 BAD_BRANCHES = [
+    "",
     "-dash",
     "HEAD",
     "@",
@@ -3968,7 +3969,7 @@ def test_name_of_branch_is_accepted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BAD_BRANCHES)
-def test_name_that_git_refuses_for_a_branch_is_refused(name: str) -> None:
+def test_bad_name_of_branch_is_refused(name: str) -> None:
     assert not codebot.is_branch_name(name)
 
 
