@@ -2622,21 +2622,15 @@ def test_system_error_is_shown_without_its_number() -> None:
     assert codebot.os_error_text(OSError("Odd")) == "odd"
 
 
-def refused_handshake(data: bytes) -> ssl.SSLError:
-    """Return the error of a TLS client that gets this from its server."""
-    incoming = ssl.MemoryBIO()
-    incoming.write(data)
+def test_tls_error_is_shown_without_its_code() -> None:
+    to_client = ssl.MemoryBIO()
+    to_client.write(b"HTTP/1.1 400 Bad Request\r\n")
     client = ssl.create_default_context().wrap_bio(
-        incoming, ssl.MemoryBIO(), server_hostname="localhost"
+        to_client, ssl.MemoryBIO(), server_hostname="localhost"
     )
     with pytest.raises(ssl.SSLError) as raised:
         client.do_handshake()
-    return raised.value
-
-
-def test_tls_error_is_shown_without_its_code() -> None:
-    text = codebot.os_error_text(refused_handshake(b"HTTP/1.1 400 Bad Request\r\n"))
-    assert re.fullmatch("[a-z ]+", text)
+    assert re.fullmatch("[a-z ]+", codebot.os_error_text(raised.value))
 
 
 def test_certificate_error_is_shown_without_its_code(templates: Path) -> None:
