@@ -4643,9 +4643,11 @@ def test_mount_whose_device_has_the_name_of_a_workspace_is_ignored(
     argv.append(f"{tmp_path}/task_1/repo")
     with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        is_ready = process.stdout.readline() == b"ready\n"
-        found = codebot.processes_in_workspaces(str(tmp_path))
-        process.kill()
+        try:
+            is_ready = process.stdout.readline() == b"ready\n"
+            found = codebot.processes_in_workspaces(str(tmp_path))
+        finally:
+            process.kill()
     if not is_ready:
         pytest.skip("this host lets nobody mount anything")
     assert found == []
