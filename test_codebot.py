@@ -5629,13 +5629,6 @@ def test_cancel_is_refused_once_the_push_has_begun(store: codebot.Store) -> None
     assert not stored_job(store, job).cancel_requested
 
 
-def test_push_does_not_begin_after_a_cancel(store: codebot.Store) -> None:
-    job = store_task_in_state(store, "running")
-    store.request_cancel(job.id)
-    assert not store.begin_push(job.id)
-    assert stored_job(store, job).cancel_requested
-
-
 def test_cancel_and_push_at_the_same_time_never_both_succeed(
     store: codebot.Store,
 ) -> None:
