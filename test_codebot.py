@@ -3185,6 +3185,7 @@ def redact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> codebot.Redactor:
         "key-of-a-header",
         "bearer-word",
         "my-token",
+        '"type": "service_account",',  # a line that is indented
         "8-bit-token-\udca0",
         "v1.installation-token",
         "qzXJ+/secretline",
@@ -3273,6 +3274,8 @@ def test_last_word_of_a_secret_header_is_a_secret(name: str) -> None:
         ("all_proxy", "http://user:proxy-pass@proxy", "proxy-pass"),
         ("HTTPS_PROXY", "token-of-a-proxy-1@proxy:80", "token-of-a-proxy-1"),
         ("MY_URL", "postgres://user:pass/word@host/app", "pass/word"),
+        ("MY_URL", "https://user-with-a-long-name:pass-1@host", "pass-1"),
+        ("MY_URL", "https://16-character-tok@host", "16-character-tok"),
     ],
 )
 def test_login_in_an_address_is_redacted(name: str, address: str, secret: str) -> None:
