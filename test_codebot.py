@@ -3925,6 +3925,12 @@ def test_repository_is_allowed_if_a_pattern_matches_its_name(
     assert codebot.is_allowed(config, name) is expected
 
 
+def test_case_of_a_url_counts_without_github() -> None:
+    config = codebot.Config(no_github=True, allowed=("/srv/git/team/*",))
+    assert codebot.is_allowed(config, "/srv/git/team/widget")
+    assert not codebot.is_allowed(config, "/srv/git/Team/widget")
+
+
 GOOD_BRANCHES = ["main", "feat/ü", "a.b", "v1;rm", "a@b", "x" * 200]
 BAD_BRANCHES = [
     "",
