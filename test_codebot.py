@@ -2712,6 +2712,12 @@ def read_settings(**variables: str) -> tuple[dict[str, Any], list[str]]:
             "test_commands",
             (("acme/*", "make test"), ("acme/x", "true")),
         ),
+        (
+            "CODEBOT_TEST_COMMANDS",
+            "a/b=tox\n \nc/d=make",
+            "test_commands",
+            (("a/b", "tox"), ("c/d", "make")),
+        ),
         ("CODEBOT_ISSUE_LABEL", "", "issue_label", ""),
         ("PATH", "/a:b::.:/c", "search_path", "/a:/c"),
     ],
@@ -2804,6 +2810,7 @@ def test_bad_value_is_not_also_reported_as_missing() -> None:
                 "the agent must not see, and without HOME, PATH and TMP"
             ),
         ),
+        ("PATH", "bin:.", "must name an absolute directory"),
         ("CODEBOT_AGENT_ENV", "A-B", "must list names of environment variables"),
         ("CODEBOT_AGENT_ENV", "A,PATH", "must list names of environment variables"),
     ],
