@@ -4192,7 +4192,8 @@ def test_output_is_kept_although_program_opens_it_again(
     checks = itertools.count()
 
     def check() -> None:
-        # It follows a read, and only the second one's is sure to have come after "new".
+        # This is called after each read of the output. The read before "new" is first seen
+        # here may have come too early for what the script has printed; the next has not.
         if (tmp_path / "new").exists() and next(checks) % 2:
             (tmp_path / "new").unlink()
 
