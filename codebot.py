@@ -1823,7 +1823,8 @@ def stop_all_launched(
 #
 # Known limitation of every sandbox: codebot does not limit an agent's processes, disk space
 # and memory; only the host can. If an agent fills the disk of the work directory, jobs are
-# retried for a time and then fail. While the database cannot be written, jobs wait.
+# retried for a time and then fail. While the database cannot be written, jobs wait. If
+# memory runs out, the kernel ends programs in workspaces, also those of other jobs.
 #
 # Known limitations without a sandbox (CODEBOT_SANDBOX=none):
 # - The agent can read and write whatever codebot's user can (the keys, the database, .env,
@@ -1904,6 +1905,10 @@ NO_SANDBOX_WARNING = (
     "NO SANDBOX (CODEBOT_SANDBOX=none): the agent can read and change whatever codebot "
     "can, including the keys and the database"
 )
+
+# Runs its arguments with a score by which the kernel, when memory runs out, ends them
+# before codebot, even if codebot is the larger process, as when /dev/shm was filled.
+OOM_SCRIPT = '{ echo 500 >/proc/self/oom_score_adj; } 2>/dev/null; exec "$@"'
 
 
 # bwrap's options for mounting something over the read-only file system.
@@ -2076,7 +2081,8 @@ class Sandbox:
         """
         wrapper = []
         if self.is_bwrap:
-            wrapper = self.bwrap_command(workspace_path, objects)
+            bwrap = self.bwrap_command(workspace_path, objects)
+            wrapper = ["sh", "-c", OOM_SCRIPT, "sh", *bwrap]  # /proc in it is read-only
         elif not self.is_none:
             wrapper = [
                 word.replace("{task}", workspace_path).replace("{objects}", objects)
@@ -2084,8 +2090,8 @@ class Sandbox:
             ]
         # git in the sandbox may use the configuration in the agent's HOME; git outside may
         # not (see Workspace.environment). `env -u` would take a path with = for a variable.
-        unset = 'unset GIT_CONFIG_GLOBAL; exec "$@"'
-        return [*wrapper, "sh", "-c", unset, "sh", *argv]
+        script = f"unset GIT_CONFIG_GLOBAL; {OOM_SCRIPT}"
+        return [*wrapper, "sh", "-c", script, "sh", *argv]
 
     def bwrap_command(self, workspace_path: str, objects: str) -> list[str]:
         """Return bwrap's command line, to which the command to run is appended."""

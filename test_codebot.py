@@ -4429,6 +4429,15 @@ def test_directory_above_a_cover_in_tmp_cannot_be_replaced() -> None:
         assert b"busy" in done.stderr
 
 
+@pytest.mark.parametrize("sandbox", ["none", pytest.param("bwrap", marks=needs_bwrap)])
+def test_kernel_out_of_memory_ends_agent_before_codebot(
+    on_disk: Site, sandbox: str
+) -> None:
+    task = LocalTask(on_disk, sandbox=(sandbox,))
+    task.ask_agent(f"cat /proc/self/oom_score_adj >score; {SAY_HELLO}")
+    assert int(Path(task.workspace.repo, "score").read_text()) >= 500
+
+
 PLANT_EVERYTHING = r"""
 mkdir -p .git/hooks
 echo 'touch TRACE; env >>"$HOME/planted-env"; cat' >"$HOME/planted"
