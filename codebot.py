@@ -1203,8 +1203,9 @@ def raise_if_stop_arrives(check_stop: Callable[[], None]) -> None:
     check_stop()
 
 
-# How Popen or a shell reports that a program was ended by SIGTERM (15) or SIGKILL (9).
-SIGNAL_EXIT_CODES = (-15, -9, 143, 137)
+# How Popen or a shell reports that a program was ended by SIGKILL (9) or SIGTERM (15).
+KILLED_EXIT_CODES = (-9, 137)
+SIGNAL_EXIT_CODES = (*KILLED_EXIT_CODES, -15, 143)
 
 # The expressions from here to SHORTAGE_RE choose the words of errors, and decide about
 # retries. Nothing else depends on them.
@@ -5890,8 +5891,10 @@ class AgentRun:
         if subtype == "error_max_turns":
             limits = "CODEBOT_MAX_TURNS or codebot's own limit of turns"
             return JobFailed("budget", f"The agent reached {limits}: {error}")
-        message = f"The agent failed (exit code {program.code}): {error}"
-        return JobFailed("agent_failed", message)
+        code = f"exit code {program.code}"
+        if not result and program.code in KILLED_EXIT_CODES:
+            code = f"{code}: it was killed, perhaps because memory ran out"
+        return JobFailed("agent_failed", f"The agent failed ({code}): {error}")
 
 
 def tool_call_text(name: str, inputs: JsonObject) -> str:

@@ -6846,6 +6846,11 @@ FAILING_RUNS = {
         "agent_failed",
         "(exit code 1): it gave no reason",
     ),
+    "killed": (
+        "say Now; kill -9 $$",
+        "agent_failed",
+        "it was killed, perhaps because memory ran out): Now",
+    ),
     "words about a login": (
         'say \'I edit app/login.py\'; echo \'{"type":"result","is_error":true}\'',
         "agent_failed",
