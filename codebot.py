@@ -10005,7 +10005,8 @@ def check_command(flags: Flags) -> int:
 # --- demo --------------------------------------------------------------------
 
 DEMO_REPOSITORY_SCRIPT = """
-git init -q --bare --template= "$1" && cd "$1" && tree=$(git mktree </dev/null) &&
+export GIT_DIR="$1"
+git init -q --bare --template= && tree=$(git mktree </dev/null) &&
 commit=$(git -c user.name=demo -c user.email=demo@localhost commit-tree -m First "$tree") &&
 git update-ref HEAD "$commit"
 """
@@ -10096,7 +10097,7 @@ def show_demo(codebot: Codebot, port: int, repository: str) -> int:
     if job.status != "completed":
         print(job.error or "The demo was interrupted.")
         return 1
-    show = ("git", "-C", repository, "show", "--format=", job.branch)
+    show = ("git", "--git-dir", repository, "show", "--format=", job.branch)
     diff = run_for_demo(codebot, *show)
     print(f"The diff of {job.branch}, which was pushed to the repository:\n\n{diff}")
     print('\nDone. Next: a repository of your own; see README, "Quick start".')

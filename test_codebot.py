@@ -6593,15 +6593,19 @@ def test_checkout_without_a_file_is_no_success(fresh: Site) -> None:
     assert fresh.agent.runs() == []
 
 
-def test_defaults_of_git_3_change_no_repository_of_codebot(fresh: Site) -> None:
-    # In git 2, these variables set what is the default in git 3.
-    defaults = "${GIT_DEFAULT_HASH=sha256} ${GIT_DEFAULT_REF_FORMAT=reftable}"
-    git_3 = write_script(
-        fresh.directory / "tools" / "git",
-        f": {defaults}\nexport GIT_DEFAULT_HASH GIT_DEFAULT_REF_FORMAT\n"
-        f'exec {shutil.which("git")} "$@"',
+def path_with_git_3(directory: Path) -> str:
+    """Return a PATH whose git has the defaults that are announced for git 3."""
+    git = write_script(
+        directory / "tools" / "git",
+        ': "${GIT_DEFAULT_HASH=sha256}" "${GIT_DEFAULT_REF_FORMAT=reftable}"\n'
+        "export GIT_DEFAULT_HASH GIT_DEFAULT_REF_FORMAT\n"
+        f'exec {shutil.which("git")} -c safe.bareRepository=explicit "$@"',
     )
-    fresh.server.start(PATH=f"{git_3.parent}:{os.environ['PATH']}")
+    return f"{git.parent}:{os.environ['PATH']}"
+
+
+def test_defaults_of_git_3_change_no_repository_of_codebot(fresh: Site) -> None:
+    fresh.server.start(PATH=path_with_git_3(fresh.directory))
     fresh.api.completed(fresh.api.submit())
     # A killed git 2 or 3 leaves lock files that codebot knows.
     assert not [*fresh.server.work_dir.glob("**/reftable")]
@@ -18848,6 +18852,13 @@ def test_demo_that_is_interrupted_at_its_start_ends_at_once(
     assert command.end(0) == 130
     assert command.stdout.read_text() == ""
     assert [*(on_disk.directory / "tmp").iterdir()] == []
+
+
+def test_demo_works_with_the_defaults_of_git_3(on_disk: Site) -> None:
+    path = path_with_git_3(on_disk.directory)
+    done = on_disk.server.run_forked("demo", PATH=path)
+    assert done.returncode == 0, done.stdout
+    assert '+print("Hello from codebot")' in done.stdout
 
 
 def test_demo_needs_git(on_disk: Site) -> None:
