@@ -1540,15 +1540,15 @@ def find_processes(files: str, pattern: str) -> list[int]:
     that can be read counts. macOS has no /proc.
     """
     regex = re.compile(os.fsencode(pattern))
-    found = []
+    process_ids = []
     for process in glob.glob("/proc/[0-9]*"):
         for path in glob.iglob(f"{process}/{files}"):
             # OSError: the process or thread has ended, or is another user's.
             with contextlib.suppress(OSError):
                 if regex.search(read_process_file(path)):
-                    found.append(int(process.removeprefix("/proc/")))
+                    process_ids.append(int(process.removeprefix("/proc/")))
                 break
-    return sorted(found)
+    return sorted(process_ids)
 
 
 def tagged_processes(run_tag: str) -> list[int]:
@@ -2048,9 +2048,9 @@ def processes_in_workspaces(path: str) -> list[int]:
     # It begins with a fixed text, by which re finds a match much faster.
     pattern = rf" {re.escape(path)}(/(task|scratch)_[^/ ]+)?/repo r[ow].* - "
     # Any thread will do, but a main thread that has ended has no mounts anymore.
-    found = find_processes("task/[0-9]*/mountinfo", pattern)
+    process_ids = find_processes("task/[0-9]*/mountinfo", pattern)
     # If codebot itself is found, the mount is the host's, and every process has it.
-    return [] if os.getpid() in found else found
+    return [] if os.getpid() in process_ids else process_ids
 
 
 @contextlib.contextmanager
@@ -6821,8 +6821,8 @@ def own_words(job: Job, answer: str) -> str:
     """Return codebot's own words, or "" if the agent's answer says it all."""
     if job.error:
         error = code_block(job.error)
-        again = "To have it try again, comment again."
-        return f"codebot could not do this ({job.reason}):\n\n{error}\n{again}"
+        advice = "To have it try again, comment again."
+        return f"codebot could not do this ({job.reason}):\n\n{error}\n{advice}"
     if job.commit_id:
         tests = "\n\nThe tests passed." if job.passed_attempt else ""
         return f"The change is in {job.commit_id}.{tests}"
@@ -7586,9 +7586,10 @@ class Request(NamedTuple):
         values: dict[str, str] = {}
         for name, value in urllib.parse.parse_qsl(self.query, keep_blank_values=True):
             if name not in names or name in values:
-                known = ", ".join(names)
+                accepted = ", ".join(names)
                 raise HTTPError(
-                    400, f"Bad parameter {name[:100]!r}; use {known}, each at most once"
+                    400,
+                    f"Bad parameter {name[:100]!r}; use {accepted}, each at most once",
                 )
             values[name] = value
         return [values.get(name, "") for name in names]
@@ -9449,10 +9450,10 @@ def is_agent_missing(codebot: Codebot) -> bool:
 
 
 def unknown_settings(config: Config) -> Iterator[Finding]:
-    known = {field.metadata["variable"] for field in CONFIG_FIELDS}
-    for name in sorted(config.variables.keys() - {*known, "CODEBOT_RUN"}):
+    settings = {field.metadata["variable"] for field in CONFIG_FIELDS}
+    for name in sorted(config.variables.keys() - {*settings, "CODEBOT_RUN"}):
         if name.startswith(SETTING_PREFIXES):
-            matches = difflib.get_close_matches(name, known, 1, cutoff=0.9)
+            matches = difflib.get_close_matches(name, settings, 1, cutoff=0.9)
             hint = f"; did you mean {matches[0]}?" if matches else ". Remove it."
             yield warn(f"Unknown setting {name}{hint}")
 

@@ -481,11 +481,11 @@ class Repository(Faulty):
         paths = [f"{self.bare}/{name}" for name in ("HEAD", "config", "packed-refs")]
         for directory, _, names in os.walk(f"{self.bare}/refs"):
             paths += [f"{directory}/{name}" for name in names]
-        found = []
+        contents = []
         for path in paths:
             with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-                found.append((path[len(str(self.bare)) :], file.read()))
-        return tuple(sorted(found))
+                contents.append((path[len(str(self.bare)) :], file.read()))
+        return tuple(sorted(contents))
 
     def rename(self, name: str) -> None:
         """Rename it, as GitHub does: the old address redirects to the id."""
@@ -683,8 +683,8 @@ class Repository(Faulty):
 
     @route("GET", "{repo}/issues/{n}/events", "issues:read", "pull_requests:read")
     def list_events(self, request: Request, number: str) -> Reply:
-        found = [e for e in self.label_events if e["issue_number"] == int(number)]
-        return page(request, found)
+        events = [e for e in self.label_events if e["issue_number"] == int(number)]
+        return page(request, events)
 
     @route("GET", "{repo}/issues/{n}/comments", "issues:read", "pull_requests:read")
     def list_conversation(self, request: Request, number: str) -> Reply:
@@ -2578,8 +2578,8 @@ def test_env_example_has_every_setting_with_its_default() -> None:
     example = codebot.read_env_file(path, problems)
     assert problems == []
     assert sorted(set(example) - FOREIGN_VARIABLES) == sorted(VARIABLES)
-    given = {name: text for name, text in example.items() if name in VARIABLES}
-    values = codebot.read_settings({}, given, problems)
+    variables = {name: text for name, text in example.items() if name in VARIABLES}
+    values = codebot.read_settings({}, variables, problems)
     assert problems == []
     defaults = {f.name: f.default for f in codebot.CONFIG_FIELDS}
     assert {n: v for n, v in values.items() if v != defaults[n]} == {}
@@ -2607,8 +2607,8 @@ def test_readme_names_every_field_of_a_status_and_of_the_list(
 ) -> None:
     text = README.read_text()
     store_task(store)
-    [listed] = store.tasks("", 10, sys.maxsize)
-    names = {*TASK_KEYS, *listed}
+    [task_fields] = store.tasks("", 10, sys.maxsize)
+    names = {*TASK_KEYS, *task_fields}
     names |= {"queue_position", "phase", "attempt", "error", "result", "reviews"}
     assert [name for name in sorted(names) if f"`{name}`" not in text] == []
 
@@ -4093,10 +4093,10 @@ def test_process_is_found_by_its_environment_of_any_size(size: int) -> None:
     with subprocess.Popen(["sleep", "60"], env=variables) as process:
         try:
             # Its environment is visible some moments after its program has started.
-            found = wait_for(lambda: codebot.tagged_processes(tag))
+            process_ids = wait_for(lambda: codebot.tagged_processes(tag))
         finally:
             process.kill()
-        assert found == [process.pid]
+        assert process_ids == [process.pid]
 
 
 def test_process_that_left_its_group_may_clean_up(tmp_path: Path) -> None:
@@ -4613,13 +4613,13 @@ def test_process_in_a_workspace_is_found_by_its_mounts(tmp_path: Path) -> None:
             assert process.stdout is not None
             process.stdout.readline()
             processes.append(process.pid)
-        found = codebot.processes_in_workspaces(str(work_dir))
+        process_ids = codebot.processes_in_workspaces(str(work_dir))
         found_by_workspace = codebot.processes_in_workspaces(f"{work_dir}/task_1")
         others = codebot.processes_in_workspaces(str(tmp_path))
         # bwrap runs the command in a process of its own.
-        parents = [Path(f"/proc/{n}/stat").read_text().split()[3] for n in found]
+        parents = [Path(f"/proc/{n}/stat").read_text().split()[3] for n in process_ids]
     assert parents == [str(processes[0])]
-    assert found_by_workspace == found
+    assert found_by_workspace == process_ids
     assert others == []
 
 
@@ -4651,10 +4651,10 @@ def test_process_whose_main_thread_has_ended_is_found_by_its_mounts(
             # bwrap runs the command in a process of its own. Z: its main thread has ended
             started = rf"(\d+) \(.*\) Z {process.pid} "
             [expected] = wait_for(lambda: re.findall(started, process_states()))
-            found = codebot.processes_in_workspaces(str(tmp_path))
+            process_ids = codebot.processes_in_workspaces(str(tmp_path))
         finally:
             process.kill()
-    assert found == [int(expected)]
+    assert process_ids == [int(expected)]
 
 
 def test_mount_whose_device_has_the_name_of_a_workspace_is_ignored(
@@ -4667,12 +4667,12 @@ def test_mount_whose_device_has_the_name_of_a_workspace_is_ignored(
         assert process.stdout is not None
         try:
             is_ready = process.stdout.readline() == b"ready\n"
-            found = codebot.processes_in_workspaces(str(tmp_path))
+            process_ids = codebot.processes_in_workspaces(str(tmp_path))
         finally:
             process.kill()
     if not is_ready:
         pytest.skip("this host lets nobody mount anything")
-    assert found == []
+    assert process_ids == []
 
 
 @needs_bwrap
@@ -6481,9 +6481,9 @@ def mirror_at_github(site: Site) -> tuple[codebot.Mirror, codebot.Repository]:
     github = github_client(site)
     config = dataclasses.replace(github.config, work_dir=str(site.server.work_dir))
     mirror = codebot.Mirror(config, f"{config.work_dir}/m.git", codebot.do_nothing)
-    found = github.repository_by_name(site.repository.name)
-    repository = codebot.parse_repository_url(config, found.url)
-    return mirror, repository._replace(github_repository=found)
+    at_github = github.repository_by_name(site.repository.name)
+    repository = codebot.parse_repository_url(config, at_github.url)
+    return mirror, repository._replace(github_repository=at_github)
 
 
 def test_mirror_fetches_only_what_is_new(fresh: Site) -> None:
@@ -6718,8 +6718,8 @@ def test_repository_is_not_fetched_into_the_mirror_of_another_with_its_name(
     def repository(number: int) -> codebot.Repository:
         payload = {"id": number, "full_name": "acme/widget"}
         at_github = codebot.GitHubRepository(github, payload)
-        found = codebot.parse_repository_url(github.config, at_github.url)
-        return found._replace(github_repository=at_github)
+        parsed = codebot.parse_repository_url(github.config, at_github.url)
+        return parsed._replace(github_repository=at_github)
 
     def resolve_branch(*args: object) -> tuple[str, str]:
         with mirror.lock():  # meanwhile a job of the other repository makes its mirror
@@ -8513,15 +8513,15 @@ def test_pull_request_is_codebots_only_if_its_branch_is(
     repository = codebot.GitHubRepository(create_github(), payload)
     entry = {"head": {"ref": ref, **origin}}
     monkeypatch.setattr(repository, "entries", lambda path, **query: [entry])
-    found = repository.find_pull_request("u/codebot/1/x")
-    assert found == (entry if is_found else None)
+    pull_request = repository.find_pull_request("u/codebot/1/x")
+    assert pull_request == (entry if is_found else None)
 
 
 def open_pull_request(site: Site) -> tuple[int, str]:
     """Push a branch, and let codebot's client open its pull request."""
     site.repository.commit({"hello.txt": "hello"}, "u/codebot/1/x")
-    found = github_client(site).repository_by_name(site.repository.name)
-    return found.open_pull_request("u/codebot/1/x", "main", "Say hello", "")
+    repository = github_client(site).repository_by_name(site.repository.name)
+    return repository.open_pull_request("u/codebot/1/x", "main", "Say hello", "")
 
 
 def test_pull_request_that_appears_late_is_found(
@@ -8572,8 +8572,8 @@ def test_temporary_error_of_github_is_retried(
 ) -> None:
     monkeypatch.setattr(codebot, "GITHUB_RETRY_DELAY", 0.01)
     fresh.repository.fail("GET ", status, value, headers)
-    found = github_client(fresh).repository_by_name(fresh.repository.name)
-    assert found.id == fresh.repository.id
+    at_github = github_client(fresh).repository_by_name(fresh.repository.name)
+    assert at_github.id == fresh.repository.id
     assert fresh.repository.count("GET ") == 2
 
 
@@ -9033,9 +9033,9 @@ def test_long_lists_are_not_kept_in_memory(pull: Pull) -> None:
     for _ in range(5):
         pull.site.person("bob").comment("x" * 60_000, webhook=False)
     comments = [*repository.comments(1)]
-    kept = [path.rpartition("/")[2] for path in github._replies]
+    requests = [path.rpartition("/")[2] for path in github._replies]
     assert len(comments) >= 5
-    assert kept.count("comments?per_page=50") == 1  # the inline comments
+    assert requests.count("comments?per_page=50") == 1  # the inline comments
 
 
 def test_openssl_that_prints_no_signature_is_an_error(
@@ -9735,8 +9735,8 @@ def test_old_task_loses_log_and_workspace_and_row_when_pull_request_is_closed(
     for task in finished:
         fresh.api.completed(task)
     age()
-    kept = {f"task_{running[:7]}", f"outbox_{running[:7]}.git"}
-    wait_for(lambda: fresh.server.job_directories() == kept)
+    directories = {f"task_{running[:7]}", f"outbox_{running[:7]}.git"}
+    wait_for(lambda: fresh.server.job_directories() == directories)
     wait_for(lambda: not any(map(fresh.api.messages, finished)))
     for task in finished:
         assert fresh.api.status(task)["status"] == "completed"
@@ -10873,15 +10873,15 @@ def test_no_part_of_a_secret_is_left_where_a_summary_or_an_answer_is_cut(
 ) -> None:
     codebot.redact.add([API_KEY])
     words = "x" * 99_990 + API_KEY + "-" * 9000
-    kept = "x" * 99_990 + "***" + "-" * 7
+    redacted = "x" * 99_990 + "***" + "-" * 7
     review = review_of(make_comment(1, "alice"), store)
     agent_run = codebot.AgentRun(review.run)
     agent_run.result = {"result": words}
     agent_run.store_report(1)
-    assert review.run.job.summary == kept
+    assert review.run.job.summary == redacted
     answer = {"comment_id": 1, "body": words}
     answers = codebot.parse_answers(review, {"answers": [answer]})
-    assert answers == {"conversation 1": kept}
+    assert answers == {"conversation 1": redacted}
 
 
 def plan_with_output(output: str) -> str:
@@ -14501,7 +14501,8 @@ def test_too_many_streams_get_503_until_a_reader_leaves(crowded_site: Site) -> N
 
         first = stack.enter_context(crowded_site.api.open_stream(task))
         with crowded_site.api.open_stream(task) as second:
-            assert (first.status, second.status) == (200, 200)
+            assert first.status == 200
+            assert second.status == 200
             with crowded_site.api.open_stream(task) as third:
                 assert third.status == 503
                 assert int(third.headers["Retry-After"]) > 0
@@ -14655,8 +14656,8 @@ def test_https_keeps_connections_and_the_banner_says_so(secure_site: Site) -> No
     with contextlib.closing(connect_tls(secure_site)) as connection:
         assert get_over_tls(connection, "/health")["status"] == "healthy"
         used = connection.sock
-        listed = get_over_tls(connection, "/api/tasks")
-        assert listed["count"] == len(listed["tasks"])
+        task_list = get_over_tls(connection, "/api/tasks")
+        assert task_list["count"] == len(task_list["tasks"])
         assert connection.sock is used
 
 
@@ -15489,14 +15490,14 @@ def test_log_says_who_submitted_cancelled_and_retried(shared: Site) -> None:
     headers = {"Authorization": f"Bearer {OTHER_API_KEY}"}
     retried = shared.api.retry(task, headers).json["task_id"]
     shared.api.failed(retried, "clone_failed")
-    one = f"{fingerprint(API_KEY)} 127.0.0.1"
+    submitter = f"{fingerprint(API_KEY)} 127.0.0.1"
     other = f"{fingerprint(OTHER_API_KEY)} 127.0.0.1"
-    assert shared.api.status(task)["submitted_by"] == one
+    assert shared.api.status(task)["submitted_by"] == submitter
     assert shared.api.status(retried)["submitted_by"] == other
     log = shared.server.log()
     assert re.findall(rf"{task}: (.*) by (\w+ \S+)", log) == [
-        ("submitted", one),
-        ("cancel requested", one),
+        ("submitted", submitter),
+        ("cancel requested", submitter),
         ("retry requested", other),
     ]
     assert re.findall(rf"{retried}: (.*) by (\w+ \S+)", log) == [("submitted", other)]
