@@ -9827,7 +9827,7 @@ def serve_command(flags: Flags) -> int:
 
 
 def read_task_flags(flags: Flags) -> Fields:
-    """Return the task's fields. Raises ConfigError if they cannot be read."""
+    """Return the task's fields, at least one. Raises ConfigError."""
     fields: Fields = {}
     path = flags["task"]
     try:
@@ -9841,7 +9841,12 @@ def read_task_flags(flags: Flags) -> Fields:
     except ValueError as error:
         raise ConfigError(f"--task {path} {error}.") from None
     overrides = {name: flags[name] for name in TASK_FIELDS if flags[name] is not None}
-    return {**fields, **overrides}
+    fields = {**fields, **overrides}
+    if not fields:
+        raise ConfigError(
+            "The task is missing. Use --repository-url and --description, or --task."
+        )
+    return fields
 
 
 def follow_task(codebot: Codebot, task_id: str) -> None:

@@ -18614,6 +18614,12 @@ def test_run_reads_task_from_json(fresh: Site, source: str) -> None:
         (
             (),
             "",
+            "The task is missing. Use --repository-url and --description, or --task.\n",
+        ),
+        (("--task", "-"), "{}", "The task is missing. Use --repository-url"),
+        (
+            ("--ticket-id", "T-1"),
+            "",
             "repository_url is missing\ncodebot: description is missing\n",
         ),
         (
