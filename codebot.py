@@ -9539,8 +9539,8 @@ def short_secrets(config: Config) -> Iterator[Finding]:
     for name, secret in secrets.items():
         if 0 < len(secret) < MIN_KEY_LENGTH:
             yield warn(
-                f"{name} has only {len(secret)} characters and may be guessed. Use one "
-                "that `openssl rand -hex 32` makes."
+                f"{name} has fewer than {MIN_KEY_LENGTH} characters and may be guessed. "
+                "Use one that `openssl rand -hex 32` makes."
             )
 
 

@@ -17712,7 +17712,7 @@ WARNINGS = {
     "/.env is open to other users. If it is for codebot alone, run: chmod go-rwx ",
     "/app.pem is open to other users. If it is for codebot alone, run: chmod go-rwx ",
     "NO SANDBOX (CODEBOT_SANDBOX=none): the agent can read and change whatever",
-    "Key 2 of CODEBOT_API_KEYS has only 5 characters and may be guessed.",
+    "Key 2 of CODEBOT_API_KEYS has fewer than 20 characters and may be guessed.",
     "API keys are sent unencrypted to 0.0.0.0. Use --tls-cert and --tls-key, or a",
     "GITHUB_WEBHOOK_SECRET is not set, so codebot learns of reviews and issues",
 }
@@ -17722,7 +17722,7 @@ WARNINGS = {
     ("secret", "subjects"),
     [
         ("", []),
-        ("x" * 19, ["GITHUB_WEBHOOK_SECRET has only 19 characters"]),
+        ("x" * 19, ["GITHUB_WEBHOOK_SECRET has fewer than 20 characters"]),
         ("x" * 20, []),
     ],
 )
