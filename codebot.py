@@ -623,15 +623,15 @@ def parse_agent_env(text: str) -> Sequence[str]:
     return names
 
 
-# A regular expression for the beginning of a rule: owner/name=. Both names may have
-# wildcards. A rule that ends at the = says that the repository has no tests.
-RULE = r"\s*((?!\.)[\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*="
+# A regular expression for the beginning of a rule: owner/name=, or *= for all others. Both
+# names may have wildcards. A rule that ends at the = says that the repository has no tests.
+RULE = r"\s*(\*|(?!\.)[\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*="
 # Matches a line that is not one command for all repositories:
 #     make X=a/b    no match
 #     a/b=make      a rule
-#     a/b/c=x       a broken rule, which is refused
+#     a/b/c=x       a broken rule, which is refused, and so is b*=x
 #     # x           refused: as a command, it would let every test pass
-NOT_A_COMMAND = r"#|[^\s=;&|]*/[^\s=;&|]*\s*="
+NOT_A_COMMAND = r"#|[^\s=;&|]*[/*][^\s=;&|]*\s*="
 
 
 def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:

@@ -2718,6 +2718,13 @@ def read_settings(**variables: str) -> tuple[dict[str, Any], list[str]]:
             "test_commands",
             (("a/b", "tox"), ("c/d", "make")),
         ),
+        (
+            "CODEBOT_TEST_COMMANDS",
+            r"acme/x=make test\n*=make check",
+            "test_commands",
+            (("acme/x", "make test"), ("*", "make check")),
+        ),
+        ("CODEBOT_TEST_COMMANDS", "*=tox -q", "test_commands", (("*", "tox -q"),)),
         ("CODEBOT_ISSUE_LABEL", "", "issue_label", ""),
         ("PATH", "/a:b::.:/c", "search_path", "/a:/c"),
     ],
@@ -2802,6 +2809,7 @@ def test_bad_value_is_not_also_reported_as_missing() -> None:
         ),
         ("CODEBOT_TEST_COMMANDS", "https://a.b/c/*=tox", "must be one command, or"),
         ("CODEBOT_TEST_COMMANDS", "*/src/a.git=tox", "must be one command, or lines"),
+        ("CODEBOT_TEST_COMMANDS", "*widget*=tox", "must be one command, or lines"),
         (
             "CODEBOT_AGENT_ENV",
             "GITHUB_WEBHOOK_SECRET",
