@@ -7589,7 +7589,7 @@ class Request(NamedTuple):
                 accepted = ", ".join(names)
                 raise HTTPError(
                     400,
-                    f"Bad parameter {name[:100]!r}; use {accepted}, each at most once",
+                    f"Unknown or repeated parameter {name[:100]!r}; accepted: {accepted}",
                 )
             values[name] = value
         return [values.get(name, "") for name in names]
