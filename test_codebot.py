@@ -1466,7 +1466,7 @@ class AgentScript:
 # servers are idle in each process of pytest, and so the first two are not very short.
 SERVER_PAUSES = {
     "SYNC_INTERVAL": 0.1,
-    "TIMER_INTERVAL": 0.2,  # only for jobs that are delayed; others wake the timer
+    "TIMER_INTERVAL": 0.1,  # only for jobs that are delayed; others wake the timer
     "STREAM_INTERVAL": 0.03,
     "GITHUB_RETRY_DELAY": 0.03,
     # Not short: a second look must not come to a test that injects a fault for another.
