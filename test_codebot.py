@@ -9471,6 +9471,21 @@ def test_agent_that_ends_during_stop_is_requeued(fresh: Site) -> None:
     fresh.api.completed(task)
 
 
+def test_signal_that_ends_a_program_before_it_reaches_codebot_is_a_stop(
+    store: codebot.Store, monkeypatch: pytest.MonkeyPatch, stop: threading.Event
+) -> None:
+    # An init system signals codebot last, while it waits to see whether that comes.
+    monkeypatch.setattr(time, "sleep", lambda seconds: stop.set())
+    limits = codebot.Limits(check_stop=codebot.wait)
+    env = {"PATH": os.environ["PATH"]}
+    with pytest.raises(codebot.StopRequested):
+        codebot.run_program(["sh", "-c", "kill $$"], env, limits=limits)
+    stop.clear()
+    agent_run = codebot.AgentRun(review_run(store))
+    with pytest.raises(codebot.StopRequested):
+        agent_run.raise_if_failed(codebot.ProgramResult(0, "", ""))
+
+
 def test_stopping_server_takes_no_work(fresh: Site) -> None:
     fresh.agent.follow("trap '' TERM; block")
     fresh.server.start(limits={"KILL_GRACE": 12.0})
