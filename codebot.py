@@ -1163,6 +1163,8 @@ KILL_GRACE = 2.0
 # Seconds that the agent may still run after it has reported its result or a rejected key.
 # Only with a launcher: also how long the launcher may outlive the program.
 RESULT_GRACE = 5.0
+# Seconds until a signal that has ended a program has also reached codebot, if both get it.
+SIGNAL_DELAY = 0.3
 MAX_LINE_BYTES = 8 << 20  # a line is split after this, or up to READ_BYTES later
 READ_BYTES = 64 << 10  # of output read at a time; the limits are checked in between
 KEPT_LINES = 400  # how many of the last lines of a program's output are kept
@@ -1199,7 +1201,7 @@ def raise_if_stop_arrives(check_stop: Callable[[], None]) -> None:
 
     systemd signals all processes of a service. The signal may reach codebot last.
     """
-    time.sleep(0.3)  # seconds
+    time.sleep(SIGNAL_DELAY)
     check_stop()
 
 

@@ -2197,6 +2197,7 @@ def on_disk(tmp_path: Path, templates: Path) -> Iterator[Site]:
 # Limits, in seconds: long enough for a busy machine, short enough for many tests.
 SHORT_WAITS = {
     "RESULT_GRACE": 0.3,
+    "SIGNAL_DELAY": 0.02,
     "KILL_GRACE": 0.5,
     "RETRY_DELAY": 0.1,
     "TOKEN_RETRY_DELAY": 0.1,
@@ -7078,10 +7079,11 @@ def test_cost_that_is_no_sensible_number_is_ignored(value: Any) -> None:
     assert codebot.reported_number({"total_cost_usd": value}, "total_cost_usd") is None
 
 
-def test_missing_agent_program_fails_task(fresh: Site) -> None:
-    missing = str(fresh.directory / "missing")
-    task = LocalTask(fresh, claude_command=(missing,))
-    assert missing in task.failure(SAY_HELLO, "agent_failed")
+def test_missing_agent_program_fails_task(local: LocalTask) -> None:
+    missing = str(local.site.directory / "missing")
+    config = dataclasses.replace(local.run.config, claude_command=(missing,))
+    local.run.config = config
+    assert missing in local.failure(SAY_HELLO, "agent_failed")
 
 
 def test_agents_tests_and_git_that_hang_are_ended_and_others_are_not(
@@ -9619,6 +9621,7 @@ def test_result_that_a_full_disk_has_lost_is_no_failure(
     store: codebot.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The CLI exits with 0 then (tried).
+    monkeypatch.setattr(codebot, "SIGNAL_DELAY", 0.0)
     ended = codebot.ProgramResult(0, '{"type":"assistant"}', "")
     agent_run = codebot.AgentRun(review_run(store))
     with pytest.raises(codebot.JobFailed, match="The agent failed"):
@@ -9675,8 +9678,11 @@ def test_full_disk_at_the_start_is_reported(
         "echo 'fatal: Out of memory, realloc failed' >&2; exit 128",
     ],
 )
-def test_work_is_not_lost_because_git_lacked_memory(tmp_path: Path, end: str) -> None:
+def test_work_is_not_lost_because_git_lacked_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
     # The task's agent would run again.
+    monkeypatch.setattr(codebot, "SIGNAL_DELAY", 0.0)
     write_script(tmp_path / "git", end)
     outbox = git_directory(tmp_path / "outbox.git", search_path=str(tmp_path))
     for check in (True, False):
