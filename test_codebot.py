@@ -12321,24 +12321,31 @@ def test_pull_request_that_github_does_not_show_everywhere_yet_is_answered(
     assert "or refuses the App: 404 Not Found" in pull.site.server.log()
 
 
-def fail_push_and_then(repository: Repository, pattern: str, status: int) -> None:
-    """Fail one push, and at the retry one request of GitHub's API."""
-    then = functools.partial(repository.fail, pattern, status)
+def fail_push_and_then(repository: Repository, *failures: tuple[str, int]) -> None:
+    """Fail one push, and at each of its retries another request of GitHub's API."""
+
+    def fail_retries() -> None:
+        for pattern, status in failures:
+            repository.fail(pattern, status)
+
     unavailable = Reply(503, {"message": "Service Unavailable"})
     push = "POST /git-receive-pack"
-    repository.add_fault(Fault(push, before=then, reply=unavailable))
+    repository.add_fault(Fault(push, before=fail_retries, reply=unavailable))
 
 
 def test_finished_change_waits_whenever_github_does_not_show_something(
     pull: Pull,
 ) -> None:
     pull.site.agent.follow(MAKE_CHANGE)
-    fail_push_and_then(pull.site.repository, "GET /pulls/1", 403)
-    fail_push_and_then(pull.site.repository, "GET /pulls/1", 404)
-    fail_push_and_then(pull.site.repository, "GET /pulls/1/comments*", 404)
+    fail_push_and_then(
+        pull.site.repository,
+        ("GET /pulls/1", 403),
+        ("GET /pulls/1", 404),
+        ("GET /pulls/1/comments*", 404),
+    )
     pull.site.person("alice").inline("Say more")
     assert pull.review()["status"] == "completed"
-    assert pull.site.server.log().count("running -> pending") == 2 * 3
+    assert pull.site.server.log().count("running -> pending") == 1 + 3
     assert pull.tip() in pull.answer()
     assert len(pull.site.agent.runs("change")) == 1
 
@@ -12374,10 +12381,9 @@ def test_finished_answer_waits_if_github_does_not_show_the_pull_request(
 def test_finished_task_waits_whenever_github_does_not_show_its_repository(
     shared: Site,
 ) -> None:
-    for status in (403, 404):
-        fail_push_and_then(shared.repository, "GET ", status)
+    fail_push_and_then(shared.repository, ("GET ", 403), ("GET ", 404))
     shared.api.completed(shared.api.submit())
-    assert shared.server.log().count("running -> pending") == 2 * 2
+    assert shared.server.log().count("running -> pending") == 1 + 2
     assert len(shared.agent.runs()) == 1
 
 
