@@ -11696,26 +11696,17 @@ def test_earlier_answer_is_looked_for_only_since_its_comment(pull: Pull) -> None
     assert pull.site.repository.count(pattern) == 1
 
 
-def test_retries_of_a_review_repeat_no_reaction(fresh: Site) -> None:
-    launcher = write_script(
-        fresh.directory / "launch", '[ -e "$0.down" ] && exit 1\nexec "$@"'
-    )
-    fresh.server.start(
-        limits={"RETRY_DELAY": 0.1},
-        CODEBOT_LAUNCHER=str(launcher),
-        CODEBOT_LAUNCHER_STOP="true",
-    )
-    pull = open_pull(fresh)
-    down = fresh.directory / "launch.down"
-    down.touch()
-    fresh.repository.fail("GET /info/refs*", 503, always=True)
-    fresh.person("alice").review("", *["Why?"] * 5)
-    fresh.server.wait_for_log("retrying later", 2)  # before it is classified
-    down.unlink()
-    fresh.server.wait_for_log("error: 503", 2)  # and after
-    fresh.github.reset_faults()
+def test_retries_of_a_review_repeat_no_reaction(pull: Pull, tmp_path: Path) -> None:
+    shortage = "echo 'sh: 1: Cannot fork' >&2; exit 2"
+    first = f"[ -e {tmp_path}/first ] || {{ touch {tmp_path}/first; {shortage}; }}"
+    pull.site.agent.follow(f"{first}; {ANSWER_QUESTION}")
+    pull.site.repository.fail("GET /info/refs*", 503, always=True)
+    pull.site.person("alice").review("", *["Why?"] * 5)
+    pull.site.server.wait_for_log("short of resources")  # before it is classified
+    pull.site.server.wait_for_log("error: 503")  # and after
+    pull.site.github.reset_faults()
     pull.review()
-    assert fresh.repository.count("POST /pulls/comments/*/reactions") == 5
+    assert pull.site.repository.count("POST /pulls/comments/*/reactions") == 5
 
 
 def test_reactions_come_although_github_failed_first(pull: Pull) -> None:
