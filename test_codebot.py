@@ -7556,7 +7556,7 @@ def test_test_counts_although_its_files_cannot_be_brought_back(
     monkeypatch.setattr(codebot, "KILL_GRACE", 0.1)
     hang = "git config filter.x.smudge 'sleep 60'; mkdir -p .git/info"
     attributes = "echo '* filter=x' >.git/info/attributes"
-    task = LocalTask(fresh, task_timeout=2)
+    task = LocalTask(fresh, task_timeout=1)
     task.commit(SAY_HELLO, f"{hang}; {attributes}; rm hello.txt")
     assert task.show("hello.txt") == "hello"
 
@@ -7836,7 +7836,8 @@ def test_slow_filter_of_one_agent_holds_up_no_other_task(shared: Site) -> None:
 def test_slow_git_and_output_without_line_end_are_not_silence(fresh: Site) -> None:
     task = LocalTask(fresh, stall_timeout=1)
     dots = "for i in 1 2 3 4 5 6; do printf .; sleep 0.2; done"
-    task.commit(plan_with_filter("sleep 1.1; cat"), dots)
+    slow = '[ -e "$HOME/slow" ] || { touch "$HOME/slow"; sleep 1.1; }; cat'
+    task.commit(plan_with_filter(slow), dots)
     assert "test: ......" in task.messages()
 
 
@@ -9418,7 +9419,7 @@ def test_killed_in_any_step_task_has_one_pull_request(fresh: Site) -> None:
 
 
 def test_stopped_in_any_step_task_has_one_pull_request(fresh: Site) -> None:
-    limits = {"RESULT_GRACE": 120.0, "STOP_TIMEOUT": 1.0, "KILL_GRACE": 0.5}
+    limits = {"RESULT_GRACE": 120.0, "STOP_TIMEOUT": 0.5, "KILL_GRACE": 0.5}
     # As long as an answer of GitHub is missing, codebot cannot know what took effect.
     steps = [step for step, (kind, _) in CRASH_STEPS.items() if kind != "after"]
     fresh.server.start("--workers", str(len(steps)), limits=limits)
