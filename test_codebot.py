@@ -11979,22 +11979,6 @@ def test_finished_review_is_published_in_spite_of_interruptions(fresh: Site) -> 
     assert "Because" in pull.answer()
 
 
-def test_failure_says_that_the_commit_of_the_review_may_have_been_pushed(
-    fresh: Site,
-) -> None:
-    fresh.server.start(limits={"MAX_INTERRUPTIONS": 1})
-    pull = open_pull(fresh, MAKE_CHANGE)
-    hold = fresh.repository.hold(REPLIES)
-    fresh.person("alice").inline("Say more")
-    hold.wait()
-    fresh.server.kill()
-    hold.release()
-    fresh.server.restart()
-    review = pull.review()
-    assert review["reason"] == "interrupted"
-    assert f"The commit {pull.tip()} may have been pushed" in review["error"]
-
-
 def test_review_that_waited_too_long_is_reported_and_not_pushed(
     limited_pull: Pull,
 ) -> None:
