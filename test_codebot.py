@@ -11022,17 +11022,6 @@ def test_change_is_pushed_and_answered_in_its_thread(pull: Pull) -> None:
     assert run.option("--resume") == pull.task
 
 
-def test_change_waits_while_github_refuses_git(pull: Pull) -> None:
-    pull.site.agent.follow(f"[ $purpose = classify ] || block; {MAKE_CHANGE}")
-    pull.site.person("alice").inline("Say more")
-    pull.site.agent.wait_until_blocked()
-    for _ in range(2):  # the second time with a new token
-        pull.site.repository.fail(FETCH_BEGINS, 403, b"Your account is suspended.")
-    pull.site.agent.release()
-    assert pull.review()["status"] == "completed"
-    assert len(pull.site.agent.runs("change")) == 1
-
-
 def test_agent_that_declines_a_change_is_heard_although_the_tests_fail(
     shared: Site,
 ) -> None:
