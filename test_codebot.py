@@ -7568,29 +7568,6 @@ def test_new_file_outside_of_sparse_checkout_is_committed(local: LocalTask) -> N
     assert local.changed() == ["b/new", "hello.txt"]
 
 
-def test_head_that_is_changed_meanwhile_is_not_pushed(
-    shared: Site, tmp_path: Path
-) -> None:
-    # Without a sandbox, a process that removes CODEBOT_RUN outlives the agent.
-    stop = tmp_path / "stop"
-    begun = tmp_path / "begun"
-    move = "echo $evil >.git/other; mv .git/other .git/HEAD"
-    loop = f": >{begun}; while [ -d .git ] && [ ! -e {stop} ]; do {move}; done"
-    shared.agent.follow(
-        "echo evil >evil; git add -A; evil=$(git commit-tree -m x $(git write-tree)); "
-        f"rm evil; export evil; env -u CODEBOT_RUN setsid sh -c '{loop}' "
-        f">/dev/null 2>&1 & until [ -e {begun} ]; do :; done; {SAY_HELLO}"
-    )
-    try:
-        task = shared.api.submit(test_command="true")
-        status = shared.api.wait_end(task)
-    finally:
-        stop.touch()
-    for branch in shared.repository.branches():
-        assert "evil" not in shared.repository.git("ls-tree", "--name-only", branch)
-    assert status.get("reason") in (None, "agent_failed")
-
-
 def test_what_tests_commit_is_not_committed_by_codebot(local: LocalTask) -> None:
     local.commit(SAY_HELLO, "echo >litter; git add -A; git commit -qm litter")
     assert local.changed() == ["hello.txt"]
