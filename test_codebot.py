@@ -2286,7 +2286,6 @@ def limited_site(in_memory: Path, templates: Path) -> Iterator[Site]:
             limits=limits,
             CODEBOT_ALLOWED_REPOSITORIES="acme/*",
             CODEBOT_MAX_QUEUE_SIZE="1",
-            CODEBOT_STALL_TIMEOUT="2",
             CODEBOT_TEST_COMMANDS="acme/tested=grep -q hello hello.txt",
         )
         wait_for_first_look(site)
