@@ -6441,7 +6441,7 @@ def test_files_of_workspace_and_local_remote_have_the_umask_of_the_operator(
         os.umask(umask)
 
 
-def test_tasks_on_one_repository_complete_at_the_same_time(shared: Site) -> None:
+def test_tasks_that_run_at_once_on_one_repository_all_complete(shared: Site) -> None:
     shared.repository.commit({f"file-{number}": "x\n" for number in range(50)})
     tasks = [shared.api.submit(f"Task {number}") for number in range(5)]
     branches = {shared.api.completed(task)["branch_name"] for task in tasks}
@@ -6615,7 +6615,7 @@ def path_with_git_3(directory: Path) -> str:
 def test_defaults_of_git_3_change_no_repository_of_codebot(fresh: Site) -> None:
     fresh.server.start(PATH=path_with_git_3(fresh.directory))
     fresh.api.completed(fresh.api.submit())
-    # A killed git 2 or 3 leaves lock files that codebot knows.
+    # Of these, codebot does not know the lock files that a killed git leaves.
     assert not [*fresh.server.work_dir.glob("**/reftable")]
 
 
@@ -10070,7 +10070,9 @@ def test_disk_is_full_without_space_or_without_files(
     assert run_with_mount(script, tmp_path, "disk", options) == f"{is_full}\n"
 
 
-def test_workspace_that_cannot_be_moved_keeps_no_other(tmp_path: Path) -> None:
+def test_workspace_that_cannot_be_moved_does_not_stop_the_cleanup_of_others(
+    tmp_path: Path,
+) -> None:
     for number in range(3):
         (tmp_path / f"task_123456{number}").mkdir()
     first = os.listdir(tmp_path)[0]
