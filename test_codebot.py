@@ -9935,26 +9935,32 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-def test_removing_a_deep_directory_takes_little_memory(in_memory: Path) -> None:
-    work_dir = Path(tempfile.mkdtemp(dir=in_memory))  # a disk takes seconds for this
-    workspace = work_dir / "task_1234567"
+@pytest.fixture
+def deep_work_dir(in_memory: Path) -> Iterator[Path]:
+    """A work directory for deep directories, which take seconds on a disk."""
+    path = tempfile.mkdtemp(dir=in_memory)
+    yield Path(path)
+    run_command("rm", "-rf", path)  # before 3.13, Python cannot remove what is left
+
+
+def test_removing_a_deep_directory_takes_little_memory(deep_work_dir: Path) -> None:
+    workspace = deep_work_dir / "task_1234567"
     workspace.mkdir()
     run_command(sys.executable, "-c", DEEP_DIRECTORY, workspace)
-    kibibytes = run_code(MEASURED_REMOVAL, work_dir)
+    kibibytes = run_code(MEASURED_REMOVAL, deep_work_dir)
     assert not workspace.exists()
     assert int(kibibytes) < 50_000
 
 
 def test_deep_directory_on_a_full_disk_does_not_stop_the_cleanup(
-    store: codebot.Store, in_memory: Path, monkeypatch: pytest.MonkeyPatch
+    store: codebot.Store, deep_work_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(codebot, "CLEANUP_INTERVAL", 0.0)
-    work_dir = tempfile.mkdtemp(dir=in_memory)  # a disk takes seconds for this
     for _ in range(2):
-        os.mkdir(f"{work_dir}/trash_{uuid.uuid4().hex}")
-    deep, other = codebot.removable_paths(work_dir, "trash")
+        (deep_work_dir / f"trash_{uuid.uuid4().hex}").mkdir()
+    deep, other = codebot.removable_paths(str(deep_work_dir), "trash")
     run_command(sys.executable, "-c", DEEP_DIRECTORY, deep)
-    settings = {"work_dir": work_dir, "search_path": os.environ["PATH"]}
+    settings = {"work_dir": str(deep_work_dir), "search_path": os.environ["PATH"]}
     with monkeypatch.context() as full_disk:
         full_disk.setattr(tempfile, "tempdir", "/nonexistent")  # no output of programs
         codebot.clean_up(app_with(store, **settings))
