@@ -9030,6 +9030,18 @@ def test_long_lists_are_not_kept_in_memory(pull: Pull) -> None:
     assert requests.count("comments?per_page=50") == 1  # the inline comments
 
 
+def test_comment_on_a_new_page_is_found_although_the_page_before_is_the_same(
+    pull: Pull,
+) -> None:
+    # GitHub answers for the first page with 304. When that was full, it named no next one.
+    github = github_client(pull.site)
+    repository = github.repository_by_name(pull.site.repository.name)
+    for number in range(1, codebot.PAGE_SIZE + 2):
+        pull.site.person("bob").comment(f"Number {number}", webhook=False)
+        if number >= codebot.PAGE_SIZE:
+            assert len([*repository.comments(1)]) == number
+
+
 def test_openssl_that_prints_no_signature_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
