@@ -12188,6 +12188,8 @@ def test_killed_in_any_step_review_has_one_push_and_one_answer(fresh: Site) -> N
         assert text.count("more") == 1, step
         runs = [r for r in fresh.agent.runs() if f"Stop at {step}." in r.stdin]
         assert len(runs) == (3 if step == "agent" else 2), step
+        # A commit that was pushed is not put on top of itself.
+        assert "reapplying" not in str(site.api.messages(tasks[step])), step
 
 
 # An inline comment of a GitHub review may have been drafted long before.
