@@ -12022,6 +12022,24 @@ def test_failed_review_and_its_log_are_kept_if_nobody_can_be_told(
     assert failures[0].startswith("codebot: Failed (agent_failed): ")
 
 
+@pytest.mark.parametrize(
+    ("kind", "error", "status"),
+    [
+        ("", "", "deleted"),
+        ("limit", "", "deleted"),
+        ("limit", "crashed", "failed"),
+        ("question", "", "failed"),
+    ],
+)
+def test_skipped_review_is_deleted_unless_it_was_classified_or_has_failed(
+    store: codebot.Store, kind: str, error: str, status: str
+) -> None:
+    run = review_run(store)
+    run.update(request_kind=kind, error=error)
+    skipped = codebot.ReviewSkipped("the conversation is locked")
+    assert codebot.ending_of_skipped_review(run, skipped).status == status
+
+
 def test_failure_is_reported_before_the_next_review_runs(pull: Pull) -> None:
     site = pull.site
     before = pull.tip()
