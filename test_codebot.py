@@ -10866,6 +10866,20 @@ def test_long_earlier_comments_are_truncated(pull: Pull) -> None:
     assert len(prompt) < 90_000
 
 
+def test_agent_sees_the_last_20_earlier_comments(store: codebot.Store) -> None:
+    listed = [make_comment(number, codebot.OWN_NAME) for number in range(1, 26)]
+    review = review_of(make_comment(26, "alice"), store)._replace(listed=listed)
+    earlier = codebot.earlier_comments(review)
+    assert [comment.id for comment in earlier] == [*range(6, 26)]
+
+
+def test_only_the_beginning_of_a_long_question_is_quoted(store: codebot.Store) -> None:
+    comment = dataclasses.replace(make_comment(1, "alice"), text="x" * 300)
+    job = dataclasses.replace(review_run(store).job, request_kind="question")
+    body = codebot.answer_body(job, "conversation 1", comment)
+    assert body.count("x") == 200
+
+
 @pytest.mark.parametrize("tag", ['<div title="', "<table>", "<?php echo 1;"])
 def test_html_of_reviewer_cannot_hide_the_answer_after_it(
     store: codebot.Store, tag: str
@@ -11703,6 +11717,21 @@ def test_reactions_come_although_github_failed_first(pull: Pull) -> None:
     pull.site.github.reset_faults()
     pull.review()
     assert len(pull.reactions()) == 1
+
+
+def test_few_of_many_comments_get_a_reaction(
+    store: codebot.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = {"id": 7, "full_name": "acme/widget"}
+    repository = codebot.GitHubRepository(create_github(), payload)
+    reacted: set[str] = set()
+    monkeypatch.setattr(repository, "react", reacted.update)
+    comments = [make_comment(number, "alice") for number in range(1, 100)]
+    review = review_of(comments[0], store)
+    codebot.react_to_comments(
+        review._replace(github_repository=repository, comments=comments)
+    )
+    assert reacted == {f"/issues/comments/{number}" for number in range(1, 31)}
 
 
 def test_failed_reaction_holds_up_no_review(limited_pull: Pull) -> None:
