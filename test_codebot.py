@@ -10915,6 +10915,15 @@ def test_comment_without_an_answer_of_its_own_is_answered_with_the_summary(
     assert answers == {"conversation 1": "Because."}
 
 
+def test_answer_to_the_first_comment_of_a_thread_counts_for_the_thread(
+    store: codebot.Store,
+) -> None:
+    reply = dataclasses.replace(make_comment(2, "alice"), place="inline", thread=1)
+    entries = [{"comment_id": 1, "body": "Yes."}]
+    answers = codebot.parse_answers(review_of(reply, store), {"answers": entries})
+    assert answers == {"inline 1": "Yes."}
+
+
 def test_no_part_of_a_secret_is_left_where_a_summary_or_an_answer_is_cut(
     store: codebot.Store,
 ) -> None:
