@@ -7689,6 +7689,18 @@ def test_commit_with_a_secret_is_refused(fresh: Site, case: str) -> None:
     assert error.endswith(f": it contains a secret in {shown}")
 
 
+def test_size_of_a_deleted_file_does_not_matter(
+    fresh: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "MAX_OUTPUT_BYTES", 100_000)
+    fresh.repository.commit({"big": 200_000 * "x"})
+    commit = fresh.repository.git(
+        "commit-tree", "-m", "Remove it", "-p", "main", "main~^{tree}"
+    )
+    workspace = workspace_without_files(git_directory(fresh.repository.bare), "main")
+    assert "1 file changed" in workspace.inspect_commit(commit)
+
+
 def test_first_fault_of_a_change_is_reported() -> None:
     secret = "a-key-of-20-letters."
     codebot.redact.add([secret])
