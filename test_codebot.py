@@ -6619,6 +6619,14 @@ def test_defaults_of_git_3_change_no_repository_of_codebot(fresh: Site) -> None:
     assert not [*fresh.server.work_dir.glob("**/reftable")]
 
 
+def test_clone_of_the_agent_has_a_remote_and_its_base_branch(local: LocalTask) -> None:
+    facts = "git remote get-url origin; git rev-parse origin/main HEAD"
+    local.ask_agent(f"{{ {facts}; }} >$run/facts; result")
+    [file] = local.site.agent.place.glob("run.*/facts")
+    main = local.site.repository.git("rev-parse", "main")
+    assert file.read_text().split() == [str(local.site.repository.bare), main, main]
+
+
 @pytest.mark.parametrize("is_begun", [False, True])
 def test_mirror_recovers_from_killed_git(fresh: Site, is_begun: bool) -> None:
     path = fresh.server.work_dir / ".github.git"
