@@ -8040,6 +8040,15 @@ def test_long_test_command_leaves_room_for_what_follows(store: codebot.Store) ->
     assert "I said hello." in body
 
 
+def test_body_of_marks_and_short_lines_is_not_too_long_for_github(
+    store: codebot.Store,
+) -> None:
+    # Quoting makes this almost three times as long.
+    body = body_of_pull_request(store, "<a\n" * 9_000, summary="a\n" * 10_000)
+    assert len(body) < 65_536
+    assert re.search("\n<!-- codebot task .* -->\n$", body)
+
+
 def test_pull_request_says_that_there_was_no_test(store: codebot.Store) -> None:
     assert "no test" in body_of_pull_request(store).lower()
 
