@@ -7563,7 +7563,7 @@ def test_test_counts_although_its_files_cannot_be_brought_back(
     monkeypatch.setattr(codebot, "KILL_GRACE", 0.1)
     hang = "git config filter.x.smudge 'sleep 60'; mkdir -p .git/info"
     attributes = "echo '* filter=x' >.git/info/attributes"
-    task = LocalTask(fresh, task_timeout=1)
+    task = LocalTask(fresh, task_timeout=2)
     task.commit(SAY_HELLO, f"{hang}; {attributes}; rm hello.txt")
     assert task.show("hello.txt") == "hello"
 
