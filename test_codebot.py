@@ -15889,17 +15889,6 @@ def test_launcher_may_print_a_line_without_an_end_and_outlive_its_program(
     assert "test: tested" in launching.site.api.messages(task)
 
 
-def test_launched_test_that_empties_its_output_has_a_time_limit(
-    cluster: StandInCluster,
-) -> None:
-    busy = 'case "$*" in *sleep?60*) sleep 1.2 ;; esac'  # no node is free for the test
-    change_launcher(cluster, "exec 3<&0", f"{busy}; exec 3<&0")
-    limits = {"NODE_SCRIPT": codebot.NODE_SCRIPT}
-    cluster.start_server(limits=limits, CODEBOT_TASK_TIMEOUT="2")
-    task = cluster.site.api.submit(test_command=": >/dev/stdout; sleep 60")
-    cluster.site.api.failed(task, "timeout")
-
-
 def test_words_of_the_launcher_after_the_end_are_not_the_programs(
     launching: StandInCluster,
 ) -> None:
@@ -16133,6 +16122,27 @@ def test_launcher_that_cannot_be_started_leaves_no_record(
     with pytest.raises((FileNotFoundError, PermissionError)):
         codebot.launch(config, workspace, 1.0, list, ["true"], {"PATH": "/bin"})
     assert not codebot.launch_record(config, workspace).exists()
+
+
+def test_launched_program_that_empties_its_output_has_a_time_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "KILL_GRACE", 0.1)  # orphans may be reaped late
+    config = codebot.Config(
+        work_dir=str(tmp_path),
+        search_path=os.environ["PATH"],
+        # No node is free at first. After a second, codebot reads the output least often.
+        launcher=("sh", "-c", 'sleep 1.2; exec "$@"', "sh"),
+        launcher_stop=("true",),
+    )
+    env = {"PATH": os.environ["PATH"]}
+    # The program starts 0.3 s after its limits begin, and before this one ends.
+    limits = codebot.Limits(timeout=0.7)
+    argv = ["sh", "-c", ": >/dev/stdout; sleep 60"]
+    with pytest.raises(codebot.TimedOut):
+        codebot.launch(
+            config, f"{tmp_path}/task_1234567", 5.0, list, argv, env, limits=limits
+        )
 
 
 @pytest.mark.usefixtures("quick_node")
