@@ -18917,10 +18917,12 @@ def test_demo_keeps_server_until_it_is_interrupted(on_disk: Site) -> None:
 
 
 def test_server_that_is_stopped_during_its_start_still_answers(
-    store: codebot.Store, stop: threading.Event
+    store: codebot.Store, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(codebot, "SWEEP_INTERVAL", 0.05)  # the end waits for a sweep
     app = app_with(store, port=0)
-    app.cleanup_wanted.set()  # the thread need not wait for it
+    app.cleanup_wanted.set()  # the threads need not wait for these events
+    app.jobs_due.set()
     stop.set()
     with codebot.running_server(app) as server:
         address = ("127.0.0.1", server.server_port)
