@@ -15866,6 +15866,7 @@ def test_launched_agent_that_ends_itself_is_not_run_again(
     launching: StandInCluster,
 ) -> None:
     site = launching.site
+    # Its exit code, 143, is also that of an agent that the cluster ends.
     site.agent.follow("kill -TERM $$")
     error = site.api.failed(site.api.submit(), "agent_failed")
     assert "exit code 143" in error
@@ -15902,17 +15903,16 @@ def test_exit_code_and_output_are_those_of_the_launched_program(
     launching: StandInCluster,
 ) -> None:
     site = launching.site
-    # With 143, as if the cluster had ended it
-    command = "echo one; echo; printf 'no line end'; exit 143"
+    command = "echo one; echo; printf 'no line end'; exit 3"
     task = site.api.submit(test_command=command)
     error = site.api.failed(task, "tests_failed")
-    assert "exit code 143" in error
+    assert "exit code 3" in error
     assert "no line end" in error
     assert "the job ended" not in error  # the launcher's own words
     messages = site.api.messages(task)
     start = messages.index("phase: test")
     output = "\n".join(messages[start + 1 :]).replace("test: ", "")
-    assert output.startswith("one\n\nno line end\ncodebot: Exit code 143\n")
+    assert output.startswith("one\n\nno line end\ncodebot: Exit code 3\n")
 
 
 def test_workspace_is_not_used_again_before_its_job_is_ended(
