@@ -14595,7 +14595,7 @@ def test_key_of_8_bit_characters_works(crowded_site: Site) -> None:
 
 
 def test_stream_sends_events_live_and_ends_with_the_task(shared: Site) -> None:
-    task = submit_blocked(shared, f"say 'I begin.'; block; {SAY_HELLO}")
+    task = submit_blocked(shared, f"say 'I begin.'; block; {GIVE_UP}")
     with shared.api.open_stream(task) as stream:
         assert stream.status == 200
         assert stream.headers["Content-Type"] == "text/event-stream"
@@ -17258,7 +17258,7 @@ def test_page_says_that_its_list_is_cut(fresh: Site, browser: Browser) -> None:
 
 
 def test_page_ends_where_its_content_ends(shared: Site, browser: Browser) -> None:
-    shared.agent.follow(f"block; {SAY_HELLO}")
+    shared.agent.follow(f"block; {GIVE_UP}")
     task = shared.api.submit("Add a switch for dark mode. " * 50)
     browser.open_task(task)
     browser.wait_for_text("Running: agent", "#taskState")
