@@ -14354,7 +14354,7 @@ def test_nobody_else_can_listen_at_localhost(tmp_path: Path) -> None:
             codebot.Server(codebot.Codebot(port))
 
 
-def test_clients_that_do_not_read_make_way_if_they_are_the_most() -> None:
+def test_majority_of_clients_that_does_not_read_is_dropped_first() -> None:
     table = codebot.ConnectionTable()
     with contextlib.ExitStack() as stack:
         pairs = [socket.socketpair() for _ in range(5)]
@@ -14367,7 +14367,7 @@ def test_clients_that_do_not_read_make_way_if_they_are_the_most() -> None:
             table.enter(own[number], state)
         table.evict()
         assert [is_closed(end) for end in theirs] == [True, False, False, False, False]
-        table.evict()  # two of four are not the most
+        table.evict()  # two of four are not more than half
         assert [is_closed(end) for end in theirs] == [True, False, False, True, False]
         table.evict()
         assert [is_closed(end) for end in theirs] == [True, True, False, True, False]
@@ -14400,7 +14400,7 @@ def test_flood_of_connections_does_not_end_an_answer(crowded_site: Site) -> None
         stream = crowded_site.api.open_stream(task)
         idle = crowded_site.api.connect()
         with stream, idle, flood_of_connections(crowded_site):
-            wait_for(lambda: is_closed(idle))  # room was made
+            wait_for(lambda: is_closed(idle))  # the flood has filled the table
             hold.release()
             assert b"event: end" in stream.read()
 
@@ -14433,7 +14433,7 @@ def test_answer_stays_if_another_client_leaves_while_room_is_made(
         assert set(table._entries) == {reading, new}
 
 
-def test_body_that_is_being_handled_makes_no_way(
+def test_connection_whose_body_is_being_handled_is_not_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(codebot, "MAX_BUFFERED_BYTES", 10)
@@ -14466,7 +14466,7 @@ def test_unfinished_bodies_are_limited_in_total(crowded_site: Site) -> None:
             with contextlib.suppress(ConnectionError):
                 upload.sendall(b"x" * 250_000)
         wait_for(lambda: [is_closed(upload) for upload in uploads].count(True) == 5)
-        # A small request is not in the way of anything, nor the reverse.
+        # The upload that is left and a small request do not end each other.
         body = b"[" + b" " * 20_000 + b"]"
         line = "POST /api/tasks/submit HTTP/1.1"
         data = raw_request(line, KEY_HEADER, "Connection: close", body=body)
@@ -15929,7 +15929,9 @@ def test_workspace_is_not_used_again_before_its_job_is_ended(
     site.api.failed(task, "agent_failed")
 
 
-def test_launched_job_ends_with_codebot(launching: StandInCluster) -> None:
+def test_launched_job_is_ended_when_codebot_is_killed_or_stopped(
+    launching: StandInCluster,
+) -> None:
     site = launching.site
     task = submit_blocked(site, "trap '' TERM; block")
     assert launching.jobs()
@@ -15987,9 +15989,10 @@ def test_wait_for_a_node_costs_neither_task_nor_test_time(
     api = cluster.site.api
     cluster.start_server(CODEBOT_STALL_TIMEOUT="2", CODEBOT_TASK_TIMEOUT="2")
     cluster.busy.touch()
+    # A test gets 0.1 seconds even if no time is left, and so it takes longer.
     task = api.submit(test_command="sleep 0.4")
     api.wait_phase(task, "queued")
-    over = time.monotonic() + 2.2
+    over = time.monotonic() + 2.2  # longer than both limits
     wait_for(lambda: time.monotonic() > over)
     assert api.status(task)["phase"] == "queued"
     cluster.busy.unlink()
@@ -16068,7 +16071,7 @@ def test_stop_waits_for_another_stop_of_the_same_launch(tmp_path: Path) -> None:
     assert (tmp_path / "stops").read_text() == "stop\n"
 
 
-def test_signal_during_the_start_is_heard_between_two_stops(tmp_path: Path) -> None:
+def test_signal_during_the_start_ends_it_before_the_next_stop(tmp_path: Path) -> None:
     stops = tmp_path / "stops"
     config = codebot.Config(
         work_dir=str(tmp_path),
