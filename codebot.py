@@ -3011,7 +3011,8 @@ class GitHubRepository:
 # gc is off, because workspaces read the mirror's objects. Redirects are off, because they
 # would carry the token to another host. git gives up on a server that, for 300 seconds,
 # sends less than a byte a second or only git's keep-alives. `core.fsync` (git 2.36) keeps
-# a power cut from leaving empty files. With unpackLimit=1, each fetch is kept as one pack.
+# a power cut from emptying objects and branches. With unpackLimit=1, each fetch is kept as
+# one pack.
 GIT = shlex.split(
     "git -c gc.auto=0 -c maintenance.auto=false -c core.fsync=all"
     " -c http.followRedirects=false -c http.lowSpeedLimit=1 -c http.lowSpeedTime=300"
@@ -3314,6 +3315,12 @@ def remote_failure(result: ProgramResult, is_github: bool) -> Exception:
     return GitFailed(reason)
 
 
+def save_on_disk(path: str) -> None:
+    """Wait until a file's content is on disk, so that it survives a power cut."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 class GitDirectory:
     """A bare repository of codebot's own: a mirror or an outbox.
 
@@ -3328,6 +3335,12 @@ class GitDirectory:
         self.limits = Limits(check_stop=check_stop)
         # Descriptors that git inherits: that of Mirror.lock, while the lock is held.
         self.inherited_fds: tuple[int, ...] = ()
+
+    def create(self) -> None:
+        """Make the repository, which is empty and on disk afterward."""
+        self.local_git("init", "--quiet", "--bare", "--template=")
+        for name in ("HEAD", "config"):  # git init does not, whatever core.fsync says
+            save_on_disk(f"{self.path}/{name}")
 
     def local_git(
         self,
@@ -3526,8 +3539,9 @@ class Mirror(GitDirectory):
         if id_file.exists() and id_file.read_text() == repository_id:
             return
         discard(self.config.work_dir, self.path)
-        self.local_git("init", "--quiet", "--bare", "--template=")
+        self.create()
         id_file.write_text(repository_id)
+        save_on_disk(str(id_file))
 
     def fetch_all(self, repository: Repository) -> ProgramResult:
         """Fetch all branches. The lock must be held."""
@@ -5218,15 +5232,17 @@ class Workspace:
     def make_outbox(self) -> None:
         """Make an empty outbox that borrows the mirror's objects."""
         remove_tree(self.config, self.outbox.path)
-        self.outbox.local_git("init", "--quiet", "--bare", "--template=")
+        self.outbox.create()
         self.borrow_objects()
 
     def borrow_objects(self) -> None:
         """Have the outbox borrow the mirror's objects, besides those that it has."""
         # A relative path, so that the work directory can be moved.
         objects = os.path.relpath(self.mirror.objects, f"{self.outbox.path}/objects")
-        with open(f"{self.outbox.path}/objects/info/alternates", "a") as alternates:
+        path = f"{self.outbox.path}/objects/info/alternates"
+        with open(path, "a") as alternates:
             alternates.write(f"{objects}\n")  # git ignores a second such line
+        save_on_disk(path)
 
     def check_out(self, base_name: str, base_commit: str) -> None:
         """Make fresh directories and a repository with the branch checked out."""

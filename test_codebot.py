@@ -6949,6 +6949,70 @@ def test_work_of_agent_that_goes_wrong_fails_its_task(
     assert message in local.failure(plan, reason)
 
 
+# Runs the script $2 of Python $1 on a new disk, cuts its power, and runs the script $3.
+# With noauto_da_alloc, ext4 saves a renamed file no earlier than any other, as XFS does.
+WITH_POWER_CUT = """
+truncate -s 64M image && PATH=$PATH:/sbin:/usr/sbin mkfs.ext4 -q image && mkdir disk &&
+    mount -o loop,noauto_da_alloc image disk && "$1" -c "$2" &&
+    umount disk && mount -o loop image disk && exec "$1" -c "$3"
+"""
+ON_DISK = """
+import fcntl, os, struct
+import codebot
+app = codebot.Codebot(codebot.Config(no_github=True, work_dir=os.path.abspath("disk")))
+app.store = codebot.Store("disk/codebot.db")
+repository = codebot.parse_plain_remote(app.config, os.path.abspath("bare"))
+"""
+STORE_COMMIT = """
+request = codebot.TaskRequest(repository.url, "Say hello")
+task = app.store.add_task(request, codebot.Submission("the tests"), 1)
+run = codebot.JobRun(app, app.store.claim(task.id))
+codebot.name_workspace(run)
+workspace = codebot.Workspace(run, repository, run.job.directory)
+_, workspace.base_commit = workspace.fetch("main", "internal")
+workspace.make_outbox()
+run.save_work(commit_id=workspace.write_commit(f"{workspace.base_commit}^{{tree}}", "A"))
+print(run.job.commit_id, flush=True)
+SHUTDOWN, WITHOUT_FLUSH = 0x8004587D, 2  # of ext4, which then forgets what is not on disk
+disk = os.open("disk", os.O_RDONLY)
+fcntl.ioctl(disk, SHUTDOWN, struct.pack("I", WITHOUT_FLUSH))
+"""
+PUSH_COMMIT = """
+app.store.requeue_interrupted(1)
+run = codebot.JobRun(app, app.store.claim(app.store.due_job("task", False)))
+workspace = codebot.Workspace(run, repository, run.job.directory)
+mirror = os.stat(workspace.mirror.path).st_ino
+workspace.fetch("main", "internal")
+assert os.stat(workspace.mirror.path).st_ino == mirror  # it was not fetched anew
+workspace.push()
+for repository in (workspace.mirror, workspace.outbox):
+    assert repository.local_git("config", "core.bare").stdout == "true"
+print(run.job.branch)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can mount an image of a disk")
+def test_stored_commit_is_pushed_after_a_power_cut(
+    shared: Site, tmp_path: Path
+) -> None:
+    copy_files(shared.repository.bare, tmp_path / "bare")
+    argv = ["unshare", "--mount", "sh", "-c", WITH_POWER_CUT, "sh", sys.executable]
+    done = subprocess.run(
+        [*argv, ON_DISK + STORE_COMMIT, ON_DISK + PUSH_COMMIT],
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(PROGRAM.parent)},
+        capture_output=True,
+        text=True,
+    )
+    if done.stderr.startswith(("unshare:", "sh:", "mkfs", "mount:")):
+        pytest.skip("this host lets nobody mount an image of a disk")
+    assert done.returncode == 0, done.stderr
+    commit, branch = done.stdout.split()
+    run_command("git", "-C", tmp_path / "bare", "fsck", "--full", "--strict")
+    assert run_command("git", "-C", tmp_path / "bare", "rev-parse", branch) == commit
+
+
 def test_outbox_has_no_ref_whose_lock_could_outlive_a_killed_git(
     local: LocalTask,
 ) -> None:
