@@ -5479,7 +5479,10 @@ class Workspace:
         result = self.outbox.local_git(*argv, check=False, stdin=message.encode())
         if result.code != 0:
             raise GitFailed(f"git commit-tree: {result.error}")
-        return result.stdout
+        commit = result.stdout
+        # git before 2.36 does not do this. (What was fetched is a pack, which it saves.)
+        save_on_disk(f"{self.outbox.path}/objects/{commit[:2]}/{commit[2:]}")
+        return commit
 
     def inspect_commit(self, commit: str) -> str:
         """Return a summary of the commit's changes, as git diff --stat prints it.

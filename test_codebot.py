@@ -6992,13 +6992,18 @@ print(run.job.branch)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can mount an image of a disk")
+@pytest.mark.parametrize(
+    "components",
+    ["all", "pack,reference,-loose-object"],  # the latter as in git before 2.36
+)
 def test_stored_commit_is_pushed_after_a_power_cut(
-    shared: Site, tmp_path: Path
+    shared: Site, tmp_path: Path, components: str
 ) -> None:
+    set_option = f"codebot.GIT += ['-c', 'core.fsync={components}']\n"
     copy_files(shared.repository.bare, tmp_path / "bare")
     argv = ["unshare", "--mount", "sh", "-c", WITH_POWER_CUT, "sh", sys.executable]
     done = subprocess.run(
-        [*argv, ON_DISK + STORE_COMMIT, ON_DISK + PUSH_COMMIT],
+        [*argv, ON_DISK + set_option + STORE_COMMIT, ON_DISK + PUSH_COMMIT],
         check=False,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(PROGRAM.parent)},
