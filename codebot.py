@@ -3291,6 +3291,9 @@ REJECTED_RE = re.compile(
     r"|^(?!.*(Internal Server Error|commit_refs|unpacker error)).*rejected\]",
     re.MULTILINE,
 )
+# No rule refuses this push: the branch is locked, by another push or by a killed one, whose
+# lock somebody has to remove. Until then, the push is tried again.
+LOCKED_RE = re.compile("^remote: error: cannot lock ref .* File exists", re.MULTILINE)
 # A program that git started on this host. (Lines of the remote begin with "remote:".)
 PART_KILLED_RE = re.compile(r"^error: \S+ died of signal (9|15)$", re.MULTILINE)
 # Seconds before git runs again with a new token, which parts of GitHub may not know yet.
@@ -3302,7 +3305,8 @@ def remote_failure(result: ProgramResult, is_github: bool) -> Exception:
     # The host's git configuration may put a login into the URL: url.*.insteadOf
     reason = hide_logins(result.error)
     words = URL_OR_NAME_RE.sub("", result.stderr)
-    if REJECTED_RE.search(words):  # first, because the reason may quote any file name
+    # This comes first, because the reason may quote any file name.
+    if REJECTED_RE.search(words) and not LOCKED_RE.search(words):
         return PushRejected(reason)
     if AUTH_FAILED_RE.search(words):
         return GitAuthFailed("authentication failed")

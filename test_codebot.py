@@ -7925,6 +7925,21 @@ def test_rejected_push_is_reported_in_words_of_remote_or_else_with_its_reason(
     assert error.value.reason == "push_rejected"
 
 
+def test_commit_waits_while_a_killed_push_keeps_its_branch_locked(
+    local: LocalTask,
+) -> None:
+    job = local.commit(SAY_HELLO)
+    bare = local.site.repository.bare
+    lock = bare / "refs" / "heads" / f"{job.branch}.lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    with pytest.raises(codebot.TransientError, match="The push failed: .*File exists"):
+        local.workspace.push()
+    lock.unlink()
+    local.workspace.push()
+    assert run_command("git", "-C", bare, "rev-parse", job.branch) == job.commit_id
+
+
 # --- The pull request --------------------------------------------------------
 
 
