@@ -7142,6 +7142,8 @@ TRANSIENT_ERRNOS = (
     errno.EIO,
     errno.EROFS,
     errno.ESTALE,
+    errno.ETIMEDOUT,  # NFS, mounted with softerr
+    errno.EBUSY,  # NFS, mounted with soft, when an open file is removed
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EMFILE,

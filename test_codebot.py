@@ -5412,6 +5412,8 @@ def test_delayed_task_is_still_delayed_after_a_start(store: codebot.Store) -> No
             "",
             "System error on this host: full",
         ),
+        (OSError(errno.EBUSY, "Busy"), "pending", "", "error on this host: busy"),
+        (OSError(errno.ETIMEDOUT, "Late"), "pending", "", "error on this host: late"),
         (OSError(errno.EACCES, "No"), "failed", "internal", "error on this host: no"),
         (codebot.StopRequested(), "pending", "", ""),
         (codebot.Cancelled(), "failed", "cancelled", "The task was cancelled"),
