@@ -207,8 +207,8 @@ WHERE SECRETS GO
   installation tokens. codebot writes none of them into a named file. (A secret that
   somebody writes into a task or a comment is in the database.) While a program runs,
   its input and output (openssl's: a JWT's content and signature) are in unlinked files,
-  which on NFS have a name (.nfs...) until they are closed. The agent's home keeps its
-  session, with everything that the agent has printed.
+  which on NFS have a name (.nfs...) until they are closed; a power cut leaves them there.
+  The agent's home keeps its session, with everything that the agent has printed.
 
 KNOWN LIMITATIONS
   Each is listed at the head of the section that it concerns. Read those of Sandbox first:
@@ -3007,6 +3007,8 @@ class GitHubRepository:
 #   of another user on this host, it runs that user's hooks as codebot's user.
 # - codebot's credential may be allowed to change workflows.
 # - What a hook of a local repository leaves running ends with the push, or with codebot.
+# - If the power fails during a push to a local repository or within seconds after it, that
+#   repository may keep a lock or lose the branch: git does not flush the names of files.
 
 # gc is off, because workspaces read the mirror's objects. Redirects are off, because they
 # would carry the token to another host. git gives up on a server that, for 300 seconds,
@@ -5484,7 +5486,8 @@ class Workspace:
         if result.code != 0:
             raise GitFailed(f"git commit-tree: {result.error}")
         commit = result.stdout
-        # git before 2.36 does not do this. (What was fetched is a pack, which it saves.)
+        # git does not flush the file's name, nor, before 2.36, its content. On ext4 and
+        # XFS, this also flushes the names of the files that git has written before.
         save_on_disk(f"{self.outbox.path}/objects/{commit[:2]}/{commit[2:]}")
         return commit
 
