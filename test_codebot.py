@@ -83,6 +83,12 @@ GIT_ENVIRONMENT = {
     "GIT_AUTHOR_EMAIL": "ada@example.com",
     "GIT_COMMITTER_NAME": "Ada",
     "GIT_COMMITTER_EMAIL": "ada@example.com",
+    # As in git 2. In git 3, other values are the default.
+    "GIT_DEFAULT_HASH": "sha1",
+    "GIT_DEFAULT_REF_FORMAT": "files",
+    "GIT_CONFIG_COUNT": "1",
+    "GIT_CONFIG_KEY_0": "safe.bareRepository",
+    "GIT_CONFIG_VALUE_0": "all",
 }
 
 T = TypeVar("T")
@@ -6586,7 +6592,7 @@ def test_error_of_a_missing_object_says_to_delete_the_mirror(
     for pack in packs.glob("*.pack"):
         with pack.open("rb") as file:
             unpack = ["git", "-C", mirror, "unpack-objects", "-q"]
-            subprocess.run(unpack, stdin=file, check=True)
+            subprocess.run(unpack, env=GIT_ENVIRONMENT, stdin=file, check=True)
     object_id = local.site.repository.git("rev-parse", name)
     (mirror / "objects" / object_id[:2] / object_id[2:]).unlink()
     error = local.failure(SAY_HELLO, "clone_failed")
