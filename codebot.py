@@ -1599,8 +1599,8 @@ def base_environment(config: Config) -> dict[str, str]:
         "GIT_CONFIG_GLOBAL": "/dev/null",
         "GIT_ATTR_NOSYSTEM": "1",  # /etc/gitattributes could hide files from DiffScanner
         "GIT_TERMINAL_PROMPT": "0",
-        # How git makes repositories. git 3 has other defaults, but GitHub's are like this,
-        # and after a kill, codebot removes the lock files of this format.
+        # Without these, git 3 would make repositories that cannot fetch from GitHub, and
+        # whose lock files codebot would not find after a kill.
         "GIT_DEFAULT_HASH": "sha1",
         "GIT_DEFAULT_REF_FORMAT": "files",
         "CODEBOT_RUN": config.run_tag,
@@ -9857,7 +9857,7 @@ def serve_command(flags: Flags) -> int:
 
 
 def read_task_flags(flags: Flags) -> Fields:
-    """Return the task's fields, at least one. Raises ConfigError."""
+    """Return the task's fields. Raises ConfigError if there are none, or a bad file."""
     fields: Fields = {}
     path = flags["task"]
     try:
