@@ -5128,12 +5128,17 @@ exec git upload-pack "$3"
 # Reads a pack with the commit $1 from standard input, and cherry-picks that commit. If that
 # conflicts, prints the names of the files in conflict. Files that break the repository's
 # .gitattributes would count as changed, and git overwrites no changed file. So they are
-# added first, and git merges all versions as if they kept its rules (renormalize).
+# added first. Only after a conflict, git merges all versions as if they kept the rules
+# (renormalize): with `text=auto`, that changes line ends that `git add` keeps.
 APPLY_SCRIPT = """
+pick() {
+    g -c merge.directoryRenames=true -c merge.renormalize="$2" \\
+        cherry-pick --no-commit "$1" >&2
+}
 g index-pack --stdin >/dev/null && # it prints the name of the pack
-g add -A >&2 &&
-g -c merge.directoryRenames=true -c merge.renormalize=true \\
-    cherry-pick --no-commit "$1" >&2 && exit 0
+g add -A >&2 && tree=$(g write-tree) && {
+    pick "$1" false || { g read-tree --reset -u "$tree" && pick "$1" true; }
+} && exit 0
 g diff --name-only --diff-filter=U
 exit 1
 """

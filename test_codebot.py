@@ -11452,6 +11452,17 @@ def test_change_is_merged_although_files_break_the_rules_for_line_ends(
     assert (repo / "theirs").read_text() == "3\n"
 
 
+def test_merged_file_keeps_line_ends_that_git_keeps(local: LocalTask) -> None:
+    lines = [f"{number}\r\n" for number in range(9)]
+    remote = local.site.repository
+    remote.commit({".gitattributes": "* text=auto\n", "old.txt": "".join(lines)})
+    lines[0] = "theirs\r\n"
+    push = functools.partial(remote.commit, {"old.txt": "".join(lines)})
+    put_on_top(local, r"printf 'new\r\n' >>old.txt", push)
+    merged = Path(local.workspace.repo, "old.txt").read_bytes().decode()
+    assert merged == "".join(lines) + "new\r\n"
+
+
 def test_reason_of_git_for_not_merging_is_reported(local: LocalTask) -> None:
     def make_merge() -> None:
         job = local.run.job
