@@ -3294,8 +3294,11 @@ REJECTED_RE = re.compile(
     re.MULTILINE,
 )
 # No rule refuses this push: the branch is locked, by another push or by a killed one, whose
-# lock somebody has to remove. Until then, the push is tried again.
-LOCKED_RE = re.compile("^remote: error: cannot lock ref .* File exists", re.MULTILINE)
+# lock somebody has to remove. Until then, the push is tried again. (In reftable, git 3's
+# format, all references have one lock.)
+LOCKED_RE = re.compile(
+    "^remote: error: cannot lock ref(erences| .* File exists)", re.MULTILINE
+)
 # A program that git started on this host. (Lines of the remote begin with "remote:".)
 PART_KILLED_RE = re.compile(r"^error: \S+ died of signal (9|15)$", re.MULTILINE)
 # Seconds before git runs again with a new token, which parts of GitHub may not know yet.

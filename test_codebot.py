@@ -7933,15 +7933,27 @@ def test_rejected_push_is_reported_in_words_of_remote_or_else_with_its_reason(
     assert error.value.reason == "push_rejected"
 
 
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("refs/heads/{branch}.lock", "File exists"),
+        ("reftable/tables.list.lock", "cannot lock references"),
+    ],
+    ids=["files", "reftable"],
+)
 def test_commit_waits_while_a_killed_push_keeps_its_branch_locked(
-    local: LocalTask,
+    local: LocalTask, path: str, reason: str
 ) -> None:
     job = local.commit(SAY_HELLO)
     bare = local.site.repository.bare
-    lock = bare / "refs" / "heads" / f"{job.branch}.lock"
-    lock.parent.mkdir(parents=True)
+    if path.startswith("reftable"):
+        migrate = ["git", "-C", bare, "refs", "migrate", "--ref-format=reftable"]
+        if subprocess.run(migrate, check=False, capture_output=True).returncode:
+            pytest.skip("this git is older than 2.46")
+    lock = bare / path.format(branch=job.branch)
+    lock.parent.mkdir(parents=True, exist_ok=True)
     lock.touch()
-    with pytest.raises(codebot.TransientError, match="The push failed: .*File exists"):
+    with pytest.raises(codebot.TransientError, match=f"The push failed: .*{reason}"):
         local.workspace.push()
     lock.unlink()
     local.workspace.push()
