@@ -16260,6 +16260,19 @@ def test_launched_program_that_empties_its_output_has_a_time_limit(
 
 
 @pytest.mark.usefixtures("quick_node")
+def test_launched_test_has_the_time_limit_of_its_task(
+    fresh: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "KILL_GRACE", 0.1)
+    settings = {"launcher": ("env",), "launcher_stop": ("true",), "task_timeout": 1}
+    task = LocalTask(fresh, **settings)
+    codebot.clone(task.workspace)
+    with pytest.raises(codebot.JobFailed, match="CODEBOT_TASK_TIMEOUT") as raised:
+        codebot.run_tests_once(task.workspace, "sleep 60", attempt=1)
+    assert raised.value.reason == "timeout"
+
+
+@pytest.mark.usefixtures("quick_node")
 def test_launch_with_an_error_keeps_its_record_if_the_stop_fails(
     tmp_path: Path,
 ) -> None:
