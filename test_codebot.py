@@ -14730,6 +14730,15 @@ def test_stream_sends_events_live_and_ends_with_the_task(shared: Site) -> None:
     assert ids == [str(event["seq"]) for event in events]
 
 
+def test_stream_of_a_completed_task_with_an_open_pull_request_ends(
+    store: codebot.Store,
+) -> None:
+    task = store_pull_request(store, store_task_in_state(store, "completed"))
+    stream = codebot.event_stream(app_with(store), task.id, 0)
+    assert next(stream) == b"event: end\ndata: {}\n\n"
+    assert next(stream, None) is None
+
+
 def test_stream_can_be_asked_for_in_capitals(shared: Site) -> None:
     task = submit_failing(shared)
     with shared.api.open_stream(task, {"Accept": "Text/Event-Stream"}) as stream:
