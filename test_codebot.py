@@ -3408,14 +3408,17 @@ def test_tokens_are_forgotten_and_secrets_of_the_settings_are_not(
 ) -> None:
     redact = codebot.Redactor()
     redact.add(["a-secret-of-the-settings"], math.inf)
-    redact.add(["an-old-installation-token"])
-    assert redact.has_secret("an-old-installation-token")
+    redact.add([f"old-installation-token-{number:03}" for number in range(600)])
+    assert redact.has_secret("a-secret-of-the-settings")
+    assert redact.has_secret("old-installation-token-000")
+    assert redact.has_secret("old-installation-token-599")
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + codebot.TOKEN_RETENTION + 1)
     redact.add(["a-new-installation-token"])
     assert redact.has_secret("a-secret-of-the-settings")
     assert redact.has_secret("a-new-installation-token")
-    assert not redact.has_secret("an-old-installation-token")
+    assert not redact.has_secret("old-installation-token-000")
+    assert not redact.has_secret("old-installation-token-599")
 
 
 # --- Settings: what the sandbox shows ----------------------------------------
