@@ -5462,6 +5462,18 @@ def test_error_of_a_step_decides_what_becomes_of_the_job(
     assert (ending.not_before > time.time()) == is_delayed
 
 
+def test_job_is_not_retried_before_the_time_that_github_names(
+    store: codebot.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retry_at = time.time() + 5000
+
+    def steps(run: codebot.JobRun) -> None:
+        raise codebot.TransientError("GitHub cannot do this now", retry_at)
+
+    monkeypatch.setattr(codebot, "run_task", steps)
+    assert codebot.run_steps(task_run(store)).not_before == retry_at
+
+
 class StoreThatStartsAgain(codebot.Store):
     """A store whose requeued job is at once started by another worker."""
 
