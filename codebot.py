@@ -3246,11 +3246,10 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 
 # The exception for a failure of git that contacts the remote. All of this, down to
 # TOKEN_RETRY_DELAY, decides only whether something is tried again. The first line that
-# applies counts. run_git and git_with_token apply the first two lines, remote_failure the
-# others. (Before all of these, run_program raises TransientError for a shortage on this
-# host.)
+# applies counts. run_git applies the first line, remote_failure the others. (Before all of
+# these, run_program raises TransientError for a shortage on this host, and LimitReached,
+# which git_with_token turns into GitFailed.)
 #   a signal ended git or a part of it     TransientError
-#   a limit ended git                      TransientError for a push, else GitFailed
 #   "rejected]" by the remote's rules      PushRejected
 #   no login, a wrong login, HTTP 403,     GitAuthFailed: at GitHub, git runs again with a
 #     or ssh's "Permission denied ("       new token
@@ -3417,10 +3416,9 @@ class GitDirectory:
         except TransientError as error:
             raise TransientError(hide_logins(str(error))) from None
         except LimitReached as error:
-            # A push is retried: the remote may hang, and the commit has cost something.
-            # Other commands are not: they would take as long, or print as much, again.
-            error_type = TransientError if args[0] == "push" else GitFailed
-            raise error_type(f"git {args[0]} {error}") from None
+            # This is retried only in a push. Other commands would take as long, or print as
+            # much, again, and the commit that is pushed has cost something.
+            raise GitFailed(f"git {args[0]} {error}") from None
         if result.code != 0:
             raise remote_failure(result, is_github=not self.config.no_github)
         return result
