@@ -2994,6 +2994,8 @@ class GitHubRepository:
 # - git unpacks what the remote sends without fsck. Through a bug in git, the remote could
 #   run code as codebot's user.
 # - Data removed from a repository at GitHub stays in the mirror, where agents can read it.
+# - With git before 2.36, a power cut soon after a fetch can damage a mirror. Its jobs then
+#   fail, with the advice to delete it.
 #
 # Known limitations of --no-github:
 # - A repository must use SHA-1. (In git 3, a new one uses SHA-256.)

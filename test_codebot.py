@@ -7017,11 +7017,14 @@ print(run.job.branch)
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can mount an image of a disk")
 @pytest.mark.parametrize(
     "components",
-    ["all", "pack,reference,-loose-object"],  # the latter as in git before 2.36
+    ["all", "pack,reference,-loose-object"],
 )
 def test_stored_commit_is_pushed_after_a_power_cut(
     shared: Site, tmp_path: Path, components: str
 ) -> None:
+    version = re.findall("[0-9]+", run_command("git", "--version"))
+    if tuple(map(int, version)) < (2, 36):
+        pytest.skip("this git does not flush the branches of a mirror")
     set_option = f"codebot.GIT += ['-c', 'core.fsync={components}']\n"
     copy_files(shared.repository.bare, tmp_path / "bare")
     argv = ["unshare", "--mount", "sh", "-c", WITH_POWER_CUT, "sh", sys.executable]
@@ -7963,7 +7966,10 @@ def test_commit_waits_while_a_killed_push_keeps_its_branch_locked(
     bare = local.site.repository.bare
     if path.startswith("reftable"):
         migrate = ["git", "-C", bare, "refs", "migrate", "--ref-format=reftable"]
-        if subprocess.run(migrate, check=False, capture_output=True).returncode:
+        done = subprocess.run(
+            migrate, env=GIT_ENVIRONMENT, capture_output=True, check=False
+        )
+        if done.returncode != 0:
             pytest.skip("this git is older than 2.46")
     lock = bare / path.format(branch=job.branch)
     lock.parent.mkdir(parents=True, exist_ok=True)
