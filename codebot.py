@@ -3444,7 +3444,13 @@ MISSING_OBJECT_RE = re.compile(
     "|unable to read (tree|sha1 file)|cannot read object|unpack tree object"
     "|reference broken"
 )
-STALE_FILES = ("*.lock", "refs/**/*.lock", "objects/*/tmp_*", "objects/pack/.tmp-*")
+STALE_FILES = (
+    "*.lock",
+    "packed-refs.new",
+    "refs/**/*.lock",
+    "objects/*/tmp_*",
+    "objects/pack/.tmp-*",
+)
 
 
 class Mirror(GitDirectory):

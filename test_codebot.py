@@ -6673,6 +6673,22 @@ def test_mirror_recovers_from_killed_git(fresh: Site, is_begun: bool) -> None:
     assert [branch.name for branch in branches.iterdir()] == ["main"]
 
 
+def test_mirror_prunes_packed_branch_after_git_was_killed(fresh: Site) -> None:
+    path = fresh.server.work_dir / ".github.git"
+    copy_files(fetched_mirror(fresh.github.templates), path)
+    branches = path / "refs" / "heads"
+    shutil.copyfile(branches / "main", branches / "deleted-by-others")
+    config = codebot.Config(no_github=True, work_dir=str(path.parent))
+    mirror = codebot.Mirror(config, str(path), codebot.do_nothing)
+    mirror.local_git("pack-refs", "--all")  # git 2.34 does when it prunes
+    (path / "packed-refs.new").touch()
+    commit = fresh.repository.commit({"news": "news\n"})
+    remote = str(fresh.repository.bare)
+    repository = codebot.Repository(remote, remote, path.name)
+    assert mirror.fetch_branch(repository, "main") == ("main", commit)
+    assert mirror.local_git("branch", "--format=%(refname)").stdout == "refs/heads/main"
+
+
 def test_mirror_is_locked_for_one_job_at_a_time(tmp_path: Path) -> None:
     def give_up() -> None:
         raise codebot.StopRequested()
