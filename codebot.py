@@ -3258,8 +3258,8 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 #   connection, TLS, 408, 429, 5xx, a      TransientError
 #     fault or a shortage at the remote;
 #     at GitHub, 301
-#   anything else                          GitFailed, which Workspace.push turns into
-#                                            TransientError
+#   anything else                          GitFailed, which Workspace turns into
+#                                            TransientError once the job has a commit
 # remote_failure first removes URLs and quoted names, because they may contain any words.
 URL_OR_NAME_RE = re.compile(r"(?<!\w)'[^'\n]*'|https?://\S+")
 AUTH_FAILED_RE = re.compile(
@@ -3418,8 +3418,8 @@ class GitDirectory:
         except TransientError as error:
             raise TransientError(hide_logins(str(error))) from None
         except LimitReached as error:
-            # This is retried only in a push. Other commands would take as long, or print as
-            # much, again, and the commit that is pushed has cost something.
+            # Not TransientError: git would take as long, or print as much, again. Workspace
+            # retries it only if the job has a commit, which has cost something.
             raise GitFailed(f"git {args[0]} {error}") from None
         if result.code != 0:
             raise remote_failure(result, is_github=not self.config.no_github)
