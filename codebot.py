@@ -623,8 +623,8 @@ def parse_agent_env(text: str) -> Sequence[str]:
     return names
 
 
-# A regular expression for the beginning of a rule: owner/name=, or *= for all others. Both
-# names may have wildcards. A rule that ends at the = says that the repository has no tests.
+# A regular expression for the beginning of a rule: owner/name=, or *= for every repository.
+# Both names may have wildcards. A rule that ends at the = says that there are no tests.
 RULE = r"\s*(\*|(?!\.)[\w.*?\[\]-]+/[\w.*?\[\]-]+)\s*="
 # Matches a line that is not one command for all repositories:
 #     make X=a/b    no match
@@ -9871,7 +9871,10 @@ def serve_command(flags: Flags) -> int:
 
 
 def read_task_flags(flags: Flags) -> Fields:
-    """Return the task's fields. Raises ConfigError if there are none, or a bad file."""
+    """Return the task's fields.
+
+    Raises ConfigError if there are none, or if the file of --task cannot be used.
+    """
     fields: Fields = {}
     path = flags["task"]
     try:
