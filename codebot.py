@@ -8430,7 +8430,8 @@ let openedTask = null; // the task in view
 // Returns the fields of a successful response. For any other, throws an Error with its
 // status; without a response, an Error without one.
 async function callApi(path, options = {}) {
-  const headers = { Authorization: `Bearer ${apiKey}`, ...options.headers };
+  // Not in Authorization, which may hold a password for a proxy in front of codebot.
+  const headers = { 'X-API-Key': apiKey, ...options.headers };
   const signal = AbortSignal.timeout?.(RESPONSE_TIMEOUT); // not in browsers before 2022
   let response;
   let fields;

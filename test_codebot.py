@@ -17500,6 +17500,44 @@ def test_page_keeps_form_and_not_its_error_if_key_is_refused(
     assert browser.text("#formError") == ""
 
 
+def test_page_works_behind_a_proxy_with_a_password(
+    shared: Site, browser: Browser
+) -> None:
+    # The browser sends the password in the header Authorization.
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *args: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            login = base64.b64encode(b"ann:secret").decode()
+            if self.headers.get("Authorization") != f"Basic {login}":
+                self.send_response(401)
+                self.send_header("WWW-Authenticate", 'Basic realm="proxy"')
+                self.end_headers()
+                return
+            server = http.client.HTTPConnection(*shared.server.address)
+            server.request("GET", self.path, headers=dict(self.headers))
+            response = server.getresponse()
+            self.send_response(response.status)
+            self.send_header("Content-Type", response.headers["Content-Type"])
+            self.end_headers()
+            self.wfile.write(response.read())
+            server.close()
+
+    shared.agent.follow(SAY_HELLO)
+    shared.api.completed(shared.api.submit(description="Greet from afar"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever, daemon=True)
+        thread.start()
+        browser.open(f"http://ann:secret@127.0.0.1:{proxy.server_port}/")
+        browser.open(f"http://127.0.0.1:{proxy.server_port}/")
+        browser.enter_key()
+        browser.wait_for_text("Greet from afar", "#rows")
+        browser.check()
+        proxy.shutdown()
+        thread.join()
+
+
 def test_page_policy_allows_only_its_own_style_and_script(shared: Site) -> None:
     answer = shared.api.request("GET", "/", key="")
     policy = answer.headers["Content-Security-Policy"]
