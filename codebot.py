@@ -729,7 +729,9 @@ class Config:
     )
     enable_polling: bool = setting("", False, bool, "ask GitHub at a fixed interval")
     no_github: bool = setting("", False, bool, "any git remote; no pull requests")
-    tls_cert: str = setting(about="certificate (PEM); enables HTTPS with --tls-key")
+    tls_cert: str = setting(
+        about="certificate and its intermediates (PEM); enables HTTPS with --tls-key"
+    )
     tls_key: str = setting(about="private key (PEM)")
     debug: bool = setting("", False, bool, "verbose log; restart on changes")
     # No variable or flag sets the remaining fields.
