@@ -8401,6 +8401,8 @@ details:not([open]) .message { overflow: hidden; white-space: pre; }
 const REFRESH_INTERVAL = 2000; // milliseconds
 const MAX_ROWS = 300; // in the list of tasks
 const RESPONSE_TIMEOUT = 60000; // milliseconds, for a whole response
+// The page's address without a password for a proxy: fetch refuses an address with one.
+const HOME = location.origin + location.pathname;
 // What a user can do next, by the reason of a failed task.
 const ADVICE = {
   clone_failed: 'Check the address and whether codebot may read this repository.',
@@ -8438,7 +8440,8 @@ async function callApi(path, options = {}) {
   let response;
   let fields;
   try {
-    response = await fetch(`api/tasks${path}`, { ...options, headers, signal });
+    const url = new URL(`api/tasks${path}`, HOME);
+    response = await fetch(url, { ...options, headers, signal });
     fields = await response.json();
   } catch {
     throw new Error('The server does not answer');

@@ -17530,8 +17530,12 @@ def test_page_works_behind_a_proxy_with_a_password(
         thread = threading.Thread(target=proxy.serve_forever, daemon=True)
         thread.start()
         browser.open(f"http://ann:secret@127.0.0.1:{proxy.server_port}/")
-        browser.open(f"http://127.0.0.1:{proxy.server_port}/")
         browser.enter_key()
+        browser.wait_for_text("Greet from afar", "#rows")
+        # Without the password in the address, but the browser remembers it, and the key.
+        url = f"http://127.0.0.1:{proxy.server_port}/"
+        browser.call("Page.navigate", url=url)
+        wait_for(lambda: browser.evaluate("document.baseURI") == url)
         browser.wait_for_text("Greet from afar", "#rows")
         browser.check()
         proxy.shutdown()
