@@ -3258,8 +3258,7 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 #   no login, a wrong login, HTTP 403,     GitAuthFailed: at GitHub, git runs again with a
 #     or ssh's "Permission denied ("       new token
 #   connection, TLS, 408, 429, 5xx, a      TransientError
-#     fault or a shortage at the remote;
-#     at GitHub, 301
+#     fault or a shortage at the remote
 #   anything else                          GitFailed, which Workspace turns into
 #                                            TransientError once the job has a commit
 # remote_failure first removes URLs and quoted names, because they may contain any words.
@@ -3308,7 +3307,7 @@ PART_KILLED_RE = re.compile(r"^error: \S+ died of signal (9|15)$", re.MULTILINE)
 TOKEN_RETRY_DELAY = 3.0
 
 
-def remote_failure(result: ProgramResult, is_github: bool) -> Exception:
+def remote_failure(result: ProgramResult) -> Exception:
     """Return the error for a failure of git that contacts the remote; see above."""
     # The host's git configuration may put a login into the URL: url.*.insteadOf
     reason = hide_logins(result.error)
@@ -3320,9 +3319,7 @@ def remote_failure(result: ProgramResult, is_github: bool) -> Exception:
         return GitAuthFailed("authentication failed")
     if re.search(r"returned error: 403|Permission denied \(", words):  # HTTP or ssh
         return GitAuthFailed(reason)
-    # 301: the repository was renamed after it was looked up.
-    is_renamed = is_github and "returned error: 301" in words
-    if is_renamed or TRANSIENT_GIT_ERROR_RE.search(words):
+    if TRANSIENT_GIT_ERROR_RE.search(words):
         return TransientError(reason)
     return GitFailed(reason)
 
@@ -3424,7 +3421,7 @@ class GitDirectory:
             # retries it only if the job has a commit, which has cost something.
             raise GitFailed(f"git {args[0]} {error}") from None
         if result.code != 0:
-            raise remote_failure(result, is_github=not self.config.no_github)
+            raise remote_failure(result)
         return result
 
     def is_ancestor(self, old: str, new: str) -> bool:
