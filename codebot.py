@@ -2910,15 +2910,12 @@ class GitHubRepository:
     # Reactions and answers
 
     def react(self, paths: Iterable[str]) -> None:
-        """Add "eyes" reactions. If GitHub cannot answer now, the rest is left out."""
-        for path in paths:
-            try:
+        """Add "eyes" reactions. After an error, the rest is left out."""
+        try:
+            for path in paths:
                 self.post(f"{path}/reactions", {"content": "eyes"})
-            except GitHubError as error:
-                log.info("Could not add a reaction to %s: %s", path, error)
-            except TransientError as error:
-                log.info("Could not add reactions: %s", error)
-                return
+        except (GitHubError, TransientError) as error:
+            log.info("Could not add a reaction: %s", error)
 
     def post_once(
         self,

@@ -11936,12 +11936,12 @@ def test_failed_reaction_holds_up_no_review(limited_pull: Pull) -> None:
     assert site.repository.count(pattern) == 1
 
 
-def test_refused_reaction_leaves_out_no_other(limited_pull: Pull) -> None:
+def test_refused_reaction_fails_no_review(limited_pull: Pull) -> None:
     limited_pull.site.agent.follow("classify none")
     limited_pull.site.repository.fail("POST /pulls/comments/*/reactions", 404)
     limited_pull.site.person("alice").review("", "Thanks!", "And for this!")
     assert limited_pull.review()["status"] == "completed"
-    assert len(limited_pull.reactions()) == 1
+    assert limited_pull.reactions() == []
 
 
 @pytest.fixture
