@@ -1640,12 +1640,12 @@ def launch_record(config: Config, workspace_path: str) -> pathlib.Path:
     return pathlib.Path(config.work_dir, "launched", os.path.basename(workspace_path))
 
 
-def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") -> bool:
+def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") -> str:
     """End what a launcher left running in a workspace, if anything.
 
     Acts only on a record that begins with ``record_prefix``: "" for any launch, the tag of
     a codebot process for its launches, STOP_FAILED for one whose stop has failed. Returns
-    False only if there is such a record, and CODEBOT_LAUNCHER_STOP failed or is not set.
+    the error if there is such a record, and CODEBOT_LAUNCHER_STOP failed or is not set.
     """
     record = launch_record(config, workspace_path)
     # Without a record, nothing runs. On NFS, an exclusive lock needs "+" (write access).
@@ -1655,7 +1655,7 @@ def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") 
         # While this call waited, the record may have been removed, or replaced by that of
         # a later launch, whose tag may differ. So it is read by its path, not ``lock``.
         if not record.read_text().startswith(record_prefix):
-            return True
+            return ""
         error = run_stop_command(config, workspace_path)
         if error:
             log.warning(
@@ -1668,9 +1668,9 @@ def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") 
             # If a full disk prevents this, only the next run here and the next start retry.
             with contextlib.suppress(OSError):
                 record.write_text(STOP_FAILED)
-            return False
+            return error
         record.unlink()
-    return True
+    return ""
 
 
 def run_stop_command(config: Config, workspace_path: str) -> str:
@@ -2211,15 +2211,14 @@ class Sandbox:
             cwd=f"{workspace_path}/repo",
             limits=self.probe_limits,
         )
-        # If the stop command failed, launch() has left the record, and only logged why.
-        if launch_record(config, workspace_path).exists():
-            error = run_stop_command(config, workspace_path)
-            if error:
-                raise_if_stop_arrives(self.probe_limits.check_stop)
-                raise ConfigError(
-                    f"CODEBOT_LAUNCHER_STOP failed: {error}. Correct it; it "
-                    "must succeed even if nothing runs."
-                )
+        # If the stop command failed in launch(), it is tried again, to learn why.
+        error = stop_launched(config, workspace_path)
+        if error:
+            raise_if_stop_arrives(self.probe_limits.check_stop)
+            raise ConfigError(
+                f"CODEBOT_LAUNCHER_STOP failed: {error}. Correct it; it must succeed even "
+                "if nothing runs."
+            )
         return result
 
 
@@ -5362,7 +5361,7 @@ class Workspace:
 
     def stop_earlier_launch(self) -> None:
         """End what a launcher left on a node in an earlier run, or raise TransientError."""
-        if not stop_launched(self.config, self.path):
+        if stop_launched(self.config, self.path):
             raise TransientError(
                 "Processes that an earlier run left on a node could not be ended; see the "
                 "server's log"

@@ -16231,8 +16231,8 @@ def test_stop_waits_for_another_stop_of_the_same_launch(tmp_path: Path) -> None:
         second = pool.submit(codebot.stop_launched, config, workspace)
         wait_for(is_second_waiting)
         fifo.write_text("go on\n")
-        assert first.result()
-        assert second.result()
+        assert first.result() == ""
+        assert second.result() == ""
     assert (tmp_path / "stops").read_text() == "stop\n"
 
 
@@ -16260,7 +16260,8 @@ def test_stop_whose_setting_was_removed_keeps_the_record(
 ) -> None:
     config = codebot.Config(work_dir=str(tmp_path), search_path=os.environ["PATH"])
     record = add_launch_record(config)
-    assert not codebot.stop_launched(config, f"{tmp_path}/task_1234567")
+    error = codebot.stop_launched(config, f"{tmp_path}/task_1234567")
+    assert error == "the setting is missing"
     assert record.read_text() == codebot.STOP_FAILED
     assert (
         "CODEBOT_LAUNCHER_STOP failed for codebot-task_1234567: the setting is missing. "
