@@ -3293,9 +3293,12 @@ REJECTED_RE = re.compile(
 )
 # No rule refuses this push: the branch is locked, by another push or by a killed one, whose
 # lock somebody has to remove. Until then, the push is tried again. (In reftable, git 3's
-# format, all references have one lock.)
+# format, all references have one lock. Of a locked branch, git 2.53 says only that it
+# exists. If it does, the next push says whether it can be used.)
 LOCKED_RE = re.compile(
-    "^remote: error: cannot lock ref(erences| .* File exists)", re.MULTILINE
+    "^remote: error: cannot lock ref(erences| .* File exists)"
+    r"|rejected\] .*\(reference already exists\)$",
+    re.MULTILINE,
 )
 # A program that git started on this host. (Lines of the remote begin with "remote:".)
 PART_KILLED_RE = re.compile(r"^error: \S+ died of signal (9|15)$", re.MULTILINE)

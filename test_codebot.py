@@ -7970,7 +7970,8 @@ def test_rejected_push_is_reported_in_words_of_remote_or_else_with_its_reason(
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
-        ("refs/heads/{branch}.lock", "File exists"),
+        # git 2.53 gives the second reason.
+        ("refs/heads/{branch}.lock", "(File exists|reference already exists)"),
         ("reftable/tables.list.lock", "cannot lock references"),
     ],
     ids=["files", "reftable"],
@@ -8427,6 +8428,22 @@ def test_fault_of_the_remote_itself_is_no_refusal(
     line = f" ! [remote rejected] main -> main ({reason})"
     match = codebot.REJECTED_RE.search(f"first\n{line}\nlast")
     assert (match is not None) == is_refusal
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        (
+            "remote: error: cannot lock ref 'refs/heads/x': Unable to create 'x': "
+            "File exists.\n ! [remote rejected] main -> x (failed to update ref)\nlast"
+        ),
+        " ! [remote rejected] main -> x (reference already exists)\nlast",  # git 2.53
+    ],
+)
+def test_lock_of_a_branch_is_no_refusal(error: str) -> None:
+    result = codebot.ProgramResult(code=1, stdout="", stderr=error)
+    failure = codebot.remote_failure(result)
+    assert type(failure) is codebot.GitFailed
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 502 Bad Gateway\r\n\r\n"])
