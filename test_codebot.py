@@ -1796,6 +1796,7 @@ while True:
             break
 signal.set_wakeup_fd(-1)
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored if nohup runs the tests
 os.close(signals)
 os.close(signals_in)
 os.write(1, b"%d\\n" % os.getpid())
