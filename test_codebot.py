@@ -3724,7 +3724,7 @@ def test_user_without_account_has_the_home_that_home_names(host: Host) -> None:
     ("settings", "directory"),
     [
         ({"env_file": "/etc/passwd"}, "/etc"),
-        ({"key_file": "/etc/hosts"}, "/etc"),
+        ({"key_file": "/etc/passwd"}, "/etc"),
         (
             {"key_file": "/usr/bin/git"},  # programs like env may be links elsewhere
             os.path.dirname(os.path.realpath("/usr/bin/git")),
@@ -4893,7 +4893,7 @@ def test_key_in_directory_that_cannot_be_hidden_is_refused(fresh: Site) -> None:
         "serve",
         *serve_flags(fresh),
         CODEBOT_SANDBOX=None,
-        GITHUB_APP_PRIVATE_KEY_PATH="/etc/hosts",
+        GITHUB_APP_PRIVATE_KEY_PATH="/etc/passwd",
     )
     assert done.returncode == 2
     assert "codebot: The sandbox cannot hide /etc, because" in done.stderr
