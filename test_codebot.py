@@ -17691,7 +17691,8 @@ MISTAKES = {
     ),
     "port number": Mistake(
         "--port must be a whole number from 0 to 65535 (it is '99999').",
-        flags=("--port", "99999"),
+        # Not the usual address: a codebot may be running there, on the usual port.
+        flags=("--port", "99999", "--host", "127.0.0.2"),
     ),
     "empty flag": Mistake(
         "--tls-cert is empty.",  # without it, keys would be sent unencrypted
