@@ -816,7 +816,10 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
     except FileNotFoundError:
         return variables
     except OSError as error:
-        problems.append(f"Cannot read {path}: {os_error_text(error)}.")
+        problems.append(
+            f"Cannot read {path}: {os_error_text(error)}. Start codebot in the directory "
+            "of its own .env, or correct the owner or mode of this one."
+        )
         return variables
     for number, line in enumerate(text.split("\n"), 1):
         match = ENV_LINE_RE.fullmatch(line.strip(BLANKS))
@@ -10029,7 +10032,7 @@ def all_findings(codebot: Codebot, problems: Sequence[str]) -> Iterator[Finding]
     env_file = codebot.config.env_file
     source = f"{env_file} and the environment"
     if not os.path.exists(env_file):
-        source = f"the environment; there is no {env_file}"
+        source = f"the environment; no {env_file} was found"
     yield ok(f"Python {sys.version.split()[0]}; settings from {source}")
     yield from map(fail, problems)
     # check_work_dir comes first, so that programs' output goes to the work directory.

@@ -17940,7 +17940,14 @@ def test_file_that_cannot_be_read_is_reported(fresh: Site) -> None:
     env_file.chmod(0)
     done = fresh.server.run_forked("serve", *serve_flags(fresh), GITHUB_APP_ID=None)
     assert done.returncode == 2
-    assert done.stderr == f"codebot: Cannot read {env_file}: permission denied.\n"
+    advice = (
+        "Start codebot in the directory of its own .env, or correct the owner or mode of "
+        "this one."
+    )
+    unreadable = f"Cannot read {env_file}: permission denied. {advice}"
+    assert done.stderr == f"codebot: {unreadable}\n"
+    lines = run_check(fresh).stdout.splitlines()
+    assert f"FAIL  {unreadable}" in lines
     env_file.unlink()
     fresh.server.key_file.chmod(0)
     done = fresh.server.run_forked("serve", *serve_flags(fresh))
@@ -18640,7 +18647,7 @@ def test_check_runs_agent_in_sandbox(on_disk: Site) -> None:
 
 def test_check_says_where_env_file_is_expected(fresh: Site) -> None:
     env_file = fresh.server.start_dir / ".env"
-    assert f"there is no {env_file}\n" in run_check(fresh).stdout
+    assert f"no {env_file} was found\n" in run_check(fresh).stdout
     env_file.write_text("CODEBOT_MAX_WORKERS=2\n")
     assert f"settings from {env_file} and the environment\n" in run_check(fresh).stdout
 
