@@ -7460,7 +7460,7 @@ def test_failing_test_is_shown_to_agent_in_same_session_and_phases_are_logged(
     shared: Site,
 ) -> None:
     shared.agent.follow(
-        "[ $purpose = resume ] && echo good >state || echo bad >state; result"
+        "[ $purpose = resume ] && echo good >state || echo wrong >state; result"
     )
     command = "cat state; grep -q good state"
     task = shared.api.submit(test_command=command)
@@ -7473,11 +7473,11 @@ def test_failing_test_is_shown_to_agent_in_same_session_and_phases_are_logged(
     assert first.option("--session-id") == task
     assert second.option("--resume") == task
     lines = second.stdin.split("\n")
-    output = lines.index("bad")
-    assert "bad" not in first.stdin
+    output = lines.index("wrong")
+    assert "wrong" not in first.stdin
     assert re.search(r"\w{8}", lines[output - 1])
     messages = shared.api.messages(task)
-    assert "test: bad" in messages
+    assert "test: wrong" in messages
     assert [message for message in messages if message.startswith("phase: ")] == [
         "phase: clone",
         "phase: agent",
