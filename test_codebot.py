@@ -16829,7 +16829,7 @@ def test_agent_is_in_bwrap_on_slurm(on_slurm: SlurmSite) -> None:
 # --- Containers --------------------------------------------------------------
 
 # podman as far as the README's script uses it: it passes the environment on.
-PODMAN_SCRIPT = r"""#!@PYTHON@
+PODMAN_SCRIPT = """
 import os, sys
 options_with_value = ("--env", "--volume", "--workdir", "--unsetenv")
 words = sys.argv[2:]
@@ -16865,10 +16865,10 @@ def podman_script(image: str = "IMAGE") -> str:
 def test_container_gets_the_environment_that_codebot_gives(fresh: Site) -> None:
     tools = fresh.directory / "tools"
     tools.mkdir()
-    podman = PODMAN_SCRIPT.replace("@PYTHON@", sys.executable)
-    for name, text in (("codebot-podman", podman_script()), ("podman", podman)):
-        (tools / name).write_text(text)
-        (tools / name).chmod(0o755)
+    (tools / "codebot-podman").write_text(podman_script())
+    (tools / "codebot-podman").chmod(0o755)
+    podman = shlex.join([sys.executable, "-c", PODMAN_SCRIPT])
+    write_script(tools / "podman", f'exec {podman} "$@"')
     fresh.server.start(
         PATH=f"{tools}:{os.environ['PATH']}",
         CODEBOT_SANDBOX="codebot-podman {task} {objects}",
@@ -18841,7 +18841,9 @@ def test_check_names_a_proxy_that_is_no_host_name(fresh: Site) -> None:
 def test_check_wants_utf_8_except_for_its_output(fresh: Site) -> None:
     """Otherwise a test command with an umlaut could not be started."""
     locale = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = fresh.server.run("check", **locale)
+    # The file itself, because Python cannot decode -c if it contains an umlaut.
+    argv = [sys.executable, str(PROGRAM), "check"]
+    done = fresh.server.run_program(argv, **locale)
     assert "FAIL  Python does not use UTF-8 here. Set PYTHONUTF8=1" in done.stdout
     # It prints what the encoding of its output lacks.
     output = {"PYTHONIOENCODING": "ascii", "CODEBOT_SANDBOX": "/bin/b\u00fc"}
