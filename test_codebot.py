@@ -2408,6 +2408,14 @@ def freeze_tests() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def use_no_proxy() -> None:
+    """Keep git from contacting the tests' servers through this host's own proxy."""
+    for name in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY"):
+        os.environ.pop(name, None)
+        os.environ.pop(name.lower(), None)
+
+
 @pytest.fixture(autouse=True)
 def forget_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the secrets of one test from those that run later in this process."""
