@@ -3927,13 +3927,6 @@ def insert_task(db: sqlite3.Connection, values: Mapping[str, str | int | None]) 
     )
 
 
-def insert_label_event(db: sqlite3.Connection, event_id: int) -> None:
-    db.execute(
-        "INSERT INTO label_events (id) VALUES (:id) ON CONFLICT DO NOTHING",
-        {"id": event_id},
-    )
-
-
 def find_or_create_review(db: sqlite3.Connection, task_id: str, reviewer: str) -> str:
     """Return the id of the review that a reviewer's new comment joins.
 
@@ -4159,9 +4152,6 @@ class Store:
                     message = f"The queue is full ({pending} waiting); retry in 60 s"
                     raise HTTPError(503, message, {"Retry-After": "60"})
                 insert_task(db, values)
-                # With the task: a crash must not leave only one of the two.
-                if submission.label_event_id is not None:
-                    insert_label_event(db, submission.label_event_id)
                 row = db.execute("SELECT * FROM jobs WHERE id = :id", values).fetchone()
             job = make_job(row)
             if submission.idempotency_key and job.request != request:
@@ -4621,8 +4611,7 @@ class Store:
         return self._read_one(only_value, sql, id=event_id) is not None
 
     def add_label_event(self, event_id: int) -> None:
-        with self._transaction() as db:
-            insert_label_event(db, event_id)
+        self._write("INSERT INTO label_events (id) VALUES (:id)", id=event_id)
 
     def unfinished_issues(self) -> list[tuple[int, int]]:
         return self._read(
@@ -7038,7 +7027,9 @@ class Sync:
             github_repository.post_once(issue.number, text, marker)
         else:
             self.submit_issue(github_repository, issue, event)
-        # The event stays known, even if the obstacle goes away: a new label is a new event.
+        # If a crash comes before this, the next look submits nothing: add_task returns the
+        # stored task. The event stays known, even if an obstacle goes away: a new label is
+        # a new event.
         self.store.add_label_event(event.id)
 
     def cancel_superseded(self, look: Look, event: LabelEvent) -> None:
