@@ -6427,7 +6427,7 @@ def pull_request_body(run: JobRun) -> str:
     # Redact before truncating: a secret that is cut in two would not be found.
     task = truncate(redact(task_text(request)), 10_000)
     task = escape_html(quoted(speaker, task))
-    files = code_block(truncate(job.files, 10_000))
+    files = code_block(job.files)
     summary = quoted("The agent", truncate(job.summary, 20_000))
     body = (
         f"### Task\n\n{task}\n### Files\n\n{files}\n### Tests\n\n{tests}\n"
