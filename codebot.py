@@ -944,13 +944,21 @@ def conflicting_settings(config: Config) -> Iterator[str]:
             )
 
 
+def has_match(name: str, pattern: str) -> bool:
+    """Return whether a name matches a pattern with wildcards."""
+    try:
+        return fnmatch.fnmatchcase(name, pattern)
+    except re.error:  # Python 3.9, at a range like [b-a]; newer ones match nothing
+        return False
+
+
 def is_allowed(config: Config, name: str) -> bool:
     """Return whether OWNER/NAME or, with --no-github, a whole URL is allowed."""
     patterns = config.allowed
     if not config.no_github:  # names at GitHub are case-insensitive
         name = name.lower()
         patterns = tuple(pattern.lower() for pattern in patterns)
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return any(has_match(name, pattern) for pattern in patterns)
 
 
 def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
@@ -3196,7 +3204,7 @@ def default_test_command(config: Config, full_name: str) -> str:
     """Return the command of CODEBOT_TEST_COMMANDS for a repository, or ""."""
     name = full_name.lower()
     for pattern, command in config.test_commands:
-        if fnmatch.fnmatchcase(name, pattern.lower()):
+        if has_match(name, pattern.lower()):
             return command
     return ""
 

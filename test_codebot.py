@@ -3948,6 +3948,8 @@ def test_symlink_into_the_work_directory_is_no_remote(
         (("acme/widget",), "acme/widget2", False),
         (("acme/*", "!x"), "other/widget", False),
         (("a/b", "acme/w?dget"), "acme/widget", True),
+        (("acme/[web-api]", "acme/[v-x]idget"), "acme/widget", True),
+        (("acme/[web-api]",), "acme/widget", False),
         ((), "acme/widget", False),
     ],
 )
@@ -4027,7 +4029,7 @@ def test_slug_is_safe_in_names(text: str, slug: str) -> None:
     [("acme/widget", "make test"), ("ACME/Widget", "make test"), ("b/c", "tox")],
 )
 def test_first_matching_test_command_is_used(name: str, command: str) -> None:
-    rules = (("acme/*", "make test"), ("*", "tox"))
+    rules = (("acme/[web-api]", "npm test"), ("acme/*", "make test"), ("*", "tox"))
     config = codebot.Config(test_commands=rules)
     repository = codebot.parse_repository_url(config, f"https://github.com/{name}")
     assert codebot.default_test_command(config, repository.full_name) == command
