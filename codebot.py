@@ -6835,8 +6835,11 @@ def answer_threads(review: Review) -> None:
                 inline_thread,
                 since=comment.created_at,
             )
-        except NotFound as error:  # a reply goes to a thread's first comment
-            # If GitHub does not show the pull request either, this raises NotFound.
+        except NotFound as error:
+            if not inline_thread:
+                raise  # the conversation cannot be deleted
+            # The reply went to the thread's first comment, which may be deleted. If GitHub
+            # does not show the pull request either, this raises NotFound, too.
             review.github_repository.pull_request(review.task.pr_number)
             log.info("No answer to %s, which was deleted: %s", thread_key, error)
         except GitHubError as error:  # the other threads still get their answers

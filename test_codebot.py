@@ -12387,6 +12387,16 @@ def test_reply_in_thread_whose_first_comment_was_deleted_gets_no_answer(
     assert pull.answers() == []
 
 
+def test_answer_in_conversation_is_posted_later_if_github_once_answers_404(
+    pull: Pull,
+) -> None:
+    pull.site.repository.fail("POST /issues/1/comments", 404)
+    pull.site.person("alice").comment("Why?")
+    assert pull.review()["status"] == "completed"
+    assert "Why?" in pull.answer()
+    assert len(pull.site.agent.runs("question")) == 1
+
+
 def test_change_is_pushed_although_its_comment_was_deleted_meanwhile(
     pull: Pull,
 ) -> None:
