@@ -8154,7 +8154,9 @@ def task_of(codebot: Codebot, payload: JsonObject) -> str:
     number = int(subject["number"])
     task_id = codebot.store.task_of_pull_request(repository_id, number)
     if task_id is None:
-        raise NoAction("No task in this work directory has this pull request (anymore)")
+        raise NoAction(
+            "Not the pull request of a task in this work directory (anymore)"
+        )
     return task_id
 
 
