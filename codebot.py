@@ -7406,8 +7406,36 @@ def store_failure(run: JobRun, ending: Ending) -> None:
     )
 
 
+def requeue_job(run: JobRun, ending: Ending) -> None:
+    """Make the job pending again, and log the transient error, if one is the cause."""
+    if ending.error:
+        pause = max(0.0, ending.not_before - time.time())
+        message = f"{ending.error.rstrip('.')}. Trying again in {pause:.0f} s"
+        run.log_event("codebot", message)
+        log.warning("Job %s: %s; retrying later", run.job.id, ending.error)
+    until_database_works(
+        run.store.requeue, run.job.id, ending.interruptions, ending.not_before
+    )
+
+
+def finish_job(run: JobRun, ending: Ending) -> None:
+    """Complete or fail the job, and log a failure."""
+    job = run.job
+    # The last event is logged before the job ends, or follow_log may miss it.
+    error = ""
+    if ending.status == "failed":
+        error = error_to_store(job, ending)
+        if error != job.error:  # else store_failure has logged it
+            run.log_event("codebot", f"Failed ({ending.reason}): {error}")
+        log.info("Job %s: %s", job.id, error.partition("\n")[0])
+    seconds = job.seconds or time.monotonic() - run.started  # for the totals
+    until_database_works(
+        run.store.finish, job, seconds, ending.status, ending.reason, error
+    )
+
+
 def store_ending(run: JobRun, ending: Ending) -> None:
-    """Delete, requeue or finish the job, as ``ending`` says, and log a failure."""
+    """Delete, requeue or finish the job, as ``ending`` says."""
     job = run.job
     if run.is_cancelled and ending.status in ("failed", "pending"):
         # A cancelled job fails as cancelled, whatever else went wrong.
@@ -7415,26 +7443,9 @@ def store_ending(run: JobRun, ending: Ending) -> None:
     if ending.status == "deleted":
         until_database_works(run.store.delete_review, job.id)
     elif ending.status == "pending":
-        if ending.error:
-            pause = max(0.0, ending.not_before - time.time())
-            message = f"{ending.error.rstrip('.')}. Trying again in {pause:.0f} s"
-            run.log_event("codebot", message)
-            log.warning("Job %s: %s; retrying later", job.id, ending.error)
-        until_database_works(
-            run.store.requeue, job.id, ending.interruptions, ending.not_before
-        )
+        requeue_job(run, ending)
     else:
-        # The last event is logged before the job ends, or follow_log may miss it.
-        error = ""
-        if ending.status == "failed":
-            error = error_to_store(job, ending)
-            if error != job.error:  # else store_failure has logged it
-                run.log_event("codebot", f"Failed ({ending.reason}): {error}")
-            log.info("Job %s: %s", job.id, error.partition("\n")[0])
-        seconds = job.seconds or time.monotonic() - run.started  # for the totals
-        until_database_works(
-            run.store.finish, job, seconds, ending.status, ending.reason, error
-        )
+        finish_job(run, ending)
 
 
 def queue_due_jobs(codebot: Codebot) -> None:
