@@ -7368,20 +7368,23 @@ def must_tell_reviewer(run: JobRun, ending: Ending) -> bool:
     return not job.error and job.phase != "answer"
 
 
+def has_begun_to_push(job: Job) -> bool:
+    if job.kind == "task":
+        return job.push_started
+    # A review does not store that its push has begun.
+    return job.commit_id != "" and reached_phase(job) in ("push", "answer")
+
+
 def error_to_store(job: Job, ending: Ending) -> str:
     """Return the error of a failed job as it is stored, in redacted form.
 
     A note follows it if the commit may be on the branch at the remote: a push may have
     succeeded although its response was lost.
     """
-    push_has_begun = job.push_started
-    if job.kind == "review":  # which has no push_started
-        phase = reached_phase(job)
-        push_has_begun = job.commit_id != "" and phase in ("push", "answer")
     # With gave_up, the reason only names the phase: see REASON_BY_PHASE.
     was_rejected = ending.reason == "push_rejected" and not ending.gave_up
     error = ending.error
-    if push_has_begun and not was_rejected:
+    if has_begun_to_push(job) and not was_rejected:
         commit = f"The commit {job.commit_id} may have been pushed to {job.branch}"
         error = f"{error.rstrip('.')}. {commit}"
     return redact(error)[:10_000]
