@@ -7283,11 +7283,7 @@ def run_steps(run: JobRun) -> Ending:
     except sqlite3.OperationalError as error:
         return ending_after_transient_error(run, str(error))
     except OSError as error:
-        message = f"System error on this host: {os_error_text(error)}"
-        if error.errno in TRANSIENT_ERRNOS:
-            return ending_after_transient_error(run, message)
-        log.exception("Job %s", job.id)
-        return Ending("failed", "internal", message)
+        return ending_after_system_error(run, error)
     except JobFailed as error:
         return Ending("failed", error.reason, str(error))
     except (GitFailed, GitHubError) as error:
@@ -7340,6 +7336,14 @@ def ending_after_transient_error(
         interruptions=int(must_repeat_agent),
         not_before=max(now + RETRY_DELAY, retry_at),
     )
+
+
+def ending_after_system_error(run: JobRun, error: OSError) -> Ending:
+    message = f"System error on this host: {os_error_text(error)}"
+    if error.errno in TRANSIENT_ERRNOS:
+        return ending_after_transient_error(run, message)
+    log.error("Job %s", run.job.id, exc_info=error)
+    return Ending("failed", "internal", message)
 
 
 def reached_phase(job: Job) -> str:
