@@ -40,9 +40,9 @@ HOW TO READ THIS FILE
     people's text    visible_text, person_login, delimited, quoted, escape_html, code_block
   Skip at first what only chooses the words of an error or decides about a retry: NOISE_RE
   to SHORTAGE_RE, TRANSIENT_GITHUB_ERROR_RE, URL_OR_NAME_RE to remote_failure,
-  AgentRun.failure, reached_phase, error_to_store. Without a launcher, skip that section,
-  too. The page is in part III, before the routes. Skip its style; its script never inserts
-  HTML.
+  AgentRun.error_text, AgentRun.failure, reached_phase, error_to_store. Without a launcher,
+  skip that section, too. The page is in part III, before the routes. Skip its style; its
+  script never inserts HTML.
 
 GLOSSARY
   store          the database of all jobs; all of its SQL is in the section Store
@@ -5897,8 +5897,8 @@ class AgentRun:
         if not is_success or is_empty or result.get("is_error"):
             raise self.failure(program)
 
-    def failure(self, program: ProgramResult) -> JobFailed:
-        """Return the error for a failed run, if possible in the agent's own words."""
+    def error_text(self, program: ProgramResult) -> str:
+        """Return why a run failed, if possible in the agent's own words."""
         result = self.result
         texts = [result.get("result")]
         if isinstance(result.get("errors"), list):
@@ -5911,7 +5911,12 @@ class AgentRun:
             words.reverse()
         texts += [*words, "it gave no reason"]
         first = next(filter(None, texts))
-        error = redact(str(first))[:1000]
+        return redact(str(first))[:1000]
+
+    def failure(self, program: ProgramResult) -> JobFailed:
+        """Return the error for a failed run."""
+        result = self.result
+        error = self.error_text(program)
         if error.startswith("No conversation found"):
             return SessionLost("agent_failed", f"The agent lost its session: {error}")
         is_refused = result.get("api_error_status") in (401, 403)
