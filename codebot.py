@@ -31,7 +31,7 @@ HOW TO READ THIS FILE
     GitHub           GitHub.send, has_write_access, GitDirectory.git_with_token
     who can act      require_api_key, require_signature, require_labeler_access,
                      require_may_act, find_repository, load_comments,
-                     Sync.obstacle, Sync.has_untrusted_edit, Sync.submit_issue, ROUTES,
+                     Sync.obstacle, Sync.has_untrusted_edit, Sync.issue_text, ROUTES,
                      Handler.dispatch, is_allowed, parse_repository_url,
                      parse_plain_remote (--no-github), parse_comment
     the agent        agent_command, run_task, run_review
@@ -7091,10 +7091,10 @@ class Sync:
         # Adding the label is itself a change, and GitHub's times are whole seconds.
         return delay > 1
 
-    def submit_issue(
+    def issue_text(
         self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
-    ) -> None:
-        """Submit the issue as a task, with its comments that may be trusted.
+    ) -> str:
+        """Return the issue's words, and those of its comments that may be trusted.
 
         A comment is trusted if it has not changed since the label and its author has write
         access. For the title and the body, see has_untrusted_edit.
@@ -7107,10 +7107,17 @@ class Sync:
                 continue
             if has_write_access(comment.user):
                 parts.append(f"Comment by {comment.user}:\n{comment.text}")
+        return "\n\n".join(parts)
+
+    def submit_issue(
+        self, github_repository: GitHubRepository, issue: Issue, event: LabelEvent
+    ) -> None:
+        """Submit the issue as a task."""
+        words = self.issue_text(github_repository, issue, event)
         request = TaskRequest(
             repository_url=github_repository.url,
             # With truncate()'s note, less than a client's 100,000 characters
-            description=truncate("\n\n".join(parts), 99_000),
+            description=truncate(words, 99_000),
             ticket_id=str(issue.number),
             ticket_summary=issue.title.strip()[:500] or f"Issue {issue.number}",
             test_command=default_test_command(self.config, github_repository.full_name),
