@@ -4747,11 +4747,8 @@ def take_work_dir(config: Config) -> None:
     tempfile.tempdir = work_dir
 
 
-def hold_lock(path: str, option: str, make_directory: bool) -> None:
-    """Lock a file until this process ends. Make it, if it is missing.
-
-    Raises ConfigError, which names ``option``, if that is impossible.
-    """
+def require_plain_path(path: str, option: str) -> None:
+    """Raise ConfigError if a path has characters at which git splits lists of paths."""
     # git gets lists of paths in the work directory. It splits GIT_CEILING_DIRECTORIES at
     # colons, and the file objects/info/alternates at line breaks. (The database's path
     # never reaches git. One rule for both is simpler.)
@@ -4760,17 +4757,30 @@ def hold_lock(path: str, option: str, make_directory: bool) -> None:
             f"Cannot use {path!r}: it contains a colon or an unprintable character. Use "
             f"another {option}."
         )
+
+
+def require_own_directory(directory: str, option: str) -> None:
+    """Raise ConfigError unless a directory belongs to codebot's user or to root."""
+    owner = os.stat(directory).st_uid
+    # Even if codebot runs as root: the owner could not open files that it makes here.
+    if owner not in (0, os.geteuid()):
+        raise ConfigError(
+            f"{directory} belongs to user {owner}. Run codebot as that user, or use "
+            f"another {option}."
+        )
+
+
+def hold_lock(path: str, option: str, make_directory: bool) -> None:
+    """Lock a file until this process ends. Make it, if it is missing.
+
+    Raises ConfigError, which names ``option``, if that is impossible.
+    """
+    require_plain_path(path, option)
     directory = os.path.dirname(path)
     try:
         if make_directory:
             os.makedirs(directory, exist_ok=True)
-        owner = os.stat(directory).st_uid
-        # Even if codebot runs as root: the owner could not open files that it makes here.
-        if owner not in (0, os.geteuid()):
-            raise ConfigError(
-                f"{directory} belongs to user {owner}. Run codebot as that user, or use "
-                f"another {option}."
-            )
+        require_own_directory(directory, option)
         # The descriptor stays open. Without O_NOFOLLOW, another user's symlink could make
         # codebot create a file elsewhere. With O_WRONLY, a FIFO would wait for a reader.
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
