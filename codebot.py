@@ -4715,23 +4715,10 @@ MAX_OUTPUT_EVENTS = 10_000  # kept from LIMITED_SOURCES, in each attempt of a ph
 LIMITED_SOURCES = ("agent", "tool", "output", "error", "test")
 
 
-def take_work_dir(config: Config) -> None:
-    """Create and lock the work directory, and have tempfile use it; lock the database.
-
-    Raises ConfigError if that fails, the disk is full, or the directory was used before
-    but there is no database.
-    """
+def require_database(config: Config) -> None:
+    """Raise ConfigError if the work directory was used before but has no database."""
     work_dir = config.work_dir
     database = config.database_file
-    hold_lock(f"{work_dir}/codebot.lock", "--work-dir", make_directory=True)
-    if is_disk_full(work_dir):
-        raise ConfigError(
-            f"The disk of {work_dir} is full. Free some space. While codebot is not "
-            "running, task_*/repo and task_*/tmp in it can be removed."
-        )
-    # The database has its own lock, because it may be in another server's work directory.
-    # If its directory is missing, it is not made: its disk may not be mounted.
-    hold_lock(f"{database}.lock", "CODEBOT_DATABASE", make_directory=False)
     has_mirrors = os.path.exists(f"{work_dir}/mirrors")
     was_used = has_mirrors or removable_paths(work_dir, "task")
     if was_used and not os.path.exists(database):
@@ -4742,6 +4729,26 @@ def take_work_dir(config: Config) -> None:
             f"there, together with {database}-wal if there is one, or use another "
             "--work-dir."
         )
+
+
+def take_work_dir(config: Config) -> None:
+    """Create and lock the work directory, and have tempfile use it; lock the database.
+
+    Raises ConfigError if that fails, the disk is full, or the directory was used before
+    but there is no database.
+    """
+    work_dir = config.work_dir
+    hold_lock(f"{work_dir}/codebot.lock", "--work-dir", make_directory=True)
+    if is_disk_full(work_dir):
+        raise ConfigError(
+            f"The disk of {work_dir} is full. Free some space. While codebot is not "
+            "running, task_*/repo and task_*/tmp in it can be removed."
+        )
+    # The database has its own lock, because it may be in another server's work directory.
+    # If its directory is missing, it is not made: its disk may not be mounted.
+    lock_path = f"{config.database_file}.lock"
+    hold_lock(lock_path, "CODEBOT_DATABASE", make_directory=False)
+    require_database(config)
     # From now on tempfile uses the work directory: /tmp may be read-only, or in memory,
     # and the output of programs may be large.
     tempfile.tempdir = work_dir
