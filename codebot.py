@@ -6566,6 +6566,17 @@ def require_may_act(review: Review) -> None:
         raise ReviewSkipped(f"{login} has no write access")
 
 
+def require_deleted(run: JobRun, stored: StoredComment) -> None:
+    """Raise TransientError unless a comment that GitHub does not list counts as deleted."""
+    # A list may lack a comment by chance: if another one is deleted meanwhile, this one
+    # moves to a page that was read already. So it counts as deleted only in a retry after a
+    # transient error, and only if codebot has had it for a while. (created_at cannot
+    # replace received_at: it may be the time of a draft.)
+    is_old = stored.received_at <= utc_time(seconds_ago=VISIBILITY_DELAY)
+    if not is_old or run.job.transient_since == 0:
+        raise TransientError("GitHub does not list a comment yet")
+
+
 def load_comments(review: Review) -> Review:
     """Return the review with the comments that it answers.
 
@@ -6585,14 +6596,7 @@ def load_comments(review: Review) -> Review:
     for stored in run.store.stored_comments(run.job.id):
         comment = current.get((stored.place, stored.id))
         if comment is None:
-            # A list may lack a comment by chance: if another one is deleted meanwhile, this
-            # one moves to a page that was read already. So it counts as deleted only in a
-            # retry after a transient error, and only if codebot has had it for a while.
-            # (created_at cannot replace received_at: it may be the time of a draft.)
-            is_old = stored.received_at <= utc_time(seconds_ago=VISIBILITY_DELAY)
-            is_deleted = is_old and run.job.transient_since > 0
-            if not is_deleted:
-                raise TransientError("GitHub does not list a comment yet")
+            require_deleted(run, stored)
         elif comment.user == run.job.reviewer:
             comments.append(comment)
     if not comments:
