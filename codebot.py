@@ -6833,6 +6833,37 @@ def reapply_change(review: Review, tip: str) -> None:
     run.save_work(base_commit=tip, commit_id=commit_id or tip)
 
 
+def post_answer(review: Review, thread_key: str, comment: Comment) -> str:
+    """Post the answer in a thread; ``comment`` is the first one that is answered.
+
+    Returns why GitHub refused it, "" if it did not.
+    """
+    job = review.run.job
+    inline_thread = comment.thread if comment.place == "inline" else 0
+    # Redact before truncating: a secret that was cut in two would not be found.
+    body = redact(answer_body(job, thread_key, comment))
+    try:
+        # An answer that was posted is not older than the comment. Without ``since``,
+        # codebot would read all comments of a long pull request for each thread.
+        review.github_repository.post_once(
+            review.task.pr_number,
+            truncate(body, MAX_BODY_CHARS),
+            f"<!-- codebot answer {job.id} {thread_key} -->",
+            inline_thread,
+            since=comment.created_at,
+        )
+    except NotFound as error:
+        if not inline_thread:
+            raise  # the conversation cannot be deleted
+        # The reply went to the thread's first comment, which may be deleted. If GitHub does
+        # not show the pull request either, this raises NotFound, too.
+        review.github_repository.pull_request(review.task.pr_number)
+        log.info("No answer to %s, which was deleted: %s", thread_key, error)
+    except GitHubError as error:
+        return f"GitHub refused the answer: {error}"
+    return ""
+
+
 def answer_threads(review: Review) -> None:
     """Post one answer in each thread, unless an earlier run has done so.
 
@@ -6847,29 +6878,8 @@ def answer_threads(review: Review) -> None:
         comments = comments[:1]
     refusal = ""
     for thread_key, members in group_by_thread(comments).items():
-        comment = members[0]  # the first one that is answered
-        inline_thread = comment.thread if comment.place == "inline" else 0
-        # Redact before truncating: a secret that was cut in two would not be found.
-        body = redact(answer_body(run.job, thread_key, comment))
-        try:
-            # An answer that was posted is not older than the comment. Without ``since``,
-            # codebot would read all comments of a long pull request for each thread.
-            review.github_repository.post_once(
-                review.task.pr_number,
-                truncate(body, MAX_BODY_CHARS),
-                f"<!-- codebot answer {run.job.id} {thread_key} -->",
-                inline_thread,
-                since=comment.created_at,
-            )
-        except NotFound as error:
-            if not inline_thread:
-                raise  # the conversation cannot be deleted
-            # The reply went to the thread's first comment, which may be deleted. If GitHub
-            # does not show the pull request either, this raises NotFound, too.
-            review.github_repository.pull_request(review.task.pr_number)
-            log.info("No answer to %s, which was deleted: %s", thread_key, error)
-        except GitHubError as error:  # the other threads still get their answers
-            refusal = f"GitHub refused the answer: {error}"
+        # After a refusal, the other threads still get their answers.
+        refusal = post_answer(review, thread_key, members[0]) or refusal
     if refusal:
         raise JobFailed("internal", refusal)
 
