@@ -7027,6 +7027,12 @@ class Sync:
 
     # Pull requests
 
+    def cancel_reviews(self, task_id: str) -> None:
+        """Cancel the running reviews. Pending ones are skipped when they start."""
+        for run in list(self.codebot.running.values()):
+            if run.job.kind == "review" and run.job.task_id == task_id:
+                run.is_cancelled = True
+
     def look_at_pull_request(self, look: Look) -> None:
         """Store a pull request's state, and queue the new comments on it."""
         task_id = look.task_id
@@ -7039,10 +7045,7 @@ class Sync:
             self.store.save_pull_request_state(task_id, current.state)
             log.info("Pull request %s is now %s", task.pr_url, current.state)
         if current.state != "open":
-            # Running reviews are cancelled. Pending ones are skipped when they start.
-            for run in list(self.codebot.running.values()):
-                if run.job.kind == "review" and run.job.task_id == task_id:
-                    run.is_cancelled = True
+            self.cancel_reviews(task_id)
             self.codebot.cleanup_wanted.set()
         elif github_repository.is_allowed:
             comments = list(github_repository.comments(task.pr_number))
