@@ -6328,6 +6328,17 @@ def test_and_commit(workspace: Workspace, request: TaskRequest) -> str:
     return commit_id
 
 
+def repair_prompt(command: str, result: ProgramResult) -> str:
+    """Return the prompt that asks the agent to make failed tests pass."""
+    # Redact before truncating: a secret that was cut in two would not be found.
+    output = redact(result.stdout)[-20_000:]
+    return (
+        f"The tests failed with exit code {result.code}. Change the code so that "
+        f"they pass. The command:\n{delimited('command', command)}"
+        f"The end of its output:\n{delimited('output', output)}"
+    )
+
+
 def run_tests(workspace: Workspace, command: str) -> str:
     """Run the test command. If it fails, show the agent its output and try again.
 
@@ -6355,13 +6366,8 @@ def run_tests(workspace: Workspace, command: str) -> str:
                 "tests_failed",
                 f"The test command ({command}) cannot be started: {result.error}",
             )
-        output = redact(result.stdout)
-        prompt = (
-            f"The tests failed with exit code {result.code}. Change the code so that "
-            f"they pass. The command:\n{delimited('command', command)}"
-            f"The end of its output:\n{delimited('output', output[-20_000:])}"
-        )
-    end = output[-1500:].strip() or "(no output)"
+        prompt = repair_prompt(command, result)
+    end = redact(result.stdout)[-1500:].strip() or "(no output)"
     raise JobFailed(
         "tests_failed",
         f"The tests still fail (exit code {result.code}). Their output ends with:\n{end}",
