@@ -6010,6 +6010,17 @@ def ask_agent(
     return agent_run.output()
 
 
+def remaining_budget(run: JobRun) -> float:
+    """Return the dollars that a job may still cost. Raises JobFailed if none are left."""
+    budget = run.config.budget
+    left = budget - (run.job.cost_usd or 0.0)
+    if left <= 0:
+        raise JobFailed(
+            "budget", f"The agent has used up CODEBOT_MAX_BUDGET_USD ({budget})"
+        )
+    return left
+
+
 def agent_command(run: JobRun, options: AgentOptions, session_option: str) -> list[str]:
     """Return the CLI's command line. CODEBOT_CLAUDE_ARGS comes last, so it prevails.
 
@@ -6025,13 +6036,7 @@ def agent_command(run: JobRun, options: AgentOptions, session_option: str) -> li
     if turns:
         argv += ["--max-turns", str(min(turns))]
     if config.budget:
-        left = config.budget - (run.job.cost_usd or 0.0)
-        if left <= 0:
-            raise JobFailed(
-                "budget",
-                f"The agent has used up CODEBOT_MAX_BUDGET_USD ({config.budget})",
-            )
-        argv += ["--max-budget-usd", f"{left:.6f}"]
+        argv += ["--max-budget-usd", f"{remaining_budget(run):.6f}"]
     return [*argv, *config.claude_args]
 
 
