@@ -4975,6 +4975,17 @@ def until_database_works(method: Callable[..., T], *args: object) -> T:
         wait(DATABASE_RETRY_DELAY)
 
 
+def event_text(message: str) -> str:
+    """Return an event's message as it is stored: redacted and truncated."""
+    # Cut first, because a hostile line of megabytes takes a second to redact.
+    text = redact(message[:MAX_MESSAGE_CHARS])
+    # A secret may be cut in two there. That is far behind what is kept, unless almost all
+    # before it were secrets or terminal codes.
+    if len(message) > MAX_MESSAGE_CHARS and len(text) < 4 * MAX_EVENT_CHARS:
+        return "(long text omitted)"
+    return truncate(text, MAX_EVENT_CHARS)
+
+
 class JobRun:
     """One run of a job: the job as the run changes it, its log, and what can end it."""
 
@@ -5011,13 +5022,7 @@ class JobRun:
                     continue
                 if self.events_left == 0:
                     message = "(further output omitted)"
-            # Cut first, because a hostile line of megabytes takes a second to redact.
-            text = redact(message[:MAX_MESSAGE_CHARS])
-            # A secret may be cut in two there. That is far behind what is kept, unless
-            # almost all before it were secrets or terminal codes.
-            if len(message) > MAX_MESSAGE_CHARS and len(text) < 4 * MAX_EVENT_CHARS:
-                text = "(long text omitted)"
-            events.append((source, truncate(text, MAX_EVENT_CHARS)))
+            events.append((source, event_text(message)))
         self.store.add_events(self.job.task_id, events)
 
     def update(self, **changes: Any) -> None:
