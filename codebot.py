@@ -6151,12 +6151,36 @@ def run_task(run: JobRun) -> None:
     run.log_event("codebot", "Completed")
 
 
+def ask_for_repository(run: JobRun, github: GitHub, name: str) -> GitHubRepository:
+    """Return a task's repository as GitHub shows it.
+
+    If GitHub does not show it or gives no token for it, raises JobFailed or, once there is
+    a commit, TransientError.
+    """
+    try:
+        github_repository = github.repository_by_name(name)
+        # GitHub refuses the token if the App is not installed on the repository.
+        github.token(github_repository.id)
+    except (AppRefused, GitHubError) as error:
+        message = str(error)
+        if isinstance(error, NotFound):
+            message = (
+                f"{name} does not exist, or the App is not installed on it. Add it at "
+                f"…/settings/installations/{run.config.installation_id} ({error})"
+            )
+        if run.job.commit_id:  # finished work is retried for RETRY_LIMIT
+            raise TransientError(message) from None
+        raise JobFailed(
+            "clone_failed", f"Failed to clone repository: {message}"
+        ) from None
+    return github_repository
+
+
 def find_repository(run: JobRun) -> Repository:
     """Find the task's repository at GitHub, store its id, and return it.
 
     Raises JobFailed if the repository is not allowed (the settings may have changed), or
-    was renamed, replaced or archived. If GitHub does not show it or gives no token for it,
-    raises JobFailed or, once there is a commit, TransientError.
+    was renamed, replaced or archived. For other errors see ask_for_repository.
     """
     job = run.job
     try:
@@ -6166,23 +6190,7 @@ def find_repository(run: JobRun) -> Repository:
     github = run.codebot.github
     if github is None:
         return repository
-    try:
-        github_repository = github.repository_by_name(repository.full_name)
-        # GitHub refuses the token if the App is not installed on the repository.
-        github.token(github_repository.id)
-    except (AppRefused, GitHubError) as error:
-        message = str(error)
-        if isinstance(error, NotFound):
-            message = (
-                f"{repository.full_name} does not exist, or the App is not installed "
-                "on it. Add it at …/settings/installations/"
-                f"{run.config.installation_id} ({error})"
-            )
-        if job.commit_id:  # finished work is retried for RETRY_LIMIT
-            raise TransientError(message) from None
-        raise JobFailed(
-            "clone_failed", f"Failed to clone repository: {message}"
-        ) from None
+    github_repository = ask_for_repository(run, github, repository.full_name)
     require_usable_repository(job, repository, github_repository)
     github.bot()  # write_commit needs it: ask before the agent costs anything
     run.update(repository_id=github_repository.id)
