@@ -6460,32 +6460,42 @@ def create_pull_request(workspace: Workspace) -> None:
     run.codebot.look_now(Look("pull_request", task_id=run.job.id))
 
 
-def pull_request_body(run: JobRun) -> str:
-    """Return a body with the task, the facts from codebot, and the agent's words."""
-    job = run.job
-    speaker = f"Issue #{job.issue_number}" if job.issue_number else "The submitter"
-    tests = "No test command was given.\n"
+def quoted_task(job: Job) -> str:
+    """Return what the submitter or the issue asks for, as a quote."""
+    request = job.request
+    speaker = "The submitter"
+    if job.issue_number:
+        speaker = f"Issue #{job.issue_number}"
+        # The issue's own title does not begin with its number.
+        request = dataclasses.replace(request, ticket_id="")
+    # Redact before truncating: a secret that is cut in two would not be found.
+    text = truncate(redact(task_text(request)), 10_000)
+    return escape_html(quoted(speaker, text))
+
+
+def facts_of_task(job: Job) -> str:
+    """Return how the tests ended, the cost, the time, and the issue to close."""
+    facts = "No test command was given.\n\n"
     if job.passed_attempt:
         # A client's command has at most 10,000 characters; the operator's may have more.
         command = code_block(truncate(redact(job.request.test_command), 10_000))
-        tests = f"Passed (attempt {job.passed_attempt}):\n\n{command}"
-    facts = ""
+        facts = f"Passed (attempt {job.passed_attempt}):\n\n{command}\n"
     if job.cost_usd is not None:
-        facts = f"The agent reports a cost of {job.cost_usd:.2f} US dollars.\n"
+        facts += f"The agent reports a cost of {job.cost_usd:.2f} US dollars.\n"
     facts += f"Done in {job.seconds:.0f} s.\n"
     if job.issue_number:
         facts += f"Closes #{job.issue_number}\n"
-    request = job.request
-    if job.issue_number:  # the issue's own title does not begin with its number
-        request = dataclasses.replace(request, ticket_id="")
-    # Redact before truncating: a secret that is cut in two would not be found.
-    task = truncate(redact(task_text(request)), 10_000)
-    task = escape_html(quoted(speaker, task))
+    return facts
+
+
+def pull_request_body(run: JobRun) -> str:
+    """Return a body with the task, the facts from codebot, and the agent's words."""
+    job = run.job
     files = code_block(job.files)
     summary = quoted("The agent", truncate(job.summary, 20_000))
     body = (
-        f"### Task\n\n{task}\n### Files\n\n{files}\n### Tests\n\n{tests}\n"
-        f"{facts}\n### Summary\n\n{summary}"
+        f"### Task\n\n{quoted_task(job)}\n### Files\n\n{files}\n"
+        f"### Tests\n\n{facts_of_task(job)}\n### Summary\n\n{summary}"
     )
     body = without_ci_skips(redact(body))[:MAX_BODY_CHARS]
     # This marker is for other programs. codebot finds the pull request by its branch.
