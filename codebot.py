@@ -7673,11 +7673,8 @@ def read_head(file: io.BufferedReader) -> list[str]:
         lines.append(line[:-2].decode("latin-1"))
 
 
-def parse_headers(version: str, lines: Sequence[str]) -> dict[str, str]:
-    """Return the headers by their names in lower case.
-
-    Refuses headers that codebot and a proxy in front of it might understand differently.
-    """
+def join_headers(lines: Sequence[str]) -> dict[str, str]:
+    """Return the headers by their names in lower case, with all values of each."""
     headers: dict[str, str] = {}
     for line in lines:
         sent_name, _, value = line.partition(":")
@@ -7689,6 +7686,15 @@ def parse_headers(version: str, lines: Sequence[str]) -> dict[str, str]:
             raise HTTPError(400, f"Duplicate {sent_name} header")
         else:
             headers[name] += f", {value}"
+    return headers
+
+
+def parse_headers(version: str, lines: Sequence[str]) -> dict[str, str]:
+    """Return the headers by their names in lower case.
+
+    Refuses headers that codebot and a proxy in front of it might understand differently.
+    """
+    headers = join_headers(lines)
     if "host" not in headers and version == "HTTP/1.1":
         raise HTTPError(400, "Missing Host header")
     if not HOST_RE.fullmatch(headers.get("host", "")):
