@@ -9313,6 +9313,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.enter("handling")
         return route.handler(codebot, request, **parameters)
 
+    def read_bytes(self, length: int) -> bytes:
+        """Read a whole body. What has arrived counts in the table of connections."""
+        body = bytearray()
+        while len(body) < length:
+            chunk = self.rfile.read1(min(CHUNK_BYTES, length - len(body)))
+            if not chunk:
+                raise HTTPError(400, "The body is shorter than its Content-Length")
+            body += chunk
+            self.server.connections.add_body_bytes(self.connection, len(chunk))
+        self.is_read = True
+        return bytes(body)
+
     def receive_body(self, headers: Headers, limit: int) -> bytes:
         # float() makes infinity of a very long number. int() refuses over 4,300 digits.
         length = float(headers.get("content-length", "0"))
@@ -9321,15 +9333,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         expects_continue = headers.get("expect", "").lower() == "100-continue"
         if length and expects_continue and self.request_version == "HTTP/1.1":
             self.handle_expect_100()
-        body = bytearray()
-        while len(body) < length:
-            chunk = self.rfile.read1(min(CHUNK_BYTES, int(length) - len(body)))
-            if not chunk:
-                raise HTTPError(400, "The body is shorter than its Content-Length")
-            body += chunk
-            self.server.connections.add_body_bytes(self.connection, len(chunk))
-        self.is_read = True
-        return bytes(body)
+        return self.read_bytes(int(length))
 
     def send(self, response: Response) -> None:
         headers = dict(response.headers)
