@@ -8061,19 +8061,23 @@ def read_number(name: str, text: str, minimum: int, maximum: int) -> int:
         raise HTTPError(400, f"{name} {error} (it is {text[:100]!r})") from None
 
 
+def read_before(codebot: Codebot, task_id: str) -> int:
+    """Return the seq before which a list begins: a task's; without an id, the highest."""
+    if not task_id:
+        return sys.maxsize
+    task = codebot.store.job(task_id)
+    if task is None or task.kind != "task":
+        raise HTTPError(400, f"before: no such task: {task_id[:100]}")
+    return task.seq
+
+
 def list_tasks(codebot: Codebot, request: Request) -> Response:
     status, limit_text, before = request.parameters("status", "limit", "before")
     if status and status not in JOB_STATES:
         states = ", ".join(JOB_STATES)
         raise HTTPError(400, f"status {status[:100]!r} is not one of {states}")
     limit = read_number("limit", limit_text or "100", 1, 1000)
-    before_seq = sys.maxsize
-    if before:
-        task = codebot.store.job(before)
-        if task is None or task.kind != "task":
-            raise HTTPError(400, f"before: no such task: {before[:100]}")
-        before_seq = task.seq
-    tasks = codebot.store.tasks(status, limit, before_seq)
+    tasks = codebot.store.tasks(status, limit, read_before(codebot, before))
     return json_response({"tasks": tasks, "count": len(tasks)})
 
 
