@@ -9182,14 +9182,9 @@ class ConnectionTable:
         that is waiting or receiving or, if there is none, the oldest that is sending.
         Raises OSError if all are being handled.
         """
-        idle = []
-        sending = []
         with self._lock:
-            for connection, entry in self._entries.items():
-                if entry.state == "sending":
-                    sending.append(connection)
-                elif entry.state in ("waiting", "receiving"):
-                    idle.append(connection)
+            sending = self._in_states("sending")
+            idle = self._in_states("waiting", "receiving")
             victims = idle + sending
             if len(sending) > len(self._entries) / 2:
                 # Somebody leaves responses unread to keep others out.
@@ -9199,6 +9194,14 @@ class ConnectionTable:
             self._drop(victims[0])
 
     # With the lock held
+
+    def _in_states(self, *states: str) -> list[socket.socket]:
+        """Return the connections in one of these states, the oldest first."""
+        return [
+            connection
+            for connection, entry in self._entries.items()
+            if entry.state in states
+        ]
 
     def _entry(self, connection: socket.socket) -> ConnectionEntry:
         if connection not in self._entries:
