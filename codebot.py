@@ -6224,19 +6224,24 @@ def require_usable_repository(
         )
 
 
-def name_workspace(run: JobRun) -> None:
-    """Name the task's directory and branch, unless an earlier run has."""
-    job = run.job
-    if job.directory:
-        return
-    digits = job.id.replace("-", "")
+def unused_digits(run: JobRun) -> str:
+    """Return 7 hexadecimal digits of the task's id that no other task's names have."""
+    digits = run.job.id.replace("-", "")
     # Only these digits are in the name of the outbox, so no two tasks may share them. The
     # store also knows the tasks whose directory was removed: a review makes it again.
     while run.store.has_directory(digits[:7]) or find_paths(
         run.config.work_dir, f"task_*{digits[:7]}"
     ):
         digits = digits[1:]
-    name = digits[:7]
+    return digits[:7]
+
+
+def name_workspace(run: JobRun) -> None:
+    """Name the task's directory and branch, unless an earlier run has."""
+    job = run.job
+    if job.directory:
+        return
+    name = unused_digits(run)
     ticket = slugify(redact(job.request.ticket_id))
     slug = slugify(redact(job.request.subject).lower()) or "task"
     directory = "_".join(filter(None, ("task", ticket, name)))
