@@ -35,8 +35,8 @@ HOW TO READ THIS FILE
                      Handler.dispatch, is_allowed, parse_repository_url,
                      parse_plain_remote (--no-github), parse_comment
     the agent        agent_command, run_task, run_review
-    what is pushed   run_tests, collect_tree, inspect_commit, DiffScanner,
-                     push_task_commit, push_review_commit
+    what is pushed   run_tests, Workspace.fetch_arguments, collect_tree, inspect_commit,
+                     DiffScanner, push_task_commit, push_review_commit
     people's text    visible_text, person_login, delimited, quoted, escape_html, code_block
   Skip at first what only chooses the words of an error or decides about a retry: NOISE_RE
   to SHORTAGE_RE, TRANSIENT_GITHUB_ERROR_RE, URL_OR_NAME_RE to remote_failure,
@@ -5313,7 +5313,7 @@ class Workspace:
     # Three methods start something in the sandbox, with command lines from sandboxed():
     #   script              codebot's own scripts on this host, by run_in_sandbox
     #   run_work            the agent and the tests, here or on a node, by run_in_sandbox
-    #   collect_tree        UPLOAD_SCRIPT, which git fetch starts
+    #   fetch_arguments     UPLOAD_SCRIPT, which git fetch starts
 
     def environment(self, as_agent: bool) -> dict[str, str]:
         """Return the whole environment of a program that run_in_sandbox runs."""
@@ -5459,6 +5459,27 @@ class Workspace:
         blobs = "\n".join(line.split()[3] for line in lines)
         pathlib.Path(self.outbox.path, "fsck-skip-list").write_text(blobs)
 
+    def fetch_arguments(self, tree: str) -> list[str]:
+        """Return the arguments with which git fetches a recorded tree, in a commit."""
+        args = ["-c", "fetch.fsckObjects=true"]
+        # The path is relative, because git splits this option at commas and blanks.
+        args += ["-c", "fetch.fsck.skipList=fsck-skip-list"]
+        # fsck accepts lines and files of .gitattributes that are too long, because the base
+        # may have some. They are harmless: git (since 2.39.1) ignores them.
+        for fault in ("LineLength", "Large"):
+            args += ["-c", f"fetch.fsck.gitattributes{fault}=ignore"]
+        # git fetch has sh run this: bwrap … -- sh -c … '/…/repo'. The repository is a URL,
+        # not a path: at a path, git would take a file for a bundle and read it outside the
+        # sandbox, and before 2.46 without fsck. (In bwrap, repo is a mount, which the agent
+        # cannot replace.)
+        upload = self.sandboxed(
+            ["sh", "-c", UPLOAD_SCRIPT, "sh", self.base_commit, tree]
+        )
+        args += [*GIT_FETCH, "--upload-pack", shlex.join(upload), "--"]
+        # No ref is written: write_commit needs only the objects. The lock of a ref could
+        # outlive a killed git, and a retry of a review goes on in the same outbox.
+        return [*args, f"file://{urllib.parse.quote(self.repo)}", "HEAD"]
+
     def collect_tree(self, tree: str) -> None:
         """Commit a recorded tree in the sandbox, and fetch that commit into the outbox.
 
@@ -5469,24 +5490,7 @@ class Workspace:
         the repository is not usable anymore, JobFailed if git exceeds a limit.
         """
         self.write_skip_list()
-        # git fetch has sh run this: bwrap … -- sh -c … '/…/repo'. The repository is a URL,
-        # not a path: at a path, git would take a file for a bundle and read it outside the
-        # sandbox, and before 2.46 without fsck. (In bwrap, repo is a mount, which the agent
-        # cannot replace.)
-        args = ["-c", "fetch.fsckObjects=true"]
-        # The path is relative, because git splits this option at commas and blanks.
-        args += ["-c", "fetch.fsck.skipList=fsck-skip-list"]
-        # fsck accepts lines and files of .gitattributes that are too long, because the base
-        # may have some. They are harmless: git (since 2.39.1) ignores them.
-        for fault in ("LineLength", "Large"):
-            args += ["-c", f"fetch.fsck.gitattributes{fault}=ignore"]
-        upload = self.sandboxed(
-            ["sh", "-c", UPLOAD_SCRIPT, "sh", self.base_commit, tree]
-        )
-        args += [*GIT_FETCH, "--upload-pack", shlex.join(upload), "--"]
-        # No ref is written: write_commit needs only the objects. The lock of a ref could
-        # outlive a killed git, and a retry of a review goes on in the same outbox.
-        args += [f"file://{urllib.parse.quote(self.repo)}", "HEAD"]
+        args = self.fetch_arguments(tree)
         env = {
             **base_environment(self.config),
             "GIT_ALLOW_PROTOCOL": "file",
