@@ -6674,21 +6674,27 @@ def react_to_comments(review: Review) -> None:
 # From the comments to a commit
 
 
+def act_on_comments(review: Review) -> None:
+    """Classify the request, unless an earlier run has, and carry it out."""
+    run = review.run
+    for comment in review.comments:
+        run.log_event("codebot", f"Comment by {comment.user}: {comment.text}")
+    text = format_comments("earlier-comment", earlier_comments(review))
+    text += format_comments("comment", review.comments)
+    if not run.job.request_kind:
+        react_to_comments(review)
+        classify(review, text)
+    if run.job.request_kind in ("question", "change"):
+        carry_out(review, text)
+
+
 def prepare_answers(review: Review) -> None:
     """Store the answers, unless an earlier run has, and push the commit."""
     run = review.run
     # job.answers has an entry for each thread, perhaps "", once the agent's work is stored.
     # For the kinds "none" and "limit" it stays empty, and no work is left to do.
     if not run.job.answers:
-        for comment in review.comments:
-            run.log_event("codebot", f"Comment by {comment.user}: {comment.text}")
-        text = format_comments("earlier-comment", earlier_comments(review))
-        text += format_comments("comment", review.comments)
-        if not run.job.request_kind:
-            react_to_comments(review)
-            classify(review, text)
-        if run.job.request_kind in ("question", "change"):
-            carry_out(review, text)
+        act_on_comments(review)
     if run.job.commit_id and not run.job.is_pushed:
         push_review_commit(review)
         run.update(is_pushed=True)  # a retry must not restore what others remove now
