@@ -9112,12 +9112,13 @@ def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
     """Return the route and its parameters. Raises HTTPError 404 or 405."""
     for route in ROUTES:
         match = re.fullmatch(route.path, path)
-        if match and method in route.methods:
-            return route, match.groupdict()
-        if match:
+        if match is None:
+            continue
+        if method not in route.methods:
             methods = ", ".join(route.methods)
             message = f"Method not allowed; use {methods}"
             raise HTTPError(405, message, {"Allow": methods})
+        return route, match.groupdict()
     raise HTTPError(404, f"No such path: {path[:100]}")
 
 
