@@ -4836,24 +4836,25 @@ def remove_tree(config: Config, path: str) -> None:
     name, _, part = os.path.relpath(path, config.work_dir).partition("/")
     if not REMOVABLE_RE.fullmatch(name) or part not in ("", "repo", "tmp"):
         raise ValueError(f"{path} is not a directory that codebot may remove")
-    if os.path.lexists(path):
-        # chmod is only for what rm cannot remove. rm never follows a symlink. chmod may
-        # follow one if a process replaces files meanwhile, but it only gives a file's owner
-        # more rights.
-        script = """
-            rm -rf -- "$1" 2>/dev/null && exit
-            [ -L "$1" ] || chmod -R u+rwX -- "$1"
-            rm -rf -- "$1"
-        """
-        env = base_environment(config)
-        limits = Limits(check_stop=wait)
-        try:
-            run_program(["sh", "-c", script, "sh", path], env, limits=limits)
-        except LimitReached:
-            pass  # some of it remains, most likely
-        except OSError:  # a full disk may have no file left for the program's output
-            with contextlib.suppress(RecursionError):  # it is very deep
-                shutil.rmtree(path, ignore_errors=True)
+    if not os.path.lexists(path):
+        return
+    # chmod is only for what rm cannot remove. rm never follows a symlink. chmod may follow
+    # one if a process replaces files meanwhile, but it only gives a file's owner more
+    # rights.
+    script = """
+        rm -rf -- "$1" 2>/dev/null && exit
+        [ -L "$1" ] || chmod -R u+rwX -- "$1"
+        rm -rf -- "$1"
+    """
+    env = base_environment(config)
+    limits = Limits(check_stop=wait)
+    try:
+        run_program(["sh", "-c", script, "sh", path], env, limits=limits)
+    except LimitReached:
+        pass  # some of it remains, most likely
+    except OSError:  # a full disk may have no file left for the program's output
+        with contextlib.suppress(RecursionError):  # it is very deep
+            shutil.rmtree(path, ignore_errors=True)
     if os.path.lexists(path):
         raise TransientError(f"{path} cannot be removed")
 
