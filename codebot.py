@@ -807,20 +807,9 @@ ENV_LINE_RE = re.compile(
 )
 
 
-def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
-    """Read lines of the form NAME=value. A missing file counts as an empty one."""
-    variables: dict[str, str] = {}
-    try:
-        # Bytes that are not UTF-8 are decoded in the same way as in os.environ.
-        text = pathlib.Path(path).read_text("utf-8-sig", "surrogateescape")
-    except FileNotFoundError:
-        return variables
-    except OSError as error:
-        problems.append(
-            f"Cannot read {path}: {os_error_text(error)}. Start codebot in the directory "
-            "of its own .env, or correct the owner or mode of this one."
-        )
-        return variables
+def parse_env_lines(path: str, text: str, problems: list[str]) -> dict[str, str]:
+    """Parse lines of the form NAME=value."""
+    variables = {}
     for number, line in enumerate(text.split("\n"), 1):
         match = ENV_LINE_RE.fullmatch(line.strip(BLANKS))
         if match and "\0" not in line:  # no environment can hold a NUL
@@ -832,6 +821,22 @@ def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
                 "quote must end with it, and not contain it."
             )
     return variables
+
+
+def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
+    """Return the variables that a .env sets. A missing file counts as an empty one."""
+    try:
+        # Bytes that are not UTF-8 are decoded in the same way as in os.environ.
+        text = pathlib.Path(path).read_text("utf-8-sig", "surrogateescape")
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        problems.append(
+            f"Cannot read {path}: {os_error_text(error)}. Start codebot in the directory "
+            "of its own .env, or correct the owner or mode of this one."
+        )
+        return {}
+    return parse_env_lines(path, text, problems)
 
 
 def hide_logins(text: str) -> str:
