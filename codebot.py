@@ -845,6 +845,11 @@ def hide_logins(text: str) -> str:
     return re.sub(r"(?<!\S)(\W?\w+://)?\S+@", r"\1***@", text)
 
 
+def hide_values(text: str) -> str:
+    """Hide logins, and the values in NAME=SECRET and in JSON: all after a = or a quote."""
+    return re.sub("(?s)([=\"']).*", r"\1***", hide_logins(text))
+
+
 def read_settings(
     flags: Flags, variables: Mapping[str, str], problems: list[str]
 ) -> dict[str, Any]:
@@ -867,9 +872,7 @@ def read_settings(
             try:
                 values[field.name] = field.metadata["parse"](text)
             except ValueError as error:
-                # A bad value may be NAME=SECRET instead of a name, or JSON with a key.
-                shown = re.sub("(?s)([=\"']).*", r"\1***", hide_logins(text))
-                problems.append(f"{name} {error} (it is {shown!r}).")
+                problems.append(f"{name} {error} (it is {hide_values(text)!r}).")
     return values
 
 
