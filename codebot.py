@@ -1106,15 +1106,30 @@ SECRET_HEADER_RE = re.compile(
 )
 
 
-def configured_secrets(config: Config) -> set[str]:
-    """Return all secrets in the settings, and their lines except "-----BEGIN ..."."""
-    names = [*MODEL_KEY_NAMES, *OWN_SECRET_NAMES]
-    names += filter(SECRET_NAME_RE.search, config.agent_env)
-    secrets = {*config.api_keys, *copy_variables(config, names).values()}
+def read_keys(config: Config) -> Iterator[str]:
+    """Yield the App's key and the TLS key, if codebot can read them."""
     for path in (config.key_file, config.tls_key):
         if os.path.isfile(path):  # reading from a pipe could block forever
             with contextlib.suppress(OSError, ValueError):
-                secrets.add(pathlib.Path(path).read_text())
+                yield pathlib.Path(path).read_text()
+
+
+def with_lines(secrets: set[str]) -> set[str]:
+    """Return the secrets, also without blanks, and their lines except "-----BEGIN ..."."""
+    forms = secrets | {secret.strip(BLANKS) for secret in secrets}
+    for line in "\n".join(secrets).splitlines():
+        line = line.strip()
+        if not line.startswith("-----"):
+            forms.add(line)
+    return forms
+
+
+def configured_secrets(config: Config) -> set[str]:
+    """Return all secrets in the settings, and their lines."""
+    names = [*MODEL_KEY_NAMES, *OWN_SECRET_NAMES]
+    names += filter(SECRET_NAME_RE.search, config.agent_env)
+    secrets = {*config.api_keys, *copy_variables(config, names).values()}
+    secrets.update(read_keys(config))
     # With --no-github, git also uses ALL_PROXY. The paths of certificates do no harm here.
     proxies = (*NETWORK_NAMES, "ALL_PROXY", "all_proxy")
     names = [*config.agent_env, *proxies, "ANTHROPIC_BASE_URL"]
@@ -1122,12 +1137,7 @@ def configured_secrets(config: Config) -> set[str]:
         secrets.update(header_secrets(value))
         for word in value.split():
             secrets.update(address_secrets(word, is_proxy=name in proxies))
-    secrets |= {secret.strip(BLANKS) for secret in secrets}
-    for line in "\n".join(secrets).splitlines():
-        line = line.strip()
-        if not line.startswith("-----"):
-            secrets.add(line)
-    return secrets
+    return with_lines(secrets)
 
 
 def header_secrets(headers: str) -> Iterator[str]:
