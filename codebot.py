@@ -1149,6 +1149,19 @@ def header_secrets(headers: str) -> Iterator[str]:
             yield words[-1]
 
 
+def possible_logins(address: str, is_proxy: bool) -> list[str]:
+    """Return what may be USER:PASSWORD in an address from which https:// was removed.
+
+    Some programs accept a password with a "/": USER:a/b@HOST. So all that is before the
+    last @ also counts as a login, unless that @ is in a path, as in HOST:80/PATH@2 and
+    USER@HOST:DIR/PATH@2. (A proxy's address has no path.)
+    """
+    logins = [address.partition("/")[0].rpartition("@")[0]]
+    if is_proxy or re.match(r"[^:/@]*:(?!\d+/)", address):
+        logins.append(address.rpartition("@")[0])
+    return logins
+
+
 def address_secrets(word: str, is_proxy: bool) -> Iterator[str]:
     """Yield what may be secret, if a word is an address with a query or with a login.
 
@@ -1165,13 +1178,7 @@ def address_secrets(word: str, is_proxy: bool) -> Iterator[str]:
         yield word
     address = re.sub("^[^/]*://", "", word)
     is_address = is_proxy or address != word
-    logins = [address.partition("/")[0].rpartition("@")[0]]
-    # Some programs accept a password with a "/": USER:a/b@HOST. So all that is before the
-    # last @ also counts as a login, unless that @ is in a path, as in HOST:80/PATH@2 and
-    # USER@HOST:DIR/PATH@2. (A proxy's address has no path.)
-    if is_proxy or re.match(r"[^:/@]*:(?!\d+/)", address):
-        logins.append(address.rpartition("@")[0])
-    for login in logins:
+    for login in possible_logins(address, is_proxy):
         user, _, password = login.partition(":")
         is_long = len(user) >= MIN_SEARCHED_LENGTH
         if not password and is_address and is_long and "/" not in user:
