@@ -1322,11 +1322,8 @@ class OutputFile:
         self._position = 0
         self._partial_line = bytearray()
 
-    def read_lines(self, has_exited: bool) -> list[str]:
-        """Return the new lines. An unfinished last line is returned only after the exit.
-
-        Raises TooMuchOutput.
-        """
+    def _read(self) -> bytes:
+        """Return at most READ_BYTES of what is new. Raises TooMuchOutput."""
         size = os.fstat(self.file.fileno()).st_size
         if size > MAX_OUTPUT_BYTES:
             raise TooMuchOutput(f"printed more than {MAX_OUTPUT_BYTES >> 30} GiB")
@@ -1337,6 +1334,14 @@ class OutputFile:
             self._partial_line.clear()
         data = os.pread(self.file.fileno(), READ_BYTES, self._position)
         self._position += len(data)
+        return data
+
+    def read_lines(self, has_exited: bool) -> list[str]:
+        """Return the new lines. An unfinished last line is returned only after the exit.
+
+        Raises TooMuchOutput.
+        """
+        data = self._read()
         if has_exited and not data and self._partial_line:
             data = b"\n"  # the line end that the last line lacks
         self.has_new_bytes = bool(data)
