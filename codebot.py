@@ -1764,6 +1764,13 @@ class LaunchedProgram(RunningProgram):
     is_on_node: bool = False  # no longer waiting for a node
     node_code: int | None = None  # the exit code that was printed on the node
 
+    def note_start(self) -> None:
+        """From now on, the limits of the program on the node apply."""
+        self.is_on_node = True
+        self.started = self.last_output  # read_output has just set it to now
+        self.stderr.last_lines.clear()  # the launcher's output
+        self.on_start()
+
     def handle_lines(self, lines: list[str]) -> None:
         """Note the program's start and exit code; pass on the lines that it printed."""
         output: list[str] = []
@@ -1771,21 +1778,18 @@ class LaunchedProgram(RunningProgram):
             # A program may find the sentinel in the arguments of sh or, even in bwrap, in
             # the file of its output, if the launcher gives it that file and not a pipe.
             # Then it can forge its exit code.
-            word, _, code = line.partition(" ")
+            match = re.fullmatch(f"{self.sentinel} ([0-9]{{1,3}})", line)
             # If the program has emptied the output, the first sentinel may be lost. Then
             # on_start is never called, but the exit code still counts.
-            if word == self.sentinel and re.fullmatch("[0-9]{1,3}", code):
-                self.node_code = int(code)
+            if match:
+                self.node_code = int(match[1])
                 self.end_soon()
                 if output[-1:] == [""]:  # this empty line is NODE_SCRIPT's
                     output.pop()
             elif self.is_on_node and self.node_code is None:  # between the sentinels
                 output.append(line)
             elif line == self.sentinel and not self.is_on_node:
-                self.is_on_node = True
-                self.started = self.last_output  # read_output has just set it to now
-                self.stderr.last_lines.clear()  # the launcher's output
-                self.on_start()
+                self.note_start()
             else:  # the launcher's output
                 self.stderr.keep([line])
         super().handle_lines(output)
