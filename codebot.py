@@ -2026,6 +2026,15 @@ def tool_directories(config: Config) -> Iterator[str]:
                 yield match[0]
 
 
+def option_at(path: str, options: Mapping[str, str]) -> str:
+    """Return the mount option of the innermost place that contains the path."""
+    option = READ_ONLY
+    for place in sorted(options):  # the innermost comes last
+        if is_inside(path, place):
+            option = options[place]
+    return option
+
+
 def needed_files(config: Config, options: Mapping[str, str]) -> Iterator[str]:
     """Yield the hidden files that CODEBOT_CLAUDE_COMMAND, SSL_CERT_FILE and the like name.
 
@@ -2044,12 +2053,9 @@ def needed_files(config: Config, options: Mapping[str, str]) -> Iterator[str]:
         # symlink through which it is called.
         directory, name = os.path.split(word)
         path = os.path.join(os.path.realpath(directory), name)
-        option = READ_ONLY
-        for place in sorted(options):  # the innermost comes last
-            if is_inside(path, place):
-                option = options[place]
+        is_hidden = option_at(path, options) == HIDDEN
         is_secret = os.path.realpath(path) in config.secret_files
-        if option == HIDDEN and os.path.isfile(path) and not is_secret:
+        if is_hidden and os.path.isfile(path) and not is_secret:
             yield path
 
 
