@@ -2178,6 +2178,17 @@ class Sandbox:
             text = f"{text}, launched by {shlex.join(self.config.launcher)}"
         return text
 
+    def start_problem(self, error: OSError) -> str:
+        """Return why a program did not start. Raises ConfigError if it is the launcher."""
+        # If fork failed, the error names no file: then name the program to start.
+        program = error.filename or (self.config.launcher or self.config.sandbox)[0]
+        problem = f"{program}: {os_error_text(error)}"
+        if self.config.launcher and error.filename == self.config.launcher[0]:
+            raise ConfigError(
+                f"The launcher does not start: {problem}. Correct CODEBOT_LAUNCHER."
+            )
+        return problem
+
     def probe(self, *command: str) -> ProgramResult:
         """Try the sandbox, through the launcher if any, and run ``command`` in it, if any.
 
@@ -2186,12 +2197,11 @@ class Sandbox:
         with a launcher: raises ConfigError if CODEBOT_LAUNCHER_STOP fails, TransientError
         if the launcher or its node fails, and NoFreeNode if no node becomes free.
         """
-        config = self.config
         try:
             if self.is_bwrap:
                 self.check_private_directories()
                 self.inspect_bwrap()
-            with scratch_workspace(config.work_dir) as workspace_path:
+            with scratch_workspace(self.config.work_dir) as workspace_path:
                 result = self.run_probe(workspace_path, command)
                 if os.path.exists(f"{workspace_path}/repo/probe"):
                     return result
@@ -2203,13 +2213,7 @@ class Sandbox:
         except (TimedOut, TooMuchOutput) as error:
             problem = f"it {error}"
         except OSError as error:
-            # If fork failed, the error names no file: then name the program to start.
-            program = error.filename or (config.launcher or config.sandbox)[0]
-            problem = f"{program}: {os_error_text(error)}"
-            if config.launcher and error.filename == config.launcher[0]:
-                raise ConfigError(
-                    f"The launcher does not start: {problem}. Correct CODEBOT_LAUNCHER."
-                ) from None
+            problem = self.start_problem(error)
         raise ConfigError(
             f"The sandbox does not start: {problem}. Install bubblewrap (apt "
             "install bubblewrap) if it is missing, or correct CODEBOT_SANDBOX or "
