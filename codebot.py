@@ -2586,6 +2586,30 @@ class GitHub:
         """Return the time by GitHub's clock, in seconds since 1970."""
         return time.time() + self.clock_skew
 
+    def sign(self, data: str) -> bytes:
+        """Sign with the App's key. Raises AppRefused if openssl cannot."""
+        try:
+            result = run_program(
+                ["openssl", "dgst", "-sha256", "-hex", "-sign", self.config.key_file],
+                base_environment(self.config),
+                stdin=data.encode(),
+                limits=Limits(check_stop=wait),
+            )
+        except LimitReached as error:  # the key's file system hangs
+            raise TransientError(f"openssl {error}") from None
+        # openssl prints "RSA-SHA2-256(stdin)= 3e5f…". If the disk is full, nothing arrives.
+        match = re.search("= ((?:[0-9a-f]{2})+)$", result.stdout)
+        if match is not None:
+            return bytes.fromhex(match[1])
+        if result.disk_was_full:
+            raise TransientError("The disk is full: openssl printed nothing")
+        raise AppRefused(
+            "GITHUB_APP_PRIVATE_KEY_PATH: openssl cannot sign with "
+            f"{self.config.key_file}. If it is not a private key, download it again: "
+            'the App\'s settings, "Generate a private key" '
+            f"(openssl: {result.error})"
+        )
+
     def sign_jwt(self) -> tuple[str, float]:
         """Return a JWT of the App, and its expiry, which is in 9 minutes.
 
@@ -2598,27 +2622,7 @@ class GitHub:
         claims = {"iat": now - 60, "exp": expiry, "iss": self.config.app_id}
         parts = [base64url(json.dumps(part).encode()) for part in (header, claims)]
         signed = ".".join(parts)
-        try:
-            result = run_program(
-                ["openssl", "dgst", "-sha256", "-hex", "-sign", self.config.key_file],
-                base_environment(self.config),
-                stdin=signed.encode(),
-                limits=Limits(check_stop=wait),
-            )
-        except LimitReached as error:  # the key's file system hangs
-            raise TransientError(f"openssl {error}") from None
-        # openssl prints "RSA-SHA2-256(stdin)= 3e5f…". If the disk is full, nothing arrives.
-        match = re.search("= ((?:[0-9a-f]{2})+)$", result.stdout)
-        if match is None:
-            if result.disk_was_full:
-                raise TransientError("The disk is full: openssl printed nothing")
-            raise AppRefused(
-                "GITHUB_APP_PRIVATE_KEY_PATH: openssl cannot sign with "
-                f"{self.config.key_file}. If it is not a private key, download it again: "
-                'the App\'s settings, "Generate a private key" '
-                f"(openssl: {result.error})"
-            )
-        return f"{signed}.{base64url(bytes.fromhex(match[1]))}", expiry
+        return f"{signed}.{base64url(self.sign(signed))}", expiry
 
     def request_token(self, scope: TokenScope) -> tuple[str, float]:
         """Return a new installation token, and its expiry."""
