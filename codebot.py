@@ -2768,7 +2768,7 @@ class GitHub:
             self.remember_reply(url, reply)
         return reply
 
-    def read_reply(self, response: Any) -> Reply:
+    def read_bytes(self, response: Any) -> bytearray:
         """Read the body. It may take twice the timeout: the last read may begin late."""
         deadline = time.monotonic() + self.timeout
         body = bytearray()
@@ -2776,9 +2776,12 @@ class GitHub:
             chunk = response.read1(1 << 16)
             body += chunk
             if not chunk:
-                break
+                return body
             if time.monotonic() > deadline or len(body) > MAX_GITHUB_BYTES:
                 raise TimeoutError("the response is too slow or too long")
+
+    def read_reply(self, response: Any) -> Reply:
+        body = self.read_bytes(response)
         status = response.status
         headers: Headers = response.headers
         self.note_headers(headers)
