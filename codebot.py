@@ -3532,6 +3532,16 @@ class Mirror(GitDirectory):
             for path in find_paths(self.path, pattern):
                 os.unlink(path)
 
+    def wait_for_lock(self, file: IO[bytes]) -> None:
+        while True:
+            try:
+                # LOCK_NB, because codebot could not be stopped while flock() waits.
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                self.limits.check_stop()
+                time.sleep(0.01)
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the mirror's lock, which everything that writes to the mirror must hold.
@@ -3541,14 +3551,7 @@ class Mirror(GitDirectory):
         """
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         with open(f"{self.path}.lock", "ab") as file:
-            while True:
-                try:
-                    # LOCK_NB, because codebot could not be stopped while flock() waits.
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    self.limits.check_stop()
-                    time.sleep(0.01)
+            self.wait_for_lock(file)
             self.inherited_fds = (file.fileno(),)
             try:
                 self.remove_stale_files()
