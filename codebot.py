@@ -3278,21 +3278,28 @@ UNWANTED_GIT_NAMES = (
 )
 
 
+def inherited_environment(base: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment in which the host's own git finds its credentials.
+
+    These come from the git configuration and the ssh agent of codebot's user.
+    """
+    unwanted = (*UNWANTED_GIT_NAMES, *OWN_SECRET_NAMES, *MODEL_VARIABLE_NAMES)
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(unwanted)
+    }
+    for name in ("CODEBOT_RUN", "GIT_TERMINAL_PROMPT", "LC_ALL", "PATH"):
+        env[name] = base[name]
+    env["GIT_ALLOW_PROTOCOL"] = "https:http:ssh:file"
+    return env
+
+
 def remote_environment(config: Config, token: str) -> dict[str, str]:
     """Return git's environment for the remote, including the credential."""
     env = base_environment(config)
     if config.no_github:
-        # The host's own git configuration and ssh agent provide the credentials.
-        unwanted = (*UNWANTED_GIT_NAMES, *OWN_SECRET_NAMES, *MODEL_VARIABLE_NAMES)
-        inherited = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(unwanted)
-        }
-        for name in ("CODEBOT_RUN", "GIT_TERMINAL_PROMPT", "LC_ALL", "PATH"):
-            inherited[name] = env[name]
-        inherited["GIT_ALLOW_PROTOCOL"] = "https:http:ssh:file"
-        return inherited
+        return inherited_environment(env)
     login = base64.b64encode(f"x-access-token:{token}".encode()).decode()
     return {
         **env,
