@@ -3520,6 +3520,23 @@ STALE_FILES = (
 )
 
 
+def parse_ls_remote(output: str, ref: str) -> tuple[str, str]:
+    """Return the name of the default branch and the commit of ``ref``; "" if unknown.
+
+    git prints "ref: refs/heads/main<TAB>HEAD" (for the default branch only), then
+    "COMMIT<TAB>REF". It also lists branches named .../HEAD or .../refs/heads/BRANCH.
+    """
+    default_branch = ""
+    commit = ""
+    for line in output.split("\n"):
+        value, _, name = line.partition("\t")
+        if value.startswith("ref: refs/heads/") and name == "HEAD":
+            default_branch = value.removeprefix("ref: refs/heads/")
+        elif name == ref:
+            commit = value
+    return default_branch, commit
+
+
 class Mirror(GitDirectory):
     """codebot's own copy of a remote repository. It is written from the remote only."""
 
@@ -3573,20 +3590,14 @@ class Mirror(GitDirectory):
         "" asks for the default branch. Raises BranchNotFound.
         """
         ref = f"refs/heads/{branch}" if branch else "HEAD"
-        commit = ""
         args = ("ls-remote", "--symref", "--", repository.url, ref)
-        # git prints "ref: refs/heads/main<TAB>HEAD" (for the default branch only), then
-        # "COMMIT<TAB>REF". It also lists branches named .../HEAD or .../refs/heads/BRANCH.
-        # If there are more than KEPT_LINES of these, the branch may not be found.
-        for line in self.remote_git(repository, *args).stdout.split("\n"):
-            value, _, name = line.partition("\t")
-            if value.startswith("ref: refs/heads/") and name == "HEAD":
-                branch = value.removeprefix("ref: refs/heads/")
-            elif name == ref:
-                commit = value
-        if not branch or not commit:
-            raise BranchNotFound(branch)
-        return branch, commit
+        # If git lists more than KEPT_LINES, the branch may not be found.
+        output = self.remote_git(repository, *args).stdout
+        default_branch, commit = parse_ls_remote(output, ref)
+        name = branch or default_branch
+        if not name or not commit:
+            raise BranchNotFound(name)
+        return name, commit
 
     def fetch_branch(self, repository: Repository, branch: str) -> tuple[str, str]:
         """Return a branch's name and its tip at the remote, which the mirror then has.
