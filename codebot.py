@@ -9660,6 +9660,10 @@ def run_checks(codebot: Codebot, checks: Iterable[Check]) -> Iterator[Finding]:
             yield fail(f"{str(error).rstrip('.')}.")
 
 
+def parse_version(text: str) -> list[int]:
+    return [int(part) for part in text.split(".")]
+
+
 def version_finding(command: str, result: ProgramResult, least: str) -> Finding:
     match = re.search(r"[0-9]+(\.[0-9]+)+", result.stdout)
     if result.code != 0 or match is None:
@@ -9667,9 +9671,8 @@ def version_finding(command: str, result: ProgramResult, least: str) -> Finding:
             f"`{command}` failed or printed no version (exit code {result.code}): "
             f"{result.error}"
         )
-    version = [int(part) for part in match[0].split(".")]
     name = command.split()[0]
-    if version < [int(part) for part in least.split(".")]:
+    if parse_version(match[0]) < parse_version(least):
         return fail(f"{name} is {match[0]}. Install {least} or newer.")
     return ok(f"{name} {match[0]}")
 
