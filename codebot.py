@@ -9677,18 +9677,23 @@ def version_finding(command: str, result: ProgramResult, least: str) -> Finding:
     return ok(f"{name} {match[0]}")
 
 
+def check_version(config: Config, command: str, least: str) -> Finding:
+    """Run a command that prints a version, and compare it with the oldest that works."""
+    try:
+        result = run_program(command.split(), base_environment(config))
+    except OSError as error:
+        return fail(
+            f"`{command}` cannot be run: {os_error_text(error)}. Version {least} or "
+            "newer is needed."
+        )
+    return version_finding(command, result, least)
+
+
 def check_programs(codebot: Codebot) -> Iterator[Finding]:
-    env = base_environment(codebot.config)
     for command, least in OLDEST_VERSIONS.items():
         if command == "openssl version" and codebot.github is None:
             continue  # only the App's key needs it
-        try:
-            yield version_finding(command, run_program(command.split(), env), least)
-        except OSError as error:
-            yield fail(
-                f"`{command}` cannot be run: {os_error_text(error)}. Version {least} or "
-                "newer is needed."
-            )
+        yield check_version(codebot.config, command, least)
     if sqlite3.sqlite_version_info < (3, 31):
         yield fail(
             f"This Python has SQLite {sqlite3.sqlite_version}. Use one with 3.31 or "
