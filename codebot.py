@@ -10034,15 +10034,20 @@ def running_server(codebot: Codebot) -> Iterator[Server]:
         yield server
 
 
-def print_banner(codebot: Codebot, port: int, pending: int) -> None:
-    config = codebot.config
+def server_url(config: Config, port: int) -> str:
+    """Return an address by which a browser on this host reaches the server."""
     scheme = "https" if config.tls_cert else "http"
     host = config.host
     if host in (*LOOPBACK_NAMES, "0.0.0.0", "::"):
         host = "localhost"
     elif ":" in host:
         host = f"[{host}]"
-    url = f"{scheme}://{host}:{port}"
+    return f"{scheme}://{host}:{port}"
+
+
+def print_banner(codebot: Codebot, port: int, pending: int) -> None:
+    config = codebot.config
+    url = server_url(config, port)
     webhook = f"{url}/webhook"
     if codebot.github is None or not config.webhook_secret:
         webhook = "off (it needs GitHub and GITHUB_WEBHOOK_SECRET)"
