@@ -10097,23 +10097,24 @@ def serve_command(flags: Flags) -> int:
 # --- run ---------------------------------------------------------------------
 
 
-def read_task_flags(flags: Flags) -> Fields:
-    """Return the task's fields.
-
-    Raises ConfigError if there are none, or if the file of --task cannot be used.
-    """
-    fields: Fields = {}
-    path = flags["task"]
+def read_task_file(path: str) -> Fields:
+    """Return the fields in the file of --task. Raises ConfigError."""
     try:
         if path == "-":
             with open(0, "rb", closefd=False) as file:  # sys.stdin may be None
-                fields = parse_object(file.read())
-        elif path:
-            fields = parse_object(pathlib.Path(path).read_bytes())
+                return parse_object(file.read())
+        return parse_object(pathlib.Path(path).read_bytes())
     except OSError as error:
         raise ConfigError(f"Cannot read {path}: {os_error_text(error)}.") from None
     except ValueError as error:
         raise ConfigError(f"--task {path} {error}.") from None
+
+
+def read_task_flags(flags: Flags) -> Fields:
+    """Return the task's fields. Raises ConfigError if there are none."""
+    fields: Fields = {}
+    if flags["task"]:
+        fields = read_task_file(flags["task"])
     overrides = {name: flags[name] for name in TASK_FIELDS if flags[name] is not None}
     fields = {**fields, **overrides}
     if not fields:
