@@ -9989,12 +9989,7 @@ def start_thread(
     return thread
 
 
-@contextlib.contextmanager
-def running_workers(codebot: Codebot) -> Iterator[None]:
-    """Run the threads that do the queued jobs, and stop them at the end.
-
-    Jobs that have not ended by then are pending afterward.
-    """
+def start_workers(codebot: Codebot) -> list[threading.Thread]:
     counts = {"task": codebot.config.workers}
     if codebot.github is not None:
         counts["review"] = codebot.config.review_workers
@@ -10003,6 +9998,16 @@ def running_workers(codebot: Codebot) -> Iterator[None]:
         for number in range(count):
             name = f"{kind}-{number}"
             workers.append(start_thread(name, worker_step, codebot, kind))
+    return workers
+
+
+@contextlib.contextmanager
+def running_workers(codebot: Codebot) -> Iterator[None]:
+    """Run the threads that do the queued jobs, and stop them at the end.
+
+    Jobs that have not ended by then are pending afterward.
+    """
+    workers = start_workers(codebot)
     try:
         yield
     finally:
