@@ -10079,19 +10079,28 @@ def file_times(config: Config) -> list[float]:
     return times
 
 
+def wait_for_change(config: Config, times: list[float]) -> bool:
+    """Wait until codebot is to stop or, with --debug, until a file has changed.
+
+    ``times`` are those of the files at the start. Returns whether one has changed.
+    """
+    while not STOP.wait(MAIN_INTERVAL):
+        if config.debug and file_times(config) != times:
+            return True
+    return False
+
+
 def serve_command(flags: Flags) -> int:
     """Run the server until SIGTERM, SIGINT or SIGHUP."""
     environment = dict(os.environ)  # before .env adds to it
     config = load_config(flags, is_server=True)
     times = file_times(config)
-    is_changed = False
     level = logging.DEBUG if config.debug else logging.INFO
     codebot = start_app(config, [*START_CHECKS, check_server], level)
     pending = sum(map(codebot.store.count_pending, codebot.queues))
     with running_server(codebot) as server:
         print_banner(codebot, server.server_port, pending)
-        while not (is_changed or STOP.wait(MAIN_INTERVAL)):
-            is_changed = config.debug and file_times(config) != times
+        is_changed = wait_for_change(config, times)
         log.info("A file has changed: restarting" if is_changed else "Stopping")
     if is_changed:
         os.umask(config.umask)
