@@ -290,7 +290,7 @@ WHERE THE DANGEROUS THINGS ARE
   removing directories      remove_tree; scratch directories and the demo's by
                             tempfile; in the sandbox, Workspace's scripts
   fork and exec             fork_watchdog; serve_command, with --debug
-  calls of the C library    set_up_process
+  calls of the C library    set_up_memory
   SQL                       Store, and the steps of its transactions above it
   a change of state         Store._transition
   what the network reaches  ROUTES
@@ -9902,13 +9902,8 @@ def stop_on_signals() -> None:
         signal.signal(signal.SIGHUP, handle)
 
 
-def set_up_process(codebot: Codebot, level: int) -> None:
-    """Set up the log, the signals and the watchdog, before any thread starts."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        LogFormatter("%(asctime)s %(threadName)s %(levelname)s %(message)s")
-    )
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+def set_up_memory() -> None:
+    """Keep others from reading codebot's memory, and give back what is freed."""
     if sys.platform == "linux":
         # This keeps an agent without a sandbox, unless it is root, from reading codebot's
         # memory and environment. Programs that codebot starts do not inherit this.
@@ -9922,6 +9917,16 @@ def set_up_process(codebot: Codebot, level: int) -> None:
     # A core dump could hold a token, and be where an agent can read it.
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
+
+
+def set_up_process(codebot: Codebot, level: int) -> None:
+    """Set up the log, memory, signals and the watchdog, before any thread starts."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        LogFormatter("%(asctime)s %(threadName)s %(levelname)s %(message)s")
+    )
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    set_up_memory()
     # The signals come first: a KeyboardInterrupt raised during the fork would be lost.
     stop_on_signals()
     fork_watchdog(codebot)

@@ -2526,7 +2526,7 @@ def test_no_section_uses_a_name_of_a_later_section() -> None:
         (r"HTTPS?Connection\(", "show_task"),
         (r"os\.fork\(", "fork_watchdog"),
         (r"os\.exec", "serve_command"),
-        (r"CDLL\(", "set_up_process"),
+        (r"CDLL\(", "set_up_memory"),
         (r"_thread\.", "stop_on_signals"),
     ],
 )
