@@ -10456,10 +10456,8 @@ def open_standard_files() -> None:
         sys.stderr = os.fdopen(2, "w", errors="replace")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 2 for bad settings or input."""
-    open_standard_files()
-    flags = vars(make_parser().parse_args(arguments))
+def reset_process() -> None:
+    """Undo what the parent process may have set, and codebot could not work with."""
     # If the parent ignores SIGCHLD, every program's exit code would be 0.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # If the parent blocks signals, codebot and its programs would inherit that.
@@ -10467,11 +10465,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # In bytes. With a smaller stack, as after `ulimit -s 1024`, Python 3.13 crashes when a
     # thread reads deeply nested JSON.
     threading.stack_size(8 << 20)
-    flags["umask"] = os.umask(PRIVATE_UMASK)
     if isinstance(sys.stdout, io.TextIOWrapper):  # None if it is closed
         # line_buffering: os._exit flushes nothing. errors: its encoding may lack a
         # character of a message. (Standard error is like that anyway.)
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code: 2 for bad settings or input."""
+    open_standard_files()
+    flags = vars(make_parser().parse_args(arguments))
+    reset_process()
+    flags["umask"] = os.umask(PRIVATE_UMASK)
     message = ""
     try:
         code: int = flags["function"](flags)
