@@ -1162,6 +1162,19 @@ def possible_logins(address: str, is_proxy: bool) -> list[str]:
     return logins
 
 
+def password_of(login: str, is_address: bool) -> str:
+    """Return the password of a login, or "".
+
+    Without a password, a user name of at least MIN_SEARCHED_LENGTH characters counts as the
+    password, if it is in an address.
+    """
+    user, _, password = login.partition(":")
+    is_long = len(user) >= MIN_SEARCHED_LENGTH
+    if not password and is_address and is_long and "/" not in user:
+        return user
+    return password
+
+
 def address_secrets(word: str, is_proxy: bool) -> Iterator[str]:
     """Yield what may be secret, if a word is an address with a query or with a login.
 
@@ -1171,18 +1184,14 @@ def address_secrets(word: str, is_proxy: bool) -> Iterator[str]:
         https://token-of-the-feed@host   token-of-the-feed
         http://user:a/b@proxy            a/b
 
-    Without a password, a user name of at least MIN_SEARCHED_LENGTH characters counts as the
-    password. May yield "".
+    May yield "".
     """
     if ADDRESS_WITH_QUERY_RE.search(word):
         yield word
     address = re.sub("^[^/]*://", "", word)
     is_address = is_proxy or address != word
     for login in possible_logins(address, is_proxy):
-        user, _, password = login.partition(":")
-        is_long = len(user) >= MIN_SEARCHED_LENGTH
-        if not password and is_address and is_long and "/" not in user:
-            password = user
+        password = password_of(login, is_address)
         yield password
         yield urllib.parse.unquote(password)
 
