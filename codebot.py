@@ -1311,6 +1311,15 @@ class ProgramResult(NamedTuple):
         return redact(" / ".join(lines)).rstrip(".") or "no output"
 
 
+def check_resources(result: ProgramResult) -> None:
+    """Raise TransientError if a program failed because the host lacks resources."""
+    if result.disk_was_full:
+        raise TransientError(f"The disk is full: {result.error}")
+    # An agent can fake such a line to cause a retry. MAX_INTERRUPTIONS limits the cost.
+    if SHORTAGE_RE.search(result.stderr):
+        raise TransientError(f"The host is short of resources: {result.error}")
+
+
 def shown_by_terminal(line: str) -> str:
     """Return a line as a terminal shows it in the end: a progress bar's last state."""
     return line.rpartition("\r")[2]
@@ -1467,11 +1476,7 @@ class RunningProgram:
             return result
         if code in SIGNAL_EXIT_CODES:
             raise_if_stop_arrives(self.limits.check_stop)
-        if result.disk_was_full:
-            raise TransientError(f"The disk is full: {result.error}")
-        # An agent can fake such a line to cause a retry. MAX_INTERRUPTIONS limits the cost.
-        if SHORTAGE_RE.search(result.stderr):
-            raise TransientError(f"The host is short of resources: {result.error}")
+        check_resources(result)
         return result
 
 
