@@ -1695,6 +1695,19 @@ def launch_record(config: Config, workspace_path: str) -> pathlib.Path:
     return pathlib.Path(config.work_dir, "launched", os.path.basename(workspace_path))
 
 
+def record_failed_stop(record: pathlib.Path, error: str) -> None:
+    log.warning(
+        "CODEBOT_LAUNCHER_STOP failed for codebot-%s: %s. A server tries again "
+        "until it succeeds; if no job of this name is left, remove %s",
+        record.name,
+        error,
+        record,
+    )
+    # If a full disk prevents this, only the next run here and the next start retry.
+    with contextlib.suppress(OSError):
+        record.write_text(STOP_FAILED)
+
+
 def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") -> str:
     """End what a launcher left running in a workspace, if anything.
 
@@ -1713,16 +1726,7 @@ def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") 
             return ""
         error = run_stop_command(config, workspace_path)
         if error:
-            log.warning(
-                "CODEBOT_LAUNCHER_STOP failed for codebot-%s: %s. A server tries again "
-                "until it succeeds; if no job of this name is left, remove %s",
-                record.name,
-                error,
-                record,
-            )
-            # If a full disk prevents this, only the next run here and the next start retry.
-            with contextlib.suppress(OSError):
-                record.write_text(STOP_FAILED)
+            record_failed_stop(record, error)
             return error
         record.unlink()
     return ""
