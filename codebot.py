@@ -2362,7 +2362,7 @@ class AppRefused(TransientError):
     """The App's key cannot sign, or GitHub rejected a JWT or token, or issued no token.
 
     The job is retried, because the operator may correct this. Only a task without a
-    commit fails at once (find_repository): usually the App is not installed there.
+    commit fails at once (ask_for_repository): usually the App is not installed there.
     """
 
 
