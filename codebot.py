@@ -5404,7 +5404,7 @@ class Workspace:
     # Three methods start something in the sandbox, with command lines from sandboxed():
     #   script              codebot's own scripts on this host, by run_in_sandbox
     #   run_work            the agent and the tests, here or on a node, by run_in_sandbox
-    #   fetch_arguments     UPLOAD_SCRIPT, which git fetch starts
+    #   collect_tree        UPLOAD_SCRIPT, which git fetch starts: see fetch_arguments
 
     def environment(self, as_agent: bool) -> dict[str, str]:
         """Return the whole environment of a program that run_in_sandbox runs."""
