@@ -956,7 +956,7 @@ def has_match(name: str, pattern: str) -> bool:
     """Return whether a name matches a pattern with wildcards."""
     try:
         return fnmatch.fnmatchcase(name, pattern)
-    except re.error:  # Python 3.9, at a range like [b-a]; newer ones match nothing
+    except re.error:  # Python 3.9, at a range like [b-a], which newer ones leave out
         return False
 
 
