@@ -26,7 +26,7 @@ HOW TO READ THIS FILE
     IV.  Commands       how it is started and stopped
   If you have an hour or two, read these, about 900 lines:
     secrets          configured_secrets, Redactor, Workspace.environment,
-                     remote_environment
+                     inherited_environment (--no-github), remote_environment
     programs         run_program, private_directories, sandbox_mounts, bwrap_command
     GitHub           GitHub.send, has_write_access, GitDirectory.git_with_token
     who can act      require_api_key, require_signature, require_labeler_access,
@@ -1200,8 +1200,8 @@ def address_secrets(word: str, is_proxy: bool) -> Iterator[str]:
 #
 # codebot starts every program here, in a process group of its own. A program gets only the
 # environment that the caller lists. The exception is git that contacts the remote with
-# --no-github: see remote_environment. Every environment has CODEBOT_RUN, by which codebot
-# finds processes that have left their group.
+# --no-github: see inherited_environment. Every environment has CODEBOT_RUN, by which
+# codebot finds processes that have left their group.
 
 MAX_OUTPUT_BYTES = 1 << 30  # a program is ended when its output file is larger
 # Seconds between SIGTERM and SIGKILL, so that git can remove its lock files. (What runs
