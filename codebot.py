@@ -2994,7 +2994,7 @@ class GitHubRepository:
             for path in paths:
                 self.post(f"{path}/reactions", {"content": "eyes"})
         except (GitHubError, TransientError) as error:
-            log.info("Could not add a reaction: %s", error)
+            log.info("Could not add a reaction to %s: %s", path, error)
 
     def post_once(
         self,

@@ -11973,6 +11973,8 @@ def test_refused_reaction_fails_no_review(limited_pull: Pull) -> None:
     limited_pull.site.person("alice").review("", "Thanks!", "And for this!")
     assert limited_pull.review()["status"] == "completed"
     assert limited_pull.reactions() == []
+    log = limited_pull.site.server.log()
+    assert re.search("Could not add a reaction to /pulls/comments/[0-9]+: 404", log)
 
 
 @pytest.fixture
