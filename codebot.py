@@ -1008,7 +1008,9 @@ def load_config(flags: Flags, is_server: bool = False) -> Config:
 # Redactor replaces these: control characters, which could confuse a terminal, and lone
 # surrogates, which SQLite does not accept.
 UNPRINTABLE_RE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-GITHUB_TOKEN_RE = re.compile(r"(gh[a-z]|github_pat)_[A-Za-z0-9._-]{36,}")
+# Matches GitHub's tokens, by their prefixes (docs: "About authentication to GitHub"). With
+# any letter after "gh", it would match test_right_click_opens_the_menu_of_the_row_below.
+GITHUB_TOKEN_RE = re.compile(r"(gh[oprsu]|github_pat)_[A-Za-z0-9._-]{36,}")
 TOKEN_RETENTION = 3900.0  # seconds; a token of github.com is valid for 3600
 MIN_REDACTED_LENGTH = 6  # redacting a shorter secret could mask ordinary words
 MIN_SEARCHED_LENGTH = 16  # a shorter secret may occur in a change by chance

@@ -3221,7 +3221,7 @@ def redact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> codebot.Redactor:
         "qzXJ+/secretline",
         PEM_KEY.strip(),
         "ghs_" + "a1_-." * 10,
-        "ghp_" + "b" * 36,
+        *(f"{prefix}_{'b' * 36}" for prefix in ("ghp", "gho", "ghu", "ghr")),
         "github_pat_" + "c1_" * 27,
         base64_of("sk-model").rstrip("="),
         base64.urlsafe_b64encode(b"v1.installation-token").decode().rstrip("="),
@@ -3234,6 +3234,19 @@ def test_secret_is_redacted(redact: codebot.Redactor, secret: str) -> None:
     assert redacted.endswith(" after")
     for line in secret.replace("\x1b[1m", "").splitlines():
         assert line not in redacted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tests/test_menu.py::test_right_click_opens_the_menu_of_the_row_below_it",
+        "def weight_decay_is_applied_to_every_layer_of_the_model():",
+    ],
+)
+def test_long_name_with_a_word_in_ght_is_not_redacted(
+    redact: codebot.Redactor, text: str
+) -> None:
+    assert redact(text) == text
 
 
 def test_password_of_a_proxy_with_a_slash_is_redacted() -> None:
