@@ -1404,7 +1404,7 @@ class RunningProgram:
     ends_at: float = math.inf  # monotonic time, set by end_soon
 
     def watch(self) -> None:
-        """Pass on the output until the program ends.
+        """Pass on the output until the program ends or ``ends_at`` has come.
 
         Raises TooMuchOutput, and what check_limits raises.
         """
