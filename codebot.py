@@ -9383,8 +9383,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             return self.dispatch(self.read_headers())
         except HTTPError as error:
-            # A variable of this function would keep the error, and the error's traceback
-            # this function's frame: a cycle, with the request's body in it.
+            # Not `refusal = error`: this variable and the error's traceback, which has this
+            # function's frame, would keep each other, and the request's body, in memory.
             return error_response(error)
         except StopRequested:
             refusal = HTTPError(503, "The server is stopping", {"Retry-After": "30"})
