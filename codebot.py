@@ -5250,8 +5250,9 @@ exec git upload-pack "$3"
 # Reads a pack with the commit $1 from standard input, and cherry-picks that commit. If that
 # conflicts, prints the names of the files in conflict. Files that break the repository's
 # .gitattributes would count as changed, and git overwrites no changed file. So they are
-# added first. Only after a conflict, git merges all versions as if they kept the rules
-# (renormalize): with `text=auto`, that changes line ends that `git add` keeps.
+# added first. With renormalize, git merges all versions as if they kept the rules. That is
+# tried only after a conflict, because with `text=auto` it changes line ends that `git add`
+# keeps.
 APPLY_SCRIPT = """
 pick() {
     g -c merge.directoryRenames=true -c merge.renormalize="$2" \\
