@@ -7418,7 +7418,7 @@ class Ending(NamedTuple):
 def run_job(codebot: Codebot, job: Job) -> None:
     """Run a job to its end, or until it is pending again.
 
-    A failed review that must tell its reviewer takes two rounds:
+    A failed review whose reviewer must be told takes two rounds:
       1. run_steps returns "failed"; store_failure stores the reason and the error.
       2. run_review sees job.error, posts it and raises it again: the review fails.
     If the second round has to be retried, the next run begins with it.
