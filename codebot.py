@@ -4122,11 +4122,11 @@ class Store:
         try:
             self._check_file()
             self._log_lines.clear()
-            changes = self._writer.total_changes
+            changes_before = self._writer.total_changes
             with self._writer:  # commits at the end, or rolls back after an error
                 self._writer.execute("BEGIN IMMEDIATE")
                 yield self._writer
-            if self._writer.total_changes > changes:  # else nothing was written
+            if self._writer.total_changes > changes_before:  # else nothing was written
                 self.writable = True
             for line in self._log_lines:
                 log.info("%s", line)
