@@ -33,7 +33,8 @@ HOW TO READ THIS FILE
                      require_may_act, find_repository, load_comments,
                      Sync.obstacle, Sync.has_untrusted_edit, Sync.issue_text, ROUTES,
                      Handler.dispatch, is_allowed, parse_repository_url,
-                     parse_plain_remote (--no-github), parse_comment
+                     parse_plain_remote and check_local_remote (--no-github),
+                     parse_comment
     the agent        agent_command, run_task, run_review
     what is pushed   run_tests, Workspace.fetch_arguments, collect_tree, inspect_commit,
                      DiffScanner, push_task_commit, push_review_commit
