@@ -1314,7 +1314,7 @@ class ProgramResult(NamedTuple):
         return redact(" / ".join(lines)).rstrip(".") or "no output"
 
 
-def check_resources(result: ProgramResult) -> None:
+def raise_if_shortage(result: ProgramResult) -> None:
     """Raise TransientError if a program failed because the host lacks resources."""
     if result.disk_was_full:
         raise TransientError(f"The disk is full: {result.error}")
@@ -1479,7 +1479,7 @@ class RunningProgram:
             return result
         if code in SIGNAL_EXIT_CODES:
             raise_if_stop_arrives(self.limits.check_stop)
-        check_resources(result)
+        raise_if_shortage(result)
         return result
 
 
