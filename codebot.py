@@ -1169,7 +1169,7 @@ def password_of(login: str, is_address: bool) -> str:
     """Return the password of a login, or "".
 
     Without a password, a user name of at least MIN_SEARCHED_LENGTH characters counts as the
-    password, if it is in an address.
+    password, if it is in an address. (With a "/", it is part of a path.)
     """
     user, _, password = login.partition(":")
     is_long = len(user) >= MIN_SEARCHED_LENGTH
