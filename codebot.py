@@ -3179,19 +3179,19 @@ def parse_repository_url(config: Config, url: str) -> Repository:
     """Return the repository that a URL names. Raises ValueError with the reason."""
     if config.no_github:
         return parse_plain_remote(config, url)
-    base = config.git_address
-    host = base.partition("://")[2]
+    address = config.git_address
+    host = address.partition("://")[2]
     pattern = (
-        rf"(?i:{re.escape(base)}/|git@{re.escape(host)}:)"
+        rf"(?i:{re.escape(address)}/|git@{re.escape(host)}:)"
         r"(?P<owner>[A-Za-z0-9][\w.-]{0,99})/(?P<name>[\w.-]{1,100}?)(\.git)?/?"
     )
     match = re.fullmatch(pattern, url, re.ASCII)
     if not match or match["name"] in (".", "..", ".git"):
-        raise ValueError(f"must look like {base}/OWNER/NAME")
+        raise ValueError(f"must look like {address}/OWNER/NAME")
     full_name = f"{match['owner']}/{match['name']}"
     host_directory = re.sub("[:/]", "_", host)  # it may have a path, with GHES
     return Repository(
-        url=f"{base}/{full_name}.git",
+        url=f"{address}/{full_name}.git",
         full_name=full_name,
         mirror_path=f"mirrors/{host_directory}/{full_name.lower()}.git",
     )
