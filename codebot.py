@@ -6340,11 +6340,11 @@ def name_workspace(run: JobRun) -> None:
     job = run.job
     if job.directory:
         return
-    name = unused_digits(run)
+    digits = unused_digits(run)
     ticket = slugify(redact(job.request.ticket_id))
     slug = slugify(redact(job.request.subject).lower()) or "task"
-    directory = "_".join(filter(None, ("task", ticket, name)))
-    branch = "/".join(filter(None, ("u/codebot", ticket, name, slug)))
+    directory = "_".join(filter(None, ("task", ticket, digits)))
+    branch = "/".join(filter(None, ("u/codebot", ticket, digits, slug)))
     run.update(directory=directory, branch=branch)
 
 
