@@ -8172,7 +8172,7 @@ def read_number(name: str, text: str, minimum: int, maximum: int) -> int:
         raise HTTPError(400, f"{name} {error} (it is {text[:100]!r})") from None
 
 
-def read_before(codebot: Codebot, task_id: str) -> int:
+def before_seq(codebot: Codebot, task_id: str) -> int:
     """Return the seq before which a list begins: a task's; without an id, the highest."""
     if not task_id:
         return sys.maxsize
@@ -8188,7 +8188,7 @@ def list_tasks(codebot: Codebot, request: Request) -> Response:
         states = ", ".join(JOB_STATES)
         raise HTTPError(400, f"status {status[:100]!r} is not one of {states}")
     limit = read_number("limit", limit_text or "100", 1, 1000)
-    tasks = codebot.store.tasks(status, limit, read_before(codebot, before))
+    tasks = codebot.store.tasks(status, limit, before_seq(codebot, before))
     return json_response({"tasks": tasks, "count": len(tasks)})
 
 
