@@ -2244,7 +2244,7 @@ class Sandbox:
         )
 
     def check_private_directories(self) -> None:
-        """Raise ConfigError if programs need one, so that it cannot be hidden."""
+        """Raise ConfigError if one cannot be hidden because programs need it."""
         directories = sorted(private_directories(self.config))
         needed = ", ".join(filter(holds_system_directory, directories))
         if needed:
