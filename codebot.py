@@ -662,7 +662,7 @@ def setting(
 ) -> Any:
     """Define a field of Config: its variable, default, parser and the flag's help.
 
-    An empty variable counts as not set. In the environment, it also hides the one in .env.
+    An empty value counts as not set. In the environment, it also hides the value in .env.
     """
     metadata = {"variable": variable, "parse": parse, "help": about}
     return dataclasses.field(default=default, metadata=metadata)
