@@ -7538,7 +7538,7 @@ def ending_after_system_error(run: JobRun, error: OSError) -> Ending:
 
 
 def reached_phase(job: Job) -> str:
-    """Return the phase in which a job failed, for its reason.
+    """Return the phase in which a job failed.
 
     A retry of a job that has its commit is in no phase, or in "clone", at first. That
     counts as the phase that the retry would go on with.
