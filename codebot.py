@@ -10479,7 +10479,7 @@ def open_standard_files() -> None:
 
 
 def reset_process() -> None:
-    """Undo what the parent process may have set, and codebot could not work with."""
+    """Set up signals, stacks and standard output, whatever the parent process has set."""
     # If the parent ignores SIGCHLD, every program's exit code would be 0.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # If the parent blocks signals, codebot and its programs would inherit that.
