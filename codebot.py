@@ -3594,7 +3594,6 @@ class Mirror(GitDirectory):
         git inherits the lock's descriptor. So the lock is held until git has ended, even if
         codebot is killed.
         """
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
         with open(f"{self.path}.lock", "ab") as file:
             self.wait_for_lock(file)
             self.inherited_fds = (file.fileno(),)
@@ -3626,6 +3625,8 @@ class Mirror(GitDirectory):
         Nothing is fetched if the mirror's branch contains that tip. (If the remote's branch
         was reset to an older commit, the mirror's stays ahead.) Raises BranchNotFound.
         """
+        # git needs this directory if the host's configuration has an includeIf "gitdir:".
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
         # The lock is not held here, so that the repository's other jobs need not wait.
         name, commit = self.resolve_branch(repository, branch)
         ref = f"refs/heads/{name}"

@@ -6770,6 +6770,22 @@ def test_fetch_writes_no_commit_graph_even_if_the_host_configures_it(
     assert local.workspace.fetch("main", "clone_failed") == ("main", commit)
 
 
+def test_first_fetch_works_although_the_host_configures_directories(
+    on_disk: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure_git(
+        monkeypatch,
+        tmp_path / "gitconfig",
+        '[includeIf "gitdir:~/work/"]\n\tpath = work.gitconfig\n',
+    )
+    config = codebot.Config(no_github=True, work_dir=str(tmp_path / "work"))
+    repository = codebot.parse_plain_remote(config, str(on_disk.repository.bare))
+    path = f"{config.work_dir}/{repository.mirror_path}"
+    mirror = codebot.Mirror(config, path, codebot.do_nothing)
+    commit = on_disk.repository.commit({"news": "news\n"})
+    assert mirror.fetch_branch(repository, "main") == ("main", commit)
+
+
 def test_fetch_that_is_ended_leaves_no_part_of_a_pack(on_disk: Site) -> None:
     # It may have filled the disk.
     config = codebot.Config(no_github=True, work_dir=str(on_disk.directory / "work"))
@@ -6781,6 +6797,7 @@ def test_fetch_that_is_ended_leaves_no_part_of_a_pack(on_disk: Site) -> None:
 
     mirror = codebot.Mirror(config, str(part.parents[2]), codebot.do_nothing)
     repository = codebot.parse_plain_remote(config, str(on_disk.repository.bare))
+    os.mkdir(config.work_dir)
     with mirror.lock():
         mirror.create_for(repository)
         part.parent.mkdir(exist_ok=True)
