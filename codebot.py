@@ -5622,7 +5622,10 @@ class Workspace:
         commit = result.stdout
         # git does not flush the file's name, nor, before 2.36, its content. On ext4 and
         # XFS, this also flushes the names of the files that git has written before.
-        save_on_disk(f"{self.outbox.path}/objects/{commit[:2]}/{commit[2:]}")
+        # FileNotFoundError: the mirror has the commit. Another task made the same change in
+        # the same second, and pushed it.
+        with contextlib.suppress(FileNotFoundError):
+            save_on_disk(f"{self.outbox.path}/objects/{commit[:2]}/{commit[2:]}")
         return commit
 
     def inspect_commit(self, commit: str) -> str:

@@ -7901,6 +7901,32 @@ def test_failure_to_commit_names_the_command(tmp_path: Path) -> None:
         workspace.write_commit("no-tree", "Title")
 
 
+def test_commit_that_another_task_has_pushed_is_used(
+    fresh: Site, tmp_path: Path
+) -> None:
+    """Two tasks make the same change in the same second: their commits have one id."""
+    mirror = fresh.repository.bare
+    base_commit = fresh.repository.commit({"news": "news\n"})
+
+    def write_commit(name: str) -> tuple[codebot.GitDirectory, str]:
+        outbox = git_directory(tmp_path / name)
+        outbox.create()
+        alternates = Path(outbox.path, "objects", "info", "alternates")
+        alternates.parent.mkdir(exist_ok=True)
+        alternates.write_text(f"{mirror}/objects\n")
+        workspace = workspace_without_files(outbox, base_commit)
+        return outbox, workspace.write_commit(f"{base_commit}^{{tree}}", "Title")
+
+    def has_same_commit() -> bool:  # not if a second has ended between the two
+        name = uuid.uuid4().hex
+        first, commit = write_commit(f"{name}-first")
+        first.local_git("push", "--quiet", str(mirror), f"{commit}:refs/heads/{name}")
+        _, same = write_commit(f"{name}-second")
+        return same == commit
+
+    assert wait_for(has_same_commit)
+
+
 def test_change_beside_secret_like_text_is_committed(local: LocalTask) -> None:
     armor = "-----BEGIN RSA PRIVATE KEY-----"
     local.site.repository.commit({"old.ini": f"key = {MODEL_KEY}\n"})
