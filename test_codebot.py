@@ -8443,6 +8443,7 @@ NETWORK_ERRORS = [
     "ssh: connect to host git.acme.com port 22: No route to host",
     "ssh: connect to host git.acme.com port 22: Network is unreachable",
     "Connection to git.acme.com closed by remote host.",
+    "Timeout, server git.acme.com not responding.",
     "fatal: unable to access 'URL': end of response with 466 bytes missing",
     "fatal: unable to access 'URL': transfer closed with outstanding read data remaining",
     "fatal: unable to access 'URL': The requested URL returned error: 408",
