@@ -1262,9 +1262,10 @@ SIGNAL_EXIT_CODES = (*KILLED_EXIT_CODES, -15, 143)
 # The expressions from here to SHORTAGE_RE choose the words of errors, and decide about
 # retries. Nothing else depends on them.
 
-# Matches lines that name no cause: empty ones, and advice of git here or at the remote.
+# Matches lines that name no cause: empty ones, the frame of ssh's warnings, and advice of
+# git here or at the remote.
 NOISE_RE = re.compile(
-    "(hint:.*|remote:|Please make sure you have the correct access rights"
+    "(@+|hint:.*|remote:|Please make sure you have the correct access rights"
     "|and the repository exists.)?"
 )
 # Matches what programs say if the host lacks disk space, processes or memory.

@@ -4161,6 +4161,16 @@ fatal: Could not read from remote repository.
 Please make sure you have the correct access rights
 and the repository exists.
 """
+# As OpenSSH 10.0 and git print it.
+CHANGED_HOST_KEY = f"""\
+{59 * "@"}
+@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @
+{59 * "@"}
+IT IS POSSIBLE THAT SOMEONE IS DOING SOMETHING NASTY!
+Host key for git.acme.com has changed and you have requested strict checking.
+Host key verification failed.
+fatal: Could not read from remote repository.
+"""
 # As GitHub's pre-receive hook and git print it.
 SECRET_REFUSAL = """\
 remote: error: GH013: Repository rule violations found for refs/heads/u/codebot/x.        
@@ -4186,6 +4196,14 @@ hint: See the "Note about fast-forwards" in 'git push --help' for details.
                 "Warning: Permanently added 'git.acme.com' (ED25519) to the list of known "
                 "hosts. / git@git.acme.com: Permission denied (publickey). / fatal: Could "
                 "not read from remote repository"
+            ),
+        ),
+        (
+            CHANGED_HOST_KEY,
+            (
+                "@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @ / Host key for "
+                "git.acme.com has changed and you have requested strict checking. / Host "
+                "key verification failed. / fatal: Could not read from remote repository"
             ),
         ),
         (
