@@ -3412,6 +3412,11 @@ def remote_failure(result: ProgramResult) -> Exception:
         return GitAuthFailed(reason)
     if TRANSIENT_GIT_ERROR_RE.search(words):
         return TransientError(reason)
+    if re.search("returned error: 30[1278]", words):
+        reason = (
+            "codebot follows no redirect; use the URL that the server redirects to, "
+            f"perhaps this one with .git at its end: {reason}"
+        )
     return GitFailed(reason)
 
 

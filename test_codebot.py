@@ -9574,7 +9574,8 @@ def test_git_follows_no_redirect(fresh: Site, tmp_path: Path) -> None:
         thread = threading.Thread(target=redirector.handle_request, daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{redirector.server_port}/acme/widget.git"
-        with pytest.raises(codebot.GitFailed, match="302"):
+        advice = "codebot follows no redirect; use the URL that .* error: 302"
+        with pytest.raises(codebot.GitFailed, match=advice):
             directory.git_with_token("", "ls-remote", "--", url)
         thread.join()
     assert fresh.github.requests == []
