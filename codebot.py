@@ -3083,6 +3083,8 @@ class GitHubRepository:
 # - A repository must use SHA-1. (In git 3, a new one uses SHA-256.)
 # - If a client names a git server of its own, that server receives what the git
 #   configuration of codebot's user sends to every server.
+# - A login that this configuration puts into a URL (url.*.insteadOf) is in an argument of
+#   git's, which other users of this host can read.
 # - If a client names a local repository to which an agent can write, hooks that the agent
 #   plants there run as codebot's user, outside the sandbox, when git pushes. codebot
 #   refuses paths in its own work directory. It accepts paths in other directories (such as
