@@ -4772,13 +4772,14 @@ class Store:
         )
         return set(directories)
 
-    def delete_expired(self, retention: float) -> None:
+    def delete_expired(self, retention: float) -> bool:
         """Delete old logs, and old tasks without an open pull request.
 
         Each call deletes at most 5,000 events and 100 tasks, because other writers wait.
+        Returns False if there was nothing to delete.
         """
         cutoff = utc_time(seconds_ago=retention)
-        self._write(
+        has_deleted_events = self._write(
             """
             DELETE FROM events WHERE seq IN (
                 SELECT events.seq FROM task_activity
@@ -4788,7 +4789,7 @@ class Store:
             """,
             cutoff=cutoff,
         )
-        self._write(
+        has_deleted_tasks = self._write(
             """
             DELETE FROM jobs WHERE id IN (
                 SELECT task.id FROM task_activity
@@ -4804,6 +4805,7 @@ class Store:
             """,
             cutoff=cutoff,
         )
+        return has_deleted_events or has_deleted_tasks
 
 
 # --- Running jobs ------------------------------------------------------------
@@ -7358,6 +7360,7 @@ class Sync:
 
 TIMER_INTERVAL = 1.0  # seconds between checks for jobs that are due, at most
 CLEANUP_INTERVAL = 60.0  # seconds between cleanups, at most
+DELETION_PAUSE = 1.0  # seconds after old records were deleted: others may wait to write
 DATABASE_TEST_INTERVAL = 10.0  # seconds between tests of the database
 MAINTENANCE_INTERVAL = 3600.0  # seconds between rounds through the mirrors
 MIRROR_RETENTION = 30 * 86400.0  # seconds: see maintain_mirror
@@ -7697,7 +7700,7 @@ def clean_up(codebot: Codebot) -> None:
     do_part(remove_workspaces, codebot)
     for path in removable_paths(config.work_dir, "trash"):
         do_part(remove_tree, config, path)
-    do_part(codebot.store.delete_expired, config.retention)
+    do_part(delete_old_records, codebot)
     # Only with a launcher: CODEBOT_LAUNCHER_STOP runs again where it has failed.
     do_part(stop_all_launched, config, STOP_FAILED)
 
@@ -7728,6 +7731,13 @@ def discard_workspace(config: Config, path: str) -> None:
     # The outbox comes first: if this fails, only the workspace leads a later cleanup to it.
     discard(config.work_dir, outbox_path(config, os.path.basename(path)))
     discard(config.work_dir, path)
+
+
+def delete_old_records(codebot: Codebot) -> None:
+    """Delete old records from the database. If some may be left, clean up again soon."""
+    if codebot.store.delete_expired(codebot.config.retention):
+        wait(DELETION_PAUSE)
+        codebot.cleanup_wanted.set()
 
 
 def maintain_mirrors(codebot: Codebot) -> None:

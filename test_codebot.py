@@ -10288,6 +10288,26 @@ def test_removing_a_link_leaves_what_it_leads_to(tmp_path: Path) -> None:
     assert target.stat().st_mode & 0o777 == 0o500
 
 
+def test_next_cleanup_comes_at_once_while_old_records_are_left(
+    store: codebot.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "CLEANUP_INTERVAL", 0.0)
+    monkeypatch.setattr(codebot, "DELETION_PAUSE", 0.0)
+    app = app_with(store, retention=60)
+    young = store_task_in_state(store, "completed")
+    task = store_task_in_state(store, "completed")
+    store.add_events(task.id, [("codebot", "Hello")] * 5001)
+    age_task(store, task)
+    codebot.clean_up(app)
+    assert store.events(task.id, 0)
+    assert app.cleanup_wanted.is_set()
+    codebot.clean_up(app)
+    assert store.job(task.id) is None
+    codebot.clean_up(app)
+    assert not app.cleanup_wanted.is_set()
+    assert store.job(young.id) is not None
+
+
 def test_workspaces_are_removed_although_database_is_locked(
     store: codebot.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
