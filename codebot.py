@@ -7361,6 +7361,7 @@ class Sync:
 TIMER_INTERVAL = 1.0  # seconds between checks for jobs that are due, at most
 CLEANUP_INTERVAL = 60.0  # seconds between cleanups, at most
 DELETION_PAUSE = 1.0  # seconds after old records were deleted: others may wait to write
+MAX_DELETIONS = 60  # in one cleanup, because its other parts wait meanwhile
 DATABASE_TEST_INTERVAL = 10.0  # seconds between tests of the database
 MAINTENANCE_INTERVAL = 3600.0  # seconds between rounds through the mirrors
 MIRROR_RETENTION = 30 * 86400.0  # seconds: see maintain_mirror
@@ -7734,10 +7735,11 @@ def discard_workspace(config: Config, path: str) -> None:
 
 
 def delete_old_records(codebot: Codebot) -> None:
-    """Delete old records from the database. If some may be left, clean up again soon."""
-    if codebot.store.delete_expired(codebot.config.retention):
+    """Delete old records from the database. What is left, the next cleanup deletes."""
+    for _ in range(MAX_DELETIONS):
+        if not codebot.store.delete_expired(codebot.config.retention):
+            return
         wait(DELETION_PAUSE)
-        codebot.cleanup_wanted.set()
 
 
 def maintain_mirrors(codebot: Codebot) -> None:
