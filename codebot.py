@@ -5903,6 +5903,7 @@ fi
 """
 
 
+# Removes the session of task $2. $1 is the HOME that codebot has made for the agent.
 REMOVE_SESSION_SCRIPT = """
 if [ "$HOME" = "$1" ]; then
     rm -rf "$HOME/.claude/projects" # it may be a file or a link that an agent left
