@@ -7330,23 +7330,22 @@ class Sync:
                 f"{issue.url} cannot be submitted yet: {error}"
             ) from None
 
-    def report_text(self, task: Job) -> str:
-        if task.pr_url:
-            return f"The pull request is {task.pr_url}."
-        error = code_block(task.error)
-        return (
-            f"The task failed ({task.reason}):\n\n{error}\nTo start it again, remove the "
-            "label, if it is still there, and add it again."
-        )
-
     def report_task(self, look: Look) -> None:
         """Comment, once, on the issue of a task that has ended."""
         task_id = look.task_id
         task = self.store.job(task_id)
         if task is None:
             return
-        text = redact(self.report_text(task))
+        if task.pr_url:
+            text = f"The pull request is {task.pr_url}."
+        else:
+            error = code_block(task.error)
+            text = (
+                f"The task failed ({task.reason}):\n\n{error}\nTo start it again, "
+                "remove the label, if it is still there, and add it again."
+            )
         marker = f"<!-- codebot task {task_id} -->"
+        text = redact(text)
         try:
             github_repository = self.github.repository_by_id(task.repository_id)
             if github_repository.is_allowed:
