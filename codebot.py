@@ -7361,7 +7361,7 @@ class Sync:
 TIMER_INTERVAL = 1.0  # seconds between checks for jobs that are due, at most
 CLEANUP_INTERVAL = 60.0  # seconds between cleanups, at most
 DELETION_PAUSE = 1.0  # seconds after old records were deleted: others may wait to write
-MAX_DELETIONS = 60  # in one cleanup, because its other parts wait meanwhile
+MAX_DELETIONS = 60  # in one cleanup, because the next one waits meanwhile
 DATABASE_TEST_INTERVAL = 10.0  # seconds between tests of the database
 MAINTENANCE_INTERVAL = 3600.0  # seconds between rounds through the mirrors
 MIRROR_RETENTION = 30 * 86400.0  # seconds: see maintain_mirror
@@ -7701,9 +7701,9 @@ def clean_up(codebot: Codebot) -> None:
     do_part(remove_workspaces, codebot)
     for path in removable_paths(config.work_dir, "trash"):
         do_part(remove_tree, config, path)
-    do_part(delete_old_records, codebot)
     # Only with a launcher: CODEBOT_LAUNCHER_STOP runs again where it has failed.
     do_part(stop_all_launched, config, STOP_FAILED)
+    do_part(delete_old_records, codebot)  # the last part, as it may take a minute
 
 
 def do_part(part: Callable[..., None], *args: object) -> None:
