@@ -1118,7 +1118,10 @@ def read_keys(config: Config) -> Iterator[str]:
 
 
 def with_lines(secrets: set[str]) -> set[str]:
-    """Return the secrets, also without blanks, and their lines except "-----BEGIN ..."."""
+    """Return the secrets, also with the blanks around them removed, and their lines.
+
+    Lines such as "-----BEGIN PRIVATE KEY-----" are left out: they are no secret.
+    """
     forms = secrets | {secret.strip(BLANKS) for secret in secrets}
     for line in "\n".join(secrets).splitlines():
         line = line.strip()
@@ -1717,7 +1720,8 @@ def stop_launched(config: Config, workspace_path: str, record_prefix: str = "") 
 
     Acts only on a record that begins with ``record_prefix``: "" for any launch, the tag of
     a codebot process for its launches, STOP_FAILED for one whose stop has failed. Returns
-    the error if there is such a record, and CODEBOT_LAUNCHER_STOP failed or is not set.
+    the error if there is such a record, and CODEBOT_LAUNCHER_STOP failed or is not set;
+    otherwise "".
     """
     record = launch_record(config, workspace_path)
     # Without a record, nothing runs. On NFS, an exclusive lock needs "+" (write access).
