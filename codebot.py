@@ -6951,6 +6951,7 @@ def push_review_commit(review: Review) -> None:
 
     The push is never forced. If commits were removed from the branch, nothing is pushed,
     because a push would restore them. (Commits removed after the check are restored.)
+    Before each push, require_may_act asks GitHub again: hours may have passed.
 
     The branch's tip             What is done
       has the job's commit         nothing: an earlier run has pushed it
