@@ -9286,10 +9286,9 @@ class ConnectionTable:
         """Change the state of a connection. Raises OSError if it was dropped."""
         with self._lock:
             entry = self._entry(connection)
-            # The TLS handshake and the first request share one deadline.
-            is_still_receiving = state == entry.state == "receiving"
-            if not is_still_receiving:
-                entry.since = time.monotonic()
+            if state == "receiving" and entry.state == "receiving":
+                return  # the TLS handshake and the first request share one deadline
+            entry.since = time.monotonic()
             entry.state = state
             if state == "sending":
                 entry.body_bytes = 0  # the body is no longer needed
