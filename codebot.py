@@ -1998,19 +1998,6 @@ def is_inside(path: str, directory: str) -> bool:
     return f"{path}/".startswith(f"{directory.rstrip('/')}/")
 
 
-# What an agent in bwrap sees at a path. Of the places below that contain the path, the
-# innermost counts; of two lines for the same place, the lower line.
-#   read-only   /      everything that is not listed here
-#   its own     /dev and /proc, which bwrap makes for the sandbox
-#   read-only   ~/X    if PATH leads into it: tool_directories
-#   hidden      /run, the homes; the work directory and the directories of .env, keys and
-#               databases: private_directories; a directory of the host's /tmp, if it
-#               holds another place of this table: sandbox_mounts
-#   read-only   the mirror's objects, the target of /etc/resolv.conf, and hidden files that
-#               CODEBOT_CLAUDE_COMMAND and SSL_CERT_FILE and the like name: needed_files
-#   writable    the workspace's repo and home, and its tmp as /tmp
-
-
 def holds_system_directory(directory: str) -> bool:
     return any(
         is_inside(os.path.realpath(path), directory) for path in SYSTEM_DIRECTORIES
@@ -2083,6 +2070,20 @@ def needed_files(config: Config, options: Mapping[str, str]) -> Iterator[str]:
         is_secret = os.path.realpath(path) in config.secret_files
         if is_hidden and os.path.isfile(path) and not is_secret:
             yield path
+
+
+# What an agent in bwrap sees at a path. Of the places below that contain the path, the
+# innermost counts; of two lines for the same place, the lower line.
+# Sandbox.bwrap_command mounts /, /dev, /proc and /tmp; sandbox_mounts lists the others.
+#   read-only   /      everything that is not listed here
+#   its own     /dev and /proc, which bwrap makes for the sandbox
+#   read-only   ~/X    if PATH leads into it: tool_directories
+#   hidden      /run, the homes; the work directory and the directories of .env, keys and
+#               databases: private_directories; a directory of the host's /tmp, if it
+#               holds another place of this table: sandbox_mounts
+#   read-only   the mirror's objects, the target of /etc/resolv.conf, and hidden files that
+#               CODEBOT_CLAUDE_COMMAND and SSL_CERT_FILE and the like name: needed_files
+#   writable    the workspace's repo and home, and its tmp as /tmp
 
 
 def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> dict[str, str]:
