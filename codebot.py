@@ -2113,28 +2113,6 @@ def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> dict[st
     return {path: options[path] for path in sorted(options) if os.path.exists(path)}
 
 
-def processes_in_workspaces(path: str) -> list[int]:
-    """Return the ids of processes to which bwrap shows a workspace.
-
-    ``path`` is a workspace, or a work directory, which stands for all workspaces in it.
-
-    The kernel ends these processes together with bwrap. But an agent can prevent this: it
-    attaches to the first process, as a debugger does, and has that process call
-    prctl(PR_SET_PDEATHSIG, 0). An agent can also change the environment of processes in
-    bwrap. So they are found by their mounts, which it cannot change from bwrap 0.8 on.
-    """
-    # A line of mountinfo: "36 35 8:1 /srv/w/task_1/repo /srv/w/task_1/repo rw - ext4
-    # /dev/sda1 rw". The mount point is what comes before rw or ro and, unlike the device,
-    # before the dash. A blank is written \040, a backslash \134.
-    path = path.replace("\\", "\\134").replace(" ", "\\040")
-    # It begins with a fixed text, by which re finds a match much faster.
-    pattern = rf" {re.escape(path)}(/(task|scratch)_[^/ ]+)?/repo r[ow].* - "
-    # Any thread will do, but a main thread that has ended has no mounts anymore.
-    process_ids = find_processes("task/[0-9]*/mountinfo", pattern)
-    # If codebot itself is found, the mount is the host's, and every process has it.
-    return [] if os.getpid() in process_ids else process_ids
-
-
 @contextlib.contextmanager
 def scratch_workspace(work_dir: str) -> Iterator[str]:
     """Make a workspace without a repository, whose "objects" stands in for a mirror's."""
@@ -2302,6 +2280,28 @@ class Sandbox:
                 "if nothing runs."
             )
         return result
+
+
+def processes_in_workspaces(path: str) -> list[int]:
+    """Return the ids of processes to which bwrap shows a workspace.
+
+    ``path`` is a workspace, or a work directory, which stands for all workspaces in it.
+
+    The kernel ends these processes together with bwrap. But an agent can prevent this: it
+    attaches to the first process, as a debugger does, and has that process call
+    prctl(PR_SET_PDEATHSIG, 0). An agent can also change the environment of processes in
+    bwrap. So they are found by their mounts, which it cannot change from bwrap 0.8 on.
+    """
+    # A line of mountinfo: "36 35 8:1 /srv/w/task_1/repo /srv/w/task_1/repo rw - ext4
+    # /dev/sda1 rw". The mount point is what comes before rw or ro and, unlike the device,
+    # before the dash. A blank is written \040, a backslash \134.
+    path = path.replace("\\", "\\134").replace(" ", "\\040")
+    # It begins with a fixed text, by which re finds a match much faster.
+    pattern = rf" {re.escape(path)}(/(task|scratch)_[^/ ]+)?/repo r[ow].* - "
+    # Any thread will do, but a main thread that has ended has no mounts anymore.
+    process_ids = find_processes("task/[0-9]*/mountinfo", pattern)
+    # If codebot itself is found, the mount is the host's, and every process has it.
+    return [] if os.getpid() in process_ids else process_ids
 
 
 # --- GitHub ------------------------------------------------------------------
