@@ -33,7 +33,7 @@ HOW TO READ THIS FILE
                      require_may_act, find_repository, load_comments,
                      Sync.obstacle, Sync.has_untrusted_edit, Sync.issue_text, ROUTES,
                      Handler.dispatch, is_allowed, parse_repository_url,
-                     parse_plain_remote and check_local_remote (--no-github),
+                     parse_plain_remote and require_outside_work_dir (--no-github),
                      parse_comment
     the agent        agent_command, run_task, run_review
     what is pushed   run_tests, Workspace.fetch_arguments, collect_tree, inspect_commit,
@@ -2204,7 +2204,7 @@ class Sandbox:
         """
         try:
             if self.is_bwrap:
-                self.check_private_directories()
+                self.require_hideable_directories()
                 self.inspect_bwrap()
             with scratch_workspace(self.config.work_dir) as workspace_path:
                 result = self.run_probe(workspace_path, command)
@@ -2227,8 +2227,8 @@ class Sandbox:
             "CODEBOT_SANDBOX=none."
         )
 
-    def check_private_directories(self) -> None:
-        """Raise ConfigError if one cannot be hidden because programs need it."""
+    def require_hideable_directories(self) -> None:
+        """Raise ConfigError if programs need what is in a private directory."""
         directories = sorted(private_directories(self.config))
         needed = ", ".join(filter(holds_system_directory, directories))
         if needed:
@@ -3225,7 +3225,7 @@ PLAIN_REMOTE_RE = re.compile(
 )
 
 
-def check_local_remote(config: Config, path: str) -> None:
+def require_outside_work_dir(config: Config, path: str) -> None:
     """Raise ValueError if a path leads into the work directory, /proc or /dev.
 
     In a repository there, an agent could plant hooks.
@@ -3259,7 +3259,7 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
         raise ValueError("must not be in the work directory")
     path = url.removeprefix("file://")
     if path.startswith("/"):
-        check_local_remote(config, path)
+        require_outside_work_dir(config, path)
     # As many parts as in mirrors/HOST/OWNER/NAME.git, so that maintain_mirrors finds it.
     mirror = f"mirrors/other/remote/{sha256_hex(url)[:20]}.git"
     return Repository(url, url, mirror)
@@ -4136,7 +4136,7 @@ class Store:
             self.writable = False
             raise sqlite3.OperationalError("the database is busy")
         try:
-            self._check_file()
+            self._require_same_file()
             self._log_lines.clear()
             changes_before = self._writer.total_changes
             with self._writer:  # commits at the end, or rolls back after an error
@@ -4155,7 +4155,7 @@ class Store:
         finally:
             self._write_lock.release()
 
-    def _check_file(self) -> None:
+    def _require_same_file(self) -> None:
         # Writes to a deleted file would seem to succeed.
         with contextlib.suppress(OSError):
             if os.stat(self.path).st_ino == self._inode:

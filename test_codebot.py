@@ -3763,13 +3763,13 @@ def test_directory_that_programs_need_cannot_be_hidden(
     config = codebot.Config(**values)
     message = f"^The sandbox cannot hide {directory}, "
     with pytest.raises(codebot.ConfigError, match=message):
-        codebot.Sandbox(config).check_private_directories()
+        codebot.Sandbox(config).require_hideable_directories()
 
 
 def test_all_directories_that_cannot_be_hidden_are_named() -> None:
     config = codebot.Config(work_dir="/usr", env_file="/etc/passwd")
     with pytest.raises(codebot.ConfigError, match="cannot hide /etc, /usr, because"):
-        codebot.Sandbox(config).check_private_directories()
+        codebot.Sandbox(config).require_hideable_directories()
 
 
 def test_secret_beside_tools_can_be_hidden(host: Host) -> None:
