@@ -3863,7 +3863,7 @@ CREATE TABLE label_events (id INTEGER PRIMARY KEY);
 CREATE TABLE totals (
     seconds REAL NOT NULL, -- of jobs that have ended
     dollars REAL NOT NULL,
-    checks INTEGER NOT NULL -- only so that check_writable has something to change
+    checks INTEGER NOT NULL -- only so that try_writing has something to change
 );
 INSERT INTO totals (seconds, dollars, checks) VALUES (0, 0, 0);
 -- The pending jobs, due or not, that no older job of their task holds up. A task and the
@@ -4095,7 +4095,7 @@ class Store:
             self._create_schema()
             self._reader = self._connect()
             self._inode = os.stat(path).st_ino
-            self.check_writable()  # SQLite opens a read-only file without an error
+            self.try_writing()  # SQLite opens a read-only file without an error
         except sqlite3.Error as error:
             raise ConfigError(
                 f"The database {path} cannot be used: {error}. End programs that hold "
@@ -4183,7 +4183,7 @@ class Store:
         with self._transaction() as db:
             return db.execute(sql, values).rowcount > 0
 
-    def check_writable(self) -> None:
+    def try_writing(self) -> None:
         """Write something, so that ``writable`` says whether writing works now."""
         self._write("UPDATE totals SET checks = checks + 1")
 
@@ -7690,7 +7690,7 @@ def try_database(codebot: Codebot) -> None:
     """Wait a moment, and then write to the database to see whether that works."""
     wait(DATABASE_TEST_INTERVAL)
     try:
-        codebot.store.check_writable()
+        codebot.store.try_writing()
     except sqlite3.Error as error:
         log.error("The database cannot be written: %s", error)
 
