@@ -2133,7 +2133,7 @@ class Sandbox:
         # bwrap with options, counts as another sandbox and hides only what its options say.
         self.is_bwrap = config.sandbox == ("bwrap",)
         self.is_none = config.sandbox == ("none",)
-        self.disable_userns = True  # inspect_bwrap finds out whether bwrap can
+        self.disable_userns = True  # until inspect_bwrap finds that bwrap cannot
 
     def wrap(self, argv: Sequence[str], workspace_path: str, objects: str) -> list[str]:
         """Return the command line that runs ``argv`` in the sandbox of a workspace.
@@ -2143,7 +2143,8 @@ class Sandbox:
         wrapper = []
         if self.is_bwrap:
             bwrap = self.bwrap_command(workspace_path, objects)
-            wrapper = ["sh", "-c", OOM_SCRIPT, "sh", *bwrap]  # /proc in it is read-only
+            # OOM_SCRIPT runs outside bwrap, because /proc is read-only inside.
+            wrapper = ["sh", "-c", OOM_SCRIPT, "sh", *bwrap]
         elif not self.is_none:
             wrapper = [
                 word.replace("{task}", workspace_path).replace("{objects}", objects)
