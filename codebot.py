@@ -6771,7 +6771,7 @@ def apply_daily_limit(run: JobRun) -> None:
     if len(kinds) - kinds.count("limit") <= MAX_DAILY_REVIEWS:
         return
     if "limit" in kinds:
-        raise ReviewSkipped("its pull request has had too many reviews today")
+        raise ReviewSkipped("its pull request has had too many in 24 hours")
     run.update(request_kind="limit")
 
 
