@@ -7377,6 +7377,7 @@ TRANSIENT_ERRNOS = (
     errno.EIO,
     errno.EROFS,
     errno.ESTALE,
+    errno.ENOLCK,  # flock, if the kernel or the file server cannot grant a lock now
     errno.ETIMEDOUT,  # NFS, mounted with softerr
     errno.EBUSY,  # NFS, mounted with soft, when an open file is removed
     errno.ENOSPC,

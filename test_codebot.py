@@ -5465,6 +5465,7 @@ def test_delayed_task_is_still_delayed_after_a_start(store: codebot.Store) -> No
         ),
         (OSError(errno.EBUSY, "Busy"), "pending", "", "error on this host: busy"),
         (OSError(errno.ETIMEDOUT, "Late"), "pending", "", "error on this host: late"),
+        (OSError(errno.ENOLCK, "None"), "pending", "", "error on this host: none"),
         (OSError(errno.EACCES, "No"), "failed", "internal", "error on this host: no"),
         (codebot.StopRequested(), "pending", "", ""),
         (codebot.Cancelled(), "failed", "cancelled", "The task was cancelled"),
