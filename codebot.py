@@ -8833,6 +8833,7 @@ function showSection(view) {
     section.hidden = section !== view;
   }
   ui.forget.hidden = !apiKey;
+  scrollTo(0, 0); // in Safari, focus() alone may not scroll
   view.querySelector('[data-focus]').focus();
 }
 

@@ -17619,6 +17619,30 @@ def test_page_ends_where_its_content_ends(shared: Site, browser: Browser) -> Non
         assert height <= max(2400, browser.evaluate(f"{bottom} + scrollY"))
 
 
+def test_page_shows_the_top_of_a_view_that_is_opened(
+    shared: Site, browser: Browser
+) -> None:
+    task = submit_failing(shared)
+    browser.enter_key()
+    browser.click("button", "New task")
+    size = {"width": 1280, "height": 300, "deviceScaleFactor": 1}
+    browser.call("Emulation.setDeviceMetricsOverride", mobile=False, **size)
+    browser.evaluate("scrollTo(0, 1000)")
+    assert browser.evaluate("scrollY") > 0
+    # As in Safari, if the page becomes shorter when the view is shown.
+    browser.evaluate(
+        """
+        window.focusElement = HTMLElement.prototype.focus;
+        HTMLElement.prototype.focus = function () {
+            focusElement.call(this, { preventScroll: true });
+        };
+        0"""
+    )
+    browser.evaluate(f"location.hash = 'task={task}'")
+    browser.wait_for_text("Failed: clone failed", "#taskState")
+    assert browser.evaluate("scrollY") == 0
+
+
 def test_page_shows_answer_only_at_its_task(shared: Site, browser: Browser) -> None:
     second = submit_failing(shared, "Second")
     with running_task(shared) as (first, _):
