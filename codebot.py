@@ -8727,12 +8727,13 @@ function setText(element, text) {
 }
 
 // Rebuilds an element only if its data has changed, so that selected text in it stays
-// selected. The focus stays on the same link.
+// selected. The focus stays on the same link, even while another window is active.
 function redraw(element, data, build) {
   const text = JSON.stringify(data);
   if (element.drawnFrom === text) return;
   element.drawnFrom = text;
-  const focused = element.querySelector('a:focus')?.href;
+  const active = document.activeElement;
+  const focused = element.contains(active) ? active.href : null;
   element.replaceChildren(...build(data));
   updateTimes();
   const links = [...element.querySelectorAll('a')];

@@ -17597,6 +17597,19 @@ def test_page_says_in_a_block_that_a_log_is_empty(
     assert browser.evaluate(f"{style}.display") == "block"
 
 
+def test_page_keeps_the_focus_on_a_link_that_is_redrawn(
+    shared: Site, browser: Browser
+) -> None:
+    # It matches nothing while another window is active. A headless one always is active.
+    assert ":focus" not in codebot.PAGE.partition("<script>")[2]
+    submit_failing(shared, "Keep the focus")
+    browser.enter_key()
+    browser.evaluate(f"{browser.find('link', 'Keep the focus')}.focus()")
+    submit_failing(shared, "Draw the list again")
+    browser.wait_for_text("Draw the list again", "#rows")
+    assert browser.focused().startswith("Keep the focus")
+
+
 def test_page_says_that_its_list_is_cut(fresh: Site, browser: Browser) -> None:
     add_failed_tasks(fresh, 299)
     browser.enter_key()
