@@ -8480,7 +8480,7 @@ h1:focus { outline: none; } /* focused by the script when the view changes */
 code, pre, #log { font: .8125rem/1.6 ui-monospace, Consolas, monospace; }
 pre, .text { white-space: pre-wrap; }
 summary { cursor: pointer; }
-ul { list-style: none; }
+ul { list-style: none; } /* for Safari, only the role then makes it a list */
 blockquote { padding-left: .75rem; border-left: 3px solid var(--line); }
 header, .bar { display: flex; flex-wrap: wrap; gap: .5rem .75rem; align-items: center; }
 header { padding: .6rem 1.25rem; border-bottom: 1px solid var(--line); }
@@ -8585,7 +8585,7 @@ details:not([open]) .message { overflow: hidden; white-space: pre; }
       <label><input type="radio" name="state" value="completed"> Completed</label>
       <label><input type="radio" name="state" value="failed"> Failed</label>
     </div>
-    <ul id="rows" class="card"></ul>
+    <ul id="rows" class="card" role="list"></ul>
     <p id="noRows" class="card"></p>
   </section>
   <section id="formView" hidden>

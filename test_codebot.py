@@ -17597,6 +17597,14 @@ def test_page_says_in_a_block_that_a_log_is_empty(
     assert browser.evaluate(f"{style}.display") == "block"
 
 
+def test_page_has_only_lists_that_are_lists_for_screen_readers_in_safari() -> None:
+    # There, one without bullets needs the role.
+    lists = re.findall("<ul.*?>", codebot.PAGE)
+    assert lists
+    for tag in lists:
+        assert 'role="list"' in tag
+
+
 def test_page_keeps_the_focus_on_a_link_that_is_redrawn(
     shared: Site, browser: Browser
 ) -> None:
