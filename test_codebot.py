@@ -2270,10 +2270,11 @@ def wait_until_idle(site: Site) -> None:
     site.agent.release()
 
     def is_idle() -> bool:
-        metrics = site.api.get("/metrics").text
-        names = ("queue_size", "review_queue_size", "running")
-        if not all(f"\ncodebot_{name} 0\n" in metrics for name in names):
-            return False
+        # Not by the metrics: codebot_running is 0 just before a job starts or ends.
+        with site.server.database() as database:
+            unfinished = "SELECT 1 FROM jobs WHERE completed_at IS NULL"
+            if database.execute(unfinished).fetchone():
+                return False
         return not site.server.strays()
 
     wait_for(is_idle)
