@@ -1917,6 +1917,10 @@ def stop_all_launched(
 #   A home that holds a system directory, such as / or /usr, is not hidden at all.
 # - What is hidden can be read at every other path where it is mounted, too, such as that of
 #   a bind mount or of a whole btrfs file system. So can copies of it, such as snapshots.
+# - On btrfs, an agent can make a snapshot of a subvolume in its workspace, and read there
+#   what is hidden in the subvolume. It needs to see the subvolume's top directory, which
+#   must belong to codebot's user. (If that is root, / usually does.) An agent can also
+#   leave read-only subvolumes, which codebot cannot remove.
 # - The work directory and the TLS key of another codebot are not hidden. So an agent of the
 #   command `run` can read those of a server.
 # - If .env or a key is created while an agent runs, or is a symlink that is changed then,
