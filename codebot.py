@@ -1931,7 +1931,9 @@ def stop_all_launched(
 #   lines of other processes there. With a setuid bwrap before 0.8, it may also be able to
 #   read the environment of codebot's git, with its token.
 # - The agent can connect to abstract sockets. In directories that are not hidden, it can
-#   connect to sockets and write to named pipes.
+#   connect to sockets and write to named pipes. Through an abstract socket, two agents that
+#   run at the same time can exchange open directories. Then one can read and write in the
+#   workspace of the other as long as it runs itself, even in later jobs there.
 # - The agent shares the host's kernel, without a filter of system calls. It may reach the
 #   kernel's keyrings of codebot's user. bwrap before 0.8 lets it make user namespaces, in
 #   which it can reach more of the kernel. (codebot as root refuses such a bwrap.)
