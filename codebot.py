@@ -2085,8 +2085,8 @@ def needed_files(config: Config, options: Mapping[str, str]) -> Iterator[str]:
 #   its own     /dev and /proc, which bwrap makes for the sandbox
 #   read-only   ~/X    if PATH leads into it: tool_directories
 #   hidden      /run, the homes; the work directory and the directories of .env, keys and
-#               databases: private_directories; a directory of the host's /tmp, if it
-#               holds another place of this table: sandbox_mounts
+#               databases: private_directories; directories in these, and in the host's
+#               /tmp, that hold another place of this table: sandbox_mounts
 #   read-only   the mirror's objects, the target of /etc/resolv.conf, and hidden files that
 #               CODEBOT_CLAUDE_COMMAND and SSL_CERT_FILE and the like name: needed_files
 #   writable    the workspace's repo and home, and its tmp as /tmp
@@ -2105,14 +2105,15 @@ def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> dict[st
     options.update(dict.fromkeys(visible, READ_ONLY))
     for part in ("repo", "home"):
         options[f"{workspace_path}/{part}"] = WRITABLE
-    # In the sandbox, /tmp is a directory of the workspace, where the agent can write. For a
-    # mount at /tmp/A/B, bwrap makes A/B in it. The agent could then replace A with a
-    # symlink, which bwrap before 0.12 follows at the next command (CVE-2026-87766). So A
-    # becomes a mount, which cannot be replaced.
+    # An agent can write to hidden directories, which are empty at first, and to /tmp. It
+    # could rename or replace the directories that bwrap makes there for a mount. Then
+    # processes_in_workspaces would miss its mounts. In /tmp, which is kept, bwrap before
+    # 0.12 would follow a symlink at the next command (CVE-2026-87766). So each of these
+    # directories becomes a mount, which cannot be renamed.
     for path in [*options]:
-        match = re.match("(/tmp/[^/]+)/", path)
-        if match:
-            options.setdefault(match[1], HIDDEN)
+        for parent in map(str, pathlib.PurePath(path).parents):
+            if option_at(parent, options) == HIDDEN:
+                options[parent] = HIDDEN
     # /tmp was listed only for needed_files: bwrap_command mounts the workspace's tmp there.
     del options["/tmp"]
     # bwrap cannot mount on missing paths, and the agent cannot create them on the host.
@@ -2297,7 +2298,8 @@ def processes_in_workspaces(path: str) -> list[int]:
     The kernel ends these processes together with bwrap. But an agent can prevent this: it
     attaches to the first process, as a debugger does, and has that process call
     prctl(PR_SET_PDEATHSIG, 0). An agent can also change the environment of processes in
-    bwrap. So they are found by their mounts, which it cannot change from bwrap 0.8 on.
+    bwrap. So they are found by their mounts, which it cannot change from bwrap 0.8 on, nor
+    rename: see sandbox_mounts.
     """
     # A line of mountinfo: "36 35 8:1 /srv/w/task_1/repo /srv/w/task_1/repo rw - ext4
     # /dev/sda1 rw". The mount point is what comes before rw or ro and, unlike the device,

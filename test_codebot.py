@@ -3484,8 +3484,9 @@ class Host:
         lines = []
         mounts = codebot.sandbox_mounts(config, workspace, objects)
         for path, option in mounts.items():
-            if codebot.is_inside(path, str(self.root)):
-                name = os.path.relpath(path, self.root)
+            name = os.path.relpath(path, self.root)
+            # The root directory itself is hidden if it is in /tmp.
+            if name != "." and codebot.is_inside(path, str(self.root)):
                 lines.append(f"{MOUNT_NAMES[option]} {name}")
         return lines
 
@@ -3496,9 +3497,14 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
 
 
 def workspace_mounts(work_dir: str) -> list[str]:
-    """Return the mounts that put the parts of the workspace back."""
+    """Return the mounts that put the parts of the workspace back, and those above them."""
     return [
+        f"HIDDEN {work_dir}/mirrors",
+        f"HIDDEN {work_dir}/mirrors/h",
+        f"HIDDEN {work_dir}/mirrors/h/o",
+        f"HIDDEN {work_dir}/mirrors/h/o/n.git",
         f"READ_ONLY {work_dir}/mirrors/h/o/n.git/objects",
+        f"HIDDEN {work_dir}/task_1234567",
         f"WRITABLE {work_dir}/task_1234567/home",
         f"WRITABLE {work_dir}/task_1234567/repo",
     ]
@@ -3524,16 +3530,15 @@ def test_directories_of_secrets_are_hidden(host: Host) -> None:
         tls_key=host.make_file("keys/tls.pem"),
         database=host.make_file("database/codebot.db"),
     )
-    hidden = [line for line in mounts if line.startswith("HIDDEN")]
-    assert hidden == [
+    assert mounts == [
         "HIDDEN database",
         "HIDDEN etc",
         "HIDDEN home",
         "HIDDEN keys",
         "HIDDEN keys/app",
         "HIDDEN work",
+        *workspace_mounts("work"),
     ]
-    assert mounts[len(hidden) :] == workspace_mounts("work")
 
 
 def test_key_behind_a_symlink_is_hidden_where_it_really_is(host: Host) -> None:
@@ -4652,6 +4657,20 @@ def test_sandbox_that_outlives_a_killed_server_is_ended_by_the_next(
     on_disk.server.restart()
     assert left not in command_lines()
     on_disk.api.completed(task)
+
+
+@needs_bwrap
+def test_sandbox_is_ended_although_the_agent_renames_its_directories(
+    on_disk: Site,
+) -> None:
+    path = write_bwrap_that_may_outlive_its_parent(on_disk)
+    left = unique_sleep()
+    task = LocalTask(on_disk, sandbox=("bwrap",), search_path=path)
+    rename = 'mv "${HOME%/*}" "${HOME%/*}.moved" 2>failed'
+    task.ask_agent(f"{rename}; env -i setsid {left} & : >left; result")
+    assert Path(task.workspace.repo, "left").exists()
+    assert "busy" in Path(task.workspace.repo, "failed").read_text()
+    assert left not in command_lines()
 
 
 @needs_bwrap
