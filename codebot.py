@@ -5208,10 +5208,11 @@ class JobRun:
 #   in git, an agent could run code as codebot's user. A small pack can make git take any
 #   amount of memory.
 # - "The tests passed" means that the command exited with 0 in a workspace where the agent
-#   could have changed the tests, and files in HOME that they read. The workspace also has
-#   files that git ignores, and files in submodules, which the commit lacks. With a filter,
-#   another setting of git's or a mark in its index, an agent can have other contents
-#   committed than were tested. codebot inspects those committed.
+#   could have changed the tests, and files in HOME that they read. Code that the tests run
+#   can make the command, or bwrap, exit with 0. The workspace also has files that git
+#   ignores, and files in submodules, which the commit lacks. With a filter, another setting
+#   of git's or a mark in its index, an agent can have other contents committed than were
+#   tested. codebot inspects those committed.
 # - If files break the repository's own .gitattributes (`text`, `eol`, `ident` or
 #   `working-tree-encoding`), codebot commits what git makes of them, even if nobody changed
 #   them.
