@@ -970,6 +970,15 @@ def is_allowed(config: Config, name: str) -> bool:
     return any(has_match(name, pattern) for pattern in patterns)
 
 
+def default_test_command(config: Config, full_name: str) -> str:
+    """Return the command of CODEBOT_TEST_COMMANDS for a repository, or ""."""
+    name = full_name.lower()
+    for pattern, command in config.test_commands:
+        if has_match(name, pattern.lower()):
+            return command
+    return ""
+
+
 def read_config(flags: Flags, is_server: bool) -> tuple[Config, list[str]]:
     """Return the settings, and a sentence for each problem.
 
@@ -3288,15 +3297,6 @@ def require_allowed_repository(config: Config, url: str) -> Repository:
             403, f"repository_url: {name} is not in CODEBOT_ALLOWED_REPOSITORIES"
         )
     return repository
-
-
-def default_test_command(config: Config, full_name: str) -> str:
-    """Return the command of CODEBOT_TEST_COMMANDS for a repository, or ""."""
-    name = full_name.lower()
-    for pattern, command in config.test_commands:
-        if has_match(name, pattern.lower()):
-            return command
-    return ""
 
 
 # With --no-github, git that contacts the remote inherits codebot's environment, but no
