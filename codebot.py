@@ -3163,14 +3163,6 @@ def sha256_hex(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def slugify(text: str) -> str:
-    """Turn ``text`` into a part of a branch or directory name, which may be empty."""
-    # Only 400: normalize() takes 20 s for 100,000 accents, and blocks all other threads.
-    letters = unicodedata.normalize("NFKD", text[:400])
-    letters = letters.encode("ascii", "ignore").decode()
-    return re.sub(r"[^A-Za-z0-9]+", "-", letters).strip("-")[:40].strip("-")
-
-
 def is_branch_name(name: str) -> bool:
     """Return whether git-check-ref-format(1) accepts the name of a branch."""
     forbidden = (
@@ -6365,6 +6357,14 @@ def unused_digits(run: JobRun) -> str:
     ):
         digits = digits[1:]
     return digits[:7]
+
+
+def slugify(text: str) -> str:
+    """Turn ``text`` into a part of a branch or directory name, which may be empty."""
+    # Only 400: normalize() takes 20 s for 100,000 accents, and blocks all other threads.
+    letters = unicodedata.normalize("NFKD", text[:400])
+    letters = letters.encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9]+", "-", letters).strip("-")[:40].strip("-")
 
 
 def name_workspace(run: JobRun) -> None:
