@@ -4815,7 +4815,7 @@ class Store:
         return has_deleted_events or has_deleted_tasks
 
 
-# --- Running jobs ------------------------------------------------------------
+# --- Work directory and runs -------------------------------------------------
 #
 # The work directory, the one Codebot object, and a JobRun for each running job.
 
