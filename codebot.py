@@ -6170,6 +6170,9 @@ def agent_command(run: JobRun, options: AgentOptions, session_option: str) -> li
 
 # --- Task --------------------------------------------------------------------
 #
+# A task comes from a client (submit_task, retry_task), from a labeled issue
+# (Sync.submit_issue) or from the command `run`. A worker runs it: run_task.
+#
 # Known limitations:
 # - "Fixes #1" and "@name" in the words of an agent or a task work at GitHub as if a person
 #   had written them.
@@ -6639,6 +6642,10 @@ def pull_request_body(run: JobRun) -> str:
 
 
 # --- Review ------------------------------------------------------------------
+#
+# A review begins with a comment that a delivery (receive_comment), a look
+# (Sync.look_at_pull_request) or another review (load_comments) has found: all of them call
+# Store.queue_comments. A worker runs it: run_review.
 
 MAX_DAILY_REVIEWS = 50  # reviews of one pull request in 24 hours
 MAX_PUSHES = 3  # attempts to push a review's change when others push at the same time
@@ -7374,6 +7381,10 @@ class Sync:
 
 
 # --- Workers and cleanup -----------------------------------------------------
+#
+# The timer puts the ids of due jobs into queues (queue_due_jobs). A worker takes an id and
+# claims the job (worker_step), runs its steps (run_steps), and stores what becomes of it
+# (store_ending).
 
 TIMER_INTERVAL = 1.0  # seconds between checks for jobs that are due, at most
 CLEANUP_INTERVAL = 60.0  # seconds between cleanups, at most
