@@ -84,8 +84,8 @@ GLOSSARY
   marker         an HTML comment at the end of a comment of codebot's. A retry that finds it
                  does not post the comment again.
   answer         a comment in which codebot replies to a reviewer
-  thread         of comments: a discussion of one line at GitHub. Any other thread is one
-                 of the program's.
+  thread         of comments: a discussion of one line at GitHub; a comment that is on no
+                 line is a thread by itself. Any other thread is one of the program's.
   request        an HTTP request; a TaskRequest; or what a reviewer wants (request_kind)
   kind           of a job: task or review; of a look: see Look. The API's kind of a review
                  is its request_kind.
