@@ -6475,9 +6475,9 @@ def test_and_commit(workspace: Workspace, request: TaskRequest) -> str:
         commit_id = workspace.write_commit(tree, message)
         files = workspace.inspect_commit(commit_id)
     except GitFailed as error:
-        reason = workspace.mirror.with_advice(str(error))
+        problem = workspace.mirror.with_advice(str(error))
         raise JobFailed(
-            "agent_failed", f"The agent's change could not be committed: {reason}"
+            "agent_failed", f"The agent's change could not be committed: {problem}"
         ) from None
     run.log_event("git", f"Commit {commit_id}", files)
     files = INVISIBLE_RE.sub("\N{REPLACEMENT CHARACTER}", redact(files))
