@@ -118,9 +118,10 @@ WHO IS TRUSTED WITH WHAT
                  may be anyone's. A comment by anybody else is stored as a review, which is
                  skipped when it starts, before an agent reads it. A workflow that labels or
                  comments with a person's token counts as that person. A machine account
-                 that GitHub does not list as a bot counts as a person. If somebody else
-                 with write access, or an App, edits a person's comment, or an issue whose
-                 author has write access, the edit counts as that person's words.
+                 that GitHub does not list as a bot counts as a person. An edit of a
+                 person's comment, by somebody else with write access or by an App, counts
+                 as that person's words. So does an edit of an issue whose author has write
+                 access.
   Others at GitHub   can stop work, if GitHub lets them remove the label, or close or lock
                  the pull request. Their comments and edits can delay work: see Store, and
                  Looking at GitHub.
@@ -1632,7 +1633,7 @@ def tagged_processes(run_tag: str) -> list[int]:
     ``run_tag`` must not be empty. Its parts have fixed lengths: see base_environment. So
     a codebot process's tag finds what that process and its jobs started, and nothing else.
     """
-    # Without (\A|\0) before it: re finds a pattern with a fixed beginning 50 times as fast.
+    # The pattern does not begin with (\A|\0): re finds a fixed beginning 50 times as fast.
     return find_processes("environ", f"CODEBOT_RUN={run_tag}")
 
 
@@ -5092,8 +5093,8 @@ def event_text(message: str) -> str:
     """Return an event's message as it is stored: redacted and truncated."""
     # Cut first, because a hostile line of megabytes takes a second to redact.
     text = redact(message[:MAX_MESSAGE_CHARS])
-    # A secret may be cut in two there. That is far behind what is kept, unless almost all
-    # before it were secrets or terminal codes.
+    # The cut may leave part of a secret at the end. What is kept ends far before that,
+    # unless redact() has removed almost everything: secrets or terminal codes.
     if len(message) > MAX_MESSAGE_CHARS and len(text) < 4 * MAX_EVENT_CHARS:
         return "(long text omitted)"
     return truncate(text, MAX_EVENT_CHARS)
