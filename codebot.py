@@ -3346,10 +3346,10 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 
 
 # The exception for a failure of git that contacts the remote. All of this, down to
-# TOKEN_RETRY_DELAY, decides only whether something is tried again. The first line that
-# applies counts. run_git applies the first line, remote_failure the others. (Before all of
-# these, run_program raises TransientError for a shortage on this host, and LimitReached,
-# which git_with_token turns into GitFailed.)
+# TOKEN_RETRY_DELAY, decides only whether something is tried again. Of these lines, the
+# first that applies counts. run_git applies the one about signals, remote_failure the
+# others. (Before all of these, run_program raises TransientError for a shortage on this
+# host, and LimitReached, which git_with_token turns into GitFailed.)
 #   a signal ended git or a part of it     TransientError
 #   "rejected]" by the remote's rules      PushRejected
 #   no login, a wrong login, HTTP 403,     GitAuthFailed: at GitHub, git runs again with a
