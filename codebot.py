@@ -7798,6 +7798,10 @@ def maintain_mirror(codebot: Codebot, path: str) -> None:
 
 # === III. The network ========================================================
 # Everything that can be requested from outside, and by whom.
+#
+# A request goes through these sections in their order: its headers are parsed, a guard
+# refuses it or lets it pass, and a handler (in API, Webhooks or Page) answers it. ROUTES,
+# in the last section, names the guard and the handler of each path.
 
 # --- Requests and responses --------------------------------------------------
 
