@@ -721,21 +721,32 @@ class Config:
     launch_timeout: int = setting("CODEBOT_LAUNCH_TIMEOUT", 86400, parse_whole_number)
     database: str = setting("CODEBOT_DATABASE", parse=os.path.realpath)
     search_path: str = setting("PATH", os.defpath, parse_search_path)
-    host: str = setting(default="127.0.0.1", about="address to listen on (127.0.0.1)")
-    port: int = setting("", 5000, parse_port, "port to listen on (5000; 0: a free one)")
+    host: str = setting(
+        default="127.0.0.1", about="address to listen on (default 127.0.0.1)"
+    )
+    port: int = setting(
+        "", 5000, parse_port, "port to listen on (default 5000; 0: a free one)"
+    )
     work_dir: str = setting(
         "",
         "codebot_workspace",
         os.path.realpath,
-        "directory for all of codebot's files (./codebot_workspace; run makes a new one)",
+        "directory for all of codebot's files (default ./codebot_workspace; run makes "
+        "a new one)",
     )
-    enable_polling: bool = setting("", False, bool, "ask GitHub at a fixed interval")
-    no_github: bool = setting("", False, bool, "any git remote; no pull requests")
+    enable_polling: bool = setting(
+        "", False, bool, "poll GitHub for comments and labels, with or without webhooks"
+    )
+    no_github: bool = setting(
+        "", False, bool, "use any git remote; push branches, open no pull requests"
+    )
     tls_cert: str = setting(
-        about="certificate and its intermediates (PEM); enables HTTPS with --tls-key"
+        about="PEM file with the certificate and its intermediates; enables HTTPS"
     )
-    tls_key: str = setting(about="private key (PEM)")
-    debug: bool = setting("", False, bool, "verbose log; restart on changes")
+    tls_key: str = setting(about="PEM file with the certificate's private key")
+    debug: bool = setting(
+        "", False, bool, "write a verbose log; restart when codebot.py or .env changes"
+    )
     # No variable or flag sets the remaining fields.
     env_file: str = ""  # the path of .env, which need not exist
     # The umask with which codebot was started. FILES, above, says which programs get it.
@@ -10367,7 +10378,7 @@ def all_findings(codebot: Codebot, problems: Sequence[str]) -> Iterator[Finding]
 
 
 def check_command(flags: Flags) -> int:
-    """Check what the server needs, while it does not run. Takes the flags of serve."""
+    """Check what the server needs, with its flags. Stop the server first."""
     config, problems = read_config(flags, is_server=True)
     codebot = Codebot(config)
     logging.disable()  # each problem is printed once, as a finding
