@@ -8705,7 +8705,7 @@ const ADVICE = {
   stalled: 'See the end of the log for what the agent waited for, then retry.',
   budget: 'Split the task into smaller ones, or ask the operator for a larger budget.',
   no_changes: 'Submit a new task that says more precisely what should change.',
-  tests_failed: 'The log shows the failing tests. Nothing was pushed.',
+  tests_failed: 'See the failing tests in the log. Retry, or say more in a new task.',
   push_rejected: 'Check that the repository’s rules let codebot push branches.',
   pull_request_failed: 'The branch was pushed: open the pull request by hand.',
   cancelled: 'Retry submits the same task again.',
