@@ -1286,11 +1286,12 @@ SIGNAL_EXIT_CODES = (*KILLED_EXIT_CODES, -15, 143)
 # The expressions from here to SHORTAGE_RE choose the words of errors, and decide about
 # retries. Nothing else depends on them.
 
-# Matches lines that name no cause: empty ones, the frame of ssh's warnings, and advice of
-# git here or at the remote.
+# Matches lines that name no cause: empty ones, the frame of ssh's warnings, advice of git
+# here or at the remote, and what git prints around the reason why a push was rejected.
 NOISE_RE = re.compile(
     "(@+|hint:.*|remote:|Please make sure you have the correct access rights"
-    "|and the repository exists.)?"
+    "|and the repository exists."
+    r"|To \S*[:/]\S+|error: failed to push some refs to '.*')?"
 )
 # Matches what programs say if the host lacks disk space, processes or memory.
 SHORTAGE = (
@@ -1326,15 +1327,16 @@ class ProgramResult(NamedTuple):
 
     @property
     def error(self) -> str:
-        """Why the program failed: the first line, and the last three lines.
+        """Why the program failed: the first line, and the last five lines.
 
-        Without the last period, because the text becomes part of a sentence.
+        GitHub needs as many to say which of its rules a push violates. The last period is
+        left out, because the text becomes part of a sentence.
         """
         output = self.stderr or self.stdout
         lines = [line.strip() for line in output.split("\n")]
         lines = [line for line in lines if not NOISE_RE.fullmatch(line)]
-        if len(lines) > 4:
-            lines = lines[:1] + lines[-3:]
+        if len(lines) > 6:
+            lines = lines[:1] + lines[-5:]
         # It is redacted now: a secret may end with the period, and would then not be found.
         return redact(" / ".join(lines)).rstrip(".") or "no output"
 

@@ -4177,19 +4177,55 @@ Host key for git.acme.com has changed and you have requested strict checking.
 Host key verification failed.
 fatal: Could not read from remote repository.
 """
-# As GitHub's pre-receive hook and git print it.
+# As GitHub's pre-receive hook and git print these.
 SECRET_REFUSAL = """\
 remote: error: GH013: Repository rule violations found for refs/heads/u/codebot/x.        
 remote: 
 remote: - GITHUB PUSH PROTECTION        
-remote:   Push cannot contain secrets        
+remote:   ——————————        
+remote:     Resolve the following violations before pushing again        
 remote: 
-remote:     (?) Learn how to resolve a blocked push        
+remote:     - Push cannot contain secrets        
+remote: 
+remote:     
+remote:      (?) Learn how to resolve a blocked push        
+remote:      https://docs.github.com/        
+remote:     
+remote:       —— Slack API Token ——        
+remote:        locations:        
+remote:          - commit: abc        
+remote:            path: test/a.py:3        
+remote:     
+remote:        (?) To push, remove secret from commit(s) or follow this URL.        
+remote:        https://github.com/acme/widget/security/x        
+remote:     
 remote: 
 To https://github.com/acme/widget.git
  ! [remote rejected] abc -> u/codebot/x (push declined due to repository rule violations)
 error: failed to push some refs to 'https://github.com/acme/widget.git'
 hint: See the "Note about fast-forwards" in 'git push --help' for details.
+"""
+SIGNATURE_REFUSAL = """\
+remote: error: GH013: Repository rule violations found for refs/heads/u/codebot/x.        
+remote: Review all repository rules at https://github.com/acme/widget/rules        
+remote: 
+remote: - Commits must have verified signatures.        
+remote:   Found 1 violation:        
+remote: 
+remote:   abc        
+remote: 
+To https://github.com/acme/widget.git
+ ! [remote rejected] abc -> u/codebot/x (push declined due to repository rule violations)
+error: failed to push some refs to 'https://github.com/acme/widget.git'
+"""
+SIZE_REFUSAL = """\
+remote: error: Trace: 0123abc        
+remote: error: See https://gh.io/lfs for more information.        
+remote: error: File a.bin is 123.00 MB; this exceeds GitHub's file size limit of 100.00 MB        
+remote: error: GH001: Large files detected.        
+To https://github.com/acme/widget.git
+ ! [remote rejected] abc -> u/codebot/x (pre-receive hook declined)
+error: failed to push some refs to 'https://github.com/acme/widget.git'
 """
 
 
@@ -4207,7 +4243,8 @@ hint: See the "Note about fast-forwards" in 'git push --help' for details.
         (
             CHANGED_HOST_KEY,
             (
-                "@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @ / Host key for "
+                "@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @ / IT IS "
+                "POSSIBLE THAT SOMEONE IS DOING SOMETHING NASTY! / Host key for "
                 "git.acme.com has changed and you have requested strict checking. / Host "
                 "key verification failed. / fatal: Could not read from remote repository"
             ),
@@ -4216,19 +4253,44 @@ hint: See the "Note about fast-forwards" in 'git push --help' for details.
             SECRET_REFUSAL,
             (
                 "remote: error: GH013: Repository rule violations found for "
-                "refs/heads/u/codebot/x. / To https://github.com/acme/widget.git / "
+                "refs/heads/u/codebot/x. / remote:          - commit: abc / "
+                "remote:            path: test/a.py:3 / remote:        (?) To push, "
+                "remove secret from commit(s) or follow this URL. / "
+                "remote:        https://github.com/acme/widget/security/x / "
                 "! [remote rejected] abc -> u/codebot/x (push declined due to "
-                "repository rule violations) / error: failed to push some refs to "
-                "'https://github.com/acme/widget.git'"
+                "repository rule violations)"
             ),
         ),
         (
-            "remote: fatal: no space\na\nb\nc\nd\n",
-            "remote: fatal: no space / b / c / d",
+            SIGNATURE_REFUSAL,
+            (
+                "remote: error: GH013: Repository rule violations found for "
+                "refs/heads/u/codebot/x. / remote: Review all repository rules at "
+                "https://github.com/acme/widget/rules / remote: - Commits must have "
+                "verified signatures. / remote:   Found 1 violation: / remote:   abc / "
+                "! [remote rejected] abc -> u/codebot/x (push declined due to "
+                "repository rule violations)"
+            ),
+        ),
+        (
+            SIZE_REFUSAL,
+            (
+                "remote: error: Trace: 0123abc / remote: error: See "
+                "https://gh.io/lfs for more information. / remote: error: File a.bin is "
+                "123.00 MB; this exceeds GitHub's file size limit of 100.00 MB / "
+                "remote: error: GH001: Large files detected. / ! [remote rejected] "
+                "abc -> u/codebot/x (pre-receive hook declined)"
+            ),
+        ),
+        (
+            "remote: fatal: no space\na\nb\nc\nd\ne\nf\n",
+            "remote: fatal: no space / b / c / d / e / f",
         ),
         ("Please make sure you have run it.\n", "Please make sure you have run it"),
         ("a\nb\nfatal: c\nd\n", "a / b / fatal: c / d"),
-        ("a\nb\nc\nd\ne\n", "a / c / d / e"),
+        ("a\nb\nc\nd\ne\nf\n", "a / b / c / d / e / f"),
+        ("a\nb\nc\nd\ne\nf\ng\n", "a / c / d / e / f / g"),
+        ("To do:\nerror: failed to push\n", "To do: / error: failed to push"),
         ("  hint: a\nremote: \n\n", "no output"),
     ],
 )
