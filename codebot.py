@@ -3162,7 +3162,7 @@ class GitFailed(Exception):
 
 
 class GitAuthFailed(GitFailed):
-    """The remote rejects the credential, or does not permit it to do this."""
+    """The remote rejects the credential, or does not permit or show this to it."""
 
 
 class PushRejected(GitFailed):
@@ -3366,7 +3366,7 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 #   a signal ended git or a part of it     TransientError
 #   "rejected]" by the remote's rules      PushRejected
 #   no login, a wrong login, HTTP 403,     GitAuthFailed: at GitHub, git runs again with a
-#     or ssh's "Permission denied ("       new token
+#     404, or ssh's "Permission denied ("    new token
 #   connection, TLS, 408, 429, 5xx, a      TransientError
 #     fault or a shortage at the remote
 #   anything else                          GitFailed, which Workspace turns into
@@ -3375,6 +3375,11 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 URL_OR_NAME_RE = re.compile(r"(?<!\w)'[^'\n]*'|https?://\S+")
 AUTH_FAILED_RE = re.compile(
     "could not read (Username|Password)|Invalid username or token|Authentication failed"
+)
+# HTTP 403, ssh, and HTTP 404: GitHub does not show a private repository to a token that is
+# so new that parts of GitHub do not know it yet. (Between the blanks was the URL.)
+ACCESS_DENIED_RE = re.compile(
+    r"returned error: 403|Permission denied \(|repository  not found"
 )
 TRANSIENT_GIT_ERROR_RE = re.compile(
     # There is no connection, or it was lost.
@@ -3431,7 +3436,7 @@ def remote_failure(result: ProgramResult) -> Exception:
         return PushRejected(reason)
     if AUTH_FAILED_RE.search(words):
         return GitAuthFailed("authentication failed")
-    if re.search(r"returned error: 403|Permission denied \(", words):  # HTTP or ssh
+    if ACCESS_DENIED_RE.search(words):
         return GitAuthFailed(reason)
     if TRANSIENT_GIT_ERROR_RE.search(words):
         return TransientError(reason)
