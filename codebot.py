@@ -3397,18 +3397,21 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     r"|SSL|TLS|gnutls_|server (certificate )?verification failed"
     # The remote is overloaded, or has a fault of its own.
     r"|returned error: (408|429|5\d\d)|Internal Server Error|commit_refs"
-    "|unpacker error"
+    "|unpacker error|due to timeout"
     f"|{SHORTAGE}"
 )
 # The remote's rules refuse the push:
 #   "! [remote rejected] main -> main (protected)"              yes
 #   "! [remote rejected] main -> main (Internal Server Error)"  no: it is transient
+#   the same, with "Unable to determine if workflow can be      no: GitHub looked too long
+#     created or updated due to timeout"                          for changed workflows
 #   "! [remote rejected] main -> main (unpacker error)"         no: the disk may be full
 #   the same, with "remote: fatal: pack exceeds ..."            yes: receive.maxInputSize
 #   the same, with "remote: fatal: fsck error ..."              yes: receive.fsckObjects
 REJECTED_RE = re.compile(
     "^remote: fatal: (fsck error|pack exceeds)"
-    r"|^(?!.*(Internal Server Error|commit_refs|unpacker error)).*rejected\]",
+    r"|^(?!.*(Internal Server Error|commit_refs|unpacker error|due to timeout))"
+    r".*rejected\]",
     re.MULTILINE,
 )
 # No rule refuses this push: the branch is locked, by another push or by a killed one, whose

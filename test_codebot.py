@@ -8553,6 +8553,11 @@ NETWORK_ERRORS = [
     "fatal: unable to access 'URL': cannot complete SOCKS5 connection to 127.0.0.1. (4)",
     # The remote's disk is full, or read-only.
     "! [remote rejected] a -> a (unpacker error)",
+    # GitHub could not find out in time whether the push changes a workflow.
+    (
+        "! [remote rejected] a -> a (Unable to determine if workflow can be created or "
+        "updated due to timeout; 'workflows' scope may be required.)"
+    ),
 ]
 # And what it prints if the network is not the cause.
 FINAL_ERRORS = [
@@ -8592,6 +8597,7 @@ def test_git_waits_for_the_network_but_not_for_what_stays_wrong(
         ("Internal Server Error", False),
         ("commit_refs", False),
         ("unpacker error", False),
+        ("Unable to determine if workflow can be created due to timeout", False),
     ],
 )
 def test_fault_of_the_remote_itself_is_no_refusal(
