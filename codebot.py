@@ -3403,6 +3403,8 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
 # The remote's rules refuse the push:
 #   "! [remote rejected] main -> main (protected)"              yes
 #   "! [remote rejected] main -> main (Internal Server Error)"  no: it is transient
+#   "! [remote rejected] main -> main (failure)"                no: GitHub prints this after
+#                                                                 an error in commit_refs
 #   the same, with "Unable to determine if workflow can be      no: GitHub looked too long
 #     created or updated due to timeout"                          for changed workflows
 #   "! [remote rejected] main -> main (unpacker error)"         no: the disk may be full
@@ -3410,8 +3412,8 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
 #   the same, with "remote: fatal: fsck error ..."              yes: receive.fsckObjects
 REJECTED_RE = re.compile(
     "^remote: fatal: (fsck error|pack exceeds)"
-    r"|^(?!.*(Internal Server Error|commit_refs|unpacker error|due to timeout))"
-    r".*rejected\]",
+    r"|^(?!.*(Internal Server Error|commit_refs|\(failure\)|unpacker error"
+    r"|due to timeout)).*rejected\]",
     re.MULTILINE,
 )
 # No rule refuses this push: the branch is locked, by another push or by a killed one, whose

@@ -8553,6 +8553,8 @@ NETWORK_ERRORS = [
     "fatal: unable to access 'URL': cannot complete SOCKS5 connection to 127.0.0.1. (4)",
     # The remote's disk is full, or read-only.
     "! [remote rejected] a -> a (unpacker error)",
+    # GitHub has a fault of its own.
+    "remote: fatal error in commit_refs\n! [remote rejected] a -> a (failure)",
     # GitHub could not find out in time whether the push changes a workflow.
     (
         "! [remote rejected] a -> a (Unable to determine if workflow can be created or "
@@ -8596,6 +8598,7 @@ def test_git_waits_for_the_network_but_not_for_what_stays_wrong(
         ("no", True),
         ("Internal Server Error", False),
         ("commit_refs", False),
+        ("failure", False),  # of GitHub, after "remote: fatal error in commit_refs"
         ("unpacker error", False),
         ("Unable to determine if workflow can be created due to timeout", False),
     ],
