@@ -3390,6 +3390,7 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     r"|Operation too slow|RPC failed|early EOF|hung up|unexpected disconnect|Empty reply"
     r"|Broken pipe|Recv failure|Send failure|bytes of body are still expected"
     r"|end of response with|transfer closed|HTTP/?2 (stream|framing)|SETTINGS frame"
+    "|expected flush after"
     # A proxy is overloaded (5xx only), or restarts.
     r"|CONNECT aborted|CONNECT tunnel failed, response 5|HTTP code 5\d\d from proxy"
     r"|connection to proxy closed|SOCKS5 connection to \S+ \([13456]\)"

@@ -8546,6 +8546,8 @@ NETWORK_ERRORS = [
     "Connection to git.acme.com closed by remote host.",
     "Timeout, server git.acme.com not responding.",
     "fatal: unable to access 'URL': end of response with 466 bytes missing",
+    # An answer that ends too early, but as HTTP allows
+    "fatal: expected flush after ref listing",
     "fatal: unable to access 'URL': transfer closed with outstanding read data remaining",
     "fatal: unable to access 'URL': The requested URL returned error: 408",
     "fatal: unable to access 'URL': gnutls_handshake() failed: Error in the pull function.",
