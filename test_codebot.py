@@ -8052,6 +8052,14 @@ def test_agent_commits_and_merges_become_one_commit(local: LocalTask) -> None:
     assert local.show("two") == "2"
 
 
+@pytest.mark.parametrize("name", ["CODING_OPTIONS", "CHANGE_OPTIONS"])
+def test_agent_that_makes_changes_is_told_that_it_cannot_merge(name: str) -> None:
+    # Of a merge, only the files would be kept. GitHub would show the changes of the other
+    # branch as those of the pull request, and its conflicts would remain.
+    rules = " ".join(" ".join(getattr(codebot, name).arguments).split())
+    assert "you cannot merge, rebase or end conflicts with another branch" in rules
+
+
 MAKE_NESTED = "git init -q sub; git -C sub commit -q --allow-empty -m Nested"
 NESTED_REPOSITORIES = {
     "left": MAKE_NESTED,
