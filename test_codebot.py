@@ -11442,6 +11442,15 @@ def test_thanks_get_no_answer(pull: Pull) -> None:
     assert len(pull.site.agent.runs()) == 1
 
 
+def test_classification_can_tell_the_app_from_other_bots(pull: Pull) -> None:
+    pull.site.agent.follow("classify none")
+    pull.site.person("alice").comment("@dependabot rebase")
+    pull.review()
+    [run] = pull.site.agent.runs("classify")
+    assert "commands for other bots" in (run.option("--system-prompt") or "")
+    assert run.stdin.endswith(f"At GitHub, your login is {BOT['login']}.\n")
+
+
 # --- Reviews: changes --------------------------------------------------------
 
 
