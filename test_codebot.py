@@ -253,9 +253,9 @@ class Hold:
         self.reached.set()
         assert self.released.wait(120), "the test did not release the request"
 
-    def wait(self, seconds: float = 20) -> None:
+    def wait(self) -> None:
         """Wait until the request has come."""
-        assert self.reached.wait(seconds), "the request did not come"
+        assert self.reached.wait(20), "the request did not come"
 
     def release(self) -> None:
         self.released.set()
@@ -408,7 +408,6 @@ class Comment:
     body: str
     created_at: str = dataclasses.field(default_factory=github_time)
     updated_at: str = dataclasses.field(default_factory=github_time)
-    state: str = "COMMENTED"  # of a review
     review_id: int = 0
     in_reply_to: int = 0
     path: str = "hello.txt"
@@ -417,7 +416,7 @@ class Comment:
         fields = {"id": self.id, "user": self.user, "body": self.body}
         if self.kind == "review":
             fields["pull_request_url"] = f"https://api/pulls/{self.number}"
-            return {**fields, "state": self.state, "submitted_at": self.created_at}
+            return {**fields, "state": "COMMENTED", "submitted_at": self.created_at}
         fields.update(created_at=self.created_at, updated_at=self.updated_at)
         if self.kind == "inline":
             hunk = "@@ -0,0 +1 @@\n+hello"
@@ -1194,11 +1193,9 @@ class Person:
             self.announce(review)
         return comment
 
-    def review(
-        self, body: str, *inline: str, state: str = "COMMENTED", webhook: bool = True
-    ) -> list[Comment]:
+    def review(self, body: str, *inline: str, webhook: bool = True) -> list[Comment]:
         """Submit a review; return it, and its inline comments after it."""
-        review = self._add("review", body, state=state)
+        review = self._add("review", body)
         comments = [self._add("inline", text, review_id=review.id) for text in inline]
         if webhook:
             for comment in [*comments, review]:
@@ -1208,19 +1205,19 @@ class Person:
     def _add(self, kind: str, body: str, **more: Any) -> Comment:
         return self.repository.add_comment(kind, self.number, self.user, body, **more)
 
-    def announce(self, comment: Comment, action: str = "", guid: str = "") -> Response:
+    def announce(self, comment: Comment, guid: str = "") -> Response:
         """Deliver the webhook about a comment."""
-        payload = self.comment_payload(comment, action)
+        payload = self.comment_payload(comment)
         return self.github.deliver(EVENT_NAMES[comment.kind], payload, guid)
 
-    def comment_payload(self, comment: Comment, action: str = "") -> dict[str, Any]:
+    def comment_payload(self, comment: Comment) -> dict[str, Any]:
         fields = comment.json()
         if comment.kind == "review":
-            # Unlike in the REST API, the state is in lower case and no body is null.
-            fields.update(state=comment.state.lower(), body=comment.body or None)
-            payload = self.payload(action or "submitted", review=fields)
+            # Unlike in the REST API, the state is in lower case, and an empty body null.
+            fields.update(state="commented", body=comment.body or None)
+            payload = self.payload("submitted", review=fields)
         else:
-            payload = self.payload(action or "created", comment=fields)
+            payload = self.payload("created", comment=fields)
         if comment.kind == "conversation":
             payload["issue"] = dict(self.repository.issues[comment.number])
         else:
@@ -1248,9 +1245,9 @@ class Person:
     def close(self, webhook: bool = True) -> None:
         self.change_pull("closed", webhook, state="closed")
 
-    def merge(self, webhook: bool = True) -> None:
+    def merge(self) -> None:
         now = github_time()
-        self.change_pull("closed", webhook, state="closed", merged=True, merged_at=now)
+        self.change_pull("closed", state="closed", merged=True, merged_at=now)
 
     def reopen(self, webhook: bool = True) -> None:
         self.change_pull("reopened", webhook, state="open")
@@ -1262,8 +1259,8 @@ class Person:
     def label(self, number: int, name: str = "codebot", webhook: bool = True) -> None:
         self._change_label("labeled", number, name, webhook)
 
-    def unlabel(self, number: int, name: str = "codebot", webhook: bool = True) -> None:
-        self._change_label("unlabeled", number, name, webhook)
+    def unlabel(self, number: int, webhook: bool = True) -> None:
+        self._change_label("unlabeled", number, "codebot", webhook)
 
     def _change_label(self, action: str, number: int, name: str, webhook: bool) -> None:
         self.repository.add_label_event(action, number, name, self.user)
