@@ -279,7 +279,7 @@ class Faulty(abc.ABC):
 
     A pattern is a method and a path: the whole path in FakeGitHub, and the path below
     the repository in Repository ("POST /pulls", "POST /git-receive-pack"). ``*`` stands
-    for anything. Each fault meets one request, unless it is there ``always``.
+    for anything. Each fault applies to one request, unless it is there ``always``.
     """
 
     @abc.abstractmethod
@@ -482,7 +482,7 @@ class Repository(Faulty):
         return (self.bare / "refs" / "heads" / name).is_file()
 
     def references(self) -> tuple[tuple[str, bytes], ...]:
-        """Return the files on which it depends what git shows of the repository."""
+        """Return the names and contents of the files that git's answers depend on."""
         paths = [f"{self.bare}/{name}" for name in ("HEAD", "config", "packed-refs")]
         for directory, _, names in os.walk(f"{self.bare}/refs"):
             paths += [f"{directory}/{name}" for name in names]
@@ -790,7 +790,7 @@ class FakeGitHub(http.server.ThreadingHTTPServer, Faulty):
         self.thread.start()
 
     def serve_until_closed(self) -> None:
-        """Wait for connections, unlike serve_forever without looking 50 times a second."""
+        """Accept connections. serve_forever() would wake up twice a second."""
         while not self.is_closing:
             self.process_request(*self.get_request())
 
@@ -1066,7 +1066,7 @@ class FakeGitHub(http.server.ThreadingHTTPServer, Faulty):
         argv = ["git", service, "--stateless-rpc", str(repository.bare)]
         protocol = request.headers.get("Git-Protocol", "")
         is_first = request.method == "GET"
-        # To a client of protocol 2, git first says what it can do, which is always the same.
+        # To a client of protocol 2, git first says what it can do: always the same.
         has_state = is_push or not is_first or protocol != "version=2"
         start = b""
         if is_first:
@@ -1465,16 +1465,16 @@ class AgentScript:
 # --- ServerProcess -----------------------------------------------------------
 
 
-# Limits of every server of the tests: what it waits for without a reason to. Several
-# servers are idle in each process of pytest, and so the first two are not very short.
+# Shorter pauses, for every server of the tests. Each process of pytest has several idle
+# servers, and so the first two are not very short.
 SERVER_PAUSES = {
     "SYNC_INTERVAL": 0.1,
     "TIMER_INTERVAL": 0.1,  # only for jobs that are delayed; others wake the timer
     "STREAM_INTERVAL": 0.03,
     "GITHUB_RETRY_DELAY": 0.03,
-    # Not short: a second look must not come to a test that injects a fault for another.
+    # Not short: a second look would use up a fault that a test injects for another request.
     "VISIBILITY_DELAY": 3600.0,
-    # This pause before each program on a node is for one that empties its output.
+    # The pause is needed only before a program that empties its output.
     "NODE_SCRIPT": codebot.NODE_SCRIPT.replace("sleep 0.3 ", "sleep 0.02 "),
 }
 
@@ -1657,7 +1657,7 @@ class ServerProcess:
         limits: Mapping[str, Any] = {},
         **settings: str | None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command that ends soon, in a fork of a codebot that is imported."""
+        """Run a command that ends soon, in a fork of the ForkingProgram."""
         environment = self.environment(settings)
         code = limit_lines(limits)
         return forking_program().run(self.start_dir, environment, args, stdin, code)
@@ -2157,7 +2157,7 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def in_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where most sites are: git and SQLite wait for a disk at each step."""
+    """A directory in memory for most sites: git and SQLite wait for a disk at each step."""
     parent = Path("/dev/shm")
     if (
         not os.access(parent, os.W_OK)
@@ -2165,7 +2165,7 @@ def in_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         or shutil.disk_usage(parent).free < 2 << 30
     ):
         parent = tmp_path_factory.mktemp("sites")
-    # What runs that were killed have left. It is in memory.
+    # Remove what killed runs of the tests have left, which takes up memory.
     for left in parent.glob("codebot-test-*"):
         with contextlib.suppress(FileNotFoundError):
             if left.stat().st_mtime < time.time() - 86400:
@@ -2193,7 +2193,7 @@ def fresh(in_memory: Path, templates: Path) -> Iterator[Site]:
 
 @pytest.fixture
 def on_disk(tmp_path: Path, templates: Path) -> Iterator[Site]:
-    """The same where a sandbox and a remote may be, which is not below /dev."""
+    """Like `fresh`, but on disk: nothing below /dev works in bwrap or as a remote."""
     with site_in(tmp_path, templates) as site:
         yield site
 
@@ -2241,7 +2241,7 @@ def shared(shared_site: Site) -> Iterator[Site]:
 
 
 def wait_for_first_look(site: Site) -> None:
-    """Wait until the look at the start is over: it must not meet what a test does."""
+    """Wait until the look at the start is over, so that no test interferes with it."""
     wait_for(lambda: site.repository.count("GET /issues"))
 
 
@@ -2319,8 +2319,8 @@ def fetched_mirror(templates: Path) -> Path:
 class LocalTask:
     """A task that runs in this process, from the clone to the commit, but not further.
 
-    For what one of these steps decides. That a server takes them all, and the push and
-    the pull request after them, is tested with whole tasks.
+    It is for tests of what one of these steps decides. Others test whole tasks on a
+    server, with the push and the pull request.
     """
 
     def __init__(self, site: Site, **settings: Any) -> None:
@@ -2349,7 +2349,7 @@ class LocalTask:
             codebot.Repository(remote, remote, "mirrors/other/remote/widget.git"),
             self.run.job.directory,
         )
-        # Of commits that the test adds, git fetches only those.
+        # With this mirror, git has to fetch only the commits that the test adds.
         mirror = Path(self.workspace.mirror.path)
         copy_files(fetched_mirror(site.github.templates), mirror)
 
@@ -4634,13 +4634,13 @@ def test_agent_has_a_git_configuration_that_git_of_a_launcher_ignores(
 
 
 def write_bwrap(site: Site, script: str) -> str:
-    """Put a `bwrap` of its own first on PATH, and return PATH."""
+    """Write a program in sh that is called `bwrap`; return a PATH that finds it first."""
     bwrap = write_script(site.directory / "tools" / "bwrap", script)
     return f"{bwrap.parent}:{os.environ['PATH']}"
 
 
 def write_bwrap_that_may_outlive_its_parent(site: Site) -> str:
-    """Put a `bwrap` first on PATH that the end of its parent does not end.
+    """Return a PATH with a `bwrap` that the end of its parent does not end.
 
     An agent can bring this about: it attaches to the first process of its PID namespace, as
     a debugger does, makes it call prctl(PR_SET_PDEATHSIG, 0), and changes its environment.
@@ -4861,7 +4861,7 @@ def test_planted_hooks_without_sandbox_see_no_secret(shared: Site) -> None:
 def test_git_has_a_global_configuration_in_another_sandbox_and_on_a_node(
     fresh: Site, setting: str
 ) -> None:
-    # Nothing is written: root would replace /dev/null.
+    # Do not let the agent write a setting: as root, git would replace /dev/null.
     settings = {setting: ("env",), "launcher_stop": ("true",)}
     LocalTask(fresh, **settings).commit(SAY_HELLO)
     [run] = fresh.agent.runs()
