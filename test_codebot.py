@@ -5042,6 +5042,7 @@ def test_server_names_its_sandbox(sandboxed: Site) -> None:
 
 STATES = ("pending", "running", "completed", "failed")
 LONG_AGO = "2020-01-01T00:00:00Z"
+IN_1970 = 1.0  # as transient_since: too long ago for another retry
 # What each method makes of a task, by its state; it refuses a state that is not here.
 STATE_CHANGES = {
     "claim": {"pending": "running"},
@@ -5389,7 +5390,7 @@ def test_reviews_of_two_pull_requests_run_at_the_same_time(
         assert store.claim(review) is not None
 
 
-def test_only_a_running_review_is_dropped(store: codebot.Store) -> None:
+def test_only_a_running_review_is_deleted(store: codebot.Store) -> None:
     task = store_task_in_state(store, "running")
     store.delete_review(task.id)
     assert stored_job(store, task).status == "running"
@@ -5619,7 +5620,9 @@ def test_job_that_another_worker_has_started_again_stays_among_the_running(
     assert list(app.running) == [job.id]
 
 
-def test_free_retry_of_interrupted_review_is_not_its_last(store: codebot.Store) -> None:
+def test_retry_for_which_the_agent_need_not_run_again_is_not_the_last(
+    store: codebot.Store,
+) -> None:
     review = claim_review(store)
     store.requeue(review.id, interruptions=codebot.MAX_INTERRUPTIONS)
     review = claim(store, review.id)
@@ -5654,11 +5657,11 @@ def test_finished_answer_is_posted_again_without_counting_interruptions(
         ({"phase": "agent", "commit_id": ""}, "internal"),
     ],
 )
-def test_task_that_waited_too_long_fails_in_the_step_that_was_left(
+def test_task_that_is_retried_for_too_long_fails_for_its_unfinished_step(
     store: codebot.Store, progress: dict[str, Any], reason: str
 ) -> None:
     run = task_run(store)
-    run.job = dataclasses.replace(run.job, transient_since=1.0, **progress)
+    run.job = dataclasses.replace(run.job, transient_since=IN_1970, **progress)
     assert codebot.ending_after_transient_error(run, "502").reason == reason
 
 
@@ -5669,7 +5672,7 @@ def test_task_whose_push_got_no_response_may_have_been_pushed(
     run = task_run(store)
     run.job = dataclasses.replace(
         run.job,
-        transient_since=1.0,
+        transient_since=IN_1970,
         phase="push",
         branch="u/codebot/1",
         commit_id="c0ffee",
@@ -5719,7 +5722,9 @@ def test_failed_review_says_once_that_its_commit_may_have_been_pushed(
 ) -> None:
     run = review_run(store)
     pushed = {"phase": "clone", "commit_id": "c0ffee", "is_pushed": True}
-    run.job = dataclasses.replace(run.job, transient_since=1.0, branch="b", **pushed)
+    run.job = dataclasses.replace(
+        run.job, transient_since=IN_1970, branch="b", **pushed
+    )
     ending = codebot.ending_after_transient_error(run, "502")
     assert ending.reason == "internal"
     codebot.store_failure(run, ending)
