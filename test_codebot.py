@@ -2526,6 +2526,9 @@ def test_no_section_uses_a_name_of_a_later_section() -> None:
         (r"os\.exec", "serve_command"),
         (r"CDLL\(", "set_up_memory"),
         (r"_thread\.", "stop_on_signals"),
+        (r"os\.killpg\(", "signal_group"),
+        (r"os\.kill\(", "signal_processes"),
+        (r"rmtree\(", "remove_tree"),
     ],
 )
 def test_dangerous_thing_is_in_one_place(pattern: str, function: str) -> None:
@@ -2546,6 +2549,14 @@ def test_dangerous_thing_is_in_one_place(pattern: str, function: str) -> None:
 )
 def test_program_starts_and_connects_in_no_other_way(pattern: str) -> None:
     assert re.findall(pattern, PROGRAM.read_text()) == []
+
+
+def test_sql_is_in_the_section_store_only() -> None:
+    lines = PROGRAM.read_text().splitlines()
+    sections = sections_by_line()
+    sql = re.compile(r"\.execute(many|script)?\(|sqlite3\.connect\(")
+    with_sql = {number for line, number in zip(lines, sections) if sql.search(line)}
+    assert with_sql == {sections[lines.index("class Store:")]}
 
 
 def test_every_exception_is_caught_in_three_places_only() -> None:
