@@ -3233,7 +3233,6 @@ def redact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> codebot.Redactor:
         *(f"{prefix}_{'b' * 36}" for prefix in ("ghp", "gho", "ghu", "ghr")),
         "github_pat_" + "c1_" * 27,
         base64_of("sk-model").rstrip("="),
-        base64.urlsafe_b64encode(b"v1.installation-token").decode().rstrip("="),
         "sk-\x1b[1mmodel",
     ],
 )
@@ -3260,7 +3259,7 @@ def test_long_name_with_a_word_in_ght_is_not_redacted(
 
 def test_password_of_a_proxy_with_a_slash_is_redacted() -> None:
     # urllib accepts it. git does not, and its error shows the whole address.
-    address = "http://user:proxy/password@proxy:80"
+    address = "http://user:12/password@proxy:80"  # 12 is no port
     redact = redactor_of(codebot.Config(variables={"HTTPS_PROXY": address}))
     assert redact(f"HTTPS_PROXY={address}") == "HTTPS_PROXY=http://user:***@proxy:80"
 
@@ -3333,6 +3332,12 @@ def test_last_word_of_a_secret_header_is_a_secret(name: str) -> None:
 def test_login_in_an_address_is_redacted(name: str, address: str, secret: str) -> None:
     config = codebot.Config(agent_env=("MY_URL",), variables={name: address})
     assert redactor_of(config)(secret) == "***"
+
+
+def test_path_of_certificates_with_an_at_sign_is_not_redacted() -> None:
+    path = "/home/linuxbrew/.linuxbrew/etc/openssl@3/cert.pem"
+    redact = redactor_of(codebot.Config(variables={"SSL_CERT_FILE": path}))
+    assert redact(path) == path
 
 
 @pytest.mark.parametrize("mark", "?;#")
