@@ -3707,20 +3707,37 @@ def test_certificates_beside_secrets_are_shown_alone(host: Host) -> None:
     assert [mount for mount in mounts if "etc/" in mount] == ["READ_ONLY etc/ca.pem"]
 
 
+def test_addresses_of_name_servers_are_shown(host: Host) -> None:
+    path = os.path.realpath("/etc/resolv.conf")  # often in /run, which is hidden
+    if not os.path.exists(path):
+        pytest.skip("this host has no /etc/resolv.conf")
+    workspace = host.make("work/task_1")
+    config = codebot.Config(work_dir=host.make("work"))
+    mounts = codebot.sandbox_mounts(config, workspace, f"{workspace}/objects")
+    assert mounts[path] == codebot.READ_ONLY
+
+
 def test_script_that_agent_command_names_is_shown(host: Host) -> None:
     script = host.make_file("home/wrapper.sh")
     assert "READ_ONLY home/wrapper.sh" in host.mounts(claude_command=("sh", script))
-
-
-def test_missing_home_is_not_mounted(host: Host) -> None:
-    host.monkeypatch.setenv("HOME", f"{host.root}/nowhere")
-    assert host.mounts() == ["HIDDEN work", *workspace_mounts("work")]
 
 
 def use_account(host: Host, home: str) -> None:
     """Let the user of the test have an account with this home."""
     account = pwd.struct_passwd(("bot", "x", os.getuid(), 0, "", home, "/bin/sh"))
     host.monkeypatch.setattr(pwd, "getpwuid", lambda uid: account)
+
+
+def test_missing_home_is_not_hidden(host: Host) -> None:
+    host.monkeypatch.setenv("HOME", f"{host.root}/nowhere")
+    use_account(host, "")
+    assert codebot.home_directories() == set()
+
+
+def test_missing_directory_is_not_mounted(host: Host) -> None:
+    variables = {"CODEBOT_DATABASE": f"{host.root}/nowhere/codebot.db"}
+    covers = ["HIDDEN home", "HIDDEN work"]
+    assert host.mounts(variables=variables) == [*covers, *workspace_mounts("work")]
 
 
 def test_home_of_the_account_is_hidden_beside_another_home(host: Host) -> None:
