@@ -5041,6 +5041,26 @@ def test_program_in_bwrap_has_a_namespace_of_its_own(tmp_path: Path, kind: str) 
 
 
 @needs_bwrap
+def test_program_in_bwrap_ends_with_its_parent(tmp_path: Path) -> None:
+    config = codebot.Config(search_path=os.environ["PATH"], work_dir=str(tmp_path))
+    sandbox = codebot.Sandbox(config)
+    sandbox.inspect_bwrap()
+    with codebot.scratch_workspace(str(tmp_path)) as workspace:
+        command = ["sh", "-c", "echo ready; cat"]
+        argv = sandbox.wrap(command, workspace, f"{workspace}/objects")
+        parent = ["sh", "-c", '"$@"; exit', "sh"]
+        with subprocess.Popen(
+            [*parent, *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            process.kill()
+            # The output is at its end when nothing is left that could write to it.
+            assert select.select([process.stdout], [], [], 20)[0]
+            assert process.stdout.read() == b""
+
+
+@needs_bwrap
 def test_key_in_directory_that_cannot_be_hidden_is_refused(fresh: Site) -> None:
     done = fresh.server.run_forked(
         "serve",
