@@ -4846,6 +4846,13 @@ def test_mount_whose_device_has_the_name_of_a_workspace_is_ignored(
     assert process_ids == []
 
 
+def test_mount_in_a_workspace_that_codebot_has_too_is_ignored(tmp_path: Path) -> None:
+    (tmp_path / "task_1" / "repo").mkdir(parents=True)
+    find = f"codebot.processes_in_workspaces({str(tmp_path)!r})"
+    script = f"import codebot; print({find})"
+    assert run_with_mount(script, tmp_path, "task_1/repo") == "[]\n"
+
+
 @needs_bwrap
 def test_objects_of_another_repository_cannot_be_borrowed(sandboxed: Site) -> None:
     number = len(sandboxed.github.repositories)
