@@ -5458,6 +5458,7 @@ def test_only_a_running_review_is_deleted(store: codebot.Store) -> None:
     review = store_review(store, pull, 1, "alice")
     store.delete_review(review)
     assert store.job(review) is not None
+    assert [comment.text for comment in store.stored_comments(review)] == ["Why?"]
     store.claim(review)
     store.delete_review(review)
     assert store.job(review) is None
