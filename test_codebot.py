@@ -5315,7 +5315,12 @@ def test_claim_of_unknown_job_returns_none(store: codebot.Store) -> None:
 def test_requeue_keeps_progress_and_counts_interruptions(store: codebot.Store) -> None:
     job = store_task_in_state(store, "running")
     changed = dataclasses.replace(
-        job, phase="push", directory="task_1", commit_id="c" * 40, branch="u/x"
+        job,
+        phase="push",
+        attempt=2,
+        directory="task_1",
+        commit_id="c" * 40,
+        branch="u/x",
     )
     store.save_progress(changed)
     assert store.begin_push(job.id)
@@ -5324,6 +5329,7 @@ def test_requeue_keeps_progress_and_counts_interruptions(store: codebot.Store) -
     assert requeued.interruptions == 1
     assert requeued.push_started
     assert requeued.phase == ""
+    assert requeued.attempt == 0
     assert requeued.directory == "task_1"
     assert requeued.commit_id == "c" * 40
     assert requeued.branch == "u/x"
@@ -5369,6 +5375,31 @@ def test_new_comment_joins_review_that_waits_for_its_retry(
     other = make_comment(2, "alice")
     assert store.queue_comments(review.task_id, [other])
     assert [comment.id for comment in store.stored_comments(review.id)] == [1, 2]
+
+
+def test_comments_of_a_review_begin_with_the_texts_of_github_reviews(
+    store: codebot.Store,
+) -> None:
+    pull = store_pull_request(store, store_task_in_state(store, "completed"))
+    later = codebot.utc_time(seconds_ago=-60)
+    comments = [
+        dataclasses.replace(make_comment(1, "alice"), created_at=later),  # a draft
+        make_comment(2, "alice"),
+        dataclasses.replace(
+            make_comment(3, "alice"), place="review_text", created_at=later
+        ),
+    ]
+    store.queue_comments(pull.id, comments)
+    [review] = store.reviews(pull.id)
+    assert [comment.id for comment in store.stored_comments(review.id)] == [3, 2, 1]
+
+
+def test_pull_request_that_is_stored_again_keeps_its_state(
+    store: codebot.Store,
+) -> None:
+    task = store_pull_request(store, store_task_in_state(store, "running"))
+    store.save_pull_request_state(task.id, "closed")
+    assert store_pull_request(store, task).pr_state == "closed"
 
 
 def test_review_that_a_stop_has_requeued_does_not_absorb_itself(
@@ -6387,6 +6418,7 @@ def test_expired_task_of_an_issue_stays_until_it_is_reported(
     delete_expired(store)
     assert store.unreported_tasks() == [task.id]
     store.mark_reported(task.id)
+    assert store.unreported_tasks() == []
     delete_expired(store)
     assert store.job(task.id) is None
 
