@@ -4130,11 +4130,41 @@ def test_program_that_outlives_its_result_may_clean_up(
     assert (tmp_path / "cleaned").read_text() == "clean\n"
 
 
+def test_program_that_has_reported_its_result_is_not_interrupted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(codebot, "RESULT_GRACE", 0.05)
+    lines: list[str] = []
+
+    def read(new_lines: list[str]) -> bool:
+        lines.extend(new_lines)
+        return True
+
+    def check() -> None:
+        if lines:
+            raise codebot.Cancelled
+
+    codebot.run_program(
+        ["sh", "-c", "echo result; exec sleep 60"],
+        GIT_ENVIRONMENT,
+        limits=codebot.Limits(check_stop=check),
+        on_lines=read,
+    )
+    assert lines == ["result"]
+
+
 def test_long_line_of_output_is_cut_at_a_blank_or_omitted() -> None:
     with tempfile.TemporaryFile() as file:
         output = codebot.OutputFile(file)
         output.keep(["a" * 9000 + " " + "b" * 9000, "c" * 10_001])
     assert list(output.last_lines) == ["a" * 9000, "(long line omitted)"]
+
+
+def test_progress_bar_in_output_is_kept_in_its_last_state() -> None:
+    with tempfile.TemporaryFile() as file:
+        output = codebot.OutputFile(file)
+        output.keep(["10%\r50%\r100%"])
+    assert list(output.last_lines) == ["100%"]
 
 
 def test_very_long_line_of_output_is_split_and_keeps_its_first_character(
