@@ -4406,7 +4406,7 @@ DENIED = "DENIED"
 class Probe:
     """What the agent tries in bwrap, and what has to come of it."""
 
-    command: str  # KEYS, START, WORK, HOST_HOME and MIRROR stand for paths of the host
+    command: str  # some words in capitals stand for paths and a commit: see report()
     expected: str = DENIED  # a regular expression
 
 
@@ -4430,6 +4430,9 @@ PROBES = {
     "list processes": Probe("cat /proc/[0-9]*/cmdline | tr '\\0' ' '", "(?!.*serve).*"),
     "read environments": Probe(
         "cat /proc/[0-9]*/environ | tr '\\0' '\\n'", ".*ANTHROPIC_API_KEY=.*"
+    ),
+    "borrow objects of another repository": Probe(
+        "GIT_ALTERNATE_OBJECT_DIRECTORIES=OTHER_MIRROR/objects git cat-file -e OTHER_COMMIT"
     ),
     "write mirror": Probe("touch MIRROR/objects/planted"),
     "write system": Probe("touch /usr/planted || touch /etc/planted"),
@@ -4496,20 +4499,22 @@ def sandboxed(sandboxed_site: Site) -> Site:
 @pytest.fixture(scope="session")
 def report(sandboxed_site: Site) -> SandboxReport:
     site = sandboxed_site
-    other = site.github.create_repository("acme/private")
+    other = site.github.create_repository("acme/private", {"plans": "the plans\n"})
     site.api.completed(site.api.submit(repository_url=other.url))
-    paths = {
+    words = {
         "START": site.server.start_dir,
         "KEYS": site.server.key_file.parent,
         "WORK": site.server.work_dir,
         "HOST_HOME": site.server.home,
         "MIRROR": mirror_of(site, site.repository.name),
+        "OTHER_MIRROR": mirror_of(site, other.name),
+        "OTHER_COMMIT": other.git("rev-parse", "main"),
     }
     plan = PROBE_FUNCTION
     for name, probe in PROBES.items():
         command = probe.command
-        for word, path in paths.items():
-            command = re.sub(rf"\b{word}\b", str(path), command)
+        for word, meaning in words.items():
+            command = re.sub(rf"\b{word}\b", str(meaning), command)
         plan += f"probe {shlex.quote(name)} {shlex.quote(command)}\n"
     site.agent.follow(f"{plan}result Probed")
     result = site.api.completed(site.api.submit("Look around"))
@@ -4881,26 +4886,6 @@ def test_mount_in_a_workspace_that_codebot_has_too_is_ignored(tmp_path: Path) ->
     find = f"codebot.processes_in_workspaces({str(tmp_path)!r})"
     script = f"import codebot; print({find})"
     assert run_with_mount(script, tmp_path, "task_1/repo") == "[]\n"
-
-
-@needs_bwrap
-def test_objects_of_another_repository_cannot_be_borrowed(sandboxed: Site) -> None:
-    number = len(sandboxed.github.repositories)
-    secret = sandboxed.github.create_repository(
-        f"acme/secret-{number}", {"plans": "the plans\n"}
-    )
-    sandboxed.api.completed(sandboxed.api.submit(repository_url=secret.url))
-    objects = mirror_of(sandboxed, secret.name) / "objects"
-    commit = secret.git("rev-parse", "main")
-    sandboxed.agent.follow(
-        f"echo {objects} >>.git/objects/info/alternates\n"
-        f"git cat-file -e {commit} 2>/dev/null && echo yes >borrowed\n{SAY_HELLO}"
-    )
-    result = sandboxed.api.completed(sandboxed.api.submit("Borrow"))
-    changed = sandboxed.repository.git(
-        "diff", "--name-only", "main", result["branch_name"]
-    )
-    assert changed == "hello.txt"  # not "borrowed" too
 
 
 def test_environment_without_sandbox_does_not_say_that_it_is_one(
