@@ -4970,14 +4970,16 @@ def serve_flags(site: Site) -> list[str]:
     return ["--port", "0", "--work-dir", str(site.server.work_dir)]
 
 
-@pytest.mark.parametrize("command", ["serve", "run"])
+BWRAP_HELP = "[ $1 = --help ] && exec echo '--disable-userns'"
+
+
 @pytest.mark.parametrize(
-    "help_text",
+    ("command", "help_text"),
     [
-        pytest.param(
-            "[ $1 = --help ] && exec echo '--disable-userns'", id="help works"
-        ),
-        pytest.param("", id="help fails"),  # as without a library that bwrap needs
+        pytest.param("serve", BWRAP_HELP, id="serve"),
+        pytest.param("run", BWRAP_HELP, id="run"),
+        # As without a library that bwrap needs.
+        pytest.param("serve", "", id="help fails"),
     ],
 )
 def test_sandbox_that_does_not_start_is_refused(
