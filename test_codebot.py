@@ -3617,13 +3617,21 @@ def test_database_of_the_server_is_hidden_from_the_agent_of_run(tmp_path: Path) 
     assert data in codebot.private_directories(config)
 
 
-def test_secret_in_tool_directory_stays_hidden(host: Host) -> None:
+def test_tool_directory_with_a_secret_is_hidden_except_for_the_agent(
+    host: Host,
+) -> None:
     mounts = host.mounts(
         search_path=host.make("home/tools/bin"),
         env_file=host.make_file("home/tools/.env"),
+        claude_command=(host.make_file("home/tools/bin/claude"),),
     )
-    assert "HIDDEN home/tools" in mounts
-    assert "READ_ONLY home/tools" not in mounts
+    assert mounts[:5] == [
+        "HIDDEN home",
+        "HIDDEN home/tools",
+        "HIDDEN home/tools/bin",
+        "READ_ONLY home/tools/bin/claude",
+        "HIDDEN work",
+    ]
 
 
 def test_agent_in_hidden_directory_is_shown_alone(host: Host) -> None:
@@ -3632,16 +3640,6 @@ def test_agent_in_hidden_directory_is_shown_alone(host: Host) -> None:
     mounts = host.mounts(claude_command=(agent, "--flag"))
     assert "READ_ONLY home/claude/claude" in mounts
     assert "credentials" not in "\n".join(mounts)
-
-
-def test_agent_in_tool_directory_that_is_hidden_is_shown_alone(host: Host) -> None:
-    agent = host.make_file("home/tools/bin/claude")
-    mounts = host.mounts(
-        search_path=host.make("home/tools/bin"),
-        env_file=host.make_file("home/tools/.env"),
-        claude_command=(agent,),
-    )
-    assert "READ_ONLY home/tools/bin/claude" in mounts
 
 
 def test_agent_beside_a_key_in_tool_directory_is_shown_alone(host: Host) -> None:
