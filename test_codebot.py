@@ -3943,6 +3943,8 @@ def test_any_remote_is_accepted_without_github(url: str) -> None:
         "https://git.acme.com/a/../b",
         "https://git.acme.com/a/..",
         "https://git.acme.com/a/..?/b",
+        "https://git.acme.com/a/%2e%2e/b",
+        "ssh://git@git.acme.com/a/%2E%2E/b",
         "https://git.acme.com/a/..;/b",  # Tomcat ignores what follows a semicolon
         "https://git.acme.com/a/\\..\\b",
         "https://git.acme.com/a\nb",
@@ -3957,6 +3959,7 @@ def test_any_remote_is_accepted_without_github(url: str) -> None:
         "file:///var/lib/codebot/task_1/repo",
         "//var/lib/codebot/task_1/repo",
         "ssh://localhost/var/lib/codebot/task_1/repo",
+        "ssh://localhost/var/lib/code%62ot/task_1/repo",
         "git@localhost:/var/lib/codebot/task_1/repo",
         "/proc/self/cwd",
         "//proc/self/cwd",
