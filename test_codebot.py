@@ -2764,6 +2764,19 @@ def test_empty_setting_means_the_default(variable: str) -> None:
     assert read_settings(**{variable: " "}) == ({}, [])
 
 
+def test_blank_setting_is_reported_as_missing() -> None:
+    names = [
+        "CODEBOT_API_KEYS",
+        "GITHUB_APP_ID",
+        "GITHUB_APP_PRIVATE_KEY_PATH",
+        "GITHUB_APP_INSTALLATION_ID",
+        "CODEBOT_LAUNCHER_STOP",
+    ]
+    config = codebot.Config(launcher=("srun",), variables=dict.fromkeys(names, " "))
+    problems = [*codebot.missing_settings(config, is_server=True)]
+    assert [problem.split()[0] for problem in problems] == names
+
+
 def test_bad_value_is_not_also_reported_as_missing() -> None:
     variables = {"CODEBOT_API_KEYS": "a\udcff", "CODEBOT_LAUNCHER_STOP": "bin/stop"}
     config = codebot.Config(no_github=True, launcher=("srun",), variables=variables)
