@@ -5824,6 +5824,18 @@ def test_review_that_was_cancelled_during_its_push_may_have_been_pushed(
     assert codebot.error_to_store(run.job, ending) == expected
 
 
+def test_long_error_is_cut_when_it_is_stored(store: codebot.Store) -> None:
+    ending = codebot.Ending("failed", "internal", "x" * 20_000)
+    assert len(codebot.error_to_store(task_run(store).job, ending)) == 10_000
+
+
+def test_seconds_of_a_task_end_with_its_commit(store: codebot.Store) -> None:
+    run = task_run(store)
+    run.update(seconds=5000.0)  # as if its push had been retried since then
+    codebot.store_ending(run, codebot.Ending("completed"))
+    assert store.totals()[0] == 5000.0
+
+
 def test_task_whose_push_was_rejected_was_not_pushed(store: codebot.Store) -> None:
     run = task_run(store)
     run.job = dataclasses.replace(run.job, commit_id="c0ffee", push_started=True)
