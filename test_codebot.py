@@ -10645,16 +10645,25 @@ def test_task_waits_until_its_disk_can_be_written_again(tmp_path: Path) -> None:
     assert run_with_mount(RUN_TASK, tmp_path, "work", "ro") == "pending\n"
 
 
-@pytest.mark.parametrize(
-    ("options", "is_full"),
-    [("rw", False), ("nr_inodes=1", True), ("size=4k", True), ("nr_inodes=0", False)],
-)
-def test_disk_is_full_without_space_or_without_files(
-    tmp_path: Path, options: str, is_full: bool
-) -> None:
+# Mounts one disk over the other, with these options.
+ARE_DISKS_FULL = """
+import subprocess
+import codebot
+for options in ("rw", "nr_inodes=1", "size=4k", "nr_inodes=0"):
+    mount = ["mount", "-t", "tmpfs", "-o", options, "none", "disk"]
+    subprocess.run(mount, check=True)
+    print(options, codebot.is_disk_full("disk"))
+"""
+
+
+def test_disk_is_full_without_space_or_without_files(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
-    script = "import codebot; print(codebot.is_disk_full('disk'))"
-    assert run_with_mount(script, tmp_path, "disk", options) == f"{is_full}\n"
+    assert run_with_mount(ARE_DISKS_FULL, tmp_path, "disk").splitlines() == [
+        "rw False",
+        "nr_inodes=1 True",
+        "size=4k True",
+        "nr_inodes=0 False",  # the number of files is not limited
+    ]
 
 
 def test_workspace_that_cannot_be_moved_does_not_stop_the_cleanup_of_others(
