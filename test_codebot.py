@@ -10619,18 +10619,16 @@ print(app.store.job(task.id).status)
 
 
 def run_with_mount(
-    script: str, directory: Path, mount: str = "", options: str = "rw"
+    script: str, directory: Path, mount: str, options: str = "rw"
 ) -> str:
-    """Run a Python script where something is mounted on a directory, or on none."""
+    """Run a Python script where something is mounted on a directory."""
     env = {
         **os.environ,
         "PYTHONPATH": str(PROGRAM.parent),
         "MOUNT": mount,
         "OPTIONS": options,
     }
-    argv = [sys.executable, "-c", script]
-    if mount:
-        argv = WITH_MOUNT + argv
+    argv = [*WITH_MOUNT, sys.executable, "-c", script]
     done = subprocess.run(
         argv, check=False, cwd=directory, env=env, capture_output=True, text=True
     )
@@ -10676,12 +10674,15 @@ def test_workspace_that_cannot_be_moved_does_not_stop_the_cleanup_of_others(
     assert [path.name for path in tmp_path.glob("t*")] == [first]
 
 
-def test_outbox_that_cannot_be_moved_is_removed_later(tmp_path: Path) -> None:
+def test_outbox_that_cannot_be_moved_is_removed_later(
+    store: codebot.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("outbox_1234567.git", "task_1234567"):
         (tmp_path / name).mkdir()
     run_with_mount(CLEAN_UP, tmp_path, "outbox_1234567.git")
     assert (tmp_path / "task_1234567").exists()
-    run_with_mount(CLEAN_UP, tmp_path)
+    monkeypatch.setattr(codebot, "CLEANUP_INTERVAL", 0.0)
+    codebot.clean_up(app_with(store, work_dir=str(tmp_path)))
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
