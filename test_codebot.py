@@ -8716,6 +8716,9 @@ FINAL_ERRORS = [
     "fatal: unable to access 'URL': URL using bad/illegal format or missing URL",
     "fatal: unable to access 'URL': No authentication method was acceptable.",
     "fatal: unable to access 'URL': CONNECT tunnel failed, response 407",
+]
+# And if the remote rejects what is pushed.
+REJECTIONS = [
     "remote: fatal: fsck error in packed object\n! [remote rejected] a -> a (unpacker error)",
     (
         "remote: fatal: pack exceeds maximum allowed size\n"
@@ -8729,15 +8732,14 @@ FINAL_ERRORS = [
     [
         *((error, codebot.TransientError) for error in NETWORK_ERRORS),
         *((error, codebot.GitFailed) for error in FINAL_ERRORS),
+        *((error, codebot.PushRejected) for error in REJECTIONS),
     ],
 )
 def test_git_waits_for_the_network_but_not_for_what_stays_wrong(
-    tmp_path: Path, error: str, kind: type[Exception]
+    error: str, kind: type[Exception]
 ) -> None:
-    write_script(tmp_path / "git", f'echo "{error}" >&2; exit 128')
-    directory = git_directory(tmp_path / "mirror", search_path=str(tmp_path))
-    with pytest.raises(kind):
-        directory.git_with_token("", "push")
+    result = codebot.ProgramResult(code=128, stdout="", stderr=error)
+    assert type(codebot.remote_failure(result)) is kind
 
 
 @pytest.mark.parametrize(
