@@ -6794,6 +6794,9 @@ def test_mirror_fetches_only_what_is_new(fresh: Site) -> None:
     assert mirror.fetch_branch(repository, "main") == ("main", commit)
     assert mirror.local_git("show", "main:small").stdout == "news"
     assert fresh.github.git_bytes_sent - before < 20_000
+    questions = fresh.repository.count(FETCH_BEGINS)
+    mirror.fetch_branch(repository, "main")
+    assert fresh.repository.count(FETCH_BEGINS) == questions + 1  # by git ls-remote
 
 
 def test_new_repository_under_old_name_does_not_show_old_objects(fresh: Site) -> None:
