@@ -11411,7 +11411,7 @@ def test_agent_sees_line_and_earlier_comments_of_thread(pull: Pull) -> None:
     top = alice.inline("Why hello?", webhook=False)
     alice.inline("A thread of its own", webhook=False)
     general = alice.comment("In general", webhook=False)
-    general.created_at = github_time(5)
+    general.created_at = github_time(-5)
     alice.announce(top)
     pull.review()
     stranger = pull.site.person("stranger")
@@ -11426,7 +11426,8 @@ def test_agent_sees_line_and_earlier_comments_of_thread(pull: Pull) -> None:
     # In this thread the reviewer and codebot have written before.
     assert "Why hello?" in run.stdin
     assert f"Because {top.id}." in run.stdin
-    assert run.stdin.index("Why hello?") < run.stdin.rindex("In general")
+    # The oldest comes first, although GitHub lists the conversation last.
+    assert run.stdin.index("\nIn general\n") < run.stdin.index("\nWhy hello?\n")
     assert "says a stranger" not in run.stdin
     assert "of its own" not in run.stdin
 
