@@ -16274,7 +16274,6 @@ fi
 read job <"@PLACE@/jobs/$1" && kill -KILL "-$job"
 exit 0
 """
-LAUNCH_LIMITS = {"RESULT_GRACE": 0.2, "KILL_GRACE": 0.5, "RETRY_DELAY": 0.1}
 
 
 class StandInCluster:
@@ -16306,7 +16305,7 @@ class StandInCluster:
     def start_server(
         self, *flags: str, limits: Mapping[str, Any] = {}, **settings: str
     ) -> None:
-        all_limits = {**LAUNCH_LIMITS, **limits}
+        all_limits = {**SHORT_WAITS, **limits}
         all_settings = {**self.settings(), **settings}
         self.site.server.start(*flags, limits=all_limits, **all_settings)
 
@@ -17025,7 +17024,7 @@ class SlurmSite(NamedTuple):
         self.site.server.start(
             "--workers",
             "4",
-            limits=LAUNCH_LIMITS,
+            limits=SHORT_WAITS,
             CODEBOT_STALL_TIMEOUT="4",
             **{**self.slurm.settings(), **settings},
         )
@@ -17347,7 +17346,7 @@ def podman_site(
     before = all_containers()
     try:
         site.server.start(
-            limits=LAUNCH_LIMITS,
+            limits=SHORT_WAITS,
             CODEBOT_SANDBOX=f"{wrapper} {{task}} {{objects}}",
             CODEBOT_STALL_TIMEOUT="3",
             CODEBOT_TASK_TIMEOUT="10",
