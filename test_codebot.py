@@ -16596,7 +16596,7 @@ def test_wait_for_a_node_costs_neither_task_nor_test_time(
     api = cluster.site.api
     cluster.start_server(CODEBOT_STALL_TIMEOUT="2", CODEBOT_TASK_TIMEOUT="2")
     cluster.busy.touch()
-    # A test gets 0.1 seconds even if no time is left, and so it takes longer.
+    # A test gets 0.1 seconds even if no time is left. This one takes longer.
     task = api.submit(test_command="sleep 0.4")
     api.wait_phase(task, "queued")
     over = time.monotonic() + 2.2  # longer than both limits
@@ -16753,7 +16753,8 @@ def test_launched_test_has_the_time_limit_of_its_task(
     fresh: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(codebot, "KILL_GRACE", 0.1)
-    settings = {"launcher": ("env",), "launcher_stop": ("true",), "task_timeout": 1}
+    # A test gets 0.1 seconds even if no time is left.
+    settings = {"launcher": ("env",), "launcher_stop": ("true",), "task_timeout": 0}
     task = LocalTask(fresh, **settings)
     codebot.clone(task.workspace)
     with pytest.raises(codebot.JobFailed, match="CODEBOT_TASK_TIMEOUT") as raised:
@@ -16786,8 +16787,9 @@ def test_launch_with_an_error_keeps_its_record_if_the_stop_fails(
 
 @pytest.mark.usefixtures("quick_node")
 def test_signal_that_also_ends_the_stop_of_the_probe_is_no_fault_of_the_setting(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(codebot, "SIGNAL_DELAY", 0.02)
     (tmp_path / "work").mkdir()
     stopped = tmp_path / "stopped"
     config = codebot.Config(
@@ -18345,14 +18347,15 @@ def assert_start_is_refused(
 
     The advice is the beginning of a line; if it ends with a line end, all of it.
     """
-    done = site.server.run_forked("serve", *flags, **settings)
+    limits = {"SIGNAL_DELAY": 0.02}  # nobody sends a signal
+    done = site.server.run_forked("serve", *flags, limits=limits, **settings)
     assert done.returncode == 2
     assert done.stdout == ""
     lines = done.stderr.splitlines(keepends=True)
     [line] = [line for line in lines if " WARNING " not in line]
     assert line.startswith(f"codebot: {advice}")
     assert "Errno" not in done.stderr
-    done = site.server.run_forked("check", *flags, **settings)
+    done = site.server.run_forked("check", *flags, limits=limits, **settings)
     assert done.returncode == 1
     assert f"FAIL  {advice}" in done.stdout
     assert done.stdout.count("FAIL") == 1
