@@ -17816,6 +17816,8 @@ def test_page_reports_errors_and_next_steps(fresh: Site, browser: Browser) -> No
     browser.wait_for_text("No task is in this state.")
     assert browser.text("#rows") == ""
     browser.check()
+    browser.click("field", "Failed")
+    browser.wait_for_text("Cancelled acme/widget", "#rows")
     browser.click("button", "Forget key")
     browser.wait_for_text("API key")
     assert browser.evaluate("sessionStorage.getItem('apiKey')") is None
