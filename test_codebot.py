@@ -18839,7 +18839,7 @@ def test_server_warns_if_clients_may_name_any_host(
     assert any("every host" in message for message in messages) == is_warned
 
 
-def test_start_prints_no_secret_of_a_sandbox(
+def test_start_prints_the_sandbox_without_its_secrets(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = codebot.Config(
@@ -18849,7 +18849,8 @@ def test_start_prints_no_secret_of_a_sandbox(
     )
     codebot.redact.add(codebot.configured_secrets(config), math.inf)
     codebot.print_banner(codebot.Codebot(config), 5000, 0)
-    assert "sk-model" not in capsys.readouterr().out
+    shown = "podman run --env=ANTHROPIC_API_KEY=*** image"
+    assert f"Sandbox:       {shown}\n" in capsys.readouterr().out
 
 
 def leave_running_task(site: Site) -> None:
