@@ -16296,6 +16296,13 @@ class StandInCluster:
         ):
             write_script(self.place / name, script.replace("@PLACE@", str(self.place)))
 
+    def change_launcher(self, old: str, new: str) -> None:
+        """Replace a part of the launcher, until write_programs writes it again."""
+        launch = self.place / "launch"
+        script = launch.read_text()
+        assert old in script
+        launch.write_text(script.replace(old, new))
+
     def settings(self) -> dict[str, str]:
         return {
             "CODEBOT_LAUNCHER": f"{self.place}/launch {{job}}",
@@ -16434,7 +16441,7 @@ def test_words_of_the_agent_are_not_the_reason_why_its_node_failed(
 ) -> None:
     site = launching.site
     words = ' || echo "the job ended with code $?" >&2'
-    change_launcher(launching, words, " 2>/dev/null")
+    launching.change_launcher(words, " 2>/dev/null")
     site.agent.follow(f"say 'I am at work'; block; {SAY_HELLO}")
     task = site.api.submit()
     site.agent.wait_until_blocked()
@@ -16472,18 +16479,11 @@ def test_launched_agent_that_ends_itself_is_not_run_again(
     assert len(site.agent.runs()) == 1
 
 
-def change_launcher(cluster: StandInCluster, old: str, new: str) -> None:
-    launch = cluster.place / "launch"
-    script = launch.read_text()
-    assert old in script
-    launch.write_text(script.replace(old, new))
-
-
 def test_launcher_may_print_a_line_without_an_end_and_outlive_its_program(
     launching: StandInCluster,
 ) -> None:
     launching.write_programs("sleep 600")
-    change_launcher(launching, 'echo "$name waits for a node"', "printf 'waiting… '")
+    launching.change_launcher('echo "$name waits for a node"', "printf 'waiting… '")
     task = launching.site.api.submit(test_command="echo tested")
     launching.site.api.completed(task)
     assert "test: tested" in launching.site.api.messages(task)
