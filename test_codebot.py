@@ -16616,25 +16616,22 @@ def test_server_starts_although_no_node_is_free(cluster: StandInCluster) -> None
     cluster.assert_empty()
 
 
-REFUSED_SANDBOXES = {
-    "sandbox fails": (
-        {"CODEBOT_SANDBOX": "sh -c 'echo no box >&2; exit 4' sh"},
-        "The sandbox does not start: no box",
-    ),
-    # As if the node had a directory of its own at this path.
-    "other directory": (
-        {"CODEBOT_SANDBOX": "true"},
-        "is not there on this host",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED_SANDBOXES)
+@pytest.mark.parametrize(
+    ("sandbox", "message"),
+    [
+        pytest.param(
+            "sh -c 'echo no box >&2; exit 4' sh",
+            "The sandbox does not start: no box",
+            id="sandbox fails",
+        ),
+        # As if the node had a directory of its own at this path.
+        pytest.param("true", "is not there on this host", id="other directory"),
+    ],
+)
 def test_launched_sandbox_that_does_not_work_is_refused(
-    cluster: StandInCluster, name: str
+    cluster: StandInCluster, sandbox: str, message: str
 ) -> None:
-    settings, message = REFUSED_SANDBOXES[name]
-    settings = {**cluster.settings(), **settings}
+    settings = {**cluster.settings(), "CODEBOT_SANDBOX": sandbox}
     flags = serve_flags(cluster.site)
     done = cluster.site.server.run_forked("serve", *flags, **settings)
     assert done.returncode == 2
