@@ -18096,6 +18096,17 @@ def run_after(
     return forking_program().run(site.server.start_dir, environment, args, "", code)
 
 
+def run_check(
+    site: Site,
+    *flags: str,
+    limits: Mapping[str, Any] = {},
+    **settings: str | None,
+) -> subprocess.CompletedProcess[str]:
+    settings.setdefault("CODEBOT_API_KEYS", "0123456789abcdef0123456789abcdef")
+    arguments = (*serve_flags(site), *flags)
+    return site.server.run_forked("check", *arguments, limits=limits, **settings)
+
+
 @dataclasses.dataclass(frozen=True)
 class Mistake:
     """What is wrong when codebot starts, and the advice that it has to give.
@@ -18505,23 +18516,6 @@ def test_bad_line_of_env_file_hides_only_what_seems_to_be_missing(fresh: Site) -
     assert conflict == "codebot: --tls-cert and --tls-key must be used together."
 
 
-WARNINGS = {
-    "Unknown setting CODEBOT_APIKEYS; did you mean CODEBOT_API_KEYS?",
-    "Unknown setting GITHUB_WEBHOOK_SECRETS; did you mean GITHUB_WEBHOOK_SECRET?",
-    "Unknown setting GITHUB_ENTERPRISE_URI; did you mean GITHUB_ENTERPRISE_URL?",
-    "Unknown setting CODEBOT_PORT",  # there is no similar one
-    "/work is open to other users. If it is for codebot alone, run: chmod go-rwx ",
-    "CODEBOT_STALL_TIMEOUT is 60 s, but the agent prints nothing while a command runs",
-    "No model key: set ANTHROPIC_API_KEY (or CLAUDE_CODE_OAUTH_TOKEN) in",
-    "/.env is open to other users. If it is for codebot alone, run: chmod go-rwx ",
-    "/app.pem is open to other users. If it is for codebot alone, run: chmod go-rwx ",
-    "NO SANDBOX (CODEBOT_SANDBOX=none): the agent can read and change whatever",
-    "Key 2 of CODEBOT_API_KEYS has fewer than 20 characters and may be guessed.",
-    "API keys are sent unencrypted to 0.0.0.0. Use --tls-cert and --tls-key, or a",
-    "GITHUB_WEBHOOK_SECRET is not set, so codebot learns of reviews and issues",
-}
-
-
 @pytest.mark.parametrize(
     ("secret", "subjects"),
     [
@@ -18551,6 +18545,23 @@ def test_codebot_that_is_the_first_process_of_its_container_warns(
     monkeypatch.setattr(os, "getpid", lambda: 1)
     messages = [finding.message for finding in codebot.check_safety(app)]
     assert [message for message in messages if "with --init" in message]
+
+
+WARNINGS = {
+    "Unknown setting CODEBOT_APIKEYS; did you mean CODEBOT_API_KEYS?",
+    "Unknown setting GITHUB_WEBHOOK_SECRETS; did you mean GITHUB_WEBHOOK_SECRET?",
+    "Unknown setting GITHUB_ENTERPRISE_URI; did you mean GITHUB_ENTERPRISE_URL?",
+    "Unknown setting CODEBOT_PORT",  # there is no similar one
+    "/work is open to other users. If it is for codebot alone, run: chmod go-rwx ",
+    "CODEBOT_STALL_TIMEOUT is 60 s, but the agent prints nothing while a command runs",
+    "No model key: set ANTHROPIC_API_KEY (or CLAUDE_CODE_OAUTH_TOKEN) in",
+    "/.env is open to other users. If it is for codebot alone, run: chmod go-rwx ",
+    "/app.pem is open to other users. If it is for codebot alone, run: chmod go-rwx ",
+    "NO SANDBOX (CODEBOT_SANDBOX=none): the agent can read and change whatever",
+    "Key 2 of CODEBOT_API_KEYS has fewer than 20 characters and may be guessed.",
+    "API keys are sent unencrypted to 0.0.0.0. Use --tls-cert and --tls-key, or a",
+    "GITHUB_WEBHOOK_SECRET is not set, so codebot learns of reviews and issues",
+}
 
 
 def test_warnings_are_logged_by_serve_and_listed_by_check(fresh: Site) -> None:
@@ -19043,17 +19054,6 @@ def test_debug_server_restarts_when_env_file_changes(fresh: Site) -> None:
 
 
 # --- Commands: check ---------------------------------------------------------
-
-
-def run_check(
-    site: Site,
-    *flags: str,
-    limits: Mapping[str, Any] = {},
-    **settings: str | None,
-) -> subprocess.CompletedProcess[str]:
-    settings.setdefault("CODEBOT_API_KEYS", "0123456789abcdef0123456789abcdef")
-    arguments = (*serve_flags(site), *flags)
-    return site.server.run_forked("check", *arguments, limits=limits, **settings)
 
 
 def test_start_without_memory_on_the_host_says_so_without_a_traceback(
