@@ -13732,8 +13732,13 @@ def test_removing_label_during_push_is_too_late(shared: Site) -> None:
 
 def test_lost_answers_of_github_give_one_task_and_comment(shared: Site) -> None:
     issue = open_issue(shared)
-    patterns = ["POST /issues/1/reactions", "POST /pulls", "POST /issues/1/comments"]
-    for pattern in ["GET /issues/1", "GET /issues/1/events*", *patterns]:
+    for pattern in (
+        "GET /issues/1",
+        "GET /issues/1/events*",
+        "POST /issues/1/reactions",
+        "POST /pulls",
+        "POST /issues/1/comments",
+    ):
         shared.repository.lose_answer(pattern)
     shared.person("alice").label(issue.number)
     shared.api.completed(issue.task())
