@@ -14564,7 +14564,7 @@ LONG_BODY = "Content-Length: 1000000"
         ("GET /health", [LONG_BODY], 413, "body"),
     ],
 )
-def test_request_without_a_key_is_refused_before_its_body_arrives(
+def test_refused_request_is_answered_before_its_body_arrives(
     shared_site: Site, target: str, headers: list[str], status: int, message: str
 ) -> None:
     data = raw_request(f"{target} HTTP/1.1", *headers)
