@@ -18085,8 +18085,12 @@ class BackgroundCommand:
         )
 
     def end(self, number: int) -> int:
-        """Send the signal; return the exit code. Nothing of codebot's has crashed."""
+        """Send the signal; return the exit code."""
         self.process.send_signal(number)
+        return self.wait_exit()
+
+    def wait_exit(self) -> int:
+        """Return the exit code. Nothing of codebot's has crashed."""
         code = self.process.wait(20)
         assert "Traceback" not in self.stderr.read_text()
         return code
@@ -19669,7 +19673,7 @@ def test_demo_that_is_interrupted_at_its_start_ends_at_once(
     wait_for(marker.exists)  # git makes the demo's repository
     command.process.send_signal(signal.SIGINT)
     pipe.write_text("go\n")
-    assert command.end(0) == 130
+    assert command.wait_exit() == 130
     assert command.stdout.read_text() == ""
     assert [*(on_disk.directory / "tmp").iterdir()] == []
 
