@@ -2305,6 +2305,29 @@ def limited(limited_site: Site) -> Iterator[Site]:
     wait_until_idle(limited_site)
 
 
+def assert_is_error(response: Response, status: int, message: str) -> None:
+    """Check that a response is an error as the API's errors are."""
+    assert response.status == status, response
+    assert response.headers["Content-Type"] == "application/json"
+    assert response.headers["Content-Length"] == str(len(response.text.encode()))
+    assert response.json.keys() == {"error", "message"}
+    assert response.json["error"] == http.client.responses[status]
+    assert message in response.json["message"]
+    assert response.text.endswith("\n")
+
+
+def missing_url(site: Site) -> str:
+    """Return the URL of a repository that does not exist."""
+    return f"{site.github.url}/acme/missing"
+
+
+def submit_failing(site: Site, description: str = "Say hello") -> str:
+    """Submit a task that fails at once, without git and without an agent."""
+    task = site.api.submit(description, repository_url=missing_url(site))
+    site.api.failed(task, "clone_failed")
+    return task
+
+
 @functools.cache
 def fetched_mirror(templates: Path) -> Path:
     """Return the mirror that codebot makes of the repository of each site."""
@@ -4982,6 +5005,11 @@ def test_command_line_can_be_the_sandbox(fresh: Site) -> None:
 def serve_flags(site: Site) -> list[str]:
     """Return the flags of a command that may use any port."""
     return ["--port", "0", "--work-dir", str(site.server.work_dir)]
+
+
+def run_flags(site: Site, *flags: str) -> list[str]:
+    url = site.repository.url
+    return ["run", "--repository-url", url, "--description", "Say hello", *flags]
 
 
 BWRAP_HELP = "[ $1 = --help ] && exec echo '--disable-userns'"
@@ -14007,34 +14035,11 @@ def is_answering(connection: socket.socket) -> bool:
         return False
 
 
-def assert_is_error(response: Response, status: int, message: str) -> None:
-    """Check that a response is an error as the API's errors are."""
-    assert response.status == status, response
-    assert response.headers["Content-Type"] == "application/json"
-    assert response.headers["Content-Length"] == str(len(response.text.encode()))
-    assert response.json.keys() == {"error", "message"}
-    assert response.json["error"] == http.client.responses[status]
-    assert message in response.json["message"]
-    assert response.text.endswith("\n")
-
-
 def submit_blocked(site: Site, plan: str = f"block; {SAY_HELLO}") -> str:
     """Submit a task and wait until its agent blocks; agent.release() lets it go on."""
     site.agent.follow(plan)
     task = site.api.submit()
     site.agent.wait_until_blocked()
-    return task
-
-
-def missing_url(site: Site) -> str:
-    """Return the URL of a repository that does not exist."""
-    return f"{site.github.url}/acme/missing"
-
-
-def submit_failing(site: Site, description: str = "Say hello") -> str:
-    """Submit a task that fails at once, without git and without an agent."""
-    task = site.api.submit(description, repository_url=missing_url(site))
-    site.api.failed(task, "clone_failed")
     return task
 
 
@@ -19358,11 +19363,6 @@ def test_task_says_that_installation_lacks_repository(shared: Site) -> None:
 
 
 # --- Commands: run -----------------------------------------------------------
-
-
-def run_flags(site: Site, *flags: str) -> list[str]:
-    url = site.repository.url
-    return ["run", "--repository-url", url, "--description", "Say hello", *flags]
 
 
 def failing_run_flags(site: Site, *flags: str) -> list[str]:
