@@ -3441,7 +3441,7 @@ def remote_failure(result: ProgramResult) -> Exception:
     if REJECTED_RE.search(words) and not LOCKED_RE.search(words):
         return PushRejected(reason)
     if AUTH_FAILED_RE.search(words):
-        return GitAuthFailed("authentication failed")
+        return GitAuthFailed(f"authentication failed: {reason}")
     if ACCESS_DENIED_RE.search(words):
         return GitAuthFailed(reason)
     if TRANSIENT_GIT_ERROR_RE.search(words):

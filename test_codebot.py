@@ -9696,9 +9696,35 @@ def test_token_that_git_refuses_is_renewed_once(
     mirror.fetch_branch(repository, "main")
     tokens = len(fresh.github.tokens)
     fresh.repository.fail("GET /info/refs*", *refusal, challenge, always=True)
-    with pytest.raises(codebot.GitAuthFailed, match="^authentication failed$"):
+    with pytest.raises(codebot.GitAuthFailed, match="^authentication failed: "):
         mirror.fetch_branch(repository, "main")
     assert len(fresh.github.tokens) == tokens + 1
+
+
+@pytest.mark.parametrize(
+    ("cause", "error"),
+    [
+        (
+            "sh: 1: aws: not found",
+            "could not read Username for 'https://a': No such device",
+        ),
+        (
+            "remote: Your account has 2FA enabled.",
+            "Authentication failed for 'https://a'",
+        ),
+    ],
+    ids=["credential helper", "remote"],
+)
+def test_error_of_a_refused_login_says_why(
+    tmp_path: Path, cause: str, error: str
+) -> None:
+    write_script(
+        tmp_path / "git", f'printf "%s\\n" "{cause}" "fatal: {error}" >&2; exit 128'
+    )
+    directory = git_directory(tmp_path / "mirror", search_path=str(tmp_path))
+    with pytest.raises(codebot.GitAuthFailed) as failed:
+        directory.git_with_token("", "ls-remote")
+    assert str(failed.value) == f"authentication failed: {cause} / fatal: {error}"
 
 
 def test_repository_that_a_new_token_does_not_show_yet_is_cloned(
