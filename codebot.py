@@ -3381,6 +3381,8 @@ AUTH_FAILED_RE = re.compile(
 ACCESS_DENIED_RE = re.compile(
     r"returned error: 403|Permission denied \(|repository  not found"
 )
+# GitLab has "Internal API unreachable", Gitea "Internal Server Connection Error".
+INTERNAL_ERROR = "(?i:internal (server|API) )"
 TRANSIENT_GIT_ERROR_RE = re.compile(
     # There is no connection, or it was lost.
     r"Could not resolve|Couldn't resolve|[Ff]ailed to connect|Couldn't connect"
@@ -3397,7 +3399,7 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     # TLS, including a bad certificate: finished work is retried for RETRY_LIMIT.
     r"|SSL|TLS|gnutls_|server (certificate )?verification failed"
     # The remote is overloaded, or has a fault of its own.
-    r"|returned error: (408|429|5\d\d)|Internal Server Error|commit_refs"
+    rf"|returned error: (408|429|5\d\d)|{INTERNAL_ERROR}|commit_refs"
     "|unpacker error|due to timeout"
     f"|{SHORTAGE}"
 )
@@ -3413,17 +3415,20 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
 #   the same, with "remote: fatal: fsck error ..."              yes: receive.fsckObjects
 REJECTED_RE = re.compile(
     "^remote: fatal: (fsck error|pack exceeds)"
-    r"|^(?!.*(Internal Server Error|commit_refs|\(failure\)|unpacker error"
+    rf"|^(?!.*({INTERNAL_ERROR}|commit_refs|\(failure\)|unpacker error"
     r"|due to timeout)).*rejected\]",
     re.MULTILINE,
 )
-# No rule refuses this push: the branch is locked, by another push or by a killed one, whose
-# lock somebody has to remove. Until then, the push is tried again. (In reftable, git 3's
-# format, all references have one lock. Of a locked branch, git 2.53 says only that it
-# exists. If it does, the next push says whether it can be used.)
-LOCKED_RE = re.compile(
+# No rule refuses these pushes, although git says "rejected". They are tried again:
+# - The branch is locked, by another push or by a killed one, whose lock somebody has to
+#   remove. (In reftable, git 3's format, all references have one lock. Of a locked branch,
+#   git 2.53 says only that it exists. If it does, the next push says whether it can be
+#   used.)
+# - A hook of GitLab or Gitea could not ask its own server whether the push is allowed.
+NOT_REFUSED_RE = re.compile(
     "^remote: error: cannot lock ref(erences| .* File exists)"
-    r"|rejected\] .*\(reference already exists\)$",
+    r"|rejected\] .*\(reference already exists\)$"
+    f"|^remote: .*{INTERNAL_ERROR}",
     re.MULTILINE,
 )
 # A program that git started on this host. (Lines of the remote begin with "remote:".)
@@ -3438,7 +3443,7 @@ def remote_failure(result: ProgramResult) -> Exception:
     reason = hide_logins(result.error)
     words = URL_OR_NAME_RE.sub("", result.stderr)
     # This comes first, because the reason may quote any file name.
-    if REJECTED_RE.search(words) and not LOCKED_RE.search(words):
+    if REJECTED_RE.search(words) and not NOT_REFUSED_RE.search(words):
         return PushRejected(reason)
     if AUTH_FAILED_RE.search(words):
         return GitAuthFailed(f"authentication failed: {reason}")

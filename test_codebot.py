@@ -8734,6 +8734,14 @@ NETWORK_ERRORS = [
     "! [remote rejected] a -> a (unpacker error)",
     # GitHub has a fault of its own.
     "remote: fatal error in commit_refs\n! [remote rejected] a -> a (failure)",
+    # GitLab's hook cannot ask GitLab whether the push is allowed, nor can Gitea's hook.
+    "remote: GitLab: Internal API unreachable\n! [remote rejected] a -> a (pre-receive)",
+    "remote: GitLab: 500 Internal Server Error\n! [remote rejected] a -> a (pre-receive)",
+    "remote: Gitea: Internal Server Error\n! [remote rejected] a -> a (pre-receive hook)",
+    "remote: Gitea: Internal Server Connection Error\n! [remote rejected] a -> a (hook)",
+    # GitLab's ssh server has the same difficulty. Gerrit has one of its own.
+    "remote: ERROR: Internal API error (503)",
+    "! [remote rejected] a -> a (internal server error)",
     # GitHub could not find out in time whether the push changes a workflow.
     (
         "! [remote rejected] a -> a (Unable to determine if workflow can be created or "
