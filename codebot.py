@@ -3411,12 +3411,13 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
 #   the same, with "Unable to determine if workflow can be      no: GitHub looked too long
 #     created or updated due to timeout"                          for changed workflows
 #   "! [remote rejected] main -> main (unpacker error)"         no: the disk may be full
+#   the same, with "unable to migrate objects to ..."           no: the same
 #   the same, with "remote: fatal: pack exceeds ..."            yes: receive.maxInputSize
 #   the same, with "remote: fatal: fsck error ..."              yes: receive.fsckObjects
 REJECTED_RE = re.compile(
     "^remote: fatal: (fsck error|pack exceeds)"
     rf"|^(?!.*({INTERNAL_ERROR}|commit_refs|\(failure\)|unpacker error"
-    r"|due to timeout)).*rejected\]",
+    r"|unable to migrate objects|due to timeout)).*rejected\]",
     re.MULTILINE,
 )
 # No rule refuses these pushes, although git says "rejected". They are tried again:

@@ -8790,6 +8790,7 @@ def test_git_waits_for_the_network_but_not_for_what_stays_wrong(
         ("commit_refs", False),
         ("failure", False),  # of GitHub, after "remote: fatal error in commit_refs"
         ("unpacker error", False),
+        ("unable to migrate objects to permanent storage", False),
         ("Unable to determine if workflow can be created due to timeout", False),
     ],
 )
