@@ -1286,12 +1286,14 @@ SIGNAL_EXIT_CODES = (*KILLED_EXIT_CODES, -15, 143)
 # The expressions from here to SHORTAGE_RE choose the words of errors, and decide about
 # retries. Nothing else depends on them.
 
-# Matches lines that name no cause: empty ones, the frame of ssh's warnings, advice of git
-# here or at the remote, and what git prints around the reason why a push was rejected.
+# Matches lines that name no cause: empty ones, frames of ssh, GitLab and others, what ssh
+# 10.1 says of older servers, advice of git here or at the remote, and what git prints
+# around the reason why a push was rejected.
 NOISE_RE = re.compile(
-    "(@+|hint:.*|remote:|Please make sure you have the correct access rights"
+    r"(remote:)?[ @=*-]*|\*\* (WARNING: connection|This session|The server) .*"
+    "|hint:.*|Please make sure you have the correct access rights"
     "|and the repository exists."
-    r"|To \S*[:/]\S+|error: failed to push some refs to '.*')?"
+    r"|To \S*[:/]\S+|error: failed to push some refs to '.*'"
 )
 # Matches what programs say if the host lacks disk space, processes or memory.
 SHORTAGE = (

@@ -4324,6 +4324,26 @@ To https://github.com/acme/widget.git
  ! [remote rejected] abc -> u/codebot/x (pre-receive hook declined)
 error: failed to push some refs to 'https://github.com/acme/widget.git'
 """
+# As OpenSSH 10.1, the banner of a server, GitLab and git print it.
+FRAMED_REFUSAL = f"""\
+** WARNING: connection is not using a post-quantum key exchange algorithm.
+** This session may be vulnerable to "store now, decrypt later" attacks.
+** The server may need to be upgraded. See https://openssh.com/pq.html
+{40 * "*"}
+* For employees only *
+{40 * "*"}
+remote: 
+remote: {72 * "="}        
+remote: 
+remote: ERROR: This deploy key does not have write access to this project.        
+remote: 
+remote: {72 * "="}        
+remote: 
+fatal: Could not read from remote repository.
+
+Please make sure you have the correct access rights
+and the repository exists.
+"""
 
 
 @pytest.mark.parametrize(
@@ -4344,6 +4364,14 @@ error: failed to push some refs to 'https://github.com/acme/widget.git'
                 "POSSIBLE THAT SOMEONE IS DOING SOMETHING NASTY! / Host key for "
                 "git.acme.com has changed and you have requested strict checking. / Host "
                 "key verification failed. / fatal: Could not read from remote repository"
+            ),
+        ),
+        (
+            FRAMED_REFUSAL,
+            (
+                "* For employees only * / remote: ERROR: This deploy key does not have "
+                "write access to this project. / fatal: Could not read from remote "
+                "repository"
             ),
         ),
         (
