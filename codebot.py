@@ -3152,9 +3152,9 @@ GIT_FETCH = shlex.split(
     "fetch --quiet --no-tags --no-recurse-submodules --no-write-fetch-head"
     " --no-write-commit-graph"
 )
-# Without --no-recurse-submodules, a setting of the host (with --no-github) could have git
-# push only submodules, and exit with 0.
-GIT_PUSH = shlex.split("push --quiet --no-verify --no-recurse-submodules")
+# With --no-github, the host's settings could have git push only submodules, and exit with
+# 0, or sign the push, which few remotes accept.
+GIT_PUSH = shlex.split("push --quiet --no-verify --no-recurse-submodules --no-signed")
 GIT_DIFF = shlex.split("diff --no-ext-diff --no-textconv --no-color")
 EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # in every SHA-1 repository
 

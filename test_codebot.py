@@ -9673,13 +9673,17 @@ def test_push_that_hangs_is_tried_again(
     local.workspace.push()
 
 
-def test_configuration_of_the_host_for_submodules_prevents_no_push(
-    local: LocalTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "recurseSubmodules = only",  # git push would exit with 0 and push nothing
+        "gpgSign = true",  # git push would fail at most remotes
+    ],
+)
+def test_configuration_of_the_host_prevents_no_push(
+    local: LocalTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
 ) -> None:
-    """With it, git push exits with 0 and pushes nothing."""
-    configure_git(
-        monkeypatch, tmp_path / "gitconfig", "[push]\n\trecurseSubmodules = only\n"
-    )
+    configure_git(monkeypatch, tmp_path / "gitconfig", f"[push]\n\t{setting}\n")
     job = local.commit(SAY_HELLO)
     local.workspace.push()
     assert local.site.repository.has_branch(job.branch)
