@@ -1972,10 +1972,11 @@ def stop_all_launched(
 #   usually makes a new work directory.) Meanwhile the agent can listen on codebot's port
 #   and receive API keys. An open page sends its key every two seconds.
 # - A git filter that the agent has configured can, in the same way, outlive its git command
-#   until the job's run ends. codebot may find neither such an agent nor such a filter
-#   if bwrap is older than 0.8, if /proc is mounted with hidepid, if the host has more than
-#   about 20,000 mounts (see MAX_PROCESS_FILE_BYTES), or if each of its threads starts the
-#   next one and ends, before codebot can read the thread's mounts.
+#   until the job's run ends. `sysctl kernel.yama.ptrace_scope=1` (Ubuntu's default; Debian
+#   has 0) prevents both. Without it, codebot may find neither such an agent nor such a
+#   filter if bwrap is older than 0.8, if /proc is mounted with hidepid, if the host has
+#   more than about 20,000 mounts (see MAX_PROCESS_FILE_BYTES), or if each of its threads
+#   starts the next one and ends, before codebot can read the thread's mounts.
 #
 # Known limitations of a launcher and of other sandboxes:
 # - In other sandboxes, codebot finds what a command left running as without a sandbox.
