@@ -5244,6 +5244,9 @@ class JobRun:
 #   `working-tree-encoding`), codebot commits what git makes of them, even if nobody changed
 #   them.
 # - A change may set a submodule that the repository already has to any commit.
+# - The agent can leave programs in a workspace, and have its .git/config start them.
+#   codebot runs git there in the sandbox only. Outside of it, even `git status` would run
+#   those programs, as the user who types it; so would an editor or a build.
 # - A change is not pushed if its diff exceeds 1 GiB, without contents of deleted files.
 
 # The largest pack of a change that Workspace.reapply reads into memory.
