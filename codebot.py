@@ -2363,8 +2363,8 @@ def processes_in_workspaces(path: str) -> list[int]:
 # - codebot removes HTML comments and invisible characters from people's text (see
 #   visible_text), even the comments in code, which GitHub shows. It does not remove text
 #   that GitHub hides in other ways, such as in a line "[//]: # (text)", in <?...?>, in
-#   <![CDATA[...]]> or in the title of a link. Whoever labels an issue should read its
-#   source ("Edit"), not only what is shown.
+#   <![CDATA[...]]>, in the title of a link or in the alternative text of an image. Whoever
+#   labels an issue should read its source ("Edit"), not only what is shown.
 
 GITHUB_TIMEOUT = 30.0  # seconds that GitHub may be silent, or take for a body
 GITHUB_ATTEMPTS = 4  # times that a request to GitHub is sent, at most
