@@ -158,7 +158,9 @@ WHO IS TRUSTED WITH WHAT
   The repository's own CI   runs what codebot pushed, perhaps with secrets of its own,
                  before a person has read it. GitHub refuses changes to .github/workflows,
                  because codebot's tokens lack the permission. It does not refuse changes to
-                 the scripts that workflows run.
+                 the scripts that workflows run. The title and text of a pull request, and
+                 the message of its commit, may have words of a stranger's issue. A workflow
+                 that puts them into a script, by ${{ }}, runs these words.
   A launcher, and a sandbox other than bwrap   get the environment variables of the agent
                  and the tests, including the model's key. codebot does not verify what
                  such a sandbox hides.
