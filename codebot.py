@@ -9978,7 +9978,8 @@ def check_sandbox(codebot: Codebot, *command: str) -> Iterator[Finding]:
             if os.path.exists(directory):
                 yield ok(f"The agent can read {directory}: PATH leads into it")
     if command and not is_agent_missing(codebot):
-        # Claude Code 2.0.62 does not know --no-session-persistence (tried).
+        # Claude Code 2.0.62 does not know --no-session-persistence. Its native build also
+        # loads .env of the repository, which can send the model's key elsewhere (tried).
         yield version_finding(shlex.join(command), result, "2.0.64")
 
 
