@@ -3388,7 +3388,8 @@ ACCESS_DENIED_RE = re.compile(
     r"returned error: 403|Permission denied \(|repository  not found"
 )
 # GitLab has "Internal API unreachable", Gitea "Internal Server Connection Error".
-INTERNAL_ERROR = "(?i:internal (server|API) )"
+# "Internal API" alone may be part of a rule's name, as of one that refuses secrets.
+INTERNAL_ERROR = "(?i:internal (server|server connection|API) (error|unreachable))"
 TRANSIENT_GIT_ERROR_RE = re.compile(
     # There is no connection, or it was lost.
     r"Could not resolve|Couldn't resolve|[Ff]ailed to connect|Couldn't connect"

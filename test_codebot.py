@@ -8792,6 +8792,9 @@ REJECTIONS = [
         "remote: fatal: pack exceeds maximum allowed size\n"
         "! [remote rejected] a -> a (unpacker error)"
     ),
+    # Rules whose own words are like those of a fault
+    "remote:   —— Internal API Key ——\n! [remote rejected] a -> a (push declined)",
+    "remote: Found internal server names\n! [remote rejected] a -> a (pre-receive)",
 ]
 
 
