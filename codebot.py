@@ -9268,6 +9268,8 @@ DEFAULT_HEADERS = {
 }
 STREAM_HEADERS = {
     "Content-Type": "text/event-stream",
+    # Or some proxies that compress would collect the events (RFC 9111, 5.2.2.6).
+    "Cache-Control": "no-store, no-transform",
     "X-Accel-Buffering": "no",  # or nginx would collect the events
 }
 # By the value of --host, the other address to which clients may connect if they know

@@ -15273,6 +15273,7 @@ def test_stream_sends_events_live_and_ends_with_the_task(shared: Site) -> None:
         assert stream.status == 200
         assert stream.headers["Content-Type"] == "text/event-stream"
         assert stream.headers["X-Accel-Buffering"] == "no"
+        assert stream.headers["Cache-Control"] == "no-store, no-transform"
         text = read_stream_until(stream, "I begin.")
         shared.agent.release()
         text += stream.read().decode()
