@@ -7924,7 +7924,7 @@ def parse_headers(version: str, lines: Sequence[str]) -> dict[str, str]:
 def parse_object(data: bytes) -> dict[str, Json]:
     """Return a JSON object. Raises ValueError with words such as "is not a JSON object"."""
     try:
-        value = parse_json(data.decode())
+        value = parse_json(data.decode("utf-8-sig"))  # Windows programs add a BOM
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON in UTF-8 ({error})") from None
     if isinstance(value, dict):

@@ -15626,6 +15626,11 @@ def test_body_that_is_no_json_object_gets_400(
     assert_is_error(response, 400, message)
 
 
+def test_byte_order_mark_before_the_object_is_ignored(shared_site: Site) -> None:
+    response = shared_site.api.post_task(b"\xef\xbb\xbf{}")
+    assert_is_error(response, 400, "repository_url is missing")
+
+
 INVALID_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"repository_url": None}, "repository_url is missing"),
     ({"description": None}, "description is missing"),
