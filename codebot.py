@@ -449,10 +449,16 @@ class WrongState(Exception):
 STOP = threading.Event()
 
 
-def wait(seconds: float = 0.0) -> None:
-    """Wait. Raises StopRequested once codebot is to stop. With 0, it only checks."""
-    if STOP.wait(seconds):
+def raise_if_stopping() -> None:
+    """Raise StopRequested once codebot is to stop."""
+    if STOP.is_set():
         raise StopRequested()
+
+
+def wait(seconds: float) -> None:
+    """Wait. Raises StopRequested as soon as codebot is to stop."""
+    STOP.wait(seconds)
+    raise_if_stopping()
 
 
 def utc_time(*, seconds_ago: float = 0.0) -> str:
@@ -2165,7 +2171,7 @@ class Sandbox:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.probe_limits = Limits(PROBE_TIMEOUT, check_stop=wait)
+        self.probe_limits = Limits(PROBE_TIMEOUT, check_stop=raise_if_stopping)
         # Only the exact setting `bwrap` hides what is listed above. `/usr/bin/bwrap`, or
         # bwrap with options, counts as another sandbox and hides only what its options say.
         self.is_bwrap = config.sandbox == ("bwrap",)
@@ -2659,7 +2665,7 @@ class GitHub:
                 ["openssl", "dgst", "-sha256", "-hex", "-sign", self.config.key_file],
                 base_environment(self.config),
                 stdin=data.encode(),
-                limits=Limits(check_stop=wait),
+                limits=Limits(check_stop=raise_if_stopping),
             )
         except LimitReached as error:  # the key's file system hangs
             raise TransientError(f"openssl {error}") from None
@@ -4997,7 +5003,7 @@ def remove_tree(config: Config, path: str) -> None:
         rm -rf -- "$1"
     """
     env = base_environment(config)
-    limits = Limits(check_stop=wait)
+    limits = Limits(check_stop=raise_if_stopping)
     try:
         run_program(["sh", "-c", script, "sh", path], env, limits=limits)
     except LimitReached:
@@ -5075,13 +5081,13 @@ class Codebot:
         """
         end_processes(tagged_processes, self.work_dir_tag)
         end_processes(processes_in_workspaces, self.config.work_dir)
-        stop_all_launched(self.config, check_stop=wait)
+        stop_all_launched(self.config, check_stop=raise_if_stopping)
         for path in removable_paths(self.config.work_dir, "scratch"):
             discard(self.config.work_dir, path)
 
     def submit(self, request: TaskRequest, submission: Submission) -> Job:
         """Store a task and queue it. Raises HTTPError to refuse it, or StopRequested."""
-        wait()  # no new task once codebot is to stop
+        raise_if_stopping()
         job = self.store.add_task(request, submission, self.config.queue_size)
         self.jobs_due.set()
         return job
@@ -5158,7 +5164,7 @@ class JobRun:
         """Raise StopRequested or Cancelled if the run must end."""
         if self.is_cancelled:
             raise Cancelled()
-        wait()
+        raise_if_stopping()
 
     def log_event(self, source: str, *messages: str) -> None:
         self.log_entries([(source, message) for message in messages])
@@ -7771,7 +7777,7 @@ def clean_up(codebot: Codebot) -> None:
     # people wrote while the server was down. So the workspaces of these reviews are kept.
     codebot.cleanup_wanted.wait(min(CLEANUP_INTERVAL, config.retention))
     codebot.cleanup_wanted.clear()
-    wait()
+    raise_if_stopping()
     # Disk space is freed first: a full disk may be why the database fails.
     do_part(remove_workspaces, codebot)
     for path in removable_paths(config.work_dir, "trash"):
@@ -7830,7 +7836,7 @@ def maintain_mirrors(codebot: Codebot) -> None:
 def maintain_mirror(codebot: Codebot, path: str) -> None:
     """Remove a mirror that has not been used for a long time, or pack it."""
     config = codebot.config
-    mirror = Mirror(config, path, wait)
+    mirror = Mirror(config, path, raise_if_stopping)
     # Workspaces are kept for the retention, and may still read from the mirror.
     retention = MIRROR_RETENTION + config.retention
     with mirror.lock():
@@ -10477,7 +10483,7 @@ def show_task(codebot: Codebot, port: int, fields: Mapping[str, str]) -> Job:
     response = client.getresponse()
     task = json.load(response)
     if response.status != 202:
-        wait()  # raises StopRequested if the server is stopping
+        raise_if_stopping()  # a server that is stopping refuses tasks
         raise ConfigError(f"The demo's task was refused: {task['message']}.")
     print(f"Task:        {task['status']}")
     for events in follow_log(codebot, task["task_id"]):
@@ -10500,7 +10506,7 @@ def demo_command(flags: Flags) -> int:
         codebot = start_app(demo_config(directory), (), logging.WARNING)
         repository = f"{directory}/hello.git"
         run_for_demo(codebot, "sh", "-c", DEMO_REPOSITORY_SCRIPT, "sh", repository)
-        wait()  # raises StopRequested if a signal came during the start
+        raise_if_stopping()  # a signal may have come during the start
         with running_server(codebot) as server:
             code = show_demo(codebot, server.server_port, repository)
             if flags["keep"]:

@@ -10104,7 +10104,7 @@ def test_signal_that_ends_a_program_before_it_reaches_codebot_is_a_stop(
 ) -> None:
     # An init system signals codebot last, while it waits to see whether that comes.
     monkeypatch.setattr(time, "sleep", lambda seconds: stop.set())
-    limits = codebot.Limits(check_stop=codebot.wait)
+    limits = codebot.Limits(check_stop=codebot.raise_if_stopping)
     env = {"PATH": os.environ["PATH"]}
     with pytest.raises(codebot.StopRequested):
         codebot.run_program(["sh", "-c", "kill $$"], env, limits=limits)
