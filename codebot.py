@@ -191,7 +191,7 @@ WHERE SECRETS GO
                              key that it made.)
                              The database, the log and what clients get name a client
                              by 8 hexadecimal digits of its key's SHA-256 and by its
-                             address. The page keeps its key in the browser's session.
+                             address. The page keeps its key in the tab's sessionStorage.
   the App's key              from its file to openssl, by the file's name; codebot reads
                              it, and the TLS key, to redact them
   the TLS key                from its file to Python's ssl
