@@ -3001,7 +3001,7 @@ class GitHubRepository:
         owner = self.full_name.split("/")[0]
         for payload in self.entries("/pulls", head=f"{owner}:{branch}", state="all"):
             head = payload["head"]
-            # `repo` is null for a deleted fork, and a compatible server may leave it out.
+            # `repo` is null for a deleted fork. A server that imitates GitHub may omit it.
             origin = head.get("repo", {})
             is_ours = origin is not None and origin.get("id", self.id) == self.id
             # GitHub's filter `head` may also return other branches.
