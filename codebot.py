@@ -9799,7 +9799,7 @@ def parse_version(text: str) -> list[int]:
     return [int(part) for part in text.split(".")]
 
 
-def version_finding(command: str, result: ProgramResult, least: str) -> Finding:
+def version_finding(command: str, result: ProgramResult, oldest: str) -> Finding:
     match = re.search(r"[0-9]+(\.[0-9]+)+", result.stdout)
     if result.code != 0 or match is None:
         return fail(
@@ -9807,28 +9807,28 @@ def version_finding(command: str, result: ProgramResult, least: str) -> Finding:
             f"{result.error}"
         )
     name = command.split()[0]
-    if parse_version(match[0]) < parse_version(least):
-        return fail(f"{name} is {match[0]}. Install {least} or newer.")
+    if parse_version(match[0]) < parse_version(oldest):
+        return fail(f"{name} is {match[0]}. Install {oldest} or newer.")
     return ok(f"{name} {match[0]}")
 
 
-def check_version(config: Config, command: str, least: str) -> Finding:
+def check_version(config: Config, command: str, oldest: str) -> Finding:
     """Run a command that prints a version, and compare it with the oldest that works."""
     try:
         result = run_program(command.split(), base_environment(config))
     except OSError as error:
         return fail(
-            f"`{command}` cannot be run: {os_error_text(error)}. Version {least} or "
+            f"`{command}` cannot be run: {os_error_text(error)}. Version {oldest} or "
             "newer is needed."
         )
-    return version_finding(command, result, least)
+    return version_finding(command, result, oldest)
 
 
 def check_programs(codebot: Codebot) -> Iterator[Finding]:
-    for command, least in OLDEST_VERSIONS.items():
+    for command, oldest in OLDEST_VERSIONS.items():
         if command == "openssl version" and codebot.github is None:
             continue  # only the App's key needs it
-        yield check_version(codebot.config, command, least)
+        yield check_version(codebot.config, command, oldest)
     if sqlite3.sqlite_version_info < (3, 31):
         yield fail(
             f"This Python has SQLite {sqlite3.sqlite_version}. Use one with 3.31 or "
