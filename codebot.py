@@ -7168,8 +7168,8 @@ def own_words(job: Job, answer: str) -> str:
 #   thousands. Then polls can use up GitHub's rate limit, which delays all work.
 # - If a repository is deleted, or taken out of the App's installation, the records of its
 #   pull requests that were not merged are kept, and each poll logs a warning about each.
-#   If it is public, but was taken out, the look at each is repeated every 15 minutes, even
-#   without polls. So is the report of a task that ends then.
+#   If it was taken out but is public, codebot looks at each again every 15 minutes, even
+#   without polls, and tries as often to report a task that ends then.
 # - The text of a labeled issue can imitate the "Comment by NAME:" that codebot puts before
 #   comments. So the agent cannot tell a person's comment from the words of the author.
 
