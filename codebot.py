@@ -1788,8 +1788,13 @@ def run_stop_command(config: Config, workspace_path: str) -> str:
     return "" if result.code == 0 else result.error
 
 
-# Runs a program between two lines with the sentinel, which is $0: see LaunchedProgram.
+# Runs a program between two lines with the sentinel, which is $0: see LaunchedProgram. $1
+# is the workspace.
 NODE_SCRIPT = """
+# A node without the workspace has failed. srun would start the program in the node's /tmp
+# (tried): there, a test may pass, and what an agent writes is lost.
+ls -d "$1" >/dev/null || exit
+shift
 # An empty line comes first, as the launcher's last line may lack a line end.
 printf '\\n%s\\n' "$0"
 # This gives codebot time to read that: the program may empty the output (>/dev/stdout).
@@ -1899,7 +1904,7 @@ def launch(
     record.write_text(config.run_tag)
     sentinel = uuid.uuid4().hex
     launcher = launcher_argv(config.launcher, workspace_path)
-    argv = [*launcher, "sh", "-c", NODE_SCRIPT, sentinel, *argv]
+    argv = [*launcher, "sh", "-c", NODE_SCRIPT, sentinel, workspace_path, *argv]
     program_type = functools.partial(
         LaunchedProgram,
         sentinel=sentinel,

@@ -16811,6 +16811,23 @@ def test_launcher_that_cannot_be_started_leaves_no_record(
     assert not codebot.launch_record(config, workspace).exists()
 
 
+@pytest.mark.usefixtures("quick_node")
+def test_nothing_runs_on_a_node_that_lacks_the_workspace(tmp_path: Path) -> None:
+    config = codebot.Config(
+        work_dir=str(tmp_path),
+        search_path=os.environ["PATH"],
+        launcher=("env",),
+        launcher_stop=("true",),
+    )
+    workspace = f"{tmp_path}/task_1234567"  # as if its file system was not mounted
+    env = {"PATH": os.environ["PATH"]}
+    argv = ["touch", f"{tmp_path}/ran"]
+    message = f"The launcher or its node failed: ls: .*{workspace}.*: No such file"
+    with pytest.raises(codebot.TransientError, match=message):
+        codebot.launch(config, workspace, 5.0, list, argv, env)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_launched_program_that_empties_its_output_has_a_time_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -16822,6 +16839,7 @@ def test_launched_program_that_empties_its_output_has_a_time_limit(
         launcher=("sh", "-c", 'sleep 1.2; exec "$@"', "sh"),
         launcher_stop=("true",),
     )
+    (tmp_path / "task_1234567").mkdir()
     env = {"PATH": os.environ["PATH"]}
     # The program starts 0.3 s after its limits begin, and before this one ends.
     limits = codebot.Limits(timeout=0.7)
@@ -16857,6 +16875,7 @@ def test_launch_with_an_error_keeps_its_record_if_the_stop_fails(
         launcher_stop=("false",),
     )
     workspace = str(tmp_path / "task_1234567")
+    os.mkdir(workspace)
     env = {"PATH": os.environ["PATH"]}
 
     def refuse(lines: list[str]) -> None:
