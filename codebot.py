@@ -2155,7 +2155,8 @@ def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> dict[st
         for parent in map(str, pathlib.PurePath(path).parents):
             if option_at(parent, options) == HIDDEN:
                 options[parent] = HIDDEN
-    # /tmp was listed only for needed_files: bwrap_command mounts the workspace's tmp there.
+    # /tmp was listed only for needed_files and for the loop: bwrap_command mounts the
+    # workspace's tmp there.
     del options["/tmp"]
     # bwrap cannot mount on missing paths, and the agent cannot create them on the host.
     return {path: options[path] for path in sorted(options) if os.path.exists(path)}
