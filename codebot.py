@@ -2070,7 +2070,7 @@ def home_directories() -> set[str]:
 def private_directories(config: Config) -> set[str]:
     """Return the directories that the agent must not see."""
     files = [*config.secret_files, config.database_file]
-    # The command `run` has a database of its own. It also hides the server's database.
+    # The command `run` has a database of its own, and must hide the server's, too.
     server_database = config.variables.get("CODEBOT_DATABASE", "").strip(BLANKS)
     if server_database:
         files.append(os.path.realpath(server_database))
