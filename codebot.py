@@ -9347,7 +9347,7 @@ class ConnectionEntry:
 
 
 class ConnectionTable:
-    """All open connections, with their states and the sizes of unfinished bodies.
+    """All open connections, with their states and how much of each body is in memory.
 
     The table drops a connection that is late, or must make room: it shuts down the socket.
     The connection's thread then gets an OSError, from the socket or from the table.
