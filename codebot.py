@@ -375,7 +375,7 @@ NO_HEADERS: Headers = {}
 
 
 class ConfigError(Exception):
-    """The settings or the work directory cannot be used; one line per problem."""
+    """The settings, the input or this host must be corrected; one line per problem."""
 
 
 class HTTPError(Exception):
