@@ -1162,9 +1162,9 @@ def with_lines(secrets: set[str]) -> set[str]:
 
 def configured_secrets(config: Config) -> set[str]:
     """Return all secrets in the settings, and their lines."""
-    names = [*MODEL_KEY_NAMES, *OWN_SECRET_NAMES]
-    names += filter(SECRET_NAME_RE.search, config.agent_env)
-    secrets = {*config.api_keys, *copy_variables(config, names).values()}
+    secret_names = [*MODEL_KEY_NAMES, *OWN_SECRET_NAMES]
+    secret_names += filter(SECRET_NAME_RE.search, config.agent_env)
+    secrets = {*config.api_keys, *copy_variables(config, secret_names).values()}
     secrets.update(read_keys(config))
     # With --no-github, git also uses ALL_PROXY. The paths of certificates do no harm here.
     proxies = (*NETWORK_NAMES, "ALL_PROXY", "all_proxy")
