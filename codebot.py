@@ -2248,7 +2248,7 @@ class Sandbox:
         """Try the sandbox, through the launcher if any, and run ``command`` in it, if any.
 
         The sandbox works if the file "probe" then exists on this host. Raises ConfigError
-        if it does not exist, and TransientError or StopRequested as run_program does. Only
+        if it does not work, and TransientError or StopRequested as run_program does. Only
         with a launcher: raises ConfigError if CODEBOT_LAUNCHER_STOP fails, TransientError
         if the launcher or its node fails, and NoFreeNode if no node becomes free.
         """
