@@ -3451,7 +3451,8 @@ NOT_REFUSED_RE = re.compile(
     f"|^remote: .*{INTERNAL_ERROR}",
     re.MULTILINE,
 )
-# A program that git started on this host. (Lines of the remote begin with "remote:".)
+# Matches if a signal ended a program that git started on this host. (Lines of the remote
+# begin with "remote:".)
 PART_KILLED_RE = re.compile(r"^error: \S+ died of signal (9|15)$", re.MULTILINE)
 # Seconds before git runs again with a new token, which parts of GitHub may not know yet.
 TOKEN_RETRY_DELAY = 3.0
