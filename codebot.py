@@ -7216,8 +7216,8 @@ class Sync:
         it again. The look at everything is repeated: nothing else might ask for it.
         """
         del self.looks[look]  # so that another thread can ask for it again
-        # Seconds until the look is repeated; 0: never. An error that is not named below
-        # keeps this value.
+        # Seconds until the look is repeated; 0: never. An error for which nothing below
+        # sets another value keeps this one.
         delay = RETRY_DELAY
         try:
             self.look_at(look)
