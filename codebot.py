@@ -3442,8 +3442,8 @@ REJECTED_RE = re.compile(
 # No rule refuses these pushes, although git says "rejected". They are tried again:
 # - The branch is locked, by another push or by a killed one, whose lock somebody has to
 #   remove. (In reftable, git 3's format, all references have one lock. Of a locked branch,
-#   git 2.53 says only that it exists. If it does, the next push says whether it can be
-#   used.)
+#   git 2.53 says only "reference already exists". If the branch really exists, the next
+#   push says whether it can be used.)
 # - A hook of GitLab or Gitea could not ask its own server whether the push is allowed.
 NOT_REFUSED_RE = re.compile(
     "^remote: error: cannot lock ref(erences| .* File exists)"
