@@ -2148,9 +2148,10 @@ def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> dict[st
         options[f"{workspace_path}/{part}"] = WRITABLE
     # An agent can write to hidden directories, which are empty at first, and to /tmp. It
     # could rename or replace the directories that bwrap makes there for a mount. Then
-    # processes_in_workspaces would miss its mounts. In /tmp, which is kept, bwrap before
-    # 0.12 would follow a symlink at the next command (CVE-2026-87766). So each of these
-    # directories becomes a mount, which cannot be renamed.
+    # processes_in_workspaces would miss its mounts. /tmp still has at the next command
+    # what an agent has put there, and bwrap before 0.12 would follow a symlink there
+    # (CVE-2026-87766). So each of these directories becomes a mount, which cannot be
+    # renamed.
     for path in [*options]:
         for parent in map(str, pathlib.PurePath(path).parents):
             if option_at(parent, options) == HIDDEN:
