@@ -5216,7 +5216,7 @@ class JobRun:
         """
         if self.deadline is None:
             self.deadline = time.monotonic() + self.config.task_timeout
-        return max(0.1, self.deadline - time.monotonic())
+        return max(0.0, self.deadline - time.monotonic())
 
     def limit_failure(self, error: LimitReached, program: str) -> JobFailed:
         """Return the failure of a job whose program was ended by a limit.
