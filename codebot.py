@@ -1641,12 +1641,12 @@ def find_processes(files: str, pattern: str) -> list[int]:
     """
     regex = re.compile(os.fsencode(pattern))
     process_ids = []
-    for process in glob.glob("/proc/[0-9]*"):
-        for path in glob.iglob(f"{process}/{files}"):
+    for directory in glob.glob("/proc/[0-9]*"):
+        for path in glob.iglob(f"{directory}/{files}"):
             # OSError: the process or thread has ended, or is another user's.
             with contextlib.suppress(OSError):
                 if regex.search(read_process_file(path)):
-                    process_ids.append(int(process.removeprefix("/proc/")))
+                    process_ids.append(int(directory.removeprefix("/proc/")))
                 break
     return sorted(process_ids)
 
