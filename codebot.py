@@ -4918,7 +4918,7 @@ def take_work_dir(config: Config) -> None:
     tempfile.tempdir = work_dir
 
 
-def require_plain_path(path: str, option: str) -> None:
+def require_plain_path(path: str, setting_name: str) -> None:
     """Raise ConfigError if a path has characters at which git splits lists of paths."""
     # git gets lists of paths in the work directory. It splits GIT_CEILING_DIRECTORIES at
     # colons, and the file objects/info/alternates at line breaks. (The database's path
@@ -4926,32 +4926,32 @@ def require_plain_path(path: str, option: str) -> None:
     if ":" in path or not path.isprintable():
         raise ConfigError(
             f"Cannot use {path!r}: it contains a colon or an unprintable character. Use "
-            f"another {option}."
+            f"another {setting_name}."
         )
 
 
-def require_own_directory(directory: str, option: str) -> None:
+def require_own_directory(directory: str, setting_name: str) -> None:
     """Raise ConfigError unless a directory belongs to codebot's user or to root."""
     owner = os.stat(directory).st_uid
     # Even if codebot runs as root: the owner could not open files that it makes here.
     if owner not in (0, os.geteuid()):
         raise ConfigError(
             f"{directory} belongs to user {owner}. Run codebot as that user, or use "
-            f"another {option}."
+            f"another {setting_name}."
         )
 
 
-def hold_lock(path: str, option: str, make_directory: bool) -> None:
+def hold_lock(path: str, setting_name: str, make_directory: bool) -> None:
     """Lock a file until this process ends. Make it, if it is missing.
 
-    Raises ConfigError, which names ``option``, if that is impossible.
+    Raises ConfigError, which names the setting, if that is impossible.
     """
-    require_plain_path(path, option)
+    require_plain_path(path, setting_name)
     directory = os.path.dirname(path)
     try:
         if make_directory:
             os.makedirs(directory, exist_ok=True)
-        require_own_directory(directory, option)
+        require_own_directory(directory, setting_name)
         # The descriptor stays open. Without O_NOFOLLOW, another user's symlink could make
         # codebot create a file elsewhere. With O_WRONLY, a FIFO would wait for a reader.
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -4959,13 +4959,13 @@ def hold_lock(path: str, option: str, make_directory: bool) -> None:
     except BlockingIOError:
         raise ConfigError(
             f"Cannot use {path}: another codebot uses it. Stop that one, or use another "
-            f"{option}."
+            f"{setting_name}."
         ) from None
     except OSError as error:
         raise ConfigError(
             f"Cannot use {error.filename or path}: {os_error_text(error)}. If this is the "
             "right place, mount its disk, or correct its owner or mode; else use another "
-            f"{option}."
+            f"{setting_name}."
         ) from None
 
 
