@@ -674,7 +674,7 @@ def setting(
 
     An empty value counts as not set. In the environment, it also hides the value in .env.
     """
-    metadata = {"variable": variable, "parse": parse, "help": about}
+    metadata = {"variable": variable, "parse": parse, "about": about}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -10554,7 +10554,7 @@ def show_demo(codebot: Codebot, port: int, repository: str) -> int:
 def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
     """Add a flag for each setting that has one; with ``names``, only for those."""
     for field in CONFIG_FIELDS:
-        about = field.metadata["help"]
+        about = field.metadata["about"]
         if about and (not names or field.name in names):
             action = "store_true" if field.metadata["parse"] is bool else "store"
             parser.add_argument(
