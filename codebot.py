@@ -4056,6 +4056,8 @@ class StoredComment(NamedTuple):
 class Event(NamedTuple):
     seq: int
     time: str
+    # "phase", "codebot" or "git"; "test" (its output); of the agent: "agent" (its words),
+    # "tool" (a call), "output" (of a call) or "error" (the output of a failed call)
     source: str
     message: str
 
