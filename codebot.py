@@ -6732,7 +6732,7 @@ class Review(NamedTuple):
     workspace: Workspace
     # Set by load_comments:
     comments: Sequence[Comment] = ()  # to be answered
-    listed: Sequence[Comment] = ()  # all by people and by codebot
+    listed: Sequence[Comment] = ()  # all comments by people and codebot
 
 
 def run_review(run: JobRun) -> None:
