@@ -138,8 +138,8 @@ WHO IS TRUSTED WITH WHAT
                  - It has the host's network: services on this machine, including those
                    that other agents start, and the local network. On a cloud host it can
                    fetch the host's own credentials from the metadata address
-                   (169.254.169.254; at AWS also fd00:ec2::254, at Alibaba
-                   100.100.100.200), unless a firewall blocks that.
+                   (169.254.169.254; at AWS also fd00:ec2::254, at Google fd20:ce::254, at
+                   Alibaba 100.100.100.200), unless a firewall blocks that.
                  - In bwrap, these are hidden from it: codebot's processes, the work
                    directory (with other workspaces), the home of codebot's user (and HOME,
                    if that is another one), /run, the host's /tmp, and the directories of
