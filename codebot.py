@@ -3407,7 +3407,7 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     # There is no connection, or it was lost.
     r"Could not resolve|Couldn't resolve|[Ff]ailed to connect|Couldn't connect"
     r"|No route to host|Network is unreachable|Host is down"
-    r"|Connection (refused|reset|timeout|closed|died|to \S+ closed)|[Tt]imed out"
+    r"|Connection (refused|reset|time-?out|closed|died|to \S+ closed)|[Tt]imed out"
     "|Timeout, server "  # of ssh, with ServerAliveInterval
     r"|Operation too slow|RPC failed|early EOF|hung up|unexpected disconnect|Empty reply"
     r"|Broken pipe|Recv failure|Send failure|bytes of body are still expected"
