@@ -505,6 +505,8 @@ def find_paths(directory: str, pattern: str) -> list[str]:
 #   command in a directory that others can write to, such as a clone.
 # - GitHub's address may begin with http:// only on loopback. If NO_PROXY does not list that
 #   address, the proxy of HTTP_PROXY gets codebot's tokens.
+# - codebot speaks neither TLS nor SOCKS to a proxy. It sends the password in a proxy's
+#   address unencrypted, even if the address begins with https://.
 # - A secret is recognized only as it is, or as base64 of the secret alone, without line
 #   breaks. A secret of fewer than 6 characters is not redacted. The files of a change are
 #   not searched for secrets of fewer than 16 characters, nor for what only looks like a
@@ -10371,7 +10373,7 @@ def check_github(codebot: Codebot) -> Iterator[Finding]:
     except TransientError as error:
         yield fail(
             f"{error}. If GitHub cannot be reached, check GITHUB_API_URL, the network, "
-            "HTTPS_PROXY and SSL_CERT_FILE."
+            "SSL_CERT_FILE, and HTTPS_PROXY, which must begin with http://."
         )
     except UNKNOWN_SHAPE_ERRORS:
         yield fail(

@@ -19309,8 +19309,8 @@ GITHUB_PROBLEMS = {
     ),
     "connection refused": GitHubProblem(
         "FAIL  GitHub did not answer: http://127.0.0.1:9: connection refused. If "
-        "GitHub cannot be reached, check GITHUB_API_URL, the network, HTTPS_PROXY and "
-        "SSL_CERT_FILE.",
+        "GitHub cannot be reached, check GITHUB_API_URL, the network, SSL_CERT_FILE, and "
+        "HTTPS_PROXY, which must begin with http://.",
         {"GITHUB_API_URL": "http://127.0.0.1:9"},
     ),
     "another service": GitHubProblem(
@@ -19400,7 +19400,7 @@ def test_check_names_a_proxy_that_is_no_host_name(fresh: Site) -> None:
     done = run_check(fresh, GITHUB_API_URL=address, HTTPS_PROXY="http://p..x:1")
     [line] = [line for line in done.stdout.splitlines() if address in line]
     assert "label empty" in line
-    assert "check GITHUB_API_URL, the network, HTTPS_PROXY" in line
+    assert "check GITHUB_API_URL, the network, SSL_CERT_FILE, and HTTPS_PROXY" in line
 
 
 def test_check_wants_utf_8_except_for_its_output(fresh: Site) -> None:
