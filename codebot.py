@@ -9636,8 +9636,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         end_tls(self.connection)
         # SSLSocket.shutdown also detaches the TLS state: the rest is read undecrypted.
         self.connection.shutdown(socket.SHUT_WR)
-        buffer = bytearray(CHUNK_BYTES)  # reused: many would fragment the heap
-        while self.connection.recv_into(buffer):
+        while self.connection.recv(CHUNK_BYTES):
             pass
 
 
