@@ -10318,12 +10318,10 @@ def run_command(flags: Flags) -> int:
     job = codebot.submit(request, Submission("command line"))
     with running_workers(codebot):
         follow_task(codebot, job.id)
+    # A task that a signal has left unfinished must not go on later.
+    with contextlib.suppress(WrongState):  # it has ended, or its push has begun
+        codebot.cancel(job.id)
     job = find_task(codebot, job.id)
-    if job.completed_at is None:
-        # A task that a signal has left unfinished must not go on later.
-        with contextlib.suppress(WrongState):  # its push has begun
-            codebot.cancel(job.id)
-        job = find_task(codebot, job.id)
     if job.status == "pending":
         print(
             f"Branch {job.branch} may have been pushed already. A server with --work-dir "
