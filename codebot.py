@@ -2388,6 +2388,8 @@ GITHUB_ATTEMPTS = 4  # times that a request to GitHub is sent, at most
 GITHUB_RETRY_DELAY = 0.5  # seconds before the second attempt; doubles with each attempt
 MAX_INLINE_WAIT = 5.0  # seconds; instead of a longer wait, GitHub.call raises an error
 MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, even if GitHub or a proxy asks for more
+# Seconds from AppRefused to the next look, or until a suspended App asks GitHub again
+APP_REFUSED_DELAY = 900.0
 # "workflows" is left out, so GitHub refuses a push that changes .github/workflows.
 TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "write"}
 # Which token a request uses: LOOKUP, AS_APP, or the id of the repository whose token it is.
@@ -2808,6 +2810,8 @@ class GitHub:
         reset = headers.get("x-ratelimit-reset", "")
         if retry_after.isdecimal():
             seconds = float(retry_after)
+        elif reply.status == 403 and "suspended" in reply.error:
+            seconds = APP_REFUSED_DELAY  # the App is suspended, perhaps for days
         elif not is_rate_limit(reply):
             return 0.0
         elif headers.get("x-ratelimit-remaining") == "0" and reset.isdecimal():
@@ -7186,7 +7190,6 @@ def own_words(job: Job, answer: str) -> str:
 #   comments. So the agent cannot tell a person's comment from the words of the author.
 
 SYNC_INTERVAL = 0.25  # seconds between searches for looks that are due
-APP_REFUSED_DELAY = 900.0  # seconds until a look is repeated after AppRefused
 
 
 class Sync:

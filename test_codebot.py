@@ -9422,6 +9422,7 @@ def test_github_is_not_asked_before_its_rate_limit_ends(shared: Site) -> None:
 
 
 TOO_FAST = "422 Validation Failed: was submitted too quickly"
+SUSPENDED = "403 This installation has been suspended"
 NO_LIMIT = {"x-ratelimit-remaining": "4999"}
 
 
@@ -9454,7 +9455,7 @@ def test_limit_of_github_is_recognized(
         (0, "connection refused", codebot.TransientError),
         (500, "500 suspended", codebot.TransientError),
         (429, "429 Wait", codebot.TransientError),
-        (403, "403 This installation has been suspended", codebot.TransientError),
+        (403, SUSPENDED, codebot.TransientError),
         (404, "404 suspended", codebot.NotFound),
         (410, "410 Gone", codebot.NotFound),
         (422, "422 No commits between main and a", codebot.TransientError),
@@ -9502,6 +9503,8 @@ def refused_github(
             True,
         ),
         (make_reply(503, {"retry-after": "90"}, ""), 90, False),
+        # Each look would otherwise ask four times, and again after a minute, for days.
+        (make_reply(403, {}, SUSPENDED), codebot.APP_REFUSED_DELAY, False),
     ],
 )
 def test_job_waits_as_long_as_github_asks(
