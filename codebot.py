@@ -10022,7 +10022,9 @@ START_CHECKS = (*HOST_CHECKS, check_sandbox, check_app_key)
 # The order of the start: settings; log, signals and watchdog; locks of the work directory
 # and the database; what an earlier server left running; checks; database; port; threads.
 
-STOP_TIMEOUT = 10.0  # seconds that the workers have to end when codebot stops
+# Seconds that the workers have to end when codebot stops. (Docker and supervisord kill it
+# after 10 by default: a job that still runs would count as interrupted by a crash.)
+STOP_TIMEOUT = 8.0
 PR_SET_DUMPABLE = 4  # of prctl(2), from <linux/prctl.h>
 M_MMAP_THRESHOLD = -3  # of mallopt(3), from <malloc.h>
 MAIN_INTERVAL = 0.1  # seconds between checks by the main thread

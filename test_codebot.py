@@ -19015,6 +19015,11 @@ def test_signals_that_the_parent_blocks_stop_the_server(fresh: Site) -> None:
     assert fresh.server.wait_exit() == 0
 
 
+def test_stop_ends_jobs_before_docker_kills_the_server() -> None:
+    docker_timeout = 10  # seconds, of `docker stop` and supervisord
+    assert codebot.STOP_TIMEOUT + codebot.SIGNAL_DELAY < docker_timeout - 1
+
+
 def test_second_signal_ends_server_at_once(fresh: Site) -> None:
     # A signal that comes just before Python begins to wait is noticed after that wait.
     fresh.server.start(limits={"KILL_GRACE": 60.0, "STOP_TIMEOUT": 5.0})
