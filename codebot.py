@@ -4839,14 +4839,14 @@ class Store:
         )
         return set(directories)
 
-    def delete_expired(self, retention: float) -> bool:
+    def delete_expired(self, retention: float) -> None:
         """Delete old logs, and old tasks without an open pull request.
 
         Each call deletes at most 5,000 events and 100 tasks, because other writers wait.
-        Returns False if there was nothing to delete.
+        What is left, the next call deletes.
         """
         cutoff = utc_time(seconds_ago=retention)
-        has_deleted_events = self._write(
+        self._write(
             """
             DELETE FROM events WHERE seq IN (
                 SELECT events.seq FROM task_activity
@@ -4856,7 +4856,7 @@ class Store:
             """,
             cutoff=cutoff,
         )
-        has_deleted_tasks = self._write(
+        self._write(
             """
             DELETE FROM jobs WHERE id IN (
                 SELECT task.id FROM task_activity
@@ -4872,7 +4872,6 @@ class Store:
             """,
             cutoff=cutoff,
         )
-        return has_deleted_events or has_deleted_tasks
 
 
 # --- Work directory and runs -------------------------------------------------
@@ -7455,8 +7454,6 @@ class Sync:
 
 TIMER_INTERVAL = 1.0  # seconds between checks for jobs that are due, at most
 CLEANUP_INTERVAL = 60.0  # seconds between cleanups, at most
-DELETION_PAUSE = 1.0  # seconds after old records were deleted: others may wait to write
-MAX_DELETIONS = 60  # in one cleanup, because the next one waits meanwhile
 DATABASE_TEST_INTERVAL = 10.0  # seconds between tests of the database
 MAINTENANCE_INTERVAL = 3600.0  # seconds between rounds through the mirrors
 MIRROR_RETENTION = 30 * 86400.0  # seconds: see maintain_mirror
@@ -7799,7 +7796,7 @@ def clean_up(codebot: Codebot) -> None:
         do_part(remove_tree, config, path)
     # Only with a launcher: CODEBOT_LAUNCHER_STOP runs again where it has failed.
     do_part(stop_all_launched, config, STOP_FAILED)
-    do_part(delete_old_records, codebot)  # the last part, as it may take a minute
+    do_part(codebot.store.delete_expired, config.retention)
 
 
 def do_part(part: Callable[..., None], *args: object) -> None:
@@ -7828,14 +7825,6 @@ def discard_workspace(config: Config, path: str) -> None:
     # The outbox comes first: if this fails, only the workspace leads a later cleanup to it.
     discard(config.work_dir, outbox_path(config, os.path.basename(path)))
     discard(config.work_dir, path)
-
-
-def delete_old_records(codebot: Codebot) -> None:
-    """Delete old records from the database. What is left, the next cleanup deletes."""
-    for _ in range(MAX_DELETIONS):
-        if not codebot.store.delete_expired(codebot.config.retention):
-            return
-        wait(DELETION_PAUSE)
 
 
 def maintain_mirrors(codebot: Codebot) -> None:

@@ -10636,24 +10636,18 @@ def test_removing_a_link_leaves_what_it_leads_to(tmp_path: Path) -> None:
     assert target.stat().st_mode & 0o777 == 0o500
 
 
-@pytest.mark.parametrize(("max_deletions", "is_left"), [(1, True), (3, False)])
-def test_cleanup_deletes_old_records_again_while_some_are_left(
-    store: codebot.Store,
-    monkeypatch: pytest.MonkeyPatch,
-    max_deletions: int,
-    is_left: bool,
+def test_old_records_that_a_cleanup_has_left_are_deleted_by_the_next(
+    store: codebot.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(codebot, "CLEANUP_INTERVAL", 0.0)
-    monkeypatch.setattr(codebot, "DELETION_PAUSE", 0.0)
-    monkeypatch.setattr(codebot, "MAX_DELETIONS", max_deletions)
     app = app_with(store, retention=60)
     young = store_task_in_state(store, "completed")
     task = store_task_in_state(store, "completed")
     store.add_events(task.id, [("codebot", "Hello")] * 5001)
     age_task(store, task)
     codebot.clean_up(app)
-    assert bool(store.events(task.id, 0)) == is_left
-    assert (store.job(task.id) is not None) == is_left
+    assert store.events(task.id, 0)
+    assert store.job(task.id) is not None
     codebot.clean_up(app)
     assert store.job(task.id) is None
     assert store.job(young.id) is not None
@@ -10663,7 +10657,6 @@ def test_failed_stop_is_tried_once_in_a_cleanup_that_deletes_old_records(
     store: codebot.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(codebot, "CLEANUP_INTERVAL", 0.0)
-    monkeypatch.setattr(codebot, "DELETION_PAUSE", 0.0)
     stop = ("sh", "-c", f"echo stop >>{tmp_path}/stops; exit 1")
     app = app_with(store, retention=60, work_dir=str(tmp_path), launcher_stop=stop)
     record = codebot.launch_record(app.config, "task_1")
