@@ -3410,24 +3410,19 @@ ACCESS_DENIED_RE = re.compile(
 # "Internal API" alone may be part of a rule's name, as of one that refuses secrets.
 INTERNAL_ERROR = "(?i:internal (server|server connection|API) (error|unreachable))"
 TRANSIENT_GIT_ERROR_RE = re.compile(
-    # There is no connection, or it was lost.
-    r"Could not resolve|Couldn't resolve|[Ff]ailed to connect|Couldn't connect"
-    r"|No route to host|Network is unreachable|Host is down"
-    r"|Connection (refused|reset|time-?out|closed|died|to \S+ closed)|[Tt]imed out"
+    # Whatever keeps git from an http(s) server, in curl's words, except a bad URL and a
+    # refusal by the server or by a proxy. A bad certificate counts, too: finished work is
+    # retried for RETRY_LIMIT.
+    r"unable to access : (?!URL |Permission denied|No authentication|.*response 4\d\d"
+    r"|.*HTTP code 4\d\d|.*returned error: (?!408|429|5))"
+    # ssh has no connection, or it was lost.
+    r"|Could not resolve|No route to host|Network is unreachable|Host is down"
+    r"|Connection (refused|reset|closed|to \S+ closed)|[Tt]imed out"
     "|Timeout, server "  # of ssh, with ServerAliveInterval
-    r"|Operation too slow|RPC failed|early EOF|hung up|unexpected disconnect|Empty reply"
-    r"|Broken pipe|Recv failure|Send failure|bytes of body are still expected"
-    r"|end of response with|transfer closed|HTTP/?2 (stream|framing)|SETTINGS frame"
-    "|expected flush after"
-    # A proxy is overloaded (5xx only), or restarts.
-    r"|CONNECT aborted|CONNECT tunnel failed, response 5|HTTP code 5\d\d from proxy"
-    r"|connection to proxy closed|SOCKS5 connection to \S+ \([13456]\)"
-    # TLS, including a bad certificate: finished work is retried for RETRY_LIMIT.
-    r"|SSL|TLS|gnutls_|server (certificate )?verification failed"
-    # The remote is overloaded, or has a fault of its own.
-    rf"|returned error: (408|429|5\d\d)|{INTERNAL_ERROR}|commit_refs"
-    "|unpacker error|due to timeout"
-    f"|{SHORTAGE}"
+    # git lost the connection while it was in use.
+    "|RPC failed|early EOF|hung up|unexpected disconnect|Broken pipe|expected flush after"
+    # The remote has a fault of its own.
+    f"|{INTERNAL_ERROR}|commit_refs|unpacker error|due to timeout|{SHORTAGE}"
 )
 # The remote's rules refuse the push:
 #   "! [remote rejected] main -> main (protected)"              yes

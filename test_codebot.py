@@ -8737,6 +8737,7 @@ NETWORK_ERRORS = [
     "fatal: unable to access 'URL': Connection died, tried 5 times before giving up",
     "fatal: unable to access 'URL': Connection timeout after 300001 ms",
     "fatal: unable to access 'URL': Connection time-out",
+    "fatal: unable to access 'URL': a text that curl did not have yet",
     "ssh: connect to host git.acme.com port 22: No route to host",
     "ssh: connect to host git.acme.com port 22: Network is unreachable",
     "Connection to git.acme.com closed by remote host.",
