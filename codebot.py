@@ -3389,11 +3389,13 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
 # others. (Before all of these, run_program raises TransientError for a shortage on this
 # host, and LimitReached, which git_with_token turns into GitFailed.)
 #   a signal ended git or a part of it     TransientError
-#   "rejected]" by the remote's rules      PushRejected
+#   the remote's settings refuse the pack  PushRejected
+#   a fault of the remote itself           TransientError
+#   "rejected]", by the remote's rules     PushRejected
 #   no login, a wrong login, HTTP 403,     GitAuthFailed: at GitHub, git runs again with a
 #     404, or ssh's "Permission denied ("    new token
 #   connection, TLS, 408, 429, 5xx, a      TransientError
-#     fault or a shortage at the remote
+#     shortage at the remote
 #   anything else                          GitFailed, which Workspace turns into
 #                                            TransientError once the job has a commit
 # remote_failure first removes URLs and quoted names, because they may contain any words.
@@ -3406,9 +3408,6 @@ AUTH_FAILED_RE = re.compile(
 ACCESS_DENIED_RE = re.compile(
     r"returned error: 403|Permission denied \(|repository  not found"
 )
-# GitLab has "Internal API unreachable", Gitea "Internal Server Connection Error".
-# "Internal API" alone may be part of a rule's name, as of one that refuses secrets.
-INTERNAL_ERROR = "(?i:internal (server|server connection|API) (error|unreachable))"
 TRANSIENT_GIT_ERROR_RE = re.compile(
     # Whatever keeps git from an http(s) server, in curl's words, except a bad URL and a
     # refusal by the server or by a proxy. A bad certificate counts, too: finished work is
@@ -3421,36 +3420,26 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     "|Timeout, server "  # of ssh, with ServerAliveInterval
     # git lost the connection while it was in use.
     "|RPC failed|early EOF|hung up|unexpected disconnect|Broken pipe|expected flush after"
-    # The remote has a fault of its own.
-    f"|{INTERNAL_ERROR}|commit_refs|unpacker error|due to timeout|{SHORTAGE}"
+    f"|{SHORTAGE}"
 )
-# The remote's rules refuse the push:
-#   "! [remote rejected] main -> main (protected)"              yes
-#   "! [remote rejected] main -> main (Internal Server Error)"  no: it is transient
-#   "! [remote rejected] main -> main (failure)"                no: GitHub prints this after
-#                                                                 an error in commit_refs
-#   the same, with "Unable to determine if workflow can be      no: GitHub looked too long
-#     created or updated due to timeout"                          for changed workflows
-#   "! [remote rejected] main -> main (unpacker error)"         no: the disk may be full
-#   the same, with "unable to migrate objects to ..."           no: the same
-#   the same, with "remote: fatal: pack exceeds ..."            yes: receive.maxInputSize
-#   the same, with "remote: fatal: fsck error ..."              yes: receive.fsckObjects
-REJECTED_RE = re.compile(
-    "^remote: fatal: (fsck error|pack exceeds)"
-    rf"|^(?!.*({INTERNAL_ERROR}|commit_refs|\(failure\)|unpacker error"
-    r"|unable to migrate objects|due to timeout)).*rejected\]",
-    re.MULTILINE,
-)
-# No rule refuses these pushes, although git says "rejected". They are tried again:
-# - The branch is locked, by another push or by a killed one, whose lock somebody has to
-#   remove. (In reftable, git 3's format, all references have one lock. Of a locked branch,
-#   git 2.53 says only "reference already exists". If the branch really exists, the next
-#   push says whether it can be used.)
-# - A hook of GitLab or Gitea could not ask its own server whether the push is allowed.
-NOT_REFUSED_RE = re.compile(
-    "^remote: error: cannot lock ref(erences| .* File exists)"
-    r"|rejected\] .*\(reference already exists\)$"
-    f"|^remote: .*{INTERNAL_ERROR}",
+# The remote's settings refuse the pack: receive.maxInputSize, receive.fsckObjects.
+REFUSED_PACK_RE = re.compile("^remote: fatal: (pack exceeds|fsck error)", re.MULTILINE)
+# The remote itself has a fault, although git may say "rejected":
+#   commit_refs, (failure)           of GitHub
+#   due to timeout                   GitHub looked too long for changed workflows
+#   unpacker error, unable to ...    the disk may be full (or, above, its settings)
+#   internal ... error               of GitLab or Gitea, or of its hook, which asks it
+#                                      ("Internal API" alone may be part of a rule's name)
+#   cannot lock, already exists      the branch is locked, by another push or by a killed
+#                                      one, whose lock somebody has to remove. (In reftable,
+#                                      git 3's format, all references have one lock. Of a
+#                                      locked branch, git 2.53 says only that it exists. If
+#                                      it really does, the next push says what is wrong.)
+REMOTE_FAULT_RE = re.compile(
+    r"rejected\] .*(commit_refs|\(failure\)|due to timeout|unpacker error"
+    r"|unable to migrate objects|\(reference already exists\)$)"
+    "|(?i:internal (server|server connection|API) (error|unreachable))"
+    "|^remote: error: cannot lock ref(erences| .* File exists)",
     re.MULTILINE,
 )
 # Matches if a signal ended a program that git started on this host. (Lines of the remote
@@ -3465,8 +3454,12 @@ def remote_failure(result: ProgramResult) -> Exception:
     # The host's git configuration may put a login into the URL: url.*.insteadOf
     reason = hide_logins(result.error)
     words = URL_OR_NAME_RE.sub("", result.stderr)
-    # This comes first, because the reason may quote any file name.
-    if REJECTED_RE.search(words) and not NOT_REFUSED_RE.search(words):
+    # These three come first: the reason of a rejection may quote any file name.
+    if REFUSED_PACK_RE.search(words):
+        return PushRejected(reason)
+    if REMOTE_FAULT_RE.search(words):
+        return TransientError(reason)
+    if "rejected]" in words:
         return PushRejected(reason)
     if AUTH_FAILED_RE.search(words):
         return GitAuthFailed(f"authentication failed: {reason}")
