@@ -3420,6 +3420,8 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     "|Timeout, server "  # of ssh, with ServerAliveInterval
     # git lost the connection while it was in use.
     "|RPC failed|early EOF|hung up|unexpected disconnect|Broken pipe|expected flush after"
+    # A branch was deleted after the remote listed it, or one of its servers lags behind.
+    "|not our ref"
     f"|{SHORTAGE}"
 )
 # The remote's settings refuse the pack: receive.maxInputSize, receive.fsckObjects.

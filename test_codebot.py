@@ -8738,6 +8738,7 @@ NETWORK_ERRORS = [
     "fatal: unable to access 'URL': Connection timeout after 300001 ms",
     "fatal: unable to access 'URL': Connection time-out",
     "fatal: unable to access 'URL': a text that curl did not have yet",
+    "fatal: unable to access 'URL': Failure when receiving data from the peer",
     "ssh: connect to host git.acme.com port 22: No route to host",
     "ssh: connect to host git.acme.com port 22: Network is unreachable",
     "Connection to git.acme.com closed by remote host.",
@@ -8750,6 +8751,8 @@ NETWORK_ERRORS = [
     "fatal: unable to access 'URL': gnutls_handshake() failed: Error in the pull function.",
     "fatal: unable to access 'URL': connection to proxy closed",
     "fatal: unable to access 'URL': cannot complete SOCKS5 connection to 127.0.0.1. (4)",
+    # A branch was deleted after it was listed, or one of GitHub's servers lags behind.
+    f"fatal: remote error: upload-pack: not our ref {40 * '1'}",
     # The remote's disk is full, or read-only.
     "! [remote rejected] a -> a (unpacker error)",
     # GitHub has a fault of its own.
