@@ -8762,6 +8762,8 @@ NETWORK_ERRORS = [
     "remote: GitLab: 500 Internal Server Error\n! [remote rejected] a -> a (pre-receive)",
     "remote: Gitea: Internal Server Error\n! [remote rejected] a -> a (pre-receive hook)",
     "remote: Gitea: Internal Server Connection Error\n! [remote rejected] a -> a (hook)",
+    # GitLab limits how many fetch from a repository, or push to it, at the same time.
+    "fatal: remote error: GitLab is currently unable to handle this request due to load.",
     # GitLab's ssh server has the same difficulty. Gerrit has one of its own.
     "remote: ERROR: Internal API error (503)",
     "! [remote rejected] a -> a (internal server error)",
