@@ -3422,8 +3422,8 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     "|RPC failed|early EOF|hung up|unexpected disconnect|Broken pipe|expected flush after"
     # A branch was deleted after the remote listed it, or one of its servers lags behind.
     "|not our ref"
-    # The remote is overloaded.
-    "|due to load"
+    # The remote is overloaded, or fails in the middle of its answer.
+    "|due to load|bad pack header"
     f"|{SHORTAGE}"
 )
 # The remote's settings refuse the pack: receive.maxInputSize, receive.fsckObjects.

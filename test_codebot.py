@@ -8753,6 +8753,8 @@ NETWORK_ERRORS = [
     "fatal: unable to access 'URL': cannot complete SOCKS5 connection to 127.0.0.1. (4)",
     # A branch was deleted after it was listed, or one of GitHub's servers lags behind.
     f"fatal: remote error: upload-pack: not our ref {40 * '1'}",
+    # The remote failed after it had begun to answer.
+    "remote: fatal: bad tree object 1234567\nfatal: protocol error: bad pack header",
     # The remote's disk is full, or read-only.
     "! [remote rejected] a -> a (unpacker error)",
     # GitHub has a fault of its own.
