@@ -8246,6 +8246,16 @@ def test_agent_that_makes_changes_is_told_that_it_cannot_merge(name: str) -> Non
     assert "you cannot merge, rebase or end conflicts with another branch" in rules
 
 
+@pytest.mark.parametrize("name", ["CODING_OPTIONS", "CHANGE_OPTIONS"])
+def test_agent_that_makes_changes_is_told_to_leave_no_other_repository(
+    name: str,
+) -> None:
+    # A CLAUDE.md may ask for a worktree, which the checkout would not show, and generators
+    # run `git init`. After that, the work could not be committed.
+    rules = " ".join(" ".join(getattr(codebot, name).arguments).split())
+    assert "not in a git worktree, and leave no other git repository in it" in rules
+
+
 MAKE_NESTED = "git init -q sub; git -C sub commit -q --allow-empty -m Nested"
 NESTED_REPOSITORIES = {
     "left": MAKE_NESTED,
