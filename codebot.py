@@ -7,8 +7,9 @@ makes one commit, pushes a branch and opens a pull request. When reviewers comme
 codebot answers, or changes the code and pushes again.
 
 It needs only Python 3.9 or newer and these programs: git, openssl (with GitHub), bwrap,
-claude and sh. Its shell scripts also use chmod, find, ls, rm, sed and sleep; the demo's
-use cat and grep. It is for Linux. On macOS there is no sandbox, and nothing is tested.
+claude and sh. Its shell scripts also use chmod, find, ls, mkdir, rm, sed and sleep; the
+demo's use cat and grep. It is for Linux. On macOS there is no sandbox, and nothing is
+tested.
 
     python3 codebot.py demo    try it: one task from end to end, no configuration
     python3 codebot.py check   check the requirements; says how to fix what it finds
@@ -5289,6 +5290,7 @@ g() {
 CHECKOUT_SCRIPT = """
 objects=$1 url=$2 base_name=$3 base_commit=$4 branch=$5
 git init -q --template= --initial-branch="$branch" &&
+mkdir .git/hooks .git/info && # as git clone does: some builds install hooks
 printf '%s\\n' "$objects" >.git/objects/info/alternates &&
 git config remote.origin.url "$url" &&
 git update-ref "refs/remotes/origin/$base_name" "$base_commit" &&

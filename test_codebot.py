@@ -6956,6 +6956,15 @@ def test_defaults_of_git_3_change_no_repository_of_codebot(fresh: Site) -> None:
     assert not [*fresh.server.work_dir.glob("**/reftable")]
 
 
+def test_clone_of_the_agent_has_directories_for_hooks_and_ignored_names(
+    local: LocalTask,
+) -> None:
+    # `git clone` makes both. Scripts that install hooks or write to exclude rely on that.
+    install = "echo 'exit 1' >.git/hooks/pre-commit && echo built >>.git/info/exclude"
+    job = local.commit(f"{install} && touch built && {SAY_HELLO}", install)
+    assert [line.split()[0] for line in job.files.splitlines()[:-1]] == ["hello.txt"]
+
+
 def test_clone_of_the_agent_has_a_remote_and_its_base_branch(local: LocalTask) -> None:
     facts = "git remote get-url origin; git rev-parse origin/main HEAD"
     local.ask_agent(f"{{ {facts}; }} >$run/facts; result")
