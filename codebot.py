@@ -5226,15 +5226,16 @@ class JobRun:
         if isinstance(error, TooMuchOutput):
             reason = "tests_failed" if self.job.phase == "test" else "agent_failed"
             return JobFailed(reason, f"{program} {error}")
+        phase = f"in the phase {self.job.phase}"
         if isinstance(error, Stalled):
             limit = f"{self.config.stall_timeout} s (CODEBOT_STALL_TIMEOUT)"
-            return JobFailed("stalled", f"No output for {limit}")
+            return JobFailed("stalled", f"No output for {limit} {phase}")
         if isinstance(error, NoFreeNode):
             limit = f"{self.config.launch_timeout} s (CODEBOT_LAUNCH_TIMEOUT)"
             return JobFailed("timeout", f"No node became free within {limit}")
         # The remaining type is TimedOut.
         limit = f"{self.config.task_timeout} s (CODEBOT_TASK_TIMEOUT)"
-        return JobFailed("timeout", f"Timed out after {limit}")
+        return JobFailed("timeout", f"Timed out after {limit} {phase}")
 
     def git_limits(self) -> Limits:
         """Return limits for git in a workspace, where an agent may slow it down."""

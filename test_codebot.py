@@ -7564,11 +7564,12 @@ def test_agents_tests_and_git_that_hang_are_ended_and_others_are_not(
     fresh.api.completed(good)
     fresh.person("alice").inline("Number 0.")  # like the task with the silent agent
     error = fresh.api.failed(silent_agent, "stalled")
-    assert "CODEBOT_STALL_TIMEOUT" in error
+    assert error == "No output for 2 s (CODEBOT_STALL_TIMEOUT) in the phase agent"
     error = fresh.api.failed(talking_agent, "timeout")
-    assert "CODEBOT_TASK_TIMEOUT" in error
+    assert error == "Timed out after 4 s (CODEBOT_TASK_TIMEOUT) in the phase agent"
     fresh.api.failed(slow_git, "timeout")
-    fresh.api.failed(silent_test, "stalled")
+    error = fresh.api.failed(silent_test, "stalled")
+    assert error == "No output for 2 s (CODEBOT_STALL_TIMEOUT) in the phase test"
     [review] = fresh.api.reviews(good, 1)
     assert review["reason"] == "stalled"
     [answer] = fresh.repository.answers()
