@@ -9599,7 +9599,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             message = f"All {MAX_STREAMS} event streams are in use; retry later"
             self.send(error_response(HTTPError(503, message, {"Retry-After": "30"})))
             return
-        try:
+        try:  # every way out gives the place back, also an OSError from write()
             self.close_connection = True  # the end of the connection ends the stream
             self.write(self.head(200, STREAM_HEADERS))
             if self.command == "HEAD":
