@@ -2547,7 +2547,9 @@ def person_login(user: Json) -> str:
 
 
 def commented_lines(payload: JsonObject) -> str:
-    """Return the lines that a comment is on, such as "7" or "5-7"; "" if unknown."""
+    """Return what a comment is on: "7", "5-7" or "whole file"; "" if unknown."""
+    if payload.get("subject_type") == "file":
+        return "whole file"  # GitHub sends an original_line, too: 1
     # Once a comment is outdated, `line` is null, and only its original lines are known.
     prefix = "" if payload.get("line") else "original_"
     numbers = [payload.get(f"{prefix}{name}") for name in ("start_line", "line")]

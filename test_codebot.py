@@ -11479,7 +11479,10 @@ def test_only_end_of_a_long_part_of_the_diff_is_kept() -> None:
         ({"line": 9, "start_line": 7, "start_side": "RIGHT", "side": "RIGHT"}, "7-9"),
         ({"line": 9, "start_line": 7, "start_side": None, "side": "RIGHT"}, "7-9"),
         ({"line": 22, "side": "RIGHT"}, "22"),
-        ({"line": None, "side": "LEFT", "subject_type": "file"}, ""),
+        ({"line": None, "side": "LEFT", "subject_type": "file"}, "whole file"),
+        ({"line": None, "original_line": 1, "subject_type": "file"}, "whole file"),
+        ({"line": 1, "original_line": 1, "subject_type": "file"}, "whole file"),
+        ({"line": None, "original_line": 1, "subject_type": "line"}, "1"),
         ({}, ""),
     ],
 )
